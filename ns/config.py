@@ -1,0 +1,309 @@
+"""The experiment: one validated object, read from YAML, that says everything a run does.
+
+Defaults are the paper's (arXiv:1911.04252 v4 and its reference code). Derived values are computed, not configured.
+"""
+
+import difflib
+from collections.abc import Iterable
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ns.errors import ConfigError, StoreError
+from ns.store import read_uri
+
+MAX_GENERATIONS = 5
+"""Generations that one pipeline run holds: the pipeline is unrolled, and its size grows with this number."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+
+class DataConfig(Section):
+    """Where images come from. Each place is a folder or URI of a dataset (with dataset.json), of class folders, or of loose
+    images (pool only); `digits:labelled|pool|heldout` are scikit-learn's handwritten digits, split for the quickstart."""
+
+    labelled: str
+    """Labelled images that teacher and students train on."""
+    pool: str
+    """Unlabelled images; labels that may be there are ignored."""
+    heldout: str
+    """Human-labelled images that decide promotions. Never trained on."""
+    max_rejected_share: float = Field(default=0.01, ge=0, le=1)
+    """Unreadable images are counted, listed and left out; a larger share than this stops the run."""
+    shard_samples: int = Field(default=10_000, ge=1, le=100_000)
+    """Images in a shard, at most."""
+    shard_mib: int = Field(default=256, ge=1, le=4096)
+    """MiB in a shard, at most."""
+
+
+class ModelConfig(Section):
+    """A timm network."""
+
+    arch: str = "efficientnet_b0"
+    """Name of a timm architecture."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of `timm.create_model`."""
+    resolution: int = Field(default=224, ge=8, le=2048)
+    """Training resolution, px."""
+    test_resolution: int | None = Field(default=None, ge=8, le=2048)
+    """Evaluation and labelling resolution, px; the training resolution if not given."""
+    reduce_stride: Literal[1, 2, 4, 8] = 1
+    """Divides the network's total stride by making its first strided convolutions dense: for images of 64 px and less."""
+    outputs: int | None = Field(default=None, ge=2)
+    """Model outputs; the number of classes of the labelled data if not given."""
+
+    @field_validator("args")
+    @classmethod
+    def _args_that_are_ours(cls, args: dict[str, Any]) -> dict[str, Any]:
+        ours = {
+            "num_classes": "outputs",
+            "drop_rate": "noise.dropout",
+            "drop_path_rate": "noise.stochastic_depth",
+            "pretrained": "(nothing: weights are never downloaded)",
+        }
+        for name, instead in ours.items():
+            if name in args:
+                raise ValueError(f"{name} is set elsewhere: use {instead}")
+        return args
+
+    @property
+    def inference_resolution(self) -> int:
+        return self.test_resolution or self.resolution
+
+
+class NoiseConfig(Section):
+    """What makes the student noisy. The teacher labels without any of it."""
+
+    dropout: float = Field(default=0.2, ge=0, lt=1)
+    """Before the classifier. Paper: 0.2 (B0, B1) to 0.5 (B6, B7, L2)."""
+    stochastic_depth: float = Field(default=0.2, ge=0, lt=1)
+    """Drop rate of the last block, growing linearly from 0 at the first. Paper: 0.2."""
+    randaugment_layers: int = Field(default=2, ge=0, le=8)
+    """Operations applied to each image. Paper: 2; 0 turns RandAugment off."""
+    randaugment_magnitude: float = Field(default=6, ge=0, le=30)
+    """Paper: none for B0 and B1, 6, 12, 15, 18, 24, 27 for B2…B7, 27 for L2, 5 for 32 px digits."""
+    crop: Literal["resized", "pad", "none"] = "resized"
+    """`resized`: random area of 8–100 %, the paper's for photographs. `pad`: reflect-pad by an eighth and crop, for small images."""
+    flip: bool = True
+    """Mirror at random. Off for digits, text, and anything that has a handedness."""
+    cutout_px: int = Field(default=0, ge=0, le=1024)
+    """Side of a grey square put on every image after RandAugment. Paper: 16 at 32 px, none for photographs."""
+
+
+class OptimizerConfig(Section):
+    name: Literal["rmsprop", "sgd", "adamw"] = "rmsprop"
+    """`rmsprop` has TensorFlow's semantics, as in the paper."""
+    lr: float = Field(default=0.016, gt=0, le=10)
+    """Peak learning rate for a labelled batch of 256; scaled linearly with the labelled batch."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=1e-5, ge=0, lt=1)
+    """L2 on everything but batch-norm parameters. Paper: 1e-5 (ImageNet), 1e-4 (SVHN)."""
+    schedule: Literal["staircase", "cosine"] = "staircase"
+    """`staircase`: × 0.97 every 1/146 of training, the paper's (145 drops). `cosine`: to zero."""
+    warmup_epochs: float = Field(default=5, ge=0)
+    """Linear from zero, in labelled epochs."""
+    clip_norm: float | None = Field(default=None, gt=0)
+    """Largest gradient norm; not clipped if not given."""
+
+
+class TrainConfig(Section):
+    """How a network is trained. An epoch is a pass over the labelled images, as in the paper."""
+
+    labelled_batch: int = Field(default=512, ge=2, le=65536)
+    """Labelled images a step."""
+    epochs: float = Field(default=350, gt=0)
+    """Labelled epochs. Paper: 700 for B0–B4, 350 for larger."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
+    """On labelled images and on hard pseudo-labels; never on soft ones."""
+    ema_decay: float = Field(default=0.9999, ge=0, lt=1)
+    """Decay of the averaged weights that evaluate, teach and are kept; ramped as min(decay, (1 + step) / (10 + step))."""
+    unlabelled_ratio: float = Field(default=3, ge=0, le=64)
+    """Pseudo-labelled images per labelled image in a step; students only. Paper: 1 (B0), 3 (B1–B7), 14 and 28 (L2)."""
+    pseudo_labels: Literal["soft", "hard"] = "soft"
+    temperature: float = Field(default=1.0, gt=0, le=100)
+    """Of soft pseudo-labels: probabilities to the power 1/T, renormalised."""
+    weighting: Literal["sum", "mean", "equal"] = "sum"
+    """Of the two mean losses, with r = unlabelled_ratio. `sum`: L + r U, as the reference code. `mean`: (L + r U) / (1 + r).
+    `equal`: L + U, as the paper's Algorithm 1."""
+    init: Literal["scratch", "teacher"] = "scratch"
+    """Students only: `teacher` starts from the teacher's averaged weights where shapes agree."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    checkpoint_seconds: float = Field(default=60, ge=0)
+    """Between training checkpoints, from which a killed training goes on."""
+    loader_workers: int = Field(default=1, ge=0, le=64)
+    """Processes that decode and augment; 0 does it in the training process. The order of images does not depend on it."""
+
+
+class RoleConfig(Section):
+    """A network with its noise and its training."""
+
+    model: ModelConfig = ModelConfig()
+    noise: NoiseConfig = NoiseConfig()
+    train: TrainConfig = TrainConfig()
+
+
+class LabellingConfig(Section):
+    """How the teacher labels the pool."""
+
+    batch: int = Field(default=256, ge=1, le=8192)
+    top_k: int = Field(default=10, ge=1, le=1000)
+    """Classes kept per image; the tail's mass is spread evenly. With at most 100 classes all are kept."""
+    tasks: int = Field(default=2, ge=1, le=50)
+    """Parallel labelling tasks, each over a range of shards."""
+
+
+class SelectionConfig(Section):
+    """Which pseudo-labels a student sees, and how often (paper §3: filter, then balance)."""
+
+    policy: Literal["paper", "all"] = "paper"
+    """`paper`: confidence above the threshold, the most confident `per_class` of each class, rarer classes repeated.
+    `all`: every image above the threshold, once."""
+    min_confidence: float = Field(default=0.3, ge=0, lt=1)
+    per_class: int = Field(default=130_000, ge=1)
+    """Images of each class after balancing."""
+    repeat: bool = True
+    """Repeat images of classes that have fewer than `per_class`; each image at most `max_repeat` times."""
+    max_repeat: int = Field(default=100, ge=1)
+    """So that one image does not stand for a class. The paper has no such limit."""
+
+
+class GateConfig(Section):
+    """When a student becomes the teacher."""
+
+    level: float = Field(default=0.95, gt=0.5, lt=1)
+    """One-sided confidence of the bound on the gain in held-out top-1 accuracy."""
+    min_gain: float = Field(default=0.0, ge=-1, le=1)
+    """Promote when the lower bound of the gain is at least this. Below 0 it is a margin of non-inferiority."""
+    max_class_drop: float | None = Field(default=None, gt=0, le=1)
+    """Refuse when any class loses more held-out accuracy than this."""
+    resamples: int = Field(default=10_000, ge=1000, le=1_000_000)
+    """Bootstrap resamples of the held-out images."""
+
+
+class ReportConfig(Section):
+    pictures: int = Field(default=24, ge=0, le=200)
+    """Pseudo-labelled images shown in each group (most confident, least confident, flipped)."""
+
+
+class Experiment(Section):
+    """Everything that a run does."""
+
+    name: str = Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")
+    """Lower-case letters, digits and dashes, at most 40: it becomes part of names of runs, tags and pods."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    generations: int = Field(default=3, ge=1, le=MAX_GENERATIONS)
+    """Trips round the loop, at most; the gate may stop it earlier."""
+    allow_smaller_student: bool = False
+    """The method wants students equal to or larger than their teacher; a smaller one is distillation."""
+    data: DataConfig
+    teacher: RoleConfig = RoleConfig()
+    students: tuple[RoleConfig, ...] = Field(default=(RoleConfig(),), min_length=1)
+    """One per generation; the last one serves all further generations."""
+    labelling: LabellingConfig = LabellingConfig()
+    selection: SelectionConfig = SelectionConfig()
+    gate: GateConfig = GateConfig()
+    report: ReportConfig = ReportConfig()
+
+    @model_validator(mode="after")
+    def _students_fit_generations(self) -> Self:
+        if len(self.students) > self.generations:
+            raise ValueError(
+                f"students: {len(self.students)} given for {self.generations} generations; "
+                "give at most one per generation"
+            )
+        return self
+
+    def student(self, generation: int) -> RoleConfig:
+        """The student of a generation, counted from 1."""
+        return self.students[min(generation, len(self.students)) - 1]
+
+
+def load(uri: str, overrides: Iterable[str] = ()) -> Experiment:
+    """Reads an experiment from a YAML file and applies `a.b=c` overrides (list items by index: `students.0.train.epochs=5`).
+
+    Raises ConfigError naming each wrong field with its path, its value and what would be right.
+    """
+    try:
+        document = yaml.safe_load(read_uri(uri))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{uri}: not YAML: {error}") from error
+    except StoreError as error:
+        raise ConfigError(f"config: {error}") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"{uri}: must be a mapping of fields, got {type(document).__name__}")
+    for override in overrides:
+        _apply(document, override)
+    return parse(document, uri)
+
+
+def parse(document: dict[str, Any], place: str) -> Experiment:
+    """Validates a document. `place` names it in messages."""
+    try:
+        return Experiment.model_validate(document)
+    except ValidationError as error:
+        # A list whose items are wrong is also reported as too short; that line would only confuse.
+        lines = [_explain(detail) for detail in error.errors() if detail["type"] != "too_short" or not detail["input"]]
+        raise ConfigError("\n".join(f"{place}: {line}" for line in lines)) from error
+
+
+def dump(experiment: Experiment) -> str:
+    """YAML with every field, defaults included; `load` reads it back to an equal experiment."""
+    return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply(document: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {override}: must look like a.b=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not YAML: {error}") from error
+    node: Any = document
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(node, list):
+            if not key.isdigit() or int(key) >= len(node):
+                raise ConfigError(f"--set {override}: {key}: must be an index below {len(node)}")
+            index: Any = int(key)
+        elif isinstance(node, dict):
+            index = key
+            if not last:
+                node.setdefault(key, {})
+        else:
+            raise ConfigError(f"--set {override}: {'.'.join(keys[:depth])} is a value, not a section")
+        if last:
+            node[index] = value
+        else:
+            node = node[index]
+
+
+def _explain(detail: Any) -> str:
+    path = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        known = _fields_at(detail["loc"][:-1])
+        close = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+        return f"{path}: unknown field; {hint}"
+    if detail["type"] == "missing":
+        return f"{path}: missing; it has no default"
+    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if not path:
+        return str(message)
+    return f"{path}: invalid value {detail['input']!r:.80}: {message}"
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    section: Any = Experiment
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = section.model_fields[part].annotation
+        nested = [annotation, *getattr(annotation, "__args__", ())]
+        section = next(kind for kind in nested if isinstance(kind, type) and issubclass(kind, BaseModel))
+    return list(section.model_fields)

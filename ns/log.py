@@ -1,0 +1,87 @@
+"""One structured line an event: for people on a terminal, as JSON in a container, and to `NS_EVENTS` for whoever watches.
+
+`ns run` points `NS_EVENTS` at a file and draws its progress from the lines that the steps append there.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+EVENTS_VARIABLE = "NS_EVENTS"
+# Progress is for eyes: more often than this is noise in a log.
+PROGRESS_SECONDS = 0.25
+
+Logger = structlog.stdlib.BoundLogger
+
+
+def configure(*, level: int = logging.INFO) -> None:
+    """Sets the form of the log once a process. Lines go to stderr, so that stdout stays free for results."""
+    renderer: Any
+    if sys.stderr.isatty():
+        renderer = structlog.dev.ConsoleRenderer(colors="NO_COLOR" not in os.environ)
+    else:
+        renderer = structlog.processors.JSONRenderer(ensure_ascii=False)
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            _append_to_events,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+
+
+def get() -> Any:
+    return structlog.get_logger()
+
+
+@contextlib.contextmanager
+def bound(**context: Any) -> Iterator[None]:
+    """Adds fields (step, generation) to every line logged inside."""
+    with structlog.contextvars.bound_contextvars(**context):
+        yield
+
+
+class Progress:
+    """How far a step has come: `done` of `total` units, since when. Logs at most every PROGRESS_SECONDS, and at the end."""
+
+    def __init__(self, total: int, unit: str, done: int = 0) -> None:
+        self.total = total
+        self.unit = unit
+        self.done = done
+        self._first = done
+        self._started = time.monotonic()
+        self._logged = 0.0
+
+    def advance(self, count: int = 1, **facts: Any) -> None:
+        """Counts `count` more units as done. `facts` (loss, top1) are shown beside them."""
+        self.done += count
+        now = time.monotonic()
+        if now - self._logged < PROGRESS_SECONDS and self.done < self.total:
+            return
+        self._logged = now
+        rate = (self.done - self._first) / max(now - self._started, 1e-9)
+        get().info("progress", done=self.done, total=self.total, unit=self.unit, per_second=round(rate, 2), **facts)
+
+
+def _append_to_events(_logger: Any, _method: str, event: dict[str, Any]) -> dict[str, Any]:
+    path = os.environ.get(EVENTS_VARIABLE)
+    if path:
+        line = json.dumps({**event, "at": datetime.now(UTC).timestamp()}, default=str) + "\n"
+        # Watching must never stop the work: a full disk or a vanished file is not this step's business.
+        with contextlib.suppress(OSError), Path(path).open("a") as file:
+            file.write(line)
+    return event
