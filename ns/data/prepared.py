@@ -1,0 +1,41 @@
+"""Prepared data: the three datasets of an experiment, found or imported, with their identities."""
+
+from functools import cached_property
+
+from ns.data.dataset import Dataset
+from ns.digest import digest
+from ns.document import Document
+from ns.errors import DataError
+from ns.store import Store
+
+MANIFEST = "prepared.json"
+
+
+class Source(Document):
+    """A dataset and where it is."""
+
+    ref: str
+    """Key of its folder below the root, or a URI."""
+    dataset: str
+    """Digest."""
+
+    def open(self, root: Store) -> tuple[Store, Dataset]:
+        """Raises DataError if what is there now is not what was prepared."""
+        folder = root.at(self.ref)
+        dataset = Dataset.load(folder)
+        if dataset.digest != self.dataset:
+            raise DataError(
+                f"{folder.uri}: the dataset changed since it was prepared "
+                f"(digest {dataset.digest}, was {self.dataset}); start the run again"
+            )
+        return folder, dataset
+
+
+class Prepared(Document):
+    labelled: Source
+    pool: Source
+    heldout: Source
+
+    @cached_property
+    def digest(self) -> str:
+        return digest({part: source.dataset for part, source in self})

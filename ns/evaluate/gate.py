@@ -1,0 +1,143 @@
+"""The gate: a student becomes the teacher only on evidence, from the same held-out images that the teacher was judged on."""
+
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ns.config import GateConfig
+from ns.document import Document
+
+MANIFEST = "verdict.json"
+
+
+class Gain(Document):
+    """A difference of two accuracies on the same images, with a bootstrap interval."""
+
+    value: float
+    low: float
+    """One-sided lower bound at the gate's level."""
+    high: float
+    """One-sided upper bound at the gate's level."""
+
+
+class Guard(Document):
+    """One condition of promotion."""
+
+    name: str
+    value: float
+    limit: float
+    passed: bool
+    detail: str
+
+
+class Verdict(Document):
+    format: Literal[1] = 1
+    generation: int
+    teacher: str
+    student: str
+    """Keys of the models below the root."""
+    images: int
+    teacher_top1: float
+    student_top1: float
+    gain: float
+    gain_low: float
+    gain_high: float
+    """Bounds of the gain, each one-sided at `level`: together an interval at 2·level − 1."""
+    level: float
+    guards: tuple[Guard, ...]
+    promoted: bool
+    reason: str
+
+
+def paired_gain(
+    teacher_correct: npt.NDArray[np.bool_],
+    student_correct: npt.NDArray[np.bool_],
+    *,
+    level: float,
+    resamples: int,
+    seed: int,
+) -> Gain:
+    """Paired bootstrap of mean(student) − mean(teacher). Inputs: bool [N], same images in the same order.
+
+    Each image contributes −1, 0 or +1, so resampling N images is one multinomial draw over three outcomes: the exact
+    bootstrap distribution at no cost in N (Efron & Tibshirani 1993, §6).
+
+    """
+    if teacher_correct.shape != student_correct.shape or teacher_correct.size == 0:
+        raise ValueError(f"paired results must be of one non-zero length, got {teacher_correct.shape} and {student_correct.shape}")
+    difference = student_correct.astype(np.int8) - teacher_correct.astype(np.int8)
+    images = difference.size
+    shares = np.array([np.mean(difference == -1), np.mean(difference == 0), np.mean(difference == 1)])
+    draws = np.random.default_rng(seed).multinomial(images, shares / shares.sum(), size=resamples)
+    gains = (draws[:, 2] - draws[:, 0]) / images
+    low, high = np.quantile(gains, [1 - level, level])
+    return Gain(value=float(difference.mean()), low=float(low), high=float(high))
+
+
+def worst_class_drop(
+    labels: npt.NDArray[np.uint16], teacher_correct: npt.NDArray[np.bool_], student_correct: npt.NDArray[np.bool_]
+) -> tuple[float, int]:
+    """The largest loss of accuracy of any class (negative if every class gained), and the class."""
+    drops = {
+        int(label): float(teacher_correct[labels == label].mean() - student_correct[labels == label].mean())
+        for label in np.unique(labels)
+    }
+    worst = max(drops, key=lambda label: drops[label])
+    return drops[worst], worst
+
+
+def judge(
+    gate: GateConfig,
+    *,
+    generation: int,
+    teacher: str,
+    student: str,
+    labels: npt.NDArray[np.uint16],
+    teacher_correct: npt.NDArray[np.bool_],
+    student_correct: npt.NDArray[np.bool_],
+    classes: tuple[str, ...],
+    seed: int,
+) -> Verdict:
+    """Compares a student with its teacher on the same images. Arrays [N], same order."""
+    gain = paired_gain(teacher_correct, student_correct, level=gate.level, resamples=gate.resamples, seed=seed)
+    guards = [
+        Guard(
+            name="gain",
+            value=gain.low,
+            limit=gate.min_gain,
+            passed=gain.low >= gate.min_gain,
+            detail=f"lower {gate.level:.0%} bound of the gain in top-1",
+        )
+    ]
+    if gate.max_class_drop is not None:
+        drop, worst = worst_class_drop(labels, teacher_correct, student_correct)
+        guards.append(
+            Guard(
+                name="class drop",
+                value=drop,
+                limit=gate.max_class_drop,
+                passed=drop <= gate.max_class_drop,
+                detail=f"largest loss of accuracy in a class ({classes[worst]})",
+            )
+        )
+    failed = [guard for guard in guards if not guard.passed]
+    if failed:
+        reason = "; ".join(f"{guard.detail} is {guard.value:+.3f}, limit {guard.limit:+.3f}" for guard in failed)
+    else:
+        reason = f"gain {gain.value:+.3f}, lower bound {gain.low:+.3f} ≥ {gate.min_gain:+.3f}"
+    return Verdict(
+        generation=generation,
+        teacher=teacher,
+        student=student,
+        images=int(labels.size),
+        teacher_top1=float(teacher_correct.mean()),
+        student_top1=float(student_correct.mean()),
+        gain=gain.value,
+        gain_low=gain.low,
+        gain_high=gain.high,
+        level=gate.level,
+        guards=tuple(guards),
+        promoted=not failed,
+        reason=reason,
+    )

@@ -1,0 +1,55 @@
+"""Evaluation: how one model does on one dataset, with a row for each image so that two models can be compared in pairs.
+
+    evaluation.json         totals, per class, confusion; written last
+    predictions.parquet     key string, label uint16, predicted uint16, confidence float32, rank uint16 (0: label on top)
+"""
+
+from functools import cached_property
+from typing import Literal
+
+import pyarrow as pa
+
+from ns.digest import digest
+from ns.document import Document
+
+MANIFEST = "evaluation.json"
+PREDICTIONS = "predictions.parquet"
+
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("label", pa.uint16()),
+        ("predicted", pa.uint16()),
+        ("confidence", pa.float32()),
+        ("rank", pa.uint16()),
+    ]
+)
+
+
+class Evaluation(Document):
+    format: Literal[1] = 1
+    model: str
+    """Digest."""
+    dataset: str
+    """Digest."""
+    classes: tuple[str, ...]
+    images: int
+    unreadable: int
+    """Images of the dataset that could not be decoded; they count as wrong in no number."""
+    top1: float
+    top5: float
+    """Shares in 0–1."""
+    confusion: tuple[tuple[int, ...], ...]
+    """[label][predicted], images."""
+    predictions_sha256: str
+
+    @cached_property
+    def digest(self) -> str:
+        return digest(self.model_dump(mode="json"))
+
+    @property
+    def class_accuracy(self) -> list[float | None]:
+        """Share of each class that is right, None for a class without images."""
+        return [
+            row[index] / total if (total := sum(row)) else None for index, row in enumerate(self.confusion)
+        ]

@@ -1,0 +1,162 @@
+"""LabelSet: what one teacher says about every image of one dataset. Immutable; another threshold is another Selection.
+
+    labelset.json            digests, shards, classes; written last
+    histogram.parquet        class uint16, bin uint16, count uint64: confidences by predicted class, 1,000 bins; zeros left out
+    shard-00000.json         one shard's facts, written after its rows: a shard without it is not labelled
+    shard-00000.parquet …    the rows, same order and keys as the dataset's tar
+"""
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ns.digest import digest, sha256_bytes
+from ns.document import Document
+from ns.errors import DataError
+from ns.store import Store
+
+MANIFEST = "labelset.json"
+HISTOGRAM = "histogram.parquet"
+BINS = 1000
+
+
+def row_schema(top_k: int) -> pa.Schema:
+    """Rows of a label shard. An image that could not be read has nulls, and the reason in `error`."""
+    return pa.schema(
+        [
+            ("key", pa.string()),
+            ("confidence", pa.float32()),
+            ("top_class", pa.list_(pa.uint16(), top_k)),
+            ("top_prob", pa.list_(pa.float16(), top_k)),
+            ("error", pa.string()),
+        ]
+    )
+
+
+class LabelShard(Document):
+    """One labelled shard."""
+
+    name: str
+    """Of the Parquet file."""
+    source: str
+    """sha256 of the dataset's tar shard."""
+    rows: int
+    unreadable: int
+    bytes: int
+    sha256: str
+
+
+class LabelSet(Document):
+    format: Literal[1] = 1
+    dataset: str
+    """Digest of the labelled dataset."""
+    teacher: str
+    """Digest of the teacher."""
+    code: str
+    """Digest of the labelling code."""
+    classes: tuple[str, ...]
+    top_k: int
+    """Classes kept per image; the rest of the mass is spread evenly over the others."""
+    shards: tuple[LabelShard, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        return digest(self.model_dump(mode="json"))
+
+    @property
+    def rows(self) -> int:
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def unreadable(self) -> int:
+        return sum(shard.unreadable for shard in self.shards)
+
+
+class Rows:
+    """The rows of one label shard as arrays. Unreadable images have confidence NaN."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.keys: list[str] = table["key"].to_pylist()
+        self.confidence: npt.NDArray[np.float32] = table["confidence"].to_numpy(zero_copy_only=False).astype(np.float32)
+        k = table.schema.field("top_class").type.list_size
+        # fill_null first: a null list has no slots of its own in the flattened values of some writers.
+        self.top_class: npt.NDArray[np.uint16] = _fixed(table["top_class"], k, np.uint16)
+        self.top_prob: npt.NDArray[np.float16] = _fixed(table["top_prob"], k, np.float16)
+
+    @property
+    def readable(self) -> npt.NDArray[np.bool_]:
+        return ~np.isnan(self.confidence)
+
+
+def read_rows(folder: Store, shard: LabelShard) -> Rows:
+    """Reads and checks one label shard. Raises DataError when its bytes are not the recorded ones."""
+    data = folder.get(shard.name)
+    if sha256_bytes(data) != shard.sha256:
+        raise DataError(f"{folder.uri}/{shard.name}: sha256 differs from labelset.json; label the pool again")
+    rows = Rows(pq.read_table(pa.BufferReader(data)))
+    if len(rows.keys) != shard.rows:
+        raise DataError(f"{folder.uri}/{shard.name}: {len(rows.keys)} rows, labelset.json says {shard.rows}")
+    return rows
+
+
+def all_rows(folder: Store, labels: LabelSet) -> Iterator[Rows]:
+    """Shard by shard, in the dataset's order."""
+    for shard in labels.shards:
+        yield read_rows(folder, shard)
+
+
+def dense(rows: Rows, classes: int) -> npt.NDArray[np.float32]:
+    """Probabilities float32 [N, classes], each row summing to 1: the kept classes, and the rest of the mass spread evenly.
+
+    Unreadable rows are all NaN.
+    """
+    top_prob = rows.top_prob.astype(np.float32)
+    count, k = top_prob.shape
+    if k >= classes:
+        full = np.zeros((count, classes), np.float32)
+    else:
+        tail = np.clip(1 - top_prob.sum(1, keepdims=True), 0, 1) / (classes - k)
+        full = np.repeat(tail, classes, axis=1).astype(np.float32)
+    np.put_along_axis(full, rows.top_class.astype(np.int64), top_prob, axis=1)
+    full /= full.sum(1, keepdims=True)
+    return full
+
+
+def histogram(predicted: npt.NDArray[np.uint16], confidence: npt.NDArray[np.float32], classes: int) -> npt.NDArray[np.uint64]:
+    """Counts uint64 [classes, BINS] of confidences in [0, 1]; bin b holds [b, b + 1) / BINS, the last one 1 too."""
+    bins = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
+    flat = np.bincount(predicted.astype(np.int64) * BINS + bins, minlength=classes * BINS)
+    return flat.reshape(classes, BINS).astype(np.uint64)
+
+
+def histogram_table(counts: npt.NDArray[np.uint64]) -> pa.Table:
+    label, bin_ = np.nonzero(counts)
+    return pa.table(
+        {
+            "class": pa.array(label.astype(np.uint16)),
+            "bin": pa.array(bin_.astype(np.uint16)),
+            "count": pa.array(counts[label, bin_]),
+        }
+    )
+
+
+def read_histogram(folder: Store, classes: int) -> npt.NDArray[np.uint64]:
+    """Counts uint64 [classes, BINS]."""
+    table = pq.read_table(pa.BufferReader(folder.get(HISTOGRAM)))
+    counts = np.zeros((classes, BINS), np.uint64)
+    counts[table["class"].to_numpy(), table["bin"].to_numpy()] = table["count"].to_numpy()
+    return counts
+
+
+def _fixed(column: pa.ChunkedArray, k: int, dtype: type) -> npt.NDArray[np.generic]:
+    array = column.combine_chunks()
+    values = np.zeros((len(array), k), dtype)
+    valid = array.is_valid().to_numpy(zero_copy_only=False)
+    # flatten() leaves out null lists, whatever lies under them.
+    values[valid] = array.flatten().to_numpy(zero_copy_only=False).reshape(-1, k)
+    return values

@@ -1,0 +1,245 @@
+"""Runs: which steps each took, what each gave, and how it ended.
+
+    ROOT/store/runs/RUN.json      when it was started, and its state; kept by the client that drives the run
+    ROOT/RUN/config.yaml          the experiment, every field
+    ROOT/RUN/steps/G-STEP.json    one note for each step of generation G (0 is before the first); written when it is done
+    ROOT/RUN/report.html          written by the last step
+
+Everything heavy lives in `ROOT/store/` and is shared by runs; a note points there.
+"""
+
+from datetime import UTC, datetime
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from ns import config
+from ns.config import Experiment
+from ns.digest import digest
+from ns.document import Document
+from ns.errors import DataError, RunError, StoreError
+from ns.evaluate.gate import Verdict
+from ns.evaluate.result import Evaluation
+from ns.label.labelset import LabelSet
+from ns.label.selection import Selection
+from ns.store import Store
+
+RECORDS = "store/runs/"
+CONFIG = "config.yaml"
+REPORT = "report.html"
+
+State = Literal["running", "succeeded", "failed", "interrupted"]
+
+
+class Record(Document):
+    """How a run stands."""
+
+    run: str
+    config_digest: str
+    state: State
+    started_at: str
+    finished_at: str | None = None
+    error: str | None = None
+    version: str
+    """Of this package."""
+
+
+class Note(Document):
+    """One finished step of a run."""
+
+    generation: int
+    step: str
+    """Name of the step; labelling tasks add their shard range."""
+    outputs: dict[str, str]
+    """Name → key below the root."""
+    seconds: float
+    """Wall time that the work took, whichever run did it."""
+    reused: bool
+    """Whether the work had been done before."""
+    finished_at: str
+
+
+class Generation(BaseModel):
+    """One trip round the loop, in numbers."""
+
+    model_config = ConfigDict(frozen=True)
+
+    generation: int
+    model: str
+    """The student, as a key below the root."""
+    teacher_top1: float
+    student_top1: float
+    gain: float
+    """student_top1 − teacher_top1, on the same held-out images."""
+    gain_low: float
+    gain_high: float
+    """Two-sided bootstrap interval of the gain, at the gate's level."""
+    labelled: int
+    """Images in the pool that the teacher labelled."""
+    kept: int
+    """Distinct images that the selection kept."""
+    label_set: str
+    """Digest."""
+    verdict: Literal["promoted", "refused"]
+    reason: str
+    seconds: float
+    """Work in this generation; parallel tasks add up."""
+
+
+class Summary(BaseModel):
+    """A run at a glance: what `ns runs show --json` prints."""
+
+    model_config = ConfigDict(frozen=True)
+
+    run: str
+    state: State
+    error: str | None
+    config_digest: str
+    started_at: str
+    finished_at: str | None
+    teacher_top1: float | None
+    """Of the first teacher, once it is evaluated."""
+    generations: list[Generation]
+    best_model: str | None
+    """The last accepted model, as a key below the root."""
+    best_top1: float | None
+    label_sets: list[str]
+    """Digests, by generation."""
+    report: str | None
+    """URI of the report, once written."""
+    steps: list[Note]
+
+
+def name_of(experiment: Experiment) -> str:
+    """The name of the run of an experiment: the same command finds the same run again."""
+    return f"{experiment.name}-{digest(experiment.model_dump(mode='json'))[:8]}"
+
+
+def start(root: Store, run: str, experiment: Experiment, version: str) -> Record:
+    """Opens a run, or opens it again. Raises RunError if the run exists with another configuration."""
+    config_digest = digest(experiment.model_dump(mode="json"))
+    started_at = _now()
+    if root.exists(_record(run)):
+        known = Record.read(root, _record(run))
+        if known.config_digest != config_digest:
+            raise RunError(
+                f"run {run}: was started with another configuration ({root.at(run).uri}/{CONFIG}); "
+                "choose another --run name, or leave it out"
+            )
+        started_at = known.started_at
+    root.at(run).put(CONFIG, config.dump(experiment).encode())
+    record = Record(run=run, config_digest=config_digest, state="running", started_at=started_at, version=version)
+    record.write(root, _record(run))
+    return record
+
+
+def finish(root: Store, run: str, state: State, error: str | None = None) -> None:
+    record = Record.read(root, _record(run))
+    record.model_copy(update={"state": state, "error": error, "finished_at": _now()}).write(root, _record(run))
+
+
+def note(
+    root: Store, run: str, generation: int, step: str, outputs: dict[str, str], seconds: float, *, reused: bool
+) -> None:
+    """Writes a step's note into the run."""
+    document = Note(
+        generation=generation, step=step, outputs=outputs, seconds=seconds, reused=reused, finished_at=_now()
+    )
+    document.write(root.at(run), f"steps/{generation}-{step}.json")
+
+
+def notes(root: Store, run: str) -> list[Note]:
+    """Notes of all finished steps, in the order in which they finished."""
+    folder = root.at(run)
+    found = [Note.read(folder, key) for key in folder.list("steps/") if key.endswith(".json")]
+    return sorted(found, key=lambda note: (note.generation, note.finished_at, note.step))
+
+
+def listed(root: Store) -> list[Record]:
+    """All runs below a root, the latest last."""
+    records = (Record.read(root, key) for key in root.list(RECORDS))
+    return sorted(records, key=lambda record: record.started_at)
+
+
+def find(root: Store, run: str = "latest") -> str:
+    """The full name of a run, given its name, an unambiguous beginning of it, or `latest`.
+
+    Raises RunError listing what there is.
+    """
+    names = [record.run for record in listed(root)]
+    if not names:
+        raise RunError(f"{root.uri}: no runs here; start one with `ns run`, or name another place with --root")
+    if run == "latest":
+        return names[-1]
+    matching = [name for name in names if name == run] or [name for name in names if name.startswith(run)]
+    if len(matching) != 1:
+        problem = f"is one of {', '.join(matching)}" if matching else "does not exist"
+        raise RunError(f"run {run}: {problem}; runs in {root.uri}: {', '.join(names)}")
+    return matching[0]
+
+
+def summarise(root: Store, run: str) -> Summary:
+    """Reads a run's notes and what they point to."""
+    folder = root.at(run)
+    try:
+        record = Record.read(root, _record(run))
+    except StoreError as error:
+        raise RunError(f"run {run}: does not exist in {root.uri}") from error
+    steps = notes(root, run)
+    generations = [_generation(root, steps, note) for note in steps if note.step == "gate"]
+    teacher = next((note for note in steps if note.generation == 0 and note.step == "train"), None)
+    first = next((note for note in steps if note.generation == 0 and note.step == "evaluate"), None)
+    teacher_top1 = Evaluation.read(root, first.outputs["evaluation"]).top1 if first else None
+    best_model = teacher.outputs["model"].rpartition("/")[0] if teacher else None
+    best_top1 = teacher_top1
+    for generation in generations:
+        if generation.verdict == "promoted":
+            best_model, best_top1 = generation.model, generation.student_top1
+    return Summary(
+        run=run,
+        state=record.state,
+        error=record.error,
+        config_digest=record.config_digest,
+        started_at=record.started_at,
+        finished_at=record.finished_at,
+        teacher_top1=teacher_top1,
+        generations=generations,
+        best_model=best_model,
+        best_top1=best_top1,
+        label_sets=[generation.label_set for generation in generations],
+        report=f"{folder.uri}/{REPORT}" if folder.exists(REPORT) else None,
+        steps=steps,
+    )
+
+
+def _generation(root: Store, steps: list[Note], gate: Note) -> Generation:
+    verdict = Verdict.read(root, gate.outputs["verdict"])
+    own = [note for note in steps if note.generation == gate.generation]
+    commit = next((note for note in own if note.step == "commit-labels"), None)
+    if commit is None:
+        raise DataError(f"generation {gate.generation}: has a verdict but no note of commit-labels in {root.uri}")
+    labels = LabelSet.read(root, commit.outputs["labels"])
+    selection = Selection.read(root, commit.outputs["selection"])
+    return Generation(
+        generation=gate.generation,
+        model=verdict.student,
+        teacher_top1=verdict.teacher_top1,
+        student_top1=verdict.student_top1,
+        gain=verdict.gain,
+        gain_low=verdict.gain_low,
+        gain_high=verdict.gain_high,
+        labelled=labels.rows,
+        kept=selection.kept,
+        label_set=labels.digest,
+        verdict="promoted" if verdict.promoted else "refused",
+        reason=verdict.reason,
+        seconds=sum(note.seconds for note in own),
+    )
+
+
+def _record(run: str) -> str:
+    return f"{RECORDS}{run}.json"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
