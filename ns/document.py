@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ns.digest import digest
 from ns.errors import DataError
 from ns.store import Store
 
@@ -33,9 +35,35 @@ class Document(BaseModel):
             field = ".".join(str(part) for part in first["loc"]) or "document"
             raise DataError(f"{place}: {field}: {first['msg']} (got {first['input']!r:.80})") from error
 
-    def write(self, folder: Store, key: str, **derived: Any) -> None:
-        """Writes the document, with `derived` fields (digests) that a reader may check but `parse` does not take."""
-        folder.put(key, pretty({**self.model_dump(mode="json"), **derived}))
+    def write(self, folder: Store, key: str) -> None:
+        folder.put(key, pretty(self.model_dump(mode="json")))
+
+
+class Identified(Document):
+    """A document with an identity, which is written beside its fields and checked when it is read."""
+
+    def identity(self) -> Any:
+        """The JSON value that the digest is taken of: what the document says, without names and places."""
+        return self.model_dump(mode="json")
+
+    @cached_property
+    def digest(self) -> str:
+        return digest(self.identity())
+
+    @classmethod
+    def check(cls, fields: Mapping[str, Any], place: str) -> Self:
+        own = dict(fields)
+        recorded = own.pop("digest", None)
+        document = super().check(own, place)
+        if recorded != document.digest:
+            raise DataError(
+                f"{place}: digest: {recorded!r} is not that of the content, {document.digest!r}: "
+                "the file was edited or damaged; make it again"
+            )
+        return document
+
+    def write(self, folder: Store, key: str) -> None:
+        folder.put(key, pretty({**self.model_dump(mode="json"), "digest": self.digest}))
 
 
 def parse_object(data: bytes, place: str) -> dict[str, Any]:

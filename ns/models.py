@@ -1,6 +1,5 @@
 """Networks from timm, and models on disk: `model.json` beside `model.safetensors`. No pickle is ever read."""
 
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -10,8 +9,8 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from ns.config import Experiment, ModelConfig, NoiseConfig, RoleConfig
-from ns.digest import digest, sha256_bytes
-from ns.document import Document, parse_object, pretty
+from ns.digest import sha256_bytes
+from ns.document import Document, Identified, pretty
 from ns.errors import ConfigError, DataError
 from ns.store import Store
 
@@ -34,7 +33,7 @@ class Lineage(Document):
     selection: str | None = None
 
 
-class ModelCard(Document):
+class ModelCard(Identified):
     """`model.json`: everything needed to build the network and to feed it."""
 
     format: Literal[1] = 1
@@ -50,10 +49,6 @@ class ModelCard(Document):
     lineage: Lineage
     weights_sha256: str
     """Of `model.safetensors`: the averaged (EMA) weights."""
-
-    @cached_property
-    def digest(self) -> str:
-        return digest(self.model_dump(mode="json"))
 
 
 def build(config: ModelConfig, noise: NoiseConfig, outputs: int) -> nn.Module:
@@ -143,19 +138,12 @@ def save(
     card = ModelCard(weights_sha256=sha256_bytes(weights), **card_fields)
     folder.put(WEIGHTS, weights)
     folder.put(HISTORY, pretty(history))
-    card.write(folder, MANIFEST, digest=card.digest)
+    card.write(folder, MANIFEST)
     return card
 
 
 def load_card(folder: Store) -> ModelCard:
-    """Raises DataError if the card is damaged or was edited."""
-    place = f"{folder.uri}/{MANIFEST}"
-    fields = parse_object(folder.get(MANIFEST), place)
-    recorded = fields.pop("digest", None)
-    card = ModelCard.check(fields, place)
-    if recorded != card.digest:
-        raise DataError(f"{place}: digest: {recorded!r} does not match the card's content ({card.digest})")
-    return card
+    return ModelCard.read(folder, MANIFEST)
 
 
 def load_weights(folder: Store, card: ModelCard) -> dict[str, Tensor]:

@@ -4,13 +4,11 @@
     shard-00000.tar …     WebDataset layout: KEY.jpg|png|webp, and KEY.cls (class index as text) where labelled
 """
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field
 
-from ns.digest import digest
-from ns.document import Document, parse_object
-from ns.errors import DataError
+from ns.document import Document, Identified
 from ns.store import Store
 
 MANIFEST = "dataset.json"
@@ -25,7 +23,7 @@ class Shard(Document):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-class Dataset(Document):
+class Dataset(Identified):
     format: Literal[1] = 1
     name: str
     role: Role
@@ -43,30 +41,17 @@ class Dataset(Document):
     def bytes(self) -> int:
         return sum(shard.bytes for shard in self.shards)
 
-    @property
-    def digest(self) -> str:
-        """Identity of the content: classes and shard bytes, in order. The name and the place do not matter."""
-        return digest(
-            {
-                "classes": list(self.classes),
-                "role": self.role,
-                "shards": [[shard.sha256, shard.samples] for shard in self.shards],
-            }
-        )
+    def identity(self) -> Any:
+        return {
+            "classes": list(self.classes),
+            "role": self.role,
+            "shards": [[shard.sha256, shard.samples] for shard in self.shards],
+        }
 
     def save(self, folder: Store) -> None:
-        self.write(folder, MANIFEST, digest=self.digest)
+        self.write(folder, MANIFEST)
 
     @classmethod
     def load(cls, folder: Store) -> Self:
         """Reads and checks `dataset.json`. Raises DataError naming the field that is wrong."""
-        place = f"{folder.uri}/{MANIFEST}"
-        fields = parse_object(folder.get(MANIFEST), place)
-        recorded = fields.pop("digest", None)
-        dataset = cls.check(fields, place)
-        if recorded != dataset.digest:
-            raise DataError(
-                f"{place}: digest: {recorded!r} does not match the manifest's content ({dataset.digest}); "
-                "the file was edited or damaged: import the data again"
-            )
-        return dataset
+        return cls.read(folder, MANIFEST)

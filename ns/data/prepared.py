@@ -1,10 +1,9 @@
 """Prepared data: the three datasets of an experiment, found or imported, with their identities."""
 
-from functools import cached_property
+from typing import Any
 
 from ns.data.dataset import Dataset
-from ns.digest import digest
-from ns.document import Document
+from ns.document import Document, Identified
 from ns.errors import DataError
 from ns.store import Store
 
@@ -31,11 +30,10 @@ class Source(Document):
         return folder, dataset
 
 
-class Prepared(Document):
+class Prepared(Identified):
     labelled: Source
     pool: Source
     heldout: Source
 
-    @cached_property
-    def digest(self) -> str:
-        return digest({part: source.dataset for part, source in self})
+    def identity(self) -> Any:
+        return {part: source.dataset for part, source in self}

@@ -4,13 +4,11 @@
     predictions.parquet     key string, label uint16, predicted uint16, confidence float32, rank uint16 (0: label on top)
 """
 
-from functools import cached_property
 from typing import Literal
 
 import pyarrow as pa
 
-from ns.digest import digest
-from ns.document import Document
+from ns.document import Identified
 
 MANIFEST = "evaluation.json"
 PREDICTIONS = "predictions.parquet"
@@ -26,7 +24,7 @@ SCHEMA = pa.schema(
 )
 
 
-class Evaluation(Document):
+class Evaluation(Identified):
     format: Literal[1] = 1
     model: str
     """Digest."""
@@ -42,10 +40,6 @@ class Evaluation(Document):
     confusion: tuple[tuple[int, ...], ...]
     """[label][predicted], images."""
     predictions_sha256: str
-
-    @cached_property
-    def digest(self) -> str:
-        return digest(self.model_dump(mode="json"))
 
     @property
     def class_accuracy(self) -> list[float | None]:

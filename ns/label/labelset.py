@@ -7,7 +7,6 @@
 """
 
 from collections.abc import Iterator
-from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -15,8 +14,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ns.digest import digest, sha256_bytes
-from ns.document import Document
+from ns.digest import sha256_bytes
+from ns.document import Document, Identified
 from ns.errors import DataError
 from ns.store import Store
 
@@ -51,7 +50,7 @@ class LabelShard(Document):
     sha256: str
 
 
-class LabelSet(Document):
+class LabelSet(Identified):
     format: Literal[1] = 1
     dataset: str
     """Digest of the labelled dataset."""
@@ -63,10 +62,6 @@ class LabelSet(Document):
     top_k: int
     """Classes kept per image; the rest of the mass is spread evenly over the others."""
     shards: tuple[LabelShard, ...]
-
-    @cached_property
-    def digest(self) -> str:
-        return digest(self.model_dump(mode="json"))
 
     @property
     def rows(self) -> int:

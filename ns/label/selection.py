@@ -7,15 +7,13 @@ class, from which the copies of any row follow; no image is ever copied.
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from ns.config import SelectionConfig
-from ns.digest import digest
-from ns.document import Document
+from ns.document import Document, Identified
 from ns.label.labelset import Rows
 
 MANIFEST = "selection.json"
@@ -46,7 +44,7 @@ class ClassRule(Document):
     """Images up to here in the ranking are seen once more; None if there are none."""
 
 
-class Selection(Document):
+class Selection(Identified):
     format: Literal[1] = 1
     policy: SelectionConfig
     seed: int
@@ -60,9 +58,8 @@ class Selection(Document):
     """Images at or below the threshold."""
     unreadable: int
 
-    @cached_property
-    def digest(self) -> str:
-        return digest(self.model_dump(mode="json", exclude={"labels"}))
+    def identity(self) -> Any:
+        return self.model_dump(mode="json", exclude={"labels"})
 
     @property
     def kept(self) -> int:
