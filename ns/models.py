@@ -1,6 +1,6 @@
-"""Networks from timm, and models on disk: `model.json` beside `model.safetensors`. No pickle is ever read."""
+"""Networks from timm, and their weights as safetensors. No pickle is ever read."""
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -8,47 +8,12 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from ns.card import HISTORY, MANIFEST, WEIGHTS, ModelCard
 from ns.config import Experiment, ModelConfig, NoiseConfig, RoleConfig
 from ns.digest import sha256_bytes
-from ns.document import Document, Identified, pretty
+from ns.document import pretty
 from ns.errors import ConfigError, DataError
 from ns.store import Store
-
-MANIFEST = "model.json"
-WEIGHTS = "model.safetensors"
-HISTORY = "history.json"
-
-# ImageNet's, as timm and the paper's code have them; on uint8 scaled to 0–1.
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
-
-
-class Lineage(Document):
-    """Digests of what a model was made from."""
-
-    config: str
-    labelled: str
-    teacher: str | None = None
-    label_set: str | None = None
-    selection: str | None = None
-
-
-class ModelCard(Identified):
-    """`model.json`: everything needed to build the network and to feed it."""
-
-    format: Literal[1] = 1
-    generation: int
-    """0 for the first teacher, g for the student of generation g."""
-    model: ModelConfig
-    noise: NoiseConfig
-    classes: tuple[str, ...]
-    mean: tuple[float, float, float] = MEAN
-    std: tuple[float, float, float] = STD
-    parameters: int
-    steps: int
-    lineage: Lineage
-    weights_sha256: str
-    """Of `model.safetensors`: the averaged (EMA) weights."""
 
 
 def build(config: ModelConfig, noise: NoiseConfig, outputs: int) -> nn.Module:
@@ -142,10 +107,6 @@ def save(
     return card
 
 
-def load_card(folder: Store) -> ModelCard:
-    return ModelCard.read(folder, MANIFEST)
-
-
 def load_weights(folder: Store, card: ModelCard) -> dict[str, Tensor]:
     """The averaged weights, on the CPU. Raises DataError if their bytes are not the card's."""
     data = folder.get(WEIGHTS)
@@ -159,7 +120,7 @@ def load_weights(folder: Store, card: ModelCard) -> dict[str, Tensor]:
 
 def load(folder: Store) -> tuple[nn.Module, ModelCard]:
     """A model for inference: averaged weights, evaluation mode, no noise."""
-    card = load_card(folder)
+    card = ModelCard.read(folder, MANIFEST)
     network = build(card.model, card.noise, len(card.classes))
     network.load_state_dict(load_weights(folder, card))
     return network.eval(), card

@@ -141,11 +141,14 @@ def finish(root: Store, run: str, state: State, error: str | None = None) -> Non
 def note(
     root: Store, run: str, generation: int, step: str, outputs: dict[str, str], seconds: float, *, reused: bool
 ) -> None:
-    """Writes a step's note into the run."""
+    """Writes a step's note into the run. Work that this run did before and finds again keeps its first note."""
+    key = f"{run}/steps/{generation}-{step}.json"
+    if reused and root.exists(key) and Note.read(root, key).outputs == outputs:
+        return
     document = Note(
         generation=generation, step=step, outputs=outputs, seconds=seconds, reused=reused, finished_at=_now()
     )
-    document.write(root.at(run), f"steps/{generation}-{step}.json")
+    document.write(root, key)
 
 
 def notes(root: Store, run: str) -> list[Note]:

@@ -2,54 +2,399 @@
 
 Values that pass between steps are short strings: keys below the root, never bytes. `config_uri` names the experiment's YAML,
 `root` the store's URI that holds everything, `run` the folder for this run's notes.
+
+Heavy libraries are imported inside the steps that need them: half of the steps are done before torch would be loaded.
 """
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from ns import config, log, runs
+from ns.card import MANIFEST as CARD
+from ns.card import ModelCard
+from ns.config import Experiment, RoleConfig
+from ns.data.dataset import Dataset
+from ns.data.prepared import MANIFEST as PREPARED
+from ns.data.prepared import Prepared
+from ns.digest import code_digest, digest, short
+from ns.errors import DataError, NsError, TrainingError
+from ns.evaluate import gate as gates
+from ns.evaluate.result import MANIFEST as EVALUATION
+from ns.evaluate.result import Evaluation
+from ns.label.labelset import MANIFEST as LABEL_SET
+from ns.label.labelset import all_rows, join, marker
+from ns.label.selection import MANIFEST as SELECTION
+from ns.label.selection import Selection, select
+from ns.ledger import Entry, Ledger
+from ns.store import Store, open_store
+from ns.watch import die_with_client
 
 STOP = "stop"
 """What `resolve` answers when the loop is over."""
 
+# What a step's result depends on, so that changed code is never taken for done work.
+READING = ("data/dataset.py", "data/shards.py", "data/decode.py", "data/augment.py", "models.py")
+TRAINING = (*READING, "train", "data/stream.py", "data/randaugment.py", "label/targets.py", "label/selection.py")
+INFERENCE = (*READING, "inference.py")
+LABELLING = (*INFERENCE, "label/predict.py", "label/labelset.py")
+
 
 def prepare_data(config_uri: str, root: str, run: str) -> str:
-    """Finds or imports the three datasets. Returns the key of `prepared.json`."""
-    raise NotImplementedError
+    """Checks the experiment, finds or imports the three datasets. Returns the key of `prepared.json`."""
+    with _step("prepare-data", 0, config_uri, root, run) as step:
+        from ns.data.prepare import prepare
+
+        prepared, reused = prepare(step.experiment, step.root, step.ledger)
+        key = f"store/prepared/{short(prepared.digest)}/{PREPARED}"
+        prepared.write(step.root, key)
+        counts = {part: source.open(step.root)[1].samples for part, source in prepared}
+        step.done({"data": key}, reused=reused, **counts)
+        return key
 
 
 def train(
     config_uri: str, root: str, run: str, data: str, generation: int, teacher: str = "", labels: str = ""
 ) -> str:
-    """Trains the first teacher (generation 0) or a student on the selection `labels`. Returns the key of the model's folder."""
-    raise NotImplementedError
+    """Trains the first teacher (generation 0), or a student of `teacher` on the selection in `labels`.
+
+    Returns the key of the model's folder. Raises TrainingError when training cannot go on.
+    """
+    with _step("train", generation, config_uri, root, run) as step:
+        experiment = step.experiment
+        role = experiment.student(generation) if generation else experiment.teacher
+        prepared = Prepared.read(step.root, data)
+        selection = Selection.read(step.root, f"{labels}/{SELECTION}") if labels else None
+        inputs = {
+            "code": code_digest(*TRAINING),
+            "role": _training_slice(role),
+            "seed": _seed(experiment, generation),
+            "generation": generation,
+            "labelled": prepared.labelled.dataset,
+            "pool": prepared.pool.dataset if selection else None,
+            "selection": selection.digest if selection else None,
+            "teacher": _model_digest(step.root, teacher) if teacher else None,
+        }
+
+        key = step.ledger.key("train", inputs)
+        folder = f"store/models/{short(key)}"
+
+        def work() -> Mapping[str, str]:
+            from ns.train.student import train_and_save
+
+            train_and_save(
+                step.root.at(folder),
+                step.root.at(f"store/checkpoints/{short(key)}"),
+                step.root,
+                role,
+                prepared,
+                selection,
+                generation=generation,
+                seed=_seed(experiment, generation),
+                teacher=step.root.at(teacher) if teacher else None,
+                config_digest=digest(inputs["role"]),
+            )
+            return {"model": f"{folder}/{CARD}"}
+
+        step.once("train", inputs, work)
+        return folder
 
 
 def evaluate(config_uri: str, root: str, run: str, data: str, generation: int, model: str) -> str:
     """Evaluates a model on the held-out images. Returns the key of `evaluation.json`."""
-    raise NotImplementedError
+    with _step("evaluate", generation, config_uri, root, run) as step:
+        entry, reused = _evaluate(step, data, model)
+        evaluation = Evaluation.read(step.root, entry.outputs["evaluation"])
+        step.done(entry.outputs, reused=reused, seconds=entry.seconds, top1=evaluation.top1, images=evaluation.images)
+        return entry.outputs["evaluation"]
 
 
 def resolve(config_uri: str, root: str, run: str, data: str, generation: int, first_teacher: str) -> str:
-    """Says whether generation `generation` takes place: the key of its teacher, or STOP."""
-    raise NotImplementedError
+    """Says whether generation `generation` takes place: the key of its teacher, or STOP.
+
+    Raises TrainingError if the first teacher has learnt nothing: pseudo-labels of chance would only waste the student.
+    """
+    with _step("resolve", generation, config_uri, root, run, quiet=True) as step:
+        experiment = step.experiment
+        if generation > experiment.generations:
+            return STOP
+        if generation == 1:
+            _refuse_chance(step, data, first_teacher)
+            return first_teacher
+        teacher = first_teacher
+        for earlier in range(1, generation):
+            inputs = _generation_inputs(step, data, earlier, teacher)
+            entry = step.ledger.lookup("generation", step.ledger.key("generation", inputs))
+            if entry is None:
+                return STOP
+            verdict = gates.Verdict.read(step.root, entry.outputs["verdict"])
+            if not verdict.promoted:
+                return STOP
+            teacher = verdict.student
+        return teacher
 
 
 def plan_labels(config_uri: str, root: str, run: str, data: str, generation: int, teacher: str) -> list[str]:
     """Splits the pool into ranges of shards, `START-STOP` (half open), one per labelling task."""
-    raise NotImplementedError
+    with _step("plan-labels", generation, config_uri, root, run, quiet=True) as step:
+        _, pool = Prepared.read(step.root, data).pool.open(step.root)
+        shards = len(pool.shards)
+        tasks = min(step.experiment.labelling.tasks, shards)
+        bounds = [index * shards // tasks for index in range(tasks + 1)]
+        return [f"{start}-{stop}" for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
 
 
 def label_shards(config_uri: str, root: str, run: str, data: str, generation: int, teacher: str, shards: str) -> None:
-    """Labels one range of shards of the pool."""
-    raise NotImplementedError
+    """Labels one range of shards of the pool, leaving out shards that are done."""
+    with _step("label-shards", generation, config_uri, root, run, shards=shards) as step:
+        start, stop = (int(bound) for bound in shards.split("-"))
+        pool_folder, pool = Prepared.read(step.root, data).pool.open(step.root)
+        labels = step.root.at(_labels_folder(step, pool, teacher))
+        wanted = range(start, stop)
+        reused = all(labels.exists(marker(pool.shards[index].name)) for index in wanted)
+        labelled = 0
+        if not reused:
+            from ns.inference import Predictor
+            from ns.label import predict
+
+            predictor = Predictor(step.root.at(teacher), batch=step.experiment.labelling.batch)
+            labelled = predict.label_shards(
+                predictor, pool_folder, pool, labels, wanted, top_k=step.experiment.labelling.top_k
+            )
+        step.done({}, reused=reused, images=labelled)
 
 
 def commit_labels(config_uri: str, root: str, run: str, data: str, generation: int, teacher: str) -> str:
     """Joins the labelled shards into a label set and selects from it. Returns the key of the selection's folder."""
-    raise NotImplementedError
+    with _step("commit-labels", generation, config_uri, root, run) as step:
+        experiment = step.experiment
+        _, pool = Prepared.read(step.root, data).pool.open(step.root)
+        key = _labels_folder(step, pool, teacher)
+        folder = step.root.at(key)
+        card_digest = _model_digest(step.root, teacher)
+        classes = _classes(step.root, data)
+        label_set = join(
+            folder,
+            pool,
+            teacher=card_digest,
+            code=code_digest(*LABELLING),
+            classes=classes,
+            top_k=experiment.labelling.top_k,
+        )
+        label_set.write(folder, LABEL_SET)
+        inputs = {
+            "code": code_digest("label/selection.py", "label/labelset.py"),
+            "policy": experiment.selection.model_dump(mode="json"),
+            "seed": experiment.seed,
+            "label_set": label_set.digest,
+        }
+        target = f"store/selections/{short(step.ledger.key('select', inputs))}"
+
+        def work() -> Mapping[str, str]:
+            selection = select(
+                all_rows(folder, label_set),
+                len(classes),
+                experiment.selection,
+                seed=experiment.seed,
+                label_set=label_set.digest,
+                labels=key,
+            )
+            if selection.kept == 0:
+                raise DataError(
+                    f"generation {generation}: the teacher labelled no image with confidence above "
+                    f"selection.min_confidence = {experiment.selection.min_confidence}; lower it, or train a better teacher"
+                )
+            selection.write(step.root, f"{target}/{SELECTION}")
+            return {"labels": f"{key}/{LABEL_SET}", "selection": f"{target}/{SELECTION}"}
+
+        step.once("select", inputs, work)
+        selection = Selection.read(step.root, f"{target}/{SELECTION}")
+        step.say(labelled=label_set.rows, kept=selection.kept, images=selection.images)
+        return target
 
 
 def gate(config_uri: str, root: str, run: str, data: str, generation: int, teacher: str, student: str) -> str:
-    """Compares student and teacher and records the generation. Returns the key of `verdict.json`."""
-    raise NotImplementedError
+    """Compares student and teacher on the held-out images and records the generation. Returns the key of `verdict.json`."""
+    with _step("gate", generation, config_uri, root, run) as step:
+        experiment = step.experiment
+        from ns.evaluate.result import read_predictions
+
+        teacher_rows, student_rows = (read_predictions(*_evaluation(step, data, model)) for model in (teacher, student))
+        if teacher_rows["key"] != student_rows["key"]:
+            raise DataError("gate: teacher and student were evaluated on different images; run the evaluation again")
+        verdict = gates.judge(
+            experiment.gate,
+            generation=generation,
+            teacher=teacher,
+            student=student,
+            labels=teacher_rows["label"].to_numpy(),
+            teacher_correct=teacher_rows["rank"].to_numpy() == 0,
+            student_correct=student_rows["rank"].to_numpy() == 0,
+            classes=_classes(step.root, data),
+            seed=experiment.seed,
+        )
+        inputs = _generation_inputs(step, data, generation, teacher)
+        key = f"store/verdicts/{short(step.ledger.key('generation', inputs))}/{gates.MANIFEST}"
+        verdict.write(step.root, key)
+        step.ledger.record("generation", inputs, {"verdict": key}, 0.0)
+        step.done({"verdict": key}, reused=False, gain=verdict.gain, promoted=verdict.promoted, reason=verdict.reason)
+        return key
 
 
 def report(config_uri: str, root: str, run: str) -> str:
     """Writes the run's report. Returns its key."""
-    raise NotImplementedError
+    with _step("report", 0, config_uri, root, run, quiet=True) as step:
+        from ns.report import write
+
+        return write(step.root, run)
+
+
+@dataclass
+class _Step:
+    """What every step works with."""
+
+    name: str
+    generation: int
+    run: str
+    experiment: Experiment
+    root: Store
+    note: str
+    ledger: Ledger
+    started: float = field(default_factory=time.monotonic)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def once(self, step: str, inputs: Mapping[str, Any], work: Callable[[], Mapping[str, str]]) -> dict[str, str]:
+        """Does the work unless the ledger has it, and notes it in the run."""
+        entry, reused = self.ledger.once(step, inputs, work)
+        self.done(entry.outputs, reused=reused, seconds=entry.seconds)
+        return entry.outputs
+
+    def done(self, outputs: dict[str, str], *, reused: bool, seconds: float | None = None, **facts: Any) -> None:
+        """Notes the step in the run."""
+        spent = time.monotonic() - self.started if seconds is None else seconds
+        runs.note(self.root, self.run, self.generation, self.note, outputs, spent, reused=reused)
+        self.say(reused=reused, **facts)
+
+    def say(self, **facts: Any) -> None:
+        """Adds facts to the line that announces the end of the step."""
+        self.facts |= facts
+
+
+@contextmanager
+def _step(
+    name: str, generation: int, config_uri: str, root: str, run: str, *, shards: str = "", quiet: bool = False
+) -> Iterator[_Step]:
+    """Reads the experiment, announces begin and end, and gives every failure one line that says what to do."""
+    log.configure()
+    die_with_client()
+    with log.bound(step=name, generation=generation, **({"shards": shards} if shards else {})):
+        logger = log.get()
+        logger.info("started")
+        try:
+            store = open_store(root)
+            step = _Step(
+                name=name,
+                generation=generation,
+                run=run,
+                experiment=config.load(config_uri),
+                root=store,
+                note=f"{name}-{shards}" if shards else name,
+                ledger=Ledger(store),
+            )
+            yield step
+        except NsError as error:
+            logger.error("failed", error=str(error), exit_code=error.exit_code)
+            raise
+        except Exception as error:
+            logger.error("failed", error=f"{type(error).__name__}: {error}", exit_code=1)
+            raise
+        if quiet:
+            step.say(quiet=True)
+        logger.info("finished", seconds=round(time.monotonic() - step.started, 3), **step.facts)
+
+
+def _evaluate(step: _Step, data: str, model: str) -> tuple[Entry, bool]:
+    source = Prepared.read(step.root, data).heldout
+    inputs = {
+        "code": code_digest(*INFERENCE, "evaluate/accuracy.py", "evaluate/result.py"),
+        "model": _model_digest(step.root, model),
+        "dataset": source.dataset,
+    }
+    target = f"store/evaluations/{short(step.ledger.key('evaluate', inputs))}"
+
+    def work() -> Mapping[str, str]:
+        from ns.evaluate.accuracy import evaluate
+        from ns.inference import Predictor
+
+        folder, dataset = source.open(step.root)
+        predictor = Predictor(step.root.at(model), batch=step.experiment.labelling.batch)
+        evaluate(predictor, folder, dataset, step.root.at(target))
+        return {"evaluation": f"{target}/{EVALUATION}"}
+
+    return step.ledger.once("evaluate", inputs, work)
+
+
+def _evaluation(step: _Step, data: str, model: str) -> tuple[Store, Evaluation]:
+    entry, _ = _evaluate(step, data, model)
+    key = entry.outputs["evaluation"]
+    return step.root.at(key.rpartition("/")[0]), Evaluation.read(step.root, key)
+
+
+def _refuse_chance(step: _Step, data: str, teacher: str) -> None:
+    _, evaluation = _evaluation(step, data, teacher)
+    chance = 1 / len(evaluation.classes)
+    if evaluation.top1 <= chance:
+        raise TrainingError(
+            f"the first teacher's held-out top-1 is {evaluation.top1:.1%}, no better than chance ({chance:.1%}): "
+            "its pseudo-labels would be noise; train it longer (teacher.train.epochs), or check data.labelled"
+        )
+
+
+def _generation_inputs(step: _Step, data: str, generation: int, teacher: str) -> dict[str, Any]:
+    """What the outcome of a generation depends on: the same teacher, data and settings need no second trip."""
+    experiment = step.experiment
+    return {
+        "code": code_digest(*TRAINING, *LABELLING, "evaluate"),
+        "data": Prepared.read(step.root, data).digest,
+        "generation": generation,
+        "teacher": _model_digest(step.root, teacher),
+        "student": _training_slice(experiment.student(generation)),
+        "seed": experiment.seed,
+        "labelling": experiment.labelling.model_dump(mode="json", exclude={"tasks"}),
+        "selection": experiment.selection.model_dump(mode="json"),
+        "gate": experiment.gate.model_dump(mode="json"),
+    }
+
+
+def _labels_folder(step: _Step, pool: Dataset, teacher: str) -> str:
+    """The folder of a teacher's labels for the pool: shards that are there are done, whoever labelled them."""
+    inputs = {
+        "code": code_digest(*LABELLING),
+        "dataset": pool.digest,
+        "teacher": _model_digest(step.root, teacher),
+        **step.experiment.labelling.model_dump(mode="json", exclude={"tasks"}),
+    }
+    return f"store/labels/{short(step.ledger.key('label', inputs))}"
+
+
+def _training_slice(role: RoleConfig) -> dict[str, Any]:
+    """A role without what changes how fast it trains, but not what comes out."""
+    fields = role.model_dump(mode="json")
+    for name in ("checkpoint_seconds", "loader_workers"):
+        del fields["train"][name]
+    return fields
+
+
+def _seed(experiment: Experiment, generation: int) -> int:
+    """Each training has its own draws of weights, order and noise."""
+    return experiment.seed * 64 + generation
+
+
+def _model_digest(root: Store, model: str) -> str:
+    return ModelCard.read(root.at(model), CARD).digest
+
+
+def _classes(root: Store, data: str) -> tuple[str, ...]:
+    return Prepared.read(root, data).labelled.open(root)[1].classes

@@ -7,8 +7,12 @@
 from typing import Literal
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
+from ns.digest import sha256_bytes
 from ns.document import Identified
+from ns.errors import DataError
+from ns.store import Store
 
 MANIFEST = "evaluation.json"
 PREDICTIONS = "predictions.parquet"
@@ -47,3 +51,11 @@ class Evaluation(Identified):
         return [
             row[index] / total if (total := sum(row)) else None for index, row in enumerate(self.confusion)
         ]
+
+
+def read_predictions(folder: Store, evaluation: Evaluation) -> pa.Table:
+    """The rows of an evaluation. Raises DataError when they are not the recorded ones."""
+    data = folder.get(PREDICTIONS)
+    if sha256_bytes(data) != evaluation.predictions_sha256:
+        raise DataError(f"{folder.uri}/{PREDICTIONS}: sha256 differs from {MANIFEST}; evaluate again")
+    return pq.read_table(pa.BufferReader(data))

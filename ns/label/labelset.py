@@ -6,6 +6,7 @@
     shard-00000.parquet …    the rows, same order and keys as the dataset's tar
 """
 
+import io
 from collections.abc import Iterator
 from typing import Literal
 
@@ -14,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ns.data.dataset import Dataset
 from ns.digest import sha256_bytes
 from ns.document import Document, Identified
 from ns.errors import DataError
@@ -22,6 +24,9 @@ from ns.store import Store
 MANIFEST = "labelset.json"
 HISTOGRAM = "histogram.parquet"
 BINS = 1000
+
+DENSE_CLASSES = 100
+"""With at most so many classes all probabilities are kept."""
 
 
 def row_schema(top_k: int) -> pa.Schema:
@@ -72,6 +77,16 @@ class LabelSet(Identified):
         return sum(shard.unreadable for shard in self.shards)
 
 
+def kept_classes(classes: int, top_k: int) -> int:
+    """Classes kept per image."""
+    return classes if classes <= DENSE_CLASSES else min(top_k, classes)
+
+
+def marker(source: str) -> str:
+    """Key of the facts of a labelled shard, from the name of the tar: `shard-00000.tar` → `shard-00000.json`."""
+    return source.removesuffix(".tar") + ".json"
+
+
 class Rows:
     """The rows of one label shard as arrays. Unreadable images have confidence NaN."""
 
@@ -79,7 +94,6 @@ class Rows:
         self.keys: list[str] = table["key"].to_pylist()
         self.confidence: npt.NDArray[np.float32] = table["confidence"].to_numpy(zero_copy_only=False).astype(np.float32)
         k = table.schema.field("top_class").type.list_size
-        # fill_null first: a null list has no slots of its own in the flattened values of some writers.
         self.top_class: npt.NDArray[np.uint16] = _fixed(table["top_class"], k, np.uint16)
         self.top_prob: npt.NDArray[np.float16] = _fixed(table["top_prob"], k, np.float16)
 
@@ -146,6 +160,27 @@ def read_histogram(folder: Store, classes: int) -> npt.NDArray[np.uint64]:
     counts = np.zeros((classes, BINS), np.uint64)
     counts[table["class"].to_numpy(), table["bin"].to_numpy()] = table["count"].to_numpy()
     return counts
+
+
+def join(labels: Store, pool: Dataset, *, teacher: str, code: str, classes: tuple[str, ...], top_k: int) -> LabelSet:
+    """Joins labelled shards into a label set. Raises StoreError naming the shard that is not labelled yet."""
+    label_set = LabelSet(
+        dataset=pool.digest,
+        teacher=teacher,
+        code=code,
+        classes=classes,
+        top_k=kept_classes(len(classes), top_k),
+        shards=tuple(LabelShard.read(labels, marker(shard.name)) for shard in pool.shards),
+    )
+    counts: npt.NDArray[np.uint64] = np.zeros((0, 0), np.uint64)
+    for rows in all_rows(labels, label_set):
+        readable = rows.readable
+        own = histogram(rows.top_class[readable, 0], rows.confidence[readable], len(classes))
+        counts = own if counts.size == 0 else counts + own
+    sink = io.BytesIO()
+    pq.write_table(histogram_table(counts), sink)
+    labels.put(HISTOGRAM, sink.getvalue())
+    return label_set
 
 
 def _fixed(column: pa.ChunkedArray, k: int, dtype: type) -> npt.NDArray[np.generic]:

@@ -1,0 +1,43 @@
+"""A model on disk: `model.json` beside `model.safetensors` and `history.json`. Needs no torch to be read."""
+
+from typing import Literal
+
+from ns.config import ModelConfig, NoiseConfig
+from ns.document import Document, Identified
+
+MANIFEST = "model.json"
+WEIGHTS = "model.safetensors"
+HISTORY = "history.json"
+"""The training's curves: a list of points."""
+
+# ImageNet's, as timm and the paper's code have them; on uint8 scaled to 0–1.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+
+class Lineage(Document):
+    """Digests of what a model was made from."""
+
+    config: str
+    labelled: str
+    teacher: str | None = None
+    label_set: str | None = None
+    selection: str | None = None
+
+
+class ModelCard(Identified):
+    """`model.json`: everything needed to build the network and to feed it."""
+
+    format: Literal[1] = 1
+    generation: int
+    """0 for the first teacher, g for the student of generation g."""
+    model: ModelConfig
+    noise: NoiseConfig
+    classes: tuple[str, ...]
+    mean: tuple[float, float, float] = MEAN
+    std: tuple[float, float, float] = STD
+    parameters: int
+    steps: int
+    lineage: Lineage
+    weights_sha256: str
+    """Of `model.safetensors`: the averaged (EMA) weights."""

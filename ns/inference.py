@@ -1,0 +1,116 @@
+"""Un-noised inference over shards: decode and crop in threads while the network works on the batch before."""
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ns import log, models
+from ns.data.augment import EvalTransform
+from ns.data.dataset import Shard
+from ns.data.decode import decode
+from ns.data.shards import Sample, read_index
+from ns.errors import DataError
+from ns.store import Store
+
+DECODE_THREADS = 4
+"""Decoders release the interpreter lock; more threads than this wait for memory, not for each other."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of each image of a shard, in the shard's order."""
+
+    samples: list[Sample]
+    probabilities: npt.NDArray[np.float32]
+    """[N, classes]; rows of unreadable images are NaN."""
+    errors: dict[int, str]
+    """Row → why the image could not be read."""
+
+
+class _Decoded(NamedTuple):
+    images: npt.NDArray[np.uint8]
+    errors: dict[int, str]
+
+
+class Predictor:
+    """A model in evaluation mode at its test resolution: no augmentation, no dropout, no stochastic depth."""
+
+    def __init__(self, folder: Store, *, batch: int) -> None:
+        network, self.card = models.load(folder)
+        self._device = models.best_device()
+        self._network = network.to(self._device)
+        self._normalize = models.Normalize(self.card.mean, self.card.std).to(self._device)
+        self._resolution = self.card.model.inference_resolution
+        self._transform = EvalTransform(self._resolution, self.card.noise.crop)
+        self._batch = batch
+
+    def shard(self, folder: Store, shard: Shard, progress: log.Progress | None = None) -> Predictions:
+        """Predictions for a whole shard. Unreadable images get NaN and a reason, never an exception."""
+        path = folder.path(shard.name)
+        samples = read_index(path)
+        if len(samples) != shard.samples:
+            raise DataError(f"{path}: {len(samples)} images, dataset.json says {shard.samples}; import the data again")
+        with path.open("rb") as file:
+            blobs = ((os.pread(file.fileno(), sample.size, sample.offset), sample.extension) for sample in samples)
+            probabilities, errors = self._run(blobs, len(samples), progress)
+        return Predictions(samples, probabilities, errors)
+
+    def images(self, blobs: Sequence[tuple[bytes, str]]) -> tuple[npt.NDArray[np.float32], dict[int, str]]:
+        """Probabilities [N, classes] of encoded images given as (bytes, extension), and reasons for rows that are NaN."""
+        return self._run(iter(blobs), len(blobs), None)
+
+    def _run(
+        self, blobs: Iterator[tuple[bytes, str]], total: int, progress: log.Progress | None
+    ) -> tuple[npt.NDArray[np.float32], dict[int, str]]:
+        classes = len(self.card.classes)
+        probabilities = np.full((total, classes), np.nan, np.float32)
+        errors: dict[int, str] = {}
+        with ThreadPoolExecutor(DECODE_THREADS) as threads:
+            ahead: list[Future[_Decoded]] = []
+            done = 0
+
+            def submit() -> None:
+                chunk = [blob for _, blob in zip(range(self._batch), blobs, strict=False)]
+                if chunk:
+                    ahead.append(threads.submit(self._decode, chunk))
+
+            for _ in range(DECODE_THREADS):
+                submit()
+            while ahead:
+                decoded = ahead.pop(0).result()
+                submit()
+                count = len(decoded.images)
+                result = self._forward(torch.from_numpy(decoded.images))
+                readable = np.setdiff1d(np.arange(count), list(decoded.errors))
+                probabilities[done + readable] = result[readable]
+                errors |= {done + row: reason for row, reason in decoded.errors.items()}
+                done += count
+                if progress:
+                    progress.advance(count)
+        return probabilities, errors
+
+    def _decode(self, chunk: list[tuple[bytes, str]]) -> _Decoded:
+        # Unreadable images stay as black ones: batches, and so results, do not depend on which images are damaged.
+        images = np.zeros((len(chunk), self._resolution, self._resolution, 3), np.uint8)
+        errors: dict[int, str] = {}
+        for row, (data, extension) in enumerate(chunk):
+            try:
+                images[row] = self._transform(decode(data, extension))
+            except DataError as error:
+                errors[row] = str(error)
+        return _Decoded(images, errors)
+
+    @torch.inference_mode()
+    def _forward(self, images: Tensor) -> npt.NDArray[np.float32]:
+        logits = self._network(self._normalize(images.to(self._device, non_blocking=True)))
+        # Outputs beyond the classes (model.outputs) have no name and get no probability.
+        probabilities = logits.float()[:, : len(self.card.classes)].softmax(1)
+        result: npt.NDArray[np.float32] = probabilities.cpu().numpy()
+        return result

@@ -1,0 +1,69 @@
+"""Labelling: the un-noised teacher over shards of the pool, each shard once, safe to kill and to race."""
+
+import io
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ns import log
+from ns.data.dataset import Dataset
+from ns.digest import sha256_bytes
+from ns.inference import Predictions, Predictor
+from ns.label.labelset import LabelShard, kept_classes, marker, row_schema
+from ns.store import Store
+
+
+def label_shards(
+    predictor: Predictor, pool_folder: Store, pool: Dataset, labels: Store, shards: range, *, top_k: int
+) -> int:
+    """Labels a range of shards, leaving out those that are done. Returns the images labelled now."""
+    waiting = [pool.shards[index] for index in shards if not labels.exists(marker(pool.shards[index].name))]
+    done = sum(pool.shards[index].samples for index in shards) - sum(shard.samples for shard in waiting)
+    progress = log.Progress(sum(pool.shards[index].samples for index in shards), "images", done=done)
+    k = kept_classes(len(predictor.card.classes), top_k)
+    for shard in waiting:
+        predictions = predictor.shard(pool_folder, shard, progress)
+        rows = _parquet(predictions, k)
+        name = shard.name.removesuffix(".tar") + ".parquet"
+        facts = LabelShard(
+            name=name,
+            source=shard.sha256,
+            rows=len(predictions.samples),
+            unreadable=len(predictions.errors),
+            bytes=len(rows),
+            sha256=sha256_bytes(rows),
+        )
+        # Rows first, facts last: a shard without facts is labelled again, to the same bytes.
+        labels.put(name, rows)
+        facts.write(labels, marker(shard.name))
+        for row, reason in predictions.errors.items():
+            log.get().warning("unreadable image", shard=shard.name, key=predictions.samples[row].key, reason=reason)
+    return sum(shard.samples for shard in waiting)
+
+
+def _parquet(predictions: Predictions, k: int) -> bytes:
+    probabilities = predictions.probabilities
+    # Stable, so that equal probabilities rank by class and the bytes are the same everywhere.
+    order = np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
+    top = np.take_along_axis(probabilities, order, axis=1)
+    unreadable = np.isnan(probabilities[:, 0])
+    table = pa.table(
+        [
+            pa.array([sample.key for sample in predictions.samples], pa.string()),
+            pa.array(top[:, 0], pa.float32(), mask=unreadable),
+            _fixed(order.astype(np.uint16), pa.uint16(), unreadable),
+            _fixed(top.astype(np.float16), pa.float16(), unreadable),
+            pa.array([predictions.errors.get(row) for row in range(len(predictions.samples))], pa.string()),
+        ],
+        schema=row_schema(k),
+    )
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
+
+
+def _fixed(values: npt.NDArray[np.generic], kind: pa.DataType, null: npt.NDArray[np.bool_]) -> pa.FixedSizeListArray:
+    flat = pa.array(np.where(null[:, None], 0, values).astype(values.dtype).reshape(-1), kind)
+    return pa.FixedSizeListArray.from_arrays(flat, values.shape[1], mask=pa.array(null))

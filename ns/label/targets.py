@@ -1,0 +1,63 @@
+"""A selection as training data: soft labels and copies for each image of the pool, read shard by shard."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import overload
+
+import numpy as np
+import numpy.typing as npt
+
+from ns.data.dataset import Dataset
+from ns.data.stream import WINDOW, ImageSource, PseudoLabelled
+from ns.errors import DataError
+from ns.label.labelset import LabelSet, all_rows, dense, read_rows
+from ns.label.selection import Selection, copies
+from ns.store import Store
+
+
+def pseudo_labelled(
+    labels: Store, label_set: LabelSet, selection: Selection, pool_folder: Store, pool: Dataset
+) -> PseudoLabelled:
+    """The images of `pool` that `selection` kept, with the soft labels of `label_set`.
+
+    Raises DataError if the labels were made from another pool.
+    """
+    if label_set.dataset != pool.digest:
+        raise DataError(
+            f"{labels.uri}: labels of dataset {label_set.dataset}, but the pool is {pool.digest}: label the pool again"
+        )
+    # One byte a row would do, but a class can be repeated more often than 255 times.
+    repeats = [copies(selection, rows).astype(np.uint16) for rows in all_rows(labels, label_set)]
+    source = ImageSource(pool_folder, pool)
+    return PseudoLabelled(source, _Targets(labels, label_set, source), repeats)
+
+
+class _Targets(Sequence[npt.NDArray[np.float32]]):
+    """Shard → float32 [rows, classes], a few shards in memory at a time."""
+
+    def __init__(self, labels: Store, label_set: LabelSet, source: ImageSource) -> None:
+        self._labels = labels
+        self._label_set = label_set
+        self._source = source
+        self._read = lru_cache(maxsize=2 * WINDOW)(self._read_shard)
+
+    def __len__(self) -> int:
+        return len(self._label_set.shards)
+
+    @overload
+    def __getitem__(self, index: int) -> npt.NDArray[np.float32]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[npt.NDArray[np.float32]]: ...
+    def __getitem__(self, index: int | slice) -> npt.NDArray[np.float32] | Sequence[npt.NDArray[np.float32]]:
+        if isinstance(index, slice):
+            return [self._read(shard) for shard in range(*index.indices(len(self)))]
+        return self._read(index)
+
+    def _read_shard(self, index: int) -> npt.NDArray[np.float32]:
+        shard = self._label_set.shards[index]
+        rows = read_rows(self._labels, shard)
+        if rows.keys != [sample.key for sample in self._source.index(index)]:
+            raise DataError(
+                f"{self._labels.uri}/{shard.name}: its keys are not those of the pool's shard {index}: label the pool again"
+            )
+        return dense(rows, len(self._label_set.classes))

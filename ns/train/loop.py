@@ -1,0 +1,200 @@
+"""The training loop: batch → noise → forward → loss → backward → step → EMA → record."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+from torch import Tensor, nn
+
+from ns import log
+from ns.config import RoleConfig
+from ns.data.augment import TrainTransform
+from ns.data.stream import Batches, Labelled, PseudoLabelled, loader
+from ns.errors import Interrupted, TrainingError
+from ns.models import MEAN, STD, Normalize, best_device
+from ns.store import Store
+from ns.train import checkpoint
+from ns.train.checkpoint import State
+from ns.train.ema import Ema
+from ns.train.objective import Losses, losses
+from ns.train.optimizer import learning_rate, make_optimizer
+
+HISTORY_POINTS = 200
+
+
+@dataclass(frozen=True)
+class Trained:
+    weights: dict[str, Tensor]
+    """The averaged weights, on the CPU."""
+    steps: int
+    history: list[dict[str, float]]
+    """At most HISTORY_POINTS points; each is a mean since the one before."""
+    seconds: float
+
+
+def train(
+    network: nn.Module,
+    role: RoleConfig,
+    labelled: Labelled,
+    pseudo: PseudoLabelled | None,
+    *,
+    classes: int,
+    seed: int,
+    checkpoints: Store,
+) -> Trained:
+    """Trains `network` (fresh or warm) on labelled and, for a student, pseudo-labelled images. Continues from the newest
+    checkpoint in `checkpoints`, bit for bit on the CPU, and leaves a checkpoint behind when asked to stop.
+
+    Raises TrainingError when the loss is not finite, Interrupted after SIGTERM or SIGINT.
+    """
+    device = best_device()
+    config = role.train
+    steps_per_epoch = labelled.samples / config.labelled_batch
+    steps = max(1, math.ceil(config.epochs * steps_per_epoch))
+    pseudo_batch = math.ceil(config.labelled_batch * config.unlabelled_ratio) if pseudo else 0
+
+    network = network.to(device)
+    normalize = Normalize(MEAN, STD).to(device)
+    optimizer = make_optimizer(network, config.optimizer)
+    state = State(network, Ema(network, config.ema_decay), optimizer)
+    if checkpoint.restore(checkpoints, state):
+        log.get().info("training continues", step=state.step, of=steps)
+
+    batches = Batches(
+        labelled,
+        pseudo if pseudo_batch else None,
+        TrainTransform(role.noise, role.model.resolution),
+        batch=config.labelled_batch,
+        pseudo_batch=pseudo_batch,
+        classes=classes,
+        seed=seed,
+    )
+    cuda = device.type == "cuda"
+    source = loader(batches, start=state.step, stop=steps, workers=config.loader_workers, pin_memory=cuda)
+    images_a_step = config.labelled_batch + pseudo_batch
+    progress = log.Progress(steps * images_a_step, "images", done=state.step * images_a_step)
+    record = _Record(state, every=max(1, math.ceil(steps / HISTORY_POINTS)), images_a_step=images_a_step)
+    started = saved = time.monotonic()
+    before = state.seconds
+    rate = 0.0
+
+    network.train()
+    with _stop_signals() as stop:
+        for batch in source:
+            # Dropout and stochastic depth follow from (seed, step), like the data: a resumed step draws the same noise.
+            torch.manual_seed(seed * 1_000_003 + state.step)
+            rate = learning_rate(
+                state.step,
+                steps=steps,
+                steps_per_epoch=steps_per_epoch,
+                labelled_batch=config.labelled_batch,
+                config=config.optimizer,
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+
+            images = normalize(batch.images.to(device, non_blocking=True))  # [B+U, 3, H, W] float32
+            labels = batch.labels.to(device, non_blocking=True)
+            targets = batch.targets.to(device, non_blocking=True)
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                logits = network(images)
+            logits = logits.float()[:, :classes]  # [B+U, C]
+            loss = losses(logits, labels, targets, config)
+            optimizer.zero_grad(set_to_none=True)
+            loss.total.backward()  # type: ignore[no-untyped-call]
+            if config.optimizer.clip_norm is not None:
+                nn.utils.clip_grad_norm_(network.parameters(), config.optimizer.clip_norm)
+            optimizer.step()
+            state.ema.update(network, state.step)
+
+            state.step += 1
+            record.add(loss, logits, labels, targets, rate)
+            progress.advance(images_a_step, **record.latest)
+            state.seconds = before + time.monotonic() - started
+            if stop.is_set() or time.monotonic() - saved >= config.checkpoint_seconds:
+                record.check(rate)  # a checkpoint must be worth coming back to
+                checkpoint.save(checkpoints, state)
+                saved = time.monotonic()
+            if stop.is_set():
+                raise Interrupted(f"stopped at step {state.step} of {steps}; the same command continues there")
+        record.check(rate)
+
+    weights = {name: value.detach().cpu() for name, value in state.ema.shadow.items()}
+    return Trained(weights, state.step, state.history, state.seconds)
+
+
+class _Record:
+    """Means of what a step measures, gathered on the device and read back once a point."""
+
+    def __init__(self, state: State, *, every: int, images_a_step: int) -> None:
+        self._state = state
+        self._every = every
+        self._images_a_step = images_a_step
+        self.latest: dict[str, float] = {}
+
+    def add(
+        self, loss: Losses, logits: Tensor, labels: Tensor, targets: Tensor, rate: float
+    ) -> None:
+        with torch.no_grad():
+            predicted = logits.argmax(1)
+            correct = (predicted[: len(labels)] == labels).float().mean()
+            agree = predicted[len(labels) :] == targets.argmax(1)
+            agreement = agree.float().mean() if len(targets) else torch.zeros_like(correct)
+            values = torch.stack([loss.total.detach(), loss.labelled, loss.pseudo, correct, agreement])
+        state = self._state
+        state.sums = values if state.sums is None else state.sums.to(values.device) + values
+        state.counted += 1
+        if state.step % self._every == 0:
+            self._close(rate, student=len(targets) > 0)
+
+    def check(self, rate: float) -> None:
+        """Raises TrainingError if any loss since the last point was not finite."""
+        if self._state.sums is not None and not math.isfinite(total := float(self._state.sums[0])):
+            raise TrainingError(
+                f"the loss became {total} by step {self._state.step} at learning rate {rate:.3g}; "
+                "lower train.optimizer.lr, or set train.optimizer.clip_norm"
+            )
+
+    def _close(self, rate: float, *, student: bool) -> None:
+        self.check(rate)
+        state = self._state
+        assert state.sums is not None
+        total, labelled, pseudo, correct, agreement = (state.sums / state.counted).tolist()
+        state.sums, state.counted = None, 0
+        point = {
+            "step": float(state.step),
+            "images": float(state.step * self._images_a_step),
+            "loss": total,
+            "loss_labelled": labelled,
+            "accuracy_labelled": correct,
+            "lr": rate,
+        }
+        if student:
+            point |= {"loss_pseudo": pseudo, "agreement": agreement}
+        self.latest = {"loss": round(total, 4)}
+        state.history.append(point)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGINT set, so that training stops between steps, with a checkpoint."""
+    stop = threading.Event()
+
+    def ask(_number: int, _frame: FrameType | None) -> None:
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
