@@ -1,0 +1,84 @@
+"""Every formula against a dense reference written out by hand."""
+
+import numpy as np
+import pytest
+import torch
+
+from ns.config import TrainConfig
+from ns.train.objective import losses, soften
+
+B, U, C = 4, 6, 5
+
+
+@pytest.fixture
+def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(B + U, C, generator=generator)
+    labels = torch.randint(0, C, (B,), generator=generator)
+    targets = torch.randn(U, C, generator=generator).softmax(1)
+    return logits, labels, targets
+
+
+def log_softmax(logits: torch.Tensor) -> np.ndarray:
+    values = logits.numpy().astype(np.float64)
+    return values - np.log(np.exp(values).sum(1, keepdims=True))
+
+
+def smoothed(labels: np.ndarray, smoothing: float) -> np.ndarray:
+    return (1 - smoothing) * np.eye(C)[labels] + smoothing / C
+
+
+def reference(batch: tuple[torch.Tensor, ...], train: TrainConfig) -> tuple[float, float]:
+    logits, labels, targets = batch
+    logs = log_softmax(logits)
+    labelled = -(smoothed(labels.numpy(), train.label_smoothing) * logs[:B]).sum(1).mean()
+    if train.pseudo_labels == "hard":
+        wanted = smoothed(targets.numpy().argmax(1), train.label_smoothing)
+    else:
+        wanted = targets.numpy() ** (1 / train.temperature)
+        wanted /= wanted.sum(1, keepdims=True)
+    pseudo = -(wanted * logs[B:]).sum(1).mean()
+    return labelled, pseudo
+
+
+@pytest.mark.parametrize("pseudo_labels", ["soft", "hard"])
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_losses_match_the_dense_reference(batch, pseudo_labels, temperature, smoothing):
+    train = TrainConfig(pseudo_labels=pseudo_labels, temperature=temperature, label_smoothing=smoothing)
+    labelled, pseudo = reference(batch, train)
+    result = losses(*batch, train)
+    assert result.labelled.item() == pytest.approx(labelled, rel=1e-5)
+    assert result.pseudo.item() == pytest.approx(pseudo, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("weighting", "labelled_weight", "pseudo_weight"),
+    [("sum", 1, U / B), ("mean", 1 / (1 + U / B), (U / B) / (1 + U / B)), ("equal", 1, 1)],
+)
+def test_weightings_are_the_three_of_paper_and_code(batch, weighting, labelled_weight, pseudo_weight):
+    train = TrainConfig(weighting=weighting)
+    labelled, pseudo = reference(batch, train)
+    expected = labelled_weight * labelled + pseudo_weight * pseudo
+    assert losses(*batch, train).total.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_codes_weighting_is_the_sum_over_all_images_divided_by_the_labelled_batch(batch):
+    logits, labels, targets = batch
+    train = TrainConfig(label_smoothing=0.0)
+    logs = log_softmax(logits)
+    total = -(np.eye(C)[labels.numpy()] * logs[:B]).sum() - (targets.numpy() * logs[B:]).sum()
+    assert losses(*batch, train).total.item() == pytest.approx(total / B, rel=1e-5)
+
+
+def test_a_teacher_has_no_pseudo_loss(batch):
+    logits, labels, _ = batch
+    result = losses(logits[:B], labels, torch.zeros(0, C), TrainConfig())
+    assert result.pseudo.item() == 0
+    assert result.total.item() == result.labelled.item()
+
+
+def test_softening_probabilities_equals_the_softmax_at_that_temperature():
+    logits = torch.randn(7, C, generator=torch.Generator().manual_seed(0))
+    for temperature in (0.5, 1.0, 4.0):
+        torch.testing.assert_close(soften(logits.softmax(1), temperature), (logits / temperature).softmax(1))
