@@ -17,7 +17,8 @@ from ns.config import RoleConfig
 from ns.data.augment import TrainTransform
 from ns.data.stream import Batches, Labelled, PseudoLabelled, loader
 from ns.errors import Interrupted, TrainingError
-from ns.models import MEAN, STD, Normalize, best_device
+from ns.card import MEAN, STD
+from ns.models import Normalize, best_device
 from ns.store import Store
 from ns.train import checkpoint
 from ns.train.checkpoint import State
