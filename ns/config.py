@@ -94,11 +94,14 @@ class NoiseConfig(Section):
 
 
 class OptimizerConfig(Section):
+    """How weights move (`noisy_student.md` §1.4)."""
+
     name: Literal["rmsprop", "sgd", "adamw"] = "rmsprop"
     """`rmsprop` has TensorFlow's semantics, as in the paper."""
     lr: float = Field(default=0.016, gt=0, le=10)
     """Peak learning rate for a labelled batch of 256; scaled linearly with the labelled batch."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Of `rmsprop` and `sgd`."""
     weight_decay: float = Field(default=1e-5, ge=0, lt=1)
     """L2 on everything but batch-norm parameters. Paper: 1e-5 (ImageNet), 1e-4 (SVHN)."""
     schedule: Literal["staircase", "cosine"] = "staircase"
@@ -124,6 +127,7 @@ class TrainConfig(Section):
     unlabelled_ratio: float = Field(default=3, ge=0, le=64)
     """Pseudo-labelled images per labelled image in a step; students only. Paper: 1 (B0), 3 (B1–B7), 14 and 28 (L2)."""
     pseudo_labels: Literal["soft", "hard"] = "soft"
+    """`soft`: the teacher's probabilities. `hard`: its best class; hurts where the teacher is unsure (below about 0.6)."""
     temperature: float = Field(default=1.0, gt=0, le=100)
     """Of soft pseudo-labels: probabilities to the power 1/T, renormalised."""
     weighting: Literal["sum", "mean", "equal"] = "sum"
@@ -132,6 +136,7 @@ class TrainConfig(Section):
     init: Literal["scratch", "teacher"] = "scratch"
     """Students only: `teacher` starts from the teacher's averaged weights where shapes agree."""
     precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the forward pass in training; weights and losses are float32 always."""
     checkpoint_seconds: float = Field(default=60, ge=0)
     """Between training checkpoints, from which a killed training goes on."""
     loader_workers: int = Field(default=1, ge=0, le=64)
@@ -150,6 +155,7 @@ class LabellingConfig(Section):
     """How the teacher labels the pool."""
 
     batch: int = Field(default=256, ge=1, le=8192)
+    """Images in a forward pass, in labelling and in evaluation."""
     top_k: int = Field(default=10, ge=1, le=1000)
     """Classes kept per image; the tail's mass is spread evenly. With at most 100 classes all are kept."""
     tasks: int = Field(default=2, ge=1, le=50)
@@ -163,6 +169,7 @@ class SelectionConfig(Section):
     """`paper`: confidence above the threshold, the most confident `per_class` of each class, rarer classes repeated.
     `all`: every image above the threshold, once."""
     min_confidence: float = Field(default=0.3, ge=0, lt=1)
+    """Images at or below this confidence are left out."""
     per_class: int = Field(default=130_000, ge=1)
     """Images of each class after balancing."""
     repeat: bool = True
@@ -185,6 +192,8 @@ class GateConfig(Section):
 
 
 class ReportConfig(Section):
+    """What the report shows."""
+
     pictures: int = Field(default=24, ge=0, le=200)
     """Pseudo-labelled images shown in each group (most confident, least confident, flipped)."""
 
@@ -195,6 +204,7 @@ class Experiment(Section):
     name: str = Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")
     """Lower-case letters, digits and dashes, at most 40: it becomes part of names of runs, tags and pods."""
     seed: int = Field(default=0, ge=0, lt=2**31)
+    """Of weights, order, noise, ties and the bootstrap: equal seeds give equal runs on equal machines."""
     generations: int = Field(default=3, ge=1, le=MAX_GENERATIONS)
     """Trips round the loop, at most; the gate may stop it earlier."""
     allow_smaller_student: bool = False

@@ -37,7 +37,7 @@ STOP = "stop"
 
 # What a step's result depends on, so that changed code is never taken for done work.
 READING = ("data/dataset.py", "data/shards.py", "data/decode.py", "data/augment.py", "models.py")
-TRAINING = (*READING, "train", "data/stream.py", "data/randaugment.py", "label/targets.py", "label/selection.py")
+TRAINING = (*READING, "train", "data/order.py", "data/stream.py", "data/randaugment.py", "label/targets.py", "label/selection.py")
 INFERENCE = (*READING, "inference.py")
 LABELLING = (*INFERENCE, "label/predict.py", "label/labelset.py")
 

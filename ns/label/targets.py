@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ns.data.dataset import Dataset
-from ns.data.stream import WINDOW, ImageSource, PseudoLabelled
+from ns.data.order import WINDOW
+from ns.data.stream import ImageSource, PseudoLabelled
 from ns.errors import DataError
 from ns.label.labelset import LabelSet, all_rows, dense, read_rows
 from ns.label.selection import Selection, copies
