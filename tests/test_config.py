@@ -1,0 +1,131 @@
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ns import config
+from ns.config import MAX_GENERATIONS, Experiment
+from ns.errors import ConfigError
+
+MINIMAL = {"name": "x", "data": {"labelled": "a", "pool": "b", "heldout": "c"}}
+
+
+@pytest.fixture
+def minimal(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    return str(path)
+
+
+def refused(document) -> str:
+    with pytest.raises(ConfigError) as caught:
+        config.parse(document, "x.yaml")
+    return str(caught.value)
+
+
+def test_defaults_are_the_papers(minimal):
+    experiment = config.load(minimal)
+    student = experiment.students[0]
+    assert student.train.optimizer.lr == 0.016
+    assert student.train.ema_decay == 0.9999
+    assert student.train.label_smoothing == 0.1
+    assert student.train.weighting == "sum"
+    assert experiment.selection.min_confidence == 0.3
+    assert experiment.selection.per_class == 130_000
+
+
+def test_what_is_dumped_is_read_back_equal(minimal):
+    experiment = config.load(minimal, ["generations=2"])
+    assert config.parse(yaml.safe_load(config.dump(experiment)), "again") == experiment
+
+
+def test_an_unknown_key_is_refused_with_the_likely_one():
+    message = refused({**MINIMAL, "students": [{"train": {"epohs": 3}}]})
+    assert message == "x.yaml: students.0.train.epohs: unknown field; did you mean 'epochs'?"
+
+
+def test_an_unknown_key_like_no_other_lists_what_is_known():
+    assert "known here: level, min_gain" in refused({**MINIMAL, "gate": {"zzz": 1}})
+
+
+def test_wrong_types_and_ranges_name_path_value_and_what_would_be_right():
+    message = refused({**MINIMAL, "gate": {"level": 2}, "generations": "many", "teacher": {"model": {"resolution": 4}}})
+    assert "x.yaml: gate.level: invalid value 2: should be less than 1" in message
+    assert "x.yaml: generations: invalid value 'many': should be a valid integer" in message
+    assert "x.yaml: teacher.model.resolution: invalid value 4: should be greater than or equal to 8" in message
+
+
+def test_a_missing_field_is_named():
+    assert refused({"name": "x", "data": {"labelled": "a", "pool": "b"}}) == "x.yaml: data.heldout: missing; it has no default"
+
+
+def test_more_students_than_generations_are_refused():
+    assert "at most one per generation" in refused({**MINIMAL, "generations": 1, "students": [{}, {}]})
+
+
+def test_arguments_that_have_a_field_of_their_own_point_there():
+    message = refused({**MINIMAL, "teacher": {"model": {"args": {"drop_rate": 0.5}}}})
+    assert "teacher.model.args" in message
+    assert "noise.dropout" in message
+
+
+def test_more_generations_than_the_pipeline_holds_are_refused():
+    assert "generations" in refused({**MINIMAL, "generations": MAX_GENERATIONS + 1})
+
+
+def test_overrides_reach_sections_and_list_items(minimal):
+    experiment = config.load(minimal, ["students=[{}]", "students.0.train.epochs=5", "teacher.noise.flip=false", "seed=7"])
+    assert experiment.students[0].train.epochs == 5
+    assert experiment.teacher.noise.flip is False
+    assert experiment.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("seed", "must look like a.b=value"),
+        ("=3", "must look like a.b=value"),
+        ("seed.x=3", "seed is a value, not a section"),
+        ("students.4.train.epochs=1", "must be an index below 1"),
+        ("seed=[1", "the value is not YAML"),
+    ],
+)
+def test_a_wrong_override_says_why(minimal, override, reason):
+    overrides = ["seed=1", "students=[{}]", override]
+    with pytest.raises(ConfigError, match=reason.replace("[", r"\[")):
+        config.load(minimal, overrides)
+
+
+def test_the_last_student_serves_all_further_generations():
+    experiment = config.parse({**MINIMAL, "generations": 3, "students": [{}, {"train": {"epochs": 9}}]}, "x.yaml")
+    assert [experiment.student(g).train.epochs for g in (1, 2, 3)] == [350, 9, 9]
+
+
+def test_a_missing_file_is_a_config_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
+        config.load(str(tmp_path / "nowhere.yaml"))
+
+
+def test_every_field_is_documented_in_the_schema():
+    schema = Experiment.model_json_schema()
+    undocumented = [
+        f"{name}.{field}"
+        for name, section in [("Experiment", schema), *schema["$defs"].items()]
+        for field, facts in section["properties"].items()
+        if "description" not in facts and "$ref" not in facts and not any("$ref" in str(value) for value in facts.values())
+    ]
+    assert undocumented == []
+
+
+@given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(), lambda leaf: st.lists(leaf) | st.dictionaries(st.text(), leaf)))
+def test_garbage_is_refused_with_a_clean_error(document):
+    with pytest.raises(ConfigError):
+        config.parse(document if isinstance(document, dict) else {"name": document}, "x.yaml")
+
+
+@given(st.binary(max_size=200))
+def test_garbage_files_are_refused_with_a_clean_error(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("garbage") / "x.yaml"
+    path.write_bytes(data)
+    with pytest.raises(ConfigError):
+        config.load(str(path))
