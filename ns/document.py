@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -46,7 +45,7 @@ class Identified(Document):
         """The JSON value that the digest is taken of: what the document says, without names and places."""
         return self.model_dump(mode="json")
 
-    @cached_property
+    @property
     def digest(self) -> str:
         return digest(self.identity())
 
