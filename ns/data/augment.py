@@ -1,0 +1,113 @@
+"""From a decoded image to what the network sees: noised for training, plain for evaluation (`noisy_student.md` §3.1)."""
+
+import math
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ns.config import NoiseConfig
+from ns.data.randaugment import RandAugment, cutout
+
+Crop = Literal["resized", "pad", "none"]
+
+# The paper's random-resized-crop.
+AREA = (0.08, 1.0)
+ASPECT = (3 / 4, 4 / 3)
+TRIES = 10
+
+EVAL_MARGIN_PX = 32
+"""The evaluation crop is size / (size + 32) of the short side: 224 of 256."""
+
+
+class TrainTransform:
+    """Input noise. Photographs: crop, flip, RandAugment, cutout. Small images: RandAugment, cutout, pad and crop, flip."""
+
+    def __init__(self, noise: NoiseConfig, resolution: int) -> None:
+        self._noise = noise
+        self._resolution = resolution
+        self._augment = RandAugment(noise.randaugment_layers, noise.randaugment_magnitude, resolution)
+
+    def __call__(self, image: npt.NDArray[np.uint8], rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+        """uint8 [H, W, 3] → uint8 [resolution, resolution, 3]. All chance comes from `rng`."""
+        noise, size = self._noise, self._resolution
+        picture = Image.fromarray(image)
+        if noise.crop == "resized":
+            picture = picture.resize((size, size), Image.Resampling.BICUBIC, box=random_box(picture.size, rng))
+            picture = self._flip(picture, rng)
+        elif picture.size != (size, size):
+            picture = picture.resize((size, size), Image.Resampling.BICUBIC)
+        picture = self._augment(picture, rng)
+        if noise.cutout_px:
+            picture = cutout(picture, noise.cutout_px // 2, rng)
+        if noise.crop != "resized":
+            picture = self._flip(picture, rng)
+        result = np.asarray(picture)
+        if noise.crop == "pad":
+            result = pad_and_crop(result, max(1, size // 8), rng)
+        return np.ascontiguousarray(result)
+
+    def _flip(self, picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+        if self._noise.flip and rng.random() < 0.5:
+            return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return picture
+
+
+class EvalTransform:
+    """The paper's evaluation crop for photographs; the whole image otherwise. No chance in it."""
+
+    def __init__(self, resolution: int, crop: Crop) -> None:
+        self._resolution = resolution
+        self._crop = crop
+
+    def __call__(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """uint8 [H, W, 3] → uint8 [resolution, resolution, 3]."""
+        size = self._resolution
+        height, width = image.shape[:2]
+        if self._crop != "resized" and (height, width) == (size, size):
+            return image
+        box = centre_box((width, height), size) if self._crop == "resized" else None
+        return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def random_box(size: tuple[int, int], rng: np.random.Generator) -> tuple[float, float, float, float]:
+    """A random part of the image as (left, upper, right, lower) px: area 8–100 %, aspect 3/4–4/3, log-uniform.
+
+    After 10 draws that do not fit, the largest centred square.
+    """
+    width, height = size
+    for _ in range(TRIES):
+        area = width * height * rng.uniform(*AREA)
+        aspect = math.exp(rng.uniform(math.log(ASPECT[0]), math.log(ASPECT[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, upper = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return left, upper, left + w, upper + h
+    side = min(width, height)
+    left, upper = (width - side) // 2, (height - side) // 2
+    return left, upper, left + side, upper + side
+
+
+def centre_box(size: tuple[int, int], resolution: int) -> tuple[float, float, float, float]:
+    """The centred square of side resolution / (resolution + 32) × short side, px."""
+    width, height = size
+    side = max(1, round(min(width, height) * resolution / (resolution + EVAL_MARGIN_PX)))
+    left, upper = (width - side) // 2, (height - side) // 2
+    return left, upper, left + side, upper + side
+
+
+def pad_and_crop(image: npt.NDArray[np.uint8], pad: int, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+    """Reflect-pads by `pad` px and cuts a random window of the old size: a shift by up to `pad` px each way."""
+    height, width = image.shape[:2]
+    dy, dx = int(rng.random() * (2 * pad + 1)) - pad, int(rng.random() * (2 * pad + 1)) - pad
+    # Indexing with reflected coordinates gives the window without making the padded image.
+    rows = _reflect(np.arange(dy, dy + height), height)
+    columns = _reflect(np.arange(dx, dx + width), width)
+    return image[rows[:, None], columns[None, :]]
+
+
+def _reflect(index: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int64]:
+    """…2 1 0 1 2 … n-2 n-1 n-2 …: borders are not repeated."""
+    index = np.abs(index)
+    return np.where(index >= size, 2 * (size - 1) - index, index)

@@ -1,0 +1,58 @@
+"""scikit-learn's handwritten digits, 1,797 real 8 × 8 px images, split for the quickstart.
+
+50 labelled (5 of each class), 500 held out (50 of each), the other 1,247 the unlabelled pool. The split is fixed.
+"""
+
+import io
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from ns.data.dataset import Dataset, Role
+from ns.data.shards import ShardWriter
+from ns.errors import DataError
+from ns.store import Store
+
+LABELLED_PER_CLASS = 5
+HELDOUT_PER_CLASS = 50
+SPLIT_SEED = 0
+SHARD_SAMPLES = 625
+"""So that the pool has two shards, and labelling has something to share out."""
+
+Part = Literal["labelled", "pool", "heldout"]
+ROLES: dict[Part, Role] = {"labelled": "labelled", "pool": "unlabelled", "heldout": "evaluation"}
+
+
+def write_digits(part: Part, folder: Store) -> Dataset:
+    """Writes one part as a dataset. Raises DataError if scikit-learn is not installed."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise DataError("the digits need scikit-learn: pip install 'noisy-student[quickstart]'") from error
+    bunch = load_digits()
+    images, labels = bunch["images"], bunch["target"]
+    rng = np.random.default_rng(SPLIT_SEED)
+    parts: dict[Part, list[int]] = {"labelled": [], "heldout": [], "pool": []}
+    for label in range(10):
+        own = rng.permutation(np.flatnonzero(labels == label)).tolist()
+        heldout_end = LABELLED_PER_CLASS + HELDOUT_PER_CLASS
+        parts["labelled"] += own[:LABELLED_PER_CLASS]
+        parts["heldout"] += own[LABELLED_PER_CLASS:heldout_end]
+        parts["pool"] += own[heldout_end:]
+    with ShardWriter(folder, samples=SHARD_SAMPLES, bytes=256 << 20) as writer:
+        for index in sorted(parts[part]):
+            # Grey levels 0–16 → 0–255.
+            pixels = np.rint(images[index] * (255 / 16)).astype(np.uint8)
+            png = io.BytesIO()
+            Image.fromarray(pixels).save(png, "PNG")
+            label = None if part == "pool" else int(labels[index])
+            writer.add(f"digit-{index:04d}", "png", png.getvalue(), label)
+    dataset = Dataset(
+        name=f"digits-{part}",
+        role=ROLES[part],
+        classes=() if part == "pool" else tuple(str(label) for label in range(10)),
+        shards=writer.shards,
+    )
+    dataset.save(folder)
+    return dataset

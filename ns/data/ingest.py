@@ -1,0 +1,171 @@
+"""Ingest: a folder of images becomes a dataset. Each image is decoded once; what cannot be read is listed and left out."""
+
+import hashlib
+import io
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from ns import log
+from ns.data.dataset import Dataset, Role
+from ns.data.decode import decode
+from ns.data.shards import IMAGES, ShardWriter
+from ns.errors import DataError
+from ns.store import Store
+
+REJECTED = "rejected.parquet"
+KEPT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+"""Formats that go into shards byte for byte; others become PNG, which loses nothing."""
+HIDDEN = (".", "__MACOSX", "Thumbs.db", "desktop.ini")
+
+
+def import_images(
+    source: str,
+    folder: Store,
+    *,
+    name: str,
+    role: Role,
+    max_rejected_share: float,
+    shard_samples: int,
+    shard_mib: int,
+    classes: Sequence[str] | None = None,
+) -> Dataset:
+    """Imports a local folder: one subfolder for each class, or for an unlabelled pool images at any depth.
+
+    The result depends on names and bytes alone: the same folder gives the same digest. `classes` fixes the class list, as an
+    evaluation set must have that of the labelled data. Raises DataError for a folder without images, an empty or unknown
+    class, or a larger share of unreadable images than `max_rejected_share`.
+    """
+    root = _local(source)
+    files = _files(root)
+    class_names: tuple[str, ...] = ()
+    if role != "unlabelled":
+        class_names = _classes(root, files, classes)
+    if not files:
+        raise DataError(f"{root}: has no files to import")
+    if role == "unlabelled":
+        order = sorted(files)
+    else:
+        # By hash, so that every shard mixes the classes.
+        order = sorted(files, key=lambda path: hashlib.sha256(os.fsencode(path)).digest())
+    index = {label: number for number, label in enumerate(class_names)}
+    rejected: list[tuple[str, str]] = []
+    used: Counter[str] = Counter()
+    progress = log.Progress(len(order), "images")
+    with ShardWriter(folder, samples=shard_samples, bytes=shard_mib << 20) as writer:
+        for path in order:
+            try:
+                data, extension = _read(root / path)
+            except DataError as error:
+                rejected.append((path, str(error)))
+            else:
+                label = None if role == "unlabelled" else index[path.partition(os.sep)[0]]
+                writer.add(_key(path, used), extension, data, label)
+            progress.advance()
+    _check_rejects(root, rejected, len(order), max_rejected_share)
+    _check_any(root, writer, rejected)
+    table = pa.table({"path": [path for path, _ in rejected], "reason": [reason for _, reason in rejected]})
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    folder.put(REJECTED, sink.getvalue())
+    dataset = Dataset(name=name, role=role, classes=class_names, shards=writer.shards, rejected=len(rejected))
+    dataset.save(folder)
+    for path, reason in rejected:
+        log.get().warning("image left out", path=path, reason=reason)
+    return dataset
+
+
+def _local(source: str) -> Path:
+    path = Path(unquote(urlsplit(source).path) if source.startswith("file://") else source).expanduser()
+    if not path.is_dir():
+        raise DataError(f"{source}: no such folder")
+    return path
+
+
+def _files(root: Path) -> list[str]:
+    """Relative paths of all files but hidden ones."""
+    found = []
+    for parent, folders, names in os.walk(root, onerror=_unreadable):
+        folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
+        found += [os.path.relpath(Path(parent) / name, root) for name in names if not name.startswith(HIDDEN)]
+    return found
+
+
+def _unreadable(error: OSError) -> None:
+    raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
+
+
+def _classes(root: Path, files: list[str], known: Sequence[str] | None) -> tuple[str, ...]:
+    loose = next((path for path in files if os.sep not in path), None)
+    if loose is not None:
+        raise DataError(
+            f"{root}: {loose} lies outside any class folder; labelled images belong into one subfolder for each class"
+        )
+    counts = Counter(path.partition(os.sep)[0] for path in files)
+    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(HIDDEN))
+    empty = [folder for folder in folders if not counts[folder]]
+    if empty:
+        raise DataError(f"{root}: class folder {empty[0]!r} has no images; add some, or remove the folder")
+    if known is not None:
+        if unknown := sorted(set(folders) - set(known)):
+            raise DataError(
+                f"{root}: class folder {unknown[0]!r} is none of the labelled classes ({', '.join(known[:10])}…); rename or remove it"
+            )
+        return tuple(known)
+    if len(folders) < 2:
+        raise DataError(f"{root}: has {len(folders)} class folders; at least 2 are needed to learn anything")
+    return tuple(folders)
+
+
+def _read(path: Path) -> tuple[bytes, str]:
+    """The bytes that go into the shard, and their extension. Raises DataError with the reason for a reject."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(error.strerror or str(error)) from error
+    pixels = decode(data)
+    with Image.open(io.BytesIO(data)) as image:
+        kept = KEPT.get(image.format or "")
+    if kept is not None:
+        return data, kept
+    png = io.BytesIO()
+    Image.fromarray(pixels).save(png, "PNG")
+    return png.getvalue(), "png"
+
+
+def _key(path: str, used: Counter[str]) -> str:
+    """`cat/IMG.1.jpg` → `cat/IMG_1`; a number is added where two files would share a key."""
+    stem, dot, extension = path.rpartition(".")
+    # os.fsencode and back: names that are no text keep their bytes as escapes, not as surrogates that no tar can hold.
+    plain = os.fsencode(stem if dot and extension.lower() in {*IMAGES, "bmp", "gif", "tif", "tiff"} else path)
+    text = re.sub(r"[\x00-\x1f.\\]", "_", plain.decode("utf-8", "backslashreplace"))
+    key = "/".join(part.strip() or "_" for part in text.split(os.sep))
+    used[key] += 1
+    while used[key] > 1:
+        key = f"{key}-{used[key]}"
+        used[key] += 1
+    return key
+
+
+def _check_rejects(root: Path, rejected: list[tuple[str, str]], total: int, limit: float) -> None:
+    if len(rejected) <= limit * total:
+        return
+    reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(r for _, r in rejected).most_common(3))
+    first = "; ".join(f"{path}: {reason}" for path, reason in rejected[:3])
+    raise DataError(
+        f"{root}: {len(rejected)} of {total} files cannot be read ({reasons}), more than data.max_rejected_share = {limit:.1%}; "
+        f"first: {first}; mend or remove them, or raise the limit"
+    )
+
+
+def _check_any(root: Path, writer: ShardWriter, rejected: list[tuple[str, str]]) -> None:
+    if not writer.shards:
+        path, reason = rejected[0]
+        raise DataError(f"{root}: no readable image among {len(rejected)} files; first: {path}: {reason}")

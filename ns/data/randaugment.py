@@ -1,0 +1,90 @@
+"""RandAugment as the paper's code has it (`noisy_student.md` §3.1), with the arguments that leave uint8 range clamped.
+
+Every drawn operation is applied; the magnitude is constant; level = M / 10, so M = 27 is 2.7 times the nominal maximum.
+
+Clamped, where the reference code relied on what uint8 arithmetic happened to do:
+- Posterize keeps int(4 · level) bits: at least 1 (M < 2.5 would keep none) and at most 8 (the image as it is).
+- Solarize inverts from int(256 · level): at most 256, which inverts nothing.
+- SolarizeAdd adds int(110 · level): at most 255.
+- Contrast blends with the true mean grey, not with the reference code's pixel count / 256, a bug.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+GREY = (128, 128, 128)
+SMALL_PX = 64
+"""Images up to this size take the small-image constants."""
+
+Operation = Callable[[Image.Image, np.random.Generator], Image.Image]
+
+
+class RandAugment:
+    """`layers` operations, drawn with replacement, on images of about `size` px."""
+
+    def __init__(self, layers: int, magnitude: float, size: int) -> None:
+        self.layers = layers
+        self.level = magnitude / 10
+        # Translation and half side of Cutout at level 1, px: 100 and 40 at ImageNet sizes, an eighth of small images.
+        small = size <= SMALL_PX
+        self.translate_px = (size / 8 if small else 100.0) * self.level
+        self.cutout_half_px = int((size / 8 if small else 40.0) * self.level)
+        self.posterize_bits = min(8, max(1, int(4 * self.level)))
+        self.solarize_threshold = min(256, int(256 * self.level))
+        self.solarize_add = min(255, int(110 * self.level))
+        self.enhance_factor = 1.8 * self.level + 0.1
+        self.operations: dict[str, Operation] = {
+            "auto_contrast": lambda image, _: ImageOps.autocontrast(image),
+            "equalize": lambda image, _: ImageOps.equalize(image),
+            "invert": lambda image, _: ImageOps.invert(image),
+            "rotate": self._rotate,
+            "posterize": lambda image, _: ImageOps.posterize(image, self.posterize_bits),
+            "solarize": lambda image, _: ImageOps.solarize(image, self.solarize_threshold),
+            "color": lambda image, _: ImageEnhance.Color(image).enhance(self.enhance_factor),
+            "contrast": lambda image, _: ImageEnhance.Contrast(image).enhance(self.enhance_factor),
+            "brightness": lambda image, _: ImageEnhance.Brightness(image).enhance(self.enhance_factor),
+            "sharpness": lambda image, _: ImageEnhance.Sharpness(image).enhance(self.enhance_factor),
+            "shear_x": lambda image, rng: _affine(image, (1, _sign(rng) * 0.3 * self.level, 0, 0, 1, 0)),
+            "shear_y": lambda image, rng: _affine(image, (1, 0, 0, _sign(rng) * 0.3 * self.level, 1, 0)),
+            "translate_x": lambda image, rng: _affine(image, (1, 0, _sign(rng) * self.translate_px, 0, 1, 0)),
+            "translate_y": lambda image, rng: _affine(image, (1, 0, 0, 0, 1, _sign(rng) * self.translate_px)),
+            "solarize_add": self._solarize_add,
+            "cutout": lambda image, rng: cutout(image, self.cutout_half_px, rng),
+        }
+        self._drawn = list(self.operations.values())
+        # One table for all pixels below 128, which gain; the rest stay.
+        self._add_table = [min(255, v + self.solarize_add) if v < 128 else v for v in range(256)] * 3
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        for _ in range(self.layers):
+            image = self._drawn[int(rng.random() * len(self._drawn))](image, rng)
+        return image
+
+    def _rotate(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        degrees = _sign(rng) * 30 * self.level
+        return image.rotate(degrees, Image.Resampling.NEAREST, fillcolor=GREY)
+
+    def _solarize_add(self, image: Image.Image, _rng: np.random.Generator) -> Image.Image:
+        return image.point(self._add_table)
+
+
+def cutout(image: Image.Image, half_px: int, rng: np.random.Generator) -> Image.Image:
+    """A grey square of side 2 · half_px around a random pixel, cut off at the border."""
+    width, height = image.size
+    x, y = int(rng.random() * width), int(rng.random() * height)
+    box = (max(0, x - half_px), max(0, y - half_px), min(width, x + half_px), min(height, y + half_px))
+    image = image.copy()
+    image.paste(GREY, box)
+    return image
+
+
+def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
+    return image.transform(
+        image.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST, fillcolor=GREY
+    )
+
+
+def _sign(rng: np.random.Generator) -> int:
+    return 1 if rng.random() < 0.5 else -1

@@ -1,0 +1,32 @@
+"""Steps that a laptop's client started end with it: a step that nobody waits for would only get in its successor's way."""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+
+CLIENT_VARIABLE = "NS_CLIENT_PID"
+POLL_SECONDS = 0.5
+
+_watching = threading.Event()
+
+
+def die_with_client() -> None:
+    """Ends this process when the one named by NS_CLIENT_PID is gone. Without the variable, as on a cluster, does nothing."""
+    client = os.environ.get(CLIENT_VARIABLE, "")
+    if not client.isdigit() or int(client) == os.getpid() or _watching.is_set():
+        return
+    _watching.set()
+    threading.Thread(target=_watch, args=(int(client),), name="client-watch", daemon=True).start()
+
+
+def _watch(client: int) -> None:
+    while True:
+        try:
+            os.kill(client, 0)
+        except ProcessLookupError:
+            # No tidying up: every write is atomic, and the client that would have read the result is gone.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(POLL_SECONDS)
