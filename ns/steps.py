@@ -146,8 +146,8 @@ def plan_labels(config_uri: str, root: str, run: str, data: str, generation: int
         return [f"{start}-{stop}" for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
 
 
-def label_shards(config_uri: str, root: str, run: str, data: str, generation: int, teacher: str, shards: str) -> None:
-    """Labels one range of shards of the pool, leaving out shards that are done."""
+def label_shards(config_uri: str, root: str, run: str, data: str, generation: int, teacher: str, shards: str) -> str:
+    """Labels one range of shards of the pool, leaving out shards that are done. Returns the range."""
     with _step("label-shards", generation, config_uri, root, run, shards=shards) as step:
         start, stop = (int(bound) for bound in shards.split("-"))
         pool_folder, pool = Prepared.read(step.root, data).pool.open(step.root)
@@ -164,6 +164,7 @@ def label_shards(config_uri: str, root: str, run: str, data: str, generation: in
                 predictor, pool_folder, pool, labels, wanted, top_k=step.experiment.labelling.top_k
             )
         step.done({}, reused=reused, images=labelled)
+        return shards
 
 
 def commit_labels(config_uri: str, root: str, run: str, data: str, generation: int, teacher: str) -> str:

@@ -1,0 +1,6 @@
+"""KFP components: typed inputs and outputs, and a call into `ns.steps`. What they do is written there."""
+
+from ns import __version__
+
+WORKER_IMAGE = f"noisy-student/worker-python:{__version__}"
+"""The image that all components run in; `make images` builds it. It holds the `ns` package and no compiler."""

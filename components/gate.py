@@ -1,0 +1,24 @@
+from kfp import dsl
+
+from components import WORKER_IMAGE
+
+
+@dsl.component(base_image=WORKER_IMAGE, packages_to_install=[], install_kfp_package=False)
+def gate(config_uri: str, root: str, run: str, data: str, generation: int, teacher: str, student: str) -> str:
+    """Compares student and teacher on the held-out images and records the verdict.
+
+    Args:
+        config_uri: URI of the experiment's YAML file.
+        root: URI of the store that holds everything.
+        run: Name of the run, a folder below the root.
+        data: Key of the prepared data.
+        generation: Counted from 1; 0 is before the first.
+        teacher: Key of the teacher's folder.
+        student: Key of the student's folder.
+
+    Returns:
+        Key of the verdict.
+    """
+    from ns import steps
+
+    return steps.gate(config_uri, root, run, data, generation, teacher, student)

@@ -1,0 +1,1 @@
+"""The loop as a Kubeflow pipeline, and the ways to run it."""
