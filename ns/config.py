@@ -245,6 +245,7 @@ def load(uri: str, overrides: Iterable[str] = ()) -> Experiment:
         raise ConfigError(f"config: {error}") from error
     if not isinstance(document, dict):
         raise ConfigError(f"{uri}: must be a mapping of fields, got {type(document).__name__}")
+    document = _unshared(document)
     for override in overrides:
         _apply(document, override)
     return parse(document, uri)
@@ -263,6 +264,15 @@ def parse(document: dict[str, Any], place: str) -> Experiment:
 def dump(experiment: Experiment) -> str:
     """YAML with every field, defaults included; `load` reads it back to an equal experiment."""
     return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _unshared(node: Any) -> Any:
+    """A copy in which YAML's aliases are separate: an override of the teacher must not reach a student that merges it."""
+    if isinstance(node, dict):
+        return {key: _unshared(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_unshared(value) for value in node]
+    return node
 
 
 def _apply(document: dict[str, Any], override: str) -> None:

@@ -1,5 +1,6 @@
 """Networks from timm, and their weights as safetensors. No pickle is ever read."""
 
+import difflib
 from typing import Any
 
 import torch
@@ -35,8 +36,8 @@ def build(config: ModelConfig, noise: NoiseConfig, outputs: int) -> nn.Module:
     except (RuntimeError, TypeError, ValueError) as error:
         hint = ""
         if not timm.is_model(config.arch):
-            similar = timm.list_models(f"*{config.arch.split('.')[0].split('_')[0]}*")[:5]
-            hint = f"; timm has {', '.join(similar)}" if similar else "; see timm.list_models()"
+            similar = difflib.get_close_matches(config.arch, timm.list_models(), n=3)
+            hint = f"; did you mean {' or '.join(similar)}?" if similar else "; see timm.list_models()"
         raise ConfigError(f"model.arch: invalid value {config.arch!r} with args {config.args}: {error}{hint}") from error
     _reduce_stride(network, config.reduce_stride)
     return network.to(memory_format=torch.channels_last)

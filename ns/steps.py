@@ -6,6 +6,7 @@ Values that pass between steps are short strings: keys below the root, never byt
 Heavy libraries are imported inside the steps that need them: half of the steps are done before torch would be loaded.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -99,6 +100,8 @@ def train(
             return {"model": f"{folder}/{CARD}"}
 
         step.once("train", inputs, work)
+        card = ModelCard.read(step.root.at(folder), CARD)
+        step.say(parameters=card.parameters, steps=card.steps)
         return folder
 
 
@@ -246,7 +249,7 @@ def gate(config_uri: str, root: str, run: str, data: str, generation: int, teach
 
 def report(config_uri: str, root: str, run: str) -> str:
     """Writes the run's report. Returns its key."""
-    with _step("report", 0, config_uri, root, run, quiet=True) as step:
+    with _step("report", 0, config_uri, root, run) as step:
         from ns.report import write
 
         return write(step.root, run)
@@ -292,7 +295,7 @@ def _step(
     die_with_client()
     with log.bound(step=name, generation=generation, **({"shards": shards} if shards else {})):
         logger = log.get()
-        logger.info("started")
+        logger.info("started", pid=os.getpid())
         try:
             store = open_store(root)
             step = _Step(
@@ -306,14 +309,14 @@ def _step(
             )
             yield step
         except NsError as error:
-            logger.error("failed", error=str(error), exit_code=error.exit_code)
+            logger.error("failed", error=str(error), exit_code=error.exit_code, pid=os.getpid())
             raise
         except Exception as error:
-            logger.error("failed", error=f"{type(error).__name__}: {error}", exit_code=1)
+            logger.error("failed", error=f"{type(error).__name__}: {error}", exit_code=1, pid=os.getpid())
             raise
         if quiet:
             step.say(quiet=True)
-        logger.info("finished", seconds=round(time.monotonic() - step.started, 3), **step.facts)
+        logger.info("finished", seconds=round(time.monotonic() - step.started, 3), pid=os.getpid(), **step.facts)
 
 
 def _evaluate(step: _Step, data: str, model: str) -> tuple[Entry, bool]:

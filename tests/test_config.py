@@ -129,3 +129,11 @@ def test_garbage_files_are_refused_with_a_clean_error(tmp_path_factory, data):
     path.write_bytes(data)
     with pytest.raises(ConfigError):
         config.load(str(path))
+
+
+def test_an_override_does_not_leak_through_yaml_aliases(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("name: x\ndata: {labelled: a, pool: b, heldout: c}\nteacher: &t {model: {resolution: 32}}\nstudents: [*t]\n")
+    experiment = config.load(str(path), ["teacher.model.resolution=64"])
+    assert experiment.teacher.model.resolution == 64
+    assert experiment.students[0].model.resolution == 32

@@ -1,0 +1,418 @@
+"""`ns …`: the command line. Heavy libraries are imported by the commands that need them, so that help is instant."""
+
+import contextlib
+import importlib.resources
+import json
+import os
+import sys
+import traceback
+import webbrowser
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+
+from ns import __version__
+from ns.errors import ConfigError, DataError, Interrupted, NsError, RunError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ns.config import Experiment
+    from ns.runs import Summary
+    from ns.store import Store
+
+app = typer.Typer(
+    help="Noisy Student self-training: teacher, pseudo-labels, noisy student, gate, again.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+runs_app = typer.Typer(help="Runs: what was done, and what came of it.", no_args_is_help=True)
+config_app = typer.Typer(help="Experiments: show, check, and describe their fields.", no_args_is_help=True)
+data_app = typer.Typer(help="Datasets.", no_args_is_help=True)
+app.add_typer(runs_app, name="runs")
+app.add_typer(config_app, name="config")
+app.add_typer(data_app, name="data")
+
+Root = Annotated[str, typer.Option("--root", help="Folder that holds runs, models, labels and data.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a field; list items by index. Repeatable.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for machines.")]
+ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or a preset: quickstart.")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, the beginning of it, or 'latest'.")]
+
+
+class DataRole(StrEnum):
+    labelled = "labelled"
+    unlabelled = "unlabelled"
+    evaluation = "evaluation"
+
+
+def main() -> None:
+    """Entry point. Exits with the code of the error, 0 if there was none."""
+    sys.exit(_main(sys.argv[1:]))
+
+
+def _main(arguments: list[str]) -> int:
+    debug = "--debug" in arguments
+    try:
+        return int(app([a for a in arguments if a != "--debug"], standalone_mode=False, prog_name="ns") or 0)
+    except NsError as error:
+        code, message = error.exit_code, str(error)
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        code, message = Interrupted.exit_code, "interrupted"
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        code, message = 1, f"{type(error).__name__}: {error} (this should not happen; --debug shows where)"
+    if debug:
+        traceback.print_exc()
+    for line in message.splitlines() or [""]:
+        sys.stderr.write(f"{'' if code == Interrupted.exit_code else 'error: '}{line}\n")
+    return code
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"ns {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the stack trace of an error.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    config: Annotated[
+        str | None, typer.Argument(metavar="[CONFIG]", help="A YAML file, or a preset: quickstart.")
+    ] = None,
+    overrides: Overrides = None,
+    root: Root = "runs",
+    name: Annotated[str | None, typer.Option("--run", help="Name of the run; made from the config if not given.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the latest run that is not finished.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the whole loop on this machine. The same command again continues where it stopped, and redoes nothing.
+
+    Example: [cyan]ns run quickstart --set seed=1[/]
+    """
+    from rich.console import Console
+
+    from ns import runs
+    from ns import store as stores
+
+    store = stores.open_store(root)
+    if resume == (config is not None):
+        raise ConfigError("give a CONFIG, or --resume to continue the latest unfinished run (and not both)")
+    if resume:
+        name, experiment = _unfinished(store, name)
+    else:
+        experiment = _load(str(config), overrides)
+        name = name or runs.name_of(experiment)
+    # The stream as it is now: while KFP runs, sys.stderr is its log.
+    console = Console(file=sys.stderr)
+    with _alone(store, name):
+        runs.start(store, name, experiment, __version__)
+        _drive(store, name, console)
+    summary = runs.summarise(store, name)
+    if as_json:
+        typer.echo(summary.model_dump_json(indent=1))
+    else:
+        _show(summary, store, Console())
+
+
+def _drive(store: "Store", name: str, console: "Console") -> None:
+    """Runs the pipeline and keeps the run's record true whatever happens."""
+    from ns import runs
+    from ns.store import LocalStore
+    from ns.terminal import RunView
+    from pipelines import local
+
+    log = store.root / name / "pipeline.log" if isinstance(store, LocalStore) else None
+    try:
+        with RunView(console) as view:
+            local.run(
+                config_uri=f"{store.uri}/{name}/{runs.CONFIG}", root=store.uri, run=name, log=log, on_event=view.on_event
+            )
+    except Interrupted as error:
+        _finish(store, name, "interrupted", error)
+        raise
+    except BaseException as error:
+        _finish(store, name, "failed", error)
+        if log is not None and log.exists() and isinstance(error, NsError):
+            console.print(f"[dim]log: {log}[/]", highlight=False, soft_wrap=True)
+        raise
+    runs.finish(store, name, "succeeded")
+
+
+def _finish(store: "Store", name: str, state: Any, error: BaseException) -> None:
+    from ns import runs
+
+    # The store may be what failed; its message matters, not that the record could not be written either.
+    with contextlib.suppress(NsError):
+        runs.finish(store, name, state, str(error) or type(error).__name__)
+
+
+def _unfinished(store: "Store", name: str | None) -> tuple[str, "Experiment"]:
+    from ns import config, runs
+
+    waiting = [record.run for record in runs.listed(store) if record.state != "succeeded"]
+    if name is not None:
+        waiting = [run for run in waiting if run == name]
+    if not waiting:
+        raise RunError(f"{store.uri}: no unfinished run{f' {name}' if name else ''} to resume")
+    return waiting[-1], config.load(f"{store.uri}/{waiting[-1]}/{runs.CONFIG}")
+
+
+@contextlib.contextmanager
+def _alone(store: "Store", name: str) -> Iterator[None]:
+    """One client at a time drives a run; a second one would only do the same work beside it."""
+    from filelock import FileLock, Timeout
+
+    from ns.store import LocalStore
+
+    if not isinstance(store, LocalStore):
+        yield
+        return
+    folder = store.root / name
+    holder = folder / ".client"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout:
+        pid = holder.read_text() if holder.exists() else "unknown"
+        raise RunError(f"run {name}: is under way already (process {pid}); wait for it, or stop it first") from None
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be written: {error.strerror}; choose another folder with --root") from error
+    try:
+        with contextlib.suppress(OSError):
+            holder.write_text(str(os.getpid()))
+        yield
+    finally:
+        lock.release()
+
+
+def _show(summary: "Summary", store: "Store", console: "Console") -> None:
+    from ns.terminal import summary_table
+
+    console.print()
+    console.print(summary_table(summary))
+    for label, key in (("report", summary.report), ("best model", summary.best_model)):
+        if key:
+            place = key if "://" in key else f"{store.uri}/{key}"
+            console.print(f"{label + ':':<11} {_plain(place)}", highlight=False, soft_wrap=True)
+
+
+def _plain(uri: str) -> str:
+    """A path that can be pasted into a shell, relative where that is shorter."""
+    from urllib.parse import unquote
+
+    if not uri.startswith("file://"):
+        return uri
+    path = Path(unquote(uri.removeprefix("file://")))
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+@runs_app.command("list")
+def runs_list(root: Root = "runs", as_json: AsJson = False) -> None:
+    """List the runs of a root, the latest last.
+
+    Example: [cyan]ns runs list[/]
+    """
+    from rich.console import Console
+
+    from ns import runs
+    from ns.store import open_store
+    from ns.terminal import runs_table
+
+    store = open_store(root)
+    summaries = [runs.summarise(store, record.run) for record in runs.listed(store)]
+    if as_json:
+        typer.echo(json.dumps([summary.model_dump(mode="json", exclude={"steps"}) for summary in summaries], indent=1))
+    elif not summaries:
+        typer.echo(f"no runs in {root}; start one with `ns run quickstart`")
+    else:
+        Console().print(runs_table(summaries))
+
+
+@runs_app.command("show")
+def runs_show(name: RunArgument = "latest", root: Root = "runs", as_json: AsJson = False) -> None:
+    """Show a run: its generations, verdicts, report and best model.
+
+    Example: [cyan]ns runs show latest --json[/]
+    """
+    from rich.console import Console
+
+    from ns import runs
+    from ns.store import open_store
+
+    store = open_store(root)
+    summary = runs.summarise(store, runs.find(store, name))
+    if as_json:
+        typer.echo(summary.model_dump_json(indent=1))
+        return
+    console = Console()
+    console.print(f"state: {summary.state}" + (f" ({summary.error})" if summary.error else ""), highlight=False)
+    _show(summary, store, console)
+    for row in summary.generations:
+        console.print(f"generation {row.generation}: {row.verdict}: {row.reason}", highlight=False)
+
+
+@app.command()
+def report(
+    name: RunArgument = "latest",
+    root: Root = "runs",
+    open_it: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+) -> None:
+    """Write a run's report again, and say where it is.
+
+    Example: [cyan]ns report latest --open[/]
+    """
+    from ns import report as reports
+    from ns import runs
+    from ns.store import open_store
+
+    store = open_store(root)
+    key = reports.write(store, runs.find(store, name))
+    typer.echo(_plain(f"{store.uri}/{key}"))
+    if open_it:
+        webbrowser.open(f"{store.uri}/{key}")
+
+
+@app.command()
+def predict(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE…", help="Image files.")],
+    name: Annotated[str, typer.Option("--run", help="A run's name, the beginning of it, or 'latest'.")] = "latest",
+    root: Root = "runs",
+    top: Annotated[int, typer.Option("--top", min=1, help="Classes to print for each image.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Classify images with the best model of a run.
+
+    Example: [cyan]ns predict cat.jpg dog.png --run latest[/]
+    """
+    from ns import runs
+    from ns.evaluate.predict import predict_files
+    from ns.store import open_store
+
+    store = open_store(root)
+    summary = runs.summarise(store, runs.find(store, name))
+    if summary.best_model is None:
+        raise RunError(f"run {summary.run}: has no model yet; `ns run --resume` continues it")
+    predictions = predict_files(store.at(summary.best_model), images, top)
+    if as_json:
+        typer.echo(json.dumps([prediction.model_dump(mode="json") for prediction in predictions], indent=1))
+    for prediction in predictions:
+        if prediction.error is not None:
+            typer.echo(f"error: {prediction.path}: {prediction.error}", err=True)
+        elif not as_json:
+            classes = ", ".join(f"{label} {probability:.1%}" for label, probability in prediction.classes)
+            typer.echo(f"{prediction.path}: {classes}")
+    if any(prediction.error for prediction in predictions):
+        raise typer.Exit(DataError.exit_code)
+
+
+@config_app.command("show")
+def config_show(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Print an experiment with every field, defaults included.
+
+    Example: [cyan]ns config show quickstart --set generations=1[/]
+    """
+    from ns.config import dump
+
+    typer.echo(dump(_load(config, overrides)), nl=False)
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON schema of experiments, for editors and for reading.
+
+    Example: [cyan]ns config schema > experiment.schema.json[/]
+    """
+    from ns.config import Experiment
+
+    typer.echo(json.dumps(Experiment.model_json_schema(), indent=1))
+
+
+@config_app.command("check")
+def config_check(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Check an experiment and its networks, without running anything.
+
+    Example: [cyan]ns config check my-experiment.yaml[/]
+    """
+    experiment = _load(config, overrides)
+    from ns import models
+
+    models.check(experiment)
+    typer.echo(f"{config}: good")
+
+
+@data_app.command("import")
+def data_import(
+    source: Annotated[str, typer.Argument(help="A folder: one subfolder for each class, or loose images for a pool.")],
+    destination: Annotated[str, typer.Argument(help="The dataset's folder.")],
+    role: Annotated[DataRole, typer.Option(help="What the images are for.")] = DataRole.unlabelled,
+    name: Annotated[str | None, typer.Option(help="The dataset's name; the source's if not given.")] = None,
+    max_rejected_share: Annotated[float, typer.Option(help="Share of unreadable images that is still accepted.")] = 0.01,
+    shard_samples: Annotated[int, typer.Option(help="Images in a shard, at most.")] = 10_000,
+    shard_mib: Annotated[int, typer.Option(help="MiB in a shard, at most.")] = 256,
+) -> None:
+    """Make a dataset from a folder of images. Unreadable ones are counted, listed and left out.
+
+    Example: [cyan]ns data import photos/ data/pool --role unlabelled[/]
+    """
+    from ns import log
+    from ns.data.ingest import import_images
+    from ns.store import open_store
+
+    log.configure()
+    dataset = import_images(
+        source,
+        open_store(destination),
+        name=name or Path(source).name,
+        role=role.value,
+        max_rejected_share=max_rejected_share,
+        shard_samples=shard_samples,
+        shard_mib=shard_mib,
+    )
+    typer.echo(
+        f"{destination}: {dataset.samples:,} images in {len(dataset.shards)} shards, {dataset.rejected:,} left out, "
+        f"digest {dataset.digest[:16]}"
+    )
+
+
+def _load(config: str, overrides: list[str] | None) -> "Experiment":
+    """An experiment from a file or a preset, its local data folders as absolute paths."""
+    from ns.config import load
+
+    preset = importlib.resources.files("ns") / "presets" / f"{config}.yaml"
+    if preset.is_file() and not Path(config).exists():
+        config = str(preset)
+    experiment = load(config, overrides or [])
+    data = experiment.data
+    # Steps, and a resumed run, may stand in another folder.
+    places = {
+        part: str(Path(place).expanduser().absolute())
+        for part, place in data.model_dump(include={"labelled", "pool", "heldout"}).items()
+        if "://" not in place and not place.startswith("digits:")
+    }
+    return experiment.model_copy(update={"data": data.model_copy(update=places)})

@@ -1,0 +1,178 @@
+"""What `ns run` shows: a line for each finished step, bars for those under way, and a table at the end."""
+
+import threading
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ns.runs import Summary
+
+Event = dict[str, Any]
+
+TITLES = {
+    "prepare-data": "prepare data",
+    "train": "train",
+    "evaluate": "evaluate",
+    "label-shards": "label pool",
+    "commit-labels": "select labels",
+    "gate": "gate",
+    "report": "report",
+}
+
+
+class RunView:
+    """Draws the events of a run. Without a terminal it prints the lines of finished steps and nothing that moves."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._tasks: dict[tuple[int, str], TaskID] = {}
+        self._parts: dict[tuple[int, str], dict[str, Event]] = {}
+        self._open: dict[tuple[int, str], int] = {}
+        # Events come from the tailing thread, Ctrl-C to the main one.
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> "RunView":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def on_event(self, event: Event) -> None:
+        if event.get("step") not in TITLES:
+            return
+        step = (int(event.get("generation", 0)), str(event["step"]))
+        with self._lock:
+            match event["event"]:
+                case "started":
+                    self._start(step)
+                case "progress":
+                    self._advance(step, event)
+                case "finished":
+                    self._finish(step, event)
+                case "failed":
+                    self._fail(step, event)
+                case _ if event.get("level") == "warning":
+                    self._warn(step, event)
+
+    def _start(self, step: tuple[int, str]) -> None:
+        self._open[step] = self._open.get(step, 0) + 1
+        if step not in self._tasks:
+            self._tasks[step] = self._progress.add_task(_title(step), total=None, rate="")
+
+    def _advance(self, step: tuple[int, str], event: Event) -> None:
+        # Parallel tasks of one step share a bar.
+        parts = self._parts.setdefault(step, {})
+        parts[str(event.get("shards", ""))] = event
+        rate = sum(part["per_second"] for part in parts.values())
+        loss = f"  loss {event['loss']:.3f}" if "loss" in event else ""
+        self._progress.update(
+            self._tasks.get(step, TaskID(0)),
+            completed=sum(part["done"] for part in parts.values()),
+            total=sum(part["total"] for part in parts.values()),
+            rate=f"{rate:,.0f} {event['unit']}/s{loss}",
+        )
+
+    def _finish(self, step: tuple[int, str], event: Event) -> None:
+        self._close(step)
+        if event.get("quiet"):
+            return
+        what = "reused" if event.get("reused") else f"{event['seconds']:.1f} s"
+        shards = f" {event['shards']}" if event.get("shards") else ""
+        self._say("[green]✓[/]", f"{_title(step)}{shards}", _facts(event), what)
+
+    def _fail(self, step: tuple[int, str], event: Event) -> None:
+        self._close(step)
+        interrupted = event.get("exit_code") == 130
+        self._say("[yellow]■[/]" if interrupted else "[red]✗[/]", _title(step), "", "stopped" if interrupted else "failed")
+
+    def _warn(self, step: tuple[int, str], event: Event) -> None:
+        hidden = {"event", "step", "generation", "level", "timestamp", "at", "pid"}
+        facts = " ".join(f"{key}={value}" for key, value in event.items() if key not in hidden)
+        self._console.print(f"[yellow]![/] {escape(_title(step))}: {escape(event['event'])} [dim]{escape(facts)}[/]")
+
+    def _close(self, step: tuple[int, str]) -> None:
+        self._open[step] = self._open.get(step, 1) - 1
+        if self._open[step] <= 0 and step in self._tasks:
+            self._progress.remove_task(self._tasks.pop(step))
+            self._parts.pop(step, None)
+
+    def _say(self, mark: str, title: str, facts: str, what: str) -> None:
+        self._console.print(f"{mark} {escape(title):<34} {escape(facts):<44} [dim]{escape(what):>9}[/]", highlight=False)
+
+
+def summary_table(summary: Summary) -> Table:
+    """The generations of a run, one a row."""
+    table = Table(title=f"run {summary.run}", title_justify="left", title_style="bold")
+    for header in ("generation", "model", "labelled", "kept", "top-1", "change", "verdict", "time"):
+        table.add_column(header, justify="left" if header in ("model", "verdict") else "right")
+    notes = {note.generation: note.outputs.get("model", "") for note in summary.steps if note.step == "train"}
+    if summary.teacher_top1 is not None:
+        seconds = sum(note.seconds for note in summary.steps if note.generation == 0)
+        model = notes.get(0, "").rpartition("/")[0]
+        table.add_row("teacher", _short(model), "", "", f"{summary.teacher_top1:.1%}", "", "", f"{seconds:.1f} s")
+    for row in summary.generations:
+        promoted = row.verdict == "promoted"
+        table.add_row(
+            str(row.generation),
+            _short(row.model),
+            f"{row.labelled:,}",
+            f"{row.kept:,}",
+            f"{row.student_top1:.1%}",
+            f"{100 * row.gain:+.1f} [{100 * row.gain_low:+.1f}, {100 * row.gain_high:+.1f}]",
+            f"[{'green' if promoted else 'yellow'}]{row.verdict}[/]",
+            f"{row.seconds:.1f} s",
+        )
+    return table
+
+
+def runs_table(summaries: list[Summary]) -> Table:
+    """Runs, one a row."""
+    table = Table()
+    for header in ("run", "state", "started", "generations", "best top-1"):
+        table.add_column(header, justify="right" if header in ("generations", "best top-1") else "left")
+    for summary in summaries:
+        best = "" if summary.best_top1 is None else f"{summary.best_top1:.1%}"
+        table.add_row(summary.run, summary.state, summary.started_at[:19], str(len(summary.generations)), best)
+    return table
+
+
+def _title(step: tuple[int, str]) -> str:
+    generation, name = step
+    if name in ("prepare-data", "report"):
+        return TITLES[name]
+    return f"{f'generation {generation}' if generation else 'teacher'} · {TITLES[name]}"
+
+
+def _facts(event: Event) -> str:
+    match event["step"]:
+        case "prepare-data":
+            return f"{event['labelled']:,} labelled, {event['pool']:,} in the pool, {event['heldout']:,} held out"
+        case "evaluate":
+            return f"top-1 {event['top1']:.1%} of {event['images']:,} images"
+        case "label-shards":
+            return f"{event['images']:,} images"
+        case "commit-labels":
+            return f"kept {event['kept']:,} of {event['labelled']:,}, {event['images']:,} with repeats"
+        case "gate":
+            return f"{'promoted' if event['promoted'] else 'refused'}, change {100 * event['gain']:+.1f} points"
+        case "train" if "parameters" in event:
+            return f"{event['steps']:,} steps, {event['parameters']:,} parameters"
+    return ""
+
+
+def _short(key: str) -> str:
+    return key.rpartition("/")[2][:8]
