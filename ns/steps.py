@@ -348,11 +348,11 @@ def _evaluation(step: _Step, data: str, model: str) -> tuple[Store, Evaluation]:
 
 def _refuse_chance(step: _Step, data: str, teacher: str) -> None:
     _, evaluation = _evaluation(step, data, teacher)
-    chance = 1 / len(evaluation.classes)
-    if evaluation.top1 <= chance:
+    if not gates.beats_chance(evaluation.top1, evaluation.images, len(evaluation.classes)):
         raise TrainingError(
-            f"the first teacher's held-out top-1 is {evaluation.top1:.1%}, no better than chance ({chance:.1%}): "
-            "its pseudo-labels would be noise; train it longer (teacher.train.epochs), or check data.labelled"
+            f"the first teacher's held-out top-1 is {evaluation.top1:.1%}, no better than chance (1 in "
+            f"{len(evaluation.classes)}) on {evaluation.images} images: its pseudo-labels would be noise; "
+            "train it longer (teacher.train.epochs), or check data.labelled"
         )
 
 

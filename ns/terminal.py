@@ -91,8 +91,7 @@ class RunView:
         if event.get("quiet"):
             return
         what = "reused" if event.get("reused") else f"{event['seconds']:.1f} s"
-        shards = f" {event['shards']}" if event.get("shards") else ""
-        self._say("[green]✓[/]", f"{_title(step)}{shards}", _facts(event), what)
+        self._say("[green]✓[/]", f"{_title(step)}{_shards(event)}", _facts(event), what)
 
     def _fail(self, step: tuple[int, str], event: Event) -> None:
         self._close(step)
@@ -155,6 +154,14 @@ def _title(step: tuple[int, str]) -> str:
     if name in ("prepare-data", "report"):
         return TITLES[name]
     return f"{f'generation {generation}' if generation else 'teacher'} · {TITLES[name]}"
+
+
+def _shards(event: Event) -> str:
+    """` (shard 3)` or ` (shards 0–4)`, from a half-open range."""
+    if not event.get("shards"):
+        return ""
+    start, stop = (int(bound) for bound in event["shards"].split("-"))
+    return f" (shard {start})" if stop - start == 1 else f" (shards {start}–{stop - 1})"
 
 
 def _facts(event: Event) -> str:

@@ -1,5 +1,6 @@
 """The gate: a student becomes the teacher only on evidence, from the same held-out images that the teacher was judged on."""
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -73,6 +74,12 @@ def paired_gain(
     gains = (draws[:, 2] - draws[:, 0]) / images
     low, high = np.quantile(gains, [1 - level, level])
     return Gain(value=float(difference.mean()), low=float(low), high=float(high))
+
+
+def beats_chance(top1: float, images: int, classes: int) -> bool:
+    """Whether an accuracy is above 1 / classes by more than luck explains: one-sided 95 % of the normal approximation."""
+    chance = 1 / classes
+    return top1 > chance + 1.645 * math.sqrt(chance * (1 - chance) / images)
 
 
 def worst_class_drop(

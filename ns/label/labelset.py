@@ -132,7 +132,8 @@ def dense(rows: Rows, classes: int) -> npt.NDArray[np.float32]:
         tail = np.clip(1 - top_prob.sum(1, keepdims=True), 0, 1) / (classes - k)
         full = np.repeat(tail, classes, axis=1).astype(np.float32)
     np.put_along_axis(full, rows.top_class.astype(np.int64), top_prob, axis=1)
-    full /= full.sum(1, keepdims=True)
+    full[~rows.readable] = np.nan
+    full[rows.readable] /= full[rows.readable].sum(1, keepdims=True)
     return full
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from ns.config import GateConfig
-from ns.evaluate.gate import judge, paired_gain, worst_class_drop
+from ns.evaluate.gate import beats_chance, judge, paired_gain, worst_class_drop
 
 LEVEL = 0.95
 
@@ -90,3 +90,8 @@ def test_worst_class_drop_is_negative_when_all_gain():
 def test_unequal_lengths_are_refused():
     with pytest.raises(ValueError, match="one non-zero length"):
         paired_gain(np.ones(3, bool), np.ones(4, bool), level=LEVEL, resamples=1000, seed=0)
+
+
+@pytest.mark.parametrize(("top1", "images", "expected"), [(0.1, 500, False), (0.12, 500, False), (0.13, 500, True), (0.12, 5000, True)])
+def test_chance_is_what_luck_explains(top1, images, expected):
+    assert beats_chance(top1, images, classes=10) is expected

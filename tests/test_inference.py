@@ -1,0 +1,126 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ns import models
+from ns.card import Lineage
+from ns.config import ModelConfig, NoiseConfig
+from ns.data.dataset import Dataset
+from ns.data.shards import ShardWriter
+from ns.inference import Predictor
+from ns.label.labelset import LabelShard, Rows, dense, read_rows
+from ns.label.predict import label_shards
+from ns.store import LocalStore
+
+CLASSES = tuple("abcde")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = LocalStore(tmp_path_factory.mktemp("model"))
+    # Noise that would show: the teacher must not feel any of it.
+    noise = NoiseConfig(dropout=0.9, stochastic_depth=0.9, crop="none")
+    config = ModelConfig(arch="test_efficientnet", resolution=32)
+    torch.manual_seed(0)
+    network = models.build(config, noise, len(CLASSES))
+    models.save(
+        folder,
+        network.state_dict(),
+        {
+            "generation": 0,
+            "model": config,
+            "noise": noise,
+            "classes": CLASSES,
+            "parameters": 1,
+            "steps": 0,
+            "lineage": Lineage(config="0", labelled="0"),
+        },
+        [],
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    """Three shards of 20 images, the third of which is damaged."""
+    folder = LocalStore(tmp_path_factory.mktemp("pool"))
+    rng = np.random.default_rng(0)
+    with ShardWriter(folder, samples=20, bytes=1 << 20) as writer:
+        for index in range(60):
+            png = io.BytesIO()
+            Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(png, "PNG")
+            data = png.getvalue()[:60] if index == 2 else png.getvalue()
+            writer.add(f"image-{index}", "png", data, None)
+    dataset = Dataset(name="pool", role="unlabelled", classes=(), shards=writer.shards)
+    dataset.save(folder)
+    return folder, dataset
+
+
+def test_two_teacher_passes_are_bit_identical(model, pool):
+    folder, dataset = pool
+    first, second = (Predictor(model, batch=8).shard(folder, dataset.shards[1]) for _ in range(2))
+    assert np.array_equal(first.probabilities, second.probabilities)
+
+
+def test_probabilities_are_those_of_the_plain_network(model, pool):
+    folder, dataset = pool
+    predictions = Predictor(model, batch=8).shard(folder, dataset.shards[1])
+    network, card = models.load(model)
+    normalize = models.Normalize(card.mean, card.std)
+    for row in (0, 7, 19):
+        sample = predictions.samples[row]
+        data = folder.get_range(dataset.shards[1].name, sample.offset, sample.size)
+        image = Image.open(io.BytesIO(data)).convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)
+        with torch.inference_mode():
+            expected = network(normalize(torch.from_numpy(np.array(image))[None])).softmax(1)[0].numpy()
+        np.testing.assert_allclose(predictions.probabilities[row], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_an_unreadable_image_is_a_row_of_its_own_and_disturbs_no_other(model, pool):
+    folder, dataset = pool
+    predictions = Predictor(model, batch=8).shard(folder, dataset.shards[0])
+    assert list(predictions.errors) == [2]
+    assert np.isnan(predictions.probabilities[2]).all()
+    others = np.delete(predictions.probabilities, 2, axis=0)
+    np.testing.assert_allclose(others.sum(1), 1, rtol=1e-5)
+
+
+def test_labelling_is_done_once_a_shard_and_written_in_the_order_of_the_tar(model, pool, tmp_path):
+    folder, dataset = pool
+    labels = LocalStore(tmp_path)
+    predictor = Predictor(model, batch=8)
+    assert label_shards(predictor, folder, dataset, labels, range(0, 2), top_k=10) == 40
+    first = {key: labels.get(key) for key in labels.list()}
+    assert label_shards(predictor, folder, dataset, labels, range(0, 3), top_k=10) == 20
+    assert {key: labels.get(key) for key in first} == first
+
+    facts = LabelShard.read(labels, "shard-00000.json")
+    rows = read_rows(labels, facts)
+    assert (facts.rows, facts.unreadable) == (20, 1)
+    assert rows.keys == [f"image-{index}" for index in range(20)]
+    assert np.isnan(rows.confidence[2])
+    probabilities = predictor.shard(folder, dataset.shards[0]).probabilities
+    readable = rows.readable
+    np.testing.assert_allclose(dense(rows, 5)[readable], probabilities[readable], atol=2e-3)
+    np.testing.assert_array_equal(rows.top_class[readable, 0], probabilities[readable].argmax(1))
+
+
+def test_the_tail_of_kept_classes_is_spread_evenly():
+    import pyarrow as pa
+
+    from ns.label.labelset import row_schema
+
+    table = pa.table(
+        [
+            ["x"],
+            pa.array([0.6], pa.float32()),
+            pa.array([[3, 1]], pa.list_(pa.uint16(), 2)),
+            pa.array([np.array([0.6, 0.2], np.float16)], pa.list_(pa.float16(), 2)),
+            pa.array([None], pa.string()),
+        ],
+        schema=row_schema(2),
+    )
+    np.testing.assert_allclose(dense(Rows(table), 6), [[0.05, 0.2, 0.05, 0.6, 0.05, 0.05]], atol=1e-3)

@@ -1,0 +1,139 @@
+"""The whole loop in one process, on a few digits: what each step leaves behind, and what it finds again."""
+
+import pytest
+
+from ns import config, runs, steps
+from ns.errors import DataError, TrainingError
+from ns.store import LocalStore
+
+TINY = [
+    "generations=1",
+    "teacher.train.epochs=30",
+    "students.0.train.epochs=6",
+    "students.0.train.unlabelled_ratio=1",
+    "gate.min_gain=-1",
+]
+
+
+def start(root, preset, overrides=()):
+    experiment = config.load(preset, [*TINY, *overrides])
+    run = runs.name_of(experiment)
+    store = LocalStore(root)
+    runs.start(store, run, experiment, "test")
+    return store, (f"{store.uri}/{run}/config.yaml", store.uri, run)
+
+
+def loop(where) -> None:
+    data = steps.prepare_data(*where)
+    first = steps.train(*where, data, 0)
+    steps.evaluate(*where, data, 0, first)
+    for generation in range(1, config.MAX_GENERATIONS + 1):
+        teacher = steps.resolve(*where, data, generation, first)
+        if teacher == steps.STOP:
+            return
+        for shards in steps.plan_labels(*where, data, generation, teacher):
+            steps.label_shards(*where, data, generation, teacher, shards)
+        labels = steps.commit_labels(*where, data, generation, teacher)
+        student = steps.train(*where, data, generation, teacher, labels)
+        steps.evaluate(*where, data, generation, student)
+        steps.gate(*where, data, generation, teacher, student)
+
+
+@pytest.fixture(scope="module")
+def preset():
+    from importlib.resources import files
+
+    return str(files("ns") / "presets" / "quickstart.yaml")
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, preset):
+    """A finished run."""
+    store, where = start(tmp_path_factory.mktemp("root"), preset)
+    loop(where)
+    runs.finish(store, where[2], "succeeded")
+    return store, where
+
+
+def test_a_run_tells_its_story(done):
+    store, (_, _, run) = done
+    summary = runs.summarise(store, run)
+    (generation,) = summary.generations
+    assert summary.state == "succeeded"
+    assert 0.3 < summary.teacher_top1 < 1
+    assert generation.labelled == 1247
+    assert 0 < generation.kept <= 1247
+    assert generation.teacher_top1 == summary.teacher_top1
+    assert generation.gain == pytest.approx(generation.student_top1 - generation.teacher_top1)
+    assert generation.gain_low <= generation.gain <= generation.gain_high
+    assert generation.verdict == "promoted"
+    assert summary.best_model == generation.model
+    assert summary.label_sets == [generation.label_set]
+    assert store.exists(f"{summary.best_model}/model.safetensors")
+
+
+def test_the_same_experiment_again_does_nothing_again(done, preset):
+    store, where = done
+    before = {key: store.get(key) for key in store.list("store/") if "/runs/" not in key}
+    other = config.load(preset, [*TINY, "report.pictures=3"])
+    run = runs.name_of(other)
+    assert run != where[2]
+    runs.start(store, run, other, "test")
+    loop((f"{store.uri}/{run}/config.yaml", store.uri, run))
+    work = [note for note in runs.notes(store, run) if note.step != "gate"]
+    assert all(note.reused for note in work)
+    after = {key: store.get(key) for key in store.list("store/") if "/runs/" not in key}
+    entries = {key for key in before if key.startswith("store/ledger/generation/")}
+    assert {key: value for key, value in after.items() if key not in entries} == {
+        key: value for key, value in before.items() if key not in entries
+    }
+
+
+def test_a_longer_run_continues_a_shorter_one(done, preset):
+    store, where = done
+    longer = config.load(preset, [*TINY, "generations=2"])
+    run = runs.name_of(longer)
+    runs.start(store, run, longer, "test")
+    other = (f"{store.uri}/{run}/config.yaml", store.uri, run)
+    data = steps.prepare_data(*other)
+    first = steps.train(*other, data, 0)
+    best = runs.summarise(store, where[2]).best_model
+    assert steps.resolve(*other, data, 1, first) == first
+    assert steps.resolve(*other, data, 2, first) == best
+    assert steps.resolve(*other, data, 3, first) == steps.STOP
+
+
+def test_a_refused_student_ends_the_loop(done, preset):
+    store, _ = done
+    strict = config.load(preset, [*TINY, "generations=3", "gate.min_gain=0.99"])
+    run = runs.name_of(strict)
+    runs.start(store, run, strict, "test")
+    loop((f"{store.uri}/{run}/config.yaml", store.uri, run))
+    summary = runs.summarise(store, run)
+    assert [generation.verdict for generation in summary.generations] == ["refused"]
+    assert "limit +0.990" in summary.generations[0].reason
+    assert summary.best_top1 == summary.teacher_top1
+
+
+def test_a_teacher_at_chance_is_refused_before_any_student(done, preset, monkeypatch):
+    store, where = done
+    data = steps.prepare_data(*where)
+    first = steps.train(*where, data, 0)
+    real = steps._evaluation
+
+    def useless(*arguments):
+        folder, evaluation = real(*arguments)
+        return folder, evaluation.model_copy(update={"top1": 0.11})
+
+    monkeypatch.setattr(steps, "_evaluation", useless)
+    with pytest.raises(TrainingError, match="no better than chance"):
+        steps.resolve(*where, data, 1, first)
+
+
+def test_a_threshold_that_nothing_meets_is_an_error_that_says_so(done, preset):
+    store, _ = done
+    picky = config.load(preset, [*TINY, "selection.min_confidence=0.999999"])
+    run = runs.name_of(picky)
+    runs.start(store, run, picky, "test")
+    with pytest.raises(DataError, match=r"lower it, or train a better teacher"):
+        loop((f"{store.uri}/{run}/config.yaml", store.uri, run))

@@ -1,0 +1,109 @@
+import pytest
+import torch
+
+from ns import log, models
+from ns.config import ModelConfig, NoiseConfig, OptimizerConfig, RoleConfig, TrainConfig
+from ns.data.digits import write_digits
+from ns.data.stream import Labelled, PseudoLabelled
+from ns.errors import TrainingError
+from ns.store import LocalStore
+from ns.train import checkpoint
+from ns.train.loop import train
+
+CLASSES = 10
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = LocalStore(tmp_path_factory.mktemp("digits"))
+    return root, write_digits("labelled", root.at("labelled")), write_digits("heldout", root.at("heldout"))
+
+
+def role(**train_fields) -> RoleConfig:
+    optimizer = train_fields.pop("optimizer", OptimizerConfig(name="adamw", warmup_epochs=1))
+    return RoleConfig(
+        model=ModelConfig(arch="test_efficientnet", resolution=32),
+        noise=NoiseConfig(crop="pad", flip=False),
+        train=TrainConfig(
+            labelled_batch=10, unlabelled_ratio=1, loader_workers=0, epochs=3, optimizer=optimizer, **train_fields
+        ),
+    )
+
+
+def run(data, folder, config: RoleConfig, seed: int = 1, pseudo_probability: float = 0.01):
+    root, labelled, pool = data
+    source = Labelled(root.at("labelled"), labelled)
+    # The held-out digits serve as a pool here, with soft labels made up from their class.
+    pool_source = Labelled(root.at("heldout"), pool)
+    targets = [0.9 * torch.eye(CLASSES)[torch.from_numpy(shard)].numpy() + pseudo_probability for shard in pool_source.labels]
+    pseudo = PseudoLabelled(pool_source.source, targets, pool_source.copies)
+    torch.manual_seed(seed)
+    network = models.build(config.model, config.noise, CLASSES)
+    return train(network, config, source, pseudo, classes=CLASSES, seed=seed, checkpoints=LocalStore(folder))
+
+
+def same(left, right) -> bool:
+    return all(torch.equal(left[name], right[name]) for name in left) and left.keys() == right.keys()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "rmsprop"])
+def test_an_interrupted_training_ends_bit_for_bit_like_a_calm_one(data, tmp_path, monkeypatch, optimizer):
+    config = role(checkpoint_seconds=0, optimizer=OptimizerConfig(name=optimizer, lr=0.05, warmup_epochs=1))
+    calm = run(data, tmp_path / "calm", config)
+    assert calm.steps == 15
+
+    class Killed(BaseException):
+        pass
+
+    advance = log.Progress.advance
+
+    def kill_at(step: int):
+        def interrupted(self, count=1, **facts):
+            advance(self, count, **facts)
+            if self.done == step * 20:
+                raise Killed
+
+        return interrupted
+
+    # At step 4, and again at step 9: the checkpoints are those of the steps before.
+    for step in (4, 9):
+        monkeypatch.setattr(log.Progress, "advance", kill_at(step))
+        with pytest.raises(Killed):
+            run(data, tmp_path / "killed", config)
+    monkeypatch.setattr(log.Progress, "advance", advance)
+    resumed = run(data, tmp_path / "killed", config)
+    assert same(resumed.weights, calm.weights)
+    assert resumed.history == calm.history
+
+
+def test_the_order_of_images_does_not_depend_on_who_loads_them(data, tmp_path):
+    alone = run(data, tmp_path / "alone", role())
+    config = role()
+    helped = config.model_copy(update={"train": config.train.model_copy(update={"loader_workers": 2})})
+    assert same(run(data, tmp_path / "helped", helped).weights, alone.weights)
+
+
+def test_a_damaged_checkpoint_falls_back_on_the_one_before(data, tmp_path, monkeypatch):
+    config = role(checkpoint_seconds=0)
+    calm = run(data, tmp_path / "calm", config)
+    kept = sorted((tmp_path / "calm").iterdir())
+    assert len(kept) == checkpoint.KEEP
+    kept[-1].write_bytes(kept[-1].read_bytes()[:-1] + b"x")
+    again = run(data, tmp_path / "calm", config)
+    assert again.steps == calm.steps
+    assert same(again.weights, calm.weights)
+
+
+def test_a_loss_that_is_not_finite_stops_training_and_says_what_to_lower(data, tmp_path):
+    with pytest.raises(TrainingError, match=r"the loss became nan by step 1 .* lower train.optimizer.lr"):
+        run(data, tmp_path, role(checkpoint_seconds=0), pseudo_probability=float("nan"))
+    assert not list(tmp_path.iterdir()), "a checkpoint of the broken state would break every later attempt"
+
+
+def test_history_has_one_point_an_interval_and_means_in_range(data, tmp_path):
+    trained = run(data, tmp_path, role())
+    assert [point["step"] for point in trained.history] == list(range(1, 16))
+    for point in trained.history:
+        assert 0 <= point["accuracy_labelled"] <= 1
+        assert 0 <= point["agreement"] <= 1
+        assert point["images"] == point["step"] * 20
