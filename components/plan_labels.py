@@ -4,7 +4,7 @@ from components import WORKER_IMAGE
 
 
 @dsl.component(base_image=WORKER_IMAGE, packages_to_install=[], install_kfp_package=False)
-def plan_labels(config_uri: str, root: str, run: str, data: str, generation: int, teacher: str) -> list[str]:
+def plan_labels(config_uri: str, root: str, run: str, data: str, generation: int) -> list[str]:
     """Splits the pool into ranges of shards, one for each labelling task.
 
     Args:
@@ -13,11 +13,10 @@ def plan_labels(config_uri: str, root: str, run: str, data: str, generation: int
         run: Name of the run, a folder below the root.
         data: Key of the prepared data.
         generation: Counted from 1; 0 is before the first.
-        teacher: Key of the teacher's folder.
 
     Returns:
         Ranges START-STOP, half open.
     """
     from ns import steps
 
-    return steps.plan_labels(config_uri, root, run, data, generation, teacher)
+    return steps.plan_labels(config_uri, root, run, data, generation)

@@ -101,9 +101,7 @@ def _options(
 
 @app.command()
 def run(
-    config: Annotated[
-        str | None, typer.Argument(metavar="[CONFIG]", help="A YAML file, or a preset: quickstart.")
-    ] = None,
+    config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="A YAML file, or a preset: quickstart.")] = None,
     overrides: Overrides = None,
     root: Root = "runs",
     name: Annotated[str | None, typer.Option("--run", help="Name of the run; made from the config if not given.")] = None,
@@ -149,9 +147,7 @@ def _drive(store: "Store", name: str, console: "Console") -> None:
     log = store.root / name / "pipeline.log" if isinstance(store, LocalStore) else None
     try:
         with RunView(console) as view:
-            local.run(
-                config_uri=f"{store.uri}/{name}/{runs.CONFIG}", root=store.uri, run=name, log=log, on_event=view.on_event
-            )
+            local.run(config_uri=f"{store.uri}/{name}/{runs.CONFIG}", root=store.uri, run=name, log=log, on_event=view.on_event)
     except Interrupted as error:
         _finish(store, name, "interrupted", error)
         raise

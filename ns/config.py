@@ -86,7 +86,8 @@ class NoiseConfig(Section):
     randaugment_magnitude: float = Field(default=6, ge=0, le=30)
     """Paper: none for B0 and B1, 6, 12, 15, 18, 24, 27 for B2…B7, 27 for L2, 5 for 32 px digits."""
     crop: Literal["resized", "pad", "none"] = "resized"
-    """`resized`: random area of 8–100 %, the paper's for photographs. `pad`: reflect-pad by an eighth and crop, for small images."""
+    """`resized`: random area of 8–100 %, the paper's for photographs. `pad`: reflect-pad by an eighth and crop, for small
+    images."""
     flip: bool = True
     """Mirror at random. Off for digits, text, and anything that has a handedness."""
     cutout_px: int = Field(default=0, ge=0, le=1024)
@@ -222,8 +223,7 @@ class Experiment(Section):
     def _students_fit_generations(self) -> Self:
         if len(self.students) > self.generations:
             raise ValueError(
-                f"students: {len(self.students)} given for {self.generations} generations; "
-                "give at most one per generation"
+                f"students: {len(self.students)} given for {self.generations} generations; give at most one per generation"
             )
         return self
 

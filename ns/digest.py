@@ -39,7 +39,7 @@ def sha256_file(path: Path) -> str:
 
 @cache
 def code_digest(*parts: str) -> str:
-    """Digest of the source of the named parts of `ns` ("train", "models.py"), so that changed code is never taken for done work.
+    """Digest of the source of the named parts of `ns` ("train", "models.py"): changed code is never taken for done work.
 
     Only what can change a step's output belongs in `parts`: a new report must not cost a new training.
     """

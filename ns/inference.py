@@ -58,16 +58,16 @@ class Predictor:
         if len(samples) != shard.samples:
             raise DataError(f"{path}: {len(samples)} images, dataset.json says {shard.samples}; import the data again")
         with path.open("rb") as file:
-            blobs = ((os.pread(file.fileno(), sample.size, sample.offset), sample.extension) for sample in samples)
+            blobs = (os.pread(file.fileno(), sample.size, sample.offset) for sample in samples)
             probabilities, errors = self._run(blobs, len(samples), progress)
         return Predictions(samples, probabilities, errors)
 
-    def images(self, blobs: Sequence[tuple[bytes, str]]) -> tuple[npt.NDArray[np.float32], dict[int, str]]:
-        """Probabilities [N, classes] of encoded images given as (bytes, extension), and reasons for rows that are NaN."""
+    def images(self, blobs: Sequence[bytes]) -> tuple[npt.NDArray[np.float32], dict[int, str]]:
+        """Probabilities [N, classes] of encoded images, and reasons for rows that are NaN."""
         return self._run(iter(blobs), len(blobs), None)
 
     def _run(
-        self, blobs: Iterator[tuple[bytes, str]], total: int, progress: log.Progress | None
+        self, blobs: Iterator[bytes], total: int, progress: log.Progress | None
     ) -> tuple[npt.NDArray[np.float32], dict[int, str]]:
         classes = len(self.card.classes)
         probabilities = np.full((total, classes), np.nan, np.float32)
@@ -96,13 +96,13 @@ class Predictor:
                     progress.advance(count)
         return probabilities, errors
 
-    def _decode(self, chunk: list[tuple[bytes, str]]) -> _Decoded:
+    def _decode(self, chunk: list[bytes]) -> _Decoded:
         # Unreadable images stay as black ones: batches, and so results, do not depend on which images are damaged.
         images = np.zeros((len(chunk), self._resolution, self._resolution, 3), np.uint8)
         errors: dict[int, str] = {}
-        for row, (data, extension) in enumerate(chunk):
+        for row, data in enumerate(chunk):
             try:
-                images[row] = self._transform(decode(data, extension))
+                images[row] = self._transform(decode(data))
             except DataError as error:
                 errors[row] = str(error)
         return _Decoded(images, errors)

@@ -1,6 +1,6 @@
 """What has been done, keyed by the digest of what went into it, so that any step is skipped or resumed and none is done twice.
 
-    ledger/STEP/DIGEST.json     DIGEST = sha256(step, code, inputs); written once, after the outputs are in place
+ledger/STEP/DIGEST.json     DIGEST = sha256(step, code, inputs); written once, after the outputs are in place
 """
 
 import time
@@ -58,9 +58,7 @@ class Ledger:
         entry.write(self._root, self._path(step, entry.digest))
         return entry
 
-    def once(
-        self, step: str, inputs: Mapping[str, Any], work: Callable[[], Mapping[str, str]]
-    ) -> tuple[Entry, bool]:
+    def once(self, step: str, inputs: Mapping[str, Any], work: Callable[[], Mapping[str, str]]) -> tuple[Entry, bool]:
         """Looks the step up; works and records only if it is not there. Returns the entry and whether it was reused."""
         entry = self.lookup(step, self.key(step, inputs))
         if entry is not None:

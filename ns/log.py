@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ class Progress:
         get().info("progress", done=self.done, total=self.total, unit=self.unit, per_second=round(rate, 2), **facts)
 
 
-def _append_to_events(_logger: Any, _method: str, event: dict[str, Any]) -> dict[str, Any]:
+def _append_to_events(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     path = os.environ.get(EVENTS_VARIABLE)
     if path:
         line = json.dumps({**event, "at": datetime.now(UTC).timestamp()}, default=str) + "\n"

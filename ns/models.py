@@ -1,6 +1,7 @@
 """Networks from timm, and their weights as safetensors. No pickle is ever read."""
 
 import difflib
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ def check(experiment: Experiment, classes: int | None = None) -> None:
     chain = ["teacher"]
     chain += [f"students.{min(g, len(experiment.students)) - 1}" for g in range(1, experiment.generations + 1)]
     if not experiment.allow_smaller_student:
-        for teacher, student in zip(chain[:-1], chain[1:], strict=True):
+        for teacher, student in pairwise(chain):
             if sizes[student] < sizes[teacher]:
                 raise ConfigError(
                     f"{student}.model: {sizes[student]:,} parameters, its teacher ({teacher}.model) has {sizes[teacher]:,}: "

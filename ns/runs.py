@@ -138,16 +138,12 @@ def finish(root: Store, run: str, state: State, error: str | None = None) -> Non
     record.model_copy(update={"state": state, "error": error, "finished_at": _now()}).write(root, _record(run))
 
 
-def note(
-    root: Store, run: str, generation: int, step: str, outputs: dict[str, str], seconds: float, *, reused: bool
-) -> None:
+def note(root: Store, run: str, generation: int, step: str, outputs: dict[str, str], seconds: float, *, reused: bool) -> None:
     """Writes a step's note into the run. Work that this run did before and finds again keeps its first note."""
     key = f"{run}/steps/{generation}-{step}.json"
     if reused and root.exists(key) and Note.read(root, key).outputs == outputs:
         return
-    document = Note(
-        generation=generation, step=step, outputs=outputs, seconds=seconds, reused=reused, finished_at=_now()
-    )
+    document = Note(generation=generation, step=step, outputs=outputs, seconds=seconds, reused=reused, finished_at=_now())
     document.write(root, key)
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from ns import config, log, runs
@@ -38,7 +39,15 @@ STOP = "stop"
 
 # What a step's result depends on, so that changed code is never taken for done work.
 READING = ("data/dataset.py", "data/shards.py", "data/decode.py", "data/augment.py", "models.py")
-TRAINING = (*READING, "train", "data/order.py", "data/stream.py", "data/randaugment.py", "label/targets.py", "label/selection.py")
+TRAINING = (
+    *READING,
+    "train",
+    "data/order.py",
+    "data/stream.py",
+    "data/randaugment.py",
+    "label/targets.py",
+    "label/selection.py",
+)
 INFERENCE = (*READING, "inference.py")
 LABELLING = (*INFERENCE, "label/predict.py", "label/labelset.py")
 
@@ -56,9 +65,7 @@ def prepare_data(config_uri: str, root: str, run: str) -> str:
         return key
 
 
-def train(
-    config_uri: str, root: str, run: str, data: str, generation: int, teacher: str = "", labels: str = ""
-) -> str:
+def train(config_uri: str, root: str, run: str, data: str, generation: int, teacher: str = "", labels: str = "") -> str:
     """Trains the first teacher (generation 0), or a student of `teacher` on the selection in `labels`.
 
     Returns the key of the model's folder. Raises TrainingError when training cannot go on.
@@ -139,14 +146,14 @@ def resolve(config_uri: str, root: str, run: str, data: str, generation: int, fi
         return teacher
 
 
-def plan_labels(config_uri: str, root: str, run: str, data: str, generation: int, teacher: str) -> list[str]:
+def plan_labels(config_uri: str, root: str, run: str, data: str, generation: int) -> list[str]:
     """Splits the pool into ranges of shards, `START-STOP` (half open), one per labelling task."""
     with _step("plan-labels", generation, config_uri, root, run, quiet=True) as step:
         _, pool = Prepared.read(step.root, data).pool.open(step.root)
         shards = len(pool.shards)
         tasks = min(step.experiment.labelling.tasks, shards)
         bounds = [index * shards // tasks for index in range(tasks + 1)]
-        return [f"{start}-{stop}" for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+        return [f"{start}-{stop}" for start, stop in pairwise(bounds)]
 
 
 def label_shards(config_uri: str, root: str, run: str, data: str, generation: int, teacher: str, shards: str) -> str:
@@ -163,9 +170,7 @@ def label_shards(config_uri: str, root: str, run: str, data: str, generation: in
             from ns.label import predict
 
             predictor = Predictor(step.root.at(teacher), batch=step.experiment.labelling.batch)
-            labelled = predict.label_shards(
-                predictor, pool_folder, pool, labels, wanted, top_k=step.experiment.labelling.top_k
-            )
+            labelled = predict.label_shards(predictor, pool_folder, pool, labels, wanted, top_k=step.experiment.labelling.top_k)
         step.done({}, reused=reused, images=labelled)
         return shards
 

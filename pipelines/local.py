@@ -69,9 +69,7 @@ def _run_pipeline(pipeline_root: Path, arguments: dict[str, str]) -> None:
     from kfp import components, local
 
     pipeline = components.load_component_from_file(str(PACKAGE))
-    local.init(
-        runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(pipeline_root), raise_on_error=True
-    )
+    local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(pipeline_root), raise_on_error=True)
     pipeline(**arguments)
 
 

@@ -49,7 +49,7 @@ def label(config_uri: str, root: str, run: str, data: str, generation: int, teac
 def generation(config_uri: str, root: str, run: str, data: str, generation: int, teacher: str) -> None:
     """One trip round the loop: label, select, train a student, evaluate, decide."""
     base = {"config_uri": config_uri, "root": root, "run": run, "data": data, "generation": generation}
-    plan = _uncached(plan_labels(**base, teacher=teacher))
+    plan = _uncached(plan_labels(**base))
     labelled = label(**base, teacher=teacher, ranges=plan.output)
     labels = _uncached(commit_labels(**base, teacher=teacher).after(labelled))
     student = _uncached(train(**base, teacher=teacher, labels=labels.output)).set_display_name("train student")

@@ -117,7 +117,11 @@ def test_every_field_is_documented_in_the_schema():
     assert undocumented == []
 
 
-@given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(), lambda leaf: st.lists(leaf) | st.dictionaries(st.text(), leaf)))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(), lambda leaf: st.lists(leaf) | st.dictionaries(st.text(), leaf)
+    )
+)
 def test_garbage_is_refused_with_a_clean_error(document):
     with pytest.raises(ConfigError):
         config.parse(document if isinstance(document, dict) else {"name": document}, "x.yaml")
@@ -133,7 +137,9 @@ def test_garbage_files_are_refused_with_a_clean_error(tmp_path_factory, data):
 
 def test_an_override_does_not_leak_through_yaml_aliases(tmp_path):
     path = tmp_path / "x.yaml"
-    path.write_text("name: x\ndata: {labelled: a, pool: b, heldout: c}\nteacher: &t {model: {resolution: 32}}\nstudents: [*t]\n")
+    path.write_text(
+        "name: x\ndata: {labelled: a, pool: b, heldout: c}\nteacher: &t {model: {resolution: 32}}\nstudents: [*t]\n"
+    )
     experiment = config.load(str(path), ["teacher.model.resolution=64"])
     assert experiment.teacher.model.resolution == 64
     assert experiment.students[0].model.resolution == 32

@@ -48,7 +48,7 @@ def pool(tmp_path_factory):
     """Three shards of 20 images, the third of which is damaged."""
     folder = LocalStore(tmp_path_factory.mktemp("pool"))
     rng = np.random.default_rng(0)
-    with ShardWriter(folder, samples=20, bytes=1 << 20) as writer:
+    with ShardWriter(folder, max_samples=20, max_bytes=1 << 20) as writer:
         for index in range(60):
             png = io.BytesIO()
             Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(png, "PNG")
@@ -92,9 +92,9 @@ def test_labelling_is_done_once_a_shard_and_written_in_the_order_of_the_tar(mode
     folder, dataset = pool
     labels = LocalStore(tmp_path)
     predictor = Predictor(model, batch=8)
-    assert label_shards(predictor, folder, dataset, labels, range(0, 2), top_k=10) == 40
+    assert label_shards(predictor, folder, dataset, labels, range(2), top_k=10) == 40
     first = {key: labels.get(key) for key in labels.list()}
-    assert label_shards(predictor, folder, dataset, labels, range(0, 3), top_k=10) == 20
+    assert label_shards(predictor, folder, dataset, labels, range(3), top_k=10) == 20
     assert {key: labels.get(key) for key in first} == first
 
     facts = LabelShard.read(labels, "shard-00000.json")

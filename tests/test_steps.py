@@ -31,7 +31,7 @@ def loop(where) -> None:
         teacher = steps.resolve(*where, data, generation, first)
         if teacher == steps.STOP:
             return
-        for shards in steps.plan_labels(*where, data, generation, teacher):
+        for shards in steps.plan_labels(*where, data, generation):
             steps.label_shards(*where, data, generation, teacher, shards)
         labels = steps.commit_labels(*where, data, generation, teacher)
         student = steps.train(*where, data, generation, teacher, labels)
@@ -116,7 +116,7 @@ def test_a_refused_student_ends_the_loop(done, preset):
 
 
 def test_a_teacher_at_chance_is_refused_before_any_student(done, preset, monkeypatch):
-    store, where = done
+    _, where = done
     data = steps.prepare_data(*where)
     first = steps.train(*where, data, 0)
     real = steps._evaluation

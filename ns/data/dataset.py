@@ -1,7 +1,7 @@
 """Dataset: an ordered list of tar shards with a manifest beside them.
 
-    dataset.json          name, role, classes, shards, digest; written last
-    shard-00000.tar …     WebDataset layout: KEY.jpg|png|webp, and KEY.cls (class index as text) where labelled
+dataset.json          name, role, classes, shards, digest; written last
+shard-00000.tar …     WebDataset layout: KEY.jpg|png|webp, and KEY.cls (class index as text) where labelled
 """
 
 from typing import Any, Literal, Self

@@ -19,8 +19,8 @@ PLAIN = ("Gray", "YCbCr", "RGB")
 ORIENTATION = 0x0112
 
 
-def decode(data: bytes, extension: str = "") -> npt.NDArray[np.uint8]:
-    """uint8 [H, W, 3], C-contiguous, upright (EXIF orientation applied). `extension` is for messages only.
+def decode(data: bytes) -> npt.NDArray[np.uint8]:
+    """uint8 [H, W, 3], C-contiguous, upright (EXIF orientation applied).
 
     Greyscale is repeated over the channels, 16 bits are scaled to 8, transparency is laid over white, and of an animation
     the first frame is taken. Raises DataError with the reason: empty, not an image, truncated, decompression bomb.

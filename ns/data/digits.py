@@ -40,14 +40,14 @@ def write_digits(part: Part, folder: Store) -> Dataset:
         parts["labelled"] += own[:LABELLED_PER_CLASS]
         parts["heldout"] += own[LABELLED_PER_CLASS:heldout_end]
         parts["pool"] += own[heldout_end:]
-    with ShardWriter(folder, samples=SHARD_SAMPLES, bytes=256 << 20) as writer:
+    with ShardWriter(folder, max_samples=SHARD_SAMPLES, max_bytes=256 << 20) as writer:
         for index in sorted(parts[part]):
             # Grey levels 0–16 → 0–255.
             pixels = np.rint(images[index] * (255 / 16)).astype(np.uint8)
             png = io.BytesIO()
             Image.fromarray(pixels).save(png, "PNG")
-            label = None if part == "pool" else int(labels[index])
-            writer.add(f"digit-{index:04d}", "png", png.getvalue(), label)
+            known = None if part == "pool" else int(labels[index])
+            writer.add(f"digit-{index:04d}", "png", png.getvalue(), known)
     dataset = Dataset(
         name=f"digits-{part}",
         role=ROLES[part],

@@ -59,7 +59,7 @@ def import_images(
     rejected: list[tuple[str, str]] = []
     used: Counter[str] = Counter()
     progress = log.Progress(len(order), "images")
-    with ShardWriter(folder, samples=shard_samples, bytes=shard_mib << 20) as writer:
+    with ShardWriter(folder, max_samples=shard_samples, max_bytes=shard_mib << 20) as writer:
         for path in order:
             try:
                 data, extension = _read(root / path)
@@ -116,7 +116,8 @@ def _classes(root: Path, files: list[str], known: Sequence[str] | None) -> tuple
     if known is not None:
         if unknown := sorted(set(folders) - set(known)):
             raise DataError(
-                f"{root}: class folder {unknown[0]!r} is none of the labelled classes ({', '.join(known[:10])}…); rename or remove it"
+                f"{root}: class folder {unknown[0]!r} is none of the labelled classes "
+                f"({', '.join(known[:10])}…); rename or remove it"
             )
         return tuple(known)
     if len(folders) < 2:
@@ -146,7 +147,7 @@ def _key(path: str, used: Counter[str]) -> str:
     # os.fsencode and back: names that are no text keep their bytes as escapes, not as surrogates that no tar can hold.
     plain = os.fsencode(stem if dot and extension.lower() in {*IMAGES, "bmp", "gif", "tif", "tiff"} else path)
     text = re.sub(r"[\x00-\x1f.\\]", "_", plain.decode("utf-8", "backslashreplace"))
-    key = "/".join(part.strip() or "_" for part in text.split(os.sep))
+    key = "/".join(part.strip() or "_" for part in text.split("/"))
     used[key] += 1
     while used[key] > 1:
         key = f"{key}-{used[key]}"
@@ -160,8 +161,8 @@ def _check_rejects(root: Path, rejected: list[tuple[str, str]], total: int, limi
     reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(r for _, r in rejected).most_common(3))
     first = "; ".join(f"{path}: {reason}" for path, reason in rejected[:3])
     raise DataError(
-        f"{root}: {len(rejected)} of {total} files cannot be read ({reasons}), more than data.max_rejected_share = {limit:.1%}; "
-        f"first: {first}; mend or remove them, or raise the limit"
+        f"{root}: {len(rejected)} of {total} files cannot be read ({reasons}), more than "
+        f"data.max_rejected_share = {limit:.1%}; first: {first}; mend or remove them, or raise the limit"
     )
 
 

@@ -40,7 +40,7 @@ class Order:
         taken: list[tuple[int, int]] = []
         while len(taken) < count:
             epoch, offset = divmod(start + len(taken), self.epoch_size)
-            shards, bounds = self._epoch(epoch)
+            _, bounds = self._epoch(epoch)
             window = int(np.searchsorted(bounds, offset, side="right")) - 1
             rows = self._window_rows(epoch, window)
             first = offset - int(bounds[window])
@@ -62,7 +62,9 @@ class Order:
         members = shards[window * WINDOW : (window + 1) * WINDOW]
         rows = np.concatenate(
             [
-                np.stack([np.full(self._sizes[shard], shard), np.repeat(np.arange(len(self._copies[shard])), self._copies[shard])], 1)
+                np.stack(
+                    [np.full(self._sizes[shard], shard), np.repeat(np.arange(len(self._copies[shard])), self._copies[shard])], 1
+                )
                 for shard in members
             ]
         )

@@ -127,10 +127,11 @@ def _fingerprint(part: Part, folder: Path) -> list[list[object]]:
     for parent, folders, names in os.walk(folder):
         folders.sort()
         # Empty folders count: an empty class is an error, and stays one until it is mended.
-        entries += [[os.path.relpath(os.path.join(parent, name), folder), 0, 0] for name in folders]
+        entries += [[str((Path(parent) / name).relative_to(folder)), 0, 0] for name in folders]
         for name in sorted(names):
-            status = os.stat(os.path.join(parent, name))
-            entries.append([os.path.relpath(os.path.join(parent, name), folder), status.st_size, status.st_mtime_ns])
+            path = Path(parent) / name
+            status = path.lstat()
+            entries.append([str(path.relative_to(folder)), status.st_size, status.st_mtime_ns])
     return entries
 
 

@@ -81,9 +81,7 @@ def cutout(image: Image.Image, half_px: int, rng: np.random.Generator) -> Image.
 
 
 def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
-    return image.transform(
-        image.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST, fillcolor=GREY
-    )
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST, fillcolor=GREY)
 
 
 def _sign(rng: np.random.Generator) -> int:

@@ -1,6 +1,5 @@
 """Tar shards in the WebDataset layout: `KEY.png` (or jpg, jpeg, webp), and `KEY.cls` where labelled."""
 
-import hashlib
 import io
 import shutil
 import tarfile
@@ -82,15 +81,15 @@ def check_shard(path: Path, shard: Shard) -> None:
 
 
 class ShardWriter:
-    """Writes shards of at most `samples` images and about `bytes` bytes into a store folder: `shard-00000.tar` …
+    """Writes shards of at most `max_samples` images and about `max_bytes` bytes into a store folder: `shard-00000.tar` …
 
     The same samples in the same order give the same bytes: no times, owners or modes of the machine are kept.
     """
 
-    def __init__(self, folder: Store, *, samples: int, bytes: int) -> None:
+    def __init__(self, folder: Store, *, max_samples: int, max_bytes: int) -> None:
         self._folder = folder
-        self._samples = samples
-        self._bytes = bytes
+        self._max_samples = max_samples
+        self._max_bytes = max_bytes
         self._done: list[Shard] = []
         self._keys: set[str] = set()
         self._count = 0
@@ -100,9 +99,7 @@ class ShardWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         try:
             if kind is None:
                 self._roll()
@@ -125,11 +122,11 @@ class ShardWriter:
         self._keys.add(key)
         # 512-byte header and padding for each member.
         if self._tar is not None and (
-            self._count >= self._samples or self._tar.offset + len(data) + 2048 > self._bytes
+            self._count >= self._max_samples or self._tar.offset + len(data) + 2048 > self._max_bytes
         ):
             self._roll()
         if self._tar is None:
-            self._tar = tarfile.open(self._path, "w:", format=tarfile.PAX_FORMAT)  # noqa: SIM115: closed by _roll
+            self._tar = tarfile.open(self._path, "w:", format=tarfile.PAX_FORMAT)  # noqa: SIM115
         self._member(f"{key}.{extension}", data)
         if label is not None:
             self._member(f"{key}.{LABEL}", str(label).encode())
@@ -147,9 +144,7 @@ class ShardWriter:
         self._tar.close()
         self._tar = None
         name = f"shard-{len(self._done):05d}.tar"
-        shard = Shard(
-            name=name, samples=self._count, bytes=self._path.stat().st_size, sha256=sha256_file(self._path)
-        )
+        shard = Shard(name=name, samples=self._count, bytes=self._path.stat().st_size, sha256=sha256_file(self._path))
         self._folder.put_file(name, self._path)
         self._done.append(shard)
         self._count = 0

@@ -52,7 +52,7 @@ class ImageSource:
         sample = self.index(shard)[row]
         name = self._dataset.shards[shard].name
         try:
-            image = decode(self._folder.get_range(name, sample.offset, sample.size), sample.extension)
+            image = decode(self._folder.get_range(name, sample.offset, sample.size))
         except DataError as error:
             raise DataError(f"{self._folder.uri}/{name}: {sample.key}: {error}; import the data again") from error
         if self._decoded_bytes + image.nbytes <= DECODED_BYTES:

@@ -66,7 +66,9 @@ def paired_gain(
 
     """
     if teacher_correct.shape != student_correct.shape or teacher_correct.size == 0:
-        raise ValueError(f"paired results must be of one non-zero length, got {teacher_correct.shape} and {student_correct.shape}")
+        raise ValueError(
+            f"paired results must be of one non-zero length, got {teacher_correct.shape} and {student_correct.shape}"
+        )
     difference = student_correct.astype(np.int8) - teacher_correct.astype(np.int8)
     images = difference.size
     shares = np.array([np.mean(difference == -1), np.mean(difference == 0), np.mean(difference == 1)])

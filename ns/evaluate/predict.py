@@ -22,14 +22,14 @@ class Prediction(BaseModel):
 def predict_files(folder: Store, paths: Sequence[Path], top: int) -> list[Prediction]:
     """Classifies image files with the model in `folder`. A file that cannot be read gets its reason."""
     predictor = Predictor(folder, batch=64)
-    blobs: list[tuple[bytes, str]] = []
+    blobs: list[bytes] = []
     missing: dict[int, str] = {}
     for index, path in enumerate(paths):
         try:
-            blobs.append((path.read_bytes(), path.suffix.lstrip(".").lower()))
+            blobs.append(path.read_bytes())
         except OSError as error:
             missing[index] = error.strerror or str(error)
-            blobs.append((b"", ""))
+            blobs.append(b"")
     probabilities, errors = predictor.images(blobs)
     errors |= missing
     results = []

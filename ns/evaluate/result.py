@@ -1,7 +1,7 @@
 """Evaluation: how one model does on one dataset, with a row for each image so that two models can be compared in pairs.
 
-    evaluation.json         totals, per class, confusion; written last
-    predictions.parquet     key string, label uint16, predicted uint16, confidence float32, rank uint16 (0: label on top)
+evaluation.json         totals, per class, confusion; written last
+predictions.parquet     key string, label uint16, predicted uint16, confidence float32, rank uint16 (0: label on top)
 """
 
 from typing import Literal
@@ -48,9 +48,7 @@ class Evaluation(Identified):
     @property
     def class_accuracy(self) -> list[float | None]:
         """Share of each class that is right, None for a class without images."""
-        return [
-            row[index] / total if (total := sum(row)) else None for index, row in enumerate(self.confusion)
-        ]
+        return [row[index] / total if (total := sum(row)) else None for index, row in enumerate(self.confusion)]
 
 
 def read_predictions(folder: Store, evaluation: Evaluation) -> pa.Table:

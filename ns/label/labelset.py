@@ -1,14 +1,14 @@
 """LabelSet: what one teacher says about every image of one dataset. Immutable; another threshold is another Selection.
 
-    labelset.json            digests, shards, classes; written last
-    histogram.parquet        class uint16, bin uint16, count uint64: confidences by predicted class, 1,000 bins; zeros left out
-    shard-00000.json         one shard's facts, written after its rows: a shard without it is not labelled
-    shard-00000.parquet …    the rows, same order and keys as the dataset's tar
+labelset.json            digests, shards, classes; written last
+histogram.parquet        class uint16, bin uint16, count uint64: confidences by predicted class, 1,000 bins; zeros left out
+shard-00000.json         one shard's facts, written after its rows: a shard without it is not labelled
+shard-00000.parquet …    the rows, same order and keys as the dataset's tar
 """
 
 import io
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -94,8 +94,8 @@ class Rows:
         self.keys: list[str] = table["key"].to_pylist()
         self.confidence: npt.NDArray[np.float32] = table["confidence"].to_numpy(zero_copy_only=False).astype(np.float32)
         k = table.schema.field("top_class").type.list_size
-        self.top_class: npt.NDArray[np.uint16] = _fixed(table["top_class"], k, np.uint16)
-        self.top_prob: npt.NDArray[np.float16] = _fixed(table["top_prob"], k, np.float16)
+        self.top_class: npt.NDArray[np.uint16] = _fixed(table["top_class"], k).astype(np.uint16)
+        self.top_prob: npt.NDArray[np.float16] = _fixed(table["top_prob"], k).astype(np.float16)
 
     @property
     def readable(self) -> npt.NDArray[np.bool_]:
@@ -184,10 +184,11 @@ def join(labels: Store, pool: Dataset, *, teacher: str, code: str, classes: tupl
     return label_set
 
 
-def _fixed(column: pa.ChunkedArray, k: int, dtype: type) -> npt.NDArray[np.generic]:
+def _fixed(column: pa.ChunkedArray, k: int) -> npt.NDArray[Any]:
+    """[N, k] values of a column of fixed-size lists; zeros where the list is null."""
     array = column.combine_chunks()
-    values = np.zeros((len(array), k), dtype)
-    valid = array.is_valid().to_numpy(zero_copy_only=False)
     # flatten() leaves out null lists, whatever lies under them.
-    values[valid] = array.flatten().to_numpy(zero_copy_only=False).reshape(-1, k)
+    flat = array.flatten().to_numpy(zero_copy_only=False)
+    values = np.zeros((len(array), k), flat.dtype)
+    values[array.is_valid().to_numpy(zero_copy_only=False)] = flat.reshape(-1, k)
     return values

@@ -15,9 +15,7 @@ from ns.label.labelset import LabelShard, kept_classes, marker, row_schema
 from ns.store import Store
 
 
-def label_shards(
-    predictor: Predictor, pool_folder: Store, pool: Dataset, labels: Store, shards: range, *, top_k: int
-) -> int:
+def label_shards(predictor: Predictor, pool_folder: Store, pool: Dataset, labels: Store, shards: range, *, top_k: int) -> int:
     """Labels a range of shards, leaving out those that are done. Returns the images labelled now."""
     waiting = [pool.shards[index] for index in shards if not labels.exists(marker(pool.shards[index].name))]
     done = sum(pool.shards[index].samples for index in shards) - sum(shard.samples for shard in waiting)

@@ -7,6 +7,7 @@ class, from which the copies of any row follow; no image is ever copied.
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -106,8 +107,7 @@ def select(
     order = np.lexsort((tie, -confidence, label))
     bounds = np.searchsorted(label[order], np.arange(classes + 1))
     rules = tuple(
-        _rule(confidence[order[start:stop]], tie[order[start:stop]], policy)
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
+        _rule(confidence[order[start:stop]], tie[order[start:stop]], policy) for start, stop in pairwise(bounds.tolist())
     )
     return Selection(
         policy=policy,
@@ -162,11 +162,12 @@ def copies(selection: Selection, rows: Rows) -> npt.NDArray[np.int64]:
     return result
 
 
-def _up_to(
-    cut: Cut | None, confidence: npt.NDArray[np.float32], hashes: npt.NDArray[np.uint64]
-) -> npt.NDArray[np.bool_]:
+def _up_to(cut: Cut | None, confidence: npt.NDArray[np.float32], hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
     if cut is None:
         return np.zeros(len(confidence), np.bool_)
     # float32 → JSON double → float32 is exact, so the comparison with equality is.
     threshold = np.float32(cut.confidence)
-    return (confidence > threshold) | ((confidence == threshold) & (hashes <= np.uint64(int(cut.hash, 16))))
+    up_to: npt.NDArray[np.bool_] = (confidence > threshold) | (
+        (confidence == threshold) & (hashes <= np.uint64(int(cut.hash, 16)))
+    )
+    return up_to

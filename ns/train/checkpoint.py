@@ -103,7 +103,8 @@ def _load(path: Any, state: State) -> None:
     try:
         with safe_open(path, framework="pt") as file:
             facts = json.loads(file.metadata()["state"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a dict
+            # Not a dict: it has keys() and cannot be iterated.
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, ValueError) as error:
         raise StoreError(f"{path}: not a training checkpoint: {error}; delete it to start this training again") from error
     state.network.load_state_dict(_part(tensors, "network."))

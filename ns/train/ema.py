@@ -19,9 +19,7 @@ class Ema:
     def update(self, network: nn.Module, step: int) -> None:
         state = network.state_dict()
         floats = [name for name, value in self.shadow.items() if value.is_floating_point()]
-        torch._foreach_lerp_(
-            [self.shadow[name] for name in floats], [state[name] for name in floats], 1 - self.decay_at(step)
-        )
+        torch._foreach_lerp_([self.shadow[name] for name in floats], [state[name] for name in floats], 1 - self.decay_at(step))
         for name, value in self.shadow.items():
             if not value.is_floating_point():
                 value.copy_(state[name])

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ns import log
+from ns.card import MEAN, STD
 from ns.config import RoleConfig
 from ns.data.augment import TrainTransform
 from ns.data.stream import Batches, Labelled, PseudoLabelled, loader
 from ns.errors import Interrupted, TrainingError
-from ns.card import MEAN, STD
 from ns.models import Normalize, best_device
 from ns.store import Store
 from ns.train import checkpoint
@@ -139,9 +139,7 @@ class _Record:
         self._images_a_step = images_a_step
         self.latest: dict[str, float] = {}
 
-    def add(
-        self, loss: Losses, logits: Tensor, labels: Tensor, targets: Tensor, rate: float
-    ) -> None:
+    def add(self, loss: Losses, logits: Tensor, labels: Tensor, targets: Tensor, rate: float) -> None:
         with torch.no_grad():
             predicted = logits.argmax(1)
             correct = (predicted[: len(labels)] == labels).float().mean()

@@ -92,6 +92,8 @@ def test_unequal_lengths_are_refused():
         paired_gain(np.ones(3, bool), np.ones(4, bool), level=LEVEL, resamples=1000, seed=0)
 
 
-@pytest.mark.parametrize(("top1", "images", "expected"), [(0.1, 500, False), (0.12, 500, False), (0.13, 500, True), (0.12, 5000, True)])
+@pytest.mark.parametrize(
+    ("top1", "images", "expected"), [(0.1, 500, False), (0.12, 500, False), (0.13, 500, True), (0.12, 5000, True)]
+)
 def test_chance_is_what_luck_explains(top1, images, expected):
     assert beats_chance(top1, images, classes=10) is expected

@@ -83,12 +83,7 @@ def test_selection_equals_brute_force(table, policy, seed, split):
     entries = [(f"key-{index}", label, confidence) for index, (label, confidence) in enumerate(table)]
     shards = [rows_of(entries[:split]), rows_of(entries[split:])]
     selection = run(shards, policy, seed)
-    got = {
-        key: int(times)
-        for rows in shards
-        for key, times in zip(rows.keys, copies(selection, rows), strict=True)
-        if times
-    }
+    got = {key: int(times) for rows in shards for key, times in zip(rows.keys, copies(selection, rows), strict=True) if times}
     wanted = brute_force(entries, policy, seed)
     assert got == wanted
     assert selection.kept == len(wanted)

@@ -1,0 +1,61 @@
+# Noisy Student: `make run` needs nothing but Python 3.11+ and make; all else is installed into .venv, once.
+
+VENV := .venv
+BIN := $(VENV)/bin
+NS := $(BIN)/ns
+PYTEST := $(BIN)/python -m pytest
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help run test test-integration test-containers test-all lint format compile constraints venv clean distclean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+run: $(VENV)/.run ## Run the quickstart: the whole loop on handwritten digits (ARGS="--set seed=1")
+	@$(NS) run quickstart $(ARGS)
+
+test: $(VENV)/.test ## Run the unit tests
+	@$(PYTEST) $(ARGS)
+
+test-integration: $(VENV)/.test ## Run the tests of several real parts together
+	@$(PYTEST) -m "integration or browser" $(ARGS)
+
+test-containers: $(VENV)/.test ## Run the tests that need a container engine
+	@$(PYTEST) -m containers $(ARGS)
+
+test-all: test test-integration test-containers ## Run all tests
+
+lint: $(VENV)/.test ## Check style, types, and the direction of imports
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: $(VENV)/.test ## Put the code into its form
+	@$(BIN)/ruff check --fix-only --quiet .
+	@$(BIN)/ruff format .
+
+compile: $(VENV)/.run ## Compile the pipeline into pipelines/noisy_student.yaml
+	@$(BIN)/python -m pipelines.compile
+
+constraints: $(VENV)/.test ## Write constraints.txt anew from what is installed
+	@{ grep '^#' constraints.txt; $(BIN)/pip freeze --exclude-editable | grep -viE '^(nvidia-|triton|cuda-| @ )'; } > constraints.tmp
+	@mv constraints.tmp constraints.txt
+
+venv: $(VENV)/.test ## Make the virtual environment, with all that development needs
+
+clean: ## Remove what runs left behind (runs/)
+	rm -rf runs
+
+distclean: clean ## Remove the virtual environment too
+	rm -rf $(VENV)
+
+# A stamp is touched last, so that an interrupted installation is taken up again.
+$(VENV)/.run: pyproject.toml constraints.txt install.sh
+	@sh install.sh $(VENV) pipelines,quickstart
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.run
+	@sh install.sh $(VENV) pipelines,quickstart,versions,dev
+	@touch $@

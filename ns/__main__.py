@@ -1,0 +1,3 @@
+from ns.cli import main
+
+main()

@@ -1,0 +1,134 @@
+"""A run killed with SIGKILL at the worst moments ends like one that was left alone: same label sets, same metrics."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.integration
+
+# Short, with a checkpoint after every step, so that there is something to continue from wherever the blow falls.
+QUICK = [
+    f"--set={override}"
+    for override in (
+        "generations=1",
+        "teacher.train.epochs=40",
+        "teacher.train.checkpoint_seconds=0",
+        "students.0.train.epochs=12",
+        "students.0.train.checkpoint_seconds=0",
+        "gate.min_gain=-1",
+    )
+]
+NS = [sys.executable, "-m", "ns"]
+
+
+def command(root: Path) -> list[str]:
+    return [*NS, "run", "quickstart", *QUICK, "--root", str(root), "--run", "test", "--json"]
+
+
+def finish(root: Path) -> dict:
+    done = subprocess.run(command(root), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def results(summary: dict) -> dict:
+    """What must not depend on how often the run was killed."""
+    timeless = [{k: v for k, v in row.items() if k != "seconds"} for row in summary["generations"]]
+    return {"teacher": summary["teacher_top1"], "generations": timeless, "label_sets": summary["label_sets"]}
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory) -> dict:
+    return results(finish(tmp_path_factory.mktemp("calm")))
+
+
+def steps_of(root: Path, step: str) -> list[Path]:
+    return list((root / "test" / "steps").glob(f"*-{step}*.json"))
+
+
+def checkpoints(root: Path) -> list[Path]:
+    return list((root / "store" / "checkpoints").glob("*/step-*.safetensors"))
+
+
+MOMENTS: dict[str, Callable[[Path], bool]] = {
+    "teacher training": lambda root: any(path.name >= "step-00000010" for path in checkpoints(root)),
+    "labelling": lambda root: bool(list((root / "store" / "labels").glob("*/*.parquet"))),
+    "student training": lambda root: len(steps_of(root, "commit-labels")) == 1 and len(checkpoints(root)) > 0,
+}
+
+
+def running(marker: str) -> list[int]:
+    """Processes whose environment names the run's folder."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                if marker in (entry / "cmdline").read_text():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_run_continues_and_ends_like_a_calm_one(tmp_path, calm, moment):
+    client = subprocess.Popen(command(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not MOMENTS[moment](tmp_path):
+        assert client.poll() is None, f"the run ended before the moment came: {moment}"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(client.pid, signal.SIGKILL)
+    client.wait()
+    # Its steps notice that nobody waits for them any more.
+    deadline = time.monotonic() + 10
+    while running(str(tmp_path)):
+        assert time.monotonic() < deadline, f"orphans: {running(str(tmp_path))}"
+        time.sleep(0.1)
+    assert results(finish(tmp_path)) == calm
+    if "training" in moment:
+        assert "training continues" in (tmp_path / "test" / "pipeline.log").read_text()
+
+
+def test_ctrl_c_leaves_a_run_that_resume_continues(tmp_path, calm):
+    client = subprocess.Popen(
+        command(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not MOMENTS["teacher training"](tmp_path):
+        assert client.poll() is None
+        time.sleep(0.01)
+    # As a terminal does it: to the whole process group.
+    os.killpg(client.pid, signal.SIGINT)
+    _, errors = client.communicate(timeout=60)
+    assert client.returncode == 130
+    assert "the same command continues" in errors
+    assert "Traceback" not in errors
+    record = json.loads((tmp_path / "store" / "runs" / "test.json").read_text())
+    assert record["state"] == "interrupted"
+    resumed = subprocess.run(
+        [*NS, "run", "--resume", "--root", str(tmp_path), "--json"], capture_output=True, text=True, timeout=300
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert results(json.loads(resumed.stdout)) == calm
+
+
+def test_a_second_client_of_the_same_run_is_turned_away(tmp_path):
+    client = subprocess.Popen(command(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while not (tmp_path / "test" / ".client").exists():
+            time.sleep(0.01)
+        second = subprocess.run(command(tmp_path), capture_output=True, text=True, timeout=60)
+        assert second.returncode == 6
+        assert second.stderr.strip() == (
+            f"error: run test: is under way already (process {client.pid}); wait for it, or stop it first"
+        )
+    finally:
+        client.kill()
+        client.wait()
