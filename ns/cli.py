@@ -64,11 +64,11 @@ def _main(arguments: list[str]) -> int:
     try:
         return int(app([a for a in arguments if a != "--debug"], standalone_mode=False, prog_name="ns") or 0)
     except NsError as error:
-        code, message = error.exit_code, str(error)
+        code, message, trace = error.exit_code, str(error), traceback.format_exc()
     except click.exceptions.Exit as error:
         return error.exit_code
     except (KeyboardInterrupt, click.exceptions.Abort):
-        code, message = Interrupted.exit_code, "interrupted"
+        code, message, trace = Interrupted.exit_code, "interrupted", ""
     except click.ClickException as error:
         error.show()
         return error.exit_code
@@ -77,9 +77,13 @@ def _main(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        code, message = 1, f"{type(error).__name__}: {error} (this should not happen; --debug shows where)"
+        code, message, trace = (
+            1,
+            f"{type(error).__name__}: {error} (this should not happen; --debug shows where)",
+            traceback.format_exc(),
+        )
     if debug:
-        traceback.print_exc()
+        sys.stderr.write(trace)
     for line in message.splitlines() or [""]:
         sys.stderr.write(f"{'' if code == Interrupted.exit_code else 'error: '}{line}\n")
     return code

@@ -1,8 +1,12 @@
-"""The report of a run: one HTML file."""
+"""The report of a run: one HTML file that needs nothing else."""
 
+from ns import runs
+from ns.report.facts import gather
+from ns.report.page import render
 from ns.store import Store
 
 
 def write(root: Store, run: str) -> str:
-    root.at(run).put("report.html", b"<html></html>")
-    return f"{run}/report.html"
+    """Writes ROOT/RUN/report.html from what the run has noted so far. Returns its key."""
+    root.at(run).put(runs.REPORT, render(gather(root, run)).encode())
+    return f"{run}/{runs.REPORT}"
