@@ -1,0 +1,121 @@
+"""The local runner with a pipeline of stand-in steps: order, failure, and what a person is told."""
+
+import json
+import textwrap
+
+import pytest
+
+from ns.errors import NsError
+from pipelines import local
+
+STEPS = """
+import json, os, sys
+STOP = "stop"
+PLAN = json.loads(os.environ["STAND_IN"])
+
+def say(event, step, generation, **facts):
+    with open(os.environ["NS_EVENTS"], "a") as file:
+        file.write(json.dumps({"event": event, "step": step, "generation": generation, "pid": os.getpid(), **facts}) + "\\n")
+
+def done(step, generation, value):
+    say("started", step, generation)
+    if PLAN.get("fail") == [step, generation]:
+        say("failed", step, generation, error="the reason", exit_code=3)
+        sys.exit(1)
+    if PLAN.get("die") == [step, generation]:
+        os.kill(os.getpid(), 9)
+    say("finished", step, generation, seconds=0, quiet=True)
+    return value
+
+def prepare_data(c, r, n): return done("prepare-data", 0, "data")
+def train(c, r, n, data, generation, teacher="", labels=""): return done("train", generation, f"model-{generation}")
+def evaluate(c, r, n, data, generation, model): return done("evaluate", generation, "evaluation")
+def resolve(c, r, n, data, generation, first):
+    return done("resolve", generation, first if generation <= PLAN["generations"] else STOP)
+def plan_labels(c, r, n, data, generation): return done("plan-labels", generation, ["0-1", "1-2", "2-3"])
+def label_shards(c, r, n, data, generation, teacher, shards): return done("label-shards", generation, shards)
+def commit_labels(c, r, n, data, generation, teacher): return done("commit-labels", generation, f"labels-{generation}")
+def gate(c, r, n, data, generation, teacher, student): return done("gate", generation, student)
+def report(c, r, n): return done("report", 0, "report")
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """Runs the pipeline with stand-in steps; returns the events, or raises as the runner does."""
+    # Loaded by every Python that starts, before the component imports the real steps.
+    (tmp_path / "sitecustomize.py").write_text(
+        textwrap.dedent(
+            """
+            import os, sys
+            if "STAND_IN" in os.environ:
+                import importlib.util
+                spec = importlib.util.spec_from_file_location("ns.steps", os.path.join(os.path.dirname(__file__), "steps.py"))
+                import ns
+                ns.steps = sys.modules["ns.steps"] = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(ns.steps)
+            """
+        )
+    )
+    (tmp_path / "steps.py").write_text(STEPS)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}")
+
+    def run(**plan):
+        events = []
+        monkeypatch.setenv("STAND_IN", json.dumps({"generations": 2, **plan}))
+        local.run(config_uri="c", root="r", run="n", log=tmp_path / "pipeline.log", on_event=events.append)
+        return [(e["step"], e["generation"]) for e in events if e["event"] == "finished"]
+
+    return run
+
+
+GENERATION = [
+    "resolve",
+    "plan-labels",
+    "label-shards",
+    "label-shards",
+    "label-shards",
+    "commit-labels",
+    "train",
+    "evaluate",
+    "gate",
+]
+
+
+def test_steps_run_in_the_order_of_the_loop_and_stop_where_resolve_says(stand_in):
+    expected = [("prepare-data", 0), ("train", 0), ("evaluate", 0)]
+    expected += [(step, generation) for generation in (1, 2) for step in GENERATION]
+    expected += [("resolve", generation) for generation in (3, 4, 5)] + [("report", 0)]
+    assert stand_in() == expected
+
+
+def test_a_failing_step_fails_the_run_with_its_name_its_reason_and_its_code(stand_in):
+    with pytest.raises(NsError) as caught:
+        stand_in(fail=["train", 1])
+    assert str(caught.value) == "generation 1: train: the reason"
+    assert caught.value.exit_code == 3
+
+
+def test_a_failing_labelling_task_fails_the_run(stand_in):
+    with pytest.raises(NsError, match="generation 1: label shards: the reason"):
+        stand_in(fail=["label-shards", 1])
+
+
+def test_a_step_that_dies_without_a_word_is_named(stand_in):
+    with pytest.raises(NsError, match=r"teacher: train: ended without a word \(killed\? out of memory\?\)"):
+        stand_in(die=["train", 0])
+
+
+def test_kfps_output_goes_to_the_log_without_colours_and_indentation(stand_in, tmp_path, capsys):
+    stand_in(generations=0)
+    lines = (tmp_path / "pipeline.log").read_text().splitlines()
+    assert any("finished with status SUCCESS" in line for line in lines)
+    assert not any(line.startswith(" ") or "\x1b" in line for line in lines)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_log_that_cannot_be_written_stops_nothing(tmp_path):
+    output = local._Output(tmp_path / "no" / "such" / "folder" / "log")
+    output.write("one\n  two\nTraceback (most recent call last):\n")
+    assert output.last_words() == "two"
+    output.close()

@@ -1,0 +1,142 @@
+"""The command line as its user meets it. Runs have their own tests in tests/integration."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ns import __version__, cli, config, runs
+from ns.store import LocalStore
+
+NS = [sys.executable, "-m", "ns"]
+
+
+def ns(capsys, *arguments: str) -> tuple[int, str, str]:
+    code = cli._main(list(arguments))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "run",
+        "report",
+        "predict",
+        "runs list",
+        "runs show",
+        "config show",
+        "config schema",
+        "config check",
+        "data import",
+    ],
+)
+def test_every_command_has_help_with_an_example(capsys, command):
+    code, out, _ = ns(capsys, *command.split(), "--help")
+    assert code == 0
+    assert "Example: ns" in " ".join(out.replace("│", " ").split())
+
+
+def test_help_loads_none_of_the_heavy_libraries():
+    program = (
+        "import sys; sys.argv = ['ns', '--help']\n"
+        "from ns.cli import _main; _main(['--help'])\n"
+        "heavy = {'torch', 'timm', 'kfp', 'pyarrow', 'matplotlib', 'numpy', 'pipelines', 'sklearn'}\n"
+        "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_version(capsys):
+    assert ns(capsys, "--version") == (0, f"ns {__version__}\n", "")
+
+
+def test_config_show_prints_every_field_and_reads_back(capsys, tmp_path):
+    code, out, _ = ns(capsys, "config", "show", "quickstart", "--set", "seed=5")
+    assert code == 0
+    path = tmp_path / "shown.yaml"
+    path.write_text(out)
+    assert config.load(str(path)).seed == 5
+
+
+def test_config_schema_is_json(capsys):
+    _, out, _ = ns(capsys, "config", "schema")
+    assert json.loads(out)["properties"]["seed"]["description"]
+
+
+def test_config_check_finds_what_only_the_networks_know(capsys):
+    assert ns(capsys, "config", "check", "quickstart")[:2] == (0, "quickstart: good\n")
+    for override, reason in (
+        ("teacher.model.arch=efficientnet_b0", "must be equal or larger; for distillation"),
+        ("teacher.model.arch=efficientnet_b00", "did you mean efficientnet_b0"),
+        ("students.0.model.resolution=16", "below the total stride of test_efficientnet, 32 px"),
+        ("students.0.model.reduce_stride=8", ""),
+    ):
+        code, _, err = ns(capsys, "config", "check", "quickstart", "--set", override)
+        assert code == (2 if reason else 0), err
+        assert reason in err
+        assert len(err.splitlines()) == bool(reason)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "reason"),
+    [
+        (["run"], 2, "give a CONFIG, or --resume"),
+        (["run", "nowhere.yaml"], 2, "nowhere.yaml: cannot read: no such file"),
+        (["run", "quickstart", "--set", "sead=1"], 2, "sead: unknown field; did you mean 'seed'?"),
+        (["runs", "show", "latest"], 6, "no runs here; start one with `ns run`"),
+        (["predict", "x.png"], 6, "no runs here"),
+        (["run", "--resume"], 6, "no unfinished run to resume"),
+    ],
+)
+def test_errors_are_one_line_with_a_code(capsys, tmp_path, monkeypatch, arguments, code, reason):
+    monkeypatch.chdir(tmp_path)
+    got, out, err = ns(capsys, *arguments)
+    assert (got, out) == (code, "")
+    assert err.startswith("error: ")
+    assert reason in err
+    assert len(err.splitlines()) == 1
+
+
+def test_debug_shows_where(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, _, err = ns(capsys, "--debug", "runs", "show")
+    assert "Traceback" in err
+
+
+def test_a_run_name_stays_with_its_configuration(capsys, tmp_path):
+    store = LocalStore(tmp_path)
+    experiment = config.load(str(cli.importlib.resources.files("ns") / "presets" / "quickstart.yaml"))
+    runs.start(store, "mine", experiment, "0")
+    code, _, err = ns(capsys, "run", "quickstart", "--set", "seed=1", "--run", "mine", "--root", str(tmp_path))
+    assert code == 6
+    assert "was started with another configuration" in err
+
+
+def test_runs_are_found_by_their_beginning(capsys, tmp_path):
+    store = LocalStore(tmp_path)
+    experiment = config.load(str(cli.importlib.resources.files("ns") / "presets" / "quickstart.yaml"))
+    for name in ("alpha-1", "alpha-2", "beta"):
+        runs.start(store, name, experiment, "0")
+        time.sleep(0.002)
+    root = ["--root", str(tmp_path)]
+    shown = json.loads(ns(capsys, "runs", "show", "be", "--json", *root)[1])
+    assert shown["run"] == "beta"
+    assert shown["state"] == "running"
+    assert shown["generations"] == []
+    assert json.loads(ns(capsys, "runs", "show", "--json", *root)[1])["run"] == "beta"
+    code, _, err = ns(capsys, "runs", "show", "alpha", *root)
+    assert code == 6
+    assert "is one of alpha-1, alpha-2" in err
+    listed = json.loads(ns(capsys, "runs", "list", "--json", *root)[1])
+    assert [run["run"] for run in listed] == ["alpha-1", "alpha-2", "beta"]
+
+
+def test_relative_data_folders_are_made_absolute(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, out, _ = ns(capsys, "config", "show", "quickstart", "--set", "data.pool=photos")
+    assert f"pool: {tmp_path / 'photos'}" in out
+    assert "labelled: digits:labelled" in out
