@@ -61,7 +61,7 @@ def split_uri(uri: str) -> tuple[str, str]:
     folder, _, name = uri.rpartition("/")
     if not name:
         raise StoreError(f"{uri}: must name a file, not a folder")
-    return folder or ("/" if uri.startswith("/") else "."), name
+    return folder or ("/" if uri.startswith("/") else "."), unquote(name) if uri.startswith("file://") else name
 
 
 def read_uri(uri: str) -> bytes:

@@ -20,6 +20,7 @@ HINTS = {
     errno.ENOENT: "no such file",
     errno.EISDIR: "is a folder, expected a file",
     errno.ENOTDIR: "a part of this path is a file, expected a folder",
+    errno.EEXIST: "a part of this path is a file, expected a folder",
 }
 
 
