@@ -37,7 +37,7 @@ class RunError(NsError):
     exit_code = 6
 
 
-class Interrupted(NsError):  # noqa: N818
+class Interrupted(NsError):
     """Asked to stop (SIGINT, SIGTERM). Work done so far is kept; the same command continues."""
 
     exit_code = 130

@@ -110,7 +110,9 @@ class RunView:
             self._parts.pop(step, None)
 
     def _say(self, mark: str, title: str, facts: str, what: str) -> None:
-        self._console.print(f"{mark} {escape(title):<34} {escape(facts):<44} [dim]{escape(what):>9}[/]", highlight=False)
+        line = f"{mark} {escape(title):<34} {escape(facts):<44} [dim]{escape(what):>9}[/]"
+        # Without a terminal, a line is a line, however long.
+        self._console.print(line, highlight=False, soft_wrap=not self._console.is_terminal)
 
 
 def summary_table(summary: Summary) -> Table:

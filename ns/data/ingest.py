@@ -50,11 +50,10 @@ def import_images(
         class_names = _classes(root, files, classes)
     if not files:
         raise DataError(f"{root}: has no files to import")
-    if role == "unlabelled":
-        order = sorted(files)
-    else:
+    order = sorted(files)
+    if role != "unlabelled":
         # By hash, so that every shard mixes the classes.
-        order = sorted(files, key=lambda path: hashlib.sha256(os.fsencode(path)).digest())
+        order.sort(key=lambda path: hashlib.sha256(os.fsencode(path)).digest())
     index = {label: number for number, label in enumerate(class_names)}
     rejected: list[tuple[str, str]] = []
     used: Counter[str] = Counter()

@@ -24,7 +24,13 @@ FLAGS = (
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
-    quick = ["generations=2", "teacher.train.epochs=60", "students.0.train.epochs=20", "gate.min_gain=-1"]
+    quick = [
+        "generations=2",
+        "teacher.train.epochs=60",
+        "students.0.train.epochs=20",
+        "gate.min_gain=-1",
+        "selection.min_confidence=0.1",
+    ]
     command = [sys.executable, "-m", "ns", "run", "quickstart", "--root", str(root), *(f"--set={o}" for o in quick)]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     (path,) = root.glob("*/report.html")
