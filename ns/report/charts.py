@@ -120,7 +120,8 @@ def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
     """Interval of a share of `count` trials (Wilson 1927); 95 % by default."""
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return centre - half, centre + half
+    # Rounding must not push a bound past the share itself, which it does at 0 and 1.
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
 
 def _svg(name: str, description: str, draw: Callable[[Axes], None]) -> str:

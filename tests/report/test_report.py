@@ -241,3 +241,10 @@ def test_wilson_interval():
     low, high = wilson(0.0, 10)
     assert low == pytest.approx(0, abs=1e-9)
     assert high == pytest.approx(0.2775, abs=1e-3)
+
+
+@pytest.mark.parametrize("count", [1, 7, 60, 500, 100_000])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_an_interval_holds_its_share_to_the_last_bit(share, count):
+    low, high = wilson(share, count)
+    assert 0 <= low <= share <= high <= 1
