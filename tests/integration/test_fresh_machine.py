@@ -20,7 +20,7 @@ SCRIPT = """
 set -e
 apt-get update -qq >/dev/null
 # What a bare Debian lacks, and what make is to bring itself: its Python cannot make virtual environments.
-DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends make sudo >/dev/null
+DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends make sudo passwd >/dev/null
 DEBIAN_FRONTEND=noninteractive apt-get remove -y -qq python3-venv python3.11-venv >/dev/null 2>&1
 useradd --create-home user
 echo 'user ALL=(ALL) NOPASSWD: ALL' >/etc/sudoers.d/user

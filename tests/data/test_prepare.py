@@ -1,0 +1,103 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ns import config
+from ns.data.ingest import import_images
+from ns.data.prepare import prepare
+from ns.errors import ConfigError, DataError
+from ns.ledger import Ledger
+from ns.store import LocalStore
+
+NETWORK = {"model": {"arch": "test_efficientnet", "resolution": 32}}
+
+
+def fill(folder, classes, count=3, seed=0) -> None:
+    for name in classes:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for index in range(count):
+            sink = io.BytesIO()
+            pixels = np.random.default_rng([seed, index, len(name), ord(name[0])]).integers(0, 256, (8, 8, 3), np.uint8)
+            Image.fromarray(pixels).save(sink, "PNG")
+            (folder / name / f"{seed}-{index}.png").write_bytes(sink.getvalue())
+
+
+@pytest.fixture
+def places(tmp_path):
+    fill(tmp_path / "labelled", ["cat", "dog"])
+    fill(tmp_path / "heldout", ["cat", "dog"], seed=1)
+    fill(tmp_path / "pool", ["any"], count=9, seed=2)
+    return {part: str(tmp_path / part) for part in ("labelled", "pool", "heldout")}
+
+
+def run(tmp_path, places, **fields):
+    root = LocalStore(tmp_path / "root")
+    document = {"name": "x", "generations": 1, "data": places, "teacher": NETWORK, "students": [NETWORK], **fields}
+    return prepare(config.parse(document, "x.yaml"), root, Ledger(root)), root
+
+
+def test_folders_are_imported_once(tmp_path, places):
+    (first, reused), root = run(tmp_path, places)
+    assert not reused
+    assert first.pool.open(root)[1].samples == 9
+    (second, reused), _ = run(tmp_path, places)
+    assert reused
+    assert second == first
+
+
+def test_a_folder_that_changed_is_imported_again(tmp_path, places):
+    (first, _), _ = run(tmp_path, places)
+    fill(tmp_path / "pool", ["any"], count=2, seed=5)
+    (second, reused), root = run(tmp_path, places)
+    assert not reused
+    assert second.pool.open(root)[1].samples == 11
+    assert second.labelled == first.labelled
+    assert second.digest != first.digest
+
+
+def test_a_dataset_is_used_where_it_is(tmp_path, places):
+    options = {"max_rejected_share": 0, "shard_samples": 10, "shard_mib": 1}
+    pool = import_images(places["pool"], LocalStore(tmp_path / "made"), name="p", role="unlabelled", **options)
+    (prepared, _), _ = run(tmp_path, {**places, "pool": str(tmp_path / "made")})
+    assert prepared.pool.dataset == pool.digest
+    assert prepared.pool.ref == (tmp_path / "made").as_uri()
+
+
+def test_a_dataset_that_changed_under_a_run_is_noticed(tmp_path, places):
+    options = {"max_rejected_share": 0, "shard_samples": 10, "shard_mib": 1, "name": "p", "role": "unlabelled"}
+    import_images(places["pool"], LocalStore(tmp_path / "made"), **options)
+    (prepared, _), root = run(tmp_path, {**places, "pool": str(tmp_path / "made")})
+    fill(tmp_path / "pool", ["any"], count=2, seed=5)
+    import_images(places["pool"], LocalStore(tmp_path / "made"), **options)
+    with pytest.raises(DataError, match="changed since it was prepared"):
+        prepared.pool.open(root)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "reason"),
+    [
+        ("pool", "nowhere", "data.pool: .*nowhere: no such folder"),
+        ("heldout", "digits:test", "no such part; there are digits:labelled"),
+        ("heldout", "digits:heldout", "its classes .* are not those of data.labelled"),
+    ],
+)
+def test_places_that_cannot_be_meant_are_refused(tmp_path, places, part, value, reason):
+    with pytest.raises(DataError, match=reason):
+        run(tmp_path, {**places, part: value})
+
+
+def test_held_out_images_that_are_trained_on_are_refused(tmp_path, places):
+    options = {"max_rejected_share": 0, "shard_samples": 10, "shard_mib": 1, "name": "l", "role": "labelled"}
+    import_images(places["labelled"], LocalStore(tmp_path / "made"), **options)
+    made = str(tmp_path / "made")
+    with pytest.raises(DataError, match=r"is the same as data\.labelled"):
+        run(tmp_path, {**places, "labelled": made, "heldout": made})
+
+
+def test_more_classes_than_outputs_are_refused(tmp_path, places):
+    fill(tmp_path / "labelled", ["emu"])
+    fill(tmp_path / "heldout", ["emu"], seed=1)
+    with pytest.raises(ConfigError, match=r"teacher\.model\.outputs: invalid value 2: the labelled data has 3 classes"):
+        run(tmp_path, places, teacher={"model": {**NETWORK["model"], "outputs": 2}})

@@ -1,0 +1,132 @@
+import pytest
+import torch
+
+from ns import config, models
+from ns.card import MANIFEST, WEIGHTS, Lineage, ModelCard
+from ns.config import ModelConfig, NoiseConfig
+from ns.errors import ConfigError, DataError
+from ns.store import LocalStore
+from ns.train.student import _warm_start
+
+SMALL = ModelConfig(arch="test_efficientnet", resolution=32)
+
+
+def experiment(**fields):
+    data = {"labelled": "a", "pool": "b", "heldout": "c"}
+    network = {"model": {"arch": "test_efficientnet", "resolution": 32}}
+    return config.parse({"name": "x", "data": data, "teacher": network, "students": [network], **fields}, "x.yaml")
+
+
+def saved(folder, network, classes=("a", "b", "c"), model=SMALL) -> ModelCard:
+    fields = {
+        "generation": 0,
+        "model": model,
+        "noise": NoiseConfig(),
+        "classes": classes,
+        "parameters": models.parameter_count(network),
+        "steps": 1,
+        "lineage": Lineage(config="0", labelled="0"),
+    }
+    return models.save(folder, network.state_dict(), fields, [{"step": 1.0}])
+
+
+def test_stochastic_depth_grows_linearly_from_zero_to_its_rate():
+    network = models.build(ModelConfig(arch="efficientnet_b0"), NoiseConfig(stochastic_depth=0.2), 10)
+    rates = [
+        getattr(block.drop_path, "drop_prob", 0.0) for stage in network.blocks for block in stage if hasattr(block, "drop_path")
+    ]
+    # Block i of L drops at 0.2 i / L: B0's last at 0.1875 (noisy_student.md §3.2).
+    assert len(rates) == 16
+    assert rates == pytest.approx([0.2 * index / 16 for index in range(16)])
+
+
+def test_the_network_is_channels_last():
+    network = models.build(SMALL, NoiseConfig(), 3)
+    assert network.conv_stem.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("factor", "side"), [(1, 1), (2, 2), (4, 4), (8, 8)])
+def test_reduced_stride_leaves_larger_maps(factor, side):
+    network = models.build(SMALL.model_copy(update={"reduce_stride": factor}), NoiseConfig(), 3)
+    assert network.eval().forward_features(torch.zeros(1, 3, 32, 32)).shape[-2:] == (side, side)
+
+
+def test_normalisation_is_the_usual_one_and_keeps_the_layout():
+    images = torch.randint(0, 256, (2, 8, 6, 3), dtype=torch.uint8)
+    mean, std = (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)
+    out = models.Normalize(mean, std)(images)
+    expected = (images.permute(0, 3, 1, 2) / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_model_reads_back_and_gives_the_same_outputs(tmp_path):
+    folder = LocalStore(tmp_path)
+    torch.manual_seed(0)
+    network = models.build(SMALL, NoiseConfig(), 3)
+    card = saved(folder, network)
+    again, read = models.load(folder)
+    assert read == card
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(network.eval()(images), again(images))
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"x" + data[1:], lambda data: b""])
+def test_damaged_weights_are_refused(tmp_path, damage):
+    folder = LocalStore(tmp_path)
+    card = saved(folder, models.build(SMALL, NoiseConfig(), 3))
+    folder.put(WEIGHTS, damage(folder.get(WEIGHTS)))
+    with pytest.raises(DataError, match="damaged or was replaced"):
+        models.load_weights(folder, card)
+
+
+def test_an_edited_card_is_refused(tmp_path):
+    folder = LocalStore(tmp_path)
+    saved(folder, models.build(SMALL, NoiseConfig(), 3))
+    folder.put(MANIFEST, folder.get(MANIFEST).replace(b'"parameters": ', b'"parameters": 1'))
+    with pytest.raises(DataError, match=r"model\.json: digest"):
+        models.load(folder)
+
+
+def test_a_warm_start_takes_what_fits_and_leaves_a_new_head_fresh(tmp_path):
+    folder = LocalStore(tmp_path)
+    teacher = models.build(SMALL, NoiseConfig(), 3)
+    card = saved(folder, teacher)
+    student = models.build(SMALL, NoiseConfig(), 5)
+    head = student.classifier.weight.clone()
+    _warm_start(student, folder, card)
+    assert torch.equal(student.conv_stem.weight, teacher.conv_stem.weight)
+    assert torch.equal(student.classifier.weight, head)
+
+
+def test_what_cannot_be_is_refused_with_path_value_and_mend():
+    small = {"model": {"arch": "test_efficientnet", "resolution": 32}}
+    large = {"model": {"arch": "lcnet_035", "resolution": 32}}
+    cases = [
+        ({"teacher": large, "students": [small]}, None, r"students\.0\.model: .* must be equal or larger"),
+        ({"students": [large, small], "generations": 2}, None, r"students\.1\.model: .* \(students\.0\.model\)"),
+        (
+            {"students": [{"model": {**small["model"], "resolution": 31}}]},
+            None,
+            r"students\.0\.model\.resolution: invalid value 31",
+        ),
+        (
+            {"teacher": {"model": {**small["model"], "test_resolution": 16}}},
+            None,
+            r"teacher\.model\.test_resolution: invalid value 16: below the total stride of test_efficientnet, 32 px",
+        ),
+        ({"teacher": {"model": {**small["model"], "outputs": 4}}}, 10, r"teacher\.model\.outputs: .* must be at least 10"),
+        ({"teacher": {"model": {"arch": "nonet"}}}, None, r"teacher\.model\.arch: invalid value 'nonet'"),
+        ({"teacher": {"model": {**small["model"], "args": {"wings": 2}}}}, None, r"teacher\.model\.arch: .*'wings'"),
+    ]
+    for fields, classes, reason in cases:
+        with pytest.raises(ConfigError, match=reason):
+            models.check(experiment(**fields), classes)
+
+
+def test_what_can_be_passes():
+    large = {"model": {"arch": "lcnet_035", "resolution": 32}}
+    models.check(experiment(students=[large]))
+    models.check(experiment(teacher=large, allow_smaller_student=True))
+    models.check(experiment(teacher={"model": {**large["model"], "outputs": 12}}, allow_smaller_student=True), 10)
