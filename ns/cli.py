@@ -7,7 +7,6 @@ import os
 import sys
 import traceback
 import webbrowser
-from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -131,7 +130,7 @@ def run(
         name = name or runs.name_of(experiment)
     # The stream as it is now: while KFP runs, sys.stderr is its log.
     console = Console(file=sys.stderr)
-    with _alone(store, name):
+    with runs.alone(store, name):
         runs.start(store, name, experiment, __version__)
         _drive(store, name, console)
     summary = runs.summarise(store, name)
@@ -180,35 +179,6 @@ def _unfinished(store: "Store", name: str | None) -> tuple[str, "Experiment"]:
     if not waiting:
         raise RunError(f"{store.uri}: no unfinished run{f' {name}' if name else ''} to resume")
     return waiting[-1], config.load(f"{store.uri}/{waiting[-1]}/{runs.CONFIG}")
-
-
-@contextlib.contextmanager
-def _alone(store: "Store", name: str) -> Iterator[None]:
-    """One client at a time drives a run; a second one would only do the same work beside it."""
-    from filelock import FileLock, Timeout
-
-    from ns.store import LocalStore
-
-    if not isinstance(store, LocalStore):
-        yield
-        return
-    folder = store.root / name
-    holder = folder / ".client"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=0)
-        lock.acquire()
-    except Timeout:
-        pid = holder.read_text() if holder.exists() else "unknown"
-        raise RunError(f"run {name}: is under way already (process {pid}); wait for it, or stop it first") from None
-    except OSError as error:
-        raise RunError(f"{folder}: cannot be written: {error.strerror}; choose another folder with --root") from error
-    try:
-        with contextlib.suppress(OSError):
-            holder.write_text(str(os.getpid()))
-        yield
-    finally:
-        lock.release()
 
 
 def _show(summary: "Summary", store: "Store", console: "Console") -> None:

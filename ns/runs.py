@@ -8,9 +8,13 @@
 Everything heavy lives in `ROOT/store/` and is shared by runs; a note points there.
 """
 
+import contextlib
+import os
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Literal
 
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict
 
 from ns import config
@@ -22,7 +26,7 @@ from ns.evaluate.gate import Verdict
 from ns.evaluate.result import Evaluation
 from ns.label.labelset import LabelSet
 from ns.label.selection import Selection
-from ns.store import Store
+from ns.store import LocalStore, Store
 
 RECORDS = "store/runs/"
 CONFIG = "config.yaml"
@@ -133,6 +137,47 @@ def start(root: Store, run: str, experiment: Experiment, version: str) -> Record
     return record
 
 
+@contextlib.contextmanager
+def alone(root: Store, run: str) -> Iterator[None]:
+    """Holds a run in a local folder for one client; a second one would only do the same work beside it.
+
+    Raises RunError naming the process that holds it, StoreError when the folder cannot be written.
+    """
+    if not isinstance(root, LocalStore):
+        # On a cluster it is Kubeflow that starts a step once.
+        yield
+        return
+    folder = root.root / run
+    client = folder / ".client"
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        pid = client.read_text() if client.exists() else "unknown"
+        raise RunError(f"run {run}: is under way already (process {pid}); wait for it, or stop it first") from None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StoreError(f"{folder}: cannot write: {reason}; choose another folder with --root") from error
+    try:
+        with contextlib.suppress(OSError):
+            client.write_text(str(os.getpid()))
+        yield
+    finally:
+        lock.release()
+
+
+def _is_driven(root: Store, run: str) -> bool:
+    """Whether a client is at work on the run. A client that was killed let go of its lock."""
+    try:
+        with alone(root, run):
+            return not isinstance(root, LocalStore)
+    except RunError:
+        return True
+    except StoreError:
+        return False
+
+
 def finish(root: Store, run: str, state: State, error: str | None = None) -> None:
     record = Record.read(root, _record(run))
     record.model_copy(update={"state": state, "error": error, "finished_at": _now()}).write(root, _record(run))
@@ -194,9 +239,10 @@ def summarise(root: Store, run: str) -> Summary:
     for generation in generations:
         if generation.verdict == "promoted":
             best_model, best_top1 = generation.model, generation.student_top1
+    killed = record.state == "running" and not _is_driven(root, run)
     return Summary(
         run=run,
-        state=record.state,
+        state="interrupted" if killed else record.state,
         error=record.error,
         config_digest=record.config_digest,
         started_at=record.started_at,

@@ -125,7 +125,10 @@ def test_runs_are_found_by_their_beginning(capsys, tmp_path):
     root = ["--root", str(tmp_path)]
     shown = json.loads(ns(capsys, "runs", "show", "be", "--json", *root)[1])
     assert shown["run"] == "beta"
-    assert shown["state"] == "running"
+    # Nobody is at work on it any more.
+    assert shown["state"] == "interrupted"
+    with runs.alone(store, "beta"):
+        assert runs.summarise(store, "beta").state == "running"
     assert shown["generations"] == []
     assert json.loads(ns(capsys, "runs", "show", "--json", *root)[1])["run"] == "beta"
     code, _, err = ns(capsys, "runs", "show", "alpha", *root)

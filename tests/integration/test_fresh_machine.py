@@ -18,9 +18,10 @@ IMAGE = "docker.io/library/python:3.11-slim-bookworm"
 
 SCRIPT = """
 set -e
+export PATH=$PATH:/usr/sbin:/sbin
 apt-get update -qq >/dev/null
 # What a bare Debian lacks, and what make is to bring itself: its Python cannot make virtual environments.
-DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends make sudo passwd >/dev/null
+DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends make sudo >/dev/null
 DEBIAN_FRONTEND=noninteractive apt-get remove -y -qq python3-venv python3.11-venv >/dev/null 2>&1
 useradd --create-home user
 echo 'user ALL=(ALL) NOPASSWD: ALL' >/etc/sudoers.d/user
@@ -40,7 +41,9 @@ def package_folders() -> list[str]:
     configured = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
     text = configured + os.environ.get("PIP_FIND_LINKS", "")
     paths = re.findall(r"(?:file://)?(/[A-Za-z0-9_./-]+)", text)
-    return sorted({path for path in paths if Path(path).is_dir()})
+    # An index in `simple` points to files beside it.
+    folders = {Path(path).parent if Path(path).name == "simple" else Path(path) for path in paths}
+    return sorted(str(folder) for folder in folders if folder.is_dir())
 
 
 @pytest.fixture(scope="module")
