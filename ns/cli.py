@@ -342,7 +342,7 @@ def data_import(
     destination: Annotated[str, typer.Argument(help="The dataset's folder.")],
     role: Annotated[DataRole, typer.Option(help="What the images are for.")] = DataRole.unlabelled,
     name: Annotated[str | None, typer.Option(help="The dataset's name; the source's if not given.")] = None,
-    max_rejected_share: Annotated[float, typer.Option(help="Share of unreadable images that is still accepted.")] = 0.01,
+    max_rejected_share: Annotated[float, typer.Option(help="Share of unreadable images that is still accepted.")] = 0.1,
     shard_samples: Annotated[int, typer.Option(help="Images in a shard, at most.")] = 10_000,
     shard_mib: Annotated[int, typer.Option(help="MiB in a shard, at most.")] = 256,
 ) -> None:

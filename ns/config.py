@@ -31,7 +31,7 @@ class DataConfig(Section):
     """Unlabelled images; labels that may be there are ignored."""
     heldout: str
     """Human-labelled images that decide promotions. Never trained on."""
-    max_rejected_share: float = Field(default=0.01, ge=0, le=1)
+    max_rejected_share: float = Field(default=0.1, ge=0, le=1)
     """Unreadable images are counted, listed and left out; a larger share than this stops the run."""
     shard_samples: int = Field(default=10_000, ge=1, le=100_000)
     """Images in a shard, at most."""

@@ -22,7 +22,7 @@ class Entry(Document):
     outputs: dict[str, str]
     """Name → key, below the same root, of the manifest that was written last."""
     seconds: float
-    """Wall time of the work, over all attempts that the step knows of; not part of any digest."""
+    """Wall time of the attempt that finished the work; not part of any digest."""
     finished_at: str
 
 

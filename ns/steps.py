@@ -45,8 +45,9 @@ TRAINING = (
     "data/order.py",
     "data/stream.py",
     "data/randaugment.py",
-    "label/targets.py",
+    "label/labelset.py",
     "label/selection.py",
+    "label/targets.py",
 )
 INFERENCE = (*READING, "inference.py")
 LABELLING = (*INFERENCE, "label/predict.py", "label/labelset.py")
@@ -90,7 +91,7 @@ def train(config_uri: str, root: str, run: str, data: str, generation: int, teac
         folder = f"store/models/{short(key)}"
 
         def work() -> Mapping[str, str]:
-            from ns.train.student import train_and_save
+            from ns.train.training import train_and_save
 
             train_and_save(
                 step.root.at(folder),

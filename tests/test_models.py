@@ -6,7 +6,7 @@ from ns.card import MANIFEST, WEIGHTS, Lineage, ModelCard
 from ns.config import ModelConfig, NoiseConfig
 from ns.errors import ConfigError, DataError
 from ns.store import LocalStore
-from ns.train.student import _warm_start
+from ns.train.training import _warm_start
 
 SMALL = ModelConfig(arch="test_efficientnet", resolution=32)
 
