@@ -5,7 +5,7 @@ import io
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -88,13 +88,23 @@ def _local(source: str) -> Path:
     return path
 
 
+def walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Each folder at and below `root` with the sorted names of its folders and files, hidden ones left out.
+
+    Links to folders are followed, as data sets are often linked into place, but not back into a folder that leads here.
+    """
+    for place, folders, names in os.walk(root, onerror=_unreadable, followlinks=True):
+        parent = Path(place)
+        leading = {folder.resolve() for folder in (parent, *parent.parents) if folder.is_relative_to(root)}
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(HIDDEN) and (parent / name).resolve() not in leading
+        )
+        yield parent, list(folders), sorted(name for name in names if not name.startswith(HIDDEN))
+
+
 def _files(root: Path) -> list[str]:
     """Relative paths of all files but hidden ones."""
-    found = []
-    for parent, folders, names in os.walk(root, onerror=_unreadable):
-        folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
-        found += [os.path.relpath(Path(parent) / name, root) for name in names if not name.startswith(HIDDEN)]
-    return found
+    return [str((parent / name).relative_to(root)) for parent, _, names in walk(root) for name in names]
 
 
 def _unreadable(error: OSError) -> None:

@@ -1,12 +1,12 @@
 """From what an experiment names to three datasets: found where they are, or imported into the store."""
 
-import os
 from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote, urlsplit
 
 from ns.config import DataConfig, Experiment
 from ns.data.dataset import MANIFEST, Dataset, Role
+from ns.data.ingest import import_images, walk
 from ns.data.prepared import Prepared, Source
 from ns.digest import code_digest, digest, short
 from ns.errors import DataError
@@ -94,8 +94,6 @@ def _source(
                 raise DataError(f"data.{part}: {place}: no such part; there are digits:labelled, digits:pool, digits:heldout")
             write_digits(name, folder)  # type: ignore[arg-type]
         else:
-            from ns.data.ingest import import_images
-
             import_images(
                 place,
                 folder,
@@ -124,13 +122,13 @@ def _local_folder(part: Part, place: str) -> Path:
 def _fingerprint(part: Part, folder: Path) -> list[list[object]]:
     """Names, sizes and times of all files: changes when anything in the folder does, at the cost of a listing."""
     entries: list[list[object]] = [[part, str(folder.resolve())]]
-    for parent, folders, names in os.walk(folder):
-        folders.sort()
+    for parent, folders, names in walk(folder):
         # Empty folders count: an empty class is an error, and stays one until it is mended.
-        entries += [[str((Path(parent) / name).relative_to(folder)), 0, 0] for name in folders]
-        for name in sorted(names):
-            path = Path(parent) / name
-            status = path.lstat()
+        entries += [[str((parent / name).relative_to(folder)), 0, 0] for name in folders]
+        for name in names:
+            path = parent / name
+            # A dangling link has no status of its own; ingest will say that it cannot be read.
+            status = path.stat() if path.exists() else path.lstat()
             entries.append([str(path.relative_to(folder)), status.st_size, status.st_mtime_ns])
     return entries
 

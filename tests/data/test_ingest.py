@@ -148,3 +148,17 @@ def test_digits_are_split_without_overlap_and_evenly(tmp_path):
     labels = [sample.label for sample in keys_of(tmp_path / "labelled", parts["labelled"])]
     assert [labels.count(label) for label in range(10)] == [5] * 10
     assert all(sample.label is None for sample in keys_of(tmp_path / "pool", parts["pool"]))
+
+
+def test_linked_folders_are_followed_and_loops_are_not(source, tmp_path):
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for name in ("cat", "dog"):
+        (linked / name).symlink_to(source / name)
+    (source / "cat" / "again").symlink_to(source / "cat")
+    (source / "cat" / "gone.png").symlink_to(tmp_path / "nowhere")
+    dataset = run(linked, tmp_path / "out")
+    assert dataset.classes == ("cat", "dog")
+    assert dataset.rejected == 1
+    keys = [sample.key for sample in keys_of(tmp_path / "out", dataset)]
+    assert len(keys) == len(set(keys)) == 12
