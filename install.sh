@@ -1,47 +1,63 @@
 #!/bin/sh
 # install.sh VENV EXTRAS: makes the virtual environment VENV, and installs the project with EXTRAS as constraints.txt says.
-# Safe to interrupt and to run again.
+# Safe to interrupt, to run again, and to start twice at once.
 set -eu
 venv=$1 extras=$2
 log=$venv/install.log
+under_way=$venv/.installing
+
+suits() { # suits PYTHON [MODULE]: of a version that torch has wheels for, and with MODULE
+    "$1" -c "import sys${2:+, $2}; sys.exit(not (3, 11) <= sys.version_info < (3, 15))" 2>/dev/null
+}
 
 newest_python() {
-    for name in python3.14 python3.13 python3.12 python3.11 python3; do
-        if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-            command -v "$name"
-            return
-        fi
+    # Debian and Ubuntu keep ensurepip in a package of its own: a Python that has it comes before a newer one without.
+    for module in ensurepip ''; do
+        for name in python3.14 python3.13 python3.12 python3.11 python3; do
+            if suits "$name" "$module"; then
+                command -v "$name"
+                return
+            fi
+        done
     done
-    found=$(python3 --version 2>&1 || true)
-    echo "error: Python 3.11 or newer is needed, found: ${found:-none}; install one, e.g. apt-get install python3" >&2
+    found=$(python3 --version 2>/dev/null || true)
+    echo "error: Python 3.11 to 3.14 is needed, found: ${found:-none}; install one, e.g. apt-get install python3" >&2
     exit 1
 }
 
-make_venv() {
-    "$1" -m venv "$venv" >/dev/null 2>&1 && return
-    # Debian and Ubuntu keep ensurepip in a package of its own.
-    version=$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-    install="apt-get install -y python$version-venv"
+install_ensurepip() { # install_ensurepip PYTHON
+    package=$("$1" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')
     sudo=
     [ "$(id -u)" = 0 ] || sudo="sudo -n"
-    if command -v apt-get >/dev/null && { [ -z "$sudo" ] || $sudo true 2>/dev/null; }; then
-        echo "Installing python$version-venv, which Debian keeps apart …" >&2
+    if command -v apt-get >/dev/null && $sudo true 2>/dev/null; then
+        echo "Installing $package, which Debian keeps apart …" >&2
         $sudo apt-get update -qq >/dev/null 2>&1 || true
-        DEBIAN_FRONTEND=noninteractive $sudo $install >/dev/null 2>&1 || true
+        $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$package" >/dev/null 2>&1 || true
     fi
-    rm -rf "$venv"
-    "$1" -m venv "$venv" && return
-    echo "error: $1 cannot make virtual environments; run: sudo $install" >&2
+    suits "$1" ensurepip && return
+    echo "error: $1 cannot make virtual environments; run: sudo apt-get install -y $package" >&2
     exit 1
 }
 
-# A virtual environment whose pip does not answer was interrupted, or its Python is gone.
-if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+# One at a time: a second make waits here, and then finds most of its work done.
+exec 9<pyproject.toml
+if command -v flock >/dev/null; then flock 9; fi
+
+# pip killed half-way leaves packages that look whole: such an environment is made anew, as is one whose Python is gone.
+if [ -e "$under_way" ] || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     rm -rf "$venv"
-    make_venv "$(newest_python)"
+    python=$(newest_python)
+    suits "$python" ensurepip || install_ensurepip "$python"
+    "$python" -m venv "$venv"
 fi
 echo "Installing into $venv (once; some minutes, most of it for torch) …" >&2
-if ! "$venv/bin/python" -m pip install --disable-pip-version-check -c constraints.txt -e ".[$extras]" >"$log" 2>&1; then
+trap 'exit 130' INT
+touch "$under_way"
+code=0
+"$venv/bin/python" -m pip install --disable-pip-version-check -c constraints.txt -e ".[$extras]" >"$log" 2>&1 || code=$?
+# Above 128 a signal ended pip; below, pip ended by itself and in order.
+[ "$code" -gt 128 ] || rm -f "$under_way"
+if [ "$code" -ne 0 ]; then
     tail -n 15 "$log" >&2
     echo "error: the installation failed; all of its output is in $log; make takes it up again" >&2
     exit 1

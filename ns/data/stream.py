@@ -1,7 +1,6 @@
 """Training streams: the images of a step, noised, as a pure function of (seed, step), so that any step can be made again."""
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from ns.data.dataset import Dataset
 from ns.data.decode import decode
 from ns.data.order import WINDOW, Order
 from ns.data.shards import Sample, read_index
-from ns.errors import DataError
+from ns.errors import DataError, TrainingError
 from ns.store import Store
 
 DECODED_BYTES = 256 << 20
@@ -30,7 +29,7 @@ class ImageSource:
     def __init__(self, folder: Store, dataset: Dataset) -> None:
         self._folder = folder
         self._dataset = dataset
-        self._decoded: OrderedDict[tuple[int, int], npt.NDArray[np.uint8]] = OrderedDict()
+        self._decoded: dict[tuple[int, int], npt.NDArray[np.uint8]] = {}
         self._decoded_bytes = 0
         self.index = lru_cache(maxsize=2 * WINDOW)(self._read_index)
 
@@ -164,9 +163,12 @@ class _Steps(Sampler[int]):
         return len(self._range)
 
 
-def loader(batches: Batches, *, start: int, stop: int, workers: int, pin_memory: bool) -> DataLoader[Batch]:
-    """Batches of steps [start, stop) in order, made ahead by `workers` processes."""
-    return DataLoader(
+def loader(batches: Batches, *, start: int, stop: int, workers: int, pin_memory: bool) -> Iterator[Batch]:
+    """Batches of steps [start, stop) in order, made ahead by `workers` processes.
+
+    Raises DataError, in one line, for an image that cannot be read, and TrainingError when a worker is killed.
+    """
+    made: DataLoader[Batch] = DataLoader(
         batches,
         batch_size=None,
         sampler=_Steps(start, stop),
@@ -174,3 +176,14 @@ def loader(batches: Batches, *, start: int, stop: int, workers: int, pin_memory:
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
     )
+    try:
+        yield from made
+    except DataError as error:
+        # A worker's exception arrives with its stack trace as the message, the message proper at the end.
+        raise DataError(str(error).rpartition(f"{DataError.__name__}: ")[2].strip()) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TrainingError(
+            "a data loader's process was killed, most often for want of memory; lower train.loader_workers or the batch"
+        ) from error

@@ -5,7 +5,7 @@ from ns import log, models
 from ns.config import ModelConfig, NoiseConfig, OptimizerConfig, RoleConfig, TrainConfig
 from ns.data.digits import write_digits
 from ns.data.stream import Labelled, PseudoLabelled
-from ns.errors import TrainingError
+from ns.errors import DataError, TrainingError
 from ns.store import LocalStore
 from ns.train import checkpoint
 from ns.train.loop import train
@@ -98,6 +98,31 @@ def test_a_loss_that_is_not_finite_stops_training_and_says_what_to_lower(data, t
     with pytest.raises(TrainingError, match=r"the loss became nan by step 1 .* lower train.optimizer.lr"):
         run(data, tmp_path, role(checkpoint_seconds=0), pseudo_probability=float("nan"))
     assert not list(tmp_path.iterdir()), "a checkpoint of the broken state would break every later attempt"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_was_damaged_since_is_named_in_one_line(data, tmp_path, workers):
+    root, labelled, _ = data
+    folder = root.at("damaged")
+    for shard in labelled.shards:
+        whole = bytearray(root.at("labelled").get(shard.name))
+        whole[1024 : 1024 + 60] = bytes(60)
+        folder.put(shard.name, bytes(whole))
+    config = role()
+    config = config.model_copy(update={"train": config.train.model_copy(update={"loader_workers": workers})})
+    network = models.build(config.model, config.noise, CLASSES)
+    with pytest.raises(DataError) as caught:
+        train(
+            network,
+            config,
+            Labelled(folder, labelled),
+            None,
+            classes=CLASSES,
+            seed=1,
+            checkpoints=LocalStore(tmp_path),
+        )
+    assert "\n" not in str(caught.value)
+    assert "damaged/shard-00000.tar" in str(caught.value)
 
 
 def test_history_has_one_point_an_interval_and_means_in_range(data, tmp_path):
