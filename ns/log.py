@@ -85,3 +85,11 @@ def _append_to_events(_logger: Any, _method: str, event: MutableMapping[str, Any
         with contextlib.suppress(OSError), Path(path).open("a") as file:
             file.write(line)
     return event
+
+
+def duration(seconds: float) -> str:
+    """`3.2 s`, `4 min 10 s`, `2 h 5 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"

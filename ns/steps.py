@@ -165,14 +165,14 @@ def label_shards(config_uri: str, root: str, run: str, data: str, generation: in
         labels = step.root.at(_labels_folder(step, pool, teacher))
         wanted = range(start, stop)
         reused = all(labels.exists(marker(pool.shards[index].name)) for index in wanted)
-        labelled = 0
         if not reused:
             from ns.inference import Predictor
             from ns.label import predict
 
             predictor = Predictor(step.root.at(teacher), batch=step.experiment.labelling.batch)
-            labelled = predict.label_shards(predictor, pool_folder, pool, labels, wanted, top_k=step.experiment.labelling.top_k)
-        step.done({}, reused=reused, images=labelled)
+            predict.label_shards(predictor, pool_folder, pool, labels, wanted, top_k=step.experiment.labelling.top_k)
+        images = sum(pool.shards[index].samples for index in wanted)
+        step.done({}, reused=reused, images=images)
         return shards
 
 

@@ -3,11 +3,13 @@
 import threading
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ns.log import duration
 from ns.runs import Summary
 
 Event = dict[str, Any]
@@ -90,7 +92,7 @@ class RunView:
         self._close(step)
         if event.get("quiet"):
             return
-        what = "reused" if event.get("reused") else f"{event['seconds']:.1f} s"
+        what = "reused" if event.get("reused") else duration(event["seconds"])
         self._say("[green]✓[/]", f"{_title(step)}{_shards(event)}", _facts(event), what)
 
     def _fail(self, step: tuple[int, str], event: Event) -> None:
@@ -117,14 +119,21 @@ class RunView:
 
 def summary_table(summary: Summary) -> Table:
     """The generations of a run, one a row."""
-    table = Table(title=f"run {summary.run}", title_justify="left", title_style="bold")
-    for header in ("generation", "model", "labelled", "kept", "top-1", "change", "verdict", "time"):
-        table.add_column(header, justify="left" if header in ("model", "verdict") else "right")
+    table = Table(
+        title=f"run {summary.run}",
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    for header in ("gen", "model", "labelled", "kept", "top-1", "change", "verdict", "time"):
+        table.add_column(header, justify="left" if header in ("model", "verdict") else "right", no_wrap=True)
     notes = {note.generation: note.outputs.get("model", "") for note in summary.steps if note.step == "train"}
     if summary.teacher_top1 is not None:
         seconds = sum(note.seconds for note in summary.steps if note.generation == 0)
         model = notes.get(0, "").rpartition("/")[0]
-        table.add_row("teacher", _short(model), "", "", f"{summary.teacher_top1:.1%}", "", "", f"{seconds:.1f} s")
+        table.add_row("0", _short(model), "", "", f"{summary.teacher_top1:.1%}", "", "", duration(seconds))
     for row in summary.generations:
         promoted = row.verdict == "promoted"
         table.add_row(
@@ -135,19 +144,21 @@ def summary_table(summary: Summary) -> Table:
             f"{row.student_top1:.1%}",
             f"{100 * row.gain:+.1f} [{100 * row.gain_low:+.1f}, {100 * row.gain_high:+.1f}]",
             f"[{'green' if promoted else 'yellow'}]{row.verdict}[/]",
-            f"{row.seconds:.1f} s",
+            duration(row.seconds),
         )
     return table
 
 
 def runs_table(summaries: list[Summary]) -> Table:
     """Runs, one a row."""
-    table = Table()
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for header in ("run", "state", "started", "generations", "best top-1"):
-        table.add_column(header, justify="right" if header in ("generations", "best top-1") else "left")
+        table.add_column(header, justify="right" if header in ("generations", "best top-1") else "left", no_wrap=True)
     for summary in summaries:
         best = "" if summary.best_top1 is None else f"{summary.best_top1:.1%}"
-        table.add_row(summary.run, summary.state, summary.started_at[:19], str(len(summary.generations)), best)
+        table.add_row(
+            summary.run, summary.state, summary.started_at[:16].replace("T", " "), str(len(summary.generations)), best
+        )
     return table
 
 

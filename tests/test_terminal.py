@@ -37,3 +37,43 @@ def test_without_a_terminal_there_is_a_plain_line_for_each_finished_step():
 
 def test_on_a_terminal_there_is_colour():
     assert "\x1b[32m✓" in drawn(terminal=True)
+
+
+def test_the_table_of_generations_fits_a_narrow_terminal():
+    from ns.runs import Generation, Summary
+    from ns.terminal import summary_table
+
+    row = Generation(
+        generation=1,
+        model="store/models/0123456789abcdef",
+        teacher_top1=0.874,
+        student_top1=0.926,
+        gain=0.052,
+        gain_low=0.032,
+        gain_high=0.072,
+        labelled=130_000,
+        kept=110_000,
+        label_set="0",
+        verdict="promoted",
+        reason="",
+        seconds=12345.6,
+    )
+    summary = Summary(
+        run="quickstart-01234567",
+        state="succeeded",
+        error=None,
+        config_digest="0",
+        started_at="",
+        finished_at=None,
+        teacher_top1=0.874,
+        generations=[row],
+        best_model=row.model,
+        best_top1=0.926,
+        label_sets=["0"],
+        report=None,
+        steps=[],
+    )
+    sink = io.StringIO()
+    Console(file=sink, width=80).print(summary_table(summary))
+    assert "…" not in sink.getvalue()
+    assert "+5.2 [+3.2, +7.2]" in sink.getvalue()

@@ -6,6 +6,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from ns.log import duration
 from ns.report import charts
 from ns.report.facts import Facts, Labels, Trained
 
@@ -29,7 +30,7 @@ def render(facts: Facts) -> str:
         "percent": lambda value: f"{100 * value:.1f} %",
         "points": lambda value: f"{100 * value:+.1f}",
         "count": lambda value: f"{value:,}",
-        "seconds": _duration,
+        "seconds": duration,
     }
     return environment.get_template("report.html.j2").render(
         facts=facts,
@@ -163,10 +164,3 @@ def _trained(model: Trained) -> dict[str, Any]:
         "loss": Markup(charts.curves(f"{name}-loss", model.history, losses, "loss")),
         "share": Markup(charts.curves(f"{name}-share", model.history, shares, "share of the noised batch")),
     }
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
