@@ -195,4 +195,4 @@ def _facts(event: Event) -> str:
 
 
 def _short(key: str) -> str:
-    return key.rpartition("/")[2][:8]
+    return key.rpartition("/")[2][:6]
