@@ -112,7 +112,7 @@ class RunView:
             self._parts.pop(step, None)
 
     def _say(self, mark: str, title: str, facts: str, what: str) -> None:
-        line = f"{mark} {escape(title):<34} {escape(facts):<44} [dim]{escape(what):>9}[/]"
+        line = f"{mark} {escape(title):<36} {escape(facts):<42} [dim]{escape(what):>9}[/]"
         # Without a terminal, a line is a line, however long.
         self._console.print(line, highlight=False, soft_wrap=not self._console.is_terminal)
 

@@ -21,6 +21,6 @@ def test_light_modules_load_nothing_heavy(module):
 
 
 def test_a_worker_needs_no_kubeflow():
-    modules = loaded("import ns.steps, ns.train.student, ns.label.predict, ns.evaluate.accuracy, ns.inference, ns.report")
+    modules = loaded("import ns.steps, ns.train.training, ns.label.predict, ns.evaluate.accuracy, ns.inference, ns.report")
     assert modules & {"kfp", "kubernetes", "docker", "components", "pipelines"} == set()
     assert "torch" in modules

@@ -190,9 +190,9 @@ def test_a_failed_installation_shows_the_end_of_its_log_and_keeps_what_there_is(
     assert machine.make("run").returncode == 0
     kept = machine.project / ".venv" / "kept"
     kept.touch()
-    pyproject = machine.project / "pyproject.toml"
-    pyproject.write_text(PYPROJECT + 'dependencies = ["no-such-package-anywhere"]\n')
-    (machine.project / "backend.py").write_text(BACKEND.replace("+ extras)", '+ extras + "Requires-Dist: no-such-thing\\\\n")'))
+    backend = BACKEND.replace("+ extras)", '+ extras + "Requires-Dist: no-such-thing\\n")')
+    (machine.project / "backend.py").write_text(backend)
+    os.utime(machine.project / "pyproject.toml")
     refused = machine.make("run")
     assert refused.returncode != 0
     assert "no-such-thing" in refused.stderr
