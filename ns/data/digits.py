@@ -4,12 +4,12 @@
 """
 
 import io
-from typing import Literal
 
 import numpy as np
 from PIL import Image
 
-from ns.data.dataset import Dataset, Role
+from ns.data.dataset import Dataset
+from ns.data.prepared import ROLES, Part
 from ns.data.shards import ShardWriter
 from ns.errors import DataError
 from ns.store import Store
@@ -19,9 +19,6 @@ HELDOUT_PER_CLASS = 50
 SPLIT_SEED = 0
 SHARD_SAMPLES = 625
 """So that the pool has two shards, and labelling has something to share out."""
-
-Part = Literal["labelled", "pool", "heldout"]
-ROLES: dict[Part, Role] = {"labelled": "labelled", "pool": "unlabelled", "heldout": "evaluation"}
 
 
 def write_digits(part: Part, folder: Store) -> Dataset:

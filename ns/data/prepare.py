@@ -1,21 +1,16 @@
 """From what an experiment names to three datasets: found where they are, or imported into the store."""
 
 from pathlib import Path
-from typing import Literal
 from urllib.parse import unquote, urlsplit
 
 from ns.config import DataConfig, Experiment
-from ns.data.dataset import MANIFEST, Dataset, Role
+from ns.data.dataset import MANIFEST, Dataset
 from ns.data.ingest import import_images, walk
-from ns.data.prepared import Prepared, Source
+from ns.data.prepared import ROLES, Part, Prepared, Source
 from ns.digest import code_digest, digest, short
 from ns.errors import DataError
 from ns.ledger import Ledger
 from ns.store import Store, open_store
-
-Part = Literal["labelled", "pool", "heldout"]
-
-ROLES: dict[Part, Role] = {"labelled": "labelled", "pool": "unlabelled", "heldout": "evaluation"}
 
 DIGITS = "digits:"
 IMPORT = ("data/ingest.py", "data/digits.py", "data/shards.py", "data/decode.py", "data/dataset.py")

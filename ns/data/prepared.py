@@ -1,13 +1,16 @@
 """Prepared data: the three datasets of an experiment, found or imported, with their identities."""
 
-from typing import Any
+from typing import Any, Literal
 
-from ns.data.dataset import Dataset
+from ns.data.dataset import Dataset, Role
 from ns.document import Document, Identified
 from ns.errors import DataError
 from ns.store import Store
 
 MANIFEST = "prepared.json"
+
+Part = Literal["labelled", "pool", "heldout"]
+ROLES: dict[Part, Role] = {"labelled": "labelled", "pool": "unlabelled", "heldout": "evaluation"}
 
 
 class Source(Document):
