@@ -19,7 +19,7 @@ test: $(VENV)/.test ## Run the unit tests
 	@$(PYTEST) $(ARGS)
 
 test-integration: $(VENV)/.test ## Run the tests of several real parts together
-	@$(PYTEST) -m "integration or browser" $(ARGS)
+	@$(PYTEST) -m "integration or browser or data" $(ARGS)
 
 test-containers: $(VENV)/.test ## Run the tests that need a container engine
 	@$(PYTEST) -m containers $(ARGS)
