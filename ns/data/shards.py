@@ -1,20 +1,29 @@
 """Tar shards in the WebDataset layout: `KEY.png` (or jpg, jpeg, webp), and `KEY.cls` where labelled."""
 
+import contextlib
 import io
+import os
 import shutil
 import tarfile
 import tempfile
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator
+from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import BinaryIO, NamedTuple, Self
 
 from ns.data.dataset import Shard
 from ns.digest import sha256_file
-from ns.errors import DataError
+from ns.errors import DataError, StoreError
 from ns.store import Store
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 LABEL = "cls"
+LABEL_BYTES = 18
+"""A class index of more digits than this does not fit into 64 bits."""
+
+BLOCK = 512
+NAME_BYTES = 1 << 20
+"""The longest extended header that is read: names are short, and a damaged length must not fill the memory."""
 
 
 class Sample(NamedTuple):
@@ -39,32 +48,29 @@ def split_key(name: str) -> tuple[str, str]:
 
 
 def read_index(path: Path) -> list[Sample]:
-    """The images of a tar, in its order.
+    """The images of a tar, in its order. Other files than images and labels are passed over.
 
-    Raises DataError naming tar and member for what does not belong in a shard: names that lead outside, links, devices, two
-    images of one key, labels without an image or that are no class index, and damaged or truncated tars.
+    Reads plain USTAR, PAX and GNU tars. Raises DataError naming tar and member for what does not belong in a shard: names that
+    lead outside, links, devices, two images of one key, labels without an image or that are no class index; and for compressed,
+    damaged and cut-off tars: an image that is missing from the index is always noticed.
     """
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int] = {}
     try:
-        # "r:" takes plain tars only: a compressed one has no byte ranges to read images from.
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                _check_member(path, member)
-                key, extension = split_key(member.name)
-                if member.isdir():
+        with path.open("rb") as file:
+            for name, offset, size in _files(path, file):
+                key, extension = split_key(name)
+                if key.endswith("/") or not key:
+                    # A hidden file, such as macOS's `._a.png`: no reader of WebDataset takes it for a sample.
                     continue
                 if extension == LABEL:
                     if key in labels:
-                        raise DataError(f"{path}: {member.name}: is there twice")
-                    labels[key] = _read_label(path, tar, member)
+                        raise DataError(f"{path}: {name}: is there twice")
+                    labels[key] = _label(path, name, os.pread(file.fileno(), min(size, LABEL_BYTES + 1), offset))
                 elif extension in IMAGES:
                     if key in images:
-                        raise DataError(f"{path}: {member.name}: a second image for key {key!r}")
-                    images[key] = (extension, member.offset_data, member.size)
-        _check_end(path, images)
-    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
-        raise DataError(f"{path}: not a whole tar file: {error}") from error
+                        raise DataError(f"{path}: {name}: a second image for key {key!r}")
+                    images[key] = (extension, offset, size)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
     if orphans := labels.keys() - images.keys():
@@ -93,7 +99,8 @@ class ShardWriter:
         self._done: list[Shard] = []
         self._keys: set[str] = set()
         self._count = 0
-        self._scratch = Path(tempfile.mkdtemp(prefix="ns-shards-"))
+        with _writing(Path(os.environ.get("TMPDIR", "/tmp"))):
+            self._scratch = Path(tempfile.mkdtemp(prefix="ns-shards-"))
         self._tar: tarfile.TarFile | None = None
 
     def __enter__(self) -> Self:
@@ -105,7 +112,8 @@ class ShardWriter:
                 self._roll()
         finally:
             if self._tar is not None:
-                self._tar.close()
+                with contextlib.suppress(OSError):
+                    self._tar.close()
             shutil.rmtree(self._scratch, ignore_errors=True)
 
     @property
@@ -114,9 +122,13 @@ class ShardWriter:
         return tuple(self._done)
 
     def add(self, key: str, extension: str, data: bytes, label: int | None) -> None:
-        """Appends one image. The key has no dot in its base name and was not used before."""
-        if split_key(key)[1] or key in self._keys or not _is_inside(key):
-            raise DataError(f"key {key!r}: must be new, relative, and without a dot in its last part")
+        """Appends one image. The key has no dot in its base name and was not used before.
+
+        Raises DataError for a key that would not come back, StoreError when the shard cannot be written.
+        """
+        base = key.rpartition("/")[2]
+        if not base or "." in base or key in self._keys or not _is_inside(key) or not _is_utf8(key):
+            raise DataError(f"key {key!r}: must be new, relative, UTF-8, and without a dot in its last part")
         if extension not in IMAGES:
             raise DataError(f"{key}.{extension}: must be one of {', '.join(IMAGES)}")
         self._keys.add(key)
@@ -125,26 +137,22 @@ class ShardWriter:
             self._count >= self._max_samples or self._tar.offset + len(data) + 2048 > self._max_bytes
         ):
             self._roll()
-        if self._tar is None:
-            self._tar = tarfile.open(self._path, "w:", format=tarfile.PAX_FORMAT)  # noqa: SIM115
-        self._member(f"{key}.{extension}", data)
-        if label is not None:
-            self._member(f"{key}.{LABEL}", str(label).encode())
+        with _writing(self._scratch):
+            if self._tar is None:
+                self._tar = tarfile.open(self._path, "w:", format=tarfile.PAX_FORMAT)  # noqa: SIM115
+            _member(self._tar, f"{key}.{extension}", data)
+            if label is not None:
+                _member(self._tar, f"{key}.{LABEL}", str(label).encode())
         self._count += 1
-
-    def _member(self, name: str, data: bytes) -> None:
-        assert self._tar is not None
-        info = tarfile.TarInfo(name)
-        info.size = len(data)
-        self._tar.addfile(info, io.BytesIO(data))
 
     def _roll(self) -> None:
         if self._tar is None:
             return
-        self._tar.close()
-        self._tar = None
         name = f"shard-{len(self._done):05d}.tar"
-        shard = Shard(name=name, samples=self._count, bytes=self._path.stat().st_size, sha256=sha256_file(self._path))
+        with _writing(self._scratch):
+            self._tar.close()
+            self._tar = None
+            shard = Shard(name=name, samples=self._count, bytes=self._path.stat().st_size, sha256=sha256_file(self._path))
         self._folder.put_file(name, self._path)
         self._done.append(shard)
         self._count = 0
@@ -154,29 +162,144 @@ class ShardWriter:
         return self._scratch / "shard.tar"
 
 
+def _member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
 def _is_inside(name: str) -> bool:
-    return bool(name) and not name.startswith("/") and ".." not in PurePosixPath(name).parts and "\0" not in name
+    return bool(name) and not name.startswith("/") and ".." not in name.split("/") and "\0" not in name
 
 
-def _check_member(path: Path, member: tarfile.TarInfo) -> None:
-    if not _is_inside(member.name):
-        raise DataError(f"{path}: {member.name!r}: a name that leads outside the shard")
-    if not (member.isreg() or member.isdir()):
-        raise DataError(f"{path}: {member.name}: a link or device; only plain files belong in a shard")
+def _is_utf8(text: str) -> bool:
+    # Python reads names that are no UTF-8 as lone surrogates, which nothing can write down again.
+    return text.encode(errors="replace").decode() == text
 
 
-def _read_label(path: Path, tar: tarfile.TarFile, member: tarfile.TarInfo) -> int:
-    file = tar.extractfile(member)
-    text = file.read(32) if file else b""
+@contextlib.contextmanager
+def _writing(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"{place}: cannot write a shard: {error.strerror or error}; free some space there, or set TMPDIR to another folder"
+        ) from error
+
+
+def _label(path: Path, name: str, text: bytes) -> int:
     # int() would also take " 1_0 " and other digits than ours.
-    if not text.strip().isdigit():
-        raise DataError(f"{path}: {member.name}: {text[:16]!r}: must be a class index, 0 or above")
+    if len(text) > LABEL_BYTES or not text.strip().isdigit():
+        raise DataError(f"{path}: {name}: {text[:16]!r}: must be a class index, 0 or above")
     return int(text)
 
 
-def _check_end(path: Path, images: dict[str, tuple[str, int, int]]) -> None:
-    # tarfile seeks over data and so does not notice that the last member is cut off.
-    size = path.stat().st_size
-    for key, (extension, offset, length) in images.items():
-        if offset + length > size:
-            raise DataError(f"{path}: {key}.{extension}: cut off: the tar ends at byte {size}")
+def _files(path: Path, file: BinaryIO) -> Iterator[tuple[str, int, int]]:
+    """Name, offset and size of each plain file of a tar.
+
+    Reads headers and no data, three times faster than tarfile, which besides takes a damaged header for the archive's end.
+    """
+    end = path.stat().st_size
+    read = file.fileno()
+    extended: dict[bytes, bytes] = {}
+    at = 0
+    while (header := os.pread(read, BLOCK, at)).strip(b"\0"):
+        start = at
+        try:
+            kind, size = _kind_and_size(header)
+            size = _decimal(extended[b"size"]) if b"size" in extended else size
+            data = at + BLOCK
+            if data + size > end:
+                raise ValueError(f"a member of {size} bytes is cut off: the file ends at byte {end}")
+            at = data + (size + BLOCK - 1) // BLOCK * BLOCK
+            if kind in b"xXgLK":
+                if size > NAME_BYTES:
+                    raise ValueError(f"an extended header of {size} bytes")
+                text = os.pread(read, size, data)
+                if kind in b"xX":
+                    extended.update(_records(text))
+                elif kind in b"L":
+                    extended[b"path"] = text.partition(b"\0")[0]
+                # Global headers hold comments; long link names belong to links, which are refused by themselves.
+                continue
+        except ValueError as error:
+            raise DataError(f"{path}: not a whole tar file: at byte {start}: {error}") from error
+        raw = _name(header, extended)
+        try:
+            name = raw.decode()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: {raw!r}: a name that is not UTF-8") from error
+        if not _is_inside(name):
+            raise DataError(f"{path}: {name!r}: a name that leads outside the shard")
+        sparse = kind in b"S" or any(key.startswith(b"GNU.sparse") for key in extended)
+        extended = {}
+        if kind in b"5" or name.endswith("/"):
+            # Some writers give folders a size, but none of them data.
+            at = data
+            continue
+        if kind not in b"0\x007" or sparse:
+            raise DataError(
+                f"{path}: {name}: {'a sparse file' if sparse else 'a link or device'}; only plain files belong in a shard"
+            )
+        yield name, data, size
+    _check_end(path, read, at, len(header))
+
+
+def _kind_and_size(header: bytes) -> tuple[bytes, int]:
+    """Raises ValueError unless the header is whole: its checksum covers every byte."""
+    if len(header) < BLOCK:
+        raise ValueError("it is cut off in a header")
+    if _number(header[148:156]) != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+        raise ValueError("a damaged header")
+    return header[156:157], _number(header[124:136])
+
+
+def _number(field: bytes) -> int:
+    """Octal text, or as GNU and star have it for large numbers, binary after a set bit."""
+    if field[0] & 0x80:
+        return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:])
+    text = field.partition(b"\0")[0].strip()
+    if text.strip(b"01234567"):
+        raise ValueError("a damaged header")
+    return int(text or b"0", 8)
+
+
+def _decimal(text: bytes) -> int:
+    if not text.isdigit() or len(text) > LABEL_BYTES:
+        raise ValueError(f"a size of {text[:LABEL_BYTES]!r}")
+    return int(text)
+
+
+def _records(text: bytes) -> dict[bytes, bytes]:
+    """PAX: `LENGTH KEYWORD=VALUE\\n`, LENGTH counting the whole record."""
+    records = {}
+    at = 0
+    while at < len(text) and text[at]:
+        length = _decimal(text[at : at + LABEL_BYTES + 2].partition(b" ")[0])
+        keyword, equals, value = text[at : at + length].partition(b" ")[2].partition(b"=")
+        if not equals or not value.endswith(b"\n"):
+            raise ValueError("a damaged extended header")
+        records[keyword] = value[:-1]
+        at += length
+    return records
+
+
+def _name(header: bytes, extended: dict[bytes, bytes]) -> bytes:
+    name = extended.get(b"path")
+    if name is None:
+        name = header[:100].partition(b"\0")[0]
+        prefix = header[345:500].partition(b"\0")[0]
+        # GNU's older format ("ustar  ") keeps times where USTAR has the front part of long names.
+        if prefix and header[257:263] == b"ustar\0":
+            name = prefix + b"/" + name
+    return name
+
+
+def _check_end(path: Path, read: int, at: int, last: int) -> None:
+    """Nothing but zeros may follow the last member, and some must, or nobody could tell that members are missing."""
+    if not last:
+        raise DataError(f"{path}: not a whole tar file: at byte {at}: no end mark, so it may be cut off")
+    while rest := os.pread(read, 1 << 20, at):
+        if rest.strip(b"\0"):
+            raise DataError(f"{path}: not a whole tar file: more data follows its end mark")
+        at += len(rest)

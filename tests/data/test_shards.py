@@ -1,4 +1,7 @@
+import errno
+import gzip
 import io
+import os
 import tarfile
 
 import pytest
@@ -6,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ns.data.shards import Sample, ShardWriter, check_shard, read_index, split_key
-from ns.errors import DataError
+from ns.errors import DataError, StoreError
 from ns.store import LocalStore
 
 KEYS = st.lists(
@@ -76,9 +79,16 @@ def test_shards_roll_over_at_their_limits(tmp_path):
         ([("a.png", b"")], {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}, "a link or device"),
         ([("a.png", b"")], {"type": tarfile.LNKTYPE, "linkname": "b.png"}, "a link or device"),
         ([("a.png", b"")], {"type": tarfile.CHRTYPE}, "a link or device"),
+        ([("a.png", b"")], {"type": tarfile.FIFOTYPE}, "a link or device"),
+        ([("a.png", b"x")], {"type": tarfile.GNUTYPE_SPARSE}, "a sparse file"),
+        ([("a/../../b.png", b"x")], {}, "leads outside"),
+        ([("caf\udce9.png", b"x")], {}, "not UTF-8"),
         ([("a.png", b"x"), ("a.jpg", b"y")], {}, "a second image for key 'a'"),
         ([("a.png", b"x"), ("a.cls", b"dog")], {}, "must be a class index"),
         ([("a.png", b"x"), ("a.cls", b"-1")], {}, "must be a class index"),
+        ([("a.png", b"x"), ("a.cls", b"")], {}, "must be a class index"),
+        ([("a.png", b"x"), ("a.cls", b"1_0")], {}, "must be a class index"),
+        ([("a.png", b"x"), ("a.cls", b"7" * 30)], {}, "must be a class index"),
         ([("a.png", b"x"), ("b.cls", b"1")], {}, "a label without an image"),
         ([("a.png", b"x"), ("a.cls", b"1"), ("a.cls", b"1")], {}, "is there twice"),
     ],
@@ -107,6 +117,92 @@ def test_a_cut_off_tar_is_refused(tmp_path):
             check_shard(path, shard)
 
 
+def three(tmp_path) -> bytes:
+    """Three samples, 2560 bytes each: two headers, two blocks of image, one of label."""
+    folder = LocalStore(tmp_path)
+    (shard,) = write(folder, [(f"k{i}", "png", bytes(600), i) for i in range(3)])
+    return folder.get(shard.name)
+
+
+SAMPLE_BYTES = 2560
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda tar: tar[:SAMPLE_BYTES] + b"\xff" * 512 + tar[SAMPLE_BYTES + 512 :], "at byte 2560: a damaged header"),
+        (lambda tar: tar[: SAMPLE_BYTES + 150] + b"7" + tar[SAMPLE_BYTES + 151 :], "at byte 2560: a damaged header"),
+        (lambda tar: tar[: 2 * SAMPLE_BYTES], "at byte 5120: no end mark"),
+        (lambda tar: tar[: 2 * SAMPLE_BYTES + 200], "at byte 5120: it is cut off in a header"),
+        (lambda tar: tar[: 2 * SAMPLE_BYTES + 900], "at byte 5120: a member of 600 bytes is cut off"),
+        (lambda tar: tar[:SAMPLE_BYTES] + bytes(1024) + tar[SAMPLE_BYTES + 1024 :], "more data follows its end mark"),
+        (lambda tar: tar + tar, "more data follows its end mark"),
+        (lambda tar: b"", "no end mark"),
+    ],
+)
+def test_images_that_damage_hides_are_missed(tmp_path, spoil, reason):
+    path = tmp_path / "bad.tar"
+    path.write_bytes(spoil(three(tmp_path)))
+    with pytest.raises(DataError, match=reason):
+        read_index(path)
+
+
+def test_compressed_tars_are_refused(tmp_path):
+    path = tmp_path / "x.tar"
+    path.write_bytes(gzip.compress(three(tmp_path)))
+    with pytest.raises(DataError, match="not a whole tar file"):
+        read_index(path)
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+@settings(max_examples=20, deadline=None)
+@given(names=KEYS, depth=st.integers(0, 5), data=st.binary(max_size=1500))
+def test_all_forms_of_tar_are_read_as_tarfile_reads_them(tmp_path_factory, form, names, depth, data):
+    path = tmp_path_factory.mktemp("forms") / "x.tar"
+    names = [f"{'folder/' * 9 * depth}{name}.png" for name in names]
+    with tarfile.open(path, "w", format=form) as tar:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            try:
+                tar.addfile(info, io.BytesIO(data))
+            except ValueError:  # too long a name for USTAR
+                continue
+    with tarfile.open(path) as tar:
+        expected = [(*split_key(member.name), member.offset_data, member.size) for member in tar]
+    assert [sample[:4] for sample in read_index(path)] == expected
+
+
+def test_folders_and_hidden_files_are_passed_over(tmp_path):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as tar:
+        folder = tarfile.TarInfo("d")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        for name in ("d/._a.png", "d/.png", ".cls", "d/a.png"):
+            info = tarfile.TarInfo(name)
+            info.size = 2
+            tar.addfile(info, io.BytesIO(b"xy"))
+    (sample,) = read_index(path)
+    assert sample.key == "d/a"
+
+
+@given(place=st.integers(0, 3 * SAMPLE_BYTES - 1), value=st.integers(0, 255))
+def test_a_flipped_byte_is_a_data_error_or_leaves_all_images_in_place(tmp_path_factory, place, value):
+    tmp_path = tmp_path_factory.mktemp("flipped")
+    tar = bytearray(three(tmp_path))
+    tar[place] = value
+    path = tmp_path / "x.tar"
+    path.write_bytes(tar)
+    try:
+        index = read_index(path)
+    except DataError:
+        return
+    whole = read_index(tmp_path / "shard-00000.tar")
+    # Labels have no checksum of their own: that is what the shard's sha256 is for.
+    assert [sample[:4] for sample in index] == [sample[:4] for sample in whole]
+
+
 @given(st.binary(max_size=3000))
 def test_garbage_is_a_data_error_or_an_index(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("garbage") / "x.tar"
@@ -132,7 +228,7 @@ def test_a_wrong_checksum_is_refused(tmp_path):
         check_shard(folder.path(shard.name), shard)
 
 
-@pytest.mark.parametrize("key", ["a.b", "", "../a", "/a", "dir/a.b"])
+@pytest.mark.parametrize("key", ["a.b", "a.", ".a", "", "../a", "/a", "dir/", "dir/a.b", "a\0", "caf\udce9"])
 def test_keys_that_would_not_come_back_are_refused(tmp_path, key):
     with ShardWriter(LocalStore(tmp_path), max_samples=1, max_bytes=1) as writer, pytest.raises(DataError, match="key"):
         writer.add(key, "png", b"x", None)
@@ -151,3 +247,28 @@ def test_a_failed_writer_leaves_no_shard(tmp_path):
 
 def test_keys_run_to_the_first_dot_of_the_base_name():
     assert split_key("a.b/c.d.PNG") == ("a.b/c", "d.png")
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    def full(*_args) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(StoreError, match=r"cannot write a shard: No space left on device; free some space"):
+        add_one(tmp_path, lambda: monkeypatch.setattr(tarfile.TarFile, "addfile", full))
+    assert list(LocalStore(tmp_path / "out").list()) == []
+
+
+def add_one(tmp_path, before) -> None:
+    with ShardWriter(LocalStore(tmp_path / "out"), max_samples=9, max_bytes=1 << 20) as writer:
+        before()
+        writer.add("a", "png", b"x", None)
+
+
+def test_tarfile_reads_our_shards_without_owners_times_or_modes(tmp_path):
+    folder = LocalStore(tmp_path)
+    (shard,) = write(folder, [("ü" * 80, "png", b"x", 3)])
+    with tarfile.open(folder.path(shard.name)) as tar:
+        members = tar.getmembers()
+    assert [member.name for member in members] == ["ü" * 80 + ".png", "ü" * 80 + ".cls"]
+    for member in members:
+        assert (member.mtime, member.uid, member.gid, member.uname, member.gname, member.mode) == (0, 0, 0, "", "", 0o644)
