@@ -7,6 +7,8 @@ from ns.errors import StoreError
 
 # Names that begin so belong to unfinished writes: never listed, never a key.
 TEMPORARY = ".tmp-"
+# Of S3, with the store's prefix.
+KEY_BYTES = 1024
 
 
 class Store(Protocol):
@@ -115,9 +117,11 @@ def key_parts(key: str) -> tuple[str, ...]:
     if any(part.startswith(TEMPORARY) for part in parts):
         raise StoreError(f"{key!r}: not a key: names that begin with {TEMPORARY} are kept for unfinished writes")
     try:
-        key.encode()
+        length = len(key.encode())
     except UnicodeEncodeError as error:
         raise StoreError(f"{key!r}: not a key: must be text that UTF-8 can spell; rename the file") from error
+    if length > KEY_BYTES:
+        raise StoreError(f"{key[:40]!r}…: not a key: {length} bytes are too long, S3 takes {KEY_BYTES}; shorten it")
     return parts
 
 

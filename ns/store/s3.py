@@ -267,7 +267,7 @@ class S3Store:
         return head
 
     def _name(self, key: str) -> str:
-        return self._root + "/".join(key_parts(key))
+        return "/".join(key_parts(self._root + "/".join(key_parts(key))))
 
     def _where(self, key: str) -> str:
         return f"{self.uri}/{key}"
