@@ -2,28 +2,54 @@
 
 import io
 import warnings
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from ns.errors import DataError
 
 MAX_PIXELS = 178_956_970
-"""Pillow's own limit: a larger image is a decompression bomb, or belongs cut up."""
+"""Where Pillow gives up: a larger image is a decompression bomb, or belongs cut up."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+"""What is tried. Pillow knows more, among them EPS, for which it starts Ghostscript on a stranger's program."""
 
 JPEG = b"\xff\xd8\xff"
 # Colour spaces that libjpeg-turbo turns into RGB by itself; CMYK needs Pillow's inverted-Adobe handling.
 PLAIN = ("Gray", "YCbCr", "RGB")
 ORIENTATION = 0x0112
 
+# What brings an image of each orientation upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+APP1, START_OF_SCAN = b"\xe1", b"\xda"
+EXIF = b"Exif\0\0"
+
+# Pillow warns of odd metadata, and of bombs from half the limit on. As a filter for good: setting filters for each image
+# (warnings.catch_warnings) is not safe in threads, and images are decoded in several.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+Image.init()
+KNOWN = [name for name in FORMATS if name in Image.OPEN]
+
 
 def decode(data: bytes) -> npt.NDArray[np.uint8]:
     """uint8 [H, W, 3], C-contiguous, upright (EXIF orientation applied).
 
     Greyscale is repeated over the channels, 16 bits are scaled to 8, transparency is laid over white, and of an animation
-    the first frame is taken. Raises DataError with the reason: empty, not an image, truncated, decompression bomb.
+    the first frame is taken. Safe in threads; libjpeg-turbo and Pillow release the interpreter lock. Raises DataError with the
+    reason: empty file, not an image, truncated, damaged, decompression bomb.
     """
     if not data:
         raise DataError("empty file")
@@ -35,32 +61,57 @@ def decode(data: bytes) -> npt.NDArray[np.uint8]:
 
 
 def _jpeg(data: bytes) -> npt.NDArray[np.uint8] | None:
-    """The fast path; None for what it leaves to Pillow: rotated, CMYK, and damaged images."""
+    """The fast path; None for what it leaves to Pillow: turned, CMYK, and damaged images."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        # Only an upright image may skip Pillow, and most JPEGs have no EXIF block at all.
-        if colours not in PLAIN or b"Exif\0\0" in data[:65536]:
-            return None
         if height * width > MAX_PIXELS:
             raise DataError(f"decompression bomb: {width} x {height} px")
+        if colours not in PLAIN or not _is_upright(data):
+            return None
         image: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
         return image
     except ValueError:
         return None
 
 
+def _is_upright(jpeg: bytes) -> bool:
+    block = _exif_block(jpeg)
+    return block is None or _turn(partial(_exif, block)) is None
+
+
+def _exif_block(jpeg: bytes) -> bytes | None:
+    """The segments before the pixels are walked by their lengths: reading them all through Pillow doubles the time."""
+    at = 2
+    while jpeg[at : at + 1] == b"\xff" and (kind := jpeg[at + 1 : at + 2]) != START_OF_SCAN:
+        length = int.from_bytes(jpeg[at + 2 : at + 4])
+        if kind == APP1 and jpeg[at + 4 : at + 10] == EXIF:
+            return jpeg[at + 4 : at + 2 + length]
+        at += 2 + length
+    return None
+
+
+def _exif(block: bytes) -> Image.Exif:
+    exif = Image.Exif()
+    exif.load(block)
+    return exif
+
+
+def _turn(read: Callable[[], Image.Exif]) -> Image.Transpose | None:
+    """What brings the image upright; nothing where EXIF is damaged, as the pixels may still be whole."""
+    try:
+        return TURNS.get(read().get(ORIENTATION, 1))
+    except Exception:
+        return None
+
+
 def _pillow(data: bytes) -> npt.NDArray[np.uint8]:
     try:
-        with warnings.catch_warnings():
-            # Pillow only warns up to twice its limit; a warning in a worker is lost.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            warnings.filterwarnings("ignore", category=UserWarning)
-            with Image.open(io.BytesIO(data)) as image:
-                return np.ascontiguousarray(_rgb(image))
+        with Image.open(io.BytesIO(data), formats=KNOWN) as image:
+            return np.ascontiguousarray(_rgb(image))
     except DataError:
         raise
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise DataError(f"decompression bomb: {error}") from error
+    except Image.DecompressionBombError as error:
+        raise DataError(f"decompression bomb: more than {MAX_PIXELS:,} px") from error
     except UnidentifiedImageError as error:
         raise DataError("not an image, or of an unknown format") from error
     except (OSError, SyntaxError) as error:
@@ -73,8 +124,9 @@ def _pillow(data: bytes) -> npt.NDArray[np.uint8]:
 
 def _rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
     image.load()
-    if image.getexif().get(ORIENTATION, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+    turn = _turn(image.getexif)
+    if turn is not None:
+        image = image.transpose(turn)
     if image.mode in ("I;16", "I;16B", "I;16L", "I"):
         # Pillow's own conversion clips at 255.
         values = np.asarray(image).astype(np.int64).clip(0, 65535)

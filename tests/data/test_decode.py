@@ -1,4 +1,8 @@
+import contextlib
 import io
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -9,6 +13,9 @@ from PIL import Image
 from ns.data import decode as module
 from ns.data.decode import decode
 from ns.errors import DataError
+
+# pytest puts aside the filter that decode sets.
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 RNG = np.random.default_rng(0)
 SMOOTH = np.stack([np.add.outer(np.arange(40), np.arange(60)) * k for k in (1, 2, 1)], 2).astype(np.uint8)
@@ -96,10 +103,98 @@ def test_what_cannot_be_read_says_why(data, reason):
 
 def test_decompression_bombs_are_refused_from_their_header(monkeypatch):
     monkeypatch.setattr(module, "MAX_PIXELS", 2000)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
-    for data in (PHOTO, PICTURE):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    for data in (PHOTO, PICTURE, encoded(Image.fromarray(SMOOTH).convert("CMYK"), "JPEG")):
         with pytest.raises(DataError, match="decompression bomb"):
             decode(data)
+
+
+def test_all_formats_have_one_limit(monkeypatch):
+    assert module.MAX_PIXELS == 2 * Image.MAX_IMAGE_PIXELS
+    # Pillow starts to warn at half of what it refuses; 2,400 px lie between.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    assert decode(PICTURE).shape == (40, 60, 3)
+
+
+@pytest.mark.parametrize("orientation", [None, 1, 0, 9])
+def test_upright_photographs_take_the_fast_path(orientation, monkeypatch):
+    monkeypatch.setattr(module, "_pillow", lambda data: pytest.fail("took the slow path"))
+    exif = Image.Exif()
+    exif[0x010F] = "a camera"
+    if orientation is not None:
+        exif[module.ORIENTATION] = orientation
+    assert decode(encoded(Image.fromarray(SMOOTH), "JPEG", exif=exif)).shape == SMOOTH.shape
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_damaged_exif_does_not_cost_the_picture(kind):
+    data = encoded(Image.fromarray(SMOOTH), kind, exif=b"Exif\0\0II*\0" + b"\xff" * 40)
+    assert decode(data).shape == SMOOTH.shape
+
+
+def test_programs_are_no_images():
+    # Pillow would start Ghostscript.
+    with pytest.raises(DataError, match="not an image, or of an unknown format"):
+        decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+
+
+def test_threads_leave_the_filters_of_warnings_alone():
+    before = list(warnings.filters)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(decode, [PICTURE] * 300))
+    finally:
+        sys.setswitchinterval(interval)
+    assert list(warnings.filters) == before
+
+
+def test_sixteen_bit_pictures_are_turned_upright_too():
+    exif = Image.Exif()
+    exif[module.ORIENTATION] = 6
+    values = np.array([[0, 65535]], np.uint16)
+    assert decode(encoded(Image.fromarray(values), "PNG", exif=exif))[:, :, 0].tolist() == [[0], [255]]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I;16"])
+def test_whatever_the_mode_the_result_has_one_form(mode):
+    image = Image.new(mode, (7, 5))
+    decoded = decode(encoded(image, "TIFF"))
+    assert decoded.shape == (5, 7, 3)
+    assert decoded.dtype == np.uint8
+    assert decoded.flags.c_contiguous
+
+
+def test_half_transparency_is_blended():
+    grey = Image.new("LA", (1, 1), (0, 128))
+    assert decode(encoded(grey, "PNG"))[0, 0].tolist() == [127, 127, 127]
+    palette = Image.new("P", (1, 1), 0)
+    palette.putpalette([200, 0, 0])
+    assert decode(encoded(palette, "PNG", transparency=0))[0, 0].tolist() == [255, 255, 255]
+
+
+def test_cut_anywhere_an_image_is_a_data_error_or_an_image():
+    exif = Image.Exif()
+    exif[module.ORIENTATION] = 3
+    for whole in (encoded(Image.fromarray(SMOOTH), "JPEG", exif=exif), PICTURE[:700]):
+        for length in range(0, len(whole), 3):
+            with contextlib.suppress(DataError):
+                assert decode(whole[:length]).ndim == 3
+
+
+@given(st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"]), st.data())
+def test_a_spoilt_image_is_a_data_error_or_an_image(kind, data):
+    spoilt = bytearray(encoded(Image.fromarray(SMOOTH), kind))
+    for place in data.draw(st.lists(st.integers(0, len(spoilt) - 1), min_size=1, max_size=4)):
+        spoilt[place] = data.draw(st.integers(0, 255))
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(DataError):
+        # A spoilt size may ask for half a gigabyte of pixels.
+        patch.setattr(module, "MAX_PIXELS", 200_000)
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
+        image = decode(bytes(spoilt))
+        assert image.dtype == np.uint8
+        assert image.ndim == 3
 
 
 @given(st.binary(max_size=300), st.sampled_from([b"", PHOTO[:100], PICTURE[:60], b"GIF89a", b"RIFF\0\0\0\0WEBPVP8 "]))
