@@ -65,12 +65,10 @@ class Cache:
             return target
         except OSError as error:
             reason = HINTS.get(error.errno or 0, error.strerror or str(error))
-            hint = (
-                f"set {DIRECTORY_VARIABLE} to a folder with more room"
-                if error.errno == errno.ENOSPC
-                else f"or set {DIRECTORY_VARIABLE}"
-            )
-            raise StoreError(f"{self.folder}: cannot keep copies of remote files: {reason}, {hint}") from error
+            place = "a folder with more room" if error.errno == errno.ENOSPC else "another folder"
+            raise StoreError(
+                f"{self.folder}: cannot keep copies of remote files: {reason}, or set {DIRECTORY_VARIABLE} to {place}"
+            ) from error
 
     def _touch(self, target: Path, size: int) -> bool:
         """Whether the file is there and whole. Marks it as used now: access times are switched off on many machines."""
@@ -94,6 +92,8 @@ class Cache:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.chmod(0o444)
+            now = self._clock()
+            os.utime(temporary, (now, now))
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)

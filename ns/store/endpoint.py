@@ -128,7 +128,7 @@ class FileCredentials(Provider):
 
 def _checked_url(url: str) -> str:
     # From here on the URL stands in messages: a secret in it must not.
-    shown = re.sub(r"//[^/]*@", "//…@", url)
+    shown = re.sub(r"^(.*?//)?[^/]*@", r"\1…@", url)
     try:
         parts = urlsplit(url)
         port_is_valid = parts.port is None or parts.port > 0

@@ -43,7 +43,7 @@ def reason(error: Exception, verb: str, bucket: str, endpoint: Endpoint) -> str:
         return _answer(error, verb, bucket, endpoint)
     if isinstance(error, ServerError | InvalidResponseError):
         return _odd_answer(error, endpoint)
-    if isinstance(error, ET.ParseError):
+    if isinstance(error, ET.ParseError) or "XML element" in str(error):
         return f"{endpoint.url} answers, but not in the words of S3; correct AWS_ENDPOINT_URL"
     if isinstance(error, HTTPError):
         return _no_answer(error, endpoint)
