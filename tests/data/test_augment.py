@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ns.config import NoiseConfig
 from ns.data.augment import AREA, ASPECT, EvalTransform, TrainTransform, centre_box, pad_and_crop, random_box
@@ -91,6 +91,71 @@ def test_pointwise_operations_follow_their_definition():
     added = np.minimum(255, PIXELS.astype(int) + 55)
     assert np.array_equal(apply("solarize_add", 5), np.where(PIXELS < 128, added, PIXELS))
     assert np.array_equal(apply("solarize_add", 27), np.where(PIXELS < 128, 255, PIXELS))
+
+
+@pytest.mark.parametrize("size", [32, 64, 65, 200])
+@pytest.mark.parametrize("magnitude", [0, 3, 5, 9, 27, 30])
+def test_pointwise_operations_equal_pillows_at_all_sizes(size, magnitude):
+    image = Image.fromarray(np.random.default_rng(size).integers(0, 256, (size, size, 3), np.uint8))
+    augment = RandAugment(2, magnitude, size)
+    for name, reference in {
+        "invert": ImageOps.invert(image),
+        "posterize": ImageOps.posterize(image, augment.posterize_bits),
+        "solarize": ImageOps.solarize(image, augment.solarize_threshold),
+    }.items():
+        assert augment.operations[name](image, Signed(0)).tobytes() == reference.tobytes(), name
+
+
+@pytest.mark.parametrize("pixels", [PIXELS, PIXELS // 4 + 90, np.full_like(PIXELS, 7)])
+def test_autocontrast_stretches_each_channel_from_its_lowest_to_its_highest_value(pixels):
+    got = np.asarray(RandAugment(2, 5, 32).operations["auto_contrast"](Image.fromarray(pixels), Signed(0)))
+    for channel in range(3):
+        values = pixels[..., channel].astype(float)
+        low, high = values.min(), values.max()
+        expected = (values - low) * 255 / (high - low) if high > low else values
+        assert np.abs(got[..., channel] - expected).max() <= 1
+
+
+@pytest.mark.parametrize("pixels", [PIXELS, PIXELS // 4 + 90, np.full_like(PIXELS, 7)])
+def test_equalize_maps_each_value_to_its_rank(pixels):
+    got = np.asarray(RandAugment(2, 5, 32).operations["equalize"](Image.fromarray(pixels), Signed(0)))
+    for channel in range(3):
+        values = pixels[..., channel]
+        counts = np.bincount(values.ravel(), minlength=256)
+        # TensorFlow's and Pillow's: the highest value's count is left out, and half a step rounds.
+        step = (counts.sum() - counts[counts.nonzero()[0][-1]]) // 255
+        below = np.concatenate([[0], np.cumsum(counts)[:-1]])
+        expected = np.minimum(255, (below + step // 2) // step)[values] if step else values
+        assert np.array_equal(got[..., channel], expected)
+
+
+@pytest.mark.parametrize("magnitude", [5, 9, 27])
+def test_sharpness_blends_with_the_smoothed_image(magnitude):
+    factor = 1.8 * magnitude / 10 + 0.1
+    values = PIXELS.astype(float)
+    smooth = values.copy()
+    windows = np.lib.stride_tricks.sliding_window_view(values, (3, 3), axis=(0, 1))
+    # The border is left as it is.
+    smooth[1:-1, 1:-1] = np.floor((windows * np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13).sum((-2, -1)) + 0.5)
+    expected = np.clip(smooth + factor * (values - smooth), 0, 255)
+    assert np.abs(apply("sharpness", magnitude) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("magnitude", [5, 27])
+@pytest.mark.parametrize(("draw", "sign"), [(0.0, 1), (0.9, -1)])
+def test_shearing_shifts_each_line_by_its_share(magnitude, draw, sign):
+    shear = sign * 0.3 * magnitude / 10
+    expected = np.full_like(PIXELS, 128)
+    for row in range(32):
+        # A pixel comes from its place plus shear times its row, both counted at pixel centres.
+        source = np.floor(np.arange(32) + 0.5 + shear * (row + 0.5)).astype(int)
+        inside = (source >= 0) & (source < 32)
+        expected[row, inside] = PIXELS[row, source[inside]]
+    across = apply("shear_x", magnitude, draw)
+    assert (across != expected).any(2).mean() < 0.01  # ties of rounding
+    turned = Image.fromarray(np.ascontiguousarray(PIXELS.transpose(1, 0, 2)))
+    down = np.asarray(RandAugment(2, magnitude, 32).operations["shear_y"](turned, Signed(draw)))
+    assert np.array_equal(down.transpose(1, 0, 2), across)
 
 
 def test_autocontrast_and_equalize_stretch_to_the_full_range():
@@ -180,3 +245,38 @@ def test_evaluation_takes_small_images_as_they_are():
     assert np.array_equal(EvalTransform(32, "pad")(PIXELS), PIXELS)
     assert EvalTransform(48, "pad")(PIXELS).shape == (48, 48, 3)
     assert EvalTransform(32, "resized")(PIXELS).shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("crop", ["resized", "pad", "none"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (2, 3), (31, 33)])
+def test_images_of_any_size_become_the_resolution(crop, size):
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    transform = TrainTransform(NoiseConfig(crop=crop, cutout_px=16, randaugment_magnitude=27), 32)
+    for seed in range(10):
+        noised = transform(image, np.random.default_rng(seed))
+        assert noised.shape == (32, 32, 3)
+        assert noised.dtype == np.uint8
+        assert noised.flags.c_contiguous
+    assert EvalTransform(32, crop)(image).shape == (32, 32, 3)
+
+
+def test_noise_leaves_its_input_as_it_was():
+    image = PIXELS.copy()
+    for crop in ("resized", "pad", "none"):
+        transform = TrainTransform(NoiseConfig(crop=crop, cutout_px=16), 32)
+        for seed in range(30):
+            transform(image, np.random.default_rng(seed))
+    assert np.array_equal(image, PIXELS)
+
+
+def test_without_any_noise_the_image_is_kept():
+    noise = NoiseConfig(crop="none", flip=False, randaugment_layers=0)
+    assert np.array_equal(TrainTransform(noise, 32)(PIXELS, np.random.default_rng(0)), PIXELS)
+
+
+def test_half_of_all_images_are_mirrored():
+    noise = NoiseConfig(crop="none", randaugment_layers=0)
+    transform = TrainTransform(noise, 32)
+    rng = np.random.default_rng(0)
+    mirrored = [np.array_equal(transform(PIXELS, rng), PIXELS[:, ::-1]) for _ in range(400)]
+    assert 160 < sum(mirrored) < 240
