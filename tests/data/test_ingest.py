@@ -1,12 +1,13 @@
 import io
+import os
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ns.data.dataset import Dataset
-from ns.data.digits import write_digits
+from ns.data import ingest
+from ns.data.dataset import MANIFEST, Dataset
 from ns.data.ingest import import_images
 from ns.data.shards import read_index
 from ns.errors import DataError
@@ -140,16 +141,6 @@ def test_a_missing_folder_is_named(tmp_path):
         run(tmp_path / "nowhere", tmp_path / "out")
 
 
-def test_digits_are_split_without_overlap_and_evenly(tmp_path):
-    parts = {part: write_digits(part, LocalStore(tmp_path / part)) for part in ("labelled", "pool", "heldout")}
-    assert {part: dataset.samples for part, dataset in parts.items()} == {"labelled": 50, "pool": 1247, "heldout": 500}
-    keys = [sample.key for part in parts for sample in keys_of(tmp_path / part, parts[part])]
-    assert len(keys) == len(set(keys)) == 1797
-    labels = [sample.label for sample in keys_of(tmp_path / "labelled", parts["labelled"])]
-    assert [labels.count(label) for label in range(10)] == [5] * 10
-    assert all(sample.label is None for sample in keys_of(tmp_path / "pool", parts["pool"]))
-
-
 def test_linked_folders_are_followed_and_loops_are_not(source, tmp_path):
     linked = tmp_path / "linked"
     linked.mkdir()
@@ -162,3 +153,134 @@ def test_linked_folders_are_followed_and_loops_are_not(source, tmp_path):
     assert dataset.rejected == 1
     keys = [sample.key for sample in keys_of(tmp_path / "out", dataset)]
     assert len(keys) == len(set(keys)) == 12
+
+
+def test_an_import_that_was_killed_starts_over_and_comes_out_the_same(source, tmp_path, monkeypatch):
+    expected = run(source, tmp_path / "whole").digest
+    run(source, tmp_path / "out", shard_samples=3)
+    read, calls = ingest._read, []
+
+    def killed(path):
+        calls.append(path)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return read(path)
+
+    monkeypatch.setattr(ingest, "_read", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "out")
+    # Half of the shards are those of another import: there must not be a manifest that calls them a dataset.
+    assert not LocalStore(tmp_path / "out").exists(MANIFEST)
+    monkeypatch.undo()
+    assert run(source, tmp_path / "out").digest == expected
+
+
+def test_a_class_without_a_readable_image_is_refused(source, tmp_path):
+    (source / "emu").mkdir()
+    (source / "emu" / "x.jpg").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"class folder 'emu' has no readable image; first: emu/x\.jpg: not an image"):
+        run(source, tmp_path / "out")
+    # Held-out images may lack a class.
+    run(source, tmp_path / "out", role="evaluation", classes=["cat", "dog", "emu"])
+
+
+def test_names_that_are_no_utf8_are_escaped(tmp_path):
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    (folder / os.fsdecode(b"caf\xe9.png")).write_bytes(picture(0))
+    (folder / os.fsdecode(b"th\xe9.png")).write_bytes(b"no image")
+    dataset = run(folder, tmp_path / "out", role="unlabelled")
+    (sample,) = keys_of(tmp_path / "out", dataset)
+    assert sample.key == "caf_xe9"
+    assert pq.read_table(tmp_path / "out" / "rejected.parquet").to_pydict()["path"] == ["th\\xe9.png"]
+
+
+def test_class_folders_whose_names_are_no_utf8_are_refused(source, tmp_path):
+    (source / "cat").rename(source / os.fsdecode(b"caf\xe9"))
+    with pytest.raises(DataError, match=r"class folder 'caf\\xe9': its name is not UTF-8; rename it"):
+        run(source, tmp_path / "out")
+
+
+def test_photographs_with_a_second_picture_inside_are_kept_byte_for_byte(tmp_path):
+    folder = tmp_path / "phone"
+    folder.mkdir()
+    sink = io.BytesIO()
+    frames = [Image.new("RGB", (9, 9), colour) for colour in ("red", "blue")]
+    frames[0].save(sink, "MPO", save_all=True, append_images=frames[1:])
+    (folder / "a.jpg").write_bytes(sink.getvalue())
+    dataset = run(folder, tmp_path / "out", role="unlabelled")
+    (sample,) = keys_of(tmp_path / "out", dataset)
+    assert sample.extension == "jpg"
+    assert LocalStore(tmp_path / "out").get_range("shard-00000.tar", sample.offset, sample.size) == sink.getvalue()
+
+
+def test_the_content_decides_the_extension_not_the_name(tmp_path):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(picture(0, "PNG"))
+    (folder / "b.png").write_bytes(picture(1, "JPEG"))
+    (folder / "c.png").write_bytes(picture(2, "WEBP"))
+    (folder / "d.jpg").write_bytes(picture(3, "GIF"))
+    dataset = run(folder, tmp_path / "out", role="unlabelled")
+    assert [sample.extension for sample in keys_of(tmp_path / "out", dataset)] == ["png", "jpg", "webp", "png"]
+
+
+def test_pipes_and_films_are_left_out_without_being_read(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(ingest, "MAX_FILE_BYTES", 10_000)
+    os.mkfifo(source / "cat" / "pipe.png")
+    (source / "dog" / "film.avi").write_bytes(bytes(10_001))
+    run(source, tmp_path / "out")
+    listed = pq.read_table(tmp_path / "out" / "rejected.parquet").to_pydict()
+    assert dict(zip(listed["path"], listed["reason"], strict=True)) == {
+        "cat/pipe.png": "not a plain file",
+        "dog/film.avi": "larger than 1 GiB",
+    }
+
+
+def test_the_list_of_rejects_has_its_columns_even_when_empty(source, tmp_path):
+    run(source, tmp_path / "out")
+    schema = pq.read_table(tmp_path / "out" / "rejected.parquet").schema
+    assert [(field.name, str(field.type)) for field in schema] == [("path", "string"), ("reason", "string")]
+
+
+def test_many_rejects_fill_the_list_and_not_the_log(source, tmp_path, capsys):
+    for index in range(ingest.SHOWN_REJECTS + 5):
+        (source / "cat" / f"bad{index}.jpg").write_bytes(b"")
+    run(source, tmp_path / "out", max_rejected_share=1)
+    logged = capsys.readouterr()
+    lines = [line for line in (logged.out + logged.err).splitlines() if "left out" in line]
+    assert len(lines) == ingest.SHOWN_REJECTS + 1
+    assert pq.read_table(tmp_path / "out" / "rejected.parquet").num_rows == ingest.SHOWN_REJECTS + 5
+
+
+def test_labelled_shards_mix_the_classes(tmp_path):
+    folder = tmp_path / "many"
+    for label in "ab":
+        (folder / label).mkdir(parents=True)
+        for index in range(50):
+            (folder / label / f"{index}.png").write_bytes(picture(index))
+    dataset = run(folder, tmp_path / "out", shard_samples=25)
+    for shard in dataset.shards:
+        labels = [sample.label for sample in read_index(LocalStore(tmp_path / "out").path(shard.name))]
+        assert 5 <= sum(labels) <= 20
+
+
+def test_a_file_uri_names_a_folder_too(source, tmp_path):
+    spaced = tmp_path / "my animals %41"
+    source.rename(spaced)
+    options = {"name": "animals", "role": "labelled", "max_rejected_share": 0, "shard_samples": 5, "shard_mib": 1}
+    assert import_images(spaced.as_uri(), LocalStore(tmp_path / "out"), **options).samples == 12
+
+
+@pytest.mark.parametrize("role", ["labelled", "evaluation", "unlabelled"])
+def test_an_empty_folder_is_refused(tmp_path, role):
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match=r"has no files to import|0 class folders"):
+        run(tmp_path / "none", tmp_path / "out", role=role)
+
+
+def test_a_folder_without_any_image_is_refused_even_if_all_may_be_rejected(tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("no image")
+    with pytest.raises(DataError, match=r"no readable image among 1 files; first: a\.txt: not an image"):
+        run(tmp_path / "texts", tmp_path / "out", role="unlabelled", max_rejected_share=1)

@@ -1,0 +1,67 @@
+import io
+import itertools
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ns.data.dataset import Dataset
+from ns.data.digits import write_digits
+from ns.data.shards import read_index
+from ns.errors import DataError
+from ns.store import LocalStore
+
+PARTS = ("labelled", "pool", "heldout")
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Each part's store and dataset."""
+    folders = {part: LocalStore(tmp_path_factory.mktemp(part)) for part in PARTS}
+    return {part: (folder, write_digits(part, folder)) for part, folder in folders.items()}
+
+
+def samples(folder, dataset):
+    return [(shard.name, sample) for shard in dataset.shards for sample in read_index(folder.path(shard.name))]
+
+
+def test_digits_are_split_without_overlap_and_evenly(parts):
+    assert {part: dataset.samples for part, (_, dataset) in parts.items()} == {"labelled": 50, "pool": 1247, "heldout": 500}
+    keys = {part: [sample.key for _, sample in samples(*parts[part])] for part in PARTS}
+    assert sorted(itertools.chain(*keys.values())) == [f"digit-{index:04d}" for index in range(1797)]
+    for part, each in (("labelled", 5), ("heldout", 50)):
+        labels = [sample.label for _, sample in samples(*parts[part])]
+        assert [labels.count(label) for label in range(10)] == [each] * 10
+
+
+def test_the_pool_has_no_labels_and_no_classes(parts):
+    folder, dataset = parts["pool"]
+    assert all(sample.label is None for _, sample in samples(folder, dataset))
+    assert dataset.classes == ()
+    assert dataset.role == "unlabelled"
+    assert len(dataset.shards) == 2
+
+
+def test_pictures_and_labels_are_scikit_learns(parts):
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    folder, dataset = parts["labelled"]
+    for name, sample in samples(folder, dataset):
+        index = int(sample.key.removeprefix("digit-"))
+        pixels = np.asarray(Image.open(io.BytesIO(folder.get_range(name, sample.offset, sample.size))))
+        assert np.array_equal(pixels, np.rint(bunch["images"][index] * 255 / 16))
+        assert dataset.classes[sample.label] == str(bunch["target"][index])
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_split_is_fixed(parts, part, tmp_path):
+    assert write_digits(part, LocalStore(tmp_path)) == parts[part][1]
+    assert Dataset.load(LocalStore(tmp_path)) == parts[part][1]
+
+
+def test_without_scikit_learn_the_cure_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(DataError, match=r"pip install 'noisy-student\[quickstart\]'"):
+        write_digits("pool", LocalStore(tmp_path))
