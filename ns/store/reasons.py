@@ -62,7 +62,7 @@ def _answer(error: S3Error, verb: str, bucket: str, endpoint: Endpoint) -> str:
     if code in ("InvalidAccessKeyId", "InvalidAccessKey"):
         return f"the server does not know the access key: correct {f'{place}/accesskey)' if place else 'AWS_ACCESS_KEY_ID'}"
     if code == "SignatureDoesNotMatch":
-        cure = f"{place}/secretkey)" if place else "AWS_SECRET_ACCESS_KEY"
+        cure = f"{place}/secretkey, accesskey)" if place else "AWS_SECRET_ACCESS_KEY or AWS_ACCESS_KEY_ID"
         return f"the secret key does not belong to the access key: correct {cure} (or AWS_REGION, now {endpoint.region})"
     if code in ("ExpiredToken", "InvalidToken", "TokenRefreshRequired"):
         return "the session token is not valid any more: get new credentials and set AWS_SESSION_TOKEN with them"

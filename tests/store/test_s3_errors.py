@@ -20,6 +20,11 @@ from tests.store.conftest import IMPATIENT, store_at
 from tests.store.faults import Fault, Proxy
 
 
+@pytest.fixture(autouse=True)
+def secret(environment, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
+
+
 def calls(store):
     return {
         "get": lambda: store.get("k"),
@@ -125,7 +130,7 @@ def test_secret_files_are_named_where_credentials_come_from_them(denying, monkey
     (tmp_path / "secretkey").write_text("hidden\n")
     store = store_for(denying(403, "SignatureDoesNotMatch"), monkeypatch, NS_S3_SECRETS=str(tmp_path))
     (_, message), *_ = complaints(store, {"get"})
-    assert f"correct NS_S3_SECRETS ({tmp_path}/secretkey)" in message
+    assert f"correct NS_S3_SECRETS ({tmp_path}/secretkey, accesskey)" in message
 
 
 def test_missing_credentials(moto, monkeypatch):
