@@ -15,7 +15,7 @@ import click
 import typer
 
 from ns import __version__
-from ns.errors import ConfigError, DataError, Interrupted, NsError, RunError
+from ns.errors import ConfigError, DataError, Interrupted, NsError, RunError, StoreError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,9 +34,11 @@ app = typer.Typer(
 runs_app = typer.Typer(help="Runs: what was done, and what came of it.", no_args_is_help=True)
 config_app = typer.Typer(help="Experiments: show, check, and describe their fields.", no_args_is_help=True)
 data_app = typer.Typer(help="Datasets.", no_args_is_help=True)
+doctor_app = typer.Typer(help="Find out beforehand what would stop a run.", no_args_is_help=True)
 app.add_typer(runs_app, name="runs")
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
+app.add_typer(doctor_app, name="doctor")
 
 Root = Annotated[str, typer.Option("--root", help="Folder that holds runs, models, labels and data.")]
 Overrides = Annotated[
@@ -338,36 +340,85 @@ def config_check(config: ConfigArgument, overrides: Overrides = None) -> None:
 
 @data_app.command("import")
 def data_import(
-    source: Annotated[str, typer.Argument(help="A folder: one subfolder for each class, or loose images for a pool.")],
-    destination: Annotated[str, typer.Argument(help="The dataset's folder.")],
+    source: Annotated[str, typer.Argument(help="Class folders, a folder of images, a table, tars or an archive; also on S3.")],
+    destination: Annotated[str, typer.Argument(help="The dataset's folder, or s3://bucket/prefix.")],
     role: Annotated[DataRole, typer.Option(help="What the images are for.")] = DataRole.unlabelled,
     name: Annotated[str | None, typer.Option(help="The dataset's name; the source's if not given.")] = None,
-    max_rejected_share: Annotated[float, typer.Option(help="Share of unreadable images that is still accepted.")] = 0.1,
-    shard_samples: Annotated[int, typer.Option(help="Images in a shard, at most.")] = 10_000,
-    shard_mib: Annotated[int, typer.Option(help="MiB in a shard, at most.")] = 256,
+    split: Annotated[str | None, typer.Option(help="Of a table: import only rows whose split is this.")] = None,
+    classes: Annotated[
+        Path | None, typer.Option(help="A text file with a class name a line, or the dataset.json whose classes to use.")
+    ] = None,
+    max_side: Annotated[int | None, typer.Option(min=8, help="Make images with a longer side smaller, px.")] = None,
+    max_rejected_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of unreadable images that is still accepted.")
+    ] = 0.1,
+    shard_samples: Annotated[int, typer.Option(min=1, max=100_000, help="Images in a shard, at most.")] = 10_000,
+    shard_mib: Annotated[int, typer.Option(min=1, max=4096, help="MiB in a shard, at most.")] = 256,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; as many as cores if not given.")] = None,
 ) -> None:
-    """Make a dataset from a folder of images. Unreadable ones are counted, listed and left out.
+    """Make a dataset of any collection of images. Unreadable ones are counted, listed and left out.
 
-    Example: [cyan]ns data import photos/ data/pool --role unlabelled[/]
+    The same command continues an import that was stopped.
+
+    Example: [cyan]ns data import photos/ data/pool[/], [cyan]ns data import labels.csv data/train --role labelled --split train[/]
     """
     from ns import log
-    from ns.data.ingest import import_images
+    from ns.data.ingest import Limits, import_images, source_name
     from ns.store import open_store
 
     log.configure()
     dataset = import_images(
         source,
         open_store(destination),
-        name=name or Path(source).name,
+        name=name or source_name(source),
         role=role.value,
-        max_rejected_share=max_rejected_share,
-        shard_samples=shard_samples,
-        shard_mib=shard_mib,
+        limits=Limits(max_rejected_share, shard_samples, shard_mib, max_side),
+        classes=_class_names(classes) if classes else None,
+        split=split,
+        workers=workers,
     )
     typer.echo(
         f"{destination}: {dataset.samples:,} images in {len(dataset.shards)} shards, {dataset.rejected:,} left out, "
         f"digest {dataset.digest[:16]}"
     )
+
+
+def _class_names(file: Path) -> list[str]:
+    from ns.data.dataset import Dataset
+    from ns.store import read_uri
+
+    data = read_uri(str(file))
+    if file.suffix == ".json":
+        return list(Dataset.parse(data, str(file)).classes)
+    names = [line.strip() for line in data.decode(errors="replace").splitlines() if line.strip()]
+    if len(set(names)) != len(names) or len(names) < 2:
+        raise DataError(f"{file}: {len(names)} names, {len(set(names))} different ones; must be at least 2, each once")
+    return names
+
+
+@doctor_app.command("store")
+def doctor_store(
+    uri: Annotated[str, typer.Argument(metavar="URI", help="A folder, or s3://bucket/prefix.")], as_json: AsJson = False
+) -> None:
+    """Try all that the loop needs of a place for bytes, in a folder that is removed afterwards.
+
+    Example: [cyan]ns doctor store s3://my-bucket/noisy-student[/]
+    """
+    from dataclasses import asdict
+
+    from ns.store.probe import probe
+
+    findings = probe(uri)
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=1))
+    else:
+        for finding in findings:
+            state = typer.style("ok", fg="green") if finding.ok else typer.style("NO", fg="red", bold=True)
+            typer.echo(
+                f"{state}  {finding.name:<15}  {finding.detail}" + (f"\n    {'':<15}  fix: {finding.fix}" * (not finding.ok))
+            )
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(StoreError.exit_code)
 
 
 def _load(config: str, overrides: list[str] | None) -> "Experiment":

@@ -22,8 +22,9 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """Where images come from. Each place is a folder or URI of a dataset (with dataset.json), of class folders, or of loose
-    images (pool only); `digits:labelled|pool|heldout` are scikit-learn's handwritten digits, split for the quickstart."""
+    """Where images come from. Each place is a dataset (a folder or `s3://` prefix with dataset.json), or anything that
+    `ns data import` takes: class folders, loose images (pool only), a table, tars, an archive. `digits:labelled|pool|heldout`
+    are scikit-learn's handwritten digits, split for the quickstart."""
 
     labelled: str
     """Labelled images that teacher and students train on."""
@@ -37,6 +38,8 @@ class DataConfig(Section):
     """Images in a shard, at most."""
     shard_mib: int = Field(default=256, ge=1, le=4096)
     """MiB in a shard, at most."""
+    max_side: int | None = Field(default=None, ge=8, le=65536)
+    """Images with a longer side than this, px, are made smaller when they are imported; kept byte for byte if not given."""
 
 
 class ModelConfig(Section):

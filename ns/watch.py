@@ -18,7 +18,12 @@ def die_with_client() -> None:
     if not client.isdigit() or int(client) == os.getpid() or _watching.is_set():
         return
     _watching.set()
-    threading.Thread(target=_watch, args=(int(client),), name="client-watch", daemon=True).start()
+    die_with(int(client))
+
+
+def die_with(process: int) -> None:
+    """Ends this process when another one is gone."""
+    threading.Thread(target=_watch, args=(process,), name="client-watch", daemon=True).start()
 
 
 def _watch(client: int) -> None:

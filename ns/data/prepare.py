@@ -1,19 +1,26 @@
 """From what an experiment names to three datasets: found where they are, or imported into the store."""
 
-from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from collections.abc import Callable
 
 from ns.config import DataConfig, Experiment
 from ns.data.dataset import MANIFEST, Dataset
-from ns.data.ingest import import_images, walk
+from ns.data.ingest import Limits, import_listing, listed, source_name
 from ns.data.prepared import ROLES, Part, Prepared, Source
-from ns.digest import code_digest, digest, short
+from ns.digest import code_digest, short
 from ns.errors import DataError
 from ns.ledger import Ledger
 from ns.store import Store, open_store
 
 DIGITS = "digits:"
-IMPORT = ("data/ingest.py", "data/digits.py", "data/shards.py", "data/decode.py", "data/dataset.py")
+IMPORT = (
+    "data/ingest.py",
+    "data/listing.py",
+    "data/sources.py",
+    "data/digits.py",
+    "data/shards.py",
+    "data/decode.py",
+    "data/dataset.py",
+)
 
 
 def prepare(experiment: Experiment, root: Store, ledger: Ledger) -> tuple[Prepared, bool]:
@@ -69,63 +76,57 @@ def _source(
     elif (folder := open_store(place)).exists(MANIFEST):
         return Source(ref=folder.uri, dataset=Dataset.load(folder).digest), True
     else:
-        inputs = {
-            "source": digest(_fingerprint(part, _local_folder(part, place))),
-            "role": ROLES[part],
-            "classes": classes,
-            "shard_samples": data.shard_samples,
-            "shard_mib": data.shard_mib,
-            "code": code_digest(*IMPORT),
-        }
+        return _imported(part, place, data, root, ledger, classes)
+    return _once(inputs, root, ledger, lambda folder: _write_digits(part, place, folder))
+
+
+def _imported(
+    part: Part, place: str, data: DataConfig, root: Store, ledger: Ledger, classes: tuple[str, ...] | None
+) -> tuple[Source, bool]:
+    limits = Limits(
+        max_rejected_share=data.max_rejected_share,
+        shard_samples=data.shard_samples,
+        shard_mib=data.shard_mib,
+        max_side=data.max_side,
+    )
+    try:
+        with listed(place, ROLES[part]) as listing:
+            inputs: dict[str, object] = {
+                "source": listing.digest(),
+                "role": ROLES[part],
+                "classes": classes,
+                "limits": limits.identity(),
+                "code": code_digest(*IMPORT),
+            }
+
+            def work(folder: Store) -> None:
+                import_listing(
+                    listing, place, folder, name=source_name(place), role=ROLES[part], limits=limits, classes=classes
+                )
+
+            return _once(inputs, root, ledger, work)
+    except DataError as error:
+        raise DataError(f"data.{part}: {error}") from error
+
+
+def _once(inputs: dict[str, object], root: Store, ledger: Ledger, work: Callable[[Store], object]) -> tuple[Source, bool]:
     target = f"store/datasets/{short(ledger.key('import', inputs))}"
 
-    def work() -> dict[str, str]:
-        folder = root.at(target)
-        if place.startswith(DIGITS):
-            from ns.data.digits import write_digits
-
-            name = place.removeprefix(DIGITS)
-            if name not in ("labelled", "pool", "heldout"):
-                raise DataError(f"data.{part}: {place}: no such part; there are digits:labelled, digits:pool, digits:heldout")
-            write_digits(name, folder)  # type: ignore[arg-type]
-        else:
-            import_images(
-                place,
-                folder,
-                name=Path(place).name or part,
-                role=ROLES[part],
-                max_rejected_share=data.max_rejected_share,
-                shard_samples=data.shard_samples,
-                shard_mib=data.shard_mib,
-                classes=classes,
-            )
+    def make() -> dict[str, str]:
+        work(root.at(target))
         return {"dataset": f"{target}/{MANIFEST}"}
 
-    _, reused = ledger.once("import", inputs, work)
+    _, reused = ledger.once("import", inputs, make)
     return Source(ref=target, dataset=Dataset.load(root.at(target)).digest), reused
 
 
-def _local_folder(part: Part, place: str) -> Path:
-    folder = Path(unquote(urlsplit(place).path) if place.startswith("file://") else place).expanduser()
-    if "://" in place and not place.startswith("file://"):
-        raise DataError(f"data.{part}: {place}: has no {MANIFEST}; import the images first with `ns data import`")
-    if not folder.is_dir():
-        raise DataError(f"data.{part}: {place}: no such folder; name a folder of images, or a dataset with {MANIFEST}")
-    return folder
+def _write_digits(part: Part, place: str, folder: Store) -> None:
+    from ns.data.digits import write_digits
 
-
-def _fingerprint(part: Part, folder: Path) -> list[list[object]]:
-    """Names, sizes and times of all files: changes when anything in the folder does, at the cost of a listing."""
-    entries: list[list[object]] = [[part, str(folder.resolve())]]
-    for parent, folders, names in walk(folder):
-        # Empty folders count: an empty class is an error, and stays one until it is mended.
-        entries += [[str((parent / name).relative_to(folder)), 0, 0] for name in folders]
-        for name in names:
-            path = parent / name
-            # A dangling link has no status of its own; ingest will say that it cannot be read.
-            status = path.stat() if path.exists() else path.lstat()
-            entries.append([str(path.relative_to(folder)), status.st_size, status.st_mtime_ns])
-    return entries
+    name = place.removeprefix(DIGITS)
+    if name not in ("labelled", "pool", "heldout"):
+        raise DataError(f"data.{part}: {place}: no such part; there are digits:labelled, digits:pool, digits:heldout")
+    write_digits(name, folder)  # type: ignore[arg-type]
 
 
 def _few(names: tuple[str, ...]) -> str:

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, NamedTuple, Self
+from typing import IO, BinaryIO, NamedTuple, Self
 
 from ns.data.dataset import Shard
 from ns.digest import sha256_file
@@ -22,6 +22,8 @@ LABEL_BYTES = 18
 """A class index of more digits than this does not fit into 64 bits."""
 
 BLOCK = 512
+MEMBER_BYTES = 2 * BLOCK
+"""What a tar adds to a file, at most but for names of over 100 bytes: a header, and zeros up to a whole block."""
 NAME_BYTES = 1 << 20
 """The longest extended header that is read: names are short, and a damaged length must not fill the memory."""
 
@@ -58,7 +60,7 @@ def read_index(path: Path) -> list[Sample]:
     labels: dict[str, int] = {}
     try:
         with path.open("rb") as file:
-            for name, offset, size in _files(path, file):
+            for name, offset, size in _members(path, file, 0, path.stat().st_size):
                 key, extension = split_key(name)
                 if key.endswith("/") or not key:
                     # A hidden file, such as macOS's `._a.png`: no reader of WebDataset takes it for a sample.
@@ -66,7 +68,7 @@ def read_index(path: Path) -> list[Sample]:
                 if extension == LABEL:
                     if key in labels:
                         raise DataError(f"{path}: {name}: is there twice")
-                    labels[key] = _label(path, name, os.pread(file.fileno(), min(size, LABEL_BYTES + 1), offset))
+                    labels[key] = class_index(f"{path}: {name}", os.pread(file.fileno(), min(size, LABEL_BYTES + 1), offset))
                 elif extension in IMAGES:
                     if key in images:
                         raise DataError(f"{path}: {name}: a second image for key {key!r}")
@@ -78,6 +80,26 @@ def read_index(path: Path) -> list[Sample]:
     return [Sample(key, *place, labels.get(key)) for key, place in images.items()]
 
 
+def members(path: Path, start: int = 0, size: int | None = None) -> Iterator[tuple[str, int, int]]:
+    """Name, offset in the file, and size of each plain file of a tar, which may itself lie at [start, start + size) of a file.
+
+    Raises DataError as `read_index` does: no name leads outside, nothing is a link or device, and nothing is missing.
+    """
+    try:
+        with path.open("rb") as file:
+            yield from _members(path, file, start, path.stat().st_size if size is None else start + size)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def read_range(file: IO[bytes], start: int, length: int) -> bytes:
+    """Bytes [start, start + length) of an open file. Raises DataError if the file ends before."""
+    data = os.pread(file.fileno(), length, start)
+    if len(data) != length:
+        raise DataError(f"cut off: the file ends within its {length} bytes")
+    return data
+
+
 def check_shard(path: Path, shard: Shard) -> None:
     """Raises DataError unless the file is the one that the manifest describes."""
     if sha256_file(path) != shard.sha256:
@@ -87,13 +109,15 @@ def check_shard(path: Path, shard: Shard) -> None:
 
 
 class ShardWriter:
-    """Writes shards of at most `max_samples` images and about `max_bytes` bytes into a store folder: `shard-00000.tar` …
+    """Writes shards of at most `max_samples` images and `max_bytes` bytes into a store folder: `shard-00000.tar` …
 
-    The same samples in the same order give the same bytes: no times, owners or modes of the machine are kept.
+    With `first`, they are `FIRST.tar`, `FIRST-1.tar` …. The same samples in the same order give the same bytes: no times,
+    owners or modes of the machine are kept.
     """
 
-    def __init__(self, folder: Store, *, max_samples: int, max_bytes: int) -> None:
+    def __init__(self, folder: Store, *, max_samples: int, max_bytes: int, first: str | None = None) -> None:
         self._folder = folder
+        self._first = first
         self._max_samples = max_samples
         self._max_bytes = max_bytes
         self._done: list[Shard] = []
@@ -132,9 +156,8 @@ class ShardWriter:
         if extension not in IMAGES:
             raise DataError(f"{key}.{extension}: must be one of {', '.join(IMAGES)}")
         self._keys.add(key)
-        # 512-byte header and padding for each member.
         if self._tar is not None and (
-            self._count >= self._max_samples or self._tar.offset + len(data) + 2048 > self._max_bytes
+            self._count >= self._max_samples or self._tar.offset + len(data) + 2 * MEMBER_BYTES > self._max_bytes
         ):
             self._roll()
         with _writing(self._scratch):
@@ -148,7 +171,8 @@ class ShardWriter:
     def _roll(self) -> None:
         if self._tar is None:
             return
-        name = f"shard-{len(self._done):05d}.tar"
+        number = len(self._done)
+        name = f"shard-{number:05d}.tar" if self._first is None else f"{self._first}{f'-{number}' if number else ''}.tar"
         with _writing(self._scratch):
             self._tar.close()
             self._tar = None
@@ -187,23 +211,22 @@ def _writing(place: Path) -> Iterator[None]:
         ) from error
 
 
-def _label(path: Path, name: str, text: bytes) -> int:
+def class_index(place: str, text: bytes) -> int:
+    """What a `.cls` file says. Raises DataError for what is no class index."""
     # int() would also take " 1_0 " and other digits than ours.
     if len(text) > LABEL_BYTES or not text.strip().isdigit():
-        raise DataError(f"{path}: {name}: {text[:16]!r}: must be a class index, 0 or above")
+        raise DataError(f"{place}: {text[:16]!r}: must be a class index, 0 or above")
     return int(text)
 
 
-def _files(path: Path, file: BinaryIO) -> Iterator[tuple[str, int, int]]:
+def _members(path: Path, file: BinaryIO, at: int, end: int) -> Iterator[tuple[str, int, int]]:
     """Name, offset and size of each plain file of a tar.
 
     Reads headers and no data, three times faster than tarfile, which besides takes a damaged header for the archive's end.
     """
-    end = path.stat().st_size
     read = file.fileno()
     extended: dict[bytes, bytes] = {}
-    at = 0
-    while (header := os.pread(read, BLOCK, at)).strip(b"\0"):
+    while (header := os.pread(read, min(BLOCK, end - at), at)).strip(b"\0"):
         start = at
         try:
             kind, size = _kind_and_size(header)
@@ -242,7 +265,7 @@ def _files(path: Path, file: BinaryIO) -> Iterator[tuple[str, int, int]]:
                 f"{path}: {name}: {'a sparse file' if sparse else 'a link or device'}; only plain files belong in a shard"
             )
         yield name, data, size
-    _check_end(path, read, at, len(header))
+    _check_end(path, read, at, end, len(header))
 
 
 def _kind_and_size(header: bytes) -> tuple[bytes, int]:
@@ -295,11 +318,11 @@ def _name(header: bytes, extended: dict[bytes, bytes]) -> bytes:
     return name
 
 
-def _check_end(path: Path, read: int, at: int, last: int) -> None:
+def _check_end(path: Path, read: int, at: int, end: int, last: int) -> None:
     """Nothing but zeros may follow the last member, and some must, or nobody could tell that members are missing."""
     if not last:
         raise DataError(f"{path}: not a whole tar file: at byte {at}: no end mark, so it may be cut off")
-    while rest := os.pread(read, 1 << 20, at):
+    while rest := os.pread(read, min(1 << 20, end - at), at):
         if rest.strip(b"\0"):
             raise DataError(f"{path}: not a whole tar file: more data follows its end mark")
         at += len(rest)

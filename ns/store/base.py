@@ -1,6 +1,6 @@
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
 
 from ns.errors import StoreError
@@ -9,6 +9,16 @@ from ns.errors import StoreError
 TEMPORARY = ".tmp-"
 # Of S3, with the store's prefix.
 KEY_BYTES = 1024
+
+
+class Listed(NamedTuple):
+    """A blob as a listing has it."""
+
+    key: str
+    size: int
+    """Bytes."""
+    stamp: str
+    """Changes when the blob does."""
 
 
 class Store(Protocol):
@@ -64,6 +74,9 @@ class Store(Protocol):
 
     def list(self, prefix: str = "") -> Iterator[str]:
         """Keys that start with `prefix` (any beginning, not only a folder), in the order of their UTF-8 bytes."""
+
+    def entries(self, prefix: str = "") -> Iterator[Listed]:
+        """Like `list`, with sizes and stamps."""
 
     def delete(self, key: str) -> None:
         """Removes the blob; a key that is not there is no error."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ns.errors import StoreError
-from ns.store.base import TEMPORARY, Store, check_prefix, check_range, key_parts, open_store
+from ns.store.base import TEMPORARY, Listed, Store, check_prefix, check_range, key_parts, open_store
 
 HINTS = {
     errno.ENOSPC: "the disk is full: free some space and run the same command again",
@@ -115,6 +115,14 @@ class LocalStore:
         with explained(folder, "list"):
             keys = sorted(self._keys(folder, prefix))
         yield from keys
+
+    def entries(self, prefix: str = "") -> Iterator[Listed]:
+        for key in self.list(prefix):
+            target = self._target(key)
+            # Gone since it was listed, as if it had never been.
+            with explained(target, "list"), suppress(FileNotFoundError):
+                status = target.stat()
+                yield Listed(key, status.st_size, str(status.st_mtime_ns))
 
     def delete(self, key: str) -> None:
         target = self._target(key)

@@ -18,7 +18,7 @@ from urllib3.response import BaseHTTPResponse
 from ns.digest import sha256_bytes
 from ns.errors import StoreError
 from ns.store import local, reasons
-from ns.store.base import Store, check_prefix, check_range, key_parts, open_store
+from ns.store.base import Listed, Store, check_prefix, check_range, key_parts, open_store
 from ns.store.cache import Cache
 from ns.store.endpoint import Endpoint
 from ns.store.reasons import MISSING
@@ -201,12 +201,15 @@ class S3Store:
         return self._head(key).size or 0
 
     def list(self, prefix: str = "") -> Iterator[str]:
+        return (listed.key for listed in self.entries(prefix))
+
+    def entries(self, prefix: str = "") -> Iterator[Listed]:
         check_prefix(prefix)
         with reasons.explained(f"{self.uri}/{prefix}", "list", self.bucket, self.service.endpoint):
             for found in self.service.client.list_objects(bucket_name=self.bucket, prefix=self._root + prefix, recursive=True):
                 key = (found.object_name or "").removeprefix(self._root)
                 if _is_key(key):
-                    yield key
+                    yield Listed(key, found.size or 0, (found.etag or "").strip('"'))
 
     def delete(self, key: str) -> None:
         name = self._name(key)

@@ -6,9 +6,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ns.data import ingest
+from ns.data import ingest, sources
 from ns.data.dataset import MANIFEST, Dataset
-from ns.data.ingest import import_images
+from ns.data.ingest import Limits, import_images
 from ns.data.shards import read_index
 from ns.errors import DataError
 from ns.store import LocalStore
@@ -31,8 +31,9 @@ def source(tmp_path):
 
 
 def run(source, folder, role="labelled", **options):
-    fields = {"name": "animals", "max_rejected_share": 0.5, "shard_samples": 5, "shard_mib": 1, **options}
-    return import_images(str(source), LocalStore(folder), role=role, **fields)
+    own = {name: options.pop(name) for name in ("classes", "split", "workers") if name in options}
+    limits = Limits(**{"max_rejected_share": 0.5, "shard_samples": 5, "shard_mib": 1, **options})
+    return import_images(str(source), LocalStore(folder), name="animals", role=role, limits=limits, **{"workers": 1, **own})
 
 
 def keys_of(folder, dataset):
@@ -120,8 +121,8 @@ def test_names_that_a_tar_could_not_hold_apart_are_told_apart(tmp_path):
     [
         (lambda folder: (folder / "emu").mkdir(), {}, "class folder 'emu' has no images"),
         (lambda folder: (folder / "stray.png").write_bytes(picture(0)), {}, "stray.png lies outside any class folder"),
-        (lambda folder: None, {"classes": ["cat", "emu"]}, "class folder 'dog' is none of the labelled classes"),
-        (lambda folder: (folder / "dog").rename(folder / ".dog"), {}, "1 class folders; at least 2 are needed"),
+        (lambda folder: None, {"classes": ["cat", "emu"]}, "class 'dog' is none of the labelled classes"),
+        (lambda folder: (folder / "dog").rename(folder / ".dog"), {}, "has 1 classes; at least 2 are needed"),
     ],
 )
 def test_a_folder_that_cannot_be_meant_is_refused(source, tmp_path, spoil, options, reason):
@@ -155,30 +156,36 @@ def test_linked_folders_are_followed_and_loops_are_not(source, tmp_path):
     assert len(keys) == len(set(keys)) == 12
 
 
-def test_an_import_that_was_killed_starts_over_and_comes_out_the_same(source, tmp_path, monkeypatch):
+def test_an_import_that_was_stopped_goes_on_with_the_shard_under_way(source, tmp_path, monkeypatch):
     expected = run(source, tmp_path / "whole").digest
     run(source, tmp_path / "out", shard_samples=3)
-    read, calls = ingest._read, []
+    checked, calls = ingest._checked, []
 
-    def killed(path):
-        calls.append(path)
+    def stopped(*arguments):
+        calls.append(arguments)
         if len(calls) == 8:
             raise KeyboardInterrupt
-        return read(path)
+        return checked(*arguments)
 
-    monkeypatch.setattr(ingest, "_read", killed)
+    monkeypatch.setattr(ingest, "_checked", stopped)
     with pytest.raises(KeyboardInterrupt):
         run(source, tmp_path / "out")
     # Half of the shards are those of another import: there must not be a manifest that calls them a dataset.
     assert not LocalStore(tmp_path / "out").exists(MANIFEST)
-    monkeypatch.undo()
     assert run(source, tmp_path / "out").digest == expected
+    # The first shard's five images were not read again.
+    assert len(calls) == 8 + 7
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_file()) == [
+        "dataset.json",
+        "rejected.parquet",
+        *(f"shard-0000{number}.tar" for number in range(3)),
+    ]
 
 
 def test_a_class_without_a_readable_image_is_refused(source, tmp_path):
     (source / "emu").mkdir()
     (source / "emu" / "x.jpg").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"class folder 'emu' has no readable image; first: emu/x\.jpg: not an image"):
+    with pytest.raises(DataError, match=r"class 'emu' has no readable image; first: emu/x\.jpg: not an image"):
         run(source, tmp_path / "out")
     # Held-out images may lack a class.
     run(source, tmp_path / "out", role="evaluation", classes=["cat", "dog", "emu"])
@@ -226,7 +233,7 @@ def test_the_content_decides_the_extension_not_the_name(tmp_path):
 
 
 def test_pipes_and_films_are_left_out_without_being_read(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(ingest, "MAX_FILE_BYTES", 10_000)
+    monkeypatch.setattr(sources, "MAX_FILE_BYTES", 10_000)
     os.mkfifo(source / "cat" / "pipe.png")
     (source / "dog" / "film.avi").write_bytes(bytes(10_001))
     run(source, tmp_path / "out")
@@ -268,14 +275,13 @@ def test_labelled_shards_mix_the_classes(tmp_path):
 def test_a_file_uri_names_a_folder_too(source, tmp_path):
     spaced = tmp_path / "my animals %41"
     source.rename(spaced)
-    options = {"name": "animals", "role": "labelled", "max_rejected_share": 0, "shard_samples": 5, "shard_mib": 1}
-    assert import_images(spaced.as_uri(), LocalStore(tmp_path / "out"), **options).samples == 12
+    assert run(spaced.as_uri(), tmp_path / "out").samples == 12
 
 
 @pytest.mark.parametrize("role", ["labelled", "evaluation", "unlabelled"])
 def test_an_empty_folder_is_refused(tmp_path, role):
     (tmp_path / "none").mkdir()
-    with pytest.raises(DataError, match=r"has no files to import|0 class folders"):
+    with pytest.raises(DataError, match=r"has no files to import|has 0 classes"):
         run(tmp_path / "none", tmp_path / "out", role=role)
 
 

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from ns import config
-from ns.data.ingest import import_images
+from ns.data.ingest import Limits, import_images
 from ns.data.prepare import prepare
 from ns.errors import ConfigError, DataError
 from ns.ledger import Ledger
@@ -58,7 +58,7 @@ def test_a_folder_that_changed_is_imported_again(tmp_path, places):
 
 
 def test_a_dataset_is_used_where_it_is(tmp_path, places):
-    options = {"max_rejected_share": 0, "shard_samples": 10, "shard_mib": 1}
+    options = {"limits": Limits(0, 10, 1)}
     pool = import_images(places["pool"], LocalStore(tmp_path / "made"), name="p", role="unlabelled", **options)
     (prepared, _), _ = run(tmp_path, {**places, "pool": str(tmp_path / "made")})
     assert prepared.pool.dataset == pool.digest
@@ -66,7 +66,7 @@ def test_a_dataset_is_used_where_it_is(tmp_path, places):
 
 
 def test_a_dataset_that_changed_under_a_run_is_noticed(tmp_path, places):
-    options = {"max_rejected_share": 0, "shard_samples": 10, "shard_mib": 1, "name": "p", "role": "unlabelled"}
+    options = {"limits": Limits(0, 10, 1), "name": "p", "role": "unlabelled"}
     import_images(places["pool"], LocalStore(tmp_path / "made"), **options)
     (prepared, _), root = run(tmp_path, {**places, "pool": str(tmp_path / "made")})
     fill(tmp_path / "pool", ["any"], count=2, seed=5)
@@ -89,7 +89,7 @@ def test_places_that_cannot_be_meant_are_refused(tmp_path, places, part, value, 
 
 
 def test_held_out_images_that_are_trained_on_are_refused(tmp_path, places):
-    options = {"max_rejected_share": 0, "shard_samples": 10, "shard_mib": 1, "name": "l", "role": "labelled"}
+    options = {"limits": Limits(0, 10, 1), "name": "l", "role": "labelled"}
     import_images(places["labelled"], LocalStore(tmp_path / "made"), **options)
     made = str(tmp_path / "made")
     with pytest.raises(DataError, match=r"is the same as data\.labelled"):
