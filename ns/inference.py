@@ -1,6 +1,5 @@
 """Un-noised inference over shards: decode and crop in threads while the network works on the batch before."""
 
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ from torch import Tensor
 
 from ns import log, models
 from ns.data.augment import EvalTransform
-from ns.data.dataset import Shard
-from ns.data.decode import decode
-from ns.data.shards import Sample, read_index
+from ns.data.decode import Encoded, decode
+from ns.data.images import ImageSource
+from ns.data.index import ShardIndex
 from ns.errors import DataError
 from ns.store import Store
 
@@ -27,7 +26,7 @@ DECODE_THREADS = 4
 class Predictions:
     """What a model says of each image of a shard, in the shard's order."""
 
-    samples: list[Sample]
+    index: ShardIndex
     probabilities: npt.NDArray[np.float32]
     """[N, classes]; rows of unreadable images are NaN."""
     errors: dict[int, str]
@@ -51,23 +50,22 @@ class Predictor:
         self._transform = EvalTransform(self._resolution, self.card.noise.crop)
         self._batch = batch
 
-    def shard(self, folder: Store, shard: Shard, progress: log.Progress | None = None) -> Predictions:
-        """Predictions for a whole shard. Unreadable images get NaN and a reason, never an exception."""
-        path = folder.path(shard.name)
-        samples = read_index(path)
-        if len(samples) != shard.samples:
-            raise DataError(f"{path}: {len(samples)} images, dataset.json says {shard.samples}; import the data again")
-        with path.open("rb") as file:
-            blobs = (os.pread(file.fileno(), sample.size, sample.offset) for sample in samples)
-            probabilities, errors = self._run(blobs, len(samples), progress)
-        return Predictions(samples, probabilities, errors)
+    def shard(self, source: ImageSource, shard: int, progress: log.Progress | None = None) -> Predictions:
+        """Predictions for a whole shard. Unreadable images get NaN and a reason, never an exception.
+
+        Raises DataError for a shard that is not what the manifest says.
+        """
+        index = source.index(shard)
+        images = (source.encoded(shard, row) for row in range(len(index)))
+        probabilities, errors = self._run(images, len(index), progress)
+        return Predictions(index, probabilities, errors)
 
     def images(self, blobs: Sequence[bytes]) -> tuple[npt.NDArray[np.float32], dict[int, str]]:
         """Probabilities [N, classes] of encoded images, and reasons for rows that are NaN."""
         return self._run(iter(blobs), len(blobs), None)
 
     def _run(
-        self, blobs: Iterator[bytes], total: int, progress: log.Progress | None
+        self, blobs: Iterator[Encoded | bytes], total: int, progress: log.Progress | None
     ) -> tuple[npt.NDArray[np.float32], dict[int, str]]:
         classes = len(self.card.classes)
         probabilities = np.full((total, classes), np.nan, np.float32)
@@ -96,13 +94,13 @@ class Predictor:
                     progress.advance(count)
         return probabilities, errors
 
-    def _decode(self, chunk: list[bytes]) -> _Decoded:
+    def _decode(self, chunk: list[Encoded | bytes]) -> _Decoded:
         # Unreadable images stay as black ones: batches, and so results, do not depend on which images are damaged.
         images = np.zeros((len(chunk), self._resolution, self._resolution, 3), np.uint8)
         errors: dict[int, str] = {}
         for row, data in enumerate(chunk):
             try:
-                images[row] = self._transform(decode(data))
+                images[row] = self._transform(data if isinstance(data, Encoded) else decode(data))
             except DataError as error:
                 errors[row] = str(error)
         return _Decoded(images, errors)

@@ -38,7 +38,15 @@ STOP = "stop"
 """What `resolve` answers when the loop is over."""
 
 # What a step's result depends on, so that changed code is never taken for done work.
-READING = ("data/dataset.py", "data/shards.py", "data/decode.py", "data/augment.py", "models.py")
+READING = (
+    "data/dataset.py",
+    "data/shards.py",
+    "data/index.py",
+    "data/images.py",
+    "data/decode.py",
+    "data/augment.py",
+    "models.py",
+)
 TRAINING = (
     *READING,
     "train",

@@ -9,7 +9,9 @@ from ns import models
 from ns.card import Lineage
 from ns.config import ModelConfig, NoiseConfig
 from ns.data.dataset import Dataset
-from ns.data.shards import ShardWriter
+from ns.data.images import ImageSource
+from ns.data.shards import read_index
+from ns.data.writer import ShardWriter
 from ns.inference import Predictor
 from ns.label.labelset import LabelShard, Rows, dense, read_rows
 from ns.label.predict import label_shards
@@ -61,17 +63,17 @@ def pool(tmp_path_factory):
 
 def test_two_teacher_passes_are_bit_identical(model, pool):
     folder, dataset = pool
-    first, second = (Predictor(model, batch=8).shard(folder, dataset.shards[1]) for _ in range(2))
+    first, second = (Predictor(model, batch=8).shard(ImageSource(folder, dataset), 1) for _ in range(2))
     assert np.array_equal(first.probabilities, second.probabilities)
 
 
 def test_probabilities_are_those_of_the_plain_network(model, pool):
     folder, dataset = pool
-    predictions = Predictor(model, batch=8).shard(folder, dataset.shards[1])
+    predictions = Predictor(model, batch=8).shard(ImageSource(folder, dataset), 1)
     network, card = models.load(model)
     normalize = models.Normalize(card.mean, card.std)
     for row in (0, 7, 19):
-        sample = predictions.samples[row]
+        sample = read_index(folder.path(dataset.shards[1].name))[row]
         data = folder.get_range(dataset.shards[1].name, sample.offset, sample.size)
         image = Image.open(io.BytesIO(data)).convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)
         with torch.inference_mode():
@@ -81,7 +83,7 @@ def test_probabilities_are_those_of_the_plain_network(model, pool):
 
 def test_an_unreadable_image_is_a_row_of_its_own_and_disturbs_no_other(model, pool):
     folder, dataset = pool
-    predictions = Predictor(model, batch=8).shard(folder, dataset.shards[0])
+    predictions = Predictor(model, batch=8).shard(ImageSource(folder, dataset), 0)
     assert list(predictions.errors) == [2]
     assert np.isnan(predictions.probabilities[2]).all()
     others = np.delete(predictions.probabilities, 2, axis=0)
@@ -102,7 +104,7 @@ def test_labelling_is_done_once_a_shard_and_written_in_the_order_of_the_tar(mode
     assert (facts.rows, facts.unreadable) == (20, 1)
     assert rows.keys == [f"image-{index}" for index in range(20)]
     assert np.isnan(rows.confidence[2])
-    probabilities = predictor.shard(folder, dataset.shards[0]).probabilities
+    probabilities = predictor.shard(ImageSource(folder, dataset), 0).probabilities
     readable = rows.readable
     np.testing.assert_allclose(dense(rows, 5)[readable], probabilities[readable], atol=2e-3)
     np.testing.assert_array_equal(rows.top_class[readable, 0], probabilities[readable].argmax(1))

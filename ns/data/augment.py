@@ -8,6 +8,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ns.config import NoiseConfig
+from ns.data.decode import Box, Encoded
 from ns.data.randaugment import RandAugment, cutout
 
 Crop = Literal["resized", "pad", "none"]
@@ -29,15 +30,20 @@ class TrainTransform:
         self._resolution = resolution
         self._augment = RandAugment(noise.randaugment_layers, noise.randaugment_magnitude, resolution)
 
-    def __call__(self, image: npt.NDArray[np.uint8], rng: np.random.Generator) -> npt.NDArray[np.uint8]:
-        """uint8 [H, W, 3] → uint8 [resolution, resolution, 3]. All chance comes from `rng`."""
+    @property
+    def scales(self) -> bool:
+        """Whether an image that is still encoded may be decoded smaller."""
+        return self._noise.crop == "resized"
+
+    def __call__(self, image: Encoded | npt.NDArray[np.uint8], rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+        """An encoded image or uint8 [H, W, 3] → uint8 [resolution, resolution, 3]. All chance comes from `rng`."""
         noise, size = self._noise, self._resolution
-        picture = Image.fromarray(image)
         if noise.crop == "resized":
-            picture = picture.resize((size, size), Image.Resampling.BICUBIC, box=random_box(picture.size, rng))
-            picture = self._flip(picture, rng)
-        elif picture.size != (size, size):
-            picture = picture.resize((size, size), Image.Resampling.BICUBIC)
+            picture = self._flip(_cut(image, random_box(_size(image), rng), size), rng)
+        else:
+            picture = Image.fromarray(image.whole() if isinstance(image, Encoded) else image)
+            if picture.size != (size, size):
+                picture = picture.resize((size, size), Image.Resampling.BICUBIC)
         picture = self._augment(picture, rng)
         if noise.cutout_px:
             picture = cutout(picture, noise.cutout_px // 2, rng)
@@ -61,14 +67,25 @@ class EvalTransform:
         self._resolution = resolution
         self._crop = crop
 
-    def __call__(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """uint8 [H, W, 3] → uint8 [resolution, resolution, 3]."""
+    def __call__(self, image: Encoded | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """An encoded image or uint8 [H, W, 3] → uint8 [resolution, resolution, 3]."""
         size = self._resolution
-        height, width = image.shape[:2]
-        if self._crop != "resized" and (height, width) == (size, size):
-            return image
-        box = centre_box((width, height), size) if self._crop == "resized" else None
-        return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=box))
+        if self._crop == "resized":
+            return np.asarray(_cut(image, centre_box(_size(image), size), size))
+        pixels = image.whole() if isinstance(image, Encoded) else image
+        if pixels.shape[:2] == (size, size):
+            return pixels
+        return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def _size(image: Encoded | npt.NDArray[np.uint8]) -> tuple[int, int]:
+    return (image.width, image.height) if isinstance(image, Encoded) else (image.shape[1], image.shape[0])
+
+
+def _cut(image: Encoded | npt.NDArray[np.uint8], box: Box, size: int) -> Image.Image:
+    """A part of the image, resized to `size` px a side."""
+    pixels, inner = image.part(box, size) if isinstance(image, Encoded) else (image, box)
+    return Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC, box=inner)
 
 
 def random_box(size: tuple[int, int], rng: np.random.Generator) -> tuple[float, float, float, float]:

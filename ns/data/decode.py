@@ -1,9 +1,11 @@
 """Encoded image → uint8 RGB. libjpeg-turbo for JPEGs, Pillow for the rest."""
 
 import io
+import math
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +24,11 @@ JPEG = b"\xff\xd8\xff"
 # Colour spaces that libjpeg-turbo turns into RGB by itself; CMYK needs Pillow's inverted-Adobe handling.
 PLAIN = ("Gray", "YCbCr", "RGB")
 ORIENTATION = 0x0112
+SCALED_FROM = 2
+"""An image is decoded smaller when it would be made smaller by this factor anyway; below, the quality would suffer."""
+
+Box = tuple[float, float, float, float]
+"""left, upper, right, lower, px."""
 
 # What brings an image of each orientation upright.
 TURNS = {
@@ -53,25 +60,54 @@ def decode(data: bytes) -> npt.NDArray[np.uint8]:
     """
     if not data:
         raise DataError("empty file")
-    if data.startswith(JPEG):
-        image = _jpeg(data)
-        if image is not None:
-            return image
-    return _pillow(data)
+    return _turbo(data) if any(look(data)) else _pillow(data)
 
 
-def _jpeg(data: bytes) -> npt.NDArray[np.uint8] | None:
-    """The fast path; None for what it leaves to Pillow: turned, CMYK, and damaged images."""
+class Encoded(NamedTuple):
+    """A JPEG of which `look` knows the size; its pixels are made when it is known how many are needed."""
+
+    data: bytes | memoryview
+    width: int
+    height: int
+
+    def whole(self) -> npt.NDArray[np.uint8]:
+        """As `decode`."""
+        return _turbo(self.data)
+
+    def part(self, box: Box, size: int) -> tuple[npt.NDArray[np.uint8], Box]:
+        """Pixels, and where in them `box` is, for a result of `size` px a side.
+
+        A JPEG whose box is at least twice that large is decoded at 1/2, 1/4 or 1/8: libjpeg-turbo then skips most of the work.
+        """
+        shrink = min((box[2] - box[0]) / size, (box[3] - box[1]) / size)
+        if shrink < SCALED_FROM:
+            return _turbo(self.data), box
+        pixels = _turbo(self.data, math.ceil(self.width / shrink), math.ceil(self.height / shrink))
+        x, y = pixels.shape[1] / self.width, pixels.shape[0] / self.height
+        return pixels, (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
+
+
+def look(data: bytes) -> tuple[int, int]:
+    """Width and height, px, of a JPEG that needs nothing but libjpeg-turbo; (0, 0) of all else, also of what is damaged."""
+    if not data.startswith(JPEG):
+        return 0, 0
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        if height * width > MAX_PIXELS:
-            raise DataError(f"decompression bomb: {width} x {height} px")
-        if colours not in PLAIN or not _is_upright(data):
-            return None
-        image: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
+    except ValueError:
+        return 0, 0
+    if height * width > MAX_PIXELS or colours not in PLAIN or not _is_upright(data):
+        return 0, 0
+    return width, height
+
+
+def _turbo(data: bytes | memoryview, width: int = 0, height: int = 0) -> npt.NDArray[np.uint8]:
+    """With a width and height, decoded at the smallest 1/2ⁿ that has them."""
+    try:
+        image: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", False, False, height, width, SCALED_FROM)
         return image
     except ValueError:
-        return None
+        # Pillow may still read it, or say what is wrong with it.
+        return _pillow(bytes(data))
 
 
 def _is_upright(jpeg: bytes) -> bool:
@@ -116,7 +152,7 @@ def _pillow(data: bytes) -> npt.NDArray[np.uint8]:
         raise DataError("not an image, or of an unknown format") from error
     except (OSError, SyntaxError) as error:
         reason = str(error)
-        raise DataError("truncated" if "truncated" in reason else f"damaged: {reason}") from error
+        raise DataError("truncated" if "truncated" in reason.lower() else f"damaged: {reason}") from error
     except Exception as error:
         # Pillow's parsers raise whatever the garbage leads them to: struct.error, ValueError, zlib.error, …
         raise DataError(f"damaged: {type(error).__name__}: {error}") from error

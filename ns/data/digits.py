@@ -10,7 +10,7 @@ from PIL import Image
 
 from ns.data.dataset import Dataset
 from ns.data.prepared import ROLES, Part
-from ns.data.shards import ShardWriter
+from ns.data.writer import ShardWriter
 from ns.errors import DataError
 from ns.store import Store
 

@@ -29,9 +29,11 @@ from ns import log
 from ns.data import sources
 from ns.data.dataset import MANIFEST, Dataset, Role, Shard
 from ns.data.decode import JPEG, decode
+from ns.data.index import file_name as index_name
 from ns.data.listing import Entry, Label, Listing, Task
-from ns.data.shards import MEMBER_BYTES, ShardWriter
+from ns.data.shards import MEMBER_BYTES
 from ns.data.sources import spelled
+from ns.data.writer import ShardWriter
 from ns.digest import digest
 from ns.document import Document
 from ns.errors import DataError, RunError, StoreError
@@ -464,7 +466,7 @@ def _list_rejects(folder: Store, tasks: list[Task], parts: list[Part], rejected:
 def _tidy(folder: Store, dataset: Dataset) -> None:
     """Removes notes, and shards that a larger dataset left here."""
     folder.delete_prefix(PARTS)
-    names = {shard.name for shard in dataset.shards}
+    kept = {name for shard in dataset.shards for name in (shard.name, index_name(shard))}
     for key in list(folder.list("shard-")):
-        if key.endswith(".tar") and key not in names:
+        if key not in kept:
             folder.delete(key)

@@ -29,6 +29,7 @@ class Order:
         if self.epoch_size == 0:
             raise DataError("no images to train on: every shard is empty or everything was left out by the selection")
         self._window_rows = lru_cache(maxsize=2)(self._make_window)
+        self._epoch = lru_cache(maxsize=2)(self._make_epoch)
 
     @cached_property
     def epoch_size(self) -> int:
@@ -47,7 +48,16 @@ class Order:
             taken += [(int(shard), int(row)) for shard, row in rows[first : first + count - len(taken)]]
         return taken
 
-    def _epoch(self, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def ahead(self, position: int) -> list[int]:
+        """The shards of the window after that of `position`, which will be read next."""
+        epoch, offset = divmod(position, self.epoch_size)
+        shards, bounds = self._epoch(epoch)
+        window = int(np.searchsorted(bounds, offset, side="right"))
+        if window >= len(bounds) - 1:
+            shards, window = self._epoch(epoch + 1)[0], 0
+        return [int(shard) for shard in shards[window * WINDOW : (window + 1) * WINDOW]]
+
+    def _make_epoch(self, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """The shards in this epoch's order, and the first position of each window, with the end."""
         shards = np.random.default_rng([*self._seed, epoch]).permutation(len(self._copies))
         ends = np.cumsum(self._sizes[shards])

@@ -18,6 +18,7 @@ IMPORT = (
     "data/sources.py",
     "data/digits.py",
     "data/shards.py",
+    "data/writer.py",
     "data/decode.py",
     "data/dataset.py",
 )

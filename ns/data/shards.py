@@ -1,20 +1,13 @@
-"""Tar shards in the WebDataset layout: `KEY.png` (or jpg, jpeg, webp), and `KEY.cls` where labelled."""
+"""Reading tar shards in the WebDataset layout: `KEY.png` (or jpg, jpeg, webp), and `KEY.cls` where labelled."""
 
-import contextlib
-import io
 import os
-import shutil
-import tarfile
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import IO, BinaryIO, NamedTuple, Self
+from typing import IO, BinaryIO, NamedTuple
 
 from ns.data.dataset import Shard
 from ns.digest import sha256_file
-from ns.errors import DataError, StoreError
-from ns.store import Store
+from ns.errors import DataError
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 LABEL = "cls"
@@ -108,107 +101,13 @@ def check_shard(path: Path, shard: Shard) -> None:
         raise DataError(f"{path}: {found} images, dataset.json says {shard.samples}")
 
 
-class ShardWriter:
-    """Writes shards of at most `max_samples` images and `max_bytes` bytes into a store folder: `shard-00000.tar` …
-
-    With `first`, they are `FIRST.tar`, `FIRST-1.tar` …. The same samples in the same order give the same bytes: no times,
-    owners or modes of the machine are kept.
-    """
-
-    def __init__(self, folder: Store, *, max_samples: int, max_bytes: int, first: str | None = None) -> None:
-        self._folder = folder
-        self._first = first
-        self._max_samples = max_samples
-        self._max_bytes = max_bytes
-        self._done: list[Shard] = []
-        self._keys: set[str] = set()
-        self._count = 0
-        with _writing(Path(os.environ.get("TMPDIR", "/tmp"))):
-            self._scratch = Path(tempfile.mkdtemp(prefix="ns-shards-"))
-        self._tar: tarfile.TarFile | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        try:
-            if kind is None:
-                self._roll()
-        finally:
-            if self._tar is not None:
-                with contextlib.suppress(OSError):
-                    self._tar.close()
-            shutil.rmtree(self._scratch, ignore_errors=True)
-
-    @property
-    def shards(self) -> tuple[Shard, ...]:
-        """The finished shards; all of them once the writer is closed."""
-        return tuple(self._done)
-
-    def add(self, key: str, extension: str, data: bytes, label: int | None) -> None:
-        """Appends one image. The key has no dot in its base name and was not used before.
-
-        Raises DataError for a key that would not come back, StoreError when the shard cannot be written.
-        """
-        base = key.rpartition("/")[2]
-        if not base or "." in base or key in self._keys or not _is_inside(key) or not _is_utf8(key):
-            raise DataError(f"key {key!r}: must be new, relative, UTF-8, and without a dot in its last part")
-        if extension not in IMAGES:
-            raise DataError(f"{key}.{extension}: must be one of {', '.join(IMAGES)}")
-        self._keys.add(key)
-        if self._tar is not None and (
-            self._count >= self._max_samples or self._tar.offset + len(data) + 2 * MEMBER_BYTES > self._max_bytes
-        ):
-            self._roll()
-        with _writing(self._scratch):
-            if self._tar is None:
-                self._tar = tarfile.open(self._path, "w:", format=tarfile.PAX_FORMAT)  # noqa: SIM115
-            _member(self._tar, f"{key}.{extension}", data)
-            if label is not None:
-                _member(self._tar, f"{key}.{LABEL}", str(label).encode())
-        self._count += 1
-
-    def _roll(self) -> None:
-        if self._tar is None:
-            return
-        number = len(self._done)
-        name = f"shard-{number:05d}.tar" if self._first is None else f"{self._first}{f'-{number}' if number else ''}.tar"
-        with _writing(self._scratch):
-            self._tar.close()
-            self._tar = None
-            shard = Shard(name=name, samples=self._count, bytes=self._path.stat().st_size, sha256=sha256_file(self._path))
-        self._folder.put_file(name, self._path)
-        self._done.append(shard)
-        self._count = 0
-
-    @property
-    def _path(self) -> Path:
-        return self._scratch / "shard.tar"
-
-
-def _member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    tar.addfile(info, io.BytesIO(data))
-
-
-def _is_inside(name: str) -> bool:
+def is_inside(name: str) -> bool:
     return bool(name) and not name.startswith("/") and ".." not in name.split("/") and "\0" not in name
 
 
-def _is_utf8(text: str) -> bool:
+def is_utf8(text: str) -> bool:
     # Python reads names that are no UTF-8 as lone surrogates, which nothing can write down again.
     return text.encode(errors="replace").decode() == text
-
-
-@contextlib.contextmanager
-def _writing(place: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StoreError(
-            f"{place}: cannot write a shard: {error.strerror or error}; free some space there, or set TMPDIR to another folder"
-        ) from error
 
 
 def class_index(place: str, text: bytes) -> int:
@@ -252,7 +151,7 @@ def _members(path: Path, file: BinaryIO, at: int, end: int) -> Iterator[tuple[st
             name = raw.decode()
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: {raw!r}: a name that is not UTF-8") from error
-        if not _is_inside(name):
+        if not is_inside(name):
             raise DataError(f"{path}: {name!r}: a name that leads outside the shard")
         sparse = kind in b"S" or any(key.startswith(b"GNU.sparse") for key in extended)
         extended = {}

@@ -1,7 +1,6 @@
 """Training streams: the images of a step, noised, as a pure function of (seed, step), so that any step can be made again."""
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -13,63 +12,10 @@ from torch.utils.data import Dataset as TorchDataset
 
 from ns.data.augment import TrainTransform
 from ns.data.dataset import Dataset
-from ns.data.decode import decode
-from ns.data.order import WINDOW, Order
-from ns.data.shards import Sample, read_index
+from ns.data.images import ImageSource
+from ns.data.order import Order
 from ns.errors import DataError, TrainingError
 from ns.store import Store
-
-DECODED_BYTES = 256 << 20
-"""Decoded images that a worker may keep: small datasets are decoded once."""
-
-
-class ImageSource:
-    """Decoded images of a dataset by (shard, row)."""
-
-    def __init__(self, folder: Store, dataset: Dataset) -> None:
-        self._folder = folder
-        self._dataset = dataset
-        self._decoded: dict[tuple[int, int], npt.NDArray[np.uint8]] = {}
-        self._decoded_bytes = 0
-        self.index = lru_cache(maxsize=2 * WINDOW)(self._read_index)
-
-    def _read_index(self, shard: int) -> list[Sample]:
-        entry = self._dataset.shards[shard]
-        samples = read_index(self._folder.path(entry.name))
-        if len(samples) != entry.samples:
-            raise DataError(
-                f"{self._folder.uri}/{entry.name}: {len(samples)} images, dataset.json says {entry.samples}; "
-                "import the data again"
-            )
-        return samples
-
-    def image(self, shard: int, row: int) -> npt.NDArray[np.uint8]:
-        """uint8 [H, W, 3] RGB."""
-        known = self._decoded.get((shard, row))
-        if known is not None:
-            return known
-        sample = self.index(shard)[row]
-        name = self._dataset.shards[shard].name
-        try:
-            image = decode(self._folder.get_range(name, sample.offset, sample.size))
-        except DataError as error:
-            raise DataError(f"{self._folder.uri}/{name}: {sample.key}: {error}; import the data again") from error
-        if self._decoded_bytes + image.nbytes <= DECODED_BYTES:
-            self._decoded[shard, row] = image
-            self._decoded_bytes += image.nbytes
-        return image
-
-    def labels(self, shard: int) -> list[int]:
-        """Class indices of a labelled shard."""
-        labels = []
-        for sample in self.index(shard):
-            if sample.label is None or sample.label >= len(self._dataset.classes):
-                raise DataError(
-                    f"{self._folder.uri}/{self._dataset.shards[shard].name}: {sample.key}: label {sample.label}: "
-                    f"must be a class index below {len(self._dataset.classes)}"
-                )
-            labels.append(sample.label)
-        return labels
 
 
 class Labelled:
@@ -77,8 +23,8 @@ class Labelled:
 
     def __init__(self, folder: Store, dataset: Dataset) -> None:
         self.source = ImageSource(folder, dataset)
-        self.labels = [np.array(self.source.labels(shard), np.int64) for shard in range(len(dataset.shards))]
-        self.copies = [np.ones(shard.samples, np.int64) for shard in dataset.shards]
+        self.labels = [self.source.labels(shard, len(dataset.classes)).astype(np.int32) for shard in range(len(dataset.shards))]
+        self.copies = [np.ones(shard.samples, np.uint8) for shard in dataset.shards]
         self.samples = dataset.samples
 
 
@@ -109,7 +55,11 @@ class Batch(NamedTuple):
 
 
 class Batches(TorchDataset[Batch]):
-    """Step → batch. All randomness follows from (seed, position in the stream), none from who makes the batch."""
+    """Step → batch. All randomness follows from (seed, position in the stream), none from who makes the batch.
+
+    With `world` processes, the one of `rank` gets its part of each step's images: all get as many steps, and together they see
+    what one process alone would see, in the same order.
+    """
 
     def __init__(
         self,
@@ -121,35 +71,58 @@ class Batches(TorchDataset[Batch]):
         pseudo_batch: int,
         classes: int,
         seed: int,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         self._labelled = labelled
         self._pseudo = pseudo
-        self._transform = transform
-        self._batch = batch
-        self._pseudo_batch = pseudo_batch if pseudo else 0
         self._classes = classes
-        self._seed = seed
-        self._labelled_order = Order(labelled.copies, (seed, 0))
-        self._pseudo_order = Order(pseudo.copies, (seed, 1)) if pseudo else None
+        streams = [_Stream(labelled.source, Order(labelled.copies, (seed, 0)), transform, batch, rank, world, key=seed << 1)]
+        if pseudo:
+            order = Order(pseudo.copies, (seed, 1))
+            streams.append(_Stream(pseudo.source, order, transform, pseudo_batch, rank, world, key=seed << 1 | 1))
+        self._streams = streams
 
     def __getitem__(self, step: int) -> Batch:
-        first = step * self._batch
-        places = self._labelled_order.take(first, self._batch)
-        images = [self._noised(self._labelled.source, place, 0, first + i) for i, place in enumerate(places)]
-        labels = np.array([self._labelled.labels[shard][row] for shard, row in places], np.int64)
-        targets = np.zeros((self._pseudo_batch, self._classes), np.float32)
-        if self._pseudo and self._pseudo_order:
-            first = step * self._pseudo_batch
-            places = self._pseudo_order.take(first, self._pseudo_batch)
-            images += [self._noised(self._pseudo.source, place, 1, first + i) for i, place in enumerate(places)]
-            for i, (shard, row) in enumerate(places):
-                targets[i] = self._pseudo.targets[shard][row]
+        places = [stream.places(step) for stream in self._streams]
+        images = [image for stream, own in zip(self._streams, places, strict=True) for image in stream.images(step, own)]
+        labels = np.array([self._labelled.labels[shard][row] for shard, row in places[0]], np.int64)
+        pseudo = places[1] if self._pseudo else []
+        targets = np.zeros((len(pseudo), self._classes), np.float32)
+        for i, (shard, row) in enumerate(pseudo):
+            targets[i] = self._pseudo.targets[shard][row]  # type: ignore[union-attr]
         return Batch(torch.from_numpy(np.stack(images)), torch.from_numpy(labels), torch.from_numpy(targets))
 
-    def _noised(self, source: ImageSource, place: tuple[int, int], stream: int, position: int) -> npt.NDArray[np.uint8]:
-        # Philox takes its key as it is: five times cheaper to set up than seeding through SeedSequence.
-        key = np.array([self._seed << 1 | stream, position], np.uint64)
-        return self._transform(source.image(*place), np.random.Generator(np.random.Philox(key=key)))
+
+class _Stream:
+    """The images of one part of each step."""
+
+    def __init__(
+        self, source: ImageSource, order: Order, transform: TrainTransform, batch: int, rank: int, world: int, *, key: int
+    ) -> None:
+        self._source = source
+        self._order = order
+        self._transform = transform
+        self._batch = batch
+        self._part = rank * batch // world, (rank + 1) * batch // world
+        self._key = key
+
+    def places(self, step: int) -> list[tuple[int, int]]:
+        """(shard, row) of each image. Begins to fetch the shards that come next."""
+        first, stop = (step * self._batch + bound for bound in self._part)
+        self._source.fetch_ahead(self._order.ahead(stop))
+        return self._order.take(first, stop - first)
+
+    def images(self, step: int, places: list[tuple[int, int]]) -> Iterator[npt.NDArray[np.uint8]]:
+        first = step * self._batch + self._part[0]
+        source, transform = self._source, self._transform
+        read = source.image if transform.scales else source.pixels
+        for position, place in enumerate(places, first):
+            # Philox takes its key as it is: five times cheaper to set up than seeding through SeedSequence.
+            rng = np.random.Generator(np.random.Philox(key=np.array([self._key, position], np.uint64)))
+            image = read(*place)
+            with source.blaming(*place):
+                yield transform(image, rng)
 
 
 class _Steps(Sampler[int]):

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 
 from ns import log
 from ns.data.dataset import Dataset
+from ns.data.images import ImageSource
 from ns.digest import sha256_bytes
 from ns.errors import DataError
 from ns.evaluate.result import MANIFEST, PREDICTIONS, SCHEMA, Evaluation
@@ -25,19 +26,16 @@ def evaluate(predictor: Predictor, data_folder: Store, data: Dataset, folder: St
     progress = log.Progress(data.samples, "images")
     parts = []
     unreadable = 0
-    for shard in data.shards:
-        predictions = predictor.shard(data_folder, shard, progress)
-        labels = np.array([-1 if sample.label is None else sample.label for sample in predictions.samples], np.int64)
-        if len(wrong := np.flatnonzero((labels < 0) | (labels >= classes))):
-            sample = predictions.samples[wrong[0]]
-            raise DataError(
-                f"{data_folder.uri}/{shard.name}: {sample.key}: label {sample.label}: must be a class index below {classes}"
-            )
+    source = ImageSource(data_folder, data)
+    for shard in range(len(data.shards)):
+        source.fetch_ahead([shard + 1] if shard + 1 < len(data.shards) else [])
+        labels = source.labels(shard, classes)
+        predictions = predictor.shard(source, shard, progress)
         readable = ~np.isnan(predictions.probabilities[:, 0])
         unreadable += int((~readable).sum())
         parts.append(
             table_of(
-                [sample.key for sample, keep in zip(predictions.samples, readable, strict=True) if keep],
+                [key for key, keep in zip(predictions.index.keys, readable, strict=True) if keep],
                 labels[readable],
                 predictions.probabilities[readable],
             )

@@ -9,26 +9,34 @@ import pyarrow.parquet as pq
 
 from ns import log
 from ns.data.dataset import Dataset
+from ns.data.images import ImageSource
 from ns.digest import sha256_bytes
 from ns.inference import Predictions, Predictor
 from ns.label.labelset import LabelShard, kept_classes, marker, row_schema
 from ns.store import Store
 
+SHARDS_AHEAD = 2
+"""Fetched from the store while the model is busy with the one before."""
+
 
 def label_shards(predictor: Predictor, pool_folder: Store, pool: Dataset, labels: Store, shards: range, *, top_k: int) -> int:
     """Labels a range of shards, leaving out those that are done. Returns the images labelled now."""
-    waiting = [pool.shards[index] for index in shards if not labels.exists(marker(pool.shards[index].name))]
-    done = sum(pool.shards[index].samples for index in shards) - sum(shard.samples for shard in waiting)
+    waiting = [index for index in shards if not labels.exists(marker(pool.shards[index].name))]
+    fresh = sum(pool.shards[index].samples for index in waiting)
+    done = sum(pool.shards[index].samples for index in shards) - fresh
     progress = log.Progress(sum(pool.shards[index].samples for index in shards), "images", done=done)
     k = kept_classes(len(predictor.card.classes), top_k)
-    for shard in waiting:
-        predictions = predictor.shard(pool_folder, shard, progress)
+    source = ImageSource(pool_folder, pool)
+    for place, number in enumerate(waiting):
+        source.fetch_ahead(waiting[place + 1 : place + 1 + SHARDS_AHEAD])
+        shard = pool.shards[number]
+        predictions = predictor.shard(source, number, progress)
         rows = _parquet(predictions, k)
         name = shard.name.removesuffix(".tar") + ".parquet"
         facts = LabelShard(
             name=name,
             source=shard.sha256,
-            rows=len(predictions.samples),
+            rows=len(predictions.index),
             unreadable=len(predictions.errors),
             bytes=len(rows),
             sha256=sha256_bytes(rows),
@@ -37,8 +45,8 @@ def label_shards(predictor: Predictor, pool_folder: Store, pool: Dataset, labels
         labels.put(name, rows)
         facts.write(labels, marker(shard.name))
         for row, reason in predictions.errors.items():
-            log.get().warning("unreadable image", shard=shard.name, key=predictions.samples[row].key, reason=reason)
-    return sum(shard.samples for shard in waiting)
+            log.get().warning("unreadable image", shard=shard.name, key=predictions.index.keys[row], reason=reason)
+    return fresh
 
 
 def _parquet(predictions: Predictions, k: int) -> bytes:
@@ -49,11 +57,11 @@ def _parquet(predictions: Predictions, k: int) -> bytes:
     unreadable = np.isnan(probabilities[:, 0])
     table = pa.table(
         [
-            pa.array([sample.key for sample in predictions.samples], pa.string()),
+            pa.array(predictions.index.keys, pa.string()),
             pa.array(top[:, 0], pa.float32(), mask=unreadable),
             _fixed(order.astype(np.uint16), pa.uint16(), unreadable),
             _fixed(top.astype(np.float16), pa.float16(), unreadable),
-            pa.array([predictions.errors.get(row) for row in range(len(predictions.samples))], pa.string()),
+            pa.array([predictions.errors.get(row) for row in range(len(predictions.index))], pa.string()),
         ],
         schema=row_schema(k),
     )

@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ns.data.dataset import Dataset
+from ns.data.images import ImageSource
 from ns.data.order import WINDOW
-from ns.data.stream import ImageSource, PseudoLabelled
+from ns.data.stream import PseudoLabelled
 from ns.errors import DataError
 from ns.label.labelset import LabelSet, all_rows, dense, read_rows
 from ns.label.selection import Selection, copies
@@ -57,7 +58,7 @@ class _Targets(Sequence[npt.NDArray[np.float32]]):
     def _read_shard(self, index: int) -> npt.NDArray[np.float32]:
         shard = self._label_set.shards[index]
         rows = read_rows(self._labels, shard)
-        if rows.keys != [sample.key for sample in self._source.index(index)]:
+        if rows.keys != self._source.index(index).keys:
             raise DataError(
                 f"{self._labels.uri}/{shard.name}: its keys are not those of the pool's shard {index}: label the pool again"
             )

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from ns.data.index import file_name
 from ns.data.ingest import Limits, import_images
 from ns.data.shards import check_shard
 from ns.store import LocalStore
@@ -45,7 +46,11 @@ def test_a_bucket_gives_what_the_folder_gives(moto, tmp_path, folder, monkeypatc
     assert run(f"{store.uri}/source", out) == expected
     for shard in expected.shards:
         check_shard(out.path(shard.name), shard)
-    assert sorted(out.list()) == ["dataset.json", "rejected.parquet", *(shard.name for shard in expected.shards)]
+    assert sorted(out.list()) == [
+        "dataset.json",
+        "rejected.parquet",
+        *(name for shard in expected.shards for name in (file_name(shard), shard.name)),
+    ]
     # Shards on S3 are a source too.
     again = run(f"{store.uri}/out/shard-{{00000..00003}}.tar", store.at("again"), classes=expected.classes)
     assert again.samples == expected.samples == 60

@@ -178,7 +178,7 @@ def test_an_import_that_was_stopped_goes_on_with_the_shard_under_way(source, tmp
     assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_file()) == [
         "dataset.json",
         "rejected.parquet",
-        *(f"shard-0000{number}.tar" for number in range(3)),
+        *(f"shard-0000{number}.{kind}" for number in range(3) for kind in ("index.parquet", "tar")),
     ]
 
 

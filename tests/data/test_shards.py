@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ns.data.shards import Sample, ShardWriter, check_shard, read_index, split_key
+from ns.data.shards import Sample, check_shard, read_index, split_key
+from ns.data.writer import ShardWriter
 from ns.errors import DataError, StoreError
 from ns.store import LocalStore
 

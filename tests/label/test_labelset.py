@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from ns.data.dataset import Dataset, Shard
+from ns.data.index import ShardIndex
 from ns.data.shards import Sample
 from ns.digest import sha256_bytes
 from ns.errors import DataError, StoreError
@@ -22,7 +23,9 @@ def label(folder, pool: Dataset, index: int, classes: int, seed: int = 0) -> np.
     probabilities = rng.dirichlet(np.full(classes, 0.1), 8).astype(np.float32)
     probabilities[7] = np.nan
     samples = [Sample(f"s{index}-{row}", "png", 0, 1, None) for row in range(8)]
-    rows = _parquet(Predictions(samples, probabilities, {7: "truncated"}), kept_classes(classes, 10))
+    rows = _parquet(
+        Predictions(ShardIndex.of(samples, [(0, 0)] * 8), probabilities, {7: "truncated"}), kept_classes(classes, 10)
+    )
     name = f"shard-{index:05d}.parquet"
     folder.put(name, rows)
     LabelShard(

@@ -13,8 +13,9 @@ from ns import config, report, runs
 from ns.card import Lineage, ModelCard
 from ns.config import GateConfig, SelectionConfig
 from ns.data.dataset import Dataset
+from ns.data.index import ShardIndex
 from ns.data.prepared import Prepared, Source
-from ns.data.shards import ShardWriter
+from ns.data.writer import ShardWriter
 from ns.digest import sha256_bytes
 from ns.document import pretty
 from ns.evaluate import gate
@@ -127,7 +128,7 @@ def made_up(tmp_path):
             errors = {3: "truncated"} if shard.name == "shard-00000.tar" else {}
             guesses = probabilities(rng, len(samples), 2.0)
             guesses[list(errors)] = np.nan
-            rows = _parquet(Predictions(samples, guesses, errors), 3)
+            rows = _parquet(Predictions(ShardIndex.of(samples, [(0, 0)] * len(samples)), guesses, errors), 3)
             name = shard.name.replace(".tar", ".parquet")
             where.put(name, rows)
             LabelShard(

@@ -1,0 +1,174 @@
+"""Images of a dataset by (shard, row), read from shards that are fetched ahead and kept open, a bounded number at a time."""
+
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import IO
+
+import numpy as np
+import numpy.typing as npt
+
+from ns.data.dataset import Dataset, Shard
+from ns.data.decode import Encoded, decode
+from ns.data.index import ShardIndex
+from ns.data.order import WINDOW
+from ns.data.shards import read_range
+from ns.digest import sha256_file
+from ns.errors import DataError, StoreError
+from ns.store import Store
+
+DECODED_BYTES = 256 << 20
+"""Decoded images that a process may keep: small datasets are decoded once."""
+SMALL_BYTES = 16 << 20
+"""Images of a shard that are read at once when it is opened, where all of them are no more: small ones, at one read each,
+would cost more to fetch than to decode."""
+FETCHERS = 2
+
+
+class ImageSource:
+    """Encoded images of a dataset. One for each process; safe to hand to a child before its first use."""
+
+    def __init__(self, folder: Store, dataset: Dataset) -> None:
+        self._folder = folder
+        self._dataset = dataset
+        self._decoded: dict[tuple[int, int], npt.NDArray[np.uint8]] = {}
+        self._decoded_bytes = 0
+        self._checked: set[int] = set()
+        self._fetchers: ThreadPoolExecutor | None = None
+        self._fetching: set[int] = set()
+        self.index = lru_cache(maxsize=2 * WINDOW)(self._read_index)
+        self._open = lru_cache(maxsize=2 * WINDOW)(self._open_shard)
+
+    def fetch_ahead(self, shards: Iterable[int]) -> None:
+        """Begins to fetch shards that will be read soon. What goes wrong is said when they are read."""
+        fresh = set(shards) - self._fetching
+        if not fresh:
+            return
+        if self._fetchers is None:
+            self._fetchers = ThreadPoolExecutor(FETCHERS, "fetch")
+        self._fetching = set(shards)
+        for shard in sorted(fresh):
+            self._fetchers.submit(self._folder.path, self._dataset.shards[shard].name)
+
+    def encoded(self, shard: int, row: int) -> Encoded | bytes:
+        """A JPEG that libjpeg-turbo decodes by itself, or the bytes of any other image.
+
+        Raises DataError naming the shard and its cure when it is not what the manifest says, StoreError when it is out of reach.
+        """
+        opened = self._open(shard)
+        width, height = opened.sizes[row]
+        data = opened.read(row)
+        return Encoded(data, width, height) if width else bytes(data)
+
+    def image(self, shard: int, row: int) -> Encoded | npt.NDArray[np.uint8]:
+        """A JPEG to be decoded, or any other image as uint8 [H, W, 3] RGB."""
+        data = self.encoded(shard, row)
+        if isinstance(data, Encoded):
+            return data
+        with self.blaming(shard, row):
+            return decode(data)
+
+    def pixels(self, shard: int, row: int) -> npt.NDArray[np.uint8]:
+        """uint8 [H, W, 3] RGB, decoded whole, and kept while there is room."""
+        known = self._decoded.get((shard, row))
+        if known is not None:
+            return known
+        image = self.image(shard, row)
+        with self.blaming(shard, row):
+            pixels = image.whole() if isinstance(image, Encoded) else image
+        if self._decoded_bytes + pixels.nbytes <= DECODED_BYTES:
+            self._decoded[shard, row] = pixels
+            self._decoded_bytes += pixels.nbytes
+        return pixels
+
+    def blaming(self, shard: int, row: int) -> "_Blame":
+        """A context in which an image that cannot be decoded is named."""
+        return _Blame(self, shard, row)
+
+    def name(self, shard: int) -> str:
+        return f"{self._folder.uri}/{self._dataset.shards[shard].name}"
+
+    def labels(self, shard: int, classes: int) -> npt.NDArray[np.int64]:
+        """Class indices of a labelled shard. Raises DataError for an image without one below `classes`."""
+        index = self.index(shard)
+        wrong = np.flatnonzero((index.labels < 0) | (index.labels >= classes))
+        if len(wrong):
+            row = int(wrong[0])
+            label = None if index.labels[row] < 0 else int(index.labels[row])
+            raise DataError(f"{self.name(shard)}: {index.keys[row]}: label {label}: must be a class index below {classes}")
+        return index.labels
+
+    def _read_index(self, shard: int) -> ShardIndex:
+        return ShardIndex.read(self._folder, self._dataset.shards[shard])
+
+    def _open_shard(self, shard: int) -> "_Opened":
+        entry = self._dataset.shards[shard]
+        path = self._folder.path(entry.name)
+        try:
+            file = path.open("rb")
+            if shard not in self._checked:
+                self._check(path.stat().st_size, entry)
+                if sha256_file(path) != entry.sha256:
+                    raise DataError(
+                        f"{self.name(shard)}: its sha256 is not that of dataset.json: it is damaged or was replaced; "
+                        "import the data again"
+                    )
+                self._checked.add(shard)
+            return _Opened(file, self.index(shard), self.name(shard))
+        except OSError as error:
+            raise StoreError(f"{self.name(shard)}: cannot be read: {error.strerror or error}") from error
+
+    def _check(self, size: int, entry: Shard) -> None:
+        if size != entry.bytes:
+            raise DataError(
+                f"{self._folder.uri}/{entry.name}: has {size} bytes, dataset.json says {entry.bytes}; import the data again"
+            )
+
+
+class _Opened:
+    """An open shard. Small images are all in memory, one after the other."""
+
+    def __init__(self, file: IO[bytes], index: ShardIndex, name: str) -> None:
+        self._file = file
+        self._index = index
+        self._name = name
+        self._offsets: list[int] = index.offsets.tolist()
+        self._lengths: list[int] = index.sizes.tolist()
+        self.sizes: list[tuple[int, int]] = list(zip(index.widths.tolist(), index.heights.tolist(), strict=True))
+        """Width and height, px; zeros where only decoding tells."""
+        self._images: memoryview | None = None
+        if len(index) and sum(self._lengths) <= SMALL_BYTES:
+            packed = b"".join(self._from_file(row) for row in range(len(index)))
+            self._offsets = [0, *np.cumsum(index.sizes).tolist()]
+            self._images = memoryview(packed)
+
+    def read(self, row: int) -> bytes | memoryview:
+        start = self._offsets[row]
+        if self._images is not None:
+            return self._images[start : start + self._lengths[row]]
+        return self._from_file(row)
+
+    def _from_file(self, row: int) -> bytes:
+        try:
+            return read_range(self._file, self._offsets[row], self._lengths[row])
+        except DataError as error:
+            raise DataError(f"{self._name}: {self._index.keys[row]}: {error}; import the data again") from error
+        except OSError as error:
+            raise StoreError(f"{self._name}: cannot be read: {error.strerror or os.strerror(error.errno or 0)}") from error
+
+
+class _Blame:
+    """Cheaper than a generator's context: it is entered for each image."""
+
+    __slots__ = ("_row", "_shard", "_source")
+
+    def __init__(self, source: ImageSource, shard: int, row: int) -> None:
+        self._source, self._shard, self._row = source, shard, row
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, DataError):
+            key = self._source.index(self._shard).keys[self._row]
+            raise DataError(f"{self._source.name(self._shard)}: {key}: {error}; import the data again") from error
