@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-integration test-containers test-all lint format compile constraints venv clean distclean
+.PHONY: help run test test-integration test-containers test-all lint format bench-data compile constraints venv clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ format: $(VENV)/.test ## Put the code into its form
 	@$(BIN)/ruff check --fix-only --quiet .
 	@$(BIN)/ruff format .
 
+bench-data: $(VENV)/.bench ## Measure how fast images reach the model (ARGS="--quick")
+	@$(BIN)/python -m benchmarks.data $(ARGS)
+
 compile: $(VENV)/.run ## Compile the pipeline into pipelines/noisy_student.yaml
 	@$(BIN)/python -m pipelines.compile
 
@@ -54,6 +57,10 @@ distclean: clean ## Remove the virtual environment too
 # A stamp is touched last, so that an interrupted installation is taken up again.
 $(VENV)/.run: pyproject.toml constraints.txt install.sh
 	@sh install.sh $(VENV) pipelines,quickstart
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.test
+	@sh install.sh $(VENV) pipelines,quickstart,versions,dev,bench
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.run

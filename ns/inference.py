@@ -12,10 +12,9 @@ from torch import Tensor
 
 from ns import log, models
 from ns.data.augment import EvalTransform
-from ns.data.decode import Encoded, decode
+from ns.data.decode import Encoded, room
 from ns.data.images import ImageSource
 from ns.data.index import ShardIndex
-from ns.errors import DataError
 from ns.store import Store
 
 DECODE_THREADS = 4
@@ -56,7 +55,7 @@ class Predictor:
         Raises DataError for a shard that is not what the manifest says.
         """
         index = source.index(shard)
-        images = (source.encoded(shard, row) for row in range(len(index)))
+        images = (image for row in range(len(index)) for image in source.encoded([(shard, row)]))
         probabilities, errors = self._run(images, len(index), progress)
         return Predictions(index, probabilities, errors)
 
@@ -96,14 +95,8 @@ class Predictor:
 
     def _decode(self, chunk: list[Encoded | bytes]) -> _Decoded:
         # Unreadable images stay as black ones: batches, and so results, do not depend on which images are damaged.
-        images = np.zeros((len(chunk), self._resolution, self._resolution, 3), np.uint8)
-        errors: dict[int, str] = {}
-        for row, data in enumerate(chunk):
-            try:
-                images[row] = self._transform(data if isinstance(data, Encoded) else decode(data))
-            except DataError as error:
-                errors[row] = str(error)
-        return _Decoded(images, errors)
+        images = room(len(chunk), self._resolution)
+        return _Decoded(images, self._transform.batch(chunk, images))
 
     @torch.inference_mode()
     def _forward(self, images: Tensor) -> npt.NDArray[np.float32]:

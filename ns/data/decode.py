@@ -74,6 +74,13 @@ class Encoded(NamedTuple):
         """As `decode`."""
         return _turbo(self.data)
 
+    def into(self, out: npt.NDArray[np.uint8]) -> None:
+        """Decodes into `out`, C-contiguous uint8 [height, width, 3]: for small images, making an array costs as much as pixels."""
+        try:
+            simplejpeg.decode_jpeg(self.data, "RGB", False, False, 0, 0, 1, out)
+        except ValueError:
+            out[:] = _pillow(bytes(self.data))
+
     def part(self, box: Box, size: int) -> tuple[npt.NDArray[np.uint8], Box]:
         """Pixels, and where in them `box` is, for a result of `size` px a side.
 
@@ -85,6 +92,18 @@ class Encoded(NamedTuple):
         pixels = _turbo(self.data, math.ceil(self.width / shrink), math.ceil(self.height / shrink))
         x, y = pixels.shape[1] / self.width, pixels.shape[0] / self.height
         return pixels, (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
+
+
+def room(count: int, size: int) -> npt.NDArray[np.uint8]:
+    """uint8 [count, size, size, 3], all zero, for images to be decoded into.
+
+    Not at a multiple of 32 bytes: libjpeg-turbo writes rows that begin there past the cache, which for small images, that are
+    read again at once, takes longer than decoding them (32 px: 12.8 instead of 7.9 µs).
+    """
+    length = count * size * size * 3
+    memory = np.zeros(length + 32, np.uint8)
+    start = (16 - memory.ctypes.data) % 32
+    return memory[start : start + length].reshape(count, size, size, 3)
 
 
 def look(data: bytes) -> tuple[int, int]:

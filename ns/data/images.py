@@ -1,7 +1,7 @@
 """Images of a dataset by (shard, row), read from shards that are fetched ahead and kept open, a bounded number at a time."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import IO
@@ -51,19 +51,17 @@ class ImageSource:
         for shard in sorted(fresh):
             self._fetchers.submit(self._folder.path, self._dataset.shards[shard].name)
 
-    def encoded(self, shard: int, row: int) -> Encoded | bytes:
-        """A JPEG that libjpeg-turbo decodes by itself, or the bytes of any other image.
+    def encoded(self, places: Iterable[tuple[int, int]]) -> list[Encoded | bytes]:
+        """JPEGs that libjpeg-turbo decodes by itself, and the bytes of other images, at places (shard, row).
 
         Raises DataError naming the shard and its cure when it is not what the manifest says, StoreError when it is out of reach.
         """
-        opened = self._open(shard)
-        width, height = opened.sizes[row]
-        data = opened.read(row)
-        return Encoded(data, width, height) if width else bytes(data)
+        opened = self._open
+        return [opened(shard).read(row) for shard, row in places]
 
     def image(self, shard: int, row: int) -> Encoded | npt.NDArray[np.uint8]:
         """A JPEG to be decoded, or any other image as uint8 [H, W, 3] RGB."""
-        data = self.encoded(shard, row)
+        data = self._open(shard).read(row)
         if isinstance(data, Encoded):
             return data
         with self.blaming(shard, row):
@@ -127,31 +125,27 @@ class ImageSource:
 
 
 class _Opened:
-    """An open shard. Small images are all in memory, one after the other."""
+    """An open shard. Small images are all in memory."""
 
     def __init__(self, file: IO[bytes], index: ShardIndex, name: str) -> None:
         self._file = file
         self._index = index
         self._name = name
-        self._offsets: list[int] = index.offsets.tolist()
-        self._lengths: list[int] = index.sizes.tolist()
-        self.sizes: list[tuple[int, int]] = list(zip(index.widths.tolist(), index.heights.tolist(), strict=True))
-        """Width and height, px; zeros where only decoding tells."""
-        self._images: memoryview | None = None
-        if len(index) and sum(self._lengths) <= SMALL_BYTES:
-            packed = b"".join(self._from_file(row) for row in range(len(index)))
-            self._offsets = [0, *np.cumsum(index.sizes).tolist()]
-            self._images = memoryview(packed)
+        self._places: list[tuple[int, int, int, int]] = list(
+            zip(index.offsets.tolist(), index.sizes.tolist(), index.widths.tolist(), index.heights.tolist(), strict=True)
+        )
+        self.read: Callable[[int], Encoded | bytes] = self._read
+        if int(index.sizes.sum()) <= SMALL_BYTES:
+            self.read = [self._read(row) for row in range(len(index))].__getitem__
 
-    def read(self, row: int) -> bytes | memoryview:
-        start = self._offsets[row]
-        if self._images is not None:
-            return self._images[start : start + self._lengths[row]]
-        return self._from_file(row)
+    def _read(self, row: int) -> Encoded | bytes:
+        offset, size, width, height = self._places[row]
+        data = self._from_file(row, offset, size)
+        return Encoded(data, width, height) if width else data
 
-    def _from_file(self, row: int) -> bytes:
+    def _from_file(self, row: int, offset: int, size: int) -> bytes:
         try:
-            return read_range(self._file, self._offsets[row], self._lengths[row])
+            return read_range(self._file, offset, size)
         except DataError as error:
             raise DataError(f"{self._name}: {self._index.keys[row]}: {error}; import the data again") from error
         except OSError as error:

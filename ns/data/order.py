@@ -45,7 +45,7 @@ class Order:
             window = int(np.searchsorted(bounds, offset, side="right")) - 1
             rows = self._window_rows(epoch, window)
             first = offset - int(bounds[window])
-            taken += [(int(shard), int(row)) for shard, row in rows[first : first + count - len(taken)]]
+            taken += map(tuple, rows[first : first + count - len(taken)].tolist())
         return taken
 
     def ahead(self, position: int) -> list[int]:

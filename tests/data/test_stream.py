@@ -287,6 +287,6 @@ def test_a_server_that_is_killed_while_it_is_read_changes_nothing(swift, tmp_pat
 
 def test_small_images_are_read_at_once_and_large_ones_when_needed(made, monkeypatch):
     folder, dataset = made
-    at_once = [bytes(ImageSource(folder, dataset).encoded(1, row).data) for row in range(7)]
+    at_once = [image.data for image in ImageSource(folder, dataset).encoded([(1, row) for row in range(7)])]
     monkeypatch.setattr(images, "SMALL_BYTES", 0)
-    assert [bytes(ImageSource(folder, dataset).encoded(1, row).data) for row in range(7)] == at_once
+    assert [image.data for image in ImageSource(folder, dataset).encoded([(1, row) for row in range(7)])] == at_once

@@ -1,0 +1,371 @@
+"""How fast images reach the model: our streams against the bare decoder and against other loaders, in one run.
+
+    python -m benchmarks.data [--quick] [--json FILE]
+
+Needs the CIFAR-10 images in ../shared/data/cifar10 (without them, made-up ones of the same size, and says so), and for the
+peers `pip install webdataset`. All rates are images a second of one process that reads, on files in the page cache.
+"""
+
+import io
+import logging
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from sklearn.datasets import load_sample_images
+from torch.utils.data import DataLoader
+
+from benchmarks.measure import arguments, finish, rates, ratio
+from ns.config import NoiseConfig
+from ns.data import images as ns_images
+from ns.data.augment import EvalTransform, TrainTransform
+from ns.data.dataset import Dataset
+from ns.data.decode import room
+from ns.data.images import ImageSource
+from ns.data.ingest import Limits, import_images
+from ns.data.order import Order
+from ns.data.randaugment import RandAugment
+from ns.data.shards import read_index
+from ns.data.stream import Batches, Labelled, loader
+from ns.data.writer import ShardWriter
+from ns.store import LocalStore, Store
+
+CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10" / "test.tar.gz"
+BATCH = 250
+LARGE_PX = (500, 375)
+
+Run = Callable[[], int]
+
+
+def main() -> None:
+    options = arguments(__doc__ or "")
+    rounds = 5 if options.quick else 15
+    console = Console(width=120)
+    torch.set_num_threads(1)
+    # Everything is read and decoded anew in each round.
+    ns_images.DECODED_BYTES = 0
+    table = Table("what", "ours, images/s", "theirs, images/s", "ours ÷ theirs", "least … greatest")
+    figures: dict[str, float] = {}
+
+    def compare(figure: str, what: str, ours: Run, theirs: Run, count: int = rounds) -> None:
+        # Once to warm up: page cache, imports, lazily made tables.
+        ours(), theirs()
+        found = rates({"ours": ours, "theirs": theirs}, count)
+        median, least, greatest = ratio(found, "ours", "theirs")
+        figures[figure] = round(median, 4)
+        speed = [f"{statistics.median(found[name]):,.0f}" for name in ("ours", "theirs")]
+        table.add_row(f"{figure}\n[dim]{what}[/]", *speed, f"{median:.2f}", f"{least:.2f} … {greatest:.2f}")
+
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        if not CIFAR10.exists():
+            console.print(f"{CIFAR10} is not there: made-up images stand in for it", style="yellow")
+        folders = small_folders(place / "folders", 4_000 if options.quick else 10_000)
+        small = LocalStore(place / "small")
+        data = import_images(str(folders), small, name="small", role="labelled", limits=Limits(shard_samples=2_000), workers=2)
+        large = LocalStore(place / "large")
+        photographs = large_images(large, 100 if options.quick else 400)
+
+        limit = bare(small, data, room(BATCH, 32))
+        compare(
+            "decode_ratio_32px",
+            "labelling's stream ÷ simplejpeg on bytes in memory",
+            stream(small, data, shuffled=False),
+            limit,
+        )
+        compare("decode_ratio_32px_shuffled", "training's stream ÷ the same", stream(small, data, shuffled=True), limit)
+        compare(
+            "decode_ratio_large",
+            f"training's stream ÷ the same, {LARGE_PX[0]} x {LARGE_PX[1]} px of {photographs.bytes / photographs.samples / 1000:.0f} kB",
+            decoded(large, photographs),
+            bare(large, photographs, [None] * BATCH),
+        )
+        for size in (224, 96):
+            compare(
+                f"resized_crop_{size}px_vs_pillow",
+                "decoded as small as will do, cropped and resized ÷ Pillow and torchvision",
+                resized(large, photographs, size),
+                pillow_resized(large, photographs, size),
+            )
+        plain = NoiseConfig(randaugment_layers=0, crop="none", flip=False)
+        noisy = NoiseConfig(randaugment_layers=2, randaugment_magnitude=6, crop="pad")
+        few = 3 if options.quick else 7
+        compare(
+            "vs_imagefolder",
+            "shuffled batches ÷ torchvision's ImageFolder",
+            trained(small, data, plain),
+            image_folder(folders),
+            few,
+        )
+        compare("vs_timm", "with RandAugment and crop ÷ timm's loader", trained(small, data, noisy), timm_loader(folders), few)
+        compare(
+            "vs_webdataset", "shuffled batches ÷ webdataset on our tars", trained(small, data, plain), web(small, data), few
+        )
+        from_s3(small, data, place, plain, compare, few)
+        for size in (32, 224):
+            augment(size, compare, rounds)
+    console.print(table)
+    finish(figures, options.json)
+
+
+def small_folders(folder: Path, count: int) -> Path:
+    """CIFAR-10's test images, or made-up ones, as class folders."""
+    if CIFAR10.exists():
+        source = LocalStore(folder.with_name("imported"))
+        data = import_images(str(CIFAR10), source, name="c", role="labelled", limits=Limits(shard_samples=1000), workers=2)
+        for shard in data.shards[: count // 1000]:
+            path = source.path(shard.name)
+            for sample in read_index(path):
+                target = folder / f"{sample.key}.jpg"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(path.read_bytes()[sample.offset : sample.offset + sample.size])
+        return folder
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        target = folder / str(number % 10) / f"{number}.jpg"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        blurred = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize((32, 32), Image.Resampling.BICUBIC)
+        blurred.save(target, "JPEG", quality=90)
+    return folder
+
+
+def large_images(store: Store, count: int) -> Dataset:
+    """Cuts from scikit-learn's two photographs, as ImageNet's are: 500 x 375 px, about 110 kB."""
+    rng = np.random.default_rng(0)
+    photographs = [
+        Image.fromarray(image).resize((1280, 854), Image.Resampling.BICUBIC) for image in load_sample_images()["images"]
+    ]
+    with ShardWriter(store, max_samples=100, max_bytes=1 << 28) as writer:
+        for number in range(count):
+            left, upper = int(rng.integers(1280 - LARGE_PX[0])), int(rng.integers(854 - LARGE_PX[1]))
+            cut = photographs[number % 2].crop((left, upper, left + LARGE_PX[0], upper + LARGE_PX[1]))
+            grain = np.asarray(cut).astype(np.int16) + rng.normal(0, 6, (LARGE_PX[1], LARGE_PX[0], 1)).astype(np.int16)
+            sink = io.BytesIO()
+            Image.fromarray(grain.clip(0, 255).astype(np.uint8)).save(sink, "JPEG", quality=95)
+            writer.add(f"{number:05d}", "jpg", sink.getvalue(), number % 2)
+    dataset = Dataset(name="large", role="labelled", classes=("a", "b"), shards=writer.shards)
+    dataset.save(store)
+    return dataset
+
+
+def stream(folder: Store, data: Dataset, *, shuffled: bool) -> Run:
+    """An epoch into a batch, in the order of the tars as labelling reads it, or in that of training."""
+    source = ImageSource(folder, data)
+    order = Order([np.ones(shard.samples, np.uint8) for shard in data.shards], (0, 0))
+    transform = EvalTransform(32, "none")
+    batch = room(BATCH, 32)
+
+    def run() -> int:
+        if not shuffled:
+            for shard in range(len(data.shards)):
+                for start in range(0, data.shards[shard].samples, BATCH):
+                    stop = min(start + BATCH, data.shards[shard].samples)
+                    transform.batch(source.encoded((shard, row) for row in range(start, stop)), batch)
+            return data.samples
+        for start in range(0, data.samples, BATCH):
+            source.fetch_ahead(order.ahead(start))
+            transform.batch(source.encoded(order.take(start, min(BATCH, data.samples - start))), batch)
+        return data.samples
+
+    return run
+
+
+def decoded(folder: Store, data: Dataset) -> Run:
+    """An epoch in shuffled order, decoded whole: what resizes images begins here."""
+    source = ImageSource(folder, data)
+    order = Order([np.ones(shard.samples, np.uint8) for shard in data.shards], (0, 0))
+
+    def run() -> int:
+        for start in range(0, data.samples, BATCH):
+            source.fetch_ahead(order.ahead(start))
+            for place in order.take(start, min(BATCH, data.samples - start)):
+                source.pixels(*place)
+        return data.samples
+
+    return run
+
+
+def resized(folder: Store, data: Dataset, size: int) -> Run:
+    """The same with a random crop resized to `size` px."""
+    source = ImageSource(folder, data)
+    transform = TrainTransform(NoiseConfig(randaugment_layers=0, crop="resized"), size)
+    rng = np.random.default_rng(0)
+
+    def run() -> int:
+        for shard in range(len(data.shards)):
+            for row in range(data.shards[shard].samples):
+                transform(source.image(shard, row), rng)
+        return data.samples
+
+    return run
+
+
+def pillow_resized(folder: Store, data: Dataset, size: int) -> Run:
+    """As torchvision users do it."""
+    from torchvision.transforms import InterpolationMode, RandomResizedCrop
+
+    source = ImageSource(folder, data)
+    crop = RandomResizedCrop(size, interpolation=InterpolationMode.BICUBIC)
+
+    def run() -> int:
+        for shard in range(len(data.shards)):
+            for row in range(data.shards[shard].samples):
+                crop(Image.open(io.BytesIO(source.encoded([(shard, row)])[0].data)).convert("RGB"))  # type: ignore[union-attr]
+        return data.samples
+
+    return run
+
+
+def bare(folder: Store, data: Dataset, batch: Any) -> Run:
+    """The same bytes, in memory already, through the same decoder with the same settings, into a batch if there is one."""
+    blobs = []
+    for shard in data.shards:
+        tar = folder.get(shard.name)
+        blobs += [tar[sample.offset : sample.offset + sample.size] for sample in read_index(folder.path(shard.name))]
+
+    def run() -> int:
+        for start in range(0, len(blobs), BATCH):
+            for blob, out in zip(blobs[start : start + BATCH], batch, strict=False):
+                simplejpeg.decode_jpeg(blob, "RGB", False, False, 0, 0, 1, out)
+        return len(blobs)
+
+    return run
+
+
+def drain(batches: Iterator[Any]) -> int:
+    return sum(len(batch[0]) for batch in batches)
+
+
+def trained(folder: Store, data: Dataset, noise: NoiseConfig) -> Run:
+    labelled = Labelled(folder, data)
+
+    def run() -> int:
+        transform = TrainTransform(noise, 32)
+        made = Batches(labelled, None, transform, batch=BATCH, pseudo_batch=0, classes=len(data.classes), seed=0)
+        return drain(loader(made, start=0, stop=data.samples // BATCH, workers=1, pin_memory=False))
+
+    return run
+
+
+def image_folder(folder: Path) -> Run:
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import PILToTensor
+
+    dataset = ImageFolder(str(folder), PILToTensor())
+    return lambda: drain(iter(DataLoader(dataset, BATCH, shuffle=True, num_workers=1, drop_last=True)))
+
+
+def timm_loader(folder: Path) -> Run:
+    from timm.data import create_loader
+    from timm.data.dataset import ImageDataset
+
+    made = create_loader(
+        ImageDataset(str(folder)),
+        input_size=(3, 32, 32),
+        batch_size=BATCH,
+        is_training=True,
+        use_prefetcher=False,
+        auto_augment="rand-m6-n2",
+        scale=(1.0, 1.0),
+        color_jitter=None,
+        num_workers=1,
+        persistent_workers=False,
+    )
+    return lambda: drain(iter(made))
+
+
+def web(folder: LocalStore, data: Dataset) -> Run:
+    import webdataset as wds
+
+    tars = [str(folder.path(shard.name)) for shard in data.shards]
+    made = (
+        wds.WebDataset(tars, shardshuffle=len(tars), empty_check=False)
+        .shuffle(1000)
+        .decode("rgb8")
+        .to_tuple("jpg", "cls")
+        .batched(BATCH)
+    )
+    return lambda: drain(iter(DataLoader(made, batch_size=None, num_workers=1)))
+
+
+def from_s3(folder: Store, data: Dataset, place: Path, noise: NoiseConfig, compare: Callable[..., None], rounds: int) -> None:
+    """Our loader from a server on this machine, its cache empty and filled, against the same from a folder."""
+    from minio import Minio
+    from moto.server import ThreadedMotoServer
+
+    from ns.store.s3 import S3Store
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    os.environ |= {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "NS_CACHE_DIR": str(place / "cache"),
+    }
+    client = Minio(endpoint=f"{host}:{port}", access_key="key", secret_key="secret", secure=False, region="us-east-1")
+    client.make_bucket(bucket_name="bench")
+    store = S3Store("s3://bench/small")
+    for key in folder.list():
+        store.put(key, folder.get(key))
+    numbers = iter(range(1_000_000))
+
+    def cold() -> int:
+        os.environ["NS_CACHE_DIR"] = str(place / f"cache-{next(numbers)}")
+        return trained(store, data, noise)()
+
+    warm = trained(store, data, noise)
+    local = trained(folder, data, noise)
+    compare("s3_cold_vs_folder", "from S3 with an empty cache ÷ from a folder", cold, local, rounds)
+    compare("s3_warm_vs_folder", "from S3 with a full cache ÷ from a folder", warm, local, rounds)
+    server.stop()
+
+
+def augment(size: int, compare: Callable[..., None], rounds: int) -> None:
+    """RandAugment alone, two operations at magnitude 9, on decoded images."""
+    from timm.data.auto_augment import rand_augment_transform
+    from torchvision.transforms import v2
+
+    rng = np.random.default_rng(0)
+    count = 2_000 if size == 32 else 100
+    arrays = [rng.integers(0, 256, (size, size, 3), np.uint8) for _ in range(count)]
+    pictures = [Image.fromarray(array) for array in arrays]
+    tensors = [torch.from_numpy(array).permute(2, 0, 1).contiguous() for array in arrays]
+    ours = RandAugment(2, 9, size)
+    pillow = rand_augment_transform("rand-m9-n2", {})
+    torchvision = v2.RandAugment(2, 9)
+
+    def over(items: list[Any], work: Callable[[Any], Any]) -> Run:
+        def run() -> int:
+            for item in islice(items, count):
+                work(item)
+            return count
+
+        return run
+
+    mine = over(pictures, lambda picture: ours(picture, rng))
+    compare(f"randaugment_vs_pillow_{size}px", "RandAugment alone ÷ timm's, on Pillow", mine, over(pictures, pillow), rounds)
+    compare(
+        f"randaugment_vs_torchvision_{size}px",
+        "RandAugment alone ÷ torchvision v2's, on tensors",
+        mine,
+        over(tensors, torchvision),
+        rounds,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
