@@ -383,6 +383,117 @@ def data_import(
     )
 
 
+@data_app.command("check")
+def data_check(
+    datasets: Annotated[
+        list[str], typer.Argument(metavar="DATASET…", help="Folders or s3:// prefixes of datasets, of any roles.")
+    ],
+    out: Annotated[str, typer.Option(help="Folder for the lists and for fingerprints, which a later check reuses.")] = "check",
+    model: Annotated[
+        str | None, typer.Option(help="A model's folder: confirms near duplicates, and looks for wrong labels.")
+    ] = None,
+    bits: Annotated[int, typer.Option(min=0, max=8, help="Of 64 in which near duplicates may differ.")] = 4,
+    allow_overlap: Annotated[
+        bool, typer.Option(help="Succeed although labelled images are also in an evaluation set.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Look for images that are there twice: in a pool, and above all in a pool or training set and an evaluation set.
+
+    Example: [cyan]ns data check data/pool data/train data/test --out check[/]
+    """
+    from rich.console import Console
+
+    from ns import log
+    from ns.data.check import DUPLICATES, Checked, check
+    from ns.data.dataset import Dataset
+    from ns.store import open_store
+    from ns.terminal import check_tables
+
+    log.configure()
+    opened = [(place, open_store(place)) for place in datasets]
+    loaded = [(place, folder, Dataset.load(folder)) for place, folder in opened]
+    names = [data.name for _, _, data in loaded]
+    checked = [Checked(data.name if names.count(data.name) == 1 else place, folder, data) for place, folder, data in loaded]
+    target = open_store(out)
+    features = None
+    doubted: dict[str, int] = {}
+    if model:
+        from ns.inference import Predictor
+
+        predictor = Predictor(open_store(model), batch=256)
+        features = predictor.features
+        doubted = {one.name: _suspects(predictor, one, target) for one in checked if one.data.role == "labelled"}
+    report = check(checked, target, target.at("fingerprints"), bits=bits, features=features)
+    if as_json:
+        typer.echo(json.dumps(report.model_dump(mode="json") | {"suspects": doubted}, indent=1))
+    else:
+        for table in check_tables(report, doubted):
+            Console().print(table)
+        typer.echo(f"lists: {_plain(target.uri)}/")
+    roles = {one.name: one.data.role for one in checked}
+    for overlap in report.overlaps:
+        if (roles[overlap.of], roles[overlap.within]) == ("labelled", "evaluation") and overlap.same + overlap.near:
+            message = (
+                f"{overlap.of}: {overlap.same + overlap.near} of its images are also in the evaluation set {overlap.within} "
+                f"(see {_plain(target.uri)}/{DUPLICATES}); remove them from one, or allow it with --allow-overlap"
+            )
+            if not allow_overlap:
+                raise DataError(message)
+
+
+def _suspects(predictor: Any, one: Any, target: "Store") -> int:
+    import io
+
+    import pyarrow.parquet as pq
+
+    from ns.evaluate.suspects import suspects
+
+    table = suspects(predictor, one.folder, one.data)
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    target.put(f"suspects-{one.data.digest[:16]}.parquet", sink.getvalue())
+    return len(table)
+
+
+@data_app.command("show")
+def data_show(
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="A dataset's folder, or s3://bucket/prefix.")],
+    sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet, as HTML, here.")] = None,
+    images: Annotated[int, typer.Option(min=1, max=2000, help="Images on the sheet.")] = 120,
+    seed: Annotated[int, typer.Option(help="Another seed draws other images.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a dataset holds, and what it looks like.
+
+    Example: [cyan]ns data show data/pool --sheet pool.html[/]
+    """
+    from rich.console import Console
+
+    from ns.data.dataset import Dataset
+    from ns.data.sheet import write_sheet
+    from ns.store import open_store
+    from ns.terminal import classes_table
+
+    folder = open_store(dataset)
+    data = Dataset.load(folder)
+    if as_json:
+        typer.echo(json.dumps(data.model_dump(mode="json") | {"digest": data.digest, "samples": data.samples}, indent=1))
+    else:
+        typer.echo(
+            f"{data.name}: {data.role}, {data.samples:,} images, {data.bytes / (1 << 20):,.1f} MiB in {len(data.shards)} shards"
+        )
+        typer.echo(f"digest {data.digest}, {data.rejected:,} left out")
+        if data.classes:
+            Console().print(classes_table(folder, data))
+    if sheet:
+        try:
+            sheet.write_text(write_sheet(folder, data, images, seed), encoding="utf-8")
+        except OSError as error:
+            raise StoreError(f"{sheet}: cannot write: {error.strerror or error}") from error
+        typer.echo(f"contact sheet: {sheet}", err=as_json)
+
+
 def _class_names(file: Path) -> list[str]:
     from ns.data.dataset import Dataset
     from ns.store import read_uri

@@ -40,6 +40,12 @@ class DataConfig(Section):
     """MiB in a shard, at most."""
     max_side: int | None = Field(default=None, ge=8, le=65536)
     """Images with a longer side than this, px, are made smaller when they are imported; kept byte for byte if not given."""
+    leak_guard: Literal["exclude", "report", "off"] = "exclude"
+    """`exclude`: images of the pool that are also held out get no label, so that accuracy stays honest. `report`: only count them.
+    `off`: do not look; saves reading all images once."""
+    near_duplicate_bits: int = Field(default=4, ge=0, le=8)
+    """Images count as the same picture when at most so many of the 64 bits of their perceptual hashes differ. Images with a side
+    below 32 px are compared by their bytes only."""
 
 
 class ModelConfig(Section):

@@ -1,9 +1,9 @@
 """Un-noised inference over shards: decode and crop in threads while the network works on the batch before."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -49,15 +49,27 @@ class Predictor:
         self._transform = EvalTransform(self._resolution, self.card.noise.crop)
         self._batch = batch
 
-    def shard(self, source: ImageSource, shard: int, progress: log.Progress | None = None) -> Predictions:
-        """Predictions for a whole shard. Unreadable images get NaN and a reason, never an exception.
+    def shard(
+        self, source: ImageSource, shard: int, progress: log.Progress | None = None, skipped: Mapping[int, str] | None = None
+    ) -> Predictions:
+        """Predictions for a whole shard. Unreadable images get NaN and a reason, never an exception; so do rows in `skipped`.
 
         Raises DataError for a shard that is not what the manifest says.
         """
         index = source.index(shard)
-        images = (image for row in range(len(index)) for image in source.encoded([(shard, row)]))
+        skipped = skipped or {}
+        images = (b"" if row in skipped else source.encoded([(shard, row)])[0] for row in range(len(index)))
         probabilities, errors = self._run(images, len(index), progress)
-        return Predictions(index, probabilities, errors)
+        return Predictions(index, probabilities, {**errors, **skipped})
+
+    @torch.inference_mode()
+    def features(self, images: Sequence[Encoded | bytes]) -> npt.NDArray[np.float32]:
+        """float32 [N, D]: what the classifier sees of each image; of unreadable ones, what it sees of a black one."""
+        pixels = torch.from_numpy(self._decode(list(images)).images)
+        network: Any = self._network
+        maps = network.forward_features(self._normalize(pixels.to(self._device)))
+        found: npt.NDArray[np.float32] = network.forward_head(maps, pre_logits=True).float().cpu().numpy()
+        return found
 
     def images(self, blobs: Sequence[bytes]) -> tuple[npt.NDArray[np.float32], dict[int, str]]:
         """Probabilities [N, classes] of encoded images, and reasons for rows that are NaN."""

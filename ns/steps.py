@@ -18,7 +18,7 @@ from ns import config, log, runs
 from ns.card import MANIFEST as CARD
 from ns.card import ModelCard
 from ns.config import Experiment, RoleConfig
-from ns.data.dataset import Dataset
+from ns.data.check import left_out
 from ns.data.prepared import MANIFEST as PREPARED
 from ns.data.prepared import Prepared
 from ns.digest import code_digest, digest, short
@@ -69,7 +69,7 @@ def prepare_data(config_uri: str, root: str, run: str) -> str:
         prepared, reused = prepare(step.experiment, step.root, step.ledger)
         key = f"store/prepared/{short(prepared.digest)}/{PREPARED}"
         prepared.write(step.root, key)
-        counts = {part: source.open(step.root)[1].samples for part, source in prepared}
+        counts = {part: source.open(step.root)[1].samples for part, source in prepared.parts.items()}
         step.done({"data": key}, reused=reused, **counts)
         return key
 
@@ -169,8 +169,9 @@ def label_shards(config_uri: str, root: str, run: str, data: str, generation: in
     """Labels one range of shards of the pool, leaving out shards that are done. Returns the range."""
     with _step("label-shards", generation, config_uri, root, run, shards=shards) as step:
         start, stop = (int(bound) for bound in shards.split("-"))
-        pool_folder, pool = Prepared.read(step.root, data).pool.open(step.root)
-        labels = step.root.at(_labels_folder(step, pool, teacher))
+        prepared = Prepared.read(step.root, data)
+        pool_folder, pool = prepared.pool.open(step.root)
+        labels = step.root.at(_labels_folder(step, prepared, teacher))
         wanted = range(start, stop)
         reused = all(labels.exists(marker(pool.shards[index].name)) for index in wanted)
         if not reused:
@@ -178,7 +179,9 @@ def label_shards(config_uri: str, root: str, run: str, data: str, generation: in
             from ns.label import predict
 
             predictor = Predictor(step.root.at(teacher), batch=step.experiment.labelling.batch)
-            predict.label_shards(predictor, pool_folder, pool, labels, wanted, top_k=step.experiment.labelling.top_k)
+            held_out = left_out(step.root.at(prepared.left_out.ref)) if prepared.left_out else None
+            top_k = step.experiment.labelling.top_k
+            predict.label_shards(predictor, pool_folder, pool, labels, wanted, top_k=top_k, left_out=held_out)
         images = sum(pool.shards[index].samples for index in wanted)
         step.done({}, reused=reused, images=images)
         return shards
@@ -188,8 +191,9 @@ def commit_labels(config_uri: str, root: str, run: str, data: str, generation: i
     """Joins the labelled shards into a label set and selects from it. Returns the key of the selection's folder."""
     with _step("commit-labels", generation, config_uri, root, run) as step:
         experiment = step.experiment
-        _, pool = Prepared.read(step.root, data).pool.open(step.root)
-        key = _labels_folder(step, pool, teacher)
+        prepared = Prepared.read(step.root, data)
+        _, pool = prepared.pool.open(step.root)
+        key = _labels_folder(step, prepared, teacher)
         folder = step.root.at(key)
         card_digest = _model_digest(step.root, teacher)
         classes = _classes(step.root, data)
@@ -386,11 +390,12 @@ def _generation_inputs(step: _Step, data: str, generation: int, teacher: str) ->
     }
 
 
-def _labels_folder(step: _Step, pool: Dataset, teacher: str) -> str:
+def _labels_folder(step: _Step, prepared: Prepared, teacher: str) -> str:
     """The folder of a teacher's labels for the pool: shards that are there are done, whoever labelled them."""
     inputs = {
         "code": code_digest(*LABELLING),
-        "dataset": pool.digest,
+        "dataset": prepared.pool.dataset,
+        "left_out": prepared.left_out.report if prepared.left_out else None,
         "teacher": _model_digest(step.root, teacher),
         **step.experiment.labelling.model_dump(mode="json", exclude={"tasks"}),
     }

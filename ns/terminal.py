@@ -9,8 +9,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ns.data.check import CheckReport, class_counts
+from ns.data.dataset import Dataset
 from ns.log import duration
 from ns.runs import Summary
+from ns.store import Store
 
 Event = dict[str, Any]
 
@@ -119,14 +122,7 @@ class RunView:
 
 def summary_table(summary: Summary) -> Table:
     """The generations of a run, one a row."""
-    table = Table(
-        title=f"run {summary.run}",
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
+    table = _table(f"run {summary.run}")
     for header in ("gen", "model", "labelled", "kept", "top-1", "change", "verdict", "time"):
         table.add_column(header, justify="left" if header in ("model", "verdict") else "right", no_wrap=True)
     notes = {note.generation: note.outputs.get("model", "") for note in summary.steps if note.step == "train"}
@@ -159,6 +155,41 @@ def runs_table(summaries: list[Summary]) -> Table:
         table.add_row(
             summary.run, summary.state, summary.started_at[:16].replace("T", " "), str(len(summary.generations)), best
         )
+    return table
+
+
+def classes_table(folder: Store, data: Dataset) -> Table:
+    """Images of each class of a labelled dataset."""
+    table = _table("", "class", "images", "share")
+    for name, count in class_counts(folder, data).items():
+        table.add_row(escape(name), f"{count:,}", f"{count / max(1, data.samples):.1%}")
+    return table
+
+
+def check_tables(report: CheckReport, doubted: dict[str, int]) -> list[Table]:
+    """What a check found, and the sizes of the classes."""
+    found = _table("images that resemble another", "images of", "in", "same bytes", "near")
+    for overlap in report.overlaps:
+        found.add_row(escape(overlap.of), escape(overlap.within), f"{overlap.same:,}", f"{overlap.near:,}")
+    found.caption = f"{report.left_out:,} images of pools are in an evaluation set too: they are left out"
+    if report.skipped:
+        found.caption += f"; {report.skipped:,} comparisons were left out among images that are too much alike"
+    classes = _table("labelled data", "dataset", "classes", "smallest", "largest", "labels to look at")
+    for name, counts in report.classes.items():
+        smallest, largest = (pick(counts, key=lambda label: counts[label]) for pick in (min, max))
+        ends = (f"{escape(label)} {counts[label]:,}" for label in (smallest, largest))
+        classes.add_row(escape(name), f"{len(counts):,}", *ends, f"{doubted[name]:,}" if name in doubted else "")
+    return [found, classes] if report.classes else [found]
+
+
+def _table(title: str, *headers: str) -> Table:
+    """A plain table whose first column is text."""
+    table = Table(
+        title=title or None, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
+    table.caption_justify = "left"
+    for place, header in enumerate(headers):
+        table.add_column(header, justify="left" if place == 0 else "right")
     return table
 
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 from ns import models
 from ns.card import Lineage
-from ns.config import ModelConfig, NoiseConfig
+from ns.config import ModelConfig, NoiseConfig, SelectionConfig
 from ns.data.dataset import Dataset
 from ns.data.images import ImageSource
 from ns.data.shards import read_index
@@ -15,6 +15,7 @@ from ns.data.writer import ShardWriter
 from ns.inference import Predictor
 from ns.label.labelset import LabelShard, Rows, dense, read_rows
 from ns.label.predict import label_shards
+from ns.label.selection import select
 from ns.store import LocalStore
 
 CLASSES = tuple("abcde")
@@ -126,3 +127,30 @@ def test_the_tail_of_kept_classes_is_spread_evenly():
         schema=row_schema(2),
     )
     np.testing.assert_allclose(dense(Rows(table), 6), [[0.05, 0.2, 0.05, 0.6, 0.05, 0.05]], atol=1e-3)
+
+
+def test_images_that_are_held_out_get_no_label_and_disturb_no_other(model, pool, tmp_path):
+    folder, dataset = pool
+    predictor = Predictor(model, batch=8)
+    plain, guarded = LocalStore(tmp_path / "plain"), LocalStore(tmp_path / "guarded")
+    label_shards(predictor, folder, dataset, plain, range(1), top_k=10)
+    left_out = {dataset.shards[0].sha256: {5: "also in heldout: x"}}
+    label_shards(predictor, folder, dataset, guarded, range(1), top_k=10, left_out=left_out)
+    facts = LabelShard.read(guarded, "shard-00000.json")
+    assert (facts.rows, facts.unreadable, facts.left_out) == (20, 1, 1)
+    expected, rows = read_rows(plain, LabelShard.read(plain, "shard-00000.json")), read_rows(guarded, facts)
+    assert np.flatnonzero(rows.left_out).tolist() == [5]
+    assert np.flatnonzero(~rows.readable).tolist() == [2, 5]
+    others = np.delete(np.arange(20), 5)
+    np.testing.assert_array_equal(rows.confidence[others], expected.confidence[others])
+    selection = select([rows], 5, SelectionConfig(min_confidence=0), seed=0, label_set="0", labels="x")
+    assert (selection.unreadable, selection.left_out, selection.kept) == (1, 1, 18)
+
+
+def test_features_are_alike_for_like_images(model, pool):
+    folder, dataset = pool
+    images = ImageSource(folder, dataset).encoded([(1, 0), (1, 0), (1, 3)])
+    features = Predictor(model, batch=8).features(images)
+    assert features.shape[0] == 3
+    np.testing.assert_array_equal(features[0], features[1])
+    assert not np.allclose(features[0], features[2])

@@ -2,10 +2,13 @@
 
 from collections.abc import Callable
 
+from ns import log
 from ns.config import DataConfig, Experiment
+from ns.data.check import DUPLICATES, LEFT_OUT, Checked, CheckReport, check
+from ns.data.check import MANIFEST as CHECK_MANIFEST
 from ns.data.dataset import MANIFEST, Dataset
 from ns.data.ingest import Limits, import_listing, listed, source_name
-from ns.data.prepared import ROLES, Part, Prepared, Source
+from ns.data.prepared import ROLES, LeftOut, Part, Prepared, Source
 from ns.digest import code_digest, short
 from ns.errors import DataError
 from ns.ledger import Ledger
@@ -22,6 +25,8 @@ IMPORT = (
     "data/decode.py",
     "data/dataset.py",
 )
+
+CHECK = ("data/check.py", "data/duplicates.py", "data/fingerprint.py", "data/decode.py", "data/images.py", "data/index.py")
 
 
 def prepare(experiment: Experiment, root: Store, ledger: Ledger) -> tuple[Prepared, bool]:
@@ -46,7 +51,44 @@ def prepare(experiment: Experiment, root: Store, ledger: Ledger) -> tuple[Prepar
     pool, pool_reused = _source("pool", data.pool, data, root, ledger, None)
     if heldout.dataset == labelled.dataset:
         raise DataError(f"data.heldout: {data.heldout}: is the same as data.labelled; hold out images that are not trained on")
-    return Prepared(labelled=labelled, pool=pool, heldout=heldout), labelled_reused and heldout_reused and pool_reused
+    prepared = Prepared(labelled=labelled, pool=pool, heldout=heldout)
+    left_out, checked = _leak_guard(prepared, data, root, ledger)
+    reused = labelled_reused and heldout_reused and pool_reused and checked
+    return prepared.model_copy(update={"left_out": left_out}), reused
+
+
+def _leak_guard(prepared: Prepared, data: DataConfig, root: Store, ledger: Ledger) -> tuple[LeftOut | None, bool]:
+    """Looks for held-out images elsewhere. Returns what is to be left out of the pool, and whether that was known."""
+    if data.leak_guard == "off":
+        return None, True
+    inputs: dict[str, object] = {
+        "code": code_digest(*CHECK),
+        "bits": data.near_duplicate_bits,
+        **{part: source.dataset for part, source in prepared.parts.items()},
+    }
+    target = f"store/checks/{short(ledger.key('check', inputs))}"
+
+    def work() -> dict[str, str]:
+        datasets = [Checked(part, *source.open(root)) for part, source in prepared.parts.items()]
+        check(datasets, root.at(target), root.at("store/fingerprints"), bits=data.near_duplicate_bits)
+        return {"check": f"{target}/{CHECK_MANIFEST}"}
+
+    _, reused = ledger.once("check", inputs, work)
+    report = CheckReport.read(root, f"{target}/{CHECK_MANIFEST}")
+    trained = report.between("labelled", "heldout")
+    if trained.same + trained.near:
+        log.get().warning(
+            "held-out images are also trained on, so their accuracy says too much",
+            same=trained.same,
+            near=trained.near,
+            list=f"{root.uri}/{target}/{DUPLICATES}",
+        )
+    if not report.left_out or data.leak_guard == "report":
+        return None, reused
+    log.get().warning(
+        "images of the pool are also held out, and get no label", images=report.left_out, list=f"{root.uri}/{target}/{LEFT_OUT}"
+    )
+    return LeftOut(ref=target, report=report.digest), reused
 
 
 def _check_networks(experiment: Experiment, ledger: Ledger, classes: int | None) -> None:

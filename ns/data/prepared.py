@@ -33,10 +33,26 @@ class Source(Document):
         return folder, dataset
 
 
+class LeftOut(Document):
+    """Images of the pool that are also in the held-out set."""
+
+    ref: str
+    """Key of the folder of the check that found them, below the root."""
+    report: str
+    """Digest of its report."""
+
+
 class Prepared(Identified):
     labelled: Source
     pool: Source
     heldout: Source
+    left_out: LeftOut | None = None
+    """Images that get no pseudo-label; None if there are none."""
 
     def identity(self) -> Any:
-        return {part: source.dataset for part, source in self}
+        datasets = {part: source.dataset for part, source in self.parts.items()}
+        return datasets | ({"left_out": self.left_out.report} if self.left_out else {})
+
+    @property
+    def parts(self) -> dict[Part, Source]:
+        return {"labelled": self.labelled, "pool": self.pool, "heldout": self.heldout}

@@ -30,7 +30,7 @@ DENSE_CLASSES = 100
 
 
 def row_schema(top_k: int) -> pa.Schema:
-    """Rows of a label shard. An image that could not be read has nulls, and the reason in `error`."""
+    """Rows of a label shard. An image that could not be read, or was left out, has nulls, and the reason in `error`."""
     return pa.schema(
         [
             ("key", pa.string()),
@@ -51,6 +51,8 @@ class LabelShard(Document):
     """sha256 of the dataset's tar shard."""
     rows: int
     unreadable: int
+    left_out: int = 0
+    """Images that were not looked at, since they are held out elsewhere."""
     bytes: int
     sha256: str
 
@@ -76,6 +78,10 @@ class LabelSet(Identified):
     def unreadable(self) -> int:
         return sum(shard.unreadable for shard in self.shards)
 
+    @property
+    def left_out(self) -> int:
+        return sum(shard.left_out for shard in self.shards)
+
 
 def kept_classes(classes: int, top_k: int) -> int:
     """Classes kept per image."""
@@ -87,12 +93,18 @@ def marker(source: str) -> str:
     return source.removesuffix(".tar") + ".json"
 
 
+LEFT_OUT = "left out: "
+"""How the reason begins for an image that was not looked at."""
+
+
 class Rows:
-    """The rows of one label shard as arrays. Unreadable images have confidence NaN."""
+    """The rows of one label shard as arrays. Images that are unreadable or left out have confidence NaN."""
 
     def __init__(self, table: pa.Table) -> None:
         self.keys: list[str] = table["key"].to_pylist()
         self.confidence: npt.NDArray[np.float32] = table["confidence"].to_numpy(zero_copy_only=False).astype(np.float32)
+        reasons = table["error"].to_pylist()
+        self.left_out: npt.NDArray[np.bool_] = np.array([(reason or "").startswith(LEFT_OUT) for reason in reasons], np.bool_)
         k = table.schema.field("top_class").type.list_size
         self.top_class: npt.NDArray[np.uint16] = _fixed(table["top_class"], k).astype(np.uint16)
         self.top_prob: npt.NDArray[np.float16] = _fixed(table["top_prob"], k).astype(np.float16)

@@ -58,6 +58,8 @@ class Selection(Identified):
     low_confidence: int
     """Images at or below the threshold."""
     unreadable: int
+    left_out: int = 0
+    """Images of the pool that are held out elsewhere."""
 
     def identity(self) -> Any:
         return self.model_dump(mode="json", exclude={"labels"})
@@ -91,11 +93,12 @@ def select(
 ) -> Selection:
     """Makes the rule of each class from all rows of a label set."""
     confidences, predicted, hashes = [], [], []
-    low_confidence = unreadable = 0
+    low_confidence = unreadable = left_out = 0
     for rows in shards:
         readable = rows.readable
         above = readable & (rows.confidence > policy.min_confidence)
-        unreadable += int((~readable).sum())
+        left_out += int(rows.left_out.sum())
+        unreadable += int((~readable & ~rows.left_out).sum())
         low_confidence += int((readable & ~above).sum())
         confidences.append(rows.confidence[above])
         predicted.append(rows.top_class[above, 0])
@@ -117,6 +120,7 @@ def select(
         rules=rules,
         low_confidence=low_confidence,
         unreadable=unreadable,
+        left_out=left_out,
     )
 
 

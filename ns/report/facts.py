@@ -75,7 +75,7 @@ def gather(root: Store, run: str) -> Facts:
     experiment = config.load(f"{root.uri}/{run}/{runs.CONFIG}")
     notes = summary.steps
     prepared = next((Prepared.read(root, note.outputs["data"]) for note in notes if note.step == "prepare-data"), None)
-    opened = {part: source.open(root) for part, source in prepared} if prepared else {}
+    opened = {part: source.open(root) for part, source in prepared.parts.items()} if prepared else {}
     evaluations = {n.generation: Evaluation.read(root, n.outputs["evaluation"]) for n in notes if n.step == "evaluate"}
     trained = [
         Trained(

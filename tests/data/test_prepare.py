@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from ns import config
+from ns.data.check import left_out
 from ns.data.ingest import Limits, import_images
 from ns.data.prepare import prepare
 from ns.errors import ConfigError, DataError
@@ -101,3 +102,39 @@ def test_more_classes_than_outputs_are_refused(tmp_path, places):
     fill(tmp_path / "heldout", ["emu"], seed=1)
     with pytest.raises(ConfigError, match=r"teacher\.model\.outputs: invalid value 2: the labelled data has 3 classes"):
         run(tmp_path, places, teacher={"model": {**NETWORK["model"], "outputs": 2}})
+
+
+def copy_heldout(tmp_path) -> None:
+    """Two held-out images find their way into the pool."""
+    for number, path in enumerate(sorted((tmp_path / "heldout").rglob("*.png"))[:2]):
+        (tmp_path / "pool" / "any" / f"copy-{number}.png").write_bytes(path.read_bytes())
+
+
+def test_held_out_images_in_the_pool_are_left_out_by_default(tmp_path, places):
+    (clean, _), root = run(tmp_path, places)
+    assert clean.left_out is None
+    copy_heldout(tmp_path)
+    (prepared, _), root = run(tmp_path, places)
+    rows = left_out(root.at(prepared.left_out.ref))
+    _, pool = prepared.pool.open(root)
+    assert list(rows) == [pool.shards[0].sha256]
+    assert len(rows[pool.shards[0].sha256]) == 2
+    (again, reused), _ = run(tmp_path, places)
+    assert reused
+    assert again == prepared
+
+
+@pytest.mark.parametrize("guard", ["report", "off"])
+def test_the_leak_guard_can_be_told_to_leave_the_pool_alone(tmp_path, places, guard):
+    copy_heldout(tmp_path)
+    (prepared, _), root = run(tmp_path, places, data={**places, "leak_guard": guard})
+    assert prepared.left_out is None
+    assert bool(list(root.list("store/checks/"))) == (guard == "report")
+
+
+def test_held_out_images_among_the_labelled_are_warned_of(tmp_path, places, capsys):
+    path = next((tmp_path / "heldout" / "cat").iterdir())
+    (tmp_path / "labelled" / "cat" / "copy.png").write_bytes(path.read_bytes())
+    run(tmp_path, places)
+    logged = capsys.readouterr()
+    assert "held-out images are also trained on" in logged.out + logged.err
