@@ -171,11 +171,12 @@ def stream(folder: Store, data: Dataset, *, shuffled: bool) -> Run:
             for shard in range(len(data.shards)):
                 for start in range(0, data.shards[shard].samples, BATCH):
                     stop = min(start + BATCH, data.shards[shard].samples)
-                    transform.batch(source.encoded((shard, row) for row in range(start, stop)), batch)
+                    transform.batch(list(source.encoded(shard, start, stop)), batch)
             return data.samples
         for start in range(0, data.samples, BATCH):
             source.fetch_ahead(order.ahead(start))
-            transform.batch(source.encoded(order.take(start, min(BATCH, data.samples - start))), batch)
+            places = order.take(start, min(BATCH, data.samples - start))
+            transform.batch([source.image(*place) for place in places], batch)  # type: ignore[misc]
         return data.samples
 
     return run
@@ -221,7 +222,7 @@ def pillow_resized(folder: Store, data: Dataset, size: int) -> Run:
     def run() -> int:
         for shard in range(len(data.shards)):
             for row in range(data.shards[shard].samples):
-                crop(Image.open(io.BytesIO(source.encoded([(shard, row)])[0].data)).convert("RGB"))  # type: ignore[union-attr]
+                crop(Image.open(io.BytesIO(source.image(shard, row).data)).convert("RGB"))  # type: ignore[union-attr]
         return data.samples
 
     return run

@@ -94,6 +94,9 @@ class NoiseConfig(Section):
     """Operations applied to each image. Paper: 2; 0 turns RandAugment off."""
     randaugment_magnitude: float = Field(default=6, ge=0, le=30)
     """Paper: none for B0 and B1, 6, 12, 15, 18, 24, 27 for B2…B7, 27 for L2, 5 for 32 px digits."""
+    randaugment: Literal["paper", "timm"] = "paper"
+    """`paper`: every drawn operation is applied, at ranges that go on beyond magnitude 10. `timm`: timm's, where an operation is
+    applied half of the time and the magnitude ends at 10."""
     crop: Literal["resized", "pad", "none"] = "resized"
     """`resized`: random area of 8–100 %, the paper's for photographs. `pad`: reflect-pad by an eighth and crop, for small
     images."""

@@ -58,7 +58,7 @@ class Predictor:
         """
         index = source.index(shard)
         skipped = skipped or {}
-        images = (b"" if row in skipped else source.encoded([(shard, row)])[0] for row in range(len(index)))
+        images = (b"" if row in skipped else image for row, image in enumerate(source.encoded(shard)))
         probabilities, errors = self._run(images, len(index), progress)
         return Predictions(index, probabilities, {**errors, **skipped})
 

@@ -149,7 +149,8 @@ def test_images_that_are_held_out_get_no_label_and_disturb_no_other(model, pool,
 
 def test_features_are_alike_for_like_images(model, pool):
     folder, dataset = pool
-    images = ImageSource(folder, dataset).encoded([(1, 0), (1, 0), (1, 3)])
+    first, _, _, other = ImageSource(folder, dataset).encoded(1, 0, 4)
+    images = [first, first, other]
     features = Predictor(model, batch=8).features(images)
     assert features.shape[0] == 3
     np.testing.assert_array_equal(features[0], features[1])

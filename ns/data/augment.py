@@ -9,8 +9,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from ns.config import NoiseConfig
-from ns.data.decode import Box, Encoded, decode
-from ns.data.randaugment import RandAugment, cutout
+from ns.data.decode import Box, Encoded, decode, decode_into
+from ns.data.randaugment import RandAugment, TimmRandAugment, cutout
 from ns.errors import DataError
 
 Crop = Literal["resized", "pad", "none"]
@@ -30,7 +30,8 @@ class TrainTransform:
     def __init__(self, noise: NoiseConfig, resolution: int) -> None:
         self._noise = noise
         self._resolution = resolution
-        self._augment = RandAugment(noise.randaugment_layers, noise.randaugment_magnitude, resolution)
+        kind = RandAugment if noise.randaugment == "paper" else TimmRandAugment
+        self._augment = kind(noise.randaugment_layers, noise.randaugment_magnitude, resolution)
 
     @property
     def scales(self) -> bool:
@@ -87,14 +88,14 @@ class EvalTransform:
         errors: dict[int, str] = {}
         size = self._resolution if self._crop != "resized" else 0
         # There is about a microsecond for all that is not decoding: no calls that can be spared.
-        for row, image in enumerate(images):
+        for row, (image, place) in enumerate(zip(images, out, strict=False)):
             try:
                 if type(image) is Encoded and image[1] == size and image[2] == size:
-                    image.into(out[row])
+                    decode_into(image[0], place)
                 else:
-                    out[row] = self(image if isinstance(image, Encoded) else decode(image))
+                    place[:] = self(image if isinstance(image, Encoded) else decode(image))
             except DataError as error:
-                out[row] = 0
+                place[:] = 0
                 errors[row] = str(error)
         return errors
 

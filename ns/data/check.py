@@ -35,6 +35,21 @@ pixel in 9 %. Of two different images, 3 in 10 million pairs are taken for one, 
 ALIKE = 0.9
 """Cosine of a model's features from which two near images are taken for one, where there is a model."""
 
+SCHEMA = pa.schema(
+    [
+        ("dataset", pa.string()),
+        ("shard", pa.string()),
+        ("row", pa.int64()),
+        ("key", pa.string()),
+        ("like", pa.string()),
+        ("like_key", pa.string()),
+        ("same_bytes", pa.bool_()),
+        ("bits", pa.int64()),
+    ]
+)
+ROWS = 10_000
+"""Of a list, in memory at a time."""
+
 Features = Callable[[Sequence[Encoded | bytes]], npt.NDArray[np.float32]]
 """Encoded images → float32 [N, D]."""
 
@@ -99,8 +114,8 @@ def check(
         found = found._replace(near=_confirmed(found.near, datasets, features))
     table = _resembling(found, datasets)
     report = _report(table, found, datasets, bits)
-    _write(folder, DUPLICATES, _described(table, datasets))
-    _write(folder, LEFT_OUT, _described(table.leaks, datasets))
+    _write(folder, DUPLICATES, table, datasets)
+    _write(folder, LEFT_OUT, table.leaks, datasets)
     report.write(folder, MANIFEST)
     return report
 
@@ -182,7 +197,10 @@ def _confirmed(near: duplicates.Pairs, datasets: Sequence[Checked], features: Fe
         part = slice(start, start + 256)
         one, other = (
             features(
-                [sources[place].encoded([(shard, row)])[0] for place, shard, row in map(places.find, images[part].tolist())]
+                [
+                    next(sources[place].encoded(shard, row, row + 1))
+                    for place, shard, row in map(places.find, images[part].tolist())
+                ]
             )
             for images in (near.later, near.earlier)
         )
@@ -231,7 +249,17 @@ def class_counts(folder: Store, data: Dataset) -> dict[str, int]:
     return dict(zip(data.classes, counts.tolist(), strict=True))
 
 
-def _described(table: _Table, datasets: Sequence[Checked]) -> pa.Table:
+def _write(folder: Store, name: str, table: _Table, datasets: Sequence[Checked]) -> None:
+    """Writes a part of the rows at a time: a pool may be full of duplicates."""
+    with tempfile.TemporaryDirectory(prefix="ns-check-") as scratch:
+        path = Path(scratch) / name
+        with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
+            for start in range(0, len(table.image), ROWS):
+                writer.write_table(_described(table, slice(start, start + ROWS), datasets))
+        folder.put_file(name, path)
+
+
+def _described(table: _Table, part: slice, datasets: Sequence[Checked]) -> pa.Table:
     places = _Places(datasets)
     keys: dict[tuple[int, int], list[str]] = {}
 
@@ -244,7 +272,7 @@ def _described(table: _Table, datasets: Sequence[Checked]) -> pa.Table:
         return keys[place, shard][row]
 
     columns: dict[str, list[object]] = {name: [] for name in SCHEMA.names}
-    for image, other, bits in zip(table.image.tolist(), table.other.tolist(), table.bits.tolist(), strict=True):
+    for image, other, bits in zip(*(column[part].tolist() for column in (table.image, table.other, table.bits)), strict=True):
         own, like = places.find(image), places.find(other)
         values = (
             datasets[own[0]].name, datasets[own[0]].data.shards[own[1]].sha256, own[2], key(*own),
@@ -253,23 +281,3 @@ def _described(table: _Table, datasets: Sequence[Checked]) -> pa.Table:
         for name, value in zip(SCHEMA.names, values, strict=True):
             columns[name].append(value)
     return pa.table(columns, schema=SCHEMA)
-
-
-SCHEMA = pa.schema(
-    [
-        ("dataset", pa.string()),
-        ("shard", pa.string()),
-        ("row", pa.int64()),
-        ("key", pa.string()),
-        ("like", pa.string()),
-        ("like_key", pa.string()),
-        ("same_bytes", pa.bool_()),
-        ("bits", pa.int64()),
-    ]
-)
-
-
-def _write(folder: Store, name: str, table: pa.Table) -> None:
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
-    folder.put(name, sink.getvalue())

@@ -74,13 +74,6 @@ class Encoded(NamedTuple):
         """As `decode`."""
         return _turbo(self.data)
 
-    def into(self, out: npt.NDArray[np.uint8]) -> None:
-        """Decodes into `out`, C-contiguous uint8 [height, width, 3]: for small images, making an array costs as much as pixels."""
-        try:
-            simplejpeg.decode_jpeg(self.data, "RGB", False, False, 0, 0, 1, out)
-        except ValueError:
-            out[:] = _pillow(bytes(self.data))
-
     def part(self, box: Box, size: int) -> tuple[npt.NDArray[np.uint8], Box]:
         """Pixels, and where in them `box` is, for a result of `size` px a side.
 
@@ -92,6 +85,17 @@ class Encoded(NamedTuple):
         pixels = _turbo(self.data, math.ceil(self.width / shrink), math.ceil(self.height / shrink))
         x, y = pixels.shape[1] / self.width, pixels.shape[0] / self.height
         return pixels, (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
+
+
+def decode_into(data: bytes | memoryview, out: npt.NDArray[np.uint8]) -> None:
+    """The pixels of a JPEG of which `look` knows the size, in `out`, C-contiguous uint8 [height, width, 3].
+
+    For small images, making an array costs as much as pixels.
+    """
+    try:
+        simplejpeg.decode_jpeg(data, "RGB", False, False, 0, 0, 1, out)
+    except ValueError:
+        out[:] = _pillow(bytes(data))
 
 
 def room(count: int, size: int) -> npt.NDArray[np.uint8]:

@@ -57,10 +57,9 @@ def take(folder: Store, dataset: Dataset, kept: Store) -> None:
             count = dataset.shards[number].samples
             chunks: list[pa.Table] = []
             for start in range(0, count, CHUNK * THREADS):
-                rows = [(number, row) for row in range(start, min(start + CHUNK * THREADS, count))]
-                images = source.encoded(rows)
+                images = list(source.encoded(number, start, min(start + CHUNK * THREADS, count)))
                 chunks += threads.map(_fingerprints, [images[at : at + CHUNK] for at in range(0, len(images), CHUNK)])
-                progress.advance(len(rows))
+                progress.advance(len(images))
             sink = io.BytesIO()
             pq.write_table(pa.concat_tables(chunks) if chunks else SCHEMA.empty_table(), sink)
             kept.put(_name(dataset, number), sink.getvalue())

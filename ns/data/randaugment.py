@@ -9,6 +9,7 @@ Clamped, where the reference code relied on what uint8 arithmetic happened to do
 - Contrast blends with the true mean grey, not with the reference code's pixel count / 256, a bug.
 """
 
+import random
 from collections.abc import Callable
 
 import numpy as np
@@ -67,6 +68,25 @@ class RandAugment:
     def _rotate(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         degrees = _sign(rng) * 30 * self.level
         return image.rotate(degrees, Image.Resampling.NEAREST, fillcolor=GREY)
+
+
+class TimmRandAugment:
+    """timm's RandAugment, `rand-mM-nN`: the same 16 operations without cutout, each applied with probability 0.5."""
+
+    def __init__(self, layers: int, magnitude: float, size: int) -> None:  # noqa: ARG002
+        from timm.data.auto_augment import rand_augment_transform
+
+        self._transform = rand_augment_transform(f"rand-m{magnitude:g}-n{layers}", {"img_mean": GREY}) if layers else None
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        if self._transform is None:
+            return image
+        # timm draws from the generators that all of a process share: they get a seed that belongs to this image.
+        seed = int(rng.integers(2**32))
+        random.seed(seed)
+        np.random.seed(seed)
+        augmented: Image.Image = self._transform(image)
+        return augmented
 
 
 def cutout(image: Image.Image, half_px: int, rng: np.random.Generator) -> Image.Image:

@@ -280,3 +280,15 @@ def test_half_of_all_images_are_mirrored():
     rng = np.random.default_rng(0)
     mirrored = [np.array_equal(transform(PIXELS, rng), PIXELS[:, ::-1]) for _ in range(400)]
     assert 160 < sum(mirrored) < 240
+
+
+def test_timms_randaugment_is_a_function_of_the_generator_too():
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    transform = TrainTransform(NoiseConfig(randaugment="timm", randaugment_magnitude=9, crop="none", flip=False), 32)
+    results = [transform(image, np.random.default_rng(seed)) for seed in (*range(30), *range(30))]
+    assert all(np.array_equal(a, b) for a, b in zip(results[:30], results[30:], strict=True))
+    changed = sum(not np.array_equal(result, image) for result in results[:30])
+    # Two operations, each applied half of the time: a quarter stays as it is.
+    assert 15 <= changed < 30
+    none = TrainTransform(NoiseConfig(randaugment="timm", randaugment_layers=0, crop="none", flip=False), 32)
+    assert np.array_equal(none(image, np.random.default_rng(0)), image)

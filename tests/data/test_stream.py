@@ -285,8 +285,11 @@ def test_a_server_that_is_killed_while_it_is_read_changes_nothing(swift, tmp_pat
     assert all(equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
-def test_small_images_are_read_at_once_and_large_ones_when_needed(made, monkeypatch):
+@pytest.mark.parametrize("run", [1, 2, 64])
+def test_neighbours_that_are_read_at_once_are_what_each_is_alone(made, monkeypatch, run):
     folder, dataset = made
-    at_once = [image.data for image in ImageSource(folder, dataset).encoded([(1, row) for row in range(7)])]
-    monkeypatch.setattr(images, "SMALL_BYTES", 0)
-    assert [image.data for image in ImageSource(folder, dataset).encoded([(1, row) for row in range(7)])] == at_once
+    source = ImageSource(folder, dataset)
+    alone = [source.image(1, row).data for row in range(7)]
+    monkeypatch.setattr(images, "RUN", run)
+    assert [image.data for image in source.encoded(1)] == alone
+    assert [image.data for image in source.encoded(1, 2, 5)] == alone[2:5]

@@ -1,0 +1,98 @@
+"""Memory does not grow with the images. `NS_TEST_IMAGES=1000000` takes a quarter of an hour; the default says as much."""
+
+import io
+import os
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import simplejpeg
+
+FEW, MANY = 10_000, int(os.environ.get("NS_TEST_IMAGES", "100000"))
+
+IMPORT = """
+import resource, sys
+from ns.data.ingest import Limits, import_images
+from ns.store import LocalStore
+
+data = import_images(sys.argv[1], LocalStore(sys.argv[2]), name="n", role="unlabelled", limits=Limits(), workers=1)
+print(data.samples, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+CHECK = """
+import resource, sys
+from ns.data.check import Checked, check
+from ns.data.dataset import Dataset
+from ns.store import LocalStore
+
+folder = LocalStore(sys.argv[1])
+data = Dataset.load(folder)
+report = check([Checked("pool", folder, data)], LocalStore(sys.argv[2]), LocalStore(sys.argv[2]).at("kept"))
+print(data.samples, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+STREAM = """
+import resource, sys
+from ns.config import NoiseConfig
+from ns.data import images
+from ns.data.augment import TrainTransform
+from ns.data.dataset import Dataset
+from ns.data.stream import Batches, PseudoLabelled, ImageSource, Labelled
+from ns.store import LocalStore
+
+images.DECODED_BYTES = 0
+folder = LocalStore(sys.argv[1])
+data = Dataset.load(folder).model_copy(update={"classes": ("a", "b")})
+labelled = Labelled.__new__(Labelled)
+import numpy as np
+labelled.source = ImageSource(folder, data)
+labelled.labels = [np.zeros(shard.samples, np.int32) for shard in data.shards]
+labelled.copies = [np.ones(shard.samples, np.uint8) for shard in data.shards]
+labelled.samples = data.samples
+batches = Batches(labelled, None, TrainTransform(NoiseConfig(randaugment_layers=0, crop="none"), 32),
+                  batch=500, pseudo_batch=0, classes=2, seed=0)
+for step in range(-(-data.samples // 500)):
+    batches[step]
+print(data.samples, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def measured(program: str, *arguments) -> tuple[int, int]:
+    """Images and the most memory, kB."""
+    done = subprocess.run([sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    count, peak = done.stdout.splitlines()[-1].split()
+    return int(count), int(peak)
+
+
+def write_tar(path, count):
+    """Noise, so that no two images are alike: what a check finds takes memory, what it looks at must not."""
+    rng = np.random.default_rng(0)
+    with tarfile.open(path, "w") as tar:
+        for number in range(count):
+            info = tarfile.TarInfo(f"{number // 1000:04d}/{number:07d}.jpg")
+            data = simplejpeg.encode_jpeg(rng.integers(0, 256, (32, 32, 3), np.uint8), 75, "RGB")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(1800)
+def test_memory_is_flat_in_import_check_and_stream(tmp_path):
+    peaks: dict[str, list[int]] = {"import": [], "check": [], "stream": []}
+    for count in (FEW, MANY):
+        source = write_tar(tmp_path / f"{count}.tar", count)
+        out = tmp_path / f"out-{count}"
+        for name, program, arguments in (
+            ("import", IMPORT, (source, out)),
+            ("check", CHECK, (out, tmp_path / f"check-{count}")),
+            ("stream", STREAM, (out,)),
+        ):
+            images, peak = measured(program, *arguments)
+            assert images == count
+            peaks[name].append(peak)
+        source.unlink()
+    assert all(many < 1.1 * few for few, many in peaks.values()), peaks
