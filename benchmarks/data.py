@@ -77,11 +77,15 @@ def main() -> None:
         large = LocalStore(place / "large")
         photographs = large_images(large, 100 if options.quick else 400)
 
+        pool = LocalStore(place / "pool")
+        unlabelled = import_images(
+            str(folders), pool, name="pool", role="unlabelled", limits=Limits(shard_samples=2_000), workers=2
+        )
         limit = bare(small, data, room(BATCH, 32))
         compare(
             "decode_ratio_32px",
             "labelling's stream ÷ simplejpeg on bytes in memory",
-            stream(small, data, shuffled=False),
+            stream(pool, unlabelled, shuffled=False),
             limit,
         )
         compare("decode_ratio_32px_shuffled", "training's stream ÷ the same", stream(small, data, shuffled=True), limit)

@@ -430,6 +430,9 @@ def data_check(
     else:
         for table in check_tables(report, doubted):
             Console().print(table)
+        typer.echo(f"{report.left_out:,} images of pools are in an evaluation set too: they are left out")
+        if report.skipped:
+            typer.echo(f"{report.skipped:,} comparisons were left out, among images that are too much alike")
         typer.echo(f"lists: {_plain(target.uri)}/")
     roles = {one.name: one.data.role for one in checked}
     for overlap in report.overlaps:

@@ -171,9 +171,6 @@ def check_tables(report: CheckReport, doubted: dict[str, int]) -> list[Table]:
     found = _table("images that resemble another", "images of", "in", "same bytes", "near")
     for overlap in report.overlaps:
         found.add_row(escape(overlap.of), escape(overlap.within), f"{overlap.same:,}", f"{overlap.near:,}")
-    found.caption = f"{report.left_out:,} images of pools are in an evaluation set too: they are left out"
-    if report.skipped:
-        found.caption += f"; {report.skipped:,} comparisons were left out among images that are too much alike"
     classes = _table("labelled data", "dataset", "classes", "smallest", "largest", "labels to look at")
     for name, counts in report.classes.items():
         smallest, largest = (pick(counts, key=lambda label: counts[label]) for pick in (min, max))
@@ -187,7 +184,6 @@ def _table(title: str, *headers: str) -> Table:
     table = Table(
         title=title or None, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
     )
-    table.caption_justify = "left"
     for place, header in enumerate(headers):
         table.add_column(header, justify="left" if place == 0 else "right")
     return table

@@ -61,7 +61,7 @@ class ImageSource:
 
     def image(self, shard: int, row: int) -> Encoded | npt.NDArray[np.uint8]:
         """A JPEG to be decoded, or any other image as uint8 [H, W, 3] RGB."""
-        (data,) = self._open(shard).read(row, row + 1)
+        data = self._open(shard).one(row)
         if isinstance(data, Encoded):
             return data
         with self.blaming(shard, row):
@@ -132,17 +132,17 @@ class _Opened:
         self._file = file
         self._name = name
 
+    def one(self, row: int) -> Encoded | bytes:
+        index = self.index
+        data = self._bytes(row, int(index.offsets[row]), int(index.sizes[row]))
+        width = int(index.widths[row])
+        return Encoded(data, width, int(index.heights[row])) if width else data
+
     def read(self, start: int, stop: int) -> list[Encoded | bytes]:
         """Rows [start, stop), in one read."""
         index = self.index
         first = int(index.offsets[start])
-        length = int(index.offsets[stop - 1] + index.sizes[stop - 1]) - first
-        try:
-            data = memoryview(read_range(self._file, first, length))
-        except DataError as error:
-            raise DataError(f"{self._name}: {index.keys[start]}: {error}; import the data again") from error
-        except OSError as error:
-            raise StoreError(f"{self._name}: cannot be read: {error.strerror or error}") from error
+        data = memoryview(self._bytes(start, first, int(index.offsets[stop - 1] + index.sizes[stop - 1]) - first))
         starts = index.offsets[start:stop] - first
         ends = (starts + index.sizes[start:stop]).tolist()
         images = [data[at:end] for at, end in zip(starts.tolist(), ends, strict=True)]
@@ -152,6 +152,14 @@ class _Opened:
         if index.widths[start:stop].all():
             return cast(list[Encoded | bytes], found)
         return [image if image.width else bytes(image.data) for image in found]
+
+    def _bytes(self, row: int, at: int, length: int) -> bytes:
+        try:
+            return read_range(self._file, at, length)
+        except DataError as error:
+            raise DataError(f"{self._name}: {self.index.keys[row]}: {error}; import the data again") from error
+        except OSError as error:
+            raise StoreError(f"{self._name}: cannot be read: {error.strerror or error}") from error
 
 
 class _Blame:
