@@ -13,11 +13,16 @@ import random
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, ImageChops, ImageEnhance, ImageOps
+import numpy.typing as npt
+from PIL import Image, ImageChops, ImageEnhance
 
 GREY = (128, 128, 128)
 SMALL_PX = 64
 """Images up to this size take the small-image constants."""
+
+VALUES = np.arange(256)
+CHANNELS = np.array([0, 256, 512], np.uint16)
+"""Where each channel's table begins."""
 
 Operation = Callable[[Image.Image, np.random.Generator], Image.Image]
 
@@ -41,8 +46,8 @@ class RandAugment:
         solarized = bytes(v if v < self.solarize_threshold else 255 - v for v in range(256))
         added = bytes(min(255, v + self.solarize_add) if v < 128 else v for v in range(256))
         self.operations: dict[str, Operation] = {
-            "auto_contrast": lambda image, _: ImageOps.autocontrast(image),
-            "equalize": lambda image, _: ImageOps.equalize(image),
+            "auto_contrast": lambda image, _: auto_contrast(image),
+            "equalize": lambda image, _: equalize(image),
             "invert": lambda image, _: ImageChops.invert(image),
             "rotate": self._rotate,
             "posterize": lambda image, _: _look_up(image, posterized),
@@ -97,6 +102,33 @@ def cutout(image: Image.Image, half_px: int, rng: np.random.Generator) -> Image.
     image = image.copy()
     image.paste(GREY, box)
     return image
+
+
+def auto_contrast(image: Image.Image) -> Image.Image:
+    """ImageOps.autocontrast of an RGB image: each channel stretched to 0–255. Its tables are made at once, not value by value."""
+    low, high = np.array(image.getextrema()).T[:, :, None]
+    span = np.maximum(high - low, 1)
+    # In Pillow's order of operations, which decides the last bit.
+    stretched = (VALUES * (255.0 / span) + -low * (255.0 / span)).astype(np.int64).clip(0, 255)
+    return _look_up_channels(image, np.where(high > low, stretched, VALUES))
+
+
+def equalize(image: Image.Image) -> Image.Image:
+    """ImageOps.equalize of an RGB image: each channel's values spread by how many there are."""
+    counts = np.array(image.histogram()).reshape(3, 256)
+    before = np.cumsum(counts, axis=1) - counts
+    last = counts[np.arange(3), 255 - (counts[:, ::-1] > 0).argmax(1)]
+    step = ((counts.sum(1) - last) // 255)[:, None]
+    spread = ((before + step // 2) // np.maximum(step, 1)).clip(0, 255)
+    return _look_up_channels(image, np.where(step > 0, spread, VALUES))
+
+
+def _look_up_channels(image: Image.Image, tables: npt.NDArray[np.integer]) -> Image.Image:
+    """Each value replaced by that of its channel's table, [3, 256]."""
+    if image.width * image.height > SMALL_PX**2:
+        return image.point(tables.ravel().tolist())
+    pixels = np.asarray(image)
+    return Image.fromarray(tables.astype(np.uint8).ravel()[pixels + CHANNELS])
 
 
 def _look_up(image: Image.Image, table: bytes) -> Image.Image:

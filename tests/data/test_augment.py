@@ -4,13 +4,14 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from PIL import Image, ImageOps
 
 from ns.config import NoiseConfig
 from ns.data.augment import AREA, ASPECT, EvalTransform, TrainTransform, centre_box, pad_and_crop, random_box
-from ns.data.randaugment import GREY, RandAugment
+from ns.data.randaugment import GREY, RandAugment, auto_contrast, equalize
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
 IMAGE = Image.fromarray(PIXELS)
@@ -292,3 +293,30 @@ def test_timms_randaugment_is_a_function_of_the_generator_too():
     assert 15 <= changed < 30
     none = TrainTransform(NoiseConfig(randaugment="timm", randaugment_layers=0, crop="none", flip=False), 32)
     assert np.array_equal(none(image, np.random.default_rng(0)), image)
+
+
+def edge_cases():
+    rng = np.random.default_rng(0)
+    for size in (7, 32, 64, 65, 100):
+        yield rng.integers(0, 256, (size, size, 3), np.uint8)
+        yield rng.integers(100, 140, (size, size, 3), np.uint8)
+        yield np.full((size, size, 3), 77, np.uint8)
+        yield (rng.random((size, size, 3)) < 0.01).astype(np.uint8) * 255
+        yield np.stack(
+            [rng.integers(0, 2, (size, size)), np.full((size, size), 9), rng.integers(0, 256, (size, size))], 2
+        ).astype(np.uint8)
+
+
+@pytest.mark.parametrize(("ours", "pillows"), [(auto_contrast, ImageOps.autocontrast), (equalize, ImageOps.equalize)])
+def test_operations_with_tables_of_their_own_are_pillows_to_the_bit(ours, pillows):
+    for pixels in edge_cases():
+        image = Image.fromarray(pixels)
+        assert np.array_equal(np.asarray(ours(image)), np.asarray(pillows(image)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(arrays(np.uint8, st.tuples(st.integers(1, 20), st.integers(1, 20), st.just(3))))
+def test_they_are_for_any_image(pixels):
+    image = Image.fromarray(pixels)
+    assert np.array_equal(np.asarray(auto_contrast(image)), np.asarray(ImageOps.autocontrast(image)))
+    assert np.array_equal(np.asarray(equalize(image)), np.asarray(ImageOps.equalize(image)))
