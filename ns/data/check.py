@@ -243,7 +243,7 @@ def _report(table: _Table, found: duplicates.Found, datasets: Sequence[Checked],
 def class_counts(folder: Store, data: Dataset) -> dict[str, int]:
     """Class → images, of a labelled dataset."""
     counts = np.zeros(len(data.classes), np.int64)
-    source = ImageSource(folder, data)
+    source = ImageSource(folder, data, held=2)
     for number in range(len(data.shards)):
         counts += np.bincount(source.labels(number, len(counts)), minlength=len(counts))
     return dict(zip(data.classes, counts.tolist(), strict=True))

@@ -48,7 +48,7 @@ class Fingerprints:
 
 def take(folder: Store, dataset: Dataset, kept: Store) -> None:
     """Takes the fingerprints of all shards that have none in `kept` yet. Unreadable images are not comparable."""
-    source = ImageSource(folder, dataset)
+    source = ImageSource(folder, dataset, held=2)
     waiting = [number for number, shard in enumerate(dataset.shards) if not kept.exists(_name(dataset, number))]
     progress = log.Progress(sum(dataset.shards[number].samples for number in waiting), "images")
     with ThreadPoolExecutor(THREADS) as threads:

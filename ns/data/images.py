@@ -25,9 +25,12 @@ FETCHERS = 2
 
 
 class ImageSource:
-    """Encoded images of a dataset. One for each process; safe to hand to a child before its first use."""
+    """Encoded images of a dataset. One for each process; safe to hand to a child before its first use.
 
-    def __init__(self, folder: Store, dataset: Dataset) -> None:
+    `held`: shards that stay open. Training reads from a window of them at a time; who goes through them in order needs two.
+    """
+
+    def __init__(self, folder: Store, dataset: Dataset, *, held: int = 2 * WINDOW) -> None:
         self._folder = folder
         self._dataset = dataset
         self._decoded: dict[tuple[int, int], npt.NDArray[np.uint8]] = {}
@@ -35,8 +38,8 @@ class ImageSource:
         self._checked: set[int] = set()
         self._fetchers: ThreadPoolExecutor | None = None
         self._fetching: set[int] = set()
-        self.index = lru_cache(maxsize=2 * WINDOW)(self._read_index)
-        self._open = lru_cache(maxsize=2 * WINDOW)(self._open_shard)
+        self.index = lru_cache(maxsize=held)(self._read_index)
+        self._open = lru_cache(maxsize=held)(self._open_shard)
 
     def fetch_ahead(self, shards: Iterable[int]) -> None:
         """Begins to fetch shards that will be read soon. What goes wrong is said when they are read."""

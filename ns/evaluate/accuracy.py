@@ -26,7 +26,7 @@ def evaluate(predictor: Predictor, data_folder: Store, data: Dataset, folder: St
     progress = log.Progress(data.samples, "images")
     parts = []
     unreadable = 0
-    source = ImageSource(data_folder, data)
+    source = ImageSource(data_folder, data, held=2)
     for shard in range(len(data.shards)):
         source.fetch_ahead([shard + 1] if shard + 1 < len(data.shards) else [])
         labels = source.labels(shard, classes)

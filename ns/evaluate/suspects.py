@@ -31,12 +31,12 @@ def suspects(predictor: Predictor, folder: Store, data: Dataset) -> pa.Table:
     A model that was trained on these very images believes most of their labels: use one that was not. Probabilities are kept
     on disk. Raises DataError if cleanlab is not installed, or the model has other classes.
     """
+    if predictor.card.classes != data.classes:
+        raise DataError(f"{folder.uri}: has other classes than the model; use a model of the same classes in the same order")
     try:
         from cleanlab.experimental.label_issues_batched import find_label_issues_batched
     except ImportError as error:
         raise DataError("looking for wrong labels needs cleanlab: pip install 'noisy-student[check]'") from error
-    if predictor.card.classes != data.classes:
-        raise DataError(f"{folder.uri}: has other classes than the model; use a model of the same classes in the same order")
     source = ImageSource(folder, data)
     progress = log.Progress(data.samples, "images")
     places: list[tuple[int, int]] = []

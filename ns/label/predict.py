@@ -40,7 +40,7 @@ def label_shards(
     done = sum(pool.shards[index].samples for index in shards) - fresh
     progress = log.Progress(sum(pool.shards[index].samples for index in shards), "images", done=done)
     k = kept_classes(len(predictor.card.classes), top_k)
-    source = ImageSource(pool_folder, pool)
+    source = ImageSource(pool_folder, pool, held=2)
     for place, number in enumerate(waiting):
         source.fetch_ahead(waiting[place + 1 : place + 1 + SHARDS_AHEAD])
         shard = pool.shards[number]
