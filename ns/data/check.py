@@ -6,10 +6,8 @@ FOLDER/left_out.parquet       images of the pool that resemble one of an evaluat
 """
 
 import io
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -18,11 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ns.data import duplicates, fingerprint
-from ns.data.dataset import Dataset
+from ns.data.dataset import Dataset, Role
 from ns.data.decode import Encoded
 from ns.data.images import ImageSource
 from ns.data.index import ShardIndex
-from ns.document import Identified
+from ns.data.scratch import scratch
+from ns.document import Document, Identified
 from ns.store import Store
 
 MANIFEST = "check.json"
@@ -53,8 +52,6 @@ ROWS = 10_000
 Features = Callable[[Sequence[Encoded | bytes]], npt.NDArray[np.float32]]
 """Encoded images → float32 [N, D]."""
 
-Kind = Literal["evaluation", "labelled", "unlabelled"]
-
 
 class Checked(NamedTuple):
     """A dataset and what to call it."""
@@ -64,7 +61,7 @@ class Checked(NamedTuple):
     data: Dataset
 
 
-class Overlap(Identified):
+class Overlap(Document):
     """Images of one dataset that resemble an image of another, or an earlier one of the same."""
 
     of: str
@@ -100,22 +97,20 @@ def check(
 
     `kept` holds fingerprints between checks. With `features`, near images must also be near in a model's eyes.
     """
-    order: dict[Kind, int] = {"evaluation": 0, "labelled": 1, "unlabelled": 2}
+    order: dict[Role, int] = {"evaluation": 0, "labelled": 1, "unlabelled": 2}
     datasets = sorted(datasets, key=lambda one: order[one.data.role])
     for one in datasets:
         fingerprint.take(one.folder, one.data, kept)
     shards = (fingerprint.read(kept, one.data, number) for one in datasets for number in range(len(one.data.shards)))
-    scratch = Path(tempfile.mkdtemp(prefix="ns-check-"))
-    try:
-        found = duplicates.find(shards, scratch, bits)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with scratch("check") as place:
+        found = duplicates.find(shards, place, bits)
     if features:
         found = found._replace(near=_confirmed(found.near, datasets, features))
     table = _resembling(found, datasets)
-    report = _report(table, found, datasets, bits)
+    leaks = table.leaks
+    report = _report(table, found, datasets, bits, left_out=len(leaks.image))
     _write(folder, DUPLICATES, table, datasets)
-    _write(folder, LEFT_OUT, table.leaks, datasets)
+    _write(folder, LEFT_OUT, leaks, datasets)
     report.write(folder, MANIFEST)
     return report
 
@@ -222,7 +217,7 @@ class _Places:
         return *self._shards[at], image - int(self._starts[at])
 
 
-def _report(table: _Table, found: duplicates.Found, datasets: Sequence[Checked], bits: int) -> CheckReport:
+def _report(table: _Table, found: duplicates.Found, datasets: Sequence[Checked], bits: int, *, left_out: int) -> CheckReport:
     overlaps = []
     for of, one in enumerate(datasets):
         for within, other in enumerate(datasets[: of + 1]):
@@ -234,7 +229,7 @@ def _report(table: _Table, found: duplicates.Found, datasets: Sequence[Checked],
         images={one.name: one.data.samples for one in datasets},
         classes={one.name: class_counts(one.folder, one.data) for one in datasets if one.data.classes},
         overlaps=tuple(overlaps),
-        left_out=len(table.leaks.image),
+        left_out=left_out,
         bits=bits,
         skipped=found.skipped,
     )
@@ -251,32 +246,30 @@ def class_counts(folder: Store, data: Dataset) -> dict[str, int]:
 
 def _write(folder: Store, name: str, table: _Table, datasets: Sequence[Checked]) -> None:
     """Writes a part of the rows at a time: a pool may be full of duplicates."""
-    with tempfile.TemporaryDirectory(prefix="ns-check-") as scratch:
-        path = Path(scratch) / name
+    places = _Places(datasets)
+    # A few at a time: neighbours in the table are neighbours in a shard.
+    keys = lru_cache(maxsize=16)(lambda place, shard: _keys(datasets[place], shard))
+    with scratch("check") as space:
+        path = space / name
         with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
             for start in range(0, len(table.image), ROWS):
-                writer.write_table(_described(table, slice(start, start + ROWS), datasets))
+                writer.write_table(_described(table, slice(start, start + ROWS), datasets, places, keys))
         folder.put_file(name, path)
 
 
-def _described(table: _Table, part: slice, datasets: Sequence[Checked]) -> pa.Table:
-    places = _Places(datasets)
-    keys: dict[tuple[int, int], list[str]] = {}
+def _keys(one: Checked, shard: int) -> list[str]:
+    return ShardIndex.read(one.folder, one.data.shards[shard]).keys
 
-    def key(place: int, shard: int, row: int) -> str:
-        if (place, shard) not in keys:
-            # A few at a time: neighbours in the table are neighbours in a shard.
-            if len(keys) >= 16:
-                keys.clear()
-            keys[place, shard] = ShardIndex.read(datasets[place].folder, datasets[place].data.shards[shard]).keys
-        return keys[place, shard][row]
 
+def _described(
+    table: _Table, part: slice, datasets: Sequence[Checked], places: _Places, keys: Callable[[int, int], list[str]]
+) -> pa.Table:
     columns: dict[str, list[object]] = {name: [] for name in SCHEMA.names}
     for image, other, bits in zip(*(column[part].tolist() for column in (table.image, table.other, table.bits)), strict=True):
         own, like = places.find(image), places.find(other)
         values = (
-            datasets[own[0]].name, datasets[own[0]].data.shards[own[1]].sha256, own[2], key(*own),
-            datasets[like[0]].name, key(*like), bits < 0, max(bits, 0),
+            datasets[own[0]].name, datasets[own[0]].data.shards[own[1]].sha256, own[2], keys(*own[:2])[own[2]],
+            datasets[like[0]].name, keys(*like[:2])[like[2]], bits < 0, max(bits, 0),
         )  # fmt: skip
         for name, value in zip(SCHEMA.names, values, strict=True):
             columns[name].append(value)

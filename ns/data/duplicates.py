@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ns.data.fingerprint import Fingerprints
-from ns.errors import StoreError
+from ns.data.scratch import writing
 
 PARTS = 64
 """Files that images are sorted into; one is in memory at a time."""
@@ -48,12 +48,8 @@ def find(shards: Iterable[Fingerprints], scratch: Path, bits: int) -> Found:
     `bits`: hashes that differ in at most so many of 64 bits are near. Two such hashes have at least one of `bits` + 1 bands in
     common, so that only those that share a band are compared. `scratch` is an empty folder; raises StoreError when it is full.
     """
-    try:
+    with writing(scratch, "sort fingerprints"):
         return _find(shards, scratch, bits)
-    except OSError as error:
-        raise StoreError(
-            f"{scratch}: cannot sort fingerprints: {error.strerror or error}; free some space there, or set TMPDIR to another folder"
-        ) from error
 
 
 def _find(shards: Iterable[Fingerprints], scratch: Path, bits: int) -> Found:

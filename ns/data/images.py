@@ -8,12 +8,11 @@ from typing import IO, cast
 import numpy as np
 import numpy.typing as npt
 
-from ns.data.dataset import Dataset, Shard
+from ns.data.dataset import Dataset
 from ns.data.decode import Encoded, decode
 from ns.data.index import ShardIndex
 from ns.data.order import WINDOW
-from ns.data.shards import read_range
-from ns.digest import sha256_file
+from ns.data.shards import check_bytes, read_range
 from ns.errors import DataError, StoreError
 from ns.store import Store
 
@@ -109,22 +108,11 @@ class ImageSource:
         try:
             file = path.open("rb")
             if shard not in self._checked:
-                self._check(path.stat().st_size, entry)
-                if sha256_file(path) != entry.sha256:
-                    raise DataError(
-                        f"{self.name(shard)}: its sha256 is not that of dataset.json: it is damaged or was replaced; "
-                        "import the data again"
-                    )
+                check_bytes(path, entry, self.name(shard))
                 self._checked.add(shard)
             return _Opened(file, self.index(shard), self.name(shard))
         except OSError as error:
             raise StoreError(f"{self.name(shard)}: cannot be read: {error.strerror or error}") from error
-
-    def _check(self, size: int, entry: Shard) -> None:
-        if size != entry.bytes:
-            raise DataError(
-                f"{self._folder.uri}/{entry.name}: has {size} bytes, dataset.json says {entry.bytes}; import the data again"
-            )
 
 
 class _Opened:

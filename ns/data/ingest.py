@@ -8,9 +8,7 @@ import io
 import multiprocessing
 import os
 import re
-import shutil
 import signal
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
@@ -31,12 +29,13 @@ from ns.data.dataset import MANIFEST, Dataset, Role, Shard
 from ns.data.decode import JPEG, decode
 from ns.data.index import file_name as index_name
 from ns.data.listing import Entry, Label, Listing, Task
+from ns.data.scratch import scratch
 from ns.data.shards import MEMBER_BYTES
 from ns.data.sources import spelled
 from ns.data.writer import ShardWriter
 from ns.digest import digest
 from ns.document import Document
-from ns.errors import DataError, RunError, StoreError
+from ns.errors import DataError, RunError
 from ns.store import Store
 from ns.watch import die_with
 
@@ -51,7 +50,7 @@ READS_AHEAD = 16
 POOLS = 3
 """So often is a pool of processes begun anew after one of them was killed."""
 JPEG_QUALITY = 92
-"""Of images made smaller: no difference is seen, and no pool of the paper's was better."""
+"""Of images made smaller."""
 
 
 @dataclass(frozen=True)
@@ -89,14 +88,11 @@ class Part(Document):
 @contextmanager
 def listed(source: str, role: Role, split: str | None = None) -> Iterator[Listing]:
     """Lists a source (`sources.entries` says what that may be). The listing lives as long as the context."""
-    scratch = _scratch()
-    try:
-        with closing(
-            Listing.write(scratch / "listing", sources.entries(source, role, split=split, scratch=scratch), role)
-        ) as listing:
-            yield listing
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with (
+        scratch("import") as place,
+        closing(Listing.write(place / "listing", sources.entries(source, role, split=split, scratch=place), role)) as listing,
+    ):
+        yield listing
 
 
 def import_images(
@@ -176,14 +172,6 @@ def source_name(source: str) -> str:
     for suffix in (*sources.TABLES, *sources.ARCHIVES):
         name = name.removesuffix(suffix)
     return re.sub(r"[-_]*\{.*\}", "", name) or "images"
-
-
-def _scratch() -> Path:
-    place = Path(os.environ.get("TMPDIR", "/tmp"))
-    try:
-        return Path(tempfile.mkdtemp(prefix="ns-import-", dir=place))
-    except OSError as error:
-        raise StoreError(f"{place}: cannot write: {error.strerror or error}; set TMPDIR to another folder") from error
 
 
 def _classes(source: str, labels: dict[Label, int], known: Sequence[str] | None, total: int) -> tuple[str, ...]:
@@ -447,18 +435,15 @@ def _check_labels(source: str, classes: tuple[str, ...], parts: list[Part]) -> N
 
 def _list_rejects(folder: Store, tasks: list[Task], parts: list[Part], rejected: int) -> None:
     shown = 0
-    scratch = _scratch()
-    try:
-        with pq.ParquetWriter(scratch / REJECTED, REJECT_COLUMNS) as writer:
+    with scratch("import") as place:
+        with pq.ParquetWriter(place / REJECTED, REJECT_COLUMNS) as writer:
             for task, part in zip(tasks, parts, strict=True):
                 if part.rejected:
                     writer.write_table(pq.read_table(io.BytesIO(folder.get(_note(task, "parquet")))))
                 for path, reason in part.first[: SHOWN_REJECTS - shown]:
                     log.get().warning("image left out", path=path, reason=reason)
                     shown += 1
-        folder.put_file(REJECTED, scratch / REJECTED)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        folder.put_file(REJECTED, place / REJECTED)
     if rejected > SHOWN_REJECTS:
         log.get().warning("more images left out", images=rejected - SHOWN_REJECTS, list=f"{folder.uri}/{REJECTED}")
 

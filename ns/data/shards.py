@@ -93,10 +93,19 @@ def read_range(file: IO[bytes], start: int, length: int) -> bytes:
     return data
 
 
+def check_bytes(path: Path, shard: Shard, place: str) -> None:
+    """Raises DataError, naming `place`, unless the file has the bytes that the manifest describes."""
+    if (size := path.stat().st_size) != shard.bytes:
+        raise DataError(f"{place}: has {size} bytes, dataset.json says {shard.bytes}; import the data again")
+    if sha256_file(path) != shard.sha256:
+        raise DataError(
+            f"{place}: its sha256 is not that of dataset.json: it is damaged or was replaced; import the data again"
+        )
+
+
 def check_shard(path: Path, shard: Shard) -> None:
     """Raises DataError unless the file is the one that the manifest describes."""
-    if sha256_file(path) != shard.sha256:
-        raise DataError(f"{path}: sha256 is not that of dataset.json: the shard is damaged or was replaced")
+    check_bytes(path, shard, str(path))
     if (found := len(read_index(path))) != shard.samples:
         raise DataError(f"{path}: {found} images, dataset.json says {shard.samples}")
 

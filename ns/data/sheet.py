@@ -1,14 +1,13 @@
 """A contact sheet: what a dataset looks like, as one HTML file that needs nothing else."""
 
-import base64
 import html
-import io
 
 import numpy as np
 from PIL import Image
 
 from ns.data.dataset import Dataset
 from ns.data.images import ImageSource
+from ns.data.thumbnail import data_uri
 from ns.errors import NsError
 from ns.store import Store
 
@@ -66,13 +65,5 @@ def _figure(source: ImageSource, shard: int, row: int) -> str:
     picture = Image.fromarray(pixels)
     size = f"{picture.width} × {picture.height}"
     large = max(picture.size) > THUMBNAIL_PX
-    sink = io.BytesIO()
-    if large:
-        picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-        picture.save(sink, "JPEG", quality=80)
-    else:
-        picture.save(sink, "PNG")
-    kind = "jpeg" if large else "png"
-    data = base64.b64encode(sink.getvalue()).decode()
-    shown = f'<img alt="{key}" class="{"large" if large else "small"}" src="data:image/{kind};base64,{data}">'
+    shown = f'<img alt="{key}" class="{"large" if large else "small"}" src="{data_uri(picture, THUMBNAIL_PX)}">'
     return f"<figure>{shown}<figcaption>{key}<br>{size}</figcaption></figure>"

@@ -115,11 +115,12 @@ class Reader:
             raise DataError("larger than 1 GiB")
         if entry.container:
             return self._from_container(entry)
-        if not isinstance(self._source, Path):
-            return _read_remote(self._source, entry.path)
         if "://" in entry.path:
-            return _read_remote(*split_uri(entry.path))
-        return _read_file(self._source / entry.path)
+            folder, name = split_uri(entry.path)
+            return _read_remote(open_store(folder), name)
+        if isinstance(self._source, Path):
+            return _read_file(self._source / entry.path)
+        return _read_remote(self._source, entry.path)
 
     def close(self) -> None:
         if self._open:
@@ -139,11 +140,7 @@ class Reader:
         return read_range(self._open[1], entry.offset, entry.size)
 
 
-def _read_remote(folder: Store | str, path: str) -> bytes:
-    store = open_store(folder) if isinstance(folder, str) else folder
-    if "://" in path:
-        inner, path = split_uri(path)
-        store = open_store(inner)
+def _read_remote(store: Store, path: str) -> bytes:
     try:
         return store.get(path)
     except StoreError as error:
@@ -316,10 +313,10 @@ def _tars(places: Iterable[str], role: Role) -> Iterator[Entry]:
 def _tar(place: str, role: Role) -> Iterator[Entry]:
     """The images of one tar shard, with the labels beside them."""
     folder, name = split_uri(place)
-    path = open_store(folder).path(name)
+    store = open_store(folder)
+    path = store.path(name)
     container = str(path) if _is_local(place) else place
-    stem = f"{PurePosixPath(name).stem}/"
-    yield from _paired(path, container, stem, _stamp(open_store(folder), name), role)
+    yield from _paired(path, container, f"{PurePosixPath(name).stem}/", _stamp(store, name), role)
 
 
 def _stamp(store: Store, name: str) -> str:

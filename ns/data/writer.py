@@ -2,11 +2,7 @@
 
 import contextlib
 import io
-import os
-import shutil
 import tarfile
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -14,9 +10,10 @@ from typing import Self
 from ns.data.dataset import Shard
 from ns.data.decode import look
 from ns.data.index import ShardIndex
+from ns.data.scratch import scratch, writing
 from ns.data.shards import BLOCK, IMAGES, LABEL, MEMBER_BYTES, Sample, is_inside, is_utf8
 from ns.digest import sha256_file
-from ns.errors import DataError, StoreError
+from ns.errors import DataError
 from ns.store import Store
 
 
@@ -36,8 +33,8 @@ class ShardWriter:
         self._keys: set[str] = set()
         self._samples: list[Sample] = []
         self._sizes: list[tuple[int, int]] = []
-        with _writing(Path(os.environ.get("TMPDIR", "/tmp"))):
-            self._scratch = Path(tempfile.mkdtemp(prefix="ns-shards-"))
+        self._stack = contextlib.ExitStack()
+        self._scratch = self._stack.enter_context(scratch("shards"))
         self._tar: tarfile.TarFile | None = None
 
     def __enter__(self) -> Self:
@@ -51,7 +48,7 @@ class ShardWriter:
             if self._tar is not None:
                 with contextlib.suppress(OSError):
                     self._tar.close()
-            shutil.rmtree(self._scratch, ignore_errors=True)
+            self._stack.close()
 
     @property
     def shards(self) -> tuple[Shard, ...]:
@@ -73,7 +70,7 @@ class ShardWriter:
             len(self._samples) >= self._max_samples or self._tar.offset + len(data) + 2 * MEMBER_BYTES > self._max_bytes
         ):
             self._roll()
-        with _writing(self._scratch):
+        with writing(self._scratch, "write a shard"):
             if self._tar is None:
                 self._tar = tarfile.open(self._path, "w:", format=tarfile.PAX_FORMAT)  # noqa: SIM115
             _member(self._tar, f"{key}.{extension}", data)
@@ -88,7 +85,7 @@ class ShardWriter:
             return
         number = len(self._done)
         name = f"shard-{number:05d}.tar" if self._first is None else f"{self._first}{f'-{number}' if number else ''}.tar"
-        with _writing(self._scratch):
+        with writing(self._scratch, "write a shard"):
             self._tar.close()
             self._tar = None
             shard = Shard(
@@ -108,13 +105,3 @@ def _member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     info = tarfile.TarInfo(name)
     info.size = len(data)
     tar.addfile(info, io.BytesIO(data))
-
-
-@contextlib.contextmanager
-def _writing(place: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StoreError(
-            f"{place}: cannot write a shard: {error.strerror or error}; free some space there, or set TMPDIR to another folder"
-        ) from error

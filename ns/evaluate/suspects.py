@@ -1,14 +1,12 @@
 """Labels that may be wrong: confident learning (cleanlab; Northcutt et al., arXiv:1911.00068) on a model's probabilities."""
 
-import tempfile
-from pathlib import Path
-
 import numpy as np
 import pyarrow as pa
 
 from ns import log
 from ns.data.dataset import Dataset
 from ns.data.images import ImageSource
+from ns.data.scratch import scratch
 from ns.errors import DataError
 from ns.inference import Predictor
 from ns.store import Store
@@ -41,9 +39,10 @@ def suspects(predictor: Predictor, folder: Store, data: Dataset) -> pa.Table:
     progress = log.Progress(data.samples, "images")
     places: list[tuple[int, int]] = []
     labels = np.zeros(data.samples, np.int64)
-    with tempfile.TemporaryDirectory(prefix="ns-suspects-") as scratch:
-        file = Path(scratch) / "probabilities.npy"
-        probabilities = np.lib.format.open_memmap(file, "w+", np.float32, (data.samples, len(data.classes)))
+    with scratch("suspects") as place:
+        probabilities = np.lib.format.open_memmap(
+            place / "probabilities.npy", "w+", np.float32, (data.samples, len(data.classes))
+        )
         done = 0
         for shard in range(len(data.shards)):
             source.fetch_ahead(range(shard + 1, min(shard + 2, len(data.shards))))

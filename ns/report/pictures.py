@@ -1,7 +1,5 @@
 """Pictures of pseudo-labelled images: rows are read shard by shard, and only the chosen images are opened."""
 
-import base64
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from heapq import heappush, heappushpop
@@ -12,6 +10,7 @@ from PIL import Image
 from ns.data.dataset import Dataset
 from ns.data.decode import decode
 from ns.data.shards import read_index
+from ns.data.thumbnail import data_uri
 from ns.errors import DataError
 from ns.label.labelset import LabelSet, Rows, all_rows
 from ns.label.selection import Selection, copies
@@ -109,18 +108,5 @@ def _open(folder: Store, pool: Dataset, top: _Top) -> list[Picture]:
             image = Image.fromarray(decode(folder.get_range(name, sample.offset, sample.size)))
         except DataError:
             continue
-        pictures.append(Picture(sample.key, caption, _data_uri(image)))
+        pictures.append(Picture(sample.key, caption, data_uri(image, THUMBNAIL_PX)))
     return pictures
-
-
-def _data_uri(image: Image.Image) -> str:
-    """Small images as they are, and without loss; large ones shrunk."""
-    sink = io.BytesIO()
-    if max(image.size) <= THUMBNAIL_PX:
-        image.save(sink, "PNG")
-        kind = "png"
-    else:
-        image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-        image.save(sink, "JPEG", quality=80)
-        kind = "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(sink.getvalue()).decode()}"
