@@ -4,6 +4,7 @@ Defaults are the paper's (arXiv:1911.04252 v4 and its reference code). Derived v
 """
 
 import difflib
+import math
 from collections.abc import Iterable
 from typing import Any, Literal, Self
 
@@ -114,11 +115,19 @@ class OptimizerConfig(Section):
     lr: float = Field(default=0.016, gt=0, le=10)
     """Peak learning rate for a labelled batch of 256; scaled linearly with the labelled batch."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Of `rmsprop` and `sgd`."""
+    """Of `rmsprop` and `sgd` (Nesterov's)."""
+    rms_decay: float = Field(default=0.9, ge=0, lt=1)
+    """Of `rmsprop`: decay of the mean squared gradient."""
+    rms_epsilon: float = Field(default=1e-3, gt=0)
+    """Of `rmsprop`: added to the mean squared gradient, inside the square root."""
     weight_decay: float = Field(default=1e-5, ge=0, lt=1)
     """L2 on everything but batch-norm parameters. Paper: 1e-5 (ImageNet), 1e-4 (SVHN)."""
     schedule: Literal["staircase", "cosine"] = "staircase"
-    """`staircase`: × 0.97 every 1/146 of training, the paper's (145 drops). `cosine`: to zero."""
+    """`staircase`: falls by `staircase_factor` every `staircase_epochs`. `cosine`: to zero."""
+    staircase_factor: float = Field(default=0.97, gt=0, le=1)
+    """What a drop leaves of the learning rate."""
+    staircase_epochs: float | None = Field(default=None, gt=0)
+    """Labelled epochs between drops. If not given, 2.4 of 350: the paper's 145 drops, however long the training is."""
     warmup_epochs: float = Field(default=5, ge=0)
     """Linear from zero, in labelled epochs."""
     clip_norm: float | None = Field(default=None, gt=0)
@@ -146,6 +155,9 @@ class TrainConfig(Section):
     weighting: Literal["sum", "mean", "equal"] = "sum"
     """Of the two mean losses, with r = unlabelled_ratio. `sum`: L + r U, as the reference code. `mean`: (L + r U) / (1 + r).
     `equal`: L + U, as the paper's Algorithm 1."""
+    accumulate: int = Field(default=1, ge=1, le=4096)
+    """Parts that a step's batch is split into, one in memory at a time. The gradient is that of the whole batch; batch-norm
+    statistics are those of a part."""
     init: Literal["scratch", "teacher"] = "scratch"
     """Students only: `teacher` starts from the teacher's averaged weights where shapes agree."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -154,6 +166,20 @@ class TrainConfig(Section):
     """Between training checkpoints, from which a killed training goes on."""
     loader_workers: int = Field(default=1, ge=0, le=64)
     """Processes that decode and augment; 0 does it in the training process. The order of images does not depend on it."""
+
+    @property
+    def pseudo_batch(self) -> int:
+        """Pseudo-labelled images in a student's step."""
+        return math.ceil(self.labelled_batch * self.unlabelled_ratio)
+
+    @model_validator(mode="after")
+    def _parts_are_equal(self) -> Self:
+        if self.labelled_batch % self.accumulate or self.pseudo_batch % self.accumulate:
+            raise ValueError(
+                f"accumulate: {self.accumulate} must divide the {self.labelled_batch} labelled and the {self.pseudo_batch} "
+                "pseudo-labelled images of a step (labelled_batch × unlabelled_ratio)"
+            )
+        return self
 
 
 class RoleConfig(Section):
@@ -327,6 +353,9 @@ def _explain(detail: Any) -> str:
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if not path:
         return str(message)
+    if detail["type"] == "value_error" and isinstance(detail["input"], dict):
+        # A check across the fields of a section: its message begins with the field.
+        return f"{path}.{message}"
     return f"{path}: invalid value {detail['input']!r:.80}: {message}"
 
 

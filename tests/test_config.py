@@ -143,3 +143,11 @@ def test_an_override_does_not_leak_through_yaml_aliases(tmp_path):
     experiment = config.load(str(path), ["teacher.model.resolution=64"])
     assert experiment.teacher.model.resolution == 64
     assert experiment.students[0].model.resolution == 32
+
+
+def test_parts_of_a_step_must_be_equal():
+    train = {"labelled_batch": 8, "unlabelled_ratio": 0.5}
+    config.parse({**MINIMAL, "teacher": {"train": {**train, "accumulate": 4}}}, "x.yaml")
+    assert "x.yaml: teacher.train.accumulate: 8 must divide the 8 labelled and the 4" in refused(
+        {**MINIMAL, "teacher": {"train": {**train, "accumulate": 8}}}
+    )

@@ -16,7 +16,7 @@ from ns import log
 from ns.card import MEAN, STD
 from ns.config import RoleConfig
 from ns.data.augment import TrainTransform
-from ns.data.stream import Batches, Labelled, PseudoLabelled, loader
+from ns.data.stream import Batch, Batches, Labelled, PseudoLabelled, loader
 from ns.errors import Interrupted, TrainingError
 from ns.models import Normalize, best_device
 from ns.store import Store
@@ -58,7 +58,7 @@ def train(
     config = role.train
     steps_per_epoch = labelled.samples / config.labelled_batch
     steps = max(1, math.ceil(config.epochs * steps_per_epoch))
-    pseudo_batch = math.ceil(config.labelled_batch * config.unlabelled_ratio) if pseudo else 0
+    pseudo_batch = config.pseudo_batch if pseudo else 0
 
     network = network.to(device)
     normalize = Normalize(MEAN, STD).to(device)
@@ -80,7 +80,9 @@ def train(
     source = loader(batches, start=state.step, stop=steps, workers=config.loader_workers, pin_memory=cuda)
     images_a_step = config.labelled_batch + pseudo_batch
     progress = log.Progress(steps * images_a_step, "images", done=state.step * images_a_step)
-    record = _Record(state, every=max(1, math.ceil(steps / HISTORY_POINTS)), images_a_step=images_a_step)
+    record = _Record(
+        state, every=max(1, math.ceil(steps / HISTORY_POINTS)), images_a_step=images_a_step, student=pseudo_batch > 0
+    )
     started = saved = time.monotonic()
     before = state.seconds
     rate = 0.0
@@ -100,22 +102,24 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = rate
 
-            images = normalize(batch.images.to(device, non_blocking=True))  # [B+U, 3, H, W] float32
-            labels = batch.labels.to(device, non_blocking=True)
-            targets = batch.targets.to(device, non_blocking=True)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-                logits = network(images)
-            logits = logits.float()[:, :classes]  # [B+U, C]
-            loss = losses(logits, labels, targets, config)
             optimizer.zero_grad(set_to_none=True)
-            loss.total.backward()  # type: ignore[no-untyped-call]
+            for part in split(batch, config.accumulate):
+                images = normalize(part.images.to(device, non_blocking=True))  # [B+U, 3, H, W] float32
+                labels = part.labels.to(device, non_blocking=True)
+                targets = part.targets.to(device, non_blocking=True)
+                with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                    logits = network(images)
+                logits = logits.float()[:, :classes]  # [B+U, C]
+                loss = losses(logits, labels, targets, config)
+                (loss.total / config.accumulate).backward()  # type: ignore[no-untyped-call]
+                record.measure(loss, logits, labels, targets, share=1 / config.accumulate)
             if config.optimizer.clip_norm is not None:
                 nn.utils.clip_grad_norm_(network.parameters(), config.optimizer.clip_norm)
             optimizer.step()
-            state.ema.update(network, state.step)
+            state.ema.update(state.step)
 
             state.step += 1
-            record.add(loss, logits, labels, targets, rate)
+            record.count(rate)
             progress.advance(images_a_step, **record.latest)
             state.seconds = before + time.monotonic() - started
             if stop.is_set() or time.monotonic() - saved >= config.checkpoint_seconds:
@@ -130,27 +134,48 @@ def train(
     return Trained(weights, state.step, state.history, state.seconds)
 
 
+def split(batch: Batch, parts: int) -> Iterator[Batch]:
+    """Equal parts of a batch, each with its share of labelled images first and of pseudo-labelled ones after them.
+
+    Means over the parts' losses are means over the batch. Raises ValueError if they cannot be equal.
+    """
+    if parts == 1:
+        yield batch
+        return
+    labelled, pseudo = len(batch.labels), len(batch.targets)
+    if labelled % parts or pseudo % parts:
+        raise ValueError(f"{labelled} labelled and {pseudo} pseudo-labelled images cannot be split into {parts} equal parts")
+    images = zip(batch.images[:labelled].chunk(parts), batch.images[labelled:].tensor_split(parts), strict=True)
+    for both, labels, targets in zip(images, batch.labels.chunk(parts), batch.targets.tensor_split(parts), strict=True):
+        yield Batch(torch.cat(both), labels, targets)
+
+
 class _Record:
     """Means of what a step measures, gathered on the device and read back once a point."""
 
-    def __init__(self, state: State, *, every: int, images_a_step: int) -> None:
+    def __init__(self, state: State, *, every: int, images_a_step: int, student: bool) -> None:
         self._state = state
+        self._student = student
         self._every = every
         self._images_a_step = images_a_step
         self.latest: dict[str, float] = {}
 
-    def add(self, loss: Losses, logits: Tensor, labels: Tensor, targets: Tensor, rate: float) -> None:
+    def measure(self, loss: Losses, logits: Tensor, labels: Tensor, targets: Tensor, *, share: float) -> None:
+        """Adds what one part of a batch, `share` of it, says."""
         with torch.no_grad():
             predicted = logits.argmax(1)
             correct = (predicted[: len(labels)] == labels).float().mean()
             agree = predicted[len(labels) :] == targets.argmax(1)
             agreement = agree.float().mean() if len(targets) else torch.zeros_like(correct)
-            values = torch.stack([loss.total.detach(), loss.labelled, loss.pseudo, correct, agreement])
+            values = torch.stack([loss.total.detach(), loss.labelled, loss.pseudo, correct, agreement]) * share
         state = self._state
         state.sums = values if state.sums is None else state.sums.to(values.device) + values
-        state.counted += 1
-        if state.step % self._every == 0:
-            self._close(rate, student=len(targets) > 0)
+
+    def count(self, rate: float) -> None:
+        """Ends a step."""
+        self._state.counted += 1
+        if self._state.step % self._every == 0:
+            self._close(rate)
 
     def check(self, rate: float) -> None:
         """Raises TrainingError if any loss since the last point was not finite."""
@@ -160,7 +185,7 @@ class _Record:
                 "lower train.optimizer.lr, or set train.optimizer.clip_norm"
             )
 
-    def _close(self, rate: float, *, student: bool) -> None:
+    def _close(self, rate: float) -> None:
         self.check(rate)
         state = self._state
         assert state.sums is not None
@@ -174,7 +199,7 @@ class _Record:
             "accuracy_labelled": correct,
             "lr": rate,
         }
-        if student:
+        if self._student:
             point |= {"loss_pseudo": pseudo, "agreement": agreement}
         self.latest = {"loss": round(total, 4)}
         state.history.append(point)

@@ -18,11 +18,13 @@ class Losses(NamedTuple):
 
 
 def soften(probabilities: Tensor, temperature: float) -> Tensor:
-    """p^(1/T) renormalised, float32 [N, C]: the softmax at temperature T of the logits behind p."""
+    """p^(1/T) renormalised, float32 [N, C]: the softmax at temperature T of the logits behind p.
+
+    By logarithms: at a low temperature the powers of all of an unsure image's classes would be 0.
+    """
     if temperature == 1:
         return probabilities
-    powered = probabilities.pow(1 / temperature)
-    return powered / powered.sum(1, keepdim=True)
+    return (probabilities.log() / temperature).softmax(1)
 
 
 def losses(logits: Tensor, labels: Tensor, targets: Tensor, train: TrainConfig) -> Losses:

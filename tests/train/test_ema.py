@@ -22,7 +22,7 @@ def test_average_covers_weights_and_batch_norm_statistics_and_copies_counters():
             for parameter in network.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=generator))
         network(torch.randn(8, 3, generator=generator))
-        ema.update(network, step)
+        ema.update(step)
         decay = min(0.5, (1 + step) / (10 + step))
         for name, value in network.state_dict().items():
             expected[name] = decay * expected[name] + (1 - decay) * value.double()

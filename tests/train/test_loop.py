@@ -2,13 +2,16 @@ import pytest
 import torch
 
 from ns import log, models
+from ns.card import MEAN, STD
 from ns.config import ModelConfig, NoiseConfig, OptimizerConfig, RoleConfig, TrainConfig
+from ns.data import stream
 from ns.data.digits import write_digits
 from ns.data.stream import Labelled, PseudoLabelled
 from ns.errors import DataError, TrainingError
 from ns.store import LocalStore
-from ns.train import checkpoint
+from ns.train import checkpoint, loop
 from ns.train.loop import train
+from ns.train.objective import losses
 
 CLASSES = 10
 
@@ -25,9 +28,15 @@ def role(**train_fields) -> RoleConfig:
         model=ModelConfig(arch="test_efficientnet", resolution=32),
         noise=NoiseConfig(crop="pad", flip=False),
         train=TrainConfig(
-            labelled_batch=10, unlabelled_ratio=1, loader_workers=0, epochs=3, optimizer=optimizer, **train_fields
+            **{"labelled_batch": 10, "unlabelled_ratio": 1, "loader_workers": 0, "epochs": 3, "optimizer": optimizer}
+            | train_fields
         ),
     )
+
+
+def fresh(config: RoleConfig, seed: int = 1) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return models.build(config.model, config.noise, CLASSES)
 
 
 def run(data, folder, config: RoleConfig, seed: int = 1, pseudo_probability: float = 0.01):
@@ -37,9 +46,7 @@ def run(data, folder, config: RoleConfig, seed: int = 1, pseudo_probability: flo
     pool_source = Labelled(root.at("heldout"), pool)
     targets = [0.9 * torch.eye(CLASSES)[torch.from_numpy(shard)].numpy() + pseudo_probability for shard in pool_source.labels]
     pseudo = PseudoLabelled(pool_source.source, targets, pool_source.copies)
-    torch.manual_seed(seed)
-    network = models.build(config.model, config.noise, CLASSES)
-    return train(network, config, source, pseudo, classes=CLASSES, seed=seed, checkpoints=LocalStore(folder))
+    return train(fresh(config, seed), config, source, pseudo, classes=CLASSES, seed=seed, checkpoints=LocalStore(folder))
 
 
 def same(left, right) -> bool:
@@ -123,6 +130,85 @@ def test_a_shard_that_was_damaged_since_is_named_in_one_line(data, tmp_path, wor
         )
     assert "\n" not in str(caught.value)
     assert "damaged/shard-00000.tar" in str(caught.value)
+
+
+def one_step(data, tmp_path, **fields):
+    """One step without noise: its settings, the network before it, the batch, and the outcome."""
+    config = role(optimizer=OptimizerConfig(name="rmsprop", lr=2.0, warmup_epochs=0), epochs=0.2, **fields)
+    noise = NoiseConfig(dropout=0, stochastic_depth=0, randaugment_layers=0, crop="none", flip=False)
+    config = config.model_copy(update={"noise": noise})
+    network = fresh(config)
+    seen = []
+    take = stream.Batches.__getitem__
+
+    def spy(self, step):
+        seen.append(take(self, step))
+        return seen[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream.Batches, "__getitem__", spy)
+        trained = run(data, tmp_path, config)
+    assert trained.steps == len(seen) == 1
+    return config, network, seen[0], trained
+
+
+def test_a_step_is_the_papers_on_one_concatenated_batch(data, tmp_path):
+    """Loss, batch statistics over both kinds of images together, weight decay, RMSProp and average, written out."""
+    config, network, batch, trained = one_step(data, tmp_path)
+    images = models.Normalize(MEAN, STD)(batch.images)
+    assert len(images) == 20
+    logits = network.train()(images)
+    wanted = torch.cat([0.9 * torch.eye(CLASSES)[batch.labels] + 0.1 / CLASSES, batch.targets])
+    loss = -(wanted * logits.log_softmax(1)).sum() / config.train.labelled_batch  # the sum over all images, over B
+    assert trained.history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    gradients = dict(zip(dict(network.named_parameters()), torch.autograd.grad(loss, list(network.parameters())), strict=True))
+    rate = 2.0 * config.train.labelled_batch / 256
+    assert trained.history[0]["lr"] == rate
+    start = fresh(config)
+    for name, weight in start.named_parameters():
+        gradient = gradients[name] + (0 if ".bn" in f".{name}" else 1e-5 * weight)
+        after = weight - rate * gradient / (0.9 + 0.1 * gradient**2 + 1e-3).sqrt()
+        # The average's first decay is 1 / 10.
+        torch.testing.assert_close(trained.weights[name], (0.1 * weight + 0.9 * after).detach(), rtol=1e-4, atol=1e-5)
+    statistics = network.state_dict()  # changed by the one forward pass above
+    for name, at_start in start.state_dict().items():
+        if "running" not in name:
+            continue
+        expected = 0.1 * at_start + 0.9 * statistics[name]
+        torch.testing.assert_close(trained.weights[name], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_accumulated_parts_are_one_step(data, tmp_path, monkeypatch):
+    whole = one_step(data, tmp_path / "whole")[-1]
+    passes = []
+    monkeypatch.setattr(loop, "losses", lambda logits, *rest: passes.append(len(logits)) or losses(logits, *rest))
+    parts = one_step(data, tmp_path / "parts", accumulate=5)[-1]
+    assert passes == [4] * 5
+    assert parts.history[0]["images"] == whole.history[0]["images"]
+    # Batch statistics differ between four images and twenty, so the loss agrees only roughly.
+    assert parts.history[0]["loss"] == pytest.approx(whole.history[0]["loss"], rel=0.2)
+
+
+def test_a_batch_is_split_into_equal_parts_labelled_images_first():
+    batch = stream.Batch(torch.arange(10), torch.arange(4), torch.arange(6))
+    parts = list(loop.split(batch, 2))
+    assert [part.images.tolist() for part in parts] == [[0, 1, 4, 5, 6], [2, 3, 7, 8, 9]]
+    assert [part.labels.tolist() for part in parts] == [[0, 1], [2, 3]]
+    assert [part.targets.tolist() for part in parts] == [[0, 1, 2], [3, 4, 5]]
+    without_pseudo = list(loop.split(stream.Batch(torch.arange(4), torch.arange(4), torch.zeros(0, 3)), 2))
+    assert [part.images.tolist() for part in without_pseudo] == [[0, 1], [2, 3]]
+    assert [part.targets.shape for part in without_pseudo] == [(0, 3), (0, 3)]
+    with pytest.raises(ValueError, match="cannot be split into 4 equal parts"):
+        list(loop.split(batch, 4))
+
+
+def test_gradients_are_clipped_to_their_norm(data, tmp_path):
+    sgd = OptimizerConfig(name="sgd", lr=10, momentum=0, weight_decay=0, warmup_epochs=0, clip_norm=0.01)
+    config = role(optimizer=sgd, epochs=0.2, ema_decay=0)
+    before = dict(fresh(config).named_parameters())
+    after = run(data, tmp_path, config).weights
+    moved = torch.cat([(after[name] - weight).flatten() for name, weight in before.items()])
+    assert moved.norm().item() == pytest.approx(0.01 * 10 * 10 / 256, rel=1e-3)
 
 
 def test_history_has_one_point_an_interval_and_means_in_range(data, tmp_path):

@@ -82,3 +82,25 @@ def test_softening_probabilities_equals_the_softmax_at_that_temperature():
     logits = torch.randn(7, C, generator=torch.Generator().manual_seed(0))
     for temperature in (0.5, 1.0, 4.0):
         torch.testing.assert_close(soften(logits.softmax(1), temperature), (logits / temperature).softmax(1))
+
+
+def test_a_low_temperature_makes_soft_labels_hard_and_never_nan():
+    unsure = torch.tensor([[0.3, 0.25, 0.25, 0.2], [1.0, 0.0, 0.0, 0.0]])
+    torch.testing.assert_close(soften(unsure, 0.01), torch.tensor([[1.0, 0, 0, 0], [1.0, 0, 0, 0]]), atol=1e-6, rtol=0)
+
+
+def test_hard_labels_do_not_depend_on_the_temperature(batch):
+    cold, hot = (losses(*batch, TrainConfig(pseudo_labels="hard", temperature=t)).pseudo for t in (0.1, 10.0))
+    assert cold == hot
+
+
+@pytest.mark.parametrize("weighting", ["sum", "mean", "equal"])
+def test_equal_parts_have_the_gradient_of_the_whole(batch, weighting):
+    logits, labels, targets = batch
+    train = TrainConfig(weighting=weighting)
+    whole, parts = (logits.clone().requires_grad_() for _ in range(2))
+    losses(whole, labels, targets, train).total.backward()
+    for index in range(2):
+        rows = torch.cat([parts[:B].chunk(2)[index], parts[B:].chunk(2)[index]])
+        (losses(rows, labels.chunk(2)[index], targets.chunk(2)[index], train).total / 2).backward()
+    torch.testing.assert_close(parts.grad, whole.grad)

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import timm
 import torch
@@ -42,6 +43,19 @@ def test_cosine_ends_near_zero():
     assert rate(3499, config) < 1e-6
 
 
+def test_the_staircase_can_be_given_in_epochs():
+    """SVHN's script: × 0.97 every 1.3716 of 202.3 epochs (noisy_student.md §5)."""
+    config = OptimizerConfig(warmup_epochs=0, staircase_epochs=1.3716, staircase_factor=0.5)
+    for step in (0, 13, 14, 27, 28, 200):
+        assert rate(step, config, steps=2023) == pytest.approx(0.016 * 0.5 ** np.floor(step / 13.716))
+
+
+def test_cosine_starts_where_the_warm_up_ends():
+    config = OptimizerConfig(schedule="cosine", warmup_epochs=5)
+    for step in range(50, 3500, 69):
+        assert rate(step, config) == pytest.approx(0.008 * (1 + np.cos(np.pi * (step - 50) / 3450)))
+
+
 def test_weight_decay_spares_batch_norm_only():
     network = timm.create_model("test_efficientnet", num_classes=3)
     decayed, exempt = parameter_groups(network, 1e-5)
@@ -55,19 +69,59 @@ def test_weight_decay_spares_batch_norm_only():
     assert len(decayed_names) + len(exempt_names) == len(names)
 
 
-def test_rmsprop_has_tensorflow_semantics():
-    """TF1: ms ← 0.9 ms + 0.1 g² from ms = 1; mom ← 0.9 mom + lr·g / √(ms + ε); w ← w − mom."""
-    parameter = nn.Linear(1, 1, bias=False)
-    with torch.no_grad():
-        parameter.weight.fill_(1.0)
-    optimizer = make_optimizer(parameter, OptimizerConfig(weight_decay=0.0))
-    weight, square, momentum = 1.0, 1.0, 0.0
-    for gradient, lr in ((0.5, 0.1), (-2.0, 0.05), (0.25, 0.05)):
+def trace(config: OptimizerConfig, update) -> None:
+    """Compares the optimiser with `update(state, gradient, lr)` on a dense float64 `state["w"]`, over 30 steps."""
+    rng = np.random.default_rng(0)
+    layer = nn.Linear(3, 4, bias=False)
+    state = {"w": layer.weight.detach().double().numpy().copy(), "t": 0}
+    optimizer = make_optimizer(layer, config)
+    for step in range(30):
+        gradient, lr = rng.normal(size=(4, 3)), 0.1 / (1 + step)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        parameter.weight.grad = torch.tensor([[gradient]])
+        layer.weight.grad = torch.from_numpy(gradient).float()
         optimizer.step()
-        square = 0.9 * square + 0.1 * gradient**2
-        momentum = 0.9 * momentum + lr * gradient / (square + 1e-3) ** 0.5
-        weight -= momentum
-        assert parameter.weight.item() == pytest.approx(weight, rel=1e-5)
+        state["t"] += 1
+        update(state, gradient, lr)
+        np.testing.assert_allclose(layer.weight.detach().numpy(), state["w"], rtol=1e-4, atol=1e-5)
+
+
+def test_rmsprop_has_tensorflow_semantics():
+    """TF1: ms ← 0.9 ms + 0.1 g² from ms = 1; mom ← 0.9 mom + lr·g / √(ms + ε); w ← w − mom; weight decay is part of g."""
+
+    def update(state, gradient, lr):
+        gradient = gradient + 0.01 * state["w"]
+        state["ms"] = 0.9 * state.get("ms", 1.0) + 0.1 * gradient**2
+        state["mom"] = 0.9 * state.get("mom", 0.0) + lr * gradient / np.sqrt(state["ms"] + 1e-3)
+        state["w"] -= state["mom"]
+
+    trace(OptimizerConfig(weight_decay=0.01), update)
+
+
+def test_rmsprop_takes_other_constants():
+    def update(state, gradient, lr):
+        state["ms"] = 0.99 * state.get("ms", 1.0) + 0.01 * gradient**2
+        state["mom"] = 0.5 * state.get("mom", 0.0) + lr * gradient / np.sqrt(state["ms"] + 0.1)
+        state["w"] -= state["mom"]
+
+    trace(OptimizerConfig(weight_decay=0.0, rms_decay=0.99, rms_epsilon=0.1, momentum=0.5), update)
+
+
+def test_sgd_has_nesterovs_momentum_and_weight_decay_in_the_gradient():
+    def update(state, gradient, lr):
+        gradient = gradient + 0.01 * state["w"]
+        state["mom"] = 0.9 * state["mom"] + gradient if "mom" in state else gradient
+        state["w"] -= lr * (gradient + 0.9 * state["mom"])
+
+    trace(OptimizerConfig(name="sgd", weight_decay=0.01), update)
+
+
+def test_adamw_decays_weights_apart_from_the_gradient():
+    def update(state, gradient, lr):
+        state["m"] = 0.9 * state.get("m", 0.0) + 0.1 * gradient
+        state["v"] = 0.999 * state.get("v", 0.0) + 0.001 * gradient**2
+        state["w"] *= 1 - lr * 0.01
+        mean, square = state["m"] / (1 - 0.9 ** state["t"]), state["v"] / (1 - 0.999 ** state["t"])
+        state["w"] -= lr * mean / (np.sqrt(square) + 1e-8)
+
+    trace(OptimizerConfig(name="adamw", weight_decay=0.01), update)
