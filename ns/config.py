@@ -12,10 +12,18 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ns.errors import ConfigError, StoreError
+from ns.paper import PRESETS
 from ns.store import read_uri
 
 MAX_GENERATIONS = 5
 """Generations that one pipeline run holds: the pipeline is unrolled, and its size grows with this number."""
+
+
+Preset = Literal[
+    "b0", "b1", "b2", "b3", "b4", "b5", "b6", "b7", "l2",
+    "lite0", "lite1", "lite2", "lite3", "lite4",
+    "b0-small", "b1-small", "b2-small", "b3-small",
+]  # fmt: skip
 
 
 class Section(BaseModel):
@@ -185,9 +193,18 @@ class TrainConfig(Section):
 class RoleConfig(Section):
     """A network with its noise and its training."""
 
+    preset: Preset | None = None
+    """The paper's settings for a size of network; fields given here go before them. `b0` … `b7`, `l2`: for photographs.
+    `lite0` … `lite4`: for phones. `b0-small` … `b3-small`: for images of 32 px, not mirrored."""
     model: ModelConfig = ModelConfig()
     noise: NoiseConfig = NoiseConfig()
     train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_preset(cls, role: Any) -> Any:
+        preset = PRESETS.get(role["preset"]) if isinstance(role, dict) and isinstance(role.get("preset"), str) else None
+        return _merged(preset, role) if preset else role
 
 
 class LabellingConfig(Section):
@@ -302,6 +319,16 @@ def parse(document: dict[str, Any], place: str) -> Experiment:
 def dump(experiment: Experiment) -> str:
     """YAML with every field, defaults included; `load` reads it back to an equal experiment."""
     return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _merged(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """`given`, completed section by section. Arguments of a network are taken as a whole: another network has others."""
+    merged = {**defaults, **given}
+    for name, value in defaults.items():
+        if isinstance(value, dict) and name != "args" and name in given:
+            section = given[name].model_dump(exclude_unset=True) if isinstance(given[name], Section) else given[name]
+            merged[name] = _merged(value, section) if isinstance(section, dict) else section
+    return merged
 
 
 def _unshared(node: Any) -> Any:

@@ -1,14 +1,16 @@
 """Networks from timm, and their weights as safetensors. No pickle is ever read."""
 
 import difflib
+from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ns.card import HISTORY, MANIFEST, WEIGHTS, ModelCard
 from ns.config import Experiment, ModelConfig, NoiseConfig, RoleConfig
@@ -57,9 +59,34 @@ def parameter_count(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
+def multiply_adds(network: nn.Module, resolution: int) -> int:
+    """Multiply-adds of a forward pass over one image, without computing anything: the network is on the meta device.
+
+    0 for a network that cannot be run there. Raises ConfigError if it does not take images of that size.
+    """
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network.eval()(torch.zeros(1, 3, resolution, resolution, device="meta"))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        if "meta" in str(error):
+            return 0
+        raise ConfigError(f"the network does not take images of {resolution} px: {error}") from error
+    return int(counter.get_total_flops()) // 2
+
+
+class Size(NamedTuple):
+    """How large a network is, by what it keeps and by what it does."""
+
+    parameters: int
+    multiply_adds: int
+    """For one image at the resolution that the network labels and is evaluated at."""
+
+
 def check(experiment: Experiment, classes: int | None = None) -> None:
-    """Refuses networks that timm cannot build, resolutions below their stride, students smaller than their teacher, and more
-    label classes than model outputs. Builds no weights. Raises ConfigError naming the field, the value and what would be right.
+    """Refuses networks that timm cannot build, resolutions below their stride, students smaller than their teacher (in
+    parameters or in multiply-adds), and more label classes than model outputs. Builds no weights.
+
+    Raises ConfigError naming the field, the value and what would be right.
     """
     roles = [("teacher", experiment.teacher)]
     roles += [(f"students.{index}", role) for index, role in enumerate(experiment.students)]
@@ -68,14 +95,15 @@ def check(experiment: Experiment, classes: int | None = None) -> None:
     chain += [f"students.{min(g, len(experiment.students)) - 1}" for g in range(1, experiment.generations + 1)]
     if not experiment.allow_smaller_student:
         for teacher, student in pairwise(chain):
-            if sizes[student] < sizes[teacher]:
-                raise ConfigError(
-                    f"{student}.model: {sizes[student]:,} parameters, its teacher ({teacher}.model) has {sizes[teacher]:,}: "
-                    "must be equal or larger; for distillation into a smaller network set allow_smaller_student: true"
-                )
+            for unit, own, required in zip(Size._fields, sizes[student], sizes[teacher], strict=True):
+                if own and own < required:
+                    raise ConfigError(
+                        f"{student}.model: {own:,} {unit.replace('_', '-')}, its teacher ({teacher}.model) has {required:,}: "
+                        "must be equal or larger; for distillation into a smaller network set allow_smaller_student: true"
+                    )
 
 
-def _check_role(field: str, role: RoleConfig, classes: int | None) -> int:
+def _check_role(field: str, role: RoleConfig, classes: int | None) -> Size:
     model = role.model
     if classes and model.outputs and model.outputs < classes:
         raise ConfigError(
@@ -94,7 +122,11 @@ def _check_role(field: str, role: RoleConfig, classes: int | None) -> int:
                 f"{field}.model.{name}: invalid value {resolution}: below the total stride of {model.arch}, {stride} px; "
                 f"must be at least {stride}, or set reduce_stride"
             )
-    return parameter_count(network)
+    try:
+        multiply_adds(network, model.resolution)
+        return Size(parameter_count(network), multiply_adds(network, model.inference_resolution))
+    except ConfigError as error:
+        raise ConfigError(f"{field}.model: {error}") from error
 
 
 def save(
@@ -150,15 +182,37 @@ class Normalize(nn.Module):
 
 
 def _reduce_stride(network: nn.Module, factor: int) -> None:
-    """Makes the first strided convolutions dense until the total stride is divided by `factor` (2, 4, 8)."""
+    """Makes the first stages after the stem dense until the total stride is divided by `factor` (2, 4, 8).
+
+    The stem keeps its stride: that is the paper's network for 32 px (`noisy_student.md` §5), at a quarter of the cost of one
+    with a dense stem.
+    """
     remaining = factor
-    for module in network.modules():
+    for stage in _halvings(network):
         if remaining == 1:
             return
-        if isinstance(module, nn.Conv2d) and module.stride == (2, 2):
+        for module in stage:
             module.stride = (1, 1)
-            remaining //= 2
+            if isinstance(module, nn.AvgPool2d):
+                module.kernel_size = (1, 1)  # it only halves a shortcut; two px wide, it would now lose a row
+        remaining //= 2
     if remaining != 1:
         raise ConfigError(
-            f"model.reduce_stride: invalid value {factor}: the network has too few convolutions of stride 2 for it"
+            f"model.reduce_stride: invalid value {factor}: the network has too few stages of stride 2 after its stem"
         )
+
+
+def _halvings(network: nn.Module) -> Iterator[list[Any]]:
+    """For each stage after the stem that halves the map: its convolutions and poolings of stride 2 (of a residual block and
+    of its shortcut, say), from the input on."""
+    features = getattr(network, "feature_info", None) or []
+    modules = list(network.named_modules())
+    ends = [max(i for i, (name, _) in enumerate(modules) if f"{name}.".startswith(f"{f['module']}.")) for f in features]
+    for index in range(1, len(features)):
+        if features[index]["reduction"] == 2 * features[index - 1]["reduction"]:
+            stage = (module for _, module in modules[ends[index - 1] + 1 : ends[index] + 1])
+            yield [
+                module
+                for module in stage
+                if isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) and module.stride in (2, (2, 2))
+            ]

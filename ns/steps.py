@@ -404,7 +404,7 @@ def _labels_folder(step: _Step, prepared: Prepared, teacher: str) -> str:
 
 def _training_slice(role: RoleConfig) -> dict[str, Any]:
     """A role without what changes how fast it trains, but not what comes out."""
-    fields = role.model_dump(mode="json")
+    fields = role.model_dump(mode="json", exclude={"preset"})
     for name in ("checkpoint_seconds", "loader_workers"):
         del fields["train"][name]
     return fields

@@ -1,11 +1,14 @@
+from typing import get_args
+
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ns import config
-from ns.config import MAX_GENERATIONS, Experiment
+from ns.config import MAX_GENERATIONS, Experiment, OptimizerConfig, Preset, RoleConfig, TrainConfig
 from ns.errors import ConfigError
+from ns.paper import PRESETS
 
 MINIMAL = {"name": "x", "data": {"labelled": "a", "pool": "b", "heldout": "c"}}
 
@@ -151,3 +154,37 @@ def test_parts_of_a_step_must_be_equal():
     assert "x.yaml: teacher.train.accumulate: 8 must divide the 8 labelled and the 4" in refused(
         {**MINIMAL, "teacher": {"train": {**train, "accumulate": 8}}}
     )
+
+
+def test_a_preset_holds_the_papers_settings_and_fields_go_before_it():
+    role = {"preset": "b5", "noise": {"dropout": 0.1}, "train": {"optimizer": {"lr": 0.5}, "epochs": 2}}
+    teacher = config.parse({**MINIMAL, "teacher": role}, "x.yaml").teacher
+    assert teacher.model.arch == "tf_efficientnet_b5"
+    assert teacher.model.resolution == 456
+    assert (teacher.noise.dropout, teacher.noise.randaugment_magnitude) == (0.1, 18)
+    assert (teacher.train.epochs, teacher.train.labelled_batch, teacher.train.unlabelled_ratio) == (2, 2048, 3)
+    assert (teacher.train.optimizer.lr, teacher.train.optimizer.name) == (0.5, "rmsprop")
+
+
+def test_a_preset_for_small_images_reaches_into_the_optimiser():
+    teacher = RoleConfig(preset="b0-small", train=TrainConfig(optimizer=OptimizerConfig(lr=0.5)))
+    assert (teacher.train.optimizer.weight_decay, teacher.train.optimizer.lr) == (1e-4, 0.5)
+    assert (teacher.model.reduce_stride, teacher.noise.cutout_px) == (4, 16)
+
+
+def test_another_network_does_not_inherit_a_presets_arguments():
+    assert RoleConfig.model_validate({"preset": "b0", "model": {"arch": "resnet50", "args": {}}}).model.args == {}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_survive_a_dump(preset):
+    experiment = config.parse({**MINIMAL, "teacher": {"preset": preset}}, "x.yaml")
+    assert experiment.teacher != config.parse(MINIMAL, "x.yaml").teacher
+    assert config.parse(yaml.safe_load(config.dump(experiment)), "again") == experiment
+
+
+def test_an_unknown_preset_is_refused_with_those_that_are_known():
+    message = refused({**MINIMAL, "teacher": {"preset": "b9"}})
+    assert "x.yaml: teacher.preset: invalid value 'b9'" in message
+    assert "'l2'" in message
+    assert set(PRESETS) == set(get_args(Preset))
