@@ -3,7 +3,9 @@
 from typing import Literal
 
 from ns.config import ModelConfig, NoiseConfig
+from ns.digest import sha256_file
 from ns.document import Document, Identified
+from ns.store import open_store, split_uri
 
 MANIFEST = "model.json"
 WEIGHTS = "model.safetensors"
@@ -23,6 +25,8 @@ class Lineage(Document):
     teacher: str | None = None
     label_set: str | None = None
     selection: str | None = None
+    init: str | None = None
+    """Of the weights that training started from, if they were neither random nor the teacher's."""
 
 
 class ModelCard(Identified):
@@ -41,3 +45,16 @@ class ModelCard(Identified):
     lineage: Lineage
     weights_sha256: str
     """Of `model.safetensors`: the averaged (EMA) weights."""
+
+
+def weights_place(place: str) -> tuple[str, str | None]:
+    """Folder and key of a safetensors file; no key if `place` is the folder of a model of ours."""
+    return split_uri(place) if place.endswith(".safetensors") else (place, None)
+
+
+def weights_digest(place: str) -> str:
+    """SHA-256 of the weights in a safetensors file or in a model's folder: what they are, wherever they are."""
+    folder, key = weights_place(place)
+    if key is None:
+        return ModelCard.read(open_store(folder), MANIFEST).weights_sha256
+    return sha256_file(open_store(folder).path(key))

@@ -20,7 +20,7 @@ from ns.errors import ConfigError, DataError, Interrupted, NsError, RunError, St
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ns.config import Experiment
+    from ns.config import Experiment, RoleConfig
     from ns.runs import Summary
     from ns.store import Store
 
@@ -546,8 +546,25 @@ def _load(config: str, overrides: list[str] | None) -> "Experiment":
     data = experiment.data
     # Steps, and a resumed run, may stand in another folder.
     places = {
-        part: str(Path(place).expanduser().absolute())
+        part: _absolute(place)
         for part, place in data.model_dump(include={"labelled", "pool", "heldout"}).items()
-        if "://" not in place and not place.startswith("digits:")
+        if not place.startswith("digits:")
     }
-    return experiment.model_copy(update={"data": data.model_copy(update=places)})
+    return experiment.model_copy(
+        update={
+            "data": data.model_copy(update=places),
+            "teacher": _with_absolute_init(experiment.teacher),
+            "students": tuple(map(_with_absolute_init, experiment.students)),
+        }
+    )
+
+
+def _with_absolute_init(role: "RoleConfig") -> "RoleConfig":
+    if role.train.init_place is None:
+        return role
+    train = role.train.model_copy(update={"init": _absolute(role.train.init_place)})
+    return role.model_copy(update={"train": train})
+
+
+def _absolute(place: str) -> str:
+    return place if "://" in place else str(Path(place).expanduser().absolute())

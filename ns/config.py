@@ -166,14 +166,28 @@ class TrainConfig(Section):
     accumulate: int = Field(default=1, ge=1, le=4096)
     """Parts that a step's batch is split into, one in memory at a time. The gradient is that of the whole batch; batch-norm
     statistics are those of a part."""
-    init: Literal["scratch", "teacher"] = "scratch"
-    """Students only: `teacher` starts from the teacher's averaged weights where shapes agree."""
+    init: str = "scratch"
+    """`scratch`: random weights. `teacher`: a student starts from its teacher's averaged weights. Otherwise the path or URI of
+    a `.safetensors` file, or of a model's folder. Layers whose shapes differ start fresh; so does the classifier if the classes
+    do."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the forward pass in training; weights and losses are float32 always."""
     checkpoint_seconds: float = Field(default=60, ge=0)
     """Between training checkpoints, from which a killed training goes on."""
     loader_workers: int = Field(default=1, ge=0, le=64)
     """Processes that decode and augment; 0 does it in the training process. The order of images does not depend on it."""
+
+    @field_validator("init")
+    @classmethod
+    def _init_is_a_place(cls, init: str) -> str:
+        if init not in ("scratch", "teacher") and "/" not in init and not init.endswith(".safetensors"):
+            raise ValueError("must be scratch, teacher, a .safetensors file, or a model's folder (./NAME)")
+        return init
+
+    @property
+    def init_place(self) -> str | None:
+        """Where the weights are that training starts from, if they are neither random nor the teacher's."""
+        return None if self.init in ("scratch", "teacher") else self.init
 
     @property
     def pseudo_batch(self) -> int:
@@ -281,6 +295,10 @@ class Experiment(Section):
                 f"students: {len(self.students)} given for {self.generations} generations; give at most one per generation"
             )
         return self
+
+    def roles(self) -> dict[str, RoleConfig]:
+        """The first teacher and all students, by their place in the document."""
+        return {"teacher": self.teacher} | {f"students.{index}": role for index, role in enumerate(self.students)}
 
     def student(self, generation: int) -> RoleConfig:
         """The student of a generation, counted from 1."""

@@ -12,12 +12,12 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ns.card import HISTORY, MANIFEST, WEIGHTS, ModelCard
+from ns.card import HISTORY, MANIFEST, WEIGHTS, ModelCard, weights_place
 from ns.config import Experiment, ModelConfig, NoiseConfig, RoleConfig
 from ns.digest import sha256_bytes
 from ns.document import pretty
 from ns.errors import ConfigError, DataError
-from ns.store import Store
+from ns.store import Store, open_store
 
 
 def build(config: ModelConfig, noise: NoiseConfig, outputs: int) -> nn.Module:
@@ -88,9 +88,7 @@ def check(experiment: Experiment, classes: int | None = None) -> None:
 
     Raises ConfigError naming the field, the value and what would be right.
     """
-    roles = [("teacher", experiment.teacher)]
-    roles += [(f"students.{index}", role) for index, role in enumerate(experiment.students)]
-    sizes = {field: _check_role(field, role, classes) for field, role in roles}
+    sizes = {field: _check_role(field, role, classes) for field, role in experiment.roles().items()}
     chain = ["teacher"]
     chain += [f"students.{min(g, len(experiment.students)) - 1}" for g in range(1, experiment.generations + 1)]
     if not experiment.allow_smaller_student:
@@ -105,6 +103,13 @@ def check(experiment: Experiment, classes: int | None = None) -> None:
 
 def _check_role(field: str, role: RoleConfig, classes: int | None) -> Size:
     model = role.model
+    if role.train.init_place:
+        folder, key = weights_place(role.train.init_place)
+        if not open_store(folder).exists(key or MANIFEST):
+            raise ConfigError(
+                f"{field}.train.init: invalid value {role.train.init!r}: there is no such "
+                f"{'file' if key else f'model (a folder with {MANIFEST})'}"
+            )
     if classes and model.outputs and model.outputs < classes:
         raise ConfigError(
             f"{field}.model.outputs: invalid value {model.outputs}: the labelled data has {classes} classes; "

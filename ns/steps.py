@@ -16,7 +16,7 @@ from typing import Any
 
 from ns import config, log, runs
 from ns.card import MANIFEST as CARD
-from ns.card import ModelCard
+from ns.card import ModelCard, weights_digest
 from ns.config import Experiment, RoleConfig
 from ns.data.check import left_out
 from ns.data.prepared import MANIFEST as PREPARED
@@ -407,6 +407,8 @@ def _training_slice(role: RoleConfig) -> dict[str, Any]:
     fields = role.model_dump(mode="json", exclude={"preset"})
     for name in ("checkpoint_seconds", "loader_workers"):
         del fields["train"][name]
+    if role.train.init_place:
+        fields["train"]["init"] = weights_digest(role.train.init_place)
     return fields
 
 

@@ -188,3 +188,8 @@ def test_an_unknown_preset_is_refused_with_those_that_are_known():
     assert "x.yaml: teacher.preset: invalid value 'b9'" in message
     assert "'l2'" in message
     assert set(PRESETS) == set(get_args(Preset))
+
+
+def test_an_init_that_is_neither_a_word_nor_a_place_is_refused():
+    message = refused({**MINIMAL, "teacher": {"train": {"init": "techer"}}})
+    assert "teacher.train.init: invalid value 'techer': must be scratch, teacher, a .safetensors file" in message

@@ -6,7 +6,6 @@ from ns.card import MANIFEST, WEIGHTS, Lineage, ModelCard
 from ns.config import ModelConfig, NoiseConfig, RoleConfig
 from ns.errors import ConfigError, DataError
 from ns.store import LocalStore
-from ns.train.training import _warm_start
 
 SMALL = ModelConfig(arch="test_efficientnet", resolution=32)
 
@@ -137,17 +136,6 @@ def test_an_edited_card_is_refused(tmp_path):
         models.load(folder)
 
 
-def test_a_warm_start_takes_what_fits_and_leaves_a_new_head_fresh(tmp_path):
-    folder = LocalStore(tmp_path)
-    teacher = models.build(SMALL, NoiseConfig(), 3)
-    card = saved(folder, teacher)
-    student = models.build(SMALL, NoiseConfig(), 5)
-    head = student.classifier.weight.clone()
-    _warm_start(student, folder, card)
-    assert torch.equal(student.conv_stem.weight, teacher.conv_stem.weight)
-    assert torch.equal(student.classifier.weight, head)
-
-
 def test_what_cannot_be_is_refused_with_path_value_and_mend():
     small = {"model": {"arch": "test_efficientnet", "resolution": 32}}
     narrow = {"model": {"arch": "lcnet_035", "resolution": 32}}
@@ -177,6 +165,12 @@ def test_what_cannot_be_is_refused_with_path_value_and_mend():
             r"teacher\.model\.test_resolution: invalid value 16: below the total stride of test_efficientnet, 32 px",
         ),
         ({"teacher": {"model": {**small["model"], "outputs": 4}}}, 10, r"teacher\.model\.outputs: .* must be at least 10"),
+        (
+            {"students": [{**small, "train": {"init": "/nowhere/b5.safetensors"}}]},
+            None,
+            r"students\.0\.train\.init: invalid value '/nowhere/b5\.safetensors': there is no such file",
+        ),
+        ({"teacher": {**small, "train": {"init": "/nowhere"}}}, None, r"teacher\.train\.init: .* no such model"),
         ({"teacher": {"model": {"arch": "nonet"}}}, None, r"teacher\.model\.arch: invalid value 'nonet'"),
         ({"teacher": {"model": {**small["model"], "args": {"wings": 2}}}}, None, r"teacher\.model\.arch: .*'wings'"),
     ]

@@ -3,6 +3,7 @@
 import pytest
 
 from ns import config, runs, steps
+from ns.config import RoleConfig, TrainConfig
 from ns.errors import DataError, TrainingError
 from ns.store import LocalStore
 
@@ -137,3 +138,17 @@ def test_a_threshold_that_nothing_meets_is_an_error_that_says_so(done, preset):
     runs.start(store, run, picky, "test")
     with pytest.raises(DataError, match=r"lower it, or train a better teacher"):
         loop((f"{store.uri}/{run}/config.yaml", store.uri, run))
+
+
+def test_a_training_is_known_by_the_weights_it_starts_from_not_by_their_place(tmp_path):
+    places = [tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "c.safetensors"]
+    for place, content in zip(places, (b"one", b"one", b"two"), strict=True):
+        place.write_bytes(content)
+    first, moved, other = (steps._training_slice(RoleConfig(train=TrainConfig(init=str(place)))) for place in places)
+    assert first == moved != other
+
+
+def test_a_training_is_known_by_its_settings_not_by_the_preset_they_came_from():
+    role = RoleConfig(preset="b0-small")
+    spelt_out = RoleConfig(model=role.model, noise=role.noise, train=role.train)
+    assert steps._training_slice(role) == steps._training_slice(spelt_out)

@@ -1,11 +1,10 @@
 """One training from data to a model on disk: the first teacher, or a student of a teacher's labels."""
 
 import torch
-from torch import nn
 
-from ns import log, models
+from ns import models
 from ns.card import MANIFEST as CARD
-from ns.card import Lineage, ModelCard
+from ns.card import Lineage, ModelCard, weights_digest
 from ns.config import RoleConfig
 from ns.data.prepared import Prepared
 from ns.data.stream import Labelled
@@ -16,6 +15,7 @@ from ns.label.targets import pseudo_labelled
 from ns.store import Store
 from ns.train import checkpoint
 from ns.train.loop import train
+from ns.train.warm_start import model_weights, start_from, weights_at
 
 
 def train_and_save(
@@ -37,8 +37,11 @@ def train_and_save(
     torch.manual_seed(seed)
     network = models.build(role.model, role.noise, classes)
     teacher_card = ModelCard.read(teacher, CARD) if teacher else None
-    if teacher and teacher_card and role.train.init == "teacher":
-        _warm_start(network, teacher, teacher_card)
+    place = role.train.init_place
+    if place:
+        start_from(network, weights_at(place), labelled.classes)
+    elif teacher and role.train.init == "teacher":
+        start_from(network, model_weights(teacher), labelled.classes)
 
     pseudo = None
     if selection:
@@ -71,18 +74,10 @@ def train_and_save(
                 teacher=teacher_card.digest if teacher_card else None,
                 label_set=selection.label_set if selection else None,
                 selection=selection.digest if selection else None,
+                init=weights_digest(place) if place else None,
             ),
         },
         trained.history,
     )
     checkpoint.clear(checkpoints)
     return card
-
-
-def _warm_start(network: nn.Module, teacher: Store, card: ModelCard) -> None:
-    """Copies the teacher's averaged weights where names and shapes agree; the rest (a wider layer, a new head) starts fresh."""
-    own = network.state_dict()
-    known = models.load_weights(teacher, card)
-    fitting = {name: value for name, value in known.items() if name in own and own[name].shape == value.shape}
-    network.load_state_dict({**own, **fitting})
-    log.get().info("warm start", tensors=len(fitting), of=len(own))
