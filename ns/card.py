@@ -42,6 +42,8 @@ class ModelCard(Identified):
     std: tuple[float, float, float] = STD
     parameters: int
     steps: int
+    training_mode: str = "float32"
+    """Precision in training, `+compile` if compiled. That of inference is `model.inference_precision`."""
     lineage: Lineage
     weights_sha256: str
     """Of `model.safetensors`: the averaged (EMA) weights."""

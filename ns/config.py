@@ -19,6 +19,8 @@ MAX_GENERATIONS = 5
 """Generations that one pipeline run holds: the pipeline is unrolled, and its size grows with this number."""
 
 
+Precision = Literal["float32", "bfloat16", "float16"]
+
 Preset = Literal[
     "b0", "b1", "b2", "b3", "b4", "b5", "b6", "b7", "l2",
     "lite0", "lite1", "lite2", "lite3", "lite4",
@@ -70,6 +72,9 @@ class ModelConfig(Section):
     """Evaluation and labelling resolution, px; the training resolution if not given."""
     reduce_stride: Literal[1, 2, 4, 8] = 1
     """Divides the network's total stride by making its first strided convolutions dense: for images of 64 px and less."""
+    inference_precision: Literal["auto", Precision] = "auto"
+    """Of labelling and evaluation. `auto`: the fastest on the machine that trains the network. The model keeps it, so that its
+    labels do not depend on where they are made."""
     outputs: int | None = Field(default=None, ge=2)
     """Model outputs; the number of classes of the labelled data if not given."""
 
@@ -170,8 +175,9 @@ class TrainConfig(Section):
     """`scratch`: random weights. `teacher`: a student starts from its teacher's averaged weights. Otherwise the path or URI of
     a `.safetensors` file, or of a model's folder. Layers whose shapes differ start fresh; so does the classifier if the classes
     do."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the forward pass in training; weights and losses are float32 always."""
+    precision: Literal["auto", Precision, "float32+compile", "bfloat16+compile", "float16+compile"] = "auto"
+    """Of the forward and backward pass; weights, statistics and losses are float32 always. `auto`: the fastest on the machine
+    where training begins, with torch.compile if that pays; a continued training keeps to it. float16 needs a GPU."""
     checkpoint_seconds: float = Field(default=60, ge=0)
     """Between training checkpoints, from which a killed training goes on."""
     loader_workers: int = Field(default=1, ge=0, le=64)

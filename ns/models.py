@@ -55,6 +55,11 @@ def total_stride(network: nn.Module) -> int:
     return int(last["reduction"])
 
 
+def description(model: ModelConfig) -> dict[str, Any]:
+    """What decides how fast a network is at a given resolution and batch."""
+    return model.model_dump(mode="json", include={"arch", "args", "reduce_stride", "outputs"})
+
+
 def parameter_count(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 

@@ -50,6 +50,7 @@ READING = (
 TRAINING = (
     *READING,
     "train",
+    "precision.py",
     "data/order.py",
     "data/stream.py",
     "data/randaugment.py",
@@ -57,7 +58,7 @@ TRAINING = (
     "label/selection.py",
     "label/targets.py",
 )
-INFERENCE = (*READING, "inference.py")
+INFERENCE = (*READING, "inference.py", "precision.py")
 LABELLING = (*INFERENCE, "label/predict.py", "label/labelset.py")
 
 
@@ -112,6 +113,7 @@ def train(config_uri: str, root: str, run: str, data: str, generation: int, teac
                 seed=_seed(experiment, generation),
                 teacher=step.root.at(teacher) if teacher else None,
                 config_digest=digest(inputs["role"]),
+                inference_batch=experiment.labelling.batch,
             )
             return {"model": f"{folder}/{CARD}"}
 
@@ -173,16 +175,16 @@ def label_shards(config_uri: str, root: str, run: str, data: str, generation: in
         pool_folder, pool = prepared.pool.open(step.root)
         labels = step.root.at(_labels_folder(step, prepared, teacher))
         wanted = range(start, stop)
+        images = sum(pool.shards[index].samples for index in wanted)
         reused = all(labels.exists(marker(pool.shards[index].name)) for index in wanted)
         if not reused:
             from ns.inference import Predictor
             from ns.label import predict
 
-            predictor = Predictor(step.root.at(teacher), batch=step.experiment.labelling.batch)
+            predictor = Predictor(step.root.at(teacher), batch=step.experiment.labelling.batch, images=images)
             held_out = left_out(step.root.at(prepared.left_out.ref)) if prepared.left_out else None
             top_k = step.experiment.labelling.top_k
             predict.label_shards(predictor, pool_folder, pool, labels, wanted, top_k=top_k, left_out=held_out)
-        images = sum(pool.shards[index].samples for index in wanted)
         step.done({}, reused=reused, images=images)
         return shards
 
@@ -351,7 +353,7 @@ def _evaluate(step: _Step, data: str, model: str) -> tuple[Entry, bool]:
         from ns.inference import Predictor
 
         folder, dataset = source.open(step.root)
-        predictor = Predictor(step.root.at(model), batch=step.experiment.labelling.batch)
+        predictor = Predictor(step.root.at(model), batch=step.experiment.labelling.batch, images=dataset.samples)
         evaluate(predictor, folder, dataset, step.root.at(target))
         return {"evaluation": f"{target}/{EVALUATION}"}
 

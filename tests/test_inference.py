@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ns import models
+from ns import inference, models
 from ns.card import Lineage
 from ns.config import ModelConfig, NoiseConfig, SelectionConfig
 from ns.data.dataset import Dataset
@@ -16,6 +16,7 @@ from ns.inference import Predictor
 from ns.label.labelset import LabelShard, Rows, dense, read_rows
 from ns.label.predict import label_shards
 from ns.label.selection import select
+from ns.precision import Mode
 from ns.store import LocalStore
 
 CLASSES = tuple("abcde")
@@ -155,3 +156,47 @@ def test_features_are_alike_for_like_images(model, pool):
     assert features.shape[0] == 3
     np.testing.assert_array_equal(features[0], features[1])
     assert not np.allclose(features[0], features[2])
+
+
+def with_precision(model, folder, precision):
+    """The same model, to be run in another precision."""
+    network, card = models.load(model)
+    target = LocalStore(folder)
+    changed = card.model.model_copy(update={"inference_precision": precision})
+    fields = {name: getattr(card, name) for name in ("generation", "noise", "classes", "parameters", "steps", "lineage")}
+    models.save(target, network.state_dict(), {**fields, "model": changed}, [])
+    return target
+
+
+def test_a_model_is_run_in_the_precision_that_its_card_names(model, pool, tmp_path):
+    folder, dataset = pool
+    plain = Predictor(model, batch=8)
+    fast = Predictor(with_precision(model, tmp_path / "fast", "bfloat16"), batch=8)
+    assert (str(plain.mode), str(fast.mode)) == ("float32", "bfloat16")
+    assert plain.card.digest != fast.card.digest
+    ours, theirs = (predictor.shard(ImageSource(folder, dataset), 1).probabilities for predictor in (plain, fast))
+    assert not np.array_equal(ours, theirs)
+    np.testing.assert_allclose(ours, theirs, atol=0.02)
+    assert label_shards(fast, folder, dataset, LocalStore(tmp_path / "labels"), range(1), top_k=10) == 20
+    assert LabelShard.read(LocalStore(tmp_path / "labels"), "shard-00000.json").mode == "bfloat16"
+
+
+def test_much_work_may_be_compiled_and_then_every_batch_has_the_same_shape(model, pool, monkeypatch):
+    folder, dataset = pool
+    expected = Predictor(model, batch=8).shard(ImageSource(folder, dataset), 1).probabilities
+    shapes = []
+
+    def prepare(mode, network):
+        assert mode.compiled
+        return lambda images: shapes.append(len(images)) or network(images)
+
+    monkeypatch.setattr(inference, "choose", lambda workload, *, images, precisions: Mode(precisions[0], compiled=True))
+    monkeypatch.setattr(Mode, "prepare", prepare)
+    predictor = Predictor(model, batch=8, images=inference.COMPILE_FROM_IMAGES)
+    np.testing.assert_allclose(predictor.shard(ImageSource(folder, dataset), 1).probabilities, expected, rtol=1e-4)
+    assert shapes == [8, 8, 8]
+
+
+def test_little_work_is_not_worth_a_measurement(model, monkeypatch):
+    monkeypatch.setattr(inference, "choose", lambda *_, **__: pytest.fail("measured"))
+    Predictor(model, batch=8, images=inference.COMPILE_FROM_IMAGES - 1)

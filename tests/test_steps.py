@@ -3,6 +3,8 @@
 import pytest
 
 from ns import config, runs, steps
+from ns.card import MANIFEST as CARD
+from ns.card import ModelCard
 from ns.config import RoleConfig, TrainConfig
 from ns.errors import DataError, TrainingError
 from ns.store import LocalStore
@@ -71,6 +73,8 @@ def test_a_run_tells_its_story(done):
     assert summary.best_model == generation.model
     assert summary.label_sets == [generation.label_set]
     assert store.exists(f"{summary.best_model}/model.safetensors")
+    card = ModelCard.read(store.at(summary.best_model), CARD)
+    assert (card.training_mode, card.model.inference_precision) == ("float32", "float32")
 
 
 def test_the_same_experiment_again_does_nothing_again(done, preset):

@@ -51,6 +51,7 @@ def evaluate(predictor: Predictor, data_folder: Store, data: Dataset, folder: St
         dataset=data.digest,
         classes=predictor.card.classes,
         unreadable=unreadable,
+        mode=str(predictor.mode),
         predictions_sha256=sha256_bytes(sink.getvalue()),
     )
     folder.put(PREDICTIONS, sink.getvalue())
@@ -76,7 +77,14 @@ def table_of(keys: list[str], labels: npt.NDArray[np.int64], probabilities: npt.
 
 
 def summarise(
-    table: pa.Table, *, model: str, dataset: str, classes: tuple[str, ...], unreadable: int, predictions_sha256: str
+    table: pa.Table,
+    *,
+    model: str,
+    dataset: str,
+    classes: tuple[str, ...],
+    unreadable: int,
+    predictions_sha256: str,
+    mode: str = "float32",
 ) -> Evaluation:
     """Totals of a table of predictions."""
     labels, predicted, rank = (table[name].to_numpy() for name in ("label", "predicted", "rank"))
@@ -88,6 +96,7 @@ def summarise(
         classes=classes,
         images=len(table),
         unreadable=unreadable,
+        mode=mode,
         top1=float(np.mean(rank == 0)),
         top5=float(np.mean(rank < 5)),
         confusion=tuple(tuple(int(cell) for cell in row) for row in confusion),

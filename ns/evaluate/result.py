@@ -38,6 +38,8 @@ class Evaluation(Identified):
     images: int
     unreadable: int
     """Images of the dataset that could not be decoded; they count as wrong in no number."""
+    mode: str = "float32"
+    """How the model was run (`ns.precision.Mode`)."""
     top1: float
     top5: float
     """Shares in 0–1."""

@@ -53,6 +53,8 @@ class LabelShard(Document):
     unreadable: int
     left_out: int = 0
     """Images that were not looked at, since they are held out elsewhere."""
+    mode: str = "float32"
+    """How the teacher was run (`ns.precision.Mode`); compiled or not, labels differ in their last digits."""
     bytes: int
     sha256: str
 

@@ -54,6 +54,7 @@ def label_shards(
             rows=len(predictions.index),
             unreadable=len(predictions.errors) - len(skipped),
             left_out=len(skipped),
+            mode=str(predictor.mode),
             bytes=len(rows),
             sha256=sha256_bytes(rows),
         )

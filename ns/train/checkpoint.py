@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ns import log
 from ns.digest import sha256_bytes
 from ns.errors import StoreError
+from ns.precision import FLOAT32, Mode
 from ns.store import Store
 from ns.train.ema import Ema
 
@@ -34,6 +35,9 @@ class State:
     network: nn.Module
     ema: Ema
     optimizer: torch.optim.Optimizer
+    mode: Mode = FLOAT32
+    scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler(enabled=False))
+    """Of the gradients of float16; does nothing for other precisions."""
     step: int = 0
     """The next step."""
     seconds: float = 0.0
@@ -43,6 +47,12 @@ class State:
     """What was measured since the last point of the history, added up."""
     counted: int = 0
     """Steps in `sums`."""
+
+    def run_in(self, mode: Mode) -> None:
+        """Decides how the network is run, before the first step."""
+        self.mode = mode
+        device = next(self.network.parameters()).device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=mode.precision == "float16")
 
 
 def save(folder: Store, state: State) -> None:
@@ -65,6 +75,8 @@ def save(folder: Store, state: State) -> None:
         "history": state.history,
         "counted": state.counted,
         "optimizer": plain,
+        "mode": str(state.mode),
+        "scaler": state.scaler.state_dict(),
     }
     blob = save_tensors(
         {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},
@@ -119,6 +131,8 @@ def _load(path: Any, state: State) -> None:
         slots.setdefault(int(index), {}).update(values)
     optimizer["state"] = slots
     state.optimizer.load_state_dict(optimizer)
+    state.run_in(Mode.parse(facts["mode"]))
+    state.scaler.load_state_dict(facts["scaler"])
     state.step = int(facts["step"])
     state.seconds = float(facts["seconds"])
     state.history = facts["history"]

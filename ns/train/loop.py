@@ -12,13 +12,13 @@ from types import FrameType
 import torch
 from torch import Tensor, nn
 
-from ns import log
+from ns import log, models
 from ns.card import MEAN, STD
 from ns.config import RoleConfig
 from ns.data.augment import TrainTransform
 from ns.data.stream import Batch, Batches, Labelled, PseudoLabelled, loader
-from ns.errors import Interrupted, TrainingError
-from ns.models import Normalize, best_device
+from ns.errors import ConfigError, Interrupted, TrainingError
+from ns.precision import Mode, Workload, choose, supported
 from ns.store import Store
 from ns.train import checkpoint
 from ns.train.checkpoint import State
@@ -37,6 +37,8 @@ class Trained:
     history: list[dict[str, float]]
     """At most HISTORY_POINTS points; each is a mean since the one before."""
     seconds: float
+    mode: str
+    """How the network was run (`ns.precision.Mode`)."""
 
 
 def train(
@@ -54,18 +56,24 @@ def train(
 
     Raises TrainingError when the loss is not finite, Interrupted after SIGTERM or SIGINT.
     """
-    device = best_device()
+    device = models.best_device()
     config = role.train
     steps_per_epoch = labelled.samples / config.labelled_batch
     steps = max(1, math.ceil(config.epochs * steps_per_epoch))
     pseudo_batch = config.pseudo_batch if pseudo else 0
 
     network = network.to(device)
-    normalize = Normalize(MEAN, STD).to(device)
+    normalize = models.Normalize(MEAN, STD).to(device)
     optimizer = make_optimizer(network, config.optimizer)
+    images_a_step = config.labelled_batch + pseudo_batch
     state = State(network, Ema(network, config.ema_decay), optimizer)
     if checkpoint.restore(checkpoints, state):
-        log.get().info("training continues", step=state.step, of=steps)
+        log.get().info("training continues", step=state.step, of=steps, mode=str(state.mode))
+    else:
+        workload = training_workload(network, role, images_a_step // config.accumulate)
+        state.run_in(_mode(config.precision, workload, images=steps * images_a_step))
+    mode, scaler = state.mode, state.scaler
+    forward = mode.prepare(network)
 
     batches = Batches(
         labelled,
@@ -78,7 +86,6 @@ def train(
     )
     cuda = device.type == "cuda"
     source = loader(batches, start=state.step, stop=steps, workers=config.loader_workers, pin_memory=cuda)
-    images_a_step = config.labelled_batch + pseudo_batch
     progress = log.Progress(steps * images_a_step, "images", done=state.step * images_a_step)
     record = _Record(
         state, every=max(1, math.ceil(steps / HISTORY_POINTS)), images_a_step=images_a_step, student=pseudo_batch > 0
@@ -107,15 +114,17 @@ def train(
                 images = normalize(part.images.to(device, non_blocking=True))  # [B+U, 3, H, W] float32
                 labels = part.labels.to(device, non_blocking=True)
                 targets = part.targets.to(device, non_blocking=True)
-                with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-                    logits = network(images)
+                with mode.autocast(device):
+                    logits = forward(images)
                 logits = logits.float()[:, :classes]  # [B+U, C]
                 loss = losses(logits, labels, targets, config)
-                (loss.total / config.accumulate).backward()  # type: ignore[no-untyped-call]
+                scaler.scale(loss.total / config.accumulate).backward()  # type: ignore[no-untyped-call]
                 record.measure(loss, logits, labels, targets, share=1 / config.accumulate)
             if config.optimizer.clip_norm is not None:
+                scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(network.parameters(), config.optimizer.clip_norm)
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             state.ema.update(state.step)
 
             state.step += 1
@@ -131,7 +140,23 @@ def train(
         record.check(rate)
 
     weights = {name: value.detach().cpu() for name, value in state.ema.shadow.items()}
-    return Trained(weights, state.step, state.history, state.seconds)
+    return Trained(weights, state.step, state.history, state.seconds, str(mode))
+
+
+def training_workload(network: nn.Module, role: RoleConfig, batch: int) -> Workload:
+    """What a network does in a step, to be measured."""
+    device = next(network.parameters()).device
+    return Workload("train", network, batch, role.model.resolution, device, models.description(role.model))
+
+
+def _mode(precision: str, workload: Workload, *, images: int) -> Mode:
+    """The mode that a configuration asks for, or the fastest."""
+    if precision == "auto":
+        return choose(workload, images=images)
+    mode = Mode.parse(precision)
+    if mode.precision not in supported(workload.device):
+        raise ConfigError(f"train.precision: invalid value {precision!r} on {workload.device.type}: float16 needs a GPU")
+    return mode
 
 
 def split(batch: Batch, parts: int) -> Iterator[Batch]:

@@ -1,17 +1,20 @@
 """One training from data to a model on disk: the first teacher, or a student of a teacher's labels."""
 
 import torch
+from torch import nn
 
 from ns import models
 from ns.card import MANIFEST as CARD
 from ns.card import Lineage, ModelCard, weights_digest
-from ns.config import RoleConfig
+from ns.config import ModelConfig, RoleConfig
 from ns.data.prepared import Prepared
 from ns.data.stream import Labelled
+from ns.inference import inference_workload
 from ns.label.labelset import MANIFEST as LABEL_SET
 from ns.label.labelset import LabelSet
 from ns.label.selection import Selection
 from ns.label.targets import pseudo_labelled
+from ns.precision import choose
 from ns.store import Store
 from ns.train import checkpoint
 from ns.train.loop import train
@@ -30,8 +33,12 @@ def train_and_save(
     seed: int,
     teacher: Store | None,
     config_digest: str,
+    inference_batch: int,
 ) -> ModelCard:
-    """Trains a teacher (no selection) or a student, and writes the model into `folder`."""
+    """Trains a teacher (no selection) or a student, and writes the model into `folder`.
+
+    `inference_batch`: images in a forward pass of labelling, for which the model's inference precision is chosen.
+    """
     labelled_folder, labelled = prepared.labelled.open(root)
     classes = len(labelled.classes)
     torch.manual_seed(seed)
@@ -63,11 +70,12 @@ def train_and_save(
         trained.weights,
         {
             "generation": generation,
-            "model": role.model,
+            "model": _with_inference_precision(role.model, network, batch=inference_batch),
             "noise": role.noise,
             "classes": labelled.classes,
             "parameters": models.parameter_count(network),
             "steps": trained.steps,
+            "training_mode": trained.mode,
             "lineage": Lineage(
                 config=config_digest,
                 labelled=labelled.digest,
@@ -81,3 +89,12 @@ def train_and_save(
     )
     checkpoint.clear(checkpoints)
     return card
+
+
+def _with_inference_precision(model: ModelConfig, network: nn.Module, *, batch: int) -> ModelConfig:
+    """The model as it will label and be evaluated: an automatic precision is decided, and becomes part of what it is."""
+    if model.inference_precision != "auto":
+        return model
+    # Whether to compile is another question, asked by whoever knows how much there is to do.
+    mode = choose(inference_workload(network, model, batch), images=0)
+    return model.model_copy(update={"inference_precision": mode.precision})

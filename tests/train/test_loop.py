@@ -7,13 +7,15 @@ from ns.config import ModelConfig, NoiseConfig, OptimizerConfig, RoleConfig, Tra
 from ns.data import stream
 from ns.data.digits import write_digits
 from ns.data.stream import Labelled, PseudoLabelled
-from ns.errors import DataError, TrainingError
+from ns.errors import ConfigError, DataError, TrainingError
+from ns.precision import Mode
 from ns.store import LocalStore
 from ns.train import checkpoint, loop
 from ns.train.loop import train
 from ns.train.objective import losses
 
 CLASSES = 10
+SHORT = {"labelled_batch": 10, "unlabelled_ratio": 1, "epochs": 3, "loader_workers": 0, "precision": "float32"}
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +29,7 @@ def role(**train_fields) -> RoleConfig:
     return RoleConfig(
         model=ModelConfig(arch="test_efficientnet", resolution=32),
         noise=NoiseConfig(crop="pad", flip=False),
-        train=TrainConfig(
-            **{"labelled_batch": 10, "unlabelled_ratio": 1, "loader_workers": 0, "epochs": 3, "optimizer": optimizer}
-            | train_fields
-        ),
+        train=TrainConfig(**{**SHORT, "optimizer": optimizer, **train_fields}),
     )
 
 
@@ -218,3 +217,41 @@ def test_history_has_one_point_an_interval_and_means_in_range(data, tmp_path):
         assert 0 <= point["accuracy_labelled"] <= 1
         assert 0 <= point["agreement"] <= 1
         assert point["images"] == point["step"] * 20
+
+
+def test_a_continued_training_keeps_the_precision_it_began_with(data, tmp_path, monkeypatch):
+    config = role(precision="auto", checkpoint_seconds=0)
+    monkeypatch.setattr(loop, "choose", lambda workload, **_: Mode("bfloat16"))
+    calm = run(data, tmp_path / "calm", config)
+    assert calm.mode == "bfloat16"
+    save = checkpoint.save
+
+    def stop_after(folder, state):
+        save(folder, state)
+        if state.step == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save", stop_after)
+    with pytest.raises(KeyboardInterrupt):
+        run(data, tmp_path / "stopped", config)
+    monkeypatch.setattr(checkpoint, "save", save)
+    monkeypatch.setattr(loop, "choose", lambda workload, **_: pytest.fail("chosen again"))
+    resumed = run(data, tmp_path / "stopped", config)
+    assert resumed.mode == "bfloat16"
+    assert same(resumed.weights, calm.weights)
+
+
+def test_the_precision_asked_for_is_the_one_in_use(data, tmp_path):
+    plain = run(data, tmp_path / "plain", role())
+    fast = run(data, tmp_path / "fast", role(precision="bfloat16"))
+    assert (plain.mode, fast.mode) == ("float32", "bfloat16")
+    assert not same(plain.weights, fast.weights)
+    assert all(value.dtype != torch.bfloat16 for value in fast.weights.values())
+    assert fast.history[-1]["loss"] == pytest.approx(plain.history[-1]["loss"], rel=0.1)
+
+
+def test_float16_is_refused_without_a_gpu(data, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ConfigError, match=r"train.precision: invalid value 'float16' on cpu: float16 needs a GPU"):
+        run(data, tmp_path, role(precision="float16"))

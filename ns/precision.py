@@ -1,0 +1,227 @@
+"""In which arithmetic a network runs fastest on the machine at hand: measured for about a second each, logged, remembered.
+
+What was measured is kept in ~/.cache/noisy-student/precision.json (or below NS_CACHE_DIR), by machine, network and shape.
+What was chosen is part of the result: training checkpoints and model cards hold it.
+"""
+
+import contextlib
+import copy
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ns import log
+from ns.config import Precision
+from ns.digest import digest
+from ns.errors import TrainingError
+from ns.store.cache import Cache
+
+MEASURED_SECONDS = 1.0
+MARGIN = 1.1
+"""Anything but plain float32 must be faster than it by this: the choice should not hang on a noisy second."""
+COMPILE_FROM_SECONDS = {"cpu": 1200.0, "cuda": 600.0}
+"""torch.compile takes up to a minute, so it is only tried when there is more work left than this."""
+COMPILE_SAVES_SECONDS = 120.0
+"""And only used when it saves more than this."""
+
+DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Mode(NamedTuple):
+    """How a network is run. Weights and losses are float32 in every mode."""
+
+    precision: Precision = "float32"
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.precision}+compile" if self.compiled else self.precision
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The mode that `str` made `text` of."""
+        for precision in get_args(Precision):
+            for mode in (cls(precision), cls(precision, compiled=True)):
+                if str(mode) == text:
+                    return mode
+        raise ValueError(f"{text!r} is no mode")
+
+    def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(device.type, DTYPES[self.precision], enabled=self.precision != "float32")
+
+    def prepare(self, network: nn.Module) -> Callable[[Tensor], Tensor]:
+        """What to call instead of `network`; its weights and its training flag stay those of `network`."""
+        return torch.compile(network) if self.compiled else network
+
+
+FLOAT32 = Mode()
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is to be done, and so what is measured. `network` is neither changed nor run itself: a copy is."""
+
+    kind: Literal["train", "infer"]
+    network: nn.Module
+    batch: int
+    resolution: int
+    device: torch.device
+    about: Mapping[str, Any]
+    """What says which network it is, as JSON."""
+
+    def step(self, mode: Mode) -> Callable[[], None]:
+        """One forward pass, and in training one backward pass, over random images."""
+        network = copy.deepcopy(self.network).train(self.kind == "train")
+        forward = mode.prepare(network)
+        images = torch.randn(self.batch, 3, self.resolution, self.resolution, device=self.device)
+        images = images.to(memory_format=torch.channels_last)
+
+        def infer() -> None:
+            with torch.inference_mode(), mode.autocast(self.device):
+                forward(images)
+
+        def train() -> None:
+            with mode.autocast(self.device):
+                logits = forward(images)
+            network.zero_grad(set_to_none=True)
+            logits.float().square().mean().backward()  # type: ignore[no-untyped-call]
+
+        return train if self.kind == "train" else infer
+
+    @property
+    def key(self) -> str:
+        return digest(
+            {
+                "machine": machine(self.device),
+                "torch": torch.__version__,
+                "kind": self.kind,
+                "network": dict(self.about),
+                "batch": self.batch,
+                "resolution": self.resolution,
+            }
+        )
+
+
+def choose(workload: Workload, *, images: int, precisions: Sequence[Precision] | None = None) -> Mode:
+    """The fastest mode for work on `images` images, of the given precisions or of all that the device knows.
+
+    Raises TrainingError if the memory suffices for none of them.
+    """
+    memory = _Memory.load()
+    rates = dict(memory.rates.get(workload.key, {}))
+    candidates = [Mode(precision) for precision in precisions or supported(workload.device)]
+    for mode in candidates:
+        _measure(workload, mode, rates)
+    known = [mode for mode in candidates if str(mode) in rates]
+    if not known:
+        raise TrainingError(
+            f"out of memory with {workload.batch} images of {workload.resolution} px: "
+            "lower train.labelled_batch or labelling.batch, or raise train.accumulate"
+        )
+    best = max(known, key=lambda mode: rates[str(mode)] / (1 if mode.precision == "float32" else MARGIN))
+    compiled = Mode(best.precision, compiled=True)
+    seconds = images / rates[str(best)]
+    if seconds > COMPILE_FROM_SECONDS[workload.device.type]:
+        _measure(workload, compiled, rates)
+        if seconds - images / rates.get(str(compiled), 1e-9) > COMPILE_SAVES_SECONDS:
+            best = compiled
+    memory.keep(workload.key, rates)
+    log.get().info(
+        "precision chosen",
+        task=workload.kind,
+        mode=str(best),
+        images_per_second={mode: round(rate, 1) for mode, rate in rates.items()},
+        batch=workload.batch,
+        resolution=workload.resolution,
+    )
+    return best
+
+
+def supported(device: torch.device) -> list[Precision]:
+    """What is worth measuring on a device. float16 needs one that computes in it, and a gradient scaler."""
+    return ["float32", "bfloat16", "float16"] if device.type == "cuda" else ["float32", "bfloat16"]
+
+
+def machine(device: torch.device) -> str:
+    """The processor that does the work, and how many threads it has for it."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def _measure(workload: Workload, mode: Mode, rates: dict[str, float]) -> None:
+    """Adds the mode's images per second to `rates`, unless they are there, or it cannot be run."""
+    if str(mode) in rates:
+        return
+    devices = [workload.device] if workload.device.type == "cuda" else []
+    try:
+        # Measuring must not change what training draws afterwards.
+        with torch.random.fork_rng(devices):
+            rates[str(mode)] = workload.batch / _seconds(workload.step(mode), workload.device)
+    except torch.OutOfMemoryError:
+        log.get().warning("not enough memory to measure", task=workload.kind, mode=str(mode), batch=workload.batch)
+    except Exception as error:
+        # torch.compile fails in its own ways: no C++ compiler, an operation that it does not know, …
+        if not mode.compiled:
+            raise
+        log.get().warning("cannot compile", task=workload.kind, reason=str(error).strip().partition("\n")[0])
+
+
+def _seconds(step: Callable[[], None], device: torch.device) -> float:
+    """The median time of a step, once it is warm."""
+
+    def timed() -> float:
+        started = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    timed()
+    times = [timed()]
+    while sum(times) < MEASURED_SECONDS or len(times) < 3:
+        times.append(timed())
+    return statistics.median(times)
+
+
+@dataclass
+class _Memory:
+    """Images per second by workload and mode. A file that cannot be read or written costs a new measurement, nothing else."""
+
+    path: Path
+    rates: dict[str, dict[str, float]]
+
+    @classmethod
+    def load(cls) -> Self:
+        path = Cache.from_environment().folder / "precision.json"
+        with contextlib.suppress(OSError, ValueError):
+            rates = json.loads(path.read_text())
+            if isinstance(rates, dict) and all(isinstance(entry, dict) for entry in rates.values()):
+                return cls(path, rates)
+        return cls(path, {})
+
+    def keep(self, key: str, rates: dict[str, float]) -> None:
+        if self.rates.get(key) == rates:
+            return
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=self.path.parent)
+            with os.fdopen(handle, "w") as file:
+                # Read again: others may have measured in the meantime.
+                json.dump({**self.load().rates, key: rates}, file, indent=1)
+            Path(name).replace(self.path)
