@@ -11,6 +11,8 @@ MANIFEST = "model.json"
 WEIGHTS = "model.safetensors"
 HISTORY = "history.json"
 """The training's curves: a list of points."""
+FINETUNED = "finetuned"
+"""Folder, in a model's folder, of the model that came of its fine-tuning."""
 
 # ImageNet's, as timm and the paper's code have them; on uint8 scaled to 0–1.
 MEAN = (0.485, 0.456, 0.406)

@@ -147,6 +147,25 @@ class OptimizerConfig(Section):
     """Largest gradient norm; not clipped if not given."""
 
 
+class FinetuneConfig(Section):
+    """The train/test resolution fix: a short training on plain labelled images, at the resolution of the test (paper §3). The
+    model from before it is kept, labels, and goes through the gate; the fine-tuned one is evaluated beside it."""
+
+    resolution: int = Field(ge=8, le=2048)
+    """px. Paper: 800 for L2, which trained at 475."""
+    epochs: float = Field(default=1.5, gt=0)
+    """Labelled epochs. Paper: 1.5."""
+    frozen_share: float = Field(default=0.5, ge=0, le=1)
+    """Of the blocks, counted from the input: they and the stem keep their weights and statistics. The paper freezes shallow
+    layers, and does not say how many."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """The only noise that can be left on, as the reference code did unless told otherwise."""
+    labelled_batch: int | None = Field(default=None, ge=2, le=65536)
+    """Labelled images a step; as in training if not given."""
+    lr: float | None = Field(default=None, gt=0, le=10)
+    """Learning rate for a batch of 256, scaled linearly; if not given, the last ones of the training's schedule."""
+
+
 class TrainConfig(Section):
     """How a network is trained. An epoch is a pass over the labelled images, as in the paper."""
 
@@ -178,6 +197,8 @@ class TrainConfig(Section):
     precision: Literal["auto", Precision, "float32+compile", "bfloat16+compile", "float16+compile"] = "auto"
     """Of the forward and backward pass; weights, statistics and losses are float32 always. `auto`: the fastest on the machine
     where training begins, with torch.compile if that pays; a continued training keeps to it. float16 needs a GPU."""
+    finetune: FinetuneConfig | None = None
+    """A fine-tuning at another resolution after the training; none if not given."""
     checkpoint_seconds: float = Field(default=60, ge=0)
     """Between training checkpoints, from which a killed training goes on."""
     loader_workers: int = Field(default=1, ge=0, le=64)

@@ -134,6 +134,8 @@ def _check_role(field: str, role: RoleConfig, classes: int | None) -> Size:
             )
     try:
         multiply_adds(network, model.resolution)
+        if role.train.finetune:
+            multiply_adds(network, role.train.finetune.resolution)
         return Size(parameter_count(network), multiply_adds(network, model.inference_resolution))
     except ConfigError as error:
         raise ConfigError(f"{field}.model: {error}") from error

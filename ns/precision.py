@@ -9,7 +9,6 @@ import copy
 import json
 import os
 import platform
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -183,7 +182,7 @@ def _measure(workload: Workload, mode: Mode, rates: dict[str, float]) -> None:
 
 
 def _seconds(step: Callable[[], None], device: torch.device) -> float:
-    """The median time of a step, once it is warm."""
+    """The shortest time of a step, once it is warm: longer ones say what else the machine was doing."""
 
     def timed() -> float:
         started = time.perf_counter()
@@ -194,9 +193,9 @@ def _seconds(step: Callable[[], None], device: torch.device) -> float:
 
     timed()
     times = [timed()]
-    while sum(times) < MEASURED_SECONDS or len(times) < 3:
+    while sum(times) < MEASURED_SECONDS or len(times) < 5:
         times.append(timed())
-    return statistics.median(times)
+    return min(times)
 
 
 @dataclass

@@ -15,14 +15,14 @@ from itertools import pairwise
 from typing import Any
 
 from ns import config, log, runs
+from ns.card import FINETUNED, ModelCard, weights_digest
 from ns.card import MANIFEST as CARD
-from ns.card import ModelCard, weights_digest
 from ns.config import Experiment, RoleConfig
 from ns.data.check import left_out
 from ns.data.prepared import MANIFEST as PREPARED
 from ns.data.prepared import Prepared
 from ns.digest import code_digest, digest, short
-from ns.errors import DataError, NsError, TrainingError
+from ns.errors import DataError, Interrupted, NsError, TrainingError
 from ns.evaluate import gate as gates
 from ns.evaluate.result import MANIFEST as EVALUATION
 from ns.evaluate.result import Evaluation
@@ -115,7 +115,10 @@ def train(config_uri: str, root: str, run: str, data: str, generation: int, teac
                 config_digest=digest(inputs["role"]),
                 inference_batch=experiment.labelling.batch,
             )
-            return {"model": f"{folder}/{CARD}"}
+            outputs = {"model": f"{folder}/{CARD}"}
+            if role.train.finetune:
+                outputs["finetuned"] = f"{folder}/{FINETUNED}/{CARD}"
+            return outputs
 
         step.once("train", inputs, work)
         card = ModelCard.read(step.root.at(folder), CARD)
@@ -124,11 +127,18 @@ def train(config_uri: str, root: str, run: str, data: str, generation: int, teac
 
 
 def evaluate(config_uri: str, root: str, run: str, data: str, generation: int, model: str) -> str:
-    """Evaluates a model on the held-out images. Returns the key of `evaluation.json`."""
+    """Evaluates a model on the held-out images, and its fine-tuned form if it has one. Returns the key of the model's
+    `evaluation.json`."""
     with _step("evaluate", generation, config_uri, root, run) as step:
         entry, reused = _evaluate(step, data, model)
         evaluation = Evaluation.read(step.root, entry.outputs["evaluation"])
-        step.done(entry.outputs, reused=reused, seconds=entry.seconds, top1=evaluation.top1, images=evaluation.images)
+        outputs = dict(entry.outputs)
+        finetuned = f"{model}/{FINETUNED}"
+        if step.root.exists(f"{finetuned}/{CARD}"):
+            other, _ = _evaluate(step, data, finetuned)
+            outputs["finetuned"] = other.outputs["evaluation"]
+            step.say(finetuned_top1=Evaluation.read(step.root, outputs["finetuned"]).top1)
+        step.done(outputs, reused=reused, seconds=entry.seconds, top1=evaluation.top1, images=evaluation.images)
         return entry.outputs["evaluation"]
 
 
@@ -310,7 +320,10 @@ class _Step:
 def _step(
     name: str, generation: int, config_uri: str, root: str, run: str, *, shards: str = "", quiet: bool = False
 ) -> Iterator[_Step]:
-    """Reads the experiment, announces begin and end, and gives every failure one line that says what to do."""
+    """Reads the experiment, announces begin and end, and gives every failure one line that says what to do.
+
+    A step that was asked to stop, and can go on, ends the process with the exit code of Interrupted.
+    """
     log.configure()
     die_with_client()
     with log.bound(step=name, generation=generation, **({"shards": shards} if shards else {})):
@@ -328,6 +341,10 @@ def _step(
                 ledger=Ledger(store),
             )
             yield step
+        except Interrupted as error:
+            # An exit code that says: start me again, and I go on.
+            logger.error("failed", error=str(error), exit_code=error.exit_code, pid=os.getpid())
+            raise SystemExit(error.exit_code) from error
         except NsError as error:
             logger.error("failed", error=str(error), exit_code=error.exit_code, pid=os.getpid())
             raise

@@ -3,11 +3,13 @@
 import pytest
 
 from ns import config, runs, steps
+from ns.card import FINETUNED, ModelCard
 from ns.card import MANIFEST as CARD
-from ns.card import ModelCard
 from ns.config import RoleConfig, TrainConfig
-from ns.errors import DataError, TrainingError
+from ns.errors import DataError, Interrupted, TrainingError
+from ns.evaluate.result import Evaluation
 from ns.store import LocalStore
+from ns.train import training
 
 TINY = [
     "generations=1",
@@ -142,6 +144,42 @@ def test_a_threshold_that_nothing_meets_is_an_error_that_says_so(done, preset):
     runs.start(store, run, picky, "test")
     with pytest.raises(DataError, match=r"lower it, or train a better teacher"):
         loop((f"{store.uri}/{run}/config.yaml", store.uri, run))
+
+
+def test_a_fine_tuned_model_is_kept_and_evaluated_beside_the_one_it_came_from(tmp_path, preset, monkeypatch):
+    overrides = ["teacher.train.epochs=4", "teacher.train.finetune={resolution: 40, epochs: 3, lr: 0.001}"]
+    store, where = start(tmp_path, preset, overrides)
+    data = steps.prepare_data(*where)
+    model = steps.train(*where, data, 0)
+    plain, tuned = (ModelCard.read(store.at(folder), CARD) for folder in (model, f"{model}/{FINETUNED}"))
+    assert (plain.model.inference_resolution, tuned.model.inference_resolution) == (32, 40)
+    assert (plain.steps, tuned.steps) == (4, 3)
+    assert tuned.lineage.init == plain.weights_sha256 != tuned.weights_sha256
+    assert tuned.noise.dropout == 0
+    steps.evaluate(*where, data, 0, model)
+    (note,) = [note for note in runs.notes(store, where[2]) if note.step == "evaluate"]
+    evaluated = {name: Evaluation.read(store, key).model for name, key in note.outputs.items()}
+    assert evaluated == {"evaluation": plain.digest, "finetuned": tuned.digest}
+    assert not list(store.list("store/checkpoints/"))
+    # Killed between the two: what is there is not trained again.
+    store.delete_prefix("store/ledger/train/")
+    store.delete_prefix(f"{model}/{FINETUNED}/")
+    monkeypatch.setattr(training, "training", lambda *_: pytest.fail("trained again"))
+    steps.train(*where, data, 0)
+    assert ModelCard.read(store.at(f"{model}/{FINETUNED}"), CARD).digest == tuned.digest
+
+
+def test_a_step_asked_to_stop_ends_with_the_code_that_says_go_on(tmp_path, preset, monkeypatch):
+    _, where = start(tmp_path, preset)
+    data = steps.prepare_data(*where)
+
+    def stopped(*_, **__):
+        raise Interrupted("stopped at step 3 of 30; the same command continues there")
+
+    monkeypatch.setattr(training, "train", stopped)
+    with pytest.raises(SystemExit) as caught:
+        steps.train(*where, data, 0)
+    assert caught.value.code == 130
 
 
 def test_a_training_is_known_by_the_weights_it_starts_from_not_by_their_place(tmp_path):

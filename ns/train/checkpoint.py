@@ -7,11 +7,12 @@ The data order and all noise are functions of (seed, step), so no random state i
 
 import json
 import re
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
@@ -55,13 +56,55 @@ class State:
         self.scaler = torch.amp.GradScaler(device.type, enabled=mode.precision == "float16")
 
 
-def save(folder: Store, state: State) -> None:
-    """Writes a checkpoint and drops all but the last KEEP."""
+class Writer:
+    """Writes checkpoints while training goes on, one at a time. Leave its context to be sure of the last one."""
+
+    def __init__(self, folder: Store) -> None:
+        self._folder = folder
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+
+    def save(self, state: State) -> None:
+        """Copies the state as it is now, and has it written. Waits if the checkpoint before is still being written.
+
+        A checkpoint that cannot be written is no reason to stop: it is logged, and the one before stays.
+        """
+        self._finish_one()
+        self._writing = self._thread.submit(write, self._folder, state.step, snapshot(state))
+
+    def flush(self) -> None:
+        """Waits for the checkpoint under way. Raises StoreError if it cannot be written."""
+        writing, self._writing = self._writing, None
+        if writing:
+            writing.result()
+
+    def _finish_one(self) -> None:
+        try:
+            self.flush()
+        except StoreError as error:
+            log.get().warning("checkpoint not written; training goes on", error=str(error))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._finish_one()
+        self._thread.shutdown()
+
+
+class Snapshot(NamedTuple):
+    """A state's values, on the CPU and apart from it."""
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+def snapshot(state: State) -> Snapshot:
+    """A copy of everything that the next step depends on."""
     tensors = {f"network.{name}": value for name, value in state.network.state_dict().items()}
     tensors |= {f"ema.{name}": value for name, value in state.ema.shadow.items()}
-    optimizer = state.optimizer.state_dict()
     plain: dict[str, dict[str, Any]] = {}
-    for index, slots in optimizer["state"].items():
+    for index, slots in state.optimizer.state_dict()["state"].items():
         for name, value in slots.items():
             if isinstance(value, Tensor):
                 tensors[f"optimizer.{index}.{name}"] = value
@@ -72,31 +115,36 @@ def save(folder: Store, state: State) -> None:
     facts = {
         "step": state.step,
         "seconds": state.seconds,
-        "history": state.history,
+        "history": list(state.history),
         "counted": state.counted,
         "optimizer": plain,
         "mode": str(state.mode),
         "scaler": state.scaler.state_dict(),
     }
-    blob = save_tensors(
-        {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},
-        metadata={"state": json.dumps(facts)},
-    )
-    folder.put(f"step-{state.step:08d}-{sha256_bytes(blob)[:16]}.safetensors", blob)
+    return Snapshot({name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}, facts)
+
+
+def write(folder: Store, step: int, taken: Snapshot) -> None:
+    """Writes a checkpoint and drops all but the last KEEP."""
+    tensors = {name: value.contiguous() for name, value in taken.tensors.items()}
+    blob = save_tensors(tensors, metadata={"state": json.dumps(taken.facts)})
+    folder.put(f"step-{step:08d}-{sha256_bytes(blob)[:16]}.safetensors", blob)
     for key in _found(folder)[KEEP:]:
         folder.delete(key)
 
 
 def restore(folder: Store, state: State) -> bool:
-    """Loads the newest checkpoint that is whole into `state`. False if there is none."""
+    """Loads the newest checkpoint that is whole into `state`. False if there is none.
+
+    Raises StoreError if a checkpoint cannot be read: that is no damage, and starting again would throw it away.
+    """
     for key in _found(folder):
         match = NAME.fullmatch(key)
         blob = folder.get(key)
-        if match is None or sha256_bytes(blob)[:16] != match[2]:
-            log.get().warning("checkpoint is damaged, trying the one before", checkpoint=f"{folder.uri}/{key}")
-            continue
-        _load(folder.path(key), state)
-        return True
+        if match and sha256_bytes(blob)[:16] == match[2]:
+            _load(blob, state)
+            return True
+        log.get().warning("checkpoint is damaged, trying the one before", checkpoint=f"{folder.uri}/{key}")
     return False
 
 
@@ -111,14 +159,11 @@ def _found(folder: Store) -> list[str]:
     return sorted((key for key in folder.list("step-") if NAME.fullmatch(key)), reverse=True)
 
 
-def _load(path: Any, state: State) -> None:
-    try:
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads(file.metadata()["state"])
-            # Not a dict: it has keys() and cannot be iterated.
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise StoreError(f"{path}: not a training checkpoint: {error}; delete it to start this training again") from error
+def _load(blob: bytes, state: State) -> None:
+    tensors = load_tensors(blob)
+    # safetensors: the length of a JSON header in 8 bytes, the header, the tensors.
+    header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
+    facts = json.loads(header["__metadata__"]["state"])
     state.network.load_state_dict(_part(tensors, "network."))
     for name, value in _part(tensors, "ema.").items():
         state.ema.shadow[name].copy_(value)

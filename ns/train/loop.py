@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from ns import log, models
 from ns.card import MEAN, STD
 from ns.config import RoleConfig
-from ns.data.augment import TrainTransform
 from ns.data.stream import Batch, Batches, Labelled, PseudoLabelled, loader
 from ns.errors import ConfigError, Interrupted, TrainingError
 from ns.precision import Mode, Workload, choose, supported
 from ns.store import Store
 from ns.train import checkpoint
 from ns.train.checkpoint import State
+from ns.train.course import Course
 from ns.train.ema import Ema
 from ns.train.objective import Losses, losses
-from ns.train.optimizer import learning_rate, make_optimizer
+from ns.train.optimizer import make_optimizer
 
 HISTORY_POINTS = 200
 
@@ -37,13 +37,15 @@ class Trained:
     history: list[dict[str, float]]
     """At most HISTORY_POINTS points; each is a mean since the one before."""
     seconds: float
+    waited_seconds: float
+    """Of these, since the last start, spent waiting for images."""
     mode: str
     """How the network was run (`ns.precision.Mode`)."""
 
 
 def train(
     network: nn.Module,
-    role: RoleConfig,
+    course: Course,
     labelled: Labelled,
     pseudo: PseudoLabelled | None,
     *,
@@ -57,20 +59,18 @@ def train(
     Raises TrainingError when the loss is not finite, Interrupted after SIGTERM or SIGINT.
     """
     device = models.best_device()
-    config = role.train
-    steps_per_epoch = labelled.samples / config.labelled_batch
-    steps = max(1, math.ceil(config.epochs * steps_per_epoch))
+    config, steps = course.train, course.steps
     pseudo_batch = config.pseudo_batch if pseudo else 0
+    images_a_step = config.labelled_batch + pseudo_batch
 
     network = network.to(device)
     normalize = models.Normalize(MEAN, STD).to(device)
     optimizer = make_optimizer(network, config.optimizer)
-    images_a_step = config.labelled_batch + pseudo_batch
     state = State(network, Ema(network, config.ema_decay), optimizer)
     if checkpoint.restore(checkpoints, state):
         log.get().info("training continues", step=state.step, of=steps, mode=str(state.mode))
     else:
-        workload = training_workload(network, role, images_a_step // config.accumulate)
+        workload = training_workload(network, course.role, images_a_step // config.accumulate)
         state.run_in(_mode(config.precision, workload, images=steps * images_a_step))
     mode, scaler = state.mode, state.scaler
     forward = mode.prepare(network)
@@ -78,7 +78,7 @@ def train(
     batches = Batches(
         labelled,
         pseudo if pseudo_batch else None,
-        TrainTransform(role.noise, role.model.resolution),
+        course.transform,
         batch=config.labelled_batch,
         pseudo_batch=pseudo_batch,
         classes=classes,
@@ -86,6 +86,7 @@ def train(
     )
     cuda = device.type == "cuda"
     source = loader(batches, start=state.step, stop=steps, workers=config.loader_workers, pin_memory=cuda)
+    waiting = _Waiting(source)
     progress = log.Progress(steps * images_a_step, "images", done=state.step * images_a_step)
     record = _Record(
         state, every=max(1, math.ceil(steps / HISTORY_POINTS)), images_a_step=images_a_step, student=pseudo_batch > 0
@@ -95,17 +96,13 @@ def train(
     rate = 0.0
 
     network.train()
-    with _stop_signals() as stop:
-        for batch in source:
+    for module in course.still:
+        module.eval()
+    with _stop_signals() as stop, checkpoint.Writer(checkpoints) as writer:
+        for batch in waiting:
             # Dropout and stochastic depth follow from (seed, step), like the data: a resumed step draws the same noise.
             torch.manual_seed(seed * 1_000_003 + state.step)
-            rate = learning_rate(
-                state.step,
-                steps=steps,
-                steps_per_epoch=steps_per_epoch,
-                labelled_batch=config.labelled_batch,
-                config=config.optimizer,
-            )
+            rate = course.rate(state.step)
             for group in optimizer.param_groups:
                 group["lr"] = rate
 
@@ -129,18 +126,37 @@ def train(
 
             state.step += 1
             record.count(rate)
-            progress.advance(images_a_step, **record.latest)
-            state.seconds = before + time.monotonic() - started
-            if stop.is_set() or time.monotonic() - saved >= config.checkpoint_seconds:
+            now = time.monotonic()
+            state.seconds = before + now - started
+            progress.advance(images_a_step, **record.latest, data_wait=round(waiting.seconds / (now - started), 3))
+            if stop.is_set() or now - saved >= config.checkpoint_seconds:
                 record.check(rate)  # a checkpoint must be worth coming back to
-                checkpoint.save(checkpoints, state)
+                writer.save(state)
                 saved = time.monotonic()
             if stop.is_set():
+                writer.flush()
                 raise Interrupted(f"stopped at step {state.step} of {steps}; the same command continues there")
         record.check(rate)
 
     weights = {name: value.detach().cpu() for name, value in state.ema.shadow.items()}
-    return Trained(weights, state.step, state.history, state.seconds, str(mode))
+    return Trained(weights, state.step, state.history, state.seconds, waiting.seconds, str(mode))
+
+
+class _Waiting:
+    """Passes batches on, and adds up the seconds that the loop waited for them."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._batches = batches
+        self.seconds = 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            started = time.monotonic()
+            batch = next(self._batches, None)
+            self.seconds += time.monotonic() - started
+            if batch is None:
+                return
+            yield batch
 
 
 def training_workload(network: nn.Module, role: RoleConfig, batch: int) -> Workload:

@@ -4,11 +4,11 @@ import torch
 from torch import nn
 
 from ns import models
+from ns.card import FINETUNED, Lineage, ModelCard, weights_digest
 from ns.card import MANIFEST as CARD
-from ns.card import Lineage, ModelCard, weights_digest
 from ns.config import ModelConfig, RoleConfig
 from ns.data.prepared import Prepared
-from ns.data.stream import Labelled
+from ns.data.stream import Labelled, PseudoLabelled
 from ns.inference import inference_workload
 from ns.label.labelset import MANIFEST as LABEL_SET
 from ns.label.labelset import LabelSet
@@ -17,7 +17,8 @@ from ns.label.targets import pseudo_labelled
 from ns.precision import choose
 from ns.store import Store
 from ns.train import checkpoint
-from ns.train.loop import train
+from ns.train.course import finetuned_role, finetuning, training
+from ns.train.loop import Trained, train
 from ns.train.warm_start import model_weights, start_from, weights_at
 
 
@@ -35,60 +36,69 @@ def train_and_save(
     config_digest: str,
     inference_batch: int,
 ) -> ModelCard:
-    """Trains a teacher (no selection) or a student, and writes the model into `folder`.
+    """Trains a teacher (no selection) or a student, and writes the model into `folder`; then fine-tunes it, if the role says
+    so, into FINETUNED below. What is there already is not trained again.
 
     `inference_batch`: images in a forward pass of labelling, for which the model's inference precision is chosen.
     """
-    labelled_folder, labelled = prepared.labelled.open(root)
-    classes = len(labelled.classes)
-    torch.manual_seed(seed)
-    network = models.build(role.model, role.noise, classes)
-    teacher_card = ModelCard.read(teacher, CARD) if teacher else None
-    place = role.train.init_place
-    if place:
-        start_from(network, weights_at(place), labelled.classes)
-    elif teacher and role.train.init == "teacher":
-        start_from(network, model_weights(teacher), labelled.classes)
-
-    pseudo = None
-    if selection:
-        labels = root.at(selection.labels)
-        pool_folder, pool = prepared.pool.open(root)
-        pseudo = pseudo_labelled(labels, LabelSet.read(labels, LABEL_SET), selection, pool_folder, pool)
-
-    trained = train(
-        network,
-        role,
-        Labelled(labelled_folder, labelled),
-        pseudo,
-        classes=classes,
-        seed=seed,
-        checkpoints=checkpoints,
+    labelled_folder, labelled_data = prepared.labelled.open(root)
+    labelled = Labelled(labelled_folder, labelled_data)
+    classes = labelled_data.classes
+    lineage = Lineage(
+        config=config_digest,
+        labelled=labelled_data.digest,
+        teacher=ModelCard.read(teacher, CARD).digest if teacher else None,
+        label_set=selection.label_set if selection else None,
+        selection=selection.digest if selection else None,
+        init=weights_digest(role.train.init_place) if role.train.init_place else None,
     )
-    card = models.save(
-        folder,
-        trained.weights,
-        {
+
+    def save(place: Store, role: RoleConfig, network: nn.Module, trained: Trained, lineage: Lineage) -> ModelCard:
+        fields = {
             "generation": generation,
             "model": _with_inference_precision(role.model, network, batch=inference_batch),
             "noise": role.noise,
-            "classes": labelled.classes,
+            "classes": classes,
             "parameters": models.parameter_count(network),
             "steps": trained.steps,
             "training_mode": trained.mode,
-            "lineage": Lineage(
-                config=config_digest,
-                labelled=labelled.digest,
-                teacher=teacher_card.digest if teacher_card else None,
-                label_set=selection.label_set if selection else None,
-                selection=selection.digest if selection else None,
-                init=weights_digest(place) if place else None,
-            ),
-        },
-        trained.history,
-    )
-    checkpoint.clear(checkpoints)
+            "lineage": lineage,
+        }
+        return models.save(place, trained.weights, fields, trained.history)
+
+    if folder.exists(CARD):
+        card = ModelCard.read(folder, CARD)
+    else:
+        torch.manual_seed(seed)
+        network = models.build(role.model, role.noise, len(classes))
+        if role.train.init_place:
+            start_from(network, weights_at(role.train.init_place), classes)
+        elif teacher and role.train.init == "teacher":
+            start_from(network, model_weights(teacher), classes)
+        pseudo = _pseudo_labelled(root, prepared, selection) if selection else None
+        course = training(role, labelled.samples)
+        trained = train(network, course, labelled, pseudo, classes=len(classes), seed=seed, checkpoints=checkpoints)
+        card = save(folder, role, network, trained, lineage)
+        checkpoint.clear(checkpoints)
+
+    if role.train.finetune and not folder.at(FINETUNED).exists(CARD):
+        tuned = finetuned_role(role, role.train.finetune)
+        torch.manual_seed(seed)
+        network = models.build(tuned.model, tuned.noise, len(classes))
+        network.load_state_dict(models.load_weights(folder, card))
+        course = finetuning(role, role.train.finetune, network, labelled.samples)
+        checkpoints = checkpoints.at(FINETUNED)
+        trained = train(network, course, labelled, None, classes=len(classes), seed=seed, checkpoints=checkpoints)
+        started_from = lineage.model_copy(update={"init": card.weights_sha256})
+        save(folder.at(FINETUNED), tuned, network, trained, started_from)
+        checkpoint.clear(checkpoints)
     return card
+
+
+def _pseudo_labelled(root: Store, prepared: Prepared, selection: Selection) -> PseudoLabelled:
+    labels = root.at(selection.labels)
+    pool_folder, pool = prepared.pool.open(root)
+    return pseudo_labelled(labels, LabelSet.read(labels, LABEL_SET), selection, pool_folder, pool)
 
 
 def _with_inference_precision(model: ModelConfig, network: nn.Module, *, batch: int) -> ModelConfig:

@@ -1,16 +1,20 @@
+import os
+import signal
+
 import pytest
 import torch
 
 from ns import log, models
 from ns.card import MEAN, STD
-from ns.config import ModelConfig, NoiseConfig, OptimizerConfig, RoleConfig, TrainConfig
+from ns.config import FinetuneConfig, ModelConfig, NoiseConfig, OptimizerConfig, RoleConfig, TrainConfig
 from ns.data import stream
 from ns.data.digits import write_digits
 from ns.data.stream import Labelled, PseudoLabelled
-from ns.errors import ConfigError, DataError, TrainingError
+from ns.errors import ConfigError, DataError, Interrupted, TrainingError
 from ns.precision import Mode
 from ns.store import LocalStore
 from ns.train import checkpoint, loop
+from ns.train.course import finetuning, training
 from ns.train.loop import train
 from ns.train.objective import losses
 
@@ -45,7 +49,8 @@ def run(data, folder, config: RoleConfig, seed: int = 1, pseudo_probability: flo
     pool_source = Labelled(root.at("heldout"), pool)
     targets = [0.9 * torch.eye(CLASSES)[torch.from_numpy(shard)].numpy() + pseudo_probability for shard in pool_source.labels]
     pseudo = PseudoLabelled(pool_source.source, targets, pool_source.copies)
-    return train(fresh(config, seed), config, source, pseudo, classes=CLASSES, seed=seed, checkpoints=LocalStore(folder))
+    course = training(config, source.samples)
+    return train(fresh(config, seed), course, source, pseudo, classes=CLASSES, seed=seed, checkpoints=LocalStore(folder))
 
 
 def same(left, right) -> bool:
@@ -80,6 +85,36 @@ def test_an_interrupted_training_ends_bit_for_bit_like_a_calm_one(data, tmp_path
     resumed = run(data, tmp_path / "killed", config)
     assert same(resumed.weights, calm.weights)
     assert resumed.history == calm.history
+
+
+def test_asked_to_stop_training_leaves_a_checkpoint_and_goes_on_from_there(data, tmp_path, monkeypatch):
+    calm = run(data, tmp_path / "calm", role())
+    advance = log.Progress.advance
+
+    def terminate(self, count=1, **facts):
+        advance(self, count, **facts)
+        if self.done == 7 * 20:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(log.Progress, "advance", terminate)
+    with pytest.raises(Interrupted, match="stopped at step 7 of 15; the same command continues there"):
+        run(data, tmp_path / "stopped", role())
+    monkeypatch.setattr(log.Progress, "advance", advance)
+    assert [path.name[:13] for path in (tmp_path / "stopped").iterdir()] == ["step-00000007"]
+    assert same(run(data, tmp_path / "stopped", role()).weights, calm.weights)
+
+
+def test_frozen_layers_keep_their_weights_and_statistics(data, tmp_path):
+    root, labelled, _ = data
+    config = role(optimizer=OptimizerConfig(name="sgd", lr=1, warmup_epochs=0), weighting="mean")
+    network = fresh(config)
+    course = finetuning(config, FinetuneConfig(resolution=40, lr=1, frozen_share=0.5), network, labelled.samples)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    source = Labelled(root.at("labelled"), labelled)
+    after = train(network, course, source, None, classes=CLASSES, seed=1, checkpoints=LocalStore(tmp_path)).weights
+    frozen = ("conv_stem.", "bn1.", "blocks.0.", "blocks.1.")
+    for name, value in after.items():
+        assert torch.equal(value, before[name]) == name.startswith(frozen), name
 
 
 def test_the_order_of_images_does_not_depend_on_who_loads_them(data, tmp_path):
@@ -120,7 +155,7 @@ def test_a_shard_that_was_damaged_since_is_named_in_one_line(data, tmp_path, wor
     with pytest.raises(DataError) as caught:
         train(
             network,
-            config,
+            training(config, labelled.samples),
             Labelled(folder, labelled),
             None,
             classes=CLASSES,
@@ -224,17 +259,17 @@ def test_a_continued_training_keeps_the_precision_it_began_with(data, tmp_path, 
     monkeypatch.setattr(loop, "choose", lambda workload, **_: Mode("bfloat16"))
     calm = run(data, tmp_path / "calm", config)
     assert calm.mode == "bfloat16"
-    save = checkpoint.save
+    save = checkpoint.Writer.save
 
-    def stop_after(folder, state):
-        save(folder, state)
+    def stop_after(writer, state):
+        save(writer, state)
         if state.step == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "save", stop_after)
+    monkeypatch.setattr(checkpoint.Writer, "save", stop_after)
     with pytest.raises(KeyboardInterrupt):
         run(data, tmp_path / "stopped", config)
-    monkeypatch.setattr(checkpoint, "save", save)
+    monkeypatch.setattr(checkpoint.Writer, "save", save)
     monkeypatch.setattr(loop, "choose", lambda workload, **_: pytest.fail("chosen again"))
     resumed = run(data, tmp_path / "stopped", config)
     assert resumed.mode == "bfloat16"
