@@ -26,6 +26,7 @@ from ns.errors import TrainingError
 from ns.store.cache import Cache
 
 MEASURED_SECONDS = 1.0
+LEAST_ROUNDS = 3
 MARGIN = 1.1
 """Anything but plain float32 must be faster than it by this: the choice should not hang on a noisy second."""
 COMPILE_FROM_SECONDS = {"cpu": 1200.0, "cuda": 600.0}
@@ -118,8 +119,8 @@ def choose(workload: Workload, *, images: int, precisions: Sequence[Precision] |
     memory = _Memory.load()
     rates = dict(memory.rates.get(workload.key, {}))
     candidates = [Mode(precision) for precision in precisions or supported(workload.device)]
-    for mode in candidates:
-        _measure(workload, mode, rates)
+    if not all(str(mode) in rates for mode in candidates):
+        rates |= _measure(workload, candidates)
     known = [mode for mode in candidates if str(mode) in rates]
     if not known:
         raise TrainingError(
@@ -130,7 +131,9 @@ def choose(workload: Workload, *, images: int, precisions: Sequence[Precision] |
     compiled = Mode(best.precision, compiled=True)
     seconds = images / rates[str(best)]
     if seconds > COMPILE_FROM_SECONDS[workload.device.type]:
-        _measure(workload, compiled, rates)
+        if str(compiled) not in rates:
+            rates |= _measure(workload, [best, compiled])
+            seconds = images / rates[str(best)]
         if seconds - images / rates.get(str(compiled), 1e-9) > COMPILE_SAVES_SECONDS:
             best = compiled
     memory.keep(workload.key, rates)
@@ -163,39 +166,44 @@ def machine(device: torch.device) -> str:
     return f"{model}, {torch.get_num_threads()} threads"
 
 
-def _measure(workload: Workload, mode: Mode, rates: dict[str, float]) -> None:
-    """Adds the mode's images per second to `rates`, unless they are there, or it cannot be run."""
-    if str(mode) in rates:
-        return
-    devices = [workload.device] if workload.device.type == "cuda" else []
-    try:
-        # Measuring must not change what training draws afterwards.
-        with torch.random.fork_rng(devices):
-            rates[str(mode)] = workload.batch / _seconds(workload.step(mode), workload.device)
-    except torch.OutOfMemoryError:
-        log.get().warning("not enough memory to measure", task=workload.kind, mode=str(mode), batch=workload.batch)
-    except Exception as error:
-        # torch.compile fails in its own ways: no C++ compiler, an operation that it does not know, …
-        if not mode.compiled:
-            raise
-        log.get().warning("cannot compile", task=workload.kind, reason=str(error).strip().partition("\n")[0])
+def _measure(workload: Workload, modes: Sequence[Mode]) -> dict[str, float]:
+    """Images per second of each mode that can be run.
+
+    The modes take turns, and the shortest time of each counts: a neighbour on the same cores slows single steps down by any
+    factor, and would decide for the mode that happened to be measured without it.
+    """
+    device = workload.device
+    steps: dict[str, Callable[[], None]] = {}
+    times: dict[str, list[float]] = {}
+    # Measuring must not change what training draws afterwards.
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for mode in modes:
+            try:
+                step = workload.step(mode)
+                _seconds(step, device)  # the first time compiles, allocates, and finds out whether the memory suffices
+                steps[str(mode)], times[str(mode)] = step, []
+            except torch.OutOfMemoryError:
+                log.get().warning("not enough memory to measure", task=workload.kind, mode=str(mode), batch=workload.batch)
+            except Exception as error:
+                # torch.compile fails in its own ways: no C++ compiler, an operation that it does not know, …
+                if not mode.compiled:
+                    raise
+                log.get().warning("cannot compile", task=workload.kind, reason=str(error).strip().partition("\n")[0])
+        spent, rounds = 0.0, 0
+        while steps and (rounds < LEAST_ROUNDS or spent < MEASURED_SECONDS * len(steps)):
+            for name, step in steps.items():
+                times[name].append(_seconds(step, device))
+            spent, rounds = sum(map(sum, times.values())), rounds + 1
+    return {name: workload.batch / min(found) for name, found in times.items()}
 
 
 def _seconds(step: Callable[[], None], device: torch.device) -> float:
-    """The shortest time of a step, once it is warm: longer ones say what else the machine was doing."""
-
-    def timed() -> float:
-        started = time.perf_counter()
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - started
-
-    timed()
-    times = [timed()]
-    while sum(times) < MEASURED_SECONDS or len(times) < 5:
-        times.append(timed())
-    return min(times)
+    """What one step takes."""
+    started = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
 
 
 @dataclass
