@@ -17,6 +17,7 @@ from ns.data.augment import EvalTransform
 from ns.data.decode import Encoded, room
 from ns.data.images import ImageSource
 from ns.data.index import ShardIndex
+from ns.memory import keep_freed_memory
 from ns.precision import Mode, Workload, choose
 from ns.store import Store
 
@@ -60,6 +61,8 @@ class Predictor:
     def __init__(self, folder: Store, *, batch: int, images: int = 0) -> None:
         network, self.card = models.load(folder)
         self._device = models.best_device()
+        if self._device.type == "cpu":
+            keep_freed_memory()
         self._network = network.to(self._device)
         named = self.card.model.inference_precision
         # A card that no training wrote names none.

@@ -17,6 +17,7 @@ from ns.card import MEAN, STD
 from ns.config import RoleConfig
 from ns.data.stream import Batch, Batches, Labelled, PseudoLabelled, loader
 from ns.errors import ConfigError, Interrupted, TrainingError
+from ns.memory import keep_freed_memory
 from ns.precision import Mode, Workload, choose, supported
 from ns.store import Store
 from ns.train import checkpoint
@@ -59,6 +60,8 @@ def train(
     Raises TrainingError when the loss is not finite, Interrupted after SIGTERM or SIGINT.
     """
     device = models.best_device()
+    if device.type == "cpu":
+        keep_freed_memory()
     config, steps = course.train, course.steps
     pseudo_batch = config.pseudo_batch if pseudo else 0
     images_a_step = config.labelled_batch + pseudo_batch
