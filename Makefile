@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-integration test-containers test-all lint format bench-data compile constraints venv clean distclean
+.PHONY: help run test test-integration test-containers test-all lint format bench-data bench-train compile constraints venv clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ format: $(VENV)/.test ## Put the code into its form
 
 bench-data: $(VENV)/.bench ## Measure how fast images reach the model (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.data $(ARGS)
+
+bench-train: $(VENV)/.bench ## Measure how fast the training loop is (ARGS="--quick")
+	@$(BIN)/python -m benchmarks.train $(ARGS)
 
 compile: $(VENV)/.run ## Compile the pipeline into pipelines/noisy_student.yaml
 	@$(BIN)/python -m pipelines.compile

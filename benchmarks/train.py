@@ -1,0 +1,213 @@
+"""How fast the training loop is: against the bare step of the same network on images in memory, and against timm's train.py.
+
+    python -m benchmarks.train [--quick] [--json FILE]
+
+Needs the CIFAR-10 images in ../shared/data/cifar10 (without them, made-up ones of the same size, and says so). For the peer,
+TIMM_TRAIN names timm's train.py, which its wheel lacks: github.com/huggingface/pytorch-image-models. Rates are images a second;
+both sides run in the precision that is the fastest here, timm's with its defaults.
+
+    step_ratio_plain        our loop, RandAugment off ÷ forward, backward and optimiser on a batch in memory; the least case
+    step_ratio_randaugment  the same with the paper's RandAugment
+    vs_timm_train           our loop with RandAugment ÷ train.py, which does less to its images; the least case
+"""
+
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.data import CIFAR10, small_folders
+from benchmarks.measure import arguments, finish
+from ns import log, models
+from ns.config import ModelConfig, NoiseConfig, RoleConfig, TrainConfig
+from ns.data.dataset import Dataset
+from ns.data.ingest import Limits, import_images
+from ns.data.stream import Labelled
+from ns.precision import choose
+from ns.store import LocalStore
+from ns.train import loop
+from ns.train.course import training
+from ns.train.optimizer import make_optimizer
+
+ARCHITECTURES = ("efficientnet_b0", "resnet18")
+BATCH = 64
+CLASSES = 10
+WARM_UP = 6
+"""Steps that are not counted: the first ones find batches made while the network was built."""
+NOISES = {
+    "plain": NoiseConfig(randaugment_layers=0, crop="pad"),
+    "randaugment": NoiseConfig(randaugment_magnitude=5, crop="pad"),
+}
+
+Run = Callable[[], float]
+"""Does its steps, and returns images a second."""
+
+
+def main() -> None:
+    options = arguments(__doc__ or "")
+    rounds, measured = (3, 6) if options.quick else (9, 16)
+    console = Console(width=120)
+    table = Table("network", "px", "ratio", "ours, images/s", "theirs, images/s", "ours ÷ theirs", "least … greatest")
+    figures: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        if not CIFAR10.exists():
+            console.print(f"{CIFAR10} is not there: made-up images stand in for it", style="yellow")
+        folders = small_folders(place / "images" / "train", 4_000 if options.quick else 10_000)
+        (place / "images" / "validation").symlink_to(folders)
+        store = LocalStore(place / "small")
+        data = import_images(str(folders), store, name="small", role="labelled", limits=Limits(shard_samples=2_000), workers=2)
+        for arch, px in product(ARCHITECTURES, (32,) if options.quick else (32, 64)):
+            role = fastest(role_of(arch, px, NOISES["plain"]))
+            console.print(f"{arch}, {px} px: {role.train.precision}")
+            theirs = bare(role, measured)
+            ours = {
+                name: looped(LocalStore(place / "none"), store, data, role.model_copy(update={"noise": noise}), measured)
+                for name, noise in NOISES.items()
+            }
+            rates = turns({"bare": theirs, **ours}, rounds)
+            pairs = [("step_ratio_plain", "plain", "bare"), ("step_ratio_randaugment", "randaugment", "bare")]
+            if not options.quick and (script := os.environ.get("TIMM_TRAIN")):
+                rates["timm"] = [timm_train(Path(script), place / "images", arch, px, measured)] * rounds
+                pairs.append(("vs_timm_train", "randaugment", "timm"))
+            for figure, one, other in pairs:
+                found = [a / b for a, b in zip(rates[one], rates[other], strict=True)]
+                ratio = statistics.median(found)
+                figures[f"{figure}.{arch}_{px}px"] = round(ratio, 4)
+                figures[figure] = round(min(ratio, figures.get(figure, ratio)), 4)
+                speeds = [f"{statistics.median(rates[side]):,.1f}" for side in (one, other)]
+                table.add_row(arch, str(px), figure, *speeds, f"{ratio:.3f}", f"{min(found):.3f} … {max(found):.3f}")
+    console.print(table)
+    if "vs_timm_train" not in figures and not options.quick:
+        console.print("vs_timm_train left out: TIMM_TRAIN does not name timm's train.py", style="yellow")
+    finish(figures, options.json)
+
+
+def role_of(arch: str, px: int, noise: NoiseConfig) -> RoleConfig:
+    train = TrainConfig(labelled_batch=BATCH, loader_workers=1, checkpoint_seconds=1e9, epochs=1e-9)
+    return RoleConfig(model=ModelConfig(arch=arch, resolution=px), noise=noise, train=train)
+
+
+def fastest(role: RoleConfig) -> RoleConfig:
+    """The role in the precision that `train.precision: auto` would take for a training of a few minutes."""
+    network = models.build(role.model, role.noise, CLASSES).to(models.best_device())
+    mode = choose(loop.training_workload(network, role, BATCH), images=0)
+    return role.model_copy(update={"train": role.train.model_copy(update={"precision": str(mode)})})
+
+
+def turns(contestants: dict[str, Run], rounds: int) -> dict[str, list[float]]:
+    """Rates of each contestant. They take turns, so that a neighbour on the machine disturbs all alike."""
+    found: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, run in contestants.items():
+            found[name].append(run())
+    return found
+
+
+def bare(role: RoleConfig, measured: int) -> Run:
+    """Forward, backward and optimiser on one batch that is in memory, normalised."""
+    device = models.best_device()
+    mode = loop.Mode.parse(role.train.precision)
+    network = models.build(role.model, role.noise, CLASSES).to(device)
+    forward = mode.prepare(network)
+    optimizer = make_optimizer(network, role.train.optimizer)
+    images = torch.randn(BATCH, 3, role.model.resolution, role.model.resolution, device=device)
+    images = images.to(memory_format=torch.channels_last)
+    labels = torch.randint(0, CLASSES, (BATCH,), device=device)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with mode.autocast(device):
+            logits = forward(images)
+        F.cross_entropy(logits.float(), labels, label_smoothing=0.1).backward()
+        optimizer.step()
+
+    def run() -> float:
+        step()
+        synchronise()
+        started = time.perf_counter()
+        for _ in range(measured):
+            step()
+        synchronise()
+        return measured * BATCH / (time.perf_counter() - started)
+
+    return run
+
+
+class Watch(log.Progress):
+    """Notes when each step ended."""
+
+    ends: list[float]
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        Watch.ends = []
+
+    def advance(self, count: int = 1, **facts: Any) -> None:  # noqa: ARG002
+        synchronise()
+        self.ends.append(time.perf_counter())
+
+
+def looped(checkpoints: LocalStore, store: LocalStore, data: Dataset, role: RoleConfig, measured: int) -> Run:
+    """Our whole loop: read, decode, noise, step, average, record."""
+    labelled = Labelled(store, data)
+    epochs = (WARM_UP + measured) * BATCH / labelled.samples
+    role = role.model_copy(update={"train": role.train.model_copy(update={"epochs": epochs})})
+
+    def run() -> float:
+        network = models.build(role.model, role.noise, CLASSES)
+        course = training(role, labelled.samples)
+        before, log.Progress = log.Progress, Watch  # type: ignore[misc]
+        try:
+            loop.train(network, course, labelled, None, classes=CLASSES, seed=0, checkpoints=checkpoints)
+        finally:
+            log.Progress = before  # type: ignore[misc]
+        counted = Watch.ends[WARM_UP - 1 :]
+        return (len(counted) - 1) * BATCH / (counted[-1] - counted[0])
+
+    return run
+
+
+def timm_train(script: Path, images: Path, arch: str, px: int, measured: int) -> float:
+    """timm's train.py with its defaults, but for the network, its size, the batch and the device; its median rate."""
+    command = [sys.executable, str(script), "--data-dir", str(images), "--model", arch, "--num-classes", str(CLASSES)]
+    command += ["--img-size", str(px), "--batch-size", str(BATCH), "--device", models.best_device().type]
+    command += ["--epochs", "1", "--log-interval", "1", "--output", str(images / "output")]
+    rates: list[float] = []
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    said = []
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            said.append(line)
+            if match := re.search(r"Time: [\d.]+s, +([\d.]+)/s", line):
+                rates.append(float(match[1]))
+            if len(rates) == WARM_UP + measured:
+                return statistics.median(rates[WARM_UP:])
+    finally:
+        # Its loaders too.
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    raise SystemExit("".join(said[-20:]) + f"{script} ended early")
+
+
+def synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
