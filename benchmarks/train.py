@@ -58,7 +58,7 @@ Run = Callable[[], float]
 
 def main() -> None:
     options = arguments(__doc__ or "")
-    rounds, measured = (3, 6) if options.quick else (9, 16)
+    rounds, measured = (3, 6) if options.quick else (5, 8)
     console = Console(width=120)
     table = Table("network", "px", "ratio", "ours, images/s", "theirs, images/s", "ours ÷ theirs", "least … greatest")
     figures: dict[str, float] = {}

@@ -101,7 +101,7 @@ def train(
     network.train()
     for module in course.still:
         module.eval()
-    with _stop_signals() as stop, checkpoint.Writer(checkpoints) as writer:
+    with _stop_signals() as stop, _dead_loaders(stop), checkpoint.Writer(checkpoints) as writer:
         for batch in waiting:
             # Dropout and stochastic depth follow from (seed, step), like the data: a resumed step draws the same noise.
             torch.manual_seed(seed * 1_000_003 + state.step)
@@ -247,6 +247,26 @@ class _Record:
             point |= {"loss_pseudo": pseudo, "agreement": agreement}
         self.latest = {"loss": round(total, 4)}
         state.history.append(point)
+
+
+@contextmanager
+def _dead_loaders(stop: threading.Event) -> Iterator[None]:
+    """Says in one line that a data loader's process was killed: torch raises that in the middle of whatever is being done."""
+    try:
+        yield
+    except (RuntimeError, TrainingError) as error:
+        if not any("DataLoader worker" in str(place) for place in (error, error.__cause__)):
+            raise
+        if stop.is_set():
+            # A signal to the whole process group. The step under way is lost, and with it the state of this moment.
+            raise Interrupted(
+                "stopped together with its data loaders; the same command continues from the last checkpoint"
+            ) from error
+        if isinstance(error, TrainingError):
+            raise
+        raise TrainingError(
+            "a data loader's process was killed, most often for want of memory; lower train.loader_workers or the batch"
+        ) from error
 
 
 @contextmanager

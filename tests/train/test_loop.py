@@ -104,6 +104,21 @@ def test_asked_to_stop_training_leaves_a_checkpoint_and_goes_on_from_there(data,
     assert same(run(data, tmp_path / "stopped", role()).weights, calm.weights)
 
 
+@pytest.mark.parametrize(
+    ("asked_to_stop", "error", "message"),
+    [(True, Interrupted, "continues from the last checkpoint"), (False, TrainingError, "lower train.loader_workers")],
+)
+def test_a_loader_killed_in_the_middle_of_a_step_is_explained(data, tmp_path, monkeypatch, asked_to_stop, error, message):
+    def killed(*_):
+        if asked_to_stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("DataLoader worker (pid 584) is killed by signal: Terminated.")
+
+    monkeypatch.setattr(loop, "losses", killed)
+    with pytest.raises(error, match=message):
+        run(data, tmp_path, role())
+
+
 def test_frozen_layers_keep_their_weights_and_statistics(data, tmp_path):
     root, labelled, _ = data
     config = role(optimizer=OptimizerConfig(name="sgd", lr=1, warmup_epochs=0), weighting="mean")
