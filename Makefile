@@ -63,9 +63,9 @@ $(VENV)/.run: pyproject.toml constraints.txt install.sh
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.test
-	@sh install.sh $(VENV) pipelines,quickstart,versions,check,dev,bench
+	@sh install.sh $(VENV) pipelines,quickstart,versions,check,tensorboard,dev,bench
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.run
-	@sh install.sh $(VENV) pipelines,quickstart,versions,check,dev
+	@sh install.sh $(VENV) pipelines,quickstart,versions,check,tensorboard,dev
 	@touch $@

@@ -6,7 +6,7 @@ Defaults are the paper's (arXiv:1911.04252 v4 and its reference code). Derived v
 import difflib
 import math
 from collections.abc import Iterable
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -202,7 +202,13 @@ class TrainConfig(Section):
     checkpoint_seconds: float = Field(default=60, ge=0)
     """Between training checkpoints, from which a killed training goes on."""
     loader_workers: int = Field(default=1, ge=0, le=64)
-    """Processes that decode and augment; 0 does it in the training process. The order of images does not depend on it."""
+    """Processes that decode and augment for each that trains; 0 does it in the training process. The order of images does not
+    depend on it."""
+    processes: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = "auto"
+    """Processes that train together on this machine, each on an equal part of every step's images. `auto`: one on each GPU; one
+    without a GPU. Ignored where torchrun started them, as on several nodes."""
+    tensorboard: bool = False
+    """Write the curves as TensorBoard events too, to `tensorboard/` in the run's folder."""
 
     @field_validator("init")
     @classmethod

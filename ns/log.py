@@ -44,6 +44,11 @@ def configure(*, level: int = logging.INFO) -> None:
     )
 
 
+def configure_helper() -> None:
+    """The form of the log in a process that does what another one reports: warnings only."""
+    configure(level=logging.WARNING)
+
+
 def get() -> Any:
     return structlog.get_logger()
 

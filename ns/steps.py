@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ns import config, log, runs
 from ns.card import FINETUNED, ModelCard, weights_digest
@@ -34,6 +34,9 @@ from ns.ledger import Entry, Ledger
 from ns.store import Store, open_store
 from ns.watch import die_with_client
 
+if TYPE_CHECKING:
+    from ns.parallel import World
+
 STOP = "stop"
 """What `resolve` answers when the loop is over."""
 
@@ -51,6 +54,7 @@ TRAINING = (
     *READING,
     "train",
     "precision.py",
+    "parallel.py",
     "data/order.py",
     "data/stream.py",
     "data/randaugment.py",
@@ -81,49 +85,36 @@ def train(config_uri: str, root: str, run: str, data: str, generation: int, teac
     Returns the key of the model's folder. Raises TrainingError when training cannot go on.
     """
     with _step("train", generation, config_uri, root, run) as step:
-        experiment = step.experiment
-        role = experiment.student(generation) if generation else experiment.teacher
-        prepared = Prepared.read(step.root, data)
-        selection = Selection.read(step.root, f"{labels}/{SELECTION}") if labels else None
-        inputs = {
-            "code": code_digest(*TRAINING),
-            "role": _training_slice(role),
-            "seed": _seed(experiment, generation),
-            "generation": generation,
-            "labelled": prepared.labelled.dataset,
-            "pool": prepared.pool.dataset if selection else None,
-            "selection": selection.digest if selection else None,
-            "teacher": _model_digest(step.root, teacher) if teacher else None,
-        }
-
-        key = step.ledger.key("train", inputs)
-        folder = f"store/models/{short(key)}"
+        training = _Training(step.root, step.ledger, step.experiment, data, generation, teacher, labels)
 
         def work() -> Mapping[str, str]:
-            from ns.train.training import train_and_save
+            from ns.parallel import ALONE, launch, processes_here
 
-            train_and_save(
-                step.root.at(folder),
-                step.root.at(f"store/checkpoints/{short(key)}"),
-                step.root,
-                role,
-                prepared,
-                selection,
-                generation=generation,
-                seed=_seed(experiment, generation),
-                teacher=step.root.at(teacher) if teacher else None,
-                config_digest=digest(inputs["role"]),
-                inference_batch=experiment.labelling.batch,
-            )
-            outputs = {"model": f"{folder}/{CARD}"}
-            if role.train.finetune:
-                outputs["finetuned"] = f"{folder}/{FINETUNED}/{CARD}"
-            return outputs
+            processes = processes_here(training.role.train.processes)
+            if processes > 1:
+                launch(processes, "ns.join", [config_uri, root, run, data, str(generation), teacher, labels])
+            else:
+                training.do(ALONE, run)
+            return training.outputs
 
-        step.once("train", inputs, work)
-        card = ModelCard.read(step.root.at(folder), CARD)
+        step.once("train", training.inputs, work)
+        card = ModelCard.read(step.root.at(training.folder), CARD)
         step.say(parameters=card.parameters, steps=card.steps)
-        return folder
+        return training.folder
+
+
+def join_training(
+    config_uri: str, root: str, run: str, data: str, generation: int, teacher: str = "", labels: str = ""
+) -> None:
+    """Trains as one of the processes that torchrun started. Only trains: whoever started them records the result."""
+    from ns.parallel import failures_told, joined
+
+    die_with_client()
+    # Told before the group is left: the others fail for that reason only.
+    with joined() as world, failures_told(), log.bound(step="train", generation=generation):
+        log.configure() if world.first else log.configure_helper()
+        store = open_store(root)
+        _Training(store, Ledger(store), config.load(config_uri), data, generation, teacher, labels).do(world, run)
 
 
 def evaluate(config_uri: str, root: str, run: str, data: str, generation: int, model: str) -> str:
@@ -285,6 +276,67 @@ def report(config_uri: str, root: str, run: str) -> str:
         return write(step.root, run)
 
 
+class _Training:
+    """A training, by what goes into it."""
+
+    def __init__(
+        self, root: Store, ledger: Ledger, experiment: Experiment, data: str, generation: int, teacher: str, labels: str
+    ) -> None:
+        self.role = experiment.student(generation) if generation else experiment.teacher
+        self._root = root
+        self._generation = generation
+        self._teacher = teacher
+        self._seed = _seed(experiment, generation)
+        self._prepared = Prepared.read(root, data)
+        self._selection = Selection.read(root, f"{labels}/{SELECTION}") if labels else None
+        self._inference_batch = experiment.labelling.batch
+        self.inputs: dict[str, Any] = {
+            "code": code_digest(*TRAINING),
+            "role": _training_slice(self.role),
+            "seed": self._seed,
+            "generation": generation,
+            "labelled": self._prepared.labelled.dataset,
+            "pool": self._prepared.pool.dataset if self._selection else None,
+            "selection": self._selection.digest if self._selection else None,
+            "teacher": _model_digest(root, teacher) if teacher else None,
+        }
+        self._key = short(ledger.key("train", self.inputs))
+        self.folder = f"store/models/{self._key}"
+
+    @property
+    def outputs(self) -> dict[str, str]:
+        outputs = {"model": f"{self.folder}/{CARD}"}
+        if self.role.train.finetune:
+            outputs["finetuned"] = f"{self.folder}/{FINETUNED}/{CARD}"
+        return outputs
+
+    def do(self, world: "World", run: str) -> None:
+        """Trains, as one of the processes of `world`."""
+        from ns import telemetry
+        from ns.train.training import train_and_save
+
+        config_digest = digest(self.inputs["role"])
+        if world.first:
+            telemetry.RUN.labels(run, short(config_digest), self._teacher).set(1)
+            telemetry.GENERATION.set(self._generation)
+            telemetry.serve()
+        train_and_save(
+            self._root.at(self.folder),
+            self._root.at(f"store/checkpoints/{self._key}"),
+            self._root,
+            self.role,
+            self._prepared,
+            self._selection,
+            generation=self._generation,
+            seed=self._seed,
+            teacher=self._root.at(self._teacher) if self._teacher else None,
+            config_digest=config_digest,
+            inference_batch=self._inference_batch,
+            world=world,
+            notes=self._root.at(run),
+        )
+
+
 @dataclass
 class _Step:
     """What every step works with."""
@@ -424,7 +476,7 @@ def _labels_folder(step: _Step, prepared: Prepared, teacher: str) -> str:
 def _training_slice(role: RoleConfig) -> dict[str, Any]:
     """A role without what changes how fast it trains, but not what comes out."""
     fields = role.model_dump(mode="json", exclude={"preset"})
-    for name in ("checkpoint_seconds", "loader_workers"):
+    for name in ("checkpoint_seconds", "loader_workers", "processes", "tensorboard"):
         del fields["train"][name]
     if role.train.init_place:
         fields["train"]["init"] = weights_digest(role.train.init_place)

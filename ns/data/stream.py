@@ -93,6 +93,10 @@ class Batches(TorchDataset[Batch]):
             targets[i] = self._pseudo.targets[shard][row]  # type: ignore[union-attr]
         return Batch(torch.from_numpy(np.stack(images)), torch.from_numpy(labels), torch.from_numpy(targets))
 
+    def keys(self, step: int) -> list[list[str]]:
+        """Keys of the images of a step, all processes' together: of the labelled ones, and of the pseudo-labelled ones."""
+        return [stream.keys(step) for stream in self._streams]
+
 
 class _Stream:
     """The images of one part of each step."""
@@ -112,6 +116,9 @@ class _Stream:
         first, stop = (step * self._batch + bound for bound in self._part)
         self._source.fetch_ahead(self._order.ahead(stop))
         return self._order.take(first, stop - first)
+
+    def keys(self, step: int) -> list[str]:
+        return [self._source.index(shard).keys[row] for shard, row in self._order.take(step * self._batch, self._batch)]
 
     def images(self, step: int, places: list[tuple[int, int]]) -> Iterator[npt.NDArray[np.uint8]]:
         first = step * self._batch + self._part[0]

@@ -24,8 +24,8 @@ class Course:
     steps: int
     rate: Callable[[int], float]
     """Learning rate of a step counted from 0."""
-    still: tuple[nn.Module, ...] = ()
-    """Layers that use their batch-norm statistics instead of gathering them."""
+    still: tuple[str, ...] = ()
+    """Names of the layers that use their batch-norm statistics instead of gathering them."""
 
     @property
     def train(self) -> TrainConfig:
@@ -91,9 +91,9 @@ def finetuning(role: RoleConfig, finetune: FinetuneConfig, network: nn.Module, s
     return Course(tuned, _Plain(tuned.noise, finetune.resolution), steps, rate, still)
 
 
-def freeze(network: nn.Module, share: float) -> tuple[nn.Module, ...]:
-    """Stops the gradient of the stem and of the first `share` of the blocks. Returns their batch-norm layers, which are to be
-    kept in evaluation mode. Raises ConfigError for a network of which timm does not know the order of layers.
+def freeze(network: nn.Module, share: float) -> tuple[str, ...]:
+    """Stops the gradient of the stem and of the first `share` of the blocks. Returns the names of their batch-norm layers, which
+    are to be kept in evaluation mode. Raises ConfigError for a network of which timm does not know the order of layers.
     """
     from timm.models import group_parameters
 
@@ -108,7 +108,7 @@ def freeze(network: nn.Module, share: float) -> tuple[nn.Module, ...]:
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name not in frozen)
     return tuple(
-        module
+        prefix
         for prefix, module in network.named_modules()
         if isinstance(module, _BatchNorm) and {f"{prefix}.{name}" for name, _ in module.named_parameters()} <= frozen
     )

@@ -14,11 +14,13 @@ from ns.label.labelset import MANIFEST as LABEL_SET
 from ns.label.labelset import LabelSet
 from ns.label.selection import Selection
 from ns.label.targets import pseudo_labelled
+from ns.parallel import ALONE, World
 from ns.precision import choose
 from ns.store import Store
 from ns.train import checkpoint
 from ns.train.course import finetuned_role, finetuning, training
 from ns.train.loop import Trained, train
+from ns.train.monitor import Monitor
 from ns.train.warm_start import model_weights, start_from, weights_at
 
 
@@ -35,11 +37,14 @@ def train_and_save(
     teacher: Store | None,
     config_digest: str,
     inference_batch: int,
+    world: World = ALONE,
+    notes: Store | None = None,
 ) -> ModelCard:
     """Trains a teacher (no selection) or a student, and writes the model into `folder`; then fine-tunes it, if the role says
     so, into FINETUNED below. What is there already is not trained again.
 
     `inference_batch`: images in a forward pass of labelling, for which the model's inference precision is chosen.
+    `world`: the processes that do this together; the first one writes. `notes`: folder of the run.
     """
     labelled_folder, labelled_data = prepared.labelled.open(root)
     labelled = Labelled(labelled_folder, labelled_data)
@@ -53,7 +58,10 @@ def train_and_save(
         init=weights_digest(role.train.init_place) if role.train.init_place else None,
     )
 
-    def save(place: Store, role: RoleConfig, network: nn.Module, trained: Trained, lineage: Lineage) -> ModelCard:
+    def monitor(role: RoleConfig, name: str) -> Monitor:
+        return Monitor(notes if world.first else None, name=f"{generation}-{name}", tensorboard=role.train.tensorboard)
+
+    def save(place: Store, role: RoleConfig, network: nn.Module, trained: Trained, lineage: Lineage) -> None:
         fields = {
             "generation": generation,
             "model": _with_inference_precision(role.model, network, batch=inference_batch),
@@ -64,11 +72,11 @@ def train_and_save(
             "training_mode": trained.mode,
             "lineage": lineage,
         }
-        return models.save(place, trained.weights, fields, trained.history)
+        if world.first:
+            models.save(place, trained.weights, fields, trained.history)
+        world.wait()
 
-    if folder.exists(CARD):
-        card = ModelCard.read(folder, CARD)
-    else:
+    if not world.first_says(lambda: "there" if folder.exists(CARD) else ""):
         torch.manual_seed(seed)
         network = models.build(role.model, role.noise, len(classes))
         if role.train.init_place:
@@ -77,21 +85,45 @@ def train_and_save(
             start_from(network, model_weights(teacher), classes)
         pseudo = _pseudo_labelled(root, prepared, selection) if selection else None
         course = training(role, labelled.samples)
-        trained = train(network, course, labelled, pseudo, classes=len(classes), seed=seed, checkpoints=checkpoints)
-        card = save(folder, role, network, trained, lineage)
-        checkpoint.clear(checkpoints)
+        trained = train(
+            network,
+            course,
+            labelled,
+            pseudo,
+            classes=len(classes),
+            seed=seed,
+            checkpoints=checkpoints,
+            world=world,
+            monitor=monitor(role, "train"),
+        )
+        save(folder, role, network, trained, lineage)
+        if world.first:
+            checkpoint.clear(checkpoints)
 
-    if role.train.finetune and not folder.at(FINETUNED).exists(CARD):
+    card = ModelCard.read(folder, CARD)
+    tuned_folder = folder.at(FINETUNED)
+    if role.train.finetune and not world.first_says(lambda: "there" if tuned_folder.exists(CARD) else ""):
         tuned = finetuned_role(role, role.train.finetune)
         torch.manual_seed(seed)
         network = models.build(tuned.model, tuned.noise, len(classes))
         network.load_state_dict(models.load_weights(folder, card))
         course = finetuning(role, role.train.finetune, network, labelled.samples)
         checkpoints = checkpoints.at(FINETUNED)
-        trained = train(network, course, labelled, None, classes=len(classes), seed=seed, checkpoints=checkpoints)
+        trained = train(
+            network,
+            course,
+            labelled,
+            None,
+            classes=len(classes),
+            seed=seed,
+            checkpoints=checkpoints,
+            world=world,
+            monitor=monitor(role, "finetune"),
+        )
         started_from = lineage.model_copy(update={"init": card.weights_sha256})
-        save(folder.at(FINETUNED), tuned, network, trained, started_from)
-        checkpoint.clear(checkpoints)
+        save(tuned_folder, tuned, network, trained, started_from)
+        if world.first:
+            checkpoint.clear(checkpoints)
     return card
 
 

@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 
@@ -16,6 +17,7 @@ from ns.store import LocalStore
 from ns.train import checkpoint, loop
 from ns.train.course import finetuning, training
 from ns.train.loop import train
+from ns.train.monitor import Monitor
 from ns.train.objective import losses
 
 CLASSES = 10
@@ -151,7 +153,7 @@ def test_a_damaged_checkpoint_falls_back_on_the_one_before(data, tmp_path, monke
 
 
 def test_a_loss_that_is_not_finite_stops_training_and_says_what_to_lower(data, tmp_path):
-    with pytest.raises(TrainingError, match=r"the loss became nan by step 1 .* lower train.optimizer.lr"):
+    with pytest.raises(TrainingError, match=r"the loss was not finite in step 0 at learning rate 0; lower train.optimizer.lr"):
         run(data, tmp_path, role(checkpoint_seconds=0), pseudo_probability=float("nan"))
     assert not list(tmp_path.iterdir()), "a checkpoint of the broken state would break every later attempt"
 
@@ -240,11 +242,12 @@ def test_accumulated_parts_are_one_step(data, tmp_path, monkeypatch):
 
 def test_a_batch_is_split_into_equal_parts_labelled_images_first():
     batch = stream.Batch(torch.arange(10), torch.arange(4), torch.arange(6))
-    parts = list(loop.split(batch, 2))
+    last, parts = zip(*loop.split(batch, 2), strict=True)
+    assert last == (False, True)
     assert [part.images.tolist() for part in parts] == [[0, 1, 4, 5, 6], [2, 3, 7, 8, 9]]
     assert [part.labels.tolist() for part in parts] == [[0, 1], [2, 3]]
     assert [part.targets.tolist() for part in parts] == [[0, 1, 2], [3, 4, 5]]
-    without_pseudo = list(loop.split(stream.Batch(torch.arange(4), torch.arange(4), torch.zeros(0, 3)), 2))
+    without_pseudo = [part for _, part in loop.split(stream.Batch(torch.arange(4), torch.arange(4), torch.zeros(0, 3)), 2)]
     assert [part.images.tolist() for part in without_pseudo] == [[0, 1], [2, 3]]
     assert [part.targets.shape for part in without_pseudo] == [(0, 3), (0, 3)]
     with pytest.raises(ValueError, match="cannot be split into 4 equal parts"):
@@ -305,3 +308,55 @@ def test_float16_is_refused_without_a_gpu(data, tmp_path):
         pytest.skip("there is a GPU")
     with pytest.raises(ConfigError, match=r"train.precision: invalid value 'float16' on cpu: float16 needs a GPU"):
         run(data, tmp_path, role(precision="float16"))
+
+
+def test_the_images_of_a_step_that_broke_are_kept(data, tmp_path, monkeypatch):
+    """Found at the next point, some steps later: the record says which step it was."""
+    root, labelled, pool = data
+    config = role(epochs=3)
+    count = []
+
+    def breaks(*arguments):
+        count.append(1)
+        found = losses(*arguments)
+        return found._replace(total=found.total * float("nan")) if len(count) == 5 else found
+
+    monkeypatch.setattr(loop, "losses", breaks)
+    monkeypatch.setattr(loop, "HISTORY_POINTS", 2)
+    source, pool_source = Labelled(root.at("labelled"), labelled), Labelled(root.at("heldout"), pool)
+    targets = [torch.eye(CLASSES)[torch.from_numpy(shard)].numpy() for shard in pool_source.labels]
+    pseudo = PseudoLabelled(pool_source.source, targets, pool_source.copies)
+    seen = []
+    take = stream.Batches.__getitem__
+    monkeypatch.setattr(stream.Batches, "__getitem__", lambda self, step: seen.append(take(self, step)) or seen[-1])
+    monitor = Monitor(LocalStore(tmp_path / "run"), name="1-train")
+    with pytest.raises(
+        TrainingError, match=r"not finite in step 4 at learning rate .* listed in file://.*/1-train-not-finite.json"
+    ):
+        train(
+            fresh(config),
+            training(config, source.samples),
+            source,
+            pseudo,
+            classes=CLASSES,
+            seed=1,
+            checkpoints=LocalStore(tmp_path / "checkpoints"),
+            monitor=monitor,
+        )
+    kept = json.loads((tmp_path / "run" / "1-train-not-finite.json").read_text())
+    index = source.source.index(0)
+    labels = dict(zip(index.keys, source.labels[0].tolist(), strict=True))
+    assert kept["step"] == 4
+    assert [labels[key] for key in kept["labelled"]] == seen[4].labels.tolist()
+    assert len(kept["pseudo_labelled"]) == 10
+
+
+def test_out_of_memory_says_what_to_lower(data, tmp_path, monkeypatch):
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+
+        def full(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(loop, "losses", full)
+        with pytest.raises(TrainingError, match=r"out of memory with 10 labelled .* 32 px, in 1 part: raise train.accumulate"):
+            run(data, tmp_path, role())
