@@ -69,18 +69,20 @@ def test_a_process_alone_needs_no_group():
 @pytest.mark.integration
 @pytest.mark.timeout(300)
 def test_processes_see_and_do_together_what_one_does_alone(tmp_path):
-    alone = together(tmp_path / "1", 1, **CALM)
-    both = together(tmp_path / "2", 2, **CALM)
+    # Five steps: rounding grows threefold with each step in so small a network, whoever takes it. Gradients or learning rates
+    # that are a tenth too large move the losses by a hundred times what is allowed here.
+    few = {**CALM, "epochs": 1, "optimizer": {"lr": 0.2, "warmup_epochs": 0}}
+    alone = together(tmp_path / "1", 1, **few)
+    both = together(tmp_path / "2", 2, **few)
     for step, images in alone[2][0].items():
         parts = [seen[step] for seen in both[2]]
         # Half of the labelled images to each, and half of the others: the order is that of one process.
         assert images == [*parts[0][:6], *parts[1][:6], *parts[0][6:], *parts[1][6:]], step
-    assert len(alone[1]) == len(both[1]) > 15
+    assert len(alone[1]) == len(both[1]) == 5
     for one, two in zip(alone[1], both[1], strict=True):
-        assert one == pytest.approx(two, rel=2e-3, abs=1e-3)
-    assert alone[1][0]["loss"] == pytest.approx(both[1][0]["loss"], rel=1e-5)
+        assert one == pytest.approx(two, rel=5e-4)
     for name, value in alone[0].items():
-        torch.testing.assert_close(both[0][name].float(), value.float(), rtol=0.02, atol=0.005)
+        torch.testing.assert_close(both[0][name], value, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.integration

@@ -43,8 +43,8 @@ class Deadly(Monitor):
 def main() -> None:
     folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
-    noise = NoiseConfig(crop="pad", flip=False, **options.pop("noise", {}))
-    sgd = OptimizerConfig(name="sgd", lr=0.5, warmup_epochs=1)
+    noise = NoiseConfig(**{"crop": "pad", "flip": False, **options.pop("noise", {})})
+    sgd = OptimizerConfig(name="sgd", **{"lr": 0.5, "warmup_epochs": 1, **options.pop("optimizer", {})})
     fields = {"labelled_batch": 12, "unlabelled_ratio": 1, "epochs": 5, "loader_workers": 0, "precision": "float32"}
     config = RoleConfig(
         model=ModelConfig(arch="test_efficientnet", resolution=32),
