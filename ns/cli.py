@@ -338,6 +338,55 @@ def config_check(config: ConfigArgument, overrides: Overrides = None) -> None:
     typer.echo(f"{config}: good")
 
 
+@app.command()
+def plan(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    labelled: Annotated[int | None, typer.Option(min=1, help="Labelled images, instead of looking at data.labelled.")] = None,
+    pool: Annotated[int | None, typer.Option(min=1, help="Images of the pool, instead of looking at data.pool.")] = None,
+    heldout: Annotated[int | None, typer.Option(min=1, help="Held-out images, instead of looking at data.heldout.")] = None,
+    classes: Annotated[int, typer.Option(min=2, help="Classes, where the labelled images are not looked at.")] = 1000,
+    image_kb: Annotated[float | None, typer.Option(min=0, help="Mean size of an image, kB, instead of looking.")] = None,
+    devices: Annotated[int, typer.Option(min=1, help="Devices that train together, each like the one here.")] = 1,
+    speed: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="TMACS", help="10¹² multiply-adds a second of a device elsewhere, instead of measuring."),
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="To measure for.")] = 30,
+    price: Annotated[float | None, typer.Option(min=0, help="Of a device for an hour, in any currency.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a run would cost: device-hours, reading, checkpoints, network; from a short measurement on this machine.
+
+    Example: [cyan]ns plan my-experiment.yaml --pool 300000000 --image-kb 110 --devices 8 --price 2.5[/]
+    """
+    experiment = _load(config, overrides)
+    from rich.console import Console
+
+    from ns import log
+    from ns import plan as plans
+    from ns.data.prepared import Part
+    from ns.terminal import plan_tables
+
+    given: dict[Part, int | None] = {"labelled": labelled, "pool": pool, "heldout": heldout}
+    counts = plans.Counts(
+        {part: count for part, count in given.items() if count is not None}, image_kb and image_kb * 1000, classes
+    )
+    log.configure()
+    made = plans.plan(
+        experiment,
+        plans.Asked(counts, devices, seconds, speed and speed * 1e12, price),
+    )
+    if as_json:
+        typer.echo(made.model_dump_json(indent=1))
+        return
+    console = Console()
+    for table in plan_tables(made):
+        console.print(table)
+    for line in plans.remarks(made):
+        console.print(line, highlight=False)
+
+
 @data_app.command("import")
 def data_import(
     source: Annotated[str, typer.Argument(help="Class folders, a folder of images, a table, tars or an archive; also on S3.")],

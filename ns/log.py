@@ -93,8 +93,10 @@ def _append_to_events(_logger: Any, _method: str, event: MutableMapping[str, Any
 
 
 def duration(seconds: float) -> str:
-    """`3.2 s`, `4 min 10 s`, `2 h 5 min`."""
+    """`3.2 s`, `4 min 10 s`, `2 h 5 min`, `4.5 days`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 72 * 60:
+        return f"{minutes / 60 / 24:,.1f} days"
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"

@@ -12,7 +12,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args
 
@@ -148,6 +148,45 @@ def choose(workload: Workload, *, images: int, precisions: Sequence[Precision] |
     return best
 
 
+class Rate(NamedTuple):
+    """What a short measurement found."""
+
+    mode: Mode
+    images_per_second: float
+    batch: int
+    """Images in the passes that were measured."""
+
+
+def measured(workload: Workload, *, seconds: float, precisions: Sequence[Precision] | None = None) -> Rate:
+    """The fastest mode, without torch.compile, and its speed, measured for about `seconds` with as many images at a time as
+    fit into that, at most `workload.batch`. A network of which one image takes longer is measured with one pass over it.
+
+    Raises TrainingError if the memory does not suffice for one image.
+    """
+    modes = [Mode(precision) for precision in precisions or supported(workload.device)]
+    budget = seconds / len(modes)
+    # A batch norm whose map is one px wide cannot be trained with one image.
+    batch = min(2, workload.batch)
+    first, took = modes[0], float("inf")
+    with torch.random.fork_rng([workload.device] if workload.device.type == "cuda" else []):
+        step = replace(workload, batch=batch).step(first)
+        for _ in range(2):
+            try:
+                took = min(took, _seconds(step, workload.device))
+            except torch.OutOfMemoryError as error:
+                raise TrainingError(f"out of memory with {batch} images of {workload.resolution} px") from error
+            if took > budget / 4:
+                break
+    if took > budget / 2:
+        return Rate(first, batch / took, batch)
+    # Half of the time for the rounds, of which there are two at least, after a first one that allocates.
+    batch = max(batch, min(workload.batch, int(batch * budget / 6 / took)))
+    while not (rates := _measure(replace(workload, batch=batch), modes, seconds=budget / 2, least_rounds=2)):
+        batch = max(1, batch // 2)
+    best = max(modes, key=lambda mode: rates.get(str(mode), 0) / (1 if mode.precision == "float32" else MARGIN))
+    return Rate(best, rates[str(best)], batch)
+
+
 def supported(device: torch.device) -> list[Precision]:
     """What is worth measuring on a device. float16 needs one that computes in it, and a gradient scaler."""
     return ["float32", "bfloat16", "float16"] if device.type == "cuda" else ["float32", "bfloat16"]
@@ -166,8 +205,10 @@ def machine(device: torch.device) -> str:
     return f"{model}, {torch.get_num_threads()} threads"
 
 
-def _measure(workload: Workload, modes: Sequence[Mode]) -> dict[str, float]:
-    """Images per second of each mode that can be run.
+def _measure(
+    workload: Workload, modes: Sequence[Mode], *, seconds: float = MEASURED_SECONDS, least_rounds: int = LEAST_ROUNDS
+) -> dict[str, float]:
+    """Images per second of each mode that can be run, from `seconds` each.
 
     The modes take turns, and the shortest time of each counts: a neighbour on the same cores slows single steps down by any
     factor, and would decide for the mode that happened to be measured without it.
@@ -190,7 +231,7 @@ def _measure(workload: Workload, modes: Sequence[Mode]) -> dict[str, float]:
                     raise
                 log.get().warning("cannot compile", task=workload.kind, reason=str(error).strip().partition("\n")[0])
         spent, rounds = 0.0, 0
-        while steps and (rounds < LEAST_ROUNDS or spent < MEASURED_SECONDS * len(steps)):
+        while steps and (rounds < least_rounds or spent < seconds * len(steps)):
             for name, step in steps.items():
                 times[name].append(_seconds(step, device))
             spent, rounds = sum(map(sum, times.values())), rounds + 1

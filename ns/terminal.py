@@ -12,6 +12,7 @@ from rich.table import Table
 from ns.data.check import CheckReport, class_counts
 from ns.data.dataset import Dataset
 from ns.log import duration
+from ns.plan import Plan
 from ns.runs import Summary
 from ns.store import Store
 
@@ -26,6 +27,10 @@ TITLES = {
     "gate": "gate",
     "report": "report",
 }
+
+
+WORK = ("", "network", "params", "MAC", "images", "time", "hours")
+NEEDS = ("", "mode", "steps", "images/s", "reads", "cores", "net/step", "checkpoint")
 
 
 class RunView:
@@ -177,6 +182,47 @@ def check_tables(report: CheckReport, doubted: dict[str, int]) -> list[Table]:
         ends = (f"{escape(label)} {counts[label]:,}" for label in (smallest, largest))
         classes.add_row(escape(name), f"{len(counts):,}", *ends, f"{doubted[name]:,}" if name in doubted else "")
     return [found, classes] if report.classes else [found]
+
+
+def plan_tables(plan: Plan) -> list[Table]:
+    """What is done, one work a row; and what each device needs meanwhile."""
+    work = _table(f"{plan.experiment} on {plan.devices} × {plan.machine}", *WORK)
+    needs = _table("each device", *NEEDS)
+    for one in plan.work:
+        name = f"{one.generation} {one.task}"
+        work.add_row(
+            name,
+            f"{one.arch}@{one.resolution}",
+            _si(one.parameters),
+            _si(one.multiply_adds),
+            _si(one.images),
+            duration(one.seconds),
+            f"{one.device_hours:,.2f}" if one.device_hours < 100 else f"{one.device_hours:,.0f}",
+        )
+        if one.task != "evaluate":
+            needs.add_row(
+                name,
+                one.mode,
+                f"{one.steps:,}" if one.steps else "",
+                _si(one.images_per_second),
+                "?" if one.read_bytes_per_second is None else f"{_si(one.read_bytes_per_second)}B/s",
+                "?" if one.loader_cores is None else f"{one.loader_cores:,.2g}",
+                f"{_si(one.network_bytes_per_step)}B" if one.network_bytes_per_step else "",
+                f"{_si(one.checkpoint_bytes)}B" if one.checkpoint_bytes else "",
+            )
+    for table in (work, needs):
+        table.columns[1].justify = "left"
+        for column in table.columns:
+            column.no_wrap = True
+    return [work, needs]
+
+
+def _si(value: float) -> str:
+    """Three digits and a prefix: `480M`."""
+    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= 0.9995 * size:
+            return f"{value / size:.3g}{prefix}"
+    return f"{value:.3g}"
 
 
 def _table(title: str, *headers: str) -> Table:

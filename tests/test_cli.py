@@ -23,6 +23,7 @@ def ns(capsys, *arguments: str) -> tuple[int, str, str]:
     "command",
     [
         "run",
+        "plan",
         "report",
         "predict",
         "runs list",
@@ -143,3 +144,25 @@ def test_relative_data_folders_are_made_absolute(capsys, tmp_path, monkeypatch):
     _, out, _ = ns(capsys, "config", "show", "quickstart", "--set", "data.pool=photos")
     assert f"pool: {tmp_path / 'photos'}" in out
     assert "labelled: digits:labelled" in out
+
+
+def test_plan_prints_json_and_nothing_else(capsys):
+    code, out, _ = ns(capsys, "plan", "quickstart", "--seconds", "1", "--json")
+    assert code == 0
+    made = json.loads(out)
+    assert (made["labelled"], made["pool"], made["heldout"], made["classes"]) == (50, 1247, 500, 10)
+    assert made["hours"] > 0
+
+
+def test_plan_without_data_says_what_to_give(capsys, tmp_path):
+    config = tmp_path / "later.yaml"
+    config.write_text("name: later\ndata: {labelled: ./a, pool: ./b, heldout: ./c}\ngenerations: 1\n")
+    code, _, err = ns(capsys, "plan", str(config), "--labelled", "1000")
+    assert code == 3
+    assert "data.pool: " in err
+    assert "--pool N" in err
+    counts = ["--labelled", "1000", "--pool", "9000", "--heldout", "100", "--classes", "20", "--image-kb", "50"]
+    code, out, _ = ns(capsys, "plan", str(config), *counts, "--speed", "5", "--devices", "4", "--price", "2")
+    assert code == 0
+    assert "later on 4 × assumed: 5 · 10¹² multiply-adds a second" in out
+    assert "device-hours in" in out

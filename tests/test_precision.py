@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -130,3 +131,21 @@ def test_measuring_changes_neither_the_network_nor_what_is_drawn_next(workload, 
     assert torch.equal(torch.rand(1), expected)
     assert all(torch.equal(value, before[name]) for name, value in workload.network.state_dict().items())
     assert all(parameter.grad is None for parameter in workload.network.parameters())
+
+
+def test_a_network_that_takes_longer_than_there_is_time_is_measured_once(workload, stopwatch):
+    # A second a pass, half a second for each mode.
+    assert precision.measured(workload, seconds=1) == precision.Rate(Mode("float32"), 2.0, 2)
+    assert stopwatch[1] == ["float32"]
+
+
+def test_a_quick_measurement_finds_the_fastest_mode(workload, stopwatch):
+    rate = precision.measured(replace(workload, batch=16), seconds=24)
+    assert rate == precision.Rate(Mode("bfloat16"), 8.0, 4)
+    assert set(stopwatch[1]) == {"float32", "bfloat16"}
+
+
+def test_a_batch_that_does_not_fit_is_halved(workload, stopwatch, monkeypatch):
+    rounds = iter([{}, {"float32": 3.0, "bfloat16": 3.1}])
+    monkeypatch.setattr(precision, "_measure", lambda *_, **__: next(rounds))
+    assert precision.measured(replace(workload, batch=16), seconds=24) == precision.Rate(Mode("float32"), 3.0, 2)

@@ -1,0 +1,6 @@
+"""What an experiment will cost, before it is started: counted from its configuration, and from a short measurement here."""
+
+from ns.plan.cost import Asked, Plan, plan, remarks
+from ns.plan.look import Counts
+
+__all__ = ["Asked", "Counts", "Plan", "plan", "remarks"]
