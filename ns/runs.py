@@ -12,21 +12,24 @@ import contextlib
 import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict
 
 from ns import config
 from ns.config import Experiment
+from ns.data.dataset import Dataset
+from ns.data.prepared import Prepared
 from ns.digest import digest
 from ns.document import Document
 from ns.errors import DataError, RunError, StoreError
 from ns.evaluate.gate import Verdict
 from ns.evaluate.result import Evaluation
+from ns.label.labelset import MANIFEST as LABEL_SET
 from ns.label.labelset import LabelSet
 from ns.label.selection import Selection
-from ns.store import LocalStore, Store
+from ns.store import LocalStore, Store, open_store
 
 RECORDS = "store/runs/"
 CONFIG = "config.yaml"
@@ -254,6 +257,60 @@ def summarise(root: Store, run: str) -> Summary:
         label_sets=[generation.label_set for generation in generations],
         report=f"{folder.uri}/{REPORT}" if folder.exists(REPORT) else None,
         steps=steps,
+    )
+
+
+class Labels(NamedTuple):
+    """A label set, and what is known of it by the run that made it; nothing of one that is opened by its place."""
+
+    folder: Store
+    label_set: LabelSet
+    selection: Selection | None = None
+    prepared: Prepared | None = None
+    teacher: str | None = None
+    """Key of the model's folder below the root."""
+
+    def pool(self, root: Store, place: str | None = None) -> tuple[Store, Dataset]:
+        """The labelled images, of the run or at `place`. Raises DataError if they are not those that were labelled."""
+        if place is not None:
+            folder = open_store(place)
+            dataset = Dataset.load(folder)
+        elif self.prepared is not None:
+            folder, dataset = self.prepared.pool.open(root)
+        else:
+            raise RunError(f"{self.folder.uri}: which images were labelled is not known here; name their folder with --pool")
+        if dataset.digest != self.label_set.dataset:
+            raise DataError(f"{folder.uri}: digest {dataset.digest}, but {self.folder.uri} labels {self.label_set.dataset}")
+        return folder, dataset
+
+
+def labels(root: Store, name: str) -> Labels:
+    """The label set of a run's generation (`RUN/gen-N`, with a name that `find` knows), or the one in a folder.
+
+    Raises RunError or DataError if there is none.
+    """
+    run, _, generation = name.rpartition("/gen-")
+    if not run or not generation.isdigit():
+        folder = open_store(name)
+        if not folder.exists(LABEL_SET):
+            raise DataError(
+                f"{folder.uri}: no {LABEL_SET} here; name a label set's folder, or a run's generation: latest/gen-1"
+            )
+        return Labels(folder, LabelSet.read(folder, LABEL_SET))
+    run = find(root, run)
+    steps = {(note.generation, note.step): note.outputs for note in notes(root, run)}
+    number = int(generation)
+    if (number, "commit-labels") not in steps:
+        known = [f"gen-{g}" for g, step in steps if step == "commit-labels"]
+        raise RunError(f"run {run}: generation {number} has no label set; there are {', '.join(known) or 'none'}")
+    outputs = steps[number, "commit-labels"]
+    folder = root.at(outputs["labels"].rpartition("/")[0])
+    return Labels(
+        folder,
+        LabelSet.read(folder, LABEL_SET),
+        Selection.read(root, outputs["selection"]),
+        Prepared.read(root, steps[0, "prepare-data"]["data"]),
+        outputs.get("teacher"),
     )
 
 

@@ -232,7 +232,7 @@ def commit_labels(config_uri: str, root: str, run: str, data: str, generation: i
                     f"selection.min_confidence = {experiment.selection.min_confidence}; lower it, or train a better teacher"
                 )
             selection.write(step.root, f"{target}/{SELECTION}")
-            return {"labels": f"{key}/{LABEL_SET}", "selection": f"{target}/{SELECTION}"}
+            return {"labels": f"{key}/{LABEL_SET}", "selection": f"{target}/{SELECTION}", "teacher": teacher}
 
         step.once("select", inputs, work)
         selection = Selection.read(step.root, f"{target}/{SELECTION}")

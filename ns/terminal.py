@@ -3,6 +3,7 @@
 import threading
 from typing import Any
 
+import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
@@ -11,9 +12,10 @@ from rich.table import Table
 
 from ns.data.check import CheckReport, class_counts
 from ns.data.dataset import Dataset
+from ns.label.labelset import BINS, read_histogram
 from ns.log import duration
 from ns.plan import Plan
-from ns.runs import Summary
+from ns.runs import Labels, Summary
 from ns.store import Store
 
 Event = dict[str, Any]
@@ -182,6 +184,25 @@ def check_tables(report: CheckReport, doubted: dict[str, int]) -> list[Table]:
         ends = (f"{escape(label)} {counts[label]:,}" for label in (smallest, largest))
         classes.add_row(escape(name), f"{len(counts):,}", *ends, f"{doubted[name]:,}" if name in doubted else "")
     return [found, classes] if report.classes else [found]
+
+
+def labels_table(labels: Labels) -> Table:
+    """A label set by class."""
+    label_set, selection = labels.label_set, labels.selection
+    counts = read_histogram(labels.folder, len(label_set.classes))
+    middles = (np.arange(BINS) + 0.5) / BINS
+    title = f"{label_set.rows:,} images, {label_set.unreadable:,} unreadable, {label_set.left_out:,} left out"
+    table = _table(
+        title, "class", "images", "mean confidence", *(("kept", "least confidence kept", "seen") if selection else ())
+    )
+    for number, (name, own) in enumerate(zip(label_set.classes, counts.astype(float), strict=True)):
+        images = own.sum()
+        cells = [escape(name), f"{images:,.0f}", f"{own @ middles / images:.1%}" if images else ""]
+        if selection:
+            rule = selection.rules[number]
+            cells += [f"{rule.kept:,}", f"{rule.last.confidence:.1%}" if rule.last else "", f"{rule.images:,}"]
+        table.add_row(*cells)
+    return table
 
 
 def plan_tables(plan: Plan) -> list[Table]:

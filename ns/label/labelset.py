@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ns.data.dataset import Dataset
+from ns.data.index import ShardIndex
 from ns.digest import sha256_bytes
 from ns.document import Document, Identified
 from ns.errors import DataError
@@ -196,6 +197,49 @@ def join(labels: Store, pool: Dataset, *, teacher: str, code: str, classes: tupl
     pq.write_table(histogram_table(counts), sink)
     labels.put(HISTOGRAM, sink.getvalue())
     return label_set
+
+
+def verify(labels: Store, label_set: LabelSet, pool: tuple[Store, Dataset] | None = None) -> int:
+    """Reads a label set from end to end. Returns its rows.
+
+    Checks checksums, counts of rows and of nulls; that probabilities lie in [0, 1], fall, and sum to 1 at most (to 1 where all
+    classes are kept) as far as float16 allows, with the first one as confidence; the histograms; and, given the pool, that
+    keys are those of the images. Raises DataError naming the shard, the row and what is wrong with it.
+    """
+    classes = len(label_set.classes)
+    counts = np.zeros((classes, BINS), np.uint64)
+    for number, (shard, rows) in enumerate(zip(label_set.shards, all_rows(labels, label_set), strict=True)):
+        place = f"{labels.uri}/{shard.name}"
+        readable = rows.readable
+        nulls = int(rows.left_out.sum()), int((~readable & ~rows.left_out).sum())
+        if nulls != (shard.left_out, shard.unreadable):
+            raise DataError(f"{place}: {nulls[0]} images left out and {nulls[1]} unreadable; labelset.json says otherwise")
+        _check_rows(place, rows, classes)
+        if pool is not None and rows.keys != ShardIndex.read(pool[0], pool[1].shards[number]).keys:
+            raise DataError(f"{place}: its keys are not those of the images in {pool[1].shards[number].name}")
+        counts += histogram(rows.top_class[readable, 0], rows.confidence[readable], classes)
+    if not np.array_equal(counts, read_histogram(labels, classes)):
+        raise DataError(f"{labels.uri}/{HISTOGRAM}: its counts are not those of the rows; label the pool again")
+    return label_set.rows
+
+
+def _check_rows(place: str, rows: Rows, classes: int) -> None:
+    top = rows.top_prob.astype(np.float32)
+    k = top.shape[1]
+    # Rounding to float16 moves each probability by at most a two-thousandth of itself.
+    total = top.sum(1)
+    wrong = {
+        "a class that does not exist": (rows.top_class >= classes).any(1),
+        "a probability outside 0 … 1": ((top < 0) | (top > 1.0005) | np.isnan(top)).any(1),
+        "probabilities that do not fall": (np.diff(top, axis=1) > 0).any(1),
+        "probabilities that sum to more than 1": total > 1.002,
+        "probabilities that do not sum to 1": (total < 0.998) & (k >= classes),
+        "a confidence that is not its first probability": np.abs(top[:, 0] - rows.confidence) > 1e-3,
+    }
+    for what, found in wrong.items():
+        at = np.flatnonzero(found & rows.readable)
+        if len(at):
+            raise DataError(f"{place}: row {at[0]} ({rows.keys[at[0]]}): {what}; label the pool again")
 
 
 def _fixed(column: pa.ChunkedArray, k: int) -> npt.NDArray[Any]:

@@ -15,6 +15,8 @@ import click
 import typer
 
 from ns import __version__
+from ns.cli import labels
+from ns.cli.options import AsJson, ConfigArgument, Overrides, Root, RunArgument
 from ns.errors import ConfigError, DataError, Interrupted, NsError, RunError, StoreError
 
 if TYPE_CHECKING:
@@ -38,15 +40,8 @@ doctor_app = typer.Typer(help="Find out beforehand what would stop a run.", no_a
 app.add_typer(runs_app, name="runs")
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
+app.add_typer(labels.app, name="labels")
 app.add_typer(doctor_app, name="doctor")
-
-Root = Annotated[str, typer.Option("--root", help="Folder that holds runs, models, labels and data.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a field; list items by index. Repeatable.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for machines.")]
-ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or a preset: quickstart.")]
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, the beginning of it, or 'latest'.")]
 
 
 class DataRole(StrEnum):

@@ -1,0 +1,13 @@
+"""Options and arguments that several commands take."""
+
+from typing import Annotated
+
+import typer
+
+Root = Annotated[str, typer.Option("--root", help="Folder that holds runs, models, labels and data.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a field; list items by index. Repeatable.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for machines.")]
+ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or a preset: quickstart.")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, the beginning of it, or 'latest'.")]
