@@ -279,6 +279,19 @@ class SelectionConfig(Section):
     """Repeat images of classes that have fewer than `per_class`; each image at most `max_repeat` times."""
     max_repeat: int = Field(default=100, ge=1)
     """So that one image does not stand for a class. The paper has no such limit."""
+    classes_per_image: int = Field(default=1, ge=1, le=10)
+    """An image may be picked for so many of its best classes, by the probability of each (arXiv:1905.00546, P). Paper: 1."""
+    precision: float | None = Field(default=None, gt=0, lt=1)
+    """Wanted precision of the labels: each class's threshold is the lowest at which the held-out images vouch for it. Never lower
+    than `min_confidence`. Not used if not given."""
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    """Of that precision: one-sided, of the Clopper–Pearson bound."""
+
+    @model_validator(mode="after")
+    def _precision_is_of_the_best_class(self) -> Self:
+        if self.precision is not None and self.classes_per_image > 1:
+            raise ValueError("precision: is that of the best class only; must be left out with classes_per_image above 1")
+        return self
 
 
 class GateConfig(Section):

@@ -26,10 +26,11 @@ from ns.errors import DataError, Interrupted, NsError, TrainingError
 from ns.evaluate import gate as gates
 from ns.evaluate.result import MANIFEST as EVALUATION
 from ns.evaluate.result import Evaluation
+from ns.label.calibration import Calibration, calibrate
 from ns.label.labelset import MANIFEST as LABEL_SET
-from ns.label.labelset import all_rows, join, marker
+from ns.label.labelset import join, marker
 from ns.label.selection import MANIFEST as SELECTION
-from ns.label.selection import Selection, select
+from ns.label.selection import Selection, select_from
 from ns.ledger import Entry, Ledger
 from ns.store import Store, open_store
 from ns.watch import die_with_client
@@ -209,27 +210,25 @@ def commit_labels(config_uri: str, root: str, run: str, data: str, generation: i
             top_k=experiment.labelling.top_k,
         )
         label_set.write(folder, LABEL_SET)
+        calibration = _calibration(step, data, teacher)
         inputs = {
-            "code": code_digest("label/selection.py", "label/labelset.py"),
+            "code": code_digest("label/selection.py", "label/labelset.py", "label/calibration.py"),
             "policy": experiment.selection.model_dump(mode="json"),
             "seed": experiment.seed,
             "label_set": label_set.digest,
+            "calibration": calibration.evaluation if calibration else None,
         }
         target = f"store/selections/{short(step.ledger.key('select', inputs))}"
 
         def work() -> Mapping[str, str]:
-            selection = select(
-                all_rows(folder, label_set),
-                len(classes),
-                experiment.selection,
-                seed=experiment.seed,
-                label_set=label_set.digest,
-                labels=key,
+            selection = select_from(
+                folder, label_set, experiment.selection, seed=experiment.seed, labels=key, calibration=calibration
             )
             if selection.kept == 0:
+                wanted = f"{', or selection.precision' if calibration else ''}"
                 raise DataError(
                     f"generation {generation}: the teacher labelled no image with confidence above "
-                    f"selection.min_confidence = {experiment.selection.min_confidence}; lower it, or train a better teacher"
+                    f"selection.min_confidence = {experiment.selection.min_confidence}{wanted}; lower it, or train a better teacher"
                 )
             selection.write(step.root, f"{target}/{SELECTION}")
             return {"labels": f"{key}/{LABEL_SET}", "selection": f"{target}/{SELECTION}", "teacher": teacher}
@@ -433,6 +432,27 @@ def _evaluation(step: _Step, data: str, model: str) -> tuple[Store, Evaluation]:
     entry, _ = _evaluate(step, data, model)
     key = entry.outputs["evaluation"]
     return step.root.at(key.rpartition("/")[0]), Evaluation.read(step.root, key)
+
+
+def _calibration(step: _Step, data: str, teacher: str) -> Calibration | None:
+    """The teacher's thresholds for the precision that the selection asks for, from its evaluation on the held-out images."""
+    policy = step.experiment.selection
+    if policy.precision is None:
+        return None
+    from ns.evaluate.result import read_predictions
+
+    _evaluate(step, data, teacher)
+    folder, evaluation = _evaluation(step, data, teacher)
+    rows = read_predictions(folder, evaluation)
+    return calibrate(
+        rows["predicted"].to_numpy(),
+        rows["confidence"].to_numpy(),
+        rows["rank"].to_numpy() == 0,
+        len(evaluation.classes),
+        precision=policy.precision,
+        level=policy.confidence,
+        evaluation=evaluation.digest,
+    )
 
 
 def _refuse_chance(step: _Step, data: str, teacher: str) -> None:

@@ -7,8 +7,10 @@ shard-00000.parquet …    the rows, same order and keys as the dataset's tar
 """
 
 import io
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +19,7 @@ import pyarrow.parquet as pq
 
 from ns.data.dataset import Dataset
 from ns.data.index import ShardIndex
-from ns.digest import sha256_bytes
+from ns.digest import sha256_bytes, sha256_file
 from ns.document import Document, Identified
 from ns.errors import DataError
 from ns.store import Store
@@ -100,6 +102,19 @@ LEFT_OUT = "left out: "
 """How the reason begins for an image that was not looked at."""
 
 
+class Scores(NamedTuple):
+    """What a selection looks at of one label shard, for the P best classes of each image."""
+
+    labelled: npt.NDArray[np.bool_]
+    """[N]: whether the image has labels."""
+    classes: npt.NDArray[np.uint16]
+    """[N, P]"""
+    confidence: npt.NDArray[np.float32]
+    """[N, P]: of the first class as it was, of the others as they are kept."""
+    keys: Callable[[npt.NDArray[np.int64]], list[str]]
+    """Rows → keys."""
+
+
 class Rows:
     """The rows of one label shard as arrays. Images that are unreadable or left out have confidence NaN."""
 
@@ -110,7 +125,15 @@ class Rows:
         self.left_out: npt.NDArray[np.bool_] = np.array([(reason or "").startswith(LEFT_OUT) for reason in reasons], np.bool_)
         k = table.schema.field("top_class").type.list_size
         self.top_class: npt.NDArray[np.uint16] = _fixed(table["top_class"], k).astype(np.uint16)
-        self.top_prob: npt.NDArray[np.float16] = _fixed(table["top_prob"], k).astype(np.float16)
+        self.top_prob = _probabilities(table["top_prob"], k)
+
+    def scores(self, ranks: int) -> Scores:
+        """Of the first `ranks` classes, as far as they are kept."""
+        confidence = self.top_prob[:, :ranks].astype(np.float32)
+        confidence[:, 0] = np.nan_to_num(self.confidence)
+        return Scores(
+            self.readable, self.top_class[:, :ranks], confidence, lambda rows: [self.keys[row] for row in rows.tolist()]
+        )
 
     @property
     def readable(self) -> npt.NDArray[np.bool_]:
@@ -132,6 +155,29 @@ def all_rows(folder: Store, labels: LabelSet) -> Iterator[Rows]:
     """Shard by shard, in the dataset's order."""
     for shard in labels.shards:
         yield read_rows(folder, shard)
+
+
+def all_scores(folder: Store, labels: LabelSet, ranks: int, *, check: bool) -> Iterator[Scores]:
+    """As `all_rows`, without the columns that a selection does not need. `check`: whether bytes are compared with their
+    checksums, which a first pass does."""
+    columns = ["confidence", "top_class", *(["top_prob"] if ranks > 1 else [])]
+    for shard in labels.shards:
+        path = folder.path(shard.name)
+        if check and sha256_file(path) != shard.sha256:
+            raise DataError(f"{folder.uri}/{shard.name}: sha256 differs from labelset.json; label the pool again")
+        table = pq.read_table(path, columns=columns)
+        raw = table["confidence"].combine_chunks()
+        confidence = np.zeros((len(raw), min(ranks, labels.top_k)), np.float32)
+        if ranks > 1:
+            confidence[:] = _probabilities(table["top_prob"], labels.top_k)[:, :ranks]
+        confidence[:, 0] = raw.fill_null(0).to_numpy(zero_copy_only=False)
+        classes = _fixed(table["top_class"], labels.top_k)[:, :ranks]
+        yield Scores(raw.is_valid().to_numpy(zero_copy_only=False), classes, confidence, partial(_keys, path))
+
+
+def _keys(path: Path, rows: npt.NDArray[np.int64]) -> list[str]:
+    found: list[str] = pq.read_table(path, columns=["key"])["key"].take(pa.array(rows)).to_pylist()
+    return found
 
 
 def dense(rows: Rows, classes: int) -> npt.NDArray[np.float32]:
@@ -242,9 +288,17 @@ def _check_rows(place: str, rows: Rows, classes: int) -> None:
             raise DataError(f"{place}: row {at[0]} ({rows.keys[at[0]]}): {what}; label the pool again")
 
 
+def _probabilities(column: pa.ChunkedArray, k: int) -> npt.NDArray[np.float16]:
+    """[N, k]; zeros where there are none."""
+    return _fixed(column, k).astype(np.float16)
+
+
 def _fixed(column: pa.ChunkedArray, k: int) -> npt.NDArray[Any]:
     """[N, k] values of a column of fixed-size lists; zeros where the list is null."""
     array = column.combine_chunks()
+    if array.null_count == 0:
+        every: npt.NDArray[Any] = array.flatten().to_numpy(zero_copy_only=False).reshape(-1, k)
+        return every
     # flatten() leaves out null lists, whatever lies under them.
     flat = array.flatten().to_numpy(zero_copy_only=False)
     values = np.zeros((len(array), k), flat.dtype)

@@ -3,21 +3,33 @@
 The paper's filter and balance, made exact and repeatable: of the images whose confidence is above the threshold, each class
 keeps its `per_class` most confident; a class with fewer repeats them until it has as many. The outcome is a rule for each
 class, from which the copies of any row follow; no image is ever copied.
+
+Memory does not grow with the rows. A first pass counts confidences in narrow bins, from which follows in which bin the last
+image kept of each class lies; further passes count only inside those bins, in narrower ones, until so few images are left that
+they can be sorted. Two passes do for all but heaps of equal confidences.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from itertools import pairwise
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ns.config import SelectionConfig
 from ns.document import Document, Identified
-from ns.label.labelset import Rows
+from ns.label.calibration import Calibration
+from ns.label.labelset import LabelSet, Rows, Scores, all_scores
+from ns.store import Store
 
 MANIFEST = "selection.json"
+
+SORTED_ROWS = 1 << 20
+"""So many rows at most are sorted at the end; more are counted in narrower bins once more."""
+COUNTERS = 1 << 23
+"""Bins of all classes together."""
+HIGHEST = int(np.float32(1).view(np.uint32)) + 16
+"""Bits of the greatest confidence: a softmax in float32 may exceed 1 by a few units in the last place."""
 
 
 class Cut(Document):
@@ -33,6 +45,7 @@ class ClassRule(Document):
 
     candidates: int
     """Images above the confidence threshold."""
+    threshold: float
     kept: int
     """Distinct images kept: the first in the ranking."""
     images: int
@@ -60,6 +73,8 @@ class Selection(Identified):
     unreadable: int
     left_out: int = 0
     """Images of the pool that are held out elsewhere."""
+    calibration: Calibration | None = None
+    """Where the thresholds of a wanted precision come from."""
 
     def identity(self) -> Any:
         return self.model_dump(mode="json", exclude={"labels"})
@@ -89,89 +104,257 @@ def key_hashes(keys: Sequence[str], seed: int) -> npt.NDArray[np.uint64]:
 
 
 def select(
-    shards: Iterable[Rows], classes: int, policy: SelectionConfig, *, seed: int, label_set: str, labels: str
+    read: Callable[[], Iterable[Scores]],
+    classes: int,
+    policy: SelectionConfig,
+    *,
+    seed: int,
+    label_set: str,
+    labels: str,
+    unreadable: int = 0,
+    left_out: int = 0,
+    calibration: Calibration | None = None,
 ) -> Selection:
-    """Makes the rule of each class from all rows of a label set."""
-    confidences, predicted, hashes = [], [], []
-    low_confidence = unreadable = left_out = 0
-    for rows in shards:
-        readable = rows.readable
-        above = readable & (rows.confidence > policy.min_confidence)
-        left_out += int(rows.left_out.sum())
-        unreadable += int((~readable & ~rows.left_out).sum())
-        low_confidence += int((readable & ~above).sum())
-        confidences.append(rows.confidence[above])
-        predicted.append(rows.top_class[above, 0])
-        hashes.append(key_hashes([key for key, keep in zip(rows.keys, above, strict=True) if keep], seed))
-    confidence = np.concatenate(confidences) if confidences else np.zeros(0, np.float32)
-    label = np.concatenate(predicted) if predicted else np.zeros(0, np.uint16)
-    tie = np.concatenate(hashes) if hashes else np.zeros(0, np.uint64)
-    # Most confident first within each class; ties by hash.
-    order = np.lexsort((tie, -confidence, label))
-    bounds = np.searchsorted(label[order], np.arange(classes + 1))
-    rules = tuple(
-        _rule(confidence[order[start:stop]], tie[order[start:stop]], policy) for start, stop in pairwise(bounds.tolist())
-    )
+    """Makes the rule of each class from the scores of a label set.
+
+    `read` goes through all shards once, and is called a few times. `unreadable`, `left_out`: rows without a label.
+    """
+    thresholds = np.full(classes, policy.min_confidence, np.float32)
+    if calibration is not None:
+        thresholds = np.maximum(thresholds, np.array([one.threshold for one in calibration.classes], np.float32))
+    ranking = _Ranking(read, thresholds, seed)
+    sizes = [_sizes(count, policy) for count in ranking.candidates.tolist()]
+    last = ranking.at([(label, kept - 1) for label, (kept, _, _) in enumerate(sizes) if kept])
+    extras = ranking.at([(label, extra - 1) for label, (_, _, extra) in enumerate(sizes) if extra])
     return Selection(
         policy=policy,
         seed=seed,
         label_set=label_set,
         labels=labels,
-        rules=rules,
-        low_confidence=low_confidence,
+        rules=tuple(
+            ClassRule(
+                candidates=int(ranking.candidates[label]),
+                threshold=float(thresholds[label]),
+                kept=kept,
+                images=kept * times + extra,
+                last=last.get(label),
+                copies=times,
+                last_extra=extras.get(label),
+            )
+            for label, (kept, times, extra) in enumerate(sizes)
+        ),
+        low_confidence=ranking.low,
         unreadable=unreadable,
         left_out=left_out,
+        calibration=calibration,
     )
 
 
-def _rule(confidence: npt.NDArray[np.float32], tie: npt.NDArray[np.uint64], policy: SelectionConfig) -> ClassRule:
-    """The rule of one class from its candidates in ranking order."""
-    candidates = len(confidence)
+def select_from(
+    folder: Store,
+    label_set: LabelSet,
+    policy: SelectionConfig,
+    *,
+    seed: int,
+    labels: str,
+    calibration: Calibration | None = None,
+) -> Selection:
+    """As `select`, from a label set in `folder`. Raises DataError if a shard is not what the manifest says."""
+    checked = False
+
+    def read() -> Iterable[Scores]:
+        nonlocal checked
+        check, checked = not checked, True
+        return all_scores(folder, label_set, policy.classes_per_image, check=check)
+
+    return select(
+        read,
+        len(label_set.classes),
+        policy,
+        seed=seed,
+        label_set=label_set.digest,
+        labels=labels,
+        unreadable=label_set.unreadable,
+        left_out=label_set.left_out,
+        calibration=calibration,
+    )
+
+
+def _sizes(candidates: int, policy: SelectionConfig) -> tuple[int, int, int]:
+    """Of a class: images kept, how often each is seen, and how many are seen once more."""
     if candidates == 0:
-        return ClassRule(candidates=0, kept=0, images=0, last=None, copies=0, last_extra=None)
-
-    def cut(rank: int) -> Cut:
-        return Cut(confidence=float(confidence[rank]), hash=f"{tie[rank]:016x}")
-
+        return 0, 0, 0
     if policy.policy == "all":
-        kept, copies, extra = candidates, 1, 0
-    else:
-        kept = min(candidates, policy.per_class)
-        copies, extra = divmod(policy.per_class, kept) if policy.repeat else (1, 0)
-        if copies >= policy.max_repeat:
-            copies, extra = policy.max_repeat, 0
-    return ClassRule(
-        candidates=candidates,
-        kept=kept,
-        images=kept * copies + extra,
-        last=cut(kept - 1),
-        copies=copies,
-        last_extra=cut(extra - 1) if extra else None,
-    )
+        return candidates, 1, 0
+    kept = min(candidates, policy.per_class)
+    times, extra = divmod(policy.per_class, kept) if policy.repeat else (1, 0)
+    return (kept, policy.max_repeat, 0) if times >= policy.max_repeat else (kept, times, extra)
+
+
+class _Range(NamedTuple):
+    """Part of a class's ranking: `depth` counts bits of confidence downwards from HIGHEST."""
+
+    label: int
+    rank: int
+    """Searched for, counted from 0."""
+    before: int
+    """Images that rank before the range."""
+    inside: int
+    low: int
+    """Least depth in the range."""
+
+
+class _Ranking:
+    """The candidates of each class, most confident first, of which any place can be asked for; none of it is in memory."""
+
+    def __init__(self, read: Callable[[], Iterable[Scores]], thresholds: npt.NDArray[np.float32], seed: int) -> None:
+        self._read = read
+        self._thresholds = thresholds
+        self._seed = seed
+        classes = len(thresholds)
+        deepest = HIGHEST - int(thresholds.min().view(np.uint32))
+        self._bits = _bins(classes)
+        self._shift = max(0, deepest.bit_length() - self._bits)
+        self._counts = np.zeros((classes, 1 << self._bits), np.int64)
+        self.low = 0
+        """Images that are a candidate of no class."""
+        for scores in read():
+            found = np.zeros(len(scores.labelled), np.bool_)
+            for rows, label, depth in self._candidates(scores):
+                found[rows] = True
+                flat = (label.astype(np.int64) << self._bits) + (depth >> self._shift)
+                self._counts += np.bincount(flat, minlength=self._counts.size).reshape(self._counts.shape)
+            self.low += int((scores.labelled & ~found).sum())
+        self.candidates: npt.NDArray[np.int64] = self._counts.sum(1)
+
+    def at(self, places: Sequence[tuple[int, int]]) -> dict[int, Cut]:
+        """Class → what is at a rank of it. Takes (class, rank) pairs, one a class, ranks below its candidates."""
+        ranges = [self._within(label, rank, 0, self._counts[label], 0, self._shift) for label, rank in places]
+        shift = self._shift
+        while shift and sum(one.inside for one in ranges) > SORTED_ROWS:
+            ranges, shift = self._narrowed(ranges, shift)
+        return self._sorted(ranges, shift)
+
+    def _candidates(
+        self, scores: Scores
+    ) -> Iterable[tuple[npt.NDArray[np.int64], npt.NDArray[np.uint16], npt.NDArray[np.int64]]]:
+        """For each rank of classes: rows, class, and depth of confidence."""
+        for rank in range(scores.classes.shape[1]):
+            label, confidence = scores.classes[:, rank], scores.confidence[:, rank]
+            rows = np.flatnonzero(scores.labelled & (confidence > self._thresholds[label]))
+            # Positive floats order like their bits.
+            yield rows, label[rows], np.maximum(0, HIGHEST - confidence[rows].view(np.uint32).astype(np.int64))
+
+    @staticmethod
+    def _within(label: int, rank: int, before: int, counts: npt.NDArray[np.int64], low: int, shift: int) -> _Range:
+        """The bin that holds the image of a rank."""
+        ends = before + counts.cumsum()
+        bin_ = int(np.searchsorted(ends, rank, "right"))
+        inside = int(counts[bin_])
+        return _Range(label, rank, int(ends[bin_]) - inside, inside, low + (bin_ << shift))
+
+    def _inside(
+        self, ranges: Sequence[_Range], shift: int
+    ) -> Iterable[tuple[Scores, npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+        """Scores, rows, number of the range, and depth below its beginning, of all that lies in a range; shard by shard."""
+        number = np.full(len(self._thresholds), -1, np.int64)
+        low = np.zeros(len(self._thresholds), np.int64)
+        for index, one in enumerate(ranges):
+            number[one.label], low[one.label] = index, one.low
+        for scores in self._read():
+            for rows, label, depth in self._candidates(scores):
+                below = depth - low[label]
+                inside = (number[label] >= 0) & (below >= 0) & (below < 1 << shift)
+                yield scores, rows[inside], number[label[inside]], below[inside]
+
+    def _narrowed(self, ranges: Sequence[_Range], shift: int) -> tuple[list[_Range], int]:
+        bits = min(shift, _bins(len(ranges)))
+        counts = np.zeros((len(ranges), 1 << bits), np.int64)
+        for _, _, number, below in self._inside(ranges, shift):
+            flat = (number << bits) + (below >> (shift - bits))
+            counts += np.bincount(flat, minlength=counts.size).reshape(counts.shape)
+        shift -= bits
+        return [
+            self._within(one.label, one.rank, one.before, own, one.low, shift) for one, own in zip(ranges, counts, strict=True)
+        ], shift
+
+    def _sorted(self, ranges: Sequence[_Range], shift: int) -> dict[int, Cut]:
+        """Sorts what lies in the ranges. Of heaps of equal confidences, which cannot be narrowed, only as many hashes are held as
+        rank before what is searched for."""
+        heaps = [_Heap(one.rank - one.before + 1) for one in ranges]
+        for scores, rows, number, below in self._inside(ranges, shift):
+            if len(rows) == 0:
+                continue
+            hashes = key_hashes(scores.keys(rows), self._seed)
+            order = np.argsort(number, kind="stable")
+            bounds = np.searchsorted(number[order], np.arange(len(ranges) + 1))
+            for index in np.unique(number).tolist():
+                own = order[bounds[index] : bounds[index + 1]]
+                heaps[index].add(below[own], hashes[own])
+        found = {}
+        for one, heap in zip(ranges, heaps, strict=True):
+            depth, tie = heap.last()
+            bits = np.array(HIGHEST - one.low - depth, np.uint32)
+            found[one.label] = Cut(confidence=float(bits.view(np.float32)), hash=f"{tie:016x}")
+        return found
+
+
+class _Heap:
+    """The `size` first of (depth, hash) pairs."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._depth: list[npt.NDArray[np.int64]] = []
+        self._hash: list[npt.NDArray[np.uint64]] = []
+        self._held = 0
+
+    def add(self, depth: npt.NDArray[np.int64], hashes: npt.NDArray[np.uint64]) -> None:
+        self._depth.append(depth)
+        self._hash.append(hashes)
+        self._held += len(depth)
+        if self._held > 2 * self._size + 1000:
+            self._cut()
+
+    def last(self) -> tuple[int, int]:
+        self._cut()
+        return int(self._depth[0][-1]), int(self._hash[0][-1])
+
+    def _cut(self) -> None:
+        depth, hashes = np.concatenate(self._depth), np.concatenate(self._hash)
+        order = np.lexsort((hashes, depth))[: self._size]
+        self._depth, self._hash, self._held = [depth[order]], [hashes[order]], len(order)
+
+
+def _bins(targets: int) -> int:
+    """log2 of the bins that each of so many may have."""
+    return min(16, (COUNTERS // max(1, targets)).bit_length() - 1)
 
 
 def copies(selection: Selection, rows: Rows) -> npt.NDArray[np.int64]:
     """int64 [N]: how often each row is seen in an epoch; 0 for images that are left out."""
     result = np.zeros(len(rows.keys), np.int64)
-    candidate = rows.readable & (rows.confidence > selection.policy.min_confidence)
-    predicted = rows.top_class[:, 0]
-    hashes = np.zeros(len(rows.keys), np.uint64)
-    indices = np.flatnonzero(candidate)
-    hashes[indices] = key_hashes([rows.keys[index] for index in indices], selection.seed)
-    for label in np.unique(predicted[candidate]):
-        rule = selection.rules[label]
-        of_class = candidate & (predicted == label)
-        result[of_class & _up_to(rule.last, rows.confidence, hashes)] = rule.copies
-        result[of_class & _up_to(rule.last_extra, rows.confidence, hashes)] += 1
+    scores = rows.scores(selection.policy.classes_per_image)
+    rules = selection.rules
+    thresholds = np.array([rule.threshold for rule in rules], np.float32)
+    times = np.array([rule.copies for rule in rules], np.int64)
+    for rank in range(scores.classes.shape[1]):
+        label, confidence = scores.classes[:, rank], scores.confidence[:, rank]
+        candidate = scores.labelled & (confidence > thresholds[label])
+        kept = candidate & _up_to([rule.last for rule in rules], scores, rank, selection.seed)
+        more = kept & _up_to([rule.last_extra for rule in rules], scores, rank, selection.seed)
+        result[kept] += times[label[kept]]
+        result[more] += 1
     return result
 
 
-def _up_to(cut: Cut | None, confidence: npt.NDArray[np.float32], hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-    if cut is None:
-        return np.zeros(len(confidence), np.bool_)
+def _up_to(cuts: Sequence[Cut | None], scores: Scores, rank: int, seed: int) -> npt.NDArray[np.bool_]:
+    """Which rows rank up to the cut of their class. Only those that tie with it need their key's hash."""
+    label, confidence = scores.classes[:, rank], scores.confidence[:, rank]
     # float32 → JSON double → float32 is exact, so the comparison with equality is.
-    threshold = np.float32(cut.confidence)
-    up_to: npt.NDArray[np.bool_] = (confidence > threshold) | (
-        (confidence == threshold) & (hashes <= np.uint64(int(cut.hash, 16)))
-    )
+    last = np.array([np.inf if cut is None else cut.confidence for cut in cuts], np.float32)[label]
+    up_to: npt.NDArray[np.bool_] = scores.labelled & (confidence > last)
+    ties = np.flatnonzero(scores.labelled & (confidence == last))
+    if len(ties):
+        bound = np.array([0 if cut is None else int(cut.hash, 16) for cut in cuts], np.uint64)[label[ties]]
+        up_to[ties] = key_hashes(scores.keys(ties), seed) <= bound
     return up_to
