@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 
 def arguments(about: str) -> argparse.Namespace:
@@ -39,6 +38,8 @@ def ratio(found: Mapping[str, list[float]], ours: str, theirs: str) -> tuple[flo
 
 
 def machine() -> dict[str, Any]:
+    import torch  # four hundred MiB that not every benchmark needs
+
     model = ""
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -165,7 +165,7 @@ def all_scores(folder: Store, labels: LabelSet, ranks: int, *, check: bool) -> I
         path = folder.path(shard.name)
         if check and sha256_file(path) != shard.sha256:
             raise DataError(f"{folder.uri}/{shard.name}: sha256 differs from labelset.json; label the pool again")
-        table = pq.read_table(path, columns=columns)
+        table = pq.ParquetFile(path).read(columns)
         raw = table["confidence"].combine_chunks()
         confidence = np.zeros((len(raw), min(ranks, labels.top_k)), np.float32)
         if ranks > 1:
@@ -176,7 +176,7 @@ def all_scores(folder: Store, labels: LabelSet, ranks: int, *, check: bool) -> I
 
 
 def _keys(path: Path, rows: npt.NDArray[np.int64]) -> list[str]:
-    found: list[str] = pq.read_table(path, columns=["key"])["key"].take(pa.array(rows)).to_pylist()
+    found: list[str] = pq.ParquetFile(path).read(["key"])["key"].take(pa.array(rows)).to_pylist()
     return found
 
 

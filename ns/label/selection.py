@@ -10,7 +10,7 @@ they can be sorted. Two passes do for all but heaps of equal confidences.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -26,7 +26,7 @@ MANIFEST = "selection.json"
 
 SORTED_ROWS = 1 << 20
 """So many rows at most are sorted at the end; more are counted in narrower bins once more."""
-COUNTERS = 1 << 23
+COUNTERS = 1 << 22
 """Bins of all classes together."""
 HIGHEST = int(np.float32(1).view(np.uint32)) + 16
 """Bits of the greatest confidence: a softmax in float32 may exceed 1 by a few units in the last place."""
@@ -124,8 +124,12 @@ def select(
         thresholds = np.maximum(thresholds, np.array([one.threshold for one in calibration.classes], np.float32))
     ranking = _Ranking(read, thresholds, seed)
     sizes = [_sizes(count, policy) for count in ranking.candidates.tolist()]
-    last = ranking.at([(label, kept - 1) for label, (kept, _, _) in enumerate(sizes) if kept])
-    extras = ranking.at([(label, extra - 1) for label, (_, _, extra) in enumerate(sizes) if extra])
+    last, extras = ranking.at(
+        [
+            {label: kept - 1 for label, (kept, _, _) in enumerate(sizes) if kept},
+            {label: extra - 1 for label, (_, _, extra) in enumerate(sizes) if extra},
+        ]
+    )
     return Selection(
         policy=policy,
         seed=seed,
@@ -194,6 +198,8 @@ def _sizes(candidates: int, policy: SelectionConfig) -> tuple[int, int, int]:
 class _Range(NamedTuple):
     """Part of a class's ranking: `depth` counts bits of confidence downwards from HIGHEST."""
 
+    which: int
+    """Of the questions asked together."""
     label: int
     rank: int
     """Searched for, counted from 0."""
@@ -215,25 +221,29 @@ class _Ranking:
         deepest = HIGHEST - int(thresholds.min().view(np.uint32))
         self._bits = _bins(classes)
         self._shift = max(0, deepest.bit_length() - self._bits)
-        self._counts = np.zeros((classes, 1 << self._bits), np.int64)
+        counts = _Counts(classes, self._bits)
         self.low = 0
         """Images that are a candidate of no class."""
         for scores in read():
             found = np.zeros(len(scores.labelled), np.bool_)
             for rows, label, depth in self._candidates(scores):
                 found[rows] = True
-                flat = (label.astype(np.int64) << self._bits) + (depth >> self._shift)
-                self._counts += np.bincount(flat, minlength=self._counts.size).reshape(self._counts.shape)
+                counts.add(label, depth >> self._shift)
             self.low += int((scores.labelled & ~found).sum())
+        self._counts = counts.whole()
         self.candidates: npt.NDArray[np.int64] = self._counts.sum(1)
 
-    def at(self, places: Sequence[tuple[int, int]]) -> dict[int, Cut]:
-        """Class → what is at a rank of it. Takes (class, rank) pairs, one a class, ranks below its candidates."""
-        ranges = [self._within(label, rank, 0, self._counts[label], 0, self._shift) for label, rank in places]
+    def at(self, places: Sequence[Mapping[int, int]]) -> list[dict[int, Cut]]:
+        """For each question, class → what is at a rank of it. Takes class → rank, ranks below the class's candidates."""
+        ranges = [
+            self._within(which, label, rank, 0, self._counts[label], 0, self._shift)
+            for which, asked in enumerate(places)
+            for label, rank in asked.items()
+        ]
         shift = self._shift
         while shift and sum(one.inside for one in ranges) > SORTED_ROWS:
             ranges, shift = self._narrowed(ranges, shift)
-        return self._sorted(ranges, shift)
+        return self._sorted(ranges, shift, len(places))
 
     def _candidates(
         self, scores: Scores
@@ -246,39 +256,42 @@ class _Ranking:
             yield rows, label[rows], np.maximum(0, HIGHEST - confidence[rows].view(np.uint32).astype(np.int64))
 
     @staticmethod
-    def _within(label: int, rank: int, before: int, counts: npt.NDArray[np.int64], low: int, shift: int) -> _Range:
+    def _within(which: int, label: int, rank: int, before: int, counts: npt.NDArray[np.int64], low: int, shift: int) -> _Range:
         """The bin that holds the image of a rank."""
         ends = before + counts.cumsum()
         bin_ = int(np.searchsorted(ends, rank, "right"))
         inside = int(counts[bin_])
-        return _Range(label, rank, int(ends[bin_]) - inside, inside, low + (bin_ << shift))
+        return _Range(which, label, rank, int(ends[bin_]) - inside, inside, low + (bin_ << shift))
 
     def _inside(
         self, ranges: Sequence[_Range], shift: int
     ) -> Iterable[tuple[Scores, npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
         """Scores, rows, number of the range, and depth below its beginning, of all that lies in a range; shard by shard."""
-        number = np.full(len(self._thresholds), -1, np.int64)
-        low = np.zeros(len(self._thresholds), np.int64)
+        questions = 1 + max((one.which for one in ranges), default=-1)
+        number = np.full((questions, len(self._thresholds)), -1, np.int64)
+        # No depth is below where there is no range.
+        low = np.full_like(number, 1 << 40)
         for index, one in enumerate(ranges):
-            number[one.label], low[one.label] = index, one.low
+            number[one.which, one.label], low[one.which, one.label] = index, one.low
         for scores in self._read():
             for rows, label, depth in self._candidates(scores):
-                below = depth - low[label]
-                inside = (number[label] >= 0) & (below >= 0) & (below < 1 << shift)
-                yield scores, rows[inside], number[label[inside]], below[inside]
+                for which in range(questions):
+                    below = depth - low[which][label]
+                    inside = np.flatnonzero((below >= 0) & (below < 1 << shift))
+                    yield scores, rows[inside], number[which][label[inside]], below[inside]
 
     def _narrowed(self, ranges: Sequence[_Range], shift: int) -> tuple[list[_Range], int]:
         bits = min(shift, _bins(len(ranges)))
-        counts = np.zeros((len(ranges), 1 << bits), np.int64)
-        for _, _, number, below in self._inside(ranges, shift):
-            flat = (number << bits) + (below >> (shift - bits))
-            counts += np.bincount(flat, minlength=counts.size).reshape(counts.shape)
         shift -= bits
+        counts = _Counts(len(ranges), bits)
+        for _, _, number, below in self._inside(ranges, shift + bits):
+            counts.add(number, below >> shift)
         return [
-            self._within(one.label, one.rank, one.before, own, one.low, shift) for one, own in zip(ranges, counts, strict=True)
+            self._within(one.which, one.label, one.rank, one.before, own, one.low, shift)
+            for one, own in zip(ranges, counts.whole(), strict=True)
         ], shift
 
-    def _sorted(self, ranges: Sequence[_Range], shift: int) -> dict[int, Cut]:
+    def _sorted(self, ranges: Sequence[_Range], shift: int, questions: int) -> list[dict[int, Cut]]:
         """Sorts what lies in the ranges. Of heaps of equal confidences, which cannot be narrowed, only as many hashes are held as
         rank before what is searched for."""
         heaps = [_Heap(one.rank - one.before + 1) for one in ranges]
@@ -287,16 +300,42 @@ class _Ranking:
                 continue
             hashes = key_hashes(scores.keys(rows), self._seed)
             order = np.argsort(number, kind="stable")
-            bounds = np.searchsorted(number[order], np.arange(len(ranges) + 1))
-            for index in np.unique(number).tolist():
-                own = order[bounds[index] : bounds[index + 1]]
+            indices, starts = np.unique(number[order], return_index=True)
+            for index, own in zip(indices.tolist(), np.split(order, starts[1:]), strict=True):
                 heaps[index].add(below[own], hashes[own])
-        found = {}
+        found: list[dict[int, Cut]] = [{} for _ in range(questions)]
         for one, heap in zip(ranges, heaps, strict=True):
             depth, tie = heap.last()
             bits = np.array(HIGHEST - one.low - depth, np.uint32)
-            found[one.label] = Cut(confidence=float(bits.view(np.float32)), hash=f"{tie:016x}")
+            found[one.which][one.label] = Cut(confidence=float(bits.view(np.float32)), hash=f"{tie:016x}")
         return found
+
+
+class _Counts:
+    """Counts of (target, bin) pairs. They are gathered before they are counted: going through all bins for the rows of one shard
+    would take longer than reading it."""
+
+    def __init__(self, targets: int, bits: int) -> None:
+        self._bits = bits
+        self._counts = np.zeros(targets << bits, np.int64)
+        self._waiting: list[npt.NDArray[np.int64]] = []
+        self._rows = 0
+
+    def add(self, target: npt.NDArray[np.integer], bin_: npt.NDArray[np.int64]) -> None:
+        self._waiting.append((target.astype(np.int64) << self._bits) + bin_)
+        self._rows += len(bin_)
+        if self._rows >= SORTED_ROWS:
+            self._count()
+
+    def whole(self) -> npt.NDArray[np.int64]:
+        """[targets, bins]"""
+        self._count()
+        return self._counts.reshape(-1, 1 << self._bits)
+
+    def _count(self) -> None:
+        if self._waiting:
+            self._counts += np.bincount(np.concatenate(self._waiting), minlength=len(self._counts))
+            self._waiting, self._rows = [], 0
 
 
 class _Heap:
