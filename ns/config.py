@@ -6,7 +6,7 @@ Defaults are the paper's (arXiv:1911.04252 v4 and its reference code). Derived v
 import difflib
 import math
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -32,6 +32,9 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
 
 
+S = TypeVar("S", bound=Section)
+
+
 class DataConfig(Section):
     """Where images come from. Each place is a dataset (a folder or `s3://` prefix with dataset.json), or anything that
     `ns data import` takes: class folders, loose images (pool only), a table, tars, an archive. `digits:labelled|pool|heldout`
@@ -54,6 +57,8 @@ class DataConfig(Section):
     leak_guard: Literal["exclude", "report", "off"] = "exclude"
     """`exclude`: images of the pool that are also held out get no label, so that accuracy stays honest. `report`: only count them.
     `off`: do not look; saves reading all images once."""
+    exclude: str | None = None
+    """A text file or URI with a key of the pool a line: these images get no label, as those withdrawn by their owners."""
     near_duplicate_bits: int = Field(default=4, ge=0, le=8)
     """Images count as the same picture when at most so many of the 64 bits of their perceptual hashes differ. Images with a side
     below 32 px are compared by their bytes only."""
@@ -254,6 +259,9 @@ class RoleConfig(Section):
         return _merged(preset, role) if preset else role
 
 
+Views = Literal["one", "flip", "five", "ten"]
+
+
 class LabellingConfig(Section):
     """How the teacher labels the pool."""
 
@@ -263,6 +271,13 @@ class LabellingConfig(Section):
     """Classes kept per image; the tail's mass is spread evenly. With at most 100 classes all are kept."""
     tasks: int = Field(default=2, ge=1, le=50)
     """Parallel labelling tasks, each over a range of shards."""
+    views: Views = "one"
+    """What the teacher's probabilities are averaged over. `flip`: the image and its mirror image. `five`: centre and corners. `ten`:
+    these, mirrored too. Labelling takes as many times longer. Paper: one."""
+    ensemble: tuple[str, ...] = ()
+    """Folders or URIs of further models, with the same classes, whose probabilities are averaged with the teacher's."""
+    probabilities: Literal["float16", "log8"] = "float16"
+    """How they are kept. `log8`: a byte each, to 2 % of itself, down to 2⁻¹⁶; halves a label set."""
 
 
 class SelectionConfig(Section):
@@ -380,6 +395,17 @@ def parse(document: dict[str, Any], place: str) -> Experiment:
         raise ConfigError("\n".join(f"{place}: {line}" for line in lines)) from error
 
 
+def changed(section: S, overrides: Iterable[str]) -> S:
+    """A section with `a.b=c` overrides. Raises ConfigError naming each wrong field."""
+    document = section.model_dump(mode="json")
+    for override in overrides:
+        _apply(document, override)
+    try:
+        return type(section).model_validate(document)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"--set: {_explain(detail, type(section))}" for detail in error.errors())) from error
+
+
 def dump(experiment: Experiment) -> str:
     """YAML with every field, defaults included; `load` reads it back to an equal experiment."""
     return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -432,10 +458,10 @@ def _apply(document: dict[str, Any], override: str) -> None:
             node = node[index]
 
 
-def _explain(detail: Any) -> str:
+def _explain(detail: Any, within: type[Section] | None = None) -> str:
     path = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
-        known = _fields_at(detail["loc"][:-1])
+        known = _fields_at(detail["loc"][:-1], within or Experiment)
         close = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
         return f"{path}: unknown field; {hint}"
@@ -450,8 +476,8 @@ def _explain(detail: Any) -> str:
     return f"{path}: invalid value {detail['input']!r:.80}: {message}"
 
 
-def _fields_at(location: tuple[int | str, ...]) -> list[str]:
-    section: Any = Experiment
+def _fields_at(location: tuple[int | str, ...], within: type[Section]) -> list[str]:
+    section: Any = within
     for part in location:
         if isinstance(part, int):
             continue

@@ -50,3 +50,29 @@ def code_digest(*parts: str) -> str:
         for file in files:
             sources[file.relative_to(PACKAGE).as_posix()] = sha256_file(file)
     return digest(sources)
+
+
+# What results depend on, so that changed code is never taken for done work.
+READING = (
+    "data/dataset.py",
+    "data/shards.py",
+    "data/index.py",
+    "data/images.py",
+    "data/decode.py",
+    "data/augment.py",
+    "models.py",
+)
+TRAINING = (
+    *READING,
+    "train",
+    "precision.py",
+    "parallel.py",
+    "data/order.py",
+    "data/stream.py",
+    "data/randaugment.py",
+    "label/labelset.py",
+    "label/selection.py",
+    "label/targets.py",
+)
+INFERENCE = (*READING, "inference.py", "precision.py")
+LABELLING = (*INFERENCE, "label/predict.py", "label/labelset.py")

@@ -1,8 +1,10 @@
 """Un-noised inference over shards: decode and crop in threads while the network works on the batch before."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ns import log, models
-from ns.config import ModelConfig, Precision
-from ns.data.augment import EvalTransform
+from ns.config import ModelConfig, Precision, Views
+from ns.data.augment import EVAL_MARGIN_PX, EvalTransform
 from ns.data.decode import Encoded, room
 from ns.data.images import ImageSource
 from ns.data.index import ShardIndex
@@ -27,6 +29,10 @@ DECODE_THREADS = 4
 
 COMPILE_FROM_IMAGES = 50_000
 """With fewer, not even the second that it takes to find out whether compiling pays is well spent."""
+
+
+WINDOWS = ((0.5, 0.5), (0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0))
+"""Where the windows of `five` and `ten` views lie in the margin: the centre and the corners."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,17 @@ def inference_workload(network: nn.Module, model: ModelConfig, batch: int) -> Wo
     )
 
 
+class _Chunk(NamedTuple):
+    """Images of a shard that make a batch."""
+
+    images: list[Encoded | bytes]
+    start: int
+    """Row of the first one."""
+    total: int
+    """Rows of the shard."""
+    whole: Any
+
+
 class _Decoded(NamedTuple):
     images: npt.NDArray[np.uint8]
     errors: dict[int, str]
@@ -58,7 +75,7 @@ class Predictor:
     It runs in the precision that its card names. It is compiled if that makes the work on about `images` images shorter.
     """
 
-    def __init__(self, folder: Store, *, batch: int, images: int = 0) -> None:
+    def __init__(self, folder: Store, *, batch: int, images: int = 0, views: Views = "one") -> None:
         network, self.card = models.load(folder)
         self._device = models.best_device()
         if self._device.type == "cpu":
@@ -73,21 +90,38 @@ class Predictor:
         self._forward_pass = self.mode.prepare(self._network)
         self._normalize = models.Normalize(self.card.mean, self.card.std).to(self._device)
         self._resolution = self.card.model.inference_resolution
-        self._transform = EvalTransform(self._resolution, self.card.noise.crop)
+        margin = 0
+        if views in ("five", "ten"):
+            margin = EVAL_MARGIN_PX if self.card.noise.crop == "resized" else self._resolution // 8
+        self._transform = EvalTransform(self._resolution, self.card.noise.crop, margin)
+        self._pixels = self._resolution + margin
+        self._windows = WINDOWS if margin else ((0.0, 0.0),)
+        self._mirrored = views in ("flip", "ten")
         self._batch = batch
 
     def shard(
         self, source: ImageSource, shard: int, progress: log.Progress | None = None, skipped: Mapping[int, str] | None = None
     ) -> Predictions:
-        """Predictions for a whole shard. Unreadable images get NaN and a reason, never an exception; so do rows in `skipped`.
+        """Predictions for one shard; see `shards`."""
+        return next(self.shards(source, [(shard, skipped or {})], progress))
 
-        Raises DataError for a shard that is not what the manifest says.
+    def shards(
+        self, source: ImageSource, wanted: Iterable[tuple[int, Mapping[int, str]]], progress: log.Progress | None = None
+    ) -> Iterator[Predictions]:
+        """Predictions for whole shards, one after the other; the next one is being decoded while the network works on the last.
+
+        Unreadable images get NaN and a reason, never an exception; so do the rows that come with a shard, with theirs. What a shard
+        gets does not depend on those around it. Raises DataError for a shard that is not what the manifest says.
         """
-        index = source.index(shard)
-        skipped = skipped or {}
-        images = (b"" if row in skipped else image for row, image in enumerate(source.encoded(shard)))
-        probabilities, errors = self._run(images, len(index), progress)
-        return Predictions(index, probabilities, {**errors, **skipped})
+
+        def chunks() -> Iterator[_Chunk]:
+            for shard, skipped in wanted:
+                index = source.index(shard)
+                images = (b"" if row in skipped else image for row, image in enumerate(source.encoded(shard)))
+                yield from self._cut(images, len(index), (index, skipped))
+
+        for (index, skipped), probabilities, errors in self._run(chunks(), progress):
+            yield Predictions(index, probabilities, {**errors, **skipped})
 
     @torch.inference_mode()
     def features(self, images: Sequence[Encoded | bytes]) -> npt.NDArray[np.float32]:
@@ -100,41 +134,51 @@ class Predictor:
 
     def images(self, blobs: Sequence[bytes]) -> tuple[npt.NDArray[np.float32], dict[int, str]]:
         """Probabilities [N, classes] of encoded images, and reasons for rows that are NaN."""
-        return self._run(iter(blobs), len(blobs), None)
+        _, probabilities, errors = next(self._run(self._cut(iter(blobs), len(blobs), None), None))
+        return probabilities, errors
+
+    def _cut(self, images: Iterator[Encoded | bytes], total: int, whole: Any) -> Iterator[_Chunk]:
+        """A shard's images in batches, the last one smaller; of none, one that is empty."""
+        for start in range(0, max(1, total), self._batch):
+            stop = min(total, start + self._batch)
+            yield _Chunk([image for _, image in zip(range(start, stop), images, strict=False)], start, total, whole)
 
     def _run(
-        self, blobs: Iterator[Encoded | bytes], total: int, progress: log.Progress | None
-    ) -> tuple[npt.NDArray[np.float32], dict[int, str]]:
+        self, chunks: Iterator[_Chunk], progress: log.Progress | None
+    ) -> Iterator[tuple[Any, npt.NDArray[np.float32], dict[int, str]]]:
+        """For each shard what its chunks carry, its probabilities, and row → reason of what is NaN."""
         classes = len(self.card.classes)
-        probabilities = np.full((total, classes), np.nan, np.float32)
+        probabilities = np.empty((0, classes), np.float32)
         errors: dict[int, str] = {}
         with ThreadPoolExecutor(DECODE_THREADS) as threads:
-            ahead: list[Future[_Decoded]] = []
-            done = 0
+            ahead: deque[tuple[_Chunk, Future[_Decoded]]] = deque()
 
             def submit() -> None:
-                chunk = [blob for _, blob in zip(range(self._batch), blobs, strict=False)]
-                if chunk:
-                    ahead.append(threads.submit(self._decode, chunk))
+                for chunk in islice(chunks, 1):
+                    ahead.append((chunk, threads.submit(self._decode, chunk.images)))
 
             for _ in range(DECODE_THREADS):
                 submit()
             while ahead:
-                decoded = ahead.pop(0).result()
+                chunk, future = ahead.popleft()
+                decoded = future.result()
                 submit()
+                if chunk.start == 0:
+                    probabilities, errors = np.full((chunk.total, classes), np.nan, np.float32), {}
                 count = len(decoded.images)
-                result = self._forward(torch.from_numpy(decoded.images))
-                readable = np.setdiff1d(np.arange(count), list(decoded.errors))
-                probabilities[done + readable] = result[readable]
-                errors |= {done + row: reason for row, reason in decoded.errors.items()}
-                done += count
+                if count:
+                    result = self._forward(torch.from_numpy(decoded.images))
+                    readable = np.setdiff1d(np.arange(count), list(decoded.errors))
+                    probabilities[chunk.start + readable] = result[readable]
+                    errors |= {chunk.start + row: reason for row, reason in decoded.errors.items()}
                 if progress:
                     progress.advance(count)
-        return probabilities, errors
+                if chunk.start + count == chunk.total:
+                    yield chunk.whole, probabilities, errors
 
     def _decode(self, chunk: list[Encoded | bytes]) -> _Decoded:
         # Unreadable images stay as black ones: batches, and so results, do not depend on which images are damaged.
-        images = room(len(chunk), self._resolution)
+        images = room(len(chunk), self._pixels)
         return _Decoded(images, self._transform.batch(chunk, images))
 
     @torch.inference_mode()
@@ -144,9 +188,25 @@ class Predictor:
             # A batch of another size would be compiled anew.
             images = F.pad(images, (0, 0) * 3 + (0, self._batch - count))
         normalized = self._normalize(images.to(self._device, non_blocking=True))
-        with self.mode.autocast(self._device):
-            logits = self._forward_pass(normalized)
-        # Outputs beyond the classes (model.outputs) have no name and get no probability.
-        probabilities = logits.float()[:count, : len(self.card.classes)].softmax(1)
+        seen = [self._probabilities(view)[:count] for view in self._views(normalized)]
+        probabilities = seen[0] if len(seen) == 1 else torch.stack(seen).mean(0)
         result: npt.NDArray[np.float32] = probabilities.cpu().numpy()
         return result
+
+    def _views(self, images: Tensor) -> Iterator[Tensor]:
+        """What is averaged over, [N, 3, resolution, resolution] each."""
+        margin, size = self._pixels - self._resolution, self._resolution
+        for down, right in self._windows:
+            y, x = round(down * margin), round(right * margin)
+            view = images[:, :, y : y + size, x : x + size]
+            if margin:
+                view = view.contiguous(memory_format=torch.channels_last)
+            yield view
+            if self._mirrored:
+                yield view.flip(3).contiguous(memory_format=torch.channels_last)
+
+    def _probabilities(self, images: Tensor) -> Tensor:
+        with self.mode.autocast(self._device):
+            logits = self._forward_pass(images)
+        # Outputs beyond the classes (model.outputs) have no name and get no probability.
+        return logits.float()[:, : len(self.card.classes)].softmax(1)

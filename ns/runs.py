@@ -18,14 +18,16 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict
 
 from ns import config
-from ns.config import Experiment
+from ns.config import Experiment, SelectionConfig
 from ns.data.dataset import Dataset
 from ns.data.prepared import Prepared
 from ns.digest import digest
 from ns.document import Document
 from ns.errors import DataError, RunError, StoreError
 from ns.evaluate.gate import Verdict
-from ns.evaluate.result import Evaluation
+from ns.evaluate.result import MANIFEST as EVALUATION
+from ns.evaluate.result import Evaluation, read_predictions
+from ns.label.calibration import Calibration, calibrate
 from ns.label.labelset import MANIFEST as LABEL_SET
 from ns.label.labelset import LabelSet
 from ns.label.selection import Selection
@@ -284,6 +286,38 @@ class Labels(NamedTuple):
         return folder, dataset
 
 
+def calibration(root: Store, found: Labels, policy: SelectionConfig) -> Calibration:
+    """The thresholds of a wanted precision for a label set, from its teacher's evaluation on the run's held-out images.
+
+    Raises RunError if there is none.
+    """
+    heldout = found.prepared.heldout.dataset if found.prepared else None
+    for key in root.list("store/evaluations/"):
+        if key.endswith(f"/{EVALUATION}"):
+            evaluation = Evaluation.read(root, key)
+            if (evaluation.model, evaluation.dataset) == (found.label_set.teacher, heldout):
+                return calibrated(root.at(key.removesuffix(f"/{EVALUATION}")), evaluation, policy)
+    raise RunError(
+        f"{found.folder.uri}: selection.precision needs the teacher's evaluation on held-out images, which only a run has; "
+        "name the label set as a run's generation: latest/gen-1"
+    )
+
+
+def calibrated(folder: Store, evaluation: Evaluation, policy: SelectionConfig) -> Calibration:
+    """The thresholds of a policy's precision, from an evaluation on held-out images."""
+    assert policy.precision is not None
+    rows = read_predictions(folder, evaluation)
+    return calibrate(
+        rows["predicted"].to_numpy(),
+        rows["confidence"].to_numpy(),
+        rows["rank"].to_numpy() == 0,
+        len(evaluation.classes),
+        precision=policy.precision,
+        level=policy.confidence,
+        evaluation=evaluation.digest,
+    )
+
+
 def labels(root: Store, name: str) -> Labels:
     """The label set of a run's generation (`RUN/gen-N`, with a name that `find` knows), or the one in a folder.
 
@@ -310,7 +344,7 @@ def labels(root: Store, name: str) -> Labels:
         LabelSet.read(folder, LABEL_SET),
         Selection.read(root, outputs["selection"]),
         Prepared.read(root, steps[0, "prepare-data"]["data"]),
-        outputs.get("teacher"),
+        outputs["teacher"].rpartition("/")[0] if "teacher" in outputs else None,
     )
 
 

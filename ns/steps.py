@@ -8,7 +8,7 @@ Heavy libraries are imported inside the steps that need them: half of the steps 
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -19,16 +19,19 @@ from ns.card import FINETUNED, ModelCard, weights_digest
 from ns.card import MANIFEST as CARD
 from ns.config import Experiment, RoleConfig
 from ns.data.check import left_out
+from ns.data.dataset import Shard
+from ns.data.index import ShardIndex
+from ns.data.keys import read_keys
 from ns.data.prepared import MANIFEST as PREPARED
 from ns.data.prepared import Prepared
-from ns.digest import code_digest, digest, short
+from ns.digest import INFERENCE, LABELLING, TRAINING, code_digest, digest, short
 from ns.errors import DataError, Interrupted, NsError, TrainingError
 from ns.evaluate import gate as gates
 from ns.evaluate.result import MANIFEST as EVALUATION
 from ns.evaluate.result import Evaluation
-from ns.label.calibration import Calibration, calibrate
+from ns.label.calibration import Calibration
 from ns.label.labelset import MANIFEST as LABEL_SET
-from ns.label.labelset import join, marker
+from ns.label.labelset import LabelShard, join, marker
 from ns.label.selection import MANIFEST as SELECTION
 from ns.label.selection import Selection, select_from
 from ns.ledger import Entry, Ledger
@@ -40,31 +43,6 @@ if TYPE_CHECKING:
 
 STOP = "stop"
 """What `resolve` answers when the loop is over."""
-
-# What a step's result depends on, so that changed code is never taken for done work.
-READING = (
-    "data/dataset.py",
-    "data/shards.py",
-    "data/index.py",
-    "data/images.py",
-    "data/decode.py",
-    "data/augment.py",
-    "models.py",
-)
-TRAINING = (
-    *READING,
-    "train",
-    "precision.py",
-    "parallel.py",
-    "data/order.py",
-    "data/stream.py",
-    "data/randaugment.py",
-    "label/labelset.py",
-    "label/selection.py",
-    "label/targets.py",
-)
-INFERENCE = (*READING, "inference.py", "precision.py")
-LABELLING = (*INFERENCE, "label/predict.py", "label/labelset.py")
 
 
 def prepare_data(config_uri: str, root: str, run: str) -> str:
@@ -183,10 +161,13 @@ def label_shards(config_uri: str, root: str, run: str, data: str, generation: in
             from ns.inference import Predictor
             from ns.label import predict
 
-            predictor = Predictor(step.root.at(teacher), batch=step.experiment.labelling.batch, images=images)
-            held_out = left_out(step.root.at(prepared.left_out.ref)) if prepared.left_out else None
-            top_k = step.experiment.labelling.top_k
-            predict.label_shards(predictor, pool_folder, pool, labels, wanted, top_k=top_k, left_out=held_out)
+            config = step.experiment.labelling
+            places = [step.root.at(teacher), *map(open_store, config.ensemble)]
+            predictors = [Predictor(place, batch=config.batch, images=images, views=config.views) for place in places]
+            held_out = _left_out(step, prepared, pool_folder, [pool.shards[index] for index in wanted])
+            before = _LabelledBefore(step, teacher, held_out)
+            predict.label_shards(predictors, pool_folder, pool, labels, wanted, config, left_out=held_out, known=before.find)
+            before.note(_labels_folder(step, prepared, teacher), [pool.shards[index] for index in wanted])
         step.done({}, reused=reused, images=images)
         return shards
 
@@ -208,6 +189,9 @@ def commit_labels(config_uri: str, root: str, run: str, data: str, generation: i
             code=code_digest(*LABELLING),
             classes=classes,
             top_k=experiment.labelling.top_k,
+            views=experiment.labelling.views,
+            ensemble=_ensemble(step),
+            probabilities=experiment.labelling.probabilities,
         )
         label_set.write(folder, LABEL_SET)
         calibration = _calibration(step, data, teacher)
@@ -231,7 +215,7 @@ def commit_labels(config_uri: str, root: str, run: str, data: str, generation: i
                     f"selection.min_confidence = {experiment.selection.min_confidence}{wanted}; lower it, or train a better teacher"
                 )
             selection.write(step.root, f"{target}/{SELECTION}")
-            return {"labels": f"{key}/{LABEL_SET}", "selection": f"{target}/{SELECTION}", "teacher": teacher}
+            return {"labels": f"{key}/{LABEL_SET}", "selection": f"{target}/{SELECTION}", "teacher": f"{teacher}/{CARD}"}
 
         step.once("select", inputs, work)
         selection = Selection.read(step.root, f"{target}/{SELECTION}")
@@ -439,20 +423,8 @@ def _calibration(step: _Step, data: str, teacher: str) -> Calibration | None:
     policy = step.experiment.selection
     if policy.precision is None:
         return None
-    from ns.evaluate.result import read_predictions
-
     _evaluate(step, data, teacher)
-    folder, evaluation = _evaluation(step, data, teacher)
-    rows = read_predictions(folder, evaluation)
-    return calibrate(
-        rows["predicted"].to_numpy(),
-        rows["confidence"].to_numpy(),
-        rows["rank"].to_numpy() == 0,
-        len(evaluation.classes),
-        precision=policy.precision,
-        level=policy.confidence,
-        evaluation=evaluation.digest,
-    )
+    return runs.calibrated(*_evaluation(step, data, teacher), policy)
 
 
 def _refuse_chance(step: _Step, data: str, teacher: str) -> None:
@@ -475,7 +447,8 @@ def _generation_inputs(step: _Step, data: str, generation: int, teacher: str) ->
         "teacher": _model_digest(step.root, teacher),
         "student": _training_slice(experiment.student(generation)),
         "seed": experiment.seed,
-        "labelling": experiment.labelling.model_dump(mode="json", exclude={"tasks"}),
+        "labelling": experiment.labelling.model_dump(mode="json", exclude={"tasks"}) | {"ensemble": _ensemble(step)},
+        "exclude": digest(sorted(_excluded(step))),
         "selection": experiment.selection.model_dump(mode="json"),
         "gate": experiment.gate.model_dump(mode="json"),
     }
@@ -483,14 +456,70 @@ def _generation_inputs(step: _Step, data: str, generation: int, teacher: str) ->
 
 def _labels_folder(step: _Step, prepared: Prepared, teacher: str) -> str:
     """The folder of a teacher's labels for the pool: shards that are there are done, whoever labelled them."""
-    inputs = {
-        "code": code_digest(*LABELLING),
+    inputs = _labelling(step, teacher) | {
         "dataset": prepared.pool.dataset,
         "left_out": prepared.left_out.report if prepared.left_out else None,
-        "teacher": _model_digest(step.root, teacher),
-        **step.experiment.labelling.model_dump(mode="json", exclude={"tasks"}),
+        "exclude": digest(sorted(_excluded(step))),
     }
     return f"store/labels/{short(step.ledger.key('label', inputs))}"
+
+
+def _labelling(step: _Step, teacher: str) -> dict[str, Any]:
+    """What the labels of an image depend on, beside the image."""
+    return {
+        "code": code_digest(*LABELLING),
+        "teacher": _model_digest(step.root, teacher),
+        **step.experiment.labelling.model_dump(mode="json", exclude={"tasks"}),
+        "ensemble": _ensemble(step),
+    }
+
+
+def _ensemble(step: _Step) -> tuple[str, ...]:
+    """Digests of the models that label with the teacher."""
+    return tuple(ModelCard.read(open_store(place), CARD).digest for place in step.experiment.labelling.ensemble)
+
+
+def _excluded(step: _Step) -> frozenset[str]:
+    """Keys of the pool that the configuration excludes."""
+    place = step.experiment.data.exclude
+    return read_keys(place) if place else frozenset()
+
+
+def _left_out(step: _Step, prepared: Prepared, pool: Store, shards: Iterable[Shard]) -> dict[str, dict[int, str]]:
+    """sha256 of a shard → row → why that image gets no label."""
+    found = left_out(step.root.at(prepared.left_out.ref)) if prepared.left_out else {}
+    if excluded := _excluded(step):
+        for shard in shards:
+            rows = {
+                row: "excluded by data.exclude" for row, key in enumerate(ShardIndex.read(pool, shard).keys) if key in excluded
+            }
+            if rows:
+                found[shard.sha256] = found.get(shard.sha256, {}) | rows
+    return found
+
+
+class _LabelledBefore:
+    """Shards that the same teacher has labelled as part of another pool: a pool that has grown costs only what is new."""
+
+    def __init__(self, step: _Step, teacher: str, left_out: Mapping[str, Mapping[int, str]]) -> None:
+        self._root, self._ledger = step.root, step.ledger
+        self._labelling = _labelling(step, teacher)
+        self._left_out = left_out
+
+    def find(self, shard: Shard) -> tuple[Store, LabelShard] | None:
+        entry = self._ledger.lookup("label-shard", self._ledger.key("label-shard", self._inputs(shard)))
+        if entry is None:
+            return None
+        folder, _, name = entry.outputs["facts"].rpartition("/")
+        return self._root.at(folder), LabelShard.read(self._root.at(folder), name)
+
+    def note(self, folder: str, shards: Iterable[Shard]) -> None:
+        for shard in shards:
+            self._ledger.record("label-shard", self._inputs(shard), {"facts": f"{folder}/{marker(shard.name)}"}, 0.0)
+
+    def _inputs(self, shard: Shard) -> dict[str, Any]:
+        reasons = {str(row): reason for row, reason in self._left_out.get(shard.sha256, {}).items()}
+        return self._labelling | {"shard": shard.sha256, "left_out": reasons and digest(reasons)}
 
 
 def _training_slice(role: RoleConfig) -> dict[str, Any]:

@@ -12,7 +12,9 @@ from rich.table import Table
 
 from ns.data.check import CheckReport, class_counts
 from ns.data.dataset import Dataset
-from ns.label.labelset import BINS, read_histogram
+from ns.label.labelset import BINS, LabelSet, read_histogram
+from ns.label.selection import Selection
+from ns.lineage import Trace
 from ns.log import duration
 from ns.plan import Plan
 from ns.runs import Labels, Summary
@@ -202,6 +204,52 @@ def labels_table(labels: Labels) -> Table:
             rule = selection.rules[number]
             cells += [f"{rule.kept:,}", f"{rule.last.confidence:.1%}" if rule.last else "", f"{rule.images:,}"]
         table.add_row(*cells)
+    return table
+
+
+def selection_table(label_set: LabelSet, selection: Selection) -> Table:
+    """What a selection keeps, drops and repeats, by class; with a wanted precision, what that costs."""
+    title = (
+        f"{selection.kept:,} of {label_set.rows:,} images kept, {selection.images:,} with repeats; {selection.low_confidence:,} "
+        f"below the threshold, {selection.balanced_out:,} balanced out, {selection.unreadable:,} unreadable, "
+        f"{selection.left_out:,} left out"
+    )
+    headers = ["class", "above threshold", "threshold", "kept", "dropped", "each seen", "seen"]
+    if selection.calibration:
+        headers += ["held out", "right", "at least"]
+    table = _table(title, *headers)
+    for number, (name, rule) in enumerate(zip(label_set.classes, selection.rules, strict=True)):
+        times = f"{rule.copies}–{rule.copies + 1}×" if rule.last_extra else f"{rule.copies}×"
+        cells = [
+            escape(name),
+            f"{rule.candidates:,}",
+            f"{rule.threshold:.1%}" if rule.threshold <= 1 else "never",
+            f"{rule.kept:,}",
+            f"{rule.candidates - rule.kept:,}",
+            times,
+            f"{rule.images:,}",
+        ]
+        if selection.calibration:
+            found = selection.calibration.classes[number]
+            cells += [f"{found.heldout:,}{' pooled' if found.pooled else ''}", f"{found.correct:,}", f"{found.bound:.1%}"]
+        table.add_row(*cells)
+    return table
+
+
+def trace_table(trace: Trace) -> Table:
+    """What each teacher said of one image."""
+    table = _table(trace.key, "run", "gen", "label", "threshold", "seen", "student", "label set")
+    for view in trace.views:
+        says = ", ".join(f"{name} {probability:.1%}" for name, probability in list(view.classes.items())[:3])
+        table.add_row(
+            escape(view.run),
+            str(view.generation),
+            escape(says or view.reason or ""),
+            "" if view.threshold is None else f"{view.threshold:.1%}",
+            f"{view.seen}×",
+            "" if view.student is None else _short(view.student),
+            view.label_set[:6],
+        )
     return table
 
 

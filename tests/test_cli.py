@@ -23,6 +23,12 @@ def ns(capsys, *arguments: str) -> tuple[int, str, str]:
     "command",
     [
         "run",
+        "label",
+        "labels purge",
+        "labels select",
+        "labels show",
+        "labels trace",
+        "labels verify",
         "plan",
         "report",
         "predict",

@@ -7,8 +7,9 @@ from PIL import Image
 
 from ns import inference, models
 from ns.card import Lineage
-from ns.config import ModelConfig, NoiseConfig, SelectionConfig
+from ns.config import LabellingConfig, ModelConfig, NoiseConfig, SelectionConfig
 from ns.data.dataset import Dataset
+from ns.data.decode import decode
 from ns.data.images import ImageSource
 from ns.data.shards import read_index
 from ns.data.writer import ShardWriter
@@ -20,6 +21,7 @@ from ns.precision import Mode
 from ns.store import LocalStore
 
 CLASSES = tuple("abcde")
+LABELLING = LabellingConfig()
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +98,9 @@ def test_labelling_is_done_once_a_shard_and_written_in_the_order_of_the_tar(mode
     folder, dataset = pool
     labels = LocalStore(tmp_path)
     predictor = Predictor(model, batch=8)
-    assert label_shards(predictor, folder, dataset, labels, range(2), top_k=10) == 40
+    assert label_shards([predictor], folder, dataset, labels, range(2), LABELLING) == 40
     first = {key: labels.get(key) for key in labels.list()}
-    assert label_shards(predictor, folder, dataset, labels, range(3), top_k=10) == 20
+    assert label_shards([predictor], folder, dataset, labels, range(3), LABELLING) == 20
     assert {key: labels.get(key) for key in first} == first
 
     facts = LabelShard.read(labels, "shard-00000.json")
@@ -134,9 +136,9 @@ def test_images_that_are_held_out_get_no_label_and_disturb_no_other(model, pool,
     folder, dataset = pool
     predictor = Predictor(model, batch=8)
     plain, guarded = LocalStore(tmp_path / "plain"), LocalStore(tmp_path / "guarded")
-    label_shards(predictor, folder, dataset, plain, range(1), top_k=10)
+    label_shards([predictor], folder, dataset, plain, range(1), LABELLING)
     left_out = {dataset.shards[0].sha256: {5: "also in heldout: x"}}
-    label_shards(predictor, folder, dataset, guarded, range(1), top_k=10, left_out=left_out)
+    label_shards([predictor], folder, dataset, guarded, range(1), LABELLING, left_out=left_out)
     facts = LabelShard.read(guarded, "shard-00000.json")
     assert (facts.rows, facts.unreadable, facts.left_out) == (20, 1, 1)
     expected, rows = read_rows(plain, LabelShard.read(plain, "shard-00000.json")), read_rows(guarded, facts)
@@ -144,8 +146,8 @@ def test_images_that_are_held_out_get_no_label_and_disturb_no_other(model, pool,
     assert np.flatnonzero(~rows.readable).tolist() == [2, 5]
     others = np.delete(np.arange(20), 5)
     np.testing.assert_array_equal(rows.confidence[others], expected.confidence[others])
-    selection = select([rows], 5, SelectionConfig(min_confidence=0), seed=0, label_set="0", labels="x")
-    assert (selection.unreadable, selection.left_out, selection.kept) == (1, 1, 18)
+    selection = select(lambda: [rows.scores(1)], 5, SelectionConfig(min_confidence=0), seed=0, label_set="0", labels="x")
+    assert selection.kept == 18
 
 
 def test_features_are_alike_for_like_images(model, pool):
@@ -177,7 +179,7 @@ def test_a_model_is_run_in_the_precision_that_its_card_names(model, pool, tmp_pa
     ours, theirs = (predictor.shard(ImageSource(folder, dataset), 1).probabilities for predictor in (plain, fast))
     assert not np.array_equal(ours, theirs)
     np.testing.assert_allclose(ours, theirs, atol=0.02)
-    assert label_shards(fast, folder, dataset, LocalStore(tmp_path / "labels"), range(1), top_k=10) == 20
+    assert label_shards([fast], folder, dataset, LocalStore(tmp_path / "labels"), range(1), LABELLING) == 20
     assert LabelShard.read(LocalStore(tmp_path / "labels"), "shard-00000.json").mode == "bfloat16"
 
 
@@ -200,3 +202,77 @@ def test_much_work_may_be_compiled_and_then_every_batch_has_the_same_shape(model
 def test_little_work_is_not_worth_a_measurement(model, monkeypatch):
     monkeypatch.setattr(inference, "choose", lambda *_, **__: pytest.fail("measured"))
     Predictor(model, batch=8, images=inference.COMPILE_FROM_IMAGES - 1)
+
+
+def test_what_a_shard_gets_does_not_depend_on_its_neighbours(model, pool):
+    folder, dataset = pool
+    predictor = Predictor(model, batch=8)
+    together = predictor.shards(ImageSource(folder, dataset), [(0, {}), (1, {4: "why"}), (2, {})])
+    for shard, found in enumerate(together):
+        alone = predictor.shard(ImageSource(folder, dataset), shard, skipped={4: "why"} if shard == 1 else None)
+        np.testing.assert_array_equal(found.probabilities, alone.probabilities)
+        assert found.errors == alone.errors
+        assert found.index.keys == alone.index.keys
+    assert shard == 2
+
+
+@pytest.mark.parametrize(("views", "seen"), [("flip", 2), ("five", 5), ("ten", 10)])
+def test_views_are_averaged(model, pool, views, seen):
+    folder, dataset = pool
+    predictor = Predictor(model, batch=8, views=views)
+    passes = []
+    forward = predictor._forward_pass
+    predictor._forward_pass = lambda images: passes.append(tuple(images.shape)) or forward(images)
+    found = predictor.shard(ImageSource(folder, dataset), 1)
+    plain = Predictor(model, batch=8).shard(ImageSource(folder, dataset), 1)
+    assert passes == [(8, 3, 32, 32)] * (2 * seen) + [(4, 3, 32, 32)] * seen
+    np.testing.assert_allclose(found.probabilities.sum(1), 1, atol=1e-5)
+    assert not np.array_equal(found.probabilities, plain.probabilities)
+
+
+def test_a_mirror_image_has_the_same_labels_when_both_are_looked_at(model, pool):
+    folder, dataset = pool
+    images = [
+        image.whole() if not isinstance(image, bytes) else decode(image)
+        for image in ImageSource(folder, dataset).encoded(1, 0, 3)
+    ]
+
+    def png(pixels):
+        sink = io.BytesIO()
+        Image.fromarray(pixels).save(sink, "PNG")
+        return sink.getvalue()
+
+    predictor = Predictor(model, batch=8, views="flip")
+    there, _ = predictor.images([png(pixels) for pixels in images])
+    back, _ = predictor.images([png(np.ascontiguousarray(pixels[:, ::-1])) for pixels in images])
+    np.testing.assert_allclose(there, back, atol=1e-5)
+
+
+def test_an_ensemble_labels_with_the_mean(model, pool, tmp_path):
+    folder, dataset = pool
+    one, other = Predictor(model, batch=8), Predictor(with_precision(model, tmp_path / "other", "bfloat16"), batch=8)
+    labels = LocalStore(tmp_path / "labels")
+    assert label_shards([one, other], folder, dataset, labels, range(3), LABELLING) == 60
+    rows = read_rows(labels, LabelShard.read(labels, "shard-00001.json"))
+    each = [predictor.shard(ImageSource(folder, dataset), 1).probabilities for predictor in (one, other)]
+    np.testing.assert_allclose(dense(rows, 5), np.mean(each, axis=0), atol=2e-3)
+
+
+def test_labels_that_another_labelling_has_are_copied(model, pool, tmp_path):
+    folder, dataset = pool
+    predictor = Predictor(model, batch=8)
+    first, second = LocalStore(tmp_path / "first"), LocalStore(tmp_path / "second")
+    label_shards([predictor], folder, dataset, first, range(2), LABELLING)
+
+    def known(shard):
+        facts = {facts.source: facts for facts in (LabelShard.read(first, f"shard-0000{number}.json") for number in (0, 1))}
+        return (first, facts[shard.sha256]) if shard.sha256 in facts else None
+
+    # The pool has grown: its shards have other names now.
+    renamed = tuple(shard.model_copy(update={"name": f"new-{shard.name}"}) for shard in dataset.shards[:2])
+    grown = dataset.model_copy(update={"shards": (*renamed, dataset.shards[2])})
+    assert label_shards([predictor], folder, grown, second, range(3), LABELLING, known=known) == 20
+    assert second.get("new-shard-00000.parquet") == first.get("shard-00000.parquet")
+    first.put("shard-00001.parquet", b"damaged")
+    third = LocalStore(tmp_path / "third")
+    assert label_shards([predictor], folder, dataset, third, range(2), LABELLING, known=known) == 20

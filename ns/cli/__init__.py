@@ -41,6 +41,7 @@ app.add_typer(runs_app, name="runs")
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 app.add_typer(labels.app, name="labels")
+app.command("label")(labels.label)
 app.add_typer(doctor_app, name="doctor")
 
 
@@ -594,9 +595,13 @@ def _load(config: str, overrides: list[str] | None) -> "Experiment":
         for part, place in data.model_dump(include={"labelled", "pool", "heldout"}).items()
         if not place.startswith("digits:")
     }
+    if data.exclude:
+        places["exclude"] = _absolute(data.exclude)
+    ensemble = tuple(_absolute(place) for place in experiment.labelling.ensemble)
     return experiment.model_copy(
         update={
             "data": data.model_copy(update=places),
+            "labelling": experiment.labelling.model_copy(update={"ensemble": ensemble}),
             "teacher": _with_absolute_init(experiment.teacher),
             "students": tuple(map(_with_absolute_init, experiment.students)),
         }

@@ -1,10 +1,13 @@
 """`ns labels …`: label sets as things to look at, compare, keep and take back."""
 
+import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ns.cli.options import AsJson, Root
+from ns.errors import ConfigError, RunError
 
 app = typer.Typer(help="Label sets: look at, check, compare, audit, keep versions of.", no_args_is_help=True)
 
@@ -50,3 +53,149 @@ def verify(name: Labels, root: Root = "runs", pool: Pool = None) -> None:
     typer.echo(
         f"{found.folder.uri}: good: {checked:,} rows" + ("" if images else "; keys not compared with images: give --pool")
     )
+
+
+@app.command()
+def select(
+    name: Labels,
+    root: Root = "runs",
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A=B", help="Override a field of the selection. Repeatable.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be kept, dropped and repeated, by class.")
+    ] = False,
+    out: Annotated[str | None, typer.Option(help="Write the selection here (JSON).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of ties; that of the run, or 0, if not given.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Select from a label set, beginning with the policy of its run.
+
+    Example: [cyan]ns labels select latest/gen-1 --set min_confidence=0.6 --set per_class=5000 --dry-run[/]
+    """
+    from rich.console import Console
+
+    from ns import runs
+    from ns.config import SelectionConfig, changed
+    from ns.label.selection import select_from
+    from ns.store import open_store
+    from ns.terminal import selection_table
+
+    if not dry_run and out is None:
+        raise ConfigError("give --out FILE to keep the selection, or --dry-run to look at it")
+    store = open_store(root)
+    found = runs.labels(store, name)
+    policy = changed(found.selection.policy if found.selection else SelectionConfig(), overrides or [])
+    if seed is None:
+        seed = found.selection.seed if found.selection else 0
+    calibration = runs.calibration(store, found, policy) if policy.precision is not None else None
+    selection = select_from(found.folder, found.label_set, policy, seed=seed, labels=found.folder.uri, calibration=calibration)
+    if out is not None:
+        folder, _, file = out.rpartition("/")
+        selection.write(open_store(folder or "."), file)
+    if as_json:
+        typer.echo(selection.model_dump_json(indent=1))
+    else:
+        Console().print(selection_table(found.label_set, selection))
+
+
+@app.command()
+def trace(key: Annotated[str, typer.Argument(help="Key of an image.")], root: Root = "runs", as_json: AsJson = False) -> None:
+    """What every teacher said of one image, the thresholds then in force, and the label sets, runs and models that it fed.
+
+    Example: [cyan]ns labels trace photos/0001[/]
+    """
+    from rich.console import Console
+
+    from ns import lineage
+    from ns.store import open_store
+    from ns.terminal import trace_table
+
+    found = lineage.trace(open_store(root), key)
+    if as_json:
+        typer.echo(found.model_dump_json(indent=1))
+        return
+    console = Console()
+    for part, place in found.places.items():
+        dataset, shard, row = place.split("/")
+        console.print(f"{part}: dataset {dataset[:16]}, shard {shard}, row {row}", highlight=False)
+    console.print(trace_table(found))
+    console.print(
+        f"{len(found.models)} models have seen it" + "".join(f"\n  {model}" for model in found.models), highlight=False
+    )
+
+
+@app.command()
+def purge(
+    name: Labels,
+    keys: Annotated[Path, typer.Option(help="A text file with a key a line.")],
+    out: Annotated[str, typer.Option(help="Folder or URI of the new label set.")],
+    root: Root = "runs",
+    as_json: AsJson = False,
+) -> None:
+    """Write a label set anew without some images, and list the models that have seen them. The old one stays.
+
+    `data.exclude` keeps further runs from labelling them again.
+
+    Example: [cyan]ns labels purge latest/gen-2 --keys withdrawn.txt --out labels-2b[/]
+    """
+    from ns import lineage, runs
+    from ns.data.keys import read_keys
+    from ns.label.purge import purge as without
+    from ns.store import open_store
+
+    store = open_store(root)
+    found = runs.labels(store, name)
+    wanted = read_keys(str(keys))
+    made, count = without(found.folder, found.label_set, wanted, open_store(out))
+    models = lineage.models_that_saw(store, wanted)
+    if as_json:
+        typer.echo(json.dumps({"label_set": made.digest, "images": count, "models": models}, indent=1))
+        return
+    typer.echo(f"{out}: {count:,} images purged; label set {made.digest}")
+    typer.echo(f"models that have seen them, below {root}: {len(models)}")
+    for digest, folder in models.items():
+        typer.echo(f"  {digest[:16]}  {folder}")
+
+
+def label(
+    model: Annotated[str, typer.Argument(help="Folder or URI of a model, or a run, whose best model it is.")],
+    pool: Annotated[str, typer.Argument(help="Folder or URI of a dataset (`ns data import` makes one).")],
+    out: Annotated[str, typer.Argument(help="Folder or URI of the label set.")],
+    root: Root = "runs",
+    shards: Annotated[str | None, typer.Option(metavar="START-STOP", help="Only these shards, the last one excluded.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A=B", help="Override a field of labelling: views=ten. Repeatable.")
+    ] = None,
+    kept: Annotated[
+        str | None, typer.Option(help="Only images that the selection of this label set (latest/gen-1) kept.")
+    ] = None,
+) -> None:
+    """Label a dataset with a model, shard by shard. The same command again continues; so do several at once, on parts of it.
+
+    Example: [cyan]ns label latest data/pool labels/pool --set views=flip[/]
+    """
+    from ns import log, runs
+    from ns.config import LabellingConfig, changed
+    from ns.label.relabel import label_dataset
+    from ns.store import open_store
+
+    log.configure()
+    config = changed(LabellingConfig(), overrides or [])
+    store = open_store(root)
+    place = model
+    if not open_store(model).exists("model.json"):
+        best = runs.summarise(store, runs.find(store, model)).best_model
+        if best is None:
+            raise RunError(f"run {model}: has no model yet; `ns run --resume` continues it")
+        place = store.at(best).uri
+    before = runs.labels(store, kept) if kept else None
+    made = label_dataset(
+        place, pool, out, config, shards=shards, only=before and (before.folder, before.label_set, before.selection)
+    )
+    if made is None:
+        typer.echo(f"{out}: not all shards are labelled yet")
+    else:
+        typer.echo(
+            f"{out}: {made.rows:,} images, {made.unreadable:,} unreadable, {made.left_out:,} left out; label set {made.digest}"
+        )

@@ -64,17 +64,23 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """The paper's evaluation crop for photographs; the whole image otherwise. No chance in it."""
+    """The paper's evaluation crop for photographs; the whole image otherwise. No chance in it.
 
-    def __init__(self, resolution: int, crop: Crop) -> None:
-        self._resolution = resolution
+    `margin_px`: result larger by so much, with what lies around it: of a photograph the whole short side, which at 32 px leaves the
+    scale as it is.
+    """
+
+    def __init__(self, resolution: int, crop: Crop, margin_px: int = 0) -> None:
+        self._resolution = resolution + margin_px
         self._crop = crop
+        self._whole = margin_px > 0
 
     def __call__(self, image: Encoded | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """An encoded image or uint8 [H, W, 3] → uint8 [resolution, resolution, 3]."""
         size = self._resolution
         if self._crop == "resized":
-            return np.asarray(_cut(image, centre_box(_size(image), size), size))
+            box = centre_box(_size(image), size, 0 if self._whole else EVAL_MARGIN_PX)
+            return np.asarray(_cut(image, box, size))
         pixels = image.whole() if isinstance(image, Encoded) else image
         if pixels.shape[:2] == (size, size):
             return pixels
@@ -128,10 +134,10 @@ def random_box(size: tuple[int, int], rng: np.random.Generator) -> tuple[float, 
     return left, upper, left + side, upper + side
 
 
-def centre_box(size: tuple[int, int], resolution: int) -> tuple[float, float, float, float]:
-    """The centred square of side resolution / (resolution + 32) × short side, px."""
+def centre_box(size: tuple[int, int], resolution: int, margin_px: int = EVAL_MARGIN_PX) -> tuple[float, float, float, float]:
+    """The centred square of side resolution / (resolution + margin_px) × short side, px."""
     width, height = size
-    side = max(1, round(min(width, height) * resolution / (resolution + EVAL_MARGIN_PX)))
+    side = max(1, round(min(width, height) * resolution / (resolution + margin_px)))
     left, upper = (width - side) // 2, (height - side) // 2
     return left, upper, left + side, upper + side
 

@@ -4,6 +4,7 @@ labelset.json            digests, shards, classes; written last
 histogram.parquet        class uint16, bin uint16, count uint64: confidences by predicted class, 1,000 bins; zeros left out
 shard-00000.json         one shard's facts, written after its rows: a shard without it is not labelled
 shard-00000.parquet …    the rows, same order and keys as the dataset's tar
+shard-00000.histogram.parquet …
 """
 
 import io
@@ -26,20 +27,30 @@ from ns.store import Store
 
 MANIFEST = "labelset.json"
 HISTOGRAM = "histogram.parquet"
+SHARD_HISTOGRAM = ".histogram.parquet"
+"""End of the name of one shard's."""
 BINS = 1000
 
 DENSE_CLASSES = 100
 """With at most so many classes all probabilities are kept."""
 
 
-def row_schema(top_k: int) -> pa.Schema:
-    """Rows of a label shard. An image that could not be read, or was left out, has nulls, and the reason in `error`."""
+LOG8_NOTHING = 255
+LOG8: npt.NDArray[np.float16] = np.append(2.0 ** (-np.arange(LOG8_NOTHING) / 16), 0).astype(np.float16)
+"""Probability of each byte."""
+
+
+def row_schema(top_k: int, *, log8: bool = False) -> pa.Schema:
+    """Rows of a label shard. An image that could not be read, or was left out, has nulls, and the reason in `error`.
+
+    With `log8` a probability p is kept as the byte -16 log₂ p, rounded; 255 stands for nothing.
+    """
     return pa.schema(
         [
             ("key", pa.string()),
             ("confidence", pa.float32()),
             ("top_class", pa.list_(pa.uint16(), top_k)),
-            ("top_prob", pa.list_(pa.float16(), top_k)),
+            ("top_prob", pa.list_(pa.uint8() if log8 else pa.float16(), top_k)),
             ("error", pa.string()),
         ]
     )
@@ -74,6 +85,12 @@ class LabelSet(Identified):
     top_k: int
     """Classes kept per image; the rest of the mass is spread evenly over the others."""
     shards: tuple[LabelShard, ...]
+    views: str = "one"
+    """What the teacher's probabilities are averaged over."""
+    ensemble: tuple[str, ...] = ()
+    """Digests of further models whose probabilities are averaged with the teacher's."""
+    probabilities: Literal["float16", "log8"] = "float16"
+    """How they are kept."""
 
     @property
     def rows(self) -> int:
@@ -96,6 +113,11 @@ def kept_classes(classes: int, top_k: int) -> int:
 def marker(source: str) -> str:
     """Key of the facts of a labelled shard, from the name of the tar: `shard-00000.tar` → `shard-00000.json`."""
     return source.removesuffix(".tar") + ".json"
+
+
+def histogram_name(rows: str) -> str:
+    """Of one shard's, from the name of its rows."""
+    return rows.removesuffix(".parquet") + SHARD_HISTOGRAM
 
 
 LEFT_OUT = "left out: "
@@ -121,8 +143,11 @@ class Rows:
     def __init__(self, table: pa.Table) -> None:
         self.keys: list[str] = table["key"].to_pylist()
         self.confidence: npt.NDArray[np.float32] = table["confidence"].to_numpy(zero_copy_only=False).astype(np.float32)
-        reasons = table["error"].to_pylist()
-        self.left_out: npt.NDArray[np.bool_] = np.array([(reason or "").startswith(LEFT_OUT) for reason in reasons], np.bool_)
+        self.reasons: list[str | None] = table["error"].to_pylist()
+        """Why there is no label."""
+        self.left_out: npt.NDArray[np.bool_] = np.array(
+            [(reason or "").startswith(LEFT_OUT) for reason in self.reasons], np.bool_
+        )
         k = table.schema.field("top_class").type.list_size
         self.top_class: npt.NDArray[np.uint16] = _fixed(table["top_class"], k).astype(np.uint16)
         self.top_prob = _probabilities(table["top_prob"], k)
@@ -216,17 +241,37 @@ def histogram_table(counts: npt.NDArray[np.uint64]) -> pa.Table:
     )
 
 
-def read_histogram(folder: Store, classes: int) -> npt.NDArray[np.uint64]:
+def write_histogram(folder: Store, name: str, counts: npt.NDArray[np.uint64]) -> None:
+    sink = io.BytesIO()
+    pq.write_table(histogram_table(counts), sink)
+    folder.put(name, sink.getvalue())
+
+
+def read_histogram(folder: Store, classes: int, name: str = HISTOGRAM) -> npt.NDArray[np.uint64]:
     """Counts uint64 [classes, BINS]."""
-    table = pq.read_table(pa.BufferReader(folder.get(HISTOGRAM)))
+    table = pq.read_table(pa.BufferReader(folder.get(name)))
     counts = np.zeros((classes, BINS), np.uint64)
     counts[table["class"].to_numpy(), table["bin"].to_numpy()] = table["count"].to_numpy()
     return counts
 
 
-def join(labels: Store, pool: Dataset, *, teacher: str, code: str, classes: tuple[str, ...], top_k: int) -> LabelSet:
-    """Joins labelled shards into a label set. Raises StoreError naming the shard that is not labelled yet."""
+def join(
+    labels: Store,
+    pool: Dataset,
+    *,
+    teacher: str,
+    code: str,
+    classes: tuple[str, ...],
+    top_k: int,
+    views: str = "one",
+    ensemble: tuple[str, ...] = (),
+    probabilities: Literal["float16", "log8"] = "float16",
+) -> LabelSet:
+    """Joins labelled shards into a label set, without reading a row. Raises StoreError naming the shard that is not labelled yet."""
     label_set = LabelSet(
+        views=views,
+        ensemble=ensemble,
+        probabilities=probabilities,
         dataset=pool.digest,
         teacher=teacher,
         code=code,
@@ -234,14 +279,10 @@ def join(labels: Store, pool: Dataset, *, teacher: str, code: str, classes: tupl
         top_k=kept_classes(len(classes), top_k),
         shards=tuple(LabelShard.read(labels, marker(shard.name)) for shard in pool.shards),
     )
-    counts: npt.NDArray[np.uint64] = np.zeros((0, 0), np.uint64)
-    for rows in all_rows(labels, label_set):
-        readable = rows.readable
-        own = histogram(rows.top_class[readable, 0], rows.confidence[readable], len(classes))
-        counts = own if counts.size == 0 else counts + own
-    sink = io.BytesIO()
-    pq.write_table(histogram_table(counts), sink)
-    labels.put(HISTOGRAM, sink.getvalue())
+    counts = np.zeros((len(classes), BINS), np.uint64)
+    for shard in label_set.shards:
+        counts += read_histogram(labels, len(classes), histogram_name(shard.name))
+    write_histogram(labels, HISTOGRAM, counts)
     return label_set
 
 
@@ -260,7 +301,7 @@ def verify(labels: Store, label_set: LabelSet, pool: tuple[Store, Dataset] | Non
         nulls = int(rows.left_out.sum()), int((~readable & ~rows.left_out).sum())
         if nulls != (shard.left_out, shard.unreadable):
             raise DataError(f"{place}: {nulls[0]} images left out and {nulls[1]} unreadable; labelset.json says otherwise")
-        _check_rows(place, rows, classes)
+        _check_rows(place, rows, classes, label_set.probabilities)
         if pool is not None and rows.keys != ShardIndex.read(pool[0], pool[1].shards[number]).keys:
             raise DataError(f"{place}: its keys are not those of the images in {pool[1].shards[number].name}")
         counts += histogram(rows.top_class[readable, 0], rows.confidence[readable], classes)
@@ -269,18 +310,19 @@ def verify(labels: Store, label_set: LabelSet, pool: tuple[Store, Dataset] | Non
     return label_set.rows
 
 
-def _check_rows(place: str, rows: Rows, classes: int) -> None:
+def _check_rows(place: str, rows: Rows, classes: int, kept: str) -> None:
     top = rows.top_prob.astype(np.float32)
     k = top.shape[1]
-    # Rounding to float16 moves each probability by at most a two-thousandth of itself.
+    # Rounding moves each probability by at most a two-thousandth of itself in float16, a forty-fifth in log8.
     total = top.sum(1)
+    slack = 0.025 if kept == "log8" else 0.002
     wrong = {
         "a class that does not exist": (rows.top_class >= classes).any(1),
         "a probability outside 0 … 1": ((top < 0) | (top > 1.0005) | np.isnan(top)).any(1),
         "probabilities that do not fall": (np.diff(top, axis=1) > 0).any(1),
-        "probabilities that sum to more than 1": total > 1.002,
-        "probabilities that do not sum to 1": (total < 0.998) & (k >= classes),
-        "a confidence that is not its first probability": np.abs(top[:, 0] - rows.confidence) > 1e-3,
+        "probabilities that sum to more than 1": total > 1 + slack,
+        "probabilities that do not sum to 1": (total < 1 - slack) & (k >= classes),
+        "a confidence that is not its first probability": np.abs(top[:, 0] - rows.confidence) > slack,
     }
     for what, found in wrong.items():
         at = np.flatnonzero(found & rows.readable)
@@ -290,17 +332,25 @@ def _check_rows(place: str, rows: Rows, classes: int) -> None:
 
 def _probabilities(column: pa.ChunkedArray, k: int) -> npt.NDArray[np.float16]:
     """[N, k]; zeros where there are none."""
-    return _fixed(column, k).astype(np.float16)
+    values = _fixed(column, k, null=LOG8_NOTHING if pa.types.is_uint8(column.type.value_type) else 0)
+    return LOG8[values] if values.dtype == np.uint8 else values.astype(np.float16)
 
 
-def _fixed(column: pa.ChunkedArray, k: int) -> npt.NDArray[Any]:
-    """[N, k] values of a column of fixed-size lists; zeros where the list is null."""
+def log8(probabilities: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """Bytes of probabilities in [0, 1]."""
+    with np.errstate(divide="ignore"):
+        exponents = np.rint(-16 * np.log2(probabilities))
+    return np.asarray(np.clip(exponents, 0, LOG8_NOTHING), np.uint8)
+
+
+def _fixed(column: pa.ChunkedArray, k: int, null: int = 0) -> npt.NDArray[Any]:
+    """[N, k] values of a column of fixed-size lists; `null` where the list is null."""
     array = column.combine_chunks()
     if array.null_count == 0:
         every: npt.NDArray[Any] = array.flatten().to_numpy(zero_copy_only=False).reshape(-1, k)
         return every
     # flatten() leaves out null lists, whatever lies under them.
     flat = array.flatten().to_numpy(zero_copy_only=False)
-    values = np.zeros((len(array), k), flat.dtype)
+    values = np.full((len(array), k), null, flat.dtype)
     values[array.is_valid().to_numpy(zero_copy_only=False)] = flat.reshape(-1, k)
     return values

@@ -1,7 +1,8 @@
 """Labelling: the un-noised teacher over shards of the pool, each shard once, safe to kill and to race."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -9,11 +10,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ns import log
-from ns.data.dataset import Dataset
+from ns.config import LabellingConfig
+from ns.data.dataset import Dataset, Shard
 from ns.data.images import ImageSource
 from ns.digest import sha256_bytes
 from ns.inference import Predictions, Predictor
-from ns.label.labelset import LEFT_OUT, LabelShard, kept_classes, marker, row_schema
+from ns.label.labelset import (
+    LEFT_OUT,
+    LabelShard,
+    histogram,
+    histogram_name,
+    kept_classes,
+    marker,
+    row_schema,
+    write_histogram,
+)
+from ns.label.labelset import log8 as to_log8
 from ns.store import Store
 
 LeftOut = Mapping[str, Mapping[int, str]]
@@ -22,69 +34,124 @@ SHARDS_AHEAD = 2
 
 
 def label_shards(
-    predictor: Predictor,
+    predictors: Sequence[Predictor],
     pool_folder: Store,
     pool: Dataset,
     labels: Store,
     shards: range,
+    config: LabellingConfig,
     *,
-    top_k: int,
     left_out: LeftOut | None = None,
+    known: Callable[[Shard], tuple[Store, LabelShard] | None] = lambda _: None,
 ) -> int:
-    """Labels a range of shards, leaving out those that are done. Returns the images labelled now.
+    """Labels a range of shards with the mean of the predictors' probabilities, leaving out shards that are done. Returns the images
+    labelled now. Two workers may do the same shard: they write the same bytes.
 
-    `left_out`: sha256 of a shard → row → why that image gets no label.
+    `left_out`: sha256 of a shard → row → why that image gets no label. `known`: where another labelling has made the same labels of a
+    shard already; they are copied.
     """
-    waiting = [index for index in shards if not labels.exists(marker(pool.shards[index].name))]
-    fresh = sum(pool.shards[index].samples for index in waiting)
-    done = sum(pool.shards[index].samples for index in shards) - fresh
-    progress = log.Progress(sum(pool.shards[index].samples for index in shards), "images", done=done)
-    k = kept_classes(len(predictor.card.classes), top_k)
-    source = ImageSource(pool_folder, pool, held=2)
-    for place, number in enumerate(waiting):
-        source.fetch_ahead(waiting[place + 1 : place + 1 + SHARDS_AHEAD])
-        shard = pool.shards[number]
-        skipped = {row: f"{LEFT_OUT}{reason}" for row, reason in (left_out or {}).get(shard.sha256, {}).items()}
-        predictions = predictor.shard(source, number, progress, skipped)
-        rows = _parquet(predictions, k)
-        name = shard.name.removesuffix(".tar") + ".parquet"
-        facts = LabelShard(
-            name=name,
-            source=shard.sha256,
-            rows=len(predictions.index),
-            unreadable=len(predictions.errors) - len(skipped),
-            left_out=len(skipped),
-            mode=str(predictor.mode),
-            bytes=len(rows),
-            sha256=sha256_bytes(rows),
-        )
-        # Rows first, facts last: a shard without facts is labelled again, to the same bytes.
-        labels.put(name, rows)
-        facts.write(labels, marker(shard.name))
-        for row, reason in predictions.errors.items() - skipped.items():
-            log.get().warning("unreadable image", shard=shard.name, key=predictions.index.keys[row], reason=reason)
+    waiting = [number for number in shards if not _is_done(labels, pool.shards[number], known)]
+    fresh = sum(pool.shards[number].samples for number in waiting)
+    done = sum(pool.shards[number].samples for number in shards) - fresh
+    progress = log.Progress(sum(pool.shards[number].samples for number in shards), "images", done=done)
+
+    def predictions(predictor: Predictor, progress: log.Progress | None) -> Iterator[Predictions]:
+        source = ImageSource(pool_folder, pool, held=2 + SHARDS_AHEAD)
+
+        def wanted() -> Iterator[tuple[int, Mapping[int, str]]]:
+            for place, number in enumerate(waiting):
+                source.fetch_ahead(waiting[place + 1 : place + 1 + SHARDS_AHEAD])
+                reasons = (left_out or {}).get(pool.shards[number].sha256, {})
+                yield number, {row: f"{LEFT_OUT}{reason}" for row, reason in reasons.items()}
+
+        return predictor.shards(source, wanted(), progress)
+
+    each = [predictions(predictor, progress if place == 0 else None) for place, predictor in enumerate(predictors)]
+    mode = "+".join(dict.fromkeys(str(predictor.mode) for predictor in predictors))
+    with ThreadPoolExecutor(1, "write labels") as writer:
+        writing: Future[None] | None = None
+        for number, found in zip(waiting, zip(*each, strict=True), strict=True):
+            if writing:
+                writing.result()
+            # Sorting and packing go on beside the network's work on the next shard.
+            writing = writer.submit(write, labels, pool.shards[number], found, config, mode)
+        if writing:
+            writing.result()
     return fresh
 
 
-def _parquet(predictions: Predictions, k: int) -> bytes:
-    probabilities = predictions.probabilities
+def _is_done(labels: Store, shard: Shard, known: Callable[[Shard], tuple[Store, LabelShard] | None]) -> bool:
+    """Whether a shard is labelled; labels that another labelling has are copied first."""
+    own = marker(shard.name)
+    if labels.exists(own):
+        return LabelShard.read(labels, own).source == shard.sha256
+    found = known(shard)
+    if found is None:
+        return False
+    other, facts = found
+    rows = other.get(facts.name)
+    if sha256_bytes(rows) != facts.sha256:
+        return False
+    name = _rows_name(shard)
+    labels.put(name, rows)
+    labels.put(histogram_name(name), other.get(histogram_name(facts.name)))
+    facts.model_copy(update={"name": name}).write(labels, own)
+    return True
+
+
+def write(labels: Store, shard: Shard, found: Sequence[Predictions], config: LabellingConfig, mode: str) -> None:
+    """Writes one labelled shard: the mean of what each model found."""
+    first = found[0]
+    if len(found) > 1:
+        first = Predictions(first.index, np.mean([one.probabilities for one in found], axis=0), first.errors)
+    k = kept_classes(first.probabilities.shape[1], config.top_k)
+    rows, counts = packed(first, k, log8=config.probabilities == "log8")
+    skipped = sum(reason.startswith(LEFT_OUT) for reason in first.errors.values())
+    name = _rows_name(shard)
+    facts = LabelShard(
+        name=name,
+        source=shard.sha256,
+        rows=len(first.index),
+        unreadable=len(first.errors) - skipped,
+        left_out=skipped,
+        mode=mode,
+        bytes=len(rows),
+        sha256=sha256_bytes(rows),
+    )
+    # Rows first, facts last: a shard without facts is labelled again, to the same bytes.
+    labels.put(name, rows)
+    write_histogram(labels, histogram_name(name), counts)
+    facts.write(labels, marker(shard.name))
+    for row, reason in first.errors.items():
+        if not reason.startswith(LEFT_OUT):
+            log.get().warning("unreadable image", shard=shard.name, key=first.index.keys[row], reason=reason)
+
+
+def _rows_name(shard: Shard) -> str:
+    return shard.name.removesuffix(".tar") + ".parquet"
+
+
+def packed(predictions: Predictions, k: int, *, log8: bool = False) -> tuple[bytes, npt.NDArray[np.uint64]]:
+    """A label shard as Parquet, with the k most probable classes of each image, and its histogram [classes, BINS]."""
+    classes = predictions.probabilities.shape[1]
     # Stable, so that equal probabilities rank by class and the bytes are the same everywhere.
-    order = np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
-    top = np.take_along_axis(probabilities, order, axis=1)
+    order = np.argsort(-predictions.probabilities, axis=1, kind="stable")[:, :k]
+    top, probabilities = order.astype(np.uint16), np.take_along_axis(predictions.probabilities, order, axis=1)
     unreadable = np.isnan(probabilities[:, 0])
+    kept = to_log8(np.nan_to_num(probabilities)) if log8 else probabilities.astype(np.float16)
     table = pa.table(
         [
             pa.array(predictions.index.keys, pa.string()),
-            pa.array(top[:, 0], pa.float32(), mask=unreadable),
-            _fixed(order.astype(np.uint16), pa.uint16(), unreadable),
-            _fixed(top.astype(np.float16), pa.float16(), unreadable),
+            pa.array(probabilities[:, 0], pa.float32(), mask=unreadable),
+            _fixed(top, pa.uint16(), unreadable),
+            _fixed(kept, pa.uint8() if log8 else pa.float16(), unreadable),
             pa.array([predictions.errors.get(row) for row in range(len(predictions.index))], pa.string()),
         ],
-        schema=row_schema(k),
+        schema=row_schema(k, log8=log8),
     )
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue()
+    return sink.getvalue(), histogram(top[~unreadable, 0], probabilities[~unreadable, 0], classes)
 
 
 def _fixed(values: npt.NDArray[np.generic], kind: pa.DataType, null: npt.NDArray[np.bool_]) -> pa.FixedSizeListArray:

@@ -1,14 +1,14 @@
 import numpy as np
 import pytest
 
+from ns.config import LabellingConfig
 from ns.data.dataset import Dataset, Shard
 from ns.data.index import ShardIndex
 from ns.data.shards import Sample
-from ns.digest import sha256_bytes
 from ns.errors import DataError, StoreError
 from ns.inference import Predictions
-from ns.label.labelset import BINS, LabelSet, LabelShard, dense, histogram, join, kept_classes, read_histogram, read_rows
-from ns.label.predict import _parquet
+from ns.label.labelset import BINS, LabelSet, LabelShard, dense, histogram, join, read_histogram, read_rows, verify
+from ns.label.predict import write
 from ns.store import LocalStore
 
 
@@ -17,25 +17,14 @@ def pool_of(shards: int) -> Dataset:
     return Dataset(name="pool", role="unlabelled", classes=(), shards=tuple(made))
 
 
-def label(folder, pool: Dataset, index: int, classes: int, seed: int = 0) -> np.ndarray:
+def label(folder, pool: Dataset, index: int, classes: int, seed: int = 0, config=None) -> np.ndarray:
     """Labels a shard with made-up probabilities, the last image unreadable."""
     rng = np.random.default_rng([seed, index])
     probabilities = rng.dirichlet(np.full(classes, 0.1), 8).astype(np.float32)
     probabilities[7] = np.nan
     samples = [Sample(f"s{index}-{row}", "png", 0, 1, None) for row in range(8)]
-    rows = _parquet(
-        Predictions(ShardIndex.of(samples, [(0, 0)] * 8), probabilities, {7: "truncated"}), kept_classes(classes, 10)
-    )
-    name = f"shard-{index:05d}.parquet"
-    folder.put(name, rows)
-    LabelShard(
-        name=name,
-        source=pool.shards[index].sha256,
-        rows=8,
-        unreadable=1,
-        bytes=len(rows),
-        sha256=sha256_bytes(rows),
-    ).write(folder, f"shard-{index:05d}.json")
+    found = Predictions(ShardIndex.of(samples, [(0, 0)] * 8), probabilities, {7: "truncated"})
+    write(folder, pool.shards[index], [found], config or LabellingConfig(), "float32")
     return probabilities
 
 
@@ -102,3 +91,24 @@ def test_confidence_one_falls_into_the_last_bin():
     counts = histogram(np.array([0, 0, 1], np.uint16), np.array([1.0, 0.9995, 0.0], np.float32), 2)
     assert counts[0, BINS - 1] == 2
     assert counts[1, 0] == 1
+
+
+@pytest.mark.parametrize("classes", [5, 1000])
+def test_bytes_keep_probabilities_to_two_per_cent(tmp_path, classes):
+    folder, pool = LocalStore(tmp_path), pool_of(2)
+    made = [label(folder, pool, index, classes, config=LabellingConfig(probabilities="log8")) for index in range(2)]
+    label_set = join(
+        folder, pool, teacher="t", code="c", classes=tuple(map(str, range(classes))), top_k=10, probabilities="log8"
+    )
+    assert verify(folder, label_set) == 16
+    rows = read_rows(folder, label_set.shards[1])
+    expected = np.take_along_axis(made[1][:7], rows.top_class[:7].astype(np.int64), 1)
+    kept = expected > 2**-15
+    np.testing.assert_allclose(rows.top_prob[:7][kept], expected[kept], rtol=0.025)
+    assert (rows.top_prob[:7][expected < 2**-17] == 0).all()
+    assert not rows.readable[7]
+    np.testing.assert_array_equal(rows.confidence[:7], expected[:, 0])
+    # Log8 by itself is half as large; keys and confidences are what they were.
+    size = label_set.shards[0].bytes
+    label(folder, pool, 0, classes)
+    assert LabelShard.read(folder, "shard-00000.json").bytes > size

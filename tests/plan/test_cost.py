@@ -11,7 +11,7 @@ from ns import models, plan
 from ns.config import parse
 from ns.errors import ConfigError, DataError
 from ns.inference import Predictions
-from ns.label.predict import _parquet
+from ns.label.predict import packed
 from ns.plan import Asked, Counts
 from ns.plan.cost import checkpoint_size
 from ns.store import LocalStore
@@ -109,7 +109,7 @@ def test_a_label_set_is_no_larger_than_planned(paper):
         def __len__(self):
             return 5000
 
-    written = len(_parquet(Predictions(Index(), probabilities, {}), 10)) / 5000
+    written = len(packed(Predictions(Index(), probabilities, {}), 10)[0]) / 5000
     planned = paper.label_set_bytes / 130e6
     assert 0.8 * planned < written <= 1.05 * planned
 

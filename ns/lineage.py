@@ -1,0 +1,165 @@
+"""What became of an image: what every teacher said of it, which label sets and runs it was in, and which models have seen it."""
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import NamedTuple
+
+from ns import runs
+from ns.card import MANIFEST as CARD
+from ns.card import ModelCard
+from ns.data.dataset import Dataset
+from ns.data.index import ShardIndex
+from ns.data.prepared import Part
+from ns.document import Document
+from ns.errors import DataError
+from ns.label.labelset import read_rows
+from ns.label.selection import copies
+from ns.store import Store
+
+
+class View(Document):
+    """What one teacher said of an image, and what came of it."""
+
+    run: str
+    generation: int
+    label_set: str
+    """Digest."""
+    teacher: str | None
+    """Key of the model's folder."""
+    classes: dict[str, float]
+    """Class → probability, the most probable first, as far as they are kept; empty if there is no label."""
+    reason: str | None
+    """Why there is none."""
+    threshold: float | None
+    """Of the most probable class, then in force."""
+    seen: int
+    """Times in an epoch of the student."""
+    student: str | None
+    """Key of the model that was trained on it, if that was."""
+
+
+class Trace(Document):
+    key: str
+    places: dict[Part, str]
+    """Part of the data → `dataset digest/shard/row`, of all datasets that hold the key."""
+    views: tuple[View, ...]
+    models: tuple[str, ...]
+    """Digests of all models that have seen the image: as a labelled one, as a pseudo-labelled one, or through the labels of a teacher
+    that has."""
+
+
+class _Place(NamedTuple):
+    shard: int
+    row: int
+
+
+def trace(root: Store, key: str) -> Trace:
+    """Looks for an image in all runs below a root. Raises DataError if none has it."""
+    places: dict[Part, str] = {}
+    views: list[View] = []
+    seen: set[str] = set()
+    found: dict[str, dict[str, _Place]] = {}
+    for run in runs.listed(root):
+        for generation, labels in _label_sets(root, run.run):
+            assert labels.prepared is not None
+            for part, source in labels.prepared.parts.items():
+                if source.dataset not in found:
+                    found[source.dataset] = _find(*source.open(root), {key})
+                if place := found[source.dataset].get(key):
+                    places[part] = f"{source.dataset}/{place.shard}/{place.row}"
+            if place := found[labels.prepared.pool.dataset].get(key):
+                views.append(_view(root, run.run, generation, labels, place))
+    if not places:
+        raise DataError(f"{key}: no dataset of a run below {root.uri} has this key")
+    for model in _models(root, {key}):
+        seen.add(model)
+    return Trace(key=key, places=places, views=tuple(views), models=tuple(sorted(seen)))
+
+
+def models_that_saw(root: Store, keys: Collection[str]) -> dict[str, str]:
+    """Digest of each model that has seen any of the images → key of its folder."""
+    return _models(root, set(keys))
+
+
+def _models(root: Store, keys: set[str]) -> dict[str, str]:
+    """Those that trained on one of the images, labelled or pseudo-labelled, and those that learned from them, by whatever many
+    generations."""
+    cards = {
+        key.removesuffix(f"/{CARD}"): ModelCard.read(root, key)
+        for key in root.list("store/models/")
+        if key.endswith(f"/{CARD}")
+    }
+    labelled: dict[str, bool] = {}
+    selected: dict[str, bool] = {}
+    for run in runs.listed(root):
+        for _, labels in _label_sets(root, run.run):
+            assert labels.prepared is not None
+            assert labels.selection is not None
+            source = labels.prepared.labelled
+            if source.dataset not in labelled:
+                labelled[source.dataset] = bool(_find(*source.open(root), keys))
+            if labels.selection.digest not in selected:
+                places = _find(*labels.prepared.pool.open(root), keys)
+                selected[labels.selection.digest] = any(_times(labels, place) for place in places.values())
+    seen = {
+        folder
+        for folder, card in cards.items()
+        if labelled.get(card.lineage.labelled) or selected.get(card.lineage.selection or "")
+    }
+    while True:
+        digests = {cards[folder].digest for folder in seen}
+        started = {cards[folder].weights_sha256 for folder in seen}
+        more = {
+            folder
+            for folder, card in cards.items()
+            if folder not in seen and (card.lineage.teacher in digests or card.lineage.init in started)
+        }
+        if not more:
+            return {cards[folder].digest: folder for folder in sorted(seen)}
+        seen |= more
+
+
+def _label_sets(root: Store, run: str) -> Iterator[tuple[int, runs.Labels]]:
+    for note in runs.notes(root, run):
+        if note.step == "commit-labels":
+            yield note.generation, runs.labels(root, f"{run}/gen-{note.generation}")
+
+
+def _find(folder: Store, dataset: Dataset, keys: Collection[str]) -> dict[str, _Place]:
+    """Where the keys are, of those that the dataset has."""
+    found = {}
+    for number, shard in enumerate(dataset.shards):
+        index = ShardIndex.read(folder, shard)
+        for row, key in enumerate(index.keys):
+            if key in keys:
+                found[key] = _Place(number, row)
+    return found
+
+
+def _times(labels: runs.Labels, place: _Place) -> int:
+    assert labels.selection is not None
+    rows = read_rows(labels.folder, labels.label_set.shards[place.shard])
+    return int(copies(labels.selection, rows)[place.row])
+
+
+def _view(root: Store, run: str, generation: int, labels: runs.Labels, place: _Place) -> View:
+    rows = read_rows(labels.folder, labels.label_set.shards[place.shard])
+    names = labels.label_set.classes
+    has = bool(rows.readable[place.row])
+    classes: Mapping[str, float] = {
+        names[label]: round(float(probability), 4)
+        for label, probability in zip(rows.top_class[place.row], rows.top_prob[place.row], strict=True)
+        if has and probability > 0
+    }
+    students = [note for note in runs.notes(root, run) if (note.generation, note.step) == (generation, "train")]
+    rules = labels.selection.rules if labels.selection else ()
+    return View(
+        run=run,
+        generation=generation,
+        label_set=labels.label_set.digest,
+        teacher=labels.teacher,
+        classes=dict(classes),
+        reason=None if has else rows.reasons[place.row],
+        threshold=rules[int(rows.top_class[place.row, 0])].threshold if has and rules else None,
+        seen=_times(labels, place),
+        student=students[0].outputs["model"].rpartition("/")[0] if students else None,
+    )
