@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-integration test-containers test-all lint format bench-data bench-train bench-select compile constraints venv clean distclean
+.PHONY: help run test test-integration test-containers test-all lint format bench-data bench-train bench-label bench-select compile constraints venv clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ bench-data: $(VENV)/.bench ## Measure how fast images reach the model (ARGS="--q
 
 bench-train: $(VENV)/.bench ## Measure how fast the training loop is (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.train $(ARGS)
+
+bench-label: $(VENV)/.bench ## Measure how fast a pool is labelled (ARGS="--quick")
+	@$(BIN)/python -m benchmarks.label $(ARGS)
 
 bench-select: $(VENV)/.bench ## Measure what a selection from millions of labels costs (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.select $(ARGS)

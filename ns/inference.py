@@ -87,7 +87,7 @@ class Predictor:
         self.mode = Mode(precision)
         if images >= COMPILE_FROM_IMAGES:
             self.mode = choose(inference_workload(self._network, self.card.model, batch), images=images, precisions=[precision])
-        self._forward_pass = self.mode.prepare(self._network)
+        self.forward_pass = self.mode.prepare(self._network)
         self._normalize = models.Normalize(self.card.mean, self.card.std).to(self._device)
         self._resolution = self.card.model.inference_resolution
         margin = 0
@@ -207,6 +207,6 @@ class Predictor:
 
     def _probabilities(self, images: Tensor) -> Tensor:
         with self.mode.autocast(self._device):
-            logits = self._forward_pass(images)
+            logits = self.forward_pass(images)
         # Outputs beyond the classes (model.outputs) have no name and get no probability.
         return logits.float()[:, : len(self.card.classes)].softmax(1)

@@ -221,8 +221,8 @@ def test_views_are_averaged(model, pool, views, seen):
     folder, dataset = pool
     predictor = Predictor(model, batch=8, views=views)
     passes = []
-    forward = predictor._forward_pass
-    predictor._forward_pass = lambda images: passes.append(tuple(images.shape)) or forward(images)
+    forward = predictor.forward_pass
+    predictor.forward_pass = lambda images: passes.append(tuple(images.shape)) or forward(images)
     found = predictor.shard(ImageSource(folder, dataset), 1)
     plain = Predictor(model, batch=8).shard(ImageSource(folder, dataset), 1)
     assert passes == [(8, 3, 32, 32)] * (2 * seen) + [(4, 3, 32, 32)] * seen

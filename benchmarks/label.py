@@ -1,0 +1,161 @@
+"""How fast labelling is: against the bare forward pass on images in memory, and against timm's inference.py.
+
+    python -m benchmarks.label [--quick] [--json FILE]
+
+CIFAR-10's test images (without ../shared/data/cifar10 made-up ones, and says so) at 64 px, in shards of a thousand, labelled by
+networks with random weights. TIMM_INFERENCE names timm's inference.py, which its wheel lacks:
+github.com/huggingface/pytorch-image-models. Both of our sides run in the mode that is the fastest here for a large pool, with
+torch.compile if that pays (not with --quick); timm's script with its defaults.
+
+    forward_ratio        labelling, from tars to Parquet ÷ the same network on a batch in memory; the least case
+    vs_timm_inference    images a second of the whole command, start included on neither side ÷ inference.py's; the least case
+"""
+
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.data import CIFAR10, small_folders
+from benchmarks.measure import arguments, finish, rates, ratio
+from ns import models
+from ns.card import Lineage
+from ns.config import LabellingConfig, ModelConfig, NoiseConfig
+from ns.data.dataset import Dataset
+from ns.data.ingest import Limits, import_images
+from ns.inference import Predictor, inference_workload
+from ns.label.predict import label_shards
+from ns.precision import choose
+from ns.store import LocalStore
+
+ARCHITECTURES = ("efficientnet_b0", "resnet18")
+PX = 64
+BATCH = 256
+CLASSES = tuple("0123456789")
+LARGE = 100_000_000
+"""Images of the pool for which compiling is judged."""
+MEASURED = 12
+"""Batches of inference.py that are counted, after two that are not."""
+
+
+def main() -> None:
+    options = arguments(__doc__ or "")
+    rounds = 3 if options.quick else 5
+    console = Console(width=120)
+    table = Table("network", "mode", "ratio", "ours, images/s", "theirs, images/s", "ours ÷ theirs", "least … greatest")
+    figures: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        if not CIFAR10.exists():
+            console.print(f"{CIFAR10} is not there: made-up images stand in for it", style="yellow")
+        folders = small_folders(place / "images" / "validation", 2_000 if options.quick else 10_000)
+        store = LocalStore(place / "pool")
+        limits = Limits(shard_samples=1_000)
+        data = import_images(str(folders), store, name="pool", role="unlabelled", limits=limits, workers=2)
+        for arch in ARCHITECTURES:
+            predictor = Predictor(model_of(arch, LocalStore(place / arch)), batch=BATCH, images=0 if options.quick else LARGE)
+            contestants: dict[str, Callable[[], int]] = {
+                "ours": labelled(predictor, store, data, place / "labels"),
+                "bare": bare(predictor, 2_000 if options.quick else 5_000),
+            }
+            for run in contestants.values():
+                run()  # compiles, allocates
+            found = rates(contestants, rounds)
+            pairs = [("forward_ratio", "bare")]
+            if not options.quick and (script := os.environ.get("TIMM_INFERENCE")):
+                found["timm"] = [timm_inference(Path(script), place / "images", arch)] * rounds
+                pairs.append(("vs_timm_inference", "timm"))
+            for figure, other in pairs:
+                middle, least, most = ratio(found, "ours", other)
+                figures[f"{figure}.{arch}"] = round(middle, 4)
+                figures[figure] = round(min(middle, figures.get(figure, middle)), 4)
+                speeds = [f"{statistics.median(found[side]):,.0f}" for side in ("ours", other)]
+                table.add_row(arch, str(predictor.mode), figure, *speeds, f"{middle:.3f}", f"{least:.3f} … {most:.3f}")
+    console.print(table)
+    if "vs_timm_inference" not in figures and not options.quick:
+        console.print("vs_timm_inference left out: TIMM_INFERENCE does not name timm's inference.py", style="yellow")
+    finish(figures, options.json)
+
+
+def model_of(arch: str, folder: LocalStore) -> LocalStore:
+    """A model with random weights in the precision that is the fastest for it here."""
+    torch.manual_seed(0)
+    config = ModelConfig(arch=arch, resolution=PX)
+    noise = NoiseConfig(crop="pad")
+    network = models.build(config, noise, len(CLASSES))
+    mode = choose(inference_workload(network.to(models.best_device()), config, BATCH), images=0)
+    fields = {
+        "generation": 0,
+        "model": config.model_copy(update={"inference_precision": mode.precision}),
+        "noise": noise,
+        "classes": CLASSES,
+        "parameters": models.parameter_count(network),
+        "steps": 0,
+        "lineage": Lineage(config="0", labelled="0", teacher=None, label_set=None, selection=None),
+    }
+    models.save(folder, network.cpu().state_dict(), fields, [])
+    return folder
+
+
+def labelled(predictor: Predictor, store: LocalStore, data: Dataset, place: Path) -> Callable[[], int]:
+    """All of labelling: tars, decoding, network, Parquet."""
+
+    def run() -> int:
+        shutil.rmtree(place, ignore_errors=True)
+        return label_shards([predictor], store, data, LocalStore(place), range(len(data.shards)), LabellingConfig())
+
+    return run
+
+
+def bare(predictor: Predictor, images: int) -> Callable[[], int]:
+    """The same network, as it was prepared, on one batch that is normalised and on the device."""
+    device = models.best_device()
+    batch = torch.randn(BATCH, 3, PX, PX, device=device).to(memory_format=torch.channels_last)
+    steps = images // BATCH
+
+    @torch.inference_mode()
+    def run() -> int:
+        for _ in range(steps):
+            with predictor.mode.autocast(device):
+                logits = predictor.forward_pass(batch)
+        logits.float().sum().item()
+        return steps * BATCH
+
+    return run
+
+
+def timm_inference(script: Path, images: Path, arch: str) -> float:
+    """Images a second of timm's script with its defaults, but for the network, its size and the device."""
+    command = [sys.executable, str(script), "--data-dir", str(images), "--model", arch, "--num-classes", str(len(CLASSES))]
+    command += ["--img-size", str(PX), "--device", models.best_device().type, "--log-freq", "1"]
+    command += ["--results-dir", str(images.parent / "results"), "--no-console-results"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    said, ends = [], []
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            said.append(line)
+            if re.search(r"Predict: \[\d+/\d+\]", line):
+                ends.append(time.perf_counter())
+            if len(ends) == MEASURED + 2:
+                return MEASURED * BATCH / (ends[-1] - ends[1])
+    finally:
+        # Its loaders too.
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    raise SystemExit("".join(said[-20:]) + f"{script} ended early")
+
+
+if __name__ == "__main__":
+    main()
