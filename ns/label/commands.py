@@ -57,7 +57,7 @@ class Commands:
             # The owner's profiles say another thing than the environment that `ns.store` goes by.
             for name in ("AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_SESSION_TOKEN"):
                 self._environment.pop(name, None)
-            self._environment.update(_s3())
+            self._environment.update(_s3(own))
 
     def git(self, *arguments: str, data: str | None = None) -> str:
         """What git prints. Raises StoreError."""
@@ -65,7 +65,7 @@ class Commands:
         return self._run(["git", *options, *arguments], f"git {arguments[0]}", self._seconds[0], data)
 
     def dvc(self, *arguments: str) -> str:
-        """What dvc prints. Raises StoreError."""
+        """What dvc prints; never with --quiet, which would keep its errors back too. Raises StoreError."""
         beside = Path(sys.executable).parent / "dvc"
         dvc = str(beside) if beside.exists() else shutil.which("dvc")
         if dvc is None:
@@ -144,13 +144,15 @@ def _environment(own: Path) -> dict[str, str]:
     }
 
 
-def _s3() -> dict[str, str]:
+def _s3(own: Path) -> dict[str, str]:
     """What `ns.store` takes for S3, in boto's words. Raises StoreError when there are no credentials."""
     from ns.store.endpoint import Endpoint, EnvironmentCredentials, FileCredentials
 
     endpoint = Endpoint.from_environment()
     provider = FileCredentials(Path(endpoint.secrets)) if endpoint.secrets else EnvironmentCredentials()
     keys = provider.retrieve()
+    nothing = own / "aws"
+    nothing.touch()
     return {
         "AWS_ACCESS_KEY_ID": keys.access_key,
         "AWS_SECRET_ACCESS_KEY": keys.secret_key,
@@ -158,8 +160,8 @@ def _s3() -> dict[str, str]:
         "AWS_ENDPOINT_URL_S3": endpoint.url,
         "AWS_DEFAULT_REGION": endpoint.region,
         "AWS_CA_BUNDLE": endpoint.ca_file,
-        "AWS_CONFIG_FILE": os.devnull,
-        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        "AWS_CONFIG_FILE": str(nothing),
+        "AWS_SHARED_CREDENTIALS_FILE": str(nothing),
         "AWS_EC2_METADATA_DISABLED": "true",
         # Servers other than Amazon's refuse the checksums that boto adds by itself (dvc #10695).
         "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",

@@ -15,9 +15,10 @@ Without DVC: the file with md5 `abcdef…` lies in the remote at `files/md5/ab/c
 
 import configparser
 import hashlib
+import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, Self
@@ -213,7 +214,7 @@ class Registry:
             commands = clone.commands
             commands.git("checkout", "--quiet", "--detach", clone.refs[MAIN])
             files = _gather(labels, label_set, selection, clone.folder / FOLDER)
-            commands.dvc("add", "--quiet", FOLDER)
+            commands.dvc("add", FOLDER)
             version = _version(tag, label_set, selection, files, _tracked((clone.folder / f"{FOLDER}.dvc").read_bytes())[0])
             self._push(clone, version)
             if known:
@@ -304,9 +305,7 @@ class Registry:
         wanted = [file for file in wanted if not _is_good(destination / file.name, file)]
         if wanted and with_dvc:
             shutil.rmtree(unfinished / FOLDER, ignore_errors=True)
-            clone.commands.dvc(
-                "get", "--quiet", "--rev", clone.refs[ref], str(clone.folder), FOLDER, "--out", str(unfinished / FOLDER)
-            )
+            clone.commands.dvc("get", "--rev", clone.refs[ref], str(clone.folder), FOLDER, "--out", str(unfinished / FOLDER))
         store = open_store(clone.remote)
         for file in wanted:
             source = unfinished / FOLDER / file.name
@@ -359,7 +358,8 @@ class Registry:
             return before
 
     def gc(self, drop: Iterable[Tag] = (), *, dry: bool = True) -> Garbage:
-        """Deletes the versions in `drop`, and data that no tag needs. With `dry` only says what that would be.
+        """Deletes the versions in `drop`, and data that no tag needs: what `dvc gc --all-tags --cloud` would. With `dry` only
+        says what that would be.
 
         Only for a remote that holds nothing else, at a time when nobody commits: data that is pushed, but not yet tagged,
         looks like garbage. Raises RunError for a version that is in use or does not exist, DataError if data of a version
@@ -375,22 +375,23 @@ class Registry:
                 if str(tag) in in_use:
                     raise RunError(f"{tag}: is in use (current/{tag.project}); promote another version before dropping it")
                 commands.git("tag", "--delete", str(tag))
-            used = _used(clone, [ref for ref in clone.refs if ref not in {f"refs/tags/{tag}" for tag in dropped}])
             there = _objects(clone.remote)
-            lost = used - there.keys()
-            if lost:
-                raise DataError(
-                    f"{clone.remote}/{min(lost)}: missing, and {len(lost) - 1} more that a version needs; nothing was deleted; "
-                    "commit the label sets again (`ns labels get` says which version lacks it)"
-                )
+            gone = {f"refs/tags/{tag}" for tag in dropped}
+            used = _used(clone, [ref for ref in clone.refs if ref not in gone], there)
             keys = tuple(sorted(there.keys() - used))
             if not dry:
                 for tag in dropped:
                     ref = f"refs/tags/{tag}"
                     # First the name, then the data.
                     commands.git("push", "--quiet", f"--force-with-lease={ref}:{clone.refs[ref]}", "origin", f":{ref}")
-                commands.git("checkout", "--quiet", "--detach", clone.refs[MAIN])
-                commands.dvc("gc", "--quiet", "--all-tags", "--cloud", "--force")
+                tags = {ref for ref in self._refs(commands) if ref.startswith("refs/tags/")}
+                if tags - clone.refs.keys():
+                    raise RunError(f"{self.place}: a version was committed meanwhile; no data was deleted; run it again")
+                # One by one, and not by `dvc gc`: its multi-object delete is refused by S3 servers that want a Content-MD5,
+                # and with --force, which it needs without a terminal, a list that it cannot read frees all files in it.
+                store = open_store(clone.remote)
+                for key in keys:
+                    store.delete(key)
         if not dry:
             self._check_after_gc()
         return Garbage(dropped, keys, sum(there[key] for key in keys))
@@ -432,11 +433,12 @@ class Registry:
         """Pushes the data, and looks whether all of it has come."""
         store = open_store(clone.remote)
         there = _objects(clone.remote)
-        for file in version.files:
-            # DVC takes whatever has the right name for the right bytes.
-            if there.get(file.key, file.bytes) != file.bytes:
-                store.delete(file.key)
-        clone.commands.dvc("push", "--quiet")
+        wrong = [file.key for file in version.files if there.get(file.key) != file.bytes]
+        # DVC takes whatever has the right name for the right bytes, and a folder's list for the whole folder.
+        for key in (*wrong, _object(version.directory)) if wrong else ():
+            if key in there:
+                store.delete(key)
+        clone.commands.dvc("push")
         absent = _absent(clone.remote, version)
         if absent:
             raise StoreError(f"{clone.remote}/{absent[0]}: is not there after dvc push; no version was made; try again")
@@ -508,8 +510,8 @@ class Registry:
         commands.identify()
         commands.git("init", "--quiet")
         commands.git("remote", "add", "origin", self._url)
-        commands.dvc("init", "--quiet")
-        commands.dvc("remote", "add", "--quiet", "--default", "storage", self._remote)
+        commands.dvc("init")
+        commands.dvc("remote", "add", "--default", "storage", self._remote)
         (folder / "README.md").write_text(README)
         (folder / ".gitignore").write_text(f"/{FOLDER}\n")
         commands.git("add", "--all")
@@ -640,21 +642,23 @@ def _tracked(dvc_file: bytes) -> list[str]:
     return [out["md5"] for out in yaml.safe_load(dvc_file).get("outs", []) if "md5" in out]
 
 
-def _used(clone: _Clone, refs: list[str]) -> set[str]:
-    """Keys in the remote that some ref needs. Lists of folders are put where DVC looks for them: without one it would take the
-    folder's files for garbage."""
+def _used(clone: _Clone, refs: list[str], there: Mapping[str, int]) -> set[str]:
+    """Keys in the remote that some ref needs. Raises DataError if one is missing."""
     store = open_store(clone.remote)
-    hashes: set[str] = set()
+    used: set[str] = set()
     for ref in refs:
         names = clone.commands.git("ls-tree", "-r", "-z", "--name-only", clone.refs[ref]).split("\0")
-        for name in (name for name in names if name.endswith(".dvc")):
-            hashes.update(_tracked(clone.document(clone.refs[ref], name)))
-    cache = LocalStore(clone.folder / ".dvc" / "cache")
-    used = {_object(md5) for md5 in hashes}
-    for folder in sorted(key for key in used if key.endswith(".dir")):
-        data = store.get(folder)
-        cache.put(folder, data)
-        used.update(_object(entry["md5"]) for entry in yaml.safe_load(data))
+        files = [clone.document(clone.refs[ref], name) for name in names if name.endswith(".dvc")]
+        new = {_object(md5) for data in files for md5 in _tracked(data)} - used
+        for folder in sorted(key for key in new if key.endswith(".dir") and key in there):
+            new.update(_object(entry["md5"]) for entry in json.loads(store.get(folder)))
+        lost = sorted(new - there.keys())
+        if lost:
+            raise DataError(
+                f"{ref.removeprefix('refs/')}: {clone.remote}/{lost[0]} is missing, and {len(lost) - 1} files more; nothing "
+                "was deleted; commit this label set again, or drop it"
+            )
+        used |= new
     return used
 
 
