@@ -5,6 +5,7 @@ Defaults are the paper's (arXiv:1911.04252 v4 and its reference code). Derived v
 
 import difflib
 import math
+import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -329,6 +330,23 @@ class ReportConfig(Section):
     """Pseudo-labelled images shown in each group (most confident, least confident, flipped)."""
 
 
+class RegistryConfig(Section):
+    """Where versions of label sets are kept (docs/labels.md). Changes no result, and is no part of any digest."""
+
+    git: str = Field(min_length=1)
+    """URL or path of the label registry: a git repository of its own, which may be empty. Keys and passwords come from git's
+    helpers, never from here."""
+    remote: str | None = Field(default=None, min_length=1)
+    """Folder or `s3://bucket/prefix` for the data. Needed as long as the registry is empty; afterwards it knows."""
+
+    @model_validator(mode="after")
+    def _holds_no_password(self) -> Self:
+        # The value is not shown: it would stand in logs.
+        if re.search(r"^https?://[^/]*@|://[^/]*:[^/]*@", self.git):
+            raise ValueError("git: holds a password or token; take it out, and set up a git credential helper")
+        return self
+
+
 class Experiment(Section):
     """Everything that a run does."""
 
@@ -348,6 +366,8 @@ class Experiment(Section):
     selection: SelectionConfig = SelectionConfig()
     gate: GateConfig = GateConfig()
     report: ReportConfig = ReportConfig()
+    registry: RegistryConfig | None = None
+    """Keeps a version of each generation's label set."""
 
     @model_validator(mode="after")
     def _students_fit_generations(self) -> Self:

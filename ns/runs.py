@@ -121,12 +121,12 @@ class Summary(BaseModel):
 
 def name_of(experiment: Experiment) -> str:
     """The name of the run of an experiment: the same command finds the same run again."""
-    return f"{experiment.name}-{digest(experiment.model_dump(mode='json'))[:8]}"
+    return f"{experiment.name}-{_digest(experiment)[:8]}"
 
 
 def start(root: Store, run: str, experiment: Experiment, version: str) -> Record:
     """Opens a run, or opens it again. Raises RunError if the run exists with another configuration."""
-    config_digest = digest(experiment.model_dump(mode="json"))
+    config_digest = _digest(experiment)
     started_at = _now()
     if root.exists(_record(run)):
         known = Record.read(root, _record(run))
@@ -371,6 +371,11 @@ def _generation(root: Store, steps: list[Note], gate: Note) -> Generation:
         reason=verdict.reason,
         seconds=sum(note.seconds for note in own),
     )
+
+
+def _digest(experiment: Experiment) -> str:
+    # Where versions are kept may change, and be given later, within one run.
+    return digest(experiment.model_dump(mode="json", exclude={"registry"}))
 
 
 def _record(run: str) -> str:

@@ -173,7 +173,10 @@ def label_shards(config_uri: str, root: str, run: str, data: str, generation: in
 
 
 def commit_labels(config_uri: str, root: str, run: str, data: str, generation: int, teacher: str) -> str:
-    """Joins the labelled shards into a label set and selects from it. Returns the key of the selection's folder."""
+    """Joins the labelled shards into a label set, selects from it, and keeps a version of both if there is a registry.
+
+    Returns the key of the selection's folder.
+    """
     with _step("commit-labels", generation, config_uri, root, run) as step:
         experiment = step.experiment
         prepared = Prepared.read(step.root, data)
@@ -220,6 +223,12 @@ def commit_labels(config_uri: str, root: str, run: str, data: str, generation: i
         step.once("select", inputs, work)
         selection = Selection.read(step.root, f"{target}/{SELECTION}")
         step.say(labelled=label_set.rows, kept=selection.kept, images=selection.images)
+        if experiment.registry:
+            from ns.label.registry import Registry, Tag
+
+            tag = Tag.of(experiment.name, run, generation)
+            Registry(experiment.registry.git, experiment.registry.remote).commit(tag, folder, label_set, selection)
+            step.say(version=str(tag))
         return target
 
 

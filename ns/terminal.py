@@ -13,6 +13,7 @@ from rich.table import Table
 from ns.data.check import CheckReport, class_counts
 from ns.data.dataset import Dataset
 from ns.label.labelset import BINS, LabelSet, read_histogram
+from ns.label.registry import Listed
 from ns.label.selection import Selection
 from ns.lineage import Trace
 from ns.log import duration
@@ -338,3 +339,15 @@ def _facts(event: Event) -> str:
 
 def _short(key: str) -> str:
     return key.rpartition("/")[2][:6]
+
+
+def versions_table(versions: list[Listed]) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    for name in ("version", "committed", "label set", "rows", "kept", "in use"):
+        table.add_column(name, justify="right" if name in ("rows", "kept") else "left", overflow="fold")
+    for version in versions:
+        kept = "" if version.kept is None else f"{version.kept:,}"
+        when = version.date[:16].replace("T", " ")
+        in_use = "●" if version.current else ""
+        table.add_row(escape(version.tag), when, version.label_set[:16], f"{version.rows:,}", kept, in_use)
+    return table

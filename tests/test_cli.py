@@ -38,6 +38,13 @@ def ns(capsys, *arguments: str) -> tuple[int, str, str]:
         "config schema",
         "config check",
         "data import",
+        "labels list",
+        "labels version",
+        "labels commit",
+        "labels get",
+        "labels promote",
+        "labels rollback",
+        "labels gc",
     ],
 )
 def test_every_command_has_help_with_an_example(capsys, command):

@@ -193,3 +193,13 @@ def test_an_unknown_preset_is_refused_with_those_that_are_known():
 def test_an_init_that_is_neither_a_word_nor_a_place_is_refused():
     message = refused({**MINIMAL, "teacher": {"train": {"init": "techer"}}})
     assert "teacher.train.init: invalid value 'techer': must be scratch, teacher, a .safetensors file" in message
+
+
+def test_a_registry_is_no_place_for_passwords():
+    for url in ("https://user:pass@host/x.git", "https://token@host/x.git", "ssh://git:pass@host/x.git"):
+        said = refused(MINIMAL | {"registry": {"git": url}})
+        assert "registry.git: holds a password or token" in said
+        assert "pass@" not in said
+        assert "token@" not in said
+    for url in ("git@host:x.git", "ssh://git@host/x.git", "https://host/x.git", "registry.git"):
+        assert config.parse(MINIMAL | {"registry": {"git": url}}, "x.yaml").registry.remote is None
