@@ -182,13 +182,12 @@ def all_rows(folder: Store, labels: LabelSet) -> Iterator[Rows]:
         yield read_rows(folder, shard)
 
 
-def all_scores(folder: Store, labels: LabelSet, ranks: int, *, check: bool) -> Iterator[Scores]:
-    """As `all_rows`, without the columns that a selection does not need. `check`: whether bytes are compared with their
-    checksums, which a first pass does."""
+def all_scores(folder: Store, labels: LabelSet, ranks: int) -> Iterator[Scores]:
+    """As `all_rows`, without the columns that a selection does not need."""
     columns = ["confidence", "top_class", *(["top_prob"] if ranks > 1 else [])]
     for shard in labels.shards:
         path = folder.path(shard.name)
-        if check and sha256_file(path) != shard.sha256:
+        if sha256_file(path) != shard.sha256:
             raise DataError(f"{folder.uri}/{shard.name}: sha256 differs from labelset.json; label the pool again")
         table = pq.ParquetFile(path).read(columns)
         raw = table["confidence"].combine_chunks()

@@ -10,13 +10,15 @@ they can be sorted. Two passes do for all but heaps of equal confidences.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ns.config import SelectionConfig
+from ns.data.scratch import scratch, writing
 from ns.document import Document, Identified
 from ns.label.calibration import Calibration
 from ns.label.labelset import LabelSet, Rows, Scores, all_scores
@@ -28,6 +30,8 @@ SORTED_ROWS = 1 << 20
 """So many rows at most are sorted at the end; more are counted in narrower bins once more."""
 COUNTERS = 1 << 22
 """Bins of all classes together."""
+EVERY = "f" * 16
+"""Hash of a cut that takes all of its confidence."""
 HIGHEST = int(np.float32(1).view(np.uint32)) + 16
 """Bits of the greatest confidence: a softmax in float32 may exceed 1 by a few units in the last place."""
 
@@ -37,7 +41,7 @@ class Cut(Document):
 
     confidence: float
     hash: str
-    """16 hex digits."""
+    """16 hex digits; all f where no confidence is equal to that of the last one, or all equal ones are taken."""
 
 
 class ClassRule(Document):
@@ -164,24 +168,45 @@ def select_from(
     calibration: Calibration | None = None,
 ) -> Selection:
     """As `select`, from a label set in `folder`. Raises DataError if a shard is not what the manifest says."""
-    checked = False
+    with scratch("select") as place:
+        kept = _Kept(place / "scores")
+        return select(
+            lambda: kept.read() if kept.written else kept.write(all_scores(folder, label_set, policy.classes_per_image)),
+            len(label_set.classes),
+            policy,
+            seed=seed,
+            label_set=label_set.digest,
+            labels=labels,
+            unreadable=label_set.unreadable,
+            left_out=label_set.left_out,
+            calibration=calibration,
+        )
 
-    def read() -> Iterable[Scores]:
-        nonlocal checked
-        check, checked = not checked, True
-        return all_scores(folder, label_set, policy.classes_per_image, check=check)
 
-    return select(
-        read,
-        len(label_set.classes),
-        policy,
-        seed=seed,
-        label_set=label_set.digest,
-        labels=labels,
-        unreadable=label_set.unreadable,
-        left_out=label_set.left_out,
-        calibration=calibration,
-    )
+class _Kept:
+    """Scores in a file, six bytes an image and class: unpacking Parquet's lists takes ten times as long as reading that back."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._shards: list[tuple[int, int, Callable[[npt.NDArray[np.int64]], list[str]]]] = []
+        self.written = False
+
+    def write(self, shards: Iterable[Scores]) -> Iterator[Scores]:
+        with writing(self._file, "keep scores"), self._file.open("wb") as file:
+            for scores in shards:
+                # No probability is negative, so that one can stand for no label.
+                file.write(np.where(scores.labelled[:, None], scores.confidence, np.float32(-1)).tobytes())
+                file.write(np.ascontiguousarray(scores.classes).tobytes())
+                self._shards.append((*scores.classes.shape, scores.keys))
+                yield scores
+        self.written = True
+
+    def read(self) -> Iterator[Scores]:
+        with self._file.open("rb") as file:
+            for rows, ranks, keys in self._shards:
+                confidence = np.fromfile(file, np.float32, rows * ranks).reshape(rows, ranks)
+                classes = np.fromfile(file, np.uint16, rows * ranks).reshape(rows, ranks)
+                yield Scores(confidence[:, 0] >= 0, classes, confidence, keys)
 
 
 def _sizes(candidates: int, policy: SelectionConfig) -> tuple[int, int, int]:
@@ -292,23 +317,70 @@ class _Ranking:
         ], shift
 
     def _sorted(self, ranges: Sequence[_Range], shift: int, questions: int) -> list[dict[int, Cut]]:
-        """Sorts what lies in the ranges. Of heaps of equal confidences, which cannot be narrowed, only as many hashes are held as
-        rank before what is searched for."""
+        """Sorts the confidences that lie in the ranges; keys are only read, and hashed, where a cut goes through equal ones."""
+        if not ranges:
+            return [{} for _ in range(questions)]
+        depths: list[npt.NDArray[np.int64]] = [np.zeros(0, np.int64)] * len(ranges)
+        if shift:
+            gathered = [np.stack((number, below)) for _, _, number, below in self._inside(ranges, shift)]
+            numbers, belows = np.concatenate(gathered, axis=1)
+            order = np.lexsort((belows, numbers))
+            depths = np.split(belows[order], np.searchsorted(numbers[order], np.arange(1, len(ranges))))
+        found: list[dict[int, Cut]] = [{} for _ in range(questions)]
+        split = []
+        for one, own in zip(ranges, depths, strict=True):
+            within = one.rank - one.before
+            # A range of one depth holds nothing but equal confidences.
+            depth = int(own[within]) if shift else 0
+            first, last = (int(np.searchsorted(own, depth, side)) for side in ("left", "right")) if shift else (0, one.inside)
+            found[one.which][one.label] = Cut(confidence=self._confidence(one.low + depth), hash=EVERY)
+            if within + 1 < last:
+                split.append(one._replace(low=one.low + depth, before=one.before + first, inside=last - first))
+        for one, tie in zip(split, self._ties(split), strict=True):
+            found[one.which][one.label] = Cut(confidence=self._confidence(one.low), hash=f"{tie:016x}")
+        return found
+
+    @staticmethod
+    def _confidence(depth: int) -> float:
+        return float(np.array(HIGHEST - depth, np.uint32).view(np.float32))
+
+    def _ties(self, ranges: Sequence[_Range]) -> list[int]:
+        """Of ranges of equal confidences, the hash of the key that is at the rank."""
+        if not ranges:
+            return []
         heaps = [_Heap(one.rank - one.before + 1) for one in ranges]
-        for scores, rows, number, below in self._inside(ranges, shift):
+        for scores, rows, number, _ in self._inside(ranges, 0):
             if len(rows) == 0:
                 continue
             hashes = key_hashes(scores.keys(rows), self._seed)
             order = np.argsort(number, kind="stable")
             indices, starts = np.unique(number[order], return_index=True)
             for index, own in zip(indices.tolist(), np.split(order, starts[1:]), strict=True):
-                heaps[index].add(below[own], hashes[own])
-        found: list[dict[int, Cut]] = [{} for _ in range(questions)]
-        for one, heap in zip(ranges, heaps, strict=True):
-            depth, tie = heap.last()
-            bits = np.array(HIGHEST - one.low - depth, np.uint32)
-            found[one.which][one.label] = Cut(confidence=float(bits.view(np.float32)), hash=f"{tie:016x}")
-        return found
+                heaps[index].add(hashes[own])
+        return [heap.last() for heap in heaps]
+
+
+class _Heap:
+    """The `size` least hashes."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._kept: list[npt.NDArray[np.uint64]] = []
+        self._held = 0
+
+    def add(self, hashes: npt.NDArray[np.uint64]) -> None:
+        self._kept.append(hashes)
+        self._held += len(hashes)
+        if self._held > 2 * self._size + 1000:
+            self._cut()
+
+    def last(self) -> int:
+        self._cut()
+        return int(self._kept[0][-1])
+
+    def _cut(self) -> None:
+        self._kept = [np.sort(np.concatenate(self._kept))[: self._size]]
+        self._held = len(self._kept[0])
 
 
 class _Counts:
@@ -336,32 +408,6 @@ class _Counts:
         if self._waiting:
             self._counts += np.bincount(np.concatenate(self._waiting), minlength=len(self._counts))
             self._waiting, self._rows = [], 0
-
-
-class _Heap:
-    """The `size` first of (depth, hash) pairs."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._depth: list[npt.NDArray[np.int64]] = []
-        self._hash: list[npt.NDArray[np.uint64]] = []
-        self._held = 0
-
-    def add(self, depth: npt.NDArray[np.int64], hashes: npt.NDArray[np.uint64]) -> None:
-        self._depth.append(depth)
-        self._hash.append(hashes)
-        self._held += len(depth)
-        if self._held > 2 * self._size + 1000:
-            self._cut()
-
-    def last(self) -> tuple[int, int]:
-        self._cut()
-        return int(self._depth[0][-1]), int(self._hash[0][-1])
-
-    def _cut(self) -> None:
-        depth, hashes = np.concatenate(self._depth), np.concatenate(self._hash)
-        order = np.lexsort((hashes, depth))[: self._size]
-        self._depth, self._hash, self._held = [depth[order]], [hashes[order]], len(order)
 
 
 def _bins(targets: int) -> int:

@@ -19,9 +19,9 @@ from ns.config import SelectionConfig
 from ns.digest import sha256_bytes
 from ns.errors import DataError, RunError, StoreError
 from ns.label.commands import Commands, redacted
-from ns.label.labelset import LabelSet, LabelShard, all_rows, histogram, histogram_table, row_schema
+from ns.label.labelset import LabelSet, LabelShard, histogram, histogram_table, row_schema
 from ns.label.registry import Registry, Tag, _absent
-from ns.label.selection import select
+from ns.label.selection import select_from
 from ns.store import LocalStore
 from tests.store.faults import Proxy
 
@@ -74,7 +74,7 @@ def label_set(folder: Path, seed: int = 0, shards: int = 2, rows: int = 40) -> t
 
 def selected(store: LocalStore, made: LabelSet):
     policy = SelectionConfig(per_class=10)
-    return select(all_rows(store, made), 3, policy, seed=0, label_set=made.digest, labels="store/labels/x")
+    return select_from(store, made, policy, seed=0, labels="store/labels/x")
 
 
 def bare(folder: Path) -> str:
