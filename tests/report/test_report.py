@@ -24,7 +24,7 @@ from ns.inference import Predictions
 from ns.label.labelset import LabelShard, all_rows, join
 from ns.label.predict import _parquet
 from ns.label.selection import select
-from ns.report.charts import wilson
+from ns.proportion import wilson
 from ns.report.pictures import THUMBNAIL_PX
 from ns.store import LocalStore
 
