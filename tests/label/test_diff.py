@@ -14,8 +14,7 @@ from ns.cli import _main
 from ns.config import SelectionConfig
 from ns.errors import DataError
 from ns.label.diff import Diff, Side, compare
-from ns.label.labelset import all_rows
-from ns.label.selection import key_hashes, select
+from ns.label.selection import key_hashes, select_from
 from ns.report.labels import diff_markdown
 
 CLASSES = ("cat", "dog", "ox|<b>*")
@@ -37,7 +36,7 @@ def sides(labelled, folder, shards, policy=None):
         store, labels = labelled(folder / str(side), [[(row[0], *row[1 + side]) for row in rows] for rows in shards], CLASSES)
         selection = None
         if policy:
-            selection = select(all_rows(store, labels), 3, policy, seed=1, label_set=labels.digest, labels=".")
+            selection = select_from(store, labels, policy, seed=1, labels=".")
         made.append(Side(store, labels, selection))
     return made
 
