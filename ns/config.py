@@ -10,7 +10,16 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from ns.errors import ConfigError, StoreError
 from ns.paper import PRESETS
@@ -319,8 +328,23 @@ class GateConfig(Section):
     """Promote when the lower bound of the gain is at least this. Below 0 it is a margin of non-inferiority."""
     max_class_drop: float | None = Field(default=None, gt=0, le=1)
     """Refuse when any class loses more held-out accuracy than this."""
+    max_churn: float | None = Field(default=None, ge=0, le=1)
+    """Refuse when more than this share of the pool's labels differ from those of the generation before. No limit if not given, and
+    none on the first generation."""
+    max_class_shrinkage: float | None = Field(default=None, ge=0, le=1)
+    """Refuse when the selection keeps fewer images of any class than in the generation before, by more than this share."""
+    min_audited_precision: float | None = Field(default=None, gt=0, lt=1)
+    """Refuse when people audited the generation's labels (`ns labels audit`), and the lower 95 % bound of the share that is right is
+    below this. Labels that nobody audited are not refused; the verdict says so."""
     resamples: int = Field(default=10_000, ge=1000, le=1_000_000)
     """Bootstrap resamples of the held-out images."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_is_not_asked(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # An experiment that does not use these is the one it was before they existed, under the same digest and name.
+        fields: dict[str, Any] = serialise(self)
+        asked = ("max_churn", "max_class_shrinkage", "min_audited_precision")
+        return {name: value for name, value in fields.items() if value is not None or name not in asked}
 
 
 class ReportConfig(Section):

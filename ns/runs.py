@@ -28,6 +28,7 @@ from ns.evaluate.gate import Verdict
 from ns.evaluate.result import MANIFEST as EVALUATION
 from ns.evaluate.result import Evaluation, read_predictions
 from ns.label.calibration import Calibration, calibrate
+from ns.label.diff import Side
 from ns.label.labelset import MANIFEST as LABEL_SET
 from ns.label.labelset import LabelSet
 from ns.label.selection import Selection
@@ -272,6 +273,11 @@ class Labels(NamedTuple):
     teacher: str | None = None
     """Key of the model's folder below the root."""
 
+    @property
+    def side(self) -> Side:
+        """As it is compared with another one."""
+        return Side(self.folder, self.label_set, self.selection)
+
     def pool(self, root: Store, place: str | None = None) -> tuple[Store, Dataset]:
         """The labelled images, of the run or at `place`. Raises DataError if they are not those that were labelled."""
         if place is not None:
@@ -331,9 +337,12 @@ def labels(root: Store, name: str) -> Labels:
                 f"{folder.uri}: no {LABEL_SET} here; name a label set's folder, or a run's generation: latest/gen-1"
             )
         return Labels(folder, LabelSet.read(folder, LABEL_SET))
-    run = find(root, run)
+    return generation_labels(root, find(root, run), int(generation))
+
+
+def generation_labels(root: Store, run: str, number: int) -> Labels:
+    """The label set of generation `number` of a run, given its full name. Raises RunError if there is none."""
     steps = {(note.generation, note.step): note.outputs for note in notes(root, run)}
-    number = int(generation)
     if (number, "commit-labels") not in steps:
         known = [f"gen-{g}" for g, step in steps if step == "commit-labels"]
         raise RunError(f"run {run}: generation {number} has no label set; there are {', '.join(known) or 'none'}")

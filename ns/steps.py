@@ -29,7 +29,9 @@ from ns.errors import DataError, Interrupted, NsError, TrainingError
 from ns.evaluate import gate as gates
 from ns.evaluate.result import MANIFEST as EVALUATION
 from ns.evaluate.result import Evaluation
+from ns.label.audit import audits, deciding
 from ns.label.calibration import Calibration
+from ns.label.diff import compare
 from ns.label.labelset import MANIFEST as LABEL_SET
 from ns.label.labelset import LabelShard, join, marker
 from ns.label.selection import MANIFEST as SELECTION
@@ -251,6 +253,7 @@ def gate(config_uri: str, root: str, run: str, data: str, generation: int, teach
             student_correct=student_rows["rank"].to_numpy() == 0,
             classes=_classes(step.root, data),
             seed=experiment.seed,
+            about=_label_facts(step, generation),
         )
         inputs = _generation_inputs(step, data, generation, teacher)
         key = f"store/verdicts/{short(step.ledger.key('generation', inputs))}/{gates.MANIFEST}"
@@ -434,6 +437,23 @@ def _calibration(step: _Step, data: str, teacher: str) -> Calibration | None:
         return None
     _evaluate(step, data, teacher)
     return runs.calibrated(*_evaluation(step, data, teacher), policy)
+
+
+def _label_facts(step: _Step, generation: int) -> gates.LabelFacts:
+    """What the gate asks of the generation's labels; reads them only if it asks."""
+    asked = step.experiment.gate
+    facts = gates.LabelFacts()
+    compares = asked.max_churn is not None or asked.max_class_shrinkage is not None
+    if not compares and asked.min_audited_precision is None:
+        return facts
+    own = runs.generation_labels(step.root, step.run, generation)
+    if compares and generation > 1:
+        diff = compare(runs.generation_labels(step.root, step.run, generation - 1).side, own.side, flips=0)
+        facts = facts._replace(churn=diff.churn, shrinkage=diff.shrinkage, shrunk=diff.shrunk)
+    audit = deciding(audits(own.folder, own.label_set), own.selection)
+    if audit is not None:
+        facts = facts._replace(audited=(audit.precision, audit.precision_low, audit.looked))
+    return facts
 
 
 def _refuse_chance(step: _Step, data: str, teacher: str) -> None:

@@ -5,13 +5,16 @@ from typing import Any
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ns.data.check import CheckReport, class_counts
 from ns.data.dataset import Dataset
+from ns.digest import short
+from ns.label.audit import Audit
+from ns.label.diff import Diff
 from ns.label.labelset import BINS, LabelSet, read_histogram
 from ns.label.registry import Listed
 from ns.label.selection import Selection
@@ -252,6 +255,75 @@ def trace_table(trace: Trace) -> Table:
             view.label_set[:6],
         )
     return table
+
+
+def diff_tables(diff: Diff) -> list[RenderableType]:
+    """What changed between two label sets: by band of confidence, by class, and the most frequent flips."""
+    lines = [
+        f"{diff.changed:,} of {diff.compared:,} labels changed ({diff.churn:.1%}), confidence {100 * diff.shift:+.1f} points"
+    ]
+    if diff.entered is not None:
+        lines.append(f"selected: {diff.stayed:,} stayed, {diff.entered:,} entered, {diff.left:,} left")
+    by_band = _table("", "confidence before", "images", "changed", "churn")
+    for band in diff.bands:
+        if band.images:
+            by_band.add_row(f"{band.low:.1f} … {band.high:.1f}", f"{band.images:,}", f"{band.changed:,}", f"{band.churn:.1%}")
+    known = diff.entered is not None
+    by_class = _table(
+        "",
+        "class",
+        "before",
+        "after",
+        "lost",
+        "gained",
+        *(("kept before", "kept after") if known else ()),
+        "confidence, points",
+    )
+    for row in diff.changed_classes():
+        kept = (row.kept_before, row.kept_after) if known else ()
+        by_class.add_row(
+            escape(row.name),
+            *(f"{value:,}" for value in (row.before, row.after, row.lost, row.gained, *kept)),
+            "" if row.shift is None else f"{100 * row.shift:+.1f}",
+        )
+    flips = _table("most frequent flips", "before", "after", "images")
+    flips.columns[1].justify = "left"
+    for old, new, images in diff.frequent():
+        flips.add_row(escape(old), escape(new), f"{images:,}")
+    return [*(f"[bold]{line}[/]" for line in lines), by_band, by_class, *([flips] if diff.matrix else [])]
+
+
+def audits_table(found: list[Audit]) -> Table:
+    """Audits of one label set, one a row."""
+    table = _table(
+        "audits: labels that are right, with 95 % intervals", "audit", "of", "looked at", "wrong", "right", "interval"
+    )
+    table.columns[1].justify = "left"
+    for audit in found:
+        table.add_row(
+            short(audit.digest),
+            f"selection {audit.selection[:6]}" if audit.selection else "all labels",
+            f"{audit.looked:,} of {audit.images:,}",
+            f"{audit.wrong:,}",
+            f"{audit.precision:.1%}",
+            f"{audit.precision_low:.1%} … {audit.precision_high:.1%}",
+        )
+    return table
+
+
+def audit_tables(audit: Audit) -> list[Table]:
+    """One audit, and its strata."""
+    strata = _table("", "class", "confidence", "images", "looked at", "right", "interval")
+    for one in audit.strata:
+        strata.add_row(
+            escape(one.label) if one.label is not None else "all",
+            f"{one.low:.1f} … {one.high:.1f}",
+            f"{one.images:,}",
+            f"{one.looked:,}",
+            "" if one.precision is None else f"{one.precision:.1%}",
+            f"{one.precision_low:.1%} … {one.precision_high:.1%}",
+        )
+    return [strata, audits_table([audit])]
 
 
 def plan_tables(plan: Plan) -> list[Table]:

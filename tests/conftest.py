@@ -5,9 +5,17 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import structlog
 from PIL import Image
+
+from ns.data.dataset import Dataset
+from ns.data.writer import ShardWriter
+from ns.digest import digest, sha256_bytes
+from ns.label.labelset import LabelSet, LabelShard, histogram, histogram_table, row_schema
+from ns.store import LocalStore
 
 # One thread: tests run beside each other, and sums come out in one order on any machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -38,5 +46,65 @@ def picture():
         sink = io.BytesIO()
         Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)).save(sink, kind)
         return sink.getvalue()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def labelled():
+    """Function: a label set in `folder`, of shards of rows (key, class index, confidence). A row without confidence was unreadable.
+
+    `pool`: the dataset that is labelled; made up if not given. Returns the store and the label set.
+    """
+
+    def make(folder, shards, classes, pool=None, teacher="0"):
+        store = LocalStore(folder)
+        written, all_labels, all_sure = [], [], []
+        for number, rows in enumerate(shards):
+            unreadable = sum(row[2] is None for row in rows)
+            table = pa.table(
+                [
+                    [key for key, _, _ in rows],
+                    pa.array([sure for _, _, sure in rows], pa.float32()),
+                    pa.array([None if sure is None else [label] for _, label, sure in rows], pa.list_(pa.uint16(), 1)),
+                    pa.array([None if sure is None else [np.float16(sure)] for _, _, sure in rows], pa.list_(pa.float16(), 1)),
+                    pa.array(["truncated" if sure is None else None for _, _, sure in rows], pa.string()),
+                ],
+                schema=row_schema(1),
+            )
+            sink = io.BytesIO()
+            pq.write_table(table, sink)
+            data, name = sink.getvalue(), f"shard-{number:05d}.parquet"
+            store.put(name, data)
+            source = pool.shards[number].sha256 if pool else digest([key for key, _, _ in rows])
+            facts = {"source": source, "rows": len(rows), "unreadable": unreadable}
+            written.append(LabelShard(name=name, **facts, bytes=len(data), sha256=sha256_bytes(data)))
+            all_labels += [label for _, label, sure in rows if sure is not None]
+            all_sure += [sure for _, _, sure in rows if sure is not None]
+        counts = histogram(np.array(all_labels, np.uint16), np.array(all_sure, np.float32), len(classes))
+        sink = io.BytesIO()
+        pq.write_table(histogram_table(counts), sink)
+        store.put("histogram.parquet", sink.getvalue())
+        dataset = pool.digest if pool else digest([shard.source for shard in written])
+        made = LabelSet(dataset=dataset, teacher=teacher, code="0", classes=tuple(classes), top_k=1, shards=tuple(written))
+        made.write(store, "labelset.json")
+        return store, made
+
+    return make
+
+
+@pytest.fixture
+def pool(picture):
+    """Function: an unlabelled dataset in `folder` whose images have these keys. Returns the store and the dataset."""
+
+    def make(folder, shards, size=16):
+        store = LocalStore(folder)
+        keys = [key for shard in shards for key in shard]
+        with ShardWriter(store, max_samples=len(shards[0]), max_bytes=1 << 30) as writer:
+            for number, key in enumerate(keys):
+                writer.add(key, "png", picture(number, size=size), None)
+        made = Dataset(name="pool", role="unlabelled", classes=(), shards=writer.shards)
+        made.save(store)
+        return store, made
 
     return make

@@ -22,21 +22,24 @@ Pool = Annotated[str | None, typer.Option(help="The labelled dataset; that of th
 
 @app.command()
 def show(name: Labels, root: Root = "runs", as_json: AsJson = False) -> None:
-    """What a label set holds, by class: images, mean confidence, and what the run's selection kept.
+    """What a label set holds, by class: images, mean confidence, and what the run's selection kept; and its audits.
 
     Example: [cyan]ns labels show latest/gen-1[/]
     """
     from rich.console import Console
 
     from ns import runs
+    from ns.label.audit import audits
     from ns.store import open_store
-    from ns.terminal import labels_table
+    from ns.terminal import audits_table, labels_table
 
     found = runs.labels(open_store(root), name)
     if as_json:
         typer.echo(found.label_set.model_dump_json(indent=1))
         return
     Console().print(labels_table(found))
+    if audited := audits(found.folder, found.label_set):
+        Console().print(audits_table(audited))
 
 
 @app.command()
@@ -362,3 +365,142 @@ def gc(
         typer.echo(name)
     done = "deleted" if yes else "would be deleted; --yes does it"
     typer.echo(f"{len(garbage.dropped)} versions, {len(garbage.keys)} files, {garbage.bytes:,} bytes {done}")
+
+
+@app.command()
+def diff(
+    before: Annotated[
+        str, typer.Argument(metavar="A", help="The earlier labels: latest/gen-1, or a label set's folder or URI.")
+    ],
+    after: Annotated[str, typer.Argument(metavar="B", help="The later labels, of the same images.")],
+    root: Root = "runs",
+    as_json: AsJson = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for an issue or a pull request.")] = False,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with pictures of the surest flips.")] = None,
+    pool: Pool = None,
+) -> None:
+    """What changed between two label sets: flips by class and by confidence, what entered and left the selection.
+
+    Example: [cyan]ns labels diff latest/gen-1 latest/gen-2 --html diff.html[/]
+    """
+    from rich.console import Console
+
+    from ns import runs
+    from ns.label.diff import compare
+    from ns.store import open_store
+
+    if as_json and markdown:
+        raise ConfigError("--json --markdown: give one of them")
+    store = open_store(root)
+    old, new = runs.labels(store, before), runs.labels(store, after)
+    found = compare(old.side, new.side)
+    names = (before, after)
+    if html:
+        from ns.report.labels import diff_page
+
+        # Either of them may be known by its run, and so by its images.
+        known = new if new.prepared or pool else old
+        write_page(html, diff_page(found, names, *known.pool(store, pool)))
+    if as_json:
+        typer.echo(found.model_dump_json(indent=1))
+    elif markdown:
+        from ns.report.labels import diff_markdown
+
+        typer.echo(diff_markdown(found, names), nl=False)
+    elif html:
+        typer.echo(f"{html}: {found.churn:.1%} of labels changed; open it in a browser")
+    else:
+        from ns.terminal import diff_tables
+
+        for part in diff_tables(found):
+            Console().print(part, highlight=False)
+
+
+@app.command()
+def audit(
+    name: Labels,
+    root: Root = "runs",
+    images: Annotated[int, typer.Option(min=1, max=5000, help="Images to look at, about.")] = 400,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Another seed, other images.")] = 0,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The page.")] = Path("audit.html"),
+    selected_only: Annotated[bool, typer.Option("--selected-only", help="Only images that the run's selection keeps.")] = False,
+    pool: Pool = None,
+) -> None:
+    """Make a page with a sample of the labels, on which to mark those that are wrong. Then: ns labels apply-audit.
+
+    Example: [cyan]ns labels audit latest/gen-1 --selected-only[/]
+    """
+    from ns import runs
+    from ns.label.audit import sample
+    from ns.report.labels import audit_page
+    from ns.store import open_store
+
+    store = open_store(root)
+    found = runs.labels(store, name)
+    if selected_only and found.selection is None:
+        raise RunError(f"{name}: --selected-only needs to know the selection; name a run's generation, as in latest/gen-1")
+    opened = found.pool(store, pool)
+    sheet = sample(
+        found.folder, found.label_set, images=images, seed=seed, selection=found.selection if selected_only else None
+    )
+    write_page(out, audit_page(sheet, found.label_set.classes, name, *opened))
+    typer.echo(
+        f"{out}: {len(sheet.images):,} images of {len(sheet.strata)} strata; open it in a browser, mark what is wrong, download "
+        f"audit.json, and run: ns labels apply-audit audit.json {name}"
+    )
+
+
+@app.command("apply-audit")
+def apply_audit(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="audit.json, as the page gave it.")],
+    name: Labels,
+    root: Root = "runs",
+    corrections: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Write the images whose right class was named, as a labelled dataset.")
+    ] = None,
+    as_json: AsJson = False,
+    pool: Pool = None,
+) -> None:
+    """Say how many labels are right, from an audit, and keep that beside the label set. The gate can ask for it.
+
+    Example: [cyan]ns labels apply-audit audit.json latest/gen-1 --corrections data/corrections[/]
+    """
+    from rich.console import Console
+
+    from ns import runs
+    from ns.errors import DataError
+    from ns.label.audit import Sheet, check, estimate, keep, write_corrections
+    from ns.store import open_store
+    from ns.terminal import audit_tables
+
+    store = open_store(root)
+    found = runs.labels(store, name)
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror or error}; name the audit.json that the page gave") from error
+    sheet = Sheet.parse(data, str(file))
+    check(sheet, str(file), found.folder, found.label_set, found.selection)
+    result = estimate(sheet, str(file))
+    fixed = None
+    if corrections:
+        fixed = write_corrections(result, found.label_set.classes, *found.pool(store, pool), open_store(corrections))
+    key = keep(result, found.folder)
+    if as_json:
+        typer.echo(result.model_dump_json(indent=1))
+        return
+    for table in audit_tables(result):
+        Console().print(table)
+    typer.echo(f"kept as {found.folder.uri}/{key}")
+    if corrections:
+        typer.echo(f"{corrections}: {fixed.samples if fixed else 0:,} corrected images")
+
+
+def write_page(file: Path, page: str) -> None:
+    """Raises StoreError when the file cannot be written."""
+    from ns.errors import StoreError
+
+    try:
+        file.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise StoreError(f"{file}: cannot write: {error.strerror or error}; name another file") from error

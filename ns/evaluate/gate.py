@@ -1,7 +1,7 @@
 """The gate: a student becomes the teacher only on evidence, from the same held-out images that the teacher was judged on."""
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,19 @@ class Guard(Document):
     limit: float
     passed: bool
     detail: str
+
+
+class LabelFacts(NamedTuple):
+    """What is known of the labels that the student learnt from."""
+
+    churn: float | None = None
+    """Share of labels that differ from those of the generation before; None in the first."""
+    shrinkage: float | None = None
+    """Largest share of its images that a class lost since the generation before."""
+    shrunk: str | None = None
+    """That class."""
+    audited: tuple[float, float, int] | None = None
+    """Share of right labels and its lower bound, and the images that people looked at; None if nobody did."""
 
 
 class Verdict(Document):
@@ -107,8 +120,9 @@ def judge(
     student_correct: npt.NDArray[np.bool_],
     classes: tuple[str, ...],
     seed: int,
+    about: LabelFacts | None = None,
 ) -> Verdict:
-    """Compares a student with its teacher on the same images. Arrays [N], same order."""
+    """Compares a student with its teacher on the same images. Arrays [N], same order. `about`: the student's pseudo-labels."""
     gain = paired_gain(teacher_correct, student_correct, level=gate.level, resamples=gate.resamples, seed=seed)
     guards = [
         Guard(
@@ -130,11 +144,16 @@ def judge(
                 detail=f"largest loss of accuracy in a class ({classes[worst]})",
             )
         )
+    guards += _label_guards(gate, about or LabelFacts())
     failed = [guard for guard in guards if not guard.passed]
     if failed:
         reason = "; ".join(f"{guard.detail} is {guard.value:+.3f}, limit {guard.limit:+.3f}" for guard in failed)
     else:
         reason = f"gain {gain.value:+.3f}, lower bound {gain.low:+.3f} ≥ {gate.min_gain:+.3f}"
+    if gate.min_audited_precision is not None and (about is None or about.audited is None):
+        reason += (
+            f"; the labels are not audited, so gate.min_audited_precision = {gate.min_audited_precision} was not asked for"
+        )
     return Verdict(
         generation=generation,
         teacher=teacher,
@@ -150,3 +169,40 @@ def judge(
         promoted=not failed,
         reason=reason,
     )
+
+
+def _label_guards(gate: GateConfig, about: LabelFacts) -> list[Guard]:
+    """A guard for each limit that is set, as far as there is something to hold against it."""
+    guards = []
+    if gate.max_churn is not None and about.churn is not None:
+        guards.append(
+            Guard(
+                name="churn",
+                value=about.churn,
+                limit=gate.max_churn,
+                passed=about.churn <= gate.max_churn,
+                detail="share of labels that changed since the generation before",
+            )
+        )
+    if gate.max_class_shrinkage is not None and about.shrinkage is not None:
+        guards.append(
+            Guard(
+                name="class shrinkage",
+                value=about.shrinkage,
+                limit=gate.max_class_shrinkage,
+                passed=about.shrinkage <= gate.max_class_shrinkage,
+                detail=f"largest share of its kept images that a class lost ({about.shrunk})",
+            )
+        )
+    if gate.min_audited_precision is not None and about.audited is not None:
+        precision, low, images = about.audited
+        guards.append(
+            Guard(
+                name="audited precision",
+                value=low,
+                limit=gate.min_audited_precision,
+                passed=low >= gate.min_audited_precision,
+                detail=f"lower 95% bound of the labels that are right ({precision:.1%} of {images:,} audited)",
+            )
+        )
+    return guards

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ns.label.labelset import BINS
+from ns.proportion import wilson
 
 # Stand-ins that matplotlib draws with; the page's style decides what they are.
 INK, FAINT = "#010101", "#020202"
@@ -101,6 +102,21 @@ def classes(name: str, labels: Sequence[str], candidates: Sequence[int], images:
     return _svg(f"classes-{name}", "Pseudo-labelled images of each class before and after balancing", draw)
 
 
+def shift(before: Sequence[int], after: Sequence[int]) -> str:
+    """Images by confidence in two label sets; equal bins from 0 to 1."""
+
+    def draw(axes: Axes) -> None:
+        edges = np.linspace(0, 1, len(before) + 1)
+        axes.stairs(before, edges, fill=True, color=FAINT, label="before")
+        axes.stairs(after, edges, color=SERIES[0], linewidth=1.6, label="after")
+        axes.set_xlim(0, 1)
+        axes.set_xlabel("confidence of the teacher")
+        axes.set_ylabel("images")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8)
+
+    return _svg("shift", "Histograms of confidence before and after", draw)
+
+
 def curves(name: str, history: Sequence[dict[str, float]], series: dict[str, str], unit: str) -> str:
     """Training curves: `series` maps fields of the history to names."""
 
@@ -114,14 +130,6 @@ def curves(name: str, history: Sequence[dict[str, float]], series: dict[str, str
         axes.legend(fontsize=8)
 
     return _svg(f"curves-{name}", f"Training curves: {', '.join(series.values())}", draw)
-
-
-def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Interval of a share of `count` trials (Wilson 1927); 95 % by default."""
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    # Rounding must not push a bound past the share itself, which it does at 0 and 1.
-    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
 
 def _svg(name: str, description: str, draw: Callable[[Axes], None]) -> str:

@@ -13,9 +13,10 @@ from ns.data.dataset import Dataset
 from ns.data.prepared import Prepared
 from ns.evaluate.gate import Verdict
 from ns.evaluate.result import Evaluation
+from ns.label.diff import Side, compare
 from ns.label.labelset import LabelSet, read_histogram
 from ns.label.selection import Selection
-from ns.report.pictures import Gallery, flips, gallery
+from ns.report.pictures import Gallery, changed, gallery
 from ns.runs import Note, Summary
 from ns.store import Store
 
@@ -100,8 +101,10 @@ def gather(root: Store, run: str) -> Facts:
             if labels:
                 before = labels[-1]
                 known = root.at(before.selection.labels)
-                churn, flipped = flips(folder, pool, (known, before.label_set), (where, label_set), experiment.report.pictures)
-                groups = [*groups, flipped]
+                sides = Side(known, before.label_set), Side(where, label_set)
+                diff = compare(*sides, flips=experiment.report.pictures)
+                churn = diff.churn
+                groups = [*groups, changed(folder, pool, diff)]
             # Pictures of the latest labels only: earlier ones are history, and pictures are what makes a report large.
             galleries = groups
             counts = read_histogram(where, len(label_set.classes)).sum(0)

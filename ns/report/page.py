@@ -3,11 +3,10 @@
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ns.log import duration
 from ns.report import charts
+from ns.report.environment import environment
 from ns.report.facts import Facts, Labels, Trained
 
 MATRIX_CLASSES = 30
@@ -18,34 +17,24 @@ CLASS_ROWS = 100
 
 def render(facts: Facts) -> str:
     """The whole page."""
-    # Keys and class names come from outside: everything is escaped but our own charts.
-    environment = Environment(
-        loader=PackageLoader("ns", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "percent": lambda value: f"{100 * value:.1f} %",
-        "points": lambda value: f"{100 * value:+.1f}",
-        "count": lambda value: f"{value:,}",
-        "seconds": duration,
-    }
-    return environment.get_template("report.html.j2").render(
-        facts=facts,
-        summary=facts.summary,
-        headline=_headline(facts),
-        rows={row.generation: row for row in facts.summary.generations},
-        rounds=_rounds(facts),
-        accuracy=_accuracy(facts),
-        matrices=_matrices(facts),
-        pairs=_pairs(facts.best),
-        class_rows=_class_rows(facts),
-        labels=[_labels(labels) for labels in facts.labels],
-        trained=[_trained(model) for model in facts.trained],
-        seconds=sum(note.seconds for note in facts.steps),
-        config=yaml.safe_dump(facts.experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            facts=facts,
+            summary=facts.summary,
+            headline=_headline(facts),
+            rows={row.generation: row for row in facts.summary.generations},
+            rounds=_rounds(facts),
+            accuracy=_accuracy(facts),
+            matrices=_matrices(facts),
+            pairs=_pairs(facts.best),
+            class_rows=_class_rows(facts),
+            labels=[_labels(labels) for labels in facts.labels],
+            trained=[_trained(model) for model in facts.trained],
+            seconds=sum(note.seconds for note in facts.steps),
+            config=yaml.safe_dump(facts.experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+        )
     )
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ns import config, report, runs
 from ns.card import Lineage, ModelCard
-from ns.config import GateConfig, SelectionConfig
+from ns.config import GateConfig, LabellingConfig, SelectionConfig
 from ns.data.dataset import Dataset
 from ns.data.index import ShardIndex
 from ns.data.prepared import Prepared, Source
@@ -21,10 +21,10 @@ from ns.document import pretty
 from ns.evaluate import gate
 from ns.evaluate.accuracy import summarise, table_of
 from ns.inference import Predictions
-from ns.label.labelset import LabelShard, all_rows, join
-from ns.label.predict import _parquet
-from ns.label.selection import select
-from ns.report.charts import wilson
+from ns.label import predict
+from ns.label.labelset import join
+from ns.label.selection import select_from
+from ns.proportion import wilson
 from ns.report.pictures import THUMBNAIL_PX
 from ns.store import LocalStore
 
@@ -128,27 +128,12 @@ def made_up(tmp_path):
             errors = {3: "truncated"} if shard.name == "shard-00000.tar" else {}
             guesses = probabilities(rng, len(samples), 2.0)
             guesses[list(errors)] = np.nan
-            rows = _parquet(Predictions(ShardIndex.of(samples, [(0, 0)] * len(samples)), guesses, errors), 3)
-            name = shard.name.replace(".tar", ".parquet")
-            where.put(name, rows)
-            LabelShard(
-                name=name,
-                source=shard.sha256,
-                rows=len(samples),
-                unreadable=len(errors),
-                bytes=len(rows),
-                sha256=sha256_bytes(rows),
-            ).write(where, shard.name.replace(".tar", ".json"))
+            found = Predictions(ShardIndex.of(samples, [(0, 0)] * len(samples)), guesses, errors)
+            predict.write(where, shard, [found], LabellingConfig(), "float32")
         label_set = join(where, pool, teacher=f"t{generation}", code="c", classes=CLASSES, top_k=10)
         label_set.write(where, "labelset.json")
-        selection = select(
-            all_rows(where, label_set),
-            3,
-            SelectionConfig(per_class=10, min_confidence=0.5),
-            seed=0,
-            label_set=label_set.digest,
-            labels=f"store/labels/{generation}",
-        )
+        policy = SelectionConfig(per_class=10, min_confidence=0.5)
+        selection = select_from(where, label_set, policy, seed=0, labels=f"store/labels/{generation}")
         selection.write(root, f"store/selections/{generation}/selection.json")
         note(
             generation,

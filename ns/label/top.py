@@ -1,0 +1,28 @@
+"""The rows that score highest, found in bounded memory."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from heapq import heappush, heappushpop
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass
+class Top(Generic[T]):
+    """The `size` highest-scoring places (shard, row) seen so far, each with something to remember."""
+
+    size: int
+    heap: list[tuple[float, int, int, T]] = field(default_factory=list)
+
+    def add(self, score: float, shard: int, row: int, memory: T) -> None:
+        # Ties go to the earlier image, so that the same labels always show the same pictures.
+        item = (score, -shard, -row, memory)
+        if len(self.heap) < self.size:
+            heappush(self.heap, item)
+        elif self.size:
+            heappushpop(self.heap, item)
+
+    def __iter__(self) -> Iterator[tuple[int, int, T]]:
+        """Highest first: shard, row, memory."""
+        return iter([(-shard, -row, memory) for _, shard, row, memory in sorted(self.heap, reverse=True)])

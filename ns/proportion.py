@@ -1,0 +1,49 @@
+"""Intervals of shares: how far a share seen in a sample may be from the true one."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+Z95 = 1.96
+"""Quantile of the normal distribution for two-sided 95 %."""
+
+
+class Share(NamedTuple):
+    """A share with its interval, all in [0, 1]."""
+
+    value: float
+    low: float
+    high: float
+
+
+def wilson(share: float, count: float, z: float = Z95) -> tuple[float, float]:
+    """Interval of a share of `count` trials (Wilson 1927); 95 % by default. Of no trials, everything is possible."""
+    if count == 0:
+        return 0.0, 1.0
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    # Rounding must not push a bound past the share itself, which it does at 0 and 1.
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
+
+
+def trials(sampled: int, of: int) -> float:
+    """Independent trials that say as much as `sampled` of `of` things drawn without putting back; infinitely many if all were.
+
+    The variance of such a sample's share is smaller by (of − sampled) / (of − 1) (Cochran, Sampling Techniques, §3.2).
+    """
+    if sampled == of:
+        return math.inf
+    return sampled * (of - 1) / (of - sampled)
+
+
+def weighted(shares: Sequence[Share], weights: Sequence[float]) -> Share:
+    """The share in a whole whose parts have these shares, measured apart, and these weights (which sum to 1).
+
+    The distances of the parts' bounds from their values add up in squares: MOVER (Zou and Donner, Statistics in Medicine 27,
+    2008, eq. 4; for two parts, Newcombe 1998). With Wilson's bounds it also holds where a part has no failures at all, where
+    the usual variance is 0.
+    """
+    value = sum(weight * share.value for share, weight in zip(shares, weights, strict=True))
+    below = math.sqrt(sum((weight * (share.value - share.low)) ** 2 for share, weight in zip(shares, weights, strict=True)))
+    above = math.sqrt(sum((weight * (share.high - share.value)) ** 2 for share, weight in zip(shares, weights, strict=True)))
+    return Share(value, max(0.0, value - below), min(1.0, value + above))

@@ -1,0 +1,126 @@
+"""Label sets as pages: two compared, and one to be audited. And the comparison as Markdown."""
+
+import re
+
+from markupsafe import Markup
+
+from ns.data.dataset import Dataset
+from ns.label.audit import Sheet
+from ns.label.diff import Diff
+from ns.report import charts
+from ns.report.environment import SCRIPTLESS, environment, script
+from ns.report.page import MATRIX_CLASSES
+from ns.report.pictures import flips, thumbnails
+from ns.store import Store
+
+AUDIT_PX = 160
+"""Large enough to judge a photograph, small enough for 400 of them in a page of a few MB."""
+
+
+def diff_page(diff: Diff, names: tuple[str, str], folder: Store, pool: Dataset) -> str:
+    """HTML that needs nothing else. `names` are what the two label sets were called."""
+    return (
+        environment()
+        .get_template("diff.html.j2")
+        .render(
+            title=f"{names[0]} → {names[1]}",
+            scripts=SCRIPTLESS,
+            diff=diff,
+            names=names,
+            chart=Markup(charts.shift(diff.histogram_before, diff.histogram_after)),
+            by_class=diff.changed_classes(),
+            rows=_matrix(diff),
+            pairs=diff.frequent(),
+            shown=flips(folder, pool, diff),
+        )
+    )
+
+
+def audit_page(sheet: Sheet, classes: tuple[str, ...], name: str, folder: Store, pool: Dataset) -> str:
+    """HTML that needs nothing else: the sample's pictures, and what it takes to say which labels are wrong."""
+    sources = thumbnails(folder, pool, [(image.shard, image.row) for image in sheet.images], AUDIT_PX)
+    text, policy = script("audit.js")
+    return (
+        environment()
+        .get_template("audit.html.j2")
+        .render(
+            title=f"Audit of {name}",
+            scripts=policy,
+            sheet=sheet,
+            name=name,
+            total=sum(stratum.images for stratum in sheet.strata),
+            labels=list(dict.fromkeys(image.label for image in sheet.images)),
+            classes=classes,
+            images=[
+                (image, source, source is not None and source.startswith("data:image/jpeg"))
+                for image, source in zip(sheet.images, sources, strict=True)
+            ],
+            data=sheet.model_dump(mode="json"),
+            script=Markup(text),
+        )
+    )
+
+
+def _matrix(diff: Diff) -> list[tuple[str, list[tuple[int, float]]]]:
+    """Class, and for each class after: images, and their share of the class as part of the largest such share.
+
+    Nothing if there are too many classes."""
+    if len(diff.classes) > MATRIX_CLASSES or not diff.matrix:
+        return []
+    images = {(cell.old, cell.new): cell.images for cell in diff.matrix}
+    before = [max(1, row.before) for row in diff.by_class]
+    # Flips are few beside a class: colours go up to the largest share there is.
+    largest = max(count / before[old] for (old, _), count in images.items())
+    return [
+        (
+            row.name,
+            [
+                (images.get((old, new), 0), images.get((old, new), 0) / before[old] / largest)
+                for new in range(len(diff.classes))
+            ],
+        )
+        for old, row in enumerate(diff.by_class)
+    ]
+
+
+def diff_markdown(diff: Diff, names: tuple[str, str]) -> str:
+    """The comparison as GitHub Flavored Markdown, for an issue or a pull request."""
+    lines = [
+        f"### Labels: {_plain(names[0])} → {_plain(names[1])}",
+        "",
+        f"{diff.changed:,} of {diff.compared:,} images changed their class ({diff.churn:.1%}); "
+        f"confidence {100 * diff.shift:+.1f} points.",
+    ]
+    if diff.entered is not None and diff.left is not None and diff.stayed is not None:
+        lines += ["", f"Selections: {diff.stayed:,} images stayed, {diff.entered:,} entered, {diff.left:,} left."]
+    lines += _table(
+        ("confidence before", "images", "changed", "churn"),
+        [(f"{b.low:.1f} … {b.high:.1f}", f"{b.images:,}", f"{b.changed:,}", f"{b.churn:.1%}") for b in diff.bands if b.images],
+    )
+    lines += _table(
+        ("class", "before", "after", "lost", "gained", "kept before", "kept after", "confidence, points"),
+        [
+            (
+                _plain(row.name),
+                *(f"{value:,}" for value in (row.before, row.after, row.lost, row.gained)),
+                *("" if value is None else f"{value:,}" for value in (row.kept_before, row.kept_after)),
+                "" if row.shift is None else f"{100 * row.shift:+.1f}",
+            )
+            for row in diff.changed_classes()
+        ],
+    )
+    if diff.matrix:
+        lines += _table(
+            ("class before", "class after", "images"), [(_plain(a), _plain(b), f"{n:,}") for a, b, n in diff.frequent()]
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _table(headers: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    rule = ["---", *("---:" for _ in headers[1:])]
+    return ["", *(f"| {' | '.join(cells)} |" for cells in (headers, rule, *rows))]
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is, and that stays in its cell."""
+    return re.sub(r"([\\`*_{}\[\]()<>#+!|~&$@])", r"\\\1", re.sub(r"\s+", " ", text))
