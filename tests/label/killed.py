@@ -49,16 +49,18 @@ def main() -> None:
     while killed < kills or not digests:
         out = place / f"out-{number}"
         labelled = (out / MANIFEST).exists()
-        commits = number % 3 == 0
+        commits = number % 8 == 0
         if labelled and not commits:
             digests.add(LabelSet.read(LocalStore(out), MANIFEST).digest)
             number += 1
             continue
         rounds["committing" if labelled else "labelling"] += 1
-        # So long as the work takes without kills: some instants lie in each part of it, and some of the work is done.
-        instants = np.sort(rng.uniform(0, 1.2 * (committing if labelled else labelling), WORKERS))
+        # About as long as the work takes without kills: some instants lie in each part of it, and some of the work is done.
+        instants = np.sort(rng.uniform(0, committing if labelled else 2 * labelling, WORKERS))
         if killed >= kills:
             instants += 1e9
+        if labelled:
+            instants[-1] += 1e9  # one committer gets through, or no version would ever be made
         workers = [start(partial(work, place, number, part, registry)) for part in range(WORKERS)]
         begun = time.monotonic()
         # Whoever is the first to be killed is another one each time.
@@ -73,7 +75,7 @@ def main() -> None:
         ends = [os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) for worker in workers]
         assert set(ends) <= {0, -signal.SIGKILL}, ends
         killed += ends.count(-signal.SIGKILL)
-        if (place / "remote").exists():
+        if labelled:
             for version in registry.versions():
                 shown = registry.show(version.tag)
                 assert _absent(str(place / "remote"), shown) == [], version.tag
@@ -88,7 +90,7 @@ def work(place: Path, number: int, part: int, registry: Registry) -> None:
     out = place / f"out-{number}"
     shards = f"{part * SHARDS // WORKERS}-{(part + 1) * SHARDS // WORKERS}"
     made = label_dataset(str(place / "model"), str(place / "pool"), str(out), LabellingConfig(batch=8), shards=shards)
-    if made is not None and number % 3 == 0:
+    if made is not None and number % 8 == 0:
         registry.commit(Tag("p", "r", number + 1), LocalStore(out), made)
 
 
