@@ -16,7 +16,7 @@ run: $(VENV)/.run ## Run the quickstart: the whole loop on handwritten digits (A
 	@$(NS) run quickstart $(ARGS)
 
 test: $(VENV)/.test ## Run the unit tests
-	@$(PYTEST) $(ARGS)
+	@$(PYTEST) --numprocesses auto --dist loadfile $(ARGS)
 
 test-integration: $(VENV)/.test ## Run the tests of several real parts together
 	@$(PYTEST) -m "integration or browser or data" $(ARGS)
