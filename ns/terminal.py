@@ -414,12 +414,11 @@ def _short(key: str) -> str:
 
 
 def versions_table(versions: list[Listed]) -> Table:
-    table = Table(box=SIMPLE_HEAD)
-    for name in ("version", "committed", "label set", "rows", "kept", "in use"):
-        table.add_column(name, justify="right" if name in ("rows", "kept") else "left", overflow="fold")
+    """Versions in a label registry, one a row. Their names are never cut: they are there to be pasted."""
+    table = _table("", "version", "committed", "rows", "kept", "")
+    table.columns[0].no_wrap = True
     for version in versions:
         kept = "" if version.kept is None else f"{version.kept:,}"
-        when = version.date[:16].replace("T", " ")
-        in_use = "●" if version.current else ""
-        table.add_row(escape(version.tag), when, version.label_set[:16], f"{version.rows:,}", kept, in_use)
+        in_use = "in use" if version.current else ""
+        table.add_row(escape(version.tag), version.date[:10], f"{version.rows:,}", kept, in_use)
     return table

@@ -20,12 +20,38 @@ Labels = Annotated[
 Pool = Annotated[str | None, typer.Option(help="The labelled dataset; that of the run if not given.")]
 
 
+RegistryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--registry", envvar="NS_LABEL_REGISTRY", metavar="URL", help="The label registry: URL or path of its git repository."
+    ),
+]
+RemoteOption = Annotated[
+    str | None,
+    typer.Option(
+        "--remote",
+        envvar="NS_LABEL_REMOTE",
+        metavar="PLACE",
+        help="Folder or s3://bucket/prefix for the data; needed while the registry is empty.",
+    ),
+]
+TagArgument = Annotated[str, typer.Argument(metavar="TAG", help="A version: labels/PROJECT/RUN/gen-N.")]
+VersionArgument = Annotated[
+    str, typer.Argument(metavar="TAG", help="A version: labels/PROJECT/RUN/gen-N, or current/PROJECT for the one in use.")
+]
+Why = Annotated[str, typer.Option("--why", help="The reason, for the history.")]
+
+
 @app.command()
-def show(name: Labels, root: Root = "runs", as_json: AsJson = False) -> None:
-    """What a label set holds, by class: images, mean confidence, and what the run's selection kept; and its audits.
+def show(name: Labels, root: Root = "runs", registry: RegistryOption = None, as_json: AsJson = False) -> None:
+    """What a label set holds, by class: images, mean confidence, and what the run's selection kept; and its audits. With the tag of a
+    version in the registry: what `version` says.
 
     Example: [cyan]ns labels show latest/gen-1[/]
     """
+    if registry and name.startswith("labels/") and not Path(name).exists():
+        version(name, registry, as_json)
+        return
     from rich.console import Console
 
     from ns import runs
@@ -205,28 +231,6 @@ def label(
         typer.echo(
             f"{out}: {made.rows:,} images, {made.unreadable:,} unreadable, {made.left_out:,} left out; label set {made.digest}"
         )
-
-
-RegistryOption = Annotated[
-    str | None,
-    typer.Option(
-        "--registry", envvar="NS_LABEL_REGISTRY", metavar="URL", help="The label registry: URL or path of its git repository."
-    ),
-]
-RemoteOption = Annotated[
-    str | None,
-    typer.Option(
-        "--remote",
-        envvar="NS_LABEL_REMOTE",
-        metavar="PLACE",
-        help="Folder or s3://bucket/prefix for the data; needed while the registry is empty.",
-    ),
-]
-TagArgument = Annotated[str, typer.Argument(metavar="TAG", help="A version: labels/PROJECT/RUN/gen-N.")]
-VersionArgument = Annotated[
-    str, typer.Argument(metavar="TAG", help="A version: labels/PROJECT/RUN/gen-N, or current/PROJECT for the one in use.")
-]
-Why = Annotated[str, typer.Option("--why", help="The reason, for the history.")]
 
 
 def _registry(place: str | None, remote: str | None = None) -> "Registry":
