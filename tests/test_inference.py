@@ -13,6 +13,7 @@ from ns.data.decode import decode
 from ns.data.images import ImageSource
 from ns.data.shards import read_index
 from ns.data.writer import ShardWriter
+from ns.errors import ConfigError
 from ns.inference import Predictor
 from ns.label.labelset import LabelShard, Rows, dense, read_rows
 from ns.label.predict import label_shards
@@ -276,3 +277,14 @@ def test_labels_that_another_labelling_has_are_copied(model, pool, tmp_path):
     first.put("shard-00001.parquet", b"damaged")
     third = LocalStore(tmp_path / "third")
     assert label_shards([predictor], folder, dataset, third, range(2), LABELLING, known=known) == 20
+
+
+def test_an_ensemble_must_have_the_same_classes(model, pool, tmp_path):
+    folder, dataset = pool
+    network, card = models.load(model)
+    other = LocalStore(tmp_path / "other")
+    fields = {name: getattr(card, name) for name in ("generation", "noise", "parameters", "steps", "lineage", "model")}
+    models.save(other, network.state_dict(), {**fields, "classes": CLASSES[::-1]}, [])
+    predictors = [Predictor(place, batch=8) for place in (model, other)]
+    with pytest.raises(ConfigError, match=r"labelling\.ensemble: model .* has other classes, or another order of them"):
+        label_shards(predictors, folder, dataset, LocalStore(tmp_path / "labels"), range(1), LABELLING)

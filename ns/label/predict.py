@@ -13,7 +13,8 @@ from ns import log
 from ns.config import LabellingConfig
 from ns.data.dataset import Dataset, Shard
 from ns.data.images import ImageSource
-from ns.digest import sha256_bytes
+from ns.digest import sha256_bytes, short
+from ns.errors import ConfigError
 from ns.inference import Predictions, Predictor
 from ns.label.labelset import (
     LEFT_OUT,
@@ -47,9 +48,17 @@ def label_shards(
     """Labels a range of shards with the mean of the predictors' probabilities, leaving out shards that are done. Returns the images
     labelled now. Two workers may do the same shard: they write the same bytes.
 
+    Raises ConfigError if the predictors' classes differ.
+
     `left_out`: sha256 of a shard → row → why that image gets no label. `known`: where another labelling has made the same labels of a
     shard already; they are copied.
     """
+    for other in predictors[1:]:
+        if other.card.classes != predictors[0].card.classes:
+            raise ConfigError(
+                f"labelling.ensemble: model {short(other.card.digest)} has other classes, or another order of them, than the "
+                "teacher; all must have the same"
+            )
     waiting = [number for number in shards if not _is_done(labels, pool.shards[number], known)]
     fresh = sum(pool.shards[number].samples for number in waiting)
     done = sum(pool.shards[number].samples for number in shards) - fresh

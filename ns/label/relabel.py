@@ -40,9 +40,6 @@ def label_dataset(
         for place in (model, *config.ensemble)
     ]
     cards = [predictor.card for predictor in predictors]
-    for place, card in zip(config.ensemble, cards[1:], strict=True):
-        if card.classes != cards[0].classes:
-            raise ConfigError(f"labelling.ensemble: {place}: has other classes than {model}")
     code = code_digest(*LABELLING)
     if labels.exists(MANIFEST):
         made = LabelSet.read(labels, MANIFEST)
