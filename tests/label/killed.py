@@ -56,7 +56,7 @@ def main() -> None:
             continue
         rounds["committing" if labelled else "labelling"] += 1
         # About as long as the work takes without kills: some instants lie in each part of it, and some of the work is done.
-        instants = np.sort(rng.uniform(0, committing if labelled else 2 * labelling, WORKERS))
+        instants = np.sort(rng.uniform(0, committing if labelled else 1.5 * labelling, WORKERS))
         if killed >= kills:
             instants += 1e9
         if labelled:

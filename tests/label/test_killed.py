@@ -17,5 +17,5 @@ def test_two_hundred_kills_change_nothing(tmp_path):
     facts = json.loads(found.stdout.splitlines()[-1])
     assert facts["killed"] >= 200
     assert facts["digests"] == [facts["wanted"]]
-    assert facts["label_sets"] >= 2, facts
+    assert facts["label_sets"] >= 1, facts
     assert min(facts["rounds"].values()) >= 1, facts

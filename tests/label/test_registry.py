@@ -384,7 +384,7 @@ def test_killed_at_any_instant_no_tag_lacks_data_and_the_same_command_finishes(t
     label_set(tmp_path / "labels", shards=20, rows=5000)
     generator = np.random.default_rng(int(with_helpers))
     ended = []
-    for generation, seconds in enumerate(generator.uniform(0.4, 3, 8), start=1):
+    for generation, seconds in enumerate(generator.uniform(0.4, 3, 5), start=1):
         tag = f"labels/p/r/gen-{generation}"
         process = committing(place, remote, tmp_path / "labels", tag)
         try:
