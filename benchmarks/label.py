@@ -30,7 +30,7 @@ from rich.table import Table
 from benchmarks.data import CIFAR10, small_folders
 from benchmarks.measure import arguments, finish, rates, ratio
 from ns import models
-from ns.card import Lineage
+from ns.card import WEIGHTS, Lineage
 from ns.config import LabellingConfig, ModelConfig, NoiseConfig
 from ns.data.dataset import Dataset
 from ns.data.ingest import Limits, import_images
@@ -74,7 +74,7 @@ def main() -> None:
             found = rates(contestants, rounds)
             pairs = [("forward_ratio", "bare")]
             if not options.quick and (script := os.environ.get("TIMM_INFERENCE")):
-                found["timm"] = [timm_inference(Path(script), place / "images", arch)] * rounds
+                found["timm"] = [timm_inference(Path(script), place / "images", arch, place / arch / WEIGHTS)] * rounds
                 pairs.append(("vs_timm_inference", "timm"))
             for figure, other in pairs:
                 middle, least, most = ratio(found, "ours", other)
@@ -135,10 +135,11 @@ def bare(predictor: Predictor, images: int) -> Callable[[], int]:
     return run
 
 
-def timm_inference(script: Path, images: Path, arch: str) -> float:
+def timm_inference(script: Path, images: Path, arch: str, weights: Path) -> float:
     """Images a second of timm's script with its defaults, but for the network, its size and the device."""
     command = [sys.executable, str(script), "--data-dir", str(images), "--model", arch, "--num-classes", str(len(CLASSES))]
     command += ["--img-size", str(PX), "--device", models.best_device().type, "--log-freq", "1"]
+    command += ["--checkpoint", str(weights)]
     command += ["--results-dir", str(images.parent / "results"), "--no-console-results"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     said, ends = [], []
