@@ -11,7 +11,7 @@ from ns.data.index import ShardIndex
 from ns.data.prepared import Part
 from ns.document import Document
 from ns.errors import DataError
-from ns.label.labelset import read_rows
+from ns.label.labelset import Rows, read_rows
 from ns.label.selection import copies
 from ns.store import Store
 
@@ -56,7 +56,6 @@ def trace(root: Store, key: str) -> Trace:
     """Looks for an image in all runs below a root. Raises DataError if none has it."""
     places: dict[Part, str] = {}
     views: list[View] = []
-    seen: set[str] = set()
     found: dict[str, dict[str, _Place]] = {}
     for run in runs.listed(root):
         for generation, labels in _label_sets(root, run.run):
@@ -70,40 +69,33 @@ def trace(root: Store, key: str) -> Trace:
                 views.append(_view(root, run.run, generation, labels, place))
     if not places:
         raise DataError(f"{key}: no dataset of a run below {root.uri} has this key")
-    for model in _models(root, {key}):
-        seen.add(model)
-    return Trace(key=key, places=places, views=tuple(views), models=tuple(sorted(seen)))
+    return Trace(key=key, places=places, views=tuple(views), models=tuple(sorted(models_that_saw(root, {key}))))
 
 
 def models_that_saw(root: Store, keys: Collection[str]) -> dict[str, str]:
-    """Digest of each model that has seen any of the images → key of its folder."""
-    return _models(root, set(keys))
-
-
-def _models(root: Store, keys: set[str]) -> dict[str, str]:
-    """Those that trained on one of the images, labelled or pseudo-labelled, and those that learned from them, by whatever many
-    generations."""
+    """Digest of each model that has seen any of the images → key of its folder: of those that trained on one, labelled or
+    pseudo-labelled, and of those that learned from them, by whatever many generations."""
     cards = {
         key.removesuffix(f"/{CARD}"): ModelCard.read(root, key)
         for key in root.list("store/models/")
         if key.endswith(f"/{CARD}")
     }
-    labelled: dict[str, bool] = {}
+    found: dict[str, dict[str, _Place]] = {}
     selected: dict[str, bool] = {}
     for run in runs.listed(root):
         for _, labels in _label_sets(root, run.run):
             assert labels.prepared is not None
             assert labels.selection is not None
-            source = labels.prepared.labelled
-            if source.dataset not in labelled:
-                labelled[source.dataset] = bool(_find(*source.open(root), keys))
+            for source in (labels.prepared.labelled, labels.prepared.pool):
+                if source.dataset not in found:
+                    found[source.dataset] = _find(*source.open(root), keys)
             if labels.selection.digest not in selected:
-                places = _find(*labels.prepared.pool.open(root), keys)
-                selected[labels.selection.digest] = any(_times(labels, place) for place in places.values())
+                places = found[labels.prepared.pool.dataset]
+                selected[labels.selection.digest] = any(_times(labels, _rows(labels, at), at) for at in places.values())
     seen = {
         folder
         for folder, card in cards.items()
-        if labelled.get(card.lineage.labelled) or selected.get(card.lineage.selection or "")
+        if found.get(card.lineage.labelled) or selected.get(card.lineage.selection or "")
     }
     while True:
         digests = {cards[folder].digest for folder in seen}
@@ -121,7 +113,7 @@ def _models(root: Store, keys: set[str]) -> dict[str, str]:
 def _label_sets(root: Store, run: str) -> Iterator[tuple[int, runs.Labels]]:
     for note in runs.notes(root, run):
         if note.step == "commit-labels":
-            yield note.generation, runs.labels(root, f"{run}/gen-{note.generation}")
+            yield note.generation, runs.generation_labels(root, run, note.generation)
 
 
 def _find(folder: Store, dataset: Dataset, keys: Collection[str]) -> dict[str, _Place]:
@@ -135,14 +127,17 @@ def _find(folder: Store, dataset: Dataset, keys: Collection[str]) -> dict[str, _
     return found
 
 
-def _times(labels: runs.Labels, place: _Place) -> int:
+def _rows(labels: runs.Labels, place: _Place) -> Rows:
+    return read_rows(labels.folder, labels.label_set.shards[place.shard])
+
+
+def _times(labels: runs.Labels, rows: Rows, place: _Place) -> int:
     assert labels.selection is not None
-    rows = read_rows(labels.folder, labels.label_set.shards[place.shard])
     return int(copies(labels.selection, rows)[place.row])
 
 
 def _view(root: Store, run: str, generation: int, labels: runs.Labels, place: _Place) -> View:
-    rows = read_rows(labels.folder, labels.label_set.shards[place.shard])
+    rows = _rows(labels, place)
     names = labels.label_set.classes
     has = bool(rows.readable[place.row])
     classes: Mapping[str, float] = {
@@ -160,6 +155,6 @@ def _view(root: Store, run: str, generation: int, labels: runs.Labels, place: _P
         classes=dict(classes),
         reason=None if has else rows.reasons[place.row],
         threshold=rules[int(rows.top_class[place.row, 0])].threshold if has and rules else None,
-        seen=_times(labels, place),
+        seen=_times(labels, rows, place),
         student=students[0].outputs["model"].rpartition("/")[0] if students else None,
     )

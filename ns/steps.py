@@ -155,7 +155,8 @@ def label_shards(config_uri: str, root: str, run: str, data: str, generation: in
         start, stop = (int(bound) for bound in shards.split("-"))
         prepared = Prepared.read(step.root, data)
         pool_folder, pool = prepared.pool.open(step.root)
-        labels = step.root.at(_labels_folder(step, prepared, teacher))
+        key = _labels_folder(step, prepared, teacher)
+        labels = step.root.at(key)
         wanted = range(start, stop)
         images = sum(pool.shards[index].samples for index in wanted)
         reused = all(labels.exists(marker(pool.shards[index].name)) for index in wanted)
@@ -169,7 +170,7 @@ def label_shards(config_uri: str, root: str, run: str, data: str, generation: in
             held_out = _left_out(step, prepared, pool_folder, [pool.shards[index] for index in wanted])
             before = _LabelledBefore(step, teacher, held_out)
             predict.label_shards(predictors, pool_folder, pool, labels, wanted, config, left_out=held_out, known=before.find)
-            before.note(_labels_folder(step, prepared, teacher), [pool.shards[index] for index in wanted])
+            before.note(key, [pool.shards[index] for index in wanted])
         step.done({}, reused=reused, images=images)
         return shards
 

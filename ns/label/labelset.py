@@ -160,6 +160,10 @@ class Rows:
             self.readable, self.top_class[:, :ranks], confidence, lambda rows: [self.keys[row] for row in rows.tolist()]
         )
 
+    def histogram(self, classes: int) -> npt.NDArray[np.uint64]:
+        """Of the images that have labels; see `histogram`."""
+        return histogram(self.top_class[self.readable, 0], self.confidence[self.readable], classes)
+
     @property
     def readable(self) -> npt.NDArray[np.bool_]:
         return ~np.isnan(self.confidence)
@@ -303,7 +307,7 @@ def verify(labels: Store, label_set: LabelSet, pool: tuple[Store, Dataset] | Non
         _check_rows(place, rows, classes, label_set.probabilities)
         if pool is not None and rows.keys != ShardIndex.read(pool[0], pool[1].shards[number]).keys:
             raise DataError(f"{place}: its keys are not those of the images in {pool[1].shards[number].name}")
-        counts += histogram(rows.top_class[readable, 0], rows.confidence[readable], classes)
+        counts += rows.histogram(classes)
     if not np.array_equal(counts, read_histogram(labels, classes)):
         raise DataError(f"{labels.uri}/{HISTOGRAM}: its counts are not those of the rows; label the pool again")
     return label_set.rows

@@ -19,7 +19,6 @@ from ns.label.labelset import (
     LabelSet,
     Rows,
     all_rows,
-    histogram,
     histogram_name,
     write_histogram,
 )
@@ -58,7 +57,7 @@ def purge(labels: Store, label_set: LabelSet, keys: Collection[str], target: Sto
                     "sha256": sha256_bytes(data),
                 }
             )
-        own = histogram(rows.top_class[rows.readable, 0], rows.confidence[rows.readable], classes)
+        own = rows.histogram(classes)
         counts += own
         # Facts last, and the manifest after all of them: what a kill leaves is no label set.
         target.put(shard.name, data)
