@@ -7,7 +7,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -56,6 +56,9 @@ class DataConfig(Section):
     """Unlabelled images; labels that may be there are ignored."""
     heldout: str
     """Human-labelled images that decide promotions. Never trained on."""
+    test: str | None = None
+    """Human-labelled images that are only reported: no decision is taken on them, so that what is reported is not what was
+    optimised. Never trained on."""
     max_rejected_share: float = Field(default=0.1, ge=0, le=1)
     """Unreadable images are counted, listed and left out; a larger share than this stops the run."""
     shard_samples: int = Field(default=10_000, ge=1, le=100_000)
@@ -347,6 +350,102 @@ class GateConfig(Section):
         return {name: value for name, value in fields.items() if value is not None or name not in asked}
 
 
+Suite = Literal["clean", "corruptions", "perturbations", "attacks"]
+
+Corruption = Literal[
+    "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow", "frost",
+    "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression",
+    "speckle_noise", "gaussian_blur", "spatter", "saturate",
+]  # fmt: skip
+EXTRA_CORRUPTIONS: tuple[Corruption, ...] = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
+"""Published beside the 15 of the benchmark, for tuning on; in no mCE."""
+CORRUPTIONS: tuple[Corruption, ...] = tuple(name for name in get_args(Corruption) if name not in EXTRA_CORRUPTIONS)
+
+Perturbation = Literal[
+    "gaussian_noise", "shot_noise", "motion_blur", "zoom_blur", "snow", "brightness", "translate", "rotate", "tilt", "scale"
+]  # fmt: skip
+PERTURBATIONS: tuple[Perturbation, ...] = get_args(Perturbation)
+
+Severity = Annotated[int, Field(ge=1, le=5)]
+Pixels = Annotated[float, Field(gt=0, le=255)]
+
+
+class EvaluationSet(Section):
+    """A further set of human-labelled images, on which every model is evaluated."""
+
+    place: str = Field(min_length=1)
+    """A dataset, anything that `ns data import` takes, or the folder of a ready-made benchmark."""
+    kind: Literal["images", "imagenet-c", "cifar10-c", "imagenet-p"] = "images"
+    """`images`: plain ones, for accuracy. The others are read as they were published: `imagenet-c` CORRUPTION/SEVERITY/CLASS/IMAGE,
+    `cifar10-c` CORRUPTION.npy and labels.npy, `imagenet-p` PERTURBATION/CLASS/SEQUENCE.mp4."""
+    classes: Literal["all", "own"] | tuple[str, ...] = "all"
+    """Between which of the model's classes the answer is chosen. `own`: those that the set has, as ImageNet-A, -R and -O are scored:
+    the other outputs are left out before the softmax. Or the names of the classes."""
+    multi_label: str | None = None
+    """JSON or Parquet that names all the right classes of each image, as ReaL does (arXiv:2006.07159): an answer is right if it is
+    one of them; images that have none are left out."""
+
+    @model_validator(mode="after")
+    def _options_are_for_images(self) -> Self:
+        if self.kind != "images":
+            for name in ("classes", "multi_label"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name}: is for kind images only; leave it out for {self.kind}")
+        return self
+
+
+class EvaluationConfig(Section):
+    """What models are evaluated on, and how (docs/evaluation.md). Costs are printed before the work begins."""
+
+    suites: tuple[Suite, ...] = ("clean",)
+    """`clean`: accuracy, always part of it, since the gate decides by it. `corruptions`: 15 kinds at 5 severities (mCE).
+    `perturbations`: 10 kinds of short sequences (mFR, mT5D). `attacks`: FGSM and PGD. On data.test, if that is given, else on
+    data.heldout."""
+    sets: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$")], EvaluationSet] = Field(default_factory=dict)
+    """Further sets of images, by name: lower-case letters, digits, dashes."""
+    images: int | None = Field(default=None, ge=1)
+    """Images of a set for corruptions, perturbations and attacks: a quick look. All if not given. They are drawn evenly over the
+    classes, the same ones in every run. Clean accuracy is always that of all images."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Of that draw, and of corruptions and random starts. Not the experiment's: runs of other seeds see the same pixels."""
+    corruptions: tuple[Corruption, ...] = Field(default=CORRUPTIONS, min_length=1)
+    """Kinds; fewer than the 15 make no published mCE."""
+    extra_corruptions: bool = False
+    """Add the 4 further kinds, which count for no mCE."""
+    severities: tuple[Severity, ...] = Field(default=(1, 2, 3, 4, 5), min_length=1)
+    """Of the corruptions."""
+    perturbations: tuple[Perturbation, ...] = Field(default=PERTURBATIONS, min_length=1)
+    """Kinds of sequences."""
+    perturbation_frames: int = Field(default=31, ge=2, le=101)
+    """Images in a sequence. Published: about 31."""
+    fgsm_epsilons: tuple[Pixels, ...] = (2, 4, 8, 16)
+    """Largest change of a pixel, of 255, by one step along the gradient's sign. Paper: 2, 4, 8, 16."""
+    pgd_steps: tuple[Annotated[int, Field(ge=1, le=1000)], ...] = (10, 50)
+    """Steps of projected gradient descent. Paper: 10; models that stand 10 may fall at 50 (`noisy_student.md` §6.5)."""
+    pgd_epsilon: Pixels = 16
+    """Largest change of a pixel, of 255. Paper: 16."""
+    pgd_step_size: Pixels | None = None
+    """Of 255; 2.5 · pgd_epsilon / steps if not given (arXiv:1706.06083), which can reach the edge and come back."""
+
+    @field_validator("suites", "corruptions", "severities", "perturbations", "fgsm_epsilons", "pgd_steps")
+    @classmethod
+    def _each_once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(set(values)) != len(values):
+            raise ValueError("must name each only once")
+        return values
+
+    @property
+    def robust(self) -> bool:
+        """Whether more than clean accuracy is asked for."""
+        return any(suite != "clean" for suite in self.suites)
+
+    @property
+    def kinds(self) -> tuple[Corruption, ...]:
+        """All corruptions that are asked for."""
+        extra = EXTRA_CORRUPTIONS if self.extra_corruptions else ()
+        return tuple(dict.fromkeys((*self.corruptions, *extra)))
+
+
 class ReportConfig(Section):
     """What the report shows."""
 
@@ -389,6 +488,7 @@ class Experiment(Section):
     labelling: LabellingConfig = LabellingConfig()
     selection: SelectionConfig = SelectionConfig()
     gate: GateConfig = GateConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     report: ReportConfig = ReportConfig()
     registry: RegistryConfig | None = None
     """Keeps a version of each generation's label set."""
@@ -523,8 +623,8 @@ def _explain(detail: Any, within: type[Section] | None = None) -> str:
 def _fields_at(location: tuple[int | str, ...], within: type[Section]) -> list[str]:
     section: Any = within
     for part in location:
-        if isinstance(part, int):
-            continue
+        if isinstance(part, int) or part not in section.model_fields:
+            continue  # the place in a list, or a name in a mapping
         annotation = section.model_fields[part].annotation
         nested = [annotation, *getattr(annotation, "__args__", ())]
         section = next(kind for kind in nested if isinstance(kind, type) and issubclass(kind, BaseModel))

@@ -384,7 +384,13 @@ def _generation(root: Store, steps: list[Note], gate: Note) -> Generation:
 
 def _digest(experiment: Experiment) -> str:
     # Where versions are kept may change, and be given later, within one run.
-    return digest(experiment.model_dump(mode="json", exclude={"registry"}))
+    document = experiment.model_dump(mode="json", exclude={"registry", "evaluation"})
+    # An experiment that does not use these is the one it was before they existed, under the same digest and name.
+    if asked := experiment.evaluation.model_dump(mode="json", exclude_defaults=True):
+        document["evaluation"] = asked
+    if experiment.data.test is None:
+        del document["data"]["test"]
+    return digest(document)
 
 
 def _record(run: str) -> str:

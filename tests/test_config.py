@@ -5,12 +5,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ns import config
+from ns import config, runs
 from ns.config import MAX_GENERATIONS, Experiment, OptimizerConfig, Preset, RoleConfig, TrainConfig
 from ns.errors import ConfigError
 from ns.paper import PRESETS
 
-MINIMAL = {"name": "x", "data": {"labelled": "a", "pool": "b", "heldout": "c"}}
+DATA = {"labelled": "a", "pool": "b", "heldout": "c"}
+MINIMAL = {"name": "x", "data": DATA}
 
 
 @pytest.fixture
@@ -203,3 +204,38 @@ def test_a_registry_is_no_place_for_passwords():
         assert "token@" not in said
     for url in ("git@host:x.git", "ssh://git@host/x.git", "https://host/x.git", "registry.git"):
         assert config.parse(MINIMAL | {"registry": {"git": url}}, "x.yaml").registry.remote is None
+
+
+def test_what_is_not_asked_of_evaluation_changes_no_name():
+    plain = config.parse({"name": "x", "data": DATA}, "x.yaml")
+    asked = {"suites": ["clean"], "images": None}
+    assert runs.name_of(
+        config.parse({"name": "x", "data": {**DATA, "test": None}, "evaluation": asked}, "x.yaml")
+    ) == runs.name_of(plain)
+    for more in ({"evaluation": {"suites": ["attacks"]}}, {"data": {**DATA, "test": "t"}}):
+        assert runs.name_of(config.parse({"name": "x", "data": DATA, **more}, "x.yaml")) != runs.name_of(plain)
+
+
+def test_further_evaluation_sets_are_read_back_as_they_are_written():
+    sets = {"imagenet-a": {"place": "a", "classes": "own"}, "c": {"place": "c", "kind": "cifar10-c"}}
+    experiment = config.parse({"name": "x", "data": DATA, "evaluation": {"sets": sets}}, "x.yaml")
+    assert config.parse(yaml.safe_load(config.dump(experiment)), "x.yaml") == experiment
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "message"),
+    [
+        ({"suites": ["corruption"]}, "evaluation.suites.0: invalid value 'corruption': should be 'clean', 'corruptions'"),
+        ({"severities": [1, 1]}, "evaluation.severities: invalid value [1, 1]: must name each only once"),
+        ({"severities": [6]}, "evaluation.severities.0: invalid value 6: should be less than or equal to 5"),
+        ({"corruptions": ["rain"]}, "evaluation.corruptions.0: invalid value 'rain'"),
+        (
+            {"sets": {"c": {"place": "c", "kind": "imagenet-c", "classes": "own"}}},
+            "evaluation.sets.c.classes: is for kind images",
+        ),
+        ({"sets": {"c": {"place": "c", "clases": "own"}}}, "evaluation.sets.c.clases: unknown field; did you mean 'classes'?"),
+        ({"sets": {"No": {"place": "c"}}}, "evaluation.sets.No"),
+    ],
+)
+def test_wrong_evaluations_are_explained(evaluation, message):
+    assert message in refused({"name": "x", "data": DATA, "evaluation": evaluation})

@@ -592,16 +592,23 @@ def _load(config: str, overrides: list[str] | None) -> "Experiment":
     # Steps, and a resumed run, may stand in another folder.
     places = {
         part: _absolute(place)
-        for part, place in data.model_dump(include={"labelled", "pool", "heldout"}).items()
-        if not place.startswith("digits:")
+        for part, place in data.model_dump(include={"labelled", "pool", "heldout", "test"}).items()
+        if place is not None and not place.startswith("digits:")
     }
     if data.exclude:
         places["exclude"] = _absolute(data.exclude)
     ensemble = tuple(_absolute(place) for place in experiment.labelling.ensemble)
+    sets = {
+        name: asked.model_copy(
+            update={"place": _absolute(asked.place), "multi_label": asked.multi_label and _absolute(asked.multi_label)}
+        )
+        for name, asked in experiment.evaluation.sets.items()
+    }
     return experiment.model_copy(
         update={
             "data": data.model_copy(update=places),
             "labelling": experiment.labelling.model_copy(update={"ensemble": ensemble}),
+            "evaluation": experiment.evaluation.model_copy(update={"sets": sets}),
             "teacher": _with_absolute_init(experiment.teacher),
             "students": tuple(map(_with_absolute_init, experiment.students)),
         }

@@ -1,12 +1,12 @@
-"""From what an experiment names to three datasets: found where they are, or imported into the store."""
+"""From what an experiment names to datasets: found where they are, or imported into the store."""
 
 from collections.abc import Callable
 
 from ns import log
-from ns.config import DataConfig, Experiment
+from ns.config import DataConfig, EvaluationSet, Experiment
 from ns.data.check import DUPLICATES, LEFT_OUT, Checked, CheckReport, check
 from ns.data.check import MANIFEST as CHECK_MANIFEST
-from ns.data.dataset import MANIFEST, Dataset
+from ns.data.dataset import MANIFEST, Dataset, Role
 from ns.data.ingest import Limits, import_listing, listed, source_name
 from ns.data.prepared import ROLES, LeftOut, Part, Prepared, Source
 from ns.digest import code_digest, short
@@ -30,63 +30,88 @@ CHECK = ("data/check.py", "data/duplicates.py", "data/fingerprint.py", "data/dec
 
 
 def prepare(experiment: Experiment, root: Store, ledger: Ledger) -> tuple[Prepared, bool]:
-    """Prepares labelled images, pool and held-out images. Returns them and whether nothing had to be imported.
+    """Prepares labelled images, pool and evaluation sets. Returns them and whether nothing had to be imported.
 
     Raises DataError when a source is missing or the parts contradict each other, ConfigError when the networks do not fit.
     """
     data = experiment.data
     _check_networks(experiment, ledger, None)
-    labelled, labelled_reused = _source("labelled", data.labelled, data, root, ledger, None)
-    _, labelled_set = labelled.open(root)
-    if len(labelled_set.classes) < 2:
-        raise DataError(f"data.labelled: {data.labelled}: has {len(labelled_set.classes)} class; at least 2 are needed")
-    _check_networks(experiment, ledger, len(labelled_set.classes))
-    heldout, heldout_reused = _source("heldout", data.heldout, data, root, ledger, labelled_set.classes)
-    _, heldout_set = heldout.open(root)
-    if heldout_set.classes != labelled_set.classes:
-        raise DataError(
-            f"data.heldout: {data.heldout}: its classes {_few(heldout_set.classes)} are not those of data.labelled, "
-            f"{_few(labelled_set.classes)}; import it with the same classes in the same order"
-        )
-    pool, pool_reused = _source("pool", data.pool, data, root, ledger, None)
+    finder = _Finder(data, root, ledger)
+    labelled = finder.find("data.labelled", data.labelled, "labelled")
+    classes = labelled.open(root)[1].classes
+    if len(classes) < 2:
+        raise DataError(f"data.labelled: {data.labelled}: has {len(classes)} class; at least 2 are needed")
+    _check_networks(experiment, ledger, len(classes))
+    heldout = finder.evaluation("data.heldout", data.heldout, classes)
+    test = finder.evaluation("data.test", data.test, classes) if data.test is not None else None
+    pool = finder.find("data.pool", data.pool, "pool")
+    sets = {
+        name: finder.subset(f"evaluation.sets.{name}", asked, classes)
+        for name, asked in experiment.evaluation.sets.items()
+        if asked.kind == "images"
+    }
     if heldout.dataset == labelled.dataset:
         raise DataError(f"data.heldout: {data.heldout}: is the same as data.labelled; hold out images that are not trained on")
-    prepared = Prepared(labelled=labelled, pool=pool, heldout=heldout)
+    for field, other in (("data.labelled", labelled), ("data.heldout", heldout)):
+        if test and test.dataset == other.dataset:
+            raise DataError(
+                f"data.test: {data.test}: is the same as {field}; name images that nothing is trained on or decided by, or "
+                "leave it out"
+            )
+    prepared = Prepared(labelled=labelled, pool=pool, heldout=heldout, test=test, sets=sets)
+    for name, source in prepared.evaluation.items():
+        folder, dataset = source.open(root)
+        if dataset.role != "evaluation":
+            # The leak guard keeps the pool clear of evaluation sets only.
+            raise DataError(f"{name}: {folder.uri}: has the role {dataset.role}; import it with --role evaluation")
     left_out, checked = _leak_guard(prepared, data, root, ledger)
-    reused = labelled_reused and heldout_reused and pool_reused and checked
-    return prepared.model_copy(update={"left_out": left_out}), reused
+    return prepared.model_copy(update={"left_out": left_out}), finder.reused and checked
 
 
 def _leak_guard(prepared: Prepared, data: DataConfig, root: Store, ledger: Ledger) -> tuple[LeftOut | None, bool]:
-    """Looks for held-out images elsewhere. Returns what is to be left out of the pool, and whether that was known."""
+    """Looks for images of evaluation sets elsewhere. Returns what is to be left out of the pool, and whether that was known."""
     if data.leak_guard == "off":
         return None, True
+    named = {"labelled": prepared.labelled, "pool": prepared.pool} | prepared.evaluation
     inputs: dict[str, object] = {
         "code": code_digest(*CHECK),
         "bits": data.near_duplicate_bits,
-        **{part: source.dataset for part, source in prepared.parts.items()},
+        **{name: source.dataset for name, source in named.items()},
     }
     target = f"store/checks/{short(ledger.key('check', inputs))}"
 
     def work() -> dict[str, str]:
-        datasets = [Checked(part, *source.open(root)) for part, source in prepared.parts.items()]
+        datasets = [Checked(name, *source.open(root)) for name, source in named.items()]
         check(datasets, root.at(target), root.at("store/fingerprints"), bits=data.near_duplicate_bits)
         return {"check": f"{target}/{CHECK_MANIFEST}"}
 
     _, reused = ledger.once("check", inputs, work)
     report = CheckReport.read(root, f"{target}/{CHECK_MANIFEST}")
-    trained = report.between("labelled", "heldout")
-    if trained.same + trained.near:
-        log.get().warning(
-            "held-out images are also trained on, so their accuracy says too much",
-            same=trained.same,
-            near=trained.near,
-            list=f"{root.uri}/{target}/{DUPLICATES}",
-        )
+    for name in prepared.evaluation:
+        trained = report.between("labelled", name)
+        if trained.same + trained.near:
+            log.get().warning(
+                "held-out images are also trained on, so their accuracy says too much",
+                set=name,
+                same=trained.same,
+                near=trained.near,
+                list=f"{root.uri}/{target}/{DUPLICATES}",
+            )
+    if prepared.test:
+        shared = report.between("test", "heldout")
+        if shared.same + shared.near:
+            log.get().warning(
+                "images that decide are also in the test, so what is reported says a little too much",
+                same=shared.same,
+                near=shared.near,
+                list=f"{root.uri}/{target}/{DUPLICATES}",
+            )
     if not report.left_out or data.leak_guard == "report":
         return None, reused
     log.get().warning(
-        "images of the pool are also held out, and get no label", images=report.left_out, list=f"{root.uri}/{target}/{LEFT_OUT}"
+        "images of the pool are also in evaluation sets, and get no label",
+        images=report.left_out,
+        list=f"{root.uri}/{target}/{LEFT_OUT}",
     )
     return LeftOut(ref=target, report=report.digest), reused
 
@@ -110,65 +135,88 @@ def _check_networks(experiment: Experiment, ledger: Ledger, classes: int | None)
     ledger.once("check-networks", inputs, work)
 
 
-def _source(
-    part: Part, place: str, data: DataConfig, root: Store, ledger: Ledger, classes: tuple[str, ...] | None
-) -> tuple[Source, bool]:
-    """Finds or imports one part."""
-    if place.startswith(DIGITS):
-        inputs: dict[str, object] = {"source": place, "code": code_digest(*IMPORT)}
-    elif (folder := open_store(place)).exists(MANIFEST):
-        return Source(ref=folder.uri, dataset=Dataset.load(folder).digest), True
-    else:
-        return _imported(part, place, data, root, ledger, classes)
-    return _once(inputs, root, ledger, lambda folder: _write_digits(part, place, folder))
+class _Finder:
+    """Finds or imports what fields of the experiment name."""
 
+    def __init__(self, data: DataConfig, root: Store, ledger: Ledger) -> None:
+        self._data, self._root, self._ledger = data, root, ledger
+        self.reused = True
+        """Whether nothing had to be imported so far."""
 
-def _imported(
-    part: Part, place: str, data: DataConfig, root: Store, ledger: Ledger, classes: tuple[str, ...] | None
-) -> tuple[Source, bool]:
-    limits = Limits(
-        max_rejected_share=data.max_rejected_share,
-        shard_samples=data.shard_samples,
-        shard_mib=data.shard_mib,
-        max_side=data.max_side,
-    )
-    try:
-        with listed(place, ROLES[part]) as listing:
-            inputs: dict[str, object] = {
-                "source": listing.digest(),
-                "role": ROLES[part],
-                "classes": classes,
-                "limits": limits.identity(),
-                "code": code_digest(*IMPORT),
-            }
+    def evaluation(self, field: str, place: str, classes: tuple[str, ...]) -> Source:
+        """Images of the classes that are trained on."""
+        source = self.find(field, place, "heldout", classes)
+        found = source.open(self._root)[1].classes
+        if found != classes:
+            raise DataError(
+                f"{field}: {place}: its classes {_few(found)} are not those of data.labelled, "
+                f"{_few(classes)}; import it with the same classes in the same order"
+            )
+        return source
 
-            def work(folder: Store) -> None:
-                import_listing(
-                    listing, place, folder, name=source_name(place), role=ROLES[part], limits=limits, classes=classes
+    def subset(self, field: str, asked: EvaluationSet, classes: tuple[str, ...]) -> Source:
+        """Images of some of the classes that are trained on, by their names."""
+        source = self.find(f"{field}.place", asked.place, "heldout")
+        chosen = () if isinstance(asked.classes, str) else asked.classes
+        for name, names in (("place", source.open(self._root)[1].classes), ("classes", chosen)):
+            unknown = tuple(one for one in names if one not in set(classes))
+            if unknown:
+                raise DataError(
+                    f"{field}.{name}: {asked.place}: {_few(unknown)} are no classes of data.labelled, {_few(classes)}; "
+                    "name its classes as they are named there"
                 )
+        return source
 
-            return _once(inputs, root, ledger, work)
-    except DataError as error:
-        raise DataError(f"data.{part}: {error}") from error
+    def find(self, field: str, place: str, part: Part, classes: tuple[str, ...] | None = None) -> Source:
+        if place.startswith(DIGITS):
+            inputs: dict[str, object] = {"source": place, "code": code_digest(*IMPORT)}
+            return self._once(inputs, lambda folder: _write_digits(field, place, folder))
+        if (folder := open_store(place)).exists(MANIFEST):
+            return Source(ref=folder.uri, dataset=Dataset.load(folder).digest)
+        return self._imported(field, place, ROLES[part], classes)
+
+    def _imported(self, field: str, place: str, role: Role, classes: tuple[str, ...] | None) -> Source:
+        limits = Limits(
+            max_rejected_share=self._data.max_rejected_share,
+            shard_samples=self._data.shard_samples,
+            shard_mib=self._data.shard_mib,
+            max_side=self._data.max_side,
+        )
+        try:
+            with listed(place, role) as listing:
+                inputs: dict[str, object] = {
+                    "source": listing.digest(),
+                    "role": role,
+                    "classes": classes,
+                    "limits": limits.identity(),
+                    "code": code_digest(*IMPORT),
+                }
+
+                def work(folder: Store) -> None:
+                    import_listing(listing, place, folder, name=source_name(place), role=role, limits=limits, classes=classes)
+
+                return self._once(inputs, work)
+        except DataError as error:
+            raise DataError(f"{field}: {error}") from error
+
+    def _once(self, inputs: dict[str, object], work: Callable[[Store], object]) -> Source:
+        target = f"store/datasets/{short(self._ledger.key('import', inputs))}"
+
+        def make() -> dict[str, str]:
+            work(self._root.at(target))
+            return {"dataset": f"{target}/{MANIFEST}"}
+
+        _, reused = self._ledger.once("import", inputs, make)
+        self.reused &= reused
+        return Source(ref=target, dataset=Dataset.load(self._root.at(target)).digest)
 
 
-def _once(inputs: dict[str, object], root: Store, ledger: Ledger, work: Callable[[Store], object]) -> tuple[Source, bool]:
-    target = f"store/datasets/{short(ledger.key('import', inputs))}"
-
-    def make() -> dict[str, str]:
-        work(root.at(target))
-        return {"dataset": f"{target}/{MANIFEST}"}
-
-    _, reused = ledger.once("import", inputs, make)
-    return Source(ref=target, dataset=Dataset.load(root.at(target)).digest), reused
-
-
-def _write_digits(part: Part, place: str, folder: Store) -> None:
+def _write_digits(field: str, place: str, folder: Store) -> None:
     from ns.data.digits import write_digits
 
     name = place.removeprefix(DIGITS)
     if name not in ("labelled", "pool", "heldout"):
-        raise DataError(f"data.{part}: {place}: no such part; there are digits:labelled, digits:pool, digits:heldout")
+        raise DataError(f"{field}: {place}: no such part; there are digits:labelled, digits:pool, digits:heldout")
     write_digits(name, folder)  # type: ignore[arg-type]
 
 

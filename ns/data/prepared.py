@@ -1,6 +1,8 @@
-"""Prepared data: the three datasets of an experiment, found or imported, with their identities."""
+"""Prepared data: the datasets of an experiment, found or imported, with their identities."""
 
 from typing import Any, Literal
+
+from pydantic import Field
 
 from ns.data.dataset import Dataset, Role
 from ns.document import Document, Identified
@@ -9,8 +11,8 @@ from ns.store import Store
 
 MANIFEST = "prepared.json"
 
-Part = Literal["labelled", "pool", "heldout"]
-ROLES: dict[Part, Role] = {"labelled": "labelled", "pool": "unlabelled", "heldout": "evaluation"}
+Part = Literal["labelled", "pool", "heldout", "test"]
+ROLES: dict[Part, Role] = {"labelled": "labelled", "pool": "unlabelled", "heldout": "evaluation", "test": "evaluation"}
 
 
 class Source(Document):
@@ -34,7 +36,7 @@ class Source(Document):
 
 
 class LeftOut(Document):
-    """Images of the pool that are also in the held-out set."""
+    """Images of the pool that are also in an evaluation set."""
 
     ref: str
     """Key of the folder of the check that found them, below the root."""
@@ -46,13 +48,31 @@ class Prepared(Identified):
     labelled: Source
     pool: Source
     heldout: Source
+    test: Source | None = None
+    """Images that are only reported."""
+    sets: dict[str, Source] = Field(default_factory=dict)
+    """Further evaluation sets, by name."""
     left_out: LeftOut | None = None
     """Images that get no pseudo-label; None if there are none."""
 
     def identity(self) -> Any:
-        datasets = {part: source.dataset for part, source in self.parts.items()}
+        datasets: dict[str, Any] = {part: source.dataset for part, source in self.parts.items()}
+        if self.sets:
+            datasets["sets"] = {name: source.dataset for name, source in self.sets.items()}
         return datasets | ({"left_out": self.left_out.report} if self.left_out else {})
 
     @property
     def parts(self) -> dict[Part, Source]:
-        return {"labelled": self.labelled, "pool": self.pool, "heldout": self.heldout}
+        parts: dict[Part, Source] = {"labelled": self.labelled, "pool": self.pool, "heldout": self.heldout}
+        return parts | ({"test": self.test} if self.test else {})
+
+    @property
+    def evaluation(self) -> dict[str, Source]:
+        """All sets that models are evaluated on, as the notes of a run name them: `heldout`, `test`, `set:NAME`."""
+        tests = {"heldout": self.heldout} | ({"test": self.test} if self.test else {})
+        return tests | {f"set:{name}": source for name, source in self.sets.items()}
+
+    @property
+    def reported(self) -> Source:
+        """What robustness is measured on: the images that are only reported, where there are such."""
+        return self.test or self.heldout

@@ -124,6 +124,48 @@ def test_held_out_images_in_the_pool_are_left_out_by_default(tmp_path, places):
     assert again == prepared
 
 
+def test_images_of_the_test_and_of_further_sets_are_left_out_of_the_pool_too(tmp_path, places):
+    fill(tmp_path / "test", ["cat", "dog"], seed=3)
+    fill(tmp_path / "hard", ["cat", "dog"], seed=4)
+    for name in ("test", "hard"):
+        path = next((tmp_path / name / "dog").iterdir())
+        (tmp_path / "pool" / "any" / f"copy-{name}.png").write_bytes(path.read_bytes())
+    data = {**places, "test": str(tmp_path / "test")}
+    hard = {"sets": {"hard": {"place": str(tmp_path / "hard"), "classes": "own"}}}
+    (prepared, _), root = run(tmp_path, places, data=data, evaluation=hard)
+    assert list(prepared.evaluation) == ["heldout", "test", "set:hard"]
+    assert prepared.reported == prepared.test
+    assert prepared.sets["hard"].open(root)[1].classes == ("cat", "dog")
+    (rows,) = left_out(root.at(prepared.left_out.ref)).values()
+    assert sorted(reason.partition(": ")[0] for reason in rows.values()) == ["also in set:hard", "also in test"]
+    (without, _), _ = run(tmp_path, places)
+    assert without.left_out is None
+    assert without.digest != prepared.digest
+
+
+@pytest.mark.parametrize("other", ["labelled", "heldout"])
+def test_a_test_that_is_something_else_too_is_refused(tmp_path, places, other):
+    made = str(tmp_path / "made")
+    options = {"limits": Limits(0, 10, 1), "name": "l", "role": "evaluation"}
+    import_images(places[other], LocalStore(tmp_path / "made"), **options)
+    with pytest.raises(DataError, match=rf"data\.test: .* is the same as data\.{other}"):
+        run(tmp_path, places, data={**places, other: made, "test": made})
+
+
+def test_a_set_with_classes_that_nothing_learns_is_refused(tmp_path, places):
+    fill(tmp_path / "hard", ["dog", "emu"], seed=4)
+    hard = {"sets": {"hard": {"place": str(tmp_path / "hard")}}}
+    with pytest.raises(DataError, match=r"evaluation\.sets\.hard\.place: .*\(emu\) are no classes of data\.labelled"):
+        run(tmp_path, places, data=places, evaluation=hard)
+
+
+def test_an_evaluation_set_with_another_role_is_refused(tmp_path, places):
+    options = {"limits": Limits(0, 10, 1), "name": "l", "role": "labelled"}
+    import_images(places["heldout"], LocalStore(tmp_path / "made"), **options)
+    with pytest.raises(DataError, match=r"heldout: .*has the role labelled; import it with --role evaluation"):
+        run(tmp_path, {**places, "heldout": str(tmp_path / "made")})
+
+
 @pytest.mark.parametrize("guard", ["report", "off"])
 def test_the_leak_guard_can_be_told_to_leave_the_pool_alone(tmp_path, places, guard):
     copy_heldout(tmp_path)
