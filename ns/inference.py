@@ -1,7 +1,8 @@
 """Un-noised inference over shards: decode and crop in threads while the network works on the batch before."""
 
+import copy
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -19,6 +20,7 @@ from ns.data.augment import EVAL_MARGIN_PX, EvalTransform
 from ns.data.decode import Encoded, room
 from ns.data.images import ImageSource
 from ns.data.index import ShardIndex
+from ns.errors import DataError
 from ns.memory import keep_freed_memory
 from ns.precision import Mode, Workload, choose
 from ns.store import Store
@@ -72,15 +74,18 @@ class _Decoded(NamedTuple):
 class Predictor:
     """A model in evaluation mode at its test resolution: no augmentation, no dropout, no stochastic depth.
 
-    It runs in the precision that its card names. It is compiled if that makes the work on about `images` images shorter.
+    It runs in the precision that its card names. It is compiled if that makes the work on about `images` images shorter. With `scored`,
+    the answer is one of these classes: the outputs of all others are left out before the softmax, and get no probability.
     """
 
-    def __init__(self, folder: Store, *, batch: int, images: int = 0, views: Views = "one") -> None:
+    def __init__(
+        self, folder: Store, *, batch: int, images: int = 0, views: Views = "one", scored: Collection[str] | None = None
+    ) -> None:
         network, self.card = models.load(folder)
         self._device = models.best_device()
         if self._device.type == "cpu":
             keep_freed_memory()
-        self._network = network.to(self._device)
+        self._network = network.to(self._device).requires_grad_(False)
         named = self.card.model.inference_precision
         # A card that no training wrote names none.
         precision: Precision = "float32" if named == "auto" else named
@@ -97,7 +102,15 @@ class Predictor:
         self._pixels = self._resolution + margin
         self._windows = WINDOWS if margin else ((0.0, 0.0),)
         self._mirrored = views in ("flip", "ten")
-        self._batch = batch
+        self.batch = batch
+        # In the model's order, whatever order they were named in.
+        self.scored = None if scored is None else tuple(name for name in self.card.classes if name in set(scored))
+        self._masked: Tensor | None = None
+        if self.scored is not None:
+            if unknown := set(scored or ()) - set(self.card.classes):
+                raise DataError(f"{folder.uri}: class {min(unknown)!r} is none of the model's; name those that it has")
+            masked = [name not in self.scored for name in self.card.classes]
+            self._masked = torch.tensor(masked, device=self._device)
 
     def shard(
         self, source: ImageSource, shard: int, progress: log.Progress | None = None, skipped: Mapping[int, str] | None = None
@@ -132,15 +145,41 @@ class Predictor:
         found: npt.NDArray[np.float32] = network.forward_head(maps, pre_logits=True).float().cpu().numpy()
         return found
 
-    def images(self, blobs: Sequence[bytes]) -> tuple[npt.NDArray[np.float32], dict[int, str]]:
+    def images(
+        self, blobs: Sequence[Encoded | bytes], progress: log.Progress | None = None
+    ) -> tuple[npt.NDArray[np.float32], dict[int, str]]:
         """Probabilities [N, classes] of encoded images, and reasons for rows that are NaN."""
-        _, probabilities, errors = next(self._run(self._cut(iter(blobs), len(blobs), None), None))
+        _, probabilities, errors = next(self._run(self._cut(iter(blobs), len(blobs), None), progress))
         return probabilities, errors
+
+    def groups(self, blobs: Iterable[Sequence[Encoded | bytes]]) -> Iterator[npt.NDArray[np.float32]]:
+        """Probabilities [N, classes] of one group of encoded images after the other; the next ones are being decoded while the
+        network works on the last. Unreadable images are NaN."""
+        chunks = (chunk for group in blobs for chunk in self._cut(iter(group), len(group), None))
+        for _, probabilities, _ in self._run(chunks, None):
+            yield probabilities
+
+    def whole(self) -> "Predictor":
+        """The same model, fed with images that are resized as they are: they have been cropped before."""
+        other = copy.copy(self)
+        other._transform, other._pixels = EvalTransform(self._resolution, "none"), self._resolution
+        other._windows, other._mirrored = ((0.0, 0.0),), False
+        return other
+
+    def pixels(self, images: Sequence[Encoded | bytes]) -> Tensor:
+        """uint8 [N, resolution, resolution, 3] on the model's device: what it sees of encoded images, of unreadable ones black."""
+        return torch.from_numpy(self._decode(list(images)).images).to(self._device)
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        """float32 [N, classes] of images as `pixels` gives them, of any type: in float32, and differentiable in them."""
+        with torch.autocast(self._device.type, enabled=False):
+            found: Tensor = self._network(self._normalize(pixels))
+        return self._answers(found)
 
     def _cut(self, images: Iterator[Encoded | bytes], total: int, whole: Any) -> Iterator[_Chunk]:
         """A shard's images in batches, the last one smaller; of none, one that is empty."""
-        for start in range(0, max(1, total), self._batch):
-            stop = min(total, start + self._batch)
+        for start in range(0, max(1, total), self.batch):
+            stop = min(total, start + self.batch)
             yield _Chunk([image for _, image in zip(range(start, stop), images, strict=False)], start, total, whole)
 
     def _run(
@@ -184,9 +223,9 @@ class Predictor:
     @torch.inference_mode()
     def _forward(self, images: Tensor) -> npt.NDArray[np.float32]:
         count = len(images)
-        if self.mode.compiled and count < self._batch:
+        if self.mode.compiled and count < self.batch:
             # A batch of another size would be compiled anew.
-            images = F.pad(images, (0, 0) * 3 + (0, self._batch - count))
+            images = F.pad(images, (0, 0) * 3 + (0, self.batch - count))
         normalized = self._normalize(images.to(self._device, non_blocking=True))
         seen = [self._probabilities(view)[:count] for view in self._views(normalized)]
         probabilities = seen[0] if len(seen) == 1 else torch.stack(seen).mean(0)
@@ -208,5 +247,9 @@ class Predictor:
     def _probabilities(self, images: Tensor) -> Tensor:
         with self.mode.autocast(self._device):
             logits = self.forward_pass(images)
+        return self._answers(logits).softmax(1)
+
+    def _answers(self, logits: Tensor) -> Tensor:
         # Outputs beyond the classes (model.outputs) have no name and get no probability.
-        return logits.float()[:, : len(self.card.classes)].softmax(1)
+        answers = logits.float()[:, : len(self.card.classes)]
+        return answers if self._masked is None else answers.masked_fill(self._masked, float("-inf"))

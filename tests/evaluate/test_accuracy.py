@@ -1,11 +1,19 @@
+import json
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ns.data.images import ImageSource
 from ns.errors import DataError
-from ns.evaluate.accuracy import summarise, table_of
-from ns.evaluate.result import MANIFEST, Evaluation, read_predictions
+from ns.evaluate.accuracy import calibration, evaluate, summarise, table_of
+from ns.evaluate.multi_label import MultiLabels
+from ns.evaluate.result import MANIFEST, Evaluation, Subsample, read_predictions
+from ns.evaluate.subsample import drawn
+from ns.inference import Predictor
 from ns.store import LocalStore
 
 CLASSES = tuple(f"class {index}" for index in range(7))
@@ -50,3 +58,123 @@ def test_predictions_are_read_back_only_if_they_are_the_recorded_ones(tmp_path):
     folder.put("predictions.parquet", b"other")
     with pytest.raises(DataError, match="evaluate again"):
         read_predictions(folder, result)
+
+
+def test_calibration_is_that_worked_out_by_hand():
+    confidence = np.array([0.05, 0.5, 0.5, 0.95, 1.0, 1.0], np.float32)
+    right = np.array([True, True, False, True, True, False])
+    found = calibration(confidence, right)
+    assert len(found.bins) == 15
+    assert [one.images for one in found.bins if one.images] == [1, 2, 3]
+    last = found.bins[-1]
+    assert (last.images, last.accuracy) == (3, pytest.approx(2 / 3))
+    assert last.confidence == pytest.approx((0.95 + 1 + 1) / 3)
+    assert found.ece == pytest.approx((0.95 + 2 * 0 + abs(2.95 - 2)) / 6)
+
+
+def test_a_model_that_is_as_sure_as_it_is_right_is_calibrated():
+    rng = np.random.default_rng(0)
+    confidence = rng.random(200_000).astype(np.float32)
+    assert calibration(confidence, rng.random(200_000) < confidence).ece < 0.01
+    assert calibration(confidence, rng.random(200_000) < confidence**2).ece == pytest.approx(1 / 6, abs=0.01)
+
+
+def test_fewer_than_five_classes_are_all_among_the_best_five():
+    table = table_of(["a", "b"], np.array([0, 1]), np.array([[0.9, 0.1], [0.8, 0.2]], np.float32))
+    result = evaluation(table, classes=("x", "y"))
+    assert (result.top1, result.top5) == (0.5, 1.0)
+
+
+def test_an_evaluation_from_before_calibration_keeps_its_digest(tmp_path):
+    result = evaluation(table_of(["a"], np.array([0]), np.full((1, 7), 1 / 7, np.float32)))
+    old = result.model_copy(update={"calibration": None, "name": None})
+    assert "calibration" not in old.identity()
+    old.write(LocalStore(tmp_path), MANIFEST)
+    assert Evaluation.read(LocalStore(tmp_path), MANIFEST) == old
+
+
+def test_a_set_of_some_classes_is_scored_among_these_alone(tmp_path, model, labelled_images):
+    folder, data = labelled_images(tmp_path / "d", classes=("d", "b"), damaged=())
+    plain, masked = (Predictor(model, batch=8, scored=scored) for scored in (None, ["d", "b"]))
+    results = [evaluate(one, folder, data, LocalStore(tmp_path / str(number))) for number, one in enumerate((plain, masked))]
+    assert results[0].scored is None
+    assert results[1].scored == ("b", "d")
+    rows = read_predictions(LocalStore(tmp_path / "1"), results[1])
+    assert set(rows["predicted"].to_pylist()) <= {1, 3}
+    assert set(rows["label"].to_pylist()) == {1, 3}
+    # By hand: of the columns that belong to the classes, the softmax.
+    source = ImageSource(folder, data)
+    logits = plain.logits(plain.pixels(list(source.encoded(0))))[:, [1, 3]]
+    expected = logits.softmax(1).max(1)
+    assert rows["confidence"].to_numpy()[:10] == pytest.approx(expected.values.numpy(), rel=1e-4)
+    assert rows["predicted"].to_numpy()[:10].tolist() == [(1, 3)[place] for place in expected.indices.tolist()]
+    other_folder, other = labelled_images(tmp_path / "e", classes=("a", "b"), damaged=())
+    with pytest.raises(DataError, match=r"class 'a' .* is left out of the answers"):
+        evaluate(masked, other_folder, other, LocalStore(tmp_path / "f"))
+    with pytest.raises(DataError, match="class 'z' is none of the model's"):
+        Predictor(model, batch=8, scored=["z"])
+
+
+def test_classes_that_the_model_does_not_know_are_refused(tmp_path, model, labelled_images):
+    folder, data = labelled_images(tmp_path / "d", classes=("a", "emu"))
+    with pytest.raises(DataError, match=r"has class 'emu' .* that the model does not know"):
+        evaluate(Predictor(model, batch=8), folder, data, LocalStore(tmp_path / "e"))
+
+
+def test_a_subsample_is_the_same_images_whatever_the_shards(tmp_path, model, labelled_images):
+    wanted = Subsample(images=7, seed=3)
+    keys = []
+    for per_shard in (5, 24):
+        folder, data = labelled_images(tmp_path / f"d{per_shard}", per_shard=per_shard, damaged=())
+        out = LocalStore(tmp_path / f"e{per_shard}")
+        result = evaluate(Predictor(model, batch=8), folder, data, out, subsample=wanted)
+        assert (result.images, result.subsample) == (7, wanted)
+        rows = read_predictions(out, result)
+        whole = evaluate(Predictor(model, batch=8), folder, data, LocalStore(tmp_path / "w"))
+        every = {row["key"]: row for row in read_predictions(LocalStore(tmp_path / "w"), whole).to_pylist()}
+        for row in rows.to_pylist():
+            assert row["predicted"] == every[row["key"]]["predicted"]
+        keys.append(rows["key"].to_pylist())
+    assert keys[0] == keys[1]
+    # Evenly over the five classes: one of each, and two of two of them.
+    counts = np.bincount([int(key.removeprefix("image-")) % 5 for key in keys[0]], minlength=5)
+    assert sorted(counts.tolist()) == [1, 1, 1, 2, 2]
+
+
+def test_another_seed_draws_other_images_and_more_draw_the_same_ones_too(tmp_path, labelled_images):
+    folder, data = labelled_images(tmp_path / "d", count=100, damaged=())
+    source = ImageSource(folder, data, held=10)
+
+    def keys(images, seed):
+        rows = drawn(source, len(data.shards), 5, Subsample(images=images, seed=seed))
+        return {source.index(shard).keys[row] for shard, own in rows.items() for row in own}
+
+    assert keys(20, 0) != keys(20, 1)
+    assert keys(20, 0) < keys(60, 0)
+    assert len(keys(1000, 0)) == 100
+
+
+@pytest.mark.parametrize("form", ["object", "real", "parquet"])
+def test_an_answer_is_right_if_it_is_one_of_several_classes(tmp_path, form):
+    answers = {"ILSVRC2012_val_00000001": ["b"], "ILSVRC2012_val_00000002": [0, 2], "ILSVRC2012_val_00000003": []}
+    path = tmp_path / "labels"
+    if form == "object":
+        path.write_text(json.dumps(answers))
+    elif form == "real":
+        path.write_text(json.dumps([[1], [0, 2], []]))
+    else:
+        names = [["b"], ["a", "c"], []]
+        pq.write_table(pa.table({"key": list(answers), "labels": pa.array(names, pa.list_(pa.string()))}), path)
+    labels = MultiLabels.read(str(path), ("a", "b", "c"))
+    keys = [f"val/{key}" for key in answers]
+    assert labels.score([*keys, "unknown"], np.array([1, 2, 0, 0])) == (1.0, 2)
+    assert labels.score(keys, np.array([0, 0, 0])) == (0.5, 2)
+    assert labels.score(["unknown"], np.array([0])) == (0.0, 0)
+
+
+@pytest.mark.parametrize("text", ["3", "{", '{"a": ["x"]}', '{"a": 1}', "[[7]]", '{"a": [true]}'])
+def test_files_that_are_no_labels_are_refused(tmp_path, text):
+    path = tmp_path / "labels.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match=r"labels\.json: "):
+        MultiLabels.read(str(path), ("a", "b", "c"))

@@ -1,0 +1,71 @@
+"""Attacks: the change of an image, too small to see, that misleads the network most (`noisy_student.md` §6.5).
+
+FGSM (arXiv:1412.6572) is one step along the sign of the loss's gradient, PGD (arXiv:1706.06083) many small ones from a random start,
+each brought back to within epsilon of the image. Sizes are in units of pixel values, 0–255. All in float32.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Logits = Callable[[Tensor], Tensor]
+"""Images, float32 [N, H, W, 3] in 0–255 → logits float32 [N, classes]."""
+
+
+@dataclass(frozen=True)
+class AttackPlan:
+    """What is done to each image."""
+
+    name: Literal["fgsm", "pgd"]
+    epsilon: float
+    steps: int
+    step_size: float
+
+    @classmethod
+    def fgsm(cls, epsilon: float) -> "AttackPlan":
+        return cls("fgsm", epsilon, 1, epsilon)
+
+    @classmethod
+    def pgd(cls, epsilon: float, steps: int, step_size: float | None = None) -> "AttackPlan":
+        """Without a step size, steps of 2.5 · epsilon / steps: they reach any place within epsilon from any start."""
+        return cls("pgd", epsilon, steps, step_size or 2.5 * epsilon / steps)
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.epsilon:g}" + (f"-{self.steps}x{self.step_size:g}" if self.name == "pgd" else "")
+
+
+def attack(logits: Logits, images: Tensor, labels: Tensor, plan: AttackPlan, keys: Sequence[str], seed: int) -> Tensor:
+    """The images, misleading. uint8 [N, H, W, 3] and int64 [N] on one device → float32 [N, H, W, 3], in 0–255, within
+    `plan.epsilon` of the images.
+
+    The loss is the cross-entropy of the right class; `logits` must be differentiable in the images. PGD starts at a place within epsilon
+    that follows from seed and key: it does not depend on what else is in the batch.
+    """
+    clean = images.float()
+    low, high = (clean - plan.epsilon).clamp_(min=0), (clean + plan.epsilon).clamp_(max=255)
+    changed = clean
+    if plan.name == "pgd":
+        changed = (clean + _starts(images, plan, keys, seed)).clamp_(0, 255)
+    for _ in range(plan.steps):
+        changed = changed.detach().requires_grad_()
+        with torch.enable_grad():
+            # A sum, so that no image's gradient depends on how many there are.
+            loss = F.cross_entropy(logits(changed), labels, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, changed)
+        changed = torch.minimum(torch.maximum(changed.detach() + plan.step_size * gradient.sign(), low), high)
+    return changed.detach()
+
+
+def _starts(images: Tensor, plan: AttackPlan, keys: Sequence[str], seed: int) -> Tensor:
+    shape = tuple(images.shape[1:])
+    starts = np.empty((len(keys), *shape), np.float32)
+    for row, key in enumerate(keys):
+        entropy = int.from_bytes(hashlib.blake2b(f"{seed}/{plan}/{key}".encode(), digest_size=16).digest())
+        starts[row] = np.random.default_rng(entropy).random(shape, np.float32)
+    return torch.from_numpy(starts).to(images.device) * (2 * plan.epsilon) - plan.epsilon
