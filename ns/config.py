@@ -427,6 +427,9 @@ class EvaluationConfig(Section):
     pgd_step_size: Pixels | None = None
     """Of 255; 2.5 · pgd_epsilon / steps if not given (arXiv:1706.06083), which can reach the edge and come back."""
 
+    keep_gib: float = Field(default=8, ge=0)
+    """Corrupted images are kept in the store for the next model, if those of a set are no more than this. Changes no result."""
+
     @field_validator("suites", "corruptions", "severities", "perturbations", "fgsm_epsilons", "pgd_steps")
     @classmethod
     def _each_once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -75,4 +75,21 @@ TRAINING = (
     "label/targets.py",
 )
 INFERENCE = (*READING, "inference.py", "precision.py")
+EVALUATION = (
+    *INFERENCE,
+    "evaluate/accuracy.py",
+    "evaluate/multi_label.py",
+    "evaluate/result.py",
+    "evaluate/subsample.py",
+)
+ROBUSTNESS = (
+    *EVALUATION,
+    "evaluate/attacks.py",
+    "evaluate/corruptions.py",
+    "evaluate/distort.py",
+    "evaluate/perturbations.py",
+    "evaluate/robustness.py",
+    "evaluate/suite.py",
+)
+DISTORTING = ("data/decode.py", "evaluate/corruptions.py", "evaluate/distort.py")
 LABELLING = (*INFERENCE, "label/predict.py", "label/labelset.py")

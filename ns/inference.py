@@ -25,6 +25,9 @@ from ns.memory import keep_freed_memory
 from ns.precision import Mode, Workload, choose
 from ns.store import Store
 
+Picture = Encoded | bytes | npt.NDArray[np.uint8]
+"""An image to be looked at: encoded, or uint8 [H, W, 3]."""
+
 DECODE_THREADS = 4
 """Decoders release the interpreter lock; more threads than this wait for memory, not for each other."""
 
@@ -58,7 +61,7 @@ def inference_workload(network: nn.Module, model: ModelConfig, batch: int) -> Wo
 class _Chunk(NamedTuple):
     """Images of a shard that make a batch."""
 
-    images: list[Encoded | bytes]
+    images: list[Picture]
     start: int
     """Row of the first one."""
     total: int
@@ -137,7 +140,7 @@ class Predictor:
             yield Predictions(index, probabilities, {**errors, **skipped})
 
     @torch.inference_mode()
-    def features(self, images: Sequence[Encoded | bytes]) -> npt.NDArray[np.float32]:
+    def features(self, images: Sequence[Picture]) -> npt.NDArray[np.float32]:
         """float32 [N, D]: what the classifier sees of each image; of unreadable ones, what it sees of a black one."""
         pixels = torch.from_numpy(self._decode(list(images)).images)
         network: Any = self._network
@@ -146,14 +149,14 @@ class Predictor:
         return found
 
     def images(
-        self, blobs: Sequence[Encoded | bytes], progress: log.Progress | None = None
+        self, blobs: Sequence[Picture], progress: log.Progress | None = None
     ) -> tuple[npt.NDArray[np.float32], dict[int, str]]:
-        """Probabilities [N, classes] of encoded images, and reasons for rows that are NaN."""
+        """Probabilities [N, classes] of images, and reasons for rows that are NaN."""
         _, probabilities, errors = next(self._run(self._cut(iter(blobs), len(blobs), None), progress))
         return probabilities, errors
 
-    def groups(self, blobs: Iterable[Sequence[Encoded | bytes]]) -> Iterator[npt.NDArray[np.float32]]:
-        """Probabilities [N, classes] of one group of encoded images after the other; the next ones are being decoded while the
+    def groups(self, blobs: Iterable[Sequence[Picture]]) -> Iterator[npt.NDArray[np.float32]]:
+        """Probabilities [N, classes] of one group of images after the other; the next ones are being decoded while the
         network works on the last. Unreadable images are NaN."""
         chunks = (chunk for group in blobs for chunk in self._cut(iter(group), len(group), None))
         for _, probabilities, _ in self._run(chunks, None):
@@ -166,8 +169,8 @@ class Predictor:
         other._windows, other._mirrored = ((0.0, 0.0),), False
         return other
 
-    def pixels(self, images: Sequence[Encoded | bytes]) -> Tensor:
-        """uint8 [N, resolution, resolution, 3] on the model's device: what it sees of encoded images, of unreadable ones black."""
+    def pixels(self, images: Sequence[Picture]) -> Tensor:
+        """uint8 [N, resolution, resolution, 3] on the model's device: what it sees of images, of unreadable ones black."""
         return torch.from_numpy(self._decode(list(images)).images).to(self._device)
 
     def logits(self, pixels: Tensor) -> Tensor:
@@ -176,7 +179,7 @@ class Predictor:
             found: Tensor = self._network(self._normalize(pixels))
         return self._answers(found)
 
-    def _cut(self, images: Iterator[Encoded | bytes], total: int, whole: Any) -> Iterator[_Chunk]:
+    def _cut(self, images: Iterator[Picture], total: int, whole: Any) -> Iterator[_Chunk]:
         """A shard's images in batches, the last one smaller; of none, one that is empty."""
         for start in range(0, max(1, total), self.batch):
             stop = min(total, start + self.batch)
@@ -215,7 +218,7 @@ class Predictor:
                 if chunk.start + count == chunk.total:
                     yield chunk.whole, probabilities, errors
 
-    def _decode(self, chunk: list[Encoded | bytes]) -> _Decoded:
+    def _decode(self, chunk: list[Picture]) -> _Decoded:
         # Unreadable images stay as black ones: batches, and so results, do not depend on which images are damaged.
         images = room(len(chunk), self._pixels)
         return _Decoded(images, self._transform.batch(chunk, images))

@@ -15,9 +15,10 @@ from datetime import UTC, datetime
 from typing import Literal, NamedTuple
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from ns import config
+from ns.card import MANIFEST as CARD
 from ns.config import Experiment, SelectionConfig
 from ns.data.dataset import Dataset
 from ns.data.prepared import Prepared
@@ -26,7 +27,8 @@ from ns.document import Document
 from ns.errors import DataError, RunError, StoreError
 from ns.evaluate.gate import Verdict
 from ns.evaluate.result import MANIFEST as EVALUATION
-from ns.evaluate.result import Evaluation, read_predictions
+from ns.evaluate.result import Evaluation, Robustness, read_predictions
+from ns.evaluate.scores import Scores, scores
 from ns.label.calibration import Calibration, calibrate
 from ns.label.diff import Side
 from ns.label.labelset import MANIFEST as LABEL_SET
@@ -96,6 +98,26 @@ class Generation(BaseModel):
     """Work in this generation; parallel tasks add up."""
 
 
+class Measures(BaseModel):
+    """What the evaluation of one model found, on whatever the experiment asked for."""
+
+    model_config = ConfigDict(frozen=True)
+
+    generation: int
+    top1: float
+    """Of the held-out images, which decide."""
+    ece: float | None
+    """Calibration error on them."""
+    test_top1: float | None
+    """Of the images that are only reported."""
+    sets: dict[str, float]
+    """Further evaluation sets: name → top-1."""
+    scores: Scores | None
+    """Of corruptions and perturbations; relative to the first teacher where not to AlexNet."""
+    attacks: dict[str, float]
+    """`fgsm-8`, `pgd-16-10` (epsilon, steps) → top-1 that is left."""
+
+
 class Summary(BaseModel):
     """A run at a glance: what `ns runs show --json` prints."""
 
@@ -110,6 +132,8 @@ class Summary(BaseModel):
     teacher_top1: float | None
     """Of the first teacher, once it is evaluated."""
     generations: list[Generation]
+    measures: list[Measures] = Field(default_factory=list)
+    """Of each evaluated model, the first teacher's first."""
     best_model: str | None
     """The last accepted model, as a key below the root."""
     best_top1: float | None
@@ -228,6 +252,16 @@ def find(root: Store, run: str = "latest") -> str:
     return matching[0]
 
 
+def model_place(root: Store, name: str) -> str:
+    """A model's folder or URI as it is; of a run's name, the place of its best model. Raises RunError if there is none."""
+    if open_store(name).exists(CARD):
+        return name
+    best = summarise(root, find(root, name)).best_model
+    if best is None:
+        raise RunError(f"run {name}: has no model yet; `ns run --resume` continues it")
+    return root.at(best).uri
+
+
 def summarise(root: Store, run: str) -> Summary:
     """Reads a run's notes and what they point to."""
     folder = root.at(run)
@@ -255,6 +289,7 @@ def summarise(root: Store, run: str) -> Summary:
         finished_at=record.finished_at,
         teacher_top1=teacher_top1,
         generations=generations,
+        measures=_measures(root, steps),
         best_model=best_model,
         best_top1=best_top1,
         label_sets=[generation.label_set for generation in generations],
@@ -301,7 +336,7 @@ def calibration(root: Store, found: Labels, policy: SelectionConfig) -> Calibrat
     for key in root.list("store/evaluations/"):
         if key.endswith(f"/{EVALUATION}"):
             evaluation = Evaluation.read(root, key)
-            if (evaluation.model, evaluation.dataset) == (found.label_set.teacher, heldout):
+            if (evaluation.model, evaluation.dataset, evaluation.scored) == (found.label_set.teacher, heldout, None):
                 return calibrated(root.at(key.removesuffix(f"/{EVALUATION}")), evaluation, policy)
     raise RunError(
         f"{found.folder.uri}: selection.precision needs the teacher's evaluation on held-out images, which only a run has; "
@@ -382,11 +417,34 @@ def _generation(root: Store, steps: list[Note], gate: Note) -> Generation:
     )
 
 
+def _measures(root: Store, steps: list[Note]) -> list[Measures]:
+    found = []
+    reference: Robustness | None = None
+    for note in (note for note in steps if note.step == "evaluate"):
+        outputs = note.outputs
+        heldout = Evaluation.read(root, outputs["evaluation"])
+        robustness = Robustness.read(root, outputs["robustness"]) if "robustness" in outputs else None
+        reference = reference or robustness
+        sets = {name: key for name, key in outputs.items() if name.startswith("set:") and key.endswith(f"/{EVALUATION}")}
+        found.append(
+            Measures(
+                generation=note.generation,
+                top1=heldout.top1,
+                ece=heldout.calibration.ece if heldout.calibration else None,
+                test_top1=Evaluation.read(root, outputs["test"]).top1 if "test" in outputs else None,
+                sets={name.removeprefix("set:"): Evaluation.read(root, key).top1 for name, key in sets.items()},
+                scores=scores(robustness, reference) if robustness else None,
+                attacks={str(one): one.top1 for one in robustness.attacks} if robustness else {},
+            )
+        )
+    return found
+
+
 def _digest(experiment: Experiment) -> str:
     # Where versions are kept may change, and be given later, within one run.
     document = experiment.model_dump(mode="json", exclude={"registry", "evaluation"})
     # An experiment that does not use these is the one it was before they existed, under the same digest and name.
-    if asked := experiment.evaluation.model_dump(mode="json", exclude_defaults=True):
+    if asked := experiment.evaluation.model_dump(mode="json", exclude_defaults=True, exclude={"keep_gib"}):
         document["evaluation"] = asked
     if experiment.data.test is None:
         del document["data"]["test"]

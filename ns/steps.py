@@ -17,18 +17,19 @@ from typing import TYPE_CHECKING, Any
 from ns import config, log, runs
 from ns.card import FINETUNED, ModelCard, weights_digest
 from ns.card import MANIFEST as CARD
-from ns.config import Experiment, RoleConfig
+from ns.config import EvaluationSet, Experiment, RoleConfig
 from ns.data.check import left_out
 from ns.data.dataset import Shard
 from ns.data.index import ShardIndex
 from ns.data.keys import read_keys
 from ns.data.prepared import MANIFEST as PREPARED
-from ns.data.prepared import Prepared
-from ns.digest import INFERENCE, LABELLING, TRAINING, code_digest, digest, short
+from ns.data.prepared import Prepared, Source
+from ns.digest import DISTORTING, EVALUATION, LABELLING, ROBUSTNESS, TRAINING, code_digest, digest, sha256_bytes, short
 from ns.errors import DataError, Interrupted, NsError, TrainingError
 from ns.evaluate import gate as gates
-from ns.evaluate.result import MANIFEST as EVALUATION
-from ns.evaluate.result import Evaluation
+from ns.evaluate.result import MANIFEST as ACCURACY
+from ns.evaluate.result import ROBUSTNESS as ROBUST
+from ns.evaluate.result import Evaluation, Robustness
 from ns.label.audit import audits, deciding
 from ns.label.calibration import Calibration
 from ns.label.diff import compare
@@ -37,7 +38,7 @@ from ns.label.labelset import LabelShard, join, marker
 from ns.label.selection import MANIFEST as SELECTION
 from ns.label.selection import Selection, select_from
 from ns.ledger import Entry, Ledger
-from ns.store import Store, open_store
+from ns.store import Store, open_store, read_uri
 from ns.watch import die_with_client
 
 if TYPE_CHECKING:
@@ -99,19 +100,30 @@ def join_training(
 
 
 def evaluate(config_uri: str, root: str, run: str, data: str, generation: int, model: str) -> str:
-    """Evaluates a model on the held-out images, and its fine-tuned form if it has one. Returns the key of the model's
-    `evaluation.json`."""
+    """Evaluates a model on the held-out images, and on whatever else the experiment asks for; a fine-tuned form of it, if it has one,
+    on clean images only: corruptions are measured without it, as in the paper. Returns the key of the model's `evaluation.json`."""
     with _step("evaluate", generation, config_uri, root, run) as step:
-        entry, reused = _evaluate(step, data, model)
-        evaluation = Evaluation.read(step.root, entry.outputs["evaluation"])
-        outputs = dict(entry.outputs)
+        prepared, asked = Prepared.read(step.root, data), step.experiment.evaluation
+        entries: dict[str, tuple[Entry, bool]] = {"evaluation": _accuracy(step, prepared.heldout, model)}
+        if prepared.test:
+            entries["test"] = _accuracy(step, prepared.test, model)
         finetuned = f"{model}/{FINETUNED}"
         if step.root.exists(f"{finetuned}/{CARD}"):
-            other, _ = _evaluate(step, data, finetuned)
-            outputs["finetuned"] = other.outputs["evaluation"]
-            step.say(finetuned_top1=Evaluation.read(step.root, outputs["finetuned"]).top1)
-        step.done(outputs, reused=reused, seconds=entry.seconds, top1=evaluation.top1, images=evaluation.images)
-        return entry.outputs["evaluation"]
+            entries["finetuned"] = _accuracy(step, prepared.heldout, finetuned)
+            if prepared.test:
+                entries["finetuned_test"] = _accuracy(step, prepared.test, finetuned)
+        for name, source in prepared.sets.items():
+            entries[f"set:{name}"] = _accuracy(step, source, model, asked.sets[name])
+        if asked.robust:
+            entries["robustness"] = _robustness(step, prepared.reported, model)
+        outputs = {name: next(iter(entry.outputs.values())) for name, (entry, _) in entries.items()}
+        step.done(
+            outputs,
+            reused=all(reused for _, reused in entries.values()),
+            seconds=sum(entry.seconds for entry, _ in entries.values()),
+            **_numbers(step.root, outputs),
+        )
+        return outputs["evaluation"]
 
 
 def resolve(config_uri: str, root: str, run: str, data: str, generation: int, first_teacher: str) -> str:
@@ -404,29 +416,82 @@ def _step(
         logger.info("finished", seconds=round(time.monotonic() - step.started, 3), pid=os.getpid(), **step.facts)
 
 
-def _evaluate(step: _Step, data: str, model: str) -> tuple[Entry, bool]:
-    source = Prepared.read(step.root, data).heldout
-    inputs = {
-        "code": code_digest(*INFERENCE, "evaluate/accuracy.py", "evaluate/result.py"),
+def _accuracy(step: _Step, source: Source, model: str, options: EvaluationSet | None = None) -> tuple[Entry, bool]:
+    """A model's accuracy on a dataset."""
+    inputs: dict[str, Any] = {
+        "code": code_digest(*EVALUATION),
         "model": _model_digest(step.root, model),
         "dataset": source.dataset,
     }
+    if options and options.classes != "all":
+        inputs["scored"] = options.classes
+    if options and options.multi_label:
+        inputs["multi_label"] = sha256_bytes(read_uri(options.multi_label))
     target = f"store/evaluations/{short(step.ledger.key('evaluate', inputs))}"
 
     def work() -> Mapping[str, str]:
         from ns.evaluate.accuracy import evaluate
+        from ns.evaluate.multi_label import MultiLabels
         from ns.inference import Predictor
 
         folder, dataset = source.open(step.root)
-        predictor = Predictor(step.root.at(model), batch=step.experiment.labelling.batch, images=dataset.samples)
-        evaluate(predictor, folder, dataset, step.root.at(target))
-        return {"evaluation": f"{target}/{EVALUATION}"}
+        chosen = options.classes if options else "all"
+        scored = None if chosen == "all" else dataset.classes if chosen == "own" else chosen
+        batch = step.experiment.labelling.batch
+        predictor = Predictor(step.root.at(model), batch=batch, images=dataset.samples, scored=scored)
+        several = MultiLabels.read(options.multi_label, predictor.card.classes) if options and options.multi_label else None
+        evaluate(predictor, folder, dataset, step.root.at(target), multi_labels=several)
+        return {"evaluation": f"{target}/{ACCURACY}"}
 
     return step.ledger.once("evaluate", inputs, work)
 
 
+def _robustness(step: _Step, source: Source, model: str) -> tuple[Entry, bool]:
+    """What corruptions, perturbations and attacks leave of a model's accuracy on a dataset."""
+    from ns.evaluate import suite
+
+    config = step.experiment.evaluation
+    images = {"dataset": source.dataset, "images": config.images, "seed": config.seed}
+    predictions = {"code": code_digest(*ROBUSTNESS), "model": _model_digest(step.root, model), **images}
+    inputs = predictions | {"asked": suite.asked(config)}
+    target = f"store/robustness/{short(step.ledger.key('robustness', inputs))}"
+
+    def work() -> Mapping[str, str]:
+        from ns.inference import Predictor
+
+        folder, dataset = source.open(step.root)
+        passes = suite.passes(config) * min(dataset.samples, config.images or dataset.samples)
+        predictor = Predictor(step.root.at(model), batch=step.experiment.labelling.batch, images=passes)
+        units = step.root.at(f"store/robustness/units/{short(digest(predictions))}")
+        made = step.root.at(f"store/corrupted/{short(digest(images | {'code': code_digest(*DISTORTING)}))}")
+        suite.Suite(predictor, folder, dataset, config, units, made if config.keep_gib else None).run(step.root.at(target))
+        return {"robustness": f"{target}/{ROBUST}"}
+
+    return step.ledger.once("robustness", inputs, work)
+
+
+def _numbers(root: Store, outputs: Mapping[str, str]) -> dict[str, Any]:
+    """What the line says that announces an evaluation."""
+    heldout = Evaluation.read(root, outputs["evaluation"])
+    numbers: dict[str, Any] = {"top1": heldout.top1, "images": heldout.images}
+    for name in ("test", "finetuned"):
+        if name in outputs:
+            numbers[f"{name}_top1"] = Evaluation.read(root, outputs[name]).top1
+    if "robustness" in outputs:
+        robust = Robustness.read(root, outputs["robustness"])
+        if errors := robust.corruption_error():
+            numbers["corruption_error"] = sum(errors.values()) / len(errors)
+        if robust.perturbations:
+            flips = [one.flip_probability for one in robust.perturbations.values()]
+            numbers["flip_probability"] = sum(flips) / len(flips)
+        if robust.attacks:
+            numbers["attacked_top1"] = min(one.top1 for one in robust.attacks)
+    return numbers
+
+
 def _evaluation(step: _Step, data: str, model: str) -> tuple[Store, Evaluation]:
-    entry, _ = _evaluate(step, data, model)
+    """A model's evaluation on the held-out images."""
+    entry, _ = _accuracy(step, Prepared.read(step.root, data).heldout, model)
     key = entry.outputs["evaluation"]
     return step.root.at(key.rpartition("/")[0]), Evaluation.read(step.root, key)
 
@@ -436,7 +501,6 @@ def _calibration(step: _Step, data: str, teacher: str) -> Calibration | None:
     policy = step.experiment.selection
     if policy.precision is None:
         return None
-    _evaluate(step, data, teacher)
     return runs.calibrated(*_evaluation(step, data, teacher), policy)
 
 

@@ -13,6 +13,8 @@ from rich.table import Table
 from ns.data.check import CheckReport, class_counts
 from ns.data.dataset import Dataset
 from ns.digest import short
+from ns.evaluate.result import Evaluation, Robustness
+from ns.evaluate.scores import Scores
 from ns.label.audit import Audit
 from ns.label.diff import Diff
 from ns.label.labelset import BINS, LabelSet, read_histogram
@@ -36,6 +38,9 @@ TITLES = {
     "report": "report",
 }
 
+
+WORST_CLASSES = 5
+"""Shown of an evaluation; all are in evaluation.json."""
 
 WORK = ("", "network", "params", "MAC", "images", "time", "hours")
 NEEDS = ("", "mode", "steps", "images/s", "reads", "cores", "net/step", "checkpoint")
@@ -83,6 +88,13 @@ class RunView:
                     self._finish(step, event)
                 case "failed":
                     self._fail(step, event)
+                case "cost":
+                    self._say(
+                        "[dim]·[/]",
+                        _title(step),
+                        f"{event['forward_passes']:,} forward passes",
+                        f"~{duration(event['seconds'])}",
+                    )
                 case _ if event.get("level") == "warning":
                     self._warn(step, event)
 
@@ -156,6 +168,86 @@ def summary_table(summary: Summary) -> Table:
             duration(row.seconds),
         )
     return table
+
+
+def measures_table(summary: Summary) -> Table | None:
+    """What was measured of each model beside held-out accuracy, a model a column; None if that was all."""
+    asked = [one for one in summary.measures if one.test_top1 is not None or one.sets or one.scores or one.attacks]
+    if not asked:
+        return None
+    by = {one.scores.mce_relative_to or one.scores.mfr_relative_to for one in asked if one.scores} - {None}
+    relative = "AlexNet" if by == {"AlexNet"} else "the first teacher"
+    title = f"mCE, mFR: % of {relative}'s" if by else ""
+    table = _table(title, "", *(f"gen {one.generation}" for one in asked))
+
+    def row(name: str, values: list[float | None], form: str) -> None:
+        if any(value is not None for value in values):
+            table.add_row(name, *("" if value is None else format(value, form) for value in values))
+
+    row("test top-1", [one.test_top1 for one in asked], ".1%")
+    for name in dict.fromkeys(name for one in asked for name in one.sets):
+        row(f"{name} top-1", [one.sets.get(name) for one in asked], ".1%")
+    for name, field, form in (
+        ("error when corrupted", "corruption_error", ".1%"),
+        ("mCE", "mce", ".1f"),
+        ("flip probability", "flip_probability", ".2%"),
+        ("mFR", "mfr", ".1f"),
+    ):
+        row(name, [getattr(one.scores, field) if one.scores else None for one in asked], form)
+    for name in dict.fromkeys(name for one in asked for name in one.attacks):
+        row(f"{name.upper()} top-1", [one.attacks.get(name) for one in asked], ".1%")
+    return table
+
+
+def evaluation_tables(evaluation: Evaluation, robustness: Robustness | None, scored: Scores | None) -> list[Table]:
+    """Accuracy and its worst classes; what corruptions, perturbations and attacks leave."""
+    some = f", drawn from all with seed {evaluation.subsample.seed}" if evaluation.subsample else ""
+    title = f"{evaluation.name or short(evaluation.dataset)}: {evaluation.images:,} images{some}, {evaluation.unreadable:,} unreadable"
+    clean = _table(title, "accuracy", "")
+    clean.add_row("top-1", f"{evaluation.top1:.2%}")
+    clean.add_row("top-5", f"{evaluation.top5:.2%}")
+    if evaluation.multi_label_top1 is not None:
+        clean.add_row(f"any right class ({evaluation.multi_label_images:,} images)", f"{evaluation.multi_label_top1:.2%}")
+    if evaluation.calibration:
+        clean.add_row("calibration error (ECE)", f"{evaluation.calibration.ece:.2%}")
+    if evaluation.scored:
+        clean.add_row("answers chosen among", f"{len(evaluation.scored):,} classes")
+    known = [
+        (share, name) for share, name in zip(evaluation.class_accuracy, evaluation.classes, strict=True) if share is not None
+    ]
+    for share, name in sorted(known)[:WORST_CLASSES]:
+        clean.add_row(f"class {escape(name)}", f"{share:.1%}")
+    return [clean, *(robustness_tables(robustness, scored) if robustness and scored else [])]
+
+
+def robustness_tables(robustness: Robustness, scored: Scores) -> list[Table]:
+    """Raw numbers, and what they come to in comparison."""
+    tables = []
+    of = f"{robustness.images:,} images"
+    if robustness.corruptions:
+        score = "" if scored.mce is None else f"mCE {scored.mce:.1f} relative to {scored.mce_relative_to}, "
+        title = f"corruptions: {score}mean error {scored.corruption_error or 0:.1%}, {of}"
+        table = _table(title, "error at severity", *map(str, robustness.severities), "mean")
+        for kind, mean in robustness.corruption_error().items():
+            table.add_row(kind.replace("_", " "), *(f"{rate:.1%}" for rate in robustness.corruptions[kind]), f"{mean:.1%}")
+        tables.append(table)
+    if robustness.perturbations:
+        score = "" if scored.mfr is None else f"mFR {scored.mfr:.1f} relative to {scored.mfr_relative_to}, "
+        title = f"perturbations: {score}mean flip probability {scored.flip_probability or 0:.2%}, {of}"
+        table = _table(title, "along a sequence", "flip probability", "top-5 distance")
+        for kind, one in robustness.perturbations.items():
+            table.add_row(kind.replace("_", " "), f"{one.flip_probability:.2%}", f"{one.top5_distance:.3f}")
+        tables.append(table)
+    if robustness.attacks:
+        table = _table(f"attacks: {of}", "", "epsilon, of 255", "steps", "step size", "top-1")
+        clean = "" if robustness.top1 is None else f"{robustness.top1:.1%}"
+        table.add_row("none", "0", "", "", clean)
+        for attack in robustness.attacks:
+            table.add_row(
+                attack.name.upper(), f"{attack.epsilon:g}", str(attack.steps), f"{attack.step_size:.3g}", f"{attack.top1:.1%}"
+            )
+        tables.append(table)
+    return tables
 
 
 def runs_table(summaries: list[Summary]) -> Table:
@@ -341,7 +433,7 @@ def plan_tables(plan: Plan) -> list[Table]:
             duration(one.seconds),
             f"{one.device_hours:,.2f}" if one.device_hours < 100 else f"{one.device_hours:,.0f}",
         )
-        if one.task != "evaluate":
+        if one.task not in ("evaluate", "robustness"):
             needs.add_row(
                 name,
                 one.mode,
@@ -397,7 +489,8 @@ def _facts(event: Event) -> str:
         case "prepare-data":
             return f"{event['labelled']:,} labelled, {event['pool']:,} in the pool, {event['heldout']:,} held out"
         case "evaluate":
-            return f"top-1 {event['top1']:.1%} of {event['images']:,} images"
+            more = f", {event['corruption_error']:.1%} wrong when corrupted" if "corruption_error" in event else ""
+            return f"top-1 {event['top1']:.1%} of {event['images']:,} images{more}"
         case "label-shards":
             return f"{event['images']:,} images"
         case "commit-labels":

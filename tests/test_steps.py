@@ -1,7 +1,10 @@
 """The whole loop in one process, on a few digits: what each step leaves behind, and what it finds again."""
 
+import io
+
 import numpy as np
 import pytest
+from rich.console import Console
 
 from ns import config, lineage, runs, steps
 from ns.card import FINETUNED, ModelCard
@@ -9,13 +12,15 @@ from ns.card import MANIFEST as CARD
 from ns.config import LabellingConfig, RoleConfig, TrainConfig
 from ns.data.index import ShardIndex
 from ns.errors import ConfigError, DataError, Interrupted, TrainingError
-from ns.evaluate.result import Evaluation
+from ns.evaluate.result import Evaluation, Robustness
+from ns.evaluate.suite import Suite
 from ns.inference import Predictor
 from ns.label.labelset import all_rows, read_rows, verify
 from ns.label.purge import purge
 from ns.label.relabel import label_dataset
 from ns.label.selection import copies
 from ns.store import LocalStore
+from ns.terminal import measures_table
 from ns.train import training
 
 TINY = [
@@ -337,3 +342,65 @@ def test_another_model_labels_what_was_kept(done, tmp_path):
         label_dataset(store.at(labels.teacher).uri, pool.uri, str(tmp_path / "again"), LabellingConfig())
     with pytest.raises(ConfigError, match="a label set by itself has no selection"):
         label_dataset(model, pool.uri, str(tmp_path / "b"), LabellingConfig(), only=(labels.folder, labels.label_set, None))
+
+
+@pytest.fixture
+def robust(done, preset, picture, tmp_path):
+    """The finished run again, asked to evaluate on more."""
+
+    def classes(folder, names, seed):
+        for name in names:
+            (folder / name).mkdir(parents=True)
+            for number in range(3):
+                (folder / name / f"{number}.png").write_bytes(picture(seed + 100 * int(name) + number))
+        return str(folder)
+
+    store, _ = done
+    fields = [
+        f"data.test={classes(tmp_path / 'test', [str(n) for n in range(10)], 1)}",
+        f"evaluation.sets={{hard: {{place: {classes(tmp_path / 'hard', ['3', '7'], 5000)}, classes: own}}}}",
+        "evaluation.suites=[corruptions,perturbations,attacks]",
+        "evaluation.images=20",
+        "evaluation.corruptions=[contrast,pixelate]",
+        "evaluation.severities=[1,5]",
+        "evaluation.perturbations=[brightness]",
+        "evaluation.perturbation_frames=3",
+        "evaluation.pgd_steps=[2]",
+    ]
+    experiment = config.load(preset, [*TINY, *fields])
+    run = runs.name_of(experiment)
+    runs.start(store, run, experiment, "test")
+    return store, (f"{store.uri}/{run}/config.yaml", store.uri, run)
+
+
+def test_every_model_is_evaluated_on_all_that_is_asked_for(robust):
+    store, where = robust
+    loop(where)
+    notes = [note for note in runs.notes(store, where[2]) if note.step == "evaluate"]
+    assert [sorted(note.outputs) for note in notes] == [["evaluation", "robustness", "set:hard", "test"]] * 2
+    first, student = (Robustness.read(store, note.outputs["robustness"]) for note in notes)
+    assert first.model != student.model
+    assert (first.images, first.subsample.images) == (20, 20)
+    assert first.dataset == Evaluation.read(store, notes[0].outputs["test"]).dataset
+    assert list(first.corruptions) == ["contrast", "pixelate"]
+    hard = Evaluation.read(store, notes[0].outputs["set:hard"])
+    assert (hard.scored, hard.images) == (("3", "7"), 6)
+    summary = runs.summarise(store, where[2])
+    teacher, own = summary.measures
+    assert teacher.scores.mce == pytest.approx(100)
+    assert own.scores.mce_relative_to == "reference"
+    assert own.attacks == {str(one): one.top1 for one in student.attacks}
+    assert list(own.sets) == ["hard"]
+    shown = io.StringIO()
+    Console(file=shown, width=100).print(measures_table(summary))
+    assert "mCE, mFR: % of the first teacher's" in shown.getvalue()
+    for name in ("test top-1", "hard top-1", "error when corrupted", "mCE", "FGSM-16 top-1", "PGD-16-2 top-1"):
+        assert name in shown.getvalue()
+
+
+def test_evaluation_that_was_done_is_not_done_again(robust, monkeypatch):
+    _, where = robust
+    loop(where)
+    monkeypatch.setattr(Suite, "run", lambda *_: pytest.fail("done again"))
+    data = steps.prepare_data(*where)
+    steps.evaluate(*where, data, 0, steps.train(*where, data, 0))

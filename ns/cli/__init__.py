@@ -15,7 +15,7 @@ import click
 import typer
 
 from ns import __version__
-from ns.cli import labels
+from ns.cli import evaluate, labels
 from ns.cli.options import AsJson, ConfigArgument, Overrides, Root, RunArgument
 from ns.errors import ConfigError, DataError, Interrupted, NsError, RunError, StoreError
 
@@ -42,6 +42,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 app.add_typer(labels.app, name="labels")
 app.command("label")(labels.label)
+app.command()(evaluate.evaluate)
 app.add_typer(doctor_app, name="doctor")
 
 
@@ -180,10 +181,12 @@ def _unfinished(store: "Store", name: str | None) -> tuple[str, "Experiment"]:
 
 
 def _show(summary: "Summary", store: "Store", console: "Console") -> None:
-    from ns.terminal import summary_table
+    from ns.terminal import measures_table, summary_table
 
     console.print()
     console.print(summary_table(summary))
+    if measures := measures_table(summary):
+        console.print(measures)
     for label, key in (("report", summary.report), ("best model", summary.best_model)):
         if key:
             place = key if "://" in key else f"{store.uri}/{key}"
@@ -341,6 +344,7 @@ def plan(
     labelled: Annotated[int | None, typer.Option(min=1, help="Labelled images, instead of looking at data.labelled.")] = None,
     pool: Annotated[int | None, typer.Option(min=1, help="Images of the pool, instead of looking at data.pool.")] = None,
     heldout: Annotated[int | None, typer.Option(min=1, help="Held-out images, instead of looking at data.heldout.")] = None,
+    test: Annotated[int | None, typer.Option(min=1, help="Images of the test, instead of looking at data.test.")] = None,
     classes: Annotated[int, typer.Option(min=2, help="Classes, where the labelled images are not looked at.")] = 1000,
     image_kb: Annotated[float | None, typer.Option(min=0, help="Mean size of an image, kB, instead of looking.")] = None,
     devices: Annotated[int, typer.Option(min=1, help="Devices that train together, each like the one here.")] = 1,
@@ -364,7 +368,7 @@ def plan(
     from ns.data.prepared import Part
     from ns.terminal import plan_tables
 
-    given: dict[Part, int | None] = {"labelled": labelled, "pool": pool, "heldout": heldout}
+    given: dict[Part, int | None] = {"labelled": labelled, "pool": pool, "heldout": heldout, "test": test}
     counts = plans.Counts(
         {part: count for part, count in given.items() if count is not None}, image_kb and image_kb * 1000, classes
     )

@@ -215,12 +215,7 @@ def label(
     log.configure()
     config = changed(LabellingConfig(), overrides or [])
     store = open_store(root)
-    place = model
-    if not open_store(model).exists("model.json"):
-        best = runs.summarise(store, runs.find(store, model)).best_model
-        if best is None:
-            raise RunError(f"run {model}: has no model yet; `ns run --resume` continues it")
-        place = store.at(best).uri
+    place = runs.model_place(store, model)
     before = runs.labels(store, kept) if kept else None
     made = label_dataset(
         place, pool, out, config, shards=shards, only=before and (before.folder, before.label_set, before.selection)

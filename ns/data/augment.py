@@ -86,7 +86,7 @@ class EvalTransform:
             return pixels
         return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC))
 
-    def batch(self, images: Sequence[Encoded | bytes], out: npt.NDArray[np.uint8]) -> dict[int, str]:
+    def batch(self, images: Sequence[Encoded | bytes | npt.NDArray[np.uint8]], out: npt.NDArray[np.uint8]) -> dict[int, str]:
         """Decodes and transforms images into `out`, uint8 [≥ N, resolution, resolution, 3] as `room` makes it.
 
         Returns row → reason of those that cannot be read; they are black.
@@ -99,7 +99,7 @@ class EvalTransform:
                 if type(image) is Encoded and image[1] == size and image[2] == size:
                     decode_into(image[0], place)
                 else:
-                    place[:] = self(image if isinstance(image, Encoded) else decode(image))
+                    place[:] = self(decode(image) if isinstance(image, bytes) else image)
             except DataError as error:
                 place[:] = 0
                 errors[row] = str(error)

@@ -9,11 +9,12 @@ import numpy as np
 from PIL import Image
 
 from ns.data.dataset import Dataset
-from ns.data.prepared import ROLES, Part
+from ns.data.prepared import ROLES
 from ns.data.writer import ShardWriter
 from ns.errors import DataError
 from ns.store import Store
 
+PARTS = {part: ROLES[part] for part in ("labelled", "pool", "heldout")}
 LABELLED_PER_CLASS = 5
 HELDOUT_PER_CLASS = 50
 SPLIT_SEED = 0
@@ -21,8 +22,10 @@ SHARD_SAMPLES = 625
 """So that the pool has two shards, and labelling has something to share out."""
 
 
-def write_digits(part: Part, folder: Store) -> Dataset:
-    """Writes one part as a dataset. Raises DataError if scikit-learn is not installed."""
+def write_digits(part: str, folder: Store) -> Dataset:
+    """Writes one part as a dataset. Raises DataError for another one, or if scikit-learn is not installed."""
+    if part not in PARTS:
+        raise DataError(f"digits:{part}: no such part; there are {', '.join(f'digits:{name}' for name in PARTS)}")
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -30,7 +33,7 @@ def write_digits(part: Part, folder: Store) -> Dataset:
     bunch = load_digits()
     images, labels = bunch["images"], bunch["target"]
     rng = np.random.default_rng(SPLIT_SEED)
-    parts: dict[Part, list[int]] = {"labelled": [], "heldout": [], "pool": []}
+    parts: dict[str, list[int]] = {name: [] for name in PARTS}
     for label in range(10):
         own = rng.permutation(np.flatnonzero(labels == label)).tolist()
         heldout_end = LABELLED_PER_CLASS + HELDOUT_PER_CLASS
@@ -47,7 +50,7 @@ def write_digits(part: Part, folder: Store) -> Dataset:
             writer.add(f"digit-{index:04d}", "png", png.getvalue(), known)
     dataset = Dataset(
         name=f"digits-{part}",
-        role=ROLES[part],
+        role=PARTS[part],
         classes=() if part == "pool" else tuple(str(label) for label in range(10)),
         shards=writer.shards,
     )

@@ -124,6 +124,9 @@ class Attack(Document):
     """Of 255."""
     top1: float
 
+    def __str__(self) -> str:
+        return f"{self.name}-{self.epsilon:g}" + (f"-{self.steps}" if self.name == "pgd" else "")
+
 
 class Robustness(Identified):
     """Raw numbers of one model on one dataset: another reference is another way to read them, not another measurement."""

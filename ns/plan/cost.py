@@ -16,6 +16,7 @@ from ns.data.augment import EvalTransform
 from ns.data.prepared import Part
 from ns.document import Document
 from ns.errors import ConfigError
+from ns.evaluate.suite import passes
 from ns.inference import DECODE_THREADS
 from ns.label.labelset import kept_classes
 from ns.log import duration
@@ -35,7 +36,7 @@ where they are paths that end in a hash."""
 LABEL_CLASS_BYTES = 4
 """uint16 class and float16 probability."""
 
-Task = Literal["train", "finetune", "label", "evaluate"]
+Task = Literal["train", "finetune", "label", "evaluate", "robustness"]
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ class _Job(NamedTuple):
     course: Course | None
     """None for labelling and evaluation."""
     labelled: int
-    """Labelled images a step; images of the held-out set in an evaluation."""
+    """Labelled images a step; images of evaluation sets in an evaluation, forward passes where they are distorted or attacked."""
     pool: int
     """Pseudo-labelled images a step; images of the pool in labelling."""
 
@@ -159,6 +160,8 @@ def plan(experiment: Experiment, asked: Asked) -> Plan:
     """
     data = experiment.data
     places: dict[Part, str] = {"labelled": data.labelled, "pool": data.pool, "heldout": data.heldout}
+    if data.test is not None:
+        places["test"] = data.test
     looked = {part: asked.counts.of(part, place) for part, place in places.items()}
     classes = looked["labelled"].classes or asked.counts.classes
     models.check(experiment, looked["labelled"].classes or None)
@@ -211,13 +214,19 @@ def remarks(made: Plan) -> list[str]:
 
 def _jobs(experiment: Experiment, images: dict[Part, int]) -> Iterator[_Job]:
     """Every generation's work, in the order of a run."""
+    asked = experiment.evaluation
+    clean = images["heldout"] + images.get("test", 0)
+    reported = images.get("test", images["heldout"])
+    robust = passes(asked) * min(reported, asked.images or reported) if asked.robust else 0
 
     def trained(generation: int, field: str, role: RoleConfig) -> Iterator[_Job]:
         course = training(role, images["labelled"])
         yield _Job(
             generation, "train", field, role, course, role.train.labelled_batch, role.train.pseudo_batch if generation else 0
         )
-        yield _Job(generation, "evaluate", field, role, None, images["heldout"], 0)
+        yield _Job(generation, "evaluate", field, role, None, clean, 0)
+        if robust:
+            yield _Job(generation, "robustness", field, role, None, robust, 0)
         if role.train.finetune:
             tuned = finetuned_role(role, role.train.finetune)
             batch = tuned.train.labelled_batch
@@ -225,7 +234,7 @@ def _jobs(experiment: Experiment, images: dict[Part, int]) -> Iterator[_Job]:
                 tuned, course.transform, max(1, math.ceil(tuned.train.epochs * images["labelled"] / batch)), course.rate
             )
             yield _Job(generation, "finetune", field, tuned, short, batch, 0)
-            yield _Job(generation, "evaluate", field, tuned, None, images["heldout"], 0)
+            yield _Job(generation, "evaluate", field, tuned, None, clean, 0)
 
     yield from trained(0, "teacher", experiment.teacher)
     teacher, field = experiment.teacher, "teacher"

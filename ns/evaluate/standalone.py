@@ -1,0 +1,75 @@
+"""Evaluation outside of a run: any model on any dataset of its classes.
+
+OUT/MODEL-DATASET-…/    evaluation.json, robustness.json, and the predictions that they were counted from
+OUT/corrupted/          corrupted images, for the next model
+"""
+
+from typing import NamedTuple
+
+from ns.card import MANIFEST as CARD
+from ns.card import ModelCard
+from ns.config import EvaluationConfig
+from ns.data.dataset import MANIFEST as DATASET
+from ns.data.dataset import Dataset
+from ns.digest import DISTORTING, EVALUATION, ROBUSTNESS, code_digest, digest, sha256_bytes, short
+from ns.errors import DataError
+from ns.evaluate import suite
+from ns.evaluate.accuracy import evaluate
+from ns.evaluate.multi_label import MultiLabels
+from ns.evaluate.result import MANIFEST, Evaluation, Robustness
+from ns.evaluate.result import ROBUSTNESS as ROBUST
+from ns.inference import Predictor
+from ns.store import open_store, read_uri
+
+
+class Evaluated(NamedTuple):
+    evaluation: Evaluation
+    robustness: Robustness | None
+    """None if only clean accuracy was asked for."""
+    place: str
+    """URI of the folder that holds both."""
+
+
+def evaluate_dataset(
+    model: str,
+    dataset: str,
+    out: str,
+    config: EvaluationConfig,
+    *,
+    batch: int,
+    classes: tuple[str, ...] | None = None,
+    multi_label: str | None = None,
+) -> Evaluated:
+    """Evaluates a model on a dataset, or goes on with it. `config.images` holds for clean accuracy too.
+
+    `classes`: between which the answer is chosen; `("own",)` for those of the dataset. Raises DataError for a place without a dataset,
+    and for images of other classes.
+    """
+    folder, place = open_store(dataset), open_store(model)
+    if not folder.exists(DATASET):
+        raise DataError(
+            f"{folder.uri}: no {DATASET} here; import the images first: ns data import SOURCE {dataset} --role evaluation"
+        )
+    data, card = Dataset.load(folder), ModelCard.read(place, CARD)
+    scored = data.classes if classes == ("own",) else classes
+    images = {"dataset": data.digest, "images": config.images, "seed": config.seed}
+    several = sha256_bytes(read_uri(multi_label)) if multi_label else None
+    inputs = {"code": code_digest(*EVALUATION), "model": card.digest, "scored": scored, "several": several, **images}
+    results = open_store(out).at(f"{short(card.digest)}-{short(data.digest)}")
+    clean = results.at(short(digest(inputs)))
+    looked = min(data.samples, config.images or data.samples)
+    if not clean.exists(MANIFEST):
+        predictor = Predictor(place, batch=batch, images=looked, scored=scored)
+        labels = MultiLabels.read(multi_label, card.classes) if multi_label else None
+        evaluate(predictor, folder, data, clean, subsample=suite.subsample(config), multi_labels=labels)
+    robustness = None
+    if config.robust:
+        predictions = results.at(short(digest({"code": code_digest(*ROBUSTNESS), "scored": scored, **images})))
+        target = predictions.at(short(digest(suite.asked(config))))
+        if not target.exists(ROBUST):
+            predictor = Predictor(place, batch=batch, images=suite.passes(config) * looked, scored=scored)
+            made = open_store(out).at(f"corrupted/{short(digest({'code': code_digest(*DISTORTING), **images}))}")
+            keep = made if config.keep_gib else None
+            suite.Suite(predictor, folder, data, config, predictions.at("units"), keep).run(target)
+        robustness = Robustness.read(target, ROBUST)
+    return Evaluated(Evaluation.read(clean, MANIFEST), robustness, results.uri)
