@@ -5,7 +5,6 @@ FOLDER/duplicates.parquet     each image that resembles an earlier one: evaluati
 FOLDER/left_out.parquet       images of the pool that resemble one of an evaluation set: no pseudo-label is made of them
 """
 
-import io
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -22,6 +21,7 @@ from ns.data.images import ImageSource
 from ns.data.index import ShardIndex
 from ns.data.scratch import scratch
 from ns.document import Document, Identified
+from ns.parquet import read_table
 from ns.store import Store
 
 MANIFEST = "check.json"
@@ -117,7 +117,7 @@ def check(
 
 def left_out(folder: Store) -> dict[str, dict[int, str]]:
     """sha256 of a pool's shard → row → what is said of it, for the images that resemble one of an evaluation set."""
-    table = pq.read_table(io.BytesIO(folder.get(LEFT_OUT)))
+    table = read_table(folder.get(LEFT_OUT))
     rows: dict[str, dict[int, str]] = {}
     for shard, row, dataset, key in zip(
         *(table[name].to_pylist() for name in ("shard", "row", "like", "like_key")), strict=True

@@ -20,6 +20,7 @@ from ns.data.dataset import Dataset
 from ns.data.decode import Encoded, decode
 from ns.data.images import ImageSource
 from ns.errors import DataError
+from ns.parquet import read_table
 from ns.store import Store
 
 SIDE = 32
@@ -69,7 +70,7 @@ def read(kept: Store, dataset: Dataset, number: int) -> Fingerprints:
     """The fingerprints of one shard, which `take` has taken. Raises DataError when they are damaged."""
     name = _name(dataset, number)
     try:
-        table = pq.read_table(io.BytesIO(kept.get(name)))
+        table = read_table(kept.get(name))
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{kept.uri}/{name}: damaged: {error}; delete it: it is made again") from error
     if len(table) != dataset.shards[number].samples or not table.schema.equals(SCHEMA):

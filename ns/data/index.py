@@ -19,6 +19,7 @@ from ns.data.dataset import Shard
 from ns.data.decode import look
 from ns.data.shards import Sample, read_index, read_range
 from ns.errors import DataError
+from ns.parquet import read_table
 from ns.store import Store
 
 SUFFIX = ".index.parquet"
@@ -101,7 +102,7 @@ class ShardIndex:
         if not folder.exists(name):
             return None
         try:
-            table = pq.read_table(io.BytesIO(folder.get(name)))
+            table = read_table(folder.get(name))
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{folder.uri}/{name}: damaged: {error}; delete it: it is made again from the tar") from error
         # The index of another tar is none.

@@ -36,6 +36,7 @@ from ns.data.writer import ShardWriter
 from ns.digest import digest
 from ns.document import Document
 from ns.errors import DataError, RunError
+from ns.parquet import read_table
 from ns.store import Store
 from ns.watch import die_with
 
@@ -439,7 +440,7 @@ def _list_rejects(folder: Store, tasks: list[Task], parts: list[Part], rejected:
         with pq.ParquetWriter(place / REJECTED, REJECT_COLUMNS) as writer:
             for task, part in zip(tasks, parts, strict=True):
                 if part.rejected:
-                    writer.write_table(pq.read_table(io.BytesIO(folder.get(_note(task, "parquet")))))
+                    writer.write_table(read_table(folder.get(_note(task, "parquet"))))
                 for path, reason in part.first[: SHOWN_REJECTS - shown]:
                     log.get().warning("image left out", path=path, reason=reason)
                     shown += 1

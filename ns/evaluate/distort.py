@@ -21,6 +21,7 @@ from PIL import Image
 from ns.data.decode import Encoded, decode
 from ns.evaluate.corruptions import corrupt
 from ns.evaluate.perturbations import sequence
+from ns.parquet import read_table
 
 SMALL_PX = 64
 RESIZED_PX, CROPPED_PX = 256, 224
@@ -86,7 +87,7 @@ def packed(pictures: Sequence[Picture]) -> bytes:
 
 def unpacked(data: bytes, *, as_they_are: bool) -> list[Picture]:
     """What `packed` made a file of."""
-    table = pq.read_table(io.BytesIO(data), schema=MADE)
+    table = read_table(data, schema=MADE)
     found: list[Picture] = []
     for image, width, height in zip(*(table[name].to_pylist() for name in MADE.names), strict=True):
         if as_they_are:

@@ -1,6 +1,5 @@
 """Several right classes for an image, as "Are we done with ImageNet?" gives them (ReaL, arXiv:2006.07159)."""
 
-import io
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,9 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ns.errors import DataError
+from ns.parquet import read_table
 from ns.store import read_uri
 
 VALIDATION = re.compile(r"ILSVRC2012_val_(\d{8})")
@@ -35,7 +34,7 @@ class MultiLabels:
         index = {name: number for number, name in enumerate(classes)}
         if data.startswith(b"PAR1"):
             try:
-                table = pq.read_table(io.BytesIO(data), columns=["key", "labels"])
+                table = read_table(data, columns=["key", "labels"])
             except (pa.ArrowException, OSError) as error:
                 raise DataError(f"{uri}: {error}; must have the columns key and labels (a list)") from error
             document: Any = dict(zip(table["key"].to_pylist(), table["labels"].to_pylist(), strict=True))

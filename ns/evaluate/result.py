@@ -11,12 +11,12 @@ import re
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import SerializerFunctionWrapHandler, model_serializer
 
 from ns.digest import sha256_bytes
 from ns.document import Document, Identified
 from ns.errors import DataError
+from ns.parquet import read_table
 from ns.store import Store
 
 MANIFEST = "evaluation.json"
@@ -188,4 +188,4 @@ def read_predictions(folder: Store, evaluation: Evaluation) -> pa.Table:
     data = folder.get(PREDICTIONS)
     if sha256_bytes(data) != evaluation.predictions_sha256:
         raise DataError(f"{folder.uri}/{PREDICTIONS}: sha256 differs from {MANIFEST}; evaluate again")
-    return pq.read_table(pa.BufferReader(data))
+    return read_table(data)

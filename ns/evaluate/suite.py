@@ -39,6 +39,7 @@ from ns.evaluate.result import ROBUSTNESS, Attack, Perturbed, Robustness, Subsam
 from ns.evaluate.robustness import flips, top5_distances
 from ns.evaluate.subsample import drawn
 from ns.inference import DECODE_THREADS, Predictor
+from ns.parquet import read_table
 from ns.store import Store
 from ns.watch import die_with
 
@@ -373,7 +374,7 @@ class Suite:
             for unit in self._units:
                 data = self._folder.get(self._name(block, unit))
                 files.append([self._name(block, unit), sha256_bytes(data)])
-                table = pq.read_table(io.BytesIO(data))
+                table = read_table(data)
                 if unit.suite == "corruptions":
                     failed = table["rank"].to_numpy().reshape(-1, unit.each) > 0
                     wrong[unit.kind] += failed.sum(0)

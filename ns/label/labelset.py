@@ -23,6 +23,7 @@ from ns.data.index import ShardIndex
 from ns.digest import sha256_bytes, sha256_file
 from ns.document import Document, Identified
 from ns.errors import DataError
+from ns.parquet import read_table
 from ns.store import Store
 
 MANIFEST = "labelset.json"
@@ -174,7 +175,7 @@ def read_rows(folder: Store, shard: LabelShard) -> Rows:
     data = folder.get(shard.name)
     if sha256_bytes(data) != shard.sha256:
         raise DataError(f"{folder.uri}/{shard.name}: sha256 differs from labelset.json; label the pool again")
-    rows = Rows(pq.read_table(pa.BufferReader(data)))
+    rows = Rows(read_table(data))
     if len(rows.keys) != shard.rows:
         raise DataError(f"{folder.uri}/{shard.name}: {len(rows.keys)} rows, labelset.json says {shard.rows}")
     return rows
@@ -252,7 +253,7 @@ def write_histogram(folder: Store, name: str, counts: npt.NDArray[np.uint64]) ->
 
 def read_histogram(folder: Store, classes: int, name: str = HISTOGRAM) -> npt.NDArray[np.uint64]:
     """Counts uint64 [classes, BINS]."""
-    table = pq.read_table(pa.BufferReader(folder.get(name)))
+    table = read_table(folder.get(name))
     counts = np.zeros((classes, BINS), np.uint64)
     counts[table["class"].to_numpy(), table["bin"].to_numpy()] = table["count"].to_numpy()
     return counts

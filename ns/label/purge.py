@@ -22,6 +22,7 @@ from ns.label.labelset import (
     histogram_name,
     write_histogram,
 )
+from ns.parquet import read_table
 from ns.store import Store
 
 REASON = f"{LEFT_OUT}purged"
@@ -44,7 +45,7 @@ def purge(labels: Store, label_set: LabelSet, keys: Collection[str], target: Sto
         data = labels.get(shard.name)
         facts = shard
         if purged.any():
-            table = _without(pq.read_table(pa.BufferReader(data)), purged)
+            table = _without(read_table(data), purged)
             sink = io.BytesIO()
             pq.write_table(table, sink, compression="zstd")
             data, rows = sink.getvalue(), Rows(table)
