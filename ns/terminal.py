@@ -45,6 +45,9 @@ WORST_CLASSES = 5
 WORK = ("", "network", "params", "MAC", "images", "time", "hours")
 NEEDS = ("", "mode", "steps", "images/s", "reads", "cores", "net/step", "checkpoint")
 
+UNLIMITED = 10_000
+"""Columns: more than any table needs."""
+
 
 class RunView:
     """Draws the events of a run. Without a terminal it prints the lines of finished steps and nothing that moves."""
@@ -506,10 +509,16 @@ def _short(key: str) -> str:
     return key.rpartition("/")[2][:6]
 
 
+def print_whole(table: Table) -> None:
+    """Prints a table at its full width, where the terminal is narrower too: what is there to be pasted is never cut."""
+    console = Console()
+    wanted = console.measure(table, options=console.options.update(width=UNLIMITED)).maximum
+    Console(width=max(console.width, wanted)).print(table)
+
+
 def versions_table(versions: list[Listed]) -> Table:
-    """Versions in a label registry, one a row. Their names are never cut: they are there to be pasted."""
+    """Versions in a label registry, one a row."""
     table = _table("", "version", "committed", "rows", "kept", "")
-    table.columns[0].no_wrap = True
     for version in versions:
         kept = "" if version.kept is None else f"{version.kept:,}"
         in_use = "in use" if version.current else ""

@@ -242,15 +242,13 @@ def list_versions(registry: RegistryOption = None, as_json: AsJson = False) -> N
 
     Example: [cyan]ns labels list --registry registry.git[/]
     """
-    from rich.console import Console
-
-    from ns.terminal import versions_table
+    from ns.terminal import print_whole, versions_table
 
     found = _registry(registry).versions()
     if as_json:
         typer.echo(json.dumps([version.model_dump() for version in found], indent=1))
     else:
-        Console().print(versions_table(found))
+        print_whole(versions_table(found))
 
 
 @app.command()

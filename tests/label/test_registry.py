@@ -542,7 +542,9 @@ def test_the_loop_and_the_command_line_keep_versions(tmp_path, capsys, monkeypat
     for line in said.splitlines()[-3:]:
         name, size, digest, at = line.split("\t")
         assert (Path(at).stat().st_size, sha256_bytes(Path(at).read_bytes())) == (int(size), digest), name
-    assert "●" in ns("list")[1]
+    monkeypatch.setenv("COLUMNS", "40")
+    listed = ns("list")[1]
+    assert (listed.count(tag), listed.count(f"labels/mine/{run}/gen-1"), listed.count("in use")) == (1, 1, 1)
     code, said = ns("gc", "--drop", tag)
     assert (code, "is in use (current/quickstart)" in said) == (6, True)
     code, said = ns("gc", "--drop", f"labels/mine/{run}/gen-1")
