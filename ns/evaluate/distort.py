@@ -15,16 +15,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-import simplejpeg
 from PIL import Image
 
 from ns.data.decode import Encoded, decode
 from ns.evaluate.corruptions import corrupt
-from ns.evaluate.perturbations import sequence
+from ns.evaluate.perturbations import CROPPED_PX, sequence
 from ns.parquet import read_table
 
-SMALL_PX = 64
-RESIZED_PX, CROPPED_PX = 256, 224
+RESIZED_PX = 256
 JPEG_QUALITY = 85
 
 Picture = Encoded | npt.NDArray[np.uint8]
@@ -47,16 +45,20 @@ class Task(NamedTuple):
 
 
 def base(image: Encoded | bytes, *, as_they_are: bool) -> npt.NDArray[np.uint8]:
-    """uint8 [H, W, 3]: what is corrupted. Raises DataError for an image that cannot be read."""
+    """uint8 [H, W, 3]: a small image as it is, a photograph with its short side at 256 px. Raises DataError for an image that cannot be
+    read."""
     pixels = image.whole() if isinstance(image, Encoded) else decode(image)
     if as_they_are:
         return pixels
     picture = Image.fromarray(pixels)
-    short = min(picture.size)
-    width, height = (max(RESIZED_PX, int(RESIZED_PX * side / short)) for side in picture.size)
-    left, upper = (round((side - CROPPED_PX) / 2) for side in (width, height))
-    resized = picture.resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(resized.crop((left, upper, left + CROPPED_PX, upper + CROPPED_PX)))
+    width, height = (max(RESIZED_PX, int(RESIZED_PX * side / min(picture.size))) for side in picture.size)
+    return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
+
+
+def cropped(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """The centre of a photograph, 224 px a side."""
+    top, left = (round((side - CROPPED_PX) / 2) for side in image.shape[:2])
+    return image[top : top + CROPPED_PX, left : left + CROPPED_PX]
 
 
 def distorted(task: Task) -> list[Picture]:
@@ -64,8 +66,9 @@ def distorted(task: Task) -> list[Picture]:
     found: list[Picture] = []
     for image, key in zip(task.images, task.keys, strict=True):
         if task.severities:
+            plain = image if task.as_they_are else cropped(image)
             for severity in task.severities:
-                made = corrupt(image, task.kind, severity, _rng(task.seed, key, task.kind, severity))
+                made = corrupt(plain, task.kind, severity, _rng(task.seed, key, task.kind, severity))
                 found.append(made if task.as_they_are else _jpeg(made))
         else:
             found += list(sequence(image, task.kind, task.frames, _rng(task.seed, key, task.kind, 0)))
@@ -98,8 +101,9 @@ def unpacked(data: bytes, *, as_they_are: bool) -> list[Picture]:
 
 
 def _jpeg(image: npt.NDArray[np.uint8]) -> Encoded:
-    data = simplejpeg.encode_jpeg(np.ascontiguousarray(image), JPEG_QUALITY, "RGB", "420")
-    return Encoded(data, image.shape[1], image.shape[0])
+    sink = io.BytesIO()
+    Image.fromarray(image).save(sink, "JPEG", quality=JPEG_QUALITY)
+    return Encoded(sink.getvalue(), image.shape[1], image.shape[0])
 
 
 def _rng(seed: int, key: str, kind: str, severity: int) -> np.random.Generator:

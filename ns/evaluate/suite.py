@@ -1,6 +1,6 @@
 """Corruptions, perturbations and attacks: one model on one dataset, in units that are each done once.
 
-A unit is up to 1,024 neighbours of a shard under one kind of distortion, or one attack. Its predictions are one file, written when it is
+A unit is up to 512 neighbours of a shard under one kind of distortion, or one attack. Its predictions are one file, written when it is
 done; a run that was killed at any instant goes on with the unit under way. The images of a block are decoded once for all kinds;
 distorted images are made in processes of their own while the network works on those before.
 """
@@ -34,7 +34,8 @@ from ns.digest import digest, sha256_bytes
 from ns.errors import DataError, RunError
 from ns.evaluate.accuracy import images_of, model_labels, table_of
 from ns.evaluate.attacks import AttackPlan, attack
-from ns.evaluate.distort import SMALL_PX, Picture, Task, base, distorted, packed, unpacked
+from ns.evaluate.corruptions import SMALL_PX
+from ns.evaluate.distort import Picture, Task, base, distorted, packed, unpacked
 from ns.evaluate.result import ROBUSTNESS, Attack, Perturbed, Robustness, Subsample, is_imagenet
 from ns.evaluate.robustness import flips, top5_distances
 from ns.evaluate.subsample import drawn
@@ -43,8 +44,8 @@ from ns.parquet import read_table
 from ns.store import Store
 from ns.watch import die_with
 
-BLOCK = 1024
-"""Images of a unit: what is lost when it is killed, and what is in memory decoded (154 MB of photographs)."""
+BLOCK = 512
+"""Images of a unit: what is lost when it is killed, and what is in memory decoded (130 MB of photographs)."""
 ATTACKED_AT_ONCE = 64
 """A gradient keeps every map of the network in memory."""
 BACKWARD = 2

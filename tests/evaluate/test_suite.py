@@ -17,7 +17,7 @@ from ns.data.images import ImageSource
 from ns.errors import DataError
 from ns.evaluate import suite
 from ns.evaluate.attacks import AttackPlan, attack
-from ns.evaluate.distort import Task, base, distorted, packed, unpacked
+from ns.evaluate.distort import Task, base, cropped, distorted, packed, unpacked
 from ns.evaluate.perturbations import sequence
 from ns.evaluate.result import ROBUSTNESS, Robustness
 from ns.evaluate.suite import Suite, asked, passes, units
@@ -131,13 +131,13 @@ def test_too_many_images_are_not_kept(run, tmp_path, labelled_images):
 def test_pictures_come_back_from_a_file_as_they_were():
     small = [np.random.default_rng(n).integers(0, 256, (4 + n, 5, 3), np.uint8) for n in range(3)]
     assert all(np.array_equal(one, other) for one, other in zip(unpacked(packed(small), as_they_are=True), small, strict=True))
-    photographs = distorted(Task([np.zeros((224, 224, 3), np.uint8)], ["k"], "contrast", (1, 2), 1, 0, False))
+    photographs = distorted(Task([np.zeros((256, 300, 3), np.uint8)], ["k"], "contrast", (1, 2), 1, 0, False))
     assert unpacked(packed(photographs), as_they_are=False) == photographs
 
 
 def test_photographs_are_cropped_and_small_images_are_not(picture):
     assert base(picture(0, "JPEG", 64), as_they_are=True).shape == (64, 64, 3)
-    assert base(picture(0, "JPEG", 64), as_they_are=False).shape == (224, 224, 3)
+    assert base(picture(0, "JPEG", 64), as_they_are=False).shape == (256, 256, 3)
 
 
 def test_photographs_are_cropped_as_published():
@@ -148,7 +148,7 @@ def test_photographs_are_cropped_as_published():
     sink = io.BytesIO()
     Image.fromarray(pixels).save(sink, "PNG")
     published = Compose([Resize(256), CenterCrop(224)])(Image.fromarray(pixels))
-    assert np.array_equal(base(sink.getvalue(), as_they_are=False), np.asarray(published))
+    assert np.array_equal(cropped(base(sink.getvalue(), as_they_are=False)), np.asarray(published))
 
 
 def test_what_is_asked_for_later_is_done_beside_what_was_done(run, tmp_path, labelled_images, monkeypatch):
