@@ -88,8 +88,9 @@ ROBUSTNESS = (
     "evaluate/corruptions.py",
     "evaluate/distort.py",
     "evaluate/perturbations.py",
+    "evaluate/readymade.py",
     "evaluate/robustness.py",
     "evaluate/suite.py",
 )
-DISTORTING = ("data/decode.py", "evaluate/corruptions.py", "evaluate/distort.py")
+DISTORTING = ("data/decode.py", "evaluate/corruptions.py", "evaluate/distort.py", "evaluate/subsample.py")
 LABELLING = (*INFERENCE, "label/predict.py", "label/labelset.py")

@@ -114,6 +114,9 @@ def evaluate(config_uri: str, root: str, run: str, data: str, generation: int, m
                 entries["finetuned_test"] = _accuracy(step, prepared.test, finetuned)
         for name, source in prepared.sets.items():
             entries[f"set:{name}"] = _accuracy(step, source, model, asked.sets[name])
+        for name, wanted in asked.sets.items():
+            if wanted.kind != "images":
+                entries[f"set:{name}"] = _published(step, name, wanted, model)
         if asked.robust:
             entries["robustness"] = _robustness(step, prepared.reported, model)
         outputs = {name: next(iter(entry.outputs.values())) for name, (entry, _) in entries.items()}
@@ -468,6 +471,35 @@ def _robustness(step: _Step, source: Source, model: str) -> tuple[Entry, bool]:
         return {"robustness": f"{target}/{ROBUST}"}
 
     return step.ledger.once("robustness", inputs, work)
+
+
+def _published(step: _Step, name: str, wanted: EvaluationSet, model: str) -> tuple[Entry, bool]:
+    """What a ready-made set of corrupted or perturbed images leaves of a model's accuracy."""
+    from ns.evaluate import readymade, suite
+
+    assert wanted.kind != "images"
+    kind, config, folder = wanted.kind, step.experiment.evaluation, open_store(wanted.place)
+    dataset = readymade.listing_digest(folder)
+    predictions = {
+        "code": code_digest(*ROBUSTNESS),
+        "model": _model_digest(step.root, model),
+        "dataset": dataset,
+        "images": config.images,
+        "seed": config.seed,
+    }
+    wide = config.model_copy(update={"suites": ("corruptions", "perturbations")})
+    inputs = predictions | {"kind": kind, "asked": suite.asked(wide)}
+    target = f"store/robustness/{short(step.ledger.key('published', inputs))}"
+
+    def work() -> Mapping[str, str]:
+        from ns.inference import Predictor
+
+        predictor = Predictor(step.root.at(model), batch=step.experiment.labelling.batch)
+        units = step.root.at(f"store/robustness/units/{short(digest(predictions))}")
+        readymade.measure(predictor, folder, kind, name, dataset, config, units, step.root.at(target))
+        return {"robustness": f"{target}/{ROBUST}"}
+
+    return step.ledger.once("published", inputs, work)
 
 
 def _numbers(root: Store, outputs: Mapping[str, str]) -> dict[str, Any]:

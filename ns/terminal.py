@@ -202,8 +202,14 @@ def measures_table(summary: Summary) -> Table | None:
     return table
 
 
-def evaluation_tables(evaluation: Evaluation, robustness: Robustness | None, scored: Scores | None) -> list[Table]:
+def evaluation_tables(evaluation: Evaluation | None, robustness: Robustness | None, scored: Scores | None) -> list[Table]:
     """Accuracy and its worst classes; what corruptions, perturbations and attacks leave."""
+    tables = [] if evaluation is None else [accuracy_table(evaluation)]
+    return [*tables, *(robustness_tables(robustness, scored) if robustness and scored else [])]
+
+
+def accuracy_table(evaluation: Evaluation) -> Table:
+    """Accuracy, calibration, and the classes that are worst."""
     some = f", drawn from all with seed {evaluation.subsample.seed}" if evaluation.subsample else ""
     title = f"{evaluation.name or short(evaluation.dataset)}: {evaluation.images:,} images{some}, {evaluation.unreadable:,} unreadable"
     clean = _table(title, "accuracy", "")
@@ -220,7 +226,7 @@ def evaluation_tables(evaluation: Evaluation, robustness: Robustness | None, sco
     ]
     for share, name in sorted(known)[:WORST_CLASSES]:
         clean.add_row(f"class {escape(name)}", f"{share:.1%}")
-    return [clean, *(robustness_tables(robustness, scored) if robustness and scored else [])]
+    return clean
 
 
 def robustness_tables(robustness: Robustness, scored: Scores) -> list[Table]:

@@ -356,12 +356,17 @@ def robust(done, preset, picture, tmp_path):
         return str(folder)
 
     store, _ = done
+    published = tmp_path / "published"
+    published.mkdir()
+    np.save(published / "labels.npy", np.tile(np.arange(10), 5))
+    np.save(published / "fog.npy", np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3), np.uint8))
+    hard = f"{{place: {classes(tmp_path / 'hard', ['3', '7'], 5000)}, classes: own}}"
     fields = [
         f"data.test={classes(tmp_path / 'test', [str(n) for n in range(10)], 1)}",
-        f"evaluation.sets={{hard: {{place: {classes(tmp_path / 'hard', ['3', '7'], 5000)}, classes: own}}}}",
+        f"evaluation.sets={{hard: {hard}, ready: {{place: {published}, kind: cifar10-c}}}}",
         "evaluation.suites=[corruptions,perturbations,attacks]",
         "evaluation.images=20",
-        "evaluation.corruptions=[contrast,pixelate]",
+        "evaluation.corruptions=[contrast,fog]",
         "evaluation.severities=[1,5]",
         "evaluation.perturbations=[brightness]",
         "evaluation.perturbation_frames=3",
@@ -377,12 +382,14 @@ def test_every_model_is_evaluated_on_all_that_is_asked_for(robust):
     store, where = robust
     loop(where)
     notes = [note for note in runs.notes(store, where[2]) if note.step == "evaluate"]
-    assert [sorted(note.outputs) for note in notes] == [["evaluation", "robustness", "set:hard", "test"]] * 2
+    assert [sorted(note.outputs) for note in notes] == [["evaluation", "robustness", "set:hard", "set:ready", "test"]] * 2
     first, student = (Robustness.read(store, note.outputs["robustness"]) for note in notes)
     assert first.model != student.model
     assert (first.images, first.subsample.images) == (20, 20)
     assert first.dataset == Evaluation.read(store, notes[0].outputs["test"]).dataset
-    assert list(first.corruptions) == ["contrast", "pixelate"]
+    assert list(first.corruptions) == ["contrast", "fog"]
+    ready = Robustness.read(store, notes[0].outputs["set:ready"])
+    assert (ready.kind, ready.images, list(ready.corruptions)) == ("cifar10-c", 10, ["fog"])
     hard = Evaluation.read(store, notes[0].outputs["set:hard"])
     assert (hard.scored, hard.images) == (("3", "7"), 6)
     summary = runs.summarise(store, where[2])

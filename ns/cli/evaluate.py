@@ -2,11 +2,15 @@
 
 import json
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from ns.cli.options import AsJson, Root
+from ns.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ns.evaluate.readymade import Kind as Published
 
 
 class Suite(StrEnum):
@@ -16,6 +20,13 @@ class Suite(StrEnum):
     attacks = "attacks"
 
 
+class Kind(StrEnum):
+    images = "images"
+    imagenet_c = "imagenet-c"
+    cifar10_c = "cifar10-c"
+    imagenet_p = "imagenet-p"
+
+
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or URI of a model, or a run, whose best model it is.")],
     dataset: Annotated[str, typer.Argument(help="Folder or URI of a labelled dataset (`ns data import` makes one).")],
@@ -23,6 +34,9 @@ def evaluate(
     suites: Annotated[
         list[Suite] | None, typer.Option("--suite", help="What to measure beside clean accuracy. Repeatable.")
     ] = None,
+    kind: Annotated[
+        Kind, typer.Option(help="What DATASET is: a dataset, or the folder of a set of corrupted images as it was published.")
+    ] = Kind.images,
     images: Annotated[
         int | None, typer.Option(min=1, help="Only so many images, drawn evenly over the classes: a quick look.")
     ] = None,
@@ -56,7 +70,7 @@ def evaluate(
     from ns.config import EvaluationConfig, changed
     from ns.evaluate.result import Robustness
     from ns.evaluate.scores import scores
-    from ns.evaluate.standalone import evaluate_dataset
+    from ns.evaluate.standalone import evaluate_dataset, evaluate_published
     from ns.store import open_store, split_uri
     from ns.terminal import evaluation_tables
 
@@ -68,20 +82,19 @@ def evaluate(
     if reference:
         folder, key = split_uri(reference)
         other = Robustness.read(open_store(folder), key)
-    found = evaluate_dataset(
-        runs.model_place(open_store(root), model),
-        dataset,
-        out,
-        config,
-        batch=batch,
-        classes=tuple(classes.split(",")) if classes else None,
-        multi_label=multi_label,
-    )
+    place = runs.model_place(open_store(root), model)
+    if kind is Kind.images:
+        chosen = tuple(classes.split(",")) if classes else None
+        found = evaluate_dataset(place, dataset, out, config, batch=batch, classes=chosen, multi_label=multi_label)
+    elif classes or multi_label:
+        raise ConfigError(f"--classes and --multi-label are for plain images; leave them out for {kind.value}")
+    else:
+        found = evaluate_published(place, dataset, cast("Published", kind.value), out, config, batch=batch)
     scored = scores(found.robustness, other) if found.robustness else None
     if as_json:
         document = {
             "place": found.place,
-            "evaluation": found.evaluation.model_dump(mode="json"),
+            "evaluation": found.evaluation and found.evaluation.model_dump(mode="json"),
             "robustness": found.robustness and found.robustness.model_dump(mode="json"),
             "scores": scored and scored.model_dump(mode="json"),
         }

@@ -10,7 +10,7 @@ from ns.data.dataset import MANIFEST, Dataset, Role
 from ns.data.ingest import Limits, import_listing, listed, source_name
 from ns.data.prepared import ROLES, LeftOut, Part, Prepared, Source
 from ns.digest import code_digest, short
-from ns.errors import ConfigError, DataError
+from ns.errors import DataError
 from ns.ledger import Ledger
 from ns.store import Store, open_store
 
@@ -37,9 +37,6 @@ def prepare(experiment: Experiment, root: Store, ledger: Ledger) -> tuple[Prepar
     data = experiment.data
     _check_networks(experiment, ledger, None)
     finder = _Finder(data, root, ledger)
-    for name, wanted in experiment.evaluation.sets.items():
-        if wanted.kind != "images":
-            raise ConfigError(f"evaluation.sets.{name}.kind: {wanted.kind} cannot be read in a run yet; leave the set out")
     labelled = finder.find("data.labelled", data.labelled, "labelled")
     classes = labelled.open(root)[1].classes
     if len(classes) < 2:

@@ -13,7 +13,7 @@ from ns.data.dataset import MANIFEST as DATASET
 from ns.data.dataset import Dataset
 from ns.digest import DISTORTING, EVALUATION, ROBUSTNESS, code_digest, digest, sha256_bytes, short
 from ns.errors import DataError
-from ns.evaluate import suite
+from ns.evaluate import readymade, suite
 from ns.evaluate.accuracy import evaluate
 from ns.evaluate.multi_label import MultiLabels
 from ns.evaluate.result import MANIFEST, Evaluation, Robustness
@@ -23,7 +23,8 @@ from ns.store import open_store, read_uri
 
 
 class Evaluated(NamedTuple):
-    evaluation: Evaluation
+    evaluation: Evaluation | None
+    """None of a ready-made set, which has no clean images."""
     robustness: Robustness | None
     """None if only clean accuracy was asked for."""
     place: str
@@ -73,3 +74,21 @@ def evaluate_dataset(
             suite.Suite(predictor, folder, data, config, predictions.at("units"), keep).run(target)
         robustness = Robustness.read(target, ROBUST)
     return Evaluated(Evaluation.read(clean, MANIFEST), robustness, results.uri)
+
+
+def evaluate_published(
+    model: str, place: str, kind: readymade.Kind, out: str, config: EvaluationConfig, *, batch: int
+) -> Evaluated:
+    """Evaluates a model on a ready-made set of corrupted or perturbed images, or goes on with it. See `readymade.measure`."""
+    folder, card = open_store(place), ModelCard.read(open_store(model), CARD)
+    dataset = readymade.listing_digest(folder)
+    images = {"images": config.images, "seed": config.seed}
+    results = open_store(out).at(f"{short(card.digest)}-{short(dataset)}")
+    predictions = results.at(short(digest({"code": code_digest(*ROBUSTNESS), **images})))
+    wide = config.model_copy(update={"suites": ("corruptions", "perturbations")})
+    target = predictions.at(short(digest(suite.asked(wide))))
+    if not target.exists(ROBUST):
+        predictor = Predictor(open_store(model), batch=batch)
+        name = folder.uri.rstrip("/").rpartition("/")[2]
+        readymade.measure(predictor, folder, kind, name, dataset, config, predictions.at("units"), target)
+    return Evaluated(None, Robustness.read(target, ROBUST), results.uri)

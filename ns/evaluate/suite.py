@@ -269,7 +269,11 @@ class Suite:
         made: list[Picture] = []
         for probabilities in self._distorted_predictor.groups(pictures()):
             unit, part, found = at_once.popleft()
-            parts.append(_rows(unit, images, part, probabilities, self._config.severities))
+            keys, labels = images.keys[part], images.labels[part]
+            if unit.suite == "corruptions":
+                parts.append(corrupted_rows(keys, labels, probabilities, self._config.severities))
+            else:
+                parts.append(top_classes(keys, labels, probabilities, unit.each))
             progress.advance(len(found))
             if keep and unit.suite == "corruptions":
                 made += found
@@ -432,23 +436,27 @@ def asked(config: EvaluationConfig) -> dict[str, Any]:
     }
 
 
-def _rows(
-    unit: Unit, images: _Images, part: slice, probabilities: npt.NDArray[np.float32], severities: Sequence[int]
+def corrupted_rows(
+    keys: Sequence[str], labels: npt.NDArray[np.int64], probabilities: npt.NDArray[np.float32], severities: Sequence[int]
 ) -> pa.Table:
-    keys = [key for key in images.keys[part] for _ in range(unit.each)]
-    labels = np.repeat(images.labels[part], unit.each)
-    count = len(images.keys[part])
-    if unit.suite == "corruptions":
-        table = table_of(keys, labels, probabilities)
-        levels = pa.array(np.tile(np.array(severities, np.uint8), count))
-        columns = {name: table[name] for name in table.column_names} | {"severity": levels}
-        return pa.table([columns[name] for name in CORRUPTED.names], schema=CORRUPTED)
+    """Predictions of all severities of the first image, then of the next. `probabilities`: [N · severities, classes]."""
+    each = len(severities)
+    table = table_of([key for key in keys for _ in severities], np.repeat(labels, each), probabilities)
+    levels = pa.array(np.tile(np.array(severities, np.uint8), len(keys)))
+    columns = {name: table[name] for name in table.column_names} | {"severity": levels}
+    return pa.table([columns[name] for name in CORRUPTED.names], schema=CORRUPTED)
+
+
+def top_classes(
+    keys: Sequence[str], labels: npt.NDArray[np.int64], probabilities: npt.NDArray[np.float32], frames: int
+) -> pa.Table:
+    """The best classes of all frames of the first sequence, then of the next. `probabilities`: [N · frames, classes]."""
     top = np.argsort(-probabilities, axis=1, kind="stable")[:, :TOP].astype(np.uint16)
     return pa.table(
         {
-            "key": pa.array(keys, pa.string()),
-            "frame": pa.array(np.tile(np.arange(unit.each, dtype=np.uint8), count)),
-            "label": pa.array(labels.astype(np.uint16)),
+            "key": pa.array([key for key in keys for _ in range(frames)], pa.string()),
+            "frame": pa.array(np.tile(np.arange(frames, dtype=np.uint8), len(keys))),
+            "label": pa.array(np.repeat(labels, frames).astype(np.uint16)),
             "top": pa.FixedSizeListArray.from_arrays(pa.array(top.reshape(-1)), top.shape[1]),
         }
     )

@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -43,6 +44,18 @@ def test_json_holds_everything_and_a_quick_look_says_that_it_was_one(places):
     document = json.loads(CliRunner().invoke(app, ["evaluate", *arguments, *options, "--reference", path]).stdout)
     assert document["scores"]["mce"] == pytest.approx(100)
     assert document["scores"]["mce_relative_to"] == "reference"
+
+
+def test_a_published_set_is_evaluated_as_it_is(make_model, tmp_path):
+    make_model(tmp_path / "model", classes=tuple("0123456789"))
+    (tmp_path / "ready").mkdir()
+    np.save(tmp_path / "ready/labels.npy", np.tile(np.arange(10), 5))
+    np.save(tmp_path / "ready/snow.npy", np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3), np.uint8))
+    arguments = [str(tmp_path / "model"), str(tmp_path / "ready"), "--kind", "cifar10-c", "--out", str(tmp_path / "out")]
+    found = CliRunner().invoke(app, ["evaluate", *arguments])
+    assert found.exit_code == 0, found.output
+    assert "snow" in found.stdout
+    assert _main(["evaluate", *arguments, "--classes", "own"]) == 2
 
 
 def test_the_same_command_again_does_nothing_again(places, monkeypatch):
