@@ -131,7 +131,7 @@ class Cost:
     seconds: float
     """From begin to end."""
     made_bytes: int
-    """Distorted images that are kept for the next model; 0 if they are too many, or there are some already."""
+    """Distorted images that are to be kept for the next model; 0 if those of the set are too many."""
 
 
 class Suite:
@@ -315,11 +315,13 @@ class Suite:
             images.bases[part], images.keys[part], unit.kind, severities, unit.each, self._config.seed, self._as_they_are
         )
 
+    def _is_made(self, block: _Block, unit: Unit) -> bool:
+        return unit.suite == "corruptions" and self._made is not None and self._made.exists(self._name(block, unit))
+
     def _made_before(self, block: _Block, unit: Unit) -> list[Picture] | None:
-        name = self._name(block, unit)
-        if unit.suite != "corruptions" or self._made is None or not self._made.exists(name):
+        if self._made is None or not self._is_made(block, unit):
             return None
-        return unpacked(self._made.get(name), as_they_are=self._as_they_are)
+        return unpacked(self._made.get(self._name(block, unit)), as_they_are=self._as_they_are)
 
     def _name(self, block: _Block, unit: Unit) -> str:
         name = unit.kind
@@ -340,32 +342,34 @@ class Suite:
 
     def _cost(self, pending: list[tuple[_Block, list[Unit]]], images: _Images) -> Cost:
         """Of what is pending: each kind is tried on one image, the network on a batch."""
-        left = {unit: sum(len(block.rows) for block, some in pending if unit in some) for unit in self._units}
+        counts = {unit: sum(len(block.rows) for block, some in pending if unit in some) for unit in self._units}
+        left = {unit: count for unit, count in counts.items() if count}
         if not images.keys:
             return Cost(self._images, sum(unit.passes * count for unit, count in left.items()), 0, 0, 0, 0)
         batch = images.encoded[: self._predictor.batch]
         self._predictor.images(batch)  # the first time allocates
         forward = _seconds(lambda: self._predictor.images(batch)) / len(batch)
         network = forward * sum(unit.passes * count for unit, count in left.items())
-        making, size, kept = 0.0, 0, 0
+        making, size, fresh_bytes = 0.0, 0, 0
         one = slice(0, 1)
-        for unit, count in left.items():
-            if unit.suite not in ("corruptions", "perturbations") or not count:
+        for unit in left:
+            if unit.suite not in ("corruptions", "perturbations"):
                 continue
+            # Those that were made for another model are only read.
+            fresh = sum(len(block.rows) for block, some in pending if unit in some and not self._is_made(block, unit))
             found: list[Picture] = []
             seconds = _seconds(lambda unit=unit, found=found: found.extend(distorted(self._task(unit, images, one))))
-            making += seconds * count
+            making += seconds * fresh
             if unit.suite == "corruptions":
-                own = sum(len(p.data) if isinstance(p, Encoded) else p.nbytes for p in found)
-                size += own * self._images
-                kept += own * sum(len(b.rows) for b, _ in pending if self._made and self._made.exists(self._name(b, unit)))
+                each = sum(len(p.data) if isinstance(p, Encoded) else p.nbytes for p in found)
+                size, fresh_bytes = size + each * self._images, fresh_bytes + each * fresh
         fits = self._made is not None and size <= self._config.keep_gib * 2**30
         # On a processor without a GPU, what makes images is taken from what the network has.
         cores = _cores()
         shared = not torch.cuda.is_available()
         seconds = network + making / cores if shared else max(network, making / cores)
         total = sum(unit.passes * count for unit, count in left.items())
-        return Cost(self._images, total, network, making, seconds, size if fits and kept < size else 0)
+        return Cost(self._images, total, network, making, seconds, fresh_bytes if fits else 0)
 
     def _summary(self, seconds: float) -> Robustness:
         """Counts what the units hold, one in memory at a time."""

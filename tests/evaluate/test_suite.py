@@ -117,9 +117,14 @@ def test_the_next_model_sees_the_images_that_were_made_for_the_one_before(
     made = LocalStore(tmp_path / "made")
     run(data, "first", config, made)
     assert len(list(made.list())) == 6
-    monkeypatch.setattr(suite, "distorted", lambda task: pytest.fail("made again"))
-    monkeypatch.setattr(Suite, "_cost", lambda *_: suite.Cost(0, 0, 0, 0, 0, 0))
+    costs = []
+    real = Suite._cost
+    monkeypatch.setattr(Suite, "_cost", lambda self, *pending: costs.append(real(self, *pending)) or costs[-1])
+    monkeypatch.setattr(Suite, "_task", lambda self, unit, images, part: part == slice(0, 1) or pytest.fail("made again"))
+    monkeypatch.setattr(suite, "distorted", lambda task: [])
     assert run(data, "second", config, made, predictor=second).identity() == alone.identity()
+    assert (costs[0].distort_seconds, costs[0].made_bytes) == (0, 0)
+    assert costs[0].passes == 24 * (1 + 2 * 2)
 
 
 def test_too_many_images_are_not_kept(run, tmp_path, labelled_images):

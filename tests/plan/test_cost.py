@@ -171,3 +171,18 @@ def test_the_tables_fit_a_terminal(paper):
         console.print(table)
     assert "…" not in sink.getvalue()
     assert re.search(r"1 train +tf_efficientnet_l2@475 +480M +171G +6\.73G", sink.getvalue())
+
+
+def test_robustness_is_counted_for_every_model_on_the_images_that_are_reported():
+    counts = Counts({"labelled": 1000, "pool": 5000, "heldout": 300, "test": 2000})
+    asked = {"suites": ["corruptions", "attacks"], "images": 500}
+    made = plan.plan(
+        experiment(generations=1, data={**NOWHERE, "test": "./nowhere"}, evaluation=asked),
+        Asked(counts, multiply_adds_per_second=1e12),
+    )
+    for generation in (0, 1):
+        assert work(made, "evaluate", generation).images == 2300
+        assert work(made, "robustness", generation).images == 500 * (1 + 75 + 4 * 4 + 31 + 151)
+    plain = plan.plan(experiment(generations=1), Asked(counts, multiply_adds_per_second=1e12))
+    assert {one.task for one in plain.work} == {"train", "label", "evaluate"}
+    assert work(plain, "evaluate", 0).images == 300
