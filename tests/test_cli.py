@@ -23,6 +23,7 @@ def ns(capsys, *arguments: str) -> tuple[int, str, str]:
     "command",
     [
         "run",
+        "evaluate",
         "label",
         "labels purge",
         "labels select",
@@ -179,3 +180,19 @@ def test_plan_without_data_says_what_to_give(capsys, tmp_path):
     assert code == 0
     assert "later on 4 × assumed: 5 · 10¹² multiply-adds a second" in out
     assert "device-hours in" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["runs", "list", "extra"], "unexpected extra argument"),
+        (["evaluate", "model"], "Missing argument 'dataset'"),
+        (["plan", "--price", "much"], "Invalid value for '--price'"),
+        (["nothing"], "No such command"),
+    ],
+)
+def test_a_command_that_was_mistyped_is_explained(capsys, arguments, message):
+    code, _, err = ns(capsys, *arguments)
+    assert code == 2
+    assert message in " ".join(err.split())
+    assert "should not happen" not in err

@@ -11,7 +11,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 from ns import __version__
@@ -25,6 +24,9 @@ if TYPE_CHECKING:
     from ns.config import Experiment, RoleConfig
     from ns.runs import Summary
     from ns.store import Store
+
+# Newer typers bring a click of their own, which is not the one that can be imported.
+UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 app = typer.Typer(
     help="Noisy Student self-training: teacher, pseudo-labels, noisy student, gate, again.",
@@ -63,13 +65,13 @@ def _main(arguments: list[str]) -> int:
         return int(app([a for a in arguments if a != "--debug"], standalone_mode=False, prog_name="ns") or 0)
     except NsError as error:
         code, message, trace = error.exit_code, str(error), traceback.format_exc()
-    except click.exceptions.Exit as error:
+    except typer.Exit as error:
         return error.exit_code
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         code, message, trace = Interrupted.exit_code, "interrupted", ""
-    except click.ClickException as error:
+    except UsageError as error:
         error.show()
-        return error.exit_code
+        return int(error.exit_code)
     except BrokenPipeError:
         # The reader (head, less) has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
