@@ -322,15 +322,24 @@ class SelectionConfig(Section):
         return self
 
 
+Suite = Literal["clean", "corruptions", "perturbations", "attacks"]
+
+
 class GateConfig(Section):
     """When a student becomes the teacher."""
 
     level: float = Field(default=0.95, gt=0.5, lt=1)
     """One-sided confidence of the bound on the gain in held-out top-1 accuracy."""
     min_gain: float = Field(default=0.0, ge=-1, le=1)
-    """Promote when the lower bound of the gain is at least this. Below 0 it is a margin of non-inferiority."""
+    """Promote when the lower bound of the gain is above this. Below 0 it is a margin of non-inferiority."""
     max_class_drop: float | None = Field(default=None, gt=0, le=1)
     """Refuse when any class loses more held-out accuracy than this."""
+    max_mce_rise: float | None = Field(default=None, ge=0)
+    """Refuse when mCE on held-out images, of which the teacher has 100, rises by more than so many points. Needs `corruptions` in
+    evaluation.suites."""
+    max_mfr_rise: float | None = Field(default=None, ge=0)
+    """Refuse when mFR on held-out images, of which the teacher has 100, rises by more than so many points. Needs `perturbations` in
+    evaluation.suites."""
     max_churn: float | None = Field(default=None, ge=0, le=1)
     """Refuse when more than this share of the pool's labels differ from those of the generation before. No limit if not given, and
     none on the first generation."""
@@ -346,11 +355,15 @@ class GateConfig(Section):
     def _leave_out_what_is_not_asked(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # An experiment that does not use these is the one it was before they existed, under the same digest and name.
         fields: dict[str, Any] = serialise(self)
-        asked = ("max_churn", "max_class_shrinkage", "min_audited_precision")
+        asked = ("max_mce_rise", "max_mfr_rise", "max_churn", "max_class_shrinkage", "min_audited_precision")
         return {name: value for name, value in fields.items() if value is not None or name not in asked}
 
+    @property
+    def suites(self) -> dict[str, Suite]:
+        """Limits on robustness that are set → what they need to be measured, on held-out images."""
+        needs: dict[str, Suite] = {"max_mce_rise": "corruptions", "max_mfr_rise": "perturbations"}
+        return {limit: suite for limit, suite in needs.items() if getattr(self, limit) is not None}
 
-Suite = Literal["clean", "corruptions", "perturbations", "attacks"]
 
 Corruption = Literal[
     "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow", "frost",
@@ -503,6 +516,25 @@ class Experiment(Section):
                 f"students: {len(self.students)} given for {self.generations} generations; give at most one per generation"
             )
         return self
+
+    @model_validator(mode="after")
+    def _limits_are_measured(self) -> Self:
+        for limit, suite in self.gate.suites.items():
+            if suite not in self.evaluation.suites:
+                raise ValueError(
+                    f"gate.{limit}: needs {suite} to be measured; add {suite} to evaluation.suites "
+                    f"(now {', '.join(self.evaluation.suites) or 'empty'})"
+                )
+            if suite == "corruptions" and not set(self.evaluation.corruptions) - set(EXTRA_CORRUPTIONS):
+                raise ValueError(
+                    f"gate.{limit}: evaluation.corruptions names extra kinds only, which count for no mCE; add one of the 15"
+                )
+        return self
+
+    @property
+    def guarded(self) -> EvaluationConfig:
+        """What is measured of robustness on held-out images for the gate, beside what is reported: no attacks, for instance."""
+        return self.evaluation.model_copy(update={"suites": tuple(self.gate.suites.values())})
 
     def roles(self) -> dict[str, RoleConfig]:
         """The first teacher and all students, by their place in the document."""

@@ -392,6 +392,25 @@ def generation_labels(root: Store, run: str, number: int) -> Labels:
     )
 
 
+def verdict(root: Store, name: str) -> tuple[str, Verdict]:
+    """The full name of a run, and the gate's verdict on a generation of it (`RUN/gen-N`), or the last one (`RUN`).
+
+    Raises RunError if the gate has not spoken.
+    """
+    asked, slash, number = name.rpartition("/gen-")
+    if slash and not number.isdigit():
+        raise RunError(f"{name}: must be a run, or a generation of it: latest, latest/gen-1")
+    run = find(root, asked if slash else name)
+    spoken = {note.generation: note.outputs["verdict"] for note in notes(root, run) if note.step == "gate"}
+    if not spoken:
+        raise RunError(f"run {run}: no student has come to the gate yet; `ns run --resume` continues it")
+    generation = int(number) if slash else max(spoken)
+    if generation not in spoken:
+        known = ", ".join(f"gen-{each}" for each in sorted(spoken))
+        raise RunError(f"run {run}: there is no verdict on generation {generation}; there are {known}")
+    return run, Verdict.read(root, spoken[generation])
+
+
 def _generation(root: Store, steps: list[Note], gate: Note) -> Generation:
     verdict = Verdict.read(root, gate.outputs["verdict"])
     own = [note for note in steps if note.generation == gate.generation]

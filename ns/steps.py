@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ns import config, log, runs
 from ns.card import FINETUNED, ModelCard, weights_digest
 from ns.card import MANIFEST as CARD
-from ns.config import EvaluationSet, Experiment, RoleConfig
+from ns.config import EvaluationConfig, EvaluationSet, Experiment, RoleConfig
 from ns.data.check import left_out
 from ns.data.dataset import Shard
 from ns.data.index import ShardIndex
@@ -118,7 +118,9 @@ def evaluate(config_uri: str, root: str, run: str, data: str, generation: int, m
             if wanted.kind != "images":
                 entries[f"set:{name}"] = _published(step, name, wanted, model)
         if asked.robust:
-            entries["robustness"] = _robustness(step, prepared.reported, model)
+            entries["robustness"] = _robustness(step, prepared.reported, model, asked)
+        if step.experiment.gate.suites:
+            entries["guarded"] = _guarded(step, prepared, model)
         outputs = {name: next(iter(entry.outputs.values())) for name, (entry, _) in entries.items()}
         step.done(
             outputs,
@@ -259,6 +261,11 @@ def gate(config_uri: str, root: str, run: str, data: str, generation: int, teach
         teacher_rows, student_rows = (read_predictions(*_evaluation(step, data, model)) for model in (teacher, student))
         if teacher_rows["key"] != student_rows["key"]:
             raise DataError("gate: teacher and student were evaluated on different images; run the evaluation again")
+        guarded = None
+        if experiment.gate.suites:
+            prepared = Prepared.read(step.root, data)
+            before, after = (_guarded(step, prepared, model)[0].outputs["robustness"] for model in (teacher, student))
+            guarded = Robustness.read(step.root, before), Robustness.read(step.root, after)
         verdict = gates.judge(
             experiment.gate,
             generation=generation,
@@ -270,6 +277,7 @@ def gate(config_uri: str, root: str, run: str, data: str, generation: int, teach
             classes=_classes(step.root, data),
             seed=experiment.seed,
             about=_label_facts(step, generation),
+            robustness=guarded,
         )
         inputs = _generation_inputs(step, data, generation, teacher)
         key = f"store/verdicts/{short(step.ledger.key('generation', inputs))}/{gates.MANIFEST}"
@@ -449,11 +457,16 @@ def _accuracy(step: _Step, source: Source, model: str, options: EvaluationSet | 
     return step.ledger.once("evaluate", inputs, work)
 
 
-def _robustness(step: _Step, source: Source, model: str) -> tuple[Entry, bool]:
+def _guarded(step: _Step, prepared: Prepared, model: str) -> tuple[Entry, bool]:
+    """What the gate asks of a model's robustness: on held-out images, never on those that are only reported."""
+    experiment = step.experiment
+    return _robustness(step, prepared.heldout, model, experiment.guarded if prepared.test else experiment.evaluation)
+
+
+def _robustness(step: _Step, source: Source, model: str, config: EvaluationConfig) -> tuple[Entry, bool]:
     """What corruptions, perturbations and attacks leave of a model's accuracy on a dataset."""
     from ns.evaluate import suite
 
-    config = step.experiment.evaluation
     images = {"dataset": source.dataset, "images": config.images, "seed": config.seed}
     predictions = {"code": code_digest(*ROBUSTNESS), "model": _model_digest(step.root, model), **images}
     inputs = predictions | {"asked": suite.asked(config)}
@@ -566,7 +579,8 @@ def _refuse_chance(step: _Step, data: str, teacher: str) -> None:
 def _generation_inputs(step: _Step, data: str, generation: int, teacher: str) -> dict[str, Any]:
     """What the outcome of a generation depends on: the same teacher, data and settings need no second trip."""
     experiment = step.experiment
-    return {
+    guarded = {"evaluation": experiment.guarded.model_dump(mode="json", exclude={"sets", "keep_gib"})}
+    return (guarded if experiment.gate.suites else {}) | {
         "code": code_digest(*TRAINING, *LABELLING, "evaluate"),
         "data": Prepared.read(step.root, data).digest,
         "generation": generation,

@@ -13,6 +13,7 @@ from rich.table import Table
 from ns.data.check import CheckReport, class_counts
 from ns.data.dataset import Dataset
 from ns.digest import short
+from ns.evaluate.gate import Verdict, needed
 from ns.evaluate.result import Evaluation, Robustness
 from ns.evaluate.scores import Scores
 from ns.label.audit import Audit
@@ -513,6 +514,51 @@ def _facts(event: Event) -> str:
 
 def _short(key: str) -> str:
     return key.rpartition("/")[2][:6]
+
+
+def verdict_tables(run: str, verdict: Verdict) -> list[Table]:
+    """Every guard of the gate, and the held-out images by who is right."""
+    outcome = "promoted" if verdict.promoted else "refused"
+    guards = _table(f"run {run}, generation {verdict.generation}: {outcome}", "guard", "value", "limit", "", "what it is")
+    guards.columns[3].justify = guards.columns[4].justify = "left"
+    for guard in verdict.guards:
+        mark = "[green]passed[/]" if guard.passed else "[yellow]failed[/]"
+        # Points of mCE and mFR; all others are shares.
+        form = "+.1f" if guard.name in ("mCE rise", "mFR rise") else "+.2%"
+        detail = escape(guard.detail.rstrip(","))
+        guards.add_row(guard.name, format(guard.value, form), format(guard.limit, form), mark, detail)
+    if verdict.paired is None:
+        return [guards]
+    pairs = _table(f"{verdict.images:,} held-out images", "", "student right", "student wrong")
+    pairs.add_row("teacher right", f"{verdict.paired.both:,}", f"{verdict.paired.only_teacher:,}")
+    pairs.add_row("teacher wrong", f"{verdict.paired.only_student:,}", f"{verdict.paired.neither:,}")
+    return [guards, pairs]
+
+
+def verdict_lines(verdict: Verdict) -> list[str]:
+    """The numbers behind a verdict, and what would have been needed for another one."""
+    asked, lines = needed(verdict), []
+    lines.append(
+        f"top-1 {verdict.teacher_top1:.2%} → {verdict.student_top1:.2%}: gain {100 * verdict.gain:+.2f} points, "
+        f"between {100 * verdict.gain_low:+.2f} and {100 * verdict.gain_high:+.2f} "
+        f"(paired bootstrap, each bound one-sided at {verdict.level:.4g})"
+    )
+    if verdict.mcnemar is not None:
+        lines.append(f"McNemar's exact test: p = {verdict.mcnemar:.3g}")
+    gain = next(guard for guard in verdict.guards if guard.name == "gain")
+    if not gain.passed:
+        lines.append(f"on these images a gain of more than {100 * asked.gain:+.2f} points, about, would have been enough")
+        if asked.images is None:
+            lines.append("no number of images would help: the gain itself is not above the limit")
+        else:
+            lines.append(
+                f"a gain as large as this one would be enough on about {asked.images:,} held-out images, "
+                f"{max(0, asked.images - verdict.images):,} more"
+            )
+    failed = [guard for guard in verdict.guards if not guard.passed and guard.name != "gain"]
+    lines += [f"{guard.name}: would have to be {guard.limit:+.3f} instead of {guard.value:+.3f}" for guard in failed]
+    lines.append(f"[dim]recorded reason: {escape(verdict.reason)}[/]")
+    return lines
 
 
 def print_whole(table: Table) -> None:

@@ -5,9 +5,12 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from ns import __version__, cli, config, runs
+from ns.config import GateConfig
+from ns.evaluate.gate import judge
 from ns.store import LocalStore
 
 NS = [sys.executable, "-m", "ns"]
@@ -46,6 +49,7 @@ def ns(capsys, *arguments: str) -> tuple[int, str, str]:
         "labels promote",
         "labels rollback",
         "labels gc",
+        "gate explain",
     ],
 )
 def test_every_command_has_help_with_an_example(capsys, command):
@@ -151,6 +155,51 @@ def test_runs_are_found_by_their_beginning(capsys, tmp_path):
     assert "is one of alpha-1, alpha-2" in err
     listed = json.loads(ns(capsys, "runs", "list", "--json", *root)[1])
     assert [run["run"] for run in listed] == ["alpha-1", "alpha-2", "beta"]
+
+
+def judged(generation: int, lost: int, won: int, **limits):
+    teacher, student = np.arange(400) >= won, np.arange(400) < 400 - lost
+    return judge(
+        GateConfig(**limits),
+        generation=generation,
+        teacher="store/models/t",
+        student="store/models/s",
+        labels=(np.arange(400) % 2).astype(np.uint16),
+        teacher_correct=teacher,
+        student_correct=student,
+        classes=("cat", "[dog]"),
+        seed=0,
+    )
+
+
+def test_a_verdict_is_explained(capsys, tmp_path):
+    store = LocalStore(tmp_path)
+    runs.start(store, "one", config.load(str(cli.importlib.resources.files("ns") / "presets" / "quickstart.yaml")), "0")
+    root = ["--root", str(tmp_path)]
+    assert ns(capsys, "gate", "explain", *root)[::2] == (
+        6,
+        "error: run one: no student has come to the gate yet; `ns run --resume` continues it\n",
+    )
+    for number, (lost, won, limits) in enumerate([(5, 40, {}), (20, 24, {"max_class_drop": 0.001})], 1):
+        judged(number, lost, won, **limits).write(store, f"v{number}.json")
+        runs.note(store, "one", number, "gate", {"verdict": f"v{number}.json"}, 0.0, reused=False)
+    _, out, _ = ns(capsys, "gate", "explain", "on/gen-1", *root)
+    assert "generation 1: promoted" in out
+    assert "would have been enough" not in out
+    _, out, _ = ns(capsys, "gate", "explain", *root)
+    shown = " ".join(out.split())
+    assert "generation 2: refused" in shown
+    assert "teacher right 356 20" in shown
+    assert "teacher wrong 24 0" in shown
+    assert "gain +1.00 points" in shown
+    assert "McNemar's exact test: p = 0.652" in shown
+    assert "would be enough on about" in shown
+    told = json.loads(ns(capsys, "gate", "explain", "--json", *root)[1])
+    assert (told["run"], told["generation"], told["promoted"]) == ("one", 2, False)
+    assert told["paired"] == {"both": 356, "only_teacher": 20, "only_student": 24, "neither": 0}
+    assert told["needed"]["images"] > 400
+    code, _, err = ns(capsys, "gate", "explain", "one/gen-7", *root)
+    assert (code, err) == (6, "error: run one: there is no verdict on generation 7; there are gen-1, gen-2\n")
 
 
 def test_relative_data_folders_are_made_absolute(capsys, tmp_path, monkeypatch):

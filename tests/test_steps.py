@@ -12,6 +12,7 @@ from ns.card import MANIFEST as CARD
 from ns.config import LabellingConfig, RoleConfig, TrainConfig
 from ns.data.index import ShardIndex
 from ns.errors import ConfigError, DataError, Interrupted, TrainingError
+from ns.evaluate.gate import corruption_rise, flip_rise
 from ns.evaluate.result import Evaluation, Robustness
 from ns.evaluate.suite import Suite
 from ns.inference import Predictor
@@ -365,6 +366,8 @@ def robust(done, preset, picture, tmp_path):
         f"data.test={classes(tmp_path / 'test', [str(n) for n in range(10)], 1)}",
         f"evaluation.sets={{hard: {hard}, ready: {{place: {published}, kind: cifar10-c}}}}",
         "evaluation.suites=[corruptions,perturbations,attacks]",
+        "gate.max_mce_rise=10000",
+        "gate.max_mfr_rise=10000",
         "evaluation.images=20",
         "evaluation.corruptions=[contrast,fog]",
         "evaluation.severities=[1,5]",
@@ -382,12 +385,23 @@ def test_every_model_is_evaluated_on_all_that_is_asked_for(robust):
     store, where = robust
     loop(where)
     notes = [note for note in runs.notes(store, where[2]) if note.step == "evaluate"]
-    assert [sorted(note.outputs) for note in notes] == [["evaluation", "robustness", "set:hard", "set:ready", "test"]] * 2
+    assert [sorted(note.outputs) for note in notes] == [
+        ["evaluation", "guarded", "robustness", "set:hard", "set:ready", "test"]
+    ] * 2
     first, student = (Robustness.read(store, note.outputs["robustness"]) for note in notes)
     assert first.model != student.model
     assert (first.images, first.subsample.images) == (20, 20)
     assert first.dataset == Evaluation.read(store, notes[0].outputs["test"]).dataset
     assert list(first.corruptions) == ["contrast", "fog"]
+    guarded = [Robustness.read(store, note.outputs["guarded"]) for note in notes]
+    assert (
+        {one.dataset for one in guarded} == {Evaluation.read(store, notes[0].outputs["evaluation"]).dataset} != {first.dataset}
+    )
+    assert guarded[0].attacks == ()
+    assert (list(guarded[0].corruptions), list(guarded[0].perturbations)) == (["contrast", "fog"], ["brightness"])
+    (_, verdict) = runs.verdict(store, where[2])
+    assert [guard.name for guard in verdict.guards] == ["gain", "mCE rise", "mFR rise"]
+    assert [guard.value for guard in verdict.guards[1:]] == [corruption_rise(*guarded), flip_rise(*guarded)]
     ready = Robustness.read(store, notes[0].outputs["set:ready"])
     assert (ready.kind, ready.images, list(ready.corruptions)) == ("cifar10-c", 10, ["fog"])
     hard = Evaluation.read(store, notes[0].outputs["set:hard"])

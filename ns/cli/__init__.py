@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ns import __version__
-from ns.cli import evaluate, labels
+from ns.cli import evaluate, gate, labels
 from ns.cli.options import AsJson, ConfigArgument, Overrides, Root, RunArgument
 from ns.errors import ConfigError, DataError, Interrupted, NsError, RunError, StoreError
 
@@ -45,6 +45,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(labels.app, name="labels")
 app.command("label")(labels.label)
 app.command()(evaluate.evaluate)
+app.add_typer(gate.app, name="gate")
 app.add_typer(doctor_app, name="doctor")
 
 

@@ -1,13 +1,16 @@
 """The gate: a student becomes the teacher only on evidence, from the same held-out images that the teacher was judged on."""
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ns.config import GateConfig
+from ns.config import CORRUPTIONS, GateConfig
 from ns.document import Document
+from ns.evaluate.result import Robustness
+from ns.evaluate.robustness import relative
 
 MANIFEST = "verdict.json"
 
@@ -45,6 +48,29 @@ class LabelFacts(NamedTuple):
     """Share of right labels and its lower bound, and the images that people looked at; None if nobody did."""
 
 
+class Paired(Document):
+    """Held-out images by who is right."""
+
+    both: int
+    only_teacher: int
+    only_student: int
+    neither: int
+
+    @property
+    def images(self) -> int:
+        return self.both + self.only_teacher + self.only_student + self.neither
+
+
+class Needed(Document):
+    """What the bound on the gain asks for beyond what was seen."""
+
+    gain: float
+    """The gain that would have had to be seen on these images, about: the limit, and what luck may explain here."""
+    images: int | None
+    """Held-out images, about, on which a gain as large as the one seen would be enough; None if the gain itself is not above the
+    limit, so that no number of images would help."""
+
+
 class Verdict(Document):
     format: Literal[1] = 1
     generation: int
@@ -59,6 +85,10 @@ class Verdict(Document):
     gain_high: float
     """Bounds of the gain, each one-sided at `level`: together an interval at 2·level − 1."""
     level: float
+    paired: Paired | None = None
+    """None in verdicts from before it was recorded, as the next."""
+    mcnemar: float | None = None
+    """Two-sided exact p that the two are equally often right where only one of them is. Recorded; the bootstrap decides."""
     guards: tuple[Guard, ...]
     promoted: bool
     reason: str
@@ -91,6 +121,60 @@ def paired_gain(
     return Gain(value=float(difference.mean()), low=float(low), high=float(high))
 
 
+def paired_counts(teacher_correct: npt.NDArray[np.bool_], student_correct: npt.NDArray[np.bool_]) -> Paired:
+    """Inputs: bool [N], same images in the same order."""
+    both, either = int((teacher_correct & student_correct).sum()), int((teacher_correct | student_correct).sum())
+    return Paired(
+        both=both,
+        only_teacher=int(teacher_correct.sum()) - both,
+        only_student=int(student_correct.sum()) - both,
+        neither=teacher_correct.size - either,
+    )
+
+
+def mcnemar(paired: Paired) -> float:
+    """Two-sided exact p of McNemar's test (Psychometrika 12, 1947): of images that only one got right, each is as likely right in either.
+    1 if there are none."""
+    from scipy.special import bdtr
+
+    fewer, discordant = min(paired.only_teacher, paired.only_student), paired.only_teacher + paired.only_student
+    return min(1.0, 2 * float(bdtr(fewer, discordant, 0.5))) if discordant else 1.0
+
+
+def needed(verdict: Verdict) -> Needed:
+    """What the bound on the gain would have needed to be above its limit: by the normal approximation the gain is as far above its bound
+    as here, and that distance falls with the root of the images."""
+    min_gain = next(guard.limit for guard in verdict.guards if guard.name == "gain")
+    spread, above = verdict.gain - verdict.gain_low, verdict.gain - min_gain
+    images = None if above <= 0 else math.floor(verdict.images * (spread / above) ** 2) + 1
+    return Needed(gain=min_gain + spread, images=images)
+
+
+def corruption_rise(teacher: Robustness, student: Robustness) -> float | None:
+    """mCE of the student relative to its teacher, who has 100, less 100: points; the extra kinds left out. None if not measured.
+
+    A kind in which the teacher made no mistake counts as if it had made one: nothing can be divided by 0.
+
+    """
+    kinds = [kind for kind in CORRUPTIONS if kind in teacher.corruptions]
+    least = 1 / (teacher.images * len(teacher.severities))
+    return _rise(teacher.corruption_error(), student.corruption_error(), kinds, least)
+
+
+def flip_rise(teacher: Robustness, student: Robustness) -> float | None:
+    """mFR of the student relative to its teacher, who has 100, less 100: points. None if not measured. A kind in which the
+    teacher's answers never flipped counts as if one had."""
+    kinds = list(teacher.perturbations)
+    least = 1 / (teacher.images * max(1, teacher.frames - 1))
+    before, after = ({kind: one.flip_probability for kind, one in each.perturbations.items()} for each in (teacher, student))
+    return _rise(before, after, kinds, least)
+
+
+def _rise(teacher: Mapping[str, float], student: Mapping[str, float], kinds: Sequence[str], least: float) -> float | None:
+    value = relative(student, {kind: max(teacher[kind], least) for kind in kinds})
+    return None if value is None else value - 100
+
+
 def beats_chance(top1: float, images: int, classes: int) -> bool:
     """Whether an accuracy is above 1 / classes by more than luck explains: one-sided 95 % of the normal approximation."""
     chance = 1 / classes
@@ -121,15 +205,18 @@ def judge(
     classes: tuple[str, ...],
     seed: int,
     about: LabelFacts | None = None,
+    robustness: tuple[Robustness, Robustness] | None = None,
 ) -> Verdict:
-    """Compares a student with its teacher on the same images. Arrays [N], same order. `about`: the student's pseudo-labels."""
+    """Compares a student with its teacher on the same images. Arrays [N], same order. `about`: the student's pseudo-labels.
+    `robustness`: the teacher's and the student's on held-out images, wherever the gate has a limit on it."""
     gain = paired_gain(teacher_correct, student_correct, level=gate.level, resamples=gate.resamples, seed=seed)
     guards = [
         Guard(
             name="gain",
             value=gain.low,
             limit=gate.min_gain,
-            passed=gain.low >= gate.min_gain,
+            # At equality nothing is shown: equal models on few images often have a bound of exactly 0.
+            passed=gain.low > gate.min_gain,
             detail=f"lower {gate.level:.0%} bound of the gain in top-1",
         )
     ]
@@ -144,16 +231,18 @@ def judge(
                 detail=f"largest loss of accuracy in a class ({classes[worst]})",
             )
         )
+    guards += _robustness_guards(gate, robustness)
     guards += _label_guards(gate, about or LabelFacts())
     failed = [guard for guard in guards if not guard.passed]
     if failed:
         reason = "; ".join(f"{guard.detail} is {guard.value:+.3f}, limit {guard.limit:+.3f}" for guard in failed)
     else:
-        reason = f"gain {gain.value:+.3f}, lower bound {gain.low:+.3f} ≥ {gate.min_gain:+.3f}"
+        reason = f"gain {gain.value:+.3f}, lower bound {gain.low:+.3f} > {gate.min_gain:+.3f}"
     if gate.min_audited_precision is not None and (about is None or about.audited is None):
         reason += (
             f"; the labels are not audited, so gate.min_audited_precision = {gate.min_audited_precision} was not asked for"
         )
+    paired = paired_counts(teacher_correct, student_correct)
     return Verdict(
         generation=generation,
         teacher=teacher,
@@ -165,10 +254,29 @@ def judge(
         gain_low=gain.low,
         gain_high=gain.high,
         level=gate.level,
+        paired=paired,
+        mcnemar=mcnemar(paired),
         guards=tuple(guards),
         promoted=not failed,
         reason=reason,
     )
+
+
+def _robustness_guards(gate: GateConfig, robustness: tuple[Robustness, Robustness] | None) -> list[Guard]:
+    """A guard for each limit that is set. Raises ValueError if what it needs was not measured."""
+    limits: tuple[tuple[str, float | None, Callable[[Robustness, Robustness], float | None], str], ...] = (
+        ("mCE rise", gate.max_mce_rise, corruption_rise, "mean corruption error, in points above the teacher's 100,"),
+        ("mFR rise", gate.max_mfr_rise, flip_rise, "mean flip rate, in points above the teacher's 100,"),
+    )
+    guards = []
+    for name, limit, measure, detail in limits:
+        if limit is None:
+            continue
+        value = measure(*robustness) if robustness else None
+        if value is None:
+            raise ValueError(f"{name} is limited to {limit}, but was not measured")
+        guards.append(Guard(name=name, value=value, limit=limit, passed=value <= limit, detail=detail))
+    return guards
 
 
 def _label_guards(gate: GateConfig, about: LabelFacts) -> list[Guard]:

@@ -218,6 +218,8 @@ def _jobs(experiment: Experiment, images: dict[Part, int]) -> Iterator[_Job]:
     clean = images["heldout"] + images.get("test", 0)
     reported = images.get("test", images["heldout"])
     robust = passes(asked) * min(reported, asked.images or reported) if asked.robust else 0
+    if experiment.gate.suites and "test" in images:
+        robust += passes(experiment.guarded) * min(images["heldout"], asked.images or images["heldout"])
 
     def trained(generation: int, field: str, role: RoleConfig) -> Iterator[_Job]:
         course = training(role, images["labelled"])
