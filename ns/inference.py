@@ -155,11 +155,13 @@ class Predictor:
         _, probabilities, errors = next(self._run(self._cut(iter(blobs), len(blobs), None), progress))
         return probabilities, errors
 
-    def groups(self, blobs: Iterable[Sequence[Picture]]) -> Iterator[npt.NDArray[np.float32]]:
+    def groups(
+        self, blobs: Iterable[Sequence[Picture]], progress: log.Progress | None = None
+    ) -> Iterator[npt.NDArray[np.float32]]:
         """Probabilities [N, classes] of one group of images after the other; the next ones are being decoded while the
         network works on the last. Unreadable images are NaN."""
         chunks = (chunk for group in blobs for chunk in self._cut(iter(group), len(group), None))
-        for _, probabilities, _ in self._run(chunks, None):
+        for _, probabilities, _ in self._run(chunks, progress):
             yield probabilities
 
     def whole(self) -> "Predictor":

@@ -443,7 +443,7 @@ def _measures(root: Store, steps: list[Note]) -> list[Measures]:
         outputs = note.outputs
         heldout = Evaluation.read(root, outputs["evaluation"])
         robustness = Robustness.read(root, outputs["robustness"]) if "robustness" in outputs else None
-        reference = reference or robustness
+        reference = robustness if note.generation == 0 else reference
         sets = {name: key for name, key in outputs.items() if name.startswith("set:") and key.endswith(f"/{EVALUATION}")}
         found.append(
             Measures(

@@ -52,7 +52,9 @@ def evaluate(
         if len(own) == len(index):
             probabilities = predictor.shard(source, shard, progress).probabilities
         else:
-            probabilities, _ = predictor.images(images_of(source, shard, own), progress)
+            # A few at a time: a shard may be larger than memory.
+            few = (images_of(source, shard, own[at : at + predictor.batch]) for at in range(0, len(own), predictor.batch))
+            probabilities = np.concatenate(list(predictor.groups(few, progress)))
         readable = ~np.isnan(probabilities[:, 0])
         unreadable += int((~readable).sum())
         keys = [index.keys[row] for row in own[readable].tolist()]

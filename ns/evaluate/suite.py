@@ -158,6 +158,7 @@ class Suite:
         self._images = sum(len(block.rows) for block in self._blocks)
         self._units = units(config)
         self._as_they_are = self._are_small()
+        self._attacked_at_once = ATTACKED_AT_ONCE
         # Photographs have been cropped when they are distorted; small images are cropped as the model wants it.
         self._distorted_predictor = predictor if self._as_they_are else predictor.whole()
 
@@ -243,16 +244,29 @@ class Suite:
             progress.advance(len(images.keys))
             return table_of(images.keys, images.labels, probabilities)
         parts = [np.empty((0, len(self._predictor.card.classes)), np.float32)]
-        size = min(self._predictor.batch, ATTACKED_AT_ONCE)
-        for at in range(0, len(images.keys), size):
-            part = slice(at, at + size)
-            pixels = self._predictor.pixels(images.encoded[part])
-            labels = torch.from_numpy(images.labels[part]).to(pixels.device)
-            changed = attack(self._predictor.logits, pixels, labels, unit.plan, images.keys[part], self._config.seed)
-            with torch.inference_mode():
-                parts.append(self._predictor.logits(changed).softmax(1).cpu().numpy())
-            progress.advance(len(pixels) * unit.passes)
+        at = 0
+        while at < len(images.keys):
+            part = slice(at, at + min(self._predictor.batch, self._attacked_at_once))
+            try:
+                parts.append(self._attacked(images, part, unit.plan))
+            except torch.OutOfMemoryError:
+                if self._attacked_at_once == 1:
+                    raise
+                self._attacked_at_once = max(1, self._attacked_at_once // 2)
+                log.get().warning("out of memory; attacks go on with fewer images at once", images=self._attacked_at_once)
+                continue
+            at += len(parts[-1])
+            progress.advance(len(parts[-1]) * unit.passes)
         return table_of(images.keys, images.labels, np.concatenate(parts))
+
+    def _attacked(self, images: _Images, part: slice, plan: AttackPlan) -> npt.NDArray[np.float32]:
+        """Probabilities of images that were attacked."""
+        pixels = self._predictor.pixels(images.encoded[part])
+        labels = torch.from_numpy(images.labels[part]).to(pixels.device)
+        changed = attack(self._predictor.logits, pixels, labels, plan, images.keys[part], self._config.seed)
+        with torch.inference_mode():
+            found: npt.NDArray[np.float32] = self._predictor.logits(changed).softmax(1).cpu().numpy()
+        return found
 
     def _distort(
         self, block: _Block, images: _Images, left: list[Unit], executor: Executor, keep: bool, progress: log.Progress

@@ -200,6 +200,24 @@ def test_rows_are_kept_for_every_image(run, tmp_path, labelled_images):
     assert found.frames == 3
 
 
+def test_attacks_go_on_with_fewer_images_when_memory_does_not_suffice(run, tmp_path, labelled_images, monkeypatch):
+    data = labelled_images(tmp_path / "d")
+    config = SMALL.model_copy(update={"suites": ("attacks",)})
+    plenty = run(data, "plenty", config)
+    real = suite.attack
+
+    def little(logits, images, *rest):
+        if len(images) > 3:
+            raise torch.OutOfMemoryError
+        return real(logits, images, *rest)
+
+    monkeypatch.setattr(suite, "attack", little)
+    assert run(data, "little", config).attacks == plenty.attacks
+    monkeypatch.setattr(suite, "attack", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError))
+    with pytest.raises(torch.OutOfMemoryError):
+        run(data, "none", config)
+
+
 def test_a_set_without_a_readable_image_is_refused(run, tmp_path, labelled_images):
     with pytest.raises(DataError, match="no readable image"):
         run(labelled_images(tmp_path / "d", count=3, damaged=(0, 1, 2)))
