@@ -211,9 +211,11 @@ def evaluation_tables(evaluation: Evaluation | None, robustness: Robustness | No
 
 def accuracy_table(evaluation: Evaluation) -> Table:
     """Accuracy, calibration, and the classes that are worst."""
-    some = f", drawn from all with seed {evaluation.subsample.seed}" if evaluation.subsample else ""
-    title = f"{evaluation.name or short(evaluation.dataset)}: {evaluation.images:,} images{some}, {evaluation.unreadable:,} unreadable"
-    clean = _table(title, "accuracy", "")
+    clean = _table(evaluation.name or short(evaluation.dataset), "accuracy", "")
+    seed = f", seed {evaluation.subsample.seed}" if evaluation.subsample else ""
+    clean.add_row("images (drawn evenly)" if evaluation.subsample else "images", f"{evaluation.images:,}{seed}")
+    if evaluation.unreadable:
+        clean.add_row("unreadable", f"{evaluation.unreadable:,}")
     clean.add_row("top-1", f"{evaluation.top1:.2%}")
     clean.add_row("top-5", f"{evaluation.top5:.2%}")
     if evaluation.multi_label_top1 is not None:
