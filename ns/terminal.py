@@ -499,7 +499,8 @@ def _shards(event: Event) -> str:
 def _facts(event: Event) -> str:
     match event["step"]:
         case "prepare-data":
-            return f"{event['labelled']:,} labelled, {event['pool']:,} in the pool, {event['heldout']:,} held out"
+            test = f", {event['test']:,} to test on" if "test" in event else ""
+            return f"{event['labelled']:,} labelled, {event['pool']:,} in the pool, {event['heldout']:,} held out{test}"
         case "evaluate":
             more = f", {event['corruption_error']:.1%} wrong when corrupted" if "corruption_error" in event else ""
             return f"top-1 {event['top1']:.1%} of {event['images']:,} images{more}"

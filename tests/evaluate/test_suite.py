@@ -226,7 +226,9 @@ def test_a_set_without_a_readable_image_is_refused(run, tmp_path, labelled_image
 def test_killed_suites_go_on_where_they_stopped(run, model, tmp_path, labelled_images):
     """SIGKILL at instants all over the work: the units that were done stay, and what comes of it is the same."""
     data = labelled_images(tmp_path / "d", count=60)
+    begun = time.monotonic()
     calm = run(data, "calm")
+    whole = time.monotonic() - begun
     out = LocalStore(tmp_path / "killed")
     rng = np.random.default_rng(0)
     kills, longest = 0, 0
@@ -238,7 +240,8 @@ def test_killed_suites_go_on_where_they_stopped(run, model, tmp_path, labelled_i
                 Suite(Predictor(model, batch=16), *data, SMALL, out.at("units"), LocalStore(tmp_path / "made")).run(out)
             finally:
                 os._exit(1)
-        time.sleep(float(rng.uniform(0.05, 0.4)))
+        # Early at first, and later each time, so that it ends.
+        time.sleep(whole * float(rng.uniform(0.2, 0.5)) * 1.15**kills)
         os.kill(process, signal.SIGKILL)
         kills += os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
         done = len(list(out.list("units/")))
