@@ -159,6 +159,8 @@ class Suite:
         self._units = units(config)
         self._as_they_are = self._are_small()
         self._attacked_at_once = ATTACKED_AT_ONCE
+        # Listed once: to ask a remote store for each would take minutes.
+        self._done, self._kept = set(folder.list()), set(made.list() if made else ())
         # Photographs have been cropped when they are distorted; small images are cropped as the model wants it.
         self._distorted_predictor = predictor if self._as_they_are else predictor.whole()
 
@@ -292,7 +294,7 @@ class Suite:
             if keep and unit.suite == "corruptions":
                 made += found
             if part.stop >= len(images.keys):
-                if made and self._made is not None and not self._made.exists(self._name(block, unit)):
+                if made and self._made is not None and not self._is_made(block, unit):
                     self._made.put(self._name(block, unit), packed(made))
                 self._write(block, unit, pa.concat_tables(parts))
                 parts, made = [], []
@@ -330,7 +332,7 @@ class Suite:
         )
 
     def _is_made(self, block: _Block, unit: Unit) -> bool:
-        return unit.suite == "corruptions" and self._made is not None and self._made.exists(self._name(block, unit))
+        return unit.suite == "corruptions" and self._name(block, unit) in self._kept
 
     def _made_before(self, block: _Block, unit: Unit) -> list[Picture] | None:
         if self._made is None or not self._is_made(block, unit):
@@ -347,7 +349,7 @@ class Suite:
         return f"{shard}-{block.start:05d}/{name}.parquet"
 
     def _is_done(self, block: _Block, unit: Unit) -> bool:
-        return self._folder.exists(self._name(block, unit))
+        return self._name(block, unit) in self._done
 
     def _write(self, block: _Block, unit: Unit, table: pa.Table) -> None:
         sink = io.BytesIO()
