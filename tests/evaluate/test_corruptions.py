@@ -1,10 +1,18 @@
 """Corruptions against independent implementations where there is no chance in them, and against what they must do where there is.
 
 Against the published code itself, with OpenCV 5.0 and scikit-image: gaussian and defocus blur, zoom blur, contrast, brightness, saturate
-within 1 of 255, pixelate, JPEG and elastic transform (with its draws) equal.
+within 1 of 255, pixelate, JPEG and elastic transform (with its draws) equal; the edges of spatter's drops are those of OpenCV's Canny.
+
+published_corruptions.csv holds what the published code (github.com/hendrycks/robustness at 8190fe329f5f, ImageNet-C/create_c,
+make_cifar_c.py and make_imagenet_c.py) does to the two images of `part_of_a_photograph`: mean and standard deviation of the result and
+mean absolute change, over so many draws (1 where there is no chance) after `np.random.seed(severity)`, and their standard deviations
+over the draws. With numpy 2.4, scikit-image 0.26, OpenCV 5.0, Pillow 13.0 and ImageMagick 6.9.11, and today's names for what they
+renamed (`channel_axis`, `float64`, `frombuffer`). Frost is not there: it needs pictures.
 """
 
+import csv
 import io
+from pathlib import Path
 
 import matplotlib.colors
 import numpy as np
@@ -12,6 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from sklearn.datasets import load_sample_image
 
 from ns.config import CORRUPTIONS, EXTRA_CORRUPTIONS
 from ns.evaluate.corruptions import KINDS, corrupt, moved, plasma
@@ -29,6 +38,16 @@ def natural(size, seed=0):
 @pytest.fixture(scope="module", params=[32, 224])
 def image(request):
     return natural(request.param)
+
+
+with (Path(__file__).parent / "published_corruptions.csv").open() as file:
+    PUBLISHED = list(csv.DictReader(file))
+
+
+def part_of_a_photograph(size):
+    """uint8 [224, 224, 3], or [32, 32, 3] of the same part."""
+    photograph = load_sample_image("china.jpg")[100:324, 200:424]
+    return photograph if size == "photograph" else photograph.reshape(32, 7, 32, 7, 3).mean((1, 3)).astype(np.uint8)
 
 
 def parameter(image, kind, severity):
@@ -54,6 +73,26 @@ def test_all_kinds_change_the_image_and_follow_from_the_generator_alone(image, k
         assert np.array_equal(first, again)
         assert not np.array_equal(first, image)
     assert np.array_equal(image, before)
+
+
+@pytest.mark.parametrize("size", ["small", "photograph"])
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"frost"}))
+def test_images_change_as_much_as_by_the_published_code(kind, size):
+    image = part_of_a_photograph(size)
+    for row in (row for row in PUBLISHED if (row["size"], row["kind"]) == (size, kind)):
+        theirs, severity, rng = int(row["draws"]), int(row["severity"]), np.random.default_rng(0)
+        ours = 1 if theirs == 1 else {"small": 20, "photograph": 3}[size]
+        found = np.array([corrupt(image, kind, severity, rng) for _ in range(ours)]).astype(float)
+        measured = {
+            "mean": found.mean(),
+            "spread": found.std((1, 2, 3)).mean(),
+            "change": np.abs(found - image).mean(),
+        }
+        for name, value in measured.items():
+            luck = 4 * float(row[f"{name}_sd"]) * (1 / theirs + 1 / ours) ** 0.5
+            # A few of 255 on the edges of drops, flakes and shifted pixels; nothing but rounding where there is no chance.
+            slack = 0.1 if theirs == 1 else 0.4
+            assert value == pytest.approx(float(row[name]), abs=luck + slack), (severity, name)
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (24, 17), (90, 70)])
