@@ -76,6 +76,18 @@ class DataConfig(Section):
     """Images count as the same picture when at most so many of the 64 bits of their perceptual hashes differ. Images with a side
     below 32 px are compared by their bytes only."""
 
+    @model_validator(mode="after")
+    def _what_decides_is_apart(self) -> Self:
+        # Copies of one dataset in two places are found when the data are prepared, and single images by the leak guard.
+        for name, why, others in (
+            ("heldout", "hold out images that are not trained on", ("labelled",)),
+            ("test", "name images that nothing is trained on or decided by, or leave it out", ("labelled", "heldout")),
+        ):
+            for other in others:
+                if getattr(self, name) == getattr(self, other):
+                    raise ValueError(f"{name}: {getattr(self, name)}: is the same as data.{other}; {why}")
+        return self
+
 
 class ModelConfig(Section):
     """A timm network."""

@@ -43,6 +43,12 @@ def test_what_is_dumped_is_read_back_equal(minimal):
     assert config.parse(yaml.safe_load(config.dump(experiment)), "again") == experiment
 
 
+@pytest.mark.parametrize(("part", "other"), [("heldout", "labelled"), ("test", "labelled"), ("test", "heldout")])
+def test_what_decides_and_what_is_reported_are_apart(part, other):
+    message = refused({**MINIMAL, "data": {**DATA, part: DATA[other]}})
+    assert message.startswith(f"x.yaml: data.{part}: {DATA[other]}: is the same as data.{other}; ")
+
+
 def test_an_unknown_key_is_refused_with_the_likely_one():
     message = refused({**MINIMAL, "students": [{"train": {"epohs": 3}}]})
     assert message == "x.yaml: students.0.train.epohs: unknown field; did you mean 'epochs'?"

@@ -1,4 +1,5 @@
 import io
+import shutil
 
 import numpy as np
 import pytest
@@ -92,9 +93,9 @@ def test_places_that_cannot_be_meant_are_refused(tmp_path, places, part, value, 
 def test_held_out_images_that_are_trained_on_are_refused(tmp_path, places):
     options = {"limits": Limits(0, 10, 1), "name": "l", "role": "labelled"}
     import_images(places["labelled"], LocalStore(tmp_path / "made"), **options)
-    made = str(tmp_path / "made")
+    made, copied = str(tmp_path / "made"), shutil.copytree(tmp_path / "made", tmp_path / "copied")
     with pytest.raises(DataError, match=r"is the same as data\.labelled"):
-        run(tmp_path, {**places, "labelled": made, "heldout": made})
+        run(tmp_path, {**places, "labelled": made, "heldout": str(copied)})
 
 
 def test_more_classes_than_outputs_are_refused(tmp_path, places):
@@ -148,8 +149,9 @@ def test_a_test_that_is_something_else_too_is_refused(tmp_path, places, other):
     made = str(tmp_path / "made")
     options = {"limits": Limits(0, 10, 1), "name": "l", "role": "evaluation"}
     import_images(places[other], LocalStore(tmp_path / "made"), **options)
+    copied = str(shutil.copytree(tmp_path / "made", tmp_path / "copied"))
     with pytest.raises(DataError, match=rf"data\.test: .* is the same as data\.{other}"):
-        run(tmp_path, places, data={**places, other: made, "test": made})
+        run(tmp_path, places, data={**places, other: made, "test": copied})
 
 
 def test_a_set_with_classes_that_nothing_learns_is_refused(tmp_path, places):

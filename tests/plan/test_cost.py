@@ -21,7 +21,7 @@ from ns.train.ema import Ema
 from ns.train.optimizer import make_optimizer
 
 IMAGENET = Counts({"labelled": 1_281_167, "pool": 130_000_000, "heldout": 50_000}, image_bytes=110_000)
-NOWHERE = {"labelled": "./nowhere", "pool": "s3://nobody/nothing", "heldout": "./nowhere"}
+NOWHERE = {"labelled": "./nowhere", "pool": "s3://nobody/nothing", "heldout": "./nowhere-else"}
 
 
 def experiment(**fields):
@@ -177,12 +177,23 @@ def test_robustness_is_counted_for_every_model_on_the_images_that_are_reported()
     counts = Counts({"labelled": 1000, "pool": 5000, "heldout": 300, "test": 2000})
     asked = {"suites": ["corruptions", "attacks"], "images": 500}
     made = plan.plan(
-        experiment(generations=1, data={**NOWHERE, "test": "./nowhere"}, evaluation=asked),
+        experiment(generations=1, data={**NOWHERE, "test": "./nowhere-more"}, evaluation=asked),
         Asked(counts, multiply_adds_per_second=1e12),
     )
     for generation in (0, 1):
         assert work(made, "evaluate", generation).images == 2300
         assert work(made, "robustness", generation).images == 500 * (1 + 75 + 4 * 4 + 31 + 151)
+    guarded = plan.plan(
+        experiment(
+            generations=1,
+            data={**NOWHERE, "test": "./nowhere-more"},
+            evaluation=asked,
+            gate={"max_mce_rise": 2, "max_churn": 0.5},
+        ),
+        Asked(counts, multiply_adds_per_second=1e12),
+    )
+    # What the gate asks of all held-out images, which are fewer; no attacks.
+    assert work(guarded, "robustness", 1).images == work(made, "robustness", 1).images + 300 * (1 + 75)
     plain = plan.plan(experiment(generations=1), Asked(counts, multiply_adds_per_second=1e12))
     assert {one.task for one in plain.work} == {"train", "label", "evaluate"}
     assert work(plain, "evaluate", 0).images == 300
