@@ -21,7 +21,6 @@ from scipy.ndimage import (
     map_coordinates,
     sobel,
     uniform_filter,
-    zoom,
 )
 from scipy.signal import fftconvolve
 
@@ -151,15 +150,19 @@ def _zoom_blur(image: Pixels, factors: npt.NDArray[np.float64], _: Rng) -> Float
 
 
 def zoomed(image: Floats, factor: float) -> Floats:
-    """The centre, enlarged to the size of the image. [H, W] or [H, W, C]."""
-    height, width = image.shape[:2]
-    rows, columns = int(np.ceil(height / factor)), int(np.ceil(width / factor))
-    top, left = (height - rows) // 2, (width - columns) // 2
-    centre = image[top : top + rows, left : left + columns]
-    larger = zoom(centre, (factor, factor, 1)[: image.ndim], order=1)
-    top, left = (larger.shape[0] - height) // 2, (larger.shape[1] - width) // 2
-    found: Floats = larger[top : top + height, left : left + width]
-    return found
+    """The centre, enlarged to the size of the image by linear interpolation. [H, W] or [H, W, C]."""
+    for axis in (0, 1):
+        # As scipy.ndimage.zoom of the centre, then the centre of that, but only the places that are kept, in less than half of its time.
+        size = image.shape[axis]
+        kept = int(np.ceil(size / factor))
+        larger = round(kept * factor)
+        places = ((larger - size) // 2 + np.arange(size)) * ((kept - 1) / max(larger - 1, 1))
+        below = places.astype(int)
+        weight = (places - below).astype(np.float32).reshape(-1, *(1,) * (image.ndim - 1 - axis))
+        first = (size - kept) // 2
+        lower, upper = (image.take(first + np.minimum(at, kept - 1), axis) for at in (below, below + 1))
+        image = lower + weight * (upper - lower)
+    return image
 
 
 # Weather

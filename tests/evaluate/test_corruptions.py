@@ -20,10 +20,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy.ndimage import zoom
 from sklearn.datasets import load_sample_image
 
 from ns.config import CORRUPTIONS, EXTRA_CORRUPTIONS
-from ns.evaluate.corruptions import KINDS, corrupt, moved, plasma
+from ns.evaluate.corruptions import KINDS, corrupt, moved, plasma, zoomed
 
 SEVERITIES = range(1, 6)
 
@@ -185,6 +186,20 @@ def test_motion_blur_is_the_mean_along_half_a_line():
     assert moved(image, 3, 1.5, 90)[10:3:-1, 10, 0] == pytest.approx(weights, abs=1e-3)
     flat = np.full((9, 9, 3), 0.25, np.float32)
     assert moved(flat, 10, 3, 30) == pytest.approx(flat, abs=1e-3)
+
+
+@pytest.mark.parametrize("factor", [1, 1.01, 1.06, 1.3, 2.5])
+@pytest.mark.parametrize("shape", [(32, 32, 3), (224, 224), (17, 24, 3)])
+def test_a_centre_is_enlarged_as_by_scipy(shape, factor):
+    image = np.random.default_rng(0).random(shape, np.float32)
+    height, width = shape[:2]
+    rows, columns = int(np.ceil(height / factor)), int(np.ceil(width / factor))
+    centre = image[(height - rows) // 2 :, (width - columns) // 2 :][:rows, :columns]
+    larger = zoom(centre, (factor, factor, 1)[: image.ndim], order=1)
+    top, left = (larger.shape[0] - height) // 2, (larger.shape[1] - width) // 2
+    found = zoomed(image, factor)
+    assert found.dtype == np.float32
+    assert found == pytest.approx(larger[top : top + height, left : left + width], abs=1e-6)
 
 
 def test_glass_takes_each_pixel_from_a_neighbour():
