@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ns.data.images import ImageSource
@@ -24,6 +24,7 @@ def evaluation(table, **fields) -> Evaluation:
     return summarise(table, **options)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(0, 10_000))
 def test_numbers_equal_those_counted_by_hand(images, seed):
     rng = np.random.default_rng(seed)
