@@ -1,13 +1,11 @@
 """What became of an image: what every teacher said of it, which label sets and runs it was in, and which models have seen it."""
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import NamedTuple
 
 from ns import runs
 from ns.card import MANIFEST as CARD
 from ns.card import ModelCard
-from ns.data.dataset import Dataset
-from ns.data.index import ShardIndex
+from ns.data.places import Place, find
 from ns.data.prepared import Part
 from ns.document import Document
 from ns.errors import DataError
@@ -47,22 +45,17 @@ class Trace(Document):
     that has."""
 
 
-class _Place(NamedTuple):
-    shard: int
-    row: int
-
-
 def trace(root: Store, key: str) -> Trace:
     """Looks for an image in all runs below a root. Raises DataError if none has it."""
     places: dict[Part, str] = {}
     views: list[View] = []
-    found: dict[str, dict[str, _Place]] = {}
+    found: dict[str, dict[str, Place]] = {}
     for run in runs.listed(root):
         for generation, labels in _label_sets(root, run.run):
             assert labels.prepared is not None
             for part, source in labels.prepared.parts.items():
                 if source.dataset not in found:
-                    found[source.dataset] = _find(*source.open(root), {key})
+                    found[source.dataset] = find(*source.open(root), {key})
                 if place := found[source.dataset].get(key):
                     places[part] = f"{source.dataset}/{place.shard}/{place.row}"
             if place := found[labels.prepared.pool.dataset].get(key):
@@ -80,7 +73,7 @@ def models_that_saw(root: Store, keys: Collection[str]) -> dict[str, str]:
         for key in root.list("store/models/")
         if key.endswith(f"/{CARD}")
     }
-    found: dict[str, dict[str, _Place]] = {}
+    found: dict[str, dict[str, Place]] = {}
     selected: dict[str, bool] = {}
     for run in runs.listed(root):
         for _, labels in _label_sets(root, run.run):
@@ -88,7 +81,7 @@ def models_that_saw(root: Store, keys: Collection[str]) -> dict[str, str]:
             assert labels.selection is not None
             for source in (labels.prepared.labelled, labels.prepared.pool):
                 if source.dataset not in found:
-                    found[source.dataset] = _find(*source.open(root), keys)
+                    found[source.dataset] = find(*source.open(root), keys)
             if labels.selection.digest not in selected:
                 places = found[labels.prepared.pool.dataset]
                 selected[labels.selection.digest] = any(_times(labels, _rows(labels, at), at) for at in places.values())
@@ -116,27 +109,16 @@ def _label_sets(root: Store, run: str) -> Iterator[tuple[int, runs.Labels]]:
             yield note.generation, runs.generation_labels(root, run, note.generation)
 
 
-def _find(folder: Store, dataset: Dataset, keys: Collection[str]) -> dict[str, _Place]:
-    """Where the keys are, of those that the dataset has."""
-    found = {}
-    for number, shard in enumerate(dataset.shards):
-        index = ShardIndex.read(folder, shard)
-        for row, key in enumerate(index.keys):
-            if key in keys:
-                found[key] = _Place(number, row)
-    return found
-
-
-def _rows(labels: runs.Labels, place: _Place) -> Rows:
+def _rows(labels: runs.Labels, place: Place) -> Rows:
     return read_rows(labels.folder, labels.label_set.shards[place.shard])
 
 
-def _times(labels: runs.Labels, rows: Rows, place: _Place) -> int:
+def _times(labels: runs.Labels, rows: Rows, place: Place) -> int:
     assert labels.selection is not None
     return int(copies(labels.selection, rows)[place.row])
 
 
-def _view(root: Store, run: str, generation: int, labels: runs.Labels, place: _Place) -> View:
+def _view(root: Store, run: str, generation: int, labels: runs.Labels, place: Place) -> View:
     rows = _rows(labels, place)
     names = labels.label_set.classes
     has = bool(rows.readable[place.row])

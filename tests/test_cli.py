@@ -35,6 +35,8 @@ def ns(capsys, *arguments: str) -> tuple[int, str, str]:
         "labels verify",
         "plan",
         "report",
+        "report show",
+        "report compare",
         "predict",
         "runs list",
         "runs show",
@@ -245,3 +247,16 @@ def test_a_command_that_was_mistyped_is_explained(capsys, arguments, message):
     assert code == 2
     assert message in " ".join(err.split())
     assert "should not happen" not in err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["report", "no-such-run"], ["report", "show", "no-such-run"], ["report", "compare", "no-such-run"]]
+)
+def test_what_is_no_command_of_report_is_a_run(capsys, tmp_path, arguments):
+    store = LocalStore(tmp_path)
+    runs.start(
+        store, "only", config.load(str(cli.importlib.resources.files("ns") / "presets" / "quickstart.yaml")), __version__
+    )
+    code, out, err = ns(capsys, *arguments, "--root", str(tmp_path))
+    assert (code, out) == (6, "")
+    assert err.startswith("error: run no-such-run: does not exist; runs in ")

@@ -6,7 +6,6 @@ import json
 import os
 import sys
 import traceback
-import webbrowser
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ns import __version__
-from ns.cli import evaluate, gate, labels
-from ns.cli.options import AsJson, ConfigArgument, Overrides, Root, RunArgument
+from ns.cli import evaluate, gate, labels, report
+from ns.cli.options import AsJson, ConfigArgument, Overrides, Root, RunArgument, plain
 from ns.errors import ConfigError, DataError, Interrupted, NsError, RunError, StoreError
 
 if TYPE_CHECKING:
@@ -43,6 +42,7 @@ app.add_typer(runs_app, name="runs")
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 app.add_typer(labels.app, name="labels")
+app.add_typer(report.app, name="report")
 app.command("label")(labels.label)
 app.command()(evaluate.evaluate)
 app.add_typer(gate.app, name="gate")
@@ -193,17 +193,7 @@ def _show(summary: "Summary", store: "Store", console: "Console") -> None:
     for label, key in (("report", summary.report), ("best model", summary.best_model)):
         if key:
             place = key if "://" in key else f"{store.uri}/{key}"
-            console.print(f"{label + ':':<11} {_plain(place)}", highlight=False, soft_wrap=True)
-
-
-def _plain(uri: str) -> str:
-    """A path that can be pasted into a shell, relative where that is shorter."""
-    from urllib.parse import unquote
-
-    if not uri.startswith("file://"):
-        return uri
-    path = Path(unquote(uri.removeprefix("file://")))
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+            console.print(f"{label + ':':<11} {plain(place)}", highlight=False, soft_wrap=True)
 
 
 @runs_app.command("list")
@@ -249,27 +239,6 @@ def runs_show(name: RunArgument = "latest", root: Root = "runs", as_json: AsJson
     _show(summary, store, console)
     for row in summary.generations:
         console.print(f"generation {row.generation}: {row.verdict}: {row.reason}", highlight=False)
-
-
-@app.command()
-def report(
-    name: RunArgument = "latest",
-    root: Root = "runs",
-    open_it: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
-) -> None:
-    """Write a run's report again, and say where it is.
-
-    Example: [cyan]ns report latest --open[/]
-    """
-    from ns import report as reports
-    from ns import runs
-    from ns.store import open_store
-
-    store = open_store(root)
-    key = reports.write(store, runs.find(store, name))
-    typer.echo(_plain(f"{store.uri}/{key}"))
-    if open_it:
-        webbrowser.open(f"{store.uri}/{key}")
 
 
 @app.command()
@@ -485,13 +454,13 @@ def data_check(
         typer.echo(f"{report.left_out:,} images of pools are in an evaluation set too: they are left out")
         if report.skipped:
             typer.echo(f"{report.skipped:,} comparisons were left out, among images that are too much alike")
-        typer.echo(f"lists: {_plain(target.uri)}/")
+        typer.echo(f"lists: {plain(target.uri)}/")
     roles = {one.name: one.data.role for one in checked}
     for overlap in report.overlaps:
         if (roles[overlap.of], roles[overlap.within]) == ("labelled", "evaluation") and overlap.same + overlap.near:
             message = (
                 f"{overlap.of}: {overlap.same + overlap.near} of its images are also in the evaluation set {overlap.within} "
-                f"(see {_plain(target.uri)}/{DUPLICATES}); remove them from one, or allow it with --allow-overlap"
+                f"(see {plain(target.uri)}/{DUPLICATES}); remove them from one, or allow it with --allow-overlap"
             )
             if not allow_overlap:
                 raise DataError(message)

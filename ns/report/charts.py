@@ -1,9 +1,10 @@
 """Charts as inline SVG. Colours are the page's, so that they follow it into dark mode and print."""
 
 import io
+import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import matplotlib as mpl
@@ -12,12 +13,14 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ns.evaluate.result import Calibration
 from ns.label.labelset import BINS
 from ns.proportion import wilson
 
 # Stand-ins that matplotlib draws with; the page's style decides what they are.
 INK, FAINT = "#010101", "#020202"
 SERIES = ("#030303", "#040404", "#050505", "#060606", "#070707", "#080808")
+MARKERS = ("o", "s", "^", "D", "v", "P")
 VARIABLES = {INK: "currentColor", FAINT: "var(--faint)"} | {
     colour: f"var(--series-{number})" for number, colour in enumerate(SERIES, 1)
 }
@@ -41,6 +44,8 @@ STYLE: dict[str, Any] = {
     "legend.frameon": False,
 }
 
+BARS = 60
+"""Classes that can be told apart as bars."""
 WIDTH, HEIGHT = 4.4, 2.7
 """Inches; small, so that the text is readable on a phone."""
 
@@ -62,6 +67,23 @@ def accuracy(generations: Sequence[int], top1: Sequence[float], images: int) -> 
 
     shown = ", ".join(f"{value:.1%}" for value in top1)
     return _svg("accuracy", f"Held-out top-1 accuracy by generation: {shown}", draw)
+
+
+def trips(top1: Mapping[str, Sequence[tuple[int, float]]]) -> str:
+    """Held-out top-1 of several runs: (generation, share) of each model; 0 is the first teacher."""
+
+    def draw(axes: Axes) -> None:
+        for (number, (run, points)), marker in zip(enumerate(top1.items()), itertools.cycle(MARKERS), strict=False):
+            colour = SERIES[number % len(SERIES)]
+            places = [generation for generation, _ in points]
+            axes.plot(places, [100 * value for _, value in points], color=colour, marker=marker, linewidth=1.4, label=run)
+        last = max(generation for points in top1.values() for generation, _ in points)
+        axes.set_xticks(range(last + 1), ["teacher" if g == 0 else f"student {g}" for g in range(last + 1)])
+        axes.set_ylabel("held-out top-1, %")
+        axes.legend(fontsize=8)
+
+    told = "; ".join(f"{run} {', '.join(f'{value:.1%}' for _, value in points)}" for run, points in top1.items())
+    return _svg("trips", f"Held-out top-1 by generation: {told}", draw)
 
 
 def confidence(name: str, counts: npt.NDArray[np.uint64], threshold: float) -> str:
@@ -88,7 +110,15 @@ def confidence(name: str, counts: npt.NDArray[np.uint64], threshold: float) -> s
 
 
 def classes(name: str, labels: Sequence[str], candidates: Sequence[int], images: Sequence[int]) -> str:
-    """Images of each class above the threshold, and in an epoch after balancing."""
+    """Images of each class above the threshold, and in an epoch after balancing. Many classes are in the order of their size."""
+
+    def outline(axes: Axes) -> None:
+        order = np.argsort(-np.asarray(candidates), kind="stable")
+        axes.stairs(np.asarray(candidates)[order], fill=True, color=FAINT, label="above the threshold")
+        axes.stairs(np.asarray(images)[order], color=SERIES[0], linewidth=1.4, label="after balancing")
+        axes.set_xlabel("classes, the largest first")
+        axes.set_ylabel("images")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8)
 
     def draw(axes: Axes) -> None:
         positions = np.arange(len(labels))
@@ -99,7 +129,81 @@ def classes(name: str, labels: Sequence[str], candidates: Sequence[int], images:
         axes.set_ylabel("images")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8)
 
-    return _svg(f"classes-{name}", "Pseudo-labelled images of each class before and after balancing", draw)
+    about = "Pseudo-labelled images of each class before and after balancing"
+    return _svg(f"classes-{name}", about, draw if len(labels) <= BARS else outline)
+
+
+def bars(name: str, about: str, kinds: Sequence[str], series: Mapping[str, Sequence[float]]) -> str:
+    """Shares by kind, in percent, a bar for each model (at most as many as there are colours); kinds from top to bottom."""
+
+    def draw(axes: Axes) -> None:
+        thick = 0.8 / len(series)
+        positions = np.arange(len(kinds))
+        for number, ((label, values), colour) in enumerate(zip(series.items(), SERIES, strict=False)):
+            place = positions + (number - (len(series) - 1) / 2) * thick
+            axes.barh(place, [100 * value for value in values], thick, color=colour, label=label)
+        axes.set_yticks(positions, kinds)
+        axes.set_ylim(len(kinds) - 0.5, -0.5)
+        axes.grid(visible=False, axis="y")
+        axes.grid(visible=True, axis="x")
+        axes.set_xlabel(f"{about}, %")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=8)
+
+    told = "; ".join(
+        f"{kind} {', '.join(f'{label} {values[number]:.1%}' for label, values in series.items())}"
+        for number, kind in enumerate(kinds)
+    )
+    height = 0.9 + len(kinds) * max(0.22, 0.1 * len(series))
+    return _svg(name, f"{about[0].upper()}{about[1:]} by kind: {told}", draw, height)
+
+
+def attacks(name: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    """Top-1 that FGSM leaves, by the largest change of a pixel: (epsilon of 255, share) of each model."""
+
+    def draw(axes: Axes) -> None:
+        for (label, points), colour, marker in zip(series.items(), SERIES, MARKERS, strict=False):
+            axes.plot(
+                [epsilon for epsilon, _ in points],
+                [100 * share for _, share in points],
+                color=colour,
+                marker=marker,
+                markersize=4,
+                linewidth=1.4,
+                label=label,
+            )
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("FGSM, largest change ε of 255")
+        axes.set_ylabel("top-1, %")
+        axes.legend(fontsize=8)
+
+    told = "; ".join(f"{label} {', '.join(f'{share:.1%} at {e:g}' for e, share in points)}" for label, points in series.items())
+    return _svg(name, f"Top-1 under FGSM: {told}", draw)
+
+
+def reliability(series: Mapping[str, Calibration]) -> str:
+    """Accuracy of images by their confidence, in bins; on the diagonal a model is right as often as it says."""
+
+    def draw(axes: Axes) -> None:
+        axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1.2, linestyle="--")
+        for (label, found), colour, marker in zip(series.items(), SERIES, MARKERS, strict=False):
+            filled = [one for one in found.bins if one.images]
+            axes.plot(
+                [one.confidence for one in filled],
+                [one.accuracy for one in filled],
+                color=colour,
+                marker=marker,
+                markersize=4,
+                linewidth=1.4,
+                label=label,
+            )
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1)
+        axes.set_xlabel("confidence")
+        axes.set_ylabel("accuracy")
+        axes.legend(fontsize=8)
+
+    told = ", ".join(f"{label} {found.ece:.1%}" for label, found in series.items())
+    return _svg("reliability", f"Reliability diagram; expected calibration error: {told}", draw)
 
 
 def shift(before: Sequence[int], after: Sequence[int]) -> str:
@@ -132,10 +236,10 @@ def curves(name: str, history: Sequence[dict[str, float]], series: dict[str, str
     return _svg(f"curves-{name}", f"Training curves: {', '.join(series.values())}", draw)
 
 
-def _svg(name: str, description: str, draw: Callable[[Axes], None]) -> str:
+def _svg(name: str, description: str, draw: Callable[[Axes], None], height: float = HEIGHT) -> str:
     # The salt makes ids unique on the page, and the same every time.
     with mpl.rc_context(cast(Any, {**STYLE, "svg.hashsalt": name})):
-        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
         draw(figure.add_subplot())
         sink = io.StringIO()
         figure.savefig(sink, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

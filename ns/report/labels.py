@@ -1,7 +1,5 @@
 """Label sets as pages: two compared, and one to be audited. And the comparison as Markdown."""
 
-import re
-
 from markupsafe import Markup
 
 from ns.data.dataset import Dataset
@@ -9,6 +7,7 @@ from ns.label.audit import Sheet
 from ns.label.diff import Diff
 from ns.report import charts
 from ns.report.environment import SCRIPTLESS, environment, script
+from ns.report.markdown import plain, table
 from ns.report.page import MATRIX_CLASSES
 from ns.report.pictures import flips, thumbnails
 from ns.store import Store
@@ -86,22 +85,22 @@ def _matrix(diff: Diff) -> list[tuple[str, list[tuple[int, float]]]]:
 def diff_markdown(diff: Diff, names: tuple[str, str]) -> str:
     """The comparison as GitHub Flavored Markdown, for an issue or a pull request."""
     lines = [
-        f"### Labels: {_plain(names[0])} → {_plain(names[1])}",
+        f"### Labels: {plain(names[0])} → {plain(names[1])}",
         "",
         f"{diff.changed:,} of {diff.compared:,} images changed their class ({diff.churn:.1%}); "
         f"confidence {100 * diff.shift:+.1f} points.",
     ]
     if diff.entered is not None and diff.left is not None and diff.stayed is not None:
         lines += ["", f"Selections: {diff.stayed:,} images stayed, {diff.entered:,} entered, {diff.left:,} left."]
-    lines += _table(
+    lines += table(
         ("confidence before", "images", "changed", "churn"),
         [(f"{b.low:.1f} … {b.high:.1f}", f"{b.images:,}", f"{b.changed:,}", f"{b.churn:.1%}") for b in diff.bands if b.images],
     )
-    lines += _table(
+    lines += table(
         ("class", "before", "after", "lost", "gained", "kept before", "kept after", "confidence, points"),
         [
             (
-                _plain(row.name),
+                plain(row.name),
                 *(f"{value:,}" for value in (row.before, row.after, row.lost, row.gained)),
                 *("" if value is None else f"{value:,}" for value in (row.kept_before, row.kept_after)),
                 "" if row.shift is None else f"{100 * row.shift:+.1f}",
@@ -110,17 +109,7 @@ def diff_markdown(diff: Diff, names: tuple[str, str]) -> str:
         ],
     )
     if diff.matrix:
-        lines += _table(
-            ("class before", "class after", "images"), [(_plain(a), _plain(b), f"{n:,}") for a, b, n in diff.frequent()]
+        lines += table(
+            ("class before", "class after", "images"), [(plain(a), plain(b), f"{n:,}") for a, b, n in diff.frequent()]
         )
     return "\n".join(lines) + "\n"
-
-
-def _table(headers: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    rule = ["---", *("---:" for _ in headers[1:])]
-    return ["", *(f"| {' | '.join(cells)} |" for cells in (headers, rule, *rows))]
-
-
-def _plain(text: str) -> str:
-    """Text that Markdown shows as it is, and that stays in its cell."""
-    return re.sub(r"([\\`*_{}\[\]()<>#+!|~&$@])", r"\\\1", re.sub(r"\s+", " ", text))

@@ -80,6 +80,14 @@ def flips(folder: Store, pool: Dataset, diff: Diff) -> list[Picture]:
     ]
 
 
+def shorten(galleries: Sequence[Gallery], size: int) -> None:
+    """Takes last pictures away, of the largest group first, until all together take no more than `size` bytes."""
+    sizes = [sum(len(picture.source) for picture in group.pictures) for group in galleries]
+    while sum(sizes) > size:
+        largest = sizes.index(max(sizes))
+        sizes[largest] -= len(galleries[largest].pictures.pop().source)
+
+
 def thumbnails(folder: Store, pool: Dataset, places: Sequence[tuple[int, int]], largest_px: int) -> list[str | None]:
     """Data URIs of the images at (shard, row); None for those that cannot be decoded. Reads no more than these images."""
     found: dict[tuple[int, int], str | None] = {}

@@ -1,6 +1,9 @@
 """What integration tests share."""
 
 import shutil
+import subprocess
+import sys
+from importlib.resources import files
 
 import pytest
 
@@ -32,3 +35,40 @@ def browser(tmp_path):
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     yield driver
     driver.quit()
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The root of two short runs: one with all that can be measured, and one whose student is refused, which finds most of its work
+    done. No test may change it."""
+    root = tmp_path_factory.mktemp("runs")
+    quick = [
+        "generations=2",
+        "teacher.train.epochs=60",
+        "students.0.train.epochs=20",
+        "selection.min_confidence=0.1",
+        "gate.max_class_drop=1",
+        "evaluation.suites=[clean,corruptions,perturbations,attacks]",
+        "labelling.tasks=1",
+        "evaluation.images=10",
+        "evaluation.perturbation_frames=3",
+        "evaluation.pgd_steps=[2]",
+    ]
+    for name, own in (("promoting", ["gate.min_gain=-1"]), ("refusing", ["gate.min_gain=0.9", "generations=1"])):
+        options = [*quick, *own]
+        command = [sys.executable, "-m", "ns", "run", "quickstart", "--run", name, "--root", str(root)]
+        subprocess.run([*command, *(f"--set={o}" for o in options)], check=True, capture_output=True, timeout=300)
+    return root
+
+
+def faults(browser) -> list[str]:
+    """What axe-core finds in the page that is open, of impact serious or critical: rule, what it is, and where."""
+    source = (files("selenium_axe_python") / "axe-core" / "axe.min.js").read_text(encoding="utf-8")
+    browser.execute_script(source)
+    found = browser.execute_async_script("const done = arguments[0]; axe.run().then(done, error => done({error: `${error}`}))")
+    assert found.get("passes"), found
+    return [
+        f"{rule['id']}: {rule['help']}: {rule['nodes'][0]['html'][:200]} ({len(rule['nodes'])})"
+        for rule in found["violations"]
+        if rule["impact"] in ("serious", "critical")
+    ]

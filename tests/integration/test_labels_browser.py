@@ -6,6 +6,7 @@ import time
 import pytest
 
 from ns.cli import _main
+from tests.integration.conftest import faults
 
 pytestmark = pytest.mark.browser
 
@@ -57,6 +58,7 @@ def test_the_diff_page_shows_its_flips(made, browser):
     heads = browser.execute_script("return [...document.querySelectorAll('.matrix thead th')].map(th => th.textContent)")
     assert tuple(heads) == CLASSES
     assert browser.execute_script("return document.scripts.length") == 0
+    assert faults(browser) == []
     assert said_and_asked(browser) == ([], {page.as_uri()})
 
 
@@ -81,6 +83,7 @@ def test_an_audit_is_done_downloaded_and_applied(made, browser, capsys):
     assert len(cards()) == 48
     assert whole(browser, 1280)
     assert whole(browser, 375)
+    assert faults(browser) == []
     assert counter() == "0 of 60 looked at, 0 wrong"
     # With the mouse: wrong, and the right class is named; a class that does not exist is refused.
     first = cards()[0]

@@ -1,59 +1,115 @@
-"""A real run's report in headless Chromium, as wide as a desk and as narrow as a phone."""
-
-import subprocess
-import sys
+"""Reports of real runs in headless Chromium, as wide as a desk and as narrow as a phone."""
 
 import pytest
 
+from ns.cli import _main
+from tests.integration.conftest import faults
+
 pytestmark = pytest.mark.browser
 
+CONTRAST = """
+const rgb = text => text.match(/[\\d.]+/g).slice(0, 3).map(Number);
+const luminance = colour => {
+  const [r, g, b] = rgb(colour).map(v => v / 255).map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+const page = luminance(getComputedStyle(document.body).backgroundColor);
+return [...document.querySelectorAll('p, td, th, h1, h2, a, figcaption, .card, svg text')].map(element => {
+  const style = getComputedStyle(element);
+  const text = luminance(element.closest('svg') ? style.fill : style.color);
+  return (Math.max(text, page) + 0.05) / (Math.min(text, page) + 0.05); }).reduce((a, b) => Math.min(a, b));
+"""
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    root = tmp_path_factory.mktemp("runs")
-    quick = [
-        "generations=2",
-        "teacher.train.epochs=60",
-        "students.0.train.epochs=20",
-        "gate.min_gain=-1",
-        "selection.min_confidence=0.1",
-    ]
-    command = [sys.executable, "-m", "ns", "run", "quickstart", "--root", str(root), *(f"--set={o}" for o in quick)]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
-    (path,) = root.glob("*/report.html")
-    return path
+
+def show(browser, path, width=1280, scheme="light", media="screen"):
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": [feature]})
+    browser.get(path.as_uri())
+
+
+def opens_well(browser, path, width, scheme):
+    """Silent, whole, no wider than the window, and without a serious fault of accessibility, with all that is folded unfolded."""
+    show(browser, path, width, scheme)
+    browser.execute_script("document.querySelectorAll('details').forEach(details => details.open = true)")
+    assert browser.get_log("browser") == []
+    assert browser.execute_script("return [...document.images].filter(i => !i.naturalWidth).length") == 0
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    # Text keeps a contrast of 4.5 : 1 with the page (WCAG 2.1, 1.4.3), and charts are drawn in the page's colours.
+    assert browser.execute_script(CONTRAST) >= 4.5
+    assert faults(browser) == []
+    assert browser.get_log("browser") == []
 
 
 @pytest.mark.parametrize("width", [1280, 375])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_report_opens_without_error_and_fits(report, browser, width, scheme):
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    feature = {"name": "prefers-color-scheme", "value": scheme}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
-    browser.get(report.as_uri())
-    assert browser.get_log("browser") == []
-    assert browser.execute_script("return [...document.images].filter(i => !i.naturalWidth).length") == 0
+@pytest.mark.parametrize("run", ["promoting", "refusing"])
+def test_the_report_opens_well(finished, browser, run, width, scheme):
+    path = finished / run / "report.html"
+    assert path.stat().st_size < 5_000_000
+    opens_well(browser, path, width, scheme)
     assert browser.execute_script("return document.images.length") > 40
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-    # Text keeps a contrast of 4.5 : 1 with the page (WCAG 2.1, 1.4.3), and charts are drawn in the page's colours.
-    contrast = browser.execute_script(
-        """
-        const rgb = text => text.match(/[\\d.]+/g).slice(0, 3).map(Number);
-        const luminance = colour => {
-          const [r, g, b] = rgb(colour).map(v => v / 255).map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-          return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-        const page = luminance(getComputedStyle(document.body).backgroundColor);
-        return [...document.querySelectorAll('p, td, th, h1, h2, a, figcaption, .card, svg text')].map(element => {
-          const style = getComputedStyle(element);
-          const text = luminance(element.closest('svg') ? style.fill : style.color);
-          return (Math.max(text, page) + 0.05) / (Math.min(text, page) + 0.05); }).reduce((a, b) => Math.min(a, b));
-        """
-    )
-    assert contrast >= 4.5
-    # The sections are reached and the configuration opens with the keyboard.
-    browser.execute_script("document.querySelector('summary').focus()")
+
+
+def test_a_fault_of_accessibility_is_found(browser, tmp_path):
+    page = tmp_path / "faulty.html"
+    page.write_text("<!doctype html><html lang=en><title>x</title><main><h1>x</h1><p style='color: #ccc'>faint</p></main>")
+    show(browser, page)
+    assert [fault.partition(":")[0] for fault in faults(browser)] == ["color-contrast"]
+
+
+def test_every_section_is_reached_with_the_keyboard(finished, browser):
     from selenium.webdriver.common.keys import Keys
 
+    show(browser, finished / "promoting" / "report.html")
+    wanted = [
+        "story",
+        "models",
+        "gate",
+        "robustness",
+        "calibration",
+        "classes",
+        "disagreement",
+        "labels",
+        "diff",
+        "pictures",
+        "training",
+        "lineage",
+    ]
+    links = browser.execute_script("return [...document.querySelectorAll('nav a')].map(a => a.getAttribute('href').slice(1))")
+    assert links == wanted == browser.execute_script("return [...document.querySelectorAll('main section')].map(s => s.id)")
+    # The first thing that Tab reaches leads past the links.
+    browser.find_element("tag name", "body").send_keys(Keys.TAB)
+    assert browser.switch_to.active_element.text == "Skip to the content"
+    browser.switch_to.active_element.send_keys(Keys.ENTER)
+    assert browser.current_url.endswith("#main")
+    browser.execute_script("document.querySelector('summary').focus()")
     browser.switch_to.active_element.send_keys(Keys.ENTER)
     assert browser.execute_script("return document.querySelector('details').open")
+
+
+def test_on_paper_it_is_light_and_unfolded(finished, browser):
+    show(browser, finished / "promoting" / "report.html", 800, "dark", media="print")
+    assert browser.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert not browser.find_element("tag name", "nav").is_displayed()
+    assert browser.execute_script("return document.querySelector('details pre').checkVisibility({contentVisibilityAuto: true})")
+    assert browser.execute_script("return document.querySelector('details pre').getBoundingClientRect().height") > 100
+
+
+def test_one_generation_opens_well(finished, browser, tmp_path):
+    from ns.report.artifacts import generation_html
+    from ns.store import LocalStore
+
+    page = tmp_path / "generation.html"
+    page.write_text(generation_html(LocalStore(finished), "promoting", 2))
+    assert page.stat().st_size < 1_000_000
+    opens_well(browser, page, 1280, "light")
+
+
+@pytest.mark.parametrize("width", [1280, 375])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_comparison_opens_well(finished, browser, tmp_path, width, scheme):
+    page = tmp_path / "comparison.html"
+    assert _main(["report", "compare", "promoting", "refusing", "--root", str(finished), "--out", str(page)]) == 0
+    opens_well(browser, page, width, scheme)
+    assert "gate.min_gain" in browser.find_element("id", "settings").text
