@@ -125,7 +125,7 @@ def gather(
     prepared = next((Prepared.read(root, note.outputs["data"]) for note in notes if note.step == "prepare-data"), None)
     verdicts = [Verdict.read(root, note.outputs["verdict"]) for note in notes if note.step == "gate"]
     trained = _trained(root, notes)
-    labels = _labels(root, notes, flips=wanted)
+    labels = _labels(root, notes, generation, flips=wanted)
     if generation is not None:
         before = _best([m for m in trained if m.generation < generation], [v for v in verdicts if v.generation < generation])
         wanted_models = (before.generation if before else 0, generation)
@@ -198,14 +198,15 @@ def _trained(root: Store, notes: Sequence[Note]) -> list[Trained]:
     return models
 
 
-def _labels(root: Store, notes: Sequence[Note], *, flips: int) -> list[Labels]:
+def _labels(root: Store, notes: Sequence[Note], generation: int | None, *, flips: int) -> list[Labels]:
     found: list[Labels] = []
     for note in (note for note in notes if note.step == "commit-labels"):
         label_set = LabelSet.read(root, note.outputs["labels"])
         selection = Selection.read(root, note.outputs["selection"])
         where = root.at(selection.labels)
         diff = None
-        if found:
+        # A comparison reads all labels: none is made that nobody asked for.
+        if found and generation in (None, note.generation):
             before = found[-1]
             sides = (
                 Side(root.at(before.selection.labels), before.label_set, before.selection),

@@ -14,7 +14,7 @@ from ns.report.facts import Facts, Trained
 Group = Literal["Accuracy", "Calibration", "Robustness", "Attacks", "Pseudo-labels it learnt from", "Cost"]
 GROUPS: tuple[Group, ...] = get_args(Group)
 """In the order of tables."""
-Unit = Literal["share", "rare", "points", "count", "seconds", "number"]
+Unit = Literal["share", "rare", "points", "count", "seconds", "hours", "number"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ def shown(value: float, unit: Unit) -> str:
             return f"{value:,.0f}"
         case "seconds":
             return duration(value)
+        case "hours":
+            return f"{value:,.1f}" if value >= 10 else f"{value:.3f}"
         case "number":
             return f"{value:.1f}"
 
@@ -197,4 +199,8 @@ def _cost(facts: Facts, model: Trained) -> list[Measure]:
     everything = sum(note.seconds for note in own)
     found.append(Measure("train_seconds", "Cost", "training", training, "seconds"))
     found.append(Measure("seconds", "Cost", "all work of the generation", everything, "seconds"))
+    # Histories from before it was kept do not say how many processes trained.
+    if model.history and (processes := model.history[-1].get("processes")):
+        hours = (everything + (processes - 1) * training) / 3600
+        found.append(Measure("device_hours", "Cost", "device-hours", hours, "hours"))
     return found

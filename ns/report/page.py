@@ -56,7 +56,7 @@ def render(facts: Facts) -> str:
             robustness=[_robustness(facts, name) for name in _robust(facts)],
             reliability=_reliability(facts),
             matrices=_matrices(facts),
-            pairs=_pairs(facts.best or facts.first),
+            pairs=_pairs(facts.best),
             class_rows=_class_rows(facts),
             labels=[_labels(labels) for labels in facts.labels],
             diff=_last_diff(facts),

@@ -289,6 +289,7 @@ class _Record:
         point = {
             "step": float(state.step),
             "images": float(state.step * self._images_a_step),
+            "processes": float(self._world.size),
             "loss": total,
             "loss_labelled": labelled,
             "accuracy_labelled": correct,

@@ -147,7 +147,7 @@ def make(root: LocalStore, run: str = RUN, *, seed: int = 0, lift: float = 0.3) 
             weights_sha256="0",
         )
         card.write(folder, "model.json")
-        point = {"loss": 1.0, "loss_labelled": 0.5, "accuracy_labelled": 0.5, "lr": 0.1, "images": 8.0}
+        point = {"loss": 1.0, "loss_labelled": 0.5, "accuracy_labelled": 0.5, "lr": 0.1, "images": 8.0, "processes": 3.0}
         if generation:
             point |= {"loss_pseudo": 0.4, "agreement": 0.8}
         folder.put("history.json", pretty([{"step": float(step), **point} for step in range(1, 5)]))

@@ -23,6 +23,8 @@ def test_metrics_are_what_was_measured(unchanged):
     assert found["fgsm_4"] == pytest.approx(0.2)
     assert found["pgd_16_10"] == 0.05
     assert found["gain_low"] < found["gain"] < found["gain_high"]
+    # Three processes trained.
+    assert found["device_hours"] == pytest.approx((found["seconds"] + 2 * found["train_seconds"]) / 3600)
     assert found["promoted"] in (0.0, 1.0)
     assert all(isinstance(value, float) for value in found.values())
     assert all(re.fullmatch("[a-z0-9_]+", key) for key in found)
