@@ -80,6 +80,7 @@ def test_processes_see_and_do_together_what_one_does_alone(tmp_path):
         assert images == [*parts[0][:6], *parts[1][:6], *parts[0][6:], *parts[1][6:]], step
     assert len(alone[1]) == len(both[1]) == 5
     for one, two in zip(alone[1], both[1], strict=True):
+        assert (one.pop("processes"), two.pop("processes")) == (1, 2)
         assert one == pytest.approx(two, rel=5e-4)
     for name, value in alone[0].items():
         torch.testing.assert_close(both[0][name], value, rtol=1e-3, atol=1e-3)
