@@ -1,6 +1,6 @@
 """How fast images reach the model: our streams against the bare decoder and against other loaders, in one run.
 
-    python -m benchmarks.data [--quick] [--json FILE]
+    python -m benchmarks.data [--quick] [--json FILE] [--keep]
 
 Needs the CIFAR-10 images in ../shared/data/cifar10 (without them, made-up ones of the same size, and says so), and for the
 peers `pip install webdataset`. All rates are images a second of one process that reads, on files in the page cache.
@@ -120,7 +120,7 @@ def main() -> None:
         for size in (32, 224):
             augment(size, compare, rounds)
     console.print(table)
-    finish(figures, options.json)
+    finish("data", figures, options, table)
 
 
 def small_folders(folder: Path, count: int) -> Path:

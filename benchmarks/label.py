@@ -1,6 +1,6 @@
 """How fast labelling is: against the bare forward pass on images in memory, and against timm's inference.py.
 
-    python -m benchmarks.label [--quick] [--json FILE]
+    python -m benchmarks.label [--quick] [--json FILE] [--keep]
 
 CIFAR-10's test images (without ../shared/data/cifar10 made-up ones, and says so) at 64 px, in shards of a thousand, labelled by
 networks with random weights. TIMM_INFERENCE names timm's inference.py, which its wheel lacks:
@@ -85,7 +85,7 @@ def main() -> None:
     console.print(table)
     if "vs_timm_inference" not in figures and not options.quick:
         console.print("vs_timm_inference left out: TIMM_INFERENCE does not name timm's inference.py", style="yellow")
-    finish(figures, options.json)
+    finish("label", figures, options, table)
 
 
 def model_of(arch: str, folder: LocalStore) -> LocalStore:

@@ -6,18 +6,28 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("numpy", "pillow", "pyarrow", "timm", "torch", "torchvision")
+"""Whose versions move figures."""
 
 
 def arguments(about: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=about)
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a minute at most: for guarding against large regressions")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
-    return parser.parse_args()
+    parser.add_argument("--keep", action="store_true", help="write figures and tables to benchmarks/results; not with --quick")
+    options = parser.parse_args()
+    if options.keep and options.quick:
+        parser.error("--keep: a quick run is too rough to be kept; leave --quick out")
+    return options
 
 
 def rates(contestants: Mapping[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
@@ -47,13 +57,41 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": model or platform.processor(),
         "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
     }
 
 
-def finish(figures: Mapping[str, float], path: Path | None) -> None:
-    if path:
-        path.write_text(json.dumps({"figures": dict(figures), "machine": machine()}, indent=1) + "\n")
+def finish(name: str, figures: Mapping[str, float], options: argparse.Namespace, *tables: Table) -> None:
+    """Writes what the benchmark called `name` found, as `options` ask: figures, the machine, the tables that were shown."""
+    found = {
+        "command": f"python -m benchmarks.{name}",
+        "measured": datetime.now(UTC).date().isoformat(),
+        "machine": machine(),
+        "figures": dict(figures),
+    }
+    document = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+    if options.json:
+        options.json.write_text(document)
+    if options.keep:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(document)
+        (RESULTS / f"{name}.md").write_text(_page(name, found, tables))
+
+
+def _page(name: str, found: Mapping[str, Any], tables: Sequence[Table]) -> str:
+    facts = ", ".join(f"{fact} {value}" for fact, value in found["machine"].items() if value is not None)
+    parts = [f"# benchmarks.{name}", f"`{found['command']}` on {found['measured']}: {facts}."]
+    parts += [_markdown(table) for table in tables]
+    figures = Table("figure", "value")
+    for figure, value in found["figures"].items():
+        figures.add_row(figure, f"{value:,}")
+    return "\n\n".join([*parts, _markdown(figures)]) + "\n"
+
+
+def _markdown(table: Table) -> str:
+    rows = [[str(column.header) for column in table.columns], ["---"] * len(table.columns)]
+    rows += [[str(cell) for cell in cells] for cells in zip(*(column.cells for column in table.columns), strict=True)]
+    title = [f"**{table.title}**", ""] if table.title else []
+    return "\n".join([*title, *(f"| {' | '.join(row)} |" for row in rows)])

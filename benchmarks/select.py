@@ -1,6 +1,6 @@
 """What a selection costs: against reading the columns it needs, and against pandas, polars and duckdb doing the same.
 
-    python -m benchmarks.select [--quick] [--json FILE]
+    python -m benchmarks.select [--quick] [--json FILE] [--keep]
 
 Label sets of 1, 10 and 50 million made-up rows of 1000 classes lie in a scratch folder (2.5 GB; TMPDIR names another place), and are
 selected from with the paper's policy. Each selection has a process of its own, whose greatest memory is read from the kernel.
@@ -75,7 +75,7 @@ def main() -> None:
     }
     Console(width=100).print(table)
     Console(width=100).print(figures)
-    finish(figures, options.json)
+    finish("select", figures, options, table)
 
 
 def grow(folder: Path, rows: int) -> None:

@@ -1,6 +1,6 @@
 """How fast the training loop is: against the bare step of the same network on images in memory, and against timm's train.py.
 
-    python -m benchmarks.train [--quick] [--json FILE]
+    python -m benchmarks.train [--quick] [--json FILE] [--keep]
 
 Needs the CIFAR-10 images in ../shared/data/cifar10 (without them, made-up ones of the same size, and says so). For the peer,
 TIMM_TRAIN names timm's train.py, which its wheel lacks: github.com/huggingface/pytorch-image-models. Rates are images a second;
@@ -93,7 +93,7 @@ def main() -> None:
     console.print(table)
     if "vs_timm_train" not in figures and not options.quick:
         console.print("vs_timm_train left out: TIMM_TRAIN does not name timm's train.py", style="yellow")
-    finish(figures, options.json)
+    finish("train", figures, options, table)
 
 
 def role_of(arch: str, px: int, noise: NoiseConfig) -> RoleConfig:
