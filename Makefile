@@ -19,7 +19,7 @@ test: $(VENV)/.test ## Run the unit tests
 	@$(PYTEST) --numprocesses auto --dist loadfile $(ARGS)
 
 test-integration: $(VENV)/.test ## Run the tests of several real parts together
-	@$(PYTEST) -m "integration or browser or data" $(ARGS)
+	@$(PYTEST) -m "integration or browser or data" --numprocesses auto --dist loadfile $(ARGS)
 
 test-containers: $(VENV)/.test ## Run the tests that need a container engine
 	@$(PYTEST) -m containers $(ARGS)
@@ -69,9 +69,9 @@ $(VENV)/.run: pyproject.toml constraints.txt install.sh
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.test
-	@sh install.sh $(VENV) pipelines,quickstart,versions,check,tensorboard,dev,bench
+	@sh install.sh $(VENV) pipelines,quickstart,versions,check,export,tensorboard,dev,bench
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.run
-	@sh install.sh $(VENV) pipelines,quickstart,versions,check,tensorboard,dev
+	@sh install.sh $(VENV) pipelines,quickstart,versions,check,export,tensorboard,dev
 	@touch $@

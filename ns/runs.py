@@ -252,6 +252,14 @@ def find(root: Store, run: str = "latest") -> str:
     return matching[0]
 
 
+def prepared(root: Store, run: str) -> Prepared:
+    """The datasets of a run. Raises RunError if it has not come so far."""
+    for note in notes(root, run):
+        if note.step == "prepare-data":
+            return Prepared.read(root, note.outputs["data"])
+    raise RunError(f"run {run}: its data is not prepared yet; `ns run --resume` continues it")
+
+
 def model_place(root: Store, name: str) -> str:
     """A model's folder or URI as it is; of a run's name, the place of its best model. Raises RunError if there is none."""
     if open_store(name).exists(CARD):

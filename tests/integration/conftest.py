@@ -1,11 +1,14 @@
 """What integration tests share."""
 
+import os
 import shutil
 import subprocess
 import sys
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 FLAGS = (
     "--headless",
@@ -41,7 +44,15 @@ def browser(tmp_path):
 def finished(tmp_path_factory):
     """The root of two short runs: one with all that can be measured, and one whose student is refused, which finds most of its work
     done. No test may change it."""
-    root = tmp_path_factory.mktemp("runs")
+    # pytest-xdist's workers have folders of their own in a common one.
+    root = tmp_path_factory.getbasetemp().parent / f"finished-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"
+    with FileLock(f"{root}.lock"):
+        if not (root / "refusing" / "report.html").exists():
+            _finish(root)
+    return root
+
+
+def _finish(root: Path) -> None:
     quick = [
         "generations=2",
         "teacher.train.epochs=60",
@@ -58,7 +69,6 @@ def finished(tmp_path_factory):
         options = [*quick, *own]
         command = [sys.executable, "-m", "ns", "run", "quickstart", "--run", name, "--root", str(root)]
         subprocess.run([*command, *(f"--set={o}" for o in options)], check=True, capture_output=True, timeout=300)
-    return root
 
 
 def faults(browser) -> list[str]:

@@ -1,0 +1,66 @@
+"""`ns export` of a real run, and the programs of docs/export.md, which know nothing of this package."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.integration
+
+PAGE = Path(__file__).parents[2] / "docs" / "export.md"
+
+
+@pytest.fixture(scope="module")
+def exported(finished, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("elsewhere")
+    command = [sys.executable, "-m", "ns", "export", "promoting", "--root", str(finished), "--out", str(folder / "export")]
+    done = subprocess.run([*command, "--form=timm", "--form=onnx", "--form=torch"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_every_form_gives_what_our_own_network_does(exported):
+    found = json.loads((exported / "export" / "export.json").read_text())
+    assert [check["form"] for check in found["checks"]] == ["timm", "onnx", "torch"]
+    for check in found["checks"]:
+        assert check["images"] == 64
+        assert check["same_top1"] == 1.0
+        assert check["largest_difference"] < 1e-4 * check["largest_logit"]
+
+
+def test_the_card_says_what_was_measured_and_made_from_what(exported):
+    card = (exported / "export" / "README.md").read_text()
+    assert re.search(r"\| held out, top-1 \| \d+\.\d % \[\d", card)
+    assert "mCE, % of the first teacher's" in card
+    assert "student of generation 2" in card
+    assert re.search(r"\| label set \| `[0-9a-f]{64}` \|", card)
+    assert "## Limits" in card
+
+
+def test_the_programs_in_the_docs_run_without_this_package(exported, finished):
+    from PIL import Image
+
+    from ns.data.images import ImageSource
+    from ns.runs import prepared
+    from ns.store import LocalStore
+
+    root = LocalStore(finished)
+    folder, dataset = prepared(root, "promoting").heldout.open(root)
+    source = ImageSource(folder, dataset)
+    Image.fromarray(source.pixels(0, 0)).save(exported / "image.png")
+    programs = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert len(programs) == 4
+    # The second one goes on from the first.
+    without = "import sys\nsys.modules['ns'] = None\n"
+    said = []
+    for program in (programs[0], "\n".join(programs[:2]), *programs[2:]):
+        command = [sys.executable, "-I", "-c", without + program]
+        done = subprocess.run(command, cwd=exported, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout.split())
+    label = dataset.classes[int(source.labels(0, len(dataset.classes))[0])]
+    assert [words[0] for words in said[:3]] == [label] * 3
+    assert said[3] == ["torch.Size([1,", "10])"]
