@@ -6,13 +6,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ns.cli.options import AsJson, Root
+from ns.cli.options import AsJson, Root, group_with_default
 from ns.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
     from ns.label.registry import Registry
 
 app = typer.Typer(help="Label sets: look at, check, compare, audit, keep versions of.", no_args_is_help=True)
+audit_app = typer.Typer(
+    cls=group_with_default("page"),
+    help="""Look at a sample of the labels, and say how many are right. `ns labels audit LABELS` is `ns labels audit page LABELS`.
+
+    Example: [cyan]ns labels audit latest/gen-1 --selected-only[/]
+    """,
+)
+app.add_typer(audit_app, name="audit")
 
 Labels = Annotated[
     str, typer.Argument(metavar="LABELS", help="A run's generation (latest/gen-1), or the folder or URI of a label set.")
@@ -413,7 +421,7 @@ def diff(
             Console().print(part, highlight=False)
 
 
-@app.command()
+@audit_app.command("page")
 def audit(
     name: Labels,
     root: Root = "runs",
@@ -423,7 +431,7 @@ def audit(
     selected_only: Annotated[bool, typer.Option("--selected-only", help="Only images that the run's selection keeps.")] = False,
     pool: Pool = None,
 ) -> None:
-    """Make a page with a sample of the labels, on which to mark those that are wrong. Then: ns labels apply-audit.
+    """Make a page with a sample of the labels, on which to mark those that are wrong. Then: ns labels audit apply.
 
     Example: [cyan]ns labels audit latest/gen-1 --selected-only[/]
     """
@@ -443,11 +451,11 @@ def audit(
     write_page(out, audit_page(sheet, found.label_set.classes, name, *opened))
     typer.echo(
         f"{out}: {len(sheet.images):,} images of {len(sheet.strata)} strata; open it in a browser, mark what is wrong, download "
-        f"audit.json, and run: ns labels apply-audit audit.json {name}"
+        f"audit.json, and run: ns labels audit apply audit.json {name}"
     )
 
 
-@app.command("apply-audit")
+@audit_app.command("apply")
 def apply_audit(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="audit.json, as the page gave it.")],
     name: Labels,
@@ -460,7 +468,7 @@ def apply_audit(
 ) -> None:
     """Say how many labels are right, from an audit, and keep that beside the label set. The gate can ask for it.
 
-    Example: [cyan]ns labels apply-audit audit.json latest/gen-1 --corrections data/corrections[/]
+    Example: [cyan]ns labels audit apply audit.json latest/gen-1 --corrections data/corrections[/]
     """
     from rich.console import Console
 

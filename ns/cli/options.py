@@ -1,7 +1,7 @@
 """Options and arguments that several commands take, and places as they all print them."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,3 +22,15 @@ def plain(uri: str) -> str:
         return uri
     path = Path(unquote(uri.removeprefix("file://")))
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def group_with_default(command: str) -> type[typer.core.TyperGroup]:
+    """For a group one of whose commands is meant when none is named: `ns report latest` is `ns report show latest`."""
+
+    class Group(typer.core.TyperGroup):
+        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            if not args or args[0] not in (*self.commands, *ctx.help_option_names):
+                args = [command, *args]
+            return super().parse_args(ctx, args)
+
+    return Group

@@ -2,28 +2,19 @@
 
 import webbrowser
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from ns.cli.labels import write_page
-from ns.cli.options import Root, RunArgument, plain
+from ns.cli.options import Root, RunArgument, group_with_default, plain
 
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print Markdown, for an issue or a pull request; write no page.")]
 OpenIt = Annotated[bool, typer.Option("--open", help="Open it in the browser.")]
 
 
-class _OneRunUnlessNamed(typer.core.TyperGroup):
-    """`ns report latest` is `ns report show latest`: what is not a command of its own is a run."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if not args or args[0] not in (*self.commands, *ctx.help_option_names):
-            args = ["show", *args]
-        return super().parse_args(ctx, args)
-
-
 app = typer.Typer(
-    cls=_OneRunUnlessNamed,
+    cls=group_with_default("show"),
     help="""Pages and Markdown of a run, or of several. `ns report RUN` is `ns report show RUN`.
 
     Example: [cyan]ns report latest --open[/]

@@ -133,7 +133,7 @@ def test_an_audit_is_done_downloaded_and_applied(made, browser, capsys):
     answers = [image for image in json.loads(file.read_text())["images"] if image["wrong"]]
     assert [image["correct_class"] for image in answers] == [CLASSES[2], CLASSES[1]]
     corrections = folder / "corrections"
-    command = ["labels", "apply-audit", str(file), names[0], *pool, "--corrections", str(corrections), "--json"]
+    command = ["labels", "audit", "apply", str(file), names[0], *pool, "--corrections", str(corrections), "--json"]
     capsys.readouterr()
     assert _main(command) == 0
     found = json.loads(capsys.readouterr().out)

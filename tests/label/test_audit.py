@@ -266,18 +266,18 @@ def test_a_page_is_made_and_its_answers_applied(run, tmp_path, capsys):
     file.write_text(answered(sheet, {image.key for image in wrong}, correct=correct).model_dump_json())
     target = tmp_path / "corrections"
     capsys.readouterr()
-    assert _main(["labels", "apply-audit", str(file), *where, "--corrections", str(target)]) == 0
+    assert _main(["labels", "audit", "apply", str(file), *where, "--corrections", str(target)]) == 0
     assert "2 corrected images" in capsys.readouterr().out
     assert _main(["labels", "show", *where]) == 0
     assert "40 of" in capsys.readouterr().out
     (audit,) = audits(run.at("labels/1"), runs.generation_labels(run, "r", 1).label_set)
     assert (audit.looked, audit.wrong, len(audit.mistakes)) == (40, 3, 3)
     # Applied to what it is not of.
-    assert _main(["labels", "apply-audit", str(file), "r/gen-2", "--root", str(run.root)]) == 3
+    assert _main(["labels", "audit", "apply", str(file), "r/gen-2", "--root", str(run.root)]) == 3
     assert "an audit of another label set" in capsys.readouterr().err
-    assert _main(["labels", "apply-audit", str(file), str(run.root / "labels/1")]) == 3
+    assert _main(["labels", "audit", "apply", str(file), str(run.root / "labels/1")]) == 3
     assert "name the run's generation" in capsys.readouterr().err
-    assert _main(["labels", "apply-audit", str(tmp_path / "no.json"), *where]) == 3
+    assert _main(["labels", "audit", "apply", str(tmp_path / "no.json"), *where]) == 3
     # The corrections are a labelled dataset, with the images' own bytes.
     data = Dataset.load(LocalStore(target))
     (shard,) = data.shards
@@ -286,7 +286,7 @@ def test_a_page_is_made_and_its_answers_applied(run, tmp_path, capsys):
     lines = (target / "corrections.csv").read_text().splitlines()
     assert lines[0] == "key,label,teacher,confidence"
     assert {line.split(",")[0]: line.split(",")[1] for line in lines[1:]} == correct
-    assert _main(["labels", "apply-audit", str(file), *where, "--corrections", str(run.root / "pool")]) == 3
+    assert _main(["labels", "audit", "apply", str(file), *where, "--corrections", str(run.root / "pool")]) == 3
     assert "holds another dataset" in capsys.readouterr().err
 
 
