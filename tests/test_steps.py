@@ -334,12 +334,14 @@ def test_another_model_labels_what_was_kept(done, tmp_path):
     pool, _ = labels.pool(store)
     only = (labels.folder, labels.label_set, labels.selection)
     assert label_dataset(model, pool.uri, str(tmp_path / "again"), LabellingConfig(), shards="1-2", only=only) is None
+    with pytest.raises(DataError, match="holds labels of another views: one, not flip; name another folder"):
+        label_dataset(model, pool.uri, str(tmp_path / "again"), LabellingConfig(views="flip"), only=only)
     made = label_dataset(model, pool.uri, str(tmp_path / "again"), LabellingConfig(), only=only)
     assert made.rows - made.left_out == labels.selection.kept
     assert verify(LocalStore(tmp_path / "again"), made, labels.pool(store)) == 1247
     with pytest.raises(ConfigError, match="must be START-STOP, within 0-2"):
         label_dataset(model, pool.uri, str(tmp_path / "again"), LabellingConfig(), shards="1-9")
-    with pytest.raises(DataError, match="holds another label set"):
+    with pytest.raises(DataError, match="holds labels of another teacher"):
         label_dataset(store.at(labels.teacher).uri, pool.uri, str(tmp_path / "again"), LabellingConfig())
     with pytest.raises(ConfigError, match="a label set by itself has no selection"):
         label_dataset(model, pool.uri, str(tmp_path / "b"), LabellingConfig(), only=(labels.folder, labels.label_set, None))

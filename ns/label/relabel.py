@@ -1,17 +1,50 @@
 """Labelling outside of a run: any model over any dataset, or over the images that a selection kept."""
 
 from collections.abc import Iterator, Mapping
+from typing import Literal
 
 from ns.config import LabellingConfig
 from ns.data.dataset import MANIFEST as DATASET
 from ns.data.dataset import Dataset
 from ns.digest import LABELLING, code_digest
+from ns.document import Document
 from ns.errors import ConfigError, DataError
 from ns.inference import Predictor
-from ns.label.labelset import MANIFEST, LabelSet, join, marker, read_rows
+from ns.label.labelset import MANIFEST, LabelSet, join, kept_classes, marker, read_rows
 from ns.label.predict import label_shards
 from ns.label.selection import Selection, copies
 from ns.store import Store, open_store
+
+BEGUN = "labelling.json"
+
+
+class Labelling(Document):
+    """`labelling.json`: what the labels of a folder are made of. It is there before the first of them, so that what is done already
+    is never taken for the work of another teacher."""
+
+    format: Literal[1] = 1
+    dataset: str
+    teacher: str
+    code: str
+    """Digests."""
+    views: str
+    ensemble: tuple[str, ...]
+    probabilities: str
+    top_k: int
+    kept: str | None
+    """Digest of the selection whose images are labelled; None if all are."""
+
+    def begin(self, labels: Store) -> None:
+        """Raises DataError if the folder holds other labels."""
+        if not labels.exists(BEGUN):
+            if labels.exists(MANIFEST):
+                raise DataError(f"{labels.uri}: holds a label set that was not made by `ns label`; name another folder")
+            self.write(labels, BEGUN)
+        begun = Labelling.read(labels, BEGUN)
+        for name, own in self:
+            other = getattr(begun, name)
+            if other != own:
+                raise DataError(f"{labels.uri}: holds labels of another {name}: {other}, not {own}; name another folder")
 
 
 def label_dataset(
@@ -39,24 +72,30 @@ def label_dataset(
         Predictor(open_store(place), batch=config.batch, images=images, views=config.views)
         for place in (model, *config.ensemble)
     ]
-    cards = [predictor.card for predictor in predictors]
-    code = code_digest(*LABELLING)
-    if labels.exists(MANIFEST):
-        made = LabelSet.read(labels, MANIFEST)
-        if (made.dataset, made.teacher, made.code) != (dataset.digest, cards[0].digest, code):
-            raise DataError(f"{labels.uri}: holds another label set, of dataset {made.dataset}; name another folder")
+    teacher, *others = (predictor.card for predictor in predictors)
+    begun = Labelling(
+        dataset=dataset.digest,
+        teacher=teacher.digest,
+        code=code_digest(*LABELLING),
+        views=config.views,
+        ensemble=tuple(card.digest for card in others),
+        probabilities=config.probabilities,
+        top_k=kept_classes(len(teacher.classes), config.top_k),
+        kept=only[2].digest if only and only[2] else None,
+    )
+    begun.begin(labels)
     label_shards(predictors, folder, dataset, labels, wanted, config, left_out=left_out)
     if not all(labels.exists(marker(shard.name)) for shard in dataset.shards):
         return None
     made = join(
         labels,
         dataset,
-        teacher=cards[0].digest,
-        code=code,
-        classes=cards[0].classes,
+        teacher=begun.teacher,
+        code=begun.code,
+        classes=teacher.classes,
         top_k=config.top_k,
         views=config.views,
-        ensemble=tuple(card.digest for card in cards[1:]),
+        ensemble=begun.ensemble,
         probabilities=config.probabilities,
     )
     made.write(labels, MANIFEST)
