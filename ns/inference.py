@@ -1,6 +1,10 @@
 """Un-noised inference over shards: decode and crop in threads while the network works on the batch before."""
 
+import contextlib
 import copy
+import os
+import sys
+import threading
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +34,11 @@ Picture = Encoded | bytes | npt.NDArray[np.uint8]
 
 DECODE_THREADS = 4
 """Decoders release the interpreter lock; more threads than this wait for memory, not for each other."""
+
+
+DECODE_NICENESS = 10
+"""Of decoders that share their cores with the network: a network whose threads wait for one of them that a decoder has put off does
+nothing at all meanwhile (ResNet-18, 64 px, two cores: 0.90 of the network's own speed without this, 0.93 with it)."""
 
 
 COMPILE_FROM_IMAGES = 50_000
@@ -194,7 +203,7 @@ class Predictor:
         classes = len(self.card.classes)
         probabilities = np.empty((0, classes), np.float32)
         errors: dict[int, str] = {}
-        with ThreadPoolExecutor(DECODE_THREADS) as threads:
+        with ThreadPoolExecutor(DECODE_THREADS, initializer=_step_back if self._device.type == "cpu" else None) as threads:
             ahead: deque[tuple[_Chunk, Future[_Decoded]]] = deque()
 
             def submit() -> None:
@@ -258,3 +267,11 @@ class Predictor:
         # Outputs beyond the classes (model.outputs) have no name and get no probability.
         answers = logits.float()[:, : len(self.card.classes)]
         return answers if self._masked is None else answers.masked_fill(self._masked, float("-inf"))
+
+
+def _step_back() -> None:
+    """Makes the calling thread less urgent than the process. Where threads have no niceness of their own, nothing happens."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            urgency = os.getpriority(os.PRIO_PROCESS, 0)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), urgency + DECODE_NICENESS)

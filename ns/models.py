@@ -184,13 +184,17 @@ class Normalize(nn.Module):
 
     def __init__(self, mean: tuple[float, float, float], std: tuple[float, float, float]) -> None:
         super().__init__()
-        # Folded with the division by 255, so that one pass over the pixels does it all.
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255)
+        # Folded with the division by 255.
+        self.register_buffer("mean", torch.tensor(mean) * 255)
+        self.register_buffer("std", torch.tensor(std) * 255)
 
     def forward(self, images: Tensor) -> Tensor:
-        # A permuted view of NHWC bytes is channels_last already: no copy here, and none in the network.
-        return (images.permute(0, 3, 1, 2).float() - self.mean) / self.std
+        count, height, width, channels = images.shape
+        # By rows of pixels, which fill a processor's vectors; the three channels of one alone take four times as long.
+        rows = images.reshape(count, height, width * channels).float()
+        rows = (rows - self.mean.repeat(width)).div_(self.std.repeat(width))
+        # A permuted view of NHWC is channels_last already: no copy here, and none in the network.
+        return rows.view(count, height, width, channels).permute(0, 3, 1, 2)
 
 
 def _reduce_stride(network: nn.Module, factor: int) -> None:

@@ -6,6 +6,8 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from ns.config import NoiseConfig
@@ -19,6 +21,9 @@ Crop = Literal["resized", "pad", "none"]
 AREA = (0.08, 1.0)
 ASPECT = (3 / 4, 4 / 3)
 TRIES = 10
+
+RESIZED_BYTES = 1 << 18
+"""Whole images of one size are brought to another one together, so many bytes at a time: as much as a core keeps at hand."""
 
 EVAL_MARGIN_PX = 32
 """The evaluation crop is size / (size + 32) of the short side: 224 of 256."""
@@ -82,9 +87,7 @@ class EvalTransform:
             box = centre_box(_size(image), size, 0 if self._whole else EVAL_MARGIN_PX)
             return np.asarray(_cut(image, box, size))
         pixels = image.whole() if isinstance(image, Encoded) else image
-        if pixels.shape[:2] == (size, size):
-            return pixels
-        return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC))
+        return pixels if pixels.shape[:2] == (size, size) else _resized([pixels], size)[0]
 
     def batch(self, images: Sequence[Encoded | bytes | npt.NDArray[np.uint8]], out: npt.NDArray[np.uint8]) -> dict[int, str]:
         """Decodes and transforms images into `out`, uint8 [≥ N, resolution, resolution, 3] as `room` makes it.
@@ -92,18 +95,52 @@ class EvalTransform:
         Returns row → reason of those that cannot be read; they are black.
         """
         errors: dict[int, str] = {}
-        size = self._resolution if self._crop != "resized" else 0
+        whole = self._crop != "resized"
+        size = self._resolution if whole else 0
+        waiting: dict[tuple[int, ...], list[tuple[int, npt.NDArray[np.uint8]]]] = {}
         # There is about a microsecond for all that is not decoding: no calls that can be spared.
         for row, (image, place) in enumerate(zip(images, out, strict=False)):
             try:
-                if type(image) is Encoded and image[1] == size and image[2] == size:
-                    decode_into(image[0], place)
+                if isinstance(image, Encoded):
+                    if image[1] == size and image[2] == size:
+                        decode_into(image[0], place)
+                        continue
+                    pixels = image.whole() if whole else self(image)
                 else:
-                    place[:] = self(decode(image) if isinstance(image, bytes) else image)
+                    pixels = decode(image) if isinstance(image, bytes) else image
+                    if not whole:
+                        pixels = self(pixels)
             except DataError as error:
                 place[:] = 0
                 errors[row] = str(error)
+                continue
+            if pixels.shape == place.shape:
+                place[:] = pixels
+                continue
+            group = waiting.setdefault(pixels.shape, [])
+            group.append((row, pixels))
+            if len(group) * pixels.nbytes >= RESIZED_BYTES:
+                _lay(waiting.pop(pixels.shape), out)
+        for group in waiting.values():
+            _lay(group, out)
         return errors
+
+
+def _lay(group: Sequence[tuple[int, npt.NDArray[np.uint8]]], out: npt.NDArray[np.uint8]) -> None:
+    """Puts images of one size, resized, into their rows."""
+    out[[row for row, _ in group]] = _resized([pixels for _, pixels in group], out.shape[1])
+
+
+def _resized(images: Sequence[npt.NDArray[np.uint8]], size: int) -> npt.NDArray[np.uint8]:
+    """Whole images of one size, uint8 [H, W, 3], as [N, size, size, 3]; each as if it were alone.
+
+    Pillow's bicubic filter, as torch has it: to the same bytes but for a unit or two in one of some hundred, in a seventh of the time.
+    """
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    resized: npt.NDArray[np.uint8] = (
+        F.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True).permute(0, 2, 3, 1).numpy()
+    )
+    return resized
 
 
 def _size(image: Encoded | npt.NDArray[np.uint8]) -> tuple[int, int]:

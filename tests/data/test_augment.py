@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 
 from ns.config import NoiseConfig
 from ns.data.augment import AREA, ASPECT, EvalTransform, TrainTransform, centre_box, pad_and_crop, random_box
+from ns.data.decode import room
 from ns.data.randaugment import GREY, RandAugment, auto_contrast, equalize
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
@@ -320,3 +321,17 @@ def test_they_are_for_any_image(pixels):
     image = Image.fromarray(pixels)
     assert np.array_equal(np.asarray(auto_contrast(image)), np.asarray(ImageOps.autocontrast(image)))
     assert np.array_equal(np.asarray(equalize(image)), np.asarray(ImageOps.equalize(image)))
+
+
+def test_whole_images_are_resized_together_as_each_alone_and_as_pillow_does():
+    rng = np.random.default_rng(3)
+    sizes = [(32, 32), (48, 40), (32, 32), (24, 24), (300, 301), (48, 40)] + [(32, 32)] * 90
+    images = [rng.integers(0, 256, (*size, 3), np.uint8) for size in sizes]
+    transform = EvalTransform(48, "pad")
+    out = room(len(images), 48)
+    assert transform.batch(images, out) == {}
+    for image, found in zip(images, out, strict=True):
+        assert np.array_equal(found, transform(image))
+        expected = np.asarray(Image.fromarray(image).resize((48, 48), Image.Resampling.BICUBIC)).astype(np.int64)
+        assert np.abs(found - expected).max() <= 2
+        assert (found != expected).mean() < 0.02
