@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ns.cli.options import AsJson, Root, group_with_default
-from ns.errors import ConfigError, RunError
+from ns.errors import ConfigError, DataError, RunError
 
 if TYPE_CHECKING:
     from ns.label.registry import Registry
@@ -279,34 +279,62 @@ def version(tag: VersionArgument, registry: RegistryOption = None, as_json: AsJs
 
 @app.command()
 def commit(
-    name: Annotated[str, typer.Argument(metavar="LABELS", help="A run's generation: latest/gen-1.")],
+    name: Labels,
     registry: RegistryOption = None,
     remote: RemoteOption = None,
     project: Annotated[str | None, typer.Option(help="First part of the tag; the experiment's name if not given.")] = None,
     as_run: Annotated[str | None, typer.Option("--run", help="Second part of the tag; the run's name if not given.")] = None,
+    whole_tag: Annotated[
+        str | None, typer.Option("--tag", metavar="TAG", help="The whole tag; needed for a folder: labels/PROJECT/RUN/gen-N.")
+    ] = None,
+    selected: Annotated[
+        str | None,
+        typer.Option("--selection", metavar="FILE", help="What `ns labels select --out` wrote of a folder's labels."),
+    ] = None,
     root: Root = "runs",
 ) -> None:
-    """Keep a run's label set and selection as a version, labels/PROJECT/RUN/gen-N. The same again changes nothing.
+    """Keep a label set and its selection as a version, labels/PROJECT/RUN/gen-N: those of a run, or, under a name of your own, what
+    `ns label` or `ns labels purge` wrote. The same again changes nothing.
 
     Example: [cyan]ns labels commit latest/gen-1 --registry registry.git --remote s3://bucket/labels[/]
     """
     from ns import config, runs
     from ns.evaluate.gate import Verdict
     from ns.label.registry import Tag
+    from ns.label.selection import Selection
     from ns.store import open_store
 
     store = open_store(root)
     run, _, generation = name.rpartition("/gen-")
-    if not run or not generation.isdigit():
-        raise ConfigError(f"LABELS {name}: must be a run's generation (latest/gen-1): project, run and number name the version")
+    of_run = bool(run) and generation.isdigit()
+    if whole_tag and (project or as_run):
+        raise ConfigError("--tag names the whole version: leave --project and --run out")
+    if not of_run and not whole_tag:
+        raise ConfigError(
+            f"LABELS {name}: must be a run's generation (latest/gen-1), whose project, run and number name the version; "
+            "for a folder give the name: --tag labels/PROJECT/RUN/gen-N"
+        )
+    if of_run and selected:
+        raise ConfigError("--selection: is for a folder; a run's generation has its own")
+    named = Tag.parse(whole_tag) if whole_tag else None
     found = runs.labels(store, name)
-    run = runs.find(store, run)
-    if project is None:
-        project = config.load(f"{store.at(run).uri}/{runs.CONFIG}").name
-    gates = [n.outputs["verdict"] for n in runs.notes(store, run) if (n.generation, n.step) == (int(generation), "gate")]
-    tag = Tag.of(project, as_run or run, int(generation))
-    verdict = Verdict.read(store, gates[0]) if gates else None
-    is_new = _registry(registry, remote).commit(tag, found.folder, found.label_set, found.selection, verdict)
+    selection, verdict = found.selection, None
+    if of_run:
+        run = runs.find(store, run)
+        if project is None:
+            project = config.load(f"{store.at(run).uri}/{runs.CONFIG}").name
+        gates = [n.outputs["verdict"] for n in runs.notes(store, run) if (n.generation, n.step) == (int(generation), "gate")]
+        verdict = Verdict.read(store, gates[0]) if gates else None
+    elif selected:
+        folder, _, file = selected.rpartition("/")
+        selection = Selection.read(open_store(folder or "."), file)
+        if selection.label_set != found.label_set.digest:
+            raise DataError(
+                f"--selection {selected}: of label set {selection.label_set[:16]}, not {found.label_set.digest[:16]}; "
+                f"make one: ns labels select {name} --out {selected}"
+            )
+    tag = named or Tag.of(project or "", as_run or run, int(generation))
+    is_new = _registry(registry, remote).commit(tag, found.folder, found.label_set, selection, verdict)
     typer.echo(f"{tag}: {'committed' if is_new else 'is there already'}")
 
 

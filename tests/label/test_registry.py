@@ -19,7 +19,7 @@ from ns.config import SelectionConfig
 from ns.digest import sha256_bytes
 from ns.errors import DataError, RunError, StoreError
 from ns.label.commands import Commands, redacted
-from ns.label.labelset import LabelSet, LabelShard, histogram, histogram_table, row_schema
+from ns.label.labelset import LabelSet, LabelShard, histogram, histogram_table, read_rows, row_schema
 from ns.label.registry import Registry, Tag, _absent
 from ns.label.selection import select_from
 from ns.store import LocalStore
@@ -532,6 +532,22 @@ def test_the_loop_and_the_command_line_keep_versions(tmp_path, capsys, monkeypat
     assert (code, "project 'no/where': cannot be part of a tag" in said) == (3, True)
     code, said = ns("commit", root, "--root", root)
     assert (code, "must be a run's generation" in said) == (2, True)
+    # A label set without some images is another version, under a name of its own.
+    withdrawn, purged, selection = tmp_path / "withdrawn.txt", str(tmp_path / "purged"), str(tmp_path / "selection.json")
+    labels = runs.labels(store, "latest/gen-1")
+    withdrawn.write_text(read_rows(labels.folder, labels.label_set.shards[0]).keys[3] + "\n")
+    assert ns("purge", "latest/gen-1", "--keys", str(withdrawn), "--out", purged, "--root", root)[0] == 0
+    assert ns("select", purged, "--out", selection)[0] == 0
+    named = (purged, "--tag", "labels/mine/purged/gen-1", "--selection", selection)
+    assert ns("commit", *named) == (0, "labels/mine/purged/gen-1: committed\n")
+    assert ns("commit", *named) == (0, "labels/mine/purged/gen-1: is there already\n")
+    found = Registry(place).show("labels/mine/purged/gen-1")
+    assert (found.label_set, found.rows) == (LabelSet.read(LocalStore(Path(purged)), "labelset.json").digest, 1247)
+    assert found.kept is not None
+    code, said = ns("commit", labels.folder.uri, "--tag", "labels/mine/stale/gen-1", "--selection", selection)
+    assert (code, "make one: ns labels select" in said) == (3, True)
+    assert ns("commit", *named, "--project", "p")[0] == 2
+    assert ns("gc", "--drop", "labels/mine/purged/gen-1", "--yes")[0] == 0
     assert ns("promote", tag, "--why", "first")[1] == f"current/quickstart: {tag}, before: none\n"
     assert ns("rollback", tag)[1] == f"current/quickstart: {tag} (no change)\n"
     there = tmp_path / "there"
