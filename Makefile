@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-integration test-containers test-all lint format bench-data bench-train bench-label bench-select compile constraints venv clean distclean
+.PHONY: help run test test-integration test-containers test-all lint format bench-data bench-train bench-label bench-select compile images constraints venv clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,10 @@ bench-label: $(VENV)/.bench ## Measure how fast a pool is labelled (ARGS="--quic
 
 bench-select: $(VENV)/.bench ## Measure what a selection from millions of labels costs (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.select $(ARGS)
+
+images: ## Build the container images, and print their names (REGISTRY= TAG= TARGETS= BUILDER= PYTHON_IMAGE= CPU_INDEX= PIP_CONFIG=)
+	@python3 images/build.py --registry "$(REGISTRY)" --tag "$(TAG)" --builder "$(BUILDER)" --python "$(PYTHON_IMAGE)" \
+		--cpu-index "$(CPU_INDEX)" --pip-config "$(PIP_CONFIG)" $(TARGETS)
 
 compile: $(VENV)/.run ## Compile the pipeline into pipelines/noisy_student.yaml
 	@$(BIN)/python -m pipelines.compile

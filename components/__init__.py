@@ -2,5 +2,5 @@
 
 from ns import __version__
 
-WORKER_IMAGE = f"noisy-student/worker-python:{__version__}"
+WORKER_IMAGE = f"noisy-student/worker:{__version__}"
 """The image that all components run in; `make images` builds it. It holds the `ns` package and no compiler."""

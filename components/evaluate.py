@@ -1,10 +1,20 @@
 from kfp import dsl
+from kfp.dsl import ClassificationMetrics, Metrics, Output
 
 from components import WORKER_IMAGE
 
 
 @dsl.component(base_image=WORKER_IMAGE, packages_to_install=[], install_kfp_package=False)
-def evaluate(config_uri: str, root: str, run: str, data: str, generation: int, model: str) -> str:
+def evaluate(
+    config_uri: str,
+    root: str,
+    run: str,
+    data: str,
+    generation: int,
+    model: str,
+    metrics: Output[Metrics],
+    answers: Output[ClassificationMetrics],
+) -> str:
     """Evaluates a model on the held-out images.
 
     Args:
@@ -14,10 +24,14 @@ def evaluate(config_uri: str, root: str, run: str, data: str, generation: int, m
         data: Key of the prepared data.
         generation: Counted from 1; 0 is before the first.
         model: Key of the model's folder.
+        metrics: All that was measured, as numbers.
+        answers: Confusion matrix, and how well the confidence tells right answers from wrong ones.
 
     Returns:
         Key of the evaluation.
     """
     from ns import steps
 
-    return steps.evaluate(config_uri, root, run, data, generation, model)
+    key = steps.evaluate(config_uri, root, run, data, generation, model)
+    steps.show_measures(root, run, generation, metrics, answers)
+    return key

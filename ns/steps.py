@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ns import config, log, runs
@@ -293,6 +294,33 @@ def report(config_uri: str, root: str, run: str) -> str:
         from ns.report import write
 
         return write(step.root, run)
+
+
+def show_measures(root: str, run: str, generation: int, metrics: Any, answers: Any) -> None:
+    """Hands the numbers, the confusion matrix and the ROC curve of a generation's model to Kubeflow, as its `Metrics` and
+    `ClassificationMetrics`. Does nothing where a client shows the run itself, as on a laptop."""
+    if os.environ.get(log.EVENTS_VARIABLE):
+        return
+    from ns.report import artifacts
+
+    store = open_store(root)
+    for name, value in artifacts.generation_metrics(store, run, generation).items():
+        metrics.log_metric(name, value)
+    if confusion := artifacts.confusion(store, run, generation):
+        answers.log_confusion_matrix(*confusion)
+    if curve := artifacts.roc(store, run, generation):
+        answers.log_roc_curve(*curve)
+
+
+def show_generation(root: str, run: str, generation: int, page: Any, summary: Any) -> None:
+    """Hands a generation's page and tables to Kubeflow, as its `HTML` and `Markdown`; where `show_measures` does."""
+    if os.environ.get(log.EVENTS_VARIABLE):
+        return
+    from ns.report import artifacts
+
+    store = open_store(root)
+    Path(page.path).write_text(artifacts.generation_html(store, run, generation), encoding="utf-8")
+    Path(summary.path).write_text(artifacts.generation_markdown(store, run, generation), encoding="utf-8")
 
 
 class _Training:

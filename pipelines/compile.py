@@ -1,14 +1,23 @@
-"""Compiles the pipeline: `python -m pipelines.compile [--check]`. The YAML is committed; `--check` compares and fails."""
+"""Compiles the pipeline: `python -m pipelines.compile [--check]`. The YAML is committed; `--check` compares and fails.
+
+KFP's compiler repeats a component for every task that uses it; so an unrolled loop would grow past what Kubernetes stores. Here
+equal ones become one (the backend visits each component once, however many tasks refer to it). And it cannot say which values an
+input's list offers, nor describe inputs that are added to a function: that is written into what it made.
+"""
 
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
+import yaml
 from kfp import compiler
 
 from pipelines.noisy_student import noisy_student
+from pipelines.pools import INPUTS
 
 PACKAGE = Path(__file__).with_name("noisy_student.yaml")
+Spec = dict[str, Any]
 
 
 def compiled() -> str:
@@ -16,7 +25,48 @@ def compiled() -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / PACKAGE.name
         compiler.Compiler().compile(noisy_student, str(path))
-        return path.read_text()
+        text = path.read_text()
+    header = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
+    spec, platform = yaml.load_all(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    share(spec, platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"])
+    _describe(spec["root"]["inputDefinitions"]["parameters"])
+    return header + yaml.dump_all([spec, platform], Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), width=120)
+
+
+def share(spec: Spec, platform: Spec) -> None:
+    """Makes equal executors one, with what the platform says of them, and then equal components, from the inside out."""
+    executors, components = spec["deploymentSpec"]["executors"], spec["components"]
+    renamed = _merge(executors, lambda name: [executors[name], platform.get(name)])
+    for name in renamed:
+        platform.pop(name, None)
+    for component in components.values():
+        if "executorLabel" in component:
+            component["executorLabel"] = renamed.get(component["executorLabel"], component["executorLabel"])
+    while renamed := _merge(components, lambda name: components[name]):
+        for component in [*components.values(), spec["root"]]:
+            for task in component.get("dag", {}).get("tasks", {}).values():
+                reference = task["componentRef"]
+                reference["name"] = renamed.get(reference["name"], reference["name"])
+
+
+def _merge(named: Spec, content: Any) -> dict[str, str]:
+    """Leaves the first of equal entries. Returns old name → name that stays."""
+    seen: dict[str, str] = {}
+    renamed = {}
+    for name in sorted(named, key=lambda name: (len(name), name)):
+        kept = seen.setdefault(repr(content(name)), name)
+        if kept != name:
+            renamed[name] = kept
+    for name in renamed:
+        del named[name]
+    return renamed
+
+
+def _describe(parameters: Spec) -> None:
+    for name, facts in INPUTS.items():
+        parameters[name]["description"] = facts.about
+        if facts.choices:
+            parameters[name]["literals"] = list(facts.choices)
 
 
 def main() -> int:

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import yaml
+
 from ns.errors import Interrupted, NsError, RunError
 from ns.log import EVENTS_VARIABLE
 from ns.watch import CLIENT_VARIABLE
@@ -48,14 +50,12 @@ def run(*, config_uri: str, root: str, run: str, log: Path | None, on_event: Cal
         events = Path(scratch) / "events.jsonl"
         events.touch()
         variables = {EVENTS_VARIABLE: str(events), CLIENT_VARIABLE: str(os.getpid())}
-        output = _Output(log)
-        with _environment(variables), _tail(events, watch), _sigterm_as_interrupt():
+        arguments = {"config_uri": config_uri, "root": root, "run": run}
+        output = Output(log)
+        with _environment(variables), tail(events, watch):
             try:
-                # KFP prints and logs to whatever stdout is; the terminal is ours.
-                with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-                    _run_pipeline(Path(scratch) / "kfp", {"config_uri": config_uri, "root": root, "run": run})
+                drive(output, watch.stop_steps, lambda: _run_pipeline(Path(scratch) / "kfp", arguments))
             except KeyboardInterrupt:
-                watch.stop_steps()
                 raise Interrupted("interrupted; the same command continues") from None
             except Exception as error:
                 time.sleep(2 * POLL_SECONDS)  # the last events are on their way
@@ -64,13 +64,33 @@ def run(*, config_uri: str, root: str, run: str, log: Path | None, on_event: Cal
                 output.close()
 
 
-def _run_pipeline(pipeline_root: Path, arguments: dict[str, str]) -> None:
-    # Inside the redirection, since importing kfp warns, and here, since it costs half a second.
-    from kfp import components, local
+def drive(output: "Output", stop_steps: Callable[[], None], work: Callable[[], None]) -> None:
+    """Does the work with KFP's output in `output`. After SIGINT or SIGTERM stops the steps and raises KeyboardInterrupt."""
+    # KFP prints and logs to whatever stdout is; the terminal is ours.
+    with _interruptible(stop_steps), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        work()
 
-    pipeline = components.load_component_from_file(str(PACKAGE))
+
+def _run_pipeline(pipeline_root: Path, arguments: dict[str, str]) -> None:
+    from kfp import local
+
+    pipeline = load_pipeline()
     local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(pipeline_root), raise_on_error=True)
     pipeline(**arguments)
+
+
+def load_pipeline() -> Any:
+    """The compiled pipeline, without its retries: here a person waits, who can say the same command again."""
+    # Inside the redirection, since importing kfp warns, and here, since it costs half a second.
+    from kfp import components
+
+    spec, platform = yaml.load_all(PACKAGE.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    for component in [*spec["components"].values(), spec["root"]]:
+        for task in component.get("dag", {}).get("tasks", {}).values():
+            task.pop("retryPolicy", None)
+    return components.load_component_from_text(
+        yaml.dump_all([spec, platform], Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper))
+    )
 
 
 class _Watch:
@@ -100,7 +120,7 @@ class _Watch:
         while any(_alive(pid) for pid in list(self._active)) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
 
-    def failure(self, output: "_Output", error: Exception) -> NsError:
+    def failure(self, output: "Output", error: Exception) -> NsError:
         """What a person needs to know of a failed run: the step, and its one-line reason."""
         if self._failed is not None:
             event = self._failed
@@ -135,7 +155,7 @@ def _alive(pid: int) -> bool:
         return not Path("/proc").is_dir()
 
 
-class _Output(io.TextIOBase):
+class Output(io.TextIOBase):
     """Where KFP's output goes: to the log, without colours and the indentation that it nests into. A full disk loses the log,
     never the run."""
 
@@ -182,7 +202,7 @@ class _Output(io.TextIOBase):
 
 
 @contextlib.contextmanager
-def _tail(path: Path, on_event: Callable[[Event], None]) -> Iterator[None]:
+def tail(path: Path, on_event: Callable[[Event], None]) -> Iterator[None]:
     """Calls `on_event` with each line that is appended to a file of JSON lines."""
     done = threading.Event()
 
@@ -227,15 +247,24 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
+def _interruptible(stop_steps: Callable[[], None]) -> Iterator[None]:
+    """Stops the steps at once when a signal comes: KFP waits for those that label beside each other before it lets go."""
+
     def interrupt(_number: int, _frame: FrameType | None) -> None:
+        stopping.start()
         raise KeyboardInterrupt
 
+    stopping = threading.Thread(target=stop_steps, name="stop steps")
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number in previous:
+            signal.signal(number, signal.SIG_IGN)
+        if stopping.ident is not None:
+            stopping.join()
+        for number, handler in previous.items():
+            signal.signal(number, handler)

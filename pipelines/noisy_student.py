@@ -5,7 +5,8 @@ teacher the generation has, or that the loop is over. So the shape holds under k
 
 - an If only ever tests the single output of one task;
 - a ParallelFor has a pipeline of its own, whose inputs carry every value that its body uses;
-- KFP's cache is off: it keys on strings, and ours, the ledger, on content.
+- a task whose CPUs, memory or GPUs are inputs stands in a pipeline, never directly in a loop or an If: KFP's compiler would leave
+  its inputs dangling there.
 """
 
 from kfp import dsl
@@ -22,55 +23,58 @@ from components.resolve import resolve
 from components.train import train
 from ns.config import MAX_GENERATIONS
 from ns.steps import STOP
+from pipelines.pools import Pools, on_cpu, on_gpu, takes_pools
 
 
-def _uncached(task: PipelineTask) -> PipelineTask:
-    return task.set_caching_options(False)
+@dsl.pipeline(name="shard")
+@takes_pools
+def shard(config_uri: str, root: str, run: str, data: str, generation: int, teacher: str, shards: str, pools: Pools) -> None:
+    """One range of shards."""
+    base = {"config_uri": config_uri, "root": root, "run": run, "data": data, "generation": generation}
+    on_gpu(label_shards(**base, teacher=teacher, shards=shards), pools, "label", hours=12)
 
 
 @dsl.pipeline(name="label")
-def label(config_uri: str, root: str, run: str, data: str, generation: int, teacher: str, ranges: list[str]) -> None:
+@takes_pools
+def label(
+    config_uri: str, root: str, run: str, data: str, generation: int, teacher: str, ranges: list[str], pools: Pools
+) -> None:
     """The un-noised teacher over the pool, one task for each range of shards."""
+    base = {"config_uri": config_uri, "root": root, "run": run, "data": data, "generation": generation}
     with dsl.ParallelFor(ranges) as shards:
-        _uncached(
-            label_shards(
-                config_uri=config_uri,
-                root=root,
-                run=run,
-                data=data,
-                generation=generation,
-                teacher=teacher,
-                shards=shards,
-            )
-        )
+        shard(**base, teacher=teacher, shards=shards, **pools)
 
 
 @dsl.pipeline(name="generation")
-def generation(config_uri: str, root: str, run: str, data: str, generation: int, teacher: str) -> None:
+@takes_pools
+def generation(config_uri: str, root: str, run: str, data: str, generation: int, teacher: str, pools: Pools) -> None:
     """One trip round the loop: label, select, train a student, evaluate, decide."""
     base = {"config_uri": config_uri, "root": root, "run": run, "data": data, "generation": generation}
-    plan = _uncached(plan_labels(**base))
-    labelled = label(**base, teacher=teacher, ranges=plan.output)
-    labels = _uncached(commit_labels(**base, teacher=teacher).after(labelled))
-    student = _uncached(train(**base, teacher=teacher, labels=labels.output)).set_display_name("train student")
-    evaluated = _uncached(evaluate(**base, model=student.output))
-    _uncached(gate(**base, teacher=teacher, student=student.output).after(evaluated))
+    plan = on_cpu(plan_labels(**base), pools, hours=1)
+    labelled = label(**base, teacher=teacher, ranges=plan.output, **pools)
+    labels = on_cpu(commit_labels(**base, teacher=teacher).after(labelled), pools, hours=6)
+    student = on_gpu(train(**base, teacher=teacher, labels=labels.output), pools, "train", hours=168)
+    student.set_display_name("train student")
+    evaluated = on_gpu(evaluate(**base, model=student.output), pools, "label", hours=24)
+    on_cpu(gate(**base, teacher=teacher, student=student.output).after(evaluated), pools, hours=1)
 
 
 @dsl.pipeline(name="attempt")
-def attempt(config_uri: str, root: str, run: str, data: str, number: int, first_teacher: str) -> None:
+@takes_pools
+def attempt(config_uri: str, root: str, run: str, data: str, number: int, first_teacher: str, pools: Pools) -> None:
     """A generation, if the loop is not over. A pipeline of its own, so that the next one can wait for it."""
     base = {"config_uri": config_uri, "root": root, "run": run, "data": data}
-    teacher = _uncached(resolve(**base, generation=number, first_teacher=first_teacher))
+    teacher = on_cpu(resolve(**base, generation=number, first_teacher=first_teacher), pools, hours=1)
     with dsl.If(teacher.output != STOP):
-        generation(**base, generation=number, teacher=teacher.output)
+        generation(**base, generation=number, teacher=teacher.output, **pools)
 
 
 @dsl.pipeline(
     name="noisy-student",
     description="Noisy Student self-training: teacher, pseudo-labels, noisy student, gate, again (arXiv:1911.04252).",
 )
-def noisy_student(config_uri: str, root: str, run: str) -> None:
+@takes_pools
+def noisy_student(config_uri: str, root: str, run: str, pools: Pools) -> None:
     """Noisy Student self-training.
 
     Args:
@@ -79,11 +83,11 @@ def noisy_student(config_uri: str, root: str, run: str) -> None:
         run: Name of the run, a folder below the root. The same name continues the same run.
     """
     base = {"config_uri": config_uri, "root": root, "run": run}
-    data = _uncached(prepare_data(**base))
+    data = on_cpu(prepare_data(**base), pools, hours=24)
     base["data"] = data.output
-    teacher = _uncached(train(**base, generation=0)).set_display_name("train teacher")
-    last: PipelineTask = _uncached(evaluate(**base, generation=0, model=teacher.output))
+    teacher = on_gpu(train(**base, generation=0), pools, "train", hours=168).set_display_name("train teacher")
+    last: PipelineTask = on_gpu(evaluate(**base, generation=0, model=teacher.output), pools, "label", hours=24)
     for number in range(1, MAX_GENERATIONS + 1):
-        last = attempt(**base, number=number, first_teacher=teacher.output).after(last)
+        last = attempt(**base, number=number, first_teacher=teacher.output, **pools).after(last)
         last.set_display_name(f"generation {number}")
-    _uncached(report(config_uri=config_uri, root=root, run=run).after(last))
+    on_cpu(report(config_uri=config_uri, root=root, run=run).after(last), pools, hours=1)

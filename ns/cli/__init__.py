@@ -6,7 +6,9 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,6 +50,11 @@ app.command()(evaluate.evaluate)
 app.command()(export.export)
 app.add_typer(gate.app, name="gate")
 app.add_typer(doctor_app, name="doctor")
+
+
+class Runner(StrEnum):
+    local = "local"
+    docker = "docker"
 
 
 class DataRole(StrEnum):
@@ -112,11 +119,18 @@ def run(
     root: Root = "runs",
     name: Annotated[str | None, typer.Option("--run", help="Name of the run; made from the config if not given.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the latest run that is not finished.")] = False,
+    runner: Annotated[Runner, typer.Option(help="Steps as processes, or in containers of Docker or Podman.")] = Runner.local,
+    image: Annotated[
+        str | None, typer.Option(help="Of the steps' containers; the one that `make images` made last if not given.")
+    ] = None,
+    memory: Annotated[str | None, typer.Option(metavar="4g", help="That each container may use; all if not given.")] = None,
+    gpus: Annotated[int, typer.Option(min=-1, help="For each container; -1 for all.")] = 0,
+    step_timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="The longest a container may run.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run the whole loop on this machine. The same command again continues where it stopped, and redoes nothing.
 
-    Example: [cyan]ns run quickstart --set seed=1[/]
+    Example: [cyan]ns run quickstart --set seed=1[/], [cyan]ns run quickstart --runner docker --memory 4g[/]
     """
     from rich.console import Console
 
@@ -131,11 +145,24 @@ def run(
     else:
         experiment = _load(str(config), overrides)
         name = name or runs.name_of(experiment)
+    given = {"--image": image, "--memory": memory, "--gpus": gpus, "--step-timeout": step_timeout}
+    if runner is Runner.local and (idle := [option for option, value in given.items() if value]):
+        raise ConfigError(
+            f"{', '.join(idle)}: {'says' if len(idle) == 1 else 'say'} something of containers; add --runner docker"
+        )
     # The stream as it is now: while KFP runs, sys.stderr is its log.
     console = Console(file=sys.stderr)
     with runs.alone(store, name):
         runs.start(store, name, experiment, __version__)
-        _drive(store, name, console)
+        if runner is Runner.docker:
+            from pipelines import docker
+
+            container = docker.Container(image, memory, gpus=gpus, step_seconds=step_timeout)
+            _drive(store, name, console, partial(docker.run, root=store, experiment=experiment, container=container))
+        else:
+            from pipelines import local
+
+            _drive(store, name, console, partial(local.run, root=store.uri))
     summary = runs.summarise(store, name)
     if as_json:
         typer.echo(summary.model_dump_json(indent=1))
@@ -143,17 +170,16 @@ def run(
         _show(summary, store, Console())
 
 
-def _drive(store: "Store", name: str, console: "Console") -> None:
+def _drive(store: "Store", name: str, console: "Console", runs_pipeline: Callable[..., None]) -> None:
     """Runs the pipeline and keeps the run's record true whatever happens."""
     from ns import runs
     from ns.store import LocalStore
     from ns.terminal import RunView
-    from pipelines import local
 
     log = store.root / name / "pipeline.log" if isinstance(store, LocalStore) else None
     try:
         with RunView(console) as view:
-            local.run(config_uri=f"{store.uri}/{name}/{runs.CONFIG}", root=store.uri, run=name, log=log, on_event=view.on_event)
+            runs_pipeline(config_uri=f"{store.uri}/{name}/{runs.CONFIG}", run=name, log=log, on_event=view.on_event)
     except Interrupted as error:
         _finish(store, name, "interrupted", error)
         raise

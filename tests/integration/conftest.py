@@ -1,6 +1,7 @@
 """What integration tests share."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,9 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+
+CHECKOUT = Path(__file__).parents[2]
+ENGINE = Path(os.environ.get("NS_CONTAINER_ENGINE", CHECKOUT.parent / "shared" / "tools" / "container-engine"))
 
 FLAGS = (
     "--headless",
@@ -69,6 +73,31 @@ def _finish(root: Path) -> None:
         options = [*quick, *own]
         command = [sys.executable, "-m", "ns", "run", "quickstart", "--run", name, "--root", str(root)]
         subprocess.run([*command, *(f"--set={o}" for o in options)], check=True, capture_output=True, timeout=300)
+
+
+@pytest.fixture(scope="session")
+def package_folders() -> list[str]:
+    """Folders on this machine that pip is configured to take packages from."""
+    configured = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
+    text = configured + os.environ.get("PIP_FIND_LINKS", "")
+    paths = re.findall(r"(?:file://)?(/[A-Za-z0-9_./-]+)", text)
+    # An index in `simple` points to files beside it.
+    folders = {Path(path).parent if Path(path).name == "simple" else Path(path) for path in paths}
+    return sorted(str(folder) for folder in folders if folder.is_dir())
+
+
+@pytest.fixture(scope="session")
+def engine() -> None:
+    """A container engine that answers where DOCKER_HOST says."""
+    if not ENGINE.exists():
+        pytest.skip(f"needs a container engine: {ENGINE.name} beside the checkout, or NS_CONTAINER_ENGINE")
+    started = subprocess.run([str(ENGINE), "up"], capture_output=True, text=True, timeout=600)
+    if started.returncode:
+        pytest.skip(f"the container engine did not start: {started.stderr.strip().splitlines()[-1:]}")
+    assert shutil.which("podman")
+    for line in started.stdout.splitlines():
+        if line.startswith("DOCKER_HOST="):
+            os.environ.setdefault("DOCKER_HOST", line.partition("=")[2])
 
 
 def faults(browser) -> list[str]:

@@ -1,11 +1,7 @@
 """A bare machine: a container with Python and make, the checkout, an ordinary user, and `make run`."""
 
 import json
-import os
-import re
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +9,6 @@ import pytest
 pytestmark = [pytest.mark.containers, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 CHECKOUT = Path(__file__).parents[2]
-ENGINE = Path(os.environ.get("NS_CONTAINER_ENGINE", CHECKOUT.parent / "shared" / "tools" / "container-engine"))
 IMAGE = "docker.io/library/python:3.11-slim-bookworm"
 
 SCRIPT = """
@@ -36,30 +31,10 @@ echo SHOWN; cat /tmp/shown.json
 """
 
 
-def package_folders() -> list[str]:
-    """Folders on this machine that pip is configured to take packages from."""
-    configured = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
-    text = configured + os.environ.get("PIP_FIND_LINKS", "")
-    paths = re.findall(r"(?:file://)?(/[A-Za-z0-9_./-]+)", text)
-    # An index in `simple` points to files beside it.
-    folders = {Path(path).parent if Path(path).name == "simple" else Path(path) for path in paths}
-    return sorted(str(folder) for folder in folders if folder.is_dir())
-
-
-@pytest.fixture(scope="module")
-def engine() -> None:
-    if not ENGINE.exists():
-        pytest.skip(f"needs a container engine: {ENGINE.name} beside the checkout, or NS_CONTAINER_ENGINE")
-    started = subprocess.run([str(ENGINE), "up"], capture_output=True, text=True, timeout=600)
-    if started.returncode:
-        pytest.skip(f"the container engine did not start: {started.stderr.strip().splitlines()[-1:]}")
-    assert shutil.which("podman")
-
-
-def test_make_run_does_it_all_on_a_bare_machine(engine, tmp_path):
+def test_make_run_does_it_all_on_a_bare_machine(engine, package_folders, tmp_path):
     archive = tmp_path / "checkout.tar"
     subprocess.run(["git", "-C", str(CHECKOUT), "archive", "--output", str(archive), "HEAD"], check=True)
-    mounts = [f"--volume={folder}:{folder}:ro" for folder in package_folders()]
+    mounts = [f"--volume={folder}:{folder}:ro" for folder in package_folders]
     command = ["podman", "run", "--rm", "--network=host", *mounts, f"--volume={archive}:/checkout.tar:ro", IMAGE]
     done = subprocess.run([*command, "bash", "-c", SCRIPT], capture_output=True, text=True, timeout=1700)
     assert done.returncode == 0, done.stderr[-3000:]

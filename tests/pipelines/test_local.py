@@ -37,6 +37,8 @@ def label_shards(c, r, n, data, generation, teacher, shards): return done("label
 def commit_labels(c, r, n, data, generation, teacher): return done("commit-labels", generation, f"labels-{generation}")
 def gate(c, r, n, data, generation, teacher, student): return done("gate", generation, student)
 def report(c, r, n): return done("report", 0, "report")
+def show_measures(r, n, generation, metrics, answers): pass
+def show_generation(r, n, generation, page, summary): pass
 """
 
 
@@ -115,7 +117,7 @@ def test_kfps_output_goes_to_the_log_without_colours_and_indentation(stand_in, t
 
 
 def test_a_log_that_cannot_be_written_stops_nothing(tmp_path):
-    output = local._Output(tmp_path / "no" / "such" / "folder" / "log")
+    output = local.Output(tmp_path / "no" / "such" / "folder" / "log")
     output.write("one\n  two\nTraceback (most recent call last):\n")
     assert output.last_words() == "two"
     output.close()

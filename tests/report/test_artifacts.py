@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 
+from ns import log, steps
 from ns.errors import RunError
 from ns.evaluate.result import Evaluation
 from ns.report import artifacts
@@ -94,3 +95,42 @@ def test_what_is_not_evaluated_yet_is_said(unchanged):
         artifacts.generation_html(unchanged, RUN, 2)
     assert artifacts.confusion(unchanged, RUN, 2) is None
     assert artifacts.roc(unchanged, RUN, 2) is None
+
+
+class Shown:
+    """What Kubeflow's artifacts take, and keep."""
+
+    def __init__(self, path):
+        self.path = str(path)
+        self.metrics = {}
+        self.matrix = self.curve = None
+
+    def log_metric(self, name, value):
+        self.metrics[name] = value
+
+    def log_confusion_matrix(self, names, matrix):
+        self.matrix = names, matrix
+
+    def log_roc_curve(self, *curve):
+        self.curve = curve
+
+
+def test_steps_hand_a_generation_to_kubeflow(unchanged, tmp_path, monkeypatch):
+    monkeypatch.delenv(log.EVENTS_VARIABLE, raising=False)
+    metrics, answers, page, summary = (Shown(tmp_path / name) for name in ("metrics", "answers", "page.html", "summary.md"))
+    steps.show_measures(unchanged.uri, RUN, 1, metrics, answers)
+    steps.show_generation(unchanged.uri, RUN, 1, page, summary)
+    assert metrics.metrics == artifacts.generation_metrics(unchanged, RUN, 1)
+    assert answers.matrix == artifacts.confusion(unchanged, RUN, 1)
+    assert answers.curve == artifacts.roc(unchanged, RUN, 1)
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+    assert (tmp_path / "summary.md").read_text() == artifacts.generation_markdown(unchanged, RUN, 1)
+
+
+def test_steps_hand_nothing_over_where_a_client_shows_the_run_itself(unchanged, tmp_path, monkeypatch):
+    monkeypatch.setenv(log.EVENTS_VARIABLE, str(tmp_path / "events"))
+    shown = Shown(tmp_path / "page.html")
+    steps.show_measures(unchanged.uri, RUN, 1, shown, shown)
+    steps.show_generation(unchanged.uri, RUN, 1, shown, shown)
+    assert not shown.metrics
+    assert not (tmp_path / "page.html").exists()

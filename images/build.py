@@ -1,0 +1,95 @@
+"""Builds the images: `python3 images/build.py [TARGET…]`. Prints their names, which end in the digest of what enters them.
+
+An image's name says what is in it: the same files give the same name, and a changed file another one. So a node never runs an
+old image under a new name, and Kubeflow, which looks images up by name, never takes old results for new ones.
+"""
+
+import argparse
+import hashlib
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+CHECKOUT = Path(__file__).parents[1]
+NAME = "noisy-student"
+TARGETS = ("worker", "worker-cuda", "tools")
+DIGITS = 16
+
+
+def context(checkout: Path) -> Iterator[Path]:
+    """The files that .dockerignore lets in, in order."""
+    lines = (checkout / ".dockerignore").read_text().splitlines()
+    for place in sorted(checkout / line[1:] for line in lines if line.startswith("!")):
+        for file in sorted(place.rglob("*")) if place.is_dir() else [place]:
+            if file.is_file() and "__pycache__" not in file.parts and file.suffix != ".pyc":
+                yield file
+
+
+def tag(checkout: Path, target: str, arguments: dict[str, str]) -> str:
+    """16 hex digits of the SHA-256 of all that enters an image: files, target, build arguments."""
+    hasher = hashlib.sha256(repr((target, sorted(arguments.items()))).encode())
+    for file in context(checkout):
+        content = hashlib.sha256(file.read_bytes()).hexdigest()
+        hasher.update(f"{file.relative_to(checkout).as_posix()} {content}\n".encode())
+    return hasher.hexdigest()[:DIGITS]
+
+
+def version(checkout: Path) -> str:
+    text = (checkout / "ns" / "__init__.py").read_text()
+    return text.partition('__version__ = "')[2].partition('"')[0]
+
+
+def revision(checkout: Path) -> str:
+    found = subprocess.run(["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return found.stdout.strip()
+
+
+def builder() -> str:
+    """What builds: docker if it answers, or else podman."""
+    for engine in ("docker", "podman"):
+        if shutil.which(engine) and subprocess.run([engine, "version"], capture_output=True).returncode == 0:
+            return f"{engine} build"
+    sys.exit("error: neither docker nor podman answers; install one, or name what builds with --builder (make: BUILDER=)")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Build the images of the pipeline's steps, and print their names.")
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(TARGETS)}; all if not given")
+    parser.add_argument("--registry", default="", help="goes before the names, as registry.example/team")
+    parser.add_argument("--tag", default="", help="instead of the digest")
+    parser.add_argument("--builder", default="", help="`docker build`, `podman build`, or whatever takes their arguments")
+    parser.add_argument("--python", default="", help="the image to start from, best with its @sha256 digest")
+    parser.add_argument("--cpu-index", default="", help="URL of an index with CPU builds of torch")
+    parser.add_argument("--pip-config", default="", help="a pip.conf to install with; it does not enter the image")
+    parser.add_argument("--print", action="store_true", help="print the names only")
+    asked = parser.parse_args()
+    targets = asked.targets or TARGETS
+    if unknown := set(targets) - set(TARGETS):
+        parser.error(f"no target {', '.join(sorted(unknown))}; there are {', '.join(TARGETS)}")
+    arguments = {name: value for name, value in (("PYTHON", asked.python), ("CPU_INDEX", asked.cpu_index)) if value}
+    command = shlex.split(asked.builder) if asked.builder or asked.print else shlex.split(builder())
+    for target in targets:
+        names = [f"{NAME}/{target}:{asked.tag or tag(CHECKOUT, target, arguments)}"]
+        if asked.registry:
+            names = [f"{asked.registry.rstrip('/')}/{names[0]}"]
+        else:
+            # What this machine's runs take if they are not told otherwise.
+            names.append(f"{NAME}/{target}:{version(CHECKOUT)}")
+        if not asked.print:
+            about = {"VERSION": version(CHECKOUT), "REVISION": revision(CHECKOUT), **arguments}
+            options = [f"--build-arg={name}={value}" for name, value in about.items()]
+            options += [f"--secret=id=pip,src={asked.pip_config}"] if asked.pip_config else []
+            options += [word for name in names for word in ("--tag", name)]
+            file = str(CHECKOUT / "images" / "Dockerfile")
+            built = subprocess.run([*command, "--file", file, "--target", target, *options, str(CHECKOUT)], stdout=sys.stderr)
+            if built.returncode:
+                return built.returncode
+        sys.stdout.write(f"{names[0]}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

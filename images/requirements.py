@@ -1,0 +1,9 @@
+"""Prints the packages that the project needs: `python3 requirements.py EXTRA…`, one a line, from the pyproject.toml beside it."""
+
+import sys
+import tomllib
+from pathlib import Path
+
+project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
+wanted = [*project["dependencies"], *(line for extra in sys.argv[1:] for line in project["optional-dependencies"][extra])]
+sys.stdout.write("".join(f"{line}\n" for line in wanted))
