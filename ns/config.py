@@ -4,9 +4,11 @@ Defaults are the paper's (arXiv:1911.04252 v4 and its reference code). Derived v
 """
 
 import difflib
+import importlib.resources
 import math
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
@@ -555,6 +557,12 @@ class Experiment(Section):
     def student(self, generation: int) -> RoleConfig:
         """The student of a generation, counted from 1."""
         return self.students[min(generation, len(self.students)) - 1]
+
+
+def located(config: str) -> str:
+    """The file of a preset (`quickstart`), or the file or URI itself."""
+    preset = importlib.resources.files("ns") / "presets" / f"{config}.yaml"
+    return str(preset) if preset.is_file() and not Path(config).exists() else config
 
 
 def load(uri: str, overrides: Iterable[str] = ()) -> Experiment:

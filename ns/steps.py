@@ -8,14 +8,14 @@ Heavy libraries are imported inside the steps that need them: half of the steps 
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ns import config, log, runs
+from ns import __version__, config, log, runs
 from ns.card import FINETUNED, ModelCard, weights_digest
 from ns.card import MANIFEST as CARD
 from ns.config import EvaluationConfig, EvaluationSet, Experiment, RoleConfig
@@ -47,6 +47,24 @@ if TYPE_CHECKING:
 
 STOP = "stop"
 """What `resolve` answers when the loop is over."""
+
+
+def start_run(
+    config_place: str, root: str, run: str, overrides: Sequence[str] = (), places: Mapping[str, str] | None = None
+) -> tuple[str, str]:
+    """Opens a run, or opens it again: reads the experiment (a URI or a preset), changes what is asked for, and keeps it in the run.
+
+    `overrides` are `a.b=c`; `places` are URIs by part of the data, empty ones as the experiment has them. Without a name the run gets
+    one that is made from the experiment. Returns the URI of the experiment as it is kept, and the run's name.
+    """
+    log.configure()
+    die_with_client()
+    asked = [*overrides, *(f"data.{part}={place}" for part, place in (places or {}).items() if place)]
+    store = open_store(root)
+    experiment = config.load(config.located(config_place), asked)
+    name = run or runs.name_of(experiment)
+    runs.start(store, name, experiment, __version__)
+    return f"{store.uri}/{name}/{runs.CONFIG}", name
 
 
 def prepare_data(config_uri: str, root: str, run: str) -> str:
@@ -293,7 +311,11 @@ def report(config_uri: str, root: str, run: str) -> str:
     with _step("report", 0, config_uri, root, run) as step:
         from ns.report import write
 
-        return write(step.root, run)
+        key = write(step.root, run)
+        if not os.environ.get(log.EVENTS_VARIABLE):
+            # On a cluster nobody else keeps the record.
+            runs.finish(step.root, run, "succeeded")
+        return key
 
 
 def show_measures(root: str, run: str, generation: int, metrics: Any, answers: Any) -> None:

@@ -153,7 +153,7 @@ class _Engine:
         pipeline = load_pipeline()
         # Nothing is kept in KFP's workspace, and everything that it would keep is removed after the run.
         local.init(runner=local.DockerRunner(), pipeline_root=str(self._scratch), raise_on_error=True)
-        pipeline(config_uri=config_uri, root=self._root.uri, run=self._run)
+        pipeline(config=config_uri, root=self._root.uri, run=self._run)
 
     def run_step(self, *, command: list[str], **_given: Any) -> int:
         """Runs a step in a container and returns its exit code. In place of kfp.local's function, whose image and

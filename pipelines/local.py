@@ -50,7 +50,7 @@ def run(*, config_uri: str, root: str, run: str, log: Path | None, on_event: Cal
         events = Path(scratch) / "events.jsonl"
         events.touch()
         variables = {EVENTS_VARIABLE: str(events), CLIENT_VARIABLE: str(os.getpid())}
-        arguments = {"config_uri": config_uri, "root": root, "run": run}
+        arguments = {"config": config_uri, "root": root, "run": run}
         output = Output(log)
         with _environment(variables), tail(events, watch):
             try:
@@ -140,7 +140,7 @@ def name_of(event: Event) -> str:
     where = f"generation {generation}" if generation else "teacher"
     shards = f" {event['shards']}" if event.get("shards") else ""
     step = str(event.get("step", "")).replace("-", " ")
-    return f"{step}{shards}" if step in ("prepare data", "report") else f"{where}: {step}{shards}"
+    return f"{step}{shards}" if step in ("start run", "prepare data", "report") else f"{where}: {step}{shards}"
 
 
 def _alive(pid: int) -> bool:

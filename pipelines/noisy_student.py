@@ -1,4 +1,4 @@
-"""The wiring: prepare → teacher → (resolve → generation) × MAX_GENERATIONS → report.
+"""The wiring: start → prepare → teacher → (resolve → generation) × MAX_GENERATIONS → report.
 
 The loop is unrolled, since KFP has none that stops early, and its state is in the ledger: `resolve` always runs, says which
 teacher the generation has, or that the loop is over. So the shape holds under kfp.local and on a cluster alike:
@@ -20,6 +20,7 @@ from components.plan_labels import plan_labels
 from components.prepare_data import prepare_data
 from components.report import report
 from components.resolve import resolve
+from components.start_run import start_run
 from components.train import train
 from ns.config import MAX_GENERATIONS
 from ns.steps import STOP
@@ -74,20 +75,38 @@ def attempt(config_uri: str, root: str, run: str, data: str, number: int, first_
     description="Noisy Student self-training: teacher, pseudo-labels, noisy student, gate, again (arXiv:1911.04252).",
 )
 @takes_pools
-def noisy_student(config_uri: str, root: str, run: str, pools: Pools) -> None:
+def noisy_student(
+    config: str = "quickstart",
+    root: str = "s3://mlpipeline/noisy-student",
+    run: str = "",
+    overrides: list[str] = [],  # noqa: B006  (KFP copies it)
+    labelled: str = "",
+    pool: str = "",
+    heldout: str = "",
+    *,
+    pools: Pools,
+) -> None:
     """Noisy Student self-training.
 
     Args:
-        config_uri: URI of the experiment's YAML file.
+        config: URI of the experiment's YAML file, or a preset: quickstart.
         root: URI of the store that holds everything: data, models, label sets, the ledger and the runs.
-        run: Name of the run, a folder below the root. The same name continues the same run.
+        run: Name of the run, a folder below the root; made from the experiment if empty. The same name continues the same run.
+        overrides: Fields of the experiment to change, as ["generations=2", "labelling.tasks=50"].
+        labelled: URI of the labelled images; as the experiment says if empty.
+        pool: URI of the unlabelled images; as the experiment says if empty.
+        heldout: URI of the held-out images; as the experiment says if empty.
     """
-    base = {"config_uri": config_uri, "root": root, "run": run}
+    started = start_run(config=config, root=root, run=run, overrides=overrides, labelled=labelled, pool=pool, heldout=heldout)
+    on_cpu(started, pools, hours=1)
+    base = {"config_uri": started.outputs["config_uri"], "root": root, "run": started.outputs["run"]}
     data = on_cpu(prepare_data(**base), pools, hours=24)
-    base["data"] = data.output
-    teacher = on_gpu(train(**base, generation=0), pools, "train", hours=168).set_display_name("train teacher")
-    last: PipelineTask = on_gpu(evaluate(**base, generation=0, model=teacher.output), pools, "label", hours=24)
+    teacher = on_gpu(train(**base, data=data.output, generation=0), pools, "train", hours=168)
+    teacher.set_display_name("train teacher")
+    last: PipelineTask = on_gpu(
+        evaluate(**base, data=data.output, generation=0, model=teacher.output), pools, "label", hours=24
+    )
     for number in range(1, MAX_GENERATIONS + 1):
-        last = attempt(**base, number=number, first_teacher=teacher.output, **pools).after(last)
+        last = attempt(**base, data=data.output, number=number, first_teacher=teacher.output, **pools).after(last)
         last.set_display_name(f"generation {number}")
-    on_cpu(report(config_uri=config_uri, root=root, run=run).after(last), pools, hours=1)
+    on_cpu(report(**base).after(last), pools, hours=1)

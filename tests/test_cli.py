@@ -130,7 +130,7 @@ def test_debug_shows_where(capsys, tmp_path, monkeypatch):
 
 def test_a_run_name_stays_with_its_configuration(capsys, tmp_path):
     store = LocalStore(tmp_path)
-    experiment = config.load(str(cli.importlib.resources.files("ns") / "presets" / "quickstart.yaml"))
+    experiment = config.load(config.located("quickstart"))
     runs.start(store, "mine", experiment, "0")
     code, _, err = ns(capsys, "run", "quickstart", "--set", "seed=1", "--run", "mine", "--root", str(tmp_path))
     assert code == 6
@@ -139,7 +139,7 @@ def test_a_run_name_stays_with_its_configuration(capsys, tmp_path):
 
 def test_runs_are_found_by_their_beginning(capsys, tmp_path):
     store = LocalStore(tmp_path)
-    experiment = config.load(str(cli.importlib.resources.files("ns") / "presets" / "quickstart.yaml"))
+    experiment = config.load(config.located("quickstart"))
     for name in ("alpha-1", "alpha-2", "beta"):
         runs.start(store, name, experiment, "0")
         time.sleep(0.002)
@@ -176,7 +176,7 @@ def judged(generation: int, lost: int, won: int, **limits):
 
 def test_a_verdict_is_explained(capsys, tmp_path):
     store = LocalStore(tmp_path)
-    runs.start(store, "one", config.load(str(cli.importlib.resources.files("ns") / "presets" / "quickstart.yaml")), "0")
+    runs.start(store, "one", config.load(config.located("quickstart")), "0")
     root = ["--root", str(tmp_path)]
     assert ns(capsys, "gate", "explain", *root)[::2] == (
         6,
@@ -254,9 +254,7 @@ def test_a_command_that_was_mistyped_is_explained(capsys, arguments, message):
 )
 def test_what_is_no_command_of_report_is_a_run(capsys, tmp_path, arguments):
     store = LocalStore(tmp_path)
-    runs.start(
-        store, "only", config.load(str(cli.importlib.resources.files("ns") / "presets" / "quickstart.yaml")), __version__
-    )
+    runs.start(store, "only", config.load(config.located("quickstart")), __version__)
     code, out, err = ns(capsys, *arguments, "--root", str(tmp_path))
     assert (code, out) == (6, "")
     assert err.startswith("error: run no-such-run: does not exist; runs in ")

@@ -427,3 +427,14 @@ def test_evaluation_that_was_done_is_not_done_again(robust, monkeypatch):
     monkeypatch.setattr(Suite, "run", lambda *_: pytest.fail("done again"))
     data = steps.prepare_data(*where)
     steps.evaluate(*where, data, 0, steps.train(*where, data, 0))
+
+
+def test_a_run_that_starts_from_a_preset_keeps_what_was_asked_for(tmp_path):
+    root = str(tmp_path / "root")
+    asked = (["generations=1"], {"labelled": "", "pool": "s3://bucket/pool", "heldout": ""})
+    uri, name = steps.start_run("quickstart", root, "", *asked)
+    experiment = config.load(uri)
+    assert (experiment.generations, experiment.data.pool) == (1, "s3://bucket/pool")
+    assert experiment.data.labelled == "digits:labelled"
+    assert name == runs.name_of(experiment)
+    assert steps.start_run(uri, root, name) == (uri, name), "a step that is repeated finds its run"

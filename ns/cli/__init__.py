@@ -1,7 +1,6 @@
 """`ns …`: the command line. Heavy libraries are imported by the commands that need them, so that help is instant."""
 
 import contextlib
-import importlib.resources
 import json
 import os
 import sys
@@ -585,12 +584,9 @@ def doctor_store(
 
 def _load(config: str, overrides: list[str] | None) -> "Experiment":
     """An experiment from a file or a preset, its local data folders as absolute paths."""
-    from ns.config import load
+    from ns.config import load, located
 
-    preset = importlib.resources.files("ns") / "presets" / f"{config}.yaml"
-    if preset.is_file() and not Path(config).exists():
-        config = str(preset)
-    experiment = load(config, overrides or [])
+    experiment = load(located(config), overrides or [])
     data = experiment.data
     # Steps, and a resumed run, may stand in another folder.
     places = {

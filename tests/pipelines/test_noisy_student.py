@@ -163,9 +163,8 @@ def test_training_labelling_and_all_else_have_pools_of_their_own(spec, pods):
 
 
 def test_inputs_have_defaults_and_lists_offer_their_default(spec):
-    own = {"config_uri", "root", "run"}
     parameters = spec["root"]["inputDefinitions"]["parameters"]
-    assert {name for name, facts in parameters.items() if "defaultValue" not in facts} == own
+    assert {name for name, facts in parameters.items() if "defaultValue" not in facts} == set()
     offered = {name: facts["literals"] for name, facts in parameters.items() if "literals" in facts}
     assert set(offered) == {"gpu_type", "label_gpus", "train_gpus"}
     for name, values in offered.items():

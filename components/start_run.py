@@ -1,0 +1,28 @@
+from typing import NamedTuple
+
+from kfp import dsl
+
+from components import WORKER_IMAGE
+
+
+@dsl.component(base_image=WORKER_IMAGE, packages_to_install=[], install_kfp_package=False)
+def start_run(config: str, root: str, run: str, overrides: list[str], labelled: str, pool: str, heldout: str) -> NamedTuple(
+    "Started", config_uri=str, run=str
+):
+    """Opens a run, or opens it again, and keeps the experiment in it.
+
+    Args:
+        config: URI of the experiment's YAML file, or a preset.
+        root: URI of the store that holds everything.
+        run: Name of the run; made from the experiment if empty.
+        overrides: Fields to change, as a.b=c.
+        labelled: URI of the labelled images; as the experiment says if empty.
+        pool: URI of the unlabelled images; as the experiment says if empty.
+        heldout: URI of the held-out images; as the experiment says if empty.
+
+    Returns:
+        The experiment's URI, and the run's name.
+    """
+    from ns import steps
+
+    return steps.start_run(config, root, run, overrides, {"labelled": labelled, "pool": pool, "heldout": heldout})
