@@ -14,11 +14,14 @@ import traceback
 from functools import partial
 from pathlib import Path
 
+import minio
 import numpy as np
+import pyarrow.dataset
+import timm
 import torch
 from PIL import Image
 
-from ns import inference, models  # noqa: F401 - imported before the workers are forked
+from ns import inference, models
 from ns.card import Lineage
 from ns.config import LabellingConfig, ModelConfig, NoiseConfig
 from ns.data.dataset import Dataset
@@ -28,6 +31,8 @@ from ns.label.registry import Registry, Tag, _absent
 from ns.label.relabel import label_dataset
 from ns.store import LocalStore
 
+IMPORTED = (inference, minio, pyarrow.dataset, timm)
+"""What workers would import themselves: most kills would hit nothing but that."""
 WORKERS = 4
 SHARDS = 12
 CLASSES = tuple("abcde")
@@ -46,6 +51,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     killed, number, rounds = 0, 0, {"labelling": 0, "committing": 0}
     digests: set[str] = set()
+    whole: set[str] = set()
     while killed < kills or not digests:
         out = place / f"out-{number}"
         labelled = (out / MANIFEST).exists()
@@ -76,14 +82,23 @@ def main() -> None:
         assert set(ends) <= {0, -signal.SIGKILL}, ends
         killed += ends.count(-signal.SIGKILL)
         if labelled:
-            for version in registry.versions():
-                shown = registry.show(version.tag)
-                assert _absent(str(place / "remote"), shown) == [], version.tag
-                assert shown.label_set == wanted
+            whole |= check(registry, place, wanted, known=whole)
         if labelled and 0 in ends:
             digests.add(LabelSet.read(LocalStore(out), MANIFEST).digest)
             number += 1
+    # What came later took nothing away from what was there before.
+    check(registry, place, wanted, known=set())
     print(json.dumps({"killed": killed, "rounds": rounds, "wanted": wanted, "digests": sorted(digests), "label_sets": number}))
+
+
+def check(registry: Registry, place: Path, wanted: str, *, known: set[str]) -> set[str]:
+    """The versions that are not known yet; no data of them is missing."""
+    tags = {version.tag for version in registry.versions()} - known
+    for tag in tags:
+        shown = registry.show(tag)
+        assert _absent(str(place / "remote"), shown) == [], tag
+        assert shown.label_set == wanted
+    return tags
 
 
 def work(place: Path, number: int, part: int, registry: Registry) -> None:
