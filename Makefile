@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-integration test-containers test-all lint format bench-data bench-train bench-label bench-select compile images constraints venv clean distclean
+.PHONY: help run test test-integration test-containers test-all lint format bench-data bench-train bench-label bench-select bench-method compile images constraints venv clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ bench-select: $(VENV)/.bench ## Measure what a selection from millions of labels
 images: ## Build the container images, and print their names (REGISTRY= TAG= TARGETS= BUILDER= PYTHON_IMAGE= CPU_INDEX= PIP_CONFIG=)
 	@python3 images/build.py --registry "$(REGISTRY)" --tag "$(TAG)" --builder "$(BUILDER)" --python "$(PYTHON_IMAGE)" \
 		--cpu-index "$(CPU_INDEX)" --pip-config "$(PIP_CONFIG)" $(TARGETS)
+
+bench-method: $(VENV)/.bench ## Train teachers and noisy students on CIFAR-10, three seeds, about 40 minutes (ARGS="--quick")
+	@$(BIN)/python -m benchmarks.method_cifar10 $(ARGS)
 
 compile: $(VENV)/.run ## Compile the pipeline into pipelines/noisy_student.yaml
 	@$(BIN)/python -m pipelines.compile
