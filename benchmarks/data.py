@@ -167,7 +167,7 @@ def stream(folder: Store, data: Dataset, *, shuffled: bool) -> Run:
     """An epoch into a batch, in the order of the tars as labelling reads it, or in that of training."""
     source = ImageSource(folder, data)
     order = Order([np.ones(shard.samples, np.uint8) for shard in data.shards], (0, 0))
-    transform = EvalTransform(32, "none")
+    transform = EvalTransform(32, "none", 0)
     batch = room(BATCH, 32)
 
     def run() -> int:

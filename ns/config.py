@@ -9,13 +9,14 @@ import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SerializationInfo,
     SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
@@ -42,6 +43,22 @@ Preset = Literal[
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+    younger: ClassVar[tuple[str, ...]] = ()
+    """Fields that came after models and runs had been named by their digests."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_is_not_asked(self, serialise: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+        # An experiment or a model that does not use these is the one it was before they existed, under the same digest and name.
+        fields: dict[str, Any] = serialise(self)
+        if info.context == EVERY_FIELD:
+            return fields
+        untouched = {name for name in self.younger if getattr(self, name) == type(self).model_fields[name].default}
+        return {name: value for name, value in fields.items() if name not in untouched}
+
+
+EVERY_FIELD = "every field"
+"""Context of a serialisation that people read."""
 
 
 S = TypeVar("S", bound=Section)
@@ -94,6 +111,8 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """A timm network."""
 
+    younger = ("test_margin_px",)
+
     arch: str = "efficientnet_b0"
     """Name of a timm architecture."""
     args: dict[str, Any] = Field(default_factory=dict)
@@ -102,6 +121,8 @@ class ModelConfig(Section):
     """Training resolution, px."""
     test_resolution: int | None = Field(default=None, ge=8, le=2048)
     """Evaluation and labelling resolution, px; the training resolution if not given."""
+    test_margin_px: int = Field(default=32, ge=0, le=2048)
+    """Evaluation and labelling see the centred square of resolution / (resolution + this) of a photograph's short side. Paper: 32."""
     reduce_stride: Literal[1, 2, 4, 8] = 1
     """Divides the network's total stride by making its first strided convolutions dense: for images of 64 px and less."""
     inference_precision: Literal["auto", Precision] = "auto"
@@ -129,8 +150,14 @@ class ModelConfig(Section):
         return self.test_resolution or self.resolution
 
 
+Share = Annotated[float, Field(gt=0, le=1)]
+Aspect = Annotated[float, Field(ge=0.1, le=10)]
+
+
 class NoiseConfig(Section):
     """What makes the student noisy. The teacher labels without any of it."""
+
+    younger = ("randaugment_translate_px", "randaugment_cutout_px", "crop_area", "crop_aspect", "pad_px")
 
     dropout: float = Field(default=0.2, ge=0, lt=1)
     """Before the classifier. Paper: 0.2 (B0, B1) to 0.5 (B6, B7, L2)."""
@@ -143,13 +170,30 @@ class NoiseConfig(Section):
     randaugment: Literal["paper", "timm"] = "paper"
     """`paper`: every drawn operation is applied, at ranges that go on beyond magnitude 10. `timm`: timm's, where an operation is
     applied half of the time and the magnitude ends at 10."""
+    randaugment_translate_px: float | None = Field(default=None, ge=0, le=2048)
+    """Of `paper`: shift at magnitude 10. If not given, the paper's: 100, and an eighth of the resolution up to 64 px."""
+    randaugment_cutout_px: float | None = Field(default=None, ge=0, le=1024)
+    """Of `paper`: half side of the grey square at magnitude 10; 0 takes it out of the operations that are drawn. If not given, the
+    paper's: 40, and an eighth of the resolution up to 64 px."""
     crop: Literal["resized", "pad", "none"] = "resized"
-    """`resized`: random area of 8–100 %, the paper's for photographs. `pad`: reflect-pad by an eighth and crop, for small
-    images."""
+    """`resized`: a random part, the paper's for photographs. `pad`: reflect-pad and crop, for small images."""
+    crop_area: tuple[Share, Share] = (0.08, 1.0)
+    """Of `resized`: least and greatest share of the image's area. Paper: 8 to 100 %."""
+    crop_aspect: tuple[Aspect, Aspect] = (3 / 4, 4 / 3)
+    """Of `resized`: least and greatest width / height. Paper: 3/4 to 4/3."""
+    pad_px: int | None = Field(default=None, ge=0, le=1024)
+    """Of `pad`: an image is shifted by at most so much each way; by an eighth of the resolution if not given. Paper: 4 at 32 px."""
     flip: bool = True
     """Mirror at random. Off for digits, text, and anything that has a handedness."""
     cutout_px: int = Field(default=0, ge=0, le=1024)
     """Side of a grey square put on every image after RandAugment. Paper: 16 at 32 px, none for photographs."""
+
+    @field_validator("crop_area", "crop_aspect")
+    @classmethod
+    def _least_comes_first(cls, bounds: tuple[float, float]) -> tuple[float, float]:
+        if bounds[0] > bounds[1]:
+            raise ValueError("must be [least, greatest]")
+        return bounds
 
 
 class OptimizerConfig(Section):
@@ -285,6 +329,13 @@ class RoleConfig(Section):
         preset = PRESETS.get(role["preset"]) if isinstance(role, dict) and isinstance(role.get("preset"), str) else None
         return _merged(preset, role) if preset else role
 
+    @model_validator(mode="after")
+    def _padding_can_be_reflected(self) -> Self:
+        pad = self.noise.pad_px or 0
+        if self.noise.crop == "pad" and pad >= self.model.resolution:
+            raise ValueError(f"noise.pad_px: {pad}: must be below model.resolution, {self.model.resolution} px")
+        return self
+
 
 Views = Literal["one", "flip", "five", "ten"]
 
@@ -342,6 +393,8 @@ Suite = Literal["clean", "corruptions", "perturbations", "attacks"]
 class GateConfig(Section):
     """When a student becomes the teacher."""
 
+    younger = ("max_mce_rise", "max_mfr_rise", "max_churn", "max_class_shrinkage", "min_audited_precision")
+
     level: float = Field(default=0.95, gt=0.5, lt=1)
     """One-sided confidence of the bound on the gain in held-out top-1 accuracy."""
     min_gain: float = Field(default=0.0, ge=-1, le=1)
@@ -364,13 +417,6 @@ class GateConfig(Section):
     below this. Labels that nobody audited are not refused; the verdict says so."""
     resamples: int = Field(default=10_000, ge=1000, le=1_000_000)
     """Bootstrap resamples of the held-out images."""
-
-    @model_serializer(mode="wrap")
-    def _leave_out_what_is_not_asked(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # An experiment that does not use these is the one it was before they existed, under the same digest and name.
-        fields: dict[str, Any] = serialise(self)
-        asked = ("max_mce_rise", "max_mfr_rise", "max_churn", "max_class_shrinkage", "min_audited_precision")
-        return {name: value for name, value in fields.items() if value is not None or name not in asked}
 
     @property
     def suites(self) -> dict[str, Suite]:
@@ -607,7 +653,7 @@ def changed(section: S, overrides: Iterable[str]) -> S:
 
 def dump(experiment: Experiment) -> str:
     """YAML with every field, defaults included; `load` reads it back to an equal experiment."""
-    return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(experiment.model_dump(mode="json", context=EVERY_FIELD), sort_keys=False, allow_unicode=True)
 
 
 def _merged(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

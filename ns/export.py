@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ns import __version__, models
 from ns.card import WEIGHTS, ModelCard
-from ns.data.augment import EVAL_MARGIN_PX, EvalTransform
+from ns.data.augment import EvalTransform
 from ns.data.dataset import Dataset
 from ns.data.decode import room
 from ns.data.images import ImageSource
@@ -131,7 +131,7 @@ def timm_config(card: ModelCard) -> dict[str, Any]:
     photographs = card.noise.crop == "resized"
     with torch.device("meta"):
         fixed = bool(getattr(models.build(card.model, card.noise, outputs), "pretrained_cfg", {}).get("fixed_input_size"))
-    crop = ("center", size / (size + EVAL_MARGIN_PX)) if photographs else ("squash", 1.0)
+    crop = ("center", size / (size + card.model.test_margin_px)) if photographs else ("squash", 1.0)
     return {
         "architecture": card.model.arch,
         "num_classes": outputs,
@@ -180,7 +180,7 @@ def _batch(card: ModelCard, folder: Store, dataset: Dataset, count: int) -> Tens
     rows = drawn(source, len(dataset.shards), len(dataset.classes), Subsample(images=count, seed=0))
     pictures = [image for shard, own in rows.items() for row in own for image in source.encoded(shard, int(row), int(row) + 1)]
     pixels = room(len(pictures), size)
-    unreadable = EvalTransform(size, card.noise.crop).batch(pictures, pixels)
+    unreadable = EvalTransform(size, card.noise.crop, card.model.test_margin_px).batch(pictures, pixels)
     readable = [row for row in range(len(pictures)) if row not in unreadable]
     if not readable:
         raise DataError(f"{folder.uri}: none of its images can be read, so an export cannot be checked on them")

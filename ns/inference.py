@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ns import log, models
 from ns.config import ModelConfig, Precision, Views
-from ns.data.augment import EVAL_MARGIN_PX, EvalTransform
+from ns.data.augment import EvalTransform
 from ns.data.decode import Encoded, room
 from ns.data.images import ImageSource
 from ns.data.index import ShardIndex
@@ -107,12 +107,12 @@ class Predictor:
         self.forward_pass = self.mode.prepare(self._network)
         self._normalize = models.Normalize(self.card.mean, self.card.std).to(self._device)
         self._resolution = self.card.model.inference_resolution
-        margin = 0
-        if views in ("five", "ten"):
-            margin = EVAL_MARGIN_PX if self.card.noise.crop == "resized" else self._resolution // 8
-        self._transform = EvalTransform(self._resolution, self.card.noise.crop, margin)
-        self._pixels = self._resolution + margin
-        self._windows = WINDOWS if margin else ((0.0, 0.0),)
+        crop = self.card.noise.crop
+        margin = self.card.model.test_margin_px if crop == "resized" else self._resolution // 8
+        whole = views in ("five", "ten") and margin > 0
+        self._transform = EvalTransform(self._resolution, crop, margin, whole=whole)
+        self._pixels = self._resolution + margin * whole
+        self._windows = WINDOWS if whole else ((0.0, 0.0),)
         self._mirrored = views in ("flip", "ten")
         self.batch = batch
         # In the model's order, whatever order they were named in.
@@ -176,7 +176,7 @@ class Predictor:
     def whole(self) -> "Predictor":
         """The same model, fed with images that are resized as they are: they have been cropped before."""
         other = copy.copy(self)
-        other._transform, other._pixels = EvalTransform(self._resolution, "none"), self._resolution
+        other._transform, other._pixels = EvalTransform(self._resolution, "none", 0), self._resolution
         other._windows, other._mirrored = ((0.0, 0.0),), False
         return other
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ns import config, runs
-from ns.config import MAX_GENERATIONS, Experiment, OptimizerConfig, Preset, RoleConfig, TrainConfig
+from ns.config import MAX_GENERATIONS, Experiment, NoiseConfig, OptimizerConfig, Preset, RoleConfig, TrainConfig
 from ns.errors import ConfigError
 from ns.paper import PRESETS
 
@@ -36,6 +36,34 @@ def test_defaults_are_the_papers(minimal):
     assert student.train.weighting == "sum"
     assert experiment.selection.min_confidence == 0.3
     assert experiment.selection.per_class == 130_000
+    noise = student.noise
+    assert (noise.randaugment_translate_px, noise.randaugment_cutout_px, noise.pad_px) == (None, None, None)
+    assert (noise.crop_area, noise.crop_aspect, student.model.test_margin_px) == ((0.08, 1), (3 / 4, 4 / 3), 32)
+
+
+def test_fields_that_came_later_are_shown_and_change_no_digest_until_they_are_used(minimal):
+    plain = config.load(minimal)
+    noise = yaml.safe_load(config.dump(plain))["teacher"]["noise"]
+    assert noise["crop_area"] == [0.08, 1.0]
+    assert not set(NoiseConfig.younger) & set(plain.model_dump(mode="json")["teacher"]["noise"])
+    used = config.load(minimal, ["teacher.noise.crop_area=[0.5,1]"])
+    assert used.model_dump(mode="json")["teacher"]["noise"] == {
+        **plain.model_dump(mode="json")["teacher"]["noise"],
+        "crop_area": [0.5, 1.0],
+    }
+    assert runs.name_of(used) != runs.name_of(plain)
+
+
+@pytest.mark.parametrize(
+    ("noise", "message"),
+    [
+        ({"crop_area": [0.5, 0.1]}, "teacher.noise.crop_area: invalid value [0.5, 0.1]: must be [least, greatest]"),
+        ({"crop_area": [0, 1]}, "teacher.noise.crop_area.0: invalid value 0: should be greater than 0"),
+        ({"crop": "pad", "pad_px": 224}, "teacher.noise.pad_px: 224: must be below model.resolution, 224 px"),
+    ],
+)
+def test_wrong_sizes_of_noise_are_explained(noise, message):
+    assert f"x.yaml: {message}" in refused({**MINIMAL, "teacher": {"noise": noise}})
 
 
 def test_what_is_dumped_is_read_back_equal(minimal):

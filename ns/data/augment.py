@@ -17,16 +17,11 @@ from ns.errors import DataError
 
 Crop = Literal["resized", "pad", "none"]
 
-# The paper's random-resized-crop.
-AREA = (0.08, 1.0)
-ASPECT = (3 / 4, 4 / 3)
 TRIES = 10
+"""Of the paper's random-resized-crop."""
 
 RESIZED_BYTES = 1 << 18
 """Whole images of one size are brought to another one together, so many bytes at a time: as much as a core keeps at hand."""
-
-EVAL_MARGIN_PX = 32
-"""The evaluation crop is size / (size + 32) of the short side: 224 of 256."""
 
 
 class TrainTransform:
@@ -35,8 +30,14 @@ class TrainTransform:
     def __init__(self, noise: NoiseConfig, resolution: int) -> None:
         self._noise = noise
         self._resolution = resolution
-        kind = RandAugment if noise.randaugment == "paper" else TimmRandAugment
-        self._augment = kind(noise.randaugment_layers, noise.randaugment_magnitude, resolution)
+        self._pad = max(1, resolution // 8) if noise.pad_px is None else noise.pad_px
+        layers, magnitude = noise.randaugment_layers, noise.randaugment_magnitude
+        self._augment: RandAugment | TimmRandAugment
+        if noise.randaugment == "paper":
+            translate, cutout = noise.randaugment_translate_px, noise.randaugment_cutout_px
+            self._augment = RandAugment(layers, magnitude, resolution, translate_px=translate, cutout_px=cutout)
+        else:
+            self._augment = TimmRandAugment(layers, magnitude)
 
     @property
     def scales(self) -> bool:
@@ -47,7 +48,7 @@ class TrainTransform:
         """An encoded image or uint8 [H, W, 3] → uint8 [resolution, resolution, 3]. All chance comes from `rng`."""
         noise, size = self._noise, self._resolution
         if noise.crop == "resized":
-            picture = self._flip(_cut(image, random_box(_size(image), rng), size), rng)
+            picture = self._flip(_cut(image, random_box(_size(image), rng, noise.crop_area, noise.crop_aspect), size), rng)
         else:
             picture = Image.fromarray(image.whole() if isinstance(image, Encoded) else image)
             if picture.size != (size, size):
@@ -59,7 +60,7 @@ class TrainTransform:
             picture = self._flip(picture, rng)
         result = np.asarray(picture)
         if noise.crop == "pad":
-            result = pad_and_crop(result, max(1, size // 8), rng)
+            result = pad_and_crop(result, self._pad, rng)
         return np.ascontiguousarray(result)
 
     def _flip(self, picture: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -69,22 +70,22 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """The paper's evaluation crop for photographs; the whole image otherwise. No chance in it.
+    """The paper's evaluation crop for photographs, resolution / (resolution + margin_px) of the short side: 224 of 256. The whole
+    image otherwise. No chance in it.
 
-    `margin_px`: result larger by so much, with what lies around it: of a photograph the whole short side, which at 32 px leaves the
-    scale as it is.
+    `whole`: at the same scale with what lies around it, a result that is larger by the margin.
     """
 
-    def __init__(self, resolution: int, crop: Crop, margin_px: int = 0) -> None:
-        self._resolution = resolution + margin_px
+    def __init__(self, resolution: int, crop: Crop, margin_px: int, *, whole: bool = False) -> None:
+        self._resolution = resolution + margin_px * whole
         self._crop = crop
-        self._whole = margin_px > 0
+        self._margin_px = 0 if whole else margin_px
 
     def __call__(self, image: Encoded | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """An encoded image or uint8 [H, W, 3] → uint8 [resolution, resolution, 3]."""
         size = self._resolution
         if self._crop == "resized":
-            box = centre_box(_size(image), size, 0 if self._whole else EVAL_MARGIN_PX)
+            box = centre_box(_size(image), size, self._margin_px)
             return np.asarray(_cut(image, box, size))
         pixels = image.whole() if isinstance(image, Encoded) else image
         return pixels if pixels.shape[:2] == (size, size) else _resized([pixels], size)[0]
@@ -153,15 +154,18 @@ def _cut(image: Encoded | npt.NDArray[np.uint8], box: Box, size: int) -> Image.I
     return Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC, box=inner)
 
 
-def random_box(size: tuple[int, int], rng: np.random.Generator) -> tuple[float, float, float, float]:
-    """A random part of the image as (left, upper, right, lower) px: area 8–100 %, aspect 3/4–4/3, log-uniform.
+def random_box(
+    size: tuple[int, int], rng: np.random.Generator, areas: tuple[float, float], aspects: tuple[float, float]
+) -> Box:
+    """A random part of the image as (left, upper, right, lower) px: of between `areas` of its area, uniform, and of an aspect
+    between `aspects`, log-uniform.
 
     After 10 draws that do not fit, the largest centred square.
     """
     width, height = size
     for _ in range(TRIES):
-        area = width * height * rng.uniform(*AREA)
-        aspect = math.exp(rng.uniform(math.log(ASPECT[0]), math.log(ASPECT[1])))
+        area = width * height * rng.uniform(*areas)
+        aspect = math.exp(rng.uniform(math.log(aspects[0]), math.log(aspects[1])))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             left, upper = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
@@ -171,7 +175,7 @@ def random_box(size: tuple[int, int], rng: np.random.Generator) -> tuple[float, 
     return left, upper, left + side, upper + side
 
 
-def centre_box(size: tuple[int, int], resolution: int, margin_px: int = EVAL_MARGIN_PX) -> tuple[float, float, float, float]:
+def centre_box(size: tuple[int, int], resolution: int, margin_px: int) -> Box:
     """The centred square of side resolution / (resolution + margin_px) × short side, px."""
     width, height = size
     side = max(1, round(min(width, height) * resolution / (resolution + margin_px)))

@@ -28,15 +28,23 @@ Operation = Callable[[Image.Image, np.random.Generator], Image.Image]
 
 
 class RandAugment:
-    """`layers` operations, drawn with replacement, on images of about `size` px."""
+    """`layers` operations, drawn with replacement, on images of about `size` px.
 
-    def __init__(self, layers: int, magnitude: float, size: int) -> None:
+    `translate_px`, `cutout_px`: translation and half side of Cutout at level 1; the paper's if not given, 100 and 40 at ImageNet
+    sizes, an eighth of small images. Without a size there is no Cutout.
+    """
+
+    def __init__(
+        self, layers: int, magnitude: float, size: int, *, translate_px: float | None = None, cutout_px: float | None = None
+    ) -> None:
         self.layers = layers
         self.level = magnitude / 10
-        # Translation and half side of Cutout at level 1, px: 100 and 40 at ImageNet sizes, an eighth of small images.
-        small = size <= SMALL_PX
-        self.translate_px = (size / 8 if small else 100.0) * self.level
-        self.cutout_half_px = int((size / 8 if small else 40.0) * self.level)
+        if size <= SMALL_PX:
+            papers_translate, papers_cutout = size / 8, size / 8
+        else:
+            papers_translate, papers_cutout = 100.0, 40.0
+        self.translate_px = (papers_translate if translate_px is None else translate_px) * self.level
+        self.cutout_half_px = int((papers_cutout if cutout_px is None else cutout_px) * self.level)
         self.posterize_bits = min(8, max(1, int(4 * self.level)))
         self.solarize_threshold = min(256, int(256 * self.level))
         self.solarize_add = min(255, int(110 * self.level))
@@ -63,6 +71,8 @@ class RandAugment:
             "solarize_add": lambda image, _: _look_up(image, added),
             "cutout": lambda image, rng: cutout(image, self.cutout_half_px, rng),
         }
+        if cutout_px == 0:
+            del self.operations["cutout"]
         self._drawn = list(self.operations.values())
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -78,7 +88,7 @@ class RandAugment:
 class TimmRandAugment:
     """timm's RandAugment, `rand-mM-nN`: the same 16 operations without cutout, each applied with probability 0.5."""
 
-    def __init__(self, layers: int, magnitude: float, size: int) -> None:  # noqa: ARG002
+    def __init__(self, layers: int, magnitude: float) -> None:
         from timm.data.auto_augment import rand_augment_transform
 
         self._transform = rand_augment_transform(f"rand-m{magnitude:g}-n{layers}", {"img_mean": GREY}) if layers else None

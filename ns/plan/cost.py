@@ -304,7 +304,7 @@ class _Speeds:
             if job.course and job.task == "train":
                 self._cores[key] = noise_seconds(job.course.transform, self._pictures)
             else:
-                transform = EvalTransform(job.resolution, job.role.noise.crop)
+                transform = EvalTransform(job.resolution, job.role.noise.crop, job.role.model.test_margin_px)
                 self._cores[key] = decode_seconds(transform, job.resolution, self._pictures)
         return self._cores[key]
 

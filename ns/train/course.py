@@ -88,7 +88,7 @@ def finetuning(role: RoleConfig, finetune: FinetuneConfig, network: nn.Module, s
         return main.rate(max(0, math.floor(passed))) * batch / role.train.labelled_batch
 
     still = freeze(network, finetune.frozen_share)
-    return Course(tuned, _Plain(tuned.noise, finetune.resolution), steps, rate, still)
+    return Course(tuned, _Plain(tuned), steps, rate, still)
 
 
 def freeze(network: nn.Module, share: float) -> tuple[str, ...]:
@@ -117,9 +117,9 @@ def freeze(network: nn.Module, share: float) -> tuple[str, ...]:
 class _Plain(TrainTransform):
     """Images as evaluation sees them."""
 
-    def __init__(self, noise: NoiseConfig, resolution: int) -> None:
-        super().__init__(noise, resolution)
-        self._plain = EvalTransform(resolution, noise.crop)
+    def __init__(self, role: RoleConfig) -> None:
+        super().__init__(role.noise, role.model.resolution)
+        self._plain = EvalTransform(role.model.resolution, role.noise.crop, role.model.test_margin_px)
 
     def __call__(self, image: Encoded | npt.NDArray[np.uint8], rng: np.random.Generator) -> npt.NDArray[np.uint8]:  # noqa: ARG002
         return self._plain(image)

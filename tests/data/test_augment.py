@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image, ImageOps
 
 from ns.config import NoiseConfig
-from ns.data.augment import AREA, ASPECT, EvalTransform, TrainTransform, centre_box, pad_and_crop, random_box
+from ns.data.augment import EvalTransform, TrainTransform, centre_box, pad_and_crop, random_box
 from ns.data.decode import room
 from ns.data.randaugment import GREY, RandAugment, auto_contrast, equalize
 
@@ -64,6 +64,12 @@ def test_small_images_take_the_small_constants():
     augment = RandAugment(2, 5, 32)
     assert augment.translate_px == 2
     assert augment.cutout_half_px == 2
+
+
+def test_the_constants_can_be_others_and_cutout_be_left_out():
+    augment = RandAugment(2, 5, 224, translate_px=60, cutout_px=20)
+    assert (augment.translate_px, augment.cutout_half_px) == (30, 10)
+    assert set(augment.operations) - set(RandAugment(2, 5, 224, cutout_px=0).operations) == {"cutout"}
 
 
 def test_at_magnitude_5_the_four_enhancements_change_nothing():
@@ -204,19 +210,20 @@ def test_cutout_is_a_grey_square_cut_off_at_the_border():
 
 
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 2**32))
-def test_random_boxes_lie_inside_and_follow_the_papers_ranges(width, height, seed):
-    left, upper, right, lower = random_box((width, height), np.random.default_rng(seed))
+def test_random_boxes_lie_inside_and_follow_their_ranges(width, height, seed):
+    areas, aspects = NoiseConfig().crop_area, NoiseConfig().crop_aspect
+    left, upper, right, lower = random_box((width, height), np.random.default_rng(seed), areas, aspects)
     w, h = right - left, lower - upper
     assert 0 <= left < right <= width
     assert 0 <= upper < lower <= height
     if min(w, h) > 40 and w != h:
-        assert AREA[0] * 0.95 <= w * h / (width * height) <= AREA[1]
-        assert ASPECT[0] * 0.95 <= w / h <= ASPECT[1] * 1.05
+        assert areas[0] * 0.95 <= w * h / (width * height) <= areas[1]
+        assert aspects[0] * 0.95 <= w / h <= aspects[1] * 1.05
 
 
 @pytest.mark.parametrize(("size", "expected"), [((256, 256), 224), ((500, 375), 328), ((64, 32), 28)])
 def test_the_evaluation_crop_is_size_over_size_plus_32_of_the_short_side(size, expected):
-    left, upper, right, lower = centre_box(size, 224)
+    left, upper, right, lower = centre_box(size, 224, 32)
     assert right - left == lower - upper == expected
     assert abs((left + right) - size[0]) <= 1
     assert abs((upper + lower) - size[1]) <= 1
@@ -243,10 +250,21 @@ def test_training_noise_has_the_right_shape_and_follows_its_generator(crop):
     assert not np.array_equal(first, other)
 
 
+def test_crops_and_shifts_are_as_large_as_asked():
+    image = np.arange(64, dtype=np.uint8)[:, None, None].repeat(64, 1).repeat(3, 2)
+    plain = {"randaugment_layers": 0, "flip": False}
+    whole = TrainTransform(NoiseConfig(crop_area=(1, 1), crop_aspect=(1, 1), **plain), 64)
+    assert np.array_equal(whole(image, np.random.default_rng(0)), image)
+    shifted = TrainTransform(NoiseConfig(crop="pad", pad_px=2, **plain), 64)
+    assert {int(shifted(image, np.random.default_rng(seed))[32, 0, 0]) for seed in range(50)} == {30, 31, 32, 33, 34}
+    still = TrainTransform(NoiseConfig(crop="pad", pad_px=0, **plain), 64)
+    assert np.array_equal(still(image, np.random.default_rng(0)), image)
+
+
 def test_evaluation_takes_small_images_as_they_are():
-    assert np.array_equal(EvalTransform(32, "pad")(PIXELS), PIXELS)
-    assert EvalTransform(48, "pad")(PIXELS).shape == (48, 48, 3)
-    assert EvalTransform(32, "resized")(PIXELS).shape == (32, 32, 3)
+    assert np.array_equal(EvalTransform(32, "pad", 32)(PIXELS), PIXELS)
+    assert EvalTransform(48, "pad", 32)(PIXELS).shape == (48, 48, 3)
+    assert EvalTransform(32, "resized", 32)(PIXELS).shape == (32, 32, 3)
 
 
 @pytest.mark.parametrize("crop", ["resized", "pad", "none"])
@@ -259,7 +277,7 @@ def test_images_of_any_size_become_the_resolution(crop, size):
         assert noised.shape == (32, 32, 3)
         assert noised.dtype == np.uint8
         assert noised.flags.c_contiguous
-    assert EvalTransform(32, crop)(image).shape == (32, 32, 3)
+    assert EvalTransform(32, crop, 32)(image).shape == (32, 32, 3)
 
 
 def test_noise_leaves_its_input_as_it_was():
@@ -327,7 +345,7 @@ def test_whole_images_are_resized_together_as_each_alone_and_as_pillow_does():
     rng = np.random.default_rng(3)
     sizes = [(32, 32), (48, 40), (32, 32), (24, 24), (300, 301), (48, 40)] + [(32, 32)] * 90
     images = [rng.integers(0, 256, (*size, 3), np.uint8) for size in sizes]
-    transform = EvalTransform(48, "pad")
+    transform = EvalTransform(48, "pad", 32)
     out = room(len(images), 48)
     assert transform.batch(images, out) == {}
     for image, found in zip(images, out, strict=True):

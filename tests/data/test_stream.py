@@ -119,7 +119,7 @@ def test_large_photographs_are_decoded_smaller_and_look_the_same():
     assert encoded.part((0, 0, 640, 480), 64)[0].shape == (120, 160, 3)
     assert encoded.part((0, 0, 640, 480), 400)[0].shape == (480, 640, 3)
     # Scaled decoding smooths a little differently from bicubic resizing, by a few of 255 levels.
-    evaluated = EvalTransform(64, "resized")
+    evaluated = EvalTransform(64, "resized", 32)
     assert np.abs(evaluated(encoded).astype(int) - evaluated(whole)).mean() < 1.5
     plain = TrainTransform(NoiseConfig(randaugment_layers=0, crop="resized"), 64)
     for seed in range(20):

@@ -45,6 +45,6 @@ def test_measuring_draws_nothing_from_the_generator_that_training_uses(role):
 def test_pictures_take_time(role, monkeypatch):
     monkeypatch.setattr("ns.plan.measure.PICTURE_SECONDS", 0.05)
     pictures = [np.zeros((40, 60, 3), np.uint8), np.full((50, 30, 3), 9, np.uint8)]
-    plain = decode_seconds(EvalTransform(32, "resized"), 32, pictures)
+    plain = decode_seconds(EvalTransform(32, "resized", 32), 32, pictures)
     noisy = noise_seconds(TrainTransform(role.noise, 32), pictures)
     assert 0 < plain < noisy

@@ -68,7 +68,7 @@ def test_a_fine_tuning_has_no_noise_and_no_pseudo_labels():
     assert tuned.train.finetune is None
     course = finetuning(role(), FinetuneConfig(resolution=40), network(), SAMPLES)
     image = np.random.default_rng(0).integers(0, 255, (50, 60, 3), np.uint8)
-    expected = EvalTransform(40, "resized")(image)
+    expected = EvalTransform(40, "resized", 32)(image)
     for seed in range(3):
         assert np.array_equal(course.transform(image, np.random.default_rng(seed)), expected)
 
