@@ -6,9 +6,17 @@ from components import WORKER_IMAGE
 
 
 @dsl.component(base_image=WORKER_IMAGE, packages_to_install=[], install_kfp_package=False)
-def start_run(config: str, root: str, run: str, overrides: list[str], labelled: str, pool: str, heldout: str) -> NamedTuple(
-    "Started", config_uri=str, run=str
-):
+def start_run(
+    config: str,
+    root: str,
+    run: str,
+    overrides: list[str],
+    labelled: str,
+    pool: str,
+    heldout: str,
+    generations: int,
+    label_workers: int,
+) -> NamedTuple("Started", config_uri=str, run=str):
     """Opens a run, or opens it again, and keeps the experiment in it.
 
     Args:
@@ -19,10 +27,19 @@ def start_run(config: str, root: str, run: str, overrides: list[str], labelled: 
         labelled: URI of the labelled images; as the experiment says if empty.
         pool: URI of the unlabelled images; as the experiment says if empty.
         heldout: URI of the held-out images; as the experiment says if empty.
+        generations: Trips round the loop, at most; as the experiment says if 0.
+        label_workers: Labelling tasks beside each other; as the experiment says if 0.
 
     Returns:
         The experiment's URI, and the run's name.
     """
     from ns import steps
 
-    return steps.start_run(config, root, run, overrides, {"labelled": labelled, "pool": pool, "heldout": heldout})
+    fields: dict[str, str | int] = {
+        "data.labelled": labelled,
+        "data.pool": pool,
+        "data.heldout": heldout,
+        "generations": generations,
+        "labelling.tasks": label_workers,
+    }
+    return steps.start_run(config, root, run, overrides, fields)

@@ -50,21 +50,26 @@ STOP = "stop"
 
 
 def start_run(
-    config_place: str, root: str, run: str, overrides: Sequence[str] = (), places: Mapping[str, str] | None = None
+    config_place: str, root: str, run: str, overrides: Sequence[str] = (), fields: Mapping[str, str | int] | None = None
 ) -> tuple[str, str]:
     """Opens a run, or opens it again: reads the experiment (a URI or a preset), changes what is asked for, and keeps it in the run.
 
-    `overrides` are `a.b=c`; `places` are URIs by part of the data, empty ones as the experiment has them. Without a name the run gets
-    one that is made from the experiment. Returns the URI of the experiment as it is kept, and the run's name.
+    `overrides` are `a.b=c`; `fields` are values by field (`data.pool`), an empty one or 0 as the experiment has it. Without a name the
+    run gets one that is made from the experiment. Returns the URI of the experiment as it is kept, and the run's name.
     """
     log.configure()
     die_with_client()
-    asked = [*overrides, *(f"data.{part}={place}" for part, place in (places or {}).items() if place)]
     store = open_store(root)
-    experiment = config.load(config.located(config_place), asked)
+    experiment = _asked(config_place, overrides, fields)
     name = run or runs.name_of(experiment)
     runs.start(store, name, experiment, __version__)
     return f"{store.uri}/{name}/{runs.CONFIG}", name
+
+
+def _asked(config_place: str, overrides: Sequence[str], fields: Mapping[str, str | int] | None) -> Experiment:
+    """The experiment, with what the run form changes."""
+    given = [f"{name}={value}" for name, value in (fields or {}).items() if value]
+    return config.load(config.located(config_place), [*overrides, *given])
 
 
 def prepare_data(config_uri: str, root: str, run: str) -> str:
@@ -332,6 +337,17 @@ def show_measures(root: str, run: str, generation: int, metrics: Any, answers: A
         answers.log_confusion_matrix(*confusion)
     if curve := artifacts.roc(store, run, generation):
         answers.log_roc_curve(*curve)
+
+
+def show_run(root: str, run: str, page: Any, summary: Any) -> None:
+    """Hands the report of the whole run and its tables to Kubeflow, as its `HTML` and `Markdown`; where `show_measures` does."""
+    if os.environ.get(log.EVENTS_VARIABLE):
+        return
+    from ns.report import artifacts
+
+    store = open_store(root)
+    Path(page.path).write_text(artifacts.run_html(store, run), encoding="utf-8")
+    Path(summary.path).write_text(artifacts.run_markdown(store, run), encoding="utf-8")
 
 
 def show_generation(root: str, run: str, generation: int, page: Any, summary: Any) -> None:

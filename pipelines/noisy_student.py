@@ -53,7 +53,8 @@ def generation(config_uri: str, root: str, run: str, data: str, generation: int,
     base = {"config_uri": config_uri, "root": root, "run": run, "data": data, "generation": generation}
     plan = on_cpu(plan_labels(**base), pools, hours=1)
     labelled = label(**base, teacher=teacher, ranges=plan.output, **pools)
-    labels = on_cpu(commit_labels(**base, teacher=teacher).after(labelled), pools, hours=6)
+    # Versions of label sets need DVC.
+    labels = on_cpu(commit_labels(**base, teacher=teacher).after(labelled), pools, hours=6, image="tools_image")
     student = on_gpu(train(**base, teacher=teacher, labels=labels.output), pools, "train", hours=168)
     student.set_display_name("train student")
     evaluated = on_gpu(evaluate(**base, model=student.output), pools, "label", hours=24)
@@ -83,6 +84,8 @@ def noisy_student(
     labelled: str = "",
     pool: str = "",
     heldout: str = "",
+    generations: int = 0,
+    label_workers: int = 0,
     *,
     pools: Pools,
 ) -> None:
@@ -92,12 +95,24 @@ def noisy_student(
         config: URI of the experiment's YAML file, or a preset: quickstart.
         root: URI of the store that holds everything: data, models, label sets, the ledger and the runs.
         run: Name of the run, a folder below the root; made from the experiment if empty. The same name continues the same run.
-        overrides: Fields of the experiment to change, as ["generations=2", "labelling.tasks=50"].
+        overrides: Fields of the experiment to change, as ["seed=1", "selection.min_confidence=0.5"].
         labelled: URI of the labelled images; as the experiment says if empty.
         pool: URI of the unlabelled images; as the experiment says if empty.
         heldout: URI of the held-out images; as the experiment says if empty.
+        generations: Trips round the loop, at most 5; the gate may stop it earlier. As the experiment says if 0.
+        label_workers: Labelling tasks beside each other, at most 50. As the experiment says if 0.
     """
-    started = start_run(config=config, root=root, run=run, overrides=overrides, labelled=labelled, pool=pool, heldout=heldout)
+    started = start_run(
+        config=config,
+        root=root,
+        run=run,
+        overrides=overrides,
+        labelled=labelled,
+        pool=pool,
+        heldout=heldout,
+        generations=generations,
+        label_workers=label_workers,
+    )
     on_cpu(started, pools, hours=1)
     base = {"config_uri": started.outputs["config_uri"], "root": root, "run": started.outputs["run"]}
     data = on_cpu(prepare_data(**base), pools, hours=24)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from kfp import kubernetes
 from kfp.dsl import PipelineTask
 
-from components import WORKER_IMAGE
+from components import TOOLS_IMAGE, WORKER_IMAGE
 
 GPU_TYPES = ("nvidia.com/gpu", "nvidia.com/mig-1g.10gb", "nvidia.com/mig-2g.20gb", "nvidia.com/mig-3g.40gb", "amd.com/gpu")
 GPU_COUNTS = ("0", "1", "2", "4", "8")
@@ -36,6 +36,9 @@ class Input(NamedTuple):
 
 INPUTS = {
     "worker_image": Input(WORKER_IMAGE, "Image that steps run in, best by its digest; worker-cuda for GPUs."),
+    "tools_image": Input(
+        TOOLS_IMAGE, "Image of the step that keeps versions of label sets: tools. The worker's will do without a registry."
+    ),
     "gpu_type": Input("nvidia.com/gpu", "Kind of GPU, as the resource that nodes offer.", GPU_TYPES),
     "label_gpus": Input("0", "GPUs for each labelling task and each evaluation.", GPU_COUNTS),
     "label_cpu": Input("2", "CPUs for each labelling task and each evaluation."),
@@ -81,11 +84,11 @@ def takes_pools(pipeline: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-def on_cpu(task: PipelineTask, pools: Pools, *, hours: int) -> PipelineTask:
-    """A step that needs neither GPU nor much memory."""
+def on_cpu(task: PipelineTask, pools: Pools, *, hours: int, image: str = "worker_image") -> PipelineTask:
+    """A step that needs neither GPU nor much memory. `image`: the input that names its image."""
     task.set_cpu_request("500m")
     task.set_memory_request("2Gi")
-    return _placed(task, pools, "cpu", hours)
+    return _placed(task, pools, "cpu", hours, image)
 
 
 def on_gpu(task: PipelineTask, pools: Pools, pool: str, *, hours: int) -> PipelineTask:
@@ -96,11 +99,11 @@ def on_gpu(task: PipelineTask, pools: Pools, pool: str, *, hours: int) -> Pipeli
     task.set_accelerator_type(pools["gpu_type"])
     task.set_accelerator_limit(pools[f"{pool}_gpus"])
     kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", medium="Memory", size_limit=SHARED_MEMORY)
-    return _placed(task, pools, pool, hours)
+    return _placed(task, pools, pool, hours, "worker_image")
 
 
-def _placed(task: PipelineTask, pools: Pools, pool: str, hours: int) -> PipelineTask:
-    task.set_container_image(pools["worker_image"])
+def _placed(task: PipelineTask, pools: Pools, pool: str, hours: int, image: str) -> PipelineTask:
+    task.set_container_image(pools[image])
     # KFP's cache keys on strings, and ours, the ledger, on content.
     task.set_caching_options(False)
     task.set_retry(RETRIES, backoff_duration="30s", backoff_factor=2.0, backoff_max_duration="600s")

@@ -431,10 +431,11 @@ def test_evaluation_that_was_done_is_not_done_again(robust, monkeypatch):
 
 def test_a_run_that_starts_from_a_preset_keeps_what_was_asked_for(tmp_path):
     root = str(tmp_path / "root")
-    asked = (["generations=1"], {"labelled": "", "pool": "s3://bucket/pool", "heldout": ""})
+    fields = {"data.labelled": "", "data.pool": "s3://bucket/pool", "generations": 1, "labelling.tasks": 0}
+    asked = (["seed=7"], fields)
     uri, name = steps.start_run("quickstart", root, "", *asked)
     experiment = config.load(uri)
-    assert (experiment.generations, experiment.data.pool) == (1, "s3://bucket/pool")
-    assert experiment.data.labelled == "digits:labelled"
+    assert (experiment.seed, experiment.generations, experiment.data.pool) == (7, 1, "s3://bucket/pool")
+    assert (experiment.data.labelled, experiment.labelling.tasks) == ("digits:labelled", 2)
     assert name == runs.name_of(experiment)
     assert steps.start_run(uri, root, name) == (uri, name), "a step that is repeated finds its run"

@@ -1,7 +1,7 @@
-"""One generation of a run in the forms that pipelines show: scalar metrics, a confusion matrix, an ROC curve, HTML, Markdown.
+"""A run in the forms that pipelines show: scalar metrics, a confusion matrix, an ROC curve, HTML, Markdown.
 
-Generation 0 is the first teacher. All of them say what the run has noted so far, and raise RunError if it has not evaluated that
-generation's model (`confusion` and `roc` give None). `ns.report.write` makes the report of the whole run.
+Generation 0 is the first teacher. All of them say what the run has noted so far; those of one generation raise RunError if it has not
+evaluated that generation's model (`confusion` and `roc` give None). `ns.report.write` makes the report that is kept.
 """
 
 import numpy as np
@@ -21,8 +21,10 @@ OTHERS = "(others)"
 ROC_POINTS = 200
 PICTURES = 8
 """Of each group."""
+PAGE_BYTES = 1_000_000
+"""Kubeflow's page fetches the whole HTML, which should be no more than this."""
 PICTURE_BYTES = 500_000
-"""Of all pictures together: Kubeflow's page fetches the whole HTML, which should be below 1 MB."""
+"""Of all pictures of a generation together."""
 
 
 def generation_metrics(store: Store, run: str, generation: int) -> dict[str, float]:
@@ -86,6 +88,17 @@ def roc(store: Store, run: str, generation: int) -> tuple[list[float], list[floa
         1 - np.searchsorted(np.sort(confidence[chosen]), thresholds, side="right") / chosen.sum() for chosen in (~right, right)
     ]
     return above[0].tolist(), above[1].tolist(), thresholds.tolist()
+
+
+def run_html(store: Store, run: str) -> str:
+    """The report of the whole run with few pictures, or with none where it would be larger than 1 MB."""
+    page = render(gather(store, run, pictures=PICTURES, size=PICTURE_BYTES))
+    return page if len(page.encode()) <= PAGE_BYTES else render(gather(store, run, pictures=0))
+
+
+def run_markdown(store: Store, run: str) -> str:
+    """The same as Markdown: tables, a few kB."""
+    return markdown(gather(store, run, pictures=0))
 
 
 def generation_html(store: Store, run: str, generation: int) -> str:

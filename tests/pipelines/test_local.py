@@ -27,7 +27,7 @@ def done(step, generation, value):
     say("finished", step, generation, seconds=0, quiet=True)
     return value
 
-def start_run(c, r, n, overrides, places): return c, n
+def start_run(c, r, n, overrides, fields): return c, n
 def prepare_data(c, r, n): return done("prepare-data", 0, "data")
 def train(c, r, n, data, generation, teacher="", labels=""): return done("train", generation, f"model-{generation}")
 def evaluate(c, r, n, data, generation, model): return done("evaluate", generation, "evaluation")
@@ -40,6 +40,7 @@ def gate(c, r, n, data, generation, teacher, student): return done("gate", gener
 def report(c, r, n): return done("report", 0, "report")
 def show_measures(r, n, generation, metrics, answers): pass
 def show_generation(r, n, generation, page, summary): pass
+def show_run(r, n, page, summary): pass
 """
 
 

@@ -139,7 +139,8 @@ def test_every_step_has_a_time_limit_retries_a_numbered_user_and_scratch_space(s
         assert int(facts["activeDeadlineSeconds"]) >= 3600, name
         assert facts["securityContext"] == {"runAsGroup": "10001", "runAsNonRoot": True, "runAsUser": "10001"}, name
         assert "/tmp" in [mount["mountPath"] for mount in facts["emptyDirMounts"]], name
-        assert executors[name]["container"]["image"] == "{{$.inputs.parameters['pipelinechannel--worker_image']}}"
+        image = "tools_image" if "commit-labels" in name else "worker_image"
+        assert executors[name]["container"]["image"] == f"{{{{$.inputs.parameters['pipelinechannel--{image}']}}}}"
     for _, component in dags(spec):
         for task in component["dag"]["tasks"].values():
             if "executorLabel" in spec["components"][task["componentRef"]["name"]]:

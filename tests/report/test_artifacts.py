@@ -90,6 +90,17 @@ def test_pages_of_a_generation_are_small_and_speak_of_it_alone(unchanged):
     assert len(text) < 20_000
 
 
+def test_the_page_of_a_whole_run_is_small(unchanged, monkeypatch):
+    page = artifacts.run_html(unchanged, RUN)
+    assert len(page.encode()) < 1_000_000
+    assert "<b>made-up</b> · generation" not in page
+    assert "data:image/" in page
+    assert artifacts.run_markdown(unchanged, RUN).startswith("### made-up: ")
+    # Where there is no room for pictures there are none.
+    monkeypatch.setattr(artifacts, "render", lambda facts: "x" * (artifacts.PAGE_BYTES if facts.galleries else 1) + "x")
+    assert artifacts.run_html(unchanged, RUN) == "xx"
+
+
 def test_what_is_not_evaluated_yet_is_said(unchanged):
     with pytest.raises(RunError, match="made-up: generation 2 is not evaluated yet"):
         artifacts.generation_html(unchanged, RUN, 2)
@@ -125,6 +136,10 @@ def test_steps_hand_a_generation_to_kubeflow(unchanged, tmp_path, monkeypatch):
     assert answers.curve == artifacts.roc(unchanged, RUN, 1)
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
     assert (tmp_path / "summary.md").read_text() == artifacts.generation_markdown(unchanged, RUN, 1)
+    monkeypatch.setattr(artifacts, "run_html", lambda store, run: f"page of {run}")
+    steps.show_run(unchanged.uri, RUN, page, summary)
+    assert (tmp_path / "page.html").read_text() == f"page of {RUN}"
+    assert (tmp_path / "summary.md").read_text() == artifacts.run_markdown(unchanged, RUN)
 
 
 def test_steps_hand_nothing_over_where_a_client_shows_the_run_itself(unchanged, tmp_path, monkeypatch):
@@ -132,5 +147,6 @@ def test_steps_hand_nothing_over_where_a_client_shows_the_run_itself(unchanged, 
     shown = Shown(tmp_path / "page.html")
     steps.show_measures(unchanged.uri, RUN, 1, shown, shown)
     steps.show_generation(unchanged.uri, RUN, 1, shown, shown)
+    steps.show_run(unchanged.uri, RUN, shown, shown)
     assert not shown.metrics
     assert not (tmp_path / "page.html").exists()
