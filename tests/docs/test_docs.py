@@ -1,0 +1,148 @@
+"""What the pages promise exists: links lead somewhere, and commands are ones that `ns` and `make` know."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from ns.cli import UsageError, app
+from ns.config import load
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md"), *ROOT.glob("benchmarks/**/*.md")]
+)
+LINK = re.compile(r"(?<!\!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def page(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def prose(text: str) -> str:
+    return BLOCK.sub("", text)
+
+
+def anchor(heading: str) -> str:
+    """As forges make them: lower case, no punctuation, hyphens for spaces."""
+    plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "")
+    return re.sub(r"[^\w\- ]", "", plain.strip().lower()).replace(" ", "-")
+
+
+def anchors(path: Path) -> set[str]:
+    found: dict[str, int] = {}
+    names = set()
+    for heading in re.findall(r"^#{1,6} (.+)$", prose(path.read_text()), re.MULTILINE):
+        name = anchor(heading)
+        count = found[name] = found.get(name, -1) + 1
+        names.add(f"{name}-{count}" if count else name)
+    return names
+
+
+def broken_links(path: Path) -> list[str]:
+    broken = []
+    for groups in LINK.findall(prose(path.read_text())):
+        target = "".join(groups)
+        if re.match(r"[a-z]+:", target):
+            continue
+        place, _, fragment = target.partition("#")
+        file = (path.parent / place).resolve() if place else path
+        # Listing the folder tells upper case from lower where the disk does not.
+        if not file.exists() or (file != file.parent and file.name not in {one.name for one in file.parent.iterdir()}):
+            broken.append(f"{target}: no such file")
+        elif fragment and file.suffix == ".md" and fragment not in anchors(file):
+            broken.append(f"{target}: no such heading")
+    return broken
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page)
+def test_links_lead_somewhere(path):
+    assert broken_links(path) == []
+
+
+def test_a_broken_link_is_found(tmp_path):
+    other = tmp_path / "other.md"
+    other.write_text("# A heading: `code`, and more\n\n## Twice\n\n## Twice\n")
+    path = tmp_path / "page.md"
+    path.write_text(
+        "# Here\n[a](other.md#a-heading-code-and-more) [b](#here) [c](other.md#twice-1) ![d](gone.png) [e](other.md#none) [f](Other.md)\n"
+    )
+    assert broken_links(path) == ["gone.png: no such file", "other.md#none: no such heading", "Other.md: no such file"]
+
+
+def commands(text: str) -> list[list[str]]:
+    """The commands of a page's shell blocks, as words; lines that go on after a backslash are one."""
+    found = []
+    for language, body in BLOCK.findall(text):
+        if language != "sh":
+            continue
+        for line in body.replace("\\\n", " ").splitlines():
+            if line.strip() and not line.lstrip().startswith("#"):
+                words = shlex.split(line, comments=True)
+                while words and re.match(r"[A-Z_]+=", words[0]):
+                    words = words[1:]
+                if words:
+                    found.append(words)
+    return found
+
+
+def complaint(words: list[str]) -> str | None:
+    """What `ns` says of a command line's form, which it parses but does not run; None if nothing."""
+    arguments = [one for one in words[1:] if one != "…"]
+    for end in ("|", ">", "&&"):
+        if end in arguments:
+            arguments = arguments[: arguments.index(end)]
+    command, name, context = typer.main.get_command(app), "ns", None
+    try:
+        while True:
+            context = command.make_context(name, arguments, parent=context)
+            if not hasattr(command, "commands"):
+                return None
+            name, command, arguments = command.resolve_command(context, [*context._protected_args, *context.args])
+    except UsageError as error:
+        return f"{' '.join(words)}: {error.format_message()}"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page)
+def test_commands_are_known(path):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for words in commands(path.read_text()):
+        if words[0] == "ns":
+            assert complaint(words) is None
+        elif words[0] == "make":
+            assert {one for one in words[1:] if "=" not in one and not one.startswith("-")} <= targets
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["ns nosuch", "ns run a.yaml --nosuch", "ns labels nosuch x", "ns labels diff one", "ns run a.yaml --runner nowhere"],
+)
+def test_a_command_that_is_not_known_is_found(line):
+    assert complaint(line.split())
+
+
+def test_the_messages_that_are_explained_are_ones_that_are_printed():
+    source = re.sub(
+        r'"\s*\n?\s*f?"',
+        "",
+        "".join(path.read_text() for part in ("ns", "pipelines") for path in sorted(ROOT.glob(f"{part}/**/*.py"))),
+    )
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    pieces = [
+        piece for message in re.findall(r"\*\*`([^`]+)`\*\*", page) for piece in re.split(r"\s*…\s*", message) if len(piece) > 5
+    ]
+    assert len(pieces) > 20
+    assert [piece for piece in pieces if piece not in source] == []
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("examples/*.yaml")), ids=page)
+def test_examples_are_experiments(path, tmp_path, monkeypatch):
+    # What they start from lies where the reader's is.
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "efficientnet_b0.safetensors").touch()
+    (tmp_path / path.name).write_text(path.read_text())
+    monkeypatch.chdir(tmp_path)
+    assert load(path.name).name == path.stem
