@@ -52,6 +52,9 @@ def ns(capsys, *arguments: str) -> tuple[int, str, str]:
         "labels rollback",
         "labels gc",
         "gate explain",
+        "promote",
+        "promote move",
+        "promote check",
     ],
 )
 def test_every_command_has_help_with_an_example(capsys, command):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ns import __version__
-from ns.cli import evaluate, export, gate, labels, report
+from ns.cli import evaluate, export, gate, labels, promote, report
 from ns.cli.options import AsJson, ConfigArgument, Overrides, Root, RunArgument, plain
 from ns.errors import ConfigError, DataError, Interrupted, NsError, RunError, StoreError
 
@@ -48,6 +48,7 @@ app.command("label")(labels.label)
 app.command()(evaluate.evaluate)
 app.command()(export.export)
 app.add_typer(gate.app, name="gate")
+app.add_typer(promote.app, name="promote")
 app.add_typer(doctor_app, name="doctor")
 
 

@@ -1,0 +1,96 @@
+"""`ns promote …`: the file that names the model in use."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ns.cli.labels import write_page
+from ns.cli.options import AsJson, Root, RunArgument, group_with_default
+from ns.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from ns.promote import Candidate, Moved
+
+app = typer.Typer(
+    cls=group_with_default("move"),
+    help="""Which model is in use: a small file in a git repository. `ns promote RUN` is `ns promote move RUN`.
+
+    Example: [cyan]ns promote latest --branch promote/production --body body.md[/]
+    """,
+)
+
+
+@app.command()
+def move(
+    name: RunArgument = "latest",
+    root: Root = "runs",
+    to: Annotated[Path, typer.Option(metavar="FILE", help="The pointer, a YAML file.")] = Path("models/production.yaml"),
+    branch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Commit it on this branch, made anew from HEAD; no file is touched, nothing is pushed."
+        ),
+    ] = None,
+    body: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the evidence here, as Markdown, for a pull request.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check, and say what would change.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a run's best model the one in use: reads it from end to end, and moves the pointer. Only a model that the gate has accepted.
+
+    Example: [cyan]ns promote latest --root s3://bucket/noisy-student --branch promote/production --body body.md[/]
+    """
+    from ns import promote, runs
+    from ns.store import open_store
+
+    if to.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"--to {to}: must end in .yaml")
+    store = open_store(root)
+    found = promote.candidate(store, runs.find(store, name))
+    moved = promote.commit(found, to, branch, dry=dry_run) if branch else promote.move(found, to, dry=dry_run)
+    if body is not None:
+        write_page(body, promote.evidence(store, found, moved.before, to.as_posix()))
+    if as_json:
+        about = {
+            "pointer": found.pointer.model_dump(mode="json"),
+            "before": moved.before.model_dump(mode="json") if moved.before else None,
+            "changed": moved.changed,
+            "branch": branch if moved.commit else None,
+            "commit": moved.commit,
+            "title": promote.subject(found.pointer),
+        }
+        typer.echo(json.dumps(about, indent=1))
+        return
+    typer.echo(_said(found, moved, to, branch, dry_run=dry_run))
+
+
+def _said(found: "Candidate", moved: "Moved", to: Path, branch: str | None, *, dry_run: bool) -> str:
+    pointer, before = found.pointer, moved.before
+    new = f"{pointer.run}, generation {pointer.generation}, all {found.bytes:,} bytes good"
+    if not moved.changed:
+        return f"{to}: names this model already: {new}"
+    old = f"{before.run}, generation {before.generation}" if before else "none"
+    done = "would move" if dry_run else "moved"
+    said = f"{to}: {done} to {new} (before: {old})"
+    return f"{said}\nbranch {branch}: {moved.commit}; push it, and open a pull request" if moved.commit else said
+
+
+@app.command()
+def check(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE…", help="Pointers.")],
+) -> None:
+    """Check pointers: the model that each names is there, is that model, and is whole.
+
+    Example: [cyan]ns promote check models/production.yaml[/]
+    """
+    from ns import promote
+
+    for file in files:
+        pointer = promote.read(file)
+        if pointer is None:
+            raise DataError(f"{file}: does not exist; `ns promote RUN --to {file}` makes it")
+        size = promote.check(pointer, str(file))
+        typer.echo(f"{file}: good: {pointer.run}, generation {pointer.generation}, {size:,} bytes")
