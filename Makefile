@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-integration test-containers test-all lint format bench-data bench-train bench-label bench-select bench-method compile images constraints venv clean distclean
+.PHONY: help run test test-integration test-containers test-all lint format bench-data bench-train bench-label bench-select bench-method bench bench-quick compile images constraints venv clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,14 @@ lint: $(VENV)/.test ## Check style, types, and the direction of imports
 format: $(VENV)/.test ## Put the code into its form
 	@$(BIN)/ruff check --fix-only --quiet .
 	@$(BIN)/ruff format .
+
+bench: $(VENV)/.bench ## Run all benchmarks, and keep what they find in benchmarks/results
+	@for one in data train label select; do $(BIN)/python -m benchmarks.$$one --keep || exit; done
+	@$(BIN)/python -m benchmarks.method_cifar10
+	@$(BIN)/python -m benchmarks.summary
+
+bench-quick: $(VENV)/.bench ## Compare quick runs of the benchmarks with what they were: ratios, a quarter of leeway
+	@$(BIN)/python -m benchmarks.summary --quick
 
 bench-data: $(VENV)/.bench ## Measure how fast images reach the model (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.data $(ARGS)

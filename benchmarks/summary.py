@@ -1,0 +1,175 @@
+"""All benchmarks' figures in one table, and a guard against large regressions.
+
+    python -m benchmarks.summary            writes benchmarks/results/README.md from what the benchmarks have kept there
+    python -m benchmarks.summary --quick    runs each benchmark with --quick, and fails where a ratio is a quarter worse than in
+                                            benchmarks/results/quick.json, twice in a row; --keep writes that file anew
+
+Only ratios are compared, whose two sides were measured in turns in one run: seconds are another on every machine.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.measure import RESULTS
+
+QUICK = "quick.json"
+TOLERANCE = 0.25
+"""Share by which a ratio may be worse than it was."""
+
+
+class Figure(NamedTuple):
+    name: str
+    what: str
+    target: float | None
+    more_is_better: bool = True
+
+    def met(self, value: float) -> bool | None:
+        if self.target is None:
+            return None
+        return value >= self.target if self.more_is_better else value <= self.target
+
+    def regressed(self, value: float, before: float) -> bool:
+        return value < before * (1 - TOLERANCE) if self.more_is_better else value > before * (1 + TOLERANCE)
+
+
+FIGURES = {
+    "data": (
+        Figure("decode_ratio_32px", "reading and decoding small images ÷ the bare decoder", 0.85),
+        Figure("decode_ratio_large", "the same, photographs of 98 kB", 0.85),
+        Figure("vs_imagefolder", "÷ torchvision's ImageFolder and DataLoader", 2.0),
+        Figure("vs_timm_loader", "training's images ÷ timm's loader, both with RandAugment", 2.0),
+        Figure("vs_webdataset", "÷ webdataset on the same tars", 2.0),
+    ),
+    "train": (
+        Figure("step_ratio_plain", "training, RandAugment off ÷ the bare step on a batch in memory", 0.90),
+        Figure("step_ratio_randaugment", "training with the paper's RandAugment ÷ the same", 0.80),
+        Figure("vs_timm_train", "÷ timm's train.py with its defaults", 2.5),
+    ),
+    "label": (
+        Figure("forward_ratio", "labelling, from tars to Parquet ÷ the bare forward pass", 0.95),
+        Figure("vs_timm_inference", "÷ timm's inference.py with its defaults", 5.0),
+    ),
+    "select": (
+        Figure("scan_ratio", "selecting from 50 million labels ÷ reading the two columns once", 3.0, more_is_better=False),
+        Figure("vs_pandas", "the obvious solution in pandas ÷ ours, 10 million labels", None),
+        Figure("vs_polars", "the same in polars", None),
+        Figure("vs_duckdb", "the same in DuckDB", None),
+        Figure("peak_mib", "MiB of memory, 50 million labels", 1024, more_is_better=False),
+    ),
+    "method_cifar10": (
+        Figure("clean_error_reduction", "CIFAR-10, 2,000 labels: share of the teacher's test errors that the student does not make", 0.10),
+        Figure("mce_ratio", "its errors on corrupted images ÷ the teacher's", 1.0, more_is_better=False),
+        Figure("mfr_ratio", "its flips on perturbed images ÷ the teacher's", 1.0, more_is_better=False),
+        Figure("fgsm_gain", "accuracy under FGSM - the teacher's, points", 0.0),
+    ),
+}  # fmt: skip
+"""Of each benchmark, what is shown, with what we aim at."""
+GUARDED = {"data": ("decode_", "vs_"), "train": ("step_ratio",), "label": ("forward_ratio",), "select": ("scan_ratio", "vs_")}
+"""The ratios that a quick run measures well enough to be compared: figures that begin so."""
+
+
+def kept(results: Path) -> dict[str, dict[str, float]]:
+    """Benchmark → figure → value, of those that have been kept."""
+    return {
+        name: json.loads((results / f"{name}.json").read_text())["figures"]
+        for name in FIGURES
+        if (results / f"{name}.json").exists()
+    }
+
+
+def page(found: Mapping[str, Mapping[str, float]]) -> str:
+    lines = [
+        "# What was measured",
+        "",
+        "Medians of ratios whose sides took turns in one run, the least favourable case of each; details, spread and the machine are",
+        "behind the links. `make bench` measures anew.",
+        "",
+        "| benchmark | figure | value | aim | |",
+        "|---|---|---|---|---|",
+    ]
+    for name, figures in FIGURES.items():
+        for figure in figures:
+            if name not in found or figure.name not in found[name]:
+                continue
+            value, sign = found[name][figure.name], "≥" if figure.more_is_better else "≤"
+            aim = "" if figure.target is None else f"{sign} {figure.target:g}"
+            mark = {True: "reached", False: "not reached", None: ""}[figure.met(value)]
+            lines.append(f"| [{name}]({name}.md) | `{figure.name}`: {figure.what} | {value:,.4g} | {aim} | {mark} |")
+    return "\n".join(lines) + "\n"
+
+
+def regressions(
+    baseline: Mapping[str, Mapping[str, float]], measure: Callable[[str], Mapping[str, float]], table: Table
+) -> list[str]:
+    """Guarded figures that are worse than the baseline in two measurements. `measure` gives a benchmark's figures."""
+    worse = []
+    for name, before in baseline.items():
+        first = measure(name)
+        suspects = _worse(name, first, before)
+        second = measure(name) if suspects else first
+        lasting = [figure for figure in suspects if figure in _worse(name, second, before)]
+        for figure, value in before.items():
+            now = second.get(figure)
+            table.add_row(
+                name, figure, f"{value:.3f}", "gone" if now is None else f"{now:.3f}", "worse" if figure in lasting else ""
+            )
+        worse += [f"{name}: {figure}: {second.get(figure, float('nan')):.3f}, was {before[figure]:.3f}" for figure in lasting]
+    return worse
+
+
+def _worse(name: str, now: Mapping[str, float], before: Mapping[str, float]) -> list[str]:
+    known = {figure.name: figure for figure in FIGURES[name]}
+    return [
+        figure
+        for figure, value in before.items()
+        # A figure that is not in the table of those shown is a ratio of which more is better.
+        if figure not in now or known.get(figure.partition(".")[0], Figure(figure, "", None)).regressed(now[figure], value)
+    ]
+
+
+def quick(name: str) -> dict[str, float]:
+    """The guarded figures of a benchmark's quick run."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "figures.json"
+        subprocess.run(
+            [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--json", str(path)], check=True, stdout=sys.stderr
+        )
+        figures: dict[str, float] = json.loads(path.read_text())["figures"]
+    return {figure: value for figure, value in figures.items() if figure.startswith(GUARDED[name])}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="compare quick runs with what they were")
+    parser.add_argument(
+        "--keep", action="store_true", help="with --quick: what was measured is what later runs are compared with"
+    )
+    options = parser.parse_args()
+    console = Console(width=160)
+    if not options.quick:
+        text = page(kept(RESULTS))
+        (RESULTS / "README.md").write_text(text)
+        console.print(text, markup=False)
+        return
+    if options.keep:
+        found = {name: quick(name) for name in GUARDED}
+        (RESULTS / QUICK).write_text(json.dumps(found, indent=1) + "\n")
+        return
+    table = Table("benchmark", "ratio", "was", "is", "")
+    worse = regressions(json.loads((RESULTS / QUICK).read_text()), quick, table)
+    console.print(table)
+    if worse:
+        raise SystemExit("\n".join(["a quarter worse than before, twice:", *worse]))
+
+
+if __name__ == "__main__":
+    main()
