@@ -5,6 +5,7 @@ import copy
 import os
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ns import log, models
+from ns import log, models, telemetry
 from ns.config import ModelConfig, Precision, Views
 from ns.data.augment import EvalTransform
 from ns.data.decode import Encoded, room
@@ -214,7 +215,9 @@ class Predictor:
                 submit()
             while ahead:
                 chunk, future = ahead.popleft()
+                waiting = time.monotonic()
                 decoded = future.result()
+                telemetry.DATA_WAIT.inc(time.monotonic() - waiting)
                 submit()
                 if chunk.start == 0:
                     probabilities, errors = np.full((chunk.total, classes), np.nan, np.float32), {}

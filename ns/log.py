@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,14 @@ def bound(**context: Any) -> Iterator[None]:
         yield
 
 
+_watching: list[Callable[[int], object]] = []
+
+
+def on_progress(watch: Callable[[int], object]) -> None:
+    """From now on calls `watch` with every count by which a step advances."""
+    _watching.append(watch)
+
+
 class Progress:
     """How far a step has come: `done` of `total` units, since when. Logs at most every PROGRESS_SECONDS, and at the end."""
 
@@ -74,6 +82,8 @@ class Progress:
     def advance(self, count: int = 1, **facts: Any) -> None:
         """Counts `count` more units as done. `facts` (loss, top1) are shown beside them."""
         self.done += count
+        for watch in _watching:
+            watch(count)
         now = time.monotonic()
         if now - self._logged < PROGRESS_SECONDS and self.done < self.total:
             return

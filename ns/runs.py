@@ -146,12 +146,12 @@ class Summary(BaseModel):
 
 def name_of(experiment: Experiment) -> str:
     """The name of the run of an experiment: the same command finds the same run again."""
-    return f"{experiment.name}-{_digest(experiment)[:8]}"
+    return f"{experiment.name}-{digest_of(experiment)[:8]}"
 
 
 def start(root: Store, run: str, experiment: Experiment, version: str) -> Record:
     """Opens a run, or opens it again. Raises RunError if the run exists with another configuration."""
-    config_digest = _digest(experiment)
+    config_digest = digest_of(experiment)
     started_at = _now()
     if root.exists(_record(run)):
         known = Record.read(root, _record(run))
@@ -467,7 +467,8 @@ def _measures(root: Store, steps: list[Note]) -> list[Measures]:
     return found
 
 
-def _digest(experiment: Experiment) -> str:
+def digest_of(experiment: Experiment) -> str:
+    """What runs of one name must share."""
     # Where versions are kept may change, and be given later, within one run.
     document = experiment.model_dump(mode="json", exclude={"registry", "evaluation"})
     # An experiment that does not use these is the one it was before they existed, under the same digest and name.

@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ns import __version__, config, log, runs
+from ns import __version__, config, gauges, log, runs, telemetry
 from ns.card import FINETUNED, ModelCard, weights_digest
 from ns.card import MANIFEST as CARD
 from ns.config import EvaluationConfig, EvaluationSet, Experiment, RoleConfig
@@ -90,7 +90,7 @@ def train(config_uri: str, root: str, run: str, data: str, generation: int, teac
 
     Returns the key of the model's folder. Raises TrainingError when training cannot go on.
     """
-    with _step("train", generation, config_uri, root, run) as step:
+    with _step("train", generation, config_uri, root, run, teacher=teacher) as step:
         training = _Training(step.root, step.ledger, step.experiment, data, generation, teacher, labels)
 
         def work() -> Mapping[str, str]:
@@ -119,8 +119,9 @@ def join_training(
     # Told before the group is left: the others fail for that reason only.
     with joined() as world, failures_told(), log.bound(step="train", generation=generation):
         log.configure() if world.first else log.configure_helper()
-        store = open_store(root)
-        _Training(store, Ledger(store), config.load(config_uri), data, generation, teacher, labels).do(world, run)
+        store, experiment = open_store(root), config.load(config_uri)
+        _begin_telemetry("train", generation, run, experiment, teacher)
+        _Training(store, Ledger(store), experiment, data, generation, teacher, labels).do(world, run)
 
 
 def evaluate(config_uri: str, root: str, run: str, data: str, generation: int, model: str) -> str:
@@ -129,6 +130,10 @@ def evaluate(config_uri: str, root: str, run: str, data: str, generation: int, m
     with _step("evaluate", generation, config_uri, root, run) as step:
         prepared, asked = Prepared.read(step.root, data), step.experiment.evaluation
         entries: dict[str, tuple[Entry, bool]] = {"evaluation": _accuracy(step, prepared.heldout, model)}
+        # All else may take hours.
+        telemetry.EVALUATED.labels("heldout").set(
+            Evaluation.read(step.root, entries["evaluation"][0].outputs["evaluation"]).top1
+        )
         if prepared.test:
             entries["test"] = _accuracy(step, prepared.test, model)
         finetuned = f"{model}/{FINETUNED}"
@@ -152,6 +157,7 @@ def evaluate(config_uri: str, root: str, run: str, data: str, generation: int, m
             seconds=sum(entry.seconds for entry, _ in entries.values()),
             **_numbers(step.root, outputs),
         )
+        gauges.show_measures(step.root, run, generation)
         return outputs["evaluation"]
 
 
@@ -192,7 +198,7 @@ def plan_labels(config_uri: str, root: str, run: str, data: str, generation: int
 
 def label_shards(config_uri: str, root: str, run: str, data: str, generation: int, teacher: str, shards: str) -> str:
     """Labels one range of shards of the pool, leaving out shards that are done. Returns the range."""
-    with _step("label-shards", generation, config_uri, root, run, shards=shards) as step:
+    with _step("label-shards", generation, config_uri, root, run, shards=shards, teacher=teacher) as step:
         start, stop = (int(bound) for bound in shards.split("-"))
         prepared = Prepared.read(step.root, data)
         pool_folder, pool = prepared.pool.open(step.root)
@@ -221,7 +227,7 @@ def commit_labels(config_uri: str, root: str, run: str, data: str, generation: i
 
     Returns the key of the selection's folder.
     """
-    with _step("commit-labels", generation, config_uri, root, run) as step:
+    with _step("commit-labels", generation, config_uri, root, run, teacher=teacher, linger=True) as step:
         experiment = step.experiment
         prepared = Prepared.read(step.root, data)
         _, pool = prepared.pool.open(step.root)
@@ -267,6 +273,7 @@ def commit_labels(config_uri: str, root: str, run: str, data: str, generation: i
         step.once("select", inputs, work)
         selection = Selection.read(step.root, f"{target}/{SELECTION}")
         step.say(labelled=label_set.rows, kept=selection.kept, images=selection.images)
+        gauges.show_selection(step.root, run, generation, selection, experiment.gate)
         if experiment.registry:
             from ns.label.registry import Registry, Tag
 
@@ -278,7 +285,7 @@ def commit_labels(config_uri: str, root: str, run: str, data: str, generation: i
 
 def gate(config_uri: str, root: str, run: str, data: str, generation: int, teacher: str, student: str) -> str:
     """Compares student and teacher on the held-out images and records the generation. Returns the key of `verdict.json`."""
-    with _step("gate", generation, config_uri, root, run) as step:
+    with _step("gate", generation, config_uri, root, run, teacher=teacher, linger=True) as step:
         experiment = step.experiment
         from ns.evaluate.result import read_predictions
 
@@ -308,6 +315,8 @@ def gate(config_uri: str, root: str, run: str, data: str, generation: int, teach
         verdict.write(step.root, key)
         step.ledger.record("generation", inputs, {"verdict": key}, 0.0)
         step.done({"verdict": key}, reused=False, gain=verdict.gain, promoted=verdict.promoted, reason=verdict.reason)
+        gauges.show_verdict(verdict)
+        gauges.show_measures(step.root, run, generation)
         return key
 
 
@@ -320,6 +329,7 @@ def report(config_uri: str, root: str, run: str) -> str:
         if not os.environ.get(log.EVENTS_VARIABLE):
             # On a cluster nobody else keeps the record.
             runs.finish(step.root, run, "succeeded")
+        gauges.push_summary(step.root, run, step.experiment.name)
         return key
 
 
@@ -397,13 +407,9 @@ class _Training:
 
     def do(self, world: "World", run: str) -> None:
         """Trains, as one of the processes of `world`."""
-        from ns import telemetry
         from ns.train.training import train_and_save
 
-        config_digest = digest(self.inputs["role"])
         if world.first:
-            telemetry.RUN.labels(run, short(config_digest), self._teacher).set(1)
-            telemetry.GENERATION.set(self._generation)
             telemetry.serve()
         train_and_save(
             self._root.at(self.folder),
@@ -415,7 +421,7 @@ class _Training:
             generation=self._generation,
             seed=self._seed,
             teacher=self._root.at(self._teacher) if self._teacher else None,
-            config_digest=config_digest,
+            config_digest=digest(self.inputs["role"]),
             inference_batch=self._inference_batch,
             world=world,
             notes=self._root.at(run),
@@ -455,9 +461,19 @@ class _Step:
 
 @contextmanager
 def _step(
-    name: str, generation: int, config_uri: str, root: str, run: str, *, shards: str = "", quiet: bool = False
+    name: str,
+    generation: int,
+    config_uri: str,
+    root: str,
+    run: str,
+    *,
+    shards: str = "",
+    teacher: str = "",
+    quiet: bool = False,
+    linger: bool = False,
 ) -> Iterator[_Step]:
-    """Reads the experiment, announces begin and end, and gives every failure one line that says what to do.
+    """Reads the experiment, announces begin and end, and gives every failure one line that says what to do. With `linger` what it
+    measured can be scraped after its end.
 
     A step that was asked to stop, and can go on, ends the process with the exit code of Interrupted.
     """
@@ -477,6 +493,9 @@ def _step(
                 note=f"{name}-{shards}" if shards else name,
                 ledger=Ledger(store),
             )
+            _begin_telemetry(name, generation, run, step.experiment, teacher)
+            if name != "train":  # where another process may do the work, and has the port
+                telemetry.serve()
             yield step
         except Interrupted as error:
             # An exit code that says: start me again, and I go on.
@@ -490,7 +509,13 @@ def _step(
             raise
         if quiet:
             step.say(quiet=True)
-        logger.info("finished", seconds=round(time.monotonic() - step.started, 3), pid=os.getpid(), **step.facts)
+        spent = time.monotonic() - step.started
+        logger.info("finished", seconds=round(spent, 3), pid=os.getpid(), **step.facts)
+        telemetry.end(spent, linger=linger)
+
+
+def _begin_telemetry(name: str, generation: int, run: str, experiment: Experiment, teacher: str) -> None:
+    telemetry.begin(name, generation, run, config_digest=short(runs.digest_of(experiment)), teacher=teacher)
 
 
 def _accuracy(step: _Step, source: Source, model: str, options: EvaluationSet | None = None) -> tuple[Entry, bool]:

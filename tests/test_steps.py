@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from ns import config, lineage, runs, steps
+from ns import config, gauges, lineage, runs, steps, telemetry
 from ns.card import FINETUNED, ModelCard
 from ns.card import MANIFEST as CARD
-from ns.config import LabellingConfig, RoleConfig, TrainConfig
+from ns.config import GateConfig, LabellingConfig, RoleConfig, TrainConfig
 from ns.data.index import ShardIndex
 from ns.errors import ConfigError, DataError, Interrupted, TrainingError
 from ns.evaluate.gate import corruption_rise, flip_rise
@@ -71,6 +71,35 @@ def done(tmp_path_factory, preset):
     loop(where)
     runs.finish(store, where[2], "succeeded")
     return store, where
+
+
+def test_what_a_run_found_is_shown(done, monkeypatch):
+    store, (_, _, run) = done
+    value = telemetry.REGISTRY.get_sample_value
+    assert value("nst_images_processed_total", {"stage": "label-shards"}) >= 1247
+    assert value("nst_images_processed_total", {"stage": "evaluate"}) > 0
+    assert value("nst_pseudo_label_confidence_count") >= 1247
+    assert value("nst_data_wait_seconds_total") > 0
+    assert value("nst_shards_done") == value("nst_shards") > 0
+
+    monkeypatch.setenv(telemetry.PORT_VARIABLE, "0")
+    (generation,) = runs.summarise(store, run).generations
+    before = value("nst_pseudo_labels_total", {"outcome": "kept"}) or 0
+    selection = runs.generation_labels(store, run, 1).selection
+    gauges.show_selection(store, run, 1, selection, GateConfig(max_churn=0.25))
+    gauges.show_measures(store, run, 1)
+    gauges.show_verdict(runs.verdict(store, run)[1])
+    assert value("nst_pseudo_labels_total", {"outcome": "kept"}) == before + generation.kept
+    assert value("nst_label_churn_limit_ratio") == 0.25
+    assert value("nst_eval_accuracy_ratio", {"split": "heldout"}) == generation.student_top1
+    assert value("nst_loop_gain_ratio", {"bound": "low"}) == generation.gain_low
+    assert value("nst_gate_passed") == 1
+    assert value("nst_gate_guard_passed", {"guard": "gain"}) == 1
+
+    monkeypatch.setenv(telemetry.GATEWAY_VARIABLE, "http://127.0.0.1:9")
+    gauges.push_summary(store, run, "digits")
+    assert telemetry.SUMMARY.get_sample_value("nst_last_run_accuracy_ratio") == generation.student_top1
+    assert telemetry.SUMMARY.get_sample_value("nst_last_run_promotions") == 1
 
 
 def test_a_run_tells_its_story(done):

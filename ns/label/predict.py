@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ns import log
+from ns import log, telemetry
 from ns.config import LabellingConfig
 from ns.data.dataset import Dataset, Shard
 from ns.data.images import ImageSource
@@ -63,6 +63,8 @@ def label_shards(
     fresh = sum(pool.shards[number].samples for number in waiting)
     done = sum(pool.shards[number].samples for number in shards) - fresh
     progress = log.Progress(sum(pool.shards[number].samples for number in shards), "images", done=done)
+    telemetry.SHARDS.set(len(shards))
+    telemetry.SHARDS_DONE.set(len(shards) - len(waiting))
 
     def predictions(predictor: Predictor, progress: log.Progress | None) -> Iterator[Predictions]:
         source = ImageSource(pool_folder, pool, held=2 + SHARDS_AHEAD)
@@ -131,6 +133,8 @@ def write(labels: Store, shard: Shard, found: Sequence[Predictions], config: Lab
     labels.put(name, rows)
     write_histogram(labels, histogram_name(name), counts)
     facts.write(labels, marker(shard.name))
+    telemetry.SHARDS_DONE.inc()
+    telemetry.CONFIDENCE.add(counts.sum(0).tolist())
     for row, reason in first.errors.items():
         if not reason.startswith(LEFT_OUT):
             log.get().warning("unreadable image", shard=shard.name, key=first.index.keys[row], reason=reason)

@@ -120,7 +120,7 @@ def train(
         monitor or Monitor() as watching,
         checkpoint.Writer(checkpoints) as writer,
     ):
-        watching.begin(step=state.step, steps=steps, images_a_step=images_a_step)
+        watching.begin(step=state.step, steps=steps, images_a_step=images_a_step, checkpoint_seconds=config.checkpoint_seconds)
 
         def check() -> None:
             if (broken := record.broken()) is not None:

@@ -33,7 +33,7 @@ class Monitor:
         self._events = _Events(folder, name) if tensorboard and folder else None
         self._writer = _InBackground()
 
-    def begin(self, *, step: int, steps: int, images_a_step: int) -> None:
+    def begin(self, *, step: int, steps: int, images_a_step: int, checkpoint_seconds: float) -> None:
         """Training starts, or goes on, at `step` of `steps`."""
         self._first, self._steps, self._images_a_step = step, steps, images_a_step
         self._started = self._ended = time.monotonic()
@@ -44,13 +44,13 @@ class Monitor:
         self._point: dict[str, float] = {}
         telemetry.STEPS.set(steps)
         telemetry.STEPS_DONE.set(step)
+        telemetry.CHECKPOINT_INTERVAL.set(checkpoint_seconds)
         telemetry.checkpoint_saved()
 
     def stepped(self, step: int, waited_seconds: float) -> None:
         """A step has ended. `waited_seconds`: for images, since the beginning."""
         now = time.monotonic()
         telemetry.STEP_SECONDS.observe(now - self._ended)
-        telemetry.IMAGES.labels("train").inc(self._images_a_step)
         telemetry.DATA_WAIT.inc(max(0.0, waited_seconds - self._waited))
         telemetry.STEPS_DONE.set(step)
         self._ended, self._waited = now, waited_seconds

@@ -16,7 +16,7 @@ POINT |= {"agreement": 0.25, "lr": 0.1}
 
 def watch(watching: Monitor, steps: int = 4) -> None:
     with watching:
-        watching.begin(step=0, steps=steps, images_a_step=10)
+        watching.begin(step=0, steps=steps, images_a_step=10, checkpoint_seconds=60)
         for step in range(1, steps + 1):
             if step == 2:
                 watching.pointed([POINT])
@@ -29,7 +29,8 @@ def value(name, **labels):
 
 
 def test_progress_lies_beside_the_run_and_metrics_follow(tmp_path):
-    before = value("nst_images_processed_total", stage="train") or 0
+    telemetry.begin("train", 1, "watched")
+    before = value("nst_images_processed_total", stage="train")
     watch(Monitor(LocalStore(tmp_path), name="1-train"))
     progress = json.loads((tmp_path / "progress.json").read_text())
     assert (progress["training"], progress["step"], progress["steps"], progress["images"]) == ("1-train", 4, 4, 40)
