@@ -23,6 +23,8 @@ SHARED_MEMORY = "8Gi"
 """Of /dev/shm, through which the processes that load images hand them over; counts against the step's memory."""
 RETRIES = 3
 """When a step fails or its node is taken away: every step goes on where it stopped."""
+SETTINGS = ("AWS_ENDPOINT_URL", "AWS_REGION", "NS_METRICS_PORT", "NS_METRICS_LINGER_SECONDS", "NS_PUSHGATEWAY_URL")
+"""Environment of every step, from a ConfigMap."""
 
 
 class Input(NamedTuple):
@@ -57,9 +59,7 @@ INPUTS = {
     "storage_secret": Input(
         "mlpipeline-minio-artifact", "Secret with the keys accesskey and secretkey of the store. May be missing."
     ),
-    "settings": Input(
-        "noisy-student", "ConfigMap with AWS_ENDPOINT_URL, AWS_REGION and NS_METRICS_PORT. May be missing, and so may its keys."
-    ),
+    "settings": Input("noisy-student", f"ConfigMap with {', '.join(SETTINGS)}. May be missing, and so may its keys."),
 }
 
 Pools = dict[str, Any]
@@ -119,8 +119,7 @@ def _placed(task: PipelineTask, pools: Pools, pool: str, hours: int, image: str)
         {"accesskey": "AWS_ACCESS_KEY_ID", "secretkey": "AWS_SECRET_ACCESS_KEY"},
         optional=True,
     )
-    names = ("AWS_ENDPOINT_URL", "AWS_REGION", "NS_METRICS_PORT")
-    kubernetes.use_config_map_as_env(task, pools["settings"], {name: name for name in names}, optional=True)
+    kubernetes.use_config_map_as_env(task, pools["settings"], {name: name for name in SETTINGS}, optional=True)
     kubernetes.add_pod_label(task, "app.kubernetes.io/part-of", "noisy-student")
     kubernetes.add_pod_label(task, "app.kubernetes.io/component", task.name.rstrip("-0123456789"))
     return task
