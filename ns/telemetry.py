@@ -6,7 +6,7 @@ a value that grows with the data: no image, file or class.
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from prometheus_client import (
     CollectorRegistry,
@@ -17,7 +17,7 @@ from prometheus_client import (
     push_to_gateway,
     start_http_server,
 )
-from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from ns import __version__, log
@@ -35,6 +35,24 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 REGISTRY = CollectorRegistry()
 SUMMARY = CollectorRegistry()
 """What is pushed at the end of a run."""
+
+
+class _Found(Gauge):
+    """A gauge that is not there before it is set: 0 would be a claim, and set off alerts."""
+
+    _is_found = False
+
+    def set(self, value: float) -> None:
+        self._is_found = True
+        super().set(value)
+
+    def set_function(self, f: Callable[[], float]) -> None:
+        self._is_found = True
+        super().set_function(f)
+
+    def collect(self) -> Iterable[Metric]:
+        return super().collect() if self._is_found else ()
+
 
 # --- Every step
 
@@ -65,23 +83,23 @@ STEP_SECONDS = Histogram(
     buckets=(0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 30),
     registry=REGISTRY,
 )
-STEPS = Gauge("nst_training_steps", "Steps of the training under way.", registry=REGISTRY)
-STEPS_DONE = Gauge("nst_training_steps_done", "Steps done of the training under way.", registry=REGISTRY)
+STEPS = _Found("nst_training_steps", "Steps of the training under way.", registry=REGISTRY)
+STEPS_DONE = _Found("nst_training_steps_done", "Steps done of the training under way.", registry=REGISTRY)
 LOSS = Gauge("nst_loss", "Mean loss since the point before: total, labelled, pseudo.", ["part"], registry=REGISTRY)
-LEARNING_RATE = Gauge("nst_learning_rate", "Learning rate.", registry=REGISTRY)
-ACCURACY = Gauge("nst_labelled_accuracy_ratio", "Top-1 on the labelled images of training, noised.", registry=REGISTRY)
-AGREEMENT = Gauge(
+LEARNING_RATE = _Found("nst_learning_rate", "Learning rate.", registry=REGISTRY)
+ACCURACY = _Found("nst_labelled_accuracy_ratio", "Top-1 on the labelled images of training, noised.", registry=REGISTRY)
+AGREEMENT = _Found(
     "nst_teacher_student_agreement_ratio", "Share of noised images on which student and teacher agree.", registry=REGISTRY
 )
-CHECKPOINT_AGE = Gauge(
+CHECKPOINT_AGE = _Found(
     "nst_checkpoint_age_seconds", "What a kill would cost: time since the last checkpoint.", registry=REGISTRY
 )
-CHECKPOINT_INTERVAL = Gauge("nst_checkpoint_interval_seconds", "Time between checkpoints that is wanted.", registry=REGISTRY)
+CHECKPOINT_INTERVAL = _Found("nst_checkpoint_interval_seconds", "Time between checkpoints that is wanted.", registry=REGISTRY)
 
 # --- Labelling
 
-SHARDS = Gauge("nst_shards", "Shards that this task has to label.", registry=REGISTRY)
-SHARDS_DONE = Gauge("nst_shards_done", "Shards of this task that are labelled.", registry=REGISTRY)
+SHARDS = _Found("nst_shards", "Shards that this task has to label.", registry=REGISTRY)
+SHARDS_DONE = _Found("nst_shards_done", "Shards of this task that are labelled.", registry=REGISTRY)
 
 
 class _Confidence(Collector):
@@ -102,6 +120,9 @@ class _Confidence(Collector):
             self._counts[number] += sum(counts[start:stop])
             start = stop
         self._sum += sum((place + 0.5) / bins * count for place, count in enumerate(counts) if count)
+
+    def describe(self) -> Iterable[Metric]:
+        return self.collect()
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
         total, buckets = 0, []
@@ -126,15 +147,15 @@ PSEUDO_LABELS = Counter(
     ["outcome"],
     registry=REGISTRY,
 )
-COVERAGE = Gauge("nst_class_coverage_ratio", "Share of classes of which any pseudo-labelled image is kept.", registry=REGISTRY)
+COVERAGE = _Found("nst_class_coverage_ratio", "Share of classes of which any pseudo-labelled image is kept.", registry=REGISTRY)
 CLASS_IMAGES = Gauge(
     "nst_class_kept_images",
     "Distinct images kept of a class: min, p10, median, max over classes.",
     ["statistic"],
     registry=REGISTRY,
 )
-CHURN = Gauge("nst_label_churn_ratio", "Share of labels that differ from those of the generation before.", registry=REGISTRY)
-CHURN_LIMIT = Gauge("nst_label_churn_limit_ratio", "The gate's limit on it (gate.max_churn).", registry=REGISTRY)
+CHURN = _Found("nst_label_churn_ratio", "Share of labels that differ from those of the generation before.", registry=REGISTRY)
+CHURN_LIMIT = _Found("nst_label_churn_limit_ratio", "The gate's limit on it (gate.max_churn).", registry=REGISTRY)
 
 # --- Evaluation and gate
 
@@ -142,20 +163,20 @@ EVALUATED = Gauge(
     "nst_eval_accuracy_ratio", "Top-1 of the model: heldout, test, and further sets by name.", ["split"], registry=REGISTRY
 )
 ATTACKED = Gauge("nst_eval_attacked_accuracy_ratio", "Top-1 that an attack leaves.", ["attack"], registry=REGISTRY)
-MCE = Gauge("nst_eval_mce", "Mean corruption error in %, of which the reference has 100.", registry=REGISTRY)
-MFR = Gauge("nst_eval_mfr", "Mean flip rate in %, of which the reference has 100.", registry=REGISTRY)
+MCE = _Found("nst_eval_mce", "Mean corruption error in %, of which the reference has 100.", registry=REGISTRY)
+MFR = _Found("nst_eval_mfr", "Mean flip rate in %, of which the reference has 100.", registry=REGISTRY)
 GAIN = Gauge(
     "nst_loop_gain_ratio", "Top-1 of the student less that of its teacher: value, low, high.", ["bound"], registry=REGISTRY
 )
-GATE = Gauge("nst_gate_passed", "1 if the student becomes the teacher, 0 if it is refused.", registry=REGISTRY)
+GATE = _Found("nst_gate_passed", "1 if the student becomes the teacher, 0 if it is refused.", registry=REGISTRY)
 GUARD = Gauge("nst_gate_guard_passed", "1 if a condition of the gate holds, 0 if not.", ["guard"], registry=REGISTRY)
 
 # --- Pushed once, at the end of a run
 
 LAST_SUCCESS = Gauge("nst_last_success_timestamp_seconds", "When the last run ended well, since 1970.", registry=SUMMARY)
 LAST_DURATION = Gauge("nst_last_run_duration_seconds", "From its start to its end.", registry=SUMMARY)
-LAST_ACCURACY = Gauge("nst_last_run_accuracy_ratio", "Held-out top-1 of its best model.", registry=SUMMARY)
-LAST_GAIN = Gauge("nst_last_run_gain_ratio", "That less the first teacher's.", registry=SUMMARY)
+LAST_ACCURACY = _Found("nst_last_run_accuracy_ratio", "Held-out top-1 of its best model.", registry=SUMMARY)
+LAST_GAIN = _Found("nst_last_run_gain_ratio", "That less the first teacher's.", registry=SUMMARY)
 LAST_PROMOTED = Gauge("nst_last_run_promotions", "Generations whose student became the teacher.", registry=SUMMARY)
 
 _stage = ""

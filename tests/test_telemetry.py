@@ -6,7 +6,7 @@ import urllib.request
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
-from prometheus_client import generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from structlog.testing import capture_logs
 
 from ns import log, telemetry
@@ -41,14 +41,18 @@ def test_a_port_that_is_none_is_only_logged(monkeypatch):
 
 
 def test_names_follow_the_conventions():
-    page = generate_latest(telemetry.REGISTRY).decode() + generate_latest(telemetry.SUMMARY).decode()
-    kinds = dict(re.findall(r"^# TYPE (\S+) (\S+)$", page, re.MULTILINE))
-    assert len(kinds) > 10
+    families = [one for registry in (telemetry.REGISTRY, telemetry.SUMMARY) for one in registry._collector_to_names]
+    kinds = {
+        f"{family.name}_total" if family.type == "counter" else family.name: family.type
+        for collector in families
+        for family in collector.describe()
+    }
+    assert len(kinds) > 30
     for name, kind in kinds.items():
         assert name.startswith("nst_")
         assert name.endswith("_total") == (kind == "counter")
         assert not re.search(r"milli|percent|_ms\b", name)
-    assert "_created" not in page
+    assert "_created" not in generate_latest(telemetry.REGISTRY).decode()
 
 
 def test_progress_counts_for_the_step_under_way_and_is_there_before_it_moves():
@@ -67,6 +71,14 @@ def test_progress_counts_for_the_step_under_way_and_is_there_before_it_moves():
     telemetry.end(2.0)
     assert value("nst_stage_running", stage="evaluate") == 0
     assert value("nst_stage_duration_seconds_bucket", stage="evaluate", le="3.0") >= 1
+
+
+def test_a_fact_is_not_there_before_it_is_known():
+    registry = CollectorRegistry()
+    fact = telemetry._Found("nst_fact_ratio", "A share.", registry=registry)
+    assert registry.get_sample_value("nst_fact_ratio") is None
+    fact.set(0)
+    assert registry.get_sample_value("nst_fact_ratio") == 0
 
 
 def test_a_step_lingers_only_where_it_is_scraped(monkeypatch):
