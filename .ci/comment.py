@@ -1,0 +1,115 @@
+"""Keeps one comment on a pull request (GitHub) or merge request (GitLab): written the first time, changed afterwards.
+
+    python3 .ci/comment.py MARKER FILE --number 12          the request's number
+    python3 .ci/comment.py MARKER FILE --branch NAME        the open request of that branch; no request is no error
+
+MARKER is a word that tells our comments apart; it is kept in them, unseen. On GitHub it reads GITHUB_API_URL, GITHUB_REPOSITORY and
+GITHUB_TOKEN, on GitLab CI_API_V4_URL, CI_PROJECT_ID and GITLAB_TOKEN (of the project, scope api: a job's own token may not comment).
+Needs nothing but Python, so that no job installs anything to say something.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+LIMIT = 65_000
+"""Characters; GitHub takes 65,536, GitLab more."""
+SECONDS = 30
+
+
+class Host:
+    """The requests of one project, in the words of either host."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        if project := environment.get("CI_PROJECT_ID"):
+            self.base = f"{environment['CI_API_V4_URL']}/projects/{project}"
+            self.headers = {"PRIVATE-TOKEN": environment["GITLAB_TOKEN"]}
+            self.requests, self.query, self.id = "merge_requests", {"state": "opened", "source_branch": ""}, "iid"
+            self.comments, self.comment, self.verb = "merge_requests/{}/notes", "merge_requests/{}/notes/{}", "PUT"
+            self.owner = ""
+        else:
+            self.base = f"{environment['GITHUB_API_URL']}/repos/{environment['GITHUB_REPOSITORY']}"
+            self.headers = {
+                "Authorization": f"Bearer {environment['GITHUB_TOKEN']}",
+                "Accept": "application/vnd.github+json",
+                "X-GitHub-Api-Version": "2022-11-28",
+            }
+            self.requests, self.query, self.id = "pulls", {"state": "open", "head": ""}, "number"
+            self.comments, self.comment, self.verb = "issues/{}/comments", "issues/comments/{1}", "PATCH"
+            # GitHub looks for branches of an owner.
+            self.owner = environment["GITHUB_REPOSITORY"].partition("/")[0] + ":"
+
+    def number(self, branch: str) -> int | None:
+        """Of the open request of a branch."""
+        query = {name: value or self.owner + branch for name, value in self.query.items()}
+        found = self._ask("GET", f"{self.requests}?{urllib.parse.urlencode(query)}")
+        return int(found[0][self.id]) if found else None
+
+    def say(self, number: int, marker: str, text: str) -> str:
+        """Writes the comment, or changes the one that is there. Returns which of them."""
+        page = 1
+        while found := self._ask("GET", f"{self.comments.format(number)}?per_page=100&page={page}"):
+            for comment in found:
+                if comment["body"].startswith(marker):
+                    if comment["body"].strip() == text.strip():
+                        return "unchanged"
+                    self._ask(self.verb, self.comment.format(number, comment["id"]), {"body": text})
+                    return "changed"
+            page += 1
+        self._ask("POST", self.comments.format(number), {"body": text})
+        return "new"
+
+    def _ask(self, method: str, path: str, body: dict[str, str] | None = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        headers = {**self.headers, "Content-Type": "application/json", "User-Agent": "noisy-student"}
+        request = urllib.request.Request(f"{self.base}/{path}", data, headers, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=SECONDS) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            said = error.read(300).decode(errors="replace")
+            sys.exit(f"error: {method} {self.base}/{path}: {error.code} {error.reason}: {said}; may this token comment?")
+        except (urllib.error.URLError, TimeoutError) as error:
+            sys.exit(f"error: {method} {self.base}/{path}: {getattr(error, 'reason', error)}; try again")
+
+
+def shortened(text: str) -> str:
+    """As much of a text as a comment takes, whole lines."""
+    if len(text) <= LIMIT:
+        return text
+    return text[:LIMIT].rpartition("\n")[0] + "\n\n… and more: see the log of the job.\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Keep one comment on a pull request or merge request.")
+    parser.add_argument("marker", help="a word that tells our comments apart")
+    parser.add_argument("file", type=Path, help="Markdown")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--number", type=int, help="of the request")
+    which.add_argument("--branch", help="of the request")
+    asked = parser.parse_args()
+    if not re.fullmatch(r"[a-z0-9-]+", asked.marker):
+        parser.error(f"marker {asked.marker!r}: must be lower-case letters, digits and hyphens")
+    try:
+        host = Host(dict(os.environ))
+    except KeyError as error:
+        sys.exit(f"error: {error.args[0]}: is not set; this runs in a job of GitHub Actions or GitLab CI")
+    number = asked.number or host.number(asked.branch)
+    if number is None:
+        sys.stderr.write(f"no open request of branch {asked.branch}: nothing to say\n")
+        return 0
+    marker = f"<!-- noisy-student: {asked.marker} -->"
+    done = host.say(number, marker, shortened(f"{marker}\n{asked.file.read_text()}"))
+    sys.stderr.write(f"comment on request {number}: {done}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
