@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-integration test-containers test-all lint format bench-data bench-train bench-label bench-select bench-method bench bench-quick compile images constraints venv clean distclean
+.PHONY: help run test test-integration test-containers test-all lint format bench-data bench-train bench-label bench-select bench-method bench-loop bench bench-quick soak compile images constraints venv clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,7 +37,7 @@ format: $(VENV)/.test ## Put the code into its form
 	@$(BIN)/ruff format .
 
 bench: $(VENV)/.bench ## Run all benchmarks, and keep what they find in benchmarks/results
-	@for one in data train label select; do $(BIN)/python -m benchmarks.$$one --keep || exit; done
+	@for one in data train label select loop soak; do $(BIN)/python -m benchmarks.$$one --keep || exit; done
 	@$(BIN)/python -m benchmarks.method_cifar10
 	@$(BIN)/python -m benchmarks.summary
 
@@ -59,6 +59,12 @@ bench-select: $(VENV)/.bench ## Measure what a selection from millions of labels
 images: ## Build the container images, and print their names (REGISTRY= TAG= TARGETS= BUILDER= PYTHON_IMAGE= CPU_INDEX= PIP_CONFIG=)
 	@python3 images/build.py --registry "$(REGISTRY)" --tag "$(TAG)" --builder "$(BUILDER)" --python "$(PYTHON_IMAGE)" \
 		--cpu-index "$(CPU_INDEX)" --pip-config "$(PIP_CONFIG)" $(TARGETS)
+
+bench-loop: $(VENV)/.bench ## Measure where the time of a whole run goes (ARGS="--quick")
+	@$(BIN)/python -m benchmarks.loop $(ARGS)
+
+soak: $(VENV)/.bench ## Run five generations in bad company, and compare with a calm run; half an hour (ARGS="--generations 2")
+	@$(BIN)/python -m benchmarks.soak $(ARGS)
 
 bench-method: $(VENV)/.bench ## Train teachers and noisy students on CIFAR-10, three seeds, about 40 minutes (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.method_cifar10 $(ARGS)

@@ -65,6 +65,16 @@ FIGURES = {
         Figure("vs_duckdb", "the same in DuckDB", None),
         Figure("peak_mib", "MiB of memory, 50 million labels", 1024, more_is_better=False),
     ),
+    "loop": (
+        Figure("overhead_share", "quickstart: share of its time in which no step is at work", 0.15, more_is_better=False),
+        Figure("help_seconds", "seconds until `ns --help`", 0.3, more_is_better=False),
+    ),
+    "soak": (
+        Figure("s3_equal", "five generations, processes and server killed: ends as if left alone (1: yes)", 1.0),
+        Figure("disk_equal", "the same, with the disk filled to the last byte now and then", 1.0),
+        Figure("memory_growth", "largest process, fifth generation ÷ first", 1.05, more_is_better=False),
+        Figure("files_growth", "open files, fifth generation ÷ first", 1.05, more_is_better=False),
+    ),
     "method_cifar10": (
         Figure("clean_error_reduction", "CIFAR-10, 2,000 labels: share of the teacher's test errors that the student does not make", 0.10),
         Figure("mce_ratio", "its errors on corrupted images ÷ the teacher's", 1.0, more_is_better=False),

@@ -1,0 +1,277 @@
+"""Five generations on real images, once left alone and then in bad company: both have to end with the same digests.
+
+    python -m benchmarks.soak [--generations 5] [--seed 0] [--keep]
+
+The calm run, on a folder, is watched: the memory and open files of its processes must not grow from generation to generation. Then
+the same experiment runs twice more, started again whenever it ends with an error, until it is done:
+
+    on S3      processes of the run are SIGKILLed, and the server (OpenStack Swift, on this machine) is killed and started again
+    on a disk  processes are SIGKILLed, and the disk, a small tmpfs, is filled to the last byte for seconds (needs root, for mount)
+
+Needs the CIFAR-10 images in ../shared/data/cifar10, and the Debian packages that .ci/packages installs.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from minio import Minio
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.data import CIFAR10
+from benchmarks.measure import finish
+from tests.store.swift import Swift, reason_against
+
+LABELLED, HELDOUT, POOL = 40, 60, 300
+"""Images of a class."""
+CALM_SECONDS = (2.0, 6.0)
+"""Between two blows."""
+DISK_MIB = 600
+TRIES = 200
+RUN = "soak"
+
+Blow = tuple[str, Callable[[], None]]
+
+
+def experiment(tables: Path, generations: int) -> dict[str, Any]:
+    role: dict[str, Any] = {
+        "model": {"arch": "test_efficientnet", "resolution": 32, "inference_precision": "float32"},
+        "noise": {"randaugment_magnitude": 4, "crop": "pad", "flip": True},
+        "train": {
+            "labelled_batch": 50,
+            "epochs": 30,
+            "precision": "float32",
+            "processes": 1,
+            "ema_decay": 0.98,
+            "checkpoint_seconds": 1,
+            "optimizer": {"name": "adamw", "lr": 0.005, "weight_decay": 0.01, "schedule": "cosine", "warmup_epochs": 2},
+        },
+    }
+    student = {**role, "train": {**role["train"], "init": "teacher"}}
+    return {
+        "name": RUN,
+        "generations": generations,
+        "data": {part: str(tables / f"{part}.csv") for part in ("labelled", "pool", "heldout")},
+        "teacher": role,
+        "students": [student],
+        "labelling": {"tasks": 2},
+        "selection": {"min_confidence": 0.15, "per_class": POOL, "max_repeat": 3},
+        # Whatever comes of it: here it is the loop that is looked at.
+        "gate": {"min_gain": -1},
+    }
+
+
+def write_tables(folder: Path) -> None:
+    """Real images, a few hundred of each class, and the tables that say what is what."""
+    with tarfile.open(CIFAR10) as archive:
+        archive.extractall(folder, filter="data")
+    rows: dict[str, list[str]] = {"labelled": ["path,label"], "heldout": ["path,label"], "pool": ["path"]}
+    for category in sorted((folder / "test").iterdir()):
+        names = iter(sorted(category.iterdir()))
+        for part, count in (("labelled", LABELLED), ("heldout", HELDOUT), ("pool", POOL)):
+            label = "" if part == "pool" else f",{category.name}"
+            rows[part] += [f"{name}{label}" for name, _ in zip(names, range(count), strict=False)]
+    for part, lines in rows.items():
+        (folder / f"{part}.csv").write_text("\n".join(lines) + "\n")
+
+
+def command(config: Path, root: str) -> list[str]:
+    return [sys.executable, "-m", "ns", "run", str(config), "--root", root, "--run", RUN, "--json"]
+
+
+def digests(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What must not depend on what happened on the way."""
+    timeless = [{key: value for key, value in row.items() if key != "seconds"} for row in summary["generations"]]
+    return {"teacher": summary["teacher_top1"], "generations": timeless, "label_sets": summary["label_sets"]}
+
+
+def family(pid: int) -> list[psutil.Process]:
+    with suppress(psutil.Error):
+        parent = psutil.Process(pid)
+        return [parent, *parent.children(recursive=True)]
+    return []
+
+
+class Watch(threading.Thread):
+    """Peaks of memory (MiB, of the largest process) and of open files (of all processes) in each generation of a run in a folder."""
+
+    def __init__(self, pid: int, steps: Path) -> None:
+        super().__init__(daemon=True)
+        self.peaks: dict[int, tuple[float, int]] = {}
+        self._pid, self._steps = pid, steps
+
+    def run(self) -> None:
+        while members := family(self._pid):
+            generation = len(list(self._steps.glob("*-gate*.json"))) + 1
+            sizes, files = [0.0], 0
+            for member in members:
+                with suppress(psutil.Error):
+                    sizes.append(member.memory_info().rss / 2**20)
+                    files += member.num_fds()
+            memory, most = self.peaks.get(generation, (0.0, 0))
+            self.peaks[generation] = (max(memory, *sizes), max(most, files))
+            time.sleep(0.3)
+
+
+def calm_run(config: Path, root: Path) -> tuple[dict[str, Any], dict[int, tuple[float, int]], float]:
+    started = time.monotonic()
+    process = subprocess.Popen(command(config, str(root)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    watch = Watch(process.pid, root / RUN / "steps")
+    watch.start()
+    out, _ = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"the calm run failed: {' '.join(command(config, str(root)))}")
+    return digests(json.loads(out)), watch.peaks, time.monotonic() - started
+
+
+def chaotic_run(
+    config: Path, root: str, environment: Mapping[str, str], blows: Sequence[Blow], chance: random.Random, log: Path
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """The run's digests, and how often each thing happened. Each blow has to be over when it returns."""
+    happened = {"killed": 0, "started": 0, **{name: 0 for name, _ in blows}}
+    while True:
+        if happened["started"] == TRIES:
+            raise SystemExit(f"{root}: not done after {TRIES} starts; see {log}")
+        happened["started"] += 1
+        with log.open("ab") as file:
+            process = subprocess.Popen(
+                command(config, root), env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=file
+            )
+        results: list[bytes] = []
+        reader = threading.Thread(target=_collect, args=(process, results), daemon=True)
+        reader.start()
+        while reader.is_alive():
+            reader.join(chance.uniform(*CALM_SECONDS))
+            if not reader.is_alive():
+                break
+            kind, blow = chance.choice([("killed", None), *blows])
+            if blow is None:
+                members = family(process.pid)
+                if not members:
+                    continue
+                with suppress(psutil.Error):
+                    chance.choice(members).send_signal(signal.SIGKILL)
+            else:
+                blow()
+            happened[kind] += 1
+        if process.returncode == 0:
+            return digests(json.loads(results[0])), happened
+
+
+def _collect(process: subprocess.Popen[bytes], results: list[bytes]) -> None:
+    results.append(process.communicate()[0])
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Path]:
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(disk: Path, chance: random.Random) -> None:
+    """Until the last byte, for seconds."""
+    filler = disk / "filler"
+    with suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1 << 20))
+    time.sleep(chance.uniform(1, 3))
+    filler.unlink()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--generations", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0, help="of the blows")
+    parser.add_argument("--keep", action="store_true", help="write what was found to benchmarks/results")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    options = parser.parse_args()
+    for missing in ("" if CIFAR10.exists() else f"needs the images in {CIFAR10.parent}", reason_against()):
+        if missing:
+            raise SystemExit(missing)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    console, chance = Console(width=100), random.Random(options.seed)
+    with tempfile.TemporaryDirectory(prefix="ns-soak-") as scratch:
+        place = Path(scratch)
+        write_tables(place)
+        config = place / "soak.yaml"
+        config.write_text(yaml.safe_dump(experiment(place, options.generations), sort_keys=False))
+        calm, peaks, seconds = calm_run(config, place / "calm")
+        growth = Table("generation", "largest process, MiB", "open files")
+        for generation, (memory, files) in sorted(peaks.items()):
+            growth.add_row(str(generation), f"{memory:,.0f}", str(files))
+        console.print(growth)
+
+        table = Table("root", "ends as the calm run", "started", "what happened")
+        table.add_row("folder, calm", "", "1", f"{seconds:.0f} s")
+        figures = {
+            "memory_growth": _growth(peaks, 0, options.generations),
+            "files_growth": _growth(peaks, 1, options.generations),
+        }
+
+        def bad_company(name: str, root: str, environment: Mapping[str, str], *blows: Blow) -> None:
+            started = time.monotonic()
+            found, happened = chaotic_run(config, root, environment, blows, chance, place / f"{name}.log")
+            figures[f"{name}_equal"] = float(found == calm)
+            times = happened.pop("started")
+            what = ", ".join(f"{kind} {count}×" for kind, count in happened.items())
+            table.add_row(name, "yes" if found == calm else "NO", str(times), f"{what}, {time.monotonic() - started:.0f} s")
+
+        with small_disk(place / "disk") as disk:
+            root = str(disk / "runs")
+            bad_company("disk", root, {}, ("disk full", lambda: fill(disk, chance)))
+        (place / "swift").mkdir()
+        server = Swift(place / "swift")
+        server.start()
+
+        def restart() -> None:
+            server.kill()
+            time.sleep(chance.uniform(0.5, 3))
+            server.start()
+
+        keys = {"access_key": "test:tester", "secret_key": "testing"}
+        Minio(endpoint=server.url.removeprefix("http://"), secure=False, region="us-east-1", **keys).make_bucket(
+            bucket_name=RUN
+        )
+        environment = {
+            "AWS_ENDPOINT_URL": server.url,
+            "AWS_ACCESS_KEY_ID": keys["access_key"],
+            "AWS_SECRET_ACCESS_KEY": keys["secret_key"],
+            "AWS_REGION": "us-east-1",
+            "NS_CACHE_DIR": str(place / "cache"),
+        }
+        try:
+            bad_company("s3", f"s3://{RUN}/runs", environment, ("server killed", restart))
+        finally:
+            server.kill()
+    console.print(table)
+    finish("soak", figures, options, growth, table)
+    if not all(figures[name] for name in ("disk_equal", "s3_equal")):
+        raise SystemExit("another result than that of the calm run")
+
+
+def _growth(peaks: Mapping[int, tuple[float, int]], which: int, generations: int) -> float:
+    """The last generation's peak ÷ the first one's."""
+    return round(peaks[generations][which] / peaks[1][which], 3)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+from benchmarks.loop import covered, intervals
+
+
+def test_steps_beside_each_other_are_counted_once():
+    assert covered([(0, 2), (1, 3), (5, 6)]) == 4
+    assert covered([(0, 10), (2, 3)]) == 10
+    assert covered([]) == 0
+
+
+def test_intervals_pair_a_process_s_start_with_its_end():
+    events = [
+        {"event": "started", "pid": 1, "step": "label-shards", "generation": 1, "at": 10.0},
+        {"event": "started", "pid": 2, "step": "label-shards", "generation": 1, "at": 11.0},
+        {"event": "progress", "pid": 1, "at": 12.0},
+        {"event": "finished", "pid": 2, "at": 13.0},
+        {"event": "failed", "pid": 1, "at": 14.0},
+    ]
+    assert [(begin, end) for _, begin, end in intervals(events)] == [(11.0, 13.0)]
