@@ -249,8 +249,9 @@ def _table(source: str, role: Role, split: str | None) -> Iterator[Entry]:
             for path, label, of in zip(table[path_column], labels, splits, strict=True):
                 if split is None or str(of) == split:
                     yield _row(base, path, label)
-    except pa.ArrowException as error:
-        raise DataError(f"{source}: not a table that can be read: {str(error).splitlines()[0]}") from error
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        # Arrow has errors of its own for some damage, the system's for other, and Python's for text that is no UTF-8.
+        raise DataError(f"{source}: not a table that can be read: {(str(error) or 'damaged').splitlines()[0]}") from error
 
 
 def _batches(file: Path) -> Any:
