@@ -39,8 +39,8 @@ from tests.store.swift import Swift, reason_against
 
 LABELLED, HELDOUT, POOL = 40, 60, 300
 """Images of a class."""
-CALM_SECONDS = (2.0, 6.0)
-"""Between two blows."""
+BETWEEN = (0.05, 0.2)
+"""Shares of the calm run's time between two blows: often, and yet so that something gets done, on any machine."""
 DISK_MIB = 600
 TRIES = 200
 RUN = "soak"
@@ -140,9 +140,16 @@ def calm_run(config: Path, root: Path) -> tuple[dict[str, Any], dict[int, tuple[
 
 
 def chaotic_run(
-    config: Path, root: str, environment: Mapping[str, str], blows: Sequence[Blow], chance: random.Random, log: Path
+    config: Path,
+    root: str,
+    environment: Mapping[str, str],
+    blows: Sequence[Blow],
+    between: tuple[float, float],
+    chance: random.Random,
+    log: Path,
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """The run's digests, and how often each thing happened. Each blow has to be over when it returns."""
+    """The run's digests, and how often each thing happened. `between`: seconds, least and most, from one blow to the next; each has to
+    be over when it returns."""
     happened = {"killed": 0, "started": 0, **{name: 0 for name, _ in blows}}
     while True:
         if happened["started"] == TRIES:
@@ -156,7 +163,7 @@ def chaotic_run(
         reader = threading.Thread(target=_collect, args=(process, results), daemon=True)
         reader.start()
         while reader.is_alive():
-            reader.join(chance.uniform(*CALM_SECONDS))
+            reader.join(chance.uniform(*between))
             if not reader.is_alive():
                 break
             kind, blow = chance.choice([("killed", None), *blows])
@@ -222,6 +229,7 @@ def main() -> None:
 
         table = Table("root", "ends as the calm run", "started", "what happened")
         table.add_row("folder, calm", "", "1", f"{seconds:.0f} s")
+        between = (BETWEEN[0] * seconds, BETWEEN[1] * seconds)
         figures = {
             "memory_growth": _growth(peaks, 0, options.generations),
             "files_growth": _growth(peaks, 1, options.generations),
@@ -229,7 +237,7 @@ def main() -> None:
 
         def bad_company(name: str, root: str, environment: Mapping[str, str], *blows: Blow) -> None:
             started = time.monotonic()
-            found, happened = chaotic_run(config, root, environment, blows, chance, place / f"{name}.log")
+            found, happened = chaotic_run(config, root, environment, blows, between, chance, place / f"{name}.log")
             figures[f"{name}_equal"] = float(found == calm)
             times = happened.pop("started")
             what = ", ".join(f"{kind} {count}×" for kind, count in happened.items())
