@@ -30,6 +30,8 @@ STOP_SECONDS = 30.0
 
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 NOISE = re.compile(r"Traceback|^File |^\^|^[-=~^ ]*$|finished with status")
+# What a person can mend is said in full by its message; Python puts the kind of error before it.
+KIND = re.compile(r"^ns\.errors\.\w+: ")
 
 
 class StepError(NsError):
@@ -188,7 +190,7 @@ class Output(io.TextIOBase):
 
     def last_words(self) -> str:
         """The last line that says something."""
-        return next((line for line in reversed(self._tail) if not NOISE.search(line)), "")
+        return KIND.sub("", next((line for line in reversed(self._tail) if not NOISE.search(line)), ""))
 
     def close(self) -> None:
         if self._file is not None:

@@ -122,4 +122,6 @@ def test_a_log_that_cannot_be_written_stops_nothing(tmp_path):
     output = local.Output(tmp_path / "no" / "such" / "folder" / "log")
     output.write("one\n  two\nTraceback (most recent call last):\n")
     assert output.last_words() == "two"
+    output.write("ns.errors.StoreError: store/a: cannot write: the disk is full\n")
+    assert output.last_words() == "store/a: cannot write: the disk is full"
     output.close()
