@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-integration test-containers test-all lint format bench-data bench-train bench-label bench-select bench-method bench-loop bench bench-quick soak compile images constraints venv clean distclean
+.PHONY: help run test test-integration test-containers test-all lint format bench-data bench-train bench-label bench-select bench-method bench-loop bench bench-quick soak compile dashboards images constraints venv clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,6 +71,9 @@ bench-method: $(VENV)/.bench ## Train teachers and noisy students on CIFAR-10, t
 
 compile: $(VENV)/.run ## Compile the pipeline into pipelines/noisy_student.yaml
 	@$(BIN)/python -m pipelines.compile
+
+dashboards: ## Write the Grafana dashboards anew (k8s/components/monitoring/dashboards.py)
+	@python3 k8s/components/monitoring/dashboards.py
 
 constraints: $(VENV)/.test ## Write constraints.txt anew from what is installed
 	@{ grep '^#' constraints.txt; $(BIN)/pip freeze --exclude-editable | grep -viE '^(nvidia-|triton|cuda-| @ )'; } > constraints.tmp

@@ -25,7 +25,7 @@ def metrics(expression: str) -> set[str]:
     """Names of the series that an expression reads; of a histogram `…_bucket`, `_sum` and `_count` as they stand."""
     bare = re.sub(r"#.*", "", expression)
     bare = re.sub(r'"(?:[^"\\]|\\.)*"', "", bare)
-    for pattern in (r"\{[^}]*\}", r"\[[^\]]*\]", GROUPING, r"\b\d[\w.]*"):
+    for pattern in (r"\{[^}]*\}", r"\[[^\]]*\]", r"\$\w+", GROUPING, r"\b\d[\w.]*"):
         bare = re.sub(pattern, " ", bare)
     bare = re.sub(rf"({NAME})\s*\(", "(", bare)  # functions
     return {name for name in re.findall(NAME, bare) if name.lower() not in KEYWORDS}

@@ -22,7 +22,8 @@ ALERTS = [rule for rule in ALL if "alert" in rule]
 RECORDS = {rule["record"] for rule in ALL if "record" in rule}
 
 FOREIGN = {
-    "up",  # Prometheus itself
+    "ALERTS",  # Prometheus itself
+    "up",
     "DCGM_FI_DEV_FB_USED",  # NVIDIA's DCGM exporter
     "DCGM_FI_DEV_GPU_UTIL",
     "DCGM_FI_DEV_POWER_USAGE",
