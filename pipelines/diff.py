@@ -26,14 +26,12 @@ def differences(before: Spec, after: Spec, platform_before: Spec, platform_after
     """Lines about inputs, steps and settings, and the changed lines of programs, as a unified diff."""
     lines = [*_inputs(before["root"], after["root"])]
     graphs = [{"pipeline": spec["root"], **_without(spec.get("components", {}), "comp-")} for spec in (before, after)]
-    for name, old, new in _pairs(*graphs):
-        lines += _graph(name, old.get("dag", {}), new.get("dag", {}))
+    for name, graph, changed in _pairs(*graphs):
+        lines += _graph(name, graph.get("dag", {}), changed.get("dag", {}))
     found, code = _programs(before, after, platform_before, platform_after)
     lines += found
-    rest = [
-        {key: spec[key] for key in spec if key in ("pipelineInfo", "sdkVersion", "schemaVersion")} for spec in (before, after)
-    ]
-    lines += [f"{path}: {change}" for path, change in _changes(*rest)]
+    old, new = ({key: spec.get(key) for key in ("pipelineInfo", "sdkVersion", "schemaVersion")} for spec in (before, after))
+    lines += [f"{path}: {change}" for path, change in _changes(old, new)]
     return lines, code
 
 
@@ -132,9 +130,9 @@ def _programs(before: Spec, after: Spec, platform_before: Spec, platform_after: 
             theirs = [platform.get(name, {}) for platform in platforms]
             for pair in (ours, theirs):
                 lines += [f"`{name}`: {path} {change}" for path, change in _changes(*pair)]
-        texts = ["\n".join(each.get("container", {}).get("command", [])).splitlines() for each in (old, new)]
-        if old and texts[0] != texts[1]:
-            code += list(difflib.unified_diff(*texts, f"before/{name}", f"after/{name}", lineterm=""))
+        was, now = ("\n".join(each.get("container", {}).get("command", [])).splitlines() for each in (old, new))
+        if old and was != now:
+            code += list(difflib.unified_diff(was, now, f"before/{name}", f"after/{name}", lineterm=""))
     return lines, code
 
 
