@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-integration test-containers test-all lint format bench-data bench-train bench-label bench-select bench-method bench-loop bench bench-quick soak compile dashboards images constraints venv clean distclean
+.PHONY: help run test test-integration test-containers test-all lint format bench-data bench-train bench-label bench-select bench-method bench-loop bench bench-quick soak compile dashboards images validate checkov constraints venv clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +74,11 @@ compile: $(VENV)/.run ## Compile the pipeline into pipelines/noisy_student.yaml
 
 dashboards: ## Write the Grafana dashboards anew (k8s/components/monitoring/dashboards.py)
 	@python3 k8s/components/monitoring/dashboards.py
+validate: $(VENV)/.test ## Check the manifests in k8s/ against Kubernetes' schemas (ARGS="--remote")
+	@$(BIN)/python k8s/validate.py $(ARGS)
+
+checkov: $(VENV)-checkov/.installed ## Check them, and look for weaknesses with checkov, which gets an environment of its own
+	@$(BIN)/python k8s/validate.py --checkov $(VENV)-checkov/bin/checkov $(ARGS)
 
 constraints: $(VENV)/.test ## Write constraints.txt anew from what is installed
 	@{ grep '^#' constraints.txt; $(BIN)/pip freeze --exclude-editable | grep -viE '^(nvidia-|triton|cuda-| @ )'; } > constraints.tmp
@@ -85,7 +90,7 @@ clean: ## Remove what runs left behind (runs/)
 	rm -rf runs
 
 distclean: clean ## Remove the virtual environment too
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-checkov
 
 # A stamp is touched last, so that an interrupted installation is taken up again.
 $(VENV)/.run: pyproject.toml constraints.txt install.sh
@@ -98,4 +103,10 @@ $(VENV)/.bench: $(VENV)/.test
 
 $(VENV)/.test: $(VENV)/.run
 	@sh install.sh $(VENV) pipelines,quickstart,versions,check,export,tensorboard,dev
+	@touch $@
+
+# 290 MB with a hundred packages of its own, which would not agree with ours.
+$(VENV)-checkov/.installed: $(VENV)/.test
+	@$(BIN)/python -m venv $(VENV)-checkov
+	@$(VENV)-checkov/bin/pip install --disable-pip-version-check --quiet checkov==3.3.30
 	@touch $@

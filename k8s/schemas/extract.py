@@ -1,0 +1,60 @@
+"""Keeps what CRDs say of their objects: `python k8s/schemas/extract.py CRD.yaml…`, for the kinds and versions that README.md lists.
+
+Of each, the newest version that is stored goes into `GROUP/KIND-VERSION.json`, without descriptions, which are most of it, and without
+rules in CEL, which JSON Schema does not know. An object whose fields are listed may have no others, as the API server has it under
+strict field validation.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+FOLDER = Path(__file__).parent
+
+
+def strict(schema: Any) -> Any:
+    """A CRD's schema as JSON Schema that refuses fields which it does not list."""
+    if isinstance(schema, list):
+        return [strict(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made: dict[str, Any] = {}
+    for name, value in schema.items():
+        if name == "properties":
+            # Names of fields, which may be called like words of a schema.
+            made[name] = {field: strict(of) for field, of in value.items()}
+        elif name not in ("description", "example", "x-kubernetes-validations"):
+            made[name] = strict(value)
+    free = made.get("x-kubernetes-preserve-unknown-fields") or made.get("x-kubernetes-embedded-resource")
+    if "properties" in made and "additionalProperties" not in made and not free:
+        made["additionalProperties"] = False
+    if made.pop("nullable", False) and "type" in made:
+        made["type"] = [made["type"], "null"]
+    return {name: value for name, value in made.items() if not name.startswith("x-kubernetes-")}
+
+
+def kept(crd: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    spec = crd["spec"]
+    (version,) = [one for one in spec["versions"] if one["storage"]]
+    schema = strict(version["schema"]["openAPIV3Schema"])
+    # Said by Kubernetes itself; the validation looks at it by itself.
+    schema["properties"]["metadata"] = {"type": "object"}
+    schema.get("properties", {}).pop("status", None)
+    return FOLDER / spec["group"] / f"{spec['names']['kind']}-{version['name']}.json", schema
+
+
+def main() -> int:
+    for name in sys.argv[1:]:
+        for crd in yaml.safe_load_all(Path(name).read_text(encoding="utf-8")):
+            path, schema = kept(crd)
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(schema, separators=(",", ":"), sort_keys=True) + "\n", encoding="utf-8")
+            sys.stdout.write(f"{path.relative_to(FOLDER)}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,238 @@
+"""The manifests are what Kubernetes takes, and what `make validate` lets through is: each of its rules refuses what breaks it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from k8s import validate
+from pipelines.compile import PACKAGE
+from pipelines.pools import INPUTS
+
+CHECKOUT = Path(__file__).parents[2]
+K8S = CHECKOUT / "k8s"
+
+
+def findings(root: Path, folder: str = "overlays/kind") -> list[str]:
+    list(validate.without_network(root))
+    return [str(one) for one in validate.check(validate.build(root / folder), folder)]
+
+
+@pytest.fixture
+def copy(tmp_path):
+    root = tmp_path / "k8s"
+    shutil.copytree(K8S, root, ignore=shutil.ignore_patterns("schemas", "__pycache__"))
+    return root
+
+
+def edit(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new, 1))
+
+
+@pytest.mark.integration
+def test_an_overlay_and_all_its_steps_are_valid_until_one_of_them_is_not(copy, monkeypatch, capsys):
+    # All of them are looked at by `make validate`, which CI runs.
+    for name in ("dev", "kind"):
+        shutil.rmtree(copy / "overlays" / name)
+    monkeypatch.setattr(validate, "components", lambda root: [])
+    monkeypatch.setattr("sys.argv", ["validate.py", str(copy)])
+    assert validate.main() == 0
+    assert "0 errors; not fetched: Kubeflow" in capsys.readouterr().out
+
+    edit(copy / "overlays/production/kubeflow/kustomization.yaml", "external-s3/kubeflow", "internal-s3/kubeflow")
+    edit(copy / "components/quotas/resourcequota-noisy-student.yaml", "hard:", "herd:")
+    assert validate.main() == 1
+    said = capsys.readouterr().err
+    assert "error: overlays/production ResourceQuota/noisy-student spec: " in said
+    assert "error: overlays/production/kubeflow: " in said
+    assert "internal-s3" in said
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("file", "old", "new", "expected"),
+    [
+        # A patch with a field misspelt: kustomize merges it without a word.
+        ("overlays/kind/seaweedfs.yaml", "  volumeClaimTemplates:", "  replica: 2\n  volumeClaimTemplates:", "'replica' was unexpected"),
+        ("components/object-store/statefulset-seaweedfs.yaml", "terminationGracePeriodSeconds: 60", "terminationGracePeriod: 60",
+         "'terminationGracePeriod' was unexpected"),
+        ("components/object-store/statefulset-seaweedfs.yaml", "replicas: 1", 'replicas: "1"', "'1' is not of type 'integer'"),
+        ("components/object-store/statefulset-seaweedfs.yaml", "    app.kubernetes.io/part-of: noisy-student\nspec:",
+         "    app.kubernetes.io/part-of: 1\nspec:", "metadata.labels"),
+        ("components/object-store/service-seaweedfs.yaml", "apiVersion: v1", "apiVersion: v2", "no schema has v2 Service"),
+        ("components/object-store/statefulset-seaweedfs.yaml", "seaweedfs:4.34", "seaweedfs:latest", "is not pinned"),
+        ("components/object-store/statefulset-seaweedfs.yaml", "name: mlpipeline-minio-artifact", "name: keys",
+         "there is no Secret/keys"),
+        ("components/object-store/statefulset-seaweedfs.yaml", "serviceAccountName: seaweedfs", "serviceAccountName: weed",
+         "there is no ServiceAccount/weed"),
+        ("components/object-store/statefulset-seaweedfs.yaml", "runAsNonRoot: true", "runAsNonRoot: false",
+         "must have runAsNonRoot: true"),
+        ("components/object-store/statefulset-seaweedfs.yaml", "emptyDir: {}", "hostPath: {path: /tmp}", "must not be a hostPath"),
+    ],
+)  # fmt: skip
+def test_what_breaks_a_rule_is_found(copy, file, old, new, expected):
+    edit(copy / file, old, new)
+    found = findings(copy)
+    assert any(expected in one for one in found), found
+    assert all("/seaweedfs" in one for one in found)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("file", "old", "new", "expected"),
+    [
+        ("kueue/clusterqueue-noisy-student.yaml", "queueingStrategy", "queuingStrategy", "'queuingStrategy' was unexpected"),
+        ("kueue/clusterqueue-noisy-student.yaml", "BestEffortFIFO", "Fair", "'Fair' is not one of"),
+        ("trainer/trainingruntime-noisy-student.yaml", "numNodes: 1", "nodes: 1", "'nodes' was unexpected"),
+        ("trainer/trainingruntime-noisy-student.yaml", "drop: [ALL]", "drop: []", "must drop the capabilities ALL"),
+        ("trainer/trainingruntime-noisy-student.yaml", "readOnlyRootFilesystem", "readOnlyRootFileSystem",
+         "'readOnlyRootFileSystem' was unexpected"),
+        ("trainer/rolebinding-noisy-student-trainer.yaml", "name: pipeline-runner", "name: runner",
+         "there is no ServiceAccount/runner"),
+        ("network-policies/networkpolicy-runs.yaml", "policyTypes", "policyType", "'policyType' was unexpected"),
+    ],
+)  # fmt: skip
+def test_custom_resources_and_policies_are_held_to_their_schemas(copy, file, old, new, expected):
+    edit(copy / "components" / file, old, new)
+    found = findings(copy, "overlays/production")
+    assert any(expected in one for one in found), found
+
+
+@pytest.mark.integration
+def test_a_component_that_is_not_there_fails_the_build(copy):
+    edit(copy / "overlays/kind/kustomization.yaml", "components/pod-security", "components/pod-securty")
+    with pytest.raises(validate.BuildError, match="pod-securty"):
+        validate.build(copy / "overlays/kind")
+
+
+def test_what_comes_from_the_network_names_its_version(copy):
+    assert list(validate.without_network(copy)) == []
+
+
+def test_a_branch_is_no_version(copy):
+    edit(copy / "components/kubeflow/kustomization.yaml", "?ref=2.17.0", "?ref=master")
+    (found,) = validate.without_network(copy)
+    assert "names no version" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("image", "pinned"),
+    [
+        ("registry.example:5000/team/noisy-student/tools:0.1.0", True),
+        ("noisy-student/tools@sha256:" + "0" * 64, True),
+        ("noisy-student/tools:latest", False),
+        ("noisy-student/tools", False),
+        ("registry.example:5000/tools", False),
+        ("noisy-student/tools:main", False),
+        ("noisy-student/tools@sha256:12", False),
+        ("", False),
+    ],
+)
+def test_an_image_is_pinned_by_a_version_or_its_digest(image, pinned):
+    assert validate.is_pinned(image) is pinned
+
+
+SAFE = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+POD = {
+    "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
+    "containers": [{"name": "step", "securityContext": SAFE}],
+}
+
+
+def test_a_pod_that_keeps_to_restricted_passes():
+    assert list(validate.beyond_restricted(POD)) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hostNetwork": True},
+        {"securityContext": {}},
+        {"volumes": [{"name": "v", "hostPath": {"path": "/"}}]},
+        {"initContainers": [{"name": "init"}]},
+        {"containers": [{"name": "step", "securityContext": {**SAFE, "privileged": True}}]},
+        {"containers": [{"name": "step", "securityContext": {**SAFE, "runAsUser": 0}}]},
+        {"containers": [{"name": "step", "securityContext": {**SAFE, "runAsNonRoot": False}}]},
+        {
+            "containers": [
+                {"name": "step", "securityContext": {**SAFE, "capabilities": {"drop": ["ALL"], "add": ["SYS_ADMIN"]}}}
+            ]
+        },
+        {"containers": [{"name": "step", "securityContext": SAFE, "ports": [{"hostPort": 80}]}]},
+    ],
+)
+def test_what_restricted_forbids_is_found(change):
+    assert list(validate.beyond_restricted(POD | change))
+
+
+def test_what_a_pod_refers_to_is_seen_wherever_it_stands():
+    pod = {
+        "serviceAccountName": "account",
+        "imagePullSecrets": [{"name": "pull"}],
+        "volumes": [
+            {"secret": {"secretName": "mounted"}},
+            {"configMap": {"name": "there-or-not", "optional": True}},
+            {"projected": {"sources": [{"configMap": {"name": "projected"}}]}},
+            {"persistentVolumeClaim": {"claimName": "claim"}},
+        ],
+        "containers": [
+            {
+                "envFrom": [{"configMapRef": {"name": "whole"}}],
+                "env": [{"valueFrom": {"secretKeyRef": {"name": "key"}}}, {"name": "plain", "value": "1"}],
+            }
+        ],
+    }
+    assert set(validate.references(pod)) == {
+        ("ServiceAccount", "account"),
+        ("Secret", "pull"),
+        ("Secret", "mounted"),
+        ("ConfigMap", "projected"),
+        ("PersistentVolumeClaim", "claim"),
+        ("ConfigMap", "whole"),
+        ("Secret", "key"),
+    }
+
+
+def test_what_comes_from_outside_is_told_to_people():
+    told = (CHECKOUT / "docs" / "security.md").read_text()
+    for _, name in validate.GIVEN:
+        assert f"`{name}`" in told
+
+
+@pytest.mark.parametrize("cloud", ["gke", "eks", "aks", "on-prem"])
+def test_pools_are_inputs_of_the_pipeline(cloud):
+    patch = yaml.safe_load((K8S / "components" / "gpu-pools" / cloud / "inputs.yaml").read_text())
+    for name, value in json.loads(patch["data"]["inputs.json"]).items():
+        assert type(value) is type(INPUTS[name].default), name
+        assert not INPUTS[name].choices or value in INPUTS[name].choices
+
+
+def test_the_pipeline_asks_for_secrets_and_settings_that_the_manifests_name():
+    settings = yaml.safe_load((K8S / "base" / "configmap-noisy-student.yaml").read_text())
+    assert INPUTS["settings"].default == settings["metadata"]["name"]
+    assert ("Secret", INPUTS["storage_secret"].default) in validate.GIVEN
+
+
+def test_steps_of_runs_are_not_root():
+    # All else that `restricted` asks for is what Kubeflow gives to every pod of a run since 2.16.
+    _, platform = yaml.safe_load_all(PACKAGE.read_text())
+    executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert executors
+    for executor in executors.values():
+        assert executor["securityContext"]["runAsNonRoot"] is True
+        assert int(executor["securityContext"]["runAsUser"]) > 0
+
+
+def test_everything_of_ours_says_its_namespace():
+    # kustomize's own means to say it would write one into Kueue's objects, which have none.
+    namespaced = {"ConfigMap", "Role", "RoleBinding", "ServiceAccount", "Service", "StatefulSet", "CronJob", "NetworkPolicy",
+                  "ResourceQuota", "LimitRange", "LocalQueue", "TrainingRuntime"}  # fmt: skip
+    for part in ("base", "components"):
+        for file in sorted((K8S / part).rglob("*-*.yaml")):
+            one = yaml.safe_load(file.read_text())
+            if file.name.startswith(f"{one['kind'].lower()}-") and one["kind"] in namespaced:
+                assert one["metadata"]["namespace"] == "kubeflow", file
