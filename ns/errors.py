@@ -37,6 +37,12 @@ class RunError(NsError):
     exit_code = 6
 
 
+class ClusterError(NsError):
+    """A Kubernetes cluster is out of reach, forbids something, or lacks something."""
+
+    exit_code = 7
+
+
 class Interrupted(NsError):
     """Asked to stop (SIGINT, SIGTERM). Work done so far is kept; the same command continues."""
 

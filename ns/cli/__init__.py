@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ns import __version__
-from ns.cli import evaluate, export, gate, labels, promote, report
+from ns.cli import doctor, evaluate, export, gate, labels, promote, report
 from ns.cli.options import AsJson, ConfigArgument, Overrides, Root, RunArgument, plain
 from ns.errors import ConfigError, DataError, Interrupted, NsError, RunError, StoreError
 
@@ -38,7 +38,6 @@ app = typer.Typer(
 runs_app = typer.Typer(help="Runs: what was done, and what came of it.", no_args_is_help=True)
 config_app = typer.Typer(help="Experiments: show, check, and describe their fields.", no_args_is_help=True)
 data_app = typer.Typer(help="Datasets.", no_args_is_help=True)
-doctor_app = typer.Typer(help="Find out beforehand what would stop a run.", no_args_is_help=True)
 app.add_typer(runs_app, name="runs")
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
@@ -49,7 +48,7 @@ app.command()(evaluate.evaluate)
 app.command()(export.export)
 app.add_typer(gate.app, name="gate")
 app.add_typer(promote.app, name="promote")
-app.add_typer(doctor_app, name="doctor")
+app.add_typer(doctor.app, name="doctor")
 
 
 class Runner(StrEnum):
@@ -556,31 +555,6 @@ def _class_names(file: Path) -> list[str]:
     if len(set(names)) != len(names) or len(names) < 2:
         raise DataError(f"{file}: {len(names)} names, {len(set(names))} different ones; must be at least 2, each once")
     return names
-
-
-@doctor_app.command("store")
-def doctor_store(
-    uri: Annotated[str, typer.Argument(metavar="URI", help="A folder, or s3://bucket/prefix.")], as_json: AsJson = False
-) -> None:
-    """Try all that the loop needs of a place for bytes, in a folder that is removed afterwards.
-
-    Example: [cyan]ns doctor store s3://my-bucket/noisy-student[/]
-    """
-    from dataclasses import asdict
-
-    from ns.store.probe import probe
-
-    findings = probe(uri)
-    if as_json:
-        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=1))
-    else:
-        for finding in findings:
-            state = typer.style("ok", fg="green") if finding.ok else typer.style("NO", fg="red", bold=True)
-            typer.echo(
-                f"{state}  {finding.name:<15}  {finding.detail}" + (f"\n    {'':<15}  fix: {finding.fix}" * (not finding.ok))
-            )
-    if not all(finding.ok for finding in findings):
-        raise typer.Exit(StoreError.exit_code)
 
 
 def _load(config: str, overrides: list[str] | None) -> "Experiment":

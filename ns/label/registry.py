@@ -281,6 +281,27 @@ class Registry:
         with self._clone() as clone:
             return clone.remote
 
+    def rehearse(self) -> str:
+        """Asks the git server whether a version might be pushed, and pushes nothing; an empty repository stays empty.
+
+        Returns the folder or URI of the data. Raises as `commit` would.
+        """
+        with scratch("registry") as place:
+            folder = place / "clone"
+            folder.mkdir()
+            commands = Commands(folder, place / "dvc", s3=False, **self._seconds)
+            commands.identify()
+            commands.git("init", "--quiet")
+            commands.git("remote", "add", "origin", self._url)
+            is_empty = not self._refs(commands)
+            commands.git("commit", "--quiet", "--allow-empty", "--message=Nothing")
+            commands.git("push", "--quiet", "--dry-run", "origin", "HEAD:refs/tags/labels/doctor")
+        if not is_empty:
+            return self.where()
+        if self._remote is None:
+            raise DataError(self._is_empty())
+        return self._remote
+
     def get(self, name: str, destination: Path, *, with_dvc: bool = True) -> Version:
         """Brings a version (a tag, or `current/PROJECT`) into a folder, and checks every file. What is there and good stays.
 
@@ -501,10 +522,7 @@ class Registry:
     def _set_up(self, folder: Path) -> None:
         """Makes the first commit of an empty repository. If two do, the first one's holds."""
         if self._remote is None:
-            raise DataError(
-                f"registry {self.place}: is empty; say where its data shall lie, a folder or s3://bucket/prefix "
-                "(--remote, NS_LABEL_REMOTE, registry.remote)"
-            )
+            raise DataError(self._is_empty())
         folder.mkdir()
         commands = Commands(folder, folder.parent / "dvc", s3=False, **self._seconds)
         commands.identify()
@@ -526,6 +544,12 @@ class Registry:
         except StoreError:
             if MAIN not in self._refs(commands):
                 raise
+
+    def _is_empty(self) -> str:
+        return (
+            f"registry {self.place}: is empty; say where its data shall lie, a folder or s3://bucket/prefix "
+            "(--remote, NS_LABEL_REMOTE, registry.remote)"
+        )
 
 
 def _gather(labels: Store, label_set: LabelSet, selection: Selection | None, target: Path) -> tuple[File, ...]:

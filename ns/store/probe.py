@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
 
 from ns.errors import StoreError
+from ns.finding import Finding
 from ns.store.base import Store, open_store
 from ns.store.local import LocalStore
 
@@ -42,18 +43,6 @@ NAMES = (
     "=,;:@$!*()[]",
 )
 LONG = "/".join(["long" * 25] * 8)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was tried."""
-
-    name: str
-    ok: bool
-    """False: the loop will not work here. What it can do without is ok, and said in `detail`."""
-    detail: str
-    fix: str = ""
-    """What to do where it is not ok."""
 
 
 class _FailedError(Exception):

@@ -1,7 +1,8 @@
 import pytest
 
 from ns.errors import StoreError
-from ns.store.probe import MANY, Finding, probe
+from ns.finding import Finding
+from ns.store.probe import MANY, probe
 from tests.store.conftest import store_at
 from tests.store.faults import Fault, Proxy
 

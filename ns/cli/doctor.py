@@ -1,0 +1,119 @@
+"""`ns doctor …`: find out beforehand what would stop a run."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ns.cli.options import AsJson
+from ns.errors import ClusterError, NsError, StoreError
+
+if TYPE_CHECKING:
+    from ns.finding import Finding
+
+app = typer.Typer(help="Find out beforehand what would stop a run.", no_args_is_help=True)
+
+
+class Needed(StrEnum):
+    kfp = "kfp"
+    trainer = "trainer"
+    kueue = "kueue"
+    prometheus = "prometheus-operator"
+    dcgm = "dcgm"
+    gpu = "gpu"
+
+
+@app.command("store")
+def store(
+    uri: Annotated[str, typer.Argument(metavar="URI", help="A folder, or s3://bucket/prefix.")], as_json: AsJson = False
+) -> None:
+    """Try all that the loop needs of a place for bytes, in a folder that is removed afterwards.
+
+    Example: [cyan]ns doctor store s3://my-bucket/noisy-student[/]
+    """
+    from ns.store.probe import probe
+
+    findings = probe(uri)
+    show(findings, as_json=as_json)
+    if any(finding.fatal for finding in findings):
+        raise typer.Exit(StoreError.exit_code)
+
+
+@app.command("cluster")
+def cluster(
+    context: Annotated[str | None, typer.Option(help="Of the kubeconfig; the current one if not given.")] = None,
+    namespace: Annotated[
+        str | None, typer.Option("--namespace", "-n", help="Where runs' pods are; Kubeflow Pipelines' own if not given.")
+    ] = None,
+    need: Annotated[list[Needed] | None, typer.Option(help="What must be there, besides kfp. Repeatable.")] = None,
+    store: Annotated[
+        str | None, typer.Option(metavar="URI", help="Try this store too, with this shell's AWS_… variables.")
+    ] = None,
+    registry: Annotated[
+        str | None,
+        typer.Option(metavar="GIT", envvar="NS_LABEL_REGISTRY", help="Try this label registry too: push right, data."),
+    ] = None,
+    remote: Annotated[
+        str | None, typer.Option(metavar="URI", envvar="NS_LABEL_REMOTE", help="Of a registry that is still empty: its data.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look whether a Kubernetes cluster has all that runs need. Changes nothing in it.
+
+    Versions and pairs of them that do not get on, storage, GPU nodes, queues, metrics, rights; each with its fix.
+
+    Example: [cyan]ns doctor cluster --context production --need trainer --store s3://my-bucket/ns[/]
+    """
+    from ns.cluster.doctor import Asked, examine
+    from ns.cluster.kubectl import Kubectl
+    from ns.store.probe import probe
+
+    findings = examine(Kubectl(context), Asked(namespace, frozenset({"kfp", *(one.value for one in need or ())})))
+    if store:
+        findings += _tried("store", lambda: probe(store))
+    if registry:
+        findings += _tried("git-push", lambda: _registry(registry, remote))
+    show(findings, as_json=as_json)
+    if any(finding.fatal for finding in findings):
+        raise typer.Exit(ClusterError.exit_code)
+
+
+def show(findings: "list[Finding]", *, as_json: bool = False) -> None:
+    """Prints findings, one a line, its fix below it."""
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=1))
+        return
+    width = max([15, *(len(finding.name) for finding in findings)])
+    for finding in findings:
+        state = typer.style("ok", fg="green") if finding.ok else typer.style("NO", fg="red", bold=True)
+        if finding.warning and not finding.ok:
+            state = typer.style("??", fg="yellow")
+        typer.echo(f"{state}  {finding.name:<{width}}  {finding.detail}")
+        if not finding.ok:
+            typer.echo(f"    {'':<{width}}  fix: {finding.fix}")
+
+
+def _registry(git: str, remote: str | None) -> "list[Finding]":
+    from ns.finding import Finding
+    from ns.label.commands import redacted
+    from ns.label.registry import Registry
+    from ns.store.probe import probe
+
+    data = Registry(git, remote).rehearse()
+    pushed = Finding("git-push", True, f"{redacted(git)}: versions can be pushed")
+    return [pushed, *(replace(finding, name=f"dvc-{finding.name}") for finding in probe(data))]
+
+
+def _tried(name: str, look: "Callable[[], list[Finding]]") -> "list[Finding]":
+    from ns.finding import Finding
+
+    try:
+        return [replace(one, name=f"{name}-{one.name}" if name == "store" else one.name) for one in look()]
+    except NsError as error:
+        detail, _, fix = str(error).rpartition("; ")
+        return [
+            Finding(name, False, detail or fix, fix if detail else "see that it exists, and that these credentials may write")
+        ]
