@@ -1,7 +1,7 @@
 """In which arithmetic a network runs fastest on the machine at hand: measured for about a second each, logged, remembered.
 
-What was measured is kept in ~/.cache/noisy-student/precision.json (or below NS_CACHE_DIR), by machine, network and shape.
-What was chosen is part of the result: training checkpoints and model cards hold it.
+What was measured is kept in ~/.cache/noisy-student/precision.json (or below NS_CACHE_DIR), by machine, network and shape, unless
+others kept the processor busy meanwhile. What was chosen is part of the result: training checkpoints and model cards hold it.
 """
 
 import contextlib
@@ -33,6 +33,9 @@ COMPILE_FROM_SECONDS = {"cpu": 1200.0, "cuda": 600.0}
 """torch.compile takes up to a minute, so it is only tried when there is more work left than this."""
 COMPILE_SAVES_SECONDS = 120.0
 """And only used when it saves more than this."""
+
+DISTURBED_SHARE = 0.1
+"""Of the time measured: who waits for a core longer than this has measured the others too."""
 
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -118,9 +121,17 @@ def choose(workload: Workload, *, images: int, precisions: Sequence[Precision] |
     """
     memory = _Memory.load()
     rates = dict(memory.rates.get(workload.key, {}))
+    undisturbed = True
+
+    def measure(modes: Sequence[Mode]) -> None:
+        nonlocal undisturbed
+        found = _measure(workload, modes)
+        rates.update(found.rates)
+        undisturbed = undisturbed and found.undisturbed
+
     candidates = [Mode(precision) for precision in precisions or supported(workload.device)]
     if not all(str(mode) in rates for mode in candidates):
-        rates |= _measure(workload, candidates)
+        measure(candidates)
     known = [mode for mode in candidates if str(mode) in rates]
     if not known:
         raise TrainingError(
@@ -131,12 +142,14 @@ def choose(workload: Workload, *, images: int, precisions: Sequence[Precision] |
     compiled = Mode(best.precision, compiled=True)
     seconds = images / rates[str(best)]
     if seconds > COMPILE_FROM_SECONDS[workload.device.type]:
-        if str(compiled) not in rates:
-            rates |= _measure(workload, [best, compiled])
+        remembered = str(compiled) in rates
+        if not remembered:
+            measure([best, compiled])
             seconds = images / rates[str(best)]
         if seconds - images / rates.get(str(compiled), 1e-9) > COMPILE_SAVES_SECONDS:
-            best = compiled
-    memory.keep(workload.key, rates)
+            best = workable(workload, compiled) if remembered else compiled
+    if undisturbed:
+        memory.keep(workload.key, rates)
     log.get().info(
         "precision chosen",
         task=workload.kind,
@@ -146,6 +159,17 @@ def choose(workload: Workload, *, images: int, precisions: Sequence[Precision] |
         resolution=workload.resolution,
     )
     return best
+
+
+def workable(workload: Workload, mode: Mode) -> Mode:
+    """The mode, or the same precision without torch.compile if that cannot be had here: in an image without a compiler, say.
+
+    The mode may come from another machine, in a checkpoint or in what is remembered. Compiles for one step of a copy; the network
+    itself is then compiled out of torch's cache.
+    """
+    if not mode.compiled or str(mode) in _measure(workload, [mode], seconds=0, least_rounds=1).rates:
+        return mode
+    return Mode(mode.precision)
 
 
 class Rate(NamedTuple):
@@ -181,7 +205,7 @@ def measured(workload: Workload, *, seconds: float, precisions: Sequence[Precisi
         return Rate(first, batch / took, batch)
     # Half of the time for the rounds, of which there are two at least, after a first one that allocates.
     batch = max(batch, min(workload.batch, int(batch * budget / 6 / took)))
-    while not (rates := _measure(replace(workload, batch=batch), modes, seconds=budget / 2, least_rounds=2)):
+    while not (rates := _measure(replace(workload, batch=batch), modes, seconds=budget / 2, least_rounds=2).rates):
         batch = max(1, batch // 2)
     best = max(modes, key=lambda mode: rates.get(str(mode), 0) / (1 if mode.precision == "float32" else MARGIN))
     return Rate(best, rates[str(best)], batch)
@@ -205,9 +229,16 @@ def machine(device: torch.device) -> str:
     return f"{model}, {torch.get_num_threads()} threads"
 
 
+class _Found(NamedTuple):
+    rates: dict[str, float]
+    """Images per second by mode."""
+    undisturbed: bool
+    """Whether the processor was free for it. What was found on a busy one serves for now, and is not worth remembering."""
+
+
 def _measure(
     workload: Workload, modes: Sequence[Mode], *, seconds: float = MEASURED_SECONDS, least_rounds: int = LEAST_ROUNDS
-) -> dict[str, float]:
+) -> _Found:
     """Images per second of each mode that can be run, from `seconds` each.
 
     The modes take turns, and the shortest time of each counts: a neighbour on the same cores slows single steps down by any
@@ -230,12 +261,28 @@ def _measure(
                 if not mode.compiled:
                     raise
                 log.get().warning("cannot compile", task=workload.kind, reason=str(error).strip().partition("\n")[0])
-        spent, rounds = 0.0, 0
+        spent, rounds, waited = 0.0, 0, _waited_seconds()
         while steps and (rounds < least_rounds or spent < seconds * len(steps)):
             for name, step in steps.items():
                 times[name].append(_seconds(step, device))
             spent, rounds = sum(map(sum, times.values())), rounds + 1
-    return {name: workload.batch / min(found) for name, found in times.items()}
+        waited = _waited_seconds() - waited
+    rates = {name: workload.batch / min(found) for name, found in times.items()}
+    if steps and waited > DISTURBED_SHARE * spent:
+        log.get().warning(
+            "measured on a busy processor: not remembered", task=workload.kind, seconds=round(spent, 2), waited=round(waited, 2)
+        )
+        return _Found(rates, undisturbed=False)
+    return _Found(rates, undisturbed=True)
+
+
+def _waited_seconds() -> float:
+    """How long the threads of this process have been ready and had no core so far; 0 where the system does not say."""
+    waited = 0
+    for task in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):  # a thread that has just ended
+            waited += int(task.read_text().split()[1])
+    return waited / 1e9
 
 
 def _seconds(step: Callable[[], None], device: torch.device) -> float:

@@ -1,5 +1,10 @@
+import hashlib
 import json
+import os
+import threading
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,6 +102,54 @@ def test_what_cannot_be_compiled_runs_as_it_is(workload, stopwatch):
     assert choose(workload, images=10**9) == Mode("bfloat16")
 
 
+def test_what_is_measured_on_a_busy_processor_serves_once_and_is_not_remembered(workload, stopwatch, cache, monkeypatch):
+    waited = iter([0.0, 10.0])
+    monkeypatch.setattr(precision, "_waited_seconds", lambda: next(waited, 10.0))
+    assert choose(workload, images=100) == Mode("bfloat16")
+    assert not cache.exists()
+    stopwatch[0]["float32"] = 0.25
+    assert choose(workload, images=100) == Mode("float32")
+    assert json.loads(cache.read_text())[workload.key]["float32"] == 16
+
+
+def test_waiting_for_a_core_is_noticed():
+    if not Path("/proc/self/schedstat").exists():
+        pytest.skip("the system does not say how long threads wait")
+    before, core = precision._waited_seconds(), os.sched_getaffinity(0)
+    together = threading.Barrier(2)
+
+    def work():
+        os.sched_setaffinity(0, {min(core)})  # of this thread
+        together.wait()
+        ends = time.thread_time() + 0.05
+        while time.thread_time() < ends:
+            hashlib.sha256(bytes(1_000_000))  # lets go of the interpreter
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    waited = before
+    while any(thread.is_alive() for thread in threads):
+        waited = max(waited, precision._waited_seconds())
+    assert waited - before > 0.02
+
+
+@pytest.mark.parametrize("precise", ["float32", "bfloat16"])
+def test_a_mode_of_elsewhere_is_taken_without_compiling_where_there_is_no_compiler(workload, stopwatch, precise):
+    compiled, plain = Mode(precise, compiled=True), Mode(precise)
+    assert precision.workable(workload, compiled) == compiled
+    assert precision.workable(workload, plain) == plain
+    stopwatch[0][str(compiled)] = RuntimeError("no C++ compiler\nand a long trace")
+    assert precision.workable(workload, compiled) == plain
+
+
+def test_what_is_remembered_of_compiling_is_tried_before_it_is_used(workload, stopwatch):
+    times, _ = stopwatch
+    assert choose(workload, images=8 * 1201) == Mode("bfloat16", compiled=True)
+    times["bfloat16+compile"] = RuntimeError("no C++ compiler")
+    assert choose(workload, images=8 * 1201) == Mode("bfloat16")
+
+
 def test_a_mode_that_memory_does_not_suffice_for_is_left_out(workload, stopwatch):
     stopwatch[0]["bfloat16"] = torch.OutOfMemoryError()
     assert choose(workload, images=100) == Mode("float32")
@@ -146,6 +199,8 @@ def test_a_quick_measurement_finds_the_fastest_mode(workload, stopwatch):
 
 
 def test_a_batch_that_does_not_fit_is_halved(workload, stopwatch, monkeypatch):
-    rounds = iter([{}, {"float32": 3.0, "bfloat16": 3.1}])
+    rounds = iter(
+        [precision._Found({}, undisturbed=True), precision._Found({"float32": 3.0, "bfloat16": 3.1}, undisturbed=True)]
+    )
     monkeypatch.setattr(precision, "_measure", lambda *_, **__: next(rounds))
     assert precision.measured(replace(workload, batch=16), seconds=24) == precision.Rate(Mode("float32"), 3.0, 2)

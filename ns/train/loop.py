@@ -19,7 +19,7 @@ from ns.data.stream import Batch, Batches, Labelled, PseudoLabelled, loader
 from ns.errors import ConfigError, Interrupted, TrainingError
 from ns.memory import keep_freed_memory
 from ns.parallel import ALONE, World
-from ns.precision import Mode, Workload, choose, supported
+from ns.precision import Mode, Workload, choose, supported, workable
 from ns.store import Store
 from ns.train import checkpoint
 from ns.train.checkpoint import State
@@ -77,10 +77,16 @@ def train(
     normalize = models.Normalize(MEAN, STD).to(device)
     optimizer = make_optimizer(network, config.optimizer)
     state = State(network, Ema(network, config.ema_decay), optimizer)
+    workload = training_workload(network, course.role, images_a_step // config.accumulate // world.size)
     if checkpoint.restore(checkpoints, state):
+        begun = state.mode
+        state.mode = Mode.parse(world.first_says(lambda: str(workable(workload, begun))))
         log.get().info("training continues", step=state.step, of=steps, mode=str(state.mode))
+        if state.mode != begun:
+            log.get().warning(
+                "cannot compile here: what comes out is equal to rounding only", mode=str(state.mode), begun=str(begun)
+            )
     else:
-        workload = training_workload(network, course.role, images_a_step // config.accumulate // world.size)
         images = steps * images_a_step // world.size
         asked = config.precision
         state.run_in(Mode.parse(world.first_says(lambda: str(_mode(asked, workload, images=images, alone=world.size == 1)))))
@@ -203,13 +209,13 @@ def training_workload(network: nn.Module, role: RoleConfig, batch: int) -> Workl
 
 
 def _mode(precision: str, workload: Workload, *, images: int, alone: bool) -> Mode:
-    """The mode that a configuration asks for, or the fastest. What compiling saves is only known of a process alone."""
+    """The mode that a configuration asks for, if it works here, or the fastest. What compiling saves is only known of a process alone."""
     if precision == "auto":
         return choose(workload, images=images if alone else 0)
     mode = Mode.parse(precision)
     if mode.precision not in supported(workload.device):
         raise ConfigError(f"train.precision: invalid value {precision!r} on {workload.device.type}: float16 needs a GPU")
-    return mode
+    return workable(workload, mode)
 
 
 def _refuse_unequal_parts(config: TrainConfig, pseudo_batch: int, world: World) -> None:

@@ -294,6 +294,32 @@ def test_a_continued_training_keeps_the_precision_it_began_with(data, tmp_path, 
     assert same(resumed.weights, calm.weights)
 
 
+def test_a_training_that_was_compiled_elsewhere_goes_on_without_a_compiler(data, tmp_path, monkeypatch, capsys):
+    calm = run(data, tmp_path / "calm", role())
+    save = checkpoint.Writer.save
+
+    def stop_after(writer, state):
+        state.mode = Mode("float32", compiled=True)
+        save(writer, state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.Writer, "save", stop_after)
+    with pytest.raises(KeyboardInterrupt):
+        run(data, tmp_path / "stopped", role(checkpoint_seconds=0))
+    monkeypatch.setattr(checkpoint.Writer, "save", save)
+
+    def no_compiler(network):
+        raise RuntimeError("no working C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    log.configure()
+    resumed = run(data, tmp_path / "stopped", role())
+    assert "equal to rounding only" in capsys.readouterr().err
+    assert resumed.mode == "float32"
+    assert same(resumed.weights, calm.weights)
+    assert run(data, tmp_path / "asked", role(precision="float32+compile")).mode == "float32"
+
+
 def test_the_precision_asked_for_is_the_one_in_use(data, tmp_path):
     plain = run(data, tmp_path / "plain", role())
     fast = run(data, tmp_path / "fast", role(precision="bfloat16"))
