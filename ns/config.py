@@ -245,6 +245,8 @@ class FinetuneConfig(Section):
 class TrainConfig(Section):
     """How a network is trained. An epoch is a pass over the labelled images, as in the paper."""
 
+    younger = ("checkpoints_kept",)
+
     labelled_batch: int = Field(default=512, ge=2, le=65536)
     """Labelled images a step."""
     epochs: float = Field(default=350, gt=0)
@@ -277,6 +279,8 @@ class TrainConfig(Section):
     """A fine-tuning at another resolution after the training; none if not given."""
     checkpoint_seconds: float = Field(default=60, ge=0)
     """Between training checkpoints, from which a killed training goes on."""
+    checkpoints_kept: int = Field(default=2, ge=1, le=100)
+    """The last ones; a damaged one falls back on the one before."""
     loader_workers: int = Field(default=1, ge=0, le=64)
     """Processes that decode and augment for each that trains; 0 does it in the training process. The order of images does not
     depend on it."""

@@ -756,8 +756,8 @@ class _LabelledBefore:
 def _training_slice(role: RoleConfig) -> dict[str, Any]:
     """A role without what changes how fast it trains, but not what comes out."""
     fields = role.model_dump(mode="json", exclude={"preset"})
-    for name in ("checkpoint_seconds", "loader_workers", "processes", "tensorboard"):
-        del fields["train"][name]
+    for name in ("checkpoint_seconds", "checkpoints_kept", "loader_workers", "processes", "tensorboard"):
+        fields["train"].pop(name, None)
     if role.train.init_place:
         fields["train"]["init"] = weights_digest(role.train.init_place)
     return fields

@@ -11,7 +11,7 @@ from ns.card import FINETUNED, ModelCard
 from ns.card import MANIFEST as CARD
 from ns.config import GateConfig, LabellingConfig, RoleConfig, TrainConfig
 from ns.data.index import ShardIndex
-from ns.errors import ConfigError, DataError, Interrupted, TrainingError
+from ns.errors import ConfigError, DataError, Interrupted, StoreError, TrainingError
 from ns.evaluate.gate import corruption_rise, flip_rise
 from ns.evaluate.result import Evaluation, Robustness
 from ns.evaluate.suite import Suite
@@ -177,6 +177,14 @@ def test_a_teacher_at_chance_is_refused_before_any_student(done, preset, monkeyp
     monkeypatch.setattr(steps, "_evaluation", useless)
     with pytest.raises(TrainingError, match="no better than chance"):
         steps.resolve(*where, data, 1, first)
+
+
+def test_a_teacher_that_is_not_there_stops_before_any_student(done):
+    _, where = done
+    data = steps.prepare_data(*where)
+    for step in (steps.resolve, steps.train):
+        with pytest.raises(StoreError, match=r"store/models/gone/\S+: .*no such"):
+            step(*where, data, 1, "store/models/gone")
 
 
 def test_a_threshold_that_nothing_meets_is_an_error_that_says_so(done, preset):

@@ -23,7 +23,6 @@ from ns.log import duration
 from ns.plan.look import Counts, Looked, Picture
 from ns.plan.measure import Speed, decode_seconds, inference_speed, noise_seconds, training_speed
 from ns.precision import machine
-from ns.train.checkpoint import KEEP
 from ns.train.course import Course, finetuned_role, training
 
 FLOAT_BYTES = 4
@@ -181,7 +180,9 @@ def plan(experiment: Experiment, asked: Asked) -> Plan:
         label_set_bytes=looked["pool"].images * (LABEL_ROW_BYTES + LABEL_CLASS_BYTES * top),
         model_bytes=sum(FLOAT_BYTES * one.parameters for one in work if one.checkpoint_bytes),
         # The one that is being written, beside those that are kept.
-        checkpoint_bytes=(KEEP + 1) * max(one.checkpoint_bytes for one in work),
+        checkpoint_bytes=max(
+            (job.role.train.checkpoints_kept + 1) * one.checkpoint_bytes for job, one in zip(jobs, work, strict=True)
+        ),
         price=asked.price,
     )
 

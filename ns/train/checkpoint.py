@@ -23,9 +23,6 @@ from ns.precision import FLOAT32, Mode
 from ns.store import Store
 from ns.train.ema import Ema
 
-KEEP = 2
-"""A damaged checkpoint falls back on the one before."""
-
 NAME = re.compile(r"step-(\d{8})-([0-9a-f]{16})\.safetensors")
 
 
@@ -59,8 +56,10 @@ class State:
 class Writer:
     """Writes checkpoints while training goes on, one at a time. Leave its context to be sure of the last one."""
 
-    def __init__(self, folder: Store) -> None:
+    def __init__(self, folder: Store, keep: int) -> None:
+        """`keep`: how many are kept, the last ones."""
         self._folder = folder
+        self._keep = keep
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
@@ -70,7 +69,7 @@ class Writer:
         A checkpoint that cannot be written is no reason to stop: it is logged, and the one before stays.
         """
         self._finish_one()
-        self._writing = self._thread.submit(write, self._folder, state.step, snapshot(state))
+        self._writing = self._thread.submit(write, self._folder, state.step, snapshot(state), self._keep)
 
     def flush(self) -> None:
         """Waits for the checkpoint under way. Raises StoreError if it cannot be written."""
@@ -124,12 +123,12 @@ def snapshot(state: State) -> Snapshot:
     return Snapshot({name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}, facts)
 
 
-def write(folder: Store, step: int, taken: Snapshot) -> None:
-    """Writes a checkpoint and drops all but the last KEEP."""
+def write(folder: Store, step: int, taken: Snapshot, keep: int) -> None:
+    """Writes a checkpoint and drops all but the last `keep`."""
     tensors = {name: value.contiguous() for name, value in taken.tensors.items()}
     blob = save_tensors(tensors, metadata={"state": json.dumps(taken.facts)})
     folder.put(f"step-{step:08d}-{sha256_bytes(blob)[:16]}.safetensors", blob)
-    for key in _found(folder)[KEEP:]:
+    for key in _found(folder)[keep:]:
         folder.delete(key)
 
 

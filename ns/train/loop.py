@@ -124,7 +124,7 @@ def train(
         _dead_loaders(stop),
         _memory_explained(course.role),
         monitor or Monitor() as watching,
-        checkpoint.Writer(checkpoints) as writer,
+        checkpoint.Writer(checkpoints, config.checkpoints_kept) as writer,
     ):
         watching.begin(step=state.step, steps=steps, images_a_step=images_a_step, checkpoint_seconds=config.checkpoint_seconds)
 

@@ -88,7 +88,7 @@ def test_a_checkpoint_is_as_large_as_planned(tmp_path, optimizer):
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
     trained.step()
-    with Writer(LocalStore(tmp_path)) as writer:
+    with Writer(LocalStore(tmp_path), 2) as writer:
         writer.save(State(network, Ema(network, 0.9), trained))
     (written,) = tmp_path.iterdir()
     state = sum(value.numel() for value in network.state_dict().values())

@@ -39,10 +39,10 @@ def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-def saved(folder: LocalStore, steps: int) -> State:
+def saved(folder: LocalStore, steps: int, keep: int = 2) -> State:
     """A state after `steps` steps, with a checkpoint after each."""
     some = state()
-    with Writer(folder) as writer:
+    with Writer(folder, keep) as writer:
         for _ in range(steps):
             advance(some)
             writer.save(some)
@@ -56,7 +56,7 @@ def test_everything_the_next_step_depends_on_comes_back(tmp_path, optimizer):
     some.run_in(Mode("bfloat16", compiled=True))
     advance(some)
     some.sums, some.counted, some.seconds = torch.rand(5), 3, 1.5
-    with Writer(folder) as writer:
+    with Writer(folder, 2) as writer:
         writer.save(some)
     other = state(seed=1, optimizer=optimizer)
     assert checkpoint.restore(folder, other)
@@ -74,16 +74,17 @@ def test_the_scaler_of_float16_comes_back(tmp_path):
     some = state()
     some.run_in(Mode("float16"))
     some.scaler.load_state_dict({**some.scaler.state_dict(), "scale": 123.0})
-    checkpoint.write(LocalStore(tmp_path), 0, checkpoint.snapshot(some))
+    checkpoint.write(LocalStore(tmp_path), 0, checkpoint.snapshot(some), 2)
     other = state()
     assert checkpoint.restore(LocalStore(tmp_path), other)
     assert other.scaler.state_dict()["scale"] == 123
 
 
-def test_the_last_two_are_kept_and_clearing_removes_them(tmp_path):
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_last_ones_are_kept_and_clearing_removes_them(tmp_path, keep):
     folder = LocalStore(tmp_path)
-    saved(folder, 4)
-    assert [key[:13] for key in folder.list()] == ["step-00000003", "step-00000004"]
+    saved(folder, 4, keep)
+    assert [key[:13] for key in folder.list()] == ["step-00000002", "step-00000003", "step-00000004"][-keep:]
     checkpoint.clear(folder)
     assert not list(folder.list())
 
@@ -96,7 +97,7 @@ def test_a_checkpoint_holds_the_state_as_it_was_when_asked(tmp_path, monkeypatch
     some = state()
     advance(some)
     before = values(some)
-    with Writer(folder) as writer:
+    with Writer(folder, 2) as writer:
         writer.save(some)
         advance(some)  # training goes on while the checkpoint is written
         go.set()
@@ -132,7 +133,7 @@ class Full(LocalStore):
 def test_a_full_disk_keeps_the_last_good_checkpoint_and_does_not_stop_training(tmp_path):
     folder = Full(tmp_path)
     some = state()
-    with Writer(folder) as writer:
+    with Writer(folder, 2) as writer:
         for _ in range(3):
             advance(some)
             writer.save(some)

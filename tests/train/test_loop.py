@@ -142,10 +142,10 @@ def test_the_order_of_images_does_not_depend_on_who_loads_them(data, tmp_path):
 
 
 def test_a_damaged_checkpoint_falls_back_on_the_one_before(data, tmp_path, monkeypatch):
-    config = role(checkpoint_seconds=0)
+    config = role(checkpoint_seconds=0, checkpoints_kept=3)
     calm = run(data, tmp_path / "calm", config)
     kept = sorted((tmp_path / "calm").iterdir())
-    assert len(kept) == checkpoint.KEEP
+    assert len(kept) == 3
     kept[-1].write_bytes(kept[-1].read_bytes()[:-1] + b"x")
     again = run(data, tmp_path / "calm", config)
     assert again.steps == calm.steps
@@ -327,6 +327,28 @@ def test_the_precision_asked_for_is_the_one_in_use(data, tmp_path):
     assert not same(plain.weights, fast.weights)
     assert all(value.dtype != torch.bfloat16 for value in fast.weights.values())
     assert fast.history[-1]["loss"] == pytest.approx(plain.history[-1]["loss"], rel=0.1)
+
+
+def test_float16_scales_its_gradients_and_leaves_out_steps_that_overflow(data, tmp_path, monkeypatch):
+    """As on a GPU, but for its kernels: where the processor computes in float16, the same scaler works."""
+    monkeypatch.setattr(loop, "supported", lambda device: ["float32", "float16"])
+    updates, step = [], torch.optim.AdamW.step
+
+    def counted(self, *arguments, **named):
+        updates.append(True)
+        return step(self, *arguments, **named)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
+    plain = run(data, tmp_path / "plain", role())
+    assert len(updates) == plain.steps
+    updates.clear()
+    monkeypatch.setattr(torch.amp.GradScaler.__init__, "__defaults__", ("cuda", 2.0**18, 2.0, 0.5, 2000, True))
+    optimizer = OptimizerConfig(name="adamw", warmup_epochs=1, clip_norm=1e3)
+    scaled = run(data, tmp_path / "scaled", role(precision="float16", optimizer=optimizer))
+    assert scaled.mode == "float16"
+    assert 0 < len(updates) < scaled.steps
+    assert all(value.isfinite().all() for value in scaled.weights.values())
+    assert scaled.history[0]["loss"] == pytest.approx(plain.history[0]["loss"], rel=0.01)
 
 
 def test_float16_is_refused_without_a_gpu(data, tmp_path):
