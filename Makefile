@@ -74,6 +74,7 @@ compile: $(VENV)/.run ## Compile the pipeline into pipelines/noisy_student.yaml
 
 dashboards: ## Write the Grafana dashboards anew (k8s/components/monitoring/dashboards.py)
 	@python3 k8s/components/monitoring/dashboards.py
+
 validate: $(VENV)/.test ## Check the manifests in k8s/ against Kubernetes' schemas (ARGS="--remote")
 	@$(BIN)/python k8s/validate.py $(ARGS)
 

@@ -35,6 +35,7 @@ STEPS = ("cluster", ".", "kubeflow")
 
 GIVEN = {
     ("ServiceAccount", "pipeline-runner"): "Kubeflow Pipelines' own, as which runs run",
+    ("ServiceAccount", "default-editor"): "the same in a profile's namespace, of a Kubeflow with users",
     ("Secret", "mlpipeline-minio-artifact"): "the keys of the object store",
     ("Secret", "webhook-server-tls"): "the certificate of Kubeflow's cache, which makes it itself",
 }

@@ -40,9 +40,10 @@ def kept(crd: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     spec = crd["spec"]
     (version,) = [one for one in spec["versions"] if one["storage"]]
     schema = strict(version["schema"]["openAPIV3Schema"])
-    # Said by Kubernetes itself; the validation looks at it by itself.
-    schema["properties"]["metadata"] = {"type": "object"}
-    schema.get("properties", {}).pop("status", None)
+    # What all objects have, whether or not a CRD says so; what is in the metadata is looked at by itself.
+    schema["properties"] |= {"apiVersion": {"type": "string"}, "kind": {"type": "string"}, "metadata": {"type": "object"}}
+    # Nobody writes it but a controller.
+    schema["properties"].pop("status", None)
     return FOLDER / spec["group"] / f"{spec['names']['kind']}-{version['name']}.json", schema
 
 

@@ -1,6 +1,7 @@
 """The manifests are what Kubernetes takes, and what `make validate` lets through is: each of its rules refuses what breaks it."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import yaml
 
 from k8s import validate
+from ns import __version__
 from pipelines.compile import PACKAGE
 from pipelines.pools import INPUTS
 
@@ -107,6 +109,20 @@ def test_a_component_that_is_not_there_fails_the_build(copy):
     edit(copy / "overlays/kind/kustomization.yaml", "components/pod-security", "components/pod-securty")
     with pytest.raises(validate.BuildError, match="pod-securty"):
         validate.build(copy / "overlays/kind")
+
+
+@pytest.mark.integration
+def test_a_team_gets_everything_under_its_own_name(copy):
+    edit(copy / "overlays/tenant/tenant.yaml", "team-vision", "team-sound")
+    objects = validate.build(copy / "overlays/tenant")
+    assert {one["metadata"].get("namespace", "team-sound") for one in objects} == {"team-sound"}
+    names = {
+        kind: {one["metadata"]["name"] for one in objects if one["kind"] == kind} for kind in ("Namespace", "ClusterQueue")
+    }
+    assert names == {"Namespace": {"team-sound"}, "ClusterQueue": {"team-sound"}}
+    (bound,) = [one for one in objects if one["kind"] == "RoleBinding"]
+    assert bound["subjects"] == [{"kind": "ServiceAccount", "name": "default-editor", "namespace": "team-sound"}]
+    assert "CronJob" not in {one["kind"] for one in objects}
 
 
 def test_what_comes_from_the_network_names_its_version(copy):
@@ -215,6 +231,17 @@ def test_the_pipeline_asks_for_secrets_and_settings_that_the_manifests_name():
     settings = yaml.safe_load((K8S / "base" / "configmap-noisy-student.yaml").read_text())
     assert INPUTS["settings"].default == settings["metadata"]["name"]
     assert ("Secret", INPUTS["storage_secret"].default) in validate.GIVEN
+
+
+def test_images_of_ours_are_of_this_version():
+    found = {
+        image
+        for part in ("base", "components")
+        for file in (K8S / part).rglob("*.yaml")
+        for image in re.findall(r"image: (noisy-student/\S+)", file.read_text())
+    }
+    assert found
+    assert all(image.endswith(f":{__version__}") for image in found), found
 
 
 def test_steps_of_runs_are_not_root():
