@@ -91,6 +91,11 @@ def test_what_a_run_found_is_shown(done, monkeypatch):
     gauges.show_verdict(runs.verdict(store, run)[1])
     assert value("nst_pseudo_labels_total", {"outcome": "kept"}) == before + generation.kept
     assert value("nst_label_churn_limit_ratio") == 0.25
+    same = runs.generation_labels(store, run, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "generation_labels", lambda _root, _run, number: same)
+        gauges.show_selection(store, run, 2, selection, GateConfig())
+    assert value("nst_label_churn_ratio") == 0
     assert value("nst_eval_accuracy_ratio", {"split": "heldout"}) == generation.student_top1
     assert value("nst_loop_gain_ratio", {"bound": "low"}) == generation.gain_low
     assert value("nst_gate_passed") == 1

@@ -1,10 +1,13 @@
-"""Which pods are scraped, and where: the PodMonitor's relabelling, carried out as Prometheus documents it."""
+"""Which pods are scraped, and where: the PodMonitor's relabelling, carried out as Prometheus documents it.
+
+And what reaches the Pushgateway."""
 
 import re
 
 import pytest
 import yaml
 
+from k8s import validate
 from tests.k8s.test_rules import MONITORING
 
 ENDPOINT = yaml.safe_load((MONITORING / "podmonitor-noisy-student.yaml").read_text())["spec"]["podMetricsEndpoints"][0]
@@ -29,6 +32,11 @@ def relabelled(labels: dict[str, str]) -> dict[str, str] | None:
         if action == "replace" and match:
             labels = labels | {rule["targetLabel"]: match.expand(rule["replacement"].replace("$", "\\"))}
     return labels
+
+
+def test_the_port_is_that_of_the_settings():
+    settings = yaml.safe_load((MONITORING.parents[1] / "base" / "configmap-noisy-student.yaml").read_text())["data"]
+    assert relabelled(STEP)["__address__"].endswith(f":{settings['NS_METRICS_PORT']}")
 
 
 def test_a_running_step_is_scraped_on_the_port_of_its_metrics():
@@ -58,3 +66,25 @@ def test_metrics_of_a_step_can_be_seen_twice_before_it_ends():
     settings = yaml.safe_load((MONITORING / "settings.yaml").read_text())["data"]
     assert ENDPOINT["interval"].endswith("s")
     assert float(settings["NS_METRICS_LINGER_SECONDS"]) >= 2 * int(ENDPOINT["interval"][:-1])
+
+
+@pytest.mark.integration
+def test_runs_may_call_the_pushgateway_that_their_settings_name():
+    objects = {
+        (one["kind"], one["metadata"]["name"]): one for one in validate.build(MONITORING.parents[1] / "overlays" / "production")
+    }
+    address = objects["ConfigMap", "noisy-student"]["data"]["NS_PUSHGATEWAY_URL"]
+    service = objects["Service", "noisy-student-pushgateway"]
+    port = service["spec"]["ports"][0]["port"]
+    assert address == f"http://{service['metadata']['name']}.{service['metadata']['namespace']}:{port}"
+    (pod,) = [
+        one["spec"]["template"] for (kind, name), one in objects.items() if kind == "Deployment" and "pushgateway" in name
+    ]
+    allowed = [
+        rule
+        for rule in objects["NetworkPolicy", "runs"]["spec"]["egress"]
+        for to in rule["to"]
+        if to.get("podSelector", {}).get("matchLabels", {}).items() <= pod["metadata"]["labels"].items() and "podSelector" in to
+    ]
+    # A policy is held against the pod's port, whatever the service's is.
+    assert [rule["ports"] for rule in allowed] == [[{"port": pod["spec"]["containers"][0]["ports"][0]["containerPort"]}]]
