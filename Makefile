@@ -69,7 +69,7 @@ soak: $(VENV)/.bench ## Run five generations in bad company, and compare with a 
 bench-method: $(VENV)/.bench ## Train teachers and noisy students on CIFAR-10, three seeds, about 40 minutes (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.method_cifar10 $(ARGS)
 
-compile: $(VENV)/.run ## Compile the pipeline into pipelines/noisy_student.yaml
+compile: $(VENV)/.run ## Compile the pipelines into pipelines/*.yaml
 	@$(BIN)/python -m pipelines.compile
 
 dashboards: ## Write the Grafana dashboards anew (k8s/components/monitoring/dashboards.py)

@@ -7,7 +7,7 @@ import difflib
 import importlib.resources
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
@@ -613,6 +613,12 @@ def located(config: str) -> str:
     """The file of a preset (`quickstart`), or the file or URI itself."""
     preset = importlib.resources.files("ns") / "presets" / f"{config}.yaml"
     return str(preset) if preset.is_file() and not Path(config).exists() else config
+
+
+def chosen(config: str, overrides: Iterable[str] = (), fields: Mapping[str, str | int] | None = None) -> Experiment:
+    """An experiment (a file, a URI or a preset) with what a run form changes: overrides, and values by field (`data.pool`), of which an
+    empty one or 0 leaves the field as the experiment has it."""
+    return load(located(config), [*overrides, *(f"{name}={value}" for name, value in (fields or {}).items() if value)])
 
 
 def load(uri: str, overrides: Iterable[str] = ()) -> Experiment:

@@ -24,8 +24,8 @@ def show_selection(root: Store, run: str, generation: int, selection: Selection,
     telemetry.selected(outcomes, [rule.kept for rule in selection.rules])
     if gate.max_churn is not None:
         telemetry.CHURN_LIMIT.set(gate.max_churn)
-    if generation > 1:
-        before, after = (runs.generation_labels(root, run, number) for number in (generation - 1, generation))
+    if generation > 1 and (before := runs.labels_before(root, run, generation)):
+        after = runs.generation_labels(root, run, generation)
         telemetry.CHURN.set(compare(before.side, after.side, flips=0).churn)
 
 

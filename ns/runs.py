@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Literal, NamedTuple
 
+import yaml
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -130,7 +131,7 @@ class Summary(BaseModel):
     started_at: str
     finished_at: str | None
     teacher_top1: float | None
-    """Of the first teacher, once it is evaluated."""
+    """Of the teacher that the run began with, once it is evaluated."""
     generations: list[Generation]
     measures: list[Measures] = Field(default_factory=list)
     """Of each evaluated model, the first teacher's first."""
@@ -144,9 +145,50 @@ class Summary(BaseModel):
     steps: list[Note]
 
 
+class Accepted(NamedTuple):
+    """A student that a gate accepted, as the run has it that trained it."""
+
+    run: str
+    generation: int
+    model: str
+    """Key of its folder below the root."""
+
+
+def accepted(root: Store, experiment: str) -> Accepted | None:
+    """The student that a gate accepted last, of all runs of the experiments of this name; None if there is none.
+
+    A student that several runs came to was accepted when the first of them accepted it: runs that are repeated change nothing. One
+    whose folder was removed is passed over.
+    """
+    found: dict[str, tuple[str, Accepted]] = {}
+    for record in listed(root):
+        if _experiment_name(root, record.run) != experiment:
+            continue
+        for note in notes(root, record.run):
+            if note.step != "gate":
+                continue
+            verdict = Verdict.read(root, note.outputs["verdict"])
+            if verdict.promoted and root.exists(f"{verdict.student}/{CARD}"):
+                this = (note.finished_at, Accepted(record.run, verdict.generation, verdict.student))
+                found[verdict.student] = min(this, found.get(verdict.student, this))
+    return max(found.values())[1] if found else None
+
+
+def adopt(root: Store, run: str, model: Accepted) -> None:
+    """Notes in a run that its teacher is another run's student, with what its training took there."""
+    for known in notes(root, model.run):
+        if (known.generation, known.step) == (model.generation, "train"):
+            note(root, run, known.generation, known.step, known.outputs, known.seconds, reused=True)
+
+
 def name_of(experiment: Experiment) -> str:
     """The name of the run of an experiment: the same command finds the same run again."""
     return f"{experiment.name}-{digest_of(experiment)[:8]}"
+
+
+def name_of_generation(experiment: Experiment, generation: int, data: str, teacher: str | None) -> str:
+    """The name of the run of one generation: with the same data and teacher (digests) it is the same run again."""
+    return f"{experiment.name}-gen-{generation}-{digest([digest_of(experiment), data, teacher])[:8]}"
 
 
 def start(root: Store, run: str, experiment: Experiment, version: str) -> Record:
@@ -279,8 +321,9 @@ def summarise(root: Store, run: str) -> Summary:
         raise RunError(f"run {run}: does not exist in {root.uri}") from error
     steps = notes(root, run)
     generations = [_generation(root, steps, note) for note in steps if note.step == "gate"]
-    teacher = next((note for note in steps if note.generation == 0 and note.step == "train"), None)
-    first = next((note for note in steps if note.generation == 0 and note.step == "evaluate"), None)
+    # Notes are in the order of generations, and a run may begin with an earlier one's student.
+    teacher = next((note for note in steps if note.step == "train"), None)
+    first = next((note for note in steps if note.step == "evaluate"), None)
     teacher_top1 = Evaluation.read(root, first.outputs["evaluation"]).top1 if first else None
     best_model = teacher.outputs["model"].rpartition("/")[0] if teacher else None
     best_top1 = teacher_top1
@@ -400,6 +443,21 @@ def generation_labels(root: Store, run: str, number: int) -> Labels:
     )
 
 
+def labels_before(root: Store, run: str, number: int) -> Labels | None:
+    """The labels of the generation before: the run's own, or those that the teacher learnt from in the run that trained it.
+
+    None if there are none, or if they are of another pool, with which this generation's cannot be compared.
+    """
+    own = generation_labels(root, run, number)
+    for name in (run, *(record.run for record in reversed(listed(root)))):
+        steps = {note.step: note.outputs for note in notes(root, name) if note.generation == number - 1}
+        trained = steps.get("train", {}).get("model") == f"{own.teacher}/{CARD}"
+        if "commit-labels" in steps and (name == run or trained):
+            before = generation_labels(root, name, number - 1)
+            return before if before.label_set.dataset == own.label_set.dataset else None
+    return None
+
+
 def verdict(root: Store, name: str) -> tuple[str, Verdict]:
     """The full name of a run, and the gate's verdict on a generation of it (`RUN/gen-N`), or the last one (`RUN`).
 
@@ -451,7 +509,7 @@ def _measures(root: Store, steps: list[Note]) -> list[Measures]:
         outputs = note.outputs
         heldout = Evaluation.read(root, outputs["evaluation"])
         robustness = Robustness.read(root, outputs["robustness"]) if "robustness" in outputs else None
-        reference = robustness if note.generation == 0 else reference
+        reference = reference or robustness
         sets = {name: key for name, key in outputs.items() if name.startswith("set:") and key.endswith(f"/{EVALUATION}")}
         found.append(
             Measures(
@@ -477,6 +535,13 @@ def digest_of(experiment: Experiment) -> str:
     if experiment.data.test is None:
         del document["data"]["test"]
     return digest(document)
+
+
+def _experiment_name(root: Store, run: str) -> str | None:
+    # No more of it is read than this, since a field of an old one may be unknown by now.
+    key = f"{run}/{CONFIG}"
+    document = yaml.safe_load(root.get(key)) if root.exists(key) else None
+    return document.get("name") if isinstance(document, dict) else None
 
 
 def _record(run: str) -> str:

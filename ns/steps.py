@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ns import __version__, config, gauges, log, runs, telemetry
 from ns.card import FINETUNED, ModelCard, weights_digest
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
 STOP = "stop"
 """What `resolve` answers when the loop is over."""
+TRAIN = "train"
+"""In the place of a teacher that is still to be trained."""
 
 
 def start_run(
@@ -60,28 +62,72 @@ def start_run(
     log.configure()
     die_with_client()
     store = open_store(root)
-    experiment = _asked(config_place, overrides, fields)
+    experiment = config.chosen(config_place, overrides, fields)
     name = run or runs.name_of(experiment)
     runs.start(store, name, experiment, __version__)
     return f"{store.uri}/{name}/{runs.CONFIG}", name
 
 
-def _asked(config_place: str, overrides: Sequence[str], fields: Mapping[str, str | int] | None) -> Experiment:
-    """The experiment, with what the run form changes."""
-    given = [f"{name}={value}" for name, value in (fields or {}).items() if value]
-    return config.load(config.located(config_place), [*overrides, *given])
+class NextGeneration(NamedTuple):
+    """What one more generation begins with."""
+
+    config_uri: str
+    run: str
+    data: str
+    """Key of `prepared.json`."""
+    generation: int
+    """Its number; its teacher's is one less."""
+    teacher_generation: int
+    teacher: str
+    """Key of the model's folder, TRAIN if there is none yet, or STOP if there is nothing new."""
+
+
+def start_generation(
+    config_place: str, root: str, run: str, overrides: Sequence[str] = (), fields: Mapping[str, str | int] | None = None
+) -> NextGeneration:
+    """Opens the run of one more generation, which goes on from the student that a gate accepted last in any run of the experiment of
+    this name; without one, the generation is the first and its teacher is to be trained. Prepares the data as `prepare_data` does.
+
+    Without a name the run gets one that is made from the experiment, its data and the teacher: it is another run as soon as one of
+    them is. If this run has refused a student of just these already, there is nothing to do. Raises DataError if the accepted model
+    knows other classes.
+    """
+    with _announced("start-generation", 0) as facts:
+        started = time.monotonic()
+        store = open_store(root)
+        ledger = Ledger(store)
+        experiment = config.chosen(config_place, overrides, fields)
+        data, prepared, reused = _prepare(experiment, store, ledger)
+        spent = time.monotonic() - started
+        latest = runs.accepted(store, experiment.name)
+        generation = latest.generation + 1 if latest else 1
+        card = ModelCard.read(store.at(latest.model), CARD) if latest else None
+        if card and card.classes != _classes(store, data):
+            raise DataError(
+                f"data.labelled: {experiment.data.labelled}: its classes are not those of the model that was accepted last (run "
+                f"{latest.run if latest else ''}); give the experiment another name, to begin with a teacher of these"
+            )
+        name = run or runs.name_of_generation(experiment, generation, prepared.digest, card.digest if card else None)
+        runs.start(store, name, experiment, __version__)
+        step = _Step("start-generation", generation, name, experiment, store, "start-generation", ledger)
+        runs.note(store, name, 0, "prepare-data", {"data": data}, spent, reused=reused)
+        if latest:
+            runs.adopt(store, name, latest)
+        teacher = latest.model if latest else _first_teacher(step, data)
+        if _refused_before(step, data, teacher):
+            log.get().info("nothing new: with these data, settings and teacher the student was refused", run=name)
+            teacher = STOP
+        elif not latest:
+            teacher = TRAIN
+        facts.update(reused=reused, **_counts(store, prepared))
+        return NextGeneration(f"{store.uri}/{name}/{runs.CONFIG}", name, data, generation, generation - 1, teacher)
 
 
 def prepare_data(config_uri: str, root: str, run: str) -> str:
     """Checks the experiment, finds or imports the three datasets. Returns the key of `prepared.json`."""
     with _step("prepare-data", 0, config_uri, root, run) as step:
-        from ns.data.prepare import prepare
-
-        prepared, reused = prepare(step.experiment, step.root, step.ledger)
-        key = f"store/prepared/{short(prepared.digest)}/{PREPARED}"
-        prepared.write(step.root, key)
-        counts = {part: source.open(step.root)[1].samples for part, source in prepared.parts.items()}
-        step.done({"data": key}, reused=reused, **counts)
+        key, prepared, reused = _prepare(step.experiment, step.root, step.ledger)
+        step.done({"data": key}, reused=reused, **_counts(step.root, prepared))
         return key
 
 
@@ -164,17 +210,19 @@ def evaluate(config_uri: str, root: str, run: str, data: str, generation: int, m
 def resolve(config_uri: str, root: str, run: str, data: str, generation: int, first_teacher: str) -> str:
     """Says whether generation `generation` takes place: the key of its teacher, or STOP.
 
+    `first_teacher` is the model that the run began with, TRAIN for the one that it trained itself, STOP if it was over before it began.
     Raises TrainingError if the first teacher has learnt nothing: pseudo-labels of chance would only waste the student.
     """
     with _step("resolve", generation, config_uri, root, run, quiet=True) as step:
-        experiment = step.experiment
-        if generation > experiment.generations:
+        if first_teacher == STOP:
+            return STOP
+        teacher = _first_teacher(step, data) if first_teacher == TRAIN else first_teacher
+        begun = ModelCard.read(step.root.at(teacher), CARD).generation
+        if generation - begun > step.experiment.generations:
             return STOP
         if generation == 1:
-            _refuse_chance(step, data, first_teacher)
-            return first_teacher
-        teacher = first_teacher
-        for earlier in range(1, generation):
+            _refuse_chance(step, data, teacher)
+        for earlier in range(begun + 1, generation):
             inputs = _generation_inputs(step, data, earlier, teacher)
             entry = step.ledger.lookup("generation", step.ledger.key("generation", inputs))
             if entry is None:
@@ -312,9 +360,11 @@ def gate(config_uri: str, root: str, run: str, data: str, generation: int, teach
         )
         inputs = _generation_inputs(step, data, generation, teacher)
         key = f"store/verdicts/{short(step.ledger.key('generation', inputs))}/{gates.MANIFEST}"
+        # When a student was accepted is no matter of who asks again.
+        known = step.root.exists(key) and gates.Verdict.read(step.root, key) == verdict
         verdict.write(step.root, key)
         step.ledger.record("generation", inputs, {"verdict": key}, 0.0)
-        step.done({"verdict": key}, reused=False, gain=verdict.gain, promoted=verdict.promoted, reason=verdict.reason)
+        step.done({"verdict": key}, reused=known, gain=verdict.gain, promoted=verdict.promoted, reason=verdict.reason)
         gauges.show_verdict(verdict)
         gauges.show_measures(step.root, run, generation)
         return key
@@ -456,7 +506,7 @@ class _Step:
 
     def say(self, **facts: Any) -> None:
         """Adds facts to the line that announces the end of the step."""
-        self.facts |= facts
+        self.facts.update(facts)
 
 
 @contextmanager
@@ -472,31 +522,47 @@ def _step(
     quiet: bool = False,
     linger: bool = False,
 ) -> Iterator[_Step]:
-    """Reads the experiment, announces begin and end, and gives every failure one line that says what to do. With `linger` what it
-    measured can be scraped after its end.
+    """Reads the experiment for a step of a run. With `linger` what it measured can be scraped after its end."""
+    with _announced(name, generation, **({"shards": shards} if shards else {})) as facts:
+        store = open_store(root)
+        step = _Step(
+            name=name,
+            generation=generation,
+            run=run,
+            experiment=config.load(config_uri),
+            root=store,
+            note=f"{name}-{shards}" if shards else name,
+            ledger=Ledger(store),
+            facts=facts,
+        )
+        _begin_telemetry(name, generation, run, step.experiment, teacher)
+        if name != "train":  # where another process may do the work, and has the port
+            telemetry.serve()
+        yield step
+        if quiet:
+            step.say(quiet=True)
+    telemetry.end(time.monotonic() - step.started, linger=linger)
+
+
+def _begin_telemetry(name: str, generation: int, run: str, experiment: Experiment, teacher: str) -> None:
+    telemetry.begin(name, generation, run, config_digest=short(runs.digest_of(experiment)), teacher=teacher)
+
+
+@contextmanager
+def _announced(name: str, generation: int, **context: Any) -> Iterator[dict[str, Any]]:
+    """Announces begin and end of a step, with the facts that it gives, and gives every failure one line that says what to do.
 
     A step that was asked to stop, and can go on, ends the process with the exit code of Interrupted.
     """
     log.configure()
     die_with_client()
-    with log.bound(step=name, generation=generation, **({"shards": shards} if shards else {})):
+    started = time.monotonic()
+    facts: dict[str, Any] = {}
+    with log.bound(step=name, generation=generation, **context):
         logger = log.get()
         logger.info("started", pid=os.getpid())
         try:
-            store = open_store(root)
-            step = _Step(
-                name=name,
-                generation=generation,
-                run=run,
-                experiment=config.load(config_uri),
-                root=store,
-                note=f"{name}-{shards}" if shards else name,
-                ledger=Ledger(store),
-            )
-            _begin_telemetry(name, generation, run, step.experiment, teacher)
-            if name != "train":  # where another process may do the work, and has the port
-                telemetry.serve()
-            yield step
+            yield facts
         except Interrupted as error:
             # An exit code that says: start me again, and I go on.
             logger.error("failed", error=str(error), exit_code=error.exit_code, pid=os.getpid())
@@ -507,15 +573,22 @@ def _step(
         except Exception as error:
             logger.error("failed", error=f"{type(error).__name__}: {error}", exit_code=1, pid=os.getpid())
             raise
-        if quiet:
-            step.say(quiet=True)
-        spent = time.monotonic() - step.started
-        logger.info("finished", seconds=round(spent, 3), pid=os.getpid(), **step.facts)
-        telemetry.end(spent, linger=linger)
+        logger.info("finished", seconds=round(time.monotonic() - started, 3), pid=os.getpid(), **facts)
 
 
-def _begin_telemetry(name: str, generation: int, run: str, experiment: Experiment, teacher: str) -> None:
-    telemetry.begin(name, generation, run, config_digest=short(runs.digest_of(experiment)), teacher=teacher)
+def _prepare(experiment: Experiment, root: Store, ledger: Ledger) -> tuple[str, Prepared, bool]:
+    """The key of the prepared data, what is there, and whether nothing had to be imported."""
+    from ns.data.prepare import prepare
+
+    prepared, reused = prepare(experiment, root, ledger)
+    key = f"store/prepared/{short(prepared.digest)}/{PREPARED}"
+    prepared.write(root, key)
+    return key, prepared, reused
+
+
+def _counts(root: Store, prepared: Prepared) -> dict[str, int]:
+    """Images of each part."""
+    return {part: source.open(root)[1].samples for part, source in prepared.parts.items()}
 
 
 def _accuracy(step: _Step, source: Source, model: str, options: EvaluationSet | None = None) -> tuple[Entry, bool]:
@@ -644,17 +717,34 @@ def _label_facts(step: _Step, generation: int) -> gates.LabelFacts:
     """What the gate asks of the generation's labels; reads them only if it asks."""
     asked = step.experiment.gate
     facts = gates.LabelFacts()
-    compares = asked.max_churn is not None or asked.max_class_shrinkage is not None
+    compares = generation > 1 and (asked.max_churn is not None or asked.max_class_shrinkage is not None)
     if not compares and asked.min_audited_precision is None:
         return facts
     own = runs.generation_labels(step.root, step.run, generation)
-    if compares and generation > 1:
-        diff = compare(runs.generation_labels(step.root, step.run, generation - 1).side, own.side, flips=0)
+    if compares and (before := runs.labels_before(step.root, step.run, generation)):
+        diff = compare(before.side, own.side, flips=0)
         facts = facts._replace(churn=diff.churn, shrinkage=diff.shrinkage, shrunk=diff.shrunk)
     audit = deciding(audits(own.folder, own.label_set), own.selection)
     if audit is not None:
         facts = facts._replace(audited=(audit.precision, audit.precision_low, audit.looked))
     return facts
+
+
+def _first_teacher(step: _Step, data: str) -> str:
+    """Key of the folder of the experiment's first teacher, trained or not."""
+    return _Training(step.root, step.ledger, step.experiment, data, 0, "", "").folder
+
+
+def _refused_before(step: _Step, data: str, teacher: str) -> bool:
+    """Whether this run has been through this very generation, and refused the student."""
+    if not step.root.exists(f"{teacher}/{CARD}"):
+        return False
+    inputs = _generation_inputs(step, data, step.generation, teacher)
+    entry = step.ledger.lookup("generation", step.ledger.key("generation", inputs))
+    said = [
+        note.outputs for note in runs.notes(step.root, step.run) if (note.generation, note.step) == (step.generation, "gate")
+    ]
+    return entry is not None and entry.outputs in said and not gates.Verdict.read(step.root, entry.outputs["verdict"]).promoted
 
 
 def _refuse_chance(step: _Step, data: str, teacher: str) -> None:

@@ -24,12 +24,14 @@ from ns.label.selection import Selection
 from ns.lineage import Trace
 from ns.log import duration
 from ns.plan import Plan
+from ns.plan.tables import tables
 from ns.runs import Labels, Summary
 from ns.store import Store
 
 Event = dict[str, Any]
 
 TITLES = {
+    "start-generation": "prepare data",
     "prepare-data": "prepare data",
     "train": "train",
     "evaluate": "evaluate",
@@ -43,8 +45,6 @@ TITLES = {
 WORST_CLASSES = 5
 """Shown of an evaluation; all are in evaluation.json."""
 
-WORK = ("", "network", "params", "MAC", "images", "time", "hours")
-NEEDS = ("", "mode", "steps", "images/s", "reads", "cores", "net/step", "checkpoint")
 
 UNLIMITED = 10_000
 """Columns: more than any table needs."""
@@ -156,9 +156,10 @@ def summary_table(summary: Summary) -> Table:
         table.add_column(header, justify="left" if header in ("model", "verdict") else "right", no_wrap=True)
     notes = {note.generation: note.outputs.get("model", "") for note in summary.steps if note.step == "train"}
     if summary.teacher_top1 is not None:
-        seconds = sum(note.seconds for note in summary.steps if note.generation == 0)
-        model = notes.get(0, "").rpartition("/")[0]
-        table.add_row("0", _short(model), "", "", f"{summary.teacher_top1:.1%}", "", "", duration(seconds))
+        first = min(notes, default=0)
+        seconds = sum(note.seconds for note in summary.steps if note.generation <= first)
+        model = notes.get(first, "").rpartition("/")[0]
+        table.add_row(str(first), _short(model), "", "", f"{summary.teacher_top1:.1%}", "", "", duration(seconds))
     for row in summary.generations:
         promoted = row.verdict == "promoted"
         table.add_row(
@@ -432,43 +433,16 @@ def audit_tables(audit: Audit) -> list[Table]:
 
 def plan_tables(plan: Plan) -> list[Table]:
     """What is done, one work a row; and what each device needs meanwhile."""
-    work = _table(f"{plan.experiment} on {plan.devices} × {plan.machine}", *WORK)
-    needs = _table("each device", *NEEDS)
-    for one in plan.work:
-        name = f"{one.generation} {one.task}"
-        work.add_row(
-            name,
-            f"{one.arch}@{one.resolution}",
-            _si(one.parameters),
-            _si(one.multiply_adds),
-            _si(one.images),
-            duration(one.seconds),
-            f"{one.device_hours:,.2f}" if one.device_hours < 100 else f"{one.device_hours:,.0f}",
-        )
-        if one.task not in ("evaluate", "robustness"):
-            needs.add_row(
-                name,
-                one.mode,
-                f"{one.steps:,}" if one.steps else "",
-                _si(one.images_per_second),
-                "?" if one.read_bytes_per_second is None else f"{_si(one.read_bytes_per_second)}B/s",
-                "?" if one.loader_cores is None else f"{one.loader_cores:,.2g}",
-                f"{_si(one.network_bytes_per_step)}B" if one.network_bytes_per_step else "",
-                f"{_si(one.checkpoint_bytes)}B" if one.checkpoint_bytes else "",
-            )
-    for table in (work, needs):
+    found = []
+    for rows in tables(plan):
+        table = _table(rows.title, *rows.headers)
+        for cells in rows.cells:
+            table.add_row(*cells)
         table.columns[1].justify = "left"
         for column in table.columns:
             column.no_wrap = True
-    return [work, needs]
-
-
-def _si(value: float) -> str:
-    """Three digits and a prefix: `480M`."""
-    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= 0.9995 * size:
-            return f"{value / size:.3g}{prefix}"
-    return f"{value:.3g}"
+        found.append(table)
+    return found
 
 
 def _table(title: str, *headers: str) -> Table:
@@ -483,7 +457,7 @@ def _table(title: str, *headers: str) -> Table:
 
 def _title(step: tuple[int, str]) -> str:
     generation, name = step
-    if name in ("prepare-data", "report"):
+    if name in ("start-generation", "prepare-data", "report"):
         return TITLES[name]
     return f"{f'generation {generation}' if generation else 'teacher'} · {TITLES[name]}"
 
@@ -498,7 +472,7 @@ def _shards(event: Event) -> str:
 
 def _facts(event: Event) -> str:
     match event["step"]:
-        case "prepare-data":
+        case "prepare-data" | "start-generation":
             test = f", {event['test']:,} to test on" if "test" in event else ""
             return f"{event['labelled']:,} labelled, {event['pool']:,} in the pool, {event['heldout']:,} held out{test}"
         case "evaluate":

@@ -1,4 +1,4 @@
-"""Compiles the pipeline: `python -m pipelines.compile [--check]`. The YAML is committed; `--check` compares and fails.
+"""Compiles the pipelines: `python -m pipelines.compile [--check]`. The YAML is committed; `--check` compares and fails.
 
 KFP's compiler repeats a component for every task that uses it; so an unrolled loop would grow past what Kubernetes stores. Here
 equal ones become one (the backend visits each component once, however many tasks refer to it). And it cannot say which values an
@@ -13,18 +13,20 @@ from typing import Any
 import yaml
 from kfp import compiler
 
-from pipelines.noisy_student import noisy_student
+from pipelines.noisy_student import noisy_student, noisy_student_generation
 from pipelines.pools import INPUTS
 
 PACKAGE = Path(__file__).with_name("noisy_student.yaml")
+GENERATION_PACKAGE = Path(__file__).with_name("noisy_student_generation.yaml")
+PIPELINES = {PACKAGE: noisy_student, GENERATION_PACKAGE: noisy_student_generation}
 Spec = dict[str, Any]
 
 
-def compiled() -> str:
-    """The pipeline as YAML, the same bytes every time."""
+def compiled(package: Path) -> str:
+    """What a package should hold: its pipeline as YAML, the same bytes every time."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / PACKAGE.name
-        compiler.Compiler().compile(noisy_student, str(path))
+        path = Path(folder) / package.name
+        compiler.Compiler().compile(PIPELINES[package], str(path))
         text = path.read_text()
     header = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
     spec, platform = yaml.load_all(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
@@ -70,13 +72,15 @@ def _describe(parameters: Spec) -> None:
 
 
 def main() -> int:
-    text = compiled()
+    made = {package: compiled(package) for package in PIPELINES}
     if "--check" not in sys.argv:
-        PACKAGE.write_text(text)
-    elif not PACKAGE.exists() or PACKAGE.read_text() != text:
-        sys.stderr.write(f"{PACKAGE.name} is not what pipelines/noisy_student.py compiles to: run `make compile`\n")
-        return 1
-    return 0
+        for package, text in made.items():
+            package.write_text(text)
+        return 0
+    stale = [package.name for package, text in made.items() if not package.exists() or package.read_text() != text]
+    for name in stale:
+        sys.stderr.write(f"{name} is not what pipelines/noisy_student.py compiles to: run `make compile`\n")
+    return 1 if stale else 0
 
 
 if __name__ == "__main__":

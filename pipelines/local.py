@@ -42,8 +42,18 @@ class StepError(NsError):
         self.exit_code = exit_code
 
 
-def run(*, config_uri: str, root: str, run: str, log: Path | None, on_event: Callable[[Event], None]) -> None:
-    """Runs the pipeline to its end. `on_event` is called, from another thread, with each event of each step.
+def run(
+    *,
+    config_uri: str,
+    root: str,
+    run: str,
+    log: Path | None,
+    on_event: Callable[[Event], None],
+    package: Path = PACKAGE,
+    **inputs: Any,
+) -> None:
+    """Runs the pipeline to its end. `on_event` is called, from another thread, with each event of each step. `inputs` are further ones
+    of the run form.
 
     KFP's own output goes to the file `log`. Raises StepError when a step fails, Interrupted after SIGINT or SIGTERM.
     """
@@ -52,11 +62,11 @@ def run(*, config_uri: str, root: str, run: str, log: Path | None, on_event: Cal
         events = Path(scratch) / "events.jsonl"
         events.touch()
         variables = {EVENTS_VARIABLE: str(events), CLIENT_VARIABLE: str(os.getpid())}
-        arguments = {"config": config_uri, "root": root, "run": run}
+        arguments = {"config": config_uri, "root": root, "run": run, **inputs}
         output = Output(log)
         with _environment(variables), tail(events, watch):
             try:
-                drive(output, watch.stop_steps, lambda: _run_pipeline(Path(scratch) / "kfp", arguments))
+                drive(output, watch.stop_steps, lambda: _run_pipeline(package, Path(scratch) / "kfp", arguments))
             except KeyboardInterrupt:
                 raise Interrupted("interrupted; the same command continues") from None
             except Exception as error:
@@ -73,20 +83,20 @@ def drive(output: "Output", stop_steps: Callable[[], None], work: Callable[[], N
         work()
 
 
-def _run_pipeline(pipeline_root: Path, arguments: dict[str, str]) -> None:
+def _run_pipeline(package: Path, pipeline_root: Path, arguments: dict[str, Any]) -> None:
     from kfp import local
 
-    pipeline = load_pipeline()
+    pipeline = load_pipeline(package)
     local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(pipeline_root), raise_on_error=True)
     pipeline(**arguments)
 
 
-def load_pipeline() -> Any:
-    """The compiled pipeline, without its retries: here a person waits, who can say the same command again."""
+def load_pipeline(package: Path = PACKAGE) -> Any:
+    """A compiled pipeline, without its retries: here a person waits, who can say the same command again."""
     # Inside the redirection, since importing kfp warns, and here, since it costs half a second.
     from kfp import components
 
-    spec, platform = yaml.load_all(PACKAGE.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    spec, platform = yaml.load_all(package.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     for component in [*spec["components"].values(), spec["root"]]:
         for task in component.get("dag", {}).get("tasks", {}).values():
             task.pop("retryPolicy", None)
@@ -142,7 +152,9 @@ def name_of(event: Event) -> str:
     where = f"generation {generation}" if generation else "teacher"
     shards = f" {event['shards']}" if event.get("shards") else ""
     step = str(event.get("step", "")).replace("-", " ")
-    return f"{step}{shards}" if step in ("start run", "prepare data", "report") else f"{where}: {step}{shards}"
+    return (
+        f"{step}{shards}" if step in ("start run", "start generation", "prepare data", "report") else f"{where}: {step}{shards}"
+    )
 
 
 def _alive(pid: int) -> bool:

@@ -471,6 +471,75 @@ def test_evaluation_that_was_done_is_not_done_again(robust, monkeypatch):
     steps.evaluate(*where, data, 0, steps.train(*where, data, 0))
 
 
+def go_on(started, root, teacher):
+    """The rest of one generation."""
+    where = (started.config_uri, root, started.run)
+    steps.evaluate(*where, started.data, started.teacher_generation, teacher)
+    for shards in steps.plan_labels(*where, started.data, started.generation):
+        steps.label_shards(*where, started.data, started.generation, teacher, shards)
+    labels = steps.commit_labels(*where, started.data, started.generation, teacher)
+    student = steps.train(*where, started.data, started.generation, teacher, labels)
+    steps.evaluate(*where, started.data, started.generation, student)
+    steps.gate(*where, started.data, started.generation, teacher, student)
+
+
+def test_one_more_generation_goes_on_from_the_student_that_was_accepted(done, preset):
+    store, (_, root, run) = done
+    best = runs.summarise(store, run).best_model
+    started = steps.start_generation(preset, root, "", TINY)
+    assert started[3:] == (2, 1, best)
+    assert started == steps.start_generation(preset, root, "", TINY), "a step that is repeated finds its run"
+    where = (started.config_uri, root, started.run)
+    assert steps.resolve(*where, started.data, 2, best) == best
+    summary = runs.summarise(store, started.run)
+    assert (summary.best_model, summary.teacher_top1) == (best, None)
+    (adopted,) = [note for note in summary.steps if note.step == "train"]
+    assert (adopted.generation, adopted.reused) == (1, True)
+
+
+def test_the_first_of_recurring_runs_trains_a_teacher_and_a_refused_student_is_not_tried_again(done, preset):
+    _, (_, root, _) = done
+    asked = [*TINY, "name=recurring", "gate.min_gain=0.99"]
+    started = steps.start_generation(preset, root, "", asked)
+    assert started[3:] == (1, 0, steps.TRAIN)
+    where = (started.config_uri, root, started.run)
+    first = steps.train(*where, started.data, 0)
+    steps.evaluate(*where, started.data, 0, first)
+    teacher = steps.resolve(*where, started.data, 1, steps.TRAIN)
+    assert teacher == first
+    go_on(started, root, teacher)
+    again = steps.start_generation(preset, root, "", asked)
+    assert (again.run, again.teacher) == (started.run, steps.STOP)
+    assert steps.resolve(*where, again.data, 1, steps.STOP) == steps.STOP
+    changed = steps.start_generation(preset, root, "", [*asked, "seed=8"])
+    assert (changed.teacher, changed.run != started.run) == (steps.TRAIN, True)
+
+
+def test_an_accepted_student_of_other_classes_is_no_teacher(done, preset, monkeypatch):
+    _, (_, root, run) = done
+    monkeypatch.setattr(steps, "_classes", lambda *_: ("cat", "dog"))
+    with pytest.raises(DataError, match=rf"data.labelled: digits:labelled: its classes .*\(run {run}\); give the experiment"):
+        steps.start_generation(preset, root, "", TINY)
+
+
+def test_the_student_that_was_accepted_last_stays_so_when_an_earlier_run_is_repeated(done, tmp_path):
+    source, (_, _, run) = done
+    known = runs.verdict(source, run)[1]
+    experiment = config.chosen("quickstart")
+    store = LocalStore(tmp_path)
+    for name, students in (("a", ["1"]), ("b", ["1", "2"]), ("a-again", ["1"])):
+        runs.start(store, name, experiment, "test")
+        for generation, student in enumerate(students, 1):
+            key = f"store/verdicts/{name}-{student}/verdict.json"
+            known.model_copy(update={"student": student, "generation": generation}).write(store, key)
+            store.put(f"{student}/{CARD}", b"{}")
+            runs.note(store, name, generation, "gate", {"verdict": key}, 0, reused=False)
+    assert runs.accepted(store, experiment.name) == ("b", 2, "2")
+    assert runs.accepted(store, "another") is None
+    store.delete(f"2/{CARD}")
+    assert runs.accepted(store, experiment.name) == ("a", 1, "1")
+
+
 def test_a_run_that_starts_from_a_preset_keeps_what_was_asked_for(tmp_path):
     root = str(tmp_path / "root")
     fields = {"data.labelled": "", "data.pool": "s3://bucket/pool", "generations": 1, "labelling.tasks": 0}

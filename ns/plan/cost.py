@@ -51,6 +51,8 @@ class Asked:
     """Of a device; then nothing is measured but decoding and noise."""
     price: float | None = None
     """Of a device for an hour."""
+    begun: int | None = None
+    """Generation of a student that the run goes on from; None if it trains its first teacher."""
 
 
 class Work(Document):
@@ -164,7 +166,7 @@ def plan(experiment: Experiment, asked: Asked) -> Plan:
     looked = {part: asked.counts.of(part, place) for part, place in places.items()}
     classes = looked["labelled"].classes or asked.counts.classes
     models.check(experiment, looked["labelled"].classes or None)
-    jobs = list(_jobs(experiment, {part: found.images for part, found in looked.items()}))
+    jobs = list(_jobs(experiment, {part: found.images for part, found in looked.items()}, asked.begun))
     speeds = _Speeds(jobs, asked, classes, experiment.labelling.batch, _pictures(looked))
     work = tuple(_work(job, looked, speeds, asked, experiment.labelling.tasks) for job in jobs)
     top = kept_classes(classes, experiment.labelling.top_k)
@@ -213,8 +215,8 @@ def remarks(made: Plan) -> list[str]:
     return said
 
 
-def _jobs(experiment: Experiment, images: dict[Part, int]) -> Iterator[_Job]:
-    """Every generation's work, in the order of a run."""
+def _jobs(experiment: Experiment, images: dict[Part, int], begun: int | None) -> Iterator[_Job]:
+    """Every generation's work, in the order of a run. `begun`: as in `Asked`."""
     asked = experiment.evaluation
     clean = images["heldout"] + images.get("test", 0)
     reported = images.get("test", images["heldout"])
@@ -222,14 +224,22 @@ def _jobs(experiment: Experiment, images: dict[Part, int]) -> Iterator[_Job]:
     if experiment.gate.suites and "test" in images:
         robust += passes(experiment.guarded) * min(images["heldout"], asked.images or images["heldout"])
 
+    def role_of(generation: int) -> tuple[str, RoleConfig]:
+        if generation == 0:
+            return "teacher", experiment.teacher
+        return f"students.{min(generation, len(experiment.students)) - 1}", experiment.student(generation)
+
+    def evaluated(generation: int, field: str, role: RoleConfig) -> Iterator[_Job]:
+        yield _Job(generation, "evaluate", field, role, None, clean, 0)
+        if robust:
+            yield _Job(generation, "robustness", field, role, None, robust, 0)
+
     def trained(generation: int, field: str, role: RoleConfig) -> Iterator[_Job]:
         course = training(role, images["labelled"])
         yield _Job(
             generation, "train", field, role, course, role.train.labelled_batch, role.train.pseudo_batch if generation else 0
         )
-        yield _Job(generation, "evaluate", field, role, None, clean, 0)
-        if robust:
-            yield _Job(generation, "robustness", field, role, None, robust, 0)
+        yield from evaluated(generation, field, role)
         if role.train.finetune:
             tuned = finetuned_role(role, role.train.finetune)
             batch = tuned.train.labelled_batch
@@ -239,12 +249,12 @@ def _jobs(experiment: Experiment, images: dict[Part, int]) -> Iterator[_Job]:
             yield _Job(generation, "finetune", field, tuned, short, batch, 0)
             yield _Job(generation, "evaluate", field, tuned, None, clean, 0)
 
-    yield from trained(0, "teacher", experiment.teacher)
-    teacher, field = experiment.teacher, "teacher"
-    for generation in range(1, experiment.generations + 1):
-        yield _Job(generation, "label", field, teacher, None, 0, images["pool"])
-        teacher, field = experiment.student(generation), f"students.{min(generation, len(experiment.students)) - 1}"
-        yield from trained(generation, field, teacher)
+    first = begun or 0
+    # A student that is there already is only evaluated, on the images that decide now.
+    yield from (trained if begun is None else evaluated)(first, *role_of(first))
+    for generation in range(first + 1, first + 1 + experiment.generations):
+        yield _Job(generation, "label", *role_of(generation - 1), None, 0, images["pool"])
+        yield from trained(generation, *role_of(generation))
 
 
 class _Speeds:

@@ -7,10 +7,11 @@ import pytest
 
 from ns.errors import NsError
 from pipelines import local
+from pipelines.compile import GENERATION_PACKAGE
 
 STEPS = """
 import json, os, sys
-STOP = "stop"
+STOP, TRAIN = "stop", "train"
 PLAN = json.loads(os.environ["STAND_IN"])
 
 def say(event, step, generation, **facts):
@@ -28,11 +29,17 @@ def done(step, generation, value):
     return value
 
 def start_run(c, r, n, overrides, fields): return c, n
+def start_generation(c, r, n, overrides, fields):
+    done("start-generation", 0, None)
+    teacher = PLAN["teacher"]
+    return c, n, "data", 3 if teacher == "known" else 1, 2 if teacher == "known" else 0, teacher
+def dry_run(c, r, overrides, fields, *, devices, one_generation, page): return done(f"plan-{one_generation}", 0, "plan")
 def prepare_data(c, r, n): return done("prepare-data", 0, "data")
 def train(c, r, n, data, generation, teacher="", labels=""): return done("train", generation, f"model-{generation}")
 def evaluate(c, r, n, data, generation, model): return done("evaluate", generation, "evaluation")
 def resolve(c, r, n, data, generation, first):
-    return done("resolve", generation, first if generation <= PLAN["generations"] else STOP)
+    going_on = first != STOP and generation <= PLAN["generations"]
+    return done("resolve", generation, "model" if going_on else STOP)
 def plan_labels(c, r, n, data, generation): return done("plan-labels", generation, ["0-1", "1-2", "2-3"])
 def label_shards(c, r, n, data, generation, teacher, shards): return done("label-shards", generation, shards)
 def commit_labels(c, r, n, data, generation, teacher): return done("commit-labels", generation, f"labels-{generation}")
@@ -56,7 +63,7 @@ def stand_in(tmp_path, monkeypatch):
                 import importlib.util
                 spec = importlib.util.spec_from_file_location("ns.steps", os.path.join(os.path.dirname(__file__), "steps.py"))
                 import ns
-                ns.steps = sys.modules["ns.steps"] = importlib.util.module_from_spec(spec)
+                ns.steps = ns.plan = sys.modules["ns.steps"] = sys.modules["ns.plan"] = importlib.util.module_from_spec(spec)
                 spec.loader.exec_module(ns.steps)
             """
         )
@@ -64,10 +71,11 @@ def stand_in(tmp_path, monkeypatch):
     (tmp_path / "steps.py").write_text(STEPS)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}")
 
-    def run(**plan):
+    def run(given=None, **plan):
         events = []
         monkeypatch.setenv("STAND_IN", json.dumps({"generations": 2, **plan}))
-        local.run(config_uri="c", root="r", run="n", log=tmp_path / "pipeline.log", on_event=events.append)
+        log = tmp_path / "pipeline.log"
+        local.run(config_uri="c", root="r", run="n", log=log, on_event=events.append, **(given or {}))
         return [(e["step"], e["generation"]) for e in events if e["event"] == "finished"]
 
     return run
@@ -91,6 +99,24 @@ def test_steps_run_in_the_order_of_the_loop_and_stop_where_resolve_says(stand_in
     expected += [(step, generation) for generation in (1, 2) for step in GENERATION]
     expected += [("resolve", generation) for generation in (3, 4, 5)] + [("report", 0)]
     assert stand_in() == expected
+
+
+@pytest.mark.parametrize(
+    ("teacher", "expected"),
+    [
+        ("train", [("train", 0), ("evaluate", 0), *[(step, 1) for step in GENERATION]]),
+        ("known", [("evaluate", 2), *[(step, 3) for step in GENERATION]]),
+        ("stop", [("resolve", 1)]),
+    ],
+)
+def test_one_generation_trains_a_teacher_or_goes_on_from_one_or_has_nothing_to_do(stand_in, teacher, expected):
+    done = stand_in({"package": GENERATION_PACKAGE}, generations=3, teacher=teacher)
+    assert done == [("start-generation", 0), *expected, ("report", 0)]
+
+
+@pytest.mark.parametrize("given", [{}, {"package": GENERATION_PACKAGE}])
+def test_a_dry_run_plans_and_runs_nothing(stand_in, given):
+    assert stand_in({"dry_run": True, **given}) == [(f"plan-{bool(given)}", 0)]
 
 
 def test_a_failing_step_fails_the_run_with_its_name_its_reason_and_its_code(stand_in):

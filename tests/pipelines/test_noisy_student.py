@@ -1,20 +1,26 @@
-"""The compiled pipeline: the traps of KFP that can be seen in it."""
+"""The compiled pipelines: the traps of KFP that can be seen in them."""
 
 import json
 import re
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import yaml
 
 from ns.config import MAX_GENERATIONS
-from pipelines.compile import PACKAGE, compiled
+from pipelines.compile import GENERATION_PACKAGE, PIPELINES, compiled
+
+
+@pytest.fixture(scope="module", params=PIPELINES, ids=lambda package: package.stem)
+def package(request) -> Path:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def documents() -> list[dict]:
-    return list(yaml.load_all(PACKAGE.read_text(), yaml.CSafeLoader))
+def documents(package) -> list[dict]:
+    return list(yaml.load_all(package.read_text(), yaml.CSafeLoader))
 
 
 @pytest.fixture(scope="module")
@@ -28,23 +34,20 @@ def pods(documents) -> dict:
     return documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
 
 
-@pytest.fixture(scope="module")
-def twice() -> list[str]:
-    return [compiled(), compiled()]
-
-
 def dags(spec: dict) -> Iterator[tuple[str, dict]]:
     for name, component in {**spec["components"], "root": spec["root"]}.items():
         if "dag" in component:
             yield name, component
 
 
-def test_the_committed_pipeline_is_what_the_code_compiles_to(twice):
-    assert twice[0] == PACKAGE.read_text(), "run `make compile` and commit the result"
+def work(spec: dict) -> dict:
+    """The tasks that are done unless the run is a dry one."""
+    (found,) = [component["dag"]["tasks"] for _, component in dags(spec) if "report" in component["dag"]["tasks"]]
+    return found
 
 
-def test_compiling_again_gives_the_same_bytes(twice):
-    assert twice[0] == twice[1]
+def test_the_committed_pipeline_is_what_the_code_compiles_to_at_any_time(package):
+    assert compiled(package) == package.read_text(), "run `make compile` and commit the result"
 
 
 def test_no_task_refers_to_an_input_that_its_parent_does_not_have(spec):
@@ -56,12 +59,12 @@ def test_no_task_refers_to_an_input_that_its_parent_does_not_have(spec):
                 assert reference is None or reference in inputs, (name, reference)
 
 
-def test_it_stays_small(spec):
-    assert PACKAGE.stat().st_size < 200_000
+def test_it_stays_small(package):
+    assert package.stat().st_size < 200_000
 
 
-def test_nothing_is_installed_at_run_time():
-    assert "pip install" not in PACKAGE.read_text()
+def test_nothing_is_installed_at_run_time(package):
+    assert "pip install" not in package.read_text()
 
 
 def test_every_input_of_pipeline_and_components_is_described(spec):
@@ -81,13 +84,18 @@ def test_kfps_cache_is_off_everywhere(spec):
                 assert not task.get("cachingOptions", {}).get("enableCache", False), (name, task_name)
 
 
-def test_conditions_test_single_outputs_and_nothing_is_chosen_between_branches(spec):
-    text = PACKAGE.read_text()
-    assert "oneOf" not in text
-    conditions = re.findall(r"condition: (.*)\n\s+(.*)", text)
-    assert len(re.findall(r"triggerPolicy", text)) == 1, "one component, which all generations share"
-    for condition in conditions:
-        assert "resolve-Output" in " ".join(condition)
+def test_conditions_test_single_outputs_or_inputs_and_nothing_is_chosen_between_branches(package, spec):
+    assert "oneOf" not in package.read_text()
+    tested = set()
+    for name, component in dags(spec):
+        for task in component["dag"]["tasks"].values():
+            condition = task.get("triggerPolicy", {}).get("condition", "")
+            for channel in re.findall(r"parameter_values\['pipelinechannel--(\w[\w-]*)'\]", condition):
+                tested.add(channel)
+                source = task["inputs"]["parameters"][f"pipelinechannel--{channel}"]
+                single = source.get("taskOutputParameter", {}).get("outputParameterKey") == "Output"
+                assert single or "componentInputParameter" in source, (name, channel)
+    assert tested == {"dry_run", "resolve-Output"} | ({"teacher"} if package == GENERATION_PACKAGE else set())
 
 
 def test_loops_sit_in_a_pipeline_whose_inputs_carry_every_value(spec):
@@ -98,10 +106,11 @@ def test_loops_sit_in_a_pipeline_whose_inputs_carry_every_value(spec):
                 assert len(component["dag"]["tasks"]) == 1, "no upstream task beside a loop: kfp.local would lose its output"
 
 
-def test_each_generation_waits_for_the_one_before(spec):
-    tasks = spec["root"]["dag"]["tasks"]
+def test_each_generation_waits_for_the_one_before(package, spec):
+    tasks = work(spec)
     attempts = sorted(name for name in tasks if name.startswith("attempt"))
-    assert len(attempts) == MAX_GENERATIONS
+    assert len(attempts) == (1 if package == GENERATION_PACKAGE else MAX_GENERATIONS)
+    assert ("teacher" if package == GENERATION_PACKAGE else "first-teacher") in tasks[attempts[0]]["dependentTasks"]
     for before, after in pairwise(attempts):
         assert before in tasks[after]["dependentTasks"]
     assert attempts[-1] in tasks["report"]["dependentTasks"]
@@ -126,10 +135,12 @@ def test_what_kubernetes_is_told_refers_to_inputs_of_the_pipeline_around_the_tas
 
 
 def test_resources_that_are_inputs_are_never_set_directly_in_a_loop_or_an_if(spec):
+    executors = spec["deploymentSpec"]["executors"]
     for name, component in dags(spec):
         if name.startswith(("comp-condition", "comp-for-loop")):
             for task in component["dag"]["tasks"].values():
-                assert "executorLabel" not in spec["components"][task["componentRef"]["name"]], name
+                label = spec["components"][task["componentRef"]["name"]].get("executorLabel")
+                assert "inputs" not in json.dumps(executors[label]["container"]["resources"] if label else {}), name
 
 
 def test_every_step_has_a_time_limit_retries_a_numbered_user_and_scratch_space(spec, pods):
@@ -147,16 +158,23 @@ def test_every_step_has_a_time_limit_retries_a_numbered_user_and_scratch_space(s
                 assert task["retryPolicy"]["maxRetryCount"] == 3
 
 
+def own(parameter: str) -> str:
+    """The input's name, in a pipeline or in a branch of it."""
+    return parameter.removeprefix("pipelinechannel--")
+
+
 def test_training_labelling_and_all_else_have_pools_of_their_own(spec, pods):
     pool = {
-        name: facts["nodeSelector"]["nodeSelectorJson"]["componentInputParameter"].partition("_")[0]
+        name: own(facts["nodeSelector"]["nodeSelectorJson"]["componentInputParameter"]).partition("_")[0]
         for name, facts in pods.items()
     }
     for name, facts in pods.items():
-        kind = "train" if "train" in name else "label" if name.startswith(("exec-label", "exec-evaluate")) else "cpu"
+        # A dry run measures where trainings take place.
+        trains, labels = name.startswith(("exec-train", "exec-plan-run")), name.startswith(("exec-label", "exec-evaluate"))
+        kind = "train" if trains else "label" if labels else "cpu"
         assert pool[name] == kind, name
-        wanted = f"{kind}_tolerations"
-        assert facts["tolerations"] == [{"tolerationJson": {"componentInputParameter": wanted}}], name
+        (tolerated,) = facts["tolerations"]
+        assert own(tolerated["tolerationJson"]["componentInputParameter"]) == f"{kind}_tolerations", name
         container = spec["deploymentSpec"]["executors"][name]["container"]
         assert ("accelerator" in container["resources"]) == (kind != "cpu"), name
         shared = [mount for mount in facts["emptyDirMounts"] if mount["mountPath"] == "/dev/shm"]
@@ -174,21 +192,29 @@ def test_inputs_have_defaults_and_lists_offer_their_default(spec):
 
 
 def test_equal_components_are_shared_so_that_generations_cost_little(spec):
-    attempts = [task["componentRef"]["name"] for name, task in spec["root"]["dag"]["tasks"].items() if "attempt" in name]
-    assert attempts == ["comp-attempt"] * MAX_GENERATIONS
+    attempts = {task["componentRef"]["name"] for name, task in work(spec).items() if "attempt" in name}
+    assert attempts == {"comp-attempt"}
     assert sorted(spec["deploymentSpec"]["executors"]) == sorted(
         {c.get("executorLabel") for c in spec["components"].values()} - {None}
     )
 
 
-def test_artifacts_have_types_that_the_backend_knows(spec):
-    titles = set(re.findall(r"schemaTitle: (\S+)", PACKAGE.read_text()))
+def test_a_dry_run_plans_and_does_nothing_else(spec):
+    (planned,) = [name for name, component in dags(spec) if "plan-run" in component["dag"]["tasks"]]
+    (choice,) = spec["root"]["dag"]["tasks"].values()
+    branches = spec["components"][choice["componentRef"]["name"]]["dag"]["tasks"].values()
+    dry, wet = [spec["components"][branch["componentRef"]["name"]]["dag"]["tasks"] for branch in branches]
+    assert [task["componentRef"]["name"] for task in dry.values()] == [planned]
+    assert "report" in wet
+
+
+def test_artifacts_have_types_that_the_backend_knows(package):
+    titles = set(re.findall(r"schemaTitle: (\S+)", package.read_text()))
     assert titles == {"system.Metrics", "system.ClassificationMetrics", "system.HTML", "system.Markdown"}
 
 
 def test_components_are_a_call_and_nothing_else():
     import ast
-    from pathlib import Path
 
     import components
 

@@ -1,0 +1,50 @@
+"""The pipeline of one generation, twice: the second run goes on from what the first one accepted."""
+
+import pytest
+
+from ns import runs
+from ns.evaluate.gate import Verdict
+from ns.store import LocalStore
+from pipelines import local
+from pipelines.compile import GENERATION_PACKAGE
+
+pytestmark = pytest.mark.integration
+
+QUICK = [
+    "teacher.train.epochs=30",
+    "students.0.train.epochs=6",
+    "students.0.train.unlabelled_ratio=1",
+    "gate.min_gain=-1",
+    "gate.max_churn=1",
+]
+
+
+def test_the_second_of_recurring_runs_builds_on_the_student_that_the_first_accepted(tmp_path):
+    store = LocalStore(tmp_path / "root")
+
+    def once() -> runs.Summary:
+        local.run(
+            config_uri="quickstart",
+            root=store.uri,
+            run="",
+            log=tmp_path / "pipeline.log",
+            on_event=lambda event: None,
+            package=GENERATION_PACKAGE,
+            overrides=QUICK,
+            label_workers=1,
+        )
+        return runs.summarise(store, runs.find(store))
+
+    first, second = once(), once()
+    assert first.run.startswith("quickstart-gen-1-")
+    assert second.run.startswith("quickstart-gen-2-")
+    (student,), (grandchild,) = first.generations, second.generations
+    assert (student.generation, student.verdict) == (1, "promoted")
+    assert grandchild.generation == 2
+    assert grandchild.teacher_top1 == second.teacher_top1 == student.student_top1
+    assert store.exists(f"{second.run}/report.html")
+    # The labels before are those of another run.
+    (gate,) = [note for note in second.steps if note.step == "gate"]
+    verdict = Verdict.read(store, gate.outputs["verdict"])
+    assert verdict.teacher == student.model
+    assert "churn" in {guard.name for guard in verdict.guards}
