@@ -131,20 +131,36 @@ def prepare_data(config_uri: str, root: str, run: str) -> str:
         return key
 
 
-def train(config_uri: str, root: str, run: str, data: str, generation: int, teacher: str = "", labels: str = "") -> str:
+def train(
+    config_uri: str,
+    root: str,
+    run: str,
+    data: str,
+    generation: int,
+    teacher: str = "",
+    labels: str = "",
+    *,
+    elsewhere: Callable[[str, Sequence[str]], None] | None = None,
+) -> str:
     """Trains the first teacher (generation 0), or a student of `teacher` on the selection in `labels`.
 
-    Returns the key of the model's folder. Raises TrainingError when training cannot go on.
+    `elsewhere(key, arguments)` runs `python -m ns.join ARGUMENTS` in processes on other machines until they have ended; `key`, 16 hex
+    digits, is this training's and no other's. Without it the processes are on this machine. Returns the key of the model's folder.
+    Raises TrainingError when training cannot go on.
     """
     with _step("train", generation, config_uri, root, run, teacher=teacher) as step:
         training = _Training(step.root, step.ledger, step.experiment, data, generation, teacher, labels)
+        arguments = [config_uri, root, run, data, str(generation), teacher, labels]
 
         def work() -> Mapping[str, str]:
+            if elsewhere:
+                elsewhere(training.key, arguments)
+                return training.outputs
             from ns.parallel import ALONE, launch, processes_here
 
             processes = processes_here(training.role.train.processes)
             if processes > 1:
-                launch(processes, "ns.join", [config_uri, root, run, data, str(generation), teacher, labels])
+                launch(processes, "ns.join", arguments)
             else:
                 training.do(ALONE, run)
             return training.outputs
@@ -159,15 +175,21 @@ def join_training(
     config_uri: str, root: str, run: str, data: str, generation: int, teacher: str = "", labels: str = ""
 ) -> None:
     """Trains as one of the processes that torchrun started. Only trains: whoever started them records the result."""
-    from ns.parallel import failures_told, joined
+    from ns.parallel import FAILURE_VARIABLE, failures_told, joined
 
     die_with_client()
     # Told before the group is left: the others fail for that reason only.
     with joined() as world, failures_told(), log.bound(step="train", generation=generation):
         log.configure() if world.first else log.configure_helper()
-        store, experiment = open_store(root), config.load(config_uri)
-        _begin_telemetry("train", generation, run, experiment, teacher)
-        _Training(store, Ledger(store), experiment, data, generation, teacher, labels).do(world, run)
+        try:
+            store, experiment = open_store(root), config.load(config_uri)
+            _begin_telemetry("train", generation, run, experiment, teacher)
+            _Training(store, Ledger(store), experiment, data, generation, teacher, labels).do(world, run)
+        except NsError as error:
+            if not os.environ.get(FAILURE_VARIABLE):
+                # Whoever started these processes is on another machine, and has nothing of them but their log.
+                log.get().error("failed", error=str(error), exit_code=error.exit_code)
+            raise
 
 
 def evaluate(config_uri: str, root: str, run: str, data: str, generation: int, model: str) -> str:
@@ -445,8 +467,8 @@ class _Training:
             "selection": self._selection.digest if self._selection else None,
             "teacher": _model_digest(root, teacher) if teacher else None,
         }
-        self._key = short(ledger.key("train", self.inputs))
-        self.folder = f"store/models/{self._key}"
+        self.key = short(ledger.key("train", self.inputs))
+        self.folder = f"store/models/{self.key}"
 
     @property
     def outputs(self) -> dict[str, str]:
@@ -463,7 +485,7 @@ class _Training:
             telemetry.serve()
         train_and_save(
             self._root.at(self.folder),
-            self._root.at(f"store/checkpoints/{self._key}"),
+            self._root.at(f"store/checkpoints/{self.key}"),
             self._root,
             self.role,
             self._prepared,

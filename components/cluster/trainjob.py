@@ -1,0 +1,422 @@
+"""A training on several nodes: a TrainJob of Kubeflow Trainer v2, which a small step creates, follows, and clears away.
+
+The job is named by the digest of the training: a step that is started again finds the job of its forerunner. It belongs to the
+step's pod, so that it goes with the run; a step that is asked to stop deletes it. Every node runs torchrun, which Trainer tells who it
+is; results go to the store, as those of any other training.
+"""
+
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple, TypeVar
+
+from kubernetes import client, config
+from kubernetes.client.exceptions import ApiException
+from kubernetes.config.config_exception import ConfigException
+from urllib3.exceptions import HTTPError
+
+from ns import log, steps
+from ns.errors import ConfigError, Interrupted, NsError, RunError, TrainingError
+
+GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
+NODE = "node"
+"""What Trainer calls the job of the nodes, and the container in each."""
+MANAGER = "noisy-student/train-distributed"
+NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+POLL_SECONDS = 5.0
+QUIET_SECONDS = 60.0
+"""A log that says nothing for so long is let go, to look after the job."""
+PATIENCE_SECONDS = 600.0
+"""For a cluster's API that does not answer: a training of days goes on meanwhile."""
+DEADLINE_SECONDS = 168 * 3600
+SETTINGS = ("AWS_ENDPOINT_URL", "AWS_REGION", "NS_METRICS_PORT")
+USER = 10001
+SHARED_MEMORY = "8Gi"
+LAST_LINES = 15
+WORDLESS = re.compile(r"^\s*$|^\{.*\}$")
+
+T = TypeVar("T")
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The nodes of a training."""
+
+    count: int
+    image: str
+    runtime: str
+    runtime_kind: str
+    """TrainingRuntime, of the namespace, or ClusterTrainingRuntime."""
+    gpu_type: str
+    gpus: int
+    """Of each node, which starts a process on each; one process without any."""
+    cpu: str
+    memory: str
+    selector: Mapping[str, str]
+    tolerations: Sequence[Json]
+    secret: str
+    """With the keys accesskey and secretkey of the store. May be missing."""
+    settings: str
+    """ConfigMap with AWS_ENDPOINT_URL, AWS_REGION and NS_METRICS_PORT. May be missing."""
+    queue: str = ""
+    """Of Kueue; none if empty."""
+
+
+def train(config_uri: str, root: str, run: str, data: str, generation: int, teacher: str, labels: str, nodes: Nodes) -> str:
+    """`ns.steps.train` on several nodes. Returns the key of the model's folder.
+
+    Raises ConfigError if there is no cluster or no Trainer, the training's own error if a node tells it, TrainingError with the last
+    lines of its log if not, RunError if the cluster stops answering, Interrupted after SIGINT or SIGTERM.
+    """
+
+    def elsewhere(key: str, arguments: Sequence[str]) -> None:
+        api = Api.here()
+        job = Job(api, f"train-{key}")
+        labels_of_it = {"app.kubernetes.io/part-of": "noisy-student", "app.kubernetes.io/component": "train"}
+        if nodes.queue:
+            labels_of_it["kueue.x-k8s.io/queue-name"] = nodes.queue
+        with _asked_to_stop():
+            try:
+                job.start(manifest(job.name, arguments, nodes, labels_of_it, _owners()))
+                job.follow()
+            except (Interrupted, KeyboardInterrupt):
+                job.delete()
+                raise
+        job.delete()
+
+    return steps.train(config_uri, root, run, data, generation, teacher, labels, elsewhere=elsewhere)
+
+
+def manifest(name: str, arguments: Sequence[str], nodes: Nodes, labels: Mapping[str, str], owners: Sequence[Json]) -> Json:
+    """The TrainJob of a training. `arguments`: those of `ns.join`."""
+    gpus = {nodes.gpu_type: str(nodes.gpus)} if nodes.gpus else {}
+    keys = (("AWS_ACCESS_KEY_ID", "accesskey"), ("AWS_SECRET_ACCESS_KEY", "secretkey"))
+    environment = [_variable(variable, "secretKeyRef", nodes.secret, key) for variable, key in keys]
+    environment += [_variable(name, "configMapKeyRef", nodes.settings, name) for name in SETTINGS]
+    pod = {
+        "nodeSelector": dict(nodes.selector),
+        "tolerations": list(nodes.tolerations),
+        "securityContext": {"runAsUser": USER, "runAsGroup": USER, "runAsNonRoot": True},
+        "volumes": [
+            {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": SHARED_MEMORY}},
+            {"name": "scratch", "emptyDir": {}},
+        ],
+        "containers": [
+            {
+                "name": NODE,
+                "volumeMounts": [
+                    {"name": "shared-memory", "mountPath": "/dev/shm"},
+                    {"name": "scratch", "mountPath": "/tmp"},
+                ],
+                "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+            }
+        ],
+    }
+    template = {"metadata": {"labels": dict(labels)}, "spec": {key: value for key, value in pod.items() if value}}
+    job = {"name": NODE, "template": {"spec": {"template": template}}}
+    return {
+        "apiVersion": f"{GROUP}/{VERSION}",
+        "kind": "TrainJob",
+        "metadata": {"name": name, "labels": dict(labels), "ownerReferences": list(owners)},
+        "spec": {
+            "runtimeRef": {"name": nodes.runtime, "kind": nodes.runtime_kind},
+            "activeDeadlineSeconds": DEADLINE_SECONDS,
+            "trainer": {
+                "image": nodes.image,
+                # torchrun; which node it is, and where the first one is, stands in variables that Trainer sets (PET_…).
+                "command": ["python3", "-m", "torch.distributed.run", "-m", "ns.join"],
+                "args": list(arguments),
+                "numNodes": nodes.count,
+                "numProcPerNode": max(1, nodes.gpus),
+                "resourcesPerNode": {
+                    "requests": {"cpu": nodes.cpu, "memory": nodes.memory, **gpus},
+                    "limits": {"memory": nodes.memory, **gpus},
+                },
+                "env": environment,
+            },
+            "runtimePatches": [{"manager": MANAGER, "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [job]}}}}],
+        },
+    }
+
+
+def _variable(name: str, kind: str, source: str, key: str) -> Json:
+    return {"name": name, "valueFrom": {kind: {"name": source, "key": key, "optional": True}}}
+
+
+def _owners() -> list[Json]:
+    """This step's pod, as Kubeflow tells; nobody elsewhere."""
+    name, uid = os.environ.get("KFP_POD_NAME"), os.environ.get("KFP_POD_UID")
+    return [{"apiVersion": "v1", "kind": "Pod", "name": name, "uid": uid}] if name and uid else []
+
+
+class Api:
+    """The cluster, in one namespace. Calls are repeated while it does not answer."""
+
+    def __init__(self, namespace: str) -> None:
+        self.namespace = namespace
+        self.jobs = client.CustomObjectsApi()
+        self.core = client.CoreV1Api()
+
+    @classmethod
+    def here(cls) -> "Api":
+        """The cluster that this pod is in, or the one of KUBECONFIG. Raises ConfigError if there is none."""
+        try:
+            if NAMESPACE.exists():
+                config.load_incluster_config()
+                return cls(NAMESPACE.read_text().strip())
+            config.load_kube_config()
+            _, active = config.list_kube_config_contexts()
+        except ConfigException as error:
+            raise ConfigError(
+                f"a training on several nodes needs a cluster ({error}); run it on Kubeflow, or set KUBECONFIG"
+            ) from error
+        return cls(active["context"].get("namespace", "default"))
+
+    def ask(self, call: Callable[[], T]) -> T:
+        """Raises ApiException for an answer that is a refusal, RunError if there is none for long."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                return call()
+            except (ApiException, HTTPError) as error:
+                if isinstance(error, ApiException) and error.status and error.status < 500 and error.status != 429:
+                    raise
+                if time.monotonic() > deadline:
+                    raise RunError(
+                        f"the cluster's API has not answered for {PATIENCE_SECONDS:,.0f} s ({error}); the same command continues"
+                    ) from error
+            time.sleep(POLL_SECONDS)
+
+
+class End(NamedTuple):
+    good: bool
+    message: str
+
+
+class Job:
+    """A TrainJob by its name."""
+
+    def __init__(self, api: Api, name: str) -> None:
+        self.name = name
+        self._api = api
+        self._where = (GROUP, VERSION, api.namespace, PLURAL)
+        self._log = _Log(api, name)
+
+    def start(self, wanted: Json) -> None:
+        """Creates it, or takes over the one that is there, unless it has failed or is on its way out."""
+        while True:
+            try:
+                self._api.ask(lambda: self._api.jobs.create_namespaced_custom_object(*self._where, wanted))
+                log.get().info("created", trainjob=self.name, nodes=wanted["spec"]["trainer"]["numNodes"])
+                return
+            except ApiException as error:
+                if error.status != 409:
+                    raise _refused(error, self.name, self._api.namespace) from error
+            there = self._read()
+            if there is None:
+                continue
+            end = _end(there)
+            if "deletionTimestamp" in there["metadata"] or (end and not end.good):
+                self.delete()
+                continue
+            self._take_over(there, wanted["metadata"]["ownerReferences"])
+            log.get().info("attached", trainjob=self.name)
+            return
+
+    def follow(self) -> None:
+        """Shows the first node's log until the job has ended. Raises the error that stopped it."""
+        while True:
+            job = self._read()
+            if job is None:
+                raise RunError(
+                    f"TrainJob {self.name}: somebody deleted it; the same command starts it again from its last checkpoint"
+                )
+            end = _end(job)
+            heard = self._log.follow()
+            if end is None:
+                if not heard:
+                    time.sleep(POLL_SECONDS)
+            elif end.good:
+                return
+            else:
+                raise self._failure(end)
+
+    def delete(self) -> None:
+        """Deletes it, and waits until its nodes are gone."""
+        while (job := self._read()) is not None:
+            if "deletionTimestamp" not in job["metadata"]:
+                try:
+                    self._api.ask(
+                        lambda: self._api.jobs.delete_namespaced_custom_object(
+                            *self._where, self.name, body=client.V1DeleteOptions(propagation_policy="Foreground")
+                        )
+                    )
+                except ApiException as error:
+                    if error.status != 404:
+                        raise _refused(error, self.name, self._api.namespace) from error
+                continue
+            time.sleep(POLL_SECONDS)
+
+    def _read(self) -> Json | None:
+        try:
+            return dict(self._api.ask(lambda: self._api.jobs.get_namespaced_custom_object(*self._where, self.name)))
+        except ApiException as error:
+            if error.status == 404:
+                return None
+            raise _refused(error, self.name, self._api.namespace) from error
+
+    def _take_over(self, there: Json, owners: Sequence[Json]) -> None:
+        """The forerunner's pod may be cleared away while this one waits: an object goes when all its owners are gone."""
+        known = there["metadata"].get("ownerReferences", [])
+        more = [owner for owner in owners if owner["uid"] not in {one["uid"] for one in known}]
+        if more:
+            patch = {"metadata": {"ownerReferences": [*known, *more]}}
+            self._api.ask(lambda: self._api.jobs.patch_namespaced_custom_object(*self._where, self.name, patch))
+
+    def _failure(self, end: End) -> NsError:
+        """What a node says of why it failed, or its last words."""
+        pod, why, lines = self._log.of_failed()
+        kinds: dict[int, type[NsError]] = {kind.exit_code: kind for kind in NsError.__subclasses__()}
+        for line in lines:
+            event = _event(line)
+            if event.get("event") == "failed" and "error" in event:
+                return kinds.get(int(event.get("exit_code", 1)), TrainingError)(str(event["error"]))
+        quoted = "".join(f"\n  {line}" for line in [line for line in lines if not WORDLESS.search(line)][-LAST_LINES:])
+        where = f"; {pod} {why}" if pod else ""
+        return TrainingError(f"TrainJob {self.name}: {end.message}{where}; the same command continues{quoted and ':' + quoted}")
+
+
+class _Log:
+    """What the nodes of a job write."""
+
+    def __init__(self, api: Api, job: str) -> None:
+        self._api = api
+        self._selector = f"jobset.sigs.k8s.io/jobset-name={job},jobset.sigs.k8s.io/replicatedjob-name={NODE}"
+        self._last = ""
+        """Time of the last line, as the log has it."""
+        self._seen = 0.0
+        self._lines: deque[str] = deque(maxlen=200)
+
+    def follow(self) -> bool:
+        """Writes the first node's log on, for as long as it says something. Returns whether there was any."""
+        pods = [pod for pod in self._pods() if pod.metadata.labels.get("batch.kubernetes.io/job-completion-index") == "0"]
+        begun = [pod for pod in pods if pod.status.phase in ("Running", "Succeeded", "Failed")]
+        if not begun:
+            return False
+        newest = max(begun, key=lambda pod: pod.metadata.creation_timestamp)
+        heard = False
+        try:
+            for line in self._stream(newest.metadata.name, follow=newest.status.phase == "Running"):
+                at, _, text = line.partition(" ")
+                # What was read before comes again when a log is taken up.
+                if at > self._last:
+                    self._last, self._seen, heard = at, time.time(), True
+                    self._lines.append(text)
+                    sys.stderr.write(text + "\n")
+        except (ApiException, HTTPError):
+            pass  # quiet, cut off, or gone; whoever asks looks after the job and asks again
+        return heard
+
+    def of_failed(self) -> tuple[str, str, list[str]]:
+        """The node that failed first, how, and the end of its log; of the first node what was heard if none is left."""
+        failed = []
+        for pod in self._pods():
+            for status in pod.status.container_statuses or []:
+                ended = status.state.terminated if status.state else None
+                if status.name == NODE and ended and ended.exit_code:
+                    failed.append((ended.finished_at, pod.metadata.name, ended))
+        if not failed:
+            return "", "", list(self._lines)
+        _, name, ended = min(failed, key=lambda one: (one[0] is None, one[0], one[1]))
+        why = "was killed for want of memory" if ended.reason == "OOMKilled" else f"ended with exit code {ended.exit_code}"
+        try:
+            text = self._api.ask(
+                lambda: self._api.core.read_namespaced_pod_log(name, self._api.namespace, container=NODE, tail_lines=200)
+            )
+        except ApiException:
+            return name, why, list(self._lines)
+        return name, why, text.splitlines()
+
+    def _pods(self) -> list[Any]:
+        pods = self._api.ask(lambda: self._api.core.list_namespaced_pod(self._api.namespace, label_selector=self._selector))
+        return list(pods.items)
+
+    def _stream(self, pod: str, *, follow: bool) -> Iterator[str]:
+        since = {"since_seconds": math.ceil(time.time() - self._seen) + 10} if self._seen else {}
+        response = self._api.core.read_namespaced_pod_log(
+            pod,
+            self._api.namespace,
+            container=NODE,
+            follow=follow,
+            timestamps=True,
+            _preload_content=False,
+            _request_timeout=(10, QUIET_SECONDS),
+            **since,
+        )
+        rest = b""
+        try:
+            for chunk in response.stream(decode_content=False):
+                *lines, rest = (rest + chunk).split(b"\n")
+                yield from (line.decode(errors="replace") for line in lines)
+            if rest:
+                yield rest.decode(errors="replace")
+        finally:
+            response.close()
+
+
+def _end(job: Json) -> End | None:
+    for condition in job.get("status", {}).get("conditions", []):
+        if condition["status"] == "True" and condition["type"] in ("Complete", "Failed"):
+            return End(condition["type"] == "Complete", condition.get("message") or condition.get("reason") or "failed")
+    return None
+
+
+def _event(line: str) -> Json:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return {}
+    return event if isinstance(event, dict) else {}
+
+
+def _refused(error: ApiException, name: str, namespace: str) -> NsError:
+    """The API's refusal, for the person who has to mend it."""
+    try:
+        said = json.loads(error.body or "{}").get("message") or error.reason
+    except ValueError:
+        said = error.reason
+    if error.status == 404:
+        return ConfigError(f"TrainJob {name}: the cluster knows no TrainJobs ({said}); install Kubeflow Trainer 2.2 or later")
+    if error.status in (401, 403):
+        return ConfigError(
+            f"TrainJob {name}: not allowed in namespace {namespace} ({said}); give the service account of the run's pods the role of "
+            "k8s/components/trainer"
+        )
+    return ConfigError(f"TrainJob {name}: the cluster refuses it: {said}")
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[None]:
+    """Raises Interrupted when SIGTERM comes."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        # The nodes are stopped now, whoever asks again.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Interrupted("stopped, and its nodes with it; the same command continues from the last checkpoint")
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,233 @@
+"""Trainings on several nodes, against an API server that knows Trainer's API."""
+
+import json
+import os
+import re
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from components.cluster import trainjob
+from components.cluster.trainjob import Nodes
+from components.train_distributed import train_distributed
+from ns import steps
+from ns.errors import ConfigError, DataError, Interrupted, RunError, TrainingError
+from tests.components.kubernetes_api import JOBS, KubernetesApi
+
+KEY = "0123456789abcdef"
+NAME = f"train-{KEY}"
+ARGUMENTS = ["s3://b/r/config.yaml", "s3://b", "r", "data", "1", "", ""]
+NODES = Nodes(
+    count=2,
+    image="worker-cuda@sha256:0",
+    runtime="noisy-student",
+    runtime_kind="TrainingRuntime",
+    gpu_type="nvidia.com/gpu",
+    gpus=4,
+    cpu="8",
+    memory="64Gi",
+    selector={"pool": "gpu"},
+    tolerations=[{"key": "nvidia.com/gpu", "operator": "Exists"}],
+    secret="store",
+    settings="noisy-student",
+    queue="team",
+)
+
+
+@pytest.fixture
+def api(tmp_path, monkeypatch):
+    api = KubernetesApi()
+    context = {"name": "c", "context": {"cluster": "c", "user": "u", "namespace": "team"}}
+    clusters = [{"name": "c", "cluster": {"server": api.url}}]
+    kubeconfig = {"current-context": "c", "contexts": [context], "clusters": clusters, "users": [{"name": "u", "user": {}}]}
+    (tmp_path / "kubeconfig").write_text(yaml.safe_dump({"apiVersion": "v1", "kind": "Config", **kubeconfig}))
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig"))
+    monkeypatch.setattr(trainjob, "POLL_SECONDS", 0.01)
+    monkeypatch.setenv("KFP_POD_NAME", "step")
+    monkeypatch.setenv("KFP_POD_UID", "uid-1")
+    yield api
+    api.close()
+
+
+@pytest.fixture
+def train(monkeypatch):
+    """Trains, with the rest of the step left out."""
+    monkeypatch.setattr(steps, "train", lambda *_, elsewhere: elsewhere(KEY, ARGUMENTS) or "store/models/m")
+
+    def train():
+        return trainjob.train("c", "s3://b", "r", "data", 1, "", "", NODES)
+
+    return train
+
+
+def succeed(api, name):
+    pod = api.pod(name, 0)
+    api.pod(name, 1)
+    api.logs[pod] += ["one", "two"]
+    time.sleep(0.03)
+    api.logs[pod].append("three")
+    api.pod(name, 0, "Succeeded", 0)
+    api.end(name, "Complete")
+
+
+def test_a_training_is_a_trainjob_of_many_nodes_whose_log_is_shown_and_which_is_cleared_away(api, train, capsys):
+    wanted = {}
+
+    def created(name):
+        wanted.update(api.jobs[name])
+        succeed(api, name)
+
+    api.created = created
+    assert train() == "store/models/m"
+    assert [line for line in capsys.readouterr().err.splitlines() if "{" not in line] == ["one", "two", "three"]
+    assert api.jobs == {}
+    assert wanted["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team"
+    assert wanted["metadata"]["ownerReferences"] == [{"apiVersion": "v1", "kind": "Pod", "name": "step", "uid": "uid-1"}]
+    asked = wanted["spec"]["trainer"]
+    assert (asked["numNodes"], asked["numProcPerNode"], asked["args"]) == (2, 4, ARGUMENTS)
+    assert asked["resourcesPerNode"]["limits"] == {"memory": "64Gi", "nvidia.com/gpu": "4"}
+
+
+def test_what_trainer_does_not_know_is_refused_by_the_stand_in_too(api):
+    job = trainjob.manifest(NAME, ARGUMENTS, NODES, {}, [])
+    assert api.refuse(job) is None
+    assert "RFC 1035" in api.refuse(job | {"metadata": job["metadata"] | {"name": "Name"}})
+    # The field's name in Trainer 2.1.
+    assert "spec.podTemplateOverrides" in api.refuse(job | {"spec": job["spec"] | {"podTemplateOverrides": []}})
+    wrong = job["spec"]["trainer"] | {"numNodes": "2"}
+    assert "invalid" in api.refuse(job | {"spec": job["spec"] | {"trainer": wrong}})
+
+
+def test_the_runtime_is_that_of_the_manifests():
+    trainer = Path(__file__).parents[2] / "k8s" / "components" / "trainer"
+    runtime = yaml.safe_load((trainer / "trainingruntime-noisy-student.yaml").read_text())
+    inputs = train_distributed.component_spec.inputs
+    assert (inputs["runtime"].default, inputs["runtime_kind"].default) == (runtime["metadata"]["name"], runtime["kind"])
+    (job,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
+    assert (job["name"], container["name"]) == (trainjob.NODE, trainjob.NODE)
+    allowed = yaml.safe_load((trainer / "role-noisy-student-trainer.yaml").read_text())["rules"]
+    assert {"create", "get", "patch", "delete"} <= set(allowed[0]["verbs"])
+
+
+def test_nodes_without_gpus_or_wishes_ask_for_none(api):
+    plain = replace(NODES, gpus=0, selector={}, tolerations=[])
+    job = trainjob.manifest(NAME, ARGUMENTS, plain, {}, [])
+    assert api.refuse(job) is None
+    assert job["spec"]["trainer"]["numProcPerNode"] == 1
+    assert "nvidia" not in json.dumps(job)
+    assert "nodeSelector" not in json.dumps(job)
+
+
+def test_a_step_that_is_started_again_finds_its_job_and_becomes_an_owner(api, train, monkeypatch):
+    owner = {"apiVersion": "v1", "kind": "Pod", "name": "before", "uid": "uid-0"}
+    api.jobs[NAME] = trainjob.manifest(NAME, ARGUMENTS, NODES, {}, [owner])
+    owners = []
+    monkeypatch.setattr(trainjob.Job, "delete", lambda self: owners.extend(api.jobs[NAME]["metadata"]["ownerReferences"]))
+    threading.Timer(0.02, succeed, (api, NAME)).start()
+    train()
+    assert [one["uid"] for one in owners] == ["uid-0", "uid-1"]
+    assert [request for request in api.requests if request.startswith("POST")] == [f"POST {JOBS}"], "refused: it exists"
+
+
+def test_a_job_that_failed_before_is_made_anew(api, train):
+    api.jobs[NAME] = trainjob.manifest(NAME, ARGUMENTS, NODES, {}, [])
+    api.end(NAME, "Failed")
+    api.created = lambda name: succeed(api, name)
+    train()
+    assert api.requests.count(f"DELETE {JOBS}/{NAME}") == 2
+
+
+def test_a_log_that_breaks_off_is_taken_up_again_and_an_api_that_is_away_is_waited_for(api, train, capsys):
+    def created(name):
+        pod = api.pod(name, 0)
+        api.logs[pod] += ["one", "CUT", "three"]
+        while "CUT" in api.logs[pod]:
+            time.sleep(0.01)
+        api.failing = 3
+        api.pod(name, 0, "Succeeded", 0)
+        api.end(name, "Complete")
+
+    api.created = created
+    train()
+    assert [line for line in capsys.readouterr().err.splitlines() if "{" not in line] == ["one", "went on", "three"]
+
+
+def failing(api, line, code=1, reason="Error"):
+    def created(name):
+        api.pod(name, 0)
+        api.logs[api.pod(name, 1, "Failed", code, reason)] += ['{"event": "progress"}', line, "", "exit"]
+        api.end(name, "Failed", "jobset failed due to one or more job failures")
+
+    return created
+
+
+def test_a_node_that_says_why_it_fails_fails_the_step_with_its_error(api, train):
+    api.created = failing(api, json.dumps({"event": "failed", "error": "data.pool: gone", "exit_code": DataError.exit_code}))
+    with pytest.raises(DataError, match=re.escape("data.pool: gone")):
+        train()
+    assert NAME in api.jobs, "kept, to be looked at, until it is tried again"
+
+
+def test_a_node_that_dies_fails_the_step_with_its_name_and_its_last_lines(api, train):
+    api.created = failing(api, "RuntimeError: no", 137, "OOMKilled")
+    with pytest.raises(TrainingError) as caught:
+        train()
+    assert str(caught.value) == (
+        f"TrainJob {NAME}: jobset failed due to one or more job failures; {NAME}-node-0-1 was killed for want of memory; "
+        "the same command continues:\n  RuntimeError: no\n  exit"
+    )
+
+
+def test_a_step_that_is_asked_to_stop_takes_its_nodes_with_it(api, train):
+    def created(name):
+        api.pod(name, 0)
+        time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    api.created = created
+    with pytest.raises(Interrupted):
+        train()
+    assert api.jobs == {}
+
+
+def test_a_job_that_somebody_deletes_is_no_success(api, train):
+    def created(name):
+        time.sleep(0.02)
+        del api.jobs[name]
+
+    api.created = created
+    with pytest.raises(RunError, match="somebody deleted it"):
+        train()
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (404, "knows no TrainJobs .*; install Kubeflow Trainer"),
+        (403, r"not allowed in namespace team \(no\).*k8s/components/trainer"),
+        (400, "the cluster refuses it: no"),
+    ],
+)
+def test_a_cluster_that_refuses_says_what_to_do(api, train, status, said):
+    api.refusing = (status, "no")
+    with pytest.raises(ConfigError, match=said):
+        train()
+
+
+def test_an_api_that_stays_away_ends_the_step(api, train, monkeypatch):
+    monkeypatch.setattr(trainjob, "PATIENCE_SECONDS", 0.05)
+    api.failing = 10**6
+    with pytest.raises(RunError, match="has not answered"):
+        train()
+
+
+def test_without_a_cluster_that_is_said(train, monkeypatch, tmp_path):
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="needs a cluster"):
+        train()
