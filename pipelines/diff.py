@@ -7,7 +7,7 @@ settings they mean.
 import difflib
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ def differences(before: Spec, after: Spec, platform_before: Spec, platform_after
     lines = [*_inputs(before["root"], after["root"])]
     graphs = [{"pipeline": spec["root"], **_without(spec.get("components", {}), "comp-")} for spec in (before, after)]
     for name, graph, changed in _pairs(*graphs):
-        lines += _graph(name, graph.get("dag", {}), changed.get("dag", {}))
+        where = "" if name == "pipeline" else f" of `{name}`"
+        lines += _graph(where, graph.get("dag", {}), changed.get("dag", {}))
     found, code = _programs(before, after, platform_before, platform_after)
     lines += found
     old, new = ({key: spec.get(key) for key in ("pipelineInfo", "sdkVersion", "schemaVersion")} for spec in (before, after))
@@ -83,9 +84,9 @@ def _inputs(before: Spec, after: Spec) -> Iterator[str]:
             yield from (f"input `{name}`: {path} {change}" for path, change in _changes(old, new))
 
 
-def _graph(name: str, before: Spec, after: Spec) -> Iterator[str]:
+def _graph(where: str, before: Spec, after: Spec) -> Iterator[str]:
     """Steps of one graph, and what they get from whom."""
-    where = "" if name == "pipeline" else f" of `{name}`"
+    changed: list[tuple[str, str]] = []
     for step, old, new in _pairs(before.get("tasks", {}), after.get("tasks", {})):
         if not old:
             behind = ", ".join(f"`{other}`" for other in new.get("dependentTasks", []))
@@ -93,7 +94,8 @@ def _graph(name: str, before: Spec, after: Spec) -> Iterator[str]:
         elif not new:
             yield f"step `{step}`{where} is gone"
         else:
-            yield from (f"step `{step}`{where}: {path} {change}" for path, change in _changes(_task(old), _task(new)))
+            changed += [(f"step `{step}`{where}", f"{path} {change}") for path, change in _changes(_task(old), _task(new))]
+    yield from _together(changed)
 
 
 def _task(task: Spec) -> Spec:
@@ -123,17 +125,26 @@ def _source(source: Spec) -> Any:
 def _programs(before: Spec, after: Spec, platform_before: Spec, platform_after: Spec) -> tuple[list[str], list[str]]:
     executors = [_without(spec.get("deploymentSpec", {}).get("executors", {}), "exec-") for spec in (before, after)]
     platforms = [_without(platform, "exec-") for platform in (platform_before, platform_after)]
-    lines, code = [], []
+    changed: list[tuple[str, str]] = []
+    code: list[str] = []
     for name, old, new in _pairs(*executors):
         if old and new:
             ours = [{key: value for key, value in each.get("container", {}).items() if key != "command"} for each in (old, new)]
             theirs = [platform.get(name, {}) for platform in platforms]
             for pair in (ours, theirs):
-                lines += [f"`{name}`: {path} {change}" for path, change in _changes(*pair)]
+                changed += [(f"`{name}`", f"{path} {change}") for path, change in _changes(*pair)]
         was, now = ("\n".join(each.get("container", {}).get("command", [])).splitlines() for each in (old, new))
         if old and was != now:
             code += list(difflib.unified_diff(was, now, f"before/{name}", f"after/{name}", lineterm=""))
-    return lines, code
+    return list(_together(changed)), code
+
+
+def _together(changed: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """`who: what` lines; what changed alike in several is said once."""
+    who: dict[str, list[str]] = {}
+    for name, what in changed:
+        who.setdefault(what, []).append(name)
+    yield from (f"{', '.join(names)}: {what}" for what, names in who.items())
 
 
 def _changes(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, str]]:
@@ -141,6 +152,14 @@ def _changes(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, str
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         for key in sorted(before.keys() | after.keys()):
             yield from _changes(before.get(key), after.get(key), f"{path}.{key}" if path else str(key))
+    elif isinstance(before, list) and isinstance(after, list) and before != after:
+        if len(before) == len(after):
+            for index, (old, new) in enumerate(zip(before, after, strict=True)):
+                yield from _changes(old, new, f"{path}.{index}")
+        else:
+            gone, come = ([item for item in some if item not in others] for some, others in ((before, after), (after, before)))
+            moved = [f"− {_shown(item)}" for item in gone] + [f"+ {_shown(item)}" for item in come]
+            yield f"`{path}`", ", ".join(moved) or "repeats items"
     elif before != after:
         yield f"`{path}`", f"{_shown(before)} → {_shown(after)}"
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -72,9 +73,14 @@ def without_redirections(words: list[str]) -> list[str]:
     return words[:end]
 
 
+@cache
+def command_line():
+    return typer.main.get_command(cli.app)
+
+
 def check_ns(words: list[str]) -> None:
     """Lets the command line read the words, and stops before it acts."""
-    command, arguments, context = typer.main.get_command(cli.app), words, None
+    command, arguments, context = command_line(), words, None
     while hasattr(command, "commands"):
         context = command.make_context("ns", list(arguments), parent=context)
         _, command, arguments = command.resolve_command(context, [*context._protected_args, *context.args])

@@ -78,9 +78,9 @@ def test_steps_and_where_their_values_come_from():
         tasks["plan"] = {"componentRef": {"name": "comp-plan"}, "dependentTasks": ["train"]}
 
     assert changed(change)[0] == [
-        "step `train`: `dependentTasks` `[a, b]` → `[a]`",
-        "step `train`: `gets.parameter gpus` `gpus` → `Output of plan`",
         "new step `plan`, after `train`",
+        "step `train`: `dependentTasks` − `b`",
+        "step `train`: `gets.parameter gpus` `gpus` → `Output of plan`",
     ]
     lines, _ = changed(lambda after: after["root"]["dag"]["tasks"].clear())
     assert lines == ["step `train` is gone"]
@@ -97,6 +97,22 @@ def test_images_settings_and_programs():
     assert lines == ["`train`: `image` `worker:1` → `worker:2`", "`train`: `activeDeadlineSeconds` `'60'` → `'90'`"]
     assert code[:2] == ["--- before/train", "+++ after/train"]
     assert code[-2:] == ["-  1", "+  2"]
+
+
+def test_what_changed_alike_in_several_steps_is_said_once():
+    before, after = spec(), spec()
+    for each, gpus in ((before, "a"), (after, "b")):
+        tasks = each["root"]["dag"]["tasks"]
+        tasks["train"]["inputs"]["parameters"] = {"gpus": {"runtimeValue": {"constant": gpus}}}
+        tasks["train-2"] = copy.deepcopy(tasks["train"])
+    lines, _ = diff.differences(before, after, {}, {})
+    assert lines == ["step `train`, step `train-2`: `gets.parameter gpus` `a` → `b`"]
+
+
+def test_lists_say_what_came_and_what_went():
+    platforms = [{"exec-train": {"env": [{"keys": keys}]}} for keys in (["A", "B"], ["B", "C", "D"])]
+    lines, _ = diff.differences(spec(), spec(), *platforms)
+    assert lines == ["`train`: `env.0.keys` − `A`, + `C`, + `D`"]
 
 
 @pytest.fixture

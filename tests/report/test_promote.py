@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -195,3 +197,84 @@ def test_bad_options_get_one_line(root, repository, capsys, options, error, what
     assert code == error.exit_code
     assert what in err
     assert err.count("\n") == 1
+
+
+WORKFLOW = Path(__file__).parents[2] / ".github" / "workflows" / "promote.yaml"
+
+
+class Job:
+    """The job `move` of the workflow, with a real remote, and a `gh` that notes what it is asked and knows the open request."""
+
+    def __init__(self, folder, root, git):
+        self.folder, self.git, self.asked = folder, git, []
+        (folder / "bin").mkdir()
+        subprocess.run(["git", "init", "--quiet", "--bare", str(folder / "origin.git")], check=True)
+        git("remote", "add", "origin", str(folder / "origin.git"))
+        git("push", "--quiet", "origin", "main")
+        self._program("ns", f'PYTHONPATH={Path(promote.__file__).parents[1]} exec {sys.executable} -m ns "$@"')
+        self._program(
+            "gh", f'echo "$*" >>{folder}/asked; case "$*" in "pr list"*) cat {folder}/number 2>/dev/null || true;; esac'
+        )
+        self.steps = [step for step in yaml.safe_load(WORKFLOW.read_text())["jobs"]["move"]["steps"] if "run" in step]
+        self.environment = {
+            **os.environ,
+            "PATH": f"{folder}/bin:{os.environ['PATH']}",
+            "GITHUB_OUTPUT": str(folder / "output"),
+            "GITHUB_STEP_SUMMARY": str(folder / "summary"),
+            "GITHUB_REPOSITORY": "me/it",
+            "BRANCH": "promote/production",
+            "BASE": "main",
+            "RUN": "latest",
+            "ROOT": str(root.root),
+        }
+        self.environment |= {name: value for name, value in self.steps[0]["env"].items() if name.startswith("GIT_")}
+
+    def _program(self, name, script):
+        path = self.folder / "bin" / name
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+
+    def run(self, event="schedule"):
+        """Returns the exit code, what is printed, and the outputs of the step that promotes; then lets the next one act on them."""
+        (self.folder / "output").write_text("")
+        (self.folder / "asked").write_text("")
+        environment = self.environment | {"GITHUB_EVENT_NAME": event}
+        done = subprocess.run(["bash", "-e", "-c", self.steps[0]["run"]], env=environment, capture_output=True, text=True)
+        outputs = dict(line.split("=", 1) for line in (self.folder / "output").read_text().splitlines())
+        if outputs.get("commit"):
+            environment["TITLE"] = outputs["title"]
+            subprocess.run(["bash", "-e", "-c", self.steps[1]["run"]], env=environment, capture_output=True, check=True)
+        self.asked = (self.folder / "asked").read_text().splitlines()
+        return done.returncode, done.stdout + done.stderr, outputs
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="needs jq, as GitHub's runners have it")
+def test_the_workflow_opens_one_request_keeps_it_and_rests_when_it_is_merged(root, repository, tmp_path_factory):
+    job = Job(tmp_path_factory.mktemp("job"), root, repository)
+    title = "Promote made-up, generation 1"
+    # The latest run is the other one, which came later.
+    job.environment["RUN"] = RUN
+    code, said, outputs = job.run()
+    assert code == 0, said
+    assert outputs["title"] == title
+    assert job.asked[-1] == f"pr create --head promote/production --base main --title {title} --body-file body.md"
+    assert repository("ls-remote", "origin", "promote/production").split()[0] == outputs["commit"]
+    assert "| gate of generation 1 |" in (job.folder / "summary").read_text()
+
+    (job.folder / "number").write_text("12\n")
+    assert job.run()[2] == outputs, "the same commit again: nothing moves in the request"
+    assert job.asked[-1] == f"api --silent --method PATCH repos/me/it/pulls/12 --field title={title} --field body=@body.md"
+
+    repository("merge", "--quiet", "promote/production")
+    assert job.run()[2]["commit"] == ""
+    assert job.asked == []
+
+
+def test_the_workflow_fails_for_a_refused_run_only_if_a_person_asked(root, repository, tmp_path_factory):
+    refuse(root)
+    job = Job(tmp_path_factory.mktemp("job"), root, repository)
+    job.environment["RUN"] = RUN
+    code, said, outputs = job.run("schedule")
+    assert (code, outputs) == (0, {})
+    assert "::notice::made-up: nothing to promote" in said
+    assert job.run("workflow_dispatch")[0] == RunError.exit_code
