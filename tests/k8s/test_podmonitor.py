@@ -41,7 +41,8 @@ def test_the_port_is_that_of_the_settings():
 
 def test_a_running_step_is_scraped_on_the_port_of_its_metrics():
     assert relabelled(STEP)["__address__"] == "10.1.2.3:9090"
-    first = {f"{META}container_name": "node", f"{META}label_batch_kubernetes_io_job_completion_index": "0"}
+    component = {f"{META}label_app_kubernetes_io_component": "train-distributed"}
+    first = component | {f"{META}container_name": "node", f"{META}label_batch_kubernetes_io_job_completion_index": "0"}
     assert relabelled(STEP | first)["__address__"] == "10.1.2.3:9090"
 
 
@@ -53,6 +54,7 @@ def test_a_running_step_is_scraped_on_the_port_of_its_metrics():
         {"phase": "Pending"},
         {"container_name": "wait"},
         {"container_init": "true"},
+        {"container_name": "main", "label_app_kubernetes_io_component": "train-distributed"},
         {"container_name": "node", "label_batch_kubernetes_io_job_completion_index": "1"},
         {"container_name": "node", "label_batch_kubernetes_io_job_completion_index": "12"},
     ],
