@@ -19,6 +19,8 @@ from ns import steps
 from ns.errors import ConfigError, DataError, Interrupted, RunError, TrainingError
 from tests.components.kubernetes_api import JOBS, KubernetesApi
 
+pytestmark = pytest.mark.integration
+
 KEY = "0123456789abcdef"
 NAME = f"train-{KEY}"
 ARGUMENTS = ["s3://b/r/config.yaml", "s3://b", "r", "data", "1", "", ""]

@@ -101,6 +101,7 @@ def test_steps_run_in_the_order_of_the_loop_and_stop_where_resolve_says(stand_in
     assert stand_in() == expected
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("teacher", "expected"),
     [
