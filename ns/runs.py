@@ -3,6 +3,7 @@
     ROOT/store/runs/RUN.json      when it was started, and its state; kept by the client that drives the run
     ROOT/RUN/config.yaml          the experiment, every field
     ROOT/RUN/steps/G-STEP.json    one note for each step of generation G (0 is before the first); written when it is done
+    ROOT/RUN/failures/G-STEP.json why a step failed, on a cluster, until it is tried again
     ROOT/RUN/report.html          written by the last step
 
 Everything heavy lives in `ROOT/store/` and is shared by runs; a note points there.
@@ -25,7 +26,7 @@ from ns.data.dataset import Dataset
 from ns.data.prepared import Prepared
 from ns.digest import digest
 from ns.document import Document
-from ns.errors import DataError, RunError, StoreError
+from ns.errors import DataError, NsError, RunError, StoreError
 from ns.evaluate.gate import Verdict
 from ns.evaluate.result import MANIFEST as EVALUATION
 from ns.evaluate.result import Evaluation, Robustness, read_predictions
@@ -70,6 +71,19 @@ class Note(Document):
     reused: bool
     """Whether the work had been done before."""
     finished_at: str
+
+
+class Failure(Document):
+    """The last try of a step, if it failed; gone when it is tried again. Only on a cluster, where no client sees it happen."""
+
+    generation: int
+    step: str
+    error: str
+    exit_code: int
+    failed_at: str
+
+    def __str__(self) -> str:
+        return f"{f'generation {self.generation}: ' if self.generation else ''}{self.step}: {self.error}"
 
 
 class Generation(BaseModel):
@@ -269,6 +283,24 @@ def notes(root: Store, run: str) -> list[Note]:
     folder = root.at(run)
     found = [Note.read(folder, key) for key in folder.list("steps/") if key.endswith(".json")]
     return sorted(found, key=lambda note: (note.generation, note.finished_at, note.step))
+
+
+def note_failure(root: Store, run: str, generation: int, step: str, error: NsError | str, *, key: str) -> None:
+    """Keeps why a step failed. `key`: of this task among all of the run."""
+    code = error.exit_code if isinstance(error, NsError) else 1
+    failure = Failure(generation=generation, step=step, error=str(error), exit_code=code, failed_at=_now())
+    failure.write(root, f"{run}/failures/{generation}-{key}.json")
+
+
+def forget_failure(root: Store, run: str, generation: int, *, key: str) -> None:
+    root.delete(f"{run}/failures/{generation}-{key}.json")
+
+
+def failures(root: Store, run: str) -> list[Failure]:
+    """Steps whose last try failed, the latest last."""
+    folder = root.at(run)
+    found = [Failure.read(folder, key) for key in folder.list("failures/") if key.endswith(".json")]
+    return sorted(found, key=lambda failure: failure.failed_at)
 
 
 def listed(root: Store) -> list[Record]:

@@ -9,7 +9,7 @@ Heavy libraries are imported inside the steps that need them: half of the steps 
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -398,7 +398,7 @@ def report(config_uri: str, root: str, run: str) -> str:
         from ns.report import write
 
         key = write(step.root, run)
-        if not os.environ.get(log.EVENTS_VARIABLE):
+        if not _watched():
             # On a cluster nobody else keeps the record.
             runs.finish(step.root, run, "succeeded")
         gauges.push_summary(step.root, run, step.experiment.name)
@@ -408,7 +408,7 @@ def report(config_uri: str, root: str, run: str) -> str:
 def show_measures(root: str, run: str, generation: int, metrics: Any, answers: Any) -> None:
     """Hands the numbers, the confusion matrix and the ROC curve of a generation's model to Kubeflow, as its `Metrics` and
     `ClassificationMetrics`. Does nothing where a client shows the run itself, as on a laptop."""
-    if os.environ.get(log.EVENTS_VARIABLE):
+    if _watched():
         return
     from ns.report import artifacts
 
@@ -423,7 +423,7 @@ def show_measures(root: str, run: str, generation: int, metrics: Any, answers: A
 
 def show_run(root: str, run: str, page: Any, summary: Any) -> None:
     """Hands the report of the whole run and its tables to Kubeflow, as its `HTML` and `Markdown`; where `show_measures` does."""
-    if os.environ.get(log.EVENTS_VARIABLE):
+    if _watched():
         return
     from ns.report import artifacts
 
@@ -434,7 +434,7 @@ def show_run(root: str, run: str, page: Any, summary: Any) -> None:
 
 def show_generation(root: str, run: str, generation: int, page: Any, summary: Any) -> None:
     """Hands a generation's page and tables to Kubeflow, as its `HTML` and `Markdown`; where `show_measures` does."""
-    if os.environ.get(log.EVENTS_VARIABLE):
+    if _watched():
         return
     from ns.report import artifacts
 
@@ -457,18 +457,16 @@ class _Training:
         self._prepared = Prepared.read(root, data)
         self._selection = Selection.read(root, f"{labels}/{SELECTION}") if labels else None
         self._inference_batch = experiment.labelling.batch
-        self.inputs: dict[str, Any] = {
-            "code": code_digest(*TRAINING),
-            "role": _training_slice(self.role),
-            "seed": self._seed,
-            "generation": generation,
-            "labelled": self._prepared.labelled.dataset,
-            "pool": self._prepared.pool.dataset if self._selection else None,
-            "selection": self._selection.digest if self._selection else None,
-            "teacher": _model_digest(root, teacher) if teacher else None,
-        }
+        self.inputs = _training_inputs(
+            experiment,
+            generation,
+            labelled=self._prepared.labelled.dataset,
+            pool=self._prepared.pool.dataset if self._selection else None,
+            selection=self._selection.digest if self._selection else None,
+            teacher=_model_digest(root, teacher) if teacher else None,
+        )
         self.key = short(ledger.key("train", self.inputs))
-        self.folder = f"store/models/{self.key}"
+        self.folder = _model_folder(self.key)
 
     @property
     def outputs(self) -> dict[str, str]:
@@ -545,7 +543,9 @@ def _step(
     linger: bool = False,
 ) -> Iterator[_Step]:
     """Reads the experiment for a step of a run. With `linger` what it measured can be scraped after its end."""
-    with _announced(name, generation, **({"shards": shards} if shards else {})) as facts:
+    note = f"{name}-{shards}" if shards else name
+    announced = _announced(name, generation, **({"shards": shards} if shards else {}))
+    with announced as facts, _failure_kept(root, run, generation, name, note):
         store = open_store(root)
         step = _Step(
             name=name,
@@ -553,7 +553,7 @@ def _step(
             run=run,
             experiment=config.load(config_uri),
             root=store,
-            note=f"{name}-{shards}" if shards else name,
+            note=note,
             ledger=Ledger(store),
             facts=facts,
         )
@@ -611,6 +611,31 @@ def _prepare(experiment: Experiment, root: Store, ledger: Ledger) -> tuple[str, 
 def _counts(root: Store, prepared: Prepared) -> dict[str, int]:
     """Images of each part."""
     return {part: source.open(root)[1].samples for part, source in prepared.parts.items()}
+
+
+def _watched() -> bool:
+    """Whether a client sees the steps' events, and keeps the run's record. On a cluster nobody does."""
+    return bool(os.environ.get(log.EVENTS_VARIABLE))
+
+
+@contextmanager
+def _failure_kept(root: str, run: str, generation: int, step: str, key: str) -> Iterator[None]:
+    """Keeps why a step failed, until it is tried again, where no client watches: KFP 2.17 says that one did, never why."""
+    if _watched():
+        yield
+        return
+    # The store may be what fails; then the step says so itself, and the log has to do.
+    with suppress(NsError):
+        runs.forget_failure(open_store(root), run, generation, key=key)
+    try:
+        yield
+    except Interrupted:
+        raise
+    except Exception as error:
+        reason = error if isinstance(error, NsError) else f"{type(error).__name__}: {error}"
+        with suppress(NsError):
+            runs.note_failure(open_store(root), run, generation, step, reason, key=key)
+        raise
 
 
 def _accuracy(step: _Step, source: Source, model: str, options: EvaluationSet | None = None) -> tuple[Entry, bool]:
@@ -863,6 +888,32 @@ class _LabelledBefore:
     def _inputs(self, shard: Shard) -> dict[str, Any]:
         reasons = {str(row): reason for row, reason in self._left_out.get(shard.sha256, {}).items()}
         return self._labelling | {"shard": shard.sha256, "left_out": reasons and digest(reasons)}
+
+
+def _training_inputs(
+    experiment: Experiment,
+    generation: int,
+    *,
+    labelled: str,
+    pool: str | None = None,
+    selection: str | None = None,
+    teacher: str | None = None,
+) -> dict[str, Any]:
+    """What a trained model depends on; datasets, selection and teacher by their digests."""
+    return {
+        "code": code_digest(*TRAINING),
+        "role": _training_slice(experiment.student(generation) if generation else experiment.teacher),
+        "seed": _seed(experiment, generation),
+        "generation": generation,
+        "labelled": labelled,
+        "pool": pool,
+        "selection": selection,
+        "teacher": teacher,
+    }
+
+
+def _model_folder(key: str) -> str:
+    return f"store/models/{key}"
 
 
 def _training_slice(role: RoleConfig) -> dict[str, Any]:

@@ -92,6 +92,13 @@ class RunView:
                     self._finish(step, event)
                 case "failed":
                     self._fail(step, event)
+                case "noted":
+                    self._close(step)
+                    what = "reused" if event["reused"] else duration(event["seconds"])
+                    self._say("[green]✓[/]", f"{_title(step)}{_shards(event)}", "", what)
+                case "state" if event["state"] in ("RUNNING", "FAILED"):
+                    mark = "[red]✗[/]" if event["state"] == "FAILED" else "[dim]·[/]"
+                    self._say(mark, TITLES[step[1]], "", event["state"].lower())
                 case "cost":
                     self._say(
                         "[dim]·[/]",

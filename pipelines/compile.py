@@ -13,11 +13,11 @@ from typing import Any
 import yaml
 from kfp import compiler
 
+from pipelines import PACKAGE as PACKAGE
 from pipelines.noisy_student import noisy_student, noisy_student_generation
 from pipelines.pools import INPUTS
 
-PACKAGE = Path(__file__).with_name("noisy_student.yaml")
-GENERATION_PACKAGE = Path(__file__).with_name("noisy_student_generation.yaml")
+GENERATION_PACKAGE = PACKAGE.with_name("noisy_student_generation.yaml")
 PIPELINES = {PACKAGE: noisy_student, GENERATION_PACKAGE: noisy_student_generation}
 Spec = dict[str, Any]
 

@@ -13,7 +13,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +41,8 @@ VERSION_LETTERS = 12
 PAGE = 100
 
 DONE = frozenset({"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"})
+CAME_TO_NOTHING = frozenset({"FAILED", "CANCELED", "CANCELING"})
+ENDED = DONE | CAME_TO_NOTHING
 MAX_PARAMETER_BYTES = 10_000
 """KFP refuses runs whose parameters are longer as JSON."""
 
@@ -70,6 +72,7 @@ class Submitted(NamedTuple):
 class Task(NamedTuple):
     """A step of a run."""
 
+    key: str
     name: str
     state: str
     error: str
@@ -135,22 +138,29 @@ class Server:
             raise RunError(f"{self.url}: took version {version} of pipeline {name}, and does not list it; try again")
         return Pipeline(pipeline, found, name, version)
 
-    def find(self, name: str, experiment: str) -> Submitted | None:
-        """The latest run of that name that is under way or succeeded."""
+    def find(self, name: str, experiment: str, *, besides: Collection[str] = CAME_TO_NOTHING) -> Submitted | None:
+        """The latest run of that name in any state but these."""
         place = self._experiment(experiment)
         filters = _equal("display_name", name)
         for run in self._pages(
             "runs", self._runs.run_service_list_runs, experiment_id=place, filter=filters, sort_by="created_at desc"
         ):
-            if run.state not in ("FAILED", "CANCELED", "CANCELING"):
+            if run.state not in besides:
                 return self._submitted(run, new=False)
         return None
 
     def submit(
-        self, pipeline: Pipeline, arguments: Mapping[str, Any], *, name: str, experiment: str, service_account: str = ""
+        self,
+        pipeline: Pipeline,
+        arguments: Mapping[str, Any],
+        *,
+        name: str,
+        experiment: str,
+        service_account: str = "",
+        besides: Collection[str] = CAME_TO_NOTHING,
     ) -> Submitted:
-        """Starts a run, unless one of that name is under way or succeeded: then that is it."""
-        if (there := self.find(name, experiment)) is not None:
+        """Starts a run, unless one of that name is there, as `find` finds it: then that is it."""
+        if (there := self.find(name, experiment, besides=besides)) is not None:
             return there
         run = api.V2beta1Run(
             display_name=name,
@@ -164,12 +174,18 @@ class Server:
         except Unreachable:
             # It may be that only the answer was lost.
             with contextlib.suppress(Unreachable):
-                if (there := self.find(name, experiment)) is not None:
+                if (there := self.find(name, experiment, besides=besides)) is not None:
                     return there._replace(new=True)
             raise
 
     def follow(
-        self, run_id: str, on_change: Callable[[Task], None], *, steps: Collection[str], poll: float = POLL_SECONDS
+        self,
+        run_id: str,
+        on_change: Callable[[Task], None],
+        *,
+        steps: Collection[str],
+        poll: float = POLL_SECONDS,
+        after_look: Callable[[], None] = lambda: None,
     ) -> Submitted:
         """Waits for the end of a run; `on_change` is called with each of `steps` whose state changed.
 
@@ -188,10 +204,11 @@ class Server:
                         raise Unreachable(f"{error}; the run goes on: {self.run_url(run_id)}") from error
                 else:
                     answered = time.monotonic()
-                    for key, task in _tasks(run, steps):
-                        if states.get(key) != task.state:
-                            states[key] = task.state
+                    for task in _tasks(run, steps):
+                        if states.get(task.key) != task.state:
+                            states[task.key] = task.state
                             on_change(task)
+                    after_look()
                     if run.state in DONE:
                         return self._submitted(run, new=False)
                 time.sleep(poll)
@@ -313,6 +330,21 @@ def _spec(package: str) -> Any:
     raise ConfigError("this is no compiled pipeline: it has no pipelineInfo, root and components; run `make compile`")
 
 
+def parsed(package: str, inputs: Sequence[str]) -> dict[str, Any]:
+    """`NAME=VALUE` as the pipeline's inputs have it: text as it is, all else as YAML. Raises ConfigError naming what is neither."""
+    about = _spec(package)["root"].get("inputDefinitions", {}).get("parameters", {})
+    values: dict[str, Any] = {}
+    for given in inputs:
+        name, equals, text = given.partition("=")
+        if not equals:
+            raise ConfigError(f"--input: invalid value {given!r}: must be NAME=VALUE, e.g. train_gpus=1")
+        try:
+            values[name] = text if about.get(name, {}).get("parameterType") == "STRING" else yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--input {name}: invalid value {text!r}: must be JSON or YAML") from error
+    return values
+
+
 def checked(package: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments, if the pipeline takes them: all are known, of the right type, one of the values that it lists, none is missing.
 
@@ -367,12 +399,12 @@ def step_names(package: str) -> frozenset[str]:
     )
 
 
-def _tasks(run: Any, steps: Collection[str]) -> Iterator[tuple[str, Task]]:
-    """Those nodes that are steps, with their keys."""
+def _tasks(run: Any, steps: Collection[str]) -> Iterator[Task]:
+    """Those nodes that are steps."""
     for node in (run.run_details.task_details if run.run_details else None) or ():
         if node.display_name in steps:
             error = str(getattr(node.error, "message", "") or "") if node.error else ""
-            yield str(node.task_id), Task(node.display_name, str(node.state or "PENDING"), " ".join(error.split())[:300])
+            yield Task(str(node.task_id), node.display_name, str(node.state or "PENDING"), " ".join(error.split())[:300])
 
 
 def _message(error: ApiException) -> str:

@@ -192,6 +192,30 @@ def test_a_teacher_that_is_not_there_stops_before_any_student(done):
             step(*where, data, 1, "store/models/gone")
 
 
+def test_a_step_that_fails_unwatched_leaves_its_reason_until_it_is_tried_again(done, preset, monkeypatch):
+    store, where = done
+    data = steps.prepare_data(*where)
+
+    def full(*_, **__):
+        raise StoreError("the disk is full: free some space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps.Ledger, "once", full)
+        with pytest.raises(StoreError):
+            steps.train(*where, data, 0)
+        (failure,) = runs.failures(store, where[2])
+        assert (str(failure), failure.exit_code) == ("train: the disk is full: free some space", 4)
+        # A client that watches is told, and keeps no second record.
+        store.delete_prefix(f"{where[2]}/failures/")
+        patch.setenv("NS_EVENTS", str(store.root / "events"))
+        with pytest.raises(StoreError):
+            steps.train(*where, data, 0)
+        assert runs.failures(store, where[2]) == []
+    runs.note_failure(store, where[2], 0, "train", "killed", key="train")
+    steps.train(*where, data, 0)
+    assert runs.failures(store, where[2]) == []
+
+
 def test_a_threshold_that_nothing_meets_is_an_error_that_says_so(done, preset):
     store, _ = done
     picky = config.load(preset, [*TINY, "selection.min_confidence=0.999999"])

@@ -15,13 +15,13 @@ import typer
 
 from ns import __version__
 from ns.cli import doctor, evaluate, export, gate, labels, promote, report
-from ns.cli.options import AsJson, ConfigArgument, Overrides, Root, RunArgument, plain
+from ns.cli.options import AsJson, ConfigArgument, Inputs, Kfp, Overrides, Root, RunArgument, load, plain
 from ns.errors import ConfigError, DataError, Interrupted, NsError, RunError, StoreError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ns.config import Experiment, RoleConfig
+    from ns.config import Experiment
     from ns.runs import Summary
     from ns.store import Store
 
@@ -54,6 +54,7 @@ app.add_typer(doctor.app, name="doctor")
 class Runner(StrEnum):
     local = "local"
     docker = "docker"
+    kfp = "kfp"
 
 
 class DataRole(StrEnum):
@@ -118,19 +119,37 @@ def run(
     root: Root = "runs",
     name: Annotated[str | None, typer.Option("--run", help="Name of the run; made from the config if not given.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the latest run that is not finished.")] = False,
-    runner: Annotated[Runner, typer.Option(help="Steps as processes, or in containers of Docker or Podman.")] = Runner.local,
+    runner: Annotated[
+        Runner, typer.Option(help="Steps as processes, in containers of Docker or Podman, or on Kubeflow.")
+    ] = Runner.local,
     image: Annotated[
         str | None, typer.Option(help="Of the steps' containers; the one that `make images` made last if not given.")
     ] = None,
     memory: Annotated[str | None, typer.Option(metavar="4g", help="That each container may use; all if not given.")] = None,
-    gpus: Annotated[int, typer.Option(min=-1, help="For each container; -1 for all.")] = 0,
+    gpus: Annotated[int, typer.Option(min=-1, help="For each container; -1 for all. On Kubeflow: for each GPU step.")] = 0,
     step_timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="The longest a container may run.")] = None,
+    kfp: Kfp = None,
+    inputs: Inputs = None,
+    follow: Annotated[bool | None, typer.Option("--follow/--no-follow", help="On Kubeflow: wait, and show it.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run the whole loop on this machine. The same command again continues where it stopped, and redoes nothing.
+    """Run the whole loop, here or on Kubeflow. The same command again continues where it stopped, and redoes nothing.
 
-    Example: [cyan]ns run quickstart --set seed=1[/], [cyan]ns run quickstart --runner docker --memory 4g[/]
+    Example: [cyan]ns run quickstart --set seed=1[/], [cyan]ns run quickstart --runner docker --memory 4g[/],
+    [cyan]ns run my.yaml --runner kfp --root s3://bucket/runs --input train_gpus=1[/]
     """
+    given: list[tuple[str, Any, tuple[Runner, ...]]] = [
+        ("--image", image, (Runner.docker, Runner.kfp)),
+        ("--memory", memory, (Runner.docker,)),
+        ("--gpus", gpus or None, (Runner.docker, Runner.kfp)),
+        ("--step-timeout", step_timeout, (Runner.docker,)),
+        ("--kfp", kfp, (Runner.kfp,)),
+        ("--input", inputs, (Runner.kfp,)),
+        ("--follow/--no-follow", follow, (Runner.kfp,)),
+    ]
+    for option, value, runners in given:
+        if value is not None and runner not in runners:
+            raise ConfigError(f"{option}: means nothing to --runner {runner}; add --runner {' or '.join(runners)}")
     from rich.console import Console
 
     from ns import runs
@@ -142,15 +161,15 @@ def run(
     if resume:
         name, experiment = _unfinished(store, name)
     else:
-        experiment = _load(str(config), overrides)
+        experiment = load(str(config), overrides)
         name = name or runs.name_of(experiment)
-    given = {"--image": image, "--memory": memory, "--gpus": gpus, "--step-timeout": step_timeout}
-    if runner is Runner.local and (idle := [option for option, value in given.items() if value]):
-        raise ConfigError(
-            f"{', '.join(idle)}: {'says' if len(idle) == 1 else 'say'} something of containers; add --runner docker"
-        )
     # The stream as it is now: while KFP runs, sys.stderr is its log.
     console = Console(file=sys.stderr)
+    if runner is Runner.kfp:
+        _on_kubeflow(
+            store, name, experiment, console, kfp, follow, {"image": image, "gpus": gpus, "inputs": inputs or ()}, as_json
+        )
+        return
     with runs.alone(store, name):
         runs.start(store, name, experiment, __version__)
         if runner is Runner.docker:
@@ -162,6 +181,44 @@ def run(
             from pipelines import local
 
             _drive(store, name, console, partial(local.run, root=store.uri))
+    _print_summary(store, name, as_json)
+
+
+def _on_kubeflow(
+    store: "Store",
+    name: str,
+    experiment: "Experiment",
+    console: "Console",
+    url: str | None,
+    follow: bool | None,
+    asked: dict[str, Any],
+    as_json: bool,
+) -> None:
+    """Submits a run, or finds the one that is under way, and follows it unless told otherwise."""
+    from ns import runs
+    from ns.terminal import RunView
+    from pipelines import cluster, submit
+
+    cluster.check_places(store, experiment)
+    server = submit.Server(url or "")
+    arguments = cluster.arguments(f"{store.uri}/{name}/{runs.CONFIG}", store, name, **asked)
+    submitted = cluster.submit(server, store, name, experiment, arguments)
+    said = f"run {name}: {'submitted' if submitted.new else 'is under way'}: {submitted.url}"
+    console.print(said, highlight=False, soft_wrap=True)
+    if follow is False:
+        if as_json:
+            typer.echo(json.dumps(submitted._asdict(), indent=1))
+        return
+    with RunView(console) as view:
+        cluster.follow(server, submitted, store, name, view.on_event)
+    _print_summary(store, name, as_json)
+
+
+def _print_summary(store: "Store", name: str, as_json: bool) -> None:
+    from rich.console import Console
+
+    from ns import runs
+
     summary = runs.summarise(store, name)
     if as_json:
         typer.echo(summary.model_dump_json(indent=1))
@@ -308,7 +365,7 @@ def config_show(config: ConfigArgument, overrides: Overrides = None) -> None:
     """
     from ns.config import dump
 
-    typer.echo(dump(_load(config, overrides)), nl=False)
+    typer.echo(dump(load(config, overrides)), nl=False)
 
 
 @config_app.command("schema")
@@ -328,7 +385,7 @@ def config_check(config: ConfigArgument, overrides: Overrides = None) -> None:
 
     Example: [cyan]ns config check my-experiment.yaml[/]
     """
-    experiment = _load(config, overrides)
+    experiment = load(config, overrides)
     from ns import models
 
     models.check(experiment)
@@ -358,7 +415,7 @@ def plan(
 
     Example: [cyan]ns plan my-experiment.yaml --pool 300000000 --image-kb 110 --devices 8 --price 2.5[/]
     """
-    experiment = _load(config, overrides)
+    experiment = load(config, overrides)
     from rich.console import Console
 
     from ns import log
@@ -555,46 +612,3 @@ def _class_names(file: Path) -> list[str]:
     if len(set(names)) != len(names) or len(names) < 2:
         raise DataError(f"{file}: {len(names)} names, {len(set(names))} different ones; must be at least 2, each once")
     return names
-
-
-def _load(config: str, overrides: list[str] | None) -> "Experiment":
-    """An experiment from a file or a preset, its local data folders as absolute paths."""
-    from ns.config import load, located
-
-    experiment = load(located(config), overrides or [])
-    data = experiment.data
-    # Steps, and a resumed run, may stand in another folder.
-    places = {
-        part: _absolute(place)
-        for part, place in data.model_dump(include={"labelled", "pool", "heldout", "test"}).items()
-        if place is not None and not place.startswith("digits:")
-    }
-    if data.exclude:
-        places["exclude"] = _absolute(data.exclude)
-    ensemble = tuple(_absolute(place) for place in experiment.labelling.ensemble)
-    sets = {
-        name: asked.model_copy(
-            update={"place": _absolute(asked.place), "multi_label": asked.multi_label and _absolute(asked.multi_label)}
-        )
-        for name, asked in experiment.evaluation.sets.items()
-    }
-    return experiment.model_copy(
-        update={
-            "data": data.model_copy(update=places),
-            "labelling": experiment.labelling.model_copy(update={"ensemble": ensemble}),
-            "evaluation": experiment.evaluation.model_copy(update={"sets": sets}),
-            "teacher": _with_absolute_init(experiment.teacher),
-            "students": tuple(map(_with_absolute_init, experiment.students)),
-        }
-    )
-
-
-def _with_absolute_init(role: "RoleConfig") -> "RoleConfig":
-    if role.train.init_place is None:
-        return role
-    train = role.train.model_copy(update={"init": _absolute(role.train.init_place)})
-    return role.model_copy(update={"train": train})
-
-
-def _absolute(place: str) -> str:
-    return place if "://" in place else str(Path(place).expanduser().absolute())
