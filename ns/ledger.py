@@ -67,6 +67,11 @@ class Ledger:
         outputs = work()
         return self.record(step, inputs, outputs, time.monotonic() - started), False
 
+    def recorded(self, step: str) -> frozenset[str]:
+        """Digests of a step's entries, without a look at whether their outputs are still there."""
+        folder = self._path(step, "").removesuffix(".json")
+        return frozenset(key.removeprefix(folder).removesuffix(".json") for key in self._root.list(folder))
+
     @staticmethod
     def _path(step: str, key: str) -> str:
         return f"store/ledger/{step}/{key}.json"

@@ -405,6 +405,30 @@ def report(config_uri: str, root: str, run: str) -> str:
         return key
 
 
+class Foreseen(NamedTuple):
+    """What of an experiment's first generation is done already, whichever run did it."""
+
+    teacher: bool
+    """Whether its first teacher is trained."""
+    shards: frozenset[str]
+    """sha256 of the shards of the pool that this teacher has labelled."""
+
+
+def foresee(root: Store, experiment: Experiment, labelled: str, pool: Iterable[Shard]) -> Foreseen:
+    """Looks into the ledger, with this code. `labelled`: digest of the labelled images; `pool`: shards of the pool.
+
+    A shard with images that the leak guard or `data.exclude` leaves out may be done although it is not in the answer.
+    """
+    ledger = Ledger(root)
+    key = ledger.key("train", _training_inputs(experiment, 0, labelled=labelled))
+    entry = ledger.lookup("train", key)
+    if entry is None:
+        return Foreseen(False, frozenset())
+    step = _Step("foresee", 0, "", experiment, root, "", ledger)
+    before = _LabelledBefore(step, _model_folder(short(key)), {})
+    return Foreseen(True, frozenset(before.of(pool)))
+
+
 def show_measures(root: str, run: str, generation: int, metrics: Any, answers: Any) -> None:
     """Hands the numbers, the confusion matrix and the ROC curve of a generation's model to Kubeflow, as its `Metrics` and
     `ClassificationMetrics`. Does nothing where a client shows the run itself, as on a laptop."""
@@ -880,6 +904,13 @@ class _LabelledBefore:
             return None
         folder, _, name = entry.outputs["facts"].rpartition("/")
         return self._root.at(folder), LabelShard.read(self._root.at(folder), name)
+
+    def of(self, shards: Iterable[Shard]) -> Iterator[str]:
+        """sha256 of those that are labelled."""
+        known = self._ledger.recorded("label-shard")
+        for shard in shards:
+            if self._ledger.key("label-shard", self._inputs(shard)) in known:
+                yield shard.sha256
 
     def note(self, folder: str, shards: Iterable[Shard]) -> None:
         for shard in shards:

@@ -1,6 +1,7 @@
 """What `ns run` shows: a line for each finished step, bars for those under way, and a table at the end."""
 
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from ns.label.selection import Selection
 from ns.lineage import Trace
 from ns.log import duration
 from ns.plan import Plan
+from ns.plan.prices import Cost
 from ns.plan.tables import tables
 from ns.runs import Labels, Summary
 from ns.store import Store
@@ -494,6 +496,19 @@ def _facts(event: Event) -> str:
         case "train" if "parameters" in event:
             return f"{event['steps']:,} steps, {event['parameters']:,} parameters"
     return ""
+
+
+def outlook_tables(steps: Iterable[tuple[str, str, str]], costs: Iterable[Cost]) -> list[Table]:
+    """What a run would do, and what that costs on each kind of GPU."""
+    does = _table("", "step", "", "how much")
+    for column in does.columns:
+        column.justify = "left"
+    for row in steps:
+        does.add_row(*map(escape, row))
+    pays = _table("", "GPU", "hours", "price")
+    for gpu, hours, cost in costs:
+        pays.add_row(gpu, f"{hours[0]:,.1f} to {hours[1]:,.1f}", f"{cost[0]:,.0f} to {cost[1]:,.0f}")
+    return [does, pays]
 
 
 def _short(key: str) -> str:

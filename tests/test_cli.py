@@ -52,6 +52,8 @@ def ns(capsys, *arguments: str) -> tuple[int, str, str]:
         "labels rollback",
         "labels gc",
         "gate explain",
+        "trigger",
+        "watch",
         "promote",
         "promote move",
         "promote check",

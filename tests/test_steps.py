@@ -11,6 +11,7 @@ from ns.card import FINETUNED, ModelCard
 from ns.card import MANIFEST as CARD
 from ns.config import GateConfig, LabellingConfig, RoleConfig, TrainConfig
 from ns.data.index import ShardIndex
+from ns.data.prepared import Prepared
 from ns.errors import ConfigError, DataError, Interrupted, StoreError, TrainingError
 from ns.evaluate.gate import corruption_rise, flip_rise
 from ns.evaluate.result import Evaluation, Robustness
@@ -214,6 +215,19 @@ def test_a_step_that_fails_unwatched_leaves_its_reason_until_it_is_tried_again(d
     runs.note_failure(store, where[2], 0, "train", "killed", key="train")
     steps.train(*where, data, 0)
     assert runs.failures(store, where[2]) == []
+
+
+def test_what_is_done_is_foreseen(done, preset):
+    store, where = done
+    prepared = Prepared.read(store, steps.prepare_data(*where))
+    _, pool = prepared.pool.open(store)
+
+    def foresee(*overrides):
+        return steps.foresee(store, config.load(preset, [*TINY, *overrides]), prepared.labelled.dataset, pool.shards)
+
+    assert foresee() == (True, {shard.sha256 for shard in pool.shards})
+    assert foresee("labelling.views=flip") == (True, frozenset())
+    assert foresee("seed=7") == (False, frozenset())
 
 
 def test_a_threshold_that_nothing_meets_is_an_error_that_says_so(done, preset):

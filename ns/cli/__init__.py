@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ns import __version__
-from ns.cli import doctor, evaluate, export, gate, labels, promote, report
+from ns.cli import doctor, evaluate, export, gate, labels, promote, report, trigger
 from ns.cli.options import AsJson, ConfigArgument, Inputs, Kfp, Overrides, Root, RunArgument, load, plain
 from ns.errors import ConfigError, DataError, Interrupted, NsError, RunError, StoreError
 
@@ -46,6 +46,8 @@ app.add_typer(report.app, name="report")
 app.command("label")(labels.label)
 app.command()(evaluate.evaluate)
 app.command()(export.export)
+app.command()(trigger.trigger)
+app.command()(trigger.watch)
 app.add_typer(gate.app, name="gate")
 app.add_typer(promote.app, name="promote")
 app.add_typer(doctor.app, name="doctor")

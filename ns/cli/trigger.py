@@ -1,0 +1,179 @@
+"""`ns trigger`, `ns watch`: runs on Kubeflow when there is a reason for one."""
+
+import json
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ns.cli.options import AsJson, ConfigArgument, Inputs, Kfp, Overrides
+from ns.errors import ConfigError, NsError
+
+if TYPE_CHECKING:
+    from ns.config import Experiment
+    from ns.store import Store
+    from pipelines.trigger import Decision, Outlook
+
+Root = Annotated[str, typer.Option("--root", metavar="s3://…", help="The store that holds runs, models, labels and data.")]
+Image = Annotated[str | None, typer.Option(help="Of the steps, best by its digest: another image is a reason for a run.")]
+Gpus = Annotated[int, typer.Option(min=0, help="For each labelling task and training.")]
+MinChange = Annotated[
+    float, typer.Option(min=0, max=1, help="Share of the labelled images, or of the pool, that must be new if nothing else is.")
+]
+
+
+def trigger(
+    config: ConfigArgument,
+    root: Root,
+    overrides: Overrides = None,
+    image: Image = None,
+    gpus: Gpus = 0,
+    inputs: Inputs = None,
+    kfp: Kfp = None,
+    min_change: MinChange = 0.0,
+    again: Annotated[
+        bool, typer.Option("--again", help="Also if a run of these very things was started and has ended.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the decision and what a run would do and cost.")] = False,
+    prices: Annotated[Path | None, typer.Option(help="A table of GPUs, instead of the one that comes with this.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Start a run on Kubeflow if labels, pool, settings or image changed since the last one; say why, or why not.
+
+    The same call again, or by two at once, starts nothing twice.
+
+    Example: [cyan]ns trigger my.yaml --root s3://bucket/runs --min-change 0.02[/],
+    [cyan]ns trigger my.yaml --root s3://bucket/runs --dry-run[/]
+    """
+    from pipelines import trigger as triggers
+
+    call = _Call(config, overrides, root, image, gpus, inputs, kfp)
+    decision = call.decide(min_change, again=again)
+    if dry_run:
+        from ns.plan.prices import read_prices
+
+        outlook = triggers.foresee(call.store, call.experiment, decision.trigger, read_prices(str(prices) if prices else None))
+        if as_json:
+            typer.echo(json.dumps(_as_json(decision) | {"outlook": outlook._asdict()}, indent=1))
+        else:
+            typer.echo(f"{_WOULD[decision.action]}: {decision.why}")
+            _show(outlook)
+        return
+    answer = call.act(decision, again=again)
+    typer.echo(json.dumps(answer, indent=1) if as_json else _sentence(answer))
+
+
+def watch(
+    config: ConfigArgument,
+    root: Root,
+    overrides: Overrides = None,
+    image: Image = None,
+    gpus: Gpus = 0,
+    inputs: Inputs = None,
+    kfp: Kfp = None,
+    min_change: MinChange = 0.0,
+    every: Annotated[float, typer.Option(min=0.01, metavar="MINUTES", help="How often to look.")] = 15.0,
+) -> None:
+    """Look for new data every so often, and start a run on Kubeflow when there is a reason: `ns trigger`, again and again.
+
+    Prints a line for each look. Ends well on SIGTERM and Ctrl-C. What fails is tried again at the next look.
+
+    Example: [cyan]ns watch my.yaml --root s3://bucket/runs --every 60 --min-change 0.05[/]
+    """
+    from pipelines import trigger as triggers
+
+    call = _Call(config, overrides, root, image, gpus, inputs, kfp)
+
+    def look() -> None:
+        try:
+            said = _sentence(call.act(call.decide(min_change)))
+        except ConfigError:
+            # Looking again would not mend it.
+            raise
+        except NsError as error:
+            said = f"error: {error}; again in {every:g} min"
+        typer.echo(f"{datetime.now(UTC).isoformat(timespec='seconds')} {said}")
+        sys.stdout.flush()
+
+    triggers.watch(look, every * 60)
+
+
+class _Call:
+    """What both commands are told, checked."""
+
+    def __init__(
+        self,
+        config: str,
+        overrides: list[str] | None,
+        root: str,
+        image: str | None,
+        gpus: int,
+        inputs: list[str] | None,
+        kfp: str | None,
+    ) -> None:
+        from ns.cli.options import load
+        from ns.store import open_store
+        from pipelines import cluster, submit
+
+        self.experiment: Experiment = load(config, overrides)
+        self.store: Store = open_store(root)
+        cluster.check_places(self.store, self.experiment)
+        self._image, self._gpus, self._inputs, self._kfp = image, gpus, inputs or [], kfp
+        # Wrong ones are found before anything is looked at.
+        self._arguments("check")
+        self._server = submit.Server(kfp or "") if kfp else None
+
+    def decide(self, min_change: float, *, again: bool = False) -> "Decision":
+        from pipelines import trigger as triggers
+
+        seen = triggers.look(self.experiment, self._image)
+        return triggers.decide(self.store, self.experiment.name, seen, min_change=min_change, again=again)
+
+    def act(self, decision: "Decision", *, again: bool = False) -> dict[str, Any]:
+        """Does what was decided. Returns the decision, and the run if there is one, as JSON has it."""
+        from pipelines import submit
+        from pipelines import trigger as triggers
+
+        if decision.action == "nothing":
+            return _as_json(decision)
+        self._server = self._server or submit.Server()
+        run = triggers.start(self._server, self.store, self.experiment, decision, self._arguments, again=again)
+        return _as_json(decision) | run._asdict()
+
+    def _arguments(self, run: str) -> dict[str, Any]:
+        from ns.runs import CONFIG
+        from pipelines import cluster
+
+        uri = f"{self.store.uri}/{run}/{CONFIG}"
+        return cluster.arguments(uri, self.store, run, image=self._image, gpus=self._gpus, inputs=self._inputs)
+
+
+_WOULD = {"start": "would start a run", "known": "would start nothing", "nothing": "would start nothing"}
+
+
+def _as_json(decision: "Decision") -> dict[str, Any]:
+    return {"action": decision.action, "why": decision.why, "digest": decision.trigger.digest, "run": decision.trigger.run}
+
+
+def _sentence(answer: dict[str, Any]) -> str:
+    if "url" not in answer:
+        return f"nothing to do: {answer['why']}"
+    if answer["new"]:
+        return f"started {answer['run']}: {answer['why']}: {answer['url']}"
+    return f"nothing to do: {answer['why']}: run {answer['run']} is {answer['state'].lower()}: {answer['url']}"
+
+
+def _show(outlook: "Outlook") -> None:
+    from rich.console import Console
+    from rich.filesize import decimal
+
+    from ns.terminal import outlook_tables
+
+    console = Console()
+    for table in outlook_tables(outlook.steps, outlook.costs):
+        console.print(table)
+    console.print(
+        f"storage: {decimal(outlook.storage_bytes)} at most · every generation is counted, and rounded up", highlight=False
+    )
