@@ -79,8 +79,9 @@ def command_line():
 
 
 def check_ns(words: list[str]) -> None:
-    """Lets the command line read the words, and stops before it acts."""
-    command, arguments, context = command_line(), words, None
+    """Lets the command line read the words, and stops before it acts. Variables are numbers, which texts may be too."""
+    arguments = [re.sub(r"\$\{\w+(:-[^}]*)?\}|\$\w+", "1", word) for word in words]
+    command, context = command_line(), None
     while hasattr(command, "commands"):
         context = command.make_context("ns", list(arguments), parent=context)
         _, command, arguments = command.resolve_command(context, [*context._protected_args, *context.args])
