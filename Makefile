@@ -6,8 +6,15 @@ NS := $(BIN)/ns
 PYTEST := $(BIN)/python -m pytest
 ARGS ?=
 
+K8S := $(BIN)/python -m k8s
+CLUSTER_OPTIONS = $(if $(KUBE_CONTEXT),--context "$(KUBE_CONTEXT)")
+BUILD_OPTIONS = $(if $(BUILDER),--build "--builder=$(BUILDER)") $(if $(PYTHON_IMAGE),--build "--python=$(PYTHON_IMAGE)") \
+	$(if $(CPU_INDEX),--build "--cpu-index=$(CPU_INDEX)") $(if $(PIP_CONFIG),--build "--pip-config=$(PIP_CONFIG)")
+OVERLAY_OPTIONS = $(if $(OVERLAY),--overlay "$(OVERLAY)") $(if $(REGISTRY),--registry "$(REGISTRY)") \
+	$(if $(WORKER),--worker "$(WORKER)") $(BUILD_OPTIONS)
+
 .DEFAULT_GOAL := help
-.PHONY: help run test test-integration test-containers test-all lint format bench-data bench-train bench-label bench-select bench-method bench-loop bench bench-quick soak compile dashboards images validate checkov constraints venv clean distclean
+.PHONY: help run test test-integration test-containers test-all lint format bench-data bench-train bench-label bench-select bench-method bench-loop bench bench-quick soak compile dashboards images deploy undeploy diff status ui cluster validate checkov constraints venv clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +81,24 @@ compile: $(VENV)/.run ## Compile the pipelines into pipelines/*.yaml
 
 dashboards: ## Write the Grafana dashboards anew (k8s/components/monitoring/dashboards.py)
 	@python3 k8s/components/monitoring/dashboards.py
+
+deploy: $(VENV)/.run ## Bring the platform onto a cluster, or up to date (OVERLAY= KUBE_CONTEXT= REGISTRY= WORKER= ARGS="--no-smoke")
+	@$(K8S) deploy $(CLUSTER_OPTIONS) $(OVERLAY_OPTIONS) $(ARGS)
+
+undeploy: $(VENV)/.run ## Take it away; data stays (KUBE_CONTEXT= ARGS="--delete-data")
+	@$(K8S) undeploy $(CLUSTER_OPTIONS) $(if $(OVERLAY),--overlay "$(OVERLAY)") $(ARGS)
+
+diff: $(VENV)/.run ## Show what deploying would change (OVERLAY= KUBE_CONTEXT= REGISTRY=)
+	@$(K8S) diff $(CLUSTER_OPTIONS) $(OVERLAY_OPTIONS) $(ARGS)
+
+status: $(VENV)/.run ## Show what is deployed, and how it is (KUBE_CONTEXT= ARGS="--json")
+	@$(K8S) status $(CLUSTER_OPTIONS) $(if $(OVERLAY),--overlay "$(OVERLAY)") $(ARGS)
+
+ui: $(VENV)/.run ## Open Kubeflow's pages (KUBE_CONTEXT= ARGS="--port 8081")
+	@$(K8S) ui $(CLUSTER_OPTIONS) $(ARGS)
+
+cluster: $(VENV)/.run ## Make a cluster on this machine with kind, and deploy to it (ARGS="--delete")
+	@$(K8S) cluster $(BUILD_OPTIONS) $(ARGS)
 
 validate: $(VENV)/.test ## Check the manifests in k8s/ against Kubernetes' schemas (ARGS="--remote")
 	@$(BIN)/python k8s/validate.py $(ARGS)

@@ -1,15 +1,23 @@
 """Uploads the compiled pipelines: `python -m pipelines.upload`, to the server in NS_KFP_URL. What is there is left as it is.
 
 In the cluster a CronJob does it (k8s/base), so that a platform has its pipelines without anybody's help, also after its database was
-lost.
+lost. Their run forms are filled in for the cluster by NS_PIPELINE_INPUTS: a JSON object, input → default.
 """
 
 import argparse
+import json
+import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from ns.errors import NsError
+import yaml
+
+from ns.errors import ConfigError, NsError
 from pipelines.submit import Server
+
+INPUTS_VARIABLE = "NS_PIPELINE_INPUTS"
 
 PACKAGES = sorted(Path(__file__).parent.glob("*.yaml"))
 """All that `make compile` wrote."""
@@ -21,12 +29,44 @@ def main(arguments: list[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     try:
         server = Server(asked.kfp)
-        for package in PACKAGES:
-            sys.stdout.write(f"{server.upload(package.read_text(encoding='utf-8')).version}\n")
+        for package in packages(os.environ.get(INPUTS_VARIABLE, ""), INPUTS_VARIABLE):
+            sys.stdout.write(f"{server.upload(package).version}\n")
     except NsError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
     return 0
+
+
+def packages(inputs: str, place: str) -> list[str]:
+    """All compiled pipelines (YAML), with the defaults in `inputs` (a JSON object; none if empty).
+
+    Raises ConfigError, which names `place`, for inputs that a pipeline does not have, or not with such values.
+    """
+    try:
+        defaults = json.loads(inputs or "{}")
+    except ValueError as error:
+        raise ConfigError(f"{place}: is no JSON ({error})") from error
+    if not isinstance(defaults, dict):
+        raise ConfigError(f"{place}: must be an object, input → value")
+    return [_filled_in(file.read_text(encoding="utf-8"), defaults, place) for file in PACKAGES]
+
+
+def _filled_in(package: str, defaults: Mapping[str, Any], place: str) -> str:
+    """A compiled pipeline with other defaults of its inputs: the same bytes each time, so that its digest stays."""
+    if not defaults:
+        return package
+    spec, *rest = yaml.load_all(package, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    inputs = spec["root"]["inputDefinitions"]["parameters"]
+    for name, value in defaults.items():
+        if name not in inputs:
+            raise ConfigError(f"{place}: {name}: is no input of the pipeline; its inputs are {', '.join(sorted(inputs))}")
+        allowed = inputs[name].get("literals")
+        if allowed and value not in allowed:
+            raise ConfigError(f"{place}: {name}: invalid value {value!r}: must be one of {', '.join(map(str, allowed))}")
+        if type(value) is not type(inputs[name].get("defaultValue", value)):
+            raise ConfigError(f"{place}: {name}: invalid value {value!r}: must be like {inputs[name]['defaultValue']!r}")
+        inputs[name]["defaultValue"] = value
+    return yaml.dump_all([spec, *rest], Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), width=120)
 
 
 if __name__ == "__main__":

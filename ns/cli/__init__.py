@@ -71,9 +71,14 @@ def main() -> None:
 
 
 def _main(arguments: list[str]) -> int:
+    return run_app(app, arguments, "ns")
+
+
+def run_app(program: typer.Typer, arguments: list[str], name: str) -> int:
+    """Runs a command line. Returns its exit code: an error's own, after its message in one line on standard error."""
     debug = "--debug" in arguments
     try:
-        return int(app([a for a in arguments if a != "--debug"], standalone_mode=False, prog_name="ns") or 0)
+        return int(program([a for a in arguments if a != "--debug"], standalone_mode=False, prog_name=name) or 0)
     except NsError as error:
         code, message, trace = error.exit_code, str(error), traceback.format_exc()
     except typer.Exit as error:

@@ -98,8 +98,8 @@ class Asked:
     """Where the pods of runs are; Kubeflow Pipelines' own if None."""
     needs: frozenset[str] = frozenset({"kfp"})
     """Parts without which it will not do."""
-    brings: frozenset[str] = frozenset()
-    """Parts that a deployment is about to bring: that they are not there yet is no fault."""
+    brings: Mapping[str, Version | None] = field(default_factory=dict)
+    """Parts that a deployment is about to bring, with their versions where these are known: that they are not there yet is no fault."""
     rights: tuple[Right, ...] = ()
     """That whoever asks must have."""
 
@@ -218,13 +218,15 @@ def allowed(kubectl: Kubectl, right: Right, who: str = "") -> bool | None:
 
 def judge(cluster: Cluster, asked: Asked) -> list[Finding]:
     """All findings, in the order in which things depend on each other."""
-    found = found_versions(cluster)
+    there = found_versions(cluster)
+    # Versions as they will be.
+    found = there | {part: version for part, version in asked.brings.items() if version}
     findings = [Finding("cluster", True, cluster.place), _client(cluster)]
-    findings.append(_version(cluster, found, "kubernetes", asked))
+    findings.append(_version(cluster, there, "kubernetes", asked))
     findings += [_nodes(cluster), _storage(cluster), *_gpus(cluster, asked)]
     for part in ("kfp", "argo", "trainer", "kueue", "prometheus-operator", "dcgm"):
-        if part != "argo" or part in found:
-            findings.append(_version(cluster, found, part, asked))
+        if part != "argo" or part in there:
+            findings.append(_version(cluster, there, part, asked))
     findings += [
         Finding(
             "bad-pair",
@@ -325,12 +327,16 @@ def _version(cluster: Cluster, found: Mapping[str, Version], part: str, asked: A
             fix = f"let somebody look who may list {' and '.join(denied)} in all namespaces"
             return Finding(part, False, f"cannot be told whether {name} is installed", fix, warning=True)
         if part in asked.brings:
-            return Finding(part, True, "not installed yet; this deployment brings it")
+            coming = asked.brings[part]
+            return Finding(part, True, f"not installed yet; this deployment brings {said(coming) if coming else 'it'}")
         if needed:
             return Finding(part, False, f"{name} is not installed", INSTALL[part])
         return Finding(part, True, f"not installed: {USED_FOR.get(part, 'not needed')}")
     if version is None:
         return Finding(part, False, f"{name} does not tell its version", f"see that it is {said(known.least)} or newer", True)
+    coming = asked.brings.get(part)
+    if coming and coming != version:
+        return Finding(part, True, f"{said(version)}; this deployment brings {said(coming)}")
     if version < known.least:
         fix = f"update {name} to {said(known.since)} or newer"
         return Finding(

@@ -6,8 +6,10 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator, Sequence
-from typing import Any
+import sys
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from typing import IO, Any
 
 from ns.errors import ClusterError
 
@@ -54,10 +56,16 @@ class Kubectl:
             raise failure(_named(arguments), err or out, process.returncode)
         return out
 
-    def lines(self, *arguments: str, data: str) -> Iterator[str]:
-        """What kubectl prints, line by line, as it comes. Its standard error goes to ours. For what takes as long as it takes."""
+    def lines(self, *arguments: str, data: str) -> Generator[str, None, None]:
+        """What kubectl prints, line by line, as it comes; its standard error is passed on to ours. For what takes its time.
+
+        Closing the iterator ends kubectl.
+        """
         command = ["kubectl", *self._options, *arguments]
-        process = _start(command, stdin=subprocess.PIPE, stderr=None)
+        process = _start(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+        said: list[str] = []
+        passing = threading.Thread(target=_pass_on, args=(process.stderr, said), daemon=True)
+        passing.start()
         with _ended(process):
             assert process.stdin is not None
             assert process.stdout is not None
@@ -67,8 +75,9 @@ class Kubectl:
             for line in process.stdout:
                 yield line.rstrip("\n")
             process.wait()
+            passing.join()
         if process.returncode:
-            raise ClusterError(f"{_named(arguments)}: ended with code {process.returncode}; its reasons stand above")
+            raise failure(_named(arguments), "".join(said), process.returncode)
 
     def get(self, kind: str, name: str, namespace: str | None = None) -> Object | None:
         """An object; None if there is none."""
@@ -78,7 +87,7 @@ class Kubectl:
             return None
 
     def list(self, kind: str, namespace: str | None = None, selector: str = "") -> list[Object]:
-        """Objects of a kind, in one namespace or in all of them. None if the cluster does not know the kind."""
+        """Objects of kinds (`pods`, or `jobs,pods`), in one namespace or in all of them; none of a kind that the cluster does not know."""
         where = _within(namespace) or ["--all-namespaces"]
         chosen = [f"--selector={selector}"] if selector else []
         try:
@@ -139,8 +148,21 @@ def _ended(process: "subprocess.Popen[str]") -> Iterator[None]:
     except BaseException:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        process.wait()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            if pipe:
+                with contextlib.suppress(OSError, ValueError):
+                    pipe.close()
         raise
+
+
+def _pass_on(stream: IO[str], said: list[str]) -> None:
+    """What kubectl says to standard error, at once; and kept, for the reason."""
+    # Reading ends with an error when the process is ended for us.
+    with contextlib.suppress(ValueError, OSError):
+        for line in stream:
+            said.append(line)
+            sys.stderr.write(line)
 
 
 def _environment() -> dict[str, str]:

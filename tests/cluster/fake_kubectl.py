@@ -46,6 +46,7 @@ class Fake:
             "objects": list(objects),
             "rules": [],
             "denied": [],
+            "port": 0,
             "rendered": [],
         }
         self.save()
@@ -106,7 +107,7 @@ class Program:
         self.rule = None
         for rule in self.state["rules"]:
             if re.search(rule["match"], self.text) and rule["times"] != 0:
-                if rule["times"]:
+                if rule["times"] and rule["after"] is None:
                     rule["times"] -= 1
                     self.save()
                 self.rule = rule
@@ -173,24 +174,32 @@ class Program:
             allowed = not any(re.search(pattern, text) for pattern in self.state["denied"])
             print(json.dumps({**body, "status": {"allowed": allowed}}))
             return
-        self.fail("error: the stand-in creates nothing but reviews")
+        for one in self.documents():
+            if any(key(old) == key(one) for old in self.state["objects"]):
+                self.fail(f'Error from server (AlreadyExists): {one["kind"]} "{one["metadata"]["name"]}" already exists')
+            self.state["objects"].append(one)
+        self.save()
 
     def do_apply(self):
         force = "force-conflicts" in self.options
+        dry = self.options.get("dry-run") == "server"
         for number, one in enumerate(self.documents()):
             if self.rule and number >= self.rule["after"]:
+                self.rule["times"] = self.rule["times"] and self.rule["times"] - 1
                 self.save()
                 self.fail(self.rule["stderr"], self.rule["code"])
             there = next((old for old in self.state["objects"] if key(old) == key(one)), None)
             if one["kind"] == "Job" and there and there["spec"]["template"] != one["spec"]["template"]:
                 self.save()
                 self.fail(f'The Job "{one["metadata"]["name"]}" is invalid: spec.template: Invalid value: field is immutable')
+            if dry:
+                continue
             if there:
                 if there["metadata"].get("foreign") and not force:
                     self.save()
                     self.fail('error: Apply failed with 1 conflict: conflict with "other": .spec.replicas')
                 self.state["objects"].remove(there)
-            self.state["objects"].append({**one, "status": one.get("status") or self.status(one)})
+            self.state["objects"].append({**one, "status": self.status(one)})
             group = one["apiVersion"].partition("/")[0] if "/" in one["apiVersion"] else ""
             print(f"{one['kind'].lower()}{'.' + group if group else ''}/{one['metadata']['name']} serverside-applied")
         self.save()
@@ -232,18 +241,22 @@ class Program:
         print(json.dumps({"apiVersion": "v1", "kind": "List", "items": self.state["rendered"]}))
 
     def do_diff(self):
-        wanted = self.documents()
-        known = {key(one): {name: value for name, value in one.items() if name != "status"} for one in self.state["objects"]}
-        changed = [one for one in wanted if known.get(key(one)) != one]
+        def bare(one):
+            return {name: value for name, value in one.items() if name != "status"}
+
+        known = {key(one): bare(one) for one in self.state["objects"]}
+        changed = [one for one in self.documents() if known.get(key(one)) != bare(one)]
         for one in changed:
             print(f"+ {one['kind']}/{one['metadata']['name']}")
         sys.exit(1 if changed else 0)
 
-    def do_logs(self):
-        print("line one\nline two")
+    def do_wait(self):
+        missing = [name for name in self.words[2:] if not self.found(self.words[1], [name])]
+        if missing:
+            self.fail(f"Error from server (NotFound): {missing[0]} not found")
 
     def do_port_forward(self):
-        print("Forwarding from 127.0.0.1:40123 -> 8888", flush=True)
+        print(f"Forwarding from 127.0.0.1:{self.state['port']} -> 8888", flush=True)
         time.sleep(600)
 
 

@@ -96,7 +96,7 @@ def test_a_bare_cluster_lacks_what_is_needed_and_only_that(objects):
         if one["kind"] in ("Node", "Namespace", "StorageClass") and one["metadata"]["name"] != "monitoring"
     ]
     assert list(bad(bare)) == ["kfp"]
-    assert bad(bare, Asked(brings=frozenset({"kfp"}))) == {}
+    assert bad(bare, Asked(brings={"kfp": (2, 17, 0)})) == {}
     lacking = bad(bare, EVERYTHING)
     assert list(lacking) == ["kfp", "trainer", "kueue", "prometheus-operator", "dcgm"]
     assert all(finding.fatal for finding in lacking.values())

@@ -1,6 +1,11 @@
 """The pipelines that come with the code get onto the server, once each."""
 
-from ns.errors import RunError
+import re
+
+import pytest
+import yaml
+
+from ns.errors import ConfigError, RunError
 from pipelines import upload
 from pipelines.submit import Server
 
@@ -25,3 +30,29 @@ def test_what_goes_wrong_is_said_in_one_line(kfp, monkeypatch, capsys):
     monkeypatch.delenv("NS_KFP_URL")
     assert upload.main([]) == 2
     assert "NS_KFP_URL" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ("{", "is no JSON"),
+        ("[]", "must be an object"),
+        ('{"lable_gpus": "1"}', "lable_gpus: is no input of the pipeline; its inputs are config, "),
+        ('{"label_gpus": "3"}', "label_gpus: invalid value '3': must be one of 0, 1, 2, 4, 8"),
+        ('{"label_tolerations": {}}', "label_tolerations: invalid value {}: must be like []"),
+    ],
+)
+def test_inputs_that_no_pipeline_takes_are_refused(inputs, message):
+    with pytest.raises(ConfigError, match="^HERE: " + re.escape(message)):
+        upload.packages(inputs, "HERE")
+
+
+def test_run_forms_are_filled_in_the_same_way_every_time():
+    inputs = '{"worker_image": "r.example/worker:1", "label_node_selector": {"pool": "spot"}}'
+    filled = upload.packages(inputs, "")
+    assert filled == upload.packages(inputs, "")
+    for package in filled:
+        parameters = next(yaml.safe_load_all(package))["root"]["inputDefinitions"]["parameters"]
+        assert parameters["worker_image"]["defaultValue"] == "r.example/worker:1"
+        assert parameters["label_node_selector"]["defaultValue"] == {"pool": "spot"}
+    assert upload.packages("", "") == [file.read_text() for file in upload.PACKAGES]

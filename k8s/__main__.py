@@ -1,0 +1,223 @@
+"""`python -m k8s …`, as the Makefile's targets call it."""
+
+import shutil
+import subprocess
+import sys
+import time
+import webbrowser
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from k8s import deploy as deploying
+from k8s.deploy import KIND, UI, UI_PORT, Ask, Options
+from ns.cli.doctor import show
+from ns.cluster.kubectl import Kubectl
+from ns.errors import ClusterError
+
+CLUSTER = "noisy-student"
+KIND_FILE = Path(__file__).with_name("kind.yaml")
+
+app = typer.Typer(help="The platform on a Kubernetes cluster.", no_args_is_help=True, pretty_exceptions_enable=False)
+
+Overlay = Annotated[str, typer.Option(help="Of k8s/overlays; the deployed one, or kind or dev, if not given.")]
+Context = Annotated[str, typer.Option(help="Of the kubeconfig; the current one, after a question, if not given.")]
+Registry = Annotated[str, typer.Option(help="Where images are pushed, as registry.example/team.")]
+Image = Annotated[
+    list[str] | None, typer.Option(help="An image that is there already, by its whole name; none is built. Repeatable.")
+]
+Worker = Annotated[
+    str, typer.Option(help="worker or worker-cuda; worker on local clusters, or else worker-cuda, if not given.")
+]
+Without = Annotated[
+    list[str] | None, typer.Option(help="A step of the overlay that the cluster has already: cluster, kubeflow. Repeatable.")
+]
+Build = Annotated[list[str] | None, typer.Option(help="An option for images/build.py, as --build=--python=…. Repeatable.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing: everything is meant as it stands.")]
+
+
+@app.command()
+def deploy(
+    overlay: Overlay = "",
+    context: Context = "",
+    registry: Registry = "",
+    image: Image = None,
+    worker: Worker = "",
+    without: Without = None,
+    build: Build = None,
+    yes: Yes = False,
+    preflight: Annotated[bool, typer.Option(help="Look first whether the cluster is fit (ns doctor cluster).")] = True,
+    smoke: Annotated[bool, typer.Option(help="Run the quickstart at the end.")] = True,
+    force_conflicts: Annotated[bool, typer.Option("--force-conflicts", help="Take over fields that others manage.")] = False,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for all workloads to become ready.")] = 1200,
+) -> None:
+    """Bring the platform onto a cluster, or up to date. The same command goes on where it stopped."""
+    options = Options(
+        overlay,
+        context,
+        registry,
+        image or (),
+        worker,
+        without or (),
+        build or (),
+        yes,
+        preflight,
+        smoke,
+        force_conflicts,
+        timeout,
+    )
+    record = deploying.deploy(options, say, _ask(), show)
+    say(
+        f"deployed: {record.overlay}, version {record.version}, pipelines {', '.join(record.pipelines.values())}; next: make ui"
+    )
+
+
+@app.command()
+def undeploy(
+    overlay: Overlay = "",
+    context: Context = "",
+    yes: Yes = False,
+    delete_data: Annotated[bool, typer.Option("--delete-data", help="Volumes, namespaces, kinds and keys too.")] = False,
+) -> None:
+    """Take the platform away. Data stays unless told otherwise."""
+    deploying.undeploy(Options(overlay, context, yes=yes), say, _ask(), delete_data=delete_data)
+
+
+@app.command()
+def diff(
+    overlay: Overlay = "",
+    context: Context = "",
+    registry: Registry = "",
+    image: Image = None,
+    worker: Worker = "",
+    without: Without = None,
+    build: Build = None,
+    yes: Yes = False,
+) -> None:
+    """Show what deploying would change. Changes nothing."""
+    options = Options(overlay, context, registry, image or (), worker, without or (), build or (), yes)
+    changes = deploying.diff(options, say, _ask())
+    typer.echo(changes or "no differences", nl=not changes)
+
+
+@app.command()
+def status(
+    overlay: Overlay = "", context: Context = "", as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False
+) -> None:
+    """Show what is deployed, and how it is."""
+    import json
+
+    seen = deploying.status(Options(overlay, context))
+    if as_json:
+        fields = seen.record.model_dump(mode="json", exclude={"objects", "found"}) if seen.record else None
+        value = {
+            "context": seen.context,
+            "deployment": fields,
+            "workloads": [row._asdict() for row in seen.workloads],
+            "runs": seen.runs,
+        }
+        typer.echo(json.dumps(value, indent=1))
+        return
+    if seen.record is None:
+        typer.echo(f"{seen.context}: nothing is deployed; `make deploy` does it")
+        return
+    record = seen.record
+    typer.echo(
+        f"{seen.context}: {record.overlay}, {record.state}, {record.at}, version {record.version} {record.revision[:12]}".rstrip()
+    )
+    for name, version in record.pipelines.items():
+        typer.echo(f"pipeline {name}: {version}")
+    for row in seen.workloads:
+        state = typer.style("ok", fg="green") if row.ready else typer.style("NO", fg="red", bold=True)
+        typer.echo(f"{state}  {row.name:<48}  {row.said}{f': {row.why}' if row.why else ''}")
+    runs = ", ".join(f"{count} {phase.lower()}" for phase, count in sorted(seen.runs.items()))
+    typer.echo(f"runs: {runs or 'none'}")
+    if not all(row.ready for row in seen.workloads):
+        raise typer.Exit(ClusterError.exit_code)
+
+
+@app.command()
+def ui(
+    context: Context = "",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="On this machine.")] = 8080,
+    browser: Annotated[bool, typer.Option(help="Open a browser.")] = True,
+) -> None:
+    """Bring Kubeflow's pages to this machine, until Ctrl-C."""
+    chosen = deploying.choose(Options(context=context, yes=True), "Look at", None)
+    _, place = chosen.deployed()
+    url, begun = f"http://localhost:{port}", time.monotonic()
+    while True:
+        lines = chosen.kubectl.lines(
+            "port-forward", f"service/{UI}", f"{port}:{UI_PORT}", f"--namespace={place or 'kubeflow'}", data=""
+        )
+        started = time.monotonic()
+        try:
+            for line in lines:
+                if "Forwarding" in line and browser:
+                    browser = False
+                    webbrowser.open(url)
+                if "127.0.0.1" in line:
+                    say(f"{url}: Kubeflow on {chosen.context}; Ctrl-C ends it")
+        except ClusterError:
+            # One that never worked will not; one that did loses its connection when the page's pod moves.
+            if started - begun < 1 and time.monotonic() - started < 10:
+                raise
+        time.sleep(1)
+
+
+@app.command()
+def cluster(
+    name: Annotated[str, typer.Option(help="Of the local cluster.")] = CLUSTER,
+    node_image: Annotated[str, typer.Option(help="Of its node, as kindest/node:v1.34.0; kind's own if not given.")] = "",
+    build: Build = None,
+    smoke: Annotated[bool, typer.Option(help="Run the quickstart at the end.")] = True,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete it, with all that is in it.")] = False,
+) -> None:
+    """Make a cluster on this machine with kind, and deploy to it. The same command goes on where it stopped."""
+    if shutil.which("kind") is None:
+        raise ClusterError(
+            "kind: is not installed; https://kind.sigs.k8s.io/docs/user/quick-start/#installation, with docker or podman"
+        )
+    there = name in _kind("get", "clusters").split()
+    if delete:
+        if there:
+            _kind("delete", "cluster", f"--name={name}")
+        say(f"cluster {name}: {'deleted' if there else 'is not there'}")
+        return
+    if not there:
+        say(f"cluster {name}: being made")
+        image = [f"--image={node_image}"] if node_image else []
+        _kind("create", "cluster", f"--name={name}", f"--config={KIND_FILE}", "--wait=180s", *image)
+    context = f"{KIND}{name}"
+    # A cluster whose container was stopped is listed all the same.
+    Kubectl(context).run("version", "--output=json")
+    deploy(overlay="kind", context=context, build=build, smoke=smoke)
+
+
+def _kind(*arguments: str) -> str:
+    """What kind prints; its progress goes to standard error."""
+    done = subprocess.run(["kind", *arguments], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise ClusterError(f"kind {' '.join(arguments[:2])}: ended with code {done.returncode}; its reasons stand above")
+    return done.stdout
+
+
+def say(text: str) -> None:
+    """A line of progress; results go to standard output."""
+    typer.echo(text, err=True)
+
+
+def _ask() -> Ask | None:
+    return (lambda question: typer.confirm(question, err=True)) if sys.stdin.isatty() else None
+
+
+def main() -> None:
+    """Entry point. Exits with the code of the error, 0 if there was none."""
+    from ns.cli import run_app
+
+    sys.exit(run_app(app, sys.argv[1:], "make"))
+
+
+if __name__ == "__main__":
+    main()
