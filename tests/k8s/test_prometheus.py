@@ -71,7 +71,12 @@ DCGM_FI_DEV_POWER_USAGE{{Hostname="n1",gpu="0"}} 300
 """
 UNSEEN = "nst_label_churn_ratio"
 """A second generation would take twice the time for this one; tests/test_steps.py has it."""
-HANG = "import sys; from ns import steps; steps.label_shards(*sys.argv[1:5], 1, *sys.argv[5:])"
+HANG = """
+import sys
+from ns import steps
+for shards in sys.argv[6:]:
+    steps.label_shards(*sys.argv[1:5], 1, sys.argv[5], shards)
+"""
 VARIABLES = {
     "$__rate_interval": "15s",
     "$namespace": ".*",
@@ -160,7 +165,7 @@ def configure(folder: Path, step: int, hung: int, others: int, gateway: int) -> 
         group["interval"] = "1s"
         for rule in group["rules"]:
             if rule.get("alert") == "NstStalled":
-                rule["expr"], rule["for"] = rule["expr"].replace("[5m]", "[5s]"), "20s"
+                rule["expr"], rule["for"] = rule["expr"].replace("[5m]", "[5s]"), "30s"
     (folder / "rules.yaml").write_text(yaml.safe_dump(rules))
 
     def job(name: str, targets: dict[str, int], **more: Any) -> dict[str, Any]:
@@ -199,7 +204,15 @@ def hang_in_labelling(root: Path) -> list[str]:
     last.unlink()
     os.mkfifo(last)
     teacher = notes[1, "commit-labels"].outputs["teacher"].rpartition("/")[0]
-    return [f"{store.uri}/watched/config.yaml", store.uri, "watched", data, teacher, f"0-{len(pool.shards)}"]
+    return [
+        f"{store.uri}/watched/config.yaml",
+        store.uri,
+        "watched",
+        data,
+        teacher,
+        f"0-{len(pool.shards) - 1}",
+        f"0-{len(pool.shards)}",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +228,13 @@ def watched(tmp_path_factory):
         def start(name: str, *command: str, **environment: str) -> subprocess.Popen[bytes]:
             return stack.enter_context(running(*command, log=folder / f"{name}.log", **environment))
 
-        start("gateway", "prometheus-pushgateway", f"--web.listen-address=127.0.0.1:{gateway}")
+        start(
+            "gateway",
+            "prometheus-pushgateway",
+            f"--web.listen-address=127.0.0.1:{gateway}",
+            # Debian's own is the machine's.
+            f"--persistence.file={folder / 'pushed'}",
+        )
         stack.enter_context(exporter(others))
         start(
             "prometheus",
