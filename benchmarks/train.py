@@ -36,6 +36,7 @@ from ns.config import ModelConfig, NoiseConfig, RoleConfig, TrainConfig
 from ns.data.dataset import Dataset
 from ns.data.ingest import Limits, import_images
 from ns.data.stream import Labelled
+from ns.memory import keep_freed_memory
 from ns.precision import choose
 from ns.store import LocalStore
 from ns.train import loop
@@ -118,8 +119,10 @@ def turns(contestants: dict[str, Run], rounds: int) -> dict[str, list[float]]:
 
 
 def bare(role: RoleConfig, measured: int) -> Run:
-    """Forward, backward and optimiser on one batch that is in memory, normalised."""
+    """Forward, backward and optimiser on one batch that is in memory, normalised; with freed memory kept, as training does it."""
     device = models.best_device()
+    if device.type == "cpu":
+        keep_freed_memory()
     mode = loop.Mode.parse(role.train.precision)
     network = models.build(role.model, role.noise, CLASSES).to(device)
     forward = mode.prepare(network)
