@@ -157,6 +157,7 @@ def test_missing_ensurepip_without_rights_gets_the_command_to_run(machine, tmp_p
     assert not (machine.project / ".venv").exists()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
 def test_an_interrupted_installation_is_made_anew(machine, end):
     machine.has_python()
