@@ -507,8 +507,15 @@ def outlook_tables(steps: Iterable[tuple[str, str, str]], costs: Iterable[Cost])
         does.add_row(*map(escape, row))
     pays = _table("", "GPU", "hours", "price")
     for gpu, hours, cost in costs:
-        pays.add_row(gpu, f"{hours[0]:,.1f} to {hours[1]:,.1f}", f"{cost[0]:,.0f} to {cost[1]:,.0f}")
+        pays.add_row(gpu, " to ".join(map(_roughly, hours)), " to ".join(map(_roughly, cost)))
     return [does, pays]
+
+
+def _roughly(number: float) -> str:
+    """Two digits, or all before the point."""
+    if number < 0.01:
+        return "< 0.01"
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def _short(key: str) -> str:

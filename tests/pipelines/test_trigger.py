@@ -193,7 +193,8 @@ def test_a_run_that_failed_is_started_again_if_asked_for(root, kfp, experiment, 
     assert start(root, experiment, again=True).new
 
 
-def test_two_that_look_at_once_start_one_run(root, kfp, experiment):
+def test_two_that_look_at_once_start_one_run(root, kfp, experiment, monkeypatch):
+    monkeypatch.setattr(trigger, "WAIT_SECONDS", 0.01)
     # Both have looked, and found no run, before either goes on.
     gate = threading.Barrier(2, timeout=20)
 
