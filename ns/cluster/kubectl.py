@@ -100,8 +100,13 @@ class Kubectl:
         return _parsed(self.run("create", f"--raw={path}", "--filename=-", data=json.dumps(body)))
 
     def server(self) -> str:
-        """URL of the API server, as the kubeconfig has it; empty in a pod."""
-        view = _parsed(self.run("config", "view", "--minify", "--output=json"))
+        """URL of the API server, as the kubeconfig has it; empty where that has no current context, as in a pod."""
+        try:
+            view = _parsed(self.run("config", "view", "--minify", "--output=json"))
+        except ClusterError as error:
+            if "current-context must exist" in str(error):
+                return ""
+            raise
         return next((str(one["cluster"].get("server", "")) for one in view.get("clusters") or ()), "")
 
 

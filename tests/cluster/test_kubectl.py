@@ -65,6 +65,14 @@ def test_a_program_that_is_not_kubectl_is_noticed(monkeypatch, tmp_path):
         contexts()
 
 
+def test_a_pod_has_no_kubeconfig_and_a_cluster_all_the_same(monkeypatch, tmp_path):
+    program = tmp_path / "kubectl"
+    program.write_text("#!/bin/sh\necho 'error: current-context must exist in order to minify' >&2; exit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert Kubectl().server() == ""
+
+
 @pytest.mark.integration
 def test_doctor_looks_at_the_context_that_is_named_and_writes_nothing(objects, monkeypatch, tmp_path, capsys):
     fake = Fake(tmp_path, monkeypatch, objects, contexts=["one", "two"], current="one")

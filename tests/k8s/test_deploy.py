@@ -13,6 +13,7 @@ from k8s.deploy import Options
 from k8s.record import NAME
 from ns.cli import run_app
 from ns.errors import ClusterError, ConfigError, Interrupted
+from pipelines import upload
 from tests.cluster.conftest import node, thing, workload
 from tests.cluster.fake_kubectl import Fake
 from tests.pipelines.kfp_api import KfpApi
@@ -70,6 +71,8 @@ class World:
         monkeypatch.setattr(manifests, "CHECKOUT", tmp_path)
         monkeypatch.setattr(waiting, "POLL_SECONDS", 0.05)
         monkeypatch.setattr(deploying, "RETRY_SECONDS", 0.05)
+        # Filling in the other one, which tests/pipelines/test_upload.py does, would take half of the time here.
+        monkeypatch.setattr(upload, "PACKAGES", [file for file in upload.PACKAGES if file.stem == "noisy_student"])
 
     def render(self, objects):
         if self.cluster.folder.joinpath("calls.jsonl").exists():
