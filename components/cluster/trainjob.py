@@ -43,6 +43,8 @@ SETTINGS = ("AWS_ENDPOINT_URL", "AWS_REGION", "NS_METRICS_PORT")
 USER = 10001
 SHARED_MEMORY = "8Gi"
 LAST_LINES = 15
+RUN = "noisy-student/run"
+LABEL_VALUE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 WORDLESS = re.compile(r"^\s*$|^\{.*\}$")
 
 T = TypeVar("T")
@@ -83,7 +85,7 @@ def train(config_uri: str, root: str, run: str, data: str, generation: int, teac
     def elsewhere(key: str, arguments: Sequence[str]) -> None:
         api = Api.here()
         job = Job(api, f"train-{key}")
-        labels_of_it = {"app.kubernetes.io/part-of": "noisy-student", "app.kubernetes.io/component": "train"}
+        labels_of_it = {"app.kubernetes.io/part-of": "noisy-student", "app.kubernetes.io/component": "train", **run_label(run)}
         if nodes.queue:
             labels_of_it["kueue.x-k8s.io/queue-name"] = nodes.queue
         with _asked_to_stop():
@@ -96,6 +98,11 @@ def train(config_uri: str, root: str, run: str, data: str, generation: int, teac
         job.delete()
 
     return steps.train(config_uri, root, run, data, generation, teacher, labels, elsewhere=elsewhere)
+
+
+def run_label(run: str) -> dict[str, str]:
+    """The run, as the label by which monitoring knows the nodes that show no metrics. None if a label cannot hold the run's name."""
+    return {RUN: run} if LABEL_VALUE.fullmatch(run) else {}
 
 
 def manifest(name: str, arguments: Sequence[str], nodes: Nodes, labels: Mapping[str, str], owners: Sequence[Json]) -> Json:

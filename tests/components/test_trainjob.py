@@ -89,10 +89,17 @@ def test_a_training_is_a_trainjob_of_many_nodes_whose_log_is_shown_and_which_is_
     assert [line for line in capsys.readouterr().err.splitlines() if "{" not in line] == ["one", "two", "three"]
     assert api.jobs == {}
     assert wanted["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team"
+    assert wanted["metadata"]["labels"]["noisy-student/run"] == "r"
     assert wanted["metadata"]["ownerReferences"] == [{"apiVersion": "v1", "kind": "Pod", "name": "step", "uid": "uid-1"}]
     asked = wanted["spec"]["trainer"]
     assert (asked["numNodes"], asked["numProcPerNode"], asked["args"]) == (2, 4, ARGUMENTS)
     assert asked["resourcesPerNode"]["limits"] == {"memory": "64Gi", "nvidia.com/gpu": "4"}
+
+
+def test_a_run_whose_name_no_label_can_hold_has_none():
+    assert trainjob.run_label("digits-1a2b_3.4") == {"noisy-student/run": "digits-1a2b_3.4"}
+    for name in ("", "a" * 64, "ends-", "two words", "é"):
+        assert trainjob.run_label(name) == {}
 
 
 def test_what_trainer_does_not_know_is_refused_by_the_stand_in_too(api):
