@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from email.parser import BytesParser
+from functools import lru_cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -487,6 +488,7 @@ def _uploaded(headers: Any, body: bytes) -> tuple[str, bytes | None]:
     return "", None
 
 
+@lru_cache(maxsize=8)
 def _package(file: bytes) -> list[Any]:
     """The documents of a compiled pipeline. Raises _UploadRefused if there is none."""
     try:

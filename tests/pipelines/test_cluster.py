@@ -49,6 +49,7 @@ def follow(started, root, events=None):
     cluster.follow(server, submitted, root, NAME, (events if events is not None else []).append, poll=0.001)
 
 
+@pytest.mark.integration
 def test_a_run_is_submitted_with_its_experiment_in_the_store(started, kfp, root):
     (run,) = kfp.all("runs")
     given = run.runtime_config.parameters
@@ -57,6 +58,7 @@ def test_a_run_is_submitted_with_its_experiment_in_the_store(started, kfp, root)
     assert (record(root).state, run.display_name) == ("running", NAME)
 
 
+@pytest.mark.integration
 def test_a_run_that_is_under_way_is_not_submitted_again_and_one_that_ended_is(started, kfp, root, experiment):
     server, first = started
     assert cluster.submit(server, root, NAME, experiment, {}) == first._replace(new=False)
@@ -65,6 +67,7 @@ def test_a_run_that_is_under_way_is_not_submitted_again_and_one_that_ended_is(st
     assert cluster.submit(server, root, NAME, experiment, given).new
 
 
+@pytest.mark.integration
 def test_a_server_that_is_down_leaves_nothing_behind(kfp, root, experiment, tmp_path):
     kfp.close()
     with pytest.raises(RunError, match="cannot be reached"):
@@ -72,6 +75,7 @@ def test_a_server_that_is_down_leaves_nothing_behind(kfp, root, experiment, tmp_
     assert list(tmp_path.rglob("*")) == []
 
 
+@pytest.mark.integration
 def test_a_run_that_kfp_refuses_is_recorded_as_failed(kfp, root, experiment):
     with pytest.raises(RunError, match="refused"):
         cluster.submit(Server(), root, NAME, experiment, {"unknown": 1})
@@ -79,6 +83,7 @@ def test_a_run_that_kfp_refuses_is_recorded_as_failed(kfp, root, experiment):
     assert "unknown" in record(root).error
 
 
+@pytest.mark.integration
 def test_following_shows_states_from_kfp_and_all_else_from_the_store(started, kfp, root):
     run = started[1].run_id
     progress = {"training": "1-train", "step": 2, "steps": 10, "images": 64, "images_per_second": 9.5, "updated_at": "1"}
@@ -116,6 +121,7 @@ def test_following_shows_states_from_kfp_and_all_else_from_the_store(started, kf
     ]
 
 
+@pytest.mark.integration
 def test_a_run_that_failed_is_told_with_its_steps_and_their_reasons(started, kfp, root):
     submitted = started[1]
     runs.note_failure(root, NAME, 2, "train", ConfigError("out of memory with 512 images; lower it"), key="train")
@@ -132,6 +138,7 @@ def test_a_run_that_failed_is_told_with_its_steps_and_their_reasons(started, kfp
     assert "out of memory with 512 images" in record(root).error
 
 
+@pytest.mark.integration
 def test_a_run_that_was_cancelled_is_no_failure(started, kfp, root):
     kfp.end(started[1].run_id, "CANCELED")
     with pytest.raises(Interrupted, match=f"run {NAME}: was canceled; the same command continues"):
@@ -139,6 +146,7 @@ def test_a_run_that_was_cancelled_is_no_failure(started, kfp, root):
     assert record(root).state == "interrupted"
 
 
+@pytest.mark.integration
 def test_a_store_that_cannot_be_read_for_a_moment_ends_no_following(started, kfp, root):
     root.put(f"{NAME}/steps/0-train.json", b"not json")
     kfp.end(started[1].run_id, "SUCCEEDED")

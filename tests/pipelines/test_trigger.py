@@ -174,6 +174,7 @@ def at_once(clients: int, call):
     return found
 
 
+@pytest.mark.integration
 def test_a_run_is_started_and_found_from_then_on(root, kfp, experiment):
     first = start(root, experiment)
     assert (first.name, first.new) == ("digits-1", True)
@@ -184,6 +185,7 @@ def test_a_run_is_started_and_found_from_then_on(root, kfp, experiment):
     assert len(kfp.all("runs")) == 1
 
 
+@pytest.mark.integration
 def test_a_run_that_failed_is_started_again_if_asked_for(root, kfp, experiment, monkeypatch):
     monkeypatch.setattr(trigger, "CLAIM_SECONDS", 0.05)
     monkeypatch.setattr(trigger, "WAIT_SECONDS", 0.01)
@@ -193,6 +195,7 @@ def test_a_run_that_failed_is_started_again_if_asked_for(root, kfp, experiment, 
     assert start(root, experiment, again=True).new
 
 
+@pytest.mark.integration
 def test_two_that_look_at_once_start_one_run(root, kfp, experiment, monkeypatch):
     monkeypatch.setattr(trigger, "WAIT_SECONDS", 0.01)
     # Both have looked, and found no run, before either goes on.
@@ -212,6 +215,7 @@ def test_two_that_look_at_once_start_one_run(root, kfp, experiment, monkeypatch)
     assert len({run.run_id for run in found}) == len(kfp.all("runs")) == 1
 
 
+@pytest.mark.integration
 def test_a_claim_whose_client_was_killed_is_taken_over(root, kfp, experiment, monkeypatch):
     monkeypatch.setattr(trigger, "WAIT_SECONDS", 0.01)
     keep(root, seen().model_copy(update={"claimed_at": "2026-01-01T00:00:00+00:00"}), experiment.name)
@@ -220,6 +224,7 @@ def test_a_claim_whose_client_was_killed_is_taken_over(root, kfp, experiment, mo
     assert len(kfp.all("runs")) == 1
 
 
+@pytest.mark.integration
 def test_a_server_that_is_down_leaves_nothing_and_the_same_call_does_it_later(root, kfp, experiment, monkeypatch, tmp_path):
     url = kfp.url
     kfp.close()
@@ -235,6 +240,7 @@ def test_a_server_that_is_down_leaves_nothing_and_the_same_call_does_it_later(ro
         back.close()
 
 
+@pytest.mark.integration
 def test_a_wrong_input_leaves_nothing(root, kfp, experiment, tmp_path):
     decision = trigger.decide(root, experiment.name, seen())
     with pytest.raises(ConfigError, match="gpus: is no input"):
