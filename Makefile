@@ -73,7 +73,7 @@ bench-loop: $(VENV)/.bench ## Measure where the time of a whole run goes (ARGS="
 soak: $(VENV)/.bench ## Run five generations in bad company, and compare with a calm run; half an hour (ARGS="--generations 2")
 	@$(BIN)/python -m benchmarks.soak $(ARGS)
 
-bench-method: $(VENV)/.bench ## Train teachers and noisy students on CIFAR-10, three seeds, about 40 minutes (ARGS="--quick")
+bench-method: $(VENV)/.bench ## Train teachers and noisy students on CIFAR-10, three seeds; about an hour (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.method_cifar10 $(ARGS)
 
 compile: $(VENV)/.run ## Compile the pipelines into pipelines/*.yaml
