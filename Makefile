@@ -26,7 +26,7 @@ test: $(VENV)/.test ## Run the unit tests
 	@$(PYTEST) --numprocesses auto --dist loadfile $(ARGS)
 
 test-integration: $(VENV)/.test ## Run the tests of several real parts together
-	@$(PYTEST) -m "integration or browser or data" --numprocesses auto --dist loadfile $(ARGS)
+	@$(PYTEST) -m "integration or browser or data" --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-containers: $(VENV)/.test ## Run the tests that need a container engine
 	@$(PYTEST) -m containers $(ARGS)

@@ -97,6 +97,7 @@ def test_accumulated_parts_are_gathered_once_a_step(tmp_path):
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_at_five_random_steps_training_ends_bit_for_bit_the_same(tmp_path, monkeypatch, processes):

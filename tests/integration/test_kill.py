@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 # Short, with a checkpoint after every step, so that there is something to continue from wherever the blow falls.
 QUICK = [

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 
 from tests.docs.test_docs import BLOCK, ROOT, commands
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
 
 # Of a size that is trained in seconds. The page's experiment stays what it is but for this.
 SMALL = {

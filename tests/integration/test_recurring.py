@@ -8,7 +8,7 @@ from ns.store import LocalStore
 from pipelines import local
 from pipelines.compile import GENERATION_PACKAGE
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 QUICK = [
     "teacher.train.epochs=30",

@@ -30,7 +30,7 @@ from ns.store import LocalStore
 from tests.k8s.test_dashboards import PANELS
 from tests.k8s.test_rules import RULES, own_metrics
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 SETTINGS = (
     "generations=1",

@@ -6,6 +6,7 @@ import pytest
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_two_hundred_kills_change_nothing(tmp_path):
     """Of four workers that label and commit, at random instants: no label set is another than the undisturbed one, and no tag

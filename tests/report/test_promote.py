@@ -17,7 +17,7 @@ from ns.errors import ConfigError, DataError, RunError, StoreError
 from ns.evaluate.gate import Verdict
 from tests.report.conftest import RUN
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 POINTER = "models/production.yaml"
 MODEL = "store/models/01"
