@@ -75,7 +75,7 @@ class Sizes(NamedTuple):
 
 
 WHOLE = Sizes(LABELLED, HELDOUT, 4_300, 1_000, teacher_epochs=150, student_epochs=57, robust_images=300, frames=8)
-QUICK = Sizes(20, 20, 60, 10, teacher_epochs=30, student_epochs=6, robust_images=50, frames=4, min_confidence=0.1)
+QUICK = Sizes(20, 20, 60, 10, teacher_epochs=10, student_epochs=3, robust_images=8, frames=3, min_confidence=0.1)
 
 
 def experiment(seed: int, tables: Path, sizes: Sizes) -> dict[str, Any]:
