@@ -22,7 +22,7 @@ from rich.table import Table
 
 from benchmarks.measure import arguments, finish
 from ns import __version__, runs
-from ns.config import load
+from ns.config import load, located
 from ns.store import LocalStore
 from pipelines import local
 
@@ -33,7 +33,7 @@ def main() -> None:
     help_seconds = statistics.median(seconds_of([sys.executable, "-m", "ns", "--help"]) for _ in range(5))
     with tempfile.TemporaryDirectory() as scratch:
         store = LocalStore(Path(scratch) / "runs")
-        experiment = load("quickstart", ["generations=1"] if options.quick else [])
+        experiment = load(located("quickstart"), ["generations=1"] if options.quick else [])
         runs.start(store, "loop", experiment, __version__)
         events: list[local.Event] = []
         started = time.time()
