@@ -31,6 +31,7 @@ test-integration: $(VENV)/.test ## Run the tests of several real parts together
 test-containers: $(VENV)/.test ## Run the tests that need a container engine
 	@$(PYTEST) -m containers $(ARGS)
 
+test-all: export NS_LONG_TESTS := 1
 test-all: test test-integration test-containers ## Run all tests
 
 lint: $(VENV)/.test ## Check style, types, and the direction of imports

@@ -174,6 +174,10 @@ def main() -> None:
         found = {name: quick(name) for name in GUARDED}
         (RESULTS / QUICK).write_text(json.dumps(found, indent=1) + "\n")
         return
+    if not (RESULTS / QUICK).exists():
+        raise SystemExit(
+            f"{RESULTS / QUICK}: is not there; measure what to compare with: python -m benchmarks.summary --quick --keep"
+        )
     table = Table("benchmark", "ratio", "was", "is", "")
     worse = regressions(json.loads((RESULTS / QUICK).read_text()), quick, table)
     console.print(table)

@@ -25,7 +25,11 @@ DATA = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first: begun last, they would leave all processes but one without work."""
+    """Files with slow tests come first: begun last, they would leave all processes but one without work. Long ones are left out."""
+    if "NS_LONG_TESTS" not in os.environ:
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes: set NS_LONG_TESTS=1, or run make test-all"))
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 

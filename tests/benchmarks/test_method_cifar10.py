@@ -69,6 +69,7 @@ def test_figures_compare_the_last_student_with_the_teacher_and_the_control():
 
 
 @pytest.mark.data
+@pytest.mark.long
 def test_a_tiny_experiment_runs_to_its_table(cifar10, tmp_path):
     command = [sys.executable, "-m", "benchmarks.method_cifar10", "--quick", "--images", str(cifar10)]
     places = ["--work", str(tmp_path / "work"), "--results", str(tmp_path)]

@@ -82,7 +82,9 @@ def walk(page: Path, folder: Path) -> None:
         assert done.returncode == 0, f"{page.name}: ns {' '.join(words)}:\n{done.stdout}\n{done.stderr}"
 
 
-@pytest.mark.parametrize(("page", "folder"), [("README.md", "images"), ("docs/quickstart.md", "photos")])
+@pytest.mark.parametrize(
+    ("page", "folder"), [("README.md", "images"), pytest.param("docs/quickstart.md", "photos", marks=pytest.mark.long)]
+)
 def test_every_command_of_the_page_works(tmp_path, page, folder):
     write_images(tmp_path / folder, labelled=8, pool=60, heldout=30)
     Image.open(next((tmp_path / folder / "pool").iterdir())).save(tmp_path / "photo.jpg")
