@@ -46,7 +46,7 @@ FIGURES = {
         Figure("decode_ratio_32px", "reading and decoding small images ÷ the bare decoder", 0.85),
         Figure("decode_ratio_large", "the same, photographs of 98 kB", 0.85),
         Figure("vs_imagefolder", "÷ torchvision's ImageFolder and DataLoader", 2.0),
-        Figure("vs_timm_loader", "training's images ÷ timm's loader, both with RandAugment", 2.0),
+        Figure("vs_timm", "training's images ÷ timm's loader, both with RandAugment", 2.0),
         Figure("vs_webdataset", "÷ webdataset on the same tars", 2.0),
     ),
     "train": (
