@@ -1,15 +1,31 @@
-"""Steps that a laptop's client started end with it: a step that nobody waits for would only get in its successor's way."""
+"""Ends and being asked to end. Steps that a laptop's client started end with it: a step that nobody waits for would only get in its
+successor's way."""
 
 import contextlib
 import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 
 CLIENT_VARIABLE = "NS_CLIENT_PID"
 POLL_SECONDS = 0.5
 
 _watching = threading.Event()
+
+
+@contextlib.contextmanager
+def signalled(
+    handler: Callable[[int, FrameType | None], object], numbers: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)
+) -> Iterator[None]:
+    """Has `handler` called when one of the signals comes, inside; afterwards whoever was before. In the main thread only."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 def die_with_client() -> None:

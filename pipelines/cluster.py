@@ -6,8 +6,7 @@ in the run's folder. The client only watches: the run goes on without it.
 
 import contextlib
 import re
-import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -17,6 +16,7 @@ from ns.document import parse_object
 from ns.errors import ConfigError, Interrupted, NsError, RunError
 from ns.store import LocalStore, Store
 from ns.train.monitor import PROGRESS
+from ns.watch import signalled
 from pipelines import PACKAGE
 from pipelines.submit import ENDED, POLL_SECONDS, Server, Submitted, Task, checked, parsed, step_names
 
@@ -97,7 +97,7 @@ def follow(
         last[task.key] = task
         on_event({"event": "state", "step": task.name, "state": task.state})
 
-    with _interruptible():
+    with signalled(_interrupt):
         ended = server.follow(submitted.run_id, told, steps=step_names(PACKAGE.read_text()), poll=poll, after_look=notes.look)
     if ended.state == "SUCCEEDED":
         return
@@ -177,16 +177,6 @@ class _Notes:
         )
 
 
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
     """SIGTERM says what Ctrl-C says, and both are heard by a job in the background too."""
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    raise KeyboardInterrupt

@@ -9,7 +9,6 @@ next one takes over.
 
 import os
 import platform
-import signal
 import threading
 import time
 import uuid
@@ -30,6 +29,7 @@ from ns.digest import digest, sha256_bytes
 from ns.document import Document, pretty
 from ns.errors import DataError, NsError
 from ns.store import LocalStore, Store, open_store, read_uri
+from ns.watch import signalled
 from pipelines import cluster
 from pipelines.submit import ENDED, Server, Submitted
 
@@ -250,14 +250,10 @@ def foresee(root: Store, experiment: Experiment, seen: Trigger, prices: "dict[st
 def watch(look_once: Callable[[], None], seconds: float) -> None:
     """Calls `look_once` every so many seconds, until SIGTERM or SIGINT; a look under way is ended first."""
     stopped = threading.Event()
-    before = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with signalled(lambda *_: stopped.set()):
         while not stopped.is_set():
             look_once()
             stopped.wait(seconds)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _known(root: Store, name: str) -> list[Trigger]:

@@ -27,6 +27,7 @@ from urllib3.exceptions import HTTPError
 
 from ns import log, steps
 from ns.errors import ConfigError, Interrupted, NsError, RunError, TrainingError
+from ns.watch import signalled
 
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
 NODE = "node"
@@ -422,8 +423,5 @@ def _asked_to_stop() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise Interrupted("stopped, and its nodes with it; the same command continues from the last checkpoint")
 
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
+    with signalled(stop, [signal.SIGTERM]):
         yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
