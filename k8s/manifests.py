@@ -14,6 +14,7 @@ from ns.cluster.doctor import Right
 from ns.cluster.kubectl import Kubectl, Object
 from ns.cluster.versions import Version
 from ns.errors import ConfigError
+from pipelines import documents
 
 CHECKOUT = Path(__file__).parents[1]
 OVERLAYS = CHECKOUT / "k8s" / "overlays"
@@ -239,7 +240,7 @@ def _built(kubectl: Kubectl, place: Path, images: Mapping[str, str]) -> Iterator
         }
         (Path(folder) / "kustomization.yaml").write_text(yaml.safe_dump(wrapper))
         text = kubectl.run("kustomize", folder, seconds=BUILD_SECONDS)
-    for document in yaml.load_all(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    for document in documents(text):
         if document:
             yield from document["items"] if document["kind"] == "List" else [document]
 

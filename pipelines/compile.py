@@ -14,6 +14,7 @@ import yaml
 from kfp import compiler
 
 from pipelines import PACKAGE as PACKAGE
+from pipelines import documents
 from pipelines.noisy_student import noisy_student, noisy_student_generation
 from pipelines.pools import INPUTS
 
@@ -29,7 +30,7 @@ def compiled(package: Path) -> str:
         compiler.Compiler().compile(PIPELINES[package], str(path))
         text = path.read_text()
     header = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
-    spec, platform = yaml.load_all(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    spec, platform = documents(text)
     share(spec, platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"])
     _describe(spec["root"]["inputDefinitions"]["parameters"])
     return header + yaml.dump_all([spec, platform], Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), width=120)

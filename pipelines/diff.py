@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from pipelines import documents
+
 LIMIT = 200_000
 """Bytes of a compiled pipeline: Kubernetes keeps it as one object, and what is added to it at run time with it."""
 CHANNEL = "pipelinechannel--"
@@ -65,9 +67,9 @@ def markdown(before: Path, after: Path) -> str:
 def _specs(*files: Path) -> tuple[Spec, Spec, Spec, Spec]:
     specs, platforms = [], []
     for file in files:
-        documents = list(yaml.load_all(file.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
-        specs.append(documents[0])
-        platform = documents[1] if len(documents) > 1 else {}
+        spec, *rest = documents(file.read_text())
+        specs.append(spec)
+        platform = rest[0] if rest else {}
         platforms.append(platform.get("platforms", {}).get("kubernetes", {}).get("deploymentSpec", {}).get("executors", {}))
     return specs[0], specs[1], platforms[0], platforms[1]
 

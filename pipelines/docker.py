@@ -22,13 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from components import WORKER_IMAGE
 from ns.config import Experiment
 from ns.errors import ConfigError, Interrupted, NsError, RunError
 from ns.log import EVENTS_VARIABLE
 from ns.store import LocalStore, Store
+from pipelines import documents
 from pipelines.compile import PACKAGE
 from pipelines.local import POLL_SECONDS, STOP_SECONDS, Event, Output, StepError, drive, load_pipeline, name_of, tail
 
@@ -321,7 +320,7 @@ def _step(command: list[str]) -> Event:
 
 def _timeouts() -> dict[str, float]:
     """Function → seconds, from what the compiled pipeline tells Kubernetes."""
-    *_, platform = yaml.load_all(PACKAGE.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    *_, platform = documents(PACKAGE.read_text())
     executors = platform.get("platforms", {}).get("kubernetes", {}).get("deploymentSpec", {}).get("executors", {})
     return {
         label.removeprefix("exec-").rstrip("-0123456789").replace("-", "_"): float(facts["activeDeadlineSeconds"])

@@ -20,6 +20,7 @@ import yaml
 from ns.errors import Interrupted, NsError, RunError
 from ns.log import EVENTS_VARIABLE
 from ns.watch import CLIENT_VARIABLE
+from pipelines import documents
 from pipelines.compile import PACKAGE
 
 Event = dict[str, Any]
@@ -96,7 +97,7 @@ def load_pipeline(package: Path = PACKAGE) -> Any:
     # Inside the redirection, since importing kfp warns, and here, since it costs half a second.
     from kfp import components
 
-    spec, platform = yaml.load_all(package.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    spec, platform = documents(package.read_text())
     for component in [*spec["components"].values(), spec["root"]]:
         for task in component.get("dag", {}).get("tasks", {}).values():
             task.pop("retryPolicy", None)

@@ -25,6 +25,7 @@ from kfp_server_api.exceptions import ApiException
 
 from ns.digest import sha256_bytes
 from ns.errors import ConfigError, Interrupted, NsError, RunError
+from pipelines import documents
 
 URL_VARIABLE = "NS_KFP_URL"
 TOKEN_VARIABLE = "NS_KFP_TOKEN"
@@ -322,7 +323,7 @@ def pipeline_name(package: str) -> str:
 def _spec(package: str) -> Any:
     """The pipeline's part of the YAML; the other one is for Kubernetes."""
     try:
-        spec = next(yaml.load_all(package, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+        spec = next(documents(package))
         if {"pipelineInfo", "root", "components"} <= set(spec):
             return spec
     except (StopIteration, TypeError, yaml.YAMLError):

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from ns.errors import ConfigError, NsError
+from pipelines import documents
 from pipelines.submit import Server
 
 INPUTS_VARIABLE = "NS_PIPELINE_INPUTS"
@@ -55,7 +56,7 @@ def _filled_in(package: str, defaults: Mapping[str, Any], place: str) -> str:
     """A compiled pipeline with other defaults of its inputs: the same bytes each time, so that its digest stays."""
     if not defaults:
         return package
-    spec, *rest = yaml.load_all(package, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    spec, *rest = documents(package)
     inputs = spec["root"]["inputDefinitions"]["parameters"]
     for name, value in defaults.items():
         if name not in inputs:
