@@ -26,7 +26,7 @@ from rich.table import Table
 from sklearn.datasets import load_sample_images
 from torch.utils.data import DataLoader
 
-from benchmarks.measure import arguments, finish, rates, ratio
+from benchmarks.measure import CIFAR10, arguments, finish, rates, ratio
 from ns.config import NoiseConfig
 from ns.data import images as ns_images
 from ns.data.augment import EvalTransform, TrainTransform
@@ -41,7 +41,6 @@ from ns.data.stream import Batches, Labelled, loader
 from ns.data.writer import ShardWriter
 from ns.store import LocalStore, Store
 
-CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10" / "test.tar.gz"
 BATCH = 250
 LARGE_PX = (500, 375)
 

@@ -27,8 +27,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.data import CIFAR10, small_folders
-from benchmarks.measure import arguments, finish, rates, ratio
+from benchmarks.data import small_folders
+from benchmarks.measure import CIFAR10, arguments, finish, rates, ratio
 from ns import models
 from ns.card import WEIGHTS, Lineage
 from ns.config import LabellingConfig, ModelConfig, NoiseConfig

@@ -14,6 +14,8 @@ from typing import Any
 
 from rich.table import Table
 
+CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10" / "test.tar.gz"
+"""Real images beside the checkout; may be missing."""
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("numpy", "pillow", "pyarrow", "timm", "torch", "torchvision")
 """Whose versions move figures."""

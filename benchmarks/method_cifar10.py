@@ -36,14 +36,12 @@ import numpy.typing as npt
 import yaml
 from scipy import stats
 
-from benchmarks.measure import machine
+from benchmarks.measure import CIFAR10, RESULTS, machine
 from ns import runs
 from ns.evaluate.result import MANIFEST, Evaluation, Robustness, read_predictions
 from ns.evaluate.robustness import relative
 from ns.store import LocalStore, Store
 
-IMAGES = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
-RESULTS = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2)
 LABELLED, HELDOUT = 200, 500
 """Images of a class."""
@@ -358,7 +356,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--images", type=Path, default=IMAGES, help="folder of train.tar.gz and test.tar.gz, class folders of images"
+        "--images", type=Path, default=CIFAR10.parent, help="folder of train.tar.gz and test.tar.gz, class folders of images"
     )
     parser.add_argument(
         "--work", type=Path, default=Path("runs/method-cifar10"), help="what is kept; the same command continues"

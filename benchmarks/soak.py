@@ -33,8 +33,8 @@ from minio import Minio
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.data import CIFAR10
-from benchmarks.measure import finish
+from benchmarks.measure import CIFAR10, finish
+from tests.integration.outcome import results
 from tests.store.swift import Swift, reason_against
 
 LABELLED, HELDOUT, POOL = 40, 60, 300
@@ -94,12 +94,6 @@ def command(config: Path, root: str) -> list[str]:
     return [sys.executable, "-m", "ns", "run", str(config), "--root", root, "--run", RUN, "--json"]
 
 
-def digests(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """What must not depend on what happened on the way."""
-    timeless = [{key: value for key, value in row.items() if key != "seconds"} for row in summary["generations"]]
-    return {"teacher": summary["teacher_top1"], "generations": timeless, "label_sets": summary["label_sets"]}
-
-
 def family(pid: int) -> list[psutil.Process]:
     with suppress(psutil.Error):
         parent = psutil.Process(pid)
@@ -136,7 +130,7 @@ def calm_run(config: Path, root: Path) -> tuple[dict[str, Any], dict[int, tuple[
     out, _ = process.communicate()
     if process.returncode:
         raise SystemExit(f"the calm run failed: {' '.join(command(config, str(root)))}")
-    return digests(json.loads(out)), watch.peaks, time.monotonic() - started
+    return results(json.loads(out)), watch.peaks, time.monotonic() - started
 
 
 def chaotic_run(
@@ -159,8 +153,8 @@ def chaotic_run(
             process = subprocess.Popen(
                 command(config, root), env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=file
             )
-        results: list[bytes] = []
-        reader = threading.Thread(target=_collect, args=(process, results), daemon=True)
+        printed: list[bytes] = []
+        reader = threading.Thread(target=_collect, args=(process, printed), daemon=True)
         reader.start()
         while reader.is_alive():
             reader.join(chance.uniform(*between))
@@ -177,11 +171,11 @@ def chaotic_run(
                 blow()
             happened[kind] += 1
         if process.returncode == 0:
-            return digests(json.loads(results[0])), happened
+            return results(json.loads(printed[0])), happened
 
 
-def _collect(process: subprocess.Popen[bytes], results: list[bytes]) -> None:
-    results.append(process.communicate()[0])
+def _collect(process: subprocess.Popen[bytes], printed: list[bytes]) -> None:
+    printed.append(process.communicate()[0])
 
 
 @contextmanager

@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.data import CIFAR10, small_folders
-from benchmarks.measure import arguments, finish
+from benchmarks.data import small_folders
+from benchmarks.measure import CIFAR10, arguments, finish
 from ns import log, models
 from ns.config import ModelConfig, NoiseConfig, RoleConfig, TrainConfig
 from ns.data.dataset import Dataset

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.outcome import results
+
 pytestmark = [pytest.mark.containers, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 CHECKOUT = Path(__file__).parents[2]
@@ -71,11 +73,6 @@ def finish(root: Path, *options: str) -> dict:
     done = subprocess.run(command(root, *options), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr + (root / "test" / "pipeline.log").read_text()[-3000:]
     return json.loads(done.stdout)
-
-
-def results(summary: dict) -> dict:
-    timeless = [{k: v for k, v in row.items() if k != "seconds"} for row in summary["generations"]]
-    return {"teacher": summary["teacher_top1"], "generations": timeless, "label_sets": summary["label_sets"]}
 
 
 def containers(root: Path) -> list[dict]:

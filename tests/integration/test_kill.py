@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.outcome import results
+
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 # Short, with a checkpoint after every step, so that there is something to continue from wherever the blow falls.
@@ -36,12 +38,6 @@ def finish(root: Path) -> dict:
     done = subprocess.run(command(root), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
-
-
-def results(summary: dict) -> dict:
-    """What must not depend on how often the run was killed."""
-    timeless = [{k: v for k, v in row.items() if k != "seconds"} for row in summary["generations"]]
-    return {"teacher": summary["teacher_top1"], "generations": timeless, "label_sets": summary["label_sets"]}
 
 
 @pytest.fixture(scope="module")
