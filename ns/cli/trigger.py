@@ -120,10 +120,10 @@ class _Call:
         self.experiment: Experiment = load(config, overrides)
         self.store: Store = open_store(root)
         cluster.check_places(self.store, self.experiment)
-        self._image, self._gpus, self._inputs, self._kfp = image, gpus, inputs or [], kfp
+        self._image, self._gpus, self._inputs = image, gpus, inputs or []
         # Wrong ones are found before anything is looked at.
         self._arguments("check")
-        self._server = submit.Server(kfp or "") if kfp else None
+        self._server = submit.Server(kfp) if kfp else None
 
     def decide(self, min_change: float, *, again: bool = False) -> "Decision":
         from pipelines import trigger as triggers
