@@ -604,6 +604,16 @@ class Experiment(Section):
         """The first teacher and all students, by their place in the document."""
         return {"teacher": self.teacher} | {f"students.{index}": role for index, role in enumerate(self.students)}
 
+    def places(self) -> dict[str, str]:
+        """Folders, files and URIs that a run reads, by field; not the digits, which come with the code."""
+        data, evaluation = self.data, self.evaluation
+        named = {f"data.{part}": getattr(data, part) for part in ("labelled", "pool", "heldout", "test", "exclude")}
+        named |= {f"labelling.ensemble.{index}": place for index, place in enumerate(self.labelling.ensemble)}
+        for name, one in evaluation.sets.items():
+            named |= {f"evaluation.sets.{name}.place": one.place, f"evaluation.sets.{name}.multi_label": one.multi_label}
+        named |= {f"{place}.train.init": role.train.init_place for place, role in self.roles().items()}
+        return {field: place for field, place in named.items() if place and not place.startswith("digits:")}
+
     def student(self, generation: int) -> RoleConfig:
         """The student of a generation, counted from 1."""
         return self.students[min(generation, len(self.students)) - 1]
@@ -659,6 +669,18 @@ def changed(section: S, overrides: Iterable[str]) -> S:
         return type(section).model_validate(document)
     except ValidationError as error:
         raise ConfigError("\n".join(f"--set: {_explain(detail, type(section))}" for detail in error.errors())) from error
+
+
+def moved(experiment: Experiment, places: Mapping[str, str]) -> Experiment:
+    """An experiment that reads from other places, by field as `Experiment.places` has them."""
+    document = experiment.model_dump(mode="json", context=EVERY_FIELD)
+    for field, place in places.items():
+        node: Any = document
+        *sections, last = field.split(".")
+        for key in sections:
+            node = node[int(key) if isinstance(node, list) else key]
+        node[int(last) if isinstance(node, list) else last] = place
+    return Experiment.model_validate(document)
 
 
 def dump(experiment: Experiment) -> str:

@@ -48,14 +48,8 @@ def check_places(root: Store, experiment: Experiment) -> None:
         raise ConfigError(
             f"--root: invalid value {root.root}: a cluster has no folders of this machine; give s3://bucket/prefix"
         )
-    data = experiment.data
-    places = {f"data.{part}": getattr(data, part) for part in ("labelled", "pool", "heldout", "test", "exclude")}
-    places |= {f"labelling.ensemble.{number}": place for number, place in enumerate(experiment.labelling.ensemble)}
-    places |= {f"evaluation.sets.{name}.place": one.place for name, one in experiment.evaluation.sets.items()}
-    places |= {"teacher.train.init": experiment.teacher.train.init_place}
-    places |= {f"students.{number}.train.init": role.train.init_place for number, role in enumerate(experiment.students)}
-    for field, place in places.items():
-        if place and not place.startswith(("s3://", "digits:")):
+    for field, place in experiment.places().items():
+        if not place.startswith("s3://"):
             raise ConfigError(
                 f"{field}: invalid value {place}: a cluster has no folders of this machine; put it on S3 (s3://…)"
             )

@@ -127,7 +127,7 @@ class _Engine:
         self._failed: list[_Failure] = []
         self._image = self._found(container.image or WORKER_IMAGE)
         self._seconds = _timeouts()
-        self._local = isinstance(root, LocalStore)
+        self._offline = offline(root, experiment)
         self._user = self._hand_over()
         self._volumes = self._mounts(experiment)
         self.events = scratch / "events.jsonl"
@@ -250,7 +250,7 @@ class _Engine:
             "cap_drop": ["ALL"],
             "security_opt": ["no-new-privileges"],
             # An S3 server has to be reached; folders are mounted.
-            "network_mode": "none" if self._local else None,
+            "network_mode": "none" if self._offline else None,
             "environment": variables | {EVENTS_VARIABLE: str(self.events)},
             "mem_limit": container.memory,
             "memswap_limit": container.memory,
@@ -272,7 +272,8 @@ class _Engine:
 
     def _mounts(self, experiment: Experiment) -> dict[str, dict[str, str]]:
         """Folders by their own paths: those that are written, and data that are not."""
-        volumes = {place: {"bind": place, "mode": "ro"} for place in _places(experiment)}
+        read = [place for place in experiment.places().values() if place.startswith("/")]
+        volumes = {place: {"bind": place, "mode": "ro"} for place in read}
         written = [str(self._scratch)]
         if isinstance(self._root, LocalStore):
             written.append(str(self._root.root))
@@ -295,15 +296,10 @@ class _Engine:
             os.chown(path, self._user, self._user)
 
 
-def _places(experiment: Experiment) -> Iterator[str]:
-    """Folders and files on this machine that an experiment reads, as it names them."""
-    data, labelling = experiment.data, experiment.labelling
-    named = [data.labelled, data.pool, data.heldout, data.test, data.exclude, *labelling.ensemble]
-    named += [place for asked in experiment.evaluation.sets.values() for place in (asked.place, asked.multi_label)]
-    named += [role.train.init_place for role in experiment.roles().values()]
-    for place in named:
-        if place and place.startswith("/"):
-            yield place
+def offline(root: Store, experiment: Experiment) -> bool:
+    """Whether all that a run reads and writes is in folders of this machine."""
+    remote = any("://" in place and not place.startswith("file://") for place in experiment.places().values())
+    return isinstance(root, LocalStore) and experiment.registry is None and not remote
 
 
 def _step(command: list[str]) -> Event:

@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ns import __version__, cli, config, runs
+from ns.cli import options
 from ns.config import GateConfig
 from ns.evaluate.gate import judge
 from ns.store import LocalStore
@@ -214,6 +216,26 @@ def test_relative_data_folders_are_made_absolute(capsys, tmp_path, monkeypatch):
     _, out, _ = ns(capsys, "config", "show", "quickstart", "--set", "data.pool=photos")
     assert f"pool: {tmp_path / 'photos'}" in out
     assert "labelled: digits:labelled" in out
+
+
+def test_every_place_in_an_experiment_is_made_absolute_and_nothing_else_changes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    overrides = [
+        "data.exclude=keys.txt",
+        "labelling.ensemble=[one, s3://bucket/two]",
+        "evaluation.sets={real: {place: val, multi_label: ~/real.json}}",
+        "students.0.train.init=weights.safetensors",
+    ]
+    plain, loaded = config.load(config.located("quickstart"), overrides), options.load("quickstart", overrides)
+    assert loaded.places() == {
+        "data.exclude": str(tmp_path / "keys.txt"),
+        "labelling.ensemble.0": str(tmp_path / "one"),
+        "labelling.ensemble.1": "s3://bucket/two",
+        "evaluation.sets.real.place": str(tmp_path / "val"),
+        "evaluation.sets.real.multi_label": str(Path.home() / "real.json"),
+        "students.0.train.init": str(tmp_path / "weights.safetensors"),
+    }
+    assert config.moved(loaded, plain.places()) == plain
 
 
 def test_plan_prints_json_and_nothing_else(capsys):

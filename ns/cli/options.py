@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from ns.config import Experiment, RoleConfig
+    from ns.config import Experiment
 
 Root = Annotated[str, typer.Option("--root", help="Folder that holds runs, models, labels and data.")]
 Overrides = Annotated[
@@ -47,43 +47,10 @@ def group_with_default(command: str) -> type[typer.core.TyperGroup]:
 
 
 def load(config: str, overrides: list[str] | None) -> "Experiment":
-    """An experiment from a file or a preset, its local data folders as absolute paths."""
+    """An experiment from a file or a preset, its places on this machine as absolute paths."""
     from ns import config as configs
 
     experiment = configs.load(configs.located(config), overrides or [])
-    data = experiment.data
     # Steps, and a resumed run, may stand in another folder.
-    places = {
-        part: _absolute(place)
-        for part, place in data.model_dump(include={"labelled", "pool", "heldout", "test"}).items()
-        if place is not None and not place.startswith("digits:")
-    }
-    if data.exclude:
-        places["exclude"] = _absolute(data.exclude)
-    ensemble = tuple(_absolute(place) for place in experiment.labelling.ensemble)
-    sets = {
-        name: asked.model_copy(
-            update={"place": _absolute(asked.place), "multi_label": asked.multi_label and _absolute(asked.multi_label)}
-        )
-        for name, asked in experiment.evaluation.sets.items()
-    }
-    return experiment.model_copy(
-        update={
-            "data": data.model_copy(update=places),
-            "labelling": experiment.labelling.model_copy(update={"ensemble": ensemble}),
-            "evaluation": experiment.evaluation.model_copy(update={"sets": sets}),
-            "teacher": _with_absolute_init(experiment.teacher),
-            "students": tuple(map(_with_absolute_init, experiment.students)),
-        }
-    )
-
-
-def _with_absolute_init(role: "RoleConfig") -> "RoleConfig":
-    if role.train.init_place is None:
-        return role
-    train = role.train.model_copy(update={"init": _absolute(role.train.init_place)})
-    return role.model_copy(update={"train": train})
-
-
-def _absolute(place: str) -> str:
-    return place if "://" in place else str(Path(place).expanduser().absolute())
+    here = {field: place for field, place in experiment.places().items() if "://" not in place}
+    return configs.moved(experiment, {field: str(Path(place).expanduser().absolute()) for field, place in here.items()})

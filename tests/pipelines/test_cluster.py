@@ -160,6 +160,7 @@ def test_a_store_that_cannot_be_read_for_a_moment_ends_no_following(started, kfp
         ("data.exclude=keys.txt", "data.exclude"),
         ("labelling.ensemble=[models/b0]", "labelling.ensemble.0"),
         ("teacher.train.init=weights.safetensors", "teacher.train.init"),
+        ("evaluation.sets={real: {place: s3://b/val, multi_label: real.json}}", "evaluation.sets.real.multi_label"),
     ],
 )
 def test_places_of_this_machine_are_refused(override, field):
