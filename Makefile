@@ -102,10 +102,10 @@ cluster: $(VENV)/.run ## Make a cluster on this machine with kind, and deploy to
 	@$(K8S) cluster $(BUILD_OPTIONS) $(ARGS)
 
 validate: $(VENV)/.test ## Check the manifests in k8s/ against Kubernetes' schemas (ARGS="--remote")
-	@$(BIN)/python k8s/validate.py $(ARGS)
+	@$(BIN)/python -m k8s.validate $(ARGS)
 
 checkov: $(VENV)-checkov/.installed ## Check them, and look for weaknesses with checkov, which gets an environment of its own
-	@$(BIN)/python k8s/validate.py --checkov $(VENV)-checkov/bin/checkov $(ARGS)
+	@$(BIN)/python -m k8s.validate --checkov $(VENV)-checkov/bin/checkov $(ARGS)
 
 constraints: $(VENV)/.test ## Write constraints.txt anew from what is installed
 	@{ grep '^#' constraints.txt; $(BIN)/pip freeze --exclude-editable | grep -viE '^(nvidia-|triton|cuda-| @ )'; } > constraints.tmp

@@ -1,4 +1,4 @@
-"""Checks the manifests: `python k8s/validate.py [--remote] [--checkov PROGRAM] [FOLDER]`, as `make validate` does.
+"""Checks the manifests: `python -m k8s.validate [--remote] [--checkov PROGRAM] [FOLDER]`, as `make validate` does.
 
 Every overlay with its steps, and every component alone on the base, is built as `kubectl kustomize` builds it. What comes out is held
 against the schemas of all Kubernetes versions that we support and of the CRDs used, strictly: a field that they do not know is an
@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 import jsonschema
 import yaml
 from referencing import Registry, Resource
+
+from pipelines import documents
 
 HERE = Path(__file__).parent
 VERSIONS = ("1.33", "1.34", "1.35", "1.36")
@@ -76,7 +78,7 @@ def build(folder: Path) -> list[Object]:
     done = subprocess.run([kubectl(), "kustomize", str(folder)], capture_output=True, text=True)
     if done.returncode:
         raise BuildError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
-    return [one for one in yaml.load_all(done.stdout, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) if one]
+    return [one for one in documents(done.stdout) if one]
 
 
 def targets(root: Path) -> Iterator[Path]:
@@ -309,7 +311,7 @@ def build_all(root: Path, *, remote: bool = False) -> tuple[dict[str, list[Objec
             except BuildError as error:
                 found.append(Finding(where, str(error).replace(str(copy), "k8s")))
         for file in sorted((copy / "examples").rglob("*.yaml")):
-            built[file.relative_to(copy).as_posix()] = [*yaml.safe_load_all(file.read_text())]
+            built[file.relative_to(copy).as_posix()] = [*documents(file.read_text())]
     return built, found
 
 
