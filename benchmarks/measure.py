@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10" / "test.tar.gz"
@@ -47,6 +48,20 @@ def ratio(found: Mapping[str, list[float]], ours: str, theirs: str) -> tuple[flo
     """Median, least and greatest of ours ÷ theirs, paired by round."""
     pairs = [a / b for a, b in zip(found[ours], found[theirs], strict=True)]
     return statistics.median(pairs), min(pairs), max(pairs)
+
+
+def draw_tables(images: Path, counts: Mapping[str, int], seed: int) -> dict[str, str]:
+    """Draws images of class folders: for each part so many of a class, none for two parts. Returns part → table as CSV; that of the pool
+    has no labels."""
+    draw = np.random.default_rng(seed)
+    rows: dict[str, list[str]] = {part: ["path" if part == "pool" else "path,label"] for part in counts}
+    for category in sorted(images.iterdir()):
+        files = sorted(category.iterdir())
+        order = iter(draw.permutation(len(files)))
+        for part, count in counts.items():
+            label = "" if part == "pool" else f",{category.name}"
+            rows[part] += [f"{files[index]}{label}" for index, _ in zip(order, range(count), strict=False)]
+    return {part: "\n".join(lines) + "\n" for part, lines in rows.items()}
 
 
 def machine() -> dict[str, Any]:

@@ -36,7 +36,7 @@ import numpy.typing as npt
 import yaml
 from scipy import stats
 
-from benchmarks.measure import CIFAR10, RESULTS, machine
+from benchmarks.measure import CIFAR10, RESULTS, draw_tables, machine
 from ns import runs
 from ns.evaluate.result import MANIFEST, Evaluation, Robustness, read_predictions
 from ns.evaluate.robustness import relative
@@ -153,17 +153,9 @@ def unpack(images: Path, folder: Path) -> None:
 
 def write_tables(folder: Path, seed: int, sizes: Sizes) -> None:
     """The tables of a seed's images, and that of the test images."""
-    draw = np.random.default_rng(seed)
-    rows: dict[str, list[str]] = {"labelled": [], "heldout": [], "pool": []}
-    for category in sorted((folder / "train").iterdir()):
-        names = [str(path) for path in sorted(category.iterdir())]
-        order = iter(draw.permutation(len(names)))
-        for part, count in (("labelled", sizes.labelled), ("heldout", sizes.heldout), ("pool", sizes.pool)):
-            label = "" if part == "pool" else f",{category.name}"
-            rows[part] += [f"{names[index]}{label}" for index, _ in zip(order, range(count), strict=False)]
-    for part, lines in rows.items():
-        head = "path" if part == "pool" else "path,label"
-        (folder / f"{part}-{seed}.csv").write_text("\n".join([head, *lines]) + "\n")
+    counts = {"labelled": sizes.labelled, "heldout": sizes.heldout, "pool": sizes.pool}
+    for part, table in draw_tables(folder / "train", counts, seed).items():
+        (folder / f"{part}-{seed}.csv").write_text(table)
     categories = sorted((folder / "test").iterdir())
     test = [f"{path},{one.name}" for one in categories for path in sorted(one.iterdir())[: sizes.test]]
     (folder / "test.csv").write_text("\n".join(["path,label", *test]) + "\n")

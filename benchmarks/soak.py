@@ -33,11 +33,11 @@ from minio import Minio
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import CIFAR10, finish
+from benchmarks.measure import CIFAR10, draw_tables, finish
 from tests.integration.outcome import results
 from tests.store.swift import Swift, reason_against
 
-LABELLED, HELDOUT, POOL = 40, 60, 300
+COUNTS = {"labelled": 40, "heldout": 60, "pool": 300}
 """Images of a class."""
 BETWEEN = (0.05, 0.2)
 """Shares of the calm run's time between two blows: often, and yet so that something gets done, on any machine."""
@@ -70,7 +70,7 @@ def experiment(tables: Path, generations: int) -> dict[str, Any]:
         "teacher": role,
         "students": [student],
         "labelling": {"tasks": 2},
-        "selection": {"min_confidence": 0.15, "per_class": POOL, "max_repeat": 3},
+        "selection": {"min_confidence": 0.15, "per_class": COUNTS["pool"], "max_repeat": 3},
         # Whatever comes of it: here it is the loop that is looked at.
         "gate": {"min_gain": -1},
     }
@@ -80,14 +80,8 @@ def write_tables(folder: Path) -> None:
     """Real images, a few hundred of each class, and the tables that say what is what."""
     with tarfile.open(CIFAR10) as archive:
         archive.extractall(folder, filter="data")
-    rows: dict[str, list[str]] = {"labelled": ["path,label"], "heldout": ["path,label"], "pool": ["path"]}
-    for category in sorted((folder / "test").iterdir()):
-        names = iter(sorted(category.iterdir()))
-        for part, count in (("labelled", LABELLED), ("heldout", HELDOUT), ("pool", POOL)):
-            label = "" if part == "pool" else f",{category.name}"
-            rows[part] += [f"{name}{label}" for name, _ in zip(names, range(count), strict=False)]
-    for part, lines in rows.items():
-        (folder / f"{part}.csv").write_text("\n".join(lines) + "\n")
+    for part, table in draw_tables(folder / "test", COUNTS, seed=0).items():
+        (folder / f"{part}.csv").write_text(table)
 
 
 def command(config: Path, root: str) -> list[str]:
