@@ -118,9 +118,11 @@ def _leak_guard(prepared: Prepared, data: DataConfig, root: Store, ledger: Ledge
 
 def _check_networks(experiment: Experiment, ledger: Ledger, classes: int | None) -> None:
     """Checks the networks once for each set of them: loading timm takes longer than the check."""
+    roles = (experiment.teacher, *experiment.students)
     inputs = {
         "code": code_digest("models.py"),
-        "roles": [role.model.model_dump(mode="json") for role in (experiment.teacher, *experiment.students)],
+        "roles": [role.model.model_dump(mode="json") for role in roles],
+        "finetuned_at": [role.train.finetune and role.train.finetune.resolution for role in roles],
         "generations": experiment.generations,
         "allow_smaller_student": experiment.allow_smaller_student,
         "classes": classes,
@@ -132,7 +134,11 @@ def _check_networks(experiment: Experiment, ledger: Ledger, classes: int | None)
         models.check(experiment, classes)
         return {}
 
-    ledger.once("check-networks", inputs, work)
+    if any(role.train.init_place for role in roles):
+        # Whether weights are where they were is another question each time.
+        work()
+    else:
+        ledger.once("check-networks", inputs, work)
 
 
 class _Finder:

@@ -125,6 +125,30 @@ def test_held_out_images_in_the_pool_are_left_out_by_default(tmp_path, places):
     assert again == prepared
 
 
+@pytest.mark.parametrize("role", ["labelled", "evaluation"])
+def test_a_pool_that_has_labels_is_guarded_as_any_other(tmp_path, places, role):
+    fill(tmp_path / "pool", ["other"], seed=2)
+    copy_heldout(tmp_path)
+    import_images(places["pool"], LocalStore(tmp_path / "made"), name="p", role=role, limits=LIMITS)
+    (prepared, _), root = run(tmp_path, {**places, "pool": str(tmp_path / "made")})
+    assert sum(map(len, left_out(root.at(prepared.left_out.ref)).values())) == 2
+
+
+def test_labelled_images_may_have_been_imported_for_evaluation(tmp_path, places):
+    import_images(places["labelled"], LocalStore(tmp_path / "made"), name="l", role="evaluation", limits=LIMITS)
+    (prepared, _), root = run(tmp_path, {**places, "labelled": str(tmp_path / "made")})
+    assert prepared.labelled.open(root)[1].role == "evaluation"
+
+
+@pytest.mark.parametrize("part", ["labelled", "pool", "heldout"])
+def test_a_dataset_without_images_is_refused(tmp_path, places, part):
+    Dataset(name="x", role=ROLES[part], classes=() if part == "pool" else ("cat", "dog"), shards=()).save(
+        LocalStore(tmp_path / "made")
+    )
+    with pytest.raises(DataError, match=rf"data\.{part}: .*made/dataset\.json: has no images"):
+        run(tmp_path, {**places, part: str(tmp_path / "made")})
+
+
 def test_images_of_the_test_and_of_further_sets_are_left_out_of_the_pool_too(tmp_path, places):
     fill(tmp_path / "test", ["cat", "dog"], seed=3)
     fill(tmp_path / "hard", ["cat", "dog"], seed=4)
