@@ -59,6 +59,12 @@ class Checked(NamedTuple):
     name: str
     folder: Store
     data: Dataset
+    used_as: Role | None = None
+    """Where that is not what it was imported as: a pool may have labels."""
+
+    @property
+    def role(self) -> Role:
+        return self.used_as or self.data.role
 
 
 class Overlap(Document):
@@ -98,7 +104,7 @@ def check(
     `kept` holds fingerprints between checks. With `features`, near images must also be near in a model's eyes.
     """
     order: dict[Role, int] = {"evaluation": 0, "labelled": 1, "unlabelled": 2}
-    datasets = sorted(datasets, key=lambda one: order[one.data.role])
+    datasets = sorted(datasets, key=lambda one: order[one.role])
     for one in datasets:
         fingerprint.take(one.folder, one.data, kept)
     shards = (fingerprint.read(kept, one.data, number) for one in datasets for number in range(len(one.data.shards)))
@@ -173,7 +179,7 @@ def _resembling(found: duplicates.Found, datasets: Sequence[Checked]) -> _Table:
     first = np.ones(len(best), np.bool_)
     first[1:] = (image[best][1:] != image[best][:-1]) | (other_set[best][1:] != other_set[best][:-1])
     best = best[first]
-    roles = np.array([one.data.role for one in datasets])
+    roles = np.array([one.role for one in datasets])
     leaking = (roles[image_set] == "unlabelled") & (roles[other_set] == "evaluation")
     return _Table(image[best], other[best], bits[best], image_set[best], other_set[best], leaking[best])
 
@@ -227,7 +233,9 @@ def _report(table: _Table, found: duplicates.Found, datasets: Sequence[Checked],
     return CheckReport(
         datasets={one.name: one.data.digest for one in datasets},
         images={one.name: one.data.samples for one in datasets},
-        classes={one.name: class_counts(one.folder, one.data) for one in datasets if one.data.classes},
+        classes={
+            one.name: class_counts(one.folder, one.data) for one in datasets if one.data.classes and one.role != "unlabelled"
+        },
         overlaps=tuple(overlaps),
         left_out=left_out,
         bits=bits,

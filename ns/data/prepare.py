@@ -81,7 +81,8 @@ def _leak_guard(prepared: Prepared, data: DataConfig, root: Store, ledger: Ledge
     target = f"store/checks/{short(ledger.key('check', inputs))}"
 
     def work() -> dict[str, str]:
-        datasets = [Checked(name, *source.open(root)) for name, source in named.items()]
+        used_as: dict[str, Role] = {"labelled": "labelled", "pool": "unlabelled"}
+        datasets = [Checked(name, *source.open(root), used_as.get(name, "evaluation")) for name, source in named.items()]
         check(datasets, root.at(target), root.at("store/fingerprints"), bits=data.near_duplicate_bits)
         return {"check": f"{target}/{CHECK_MANIFEST}"}
 

@@ -13,6 +13,7 @@ from ns.errors import ConfigError, DataError
 from ns.ledger import Ledger
 from ns.store import LocalStore
 
+LIMITS = Limits(0, 10, 1)
 NETWORK = {"model": {"arch": "test_efficientnet", "resolution": 32}}
 
 
@@ -105,6 +106,25 @@ def test_more_classes_than_outputs_are_refused(tmp_path, places):
         run(tmp_path, places, teacher={"model": {**NETWORK["model"], "outputs": 2}})
 
 
+def test_weights_to_start_from_are_looked_for_each_time(tmp_path, places):
+    run(tmp_path, places)
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes(b"any")
+    student = {**NETWORK, "train": {"init": str(weights)}}
+    run(tmp_path, places, students=[student])
+    weights.unlink()
+    with pytest.raises(ConfigError, match=r"students\.0\.train\.init: .*there is no such file"):
+        run(tmp_path, places, students=[student])
+
+
+def test_networks_are_checked_at_the_resolution_of_their_fine_tuning_too(tmp_path, places):
+    networks = {"arch": "vit_tiny_patch16_224", "args": {"img_size": 32}, "resolution": 32}
+    run(tmp_path, places, teacher={"model": networks}, students=[{"model": networks}])
+    tuned = {"model": networks, "train": {"finetune": {"resolution": 48}}}
+    with pytest.raises(ConfigError, match=r"students\.0\.model: the network does not take images of 48 px"):
+        run(tmp_path, places, teacher={"model": networks}, students=[tuned])
+
+
 def copy_heldout(tmp_path) -> None:
     """Two held-out images find their way into the pool."""
     for number, path in enumerate(sorted((tmp_path / "heldout").rglob("*.png"))[:2]):
@@ -138,15 +158,6 @@ def test_labelled_images_may_have_been_imported_for_evaluation(tmp_path, places)
     import_images(places["labelled"], LocalStore(tmp_path / "made"), name="l", role="evaluation", limits=LIMITS)
     (prepared, _), root = run(tmp_path, {**places, "labelled": str(tmp_path / "made")})
     assert prepared.labelled.open(root)[1].role == "evaluation"
-
-
-@pytest.mark.parametrize("part", ["labelled", "pool", "heldout"])
-def test_a_dataset_without_images_is_refused(tmp_path, places, part):
-    Dataset(name="x", role=ROLES[part], classes=() if part == "pool" else ("cat", "dog"), shards=()).save(
-        LocalStore(tmp_path / "made")
-    )
-    with pytest.raises(DataError, match=rf"data\.{part}: .*made/dataset\.json: has no images"):
-        run(tmp_path, {**places, part: str(tmp_path / "made")})
 
 
 def test_images_of_the_test_and_of_further_sets_are_left_out_of_the_pool_too(tmp_path, places):
