@@ -175,11 +175,15 @@ class _Finder:
         return source
 
     def find(self, field: str, place: str, part: Part, classes: tuple[str, ...] | None = None) -> Source:
+        """Raises DataError if there are no images."""
         if place.startswith(DIGITS):
             inputs: dict[str, object] = {"source": place, "code": code_digest(*IMPORT)}
             return self._once(inputs, lambda folder: _write_digits(field, place, folder))
         if (folder := open_store(place)).exists(MANIFEST):
-            return Source(ref=folder.uri, dataset=Dataset.load(folder).digest)
+            dataset = Dataset.load(folder)
+            if dataset.samples == 0:
+                raise DataError(f"{field}: {folder.uri}/{MANIFEST}: has no images; import some, or name another dataset")
+            return Source(ref=folder.uri, dataset=dataset.digest)
         return self._imported(field, place, ROLES[part], classes)
 
     def _imported(self, field: str, place: str, role: Role, classes: tuple[str, ...] | None) -> Source:

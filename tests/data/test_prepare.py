@@ -7,8 +7,10 @@ from PIL import Image
 
 from ns import config
 from ns.data.check import left_out
+from ns.data.dataset import Dataset
 from ns.data.ingest import Limits, import_images
 from ns.data.prepare import prepare
+from ns.data.prepared import ROLES
 from ns.errors import ConfigError, DataError
 from ns.ledger import Ledger
 from ns.store import LocalStore
@@ -158,6 +160,15 @@ def test_labelled_images_may_have_been_imported_for_evaluation(tmp_path, places)
     import_images(places["labelled"], LocalStore(tmp_path / "made"), name="l", role="evaluation", limits=LIMITS)
     (prepared, _), root = run(tmp_path, {**places, "labelled": str(tmp_path / "made")})
     assert prepared.labelled.open(root)[1].role == "evaluation"
+
+
+@pytest.mark.parametrize("part", ["labelled", "pool", "heldout"])
+def test_a_dataset_without_images_is_refused(tmp_path, places, part):
+    Dataset(name="x", role=ROLES[part], classes=() if part == "pool" else ("cat", "dog"), shards=()).save(
+        LocalStore(tmp_path / "made")
+    )
+    with pytest.raises(DataError, match=rf"data\.{part}: .*made/dataset\.json: has no images"):
+        run(tmp_path, {**places, part: str(tmp_path / "made")})
 
 
 def test_images_of_the_test_and_of_further_sets_are_left_out_of_the_pool_too(tmp_path, places):
