@@ -118,6 +118,7 @@ def test_config_check_finds_what_only_the_networks_know(capsys):
         (["runs", "show", "latest"], 6, "no runs here; start one with `ns run`"),
         (["predict", "x.png"], 6, "no runs here"),
         (["run", "--resume"], 6, "no unfinished run to resume"),
+        (["run", "--resume", "--set", "seed=1"], 2, "--set: means nothing with --resume"),
     ],
 )
 def test_errors_are_one_line_with_a_code(capsys, tmp_path, monkeypatch, arguments, code, reason):

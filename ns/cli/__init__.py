@@ -15,8 +15,8 @@ import typer
 
 from ns import __version__
 from ns.cli import doctor, evaluate, export, gate, labels, promote, report, trigger
-from ns.cli.options import AsJson, ConfigArgument, Inputs, Kfp, Overrides, Root, RunArgument, load, plain
-from ns.errors import ConfigError, DataError, Interrupted, NsError, RunError, StoreError
+from ns.cli.options import AsJson, ConfigArgument, Inputs, Kfp, Overrides, Root, RunArgument, load, plain, write_page
+from ns.errors import ConfigError, DataError, Interrupted, NsError, RunError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -165,6 +165,8 @@ def run(
     store = stores.open_store(root)
     if resume == (config is not None):
         raise ConfigError("give a CONFIG, or --resume to continue the latest unfinished run (and not both)")
+    if resume and overrides:
+        raise ConfigError("--set: means nothing with --resume, which continues a run as it was started; give its CONFIG")
     if resume:
         name, experiment = _unfinished(store, name)
     else:
@@ -601,10 +603,7 @@ def data_show(
         if data.classes:
             Console().print(classes_table(folder, data))
     if sheet:
-        try:
-            sheet.write_text(write_sheet(folder, data, images, seed), encoding="utf-8")
-        except OSError as error:
-            raise StoreError(f"{sheet}: cannot write: {error.strerror or error}") from error
+        write_page(sheet, write_sheet(folder, data, images, seed))
         typer.echo(f"contact sheet: {sheet}", err=as_json)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ns.cli.options import AsJson, Root, group_with_default
+from ns.cli.options import AsJson, Root, group_with_default, write_page
 from ns.errors import ConfigError, DataError, RunError
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def select(
     from ns import runs
     from ns.config import SelectionConfig, changed
     from ns.label.selection import select_from
-    from ns.store import open_store
+    from ns.store import open_store, split_uri
     from ns.terminal import selection_table
 
     if not dry_run and out is None:
@@ -131,8 +131,8 @@ def select(
     calibration = runs.calibration(store, found, policy) if policy.precision is not None else None
     selection = select_from(found.folder, found.label_set, policy, seed=seed, labels=found.folder.uri, calibration=calibration)
     if out is not None:
-        folder, _, file = out.rpartition("/")
-        selection.write(open_store(folder or "."), file)
+        folder, file = split_uri(out)
+        selection.write(open_store(folder), file)
     if as_json:
         typer.echo(selection.model_dump_json(indent=1))
     else:
@@ -302,7 +302,7 @@ def commit(
     from ns.evaluate.gate import Verdict
     from ns.label.registry import Tag
     from ns.label.selection import Selection
-    from ns.store import open_store
+    from ns.store import open_store, split_uri
 
     store = open_store(root)
     run, _, generation = name.rpartition("/gen-")
@@ -326,8 +326,8 @@ def commit(
         gates = [n.outputs["verdict"] for n in runs.notes(store, run) if (n.generation, n.step) == (int(generation), "gate")]
         verdict = Verdict.read(store, gates[0]) if gates else None
     elif selected:
-        folder, _, file = selected.rpartition("/")
-        selection = Selection.read(open_store(folder or "."), file)
+        folder, file = split_uri(selected)
+        selection = Selection.read(open_store(folder), file)
         if selection.label_set != found.label_set.digest:
             raise DataError(
                 f"--selection {selected}: of label set {selection.label_set[:16]}, not {found.label_set.digest[:16]}; "
@@ -527,13 +527,3 @@ def apply_audit(
     typer.echo(f"kept as {found.folder.uri}/{key}")
     if corrections:
         typer.echo(f"{corrections}: {fixed.samples if fixed else 0:,} corrected images")
-
-
-def write_page(file: Path, page: str) -> None:
-    """Raises StoreError when the file cannot be written."""
-    from ns.errors import StoreError
-
-    try:
-        file.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise StoreError(f"{file}: cannot write: {error.strerror or error}; name another file") from error

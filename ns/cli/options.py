@@ -1,9 +1,11 @@
-"""Options and arguments that several commands take, and places as they all print them."""
+"""What several commands share: options and arguments, how places are printed, how pages are written."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from ns.errors import StoreError
 
 if TYPE_CHECKING:
     from ns.config import Experiment
@@ -32,6 +34,14 @@ def plain(uri: str) -> str:
         return uri
     path = Path(unquote(uri.removeprefix("file://")))
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def write_page(file: Path, page: str) -> None:
+    """Raises StoreError when the file cannot be written."""
+    try:
+        file.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise StoreError(f"{file}: cannot write: {error.strerror or error}; name another file") from error
 
 
 def group_with_default(command: str) -> type[typer.core.TyperGroup]:

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ns.cli.labels import write_page
-from ns.cli.options import AsJson, Root, RunArgument, group_with_default
+from ns.cli.options import AsJson, Root, RunArgument, group_with_default, write_page
 from ns.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ns.cli.labels import write_page
-from ns.cli.options import Root, RunArgument, group_with_default, plain
+from ns.cli.options import Root, RunArgument, group_with_default, plain, write_page
 
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print Markdown, for an issue or a pull request; write no page.")]
 OpenIt = Annotated[bool, typer.Option("--open", help="Open it in the browser.")]
