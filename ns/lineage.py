@@ -6,7 +6,7 @@ from ns import runs
 from ns.card import MANIFEST as CARD
 from ns.card import ModelCard
 from ns.data.places import Place, find
-from ns.data.prepared import Part
+from ns.data.prepared import Part, Prepared
 from ns.document import Document
 from ns.errors import DataError
 from ns.label.labelset import Rows, read_rows
@@ -50,16 +50,14 @@ def trace(root: Store, key: str) -> Trace:
     places: dict[Part, str] = {}
     views: list[View] = []
     found: dict[str, dict[str, Place]] = {}
-    for run in runs.listed(root):
-        for generation, labels in _label_sets(root, run.run):
-            assert labels.prepared is not None
-            for part, source in labels.prepared.parts.items():
-                if source.dataset not in found:
-                    found[source.dataset] = find(*source.open(root), {key})
-                if place := found[source.dataset].get(key):
-                    places[part] = f"{source.dataset}/{place.shard}/{place.row}"
-            if place := found[labels.prepared.pool.dataset].get(key):
-                views.append(_view(root, run.run, generation, labels, place))
+    for run, prepared in _prepared(root):
+        for part, source in prepared.parts.items():
+            if source.dataset not in found:
+                found[source.dataset] = find(*source.open(root), {key})
+            if place := found[source.dataset].get(key):
+                places[part] = f"{source.dataset}/{place.shard}/{place.row}"
+        if place := found[prepared.pool.dataset].get(key):
+            views += [_view(root, run, generation, labels, place) for generation, labels in _label_sets(root, run)]
     if not places:
         raise DataError(f"{key}: no dataset of a run below {root.uri} has this key")
     return Trace(key=key, places=places, views=tuple(views), models=tuple(sorted(models_that_saw(root, {key}))))
@@ -67,7 +65,7 @@ def trace(root: Store, key: str) -> Trace:
 
 def models_that_saw(root: Store, keys: Collection[str]) -> dict[str, str]:
     """Digest of each model that has seen any of the images → key of its folder: of those that trained on one, labelled or
-    pseudo-labelled, and of those that learned from them, by whatever many generations."""
+    pseudo-labelled, and of those that learned from them, as a teacher or beside one, by whatever many generations."""
     cards = {
         key.removesuffix(f"/{CARD}"): ModelCard.read(root, key)
         for key in root.list("store/models/")
@@ -75,15 +73,18 @@ def models_that_saw(root: Store, keys: Collection[str]) -> dict[str, str]:
     }
     found: dict[str, dict[str, Place]] = {}
     selected: dict[str, bool] = {}
-    for run in runs.listed(root):
-        for _, labels in _label_sets(root, run.run):
-            assert labels.prepared is not None
+    taught: dict[str, tuple[str, ...]] = {}
+    """Label set → models that labelled it with the teacher."""
+    for run, prepared in _prepared(root):
+        if prepared.labelled.dataset not in found:
+            found[prepared.labelled.dataset] = find(*prepared.labelled.open(root), keys)
+        for _, labels in _label_sets(root, run):
             assert labels.selection is not None
-            for source in (labels.prepared.labelled, labels.prepared.pool):
-                if source.dataset not in found:
-                    found[source.dataset] = find(*source.open(root), keys)
+            taught[labels.label_set.digest] = labels.label_set.ensemble
+            if prepared.pool.dataset not in found:
+                found[prepared.pool.dataset] = find(*prepared.pool.open(root), keys)
             if labels.selection.digest not in selected:
-                places = found[labels.prepared.pool.dataset]
+                places = found[prepared.pool.dataset]
                 selected[labels.selection.digest] = any(_times(labels, _rows(labels, at), at) for at in places.values())
     seen = {
         folder
@@ -96,11 +97,23 @@ def models_that_saw(root: Store, keys: Collection[str]) -> dict[str, str]:
         more = {
             folder
             for folder, card in cards.items()
-            if folder not in seen and (card.lineage.teacher in digests or card.lineage.init in started)
+            if folder not in seen
+            and (
+                not digests.isdisjoint((card.lineage.teacher, *taught.get(card.lineage.label_set or "", ())))
+                or card.lineage.init in started
+            )
         }
         if not more:
             return {cards[folder].digest: folder for folder in sorted(seen)}
         seen |= more
+
+
+def _prepared(root: Store) -> Iterator[tuple[str, Prepared]]:
+    """All runs that have come so far, with their data."""
+    for record in runs.listed(root):
+        for note in runs.notes(root, record.run):
+            if note.step == "prepare-data":
+                yield record.run, Prepared.read(root, note.outputs["data"])
 
 
 def _label_sets(root: Store, run: str) -> Iterator[tuple[int, runs.Labels]]:

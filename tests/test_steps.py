@@ -1,13 +1,14 @@
 """The whole loop in one process, on a few digits: what each step leaves behind, and what it finds again."""
 
 import io
+import shutil
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from ns import config, gauges, lineage, runs, steps, telemetry
-from ns.card import FINETUNED, ModelCard
+from ns.card import FINETUNED, Lineage, ModelCard
 from ns.card import MANIFEST as CARD
 from ns.config import GateConfig, LabellingConfig, RoleConfig, TrainConfig
 from ns.data.index import ShardIndex
@@ -330,6 +331,38 @@ def test_a_student_has_seen_what_its_teacher_has(done):
     trained = [note.outputs["model"].rpartition("/")[0] for note in runs.notes(store, run) if note.step == "train"]
     assert len(trained) == 2
     assert set(trained) <= set(models.values())
+
+
+def test_images_of_a_run_that_has_no_labels_yet_are_traced(done, tmp_path):
+    store = LocalStore(shutil.copytree(done[0].root, tmp_path / "root"))
+    run = done[1][2]
+    for key in list(store.list(f"{run}/steps/")):
+        if key.rpartition("/")[2] not in ("0-prepare-data.json", "0-train.json"):
+            store.delete(key)
+    for record in runs.listed(store):
+        if record.run != run:
+            store.delete(f"{runs.RECORDS}{record.run}.json")
+    folder, dataset = runs.prepared(store, run).labelled.open(store)
+    key = ShardIndex.read(folder, dataset.shards[0]).keys[0]
+    (note,) = [note for note in runs.notes(store, run) if note.step == "train"]
+    teacher = note.outputs["model"].rpartition("/")[0]
+    assert teacher in lineage.models_that_saw(store, {key}).values()
+    found = lineage.trace(store, key)
+    assert set(found.places) == {"labelled"}
+    assert found.views == ()
+
+
+def test_a_student_has_seen_what_any_of_its_teachers_has(done, tmp_path, monkeypatch):
+    store, (_, _, run) = LocalStore(shutil.copytree(done[0].root, tmp_path / "root")), done[1]
+    labels = runs.labels(store, f"{run}/gen-1")
+    card = ModelCard.read(store.at(runs.summarise(store, run).best_model), CARD)
+    together = labels._replace(label_set=labels.label_set.model_copy(update={"ensemble": (card.digest,)}))
+    monkeypatch.setattr(lineage, "_label_sets", lambda *_: [(1, labels), (2, together)])
+    learnt = Lineage(config="c", labelled="l", teacher="t", label_set=together.label_set.digest, selection="s")
+    pupil = card.model_copy(update={"lineage": learnt, "weights_sha256": "w"})
+    pupil.write(store.at("store/models/pupil"), CARD)
+    assert lineage.models_that_saw(store, {selected(store, run)})[pupil.digest] == "store/models/pupil"
+    assert pupil.digest not in lineage.models_that_saw(store, {selected(store, run, wanted=False)})
 
 
 def test_a_purged_label_set_lacks_the_images_and_nothing_else(done, tmp_path):
