@@ -94,6 +94,7 @@ class Predictor:
     def __init__(
         self, folder: Store, *, batch: int, images: int = 0, views: Views = "one", scored: Collection[str] | None = None
     ) -> None:
+        self._place = folder.uri
         network, self.card = models.load(folder)
         self._device = models.best_device()
         if self._device.type == "cpu":
@@ -137,7 +138,8 @@ class Predictor:
         """Predictions for whole shards, one after the other; the next one is being decoded while the network works on the last.
 
         Unreadable images get NaN and a reason, never an exception; so do the rows that come with a shard, with theirs. What a shard
-        gets does not depend on those around it. Raises DataError for a shard that is not what the manifest says.
+        gets does not depend on those around it. Raises DataError for a shard that is not what the manifest says, and for outputs
+        that are not finite.
         """
 
         def chunks() -> Iterator[_Chunk]:
@@ -225,12 +227,21 @@ class Predictor:
                 if count:
                     result = self._forward(torch.from_numpy(decoded.images))
                     readable = np.setdiff1d(np.arange(count), list(decoded.errors))
-                    probabilities[chunk.start + readable] = result[readable]
+                    probabilities[chunk.start + readable] = self._finite(result[readable])
                     errors |= {chunk.start + row: reason for row, reason in decoded.errors.items()}
                 if progress:
                     progress.advance(count)
                 if chunk.start + count == chunk.total:
                     yield chunk.whole, probabilities, errors
+
+    def _finite(self, probabilities: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Refuses NaN, which would pass for images that cannot be read."""
+        if np.isnan(probabilities).any():
+            cure = "train it again with a lower train.optimizer.lr"
+            if self.mode.precision == "float16":
+                cure = f"set model.inference_precision to bfloat16 or float32, or {cure}"
+            raise DataError(f"{self._place}: the model's outputs are not finite in {self.mode}; {cure}")
+        return probabilities
 
     def _decode(self, chunk: list[Picture]) -> _Decoded:
         # Unreadable images stay as black ones: batches, and so results, do not depend on which images are damaged.

@@ -13,7 +13,7 @@ from ns.data.decode import decode
 from ns.data.images import ImageSource
 from ns.data.shards import read_index
 from ns.data.writer import ShardWriter
-from ns.errors import ConfigError
+from ns.errors import ConfigError, DataError
 from ns.inference import Predictor
 from ns.label.labelset import LabelShard, Rows, dense, read_rows
 from ns.label.predict import label_shards
@@ -93,6 +93,16 @@ def test_an_unreadable_image_is_a_row_of_its_own_and_disturbs_no_other(model, po
     assert np.isnan(predictions.probabilities[2]).all()
     others = np.delete(predictions.probabilities, 2, axis=0)
     np.testing.assert_allclose(others.sum(1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_outputs_that_are_not_finite_are_no_unreadable_images(model, pool, value):
+    folder, dataset = pool
+    predictor = Predictor(model, batch=8)
+    with torch.no_grad():
+        next(predictor._network.parameters())[0] = value
+    with pytest.raises(DataError, match=f"{model.uri}: the model's outputs are not finite in float32; train it again"):
+        predictor.shard(ImageSource(folder, dataset), 0)
 
 
 def test_labelling_is_done_once_a_shard_and_written_in_the_order_of_the_tar(model, pool, tmp_path):
