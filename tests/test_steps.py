@@ -1,7 +1,10 @@
 """The whole loop in one process, on a few digits: what each step leaves behind, and what it finds again."""
 
 import io
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -276,6 +279,32 @@ def test_a_step_asked_to_stop_ends_with_the_code_that_says_go_on(tmp_path, prese
     with pytest.raises(SystemExit) as caught:
         steps.train(*where, data, 0)
     assert caught.value.code == 130
+
+
+@pytest.mark.parametrize(
+    ("runtime", "last", "code", "says"),
+    [
+        ("true", "print('outputs')", 0, "outputs\n"),
+        ("", "print('outputs')", 0, "outputs\ntaken apart\n"),
+        ("true", "raise OSError('no space left for the outputs')", 1, "taken apart\n"),
+    ],
+)
+def test_a_process_of_kubeflow_ends_at_once_but_with_its_own_code(runtime, last, code, says):
+    lines = [
+        "import atexit; atexit.register(print, 'taken apart')",
+        "from ns import steps",
+        "with steps._announced('report', 0): pass",
+        last,
+    ]
+    ended = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)],
+        env={**os.environ, "_KFP_RUNTIME": runtime},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == code
+    assert ended.stdout.endswith(says)
 
 
 def test_a_training_is_known_by_the_weights_it_starts_from_not_by_their_place(tmp_path):

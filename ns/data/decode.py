@@ -4,7 +4,7 @@ import io
 import math
 import warnings
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -47,8 +47,12 @@ EXIF = b"Exif\0\0"
 # (warnings.catch_warnings) is not safe in threads, and images are decoded in several.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-Image.init()
-KNOWN = [name for name in FORMATS if name in Image.OPEN]
+
+@cache
+def _known() -> list[str]:
+    """Of FORMATS, what this Pillow can read. Asked for late: it loads all of Pillow's plugins, which most steps never need."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def decode(data: bytes) -> npt.NDArray[np.uint8]:
@@ -165,7 +169,7 @@ def _turn(read: Callable[[], Image.Exif]) -> Image.Transpose | None:
 
 def _pillow(data: bytes) -> npt.NDArray[np.uint8]:
     try:
-        with Image.open(io.BytesIO(data), formats=KNOWN) as image:
+        with Image.open(io.BytesIO(data), formats=_known()) as image:
             return np.ascontiguousarray(_rgb(image))
     except DataError:
         raise
