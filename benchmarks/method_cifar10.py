@@ -354,7 +354,7 @@ def main() -> None:
         "--work", type=Path, default=Path("runs/method-cifar10"), help="what is kept; the same command continues"
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for method_cifar10.json and .md")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="an experiment each; 0, 1 and 2 if not given")
     parser.add_argument("--quick", action="store_true", help="a minute, tiny, one seed: shows that it works, measures nothing")
     options = parser.parse_args()
     seeds, sizes = (options.seeds[:1], QUICK) if options.quick else (options.seeds, WHOLE)

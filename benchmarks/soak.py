@@ -194,7 +194,7 @@ def fill(disk: Path, chance: random.Random) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--generations", type=int, default=5)
+    parser.add_argument("--generations", type=int, default=5, help="trips round the loop; 5 if not given")
     parser.add_argument("--seed", type=int, default=0, help="of the blows")
     parser.add_argument("--keep", action="store_true", help="write what was found to benchmarks/results")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")

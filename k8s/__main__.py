@@ -13,25 +13,36 @@ import typer
 from k8s import deploy as deploying
 from k8s.deploy import KIND, UI, UI_PORT, Ask, Options
 from ns.cli.doctor import show
+from ns.cli.options import AsJson
 from ns.cluster.kubectl import Kubectl
 from ns.errors import ClusterError
 
 CLUSTER = "noisy-student"
 KIND_FILE = Path(__file__).with_name("kind.yaml")
 
-app = typer.Typer(help="The platform on a Kubernetes cluster.", no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(
+    help="The platform on a Kubernetes cluster.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
-Overlay = Annotated[str, typer.Option(help="Of k8s/overlays; the deployed one, or kind or dev, if not given.")]
-Context = Annotated[str, typer.Option(help="Of the kubeconfig; the current one, after a question, if not given.")]
+Overlay = Annotated[
+    str, typer.Option(help="Overlay in k8s/overlays, or a folder; the deployed one, or kind or dev, if not given.")
+]
+Context = Annotated[str, typer.Option(help="Context of the kubeconfig; the current one, after a question, if not given.")]
 Registry = Annotated[str, typer.Option(help="Where images are pushed, as registry.example/team.")]
 Image = Annotated[
     list[str] | None, typer.Option(help="An image that is there already, by its whole name; none is built. Repeatable.")
 ]
 Worker = Annotated[
-    str, typer.Option(help="worker or worker-cuda; worker on local clusters, or else worker-cuda, if not given.")
+    str,
+    typer.Option(
+        help="Image of the steps: worker, or worker-cuda. If not given, worker on local clusters, worker-cuda elsewhere."
+    ),
 ]
 Without = Annotated[
-    list[str] | None, typer.Option(help="A step of the overlay that the cluster has already: cluster, kubeflow. Repeatable.")
+    list[str] | None, typer.Option(help="A step of the overlay that is left out: cluster or kubeflow. Repeatable.")
 ]
 Build = Annotated[list[str] | None, typer.Option(help="An option for images/build.py, as --build=--python=…. Repeatable.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing: everything is meant as it stands.")]
@@ -78,7 +89,7 @@ def undeploy(
     overlay: Overlay = "",
     context: Context = "",
     yes: Yes = False,
-    delete_data: Annotated[bool, typer.Option("--delete-data", help="Volumes, namespaces, kinds and keys too.")] = False,
+    delete_data: Annotated[bool, typer.Option("--delete-data", help="Delete volumes, namespaces, kinds and keys too.")] = False,
 ) -> None:
     """Take the platform away. Data stays unless told otherwise."""
     deploying.undeploy(Options(overlay, context, yes=yes), say, _ask(), delete_data=delete_data)
@@ -102,9 +113,7 @@ def diff(
 
 
 @app.command()
-def status(
-    overlay: Overlay = "", context: Context = "", as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False
-) -> None:
+def status(overlay: Overlay = "", context: Context = "", as_json: AsJson = False) -> None:
     """Show what is deployed, and how it is."""
     import json
 
@@ -140,7 +149,7 @@ def status(
 @app.command()
 def ui(
     context: Context = "",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="On this machine.")] = 8080,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on this machine.")] = 8080,
     browser: Annotated[bool, typer.Option(help="Open a browser.")] = True,
 ) -> None:
     """Bring Kubeflow's pages to this machine, until Ctrl-C."""
@@ -168,8 +177,8 @@ def ui(
 
 @app.command()
 def cluster(
-    name: Annotated[str, typer.Option(help="Of the local cluster.")] = CLUSTER,
-    node_image: Annotated[str, typer.Option(help="Of its node, as kindest/node:v1.34.0; kind's own if not given.")] = "",
+    name: Annotated[str, typer.Option(help="Name of the local cluster.")] = CLUSTER,
+    node_image: Annotated[str, typer.Option(help="Image of its node, as kindest/node:v1.34.0; kind's own if not given.")] = "",
     build: Build = None,
     smoke: Annotated[bool, typer.Option(help="Run the quickstart at the end.")] = True,
     delete: Annotated[bool, typer.Option("--delete", help="Delete it, with all that is in it.")] = False,

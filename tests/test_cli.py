@@ -1,6 +1,8 @@
 """The command line as its user meets it. Runs have their own tests in tests/integration."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ from ns.cli import options
 from ns.config import GateConfig
 from ns.evaluate.gate import judge
 from ns.store import LocalStore
+from tests.command_line import commands, parse
 
 NS = [sys.executable, "-m", "ns"]
 
@@ -24,47 +27,13 @@ def ns(capsys, *arguments: str) -> tuple[int, str, str]:
     return code, out, err
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "run",
-        "evaluate",
-        "label",
-        "labels purge",
-        "labels select",
-        "labels show",
-        "labels trace",
-        "labels verify",
-        "plan",
-        "report",
-        "report show",
-        "report compare",
-        "predict",
-        "runs list",
-        "runs show",
-        "config show",
-        "config schema",
-        "config check",
-        "data import",
-        "labels list",
-        "labels version",
-        "labels commit",
-        "labels get",
-        "labels promote",
-        "labels rollback",
-        "labels gc",
-        "gate explain",
-        "trigger",
-        "watch",
-        "promote",
-        "promote move",
-        "promote check",
-    ],
-)
-def test_every_command_has_help_with_an_example(capsys, command):
-    code, out, _ = ns(capsys, *command.split(), "--help")
+@pytest.mark.parametrize(("name", "command"), [*commands()])
+def test_every_command_has_help_with_examples_that_are_commands(capsys, name, command):
+    code, out, _ = ns(capsys, *name.split(), "--help")
     assert code == 0
     assert "Example: ns" in " ".join(out.replace("│", " ").split())
+    for example in re.findall(r"\[cyan\]ns (.*?)\[/\]", command.help):
+        parse(shlex.split(example.partition(">")[0]))
 
 
 def test_help_loads_none_of_the_heavy_libraries():
@@ -265,7 +234,7 @@ def test_plan_without_data_says_what_to_give(capsys, tmp_path):
     ("arguments", "message"),
     [
         (["runs", "list", "extra"], "unexpected extra argument"),
-        (["evaluate", "model"], "Missing argument 'dataset'"),
+        (["evaluate", "model"], "Missing argument 'DATASET'"),
         (["plan", "--price", "much"], "Invalid value for '--price'"),
         (["nothing"], "No such command"),
     ],

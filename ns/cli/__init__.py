@@ -37,17 +37,12 @@ app = typer.Typer(
 )
 runs_app = typer.Typer(help="Runs: what was done, and what came of it.", no_args_is_help=True)
 config_app = typer.Typer(help="Experiments: show, check, and describe their fields.", no_args_is_help=True)
-data_app = typer.Typer(help="Datasets.", no_args_is_help=True)
+data_app = typer.Typer(help="Datasets: make, check, and look at them.", no_args_is_help=True)
 app.add_typer(runs_app, name="runs")
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 app.add_typer(labels.app, name="labels")
 app.add_typer(report.app, name="report")
-app.command("label")(labels.label)
-app.command()(evaluate.evaluate)
-app.command()(export.export)
-app.command()(trigger.trigger)
-app.command()(trigger.watch)
 app.add_typer(gate.app, name="gate")
 app.add_typer(promote.app, name="promote")
 app.add_typer(doctor.app, name="doctor")
@@ -121,23 +116,30 @@ def _options(
 
 @app.command()
 def run(
-    config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="A YAML file, or a preset: quickstart.")] = None,
+    config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="A YAML file, or a preset: quickstart.")] = None,
     overrides: Overrides = None,
     root: Root = "runs",
-    name: Annotated[str | None, typer.Option("--run", help="Name of the run; made from the config if not given.")] = None,
+    name: Annotated[str | None, typer.Option("--run", help="Name of the run; made from the experiment if not given.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the latest run that is not finished.")] = False,
     runner: Annotated[
-        Runner, typer.Option(help="Steps as processes, in containers of Docker or Podman, or on Kubeflow.")
+        Runner, typer.Option(help="Steps as processes here, in containers of Docker or Podman here, or on Kubeflow.")
     ] = Runner.local,
     image: Annotated[
-        str | None, typer.Option(help="Of the steps' containers; the one that `make images` made last if not given.")
+        str | None,
+        typer.Option(help="Image of the steps; if not given, what `make images` made last, or on Kubeflow the pipeline's own."),
     ] = None,
-    memory: Annotated[str | None, typer.Option(metavar="4g", help="That each container may use; all if not given.")] = None,
-    gpus: Annotated[int, typer.Option(min=-1, help="For each container; -1 for all. On Kubeflow: for each GPU step.")] = 0,
-    step_timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="The longest a container may run.")] = None,
+    memory: Annotated[str | None, typer.Option(metavar="4g", help="Memory of each container; no limit if not given.")] = None,
+    gpus: Annotated[
+        int, typer.Option(min=-1, help="GPUs of each container, -1 for all; on Kubeflow of each step that uses any.")
+    ] = 0,
+    step_timeout: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Longest time of a container; the pipeline's if not given.")
+    ] = None,
     kfp: Kfp = None,
     inputs: Inputs = None,
-    follow: Annotated[bool | None, typer.Option("--follow/--no-follow", help="On Kubeflow: wait, and show it.")] = None,
+    follow: Annotated[
+        bool | None, typer.Option("--follow/--no-follow", help="On Kubeflow: watch until the run ends (the default).")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run the whole loop, here or on Kubeflow. The same command again continues where it stopped, and redoes nothing.
@@ -335,10 +337,10 @@ def runs_show(name: RunArgument = "latest", root: Root = "runs", as_json: AsJson
 
 @app.command()
 def predict(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE…", help="Image files.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files.")],
     name: Annotated[str, typer.Option("--run", help="A run's name, the beginning of it, or 'latest'.")] = "latest",
     root: Root = "runs",
-    top: Annotated[int, typer.Option("--top", min=1, help="Classes to print for each image.")] = 3,
+    top: Annotated[int, typer.Option("--top", min=1, help="Classes to print for each image, the likeliest first.")] = 3,
     as_json: AsJson = False,
 ) -> None:
     """Classify images with the best model of a run.
@@ -409,15 +411,15 @@ def plan(
     pool: Annotated[int | None, typer.Option(min=1, help="Images of the pool, instead of looking at data.pool.")] = None,
     heldout: Annotated[int | None, typer.Option(min=1, help="Held-out images, instead of looking at data.heldout.")] = None,
     test: Annotated[int | None, typer.Option(min=1, help="Images of the test, instead of looking at data.test.")] = None,
-    classes: Annotated[int, typer.Option(min=2, help="Classes, where the labelled images are not looked at.")] = 1000,
+    classes: Annotated[int, typer.Option(min=2, help="Number of classes, where the labelled images are not looked at.")] = 1000,
     image_kb: Annotated[float | None, typer.Option(min=0, help="Mean size of an image, kB, instead of looking.")] = None,
     devices: Annotated[int, typer.Option(min=1, help="Devices that train together, each like the one here.")] = 1,
     speed: Annotated[
         float | None,
         typer.Option(min=0, metavar="TMACS", help="10¹² multiply-adds a second of a device elsewhere, instead of measuring."),
     ] = None,
-    seconds: Annotated[float, typer.Option(min=1, help="To measure for.")] = 30,
-    price: Annotated[float | None, typer.Option(min=0, help="Of a device for an hour, in any currency.")] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="How long to measure, s.")] = 30,
+    price: Annotated[float | None, typer.Option(min=0, help="Price of a device for an hour, in any currency.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """What a run would cost: device-hours, reading, checkpoints, network; from a short measurement on this machine.
@@ -453,15 +455,20 @@ def plan(
 
 @data_app.command("import")
 def data_import(
-    source: Annotated[str, typer.Argument(help="Class folders, a folder of images, a table, tars or an archive; also on S3.")],
-    destination: Annotated[str, typer.Argument(help="The dataset's folder, or s3://bucket/prefix.")],
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SOURCE", help="Class folders, a folder of images, a table, tars or an archive; also on S3."),
+    ],
+    destination: Annotated[str, typer.Argument(metavar="DEST", help="The dataset's folder, or s3://bucket/prefix.")],
     role: Annotated[DataRole, typer.Option(help="What the images are for.")] = DataRole.unlabelled,
     name: Annotated[str | None, typer.Option(help="The dataset's name; the source's if not given.")] = None,
-    split: Annotated[str | None, typer.Option(help="Of a table: import only rows whose split is this.")] = None,
+    split: Annotated[str | None, typer.Option(help="Only rows of a table whose split is this; all if not given.")] = None,
     classes: Annotated[
         Path | None, typer.Option(help="A text file with a class name a line, or the dataset.json whose classes to use.")
     ] = None,
-    max_side: Annotated[int | None, typer.Option(min=8, help="Make images with a longer side smaller, px.")] = None,
+    max_side: Annotated[
+        int | None, typer.Option(min=8, help="Longest side, px; larger images are made smaller. No limit if not given.")
+    ] = None,
     max_rejected_share: Annotated[
         float, typer.Option(min=0, max=1, help="Share of unreadable images that is still accepted.")
     ] = 0.1,
@@ -499,15 +506,15 @@ def data_import(
 @data_app.command("check")
 def data_check(
     datasets: Annotated[
-        list[str], typer.Argument(metavar="DATASET…", help="Folders or s3:// prefixes of datasets, of any roles.")
+        list[str], typer.Argument(metavar="DATASET", help="Folders or s3:// prefixes of datasets, of any roles.")
     ],
     out: Annotated[str, typer.Option(help="Folder for the lists and for fingerprints, which a later check reuses.")] = "check",
     model: Annotated[
         str | None, typer.Option(help="A model's folder: confirms near duplicates, and looks for wrong labels.")
     ] = None,
-    bits: Annotated[int, typer.Option(min=0, max=8, help="Of 64 in which near duplicates may differ.")] = 4,
+    bits: Annotated[int, typer.Option(min=0, max=8, help="Bits of 64 in which hashes of near duplicates may differ.")] = 4,
     allow_overlap: Annotated[
-        bool, typer.Option(help="Succeed although labelled images are also in an evaluation set.")
+        bool, typer.Option("--allow-overlap", help="Succeed although labelled images are also in an evaluation set.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -618,3 +625,11 @@ def _class_names(file: Path) -> list[str]:
     if len(set(names)) != len(names) or len(names) < 2:
         raise DataError(f"{file}: {len(names)} names, {len(set(names))} different ones; must be at least 2, each once")
     return names
+
+
+# Help lists commands in this order, those above first.
+app.command("label")(labels.label)
+app.command()(evaluate.evaluate)
+app.command()(export.export)
+app.command()(trigger.trigger)
+app.command()(trigger.watch)

@@ -44,20 +44,27 @@ def store(
 
 @app.command("cluster")
 def cluster(
-    context: Annotated[str | None, typer.Option(help="Of the kubeconfig; the current one if not given.")] = None,
+    context: Annotated[str | None, typer.Option(help="Context of the kubeconfig; the current one if not given.")] = None,
     namespace: Annotated[
-        str | None, typer.Option("--namespace", "-n", help="Where runs' pods are; Kubeflow Pipelines' own if not given.")
+        str | None, typer.Option("--namespace", "-n", help="Namespace of runs' pods; Kubeflow Pipelines' own if not given.")
     ] = None,
-    need: Annotated[list[Needed] | None, typer.Option(help="What must be there, besides kfp. Repeatable.")] = None,
+    need: Annotated[
+        list[Needed] | None, typer.Option(help="What must be there besides kfp, or it is a fault. Repeatable.")
+    ] = None,
     store: Annotated[
         str | None, typer.Option(metavar="URI", help="Try this store too, with this shell's AWS_… variables.")
     ] = None,
     registry: Annotated[
         str | None,
-        typer.Option(metavar="GIT", envvar="NS_LABEL_REGISTRY", help="Try this label registry too: push right, data."),
+        typer.Option(
+            metavar="GIT",
+            envvar="NS_LABEL_REGISTRY",
+            help="Try this label registry too: whether versions can be pushed, and its data written.",
+        ),
     ] = None,
     remote: Annotated[
-        str | None, typer.Option(metavar="URI", envvar="NS_LABEL_REMOTE", help="Of a registry that is still empty: its data.")
+        str | None,
+        typer.Option(metavar="URI", envvar="NS_LABEL_REMOTE", help="Place of its data, while the registry is still empty."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -28,8 +28,10 @@ class Kind(StrEnum):
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder or URI of a model, or a run, whose best model it is.")],
-    dataset: Annotated[str, typer.Argument(help="Folder or URI of a labelled dataset (`ns data import` makes one).")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or URI of a model, or a run, whose best model it is.")],
+    dataset: Annotated[
+        str, typer.Argument(metavar="DATASET", help="Folder or URI of a labelled dataset (`ns data import` makes one).")
+    ],
     root: Root = "runs",
     suites: Annotated[
         list[Suite] | None, typer.Option("--suite", help="What to measure beside clean accuracy. Repeatable.")
@@ -38,11 +40,11 @@ def evaluate(
         Kind, typer.Option(help="What DATASET is: a dataset, or the folder of a set of corrupted images as it was published.")
     ] = Kind.images,
     images: Annotated[
-        int | None, typer.Option(min=1, help="Only so many images, drawn evenly over the classes: a quick look.")
+        int | None, typer.Option(min=1, help="Only so many images, drawn evenly over the classes; all if not given.")
     ] = None,
     out: Annotated[
         str, typer.Option(help="Folder or URI for results and predictions, from which the same command goes on.")
-    ] = ("evaluation"),
+    ] = "evaluation",
     classes: Annotated[
         str | None,
         typer.Option(metavar="own|NAMES", help="Choose answers among the dataset's classes only, or among these: A,B,C."),

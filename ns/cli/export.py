@@ -17,17 +17,21 @@ class FormOption(StrEnum):
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="A run, whose best model it is, or the folder or URI of a model.")] = "latest",
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A run, whose best model it is, or the folder or URI of a model.")
+    ] = "latest",
     out: Annotated[Path, typer.Option(help="Folder to write; an earlier export in it is replaced.")] = Path("export"),
     forms: Annotated[
         list[FormOption] | None,
-        typer.Option("--form", help="timm: safetensors and config.json; onnx; torch: a torch.export program. Repeatable."),
+        typer.Option(
+            "--form", help="timm: safetensors and config.json (the default); onnx; torch: a torch.export program. Repeatable."
+        ),
     ] = None,
     images: Annotated[
         str | None,
         typer.Option(metavar="DATASET", help="Dataset that the forms are checked on; a run's held-out images if not given."),
     ] = None,
-    count: Annotated[int, typer.Option(min=1, max=4096, help="Images of the check.")] = 64,
+    count: Annotated[int, typer.Option(min=1, max=4096, help="Images that the forms are checked on.")] = 64,
     root: Root = "runs",
     as_json: AsJson = False,
 ) -> None:

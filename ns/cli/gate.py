@@ -19,7 +19,7 @@ def _gate() -> None:
 @app.command()
 def explain(
     name: Annotated[
-        str, typer.Argument(metavar="[RUN|RUN/gen-N]", help="A run, whose last verdict it is, or a generation: latest/gen-1.")
+        str, typer.Argument(metavar="RUN|RUN/gen-N", help="A run, whose last verdict it is, or a generation: latest/gen-1.")
     ] = "latest",
     root: Root = "runs",
     as_json: AsJson = False,

@@ -25,8 +25,7 @@ app.add_typer(audit_app, name="audit")
 Labels = Annotated[
     str, typer.Argument(metavar="LABELS", help="A run's generation (latest/gen-1), or the folder or URI of a label set.")
 ]
-Pool = Annotated[str | None, typer.Option(help="The labelled dataset; that of the run if not given.")]
-
+Pool = Annotated[str | None, typer.Option(metavar="DATASET", help="Dataset that was labelled; the run's pool if not given.")]
 
 RegistryOption = Annotated[
     str | None,
@@ -52,8 +51,9 @@ Why = Annotated[str, typer.Option("--why", help="The reason, for the history.")]
 
 @app.command()
 def show(name: Labels, root: Root = "runs", registry: RegistryOption = None, as_json: AsJson = False) -> None:
-    """What a label set holds, by class: images, mean confidence, and what the run's selection kept; and its audits. With the tag of a
-    version in the registry: what `version` says.
+    """What a label set holds, by class: images, mean confidence, and what the run's selection kept; and its audits.
+
+    With the tag of a version in the registry: what `version` says.
 
     Example: [cyan]ns labels show latest/gen-1[/]
     """
@@ -105,8 +105,10 @@ def select(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be kept, dropped and repeated, by class.")
     ] = False,
-    out: Annotated[str | None, typer.Option(help="Write the selection here (JSON).")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of ties; that of the run, or 0, if not given.")] = None,
+    out: Annotated[str | None, typer.Option(metavar="FILE", help="Write the selection here, as JSON.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Decides ties between equal confidences; that of the run, or 0, if not given.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Select from a label set, beginning with the policy of its run.
@@ -140,7 +142,11 @@ def select(
 
 
 @app.command()
-def trace(key: Annotated[str, typer.Argument(help="Key of an image.")], root: Root = "runs", as_json: AsJson = False) -> None:
+def trace(
+    key: Annotated[str, typer.Argument(metavar="KEY", help="Key of an image in its dataset.")],
+    root: Root = "runs",
+    as_json: AsJson = False,
+) -> None:
     """What every teacher said of one image, the thresholds then in force, and the label sets, runs and models that it fed.
 
     Example: [cyan]ns labels trace photos/0001[/]
@@ -168,7 +174,7 @@ def trace(key: Annotated[str, typer.Argument(help="Key of an image.")], root: Ro
 @app.command()
 def purge(
     name: Labels,
-    keys: Annotated[Path, typer.Option(help="A text file with a key a line.")],
+    keys: Annotated[Path, typer.Option(metavar="FILE", help="A text file with a key a line.")],
     out: Annotated[str, typer.Option(help="Folder or URI of the new label set.")],
     root: Root = "runs",
     as_json: AsJson = False,
@@ -199,9 +205,9 @@ def purge(
 
 
 def label(
-    model: Annotated[str, typer.Argument(help="Folder or URI of a model, or a run, whose best model it is.")],
-    pool: Annotated[str, typer.Argument(help="Folder or URI of a dataset (`ns data import` makes one).")],
-    out: Annotated[str, typer.Argument(help="Folder or URI of the label set.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or URI of a model, or a run, whose best model it is.")],
+    pool: Annotated[str, typer.Argument(metavar="POOL", help="Folder or URI of a dataset (`ns data import` makes one).")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URI of the label set.")],
     root: Root = "runs",
     shards: Annotated[str | None, typer.Option(metavar="START-STOP", help="Only these shards, the last one excluded.")] = None,
     overrides: Annotated[
@@ -293,8 +299,9 @@ def commit(
     ] = None,
     root: Root = "runs",
 ) -> None:
-    """Keep a label set and its selection as a version, labels/PROJECT/RUN/gen-N: those of a run, or, under a name of your own, what
-    `ns label` or `ns labels purge` wrote. The same again changes nothing.
+    """Keep a label set and its selection as a version, labels/PROJECT/RUN/gen-N. The same again changes nothing.
+
+    Those of a run; or, under a name of your own (--tag), what `ns label` or `ns labels purge` wrote.
 
     Example: [cyan]ns labels commit latest/gen-1 --registry registry.git --remote s3://bucket/labels[/]
     """
@@ -453,9 +460,9 @@ def diff(
 def audit(
     name: Labels,
     root: Root = "runs",
-    images: Annotated[int, typer.Option(min=1, max=5000, help="Images to look at, about.")] = 400,
-    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Another seed, other images.")] = 0,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The page.")] = Path("audit.html"),
+    images: Annotated[int, typer.Option(min=1, max=5000, help="Images to look at, roughly.")] = 400,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Another seed draws other images.")] = 0,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where to write the page.")] = Path("audit.html"),
     selected_only: Annotated[bool, typer.Option("--selected-only", help="Only images that the run's selection keeps.")] = False,
     pool: Pool = None,
 ) -> None:

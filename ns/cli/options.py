@@ -10,7 +10,7 @@ from ns.errors import StoreError
 if TYPE_CHECKING:
     from ns.config import Experiment
 
-Root = Annotated[str, typer.Option("--root", help="Folder that holds runs, models, labels and data.")]
+Root = Annotated[str, typer.Option("--root", help="Folder or s3://bucket/prefix that holds runs, models, labels and data.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a field; list items by index. Repeatable.")
 ]
@@ -19,7 +19,7 @@ ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML fi
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, the beginning of it, or 'latest'.")]
 
 Kfp = Annotated[
-    str | None, typer.Option("--kfp", metavar="URL", help="Of Kubeflow Pipelines' UI or API; NS_KFP_URL if not given.")
+    str | None, typer.Option("--kfp", metavar="URL", help="Kubeflow Pipelines' UI or API; NS_KFP_URL if not given.")
 ]
 Inputs = Annotated[
     list[str] | None, typer.Option("--input", metavar="NAME=VALUE", help="An input of the pipeline on Kubeflow. Repeatable.")

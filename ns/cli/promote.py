@@ -25,7 +25,9 @@ app = typer.Typer(
 def move(
     name: RunArgument = "latest",
     root: Root = "runs",
-    to: Annotated[Path, typer.Option(metavar="FILE", help="The pointer, a YAML file.")] = Path("models/production.yaml"),
+    to: Annotated[Path, typer.Option(metavar="FILE", help="The pointer: the YAML file that names the model in use.")] = Path(
+        "models/production.yaml"
+    ),
     branch: Annotated[
         str | None,
         typer.Option(
@@ -79,7 +81,7 @@ def _said(found: "Candidate", moved: "Moved", to: Path, branch: str | None, *, d
 
 @app.command()
 def check(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE…", help="Pointers.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE", help="Pointers, as `ns promote` writes them.")],
 ) -> None:
     """Check pointers: the model that each names is there, is that model, and is whole.
 

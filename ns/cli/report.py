@@ -55,9 +55,9 @@ def show(
 
 @app.command()
 def compare(
-    names: Annotated[list[str], typer.Argument(metavar="RUN RUN…", help="Names of runs, beginnings of them, or 'latest'.")],
+    names: Annotated[list[str], typer.Argument(metavar="RUN", help="Names of runs, beginnings of them, or 'latest'.")],
     root: Root = "runs",
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The page.")] = Path("comparison.html"),
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where to write the page.")] = Path("comparison.html"),
     markdown: Markdown = False,
     open_it: OpenIt = False,
 ) -> None:

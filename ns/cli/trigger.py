@@ -17,10 +17,13 @@ if TYPE_CHECKING:
     from pipelines.trigger import Decision, Outlook
 
 Root = Annotated[str, typer.Option("--root", metavar="s3://…", help="The store that holds runs, models, labels and data.")]
-Image = Annotated[str | None, typer.Option(help="Of the steps, best by its digest: another image is a reason for a run.")]
-Gpus = Annotated[int, typer.Option(min=0, help="For each labelling task and training.")]
+Image = Annotated[str | None, typer.Option(help="Image of the steps, best by its digest: another one is a reason for a run.")]
+Gpus = Annotated[int, typer.Option(min=0, help="GPUs of each labelling task and each training.")]
 MinChange = Annotated[
-    float, typer.Option(min=0, max=1, help="Share of the labelled images, or of the pool, that must be new if nothing else is.")
+    float,
+    typer.Option(
+        min=0, max=1, help="Share of the labelled images, or of the pool, that must be new if nothing else is; 0: any change."
+    ),
 ]
 
 
@@ -34,10 +37,12 @@ def trigger(
     kfp: Kfp = None,
     min_change: MinChange = 0.0,
     again: Annotated[
-        bool, typer.Option("--again", help="Also if a run of these very things was started and has ended.")
+        bool, typer.Option("--again", help="Start a run although one of these very things was started and has ended.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the decision and what a run would do and cost.")] = False,
-    prices: Annotated[Path | None, typer.Option(help="A table of GPUs, instead of the one that comes with this.")] = None,
+    prices: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Speeds and prices of GPUs, instead of ns/plan/prices.yaml.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Start a run on Kubeflow if labels, pool, settings or image changed since the last one; say why, or why not.

@@ -8,15 +8,13 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import typer
 import yaml
 
-from ns import cli
+from tests.command_line import parse
 
 CHECKOUT = Path(__file__).parents[2]
 WORKFLOWS = sorted((CHECKOUT / ".github" / "workflows").glob("*.yaml"))
@@ -73,19 +71,9 @@ def without_redirections(words: list[str]) -> list[str]:
     return words[:end]
 
 
-@cache
-def command_line():
-    return typer.main.get_command(cli.app)
-
-
 def check_ns(words: list[str]) -> None:
-    """Lets the command line read the words, and stops before it acts. Variables are numbers, which texts may be too."""
-    arguments = [re.sub(r"\$\{\w+(:-[^}]*)?\}|\$\w+", "1", word) for word in words]
-    command, context = command_line(), None
-    while hasattr(command, "commands"):
-        context = command.make_context("ns", list(arguments), parent=context)
-        _, command, arguments = command.resolve_command(context, [*context._protected_args, *context.args])
-    command.make_context("ns", list(arguments), parent=context)
+    """Variables are numbers, which texts may be too."""
+    parse([re.sub(r"\$\{\w+(:-[^}]*)?\}|\$\w+", "1", word) for word in words])
 
 
 def check_make(words: list[str]) -> None:

@@ -5,10 +5,10 @@ import shlex
 from pathlib import Path
 
 import pytest
-import typer
 
-from ns.cli import UsageError, app
+from ns.cli import UsageError
 from ns.config import load
+from tests.command_line import parse
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -95,15 +95,11 @@ def complaint(words: list[str]) -> str | None:
     for end in ("|", ">", "&&"):
         if end in arguments:
             arguments = arguments[: arguments.index(end)]
-    command, name, context = typer.main.get_command(app), "ns", None
     try:
-        while True:
-            context = command.make_context(name, arguments, parent=context)
-            if not hasattr(command, "commands"):
-                return None
-            name, command, arguments = command.resolve_command(context, [*context._protected_args, *context.args])
+        parse(arguments)
     except UsageError as error:
         return f"{' '.join(words)}: {error.format_message()}"
+    return None
 
 
 @pytest.mark.parametrize("path", PAGES, ids=page)
