@@ -28,10 +28,14 @@ def pseudo_labelled(
         raise DataError(
             f"{labels.uri}: labels of dataset {label_set.dataset}, but the pool is {pool.digest}: label the pool again"
         )
-    # One byte a row would do, but a class can be repeated more often than 255 times.
-    repeats = [copies(selection, rows).astype(np.uint16) for rows in all_rows(labels, label_set)]
+    repeats = [_smallest(copies(selection, rows)) for rows in all_rows(labels, label_set)]
     source = ImageSource(pool_folder, pool)
     return PseudoLabelled(source, _Targets(labels, label_set, source), repeats)
+
+
+def _smallest(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.integer]:
+    """The same, in no more bytes a row than they need: one, unless images are repeated more often than 255 times."""
+    return counts.astype(np.min_scalar_type(int(counts.max(initial=0))))
 
 
 class _Targets(Sequence[npt.NDArray[np.float32]]):
