@@ -63,7 +63,7 @@ def main() -> None:
         store = LocalStore(place / "pool")
         limits = Limits(shard_samples=1_000)
         data = import_images(str(folders), store, name="pool", role="unlabelled", limits=limits, workers=2)
-        for arch in ARCHITECTURES:
+        for arch in ARCHITECTURES[:1] if options.quick else ARCHITECTURES:
             predictor = Predictor(model_of(arch, LocalStore(place / arch)), batch=BATCH, images=0 if options.quick else LARGE)
             contestants: dict[str, Callable[[], int]] = {
                 "ours": labelled(predictor, store, data, place / "labels"),

@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,8 +83,11 @@ FIGURES = {
     ),
 }  # fmt: skip
 """Of each benchmark, what is shown, with what we aim at."""
-GUARDED = {"data": ("decode_", "vs_"), "train": ("step_ratio",), "label": ("forward_ratio",), "select": ("scan_ratio", "vs_")}
-"""The ratios that a quick run measures well enough to be compared: figures that begin so."""
+GUARDED = {"data": "decode_", "train": "step_ratio", "label": "forward_ratio", "select": "scan_ratio"}
+"""The ratios that a quick run measures well enough to be compared: figures that begin so. Only those against a limit: how far ahead of a
+peer we are depends on the processor (labelling with EfficientNet-B0 ÷ timm: 9.1 on one, 2.9 on another)."""
+KEPT_OF = 3
+"""Quick runs of which the least favourable figure is kept to compare with."""
 
 
 def kept(results: Path) -> dict[str, dict[str, float]]:
@@ -137,13 +140,19 @@ def regressions(
 
 
 def _worse(name: str, now: Mapping[str, float], before: Mapping[str, float]) -> list[str]:
-    known = {figure.name: figure for figure in FIGURES[name]}
     return [
-        figure
-        for figure, value in before.items()
-        # A figure that is not in the table of those shown is a ratio of which more is better.
-        if figure not in now or known.get(figure.partition(".")[0], Figure(figure, "", None)).regressed(now[figure], value)
+        figure for figure, value in before.items() if figure not in now or _known(name, figure).regressed(now[figure], value)
     ]
+
+
+def _known(name: str, figure: str) -> Figure:
+    # A figure that is not in the table of those shown is a ratio of which more is better.
+    return next((one for one in FIGURES[name] if one.name == figure.partition(".")[0]), Figure(figure, "", None))
+
+
+def least(name: str, runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of several runs of a benchmark the least favourable value of each figure."""
+    return {figure: (min if _known(name, figure).more_is_better else max)(run[figure] for run in runs) for figure in runs[0]}
 
 
 def quick(name: str) -> dict[str, float]:
@@ -171,7 +180,7 @@ def main() -> None:
         console.print(text, markup=False)
         return
     if options.keep:
-        found = {name: quick(name) for name in GUARDED}
+        found = {name: least(name, [quick(name) for _ in range(KEPT_OF)]) for name in GUARDED}
         (RESULTS / QUICK).write_text(json.dumps(found, indent=1) + "\n")
         return
     if not (RESULTS / QUICK).exists():

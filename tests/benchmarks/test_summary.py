@@ -4,7 +4,7 @@ import pytest
 from rich.table import Table
 
 from benchmarks.measure import RESULTS
-from benchmarks.summary import FIGURES, GUARDED, kept, page, regressions
+from benchmarks.summary import FIGURES, GUARDED, kept, least, page, regressions
 
 BASELINE = {"label": {"forward_ratio": 0.9}, "select": {"scan_ratio": 2.0, "vs_pandas": 10.0}}
 
@@ -32,6 +32,11 @@ def test_of_some_ratios_less_is_better():
 
 def test_a_ratio_that_is_measured_no_more_is_a_regression():
     assert len(guard({}, {}, BASELINE["select"])) == 1
+
+
+def test_what_is_kept_to_compare_with_is_the_least_favourable():
+    runs = [{"scan_ratio": 2.0, "vs_pandas": 11.0}, {"scan_ratio": 2.5, "vs_pandas": 12.0}]
+    assert least("select", runs) == {"scan_ratio": 2.5, "vs_pandas": 11.0}
 
 
 def test_the_page_says_what_was_reached():
