@@ -41,6 +41,8 @@ from ns.store import LocalStore, Store, open_store
 RECORDS = "store/runs/"
 CONFIG = "config.yaml"
 REPORT = "report.html"
+LOOK_SECONDS = 0.5
+"""Whoever looks whether a run is under way holds it for an instant; a client that begins then waits for so long."""
 
 State = Literal["running", "succeeded", "failed", "interrupted"]
 
@@ -235,10 +237,10 @@ def alone(root: Store, run: str) -> Iterator[None]:
         return
     folder = root.root / run
     client = folder / ".client"
-    lock = FileLock(folder / ".lock", timeout=0)
+    lock = _lock(root, run)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        lock.acquire(timeout=LOOK_SECONDS)
     except Timeout:
         pid = client.read_text() if client.exists() else "unknown"
         raise RunError(f"run {run}: is under way already (process {pid}); wait for it, or stop it first") from None
@@ -255,13 +257,19 @@ def alone(root: Store, run: str) -> Iterator[None]:
 
 def _is_driven(root: Store, run: str) -> bool:
     """Whether a client is at work on the run. A client that was killed let go of its lock."""
-    try:
-        with alone(root, run):
-            return not isinstance(root, LocalStore)
-    except RunError:
+    if not isinstance(root, LocalStore):
         return True
-    except StoreError:
+    try:
+        with _lock(root, run):
+            return False
+    except Timeout:
+        return True
+    except OSError:
         return False
+
+
+def _lock(root: LocalStore, run: str) -> FileLock:
+    return FileLock(root.root / run / ".lock", timeout=0)
 
 
 def finish(root: Store, run: str, state: State, error: str | None = None) -> None:
@@ -581,4 +589,4 @@ def _record(run: str) -> str:
 
 
 def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+    return datetime.now(UTC).isoformat(timespec="microseconds")
