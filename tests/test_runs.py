@@ -63,6 +63,10 @@ def test_a_client_waits_for_whoever_only_looks(tmp_path):
     looking = threading.Thread(target=look)
     looking.start()
     begun.wait()
-    with runs.alone(store, "one"), pytest.raises(RunError, match=r"under way already \(process \d+\)"), runs.alone(store, "one"):
+    with (
+        runs.alone(store, "one"),
+        pytest.raises(RunError, match=r"under way already \(process \d+\)"),
+        runs.alone(store, "one"),
+    ):
         pass
     looking.join()
