@@ -24,7 +24,9 @@ import yaml
 from kfp_server_api.exceptions import ApiException
 
 from ns.digest import sha256_bytes
-from ns.errors import ConfigError, Interrupted, NsError, RunError
+from ns.document import parse_object
+from ns.errors import ConfigError, DataError, Interrupted, NsError, RunError, StoreError
+from ns.store import read_uri
 from pipelines import documents
 
 URL_VARIABLE = "NS_KFP_URL"
@@ -332,13 +334,22 @@ def _spec(package: str) -> Any:
 
 
 def parsed(package: str, inputs: Sequence[str]) -> dict[str, Any]:
-    """`NAME=VALUE` as the pipeline's inputs have it: text as it is, all else as YAML. Raises ConfigError naming what is neither."""
+    """`NAME=VALUE` as the pipeline's inputs have it: text as it is, all else as YAML. `@FILE` stands for all that a JSON object names.
+
+    Of two values of one input the later one holds. Raises ConfigError naming what cannot be read.
+    """
     about = _spec(package)["root"].get("inputDefinitions", {}).get("parameters", {})
     values: dict[str, Any] = {}
     for given in inputs:
+        if given.startswith("@"):
+            try:
+                values |= parse_object(read_uri(given[1:]), given[1:])
+            except (DataError, StoreError) as error:
+                raise ConfigError(f"--input {given}: {error}") from error
+            continue
         name, equals, text = given.partition("=")
         if not equals:
-            raise ConfigError(f"--input: invalid value {given!r}: must be NAME=VALUE, e.g. train_gpus=1")
+            raise ConfigError(f"--input: invalid value {given!r}: must be NAME=VALUE, e.g. train_gpus=1, or @FILE")
         try:
             values[name] = text if about.get(name, {}).get("parameterType") == "STRING" else yaml.safe_load(text)
         except yaml.YAMLError as error:

@@ -22,7 +22,12 @@ Kfp = Annotated[
     str | None, typer.Option("--kfp", metavar="URL", help="Kubeflow Pipelines' UI or API; NS_KFP_URL if not given.")
 ]
 Inputs = Annotated[
-    list[str] | None, typer.Option("--input", metavar="NAME=VALUE", help="An input of the pipeline on Kubeflow. Repeatable.")
+    list[str] | None,
+    typer.Option(
+        "--input",
+        metavar="NAME=VALUE|@FILE",
+        help="An input of the pipeline on Kubeflow, or a JSON object of several. Repeatable.",
+    ),
 ]
 
 

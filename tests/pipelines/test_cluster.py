@@ -183,12 +183,22 @@ def test_inputs_are_read_as_the_pipeline_has_them(root):
     assert (given["train_node_selector"], given["generations"]) == ({"pool": "gpu"}, 2)
 
 
+def test_inputs_come_from_a_file_and_what_is_said_after_it_holds(root, tmp_path):
+    pools = tmp_path / "pools.json"
+    pools.write_text('{"label_gpus": "1", "train_gpus": "8", "label_tolerations": [{"key": "spot", "operator": "Exists"}]}')
+    given = cluster.arguments("c", root, NAME, inputs=[f"@{pools}", "train_gpus=2"])
+    assert (given["label_gpus"], given["train_gpus"]) == ("1", "2")
+    assert given["label_tolerations"] == [{"key": "spot", "operator": "Exists"}]
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
         (["train_gpus"], "--input: invalid value 'train_gpus': must be NAME=VALUE"),
         (["train_gpus=3"], "train_gpus: invalid value '3': must be one of 0, 1, 2, 4, 8"),
         (["gpus=3"], "gpus: is no input of pipeline noisy-student"),
+        (["@nowhere.json"], "--input @nowhere.json: .*/nowhere.json: cannot read: no such file"),
+        ([f"@{__file__}"], "--input @.*: not JSON"),
         (["generations={"], "--input generations: invalid value '{': must be JSON or YAML"),
     ],
 )
