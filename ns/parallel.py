@@ -8,7 +8,6 @@ process would have taken, whatever their number.
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from ns.errors import ConfigError, Interrupted, NsError, TrainingError
-from ns.watch import CLIENT_VARIABLE
+from ns.watch import CLIENT_VARIABLE, signalled
 
 FAILURE_VARIABLE = "NS_FAILURE_FILE"
 """Where the first process that fails writes why, for `launch` to raise it again."""
@@ -274,9 +273,5 @@ def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
             process.terminate()
         asked.append(number)
 
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with signalled(pass_on):
         yield asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -1,13 +1,11 @@
 """The training loop: batch → noise → forward → loss → backward → step → EMA → record."""
 
 import math
-import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +26,7 @@ from ns.train.ema import Ema
 from ns.train.monitor import Monitor
 from ns.train.objective import Losses, losses
 from ns.train.optimizer import make_optimizer
+from ns.watch import signalled
 
 HISTORY_POINTS = 200
 
@@ -358,16 +357,5 @@ def _dead_loaders(stop: threading.Event) -> Iterator[None]:
 def _stop_signals() -> Iterator[threading.Event]:
     """An event that SIGTERM and SIGINT set, so that training stops between steps, with a checkpoint."""
     stop = threading.Event()
-
-    def ask(_number: int, _frame: FrameType | None) -> None:
-        stop.set()
-
-    if threading.current_thread() is not threading.main_thread():
+    with signalled(lambda *_: stop.set()):
         yield stop
-        return
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
