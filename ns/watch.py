@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
 CLIENT_VARIABLE = "NS_CLIENT_PID"
@@ -16,13 +16,15 @@ _watching = threading.Event()
 
 
 @contextlib.contextmanager
-def signalled(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
-    """Has `handler` called when SIGINT or SIGTERM comes, inside; afterwards whoever was before. Where that cannot be had, in another
+def signalled(
+    handler: Callable[[int, FrameType | None], object], numbers: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)
+) -> Iterator[None]:
+    """Has `handler` called when one of the signals comes, inside; afterwards whoever was before. Where that cannot be had, in another
     thread than the main one, all stays as it is."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:

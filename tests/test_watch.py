@@ -7,7 +7,7 @@ from ns.watch import signalled
 
 def test_signals_are_heard_inside_and_by_whoever_was_before_afterwards():
     heard = []
-    with signalled(lambda number, _: heard.append(("outer", number))):
+    with signalled(lambda number, _: heard.append(("outer", number)), [signal.SIGTERM]):
         with signalled(lambda number, _: heard.append(("inner", number))):
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGINT)
