@@ -44,8 +44,8 @@ def evaluate(
     parts = []
     unreadable = 0
     shards = list(rows)
-    for shard, following in zip(shards, [*shards[1:], None], strict=True):
-        source.fetch_ahead([] if following is None else [following])
+    for place, shard in enumerate(shards):
+        source.fetch_ahead(shards[place + 1 : place + 2])
         own = rows[shard]
         labels = to_model[source.labels(shard, len(data.classes))[own]]
         index = source.index(shard)

@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from ns.data.images import ImageSource
 from ns.errors import DataError
@@ -92,6 +93,33 @@ def test_an_evaluation_from_before_calibration_keeps_its_digest(tmp_path):
     assert "calibration" not in old.identity()
     old.write(LocalStore(tmp_path), MANIFEST)
     assert Evaluation.read(LocalStore(tmp_path), MANIFEST) == old
+
+
+@pytest.mark.parametrize(
+    ("subsample", "images"), [(None, 21), (Subsample(images=24, seed=0), 21), (Subsample(images=4, seed=0), 4)]
+)
+def test_unreadable_images_are_counted_and_count_in_no_number(tmp_path, model, labelled_images, subsample, images):
+    folder, data = labelled_images(tmp_path / "d", damaged=(2, 3, 17))
+    with capture_logs() as logged:
+        found = evaluate(Predictor(model, batch=8), folder, data, LocalStore(tmp_path / "e"), subsample=subsample)
+    looked_at = 24 if images == 21 else 4
+    assert found.images + found.unreadable == looked_at
+    assert found.images == sum(map(sum, found.confusion)) == images
+    progress = [line for line in logged if line["event"] == "progress"][-1]
+    assert (progress["done"], progress["total"], progress["unit"]) == (looked_at, looked_at, "images")
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_a_dataset_of_which_nothing_can_be_read_is_refused(tmp_path, model, labelled_images, count):
+    folder, data = labelled_images(tmp_path / "d", count=count, damaged=range(count))
+    with pytest.raises(DataError, match=r"/d: no readable image to evaluate on"):
+        evaluate(Predictor(model, batch=8), folder, data, LocalStore(tmp_path / "e"))
+
+
+def test_one_image_is_enough(tmp_path, model, labelled_images):
+    folder, data = labelled_images(tmp_path / "d", count=1)
+    found = evaluate(Predictor(model, batch=8), folder, data, LocalStore(tmp_path / "e"))
+    assert (found.images, found.name, found.dataset) == (1, "images", data.digest)
 
 
 def test_a_set_of_some_classes_is_scored_among_these_alone(tmp_path, model, labelled_images):
