@@ -138,7 +138,7 @@ def mcnemar(paired: Paired) -> float:
     from scipy.special import bdtr
 
     fewer, discordant = min(paired.only_teacher, paired.only_student), paired.only_teacher + paired.only_student
-    return min(1.0, 2 * float(bdtr(fewer, discordant, 0.5))) if discordant else 1.0
+    return min(1.0, 2 * float(bdtr(fewer, discordant, 0.5)))
 
 
 def needed(verdict: Verdict) -> Needed:

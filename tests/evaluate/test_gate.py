@@ -9,6 +9,8 @@ from scipy.stats import binomtest
 from ns.config import CORRUPTIONS, PERTURBATIONS, GateConfig, parse
 from ns.errors import ConfigError
 from ns.evaluate.gate import (
+    Guard,
+    LabelFacts,
     Paired,
     beats_chance,
     corruption_rise,
@@ -113,7 +115,25 @@ def test_the_class_guard_refuses_a_gain_bought_with_one_class():
     guarded = verdict(GateConfig(max_class_drop=0.1), teacher, student, labels)
     assert not guarded.promoted
     assert guarded.guards[1].value == pytest.approx(0.2)
-    assert "cat" in guarded.reason
+    assert (guarded.guards[1].name, guarded.guards[1].limit) == ("class drop", 0.1)
+    assert guarded.reason == "largest loss of accuracy in a class (cat) is +0.200, limit +0.100"
+    # A class that loses as much as it may passes.
+    assert verdict(GateConfig(max_class_drop=0.5), np.arange(200) < 150, np.arange(200) >= 50, labels).guards[1].passed
+
+
+def test_a_verdict_records_what_was_compared():
+    teacher, student = np.arange(200) < 120, np.arange(200) >= 40
+    gate = GateConfig(level=0.9, resamples=2000)
+    said = verdict(gate, teacher, student)
+    gain = paired_gain(teacher, student, level=0.9, resamples=2000, seed=0)
+    assert (said.generation, said.teacher, said.student, said.images) == (1, "models/t", "models/s", 200)
+    assert (said.teacher_top1, said.student_top1, said.level) == (0.6, 0.8, 0.9)
+    assert (said.gain, said.gain_low, said.gain_high) == (gain.value, gain.low, gain.high)
+    assert said.paired == Paired(both=80, only_teacher=40, only_student=80, neither=0)
+    assert said.mcnemar == mcnemar(said.paired) < 0.01
+    detail = "lower 90% bound of the gain in top-1"
+    assert said.guards == (Guard(name="gain", value=gain.low, limit=0, passed=True, detail=detail),)
+    assert said.reason == f"gain +0.200, lower bound {gain.low:+.3f} > +0.000"
 
 
 def test_worst_class_drop_is_negative_when_all_gain():
@@ -122,16 +142,32 @@ def test_worst_class_drop_is_negative_when_all_gain():
     assert drop == -0.5
 
 
-def test_unequal_lengths_are_refused():
-    with pytest.raises(ValueError, match="one non-zero length"):
-        paired_gain(np.ones(3, bool), np.ones(4, bool), level=LEVEL, resamples=1000, seed=0)
+@pytest.mark.parametrize(("teacher", "student"), [(3, 4), (0, 0)])
+def test_unequal_lengths_and_no_images_are_refused(teacher, student):
+    with pytest.raises(ValueError, match=rf"one non-zero length, got \({teacher},\) and \({student},\)"):
+        paired_gain(np.ones(teacher, bool), np.ones(student, bool), level=LEVEL, resamples=1000, seed=0)
+
+
+def test_one_image_is_a_comparison():
+    gain = paired_gain(np.zeros(1, bool), np.ones(1, bool), level=LEVEL, resamples=1000, seed=0)
+    assert (gain.value, gain.low, gain.high) == (1, 1, 1)
+
+
+def test_a_comparison_is_the_same_with_the_same_seed():
+    teacher, student = np.arange(1000) < 600, np.arange(1000) >= 300
+    first, again, other = (paired_gain(teacher, student, level=LEVEL, resamples=1000, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
 
 
 @pytest.mark.parametrize(
-    ("top1", "images", "expected"), [(0.1, 500, False), (0.12, 500, False), (0.13, 500, True), (0.12, 5000, True)]
-)
-def test_chance_is_what_luck_explains(top1, images, expected):
-    assert beats_chance(top1, images, classes=10) is expected
+    ("top1", "images", "classes", "expected"),
+    [
+        (0.1, 500, 10, False), (0.12, 500, 10, False), (0.13, 500, 10, True), (0.12, 5000, 10, True),
+        (0.53, 500, 2, False), (0.54, 500, 2, True),
+    ],
+)  # fmt: skip
+def test_chance_is_what_luck_explains(top1, images, classes, expected):
+    assert beats_chance(top1, images, classes) is expected
 
 
 def test_a_student_that_is_less_robust_is_refused_however_accurate():
@@ -147,6 +183,13 @@ def test_a_student_that_is_less_robust_is_refused_however_accurate():
     assert "mean corruption error" in refused.reason
     assert "+5.000, limit +4.000" in refused.reason
     assert [guard.passed for guard in refused.guards] == [True, False, True]
+    assert [guard.name for guard in refused.guards] == ["gain", "mCE rise", "mFR rise"]
+    assert [guard.limit for guard in refused.guards] == [0, 4, 21]
+    twice = verdict(GateConfig(max_mce_rise=4, max_mfr_rise=10), weak, strong, robustness=(teacher, student))
+    assert twice.reason == (
+        "mean corruption error, in points above the teacher's 100, is +5.000, limit +4.000; "
+        "mean flip rate, in points above the teacher's 100, is +20.000, limit +10.000"
+    )
     assert not verdict(GateConfig(max_mfr_rise=19), weak, strong, robustness=(teacher, student)).promoted
     assert verdict(GateConfig(max_mce_rise=0), weak, strong, robustness=(teacher, teacher)).promoted
 
@@ -157,6 +200,47 @@ def test_extra_kinds_and_kinds_without_mistakes_make_no_trouble():
     # 100 images at 2 severities: one mistake is 0.005.
     assert corruption_rise(teacher, student) == pytest.approx(50)
     assert flip_rise(teacher, student) is None
+
+
+@pytest.mark.parametrize(("frames", "least"), [(11, 0.001), (2, 0.01), (0, 0.01)])
+def test_a_teacher_that_never_flips_counts_as_if_it_had_once(frames, least):
+    # 100 sequences, each of so many frames; 0 says that their number is not known.
+    teacher, student = (robustness({}, {"tilt": rate}).model_copy(update={"frames": frames}) for rate in (0, 0.02))
+    assert flip_rise(teacher, student) == pytest.approx(100 * 0.02 / least - 100)
+
+
+@pytest.mark.parametrize(
+    ("limits", "name", "good", "bad", "said"),
+    [
+        ({"max_churn": 0.2}, "churn", LabelFacts(churn=0.2), LabelFacts(churn=0.31),
+         "share of labels that changed since the generation before is +0.310, limit +0.200"),
+        ({"max_class_shrinkage": 0.5}, "class shrinkage", LabelFacts(shrinkage=0.5, shrunk="dog"), LabelFacts(shrinkage=0.8, shrunk="dog"),
+         "largest share of its kept images that a class lost (dog) is +0.800, limit +0.500"),
+        ({"min_audited_precision": 0.9}, "audited precision", LabelFacts(audited=(0.95, 0.9, 4000)), LabelFacts(audited=(0.95, 0.89, 4000)),
+         "lower 95% bound of the labels that are right (95.0% of 4,000 audited) is +0.890, limit +0.900"),
+    ],
+)  # fmt: skip
+def test_the_gate_asks_of_labels_what_it_is_told_to(limits, name, good, bad, said):
+    # Equal models show no gain; what is asked here is the labels only.
+    same, gate = np.ones(50, bool), GateConfig(min_gain=-0.01, **limits)
+    assert verdict(gate, same, same, about=good).promoted
+    refused = verdict(gate, same, same, about=bad)
+    assert not refused.promoted
+    assert refused.reason == said
+    value = bad.audited[1] if bad.audited else bad.churn or bad.shrinkage
+    assert (refused.guards[1].name, refused.guards[1].value, refused.guards[1].limit) == (name, value, *limits.values())
+    # Without a limit, or without labels of a generation before, there is nothing to ask.
+    assert len(verdict(GateConfig(min_gain=-0.01), same, same, about=bad).guards) == 1
+    assert len(verdict(gate, same, same).guards) == 1
+
+
+@pytest.mark.parametrize("about", [None, LabelFacts()])
+def test_labels_that_nobody_audited_are_not_refused_but_that_is_said(about):
+    same = np.ones(50, bool)
+    said = verdict(GateConfig(min_gain=-0.01, min_audited_precision=0.9), same, same, about=about)
+    assert said.promoted
+    assert said.reason.endswith("; the labels are not audited, so gate.min_audited_precision = 0.9 was not asked for")
+    assert "audited" not in verdict(GateConfig(min_gain=-0.01), same, same, about=about).reason
 
 
 def test_limits_that_nothing_was_measured_for_are_an_error():
@@ -223,6 +307,14 @@ def test_what_would_have_been_needed_is_enough():
     assert not verdict(GateConfig(), np.tile(teacher, times - 1), np.tile(student, times - 1)).promoted
     assert enough.gain == pytest.approx(refused.gain - refused.gain_low)
     assert needed(verdict(GateConfig(), student, teacher)).images is None
+
+
+@pytest.mark.parametrize(("gain", "images"), [(0.5, 226), (0.25, None), (0.125, None)])
+def test_luck_that_is_half_as_large_again_as_the_gain_needs_more_than_twice_the_images(gain, images):
+    """By hand: the limit is 0.25; at a gain of 0.5 luck explains 0.375, of which 0.25 would be too much on 225 images still."""
+    same = np.ones(100, bool)
+    seen = verdict(GateConfig(min_gain=0.25), same, same).model_copy(update={"gain": gain, "gain_low": gain - 0.375})
+    assert (needed(seen).gain, needed(seen).images) == (0.625, images)
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 20), st.integers(0, 99))

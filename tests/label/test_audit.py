@@ -1,6 +1,5 @@
 import json
 import random
-import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +15,7 @@ from ns.data.ingest import Limits, import_images
 from ns.data.prepared import Prepared, Source
 from ns.data.shards import read_index
 from ns.errors import DataError
-from ns.evaluate.gate import LabelFacts, judge
+from ns.evaluate.gate import LabelFacts
 from ns.label.audit import MINIMUM, SALT, Sheet, allocate, audits, check, deciding, estimate, keep, sample
 from ns.label.selection import key_hashes, select_from
 from ns.proportion import Share, trials, weighted, wilson
@@ -320,55 +319,6 @@ def _pictures(opened):
 
 
 # The gate
-
-
-def judged(about=None, **limits):
-    same = np.ones(50, bool)
-    return judge(
-        # Equal models show no gain; what is asked here is the labels only.
-        GateConfig(min_gain=-0.01, **limits),
-        generation=2,
-        teacher="t",
-        student="s",
-        labels=np.zeros(50, np.uint16),
-        teacher_correct=same,
-        student_correct=same,
-        classes=CLASSES,
-        seed=0,
-        about=about,
-    )
-
-
-@pytest.mark.parametrize(
-    ("limits", "good", "bad", "said"),
-    [
-        ({"max_churn": 0.2}, LabelFacts(churn=0.2), LabelFacts(churn=0.31), "labels that changed .* is .0.310, limit .0.200"),
-        (
-            {"max_class_shrinkage": 0.5},
-            LabelFacts(shrinkage=-0.2, shrunk="dog"),
-            LabelFacts(shrinkage=0.8, shrunk="dog"),
-            r"a class lost \(dog\) is .0.800, limit .0.500",
-        ),
-        (
-            {"min_audited_precision": 0.9},
-            LabelFacts(audited=(0.95, 0.91, 400)),
-            LabelFacts(audited=(0.95, 0.89, 400)),
-            r"\(95.0% of 400 audited\) is .0.890, limit .0.900",
-        ),
-    ],
-)
-def test_the_gate_asks_of_labels_what_it_is_told_to(limits, good, bad, said):
-    assert judged(good, **limits).promoted
-    refused = judged(bad, **limits)
-    assert not refused.promoted
-    assert re.search(said, refused.reason)
-    assert judged(bad).promoted
-    assert judged(**limits).promoted
-
-
-def test_labels_that_nobody_audited_are_not_refused_but_that_is_said():
-    assert "not audited, so gate.min_audited_precision = 0.9" in judged(LabelFacts(), min_audited_precision=0.9).reason
-    assert "audited" not in judged(LabelFacts()).reason
 
 
 def test_limits_that_are_not_set_leave_no_trace_in_a_configuration():
