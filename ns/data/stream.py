@@ -14,7 +14,7 @@ from ns.data.augment import TrainTransform
 from ns.data.dataset import Dataset
 from ns.data.images import ImageSource
 from ns.data.order import Order
-from ns.errors import DataError, TrainingError
+from ns.errors import DataError
 from ns.store import Store
 
 
@@ -146,7 +146,7 @@ class _Steps(Sampler[int]):
 def loader(batches: Batches, *, start: int, stop: int, workers: int, pin_memory: bool) -> Iterator[Batch]:
     """Batches of steps [start, stop) in order, made ahead by `workers` processes.
 
-    Raises DataError, in one line, for an image that cannot be read, and TrainingError when a worker is killed.
+    Raises DataError, in one line, for an image that cannot be read.
     """
     made: DataLoader[Batch] = DataLoader(
         batches,
@@ -161,9 +161,3 @@ def loader(batches: Batches, *, start: int, stop: int, workers: int, pin_memory:
     except DataError as error:
         # A worker's exception arrives with its stack trace as the message, the message proper at the end.
         raise DataError(str(error).rpartition(f"{DataError.__name__}: ")[2].strip()) from error
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise TrainingError(
-            "a data loader's process was killed, most often for want of memory; lower train.loader_workers or the batch"
-        ) from error

@@ -338,16 +338,14 @@ def _dead_loaders(stop: threading.Event) -> Iterator[None]:
     """Says in one line that a data loader's process was killed: torch raises that in the middle of whatever is being done."""
     try:
         yield
-    except (RuntimeError, TrainingError) as error:
-        if not any("DataLoader worker" in str(place) for place in (error, error.__cause__)):
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
             raise
         if stop.is_set():
             # A signal to the whole process group. The step under way is lost, and with it the state of this moment.
             raise Interrupted(
                 "stopped together with its data loaders; the same command continues from the last checkpoint"
             ) from error
-        if isinstance(error, TrainingError):
-            raise
         raise TrainingError(
             "a data loader's process was killed, most often for want of memory; lower train.loader_workers or the batch"
         ) from error

@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import os
 import signal
 
@@ -119,6 +120,18 @@ def test_a_loader_killed_in_the_middle_of_a_step_is_explained(data, tmp_path, mo
     monkeypatch.setattr(loop, "losses", killed)
     with pytest.raises(error, match=message):
         run(data, tmp_path, role())
+
+
+def test_a_loader_killed_while_it_is_waited_for_is_explained(data, tmp_path, monkeypatch):
+    def kill(_self, _count=1, **_facts):
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(log.Progress, "advance", kill)
+    config = role()
+    config = config.model_copy(update={"train": config.train.model_copy(update={"loader_workers": 1})})
+    with pytest.raises(TrainingError, match=r"a data loader's process was killed.*lower train.loader_workers"):
+        run(data, tmp_path, config)
 
 
 def test_frozen_layers_keep_their_weights_and_statistics(data, tmp_path):
