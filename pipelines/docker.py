@@ -34,8 +34,8 @@ from pipelines.local import POLL_SECONDS, STOP_SECONDS, Event, Output, StepError
 USER = 10001
 """Who the images' steps are (images/Dockerfile)."""
 LABEL = "noisy-student"
-FORWARDED = ("AWS_", "NS_S3_", "OMP_")
-"""Variables of the client that steps get: which store, and how many threads."""
+FORWARDED = ("AWS_", "NS_S3_", "NS_GIT_", "OMP_")
+"""Variables of the client that steps get: which store, the label registry's login, and how many threads."""
 LAST_LINES = 15
 """Of its log, that a message about a failed step quotes."""
 WORDLESS = re.compile(r"^\s*$|^\{.*\}$")

@@ -26,7 +26,7 @@ from components.start_run import start_run
 from components.train import train
 from ns.config import MAX_GENERATIONS
 from ns.steps import STOP, TRAIN
-from pipelines.pools import Pools, on_cpu, on_gpu, takes_pools
+from pipelines.pools import Pools, on_cpu, on_gpu, takes_pools, with_registry
 
 
 @dsl.pipeline(name="shard")
@@ -57,6 +57,7 @@ def generation(config_uri: str, root: str, run: str, data: str, generation: int,
     labelled = label(**base, teacher=teacher, ranges=plan.output, **pools)
     # Versions of label sets need DVC.
     labels = on_cpu(commit_labels(**base, teacher=teacher).after(labelled), pools, hours=6, image="tools_image")
+    with_registry(labels, pools)
     student = on_gpu(train(**base, teacher=teacher, labels=labels.output), pools, "train", hours=168)
     student.set_display_name("train student")
     evaluated = on_gpu(evaluate(**base, model=student.output), pools, "label", hours=24)

@@ -13,6 +13,7 @@ from kfp import kubernetes
 from kfp.dsl import PipelineTask
 
 from components import TOOLS_IMAGE, WORKER_IMAGE
+from ns.label.commands import PASSWORD_VARIABLE, USER_VARIABLE
 
 GPU_TYPES = ("nvidia.com/gpu", "nvidia.com/mig-1g.10gb", "nvidia.com/mig-2g.20gb", "nvidia.com/mig-3g.40gb", "amd.com/gpu")
 GPU_COUNTS = ("0", "1", "2", "4", "8")
@@ -59,6 +60,10 @@ INPUTS = {
     "storage_secret": Input(
         "mlpipeline-minio-artifact", "Secret with the keys accesskey and secretkey of the store. May be missing."
     ),
+    "registry_secret": Input(
+        "noisy-student-registry",
+        "Secret with the keys username and password of the label registry's git server. May be missing.",
+    ),
     "settings": Input("noisy-student", f"ConfigMap with {', '.join(SETTINGS)}. May be missing, and so may its keys."),
 }
 
@@ -89,6 +94,13 @@ def on_cpu(task: PipelineTask, pools: Pools, *, hours: int, image: str = "worker
     task.set_cpu_request("500m")
     task.set_memory_request("2Gi")
     return _placed(task, pools, "cpu", hours, image)
+
+
+def with_registry(task: PipelineTask, pools: Pools) -> PipelineTask:
+    """A step that pushes to the label registry."""
+    login = {"username": USER_VARIABLE, "password": PASSWORD_VARIABLE}
+    kubernetes.use_secret_as_env(task, pools["registry_secret"], login, optional=True)
+    return task
 
 
 def on_gpu(task: PipelineTask, pools: Pools, pool: str, *, hours: int) -> PipelineTask:

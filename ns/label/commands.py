@@ -37,7 +37,13 @@ FOREIGN = (
     "GIT_PREFIX",
     "GIT_NAMESPACE",
 )
-SECRET = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+USER_VARIABLE, PASSWORD_VARIABLE = "NS_GIT_USERNAME", "NS_GIT_PASSWORD"
+"""For git over HTTPS where no helper knows, as in a pod: git asks these, if there is a password, and nobody else."""
+LOGIN = (
+    "credential.helper=",
+    f'credential.helper=!f() {{ printf "username=%s\\npassword=%s\\n" "${{{USER_VARIABLE}:-git}}" "${PASSWORD_VARIABLE}"; }}; f',
+)
+SECRET = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", PASSWORD_VARIABLE)
 
 
 class Commands:
@@ -61,7 +67,8 @@ class Commands:
 
     def git(self, *arguments: str, data: str | None = None) -> str:
         """What git prints. Raises StoreError."""
-        options = [part for option in GIT_OPTIONS for part in ("-c", option)]
+        login = LOGIN if self._environment.get(PASSWORD_VARIABLE) else ()
+        options = [part for option in (*GIT_OPTIONS, *login) for part in ("-c", option)]
         return self._run(["git", *options, *arguments], f"git {arguments[0]}", self._seconds[0], data)
 
     def dvc(self, *arguments: str) -> str:

@@ -110,6 +110,16 @@ def test_names_that_git_would_not_take_are_refused():
             Tag.parse(text)
 
 
+def test_git_gets_the_login_of_the_environment_if_there_is_one(tmp_path, monkeypatch):
+    question = "protocol=https\nhost=git.example\n\n"
+    for name, value, user in (("NS_GIT_PASSWORD", "to'k%n", "git"), ("NS_GIT_USERNAME", "robot", "robot")):
+        monkeypatch.setenv(name, value)
+        commands = Commands(tmp_path, tmp_path / "own", s3=False, git_seconds=60, data_seconds=60)
+        told = commands.git("credential", "fill", data=question).splitlines()
+        assert {f"username={user}", "password=to'k%n"} <= set(told)
+    assert commands._reason("fatal: to'k%n was refused") == "fatal: … was refused"
+
+
 def test_places_that_cannot_be_are_refused(tmp_path):
     for remote in ("gs://x", "s3://", "s3://key:secret@bucket/x"):
         with pytest.raises(DataError, match="must be a folder or s3://bucket/prefix") as caught:

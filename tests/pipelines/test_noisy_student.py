@@ -181,6 +181,14 @@ def test_training_labelling_and_all_else_have_pools_of_their_own(spec, pods):
         assert [mount["medium"] for mount in shared] == ([] if kind == "cpu" else ["Memory"]), name
 
 
+def test_only_the_step_that_commits_gets_the_login_of_the_label_registry(pods):
+    for name, facts in pods.items():
+        secrets = [own(one["secretNameParameter"]["componentInputParameter"]) for one in facts["secretAsEnv"]]
+        also = ["registry_secret"] if name == "exec-commit-labels" else []
+        assert secrets == ["storage_secret", *also], name
+        assert all(one["optional"] for one in facts["secretAsEnv"]), name
+
+
 def test_inputs_have_defaults_and_lists_offer_their_default(spec):
     parameters = spec["root"]["inputDefinitions"]["parameters"]
     assert {name for name, facts in parameters.items() if "defaultValue" not in facts} == set()
