@@ -2,7 +2,7 @@
 
     python -m benchmarks.label [--quick] [--json FILE] [--keep]
 
-CIFAR-10's test images (without ../shared/data/cifar10 made-up ones, and says so) at 64 px, in shards of a thousand, labelled by
+CIFAR-10's test images (without ../shared/data/cifar10 made-up ones, and says so) at 64 px, in one shard of the usual size, labelled by
 networks with random weights. TIMM_INFERENCE names timm's inference.py, which its wheel lacks:
 github.com/huggingface/pytorch-image-models. Both of our sides run in the mode that is the fastest here for a large pool, with
 torch.compile if that pays (not with --quick); timm's script with its defaults.
@@ -61,7 +61,7 @@ def main() -> None:
             console.print(f"{CIFAR10} is not there: made-up images stand in for it", style="yellow")
         folders = small_folders(place / "images" / "validation", 2_000 if options.quick else 10_000)
         store = LocalStore(place / "pool")
-        limits = Limits(shard_samples=1_000)
+        limits = Limits(shard_samples=1_000 if options.quick else 10_000)
         data = import_images(str(folders), store, name="pool", role="unlabelled", limits=limits, workers=2)
         for arch in ARCHITECTURES[:1] if options.quick else ARCHITECTURES:
             predictor = Predictor(model_of(arch, LocalStore(place / arch)), batch=BATCH, images=0 if options.quick else LARGE)

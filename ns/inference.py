@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -250,12 +250,15 @@ class Predictor:
 
     @torch.inference_mode()
     def _forward(self, images: Tensor) -> npt.NDArray[np.float32]:
-        count = len(images)
+        count, network = len(images), self.forward_pass
         if self.mode.compiled and count < self.batch:
-            # A batch of another size would be compiled anew.
-            images = F.pad(images, (0, 0) * 3 + (0, self.batch - count))
+            # A batch of another size would be compiled anew. Filling up what is nearly whole costs less than doing without the compiler.
+            if count > self.batch // 2:
+                images = F.pad(images, (0, 0) * 3 + (0, self.batch - count))
+            else:
+                network = self._network
         normalized = self._normalize(images.to(self._device, non_blocking=True))
-        seen = [self._probabilities(view)[:count] for view in self._views(normalized)]
+        seen = [self._probabilities(network, view)[:count] for view in self._views(normalized)]
         probabilities = seen[0] if len(seen) == 1 else torch.stack(seen).mean(0)
         result: npt.NDArray[np.float32] = probabilities.cpu().numpy()
         return result
@@ -272,9 +275,9 @@ class Predictor:
             if self._mirrored:
                 yield view.flip(3).contiguous(memory_format=torch.channels_last)
 
-    def _probabilities(self, images: Tensor) -> Tensor:
+    def _probabilities(self, network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         with self.mode.autocast(self._device):
-            logits = self.forward_pass(images)
+            logits = network(images)
         return self._answers(logits).softmax(1)
 
     def _answers(self, logits: Tensor) -> Tensor:

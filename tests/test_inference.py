@@ -194,9 +194,11 @@ def test_a_model_is_run_in_the_precision_that_its_card_names(model, pool, tmp_pa
     assert LabelShard.read(LocalStore(tmp_path / "labels"), "shard-00000.json").mode == "bfloat16"
 
 
-def test_much_work_may_be_compiled_and_then_every_batch_has_the_same_shape(model, pool, monkeypatch):
+@pytest.mark.parametrize(("batch", "compiled"), [(8, [8, 8]), (7, [7, 7, 7])])
+def test_much_work_may_be_compiled_and_then_for_one_shape_only(model, pool, monkeypatch, batch, compiled):
+    """Of the shard's 20 images a rest of up to half a batch goes without the compiler; a larger one is filled up."""
     folder, dataset = pool
-    expected = Predictor(model, batch=8).shard(ImageSource(folder, dataset), 1).probabilities
+    expected = Predictor(model, batch=batch).shard(ImageSource(folder, dataset), 1).probabilities
     shapes = []
 
     def prepare(mode, network):
@@ -205,9 +207,9 @@ def test_much_work_may_be_compiled_and_then_every_batch_has_the_same_shape(model
 
     monkeypatch.setattr(inference, "choose", lambda workload, *, images, precisions: Mode(precisions[0], compiled=True))
     monkeypatch.setattr(Mode, "prepare", prepare)
-    predictor = Predictor(model, batch=8, images=inference.COMPILE_FROM_IMAGES)
+    predictor = Predictor(model, batch=batch, images=inference.COMPILE_FROM_IMAGES)
     np.testing.assert_allclose(predictor.shard(ImageSource(folder, dataset), 1).probabilities, expected, rtol=1e-4)
-    assert shapes == [8, 8, 8]
+    assert shapes == compiled
 
 
 def test_little_work_is_not_worth_a_measurement(model, monkeypatch):
