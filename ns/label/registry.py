@@ -20,6 +20,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, Self
 
@@ -37,6 +38,7 @@ from ns.label.labelset import MANIFEST as LABEL_SET
 from ns.label.selection import MANIFEST as SELECTION
 from ns.label.selection import Selection
 from ns.store import LocalStore, Store, open_store
+from ns.store.local import explained
 
 MAIN = "refs/heads/main"
 FOLDER = "labels"
@@ -268,7 +270,8 @@ class Registry:
                         current=str(tag) in current,
                     )
                 )
-        return sorted(found, key=lambda version: (version.project, version.date, version.run, version.generation))
+        # As times and not as text, since committers live in different time zones.
+        return sorted(found, key=lambda one: (one.project, datetime.fromisoformat(one.date), one.run, one.generation))
 
     def show(self, name: str) -> Version:
         """The version of a tag, or the one in use (`current/PROJECT`). Raises RunError if there is none."""
@@ -313,7 +316,7 @@ class Registry:
             version = self._version(clone, name, ref)
             _check_destination(destination, version)
             unfinished = destination / UNFINISHED
-            with writing(destination, "write"):
+            with explained(destination, "write"):
                 unfinished.mkdir(parents=True, exist_ok=True)
                 with FileLock(unfinished / "lock"):
                     self._fill(clone, ref, version, destination, unfinished, with_dvc=with_dvc)

@@ -208,6 +208,20 @@ def test_versions_are_listed_shown_and_fetched_without_dvc(kept, tmp_path):
         registry.show("labels/p/r/gen-2")
 
 
+def test_versions_of_different_time_zones_are_listed_by_when_they_were_committed(tmp_path, monkeypatch):
+    registry = Registry(bare(tmp_path / "git"), str(tmp_path / "remote"))
+    for number, date in enumerate(("2026-01-01T10:00:00+0000", "2026-01-01T12:00:00+0900"), 1):
+        monkeypatch.setenv("GIT_COMMITTER_DATE", date)
+        registry.commit(Tag("p", "r", number), *label_set(tmp_path / f"labels{number}", seed=number))
+    assert [version.tag for version in registry.versions()] == ["labels/p/r/gen-2", "labels/p/r/gen-1"]
+
+
+def test_a_destination_that_cannot_be_written_is_named_with_the_mend(kept, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="file/there: cannot write: a part of this path is a file, expected a folder"):
+        Registry(kept[1]).get("labels/p/r/gen-1", tmp_path / "file" / "there", with_dvc=False)
+
+
 def test_a_download_continues_at_the_next_file_and_touches_nothing_else(kept, tmp_path):
     folder, place, _, _ = kept
     there = tmp_path / "there"
