@@ -29,6 +29,7 @@ STYLE: dict[str, Any] = {
     "svg.fonttype": "none",  # text stays text: selectable, and in the page's font
     "font.family": "sans-serif",
     "font.size": 9,
+    "text.parse_math": False,  # names of classes are text, whatever is in them
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": FAINT,

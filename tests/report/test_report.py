@@ -95,6 +95,11 @@ def test_a_thousand_classes_make_no_large_chart():
     assert len(many) < 150_000
 
 
+@pytest.mark.parametrize("name", [r"$\bad{$", "a$b$", "_^{}"])
+def test_names_of_classes_are_no_formulas(name):
+    assert name in ElementTree.fromstring(charts.classes("x", [name, "other"], [3, 4], [1, 2])).itertext()
+
+
 def test_names_from_outside_cannot_become_markup(page):
     assert "<script" not in page
     assert "/<b>" not in page
