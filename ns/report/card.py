@@ -18,7 +18,8 @@ def model_card(card: ModelCard, exported: Exported, measures: Sequence[Measure],
     named = ", ".join(plain(name) for name in card.classes[:CLASSES])
     more = f", and {len(card.classes) - CLASSES:,} more" if len(card.classes) > CLASSES else ""
     photographs = card.noise.crop == "resized"
-    crop = f"the centre, {size} of {size + 32} parts of the short side" if photographs else "the whole image, made square"
+    seen = size + card.model.test_margin_px
+    crop = f"the centre, {size} of {seen} parts of the short side" if photographs else "the whole image, made square"
     made = [
         "---",
         "library_name: timm",
@@ -39,7 +40,7 @@ def model_card(card: ModelCard, exported: Exported, measures: Sequence[Measure],
         "## Measured",
     ]
     if measures:
-        about = f"In the run {plain(run or '')}; in brackets the 95 % interval."
+        about = f"In the run {plain(run or '')}; in brackets the 95 % interval, of the gain the gate's."
         made += ["", about, *measured(("this model",), lines([measures]))]
     else:
         made += ["", "Nothing is known here: it was exported outside of a run. `ns evaluate MODEL DATASET` measures it."]
