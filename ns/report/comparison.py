@@ -6,6 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from ns.config import EVERY_FIELD
 from ns.digest import short
 from ns.errors import RunError
 from ns.evaluate.gate import Gain, paired_gain
@@ -145,7 +146,7 @@ def _total(facts: Facts) -> list[Measure]:
 
 
 def _settings(found: Sequence[Facts]) -> list[Row]:
-    flat = [_flat(facts.experiment.model_dump(mode="json")) for facts in found]
+    flat = [_flat(facts.experiment.model_dump(mode="json", context=EVERY_FIELD)) for facts in found]
     fields = dict.fromkeys(field for one in flat for field in one)
     return [Row(field, tuple(one.get(field, "not set") for one in flat)) for field in fields]
 

@@ -4,9 +4,9 @@ import itertools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import yaml
 from markupsafe import Markup
 
+from ns import config
 from ns.report import charts
 from ns.report.disagreement import ClassGain
 from ns.report.environment import SCRIPTLESS, environment
@@ -63,7 +63,7 @@ def render(facts: Facts) -> str:
             leaks=[one for one in facts.leaks.overlaps if one.same + one.near] if facts.leaks else [],
             trained=[_trained(model) for model in facts.trained if model.history],
             seconds=sum(note.seconds for note in facts.steps),
-            config=yaml.safe_dump(facts.experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+            config=config.dump(facts.experiment),
         )
     )
 

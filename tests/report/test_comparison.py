@@ -2,6 +2,7 @@
 
 import pytest
 
+from ns import config
 from ns.errors import RunError
 from ns.evaluate.gate import Verdict
 from ns.report import comparison
@@ -37,6 +38,13 @@ def test_only_settings_that_differ_are_listed(found):
     assert not next(row for row in found.lineage if row.name == "pool").differs
     assert next(row for row in found.lineage if row.name == "best model").differs
     assert not any("cannot be compared" in remark for remark in found.remarks)
+
+
+def test_a_setting_that_one_run_leaves_at_its_default_is_shown_with_it(made_up):
+    experiment = config.load(f"{made_up.uri}/other/config.yaml", ["teacher.train.checkpoints_kept=5", "seed=0"])
+    made_up.put("other/config.yaml", config.dump(experiment).encode())
+    (row,) = comparison.compare(made_up, [RUN, "other"]).settings
+    assert (row.name, row.values) == ("teacher.train.checkpoints_kept", ("2", "5"))
 
 
 def test_other_held_out_images_are_warned_of(made_up):

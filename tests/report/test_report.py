@@ -31,6 +31,7 @@ def test_it_says_what_the_run_found(page, unchanged):
     assert "threshold 0.5" in page
     assert '<th scope="row">parameters</th><td class="n">1,234,567</td>' in page
     assert "per_class: 10" in page
+    assert "checkpoints_kept: 2" in page
     assert "of 59 images have another label than in the generation before" in page
 
 
