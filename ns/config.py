@@ -3,7 +3,6 @@
 Defaults are the paper's (arXiv:1911.04252 v4 and its reference code). Derived values are computed, not configured.
 """
 
-import difflib
 import importlib.resources
 import math
 import re
@@ -25,6 +24,7 @@ from pydantic import (
 )
 
 from ns.errors import ConfigError, StoreError
+from ns.explain import explained
 from ns.paper import PRESETS
 from ns.store import read_uri
 
@@ -655,9 +655,7 @@ def parse(document: dict[str, Any], place: str) -> Experiment:
     try:
         return Experiment.model_validate(document)
     except ValidationError as error:
-        # A list whose items are wrong is also reported as too short; that line would only confuse.
-        lines = [_explain(detail) for detail in error.errors() if detail["type"] != "too_short" or not detail["input"]]
-        raise ConfigError("\n".join(f"{place}: {line}" for line in lines)) from error
+        raise ConfigError("\n".join(f"{place}: {line}" for line in explained(error, Experiment))) from error
 
 
 def changed(section: S, overrides: Iterable[str]) -> S:
@@ -668,7 +666,7 @@ def changed(section: S, overrides: Iterable[str]) -> S:
     try:
         return type(section).model_validate(document)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"--set: {_explain(detail, type(section))}" for detail in error.errors())) from error
+        raise ConfigError("\n".join(f"--set: {line}" for line in explained(error, type(section)))) from error
 
 
 def moved(experiment: Experiment, places: Mapping[str, str]) -> Experiment:
@@ -725,40 +723,11 @@ def _apply(document: dict[str, Any], override: str) -> None:
             index: Any = int(key)
         elif isinstance(node, dict):
             index = key
-            if not last:
-                node.setdefault(key, {})
+            if not last and node.get(key) is None:
+                node[key] = {}
         else:
             raise ConfigError(f"--set {override}: {'.'.join(keys[:depth])} is a value, not a section")
         if last:
             node[index] = value
         else:
             node = node[index]
-
-
-def _explain(detail: Any, within: type[Section] | None = None) -> str:
-    path = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] == "extra_forbidden":
-        known = _fields_at(detail["loc"][:-1], within or Experiment)
-        close = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
-        return f"{path}: unknown field; {hint}"
-    if detail["type"] == "missing":
-        return f"{path}: missing; it has no default"
-    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    if not path:
-        return str(message)
-    if detail["type"] == "value_error" and isinstance(detail["input"], dict):
-        # A check across the fields of a section: its message begins with the field.
-        return f"{path}.{message}"
-    return f"{path}: invalid value {detail['input']!r:.80}: {message}"
-
-
-def _fields_at(location: tuple[int | str, ...], within: type[Section]) -> list[str]:
-    section: Any = within
-    for part in location:
-        if isinstance(part, int) or part not in section.model_fields:
-            continue  # the place in a list, or a name in a mapping
-        annotation = section.model_fields[part].annotation
-        nested = [annotation, *getattr(annotation, "__args__", ())]
-        section = next(kind for kind in nested if isinstance(kind, type) and issubclass(kind, BaseModel))
-    return list(section.model_fields)

@@ -273,3 +273,34 @@ def test_further_evaluation_sets_are_read_back_as_they_are_written():
 )
 def test_wrong_evaluations_are_explained(evaluation, message):
     assert message in refused({"name": "x", "data": DATA, "evaluation": evaluation})
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        (
+            "teacher.train.processes=two",
+            "teacher.train.processes: invalid value 'two': should be 'auto', or should be a valid integer",
+        ),
+        (
+            "evaluation.sets.x={place: a, classes: 5}",
+            "evaluation.sets.x.classes: invalid value 5: should be 'all' or 'own', or",
+        ),
+        ("evaluation.sets.Xy.place=a", "evaluation.sets.Xy: invalid value 'Xy': "),
+        ("evaluation.sets.x.plase=a", "evaluation.sets.x.plase: unknown field; did you mean 'place'?"),
+    ],
+)
+def test_a_field_that_takes_this_or_that_is_named_once(override, line):
+    with pytest.raises(ConfigError) as caught:
+        config.load(config.located("quickstart"), [override])
+    assert sum(line in one for one in str(caught.value).splitlines()) == 1
+    assert "literal" not in str(caught.value)
+    assert "[key]" not in str(caught.value)
+
+
+def test_fields_can_be_set_in_a_section_that_is_not_given(tmp_path):
+    full = tmp_path / "full.yaml"
+    full.write_text(config.dump(config.load(config.located("quickstart"))) + "\n")
+    experiment = config.load(str(full), ["registry.git=/git", "teacher.train.finetune.resolution=64"])
+    assert experiment.registry.git == "/git"
+    assert experiment.teacher.train.finetune.resolution == 64
