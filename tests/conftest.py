@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import structlog
+from hypothesis import settings
 from PIL import Image
 
 from ns.data.dataset import Dataset
@@ -19,6 +20,10 @@ from ns.store import LocalStore
 
 # One thread: tests run beside each other, and sums come out in one order on any machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Tests share their cores: how long an example takes says more of the neighbours than of the code.
+settings.register_profile("shared", deadline=None)
+settings.load_profile("shared")
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
 
