@@ -193,8 +193,8 @@ def _rendered(chosen: Chosen, options: Options) -> tuple[dict[str, str], Manifes
     worker = options.worker or ("worker" if chosen.local else "worker-cuda")
     names = images.plan(options.registry, options.images, worker, local=chosen.local is not None, options=options.build)
     wanted = manifests.render(chosen.kubectl, chosen.overlay, names, options.without)
-    # Kustomize knows images of containers only; the run form's is an input like the others.
-    return names, wanted.with_inputs(POOLS, INPUTS, {"worker_image": names[images.WORKER]})
+    # Kustomize knows images of containers only; the run form's are inputs like the others.
+    return names, wanted.with_inputs(POOLS, INPUTS, {"worker_image": names[images.WORKER], "tools_image": names[images.TOOLS]})
 
 
 def _preflight(kubectl: Kubectl, wanted: Manifests, show: Callable[[list[Finding]], None]) -> None:

@@ -27,19 +27,33 @@ _SHARDS = re.compile(r"-(\d+-\d+)$")
 
 
 def arguments(
-    config: str, root: Store, run: str, *, image: str | None = None, gpus: int = 0, inputs: Sequence[str] = ()
+    config: str,
+    root: Store,
+    run: str,
+    *,
+    image: str | None = None,
+    gpus: int = 0,
+    inputs: Sequence[str] = (),
+    registry: bool = False,
 ) -> dict[str, Any]:
-    """The pipeline's inputs. `image`: of the steps; `gpus`: for each labelling task and training; `inputs`: further ones, NAME=VALUE.
+    """The pipeline's inputs. `image`: of the steps; `gpus`: for each labelling task and training; `inputs`: further ones, NAME=VALUE;
+    `registry`: whether the experiment has one, for which the image of the steps will not do.
 
-    Raises ConfigError naming the input that is wrong.
+    Raises ConfigError naming the input that is wrong or lacking.
     """
     package = PACKAGE.read_text()
     given: dict[str, Any] = {"config": config, "root": root.uri, "run": run}
+    more = parsed(package, inputs)
     if image:
-        given["worker_image"] = image
+        given |= {"worker_image": image, "tools_image": image}
+        if registry and "tools_image" not in more:
+            raise ConfigError(
+                "--input tools_image: must be given beside --image: the experiment has a registry, and the steps' image no DVC; "
+                "add --input tools_image=REGISTRY/noisy-student/tools@sha256:…"
+            )
     if gpus:
         given |= {"label_gpus": str(gpus), "train_gpus": str(gpus)}
-    return checked(package, given | parsed(package, inputs))
+    return checked(package, given | more)
 
 
 def check_places(root: Store, experiment: Experiment) -> None:

@@ -212,7 +212,8 @@ def _on_kubeflow(
 
     cluster.check_places(store, experiment)
     server = submit.Server(url or "")
-    arguments = cluster.arguments(f"{store.uri}/{name}/{runs.CONFIG}", store, name, **asked)
+    registry = experiment.registry is not None
+    arguments = cluster.arguments(f"{store.uri}/{name}/{runs.CONFIG}", store, name, **asked, registry=registry)
     submitted = cluster.submit(server, store, name, experiment, arguments)
     said = f"run {name}: {'submitted' if submitted.new else 'is under way'}: {submitted.url}"
     console.print(said, highlight=False, soft_wrap=True)

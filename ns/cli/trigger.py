@@ -152,7 +152,10 @@ class _Call:
         from pipelines import cluster
 
         uri = f"{self.store.uri}/{run}/{CONFIG}"
-        return cluster.arguments(uri, self.store, run, image=self._image, gpus=self._gpus, inputs=self._inputs)
+        registry = self.experiment.registry is not None
+        return cluster.arguments(
+            uri, self.store, run, image=self._image, gpus=self._gpus, inputs=self._inputs, registry=registry
+        )
 
 
 _WOULD = {"start": "would start a run", "known": "would start nothing", "nothing": "would start nothing"}

@@ -134,6 +134,16 @@ def test_a_fresh_cluster_gets_everything_in_order(world):
     assert world.kfp.requests.count("POST /pipelines/upload_version") == len(record.pipelines)
 
 
+def test_run_forms_are_filled_in_with_the_images_that_were_deployed(world):
+    world.deploy()
+    (pools,) = [one for one in world.cluster.load() if one["metadata"]["name"] == "noisy-student-pools"]
+    assert json.loads(pools["data"]["inputs.json"]) == {
+        "label_gpus": "1",
+        "worker_image": IMAGES[0],
+        "tools_image": IMAGES[1],
+    }
+
+
 def test_deploying_again_changes_nothing(world):
     first = world.deploy()
     before = world.cluster.load()

@@ -178,9 +178,18 @@ def test_a_root_of_this_machine_is_refused(root, experiment):
 def test_inputs_are_read_as_the_pipeline_has_them(root):
     inputs = ["label_cpu=4", 'train_node_selector={"pool": "gpu"}', "generations=2"]
     given = cluster.arguments("c", root, NAME, image="worker@sha256:1", gpus=2, inputs=inputs)
-    assert given["worker_image"] == "worker@sha256:1"
+    assert (given["worker_image"], given["tools_image"]) == ("worker@sha256:1", "worker@sha256:1")
     assert (given["train_gpus"], given["label_gpus"], given["label_cpu"]) == ("2", "2", "4")
     assert (given["train_node_selector"], given["generations"]) == ({"pool": "gpu"}, 2)
+
+
+def test_the_image_that_commits_labels_is_the_steps_unless_there_is_a_registry(root):
+    tools = ["tools_image=tools@sha256:2"]
+    for registry in (False, True):
+        given = cluster.arguments("c", root, NAME, image="worker@sha256:1", inputs=tools, registry=registry)
+        assert (given["worker_image"], given["tools_image"]) == ("worker@sha256:1", "tools@sha256:2")
+    with pytest.raises(ConfigError, match=r"--input tools_image: must be given beside --image"):
+        cluster.arguments("c", root, NAME, image="worker@sha256:1", registry=True)
 
 
 def test_inputs_come_from_a_file_and_what_is_said_after_it_holds(root, tmp_path):
