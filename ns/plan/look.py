@@ -12,6 +12,7 @@ from ns.data.digits import write_digits
 from ns.data.images import ImageSource
 from ns.data.ingest import listed
 from ns.data.listing import Listing
+from ns.data.prepare import DIGITS
 from ns.data.prepared import ROLES, Part
 from ns.data.scratch import scratch
 from ns.data.sources import Reader
@@ -52,14 +53,16 @@ class Counts:
             found = _look(part, place)
         except NsError as error:
             raise type(error)(f"data.{part}: {error}; or say how many images there will be: --{part} N") from error
+        if not found.images:
+            raise DataError(f"data.{part}: {place}: has no images; import some, or say how many there will be: --{part} N")
         return found._replace(image_bytes=self.image_bytes or found.image_bytes)
 
 
 def _look(part: Part, place: str) -> Looked:
-    if place.startswith("digits:"):
-        with scratch("plan") as place_here:
-            store = open_store(str(place_here))
-            return _dataset(store, write_digits(place.removeprefix("digits:"), store))
+    if place.startswith(DIGITS):
+        with scratch("plan") as made:
+            store = open_store(str(made))
+            return _dataset(store, write_digits(place.removeprefix(DIGITS), store))
     folder = open_store(place)
     if folder.exists(MANIFEST):
         return _dataset(folder, Dataset.load(folder))
@@ -76,10 +79,8 @@ def _dataset(folder: Store, dataset: Dataset) -> Looked:
 def _source(place: str, role: Role) -> Looked:
     with listed(place, role) as listing:
         count = len(listing)
-        if count == 0:
-            raise DataError(f"{place}: there are no images")
         size = sum(entry.size for entry in listing.entries(0, count))
-        return Looked(count, size / count or None, len(listing.labels()), tuple(_pictures(place, listing)))
+        return Looked(count, size / max(1, count) or None, len(listing.labels()), tuple(_pictures(place, listing)))
 
 
 def _pictures(place: str, listing: Listing) -> list[Picture]:

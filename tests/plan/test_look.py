@@ -2,9 +2,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ns.data.dataset import Dataset
 from ns.data.decode import Encoded
+from ns.data.ingest import Limits, import_images
 from ns.errors import DataError
 from ns.plan.look import SAMPLE, Counts
+from ns.store import LocalStore
 
 
 @pytest.fixture
@@ -30,9 +33,6 @@ def test_a_source_is_counted_and_sampled(folder):
 
 
 def test_a_dataset_is_read_from_its_manifest(folder, tmp_path):
-    from ns.data.ingest import Limits, import_images
-    from ns.store import LocalStore
-
     made = import_images(str(folder), LocalStore(tmp_path / "set"), name="photos", role="labelled", limits=Limits(), workers=1)
     found = Counts().of("labelled", str(tmp_path / "set"))
     assert (found.images, found.classes, len(found.pictures)) == (60, 2, 60)
@@ -49,6 +49,11 @@ def test_what_is_known_is_not_looked_at():
     assert (found.images, found.image_bytes, found.pictures) == (7, 5, ())
 
 
-def test_an_empty_folder_is_refused(tmp_path):
-    with pytest.raises(DataError, match=r"data\.pool: .*or say how many images there will be: --pool N"):
-        Counts().of("pool", str(tmp_path))
+def test_what_has_no_images_is_refused(tmp_path):
+    (tmp_path / "folder").mkdir()
+    Dataset(name="x", role="unlabelled", classes=(), shards=()).save(LocalStore(tmp_path / "dataset"))
+    for place in ("folder", "dataset"):
+        with pytest.raises(
+            DataError, match=rf"data\.pool: .*{place}: has no images; import some, or say how many there will be: --pool N"
+        ):
+            Counts().of("pool", str(tmp_path / place))
