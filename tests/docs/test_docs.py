@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,16 @@ def test_commands_are_known(path):
 )
 def test_a_command_that_is_not_known_is_found(line):
     assert complaint(line.split())
+
+
+def test_the_layers_are_those_that_are_held():
+    text = (ROOT / "docs/architecture.md").read_text()
+    said = re.findall(r"`(\w+)`", text[text.index("From the top:") : text.index("A module imports")])
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = [contract["layers"] for contract in contracts if contract.get("containers") == ["ns"]]
+    assert said == re.findall(r"\w+", " ".join(layers))
+    there = {path.stem for path in (ROOT / "ns").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert set(said) == there - {"__init__", "__main__"}
 
 
 def test_the_messages_that_are_explained_are_ones_that_are_printed():
