@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +37,6 @@ from ns.evaluate.subsample import drawn
 from ns.store import Store
 
 Form = Literal["timm", "onnx", "torch"]
-FORMS: tuple[Form, ...] = get_args(Form)
 EXPORT = "export.json"
 CARD = "README.md"
 FILES: dict[Form, str] = {"timm": "config.json", "onnx": "model.onnx", "torch": "model.pt2"}

@@ -20,8 +20,6 @@ EVENTS_VARIABLE = "NS_EVENTS"
 # Progress is for eyes: more often than this is noise in a log.
 PROGRESS_SECONDS = 0.25
 
-Logger = structlog.stdlib.BoundLogger
-
 
 def configure(*, level: int = logging.INFO) -> None:
     """Sets the form of the log once a process. Lines go to stderr, so that stdout stays free for results."""

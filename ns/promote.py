@@ -20,7 +20,7 @@ from ns.data.scratch import scratch
 from ns.digest import short
 from ns.document import Document
 from ns.errors import ConfigError, DataError, NsError, RunError, StoreError
-from ns.label.commands import DATA_SECONDS, GIT_SECONDS, Commands
+from ns.label.commands import Commands
 from ns.report import comparison
 from ns.report.facts import Facts, Trained, gather
 from ns.report.markdown import markdown, plain, table
@@ -188,9 +188,8 @@ def commit(found: Candidate, file: Path, branch: str, *, dry: bool = False) -> M
     target = file.resolve()
     folder = next(parent for parent in target.parents if parent.is_dir())
     with scratch("promote") as own:
-        seconds = {"git_seconds": GIT_SECONDS, "data_seconds": DATA_SECONDS}
-        top = Path(Commands(folder, own, s3=False, **seconds).git("rev-parse", "--show-toplevel").removesuffix("\n"))
-        commands = Commands(top, own, s3=False, **seconds)
+        top = Path(Commands(folder, own, s3=False).git("rev-parse", "--show-toplevel").removesuffix("\n"))
+        commands = Commands(top, own, s3=False)
         commands.identify()
         ref = _free(commands, branch)
         name = target.relative_to(top).as_posix()

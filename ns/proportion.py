@@ -16,12 +16,12 @@ class Share(NamedTuple):
     high: float
 
 
-def wilson(share: float, count: float, z: float = Z95) -> tuple[float, float]:
-    """Interval of a share of `count` trials (Wilson 1927); 95 % by default. Of no trials, everything is possible."""
+def wilson(share: float, count: float) -> tuple[float, float]:
+    """The 95 % interval of a share of `count` trials (Wilson 1927). Of no trials, everything is possible."""
     if count == 0:
         return 0.0, 1.0
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    centre = (share + Z95**2 / (2 * count)) / (1 + Z95**2 / count)
+    half = Z95 / (1 + Z95**2 / count) * math.sqrt(share * (1 - share) / count + Z95**2 / (4 * count * count))
     # Rounding must not push a bound past the share itself, which it does at 0 and 1.
     return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 

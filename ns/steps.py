@@ -191,9 +191,7 @@ def train(
         return training.folder
 
 
-def join_training(
-    config_uri: str, root: str, run: str, data: str, generation: int, teacher: str = "", labels: str = ""
-) -> None:
+def join_training(config_uri: str, root: str, run: str, data: str, generation: int, teacher: str, labels: str) -> None:
     """Trains as one of the processes that torchrun started. Only trains: whoever started them records the result."""
     from ns.parallel import FAILURE_VARIABLE, failures_told, joined
 
@@ -556,11 +554,10 @@ class _Step:
     started: float = field(default_factory=time.monotonic)
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def once(self, step: str, inputs: Mapping[str, Any], work: Callable[[], Mapping[str, str]]) -> dict[str, str]:
+    def once(self, step: str, inputs: Mapping[str, Any], work: Callable[[], Mapping[str, str]]) -> None:
         """Does the work unless the ledger has it, and notes it in the run."""
         entry, reused = self.ledger.once(step, inputs, work)
         self.done(entry.outputs, reused=reused, seconds=entry.seconds)
-        return entry.outputs
 
     def done(self, outputs: dict[str, str], *, reused: bool, seconds: float | None = None, **facts: Any) -> None:
         """Notes the step in the run."""

@@ -49,9 +49,9 @@ SECRET = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", PASSWORD_VARIABLE)
 class Commands:
     """Runs git and dvc in one folder. Everything that dvc keeps beside its repository lies in `own`, a folder of ours."""
 
-    def __init__(self, folder: Path, own: Path, *, s3: bool, git_seconds: float, data_seconds: float) -> None:
+    def __init__(self, folder: Path, own: Path, *, s3: bool, git_seconds: float = GIT_SECONDS) -> None:
         self.folder = folder
-        self._seconds = git_seconds, data_seconds
+        self._git_seconds = git_seconds
         own.mkdir(parents=True, exist_ok=True)
         # Files are moved into the cache and linked back; copies would take the space twice.
         (own / "config").write_text(
@@ -69,7 +69,7 @@ class Commands:
         """What git prints. Raises StoreError."""
         login = LOGIN if self._environment.get(PASSWORD_VARIABLE) else ()
         options = [part for option in (*GIT_OPTIONS, *login) for part in ("-c", option)]
-        return self._run(["git", *options, *arguments], f"git {arguments[0]}", self._seconds[0], data)
+        return self._run(["git", *options, *arguments], f"git {arguments[0]}", self._git_seconds, data)
 
     def dvc(self, *arguments: str) -> str:
         """What dvc prints; never with --quiet, which would keep its errors back too. Raises StoreError."""
@@ -77,7 +77,7 @@ class Commands:
         dvc = str(beside) if beside.exists() else shutil.which("dvc")
         if dvc is None:
             raise StoreError("dvc: is not installed; install it with: pip install 'noisy-student[versions]'")
-        return self._run([dvc, *arguments], f"dvc {arguments[0]}", self._seconds[1], None)
+        return self._run([dvc, *arguments], f"dvc {arguments[0]}", DATA_SECONDS, None)
 
     def identify(self) -> None:
         """Gives commits an author where git knows none, as in a container."""

@@ -32,7 +32,7 @@ from ns.data.scratch import scratch, writing
 from ns.digest import sha256_file
 from ns.document import Document
 from ns.errors import DataError, RunError, StoreError
-from ns.label.commands import DATA_SECONDS, GIT_SECONDS, Commands, redacted
+from ns.label.commands import Commands, redacted
 from ns.label.labelset import HISTOGRAM, LabelSet, LabelShard, marker
 from ns.label.labelset import MANIFEST as LABEL_SET
 from ns.label.selection import MANIFEST as SELECTION
@@ -189,15 +189,12 @@ class Registry:
     command fails or the data cannot be reached, DataError when the repository is no label registry.
     """
 
-    def __init__(
-        self, git: str, remote: str | None = None, *, git_seconds: float = GIT_SECONDS, data_seconds: float = DATA_SECONDS
-    ) -> None:
+    def __init__(self, git: str, remote: str | None = None) -> None:
         self._local = "://" not in git and (Path(git).exists() or not re.match(r"[\w.@-]+:", git))
         if not git or git.startswith("-"):
             raise DataError(f"registry {git!r}: must be the URL or the path of a git repository")
         self._url = str(Path(git).absolute()) if self._local else git
         self._remote = _checked_remote(remote) if remote else None
-        self._seconds = {"git_seconds": git_seconds, "data_seconds": data_seconds}
         self.place = redacted(self._url)
 
     def commit(
@@ -292,7 +289,7 @@ class Registry:
         with scratch("registry") as place:
             folder = place / "clone"
             folder.mkdir()
-            commands = Commands(folder, place / "dvc", s3=False, **self._seconds)
+            commands = Commands(folder, place / "dvc", s3=False)
             commands.identify()
             commands.git("init", "--quiet")
             commands.git("remote", "add", "origin", self._url)
@@ -473,7 +470,7 @@ class Registry:
         with scratch("registry") as place:
             folder = place / "clone"
             folder.mkdir()
-            commands = Commands(folder, place / "dvc", s3=False, **self._seconds)
+            commands = Commands(folder, place / "dvc", s3=False)
             commands.git("init", "--quiet")
             commands.git("remote", "add", "origin", self._url)
             refs = self._refs(commands)
@@ -488,7 +485,7 @@ class Registry:
             specs = [f"+{ref}:{ref.replace('refs/heads/', 'refs/remotes/origin/')}" for ref in matching]
             commands.git("fetch", "--quiet", "--depth=1", "--no-tags", "--stdin", "origin", data="\n".join(specs) + "\n")
             remote = self._configured(commands)
-            commands = Commands(folder, place / "dvc", s3=remote.startswith("s3://"), **self._seconds)
+            commands = Commands(folder, place / "dvc", s3=remote.startswith("s3://"))
             commands.identify()
             yield _Clone(commands, remote, {ref: refs[ref] for ref in matching})
 
@@ -527,7 +524,7 @@ class Registry:
         if self._remote is None:
             raise DataError(self._is_empty())
         folder.mkdir()
-        commands = Commands(folder, folder.parent / "dvc", s3=False, **self._seconds)
+        commands = Commands(folder, folder.parent / "dvc", s3=False)
         commands.identify()
         commands.git("init", "--quiet")
         commands.git("remote", "add", "origin", self._url)

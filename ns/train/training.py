@@ -14,7 +14,7 @@ from ns.label.labelset import MANIFEST as LABEL_SET
 from ns.label.labelset import LabelSet
 from ns.label.selection import Selection
 from ns.label.targets import pseudo_labelled
-from ns.parallel import ALONE, World
+from ns.parallel import World
 from ns.precision import choose
 from ns.store import Store
 from ns.train import checkpoint
@@ -37,9 +37,9 @@ def train_and_save(
     teacher: Store | None,
     config_digest: str,
     inference_batch: int,
-    world: World = ALONE,
-    notes: Store | None = None,
-) -> ModelCard:
+    world: World,
+    notes: Store,
+) -> None:
     """Trains a teacher (no selection) or a student, and writes the model into `folder`; then fine-tunes it, if the role says
     so, into FINETUNED below. What is there already is not trained again.
 
@@ -124,7 +124,6 @@ def train_and_save(
         save(tuned_folder, tuned, network, trained, started_from)
         if world.first:
             checkpoint.clear(checkpoints)
-    return card
 
 
 def _pseudo_labelled(root: Store, prepared: Prepared, selection: Selection) -> PseudoLabelled:

@@ -114,7 +114,7 @@ def test_git_gets_the_login_of_the_environment_if_there_is_one(tmp_path, monkeyp
     question = "protocol=https\nhost=git.example\n\n"
     for name, value, user in (("NS_GIT_PASSWORD", "to'k%n", "git"), ("NS_GIT_USERNAME", "robot", "robot")):
         monkeypatch.setenv(name, value)
-        commands = Commands(tmp_path, tmp_path / "own", s3=False, git_seconds=60, data_seconds=60)
+        commands = Commands(tmp_path, tmp_path / "own", s3=False)
         told = commands.git("credential", "fill", data=question).splitlines()
         assert {f"username={user}", "password=to'k%n"} <= set(told)
     assert commands._reason("fatal: to'k%n was refused") == "fatal: … was refused"
@@ -134,13 +134,13 @@ def test_places_that_cannot_be_are_refused(tmp_path):
 
 
 def test_a_failing_command_is_named_and_shows_no_password(tmp_path):
-    commands = Commands(tmp_path, tmp_path / "own", s3=False, git_seconds=60, data_seconds=60)
+    commands = Commands(tmp_path, tmp_path / "own", s3=False)
     with pytest.raises(StoreError, match=r"^git ls-remote: fatal: ") as caught:
         commands.git("ls-remote", "http://user:pass@word@127.0.0.1:9/x.git")
     assert "word" not in str(caught.value)
     assert "127.0.0.1" in str(caught.value)
     assert redacted("to https://token@host/x failed") == "to https://…@host/x failed"
-    slow = Commands(tmp_path, tmp_path / "own", s3=False, git_seconds=0.2, data_seconds=60)
+    slow = Commands(tmp_path, tmp_path / "own", s3=False, git_seconds=0.2)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(StoreError, match=r"git hash-object: took longer than 0.2 s"):
         slow.git("hash-object", "pipe")
