@@ -79,11 +79,6 @@ class Key(NamedTuple):
     def group(self) -> str:
         return self.api.rpartition("/")[0]
 
-    def stub(self) -> Object:
-        """Enough of it to delete it."""
-        meta = {"name": self.name, **({"namespace": self.namespace} if self.namespace else {})}
-        return {"apiVersion": self.api, "kind": self.kind, "metadata": meta}
-
     def __str__(self) -> str:
         return f"{self.kind} {self.namespace + '/' if self.namespace else ''}{self.name}"
 

@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import structlog
 EVENTS_VARIABLE = "NS_EVENTS"
 # Progress is for eyes: more often than this is noise in a log.
 PROGRESS_SECONDS = 0.25
+LAST_LINES = 15
 
 
 def configure(*, level: int = logging.INFO) -> None:
@@ -98,6 +99,12 @@ def _append_to_events(_logger: Any, _method: str, event: MutableMapping[str, Any
         with contextlib.suppress(OSError), Path(path).open("a") as file:
             file.write(line)
     return event
+
+
+def last_words(lines: Iterable[str]) -> str:
+    """The end of a log for the end of a message: the last 15 lines that are for people, neither empty nor JSON; empty if none are."""
+    said = [line for line in lines if line.strip() and not (line.startswith("{") and line.endswith("}"))]
+    return ":" + "".join(f"\n  {line}" for line in said[-LAST_LINES:]) if said else ""
 
 
 def duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""What `ns run` shows: a line for each finished step, bars for those under way, and a table at the end."""
+"""What commands show on a terminal: the steps of a run as they come, and results as tables."""
 
 import threading
 from collections.abc import Iterable
@@ -117,13 +117,16 @@ class RunView:
             self._tasks[step] = self._progress.add_task(_title(step), total=None, rate="")
 
     def _advance(self, step: tuple[int, str], event: Event) -> None:
+        task = self._tasks.get(step)
+        if task is None:
+            return
         # Parallel tasks of one step share a bar.
         parts = self._parts.setdefault(step, {})
         parts[str(event.get("shards", ""))] = event
         rate = sum(part["per_second"] for part in parts.values())
         loss = f"  loss {event['loss']:.3f}" if "loss" in event else ""
         self._progress.update(
-            self._tasks.get(step, TaskID(0)),
+            task,
             completed=sum(part["done"] for part in parts.values()),
             total=sum(part["total"] for part in parts.values()),
             rate=f"{rate:,.0f} {event['unit']}/s{loss}",

@@ -11,21 +11,20 @@ resolve images that are inputs of the pipeline; so `_Engine.run_step` stands in 
 import contextlib
 import json
 import os
-import re
 import shutil
 import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from components import WORKER_IMAGE
 from ns.config import Experiment
 from ns.errors import ConfigError, Interrupted, NsError, RunError
-from ns.log import EVENTS_VARIABLE
+from ns.log import EVENTS_VARIABLE, last_words
 from ns.store import LocalStore, Store
 from pipelines import documents
 from pipelines.compile import PACKAGE
@@ -36,10 +35,8 @@ USER = 10001
 LABEL = "noisy-student"
 FORWARDED = ("AWS_", "NS_S3_", "NS_GIT_", "OMP_")
 """Variables of the client that steps get: which store, the label registry's login, and how many threads."""
-LAST_LINES = 15
-"""Of its log, that a message about a failed step quotes."""
-WORDLESS = re.compile(r"^\s*$|^\{.*\}$")
-"""Lines that a person need not see: the log has them."""
+HEARD_LINES = 200
+"""Of a step's log that are kept for a message, should it fail."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +95,7 @@ class _Failure:
 
     step: Event
     reason: str
-    exit_code: int
-    lines: list[str] = field(default_factory=list)
+    last_words: str
 
 
 class _Engine:
@@ -162,7 +158,7 @@ class _Engine:
         container = self._client.containers.create(
             self._image, command, volumes=self._volumes, labels=self._labels, **self._limits()
         )
-        lines: deque[str] = deque(maxlen=LAST_LINES)
+        lines: deque[str] = deque(maxlen=HEARD_LINES)
         late = threading.Event()
 
         def stop() -> None:
@@ -185,7 +181,7 @@ class _Engine:
             if code:
                 container.reload()
                 reason = self._reason(code, late.is_set(), container.attrs["State"], seconds)
-                self._failed.append(_Failure(step, reason, code, [line for line in lines if not WORDLESS.search(line)]))
+                self._failed.append(_Failure(step, reason, last_words(lines)))
             return code
         finally:
             if timer:
@@ -217,8 +213,7 @@ class _Engine:
             return StepError(f"{name_of(event)}: {event['error']}", int(event.get("exit_code", 1)))
         if self._failed:
             failed = self._failed[0]
-            quoted = "".join(f"\n  {line}" for line in failed.lines)
-            return RunError(f"{name_of(failed.step)}: {failed.reason}; the same command continues{quoted and ':' + quoted}")
+            return RunError(f"{name_of(failed.step)}: {failed.reason}; the same command continues{failed.last_words}")
         return RunError(output.last_words() or f"{type(error).__name__}: {error}")
 
     def _reason(self, code: int, late: bool, state: dict[str, Any], seconds: float | None) -> str:

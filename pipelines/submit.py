@@ -218,10 +218,6 @@ class Server:
         except KeyboardInterrupt:
             raise Interrupted(f"no longer followed; the run goes on: {self.run_url(run_id)}") from None
 
-    def terminate(self, run_id: str) -> None:
-        """Cancels a run."""
-        self._ask(self._runs.run_service_terminate_run, run_id)
-
     def run_url(self, run_id: str) -> str:
         """Its page in KFP's UI."""
         return f"{self.ui}/#/runs/details/{run_id}"

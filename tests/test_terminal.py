@@ -39,6 +39,12 @@ def test_on_a_terminal_there_is_colour():
     assert "\x1b[32m✓" in drawn(terminal=True)
 
 
+def test_progress_that_comes_after_the_end_of_a_step_is_no_error():
+    with RunView(Console(file=io.StringIO(), force_terminal=True)) as view:
+        for event in [*STORY[:3], STORY[1]]:
+            view.on_event(event)
+
+
 def test_the_table_of_generations_fits_a_narrow_terminal():
     from ns.runs import Generation, Summary
     from ns.terminal import summary_table

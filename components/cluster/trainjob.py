@@ -43,10 +43,8 @@ DEADLINE_SECONDS = 168 * 3600
 SETTINGS = ("AWS_ENDPOINT_URL", "AWS_REGION", "NS_METRICS_PORT")
 USER = 10001
 SHARED_MEMORY = "8Gi"
-LAST_LINES = 15
 RUN = "noisy-student/run"
 LABEL_VALUE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
-WORDLESS = re.compile(r"^\s*$|^\{.*\}$")
 
 T = TypeVar("T")
 Json = dict[str, Any]
@@ -300,9 +298,8 @@ class Job:
             event = _event(line)
             if event.get("event") == "failed" and "error" in event:
                 return kinds.get(int(event.get("exit_code", 1)), TrainingError)(str(event["error"]))
-        quoted = "".join(f"\n  {line}" for line in [line for line in lines if not WORDLESS.search(line)][-LAST_LINES:])
         where = f"; {pod} {why}" if pod else ""
-        return TrainingError(f"TrainJob {self.name}: {end.message}{where}; the same command continues{quoted and ':' + quoted}")
+        return TrainingError(f"TrainJob {self.name}: {end.message}{where}; the same command continues{log.last_words(lines)}")
 
 
 class _Log:

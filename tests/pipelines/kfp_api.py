@@ -209,8 +209,6 @@ class KfpApi:
                 return self._create_experiment(self._read(body, "V2beta1Experiment"))
             case "POST", ["runs"]:
                 return self._create_run(self._read(body, "V2beta1Run"))
-            case "POST", ["runs", action] if action.endswith(":terminate"):
-                return self._terminate(action.removesuffix(":terminate"))
         raise Refused(HTTPStatus.NOT_FOUND, 5, "Not Found")
 
     def shown(self, thing: Any) -> Any:
@@ -328,13 +326,6 @@ class KfpApi:
                 raise invalid(f"input parameter {name} value {value} is not one of the allowed literals {about['literals']}")
         if extra := sorted(set(given) - set(inputs)):
             raise invalid(f"parameter(s) provided are not required by pipeline: {', '.join(extra)}")
-
-    def _terminate(self, name: str) -> Any:
-        run = self._get("runs", name)
-        if run.state not in ALIVE:
-            raise invalid(f"Failed to terminate a run {name}. Row not found")
-        run.state = "CANCELING"
-        return {}
 
     def _list(self, kind: str, query: dict[str, str], belongs: Callable[[Any], bool]) -> Any:
         size = int(query.get("page_size", "0"))

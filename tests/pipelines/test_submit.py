@@ -121,14 +121,6 @@ def test_an_answer_that_is_lost_leaves_one_run(server, kfp):
     assert [one.run_id for one in kfp.all("runs")] == [run.run_id]
 
 
-def test_a_run_can_be_cancelled_once(server, kfp):
-    run = start(server)
-    server.terminate(run.run_id)
-    assert kfp.all("runs")[0].state == "CANCELING"
-    with pytest.raises(RunError, match=r"refused: .*Row not found"):
-        server.terminate(run.run_id)
-
-
 def test_following_tells_each_step_once_and_none_of_its_helpers(server, kfp):
     run = start(server)
     script = [
