@@ -14,7 +14,7 @@ OVERLAY_OPTIONS = $(if $(OVERLAY),--overlay "$(OVERLAY)") $(if $(REGISTRY),--reg
 	$(if $(WORKER),--worker "$(WORKER)") $(BUILD_OPTIONS)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-integration test-containers test-all lint format bench-data bench-train bench-label bench-select bench-method bench-loop bench bench-quick soak compile dashboards images deploy undeploy diff status ui cluster validate checkov constraints venv clean distclean
+.PHONY: help run test test-integration test-containers test-all coverage lint format bench-data bench-train bench-label bench-select bench-method bench-loop bench bench-quick soak compile dashboards images deploy undeploy diff status ui cluster validate checkov constraints venv clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,13 @@ test-containers: $(VENV)/.test ## Run the tests that need a container engine
 
 test-all: export NS_LONG_TESTS := 1
 test-all: test test-integration test-containers ## Run all tests
+
+coverage: $(VENV)/.test ## Measure which lines of ns/ the unit and integration tests run; half an hour
+	@$(BIN)/coverage erase
+	@$(BIN)/coverage run -m pytest --numprocesses auto --dist loadfile $(ARGS)
+	@$(BIN)/coverage run -m pytest -m "integration or browser or data" --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(BIN)/coverage combine --quiet
+	@$(BIN)/coverage report --fail-under 90
 
 lint: $(VENV)/.test ## Check style, types, and the direction of imports
 	@$(BIN)/ruff check .
