@@ -71,10 +71,6 @@ bench-label: $(VENV)/.bench ## Measure how fast a pool is labelled (ARGS="--quic
 bench-select: $(VENV)/.bench ## Measure what a selection from millions of labels costs (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.select $(ARGS)
 
-images: ## Build the container images, and print their names (REGISTRY= TAG= TARGETS= BUILDER= PYTHON_IMAGE= CPU_INDEX= PIP_CONFIG=)
-	@python3 images/build.py --registry "$(REGISTRY)" --tag "$(TAG)" --builder "$(BUILDER)" --python "$(PYTHON_IMAGE)" \
-		--cpu-index "$(CPU_INDEX)" --pip-config "$(PIP_CONFIG)" $(TARGETS)
-
 bench-loop: $(VENV)/.bench ## Measure where the time of a whole run goes (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.loop $(ARGS)
 
@@ -83,6 +79,10 @@ soak: $(VENV)/.bench ## Run five generations in bad company, and compare with a 
 
 bench-method: $(VENV)/.bench ## Train teachers and noisy students on CIFAR-10, three seeds; about an hour (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.method_cifar10 $(ARGS)
+
+images: ## Build the container images, and print their names (REGISTRY= TAG= TARGETS= BUILDER= PYTHON_IMAGE= CPU_INDEX= PIP_CONFIG=)
+	@python3 images/build.py --registry "$(REGISTRY)" --tag "$(TAG)" --builder "$(BUILDER)" --python "$(PYTHON_IMAGE)" \
+		--cpu-index "$(CPU_INDEX)" --pip-config "$(PIP_CONFIG)" $(TARGETS)
 
 compile: $(VENV)/.run ## Compile the pipelines into pipelines/*.yaml
 	@$(BIN)/python -m pipelines.compile
@@ -93,13 +93,13 @@ dashboards: ## Write the Grafana dashboards anew (k8s/components/monitoring/dash
 deploy: $(VENV)/.run ## Bring the platform onto a cluster, or up to date (OVERLAY= KUBE_CONTEXT= REGISTRY= WORKER= ARGS="--no-smoke")
 	@$(K8S) deploy $(CLUSTER_OPTIONS) $(OVERLAY_OPTIONS) $(ARGS)
 
-undeploy: $(VENV)/.run ## Take it away; data stays (KUBE_CONTEXT= ARGS="--delete-data")
+undeploy: $(VENV)/.run ## Take the platform away; data stays (KUBE_CONTEXT= ARGS="--delete-data")
 	@$(K8S) undeploy $(CLUSTER_OPTIONS) $(if $(OVERLAY),--overlay "$(OVERLAY)") $(ARGS)
 
 diff: $(VENV)/.run ## Show what deploying would change (OVERLAY= KUBE_CONTEXT= REGISTRY=)
 	@$(K8S) diff $(CLUSTER_OPTIONS) $(OVERLAY_OPTIONS) $(ARGS)
 
-status: $(VENV)/.run ## Show what is deployed, and how it is (KUBE_CONTEXT= ARGS="--json")
+status: $(VENV)/.run ## Show what is deployed on a cluster, and how it is (KUBE_CONTEXT= ARGS="--json")
 	@$(K8S) status $(CLUSTER_OPTIONS) $(if $(OVERLAY),--overlay "$(OVERLAY)") $(ARGS)
 
 ui: $(VENV)/.run ## Open Kubeflow's pages (KUBE_CONTEXT= ARGS="--port 8081")
@@ -111,7 +111,7 @@ cluster: $(VENV)/.run ## Make a cluster on this machine with kind, and deploy to
 validate: $(VENV)/.test ## Check the manifests in k8s/ against Kubernetes' schemas (ARGS="--remote")
 	@$(BIN)/python -m k8s.validate $(ARGS)
 
-checkov: $(VENV)-checkov/.installed ## Check them, and look for weaknesses with checkov, which gets an environment of its own
+checkov: $(VENV)-checkov/.installed ## Check the manifests, and look for weaknesses with checkov, which gets an environment of its own
 	@$(BIN)/python -m k8s.validate --checkov $(VENV)-checkov/bin/checkov $(ARGS)
 
 constraints: $(VENV)/.test ## Write constraints.txt anew from what is installed
