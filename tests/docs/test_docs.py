@@ -135,7 +135,7 @@ def test_the_messages_that_are_explained_are_ones_that_are_printed():
     source = re.sub(
         r'"\s*\n?\s*f?"',
         "",
-        "".join(path.read_text() for part in ("ns", "pipelines") for path in sorted(ROOT.glob(f"{part}/**/*.py"))),
+        "".join(path.read_text() for part in ("ns", "pipelines", "k8s") for path in sorted(ROOT.glob(f"{part}/**/*.py"))),
     )
     page = (ROOT / "docs/troubleshooting.md").read_text()
     pieces = [
