@@ -10,7 +10,7 @@ from ns.data.dataset import MANIFEST, Dataset, Role
 from ns.data.ingest import Limits, import_listing, listed, source_name
 from ns.data.prepared import ROLES, LeftOut, Part, Prepared, Source
 from ns.digest import code_digest, short
-from ns.errors import DataError
+from ns.errors import DataError, StoreError
 from ns.ledger import Ledger
 from ns.store import Store, open_store
 
@@ -214,7 +214,14 @@ class _Finder:
         target = f"store/datasets/{short(self._ledger.key('import', inputs))}"
 
         def make() -> dict[str, str]:
-            work(self._root.at(target))
+            folder = self._root.at(target)
+            if not folder.exists(MANIFEST):
+                try:
+                    work(folder)
+                except StoreError:
+                    # Another run that imported the same, and was done first, has cleared away what this one was to go on with.
+                    if not folder.exists(MANIFEST):
+                        raise
             return {"dataset": f"{target}/{MANIFEST}"}
 
         _, reused = self._ledger.once("import", inputs, make)

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from ns import config
+from ns.data import ingest
 from ns.data.check import left_out
 from ns.data.dataset import Dataset
 from ns.data.ingest import Limits, import_images
@@ -60,6 +61,23 @@ def test_a_folder_that_changed_is_imported_again(tmp_path, places):
     assert second.pool.open(root)[1].samples == 11
     assert second.labelled == first.labelled
     assert second.digest != first.digest
+
+
+def test_runs_that_import_the_same_at_once_all_have_it(tmp_path, places, monkeypatch):
+    (tmp_path / "pool" / "any" / "damaged.png").write_bytes(b"no picture")
+    data = {**places, "max_rejected_share": 0.5}
+    list_rejects, others = ingest._list_rejects, []
+
+    def overtaken(folder, tasks, parts, rejected):
+        if rejected and not others:
+            others.append("under way")
+            others.append(run(tmp_path, data)[0][0])
+        list_rejects(folder, tasks, parts, rejected)
+
+    monkeypatch.setattr(ingest, "_list_rejects", overtaken)
+    (own, _), root = run(tmp_path, data)
+    assert own == others[1]
+    assert own.pool.open(root)[1].rejected == 1
 
 
 def test_a_dataset_is_used_where_it_is(tmp_path, places):
