@@ -307,6 +307,25 @@ def test_a_process_of_kubeflow_ends_at_once_but_with_its_own_code(runtime, last,
     assert ended.stdout.endswith(says)
 
 
+def test_of_runs_that_train_the_same_at_once_the_first_ones_model_stays(tmp_path, preset, monkeypatch):
+    store, where = start(tmp_path, preset, ["teacher.train.epochs=2"])
+    data = steps.prepare_data(*where)
+    train, others = training.train, []
+
+    def overtaken(*arguments, **options):
+        if not others:
+            others.append("under way")
+            others.append(ModelCard.read(store.at(steps.train(*where, data, 0)), CARD))
+        trained = train(*arguments, **options)
+        if len(others) == 2:
+            # As on a machine that adds up in another order.
+            trained.weights["conv_stem.weight"] += 1e-6
+        return trained
+
+    monkeypatch.setattr(training, "train", overtaken)
+    assert ModelCard.read(store.at(steps.train(*where, data, 0)), CARD) == others[1]
+
+
 def test_a_training_is_known_by_the_weights_it_starts_from_not_by_their_place(tmp_path):
     places = [tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "c.safetensors"]
     for place, content in zip(places, (b"one", b"one", b"two"), strict=True):

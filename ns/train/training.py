@@ -72,7 +72,8 @@ def train_and_save(
             "training_mode": trained.mode,
             "lineage": lineage,
         }
-        if world.first:
+        # Another run may have trained the same beside this one, on another machine to other weights: what is there has been read.
+        if world.first and not place.exists(CARD):
             models.save(place, trained.weights, fields, trained.history)
         world.wait()
 
