@@ -271,6 +271,29 @@ def test_an_ensemble_labels_with_the_mean(model, pool, tmp_path):
     np.testing.assert_allclose(dense(rows, 5), np.mean(each, axis=0), atol=2e-3)
 
 
+def test_of_workers_that_label_the_same_shard_the_first_ones_labels_stay(model, pool, tmp_path, monkeypatch):
+    folder, dataset = pool
+    labels = LocalStore(tmp_path)
+    predictor, shards = Predictor(model, batch=8), Predictor.shards
+
+    def overtaken(self, source, wanted, progress=None):
+        for number, found in enumerate(shards(self, source, wanted, progress)):
+            if number == 0:
+                other = Predictor(model, batch=8)
+                monkeypatch.setattr(Predictor, "shards", shards)
+                label_shards([other], folder, dataset, labels, range(2), LABELLING)
+                first.update({key: labels.get(key) for key in labels.list()})
+            # As on a machine that adds up in another order.
+            found.probabilities[:] = np.roll(found.probabilities, 1, axis=1)
+            yield found
+
+    first = {}
+    monkeypatch.setattr(Predictor, "shards", overtaken)
+    label_shards([predictor], folder, dataset, labels, range(2), LABELLING)
+    assert len(first) == 6
+    assert {key: labels.get(key) for key in labels.list()} == first
+
+
 def test_labels_that_another_labelling_has_are_copied(model, pool, tmp_path):
     folder, dataset = pool
     predictor = Predictor(model, batch=8)

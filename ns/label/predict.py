@@ -46,7 +46,7 @@ def label_shards(
     known: Callable[[Shard], tuple[Store, LabelShard] | None] = lambda _: None,
 ) -> int:
     """Labels a range of shards with the mean of the predictors' probabilities, leaving out shards that are done. Returns the images
-    labelled now. Two workers may do the same shard: they write the same bytes.
+    labelled now. Two workers may do the same shard: the first one's labels stay.
 
     Raises ConfigError if the predictors' classes differ.
 
@@ -93,9 +93,8 @@ def label_shards(
 
 def _is_done(labels: Store, shard: Shard, known: Callable[[Shard], tuple[Store, LabelShard] | None]) -> bool:
     """Whether a shard is labelled; labels that another labelling has are copied first."""
-    own = marker(shard.name)
-    if labels.exists(own):
-        return LabelShard.read(labels, own).source == shard.sha256
+    if (own := _labelled(labels, shard)) is not None:
+        return own.source == shard.sha256
     found = known(shard)
     if found is None:
         return False
@@ -106,12 +105,22 @@ def _is_done(labels: Store, shard: Shard, known: Callable[[Shard], tuple[Store, 
     name = _rows_name(shard)
     labels.put(name, rows)
     labels.put(histogram_name(name), other.get(histogram_name(facts.name)))
-    facts.model_copy(update={"name": name}).write(labels, own)
+    facts.model_copy(update={"name": name}).write(labels, marker(shard.name))
     return True
 
 
+def _labelled(labels: Store, shard: Shard) -> LabelShard | None:
+    """The facts of a shard, if it is labelled."""
+    own = marker(shard.name)
+    return LabelShard.read(labels, own) if labels.exists(own) else None
+
+
 def write(labels: Store, shard: Shard, found: Sequence[Predictions], config: LabellingConfig, mode: str) -> None:
-    """Writes one labelled shard: the mean of what each model found."""
+    """Writes one labelled shard: the mean of what each model found. One that was labelled meanwhile stays as it is: on another machine
+    labels differ in their last digits, and a label set may have been made of what is there."""
+    if (own := _labelled(labels, shard)) is not None and own.source == shard.sha256:
+        telemetry.SHARDS_DONE.inc()
+        return
     first = found[0]
     if len(found) > 1:
         first = Predictions(first.index, np.mean([one.probabilities for one in found], axis=0), first.errors)

@@ -110,5 +110,6 @@ def test_bytes_keep_probabilities_to_two_per_cent(tmp_path, classes):
     np.testing.assert_array_equal(rows.confidence[:7], expected[:, 0])
     # Log8 by itself is half as large; keys and confidences are what they were.
     size = label_set.shards[0].bytes
-    label(folder, pool, 0, classes)
-    assert LabelShard.read(folder, "shard-00000.json").bytes > size
+    plain = folder.at("plain")
+    label(plain, pool, 0, classes)
+    assert LabelShard.read(plain, "shard-00000.json").bytes > size
