@@ -74,6 +74,26 @@ def test_calibration_is_that_worked_out_by_hand():
     assert found.ece == pytest.approx((0.95 + 2 * 0 + abs(2.95 - 2)) / 6)
 
 
+def test_bins_of_confidence_are_closed_above_and_an_empty_one_shows_its_middle():
+    # A softmax in float32 may exceed 1 by a few units in the last place.
+    confidence = np.array([0, 0.25, 0.5, 1, 1.0000001], np.float32)
+    found = calibration(confidence, np.array([False, True, True, True, False]), bins=4)
+    shown = [(one.images, pytest.approx(one.confidence), one.accuracy) for one in found.bins]
+    assert shown == [(2, 0.125, 0.5), (1, 0.5, 1), (0, 0.625, 0), (2, 1, 0.5)]
+
+
+def test_an_evaluation_records_how_it_was_made_and_calibration_of_its_own_answers():
+    probabilities = np.array([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.1, 0.8]], np.float32)
+    table = table_of(["a", "b", "c"], np.array([0, 1, 1]), probabilities)
+    several = MultiLabels({"a": frozenset({1}), "b": frozenset({0, 1})})
+    fields = {"name": "photographs", "mode": "bfloat16", "subsample": Subsample(images=3, seed=1), "scored": ("x", "y")}
+    found = evaluation(table, classes=("x", "y", "z"), unreadable=2, **fields, multi_labels=several)
+    assert {name: getattr(found, name) for name in fields} == fields
+    assert (found.images, found.unreadable, found.confusion) == (3, 2, ((1, 0, 0), (1, 0, 1), (0, 0, 0)))
+    assert (found.multi_label_top1, found.multi_label_images) == (0.5, 2)
+    assert found.calibration == calibration(probabilities.max(1), np.array([True, False, False]))
+
+
 def test_a_model_that_is_as_sure_as_it_is_right_is_calibrated():
     rng = np.random.default_rng(0)
     confidence = rng.random(200_000).astype(np.float32)

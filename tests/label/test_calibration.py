@@ -53,9 +53,17 @@ def test_thresholds_are_the_lowest_that_the_images_vouch_for(entries, precision)
 
 def test_a_class_that_is_never_right_gets_no_labels():
     found = run([(0, 0.9, False)] * 50 + [(1, 0.9, True)] * 50)
-    assert found.classes[0].threshold == NEVER
+    never = found.classes[0]
+    assert (never.threshold, never.heldout, never.correct, never.bound) == (NEVER, 0, 0, 0)
     assert found.classes[1].threshold < 0.9
     assert found.classes[2].pooled
+
+
+def test_a_bound_that_just_reaches_the_precision_suffices():
+    bound = float(lower_bound(np.array([9]), np.array([9]), 0.9)[0])
+    found = run([(0, 0.9, True)] * 9, precision=bound)
+    assert (found.classes[0].heldout, found.classes[0].bound) == (9, bound)
+    assert run([(0, 0.9, True)] * 9, precision=float(np.nextafter(bound, 1))).classes[0].threshold == NEVER
 
 
 def test_precision_goes_with_the_best_class_only():
