@@ -13,8 +13,10 @@ BUILD_OPTIONS = $(if $(BUILDER),--build "--builder=$(BUILDER)") $(if $(PYTHON_IM
 OVERLAY_OPTIONS = $(if $(OVERLAY),--overlay "$(OVERLAY)") $(if $(REGISTRY),--registry "$(REGISTRY)") \
 	$(if $(WORKER),--worker "$(WORKER)") $(BUILD_OPTIONS)
 
+MUTMUT = OMP_NUM_THREADS=1 PYTHONPATH="$(abspath $(VENV)-mutation)" $(BIN)/python -m mutmut
+
 .DEFAULT_GOAL := help
-.PHONY: help run test test-integration test-containers test-all coverage lint format bench-data bench-train bench-label bench-select bench-method bench-loop bench bench-quick soak compile dashboards images deploy undeploy diff status ui cluster validate checkov constraints venv clean distclean
+.PHONY: help run test test-integration test-containers test-all coverage lint format bench-data bench-train bench-label bench-select bench-method bench-loop bench bench-quick soak compile dashboards images deploy undeploy diff status ui cluster validate checkov mutation constraints venv clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -114,6 +116,10 @@ validate: $(VENV)/.test ## Check the manifests in k8s/ against Kubernetes' schem
 checkov: $(VENV)-checkov/.installed ## Check the manifests, and look for weaknesses with checkov, which gets an environment of its own
 	@$(BIN)/python -m k8s.validate --checkov $(VENV)-checkov/bin/checkov $(ARGS)
 
+mutation: $(VENV)-mutation/.installed ## Change the code that decides bit by bit, and list what no test notices; an hour (ARGS="ns.evaluate.gate*")
+	@$(MUTMUT) run $(ARGS)
+	@$(MUTMUT) results | sed '/: not checked$$/d'
+
 constraints: $(VENV)/.test ## Write constraints.txt anew from what is installed
 	@{ grep '^#' constraints.txt; $(BIN)/pip freeze --exclude-editable | grep -viE '^(nvidia-|triton|cuda-| @ )'; } > constraints.tmp
 	@mv constraints.tmp constraints.txt
@@ -124,7 +130,7 @@ clean: ## Remove what runs left behind (runs/)
 	rm -rf runs
 
 distclean: clean ## Remove the virtual environment too
-	rm -rf $(VENV) $(VENV)-checkov
+	rm -rf $(VENV) $(VENV)-checkov $(VENV)-mutation mutants
 
 # A stamp is touched last, so that an interrupted installation is taken up again.
 $(VENV)/.run: pyproject.toml constraints.txt install.sh
@@ -143,4 +149,9 @@ $(VENV)/.test: $(VENV)/.run
 $(VENV)-checkov/.installed: $(VENV)/.test
 	@$(BIN)/python -m venv $(VENV)-checkov
 	@$(VENV)-checkov/bin/pip install --disable-pip-version-check --quiet checkov==3.3.30
+	@touch $@
+
+# It runs the tests, so it needs our packages beside its own.
+$(VENV)-mutation/.installed: $(VENV)/.test
+	@$(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt --target $(VENV)-mutation --upgrade mutmut==3.8.1
 	@touch $@

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import structlog
-from hypothesis import settings
+from hypothesis import Phase, settings
 from PIL import Image
 
 from ns.data.dataset import Dataset
@@ -24,6 +24,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Tests share their cores: how long an example takes says more of the neighbours than of the code.
 settings.register_profile("shared", deadline=None)
 settings.load_profile("shared")
+# For `make mutation`: the same examples for each mutant, and no search for the smallest that shows it, which takes longer than all else.
+settings.register_profile("mutation", deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate])
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
 
