@@ -185,20 +185,21 @@ def measured(workload: Workload, *, seconds: float, precisions: Sequence[Precisi
     """The fastest mode, without torch.compile, and its speed, measured for about `seconds` with as many images at a time as
     fit into that, at most `workload.batch`. A network of which one image takes longer is measured with one pass over it.
 
-    Raises TrainingError if the memory does not suffice for one image.
+    Raises TrainingError if the memory does not suffice for two images.
     """
     modes = [Mode(precision) for precision in precisions or supported(workload.device)]
     budget = seconds / len(modes)
     # A batch norm whose map is one px wide cannot be trained with one image.
-    batch = min(2, workload.batch)
+    batch = least = min(2, workload.batch)
     first, took = modes[0], float("inf")
+    out_of_memory = f"out of memory with {batch} images of {workload.resolution} px"
     with torch.random.fork_rng([workload.device] if workload.device.type == "cuda" else []):
         step = replace(workload, batch=batch).step(first)
         for _ in range(2):
             try:
                 took = min(took, _seconds(step, workload.device))
             except torch.OutOfMemoryError as error:
-                raise TrainingError(f"out of memory with {batch} images of {workload.resolution} px") from error
+                raise TrainingError(out_of_memory) from error
             if took > budget / 4:
                 break
     if took > budget / 2:
@@ -206,7 +207,9 @@ def measured(workload: Workload, *, seconds: float, precisions: Sequence[Precisi
     # Half of the time for the rounds, of which there are two at least, after a first one that allocates.
     batch = max(batch, min(workload.batch, int(batch * budget / 6 / took)))
     while not (rates := _measure(replace(workload, batch=batch), modes, seconds=budget / 2, least_rounds=2).rates):
-        batch = max(1, batch // 2)
+        if batch == least:  # what sufficed just now has been taken by a neighbour
+            raise TrainingError(out_of_memory)
+        batch = max(least, batch // 2)
     best = max(modes, key=lambda mode: rates.get(str(mode), 0) / (1 if mode.precision == "float32" else MARGIN))
     return Rate(best, rates[str(best)], batch)
 

@@ -198,6 +198,12 @@ def test_a_quick_measurement_finds_the_fastest_mode(workload, stopwatch):
     assert set(stopwatch[1]) == {"float32", "bfloat16"}
 
 
+def test_memory_that_is_gone_meanwhile_ends_the_measurement(workload, stopwatch, monkeypatch):
+    monkeypatch.setattr(precision, "_measure", lambda *_, **__: precision._Found({}, undisturbed=True))
+    with pytest.raises(TrainingError, match=f"out of memory with 2 images of {workload.resolution} px"):
+        precision.measured(replace(workload, batch=16), seconds=24)
+
+
 def test_a_batch_that_does_not_fit_is_halved(workload, stopwatch, monkeypatch):
     rounds = iter(
         [precision._Found({}, undisturbed=True), precision._Found({"float32": 3.0, "bfloat16": 3.1}, undisturbed=True)]
