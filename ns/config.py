@@ -641,7 +641,8 @@ def load(uri: str, overrides: Iterable[str] = ()) -> Experiment:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{uri}: not YAML: {error}") from error
     except StoreError as error:
-        raise ConfigError(f"config: {error}") from error
+        preset = "" if "." in uri.rpartition("/")[2] else "; name a YAML file, or the preset quickstart"
+        raise ConfigError(f"config: {error}{preset}") from error
     if not isinstance(document, dict):
         raise ConfigError(f"{uri}: must be a mapping of fields, got {type(document).__name__}")
     document = _unshared(document)

@@ -92,6 +92,8 @@ def export(
     network does, StoreError if `out` holds anything else.
     """
     _require(forms)
+    if out.exists() and not out.is_dir():
+        raise StoreError(f"{out}: is a file; name an empty or a new folder")
     if out.exists() and any(out.iterdir()) and not (out / EXPORT).exists():
         raise StoreError(f"{out}: is not empty and holds no {EXPORT}; name an empty or a new folder")
     network, card = models.load(folder)

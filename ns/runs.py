@@ -11,6 +11,7 @@ Everything heavy lives in `ROOT/store/` and is shared by runs; a note points the
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Literal, NamedTuple
@@ -26,7 +27,7 @@ from ns.data.dataset import Dataset
 from ns.data.prepared import Prepared
 from ns.digest import digest
 from ns.document import Document
-from ns.errors import DataError, NsError, RunError, StoreError
+from ns.errors import ConfigError, DataError, NsError, RunError, StoreError
 from ns.evaluate.gate import Verdict
 from ns.evaluate.result import MANIFEST as EVALUATION
 from ns.evaluate.result import Evaluation, Robustness, read_predictions
@@ -207,8 +208,18 @@ def name_of_generation(experiment: Experiment, generation: int, data: str, teach
     return f"{experiment.name}-gen-{generation}-{digest([digest_of(experiment), data, teacher])[:8]}"
 
 
+def check_name(run: str) -> None:
+    """Raises ConfigError for what cannot be a run's name: it is a folder beside `store`, and a part of tags of label sets."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", run) or ".." in run or run in ("latest", "store"):
+        raise ConfigError(
+            f"--run: invalid value {run!r}: must be at most 100 letters, digits, dots, dashes and underscores, begin with a letter or "
+            "digit, hold no '..', and be neither 'latest' nor 'store'"
+        )
+
+
 def start(root: Store, run: str, experiment: Experiment, version: str) -> Record:
-    """Opens a run, or opens it again. Raises RunError if the run exists with another configuration."""
+    """Opens a run, or opens it again. Raises RunError if the run exists with another configuration, ConfigError for a wrong name."""
+    check_name(run)
     config_digest = digest_of(experiment)
     started_at = _now()
     if root.exists(_record(run)):
@@ -229,12 +240,13 @@ def start(root: Store, run: str, experiment: Experiment, version: str) -> Record
 def alone(root: Store, run: str) -> Iterator[None]:
     """Holds a run in a local folder for one client; a second one would only do the same work beside it.
 
-    Raises RunError naming the process that holds it, StoreError when the folder cannot be written.
+    Raises RunError naming the process that holds it, StoreError when the folder cannot be written, ConfigError for a wrong name.
     """
     if not isinstance(root, LocalStore):
         # On a cluster it is Kubeflow that starts a step once.
         yield
         return
+    check_name(run)
     folder = root.root / run
     client = folder / ".client"
     lock = _lock(root, run)

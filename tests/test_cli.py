@@ -83,6 +83,10 @@ def test_config_check_finds_what_only_the_networks_know(capsys):
     [
         (["run"], 2, "give a CONFIG, or --resume"),
         (["run", "nowhere.yaml"], 2, "nowhere.yaml: cannot read: no such file"),
+        (["run", "quickstrat"], 2, "no such file; name a YAML file, or the preset quickstart"),
+        (["run", "quickstart", "--run", "../other"], 2, "--run: invalid value '../other': must be"),
+        (["run", "quickstart", "--run", "store"], 2, "--run: invalid value 'store': must be"),
+        (["data", "import", "notes.txt", "out"], 3, "notes.txt: is a file of another kind; name a folder of images"),
         (["run", "quickstart", "--set", "sead=1"], 2, "sead: unknown field; did you mean 'seed'?"),
         (["runs", "show", "latest"], 6, "no runs here; start one with `ns run`"),
         (["predict", "x.png"], 6, "no runs here"),
@@ -92,6 +96,7 @@ def test_config_check_finds_what_only_the_networks_know(capsys):
 )
 def test_errors_are_one_line_with_a_code(capsys, tmp_path, monkeypatch, arguments, code, reason):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").touch()
     got, out, err = ns(capsys, *arguments)
     assert (got, out) == (code, "")
     assert err.startswith("error: ")

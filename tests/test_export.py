@@ -111,6 +111,8 @@ def test_an_earlier_export_is_replaced_and_nothing_else_ever(tmp_path, images):
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(StoreError, match=r"mine: is not empty and holds no export.json"):
         export(folder, tmp_path / "mine", ["timm"], images)
+    with pytest.raises(StoreError, match=r"thesis.tex: is a file"):
+        export(folder, tmp_path / "mine" / "thesis.tex", ["timm"], images)
 
 
 def test_the_same_model_gives_the_same_bytes(tmp_path, images):

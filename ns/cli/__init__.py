@@ -417,7 +417,9 @@ def plan(
     devices: Annotated[int, typer.Option(min=1, help="Devices that train together, each like the one here.")] = 1,
     speed: Annotated[
         float | None,
-        typer.Option(min=0, metavar="TMACS", help="10¹² multiply-adds a second of a device elsewhere, instead of measuring."),
+        typer.Option(
+            min=0.001, metavar="TMACS", help="10¹² multiply-adds a second of a device elsewhere, instead of measuring."
+        ),
     ] = None,
     seconds: Annotated[float, typer.Option(min=1, help="How long to measure, s.")] = 30,
     price: Annotated[float | None, typer.Option(min=0, help="Price of a device for an hour, in any currency.")] = None,

@@ -68,7 +68,10 @@ def entries(source: str, role: Role, *, split: str | None, scratch: Path) -> Ite
         return _remote_folder(open_store(source), role)
     folder = local_path(source)
     if not folder.is_dir():
-        raise DataError(f"{source}: no such folder; name a folder of images, a table (.csv, .parquet) or an archive")
+        problem = "is a file of another kind" if folder.exists() else "no such folder"
+        raise DataError(
+            f"{source}: {problem}; name a folder of images, a table (.csv, .tsv, .parquet) or an archive (.tar, .zip, …)"
+        )
     if tars := _shards_in(folder):
         return _tars(tars, role)
     return _folder(folder, role)
