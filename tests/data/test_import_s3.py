@@ -7,7 +7,7 @@ import pytest
 
 from ns.data.index import file_name
 from ns.data.ingest import Limits, import_images
-from ns.data.shards import check_shard
+from ns.data.shards import check_bytes
 from ns.store import LocalStore
 from ns.store.retry import Patience
 from ns.store.s3 import S3Store, Service
@@ -45,7 +45,7 @@ def test_a_bucket_gives_what_the_folder_gives(moto, tmp_path, folder, monkeypatc
     out = store.at("out")
     assert run(f"{store.uri}/source", out) == expected
     for shard in expected.shards:
-        check_shard(out.path(shard.name), shard)
+        check_bytes(out.path(shard.name), shard, shard.name)
     assert sorted(out.list()) == [
         "dataset.json",
         "rejected.parquet",

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ns.data.shards import Sample, check_shard, read_index, split_key
+from ns.data.shards import Sample, check_bytes, read_index, split_key
 from ns.data.writer import ShardWriter
 from ns.errors import DataError, StoreError
 from ns.store import LocalStore
@@ -49,7 +49,7 @@ def test_what_is_written_is_read_back_in_order(tmp_path_factory, keys, data, max
     shards = write(folder, samples, max_samples=max_samples, max_bytes=max_bytes)
     found = []
     for shard in shards:
-        check_shard(folder.path(shard.name), shard)
+        check_bytes(folder.path(shard.name), shard, shard.name)
         assert shard.samples <= max_samples
         for sample in read_index(folder.path(shard.name)):
             image = folder.get_range(shard.name, sample.offset, sample.size)
@@ -115,7 +115,7 @@ def test_a_cut_off_tar_is_refused(tmp_path):
         path = tmp_path / "cut.tar"
         path.write_bytes(whole[:length])
         with pytest.raises(DataError, match=r"cut\.tar"):
-            check_shard(path, shard)
+            check_bytes(path, shard, path.name)
 
 
 def three(tmp_path) -> bytes:
@@ -226,7 +226,7 @@ def test_a_wrong_checksum_is_refused(tmp_path):
     data[512] ^= 1
     folder.put(shard.name, bytes(data))
     with pytest.raises(DataError, match=r"sha256 is not that of dataset\.json"):
-        check_shard(folder.path(shard.name), shard)
+        check_bytes(folder.path(shard.name), shard, shard.name)
 
 
 @pytest.mark.parametrize("key", ["a.b", "a.", ".a", "", "../a", "/a", "dir/", "dir/a.b", "a\0", "caf\udce9"])
