@@ -296,8 +296,8 @@ def _row(base: Path | None, path: Any, label: Any) -> Entry:
 def _shards_in(folder: Path) -> list[str]:
     """The tars of a folder that holds tars and no images."""
     names = [entry.name for entry in os.scandir(folder) if not entry.name.startswith(HIDDEN)]
-    tars = sorted(name for name in names if name.endswith(".tar"))
-    return [str(folder / name) for name in tars] if tars and not any((folder / name).is_dir() for name in names) else []
+    others = any((folder / name).is_dir() or PurePosixPath(name).suffix[1:].lower() in EXTENSIONS for name in names)
+    return [] if others else [str(folder / name) for name in sorted(names) if name.endswith(".tar")]
 
 
 def _expand(source: str) -> list[str]:

@@ -153,6 +153,14 @@ def test_tars_are_read_with_the_labels_in_them(tmp_path, tars, expected):
     assert run(tars / "part-00.tar", tmp_path / "d", "evaluation", classes=["cat", "dog"]).samples == 6
 
 
+def test_images_beside_tars_are_not_passed_over(tmp_path, tars, images):
+    (tars / "alone.png").write_bytes(next(iter(images.values())))
+    dataset = run(tars, tmp_path / "out", "unlabelled", limits=Limits(0.9, 5, 1))
+    assert (dataset.samples, dataset.rejected) == (1, 2)
+    with pytest.raises(DataError, match=r"alone\.png lies outside any class folder"):
+        run(tars, tmp_path / "labelled")
+
+
 def test_a_class_index_beyond_the_names_is_refused(tmp_path, tars):
     write_tar(tars / "part-02.tar", {"x.png": b"", "x.cls": b"2"})
     with pytest.raises(DataError, match=r"class index 2: there are 2 labelled classes \(cat, dog\)"):
