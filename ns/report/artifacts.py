@@ -4,6 +4,8 @@ Generation 0 is the first teacher. All of them say what the run has noted so far
 evaluated that generation's model (`confusion` and `roc` give None). `ns.report.write` makes the report that is kept.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from ns import runs
@@ -92,8 +94,7 @@ def roc(store: Store, run: str, generation: int) -> tuple[list[float], list[floa
 
 def run_html(store: Store, run: str) -> str:
     """The report of the whole run with few pictures, or with none where it would be larger than 1 MB."""
-    page = render(gather(store, run, pictures=PICTURES, size=PICTURE_BYTES))
-    return page if len(page.encode()) <= PAGE_BYTES else render(gather(store, run, pictures=0))
+    return _page(lambda pictures: gather(store, run, pictures=pictures, size=PICTURE_BYTES))
 
 
 def run_markdown(store: Store, run: str) -> str:
@@ -102,13 +103,18 @@ def run_markdown(store: Store, run: str) -> str:
 
 
 def generation_html(store: Store, run: str, generation: int) -> str:
-    """The report's page of one generation and its teacher, below 1 MB: pictures are few."""
-    return render(_facts(store, run, generation, pictures=PICTURES))
+    """The report's page of one generation and its teacher, likewise."""
+    return _page(lambda pictures: _facts(store, run, generation, pictures=pictures))
 
 
 def generation_markdown(store: Store, run: str, generation: int) -> str:
     """The same as Markdown: tables, a few kB."""
     return markdown(_facts(store, run, generation, pictures=0))
+
+
+def _page(facts: Callable[[int], Facts]) -> str:
+    page = render(facts(PICTURES))
+    return page if len(page.encode()) <= PAGE_BYTES else render(facts(0))
 
 
 def _facts(store: Store, run: str, generation: int, *, pictures: int) -> Facts:

@@ -99,6 +99,7 @@ def test_the_page_of_a_whole_run_is_small(unchanged, monkeypatch):
     # Where there is no room for pictures there are none.
     monkeypatch.setattr(artifacts, "render", lambda facts: "x" * (artifacts.PAGE_BYTES if facts.galleries else 1) + "x")
     assert artifacts.run_html(unchanged, RUN) == "xx"
+    assert artifacts.generation_html(unchanged, RUN, 1) == "xx"
 
 
 def test_what_is_not_evaluated_yet_is_said(unchanged):
