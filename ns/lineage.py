@@ -73,8 +73,7 @@ def models_that_saw(root: Store, keys: Collection[str]) -> dict[str, str]:
     }
     found: dict[str, dict[str, Place]] = {}
     selected: dict[str, bool] = {}
-    taught: dict[str, tuple[str, ...]] = {}
-    """Label set → models that labelled it with the teacher."""
+    taught: dict[str, tuple[str, ...]] = {}  # label set → models that labelled it with the teacher
     for run, prepared in _prepared(root):
         if prepared.labelled.dataset not in found:
             found[prepared.labelled.dataset] = find(*prepared.labelled.open(root), keys)

@@ -106,7 +106,6 @@ def paired_gain(
 
     Each image contributes −1, 0 or +1, so resampling N images is one multinomial draw over three outcomes: the exact
     bootstrap distribution at no cost in N (Efron & Tibshirani 1993, §6).
-
     """
     if teacher_correct.shape != student_correct.shape or teacher_correct.size == 0:
         raise ValueError(
@@ -154,7 +153,6 @@ def corruption_rise(teacher: Robustness, student: Robustness) -> float | None:
     """mCE of the student relative to its teacher, who has 100, less 100: points; the extra kinds left out. None if not measured.
 
     A kind in which the teacher made no mistake counts as if it had made one: nothing can be divided by 0.
-
     """
     kinds = [kind for kind in CORRUPTIONS if kind in teacher.corruptions]
     least = 1 / (teacher.images * len(teacher.severities))

@@ -178,7 +178,6 @@ def sample(folder: Store, label_set: LabelSet, *, images: int, seed: int, select
     if not sizes.any():
         raise DataError(f"{folder.uri}: has no {'selected' if selection else 'labelled'} images to look at")
     cell = _cells(sizes, images)
-    """Stratum of each class and band; a number for each."""
     counts = np.bincount(cell.ravel(), sizes.ravel()).astype(np.int64)
     drawn = dict(enumerate(allocate(counts.tolist(), images)))
     lowest: dict[int, list[tuple[int, Image]]] = {number: [] for number, wanted in drawn.items() if wanted}

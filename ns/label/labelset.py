@@ -67,7 +67,7 @@ class LabelShard(Document):
     rows: int
     unreadable: int
     left_out: int = 0
-    """Images that were not looked at, since they are held out elsewhere."""
+    """Images that were not looked at: held out elsewhere, excluded, purged, or not kept by a selection."""
     mode: str = "float32"
     """How the teacher was run (`ns.precision.Mode`); compiled or not, labels differ in their last digits."""
     bytes: int

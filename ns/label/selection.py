@@ -76,7 +76,7 @@ class Selection(Identified):
     """Images at or below the threshold."""
     unreadable: int
     left_out: int = 0
-    """Images of the pool that are held out elsewhere."""
+    """Images that were not labelled, as `LabelShard.left_out`."""
     calibration: Calibration | None = None
     """Where the thresholds of a wanted precision come from."""
 
