@@ -15,6 +15,7 @@ from ns.evaluate.multi_label import MultiLabels
 from ns.evaluate.result import MANIFEST, Evaluation, Subsample, read_predictions
 from ns.evaluate.subsample import drawn
 from ns.inference import Predictor
+from ns.precision import Mode
 from ns.store import LocalStore
 
 CLASSES = tuple(f"class {index}" for index in range(7))
@@ -136,10 +137,22 @@ def test_a_dataset_of_which_nothing_can_be_read_is_refused(tmp_path, model, labe
         evaluate(Predictor(model, batch=8), folder, data, LocalStore(tmp_path / "e"))
 
 
-def test_one_image_is_enough(tmp_path, model, labelled_images):
+def test_one_image_is_enough_and_told_with_how_it_was_looked_at(tmp_path, model, labelled_images):
     folder, data = labelled_images(tmp_path / "d", count=1)
-    found = evaluate(Predictor(model, batch=8), folder, data, LocalStore(tmp_path / "e"))
-    assert (found.images, found.name, found.dataset) == (1, "images", data.digest)
+    predictor = Predictor(model, batch=8)
+    predictor.mode = Mode("bfloat16")
+    every = MultiLabels({"image-000": frozenset(range(5))})
+    found = evaluate(predictor, folder, data, LocalStore(tmp_path / "e"), multi_labels=every)
+    assert (found.images, found.name, found.dataset, found.mode) == (1, "images", data.digest, "bfloat16")
+    assert (found.model, found.multi_label_top1, found.multi_label_images) == (predictor.card.digest, 1, 1)
+
+
+def test_the_next_shard_is_on_its_way_while_one_is_looked_at(tmp_path, model, labelled_images, monkeypatch):
+    folder, data = labelled_images(tmp_path / "d", count=24, per_shard=10)
+    ahead = []
+    monkeypatch.setattr(ImageSource, "fetch_ahead", lambda self, shards: ahead.append(list(shards)))
+    evaluate(Predictor(model, batch=8), folder, data, LocalStore(tmp_path / "e"))
+    assert ahead == [[1], [2], []]
 
 
 def test_a_set_of_some_classes_is_scored_among_these_alone(tmp_path, model, labelled_images):
@@ -158,7 +171,7 @@ def test_a_set_of_some_classes_is_scored_among_these_alone(tmp_path, model, labe
     assert rows["confidence"].to_numpy()[:10] == pytest.approx(expected.values.numpy(), rel=1e-4)
     assert rows["predicted"].to_numpy()[:10].tolist() == [(1, 3)[place] for place in expected.indices.tolist()]
     other_folder, other = labelled_images(tmp_path / "e", classes=("a", "b"), damaged=())
-    with pytest.raises(DataError, match=r"class 'a' .* is left out of the answers"):
+    with pytest.raises(DataError, match=r"has class 'a' \(1 of 2\) that is left out of the answers \(classes\); evaluate"):
         evaluate(masked, other_folder, other, LocalStore(tmp_path / "f"))
     with pytest.raises(DataError, match="class 'z' is none of the model's"):
         Predictor(model, batch=8, scored=["z"])
