@@ -1,7 +1,7 @@
 import pytest
 
 from ns.config import CORRUPTIONS, EXTRA_CORRUPTIONS, PERTURBATIONS
-from ns.evaluate.result import Attack, Perturbed, Robustness, Subsample, is_imagenet
+from ns.evaluate.result import Attack, Perturbed, Robustness, Subsample
 from ns.evaluate.robustness import ALEXNET_ERROR, ALEXNET_FLIPS
 from ns.evaluate.scores import scores
 
@@ -82,16 +82,3 @@ def test_extra_corruptions_count_for_nothing():
     found = scores(worse, robustness())
     assert found.corruption_error == pytest.approx(0.5)
     assert found.mce == pytest.approx(100)
-
-
-def test_seconds_are_no_part_of_what_was_found():
-    assert robustness(seconds=1).digest == robustness(seconds=2).digest
-    assert robustness(error=0.1).digest != robustness(error=0.2).digest
-
-
-def test_imagenet_is_known_by_its_classes():
-    names = ["n01440764", *(f"n{number:08d}" for number in range(1_440_765, 1_441_763)), "n15075141"]
-    assert is_imagenet(tuple(names))
-    assert not is_imagenet(tuple(names[:-1]))
-    assert not is_imagenet(tuple(reversed(names)))
-    assert not is_imagenet(tuple(f"class {number}" for number in range(1000)))
