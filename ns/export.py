@@ -176,6 +176,10 @@ def _require(forms: Sequence[Form]) -> None:
 
 def _batch(card: ModelCard, folder: Store, dataset: Dataset, count: int) -> Tensor:
     """Real images as the network is fed with: float32 [n, 3, R, R], normalised; n is less than `count` if some cannot be read."""
+    if dataset.role == "unlabelled":
+        raise DataError(
+            f"{folder.uri}: has no labels, by which images of all classes are drawn; name a labelled dataset, or one to evaluate on"
+        )
     size = card.model.inference_resolution
     source = ImageSource(folder, dataset)
     rows = drawn(source, len(dataset.shards), len(dataset.classes), Subsample(images=count, seed=0))

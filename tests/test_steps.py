@@ -148,6 +148,23 @@ def test_the_same_experiment_again_does_nothing_again(done, preset):
     }
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.exclude=/nowhere/keys.txt", "data.exclude: /nowhere/keys.txt: cannot read"),
+        ("labelling.ensemble=[/nowhere]", "labelling.ensemble.0: /nowhere/model.json: cannot read"),
+        (
+            "evaluation.sets={real: {place: digits:heldout, multi_label: /nowhere}}",
+            "evaluation.sets.real.multi_label: /nowhere",
+        ),
+    ],
+)
+def test_what_only_later_steps_read_is_looked_for_before_anything_is_trained(tmp_path, preset, override, message):
+    _, where = start(tmp_path, preset, [override])
+    with pytest.raises(StoreError, match=message):
+        steps.prepare_data(*where)
+
+
 def test_a_longer_run_continues_a_shorter_one(done, preset):
     store, where = done
     longer = config.load(preset, [*TINY, "generations=2"])

@@ -587,7 +587,7 @@ def data_show(
     dataset: Annotated[str, typer.Argument(metavar="DATASET", help="A dataset's folder, or s3://bucket/prefix.")],
     sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet, as HTML, here.")] = None,
     images: Annotated[int, typer.Option(min=1, max=2000, help="Images on the sheet.")] = 120,
-    seed: Annotated[int, typer.Option(help="Another seed draws other images.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Another seed draws other images.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Show what a dataset holds, and what it looks like.
