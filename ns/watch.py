@@ -41,6 +41,12 @@ def die_with_client() -> None:
     die_with(int(client))
 
 
+def begin_helper(parent: int) -> None:
+    """Begins a process of a pool: it ends with its parent, and Ctrl-C, which goes to the whole group, is for the parent to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with(parent)
+
+
 def die_with(process: int) -> None:
     """Ends this process when another one is gone."""
     threading.Thread(target=_watch, args=(process,), name="client-watch", daemon=True).start()

@@ -8,7 +8,6 @@ import io
 import multiprocessing
 import os
 import re
-import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
@@ -38,7 +37,7 @@ from ns.document import Document
 from ns.errors import DataError, RunError
 from ns.parquet import read_table
 from ns.store import Store
-from ns.watch import die_with
+from ns.watch import begin_helper
 
 REJECTED = "rejected.parquet"
 PARTS = "parts/"
@@ -280,9 +279,7 @@ _counter: Any = None
 def _start(parent: int, counter: Any) -> None:
     global _counter
     _counter = counter
-    # Ctrl-C goes to the whole group; the parent answers for all.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with(parent)
+    begin_helper(parent)
 
 
 def _make_in_process(job: _Job, task: Task) -> Part:

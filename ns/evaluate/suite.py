@@ -8,7 +8,6 @@ distorted images are made in processes of their own while the network works on t
 import io
 import multiprocessing
 import os
-import signal
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -42,7 +41,7 @@ from ns.evaluate.subsample import drawn
 from ns.inference import DECODE_THREADS, Predictor
 from ns.parquet import read_table
 from ns.store import Store
-from ns.watch import die_with
+from ns.watch import begin_helper
 
 BLOCK = 512
 """Images of a unit: what is lost when it is killed, and what is in memory decoded (130 MB of photographs)."""
@@ -493,15 +492,9 @@ def _executor(stack: ExitStack, seconds: float) -> Executor:
         return stack.enter_context(ThreadPoolExecutor(2, "distort"))
     # Not forked: torch has threads.
     context = multiprocessing.get_context("forkserver")
-    pool = ProcessPoolExecutor(cores, context, _start, (os.getpid(),))
+    pool = ProcessPoolExecutor(cores, context, begin_helper, (os.getpid(),))
     stack.callback(pool.shutdown, wait=True, cancel_futures=True)
     return pool
-
-
-def _start(parent: int) -> None:
-    # Ctrl-C goes to the whole group; the parent answers for all.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with(parent)
 
 
 def _cores() -> int:

@@ -5,6 +5,7 @@ import itertools
 import os
 import signal
 import time
+from contextlib import ExitStack
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -249,3 +250,12 @@ def test_killed_suites_go_on_where_they_stopped(run, model, tmp_path, labelled_i
         longest = done
     assert kills >= 2
     assert Robustness.read(out, ROBUSTNESS).digest == calm.digest
+
+
+def test_processes_that_distort_are_small(monkeypatch):
+    monkeypatch.setattr(suite, "_cores", lambda: 2)
+    with ExitStack() as stack:
+        executor = suite._executor(stack, suite.PROCESSES_FROM_SECONDS)
+        task = Task([np.zeros((8, 8, 3), np.uint8)], ["a"], "contrast", (1,), 1, 0, as_they_are=True)
+        assert len(executor.submit(distorted, task).result()) == 1
+        assert not executor.submit(eval, "'torch' in __import__('sys').modules").result()
