@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10" / "test.tar.gz"
 """Real images beside the checkout; may be missing."""
@@ -60,6 +61,7 @@ def draw_tables(images: Path, counts: Mapping[str, int], seed: int) -> dict[str,
         order = iter(draw.permutation(len(files)))
         for part, count in counts.items():
             label = "" if part == "pool" else f",{category.name}"
+            # One image of each class between two parts is in none of them: so the tables were that the kept results come from.
             rows[part] += [f"{files[index]}{label}" for index, _ in zip(order, range(count), strict=False)]
     return {part: "\n".join(lines) + "\n" for part, lines in rows.items()}
 
@@ -109,6 +111,10 @@ def _page(name: str, found: Mapping[str, Any], tables: Sequence[Table]) -> str:
 
 def _markdown(table: Table) -> str:
     rows = [[str(column.header) for column in table.columns], ["---"] * len(table.columns)]
-    rows += [[str(cell) for cell in cells] for cells in zip(*(column.cells for column in table.columns), strict=True)]
+    # What is dim and below on a terminal stands behind a colon: a row is one line here.
+    rows += [
+        [Text.from_markup(str(cell)).plain.replace("\n", ": ") for cell in cells]
+        for cells in zip(*(column.cells for column in table.columns), strict=True)
+    ]
     title = [f"**{table.title}**", ""] if table.title else []
     return "\n".join([*title, *(f"| {' | '.join(row)} |" for row in rows)])
