@@ -42,7 +42,9 @@ Preset = Literal[
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     younger: ClassVar[tuple[str, ...]] = ()
     """Fields that came after models and runs had been named by their digests."""

@@ -304,3 +304,13 @@ def test_fields_can_be_set_in_a_section_that_is_not_given(tmp_path):
     experiment = config.load(str(full), ["registry.git=/git", "teacher.train.finetune.resolution=64"])
     assert experiment.registry.git == "/git"
     assert experiment.teacher.train.finetune.resolution == 64
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+@pytest.mark.parametrize(
+    "field", ["teacher.train.epochs", "teacher.train.optimizer.clip_norm", "gate.min_gain", "evaluation.keep_gib"]
+)
+def test_numbers_are_finite(field, value):
+    # JSON has no word for others: they would come back from a run's config.yaml as not given.
+    with pytest.raises(ConfigError, match=rf"{field}: invalid value"):
+        config.load(config.located("quickstart"), [f"{field}={value}"])
