@@ -302,9 +302,14 @@ def _containers(cluster: Cluster, part: str) -> Iterator[tuple[Object, Object]]:
     """Workloads that run a part's image, with the container."""
     for workload in (*cluster.of("deployments"), *cluster.of("daemonsets")):
         for container in workload["spec"]["template"]["spec"].get("containers") or ():
-            name = container.get("image", "").partition("@")[0].rpartition("/")[2].partition(":")[0]
-            if name in IMAGES[part]:
+            if _repository(container).rpartition("/")[2] in IMAGES[part]:
                 yield workload, container
+
+
+def _repository(container: Object) -> str:
+    """`localhost:5000/minio/minio` of `localhost:5000/minio/minio:TAG@sha256:…`."""
+    place, slash, name = container.get("image", "").partition("@")[0].rpartition("/")
+    return f"{place}{slash}{name.partition(':')[0]}"
 
 
 def _client(cluster: Cluster) -> Finding:
@@ -466,7 +471,7 @@ def _minio(cluster: Cluster) -> list[Finding]:
         f"{workload['metadata']['namespace']}/{workload['metadata']['name']}"
         for workload in cluster.of("deployments")
         for container in workload["spec"]["template"]["spec"].get("containers") or ()
-        if container.get("image", "").partition(":")[0].endswith("minio/minio")
+        if _repository(container).endswith("minio/minio")
     )
     if not servers:
         return []

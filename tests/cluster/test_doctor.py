@@ -138,6 +138,7 @@ def adding(*more):
         (image("workflow-controller", "x/workflow-controller:v3.6.4"), "bad-pair", "with Argo Workflows 3.6.4", True),
         (image("dcgm-exporter", "x/dcgm-exporter:3.3.5-3.4.1"), "bad-pair", "lack the pod's name", False),
         (adding(workload("minio", "quay.io/minio/minio:RELEASE.2025", "kubeflow")), "object-store", "kubeflow/minio", False),
+        (adding(workload("minio", "local:5000/minio/minio", "kubeflow")), "object-store", "kubeflow/minio", False),
         (adding(node("sick", ready="Unknown")), "nodes", "3 of 4 ready; not: sick", False),
         (without("StorageClass", "standard"), "storage-class", "no default among 0", True),
         (
