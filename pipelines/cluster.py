@@ -44,13 +44,14 @@ def arguments(
     package = PACKAGE.read_text()
     given: dict[str, Any] = {"config": config, "root": root.uri, "run": run}
     more = parsed(package, inputs)
+    image = image or more.get("worker_image")
     if image:
-        given |= {"worker_image": image, "tools_image": image}
         if registry and "tools_image" not in more:
             raise ConfigError(
                 "--input tools_image: must be given beside --image: the experiment has a registry, and the steps' image no DVC; "
                 "add --input tools_image=REGISTRY/noisy-student/tools@sha256:…"
             )
+        more = {"tools_image": image} | more | {"worker_image": image}
     if gpus:
         given |= {"label_gpus": str(gpus), "train_gpus": str(gpus)}
     return checked(package, given | more)

@@ -126,8 +126,8 @@ class _Call:
         self.store: Store = open_store(root)
         cluster.check_places(self.store, self.experiment)
         self._image, self._gpus, self._inputs = image, gpus, inputs or []
-        # Wrong ones are found before anything is looked at.
-        self._arguments("check")
+        # Wrong ones are found before anything is looked at. The image, which is a reason for a run, may be one of the inputs.
+        self._image = self._arguments("check").get("worker_image")
         self._server = submit.Server(kfp) if kfp else None
 
     def decide(self, min_change: float, *, again: bool = False) -> "Decision":

@@ -192,6 +192,15 @@ def test_the_image_that_commits_labels_is_the_steps_unless_there_is_a_registry(r
         cluster.arguments("c", root, NAME, image="worker@sha256:1", registry=True)
 
 
+def test_an_image_that_is_named_goes_before_that_of_a_file(root, tmp_path):
+    pools = tmp_path / "pools.json"
+    pools.write_text('{"worker_image": "worker@sha256:1", "tools_image": "tools@sha256:1"}')
+    given = cluster.arguments("c", root, NAME, image="worker@sha256:2", inputs=[f"@{pools}"], registry=True)
+    assert (given["worker_image"], given["tools_image"]) == ("worker@sha256:2", "tools@sha256:1")
+    given = cluster.arguments("c", root, NAME, inputs=["worker_image=worker@sha256:1"])
+    assert given["tools_image"] == "worker@sha256:1"
+
+
 def test_inputs_come_from_a_file_and_what_is_said_after_it_holds(root, tmp_path):
     pools = tmp_path / "pools.json"
     pools.write_text('{"label_gpus": "1", "train_gpus": "8", "label_tolerations": [{"key": "spot", "operator": "Exists"}]}')
