@@ -24,6 +24,7 @@ app = typer.Typer(
     help="The platform on a Kubernetes cluster.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -63,7 +64,10 @@ def deploy(
     force_conflicts: Annotated[bool, typer.Option("--force-conflicts", help="Take over fields that others manage.")] = False,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds for all workloads to become ready.")] = 1200,
 ) -> None:
-    """Bring the platform onto a cluster, or up to date. The same command goes on where it stopped."""
+    """Bring the platform onto a cluster, or up to date. The same command goes on where it stopped.
+
+    Example: [cyan]make deploy OVERLAY=dev KUBE_CONTEXT=my-cluster REGISTRY=registry.example/team ARGS=--no-smoke[/]
+    """
     options = Options(
         overlay,
         context,
@@ -91,7 +95,10 @@ def undeploy(
     yes: Yes = False,
     delete_data: Annotated[bool, typer.Option("--delete-data", help="Delete volumes, namespaces, kinds and keys too.")] = False,
 ) -> None:
-    """Take the platform away. Data stays unless told otherwise."""
+    """Take the platform away. Data stays unless told otherwise.
+
+    Example: [cyan]make undeploy KUBE_CONTEXT=my-cluster[/]
+    """
     deploying.undeploy(Options(overlay, context, yes=yes), say, _ask(), delete_data=delete_data)
 
 
@@ -106,7 +113,10 @@ def diff(
     build: Build = None,
     yes: Yes = False,
 ) -> None:
-    """Show what deploying would change. Changes nothing."""
+    """Show what deploying would change. Changes nothing.
+
+    Example: [cyan]make diff KUBE_CONTEXT=my-cluster REGISTRY=registry.example/team[/]
+    """
     options = Options(overlay, context, registry, image or (), worker, without or (), build or (), yes)
     changes = deploying.diff(options, say, _ask())
     typer.echo(changes or "no differences", nl=not changes)
@@ -114,7 +124,10 @@ def diff(
 
 @app.command()
 def status(overlay: Overlay = "", context: Context = "", as_json: AsJson = False) -> None:
-    """Show what is deployed, and how it is."""
+    """Show what is deployed, and how it is.
+
+    Example: [cyan]make status KUBE_CONTEXT=my-cluster ARGS=--json[/]
+    """
     import json
 
     seen = deploying.status(Options(overlay, context))
@@ -152,7 +165,10 @@ def ui(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on this machine.")] = 8080,
     browser: Annotated[bool, typer.Option(help="Open a browser.")] = True,
 ) -> None:
-    """Bring Kubeflow's pages to this machine, until Ctrl-C."""
+    """Bring Kubeflow's pages to this machine, until Ctrl-C.
+
+    Example: [cyan]make ui KUBE_CONTEXT=my-cluster ARGS="--port 8081"[/]
+    """
     chosen = deploying.choose(Options(context=context, yes=True), "Look at", None)
     _, place = chosen.deployed()
     url, begun = f"http://localhost:{port}", time.monotonic()
@@ -183,7 +199,10 @@ def cluster(
     smoke: Annotated[bool, typer.Option(help="Run the quickstart at the end.")] = True,
     delete: Annotated[bool, typer.Option("--delete", help="Delete it, with all that is in it.")] = False,
 ) -> None:
-    """Make a cluster on this machine with kind, and deploy to it. The same command goes on where it stopped."""
+    """Make a cluster on this machine with kind, and deploy to it. The same command goes on where it stopped.
+
+    Example: [cyan]make cluster[/]
+    """
     if shutil.which("kind") is None:
         raise ClusterError(
             "kind: is not installed; https://kind.sigs.k8s.io/docs/user/quick-start/#installation, with docker or podman"
