@@ -311,6 +311,7 @@ def test_a_label_set_is_read_once_and_gives_the_selection_of_its_rows(label_set,
         left_out=2,
     )
     assert selection == expected
+    assert (selection.unreadable, selection.left_out) == (6, 2)
     assert read == [1]
     assert [path.name for path in tmp_path.iterdir()] == ["labels"]
 
