@@ -183,6 +183,13 @@ def test_classes_that_the_model_does_not_know_are_refused(tmp_path, model, label
         evaluate(Predictor(model, batch=8), folder, data, LocalStore(tmp_path / "e"))
 
 
+def test_images_without_labels_are_refused(tmp_path, model, labelled_images):
+    folder, data = labelled_images(tmp_path / "d", count=3)
+    pool = data.model_copy(update={"role": "unlabelled", "classes": ()})
+    with pytest.raises(DataError, match=r"/d: has no labels, so none that the model does not know"):
+        evaluate(Predictor(model, batch=8), folder, pool, LocalStore(tmp_path / "e"))
+
+
 def test_a_subsample_is_the_same_images_whatever_the_shards(tmp_path, model, labelled_images):
     wanted = Subsample(images=7, seed=3)
     keys = []
