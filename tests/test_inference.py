@@ -1,4 +1,5 @@
 import io
+import threading
 
 import numpy as np
 import pytest
@@ -227,6 +228,25 @@ def test_what_a_shard_gets_does_not_depend_on_its_neighbours(model, pool):
         assert found.errors == alone.errors
         assert found.index.keys == alone.index.keys
     assert shard == 2
+
+
+def test_images_are_read_while_the_network_works(model, pool, monkeypatch):
+    folder, dataset = pool
+    predictor = Predictor(model, batch=1)
+    source, read = ImageSource(folder, dataset), threading.Event()
+    encoded = source.encoded
+
+    def counted(shard):
+        for row, image in enumerate(encoded(shard)):
+            # The decoders' batches, the one that follows the first, and those that wait for a decoder.
+            if row + 1 == inference.DECODE_THREADS + 1 + inference.CHUNKS_AHEAD:
+                read.set()
+            yield image
+
+    monkeypatch.setattr(source, "encoded", counted)
+    forward = predictor.forward_pass
+    predictor.forward_pass = lambda images: forward(images) if read.wait(10) else pytest.fail("nothing was read meanwhile")
+    predictor.shard(source, 1)
 
 
 @pytest.mark.parametrize(("views", "seen"), [("flip", 2), ("five", 5), ("ten", 10)])
