@@ -26,8 +26,7 @@ from ns.config import Experiment
 from ns.errors import ConfigError, Interrupted, NsError, RunError
 from ns.log import EVENTS_VARIABLE, last_words
 from ns.store import LocalStore, Store
-from pipelines import documents
-from pipelines.compile import PACKAGE
+from pipelines import PACKAGE, documents
 from pipelines.local import POLL_SECONDS, STOP_SECONDS, Event, Output, StepError, drive, load_pipeline, name_of, tail
 
 USER = 10001

@@ -15,13 +15,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import yaml
-
 from ns.errors import Interrupted, NsError, RunError
 from ns.log import EVENTS_VARIABLE
 from ns.watch import CLIENT_VARIABLE
-from pipelines import documents
-from pipelines.compile import PACKAGE
+from pipelines import PACKAGE, documents
 
 Event = dict[str, Any]
 
@@ -95,15 +92,22 @@ def _run_pipeline(package: Path, pipeline_root: Path, arguments: dict[str, Any])
 def load_pipeline(package: Path = PACKAGE) -> Any:
     """A compiled pipeline, without its retries: here a person waits, who can say the same command again."""
     # Inside the redirection, since importing kfp warns, and here, since it costs half a second.
-    from kfp import components
+    from google.protobuf import json_format
+    from kfp.dsl import structures, yaml_component
+    from kfp.pipeline_spec import pipeline_spec_pb2
+
+    class Loaded(yaml_component.YamlComponent):  # type: ignore[misc]
+        """KFP's own reads its text anew, by Python's slow parser, whenever it is asked for its specification."""
+
+        @property
+        def pipeline_spec(self) -> Any:
+            return json_format.ParseDict(spec, pipeline_spec_pb2.PipelineSpec())
 
     spec, platform = documents(package.read_text())
     for component in [*spec["components"].values(), spec["root"]]:
         for task in component.get("dag", {}).get("tasks", {}).values():
             task.pop("retryPolicy", None)
-    return components.load_component_from_text(
-        yaml.dump_all([spec, platform], Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper))
-    )
+    return Loaded(structures.ComponentSpec.from_ir_dicts(spec, platform), component_yaml="")
 
 
 class _Watch:
