@@ -12,6 +12,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -101,31 +102,41 @@ class Swift:
                 assert done.returncode < 2, done.stdout + done.stderr
 
     def start(self) -> None:
-        commands = {role: [f"swift-{role}-server", str(self.folder / f"{role}.conf"), "-v"] for role in ("proxy", *ROLES)}
-        commands["memcached"] = ["memcached", "-l", "127.0.0.1", "-p", str(self.ports["memcached"]), "-u", self._user]
-        for name, command in commands.items():
-            log = (self.folder / f"{name}.log").open("ab")
+        self._begin("memcached", ["memcached", "-l", "127.0.0.1", "-p", str(self.ports["memcached"]), "-u", self._user])
+        for role in ROLES:
+            self._begin(role, [f"swift-{role}-server", str(self.folder / f"{role}.conf"), "-v"])
+        self._wait("object", self._stands)
+        # Last: alone, it says of every bucket that there is none.
+        self._begin("proxy", ["swift-proxy-server", str(self.folder / "proxy.conf"), "-v"])
+        self._wait("proxy", self._answers)
+
+    def _begin(self, name: str, command: list[str]) -> None:
+        with (self.folder / f"{name}.log").open("ab") as log:
             # A session of its own: its workers die with it.
             self._processes.append(subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True))
-            log.close()
+
+    def _wait(self, name: str, ready: Callable[[], bool]) -> None:
         deadline = time.monotonic() + SECONDS_TO_START
-        while not self._is_ready():
-            assert time.monotonic() < deadline, (self.folder / "proxy.log").read_text()[-2000:]
+        while not ready():
+            assert time.monotonic() < deadline, (self.folder / f"{name}.log").read_text()[-2000:]
             time.sleep(0.1)
 
     def kill(self) -> None:
         """All servers at once, without a word: what is not on disk is gone."""
-        for process in self._processes:
+        for process in reversed(self._processes):
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         self._processes.clear()
 
-    def _is_ready(self) -> bool:
+    def _stands(self) -> bool:
         for port in (self.ports[name] for name in (*ROLES, "memcached")):
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)):
                     return False
+        return True
+
+    def _answers(self) -> bool:
         with suppress(OSError):
             return urllib.request.urlopen(f"{self.url}/healthcheck", timeout=2).status == 200
         return False
