@@ -208,6 +208,7 @@ def test_versions_are_listed_shown_and_fetched_without_dvc(kept, tmp_path):
         registry.show("labels/p/r/gen-2")
 
 
+@pytest.mark.integration
 def test_versions_of_different_time_zones_are_listed_by_when_they_were_committed(tmp_path, monkeypatch):
     registry = Registry(bare(tmp_path / "git"), str(tmp_path / "remote"))
     for number, date in enumerate(("2026-01-01T10:00:00+0000", "2026-01-01T12:00:00+0900"), 1):
