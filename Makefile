@@ -58,8 +58,8 @@ bench: $(VENV)/.bench ## Run all benchmarks, and keep what they find in benchmar
 	@$(BIN)/python -m benchmarks.method_cifar10
 	@$(BIN)/python -m benchmarks.summary
 
-bench-quick: $(VENV)/.bench ## Compare quick runs of the benchmarks with what they were: ratios, a quarter of leeway
-	@$(BIN)/python -m benchmarks.summary --quick
+bench-quick: $(VENV)/.bench ## Compare quick runs of the benchmarks with what they were: ratios, a quarter of leeway (ARGS="--only data")
+	@$(BIN)/python -m benchmarks.summary --quick $(ARGS)
 
 bench-data: $(VENV)/.bench ## Measure how fast images reach the model (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.data $(ARGS)

@@ -1,8 +1,8 @@
 """All benchmarks' figures in one table, and a guard against large regressions.
 
     python -m benchmarks.summary            writes benchmarks/results/README.md from what the benchmarks have kept there
-    python -m benchmarks.summary --quick    runs each benchmark with --quick, and fails where a ratio is a quarter worse than in
-                                            benchmarks/results/quick.json, twice in a row; --keep writes that file anew
+    python -m benchmarks.summary --quick    runs each benchmark, or those after --only, with --quick, and fails where a ratio is a quarter
+                                            worse than in benchmarks/results/quick.json, twice in a row; --keep writes that file anew
 
 Only ratios are compared, whose two sides were measured in turns in one run: seconds are another on every machine.
 """
@@ -169,6 +169,7 @@ def quick(name: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="compare quick runs with what they were")
+    parser.add_argument("--only", nargs="+", choices=list(GUARDED), default=list(GUARDED), help="with --quick: these benchmarks")
     parser.add_argument(
         "--keep", action="store_true", help="with --quick: what was measured is what later runs are compared with"
     )
@@ -188,7 +189,8 @@ def main() -> None:
             f"{RESULTS / QUICK}: is not there; measure what to compare with: python -m benchmarks.summary --quick --keep"
         )
     table = Table("benchmark", "ratio", "was", "is", "")
-    worse = regressions(json.loads((RESULTS / QUICK).read_text()), quick, table)
+    baseline = json.loads((RESULTS / QUICK).read_text())
+    worse = regressions({name: baseline[name] for name in options.only}, quick, table)
     console.print(table)
     if worse:
         raise SystemExit("\n".join(["a quarter worse than before, twice:", *worse]))

@@ -215,6 +215,7 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
+@pytest.mark.integration
 def test_a_picture_of_a_gigabyte_is_left_out(tmp_path, images):
     path = write_tar(tmp_path / "a.tar", {**images, "cat/bomb.png": bomb()})
     dataset = run(path, tmp_path / "out", limits=Limits(0.5, 100, 64))

@@ -224,6 +224,7 @@ def test_a_set_without_a_readable_image_is_refused(run, tmp_path, labelled_image
         run(labelled_images(tmp_path / "d", count=3, damaged=(0, 1, 2)))
 
 
+@pytest.mark.integration
 def test_killed_suites_go_on_where_they_stopped(run, model, tmp_path, labelled_images):
     """SIGKILL at instants all over the work: the units that were done stay, and what comes of it is the same."""
     data = labelled_images(tmp_path / "d", count=60)
