@@ -169,7 +169,9 @@ def quick(name: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="compare quick runs with what they were")
-    parser.add_argument("--only", nargs="+", choices=list(GUARDED), default=list(GUARDED), help="with --quick: these benchmarks")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(GUARDED), default=list(GUARDED), help="with --quick: these benchmarks"
+    )
     parser.add_argument(
         "--keep", action="store_true", help="with --quick: what was measured is what later runs are compared with"
     )
