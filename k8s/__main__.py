@@ -13,20 +13,14 @@ import typer
 from k8s import deploy as deploying
 from k8s.deploy import KIND, UI, UI_PORT, Ask, Options
 from ns.cli.doctor import show
-from ns.cli.options import AsJson
+from ns.cli.options import AsJson, program
 from ns.cluster.kubectl import Kubectl
 from ns.errors import ClusterError
 
 CLUSTER = "noisy-student"
 KIND_FILE = Path(__file__).with_name("kind.yaml")
 
-app = typer.Typer(
-    help="The platform on a Kubernetes cluster.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = program("The platform on a Kubernetes cluster.")
 
 Overlay = Annotated[
     str, typer.Option(help="Overlay in k8s/overlays, or a folder; the deployed one, or kind or dev, if not given.")

@@ -221,7 +221,7 @@ def start(root: Store, run: str, experiment: Experiment, version: str) -> Record
     """Opens a run, or opens it again. Raises RunError if the run exists with another configuration, ConfigError for a wrong name."""
     check_name(run)
     config_digest = digest_of(experiment)
-    started_at = _now()
+    started_at = now()
     if root.exists(_record(run)):
         known = Record.read(root, _record(run))
         if known.config_digest != config_digest:
@@ -286,7 +286,7 @@ def _lock(root: LocalStore, run: str) -> FileLock:
 
 def finish(root: Store, run: str, state: State, error: str | None = None) -> None:
     record = Record.read(root, _record(run))
-    record.model_copy(update={"state": state, "error": error, "finished_at": _now()}).write(root, _record(run))
+    record.model_copy(update={"state": state, "error": error, "finished_at": now()}).write(root, _record(run))
 
 
 def note(root: Store, run: str, generation: int, step: str, outputs: dict[str, str], seconds: float, *, reused: bool) -> None:
@@ -294,7 +294,7 @@ def note(root: Store, run: str, generation: int, step: str, outputs: dict[str, s
     key = f"{run}/steps/{generation}-{step}.json"
     if reused and root.exists(key) and Note.read(root, key).outputs == outputs:
         return
-    document = Note(generation=generation, step=step, outputs=outputs, seconds=seconds, reused=reused, finished_at=_now())
+    document = Note(generation=generation, step=step, outputs=outputs, seconds=seconds, reused=reused, finished_at=now())
     document.write(root, key)
 
 
@@ -308,7 +308,7 @@ def notes(root: Store, run: str) -> list[Note]:
 def note_failure(root: Store, run: str, generation: int, step: str, error: NsError | str, *, key: str) -> None:
     """Keeps why a step failed. `key`: of this task among all of the run."""
     code = error.exit_code if isinstance(error, NsError) else 1
-    failure = Failure(generation=generation, step=step, error=str(error), exit_code=code, failed_at=_now())
+    failure = Failure(generation=generation, step=step, error=str(error), exit_code=code, failed_at=now())
     failure.write(root, f"{run}/failures/{generation}-{key}.json")
 
 
@@ -600,5 +600,6 @@ def _record(run: str) -> str:
     return f"{RECORDS}{run}.json"
 
 
-def _now() -> str:
+def now() -> str:
+    """The time in UTC, to the microsecond: what follows each other closely is put in order by it."""
     return datetime.now(UTC).isoformat(timespec="microseconds")

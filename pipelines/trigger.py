@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 from itertools import count
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -23,11 +23,13 @@ from ns.config import Experiment
 from ns.data.dataset import MANIFEST, Dataset, Shard
 from ns.data.digits import write_digits
 from ns.data.ingest import listed
+from ns.data.prepare import DIGITS
 from ns.data.prepared import ROLES, Part
 from ns.data.scratch import scratch
 from ns.digest import digest, sha256_bytes
 from ns.document import Document, pretty
 from ns.errors import DataError, NsError
+from ns.runs import now
 from ns.store import LocalStore, Store, open_store, read_uri
 from ns.watch import signalled
 from pipelines import cluster
@@ -36,7 +38,6 @@ from pipelines.submit import ENDED, Server, Submitted
 if TYPE_CHECKING:
     from ns.plan.prices import Cost, Price
 
-DIGITS = "digits:"
 NAME_LETTERS = 8
 TERA = 1e12
 SETTLE_SECONDS = 2.0
@@ -114,7 +115,7 @@ def look(experiment: Experiment, image: str | None = None) -> Trigger:
         image=image,
         data=data,
         claimed_by=f"{platform.node()}:{os.getpid()}:{uuid.uuid4()}",
-        claimed_at=_now(),
+        claimed_at=now(),
     )
 
 
@@ -190,7 +191,7 @@ def start(
 
 def _claim(root: Store, key: str, trigger: Trigger) -> bool:
     """Whether it is ours to start the run."""
-    data = pretty(trigger.model_copy(update={"claimed_at": _now()}).model_dump(mode="json"))
+    data = pretty(trigger.model_copy(update={"claimed_at": now()}).model_dump(mode="json"))
     if not root.create(key, data):
         return False
     if not isinstance(root, LocalStore):
@@ -285,7 +286,3 @@ def _of_dataset(dataset: Dataset) -> Data:
 def _key(name: str, whole: str, attempt: int) -> str:
     """Of a claim. One that came to nothing is not removed but followed by another: only so is there one at a time."""
     return f"store/triggers/{name}/{whole}{f'-{attempt}' if attempt else ''}.json"
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="microseconds")

@@ -15,7 +15,7 @@ import typer
 
 from ns import __version__
 from ns.cli import doctor, evaluate, export, gate, labels, promote, report, trigger
-from ns.cli.options import AsJson, ConfigArgument, Inputs, Kfp, Overrides, Root, RunArgument, load, plain, write_page
+from ns.cli.options import AsJson, ConfigArgument, Inputs, Kfp, Overrides, Root, RunArgument, load, plain, program, write_page
 from ns.errors import ConfigError, DataError, Interrupted, NsError, RunError
 
 if TYPE_CHECKING:
@@ -28,13 +28,7 @@ if TYPE_CHECKING:
 # Newer typers bring a click of their own, which is not the one that can be imported.
 UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
-app = typer.Typer(
-    help="Noisy Student self-training: teacher, pseudo-labels, noisy student, gate, again.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = program("Noisy Student self-training: teacher, pseudo-labels, noisy student, gate, again.")
 runs_app = typer.Typer(help="Runs: what was done, and what came of it.", no_args_is_help=True)
 config_app = typer.Typer(help="Experiments: show, check, and describe their fields.", no_args_is_help=True)
 data_app = typer.Typer(help="Datasets: make, check, and look at them.", no_args_is_help=True)

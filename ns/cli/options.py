@@ -31,6 +31,17 @@ Inputs = Annotated[
 ]
 
 
+def program(about: str) -> typer.Typer:
+    """A command line of its own, not a group of commands in another."""
+    return typer.Typer(
+        help=about,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+
 def plain(uri: str) -> str:
     """A path that can be pasted into a shell, relative where that is shorter."""
     from urllib.parse import unquote

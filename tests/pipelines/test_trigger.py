@@ -47,7 +47,7 @@ def seen(run="digits-1", settings="a", image="worker:1", **shards) -> Trigger:
         image=image,
         data=data,
         claimed_by=f"client:{time.monotonic_ns()}",
-        claimed_at=trigger._now(),
+        claimed_at=trigger.now(),
     )
 
 
