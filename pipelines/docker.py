@@ -145,8 +145,13 @@ class _Engine:
 
         docker_task_handler.run_docker_container = self.run_step
         pipeline = load_pipeline()
-        # Nothing is kept in KFP's workspace, and everything that it would keep is removed after the run.
-        local.init(runner=local.DockerRunner(), pipeline_root=str(self._scratch), raise_on_error=True)
+        # What KFP would keep is removed after the run.
+        local.init(
+            runner=local.DockerRunner(),
+            pipeline_root=str(self._scratch),
+            workspace_root=str(self._scratch / "workspace"),
+            raise_on_error=True,
+        )
         pipeline(config=config_uri, root=self._root.uri, run=self._run)
 
     def run_step(self, *, command: list[str], **_given: Any) -> int:

@@ -59,7 +59,7 @@ def run(
     with tempfile.TemporaryDirectory(prefix="ns-run-") as scratch:
         events = Path(scratch) / "events.jsonl"
         events.touch()
-        variables = {EVENTS_VARIABLE: str(events), CLIENT_VARIABLE: str(os.getpid())}
+        variables = {EVENTS_VARIABLE: str(events), CLIENT_VARIABLE: str(os.getpid()), **_temporary(scratch)}
         arguments = {"config": config_uri, "root": root, "run": run, **inputs}
         output = Output(log)
         with _environment(variables), tail(events, watch):
@@ -85,7 +85,12 @@ def _run_pipeline(package: Path, pipeline_root: Path, arguments: dict[str, Any])
     from kfp import local
 
     pipeline = load_pipeline(package)
-    local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(pipeline_root), raise_on_error=True)
+    local.init(
+        runner=local.SubprocessRunner(use_venv=False),
+        pipeline_root=str(pipeline_root),
+        workspace_root=str(pipeline_root / "workspace"),
+        raise_on_error=True,
+    )
     pipeline(**arguments)
 
 
@@ -245,6 +250,15 @@ def tail(path: Path, on_event: Callable[[Event], None]) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+
+
+def _temporary(scratch: str) -> dict[str, str]:
+    """Keeps what the steps leave behind in `scratch`: KFP starts each from a folder that it never removes, and killed ones leave theirs.
+
+    Not so the kernels that torch compiles: they serve later runs.
+    """
+    kernels = Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}"
+    return {"TMPDIR": scratch, "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(kernels))}
 
 
 @contextlib.contextmanager

@@ -146,7 +146,8 @@ class _Steps(Sampler[int]):
 def loader(batches: Batches, *, start: int, stop: int, workers: int, pin_memory: bool) -> Iterator[Batch]:
     """Batches of steps [start, stop) in order, made ahead by `workers` processes.
 
-    Raises DataError, in one line, for an image that cannot be read.
+    Raises DataError, in one line, for an image that cannot be read, and, as torch does, RuntimeError with `DataLoader worker (pid`
+    for a process that was killed.
     """
     made: DataLoader[Batch] = DataLoader(
         batches,
@@ -161,3 +162,8 @@ def loader(batches: Batches, *, start: int, stop: int, workers: int, pin_memory:
     except DataError as error:
         # A worker's exception arrives with its stack trace as the message, the message proper at the end.
         raise DataError(str(error).rpartition(f"{DataError.__name__}: ")[2].strip()) from error
+    except (ConnectionError, EOFError) as error:
+        if str(error).startswith("Caught "):  # a worker's own
+            raise
+        # A worker that dies while it hands a batch over may not be known to be dead yet, and then torch does not say it.
+        raise RuntimeError("DataLoader worker (pid unknown) went away while it handed over a batch") from error

@@ -339,16 +339,17 @@ def _dead_loaders(stop: threading.Event) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        # An error of a worker's own says "Caught … in DataLoader worker process".
+        if "DataLoader worker (pid" not in str(error):
             raise
         if stop.is_set():
             # A signal to the whole process group. The step under way is lost, and with it the state of this moment.
             raise Interrupted(
                 "stopped together with its data loaders; the same command continues from the last checkpoint"
             ) from error
-        raise TrainingError(
-            "a data loader's process was killed, most often for want of memory; lower train.loader_workers or the batch"
-        ) from error
+        shared = "for want of shared memory: give the container more /dev/shm"
+        memory = shared if "Bus error" in str(error) else "most often for want of memory"
+        raise TrainingError(f"a data loader's process was killed, {memory}; lower train.loader_workers or the batch") from error
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The local runner with a pipeline of stand-in steps: order, failure, and what a person is told."""
 
 import json
+import tempfile
 import textwrap
 
 import pytest
@@ -118,6 +119,15 @@ def test_one_generation_trains_a_teacher_or_goes_on_from_one_or_has_nothing_to_d
 @pytest.mark.parametrize("given", [{}, {"package": GENERATION_PACKAGE}])
 def test_a_dry_run_plans_and_runs_nothing(stand_in, given):
     assert stand_in({"dry_run": True, **given}) == [(f"plan-{bool(given)}", 0)]
+
+
+def test_a_run_leaves_nothing_behind_among_temporary_files(stand_in, tmp_path, monkeypatch):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    stand_in({"dry_run": True})
+    assert list(temporary.iterdir()) == []
 
 
 def test_a_failing_step_fails_the_run_with_its_name_its_reason_and_its_code(stand_in):

@@ -2,6 +2,7 @@ import json
 import multiprocessing
 import os
 import signal
+from multiprocessing import resource_sharer
 
 import pytest
 import torch
@@ -108,14 +109,18 @@ def test_asked_to_stop_training_leaves_a_checkpoint_and_goes_on_from_there(data,
 
 
 @pytest.mark.parametrize(
-    ("asked_to_stop", "error", "message"),
-    [(True, Interrupted, "continues from the last checkpoint"), (False, TrainingError, "lower train.loader_workers")],
+    ("how", "asked_to_stop", "error", "message"),
+    [
+        ("Terminated.", True, Interrupted, "continues from the last checkpoint"),
+        ("Killed.", False, TrainingError, "for want of memory; lower train.loader_workers"),
+        ("Bus error. It is possible that …", False, TrainingError, "give the container more /dev/shm; lower"),
+    ],
 )
-def test_a_loader_killed_in_the_middle_of_a_step_is_explained(data, tmp_path, monkeypatch, asked_to_stop, error, message):
+def test_a_loader_killed_in_the_middle_of_a_step_is_explained(data, tmp_path, monkeypatch, how, asked_to_stop, error, message):
     def killed(*_):
         if asked_to_stop:
             os.kill(os.getpid(), signal.SIGTERM)
-        raise RuntimeError("DataLoader worker (pid 584) is killed by signal: Terminated.")
+        raise RuntimeError(f"DataLoader worker (pid 584) is killed by signal: {how}")
 
     monkeypatch.setattr(loop, "losses", killed)
     with pytest.raises(error, match=message):
@@ -128,6 +133,17 @@ def test_a_loader_killed_while_it_is_waited_for_is_explained(data, tmp_path, mon
             os.kill(child.pid, signal.SIGKILL)
 
     monkeypatch.setattr(log.Progress, "advance", kill)
+    config = role()
+    config = config.model_copy(update={"train": config.train.model_copy(update={"loader_workers": 1})})
+    with pytest.raises(TrainingError, match=r"a data loader's process was killed.*lower train.loader_workers"):
+        run(data, tmp_path, config)
+
+
+def test_a_loader_killed_while_it_hands_a_batch_over_is_explained(data, tmp_path, monkeypatch):
+    def reset(_ident):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr(resource_sharer._ResourceSharer, "get_connection", staticmethod(reset))
     config = role()
     config = config.model_copy(update={"train": config.train.model_copy(update={"loader_workers": 1})})
     with pytest.raises(TrainingError, match=r"a data loader's process was killed.*lower train.loader_workers"):
