@@ -6,7 +6,7 @@ from ns.watch import signalled
 
 
 def test_signals_are_heard_inside_and_by_whoever_was_before_afterwards():
-    heard = []
+    heard, before = [], signal.getsignal(signal.SIGINT)
     with signalled(lambda number, _: heard.append(("outer", number)), [signal.SIGTERM]):
         with signalled(lambda number, _: heard.append(("inner", number))):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -15,7 +15,7 @@ def test_signals_are_heard_inside_and_by_whoever_was_before_afterwards():
         os.kill(os.getpid(), signal.SIGTERM)
     inner = [("inner", number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM)]
     assert heard == [*inner, ("outer", signal.SIGTERM)]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_in_a_thread_all_stays_as_it_is():
