@@ -31,7 +31,7 @@ test-integration: $(VENV)/.test ## Run the tests of several real parts together
 	@$(PYTEST) -m "integration or browser or data" --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-containers: $(VENV)/.test ## Run the tests that need a container engine
-	@$(PYTEST) -m containers $(ARGS)
+	@$(PYTEST) -m containers --numprocesses auto --dist loadfile $(ARGS)
 
 test-all: export NS_LONG_TESTS := 1
 test-all: test test-integration test-containers ## Run all tests
@@ -132,18 +132,18 @@ clean: ## Remove what runs left behind (runs/)
 distclean: clean ## Remove the virtual environment too
 	rm -rf $(VENV) $(VENV)-checkov $(VENV)-mutation mutants
 
-# A stamp is touched last, so that an interrupted installation is taken up again.
+# A stamp is touched last, so that an interrupted installation is taken up again. Who has more also has what is less.
 $(VENV)/.run: pyproject.toml constraints.txt install.sh
 	@sh install.sh $(VENV) pipelines,quickstart
 	@touch $@
 
-$(VENV)/.bench: $(VENV)/.test
-	@sh install.sh $(VENV) pipelines,quickstart,versions,check,export,tensorboard,dev,bench
-	@touch $@
-
-$(VENV)/.test: $(VENV)/.run
+$(VENV)/.test: pyproject.toml constraints.txt install.sh
 	@sh install.sh $(VENV) pipelines,quickstart,versions,check,export,tensorboard,dev
-	@touch $@
+	@touch $(VENV)/.run $@
+
+$(VENV)/.bench: pyproject.toml constraints.txt install.sh
+	@sh install.sh $(VENV) pipelines,quickstart,versions,check,export,tensorboard,dev,bench
+	@touch $(VENV)/.run $(VENV)/.test $@
 
 # 290 MB with a hundred packages of its own, which would not agree with ours.
 $(VENV)-checkov/.installed: $(VENV)/.test

@@ -8,6 +8,8 @@ import yaml
 
 PACKAGE = Path(__file__).with_name("noisy_student.yaml")
 """The compiled pipeline. Here, so that who submits it need not load KFP's compiler, which takes half a second."""
+GENERATION_PACKAGE = PACKAGE.with_name("noisy_student_generation.yaml")
+"""The compiled pipeline of one generation."""
 
 
 def documents(text: str) -> Iterator[Any]:

@@ -13,12 +13,10 @@ from typing import Any
 import yaml
 from kfp import compiler
 
-from pipelines import PACKAGE as PACKAGE
-from pipelines import documents
+from pipelines import GENERATION_PACKAGE, PACKAGE, documents
 from pipelines.noisy_student import noisy_student, noisy_student_generation
 from pipelines.pools import INPUTS
 
-GENERATION_PACKAGE = PACKAGE.with_name("noisy_student_generation.yaml")
 PIPELINES = {PACKAGE: noisy_student, GENERATION_PACKAGE: noisy_student_generation}
 Spec = dict[str, Any]
 

@@ -50,6 +50,7 @@ def api(tmp_path, monkeypatch):
     (tmp_path / "kubeconfig").write_text(yaml.safe_dump({"apiVersion": "v1", "kind": "Config", **kubeconfig}))
     monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig"))
     monkeypatch.setattr(trainjob, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(trainjob, "QUIET_SECONDS", 1.0)
     monkeypatch.setenv("KFP_POD_NAME", "step")
     monkeypatch.setenv("KFP_POD_UID", "uid-1")
     yield api

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from importlib.resources import files
 from pathlib import Path
 
@@ -91,7 +92,9 @@ def engine() -> None:
     """A container engine that answers where DOCKER_HOST says."""
     if not ENGINE.exists():
         pytest.skip(f"needs a container engine: {ENGINE.name} beside the checkout, or NS_CONTAINER_ENGINE")
-    started = subprocess.run([str(ENGINE), "up"], capture_output=True, text=True, timeout=600)
+    # pytest-xdist's workers would start it at once.
+    with FileLock(Path(tempfile.gettempdir()) / "container-engine.lock"):
+        started = subprocess.run([str(ENGINE), "up"], capture_output=True, text=True, timeout=600)
     if started.returncode:
         pytest.skip(f"the container engine did not start: {started.stderr.strip().splitlines()[-1:]}")
     assert shutil.which("podman")

@@ -73,33 +73,35 @@ def running(marker: str) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_run_continues_and_ends_like_a_calm_one(tmp_path, calm, moment):
-    client = subprocess.Popen(command(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def until(moment: str, root: Path, client: subprocess.Popen) -> None:
     deadline = time.monotonic() + 200
-    while not MOMENTS[moment](tmp_path):
+    while not MOMENTS[moment](root):
         assert client.poll() is None, f"the run ended before the moment came: {moment}"
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, f"the moment does not come: {moment}"
         time.sleep(0.01)
-    os.kill(client.pid, signal.SIGKILL)
-    client.wait()
-    # Its steps notice that nobody waits for them any more.
-    deadline = time.monotonic() + 10
-    while running(str(tmp_path)):
-        assert time.monotonic() < deadline, f"orphans: {running(str(tmp_path))}"
-        time.sleep(0.1)
+
+
+def test_a_run_killed_again_and_again_continues_and_ends_like_a_calm_one(tmp_path, calm):
+    for moment in MOMENTS:
+        client = subprocess.Popen(command(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        until(moment, tmp_path, client)
+        os.kill(client.pid, signal.SIGKILL)
+        client.wait()
+        # Its steps notice that nobody waits for them any more.
+        deadline = time.monotonic() + 10
+        while running(str(tmp_path)):
+            assert time.monotonic() < deadline, f"after {moment}, orphans: {running(str(tmp_path))}"
+            time.sleep(0.1)
     assert results(finish(tmp_path)) == calm
-    if "training" in moment:
-        assert "training continues" in (tmp_path / "test" / "pipeline.log").read_text()
+    said = (tmp_path / "test" / "pipeline.log").read_text()
+    assert said.count("training continues") == 2, "the teacher's and the student's"
 
 
 def test_ctrl_c_leaves_a_run_that_resume_continues(tmp_path, calm):
     client = subprocess.Popen(
         command(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    while not MOMENTS["teacher training"](tmp_path):
-        assert client.poll() is None
-        time.sleep(0.01)
+    until("teacher training", tmp_path, client)
     # As a terminal does it: to the whole process group.
     os.killpg(client.pid, signal.SIGINT)
     _, errors = client.communicate(timeout=60)

@@ -5,8 +5,7 @@ import pytest
 from ns import runs
 from ns.evaluate.gate import Verdict
 from ns.store import LocalStore
-from pipelines import local
-from pipelines.compile import GENERATION_PACKAGE
+from pipelines import GENERATION_PACKAGE, local
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 

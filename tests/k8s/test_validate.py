@@ -10,7 +10,7 @@ import yaml
 
 from k8s import validate
 from ns import __version__
-from pipelines.compile import PACKAGE
+from pipelines import PACKAGE
 from pipelines.pools import INPUTS
 
 CHECKOUT = Path(__file__).parents[2]

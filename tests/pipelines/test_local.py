@@ -7,8 +7,7 @@ import textwrap
 import pytest
 
 from ns.errors import NsError
-from pipelines import local
-from pipelines.compile import GENERATION_PACKAGE
+from pipelines import GENERATION_PACKAGE, local
 
 STEPS = """
 import json, os, sys

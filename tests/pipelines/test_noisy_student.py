@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -10,10 +12,10 @@ import pytest
 import yaml
 
 from ns.config import MAX_GENERATIONS
-from pipelines.compile import GENERATION_PACKAGE, PIPELINES, compiled
+from pipelines import GENERATION_PACKAGE, PACKAGE
 
 
-@pytest.fixture(scope="module", params=PIPELINES, ids=lambda package: package.stem)
+@pytest.fixture(scope="module", params=[PACKAGE, GENERATION_PACKAGE], ids=lambda package: package.stem)
 def package(request) -> Path:
     return request.param
 
@@ -46,8 +48,11 @@ def work(spec: dict) -> dict:
     return found
 
 
-def test_the_committed_pipeline_is_what_the_code_compiles_to_at_any_time(package):
-    assert compiled(package) == package.read_text(), "run `make compile` and commit the result"
+def test_the_committed_pipelines_are_what_the_code_compiles_to_at_any_time():
+    # On its own: KFP looks its caller up among all modules that are loaded, for each setting of each task; with a test suite's
+    # thousands that takes a minute.
+    done = subprocess.run([sys.executable, "-m", "pipelines.compile", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_no_task_refers_to_an_input_that_its_parent_does_not_have(spec):
