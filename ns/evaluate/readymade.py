@@ -10,7 +10,7 @@ Photographs are 224 px already: the model gets them resized to its test resoluti
 import hashlib
 import io
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -39,6 +39,8 @@ Kind = Literal["imagenet-c", "cifar10-c", "imagenet-p"]
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 IMAGES = (".jpeg", ".jpg", ".png")
 READERS = 8
+FRAMES = 31
+"""Of a published sequence, about."""
 
 
 class Entries(NamedTuple):
@@ -127,6 +129,29 @@ def listing_digest(folder: Store) -> str:
     return found.hexdigest()
 
 
+def passes(folder: Store, kind: Kind, config: EvaluationConfig) -> int:
+    """Forward passes that `measure` makes, from the names and sizes of the files. Raises DataError for a folder that is no such set."""
+    counts: Counter[str] = Counter()
+    for entry in folder.entries():
+        parts = entry.key.split("/")
+        if kind == "cifar10-c" and parts[0].endswith(".npy"):
+            # uint8 [5 N, 32, 32, 3]
+            each = entry.size // (5 * 32 * 32 * 3)
+            counts.update({f"{parts[0].removesuffix('.npy')}/{severity}": each for severity in config.severities})
+        elif kind == "imagenet-c" and parts[-1].lower().endswith(IMAGES):
+            counts["/".join(parts[:2])] += 1
+        elif kind == "imagenet-p" and parts[-1].lower().endswith(".mp4"):
+            counts[parts[0]] += 1
+    if kind == "imagenet-p":
+        wanted = list(config.perturbations)
+    else:
+        wanted = [f"{one}/{severity}" for one in config.kinds for severity in config.severities]
+    images = sum(min(counts[name], config.images or counts[name]) for name in wanted)
+    if not images:
+        raise DataError(f"{folder.uri}: is no {kind} set: has none of its kinds")
+    return images * (FRAMES if kind == "imagenet-p" else 1)
+
+
 def measure(
     predictor: Predictor,
     folder: Store,
@@ -213,7 +238,7 @@ def measure(
 def _evaluated(predictor: Predictor, entries: Entries, rows: npt.NDArray[np.int64], severity: int, sequences: bool) -> pa.Table:
     """Predictions of one unit; images that cannot be read are left out."""
     parts = []
-    size = max(1, predictor.batch // (31 if sequences else 1))
+    size = max(1, predictor.batch // (FRAMES if sequences else 1))
     groups = [rows[start : start + size] for start in range(0, len(rows), size)]
     with ThreadPoolExecutor(READERS, "read") as threads:
         loaded: deque[tuple[npt.NDArray[np.int64], list[list[Picture]]]] = deque()

@@ -20,7 +20,7 @@ from ns.evaluate.suite import passes
 from ns.inference import DECODE_THREADS
 from ns.label.labelset import kept_classes
 from ns.log import duration
-from ns.plan.look import Counts, Looked, Picture
+from ns.plan.look import Counts, Looked, Picture, evaluation_set
 from ns.plan.measure import Speed, decode_seconds, inference_speed, noise_seconds, training_speed
 from ns.precision import machine
 from ns.train.course import Course, finetuned_role, training
@@ -165,8 +165,9 @@ def plan(experiment: Experiment, asked: Asked) -> Plan:
         places["test"] = data.test
     looked = {part: asked.counts.of(part, place) for part, place in places.items()}
     classes = looked["labelled"].classes or asked.counts.classes
+    sets = {name: evaluation_set(name, wanted, experiment.evaluation) for name, wanted in experiment.evaluation.sets.items()}
     models.check(experiment, looked["labelled"].classes or None)
-    jobs = list(_jobs(experiment, {part: found.images for part, found in looked.items()}, asked.begun))
+    jobs = list(_jobs(experiment, {part: found.images for part, found in looked.items()}, sets, asked.begun))
     speeds = _Speeds(jobs, asked, classes, experiment.labelling.batch, _pictures(looked))
     work = tuple(_work(job, looked, speeds, asked, experiment.labelling.tasks) for job in jobs)
     top = kept_classes(classes, experiment.labelling.top_k)
@@ -215,14 +216,16 @@ def remarks(made: Plan) -> list[str]:
     return said
 
 
-def _jobs(experiment: Experiment, images: dict[Part, int], begun: int | None) -> Iterator[_Job]:
-    """Every generation's work, in the order of a run. `begun`: as in `Asked`."""
+def _jobs(experiment: Experiment, images: dict[Part, int], sets: dict[str, int], begun: int | None) -> Iterator[_Job]:
+    """Every generation's work, in the order of a run. `sets`: as of `evaluation_set`; `begun`: as in `Asked`."""
     asked = experiment.evaluation
     clean = images["heldout"] + images.get("test", 0)
     reported = images.get("test", images["heldout"])
     robust = passes(asked) * min(reported, asked.images or reported) if asked.robust else 0
     if experiment.gate.suites and "test" in images:
         robust += passes(experiment.guarded) * min(images["heldout"], asked.images or images["heldout"])
+    plain = sum(count for name, count in sets.items() if asked.sets[name].kind == "images")
+    robust += sum(sets.values()) - plain
 
     def role_of(generation: int) -> tuple[str, RoleConfig]:
         if generation == 0:
@@ -230,7 +233,7 @@ def _jobs(experiment: Experiment, images: dict[Part, int], begun: int | None) ->
         return f"students.{min(generation, len(experiment.students)) - 1}", experiment.student(generation)
 
     def evaluated(generation: int, field: str, role: RoleConfig) -> Iterator[_Job]:
-        yield _Job(generation, "evaluate", field, role, None, clean, 0)
+        yield _Job(generation, "evaluate", field, role, None, clean + plain, 0)
         if robust:
             yield _Job(generation, "robustness", field, role, None, robust, 0)
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ns.config import EvaluationConfig, EvaluationSet
 from ns.data.dataset import MANIFEST, Dataset, Role
 from ns.data.decode import Encoded, decode, look
 from ns.data.digits import write_digits
@@ -17,6 +18,7 @@ from ns.data.prepared import ROLES, Part
 from ns.data.scratch import scratch
 from ns.data.sources import Reader
 from ns.errors import DataError, NsError
+from ns.evaluate import readymade
 from ns.store import Store, open_store
 
 Picture = Encoded | npt.NDArray[np.uint8]
@@ -56,6 +58,17 @@ class Counts:
         if not found.images:
             raise DataError(f"data.{part}: {place}: has no images; import some, or say how many there will be: --{part} N")
         return found._replace(image_bytes=self.image_bytes or found.image_bytes)
+
+
+def evaluation_set(name: str, wanted: EvaluationSet, config: EvaluationConfig) -> int:
+    """Images of a further evaluation set; forward passes, if they come distorted. Raises DataError or StoreError naming the field."""
+    field = f"evaluation.sets.{name}"
+    try:
+        if wanted.kind != "images":
+            return readymade.passes(open_store(wanted.place), wanted.kind, config)
+        return _look("heldout", wanted.place).images
+    except NsError as error:
+        raise type(error)(f"{field}: {error}; or plan without it: --set 'evaluation.sets={{}}'") from error
 
 
 def _look(part: Part, place: str) -> Looked:

@@ -197,3 +197,48 @@ def test_robustness_is_counted_for_every_model_on_the_images_that_are_reported()
     plain = plan.plan(experiment(generations=1), Asked(counts, multiply_adds_per_second=1e12))
     assert {one.task for one in plain.work} == {"train", "label", "evaluate"}
     assert work(plain, "evaluate", 0).images == 300
+
+
+def test_further_evaluation_sets_are_counted_for_every_model(tmp_path, picture):
+    """Plain ones with clean images, but not for a fine-tuned form; published ones with what is distorted."""
+
+    def put(name, *keys):
+        for key in keys:
+            path = tmp_path / name / key
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(picture(0))
+        return str(tmp_path / name)
+
+    real = put("real", "cat/1.png", "cat/2.png", "dog/3.png")
+    photographs = put(
+        "c", *(f"{kind}/{n}/n01/{image}.JPEG" for kind in ("fog", "snow") for n in (1, 5) for image in range(3)), "x.txt"
+    )
+    films = put("p", "tilt/n01/1.mp4", "tilt/n02/2.mp4", "no_such_kind/n01/1.mp4")
+    (tmp_path / "arrays").mkdir()
+    np.save(tmp_path / "arrays" / "fog.npy", np.zeros((20, 32, 32, 3), np.uint8))
+    np.save(tmp_path / "arrays" / "labels.npy", np.zeros(20, np.uint8))
+    sets = {
+        "real": {"place": real},
+        "c": {"place": photographs, "kind": "imagenet-c"},
+        "p": {"place": films, "kind": "imagenet-p"},
+        "arrays": {"place": str(tmp_path / "arrays"), "kind": "cifar10-c"},
+    }
+    counts = Counts({"labelled": 1000, "pool": 5000, "heldout": 300}, classes=2)
+
+    def planned(**evaluation):
+        config = experiment(
+            generations=1,
+            evaluation={"sets": sets, **evaluation},
+            teacher={"train": {"finetune": {"resolution": 48}}, "model": {"arch": "test_efficientnet", "resolution": 32}},
+            students=[{"model": {"arch": "test_efficientnet", "resolution": 32}}],
+        )
+        return plan.plan(config, Asked(counts, multiply_adds_per_second=1e12))
+
+    whole = planned()
+    assert [one.images for one in whole.work if one.task == "evaluate"] == [303, 300, 303]
+    assert [one.images for one in whole.work if one.task == "robustness"] == [2 * 2 * 3 + 2 * 31 + 5 * 4] * 2
+    quick = planned(images=2, severities=[1, 2], corruptions=["fog"])
+    assert work(quick, "robustness", 1).images == 2 + 2 * 31 + 2 * 2
+    sets["c"]["place"] = real
+    with pytest.raises(DataError, match=r"evaluation.sets.c: .*real: is no imagenet-c set.*plan without it: --set"):
+        planned()
