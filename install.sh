@@ -54,7 +54,7 @@ echo "Installing into $venv (once; some minutes, most of it for torch) …" >&2
 trap 'exit 130' INT
 touch "$under_way"
 code=0
-"$venv/bin/python" -m pip install --disable-pip-version-check -c constraints.txt -e ".[$extras]" >"$log" 2>&1 || code=$?
+"$venv/bin/python" -m pip install --disable-pip-version-check --no-compile -c constraints.txt -e ".[$extras]" >"$log" 2>&1 || code=$?
 # Above 128 a signal ended pip; below, pip ended by itself and in order.
 [ "$code" -gt 128 ] || rm -f "$under_way"
 if [ "$code" -ne 0 ]; then
@@ -62,3 +62,5 @@ if [ "$code" -ne 0 ]; then
     echo "error: the installation failed; all of its output is in $log; make takes it up again" >&2
     exit 1
 fi
+# pip compiles one file after the other. Some files that packages have for other Pythons do not compile, which is no fault.
+"$venv/bin/python" -m compileall -qq -j 0 "$venv/lib" >>"$log" 2>&1 || true

@@ -96,6 +96,7 @@ def test_make_alone_lists_every_target(machine):
     assert targets == set(re.findall(r"^  make ([a-z-]+)", shown, re.MULTILINE))
 
 
+@pytest.mark.integration
 def test_run_installs_once_and_passes_arguments_on(machine):
     machine.has_python()
     first = machine.make("run", "ARGS=--set seed=1")
@@ -125,6 +126,7 @@ def test_no_python_is_said_so(machine):
     assert "found: none" in machine.make("run").stderr
 
 
+@pytest.mark.integration
 def test_a_newer_python_that_does_not_start_is_passed_over(machine):
     machine.has("python3.13", "echo 'not found in these versions' >&2; exit 127")
     machine.has_python("python3.11")
@@ -137,6 +139,7 @@ def without_ensurepip(installed: Path) -> str:
     return f'case "$*" in *ensurepip*|*"-m venv"*) [ -e {installed} ] || exit 1;; esac\nexec {sys.executable} "$@"'
 
 
+@pytest.mark.integration
 def test_missing_ensurepip_is_installed_where_that_is_allowed(machine, tmp_path):
     installed = tmp_path / "installed"
     machine.has("python3", without_ensurepip(installed))
@@ -192,6 +195,7 @@ def test_an_interrupted_installation_is_made_anew(machine, end):
     assert not under_way.exists()
 
 
+@pytest.mark.integration
 def test_a_failed_installation_shows_the_end_of_its_log_and_keeps_what_there_is(machine):
     machine.has_python()
     assert machine.make("run").returncode == 0

@@ -142,10 +142,9 @@ def passes(folder: Store, kind: Kind, config: EvaluationConfig) -> int:
             counts["/".join(parts[:2])] += 1
         elif kind == "imagenet-p" and parts[-1].lower().endswith(".mp4"):
             counts[parts[0]] += 1
+    wanted: list[str] = [f"{one}/{severity}" for one in config.kinds for severity in config.severities]
     if kind == "imagenet-p":
-        wanted = list(config.perturbations)
-    else:
-        wanted = [f"{one}/{severity}" for one in config.kinds for severity in config.severities]
+        wanted = [*config.perturbations]
     images = sum(min(counts[name], config.images or counts[name]) for name in wanted)
     if not images:
         raise DataError(f"{folder.uri}: is no {kind} set: has none of its kinds")

@@ -16,8 +16,9 @@ pytestmark = pytest.mark.integration
 
 NS = [sys.executable, "-m", "ns"]
 TINY = {
-    "model": {"arch": "test_efficientnet", "resolution": 32},
+    "model": {"arch": "test_efficientnet", "resolution": 32, "inference_precision": "float32"},
     "train": {
+        "precision": "float32",
         "labelled_batch": 24,
         "epochs": 40,
         "unlabelled_ratio": 1,
@@ -63,6 +64,7 @@ def experiment(tmp_path, images) -> Path:
         "teacher": TINY,
         "students": [TINY],
         "selection": {"per_class": 20, "min_confidence": 0.0},
+        "labelling": {"tasks": 1},
         "gate": {"min_gain": -1},
     }
     path = tmp_path / "colours.yaml"

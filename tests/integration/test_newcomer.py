@@ -75,6 +75,8 @@ def walk(page: Path, folder: Path) -> None:
         # The pages' animals-1a2b is the first of all runs; a name's digest says nothing of the order.
         begun = sorted((folder / "runs").glob("animals-*"), key=lambda run: (run / "config.yaml").stat().st_mtime_ns)
         words = [begun[0].name if word == "animals-1a2b" else word for word in words[1:]]
+        if words[0] == "plan":
+            words += ["--seconds", "5"]
         done = subprocess.run([sys.executable, "-m", "ns", *words], cwd=folder, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{page.name}: ns {' '.join(words)}:\n{done.stdout}\n{done.stderr}"
 

@@ -368,12 +368,12 @@ def test_float16_scales_its_gradients_and_leaves_out_steps_that_overflow(data, t
         return step(self, *arguments, **named)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", counted)
-    plain = run(data, tmp_path / "plain", role())
+    plain = run(data, tmp_path / "plain", role(epochs=2))
     assert len(updates) == plain.steps
     updates.clear()
     monkeypatch.setattr(torch.amp.GradScaler.__init__, "__defaults__", ("cuda", 2.0**18, 2.0, 0.5, 2000, True))
     optimizer = OptimizerConfig(name="adamw", warmup_epochs=1, clip_norm=1e3)
-    scaled = run(data, tmp_path / "scaled", role(precision="float16", optimizer=optimizer))
+    scaled = run(data, tmp_path / "scaled", role(epochs=2, precision="float16", optimizer=optimizer))
     assert scaled.mode == "float16"
     assert 0 < len(updates) < scaled.steps
     assert all(value.isfinite().all() for value in scaled.weights.values())
