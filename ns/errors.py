@@ -1,5 +1,8 @@
 """The one exception family. Every message says what, where, the value seen and what to do; the CLI maps it to an exit code."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class NsError(Exception):
     """Something a person can mend. `exit_code` is what the command line exits with."""
@@ -47,3 +50,12 @@ class Interrupted(NsError):
     """Asked to stop (SIGINT, SIGTERM). Work done so far is kept; the same command continues."""
 
     exit_code = 130
+
+
+@contextmanager
+def named(field: str, mend: str = "") -> Iterator[None]:
+    """Puts the experiment's field in front of any NsError, and behind it what else can be done."""
+    try:
+        yield
+    except NsError as error:
+        raise type(error)(f"{field}: {error}{mend}") from error

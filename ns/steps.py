@@ -29,7 +29,7 @@ from ns.data.keys import read_keys
 from ns.data.prepared import MANIFEST as PREPARED
 from ns.data.prepared import Prepared, Source
 from ns.digest import DISTORTING, EVALUATION, LABELLING, ROBUSTNESS, TRAINING, code_digest, digest, sha256_bytes, short
-from ns.errors import ConfigError, DataError, Interrupted, NsError, TrainingError
+from ns.errors import ConfigError, DataError, Interrupted, NsError, TrainingError, named
 from ns.evaluate import gate as gates
 from ns.evaluate.result import MANIFEST as ACCURACY
 from ns.evaluate.result import ROBUSTNESS as ROBUST
@@ -655,22 +655,18 @@ def _prepare(experiment: Experiment, root: Store, ledger: Ledger) -> tuple[str, 
 def _look_ahead(experiment: Experiment, classes: Sequence[str]) -> None:
     """What only later steps read has to be there now: before them comes a training of days. Raises an NsError that names the field."""
 
-    def found(field: str, read: Callable[[str], Any], place: str) -> Any:
-        try:
-            return read(place)
-        except NsError as error:
-            raise type(error)(f"{field}: {error}") from error
-
     if experiment.data.exclude:
-        found("data.exclude", read_keys, experiment.data.exclude)
+        with named("data.exclude"):
+            read_keys(experiment.data.exclude)
     for index, place in enumerate(experiment.labelling.ensemble):
-        field = f"labelling.ensemble.{index}"
-        card = found(field, lambda place: ModelCard.read(open_store(place), CARD), place)
-        if card.classes != tuple(classes):
-            raise ConfigError(f"{field}: {place}: has other classes, or another order of them, than data.labelled")
+        with named(f"labelling.ensemble.{index}"):
+            card = ModelCard.read(open_store(place), CARD)
+            if card.classes != tuple(classes):
+                raise ConfigError(f"{place}: has other classes, or another order of them, than data.labelled")
     for name, one in experiment.evaluation.sets.items():
         if one.multi_label:
-            found(f"evaluation.sets.{name}.multi_label", read_uri, one.multi_label)
+            with named(f"evaluation.sets.{name}.multi_label"):
+                read_uri(one.multi_label)
 
 
 def _counts(root: Store, prepared: Prepared) -> dict[str, int]:

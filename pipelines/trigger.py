@@ -28,7 +28,7 @@ from ns.data.prepared import ROLES, Part
 from ns.data.scratch import scratch
 from ns.digest import digest, sha256_bytes
 from ns.document import Document, pretty
-from ns.errors import DataError, NsError
+from ns.errors import DataError, named
 from ns.runs import now
 from ns.store import LocalStore, Store, open_store, read_uri
 from ns.watch import signalled
@@ -264,7 +264,7 @@ def _known(root: Store, name: str) -> list[Trigger]:
 
 
 def _data(part: Part, place: str) -> Data:
-    try:
+    with named(f"data.{part}"):
         if place.startswith(DIGITS):
             with scratch("trigger") as here:
                 return _of_dataset(write_digits(place.removeprefix(DIGITS), open_store(str(here))))
@@ -275,8 +275,6 @@ def _data(part: Part, place: str) -> Data:
             if len(listing) == 0:
                 raise DataError(f"{place}: there are no images")
             return Data(digest=listing.digest(), images=len(listing), shards={})
-    except NsError as error:
-        raise type(error)(f"data.{part}: {error}") from error
 
 
 def _of_dataset(dataset: Dataset) -> Data:

@@ -17,7 +17,7 @@ from ns.data.prepare import DIGITS
 from ns.data.prepared import ROLES, Part
 from ns.data.scratch import scratch
 from ns.data.sources import Reader
-from ns.errors import DataError, NsError
+from ns.errors import DataError, named
 from ns.evaluate import readymade
 from ns.store import Store, open_store
 
@@ -51,10 +51,8 @@ class Counts:
         """Raises DataError or StoreError naming the field and what to do."""
         if part in self.known:
             return Looked(self.known[part], self.image_bytes)
-        try:
+        with named(f"data.{part}", f"; or say how many images there will be: --{part} N"):
             found = _look(part, place)
-        except NsError as error:
-            raise type(error)(f"data.{part}: {error}; or say how many images there will be: --{part} N") from error
         if not found.images:
             raise DataError(f"data.{part}: {place}: has no images; import some, or say how many there will be: --{part} N")
         return found._replace(image_bytes=self.image_bytes or found.image_bytes)
@@ -62,13 +60,10 @@ class Counts:
 
 def evaluation_set(name: str, wanted: EvaluationSet, config: EvaluationConfig) -> int:
     """Images of a further evaluation set; forward passes, if they come distorted. Raises DataError or StoreError naming the field."""
-    field = f"evaluation.sets.{name}"
-    try:
+    with named(f"evaluation.sets.{name}", "; or plan without it: --set 'evaluation.sets={}'"):
         if wanted.kind != "images":
             return readymade.passes(open_store(wanted.place), wanted.kind, config)
         return _look("heldout", wanted.place).images
-    except NsError as error:
-        raise type(error)(f"{field}: {error}; or plan without it: --set 'evaluation.sets={{}}'") from error
 
 
 def _look(part: Part, place: str) -> Looked:
