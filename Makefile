@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 NS := $(BIN)/ns
 PYTEST := $(BIN)/python -m pytest
 ARGS ?=
+RUN_EXTRAS := pipelines,quickstart
+TEST_EXTRAS := $(RUN_EXTRAS),versions,check,export,tensorboard,dev
 
 K8S := $(BIN)/python -m k8s
 CLUSTER_OPTIONS = $(if $(KUBE_CONTEXT),--context "$(KUBE_CONTEXT)")
@@ -133,16 +135,18 @@ distclean: clean ## Remove the virtual environment too
 	rm -rf $(VENV) $(VENV)-checkov $(VENV)-mutation mutants
 
 # A stamp is touched last, so that an interrupted installation is taken up again. Who has more also has what is less.
-$(VENV)/.run: pyproject.toml constraints.txt install.sh
-	@sh install.sh $(VENV) pipelines,quickstart
+$(VENV)/.run $(VENV)/.test $(VENV)/.bench: pyproject.toml constraints.txt install.sh
+
+$(VENV)/.run:
+	@sh install.sh $(VENV) $(RUN_EXTRAS)
 	@touch $@
 
-$(VENV)/.test: pyproject.toml constraints.txt install.sh
-	@sh install.sh $(VENV) pipelines,quickstart,versions,check,export,tensorboard,dev
+$(VENV)/.test:
+	@sh install.sh $(VENV) $(TEST_EXTRAS)
 	@touch $(VENV)/.run $@
 
-$(VENV)/.bench: pyproject.toml constraints.txt install.sh
-	@sh install.sh $(VENV) pipelines,quickstart,versions,check,export,tensorboard,dev,bench
+$(VENV)/.bench:
+	@sh install.sh $(VENV) $(TEST_EXTRAS),bench
 	@touch $(VENV)/.run $(VENV)/.test $@
 
 # 290 MB with a hundred packages of its own, which would not agree with ours.

@@ -27,7 +27,7 @@ from ns.errors import ConfigError, Interrupted, NsError, RunError
 from ns.log import EVENTS_VARIABLE, last_words
 from ns.store import LocalStore, Store
 from pipelines import PACKAGE, documents
-from pipelines.local import POLL_SECONDS, STOP_SECONDS, Event, Output, StepError, drive, load_pipeline, name_of, tail
+from pipelines.local import POLL_SECONDS, STOP_SECONDS, Event, Output, StepError, begin, drive, load_pipeline, name_of, tail
 
 USER = 10001
 """Who the images' steps are (images/Dockerfile)."""
@@ -145,13 +145,7 @@ class _Engine:
 
         docker_task_handler.run_docker_container = self.run_step
         pipeline = load_pipeline()
-        # What KFP would keep is removed after the run.
-        local.init(
-            runner=local.DockerRunner(),
-            pipeline_root=str(self._scratch),
-            workspace_root=str(self._scratch / "workspace"),
-            raise_on_error=True,
-        )
+        begin(local.DockerRunner(), self._scratch)
         pipeline(config=config_uri, root=self._root.uri, run=self._run)
 
     def run_step(self, *, command: list[str], **_given: Any) -> int:

@@ -1,6 +1,7 @@
 """Runs the compiled pipeline on this machine: kfp.local, one subprocess a step, nothing installed at run time."""
 
 import contextlib
+import getpass
 import io
 import json
 import os
@@ -85,13 +86,15 @@ def _run_pipeline(package: Path, pipeline_root: Path, arguments: dict[str, Any])
     from kfp import local
 
     pipeline = load_pipeline(package)
-    local.init(
-        runner=local.SubprocessRunner(use_venv=False),
-        pipeline_root=str(pipeline_root),
-        workspace_root=str(pipeline_root / "workspace"),
-        raise_on_error=True,
-    )
+    begin(local.SubprocessRunner(use_venv=False), pipeline_root)
     pipeline(**arguments)
+
+
+def begin(runner: Any, folder: Path) -> None:
+    """Has KFP run steps by `runner`, and keep what it keeps in `folder`: a workspace that it makes by itself it never removes."""
+    from kfp import local
+
+    local.init(runner, pipeline_root=str(folder), workspace_root=str(folder / "workspace"), raise_on_error=True)
 
 
 def load_pipeline(package: Path = PACKAGE) -> Any:
@@ -255,9 +258,13 @@ def tail(path: Path, on_event: Callable[[Event], None]) -> Iterator[None]:
 def _temporary(scratch: str) -> dict[str, str]:
     """Keeps what the steps leave behind in `scratch`: KFP starts each from a folder that it never removes, and killed ones leave theirs.
 
-    Not so the kernels that torch compiles: they serve later runs.
+    Not so the kernels that torch compiles: they stay where torch keeps them, for later runs and for commands without a pipeline.
     """
-    kernels = Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}"
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = f"uid_{os.getuid()}"
+    kernels = Path(tempfile.gettempdir()) / f"torchinductor_{user}"
     return {"TMPDIR": scratch, "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(kernels))}
 
 

@@ -85,7 +85,7 @@ def error_of(done: subprocess.CompletedProcess) -> str:
     return lines[0]
 
 
-def test_what_is_wrong_with_own_images_is_named_and_once_mended_the_same_command_goes_through(tmp_path, experiment, images):
+def test_what_is_wrong_with_own_images_is_named_and_once_mended_it_goes_through(tmp_path, experiment, images):
     whole = (images / "pool" / "7.png").read_bytes()
     (images / "pool" / "7.png").write_bytes(whole[: len(whole) // 2])
     (images / "labelled" / "yellow").mkdir()
