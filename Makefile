@@ -118,7 +118,7 @@ validate: $(VENV)/.test ## Check the manifests in k8s/ against Kubernetes' schem
 checkov: $(VENV)-checkov/.installed ## Check the manifests, and look for weaknesses with checkov, which gets an environment of its own
 	@$(BIN)/python -m k8s.validate --checkov $(VENV)-checkov/bin/checkov $(ARGS)
 
-mutation: $(VENV)-mutation/.installed ## Change the code that decides bit by bit, and list what no test notices; an hour (ARGS="ns.evaluate.gate*")
+mutation: $(VENV)-mutation/.installed ## Change the code that decides bit by bit, and list what no test notices; an hour (ARGS="ns.evaluation.gate*")
 	@$(MUTMUT) run $(ARGS)
 	@$(MUTMUT) results | sed '/: not checked$$/d'
 

@@ -27,19 +27,19 @@ from sklearn.datasets import load_sample_images
 from torch.utils.data import DataLoader
 
 from benchmarks.measure import CIFAR10, arguments, finish, rates, ratio
-from ns.config import NoiseConfig
-from ns.data import images as ns_images
-from ns.data.augment import EvalTransform, TrainTransform
+from ns.config.schema import NoiseConfig
+from ns.data.augment.randaugment import RandAugment
+from ns.data.augment.transforms import EvalTransform, TrainTransform
 from ns.data.dataset import Dataset
-from ns.data.decode import room
-from ns.data.images import ImageSource
-from ns.data.ingest import Limits, import_images
-from ns.data.order import Order
-from ns.data.randaugment import RandAugment
+from ns.data.importing.ingest import Limits, import_images
+from ns.data.importing.writer import ShardWriter
+from ns.data.loading import shard_reader as ns_images
+from ns.data.loading.decode import room
+from ns.data.loading.sampler import Order
+from ns.data.loading.shard_reader import ImageSource
+from ns.data.loading.stream import Batches, Labelled, loader
 from ns.data.shards import read_index
-from ns.data.stream import Batches, Labelled, loader
-from ns.data.writer import ShardWriter
-from ns.store import LocalStore, Store
+from ns.storage import LocalStore, Store
 
 BATCH = 250
 LARGE_PX = (500, 375)
@@ -308,7 +308,7 @@ def from_s3(folder: Store, data: Dataset, place: Path, noise: NoiseConfig, compa
     from minio import Minio
     from moto.server import ThreadedMotoServer
 
-    from ns.store.s3 import S3Store
+    from ns.storage.s3 import S3Store
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)

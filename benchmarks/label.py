@@ -29,15 +29,15 @@ from rich.table import Table
 
 from benchmarks.data import small_folders
 from benchmarks.measure import CIFAR10, arguments, finish, rates, ratio
-from ns import models
-from ns.card import WEIGHTS, Lineage
-from ns.config import LabellingConfig, ModelConfig, NoiseConfig
+from ns.config.schema import LabellingConfig, ModelConfig, NoiseConfig
 from ns.data.dataset import Dataset
-from ns.data.ingest import Limits, import_images
-from ns.inference import Predictor, inference_workload
-from ns.label.predict import label_shards
-from ns.precision import choose
-from ns.store import LocalStore
+from ns.data.importing.ingest import Limits, import_images
+from ns.labeling.predict import label_shards
+from ns.modeling import factory as models
+from ns.modeling.manifest import WEIGHTS, Lineage
+from ns.modeling.precision import choose
+from ns.modeling.predictor import Predictor, inference_workload
+from ns.storage import LocalStore
 
 ARCHITECTURES = ("efficientnet_b0", "resnet18")
 PX = 64

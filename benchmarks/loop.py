@@ -21,10 +21,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import arguments, finish
-from ns import __version__, runs
-from ns.config import load, located
-from ns.store import LocalStore
-from pipelines import local
+from ns import __version__
+from ns.config.schema import load, located
+from ns.runs import records as runs
+from ns.storage import LocalStore
+from pipelines.runners import local
 
 
 def main() -> None:

@@ -37,10 +37,10 @@ import yaml
 from scipy import stats
 
 from benchmarks.measure import CIFAR10, RESULTS, draw_tables, machine
-from ns import runs
-from ns.evaluate.result import MANIFEST, Evaluation, Robustness, read_predictions
-from ns.evaluate.robustness import relative
-from ns.store import LocalStore, Store
+from ns.evaluation.result import MANIFEST, Evaluation, Robustness, read_predictions
+from ns.evaluation.robustness.averages import relative
+from ns.runs import records as runs
+from ns.storage import LocalStore, Store
 
 SEEDS = (0, 1, 2)
 LABELLED, HELDOUT = 200, 500
@@ -209,7 +209,7 @@ def run_control(work: Path, seed: int, sizes: Sizes) -> None:
     path = work / f"{CONTROL}-{seed}.yaml"
     path.write_text(yaml.safe_dump(control_of(experiment(seed, work, sizes), str(root / model)), sort_keys=False))
     program = (
-        "import sys; from ns import steps; place = sys.argv[1:]; data = steps.prepare_data(*place); "
+        "import sys; from ns.stages import steps; place = sys.argv[1:]; data = steps.prepare_data(*place); "
         "steps.evaluate(*place, data, 0, steps.train(*place, data, 0))"
     )
     _alone([sys.executable, "-c", program, str(path), str(root), f"{CONTROL}-{seed}"], work / f"{CONTROL}-{seed}.log")

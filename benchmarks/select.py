@@ -29,11 +29,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import arguments, finish
-from ns.config import SelectionConfig
-from ns.digest import sha256_bytes
-from ns.label.labelset import MANIFEST, LabelSet, LabelShard, row_schema
-from ns.label.selection import select_from
-from ns.store import LocalStore
+from ns.config.schema import SelectionConfig
+from ns.core.digest import sha256_bytes
+from ns.labeling.label_set import MANIFEST, LabelSet, LabelShard, row_schema
+from ns.labeling.selection import select_from
+from ns.storage import LocalStore
 
 CLASSES, TOP_K = 1000, 10
 SHARD_ROWS = 10_000

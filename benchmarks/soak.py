@@ -35,7 +35,7 @@ from rich.table import Table
 
 from benchmarks.measure import CIFAR10, draw_tables, finish
 from tests.integration.outcome import results
-from tests.store.swift import Swift, reason_against
+from tests.storage.swift import Swift, reason_against
 
 COUNTS = {"labelled": 40, "heldout": 60, "pool": 300}
 """Images of a class."""

@@ -31,17 +31,18 @@ from rich.table import Table
 
 from benchmarks.data import small_folders
 from benchmarks.measure import CIFAR10, arguments, finish
-from ns import log, models
-from ns.config import ModelConfig, NoiseConfig, RoleConfig, TrainConfig
+from ns.config.schema import ModelConfig, NoiseConfig, RoleConfig, TrainConfig
+from ns.core import log
+from ns.core.malloc import keep_freed_memory
 from ns.data.dataset import Dataset
-from ns.data.ingest import Limits, import_images
-from ns.data.stream import Labelled
-from ns.memory import keep_freed_memory
-from ns.precision import choose
-from ns.store import LocalStore
-from ns.train import loop
-from ns.train.course import training
-from ns.train.optimizer import make_optimizer
+from ns.data.importing.ingest import Limits, import_images
+from ns.data.loading.stream import Labelled
+from ns.modeling import factory as models
+from ns.modeling.precision import choose
+from ns.storage import LocalStore
+from ns.training import loop
+from ns.training.optim import make_optimizer
+from ns.training.plan import training
 
 ARCHITECTURES = ("efficientnet_b0", "resnet18")
 BATCH = 64

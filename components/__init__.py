@@ -1,4 +1,4 @@
-"""KFP components: typed inputs and outputs, and a call into `ns.steps`. What they do is written there."""
+"""KFP components: typed inputs and outputs, and a call into `ns.stages.steps`. What they do is written there."""
 
 from ns import __version__
 

@@ -18,6 +18,6 @@ def commit_labels(config_uri: str, root: str, run: str, data: str, generation: i
     Returns:
         Key of the selection's folder.
     """
-    from ns import steps
+    from ns.stages import steps
 
     return steps.commit_labels(config_uri, root, run, data, generation, teacher)

@@ -30,7 +30,7 @@ def evaluate(
     Returns:
         Key of the evaluation.
     """
-    from ns import steps
+    from ns.stages import steps
 
     key = steps.evaluate(config_uri, root, run, data, generation, model)
     steps.show_measures(root, run, generation, metrics, answers)

@@ -32,7 +32,7 @@ def gate(
     Returns:
         Key of the verdict.
     """
-    from ns import steps
+    from ns.stages import steps
 
     key = steps.gate(config_uri, root, run, data, generation, teacher, student)
     steps.show_generation(root, run, generation, page, summary)

@@ -19,6 +19,6 @@ def label_shards(config_uri: str, root: str, run: str, data: str, generation: in
     Returns:
         The range.
     """
-    from ns import steps
+    from ns.stages import steps
 
     return steps.label_shards(config_uri, root, run, data, generation, teacher, shards)

@@ -17,6 +17,6 @@ def plan_labels(config_uri: str, root: str, run: str, data: str, generation: int
     Returns:
         Ranges START-STOP, half open.
     """
-    from ns import steps
+    from ns.stages import steps
 
     return steps.plan_labels(config_uri, root, run, data, generation)

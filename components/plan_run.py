@@ -36,7 +36,7 @@ def plan_run(
     Returns:
         The sum.
     """
-    from ns.plan import dry_run
+    from ns.planning import dry_run
 
     fields: dict[str, str | int] = {
         "data.labelled": labelled,

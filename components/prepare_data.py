@@ -15,6 +15,6 @@ def prepare_data(config_uri: str, root: str, run: str) -> str:
     Returns:
         Key of the prepared data.
     """
-    from ns import steps
+    from ns.stages import steps
 
     return steps.prepare_data(config_uri, root, run)

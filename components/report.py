@@ -18,7 +18,7 @@ def report(config_uri: str, root: str, run: str, page: Output[HTML], summary: Ou
     Returns:
         Key of the report.
     """
-    from ns import steps
+    from ns.stages import steps
 
     key = steps.report(config_uri, root, run)
     steps.show_run(root, run, page, summary)

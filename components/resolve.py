@@ -18,6 +18,6 @@ def resolve(config_uri: str, root: str, run: str, data: str, generation: int, fi
     Returns:
         Key of the generation's teacher, or 'stop'.
     """
-    from ns import steps
+    from ns.stages import steps
 
     return steps.resolve(config_uri, root, run, data, generation, first_teacher)

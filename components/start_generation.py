@@ -32,7 +32,7 @@ def start_generation(
         The experiment's URI, the run's name, the key of the prepared data, the generation's number, its teacher's, and the key of the
         teacher's folder, 'train' if there is none yet, 'stop' if there is nothing new.
     """
-    from ns import steps
+    from ns.stages import steps
 
     fields: dict[str, str | int] = {
         "data.labelled": labelled,

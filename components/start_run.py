@@ -33,7 +33,7 @@ def start_run(
     Returns:
         The experiment's URI, and the run's name.
     """
-    from ns import steps
+    from ns.stages import steps
 
     fields: dict[str, str | int] = {
         "data.labelled": labelled,

@@ -19,6 +19,6 @@ def train(config_uri: str, root: str, run: str, data: str, generation: int, teac
     Returns:
         Key of the model's folder.
     """
-    from ns import steps
+    from ns.stages import steps
 
     return steps.train(config_uri, root, run, data, generation, teacher, labels)

@@ -12,10 +12,10 @@ import typer
 
 from k8s import deploy as deploying
 from k8s.deploy import KIND, UI, UI_PORT, Ask, Options
+from k8s.kubectl import Kubectl
 from ns.cli.doctor import show
 from ns.cli.options import AsJson, program
-from ns.cluster.kubectl import Kubectl
-from ns.errors import ClusterError
+from ns.core.errors import ClusterError
 
 CLUSTER = "noisy-student"
 KIND_FILE = Path(__file__).with_name("kind.yaml")
@@ -236,7 +236,7 @@ def _ask() -> Ask | None:
 
 def main() -> None:
     """Entry point. Exits with the code of the error, 0 if there was none."""
-    from ns.cli import run_app
+    from ns.cli.app import run_app
 
     sys.exit(run_app(app, sys.argv[1:], "make"))
 

@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from images import build
-from k8s import images, manifests, waiting
+from k8s import doctor, images, manifests
+from k8s import rollout as waiting
+from k8s.doctor import Asked
+from k8s.kubectl import Kubectl, Object, contexts
 from k8s.manifests import Key, Manifests, listed
-from k8s.record import MANAGER, NAME, Record, merged, now
+from k8s.release import MANAGER, NAME, Record, merged, now
 from ns import __version__
-from ns.cluster import doctor
-from ns.cluster.doctor import Asked
-from ns.cluster.kubectl import Kubectl, Object, contexts
-from ns.errors import ClusterError, ConfigError, Interrupted, RunError
-from ns.finding import Finding
+from ns.core.diagnostics import Finding
+from ns.core.errors import ClusterError, ConfigError, Interrupted, RunError
 from pipelines import upload
-from pipelines.submit import Server, Task, step_names
+from pipelines.kfp_client import Server, Task, step_names
 
 KIND = "kind-"
 """How names of contexts of local clusters (kind) begin."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from images import build
-from ns.errors import ClusterError, ConfigError
+from ns.core.errors import ClusterError, ConfigError
 
 WORKER, TOOLS = f"{build.NAME}/worker", f"{build.NAME}/tools"
 """What manifests and pipelines call them."""

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple, Self
 
 import yaml
 
-from ns.cluster import doctor
-from ns.cluster.doctor import Right
-from ns.cluster.kubectl import Kubectl, Object
-from ns.cluster.versions import Version
-from ns.errors import ConfigError
+from k8s import doctor
+from k8s.doctor import Right
+from k8s.kubectl import Kubectl, Object
+from k8s.versions import Version
+from ns.core.errors import ConfigError
 from pipelines import documents
 
 CHECKOUT = Path(__file__).parents[1]

@@ -1,3 +1,3 @@
-from ns.cli import main
+from ns.cli.app import main
 
 main()

@@ -15,7 +15,7 @@ from kfp import compiler
 
 from pipelines import GENERATION_PACKAGE, PACKAGE, documents
 from pipelines.noisy_student import noisy_student, noisy_student_generation
-from pipelines.pools import INPUTS
+from pipelines.placement import INPUTS
 
 PIPELINES = {PACKAGE: noisy_student, GENERATION_PACKAGE: noisy_student_generation}
 Spec = dict[str, Any]

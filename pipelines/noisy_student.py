@@ -24,9 +24,9 @@ from components.resolve import resolve
 from components.start_generation import start_generation
 from components.start_run import start_run
 from components.train import train
-from ns.config import MAX_GENERATIONS
-from ns.steps import STOP, TRAIN
-from pipelines.pools import Pools, on_cpu, on_gpu, takes_pools, with_registry
+from ns.config.schema import MAX_GENERATIONS
+from ns.stages.steps import STOP, TRAIN
+from pipelines.placement import Pools, on_cpu, on_gpu, takes_pools, with_registry
 
 
 @dsl.pipeline(name="shard")

@@ -18,25 +18,24 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from components import WORKER_IMAGE
-from ns import steps
-from ns.config import Experiment
+from ns.config.schema import Experiment
+from ns.core.digest import digest, sha256_bytes
+from ns.core.errors import DataError, named
+from ns.core.process import signalled
 from ns.data.dataset import MANIFEST, Dataset, Shard
-from ns.data.digits import write_digits
-from ns.data.ingest import listed
-from ns.data.prepare import DIGITS
+from ns.data.digits import DIGITS, write_digits
+from ns.data.importing.ingest import listed
 from ns.data.prepared import ROLES, Part
 from ns.data.scratch import scratch
-from ns.digest import digest, sha256_bytes
-from ns.document import Document, pretty
-from ns.errors import DataError, named
-from ns.runs import now
-from ns.store import LocalStore, Store, open_store, read_uri
-from ns.watch import signalled
-from pipelines import cluster
-from pipelines.submit import ENDED, Server, Submitted
+from ns.runs.records import now
+from ns.stages import steps
+from ns.storage import LocalStore, Store, open_store, read_uri
+from ns.storage.documents import Document, pretty
+from pipelines import remote_run as cluster
+from pipelines.kfp_client import ENDED, Server, Submitted
 
 if TYPE_CHECKING:
-    from ns.plan.prices import Cost, Price
+    from ns.planning.prices import Cost, Price
 
 NAME_LETTERS = 8
 TERA = 1e12
@@ -217,8 +216,8 @@ def foresee(root: Store, experiment: Experiment, seen: Trigger, prices: "dict[st
     Raises ConfigError for networks that cannot be.
     """
     # Here, since it loads torch.
-    from ns import plan as plans
-    from ns.plan.prices import costs
+    from ns import planning as plans
+    from ns.planning.prices import costs
 
     labelled, pool = seen.data["labelled"], seen.data["pool"]
     shards = [Shard(name="shard.tar", samples=images, bytes=0, sha256=sha256) for sha256, images in pool.shards.items()]

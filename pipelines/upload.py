@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from ns.errors import ConfigError, NsError
+from ns.core.errors import ConfigError, NsError
 from pipelines import documents
-from pipelines.submit import Server
+from pipelines.kfp_client import Server
 
 INPUTS_VARIABLE = "NS_PIPELINE_INPUTS"
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import typer
 
-from ns.cli import app
+from ns.cli.app import app
 
 
 def parse(arguments: list[str]) -> None:
-    """Lets the command line read the arguments, and stops before it acts. Raises `ns.cli.UsageError`."""
+    """Lets the command line read the arguments, and stops before it acts. Raises `ns.cli.app.UsageError`."""
     command: Any = typer.main.get_command(app)
     name, context = "ns", None
     while True:

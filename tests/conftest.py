@@ -12,11 +12,11 @@ import structlog
 from hypothesis import Phase, settings
 from PIL import Image
 
+from ns.core.digest import digest, sha256_bytes
 from ns.data.dataset import Dataset
-from ns.data.writer import ShardWriter
-from ns.digest import digest, sha256_bytes
-from ns.label.labelset import LabelSet, LabelShard, histogram, histogram_table, row_schema
-from ns.store import LocalStore
+from ns.data.importing.writer import ShardWriter
+from ns.labeling.label_set import LabelSet, LabelShard, histogram, histogram_table, row_schema
+from ns.storage import LocalStore
 
 # One thread: tests run beside each other, and sums come out in one order on any machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -17,20 +17,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ns
-from ns import config
-from ns.data import sources
+from ns.config import schema as config
+from ns.core.errors import ConfigError, DataError, NsError
 from ns.data.dataset import Dataset
-from ns.document import Document
-from ns.errors import ConfigError, DataError, NsError
-from ns.label import audit
-from ns.ledger import Ledger
-from ns.models import load
-from ns.store import LocalStore
+from ns.data.importing import sources
+from ns.labeling import audit
+from ns.modeling.factory import load
+from ns.storage import LocalStore
+from ns.storage.documents import Document
+from ns.storage.ledger import Ledger
 
 # Some thousand files, one after the other.
 pytestmark = pytest.mark.integration
 
-QUICKSTART = (files("ns") / "presets" / "quickstart.yaml").read_text()
+QUICKSTART = (files("ns.config.presets") / "quickstart.yaml").read_text()
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats() | st.text(max_size=8),
     lambda leaf: st.lists(leaf, max_size=3) | st.dictionaries(st.text(max_size=5), leaf, max_size=3),

@@ -15,12 +15,14 @@ def loaded(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
-@pytest.mark.parametrize("module", ["ns", "ns.cli", "ns.steps", "ns.runs", "ns.config"])
+@pytest.mark.parametrize("module", ["ns", "ns.cli.app", "ns.stages.steps", "ns.runs.records", "ns.config.schema"])
 def test_light_modules_load_nothing_heavy(module):
     assert loaded(f"import {module}") & HEAVY == set()
 
 
 def test_a_worker_needs_no_kubeflow():
-    modules = loaded("import ns.steps, ns.train.training, ns.label.predict, ns.evaluate.accuracy, ns.inference, ns.report")
+    modules = loaded(
+        "import ns.stages.steps, ns.training.runner, ns.labeling.predict, ns.evaluation.accuracy, ns.modeling.predictor, ns.reporting"
+    )
     assert modules & {"kfp", "kubernetes", "docker", "components", "pipelines"} == set()
     assert "torch" in modules

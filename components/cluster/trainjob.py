@@ -25,9 +25,10 @@ from kubernetes.client.exceptions import ApiException
 from kubernetes.config.config_exception import ConfigException
 from urllib3.exceptions import HTTPError
 
-from ns import log, steps
-from ns.errors import ConfigError, Interrupted, NsError, RunError, TrainingError
-from ns.watch import signalled
+from ns.core import log
+from ns.core.errors import ConfigError, Interrupted, NsError, RunError, TrainingError
+from ns.core.process import signalled
+from ns.stages import steps
 
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
 NODE = "node"
@@ -75,7 +76,7 @@ class Nodes:
 
 
 def train(config_uri: str, root: str, run: str, data: str, generation: int, teacher: str, labels: str, nodes: Nodes) -> str:
-    """`ns.steps.train` on several nodes. Returns the key of the model's folder.
+    """`ns.stages.steps.train` on several nodes. Returns the key of the model's folder.
 
     Raises ConfigError if there is no cluster or no Trainer, the training's own error if a node tells it, TrainingError with the last
     lines of its log if not, RunError if the cluster stops answering, Interrupted after SIGINT or SIGTERM.
@@ -105,7 +106,7 @@ def run_label(run: str) -> dict[str, str]:
 
 
 def manifest(name: str, arguments: Sequence[str], nodes: Nodes, labels: Mapping[str, str], owners: Sequence[Json]) -> Json:
-    """The TrainJob of a training. `arguments`: those of `ns.join`."""
+    """The TrainJob of a training. `arguments`: those of `ns.training.worker`."""
     gpus = {nodes.gpu_type: str(nodes.gpus)} if nodes.gpus else {}
     keys = (("AWS_ACCESS_KEY_ID", "accesskey"), ("AWS_SECRET_ACCESS_KEY", "secretkey"))
     environment = [_variable(variable, "secretKeyRef", nodes.secret, key) for variable, key in keys]
@@ -141,7 +142,7 @@ def manifest(name: str, arguments: Sequence[str], nodes: Nodes, labels: Mapping[
             "trainer": {
                 "image": nodes.image,
                 # torchrun; which node it is, and where the first one is, stands in variables that Trainer sets (PET_…).
-                "command": ["python3", "-m", "torch.distributed.run", "-m", "ns.join"],
+                "command": ["python3", "-m", "torch.distributed.run", "-m", "ns.training.worker"],
                 "args": list(arguments),
                 "numNodes": nodes.count,
                 "numProcPerNode": max(1, nodes.gpus),

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ns.cli.options import AsJson
-from ns.errors import ClusterError, NsError, StoreError
+from ns.core.errors import ClusterError, NsError, StoreError
 
 if TYPE_CHECKING:
-    from ns.finding import Finding
+    from ns.core.diagnostics import Finding
 
 app = typer.Typer(help="Find out beforehand what would stop a run.", no_args_is_help=True)
 
@@ -34,7 +34,7 @@ def store(
 
     Example: [cyan]ns doctor store s3://my-bucket/noisy-student[/]
     """
-    from ns.store.probe import probe
+    from ns.storage.probe import probe
 
     findings = probe(uri)
     show(findings, as_json=as_json)
@@ -74,9 +74,9 @@ def cluster(
 
     Example: [cyan]ns doctor cluster --context production --need trainer --store s3://my-bucket/ns[/]
     """
-    from ns.cluster.doctor import Asked, examine
-    from ns.cluster.kubectl import Kubectl
-    from ns.store.probe import probe
+    from k8s.doctor import Asked, examine
+    from k8s.kubectl import Kubectl
+    from ns.storage.probe import probe
 
     findings = examine(Kubectl(context), Asked(namespace, frozenset({"kfp", *(one.value for one in need or ())})))
     if store:
@@ -104,10 +104,10 @@ def show(findings: "list[Finding]", *, as_json: bool = False) -> None:
 
 
 def _registry(git: str, remote: str | None) -> "list[Finding]":
-    from ns.finding import Finding
-    from ns.label.commands import redacted
-    from ns.label.registry import Registry
-    from ns.store.probe import probe
+    from ns.core.diagnostics import Finding
+    from ns.core.git import redacted
+    from ns.labeling.registry import Registry
+    from ns.storage.probe import probe
 
     data = Registry(git, remote).rehearse()
     pushed = Finding("git-push", True, f"{redacted(git)}: versions can be pushed")
@@ -115,7 +115,7 @@ def _registry(git: str, remote: str | None) -> "list[Finding]":
 
 
 def _tried(name: str, look: "Callable[[], list[Finding]]") -> "list[Finding]":
-    from ns.finding import Finding
+    from ns.core.diagnostics import Finding
 
     try:
         return [replace(one, name=f"{name}-{one.name}" if name == "store" else one.name) for one in look()]

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from ns.cli.options import AsJson, Root
-from ns.errors import ConfigError
+from ns.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ns.evaluate.readymade import Kind as Published
+    from ns.evaluation.robustness.published import Kind as Published
 
 
 class Suite(StrEnum):
@@ -68,13 +68,14 @@ def evaluate(
     """
     from rich.console import Console
 
-    from ns import log, runs
-    from ns.config import EvaluationConfig, changed
-    from ns.evaluate.result import Robustness
-    from ns.evaluate.scores import scores
-    from ns.evaluate.standalone import evaluate_dataset, evaluate_published
-    from ns.store import open_store, split_uri
-    from ns.terminal import evaluation_tables
+    from ns.cli.progress import evaluation_tables
+    from ns.config.schema import EvaluationConfig, changed
+    from ns.core import log
+    from ns.evaluation.offline import evaluate_dataset, evaluate_published
+    from ns.evaluation.result import Robustness
+    from ns.evaluation.robustness.relative_scores import scores
+    from ns.runs import records as runs
+    from ns.storage import open_store, split_uri
 
     log.configure()
     config = changed(EvaluationConfig(), overrides or [])

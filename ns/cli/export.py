@@ -7,7 +7,7 @@ from typing import Annotated, cast
 import typer
 
 from ns.cli.options import AsJson, Root
-from ns.errors import ConfigError
+from ns.core.errors import ConfigError
 
 
 class FormOption(StrEnum):
@@ -42,15 +42,15 @@ def export(
     from rich.console import Console
     from rich.table import Table
 
-    from ns import runs
-    from ns.card import MANIFEST, ModelCard
     from ns.data.dataset import Dataset
-    from ns.export import Exported, Form
-    from ns.export import export as write
-    from ns.report.card import model_card
-    from ns.report.facts import gather
-    from ns.report.measures import Measure, measures
-    from ns.store import open_store
+    from ns.export.exporter import Exported, Form
+    from ns.export.exporter import export as write
+    from ns.modeling.manifest import MANIFEST, ModelCard
+    from ns.reporting.context import gather
+    from ns.reporting.metrics import Measure, measures
+    from ns.reporting.model_card import model_card
+    from ns.runs import records as runs
+    from ns.storage import open_store
 
     store = open_store(root)
     place = open_store(runs.model_place(store, model))

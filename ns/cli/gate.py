@@ -30,10 +30,10 @@ def explain(
     """
     from rich.console import Console
 
-    from ns import runs
-    from ns.evaluate.gate import needed
-    from ns.store import open_store
-    from ns.terminal import verdict_lines, verdict_tables
+    from ns.cli.progress import verdict_lines, verdict_tables
+    from ns.evaluation.gate import needed
+    from ns.runs import records as runs
+    from ns.storage import open_store
 
     run, verdict = runs.verdict(open_store(root), name)
     if as_json:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ns.cli.options import AsJson, Root, group_with_default, write_page
-from ns.errors import ConfigError, DataError, RunError
+from ns.core.errors import ConfigError, DataError, RunError
 
 if TYPE_CHECKING:
-    from ns.label.registry import Registry
+    from ns.labeling.registry import Registry
 
 app = typer.Typer(help="Label sets: look at, check, compare, audit, keep versions of.", no_args_is_help=True)
 audit_app = typer.Typer(
@@ -62,10 +62,10 @@ def show(name: Labels, root: Root = "runs", registry: RegistryOption = None, as_
         return
     from rich.console import Console
 
-    from ns import runs
-    from ns.label.audit import audits
-    from ns.store import open_store
-    from ns.terminal import audits_table, labels_table
+    from ns.cli.progress import audits_table, labels_table
+    from ns.labeling.audit import audits
+    from ns.runs import records as runs
+    from ns.storage import open_store
 
     found = runs.labels(open_store(root), name)
     if as_json:
@@ -82,9 +82,9 @@ def verify(name: Labels, root: Root = "runs", pool: Pool = None) -> None:
 
     Example: [cyan]ns labels verify latest/gen-1[/]
     """
-    from ns import runs
-    from ns.label.labelset import verify as check
-    from ns.store import open_store
+    from ns.labeling.label_set import verify as check
+    from ns.runs import records as runs
+    from ns.storage import open_store
 
     store = open_store(root)
     found = runs.labels(store, name)
@@ -117,11 +117,11 @@ def select(
     """
     from rich.console import Console
 
-    from ns import runs
-    from ns.config import SelectionConfig, changed
-    from ns.label.selection import select_from
-    from ns.store import open_store, split_uri
-    from ns.terminal import selection_table
+    from ns.cli.progress import selection_table
+    from ns.config.schema import SelectionConfig, changed
+    from ns.labeling.selection import select_from
+    from ns.runs import records as runs
+    from ns.storage import open_store, split_uri
 
     if not dry_run and out is None:
         raise ConfigError("give --out FILE to keep the selection, or --dry-run to look at it")
@@ -153,9 +153,9 @@ def trace(
     """
     from rich.console import Console
 
-    from ns import lineage
-    from ns.store import open_store
-    from ns.terminal import trace_table
+    from ns.cli.progress import trace_table
+    from ns.runs import lineage
+    from ns.storage import open_store
 
     found = lineage.trace(open_store(root), key)
     if as_json:
@@ -185,10 +185,11 @@ def purge(
 
     Example: [cyan]ns labels purge latest/gen-2 --keys withdrawn.txt --out labels-2b[/]
     """
-    from ns import lineage, runs
-    from ns.data.keys import read_keys
-    from ns.label.purge import purge as without
-    from ns.store import open_store
+    from ns.data.key_list import read_keys
+    from ns.labeling.purge import purge as without
+    from ns.runs import lineage
+    from ns.runs import records as runs
+    from ns.storage import open_store
 
     store = open_store(root)
     found = runs.labels(store, name)
@@ -221,10 +222,11 @@ def label(
 
     Example: [cyan]ns label latest data/pool labels/pool --set views=flip[/]
     """
-    from ns import log, runs
-    from ns.config import LabellingConfig, changed
-    from ns.label.relabel import label_dataset
-    from ns.store import open_store
+    from ns.config.schema import LabellingConfig, changed
+    from ns.core import log
+    from ns.labeling.offline import label_dataset
+    from ns.runs import records as runs
+    from ns.storage import open_store
 
     log.configure()
     config = changed(LabellingConfig(), overrides or [])
@@ -243,7 +245,7 @@ def label(
 
 
 def _registry(place: str | None, remote: str | None = None) -> "Registry":
-    from ns.label.registry import Registry
+    from ns.labeling.registry import Registry
 
     if not place:
         raise ConfigError("no label registry: give --registry, the URL or path of its git repository, or set NS_LABEL_REGISTRY")
@@ -256,7 +258,7 @@ def list_versions(registry: RegistryOption = None, as_json: AsJson = False) -> N
 
     Example: [cyan]ns labels list --registry registry.git[/]
     """
-    from ns.terminal import print_whole, versions_table
+    from ns.cli.progress import print_whole, versions_table
 
     found = _registry(registry).versions()
     if as_json:
@@ -305,11 +307,12 @@ def commit(
 
     Example: [cyan]ns labels commit latest/gen-1 --registry registry.git --remote s3://bucket/labels[/]
     """
-    from ns import config, runs
-    from ns.evaluate.gate import Verdict
-    from ns.label.registry import Tag
-    from ns.label.selection import Selection
-    from ns.store import open_store, split_uri
+    from ns.config import schema as config
+    from ns.evaluation.gate import Verdict
+    from ns.labeling.registry import Tag
+    from ns.labeling.selection import Selection
+    from ns.runs import records as runs
+    from ns.storage import open_store, split_uri
 
     store = open_store(root)
     run, _, generation = name.rpartition("/gen-")
@@ -381,7 +384,7 @@ def rollback(tag: TagArgument, registry: RegistryOption = None, why: Why = "") -
 
 
 def _use(tag: str, registry: str | None, why: str, *, back: bool) -> None:
-    from ns.label.registry import Tag
+    from ns.labeling.registry import Tag
 
     parsed = Tag.parse(tag)
     before = _registry(registry).use(parsed, why, back=back)
@@ -398,7 +401,7 @@ def gc(
 
     Example: [cyan]ns labels gc --drop labels/quickstart/RUN/gen-1[/]
     """
-    from ns.label.registry import Tag
+    from ns.labeling.registry import Tag
 
     garbage = _registry(registry).gc([Tag.parse(tag) for tag in drop or ()], dry=not yes)
     for name in (*(str(tag) for tag in garbage.dropped), *garbage.keys):
@@ -425,9 +428,9 @@ def diff(
     """
     from rich.console import Console
 
-    from ns import runs
-    from ns.label.diff import compare
-    from ns.store import open_store
+    from ns.labeling.diff import compare
+    from ns.runs import records as runs
+    from ns.storage import open_store
 
     if as_json and markdown:
         raise ConfigError("--json --markdown: give one of them")
@@ -436,7 +439,7 @@ def diff(
     found = compare(old.side, new.side)
     names = (before, after)
     if html:
-        from ns.report.labels import diff_page
+        from ns.reporting.labels import diff_page
 
         # Either of them may be known by its run, and so by its images.
         known = new if new.prepared or pool else old
@@ -444,13 +447,13 @@ def diff(
     if as_json:
         typer.echo(found.model_dump_json(indent=1))
     elif markdown:
-        from ns.report.labels import diff_markdown
+        from ns.reporting.labels import diff_markdown
 
         typer.echo(diff_markdown(found, names), nl=False)
     elif html:
         typer.echo(f"{html}: {found.churn:.1%} of labels changed; open it in a browser")
     else:
-        from ns.terminal import diff_tables
+        from ns.cli.progress import diff_tables
 
         for part in diff_tables(found):
             Console().print(part, highlight=False)
@@ -470,10 +473,10 @@ def audit(
 
     Example: [cyan]ns labels audit latest/gen-1 --selected-only[/]
     """
-    from ns import runs
-    from ns.label.audit import sample
-    from ns.report.labels import audit_page
-    from ns.store import open_store
+    from ns.labeling.audit import sample
+    from ns.reporting.labels import audit_page
+    from ns.runs import records as runs
+    from ns.storage import open_store
 
     store = open_store(root)
     found = runs.labels(store, name)
@@ -507,11 +510,11 @@ def apply_audit(
     """
     from rich.console import Console
 
-    from ns import runs
-    from ns.errors import DataError
-    from ns.label.audit import Sheet, check, estimate, keep, write_corrections
-    from ns.store import open_store
-    from ns.terminal import audit_tables
+    from ns.cli.progress import audit_tables
+    from ns.core.errors import DataError
+    from ns.labeling.audit import Sheet, check, estimate, keep, write_corrections
+    from ns.runs import records as runs
+    from ns.storage import open_store
 
     store = open_store(root)
     found = runs.labels(store, name)

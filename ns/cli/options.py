@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ns.errors import StoreError
+from ns.core.errors import StoreError
 
 if TYPE_CHECKING:
-    from ns.config import Experiment
+    from ns.config.schema import Experiment
 
 Root = Annotated[str, typer.Option("--root", help="Folder or s3://bucket/prefix that holds runs, models, labels and data.")]
 Overrides = Annotated[
@@ -74,7 +74,7 @@ def group_with_default(command: str) -> type[typer.core.TyperGroup]:
 
 def load(config: str, overrides: list[str] | None) -> "Experiment":
     """An experiment from a file or a preset, its places on this machine as absolute paths."""
-    from ns import config as configs
+    from ns.config import schema as configs
 
     experiment = configs.load(configs.located(config), overrides or [])
     # Steps, and a resumed run, may stand in another folder.

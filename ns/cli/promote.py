@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ns.cli.options import AsJson, Root, RunArgument, group_with_default, write_page
-from ns.errors import ConfigError, DataError
+from ns.core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from ns.promote import Candidate, Moved
+    from ns.promotion.promote import Candidate, Moved
 
 app = typer.Typer(
     cls=group_with_default("move"),
@@ -44,8 +44,9 @@ def move(
 
     Example: [cyan]ns promote latest --root s3://bucket/noisy-student --branch promote/production --body body.md[/]
     """
-    from ns import promote, runs
-    from ns.store import open_store
+    from ns.promotion import promote
+    from ns.runs import records as runs
+    from ns.storage import open_store
 
     if to.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"--to {to}: must end in .yaml")
@@ -87,7 +88,7 @@ def check(
 
     Example: [cyan]ns promote check models/production.yaml[/]
     """
-    from ns import promote
+    from ns.promotion import promote
 
     for file in files:
         pointer = promote.read(file)

@@ -32,18 +32,18 @@ def show(
 
     Example: [cyan]ns report latest --open[/]
     """
-    from ns import report as reports
-    from ns import runs
-    from ns.errors import ConfigError
-    from ns.store import open_store
+    from ns.core.errors import ConfigError
+    from ns.reporting import page as reports
+    from ns.runs import records as runs
+    from ns.storage import open_store
 
     if markdown and open_it:
         raise ConfigError("--markdown --open: give one of them")
     store = open_store(root)
     run = runs.find(store, name)
     if markdown:
-        from ns.report.facts import gather
-        from ns.report.markdown import markdown as text
+        from ns.reporting.context import gather
+        from ns.reporting.markdown import markdown as text
 
         typer.echo(text(gather(store, run, pictures=0)), nl=False)
         return
@@ -65,10 +65,10 @@ def compare(
 
     Example: [cyan]ns report compare quickstart-1a2b quickstart-3c4d --open[/]
     """
-    from ns import runs
-    from ns.errors import ConfigError
-    from ns.report import comparison
-    from ns.store import open_store
+    from ns.core.errors import ConfigError
+    from ns.reporting import comparison
+    from ns.runs import records as runs
+    from ns.storage import open_store
 
     if markdown and open_it:
         raise ConfigError("--markdown --open: give one of them")

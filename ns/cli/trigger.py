@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ns.cli.options import AsJson, ConfigArgument, Inputs, Kfp, Overrides
-from ns.errors import ConfigError, NsError
+from ns.core.errors import ConfigError, NsError
 
 if TYPE_CHECKING:
-    from ns.config import Experiment
-    from ns.store import Store
+    from ns.config.schema import Experiment
+    from ns.storage import Store
     from pipelines.trigger import Decision, Outlook
 
 Root = Annotated[str, typer.Option("--root", metavar="s3://…", help="The store that holds runs, models, labels and data.")]
@@ -41,7 +41,7 @@ def trigger(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the decision and what a run would do and cost.")] = False,
     prices: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Speeds and prices of GPUs, instead of ns/plan/prices.yaml.")
+        Path | None, typer.Option(metavar="FILE", help="Speeds and prices of GPUs, instead of ns/planning/prices.yaml.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -57,7 +57,7 @@ def trigger(
     call = _Call(config, overrides, root, image, gpus, inputs, kfp)
     decision = call.decide(min_change, again=again)
     if dry_run:
-        from ns.plan.prices import read_prices
+        from ns.planning.prices import read_prices
 
         outlook = triggers.foresee(call.store, call.experiment, decision.trigger, read_prices(str(prices) if prices else None))
         if as_json:
@@ -119,8 +119,9 @@ class _Call:
         kfp: str | None,
     ) -> None:
         from ns.cli.options import load
-        from ns.store import open_store
-        from pipelines import cluster, submit
+        from ns.storage import open_store
+        from pipelines import kfp_client as submit
+        from pipelines import remote_run as cluster
 
         self.experiment: Experiment = load(config, overrides)
         self.store: Store = open_store(root)
@@ -138,7 +139,7 @@ class _Call:
 
     def act(self, decision: "Decision", *, again: bool = False) -> dict[str, Any]:
         """Does what was decided. Returns the decision, and the run if there is one, as JSON has it."""
-        from pipelines import submit
+        from pipelines import kfp_client as submit
         from pipelines import trigger as triggers
 
         if decision.action == "nothing":
@@ -148,8 +149,8 @@ class _Call:
         return _as_json(decision) | run._asdict()
 
     def _arguments(self, run: str) -> dict[str, Any]:
-        from ns.runs import CONFIG
-        from pipelines import cluster
+        from ns.runs.records import CONFIG
+        from pipelines import remote_run as cluster
 
         uri = f"{self.store.uri}/{run}/{CONFIG}"
         registry = self.experiment.registry is not None
@@ -177,7 +178,7 @@ def _show(outlook: "Outlook") -> None:
     from rich.console import Console
     from rich.filesize import decimal
 
-    from ns.terminal import outlook_tables
+    from ns.cli.progress import outlook_tables
 
     console = Console()
     for table in outlook_tables(outlook.steps, outlook.costs):

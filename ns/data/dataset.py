@@ -8,8 +8,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field
 
-from ns.document import Document, Identified
-from ns.store import Store
+from ns.storage import Store
+from ns.storage.documents import Document, Identified
 
 MANIFEST = "dataset.json"
 

@@ -8,12 +8,14 @@ import io
 import numpy as np
 from PIL import Image
 
+from ns.core.errors import DataError
 from ns.data.dataset import Dataset
+from ns.data.importing.writer import ShardWriter
 from ns.data.prepared import ROLES
-from ns.data.writer import ShardWriter
-from ns.errors import DataError
-from ns.store import Store
+from ns.storage import Store
 
+DIGITS = "digits:"
+"""What an experiment writes before the part that it means."""
 PARTS = {part: ROLES[part] for part in ("labelled", "pool", "heldout")}
 LABELLED_PER_CLASS = 5
 HELDOUT_PER_CLASS = 50

@@ -15,13 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from ns import log
+from ns.core import log
+from ns.core.errors import DataError
 from ns.data.dataset import Dataset
-from ns.data.decode import Encoded, decode
-from ns.data.images import ImageSource
-from ns.errors import DataError
-from ns.parquet import read_table
-from ns.store import Store
+from ns.data.loading.decode import Encoded, decode
+from ns.data.loading.shard_reader import ImageSource
+from ns.storage import Store
+from ns.storage.parquet import read_table
 
 SIDE = 32
 """px of the grey picture that a perceptual hash is made of."""

@@ -15,12 +15,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ns.core.errors import DataError
 from ns.data.dataset import Shard
-from ns.data.decode import look
+from ns.data.loading.decode import look
 from ns.data.shards import Sample, read_index, read_range
-from ns.errors import DataError
-from ns.parquet import read_table
-from ns.store import Store
+from ns.storage import Store
+from ns.storage.parquet import read_table
 
 SUFFIX = ".index.parquet"
 SCHEMA = pa.schema(

@@ -4,10 +4,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from ns.core.errors import DataError
 from ns.data.dataset import Dataset, Role
-from ns.document import Document, Identified
-from ns.errors import DataError
-from ns.store import Store
+from ns.storage import Store
+from ns.storage.documents import Document, Identified
 
 MANIFEST = "prepared.json"
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ns.errors import StoreError
+from ns.core.errors import StoreError
 
 
 @contextmanager

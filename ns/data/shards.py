@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, BinaryIO, NamedTuple
 
+from ns.core.digest import sha256_file
+from ns.core.errors import DataError
 from ns.data.dataset import Shard
-from ns.digest import sha256_file
-from ns.errors import DataError
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 LABEL = "cls"

@@ -9,7 +9,7 @@ import yaml
 
 from benchmarks import method_cifar10
 from benchmarks.method_cifar10 import QUICK, WHOLE, control_of, experiment, figures, interval, paired_interval
-from ns.config import Experiment
+from ns.config.schema import Experiment
 
 ROOT = Path(__file__).parents[2]
 

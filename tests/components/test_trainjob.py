@@ -15,8 +15,8 @@ import yaml
 from components.cluster import trainjob
 from components.cluster.trainjob import Nodes
 from components.train_distributed import train_distributed
-from ns import steps
-from ns.errors import ConfigError, DataError, Interrupted, RunError, TrainingError
+from ns.core.errors import ConfigError, DataError, Interrupted, RunError, TrainingError
+from ns.stages import steps
 from tests.components.kubernetes_api import JOBS, KubernetesApi
 
 pytestmark = pytest.mark.integration

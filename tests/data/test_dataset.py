@@ -2,9 +2,9 @@ import json
 
 import pytest
 
+from ns.core.errors import DataError, StoreError
 from ns.data.dataset import MANIFEST, Dataset, Shard
-from ns.errors import DataError, StoreError
-from ns.store import LocalStore
+from ns.storage import LocalStore
 
 SHARDS = tuple(
     Shard(name=f"shard-{number:05d}.tar", samples=3 + number, bytes=10_240, sha256=f"{number:064x}") for number in range(2)

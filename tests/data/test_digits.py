@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ns.core.errors import DataError
 from ns.data.dataset import Dataset
 from ns.data.digits import write_digits
 from ns.data.shards import read_index
-from ns.errors import DataError
-from ns.store import LocalStore
+from ns.storage import LocalStore
 
 PARTS = ("labelled", "pool", "heldout")
 

@@ -16,7 +16,7 @@ IMPORT = r"""
 import re, sys
 from pathlib import Path
 from ns.data.ingest import Limits, import_images
-from ns.store import LocalStore
+from ns.storage import LocalStore
 
 data = import_images(sys.argv[1], LocalStore(sys.argv[2]), name="n", role="unlabelled", limits=Limits(), workers=1)
 print(data.samples, re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
@@ -27,7 +27,7 @@ import re, sys
 from pathlib import Path
 from ns.data.check import Checked, check
 from ns.data.dataset import Dataset
-from ns.store import LocalStore
+from ns.storage import LocalStore
 
 folder = LocalStore(sys.argv[1])
 data = Dataset.load(folder)
@@ -43,7 +43,7 @@ from ns.data import images
 from ns.data.augment import TrainTransform
 from ns.data.dataset import Dataset
 from ns.data.stream import Batches, PseudoLabelled, ImageSource, Labelled
-from ns.store import LocalStore
+from ns.storage import LocalStore
 
 images.DECODED_BYTES = 0
 folder = LocalStore(sys.argv[1])

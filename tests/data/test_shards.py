@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ns.core.errors import DataError, StoreError
+from ns.data.importing.writer import ShardWriter
 from ns.data.shards import Sample, check_bytes, read_index, split_key
-from ns.data.writer import ShardWriter
-from ns.errors import DataError, StoreError
-from ns.store import LocalStore
+from ns.storage import LocalStore
 
 KEYS = st.lists(
     st.text(st.characters(exclude_characters="./\0\\", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=30),

@@ -43,9 +43,9 @@ def test_the_card_says_what_was_measured_and_made_from_what(exported):
 def test_the_programs_in_the_docs_run_without_this_package(exported, finished):
     from PIL import Image
 
-    from ns.data.images import ImageSource
-    from ns.runs import prepared
-    from ns.store import LocalStore
+    from ns.data.loading.shard_reader import ImageSource
+    from ns.runs.records import prepared
+    from ns.storage import LocalStore
 
     root = LocalStore(finished)
     folder, dataset = prepared(root, "promoting").heldout.open(root)

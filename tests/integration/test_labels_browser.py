@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from ns.cli import _main
+from ns.cli.app import _main
 from tests.integration.conftest import faults
 
 pytestmark = pytest.mark.browser

@@ -2,10 +2,11 @@
 
 import pytest
 
-from ns import runs
-from ns.evaluate.gate import Verdict
-from ns.store import LocalStore
-from pipelines import GENERATION_PACKAGE, local
+from ns.evaluation.gate import Verdict
+from ns.runs import records as runs
+from ns.storage import LocalStore
+from pipelines import GENERATION_PACKAGE
+from pipelines.runners import local
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ns.cli import _main
+from ns.cli.app import _main
 from tests.integration.conftest import faults
 
 pytestmark = pytest.mark.browser
@@ -97,8 +97,8 @@ def test_on_paper_it_is_light_and_unfolded(finished, browser):
 
 
 def test_one_generation_opens_well(finished, browser, tmp_path):
-    from ns.report.artifacts import generation_html
-    from ns.store import LocalStore
+    from ns.reporting.artifacts import generation_html
+    from ns.storage import LocalStore
 
     page = tmp_path / "generation.html"
     page.write_text(generation_html(LocalStore(finished), "promoting", 2))

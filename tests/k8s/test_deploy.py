@@ -7,15 +7,16 @@ import time
 import pytest
 
 from k8s import deploy as deploying
-from k8s import manifests, waiting
+from k8s import manifests
+from k8s import rollout as waiting
 from k8s.__main__ import app
 from k8s.deploy import Options
-from k8s.record import NAME
-from ns.cli import run_app
-from ns.errors import ClusterError, ConfigError, Interrupted
+from k8s.release import NAME
+from ns.cli.app import run_app
+from ns.core.errors import ClusterError, ConfigError, Interrupted
 from pipelines import upload
-from tests.cluster.conftest import node, thing, workload
-from tests.cluster.fake_kubectl import Fake
+from tests.k8s.conftest import node, thing, workload
+from tests.k8s.fake_kubectl import Fake
 from tests.pipelines.kfp_api import KfpApi
 
 pytestmark = pytest.mark.integration

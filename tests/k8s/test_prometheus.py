@@ -24,9 +24,9 @@ from typing import Any
 import pytest
 import yaml
 
-from ns import runs
 from ns.data.prepared import Prepared
-from ns.store import LocalStore
+from ns.runs import records as runs
+from ns.storage import LocalStore
 from tests.k8s.test_dashboards import PANELS
 from tests.k8s.test_rules import RULES, own_metrics
 
@@ -70,7 +70,7 @@ DCGM_FI_DEV_FB_USED{{Hostname="n1",gpu="0"}} 1000
 DCGM_FI_DEV_POWER_USAGE{{Hostname="n1",gpu="0"}} 300
 """
 UNSEEN = "nst_label_churn_ratio"
-"""A second generation would take twice the time for this one; tests/test_steps.py has it."""
+"""A second generation would take twice the time for this one; tests/stages/test_steps.py has it."""
 HANG = """
 import sys
 from ns import steps

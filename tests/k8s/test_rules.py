@@ -10,7 +10,7 @@ import pytest
 import yaml
 from prometheus_client import generate_latest
 
-from ns import telemetry
+from ns.core import telemetry
 from tests.k8s.promql import metrics
 
 CHECKOUT = Path(__file__).parents[2]

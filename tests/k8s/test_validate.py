@@ -11,7 +11,7 @@ import yaml
 from k8s import validate
 from ns import __version__
 from pipelines import PACKAGE
-from pipelines.pools import INPUTS
+from pipelines.placement import INPUTS
 
 CHECKOUT = Path(__file__).parents[2]
 K8S = CHECKOUT / "k8s"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ns.config import MAX_GENERATIONS
+from ns.config.schema import MAX_GENERATIONS
 from pipelines import GENERATION_PACKAGE, PACKAGE
 
 

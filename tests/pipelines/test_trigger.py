@@ -11,16 +11,18 @@ import time
 import pytest
 import yaml
 
-from ns import cli, config
-from ns.document import pretty
-from ns.errors import ConfigError, DataError, RunError
-from ns.plan.prices import read_prices
-from ns.store import LocalStore
-from pipelines import cluster, trigger
-from pipelines.submit import Server
+from ns.cli import app as cli
+from ns.config import schema as config
+from ns.core.errors import ConfigError, DataError, RunError
+from ns.planning.prices import read_prices
+from ns.storage import LocalStore
+from ns.storage.documents import pretty
+from pipelines import remote_run as cluster
+from pipelines import trigger
+from pipelines.kfp_client import Server
 from pipelines.trigger import Data, Trigger
 from tests.pipelines.kfp_api import KfpApi
-from tests.store.conftest import environment, moto, store_at  # noqa: F401
+from tests.storage.conftest import environment, moto, store_at  # noqa: F401
 
 PARTS = {"labelled": 100, "pool": 1000, "heldout": 50}
 

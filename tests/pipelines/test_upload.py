@@ -5,9 +5,9 @@ import re
 import pytest
 import yaml
 
-from ns.errors import ConfigError, RunError
+from ns.core.errors import ConfigError, RunError
 from pipelines import upload
-from pipelines.submit import Server
+from pipelines.kfp_client import Server
 
 
 def test_all_compiled_pipelines_are_uploaded_once(kfp, capsys):

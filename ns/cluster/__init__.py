@@ -1,1 +1,0 @@
-"""Kubernetes as its owner sees it: through `kubectl`, with the rights and the context that he has set up."""

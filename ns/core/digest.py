@@ -1,0 +1,92 @@
+"""Identity of everything: canonical JSON, hashed with SHA-256."""
+
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).parents[1]
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one spelling of a JSON value: sorted keys, no spaces, UTF-8.
+
+    Raises ValueError for NaN and infinities, TypeError for what JSON has no word for.
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode()
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of the canonical JSON, 64 hex digits."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def short(full: str) -> str:
+    """The first 16 hex digits: enough for folder names within one project."""
+    return full[:16]
+
+
+def sha256_bytes(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@cache
+def code_digest(*parts: str) -> str:
+    """Digest of the source of the named parts of `ns` ("train", "models.py"): changed code is never taken for done work.
+
+    Only what can change a step's output belongs in `parts`: a new report must not cost a new training.
+    """
+    sources: dict[str, str] = {}
+    for part in parts:
+        path = PACKAGE / part
+        files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+        for file in files:
+            sources[file.relative_to(PACKAGE).as_posix()] = sha256_file(file)
+    return digest(sources)
+
+
+# What results depend on, so that changed code is never taken for done work.
+READING = (
+    "data/dataset.py",
+    "data/shards.py",
+    "data/index.py",
+    "data/loading/shard_reader.py",
+    "data/loading/decode.py",
+    "data/augment/transforms.py",
+    "modeling/factory.py",
+)
+TRAINING = (
+    *READING,
+    "training",
+    "modeling/precision.py",
+    "modeling/distributed.py",
+    "data/loading/sampler.py",
+    "data/loading/stream.py",
+    "data/augment/randaugment.py",
+    "labeling/label_set.py",
+    "labeling/selection.py",
+    "labeling/pseudo_label_dataset.py",
+)
+INFERENCE = (*READING, "modeling/predictor.py", "modeling/precision.py")
+EVALUATION = (
+    *INFERENCE,
+    "evaluation/accuracy.py",
+    "evaluation/multi_label.py",
+    "evaluation/result.py",
+    "evaluation/subsample.py",
+)
+ROBUSTNESS = (*EVALUATION, "evaluation/robustness")
+DISTORTING = (
+    "data/loading/decode.py",
+    "evaluation/robustness/corruptions.py",
+    "evaluation/robustness/render.py",
+    "evaluation/subsample.py",
+)
+LABELLING = (*INFERENCE, "labeling/predict.py", "labeling/label_set.py")

@@ -1,0 +1,2 @@
+"""Random crops, flips and RandAugment: the part of the student's noise that changes images.
+It may import `config` and `core`."""

@@ -1,0 +1,81 @@
+"""Which images a step sees: an endless shuffle as a pure function of (seed, position).
+
+An epoch visits every image as often as its copies say. Shards are shuffled, then images within a window of shards that are
+open together: sequential reads from the store, and a shuffle over tens of thousands of images.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from ns.core.errors import DataError
+
+WINDOW = 8
+"""Shards open together."""
+
+
+class Order:
+    """Where the images of an endless stream are: position → (shard, row).
+
+    `copies` holds, for each shard, how often each of its rows is seen in an epoch.
+    """
+
+    def __init__(self, copies: Sequence[npt.NDArray[np.integer]], seed: Sequence[int]) -> None:
+        self._copies = copies
+        self._seed = list(seed)
+        self._sizes = np.array([int(shard.sum()) for shard in copies], np.int64)
+        if self.epoch_size == 0:
+            raise DataError("no images to train on: every shard is empty or everything was left out by the selection")
+        self._window_rows = lru_cache(maxsize=2)(self._make_window)
+        self._epoch = lru_cache(maxsize=2)(self._make_epoch)
+
+    @cached_property
+    def epoch_size(self) -> int:
+        """Images in an epoch, copies included."""
+        return int(self._sizes.sum())
+
+    def take(self, start: int, count: int) -> list[tuple[int, int]]:
+        """Positions [start, start + count) of the stream."""
+        taken: list[tuple[int, int]] = []
+        while len(taken) < count:
+            epoch, offset = divmod(start + len(taken), self.epoch_size)
+            _, bounds = self._epoch(epoch)
+            window = int(np.searchsorted(bounds, offset, side="right")) - 1
+            rows = self._window_rows(epoch, window)
+            first = offset - int(bounds[window])
+            taken += map(tuple, rows[first : first + count - len(taken)].tolist())
+        return taken
+
+    def ahead(self, position: int) -> list[int]:
+        """The shards of the window after that of `position`, which will be read next."""
+        epoch, offset = divmod(position, self.epoch_size)
+        shards, bounds = self._epoch(epoch)
+        window = int(np.searchsorted(bounds, offset, side="right"))
+        if window >= len(bounds) - 1:
+            shards, window = self._epoch(epoch + 1)[0], 0
+        return [int(shard) for shard in shards[window * WINDOW : (window + 1) * WINDOW]]
+
+    def _make_epoch(self, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The shards in this epoch's order, and the first position of each window, with the end."""
+        shards = np.random.default_rng([*self._seed, epoch]).permutation(len(self._copies))
+        ends = np.cumsum(self._sizes[shards])
+        bounds = np.concatenate([[0], ends[WINDOW - 1 :: WINDOW]])
+        if bounds[-1] != ends[-1]:
+            bounds = np.append(bounds, ends[-1])
+        return shards, bounds
+
+    def _make_window(self, epoch: int, window: int) -> npt.NDArray[np.int64]:
+        """[n, 2] shard and row of each image in a window, shuffled."""
+        shards, _ = self._epoch(epoch)
+        members = shards[window * WINDOW : (window + 1) * WINDOW]
+        rows = np.concatenate(
+            [
+                np.stack(
+                    [np.full(self._sizes[shard], shard), np.repeat(np.arange(len(self._copies[shard])), self._copies[shard])], 1
+                )
+                for shard in members
+            ]
+        )
+        return np.random.default_rng([*self._seed, epoch, window]).permutation(rows)

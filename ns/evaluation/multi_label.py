@@ -1,0 +1,77 @@
+"""Several right classes for an image, as "Are we done with ImageNet?" gives them (ReaL, arXiv:2006.07159)."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from ns.core.errors import DataError
+from ns.storage import read_uri
+from ns.storage.parquet import read_table
+
+VALIDATION = re.compile(r"ILSVRC2012_val_(\d{8})")
+"""ReaL's own file is a list, by the number in the names of ImageNet's validation images."""
+
+
+class MultiLabels:
+    """Image → the classes that are right."""
+
+    def __init__(self, by_key: Mapping[str, frozenset[int]], by_number: Sequence[frozenset[int]] = ()) -> None:
+        self._by_key = by_key
+        self._by_number = by_number
+
+    @classmethod
+    def read(cls, uri: str, classes: tuple[str, ...]) -> "MultiLabels":
+        """From ReaL's `real.json`; a JSON object `{"KEY": [class, …]}`; or Parquet with the columns `key` and `labels`, a list.
+
+        A class is an index or a name, a key that of the dataset or its last part. Raises DataError for what is none of these.
+        """
+        data = read_uri(uri)
+        index = {name: number for number, name in enumerate(classes)}
+        if data.startswith(b"PAR1"):
+            try:
+                table = read_table(data, columns=["key", "labels"])
+            except (pa.ArrowException, OSError) as error:
+                raise DataError(f"{uri}: {error}; must have the columns key and labels (a list)") from error
+            document: Any = dict(zip(table["key"].to_pylist(), table["labels"].to_pylist(), strict=True))
+        else:
+            try:
+                document = json.loads(data)
+            except ValueError as error:
+                raise DataError(f"{uri}: neither Parquet nor JSON ({error})") from error
+        if isinstance(document, list):
+            return cls({}, [_known(uri, str(at), labels, index) for at, labels in enumerate(document)])
+        if isinstance(document, dict):
+            return cls({key: _known(uri, key, labels, index) for key, labels in document.items()})
+        raise DataError(f"{uri}: must be a JSON object, or a list as ReaL's, got {type(document).__name__}")
+
+    def of(self, key: str) -> frozenset[int]:
+        """Empty for an image that has none, or is not known."""
+        name = key.rpartition("/")[2]
+        for one in (key, name):
+            if one in self._by_key:
+                return self._by_key[one]
+        found = VALIDATION.search(name)
+        if found and 1 <= int(found[1]) <= len(self._by_number):
+            return self._by_number[int(found[1]) - 1]
+        return frozenset()
+
+    def score(self, keys: Iterable[str], predicted: npt.NDArray[np.integer[Any]]) -> tuple[float, int]:
+        """The share of answers that are right, of the images for which any class is, and how many these are."""
+        right = images = 0
+        for key, answer in zip(keys, predicted.tolist(), strict=True):
+            known = self.of(key)
+            images += bool(known)
+            right += answer in known
+        return (right / images if images else 0.0), images
+
+
+def _known(uri: str, key: str, labels: Any, index: Mapping[str, int]) -> frozenset[int]:
+    found = [index.get(label) if isinstance(label, str) else label for label in labels] if isinstance(labels, list) else [None]
+    if not all(type(label) is int and 0 <= label < len(index) for label in found):
+        raise DataError(f"{uri}: {key}: {labels!r:.80}: must be a list of class names, or of indices below {len(index)}")
+    return frozenset(label for label in found if label is not None)

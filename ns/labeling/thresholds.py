@@ -1,0 +1,92 @@
+"""Thresholds for a wanted precision: how sure the teacher has to be of a class for its labels to be right often enough.
+
+On the held-out images, of which the truth is known, each class gets the lowest threshold at which the Clopper–Pearson lower bound of
+the precision of what lies above it reaches what was asked for. Classes that the teacher names too rarely for any bound to get there
+share one threshold, found on their predictions together.
+"""
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from ns.storage.documents import Document
+
+NEVER = 2.0
+"""The threshold of a class of which no confidence suffices."""
+
+
+class ClassCalibration(Document):
+    threshold: float
+    """Confidences above it are taken; NEVER if none suffices."""
+    heldout: int
+    """Held-out images above the threshold that the teacher puts in this class, or in one of the pooled classes."""
+    correct: int
+    bound: float
+    """Lower bound of their precision; 0 if there are none."""
+    pooled: bool
+    """Whether the class is too rare to be judged by itself."""
+
+
+class Calibration(Document):
+    precision: float
+    confidence: float
+    """One-sided, of the bounds."""
+    evaluation: str
+    """Digest of the evaluation that the thresholds were found on."""
+    classes: tuple[ClassCalibration, ...]
+
+
+def calibrate(
+    predicted: npt.NDArray[np.integer],
+    confidence: npt.NDArray[np.float32],
+    correct: npt.NDArray[np.bool_],
+    classes: int,
+    *,
+    precision: float,
+    level: float,
+    evaluation: str,
+) -> Calibration:
+    """Finds each class's threshold from predictions on held-out images: [N] class, its confidence, and whether it is right."""
+    # With fewer, even if all are right, the bound (1 - level)^(1/n) stays below the precision.
+    least = math.ceil(math.log(1 - level) / math.log(precision))
+    counts = np.bincount(predicted, minlength=classes)
+    rare = counts < least
+
+    def found(of: npt.NDArray[np.bool_], *, pooled: bool) -> ClassCalibration:
+        threshold, heldout, right, bound = _lowest(confidence[of], correct[of], precision, level)
+        return ClassCalibration(threshold=threshold, heldout=heldout, correct=right, bound=bound, pooled=pooled)
+
+    together = found(rare[predicted], pooled=True)
+    return Calibration(
+        precision=precision,
+        confidence=level,
+        evaluation=evaluation,
+        classes=tuple(together if rare[label] else found(predicted == label, pooled=False) for label in range(classes)),
+    )
+
+
+def lower_bound(correct: npt.NDArray[np.integer], total: npt.NDArray[np.integer], level: float) -> npt.NDArray[np.float64]:
+    """One-sided Clopper–Pearson bound of a share (Clopper & Pearson 1934), elementwise; 0 where nothing is correct."""
+    from scipy.stats import beta  # takes as long to import as all else here
+
+    bound = beta.ppf(1 - level, correct, total - correct + 1)
+    return np.where(correct == 0, 0.0, bound)
+
+
+def _lowest(
+    confidence: npt.NDArray[np.float32], correct: npt.NDArray[np.bool_], precision: float, level: float
+) -> tuple[float, int, int, float]:
+    """Threshold, images above it, how many of them are right, and the bound."""
+    order = np.argsort(-confidence, kind="stable")
+    ranked, right = confidence[order], correct[order].cumsum()
+    # Only where the confidence changes can a threshold lie.
+    ends = np.flatnonzero(np.append(np.diff(ranked) != 0, True)) if len(ranked) else np.zeros(0, np.int64)
+    bounds = lower_bound(right[ends], ends + 1, level)
+    good = np.flatnonzero(bounds >= precision)
+    if len(good) == 0:
+        return NEVER, 0, 0, 0.0
+    end = int(ends[good[-1]])
+    # Just below the last one taken: of what lies lower nothing is known.
+    threshold = float(np.nextafter(ranked[end], np.float32(0)))
+    return threshold, end + 1, int(right[end]), float(bounds[good[-1]])

@@ -1,0 +1,277 @@
+"""Several processes that train one network together: one on each GPU, on one node or on many.
+
+torchrun starts them and tells each who it is (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT). Each takes its part of every
+step's images; gradients, batch-norm statistics and what is measured are means over all of them, so that a step is the step that one
+process would have taken, whatever their number.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from ns.core.errors import ConfigError, Interrupted, NsError, TrainingError
+from ns.core.process import CLIENT_VARIABLE, signalled
+
+FAILURE_VARIABLE = "NS_FAILURE_FILE"
+"""Where the first process that fails writes why, for `launch` to raise it again."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train together, and which of them this is."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes."""
+        return self.rank == 0
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over all processes, in the place of `values`."""
+        if self.size > 1:
+            dist.all_reduce(values)
+            values /= self.size
+        return values
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """For each flag, whether it is set anywhere. Costs a message on the CPU, and no wait for the GPU."""
+        if self.size == 1:
+            return flags
+        everyones = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(everyones, dist.ReduceOp.MAX)
+        return tuple(bool(flag) for flag in everyones.tolist())
+
+    def everyones(self, number: int) -> list[int]:
+        """Each process's number, in the order of their ranks."""
+        if self.size == 1:
+            return [number]
+        numbers = torch.zeros(self.size, dtype=torch.int64)
+        numbers[self.rank] = number
+        dist.all_reduce(numbers)
+        return [int(found) for found in numbers.tolist()]
+
+    def first_says(self, make: Callable[[], str]) -> str:
+        """What the first process makes of it; the others wait."""
+        if self.size == 1:
+            return make()
+        text = torch.zeros(256, dtype=torch.uint8)
+        if self.first:
+            made = make().encode()
+            text[: len(made)] = torch.tensor(list(made), dtype=torch.uint8)
+        dist.broadcast(text, 0)
+        return bytes(text.tolist()).rstrip(b"\0").decode()
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def gathering(self, forward: Any, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Around forward and backward of a part of a step: gradients are gathered with the last part only."""
+        held = self.size > 1 and not last
+        return forward.no_sync() if held else contextlib.nullcontext()
+
+    def share(self, network: nn.Module, forward: Callable[[nn.Module], Any]) -> Any:
+        """What to call for a forward pass, so that the backward pass leaves every process the mean of all gradients.
+        `forward` prepares a network for it. Batch-norm layers of `network` are made to use everyone's images.
+        """
+        if self.size == 1:
+            return forward(network)
+        network = share_batch_norms(network, self)
+        return DistributedDataParallel(forward(network), forward_sync_buffers=False, gradient_as_bucket_view=True)
+
+
+ALONE = World()
+
+
+@contextmanager
+def joined() -> Iterator[World]:
+    """The group that torchrun's variables describe; alone without them."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield ALONE
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+    else:
+        dist.init_process_group("gloo")
+    try:
+        yield World(dist.get_rank(), size)
+    finally:
+        dist.destroy_process_group()
+
+
+def processes_here(asked: int | str) -> int:
+    """Processes that train on this machine: as asked, or one on each GPU, or one."""
+    return max(1, torch.cuda.device_count()) if asked == "auto" else int(asked)
+
+
+# --- Batch norm over the images of all processes
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all processes. Everybody's loss depends on it, so its gradient is a sum too."""
+
+    @staticmethod
+    def forward(_context: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(_context: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+
+def normalized(norm: _BatchNorm, images: Tensor, world: World) -> Tensor:
+    """Batch norm of training over the images of all processes, [N, C, H, W] with the same N everywhere.
+
+    Takes the mean and variance of each process's images, and joins them as those of equal parts of one sample.
+    """
+    values = images.float()
+    variance, mean = torch.var_mean(values, (0, 2, 3), correction=0)
+    own = torch.zeros(world.size, 1, 1, device=values.device)
+    own[world.rank] = 1
+    everyones: Tensor = _Sum.apply(own * torch.stack([mean, variance]))
+    means, variances = everyones.unbind(1)  # [size, C] each
+    mean = means.mean(0)
+    variance = variances.mean(0) + means.var(0, correction=0)
+    if norm.track_running_stats and norm.running_mean is not None and norm.running_var is not None:
+        count = world.size * values.numel() // values.shape[1]
+        assert norm.num_batches_tracked is not None
+        norm.num_batches_tracked.add_(1)
+        share = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+        norm.running_mean.lerp_(mean.detach(), share)
+        norm.running_var.lerp_(variance.detach() * (count / max(1, count - 1)), share)
+    scale = (variance + norm.eps).rsqrt()
+    # The mean is taken off first: folded into the bias it would cost digits where it is far from zero.
+    centred = values - mean.view(1, -1, 1, 1)
+    if not norm.affine:
+        return (centred * scale.view(1, -1, 1, 1)).to(images.dtype)
+    scale = scale * norm.weight
+    return torch.addcmul(norm.bias.view(1, -1, 1, 1), centred, scale.view(1, -1, 1, 1)).to(images.dtype)
+
+
+def share_batch_norms(network: nn.Module, world: World) -> nn.Module:
+    """Makes the batch-norm layers gather statistics over all processes in training; names and tensors stay.
+
+    torch's own layer for this knows GPUs only. Raises ConfigError for a kind of batch norm that is unknown here.
+    """
+    from timm.layers import BatchNormAct2d, convert_sync_batchnorm
+
+    if next(network.parameters()).is_cuda:
+        converted: nn.Module = convert_sync_batchnorm(network)
+        return converted
+
+    class Shared(nn.BatchNorm2d):
+        def forward(self, images: Tensor) -> Tensor:
+            return normalized(self, images, world) if self.training else super().forward(images)
+
+    class SharedAct(BatchNormAct2d):  # type: ignore[misc]
+        def forward(self, images: Tensor) -> Tensor:
+            if not self.training:
+                return super().forward(images)  # type: ignore[no-any-return]
+            return self.act(self.drop(normalized(self, images, world)))  # type: ignore[no-any-return]
+
+    kinds: dict[type, type] = {nn.BatchNorm2d: Shared, BatchNormAct2d: SharedAct}
+    for name, module in network.named_modules():
+        if isinstance(module, _BatchNorm):
+            if type(module) not in kinds:
+                raise ConfigError(f"{name}: {type(module).__name__} cannot be shared by processes; set train.processes: 1")
+            # In its place, for others hold on to the layer and to its tensors.
+            module.__class__ = kinds[type(module)]
+    return network
+
+
+# --- Starting processes
+
+
+def launch(processes: int, module: str, arguments: Sequence[str]) -> None:
+    """Runs `python -m MODULE ARGUMENTS` in several processes on this machine, with torchrun, until all have ended.
+
+    SIGTERM and SIGINT are passed on as SIGTERM. Raises the first failed process's error, Interrupted if it was asked to stop.
+    """
+    with tempfile.TemporaryDirectory(prefix="ns-processes-") as scratch:
+        failure = Path(scratch) / "failure.json"
+        environment = {**os.environ, FAILURE_VARIABLE: str(failure), CLIENT_VARIABLE: str(os.getpid())}
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        # A session of its own: Ctrl-C in a terminal would reach every process, and torchrun kills those that stop first.
+        started = subprocess.Popen([*torchrun, "-m", module, *arguments], env=environment, start_new_session=True)
+        with _passed_on(started) as asked:
+            try:
+                code = started.wait()
+            except BaseException:
+                started.kill()
+                raise
+        if code == 0:
+            return
+        if failure.exists():
+            found = json.loads(failure.read_text())
+            kinds: dict[int, type[NsError]] = {kind.exit_code: kind for kind in NsError.__subclasses__()}
+            raise kinds.get(found["exit_code"], TrainingError)(found["error"])
+        if asked:
+            raise Interrupted("stopped; the same command continues from the last checkpoint")
+        raise TrainingError(
+            f"one of {processes} training processes died without a word (killed? out of memory?); the same command continues"
+        )
+
+
+@contextmanager
+def failures_told() -> Iterator[None]:
+    """Tells `launch` why this process fails, if no other has before. Exits with the error's code."""
+    try:
+        yield
+    except Exception as error:
+        ours = isinstance(error, NsError)
+        code = error.exit_code if isinstance(error, NsError) else 1
+        place = os.environ.get(FAILURE_VARIABLE)
+        if place and not _lost_a_peer(error):
+            told = Path(f"{place}.{os.getpid()}")
+            told.write_text(
+                json.dumps({"error": str(error) if ours else f"{type(error).__name__}: {error}", "exit_code": code})
+            )
+            with contextlib.suppress(FileExistsError):
+                os.link(told, place)  # whole or not at all, and the first one only
+        if not ours:
+            raise
+        raise SystemExit(code) from error
+
+
+def _lost_a_peer(error: Exception) -> bool:
+    """Whether a process fails only because another one has: what it says would hide why. gloo's errors have no type of their own."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
+
+
+@contextmanager
+def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """Passes SIGTERM and SIGINT on to a process, as SIGTERM. Gives a list that is not empty once that has happened."""
+    asked: list[int] = []
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        if not asked:
+            process.terminate()
+        asked.append(number)
+
+    with signalled(pass_on):
+        yield asked

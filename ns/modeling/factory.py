@@ -1,0 +1,234 @@
+"""Networks from timm, and their weights as safetensors. No pickle is ever read."""
+
+import difflib
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ns.config.schema import Experiment, ModelConfig, NoiseConfig, RoleConfig
+from ns.core.digest import sha256_bytes
+from ns.core.errors import ConfigError, DataError
+from ns.modeling.manifest import HISTORY, MANIFEST, WEIGHTS, ModelCard, weights_place
+from ns.storage import Store, open_store
+from ns.storage.documents import pretty
+
+
+def build(config: ModelConfig, noise: NoiseConfig, outputs: int) -> nn.Module:
+    """A freshly initialised network in channels_last. Raises ConfigError for what timm does not know.
+
+    Draws from torch's global generator: seed it first for a repeatable network.
+    """
+    import timm
+
+    try:
+        network: nn.Module = timm.create_model(
+            config.arch,
+            pretrained=False,
+            num_classes=config.outputs or outputs,
+            drop_rate=noise.dropout,
+            drop_path_rate=noise.stochastic_depth,
+            **config.args,
+        )
+    except (RuntimeError, TypeError, ValueError) as error:
+        hint = ""
+        if not timm.is_model(config.arch):
+            similar = difflib.get_close_matches(config.arch, timm.list_models(), n=3)
+            hint = f"; did you mean {' or '.join(similar)}?" if similar else "; see timm.list_models()"
+        raise ConfigError(f"model.arch: invalid value {config.arch!r} with args {config.args}: {error}{hint}") from error
+    _reduce_stride(network, config.reduce_stride)
+    return network.to(memory_format=torch.channels_last)
+
+
+def total_stride(network: nn.Module) -> int:
+    """Input px per px of the last feature map, 1 where the network does not say."""
+    info = getattr(network, "feature_info", None)
+    if not info:
+        return 1
+    last = info[-1] if isinstance(info, list) else info.info[-1]
+    return int(last["reduction"])
+
+
+def description(model: ModelConfig) -> dict[str, Any]:
+    """What decides how fast a network is at a given resolution and batch."""
+    return model.model_dump(mode="json", include={"arch", "args", "reduce_stride", "outputs"})
+
+
+def parameter_count(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def multiply_adds(network: nn.Module, resolution: int) -> int:
+    """Multiply-adds of a forward pass over one image, without computing anything: the network is on the meta device.
+
+    0 for a network that cannot be run there. Raises ConfigError if it does not take images of that size.
+    """
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network.eval()(torch.zeros(1, 3, resolution, resolution, device="meta"))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        if "meta" in str(error):
+            return 0
+        raise ConfigError(f"the network does not take images of {resolution} px: {error}") from error
+    return int(counter.get_total_flops()) // 2
+
+
+class Size(NamedTuple):
+    """How large a network is, by what it keeps and by what it does."""
+
+    parameters: int
+    multiply_adds: int
+    """For one image at the resolution that the network labels and is evaluated at."""
+
+
+def check(experiment: Experiment, classes: int | None = None) -> None:
+    """Refuses networks that timm cannot build, resolutions below their stride, students smaller than their teacher (in
+    parameters or in multiply-adds), and more label classes than model outputs. Builds no weights.
+
+    Raises ConfigError naming the field, the value and what would be right.
+    """
+    sizes = {field: _check_role(field, role, classes) for field, role in experiment.roles().items()}
+    chain = ["teacher"]
+    chain += [f"students.{min(g, len(experiment.students)) - 1}" for g in range(1, experiment.generations + 1)]
+    if not experiment.allow_smaller_student:
+        for teacher, student in pairwise(chain):
+            for unit, own, required in zip(Size._fields, sizes[student], sizes[teacher], strict=True):
+                if own and own < required:
+                    raise ConfigError(
+                        f"{student}.model: {own:,} {unit.replace('_', '-')}, its teacher ({teacher}.model) has {required:,}: "
+                        "must be equal or larger; for distillation into a smaller network set allow_smaller_student: true"
+                    )
+
+
+def _check_role(field: str, role: RoleConfig, classes: int | None) -> Size:
+    model = role.model
+    if role.train.init_place:
+        folder, key = weights_place(role.train.init_place)
+        if not open_store(folder).exists(key or MANIFEST):
+            raise ConfigError(
+                f"{field}.train.init: invalid value {role.train.init!r}: there is no such "
+                f"{'file' if key else f'model (a folder with {MANIFEST})'}"
+            )
+    if classes and model.outputs and model.outputs < classes:
+        raise ConfigError(
+            f"{field}.model.outputs: invalid value {model.outputs}: the labelled data has {classes} classes; "
+            f"must be at least {classes}, or be left out"
+        )
+    try:
+        with torch.device("meta"):
+            network = build(model, role.noise, classes or 2)
+    except ConfigError as error:
+        raise ConfigError(f"{field}.{error}") from error
+    stride = max(1, total_stride(network) // model.reduce_stride)
+    for name, resolution in (("resolution", model.resolution), ("test_resolution", model.inference_resolution)):
+        if resolution < stride:
+            raise ConfigError(
+                f"{field}.model.{name}: invalid value {resolution}: below the total stride of {model.arch}, {stride} px; "
+                f"must be at least {stride}, or set reduce_stride"
+            )
+    try:
+        multiply_adds(network, model.resolution)
+        if role.train.finetune:
+            multiply_adds(network, role.train.finetune.resolution)
+        return Size(parameter_count(network), multiply_adds(network, model.inference_resolution))
+    except ConfigError as error:
+        raise ConfigError(f"{field}.model: {error}") from error
+
+
+def save(
+    folder: Store, network_state: dict[str, Tensor], card_fields: dict[str, Any], history: list[dict[str, float]]
+) -> ModelCard:
+    """Writes weights, history, and last the card, which makes the folder a model."""
+    weights = save_tensors({name: tensor.contiguous() for name, tensor in network_state.items()})
+    card = ModelCard(weights_sha256=sha256_bytes(weights), **card_fields)
+    folder.put(WEIGHTS, weights)
+    folder.put(HISTORY, pretty(history))
+    card.write(folder, MANIFEST)
+    return card
+
+
+def load_weights(folder: Store, card: ModelCard) -> dict[str, Tensor]:
+    """The averaged weights, on the CPU. Raises DataError if their bytes are not the card's."""
+    data = folder.get(WEIGHTS)
+    if sha256_bytes(data) != card.weights_sha256:
+        raise DataError(f"{folder.uri}/{WEIGHTS}: sha256 differs from {MANIFEST}; the file is damaged or was replaced")
+    try:
+        return load_tensors(data)
+    except SafetensorError as error:
+        raise DataError(f"{folder.uri}/{WEIGHTS}: not a safetensors file: {error}") from error
+
+
+def load(folder: Store) -> tuple[nn.Module, ModelCard]:
+    """A model for inference: averaged weights, evaluation mode, no noise."""
+    card = ModelCard.read(folder, MANIFEST)
+    network = build(card.model, card.noise, len(card.classes))
+    network.load_state_dict(load_weights(folder, card))
+    return network.eval(), card
+
+
+def best_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Normalize(nn.Module):
+    """uint8 images [N, H, W, 3] → float32 [N, 3, H, W] in channels_last, zero mean and unit variance; on the images' device."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: tuple[float, float, float], std: tuple[float, float, float]) -> None:
+        super().__init__()
+        # Folded with the division by 255.
+        self.register_buffer("mean", torch.tensor(mean) * 255)
+        self.register_buffer("std", torch.tensor(std) * 255)
+
+    def forward(self, images: Tensor) -> Tensor:
+        count, height, width, channels = images.shape
+        # By rows of pixels, which fill a processor's vectors; the three channels of one alone take four times as long.
+        rows = images.reshape(count, height, width * channels).float()
+        rows = (rows - self.mean.repeat(width)).div_(self.std.repeat(width))
+        # A permuted view of NHWC is channels_last already: no copy here, and none in the network.
+        return rows.view(count, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _reduce_stride(network: nn.Module, factor: int) -> None:
+    """Makes the first stages after the stem dense until the total stride is divided by `factor` (2, 4, 8).
+
+    The stem keeps its stride: that is the paper's network for 32 px (`noisy_student.md` §5), at a quarter of the cost of one
+    with a dense stem.
+    """
+    remaining = factor
+    for stage in _halvings(network):
+        if remaining == 1:
+            return
+        for module in stage:
+            module.stride = (1, 1)
+            if isinstance(module, nn.AvgPool2d):
+                module.kernel_size = (1, 1)  # it only halves a shortcut; two px wide, it would now lose a row
+        remaining //= 2
+    if remaining != 1:
+        raise ConfigError(
+            f"model.reduce_stride: invalid value {factor}: the network has too few stages of stride 2 after its stem"
+        )
+
+
+def _halvings(network: nn.Module) -> Iterator[list[Any]]:
+    """For each stage after the stem that halves the map: its convolutions and poolings of stride 2 (of a residual block and
+    of its shortcut, say), from the input on."""
+    features = getattr(network, "feature_info", None) or []
+    modules = list(network.named_modules())
+    ends = [max(i for i, (name, _) in enumerate(modules) if f"{name}.".startswith(f"{f['module']}.")) for f in features]
+    for index in range(1, len(features)):
+        if features[index]["reduction"] == 2 * features[index - 1]["reduction"]:
+            stage = (module for _, module in modules[ends[index - 1] + 1 : ends[index] + 1])
+            yield [
+                module
+                for module in stage
+                if isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) and module.stride in (2, (2, 2))
+            ]

@@ -1,0 +1,255 @@
+"""Charts as inline SVG. Colours are the page's, so that they follow it into dark mode and print."""
+
+import io
+import itertools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ns.core.intervals import wilson
+from ns.evaluation.result import Calibration
+from ns.labeling.label_set import BINS
+
+# Stand-ins that matplotlib draws with; the page's style decides what they are.
+INK, FAINT = "#010101", "#020202"
+SERIES = ("#030303", "#040404", "#050505", "#060606", "#070707", "#080808")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+VARIABLES = {INK: "currentColor", FAINT: "var(--faint)"} | {
+    colour: f"var(--series-{number})" for number, colour in enumerate(SERIES, 1)
+}
+
+STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",  # text stays text: selectable, and in the page's font
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.parse_math": False,  # names of classes are text, whatever is in them
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": FAINT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.4,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+}
+
+BARS = 60
+"""Classes that can be told apart as bars."""
+WIDTH, HEIGHT = 4.4, 2.7
+"""Inches; small, so that the text is readable on a phone."""
+
+
+def accuracy(generations: Sequence[int], top1: Sequence[float], images: int) -> str:
+    """Held-out top-1 by generation with 95 % Wilson intervals; 0 is the first teacher."""
+    bounds = [wilson(value, images) for value in top1]
+
+    def draw(axes: Axes) -> None:
+        low = [100 * (value - bound[0]) for value, bound in zip(top1, bounds, strict=True)]
+        high = [100 * (bound[1] - value) for value, bound in zip(top1, bounds, strict=True)]
+        values = [100 * value for value in top1]
+        axes.errorbar(range(len(values)), values, yerr=[low, high], color=SERIES[0], marker="o", capsize=4, linewidth=1.6)
+        for x, value in enumerate(values):
+            axes.annotate(f"{value:.1f}", (x, value), xytext=(7, -11), textcoords="offset points", color=INK)
+        axes.set_xticks(range(len(values)), ["teacher" if g == 0 else f"student {g}" for g in generations])
+        axes.set_xlim(-0.4, len(values) - 0.4)
+        axes.set_ylabel("held-out top-1, %")
+
+    shown = ", ".join(f"{value:.1%}" for value in top1)
+    return _svg("accuracy", f"Held-out top-1 accuracy by generation: {shown}", draw)
+
+
+def trips(top1: Mapping[str, Sequence[tuple[int, float]]]) -> str:
+    """Held-out top-1 of several runs: (generation, share) of each model; 0 is the first teacher."""
+
+    def draw(axes: Axes) -> None:
+        for (number, (run, points)), marker in zip(enumerate(top1.items()), itertools.cycle(MARKERS), strict=False):
+            colour = SERIES[number % len(SERIES)]
+            places = [generation for generation, _ in points]
+            axes.plot(places, [100 * value for _, value in points], color=colour, marker=marker, linewidth=1.4, label=run)
+        last = max(generation for points in top1.values() for generation, _ in points)
+        axes.set_xticks(range(last + 1), ["teacher" if g == 0 else f"student {g}" for g in range(last + 1)])
+        axes.set_ylabel("held-out top-1, %")
+        axes.legend(fontsize=8)
+
+    told = "; ".join(f"{run} {', '.join(f'{value:.1%}' for _, value in points)}" for run, points in top1.items())
+    return _svg("trips", f"Held-out top-1 by generation: {told}", draw)
+
+
+def confidence(name: str, counts: npt.NDArray[np.uint64], threshold: float) -> str:
+    """Images by the teacher's confidence, in 40 bins, with the threshold drawn in."""
+    bars = counts.reshape(40, BINS // 40).sum(1).astype(np.int64)
+
+    def draw(axes: Axes) -> None:
+        left = np.arange(40) / 40
+        for wanted, colour in ((left + 1 / 80 > threshold, SERIES[0]), (left + 1 / 80 <= threshold, FAINT)):
+            axes.bar(left[wanted], bars[wanted], width=1 / 40, align="edge", color=colour)
+        axes.axvline(threshold, color=SERIES[1], linewidth=1.5, linestyle="--")
+        axes.annotate(
+            f"threshold {threshold:g}",
+            (threshold, axes.get_ylim()[1]),
+            xytext=(4, -8),
+            textcoords="offset points",
+            color=SERIES[1],
+        )
+        axes.set_xlim(0, 1)
+        axes.set_xlabel("confidence of the teacher")
+        axes.set_ylabel("images")
+
+    return _svg(f"confidence-{name}", f"Histogram of confidence, threshold {threshold:g}", draw)
+
+
+def classes(name: str, labels: Sequence[str], candidates: Sequence[int], images: Sequence[int]) -> str:
+    """Images of each class above the threshold, and in an epoch after balancing. Many classes are in the order of their size."""
+
+    def outline(axes: Axes) -> None:
+        order = np.argsort(-np.asarray(candidates), kind="stable")
+        axes.stairs(np.asarray(candidates)[order], fill=True, color=FAINT, label="above the threshold")
+        axes.stairs(np.asarray(images)[order], color=SERIES[0], linewidth=1.4, label="after balancing")
+        axes.set_xlabel("classes, the largest first")
+        axes.set_ylabel("images")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8)
+
+    def draw(axes: Axes) -> None:
+        positions = np.arange(len(labels))
+        axes.bar(positions - 0.2, candidates, 0.4, color=FAINT, label="above the threshold")
+        axes.bar(positions + 0.2, images, 0.4, color=SERIES[0], label="after balancing")
+        step = max(1, math.ceil(len(labels) / 12))
+        axes.set_xticks(positions[::step], [label[:10] for label in labels[::step]])
+        axes.set_ylabel("images")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8)
+
+    about = "Pseudo-labelled images of each class before and after balancing"
+    return _svg(f"classes-{name}", about, draw if len(labels) <= BARS else outline)
+
+
+def bars(name: str, about: str, kinds: Sequence[str], series: Mapping[str, Sequence[float]]) -> str:
+    """Shares by kind, in percent, a bar for each model (at most as many as there are colours); kinds from top to bottom."""
+
+    def draw(axes: Axes) -> None:
+        thick = 0.8 / len(series)
+        positions = np.arange(len(kinds))
+        for number, ((label, values), colour) in enumerate(zip(series.items(), SERIES, strict=False)):
+            place = positions + (number - (len(series) - 1) / 2) * thick
+            axes.barh(place, [100 * value for value in values], thick, color=colour, label=label)
+        axes.set_yticks(positions, kinds)
+        axes.set_ylim(len(kinds) - 0.5, -0.5)
+        axes.grid(visible=False, axis="y")
+        axes.grid(visible=True, axis="x")
+        axes.set_xlabel(f"{about}, %")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=8)
+
+    told = "; ".join(
+        f"{kind} {', '.join(f'{label} {values[number]:.1%}' for label, values in series.items())}"
+        for number, kind in enumerate(kinds)
+    )
+    height = 0.9 + len(kinds) * max(0.22, 0.1 * len(series))
+    return _svg(name, f"{about[0].upper()}{about[1:]} by kind: {told}", draw, height)
+
+
+def attacks(name: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    """Top-1 that FGSM leaves, by the largest change of a pixel: (epsilon of 255, share) of each model."""
+
+    def draw(axes: Axes) -> None:
+        for (label, points), colour, marker in zip(series.items(), SERIES, MARKERS, strict=False):
+            axes.plot(
+                [epsilon for epsilon, _ in points],
+                [100 * share for _, share in points],
+                color=colour,
+                marker=marker,
+                markersize=4,
+                linewidth=1.4,
+                label=label,
+            )
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("FGSM, largest change ε of 255")
+        axes.set_ylabel("top-1, %")
+        axes.legend(fontsize=8)
+
+    told = "; ".join(f"{label} {', '.join(f'{share:.1%} at {e:g}' for e, share in points)}" for label, points in series.items())
+    return _svg(name, f"Top-1 under FGSM: {told}", draw)
+
+
+def reliability(series: Mapping[str, Calibration]) -> str:
+    """Accuracy of images by their confidence, in bins; on the diagonal a model is right as often as it says."""
+
+    def draw(axes: Axes) -> None:
+        axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1.2, linestyle="--")
+        for (label, found), colour, marker in zip(series.items(), SERIES, MARKERS, strict=False):
+            filled = [one for one in found.bins if one.images]
+            axes.plot(
+                [one.confidence for one in filled],
+                [one.accuracy for one in filled],
+                color=colour,
+                marker=marker,
+                markersize=4,
+                linewidth=1.4,
+                label=label,
+            )
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1)
+        axes.set_xlabel("confidence")
+        axes.set_ylabel("accuracy")
+        axes.legend(fontsize=8)
+
+    told = ", ".join(f"{label} {found.ece:.1%}" for label, found in series.items())
+    return _svg("reliability", f"Reliability diagram; expected calibration error: {told}", draw)
+
+
+def shift(before: Sequence[int], after: Sequence[int]) -> str:
+    """Images by confidence in two label sets; equal bins from 0 to 1."""
+
+    def draw(axes: Axes) -> None:
+        edges = np.linspace(0, 1, len(before) + 1)
+        axes.stairs(before, edges, fill=True, color=FAINT, label="before")
+        axes.stairs(after, edges, color=SERIES[0], linewidth=1.6, label="after")
+        axes.set_xlim(0, 1)
+        axes.set_xlabel("confidence of the teacher")
+        axes.set_ylabel("images")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8)
+
+    return _svg("shift", "Histograms of confidence before and after", draw)
+
+
+def curves(name: str, history: Sequence[dict[str, float]], series: dict[str, str], unit: str) -> str:
+    """Training curves: `series` maps fields of the history to names."""
+
+    def draw(axes: Axes) -> None:
+        for (key, label), colour in zip(series.items(), SERIES, strict=False):
+            points = [(point["step"], point[key]) for point in history if key in point]
+            if points:
+                axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.4, label=label)
+        axes.set_xlabel("step")
+        axes.set_ylabel(unit)
+        axes.legend(fontsize=8)
+
+    return _svg(f"curves-{name}", f"Training curves: {', '.join(series.values())}", draw)
+
+
+def _svg(name: str, description: str, draw: Callable[[Axes], None], height: float = HEIGHT) -> str:
+    # The salt makes ids unique on the page, and the same every time.
+    with mpl.rc_context(cast(Any, {**STYLE, "svg.hashsalt": name})):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        draw(figure.add_subplot())
+        sink = io.StringIO()
+        figure.savefig(sink, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = sink.getvalue()
+    text = text[text.index("<svg") :]
+    for colour, variable in VARIABLES.items():
+        text = text.replace(colour, variable)
+    # Ids of groups repeat in every chart; the page must not have them twice.
+    text = re.sub(r'(id="|#)((?!#)[A-Za-z][\w.-]*)', rf"\g<1>{name}-\g<2>", text)
+    text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
+    label = description.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)

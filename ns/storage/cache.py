@@ -1,0 +1,123 @@
+"""Local copies of remote blobs, in bounded space, shared by all processes of a machine."""
+
+import errno
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from filelock import FileLock, Timeout
+
+from ns.core.digest import digest
+from ns.core.errors import StoreError
+from ns.storage.base import TEMPORARY
+from ns.storage.local import HINTS
+
+DIRECTORY_VARIABLE = "NS_CACHE_DIR"
+LIMIT_VARIABLE = "NS_CACHE_MIB"
+LIMIT_MIB = 20 * 1024
+
+# From when path() gives a file until its caller has it open, it must not go. Later it may: on Linux an unlinked file keeps
+# its bytes for whoever has it open or mapped, so nothing that is in use is ever lost.
+GRACE_SECONDS = 10
+# A download that has not grown for so long belongs to a process that was killed.
+ABANDONED_SECONDS = 3600
+
+
+class Cache:
+    """Least recently used files go first. Two processes that want the same blob fetch it once."""
+
+    def __init__(self, folder: Path, limit_bytes: int, clock: Callable[[], float] = time.time) -> None:
+        self.folder = folder
+        self.limit_bytes = limit_bytes
+        self._clock = clock
+
+    @staticmethod
+    def from_environment() -> "Cache":
+        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        folder = Path(os.environ.get(DIRECTORY_VARIABLE) or f"{home}/noisy-student").expanduser()
+        text = os.environ.get(LIMIT_VARIABLE) or str(LIMIT_MIB)
+        if not text.isascii() or not text.isdigit() or int(text) == 0:
+            raise StoreError(f"{LIMIT_VARIABLE}={text}: must be a whole number of MiB, at least 1")
+        return Cache(folder.absolute(), int(text) << 20)
+
+    def fetch(self, identity: tuple[str, ...], size: int, suffix: str, download: Callable[[BinaryIO], None]) -> Path:
+        """The file for `identity`, which must change whenever the bytes do; written by `download` if it is not there yet.
+
+        `download` checks what it writes. Raises StoreError when the folder cannot be written or the blob cannot fit.
+        """
+        name = digest(list(identity))
+        target = self.folder / "blobs" / (name + suffix)
+        try:
+            if self._touch(target, size):
+                return target
+            (self.folder / "locks").mkdir(parents=True, exist_ok=True)
+            target.parent.mkdir(exist_ok=True)
+            # One of 256 locks, so that they need no clearing away; sharing one costs no more than a wait.
+            with FileLock(self.folder / "locks" / name[:2]):
+                if not self._touch(target, size):
+                    self._make_room(size)
+                    self._download(target, download)
+            return target
+        except OSError as error:
+            reason = HINTS.get(error.errno or 0, error.strerror or str(error))
+            place = "a folder with more room" if error.errno == errno.ENOSPC else "another folder"
+            raise StoreError(
+                f"{self.folder}: cannot keep copies of remote files: {reason}, or set {DIRECTORY_VARIABLE} to {place}"
+            ) from error
+
+    def _touch(self, target: Path, size: int) -> bool:
+        """Whether the file is there and whole. Marks it as used now: access times are switched off on many machines."""
+        try:
+            if target.stat().st_size == size:
+                now = self._clock()
+                os.utime(target, (now, now))
+                return True
+            # Cut short by a crash of the machine.
+            target.unlink()
+        except FileNotFoundError:
+            pass
+        return False
+
+    def _download(self, target: Path, download: Callable[[BinaryIO], None]) -> None:
+        handle, name = tempfile.mkstemp(prefix=TEMPORARY, dir=target.parent)
+        temporary = Path(name)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                download(file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.chmod(0o444)
+            now = self._clock()
+            os.utime(temporary, (now, now))
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _make_room(self, size: int) -> None:
+        """Removes what was used longest ago until `size` more bytes fit within the limit, and on the disk."""
+        if size > self.limit_bytes:
+            raise StoreError(
+                f"{self.folder}: a file of {size >> 20} MiB does not fit into the cache of {self.limit_bytes >> 20} MiB: "
+                f"raise {LIMIT_VARIABLE}"
+            )
+        # Whoever finds the lock taken goes on: the other is making room.
+        with suppress(Timeout), FileLock(self.folder / "locks" / "room", timeout=0):
+            now = self._clock()
+            entries = []
+            for entry in os.scandir(self.folder / "blobs"):
+                with suppress(FileNotFoundError):
+                    status = entry.stat()
+                    entries.append((status.st_mtime, status.st_size, entry.path))
+            used = sum(bytes_ for _, bytes_, _ in entries)
+            limit = min(self.limit_bytes, used + shutil.disk_usage(self.folder).free)
+            for used_at, bytes_, path in sorted(entries):
+                unfinished = Path(path).name.startswith(TEMPORARY)
+                idle = now - used_at
+                if idle > ABANDONED_SECONDS if unfinished else (used + size > limit and idle > GRACE_SECONDS):
+                    Path(path).unlink(missing_ok=True)
+                    used -= bytes_

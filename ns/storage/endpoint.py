@@ -1,0 +1,152 @@
+"""Which S3 server, as whom: from the environment and Kubernetes secret files, never from a config or a URI."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import certifi
+import urllib3
+from minio import Minio
+from minio.credentials.credentials import Credentials
+from minio.credentials.providers import Provider
+
+from ns.core.errors import StoreError
+from ns.storage.retry import Patience, RetryingPool
+
+SECRETS_VARIABLE = "NS_S3_SECRETS"
+CA_VARIABLES = ("SSL_CERT_FILE", "AWS_CA_BUNDLE")
+SET_ENDPOINT = "set AWS_ENDPOINT_URL to http(s)://HOST[:PORT]"
+
+CONNECT_SECONDS = 10
+READ_SECONDS = 60
+# Threads of one process that talk to the server at a time without making and dropping connections.
+CONNECTIONS = 16
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    url: str
+    region: str
+    ca_file: str
+    secrets: str | None = None
+    """A folder with the files accesskey, secretkey and perhaps sessiontoken; None: the environment."""
+
+    @staticmethod
+    def from_environment(environment: Mapping[str, str] = os.environ) -> "Endpoint":
+        url = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL") or "https://s3.amazonaws.com"
+        return Endpoint(
+            url=_checked_url(url),
+            region=environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION") or "us-east-1",
+            ca_file=_ca_file(environment),
+            secrets=environment.get(SECRETS_VARIABLE) or None,
+        )
+
+    def connect(self, patience: Patience) -> tuple[Minio, RetryingPool]:
+        """A client and the pool of connections that it uses. Sends nothing yet. Neither may be used after a fork."""
+        pool = RetryingPool(
+            patience,
+            timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=READ_SECONDS),
+            maxsize=CONNECTIONS,
+            cert_reqs="CERT_REQUIRED",
+            ca_certs=self.ca_file,
+        )
+        parts = urlsplit(self.url)
+        try:
+            client = Minio(
+                endpoint=parts.netloc,
+                secure=parts.scheme == "https",
+                region=self.region,
+                credentials=FileCredentials(Path(self.secrets)) if self.secrets else EnvironmentCredentials(),
+                http_client=pool,
+            )
+        except ValueError as error:
+            raise StoreError(f"{self.url}: no S3 endpoint: {error}; {SET_ENDPOINT}, and AWS_REGION to its region") from error
+        return client, pool
+
+
+class EnvironmentCredentials(Provider):
+    def retrieve(self) -> Credentials:
+        access, secret = os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_SECRET_ACCESS_KEY")
+        if not access or not secret:
+            missing = "AWS_SECRET_ACCESS_KEY" if access else "AWS_ACCESS_KEY_ID"
+            raise StoreError(
+                f"no credentials: {missing} is not set; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+                f"or {SECRETS_VARIABLE} to a folder with the files accesskey and secretkey"
+            )
+        return Credentials(access_key=access, secret_key=secret, session_token=os.environ.get("AWS_SESSION_TOKEN") or None)
+
+
+class FileCredentials(Provider):
+    """Secret files as Kubernetes mounts them, read again when they change.
+
+    The kubelet swaps the whole folder at once by a symbolic link, so what the files' identities say before and after
+    reading tells whether key and secret belong together.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._known: tuple[object, Credentials] | None = None
+
+    def retrieve(self) -> Credentials:
+        while True:
+            stamp = self._stamp()
+            if self._known and self._known[0] == stamp:
+                return self._known[1]
+            credentials = Credentials(
+                access_key=self._read("accesskey"),
+                secret_key=self._read("secretkey"),
+                session_token=self._read("sessiontoken") if (self._folder / "sessiontoken").exists() else None,
+            )
+            if self._stamp() == stamp:
+                self._known = stamp, credentials
+                return credentials
+
+    def _stamp(self) -> object:
+        stamps = []
+        for name in ("accesskey", "secretkey", "sessiontoken"):
+            try:
+                status = (self._folder / name).stat()
+                stamps.append((status.st_ino, status.st_mtime_ns, status.st_size))
+            except OSError:
+                stamps.append((0, 0, 0))
+        return stamps
+
+    def _read(self, name: str) -> str:
+        path = self._folder / name
+        try:
+            value = path.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "is no text"
+            raise StoreError(f"no credentials: {path}: {reason}; {SECRETS_VARIABLE} must name a folder with {name}") from error
+        if not value:
+            raise StoreError(f"no credentials: {path}: is empty; write the key into it")
+        return value
+
+
+def _checked_url(url: str) -> str:
+    # From here on the URL stands in messages: a secret in it must not.
+    shown = re.sub(r"^(.*?//)?[^/]*@", r"\1…@", url)
+    try:
+        parts = urlsplit(url)
+        port_is_valid = parts.port is None or parts.port > 0
+    except ValueError:
+        raise StoreError(f"{shown}: no S3 endpoint; {SET_ENDPOINT}") from None
+    if parts.username is not None:
+        raise StoreError(f"{shown}: no credentials belong into an endpoint; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+    rest = parts.path.rstrip("/") or parts.query or parts.fragment
+    if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_valid or rest:
+        raise StoreError(f"{shown}: no S3 endpoint; {SET_ENDPOINT}")
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def _ca_file(environment: Mapping[str, str]) -> str:
+    for variable in CA_VARIABLES:
+        path = environment.get(variable)
+        if path:
+            if not Path(path).is_file():
+                raise StoreError(f"{variable}={path}: no such file; set it to a file of CA certificates (PEM), or unset it")
+            return path
+    return certifi.where()

@@ -1,0 +1,199 @@
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from ns.core.errors import StoreError
+from ns.storage.base import TEMPORARY, Listed, Store, check_prefix, check_range, key_parts, open_store
+
+HINTS = {
+    errno.ENOSPC: "the disk is full: free some space and run the same command again",
+    errno.EDQUOT: "the disk quota is used up: free some space and run the same command again",
+    errno.EFBIG: "the file is larger than this process or file system may write: raise `ulimit -f` or choose another folder",
+    errno.EROFS: "the file system is read-only: choose another folder",
+    errno.EACCES: "permission denied: choose a folder that you may write to, or change its owner",
+    errno.EPERM: "permission denied: choose a folder that you may write to, or change its owner",
+    errno.ENOENT: "no such file",
+    errno.EISDIR: "is a folder, expected a file",
+    errno.ENOTDIR: "a part of this path is a file, expected a folder",
+    errno.EEXIST: "a part of this path is a file, expected a folder",
+    errno.ENAMETOOLONG: "the name is too long: a file system takes 255 bytes a part; shorten it",
+    errno.EMFILE: "too many files are open: raise `ulimit -n`",
+    errno.EIO: "the disk cannot be read or written: look at the kernel's log, and restore the file from a copy",
+    errno.ESTALE: "the network file system has lost this file: mount it again and run the same command again",
+}
+
+# How file systems say that they have no hard links (exFAT, many FUSE and network mounts), or no more for this file.
+NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
+
+
+class LocalStore:
+    """A folder. Writes go to a temporary file, are flushed to disk and renamed into place."""
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root).expanduser().absolute()
+        self.uri = self.root.as_uri()
+
+    def at(self, ref: str) -> Store:
+        if "://" in ref or ref.startswith("/"):
+            return open_store(ref)
+        return LocalStore(self._target(ref))
+
+    def put(self, key: str, data: bytes) -> None:
+        target = self._target(key)
+        with explained(target, "write"), self._temporary(target) as temporary:
+            temporary.write_bytes(data)
+            _publish(temporary, target)
+
+    def put_file(self, key: str, path: Path) -> None:
+        target = self._target(key)
+        with explained(path, "read"):
+            source = path.open("rb")
+        with source, explained(target, "write"), self._temporary(target) as temporary:
+            with temporary.open("xb") as copy:
+                shutil.copyfileobj(source, copy, 1 << 20)
+            _publish(temporary, target)
+
+    def create(self, key: str, data: bytes) -> bool:
+        target = self._target(key)
+        with explained(target, "write"), self._temporary(target) as temporary:
+            if target.exists():
+                return False
+            temporary.write_bytes(data)
+            _sync(temporary)
+            try:
+                # A hard link fails where the name exists: unlike a rename, it cannot overwrite the first writer.
+                os.link(temporary, target)
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno not in NO_LINKS:
+                    raise
+                return _claim(temporary, target)
+            return True
+
+    def get(self, key: str) -> bytes:
+        target = self._target(key)
+        with explained(target, "read"):
+            return target.read_bytes()
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        target = self._target(key)
+        check_range(str(target), start, length)
+        with explained(target, "read"), target.open("rb") as file:
+            file.seek(start)
+            return file.read(length)
+
+    def open(self, key: str) -> BinaryIO:
+        target = self._target(key)
+        with explained(target, "read"):
+            return target.open("rb")
+
+    def path(self, key: str) -> Path:
+        target = self._target(key)
+        with explained(target, "read"):
+            if target.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            target.stat()
+        return target
+
+    def exists(self, key: str) -> bool:
+        target = self._target(key)
+        with explained(target, "read"):
+            return target.is_file()
+
+    def size(self, key: str) -> int:
+        return self.path(key).stat().st_size
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        check_prefix(prefix)
+        folder = self.root / prefix.rpartition("/")[0]
+        with explained(folder, "list"):
+            keys = sorted(self._keys(folder, prefix))
+        yield from keys
+
+    def entries(self, prefix: str = "") -> Iterator[Listed]:
+        for key in self.list(prefix):
+            target = self._target(key)
+            # Gone since it was listed, as if it had never been.
+            with explained(target, "list"), suppress(FileNotFoundError):
+                status = target.stat()
+                yield Listed(key, status.st_size, str(status.st_mtime_ns))
+
+    def delete(self, key: str) -> None:
+        target = self._target(key)
+        with explained(target, "delete"), suppress(NotADirectoryError):
+            target.unlink(missing_ok=True)
+
+    def delete_prefix(self, prefix: str) -> int:
+        removed = 0
+        for key in self.list(prefix):
+            self.delete(key)
+            removed += 1
+        return removed
+
+    def _keys(self, folder: Path, prefix: str) -> Iterator[str]:
+        for parent, _, names in os.walk(folder, onerror=_raise_unless_gone):
+            for name in names:
+                key = (Path(parent) / name).relative_to(self.root).as_posix()
+                if key.startswith(prefix) and not name.startswith(TEMPORARY):
+                    yield key
+
+    def _target(self, key: str) -> Path:
+        return self.root.joinpath(*key_parts(key))
+
+    @contextmanager
+    def _temporary(self, target: Path) -> Iterator[Path]:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
+        try:
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _publish(temporary: Path, target: Path) -> None:
+    _sync(temporary)
+    temporary.replace(target)
+
+
+def _claim(temporary: Path, target: Path) -> bool:
+    """`create` where there are no hard links: an empty file claims the name, and is replaced at once by the whole blob.
+
+    Readers may see it empty for an instant; a writer killed in that instant leaves it so.
+    """
+    try:
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return False
+    try:
+        temporary.replace(target)
+    except OSError:
+        target.unlink(missing_ok=True)
+        raise
+    return True
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    # A folder that is not there, or goes away while it is listed, holds no keys.
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
+
+
+@contextmanager
+def explained(target: Path, verb: str) -> Iterator[None]:
+    """Turns an OSError inside into one line: which file, what could not be done, why, what to do."""
+    try:
+        yield
+    except OSError as error:
+        reason = HINTS.get(error.errno or 0, error.strerror or str(error))
+        raise StoreError(f"{target}: cannot {verb}: {reason}") from error

@@ -1,0 +1,115 @@
+"""Patience with a server that is busy, restarts or loses connections: exponential backoff with full jitter, in bounded time."""
+
+import random
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+import urllib3
+from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ProtocolError, ReadTimeoutError, SSLError
+from urllib3.response import BaseHTTPResponse
+
+from ns.core import log
+
+# Said by servers that will do better later. 507 (storage is full) and 501 will not.
+BUSY = frozenset({408, 429, 500, 502, 503, 504, 509, 529})
+# AWS says this with status 400 when an upload came in too slowly.
+REQUEST_TIMEOUT = b"<Code>RequestTimeout</Code>"
+
+
+def _uniform(low: float, high: float) -> float:
+    # Its own generator: workers seeded alike must not come back in step.
+    return random.SystemRandom().uniform(low, high)
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to keep trying one request without a byte of progress, and how to wait in between.
+
+    A signed request is valid for 15 minutes: `seconds` must stay well below.
+    """
+
+    seconds: float = 180
+    first_contact_seconds: float = 10
+    """For an endpoint that never answered this process: more likely a wrong address than a restart."""
+    base_seconds: float = 0.1
+    cap_seconds: float = 10
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+    uniform: Callable[[float, float], float] = _uniform
+
+
+class Trial:
+    """One thing being tried."""
+
+    def __init__(self, patience: Patience, what: str) -> None:
+        self._patience = patience
+        self._what = what
+        self.restart()
+
+    def restart(self) -> None:
+        """There was progress: patience begins anew."""
+        self._begun = self._patience.clock()
+        self._failures = 0
+
+    def again(self, reason: str, seconds: float | None = None) -> bool:
+        """Waits before the next attempt; False when time is up."""
+        spent = self._patience.clock() - self._begun
+        ceiling = min(self._patience.cap_seconds, self._patience.base_seconds * 2**self._failures)
+        pause = self._patience.uniform(0, ceiling)
+        self._failures += 1
+        if spent + pause > (self._patience.seconds if seconds is None else seconds):
+            return False
+        # Unconfigured, structlog would write to stdout, which belongs to results.
+        if structlog.is_configured():
+            log.get().warning("store_retry", what=self._what, reason=reason, attempt=self._failures, wait=round(pause, 2))
+        self._patience.sleep(pause)
+        return True
+
+
+class RetryingPool(urllib3.PoolManager):
+    """The one place where requests are repeated: urllib3's own retries and redirects are off.
+
+    Every request that the store makes may be repeated without harm. A body that breaks off while it is being streamed is
+    not seen here; its reader asks for the rest.
+    """
+
+    def __init__(self, patience: Patience, **options: Any) -> None:
+        super().__init__(**options)
+        self._patience = patience
+        self._answered = False
+
+    def urlopen(self, method: str, url: str, redirect: bool = False, **options: Any) -> BaseHTTPResponse:  # type: ignore[override]
+        trial = Trial(self._patience, f"{method} {url.partition('?')[0]}")
+        while True:
+            try:
+                response = super().urlopen(method, url, redirect, **{**options, "retries": False})
+            except HTTPError as error:
+                limit = None if self._answered else self._patience.first_contact_seconds
+                if not is_passing(error) or not trial.again(type(error).__name__, limit):
+                    raise
+                continue
+            self._answered = True
+            if not _is_busy(response) or not trial.again(f"HTTP {response.status}"):
+                return response
+            with suppress(HTTPError, OSError):
+                response.drain_conn()
+            response.close()
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether the same request may succeed a little later."""
+    if isinstance(error, SSLError):
+        # A connection cut within the handshake; certificates do not mend themselves.
+        return "EOF occurred" in str(error)
+    return isinstance(error, NewConnectionError | ConnectTimeoutError | ReadTimeoutError | ProtocolError)
+
+
+def _is_busy(response: BaseHTTPResponse) -> bool:
+    if response.status == 400:
+        with suppress(HTTPError, OSError):
+            return REQUEST_TIMEOUT in response.data
+    return response.status in BUSY

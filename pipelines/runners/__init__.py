@@ -1,0 +1,1 @@
+"""Ways to run a pipeline without Kubeflow: as processes, or as containers, of this machine."""

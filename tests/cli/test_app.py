@@ -1,0 +1,265 @@
+"""The command line as its user meets it. Runs have their own tests in tests/integration."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ns import __version__
+from ns.cli import app as cli
+from ns.cli import options
+from ns.config import schema as config
+from ns.config.schema import GateConfig
+from ns.evaluation.gate import judge
+from ns.runs import records as runs
+from ns.storage import LocalStore
+from tests.command_line import commands, parse
+
+NS = [sys.executable, "-m", "ns"]
+
+
+def ns(capsys, *arguments: str) -> tuple[int, str, str]:
+    code = cli._main(list(arguments))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.mark.parametrize(("name", "command"), [*commands()])
+def test_every_command_has_help_with_examples_that_are_commands(capsys, name, command):
+    code, out, _ = ns(capsys, *name.split(), "--help")
+    assert code == 0
+    assert "Example: ns" in " ".join(out.replace("│", " ").split())
+    for example in re.findall(r"\[cyan\]ns (.*?)\[/\]", command.help):
+        parse(shlex.split(example.partition(">")[0]))
+
+
+def test_help_loads_none_of_the_heavy_libraries():
+    program = (
+        "import sys; sys.argv = ['ns', '--help']\n"
+        "from ns.cli.app import _main; _main(['--help'])\n"
+        "heavy = {'torch', 'timm', 'kfp', 'pyarrow', 'matplotlib', 'numpy', 'pipelines', 'sklearn'}\n"
+        "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_version(capsys):
+    assert ns(capsys, "--version") == (0, f"ns {__version__}\n", "")
+
+
+def test_config_show_prints_every_field_and_reads_back(capsys, tmp_path):
+    code, out, _ = ns(capsys, "config", "show", "quickstart", "--set", "seed=5")
+    assert code == 0
+    path = tmp_path / "shown.yaml"
+    path.write_text(out)
+    assert config.load(str(path)).seed == 5
+
+
+def test_config_schema_is_json(capsys):
+    _, out, _ = ns(capsys, "config", "schema")
+    assert json.loads(out)["properties"]["seed"]["description"]
+
+
+def test_config_check_finds_what_only_the_networks_know(capsys):
+    assert ns(capsys, "config", "check", "quickstart")[:2] == (0, "quickstart: good\n")
+    for override, reason in (
+        ("teacher.model.arch=efficientnet_b0", "must be equal or larger; for distillation"),
+        ("teacher.model.arch=efficientnet_b00", "did you mean efficientnet_b0"),
+        ("students.0.model.resolution=16", "below the total stride of test_efficientnet, 32 px"),
+        ("students.0.model.reduce_stride=8", ""),
+    ):
+        code, _, err = ns(capsys, "config", "check", "quickstart", "--set", override)
+        assert code == (2 if reason else 0), err
+        assert reason in err
+        assert len(err.splitlines()) == bool(reason)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "reason"),
+    [
+        (["run"], 2, "give a CONFIG, or --resume"),
+        (["run", "nowhere.yaml"], 2, "nowhere.yaml: cannot read: no such file"),
+        (["run", "quickstrat"], 2, "no such file; name a YAML file, or the preset quickstart"),
+        (["run", "quickstart", "--run", "../other"], 2, "--run: invalid value '../other': must be"),
+        (["run", "quickstart", "--run", "store"], 2, "--run: invalid value 'store': must be"),
+        (["data", "import", "notes.txt", "out"], 3, "notes.txt: is a file of another kind; name a folder of images"),
+        (["run", "quickstart", "--set", "sead=1"], 2, "sead: unknown field; did you mean 'seed'?"),
+        (["runs", "show", "latest"], 6, "no runs here; start one with `ns run`"),
+        (["predict", "x.png"], 6, "no runs here"),
+        (["run", "--resume"], 6, "no unfinished run to resume"),
+        (["run", "--resume", "--set", "seed=1"], 2, "--set: means nothing with --resume"),
+    ],
+)
+def test_errors_are_one_line_with_a_code(capsys, tmp_path, monkeypatch, arguments, code, reason):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    got, out, err = ns(capsys, *arguments)
+    assert (got, out) == (code, "")
+    assert err.startswith("error: ")
+    assert reason in err
+    assert len(err.splitlines()) == 1
+
+
+def test_debug_shows_where(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, _, err = ns(capsys, "--debug", "runs", "show")
+    assert "Traceback" in err
+
+
+def test_a_run_name_stays_with_its_configuration(capsys, tmp_path):
+    store = LocalStore(tmp_path)
+    experiment = config.load(config.located("quickstart"))
+    runs.start(store, "mine", experiment, "0")
+    code, _, err = ns(capsys, "run", "quickstart", "--set", "seed=1", "--run", "mine", "--root", str(tmp_path))
+    assert code == 6
+    assert "was started with another configuration" in err
+
+
+def test_runs_are_found_by_their_beginning(capsys, tmp_path):
+    store = LocalStore(tmp_path)
+    experiment = config.load(config.located("quickstart"))
+    for name in ("alpha-1", "alpha-2", "beta"):
+        runs.start(store, name, experiment, "0")
+        time.sleep(0.002)
+    root = ["--root", str(tmp_path)]
+    shown = json.loads(ns(capsys, "runs", "show", "be", "--json", *root)[1])
+    assert shown["run"] == "beta"
+    # Nobody is at work on it any more.
+    assert shown["state"] == "interrupted"
+    with runs.alone(store, "beta"):
+        assert runs.summarise(store, "beta").state == "running"
+    assert shown["generations"] == []
+    assert json.loads(ns(capsys, "runs", "show", "--json", *root)[1])["run"] == "beta"
+    code, _, err = ns(capsys, "runs", "show", "alpha", *root)
+    assert code == 6
+    assert "is one of alpha-1, alpha-2" in err
+    listed = json.loads(ns(capsys, "runs", "list", "--json", *root)[1])
+    assert [run["run"] for run in listed] == ["alpha-1", "alpha-2", "beta"]
+
+
+def judged(generation: int, lost: int, won: int, **limits):
+    teacher, student = np.arange(400) >= won, np.arange(400) < 400 - lost
+    return judge(
+        GateConfig(**limits),
+        generation=generation,
+        teacher="store/models/t",
+        student="store/models/s",
+        labels=(np.arange(400) % 2).astype(np.uint16),
+        teacher_correct=teacher,
+        student_correct=student,
+        classes=("cat", "[dog]"),
+        seed=0,
+    )
+
+
+def test_a_verdict_is_explained(capsys, tmp_path):
+    store = LocalStore(tmp_path)
+    runs.start(store, "one", config.load(config.located("quickstart")), "0")
+    root = ["--root", str(tmp_path)]
+    assert ns(capsys, "gate", "explain", *root)[::2] == (
+        6,
+        "error: run one: no student has come to the gate yet; `ns run --resume` continues it\n",
+    )
+    for number, (lost, won, limits) in enumerate([(5, 40, {}), (20, 24, {"max_class_drop": 0.001})], 1):
+        judged(number, lost, won, **limits).write(store, f"v{number}.json")
+        runs.note(store, "one", number, "gate", {"verdict": f"v{number}.json"}, 0.0, reused=False)
+    _, out, _ = ns(capsys, "gate", "explain", "on/gen-1", *root)
+    assert "generation 1: promoted" in out
+    assert "would have been enough" not in out
+    _, out, _ = ns(capsys, "gate", "explain", *root)
+    shown = " ".join(out.split())
+    assert "generation 2: refused" in shown
+    assert "teacher right 356 20" in shown
+    assert "teacher wrong 24 0" in shown
+    assert "gain +1.00 points" in shown
+    assert "McNemar's exact test: p = 0.652" in shown
+    assert "would be enough on about" in shown
+    told = json.loads(ns(capsys, "gate", "explain", "--json", *root)[1])
+    assert (told["run"], told["generation"], told["promoted"]) == ("one", 2, False)
+    assert told["paired"] == {"both": 356, "only_teacher": 20, "only_student": 24, "neither": 0}
+    assert told["needed"]["images"] > 400
+    code, _, err = ns(capsys, "gate", "explain", "one/gen-7", *root)
+    assert (code, err) == (6, "error: run one: there is no verdict on generation 7; there are gen-1, gen-2\n")
+
+
+def test_relative_data_folders_are_made_absolute(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, out, _ = ns(capsys, "config", "show", "quickstart", "--set", "data.pool=photos")
+    assert f"pool: {tmp_path / 'photos'}" in out
+    assert "labelled: digits:labelled" in out
+
+
+def test_every_place_in_an_experiment_is_made_absolute_and_nothing_else_changes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    overrides = [
+        "data.exclude=keys.txt",
+        "labelling.ensemble=[one, s3://bucket/two]",
+        "evaluation.sets={real: {place: val, multi_label: ~/real.json}}",
+        "students.0.train.init=weights.safetensors",
+    ]
+    plain, loaded = config.load(config.located("quickstart"), overrides), options.load("quickstart", overrides)
+    assert loaded.places() == {
+        "data.exclude": str(tmp_path / "keys.txt"),
+        "labelling.ensemble.0": str(tmp_path / "one"),
+        "labelling.ensemble.1": "s3://bucket/two",
+        "evaluation.sets.real.place": str(tmp_path / "val"),
+        "evaluation.sets.real.multi_label": str(Path.home() / "real.json"),
+        "students.0.train.init": str(tmp_path / "weights.safetensors"),
+    }
+    assert config.moved(loaded, plain.places()) == plain
+
+
+def test_plan_prints_json_and_nothing_else(capsys):
+    code, out, _ = ns(capsys, "plan", "quickstart", "--seconds", "1", "--json")
+    assert code == 0
+    made = json.loads(out)
+    assert (made["labelled"], made["pool"], made["heldout"], made["classes"]) == (50, 1247, 500, 10)
+    assert made["hours"] > 0
+
+
+def test_plan_without_data_says_what_to_give(capsys, tmp_path):
+    config = tmp_path / "later.yaml"
+    config.write_text("name: later\ndata: {labelled: ./a, pool: ./b, heldout: ./c}\ngenerations: 1\n")
+    code, _, err = ns(capsys, "plan", str(config), "--labelled", "1000")
+    assert code == 3
+    assert "data.pool: " in err
+    assert "--pool N" in err
+    counts = ["--labelled", "1000", "--pool", "9000", "--heldout", "100", "--classes", "20", "--image-kb", "50"]
+    code, out, _ = ns(capsys, "plan", str(config), *counts, "--speed", "5", "--devices", "4", "--price", "2")
+    assert code == 0
+    assert "later on 4 × assumed: 5 · 10¹² multiply-adds a second" in out
+    assert "device-hours in" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["runs", "list", "extra"], "unexpected extra argument"),
+        (["evaluate", "model"], "Missing argument 'DATASET'"),
+        (["plan", "--price", "much"], "Invalid value for '--price'"),
+        (["nothing"], "No such command"),
+    ],
+)
+def test_a_command_that_was_mistyped_is_explained(capsys, arguments, message):
+    code, _, err = ns(capsys, *arguments)
+    assert code == 2
+    assert message in " ".join(err.split())
+    assert "should not happen" not in err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["report", "no-such-run"], ["report", "show", "no-such-run"], ["report", "compare", "no-such-run"]]
+)
+def test_what_is_no_command_of_report_is_a_run(capsys, tmp_path, arguments):
+    store = LocalStore(tmp_path)
+    runs.start(store, "only", config.load(config.located("quickstart")), __version__)
+    code, out, err = ns(capsys, *arguments, "--root", str(tmp_path))
+    assert (code, out) == (6, "")
+    assert err.startswith("error: run no-such-run: does not exist; runs in ")

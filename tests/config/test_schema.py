@@ -1,0 +1,317 @@
+from typing import get_args
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ns.config import schema as config
+from ns.config.presets import PRESETS
+from ns.config.schema import MAX_GENERATIONS, Experiment, NoiseConfig, OptimizerConfig, Preset, RoleConfig, TrainConfig
+from ns.core.errors import ConfigError
+from ns.runs import records as runs
+
+DATA = {"labelled": "a", "pool": "b", "heldout": "c"}
+MINIMAL = {"name": "x", "data": DATA}
+
+
+@pytest.fixture
+def minimal(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    return str(path)
+
+
+def refused(document) -> str:
+    with pytest.raises(ConfigError) as caught:
+        config.parse(document, "x.yaml")
+    return str(caught.value)
+
+
+def test_defaults_are_the_papers(minimal):
+    experiment = config.load(minimal)
+    student = experiment.students[0]
+    assert student.train.optimizer.lr == 0.016
+    assert student.train.ema_decay == 0.9999
+    assert student.train.label_smoothing == 0.1
+    assert student.train.weighting == "sum"
+    assert experiment.selection.min_confidence == 0.3
+    assert experiment.selection.per_class == 130_000
+    noise = student.noise
+    assert (noise.randaugment_translate_px, noise.randaugment_cutout_px, noise.pad_px) == (None, None, None)
+    assert (noise.crop_area, noise.crop_aspect, student.model.test_margin_px) == ((0.08, 1), (3 / 4, 4 / 3), 32)
+
+
+def test_fields_that_came_later_are_shown_and_change_no_digest_until_they_are_used(minimal):
+    plain = config.load(minimal)
+    noise = yaml.safe_load(config.dump(plain))["teacher"]["noise"]
+    assert noise["crop_area"] == [0.08, 1.0]
+    assert not set(NoiseConfig.younger) & set(plain.model_dump(mode="json")["teacher"]["noise"])
+    used = config.load(minimal, ["teacher.noise.crop_area=[0.5,1]"])
+    assert used.model_dump(mode="json")["teacher"]["noise"] == {
+        **plain.model_dump(mode="json")["teacher"]["noise"],
+        "crop_area": [0.5, 1.0],
+    }
+    assert runs.name_of(used) != runs.name_of(plain)
+
+
+@pytest.mark.parametrize(
+    ("noise", "message"),
+    [
+        ({"crop_area": [0.5, 0.1]}, "teacher.noise.crop_area: invalid value [0.5, 0.1]: must be [least, greatest]"),
+        ({"crop_area": [0, 1]}, "teacher.noise.crop_area.0: invalid value 0: should be greater than 0"),
+        ({"crop": "pad", "pad_px": 224}, "teacher.noise.pad_px: 224: must be below model.resolution, 224 px"),
+    ],
+)
+def test_wrong_sizes_of_noise_are_explained(noise, message):
+    assert f"x.yaml: {message}" in refused({**MINIMAL, "teacher": {"noise": noise}})
+
+
+def test_what_is_dumped_is_read_back_equal(minimal):
+    experiment = config.load(minimal, ["generations=2"])
+    assert config.parse(yaml.safe_load(config.dump(experiment)), "again") == experiment
+
+
+@pytest.mark.parametrize(("part", "other"), [("heldout", "labelled"), ("test", "labelled"), ("test", "heldout")])
+def test_what_decides_and_what_is_reported_are_apart(part, other):
+    message = refused({**MINIMAL, "data": {**DATA, part: DATA[other]}})
+    assert message.startswith(f"x.yaml: data.{part}: {DATA[other]}: is the same as data.{other}; ")
+
+
+def test_an_unknown_key_is_refused_with_the_likely_one():
+    message = refused({**MINIMAL, "students": [{"train": {"epohs": 3}}]})
+    assert message == "x.yaml: students.0.train.epohs: unknown field; did you mean 'epochs'?"
+
+
+def test_an_unknown_key_like_no_other_lists_what_is_known():
+    assert "known here: level, min_gain" in refused({**MINIMAL, "gate": {"zzz": 1}})
+
+
+def test_wrong_types_and_ranges_name_path_value_and_what_would_be_right():
+    message = refused({**MINIMAL, "gate": {"level": 2}, "generations": "many", "teacher": {"model": {"resolution": 4}}})
+    assert "x.yaml: gate.level: invalid value 2: should be less than 1" in message
+    assert "x.yaml: generations: invalid value 'many': should be a valid integer" in message
+    assert "x.yaml: teacher.model.resolution: invalid value 4: should be greater than or equal to 8" in message
+
+
+def test_a_missing_field_is_named():
+    assert refused({"name": "x", "data": {"labelled": "a", "pool": "b"}}) == "x.yaml: data.heldout: missing; it has no default"
+
+
+def test_more_students_than_generations_are_refused():
+    assert "at most one per generation" in refused({**MINIMAL, "generations": 1, "students": [{}, {}]})
+
+
+def test_arguments_that_have_a_field_of_their_own_point_there():
+    message = refused({**MINIMAL, "teacher": {"model": {"args": {"drop_rate": 0.5}}}})
+    assert "teacher.model.args" in message
+    assert "noise.dropout" in message
+
+
+def test_more_generations_than_the_pipeline_holds_are_refused():
+    assert "generations" in refused({**MINIMAL, "generations": MAX_GENERATIONS + 1})
+
+
+def test_overrides_reach_sections_and_list_items(minimal):
+    experiment = config.load(minimal, ["students=[{}]", "students.0.train.epochs=5", "teacher.noise.flip=false", "seed=7"])
+    assert experiment.students[0].train.epochs == 5
+    assert experiment.teacher.noise.flip is False
+    assert experiment.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("seed", "must look like a.b=value"),
+        ("=3", "must look like a.b=value"),
+        ("seed.x=3", "seed is a value, not a section"),
+        ("students.4.train.epochs=1", "must be an index below 1"),
+        ("seed=[1", "the value is not YAML"),
+    ],
+)
+def test_a_wrong_override_says_why(minimal, override, reason):
+    overrides = ["seed=1", "students=[{}]", override]
+    with pytest.raises(ConfigError, match=reason.replace("[", r"\[")):
+        config.load(minimal, overrides)
+
+
+def test_the_last_student_serves_all_further_generations():
+    experiment = config.parse({**MINIMAL, "generations": 3, "students": [{}, {"train": {"epochs": 9}}]}, "x.yaml")
+    assert [experiment.student(g).train.epochs for g in (1, 2, 3)] == [350, 9, 9]
+
+
+def test_a_missing_file_is_a_config_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
+        config.load(str(tmp_path / "nowhere.yaml"))
+
+
+def test_every_field_is_documented_in_the_schema():
+    schema = Experiment.model_json_schema()
+    undocumented = [
+        f"{name}.{field}"
+        for name, section in [("Experiment", schema), *schema["$defs"].items()]
+        for field, facts in section["properties"].items()
+        if "description" not in facts and "$ref" not in facts and not any("$ref" in str(value) for value in facts.values())
+    ]
+    assert undocumented == []
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(), lambda leaf: st.lists(leaf) | st.dictionaries(st.text(), leaf)
+    )
+)
+def test_garbage_is_refused_with_a_clean_error(document):
+    with pytest.raises(ConfigError):
+        config.parse(document if isinstance(document, dict) else {"name": document}, "x.yaml")
+
+
+@given(st.binary(max_size=200))
+def test_garbage_files_are_refused_with_a_clean_error(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("garbage") / "x.yaml"
+    path.write_bytes(data)
+    with pytest.raises(ConfigError):
+        config.load(str(path))
+
+
+def test_an_override_does_not_leak_through_yaml_aliases(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        "name: x\ndata: {labelled: a, pool: b, heldout: c}\nteacher: &t {model: {resolution: 32}}\nstudents: [*t]\n"
+    )
+    experiment = config.load(str(path), ["teacher.model.resolution=64"])
+    assert experiment.teacher.model.resolution == 64
+    assert experiment.students[0].model.resolution == 32
+
+
+def test_parts_of_a_step_must_be_equal():
+    train = {"labelled_batch": 8, "unlabelled_ratio": 0.5}
+    config.parse({**MINIMAL, "teacher": {"train": {**train, "accumulate": 4}}}, "x.yaml")
+    assert "x.yaml: teacher.train.accumulate: 8 must divide the 8 labelled and the 4" in refused(
+        {**MINIMAL, "teacher": {"train": {**train, "accumulate": 8}}}
+    )
+
+
+def test_a_preset_holds_the_papers_settings_and_fields_go_before_it():
+    role = {"preset": "b5", "noise": {"dropout": 0.1}, "train": {"optimizer": {"lr": 0.5}, "epochs": 2}}
+    teacher = config.parse({**MINIMAL, "teacher": role}, "x.yaml").teacher
+    assert teacher.model.arch == "tf_efficientnet_b5"
+    assert teacher.model.resolution == 456
+    assert (teacher.noise.dropout, teacher.noise.randaugment_magnitude) == (0.1, 18)
+    assert (teacher.train.epochs, teacher.train.labelled_batch, teacher.train.unlabelled_ratio) == (2, 2048, 3)
+    assert (teacher.train.optimizer.lr, teacher.train.optimizer.name) == (0.5, "rmsprop")
+
+
+def test_a_preset_for_small_images_reaches_into_the_optimiser():
+    teacher = RoleConfig(preset="b0-small", train=TrainConfig(optimizer=OptimizerConfig(lr=0.5)))
+    assert (teacher.train.optimizer.weight_decay, teacher.train.optimizer.lr) == (1e-4, 0.5)
+    assert (teacher.model.reduce_stride, teacher.noise.cutout_px) == (4, 16)
+
+
+def test_another_network_does_not_inherit_a_presets_arguments():
+    assert RoleConfig.model_validate({"preset": "b0", "model": {"arch": "resnet50", "args": {}}}).model.args == {}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_survive_a_dump(preset):
+    experiment = config.parse({**MINIMAL, "teacher": {"preset": preset}}, "x.yaml")
+    assert experiment.teacher != config.parse(MINIMAL, "x.yaml").teacher
+    assert config.parse(yaml.safe_load(config.dump(experiment)), "again") == experiment
+
+
+def test_an_unknown_preset_is_refused_with_those_that_are_known():
+    message = refused({**MINIMAL, "teacher": {"preset": "b9"}})
+    assert "x.yaml: teacher.preset: invalid value 'b9'" in message
+    assert "'l2'" in message
+    assert set(PRESETS) == set(get_args(Preset))
+
+
+def test_an_init_that_is_neither_a_word_nor_a_place_is_refused():
+    message = refused({**MINIMAL, "teacher": {"train": {"init": "techer"}}})
+    assert "teacher.train.init: invalid value 'techer': must be scratch, teacher, a .safetensors file" in message
+
+
+def test_a_registry_is_no_place_for_passwords():
+    for url in ("https://user:pass@host/x.git", "https://token@host/x.git", "ssh://git:pass@host/x.git"):
+        said = refused(MINIMAL | {"registry": {"git": url}})
+        assert "registry.git: holds a password or token" in said
+        assert "pass@" not in said
+        assert "token@" not in said
+    for url in ("git@host:x.git", "ssh://git@host/x.git", "https://host/x.git", "registry.git"):
+        assert config.parse(MINIMAL | {"registry": {"git": url}}, "x.yaml").registry.remote is None
+
+
+def test_what_is_not_asked_of_evaluation_changes_no_name():
+    plain = config.parse({"name": "x", "data": DATA}, "x.yaml")
+    asked = {"suites": ["clean"], "images": None}
+    assert runs.name_of(
+        config.parse({"name": "x", "data": {**DATA, "test": None}, "evaluation": asked}, "x.yaml")
+    ) == runs.name_of(plain)
+    for more in ({"evaluation": {"suites": ["attacks"]}}, {"data": {**DATA, "test": "t"}}):
+        assert runs.name_of(config.parse({"name": "x", "data": DATA, **more}, "x.yaml")) != runs.name_of(plain)
+
+
+def test_further_evaluation_sets_are_read_back_as_they_are_written():
+    sets = {"imagenet-a": {"place": "a", "classes": "own"}, "c": {"place": "c", "kind": "cifar10-c"}}
+    experiment = config.parse({"name": "x", "data": DATA, "evaluation": {"sets": sets}}, "x.yaml")
+    assert config.parse(yaml.safe_load(config.dump(experiment)), "x.yaml") == experiment
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "message"),
+    [
+        ({"suites": ["corruption"]}, "evaluation.suites.0: invalid value 'corruption': should be 'clean', 'corruptions'"),
+        ({"severities": [1, 1]}, "evaluation.severities: invalid value [1, 1]: must name each only once"),
+        ({"severities": [6]}, "evaluation.severities.0: invalid value 6: should be less than or equal to 5"),
+        ({"corruptions": ["rain"]}, "evaluation.corruptions.0: invalid value 'rain'"),
+        (
+            {"sets": {"c": {"place": "c", "kind": "imagenet-c", "classes": "own"}}},
+            "evaluation.sets.c.classes: is for kind images",
+        ),
+        ({"sets": {"c": {"place": "c", "clases": "own"}}}, "evaluation.sets.c.clases: unknown field; did you mean 'classes'?"),
+        ({"sets": {"No": {"place": "c"}}}, "evaluation.sets.No"),
+    ],
+)
+def test_wrong_evaluations_are_explained(evaluation, message):
+    assert message in refused({"name": "x", "data": DATA, "evaluation": evaluation})
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        (
+            "teacher.train.processes=two",
+            "teacher.train.processes: invalid value 'two': should be 'auto', or should be a valid integer",
+        ),
+        (
+            "evaluation.sets.x={place: a, classes: 5}",
+            "evaluation.sets.x.classes: invalid value 5: should be 'all' or 'own', or",
+        ),
+        ("evaluation.sets.Xy.place=a", "evaluation.sets.Xy: invalid value 'Xy': "),
+        ("evaluation.sets.x.plase=a", "evaluation.sets.x.plase: unknown field; did you mean 'place'?"),
+    ],
+)
+def test_a_field_that_takes_this_or_that_is_named_once(override, line):
+    with pytest.raises(ConfigError) as caught:
+        config.load(config.located("quickstart"), [override])
+    assert sum(line in one for one in str(caught.value).splitlines()) == 1
+    assert "literal" not in str(caught.value)
+    assert "[key]" not in str(caught.value)
+
+
+def test_fields_can_be_set_in_a_section_that_is_not_given(tmp_path):
+    full = tmp_path / "full.yaml"
+    full.write_text(config.dump(config.load(config.located("quickstart"))) + "\n")
+    experiment = config.load(str(full), ["registry.git=/git", "teacher.train.finetune.resolution=64"])
+    assert experiment.registry.git == "/git"
+    assert experiment.teacher.train.finetune.resolution == 64
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+@pytest.mark.parametrize(
+    "field", ["teacher.train.epochs", "teacher.train.optimizer.clip_norm", "gate.min_gain", "evaluation.keep_gib"]
+)
+def test_numbers_are_finite(field, value):
+    # JSON has no word for others: they would come back from a run's config.yaml as not given.
+    with pytest.raises(ConfigError, match=rf"{field}: invalid value"):
+        config.load(config.located("quickstart"), [f"{field}={value}"])

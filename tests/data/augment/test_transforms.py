@@ -1,0 +1,355 @@
+"""RandAugment against the paper's table, and the geometry of crops."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from PIL import Image, ImageOps
+
+from ns.config.schema import NoiseConfig
+from ns.data.augment.randaugment import GREY, RandAugment, auto_contrast, equalize
+from ns.data.augment.transforms import EvalTransform, TrainTransform, centre_box, pad_and_crop, random_box
+from ns.data.loading.decode import room
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+IMAGE = Image.fromarray(PIXELS)
+
+
+class Signed:
+    """A generator whose draws are all one value: below a half is the positive sign."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def random(self) -> float:
+        return self.value
+
+
+def apply(name: str, magnitude: float, draw: float = 0.0, size: int = 224) -> np.ndarray:
+    augment = RandAugment(2, magnitude, size)
+    return np.asarray(augment.operations[name](IMAGE, Signed(draw))).astype(int)
+
+
+def test_there_are_sixteen_operations_drawn_evenly():
+    augment = RandAugment(2, 5, 32)
+    assert len(augment.operations) == 16
+    drawn = Counter()
+    augment._drawn = [lambda image, _, name=name: (drawn.update([name]), image)[1] for name in augment.operations]
+    rng = np.random.default_rng(0)
+    for _ in range(2000):
+        augment(IMAGE, rng)
+    assert sum(drawn.values()) == 4000
+    assert set(drawn) == set(augment.operations)
+    assert max(drawn.values()) < 1.35 * min(drawn.values())
+
+
+@pytest.mark.parametrize(
+    ("magnitude", "arguments"),
+    [
+        # noisy_student.md §3.1; the last three of M = 27 are clamped from 10 bits, 691 and 297.
+        (5, {"translate_px": 50, "cutout_half_px": 20, "posterize_bits": 2, "solarize_threshold": 128, "solarize_add": 55}),
+        (27, {"translate_px": 270, "cutout_half_px": 108, "posterize_bits": 8, "solarize_threshold": 256, "solarize_add": 255}),
+    ],
+)
+def test_arguments_follow_the_papers_formulas(magnitude, arguments):
+    augment = RandAugment(2, magnitude, 224)
+    assert {name: getattr(augment, name) for name in arguments} == pytest.approx(arguments)
+    assert augment.enhance_factor == pytest.approx({5: 1.0, 27: 4.96}[magnitude])
+
+
+def test_small_images_take_the_small_constants():
+    augment = RandAugment(2, 5, 32)
+    assert augment.translate_px == 2
+    assert augment.cutout_half_px == 2
+
+
+def test_the_constants_can_be_others_and_cutout_be_left_out():
+    augment = RandAugment(2, 5, 224, translate_px=60, cutout_px=20)
+    assert (augment.translate_px, augment.cutout_half_px) == (30, 10)
+    assert set(augment.operations) - set(RandAugment(2, 5, 224, cutout_px=0).operations) == {"cutout"}
+
+
+def test_at_magnitude_5_the_four_enhancements_change_nothing():
+    for name in ("color", "contrast", "brightness", "sharpness"):
+        assert np.abs(apply(name, 5) - PIXELS).max() <= 1
+
+
+@pytest.mark.parametrize("magnitude", [5, 27])
+def test_enhancements_blend_with_their_degenerate_image(magnitude):
+    factor = 1.8 * magnitude / 10 + 0.1
+    grey = np.asarray(IMAGE.convert("L")).astype(float)
+    for name, degenerate in {
+        "brightness": np.zeros((32, 32, 3)),
+        "color": np.repeat(grey[:, :, None], 3, 2),
+        "contrast": np.full((32, 32, 3), int(grey.mean() + 0.5)),
+    }.items():
+        expected = np.clip(degenerate + factor * (PIXELS - degenerate), 0, 255)
+        assert np.abs(apply(name, magnitude) - expected).max() <= 1, name
+
+
+def test_pointwise_operations_follow_their_definition():
+    assert np.array_equal(apply("invert", 5), 255 - PIXELS.astype(int))
+    assert np.array_equal(apply("posterize", 5), PIXELS & 0b11000000)
+    assert np.array_equal(apply("posterize", 27), PIXELS)
+    assert np.array_equal(apply("solarize", 5), np.where(PIXELS < 128, PIXELS, 255 - PIXELS.astype(int)))
+    assert np.array_equal(apply("solarize", 27), PIXELS)
+    added = np.minimum(255, PIXELS.astype(int) + 55)
+    assert np.array_equal(apply("solarize_add", 5), np.where(PIXELS < 128, added, PIXELS))
+    assert np.array_equal(apply("solarize_add", 27), np.where(PIXELS < 128, 255, PIXELS))
+
+
+@pytest.mark.parametrize("size", [32, 64, 65, 200])
+@pytest.mark.parametrize("magnitude", [0, 3, 5, 9, 27, 30])
+def test_pointwise_operations_equal_pillows_at_all_sizes(size, magnitude):
+    image = Image.fromarray(np.random.default_rng(size).integers(0, 256, (size, size, 3), np.uint8))
+    augment = RandAugment(2, magnitude, size)
+    for name, reference in {
+        "invert": ImageOps.invert(image),
+        "posterize": ImageOps.posterize(image, augment.posterize_bits),
+        "solarize": ImageOps.solarize(image, augment.solarize_threshold),
+    }.items():
+        assert augment.operations[name](image, Signed(0)).tobytes() == reference.tobytes(), name
+
+
+@pytest.mark.parametrize("pixels", [PIXELS, PIXELS // 4 + 90, np.full_like(PIXELS, 7)])
+def test_autocontrast_stretches_each_channel_from_its_lowest_to_its_highest_value(pixels):
+    got = np.asarray(RandAugment(2, 5, 32).operations["auto_contrast"](Image.fromarray(pixels), Signed(0)))
+    for channel in range(3):
+        values = pixels[..., channel].astype(float)
+        low, high = values.min(), values.max()
+        expected = (values - low) * 255 / (high - low) if high > low else values
+        assert np.abs(got[..., channel] - expected).max() <= 1
+
+
+@pytest.mark.parametrize("pixels", [PIXELS, PIXELS // 4 + 90, np.full_like(PIXELS, 7)])
+def test_equalize_maps_each_value_to_its_rank(pixels):
+    got = np.asarray(RandAugment(2, 5, 32).operations["equalize"](Image.fromarray(pixels), Signed(0)))
+    for channel in range(3):
+        values = pixels[..., channel]
+        counts = np.bincount(values.ravel(), minlength=256)
+        # TensorFlow's and Pillow's: the highest value's count is left out, and half a step rounds.
+        step = (counts.sum() - counts[counts.nonzero()[0][-1]]) // 255
+        below = np.concatenate([[0], np.cumsum(counts)[:-1]])
+        expected = np.minimum(255, (below + step // 2) // step)[values] if step else values
+        assert np.array_equal(got[..., channel], expected)
+
+
+@pytest.mark.parametrize("magnitude", [5, 9, 27])
+def test_sharpness_blends_with_the_smoothed_image(magnitude):
+    factor = 1.8 * magnitude / 10 + 0.1
+    values = PIXELS.astype(float)
+    smooth = values.copy()
+    windows = np.lib.stride_tricks.sliding_window_view(values, (3, 3), axis=(0, 1))
+    # The border is left as it is.
+    smooth[1:-1, 1:-1] = np.floor((windows * np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13).sum((-2, -1)) + 0.5)
+    expected = np.clip(smooth + factor * (values - smooth), 0, 255)
+    assert np.abs(apply("sharpness", magnitude) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("magnitude", [5, 27])
+@pytest.mark.parametrize(("draw", "sign"), [(0.0, 1), (0.9, -1)])
+def test_shearing_shifts_each_line_by_its_share(magnitude, draw, sign):
+    shear = sign * 0.3 * magnitude / 10
+    expected = np.full_like(PIXELS, 128)
+    for row in range(32):
+        # A pixel comes from its place plus shear times its row, both counted at pixel centres.
+        source = np.floor(np.arange(32) + 0.5 + shear * (row + 0.5)).astype(int)
+        inside = (source >= 0) & (source < 32)
+        expected[row, inside] = PIXELS[row, source[inside]]
+    across = apply("shear_x", magnitude, draw)
+    assert (across != expected).any(2).mean() < 0.01  # ties of rounding
+    turned = Image.fromarray(np.ascontiguousarray(PIXELS.transpose(1, 0, 2)))
+    down = np.asarray(RandAugment(2, magnitude, 32).operations["shear_y"](turned, Signed(draw)))
+    assert np.array_equal(down.transpose(1, 0, 2), across)
+
+
+def test_autocontrast_and_equalize_stretch_to_the_full_range():
+    narrow = Image.fromarray(PIXELS // 4 + 90)
+    augment = RandAugment(2, 5, 32)
+    for name in ("auto_contrast", "equalize"):
+        values = np.asarray(augment.operations[name](narrow, Signed(0)))
+        assert values.min() == 0
+        assert values.max() >= 254
+
+
+@pytest.mark.parametrize(("draw", "sign"), [(0.0, 1), (0.9, -1)])
+def test_translation_moves_by_its_pixels_and_fills_with_grey(draw, sign):
+    moved = apply("translate_x", 5, draw, size=32)
+    kept = moved[:, :-2] if sign > 0 else moved[:, 2:]
+    assert np.array_equal(kept, PIXELS[:, 2:] if sign > 0 else PIXELS[:, :-2])
+    fill = moved[:, -2:] if sign > 0 else moved[:, :2]
+    assert np.array_equal(fill, np.broadcast_to(GREY, fill.shape))
+    down = apply("translate_y", 5, draw, size=32)
+    assert np.array_equal(down, moved.transpose(1, 0, 2)) == np.array_equal(PIXELS, PIXELS.transpose(1, 0, 2))
+
+
+@pytest.mark.parametrize("name", ["rotate", "shear_x", "shear_y"])
+def test_geometry_keeps_the_middle_and_takes_its_sign_from_the_draw(name):
+    left, right = apply(name, 5, 0.0), apply(name, 5, 0.9)
+    assert not np.array_equal(left, right)
+    assert (left == 128).all(2).sum() > 5  # corners uncovered
+    flat = Image.new("RGB", (32, 32), (7, 7, 7))
+    turned = np.asarray(RandAugment(2, 27, 224).operations[name](flat, Signed(0)))
+    assert set(np.unique(turned)) <= {7, 128}
+
+
+def test_rotation_is_thirty_degrees_at_level_one():
+    expected = np.asarray(IMAGE.rotate(15, Image.Resampling.NEAREST, fillcolor=GREY))
+    assert np.array_equal(apply("rotate", 5), expected)
+
+
+def test_cutout_is_a_grey_square_cut_off_at_the_border():
+    out = apply("cutout", 5, 0.5, size=32)
+    changed = np.argwhere((out != PIXELS).any(2))
+    assert changed.min(0).tolist() == [14, 14]
+    assert changed.max(0).tolist() == [17, 17]
+    assert np.array_equal(apply("cutout", 5, 0.0, size=32)[:2, :2], np.full((2, 2, 3), 128))
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 2**32))
+def test_random_boxes_lie_inside_and_follow_their_ranges(width, height, seed):
+    areas, aspects = NoiseConfig().crop_area, NoiseConfig().crop_aspect
+    left, upper, right, lower = random_box((width, height), np.random.default_rng(seed), areas, aspects)
+    w, h = right - left, lower - upper
+    assert 0 <= left < right <= width
+    assert 0 <= upper < lower <= height
+    if min(w, h) > 40 and w != h:
+        assert areas[0] * 0.95 <= w * h / (width * height) <= areas[1]
+        assert aspects[0] * 0.95 <= w / h <= aspects[1] * 1.05
+
+
+@pytest.mark.parametrize(("size", "expected"), [((256, 256), 224), ((500, 375), 328), ((64, 32), 28)])
+def test_the_evaluation_crop_is_size_over_size_plus_32_of_the_short_side(size, expected):
+    left, upper, right, lower = centre_box(size, 224, 32)
+    assert right - left == lower - upper == expected
+    assert abs((left + right) - size[0]) <= 1
+    assert abs((upper + lower) - size[1]) <= 1
+
+
+@given(st.integers(2, 20), st.integers(2, 20), st.integers(0, 1000))
+def test_pad_and_crop_equals_padding_then_cropping(height, width, seed):
+    image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    pad = min(height, width) - 1
+    rng = np.random.default_rng(seed)
+    dy, dx = int(rng.random() * (2 * pad + 1)), int(rng.random() * (2 * pad + 1))
+    padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)), "reflect")
+    assert np.array_equal(pad_and_crop(image, pad, np.random.default_rng(seed)), padded[dy : dy + height, dx : dx + width])
+
+
+@pytest.mark.parametrize("crop", ["resized", "pad", "none"])
+def test_training_noise_has_the_right_shape_and_follows_its_generator(crop):
+    transform = TrainTransform(NoiseConfig(crop=crop, cutout_px=8), 24)
+    image = np.random.default_rng(1).integers(0, 256, (50, 40, 3), np.uint8)
+    first, again, other = (transform(image, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert first.shape == (24, 24, 3)
+    assert first.dtype == np.uint8
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_crops_and_shifts_are_as_large_as_asked():
+    image = np.arange(64, dtype=np.uint8)[:, None, None].repeat(64, 1).repeat(3, 2)
+    plain = {"randaugment_layers": 0, "flip": False}
+    whole = TrainTransform(NoiseConfig(crop_area=(1, 1), crop_aspect=(1, 1), **plain), 64)
+    assert np.array_equal(whole(image, np.random.default_rng(0)), image)
+    shifted = TrainTransform(NoiseConfig(crop="pad", pad_px=2, **plain), 64)
+    assert {int(shifted(image, np.random.default_rng(seed))[32, 0, 0]) for seed in range(50)} == {30, 31, 32, 33, 34}
+    still = TrainTransform(NoiseConfig(crop="pad", pad_px=0, **plain), 64)
+    assert np.array_equal(still(image, np.random.default_rng(0)), image)
+
+
+def test_evaluation_takes_small_images_as_they_are():
+    assert np.array_equal(EvalTransform(32, "pad", 32)(PIXELS), PIXELS)
+    assert EvalTransform(48, "pad", 32)(PIXELS).shape == (48, 48, 3)
+    assert EvalTransform(32, "resized", 32)(PIXELS).shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("crop", ["resized", "pad", "none"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (2, 3), (31, 33)])
+def test_images_of_any_size_become_the_resolution(crop, size):
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    transform = TrainTransform(NoiseConfig(crop=crop, cutout_px=16, randaugment_magnitude=27), 32)
+    for seed in range(10):
+        noised = transform(image, np.random.default_rng(seed))
+        assert noised.shape == (32, 32, 3)
+        assert noised.dtype == np.uint8
+        assert noised.flags.c_contiguous
+    assert EvalTransform(32, crop, 32)(image).shape == (32, 32, 3)
+
+
+def test_noise_leaves_its_input_as_it_was():
+    image = PIXELS.copy()
+    for crop in ("resized", "pad", "none"):
+        transform = TrainTransform(NoiseConfig(crop=crop, cutout_px=16), 32)
+        for seed in range(30):
+            transform(image, np.random.default_rng(seed))
+    assert np.array_equal(image, PIXELS)
+
+
+def test_without_any_noise_the_image_is_kept():
+    noise = NoiseConfig(crop="none", flip=False, randaugment_layers=0)
+    assert np.array_equal(TrainTransform(noise, 32)(PIXELS, np.random.default_rng(0)), PIXELS)
+
+
+def test_half_of_all_images_are_mirrored():
+    noise = NoiseConfig(crop="none", randaugment_layers=0)
+    transform = TrainTransform(noise, 32)
+    rng = np.random.default_rng(0)
+    mirrored = [np.array_equal(transform(PIXELS, rng), PIXELS[:, ::-1]) for _ in range(400)]
+    assert 160 < sum(mirrored) < 240
+
+
+def test_timms_randaugment_is_a_function_of_the_generator_too():
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    transform = TrainTransform(NoiseConfig(randaugment="timm", randaugment_magnitude=9, crop="none", flip=False), 32)
+    results = [transform(image, np.random.default_rng(seed)) for seed in (*range(30), *range(30))]
+    assert all(np.array_equal(a, b) for a, b in zip(results[:30], results[30:], strict=True))
+    changed = sum(not np.array_equal(result, image) for result in results[:30])
+    # Two operations, each applied half of the time: a quarter stays as it is.
+    assert 15 <= changed < 30
+    none = TrainTransform(NoiseConfig(randaugment="timm", randaugment_layers=0, crop="none", flip=False), 32)
+    assert np.array_equal(none(image, np.random.default_rng(0)), image)
+
+
+def edge_cases():
+    rng = np.random.default_rng(0)
+    for size in (7, 32, 64, 65, 100):
+        yield rng.integers(0, 256, (size, size, 3), np.uint8)
+        yield rng.integers(100, 140, (size, size, 3), np.uint8)
+        yield np.full((size, size, 3), 77, np.uint8)
+        yield (rng.random((size, size, 3)) < 0.01).astype(np.uint8) * 255
+        yield np.stack(
+            [rng.integers(0, 2, (size, size)), np.full((size, size), 9), rng.integers(0, 256, (size, size))], 2
+        ).astype(np.uint8)
+
+
+@pytest.mark.parametrize(("ours", "pillows"), [(auto_contrast, ImageOps.autocontrast), (equalize, ImageOps.equalize)])
+def test_operations_with_tables_of_their_own_are_pillows_to_the_bit(ours, pillows):
+    for pixels in edge_cases():
+        image = Image.fromarray(pixels)
+        assert np.array_equal(np.asarray(ours(image)), np.asarray(pillows(image)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(arrays(np.uint8, st.tuples(st.integers(1, 20), st.integers(1, 20), st.just(3))))
+def test_they_are_for_any_image(pixels):
+    image = Image.fromarray(pixels)
+    assert np.array_equal(np.asarray(auto_contrast(image)), np.asarray(ImageOps.autocontrast(image)))
+    assert np.array_equal(np.asarray(equalize(image)), np.asarray(ImageOps.equalize(image)))
+
+
+def test_whole_images_are_resized_together_as_each_alone_and_as_pillow_does():
+    rng = np.random.default_rng(3)
+    sizes = [(32, 32), (48, 40), (32, 32), (24, 24), (300, 301), (48, 40)] + [(32, 32)] * 90
+    images = [rng.integers(0, 256, (*size, 3), np.uint8) for size in sizes]
+    transform = EvalTransform(48, "pad", 32)
+    out = room(len(images), 48)
+    assert transform.batch(images, out) == {}
+    for image, found in zip(images, out, strict=True):
+        assert np.array_equal(found, transform(image))
+        expected = np.asarray(Image.fromarray(image).resize((48, 48), Image.Resampling.BICUBIC)).astype(np.int64)
+        assert np.abs(found - expected).max() <= 2
+        assert (found != expected).mean() < 0.02

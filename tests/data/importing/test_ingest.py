@@ -1,0 +1,292 @@
+import io
+import os
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from ns.core.errors import DataError
+from ns.data.dataset import MANIFEST, Dataset
+from ns.data.importing import ingest, sources
+from ns.data.importing.ingest import Limits, import_images
+from ns.data.shards import read_index
+from ns.storage import LocalStore
+
+
+def picture(seed: int, kind: str = "PNG") -> bytes:
+    sink = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)).save(sink, kind)
+    return sink.getvalue()
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "animals"
+    for label, name in enumerate(("cat", "dog")):
+        (folder / name).mkdir(parents=True)
+        for index in range(6):
+            (folder / name / f"{index}.png").write_bytes(picture(10 * label + index))
+    return folder
+
+
+def run(source, folder, role="labelled", **options):
+    own = {name: options.pop(name) for name in ("classes", "split", "workers") if name in options}
+    limits = Limits(**{"max_rejected_share": 0.5, "shard_samples": 5, "shard_mib": 1, **options})
+    return import_images(str(source), LocalStore(folder), name="animals", role=role, limits=limits, **{"workers": 1, **own})
+
+
+def keys_of(folder, dataset):
+    return [sample for shard in dataset.shards for sample in read_index(LocalStore(folder).path(shard.name))]
+
+
+def test_class_folders_become_labels(source, tmp_path):
+    dataset = run(source, tmp_path / "out")
+    assert dataset.classes == ("cat", "dog")
+    assert [shard.samples for shard in dataset.shards] == [5, 5, 2]
+    for sample in keys_of(tmp_path / "out", dataset):
+        assert dataset.classes[sample.label] == sample.key.partition("/")[0]
+    assert Dataset.load(LocalStore(tmp_path / "out")) == dataset
+
+
+def test_the_same_images_give_the_same_digest_wherever_they_are(source, tmp_path):
+    first = run(source, tmp_path / "a")
+    moved = tmp_path / "elsewhere"
+    source.rename(moved)
+    assert run(moved, tmp_path / "b").digest == first.digest
+
+
+def test_images_are_kept_byte_for_byte(source, tmp_path):
+    run(source, tmp_path / "out")
+    store = LocalStore(tmp_path / "out")
+    dataset = Dataset.load(store)
+    for shard in dataset.shards:
+        for sample in read_index(store.path(shard.name)):
+            kept = store.get_range(shard.name, sample.offset, sample.size)
+            assert kept == (tmp_path / "animals" / f"{sample.key}.png").read_bytes()
+
+
+def test_what_cannot_be_read_is_counted_listed_and_left_out(source, tmp_path):
+    (source / "cat" / "empty.jpg").write_bytes(b"")
+    (source / "cat" / "cut.png").write_bytes(picture(1)[:50])
+    (source / "dog" / "notes.txt").write_text("not a picture")
+    dataset = run(source, tmp_path / "out")
+    assert dataset.samples == 12
+    assert dataset.rejected == 3
+    listed = pq.read_table(tmp_path / "out" / "rejected.parquet").to_pydict()
+    reasons = dict(zip(listed["path"], listed["reason"], strict=True))
+    assert reasons["cat/empty.jpg"] == "empty file"
+    assert reasons["cat/cut.png"] == "truncated"
+    assert "not an image" in reasons["dog/notes.txt"]
+
+
+def test_too_many_unreadable_images_fail_with_a_summary(source, tmp_path):
+    (source / "cat" / "cut.png").write_bytes(picture(1)[:50])
+    with pytest.raises(DataError, match=r"1 of 13 files cannot be read \(1 truncated\).*first: cat/cut\.png: truncated"):
+        run(source, tmp_path / "out", max_rejected_share=0.01)
+    assert not (tmp_path / "out" / "dataset.json").exists()
+
+
+def test_other_formats_become_png_without_loss(source, tmp_path):
+    (source / "cat" / "bitmap.bmp").write_bytes(picture(99, "BMP"))
+    dataset = run(source, tmp_path / "out")
+    store = LocalStore(tmp_path / "out")
+    for shard in dataset.shards:
+        for sample in read_index(store.path(shard.name)):
+            if sample.key == "cat/bitmap":
+                image = Image.open(io.BytesIO(store.get_range(shard.name, sample.offset, sample.size)))
+                assert np.array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(picture(99)))))
+                return
+    pytest.fail("the bitmap is not in the dataset")
+
+
+def test_loose_images_become_a_pool_without_labels(source, tmp_path):
+    dataset = run(source, tmp_path / "out", role="unlabelled")
+    assert dataset.classes == ()
+    assert all(sample.label is None for sample in keys_of(tmp_path / "out", dataset))
+
+
+def test_names_that_a_tar_could_not_hold_apart_are_told_apart(tmp_path):
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    for index, name in enumerate(("a.b.png", "a_b.png", "a_b-2.png", "ü ö.png", "x.jpg", "x.png", "noextension")):
+        (folder / name).write_bytes(picture(index))
+    dataset = run(folder, tmp_path / "out", role="unlabelled", shard_samples=100)
+    keys = [sample.key for sample in keys_of(tmp_path / "out", dataset)]
+    assert len(keys) == len(set(keys)) == 7
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options", "reason"),
+    [
+        (lambda folder: (folder / "emu").mkdir(), {}, "class folder 'emu' has no images"),
+        (lambda folder: (folder / "stray.png").write_bytes(picture(0)), {}, "stray.png lies outside any class folder"),
+        (lambda folder: None, {"classes": ["cat", "emu"]}, "class 'dog' is none of the labelled classes"),
+        (lambda folder: (folder / "dog").rename(folder / ".dog"), {}, "has 1 classes; at least 2 are needed"),
+    ],
+)
+def test_a_folder_that_cannot_be_meant_is_refused(source, tmp_path, spoil, options, reason):
+    spoil(source)
+    with pytest.raises(DataError, match=reason):
+        run(source, tmp_path / "out", **options)
+
+
+def test_an_evaluation_set_keeps_the_labelled_classes(source, tmp_path):
+    dataset = run(source, tmp_path / "out", role="evaluation", classes=["ant", "cat", "dog"])
+    assert dataset.classes == ("ant", "cat", "dog")
+    assert {sample.label for sample in keys_of(tmp_path / "out", dataset)} == {1, 2}
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(DataError, match="nowhere: no such folder"):
+        run(tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_linked_folders_are_followed_and_loops_are_not(source, tmp_path):
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for name in ("cat", "dog"):
+        (linked / name).symlink_to(source / name)
+    (source / "cat" / "again").symlink_to(source / "cat")
+    (source / "cat" / "gone.png").symlink_to(tmp_path / "nowhere")
+    dataset = run(linked, tmp_path / "out")
+    assert dataset.classes == ("cat", "dog")
+    assert dataset.rejected == 1
+    keys = [sample.key for sample in keys_of(tmp_path / "out", dataset)]
+    assert len(keys) == len(set(keys)) == 12
+
+
+def test_an_import_that_was_stopped_goes_on_with_the_shard_under_way(source, tmp_path, monkeypatch):
+    expected = run(source, tmp_path / "whole").digest
+    run(source, tmp_path / "out", shard_samples=3)
+    checked, calls = ingest._checked, []
+
+    def stopped(*arguments):
+        calls.append(arguments)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return checked(*arguments)
+
+    monkeypatch.setattr(ingest, "_checked", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "out")
+    # Half of the shards are those of another import: there must not be a manifest that calls them a dataset.
+    assert not LocalStore(tmp_path / "out").exists(MANIFEST)
+    assert run(source, tmp_path / "out").digest == expected
+    # The first shard's five images were not read again.
+    assert len(calls) == 8 + 7
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_file()) == [
+        "dataset.json",
+        "rejected.parquet",
+        *(f"shard-0000{number}.{kind}" for number in range(3) for kind in ("index.parquet", "tar")),
+    ]
+
+
+def test_a_class_without_a_readable_image_is_refused(source, tmp_path):
+    (source / "emu").mkdir()
+    (source / "emu" / "x.jpg").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"class 'emu' has no readable image; first: emu/x\.jpg: not an image"):
+        run(source, tmp_path / "out")
+    # Held-out images may lack a class.
+    run(source, tmp_path / "out", role="evaluation", classes=["cat", "dog", "emu"])
+
+
+def test_names_that_are_no_utf8_are_escaped(tmp_path):
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    (folder / os.fsdecode(b"caf\xe9.png")).write_bytes(picture(0))
+    (folder / os.fsdecode(b"th\xe9.png")).write_bytes(b"no image")
+    dataset = run(folder, tmp_path / "out", role="unlabelled")
+    (sample,) = keys_of(tmp_path / "out", dataset)
+    assert sample.key == "caf_xe9"
+    assert pq.read_table(tmp_path / "out" / "rejected.parquet").to_pydict()["path"] == ["th\\xe9.png"]
+
+
+def test_class_folders_whose_names_are_no_utf8_are_refused(source, tmp_path):
+    (source / "cat").rename(source / os.fsdecode(b"caf\xe9"))
+    with pytest.raises(DataError, match=r"class folder 'caf\\xe9': its name is not UTF-8; rename it"):
+        run(source, tmp_path / "out")
+
+
+def test_photographs_with_a_second_picture_inside_are_kept_byte_for_byte(tmp_path):
+    folder = tmp_path / "phone"
+    folder.mkdir()
+    sink = io.BytesIO()
+    frames = [Image.new("RGB", (9, 9), colour) for colour in ("red", "blue")]
+    frames[0].save(sink, "MPO", save_all=True, append_images=frames[1:])
+    (folder / "a.jpg").write_bytes(sink.getvalue())
+    dataset = run(folder, tmp_path / "out", role="unlabelled")
+    (sample,) = keys_of(tmp_path / "out", dataset)
+    assert sample.extension == "jpg"
+    assert LocalStore(tmp_path / "out").get_range("shard-00000.tar", sample.offset, sample.size) == sink.getvalue()
+
+
+def test_the_content_decides_the_extension_not_the_name(tmp_path):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(picture(0, "PNG"))
+    (folder / "b.png").write_bytes(picture(1, "JPEG"))
+    (folder / "c.png").write_bytes(picture(2, "WEBP"))
+    (folder / "d.jpg").write_bytes(picture(3, "GIF"))
+    dataset = run(folder, tmp_path / "out", role="unlabelled")
+    assert [sample.extension for sample in keys_of(tmp_path / "out", dataset)] == ["png", "jpg", "webp", "png"]
+
+
+def test_pipes_and_films_are_left_out_without_being_read(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_FILE_BYTES", 10_000)
+    os.mkfifo(source / "cat" / "pipe.png")
+    (source / "dog" / "film.avi").write_bytes(bytes(10_001))
+    run(source, tmp_path / "out")
+    listed = pq.read_table(tmp_path / "out" / "rejected.parquet").to_pydict()
+    assert dict(zip(listed["path"], listed["reason"], strict=True)) == {
+        "cat/pipe.png": "not a plain file",
+        "dog/film.avi": "larger than 1 GiB",
+    }
+
+
+def test_the_list_of_rejects_has_its_columns_even_when_empty(source, tmp_path):
+    run(source, tmp_path / "out")
+    schema = pq.read_table(tmp_path / "out" / "rejected.parquet").schema
+    assert [(field.name, str(field.type)) for field in schema] == [("path", "string"), ("reason", "string")]
+
+
+def test_many_rejects_fill_the_list_and_not_the_log(source, tmp_path, capsys):
+    for index in range(ingest.SHOWN_REJECTS + 5):
+        (source / "cat" / f"bad{index}.jpg").write_bytes(b"")
+    run(source, tmp_path / "out", max_rejected_share=1)
+    logged = capsys.readouterr()
+    lines = [line for line in (logged.out + logged.err).splitlines() if "left out" in line]
+    assert len(lines) == ingest.SHOWN_REJECTS + 1
+    assert pq.read_table(tmp_path / "out" / "rejected.parquet").num_rows == ingest.SHOWN_REJECTS + 5
+
+
+def test_labelled_shards_mix_the_classes(tmp_path):
+    folder = tmp_path / "many"
+    for label in "ab":
+        (folder / label).mkdir(parents=True)
+        for index in range(50):
+            (folder / label / f"{index}.png").write_bytes(picture(index))
+    dataset = run(folder, tmp_path / "out", shard_samples=25)
+    for shard in dataset.shards:
+        labels = [sample.label for sample in read_index(LocalStore(tmp_path / "out").path(shard.name))]
+        assert 5 <= sum(labels) <= 20
+
+
+def test_a_file_uri_names_a_folder_too(source, tmp_path):
+    spaced = tmp_path / "my animals %41"
+    source.rename(spaced)
+    assert run(spaced.as_uri(), tmp_path / "out").samples == 12
+
+
+@pytest.mark.parametrize("role", ["labelled", "evaluation", "unlabelled"])
+def test_an_empty_folder_is_refused(tmp_path, role):
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match=r"has no files to import|has 0 classes"):
+        run(tmp_path / "none", tmp_path / "out", role=role)
+
+
+def test_a_folder_without_any_image_is_refused_even_if_all_may_be_rejected(tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("no image")
+    with pytest.raises(DataError, match=r"no readable image among 1 files; first: a\.txt: not an image"):
+        run(tmp_path / "texts", tmp_path / "out", role="unlabelled", max_rejected_share=1)

@@ -1,0 +1,374 @@
+"""Every kind of source gives the same dataset that a folder of the same images gives, or says why not."""
+
+import bz2
+import gzip
+import io
+import os
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+import zlib
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+import pytest
+
+from ns.core.errors import DataError
+from ns.data.importing import ingest
+from ns.data.importing.ingest import Limits, import_images
+from ns.data.shards import read_index
+from ns.storage import LocalStore
+
+LIMITS = Limits(max_rejected_share=0, shard_samples=5, shard_mib=1)
+
+
+def run(source, folder, role="labelled", limits=LIMITS, workers=1, **options):
+    return import_images(str(source), LocalStore(folder), name="n", role=role, limits=limits, workers=workers, **options)
+
+
+def content(folder: Path, dataset) -> dict[bytes, str | None]:
+    """Image bytes → class."""
+    found = {}
+    for shard in dataset.shards:
+        path = folder / shard.name
+        for sample in read_index(path):
+            data = path.read_bytes()[sample.offset : sample.offset + sample.size]
+            found[data] = None if sample.label is None else dataset.classes[sample.label]
+    return found
+
+
+@pytest.fixture
+def images(picture):
+    """Path in a source → bytes."""
+    return {f"{label}/{n}.png": picture(10 * i + n) for i, label in enumerate(("cat", "dog")) for n in range(6)}
+
+
+@pytest.fixture
+def expected(images):
+    return {data: path.partition("/")[0] for path, data in images.items()}
+
+
+@pytest.fixture
+def folder(tmp_path, images):
+    for path, data in images.items():
+        (tmp_path / "source" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "source" / path).write_bytes(data)
+    return tmp_path / "source"
+
+
+def write_tar(path: Path, files: dict[str, bytes], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+# Tables
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "parquet"])
+def test_a_table_names_images_and_their_classes(tmp_path, folder, images, expected, kind):
+    table = pa.table({"Filename": [f"source/{path}" for path in images], "class": [path[:3] for path in images]})
+    if kind == "parquet":
+        pq.write_table(table, tmp_path / "t.parquet")
+    else:
+        pacsv.write_csv(table, tmp_path / f"t.{kind}", pacsv.WriteOptions(delimiter="\t" if kind == "tsv" else ","))
+    dataset = run(tmp_path / f"t.{kind}", tmp_path / "out")
+    assert content(tmp_path / "out", dataset) == expected
+    assert read_index(tmp_path / "out" / dataset.shards[0].name)[0].key.startswith("source/")
+
+
+def test_a_split_of_a_table_is_imported_alone(tmp_path, folder, images):
+    lines = ["path,label,split", *(f"source/{p},{p[:3]},{'test' if '0' in p else 'train'}" for p in images)]
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    assert run(tmp_path / "t.csv", tmp_path / "out", split="test").samples == 2
+    with pytest.raises(DataError, match=r"has the splits test, train; name one with --split"):
+        run(tmp_path / "t.csv", tmp_path / "out")
+
+
+def test_class_names_in_tables_stay_text(tmp_path, folder, images):
+    lines = ["path,label", *(f"source/{path},{'007' if 'cat' in path else '7'}" for path in images)]
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    assert run(tmp_path / "t.csv", tmp_path / "out").classes == ("007", "7")
+
+
+def test_rows_without_a_file_or_a_label_are_left_out(tmp_path, folder):
+    (tmp_path / "t.csv").write_text("path,label\nsource/cat/0.png,cat\nsource/dog/0.png,dog\nno.png,cat\nsource/cat/1.png,\n")
+    dataset = run(tmp_path / "t.csv", tmp_path / "out", limits=Limits(0.5, 5, 1))
+    listed = pq.read_table(tmp_path / "out" / "rejected.parquet").to_pydict()
+    assert dataset.samples == 2
+    assert dict(zip(listed["path"], listed["reason"], strict=True)) == {
+        "no.png": "no such file or directory",
+        "source/cat/1.png": "no label",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("name,label\na,b\n", r"has no column for the path of each image: its columns are name, label; name one path or"),
+        ("path,colour\na,b\n", r"has no column for its class"),
+        ('path,label\n"a,b\nc', r"not a table that can be read|no files to import|has 0 classes"),
+        ("path,label\n", r"has 0 classes|no files to import"),
+    ],
+)
+def test_a_table_that_cannot_be_meant_is_refused(tmp_path, text, reason):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(DataError, match=reason):
+        run(tmp_path / "t.csv", tmp_path / "out")
+
+
+# Tars in the WebDataset layout
+
+
+@pytest.fixture
+def tars(tmp_path, images):
+    (tmp_path / "tars").mkdir()
+    for number, label in enumerate(("cat", "dog")):
+        files = {}
+        for path, data in images.items():
+            if path.startswith(label):
+                files[path] = data
+                files[path.replace("png", "cls")] = str(number).encode()
+                files[path.replace("png", "json")] = b"{}"
+        write_tar(tmp_path / "tars" / f"part-{number:02d}.tar", files)
+    return tmp_path / "tars"
+
+
+def test_tars_are_read_with_the_labels_in_them(tmp_path, tars, expected):
+    by_index = run(tars, tmp_path / "a")
+    assert by_index.classes == ("0", "1")
+    named = run(tars, tmp_path / "b", classes=["cat", "dog"])
+    assert content(tmp_path / "b", named) == expected
+    assert run(f"{tars}/part-{{00..01}}.tar", tmp_path / "c", classes=["cat", "dog"]).digest == named.digest
+    assert run(tars / "part-00.tar", tmp_path / "d", "evaluation", classes=["cat", "dog"]).samples == 6
+
+
+def test_images_beside_tars_are_not_passed_over(tmp_path, tars, images):
+    (tars / "alone.png").write_bytes(next(iter(images.values())))
+    dataset = run(tars, tmp_path / "out", "unlabelled", limits=Limits(0.9, 5, 1))
+    assert (dataset.samples, dataset.rejected) == (1, 2)
+    with pytest.raises(DataError, match=r"alone\.png lies outside any class folder"):
+        run(tars, tmp_path / "labelled")
+
+
+def test_a_class_index_beyond_the_names_is_refused(tmp_path, tars):
+    write_tar(tars / "part-02.tar", {"x.png": b"", "x.cls": b"2"})
+    with pytest.raises(DataError, match=r"class index 2: there are 2 labelled classes \(cat, dog\)"):
+        run(tars, tmp_path / "out", classes=["cat", "dog"])
+
+
+def test_labels_that_are_no_index_are_refused(tmp_path, tars):
+    write_tar(tars / "part-02.tar", {"x.png": b"", "x.cls": b"cat"})
+    with pytest.raises(DataError, match=r"part-02\.tar: x\.cls: b'cat': must be a class index"):
+        run(tars, tmp_path / "out")
+
+
+# Archives
+
+
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz", "tgz", "tar.bz2", "tar.xz", "zip"])
+@pytest.mark.parametrize("prefix", ["", "data/train/"])
+def test_archives_of_class_folders_are_read_without_being_spread_out(tmp_path, images, expected, suffix, prefix):
+    path = tmp_path / f"a.{suffix}"
+    files = {prefix + name: data for name, data in images.items()} | {f"{prefix}.DS_Store": b"x"}
+    if suffix == "zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, data in files.items():
+                archive.writestr(name, data)
+    else:
+        write_tar(path, files, {"tar": "w", "tgz": "w:gz"}.get(suffix, f"w:{suffix.rpartition('.')[2]}"))
+    dataset = run(path, tmp_path / "out")
+    assert content(tmp_path / "out", dataset) == expected
+    assert read_index(tmp_path / "out" / dataset.shards[0].name)[0].key.partition("/")[0] in ("cat", "dog")
+    assert run(path, tmp_path / "pool", role="unlabelled").samples == 12
+
+
+def test_an_archive_with_a_tar_for_each_class_is_read(tmp_path, images, expected):
+    inner = {}
+    for label in ("cat", "dog"):
+        own = {path.partition("/")[2]: data for path, data in images.items() if path.startswith(label)}
+        inner[f"{label}.tar"] = write_tar(tmp_path / "inner.tar", own).read_bytes()
+    dataset = run(write_tar(tmp_path / "outer.tar", inner), tmp_path / "out")
+    assert content(tmp_path / "out", dataset) == expected
+
+
+def bomb() -> bytes:
+    """A PNG of a gigabyte of pixels in a megabyte of file."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    packer = zlib.compressobj(9)
+    row = bytes(1 + 3 * 20_000)
+    pixels = b"".join(packer.compress(row) for _ in range(18_000)) + packer.flush()
+    header = struct.pack(">IIBBBBB", 20_000, 18_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+@pytest.mark.integration
+def test_a_picture_of_a_gigabyte_is_left_out(tmp_path, images):
+    path = write_tar(tmp_path / "a.tar", {**images, "cat/bomb.png": bomb()})
+    dataset = run(path, tmp_path / "out", limits=Limits(0.5, 100, 64))
+    listed = pq.read_table(tmp_path / "out" / "rejected.parquet").to_pydict()
+    assert dataset.samples == 12
+    assert listed["path"] == ["cat/bomb.png"]
+    assert "decompression bomb" in listed["reason"][0]
+
+
+def tar_with(kind: bytes, name: str, target: str = ""):
+    def write(path: Path) -> None:
+        info = tarfile.TarInfo(name)
+        info.type, info.linkname = kind, target
+        with tarfile.open(path, "w") as tar:
+            tar.addfile(info)
+
+    return write
+
+
+def zip_with(name: str, mode: int = 0):
+    def write(path: Path) -> None:
+        info = zipfile.ZipInfo(name)
+        info.external_attr = mode << 16
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(info, "/etc/passwd")
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "reason"),
+    [
+        ("a.tar", tar_with(tarfile.REGTYPE, "cat/../../x.png"), "a name that leads outside"),
+        ("a.tar", tar_with(tarfile.REGTYPE, "/tmp/x.png"), "a name that leads outside"),
+        ("a.tar", tar_with(tarfile.SYMTYPE, "cat/x.png", "/etc/passwd"), "a link or device"),
+        ("a.tar", tar_with(tarfile.LNKTYPE, "cat/x.png", "../../x"), "a link or device"),
+        ("a.tar", tar_with(tarfile.CHRTYPE, "cat/x.png"), "a link or device"),
+        ("a.zip", zip_with("../../x.png"), "a name that leads outside"),
+        ("a.zip", zip_with("cat/x.png", 0o120777), "cat/x.png: a link"),
+        ("a.tar.gz", lambda path: path.write_bytes(gzip.compress(b"x" * 9000)[:-9]), "not a whole archive"),
+        ("a.tar.gz", lambda path: path.write_bytes(b"no archive"), "not a whole archive"),
+        ("a.tar.bz2", lambda path: path.write_bytes(bz2.compress(os.urandom(9000))[:99]), "not a whole archive"),
+        ("a.tar.xz", lambda path: path.write_bytes(b"no archive"), "not a whole archive"),
+        ("a.zip", lambda path: path.write_bytes(b"no archive"), "not a whole archive"),
+    ],
+)
+def test_malicious_and_damaged_archives_are_refused_and_nothing_is_written_outside(tmp_path, monkeypatch, name, write, reason):
+    for part in ("in", "scratch", "out"):
+        (tmp_path / part).mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
+    write(tmp_path / "in" / name)
+    with pytest.raises(DataError, match=reason) as caught:
+        run(tmp_path / "in" / name, tmp_path / "out", role="unlabelled")
+    assert name in str(caught.value)
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["in", f"in/{name}", "out", "scratch"]
+
+
+# What an import promises
+
+
+def test_shards_keep_their_size_also_when_images_grow(tmp_path, picture):
+    (tmp_path / "pool").mkdir()
+    for number in range(6):
+        # 300 kB as an 8-bit palette image, about 900 kB as PNG of noise.
+        (tmp_path / "pool" / f"{number}.bmp").write_bytes(picture(number, "BMP", 500))
+    dataset = run(tmp_path / "pool", tmp_path / "out", role="unlabelled", limits=Limits(0, 100, 2))
+    assert dataset.samples == 6
+    assert all(shard.bytes <= 2 << 20 for shard in dataset.shards)
+
+
+def test_large_images_are_made_smaller_only_when_asked(tmp_path, picture):
+    (tmp_path / "pool").mkdir()
+    (tmp_path / "pool" / "large.jpg").write_bytes(picture(0, "JPEG", 64))
+    (tmp_path / "pool" / "small.jpg").write_bytes(picture(1, "JPEG", 16))
+    dataset = run(tmp_path / "pool", tmp_path / "out", role="unlabelled", limits=Limits(0, 100, 1, max_side=32))
+    path = tmp_path / "out" / dataset.shards[0].name
+    large, small = (path.read_bytes()[sample.offset :][: sample.size] for sample in read_index(path))
+    assert ingest.decode(large).shape == (32, 32, 3)
+    assert small == picture(1, "JPEG", 16)
+    assert run(tmp_path / "pool", tmp_path / "kept", role="unlabelled").digest != dataset.digest
+
+
+def test_a_pool_that_was_imported_with_any_number_of_processes_is_the_same(tmp_path, folder):
+    (folder / "cat" / "bad.png").write_bytes(b"no image")
+    loose = Limits(0.5, 3, 1)
+    expected = run(folder, tmp_path / "1", limits=loose)
+    found = run(folder, tmp_path / "3", limits=loose, workers=3)
+    assert found == expected
+    assert (tmp_path / "3" / "rejected.parquet").read_bytes() == (tmp_path / "1" / "rejected.parquet").read_bytes()
+
+
+def test_a_smaller_import_leaves_no_shards_of_a_larger_one(tmp_path, folder):
+    run(folder, tmp_path / "out", limits=Limits(0, 2, 1))
+    dataset = run(folder, tmp_path / "out", limits=Limits(0, 100, 1))
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == [shard.name for shard in dataset.shards]
+
+
+IMPORT = """
+import sys
+from ns.data.ingest import Limits, import_images
+from ns.storage import open_store
+
+if __name__ == "__main__":
+    source, out = sys.argv[1:]
+    limits = Limits(0.5, 20, 1)
+    print(import_images(source, open_store(out), name="n", role="unlabelled", limits=limits, workers=2).digest)
+"""
+
+
+@pytest.fixture
+def many(tmp_path, picture):
+    (tmp_path / "many").mkdir()
+    for number in range(1000):
+        (tmp_path / "many" / f"{number:04d}.png").write_bytes(picture(number, size=64))
+    return tmp_path / "many"
+
+
+def start(tmp_path, many):
+    (tmp_path / "main.py").write_text(IMPORT)
+    return subprocess.Popen(
+        [sys.executable, tmp_path / "main.py", many, tmp_path / "out"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(condition, seconds=60):
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.005)
+
+
+@pytest.mark.integration
+def test_an_import_survives_the_death_of_its_processes_and_its_own(tmp_path, many):
+    expected = run(many, tmp_path / "calm", role="unlabelled", limits=Limits(0.5, 20, 1)).digest
+    parts = tmp_path / "out" / "parts"
+    # All of it is killed: the same command goes on, and no process is left behind.
+    process = start(tmp_path, many)
+    wait_for(lambda: len(list(parts.glob("*.json"))) >= 5)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    psutil.wait_procs(family, timeout=10)
+    assert not [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+    assert not (tmp_path / "out" / "dataset.json").exists()
+    done = {path: path.stat().st_mtime_ns for path in parts.glob("*.json")}
+    # One worker is killed: the import goes on by itself.
+    process = start(tmp_path, many)
+    wait_for(lambda: len(list(parts.glob("*.json"))) >= len(done) + 3)
+    workers = [one for one in psutil.Process(process.pid).children(recursive=True) if not one.children()]
+    os.kill(workers[-1].pid, signal.SIGKILL)
+    out, err = process.communicate(timeout=100)
+    assert out.splitlines()[-1] == expected
+    assert "a process of the import was killed" in out + err

@@ -1,0 +1,55 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ns.core.errors import DataError
+from ns.data.loading.sampler import WINDOW, Order
+
+COPIES = st.lists(st.lists(st.integers(0, 3), max_size=6), min_size=1, max_size=3 * WINDOW).filter(
+    lambda shards: any(any(shard) for shard in shards)
+)
+
+
+def order_of(shards: list[list[int]], seed: int = 0) -> Order:
+    return Order([np.array(shard, np.int64) for shard in shards], (seed, 0))
+
+
+@given(COPIES, st.integers(0, 3))
+def test_an_epoch_sees_every_image_as_often_as_its_copies_say(shards, epoch):
+    order = order_of(shards)
+    places = order.take(epoch * order.epoch_size, order.epoch_size)
+    wanted = {(s, r): count for s, shard in enumerate(shards) for r, count in enumerate(shard) if count}
+    assert Counter(places) == wanted
+
+
+@given(COPIES, st.integers(0, 200), st.lists(st.integers(1, 20), min_size=1, max_size=6))
+def test_any_cut_of_the_stream_gives_the_same_stream(shards, start, counts):
+    whole = order_of(shards).take(start, sum(counts))
+    pieces = []
+    for count in counts:
+        # A new object each time: nothing may depend on what was read before.
+        pieces += order_of(shards).take(start + len(pieces), count)
+    assert pieces == whole
+
+
+def test_epochs_and_seeds_are_shuffled_differently():
+    shards = [[1] * 10 for _ in range(WINDOW)]
+    order = order_of(shards)
+    first, second = order.take(0, 10 * WINDOW), order.take(10 * WINDOW, 10 * WINDOW)
+    assert first != second
+    assert first != order_of(shards, seed=1).take(0, 10 * WINDOW)
+
+
+def test_only_a_window_of_shards_is_open_at_once():
+    shards = [[1] * 5 for _ in range(4 * WINDOW)]
+    places = order_of(shards).take(0, 5 * 4 * WINDOW)
+    for start in range(0, len(places), 5 * WINDOW):
+        assert len({shard for shard, _ in places[start : start + 5 * WINDOW]}) == WINDOW
+
+
+def test_nothing_to_train_on_is_refused():
+    with pytest.raises(DataError, match="no images to train on"):
+        order_of([[0, 0], []])

@@ -1,0 +1,181 @@
+import io
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from ns.cli import app as cli
+from ns.core.errors import DataError
+from ns.data.dataset import Dataset
+from ns.data.importing.ingest import Limits, import_images
+from ns.data.importing.writer import ShardWriter
+from ns.data.leakage import DUPLICATES, LEFT_OUT, Checked, CheckReport, check, left_out
+from ns.storage import LocalStore
+
+
+def scene(seed: int, size: int = 64) -> Image.Image:
+    """Something to recognise: a few soft blobs."""
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def encoded(picture: Image.Image, kind: str = "JPEG", **options) -> bytes:
+    sink = io.BytesIO()
+    picture.save(sink, kind, **options)
+    return sink.getvalue()
+
+
+def make(folder, role, images, shard_samples=7):
+    """A dataset of images (bytes), its labels 0 and 1 in turn."""
+    store = LocalStore(folder)
+    with ShardWriter(store, max_samples=shard_samples, max_bytes=1 << 24) as writer:
+        for number, data in enumerate(images):
+            extension = "jpg" if data.startswith(b"\xff\xd8") else "png"
+            writer.add(f"{number:03d}", extension, data, None if role == "unlabelled" else number % 2)
+    classes = () if role == "unlabelled" else ("a", "b")
+    data = Dataset(name=folder.name, role=role, classes=classes, shards=writer.shards)
+    data.save(store)
+    return Checked(folder.name, store, data)
+
+
+@pytest.fixture
+def sets(tmp_path):
+    """Held-out images of which the pool has copies: as they are (3), encoded anew (5), smaller (8); and one of its own twice."""
+    heldout = [encoded(scene(seed)) for seed in range(20)]
+    pool = [encoded(scene(seed)) for seed in range(100, 130)]
+    pool[4] = heldout[3]
+    pool[11] = encoded(scene(5), quality=60)
+    pool[12] = pool[11]
+    pool[25] = encoded(scene(8).resize((48, 48)), "PNG")
+    pool[29] = pool[28]
+    labelled = [encoded(scene(seed)) for seed in range(200, 210)]
+    return {
+        "pool": make(tmp_path / "pool", "unlabelled", pool),
+        "labelled": make(tmp_path / "labelled", "labelled", labelled),
+        "heldout": make(tmp_path / "heldout", "evaluation", heldout),
+    }
+
+
+def run(sets, tmp_path, **options):
+    out = LocalStore(tmp_path / "out")
+    return check(list(sets.values()), out, LocalStore(tmp_path / "kept"), **options), out
+
+
+def test_held_out_images_are_found_in_the_pool_also_changed(sets, tmp_path):
+    report, out = run(sets, tmp_path)
+    leak = report.between("pool", "heldout")
+    assert (leak.same, leak.near, report.left_out) == (1, 3, 4)
+    assert report.between("pool", "pool").same == 2
+    assert (report.between("labelled", "heldout").same, report.between("labelled", "heldout").near) == (0, 0)
+    assert report.classes == {"heldout": {"a": 10, "b": 10}, "labelled": {"a": 5, "b": 5}}
+    rows = pq.read_table(io.BytesIO(out.get(LEFT_OUT))).to_pylist()
+    assert [(row["key"], row["like_key"], row["same_bytes"]) for row in rows] == [
+        ("004", "003", True),
+        ("011", "005", False),
+        ("012", "005", False),
+        ("025", "008", False),
+    ]
+    assert CheckReport.read(out, "check.json") == report
+
+
+def test_the_list_says_which_rows_of_which_shard_are_left_out(sets, tmp_path):
+    _, out = run(sets, tmp_path)
+    shards = sets["pool"].data.shards
+    assert left_out(out) == {
+        shards[0].sha256: {4: "also in heldout: 003"},
+        shards[1].sha256: {4: "also in heldout: 005", 5: "also in heldout: 005"},
+        shards[3].sha256: {4: "also in heldout: 008"},
+    }
+
+
+def test_fingerprints_are_taken_once(sets, tmp_path, monkeypatch):
+    expected, _ = run(sets, tmp_path)
+    kept = LocalStore(tmp_path / "kept")
+    lost = next(kept.list())
+    kept.delete(lost)
+    from ns.data import fingerprint
+
+    taken = []
+    monkeypatch.setattr(fingerprint.log, "Progress", lambda total, unit: taken.append(total) or fingerprint.log.get())
+    monkeypatch.setattr(fingerprint.log, "get", lambda: type("P", (), {"advance": lambda self, count: None})())
+    assert run(sets, tmp_path)[0] == expected
+    assert sum(taken) <= 7
+
+
+def test_flat_and_tiny_images_are_not_taken_for_one_another(tmp_path):
+    flat = [encoded(Image.new("RGB", (64, 64), (level, level, level)), "PNG") for level in range(0, 200, 10)]
+    tiny = [encoded(scene(seed, 8), "PNG") for seed in range(20)]
+    sets = {
+        "pool": make(tmp_path / "pool", "unlabelled", flat[:10] + tiny[:10]),
+        "heldout": make(tmp_path / "heldout", "evaluation", flat[10:] + tiny[10:]),
+    }
+    report, _ = run(sets, tmp_path)
+    assert report.left_out == 0
+    assert all(overlap.near == 0 for overlap in report.overlaps)
+
+
+def test_an_image_that_cannot_be_read_is_compared_by_its_bytes(tmp_path):
+    bad = encoded(scene(0))[:200]
+    sets = {
+        "pool": make(tmp_path / "pool", "unlabelled", [bad, b"\xff\xd8\xff"]),
+        "heldout": make(tmp_path / "h", "evaluation", [bad]),
+    }
+    report, _ = run(sets, tmp_path)
+    assert (report.between("pool", "h").same, report.left_out) == (1, 1)
+
+
+def test_a_model_has_the_last_word_on_near_images(sets, tmp_path):
+    report, _ = run(sets, tmp_path, features=lambda images: np.ones((len(images), 4), np.float32))
+    assert report.between("pool", "heldout").near == 3
+    signs = iter((1, -1))
+    report, _ = run(sets, tmp_path, features=lambda images: np.full((len(images), 4), next(signs), np.float32))
+    assert (report.between("pool", "heldout").near, report.left_out) == (0, 1)
+
+
+def test_the_command_prints_counts_and_refuses_trained_evaluation_images(sets, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli._main(["data", "check", "pool", "labelled", "heldout", "--out", "out"]) == 0
+    out = capsys.readouterr().out
+    assert "4 images of pools are in an evaluation set too: they are left out" in " ".join(out.split())
+    both = make(tmp_path / "both", "labelled", [encoded(scene(seed)) for seed in (3, 300)])
+    assert both.data.samples == 2
+    assert cli._main(["data", "check", "both", "heldout", "--out", "out"]) == DataError.exit_code
+    assert "both: 1 of its images are also in the evaluation set heldout" in capsys.readouterr().err
+    assert cli._main(["data", "check", "both", "heldout", "--out", "out", "--allow-overlap", "--json"]) == 0
+    assert '"left_out": 0' in capsys.readouterr().out
+
+
+@pytest.mark.data
+@pytest.mark.timeout(300)
+def test_changed_copies_of_real_images_are_found_and_others_are_not(cifar10, tmp_path):
+    """500 of CIFAR-10's test images, changed, among 5,000 of its training images."""
+    store = LocalStore(tmp_path / "all")
+    data = import_images(str(cifar10 / "test.tar.gz"), store, name="all", role="unlabelled", limits=Limits())
+    from ns.data.loading.shard_reader import ImageSource
+
+    source = ImageSource(store, data)
+    order = np.random.default_rng(0).permutation(data.samples)
+    held, other = order[:1000], order[1000:6000]
+    pictures = {int(row): Image.fromarray(source.pixels(0, int(row))) for row in order[:6000]}
+    heldout = [encoded(pictures[int(row)], "PNG") for row in held]
+    changed = []
+    for number, row in enumerate(held[:500]):
+        picture = pictures[int(row)]
+        if number % 2:
+            changed.append(encoded(picture, quality=60))
+        else:
+            changed.append(encoded(picture.resize((48, 48), Image.Resampling.BICUBIC)))
+    sets = {
+        "pool": make(tmp_path / "pool", "unlabelled", changed + [encoded(pictures[int(row)], "PNG") for row in other], 1000),
+        "heldout": make(tmp_path / "heldout", "evaluation", heldout, 1000),
+    }
+    report, out = run(sets, tmp_path)
+    rows = pq.read_table(io.BytesIO(out.get(LEFT_OUT))).to_pylist()
+    planted = {f"{number:03d}" for number in range(500)}
+    found = {row["key"] for row in rows}
+    assert len(found & planted) >= 495
+    # CIFAR-10 has some images nearly twice.
+    assert len(found - planted) <= 15
+    assert len(pq.read_table(io.BytesIO(out.get(DUPLICATES)))) >= len(rows)
+    assert report.skipped == 0

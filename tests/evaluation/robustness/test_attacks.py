@@ -1,0 +1,100 @@
+"""Attacks against what can be worked out by hand: on a linear network the worst change is known."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ns.evaluation.robustness.attacks import AttackPlan, attack
+from ns.modeling.predictor import Predictor
+
+SIZE, CLASSES = 4, 3
+KEYS = ["a", "b", "c", "d", "e"]
+
+
+@pytest.fixture
+def linear():
+    """Images, labels, weights, and the network: logits = images · weights / 255."""
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(rng.integers(0, 256, (len(KEYS), SIZE, SIZE, 3), np.uint8))
+    weights = torch.from_numpy(rng.normal(size=(SIZE * SIZE * 3, CLASSES)).astype(np.float32))
+    labels = torch.arange(len(KEYS)) % CLASSES
+
+    def logits(pixels):
+        return pixels.flatten(1) @ weights / 255
+
+    return images, labels, weights, logits
+
+
+@pytest.mark.parametrize("epsilon", [0.5, 2, 16, 255])
+def test_fgsm_is_one_step_along_the_sign_of_the_analytic_gradient(linear, epsilon):
+    images, labels, weights, logits = linear
+    clean = images.flatten(1).double()
+    probabilities = (clean @ weights.double() / 255).softmax(1)
+    gradient = (probabilities - F.one_hot(labels, CLASSES)) @ weights.double().T
+    expected = (clean + epsilon * gradient.sign()).clamp(0, 255)
+    found = attack(logits, images, labels, AttackPlan.fgsm(epsilon), KEYS, 0)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found.flatten(1).double(), expected, atol=1e-4)
+
+
+def test_pgd_ends_at_the_worst_corner_of_a_two_class_linear_network(linear):
+    images, labels, weights, _ = linear
+    labels = labels % 2
+    # The loss grows with the margin of the other class, whose gradient is one direction everywhere: the corner is the worst place.
+    toward = (weights[:, 1] - weights[:, 0]).sign()
+    for plan in (AttackPlan.pgd(8, 10), AttackPlan.pgd(8, 50), AttackPlan.pgd(8, 40, 1)):
+        found = attack(lambda pixels: pixels.flatten(1) @ weights[:, :2] / 255, images, labels, plan, KEYS, 0)
+        signs = torch.where(labels == 0, 1, -1)[:, None] * toward[None]
+        expected = (images.flatten(1).float() + 8 * signs).clamp(0, 255)
+        assert torch.allclose(found.flatten(1), expected, atol=1e-3), plan
+
+
+@pytest.mark.parametrize("plan", [AttackPlan.fgsm(16), AttackPlan.pgd(16, 3), AttackPlan.pgd(2, 5, 30)])
+def test_changes_stay_within_epsilon_and_the_range_of_pixels(linear, plan):
+    images, labels, _, logits = linear
+    found = attack(logits, images, labels, plan, KEYS, 0)
+    assert float((found - images.float()).abs().max()) <= plan.epsilon
+    assert 0 <= float(found.min()) <= float(found.max()) <= 255
+
+
+def test_pgd_starts_where_seed_and_key_say_whatever_the_batch(linear):
+    images, labels, _, logits = linear
+    plan = AttackPlan.pgd(4, 1, 0.25)
+    together = attack(logits, images, labels, plan, KEYS, 0)
+    order = [3, 1]
+    apart = attack(logits, images[order], labels[order], plan, [KEYS[place] for place in order], 0)
+    assert torch.equal(apart, together[order])
+    assert not torch.equal(attack(logits, images, labels, plan, KEYS, 1), together)
+    twins = attack(logits, images[:1].repeat(2, 1, 1, 1), labels[:1].repeat(2), plan, ["a", "b"], 0)
+    assert not torch.equal(twins[0], twins[1])
+
+
+def test_steps_are_the_published_ones_where_nothing_is_said():
+    assert AttackPlan.pgd(16, 10).step_size == 4
+    assert AttackPlan.pgd(16, 50).step_size == pytest.approx(0.8)
+    assert str(AttackPlan.fgsm(2)) == "fgsm-2"
+    assert str(AttackPlan.pgd(16, 10)) == "pgd-16-10x4"
+
+
+def test_a_network_is_attacked_through_its_normalisation(model, pixels):
+    predictor = Predictor(model, batch=8)
+    images = torch.from_numpy(pixels(6, 32))
+    labels = predictor.logits(images).argmax(1)
+    before = F.cross_entropy(predictor.logits(images), labels, reduction="none")
+    found = attack(predictor.logits, images, labels, AttackPlan.pgd(8, 5), [str(n) for n in range(6)], 0)
+    after = F.cross_entropy(predictor.logits(found), labels, reduction="none")
+    assert bool((after > before).all())
+    # Against a gradient by differences: the step that FGSM takes is uphill in each of some pixels.
+    step = attack(predictor.logits, images, labels, AttackPlan.fgsm(1), [str(n) for n in range(6)], 0) - images.float()
+    rng = np.random.default_rng(0)
+    agree = 0
+    for _ in range(20):
+        y, x, channel = rng.integers(32), rng.integers(32), rng.integers(3)
+        probe = images[:1].double()
+        higher, lower = probe.clone(), probe.clone()
+        higher[0, y, x, channel] += 2
+        lower[0, y, x, channel] -= 2
+        slopes = [F.cross_entropy(predictor.logits(one.float()), labels[:1]) for one in (higher, lower)]
+        agree += int(torch.sign(slopes[0] - slopes[1]) == step[0, y, x, channel].sign() or step[0, y, x, channel] == 0)
+    assert agree >= 18

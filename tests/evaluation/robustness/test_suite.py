@@ -1,0 +1,262 @@
+"""The robustness suite against a plain loop over images, and what it does when it is killed."""
+
+import io
+import itertools
+import os
+import signal
+import time
+from contextlib import ExitStack
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from ns.config.schema import EvaluationConfig
+from ns.core.errors import DataError
+from ns.data.loading.decode import decode
+from ns.data.loading.shard_reader import ImageSource
+from ns.evaluation.result import ROBUSTNESS, Robustness
+from ns.evaluation.robustness import suite
+from ns.evaluation.robustness.attacks import AttackPlan, attack
+from ns.evaluation.robustness.perturbations import sequence
+from ns.evaluation.robustness.render import Task, base, cropped, distorted, packed, unpacked
+from ns.evaluation.robustness.suite import Suite, asked, passes, units
+from ns.modeling.predictor import Predictor
+from ns.storage import LocalStore
+
+SMALL = EvaluationConfig(
+    suites=("corruptions", "perturbations", "attacks"),
+    corruptions=("gaussian_noise", "contrast"),
+    severities=(1, 5),
+    perturbations=("translate", "brightness"),
+    perturbation_frames=3,
+    fgsm_epsilons=(4,),
+    pgd_steps=(2,),
+)
+
+
+@pytest.fixture
+def run(model, tmp_path):
+    """Function: measures into a folder of `tmp_path` of its own."""
+    predictors = {batch: Predictor(model, batch=batch) for batch in (4, 16)}
+
+    def measure(data, name="a", config=SMALL, made=None, batch=16, predictor=None):
+        out = LocalStore(tmp_path / name)
+        found = Suite(predictor or predictors[batch], *data, config, out.at("units"), made).run(out)
+        assert Robustness.read(out, ROBUSTNESS) == found
+        return found
+
+    return measure
+
+
+def test_numbers_are_those_of_a_plain_loop_over_images(run, model, tmp_path, labelled_images):
+    folder, data = labelled_images(tmp_path / "d")
+    found = run((folder, data))
+    predictor = Predictor(model, batch=1)
+    source = ImageSource(folder, data)
+    wrong = {kind: [0, 0] for kind in SMALL.corruptions}
+    turned = dict.fromkeys(SMALL.perturbations, 0.0)
+    clean = fgsm = images = 0
+    for shard in range(len(data.shards)):
+        for key, label, image in zip(
+            source.index(shard).keys, source.labels(shard, 5).tolist(), source.encoded(shard), strict=True
+        ):
+            if key == "image-002":
+                continue
+            pixels = decode(image)
+            images += 1
+            clean += int(predictor.groups([[pixels]]).__next__().argmax()) == label
+            for kind in SMALL.corruptions:
+                for place, severity in enumerate(SMALL.severities):
+                    (made,) = distorted(Task([pixels], [key], kind, (severity,), 1, 0, True))
+                    wrong[kind][place] += int(next(predictor.groups([[made]])).argmax()) != label
+            for kind in SMALL.perturbations:
+                frames = sequence(pixels, kind, 3, np.random.default_rng(0))  # no chance in these
+                answers = [int(next(predictor.groups([[frame]])).argmax()) for frame in frames]
+                turned[kind] += sum(one != other for one, other in itertools.pairwise(answers)) / 2
+            seen = predictor.pixels([image])
+            labels = torch.tensor([label])
+            changed = attack(predictor.logits, seen, labels, AttackPlan.fgsm(4), [key], 0)
+            fgsm += int(predictor.logits(changed).argmax()) == label
+    assert (found.images, found.unreadable) == (images, 1)
+    assert found.top1 == clean / images
+    assert found.corruptions == {kind: tuple(count / images for count in counts) for kind, counts in wrong.items()}
+    assert found.attacks[0].top1 == pytest.approx(fgsm / images, abs=1.01 / images)
+    assert [(one.name, one.steps, one.step_size) for one in found.attacks] == [("fgsm", 1, 4), ("pgd", 2, 20)]
+    flips = {kind: one.flip_probability for kind, one in found.perturbations.items()}
+    assert flips == pytest.approx({kind: count / images for kind, count in turned.items()})
+    assert max(flips.values()) > 0
+
+
+def test_neither_shards_nor_batches_nor_processes_change_a_number(run, tmp_path, labelled_images, monkeypatch):
+    first = run(labelled_images(tmp_path / "d"))
+    monkeypatch.setattr(suite, "BLOCK", 7)
+    monkeypatch.setattr(suite, "PROCESSES_FROM_SECONDS", 0)
+    monkeypatch.setattr(suite, "_cores", lambda: 2)
+    other = run(labelled_images(tmp_path / "e", per_shard=4), "b", batch=4)
+    for field in ("images", "top1", "corruptions", "perturbations", "attacks"):
+        assert getattr(other, field) == getattr(first, field), field
+
+
+def test_another_seed_makes_other_noise():
+    image = np.full((8, 8, 3), 100, np.uint8)
+    one, same, other = (distorted(Task([image], ["k"], "gaussian_noise", (3,), 1, seed, True))[0] for seed in (0, 0, 1))
+    assert np.array_equal(one, same)
+    assert not np.array_equal(one, other)
+    twin = distorted(Task([image], ["l"], "gaussian_noise", (3,), 1, 0, True))[0]
+    assert not np.array_equal(one, twin)
+
+
+def test_the_next_model_sees_the_images_that_were_made_for_the_one_before(
+    run, make_model, tmp_path, labelled_images, monkeypatch
+):
+    data = labelled_images(tmp_path / "d", size=80)
+    config = SMALL.model_copy(update={"suites": ("corruptions",)})
+    second = Predictor(make_model(tmp_path / "m", seed=1), batch=16)
+    alone = run(data, "alone", config, predictor=second)
+    made = LocalStore(tmp_path / "made")
+    run(data, "first", config, made)
+    assert len(list(made.list())) == 6
+    costs = []
+    real = Suite._cost
+    monkeypatch.setattr(Suite, "_cost", lambda self, *pending: costs.append(real(self, *pending)) or costs[-1])
+    monkeypatch.setattr(Suite, "_task", lambda self, unit, images, part: part == slice(0, 1) or pytest.fail("made again"))
+    monkeypatch.setattr(suite, "distorted", lambda task: [])
+    assert run(data, "second", config, made, predictor=second).identity() == alone.identity()
+    assert (costs[0].distort_seconds, costs[0].made_bytes) == (0, 0)
+    assert costs[0].passes == 24 * (1 + 2 * 2)
+
+
+def test_too_many_images_are_not_kept(run, tmp_path, labelled_images):
+    made = LocalStore(tmp_path / "made")
+    run(labelled_images(tmp_path / "d"), config=SMALL.model_copy(update={"keep_gib": 1e-6}), made=made)
+    assert list(made.list()) == []
+
+
+def test_pictures_come_back_from_a_file_as_they_were():
+    small = [np.random.default_rng(n).integers(0, 256, (4 + n, 5, 3), np.uint8) for n in range(3)]
+    assert all(np.array_equal(one, other) for one, other in zip(unpacked(packed(small), as_they_are=True), small, strict=True))
+    photographs = distorted(Task([np.zeros((256, 300, 3), np.uint8)], ["k"], "contrast", (1, 2), 1, 0, False))
+    assert unpacked(packed(photographs), as_they_are=False) == photographs
+
+
+def test_photographs_are_cropped_and_small_images_are_not(picture):
+    assert base(picture(0, "JPEG", 64), as_they_are=True).shape == (64, 64, 3)
+    assert base(picture(0, "JPEG", 64), as_they_are=False).shape == (256, 256, 3)
+
+
+def test_photographs_are_cropped_as_published():
+    from PIL import Image
+    from torchvision.transforms import CenterCrop, Compose, Resize
+
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 417, 3), np.uint8)
+    sink = io.BytesIO()
+    Image.fromarray(pixels).save(sink, "PNG")
+    published = Compose([Resize(256), CenterCrop(224)])(Image.fromarray(pixels))
+    assert np.array_equal(cropped(base(sink.getvalue(), as_they_are=False)), np.asarray(published))
+
+
+def test_what_is_asked_for_later_is_done_beside_what_was_done(run, tmp_path, labelled_images, monkeypatch):
+    data = labelled_images(tmp_path / "d")
+    less = SMALL.model_copy(update={"suites": ("corruptions",)})
+    run(data, config=less)
+    done = []
+    real = Suite._write
+    monkeypatch.setattr(
+        Suite, "_write", lambda self, block, unit, table: (done.append(unit.kind), real(self, block, unit, table))
+    )
+    whole = run(data)
+    assert set(done) == {"translate", "brightness", "fgsm-4", "pgd-16-2x20"}
+    done.clear()
+    assert run(data).digest == whole.digest
+    assert done == []
+    assert asked(less) != asked(SMALL)
+
+
+def test_the_cost_is_said_before_the_first_unit_is_done(run, tmp_path, labelled_images, capsys):
+    run(labelled_images(tmp_path / "d"))
+    lines = capsys.readouterr().out.splitlines()
+    cost = next(place for place, line in enumerate(lines) if "cost" in line)
+    assert "forward_passes" in lines[cost]
+    assert cost < next(place for place, line in enumerate(lines) if "progress" in line)
+
+
+def test_forward_passes_are_counted():
+    plain = EvaluationConfig(suites=("corruptions", "perturbations", "attacks"))
+    assert passes(plain) == 1 + 15 * 5 + 10 * 31 + 4 * 4 + (10 * 3 + 1) + (50 * 3 + 1)
+    assert passes(EvaluationConfig()) == 1
+    assert len(units(EvaluationConfig(suites=("corruptions",), extra_corruptions=True))) == 20
+
+
+def test_rows_are_kept_for_every_image(run, tmp_path, labelled_images):
+    found = run(labelled_images(tmp_path / "d"))
+    table = pq.read_table(io.BytesIO((tmp_path / "a/units/shard-00000-00000/gaussian_noise-15.parquet").read_bytes()))
+    assert table["key"].to_pylist()[:4] == ["image-000", "image-000", "image-001", "image-001"]
+    assert table["severity"].to_pylist()[:4] == [1, 5, 1, 5]
+    assert len(table) == 2 * 9
+    frames = pq.read_table(io.BytesIO((tmp_path / "a/units/shard-00000-00000/translate-x3.parquet").read_bytes()))
+    assert len(frames) == 3 * 9
+    assert len(frames["top"][0]) == 5
+    assert found.frames == 3
+
+
+def test_attacks_go_on_with_fewer_images_when_memory_does_not_suffice(run, tmp_path, labelled_images, monkeypatch):
+    data = labelled_images(tmp_path / "d")
+    config = SMALL.model_copy(update={"suites": ("attacks",)})
+    plenty = run(data, "plenty", config)
+    real = suite.attack
+
+    def little(logits, images, *rest):
+        if len(images) > 3:
+            raise torch.OutOfMemoryError
+        return real(logits, images, *rest)
+
+    monkeypatch.setattr(suite, "attack", little)
+    assert run(data, "little", config).attacks == plenty.attacks
+    monkeypatch.setattr(suite, "attack", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError))
+    with pytest.raises(torch.OutOfMemoryError):
+        run(data, "none", config)
+
+
+def test_a_set_without_a_readable_image_is_refused(run, tmp_path, labelled_images):
+    with pytest.raises(DataError, match="no readable image"):
+        run(labelled_images(tmp_path / "d", count=3, damaged=(0, 1, 2)))
+
+
+@pytest.mark.integration
+def test_killed_suites_go_on_where_they_stopped(run, model, tmp_path, labelled_images):
+    """SIGKILL at instants all over the work: the units that were done stay, and what comes of it is the same."""
+    data = labelled_images(tmp_path / "d", count=60)
+    begun = time.monotonic()
+    calm = run(data, "calm")
+    whole = time.monotonic() - begun
+    out = LocalStore(tmp_path / "killed")
+    rng = np.random.default_rng(0)
+    kills, longest = 0, 0
+    deadline = time.monotonic() + 60
+    while not out.exists(ROBUSTNESS) and time.monotonic() < deadline:
+        process = os.fork()
+        if process == 0:
+            try:
+                Suite(Predictor(model, batch=16), *data, SMALL, out.at("units"), LocalStore(tmp_path / "made")).run(out)
+            finally:
+                os._exit(1)
+        # Early at first, and later each time, so that it ends.
+        time.sleep(whole * float(rng.uniform(0.2, 0.5)) * 1.15**kills)
+        os.kill(process, signal.SIGKILL)
+        kills += os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
+        done = len(list(out.list("units/")))
+        assert done >= longest, "a unit that was done is gone"
+        longest = done
+    assert kills >= 2
+    assert Robustness.read(out, ROBUSTNESS).digest == calm.digest
+
+
+def test_processes_that_distort_are_small(monkeypatch):
+    monkeypatch.setattr(suite, "_cores", lambda: 2)
+    with ExitStack() as stack:
+        executor = suite._executor(stack, suite.PROCESSES_FROM_SECONDS)
+        task = Task([np.zeros((8, 8, 3), np.uint8)], ["a"], "contrast", (1,), 1, 0, as_they_are=True)
+        assert len(executor.submit(distorted, task).result()) == 1
+        assert not executor.submit(eval, "'torch' in __import__('sys').modules").result()

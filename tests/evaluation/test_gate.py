@@ -1,0 +1,333 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+
+from ns.config.schema import CORRUPTIONS, PERTURBATIONS, GateConfig, parse
+from ns.core.errors import ConfigError
+from ns.evaluation.gate import (
+    Guard,
+    LabelFacts,
+    Paired,
+    beats_chance,
+    corruption_rise,
+    flip_rise,
+    judge,
+    mcnemar,
+    needed,
+    paired_counts,
+    paired_gain,
+    worst_class_drop,
+)
+from ns.evaluation.result import Perturbed, Robustness
+
+LEVEL = 0.95
+
+
+def verdict(gate: GateConfig, teacher: np.ndarray, student: np.ndarray, labels: np.ndarray | None = None, **facts):
+    labels = np.zeros(len(teacher), np.uint16) if labels is None else labels
+    return judge(
+        gate,
+        generation=1,
+        teacher="models/t",
+        student="models/s",
+        labels=labels,
+        teacher_correct=teacher,
+        student_correct=student,
+        classes=("cat", "dog"),
+        seed=0,
+        **facts,
+    )
+
+
+def robustness(errors: dict[str, float], flips: dict[str, float] | None = None) -> Robustness:
+    return Robustness(
+        model="m", dataset="d", name="n", classes=10, imagenet=False, images=100, unreadable=0, subsample=None, seed=0,
+        mode="float32", top1=0.9, severities=(1, 3), corruptions={kind: (rate, rate) for kind, rate in errors.items()}, frames=11,
+        perturbations={kind: Perturbed(flip_probability=rate, top5_distance=1) for kind, rate in (flips or {}).items()},
+        attacks=(), predictions_sha256="", seconds=0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("images", "differ"), [(500, 0.16), (500, 0.01)])
+def test_false_promotions_stay_at_the_stated_level_on_equal_pairs(images, differ):
+    """10,000 pairs of models of equal accuracy: at most 5 % may be promoted at level 0.95, up to sampling error; by `judge` itself, and
+    also where the models differ on few images, so that the bound is often exactly 0."""
+    rng = np.random.default_rng(0)
+    pairs = 10_000
+    # Each right where the other is wrong equally often in expectation.
+    counts = rng.multinomial(images, [differ / 2, 1 - differ, differ / 2], size=pairs)
+    seen, times = np.unique(counts, axis=0, return_counts=True)
+    gate, promoted = GateConfig(level=LEVEL, resamples=1000), 0
+    for (lost, _, won), count in zip(seen.tolist(), times.tolist(), strict=True):
+        # Pairs with equal counts are judged alike, up to the bootstrap's seed.
+        teacher, student = np.arange(images) >= won, np.ones(images, bool)
+        student[images - lost :] = False
+        promoted += count * verdict(gate, teacher, student).promoted
+    assert promoted / pairs < (1 - LEVEL) + 3 * (0.05 * 0.95 / pairs) ** 0.5
+    assert promoted / pairs > 0.03
+
+
+def test_the_interval_holds_the_true_gain_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    held = 0
+    for pair in range(1000):
+        outcome = rng.choice([-1, 0, 1], p=[0.05, 0.85, 0.10], size=400)
+        gain = paired_gain(outcome < 1, outcome > -1, level=LEVEL, resamples=1000, seed=pair)
+        held += gain.low <= 0.05 <= gain.high
+    assert held / 1000 == pytest.approx(2 * LEVEL - 1, abs=0.03)
+
+
+def test_multinomial_draws_equal_resampling_the_images():
+    rng = np.random.default_rng(2)
+    teacher, student = rng.random(300) < 0.8, rng.random(300) < 0.85
+    gain = paired_gain(teacher, student, level=LEVEL, resamples=20_000, seed=0)
+    difference = student.astype(int) - teacher.astype(int)
+    means = difference[rng.integers(0, 300, (20_000, 300))].mean(1)
+    assert gain.value == pytest.approx(difference.mean())
+    assert gain.low == pytest.approx(np.quantile(means, 0.05), abs=0.004)
+    assert gain.high == pytest.approx(np.quantile(means, 0.95), abs=0.004)
+
+
+def test_a_clear_gain_is_promoted_and_a_clear_loss_is_not():
+    weak, strong = np.arange(200) < 120, np.arange(200) < 160
+    assert verdict(GateConfig(), weak, strong).promoted
+    refused = verdict(GateConfig(), strong, weak)
+    assert not refused.promoted
+    assert "lower 95% bound of the gain" in refused.reason
+
+
+def test_equal_models_pass_only_a_margin():
+    same = np.arange(100) < 70
+    assert verdict(GateConfig(min_gain=-0.01), same, same).promoted
+    assert not verdict(GateConfig(min_gain=0.0), same, same).promoted
+    assert not verdict(GateConfig(min_gain=0.001), same, same).promoted
+
+
+def test_the_class_guard_refuses_a_gain_bought_with_one_class():
+    labels = np.repeat(np.array([0, 1], np.uint16), 100)
+    teacher = np.concatenate([np.arange(100) < 90, np.arange(100) < 50])
+    student = np.concatenate([np.arange(100) < 70, np.arange(100) < 100])
+    assert verdict(GateConfig(), teacher, student, labels).promoted
+    guarded = verdict(GateConfig(max_class_drop=0.1), teacher, student, labels)
+    assert not guarded.promoted
+    assert guarded.guards[1].value == pytest.approx(0.2)
+    assert (guarded.guards[1].name, guarded.guards[1].limit) == ("class drop", 0.1)
+    assert guarded.reason == "largest loss of accuracy in a class (cat) is +0.200, limit +0.100"
+    # A class that loses as much as it may passes.
+    assert verdict(GateConfig(max_class_drop=0.5), np.arange(200) < 150, np.arange(200) >= 50, labels).guards[1].passed
+
+
+def test_a_verdict_records_what_was_compared():
+    teacher, student = np.arange(50_000) < 30_000, np.arange(50_000) >= 10_000
+    gate = GateConfig(level=0.9, resamples=2000)
+    said = verdict(gate, teacher, student)
+    gain = paired_gain(teacher, student, level=0.9, resamples=2000, seed=0)
+    assert (said.generation, said.teacher, said.student, said.images) == (1, "models/t", "models/s", 50_000)
+    assert (said.teacher_top1, said.student_top1, said.level) == (0.6, 0.8, 0.9)
+    assert (said.gain, said.gain_low, said.gain_high) == (gain.value, gain.low, gain.high)
+    assert said.paired == Paired(both=20_000, only_teacher=10_000, only_student=20_000, neither=0)
+    assert said.mcnemar == mcnemar(said.paired) < 0.01
+    detail = "lower 90% bound of the gain in top-1"
+    assert said.guards == (Guard(name="gain", value=gain.low, limit=0, passed=True, detail=detail),)
+    assert said.reason == f"gain +0.200, lower bound {gain.low:+.3f} > +0.000"
+
+
+def test_worst_class_drop_is_negative_when_all_gain():
+    labels = np.array([0, 0, 1, 1], np.uint16)
+    drop, _ = worst_class_drop(labels, np.array([1, 0, 1, 0], bool), np.ones(4, bool))
+    assert drop == -0.5
+
+
+@pytest.mark.parametrize(("teacher", "student"), [(3, 4), (0, 0)])
+def test_unequal_lengths_and_no_images_are_refused(teacher, student):
+    with pytest.raises(ValueError, match=rf"one non-zero length, got \({teacher},\) and \({student},\)"):
+        paired_gain(np.ones(teacher, bool), np.ones(student, bool), level=LEVEL, resamples=1000, seed=0)
+
+
+def test_one_image_is_a_comparison():
+    gain = paired_gain(np.zeros(1, bool), np.ones(1, bool), level=LEVEL, resamples=1000, seed=0)
+    assert (gain.value, gain.low, gain.high) == (1, 1, 1)
+
+
+def test_a_comparison_is_the_same_with_the_same_seed():
+    teacher, student = np.arange(1000) < 600, np.arange(1000) >= 300
+    first, again, other = (paired_gain(teacher, student, level=LEVEL, resamples=1000, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+@pytest.mark.parametrize(
+    ("top1", "images", "classes", "expected"),
+    [
+        (0.1, 500, 10, False), (0.12, 500, 10, False), (0.13, 500, 10, True), (0.12, 5000, 10, True),
+        (0.53, 500, 2, False), (0.54, 500, 2, True),
+    ],
+)  # fmt: skip
+def test_chance_is_what_luck_explains(top1, images, classes, expected):
+    assert beats_chance(top1, images, classes) is expected
+
+
+def test_a_student_that_is_less_robust_is_refused_however_accurate():
+    weak, strong = np.arange(200) < 120, np.arange(200) < 160
+    teacher = robustness(dict.fromkeys(CORRUPTIONS, 0.4), dict.fromkeys(PERTURBATIONS, 0.1))
+    student = robustness(dict.fromkeys(CORRUPTIONS, 0.42), dict.fromkeys(PERTURBATIONS, 0.12))
+    assert corruption_rise(teacher, student) == pytest.approx(5)
+    assert flip_rise(teacher, student) == pytest.approx(20)
+    gate = GateConfig(max_mce_rise=6, max_mfr_rise=21)
+    assert verdict(gate, weak, strong, robustness=(teacher, student)).promoted
+    refused = verdict(GateConfig(max_mce_rise=4, max_mfr_rise=21), weak, strong, robustness=(teacher, student))
+    assert not refused.promoted
+    assert "mean corruption error" in refused.reason
+    assert "+5.000, limit +4.000" in refused.reason
+    assert [guard.passed for guard in refused.guards] == [True, False, True]
+    assert [guard.name for guard in refused.guards] == ["gain", "mCE rise", "mFR rise"]
+    assert [guard.limit for guard in refused.guards] == [0, 4, 21]
+    twice = verdict(GateConfig(max_mce_rise=4, max_mfr_rise=10), weak, strong, robustness=(teacher, student))
+    assert twice.reason == (
+        "mean corruption error, in points above the teacher's 100, is +5.000, limit +4.000; "
+        "mean flip rate, in points above the teacher's 100, is +20.000, limit +10.000"
+    )
+    assert not verdict(GateConfig(max_mfr_rise=19), weak, strong, robustness=(teacher, student)).promoted
+    assert verdict(GateConfig(max_mce_rise=0), weak, strong, robustness=(teacher, teacher)).promoted
+
+
+def test_extra_kinds_and_kinds_without_mistakes_make_no_trouble():
+    teacher = robustness({"fog": 0.0, "snow": 0.5, "saturate": 0.1})
+    student = robustness({"fog": 0.01, "snow": 0.5, "saturate": 0.9})
+    # 100 images at 2 severities: one mistake is 0.005.
+    assert corruption_rise(teacher, student) == pytest.approx(50)
+    assert flip_rise(teacher, student) is None
+
+
+@pytest.mark.parametrize(("frames", "least"), [(11, 0.001), (2, 0.01), (0, 0.01)])
+def test_a_teacher_that_never_flips_counts_as_if_it_had_once(frames, least):
+    # 100 sequences, each of so many frames; 0 says that their number is not known.
+    teacher, student = (robustness({}, {"tilt": rate}).model_copy(update={"frames": frames}) for rate in (0, 0.02))
+    assert flip_rise(teacher, student) == pytest.approx(100 * 0.02 / least - 100)
+
+
+@pytest.mark.parametrize(
+    ("limits", "name", "good", "bad", "said"),
+    [
+        ({"max_churn": 0.2}, "churn", LabelFacts(churn=0.2), LabelFacts(churn=0.31),
+         "share of labels that changed since the generation before is +0.310, limit +0.200"),
+        ({"max_class_shrinkage": 0.5}, "class shrinkage", LabelFacts(shrinkage=0.5, shrunk="dog"), LabelFacts(shrinkage=0.8, shrunk="dog"),
+         "largest share of its kept images that a class lost (dog) is +0.800, limit +0.500"),
+        ({"min_audited_precision": 0.9}, "audited precision", LabelFacts(audited=(0.95, 0.9, 4000)), LabelFacts(audited=(0.95, 0.89, 4000)),
+         "lower 95% bound of the labels that are right (95.0% of 4,000 audited) is +0.890, limit +0.900"),
+    ],
+)  # fmt: skip
+def test_the_gate_asks_of_labels_what_it_is_told_to(limits, name, good, bad, said):
+    # Equal models show no gain; what is asked here is the labels only.
+    same, gate = np.ones(50, bool), GateConfig(min_gain=-0.01, **limits)
+    assert verdict(gate, same, same, about=good).promoted
+    refused = verdict(gate, same, same, about=bad)
+    assert not refused.promoted
+    assert refused.reason == said
+    value = bad.audited[1] if bad.audited else bad.churn or bad.shrinkage
+    assert (refused.guards[1].name, refused.guards[1].value, refused.guards[1].limit) == (name, value, *limits.values())
+    # Without a limit, or without labels of a generation before, there is nothing to ask.
+    assert len(verdict(GateConfig(min_gain=-0.01), same, same, about=bad).guards) == 1
+    assert len(verdict(gate, same, same).guards) == 1
+
+
+@pytest.mark.parametrize("about", [None, LabelFacts()])
+def test_labels_that_nobody_audited_are_not_refused_but_that_is_said(about):
+    same = np.ones(50, bool)
+    said = verdict(GateConfig(min_gain=-0.01, min_audited_precision=0.9), same, same, about=about)
+    assert said.promoted
+    assert said.reason == (
+        "gain +0.000, lower bound +0.000 > -0.010; the labels are not audited, so gate.min_audited_precision = 0.9 was not asked for"
+    )
+    assert "audited" not in verdict(GateConfig(min_gain=-0.01), same, same, about=about).reason
+
+
+def test_limits_that_nothing_was_measured_for_are_an_error():
+    same = np.ones(20, bool)
+    with pytest.raises(ValueError, match="mCE rise is limited to 1"):
+        verdict(GateConfig(max_mce_rise=1), same, same)
+
+
+@pytest.mark.parametrize(
+    ("gate", "evaluation", "message"),
+    [
+        ({"max_mce_rise": 2}, {}, r"x.yaml: gate.max_mce_rise: needs corruptions .* evaluation.suites \(now clean\)"),
+        ({"max_mfr_rise": 2}, {"suites": ["corruptions"]}, r"gate.max_mfr_rise: needs perturbations"),
+        (
+            {"max_mce_rise": 2},
+            {"suites": ["corruptions"], "corruptions": ["saturate"]},
+            "gate.max_mce_rise: .* extra kinds only",
+        ),
+    ],
+)
+def test_limits_on_robustness_need_it_measured(gate, evaluation, message):
+    document = {"name": "x", "data": {"labelled": "a", "pool": "b", "heldout": "c"}, "gate": gate, "evaluation": evaluation}
+    with pytest.raises(ConfigError, match=message):
+        parse(document, "x.yaml")
+
+
+def test_what_the_gate_asks_of_heldout_images_is_no_more_than_it_needs():
+    evaluation = {"suites": ["clean", "corruptions", "perturbations", "attacks"], "images": 50}
+    document = {"name": "x", "data": {"labelled": "a", "pool": "b", "heldout": "c"}, "evaluation": evaluation}
+    assert parse(document, "x").guarded.suites == ()
+    guarded = parse({**document, "gate": {"max_mce_rise": 1}}, "x").guarded
+    assert (guarded.suites, guarded.images) == (("corruptions",), 50)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
+def test_pairs_and_mcnemar_are_what_they_say(answers):
+    teacher, student = (np.array(column) for column in zip(*answers, strict=True))
+    paired = paired_counts(teacher, student)
+    assert paired.images == len(answers)
+    assert (paired.both, paired.only_teacher) == (answers.count((True, True)), answers.count((True, False)))
+    assert (paired.only_student, paired.neither) == (answers.count((False, True)), answers.count((False, False)))
+    discordant = paired.only_teacher + paired.only_student
+    assert mcnemar(paired) == pytest.approx(binomtest(paired.only_teacher, discordant).pvalue if discordant else 1)
+
+
+def test_mcnemar_holds_for_many_images():
+    # Of 2,000,000 images; by the normal approximation with continuity correction.
+    z = (10_300 - 10_000 - 1) / 20_300**0.5
+    expected = math.erfc(z / 2**0.5)
+    assert mcnemar(Paired(both=1_900_000, only_teacher=10_000, only_student=10_300, neither=79_700)) == pytest.approx(
+        expected, rel=0.01
+    )
+
+
+def test_what_would_have_been_needed_is_enough():
+    teacher, student = np.arange(300) >= 20, np.arange(300) < 288
+    refused = verdict(GateConfig(), teacher, student)
+    assert not refused.promoted
+    enough = needed(refused)
+    assert enough.images is not None
+    times = math.ceil(enough.images / 300)
+    assert times > 1
+    assert verdict(GateConfig(), np.tile(teacher, times + 1), np.tile(student, times + 1)).promoted
+    assert not verdict(GateConfig(), np.tile(teacher, times - 1), np.tile(student, times - 1)).promoted
+    assert enough.gain == pytest.approx(refused.gain - refused.gain_low)
+    assert needed(verdict(GateConfig(), student, teacher)).images is None
+
+
+@pytest.mark.parametrize(("gain", "images"), [(0.5, 226), (0.25, None), (0.125, None)])
+def test_luck_that_is_half_as_large_again_as_the_gain_needs_more_than_twice_the_images(gain, images):
+    """By hand: the limit is 0.25; at a gain of 0.5 luck explains 0.375, of which 0.25 would be too much on 225 images still."""
+    same = np.ones(100, bool)
+    seen = verdict(GateConfig(min_gain=0.25), same, same).model_copy(update={"gain": gain, "gain_low": gain - 0.375})
+    assert (needed(seen).gain, needed(seen).images) == (0.625, images)
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 20), st.integers(0, 99))
+def test_a_student_is_promoted_exactly_when_all_guards_pass(drop, min_gain, rise, seed):
+    rng = np.random.default_rng(seed)
+    teacher, student = rng.random(80) < 0.5, rng.random(80) < 0.9
+    labels = rng.integers(0, 2, 80).astype(np.uint16)
+    before, after = (robustness(dict.fromkeys(CORRUPTIONS, float(rng.random()))) for _ in range(2))
+    gate = GateConfig(min_gain=min_gain, max_class_drop=drop or None, max_mce_rise=rise)
+    said = verdict(gate, teacher, student, labels, robustness=(before, after))
+    assert said.promoted == all(guard.passed for guard in said.guards)
+    for guard in said.guards:
+        assert guard.passed == (guard.value > guard.limit if guard.name == "gain" else guard.value <= guard.limit)
+        assert guard.passed or guard.detail in said.reason

@@ -1,0 +1,51 @@
+import numpy as np
+import pytest
+
+from ns.core.errors import DataError
+from ns.data.dataset import Dataset
+from ns.data.importing.writer import ShardWriter
+from ns.data.loading.shard_reader import ImageSource
+from ns.evaluation.label_errors import suspects
+from ns.modeling.predictor import Predictions
+from ns.storage import LocalStore
+
+CLASSES = ("a", "b", "c")
+
+
+class Teacher:
+    """Knows the class of every image: its key says it."""
+
+    class card:  # noqa: N801
+        classes = CLASSES
+
+    def shard(self, source: ImageSource, shard: int, progress) -> Predictions:
+        index = source.index(shard)
+        probabilities = np.full((len(index), 3), 0.05, np.float32)
+        probabilities[np.arange(len(index)), [CLASSES.index(key[0]) for key in index.keys]] = 0.9
+        if shard == 0:
+            probabilities[0] = np.nan
+        return Predictions(index, probabilities, {})
+
+
+@pytest.fixture
+def made(tmp_path, picture):
+    store = LocalStore(tmp_path)
+    with ShardWriter(store, max_samples=25, max_bytes=1 << 24) as writer:
+        for number in range(90):
+            label = number % 3
+            wrong = number in (31, 62)
+            writer.add(f"{CLASSES[label]}-{number}", "png", picture(number), (label + 1) % 3 if wrong else label)
+    return store, Dataset(name="n", role="labelled", classes=CLASSES, shards=writer.shards)
+
+
+def test_labels_that_the_model_doubts_are_listed(made):
+    table = suspects(Teacher(), *made)
+    assert sorted(table["key"].to_pylist()) == ["b-31", "c-62"]
+    assert set(zip(table["label"].to_pylist(), table["predicted"].to_pylist(), strict=True)) == {("c", "b"), ("a", "c")}
+    assert table["probability_of_label"].to_pylist() == pytest.approx([0.05, 0.05])
+
+
+def test_a_model_of_other_classes_is_refused(made):
+    folder, data = made
+    with pytest.raises(DataError, match="has other classes than the model"):
+        suspects(Teacher(), folder, data.model_copy(update={"classes": ("a", "b", "d")}))

@@ -1,0 +1,103 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from ns.cli.app import _main, app
+from ns.config.schema import EvaluationConfig
+from ns.core.errors import DataError
+from ns.data.dataset import Dataset
+from ns.evaluation.offline import evaluate_dataset
+from ns.evaluation.robustness.suite import Suite
+from ns.storage import LocalStore
+
+QUICK = ["--set", "severities=[3]", "--set", "corruptions=[contrast]", "--set", "pgd_steps=[2]", "--batch", "16"]
+
+
+@pytest.fixture
+def places(make_model, labelled_images, tmp_path):
+    make_model(tmp_path / "model")
+    labelled_images(tmp_path / "images")
+    return [str(tmp_path / "model"), str(tmp_path / "images")], ["--out", str(tmp_path / "out")]
+
+
+def test_a_model_is_evaluated_on_a_dataset_and_the_tables_say_how(places):
+    arguments, out = places
+    found = CliRunner().invoke(app, ["evaluate", *arguments, *out, *QUICK, "--suite", "corruptions", "--suite", "attacks"])
+    assert found.exit_code == 0, found.output
+    for shown in ("images", "unreadable", "top-1", "calibration error (ECE)", "contrast", "FGSM", "PGD", "class "):
+        assert shown in found.stdout
+
+
+def test_json_holds_everything_and_a_quick_look_says_that_it_was_one(places):
+    arguments, out = places
+    options = [*out, *QUICK, "--suite", "corruptions", "--images", "10", "--json"]
+    document = json.loads(CliRunner().invoke(app, ["evaluate", *arguments, *options]).stdout)
+    assert document["evaluation"]["subsample"] == {"images": 10, "seed": 0}
+    assert document["robustness"]["subsample"] == {"images": 10, "seed": 0}
+    assert list(document["robustness"]["corruptions"]) == ["contrast"]
+    assert document["scores"]["mce"] is None
+    folder = document["place"].removeprefix("file://")
+    path = str(next(Path(folder).rglob("robustness.json")))
+    document = json.loads(CliRunner().invoke(app, ["evaluate", *arguments, *options, "--reference", path]).stdout)
+    assert document["scores"]["mce"] == pytest.approx(100)
+    assert document["scores"]["mce_relative_to"] == "reference"
+
+
+def test_a_published_set_is_evaluated_as_it_is(make_model, tmp_path):
+    make_model(tmp_path / "model", classes=tuple("0123456789"))
+    (tmp_path / "ready").mkdir()
+    np.save(tmp_path / "ready/labels.npy", np.tile(np.arange(10), 5))
+    np.save(tmp_path / "ready/snow.npy", np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3), np.uint8))
+    arguments = [str(tmp_path / "model"), str(tmp_path / "ready"), "--kind", "cifar10-c", "--out", str(tmp_path / "out")]
+    found = CliRunner().invoke(app, ["evaluate", *arguments])
+    assert found.exit_code == 0, found.output
+    assert "snow" in found.stdout
+    assert _main(["evaluate", *arguments, "--classes", "own"]) == 2
+
+
+def test_the_same_command_again_does_nothing_again(places, monkeypatch):
+    arguments, out = places
+    config = EvaluationConfig(suites=("attacks",), pgd_steps=(1,))
+    first = evaluate_dataset(*arguments, out[1], config, batch=16)
+    monkeypatch.setattr(Suite, "run", lambda *_: pytest.fail("done again"))
+    assert evaluate_dataset(*arguments, out[1], config, batch=16) == first
+
+
+def test_a_subset_of_classes_is_named_or_the_datasets_own(make_model, labelled_images, tmp_path):
+    make_model(tmp_path / "model")
+    labelled_images(tmp_path / "images", classes=("b", "d"))
+    place = [str(tmp_path / name) for name in ("model", "images", "out")]
+    own, named = (
+        evaluate_dataset(*place, EvaluationConfig(), batch=16, classes=classes).evaluation
+        for classes in (("own",), ("d", "a", "b"))
+    )
+    assert (own.scored, named.scored) == (("b", "d"), ("a", "b", "d"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: [a[0], a[0]], "no dataset.json here; import the images first: ns data import SOURCE"),
+        (lambda a: [*a, "--set", "severity=3"], "severity: unknown field; did you mean 'severities'?"),
+        (lambda a: [*a, "--classes", "a,z"], "class 'z' is none of the model's"),
+        (lambda a: ["nothing", a[1]], "no runs here"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_in_a_line(places, change, message, capsys, tmp_path):
+    arguments, out = places
+    assert _main(["evaluate", *change(arguments), *out, "--root", str(tmp_path / "runs")]) > 0
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+
+
+def test_a_dataset_without_labels_is_refused(places, labelled_images, tmp_path):
+    arguments, out = places
+    labelled_images(tmp_path / "plain", classes=("a",))
+    folder = LocalStore(tmp_path / "plain")
+    Dataset.load(folder).model_copy(update={"classes": (), "role": "unlabelled"}).save(folder)
+    with pytest.raises(DataError, match="has no labels"):
+        evaluate_dataset(arguments[0], str(tmp_path / "plain"), out[1], EvaluationConfig(), batch=16)

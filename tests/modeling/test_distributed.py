@@ -1,0 +1,136 @@
+import json
+import os
+import random
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from timm.layers import BatchNormAct2d
+from torch import nn
+
+from ns.core.errors import ConfigError, Interrupted, TrainingError
+from ns.modeling.distributed import ALONE, World, launch, normalized, processes_here, share_batch_norms
+
+CALM = {"noise": {"dropout": 0, "stochastic_depth": 0}}
+"""What processes draw by themselves is off; what follows from an image's place in the stream is on."""
+
+
+def together(folder, processes, **options):
+    """Trains; returns weights, history, and for each process what it saw."""
+    folder.mkdir(exist_ok=True)
+    launch(processes, "tests.training.together", [str(folder), json.dumps(options)])
+    seen = [json.loads((folder / f"seen-{rank}.json").read_text()) for rank in range(processes)]
+    return load_file(folder / "trained.safetensors"), json.loads((folder / "trained.json").read_text()), seen
+
+
+@pytest.fixture
+def group(tmp_path):
+    """A group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_shared_batch_norm_is_batch_norm(group, momentum):
+    ours, theirs = (BatchNormAct2d(3, momentum=momentum, act_layer=nn.SiLU) for _ in range(2))
+    network = share_batch_norms(nn.Sequential(nn.Conv2d(3, 3, 1), ours, nn.BatchNorm2d(3)), World(0, 1))
+    assert [type(module).__mro__[1] for module in network[1:]] == [BatchNormAct2d, nn.BatchNorm2d]
+    for scale in (1, 5):
+        images = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(scale)) * scale + 2
+        left, right = images.clone().requires_grad_(), images.clone().requires_grad_()
+        torch.testing.assert_close(ours(left), theirs(right), rtol=1e-4, atol=1e-5)
+        (ours(left) ** 3).sum().backward()
+        (theirs(right) ** 3).sum().backward()
+        torch.testing.assert_close(left.grad, right.grad, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-4, atol=1e-4)
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+    assert torch.equal(ours.eval()(images), ours(images))
+    assert normalized(ours, images.bfloat16(), World(0, 1)).dtype == torch.bfloat16
+
+
+def test_a_batch_norm_of_another_kind_is_refused():
+    with pytest.raises(ConfigError, match=r"0: BatchNorm3d cannot be shared by processes; set train.processes: 1"):
+        share_batch_norms(nn.Sequential(nn.BatchNorm3d(2)), World(0, 2))
+
+
+def test_a_process_alone_needs_no_group():
+    values = torch.ones(2)
+    assert ALONE.mean(values) is values
+    assert ALONE.any(True, False) == (True, False)
+    assert ALONE.everyones(7) == [7]
+    assert ALONE.first_says(lambda: "yes") == "yes"
+    assert processes_here(3) == 3
+    assert processes_here("auto") == max(1, torch.cuda.device_count())
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(300)
+def test_processes_see_and_do_together_what_one_does_alone(tmp_path):
+    # Five steps: rounding grows threefold with each step in so small a network, whoever takes it. Gradients or learning rates
+    # that are a tenth too large move the losses by a hundred times what is allowed here.
+    few = {**CALM, "epochs": 1, "optimizer": {"lr": 0.2, "warmup_epochs": 0}}
+    alone = together(tmp_path / "1", 1, **few)
+    both = together(tmp_path / "2", 2, **few)
+    for step, images in alone[2][0].items():
+        parts = [seen[step] for seen in both[2]]
+        # Half of the labelled images to each, and half of the others: the order is that of one process.
+        assert images == [*parts[0][:6], *parts[1][:6], *parts[0][6:], *parts[1][6:]], step
+    assert len(alone[1]) == len(both[1]) == 5
+    for one, two in zip(alone[1], both[1], strict=True):
+        assert (one.pop("processes"), two.pop("processes")) == (1, 2)
+        assert one == pytest.approx(two, rel=5e-4)
+    for name, value in alone[0].items():
+        torch.testing.assert_close(both[0][name], value, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(300)
+def test_accumulated_parts_are_gathered_once_a_step(tmp_path):
+    """Two processes with two parts each do what one process does with two parts of twice the size."""
+    one = together(tmp_path / "1", 1, accumulate=2, noise={**CALM["noise"], "randaugment_layers": 0, "crop": "none"}, epochs=1)
+    two = together(tmp_path / "2", 2, accumulate=2, noise={**CALM["noise"], "randaugment_layers": 0, "crop": "none"}, epochs=1)
+    assert [point["images"] for point in one[1]] == [point["images"] for point in two[1]]
+    assert one[1][0]["loss"] == pytest.approx(two[1][0]["loss"], rel=0.1)
+
+
+@pytest.mark.integration
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_at_five_random_steps_training_ends_bit_for_bit_the_same(tmp_path, monkeypatch, processes):
+    # With dropout and stochastic depth: their draws follow from the step too.
+    calm = together(tmp_path / "calm", processes, checkpoint_seconds=0)
+    steps = sorted(random.Random(processes).sample(range(2, len(calm[1])), 5))
+    for step in steps:
+        monkeypatch.setenv("KILL_AT", str(step))
+        with pytest.raises(TrainingError, match="died without a word"):
+            together(tmp_path / "killed", processes, checkpoint_seconds=0)
+    monkeypatch.delenv("KILL_AT")
+    weights, history, _ = together(tmp_path / "killed", processes, checkpoint_seconds=0)
+    assert all(torch.equal(weights[name], value) for name, value in calm[0].items())
+    assert history == calm[1]
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(300)
+def test_asked_to_stop_all_stop_after_the_same_step_with_one_checkpoint(tmp_path, monkeypatch):
+    calm = together(tmp_path / "calm", 2)
+    monkeypatch.setenv("LAUNCHER", str(os.getpid()))
+    monkeypatch.setenv("ASK_AT", "5")
+    with pytest.raises(Interrupted, match=r"stopped at step \d+ of 21; the same command continues there"):
+        together(tmp_path / "stopped", 2)
+    (kept,) = (tmp_path / "stopped" / "checkpoints").iterdir()
+    assert kept.name[:11] == "step-000000"
+    monkeypatch.delenv("ASK_AT")
+    weights, _, _ = together(tmp_path / "stopped", 2)
+    assert all(torch.equal(weights[name], value) for name, value in calm[0].items())
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(120)
+def test_what_stops_one_process_is_what_the_launcher_says(tmp_path):
+    with pytest.raises(ConfigError, match=r"12 labelled images must be a multiple of processes × train.accumulate, 2 × 4"):
+        together(tmp_path, 2, accumulate=4)

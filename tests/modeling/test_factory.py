@@ -1,0 +1,187 @@
+import pytest
+import torch
+
+from ns.config import schema as config
+from ns.config.schema import ModelConfig, NoiseConfig, RoleConfig
+from ns.core.errors import ConfigError, DataError
+from ns.modeling import factory as models
+from ns.modeling.manifest import MANIFEST, WEIGHTS, Lineage, ModelCard
+from ns.storage import LocalStore
+
+SMALL = ModelConfig(arch="test_efficientnet", resolution=32)
+
+
+def experiment(**fields):
+    data = {"labelled": "a", "pool": "b", "heldout": "c"}
+    network = {"model": {"arch": "test_efficientnet", "resolution": 32}}
+    return config.parse({"name": "x", "data": data, "teacher": network, "students": [network], **fields}, "x.yaml")
+
+
+def meta(model: ModelConfig, outputs: int = 3) -> torch.nn.Module:
+    with torch.device("meta"):
+        return models.build(model, NoiseConfig(), outputs).eval()
+
+
+def saved(folder, network, classes=("a", "b", "c"), model=SMALL) -> ModelCard:
+    fields = {
+        "generation": 0,
+        "model": model,
+        "noise": NoiseConfig(),
+        "classes": classes,
+        "parameters": models.parameter_count(network),
+        "steps": 1,
+        "lineage": Lineage(config="0", labelled="0"),
+    }
+    return models.save(folder, network.state_dict(), fields, [{"step": 1.0}])
+
+
+def test_stochastic_depth_grows_linearly_from_zero_to_its_rate():
+    network = models.build(ModelConfig(arch="efficientnet_b0"), NoiseConfig(stochastic_depth=0.2), 10)
+    rates = [
+        getattr(block.drop_path, "drop_prob", 0.0) for stage in network.blocks for block in stage if hasattr(block, "drop_path")
+    ]
+    # Block i of L drops at 0.2 i / L: B0's last at 0.1875 (noisy_student.md §3.2).
+    assert len(rates) == 16
+    assert rates == pytest.approx([0.2 * index / 16 for index in range(16)])
+
+
+def test_the_network_is_channels_last():
+    network = models.build(SMALL, NoiseConfig(), 3)
+    assert network.conv_stem.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("arch", ["test_efficientnet", "tf_efficientnet_b0", "resnet18", "resnet26d"])
+@pytest.mark.parametrize(("factor", "side"), [(1, 1), (2, 2), (4, 4), (8, 8)])
+def test_reduced_stride_leaves_larger_maps(arch, factor, side):
+    network = meta(ModelConfig(arch=arch, resolution=32, reduce_stride=factor))
+    assert network.forward_features(torch.zeros(1, 3, 32, 32, device="meta")).shape[-2:] == (side, side)
+
+
+def test_reduced_stride_is_that_of_the_papers_small_images():
+    """Stages 2 and 3 of B0 are dense, the stem is not (noisy_student.md §5): feature maps of 32 px images."""
+    network = meta(ModelConfig(arch="tf_efficientnet_b0", resolution=32, reduce_stride=4))
+    sides = {}
+    for index, stage in enumerate(network.blocks):
+        stage.register_forward_hook(lambda _m, _i, out, index=index: sides.__setitem__(index, out.shape[-1]))
+    network(torch.zeros(1, 3, 32, 32, device="meta"))
+    assert list(sides.values()) == [16, 16, 16, 8, 8, 4, 4]
+
+
+def test_a_network_without_stages_cannot_reduce_its_stride():
+    with pytest.raises(ConfigError, match=r"reduce_stride: invalid value 2: .* too few stages"):
+        meta(ModelConfig(arch="test_vit", resolution=160, reduce_stride=2))
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters", "billions"),
+    # Million parameters: arXiv:1911.04252 and noisy_student.md §1.3; multiply-adds: timm's, as quoted there.
+    [("b0", 5.3, 0.39), ("b7", 66.3, 38.3), ("l2", 480.3, 172.1), ("lite0", 4.65, 0.39)],
+)
+def test_presets_are_networks_of_the_papers_size(preset, parameters, billions):
+    role = RoleConfig(preset=preset)
+    network = meta(role.model, outputs=1000)
+    assert models.parameter_count(network) / 1e6 == pytest.approx(parameters, rel=0.01)
+    assert models.multiply_adds(network, role.model.resolution) / 1e9 == pytest.approx(billions, rel=0.03)
+    rates = [block.drop_path.drop_prob for stage in network.blocks for block in stage if hasattr(block.drop_path, "drop_prob")]
+    count = sum(len(stage) for stage in network.blocks)
+    assert rates[-1] == pytest.approx(0.2 * (count - 1) / count)
+    norms = {(module.momentum, module.eps) for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)}
+    assert norms == {(0.01, 1e-3)}
+
+
+@pytest.mark.parametrize("preset", ["b1-small", "lite3", "l2"])
+def test_a_preset_can_be_built_and_teach_itself(preset):
+    models.check(experiment(teacher={"preset": preset}, students=[{"preset": preset}]))
+
+
+def test_multiply_adds_are_counted_by_hand():
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, stride=2, padding=1), torch.nn.Flatten(), torch.nn.Linear(128, 10))
+    assert models.multiply_adds(network.to("meta"), 8) == 4 * 4 * 8 * 27 + 128 * 10
+
+
+def test_normalisation_is_the_usual_one_and_keeps_the_layout():
+    images = torch.randint(0, 256, (2, 8, 6, 3), dtype=torch.uint8)
+    mean, std = (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)
+    out = models.Normalize(mean, std)(images)
+    expected = (images.permute(0, 3, 1, 2) / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_model_reads_back_and_gives_the_same_outputs(tmp_path):
+    folder = LocalStore(tmp_path)
+    torch.manual_seed(0)
+    network = models.build(SMALL, NoiseConfig(), 3)
+    card = saved(folder, network)
+    again, read = models.load(folder)
+    assert read == card
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(network.eval()(images), again(images))
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"x" + data[1:], lambda data: b""])
+def test_damaged_weights_are_refused(tmp_path, damage):
+    folder = LocalStore(tmp_path)
+    card = saved(folder, models.build(SMALL, NoiseConfig(), 3))
+    folder.put(WEIGHTS, damage(folder.get(WEIGHTS)))
+    with pytest.raises(DataError, match="damaged or was replaced"):
+        models.load_weights(folder, card)
+
+
+def test_an_edited_card_is_refused(tmp_path):
+    folder = LocalStore(tmp_path)
+    saved(folder, models.build(SMALL, NoiseConfig(), 3))
+    folder.put(MANIFEST, folder.get(MANIFEST).replace(b'"parameters": ', b'"parameters": 1'))
+    with pytest.raises(DataError, match=r"model\.json: digest"):
+        models.load(folder)
+
+
+def test_what_cannot_be_is_refused_with_path_value_and_mend():
+    small = {"model": {"arch": "test_efficientnet", "resolution": 32}}
+    narrow = {"model": {"arch": "lcnet_035", "resolution": 32}}
+    large = {"model": {"arch": "efficientnet_b0", "resolution": 32}}
+    cases = [
+        ({"teacher": large, "students": [small]}, None, r"students\.0\.model: .* must be equal or larger"),
+        ({"students": [large, small], "generations": 2}, None, r"students\.1\.model: .* \(students\.0\.model\)"),
+        # More parameters than its teacher, but fewer multiply-adds.
+        (
+            {"students": [narrow]},
+            None,
+            r"students\.0\.model: 774,408 multiply-adds, its teacher \(teacher\.model\) has 2,288,832",
+        ),
+        (
+            {"teacher": {"model": {"arch": "vit_tiny_patch16_224", "resolution": 96}}},
+            None,
+            r"teacher\.model: .* not take images of 96 px",
+        ),
+        (
+            {"students": [{"model": {**small["model"], "resolution": 31}}]},
+            None,
+            r"students\.0\.model\.resolution: invalid value 31",
+        ),
+        (
+            {"teacher": {"model": {**small["model"], "test_resolution": 16}}},
+            None,
+            r"teacher\.model\.test_resolution: invalid value 16: below the total stride of test_efficientnet, 32 px",
+        ),
+        ({"teacher": {"model": {**small["model"], "outputs": 4}}}, 10, r"teacher\.model\.outputs: .* must be at least 10"),
+        (
+            {"students": [{**small, "train": {"init": "/nowhere/b5.safetensors"}}]},
+            None,
+            r"students\.0\.train\.init: invalid value '/nowhere/b5\.safetensors': there is no such file",
+        ),
+        ({"teacher": {**small, "train": {"init": "/nowhere"}}}, None, r"teacher\.train\.init: .* no such model"),
+        ({"teacher": {"model": {"arch": "nonet"}}}, None, r"teacher\.model\.arch: invalid value 'nonet'"),
+        ({"teacher": {"model": {**small["model"], "args": {"wings": 2}}}}, None, r"teacher\.model\.arch: .*'wings'"),
+    ]
+    for fields, classes, reason in cases:
+        with pytest.raises(ConfigError, match=reason):
+            models.check(experiment(**fields), classes)
+
+
+def test_what_can_be_passes():
+    large = {"model": {"arch": "efficientnet_b0", "resolution": 32}}
+    models.check(experiment(students=[large]))
+    models.check(experiment(teacher=large, allow_smaller_student=True))
+    models.check(experiment(teacher={"model": {**large["model"], "outputs": 12}}, allow_smaller_student=True), 10)

@@ -1,0 +1,346 @@
+import io
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ns.config.schema import LabellingConfig, ModelConfig, NoiseConfig, SelectionConfig
+from ns.core.errors import ConfigError, DataError
+from ns.data.dataset import Dataset
+from ns.data.importing.writer import ShardWriter
+from ns.data.loading.decode import decode
+from ns.data.loading.shard_reader import ImageSource
+from ns.data.shards import read_index
+from ns.labeling.label_set import LabelShard, Rows, dense, read_rows
+from ns.labeling.predict import label_shards
+from ns.labeling.selection import select
+from ns.modeling import factory as models
+from ns.modeling import predictor as inference
+from ns.modeling.manifest import Lineage
+from ns.modeling.precision import Mode
+from ns.modeling.predictor import Predictor
+from ns.storage import LocalStore
+
+CLASSES = tuple("abcde")
+LABELLING = LabellingConfig()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = LocalStore(tmp_path_factory.mktemp("model"))
+    # Noise that would show: the teacher must not feel any of it.
+    noise = NoiseConfig(dropout=0.9, stochastic_depth=0.9, crop="none")
+    config = ModelConfig(arch="test_efficientnet", resolution=32)
+    torch.manual_seed(0)
+    network = models.build(config, noise, len(CLASSES))
+    models.save(
+        folder,
+        network.state_dict(),
+        {
+            "generation": 0,
+            "model": config,
+            "noise": noise,
+            "classes": CLASSES,
+            "parameters": 1,
+            "steps": 0,
+            "lineage": Lineage(config="0", labelled="0"),
+        },
+        [],
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    """Three shards of 20 images, the third of which is damaged."""
+    folder = LocalStore(tmp_path_factory.mktemp("pool"))
+    rng = np.random.default_rng(0)
+    with ShardWriter(folder, max_samples=20, max_bytes=1 << 20) as writer:
+        for index in range(60):
+            png = io.BytesIO()
+            Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(png, "PNG")
+            data = png.getvalue()[:60] if index == 2 else png.getvalue()
+            writer.add(f"image-{index}", "png", data, None)
+    dataset = Dataset(name="pool", role="unlabelled", classes=(), shards=writer.shards)
+    dataset.save(folder)
+    return folder, dataset
+
+
+def test_two_teacher_passes_are_bit_identical(model, pool):
+    folder, dataset = pool
+    first, second = (Predictor(model, batch=8).shard(ImageSource(folder, dataset), 1) for _ in range(2))
+    assert np.array_equal(first.probabilities, second.probabilities)
+
+
+def test_probabilities_are_those_of_the_plain_network(model, pool):
+    folder, dataset = pool
+    predictions = Predictor(model, batch=8).shard(ImageSource(folder, dataset), 1)
+    network, card = models.load(model)
+    normalize = models.Normalize(card.mean, card.std)
+    for row in (0, 7, 19):
+        sample = read_index(folder.path(dataset.shards[1].name))[row]
+        data = folder.get_range(dataset.shards[1].name, sample.offset, sample.size)
+        image = Image.open(io.BytesIO(data)).convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)
+        with torch.inference_mode():
+            expected = network(normalize(torch.from_numpy(np.array(image))[None])).softmax(1)[0].numpy()
+        np.testing.assert_allclose(predictions.probabilities[row], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_an_unreadable_image_is_a_row_of_its_own_and_disturbs_no_other(model, pool):
+    folder, dataset = pool
+    predictions = Predictor(model, batch=8).shard(ImageSource(folder, dataset), 0)
+    assert list(predictions.errors) == [2]
+    assert np.isnan(predictions.probabilities[2]).all()
+    others = np.delete(predictions.probabilities, 2, axis=0)
+    np.testing.assert_allclose(others.sum(1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_outputs_that_are_not_finite_are_no_unreadable_images(model, pool, value):
+    folder, dataset = pool
+    predictor = Predictor(model, batch=8)
+    with torch.no_grad():
+        next(predictor._network.parameters())[0] = value
+    with pytest.raises(DataError, match=f"{model.uri}: the model's outputs are not finite in float32; train it again"):
+        predictor.shard(ImageSource(folder, dataset), 0)
+
+
+def test_labelling_is_done_once_a_shard_and_written_in_the_order_of_the_tar(model, pool, tmp_path):
+    folder, dataset = pool
+    labels = LocalStore(tmp_path)
+    predictor = Predictor(model, batch=8)
+    assert label_shards([predictor], folder, dataset, labels, range(2), LABELLING) == 40
+    first = {key: labels.get(key) for key in labels.list()}
+    assert label_shards([predictor], folder, dataset, labels, range(3), LABELLING) == 20
+    assert {key: labels.get(key) for key in first} == first
+
+    facts = LabelShard.read(labels, "shard-00000.json")
+    rows = read_rows(labels, facts)
+    assert (facts.rows, facts.unreadable) == (20, 1)
+    assert rows.keys == [f"image-{index}" for index in range(20)]
+    assert np.isnan(rows.confidence[2])
+    probabilities = predictor.shard(ImageSource(folder, dataset), 0).probabilities
+    readable = rows.readable
+    np.testing.assert_allclose(dense(rows, 5)[readable], probabilities[readable], atol=2e-3)
+    np.testing.assert_array_equal(rows.top_class[readable, 0], probabilities[readable].argmax(1))
+
+
+def test_the_tail_of_kept_classes_is_spread_evenly():
+    import pyarrow as pa
+
+    from ns.labeling.label_set import row_schema
+
+    table = pa.table(
+        [
+            ["x"],
+            pa.array([0.6], pa.float32()),
+            pa.array([[3, 1]], pa.list_(pa.uint16(), 2)),
+            pa.array([np.array([0.6, 0.2], np.float16)], pa.list_(pa.float16(), 2)),
+            pa.array([None], pa.string()),
+        ],
+        schema=row_schema(2),
+    )
+    np.testing.assert_allclose(dense(Rows(table), 6), [[0.05, 0.2, 0.05, 0.6, 0.05, 0.05]], atol=1e-3)
+
+
+def test_images_that_are_held_out_get_no_label_and_disturb_no_other(model, pool, tmp_path):
+    folder, dataset = pool
+    predictor = Predictor(model, batch=8)
+    plain, guarded = LocalStore(tmp_path / "plain"), LocalStore(tmp_path / "guarded")
+    label_shards([predictor], folder, dataset, plain, range(1), LABELLING)
+    left_out = {dataset.shards[0].sha256: {5: "also in heldout: x"}}
+    label_shards([predictor], folder, dataset, guarded, range(1), LABELLING, left_out=left_out)
+    facts = LabelShard.read(guarded, "shard-00000.json")
+    assert (facts.rows, facts.unreadable, facts.left_out) == (20, 1, 1)
+    expected, rows = read_rows(plain, LabelShard.read(plain, "shard-00000.json")), read_rows(guarded, facts)
+    assert np.flatnonzero(rows.left_out).tolist() == [5]
+    assert np.flatnonzero(~rows.readable).tolist() == [2, 5]
+    others = np.delete(np.arange(20), 5)
+    np.testing.assert_array_equal(rows.confidence[others], expected.confidence[others])
+    selection = select(lambda: [rows.scores(1)], 5, SelectionConfig(min_confidence=0), seed=0, label_set="0", labels="x")
+    assert selection.kept == 18
+
+
+def test_features_are_alike_for_like_images(model, pool):
+    folder, dataset = pool
+    first, _, _, other = ImageSource(folder, dataset).encoded(1, 0, 4)
+    images = [first, first, other]
+    features = Predictor(model, batch=8).features(images)
+    assert features.shape[0] == 3
+    np.testing.assert_array_equal(features[0], features[1])
+    assert not np.allclose(features[0], features[2])
+
+
+def with_precision(model, folder, precision):
+    """The same model, to be run in another precision."""
+    network, card = models.load(model)
+    target = LocalStore(folder)
+    changed = card.model.model_copy(update={"inference_precision": precision})
+    fields = {name: getattr(card, name) for name in ("generation", "noise", "classes", "parameters", "steps", "lineage")}
+    models.save(target, network.state_dict(), {**fields, "model": changed}, [])
+    return target
+
+
+def test_a_model_is_run_in_the_precision_that_its_card_names(model, pool, tmp_path):
+    folder, dataset = pool
+    plain = Predictor(model, batch=8)
+    fast = Predictor(with_precision(model, tmp_path / "fast", "bfloat16"), batch=8)
+    assert (str(plain.mode), str(fast.mode)) == ("float32", "bfloat16")
+    assert plain.card.digest != fast.card.digest
+    ours, theirs = (predictor.shard(ImageSource(folder, dataset), 1).probabilities for predictor in (plain, fast))
+    assert not np.array_equal(ours, theirs)
+    np.testing.assert_allclose(ours, theirs, atol=0.02)
+    assert label_shards([fast], folder, dataset, LocalStore(tmp_path / "labels"), range(1), LABELLING) == 20
+    assert LabelShard.read(LocalStore(tmp_path / "labels"), "shard-00000.json").mode == "bfloat16"
+
+
+@pytest.mark.parametrize(("batch", "compiled"), [(8, [8, 8]), (7, [7, 7, 7])])
+def test_much_work_may_be_compiled_and_then_for_one_shape_only(model, pool, monkeypatch, batch, compiled):
+    """Of the shard's 20 images a rest of up to half a batch goes without the compiler; a larger one is filled up."""
+    folder, dataset = pool
+    expected = Predictor(model, batch=batch).shard(ImageSource(folder, dataset), 1).probabilities
+    shapes = []
+
+    def prepare(mode, network):
+        assert mode.compiled
+        return lambda images: shapes.append(len(images)) or network(images)
+
+    monkeypatch.setattr(inference, "choose", lambda workload, *, images, precisions: Mode(precisions[0], compiled=True))
+    monkeypatch.setattr(Mode, "prepare", prepare)
+    predictor = Predictor(model, batch=batch, images=inference.COMPILE_FROM_IMAGES)
+    np.testing.assert_allclose(predictor.shard(ImageSource(folder, dataset), 1).probabilities, expected, rtol=1e-4)
+    assert shapes == compiled
+
+
+def test_little_work_is_not_worth_a_measurement(model, monkeypatch):
+    monkeypatch.setattr(inference, "choose", lambda *_, **__: pytest.fail("measured"))
+    Predictor(model, batch=8, images=inference.COMPILE_FROM_IMAGES - 1)
+
+
+def test_what_a_shard_gets_does_not_depend_on_its_neighbours(model, pool):
+    folder, dataset = pool
+    predictor = Predictor(model, batch=8)
+    together = predictor.shards(ImageSource(folder, dataset), [(0, {}), (1, {4: "why"}), (2, {})])
+    for shard, found in enumerate(together):
+        alone = predictor.shard(ImageSource(folder, dataset), shard, skipped={4: "why"} if shard == 1 else None)
+        np.testing.assert_array_equal(found.probabilities, alone.probabilities)
+        assert found.errors == alone.errors
+        assert found.index.keys == alone.index.keys
+    assert shard == 2
+
+
+def test_images_are_read_while_the_network_works(model, pool, monkeypatch):
+    folder, dataset = pool
+    predictor = Predictor(model, batch=1)
+    source, read = ImageSource(folder, dataset), threading.Event()
+    encoded = source.encoded
+
+    def counted(shard):
+        for row, image in enumerate(encoded(shard)):
+            # The decoders' batches, the one that follows the first, and those that wait for a decoder.
+            if row + 1 == inference.DECODE_THREADS + 1 + inference.CHUNKS_AHEAD:
+                read.set()
+            yield image
+
+    monkeypatch.setattr(source, "encoded", counted)
+    forward = predictor.forward_pass
+    predictor.forward_pass = lambda images: forward(images) if read.wait(10) else pytest.fail("nothing was read meanwhile")
+    predictor.shard(source, 1)
+
+
+@pytest.mark.parametrize(("views", "seen"), [("flip", 2), ("five", 5), ("ten", 10)])
+def test_views_are_averaged(model, pool, views, seen):
+    folder, dataset = pool
+    predictor = Predictor(model, batch=8, views=views)
+    passes = []
+    forward = predictor.forward_pass
+    predictor.forward_pass = lambda images: passes.append(tuple(images.shape)) or forward(images)
+    found = predictor.shard(ImageSource(folder, dataset), 1)
+    plain = Predictor(model, batch=8).shard(ImageSource(folder, dataset), 1)
+    assert passes == [(8, 3, 32, 32)] * (2 * seen) + [(4, 3, 32, 32)] * seen
+    np.testing.assert_allclose(found.probabilities.sum(1), 1, atol=1e-5)
+    assert not np.array_equal(found.probabilities, plain.probabilities)
+
+
+def test_a_mirror_image_has_the_same_labels_when_both_are_looked_at(model, pool):
+    folder, dataset = pool
+    images = [
+        image.whole() if not isinstance(image, bytes) else decode(image)
+        for image in ImageSource(folder, dataset).encoded(1, 0, 3)
+    ]
+
+    def png(pixels):
+        sink = io.BytesIO()
+        Image.fromarray(pixels).save(sink, "PNG")
+        return sink.getvalue()
+
+    predictor = Predictor(model, batch=8, views="flip")
+    there, _ = predictor.images([png(pixels) for pixels in images])
+    back, _ = predictor.images([png(np.ascontiguousarray(pixels[:, ::-1])) for pixels in images])
+    np.testing.assert_allclose(there, back, atol=1e-5)
+
+
+def test_an_ensemble_labels_with_the_mean(model, pool, tmp_path):
+    folder, dataset = pool
+    one, other = Predictor(model, batch=8), Predictor(with_precision(model, tmp_path / "other", "bfloat16"), batch=8)
+    labels = LocalStore(tmp_path / "labels")
+    assert label_shards([one, other], folder, dataset, labels, range(3), LABELLING) == 60
+    rows = read_rows(labels, LabelShard.read(labels, "shard-00001.json"))
+    each = [predictor.shard(ImageSource(folder, dataset), 1).probabilities for predictor in (one, other)]
+    np.testing.assert_allclose(dense(rows, 5), np.mean(each, axis=0), atol=2e-3)
+
+
+def test_of_workers_that_label_the_same_shard_the_first_ones_labels_stay(model, pool, tmp_path, monkeypatch):
+    folder, dataset = pool
+    labels = LocalStore(tmp_path)
+    predictor, shards = Predictor(model, batch=8), Predictor.shards
+
+    def overtaken(self, source, wanted, progress=None):
+        for number, found in enumerate(shards(self, source, wanted, progress)):
+            if number == 0:
+                other = Predictor(model, batch=8)
+                monkeypatch.setattr(Predictor, "shards", shards)
+                label_shards([other], folder, dataset, labels, range(2), LABELLING)
+                first.update({key: labels.get(key) for key in labels.list()})
+            # As on a machine that adds up in another order.
+            found.probabilities[:] = np.roll(found.probabilities, 1, axis=1)
+            yield found
+
+    first = {}
+    monkeypatch.setattr(Predictor, "shards", overtaken)
+    label_shards([predictor], folder, dataset, labels, range(2), LABELLING)
+    assert len(first) == 6
+    assert {key: labels.get(key) for key in labels.list()} == first
+
+
+def test_labels_that_another_labelling_has_are_copied(model, pool, tmp_path):
+    folder, dataset = pool
+    predictor = Predictor(model, batch=8)
+    first, second = LocalStore(tmp_path / "first"), LocalStore(tmp_path / "second")
+    label_shards([predictor], folder, dataset, first, range(2), LABELLING)
+
+    def known(shard):
+        facts = {facts.source: facts for facts in (LabelShard.read(first, f"shard-0000{number}.json") for number in (0, 1))}
+        return (first, facts[shard.sha256]) if shard.sha256 in facts else None
+
+    # The pool has grown: its shards have other names now.
+    renamed = tuple(shard.model_copy(update={"name": f"new-{shard.name}"}) for shard in dataset.shards[:2])
+    grown = dataset.model_copy(update={"shards": (*renamed, dataset.shards[2])})
+    assert label_shards([predictor], folder, grown, second, range(3), LABELLING, known=known) == 20
+    assert second.get("new-shard-00000.parquet") == first.get("shard-00000.parquet")
+    first.put("shard-00001.parquet", b"damaged")
+    third = LocalStore(tmp_path / "third")
+    assert label_shards([predictor], folder, dataset, third, range(2), LABELLING, known=known) == 20
+
+
+def test_an_ensemble_must_have_the_same_classes(model, pool, tmp_path):
+    folder, dataset = pool
+    network, card = models.load(model)
+    other = LocalStore(tmp_path / "other")
+    fields = {name: getattr(card, name) for name in ("generation", "noise", "parameters", "steps", "lineage", "model")}
+    models.save(other, network.state_dict(), {**fields, "classes": CLASSES[::-1]}, [])
+    predictors = [Predictor(place, batch=8) for place in (model, other)]
+    with pytest.raises(ConfigError, match=r"labelling\.ensemble: model .* has other classes, or another order of them"):
+        label_shards(predictors, folder, dataset, LocalStore(tmp_path / "labels"), range(1), LABELLING)

@@ -1,0 +1,245 @@
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from ns import planning as plan
+from ns.cli.progress import plan_tables
+from ns.config.schema import parse
+from ns.core.errors import ConfigError, DataError
+from ns.labeling.predict import packed
+from ns.modeling import factory as models
+from ns.modeling.predictor import Predictions
+from ns.planning import Asked, Counts
+from ns.planning.cost import checkpoint_size
+from ns.storage import LocalStore
+from ns.training.checkpoint import State, Writer
+from ns.training.ema import Ema
+from ns.training.optim import make_optimizer
+
+IMAGENET = Counts({"labelled": 1_281_167, "pool": 130_000_000, "heldout": 50_000}, image_bytes=110_000)
+NOWHERE = {"labelled": "./nowhere", "pool": "s3://nobody/nothing", "heldout": "./nowhere-else"}
+
+
+def experiment(**fields):
+    return parse({"name": "planned", "data": NOWHERE, **fields}, "test")
+
+
+@pytest.fixture(scope="module")
+def paper():
+    """B7 teaches L2, on 256 devices."""
+    config = experiment(teacher={"preset": "b7"}, students=[{"preset": "l2"}], generations=1, labelling={"tasks": 8})
+    return plan.plan(config, Asked(IMAGENET, devices=256, multiply_adds_per_second=10e12, price=2.0))
+
+
+def work(made, task, generation):
+    (found,) = [one for one in made.work if (one.task, one.generation) == (task, generation)]
+    return found
+
+
+def test_the_papers_training_comes_to_the_papers_steps_and_images(paper):
+    # noisy_student.md §1.4: 350 epochs in batches of 2048 + 14 × 2048, 6.3 · 10⁹ pseudo-labelled images.
+    student = work(paper, "train", 1)
+    assert student.steps == 218_950
+    assert student.images == 218_950 * 2048 * 15
+    assert student.images - student.steps * student.labelled_batch == pytest.approx(6.3e9, rel=0.01)
+    # GMACs of timm's table.
+    assert student.multiply_adds == pytest.approx(172.1e9, rel=0.01)
+    assert student.parameters == pytest.approx(480e6, rel=0.01)
+
+
+def test_time_is_images_times_three_passes_over_the_devices_speed(paper):
+    student, teacher, labelling = work(paper, "train", 1), work(paper, "train", 0), work(paper, "label", 1)
+    assert student.device_hours == pytest.approx(student.images * 3 * student.multiply_adds / 10e12 / 3600)
+    assert student.seconds == pytest.approx(student.device_hours * 3600 / 256)
+    assert labelling.device_hours == pytest.approx(130e6 * teacher.multiply_adds / 10e12 / 3600)
+    assert labelling.devices == 8
+    assert paper.device_hours == pytest.approx(sum(one.device_hours for one in paper.work))
+    assert paper.hours == pytest.approx(sum(one.seconds for one in paper.work) / 3600)
+    assert paper.cost == pytest.approx(2 * paper.device_hours)
+
+
+def test_reading_and_sending_follow_from_images_and_weights(paper):
+    student, labelling = work(paper, "train", 1), work(paper, "label", 1)
+    assert student.read_bytes_per_second == pytest.approx(student.images_per_second * 110_000)
+    assert labelling.read_bytes_per_second == pytest.approx(labelling.images_per_second * 110_000)
+    assert student.network_bytes_per_step == pytest.approx(2 * 255 / 256 * 4 * student.parameters, rel=1e-9)
+    assert labelling.network_bytes_per_step == 0
+
+
+def test_an_alone_device_sends_nothing():
+    config = experiment(teacher={"preset": "b0"}, students=[{"preset": "b0"}], generations=1)
+    made = plan.plan(config, Asked(IMAGENET, multiply_adds_per_second=1e12))
+    assert {one.network_bytes_per_step for one in made.work} == {0}
+    assert made.cost is None
+    assert not any("of 1 devices" in line for line in plan.remarks(made))
+
+
+@pytest.mark.parametrize("optimizer", [{"name": "rmsprop"}, {"name": "sgd", "momentum": 0}, {"name": "sgd"}, {"name": "adamw"}])
+def test_a_checkpoint_is_as_large_as_planned(tmp_path, optimizer):
+    role = experiment(
+        teacher={"model": {"arch": "test_efficientnet", "resolution": 32}, "train": {"optimizer": optimizer}}
+    ).teacher
+    network = models.build(role.model, role.noise, 10)
+    trained = make_optimizer(network, role.train.optimizer)
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    trained.step()
+    with Writer(LocalStore(tmp_path), 2) as writer:
+        writer.save(State(network, Ema(network, 0.9), trained))
+    (written,) = tmp_path.iterdir()
+    state = sum(value.numel() for value in network.state_dict().values())
+    planned = checkpoint_size(models.parameter_count(network), state, role.train.optimizer)
+    # The rest is the header: names, shapes, and JSON; it does not grow with the network's width.
+    assert planned < written.stat().st_size < planned + 200_000
+
+
+def test_a_label_set_is_no_larger_than_planned(paper):
+    rng = np.random.default_rng(0)
+    logits = 3 * rng.normal(size=(5000, 1000)).astype(np.float32)
+    probabilities = np.exp(logits)
+    probabilities /= probabilities.sum(1, keepdims=True)
+
+    class Index:
+        keys = tuple(f"photos/{row // 100:04d}/{rng.bytes(16).hex()}" for row in range(5000))
+
+        def __len__(self):
+            return 5000
+
+    written = len(packed(Predictions(Index(), probabilities, {}), 10)[0]) / 5000
+    planned = paper.label_set_bytes / 130e6
+    assert 0.8 * planned < written <= 1.05 * planned
+
+
+def test_a_fine_tuning_is_planned_too():
+    student = {"preset": "b0", "train": {"finetune": {"resolution": 320, "labelled_batch": 100}}}
+    config = experiment(students=[student], teacher={"preset": "b0"}, generations=1)
+    made = plan.plan(config, Asked(IMAGENET, multiply_adds_per_second=1e12))
+    tuning = work(made, "finetune", 1)
+    assert tuning.resolution == 320
+    assert tuning.images == 100 * -(-1.5 * 1_281_167 // 100)
+    assert [one.task for one in made.work if one.generation == 1] == ["label", "train", "evaluate", "finetune", "evaluate"]
+
+
+def test_a_loader_that_cannot_keep_up_is_said(monkeypatch, tmp_path):
+    config = parse(
+        {
+            "name": "slow",
+            "data": {part: f"digits:{part}" for part in NOWHERE},
+            "teacher": {"model": {"arch": "test_efficientnet", "resolution": 64}, "train": {"loader_workers": 2}},
+            "students": [{"model": {"arch": "test_efficientnet", "resolution": 64}}],
+            "generations": 1,
+        },
+        "test",
+    )
+    monkeypatch.setattr("ns.planning.cost.noise_seconds", lambda *_: 0.5)
+    made = plan.plan(config, Asked(multiply_adds_per_second=1e12))
+    teacher = work(made, "train", 0)
+    assert teacher.limited_by == "loader"
+    assert teacher.images_per_second == pytest.approx(4)  # two cores, half a second an image
+    cores = 0.5 * 1e12 / 3 / teacher.multiply_adds
+    assert teacher.loader_cores == pytest.approx(cores)
+    (line,) = [line for line in plan.remarks(made) if line.startswith("teacher: waits")]
+    assert f"set teacher.train.loader_workers to {int(np.ceil(cores))} or more" in line
+
+
+def test_what_cannot_be_looked_at_is_named():
+    with pytest.raises(DataError, match=r"data\.labelled: .*nowhere.*or say how many images there will be: --labelled N"):
+        plan.plan(experiment(), Asked(Counts({"pool": 3})))
+
+
+def test_networks_are_checked_first():
+    with pytest.raises(ConfigError, match="its teacher"):
+        plan.plan(
+            experiment(teacher={"preset": "b7"}, students=[{"preset": "b0"}]), Asked(IMAGENET, multiply_adds_per_second=1e12)
+        )
+
+
+def test_the_plan_is_json(paper):
+    document = json.loads(paper.model_dump_json())
+    assert document["device_hours"] == paper.device_hours
+    assert document["work"][0]["device_hours"] == paper.work[0].device_hours
+
+
+def test_the_tables_fit_a_terminal(paper):
+    sink = io.StringIO()
+    console = Console(file=sink, width=80)
+    for table in plan_tables(paper):
+        console.print(table)
+    assert "…" not in sink.getvalue()
+    assert re.search(r"1 train +tf_efficientnet_l2@475 +480M +171G +6\.73G", sink.getvalue())
+
+
+def test_robustness_is_counted_for_every_model_on_the_images_that_are_reported():
+    counts = Counts({"labelled": 1000, "pool": 5000, "heldout": 300, "test": 2000})
+    asked = {"suites": ["corruptions", "attacks"], "images": 500}
+    made = plan.plan(
+        experiment(generations=1, data={**NOWHERE, "test": "./nowhere-more"}, evaluation=asked),
+        Asked(counts, multiply_adds_per_second=1e12),
+    )
+    for generation in (0, 1):
+        assert work(made, "evaluate", generation).images == 2300
+        assert work(made, "robustness", generation).images == 500 * (1 + 75 + 4 * 4 + 31 + 151)
+    guarded = plan.plan(
+        experiment(
+            generations=1,
+            data={**NOWHERE, "test": "./nowhere-more"},
+            evaluation=asked,
+            gate={"max_mce_rise": 2, "max_churn": 0.5},
+        ),
+        Asked(counts, multiply_adds_per_second=1e12),
+    )
+    # What the gate asks of all held-out images, which are fewer; no attacks.
+    assert work(guarded, "robustness", 1).images == work(made, "robustness", 1).images + 300 * (1 + 75)
+    plain = plan.plan(experiment(generations=1), Asked(counts, multiply_adds_per_second=1e12))
+    assert {one.task for one in plain.work} == {"train", "label", "evaluate"}
+    assert work(plain, "evaluate", 0).images == 300
+
+
+def test_further_evaluation_sets_are_counted_for_every_model(tmp_path, picture):
+    """Plain ones with clean images, but not for a fine-tuned form; published ones with what is distorted."""
+
+    def put(name, *keys):
+        for key in keys:
+            path = tmp_path / name / key
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(picture(0))
+        return str(tmp_path / name)
+
+    real = put("real", "cat/1.png", "cat/2.png", "dog/3.png")
+    photographs = put(
+        "c", *(f"{kind}/{n}/n01/{image}.JPEG" for kind in ("fog", "snow") for n in (1, 5) for image in range(3)), "x.txt"
+    )
+    films = put("p", "tilt/n01/1.mp4", "tilt/n02/2.mp4", "no_such_kind/n01/1.mp4")
+    (tmp_path / "arrays").mkdir()
+    np.save(tmp_path / "arrays" / "fog.npy", np.zeros((20, 32, 32, 3), np.uint8))
+    np.save(tmp_path / "arrays" / "labels.npy", np.zeros(20, np.uint8))
+    sets = {
+        "real": {"place": real},
+        "c": {"place": photographs, "kind": "imagenet-c"},
+        "p": {"place": films, "kind": "imagenet-p"},
+        "arrays": {"place": str(tmp_path / "arrays"), "kind": "cifar10-c"},
+    }
+    counts = Counts({"labelled": 1000, "pool": 5000, "heldout": 300}, classes=2)
+
+    def planned(**evaluation):
+        config = experiment(
+            generations=1,
+            evaluation={"sets": sets, **evaluation},
+            teacher={"train": {"finetune": {"resolution": 48}}, "model": {"arch": "test_efficientnet", "resolution": 32}},
+            students=[{"model": {"arch": "test_efficientnet", "resolution": 32}}],
+        )
+        return plan.plan(config, Asked(counts, multiply_adds_per_second=1e12))
+
+    whole = planned()
+    assert [one.images for one in whole.work if one.task == "evaluate"] == [303, 300, 303]
+    assert [one.images for one in whole.work if one.task == "robustness"] == [2 * 2 * 3 + 2 * 31 + 5 * 4] * 2
+    quick = planned(images=2, severities=[1, 2], corruptions=["fog"])
+    assert work(quick, "robustness", 1).images == 2 + 2 * 31 + 2 * 2
+    sets["c"]["place"] = real
+    with pytest.raises(DataError, match=r"evaluation.sets.c: .*real: is no imagenet-c set.*plan without it: --set"):
+        planned()

@@ -1,0 +1,282 @@
+"""The pointer to the model in use, with real git."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ns.cli import app as cli
+from ns.core.digest import sha256_bytes
+from ns.core.errors import ConfigError, DataError, RunError, StoreError
+from ns.evaluation.gate import Verdict
+from ns.modeling.manifest import MANIFEST, WEIGHTS, ModelCard
+from ns.promotion import promote
+from ns.runs import records as runs
+from tests.reporting.conftest import RUN
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+
+POINTER = "models/production.yaml"
+MODEL = "store/models/01"
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch, tmp_path_factory):
+    """No settings of the machine's owner."""
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+
+
+@pytest.fixture
+def root(made_up):
+    """A run whose accepted student has weights."""
+    weights = b"weights"
+    card = ModelCard.read(made_up.at(MODEL), MANIFEST)
+    card.model_copy(update={"weights_sha256": sha256_bytes(weights)}).write(made_up.at(MODEL), MANIFEST)
+    made_up.put(f"{MODEL}/{WEIGHTS}", weights)
+    return made_up
+
+
+@pytest.fixture
+def repository(tmp_path_factory, monkeypatch):
+    """Function: git in a repository with one commit, in which the process stands."""
+    folder = tmp_path_factory.mktemp("repository")
+    monkeypatch.chdir(folder)
+
+    def git(*arguments):
+        identity = ["-c", "user.name=Ada", "-c", "user.email=ada@example.org"]
+        done = subprocess.run(["git", *identity, *arguments], cwd=folder, capture_output=True, text=True, check=True)
+        return done.stdout
+
+    git("init", "--quiet", "--initial-branch=main")
+    (folder / "README.md").write_text("models\n")
+    git("add", "--all")
+    git("commit", "--quiet", "--message=Begin")
+    return git
+
+
+def ns(capsys, *arguments):
+    code = cli._main(["promote", *arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def refuse(root, generation=1):
+    """The gate says no instead."""
+    key = runs.verdict(root, f"{RUN}/gen-{generation}")[1]
+    for path in root.list("store/verdicts/"):
+        if Verdict.read(root, path) == key:
+            key.model_copy(update={"promoted": False, "reason": "no better"}).write(root, path)
+
+
+def test_a_branch_holds_the_pointer_and_nothing_else_is_touched(root, repository, capsys, tmp_path_factory):
+    body = tmp_path_factory.mktemp("out") / "body.md"
+    asked = [RUN, "--root", str(root.root), "--branch", "promote/production", "--body", str(body), "--json"]
+    code, out, err = ns(capsys, *asked)
+    assert (code, err) == (0, "")
+    said = json.loads(out)
+    assert said["changed"]
+    assert said["commit"] == repository("rev-parse", "promote/production").strip()
+    assert (
+        said["title"] == repository("log", "-1", "--format=%s", "promote/production").strip() == f"Promote {RUN}, generation 1"
+    )
+    assert repository("rev-parse", "promote/production^") == repository("rev-parse", "main")
+    assert repository("diff", "--name-status", "main", "promote/production") == f"A\t{POINTER}\n"
+    assert repository("status", "--porcelain") == ""
+    assert repository("symbolic-ref", "HEAD") == "refs/heads/main\n"
+    pointer = promote.parse(repository("show", f"promote/production:{POINTER}").encode(), "here")
+    assert pointer.model_dump(mode="json") == said["pointer"]
+    assert pointer.model == root.at(MODEL).uri
+    assert pointer.digest == ModelCard.read(root.at(MODEL), MANIFEST).digest
+    assert pointer.metrics["heldout_top1"] == round(runs.summarise(root, RUN).best_top1, 6)
+    assert "train_seconds" not in pointer.metrics
+    text = body.read_text()
+    assert f"`{POINTER}` moves to the best model of **made-up**" in text
+    assert "| gate of generation 1 |" in text
+
+    code, out, _ = ns(capsys, *asked)
+    assert json.loads(out) == said, "the same run on the same commit is the same commit"
+
+
+def test_what_is_in_use_already_makes_no_branch(root, repository, capsys):
+    asked = [RUN, "--root", str(root.root)]
+    assert ns(capsys, *asked, "--dry-run")[1].startswith(f"{POINTER}: would move to {RUN}, generation 1, all 7 bytes good")
+    assert repository("status", "--porcelain") == ""
+    assert ns(capsys, *asked)[1].startswith(f"{POINTER}: moved to {RUN}, generation 1, all 7 bytes good (before: none)")
+    assert ns(capsys, "check", POINTER)[1] == f"{POINTER}: good: {RUN}, generation 1, 7 bytes\n"
+    repository("add", "--all")
+    repository("commit", "--quiet", "--message=Use it")
+    code, out, _ = ns(capsys, *asked, "--branch", "next")
+    assert code == 0
+    assert out.startswith(f"{POINTER}: names this model already")
+    assert repository("branch", "--format=%(refname:short)") == "main\n"
+
+
+def test_a_branch_is_made_anew_when_main_moved_and_from_below_the_top(root, repository, capsys, monkeypatch):
+    asked = [RUN, "--root", str(root.root), "--branch", "next", "--to", "../models/production.yaml"]
+    Path("below").mkdir()
+    monkeypatch.chdir("below")
+    assert ns(capsys, *asked)[0] == 0
+    repository("commit", "--quiet", "--allow-empty", "--message=Go on")
+    assert ns(capsys, *asked)[0] == 0
+    assert repository("rev-parse", "next^") == repository("rev-parse", "main")
+    assert repository("ls-tree", "-r", "--name-only", "next").split() == ["README.md", POINTER]
+
+
+def test_the_evidence_compares_with_the_run_before(root, repository):
+    found = promote.candidate(root, RUN)
+    before = found.pointer.model_copy(update={"run": "other"})
+    assert "### other · made-up" in promote.evidence(root, found, before, POINTER)
+    elsewhere = before.model_copy(update={"heldout": "0"})
+    assert "do not compare" in promote.evidence(root, found, elsewhere, POINTER)
+    gone = before.model_copy(update={"run": "gone"})
+    assert "Not compared with the run before: run gone" in promote.evidence(root, found, gone, POINTER)
+
+
+def test_a_run_whose_gate_accepted_nothing_is_refused(root, repository, capsys):
+    refuse(root)
+    code, out, err = ns(capsys, RUN, "--root", str(root.root), "--branch", "next")
+    assert (code, out) == (RunError.exit_code, "")
+    assert err.startswith("error: run made-up: its gate has accepted no student (generation 1: no better)")
+    assert repository("branch", "--format=%(refname:short)") == "main\n"
+
+
+@pytest.mark.parametrize("damage", ["weights", "card", "lost"])
+def test_a_model_that_is_not_whole_is_neither_promoted_nor_good(root, repository, capsys, damage):
+    assert ns(capsys, RUN, "--root", str(root.root))[0] == 0
+    before = Path(POINTER).read_text()
+    folder = root.at(MODEL)
+    if damage == "weights":
+        folder.put(WEIGHTS, b"weightz")
+        wanted, what = DataError, f"{WEIGHTS} has '{sha256_bytes(b'weightz')}'"
+    elif damage == "card":
+        card = ModelCard.read(folder, MANIFEST)
+        card.model_copy(update={"steps": 5}).write(folder, MANIFEST)
+        wanted, what = DataError, "another model lies there now"
+    else:
+        folder.delete(WEIGHTS)
+        wanted, what = StoreError, WEIGHTS
+    code, _, err = ns(capsys, "check", POINTER)
+    assert code == wanted.exit_code
+    assert what in err
+    if damage != "card":
+        assert ns(capsys, RUN, "--root", str(root.root))[0] == wanted.exit_code
+        assert Path(POINTER).read_text() == before
+
+
+def test_what_is_no_pointer_is_said_so(root, repository, capsys):
+    found = promote.candidate(root, RUN)
+    fields = yaml.safe_load(promote.render(found.pointer))
+    assert promote.parse(json.dumps(fields).encode(), "here") == found.pointer
+    for text, what in (
+        ("- a", "here: must be a pointer to a model"),
+        (": :", "here: not YAML"),
+        (yaml.safe_dump(fields | {"generation": "x"}), "here: generation: "),
+        (yaml.safe_dump(fields | {"weight": 1}), "here: weight: "),
+    ):
+        with pytest.raises(DataError, match=what):
+            promote.parse(text.encode(), "here")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "what"),
+    [
+        (["--branch", "main"], ConfigError, "--branch main: is checked out"),
+        (["--branch", "a..b"], ConfigError, "--branch 'a..b': not a name that git takes"),
+        (["--to", "models/production.json"], ConfigError, "--to models/production.json: must end in .yaml"),
+        (["--to", "/proc/pointer.yaml", "--branch", "next"], StoreError, "not a git repository"),
+        (["--to", "README.md/pointer.yaml"], StoreError, "README.md/pointer.yaml: cannot"),
+    ],
+)
+def test_bad_options_get_one_line(root, repository, capsys, options, error, what):
+    code, _, err = ns(capsys, RUN, "--root", str(root.root), *options)
+    assert code == error.exit_code
+    assert what in err
+    assert err.count("\n") == 1
+
+
+WORKFLOW = Path(__file__).parents[2] / ".github" / "workflows" / "promote.yaml"
+
+
+class Job:
+    """The job `move` of the workflow, with a real remote, and a `gh` that notes what it is asked and knows the open request."""
+
+    def __init__(self, folder, root, git):
+        self.folder, self.git, self.asked = folder, git, []
+        (folder / "bin").mkdir()
+        subprocess.run(["git", "init", "--quiet", "--bare", str(folder / "origin.git")], check=True)
+        git("remote", "add", "origin", str(folder / "origin.git"))
+        git("push", "--quiet", "origin", "main")
+        self._program("ns", f'PYTHONPATH={Path(promote.__file__).parents[1]} exec {sys.executable} -m ns "$@"')
+        self._program(
+            "gh", f'echo "$*" >>{folder}/asked; case "$*" in "pr list"*) cat {folder}/number 2>/dev/null || true;; esac'
+        )
+        self.steps = [step for step in yaml.safe_load(WORKFLOW.read_text())["jobs"]["move"]["steps"] if "run" in step]
+        self.environment = {
+            **os.environ,
+            "PATH": f"{folder}/bin:{os.environ['PATH']}",
+            "GITHUB_OUTPUT": str(folder / "output"),
+            "GITHUB_STEP_SUMMARY": str(folder / "summary"),
+            "GITHUB_REPOSITORY": "me/it",
+            "BRANCH": "promote/production",
+            "BASE": "main",
+            "RUN": "latest",
+            "ROOT": str(root.root),
+        }
+        self.environment |= {name: value for name, value in self.steps[0]["env"].items() if name.startswith("GIT_")}
+
+    def _program(self, name, script):
+        path = self.folder / "bin" / name
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+
+    def run(self, event="schedule"):
+        """Returns the exit code, what is printed, and the outputs of the step that promotes; then lets the next one act on them."""
+        (self.folder / "output").write_text("")
+        (self.folder / "asked").write_text("")
+        environment = self.environment | {"GITHUB_EVENT_NAME": event}
+        done = subprocess.run(["bash", "-e", "-c", self.steps[0]["run"]], env=environment, capture_output=True, text=True)
+        outputs = dict(line.split("=", 1) for line in (self.folder / "output").read_text().splitlines())
+        if outputs.get("commit"):
+            environment["TITLE"] = outputs["title"]
+            subprocess.run(["bash", "-e", "-c", self.steps[1]["run"]], env=environment, capture_output=True, check=True)
+        self.asked = (self.folder / "asked").read_text().splitlines()
+        return done.returncode, done.stdout + done.stderr, outputs
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="needs jq, as GitHub's runners have it")
+def test_the_workflow_opens_one_request_keeps_it_and_rests_when_it_is_merged(root, repository, tmp_path_factory):
+    job = Job(tmp_path_factory.mktemp("job"), root, repository)
+    title = "Promote made-up, generation 1"
+    # The latest run is the other one, which came later.
+    job.environment["RUN"] = RUN
+    code, said, outputs = job.run()
+    assert code == 0, said
+    assert outputs["title"] == title
+    assert job.asked[-1] == f"pr create --head promote/production --base main --title {title} --body-file body.md"
+    assert repository("ls-remote", "origin", "promote/production").split()[0] == outputs["commit"]
+    assert "| gate of generation 1 |" in (job.folder / "summary").read_text()
+
+    (job.folder / "number").write_text("12\n")
+    assert job.run()[2] == outputs, "the same commit again: nothing moves in the request"
+    assert job.asked[-1] == f"api --silent --method PATCH repos/me/it/pulls/12 --field title={title} --field body=@body.md"
+
+    repository("merge", "--quiet", "promote/production")
+    assert job.run()[2]["commit"] == ""
+    assert job.asked == []
+
+
+def test_the_workflow_fails_for_a_refused_run_only_if_a_person_asked(root, repository, tmp_path_factory):
+    refuse(root)
+    job = Job(tmp_path_factory.mktemp("job"), root, repository)
+    job.environment["RUN"] = RUN
+    code, said, outputs = job.run("schedule")
+    assert (code, outputs) == (0, {})
+    assert "::notice::made-up: nothing to promote" in said
+    assert job.run("workflow_dispatch")[0] == RunError.exit_code

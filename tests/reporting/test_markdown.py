@@ -1,0 +1,38 @@
+"""The report as Markdown."""
+
+from ns.reporting.context import gather
+from ns.reporting.markdown import markdown
+from ns.runs import records as runs
+from tests.reporting.conftest import RUN
+
+
+def tables(text: str) -> list[list[str]]:
+    """Lines of each table."""
+    found: list[list[str]] = [[]]
+    for line in text.splitlines():
+        if line.startswith("|"):
+            found[-1].append(line)
+        elif found[-1]:
+            found.append([])
+    return [table for table in found if table]
+
+
+def test_the_verdict_comes_first_and_numbers_are_those_of_the_page(unchanged):
+    text = markdown(gather(unchanged, RUN, pictures=0))
+    summary = runs.summarise(unchanged, RUN)
+    (row,) = summary.generations
+    lines = text.splitlines()
+    assert lines[0] == f"### made-up: {100 * summary.teacher_top1:.1f} % → {100 * row.student_top1:.1f} %"
+    assert lines[2].startswith(f"- **Generation 1 {row.verdict}: ")
+    assert "| mCE, % of the first teacher's | 100.0 | **75.0** |" in lines
+    assert "Robustness: 20 of the images of held \\<i\\>out." in lines
+    assert any(line.startswith("| gain | ") for line in lines)
+
+
+def test_tables_are_whole_whatever_names_say(unchanged):
+    text = markdown(gather(unchanged, RUN, pictures=0))
+    for table in tables(text):
+        columns = {line.replace("\\|", "").count("|") for line in table}
+        assert len(columns) == 1
+    assert "<script>" not in text
+    assert "\\<script\\>" in text

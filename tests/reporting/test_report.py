@@ -1,0 +1,161 @@
+"""The report of a made-up run: what it says, that it is safe, and that it is the same every time."""
+
+import re
+from xml.etree import ElementTree
+
+import pytest
+
+from ns.core.intervals import wilson
+from ns.evaluation import gate
+from ns.reporting import charts
+from ns.reporting import page as report
+from ns.reporting.context import gather
+from ns.runs import records as runs
+from tests.reporting.conftest import RUN
+
+
+@pytest.fixture(scope="module")
+def page(unchanged):
+    return page_of(unchanged)
+
+
+def page_of(root) -> str:
+    return " ".join(root.get(report.write(root, RUN)).decode().split())
+
+
+def test_it_says_what_the_run_found(page, unchanged):
+    summary = runs.summarise(unchanged, RUN)
+    (row,) = summary.generations
+    assert f"{100 * summary.teacher_top1:.1f} % → {100 * row.student_top1:.1f} %" in page
+    assert f"<b>{row.kept}</b> of 60 images kept" in page
+    assert "1 unreadable" in page
+    assert "threshold 0.5" in page
+    assert '<th scope="row">parameters</th><td class="n">1,234,567</td>' in page
+    assert "per_class: 10" in page
+    assert "checkpoints_kept: 2" in page
+    assert "of 59 images have another label than in the generation before" in page
+
+
+def test_what_was_measured_stands_side_by_side(page):
+    # Errors of 0.3 and 0.45 against the first teacher's 0.4 and 0.6.
+    assert (
+        '<th scope="row">mCE, % of the first teacher&#39;s</th><td class="n">100.0</td><td class="n"><b>75.0</b></td>' in page
+    )
+    assert (
+        '<th scope="row">FGSM, ε 4, top-1</th><td class="n">10.0 % [2.8, 30.1]</td><td class="n"><b>20.0 % [8.1, 41.6]</b></td>'
+        in page
+    )
+    assert "Measured on 20 of the images of held &lt;i&gt;out; mCE and mFR are percent of the first teacher’s errors" in page
+    assert (
+        '<th scope="rowgroup" rowspan="2">fog</th><td>First teacher</td><td class="n">40.0 %</td><td class="n">60.0 %</td>'
+        in page
+    )
+    assert "held out, ECE" in page
+    assert "<b>7</b> images of the pool are also in an evaluation set and get no label" in page
+    assert '<tr><td>pool</td><td>heldout</td><td class="n">3</td><td class="n">4</td></tr>' in page
+
+
+def test_every_guard_stands_with_its_number(page, unchanged):
+    verdict = gate.Verdict.read(unchanged, "store/verdicts/01/verdict.json")
+    assert len(verdict.guards) > 1
+    for guard in verdict.guards:
+        assert f'<th scope="row">{guard.name}</th><td class="n">{100 * guard.value:+.1f} points</td>' in page
+    assert page.count("✓ passed") == sum(guard.passed for guard in verdict.guards)
+
+
+def test_disagreement_is_counted_and_shown(page, unchanged):
+    paired = gate.Verdict.read(unchanged, "store/verdicts/01/verdict.json").paired
+    assert paired.only_student > 0
+    assert f"won: only student 1 right<br><b>{paired.only_student}</b>" in page
+    assert f"lost: only first teacher right<br><b>{paired.only_teacher}</b>" in page
+    facts = gather(unchanged, RUN)
+    assert facts.disagreement.galleries[0].title == "Won"
+    assert len(facts.disagreement.galleries[0].pictures) == min(5, paired.only_student)
+    assert sum(row.won for row in facts.gains.rows) == paired.only_student
+    assert [row.gain for row in facts.gains.rows] == sorted(row.gain for row in facts.gains.rows)
+
+
+def test_pictures_are_dropped_rather_than_the_page_too_large(unchanged):
+    whole = gather(unchanged, RUN)
+    size = 30_000
+    cut = gather(unchanged, RUN, size=size)
+
+    def groups(facts):
+        return [*facts.galleries, facts.flips, *facts.disagreement.galleries, *facts.gains.galleries]
+
+    def total(facts):
+        return sum(len(picture.source) for group in groups(facts) for picture in group.pictures)
+
+    assert total(cut) <= size < total(whole)
+    assert all(
+        short.pictures == full.pictures[: len(short.pictures)] for short, full in zip(groups(cut), groups(whole), strict=True)
+    )
+
+
+def test_a_thousand_classes_make_no_large_chart():
+    many = charts.classes("x", [f"class {n}" for n in range(1000)], range(1000), range(1000))
+    assert len(many) < 150_000
+
+
+@pytest.mark.parametrize("name", [r"$\bad{$", "a$b$", "_^{}"])
+def test_names_of_classes_are_no_formulas(name):
+    assert name in ElementTree.fromstring(charts.classes("x", [name, "other"], [3, 4], [1, 2])).itertext()
+
+
+def test_names_from_outside_cannot_become_markup(page):
+    assert "<script" not in page
+    assert "/<b>" not in page
+    assert "&lt;script&gt;alert(1)" in page
+
+
+def test_it_needs_nothing_from_elsewhere(page):
+    links = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert all(link.startswith(("data:", "#")) for link in links)
+    assert "url(http" not in page
+    assert "@import" not in page
+
+
+def test_the_same_run_gives_the_same_bytes(page, unchanged):
+    assert page_of(unchanged) == page
+
+
+def test_large_pictures_are_shrunk_and_groups_are_as_large_as_asked(page):
+    assert page.count("<img ") <= (3 + 1 + 3 + 3) * 5
+    assert page.count("data:image/jpeg") > 10
+    assert len(page) < 1_000_000
+
+
+def test_charts_are_well_formed_and_their_ids_are_unique(page):
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    charts = re.findall(r"<svg.*?</svg>", page, re.S)
+    assert len(charts) >= 9
+    for chart in charts:
+        ElementTree.fromstring(chart.replace("xlink:href", "href"))
+
+
+@pytest.mark.parametrize("reached", ["nothing", "prepare-data", "train", "evaluate"])
+def test_an_unfinished_run_has_a_report_too(made_up, reached):
+    order = ["prepare-data", "train", "evaluate"]
+    keep = order[: order.index(reached) + 1] if reached in order else []
+    for key in list(made_up.at(RUN).list("steps/")):
+        if key not in [f"steps/0-{step}.json" for step in keep]:
+            made_up.at(RUN).delete(key)
+    page = page_of(made_up)
+    assert 'id="labels"' not in page
+    assert 'id="disagreement"' not in page
+    assert ("No model is evaluated yet" in page) == (reached != "evaluate")
+
+
+def test_wilson_interval():
+    # Brown, Cai & DasGupta (2001): 0 of 10 gives an upper bound of about 0.278.
+    low, high = wilson(0.0, 10)
+    assert low == pytest.approx(0, abs=1e-9)
+    assert high == pytest.approx(0.2775, abs=1e-3)
+
+
+@pytest.mark.parametrize("count", [1, 7, 60, 500, 100_000])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_an_interval_holds_its_share_to_the_last_bit(share, count):
+    low, high = wilson(share, count)
+    assert 0 <= low <= share <= high <= 1

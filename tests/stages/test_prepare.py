@@ -1,0 +1,248 @@
+import io
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ns.config import schema as config
+from ns.core.errors import ConfigError, DataError
+from ns.data.dataset import Dataset
+from ns.data.importing import ingest
+from ns.data.importing.ingest import Limits, import_images
+from ns.data.leakage import left_out
+from ns.data.prepared import ROLES
+from ns.stages.prepare import prepare
+from ns.storage import LocalStore
+from ns.storage.ledger import Ledger
+
+LIMITS = Limits(0, 10, 1)
+NETWORK = {"model": {"arch": "test_efficientnet", "resolution": 32}}
+
+
+def fill(folder, classes, count=3, seed=0) -> None:
+    for name in classes:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for index in range(count):
+            sink = io.BytesIO()
+            pixels = np.random.default_rng([seed, index, len(name), ord(name[0])]).integers(0, 256, (8, 8, 3), np.uint8)
+            Image.fromarray(pixels).save(sink, "PNG")
+            (folder / name / f"{seed}-{index}.png").write_bytes(sink.getvalue())
+
+
+@pytest.fixture
+def places(tmp_path):
+    fill(tmp_path / "labelled", ["cat", "dog"])
+    fill(tmp_path / "heldout", ["cat", "dog"], seed=1)
+    fill(tmp_path / "pool", ["any"], count=9, seed=2)
+    return {part: str(tmp_path / part) for part in ("labelled", "pool", "heldout")}
+
+
+def run(tmp_path, places, **fields):
+    root = LocalStore(tmp_path / "root")
+    document = {"name": "x", "generations": 1, "data": places, "teacher": NETWORK, "students": [NETWORK], **fields}
+    return prepare(config.parse(document, "x.yaml"), root, Ledger(root)), root
+
+
+def test_folders_are_imported_once(tmp_path, places):
+    (first, reused), root = run(tmp_path, places)
+    assert not reused
+    assert first.pool.open(root)[1].samples == 9
+    (second, reused), _ = run(tmp_path, places)
+    assert reused
+    assert second == first
+
+
+def test_a_folder_that_changed_is_imported_again(tmp_path, places):
+    (first, _), _ = run(tmp_path, places)
+    fill(tmp_path / "pool", ["any"], count=2, seed=5)
+    (second, reused), root = run(tmp_path, places)
+    assert not reused
+    assert second.pool.open(root)[1].samples == 11
+    assert second.labelled == first.labelled
+    assert second.digest != first.digest
+
+
+def test_runs_that_import_the_same_at_once_all_have_it(tmp_path, places, monkeypatch):
+    (tmp_path / "pool" / "any" / "damaged.png").write_bytes(b"no picture")
+    data = {**places, "max_rejected_share": 0.5}
+    list_rejects, others = ingest._list_rejects, []
+
+    def overtaken(folder, tasks, parts, rejected):
+        if rejected and not others:
+            others.append("under way")
+            others.append(run(tmp_path, data)[0][0])
+        list_rejects(folder, tasks, parts, rejected)
+
+    monkeypatch.setattr(ingest, "_list_rejects", overtaken)
+    (own, _), root = run(tmp_path, data)
+    assert own == others[1]
+    assert own.pool.open(root)[1].rejected == 1
+
+
+def test_a_dataset_is_used_where_it_is(tmp_path, places):
+    options = {"limits": Limits(0, 10, 1)}
+    pool = import_images(places["pool"], LocalStore(tmp_path / "made"), name="p", role="unlabelled", **options)
+    (prepared, _), _ = run(tmp_path, {**places, "pool": str(tmp_path / "made")})
+    assert prepared.pool.dataset == pool.digest
+    assert prepared.pool.ref == (tmp_path / "made").as_uri()
+
+
+def test_a_dataset_that_changed_under_a_run_is_noticed(tmp_path, places):
+    options = {"limits": Limits(0, 10, 1), "name": "p", "role": "unlabelled"}
+    import_images(places["pool"], LocalStore(tmp_path / "made"), **options)
+    (prepared, _), root = run(tmp_path, {**places, "pool": str(tmp_path / "made")})
+    fill(tmp_path / "pool", ["any"], count=2, seed=5)
+    import_images(places["pool"], LocalStore(tmp_path / "made"), **options)
+    with pytest.raises(DataError, match="changed since it was prepared"):
+        prepared.pool.open(root)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "reason"),
+    [
+        ("pool", "nowhere", "data.pool: .*nowhere: no such folder"),
+        ("heldout", "digits:test", "no such part; there are digits:labelled"),
+        ("heldout", "digits:heldout", "its classes .* are not those of data.labelled"),
+    ],
+)
+def test_places_that_cannot_be_meant_are_refused(tmp_path, places, part, value, reason):
+    with pytest.raises(DataError, match=reason):
+        run(tmp_path, {**places, part: value})
+
+
+def test_held_out_images_that_are_trained_on_are_refused(tmp_path, places):
+    options = {"limits": Limits(0, 10, 1), "name": "l", "role": "labelled"}
+    import_images(places["labelled"], LocalStore(tmp_path / "made"), **options)
+    made, copied = str(tmp_path / "made"), shutil.copytree(tmp_path / "made", tmp_path / "copied")
+    with pytest.raises(DataError, match=r"is the same as data\.labelled"):
+        run(tmp_path, {**places, "labelled": made, "heldout": str(copied)})
+
+
+def test_more_classes_than_outputs_are_refused(tmp_path, places):
+    fill(tmp_path / "labelled", ["emu"])
+    fill(tmp_path / "heldout", ["emu"], seed=1)
+    with pytest.raises(ConfigError, match=r"teacher\.model\.outputs: invalid value 2: the labelled data has 3 classes"):
+        run(tmp_path, places, teacher={"model": {**NETWORK["model"], "outputs": 2}})
+
+
+def test_weights_to_start_from_are_looked_for_each_time(tmp_path, places):
+    run(tmp_path, places)
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes(b"any")
+    student = {**NETWORK, "train": {"init": str(weights)}}
+    run(tmp_path, places, students=[student])
+    weights.unlink()
+    with pytest.raises(ConfigError, match=r"students\.0\.train\.init: .*there is no such file"):
+        run(tmp_path, places, students=[student])
+
+
+def test_networks_are_checked_at_the_resolution_of_their_fine_tuning_too(tmp_path, places):
+    networks = {"arch": "vit_tiny_patch16_224", "args": {"img_size": 32}, "resolution": 32}
+    run(tmp_path, places, teacher={"model": networks}, students=[{"model": networks}])
+    tuned = {"model": networks, "train": {"finetune": {"resolution": 48}}}
+    with pytest.raises(ConfigError, match=r"students\.0\.model: the network does not take images of 48 px"):
+        run(tmp_path, places, teacher={"model": networks}, students=[tuned])
+
+
+def copy_heldout(tmp_path) -> None:
+    """Two held-out images find their way into the pool."""
+    for number, path in enumerate(sorted((tmp_path / "heldout").rglob("*.png"))[:2]):
+        (tmp_path / "pool" / "any" / f"copy-{number}.png").write_bytes(path.read_bytes())
+
+
+def test_held_out_images_in_the_pool_are_left_out_by_default(tmp_path, places):
+    (clean, _), root = run(tmp_path, places)
+    assert clean.left_out is None
+    copy_heldout(tmp_path)
+    (prepared, _), root = run(tmp_path, places)
+    rows = left_out(root.at(prepared.left_out.ref))
+    _, pool = prepared.pool.open(root)
+    assert list(rows) == [pool.shards[0].sha256]
+    assert len(rows[pool.shards[0].sha256]) == 2
+    (again, reused), _ = run(tmp_path, places)
+    assert reused
+    assert again == prepared
+
+
+@pytest.mark.parametrize("role", ["labelled", "evaluation"])
+def test_a_pool_that_has_labels_is_guarded_as_any_other(tmp_path, places, role):
+    fill(tmp_path / "pool", ["other"], seed=2)
+    copy_heldout(tmp_path)
+    import_images(places["pool"], LocalStore(tmp_path / "made"), name="p", role=role, limits=LIMITS)
+    (prepared, _), root = run(tmp_path, {**places, "pool": str(tmp_path / "made")})
+    assert sum(map(len, left_out(root.at(prepared.left_out.ref)).values())) == 2
+
+
+def test_labelled_images_may_have_been_imported_for_evaluation(tmp_path, places):
+    import_images(places["labelled"], LocalStore(tmp_path / "made"), name="l", role="evaluation", limits=LIMITS)
+    (prepared, _), root = run(tmp_path, {**places, "labelled": str(tmp_path / "made")})
+    assert prepared.labelled.open(root)[1].role == "evaluation"
+
+
+@pytest.mark.parametrize("part", ["labelled", "pool", "heldout"])
+def test_a_dataset_without_images_is_refused(tmp_path, places, part):
+    Dataset(name="x", role=ROLES[part], classes=() if part == "pool" else ("cat", "dog"), shards=()).save(
+        LocalStore(tmp_path / "made")
+    )
+    with pytest.raises(DataError, match=rf"data\.{part}: .*made/dataset\.json: has no images"):
+        run(tmp_path, {**places, part: str(tmp_path / "made")})
+
+
+def test_images_of_the_test_and_of_further_sets_are_left_out_of_the_pool_too(tmp_path, places):
+    fill(tmp_path / "test", ["cat", "dog"], seed=3)
+    fill(tmp_path / "hard", ["cat", "dog"], seed=4)
+    for name in ("test", "hard"):
+        path = next((tmp_path / name / "dog").iterdir())
+        (tmp_path / "pool" / "any" / f"copy-{name}.png").write_bytes(path.read_bytes())
+    data = {**places, "test": str(tmp_path / "test")}
+    hard = {"sets": {"hard": {"place": str(tmp_path / "hard"), "classes": "own"}}}
+    (prepared, _), root = run(tmp_path, places, data=data, evaluation=hard)
+    assert list(prepared.evaluation) == ["heldout", "test", "set:hard"]
+    assert prepared.reported == prepared.test
+    assert prepared.sets["hard"].open(root)[1].classes == ("cat", "dog")
+    (rows,) = left_out(root.at(prepared.left_out.ref)).values()
+    assert sorted(reason.partition(": ")[0] for reason in rows.values()) == ["also in set:hard", "also in test"]
+    (without, _), _ = run(tmp_path, places)
+    assert without.left_out is None
+    assert without.digest != prepared.digest
+
+
+@pytest.mark.parametrize("other", ["labelled", "heldout"])
+def test_a_test_that_is_something_else_too_is_refused(tmp_path, places, other):
+    made = str(tmp_path / "made")
+    options = {"limits": Limits(0, 10, 1), "name": "l", "role": "evaluation"}
+    import_images(places[other], LocalStore(tmp_path / "made"), **options)
+    copied = str(shutil.copytree(tmp_path / "made", tmp_path / "copied"))
+    with pytest.raises(DataError, match=rf"data\.test: .* is the same as data\.{other}"):
+        run(tmp_path, places, data={**places, other: made, "test": copied})
+
+
+def test_a_set_with_classes_that_nothing_learns_is_refused(tmp_path, places):
+    fill(tmp_path / "hard", ["dog", "emu"], seed=4)
+    hard = {"sets": {"hard": {"place": str(tmp_path / "hard")}}}
+    with pytest.raises(DataError, match=r"evaluation\.sets\.hard\.place: .*\(emu\) are no classes of data\.labelled"):
+        run(tmp_path, places, data=places, evaluation=hard)
+
+
+def test_an_evaluation_set_with_another_role_is_refused(tmp_path, places):
+    options = {"limits": Limits(0, 10, 1), "name": "l", "role": "labelled"}
+    import_images(places["heldout"], LocalStore(tmp_path / "made"), **options)
+    with pytest.raises(DataError, match=r"heldout: .*has the role labelled; import it with --role evaluation"):
+        run(tmp_path, {**places, "heldout": str(tmp_path / "made")})
+
+
+@pytest.mark.parametrize("guard", ["report", "off"])
+def test_the_leak_guard_can_be_told_to_leave_the_pool_alone(tmp_path, places, guard):
+    copy_heldout(tmp_path)
+    (prepared, _), root = run(tmp_path, places, data={**places, "leak_guard": guard})
+    assert prepared.left_out is None
+    assert bool(list(root.list("store/checks/"))) == (guard == "report")
+
+
+def test_held_out_images_among_the_labelled_are_warned_of(tmp_path, places, capsys):
+    path = next((tmp_path / "heldout" / "cat").iterdir())
+    (tmp_path / "labelled" / "cat" / "copy.png").write_bytes(path.read_bytes())
+    run(tmp_path, places)
+    logged = capsys.readouterr()
+    assert "held-out images are also trained on" in logged.out + logged.err

@@ -1,0 +1,195 @@
+import errno
+import mmap
+import os
+import shutil
+import threading
+import time
+from collections import namedtuple
+from multiprocessing import get_context
+
+import pytest
+
+from ns.core.errors import StoreError
+from ns.storage import cache as cache_module
+from ns.storage.base import TEMPORARY
+from ns.storage.cache import ABANDONED_SECONDS, GRACE_SECONDS, Cache
+
+
+class Clock:
+    def __init__(self):
+        self.now = time.time()
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def cache(tmp_path, clock):
+    return Cache(tmp_path / "cache", 1000, clock)
+
+
+def fetch(cache, name, size=300):
+    return cache.fetch((name,), size, ".bin", lambda file: file.write(name.encode()[:1] * size))
+
+
+def names(cache):
+    return {path.read_bytes()[:1].decode() for path in (cache.folder / "blobs").iterdir()}
+
+
+def test_a_blob_is_fetched_once(cache):
+    fetched = []
+
+    def download(file):
+        fetched.append(1)
+        file.write(b"x")
+
+    paths = {cache.fetch(("a", "etag"), 1, ".tar", download) for _ in range(3)}
+    assert len(fetched) == len(paths) == 1
+    assert paths.pop().suffix == ".tar"
+    cache.fetch(("a", "another etag"), 1, ".tar", download)
+    assert len(fetched) == 2
+
+
+def test_what_was_used_longest_ago_goes_first(cache, clock):
+    for name in "abc":
+        fetch(cache, name)
+        clock.now += 2 * GRACE_SECONDS
+    fetch(cache, "a")
+    clock.now += 2 * GRACE_SECONDS
+    fetch(cache, "d")
+    assert names(cache) == {"a", "c", "d"}
+    clock.now += 2 * GRACE_SECONDS
+    fetch(cache, "e", 700)
+    assert names(cache) == {"d", "e"}
+
+
+def test_what_was_just_given_stays(cache, clock):
+    paths = [fetch(cache, name) for name in "abcd"]
+    assert all(path.exists() for path in paths)
+    clock.now += 2 * GRACE_SECONDS
+    fetch(cache, "e")
+    assert sum(path.stat().st_size for path in (cache.folder / "blobs").iterdir()) <= 1000
+
+
+def test_whoever_has_a_file_open_keeps_its_bytes(cache, clock):
+    path = fetch(cache, "a", 900)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        clock.now += 2 * GRACE_SECONDS
+        fetch(cache, "b", 900)
+        assert not path.exists()
+        assert file.read() == mapped[:] == b"a" * 900
+
+
+def test_a_blob_larger_than_the_cache_is_refused(cache):
+    with pytest.raises(StoreError, match="does not fit into the cache of 0 MiB: raise NS_CACHE_MIB"):
+        fetch(cache, "a", 1001)
+
+
+def test_a_disk_with_less_room_than_the_limit_is_not_filled(cache, clock, monkeypatch):
+    fetch(cache, "a")
+    clock.now += 2 * GRACE_SECONDS
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 100))
+    fetch(cache, "b")
+    assert names(cache) == {"b"}
+
+
+def test_a_file_cut_short_is_fetched_again(cache):
+    path = fetch(cache, "a")
+    path.chmod(0o600)
+    path.write_bytes(b"a" * 10)
+    assert fetch(cache, "a").read_bytes() == b"a" * 300
+
+
+def test_a_download_that_fails_leaves_nothing(cache):
+    def download(file):
+        file.write(b"half")
+        raise StoreError("s3://b/k: cannot read")
+
+    with pytest.raises(StoreError, match="s3://b/k: cannot read"):
+        cache.fetch(("a",), 8, "", download)
+    assert list((cache.folder / "blobs").iterdir()) == []
+
+
+def test_what_killed_downloads_left_goes_after_a_while(cache, clock):
+    fetch(cache, "a")
+    left = cache.folder / "blobs" / f"{TEMPORARY}x"
+    left.write_bytes(b"half")
+    clock.now += ABANDONED_SECONDS / 2
+    fetch(cache, "b")
+    assert left.exists()
+    clock.now += ABANDONED_SECONDS
+    fetch(cache, "c")
+    assert not left.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_explained(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        StoreError, match=r"file/cache: cannot keep copies of remote files: a part of this path is a file.*NS_CACHE_DIR"
+    ):
+        fetch(Cache(tmp_path / "file" / "cache", 1000), "a")
+
+
+def test_a_full_disk_is_explained(cache):
+    def download(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(StoreError, match=r"the disk is full.*set NS_CACHE_DIR to a folder with more room"):
+        cache.fetch(("a",), 8, "", download)
+
+
+def test_place_and_limit_come_from_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("NS_CACHE_DIR", str(tmp_path))
+    assert Cache.from_environment().folder == tmp_path
+    assert Cache.from_environment().limit_bytes == 20 << 30
+    monkeypatch.delenv("NS_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("NS_CACHE_MIB", "3")
+    assert Cache.from_environment().folder == tmp_path / "xdg" / "noisy-student"
+    assert Cache.from_environment().limit_bytes == 3 << 20
+    for wrong in ("0", "-1", "1.5", "much", "²"):
+        monkeypatch.setenv("NS_CACHE_MIB", wrong)
+        with pytest.raises(StoreError, match="must be a whole number of MiB, at least 1"):
+            Cache.from_environment()
+
+
+def test_threads_that_want_the_same_blob_fetch_it_once(cache):
+    fetched = []
+
+    def download(file):
+        fetched.append(1)
+        time.sleep(0.1)
+        file.write(b"x")
+
+    threads = [threading.Thread(target=cache.fetch, args=(("a",), 1, "", download)) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(fetched) == 1
+
+
+def hammer(arguments):
+    """Fetches in a cache that is too small; says how often bytes were wrong, and how many it fetched itself."""
+    folder, seed = arguments
+    cache_module.GRACE_SECONDS = 1
+    cache = Cache(folder, 5000)
+    wrong, fetched = 0, []
+    for step in range(200):
+        name = chr(97 + (seed * 7 + step * 5) % 26)
+        path = cache.fetch((name,), 500, "", lambda file, name=name: (fetched.append(name), file.write(name.encode() * 500)))
+        wrong += path.read_bytes() != name.encode() * 500
+    return wrong, len(fetched)
+
+
+def test_processes_share_a_cache_that_is_too_small_for_them(tmp_path):
+    with get_context("fork").Pool(4) as pool:
+        results = pool.map(hammer, [(tmp_path, seed) for seed in range(4)])
+    assert [wrong for wrong, _ in results] == [0, 0, 0, 0]
+    assert not [path for path in (tmp_path / "blobs").iterdir() if path.name.startswith(TEMPORARY)]

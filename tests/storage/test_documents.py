@@ -1,0 +1,65 @@
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ns.core.digest import canonical_json, code_digest, digest
+from ns.core.errors import DataError
+from ns.storage import LocalStore
+from ns.storage.documents import Identified
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda leaf: st.lists(leaf, max_size=4) | st.dictionaries(st.text(), leaf, max_size=4),
+    max_leaves=20,
+)
+
+
+class Sheep(Identified):
+    name: str
+    legs: int = 4
+
+
+@given(st.dictionaries(st.text(), JSON))
+def test_digest_does_not_depend_on_the_order_of_keys(value):
+    assert digest(value) == digest(dict(reversed(value.items())))
+
+
+@given(JSON)
+def test_canonical_json_reads_back_equal(value):
+    assert json.loads(canonical_json(value)) == value
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_that_json_has_no_word_for_are_refused(value):
+    with pytest.raises(ValueError, match="JSON"):
+        canonical_json(value)
+
+
+def test_code_digest_covers_what_it_is_told_and_nothing_else():
+    assert code_digest("modeling/factory.py") != code_digest("config/schema.py")
+    assert code_digest("training") != code_digest("training", "modeling/factory.py")
+
+
+def test_a_document_reads_back_with_its_digest_checked(tmp_path):
+    store = LocalStore(tmp_path)
+    sheep = Sheep(name="Dolly")
+    sheep.write(store, "sheep.json")
+    assert Sheep.read(store, "sheep.json") == sheep
+    edited = store.get("sheep.json").replace(b"Dolly", b"Molly")
+    store.put("sheep.json", edited)
+    with pytest.raises(DataError, match=r"sheep\.json: digest: .* the file was edited or damaged"):
+        Sheep.read(store, "sheep.json")
+
+
+def test_a_wrong_field_is_named_with_its_value():
+    with pytest.raises(DataError, match=r"here: legs: .*got 'many'"):
+        Sheep.parse(b'{"name": "a", "legs": "many"}', "here")
+
+
+@given(st.binary(max_size=100))
+def test_garbage_is_a_data_error(data):
+    with pytest.raises(DataError, match=r"^here: "):
+        Sheep.parse(data, "here")

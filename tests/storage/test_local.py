@@ -1,0 +1,262 @@
+"""What only a folder does; what all stores do is in test_contract.py."""
+
+import errno
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ns.core.errors import StoreError
+from ns.storage import LocalStore, open_store, read_uri, split_uri
+from ns.storage.base import TEMPORARY
+
+# Names that only a file system takes: control characters among them.
+KEY = st.lists(
+    st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=20).filter(
+        lambda part: part not in (".", "..") and not part.startswith(TEMPORARY) and len(part.encode()) < 200
+    ),
+    min_size=1,
+    max_size=3,
+).map("/".join)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return LocalStore(tmp_path / "store")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a file system of one MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small file system")
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    mounted = subprocess.run(command, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def files_in(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+@given(key=KEY, data=st.binary(max_size=1000))
+def test_what_is_put_under_any_name_is_got_back(tmp_path_factory, key, data):
+    store = LocalStore(tmp_path_factory.mktemp("store"))
+    store.put(key, data)
+    assert store.get(key) == store.path(key).read_bytes() == data
+    assert list(store.list()) == [key]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_many_creators_one_wins_and_all_see_its_bytes(store, links, monkeypatch):
+    if not links:
+        refuse_links(monkeypatch, errno.EPERM)
+    won = []
+
+    def create(number):
+        if store.create("key", b"%d" % number):
+            won.append(number)
+
+    threads = [threading.Thread(target=create, args=(number,)) for number in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    assert store.get("key") == b"%d" % won[0]
+    assert files_in(store.root) == ["key"]
+
+
+@pytest.mark.parametrize("reason", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK])
+def test_the_first_writer_wins_also_without_hard_links(store, monkeypatch, reason):
+    refuse_links(monkeypatch, reason)
+    assert store.create("key", b"first")
+    assert not store.create("key", b"second")
+    assert store.get("key") == b"first"
+    assert files_in(store.root) == ["key"]
+
+
+def refuse_links(monkeypatch, reason):
+    def link(*_args, **_options):
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(os, "link", link)
+
+
+def test_a_folder_may_be_given_as_path_or_uri(store, tmp_path):
+    assert store.at(str(tmp_path / "other")).uri == (tmp_path / "other").as_uri()
+    assert open_store((tmp_path / "ä b").as_uri()).uri == (tmp_path / "ä b").as_uri()
+    assert open_store(str(tmp_path / "50%#?")).at("x").uri == (tmp_path / "50%#?" / "x").as_uri()
+
+
+def test_a_folder_in_the_way_is_named(store):
+    store.put("a/b", b"")
+    for call in (store.get, store.size, store.path, store.open, store.delete):
+        with pytest.raises(StoreError, match=r"store/a: cannot (read|delete): (is a folder|permission denied)"):
+            call("a")
+    with pytest.raises(StoreError, match=r"a part of this path is a file"):
+        store.put("a/b/c", b"")
+    assert not store.exists("a/b/c")
+    store.delete("a/b/c")
+
+
+def test_a_name_too_long_for_a_file_system_is_explained(store):
+    with pytest.raises(StoreError, match="255 bytes a part; shorten it"):
+        store.put("x" * 300, b"")
+
+
+@pytest.mark.parametrize("uri", ["ftp://host/path", "ftp://user:hidden@host/path", "S3://bucket"])
+def test_an_unknown_scheme_is_refused_without_repeating_what_follows(uri):
+    with pytest.raises(StoreError, match=r"no store for scheme '(ftp|S3)'; use a folder path, file:///") as caught:
+        open_store(uri)
+    assert "hidden" not in str(caught.value)
+
+
+def test_a_file_uri_with_a_host_is_refused():
+    with pytest.raises(StoreError, match="three slashes"):
+        open_store("file://folder/file")
+
+
+def test_uris_are_split_into_folder_and_file(tmp_path):
+    assert split_uri("file:///a/b.yaml") == ("file:///a", "b.yaml")
+    assert split_uri("s3://bucket/b%20c.yaml") == ("s3://bucket", "b%20c.yaml")
+    assert split_uri("b.yaml") == (".", "b.yaml")
+    assert split_uri("/b.yaml") == ("/", "b.yaml")
+    (tmp_path / "ü x.txt").write_bytes(b"hi")
+    assert read_uri((tmp_path / "ü x.txt").as_uri()) == b"hi"
+    for uri in ("folder/", "s3://bucket"):
+        with pytest.raises(StoreError, match="must name a file"):
+            split_uri(uri)
+
+
+def test_a_writer_killed_at_any_instant_leaves_the_old_blob_or_the_new_one(tmp_path):
+    store = LocalStore(tmp_path)
+    store.put("blob", b"a" * 1_000_000)
+    program = (
+        "import sys; from ns.storage import LocalStore\n"
+        "store = LocalStore(sys.argv[1]); print('go', flush=True)\n"
+        "while True:\n"
+        "    for letter in b'bcd': store.put('blob', bytes([letter]) * 1_000_000)\n"
+    )
+    for attempt in range(10):
+        writer = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE)
+        writer.stdout.readline()
+        time.sleep(0.003 * attempt)
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.communicate()
+        data = store.get("blob")
+        assert len(data) == 1_000_000
+        assert len(set(data)) == 1
+        assert list(store.list()) == ["blob"]
+
+
+def test_a_full_disk_is_one_line_and_costs_nothing_that_was_there(small_disk, tmp_path):
+    store = LocalStore(small_disk)
+    store.put("old", b"1" * 400_000)
+    (tmp_path / "large").write_bytes(b"2" * 2_000_000)
+    for write in (
+        lambda: store.put("old", b"2" * 2_000_000),
+        lambda: store.put_file("old", tmp_path / "large"),
+        lambda: store.create("new", b"2" * 2_000_000),
+    ):
+        with pytest.raises(StoreError, match=r"cannot write: the disk is full: free some space") as caught:
+            write()
+        assert "\n" not in str(caught.value)
+    assert files_in(small_disk) == ["old"]
+    assert store.get("old") == b"1" * 400_000
+    store.put("new", b"3" * 400_000)
+
+
+def test_a_read_only_disk_is_one_line(small_disk):
+    store = LocalStore(small_disk)
+    store.put("a/old", b"1")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    for write in (
+        lambda: store.put("new/b", b"2"),
+        lambda: store.put("a/old", b"2"),
+        lambda: store.create("b", b"2"),
+        lambda: store.delete("a/old"),
+    ):
+        with pytest.raises(StoreError, match=r"cannot (write|delete): the file system is read-only: choose another folder"):
+            write()
+    assert store.get("a/old") == b"1"
+    assert list(store.list()) == ["a/old"]
+
+
+def test_a_folder_that_may_not_be_written_is_one_line(store):
+    if os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    store.put("old", b"1")
+    store.root.chmod(0o500)
+    try:
+        with pytest.raises(StoreError, match="permission denied: choose a folder that you may write to"):
+            store.put("old", b"2")
+        assert store.get("old") == b"1"
+    finally:
+        store.root.chmod(0o700)
+
+
+def test_a_folder_that_may_not_be_read_is_not_taken_for_empty(store, monkeypatch):
+    store.put("a/b", b"1")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("/a"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(StoreError, match="cannot list: permission denied"):
+        list(store.list())
+
+
+def test_a_file_size_limit_is_one_line_and_costs_nothing_that_was_there(store):
+    store.put("old", b"1" * 1000)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(StoreError, match="ulimit -f"):
+            store.put("old", b"2" * 1_000_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert files_in(store.root) == ["old"]
+    assert store.get("old") == b"1" * 1000
+
+
+def test_what_a_killed_writer_left_is_never_listed_nor_in_the_way(store):
+    store.put("a/b", b"1")
+    (store.root / "a" / f"{TEMPORARY}0123").write_bytes(b"half")
+    (store.root / f"{TEMPORARY}4567").write_bytes(b"half")
+    assert list(store.list()) == list(store.list("a/")) == ["a/b"]
+    assert list(store.list(f"a/{TEMPORARY}")) == []
+    store.put("a/b", b"2")
+    assert store.delete_prefix("") == 1
+
+
+def test_a_folder_that_vanishes_while_it_is_listed_holds_no_keys(store, monkeypatch):
+    store.put("a/b", b"1")
+    store.put("c", b"1")
+    walk = os.walk
+
+    def vanishing(*args, **options):
+        for found in walk(*args, **options):
+            shutil.rmtree(store.root / "a", ignore_errors=True)
+            yield found
+
+    monkeypatch.setattr(os, "walk", vanishing)
+    assert list(store.list()) == ["c"]

@@ -1,0 +1,123 @@
+import pytest
+
+from ns.core.diagnostics import Finding
+from ns.core.errors import StoreError
+from ns.storage.probe import MANY, probe
+from tests.storage.conftest import store_at
+from tests.storage.faults import Fault, Proxy
+
+COMMON = ["write", "read-back", "overwrite", "range", "names", "list-order", "list-pages", "create", "missing"]
+S3 = ["endpoint", *COMMON, "multipart", "metadata", "clock", "conditional-put", "delete"]
+
+
+@pytest.fixture
+def through(moto, monkeypatch, tmp_path):
+    """Proxy and URI of a bucket behind it, as the environment says."""
+    proxy = Proxy(moto)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    yield proxy, store_at(moto, tmp_path).uri
+    proxy.close()
+
+
+def by_name(findings: list[Finding]) -> dict[str, Finding]:
+    for finding in findings:
+        assert "\n" not in finding.detail + finding.fix
+        assert finding.detail
+        assert bool(finding.fix) != finding.ok, finding
+    return {finding.name: finding for finding in findings}
+
+
+def test_a_folder_can_do_everything_and_is_left_as_it_was(tmp_path):
+    (tmp_path / "mine").write_bytes(b"1")
+    findings = probe(str(tmp_path), many=20)
+    assert [finding.name for finding in findings] == [*COMMON, "space", "delete"]
+    assert all(finding.ok for finding in by_name(findings).values()), findings
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_folder_that_cannot_be_written_says_why(tmp_path):
+    (tmp_path / "file").touch()
+    (finding,) = probe(f"{tmp_path}/file/x")
+    assert (finding.name, finding.ok) == ("write", False)
+    assert finding.detail.endswith("cannot write: a part of this path is a file, expected a folder")
+    assert finding.fix == "choose another place"
+
+
+def test_a_server_can_do_everything_and_is_left_as_it_was(through, tmp_path, moto):
+    _, uri = through
+    findings = by_name(probe(uri, many=30))
+    assert list(findings) == S3
+    assert all(finding.ok for finding in findings.values()), findings
+    assert "no TLS" in findings["endpoint"].detail
+    assert "are kept" in findings["metadata"].detail
+    assert "not used" in findings["conditional-put"].detail
+    bucket = uri.removeprefix("s3://").partition("/")[0]
+    assert list(store_at(moto, tmp_path, bucket).list()) == []
+
+
+def test_nothing_is_tried_where_nothing_can_be_written(through):
+    proxy, uri = through
+    proxy.faults = [Fault("PUT", 99, 403, b"<Error><Code>AccessDenied</Code></Error>")]
+    endpoint, write = probe(uri)
+    assert endpoint.ok
+    assert (write.name, write.ok) == ("write", False)
+    assert "access denied (AccessDenied)" in write.detail
+    assert "allow it in the bucket's policy" in write.fix
+
+
+@pytest.mark.parametrize(
+    ("fault", "name", "detail"),
+    [
+        (Fault("POST", 99, 501, b"<Error><Code>NotImplemented</Code></Error>"), "multipart", "NotImplemented"),
+        (
+            Fault("GET .*list-type.*order%2F$", 99, 200, b"<ListBucketResult><Name>b</Name></ListBucketResult>"),
+            "list-order",
+            "is []",
+        ),
+        (Fault("DELETE .*blob", 99, 403, b"<Error><Code>AccessDenied</Code></Error>"), "delete", "access denied"),
+        (Fault("nothing", 99, 403, b"<Error><Code>AccessDenied</Code></Error>"), "missing", "access denied"),
+        (
+            Fault("GET .*/fresh", 5, 200, b"stale", {"ETag": "x"}),
+            "read-back",
+            "a read right after a write is b'stale', expected b'0'",
+        ),
+        (
+            Fault("HEAD /$", 1, 200, b"", {"Date": "Thu, 01 Jan 2026 00:00:00 GMT"}),
+            "clock",
+            "the server's clock is ",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) and " " not in value else "",
+)
+def test_what_a_server_cannot_do_is_found_and_the_rest_tried_all_the_same(through, fault, name, detail):
+    proxy, uri = through
+    proxy.faults = [Fault(**fault.__dict__)]
+    findings = by_name(probe(uri, many=3))
+    assert list(findings) == S3
+    assert [finding.name for finding in findings.values() if not finding.ok] == [name]
+    assert detail in findings[name].detail
+
+
+def test_a_server_that_drops_metadata_is_usable_and_named(through):
+    proxy, uri = through
+    proxy.faults = [Fault("HEAD .*blob", 99, drop=("x-amz-meta-sha256",))]
+    metadata = by_name(probe(uri, many=3))["metadata"]
+    assert metadata.ok
+    assert "NOT kept" in metadata.detail
+
+
+def test_what_is_no_store_is_an_error():
+    with pytest.raises(StoreError, match="no store for scheme"):
+        probe("ftp://x")
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(300)
+def test_swift_can_do_everything(swift, monkeypatch, tmp_path):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", swift.url)
+    store = store_at(swift.url, tmp_path)
+    findings = by_name(probe(store.uri))
+    assert list(findings) == S3
+    assert all(finding.ok for finding in findings.values()), findings
+    assert findings["list-pages"].detail.startswith(f"{MANY} keys")
+    assert list(store.list()) == []

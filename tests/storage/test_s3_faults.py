@@ -1,0 +1,272 @@
+"""Busy servers, broken connections, damaged bytes: nothing is lost, and nothing wrong is taken for right."""
+
+import hashlib
+import random
+import tarfile
+import threading
+
+import pytest
+
+from ns.core.errors import StoreError
+from ns.storage.retry import Patience, Trial
+from ns.storage.s3 import S3Store, Service
+from tests.storage.conftest import PART_BYTES
+from tests.storage.faults import SLOW_DOWN, Fault
+
+DATA = random.Random(1).randbytes(3_000_000)
+READS = {
+    "get": lambda store: store.get("a"),
+    "range": lambda store: store.get_range("a", 0, len(DATA)),
+    "path": lambda store: store.path("a").read_bytes(),
+    "open": lambda store: store.open("a").read(),
+}
+read_calls = pytest.mark.parametrize("read", READS.values(), ids=READS)
+
+
+@read_calls
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("GET", times=3, status=503),
+        Fault("GET", times=3, status=500, body=b"<html>oops</html>", headers={"Content-Type": "text/html"}),
+        Fault("GET", times=3, status=429),
+        Fault("GET", times=3, reset="before"),
+        Fault("GET", times=3, reset="after"),
+        Fault("GET", times=3, truncate=1_000_000),
+        Fault("GET", times=1, truncate=0),
+        Fault("GET", times=3, truncate=1_000_000, whole=True),
+        Fault("GET", delay=0.1),
+    ],
+    ids=lambda fault: "-".join(
+        str(value) for value in (fault.status, fault.reset, fault.truncate, fault.whole, fault.delay) if value
+    ),
+)
+def test_reads_get_over_what_passes(proxied, read, fault):
+    store, proxy = proxied
+    store.put("a", DATA)
+    fault.times = min(fault.times, 3)
+    proxy.faults = [Fault(**fault.__dict__)]
+    assert read(store) == DATA
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("PUT", times=3, status=503),
+        Fault("PUT", times=2, reset="before"),
+        Fault("PUT", times=2, reset="after"),
+        Fault("PUT", status=400, body=SLOW_DOWN.replace(b"SlowDown", b"RequestTimeout")),
+        Fault("POST", times=2, status=503),
+        Fault("POST", times=2, reset="before"),
+        # The answer to a completed upload is lost: completing it again finds no parts.
+        Fault("POST .*uploadId", reset="after"),
+        Fault("HEAD", times=2, status=503),
+    ],
+    ids=lambda fault: f"{fault.match}-{fault.status or fault.reset}",
+)
+def test_writes_get_over_what_passes(proxied, fault, tmp_path):
+    store, proxy = proxied
+    source = tmp_path / "source"
+    source.write_bytes(DATA * 4)
+    proxy.faults = [Fault(**fault.__dict__)]
+    store.put_file("big", source)
+    store.put("small", DATA)
+    assert all(fault.times == 0 for fault in proxy.faults)
+    proxy.faults = []
+    assert store.get("big") == DATA * 4
+    assert store.get("small") == DATA
+    assert list(store.list()) == ["big", "small"]
+
+
+def test_other_calls_get_over_what_passes(proxied):
+    store, proxy = proxied
+    store.put("a", b"1")
+    proxy.faults = [
+        Fault("HEAD", status=503),
+        Fault("GET .*list-type", times=2, reset="before"),
+        Fault("DELETE", reset="after"),
+        Fault("DELETE", status=503),
+    ]
+    assert store.exists("a")
+    assert list(store.list()) == ["a"]
+    assert store.delete_prefix("") == 1
+    assert not store.exists("a")
+    assert all(fault.times == 0 for fault in proxy.faults)
+
+
+def test_a_broken_download_goes_on_where_it_stopped(proxied):
+    store, proxy = proxied
+    store.put("a", DATA)
+    proxy.faults = [Fault("GET", times=2, truncate=1_300_000)]
+    proxy.requests.clear()
+    assert store.get("a") == DATA
+    assert proxy.count("GET") == 3
+
+
+def test_every_part_of_an_upload_has_its_own_patience(proxied, tmp_path):
+    store, proxy = proxied
+    source = tmp_path / "source"
+    source.write_bytes(DATA * 6)
+    proxy.faults = [Fault(f"partNumber={number}&", times=2, status=503) for number in (1, 2, 3)]
+    store.put_file("a", source)
+    assert proxy.count("partNumber") == 4 + 6
+    assert store.get("a") == DATA * 6
+
+
+def test_an_upload_that_fails_is_taken_back_and_never_seen(proxied, tmp_path):
+    store, proxy = proxied
+    store.put("a", b"old")
+    source = tmp_path / "source"
+    source.write_bytes(DATA * 6)
+    proxy.faults = [Fault("partNumber=2", times=99, status=403, body=SLOW_DOWN.replace(b"SlowDown", b"AccessDenied"))]
+    with pytest.raises(StoreError, match=r"/a: cannot write: access denied"):
+        store.put_file("a", source)
+    assert proxy.count("DELETE .*uploadId") == 1
+    assert store.get("a") == b"old"
+
+
+def test_a_file_that_changes_while_it_is_uploaded_is_not_published(proxied, tmp_path):
+    store, proxy = proxied
+    source = tmp_path / "source"
+    source.write_bytes(DATA * 6)
+    proxy.faults = [Fault("POST", delay=0.3)]
+    threading.Timer(0.15, lambda: source.write_bytes(DATA * 5)).start()
+    with pytest.raises(StoreError, match=r"source was changed while it was being uploaded"):
+        store.put_file("a", source)
+    assert not store.exists("a")
+    assert proxy.count("DELETE .*uploadId") == 1
+
+
+@read_calls
+@pytest.mark.parametrize("length", [len(DATA), PART_BYTES + 1])
+def test_damaged_bytes_are_never_taken_for_the_blob(proxied, read, length):
+    store, proxy = proxied
+    data = (DATA * 2)[:length]
+    store.put("a", data)
+    proxy.faults = [Fault("GET", times=99, flip=True)]
+    if read is READS["range"]:
+        # No checksum belongs to a range.
+        return
+    with pytest.raises(
+        StoreError, match=r"/a: cannot read: the bytes do not match the checksum kept with them \(sha256"
+    ) as caught:
+        read(store)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("read", [READS["get"], READS["path"]], ids=["get", "path"])
+def test_bytes_damaged_once_are_fetched_again(proxied, read):
+    store, proxy = proxied
+    store.put("a", DATA)
+    proxy.faults = [Fault("GET", times=2, flip=True)]
+    assert read(store) == DATA
+
+
+def test_objects_of_others_are_checked_by_their_md5(proxied):
+    store, proxy = proxied
+    store.put("a", DATA)
+    unsigned = ("x-amz-meta-sha256",)
+    proxy.faults = [Fault("GET", drop=unsigned)]
+    assert store.get("a") == DATA
+    proxy.faults = [Fault("GET", times=99, drop=unsigned, flip=True)]
+    with pytest.raises(StoreError, match=r"do not match the checksum kept with them \(md5"):
+        store.get("a")
+    # Of nothing but its size, where the server keeps no MD5.
+    proxy.faults = [Fault("GET", drop=(*unsigned, "etag"), flip=True)]
+    assert len(store.get("a")) == len(DATA)
+
+
+def test_a_blob_replaced_while_it_is_read_is_read_anew(proxied):
+    store, proxy = proxied
+    store.put("a", DATA)
+    proxy.faults = [Fault("GET", truncate=1_300_000), Fault("GET", delay=0.2)]
+    threading.Timer(0.1, lambda: S3Store(store.uri, store.service).put("a", b"new" * 1_000_000)).start()
+    assert store.get("a") == b"new" * 1_000_000
+
+
+def test_a_stream_is_read_through_resets(proxied, tmp_path):
+    store, proxy = proxied
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number in range(20):
+            (tmp_path / "x").write_bytes(bytes([number]) * 200_000)
+            tar.add(tmp_path / "x", str(number))
+    store.put_file("a.tar", tmp_path / "a.tar")
+    proxy.faults = [Fault("GET", times=4, truncate=900_000), Fault("GET", times=2, status=503)]
+    with store.open("a.tar") as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
+        read = [tar.extractfile(member).read() for member in tar]
+    assert read == [bytes([number]) * 200_000 for number in range(20)]
+
+
+def test_giving_up_takes_as_long_as_patience_lasts(proxied):
+    store, proxy = proxied
+    store.put("a", b"1")
+    now = [0.0]
+    waits = []
+
+    def sleep(seconds):
+        waits.append(seconds)
+        now[0] += seconds
+
+    patience = Patience(seconds=60, clock=lambda: now[0], sleep=sleep, uniform=lambda low, high: high)
+    slow = S3Store(store.uri, Service(store.service.endpoint, patience=patience))
+    proxy.faults = [Fault("GET", times=99, status=503)]
+    with pytest.raises(StoreError, match=r"still too busy or broken after retries \(503 SlowDown\)"):
+        slow.get("a")
+    # Twice as long each time, to the cap; with full jitter these are the upper bounds.
+    assert waits == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10, 10, 10, 10])
+    assert now[0] <= 60
+
+
+def test_what_will_not_pass_is_not_tried_again(proxied):
+    store, proxy = proxied
+    store.put("a", b"1")
+    proxy.requests.clear()
+    proxy.faults = [Fault("GET", status=501, body=SLOW_DOWN.replace(b"SlowDown", b"NotImplemented"))]
+    with pytest.raises(StoreError, match="the server says NotImplemented"):
+        store.get("a")
+    assert proxy.count("GET") == 1
+
+
+def test_jitter_is_full_and_progress_restores_patience():
+    now = [0.0]
+    drawn = []
+
+    def uniform(low, high):
+        drawn.append((low, high))
+        return high
+
+    def sleep(seconds):
+        now[0] += seconds
+
+    trial = Trial(Patience(seconds=1, base_seconds=0.3, clock=lambda: now[0], sleep=sleep, uniform=uniform), "x")
+    assert [trial.again("y") for _ in range(3)] == [True, True, False]
+    assert drawn == [(0, 0.3), (0, 0.6), (0, 1.2)]
+    trial.restart()
+    assert trial.again("y")
+
+
+def test_a_proxy_that_answers_ranges_with_the_whole_does_no_harm(proxied):
+    store, proxy = proxied
+    store.put("a", DATA)
+    proxy.faults = [Fault("GET", times=99, whole=True)]
+    assert store.get_range("a", 1_234_567, 1000) == DATA[1_234_567:][:1000]
+    assert store.get_range("a", len(DATA) - 5, 1000) == DATA[-5:]
+    assert store.get_range("a", len(DATA) + 5, 1000) == b""
+
+
+def test_everything_goes_through_a_bad_hour(proxied, tmp_path):
+    """Every third request fails, each time in another way."""
+    store, proxy = proxied
+    kinds = [{"status": 503}, {"reset": "before"}, {"truncate": 100}, {"reset": "after"}]
+    chooser = random.Random(2)
+    proxy.next_fault = lambda request: Fault(**chooser.choice(kinds)) if chooser.random() < 0.33 else Fault()
+    expected = {}
+    for number in range(40):
+        data = chooser.randbytes(chooser.randrange(200_000))
+        expected[f"k/{number:03}"] = hashlib.sha256(data).hexdigest()
+        (tmp_path / "file").write_bytes(data)
+        store.put_file(f"k/{number:03}", tmp_path / "file")
+    assert list(store.list("k/")) == list(expected)
+    for key, digest in expected.items():
+        for data in (store.get(key), store.path(key).read_bytes(), store.open(key).read()):
+            assert hashlib.sha256(data).hexdigest() == digest

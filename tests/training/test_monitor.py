@@ -1,0 +1,77 @@
+import json
+import sys
+
+import pytest
+from structlog.testing import capture_logs
+
+from ns.core import telemetry
+from ns.core.errors import ConfigError, StoreError
+from ns.storage import LocalStore
+from ns.training import monitor
+from ns.training.monitor import Monitor
+
+POINT = {"step": 2.0, "images": 20.0, "loss": 3.0, "loss_labelled": 1.0, "loss_pseudo": 2.0, "accuracy_labelled": 0.5}
+POINT |= {"agreement": 0.25, "lr": 0.1}
+
+
+def watch(watching: Monitor, steps: int = 4) -> None:
+    with watching:
+        watching.begin(step=0, steps=steps, images_a_step=10, checkpoint_seconds=60)
+        for step in range(1, steps + 1):
+            if step == 2:
+                watching.pointed([POINT])
+            watching.stepped(step, waited_seconds=0.0)
+        watching.saved()
+
+
+def value(name, **labels):
+    return telemetry.REGISTRY.get_sample_value(name, labels)
+
+
+def test_progress_lies_beside_the_run_and_metrics_follow(tmp_path):
+    telemetry.begin("train", 1, "watched")
+    before = value("nst_images_processed_total", stage="train")
+    watch(Monitor(LocalStore(tmp_path), name="1-train"))
+    progress = json.loads((tmp_path / "progress.json").read_text())
+    assert (progress["training"], progress["step"], progress["steps"], progress["images"]) == ("1-train", 4, 4, 40)
+    assert progress["latest"] == POINT
+    assert progress["seconds_left"] == 0
+    assert value("nst_images_processed_total", stage="train") == before + 40
+    assert value("nst_loss", part="pseudo") == 2
+    assert value("nst_teacher_student_agreement_ratio") == 0.25
+    assert value("nst_training_steps_done") == 4
+    assert value("nst_checkpoint_age_seconds") < 5
+
+
+def test_what_cannot_be_written_stops_nothing_and_is_said_once(tmp_path, monkeypatch):
+    class Full(LocalStore):
+        def put(self, key, data):
+            raise StoreError(f"{key}: no space left on device")
+
+    monkeypatch.setattr(monitor, "PROGRESS_SECONDS", 0.0)
+    with capture_logs() as logs:
+        full = Monitor(Full(tmp_path))
+        watch(full, steps=50)
+        assert full.keep("not-finite.json", {}) is None
+    assert [entry["event"] for entry in logs if entry["log_level"] == "warning"] == [
+        "progress cannot be written; training goes on",
+        "cannot be written",
+    ]
+
+
+def test_tensorboard_has_the_whole_history_once(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for _ in range(2):  # a continued training writes it again
+        watch(Monitor(LocalStore(tmp_path), name="1-train", tensorboard=True))
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "1-train"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(2, 3.0)]
+    assert "agreement" in events.Tags()["scalars"]
+
+
+def test_without_tensorboard_its_setting_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(ConfigError, match=r"train.tensorboard: TensorBoard is not installed; pip install 'noisy-student\[tens"):
+        Monitor(LocalStore(tmp_path), tensorboard=True)

@@ -1,0 +1,127 @@
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+from ns.config.schema import OptimizerConfig
+from ns.training.optim import learning_rate, make_optimizer, parameter_groups
+
+
+def rate(step: int, config: OptimizerConfig, *, steps: int = 3500, batch: int = 256) -> float:
+    return learning_rate(step, steps=steps, steps_per_epoch=10, labelled_batch=batch, config=config)
+
+
+def test_peak_learning_rate_is_the_papers_at_batch_2048():
+    config = OptimizerConfig(warmup_epochs=0)
+    assert rate(0, config, batch=2048) == pytest.approx(0.128)
+
+
+def test_warm_up_rises_linearly_from_zero_over_its_epochs():
+    config = OptimizerConfig(warmup_epochs=5)
+    assert rate(0, config) == 0
+    assert rate(25, config) == pytest.approx(0.008)
+
+
+def test_staircase_falls_every_2_4_epochs_of_350_and_ends_at_the_papers_factor():
+    config = OptimizerConfig(warmup_epochs=0)
+    assert rate(23, config) == pytest.approx(0.016)
+    assert rate(24, config) == pytest.approx(0.016 * 0.97)
+    # 145 drops, final factor 0.0121 (noisy_student.md §1.4)
+    assert rate(3499, config) / 0.016 == pytest.approx(0.0121, abs=5e-5)
+
+
+def test_the_decay_clock_runs_during_warm_up():
+    with_warmup, without = OptimizerConfig(warmup_epochs=5), OptimizerConfig(warmup_epochs=0)
+    assert rate(100, with_warmup) == rate(100, without)
+
+
+def test_cosine_ends_near_zero():
+    config = OptimizerConfig(schedule="cosine", warmup_epochs=0)
+    assert rate(0, config) == pytest.approx(0.016)
+    assert rate(1750, config) == pytest.approx(0.008)
+    assert rate(3499, config) < 1e-6
+
+
+def test_the_staircase_can_be_given_in_epochs():
+    """SVHN's script: × 0.97 every 1.3716 of 202.3 epochs (noisy_student.md §5)."""
+    config = OptimizerConfig(warmup_epochs=0, staircase_epochs=1.3716, staircase_factor=0.5)
+    for step in (0, 13, 14, 27, 28, 200):
+        assert rate(step, config, steps=2023) == pytest.approx(0.016 * 0.5 ** np.floor(step / 13.716))
+
+
+def test_cosine_starts_where_the_warm_up_ends():
+    config = OptimizerConfig(schedule="cosine", warmup_epochs=5)
+    for step in range(50, 3500, 69):
+        assert rate(step, config) == pytest.approx(0.008 * (1 + np.cos(np.pi * (step - 50) / 3450)))
+
+
+def test_weight_decay_spares_batch_norm_only():
+    network = timm.create_model("test_efficientnet", num_classes=3)
+    decayed, exempt = parameter_groups(network, 1e-5)
+    names = {id(p): name for name, p in network.named_parameters()}
+    exempt_names = {names[id(p)] for p in exempt["params"]}
+    assert all(".bn" in f".{name}" for name in exempt_names)
+    decayed_names = {names[id(p)] for p in decayed["params"]}
+    assert "classifier.bias" in decayed_names  # biases are decayed, as in the reference code
+    assert not any(".bn" in f".{name}" for name in decayed_names)
+    assert exempt["weight_decay"] == 0
+    assert len(decayed_names) + len(exempt_names) == len(names)
+
+
+def trace(config: OptimizerConfig, update) -> None:
+    """Compares the optimiser with `update(state, gradient, lr)` on a dense float64 `state["w"]`, over 30 steps."""
+    rng = np.random.default_rng(0)
+    layer = nn.Linear(3, 4, bias=False)
+    state = {"w": layer.weight.detach().double().numpy().copy(), "t": 0}
+    optimizer = make_optimizer(layer, config)
+    for step in range(30):
+        gradient, lr = rng.normal(size=(4, 3)), 0.1 / (1 + step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        layer.weight.grad = torch.from_numpy(gradient).float()
+        optimizer.step()
+        state["t"] += 1
+        update(state, gradient, lr)
+        np.testing.assert_allclose(layer.weight.detach().numpy(), state["w"], rtol=1e-4, atol=1e-5)
+
+
+def test_rmsprop_has_tensorflow_semantics():
+    """TF1: ms ← 0.9 ms + 0.1 g² from ms = 1; mom ← 0.9 mom + lr·g / √(ms + ε); w ← w − mom; weight decay is part of g."""
+
+    def update(state, gradient, lr):
+        gradient = gradient + 0.01 * state["w"]
+        state["ms"] = 0.9 * state.get("ms", 1.0) + 0.1 * gradient**2
+        state["mom"] = 0.9 * state.get("mom", 0.0) + lr * gradient / np.sqrt(state["ms"] + 1e-3)
+        state["w"] -= state["mom"]
+
+    trace(OptimizerConfig(weight_decay=0.01), update)
+
+
+def test_rmsprop_takes_other_constants():
+    def update(state, gradient, lr):
+        state["ms"] = 0.99 * state.get("ms", 1.0) + 0.01 * gradient**2
+        state["mom"] = 0.5 * state.get("mom", 0.0) + lr * gradient / np.sqrt(state["ms"] + 0.1)
+        state["w"] -= state["mom"]
+
+    trace(OptimizerConfig(weight_decay=0.0, rms_decay=0.99, rms_epsilon=0.1, momentum=0.5), update)
+
+
+def test_sgd_has_nesterovs_momentum_and_weight_decay_in_the_gradient():
+    def update(state, gradient, lr):
+        gradient = gradient + 0.01 * state["w"]
+        state["mom"] = 0.9 * state["mom"] + gradient if "mom" in state else gradient
+        state["w"] -= lr * (gradient + 0.9 * state["mom"])
+
+    trace(OptimizerConfig(name="sgd", weight_decay=0.01), update)
+
+
+def test_adamw_decays_weights_apart_from_the_gradient():
+    def update(state, gradient, lr):
+        state["m"] = 0.9 * state.get("m", 0.0) + 0.1 * gradient
+        state["v"] = 0.999 * state.get("v", 0.0) + 0.001 * gradient**2
+        state["w"] *= 1 - lr * 0.01
+        mean, square = state["m"] / (1 - 0.9 ** state["t"]), state["v"] / (1 - 0.999 ** state["t"])
+        state["w"] -= lr * mean / (np.sqrt(square) + 1e-8)
+
+    trace(OptimizerConfig(name="adamw", weight_decay=0.01), update)
