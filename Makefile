@@ -69,7 +69,7 @@ bench-data: $(VENV)/.bench ## Measure how fast images reach the model (ARGS="--q
 bench-train: $(VENV)/.bench ## Measure how fast the training loop is (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.train $(ARGS)
 
-bench-label: $(VENV)/.bench ## Measure how fast a pool is labelled (ARGS="--quick")
+bench-label: $(VENV)/.bench ## Measure how fast a pool is labeled (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.label $(ARGS)
 
 bench-select: $(VENV)/.bench ## Measure what a selection from millions of labels costs (ARGS="--quick")

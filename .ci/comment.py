@@ -24,7 +24,7 @@ LIMIT = 65_000
 SECONDS = 30
 
 
-class Host:
+class CodeHost:
     """The requests of one project, in the words of either host."""
 
     def __init__(self, environment: dict[str, str]) -> None:
@@ -46,27 +46,27 @@ class Host:
             # GitHub looks for branches of an owner.
             self.owner = environment["GITHUB_REPOSITORY"].partition("/")[0] + ":"
 
-    def number(self, branch: str) -> int | None:
+    def find_request(self, branch: str) -> int | None:
         """Of the open request of a branch."""
         query = {name: value or self.owner + branch for name, value in self.query.items()}
-        found = self._ask("GET", f"{self.requests}?{urllib.parse.urlencode(query)}")
-        return int(found[0][self.id]) if found else None
+        requests = self._send_request("GET", f"{self.requests}?{urllib.parse.urlencode(query)}")
+        return int(requests[0][self.id]) if requests else None
 
-    def say(self, number: int, marker: str, text: str) -> str:
+    def write_comment(self, number: int, marker: str, text: str) -> str:
         """Writes the comment, or changes the one that is there. Returns which of them."""
         page = 1
-        while found := self._ask("GET", f"{self.comments.format(number)}?per_page=100&page={page}"):
-            for comment in found:
+        while comments := self._send_request("GET", f"{self.comments.format(number)}?per_page=100&page={page}"):
+            for comment in comments:
                 if comment["body"].startswith(marker):
                     if comment["body"].strip() == text.strip():
                         return "unchanged"
-                    self._ask(self.verb, self.comment.format(number, comment["id"]), {"body": text})
+                    self._send_request(self.verb, self.comment.format(number, comment["id"]), {"body": text})
                     return "changed"
             page += 1
-        self._ask("POST", self.comments.format(number), {"body": text})
+        self._send_request("POST", self.comments.format(number), {"body": text})
         return "new"
 
-    def _ask(self, method: str, path: str, body: dict[str, str] | None = None) -> Any:
+    def _send_request(self, method: str, path: str, body: dict[str, str] | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
         headers = {**self.headers, "Content-Type": "application/json", "User-Agent": "noisy-student"}
         request = urllib.request.Request(f"{self.base}/{path}", data, headers, method=method)
@@ -80,7 +80,7 @@ class Host:
             sys.exit(f"error: {method} {self.base}/{path}: {getattr(error, 'reason', error)}; try again")
 
 
-def shortened(text: str) -> str:
+def shorten_text(text: str) -> str:
     """As much of a text as a comment takes, whole lines."""
     if len(text) <= LIMIT:
         return text
@@ -94,20 +94,20 @@ def main() -> int:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--number", type=int, help="of the request")
     which.add_argument("--branch", help="of the request")
-    asked = parser.parse_args()
-    if not re.fullmatch(r"[a-z0-9-]+", asked.marker):
-        parser.error(f"marker {asked.marker!r}: must be lower-case letters, digits and hyphens")
+    options = parser.parse_args()
+    if not re.fullmatch(r"[a-z0-9-]+", options.marker):
+        parser.error(f"marker {options.marker!r}: must be lower-case letters, digits and hyphens")
     try:
-        host = Host(dict(os.environ))
+        host = CodeHost(dict(os.environ))
     except KeyError as error:
         sys.exit(f"error: {error.args[0]}: is not set; this runs in a job of GitHub Actions or GitLab CI")
-    number = asked.number or host.number(asked.branch)
+    number = options.number or host.find_request(options.branch)
     if number is None:
-        sys.stderr.write(f"no open request of branch {asked.branch}: nothing to say\n")
+        sys.stderr.write(f"no open request of branch {options.branch}: nothing to say\n")
         return 0
-    marker = f"<!-- noisy-student: {asked.marker} -->"
-    done = host.say(number, marker, shortened(f"{marker}\n{asked.file.read_text()}"))
-    sys.stderr.write(f"comment on request {number}: {done}\n")
+    marker = f"<!-- noisy-student: {options.marker} -->"
+    outcome = host.write_comment(number, marker, shorten_text(f"{marker}\n{options.file.read_text()}"))
+    sys.stderr.write(f"comment on request {number}: {outcome}\n")
     return 0
 
 

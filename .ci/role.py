@@ -43,10 +43,10 @@ def main() -> int:
         sys.exit(f"error: {url}: {error.code}: {said}; does {role} trust this project's tokens?")
     except (urllib.error.URLError, TimeoutError, ElementTree.ParseError) as error:
         sys.exit(f"error: {url}: {getattr(error, 'reason', error)}; NS_STS_URL says where the service is")
-    found = {NAMES[name]: part.text for part in root.iter() if (name := part.tag.rpartition("}")[2]) in NAMES and part.text}
-    if len(found) < len(NAMES):
+    keys = {NAMES[name]: part.text for part in root.iter() if (name := part.tag.rpartition("}")[2]) in NAMES and part.text}
+    if len(keys) < len(NAMES):
         sys.exit(f"error: {url}: gave no keys for {role}")
-    sys.stdout.write("".join(f"export {name}={shlex.quote(value)}\n" for name, value in found.items()))
+    sys.stdout.write("".join(f"export {name}={shlex.quote(value)}\n" for name, value in keys.items()))
     return 0
 
 

@@ -26,19 +26,19 @@ from rich.table import Table
 from sklearn.datasets import load_sample_images
 from torch.utils.data import DataLoader
 
-from benchmarks.measure import CIFAR10, arguments, finish, rates, ratio
+from benchmarks.measure import CIFAR10, measure_rates, paired_ratio, parse_arguments, write_benchmark
 from ns.config.schema import NoiseConfig
 from ns.data.augment.randaugment import RandAugment
 from ns.data.augment.transforms import EvalTransform, TrainTransform
 from ns.data.dataset import Dataset
-from ns.data.importing.ingest import Limits, import_images
+from ns.data.importing.ingest import ImportLimits, import_images
 from ns.data.importing.writer import ShardWriter
 from ns.data.loading import shard_reader as ns_images
-from ns.data.loading.decode import room
-from ns.data.loading.sampler import Order
+from ns.data.loading.decode import allocate_images
+from ns.data.loading.sampler import ShardShuffle
 from ns.data.loading.shard_reader import ImageSource
-from ns.data.loading.stream import Batches, Labelled, loader
-from ns.data.shards import read_index
+from ns.data.loading.stream import LabeledImages, TrainingBatches, iterate_batches
+from ns.data.shards import read_samples
 from ns.storage import LocalStore, Store
 
 BATCH = 250
@@ -48,8 +48,8 @@ Run = Callable[[], int]
 
 
 def main() -> None:
-    options = arguments(__doc__ or "")
-    rounds = 5 if options.quick else 15
+    options = parse_arguments(__doc__ or "")
+    rounds = 5 if options.run_quick else 15
     console = Console(width=120)
     torch.set_num_threads(1)
     # Everything is read and decoded anew in each round.
@@ -57,79 +57,93 @@ def main() -> None:
     table = Table("what", "ours, images/s", "theirs, images/s", "ours ÷ theirs", "least … greatest")
     figures: dict[str, float] = {}
 
-    def compare(figure: str, what: str, ours: Run, theirs: Run, count: int = rounds) -> None:
+    def add_comparison(figure: str, what: str, ours: Run, theirs: Run, count: int = rounds) -> None:
         # Once to warm up: page cache, imports, lazily made tables.
         ours(), theirs()
-        found = rates({"ours": ours, "theirs": theirs}, count)
-        median, least, greatest = ratio(found, "ours", "theirs")
+        measured = measure_rates({"ours": ours, "theirs": theirs}, count)
+        median, least, greatest = paired_ratio(measured, "ours", "theirs")
         figures[figure] = round(median, 4)
-        speed = [f"{statistics.median(found[name]):,.0f}" for name in ("ours", "theirs")]
+        speed = [f"{statistics.median(measured[name]):,.0f}" for name in ("ours", "theirs")]
         table.add_row(f"{figure}\n[dim]{what}[/]", *speed, f"{median:.2f}", f"{least:.2f} … {greatest:.2f}")
 
     with tempfile.TemporaryDirectory() as scratch:
-        place = Path(scratch)
+        folder = Path(scratch)
         if not CIFAR10.exists():
             console.print(f"{CIFAR10} is not there: made-up images stand in for it", style="yellow")
-        folders = small_folders(place / "folders", 4_000 if options.quick else 10_000)
-        small = LocalStore(place / "small")
-        data = import_images(str(folders), small, name="small", role="labelled", limits=Limits(shard_samples=2_000), workers=2)
-        large = LocalStore(place / "large")
-        photographs = large_images(large, 100 if options.quick else 400)
-
-        pool = LocalStore(place / "pool")
-        unlabelled = import_images(
-            str(folders), pool, name="pool", role="unlabelled", limits=Limits(shard_samples=2_000), workers=2
+        folders = make_small_folders(folder / "folders", 4_000 if options.run_quick else 10_000)
+        small = LocalStore(folder / "small")
+        data = import_images(
+            str(folders), small, name="small", role="labeled", limits=ImportLimits(shard_samples=2_000), workers=2
         )
-        limit = bare(small, data, room(BATCH, 32))
-        compare(
+        large = LocalStore(folder / "large")
+        photographs = make_large_images(large, 100 if options.run_quick else 400)
+
+        pool = LocalStore(folder / "pool")
+        unlabeled = import_images(
+            str(folders), pool, name="pool", role="unlabeled", limits=ImportLimits(shard_samples=2_000), workers=2
+        )
+        limit = make_bare_decoder(small, data, allocate_images(BATCH, 32))
+        add_comparison(
             "decode_ratio_32px",
-            "labelling's stream ÷ simplejpeg on bytes in memory",
-            stream(pool, unlabelled, shuffled=False),
+            "labeling's stream ÷ simplejpeg on bytes in memory",
+            make_stream(pool, unlabeled, shuffled=False),
             limit,
         )
-        compare("decode_ratio_32px_shuffled", "training's stream ÷ the same", stream(small, data, shuffled=True), limit)
-        compare(
+        add_comparison(
+            "decode_ratio_32px_shuffled", "training's stream ÷ the same", make_stream(small, data, shuffled=True), limit
+        )
+        add_comparison(
             "decode_ratio_large",
             f"training's stream ÷ the same, {LARGE_PX[0]} x {LARGE_PX[1]} px of {photographs.bytes / photographs.samples / 1000:.0f} kB",
-            decoded(large, photographs),
-            bare(large, photographs, [None] * BATCH),
+            make_decoder(large, photographs),
+            make_bare_decoder(large, photographs, [None] * BATCH),
         )
         for size in (224, 96):
-            compare(
+            add_comparison(
                 f"resized_crop_{size}px_vs_pillow",
                 "decoded as small as will do, cropped and resized ÷ Pillow and torchvision",
-                resized(large, photographs, size),
-                pillow_resized(large, photographs, size),
+                make_resizer(large, photographs, size),
+                make_pillow_resizer(large, photographs, size),
             )
         plain = NoiseConfig(randaugment_layers=0, crop="none", flip=False)
         noisy = NoiseConfig(randaugment_layers=2, randaugment_magnitude=6, crop="pad")
-        few = 3 if options.quick else 7
-        compare(
+        few = 3 if options.run_quick else 7
+        add_comparison(
             "vs_imagefolder",
             "shuffled batches ÷ torchvision's ImageFolder",
-            trained(small, data, plain),
-            image_folder(folders),
+            make_training_loader(small, data, plain),
+            make_imagefolder_loader(folders),
             few,
         )
-        compare("vs_timm", "with RandAugment and crop ÷ timm's loader", trained(small, data, noisy), timm_loader(folders), few)
-        compare(
-            "vs_webdataset", "shuffled batches ÷ webdataset on our tars", trained(small, data, plain), web(small, data), few
+        add_comparison(
+            "vs_timm",
+            "with RandAugment and crop ÷ timm's loader",
+            make_training_loader(small, data, noisy),
+            make_timm_loader(folders),
+            few,
         )
-        from_s3(small, data, place, plain, compare, few)
+        add_comparison(
+            "vs_webdataset",
+            "shuffled batches ÷ webdataset on our tars",
+            make_training_loader(small, data, plain),
+            make_webdataset_loader(small, data),
+            few,
+        )
+        compare_s3(small, data, folder, plain, add_comparison, few)
         for size in (32, 224):
-            augment(size, compare, rounds)
+            compare_augment(size, add_comparison, rounds)
     console.print(table)
-    finish("data", figures, options, table)
+    write_benchmark("data", figures, options, table)
 
 
-def small_folders(folder: Path, count: int) -> Path:
+def make_small_folders(folder: Path, count: int) -> Path:
     """CIFAR-10's test images, or made-up ones, as class folders."""
     if CIFAR10.exists():
         source = LocalStore(folder.with_name("imported"))
-        data = import_images(str(CIFAR10), source, name="c", role="labelled", limits=Limits(shard_samples=1000), workers=2)
+        data = import_images(str(CIFAR10), source, name="c", role="labeled", limits=ImportLimits(shard_samples=1000), workers=2)
         for shard in data.shards[: count // 1000]:
             path = source.path(shard.name)
-            for sample in read_index(path):
+            for sample in read_samples(path):
                 target = folder / f"{sample.key}.jpg"
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(path.read_bytes()[sample.offset : sample.offset + sample.size])
@@ -143,7 +157,7 @@ def small_folders(folder: Path, count: int) -> Path:
     return folder
 
 
-def large_images(store: Store, count: int) -> Dataset:
+def make_large_images(store: Store, count: int) -> Dataset:
     """Cuts from scikit-learn's two photographs, as ImageNet's are: 500 x 375 px, about 110 kB."""
     rng = np.random.default_rng(0)
     photographs = [
@@ -156,125 +170,127 @@ def large_images(store: Store, count: int) -> Dataset:
             grain = np.asarray(cut).astype(np.int16) + rng.normal(0, 6, (LARGE_PX[1], LARGE_PX[0], 1)).astype(np.int16)
             sink = io.BytesIO()
             Image.fromarray(grain.clip(0, 255).astype(np.uint8)).save(sink, "JPEG", quality=95)
-            writer.add(f"{number:05d}", "jpg", sink.getvalue(), number % 2)
-    dataset = Dataset(name="large", role="labelled", classes=("a", "b"), shards=writer.shards)
+            writer.add_image(f"{number:05d}", "jpg", sink.getvalue(), number % 2)
+    dataset = Dataset(name="large", role="labeled", classes=("a", "b"), shards=writer.shards)
     dataset.save(store)
     return dataset
 
 
-def stream(folder: Store, data: Dataset, *, shuffled: bool) -> Run:
-    """An epoch into a batch, in the order of the tars as labelling reads it, or in that of training."""
-    source = ImageSource(folder, data)
-    order = Order([np.ones(shard.samples, np.uint8) for shard in data.shards], (0, 0))
+def make_stream(store: Store, data: Dataset, *, shuffled: bool) -> Run:
+    """An epoch into a batch, in the order of the tars as labeling reads it, or in that of training."""
+    source = ImageSource(store, data)
+    order = ShardShuffle([np.ones(shard.samples, np.uint8) for shard in data.shards], (0, 0))
     transform = EvalTransform(32, "none", 0)
-    batch = room(BATCH, 32)
+    batch = allocate_images(BATCH, 32)
 
-    def run() -> int:
+    def run_epoch() -> int:
         if not shuffled:
             for shard in range(len(data.shards)):
                 for start in range(0, data.shards[shard].samples, BATCH):
                     stop = min(start + BATCH, data.shards[shard].samples)
-                    transform.batch(list(source.encoded(shard, start, stop)), batch)
+                    transform.transform_batch(list(source.read_encoded(shard, start, stop)), batch)
             return data.samples
         for start in range(0, data.samples, BATCH):
-            source.fetch_ahead(order.ahead(start))
-            places = order.take(start, min(BATCH, data.samples - start))
-            transform.batch([source.image(*place) for place in places], batch)  # type: ignore[misc]
+            source.fetch_ahead(order.prefetch(start))
+            positions = order.positions(start, min(BATCH, data.samples - start))
+            transform.transform_batch([source.read_image(*position) for position in positions], batch)  # type: ignore[misc]
         return data.samples
 
-    return run
+    return run_epoch
 
 
-def decoded(folder: Store, data: Dataset) -> Run:
+def make_decoder(store: Store, data: Dataset) -> Run:
     """An epoch in shuffled order, decoded whole: what resizes images begins here."""
-    source = ImageSource(folder, data)
-    order = Order([np.ones(shard.samples, np.uint8) for shard in data.shards], (0, 0))
+    source = ImageSource(store, data)
+    order = ShardShuffle([np.ones(shard.samples, np.uint8) for shard in data.shards], (0, 0))
 
-    def run() -> int:
+    def run_epoch() -> int:
         for start in range(0, data.samples, BATCH):
-            source.fetch_ahead(order.ahead(start))
-            for place in order.take(start, min(BATCH, data.samples - start)):
-                source.pixels(*place)
+            source.fetch_ahead(order.prefetch(start))
+            for position in order.positions(start, min(BATCH, data.samples - start)):
+                source.read_pixels(*position)
         return data.samples
 
-    return run
+    return run_epoch
 
 
-def resized(folder: Store, data: Dataset, size: int) -> Run:
+def make_resizer(store: Store, data: Dataset, size: int) -> Run:
     """The same with a random crop resized to `size` px."""
-    source = ImageSource(folder, data)
+    source = ImageSource(store, data)
     transform = TrainTransform(NoiseConfig(randaugment_layers=0, crop="resized"), size)
     rng = np.random.default_rng(0)
 
-    def run() -> int:
+    def run_epoch() -> int:
         for shard in range(len(data.shards)):
             for row in range(data.shards[shard].samples):
-                transform(source.image(shard, row), rng)
+                transform(source.read_image(shard, row), rng)
         return data.samples
 
-    return run
+    return run_epoch
 
 
-def pillow_resized(folder: Store, data: Dataset, size: int) -> Run:
+def make_pillow_resizer(store: Store, data: Dataset, size: int) -> Run:
     """As torchvision users do it."""
     from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
-    source = ImageSource(folder, data)
+    source = ImageSource(store, data)
     crop = RandomResizedCrop(size, interpolation=InterpolationMode.BICUBIC)
 
-    def run() -> int:
+    def run_epoch() -> int:
         for shard in range(len(data.shards)):
             for row in range(data.shards[shard].samples):
-                crop(Image.open(io.BytesIO(source.image(shard, row).data)).convert("RGB"))  # type: ignore[union-attr]
+                crop(Image.open(io.BytesIO(source.read_image(shard, row).data)).convert("RGB"))  # type: ignore[union-attr]
         return data.samples
 
-    return run
+    return run_epoch
 
 
-def bare(folder: Store, data: Dataset, batch: Any) -> Run:
+def make_bare_decoder(store: Store, data: Dataset, batch: Any) -> Run:
     """The same bytes, in memory already, through the same decoder with the same settings, into a batch if there is one."""
     blobs = []
     for shard in data.shards:
-        tar = folder.get(shard.name)
-        blobs += [tar[sample.offset : sample.offset + sample.size] for sample in read_index(folder.path(shard.name))]
+        tar = store.get(shard.name)
+        blobs += [tar[sample.offset : sample.offset + sample.size] for sample in read_samples(store.path(shard.name))]
 
-    def run() -> int:
+    def run_epoch() -> int:
         for start in range(0, len(blobs), BATCH):
-            for blob, out in zip(blobs[start : start + BATCH], batch, strict=False):
+            for blob, out in zip(blobs[start : start + BATCH], batch, make_strict=False):
                 simplejpeg.decode_jpeg(blob, "RGB", False, False, 0, 0, 1, out)
         return len(blobs)
 
-    return run
+    return run_epoch
 
 
-def drain(batches: Iterator[Any]) -> int:
+def drain_batches(batches: Iterator[Any]) -> int:
     return sum(len(batch[0]) for batch in batches)
 
 
-def trained(folder: Store, data: Dataset, noise: NoiseConfig) -> Run:
-    labelled = Labelled(folder, data)
+def make_training_loader(store: Store, data: Dataset, noise: NoiseConfig) -> Run:
+    labeled_set = LabeledImages(store, data)
 
-    def run() -> int:
+    def run_epoch() -> int:
         transform = TrainTransform(noise, 32)
-        made = Batches(labelled, None, transform, batch=BATCH, pseudo_batch=0, classes=len(data.classes), seed=0)
-        return drain(loader(made, start=0, stop=data.samples // BATCH, workers=1, pin_memory=False))
+        batches = TrainingBatches(
+            labeled_set, None, transform, batch_size=BATCH, pseudo_batch_size=0, num_classes=len(data.classes), seed=0
+        )
+        return drain_batches(iterate_batches(batches, start=0, stop=data.samples // BATCH, workers=1, pin_memory=False))
 
-    return run
+    return run_epoch
 
 
-def image_folder(folder: Path) -> Run:
+def make_imagefolder_loader(folder: Path) -> Run:
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import PILToTensor
 
     dataset = ImageFolder(str(folder), PILToTensor())
-    return lambda: drain(iter(DataLoader(dataset, BATCH, shuffle=True, num_workers=1, drop_last=True)))
+    return lambda: drain_batches(iter(DataLoader(dataset, BATCH, shuffle=True, num_workers=1, drop_last=True)))
 
 
-def timm_loader(folder: Path) -> Run:
+def make_timm_loader(folder: Path) -> Run:
     from timm.data import create_loader
     from timm.data.dataset import ImageDataset
 
-    made = create_loader(
+    batches = create_loader(
         ImageDataset(str(folder)),
         input_size=(3, 32, 32),
         batch_size=BATCH,
@@ -286,24 +302,26 @@ def timm_loader(folder: Path) -> Run:
         num_workers=1,
         persistent_workers=False,
     )
-    return lambda: drain(iter(made))
+    return lambda: drain_batches(iter(batches))
 
 
-def web(folder: LocalStore, data: Dataset) -> Run:
+def make_webdataset_loader(store: LocalStore, data: Dataset) -> Run:
     import webdataset as wds
 
-    tars = [str(folder.path(shard.name)) for shard in data.shards]
-    made = (
+    tars = [str(store.path(shard.name)) for shard in data.shards]
+    samples = (
         wds.WebDataset(tars, shardshuffle=len(tars), empty_check=False)
         .shuffle(1000)
-        .decode("rgb8")
+        .decode_image("rgb8")
         .to_tuple("jpg", "cls")
         .batched(BATCH)
     )
-    return lambda: drain(iter(DataLoader(made, batch_size=None, num_workers=1)))
+    return lambda: drain_batches(iter(DataLoader(samples, batch_size=None, num_workers=1)))
 
 
-def from_s3(folder: Store, data: Dataset, place: Path, noise: NoiseConfig, compare: Callable[..., None], rounds: int) -> None:
+def compare_s3(
+    local_store: Store, data: Dataset, scratch_folder: Path, noise: NoiseConfig, compare: Callable[..., None], rounds: int
+) -> None:
     """Our loader from a server on this machine, its cache empty and filled, against the same from a folder."""
     from minio import Minio
     from moto.server import ThreadedMotoServer
@@ -318,27 +336,27 @@ def from_s3(folder: Store, data: Dataset, place: Path, noise: NoiseConfig, compa
         "AWS_ENDPOINT_URL": f"http://{host}:{port}",
         "AWS_ACCESS_KEY_ID": "key",
         "AWS_SECRET_ACCESS_KEY": "secret",
-        "NS_CACHE_DIR": str(place / "cache"),
+        "NS_CACHE_DIR": str(scratch_folder / "cache"),
     }
     client = Minio(endpoint=f"{host}:{port}", access_key="key", secret_key="secret", secure=False, region="us-east-1")
     client.make_bucket(bucket_name="bench")
     store = S3Store("s3://bench/small")
-    for key in folder.list():
-        store.put(key, folder.get(key))
+    for key in local_store.list():
+        store.put(key, local_store.get(key))
     numbers = iter(range(1_000_000))
 
-    def cold() -> int:
-        os.environ["NS_CACHE_DIR"] = str(place / f"cache-{next(numbers)}")
-        return trained(store, data, noise)()
+    def run_cold() -> int:
+        os.environ["NS_CACHE_DIR"] = str(scratch_folder / f"cache-{next(numbers)}")
+        return make_training_loader(store, data, noise)()
 
-    warm = trained(store, data, noise)
-    local = trained(folder, data, noise)
-    compare("s3_cold_vs_folder", "from S3 with an empty cache ÷ from a folder", cold, local, rounds)
+    warm = make_training_loader(store, data, noise)
+    local = make_training_loader(local_store, data, noise)
+    compare("s3_cold_vs_folder", "from S3 with an empty cache ÷ from a folder", run_cold, local, rounds)
     compare("s3_warm_vs_folder", "from S3 with a full cache ÷ from a folder", warm, local, rounds)
     server.stop()
 
 
-def augment(size: int, compare: Callable[..., None], rounds: int) -> None:
+def compare_augment(size: int, compare: Callable[..., None], rounds: int) -> None:
     """RandAugment alone, two operations at magnitude 9, on decoded images."""
     from timm.data.auto_augment import rand_augment_transform
     from torchvision.transforms import v2
@@ -352,21 +370,27 @@ def augment(size: int, compare: Callable[..., None], rounds: int) -> None:
     pillow = rand_augment_transform("rand-m9-n2", {})
     torchvision = v2.RandAugment(2, 9)
 
-    def over(items: list[Any], work: Callable[[Any], Any]) -> Run:
-        def run() -> int:
+    def make_item_run(items: list[Any], work: Callable[[Any], Any]) -> Run:
+        def run_items() -> int:
             for item in islice(items, count):
                 work(item)
             return count
 
-        return run
+        return run_items
 
-    mine = over(pictures, lambda picture: ours(picture, rng))
-    compare(f"randaugment_vs_pillow_{size}px", "RandAugment alone ÷ timm's, on Pillow", mine, over(pictures, pillow), rounds)
+    mine = make_item_run(pictures, lambda picture: ours(picture, rng))
+    compare(
+        f"randaugment_vs_pillow_{size}px",
+        "RandAugment alone ÷ timm's, on Pillow",
+        mine,
+        make_item_run(pictures, pillow),
+        rounds,
+    )
     compare(
         f"randaugment_vs_torchvision_{size}px",
         "RandAugment alone ÷ torchvision v2's, on tensors",
         mine,
-        over(tensors, torchvision),
+        make_item_run(tensors, torchvision),
         rounds,
     )
 

@@ -23,31 +23,31 @@ PACKAGES = ("numpy", "pillow", "pyarrow", "timm", "torch", "torchvision")
 """Whose versions move figures."""
 
 
-def arguments(about: str) -> argparse.Namespace:
+def parse_arguments(about: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a minute at most: for guarding against large regressions")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     parser.add_argument("--keep", action="store_true", help="write figures and tables to benchmarks/results; not with --quick")
     options = parser.parse_args()
-    if options.keep and options.quick:
+    if options.keep and options.run_quick:
         parser.error("--keep: a quick run is too rough to be kept; leave --quick out")
     return options
 
 
-def rates(contestants: Mapping[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
-    """Units a second of each contestant in each round. They take turns, so that a neighbour on the machine disturbs all alike."""
-    found: dict[str, list[float]] = {name: [] for name in contestants}
+def measure_rates(contestants: Mapping[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
+    """Units a second of each contestant in each round. They take turns, so that a neighbor on the machine disturbs all alike."""
+    measured: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, run in contestants.items():
             started = time.perf_counter()
             count = run()
-            found[name].append(count / (time.perf_counter() - started))
-    return found
+            measured[name].append(count / (time.perf_counter() - started))
+    return measured
 
 
-def ratio(found: Mapping[str, list[float]], ours: str, theirs: str) -> tuple[float, float, float]:
+def paired_ratio(measured: Mapping[str, list[float]], ours: str, theirs: str) -> tuple[float, float, float]:
     """Median, least and greatest of ours ÷ theirs, paired by round."""
-    pairs = [a / b for a, b in zip(found[ours], found[theirs], strict=True)]
+    pairs = [a / b for a, b in zip(measured[ours], measured[theirs], make_strict=True)]
     return statistics.median(pairs), min(pairs), max(pairs)
 
 
@@ -62,11 +62,11 @@ def draw_tables(images: Path, counts: Mapping[str, int], seed: int) -> dict[str,
         for part, count in counts.items():
             label = "" if part == "pool" else f",{category.name}"
             # One image of each class between two parts is in none of them: so the tables were that the kept results come from.
-            rows[part] += [f"{files[index]}{label}" for index, _ in zip(order, range(count), strict=False)]
+            rows[part] += [f"{files[index]}{label}" for index, _ in zip(order, range(count), make_strict=False)]
     return {part: "\n".join(lines) + "\n" for part, lines in rows.items()}
 
 
-def machine() -> dict[str, Any]:
+def describe_benchmark_machine() -> dict[str, Any]:
     import torch  # four hundred MiB that not every benchmark needs
 
     model = ""
@@ -82,39 +82,39 @@ def machine() -> dict[str, Any]:
     }
 
 
-def finish(name: str, figures: Mapping[str, float], options: argparse.Namespace, *tables: Table) -> None:
+def write_benchmark(name: str, figures: Mapping[str, float], options: argparse.Namespace, *tables: Table) -> None:
     """Writes what the benchmark called `name` found, as `options` ask: figures, the machine, the tables that were shown."""
-    found = {
+    result = {
         "command": f"python -m benchmarks.{name}",
         "measured": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
+        "machine": describe_benchmark_machine(),
         "figures": dict(figures),
     }
-    document = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+    document = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
     if options.json:
         options.json.write_text(document)
     if options.keep:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{name}.json").write_text(document)
-        (RESULTS / f"{name}.md").write_text(_page(name, found, tables))
+        (RESULTS / f"{name}.md").write_text(_render_page(name, result, tables))
 
 
-def _page(name: str, found: Mapping[str, Any], tables: Sequence[Table]) -> str:
-    facts = ", ".join(f"{fact} {value}" for fact, value in found["machine"].items() if value is not None)
-    parts = [f"# benchmarks.{name}", f"`{found['command']}` on {found['measured']}: {facts}."]
-    parts += [_markdown(table) for table in tables]
+def _render_page(name: str, result: Mapping[str, Any], tables: Sequence[Table]) -> str:
+    machine_text = ", ".join(f"{field} {value}" for field, value in result["machine"].items() if value is not None)
+    parts = [f"# benchmarks.{name}", f"`{result['command']}` on {result['measured']}: {machine_text}."]
+    parts += [_table_to_markdown(table) for table in tables]
     figures = Table("figure", "value")
-    for figure, value in found["figures"].items():
+    for figure, value in result["figures"].items():
         figures.add_row(figure, f"{value:,}")
-    return "\n\n".join([*parts, _markdown(figures)]) + "\n"
+    return "\n\n".join([*parts, _table_to_markdown(figures)]) + "\n"
 
 
-def _markdown(table: Table) -> str:
+def _table_to_markdown(table: Table) -> str:
     rows = [[str(column.header) for column in table.columns], ["---"] * len(table.columns)]
     # What is dim and below on a terminal stands behind a colon: a row is one line here.
     rows += [
         [Text.from_markup(str(cell)).plain.replace("\n", ": ") for cell in cells]
-        for cells in zip(*(column.cells for column in table.columns), strict=True)
+        for cells in zip(*(column.cells for column in table.columns), make_strict=True)
     ]
     title = [f"**{table.title}**", ""] if table.title else []
     return "\n".join([*title, *(f"| {' | '.join(row)} |" for row in rows)])

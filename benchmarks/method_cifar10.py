@@ -9,7 +9,7 @@ each and as many at once as there are cores; the same command continues where it
 
 Teacher and students are of one size, and each student starts from its teacher's weights: 1,800 steps are too few to start from nothing.
 So all that students do is more training than their teacher had, and a **control** stands beside them: it starts from the same teacher, and
-takes as many steps as both students together, with their noise, schedule and images in a step, on the labelled images alone. What the
+takes as many steps as both students together, with their noise, schedule and images in a step, on the labeled images alone. What the
 student has over it is due to the pseudo-labels.
 
     clean_error_reduction   1 - last student's test error ÷ teacher's, mean over the seeds
@@ -36,32 +36,32 @@ import numpy.typing as npt
 import yaml
 from scipy import stats
 
-from benchmarks.measure import CIFAR10, RESULTS, draw_tables, machine
+from benchmarks.measure import CIFAR10, RESULTS, describe_benchmark_machine, draw_tables
 from ns.evaluation.result import MANIFEST, Evaluation, Robustness, read_predictions
-from ns.evaluation.robustness.averages import relative
+from ns.evaluation.robustness.averages import relative_score
 from ns.runs import records as runs
 from ns.storage import LocalStore, Store
 
 SEEDS = (0, 1, 2)
-LABELLED, HELDOUT = 200, 500
+LABELED, HELDOUT = 200, 500
 """Images of a class."""
 FGSM = (1, 2, 4)
 """Of 255. At 32 px the paper's 8 and 16, meant for photographs of 224 px and more, leave nothing of any network."""
 GENERATIONS = 2
 CONTROL = "control"
-LAST = f"student {GENERATIONS}"
+LAST_STUDENT = f"student {GENERATIONS}"
 
 ABOUT = (
-    "{labelled} labelled images of each class, {pool} unlabelled, {heldout} held out for the gate; {seeds} seeds. Clean error on all test "
+    "{labeled} labeled images of each class, {pool} unlabeled, {heldout} held out for the gate; {seeds} seeds. Clean error on all test "
     "images, robustness on {robust_images} of them. ± is half of a 95 % interval over the seeds. mCE and mFR are relative to the teacher. "
-    "The control starts from the teacher and takes the steps of both students, with their noise, on labelled images alone."
+    "The control starts from the teacher and takes the steps of both students, with their noise, on labeled images alone."
 )
 
 
-class Sizes(NamedTuple):
+class ExperimentSizes(NamedTuple):
     """How much is done; `--quick` only shows that all of it works."""
 
-    labelled: int
+    labeled: int
     heldout: int
     pool: int
     test: int
@@ -72,11 +72,11 @@ class Sizes(NamedTuple):
     min_confidence: float = 0.5
 
 
-WHOLE = Sizes(LABELLED, HELDOUT, 4_300, 1_000, teacher_epochs=150, student_epochs=57, robust_images=300, frames=8)
-QUICK = Sizes(20, 20, 60, 10, teacher_epochs=10, student_epochs=3, robust_images=8, frames=3, min_confidence=0.1)
+FULL = ExperimentSizes(LABELED, HELDOUT, 4_300, 1_000, teacher_epochs=150, student_epochs=57, robust_images=300, frames=8)
+QUICK = ExperimentSizes(20, 20, 60, 10, teacher_epochs=10, student_epochs=3, robust_images=8, frames=3, min_confidence=0.1)
 
 
-def experiment(seed: int, tables: Path, sizes: Sizes) -> dict[str, Any]:
+def make_method_experiment(seed: int, tables: Path, sizes: ExperimentSizes) -> dict[str, Any]:
     """The experiment of a seed, as `ns run` reads it."""
     network: dict[str, Any] = {
         "model": {
@@ -99,17 +99,17 @@ def experiment(seed: int, tables: Path, sizes: Sizes) -> dict[str, Any]:
         "seed": seed,
         "generations": GENERATIONS,
         "data": {
-            **{part: str(tables / f"{part}-{seed}.csv") for part in ("labelled", "pool", "heldout")},
+            **{part: str(tables / f"{part}-{seed}.csv") for part in ("labeled", "pool", "heldout")},
             "test": str(tables / "test.csv"),
         },
-        "teacher": {**network, "train": {**training, "labelled_batch": 128, "epochs": sizes.teacher_epochs}},
+        "teacher": {**network, "train": {**training, "labeled_batch": 128, "epochs": sizes.teacher_epochs}},
         "students": [
             {
                 **network,
                 "train": {
                     **training,
-                    "labelled_batch": 64,
-                    "unlabelled_ratio": 3,
+                    "labeled_batch": 64,
+                    "unlabeled_ratio": 3,
                     "pseudo_labels": "hard",
                     "init": "teacher",
                     "epochs": sizes.student_epochs,
@@ -128,21 +128,21 @@ def experiment(seed: int, tables: Path, sizes: Sizes) -> dict[str, Any]:
     }
 
 
-def control_of(document: Mapping[str, Any], teacher: str) -> dict[str, Any]:
-    """The experiment whose first teacher is the control: the students' role, all images of a step labelled, for as many steps as all
+def make_control_experiment(document: Mapping[str, Any], teacher: str) -> dict[str, Any]:
+    """The experiment whose first teacher is the control: the students' role, all images of a step labeled, for as many steps as all
     students take. `teacher`: the place of the model that they start from."""
     student = document["students"][0]
     train = dict(student["train"])
     del train["pseudo_labels"]
-    each = 1 + train.pop("unlabelled_ratio")
-    epochs = train["epochs"] * each * document["generations"]
-    train |= {"labelled_batch": train["labelled_batch"] * each, "epochs": epochs, "init": teacher}
-    # Warming up is counted in epochs of labelled images.
-    train["optimizer"] = {**train["optimizer"], "warmup_epochs": train["optimizer"]["warmup_epochs"] * each}
+    batch_multiple = 1 + train.pop("unlabeled_ratio")
+    epochs = train["epochs"] * batch_multiple * document["generations"]
+    train |= {"labeled_batch": train["labeled_batch"] * batch_multiple, "epochs": epochs, "init": teacher}
+    # Warming up is counted in epochs of labeled images.
+    train["optimizer"] = {**train["optimizer"], "warmup_epochs": train["optimizer"]["warmup_epochs"] * batch_multiple}
     return {**document, "name": CONTROL, "teacher": {**student, "train": train}}
 
 
-def unpack(images: Path, folder: Path) -> None:
+def unpack_archives(images: Path, folder: Path) -> None:
     """Both archives, as class folders."""
     for part in ("train", "test"):
         if not (folder / part).exists():
@@ -151,17 +151,17 @@ def unpack(images: Path, folder: Path) -> None:
             (folder / "unpacking" / part).rename(folder / part)
 
 
-def write_tables(folder: Path, seed: int, sizes: Sizes) -> None:
+def write_seed_tables(folder: Path, seed: int, sizes: ExperimentSizes) -> None:
     """The tables of a seed's images, and that of the test images."""
-    counts = {"labelled": sizes.labelled, "heldout": sizes.heldout, "pool": sizes.pool}
+    counts = {"labeled": sizes.labeled, "heldout": sizes.heldout, "pool": sizes.pool}
     for part, table in draw_tables(folder / "train", counts, seed).items():
         (folder / f"{part}-{seed}.csv").write_text(table)
     categories = sorted((folder / "test").iterdir())
-    test = [f"{path},{one.name}" for one in categories for path in sorted(one.iterdir())[: sizes.test]]
+    test = [f"{path},{image_path.name}" for image_path in categories for path in sorted(image_path.iterdir())[: sizes.test]]
     (folder / "test.csv").write_text("\n".join(["path,label", *test]) + "\n")
 
 
-class Measured(NamedTuple):
+class ModelMeasurement(NamedTuple):
     """A model on the test images."""
 
     correct: npt.NDArray[np.bool_]
@@ -174,57 +174,65 @@ class Measured(NamedTuple):
 
     @property
     def flips(self) -> dict[str, float]:
-        return {kind: one.flip_probability for kind, one in self.robustness.perturbations.items()}
+        return {kind: perturbation.flip_probability for kind, perturbation in self.robustness.perturbations.items()}
 
     @property
     def attacked(self) -> dict[str, float]:
-        return {str(one): one.top1 for one in self.robustness.attacks}
+        return {str(attack): attack.top1 for attack in self.robustness.attacks}
 
 
-def measured(root: Store, run: str, generation: int) -> Measured | None:
+def measure_model(root: Store, run: str, generation: int) -> ModelMeasurement | None:
     """None if the run ended before this generation."""
-    notes = (note for note in runs.notes(root, run) if (note.step, note.generation) == ("evaluate", generation))
-    if (note := next(notes, None)) is None:
+    notes = (
+        stage_record
+        for stage_record in runs.list_stage_notes(root, run)
+        if (stage_record.stage, stage_record.generation) == ("evaluate", generation)
+    )
+    if (stage_record := next(notes, None)) is None:
         return None
-    folder = root.at(note.outputs["test"].rpartition("/")[0])
-    rows = read_predictions(folder, Evaluation.read(folder, MANIFEST)).sort_by("key")
+    folder = root.at(stage_record.outputs["test"].rpartition("/")[0])
+    rows = read_predictions(folder, Evaluation.load_file(folder, MANIFEST)).sort_by("key")
     correct = np.asarray(rows["label"]) == np.asarray(rows["predicted"])
-    return Measured(correct, Robustness.read(root, note.outputs["robustness"]))
+    return ModelMeasurement(correct, Robustness.load_file(root, stage_record.outputs["robustness"]))
 
 
-def run_method(work: Path, seed: int, sizes: Sizes) -> None:
+def run_method(work: Path, seed: int, sizes: ExperimentSizes) -> None:
     """Teacher and students of a seed."""
     path = work / f"seed-{seed}.yaml"
-    path.write_text(yaml.safe_dump(experiment(seed, work, sizes), sort_keys=False))
+    path.write_text(yaml.safe_dump(make_method_experiment(seed, work, sizes), sort_keys=False))
     # A gate that refuses is a result too: the evaluations are there.
     command = [sys.executable, "-m", "ns", "run", str(path), "--root", str(work / "runs"), "--run", f"seed-{seed}"]
-    _alone(command, work / f"seed-{seed}.log")
+    _run_single_threaded(command, work / f"seed-{seed}.log")
 
 
-def run_control(work: Path, seed: int, sizes: Sizes) -> None:
+def run_control(work: Path, seed: int, sizes: ExperimentSizes) -> None:
     """The control of a seed, whose teacher is there. It has no generation of its own, so that its steps are called one by one."""
     root = work / "runs"
-    teacher = runs.summarise(LocalStore(root), f"seed-{seed}").steps
-    model = next(note.outputs["model"] for note in teacher if (note.step, note.generation) == ("train", 0)).rpartition("/")[0]
+    teacher = runs.summarize_run(LocalStore(root), f"seed-{seed}").stages
+    model = next(note.outputs["model"] for note in teacher if (note.stage, note.generation) == ("train", 0)).rpartition("/")[0]
     path = work / f"{CONTROL}-{seed}.yaml"
-    path.write_text(yaml.safe_dump(control_of(experiment(seed, work, sizes), str(root / model)), sort_keys=False))
-    program = (
+    path.write_text(
+        yaml.safe_dump(make_control_experiment(make_method_experiment(seed, work, sizes), str(root / model)), sort_keys=False)
+    )
+    script = (
         "import sys; from ns.stages import steps; place = sys.argv[1:]; data = steps.prepare_data(*place); "
         "steps.evaluate(*place, data, 0, steps.train(*place, data, 0))"
     )
-    _alone([sys.executable, "-c", program, str(path), str(root), f"{CONTROL}-{seed}"], work / f"{CONTROL}-{seed}.log")
+    _run_single_threaded(
+        [sys.executable, "-c", script, str(path), str(root), f"{CONTROL}-{seed}"], work / f"{CONTROL}-{seed}.log"
+    )
 
 
-def _alone(command: Sequence[str], log: Path) -> None:
+def _run_single_threaded(command: Sequence[str], log: Path) -> None:
     """Runs a command with one thread. Raises CalledProcessError with the log's last lines."""
     with log.open("ab") as file:
-        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=file, stderr=file)
-    if done.returncode:
+        process = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=file, stderr=file)
+    if process.returncode:
         last = log.read_text(errors="replace").splitlines()[-5:]
         raise SystemExit("\n".join([f"{' '.join(command)} failed, see {log}:", *last]))
 
 
-def run_all(work: Path, seeds: Sequence[int], sizes: Sizes) -> None:
+def run_all(work: Path, seeds: Sequence[int], sizes: ExperimentSizes) -> None:
     """The experiments of all seeds, then the controls, which start from their teachers; one on each core."""
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as workers:
         methods = {seed: workers.submit(run_method, work, seed, sizes) for seed in seeds}
@@ -236,24 +244,24 @@ def run_all(work: Path, seeds: Sequence[int], sizes: Sizes) -> None:
             control.result()
 
 
-def measured_seed(work: Path, seed: int) -> dict[str, Measured]:
+def measure_seed(work: Path, seed: int) -> dict[str, ModelMeasurement]:
     store = LocalStore(work / "runs")
-    found = {"teacher": measured(store, f"seed-{seed}", 0)}
+    measurements = {"teacher": measure_model(store, f"seed-{seed}", 0)}
     # A gate that refuses a student ends its run; the student before it is then the last, and stands for those that were not trained.
     for generation in range(1, GENERATIONS + 1):
-        before = found[f"student {generation - 1}"] if generation > 1 else None
-        found[f"student {generation}"] = measured(store, f"seed-{seed}", generation) or before
-    found[CONTROL] = measured(store, f"{CONTROL}-{seed}", 0)
-    return {name: one for name, one in found.items() if one is not None}
+        before = measurements[f"student {generation - 1}"] if generation > 1 else None
+        measurements[f"student {generation}"] = measure_model(store, f"seed-{seed}", generation) or before
+    measurements[CONTROL] = measure_model(store, f"{CONTROL}-{seed}", 0)
+    return {name: measurement for name, measurement in measurements.items() if measurement is not None}
 
 
-def worked(work: Path, seed: int) -> float:
+def sum_stage_seconds(work: Path, seed: int) -> float:
     """Seconds of all steps of a seed, whenever they were done."""
     store = LocalStore(work / "runs")
-    return sum(note.seconds for run in (f"seed-{seed}", f"{CONTROL}-{seed}") for note in runs.notes(store, run))
+    return sum(note.seconds for run in (f"seed-{seed}", f"{CONTROL}-{seed}") for note in runs.list_stage_notes(store, run))
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean, and half the width of its 95 % interval by Student's t over the seeds; 0 for one seed, of which nothing is known."""
     if len(values) < 2:
         return values[0], 0.0
@@ -268,15 +276,15 @@ def paired_interval(teacher: npt.NDArray[np.bool_], student: npt.NDArray[np.bool
     return float(differences.mean()) - half, float(differences.mean()) + half
 
 
-def numbers(models: Mapping[str, Measured]) -> dict[str, dict[str, float]]:
+def compute_model_figures(models: Mapping[str, ModelMeasurement]) -> dict[str, dict[str, float]]:
     """Of one seed: what the table shows of each model. Errors and accuracies in %, mCE and mFR with the teacher at 100, which a teacher
     that is never wrong, or never wavers, does not have."""
     teacher = models["teacher"]
-    found = {}
+    by_model = {}
     for name, model in models.items():
-        mce = relative(model.robustness.corruption_error(), teacher.robustness.corruption_error())
-        mfr = relative(model.flips, teacher.flips)
-        errors = model.robustness.corruption_error().values()
+        mce = relative_score(model.robustness.mean_corruption_errors(), teacher.robustness.mean_corruption_errors())
+        mfr = relative_score(model.flips, teacher.flips)
+        errors = model.robustness.mean_corruption_errors().values()
         measures = {
             "clean error": 100 * model.error,
             "corrupted error": 100 * statistics.fmean(errors),
@@ -285,33 +293,33 @@ def numbers(models: Mapping[str, Measured]) -> dict[str, dict[str, float]]:
             "mFR": mfr,
             **{attack: 100 * top1 for attack, top1 in model.attacked.items()},
         }
-        found[name] = {measure: value for measure, value in measures.items() if value is not None}
-    return found
+        by_model[name] = {measure: value for measure, value in measures.items() if value is not None}
+    return by_model
 
 
-def figures(seeds: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, list[float]]:
+def compute_seed_figures(seeds: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, list[float]]:
     """Each figure of each seed."""
     fgsm = [f"fgsm-{epsilon:g}" for epsilon in FGSM]
-    found: dict[str, list[float]] = {}
+    by_figure: dict[str, list[float]] = {}
     for models in seeds:
-        student = models[LAST]
+        student = models[LAST_STUDENT]
         for than, over in (("teacher", ""), (CONTROL, f"_over_{CONTROL}")):
             other = models[than]
-            one = {f"clean_error_reduction{over}": 1 - student["clean error"] / other["clean error"]}
-            one |= {
+            seed_figures = {f"clean_error_reduction{over}": 1 - student["clean error"] / other["clean error"]}
+            seed_figures |= {
                 f"{measure.lower()}_ratio{over}": student[measure] / other[measure]
                 for measure in ("mCE", "mFR")
                 if measure in student
             }
-            one[f"fgsm_gain{over}"] = statistics.fmean(student[attack] - other[attack] for attack in fgsm)
-            for name, value in one.items():
-                found.setdefault(name, []).append(value)
-    return found
+            seed_figures[f"fgsm_gain{over}"] = statistics.fmean(student[attack] - other[attack] for attack in fgsm)
+            for name, value in seed_figures.items():
+                by_figure.setdefault(name, []).append(value)
+    return by_figure
 
 
-def markdown(result: Mapping[str, Any]) -> str:
+def render_method_markdown(result: Mapping[str, Any]) -> str:
     seeds = [seed["models"] for seed in result["seeds"]]
-    measures = list(seeds[0][LAST])
+    measures = list(seeds[0][LAST_STUDENT])
     lines = [
         "# Noisy Student on CIFAR-10",
         "",
@@ -323,25 +331,25 @@ def markdown(result: Mapping[str, Any]) -> str:
     for measure in measures:
         cells = []
         for model in seeds[0]:
-            middle, half = interval([seed[model][measure] for seed in seeds])
+            middle, half = mean_interval([seed[model][measure] for seed in seeds])
             cells.append(f"{middle:.1f} ± {half:.1f}")
         lines.append(f"| {measure}, % | " + " | ".join(cells) + " |")
     lines += ["", "| figure | mean | 95 % interval | seeds |", "|---|---|---|---|"]
-    for name, one in result["intervals"].items():
-        low, high = one["interval"]
-        each = ", ".join(f"{value:.3f}" for value in one["seeds"])
-        lines.append(f"| {name} | {one['mean']:.3f} | {low:.3f} … {high:.3f} | {each} |")
+    for name, figure in result["intervals"].items():
+        low, high = figure["interval"]
+        seed_values = ", ".join(f"{value:.3f}" for value in figure["seeds"])
+        lines.append(f"| {name} | {figure['mean']:.3f} | {low:.3f} … {high:.3f} | {seed_values} |")
     for seed in result["seeds"]:
         low, high = seed["paired_gain"]
         lines += [
             "",
             f"Seed {seed['seed']}: gain on all test images, paired: {100 * low:.1f} … {100 * high:.1f} points.",
         ]
-    facts = result["machine"]
+    machine_facts = result["machine"]
     # One experiment a core, each with one thread.
-    minutes = result["seconds"] / 60 / facts["cores"]
-    where = f"{facts['cores']} cores ({facts['cpu']}), torch {facts['torch']}"
-    lines += ["", f"{minutes:.0f} minutes on {where}. Made by `{result['command']}`."]
+    minutes = result["seconds"] / 60 / machine_facts["cores"]
+    machine_text = f"{machine_facts['cores']} cores ({machine_facts['cpu']}), torch {machine_facts['torch']}"
+    lines += ["", f"{minutes:.0f} minutes on {machine_text}. Made by `{result['command']}`."]
     return "\n".join(lines) + "\n"
 
 
@@ -357,35 +365,35 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="an experiment each; 0, 1 and 2 if not given")
     parser.add_argument("--quick", action="store_true", help="a minute, tiny, one seed: shows that it works, measures nothing")
     options = parser.parse_args()
-    seeds, sizes = (options.seeds[:1], QUICK) if options.quick else (options.seeds, WHOLE)
+    seeds, sizes = (options.seeds[:1], QUICK) if options.run_quick else (options.seeds, FULL)
     work = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    unpack(options.images, work)
+    unpack_archives(options.images, work)
     for seed in seeds:
-        write_tables(work, seed, sizes)
+        write_seed_tables(work, seed, sizes)
     run_all(work, seeds, sizes)
-    found = []
+    seed_results = []
     for seed in seeds:
-        models = measured_seed(work, seed)
-        gain = paired_interval(models["teacher"].correct, models[LAST].correct)
-        found.append({"seed": seed, "models": numbers(models), "paired_gain": gain})
-    each = figures([seed["models"] for seed in found])
+        models = measure_seed(work, seed)
+        gain = paired_interval(models["teacher"].correct, models[LAST_STUDENT].correct)
+        seed_results.append({"seed": seed, "models": compute_model_figures(models), "paired_gain": gain})
+    by_figure = compute_seed_figures([seed["models"] for seed in seed_results])
     intervals = {}
-    for name, values in each.items():
-        middle, half = interval(values)
+    for name, values in by_figure.items():
+        middle, half = mean_interval(values)
         intervals[name] = {"mean": middle, "interval": [middle - half, middle + half], "seeds": values}
     result = {
-        "about": ABOUT.format(seeds=len(found), **sizes._asdict()),
-        "command": "python -m benchmarks.method_cifar10" + (" --quick" if options.quick else ""),
-        "figures": {name: one["mean"] for name, one in intervals.items()},
+        "about": ABOUT.format(seeds=len(seed_results), **sizes._asdict()),
+        "command": "python -m benchmarks.method_cifar10" + (" --quick" if options.run_quick else ""),
+        "figures": {name: entry["mean"] for name, entry in intervals.items()},
         "intervals": intervals,
-        "seeds": found,
-        "seconds": sum(worked(work, seed) for seed in seeds),
-        "machine": machine(),
+        "seeds": seed_results,
+        "seconds": sum(sum_stage_seconds(work, seed) for seed in seeds),
+        "machine": describe_benchmark_machine(),
     }
     options.results.mkdir(parents=True, exist_ok=True)
     (options.results / "method_cifar10.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    text = markdown(result)
+    text = render_method_markdown(result)
     (options.results / "method_cifar10.md").write_text(text)
     print(text)
 

@@ -28,11 +28,11 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import arguments, finish
+from benchmarks.measure import parse_arguments, write_benchmark
 from ns.config.schema import SelectionConfig
 from ns.core.digest import sha256_bytes
-from ns.labeling.label_set import MANIFEST, LabelSet, LabelShard, row_schema
-from ns.labeling.selection import select_from
+from ns.labeling.label_set import MANIFEST, LabelSet, LabelShard, build_row_schema
+from ns.labeling.selection import make_selection
 from ns.storage import LocalStore
 
 CLASSES, TOP_K = 1000, 10
@@ -43,8 +43,8 @@ MIN_CONFIDENCE = 0.3
 
 
 def main() -> None:
-    options = arguments(__doc__ or "")
-    sizes = [250_000, 1_000_000] if options.quick else [1_000_000, 10_000_000, 50_000_000]
+    options = parse_arguments(__doc__ or "")
+    sizes = [250_000, 1_000_000] if options.run_quick else [1_000_000, 10_000_000, 50_000_000]
     figures: dict[str, float] = {}
     table = Table("rows", "who", "seconds", "MiB", "÷ scan")
     times: dict[int, float] = {}
@@ -53,17 +53,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         for size in sizes:
-            grow(folder, size)
+            grow_label_set(folder, size)
             names = ["scan", "ours"]
-            if size == sizes[-1 if options.quick else 1]:
+            if size == sizes[-1 if options.run_quick else 1]:
                 names += ["pandas", "polars", "duckdb"]
             # The first reading fills the page cache, for all alike.
-            measured("scan", folder)
-            found = {name: best(name, folder, rounds=1 if size > 10_000_000 else 3) for name in names}
-            times[size], peaks[size] = found["ours"]
-            ratios.append(times[size] / found["scan"][0])
-            for name, (seconds, peak) in found.items():
-                table.add_row(f"{size:,}", name, f"{seconds:.2f}", f"{peak:,.0f}", f"{seconds / found['scan'][0]:.2f}")
+            measure_once("scan", folder)
+            measurements = {name: measure_best(name, folder, rounds=1 if size > 10_000_000 else 3) for name in names}
+            times[size], peaks[size] = measurements["ours"]
+            ratios.append(times[size] / measurements["scan"][0])
+            for name, (seconds, peak) in measurements.items():
+                table.add_row(f"{size:,}", name, f"{seconds:.2f}", f"{peak:,.0f}", f"{seconds / measurements['scan'][0]:.2f}")
                 if name not in ("scan", "ours"):
                     figures[f"vs_{name}"] = round(seconds / times[size], 3)
     steps = list(pairwise(sizes))
@@ -75,18 +75,18 @@ def main() -> None:
     }
     Console(width=100).print(table)
     Console(width=100).print(figures)
-    finish("select", figures, options, table)
+    write_benchmark("select", figures, options, table)
 
 
-def grow(folder: Path, rows: int) -> None:
+def grow_label_set(folder: Path, rows: int) -> None:
     """Adds shards until there are so many rows, and writes the manifest."""
-    shards = [LabelShard.read(LocalStore(folder), path.name) for path in sorted(folder.glob("shard-*.json"))]
+    shards = [LabelShard.load_file(LocalStore(folder), path.name) for path in sorted(folder.glob("shard-*.json"))]
     for number in range(len(shards), rows // SHARD_ROWS):
         rng = np.random.default_rng(number)
         # Classes of unequal size, confidences heaped up near 1, as trained networks have them.
-        first = (CLASSES * rng.random(SHARD_ROWS) ** 1.5).astype(np.uint16)
+        class_ids = (CLASSES * rng.random(SHARD_ROWS) ** 1.5).astype(np.uint16)
         confidence = (1 - 0.95 * rng.random(SHARD_ROWS) ** 3).astype(np.float32)
-        classes = (first[:, None] + np.arange(TOP_K, dtype=np.uint16)) % CLASSES
+        classes = (class_ids[:, None] + np.arange(TOP_K, dtype=np.uint16)) % CLASSES
         rest = (1 - confidence[:, None]) / TOP_K * np.ones((1, TOP_K - 1))
         probabilities = np.concatenate([confidence[:, None], rest], 1).astype(np.float16)
         keys = pc.utf8_lpad(pa.array(rng.permutation(SHARD_ROWS) + number * SHARD_ROWS).cast(pa.string()), 12, "0")
@@ -98,7 +98,7 @@ def grow(folder: Path, rows: int) -> None:
                 pa.FixedSizeListArray.from_arrays(pa.array(probabilities.reshape(-1)), TOP_K),
                 pa.nulls(SHARD_ROWS, pa.string()),
             ],
-            schema=row_schema(TOP_K),
+            schema=build_row_schema(TOP_K),
         )
         name = f"shard-{number:05d}"
         pq.write_table(table, folder / f"{name}.parquet", compression="zstd")
@@ -111,69 +111,71 @@ def grow(folder: Path, rows: int) -> None:
             bytes=len(data),
             sha256=sha256_bytes(data),
         )
-        shard.write(LocalStore(folder), f"{name}.json")
+        shard.save_file(LocalStore(folder), f"{name}.json")
         shards.append(shard)
     zero = "0" * 64
-    labels = LabelSet(
+    label_set = LabelSet(
         dataset=zero,
         teacher=zero,
         code=zero,
-        classes=tuple(str(label) for label in range(CLASSES)),
+        classes=tuple(str(class_id) for class_id in range(CLASSES)),
         top_k=TOP_K,
         shards=tuple(shards),
     )
-    labels.write(LocalStore(folder), MANIFEST)
+    label_set.save_file(LocalStore(folder), MANIFEST)
 
 
-def best(name: str, folder: Path, *, rounds: int) -> tuple[float, float]:
+def measure_best(name: str, folder: Path, *, rounds: int) -> tuple[float, float]:
     """Shortest time, and greatest memory in MiB."""
-    found = [measured(name, folder) for _ in range(rounds)]
-    return min(seconds for seconds, _ in found), max(peak for _, peak in found)
+    measurements = [measure_once(name, folder) for _ in range(rounds)]
+    return min(seconds for seconds, _ in measurements), max(peak for _, peak in measurements)
 
 
-def measured(name: str, folder: Path) -> tuple[float, float]:
+def measure_once(name: str, folder: Path) -> tuple[float, float]:
     """In a process of its own: seconds without imports, MiB with them."""
     command = [sys.executable, "-m", "benchmarks.select", "--one", name, str(folder)]
     seconds, peak = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return float(seconds), float(peak)
 
 
-def one(name: str, folder: Path) -> None:
+def run_contestant(name: str, folder: Path) -> None:
     store = LocalStore(folder)
-    labels = LabelSet.read(store, MANIFEST)
-    per_class = int(PER_CLASS_SHARE * labels.rows / CLASSES)
-    work: Callable[[], int] = {
-        "scan": lambda: scan(folder, labels),
-        "ours": lambda: ours(store, labels, per_class),
-        "pandas": lambda: with_pandas(folder, per_class),
-        "polars": lambda: with_polars(folder, per_class),
-        "duckdb": lambda: with_duckdb(folder, per_class),
+    label_set = LabelSet.load_file(store, MANIFEST)
+    per_class = int(PER_CLASS_SHARE * label_set.rows / CLASSES)
+    contestant: Callable[[], int] = {
+        "scan": lambda: scan_columns(folder, label_set),
+        "ours": lambda: select_ours(store, label_set, per_class),
+        "pandas": lambda: select_with_pandas(folder, per_class),
+        "polars": lambda: select_with_polars(folder, per_class),
+        "duckdb": lambda: select_with_duckdb(folder, per_class),
     }[name]
     started = time.perf_counter()
-    kept = work()
+    kept = contestant()
     seconds = time.perf_counter() - started
     assert kept > 0
     # Not resource.getrusage: its maximum begins with that of the process that started this one.
     status = Path("/proc/self/status").read_text()
-    peak = int(status.partition("VmHWM:")[2].split()[0]) / 1024
+    peak = int(status.partition("VmHWM:")[2].split_batch()[0]) / 1024
     print(json.dumps([seconds, peak]))
 
 
-def scan(folder: Path, labels: LabelSet) -> int:
-    return sum(len(pq.read_table(folder / shard.name, columns=["key", "confidence", "top_class"])) for shard in labels.shards)
+def scan_columns(folder: Path, label_set: LabelSet) -> int:
+    return sum(
+        len(pq.read_table(folder / shard.name, columns=["key", "confidence", "top_class"])) for shard in label_set.shards
+    )
 
 
-def ours(store: LocalStore, labels: LabelSet, per_class: int) -> int:
+def select_ours(store: LocalStore, label_set: LabelSet, per_class: int) -> int:
     policy = SelectionConfig(per_class=per_class, min_confidence=MIN_CONFIDENCE)
-    return select_from(store, labels, policy, seed=0, labels="").kept
+    return make_selection(store, label_set, policy, seed=0, label_set_key="").kept
 
 
-def with_pandas(folder: Path, per_class: int) -> int:
+def select_with_pandas(folder: Path, per_class: int) -> int:
     import pandas as pd
 
     table = pq.read_table(sorted(folder.glob("*.parquet")), columns=["key", "confidence", "top_class"])
-    first = table["top_class"].combine_chunks().flatten().to_numpy()[::TOP_K]
-    frame = pd.DataFrame({"key": table["key"].to_pandas(), "confidence": table["confidence"].to_numpy(), "label": first})
+    class_ids = table["top_class"].combine_chunks().flatten().to_numpy()[::TOP_K]
+    frame = pd.DataFrame({"key": table["key"].to_pandas(), "confidence": table["confidence"].to_numpy(), "label": class_ids})
     del table
     frame = frame[frame["confidence"] > MIN_CONFIDENCE]
     frame["tie"] = pd.util.hash_array(frame["key"].to_numpy())
@@ -181,7 +183,7 @@ def with_pandas(folder: Path, per_class: int) -> int:
     return len(ranked.groupby("label").head(per_class))
 
 
-def with_polars(folder: Path, per_class: int) -> int:
+def select_with_polars(folder: Path, per_class: int) -> int:
     import polars as pl
 
     return int(
@@ -197,7 +199,7 @@ def with_polars(folder: Path, per_class: int) -> int:
     )
 
 
-def with_duckdb(folder: Path, per_class: int) -> int:
+def select_with_duckdb(folder: Path, per_class: int) -> int:
     import duckdb
 
     query = f"""
@@ -210,6 +212,6 @@ def with_duckdb(folder: Path, per_class: int) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--one"]:
-        one(sys.argv[2], Path(sys.argv[3]))
+        run_contestant(sys.argv[2], Path(sys.argv[3]))
     else:
         main()

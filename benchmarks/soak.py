@@ -33,27 +33,27 @@ from minio import Minio
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import CIFAR10, draw_tables, finish
+from benchmarks.measure import CIFAR10, draw_tables, write_benchmark
 from tests.integration.outcome import results
 from tests.storage.swift import Swift, reason_against
 
-COUNTS = {"labelled": 40, "heldout": 60, "pool": 300}
+COUNTS = {"labeled": 40, "heldout": 60, "pool": 300}
 """Images of a class."""
-BETWEEN = (0.05, 0.2)
+FAULT_INTERVAL = (0.05, 0.2)
 """Shares of the calm run's time between two blows: often, and yet so that something gets done, on any machine."""
 DISK_MIB = 600
 TRIES = 200
 RUN = "soak"
 
-Blow = tuple[str, Callable[[], None]]
+Fault = tuple[str, Callable[[], None]]
 
 
-def experiment(tables: Path, generations: int) -> dict[str, Any]:
+def make_soak_experiment(tables: Path, generations: int) -> dict[str, Any]:
     role: dict[str, Any] = {
         "model": {"arch": "test_efficientnet", "resolution": 32, "inference_precision": "float32"},
         "noise": {"randaugment_magnitude": 4, "crop": "pad", "flip": True},
         "train": {
-            "labelled_batch": 50,
+            "labeled_batch": 50,
             "epochs": 30,
             "precision": "float32",
             "processes": 1,
@@ -66,17 +66,17 @@ def experiment(tables: Path, generations: int) -> dict[str, Any]:
     return {
         "name": RUN,
         "generations": generations,
-        "data": {part: str(tables / f"{part}.csv") for part in ("labelled", "pool", "heldout")},
+        "data": {part: str(tables / f"{part}.csv") for part in ("labeled", "pool", "heldout")},
         "teacher": role,
         "students": [student],
-        "labelling": {"tasks": 2},
+        "labeling": {"tasks": 2},
         "selection": {"min_confidence": 0.15, "per_class": COUNTS["pool"], "max_repeat": 3},
         # Whatever comes of it: here it is the loop that is looked at.
         "gate": {"min_gain": -1},
     }
 
 
-def write_tables(folder: Path) -> None:
+def write_soak_tables(folder: Path) -> None:
     """Real images, a few hundred of each class, and the tables that say what is what."""
     with tarfile.open(CIFAR10) as archive:
         archive.extractall(folder, filter="data")
@@ -84,96 +84,96 @@ def write_tables(folder: Path) -> None:
         (folder / f"{part}.csv").write_text(table)
 
 
-def command(config: Path, root: str) -> list[str]:
+def make_command(config: Path, root: str) -> list[str]:
     return [sys.executable, "-m", "ns", "run", str(config), "--root", root, "--run", RUN, "--json"]
 
 
-def family(pid: int) -> list[psutil.Process]:
+def list_processes(pid: int) -> list[psutil.Process]:
     with suppress(psutil.Error):
         parent = psutil.Process(pid)
         return [parent, *parent.children(recursive=True)]
     return []
 
 
-class Watch(threading.Thread):
+class ResourceWatcher(threading.Thread):
     """Peaks of memory (MiB, of the largest process) and of open files (of all processes) in each generation of a run in a folder."""
 
     def __init__(self, pid: int, steps: Path) -> None:
         super().__init__(daemon=True)
         self.peaks: dict[int, tuple[float, int]] = {}
-        self._pid, self._steps = pid, steps
+        self._pid, self._stage_folder = pid, steps
 
     def run(self) -> None:
-        while members := family(self._pid):
-            generation = len(list(self._steps.glob("*-gate*.json"))) + 1
+        while members := list_processes(self._pid):
+            generation = len(list(self._stage_folder.glob("*-gate*.json"))) + 1
             sizes, files = [0.0], 0
             for member in members:
                 with suppress(psutil.Error):
                     sizes.append(member.memory_info().rss / 2**20)
                     files += member.num_fds()
-            memory, most = self.peaks.get(generation, (0.0, 0))
-            self.peaks[generation] = (max(memory, *sizes), max(most, files))
+            memory, most_files = self.peaks.get(generation, (0.0, 0))
+            self.peaks[generation] = (max(memory, *sizes), max(most_files, files))
             time.sleep(0.3)
 
 
-def calm_run(config: Path, root: Path) -> tuple[dict[str, Any], dict[int, tuple[float, int]], float]:
+def run_calm(config: Path, root: Path) -> tuple[dict[str, Any], dict[int, tuple[float, int]], float]:
     started = time.monotonic()
-    process = subprocess.Popen(command(config, str(root)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    watch = Watch(process.pid, root / RUN / "steps")
-    watch.start()
+    process = subprocess.Popen(make_command(config, str(root)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    watcher = ResourceWatcher(process.pid, root / RUN / "steps")
+    watcher.start()
     out, _ = process.communicate()
     if process.returncode:
-        raise SystemExit(f"the calm run failed: {' '.join(command(config, str(root)))}")
-    return results(json.loads(out)), watch.peaks, time.monotonic() - started
+        raise SystemExit(f"the calm run failed: {' '.join(make_command(config, str(root)))}")
+    return results(json.loads(out)), watcher.peaks, time.monotonic() - started
 
 
-def chaotic_run(
+def run_chaotic(
     config: Path,
     root: str,
     environment: Mapping[str, str],
-    blows: Sequence[Blow],
+    faults: Sequence[Fault],
     between: tuple[float, float],
     chance: random.Random,
     log: Path,
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """The run's digests, and how often each thing happened. `between`: seconds, least and most, from one blow to the next; each has to
     be over when it returns."""
-    happened = {"killed": 0, "started": 0, **{name: 0 for name, _ in blows}}
+    counts = {"killed": 0, "started": 0, **{name: 0 for name, _ in faults}}
     while True:
-        if happened["started"] == TRIES:
+        if counts["started"] == TRIES:
             raise SystemExit(f"{root}: not done after {TRIES} starts; see {log}")
-        happened["started"] += 1
+        counts["started"] += 1
         with log.open("ab") as file:
             process = subprocess.Popen(
-                command(config, root), env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=file
+                make_command(config, root), env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=file
             )
         printed: list[bytes] = []
-        reader = threading.Thread(target=_collect, args=(process, printed), daemon=True)
+        reader = threading.Thread(target=_collect_output, args=(process, printed), daemon=True)
         reader.start()
         while reader.is_alive():
             reader.join(chance.uniform(*between))
             if not reader.is_alive():
                 break
-            kind, blow = chance.choice([("killed", None), *blows])
-            if blow is None:
-                members = family(process.pid)
+            kind, fault = chance.choice([("killed", None), *faults])
+            if fault is None:
+                members = list_processes(process.pid)
                 if not members:
                     continue
                 with suppress(psutil.Error):
                     chance.choice(members).send_signal(signal.SIGKILL)
             else:
-                blow()
-            happened[kind] += 1
+                fault()
+            counts[kind] += 1
         if process.returncode == 0:
-            return results(json.loads(printed[0])), happened
+            return results(json.loads(printed[0])), counts
 
 
-def _collect(process: subprocess.Popen[bytes], printed: list[bytes]) -> None:
+def _collect_output(process: subprocess.Popen[bytes], printed: list[bytes]) -> None:
     printed.append(process.communicate()[0])
 
 
 @contextmanager
-def small_disk(folder: Path) -> Iterator[Path]:
+def mount_small_disk(folder: Path) -> Iterator[Path]:
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", str(folder)], check=True)
     try:
@@ -182,7 +182,7 @@ def small_disk(folder: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def fill(disk: Path, chance: random.Random) -> None:
+def fill_disk(disk: Path, chance: random.Random) -> None:
     """Until the last byte, for seconds."""
     filler = disk / "filler"
     with suppress(OSError), filler.open("wb", buffering=0) as file:
@@ -205,11 +205,11 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     console, chance = Console(width=100), random.Random(options.seed)
     with tempfile.TemporaryDirectory(prefix="ns-soak-") as scratch:
-        place = Path(scratch)
-        write_tables(place)
-        config = place / "soak.yaml"
-        config.write_text(yaml.safe_dump(experiment(place, options.generations), sort_keys=False))
-        calm, peaks, seconds = calm_run(config, place / "calm")
+        folder = Path(scratch)
+        write_soak_tables(folder)
+        config = folder / "soak.yaml"
+        config.write_text(yaml.safe_dump(make_soak_experiment(folder, options.generations), sort_keys=False))
+        calm, peaks, seconds = run_calm(config, folder / "calm")
         growth = Table("generation", "largest process, MiB", "open files")
         for generation, (memory, files) in sorted(peaks.items()):
             growth.add_row(str(generation), f"{memory:,.0f}", str(files))
@@ -217,28 +217,28 @@ def main() -> None:
 
         table = Table("root", "ends as the calm run", "started", "what happened")
         table.add_row("folder, calm", "", "1", f"{seconds:.0f} s")
-        between = (BETWEEN[0] * seconds, BETWEEN[1] * seconds)
+        between = (FAULT_INTERVAL[0] * seconds, FAULT_INTERVAL[1] * seconds)
         figures = {
-            "memory_growth": _growth(peaks, 0, options.generations),
-            "files_growth": _growth(peaks, 1, options.generations),
+            "memory_growth": _peak_growth(peaks, 0, options.generations),
+            "files_growth": _peak_growth(peaks, 1, options.generations),
         }
 
-        def bad_company(name: str, root: str, environment: Mapping[str, str], *blows: Blow) -> None:
+        def run_with_faults(name: str, root: str, environment: Mapping[str, str], *faults: Fault) -> None:
             started = time.monotonic()
-            found, happened = chaotic_run(config, root, environment, blows, between, chance, place / f"{name}.log")
-            figures[f"{name}_equal"] = float(found == calm)
-            times = happened.pop("started")
-            what = ", ".join(f"{kind} {count}×" for kind, count in happened.items())
-            table.add_row(name, "yes" if found == calm else "NO", str(times), f"{what}, {time.monotonic() - started:.0f} s")
+            outcome, counts = run_chaotic(config, root, environment, faults, between, chance, folder / f"{name}.log")
+            figures[f"{name}_equal"] = float(outcome == calm)
+            times = counts.pop("started")
+            what = ", ".join(f"{kind} {count}×" for kind, count in counts.items())
+            table.add_row(name, "yes" if outcome == calm else "NO", str(times), f"{what}, {time.monotonic() - started:.0f} s")
 
-        with small_disk(place / "disk") as disk:
+        with mount_small_disk(folder / "disk") as disk:
             root = str(disk / "runs")
-            bad_company("disk", root, {}, ("disk full", lambda: fill(disk, chance)))
-        (place / "swift").mkdir()
-        server = Swift(place / "swift")
+            run_with_faults("disk", root, {}, ("disk full", lambda: fill_disk(disk, chance)))
+        (folder / "swift").mkdir()
+        server = Swift(folder / "swift")
         server.start()
 
-        def restart() -> None:
+        def restart_server() -> None:
             server.kill()
             time.sleep(chance.uniform(0.5, 3))
             server.start()
@@ -252,19 +252,19 @@ def main() -> None:
             "AWS_ACCESS_KEY_ID": keys["access_key"],
             "AWS_SECRET_ACCESS_KEY": keys["secret_key"],
             "AWS_REGION": "us-east-1",
-            "NS_CACHE_DIR": str(place / "cache"),
+            "NS_CACHE_DIR": str(folder / "cache"),
         }
         try:
-            bad_company("s3", f"s3://{RUN}/runs", environment, ("server killed", restart))
+            run_with_faults("s3", f"s3://{RUN}/runs", environment, ("server killed", restart_server))
         finally:
             server.kill()
     console.print(table)
-    finish("soak", figures, options, growth, table)
+    write_benchmark("soak", figures, options, growth, table)
     if not all(figures[name] for name in ("disk_equal", "s3_equal")):
         raise SystemExit("another result than that of the calm run")
 
 
-def _growth(peaks: Mapping[int, tuple[float, int]], which: int, generations: int) -> float:
+def _peak_growth(peaks: Mapping[int, tuple[float, int]], which: int, generations: int) -> float:
     """The last generation's peak ÷ the first one's."""
     return round(peaks[generations][which] / peaks[1][which], 3)
 

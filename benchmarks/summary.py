@@ -26,71 +26,71 @@ TOLERANCE = 0.25
 """Share by which a ratio may be worse than it was."""
 
 
-class Figure(NamedTuple):
+class BenchmarkFigure(NamedTuple):
     name: str
-    what: str
+    description: str
     target: float | None
     more_is_better: bool = True
 
-    def met(self, value: float) -> bool | None:
+    def meets_target(self, value: float) -> bool | None:
         if self.target is None:
             return None
         return value >= self.target if self.more_is_better else value <= self.target
 
-    def regressed(self, value: float, before: float) -> bool:
+    def has_regressed(self, value: float, before: float) -> bool:
         return value < before * (1 - TOLERANCE) if self.more_is_better else value > before * (1 + TOLERANCE)
 
 
 FIGURES = {
     "data": (
-        Figure("decode_ratio_32px", "reading and decoding small images ÷ the bare decoder", 0.85),
-        Figure("decode_ratio_large", "the same, photographs of 98 kB", 0.85),
-        Figure("vs_imagefolder", "÷ torchvision's ImageFolder and DataLoader", 2.0),
-        Figure("vs_timm", "training's images ÷ timm's loader, both with RandAugment", 2.0),
-        Figure("vs_webdataset", "÷ webdataset on the same tars", 2.0),
+        BenchmarkFigure("decode_ratio_32px", "reading and decoding small images ÷ the bare decoder", 0.85),
+        BenchmarkFigure("decode_ratio_large", "the same, photographs of 98 kB", 0.85),
+        BenchmarkFigure("vs_imagefolder", "÷ torchvision's ImageFolder and DataLoader", 2.0),
+        BenchmarkFigure("vs_timm", "training's images ÷ timm's loader, both with RandAugment", 2.0),
+        BenchmarkFigure("vs_webdataset", "÷ webdataset on the same tars", 2.0),
     ),
     "train": (
-        Figure("step_ratio_plain", "training, RandAugment off ÷ the bare step on a batch in memory", 0.90),
-        Figure("step_ratio_randaugment", "training with the paper's RandAugment ÷ the same", 0.80),
-        Figure("vs_timm_train", "÷ timm's train.py with its defaults", 2.5),
+        BenchmarkFigure("step_ratio_plain", "training, RandAugment off ÷ the bare step on a batch in memory", 0.90),
+        BenchmarkFigure("step_ratio_randaugment", "training with the paper's RandAugment ÷ the same", 0.80),
+        BenchmarkFigure("vs_timm_train", "÷ timm's train.py with its defaults", 2.5),
     ),
     "label": (
-        Figure("forward_ratio", "labelling, from tars to Parquet ÷ the bare forward pass", 0.95),
-        Figure("vs_timm_inference", "÷ timm's inference.py with its defaults", 5.0),
+        BenchmarkFigure("forward_ratio", "labeling, from tars to Parquet ÷ the bare forward pass", 0.95),
+        BenchmarkFigure("vs_timm_inference", "÷ timm's inference.py with its defaults", 5.0),
     ),
     "select": (
-        Figure("scan_ratio", "selecting from 50 million labels ÷ reading the two columns once", 2.5, more_is_better=False),
-        Figure("vs_pandas", "the obvious solution in pandas ÷ ours, 10 million labels", None),
-        Figure("vs_polars", "the same in polars", None),
-        Figure("vs_duckdb", "the same in DuckDB", None),
-        Figure("peak_mib", "MiB of memory, 50 million labels", 1024, more_is_better=False),
+        BenchmarkFigure("scan_ratio", "selecting from 50 million labels ÷ reading the two columns once", 2.5, more_is_better=False),
+        BenchmarkFigure("vs_pandas", "the obvious solution in pandas ÷ ours, 10 million labels", None),
+        BenchmarkFigure("vs_polars", "the same in polars", None),
+        BenchmarkFigure("vs_duckdb", "the same in DuckDB", None),
+        BenchmarkFigure("peak_mib", "MiB of memory, 50 million labels", 1024, more_is_better=False),
     ),
     "loop": (
-        Figure("overhead_share", "quickstart: share of its time in which no step is at work", 0.15, more_is_better=False),
-        Figure("help_seconds", "seconds until `ns --help`", 0.3, more_is_better=False),
+        BenchmarkFigure("overhead_share", "quickstart: share of its time in which no step is at work", 0.15, more_is_better=False),
+        BenchmarkFigure("help_seconds", "seconds until `ns --help`", 0.3, more_is_better=False),
     ),
     "soak": (
-        Figure("s3_equal", "five generations, processes and server killed: ends as if left alone (1: yes)", 1.0),
-        Figure("disk_equal", "the same, with the disk filled to the last byte now and then", 1.0),
-        Figure("memory_growth", "largest process, fifth generation ÷ first", 1.05, more_is_better=False),
-        Figure("files_growth", "open files, fifth generation ÷ first", 1.05, more_is_better=False),
+        BenchmarkFigure("s3_equal", "five generations, processes and server killed: ends as if left alone (1: yes)", 1.0),
+        BenchmarkFigure("disk_equal", "the same, with the disk filled to the last byte now and then", 1.0),
+        BenchmarkFigure("memory_growth", "largest process, fifth generation ÷ first", 1.05, more_is_better=False),
+        BenchmarkFigure("files_growth", "open files, fifth generation ÷ first", 1.05, more_is_better=False),
     ),
     "method_cifar10": (
-        Figure("clean_error_reduction", "CIFAR-10, 2,000 labels: share of the teacher's test errors that the student does not make", 0.10),
-        Figure("mce_ratio", "its errors on corrupted images ÷ the teacher's", 1.0, more_is_better=False),
-        Figure("mfr_ratio", "its flips on perturbed images ÷ the teacher's", 1.0, more_is_better=False),
-        Figure("fgsm_gain", "accuracy under FGSM - the teacher's, points", 0.0),
+        BenchmarkFigure("clean_error_reduction", "CIFAR-10, 2,000 labels: share of the teacher's test errors that the student does not make", 0.10),
+        BenchmarkFigure("mce_ratio", "its errors on corrupted images ÷ the teacher's", 1.0, more_is_better=False),
+        BenchmarkFigure("mfr_ratio", "its flips on perturbed images ÷ the teacher's", 1.0, more_is_better=False),
+        BenchmarkFigure("fgsm_gain", "accuracy under FGSM - the teacher's, points", 0.0),
     ),
 }  # fmt: skip
 """Of each benchmark, what is shown, with what we aim at."""
 GUARDED = {"data": "decode_", "train": "step_ratio", "label": "forward_ratio", "select": "scan_ratio"}
 """The ratios that a quick run measures well enough to be compared: figures that begin so. Only those against a limit: how far ahead of a
-peer we are depends on the processor (labelling with EfficientNet-B0 ÷ timm: 9.1 on one, 3.7 on another)."""
+peer we are depends on the processor (labeling with EfficientNet-B0 ÷ timm: 9.1 on one, 3.7 on another)."""
 KEPT_OF = 3
-"""Quick runs of which the least favourable figure is kept to compare with."""
+"""Quick runs of which the least favorable figure is kept to compare with."""
 
 
-def kept(results: Path) -> dict[str, dict[str, float]]:
+def load_kept(results: Path) -> dict[str, dict[str, float]]:
     """Benchmark → figure → value, of those that have been kept."""
     return {
         name: json.loads((results / f"{name}.json").read_text())["figures"]
@@ -99,11 +99,11 @@ def kept(results: Path) -> dict[str, dict[str, float]]:
     }
 
 
-def page(found: Mapping[str, Mapping[str, float]]) -> str:
+def render_summary_page(by_benchmark: Mapping[str, Mapping[str, float]]) -> str:
     lines = [
         "# What was measured",
         "",
-        "Medians of ratios whose sides took turns in one run, the least favourable case of each; details, spread and the machine are",
+        "Medians of ratios whose sides took turns in one run, the least favorable case of each; details, spread and the machine are",
         "behind the links. `make bench` measures anew.",
         "",
         "| benchmark | figure | value | aim | |",
@@ -111,51 +111,60 @@ def page(found: Mapping[str, Mapping[str, float]]) -> str:
     ]
     for name, figures in FIGURES.items():
         for figure in figures:
-            if name not in found or figure.name not in found[name]:
+            if name not in by_benchmark or figure.name not in by_benchmark[name]:
                 continue
-            value, sign = found[name][figure.name], "≥" if figure.more_is_better else "≤"
+            value, sign = by_benchmark[name][figure.name], "≥" if figure.more_is_better else "≤"
             aim = "" if figure.target is None else f"{sign} {figure.target:g}"
-            mark = {True: "reached", False: "not reached", None: ""}[figure.met(value)]
+            mark = {True: "reached", False: "not reached", None: ""}[figure.meets_target(value)]
             lines.append(f"| [{name}]({name}.md) | `{figure.name}`: {figure.what} | {value:,.4g} | {aim} | {mark} |")
     return "\n".join(lines) + "\n"
 
 
-def regressions(
+def find_regressions(
     baseline: Mapping[str, Mapping[str, float]], measure: Callable[[str], Mapping[str, float]], table: Table
 ) -> list[str]:
     """Guarded figures that are worse than the baseline in two measurements. `measure` gives a benchmark's figures."""
-    worse = []
+    lasting_regressions = []
     for name, before in baseline.items():
         first = measure(name)
-        suspects = _worse(name, first, before)
+        suspects = _find_worse(name, first, before)
         second = measure(name) if suspects else first
-        lasting = [figure for figure in suspects if figure in _worse(name, second, before)]
+        lasting = [figure for figure in suspects if figure in _find_worse(name, second, before)]
         for figure, value in before.items():
             now = second.get(figure)
             table.add_row(
                 name, figure, f"{value:.3f}", "gone" if now is None else f"{now:.3f}", "worse" if figure in lasting else ""
             )
-        worse += [f"{name}: {figure}: {second.get(figure, float('nan')):.3f}, was {before[figure]:.3f}" for figure in lasting]
-    return worse
+        lasting_regressions += [
+            f"{name}: {figure}: {second.get(figure, float('nan')):.3f}, was {before[figure]:.3f}" for figure in lasting
+        ]
+    return lasting_regressions
 
 
-def _worse(name: str, now: Mapping[str, float], before: Mapping[str, float]) -> list[str]:
+def _find_worse(name: str, now: Mapping[str, float], before: Mapping[str, float]) -> list[str]:
     return [
-        figure for figure, value in before.items() if figure not in now or _known(name, figure).regressed(now[figure], value)
+        figure
+        for figure, value in before.items()
+        if figure not in now or _find_figure(name, figure).has_regressed(now[figure], value)
     ]
 
 
-def _known(name: str, figure: str) -> Figure:
+def _find_figure(name: str, figure: str) -> BenchmarkFigure:
     # A figure that is not in the table of those shown is a ratio of which more is better.
-    return next((one for one in FIGURES[name] if one.name == figure.partition(".")[0]), Figure(figure, "", None))
+    return next(
+        (candidate for candidate in FIGURES[name] if candidate.name == figure.partition(".")[0]),
+        BenchmarkFigure(figure, "", None),
+    )
 
 
-def least(name: str, runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Of several runs of a benchmark the least favourable value of each figure."""
-    return {figure: (min if _known(name, figure).more_is_better else max)(run[figure] for run in runs) for figure in runs[0]}
+def least_favorable(name: str, runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of several runs of a benchmark the least favorable value of each figure."""
+    return {
+        figure: (min if _find_figure(name, figure).more_is_better else max)(run[figure] for run in runs) for figure in runs[0]
+    }
 
 
-def quick(name: str) -> dict[str, float]:
+def run_quick(name: str) -> dict[str, float]:
     """The guarded figures of a benchmark's quick run."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "figures.json"
@@ -177,14 +186,14 @@ def main() -> None:
     )
     options = parser.parse_args()
     console = Console(width=160)
-    if not options.quick:
-        text = page(kept(RESULTS))
+    if not options.run_quick:
+        text = render_summary_page(load_kept(RESULTS))
         (RESULTS / "README.md").write_text(text)
         console.print(text, markup=False)
         return
     if options.keep:
-        found = {name: least(name, [quick(name) for _ in range(KEPT_OF)]) for name in GUARDED}
-        (RESULTS / QUICK).write_text(json.dumps(found, indent=1) + "\n")
+        by_benchmark = {name: least_favorable(name, [run_quick(name) for _ in range(KEPT_OF)]) for name in GUARDED}
+        (RESULTS / QUICK).write_text(json.dumps(by_benchmark, indent=1) + "\n")
         return
     if not (RESULTS / QUICK).exists():
         raise SystemExit(
@@ -192,7 +201,7 @@ def main() -> None:
         )
     table = Table("benchmark", "ratio", "was", "is", "")
     baseline = json.loads((RESULTS / QUICK).read_text())
-    worse = regressions({name: baseline[name] for name in options.only}, quick, table)
+    worse = find_regressions({name: baseline[name] for name in options.only}, run_quick, table)
     console.print(table)
     if worse:
         raise SystemExit("\n".join(["a quarter worse than before, twice:", *worse]))

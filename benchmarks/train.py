@@ -6,7 +6,7 @@ Needs the CIFAR-10 images in ../shared/data/cifar10 (without them, made-up ones 
 TIMM_TRAIN names timm's train.py, which its wheel lacks: github.com/huggingface/pytorch-image-models. Rates are images a second;
 both sides run in the precision that is the fastest here, timm's with its defaults.
 
-    step_ratio_plain        our loop, RandAugment off ÷ forward, backward and optimiser on a batch in memory; the least case
+    step_ratio_plain        our loop, RandAugment off ÷ forward, backward and optimizer on a batch in memory; the least case
     step_ratio_randaugment  the same with the paper's RandAugment
     vs_timm_train           our loop with RandAugment ÷ train.py, which does less to its images; the least case
 """
@@ -29,20 +29,20 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.data import small_folders
-from benchmarks.measure import CIFAR10, arguments, finish
+from benchmarks.data import make_small_folders
+from benchmarks.measure import CIFAR10, parse_arguments, write_benchmark
 from ns.config.schema import ModelConfig, NoiseConfig, RoleConfig, TrainConfig
 from ns.core import log
 from ns.core.malloc import keep_freed_memory
 from ns.data.dataset import Dataset
-from ns.data.importing.ingest import Limits, import_images
-from ns.data.loading.stream import Labelled
+from ns.data.importing.ingest import ImportLimits, import_images
+from ns.data.loading.stream import LabeledImages
 from ns.modeling import factory as models
 from ns.modeling.precision import choose
 from ns.storage import LocalStore
 from ns.training import loop
 from ns.training.optim import make_optimizer
-from ns.training.plan import training
+from ns.training.plan import plan_training
 
 ARCHITECTURES = ("efficientnet_b0", "resnet18")
 BATCH = 64
@@ -59,158 +59,162 @@ Run = Callable[[], float]
 
 
 def main() -> None:
-    options = arguments(__doc__ or "")
-    rounds, measured = (3, 6) if options.quick else (5, 8)
+    options = parse_arguments(__doc__ or "")
+    rounds, measured = (3, 6) if options.run_quick else (5, 8)
     console = Console(width=120)
     table = Table("network", "px", "ratio", "ours, images/s", "theirs, images/s", "ours ÷ theirs", "least … greatest")
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        place = Path(scratch)
+        folder = Path(scratch)
         if not CIFAR10.exists():
             console.print(f"{CIFAR10} is not there: made-up images stand in for it", style="yellow")
-        folders = small_folders(place / "images" / "train", 4_000 if options.quick else 10_000)
-        (place / "images" / "validation").symlink_to(folders)
-        store = LocalStore(place / "small")
-        data = import_images(str(folders), store, name="small", role="labelled", limits=Limits(shard_samples=2_000), workers=2)
-        for arch, px in product(*((ARCHITECTURES[:1], (32,)) if options.quick else (ARCHITECTURES, (32, 64)))):
-            role = fastest(role_of(arch, px, NOISES["plain"]))
+        folders = make_small_folders(folder / "images" / "train", 4_000 if options.run_quick else 10_000)
+        (folder / "images" / "validation").symlink_to(folders)
+        store = LocalStore(folder / "small")
+        data = import_images(
+            str(folders), store, name="small", role="labeled", limits=ImportLimits(shard_samples=2_000), workers=2
+        )
+        for arch, px in product(*((ARCHITECTURES[:1], (32,)) if options.run_quick else (ARCHITECTURES, (32, 64)))):
+            role = with_fastest_precision(make_role(arch, px, NOISES["plain"]))
             console.print(f"{arch}, {px} px: {role.train.precision}")
-            theirs = bare(role, measured)
+            theirs = make_bare_steps(role, measured)
             ours = {
-                name: looped(LocalStore(place / "none"), store, data, role.model_copy(update={"noise": noise}), measured)
+                name: make_loop_run(
+                    LocalStore(folder / "none"), store, data, role.model_copy(update_weights={"noise": noise}), measured
+                )
                 for name, noise in NOISES.items()
             }
-            rates = turns({"bare": theirs, **ours}, rounds)
+            rates = measure_turns({"bare": theirs, **ours}, rounds)
             pairs = [("step_ratio_plain", "plain", "bare"), ("step_ratio_randaugment", "randaugment", "bare")]
-            if not options.quick and (script := os.environ.get("TIMM_TRAIN")):
-                rates["timm"] = [timm_train(Path(script), place / "images", arch, px, measured)] * rounds
+            if not options.run_quick and (script := os.environ.get("TIMM_TRAIN")):
+                rates["timm"] = [run_timm_train(Path(script), folder / "images", arch, px, measured)] * rounds
                 pairs.append(("vs_timm_train", "randaugment", "timm"))
-            for figure, one, other in pairs:
-                found = [a / b for a, b in zip(rates[one], rates[other], strict=True)]
-                ratio = statistics.median(found)
+            for figure, ours_name, other in pairs:
+                ratios = [a / b for a, b in zip(rates[ours_name], rates[other], make_strict=True)]
+                ratio = statistics.median(ratios)
                 figures[f"{figure}.{arch}_{px}px"] = round(ratio, 4)
                 figures[figure] = round(min(ratio, figures.get(figure, ratio)), 4)
-                speeds = [f"{statistics.median(rates[side]):,.1f}" for side in (one, other)]
-                table.add_row(arch, str(px), figure, *speeds, f"{ratio:.3f}", f"{min(found):.3f} … {max(found):.3f}")
+                speeds = [f"{statistics.median(rates[side]):,.1f}" for side in (ours_name, other)]
+                table.add_row(arch, str(px), figure, *speeds, f"{ratio:.3f}", f"{min(ratios):.3f} … {max(ratios):.3f}")
     console.print(table)
-    if "vs_timm_train" not in figures and not options.quick:
+    if "vs_timm_train" not in figures and not options.run_quick:
         console.print("vs_timm_train left out: TIMM_TRAIN does not name timm's train.py", style="yellow")
-    finish("train", figures, options, table)
+    write_benchmark("train", figures, options, table)
 
 
-def role_of(arch: str, px: int, noise: NoiseConfig) -> RoleConfig:
-    train = TrainConfig(labelled_batch=BATCH, loader_workers=1, checkpoint_seconds=1e9, epochs=1e-9)
+def make_role(arch: str, px: int, noise: NoiseConfig) -> RoleConfig:
+    train = TrainConfig(labeled_batch=BATCH, loader_workers=1, checkpoint_seconds=1e9, epochs=1e-9)
     return RoleConfig(model=ModelConfig(arch=arch, resolution=px), noise=noise, train=train)
 
 
-def fastest(role: RoleConfig) -> RoleConfig:
+def with_fastest_precision(role: RoleConfig) -> RoleConfig:
     """The role in the precision that `train.precision: auto` would take for a training of a few minutes."""
-    network = models.build(role.model, role.noise, CLASSES).to(models.best_device())
-    mode = choose(loop.training_workload(network, role, BATCH), images=0)
-    return role.model_copy(update={"train": role.train.model_copy(update={"precision": str(mode)})})
+    network = models.build_model(role.model, role.noise, CLASSES).to(models.get_best_device())
+    mode = choose(loop.make_training_workload(network, role, BATCH), images=0)
+    return role.model_copy(update_weights={"train": role.train.model_copy(update_weights={"precision": str(mode)})})
 
 
-def turns(contestants: dict[str, Run], rounds: int) -> dict[str, list[float]]:
-    """Rates of each contestant. They take turns, so that a neighbour on the machine disturbs all alike."""
-    found: dict[str, list[float]] = {name: [] for name in contestants}
+def measure_turns(contestants: dict[str, Run], rounds: int) -> dict[str, list[float]]:
+    """Rates of each contestant. They take turns, so that a neighbor on the machine disturbs all alike."""
+    measured: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, run in contestants.items():
-            found[name].append(run())
-    return found
+            measured[name].append(run())
+    return measured
 
 
-def bare(role: RoleConfig, measured: int) -> Run:
-    """Forward, backward and optimiser on one batch that is in memory, normalised; with freed memory kept, as training does it."""
-    device = models.best_device()
+def make_bare_steps(role: RoleConfig, measured_steps: int) -> Run:
+    """Forward, backward and optimizer on one batch that is in memory, normalized; with freed memory kept, as training does it."""
+    device = models.get_best_device()
     if device.type == "cpu":
         keep_freed_memory()
-    mode = loop.Mode.parse(role.train.precision)
-    network = models.build(role.model, role.noise, CLASSES).to(device)
-    forward = mode.prepare(network)
+    mode = loop.PrecisionMode.parse(role.train.precision)
+    network = models.build_model(role.model, role.noise, CLASSES).to(device)
+    forward = mode.prepare_network(network)
     optimizer = make_optimizer(network, role.train.optimizer)
     images = torch.randn(BATCH, 3, role.model.resolution, role.model.resolution, device=device)
     images = images.to(memory_format=torch.channels_last)
-    labels = torch.randint(0, CLASSES, (BATCH,), device=device)
+    class_ids = torch.randint(0, CLASSES, (BATCH,), device=device)
 
-    def step() -> None:
+    def train_step() -> None:
         optimizer.zero_grad(set_to_none=True)
         with mode.autocast(device):
             logits = forward(images)
-        F.cross_entropy(logits.float(), labels, label_smoothing=0.1).backward()
+        F.cross_entropy(logits.float(), class_ids, label_smoothing=0.1).backward()
         optimizer.step()
 
-    def run() -> float:
-        step()
-        synchronise()
+    def run_steps() -> float:
+        train_step()
+        synchronize_device()
         started = time.perf_counter()
-        for _ in range(measured):
-            step()
-        synchronise()
-        return measured * BATCH / (time.perf_counter() - started)
+        for _ in range(measured_steps):
+            train_step()
+        synchronize_device()
+        return measured_steps * BATCH / (time.perf_counter() - started)
 
-    return run
+    return run_steps
 
 
-class Watch(log.Progress):
+class StepTimer(log.Progress):
     """Notes when each step ended."""
 
     ends: list[float]
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        Watch.ends = []
+        StepTimer.ends = []
 
     def advance(self, count: int = 1, **facts: Any) -> None:  # noqa: ARG002
-        synchronise()
+        synchronize_device()
         self.ends.append(time.perf_counter())
 
 
-def looped(checkpoints: LocalStore, store: LocalStore, data: Dataset, role: RoleConfig, measured: int) -> Run:
+def make_loop_run(checkpoints: LocalStore, store: LocalStore, data: Dataset, role: RoleConfig, measured_steps: int) -> Run:
     """Our whole loop: read, decode, noise, step, average, record."""
-    labelled = Labelled(store, data)
-    epochs = (WARM_UP + measured) * BATCH / labelled.samples
-    role = role.model_copy(update={"train": role.train.model_copy(update={"epochs": epochs})})
+    labeled_set = LabeledImages(store, data)
+    epochs = (WARM_UP + measured_steps) * BATCH / labeled_set.samples
+    role = role.model_copy(update_weights={"train": role.train.model_copy(update_weights={"epochs": epochs})})
 
-    def run() -> float:
-        network = models.build(role.model, role.noise, CLASSES)
-        course = training(role, labelled.samples)
-        before, log.Progress = log.Progress, Watch  # type: ignore[misc]
+    def run_loop() -> float:
+        network = models.build_model(role.model, role.noise, CLASSES)
+        training_plan = plan_training(role, labeled_set.samples)
+        original_progress, log.Progress = log.Progress, StepTimer  # type: ignore[misc]
         try:
-            loop.train(network, course, labelled, None, classes=CLASSES, seed=0, checkpoints=checkpoints)
+            loop.train_model(network, training_plan, labeled_set, None, classes=CLASSES, seed=0, checkpoints=checkpoints)
         finally:
-            log.Progress = before  # type: ignore[misc]
-        counted = Watch.ends[WARM_UP - 1 :]
+            log.Progress = original_progress  # type: ignore[misc]
+        counted = StepTimer.ends[WARM_UP - 1 :]
         return (len(counted) - 1) * BATCH / (counted[-1] - counted[0])
 
-    return run
+    return run_loop
 
 
-def timm_train(script: Path, images: Path, arch: str, px: int, measured: int) -> float:
+def run_timm_train(script: Path, images: Path, arch: str, px: int, measured_steps: int) -> float:
     """timm's train.py with its defaults, but for the network, its size, the batch and the device; its median rate."""
     command = [sys.executable, str(script), "--data-dir", str(images), "--model", arch, "--num-classes", str(CLASSES)]
-    command += ["--img-size", str(px), "--batch-size", str(BATCH), "--device", models.best_device().type]
+    command += ["--img-size", str(px), "--batch-size", str(BATCH), "--device", models.get_best_device().type]
     command += ["--epochs", "1", "--log-interval", "1", "--output", str(images / "output")]
     rates: list[float] = []
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    said = []
+    output_lines = []
     assert process.stdout is not None
     try:
         for line in process.stdout:
-            said.append(line)
+            output_lines.append(line)
             if match := re.search(r"Time: [\d.]+s, +([\d.]+)/s", line):
                 rates.append(float(match[1]))
-            if len(rates) == WARM_UP + measured:
+            if len(rates) == WARM_UP + measured_steps:
                 return statistics.median(rates[WARM_UP:])
     finally:
         # Its loaders too.
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    raise SystemExit("".join(said[-20:]) + f"{script} ended early")
+    raise SystemExit("".join(output_lines[-20:]) + f"{script} ended early")
 
 
-def synchronise() -> None:
+def synchronize_device() -> None:
     if torch.cuda.is_available():
-        torch.cuda.synchronize()
+        torch.cuda.synchronize_device()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from components import WORKER_IMAGE
 
 @dsl.component(base_image=WORKER_IMAGE, packages_to_install=[], install_kfp_package=False)
 def commit_labels(config_uri: str, root: str, run: str, data: str, generation: int, teacher: str) -> str:
-    """Joins the labelled shards into a label set and selects what the student will see.
+    """Joins the labeled shards into a label set and selects what the student will see.
 
     Args:
         config_uri: URI of the experiment's YAML file.

@@ -32,6 +32,6 @@ def evaluate(
     """
     from ns.stages import steps
 
-    key = steps.evaluate(config_uri, root, run, data, generation, model)
-    steps.show_measures(root, run, generation, metrics, answers)
+    key = steps.evaluate_generation(config_uri, root, run, data, generation, model)
+    steps.publish_generation_metrics(root, run, generation, metrics, answers)
     return key

@@ -34,6 +34,6 @@ def gate(
     """
     from ns.stages import steps
 
-    key = steps.gate(config_uri, root, run, data, generation, teacher, student)
-    steps.show_generation(root, run, generation, page, summary)
+    key = steps.gate_generation(config_uri, root, run, data, generation, teacher, student)
+    steps.publish_generation_report(root, run, generation, page, summary)
     return key

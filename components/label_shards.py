@@ -21,4 +21,4 @@ def label_shards(config_uri: str, root: str, run: str, data: str, generation: in
     """
     from ns.stages import steps
 
-    return steps.label_shards(config_uri, root, run, data, generation, teacher, shards)
+    return steps.label_shard_range(config_uri, root, run, data, generation, teacher, shards)

@@ -5,7 +5,7 @@ from components import WORKER_IMAGE
 
 @dsl.component(base_image=WORKER_IMAGE, packages_to_install=[], install_kfp_package=False)
 def plan_labels(config_uri: str, root: str, run: str, data: str, generation: int) -> list[str]:
-    """Splits the pool into ranges of shards, one for each labelling task.
+    """Splits the pool into ranges of shards, one for each labeling task.
 
     Args:
         config_uri: URI of the experiment's YAML file.

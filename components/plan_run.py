@@ -9,7 +9,7 @@ def plan_run(
     config: str,
     root: str,
     overrides: list[str],
-    labelled: str,
+    labeled: str,
     pool: str,
     heldout: str,
     generations: int,
@@ -24,11 +24,11 @@ def plan_run(
         config: URI of the experiment's YAML file, or a preset.
         root: URI of the store that holds everything.
         overrides: Fields to change, as a.b=c.
-        labelled: URI of the labelled images; as the experiment says if empty.
-        pool: URI of the unlabelled images; as the experiment says if empty.
+        labeled: URI of the labeled images; as the experiment says if empty.
+        pool: URI of the unlabeled images; as the experiment says if empty.
         heldout: URI of the held-out images; as the experiment says if empty.
         generations: Trips round the loop, at most; as the experiment says if 0.
-        label_workers: Labelling tasks beside each other; as the experiment says if 0.
+        label_workers: Labeling tasks beside each other; as the experiment says if 0.
         devices: GPUs that train together.
         one_generation: Whether it is one generation from the student that was accepted last.
         plan: Device-hours, reading, checkpoints, network.
@@ -39,10 +39,10 @@ def plan_run(
     from ns.planning import dry_run
 
     fields: dict[str, str | int] = {
-        "data.labelled": labelled,
+        "data.labeled": labeled,
         "data.pool": pool,
         "data.heldout": heldout,
         "generations": generations,
-        "labelling.tasks": label_workers,
+        "labeling.tasks": label_workers,
     }
     return dry_run(config, root, overrides, fields, devices=max(1, int(devices)), one_generation=one_generation, page=plan)

@@ -5,7 +5,7 @@ from components import WORKER_IMAGE
 
 @dsl.component(base_image=WORKER_IMAGE, packages_to_install=[], install_kfp_package=False)
 def prepare_data(config_uri: str, root: str, run: str) -> str:
-    """Checks the experiment; finds or imports labelled images, pool and held-out images.
+    """Checks the experiment; finds or imports labeled images, pool and held-out images.
 
     Args:
         config_uri: URI of the experiment's YAML file.

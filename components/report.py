@@ -20,6 +20,6 @@ def report(config_uri: str, root: str, run: str, page: Output[HTML], summary: Ou
     """
     from ns.stages import steps
 
-    key = steps.report(config_uri, root, run)
-    steps.show_run(root, run, page, summary)
+    key = steps.report_run(config_uri, root, run)
+    steps.publish_run_report(root, run, page, summary)
     return key

@@ -20,4 +20,4 @@ def resolve(config_uri: str, root: str, run: str, data: str, generation: int, fi
     """
     from ns.stages import steps
 
-    return steps.resolve(config_uri, root, run, data, generation, first_teacher)
+    return steps.next_teacher(config_uri, root, run, data, generation, first_teacher)

@@ -11,7 +11,7 @@ def start_generation(
     root: str,
     run: str,
     overrides: list[str],
-    labelled: str,
+    labeled: str,
     pool: str,
     heldout: str,
     label_workers: int,
@@ -23,10 +23,10 @@ def start_generation(
         root: URI of the store that holds everything.
         run: Name of the run; made from the experiment, its data and the teacher if empty.
         overrides: Fields to change, as a.b=c.
-        labelled: URI of the labelled images; as the experiment says if empty.
-        pool: URI of the unlabelled images; as the experiment says if empty.
+        labeled: URI of the labeled images; as the experiment says if empty.
+        pool: URI of the unlabeled images; as the experiment says if empty.
         heldout: URI of the held-out images; as the experiment says if empty.
-        label_workers: Labelling tasks beside each other; as the experiment says if 0.
+        label_workers: Labeling tasks beside each other; as the experiment says if 0.
 
     Returns:
         The experiment's URI, the run's name, the key of the prepared data, the generation's number, its teacher's, and the key of the
@@ -35,9 +35,9 @@ def start_generation(
     from ns.stages import steps
 
     fields: dict[str, str | int] = {
-        "data.labelled": labelled,
+        "data.labeled": labeled,
         "data.pool": pool,
         "data.heldout": heldout,
-        "labelling.tasks": label_workers,
+        "labeling.tasks": label_workers,
     }
     return steps.start_generation(config, root, run, overrides, fields)

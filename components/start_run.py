@@ -11,7 +11,7 @@ def start_run(
     root: str,
     run: str,
     overrides: list[str],
-    labelled: str,
+    labeled: str,
     pool: str,
     heldout: str,
     generations: int,
@@ -24,11 +24,11 @@ def start_run(
         root: URI of the store that holds everything.
         run: Name of the run; made from the experiment if empty.
         overrides: Fields to change, as a.b=c.
-        labelled: URI of the labelled images; as the experiment says if empty.
-        pool: URI of the unlabelled images; as the experiment says if empty.
+        labeled: URI of the labeled images; as the experiment says if empty.
+        pool: URI of the unlabeled images; as the experiment says if empty.
         heldout: URI of the held-out images; as the experiment says if empty.
         generations: Trips round the loop, at most; as the experiment says if 0.
-        label_workers: Labelling tasks beside each other; as the experiment says if 0.
+        label_workers: Labeling tasks beside each other; as the experiment says if 0.
 
     Returns:
         The experiment's URI, and the run's name.
@@ -36,10 +36,10 @@ def start_run(
     from ns.stages import steps
 
     fields: dict[str, str | int] = {
-        "data.labelled": labelled,
+        "data.labeled": labeled,
         "data.pool": pool,
         "data.heldout": heldout,
         "generations": generations,
-        "labelling.tasks": label_workers,
+        "labeling.tasks": label_workers,
     }
     return steps.start_run(config, root, run, overrides, fields)

@@ -4,7 +4,7 @@ from components import WORKER_IMAGE
 
 
 @dsl.component(base_image=WORKER_IMAGE, packages_to_install=[], install_kfp_package=False)
-def train(config_uri: str, root: str, run: str, data: str, generation: int, teacher: str = "", labels: str = "") -> str:
+def train(config_uri: str, root: str, run: str, data: str, generation: int, teacher: str = "", selection: str = "") -> str:
     """Trains the first teacher (generation 0), or a student of a teacher's labels.
 
     Args:
@@ -21,4 +21,4 @@ def train(config_uri: str, root: str, run: str, data: str, generation: int, teac
     """
     from ns.stages import steps
 
-    return steps.train(config_uri, root, run, data, generation, teacher, labels)
+    return steps.train_generation(config_uri, root, run, data, generation, teacher, selection)

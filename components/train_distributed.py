@@ -13,7 +13,7 @@ def train_distributed(
     nodes: int,
     image: str,
     teacher: str = "",
-    labels: str = "",
+    selection: str = "",
     runtime: str = "noisy-student",
     runtime_kind: str = "TrainingRuntime",
     gpu_type: str = "nvidia.com/gpu",
@@ -55,7 +55,7 @@ def train_distributed(
     """
     from components.cluster import trainjob
 
-    wanted = trainjob.Nodes(
+    node_spec = trainjob.TrainingNodes(
         count=nodes,
         image=image,
         runtime=runtime,
@@ -70,4 +70,4 @@ def train_distributed(
         settings=settings,
         queue=queue,
     )
-    return trainjob.train(config_uri, root, run, data, generation, teacher, labels, wanted)
+    return trainjob.train_on_nodes(config_uri, root, run, data, generation, teacher, selection, node_spec)

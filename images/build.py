@@ -14,40 +14,40 @@ from collections.abc import Iterator
 from pathlib import Path
 
 CHECKOUT = Path(__file__).parents[1]
-NAME = "noisy-student"
+IMAGE_PREFIX = "noisy-student"
 TARGETS = ("worker", "worker-cuda", "tools")
-DIGITS = 16
+TAG_DIGITS = 16
 
 
-def context(checkout: Path) -> Iterator[Path]:
+def list_context_files(checkout: Path) -> Iterator[Path]:
     """The files that .dockerignore lets in, in order."""
     lines = (checkout / ".dockerignore").read_text().splitlines()
-    for place in sorted(checkout / line[1:] for line in lines if line.startswith("!")):
-        for file in sorted(place.rglob("*")) if place.is_dir() else [place]:
+    for path in sorted(checkout / line[1:] for line in lines if line.startswith("!")):
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_file() and "__pycache__" not in file.parts and file.suffix != ".pyc":
                 yield file
 
 
-def tag(checkout: Path, target: str, arguments: dict[str, str]) -> str:
+def compute_tag(checkout: Path, target: str, arguments: dict[str, str]) -> str:
     """16 hex digits of the SHA-256 of all that enters an image: files, target, build arguments."""
     hasher = hashlib.sha256(repr((target, sorted(arguments.items()))).encode())
-    for file in context(checkout):
+    for file in list_context_files(checkout):
         content = hashlib.sha256(file.read_bytes()).hexdigest()
         hasher.update(f"{file.relative_to(checkout).as_posix()} {content}\n".encode())
-    return hasher.hexdigest()[:DIGITS]
+    return hasher.hexdigest()[:TAG_DIGITS]
 
 
-def version(checkout: Path) -> str:
+def read_version(checkout: Path) -> str:
     text = (checkout / "ns" / "__init__.py").read_text()
     return text.partition('__version__ = "')[2].partition('"')[0]
 
 
-def revision(checkout: Path) -> str:
-    found = subprocess.run(["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True)
-    return found.stdout.strip()
+def read_revision(checkout: Path) -> str:
+    process = subprocess.run(["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return process.stdout.strip()
 
 
-def builder() -> str:
+def find_builder() -> str:
     """What builds: docker if it answers, or else podman."""
     for engine in ("docker", "podman"):
         if shutil.which(engine) and subprocess.run([engine, "version"], capture_output=True).returncode == 0:
@@ -65,28 +65,28 @@ def main() -> int:
     parser.add_argument("--cpu-index", default="", help="URL of an index with CPU builds of torch")
     parser.add_argument("--pip-config", default="", help="a pip.conf to install with; it does not enter the image")
     parser.add_argument("--print", action="store_true", help="print the names only")
-    asked = parser.parse_args()
-    targets = asked.targets or TARGETS
+    parsed = parser.parse_args()
+    targets = parsed.targets or TARGETS
     if unknown := set(targets) - set(TARGETS):
         parser.error(f"no target {', '.join(sorted(unknown))}; there are {', '.join(TARGETS)}")
-    arguments = {name: value for name, value in (("PYTHON", asked.python), ("CPU_INDEX", asked.cpu_index)) if value}
-    command = shlex.split(asked.builder) if asked.builder or asked.print else shlex.split(builder())
+    arguments = {name: value for name, value in (("PYTHON", parsed.python), ("CPU_INDEX", parsed.cpu_index)) if value}
+    command = shlex.split(parsed.builder) if parsed.builder or parsed.print else shlex.split(find_builder())
     for target in targets:
-        names = [f"{NAME}/{target}:{asked.tag or tag(CHECKOUT, target, arguments)}"]
-        if asked.registry:
-            names = [f"{asked.registry.rstrip('/')}/{names[0]}"]
+        names = [f"{IMAGE_PREFIX}/{target}:{parsed.tag or compute_tag(CHECKOUT, target, arguments)}"]
+        if parsed.registry:
+            names = [f"{parsed.registry.rstrip('/')}/{names[0]}"]
         else:
             # What this machine's runs take if they are not told otherwise.
-            names.append(f"{NAME}/{target}:{version(CHECKOUT)}")
-        if not asked.print:
-            about = {"VERSION": version(CHECKOUT), "REVISION": revision(CHECKOUT), **arguments}
-            options = [f"--build-arg={name}={value}" for name, value in about.items()]
-            options += [f"--secret=id=pip,src={asked.pip_config}"] if asked.pip_config else []
+            names.append(f"{IMAGE_PREFIX}/{target}:{read_version(CHECKOUT)}")
+        if not parsed.print:
+            build_arguments = {"VERSION": read_version(CHECKOUT), "REVISION": read_revision(CHECKOUT), **arguments}
+            options = [f"--build-arg={name}={value}" for name, value in build_arguments.items()]
+            options += [f"--secret=id=pip,src={parsed.pip_config}"] if parsed.pip_config else []
             options += [word for name in names for word in ("--tag", name)]
             file = str(CHECKOUT / "images" / "Dockerfile")
-            built = subprocess.run([*command, "--file", file, "--target", target, *options, str(CHECKOUT)], stdout=sys.stderr)
-            if built.returncode:
-                return built.returncode
+            process = subprocess.run([*command, "--file", file, "--target", target, *options, str(CHECKOUT)], stdout=sys.stderr)
+            if process.returncode:
+                return process.returncode
         sys.stdout.write(f"{names[0]}\n")
     return 0
 

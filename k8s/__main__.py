@@ -11,16 +11,16 @@ from typing import Annotated
 import typer
 
 from k8s import deploy as deploying
-from k8s.deploy import KIND, UI, UI_PORT, Ask, Options
+from k8s.deploy import KIND_CONTEXT_PREFIX, UI_PORT, UI_SERVICE, Ask, DeployOptions
 from k8s.kubectl import Kubectl
-from ns.cli.doctor import show
-from ns.cli.options import AsJson, program
+from ns.cli.doctor import print_diagnostics
+from ns.cli.options import AsJson, make_program
 from ns.core.errors import ClusterError
 
 CLUSTER = "noisy-student"
 KIND_FILE = Path(__file__).with_name("kind.yaml")
 
-app = program("The platform on a Kubernetes cluster.")
+app = make_program("The platform on a Kubernetes cluster.")
 
 Overlay = Annotated[
     str, typer.Option(help="Overlay in k8s/overlays, or a folder; the deployed one, or kind or dev, if not given.")
@@ -62,7 +62,7 @@ def deploy(
 
     Example: [cyan]make deploy OVERLAY=dev KUBE_CONTEXT=my-cluster REGISTRY=registry.example/team ARGS=--no-smoke[/]
     """
-    options = Options(
+    options = DeployOptions(
         overlay,
         context,
         registry,
@@ -76,9 +76,9 @@ def deploy(
         force_conflicts,
         timeout,
     )
-    record = deploying.deploy(options, say, _ask(), show)
-    say(
-        f"deployed: {record.overlay}, version {record.version}, pipelines {', '.join(record.pipelines.values())}; next: make ui"
+    release = deploying.deploy_overlay(options, print_progress, _make_ask(), print_diagnostics)
+    print_progress(
+        f"deployed: {release.overlay}, version {release.version}, pipelines {', '.join(release.pipelines.values())}; next: make ui"
     )
 
 
@@ -93,7 +93,7 @@ def undeploy(
 
     Example: [cyan]make undeploy KUBE_CONTEXT=my-cluster[/]
     """
-    deploying.undeploy(Options(overlay, context, yes=yes), say, _ask(), delete_data=delete_data)
+    deploying.undeploy_overlay(DeployOptions(overlay, context, yes=yes), print_progress, _make_ask(), delete_data=delete_data)
 
 
 @app.command()
@@ -111,8 +111,8 @@ def diff(
 
     Example: [cyan]make diff KUBE_CONTEXT=my-cluster REGISTRY=registry.example/team[/]
     """
-    options = Options(overlay, context, registry, image or (), worker, without or (), build or (), yes)
-    changes = deploying.diff(options, say, _ask())
+    options = DeployOptions(overlay, context, registry, image or (), worker, without or (), build or (), yes)
+    changes = deploying.diff_overlay(options, print_progress, _make_ask())
     typer.echo(changes or "no differences", nl=not changes)
 
 
@@ -124,32 +124,32 @@ def status(overlay: Overlay = "", context: Context = "", as_json: AsJson = False
     """
     import json
 
-    seen = deploying.status(Options(overlay, context))
+    platform = deploying.fetch_status(DeployOptions(overlay, context))
     if as_json:
-        fields = seen.record.model_dump(mode="json", exclude={"objects", "found"}) if seen.record else None
+        fields = platform.release.model_dump(mode="json", exclude={"objects", "found"}) if platform.release else None
         value = {
-            "context": seen.context,
+            "context": platform.context,
             "deployment": fields,
-            "workloads": [row._asdict() for row in seen.workloads],
-            "runs": seen.runs,
+            "workloads": [row._asdict() for row in platform.workloads],
+            "runs": platform.runs,
         }
         typer.echo(json.dumps(value, indent=1))
         return
-    if seen.record is None:
-        typer.echo(f"{seen.context}: nothing is deployed; `make deploy` does it")
+    if platform.release is None:
+        typer.echo(f"{platform.context}: nothing is deployed; `make deploy` does it")
         return
-    record = seen.record
+    release = platform.release
     typer.echo(
-        f"{seen.context}: {record.overlay}, {record.state}, {record.at}, version {record.version} {record.revision[:12]}".rstrip()
+        f"{platform.context}: {release.overlay}, {release.state}, {release.at}, version {release.version} {release.revision[:12]}".rstrip()
     )
-    for name, version in record.pipelines.items():
+    for name, version in release.pipelines.items():
         typer.echo(f"pipeline {name}: {version}")
-    for row in seen.workloads:
+    for row in platform.workloads:
         state = typer.style("ok", fg="green") if row.ready else typer.style("NO", fg="red", bold=True)
-        typer.echo(f"{state}  {row.name:<48}  {row.said}{f': {row.why}' if row.why else ''}")
-    runs = ", ".join(f"{count} {phase.lower()}" for phase, count in sorted(seen.runs.items()))
+        typer.echo(f"{state}  {row.name:<48}  {row.summary}{f': {row.reason}' if row.reason else ''}")
+    runs = ", ".join(f"{count} {phase.lower()}" for phase, count in sorted(platform.runs.items()))
     typer.echo(f"runs: {runs or 'none'}")
-    if not all(row.ready for row in seen.workloads):
+    if not all(row.ready for row in platform.workloads):
         raise typer.Exit(ClusterError.exit_code)
 
 
@@ -163,12 +163,12 @@ def ui(
 
     Example: [cyan]make ui KUBE_CONTEXT=my-cluster ARGS="--port 8081"[/]
     """
-    chosen = deploying.choose(Options(context=context, yes=True), "Look at", None)
-    _, place = chosen.deployed()
-    url, begun = f"http://localhost:{port}", time.monotonic()
+    target = deploying.choose_target(DeployOptions(context=context, yes=True), "Look at", None)
+    _, namespace = target.find_release()
+    url, first_started = f"http://localhost:{port}", time.monotonic()
     while True:
-        lines = chosen.kubectl.lines(
-            "port-forward", f"service/{UI}", f"{port}:{UI_PORT}", f"--namespace={place or 'kubeflow'}", data=""
+        lines = target.kubectl.stream_lines(
+            "port-forward", f"service/{UI_SERVICE}", f"{port}:{UI_PORT}", f"--namespace={namespace or 'kubeflow'}", stdin=""
         )
         started = time.monotonic()
         try:
@@ -177,10 +177,10 @@ def ui(
                     browser = False
                     webbrowser.open(url)
                 if "127.0.0.1" in line:
-                    say(f"{url}: Kubeflow on {chosen.context}; Ctrl-C ends it")
+                    print_progress(f"{url}: Kubeflow on {target.context}; Ctrl-C ends it")
         except ClusterError:
             # One that never worked will not; one that did loses its connection when the page's pod moves.
-            if started - begun < 1 and time.monotonic() - started < 10:
+            if started - first_started < 1 and time.monotonic() - started < 10:
                 raise
         time.sleep(1)
 
@@ -201,36 +201,36 @@ def cluster(
         raise ClusterError(
             "kind: is not installed; https://kind.sigs.k8s.io/docs/user/quick-start/#installation, with docker or podman"
         )
-    there = name in _kind("get", "clusters").split()
+    exists = name in _run_kind("get", "clusters").split()
     if delete:
-        if there:
-            _kind("delete", "cluster", f"--name={name}")
-        say(f"cluster {name}: {'deleted' if there else 'is not there'}")
+        if exists:
+            _run_kind("delete", "cluster", f"--name={name}")
+        print_progress(f"cluster {name}: {'deleted' if exists else 'is not there'}")
         return
-    if not there:
-        say(f"cluster {name}: being made")
-        image = [f"--image={node_image}"] if node_image else []
-        _kind("create", "cluster", f"--name={name}", f"--config={KIND_FILE}", "--wait=180s", *image)
-    context = f"{KIND}{name}"
+    if not exists:
+        print_progress(f"cluster {name}: being made")
+        image_options = [f"--image={node_image}"] if node_image else []
+        _run_kind("create", "cluster", f"--name={name}", f"--config={KIND_FILE}", "--wait=180s", *image_options)
+    context = f"{KIND_CONTEXT_PREFIX}{name}"
     # A cluster whose container was stopped is listed all the same.
-    Kubectl(context).run("version", "--output=json")
+    Kubectl(context).run_command("version", "--output=json")
     deploy(overlay="kind", context=context, build=build, smoke=smoke)
 
 
-def _kind(*arguments: str) -> str:
+def _run_kind(*arguments: str) -> str:
     """What kind prints; its progress goes to standard error."""
-    done = subprocess.run(["kind", *arguments], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise ClusterError(f"kind {' '.join(arguments[:2])}: ended with code {done.returncode}; its reasons stand above")
-    return done.stdout
+    process = subprocess.run(["kind", *arguments], stdout=subprocess.PIPE, text=True)
+    if process.returncode:
+        raise ClusterError(f"kind {' '.join(arguments[:2])}: ended with code {process.returncode}; its reasons stand above")
+    return process.stdout
 
 
-def say(text: str) -> None:
+def print_progress(text: str) -> None:
     """A line of progress; results go to standard output."""
     typer.echo(text, err=True)
 
 
-def _ask() -> Ask | None:
+def _make_ask() -> Ask | None:
     return (lambda question: typer.confirm(question, err=True)) if sys.stdin.isatty() else None
 
 

@@ -10,23 +10,23 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from k8s import versions
-from k8s.kubectl import Forbidden, Kubectl, Object
-from k8s.versions import KNOWN, NAMES, Version, said
-from ns.core.diagnostics import Finding
+from k8s.kubectl import ForbiddenError, K8sObject, Kubectl
+from k8s.versions import DISPLAY_NAMES, SUPPORTED, Version, format_version
+from ns.core.diagnostics import Diagnostic
 from ns.core.errors import ClusterError
 
-Part = Literal["kfp", "trainer", "kueue", "prometheus-operator", "dcgm", "gpu"]
+ClusterPart = Literal["kfp", "trainer", "kueue", "prometheus-operator", "dcgm", "gpu"]
 """What a cluster may have, and an overlay or a run may need."""
 
-RUNNER = "pipeline-runner"
+RUNNER_ACCOUNT = "pipeline-runner"
 """The service account that KFP's pods run as."""
-SECRET = "mlpipeline-minio-artifact"
-SETTINGS = "noisy-student"
-OURS = {"app.kubernetes.io/part-of": "noisy-student"}
+STORAGE_SECRET = "mlpipeline-minio-artifact"
+SETTINGS_CONFIG_MAP = "noisy-student"
+RUN_POD_LABELS = {"app.kubernetes.io/part-of": "noisy-student"}
 """The label of all pods of runs (pipelines/placement.py)."""
 
 # The last part of the image's name, which stays when a registry is mirrored.
-IMAGES = {
+PART_IMAGES = {
     "kfp": ("kfp-api-server",),
     "argo": ("workflow-controller",),
     "trainer": ("trainer-controller-manager",),
@@ -39,7 +39,7 @@ CRDS = {
     "kueue": "workloads.kueue.x-k8s.io",
     "prometheus-operator": "podmonitors.monitoring.coreos.com",
 }
-INSTALL = {
+INSTALL_HINTS = {
     "kfp": "`make deploy` brings it, or https://www.kubeflow.org/docs/components/pipelines/operator-guides/installation",
     "trainer": "https://www.kubeflow.org/docs/components/trainer/operator-guides/installation, or train in one pod",
     "kueue": "https://kueue.sigs.k8s.io/docs/installation, or leave the component kueue out of the overlay",
@@ -75,7 +75,7 @@ POOL_LABELS = (
 DEFAULT_CLASS = "storageclass.kubernetes.io/is-default-class"
 
 
-class Right(NamedTuple):
+class Permission(NamedTuple):
     """Something that somebody must be allowed to do. As in `kubectl auth can-i`."""
 
     verb: str
@@ -91,362 +91,395 @@ class Right(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Asked:
+class Requirements:
     """What a cluster is looked at for."""
 
     namespace: str | None = None
     """Where the pods of runs are; Kubeflow Pipelines' own if None."""
-    needs: frozenset[str] = frozenset({"kfp"})
+    required_parts: frozenset[str] = frozenset({"kfp"})
     """Parts without which it will not do."""
-    brings: Mapping[str, Version | None] = field(default_factory=dict)
+    provided_parts: Mapping[str, Version | None] = field(default_factory=dict)
     """Parts that a deployment is about to bring, with their versions where these are known: that they are not there yet is no fault."""
-    rights: tuple[Right, ...] = ()
+    permissions: tuple[Permission, ...] = ()
     """That whoever asks must have."""
 
 
 @dataclass
-class Cluster:
+class ClusterState:
     """What was fetched. A kind that may not be read is in `denied`, with kubectl's words, and has no objects."""
 
-    version: Version | None = None
-    client: Version | None = None
-    place: str = ""
+    server_version: Version | None = None
+    client_version: Version | None = None
+    description: str = ""
     """Context and server, for people."""
-    objects: dict[str, list[Object]] = field(default_factory=dict)
+    objects: dict[str, list[K8sObject]] = field(default_factory=dict)
     denied: dict[str, str] = field(default_factory=dict)
-    rights: dict[str, dict[Right, bool | None]] = field(default_factory=dict)
+    permissions: dict[str, dict[Permission, bool | None]] = field(default_factory=dict)
     """Who ("" for whoever asks) → right → whether allowed; None where that may not be asked."""
 
-    def of(self, kind: str) -> list[Object]:
+    def get_objects(self, kind: str) -> list[K8sObject]:
         return self.objects.get(kind, [])
 
 
-KINDS = ("nodes", "storageclasses", "deployments", "daemonsets", "namespaces", "persistentvolumeclaims")
+FETCHED_KINDS = ("nodes", "storageclasses", "deployments", "daemonsets", "namespaces", "persistentvolumeclaims")
 
 
-def examine(kubectl: Kubectl, asked: Asked) -> list[Finding]:
+def examine_cluster(kubectl: Kubectl, requirements: Requirements) -> list[Diagnostic]:
     """Looks at a cluster and judges it. When it does not answer, the one finding says why."""
     try:
-        cluster = look(kubectl, asked)
+        cluster = fetch_state(kubectl, requirements)
     except ClusterError as error:
         detail, _, fix = str(error).rpartition("; ")
-        return [Finding("cluster", False, detail or fix, fix if detail else "look at kubectl's own words: kubectl version")]
-    return judge(cluster, asked)
+        return [Diagnostic("cluster", False, detail or fix, fix if detail else "look at kubectl's own words: kubectl version")]
+    return diagnose(cluster, requirements)
 
 
-def look(kubectl: Kubectl, asked: Asked) -> Cluster:
+def fetch_state(kubectl: Kubectl, requirements: Requirements) -> ClusterState:
     """Fetches what `judge` needs. Raises ClusterError if the cluster does not answer."""
-    reply = json.loads(kubectl.run("version", "--output=json"))
-    cluster = Cluster(
-        versions.parse(reply.get("serverVersion", {}).get("gitVersion", "")),
-        versions.parse(reply.get("clientVersion", {}).get("gitVersion", "")),
-        f"{kubectl.context or 'current context'}, {kubectl.server() or 'in a pod'}",
+    reply = json.loads(kubectl.run_command("version", "--output=json"))
+    cluster = ClusterState(
+        versions.parse_version(reply.get("serverVersion", {}).get("gitVersion", "")),
+        versions.parse_version(reply.get("clientVersion", {}).get("gitVersion", "")),
+        f"{kubectl.context or 'current context'}, {kubectl.server_url() or 'in a pod'}",
     )
 
-    def fetch(kind: str, call: Callable[[], list[Object]]) -> None:
+    def fetch_kind(kind: str, call: Callable[[], list[K8sObject]]) -> None:
         try:
             cluster.objects[kind] = call()
-        except Forbidden as error:
+        except ForbiddenError as error:
             cluster.denied[kind] = str(error)
 
-    def named(kind: str, name: str, namespace: str) -> list[Object]:
-        found = kubectl.get(kind, name, namespace)
-        return [found] if found else []
+    def fetch_object(kind: str, name: str, namespace: str) -> list[K8sObject]:
+        fetched = kubectl.get_object(kind, name, namespace)
+        return [fetched] if fetched else []
 
-    def definitions() -> list[Object]:
+    def fetch_definitions() -> list[K8sObject]:
         # All of them are tens of megabytes; a list of names is one call.
-        reply = kubectl.run("get", "customresourcedefinitions", *CRDS.values(), "--ignore-not-found", "--output=json")
+        reply = kubectl.run_command("get", "customresourcedefinitions", *CRDS.values(), "--ignore-not-found", "--output=json")
         # One object is printed as itself, none as nothing, and several as a list.
         value: Any = json.loads(reply) if reply.strip() else {"items": []}
         return list(value.get("items", [value]))
 
     with ThreadPoolExecutor(8) as threads:
-        first: list[tuple[str, Callable[[], list[Object]]]] = [(kind, _listing(kubectl, kind)) for kind in KINDS]
-        list(threads.map(lambda one: fetch(*one), [*first, ("definitions", definitions)]))
-        place = namespace(cluster, asked)
-        second: list[tuple[str, Callable[[], list[Object]]]] = [
-            ("settings", lambda: named("configmap", SETTINGS, place)),
-            ("secret", lambda: named("secret", SECRET, place)),
-            ("account", lambda: named("serviceaccount", RUNNER, place)),
+        first: list[tuple[str, Callable[[], list[K8sObject]]]] = [(kind, _make_lister(kubectl, kind)) for kind in FETCHED_KINDS]
+        list(threads.map(lambda one: fetch_kind(*one), [*first, ("definitions", fetch_definitions)]))
+        run_namespace = find_run_namespace(cluster, requirements)
+        second: list[tuple[str, Callable[[], list[K8sObject]]]] = [
+            ("settings", lambda: fetch_object("configmap", SETTINGS_CONFIG_MAP, run_namespace)),
+            ("secret", lambda: fetch_object("secret", STORAGE_SECRET, run_namespace)),
+            ("account", lambda: fetch_object("serviceaccount", RUNNER_ACCOUNT, run_namespace)),
         ]
-        if has(cluster, "prometheus-operator"):
+        if has_part(cluster, "prometheus-operator"):
             second += [
-                (kind, _listing(kubectl, kind)) for kind in ("prometheuses.monitoring.coreos.com", CRDS["prometheus-operator"])
+                (kind, _make_lister(kubectl, kind))
+                for kind in ("prometheuses.monitoring.coreos.com", CRDS["prometheus-operator"])
             ]
-        if has(cluster, "kueue"):
-            second += [("localqueues", lambda: kubectl.list("localqueues.kueue.x-k8s.io", place))]
-            manager = next(_containers(cluster, "kueue"), None)
+        if has_part(cluster, "kueue"):
+            second += [("localqueues", lambda: kubectl.list_objects("localqueues.kueue.x-k8s.io", run_namespace))]
+            manager = next(_find_containers(cluster, "kueue"), None)
             if manager:
-                space = manager[0]["metadata"]["namespace"]
-                second.append(("kueue-config", lambda: named("configmap", "kueue-manager-config", space)))
-        list(threads.map(lambda one: fetch(*one), second))
-        questions = [(who, right) for who, rights in _questions(cluster, asked).items() for right in rights]
-        answers = list(threads.map(lambda one: allowed(kubectl, one[1], one[0]), questions))
+                manager_namespace = manager[0]["metadata"]["namespace"]
+                second.append(("kueue-config", lambda: fetch_object("configmap", "kueue-manager-config", manager_namespace)))
+        list(threads.map(lambda one: fetch_kind(*one), second))
+        questions = [(who, right) for who, rights in _collect_questions(cluster, requirements).items() for right in rights]
+        answers = list(threads.map(lambda one: is_allowed(kubectl, one[1], one[0]), questions))
     for (who, right), answer in zip(questions, answers, strict=True):
-        cluster.rights.setdefault(who, {})[right] = answer
+        cluster.permissions.setdefault(who, {})[right] = answer
     return cluster
 
 
-def _listing(kubectl: Kubectl, kind: str) -> Callable[[], list[Object]]:
-    return lambda: kubectl.list(kind)
+def _make_lister(kubectl: Kubectl, kind: str) -> Callable[[], list[K8sObject]]:
+    return lambda: kubectl.list_objects(kind)
 
 
-def allowed(kubectl: Kubectl, right: Right, who: str = "") -> bool | None:
+def is_allowed(kubectl: Kubectl, permission: Permission, subject: str = "") -> bool | None:
     """Whether somebody (`system:serviceaccount:NAMESPACE:NAME`; whoever asks if empty) has a right. None if one may not ask."""
     attributes = {
-        "verb": right.verb,
-        "resource": right.resource,
-        "group": right.group,
-        "subresource": right.subresource,
-        "namespace": right.namespace,
+        "verb": permission.verb,
+        "resource": permission.resource,
+        "group": permission.group,
+        "subresource": permission.subresource,
+        "namespace": permission.namespace,
     }
-    kind = "SubjectAccessReview" if who else "SelfSubjectAccessReview"
-    spec: Object = {"resourceAttributes": {key: value for key, value in attributes.items() if value}}
-    if who:
-        account = who.split(":")
-        spec["user"] = who
+    kind = "SubjectAccessReview" if subject else "SelfSubjectAccessReview"
+    spec: K8sObject = {"resourceAttributes": {key: value for key, value in attributes.items() if value}}
+    if subject:
+        account = subject.split(":")
+        spec["user"] = subject
         spec["groups"] = ["system:authenticated", "system:serviceaccounts", f"system:serviceaccounts:{account[2]}"]
     try:
-        reply = kubectl.post(
+        reply = kubectl.post_object(
             f"/apis/authorization.k8s.io/v1/{kind.lower()}s",
             {"apiVersion": "authorization.k8s.io/v1", "kind": kind, "spec": spec},
         )
-    except Forbidden:
+    except ForbiddenError:
         return None
     return bool(reply.get("status", {}).get("allowed"))
 
 
-def judge(cluster: Cluster, asked: Asked) -> list[Finding]:
+def diagnose(cluster: ClusterState, requirements: Requirements) -> list[Diagnostic]:
     """All findings, in the order in which things depend on each other."""
-    there = found_versions(cluster)
+    installed_versions = detect_versions(cluster)
     # Versions as they will be.
-    found = there | {part: version for part, version in asked.brings.items() if version}
-    findings = [Finding("cluster", True, cluster.place), _client(cluster)]
-    findings.append(_version(cluster, there, "kubernetes", asked))
-    findings += [_nodes(cluster), _storage(cluster), *_gpus(cluster, asked)]
+    expected_versions = installed_versions | {part: version for part, version in requirements.provided_parts.items() if version}
+    findings = [Diagnostic("cluster", True, cluster.description), _check_client(cluster)]
+    findings.append(_check_version(cluster, installed_versions, "kubernetes", requirements))
+    findings += [_check_nodes(cluster), _check_storage(cluster), *_check_gpus(cluster, requirements)]
     for part in ("kfp", "argo", "trainer", "kueue", "prometheus-operator", "dcgm"):
-        if part != "argo" or part in there:
-            findings.append(_version(cluster, there, part, asked))
+        if part != "argo" or part in installed_versions:
+            findings.append(_check_version(cluster, installed_versions, part, requirements))
     findings += [
-        Finding(
+        Diagnostic(
             "bad-pair",
             False,
-            f"{NAMES[pair.one]} {said(found[pair.one])} with {NAMES[pair.other]} {said(found[pair.other])}: {pair.what}",
-            pair.fix,
-            warning=not pair.fatal,
+            f"{DISPLAY_NAMES[conflict.component]} {format_version(expected_versions[conflict.component])} with {DISPLAY_NAMES[conflict.other_component]} {format_version(expected_versions[conflict.other_component])}: {conflict.problem}",
+            conflict.fix,
+            is_warning=not conflict.fatal,
         )
-        for pair in versions.bad_pairs(found)
+        for conflict in versions.find_version_conflicts(expected_versions)
     ]
-    findings += _minio(cluster)
-    findings += _queues(cluster, asked)
-    findings += _pod_monitor(cluster, asked)
-    findings += _exporter(cluster)
-    findings += _settings(cluster, asked)
-    findings += _rights(cluster)
+    findings += _check_minio(cluster)
+    findings += _check_queues(cluster, requirements)
+    findings += _check_pod_monitor(cluster, requirements)
+    findings += _check_gpu_exporter(cluster)
+    findings += _check_settings(cluster, requirements)
+    findings += _check_permissions(cluster)
     return findings
 
 
-def namespace(cluster: Cluster, asked: Asked) -> str:
+def find_run_namespace(cluster: ClusterState, requirements: Requirements) -> str:
     """Where the pods of runs are: as asked, or with KFP's API server, or where KFP is usually."""
-    if asked.namespace:
-        return asked.namespace
-    server = next(_containers(cluster, "kfp"), None)
+    if requirements.namespace:
+        return requirements.namespace
+    server = next(_find_containers(cluster, "kfp"), None)
     return str(server[0]["metadata"]["namespace"]) if server else "kubeflow"
 
 
-def found_versions(cluster: Cluster) -> dict[str, Version]:
+def detect_versions(cluster: ClusterState) -> dict[str, Version]:
     """Component → version, of those whose version can be told."""
-    found = {"kubernetes": cluster.version} if cluster.version else {}
-    for part in IMAGES:
-        for workload, container in _containers(cluster, part):
+    detected = {"kubernetes": cluster.server_version} if cluster.server_version else {}
+    for part in PART_IMAGES:
+        for workload, container in _find_containers(cluster, part):
             labels = workload["metadata"].get("labels") or {}
-            version = versions.of_image(container["image"]) or versions.parse(labels.get("app.kubernetes.io/version", ""))
+            version = versions.parse_image_version(container["image"]) or versions.parse_version(
+                labels.get("app.kubernetes.io/version", "")
+            )
             if version:
-                found[part] = version
+                detected[part] = version
                 break
-    for definition in cluster.of("definitions"):
+    for definition in cluster.get_objects("definitions"):
         if definition["metadata"]["name"] == CRDS["prometheus-operator"]:
             annotated = (definition["metadata"].get("annotations") or {}).get("operator.prometheus.io/version", "")
-            if version := versions.parse(annotated):
-                found.setdefault("prometheus-operator", version)
-    return found
+            if version := versions.parse_version(annotated):
+                detected.setdefault("prometheus-operator", version)
+    return detected
 
 
-def has(cluster: Cluster, part: str) -> bool:
+def has_part(cluster: ClusterState, part: str) -> bool:
     """Whether a part is installed."""
-    names = {definition["metadata"]["name"] for definition in cluster.of("definitions")}
-    return CRDS.get(part) in names or next(_containers(cluster, part), None) is not None
+    names = {definition["metadata"]["name"] for definition in cluster.get_objects("definitions")}
+    return CRDS.get(part) in names or next(_find_containers(cluster, part), None) is not None
 
 
-def selects(selector: Object | None, labels: Mapping[str, str]) -> bool:
+def selector_matches(selector: K8sObject | None, labels: Mapping[str, str]) -> bool:
     """Whether a label selector takes these labels. None takes nothing, {} everything."""
     if selector is None:
         return False
     for key, value in (selector.get("matchLabels") or {}).items():
         if labels.get(key) != value:
             return False
-    for one in selector.get("matchExpressions") or ():
-        value, values = labels.get(one["key"]), one.get("values") or ()
-        taken = {
+    for expression in selector.get("matchExpressions") or ():
+        value, values = labels.get(expression["key"]), expression.get("values") or ()
+        matched = {
             "In": value in values,
             "NotIn": value not in values,
             "Exists": value is not None,
             "DoesNotExist": value is None,
-        }[one["operator"]]
-        if not taken:
+        }[expression["operator"]]
+        if not matched:
             return False
     return True
 
 
-def _containers(cluster: Cluster, part: str) -> Iterator[tuple[Object, Object]]:
+def _find_containers(cluster: ClusterState, part: str) -> Iterator[tuple[K8sObject, K8sObject]]:
     """Workloads that run a part's image, with the container."""
-    for workload in (*cluster.of("deployments"), *cluster.of("daemonsets")):
+    for workload in (*cluster.get_objects("deployments"), *cluster.get_objects("daemonsets")):
         for container in workload["spec"]["template"]["spec"].get("containers") or ():
-            if _repository(container).rpartition("/")[2] in IMAGES[part]:
+            if _parse_repository(container).rpartition("/")[2] in PART_IMAGES[part]:
                 yield workload, container
 
 
-def _repository(container: Object) -> str:
+def _parse_repository(container: K8sObject) -> str:
     """`localhost:5000/minio/minio` of `localhost:5000/minio/minio:TAG@sha256:…`."""
-    place, slash, name = container.get("image", "").partition("@")[0].rpartition("/")
-    return f"{place}{slash}{name.partition(':')[0]}"
+    prefix, slash, name = container.get("image", "").partition("@")[0].rpartition("/")
+    return f"{prefix}{slash}{name.partition(':')[0]}"
 
 
-def _client(cluster: Cluster) -> Finding:
-    if cluster.client is None or cluster.version is None:
-        return Finding("kubectl", True, "installed")
-    detail = f"{said(cluster.client)}, the server has {said(cluster.version)}"
-    if cluster.client[0] != cluster.version[0] or abs(cluster.client[1] - cluster.version[1]) > 1:
-        fix = f"install kubectl {cluster.version[0]}.{cluster.version[1]}"
-        return Finding("kubectl", False, f"{detail}: more than one minor version apart", fix, warning=True)
-    return Finding("kubectl", True, detail)
+def _check_client(cluster: ClusterState) -> Diagnostic:
+    if cluster.client_version is None or cluster.server_version is None:
+        return Diagnostic("kubectl", True, "installed")
+    detail = f"{format_version(cluster.client_version)}, the server has {format_version(cluster.server_version)}"
+    if cluster.client_version[0] != cluster.server_version[0] or abs(cluster.client_version[1] - cluster.server_version[1]) > 1:
+        fix = f"install kubectl {cluster.server_version[0]}.{cluster.server_version[1]}"
+        return Diagnostic("kubectl", False, f"{detail}: more than one minor version apart", fix, is_warning=True)
+    return Diagnostic("kubectl", True, detail)
 
 
-def _version(cluster: Cluster, found: Mapping[str, Version], part: str, asked: Asked) -> Finding:
-    name, known = NAMES[part], KNOWN[part]
-    needed = part in asked.needs and part not in asked.brings
-    version = found.get(part)
-    if version is None and part != "kubernetes" and not has(cluster, part):
+def _check_version(
+    cluster: ClusterState, installed_versions: Mapping[str, Version], part: str, requirements: Requirements
+) -> Diagnostic:
+    name, supported = DISPLAY_NAMES[part], SUPPORTED[part]
+    needed = part in requirements.required_parts and part not in requirements.provided_parts
+    version = installed_versions.get(part)
+    if version is None and part != "kubernetes" and not has_part(cluster, part):
         denied = [kind for kind in ("deployments", "daemonsets", "definitions") if kind in cluster.denied]
         if denied:
             fix = f"let somebody look who may list {' and '.join(denied)} in all namespaces"
-            return Finding(part, False, f"cannot be told whether {name} is installed", fix, warning=True)
-        if part in asked.brings:
-            coming = asked.brings[part]
-            return Finding(part, True, f"not installed yet; this deployment brings {said(coming) if coming else 'it'}")
+            return Diagnostic(part, False, f"cannot be told whether {name} is installed", fix, is_warning=True)
+        if part in requirements.provided_parts:
+            provided_version = requirements.provided_parts[part]
+            return Diagnostic(
+                part,
+                True,
+                f"not installed yet; this deployment brings {format_version(provided_version) if provided_version else 'it'}",
+            )
         if needed:
-            return Finding(part, False, f"{name} is not installed", INSTALL[part])
-        return Finding(part, True, f"not installed: {USED_FOR.get(part, 'not needed')}")
+            return Diagnostic(part, False, f"{name} is not installed", INSTALL_HINTS[part])
+        return Diagnostic(part, True, f"not installed: {USED_FOR.get(part, 'not needed')}")
     if version is None:
-        return Finding(part, False, f"{name} does not tell its version", f"see that it is {said(known.least)} or newer", True)
-    coming = asked.brings.get(part)
-    if coming and coming != version:
-        return Finding(part, True, f"{said(version)}; this deployment brings {said(coming)}")
-    if version < known.least:
-        fix = f"update {name} to {said(known.since)} or newer"
-        return Finding(
-            part, False, f"{said(version)}: {known.why}", fix, warning=not needed and part not in ("kubernetes", "kfp")
+        return Diagnostic(
+            part,
+            False,
+            f"{name} does not tell its version",
+            f"see that it is {format_version(supported.minimum)} or newer",
+            True,
         )
-    if not known.since <= version < known.until:
-        fix = f"if something goes wrong, use {said(known.since)} or newer, before {said(known.until)}"
-        return Finding(part, False, f"{said(version)}: nobody has tried this project with it", fix, warning=True)
-    return Finding(part, True, said(version))
+    provided_version = requirements.provided_parts.get(part)
+    if provided_version and provided_version != version:
+        return Diagnostic(part, True, f"{format_version(version)}; this deployment brings {format_version(provided_version)}")
+    if version < supported.minimum:
+        fix = f"update {name} to {format_version(supported.since)} or newer"
+        return Diagnostic(
+            part,
+            False,
+            f"{format_version(version)}: {supported.reason}",
+            fix,
+            is_warning=not needed and part not in ("kubernetes", "kfp"),
+        )
+    if not supported.since <= version < supported.until:
+        fix = (
+            f"if something goes wrong, use {format_version(supported.since)} or newer, before {format_version(supported.until)}"
+        )
+        return Diagnostic(
+            part, False, f"{format_version(version)}: nobody has tried this project with it", fix, is_warning=True
+        )
+    return Diagnostic(part, True, format_version(version))
 
 
-def _nodes(cluster: Cluster) -> Finding:
+def _check_nodes(cluster: ClusterState) -> Diagnostic:
     if "nodes" in cluster.denied:
-        return Finding("nodes", False, "may not be listed", "let somebody look who may list nodes", warning=True)
-    nodes = cluster.of("nodes")
+        return Diagnostic("nodes", False, "may not be listed", "let somebody look who may list nodes", is_warning=True)
+    nodes = cluster.get_objects("nodes")
     ready = [node for node in nodes if _is_ready(node)]
-    away = sorted(node["metadata"]["name"] for node in nodes if not _is_ready(node))
+    unready = sorted(node["metadata"]["name"] for node in nodes if not _is_ready(node))
     if not ready:
-        return Finding("nodes", False, f"none of {len(nodes)} is ready", "kubectl get nodes, and describe them")
-    if away:
-        listed = ", ".join(away[:5]) + (" …" if len(away) > 5 else "")
-        fix = f"kubectl describe node {away[0]}"
-        return Finding("nodes", False, f"{len(ready)} of {len(nodes)} ready; not: {listed}", fix, warning=True)
-    return Finding("nodes", True, f"{len(ready)}, all ready")
+        return Diagnostic("nodes", False, f"none of {len(nodes)} is ready", "kubectl get nodes, and describe them")
+    if unready:
+        listed = ", ".join(unready[:5]) + (" …" if len(unready) > 5 else "")
+        fix = f"kubectl describe node {unready[0]}"
+        return Diagnostic("nodes", False, f"{len(ready)} of {len(nodes)} ready; not: {listed}", fix, is_warning=True)
+    return Diagnostic("nodes", True, f"{len(ready)}, all ready")
 
 
-def _is_ready(node: Object) -> bool:
+def _is_ready(node: K8sObject) -> bool:
     conditions = node.get("status", {}).get("conditions") or ()
-    return any(one["type"] == "Ready" and one["status"] == "True" for one in conditions)
+    return any(condition["type"] == "Ready" and condition["status"] == "True" for condition in conditions)
 
 
-def _storage(cluster: Cluster) -> Finding:
+def _check_storage(cluster: ClusterState) -> Diagnostic:
     if "storageclasses" in cluster.denied:
         fix = "let somebody look who may list storageclasses"
-        return Finding("storage-class", False, "may not be listed", fix, warning=True)
-    classes = cluster.of("storageclasses")
-    default = [one for one in classes if (one["metadata"].get("annotations") or {}).get(DEFAULT_CLASS) == "true"]
-    names = ", ".join(sorted(one["metadata"]["name"] for one in default))
+        return Diagnostic("storage-class", False, "may not be listed", fix, is_warning=True)
+    classes = cluster.get_objects("storageclasses")
+    defaults = [
+        storage_class
+        for storage_class in classes
+        if (storage_class["metadata"].get("annotations") or {}).get(DEFAULT_CLASS) == "true"
+    ]
+    names = ", ".join(sorted(storage_class["metadata"]["name"] for storage_class in defaults))
     pending = sorted(
         f"{claim['metadata']['namespace']}/{claim['metadata']['name']}"
-        for claim in cluster.of("persistentvolumeclaims")
+        for claim in cluster.get_objects("persistentvolumeclaims")
         if claim.get("status", {}).get("phase") == "Pending" and "storageClassName" not in claim["spec"]
     )
-    if not default:
+    if not defaults:
         fix = f"kubectl annotate storageclass NAME {DEFAULT_CLASS}=true, or name a class in the overlay"
         waiting = f"; {', '.join(pending)} cannot be bound" if pending else ""
-        return Finding("storage-class", False, f"no default among {len(classes)}{waiting}", fix)
-    if len(default) > 1:
+        return Diagnostic("storage-class", False, f"no default among {len(classes)}{waiting}", fix)
+    if len(defaults) > 1:
         fix = f"leave {DEFAULT_CLASS}=true on one of them"
-        return Finding("storage-class", False, f"{len(default)} defaults ({names}): the newest is taken", fix, warning=True)
-    return Finding("storage-class", True, f"{names} ({default[0].get('provisioner', '?')}) is the default")
+        return Diagnostic(
+            "storage-class", False, f"{len(defaults)} defaults ({names}): the newest is taken", fix, is_warning=True
+        )
+    return Diagnostic("storage-class", True, f"{names} ({defaults[0].get('provisioner', '?')}) is the default")
 
 
-def _gpus(cluster: Cluster, asked: Asked) -> list[Finding]:
+def _check_gpus(cluster: ClusterState, requirements: Requirements) -> list[Diagnostic]:
     if "nodes" in cluster.denied:
         return []
-    nodes = cluster.of("nodes")
-    with_gpus = [node for node in nodes if _resources(node, "allocatable")]
-    promised = [node for node in nodes if any(label in _labels(node) for label in GPU_LABELS)]
-    silent = sorted(node["metadata"]["name"] for node in promised if not _resources(node, "capacity"))
+    nodes = cluster.get_objects("nodes")
+    with_gpus = [node for node in nodes if _gpu_resources(node, "allocatable")]
+    promised = [node for node in nodes if any(label in _node_labels(node) for label in GPU_LABELS)]
+    silent = sorted(node["metadata"]["name"] for node in promised if not _gpu_resources(node, "capacity"))
     findings = []
     if silent:
-        detail = f"{len(silent)} nodes are labelled as having GPUs and offer none: {', '.join(silent[:5])}"
+        detail = f"{len(silent)} nodes are labeled as having GPUs and offer none: {', '.join(silent[:5])}"
         fix = "install the device plugin (NVIDIA GPU operator, or the cloud's driver installer), and see that its pods tolerate the taints"
-        findings.append(Finding("device-plugin", False, detail, fix))
+        findings.append(Diagnostic("device-plugin", False, detail, fix))
     sick = sorted(
-        f"{node['metadata']['name']} {resource}: {_resources(node, 'allocatable').get(resource, 0)} of {count}"
+        f"{node['metadata']['name']} {resource}: {_gpu_resources(node, 'allocatable').get(resource, 0)} of {count}"
         for node in nodes
-        for resource, count in _resources(node, "capacity").items()
-        if _resources(node, "allocatable").get(resource, 0) < count
+        for resource, count in _gpu_resources(node, "capacity").items()
+        if _gpu_resources(node, "allocatable").get(resource, 0) < count
     )
     if sick:
         detail = f"GPUs that cannot be used: {'; '.join(sick[:5])}"
-        findings.append(Finding("device-plugin", False, detail, "look for Xid errors on the node, and drain it", warning=True))
+        findings.append(
+            Diagnostic("device-plugin", False, detail, "look for Xid errors on the node, and drain it", is_warning=True)
+        )
     if not with_gpus:
-        if "gpu" in asked.needs:
+        if "gpu" in requirements.required_parts:
             fix = "add a node pool with GPUs; a pool that scales from zero shows none until a pod asks for one"
-            findings.append(Finding("gpu-pools", False, "no node offers GPUs", fix, warning=True))
+            findings.append(Diagnostic("gpu-pools", False, "no node offers GPUs", fix, is_warning=True))
         else:
-            findings.append(Finding("gpu-pools", True, "no node offers GPUs: everything runs on CPUs"))
+            findings.append(Diagnostic("gpu-pools", True, "no node offers GPUs: everything runs on CPUs"))
         return findings
     if not findings:
-        findings.append(Finding("device-plugin", True, f"{len(with_gpus)} nodes offer GPUs"))
-    pools: dict[tuple[str, ...], list[Object]] = {}
+        findings.append(Diagnostic("device-plugin", True, f"{len(with_gpus)} nodes offer GPUs"))
+    pools: dict[tuple[str, ...], list[K8sObject]] = {}
     for node in with_gpus:
-        pools.setdefault(_pool(node), []).append(node)
+        pools.setdefault(_describe_pool(node), []).append(node)
     for (resource, taints, labels), members in sorted(pools.items()):
-        about = f"{len(members)} × {resource}; {labels or 'no label of a pool'}; {taints or 'no taint'}"
+        description = f"{len(members)} × {resource}; {labels or 'no label of a pool'}; {taints or 'no taint'}"
         if taints:
-            findings.append(Finding("gpu-pools", True, about))
+            findings.append(Diagnostic("gpu-pools", True, description))
         else:
             fix = (
                 "taint them, as nvidia.com/gpu=present:NoSchedule, and let label_tolerations and train_tolerations tolerate it"
             )
-            findings.append(Finding("gpu-pools", False, f"{about}: steps without GPUs take their place", fix, warning=True))
+            findings.append(
+                Diagnostic("gpu-pools", False, f"{description}: steps without GPUs take their place", fix, is_warning=True)
+            )
     return findings
 
 
-def _labels(node: Object) -> dict[str, str]:
+def _node_labels(node: K8sObject) -> dict[str, str]:
     return node["metadata"].get("labels") or {}
 
 
-def _resources(node: Object, what: str) -> dict[str, int]:
+def _gpu_resources(node: K8sObject, field_name: str) -> dict[str, int]:
     """GPUs of a node by resource, those with none left out. `what`: capacity or allocatable."""
-    amounts = node.get("status", {}).get(what) or {}
+    amounts = node.get("status", {}).get(field_name) or {}
     return {
         name: int(count)
         for name, count in amounts.items()
@@ -454,230 +487,254 @@ def _resources(node: Object, what: str) -> dict[str, int]:
     }
 
 
-def _pool(node: Object) -> tuple[str, str, str]:
+def _describe_pool(node: K8sObject) -> tuple[str, str, str]:
     """Resources, taints and telling labels of a node, for people: equal in all nodes of a pool."""
     taints = sorted(
         f"{taint['key']}{'=' + taint['value'] if taint.get('value') else ''}:{taint['effect']}"
         for taint in node["spec"].get("taints") or ()
         if not taint["key"].startswith("node.kubernetes.io/")
     )
-    labels = [f"{label}={_labels(node)[label]}" for label in POOL_LABELS if label in _labels(node)]
-    resources = [f"{count} {name}" for name, count in sorted(_resources(node, "allocatable").items())]
+    labels = [f"{label}={_node_labels(node)[label]}" for label in POOL_LABELS if label in _node_labels(node)]
+    resources = [f"{count} {name}" for name, count in sorted(_gpu_resources(node, "allocatable").items())]
     return ", ".join(resources), ", ".join(taints), ", ".join(labels)
 
 
-def _minio(cluster: Cluster) -> list[Finding]:
+def _check_minio(cluster: ClusterState) -> list[Diagnostic]:
     servers = sorted(
         f"{workload['metadata']['namespace']}/{workload['metadata']['name']}"
-        for workload in cluster.of("deployments")
+        for workload in cluster.get_objects("deployments")
         for container in workload["spec"]["template"]["spec"].get("containers") or ()
-        if _repository(container).endswith("minio/minio")
+        if _parse_repository(container).endswith("minio/minio")
     )
     if not servers:
         return []
     detail = f"{', '.join(servers)}: MinIO's server image is no longer published, and its last one has known holes"
     fix = "move the data to SeaweedFS (component object-store) or another S3 server"
-    return [Finding("object-store", False, detail, fix, warning=True)]
+    return [Diagnostic("object-store", False, detail, fix, is_warning=True)]
 
 
-def _queues(cluster: Cluster, asked: Asked) -> list[Finding]:
-    if not has(cluster, "kueue"):
+def _check_queues(cluster: ClusterState, requirements: Requirements) -> list[Diagnostic]:
+    if not has_part(cluster, "kueue"):
         return []
-    findings, place = [], namespace(cluster, asked)
-    config = next(iter(cluster.of("kueue-config")), None)
+    findings, run_namespace = [], find_run_namespace(cluster, requirements)
+    config = next(iter(cluster.get_objects("kueue-config")), None)
     text = "\n".join((config or {}).get("data", {}).values())
     if config and '"pod"' not in text and "- pod\n" not in f"{text}\n":
         fix = "add pod to integrations.frameworks in ConfigMap kueue-manager-config, and restart Kueue"
-        needed = "kueue" in asked.needs
+        needed = "kueue" in requirements.required_parts
         findings.append(
-            Finding("kueue-pods", False, "Kueue leaves plain pods alone, and so the steps of runs", fix, not needed)
+            Diagnostic("kueue-pods", False, "Kueue leaves plain pods alone, and so the steps of runs", fix, not needed)
         )
-    queues = cluster.of("localqueues")
+    queues = cluster.get_objects("localqueues")
     if not queues and "localqueues" not in cluster.denied:
-        if "kueue" in asked.needs and "kueue" not in asked.brings:
+        if "kueue" in requirements.required_parts and "kueue" not in requirements.provided_parts:
             fix = "make a LocalQueue (component kueue)"
-            findings.append(Finding("queue", False, f"there is no LocalQueue in {place}", fix))
+            findings.append(Diagnostic("queue", False, f"there is no LocalQueue in {run_namespace}", fix))
         return findings
     for queue in queues:
         conditions = queue.get("status", {}).get("conditions") or ()
-        name = f"{place}/{queue['metadata']['name']} to {queue['spec'].get('clusterQueue', '?')}"
-        bad = next((one for one in conditions if one["type"] == "Active" and one["status"] == "False"), None)
-        if bad:
-            detail = f"{name} is not active: {bad.get('message', 'no reason is given')}"
-            findings.append(Finding("queue", False, detail, "see that its ClusterQueue and its ResourceFlavors exist"))
+        name = f"{run_namespace}/{queue['metadata']['name']} to {queue['spec'].get('clusterQueue', '?')}"
+        inactive = next(
+            (condition for condition in conditions if condition["type"] == "Active" and condition["status"] == "False"), None
+        )
+        if inactive:
+            detail = f"{name} is not active: {inactive.get('message', 'no reason is given')}"
+            findings.append(Diagnostic("queue", False, detail, "see that its ClusterQueue and its ResourceFlavors exist"))
         else:
-            findings.append(Finding("queue", True, name))
+            findings.append(Diagnostic("queue", True, name))
     return findings
 
 
-def _pod_monitor(cluster: Cluster, asked: Asked) -> list[Finding]:
+def _check_pod_monitor(cluster: ClusterState, requirements: Requirements) -> list[Diagnostic]:
     """Whether a Prometheus takes the PodMonitor of runs, and may list their pods."""
-    if not has(cluster, "prometheus-operator"):
+    if not has_part(cluster, "prometheus-operator"):
         return []
-    place = namespace(cluster, asked)
-    monitors = [one for one in cluster.of(CRDS["prometheus-operator"]) if _is_for_runs(one, place)]
+    run_namespace = find_run_namespace(cluster, requirements)
+    monitors = [
+        resource for resource in cluster.get_objects(CRDS["prometheus-operator"]) if _is_for_runs(resource, run_namespace)
+    ]
     if not monitors:
-        if "prometheus-operator" in asked.brings or "prometheus-operator" not in asked.needs:
-            return [Finding("pod-monitor", True, "none takes the pods of runs yet (component monitoring)")]
-        return [Finding("pod-monitor", False, "none takes the pods of runs", "add the component monitoring to the overlay")]
+        if "prometheus-operator" in requirements.provided_parts or "prometheus-operator" not in requirements.required_parts:
+            return [Diagnostic("pod-monitor", True, "none takes the pods of runs yet (component monitoring)")]
+        return [Diagnostic("pod-monitor", False, "none takes the pods of runs", "add the component monitoring to the overlay")]
     findings = []
     for monitor in monitors:
         name = f"{monitor['metadata']['namespace']}/{monitor['metadata']['name']}"
-        takers = [one for one in cluster.of("prometheuses.monitoring.coreos.com") if _takes(one, monitor, cluster)]
-        if not takers:
-            wanted = "; ".join(
-                f"{one['metadata']['namespace']}/{one['metadata']['name']} wants {_selector(one['spec'])}"
-                for one in cluster.of("prometheuses.monitoring.coreos.com")
+        prometheuses = [
+            resource
+            for resource in cluster.get_objects("prometheuses.monitoring.coreos.com")
+            if _takes_monitor(resource, monitor, cluster)
+        ]
+        if not prometheuses:
+            selectors = "; ".join(
+                f"{resource['metadata']['namespace']}/{resource['metadata']['name']} wants {_describe_selectors(resource['spec'])}"
+                for resource in cluster.get_objects("prometheuses.monitoring.coreos.com")
             )
-            detail = f"{name} is taken by no Prometheus ({wanted or 'there is none'})"
+            detail = f"{name} is taken by no Prometheus ({selectors or 'there is none'})"
             fix = (
                 "give the PodMonitor and its namespace the labels that podMonitorSelector and podMonitorNamespaceSelector want"
             )
-            findings.append(Finding("pod-monitor", False, detail, fix, warning=True))
-        for taker in takers:
-            account = _account(taker)
-            who = f"{taker['metadata']['namespace']}/{taker['metadata']['name']}"
-            if cluster.rights.get(account, {}).get(_discover(place)) is False:
-                detail = f"{name} is taken by {who}, which may not list pods in {place}"
-                fix = f"bind a Role with get, list, watch on pods in {place} to {account}"
-                findings.append(Finding("pod-monitor", False, detail, fix, warning=True))
+            findings.append(Diagnostic("pod-monitor", False, detail, fix, is_warning=True))
+        for prometheus in prometheuses:
+            account = _service_account(prometheus)
+            prometheus_name = f"{prometheus['metadata']['namespace']}/{prometheus['metadata']['name']}"
+            if cluster.permissions.get(account, {}).get(_discovery_permission(run_namespace)) is False:
+                detail = f"{name} is taken by {prometheus_name}, which may not list pods in {run_namespace}"
+                fix = f"bind a Role with get, list, watch on pods in {run_namespace} to {account}"
+                findings.append(Diagnostic("pod-monitor", False, detail, fix, is_warning=True))
             else:
-                findings.append(Finding("pod-monitor", True, f"{name} is taken by {who}"))
+                findings.append(Diagnostic("pod-monitor", True, f"{name} is taken by {prometheus_name}"))
     return findings
 
 
-def _is_for_runs(monitor: Object, place: str) -> bool:
+def _is_for_runs(monitor: K8sObject, run_namespace: str) -> bool:
     spaces = monitor["spec"].get("namespaceSelector") or {}
-    looked_at = spaces.get("any") or place in (spaces.get("matchNames") or [monitor["metadata"]["namespace"]])
-    wanted = (monitor["spec"].get("selector") or {}).get("matchLabels") or {}
-    return bool(looked_at) and wanted.items() >= OURS.items()
+    covers_namespace = spaces.get("any") or run_namespace in (spaces.get("matchNames") or [monitor["metadata"]["namespace"]])
+    matched_labels = (monitor["spec"].get("selector") or {}).get("matchLabels") or {}
+    return bool(covers_namespace) and matched_labels.items() >= RUN_POD_LABELS.items()
 
 
-def _takes(prometheus: Object, monitor: Object, cluster: Cluster) -> bool:
-    spec, own = prometheus["spec"], prometheus["metadata"]["namespace"]
-    home = monitor["metadata"]["namespace"]
-    if not selects(spec.get("podMonitorSelector"), monitor["metadata"].get("labels") or {}):
+def _takes_monitor(prometheus: K8sObject, monitor: K8sObject, cluster: ClusterState) -> bool:
+    spec, prometheus_namespace = prometheus["spec"], prometheus["metadata"]["namespace"]
+    monitor_namespace = monitor["metadata"]["namespace"]
+    if not selector_matches(spec.get("podMonitorSelector"), monitor["metadata"].get("labels") or {}):
         return False
     spaces = spec.get("podMonitorNamespaceSelector")
     if spaces is None:
-        return bool(home == own)
+        return bool(monitor_namespace == prometheus_namespace)
     labels = next(
-        (one["metadata"].get("labels") or {} for one in cluster.of("namespaces") if one["metadata"]["name"] == home), {}
+        (
+            candidate["metadata"].get("labels") or {}
+            for candidate in cluster.get_objects("namespaces")
+            if candidate["metadata"]["name"] == monitor_namespace
+        ),
+        {},
     )
-    return selects(spaces, labels)
+    return selector_matches(spaces, labels)
 
 
-def _selector(spec: Object) -> str:
-    one, other = spec.get("podMonitorSelector"), spec.get("podMonitorNamespaceSelector")
-    return f"PodMonitors {json.dumps(one)} in namespaces {json.dumps(other) if other is not None else 'of its own'}"
+def _describe_selectors(spec: K8sObject) -> str:
+    monitor_selector, namespace_selector = spec.get("podMonitorSelector"), spec.get("podMonitorNamespaceSelector")
+    return f"PodMonitors {json.dumps(monitor_selector)} in namespaces {json.dumps(namespace_selector) if namespace_selector is not None else 'of its own'}"
 
 
-def _account(prometheus: Object) -> str:
+def _service_account(prometheus: K8sObject) -> str:
     name = prometheus["spec"].get("serviceAccountName") or "default"
     return f"system:serviceaccount:{prometheus['metadata']['namespace']}:{name}"
 
 
-def _discover(place: str) -> Right:
-    return Right("list", "pods", namespace=place)
+def _discovery_permission(run_namespace: str) -> Permission:
+    return Permission("list", "pods", namespace=run_namespace)
 
 
-def _exporter(cluster: Cluster) -> list[Finding]:
-    for workload, container in _containers(cluster, "dcgm"):
+def _check_gpu_exporter(cluster: ClusterState) -> list[Diagnostic]:
+    for workload, container in _find_containers(cluster, "dcgm"):
         name = f"{workload['metadata']['namespace']}/{workload['metadata']['name']}"
-        environment = {one["name"]: one.get("value") for one in container.get("env") or ()}
+        environment = {variable["name"]: variable.get("value") for variable in container.get("env") or ()}
         arguments = [*(container.get("command") or ()), *(container.get("args") or ())]
         if environment.get("DCGM_EXPORTER_KUBERNETES") != "true" and not {"-k", "--kubernetes"} & set(arguments):
             fix = "set DCGM_EXPORTER_KUBERNETES=true in its environment, and mount /var/lib/kubelet/pod-resources"
-            return [Finding("dcgm-pods", False, f"{name}: its series do not name the pod", fix, warning=True)]
+            return [Diagnostic("dcgm-pods", False, f"{name}: its series do not name the pod", fix, is_warning=True)]
         status = workload.get("status", {})
         ready, wanted = status.get("numberReady", 0), status.get("desiredNumberScheduled", 0)
         if ready < wanted:
             fix = f"kubectl -n {name.partition('/')[0]} describe daemonset {name.partition('/')[2]}"
-            return [Finding("dcgm-pods", False, f"{name}: ready on {ready} of {wanted} nodes", fix, warning=True)]
-        return [Finding("dcgm-pods", True, f"{name}: on {wanted} nodes, its series name the pod")]
+            return [Diagnostic("dcgm-pods", False, f"{name}: ready on {ready} of {wanted} nodes", fix, is_warning=True)]
+        return [Diagnostic("dcgm-pods", True, f"{name}: on {wanted} nodes, its series name the pod")]
     return []
 
 
-def _settings(cluster: Cluster, asked: Asked) -> list[Finding]:
+def _check_settings(cluster: ClusterState, requirements: Requirements) -> list[Diagnostic]:
     """ConfigMap and Secret that the steps take their store from. Both may be missing; keys that are there must be whole."""
-    if not has(cluster, "kfp") or "kfp" in asked.brings:
+    if not has_part(cluster, "kfp") or "kfp" in requirements.provided_parts:
         return []
-    place, findings = namespace(cluster, asked), []
-    data = next((one.get("data") or {} for one in cluster.of("settings")), None)
+    run_namespace, findings = find_run_namespace(cluster, requirements), []
+    data = next((resource.get("data") or {} for resource in cluster.get_objects("settings")), None)
     endpoint = (data or {}).get("AWS_ENDPOINT_URL")
     if data is None and "settings" not in cluster.denied:
-        fix = f"`make deploy`, or kubectl -n {place} create configmap {SETTINGS} --from-literal=AWS_ENDPOINT_URL=…"
+        fix = f"`make deploy`, or kubectl -n {run_namespace} create configmap {SETTINGS_CONFIG_MAP} --from-literal=AWS_ENDPOINT_URL=…"
         findings.append(
-            Finding("settings", False, f"no ConfigMap {place}/{SETTINGS}: steps take Amazon's S3", fix, warning=True)
+            Diagnostic(
+                "settings",
+                False,
+                f"no ConfigMap {run_namespace}/{SETTINGS_CONFIG_MAP}: steps take Amazon's S3",
+                fix,
+                is_warning=True,
+            )
         )
     elif data is not None:
-        findings.append(Finding("settings", True, f"ConfigMap {place}/{SETTINGS}: store at {endpoint or 'Amazon S3'}"))
-    keys = next((set(one.get("data") or {}) for one in cluster.of("secret")), None)
+        findings.append(
+            Diagnostic("settings", True, f"ConfigMap {run_namespace}/{SETTINGS_CONFIG_MAP}: store at {endpoint or 'Amazon S3'}")
+        )
+    keys = next((set(resource.get("data") or {}) for resource in cluster.get_objects("secret")), None)
     missing = sorted({"accesskey", "secretkey"} - (keys or set()))
     if keys is None and "secret" not in cluster.denied:
-        fix = f"kubectl -n {place} create secret generic {SECRET} --from-literal=accesskey=… --from-literal=secretkey=…"
-        detail = f"no Secret {place}/{SECRET}: steps need credentials of their pods' own (workload identity)"
-        findings.append(Finding("storage-secret", False, detail, fix, warning=True))
+        fix = f"kubectl -n {run_namespace} create secret generic {STORAGE_SECRET} --from-literal=accesskey=… --from-literal=secretkey=…"
+        detail = f"no Secret {run_namespace}/{STORAGE_SECRET}: steps need credentials of their pods' own (workload identity)"
+        findings.append(Diagnostic("storage-secret", False, detail, fix, is_warning=True))
     elif keys is not None and missing:
-        detail = f"Secret {place}/{SECRET} lacks {' and '.join(missing)}"
-        findings.append(Finding("storage-secret", False, detail, "give it the keys accesskey and secretkey"))
+        detail = f"Secret {run_namespace}/{STORAGE_SECRET} lacks {' and '.join(missing)}"
+        findings.append(Diagnostic("storage-secret", False, detail, "give it the keys accesskey and secretkey"))
     elif keys is not None:
-        findings.append(Finding("storage-secret", True, f"Secret {place}/{SECRET} has both keys"))
+        findings.append(Diagnostic("storage-secret", True, f"Secret {run_namespace}/{STORAGE_SECRET} has both keys"))
     return findings
 
 
-def runner_rights(place: str, trainer: bool) -> tuple[Right, ...]:
+def runner_permissions(run_namespace: str, trainer: bool) -> tuple[Permission, ...]:
     """What the steps' service account must be allowed: Argo's results, and TrainJobs where trainings use them."""
-    rights = [
-        Right("create", "workflowtaskresults", "argoproj.io", namespace=place),
-        Right("patch", "workflowtaskresults", "argoproj.io", namespace=place),
-        Right("get", "pods", namespace=place),
-        Right("get", "secrets", namespace=place),
+    permissions = [
+        Permission("create", "workflowtaskresults", "argoproj.io", namespace=run_namespace),
+        Permission("patch", "workflowtaskresults", "argoproj.io", namespace=run_namespace),
+        Permission("get", "pods", namespace=run_namespace),
+        Permission("get", "secrets", namespace=run_namespace),
     ]
     if trainer:
-        rights += [
-            Right(verb, "trainjobs", "trainer.kubeflow.org", namespace=place) for verb in ("create", "get", "watch", "delete")
+        permissions += [
+            Permission(verb, "trainjobs", "trainer.kubeflow.org", namespace=run_namespace)
+            for verb in ("create", "get", "watch", "delete")
         ]
-        rights.append(Right("get", "pods", subresource="log", namespace=place))
-    return tuple(rights)
+        permissions.append(Permission("get", "pods", subresource="log", namespace=run_namespace))
+    return tuple(permissions)
 
 
-def _questions(cluster: Cluster, asked: Asked) -> dict[str, tuple[Right, ...]]:
+def _collect_questions(cluster: ClusterState, requirements: Requirements) -> dict[str, tuple[Permission, ...]]:
     """Who → what must be allowed."""
-    place = namespace(cluster, asked)
-    questions: dict[str, tuple[Right, ...]] = {"": asked.rights}
-    if cluster.of("account"):
-        questions[f"system:serviceaccount:{place}:{RUNNER}"] = runner_rights(place, "trainer" in asked.needs)
-    for prometheus in cluster.of("prometheuses.monitoring.coreos.com"):
-        questions[_account(prometheus)] = (_discover(place),)
+    run_namespace = find_run_namespace(cluster, requirements)
+    questions: dict[str, tuple[Permission, ...]] = {"": requirements.permissions}
+    if cluster.get_objects("account"):
+        questions[f"system:serviceaccount:{run_namespace}:{RUNNER_ACCOUNT}"] = runner_permissions(
+            run_namespace, "trainer" in requirements.required_parts
+        )
+    for prometheus in cluster.get_objects("prometheuses.monitoring.coreos.com"):
+        questions[_service_account(prometheus)] = (_discovery_permission(run_namespace),)
     return questions
 
 
-def _rights(cluster: Cluster) -> list[Finding]:
+def _check_permissions(cluster: ClusterState) -> list[Diagnostic]:
     findings = []
-    for who, rights in cluster.rights.items():
+    for subject, permissions in cluster.permissions.items():
         # That of Prometheus is judged with its PodMonitor.
-        if who and not who.endswith(f":{RUNNER}"):
+        if subject and not subject.endswith(f":{RUNNER_ACCOUNT}"):
             continue
-        name = who.removeprefix("system:serviceaccount:").replace(":", "/") or "you"
-        denied = [right for right, answer in rights.items() if answer is False]
-        label = "runner-rights" if who else "rights"
+        name = subject.removeprefix("system:serviceaccount:").replace(":", "/") or "you"
+        denied = [permission for permission, answer in permissions.items() if answer is False]
+        check_name = "runner-rights" if subject else "rights"
         if denied:
-            detail = f"{name} may not {_listed(denied)}"
+            detail = f"{name} may not {_join_permissions(denied)}"
             fix = (
                 "bind a Role to it, as docs/security.md lists them"
-                if who
+                if subject
                 else "ask for these rights, or use a context that has them"
             )
-            findings.append(Finding(label, False, detail, fix))
-        elif any(answer is None for answer in rights.values()):
+            findings.append(Diagnostic(check_name, False, detail, fix))
+        elif any(answer is None for answer in permissions.values()):
             fix = f"let somebody look who may create SubjectAccessReviews, or ask in a pod of {name}"
-            findings.append(Finding(label, False, f"you may not ask what {name} may do", fix, warning=True))
-        elif rights:
-            findings.append(Finding(label, True, f"{name} may do all {len(rights)} things that are needed"))
+            findings.append(Diagnostic(check_name, False, f"you may not ask what {name} may do", fix, is_warning=True))
+        elif permissions:
+            findings.append(Diagnostic(check_name, True, f"{name} may do all {len(permissions)} things that are needed"))
     return findings
 
 
-def _listed(rights: Iterable[Right]) -> str:
-    names = list(map(str, rights))
+def _join_permissions(permissions: Iterable[Permission]) -> str:
+    names = list(map(str, permissions))
     return ", ".join(names[:6]) + (f" and {len(names) - 6} things more" if len(names) > 6 else "")

@@ -13,23 +13,23 @@ from typing import IO, Any
 
 from ns.core.errors import ClusterError
 
-Object = dict[str, Any]
+K8sObject = dict[str, Any]
 """A Kubernetes object, as JSON has it."""
 
-SECONDS = 60
+ANSWER_SECONDS = 60
 """For one answer: a server that takes longer hangs."""
-INSTALL = "install it (https://kubernetes.io/docs/tasks/tools), and set up a context"
+INSTALL_HINT = "install it (https://kubernetes.io/docs/tasks/tools), and set up a context"
 
 
-class Forbidden(ClusterError):
+class ForbiddenError(ClusterError):
     """The cluster does not allow it."""
 
 
-class Absent(ClusterError):
+class NotFoundError(ClusterError):
     """The cluster has no such object, or does not know the kind."""
 
 
-class Unreachable(ClusterError):
+class ClusterUnreachableError(ClusterError):
     """No cluster answers."""
 
 
@@ -41,113 +41,121 @@ class Kubectl:
         self.context = context
         self._options = [f"--context={context}"] if context else []
 
-    def run(self, *arguments: str, data: str | None = None, seconds: float = SECONDS, accepted: Sequence[int] = (0,)) -> str:
+    def run_command(
+        self, *arguments: str, stdin: str | None = None, seconds: float = ANSWER_SECONDS, accepted_codes: Sequence[int] = (0,)
+    ) -> str:
         """What kubectl prints. `data` goes to its standard input; `accepted` are exit codes that are no failure."""
         command = ["kubectl", *self._options, *arguments]
-        process = _start(command, stdin=subprocess.PIPE if data is not None else subprocess.DEVNULL, stderr=subprocess.PIPE)
-        with _ended(process):
+        process = _start_process(
+            command, stdin=subprocess.PIPE if stdin is not None else subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        with _kill_on_error(process):
             try:
-                out, err = process.communicate(data, timeout=seconds)
+                out, err = process.communicate(stdin, timeout=seconds)
             except subprocess.TimeoutExpired:
-                raise Unreachable(
-                    f"{_named(arguments)}: no answer in {seconds:g} s; look whether the cluster answers"
+                raise ClusterUnreachableError(
+                    f"{_describe_call(arguments)}: no answer in {seconds:g} s; look whether the cluster answers"
                 ) from None
-        if process.returncode not in accepted:
-            raise failure(_named(arguments), err or out, process.returncode)
+        if process.returncode not in accepted_codes:
+            raise classify_failure(_describe_call(arguments), err or out, process.returncode)
         return out
 
-    def lines(self, *arguments: str, data: str) -> Generator[str, None, None]:
+    def stream_lines(self, *arguments: str, stdin: str) -> Generator[str, None, None]:
         """What kubectl prints, line by line, as it comes; its standard error is passed on to ours. For what takes its time.
 
         Closing the iterator ends kubectl.
         """
         command = ["kubectl", *self._options, *arguments]
-        process = _start(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
-        said: list[str] = []
-        passing = threading.Thread(target=_pass_on, args=(process.stderr, said), daemon=True)
-        passing.start()
-        with _ended(process):
+        process = _start_process(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+        error_lines: list[str] = []
+        forwarder = threading.Thread(target=_forward_stderr, args=(process.stderr, error_lines), daemon=True)
+        forwarder.start()
+        with _kill_on_error(process):
             assert process.stdin is not None
             assert process.stdout is not None
             # One that refuses at once does not read what it is given.
             with contextlib.suppress(BrokenPipeError), process.stdin:
-                process.stdin.write(data)
+                process.stdin.write(stdin)
             for line in process.stdout:
                 yield line.rstrip("\n")
             process.wait()
-            passing.join()
+            forwarder.join()
         if process.returncode:
-            raise failure(_named(arguments), "".join(said), process.returncode)
+            raise classify_failure(_describe_call(arguments), "".join(error_lines), process.returncode)
 
-    def get(self, kind: str, name: str, namespace: str | None = None) -> Object | None:
+    def get_object(self, kind: str, name: str, namespace: str | None = None) -> K8sObject | None:
         """An object; None if there is none."""
         try:
-            return _parsed(self.run("get", kind, name, *_within(namespace), "--output=json"))
-        except Absent:
+            return _parse_object(self.run_command("get", kind, name, *_namespace_options(namespace), "--output=json"))
+        except NotFoundError:
             return None
 
-    def list(self, kind: str, namespace: str | None = None, selector: str = "") -> list[Object]:
+    def list_objects(self, kind: str, namespace: str | None = None, selector: str = "") -> list[K8sObject]:
         """Objects of kinds (`pods`, or `jobs,pods`), in one namespace or in all of them; none of a kind that the cluster does not know."""
-        where = _within(namespace) or ["--all-namespaces"]
-        chosen = [f"--selector={selector}"] if selector else []
+        namespace_options = _namespace_options(namespace) or ["--all-namespaces"]
+        selector_options = [f"--selector={selector}"] if selector else []
         try:
-            return list(_parsed(self.run("get", kind, *where, *chosen, "--output=json"))["items"])
-        except Absent:
+            return list(
+                _parse_object(self.run_command("get", kind, *namespace_options, *selector_options, "--output=json"))["items"]
+            )
+        except NotFoundError:
             return []
 
-    def post(self, path: str, body: Object) -> Object:
+    def post_object(self, path: str, body: K8sObject) -> K8sObject:
         """What the API server answers to a POST."""
-        return _parsed(self.run("create", f"--raw={path}", "--filename=-", data=json.dumps(body)))
+        return _parse_object(self.run_command("create", f"--raw={path}", "--filename=-", stdin=json.dumps(body)))
 
-    def server(self) -> str:
+    def server_url(self) -> str:
         """URL of the API server, as the kubeconfig has it; empty where that has no current context, as in a pod."""
         try:
-            view = _parsed(self.run("config", "view", "--minify", "--output=json"))
+            view = _parse_object(self.run_command("config", "view", "--minify", "--output=json"))
         except ClusterError as error:
             if "current-context must exist" in str(error):
                 return ""
             raise
-        return next((str(one["cluster"].get("server", "")) for one in view.get("clusters") or ()), "")
+        return next((str(cluster["cluster"].get("server", "")) for cluster in view.get("clusters") or ()), "")
 
 
-def contexts() -> tuple[list[str], str | None]:
+def list_contexts() -> tuple[list[str], str | None]:
     """Names of all contexts of the kubeconfig, and the current one."""
-    view = _parsed(Kubectl().run("config", "view", "--output=json"))
-    names = [str(one["name"]) for one in view.get("contexts") or ()]
+    view = _parse_object(Kubectl().run_command("config", "view", "--output=json"))
+    names = [str(context["name"]) for context in view.get("contexts") or ()]
     return sorted(names), str(view.get("current-context") or "") or None
 
 
-def failure(call: str, text: str, code: int) -> ClusterError:
+def classify_failure(call: str, text: str, code: int) -> ClusterError:
     """The exception for what kubectl said, in one line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     # Its log comes first; the line that counts is marked, or the last one.
     marked = [line for line in lines if line.startswith(("error:", "Error from server", "Unable to connect", "The connection"))]
-    said = (marked or lines or [f"ended with code {code}"])[-1].removeprefix("error: ")
-    message = f"{call}: {said}"
-    if "(Forbidden)" in said or "is forbidden" in said or "cannot impersonate" in said:
-        return Forbidden(f"{message}; ask for that right, or use a context that has it")
-    if "(NotFound)" in said or "doesn't have a resource type" in said or "could not find the requested resource" in said:
-        return Absent(message)
-    if "(Unauthorized)" in said or "must be logged in" in said or "getting credentials" in said:
-        return Unreachable(f"{message}; log in to the cluster again")
-    if "does not exist" in said and "context" in said:
+    reason = (marked or lines or [f"ended with code {code}"])[-1].removeprefix("error: ")
+    message = f"{call}: {reason}"
+    if "(Forbidden)" in reason or "is forbidden" in reason or "cannot impersonate" in reason:
+        return ForbiddenError(f"{message}; ask for that right, or use a context that has it")
+    if "(NotFound)" in reason or "doesn't have a resource type" in reason or "could not find the requested resource" in reason:
+        return NotFoundError(message)
+    if "(Unauthorized)" in reason or "must be logged in" in reason or "getting credentials" in reason:
+        return ClusterUnreachableError(f"{message}; log in to the cluster again")
+    if "does not exist" in reason and "context" in reason:
         return ClusterError(f"{message}; `kubectl config get-contexts` lists those there are")
-    if any(mark in said for mark in ("Unable to connect", "was refused", "no such host", "timeout", "connection reset")):
-        return Unreachable(f"{message}; see that the context is right, that the cluster runs, and that no VPN is missing")
+    if any(mark in reason for mark in ("Unable to connect", "was refused", "no such host", "timeout", "connection reset")):
+        return ClusterUnreachableError(
+            f"{message}; see that the context is right, that the cluster runs, and that no VPN is missing"
+        )
     return ClusterError(message)
 
 
-def _start(command: list[str], **pipes: Any) -> "subprocess.Popen[str]":
+def _start_process(command: list[str], **pipes: Any) -> "subprocess.Popen[str]":
     if shutil.which("kubectl") is None:
-        raise ClusterError(f"kubectl: is not installed; {INSTALL}")
+        raise ClusterError(f"kubectl: is not installed; {INSTALL_HINT}")
     # A group of its own: its helpers for credentials must go with it. Ctrl-C reaches us, and we end it.
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, errors="replace", start_new_session=True, env=_environment(), **pipes
+        command, stdout=subprocess.PIPE, text=True, errors="replace", start_new_session=True, env=_make_environment(), **pipes
     )
 
 
 @contextlib.contextmanager
-def _ended(process: "subprocess.Popen[str]") -> Iterator[None]:
+def _kill_on_error(process: "subprocess.Popen[str]") -> Iterator[None]:
     try:
         yield
     except BaseException:
@@ -161,29 +169,29 @@ def _ended(process: "subprocess.Popen[str]") -> Iterator[None]:
         raise
 
 
-def _pass_on(stream: IO[str], said: list[str]) -> None:
+def _forward_stderr(stream: IO[str], error_lines: list[str]) -> None:
     """What kubectl says to standard error, at once; and kept, for the reason."""
     # Reading ends with an error when the process is ended for us.
     with contextlib.suppress(ValueError, OSError):
         for line in stream:
-            said.append(line)
+            error_lines.append(line)
             sys.stderr.write(line)
 
 
-def _environment() -> dict[str, str]:
+def _make_environment() -> dict[str, str]:
     return {**os.environ, "LC_ALL": "C"}
 
 
-def _within(namespace: str | None) -> list[str]:
+def _namespace_options(namespace: str | None) -> list[str]:
     return [f"--namespace={namespace}"] if namespace else []
 
 
-def _named(arguments: Sequence[str]) -> str:
+def _describe_call(arguments: Sequence[str]) -> str:
     """The call as a person would say it: without options."""
     return " ".join(["kubectl", *[part for part in arguments if not part.startswith("-")][:3]])
 
 
-def _parsed(text: str) -> Object:
+def _parse_object(text: str) -> K8sObject:
     try:
         value = json.loads(text)
     except ValueError as error:

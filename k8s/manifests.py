@@ -10,21 +10,21 @@ from typing import Any, NamedTuple, Self
 import yaml
 
 from k8s import doctor
-from k8s.doctor import Right
-from k8s.kubectl import Kubectl, Object
+from k8s.doctor import Permission
+from k8s.kubectl import K8sObject, Kubectl
 from k8s.versions import Version
 from ns.core.errors import ConfigError
-from pipelines import documents
+from pipelines import load_yaml_documents
 
 CHECKOUT = Path(__file__).parents[1]
 OVERLAYS = CHECKOUT / "k8s" / "overlays"
-STEPS = ("cluster", ".", "kubeflow")
+OVERLAY_PARTS = ("cluster", ".", "kubeflow")
 """Parts of an overlay, each a kustomization; it need not have all. Two of them come from the network."""
 BUILD_SECONDS = 600
 """For kustomize, which fetches Kubeflow's own manifests with git."""
 
 # A kind is applied before those that stand after it; what is not named comes just before the workloads.
-BEFORE = (
+KINDS_BEFORE = (
     "Namespace",
     "CustomResourceDefinition",
     "PriorityClass",
@@ -44,22 +44,22 @@ BEFORE = (
     "Service",
 )
 WORKLOADS = ("Deployment", "StatefulSet", "DaemonSet", "CronJob")
-AFTER = (*WORKLOADS, "APIService", "MutatingWebhookConfiguration", "ValidatingWebhookConfiguration")
-FIRST = ("Namespace", "CustomResourceDefinition")
+KINDS_AFTER = (*WORKLOADS, "APIService", "MutatingWebhookConfiguration", "ValidatingWebhookConfiguration")
+FIRST_KINDS = ("Namespace", "CustomResourceDefinition")
 
 # Groups of Kubernetes itself; kinds of all others are resources of somebody's controller, which must run first.
 BUILT_IN = ("apps", "batch", "policy", "autoscaling", "extensions")
-NEEDED_BY = {
+PART_OF_GROUP = {
     "monitoring.coreos.com": "prometheus-operator",
     "trainer.kubeflow.org": "trainer",
     "kueue.x-k8s.io": "kueue",
 }
 
 
-class Key(NamedTuple):
+class ObjectKey(NamedTuple):
     """What an object is known by."""
 
-    api: str
+    api_version: str
     """`apps/v1`; of a kept list, as it was applied."""
     kind: str
     namespace: str
@@ -67,39 +67,39 @@ class Key(NamedTuple):
     name: str
 
     @classmethod
-    def of(cls, thing: Object) -> Self:
-        meta = thing["metadata"]
-        return cls(thing["apiVersion"], thing["kind"], meta.get("namespace", ""), meta["name"])
+    def from_object(cls, resource: K8sObject) -> Self:
+        meta = resource["metadata"]
+        return cls(resource["apiVersion"], resource["kind"], meta.get("namespace", ""), meta["name"])
 
-    def same(self) -> tuple[str, str, str, str]:
+    def without_version(self) -> tuple[str, str, str, str]:
         """Equal for one object under two versions of its API."""
         return (self.group, *self[1:])
 
     @property
     def group(self) -> str:
-        return self.api.rpartition("/")[0]
+        return self.api_version.rpartition("/")[0]
 
     def __str__(self) -> str:
         return f"{self.kind} {self.namespace + '/' if self.namespace else ''}{self.name}"
 
 
-class Manifests(NamedTuple):
+class RenderedOverlay(NamedTuple):
     """A rendered overlay."""
 
     overlay: str
-    objects: tuple[Object, ...]
+    objects: tuple[K8sObject, ...]
 
     @property
-    def keys(self) -> tuple[Key, ...]:
-        return tuple(map(Key.of, self.objects))
+    def keys(self) -> tuple[ObjectKey, ...]:
+        return tuple(map(ObjectKey.from_object, self.objects))
 
     @property
     def namespace(self) -> str:
         """Where runs are: that of the ConfigMap with their settings. Raises ConfigError if there is none."""
         for key in self.keys:
-            if (key.kind, key.name) == ("ConfigMap", doctor.SETTINGS):
+            if (key.kind, key.name) == ("ConfigMap", doctor.SETTINGS_CONFIG_MAP):
                 return key.namespace
-        raise ConfigError(f"overlay {self.overlay}: has no ConfigMap {doctor.SETTINGS}; let it take ../../base")
+        raise ConfigError(f"overlay {self.overlay}: has no ConfigMap {doctor.SETTINGS_CONFIG_MAP}; let it take ../../base")
 
     @property
     def namespaces(self) -> tuple[str, ...]:
@@ -107,160 +107,160 @@ class Manifests(NamedTuple):
         return tuple(sorted({key.namespace for key in self.keys if key.namespace}))
 
     @property
-    def workloads(self) -> tuple[Key, ...]:
+    def workloads(self) -> tuple[ObjectKey, ...]:
         return tuple(key for key in self.keys if key.kind in WORKLOADS and key.kind != "CronJob")
 
     @property
-    def jobs(self) -> tuple[Key, ...]:
+    def jobs(self) -> tuple[ObjectKey, ...]:
         return tuple(key for key in self.keys if key.kind == "Job")
 
-    def stages(self) -> list[tuple[str, list[Object]]]:
+    def split_phases(self) -> list[tuple[str, list[K8sObject]]]:
         """What is applied together, in this order; between two of them is waited. Empty ones are left out.
 
         A kind must be known before objects of it, and a controller must run before its resources: its webhook is asked about
         them.
         """
-        stages: dict[str, list[Object]] = {
+        phases: dict[str, list[K8sObject]] = {
             "namespaces and kinds": [],
             "all else": [],
             "resources of controllers": [],
             "jobs": [],
         }
-        for one in sorted(self.objects, key=_order):
-            key = Key.of(one)
-            if key.kind in FIRST:
-                stages["namespaces and kinds"].append(one)
+        for resource in sorted(self.objects, key=_sort_key):
+            key = ObjectKey.from_object(resource)
+            if key.kind in FIRST_KINDS:
+                phases["namespaces and kinds"].append(resource)
             elif key.kind == "Job":
-                stages["jobs"].append(one)
+                phases["jobs"].append(resource)
             elif _is_custom(key):
-                stages["resources of controllers"].append(one)
+                phases["resources of controllers"].append(resource)
             else:
-                stages["all else"].append(one)
-        return [(name, members) for name, members in stages.items() if members]
+                phases["all else"].append(resource)
+        return [(name, members) for name, members in phases.items() if members]
 
-    def brings(self) -> dict[str, Version | None]:
+    def provided_parts(self) -> dict[str, Version | None]:
         """Parts of `ns doctor cluster` that it installs, with their versions where these can be told."""
-        seen = self._seen()
-        versions = doctor.found_versions(seen)
-        return {part: versions.get(part) for part in doctor.IMAGES if doctor.has(seen, part)}
+        state = self._as_state()
+        versions = doctor.detect_versions(state)
+        return {part: versions.get(part) for part in doctor.PART_IMAGES if doctor.has_part(state, part)}
 
-    def needs(self) -> frozenset[str]:
+    def required_parts(self) -> frozenset[str]:
         """Parts without which it cannot be applied or used."""
-        return frozenset({"kfp"} | {NEEDED_BY[key.group] for key in self.keys if key.group in NEEDED_BY})
+        return frozenset({"kfp"} | {PART_OF_GROUP[key.group] for key in self.keys if key.group in PART_OF_GROUP})
 
-    def _seen(self) -> doctor.Cluster:
+    def _as_state(self) -> doctor.ClusterState:
         kinds = {"Deployment": "deployments", "DaemonSet": "daemonsets", "CustomResourceDefinition": "definitions"}
-        objects: dict[str, list[Object]] = {}
-        for one in self.objects:
-            if one["kind"] in kinds:
-                objects.setdefault(kinds[one["kind"]], []).append(one)
-        return doctor.Cluster(objects=objects)
+        objects: dict[str, list[K8sObject]] = {}
+        for resource in self.objects:
+            if resource["kind"] in kinds:
+                objects.setdefault(kinds[resource["kind"]], []).append(resource)
+        return doctor.ClusterState(objects=objects)
 
-    def rights(self) -> tuple[Right, ...]:
+    def required_permissions(self) -> tuple[Permission, ...]:
         """What whoever applies it must be allowed."""
         plurals = {
-            one["spec"]["names"]["kind"]: one["spec"]["names"]["plural"]
-            for one in self.objects
-            if one["kind"] == "CustomResourceDefinition" and "names" in one.get("spec", {})
+            definition["spec"]["names"]["kind"]: definition["spec"]["names"]["plural"]
+            for definition in self.objects
+            if definition["kind"] == "CustomResourceDefinition" and "names" in definition.get("spec", {})
         }
-        found = {
-            Right(verb, plurals.get(key.kind) or _plural(key.kind), key.group, namespace=key.namespace)
+        permissions = {
+            Permission(verb, plurals.get(key.kind) or _pluralize_kind(key.kind), key.group, namespace=key.namespace)
             for key in self.keys
             for verb in ("create", "patch")
         }
-        return tuple(sorted(found))
+        return tuple(sorted(permissions))
 
-    def with_inputs(self, name: str, key: str, more: Mapping[str, Any]) -> Self:
+    def with_inputs(self, name: str, key: str, extra: Mapping[str, Any]) -> Self:
         """The same, with more entries in the JSON object under a key of a ConfigMap, where there is one."""
         objects = []
-        for one in self.objects:
-            if (one["kind"], one["metadata"]["name"]) == ("ConfigMap", name) and key in (one.get("data") or {}):
-                inputs = {**json.loads(one["data"][key]), **more}
-                one = {**one, "data": {**one["data"], key: json.dumps(inputs, indent=1)}}
-            objects.append(one)
+        for resource in self.objects:
+            if (resource["kind"], resource["metadata"]["name"]) == ("ConfigMap", name) and key in (resource.get("data") or {}):
+                inputs = {**json.loads(resource["data"][key]), **extra}
+                resource = {**resource, "data": {**resource["data"], key: json.dumps(inputs, indent=1)}}
+            objects.append(resource)
         return self._replace(objects=tuple(objects))
 
-    def config(self, name: str) -> dict[str, str]:
+    def read_config_map(self, name: str) -> dict[str, str]:
         """Data of a ConfigMap of the namespace of runs; nothing if there is none of that name."""
-        for one in self.objects:
-            if one["kind"] == "ConfigMap" and (one["metadata"].get("namespace"), one["metadata"]["name"]) == (
+        for resource in self.objects:
+            if resource["kind"] == "ConfigMap" and (resource["metadata"].get("namespace"), resource["metadata"]["name"]) == (
                 self.namespace,
                 name,
             ):
-                return dict(one.get("data") or {})
+                return dict(resource.get("data") or {})
         return {}
 
 
-def overlays() -> list[str]:
+def list_overlays() -> list[str]:
     """Names of the overlays there are."""
     return sorted(path.parent.name for path in OVERLAYS.glob("*/kustomization.yaml"))
 
 
-def render(kubectl: Kubectl, overlay: str, images: Mapping[str, str], without: Sequence[str] = ()) -> Manifests:
+def render_overlay(kubectl: Kubectl, overlay: str, images: Mapping[str, str], without: Sequence[str] = ()) -> RenderedOverlay:
     """Builds an overlay (one of ours by its name, or a folder) with all its steps but those in `without`.
 
     `images`: name in the manifests → name that nodes pull, with its tag. Raises ConfigError for an overlay or a step that does not
     exist, ClusterError with kustomize's reason for one that cannot be built.
     """
-    folder = OVERLAYS / overlay if overlay in overlays() else Path(overlay)
+    folder = OVERLAYS / overlay if overlay in list_overlays() else Path(overlay)
     if not (folder / "kustomization.yaml").exists():
         raise ConfigError(
             f"OVERLAY {overlay!r}: is no folder with a kustomization.yaml, and none in {OVERLAYS.relative_to(CHECKOUT)}; "
-            f"there are {', '.join(overlays())}"
+            f"there are {', '.join(list_overlays())}"
         )
-    if unknown := set(without) - set(STEPS) - {""}:
+    if unknown := set(without) - set(OVERLAY_PARTS) - {""}:
         raise ConfigError(
             f"--without {', '.join(sorted(unknown))}: is no step of an overlay; these can be left out: cluster, kubeflow"
         )
-    objects: dict[tuple[str, ...], Object] = {}
-    for step in STEPS:
-        if step not in without and (folder / step / "kustomization.yaml").exists():
-            for one in _built(kubectl, folder / step, images):
-                objects[Key.of(one).same()] = one
-    return Manifests(overlay, tuple(objects.values()))
+    objects: dict[tuple[str, ...], K8sObject] = {}
+    for part in OVERLAY_PARTS:
+        if part not in without and (folder / part / "kustomization.yaml").exists():
+            for resource in _build_kustomization(kubectl, folder / part, images):
+                objects[ObjectKey.from_object(resource).without_version()] = resource
+    return RenderedOverlay(overlay, tuple(objects.values()))
 
 
-def _built(kubectl: Kubectl, place: Path, images: Mapping[str, str]) -> Iterator[Object]:
+def _build_kustomization(kubectl: Kubectl, path: Path, images: Mapping[str, str]) -> Iterator[K8sObject]:
     # Kustomize changes images in what it builds on; so what is asked for stands on the overlay, in a folder of its own.
     with tempfile.TemporaryDirectory() as folder:
         renamed = []
-        for name, wanted in images.items():
-            new, _, tag = wanted.rpartition(":")
+        for name, image in images.items():
+            new, _, tag = image.rpartition(":")
             renamed.append({"name": name, "newName": new, "newTag": tag})
         wrapper = {
             "apiVersion": "kustomize.config.k8s.io/v1beta1",
             "kind": "Kustomization",
-            "resources": [os.path.relpath(os.path.realpath(place), os.path.realpath(folder))],
+            "resources": [os.path.relpath(os.path.realpath(path), os.path.realpath(folder))],
             "images": renamed,
         }
         (Path(folder) / "kustomization.yaml").write_text(yaml.safe_dump(wrapper))
-        text = kubectl.run("kustomize", folder, seconds=BUILD_SECONDS)
-    for document in documents(text):
+        text = kubectl.run_command("kustomize", folder, seconds=BUILD_SECONDS)
+    for document in load_yaml_documents(text):
         if document:
             yield from document["items"] if document["kind"] == "List" else [document]
 
 
-def listed(objects: Iterable[Object]) -> Object:
+def make_list_object(objects: Iterable[K8sObject]) -> K8sObject:
     """Objects as one."""
     return {"apiVersion": "v1", "kind": "List", "items": list(objects)}
 
 
-def gone(old: Sequence[Key], new: Iterable[Key]) -> list[Key]:
+def find_removed_keys(old: Sequence[ObjectKey], new: Iterable[ObjectKey]) -> list[ObjectKey]:
     """What was applied once and is no longer in an overlay: in the order in which it can be deleted."""
-    staying = {key.same() for key in new}
-    return ordered_for_deletion(key for key in old if key.same() not in staying)
+    staying = {key.without_version() for key in new}
+    return sort_for_deletion(key for key in old if key.without_version() not in staying)
 
 
-def ordered_for_deletion(keys: Iterable[Key]) -> list[Key]:
+def sort_for_deletion(keys: Iterable[ObjectKey]) -> list[ObjectKey]:
     """Resources of controllers first, while these still run; namespaces and kinds last."""
-    return sorted(keys, key=lambda key: (not _is_custom(key), -_rank(key.kind), key))
+    return sorted(keys, key=lambda key: (not _is_custom(key), -_kind_position(key.kind), key))
 
 
-def _is_custom(key: Key) -> bool:
+def _is_custom(key: ObjectKey) -> bool:
     return bool(key.group) and key.group not in BUILT_IN and not key.group.endswith(".k8s.io")
 
 
-def _plural(kind: str) -> str:
+def _pluralize_kind(kind: str) -> str:
     """As Kubernetes' own kinds have it: `networkpolicies`, `ingresses`, `endpoints`."""
     name = kind.lower()
     if kind == "Endpoints":
@@ -270,11 +270,11 @@ def _plural(kind: str) -> str:
     return f"{name}es" if name.endswith(("s", "x", "ch")) else f"{name}s"
 
 
-def _rank(kind: str) -> int:
-    if kind in BEFORE:
-        return BEFORE.index(kind)
-    return len(BEFORE) + 1 + AFTER.index(kind) if kind in AFTER else len(BEFORE)
+def _kind_position(kind: str) -> int:
+    if kind in KINDS_BEFORE:
+        return KINDS_BEFORE.index(kind)
+    return len(KINDS_BEFORE) + 1 + KINDS_AFTER.index(kind) if kind in KINDS_AFTER else len(KINDS_BEFORE)
 
 
-def _order(one: Object) -> tuple[int, Any]:
-    return _rank(one["kind"]), Key.of(one)
+def _sort_key(resource: K8sObject) -> tuple[int, Any]:
+    return _kind_position(resource["kind"]), ObjectKey.from_object(resource)

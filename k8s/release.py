@@ -11,16 +11,16 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from k8s.kubectl import Kubectl, Object
-from k8s.manifests import Key, listed
+from k8s.kubectl import K8sObject, Kubectl
+from k8s.manifests import ObjectKey, make_list_object
 from ns.core.errors import ClusterError
 
-NAME = "noisy-student-deployment"
-MANAGER = "noisy-student"
+CONFIG_MAP_NAME = "noisy-student-deployment"
+FIELD_MANAGER = "noisy-student"
 """Whose fields these are, to server-side apply."""
 
 
-class Record(BaseModel):
+class Release(BaseModel):
     """A deployment."""
 
     model_config = ConfigDict(frozen=True)
@@ -34,56 +34,58 @@ class Record(BaseModel):
     at: str
     """When it began or was finished, ISO 8601."""
     worker_image: str
-    objects: tuple[Key, ...]
+    objects: tuple[ObjectKey, ...]
     """All that was applied, and is not deleted; of what is taken away, the data."""
-    found: tuple[Key, ...] = ()
+    preexisting: tuple[ObjectKey, ...] = ()
     """Namespaces and kinds that were there before: they are never deleted."""
     pipelines: dict[str, str] = {}
     """Name → version."""
 
     @classmethod
-    def all(cls, kubectl: Kubectl) -> dict[str, Self]:
+    def load_all(cls, kubectl: Kubectl) -> dict[str, Self]:
         """Namespace → record, of all that is deployed. Raises ClusterError for a damaged one."""
-        records = {}
-        for one in kubectl.list("configmaps", selector=f"app.kubernetes.io/component={NAME}"):
-            place, data = one["metadata"]["namespace"], one.get("data") or {}
+        releases = {}
+        for config_map in kubectl.list_objects("configmaps", selector=f"app.kubernetes.io/component={CONFIG_MAP_NAME}"):
+            namespace, data = config_map["metadata"]["namespace"], config_map.get("data") or {}
             try:
                 fields = {**json.loads(data.get("record", "")), "objects": json.loads(data.get("objects", ""))}
-                records[place] = cls.model_validate(fields)
+                releases[namespace] = cls.model_validate(fields)
             except (ValueError, TypeError) as error:
                 reason = str(error).splitlines()[0]
-                raise ClusterError(f"ConfigMap {place}/{NAME}: is damaged ({reason}); delete it, and deploy again") from error
-        return records
+                raise ClusterError(
+                    f"ConfigMap {namespace}/{CONFIG_MAP_NAME}: is damaged ({reason}); delete it, and deploy again"
+                ) from error
+        return releases
 
-    def write(self, kubectl: Kubectl, namespace: str) -> None:
-        kubectl.run(
+    def save_release(self, kubectl: Kubectl, namespace: str) -> None:
+        kubectl.run_command(
             "apply",
             "--server-side",
-            f"--field-manager={MANAGER}",
+            f"--field-manager={FIELD_MANAGER}",
             "--filename=-",
-            data=json.dumps(listed([self._thing(namespace)])),
+            stdin=json.dumps(make_list_object([self._make_config_map(namespace)])),
         )
 
-    def _thing(self, namespace: str) -> Object:
+    def _make_config_map(self, namespace: str) -> K8sObject:
         fields = self.model_dump(mode="json", exclude={"objects"})
         return {
             "apiVersion": "v1",
             "kind": "ConfigMap",
             "metadata": {
-                "name": NAME,
+                "name": CONFIG_MAP_NAME,
                 "namespace": namespace,
-                "labels": {"app.kubernetes.io/part-of": "noisy-student", "app.kubernetes.io/component": NAME},
+                "labels": {"app.kubernetes.io/part-of": "noisy-student", "app.kubernetes.io/component": CONFIG_MAP_NAME},
             },
             "data": {"record": json.dumps(fields, indent=1), "objects": json.dumps(self.objects)},
         }
 
 
-def merged(old: Iterable[Key], new: Iterable[Key]) -> tuple[Key, ...]:
+def merge_keys(old: Iterable[ObjectKey], new: Iterable[ObjectKey]) -> tuple[ObjectKey, ...]:
     """Both, each object once, under the API version that is newer to us."""
-    keys = {key.same(): key for key in old}
-    keys.update({key.same(): key for key in new})
+    keys = {key.without_version(): key for key in old}
+    keys.update({key.without_version(): key for key in new})
     return tuple(keys.values())
 
 
-def now() -> str:
+def release_timestamp() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")

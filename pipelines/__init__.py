@@ -12,6 +12,6 @@ GENERATION_PACKAGE = PACKAGE.with_name("noisy_student_generation.yaml")
 """The compiled pipeline of one generation."""
 
 
-def documents(text: str) -> Iterator[Any]:
+def load_yaml_documents(text: str) -> Iterator[Any]:
     """The documents of a YAML text, one after the other as they are asked for; by libyaml, where that is."""
     yield from yaml.load_all(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))

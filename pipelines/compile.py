@@ -13,70 +13,70 @@ from typing import Any
 import yaml
 from kfp import compiler
 
-from pipelines import GENERATION_PACKAGE, PACKAGE, documents
+from pipelines import GENERATION_PACKAGE, PACKAGE, load_yaml_documents
 from pipelines.noisy_student import noisy_student, noisy_student_generation
-from pipelines.placement import INPUTS
+from pipelines.placement import PLACEMENT_INPUTS
 
 PIPELINES = {PACKAGE: noisy_student, GENERATION_PACKAGE: noisy_student_generation}
 Spec = dict[str, Any]
 
 
-def compiled(package: Path) -> str:
+def compile_package(package: Path) -> str:
     """What a package should hold: its pipeline as YAML, the same bytes every time."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / package.name
         compiler.Compiler().compile(PIPELINES[package], str(path))
         text = path.read_text()
     header = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
-    spec, platform = documents(text)
-    share(spec, platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"])
-    _describe(spec["root"]["inputDefinitions"]["parameters"])
+    spec, platform = load_yaml_documents(text)
+    merge_duplicates(spec, platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"])
+    _describe_inputs(spec["root"]["inputDefinitions"]["parameters"])
     return header + yaml.dump_all([spec, platform], Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), width=120)
 
 
-def share(spec: Spec, platform: Spec) -> None:
+def merge_duplicates(spec: Spec, platform: Spec) -> None:
     """Makes equal executors one, with what the platform says of them, and then equal components, from the inside out."""
     executors, components = spec["deploymentSpec"]["executors"], spec["components"]
-    renamed = _merge(executors, lambda name: [executors[name], platform.get(name)])
+    renamed = _merge_equal(executors, lambda name: [executors[name], platform.get(name)])
     for name in renamed:
         platform.pop(name, None)
     for component in components.values():
         if "executorLabel" in component:
             component["executorLabel"] = renamed.get(component["executorLabel"], component["executorLabel"])
-    while renamed := _merge(components, lambda name: components[name]):
+    while renamed := _merge_equal(components, lambda name: components[name]):
         for component in [*components.values(), spec["root"]]:
             for task in component.get("dag", {}).get("tasks", {}).values():
                 reference = task["componentRef"]
                 reference["name"] = renamed.get(reference["name"], reference["name"])
 
 
-def _merge(named: Spec, content: Any) -> dict[str, str]:
+def _merge_equal(entries: Spec, content: Any) -> dict[str, str]:
     """Leaves the first of equal entries. Returns old name → name that stays."""
     seen: dict[str, str] = {}
     renamed = {}
-    for name in sorted(named, key=lambda name: (len(name), name)):
+    for name in sorted(entries, key=lambda name: (len(name), name)):
         kept = seen.setdefault(repr(content(name)), name)
         if kept != name:
             renamed[name] = kept
     for name in renamed:
-        del named[name]
+        del entries[name]
     return renamed
 
 
-def _describe(parameters: Spec) -> None:
-    for name, facts in INPUTS.items():
-        parameters[name]["description"] = facts.about
-        if facts.choices:
-            parameters[name]["literals"] = list(facts.choices)
+def _describe_inputs(parameters: Spec) -> None:
+    for name, placement_input in PLACEMENT_INPUTS.items():
+        parameters[name]["description"] = placement_input.description
+        if placement_input.choices:
+            parameters[name]["literals"] = list(placement_input.choices)
 
 
 def main() -> int:
-    made = {package: compiled(package) for package in PIPELINES}
+    packages = {package: compile_package(package) for package in PIPELINES}
     if "--check" not in sys.argv:
-        for package, text in made.items():
+        for package, text in packages.items():
             package.write_text(text)
         return 0
-    stale = [package.name for package, text in made.items() if not package.exists() or package.read_text() != text]
+    stale = [package.name for package, text in packages.items() if not package.exists() or package.read_text() != text]
     for name in stale:
         sys.stderr.write(f"{name} is not what pipelines/noisy_student.py compiles to: run `make compile`\n")
     return 1 if stale else 0

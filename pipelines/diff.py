@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from pipelines import documents
+from pipelines import load_yaml_documents
 
 LIMIT = 200_000
 """Bytes of a compiled pipeline: Kubernetes keeps it as one object, and what is added to it at run time with it."""
@@ -67,7 +67,7 @@ def markdown(before: Path, after: Path) -> str:
 def _specs(*files: Path) -> tuple[Spec, Spec, Spec, Spec]:
     specs, platforms = [], []
     for file in files:
-        spec, *rest = documents(file.read_text())
+        spec, *rest = load_yaml_documents(file.read_text())
         specs.append(spec)
         platform = rest[0] if rest else {}
         platforms.append(platform.get("platforms", {}).get("kubernetes", {}).get("deploymentSpec", {}).get("executors", {}))

@@ -26,8 +26,8 @@ from kfp_server_api.exceptions import ApiException
 from ns.core.digest import sha256_bytes
 from ns.core.errors import ConfigError, DataError, Interrupted, NsError, RunError, StoreError
 from ns.storage import read_uri
-from ns.storage.documents import parse_object
-from pipelines import documents
+from ns.storage.documents import parse_json_object
+from pipelines import load_yaml_documents
 
 URL_VARIABLE = "NS_KFP_URL"
 TOKEN_VARIABLE = "NS_KFP_TOKEN"
@@ -41,16 +41,16 @@ POLL_SECONDS = 5.0
 PATIENCE_SECONDS = 300.0
 """An API server that is being restarted, or a port-forward that broke, ends nobody's run."""
 VERSION_LETTERS = 12
-PAGE = 100
+PAGE_SIZE = 100
 
-DONE = frozenset({"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"})
-CAME_TO_NOTHING = frozenset({"FAILED", "CANCELED", "CANCELING"})
-ENDED = DONE | CAME_TO_NOTHING
+FINAL_STATES = frozenset({"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"})
+FAILED_STATES = frozenset({"FAILED", "CANCELED", "CANCELING"})
+ENDED_STATES = FINAL_STATES | FAILED_STATES
 MAX_PARAMETER_BYTES = 10_000
 """KFP refuses runs whose parameters are longer as JSON."""
 
 
-class Pipeline(NamedTuple):
+class UploadedPipeline(NamedTuple):
     """A compiled pipeline as the server knows it."""
 
     pipeline_id: str
@@ -59,7 +59,7 @@ class Pipeline(NamedTuple):
     version: str
 
 
-class Submitted(NamedTuple):
+class SubmittedRun(NamedTuple):
     """A run on the server."""
 
     run_id: str
@@ -72,7 +72,7 @@ class Submitted(NamedTuple):
     """Whether this call submitted it; else it was there."""
 
 
-class Task(NamedTuple):
+class StageTask(NamedTuple):
     """A step of a run."""
 
     key: str
@@ -81,11 +81,11 @@ class Task(NamedTuple):
     error: str
 
 
-class Unreachable(RunError):
+class KfpUnreachableError(RunError):
     """KFP did not answer, or failed itself: later it may be well again."""
 
 
-class Server:
+class KfpClient:
     """KFP's API. Raises RunError, in one line with its mend, for whatever it answers that is no success."""
 
     def __init__(self, url: str = "", *, token: str = "", namespace: str = "") -> None:
@@ -115,81 +115,81 @@ class Server:
             settings.api_key_prefix = {"authorization": "Bearer"}
         if not token:
             # Kubernetes renews it every hour, and a run may be followed for days.
-            settings.refresh_api_key_hook = _renew
+            settings.refresh_api_key_hook = _renew_token
         client = api.ApiClient(settings)
         self._pipelines = api.PipelineServiceApi(client)
         self._uploads = api.PipelineUploadServiceApi(client)
         self._experiments = api.ExperimentServiceApi(client)
         self._runs = api.RunServiceApi(client)
 
-    def upload(self, package: str) -> Pipeline:
+    def upload_pipeline(self, package: str) -> UploadedPipeline:
         """Makes sure that a compiled pipeline (YAML) is there, as a version named by its digest. The same bytes are uploaded once."""
         name = pipeline_name(package)
         # Where pipelines are kept in Kubernetes, versions of all of them share one namespace.
         version = f"{name}-{sha256_bytes(package.encode())[:VERSION_LETTERS]}"
-        pipeline = self._pipeline(name)
-        found = self._version(pipeline, version)
-        if found is None:
+        pipeline_id = self._ensure_pipeline(name)
+        version_id = self._find_version(pipeline_id, version)
+        if version_id is None:
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder) / f"{name}.yaml"
                 file.write_text(package, encoding="utf-8")
                 # Somebody else may upload it at this moment: then it is there.
                 with _conflicts_allowed():
-                    self._ask(self._uploads.upload_pipeline_version, str(file), name=version, pipelineid=pipeline)
-            found = self._version(pipeline, version)
-        if found is None:
+                    self._call_api(self._uploads.upload_pipeline_version, str(file), name=version, pipelineid=pipeline_id)
+            version_id = self._find_version(pipeline_id, version)
+        if version_id is None:
             raise RunError(f"{self.url}: took version {version} of pipeline {name}, and does not list it; try again")
-        return Pipeline(pipeline, found, name, version)
+        return UploadedPipeline(pipeline_id, version_id, name, version)
 
-    def find(self, name: str, experiment: str, *, besides: Collection[str] = CAME_TO_NOTHING) -> Submitted | None:
+    def find_run(self, name: str, experiment: str, *, excluded_states: Collection[str] = FAILED_STATES) -> SubmittedRun | None:
         """The latest run of that name in any state but these."""
-        place = self._experiment(experiment)
-        filters = _equal("display_name", name)
-        for run in self._pages(
-            "runs", self._runs.run_service_list_runs, experiment_id=place, filter=filters, sort_by="created_at desc"
+        experiment_id = self._ensure_experiment(experiment)
+        filters = _equals_filter("display_name", name)
+        for run in self._iterate_pages(
+            "runs", self._runs.run_service_list_runs, experiment_id=experiment_id, filter=filters, sort_by="created_at desc"
         ):
-            if run.state not in besides:
-                return self._submitted(run, new=False)
+            if run.state not in excluded_states:
+                return self._to_submitted_run(run, new=False)
         return None
 
-    def submit(
+    def create_run(
         self,
-        pipeline: Pipeline,
+        pipeline: UploadedPipeline,
         arguments: Mapping[str, Any],
         *,
         name: str,
         experiment: str,
         service_account: str = "",
-        besides: Collection[str] = CAME_TO_NOTHING,
-    ) -> Submitted:
+        excluded_states: Collection[str] = FAILED_STATES,
+    ) -> SubmittedRun:
         """Starts a run, unless one of that name is there, as `find` finds it: then that is it."""
-        if (there := self.find(name, experiment, besides=besides)) is not None:
-            return there
+        if (existing := self.find_run(name, experiment, excluded_states=excluded_states)) is not None:
+            return existing
         run = api.V2beta1Run(
             display_name=name,
-            experiment_id=self._experiment(experiment),
+            experiment_id=self._ensure_experiment(experiment),
             pipeline_version_reference=api.V2beta1PipelineVersionReference(pipeline.pipeline_id, pipeline.version_id),
             runtime_config=api.V2beta1RuntimeConfig(parameters=dict(arguments)),
             service_account=service_account or None,
         )
         try:
-            return self._submitted(self._ask(self._runs.run_service_create_run, run), new=True)
-        except Unreachable:
+            return self._to_submitted_run(self._call_api(self._runs.run_service_create_run, run), new=True)
+        except KfpUnreachableError:
             # It may be that only the answer was lost.
-            with contextlib.suppress(Unreachable):
-                if (there := self.find(name, experiment, besides=besides)) is not None:
-                    return there._replace(new=True)
+            with contextlib.suppress(KfpUnreachableError):
+                if (existing := self.find_run(name, experiment, excluded_states=excluded_states)) is not None:
+                    return existing._replace(new=True)
             raise
 
-    def follow(
+    def wait_for_run(
         self,
         run_id: str,
-        on_change: Callable[[Task], None],
+        on_change: Callable[[StageTask], None],
         *,
-        steps: Collection[str],
+        stages: Collection[str],
         poll: float = POLL_SECONDS,
-        after_look: Callable[[], None] = lambda: None,
-    ) -> Submitted:
+        after_poll: Callable[[], None] = lambda: None,
+    ) -> SubmittedRun:
         """Waits for the end of a run; `on_change` is called with each of `steps` whose state changed.
 
         A run that is retried or cloned has the same steps again, under the same names: each is told. Returns the run when it has
@@ -201,19 +201,19 @@ class Server:
         try:
             while True:
                 try:
-                    run = self._ask(self._runs.run_service_get_run, run_id)
-                except Unreachable as error:
+                    run = self._call_api(self._runs.run_service_get_run, run_id)
+                except KfpUnreachableError as error:
                     if time.monotonic() - answered > PATIENCE_SECONDS:
-                        raise Unreachable(f"{error}; the run goes on: {self.run_url(run_id)}") from error
+                        raise KfpUnreachableError(f"{error}; the run goes on: {self.run_url(run_id)}") from error
                 else:
                     answered = time.monotonic()
-                    for task in _tasks(run, steps):
+                    for task in _select_tasks(run, stages):
                         if states.get(task.key) != task.state:
                             states[task.key] = task.state
                             on_change(task)
-                    after_look()
-                    if run.state in DONE:
-                        return self._submitted(run, new=False)
+                    after_poll()
+                    if run.state in FINAL_STATES:
+                        return self._to_submitted_run(run, new=False)
                 time.sleep(poll)
         except KeyboardInterrupt:
             raise Interrupted(f"no longer followed; the run goes on: {self.run_url(run_id)}") from None
@@ -222,106 +222,109 @@ class Server:
         """Its page in KFP's UI."""
         return f"{self.ui}/#/runs/details/{run_id}"
 
-    def _pipeline(self, name: str) -> str:
+    def _ensure_pipeline(self, name: str) -> str:
         """The id of the pipeline of that name, which is made if it is not there."""
         for _ in range(2):
-            for pipeline in self._pages(
-                "pipelines", self._pipelines.pipeline_service_list_pipelines, filter=_equal("name", name), **self._place()
+            for pipeline in self._iterate_pages(
+                "pipelines",
+                self._pipelines.pipeline_service_list_pipelines,
+                filter=_equals_filter("name", name),
+                **self._namespace_filter(),
             ):
                 return str(pipeline.pipeline_id)
             with _conflicts_allowed():
-                about = api.V2beta1Pipeline(name=name, display_name=name, namespace=self.namespace or None)
-                made = self._ask(self._pipelines.pipeline_service_create_pipeline, about)
-                return str(made.pipeline_id)
+                body = api.V2beta1Pipeline(name=name, display_name=name, namespace=self.namespace or None)
+                created = self._call_api(self._pipelines.pipeline_service_create_pipeline, body)
+                return str(created.pipeline_id)
         raise RunError(f"{self.url}: says that pipeline {name} exists, and does not list it; look at its namespace")
 
-    def _version(self, pipeline: str, version: str) -> str | None:
-        listed = self._pages(
+    def _find_version(self, pipeline: str, version: str) -> str | None:
+        entries = self._iterate_pages(
             "pipeline_versions",
             self._pipelines.pipeline_service_list_pipeline_versions,
             pipeline,
-            filter=_equal("name", version),
+            filter=_equals_filter("name", version),
         )
-        return next((str(one.pipeline_version_id) for one in listed), None)
+        return next((str(entry.pipeline_version_id) for entry in entries), None)
 
-    def _experiment(self, name: str) -> str:
+    def _ensure_experiment(self, name: str) -> str:
         for _ in range(2):
-            for one in self._pages(
+            for experiment in self._iterate_pages(
                 "experiments",
                 self._experiments.experiment_service_list_experiments,
-                filter=_equal("display_name", name),
-                **self._place(),
+                filter=_equals_filter("display_name", name),
+                **self._namespace_filter(),
             ):
-                return str(one.experiment_id)
+                return str(experiment.experiment_id)
             with _conflicts_allowed():
-                about = api.V2beta1Experiment(display_name=name, namespace=self.namespace or None)
-                return str(self._ask(self._experiments.experiment_service_create_experiment, about).experiment_id)
+                body = api.V2beta1Experiment(display_name=name, namespace=self.namespace or None)
+                return str(self._call_api(self._experiments.experiment_service_create_experiment, body).experiment_id)
         raise RunError(f"{self.url}: says that experiment {name} exists, and does not list it; look at its namespace")
 
-    def _place(self) -> dict[str, str]:
+    def _namespace_filter(self) -> dict[str, str]:
         return {"namespace": self.namespace} if self.namespace else {}
 
-    def _submitted(self, run: Any, *, new: bool) -> Submitted:
-        return Submitted(run.run_id, run.display_name, run.state or "PENDING", self.run_url(run.run_id), new)
+    def _to_submitted_run(self, run: Any, *, new: bool) -> SubmittedRun:
+        return SubmittedRun(run.run_id, run.display_name, run.state or "PENDING", self.run_url(run.run_id), new)
 
-    def _pages(self, field: str, call: Callable[..., Any], *args: Any, **options: Any) -> Iterator[Any]:
+    def _iterate_pages(self, field: str, call: Callable[..., Any], *args: Any, **options: Any) -> Iterator[Any]:
         token = ""
         while True:
-            page = self._ask(call, *args, page_size=PAGE, page_token=token, **options)
+            page = self._call_api(call, *args, page_size=PAGE_SIZE, page_token=token, **options)
             yield from getattr(page, field) or ()
             token = page.next_page_token or ""
             if not token:
                 return
 
-    def _ask(self, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    def _call_api(self, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
         try:
             return call(*args, _request_timeout=REQUEST_SECONDS, **options)
         except ApiException as error:
-            raise self._explained(error) from error
+            raise self._explain_error(error) from error
         except (urllib3.exceptions.HTTPError, OSError) as error:
             reason = getattr(error, "reason", None) or error
-            raise Unreachable(
+            raise KfpUnreachableError(
                 f"{self.url}: cannot be reached: {reason}; is it KFP's URL, and does the port-forward still run?"
             ) from error
 
-    def _explained(self, error: ApiException) -> NsError:
-        said = _message(error)
+    def _explain_error(self, error: ApiException) -> NsError:
+        message = _extract_message(error)
         match error.status:
             case 401 | 403:
                 return RunError(
-                    f"{self.url}: not allowed: {said}; set {TOKEN_VARIABLE}, and {NAMESPACE_VARIABLE} where there are several users"
+                    f"{self.url}: not allowed: {message}; set {TOKEN_VARIABLE}, and {NAMESPACE_VARIABLE} where there are several users"
                 )
             case 409:
-                return _Conflict(f"{self.url}: {said}")
+                return _ConflictError(f"{self.url}: {message}")
             case 404:
-                return RunError(f"{self.url}: not found: {said}; is it the URL of KFP 2.17 or newer?")
+                return RunError(f"{self.url}: not found: {message}; is it the URL of KFP 2.17 or newer?")
             case 400 | 422:
-                return RunError(f"{self.url}: refused: {said}")
+                return RunError(f"{self.url}: refused: {message}")
             case status if status is not None and status >= 500:
-                return Unreachable(f"{self.url}: failed with {status}: {said}; try again")
-        return RunError(f"{self.url}: answered {error.status}: {said}")
+                return KfpUnreachableError(f"{self.url}: failed with {status}: {message}; try again")
+        return RunError(f"{self.url}: answered {error.status}: {message}")
 
 
-class _Conflict(RunError):
+class _ConflictError(RunError):
     """It is there already."""
 
 
 @contextlib.contextmanager
 def _conflicts_allowed() -> Iterator[None]:
-    with contextlib.suppress(_Conflict):
+    with contextlib.suppress(_ConflictError):
         yield
 
 
 def pipeline_name(package: str) -> str:
     """Of a compiled pipeline. Raises ConfigError if the text is none."""
-    return str(_spec(package)["pipelineInfo"]["name"])
+    return str(_load_spec(package)["pipelineInfo"]["name"])
 
 
 @lru_cache(maxsize=4)
-def _spec(package: str) -> Any:
+def _load_spec(package: str) -> Any:
     """The pipeline's part of the YAML; the other one is for Kubernetes."""
     try:
-        spec = next(documents(package))
+        spec = next(load_yaml_documents(package))
         if {"pipelineInfo", "root", "components"} <= set(spec):
             return spec
     except (StopIteration, TypeError, yaml.YAMLError):
@@ -329,50 +332,52 @@ def _spec(package: str) -> Any:
     raise ConfigError("this is no compiled pipeline: it has no pipelineInfo, root and components; run `make compile`")
 
 
-def parsed(package: str, inputs: Sequence[str]) -> dict[str, Any]:
+def parse_inputs(package: str, inputs: Sequence[str]) -> dict[str, Any]:
     """`NAME=VALUE` as the pipeline's inputs have it: text as it is, all else as YAML. `@FILE` stands for all that a JSON object names.
 
     Of two values of one input the later one holds. Raises ConfigError naming what cannot be read.
     """
-    about = _spec(package)["root"].get("inputDefinitions", {}).get("parameters", {})
+    definitions = _load_spec(package)["root"].get("inputDefinitions", {}).get("parameters", {})
     values: dict[str, Any] = {}
-    for given in inputs:
-        if given.startswith("@"):
+    for argument in inputs:
+        if argument.startswith("@"):
             try:
-                values |= parse_object(read_uri(given[1:]), given[1:])
+                values |= parse_json_object(read_uri(argument[1:]), argument[1:])
             except (DataError, StoreError) as error:
-                raise ConfigError(f"--input {given}: {error}") from error
+                raise ConfigError(f"--input {argument}: {error}") from error
             continue
-        name, equals, text = given.partition("=")
+        name, equals, text = argument.partition("=")
         if not equals:
-            raise ConfigError(f"--input: invalid value {given!r}: must be NAME=VALUE, e.g. train_gpus=1, or @FILE")
+            raise ConfigError(f"--input: invalid value {argument!r}: must be NAME=VALUE, e.g. train_gpus=1, or @FILE")
         try:
-            values[name] = text if about.get(name, {}).get("parameterType") == "STRING" else yaml.safe_load(text)
+            values[name] = text if definitions.get(name, {}).get("parameterType") == "STRING" else yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"--input {name}: invalid value {text!r}: must be JSON or YAML") from error
     return values
 
 
-def checked(package: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def check_inputs(package: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments, if the pipeline takes them: all are known, of the right type, one of the values that it lists, none is missing.
 
     Raises ConfigError naming the input.
     """
-    inputs = _spec(package)["root"].get("inputDefinitions", {}).get("parameters", {})
+    inputs = _load_spec(package)["root"].get("inputDefinitions", {}).get("parameters", {})
     for name, value in arguments.items():
         if name not in inputs:
             raise ConfigError(
                 f"{name}: is no input of pipeline {pipeline_name(package)}; its inputs are {', '.join(sorted(inputs))}"
             )
-        about = inputs[name]
-        kinds = _KINDS[about["parameterType"]]
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise ConfigError(f"{name}: invalid value {value!r}: must be {about['parameterType'].lower().replace('_', ' ')}")
-        if about.get("literals") and value not in about["literals"]:
-            raise ConfigError(f"{name}: invalid value {value!r}: must be one of {', '.join(map(str, about['literals']))}")
-    for name, about in inputs.items():
-        if name not in arguments and "defaultValue" not in about and not about.get("isOptional"):
-            raise ConfigError(f"{name}: must be given: {about.get('description', 'an input of the pipeline')}")
+        definition = inputs[name]
+        types = _PARAMETER_TYPES[definition["parameterType"]]
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            raise ConfigError(
+                f"{name}: invalid value {value!r}: must be {definition['parameterType'].lower().replace('_', ' ')}"
+            )
+        if definition.get("literals") and value not in definition["literals"]:
+            raise ConfigError(f"{name}: invalid value {value!r}: must be one of {', '.join(map(str, definition['literals']))}")
+    for name, definition in inputs.items():
+        if name not in arguments and "defaultValue" not in definition and not definition.get("isOptional"):
+            raise ConfigError(f"{name}: must be given: {definition.get('description', 'an input of the pipeline')}")
     size = len(json.dumps(dict(arguments)).encode())
     if size > MAX_PARAMETER_BYTES:
         raise ConfigError(
@@ -381,7 +386,7 @@ def checked(package: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     return dict(arguments)
 
 
-_KINDS: dict[str, tuple[type, ...]] = {
+_PARAMETER_TYPES: dict[str, tuple[type, ...]] = {
     "STRING": (str,),
     "NUMBER_INTEGER": (int,),
     "NUMBER_DOUBLE": (int, float),
@@ -391,13 +396,13 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }
 
 
-def _equal(key: str, value: str) -> str:
+def _equals_filter(key: str, value: str) -> str:
     return json.dumps({"predicates": [{"key": key, "operation": "EQUALS", "string_value": value}]})
 
 
-def step_names(package: str) -> frozenset[str]:
+def stage_names(package: str) -> frozenset[str]:
     """The tasks of a compiled pipeline that run a container, in it or in a pipeline within."""
-    spec = _spec(package)
+    spec = _load_spec(package)
     components = spec["components"]
     return frozenset(
         name
@@ -407,15 +412,15 @@ def step_names(package: str) -> frozenset[str]:
     )
 
 
-def _tasks(run: Any, steps: Collection[str]) -> Iterator[Task]:
+def _select_tasks(run: Any, stages: Collection[str]) -> Iterator[StageTask]:
     """Those nodes that are steps."""
     for node in (run.run_details.task_details if run.run_details else None) or ():
-        if node.display_name in steps:
+        if node.display_name in stages:
             error = str(getattr(node.error, "message", "") or "") if node.error else ""
-            yield Task(str(node.task_id), node.display_name, str(node.state or "PENDING"), " ".join(error.split())[:300])
+            yield StageTask(str(node.task_id), node.display_name, str(node.state or "PENDING"), " ".join(error.split())[:300])
 
 
-def _message(error: ApiException) -> str:
+def _extract_message(error: ApiException) -> str:
     """What the server said, in one line."""
     text = error.body or error.reason or ""
     if isinstance(text, bytes):
@@ -426,6 +431,6 @@ def _message(error: ApiException) -> str:
     return " ".join(str(text).split())[:300] or "no reason is given"
 
 
-def _renew(settings: Any) -> None:
+def _renew_token(settings: Any) -> None:
     with contextlib.suppress(OSError):
         settings.api_key["authorization"] = POD_TOKEN.read_text().strip()

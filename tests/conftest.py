@@ -12,16 +12,16 @@ import structlog
 from hypothesis import Phase, settings
 from PIL import Image
 
-from ns.core.digest import digest, sha256_bytes
+from ns.core.digest import digest_json, sha256_bytes
 from ns.data.dataset import Dataset
 from ns.data.importing.writer import ShardWriter
-from ns.labeling.label_set import LabelSet, LabelShard, histogram, histogram_table, row_schema
+from ns.labeling.label_set import LabelSet, LabelShard, build_histogram_table, build_row_schema, compute_histogram
 from ns.storage import LocalStore
 
 # One thread: tests run beside each other, and sums come out in one order on any machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Tests share their cores: how long an example takes says more of the neighbours than of the code.
+# Tests share their cores: how long an example takes says more of the neighbors than of the code.
 settings.register_profile("shared", deadline=None)
 settings.load_profile("shared")
 # For `make mutation`: the same examples for each mutant, and no search for the smallest that shows it, which takes longer than all else.
@@ -69,10 +69,10 @@ def picture():
 
 
 @pytest.fixture(scope="session")
-def labelled():
+def labeled():
     """Function: a label set in `folder`, of shards of rows (key, class index, confidence). A row without confidence was unreadable.
 
-    `pool`: the dataset that is labelled; made up if not given. Returns the store and the label set.
+    `pool`: the dataset that is labeled; made up if not given. Returns the store and the label set.
     """
 
     def make(folder, shards, classes, pool=None, teacher="0"):
@@ -88,24 +88,24 @@ def labelled():
                     pa.array([None if sure is None else [np.float16(sure)] for _, _, sure in rows], pa.list_(pa.float16(), 1)),
                     pa.array(["truncated" if sure is None else None for _, _, sure in rows], pa.string()),
                 ],
-                schema=row_schema(1),
+                schema=build_row_schema(1),
             )
             sink = io.BytesIO()
             pq.write_table(table, sink)
             data, name = sink.getvalue(), f"shard-{number:05d}.parquet"
             store.put(name, data)
-            source = pool.shards[number].sha256 if pool else digest([key for key, _, _ in rows])
+            source = pool.shards[number].sha256 if pool else digest_json([key for key, _, _ in rows])
             facts = {"source": source, "rows": len(rows), "unreadable": unreadable}
             written.append(LabelShard(name=name, **facts, bytes=len(data), sha256=sha256_bytes(data)))
             all_labels += [label for _, label, sure in rows if sure is not None]
             all_sure += [sure for _, _, sure in rows if sure is not None]
-        counts = histogram(np.array(all_labels, np.uint16), np.array(all_sure, np.float32), len(classes))
+        counts = compute_histogram(np.array(all_labels, np.uint16), np.array(all_sure, np.float32), len(classes))
         sink = io.BytesIO()
-        pq.write_table(histogram_table(counts), sink)
+        pq.write_table(build_histogram_table(counts), sink)
         store.put("histogram.parquet", sink.getvalue())
-        dataset = pool.digest if pool else digest([shard.source for shard in written])
+        dataset = pool.digest if pool else digest_json([shard.source for shard in written])
         made = LabelSet(dataset=dataset, teacher=teacher, code="0", classes=tuple(classes), top_k=1, shards=tuple(written))
-        made.write(store, "labelset.json")
+        made.save_file(store, "labelset.json")
         return store, made
 
     return make
@@ -113,15 +113,15 @@ def labelled():
 
 @pytest.fixture
 def pool(picture):
-    """Function: an unlabelled dataset in `folder` whose images have these keys. Returns the store and the dataset."""
+    """Function: an unlabeled dataset in `folder` whose images have these keys. Returns the store and the dataset."""
 
     def make(folder, shards, size=16):
         store = LocalStore(folder)
         keys = [key for shard in shards for key in shard]
         with ShardWriter(store, max_samples=len(shards[0]), max_bytes=1 << 30) as writer:
             for number, key in enumerate(keys):
-                writer.add(key, "png", picture(number, size=size), None)
-        made = Dataset(name="pool", role="unlabelled", classes=(), shards=writer.shards)
+                writer.add_image(key, "png", picture(number, size=size), None)
+        made = Dataset(name="pool", role="unlabeled", classes=(), shards=writer.shards)
         made.save(store)
         return store, made
 

@@ -22,9 +22,9 @@ from ns.core.errors import ConfigError, DataError, NsError
 from ns.data.dataset import Dataset
 from ns.data.importing import sources
 from ns.labeling import audit
-from ns.modeling.factory import load
+from ns.modeling.factory import load_model
 from ns.storage import LocalStore
-from ns.storage.documents import Document
+from ns.storage.documents import JsonDocument
 from ns.storage.ledger import Ledger
 
 # Some thousand files, one after the other.
@@ -39,12 +39,12 @@ VALUES = st.recursive(
 FEW = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
-def documents() -> list[type[Document]]:
+def documents() -> list[type[JsonDocument]]:
     """Every kind of document that there is."""
     for module in pkgutil.walk_packages(ns.__path__, "ns."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
-    found, waiting = [], [Document]
+    found, waiting = [], [JsonDocument]
     while waiting:
         kinds = waiting.pop().__subclasses__()
         found += [kind for kind in kinds if kind.__module__.startswith("ns.")]
@@ -104,16 +104,16 @@ def test_bytes_that_are_no_document_are_refused(data):
 def test_a_damaged_experiment_is_read_or_refused(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "experiment.yaml"
     path.write_bytes(data)
-    said = refusal(lambda: config.load(str(path)))
+    said = refusal(lambda: config.load_experiment(str(path)))
     assert said is None or "experiment.yaml" in said
 
 
 @FEW
-@given(st.lists(st.tuples(st.sampled_from(["teacher", "students", "data", "selection", "gate", "labelling", "name"]), VALUES)))
+@given(st.lists(st.tuples(st.sampled_from(["teacher", "students", "data", "selection", "gate", "labeling", "name"]), VALUES)))
 def test_an_experiment_of_wrong_values_is_refused_by_field(tmp_path_factory, changes):
     path = tmp_path_factory.getbasetemp() / "wrong.yaml"
     path.write_text(yaml.safe_dump({**yaml.safe_load(QUICKSTART), **dict(changes)}))
-    said = refusal(lambda: config.load(str(path)), ConfigError)
+    said = refusal(lambda: config.load_experiment(str(path)), ConfigError)
     assert said is None or "wrong.yaml" in said
 
 
@@ -164,7 +164,7 @@ def test_a_damaged_source_is_listed_or_refused_by_name(tmp_path, name):
         path.write_bytes(data)
         scratch = tmp_path / f"scratch-{next(times)}"
         scratch.mkdir()
-        said = refusal(lambda: list(sources.entries(str(source), "labelled", split=None, scratch=scratch)))
+        said = refusal(lambda: list(sources.list_entries(str(source), "labeled", split=None, scratch_dir=scratch)))
         assert said is None or path.name.partition(".")[0] in said or str(source) in said
 
     check()
@@ -174,7 +174,7 @@ def test_a_damaged_source_is_listed_or_refused_by_name(tmp_path, name):
 @given(damaged(json.dumps({"label_set": "0", "images": []}).encode()))
 def test_a_damaged_audit_is_refused(data):
     with pytest.raises(DataError, match=r"^audit\.json: "):
-        audit.Sheet.parse(data, "audit.json")
+        audit.AuditSheet.parse(data, "audit.json")
 
 
 @FEW
@@ -182,10 +182,10 @@ def test_a_damaged_audit_is_refused(data):
 def test_a_damaged_ledger_entry_is_refused_by_name(tmp_path_factory, data):
     store = LocalStore(tmp_path_factory.getbasetemp() / "ledger")
     ledger = Ledger(store)
-    key = ledger.key("train", {})
+    key = ledger.compute_digest("train", {})
     store.put(f"store/ledger/train/{key}.json", data)
     with pytest.raises(DataError, match=key):
-        ledger.lookup("train", key)
+        ledger.find_entry("train", key)
 
 
 @FEW
@@ -194,4 +194,4 @@ def test_a_model_whose_card_is_garbage_is_refused_by_name(tmp_path_factory, data
     store = LocalStore(tmp_path_factory.getbasetemp() / "model")
     store.put("model.json", data)
     with pytest.raises(DataError, match=r"model\.json"):
-        load(store)
+        load_model(store)

@@ -12,7 +12,7 @@ def loaded(statement: str) -> set[str]:
     """Top-level modules that are loaded after `statement`, in a fresh process."""
     script = f"{statement}\nimport sys\nprint(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    return set(done.stdout.split())
+    return set(done.stdout.split_batch())
 
 
 @pytest.mark.parametrize("module", ["ns", "ns.cli.app", "ns.stages.steps", "ns.runs.records", "ns.config.schema"])

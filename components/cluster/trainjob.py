@@ -27,11 +27,11 @@ from urllib3.exceptions import HTTPError
 
 from ns.core import log
 from ns.core.errors import ConfigError, Interrupted, NsError, RunError, TrainingError
-from ns.core.process import signalled
+from ns.core.process import handle_signals
 from ns.stages import steps
 
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
-NODE = "node"
+NODE_NAME = "node"
 """What Trainer calls the job of the nodes, and the container in each."""
 MANAGER = "noisy-student/train-distributed"
 NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
@@ -41,10 +41,10 @@ QUIET_SECONDS = 60.0
 PATIENCE_SECONDS = 600.0
 """For a cluster's API that does not answer: a training of days goes on meanwhile."""
 DEADLINE_SECONDS = 168 * 3600
-SETTINGS = ("AWS_ENDPOINT_URL", "AWS_REGION", "NS_METRICS_PORT")
-USER = 10001
+SETTINGS_VARIABLES = ("AWS_ENDPOINT_URL", "AWS_REGION", "NS_METRICS_PORT")
+STAGE_USER = 10001
 SHARED_MEMORY = "8Gi"
-RUN = "noisy-student/run"
+RUN_LABEL = "noisy-student/run"
 LABEL_VALUE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 
 T = TypeVar("T")
@@ -52,7 +52,7 @@ Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Nodes:
+class TrainingNodes:
     """The nodes of a training."""
 
     count: int
@@ -75,53 +75,61 @@ class Nodes:
     """Of Kueue; none if empty."""
 
 
-def train(config_uri: str, root: str, run: str, data: str, generation: int, teacher: str, labels: str, nodes: Nodes) -> str:
+def train_on_nodes(
+    config_uri: str, root: str, run: str, data: str, generation: int, teacher: str, selection: str, nodes: TrainingNodes
+) -> str:
     """`ns.stages.steps.train` on several nodes. Returns the key of the model's folder.
 
     Raises ConfigError if there is no cluster or no Trainer, the training's own error if a node tells it, TrainingError with the last
     lines of its log if not, RunError if the cluster stops answering, Interrupted after SIGINT or SIGTERM.
     """
 
-    def elsewhere(key: str, arguments: Sequence[str]) -> None:
-        api = Api.here()
-        job = Job(api, f"train-{key}")
-        labels_of_it = {"app.kubernetes.io/part-of": "noisy-student", "app.kubernetes.io/component": "train", **run_label(run)}
+    def run_trainjob(key: str, arguments: Sequence[str]) -> None:
+        api = ClusterApi.from_environment()
+        job = TrainJob(api, f"train-{key}")
+        job_labels = {
+            "app.kubernetes.io/part-of": "noisy-student",
+            "app.kubernetes.io/component": "train",
+            **make_run_label(run),
+        }
         if nodes.queue:
-            labels_of_it["kueue.x-k8s.io/queue-name"] = nodes.queue
-        with _asked_to_stop():
+            job_labels["kueue.x-k8s.io/queue-name"] = nodes.queue
+        with _interrupt_on_sigterm():
             try:
-                job.start(manifest(job.name, arguments, nodes, labels_of_it, _owners()))
-                job.follow()
+                job.create_job(build_trainjob(job.name, arguments, nodes, job_labels, _owner_references()))
+                job.follow_job()
             except (Interrupted, KeyboardInterrupt):
-                job.delete()
+                job.delete_job()
                 raise
-        job.delete()
+        job.delete_job()
 
-    return steps.train(config_uri, root, run, data, generation, teacher, labels, elsewhere=elsewhere)
+    return steps.train_generation(config_uri, root, run, data, generation, teacher, selection, launch_remote=run_trainjob)
 
 
-def run_label(run: str) -> dict[str, str]:
+def make_run_label(run: str) -> dict[str, str]:
     """The run, as the label by which monitoring knows the nodes that show no metrics. None if a label cannot hold the run's name."""
-    return {RUN: run} if LABEL_VALUE.fullmatch(run) else {}
+    return {RUN_LABEL: run} if LABEL_VALUE.fullmatch(run) else {}
 
 
-def manifest(name: str, arguments: Sequence[str], nodes: Nodes, labels: Mapping[str, str], owners: Sequence[Json]) -> Json:
+def build_trainjob(
+    name: str, arguments: Sequence[str], nodes: TrainingNodes, labels: Mapping[str, str], owners: Sequence[Json]
+) -> Json:
     """The TrainJob of a training. `arguments`: those of `ns.training.worker`."""
     gpus = {nodes.gpu_type: str(nodes.gpus)} if nodes.gpus else {}
     keys = (("AWS_ACCESS_KEY_ID", "accesskey"), ("AWS_SECRET_ACCESS_KEY", "secretkey"))
-    environment = [_variable(variable, "secretKeyRef", nodes.secret, key) for variable, key in keys]
-    environment += [_variable(name, "configMapKeyRef", nodes.settings, name) for name in SETTINGS]
+    environment = [_make_variable(variable, "secretKeyRef", nodes.secret, key) for variable, key in keys]
+    environment += [_make_variable(name, "configMapKeyRef", nodes.settings, name) for name in SETTINGS_VARIABLES]
     pod = {
         "nodeSelector": dict(nodes.selector),
         "tolerations": list(nodes.tolerations),
-        "securityContext": {"runAsUser": USER, "runAsGroup": USER, "runAsNonRoot": True},
+        "securityContext": {"runAsUser": STAGE_USER, "runAsGroup": STAGE_USER, "runAsNonRoot": True},
         "volumes": [
             {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": SHARED_MEMORY}},
             {"name": "scratch", "emptyDir": {}},
         ],
         "containers": [
             {
-                "name": NODE,
+                "name": NODE_NAME,
                 "volumeMounts": [
                     {"name": "shared-memory", "mountPath": "/dev/shm"},
                     {"name": "scratch", "mountPath": "/tmp"},
@@ -131,7 +139,7 @@ def manifest(name: str, arguments: Sequence[str], nodes: Nodes, labels: Mapping[
         ],
     }
     template = {"metadata": {"labels": dict(labels)}, "spec": {key: value for key, value in pod.items() if value}}
-    job = {"name": NODE, "template": {"spec": {"template": template}}}
+    job = {"name": NODE_NAME, "template": {"spec": {"template": template}}}
     return {
         "apiVersion": f"{GROUP}/{VERSION}",
         "kind": "TrainJob",
@@ -157,17 +165,17 @@ def manifest(name: str, arguments: Sequence[str], nodes: Nodes, labels: Mapping[
     }
 
 
-def _variable(name: str, kind: str, source: str, key: str) -> Json:
+def _make_variable(name: str, kind: str, source: str, key: str) -> Json:
     return {"name": name, "valueFrom": {kind: {"name": source, "key": key, "optional": True}}}
 
 
-def _owners() -> list[Json]:
+def _owner_references() -> list[Json]:
     """This step's pod, as Kubeflow tells; nobody elsewhere."""
     name, uid = os.environ.get("KFP_POD_NAME"), os.environ.get("KFP_POD_UID")
     return [{"apiVersion": "v1", "kind": "Pod", "name": name, "uid": uid}] if name and uid else []
 
 
-class Api:
+class ClusterApi:
     """The cluster, in one namespace. Calls are repeated while it does not answer."""
 
     def __init__(self, namespace: str) -> None:
@@ -176,7 +184,7 @@ class Api:
         self.core = client.CoreV1Api()
 
     @classmethod
-    def here(cls) -> "Api":
+    def from_environment(cls) -> "ClusterApi":
         """The cluster that this pod is in, or the one of KUBECONFIG. Raises ConfigError if there is none."""
         try:
             if NAMESPACE.exists():
@@ -190,7 +198,7 @@ class Api:
             ) from error
         return cls(active["context"].get("namespace", "default"))
 
-    def ask(self, call: Callable[[], T]) -> T:
+    def call_with_retry(self, call: Callable[[], T]) -> T:
         """Raises ApiException for an answer that is a refusal, RunError if there is none for long."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
@@ -206,164 +214,174 @@ class Api:
             time.sleep(POLL_SECONDS)
 
 
-class End(NamedTuple):
-    good: bool
+class JobEnd(NamedTuple):
+    succeeded: bool
     message: str
 
 
-class Job:
+class TrainJob:
     """A TrainJob by its name."""
 
-    def __init__(self, api: Api, name: str) -> None:
+    def __init__(self, api: ClusterApi, name: str) -> None:
         self.name = name
         self._api = api
-        self._where = (GROUP, VERSION, api.namespace, PLURAL)
-        self._log = _Log(api, name)
+        self._resource_path = (GROUP, VERSION, api.namespace, PLURAL)
+        self._logs = _NodeLogs(api, name)
 
-    def start(self, wanted: Json) -> None:
+    def create_job(self, manifest: Json) -> None:
         """Creates it, or takes over the one that is there, unless it has failed or is on its way out."""
         while True:
             try:
-                self._api.ask(lambda: self._api.jobs.create_namespaced_custom_object(*self._where, wanted))
-                log.get().info("created", trainjob=self.name, nodes=wanted["spec"]["trainer"]["numNodes"])
+                self._api.call_with_retry(
+                    lambda: self._api.jobs.create_namespaced_custom_object(*self._resource_path, manifest)
+                )
+                log.get_logger().info("created", trainjob=self.name, nodes=manifest["spec"]["trainer"]["numNodes"])
                 return
             except ApiException as error:
                 if error.status != 409:
-                    raise _refused(error, self.name, self._api.namespace) from error
-            there = self._read()
-            if there is None:
+                    raise _explain_refusal(error, self.name, self._api.namespace) from error
+            existing = self._read_job()
+            if existing is None:
                 continue
-            end = _end(there)
-            if "deletionTimestamp" in there["metadata"] or (end and not end.good):
-                self.delete()
+            end = _find_end(existing)
+            if "deletionTimestamp" in existing["metadata"] or (end and not end.succeeded):
+                self.delete_job()
                 continue
-            self._take_over(there, wanted["metadata"]["ownerReferences"])
-            log.get().info("attached", trainjob=self.name)
+            self._adopt_job(existing, manifest["metadata"]["ownerReferences"])
+            log.get_logger().info("attached", trainjob=self.name)
             return
 
-    def follow(self) -> None:
+    def follow_job(self) -> None:
         """Shows the first node's log until the job has ended. Raises the error that stopped it."""
         while True:
-            job = self._read()
+            job = self._read_job()
             if job is None:
                 raise RunError(
                     f"TrainJob {self.name}: somebody deleted it; the same command starts it again from its last checkpoint"
                 )
-            end = _end(job)
-            heard = self._log.follow()
+            end = _find_end(job)
+            had_output = self._logs.follow_first_node()
             if end is None:
-                if not heard:
+                if not had_output:
                     time.sleep(POLL_SECONDS)
-            elif end.good:
+            elif end.succeeded:
                 return
             else:
-                raise self._failure(end)
+                raise self._explain_failure(end)
 
-    def delete(self) -> None:
+    def delete_job(self) -> None:
         """Deletes it, and waits until its nodes are gone."""
-        while (job := self._read()) is not None:
+        while (job := self._read_job()) is not None:
             if "deletionTimestamp" not in job["metadata"]:
                 try:
-                    self._api.ask(
+                    self._api.call_with_retry(
                         lambda: self._api.jobs.delete_namespaced_custom_object(
-                            *self._where, self.name, body=client.V1DeleteOptions(propagation_policy="Foreground")
+                            *self._resource_path, self.name, body=client.V1DeleteOptions(propagation_policy="Foreground")
                         )
                     )
                 except ApiException as error:
                     if error.status != 404:
-                        raise _refused(error, self.name, self._api.namespace) from error
+                        raise _explain_refusal(error, self.name, self._api.namespace) from error
                 continue
             time.sleep(POLL_SECONDS)
 
-    def _read(self) -> Json | None:
+    def _read_job(self) -> Json | None:
         try:
-            return dict(self._api.ask(lambda: self._api.jobs.get_namespaced_custom_object(*self._where, self.name)))
+            return dict(
+                self._api.call_with_retry(lambda: self._api.jobs.get_namespaced_custom_object(*self._resource_path, self.name))
+            )
         except ApiException as error:
             if error.status == 404:
                 return None
-            raise _refused(error, self.name, self._api.namespace) from error
+            raise _explain_refusal(error, self.name, self._api.namespace) from error
 
-    def _take_over(self, there: Json, owners: Sequence[Json]) -> None:
+    def _adopt_job(self, existing: Json, owners: Sequence[Json]) -> None:
         """The forerunner's pod may be cleared away while this one waits: an object goes when all its owners are gone."""
-        known = there["metadata"].get("ownerReferences", [])
-        more = [owner for owner in owners if owner["uid"] not in {one["uid"] for one in known}]
-        if more:
-            patch = {"metadata": {"ownerReferences": [*known, *more]}}
-            self._api.ask(lambda: self._api.jobs.patch_namespaced_custom_object(*self._where, self.name, patch))
+        current_owners = existing["metadata"].get("ownerReferences", [])
+        missing_owners = [owner for owner in owners if owner["uid"] not in {current["uid"] for current in current_owners}]
+        if missing_owners:
+            patch = {"metadata": {"ownerReferences": [*current_owners, *missing_owners]}}
+            self._api.call_with_retry(
+                lambda: self._api.jobs.patch_namespaced_custom_object(*self._resource_path, self.name, patch)
+            )
 
-    def _failure(self, end: End) -> NsError:
+    def _explain_failure(self, end: JobEnd) -> NsError:
         """What a node says of why it failed, or its last words."""
-        pod, why, lines = self._log.of_failed()
+        pod, reason, lines = self._logs.read_failed_node()
         kinds: dict[int, type[NsError]] = {kind.exit_code: kind for kind in NsError.__subclasses__()}
         for line in lines:
-            event = _event(line)
+            event = _parse_event(line)
             if event.get("event") == "failed" and "error" in event:
                 return kinds.get(int(event.get("exit_code", 1)), TrainingError)(str(event["error"]))
-        where = f"; {pod} {why}" if pod else ""
-        return TrainingError(f"TrainJob {self.name}: {end.message}{where}; the same command continues{log.last_words(lines)}")
+        detail = f"; {pod} {reason}" if pod else ""
+        return TrainingError(
+            f"TrainJob {self.name}: {end.message}{detail}; the same command continues{log.format_last_lines(lines)}"
+        )
 
 
-class _Log:
+class _NodeLogs:
     """What the nodes of a job write."""
 
-    def __init__(self, api: Api, job: str) -> None:
+    def __init__(self, api: ClusterApi, job: str) -> None:
         self._api = api
-        self._selector = f"jobset.sigs.k8s.io/jobset-name={job},jobset.sigs.k8s.io/replicatedjob-name={NODE}"
+        self._selector = f"jobset.sigs.k8s.io/jobset-name={job},jobset.sigs.k8s.io/replicatedjob-name={NODE_NAME}"
         self._last = ""
         """Time of the last line, as the log has it."""
         self._seen = 0.0
         self._lines: deque[str] = deque(maxlen=200)
 
-    def follow(self) -> bool:
+    def follow_first_node(self) -> bool:
         """Writes the first node's log on, for as long as it says something. Returns whether there was any."""
-        pods = [pod for pod in self._pods() if pod.metadata.labels.get("batch.kubernetes.io/job-completion-index") == "0"]
+        pods = [pod for pod in self._list_pods() if pod.metadata.labels.get("batch.kubernetes.io/job-completion-index") == "0"]
         begun = [pod for pod in pods if pod.status.phase in ("Running", "Succeeded", "Failed")]
         if not begun:
             return False
         newest = max(begun, key=lambda pod: pod.metadata.creation_timestamp)
-        heard = False
+        had_output = False
         try:
-            for line in self._stream(newest.metadata.name, follow=newest.status.phase == "Running"):
+            for line in self._stream_log(newest.metadata.name, follow=newest.status.phase == "Running"):
                 at, _, text = line.partition(" ")
                 # What was read before comes again when a log is taken up.
                 if at > self._last:
-                    self._last, self._seen, heard = at, time.time(), True
+                    self._last, self._seen, had_output = at, time.time(), True
                     self._lines.append(text)
                     sys.stderr.write(text + "\n")
         except (ApiException, HTTPError):
             pass  # quiet, cut off, or gone; whoever asks looks after the job and asks again
-        return heard
+        return had_output
 
-    def of_failed(self) -> tuple[str, str, list[str]]:
+    def read_failed_node(self) -> tuple[str, str, list[str]]:
         """The node that failed first, how, and the end of its log; of the first node what was heard if none is left."""
         failed = []
-        for pod in self._pods():
+        for pod in self._list_pods():
             for status in pod.status.container_statuses or []:
                 ended = status.state.terminated if status.state else None
-                if status.name == NODE and ended and ended.exit_code:
+                if status.name == NODE_NAME and ended and ended.exit_code:
                     failed.append((ended.finished_at, pod.metadata.name, ended))
         if not failed:
             return "", "", list(self._lines)
         _, name, ended = min(failed, key=lambda one: (one[0] is None, one[0], one[1]))
-        why = "was killed for want of memory" if ended.reason == "OOMKilled" else f"ended with exit code {ended.exit_code}"
+        reason = "was killed for want of memory" if ended.reason == "OOMKilled" else f"ended with exit code {ended.exit_code}"
         try:
-            text = self._api.ask(
-                lambda: self._api.core.read_namespaced_pod_log(name, self._api.namespace, container=NODE, tail_lines=200)
+            text = self._api.call_with_retry(
+                lambda: self._api.core.read_namespaced_pod_log(name, self._api.namespace, container=NODE_NAME, tail_lines=200)
             )
         except ApiException:
-            return name, why, list(self._lines)
-        return name, why, text.splitlines()
+            return name, reason, list(self._lines)
+        return name, reason, text.splitlines()
 
-    def _pods(self) -> list[Any]:
-        pods = self._api.ask(lambda: self._api.core.list_namespaced_pod(self._api.namespace, label_selector=self._selector))
+    def _list_pods(self) -> list[Any]:
+        pods = self._api.call_with_retry(
+            lambda: self._api.core.list_namespaced_pod(self._api.namespace, label_selector=self._selector)
+        )
         return list(pods.items)
 
-    def _stream(self, pod: str, *, follow: bool) -> Iterator[str]:
+    def _stream_log(self, pod: str, *, follow: bool) -> Iterator[str]:
         since = {"since_seconds": math.ceil(time.time() - self._seen) + 10} if self._seen else {}
         response = self._api.core.read_namespaced_pod_log(
             pod,
             self._api.namespace,
-            container=NODE,
+            container=NODE_NAME,
             follow=follow,
             timestamps=True,
             _preload_content=False,
@@ -381,14 +399,14 @@ class _Log:
             response.close()
 
 
-def _end(job: Json) -> End | None:
+def _find_end(job: Json) -> JobEnd | None:
     for condition in job.get("status", {}).get("conditions", []):
         if condition["status"] == "True" and condition["type"] in ("Complete", "Failed"):
-            return End(condition["type"] == "Complete", condition.get("message") or condition.get("reason") or "failed")
+            return JobEnd(condition["type"] == "Complete", condition.get("message") or condition.get("reason") or "failed")
     return None
 
 
-def _event(line: str) -> Json:
+def _parse_event(line: str) -> Json:
     try:
         event = json.loads(line)
     except ValueError:
@@ -396,30 +414,32 @@ def _event(line: str) -> Json:
     return event if isinstance(event, dict) else {}
 
 
-def _refused(error: ApiException, name: str, namespace: str) -> NsError:
+def _explain_refusal(error: ApiException, name: str, namespace: str) -> NsError:
     """The API's refusal, for the person who has to mend it."""
     try:
-        said = json.loads(error.body or "{}").get("message") or error.reason
+        message = json.loads(error.body or "{}").get("message") or error.reason
     except ValueError:
-        said = error.reason
+        message = error.reason
     if error.status == 404:
-        return ConfigError(f"TrainJob {name}: the cluster knows no TrainJobs ({said}); install Kubeflow Trainer 2.2 or later")
+        return ConfigError(
+            f"TrainJob {name}: the cluster knows no TrainJobs ({message}); install Kubeflow Trainer 2.2 or later"
+        )
     if error.status in (401, 403):
         return ConfigError(
-            f"TrainJob {name}: not allowed in namespace {namespace} ({said}); give the service account of the run's pods the role of "
+            f"TrainJob {name}: not allowed in namespace {namespace} ({message}); give the service account of the run's pods the role of "
             "k8s/components/trainer"
         )
-    return ConfigError(f"TrainJob {name}: the cluster refuses it: {said}")
+    return ConfigError(f"TrainJob {name}: the cluster refuses it: {message}")
 
 
 @contextmanager
-def _asked_to_stop() -> Iterator[None]:
+def _interrupt_on_sigterm() -> Iterator[None]:
     """Raises Interrupted when SIGTERM comes."""
 
-    def stop(_number: int, _frame: FrameType | None) -> None:
+    def handle_sigterm(_number: int, _frame: FrameType | None) -> None:
         # The nodes are stopped now, whoever asks again.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise Interrupted("stopped, and its nodes with it; the same command continues from the last checkpoint")
 
-    with signalled(stop, [signal.SIGTERM]):
+    with handle_signals(handle_sigterm, [signal.SIGTERM]):
         yield

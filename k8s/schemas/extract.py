@@ -15,31 +15,31 @@ import yaml
 FOLDER = Path(__file__).parent
 
 
-def strict(schema: Any) -> Any:
+def make_strict(schema: Any) -> Any:
     """A CRD's schema as JSON Schema that refuses fields which it does not list."""
     if isinstance(schema, list):
-        return [strict(one) for one in schema]
+        return [make_strict(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    made: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for name, value in schema.items():
         if name == "properties":
             # Names of fields, which may be called like words of a schema.
-            made[name] = {field: strict(of) for field, of in value.items()}
+            result[name] = {field: make_strict(field_schema) for field, field_schema in value.items()}
         elif name not in ("description", "example", "x-kubernetes-validations"):
-            made[name] = strict(value)
-    free = made.get("x-kubernetes-preserve-unknown-fields") or made.get("x-kubernetes-embedded-resource")
-    if "properties" in made and "additionalProperties" not in made and not free:
-        made["additionalProperties"] = False
-    if made.pop("nullable", False) and "type" in made:
-        made["type"] = [made["type"], "null"]
-    return {name: value for name, value in made.items() if not name.startswith("x-kubernetes-")}
+            result[name] = make_strict(value)
+    free = result.get("x-kubernetes-preserve-unknown-fields") or result.get("x-kubernetes-embedded-resource")
+    if "properties" in result and "additionalProperties" not in result and not free:
+        result["additionalProperties"] = False
+    if result.pop("nullable", False) and "type" in result:
+        result["type"] = [result["type"], "null"]
+    return {name: value for name, value in result.items() if not name.startswith("x-kubernetes-")}
 
 
-def kept(crd: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+def extract_schema(crd: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     spec = crd["spec"]
-    (version,) = [one for one in spec["versions"] if one["storage"]]
-    schema = strict(version["schema"]["openAPIV3Schema"])
+    (version,) = [candidate for candidate in spec["versions"] if candidate["storage"]]
+    schema = make_strict(version["schema"]["openAPIV3Schema"])
     # What all objects have, whether or not a CRD says so; what is in the metadata is looked at by itself.
     schema["properties"] |= {"apiVersion": {"type": "string"}, "kind": {"type": "string"}, "metadata": {"type": "object"}}
     # Nobody writes it but a controller.
@@ -50,7 +50,7 @@ def kept(crd: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
 def main() -> int:
     for name in sys.argv[1:]:
         for crd in yaml.safe_load_all(Path(name).read_text(encoding="utf-8")):
-            path, schema = kept(crd)
+            path, schema = extract_schema(crd)
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(schema, separators=(",", ":"), sort_keys=True) + "\n", encoding="utf-8")
             sys.stdout.write(f"{path.relative_to(FOLDER)}\n")

@@ -15,20 +15,32 @@ import typer
 
 from ns import __version__
 from ns.cli import doctor, evaluate, export, gate, labels, promote, report, trigger
-from ns.cli.options import AsJson, ConfigArgument, Inputs, Kfp, Overrides, Root, RunArgument, load, plain, program, write_page
+from ns.cli.options import (
+    AsJson,
+    ConfigArgument,
+    Inputs,
+    Kfp,
+    Overrides,
+    Root,
+    RunArgument,
+    load_experiment_argument,
+    make_program,
+    to_shell_path,
+    write_page,
+)
 from ns.core.errors import ConfigError, DataError, Interrupted, NsError, RunError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ns.config.schema import Experiment
-    from ns.runs.records import Summary
+    from ns.runs.records import RunSummary
     from ns.storage import Store
 
 # Newer typers bring a click of their own, which is not the one that can be imported.
 UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
-app = program("Noisy Student self-training: teacher, pseudo-labels, noisy student, gate, again.")
+app = make_program("Noisy Student self-training: teacher, pseudo-labels, noisy student, gate, again.")
 runs_app = typer.Typer(help="Runs: what was done, and what came of it.", no_args_is_help=True)
 config_app = typer.Typer(help="Experiments: show, check, and describe their fields.", no_args_is_help=True)
 data_app = typer.Typer(help="Datasets: make, check, and look at them.", no_args_is_help=True)
@@ -49,17 +61,17 @@ class Runner(StrEnum):
 
 
 class DataRole(StrEnum):
-    labelled = "labelled"
-    unlabelled = "unlabelled"
+    labeled = "labeled"
+    unlabeled = "unlabeled"
     evaluation = "evaluation"
 
 
 def main() -> None:
     """Entry point. Exits with the code of the error, 0 if there was none."""
-    sys.exit(_main(sys.argv[1:]))
+    sys.exit(run_command_line(sys.argv[1:]))
 
 
-def _main(arguments: list[str]) -> int:
+def run_command_line(arguments: list[str]) -> int:
     return run_app(app, arguments, "ns")
 
 
@@ -94,15 +106,17 @@ def run_app(program: typer.Typer, arguments: list[str], name: str) -> int:
     return code
 
 
-def _version(value: bool) -> None:
+def _print_version(value: bool) -> None:
     if value:
         typer.echo(f"ns {__version__}")
         raise typer.Exit
 
 
 @app.callback()
-def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+def _set_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the stack trace of an error.")] = False,
 ) -> None:
     pass
@@ -126,7 +140,7 @@ def run(
     gpus: Annotated[
         int, typer.Option(min=-1, help="GPUs of each container, -1 for all; on Kubeflow of each step that uses any.")
     ] = 0,
-    step_timeout: Annotated[
+    stage_timeout: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="Longest time of a container; the pipeline's if not given.")
     ] = None,
     kfp: Kfp = None,
@@ -141,16 +155,16 @@ def run(
     Example: [cyan]ns run quickstart --set seed=1[/], [cyan]ns run quickstart --runner docker --memory 4g[/],
     [cyan]ns run my.yaml --runner kfp --root s3://bucket/runs --input train_gpus=1[/]
     """
-    given: list[tuple[str, Any, tuple[Runner, ...]]] = [
+    runner_options: list[tuple[str, Any, tuple[Runner, ...]]] = [
         ("--image", image, (Runner.docker, Runner.kfp)),
         ("--memory", memory, (Runner.docker,)),
         ("--gpus", gpus or None, (Runner.docker, Runner.kfp)),
-        ("--step-timeout", step_timeout, (Runner.docker,)),
+        ("--step-timeout", stage_timeout, (Runner.docker,)),
         ("--kfp", kfp, (Runner.kfp,)),
         ("--input", inputs, (Runner.kfp,)),
         ("--follow/--no-follow", follow, (Runner.kfp,)),
     ]
-    for option, value, runners in given:
+    for option, value, runners in runner_options:
         if value is not None and runner not in runners:
             raise ConfigError(f"{option}: means nothing to --runner {runner}; add --runner {' or '.join(runners)}")
     from rich.console import Console
@@ -164,39 +178,41 @@ def run(
     if resume and overrides:
         raise ConfigError("--set: means nothing with --resume, which continues a run as it was started; give its CONFIG")
     if resume:
-        name, experiment = _unfinished(store, name)
+        name, experiment = _find_unfinished(store, name)
     else:
-        experiment = load(str(config), overrides)
-        name = name or runs.name_of(experiment)
+        experiment = load_experiment_argument(str(config), overrides)
+        name = name or runs.derive_run_name(experiment)
     # The stream as it is now: while KFP runs, sys.stderr is its log.
     console = Console(file=sys.stderr)
     if runner is Runner.kfp:
-        _on_kubeflow(
+        _run_on_kubeflow(
             store, name, experiment, console, kfp, follow, {"image": image, "gpus": gpus, "inputs": inputs or ()}, as_json
         )
         return
-    with runs.alone(store, name):
-        runs.start(store, name, experiment, __version__)
+    with runs.lock_run(store, name):
+        runs.open_run(store, name, experiment, __version__)
         if runner is Runner.docker:
             from pipelines.runners import docker
 
-            container = docker.Container(image, memory, gpus=gpus, step_seconds=step_timeout)
-            _drive(store, name, console, partial(docker.run, root=store, experiment=experiment, container=container))
+            container = docker.ContainerOptions(image, memory, gpus=gpus, stage_seconds=stage_timeout)
+            _run_recorded(
+                store, name, console, partial(docker.run_in_containers, root=store, experiment=experiment, container=container)
+            )
         else:
             from pipelines.runners import local
 
-            _drive(store, name, console, partial(local.run, root=store.uri))
+            _run_recorded(store, name, console, partial(local.run_locally, root=store.uri))
     _print_summary(store, name, as_json)
 
 
-def _on_kubeflow(
+def _run_on_kubeflow(
     store: "Store",
     name: str,
     experiment: "Experiment",
     console: "Console",
     url: str | None,
     follow: bool | None,
-    asked: dict[str, Any],
+    input_options: dict[str, Any],
     as_json: bool,
 ) -> None:
     """Submits a run, or finds the one that is under way, and follows it unless told otherwise."""
@@ -205,19 +221,19 @@ def _on_kubeflow(
     from pipelines import kfp_client as submit
     from pipelines import remote_run as cluster
 
-    cluster.check_places(store, experiment)
-    server = submit.Server(url or "")
+    cluster.check_remote_uris(store, experiment)
+    client = submit.KfpClient(url or "")
     registry = experiment.registry is not None
-    arguments = cluster.arguments(f"{store.uri}/{name}/{runs.CONFIG}", store, name, **asked, registry=registry)
-    submitted = cluster.submit(server, store, name, experiment, arguments)
-    said = f"run {name}: {'submitted' if submitted.new else 'is under way'}: {submitted.url}"
-    console.print(said, highlight=False, soft_wrap=True)
+    arguments = cluster.build_inputs(f"{store.uri}/{name}/{runs.CONFIG}", store, name, **input_options, registry=registry)
+    submitted = cluster.submit_run(client, store, name, experiment, arguments)
+    message = f"run {name}: {'submitted' if submitted.new else 'is under way'}: {submitted.url}"
+    console.print(message, highlight=False, soft_wrap=True)
     if follow is False:
         if as_json:
             typer.echo(json.dumps(submitted._asdict(), indent=1))
         return
     with RunView(console) as view:
-        cluster.follow(server, submitted, store, name, view.on_event)
+        cluster.follow_run(client, submitted, store, name, view.on_event)
     _print_summary(store, name, as_json)
 
 
@@ -226,14 +242,14 @@ def _print_summary(store: "Store", name: str, as_json: bool) -> None:
 
     from ns.runs import records as runs
 
-    summary = runs.summarise(store, name)
+    summary = runs.summarize_run(store, name)
     if as_json:
         typer.echo(summary.model_dump_json(indent=1))
     else:
-        _show(summary, store, Console())
+        _print_run(summary, store, Console())
 
 
-def _drive(store: "Store", name: str, console: "Console", runs_pipeline: Callable[..., None]) -> None:
+def _run_recorded(store: "Store", name: str, console: "Console", run_pipeline: Callable[..., None]) -> None:
     """Runs the pipeline and keeps the run's record true whatever happens."""
     from ns.cli.progress import RunView
     from ns.runs import records as runs
@@ -242,49 +258,49 @@ def _drive(store: "Store", name: str, console: "Console", runs_pipeline: Callabl
     log = store.root / name / "pipeline.log" if isinstance(store, LocalStore) else None
     try:
         with RunView(console) as view:
-            runs_pipeline(config_uri=f"{store.uri}/{name}/{runs.CONFIG}", run=name, log=log, on_event=view.on_event)
+            run_pipeline(config_uri=f"{store.uri}/{name}/{runs.CONFIG}", run=name, log=log, on_event=view.on_event)
     except Interrupted as error:
-        _finish(store, name, "interrupted", error)
+        _record_end(store, name, "interrupted", error)
         raise
     except BaseException as error:
-        _finish(store, name, "failed", error)
+        _record_end(store, name, "failed", error)
         if log is not None and log.exists() and isinstance(error, NsError):
             console.print(f"[dim]log: {log}[/]", highlight=False, soft_wrap=True)
         raise
-    runs.finish(store, name, "succeeded")
+    runs.finish_run(store, name, "succeeded")
 
 
-def _finish(store: "Store", name: str, state: Any, error: BaseException) -> None:
+def _record_end(store: "Store", name: str, state: Any, error: BaseException) -> None:
     from ns.runs import records as runs
 
     # The store may be what failed; its message matters, not that the record could not be written either.
     with contextlib.suppress(NsError):
-        runs.finish(store, name, state, str(error) or type(error).__name__)
+        runs.finish_run(store, name, state, str(error) or type(error).__name__)
 
 
-def _unfinished(store: "Store", name: str | None) -> tuple[str, "Experiment"]:
+def _find_unfinished(store: "Store", name: str | None) -> tuple[str, "Experiment"]:
     from ns.config import schema as config
     from ns.runs import records as runs
 
-    waiting = [record.run for record in runs.listed(store) if record.state != "succeeded"]
+    unfinished = [record.run for record in runs.list_runs(store) if record.state != "succeeded"]
     if name is not None:
-        waiting = [run for run in waiting if run == name]
-    if not waiting:
+        unfinished = [run for run in unfinished if run == name]
+    if not unfinished:
         raise RunError(f"{store.uri}: no unfinished run{f' {name}' if name else ''} to resume")
-    return waiting[-1], config.load(f"{store.uri}/{waiting[-1]}/{runs.CONFIG}")
+    return unfinished[-1], config.load_experiment(f"{store.uri}/{unfinished[-1]}/{runs.CONFIG}")
 
 
-def _show(summary: "Summary", store: "Store", console: "Console") -> None:
+def _print_run(summary: "RunSummary", store: "Store", console: "Console") -> None:
     from ns.cli.progress import measures_table, summary_table
 
     console.print()
     console.print(summary_table(summary))
     if measures := measures_table(summary):
         console.print(measures)
-    for label, key in (("report", summary.report), ("best model", summary.best_model)):
+    for title, key in (("report", summary.report), ("best model", summary.best_model)):
         if key:
-            place = key if "://" in key else f"{store.uri}/{key}"
-            console.print(f"{label + ':':<11} {plain(place)}", highlight=False, soft_wrap=True)
+            uri = key if "://" in key else f"{store.uri}/{key}"
+            console.print(f"{title + ':':<11} {to_shell_path(uri)}", highlight=False, soft_wrap=True)
 
 
 @runs_app.command("list")
@@ -300,7 +316,7 @@ def runs_list(root: Root = "runs", as_json: AsJson = False) -> None:
     from ns.storage import open_store
 
     store = open_store(root)
-    summaries = [runs.summarise(store, record.run) for record in runs.listed(store)]
+    summaries = [runs.summarize_run(store, record.run) for record in runs.list_runs(store)]
     if as_json:
         typer.echo(json.dumps([summary.model_dump(mode="json", exclude={"steps"}) for summary in summaries], indent=1))
     elif not summaries:
@@ -321,13 +337,13 @@ def runs_show(name: RunArgument = "latest", root: Root = "runs", as_json: AsJson
     from ns.storage import open_store
 
     store = open_store(root)
-    summary = runs.summarise(store, runs.find(store, name))
+    summary = runs.summarize_run(store, runs.resolve_run_name(store, name))
     if as_json:
         typer.echo(summary.model_dump_json(indent=1))
         return
     console = Console()
     console.print(f"state: {summary.state}" + (f" ({summary.error})" if summary.error else ""), highlight=False)
-    _show(summary, store, console)
+    _print_run(summary, store, console)
     for row in summary.generations:
         console.print(f"generation {row.generation}: {row.verdict}: {row.reason}", highlight=False)
 
@@ -349,7 +365,7 @@ def predict(
     from ns.storage import open_store
 
     store = open_store(root)
-    summary = runs.summarise(store, runs.find(store, name))
+    summary = runs.summarize_run(store, runs.resolve_run_name(store, name))
     if summary.best_model is None:
         raise RunError(f"run {summary.run}: has no model yet; `ns run --resume` continues it")
     predictions = predict_files(store.at(summary.best_model), images, top)
@@ -359,7 +375,7 @@ def predict(
         if prediction.error is not None:
             typer.echo(f"error: {prediction.path}: {prediction.error}", err=True)
         elif not as_json:
-            classes = ", ".join(f"{label} {probability:.1%}" for label, probability in prediction.classes)
+            classes = ", ".join(f"{class_name} {probability:.1%}" for class_name, probability in prediction.classes)
             typer.echo(f"{prediction.path}: {classes}")
     if any(prediction.error for prediction in predictions):
         raise typer.Exit(DataError.exit_code)
@@ -371,9 +387,9 @@ def config_show(config: ConfigArgument, overrides: Overrides = None) -> None:
 
     Example: [cyan]ns config show quickstart --set generations=1[/]
     """
-    from ns.config.schema import dump
+    from ns.config.schema import dump_experiment
 
-    typer.echo(dump(load(config, overrides)), nl=False)
+    typer.echo(dump_experiment(load_experiment_argument(config, overrides)), nl=False)
 
 
 @config_app.command("schema")
@@ -393,10 +409,10 @@ def config_check(config: ConfigArgument, overrides: Overrides = None) -> None:
 
     Example: [cyan]ns config check my-experiment.yaml[/]
     """
-    experiment = load(config, overrides)
+    experiment = load_experiment_argument(config, overrides)
     from ns.modeling import factory as models
 
-    models.check(experiment)
+    models.check_models(experiment)
     typer.echo(f"{config}: good")
 
 
@@ -404,11 +420,11 @@ def config_check(config: ConfigArgument, overrides: Overrides = None) -> None:
 def plan(
     config: ConfigArgument,
     overrides: Overrides = None,
-    labelled: Annotated[int | None, typer.Option(min=1, help="Labelled images, instead of looking at data.labelled.")] = None,
+    labeled: Annotated[int | None, typer.Option(min=1, help="Labeled images, instead of looking at data.labeled.")] = None,
     pool: Annotated[int | None, typer.Option(min=1, help="Images of the pool, instead of looking at data.pool.")] = None,
     heldout: Annotated[int | None, typer.Option(min=1, help="Held-out images, instead of looking at data.heldout.")] = None,
     test: Annotated[int | None, typer.Option(min=1, help="Images of the test, instead of looking at data.test.")] = None,
-    classes: Annotated[int, typer.Option(min=2, help="Number of classes, where the labelled images are not looked at.")] = 1000,
+    classes: Annotated[int, typer.Option(min=2, help="Number of classes, where the labeled images are not looked at.")] = 1000,
     image_kb: Annotated[float | None, typer.Option(min=0, help="Mean size of an image, kB, instead of looking.")] = None,
     devices: Annotated[int, typer.Option(min=1, help="Devices that train together, each like the one here.")] = 1,
     speed: Annotated[
@@ -425,30 +441,30 @@ def plan(
 
     Example: [cyan]ns plan my-experiment.yaml --pool 300000000 --image-kb 110 --devices 8 --price 2.5[/]
     """
-    experiment = load(config, overrides)
+    experiment = load_experiment_argument(config, overrides)
     from rich.console import Console
 
     from ns import planning as plans
     from ns.cli.progress import plan_tables
     from ns.core import log
-    from ns.data.prepared import Part
+    from ns.data.prepared import DataPart
 
-    given: dict[Part, int | None] = {"labelled": labelled, "pool": pool, "heldout": heldout, "test": test}
-    counts = plans.Counts(
-        {part: count for part, count in given.items() if count is not None}, image_kb and image_kb * 1000, classes
+    given_counts: dict[DataPart, int | None] = {"labeled": labeled, "pool": pool, "heldout": heldout, "test": test}
+    counts = plans.KnownCounts(
+        {part: count for part, count in given_counts.items() if count is not None}, image_kb and image_kb * 1000, classes
     )
-    log.configure()
-    made = plans.plan(
+    log.configure_logging()
+    estimate = plans.estimate_run(
         experiment,
-        plans.Asked(counts, devices, seconds, speed and speed * 1e12, price),
+        plans.PlanRequest(counts, devices, seconds, speed and speed * 1e12, price),
     )
     if as_json:
-        typer.echo(made.model_dump_json(indent=1))
+        typer.echo(estimate.model_dump_json(indent=1))
         return
     console = Console()
-    for table in plan_tables(made):
+    for table in plan_tables(estimate):
         console.print(table)
-    for line in plans.remarks(made):
+    for line in plans.format_plan_remarks(estimate):
         console.print(line, highlight=False)
 
 
@@ -459,7 +475,7 @@ def data_import(
         typer.Argument(metavar="SOURCE", help="Class folders, a folder of images, a table, tars or an archive; also on S3."),
     ],
     destination: Annotated[str, typer.Argument(metavar="DEST", help="The dataset's folder, or s3://bucket/prefix.")],
-    role: Annotated[DataRole, typer.Option(help="What the images are for.")] = DataRole.unlabelled,
+    role: Annotated[DataRole, typer.Option(help="What the images are for.")] = DataRole.unlabeled,
     name: Annotated[str | None, typer.Option(help="The dataset's name; the source's if not given.")] = None,
     split: Annotated[str | None, typer.Option(help="Only rows of a table whose split is this; all if not given.")] = None,
     classes: Annotated[
@@ -479,20 +495,20 @@ def data_import(
 
     The same command continues an import that was stopped.
 
-    Example: [cyan]ns data import photos/ data/pool[/], [cyan]ns data import labels.csv data/train --role labelled --split train[/]
+    Example: [cyan]ns data import photos/ data/pool[/], [cyan]ns data import labels.csv data/train --role labeled --split train[/]
     """
     from ns.core import log
-    from ns.data.importing.ingest import Limits, import_images, source_name
+    from ns.data.importing.ingest import ImportLimits, import_images, source_name
     from ns.storage import open_store
 
-    log.configure()
+    log.configure_logging()
     dataset = import_images(
         source,
         open_store(destination),
         name=name or source_name(source),
         role=role.value,
-        limits=Limits(max_rejected_share, shard_samples, shard_mib, max_side),
-        classes=_class_names(classes) if classes else None,
+        limits=ImportLimits(max_rejected_share, shard_samples, shard_mib, max_side),
+        classes=_read_class_names(classes) if classes else None,
         split=split,
         workers=workers,
     )
@@ -513,7 +529,7 @@ def data_check(
     ] = None,
     bits: Annotated[int, typer.Option(min=0, max=8, help="Bits of 64 in which hashes of near duplicates may differ.")] = 4,
     allow_overlap: Annotated[
-        bool, typer.Option("--allow-overlap", help="Succeed although labelled images are also in an evaluation set.")
+        bool, typer.Option("--allow-overlap", help="Succeed although labeled images are also in an evaluation set.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -526,55 +542,59 @@ def data_check(
     from ns.cli.progress import check_tables
     from ns.core import log
     from ns.data.dataset import Dataset
-    from ns.data.leakage import DUPLICATES, Checked, check
+    from ns.data.leakage import DUPLICATES, NamedDataset, check_datasets
     from ns.storage import open_store
 
-    log.configure()
-    opened = [(place, open_store(place)) for place in datasets]
-    loaded = [(place, folder, Dataset.load(folder)) for place, folder in opened]
+    log.configure_logging()
+    opened = [(uri, open_store(uri)) for uri in datasets]
+    loaded = [(uri, store, Dataset.load(store)) for uri, store in opened]
     names = [data.name for _, _, data in loaded]
-    checked = [Checked(data.name if names.count(data.name) == 1 else place, folder, data) for place, folder, data in loaded]
+    checked = [NamedDataset(data.name if names.count(data.name) == 1 else uri, store, data) for uri, store, data in loaded]
     target = open_store(out)
     features = None
-    doubted: dict[str, int] = {}
+    suspect_counts: dict[str, int] = {}
     if model:
         from ns.modeling.predictor import Predictor
 
         predictor = Predictor(open_store(model), batch=256)
-        features = predictor.features
-        doubted = {one.name: _suspects(predictor, one, target) for one in checked if one.data.role == "labelled"}
-    report = check(checked, target, target.at("fingerprints"), bits=bits, features=features)
+        features = predictor.extract_features
+        suspect_counts = {
+            dataset.name: _write_suspects(predictor, dataset, target)
+            for dataset in checked
+            if dataset.dataset.role == "labeled"
+        }
+    report = check_datasets(checked, target, target.at("fingerprints"), bits=bits, features=features)
     if as_json:
-        typer.echo(json.dumps(report.model_dump(mode="json") | {"suspects": doubted}, indent=1))
+        typer.echo(json.dumps(report.model_dump(mode="json") | {"suspects": suspect_counts}, indent=1))
     else:
-        for table in check_tables(report, doubted):
+        for table in check_tables(report, suspect_counts):
             Console().print(table)
         typer.echo(f"{report.left_out:,} images of pools are in an evaluation set too: they are left out")
         if report.skipped:
             typer.echo(f"{report.skipped:,} comparisons were left out, among images that are too much alike")
-        typer.echo(f"lists: {plain(target.uri)}/")
-    roles = {one.name: one.data.role for one in checked}
+        typer.echo(f"lists: {to_shell_path(target.uri)}/")
+    roles = {dataset.name: dataset.dataset.role for dataset in checked}
     for overlap in report.overlaps:
-        if (roles[overlap.of], roles[overlap.within]) == ("labelled", "evaluation") and overlap.same + overlap.near:
+        if (roles[overlap.of], roles[overlap.within]) == ("labeled", "evaluation") and overlap.same + overlap.near:
             message = (
                 f"{overlap.of}: {overlap.same + overlap.near} of its images are also in the evaluation set {overlap.within} "
-                f"(see {plain(target.uri)}/{DUPLICATES}); remove them from one, or allow it with --allow-overlap"
+                f"(see {to_shell_path(target.uri)}/{DUPLICATES}); remove them from one, or allow it with --allow-overlap"
             )
             if not allow_overlap:
                 raise DataError(message)
 
 
-def _suspects(predictor: Any, one: Any, target: "Store") -> int:
+def _write_suspects(predictor: Any, dataset: Any, target: "Store") -> int:
     import io
 
     import pyarrow.parquet as pq
 
-    from ns.evaluation.label_errors import suspects
+    from ns.evaluation.label_errors import find_label_errors
 
-    table = suspects(predictor, one.folder, one.data)
+    table = find_label_errors(predictor, dataset.folder, dataset.data)
     sink = io.BytesIO()
     pq.write_table(table, sink)
-    target.put(f"suspects-{one.data.digest[:16]}.parquet", sink.getvalue())
+    target.put(f"suspects-{dataset.data.digest[:16]}.parquet", sink.getvalue())
     return len(table)
 
 
@@ -593,12 +613,12 @@ def data_show(
     from rich.console import Console
 
     from ns.cli.progress import classes_table
-    from ns.data.contact_sheet import write_sheet
+    from ns.data.contact_sheet import render_contact_sheet
     from ns.data.dataset import Dataset
     from ns.storage import open_store
 
-    folder = open_store(dataset)
-    data = Dataset.load(folder)
+    store = open_store(dataset)
+    data = Dataset.load(store)
     if as_json:
         typer.echo(json.dumps(data.model_dump(mode="json") | {"digest": data.digest, "samples": data.samples}, indent=1))
     else:
@@ -607,13 +627,13 @@ def data_show(
         )
         typer.echo(f"digest {data.digest}, {data.rejected:,} left out")
         if data.classes:
-            Console().print(classes_table(folder, data))
+            Console().print(classes_table(store, data))
     if sheet:
-        write_page(sheet, write_sheet(folder, data, images, seed))
+        write_page(sheet, render_contact_sheet(store, data, images, seed))
         typer.echo(f"contact sheet: {sheet}", err=as_json)
 
 
-def _class_names(file: Path) -> list[str]:
+def _read_class_names(file: Path) -> list[str]:
     from ns.data.dataset import Dataset
     from ns.storage import read_uri
 

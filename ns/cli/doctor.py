@@ -12,12 +12,12 @@ from ns.cli.options import AsJson
 from ns.core.errors import ClusterError, NsError, StoreError
 
 if TYPE_CHECKING:
-    from ns.core.diagnostics import Finding
+    from ns.core.diagnostics import Diagnostic
 
 app = typer.Typer(help="Find out beforehand what would stop a run.", no_args_is_help=True)
 
 
-class Needed(StrEnum):
+class NeededPart(StrEnum):
     kfp = "kfp"
     trainer = "trainer"
     kueue = "kueue"
@@ -27,29 +27,29 @@ class Needed(StrEnum):
 
 
 @app.command("store")
-def store(
+def check_store(
     uri: Annotated[str, typer.Argument(metavar="URI", help="A folder, or s3://bucket/prefix.")], as_json: AsJson = False
 ) -> None:
     """Try all that the loop needs of a place for bytes, in a folder that is removed afterwards.
 
     Example: [cyan]ns doctor store s3://my-bucket/noisy-student[/]
     """
-    from ns.storage.probe import probe
+    from ns.storage.probe import probe_store
 
-    findings = probe(uri)
-    show(findings, as_json=as_json)
-    if any(finding.fatal for finding in findings):
+    findings = probe_store(uri)
+    print_diagnostics(findings, as_json=as_json)
+    if any(finding.is_fatal for finding in findings):
         raise typer.Exit(StoreError.exit_code)
 
 
 @app.command("cluster")
-def cluster(
+def check_cluster(
     context: Annotated[str | None, typer.Option(help="Context of the kubeconfig; the current one if not given.")] = None,
     namespace: Annotated[
         str | None, typer.Option("--namespace", "-n", help="Namespace of runs' pods; Kubeflow Pipelines' own if not given.")
     ] = None,
     need: Annotated[
-        list[Needed] | None, typer.Option(help="What must be there besides kfp, or it is a fault. Repeatable.")
+        list[NeededPart] | None, typer.Option(help="What must be there besides kfp, or it is a fault. Repeatable.")
     ] = None,
     store: Annotated[
         str | None, typer.Option(metavar="URI", help="Try this store too, with this shell's AWS_… variables.")
@@ -74,21 +74,23 @@ def cluster(
 
     Example: [cyan]ns doctor cluster --context production --need trainer --store s3://my-bucket/ns[/]
     """
-    from k8s.doctor import Asked, examine
+    from k8s.doctor import Requirements, examine_cluster
     from k8s.kubectl import Kubectl
-    from ns.storage.probe import probe
+    from ns.storage.probe import probe_store
 
-    findings = examine(Kubectl(context), Asked(namespace, frozenset({"kfp", *(one.value for one in need or ())})))
+    findings = examine_cluster(
+        Kubectl(context), Requirements(namespace, frozenset({"kfp", *(part.value for part in need or ())}))
+    )
     if store:
-        findings += _tried("store", lambda: probe(store))
+        findings += _try_check("store", lambda: probe_store(store))
     if registry:
-        findings += _tried("git-push", lambda: _registry(registry, remote))
-    show(findings, as_json=as_json)
-    if any(finding.fatal for finding in findings):
+        findings += _try_check("git-push", lambda: _check_registry(registry, remote))
+    print_diagnostics(findings, as_json=as_json)
+    if any(finding.is_fatal for finding in findings):
         raise typer.Exit(ClusterError.exit_code)
 
 
-def show(findings: "list[Finding]", *, as_json: bool = False) -> None:
+def print_diagnostics(findings: "list[Diagnostic]", *, as_json: bool = False) -> None:
     """Prints findings, one a line, its fix below it."""
     if as_json:
         typer.echo(json.dumps([asdict(finding) for finding in findings], indent=1))
@@ -96,31 +98,36 @@ def show(findings: "list[Finding]", *, as_json: bool = False) -> None:
     width = max([15, *(len(finding.name) for finding in findings)])
     for finding in findings:
         state = typer.style("ok", fg="green") if finding.ok else typer.style("NO", fg="red", bold=True)
-        if finding.warning and not finding.ok:
+        if finding.is_warning and not finding.ok:
             state = typer.style("??", fg="yellow")
         typer.echo(f"{state}  {finding.name:<{width}}  {finding.detail}")
         if not finding.ok:
             typer.echo(f"    {'':<{width}}  fix: {finding.fix}")
 
 
-def _registry(git: str, remote: str | None) -> "list[Finding]":
-    from ns.core.diagnostics import Finding
-    from ns.core.git import redacted
-    from ns.labeling.registry import Registry
-    from ns.storage.probe import probe
+def _check_registry(git: str, remote: str | None) -> "list[Diagnostic]":
+    from ns.core.diagnostics import Diagnostic
+    from ns.core.git import redact_credentials
+    from ns.labeling.registry import LabelRegistry
+    from ns.storage.probe import probe_store
 
-    data = Registry(git, remote).rehearse()
-    pushed = Finding("git-push", True, f"{redacted(git)}: versions can be pushed")
-    return [pushed, *(replace(finding, name=f"dvc-{finding.name}") for finding in probe(data))]
+    data = LabelRegistry(git, remote).check_push_access()
+    pushed = Diagnostic("git-push", True, f"{redact_credentials(git)}: versions can be pushed")
+    return [pushed, *(replace(finding, name=f"dvc-{finding.name}") for finding in probe_store(data))]
 
 
-def _tried(name: str, look: "Callable[[], list[Finding]]") -> "list[Finding]":
-    from ns.core.diagnostics import Finding
+def _try_check(name: str, check: "Callable[[], list[Diagnostic]]") -> "list[Diagnostic]":
+    from ns.core.diagnostics import Diagnostic
 
     try:
-        return [replace(one, name=f"{name}-{one.name}" if name == "store" else one.name) for one in look()]
+        return [
+            replace(diagnostic, name=f"{name}-{diagnostic.name}" if name == "store" else diagnostic.name)
+            for diagnostic in check()
+        ]
     except NsError as error:
         detail, _, fix = str(error).rpartition("; ")
         return [
-            Finding(name, False, detail or fix, fix if detail else "see that it exists, and that these credentials may write")
+            Diagnostic(
+                name, False, detail or fix, fix if detail else "see that it exists, and that these credentials may write"
+            )
         ]

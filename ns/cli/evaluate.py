@@ -10,17 +10,17 @@ from ns.cli.options import AsJson, Root
 from ns.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ns.evaluation.robustness.published import Kind as Published
+    from ns.evaluation.robustness.published import PublishedKind as Published
 
 
-class Suite(StrEnum):
+class SuiteOption(StrEnum):
     clean = "clean"
     corruptions = "corruptions"
     perturbations = "perturbations"
     attacks = "attacks"
 
 
-class Kind(StrEnum):
+class DatasetKind(StrEnum):
     images = "images"
     imagenet_c = "imagenet-c"
     cifar10_c = "cifar10-c"
@@ -30,15 +30,16 @@ class Kind(StrEnum):
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or URI of a model, or a run, whose best model it is.")],
     dataset: Annotated[
-        str, typer.Argument(metavar="DATASET", help="Folder or URI of a labelled dataset (`ns data import` makes one).")
+        str, typer.Argument(metavar="DATASET", help="Folder or URI of a labeled dataset (`ns data import` makes one).")
     ],
     root: Root = "runs",
     suites: Annotated[
-        list[Suite] | None, typer.Option("--suite", help="What to measure beside clean accuracy. Repeatable.")
+        list[SuiteOption] | None, typer.Option("--suite", help="What to measure beside clean accuracy. Repeatable.")
     ] = None,
     kind: Annotated[
-        Kind, typer.Option(help="What DATASET is: a dataset, or the folder of a set of corrupted images as it was published.")
-    ] = Kind.images,
+        DatasetKind,
+        typer.Option(help="What DATASET is: a dataset, or the folder of a set of corrupted images as it was published."),
+    ] = DatasetKind.images,
     images: Annotated[
         int | None, typer.Option(min=1, help="Only so many images, drawn evenly over the classes; all if not given.")
     ] = None,
@@ -69,40 +70,42 @@ def evaluate(
     from rich.console import Console
 
     from ns.cli.progress import evaluation_tables
-    from ns.config.schema import EvaluationConfig, changed
+    from ns.config.schema import EvaluationConfig, with_overrides
     from ns.core import log
     from ns.evaluation.offline import evaluate_dataset, evaluate_published
     from ns.evaluation.result import Robustness
-    from ns.evaluation.robustness.relative_scores import scores
+    from ns.evaluation.robustness.relative_scores import score_robustness
     from ns.runs import records as runs
     from ns.storage import open_store, split_uri
 
-    log.configure()
-    config = changed(EvaluationConfig(), overrides or [])
+    log.configure_logging()
+    config = with_overrides(EvaluationConfig(), overrides or [])
     fields = {"suites": tuple(suite.value for suite in suites)} if suites else {}
     config = config.model_copy(update=fields | ({} if images is None else {"images": images}))
-    other = None
+    reference_scores = None
     if reference:
         folder, key = split_uri(reference)
-        other = Robustness.read(open_store(folder), key)
-    place = runs.model_place(open_store(root), model)
-    if kind is Kind.images:
-        chosen = tuple(classes.split(",")) if classes else None
-        found = evaluate_dataset(place, dataset, out, config, batch=batch, classes=chosen, multi_label=multi_label)
+        reference_scores = Robustness.load_file(open_store(folder), key)
+    model_uri = runs.resolve_model_uri(open_store(root), model)
+    if kind is DatasetKind.images:
+        class_names = tuple(classes.split(",")) if classes else None
+        result = evaluate_dataset(
+            model_uri, dataset, out, config, batch=batch, classes=class_names, multi_label_uri=multi_label
+        )
     elif classes or multi_label:
         raise ConfigError(f"--classes and --multi-label are for plain images; leave them out for {kind.value}")
     else:
-        found = evaluate_published(place, dataset, cast("Published", kind.value), out, config, batch=batch)
-    scored = scores(found.robustness, other) if found.robustness else None
+        result = evaluate_published(model_uri, dataset, cast("Published", kind.value), out, config, batch=batch)
+    comparison_scores = score_robustness(result.robustness, reference_scores) if result.robustness else None
     if as_json:
         document = {
-            "place": found.place,
-            "evaluation": found.evaluation and found.evaluation.model_dump(mode="json"),
-            "robustness": found.robustness and found.robustness.model_dump(mode="json"),
-            "scores": scored and scored.model_dump(mode="json"),
+            "place": result.uri,
+            "evaluation": result.evaluation and result.evaluation.model_dump(mode="json"),
+            "robustness": result.robustness and result.robustness.model_dump(mode="json"),
+            "scores": comparison_scores and comparison_scores.model_dump(mode="json"),
         }
         typer.echo(json.dumps(document, indent=1))
         return
     console = Console()
-    for table in evaluation_tables(found.evaluation, found.robustness, scored):
+    for table in evaluation_tables(result.evaluation, result.robustness, comparison_scores):
         console.print(table)

@@ -43,38 +43,40 @@ def export(
     from rich.table import Table
 
     from ns.data.dataset import Dataset
-    from ns.export.exporter import Exported, Form
-    from ns.export.exporter import export as write
-    from ns.modeling.manifest import MANIFEST, ModelCard
-    from ns.reporting.context import gather
-    from ns.reporting.metrics import Measure, measures
-    from ns.reporting.model_card import model_card
+    from ns.export.exporter import ExportForm, ExportManifest
+    from ns.export.exporter import export_model as write
+    from ns.modeling.manifest import MANIFEST, ModelManifest
+    from ns.reporting.context import gather_context
+    from ns.reporting.metrics import Metric, collect_metrics
+    from ns.reporting.model_card import render_model_card
     from ns.runs import records as runs
     from ns.storage import open_store
 
     store = open_store(root)
-    place = open_store(runs.model_place(store, model))
+    model_store = open_store(runs.resolve_model_uri(store, model))
     # A folder with a model is one, whatever runs are called.
-    run = None if open_store(model).exists(MANIFEST) else runs.find(store, model)
+    run = None if open_store(model).exists(MANIFEST) else runs.resolve_run_name(store, model)
     if images:
         folder = open_store(images)
         data = (folder, Dataset.load(folder))
     elif run:
-        data = runs.prepared(store, run).heldout.open(store)
+        data = runs.read_prepared_data(store, run).heldout.open_dataset(store)
     else:
         raise ConfigError(
             "--images: must be given for a model outside of a run: a dataset of its classes to check the export on"
         )
 
-    def describe(card: ModelCard, exported: Exported) -> str:
-        known: list[Measure] = []
+    def describe_export(manifest: ModelManifest, exported: ExportManifest) -> str:
+        model_measures: list[Metric] = []
         if run:
-            facts = gather(store, run, pictures=0)
-            known = next((measures(facts, one) for one in facts.trained if one.card.digest == card.digest), [])
-        return model_card(card, exported, known, run)
+            facts = gather_context(store, run, pictures=0)
+            model_measures = next(
+                (collect_metrics(facts, model) for model in facts.models if model.manifest.digest == manifest.digest), []
+            )
+        return render_model_card(manifest, exported, model_measures, run)
 
-    wanted = cast("list[Form]", [form.value for form in dict.fromkeys(forms or [FormOption.timm])])
-    exported = write(place, out, wanted, data, count=count, describe=describe)
+    form_names = cast("list[ExportForm]", [form.value for form in dict.fromkeys(forms or [FormOption.timm])])
+    exported = write(model_store, out, form_names, data, count=count, describe=describe_export)
     if as_json:
         typer.echo(exported.model_dump_json(indent=1))
         return

@@ -11,7 +11,7 @@ app = typer.Typer(help="The gate: why a student became the teacher, or did not."
 
 
 @app.callback()
-def _gate() -> None:
+def _keep_group() -> None:
     # Without this, typer would make the only command the group itself.
     pass
 
@@ -31,15 +31,16 @@ def explain(
     from rich.console import Console
 
     from ns.cli.progress import verdict_lines, verdict_tables
-    from ns.evaluation.gate import needed
+    from ns.evaluation.gate import required_gain
     from ns.runs import records as runs
     from ns.storage import open_store
 
-    run, verdict = runs.verdict(open_store(root), name)
+    run, verdict = runs.resolve_verdict(open_store(root), name)
     if as_json:
         typer.echo(
             json.dumps(
-                {"run": run, **verdict.model_dump(mode="json"), "needed": needed(verdict).model_dump(mode="json")}, indent=1
+                {"run": run, **verdict.model_dump(mode="json"), "needed": required_gain(verdict).model_dump(mode="json")},
+                indent=1,
             )
         )
         return

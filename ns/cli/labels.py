@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ns.cli.options import AsJson, Root, group_with_default, write_page
+from ns.cli.options import AsJson, Root, make_default_group, write_page
 from ns.core.errors import ConfigError, DataError, RunError
 
 if TYPE_CHECKING:
-    from ns.labeling.registry import Registry
+    from ns.labeling.registry import LabelRegistry
 
 app = typer.Typer(help="Label sets: look at, check, compare, audit, keep versions of.", no_args_is_help=True)
 audit_app = typer.Typer(
-    cls=group_with_default("page"),
+    cls=make_default_group("page"),
     help="""Look at a sample of the labels, and say how many are right. `ns labels audit LABELS` is `ns labels audit page LABELS`.
 
     Example: [cyan]ns labels audit latest/gen-1 --selected-only[/]
@@ -22,10 +22,10 @@ audit_app = typer.Typer(
 )
 app.add_typer(audit_app, name="audit")
 
-Labels = Annotated[
+LabelSetArgument = Annotated[
     str, typer.Argument(metavar="LABELS", help="A run's generation (latest/gen-1), or the folder or URI of a label set.")
 ]
-Pool = Annotated[str | None, typer.Option(metavar="DATASET", help="Dataset that was labelled; the run's pool if not given.")]
+Pool = Annotated[str | None, typer.Option(metavar="DATASET", help="Dataset that was labeled; the run's pool if not given.")]
 
 RegistryOption = Annotated[
     str | None,
@@ -50,7 +50,7 @@ Why = Annotated[str, typer.Option("--why", help="The reason, for the history.")]
 
 
 @app.command()
-def show(name: Labels, root: Root = "runs", registry: RegistryOption = None, as_json: AsJson = False) -> None:
+def show(name: LabelSetArgument, root: Root = "runs", registry: RegistryOption = None, as_json: AsJson = False) -> None:
     """What a label set holds, by class: images, mean confidence, and what the run's selection kept; and its audits.
 
     With the tag of a version in the registry: what `version` says.
@@ -62,42 +62,42 @@ def show(name: Labels, root: Root = "runs", registry: RegistryOption = None, as_
         return
     from rich.console import Console
 
-    from ns.cli.progress import audits_table, labels_table
-    from ns.labeling.audit import audits
+    from ns.cli.progress import audits_table, label_set_table
+    from ns.labeling.audit import load_audits
     from ns.runs import records as runs
     from ns.storage import open_store
 
-    found = runs.labels(open_store(root), name)
+    resolved = runs.open_label_set(open_store(root), name)
     if as_json:
-        typer.echo(found.label_set.model_dump_json(indent=1))
+        typer.echo(resolved.label_set.model_dump_json(indent=1))
         return
-    Console().print(labels_table(found))
-    if audited := audits(found.folder, found.label_set):
-        Console().print(audits_table(audited))
+    Console().print(label_set_table(resolved))
+    if label_audits := load_audits(resolved.store, resolved.label_set):
+        Console().print(audits_table(label_audits))
 
 
 @app.command()
-def verify(name: Labels, root: Root = "runs", pool: Pool = None) -> None:
+def verify(name: LabelSetArgument, root: Root = "runs", pool: Pool = None) -> None:
     """Read a label set from end to end: checksums, rows, keys against the images', probabilities, histograms.
 
     Example: [cyan]ns labels verify latest/gen-1[/]
     """
-    from ns.labeling.label_set import verify as check
+    from ns.labeling.label_set import verify_label_set as check
     from ns.runs import records as runs
     from ns.storage import open_store
 
     store = open_store(root)
-    found = runs.labels(store, name)
-    images = found.pool(store, pool) if pool or found.prepared else None
-    checked = check(found.folder, found.label_set, images)
+    resolved = runs.open_label_set(store, name)
+    images = resolved.open_pool(store, pool) if pool or resolved.prepared else None
+    row_count = check(resolved.store, resolved.label_set, images)
     typer.echo(
-        f"{found.folder.uri}: good: {checked:,} rows" + ("" if images else "; keys not compared with images: give --pool")
+        f"{resolved.store.uri}: good: {row_count:,} rows" + ("" if images else "; keys not compared with images: give --pool")
     )
 
 
 @app.command()
 def select(
-    name: Labels,
+    name: LabelSetArgument,
     root: Root = "runs",
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="A=B", help="Override a field of the selection. Repeatable.")
@@ -118,27 +118,29 @@ def select(
     from rich.console import Console
 
     from ns.cli.progress import selection_table
-    from ns.config.schema import SelectionConfig, changed
-    from ns.labeling.selection import select_from
+    from ns.config.schema import SelectionConfig, with_overrides
+    from ns.labeling.selection import make_selection
     from ns.runs import records as runs
     from ns.storage import open_store, split_uri
 
     if not dry_run and out is None:
         raise ConfigError("give --out FILE to keep the selection, or --dry-run to look at it")
     store = open_store(root)
-    found = runs.labels(store, name)
-    policy = changed(found.selection.policy if found.selection else SelectionConfig(), overrides or [])
+    resolved = runs.open_label_set(store, name)
+    policy = with_overrides(resolved.selection.policy if resolved.selection else SelectionConfig(), overrides or [])
     if seed is None:
-        seed = found.selection.seed if found.selection else 0
-    calibration = runs.calibration(store, found, policy) if policy.precision is not None else None
-    selection = select_from(found.folder, found.label_set, policy, seed=seed, labels=found.folder.uri, calibration=calibration)
+        seed = resolved.selection.seed if resolved.selection else 0
+    thresholds = runs.find_policy_thresholds(store, resolved, policy) if policy.precision is not None else None
+    selection = make_selection(
+        resolved.store, resolved.label_set, policy, seed=seed, label_set_key=resolved.store.uri, thresholds=thresholds
+    )
     if out is not None:
         folder, file = split_uri(out)
-        selection.write(open_store(folder), file)
+        selection.save_file(open_store(folder), file)
     if as_json:
         typer.echo(selection.model_dump_json(indent=1))
     else:
-        Console().print(selection_table(found.label_set, selection))
+        Console().print(selection_table(resolved.label_set, selection))
 
 
 @app.command()
@@ -157,23 +159,23 @@ def trace(
     from ns.runs import lineage
     from ns.storage import open_store
 
-    found = lineage.trace(open_store(root), key)
+    history = lineage.trace_image(open_store(root), key)
     if as_json:
-        typer.echo(found.model_dump_json(indent=1))
+        typer.echo(history.model_dump_json(indent=1))
         return
     console = Console()
-    for part, place in found.places.items():
-        dataset, shard, row = place.split("/")
+    for part, location in history.locations.items():
+        dataset, shard, row = location.split("/")
         console.print(f"{part}: dataset {dataset[:16]}, shard {shard}, row {row}", highlight=False)
-    console.print(trace_table(found))
+    console.print(trace_table(history))
     console.print(
-        f"{len(found.models)} models have seen it" + "".join(f"\n  {model}" for model in found.models), highlight=False
+        f"{len(history.models)} models have seen it" + "".join(f"\n  {model}" for model in history.models), highlight=False
     )
 
 
 @app.command()
 def purge(
-    name: Labels,
+    name: LabelSetArgument,
     keys: Annotated[Path, typer.Option(metavar="FILE", help="A text file with a key a line.")],
     out: Annotated[str, typer.Option(help="Folder or URI of the new label set.")],
     root: Root = "runs",
@@ -181,25 +183,25 @@ def purge(
 ) -> None:
     """Write a label set anew without some images, and list the models that have seen them. The old one stays.
 
-    `data.exclude` keeps further runs from labelling them again.
+    `data.exclude` keeps further runs from labeling them again.
 
     Example: [cyan]ns labels purge latest/gen-2 --keys withdrawn.txt --out labels-2b[/]
     """
     from ns.data.key_list import read_keys
-    from ns.labeling.purge import purge as without
+    from ns.labeling.purge import purge_images as without
     from ns.runs import lineage
     from ns.runs import records as runs
     from ns.storage import open_store
 
     store = open_store(root)
-    found = runs.labels(store, name)
-    wanted = read_keys(str(keys))
-    made, count = without(found.folder, found.label_set, wanted, open_store(out))
-    models = lineage.models_that_saw(store, wanted)
+    resolved = runs.open_label_set(store, name)
+    removed_keys = read_keys(str(keys))
+    purged, count = without(resolved.store, resolved.label_set, removed_keys, open_store(out))
+    models = lineage.find_exposed_models(store, removed_keys)
     if as_json:
-        typer.echo(json.dumps({"label_set": made.digest, "images": count, "models": models}, indent=1))
+        typer.echo(json.dumps({"label_set": purged.digest, "images": count, "models": models}, indent=1))
         return
-    typer.echo(f"{out}: {count:,} images purged; label set {made.digest}")
+    typer.echo(f"{out}: {count:,} images purged; label set {purged.digest}")
     typer.echo(f"models that have seen them, below {root}: {len(models)}")
     for digest, folder in models.items():
         typer.echo(f"  {digest[:16]}  {folder}")
@@ -212,7 +214,7 @@ def label(
     root: Root = "runs",
     shards: Annotated[str | None, typer.Option(metavar="START-STOP", help="Only these shards, the last one excluded.")] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="A=B", help="Override a field of labelling: views=ten. Repeatable.")
+        list[str] | None, typer.Option("--set", metavar="A=B", help="Override a field of labeling: views=ten. Repeatable.")
     ] = None,
     kept: Annotated[
         str | None, typer.Option(help="Only images that the selection of this label set (latest/gen-1) kept.")
@@ -222,34 +224,39 @@ def label(
 
     Example: [cyan]ns label latest data/pool labels/pool --set views=flip[/]
     """
-    from ns.config.schema import LabellingConfig, changed
+    from ns.config.schema import LabelingConfig, with_overrides
     from ns.core import log
     from ns.labeling.offline import label_dataset
     from ns.runs import records as runs
     from ns.storage import open_store
 
-    log.configure()
-    config = changed(LabellingConfig(), overrides or [])
+    log.configure_logging()
+    config = with_overrides(LabelingConfig(), overrides or [])
     store = open_store(root)
-    place = runs.model_place(store, model)
-    before = runs.labels(store, kept) if kept else None
-    made = label_dataset(
-        place, pool, out, config, shards=shards, only=before and (before.folder, before.label_set, before.selection)
+    model_uri = runs.resolve_model_uri(store, model)
+    kept_set = runs.open_label_set(store, kept) if kept else None
+    label_set = label_dataset(
+        model_uri,
+        pool,
+        out,
+        config,
+        shards=shards,
+        kept_by=kept_set and (kept_set.store, kept_set.label_set, kept_set.selection),
     )
-    if made is None:
-        typer.echo(f"{out}: not all shards are labelled yet")
+    if label_set is None:
+        typer.echo(f"{out}: not all shards are labeled yet")
     else:
         typer.echo(
-            f"{out}: {made.rows:,} images, {made.unreadable:,} unreadable, {made.left_out:,} left out; label set {made.digest}"
+            f"{out}: {label_set.rows:,} images, {label_set.unreadable:,} unreadable, {label_set.left_out:,} left out; label set {label_set.digest}"
         )
 
 
-def _registry(place: str | None, remote: str | None = None) -> "Registry":
-    from ns.labeling.registry import Registry
+def _open_registry(url: str | None, remote: str | None = None) -> "LabelRegistry":
+    from ns.labeling.registry import LabelRegistry
 
-    if not place:
+    if not url:
         raise ConfigError("no label registry: give --registry, the URL or path of its git repository, or set NS_LABEL_REGISTRY")
-    return Registry(place, remote)
+    return LabelRegistry(url, remote)
 
 
 @app.command("list")
@@ -258,13 +265,13 @@ def list_versions(registry: RegistryOption = None, as_json: AsJson = False) -> N
 
     Example: [cyan]ns labels list --registry registry.git[/]
     """
-    from ns.cli.progress import print_whole, versions_table
+    from ns.cli.progress import print_untruncated, versions_table
 
-    found = _registry(registry).versions()
+    versions = _open_registry(registry).list_versions()
     if as_json:
-        typer.echo(json.dumps([version.model_dump() for version in found], indent=1))
+        typer.echo(json.dumps([version.model_dump() for version in versions], indent=1))
     else:
-        print_whole(versions_table(found))
+        print_untruncated(versions_table(versions))
 
 
 @app.command()
@@ -273,21 +280,21 @@ def version(tag: VersionArgument, registry: RegistryOption = None, as_json: AsJs
 
     Example: [cyan]ns labels version labels/quickstart/RUN/gen-1 --registry registry.git[/]
     """
-    opened = _registry(registry)
-    found = opened.show(tag)
+    label_registry = _open_registry(registry)
+    details = label_registry.find_version(tag)
     if as_json:
-        typer.echo(found.model_dump_json(indent=1))
+        typer.echo(details.model_dump_json(indent=1))
         return
-    for name, value in found.model_dump(exclude={"format", "files", "directory"}).items():
+    for name, value in details.model_dump(exclude={"format", "files", "directory"}).items():
         typer.echo(f"{name:12}{'' if value is None else value}")
-    place = opened.where()
-    for file in found.files:
-        typer.echo(f"{file.name}\t{file.bytes}\t{file.sha256}\t{place}/{file.key}")
+    remote_uri = label_registry.locate_data()
+    for file in details.files:
+        typer.echo(f"{file.name}\t{file.bytes}\t{file.sha256}\t{remote_uri}/{file.remote_key}")
 
 
 @app.command()
 def commit(
-    name: Labels,
+    name: LabelSetArgument,
     registry: RegistryOption = None,
     remote: RemoteOption = None,
     project: Annotated[str | None, typer.Option(help="First part of the tag; the experiment's name if not given.")] = None,
@@ -309,7 +316,7 @@ def commit(
     """
     from ns.config import schema as config
     from ns.evaluation.gate import Verdict
-    from ns.labeling.registry import Tag
+    from ns.labeling.registry import VersionTag
     from ns.labeling.selection import Selection
     from ns.runs import records as runs
     from ns.storage import open_store, split_uri
@@ -326,25 +333,29 @@ def commit(
         )
     if of_run and selected:
         raise ConfigError("--selection: is for a folder; a run's generation has its own")
-    named = Tag.parse(whole_tag) if whole_tag else None
-    found = runs.labels(store, name)
-    selection, verdict = found.selection, None
+    explicit_tag = VersionTag.parse(whole_tag) if whole_tag else None
+    resolved = runs.open_label_set(store, name)
+    selection, verdict = resolved.selection, None
     if of_run:
-        run = runs.find(store, run)
+        run = runs.resolve_run_name(store, run)
         if project is None:
-            project = config.load(f"{store.at(run).uri}/{runs.CONFIG}").name
-        gates = [n.outputs["verdict"] for n in runs.notes(store, run) if (n.generation, n.step) == (int(generation), "gate")]
-        verdict = Verdict.read(store, gates[0]) if gates else None
+            project = config.load_experiment(f"{store.at(run).uri}/{runs.CONFIG}").name
+        gates = [
+            n.outputs["verdict"]
+            for n in runs.list_stage_notes(store, run)
+            if (n.generation, n.stage) == (int(generation), "gate")
+        ]
+        verdict = Verdict.load_file(store, gates[0]) if gates else None
     elif selected:
         folder, file = split_uri(selected)
-        selection = Selection.read(open_store(folder), file)
-        if selection.label_set != found.label_set.digest:
+        selection = Selection.load_file(open_store(folder), file)
+        if selection.label_set != resolved.label_set.digest:
             raise DataError(
-                f"--selection {selected}: of label set {selection.label_set[:16]}, not {found.label_set.digest[:16]}; "
+                f"--selection {selected}: of label set {selection.label_set[:16]}, not {resolved.label_set.digest[:16]}; "
                 f"make one: ns labels select {name} --out {selected}"
             )
-    tag = named or Tag.of(project or "", as_run or run, int(generation))
-    is_new = _registry(registry, remote).commit(tag, found.folder, found.label_set, selection, verdict)
+    tag = explicit_tag or VersionTag.from_parts(project or "", as_run or run, int(generation))
+    is_new = _open_registry(registry, remote).commit_version(tag, resolved.store, resolved.label_set, selection, verdict)
     typer.echo(f"{tag}: {'committed' if is_new else 'is there already'}")
 
 
@@ -361,8 +372,8 @@ def get(
 
     Example: [cyan]ns labels get current/quickstart labels --registry registry.git[/]
     """
-    found = _registry(registry).get(tag, destination, with_dvc=not no_dvc)
-    typer.echo(f"{destination}: {found.tag}: {found.rows:,} rows in {len(found.files)} files, all good")
+    fetched = _open_registry(registry).download_version(tag, destination, with_dvc=not no_dvc)
+    typer.echo(f"{destination}: {fetched.tag}: {fetched.rows:,} rows in {len(fetched.files)} files, all good")
 
 
 @app.command()
@@ -371,7 +382,7 @@ def promote(tag: TagArgument, registry: RegistryOption = None, why: Why = "") ->
 
     Example: [cyan]ns labels promote labels/quickstart/RUN/gen-2 --why 'checked by hand'[/]
     """
-    _use(tag, registry, why, back=False)
+    _switch_version(tag, registry, why, back=False)
 
 
 @app.command()
@@ -380,14 +391,14 @@ def rollback(tag: TagArgument, registry: RegistryOption = None, why: Why = "") -
 
     Example: [cyan]ns labels rollback labels/quickstart/RUN/gen-1 --why 'gen-2 confuses 4 and 9'[/]
     """
-    _use(tag, registry, why, back=True)
+    _switch_version(tag, registry, why, back=True)
 
 
-def _use(tag: str, registry: str | None, why: str, *, back: bool) -> None:
-    from ns.labeling.registry import Tag
+def _switch_version(tag: str, registry: str | None, why: str, *, back: bool) -> None:
+    from ns.labeling.registry import VersionTag
 
-    parsed = Tag.parse(tag)
-    before = _registry(registry).use(parsed, why, back=back)
+    parsed = VersionTag.parse(tag)
+    before = _open_registry(registry).set_current(parsed, why, is_rollback=back)
     typer.echo(f"current/{parsed.project}: {parsed}" + (" (no change)" if before == tag else f", before: {before or 'none'}"))
 
 
@@ -401,9 +412,9 @@ def gc(
 
     Example: [cyan]ns labels gc --drop labels/quickstart/RUN/gen-1[/]
     """
-    from ns.labeling.registry import Tag
+    from ns.labeling.registry import VersionTag
 
-    garbage = _registry(registry).gc([Tag.parse(tag) for tag in drop or ()], dry=not yes)
+    garbage = _open_registry(registry).collect_garbage([VersionTag.parse(tag) for tag in drop or ()], dry_run=not yes)
     for name in (*(str(tag) for tag in garbage.dropped), *garbage.keys):
         typer.echo(name)
     done = "deleted" if yes else "would be deleted; --yes does it"
@@ -428,40 +439,40 @@ def diff(
     """
     from rich.console import Console
 
-    from ns.labeling.diff import compare
+    from ns.labeling.diff import compare_label_sets
     from ns.runs import records as runs
     from ns.storage import open_store
 
     if as_json and markdown:
         raise ConfigError("--json --markdown: give one of them")
     store = open_store(root)
-    old, new = runs.labels(store, before), runs.labels(store, after)
-    found = compare(old.side, new.side)
+    old, new = runs.open_label_set(store, before), runs.open_label_set(store, after)
+    difference = compare_label_sets(old.side, new.side)
     names = (before, after)
     if html:
-        from ns.reporting.labels import diff_page
+        from ns.reporting.labels import render_diff_page
 
         # Either of them may be known by its run, and so by its images.
-        known = new if new.prepared or pool else old
-        write_page(html, diff_page(found, names, *known.pool(store, pool)))
+        with_images = new if new.prepared or pool else old
+        write_page(html, render_diff_page(difference, names, *with_images.open_pool(store, pool)))
     if as_json:
-        typer.echo(found.model_dump_json(indent=1))
+        typer.echo(difference.model_dump_json(indent=1))
     elif markdown:
-        from ns.reporting.labels import diff_markdown
+        from ns.reporting.labels import render_diff_markdown
 
-        typer.echo(diff_markdown(found, names), nl=False)
+        typer.echo(render_diff_markdown(difference, names), nl=False)
     elif html:
-        typer.echo(f"{html}: {found.churn:.1%} of labels changed; open it in a browser")
+        typer.echo(f"{html}: {difference.churn:.1%} of labels changed; open it in a browser")
     else:
         from ns.cli.progress import diff_tables
 
-        for part in diff_tables(found):
+        for part in diff_tables(difference):
             Console().print(part, highlight=False)
 
 
 @audit_app.command("page")
 def audit(
-    name: Labels,
+    name: LabelSetArgument,
     root: Root = "runs",
     images: Annotated[int, typer.Option(min=1, max=5000, help="Images to look at, roughly.")] = 400,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Another seed draws other images.")] = 0,
@@ -473,20 +484,24 @@ def audit(
 
     Example: [cyan]ns labels audit latest/gen-1 --selected-only[/]
     """
-    from ns.labeling.audit import sample
-    from ns.reporting.labels import audit_page
+    from ns.labeling.audit import draw_audit_sample
+    from ns.reporting.labels import render_audit_page
     from ns.runs import records as runs
     from ns.storage import open_store
 
     store = open_store(root)
-    found = runs.labels(store, name)
-    if selected_only and found.selection is None:
+    resolved = runs.open_label_set(store, name)
+    if selected_only and resolved.selection is None:
         raise RunError(f"{name}: --selected-only needs to know the selection; name a run's generation, as in latest/gen-1")
-    opened = found.pool(store, pool)
-    sheet = sample(
-        found.folder, found.label_set, images=images, seed=seed, selection=found.selection if selected_only else None
+    pool_data = resolved.open_pool(store, pool)
+    sheet = draw_audit_sample(
+        resolved.store,
+        resolved.label_set,
+        sample_size=images,
+        seed=seed,
+        selection=resolved.selection if selected_only else None,
     )
-    write_page(out, audit_page(sheet, found.label_set.classes, name, *opened))
+    write_page(out, render_audit_page(sheet, resolved.label_set.classes, name, *pool_data))
     typer.echo(
         f"{out}: {len(sheet.images):,} images of {len(sheet.strata)} strata; open it in a browser, mark what is wrong, download "
         f"audit.json, and run: ns labels audit apply audit.json {name}"
@@ -496,10 +511,10 @@ def audit(
 @audit_app.command("apply")
 def apply_audit(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="audit.json, as the page gave it.")],
-    name: Labels,
+    name: LabelSetArgument,
     root: Root = "runs",
     corrections: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="Write the images whose right class was named, as a labelled dataset.")
+        str | None, typer.Option(metavar="FOLDER", help="Write the images whose right class was named, as a labeled dataset.")
     ] = None,
     as_json: AsJson = False,
     pool: Pool = None,
@@ -512,28 +527,30 @@ def apply_audit(
 
     from ns.cli.progress import audit_tables
     from ns.core.errors import DataError
-    from ns.labeling.audit import Sheet, check, estimate, keep, write_corrections
+    from ns.labeling.audit import AuditSheet, check_audit_sheet, estimate_precision, save_audit, write_corrections
     from ns.runs import records as runs
     from ns.storage import open_store
 
     store = open_store(root)
-    found = runs.labels(store, name)
+    resolved = runs.open_label_set(store, name)
     try:
         data = file.read_bytes()
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror or error}; name the audit.json that the page gave") from error
-    sheet = Sheet.parse(data, str(file))
-    check(sheet, str(file), found.folder, found.label_set, found.selection)
-    result = estimate(sheet, str(file))
-    fixed = None
+    sheet = AuditSheet.parse(data, str(file))
+    check_audit_sheet(sheet, str(file), resolved.store, resolved.label_set, resolved.selection)
+    result = estimate_precision(sheet, str(file))
+    corrected = None
     if corrections:
-        fixed = write_corrections(result, found.label_set.classes, *found.pool(store, pool), open_store(corrections))
-    key = keep(result, found.folder)
+        corrected = write_corrections(
+            result, resolved.label_set.classes, *resolved.open_pool(store, pool), open_store(corrections)
+        )
+    key = save_audit(result, resolved.store)
     if as_json:
         typer.echo(result.model_dump_json(indent=1))
         return
     for table in audit_tables(result):
         Console().print(table)
-    typer.echo(f"kept as {found.folder.uri}/{key}")
+    typer.echo(f"kept as {resolved.store.uri}/{key}")
     if corrections:
-        typer.echo(f"{corrections}: {fixed.samples if fixed else 0:,} corrected images")
+        typer.echo(f"{corrections}: {corrected.samples if corrected else 0:,} corrected images")

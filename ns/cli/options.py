@@ -31,7 +31,7 @@ Inputs = Annotated[
 ]
 
 
-def program(about: str) -> typer.Typer:
+def make_program(about: str) -> typer.Typer:
     """A command line of its own, not a group of commands in another."""
     return typer.Typer(
         help=about,
@@ -42,7 +42,7 @@ def program(about: str) -> typer.Typer:
     )
 
 
-def plain(uri: str) -> str:
+def to_shell_path(uri: str) -> str:
     """A path that can be pasted into a shell, relative where that is shorter."""
     from urllib.parse import unquote
 
@@ -60,23 +60,23 @@ def write_page(file: Path, page: str) -> None:
         raise StoreError(f"{file}: cannot write: {error.strerror or error}; name another file") from error
 
 
-def group_with_default(command: str) -> type[typer.core.TyperGroup]:
+def make_default_group(command: str) -> type[typer.core.TyperGroup]:
     """For a group one of whose commands is meant when none is named: `ns report latest` is `ns report show latest`."""
 
-    class Group(typer.core.TyperGroup):
+    class DefaultGroup(typer.core.TyperGroup):
         def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
             if not args or args[0] not in (*self.commands, *ctx.help_option_names):
                 args = [command, *args]
             return super().parse_args(ctx, args)
 
-    return Group
+    return DefaultGroup
 
 
-def load(config: str, overrides: list[str] | None) -> "Experiment":
+def load_experiment_argument(config: str, overrides: list[str] | None) -> "Experiment":
     """An experiment from a file or a preset, its places on this machine as absolute paths."""
     from ns.config import schema as configs
 
-    experiment = configs.load(configs.located(config), overrides or [])
+    experiment = configs.load_experiment(configs.resolve_preset(config), overrides or [])
     # Steps, and a resumed run, may stand in another folder.
-    here = {field: place for field, place in experiment.places().items() if "://" not in place}
-    return configs.moved(experiment, {field: str(Path(place).expanduser().absolute()) for field, place in here.items()})
+    local_uris = {field: uri for field, uri in experiment.map_uris().items() if "://" not in uri}
+    return configs.with_uris(experiment, {field: str(Path(uri).expanduser().absolute()) for field, uri in local_uris.items()})

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ns.cli.options import AsJson, Root, RunArgument, group_with_default, write_page
+from ns.cli.options import AsJson, Root, RunArgument, make_default_group, write_page
 from ns.core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from ns.promotion.promote import Candidate, Moved
+    from ns.promotion.promote import PointerMove, PromotionCandidate
 
 app = typer.Typer(
-    cls=group_with_default("move"),
+    cls=make_default_group("move"),
     help="""Which model is in use: a small file in a git repository. `ns promote RUN` is `ns promote move RUN`.
 
     Example: [cyan]ns promote latest --branch promote/production --body body.md[/]
@@ -51,33 +51,39 @@ def move(
     if to.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"--to {to}: must end in .yaml")
     store = open_store(root)
-    found = promote.candidate(store, runs.find(store, name))
-    moved = promote.commit(found, to, branch, dry=dry_run) if branch else promote.move(found, to, dry=dry_run)
+    candidate = promote.read_candidate(store, runs.resolve_run_name(store, name))
+    moved = (
+        promote.commit_pointer(candidate, to, branch, dry_run=dry_run)
+        if branch
+        else promote.move_pointer(candidate, to, dry_run=dry_run)
+    )
     if body is not None:
-        write_page(body, promote.evidence(store, found, moved.before, to.as_posix()))
+        write_page(body, promote.render_evidence(store, candidate, moved.before, to.as_posix()))
     if as_json:
-        about = {
-            "pointer": found.pointer.model_dump(mode="json"),
+        document = {
+            "pointer": candidate.pointer.model_dump(mode="json"),
             "before": moved.before.model_dump(mode="json") if moved.before else None,
             "changed": moved.changed,
             "branch": branch if moved.commit else None,
             "commit": moved.commit,
-            "title": promote.subject(found.pointer),
+            "title": promote.commit_subject(candidate.pointer),
         }
-        typer.echo(json.dumps(about, indent=1))
+        typer.echo(json.dumps(document, indent=1))
         return
-    typer.echo(_said(found, moved, to, branch, dry_run=dry_run))
+    typer.echo(_describe_move(candidate, moved, to, branch, dry_run=dry_run))
 
 
-def _said(found: "Candidate", moved: "Moved", to: Path, branch: str | None, *, dry_run: bool) -> str:
-    pointer, before = found.pointer, moved.before
-    new = f"{pointer.run}, generation {pointer.generation}, all {found.bytes:,} bytes good"
+def _describe_move(
+    candidate: "PromotionCandidate", moved: "PointerMove", to: Path, branch: str | None, *, dry_run: bool
+) -> str:
+    pointer, before = candidate.pointer, moved.before
+    new = f"{pointer.run}, generation {pointer.generation}, all {candidate.weights_bytes:,} bytes good"
     if not moved.changed:
         return f"{to}: names this model already: {new}"
     old = f"{before.run}, generation {before.generation}" if before else "none"
-    done = "would move" if dry_run else "moved"
-    said = f"{to}: {done} to {new} (before: {old})"
-    return f"{said}\nbranch {branch}: {moved.commit}; push it, and open a pull request" if moved.commit else said
+    verb = "would move" if dry_run else "moved"
+    message = f"{to}: {verb} to {new} (before: {old})"
+    return f"{message}\nbranch {branch}: {moved.commit}; push it, and open a pull request" if moved.commit else message
 
 
 @app.command()
@@ -91,8 +97,8 @@ def check(
     from ns.promotion import promote
 
     for file in files:
-        pointer = promote.read(file)
+        pointer = promote.read_pointer(file)
         if pointer is None:
             raise DataError(f"{file}: does not exist; `ns promote RUN --to {file}` makes it")
-        size = promote.check(pointer, str(file))
+        size = promote.verify_model(pointer, str(file))
         typer.echo(f"{file}: good: {pointer.run}, generation {pointer.generation}, {size:,} bytes")

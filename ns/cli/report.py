@@ -6,14 +6,14 @@ from typing import Annotated
 
 import typer
 
-from ns.cli.options import Root, RunArgument, group_with_default, plain, write_page
+from ns.cli.options import Root, RunArgument, make_default_group, to_shell_path, write_page
 
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print Markdown, for an issue or a pull request; write no page.")]
 OpenIt = Annotated[bool, typer.Option("--open", help="Open it in the browser.")]
 
 
 app = typer.Typer(
-    cls=group_with_default("show"),
+    cls=make_default_group("show"),
     help="""Pages and Markdown of a run, or of several. `ns report RUN` is `ns report show RUN`.
 
     Example: [cyan]ns report latest --open[/]
@@ -40,15 +40,15 @@ def show(
     if markdown and open_it:
         raise ConfigError("--markdown --open: give one of them")
     store = open_store(root)
-    run = runs.find(store, name)
+    run = runs.resolve_run_name(store, name)
     if markdown:
-        from ns.reporting.context import gather
-        from ns.reporting.markdown import markdown as text
+        from ns.reporting.context import gather_context
+        from ns.reporting.markdown import render_markdown as text
 
-        typer.echo(text(gather(store, run, pictures=0)), nl=False)
+        typer.echo(text(gather_context(store, run, pictures=0)), nl=False)
         return
-    key = reports.write(store, run)
-    typer.echo(plain(f"{store.uri}/{key}"))
+    key = reports.write_report(store, run)
+    typer.echo(to_shell_path(f"{store.uri}/{key}"))
     if open_it:
         webbrowser.open(f"{store.uri}/{key}")
 
@@ -73,11 +73,11 @@ def compare(
     if markdown and open_it:
         raise ConfigError("--markdown --open: give one of them")
     store = open_store(root)
-    found = comparison.compare(store, [runs.find(store, name) for name in names])
+    compared = comparison.compare_runs(store, [runs.resolve_run_name(store, name) for name in names])
     if markdown:
-        typer.echo(comparison.markdown(found), nl=False)
+        typer.echo(comparison.render_comparison_markdown(compared), nl=False)
         return
-    write_page(out, comparison.page(found))
+    write_page(out, comparison.render_comparison_page(compared))
     typer.echo(f"{out}: {len(names)} runs compared; open it in a browser")
     if open_it:
         webbrowser.open(out.absolute().as_uri())

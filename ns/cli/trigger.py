@@ -14,15 +14,15 @@ from ns.core.errors import ConfigError, NsError
 if TYPE_CHECKING:
     from ns.config.schema import Experiment
     from ns.storage import Store
-    from pipelines.trigger import Decision, Outlook
+    from pipelines.trigger import Outlook, TriggerDecision
 
 Root = Annotated[str, typer.Option("--root", metavar="s3://…", help="The store that holds runs, models, labels and data.")]
 Image = Annotated[str | None, typer.Option(help="Image of the steps, best by its digest: another one is a reason for a run.")]
-Gpus = Annotated[int, typer.Option(min=0, help="GPUs of each labelling task and each training.")]
+Gpus = Annotated[int, typer.Option(min=0, help="GPUs of each labeling task and each training.")]
 MinChange = Annotated[
     float,
     typer.Option(
-        min=0, max=1, help="Share of the labelled images, or of the pool, that must be new if nothing else is; 0: any change."
+        min=0, max=1, help="Share of the labeled images, or of the pool, that must be new if nothing else is; 0: any change."
     ),
 ]
 
@@ -54,20 +54,20 @@ def trigger(
     """
     from pipelines import trigger as triggers
 
-    call = _Call(config, overrides, root, image, gpus, inputs, kfp)
-    decision = call.decide(min_change, again=again)
+    call = _TriggerCall(config, overrides, root, image, gpus, inputs, kfp)
+    decision = call.decide_start(min_change, again=again)
     if dry_run:
         from ns.planning.prices import read_prices
 
         outlook = triggers.foresee(call.store, call.experiment, decision.trigger, read_prices(str(prices) if prices else None))
         if as_json:
-            typer.echo(json.dumps(_as_json(decision) | {"outlook": outlook._asdict()}, indent=1))
+            typer.echo(json.dumps(_decision_to_json(decision) | {"outlook": outlook._asdict()}, indent=1))
         else:
-            typer.echo(f"{_WOULD[decision.action]}: {decision.why}")
+            typer.echo(f"{_DRY_RUN_MESSAGES[decision.action]}: {decision.reason}")
             _show(outlook)
         return
-    answer = call.act(decision, again=again)
-    typer.echo(json.dumps(answer, indent=1) if as_json else _sentence(answer))
+    answer = call.carry_out(decision, again=again)
+    typer.echo(json.dumps(answer, indent=1) if as_json else _describe_answer(answer))
 
 
 def watch(
@@ -89,23 +89,23 @@ def watch(
     """
     from pipelines import trigger as triggers
 
-    call = _Call(config, overrides, root, image, gpus, inputs, kfp)
+    call = _TriggerCall(config, overrides, root, image, gpus, inputs, kfp)
 
-    def look() -> None:
+    def check_once() -> None:
         try:
-            said = _sentence(call.act(call.decide(min_change)))
+            message = _describe_answer(call.carry_out(call.decide_start(min_change)))
         except ConfigError:
             # Looking again would not mend it.
             raise
         except NsError as error:
-            said = f"error: {error}; again in {every:g} min"
-        typer.echo(f"{datetime.now(UTC).isoformat(timespec='seconds')} {said}")
+            message = f"error: {error}; again in {every:g} min"
+        typer.echo(f"{datetime.now(UTC).isoformat(timespec='seconds')} {message}")
         sys.stdout.flush()
 
-    triggers.watch(look, every * 60)
+    triggers.poll_until_stopped(check_once, every * 60)
 
 
-class _Call:
+class _TriggerCall:
     """What both commands are told, checked."""
 
     def __init__(
@@ -118,55 +118,55 @@ class _Call:
         inputs: list[str] | None,
         kfp: str | None,
     ) -> None:
-        from ns.cli.options import load
+        from ns.cli.options import load_experiment_argument
         from ns.storage import open_store
         from pipelines import kfp_client as submit
         from pipelines import remote_run as cluster
 
-        self.experiment: Experiment = load(config, overrides)
+        self.experiment: Experiment = load_experiment_argument(config, overrides)
         self.store: Store = open_store(root)
-        cluster.check_places(self.store, self.experiment)
+        cluster.check_remote_uris(self.store, self.experiment)
         self._image, self._gpus, self._inputs = image, gpus, inputs or []
         # Wrong ones are found before anything is looked at. The image, which is a reason for a run, may be one of the inputs.
-        self._image = self._arguments("check").get("worker_image")
-        self._server = submit.Server(kfp) if kfp else None
+        self._image = self._build_inputs("check").get("worker_image")
+        self._client = submit.KfpClient(kfp) if kfp else None
 
-    def decide(self, min_change: float, *, again: bool = False) -> "Decision":
+    def decide_start(self, min_change: float, *, again: bool = False) -> "TriggerDecision":
         from pipelines import trigger as triggers
 
-        seen = triggers.look(self.experiment, self._image)
-        return triggers.decide(self.store, self.experiment.name, seen, min_change=min_change, again=again)
+        current = triggers.propose_trigger(self.experiment, self._image)
+        return triggers.decide_trigger(self.store, self.experiment.name, current, min_change=min_change, again=again)
 
-    def act(self, decision: "Decision", *, again: bool = False) -> dict[str, Any]:
+    def carry_out(self, decision: "TriggerDecision", *, again: bool = False) -> dict[str, Any]:
         """Does what was decided. Returns the decision, and the run if there is one, as JSON has it."""
         from pipelines import kfp_client as submit
         from pipelines import trigger as triggers
 
         if decision.action == "nothing":
-            return _as_json(decision)
-        self._server = self._server or submit.Server()
-        run = triggers.start(self._server, self.store, self.experiment, decision, self._arguments, again=again)
-        return _as_json(decision) | run._asdict()
+            return _decision_to_json(decision)
+        self._client = self._client or submit.KfpClient()
+        run = triggers.start_triggered_run(self._client, self.store, self.experiment, decision, self._build_inputs, again=again)
+        return _decision_to_json(decision) | run._asdict()
 
-    def _arguments(self, run: str) -> dict[str, Any]:
+    def _build_inputs(self, run: str) -> dict[str, Any]:
         from ns.runs.records import CONFIG
         from pipelines import remote_run as cluster
 
         uri = f"{self.store.uri}/{run}/{CONFIG}"
         registry = self.experiment.registry is not None
-        return cluster.arguments(
+        return cluster.build_inputs(
             uri, self.store, run, image=self._image, gpus=self._gpus, inputs=self._inputs, registry=registry
         )
 
 
-_WOULD = {"start": "would start a run", "known": "would start nothing", "nothing": "would start nothing"}
+_DRY_RUN_MESSAGES = {"start": "would start a run", "known": "would start nothing", "nothing": "would start nothing"}
 
 
-def _as_json(decision: "Decision") -> dict[str, Any]:
-    return {"action": decision.action, "why": decision.why, "digest": decision.trigger.digest, "run": decision.trigger.run}
+def _decision_to_json(decision: "TriggerDecision") -> dict[str, Any]:
+    return {"action": decision.action, "why": decision.reason, "digest": decision.trigger.digest, "run": decision.trigger.run}
 
 
-def _sentence(answer: dict[str, Any]) -> str:
+def _describe_answer(answer: dict[str, Any]) -> str:
     if "url" not in answer:
         return f"nothing to do: {answer['why']}"
     if answer["new"]:

@@ -6,53 +6,53 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 
-def explained(error: ValidationError, within: type[BaseModel]) -> list[str]:
+def format_validation_error(error: ValidationError, document_type: type[BaseModel]) -> list[str]:
     """A line for each wrong field of a document of this kind: its path, its value, and what would be right."""
     lines: dict[str, str] = {}
     for detail in error.errors():
         # A list whose items are wrong is also reported as too short; that line would only confuse.
         if detail["type"] == "too_short" and detail["input"]:
             continue
-        path = _path(detail["loc"], within)
-        message = _explain(detail, path, within)
+        field_path = _field_path(detail["loc"], document_type)
+        message = _format_detail(detail, field_path, document_type)
         # Of a field that takes this or that, pydantic says of each why it is not it.
-        lines[path] = f"{lines[path]}, or {_reason(detail)}" if path in lines else message
+        lines[field_path] = f"{lines[field_path]}, or {_clean_message(detail)}" if field_path in lines else message
     return list(lines.values())
 
 
-def _explain(detail: Any, path: str, within: type[BaseModel]) -> str:
+def _format_detail(detail: Any, path: str, document_type: type[BaseModel]) -> str:
     if detail["type"] == "extra_forbidden":
-        known = list(_section_at(detail["loc"][:-1], within).model_fields)
-        close = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+        field_names = list(_find_section(detail["loc"][:-1], document_type).model_fields)
+        similar = difflib.get_close_matches(str(detail["loc"][-1]), field_names, n=1)
+        hint = f"did you mean {similar[0]!r}?" if similar else f"known here: {', '.join(field_names)}"
         return f"{path}: unknown field; {hint}"
     if detail["type"] == "missing":
         return f"{path}: missing; it has no default"
     if not path:
-        return _reason(detail)
+        return _clean_message(detail)
     if detail["type"] == "value_error" and isinstance(detail["input"], dict):
         # A check across the fields of a section: its message begins with the field.
-        return f"{path}.{_reason(detail)}"
-    return f"{path}: invalid value {detail['input']!r:.80}: {_reason(detail)}"
+        return f"{path}.{_clean_message(detail)}"
+    return f"{path}: invalid value {detail['input']!r:.80}: {_clean_message(detail)}"
 
 
-def _reason(detail: Any) -> str:
+def _clean_message(detail: Any) -> str:
     return str(detail["msg"]).removeprefix("Value error, ").removeprefix("Input ")
 
 
-def _path(location: tuple[int | str, ...], within: type[BaseModel]) -> str:
+def _field_path(location: tuple[int | str, ...], document_type: type[BaseModel]) -> str:
     """`students.0.train.epochs`. What pydantic adds to it is left out: which of the kinds a field takes was tried."""
     parts = [
         part
-        for place, part in enumerate(location)
-        if part != "[key]" and (isinstance(part, int) or _section_at(location[:place], within) is not None)
+        for depth, part in enumerate(location)
+        if part != "[key]" and (isinstance(part, int) or _find_section(location[:depth], document_type) is not None)
     ]
     return ".".join(map(str, parts))
 
 
-def _section_at(location: tuple[int | str, ...], within: type[BaseModel]) -> Any:
+def _find_section(location: tuple[int | str, ...], document_type: type[BaseModel]) -> Any:
     """The section that a field, or an item or a name in it, is one of; None of a field that is none."""
-    section: Any = within
+    section: Any = document_type
     for part in location:
         if section is None or part not in section.model_fields:
             continue  # the place in a list, or a name in a mapping

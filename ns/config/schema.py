@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from ns.config.error_messages import explained
+from ns.config.error_messages import format_validation_error
 from ns.config.presets import PRESETS
 from ns.core.errors import ConfigError, StoreError
 from ns.storage import read_uri
@@ -50,9 +50,9 @@ class Section(BaseModel):
     """Fields that came after models and runs had been named by their digests."""
 
     @model_serializer(mode="wrap")
-    def _leave_out_what_is_not_asked(self, serialise: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+    def _leave_out_what_is_not_asked(self, serialize: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
         # An experiment or a model that does not use these is the one it was before they existed, under the same digest and name.
-        fields: dict[str, Any] = serialise(self)
+        fields: dict[str, Any] = serialize(self)
         if info.context == EVERY_FIELD:
             return fields
         untouched = {name for name in self.younger if getattr(self, name) == type(self).model_fields[name].default}
@@ -60,26 +60,26 @@ class Section(BaseModel):
 
 
 EVERY_FIELD = "every field"
-"""Context of a serialisation that people read."""
+"""Context of a serialization that people read."""
 
 
-S = TypeVar("S", bound=Section)
+SectionT = TypeVar("SectionT", bound=Section)
 
 
 class DataConfig(Section):
     """Where images come from. Each place is a dataset (a folder or `s3://` prefix with dataset.json), or anything that
-    `ns data import` takes: class folders, loose images (pool only), a table, tars, an archive. `digits:labelled|pool|heldout`
+    `ns data import` takes: class folders, loose images (pool only), a table, tars, an archive. `digits:labeled|pool|heldout`
     are scikit-learn's handwritten digits, split for the quickstart."""
 
-    labelled: str
-    """Labelled images that teacher and students train on."""
+    labeled: str
+    """Labeled images that teacher and students train on."""
     pool: str
-    """Unlabelled images; labels that may be there are ignored."""
+    """Unlabeled images; labels that may be there are ignored."""
     heldout: str
-    """Human-labelled images that decide promotions. Never trained on."""
+    """Human-labeled images that decide promotions. Never trained on."""
     test: str | None = None
-    """Human-labelled images that are only reported: no decision is taken on them, so that what is reported is not what was
-    optimised. Never trained on."""
+    """Human-labeled images that are only reported: no decision is taken on them, so that what is reported is not what was
+    optimized. Never trained on."""
     max_rejected_share: float = Field(default=0.1, ge=0, le=1)
     """Unreadable images are counted, listed and left out; a larger share than this stops the run."""
     shard_samples: int = Field(default=10_000, ge=1, le=100_000)
@@ -98,11 +98,11 @@ class DataConfig(Section):
     below 32 px are compared by their bytes only."""
 
     @model_validator(mode="after")
-    def _what_decides_is_apart(self) -> Self:
+    def _check_sets_differ(self) -> Self:
         # Copies of one dataset in two places are found when the data are prepared, and single images by the leak guard.
         for name, why, others in (
-            ("heldout", "hold out images that are not trained on", ("labelled",)),
-            ("test", "name images that nothing is trained on or decided by, or leave it out", ("labelled", "heldout")),
+            ("heldout", "hold out images that are not trained on", ("labeled",)),
+            ("test", "name images that nothing is trained on or decided by, or leave it out", ("labeled", "heldout")),
         ):
             for other in others:
                 if getattr(self, name) == getattr(self, other):
@@ -122,27 +122,27 @@ class ModelConfig(Section):
     resolution: int = Field(default=224, ge=8, le=2048)
     """Training resolution, px."""
     test_resolution: int | None = Field(default=None, ge=8, le=2048)
-    """Evaluation and labelling resolution, px; the training resolution if not given."""
+    """Evaluation and labeling resolution, px; the training resolution if not given."""
     test_margin_px: int = Field(default=32, ge=0, le=2048)
-    """Evaluation and labelling see the centred square of resolution / (resolution + this) of a photograph's short side. Paper: 32."""
+    """Evaluation and labeling see the centered square of resolution / (resolution + this) of a photograph's short side. Paper: 32."""
     reduce_stride: Literal[1, 2, 4, 8] = 1
     """Divides the network's total stride by making its first strided convolutions dense: for images of 64 px and less."""
     inference_precision: Literal["auto", Precision] = "auto"
-    """Of labelling and evaluation. `auto`: the fastest on the machine that trains the network. The model keeps it, so that its
+    """Of labeling and evaluation. `auto`: the fastest on the machine that trains the network. The model keeps it, so that its
     labels do not depend on where they are made."""
     outputs: int | None = Field(default=None, ge=2)
-    """Model outputs; the number of classes of the labelled data if not given."""
+    """Model outputs; the number of classes of the labeled data if not given."""
 
     @field_validator("args")
     @classmethod
-    def _args_that_are_ours(cls, args: dict[str, Any]) -> dict[str, Any]:
-        ours = {
+    def _check_args(cls, args: dict[str, Any]) -> dict[str, Any]:
+        reserved = {
             "num_classes": "outputs",
             "drop_rate": "noise.dropout",
             "drop_path_rate": "noise.stochastic_depth",
             "pretrained": "(nothing: weights are never downloaded)",
         }
-        for name, instead in ours.items():
+        for name, instead in reserved.items():
             if name in args:
                 raise ValueError(f"{name} is set elsewhere: use {instead}")
         return args
@@ -152,7 +152,7 @@ class ModelConfig(Section):
         return self.test_resolution or self.resolution
 
 
-Share = Annotated[float, Field(gt=0, le=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
 Aspect = Annotated[float, Field(ge=0.1, le=10)]
 
 
@@ -175,11 +175,11 @@ class NoiseConfig(Section):
     randaugment_translate_px: float | None = Field(default=None, ge=0, le=2048)
     """Of `paper`: shift at magnitude 10. If not given, the paper's: 100, and an eighth of the resolution up to 64 px."""
     randaugment_cutout_px: float | None = Field(default=None, ge=0, le=1024)
-    """Of `paper`: half side of the grey square at magnitude 10; 0 takes it out of the operations that are drawn. If not given, the
+    """Of `paper`: half side of the gray square at magnitude 10; 0 takes it out of the operations that are drawn. If not given, the
     paper's: 40, and an eighth of the resolution up to 64 px."""
     crop: Literal["resized", "pad", "none"] = "resized"
     """`resized`: a random part, the paper's for photographs. `pad`: reflect-pad and crop, for small images."""
-    crop_area: tuple[Share, Share] = (0.08, 1.0)
+    crop_area: tuple[Fraction, Fraction] = (0.08, 1.0)
     """Of `resized`: least and greatest share of the image's area. Paper: 8 to 100 %."""
     crop_aspect: tuple[Aspect, Aspect] = (3 / 4, 4 / 3)
     """Of `resized`: least and greatest width / height. Paper: 3/4 to 4/3."""
@@ -188,11 +188,11 @@ class NoiseConfig(Section):
     flip: bool = True
     """Mirror at random. Off for digits, text, and anything that has a handedness."""
     cutout_px: int = Field(default=0, ge=0, le=1024)
-    """Side of a grey square put on every image after RandAugment. Paper: 16 at 32 px, none for photographs."""
+    """Side of a gray square put on every image after RandAugment. Paper: 16 at 32 px, none for photographs."""
 
     @field_validator("crop_area", "crop_aspect")
     @classmethod
-    def _least_comes_first(cls, bounds: tuple[float, float]) -> tuple[float, float]:
+    def _check_bounds_order(cls, bounds: tuple[float, float]) -> tuple[float, float]:
         if bounds[0] > bounds[1]:
             raise ValueError("must be [least, greatest]")
         return bounds
@@ -204,7 +204,7 @@ class OptimizerConfig(Section):
     name: Literal["rmsprop", "sgd", "adamw"] = "rmsprop"
     """`rmsprop` has TensorFlow's semantics, as in the paper."""
     lr: float = Field(default=0.016, gt=0, le=10)
-    """Peak learning rate for a labelled batch of 256; scaled linearly with the labelled batch."""
+    """Peak learning rate for a labeled batch of 256; scaled linearly with the labeled batch."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Of `rmsprop` and `sgd` (Nesterov's)."""
     rms_decay: float = Field(default=0.9, ge=0, lt=1)
@@ -218,54 +218,54 @@ class OptimizerConfig(Section):
     staircase_factor: float = Field(default=0.97, gt=0, le=1)
     """What a drop leaves of the learning rate."""
     staircase_epochs: float | None = Field(default=None, gt=0)
-    """Labelled epochs between drops. If not given, 2.4 of 350: the paper's 145 drops, however long the training is."""
+    """Labeled epochs between drops. If not given, 2.4 of 350: the paper's 145 drops, however long the training is."""
     warmup_epochs: float = Field(default=5, ge=0)
-    """Linear from zero, in labelled epochs."""
+    """Linear from zero, in labeled epochs."""
     clip_norm: float | None = Field(default=None, gt=0)
     """Largest gradient norm; not clipped if not given."""
 
 
 class FinetuneConfig(Section):
-    """The train/test resolution fix: a short training on plain labelled images, at the resolution of the test (paper §3). The
+    """The train/test resolution fix: a short training on plain labeled images, at the resolution of the test (paper §3). The
     model from before it is kept, labels, and goes through the gate; the fine-tuned one is evaluated beside it."""
 
     resolution: int = Field(ge=8, le=2048)
     """px. Paper: 800 for L2, which trained at 475."""
     epochs: float = Field(default=1.5, gt=0)
-    """Labelled epochs. Paper: 1.5."""
+    """Labeled epochs. Paper: 1.5."""
     frozen_share: float = Field(default=0.5, ge=0, le=1)
     """Of the blocks, counted from the input: they and the stem keep their weights and statistics. The paper freezes shallow
     layers, and does not say how many."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """The only noise that can be left on, as the reference code did unless told otherwise."""
-    labelled_batch: int | None = Field(default=None, ge=2, le=65536)
-    """Labelled images a step; as in training if not given."""
+    labeled_batch: int | None = Field(default=None, ge=2, le=65536)
+    """Labeled images a step; as in training if not given."""
     lr: float | None = Field(default=None, gt=0, le=10)
     """Learning rate for a batch of 256, scaled linearly; if not given, the last ones of the training's schedule."""
 
 
 class TrainConfig(Section):
-    """How a network is trained. An epoch is a pass over the labelled images, as in the paper."""
+    """How a network is trained. An epoch is a pass over the labeled images, as in the paper."""
 
     younger = ("checkpoints_kept",)
 
-    labelled_batch: int = Field(default=512, ge=2, le=65536)
-    """Labelled images a step."""
+    labeled_batch: int = Field(default=512, ge=2, le=65536)
+    """Labeled images a step."""
     epochs: float = Field(default=350, gt=0)
-    """Labelled epochs. Paper: 700 for B0–B4, 350 for larger."""
+    """Labeled epochs. Paper: 700 for B0–B4, 350 for larger."""
     optimizer: OptimizerConfig = OptimizerConfig()
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
-    """On labelled images and on hard pseudo-labels; never on soft ones."""
+    """On labeled images and on hard pseudo-labels; never on soft ones."""
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)
     """Decay of the averaged weights that evaluate, teach and are kept; ramped as min(decay, (1 + step) / (10 + step))."""
-    unlabelled_ratio: float = Field(default=3, ge=0, le=64)
-    """Pseudo-labelled images per labelled image in a step; students only. Paper: 1 (B0), 3 (B1–B7), 14 and 28 (L2)."""
+    unlabeled_ratio: float = Field(default=3, ge=0, le=64)
+    """Pseudo-labeled images per labeled image in a step; students only. Paper: 1 (B0), 3 (B1–B7), 14 and 28 (L2)."""
     pseudo_labels: Literal["soft", "hard"] = "soft"
     """`soft`: the teacher's probabilities. `hard`: its best class; hurts where the teacher is unsure (below about 0.6)."""
     temperature: float = Field(default=1.0, gt=0, le=100)
-    """Of soft pseudo-labels: probabilities to the power 1/T, renormalised."""
+    """Of soft pseudo-labels: probabilities to the power 1/T, renormalized."""
     weighting: Literal["sum", "mean", "equal"] = "sum"
-    """Of the two mean losses, with r = unlabelled_ratio. `sum`: L + r U, as the reference code. `mean`: (L + r U) / (1 + r).
+    """Of the two mean losses, with r = unlabeled_ratio. `sum`: L + r U, as the reference code. `mean`: (L + r U) / (1 + r).
     `equal`: L + U, as the paper's Algorithm 1."""
     accumulate: int = Field(default=1, ge=1, le=4096)
     """Parts that a step's batch is split into, one in memory at a time. The gradient is that of the whole batch; batch-norm
@@ -294,27 +294,27 @@ class TrainConfig(Section):
 
     @field_validator("init")
     @classmethod
-    def _init_is_a_place(cls, init: str) -> str:
+    def _check_init(cls, init: str) -> str:
         if init not in ("scratch", "teacher") and "/" not in init and not init.endswith(".safetensors"):
             raise ValueError("must be scratch, teacher, a .safetensors file, or a model's folder (./NAME)")
         return init
 
     @property
-    def init_place(self) -> str | None:
+    def init_uri(self) -> str | None:
         """Where the weights are that training starts from, if they are neither random nor the teacher's."""
         return None if self.init in ("scratch", "teacher") else self.init
 
     @property
     def pseudo_batch(self) -> int:
-        """Pseudo-labelled images in a student's step."""
-        return math.ceil(self.labelled_batch * self.unlabelled_ratio)
+        """Pseudo-labeled images in a student's step."""
+        return math.ceil(self.labeled_batch * self.unlabeled_ratio)
 
     @model_validator(mode="after")
-    def _parts_are_equal(self) -> Self:
-        if self.labelled_batch % self.accumulate or self.pseudo_batch % self.accumulate:
+    def _check_equal_parts(self) -> Self:
+        if self.labeled_batch % self.accumulate or self.pseudo_batch % self.accumulate:
             raise ValueError(
-                f"accumulate: {self.accumulate} must divide the {self.labelled_batch} labelled and the {self.pseudo_batch} "
-                "pseudo-labelled images of a step (labelled_batch × unlabelled_ratio)"
+                f"accumulate: {self.accumulate} must divide the {self.labeled_batch} labeled and the {self.pseudo_batch} "
+                "pseudo-labeled images of a step (labeled_batch × unlabeled_ratio)"
             )
         return self
 
@@ -333,10 +333,10 @@ class RoleConfig(Section):
     @classmethod
     def _expand_preset(cls, role: Any) -> Any:
         preset = PRESETS.get(role["preset"]) if isinstance(role, dict) and isinstance(role.get("preset"), str) else None
-        return _merged(preset, role) if preset else role
+        return _merge_sections(preset, role) if preset else role
 
     @model_validator(mode="after")
-    def _padding_can_be_reflected(self) -> Self:
+    def _check_padding(self) -> Self:
         pad = self.noise.pad_px or 0
         if self.noise.crop == "pad" and pad >= self.model.resolution:
             raise ValueError(f"noise.pad_px: {pad}: must be below model.resolution, {self.model.resolution} px")
@@ -346,18 +346,18 @@ class RoleConfig(Section):
 Views = Literal["one", "flip", "five", "ten"]
 
 
-class LabellingConfig(Section):
+class LabelingConfig(Section):
     """How the teacher labels the pool."""
 
     batch: int = Field(default=256, ge=1, le=8192)
-    """Images in a forward pass, in labelling and in evaluation."""
+    """Images in a forward pass, in labeling and in evaluation."""
     top_k: int = Field(default=10, ge=1, le=1000)
     """Classes kept per image; the tail's mass is spread evenly. With at most 100 classes all are kept."""
     tasks: int = Field(default=2, ge=1, le=50)
-    """Parallel labelling tasks, each over a range of shards."""
+    """Parallel labeling tasks, each over a range of shards."""
     views: Views = "one"
-    """What the teacher's probabilities are averaged over. `flip`: the image and its mirror image. `five`: centre and corners. `ten`:
-    these, mirrored too. Labelling takes as many times longer. Paper: one."""
+    """What the teacher's probabilities are averaged over. `flip`: the image and its mirror image. `five`: center and corners. `ten`:
+    these, mirrored too. Labeling takes as many times longer. Paper: one."""
     ensemble: tuple[str, ...] = ()
     """Folders or URIs of further models, with the same classes, whose probabilities are averaged with the teacher's."""
     probabilities: Literal["float16", "log8"] = "float16"
@@ -387,13 +387,13 @@ class SelectionConfig(Section):
     """Of that precision: one-sided, of the Clopper–Pearson bound."""
 
     @model_validator(mode="after")
-    def _precision_is_of_the_best_class(self) -> Self:
+    def _check_precision(self) -> Self:
         if self.precision is not None and self.classes_per_image > 1:
             raise ValueError("precision: is that of the best class only; must be left out with classes_per_image above 1")
         return self
 
 
-Suite = Literal["clean", "corruptions", "perturbations", "attacks"]
+SuiteName = Literal["clean", "corruptions", "perturbations", "attacks"]
 
 
 class GateConfig(Section):
@@ -425,10 +425,10 @@ class GateConfig(Section):
     """Bootstrap resamples of the held-out images."""
 
     @property
-    def suites(self) -> dict[str, Suite]:
+    def required_suites(self) -> dict[str, SuiteName]:
         """Limits on robustness that are set → what they need to be measured, on held-out images."""
-        needs: dict[str, Suite] = {"max_mce_rise": "corruptions", "max_mfr_rise": "perturbations"}
-        return {limit: suite for limit, suite in needs.items() if getattr(self, limit) is not None}
+        needs: dict[str, SuiteName] = {"max_mce_rise": "corruptions", "max_mfr_rise": "perturbations"}
+        return {condition: suite for condition, suite in needs.items() if getattr(self, condition) is not None}
 
 
 Corruption = Literal[
@@ -450,9 +450,9 @@ Pixels = Annotated[float, Field(gt=0, le=255)]
 
 
 class EvaluationSet(Section):
-    """A further set of human-labelled images, on which every model is evaluated."""
+    """A further set of human-labeled images, on which every model is evaluated."""
 
-    place: str = Field(min_length=1)
+    uri: str = Field(min_length=1)
     """A dataset, anything that `ns data import` takes, or the folder of a ready-made benchmark."""
     kind: Literal["images", "imagenet-c", "cifar10-c", "imagenet-p"] = "images"
     """`images`: plain ones, for accuracy. The others are read as they were published: `imagenet-c` CORRUPTION/SEVERITY/CLASS/IMAGE,
@@ -465,7 +465,7 @@ class EvaluationSet(Section):
     one of them; images that have none are left out."""
 
     @model_validator(mode="after")
-    def _options_are_for_images(self) -> Self:
+    def _check_kind_options(self) -> Self:
         if self.kind != "images":
             for name in ("classes", "multi_label"):
                 if getattr(self, name) != type(self).model_fields[name].default:
@@ -476,7 +476,7 @@ class EvaluationSet(Section):
 class EvaluationConfig(Section):
     """What models are evaluated on, and how (docs/evaluation.md). Costs are printed before the work begins."""
 
-    suites: tuple[Suite, ...] = ("clean",)
+    suites: tuple[SuiteName, ...] = ("clean",)
     """`clean`: accuracy, always part of it, since the gate decides by it. `corruptions`: 15 kinds at 5 severities (mCE).
     `perturbations`: 10 kinds of short sequences (mFR, mT5D). `attacks`: FGSM and PGD. On data.test, if that is given, else on
     data.heldout."""
@@ -511,18 +511,18 @@ class EvaluationConfig(Section):
 
     @field_validator("suites", "corruptions", "severities", "perturbations", "fgsm_epsilons", "pgd_steps")
     @classmethod
-    def _each_once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _check_unique(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
         if len(set(values)) != len(values):
             raise ValueError("must name each only once")
         return values
 
     @property
-    def robust(self) -> bool:
+    def needs_robustness(self) -> bool:
         """Whether more than clean accuracy is asked for."""
         return any(suite != "clean" for suite in self.suites)
 
     @property
-    def kinds(self) -> tuple[Corruption, ...]:
+    def all_corruptions(self) -> tuple[Corruption, ...]:
         """All corruptions that are asked for."""
         extra = EXTRA_CORRUPTIONS if self.extra_corruptions else ()
         return tuple(dict.fromkeys((*self.corruptions, *extra)))
@@ -532,7 +532,7 @@ class ReportConfig(Section):
     """What the report shows."""
 
     pictures: int = Field(default=24, ge=0, le=200)
-    """Pseudo-labelled images shown in each group (most confident, least confident, flipped)."""
+    """Pseudo-labeled images shown in each group (most confident, least confident, flipped)."""
 
 
 class RegistryConfig(Section):
@@ -545,7 +545,7 @@ class RegistryConfig(Section):
     """Folder or `s3://bucket/prefix` for the data. Needed as long as the registry is empty; afterwards it knows."""
 
     @model_validator(mode="after")
-    def _holds_no_password(self) -> Self:
+    def _check_no_password(self) -> Self:
         # The value is not shown: it would stand in logs.
         if re.search(r"^https?://[^/]*@|://[^/]*:[^/]*@", self.git):
             raise ValueError("git: holds a password or token; take it out, and set up a git credential helper")
@@ -567,7 +567,7 @@ class Experiment(Section):
     teacher: RoleConfig = RoleConfig()
     students: tuple[RoleConfig, ...] = Field(default=(RoleConfig(),), min_length=1)
     """One per generation; the last one serves all further generations."""
-    labelling: LabellingConfig = LabellingConfig()
+    labeling: LabelingConfig = LabelingConfig()
     selection: SelectionConfig = SelectionConfig()
     gate: GateConfig = GateConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -576,7 +576,7 @@ class Experiment(Section):
     """Keeps a version of each generation's label set."""
 
     @model_validator(mode="after")
-    def _students_fit_generations(self) -> Self:
+    def _check_student_count(self) -> Self:
         if len(self.students) > self.generations:
             raise ValueError(
                 f"students: {len(self.students)} given for {self.generations} generations; give at most one per generation"
@@ -584,56 +584,63 @@ class Experiment(Section):
         return self
 
     @model_validator(mode="after")
-    def _limits_are_measured(self) -> Self:
-        for limit, suite in self.gate.suites.items():
+    def _check_conditions_measured(self) -> Self:
+        for condition, suite in self.gate.required_suites.items():
             if suite not in self.evaluation.suites:
                 raise ValueError(
-                    f"gate.{limit}: needs {suite} to be measured; add {suite} to evaluation.suites "
+                    f"gate.{condition}: needs {suite} to be measured; add {suite} to evaluation.suites "
                     f"(now {', '.join(self.evaluation.suites) or 'empty'})"
                 )
             if suite == "corruptions" and not set(self.evaluation.corruptions) - set(EXTRA_CORRUPTIONS):
                 raise ValueError(
-                    f"gate.{limit}: evaluation.corruptions names extra kinds only, which count for no mCE; add one of the 15"
+                    f"gate.{condition}: evaluation.corruptions names extra kinds only, which count for no mCE; add one of the 15"
                 )
         return self
 
     @property
-    def guarded(self) -> EvaluationConfig:
+    def gate_evaluation(self) -> EvaluationConfig:
         """What is measured of robustness on held-out images for the gate, beside what is reported: no attacks, for instance."""
-        return self.evaluation.model_copy(update={"suites": tuple(self.gate.suites.values())})
+        return self.evaluation.model_copy(update={"suites": tuple(self.gate.required_suites.values())})
 
-    def roles(self) -> dict[str, RoleConfig]:
+    def map_roles(self) -> dict[str, RoleConfig]:
         """The first teacher and all students, by their place in the document."""
         return {"teacher": self.teacher} | {f"students.{index}": role for index, role in enumerate(self.students)}
 
-    def places(self) -> dict[str, str]:
+    def map_uris(self) -> dict[str, str]:
         """Folders, files and URIs that a run reads, by field; not the digits, which come with the code."""
         data, evaluation = self.data, self.evaluation
-        named = {f"data.{part}": getattr(data, part) for part in ("labelled", "pool", "heldout", "test", "exclude")}
-        named |= {f"labelling.ensemble.{index}": place for index, place in enumerate(self.labelling.ensemble)}
-        for name, one in evaluation.sets.items():
-            named |= {f"evaluation.sets.{name}.place": one.place, f"evaluation.sets.{name}.multi_label": one.multi_label}
-        named |= {f"{place}.train.init": role.train.init_place for place, role in self.roles().items()}
-        return {field: place for field, place in named.items() if place and not place.startswith("digits:")}
+        uris = {f"data.{part}": getattr(data, part) for part in ("labeled", "pool", "heldout", "test", "exclude")}
+        uris |= {f"labeling.ensemble.{index}": uri for index, uri in enumerate(self.labeling.ensemble)}
+        for name, evaluation_set in evaluation.sets.items():
+            uris |= {
+                f"evaluation.sets.{name}.place": evaluation_set.uri,
+                f"evaluation.sets.{name}.multi_label": evaluation_set.multi_label,
+            }
+        uris |= {f"{uri}.train.init": role.train.init_uri for uri, role in self.map_roles().items()}
+        return {field: uri for field, uri in uris.items() if uri and not uri.startswith("digits:")}
 
-    def student(self, generation: int) -> RoleConfig:
+    def get_student(self, generation: int) -> RoleConfig:
         """The student of a generation, counted from 1."""
         return self.students[min(generation, len(self.students)) - 1]
 
 
-def located(config: str) -> str:
+def resolve_preset(config_uri: str) -> str:
     """The file of a preset (`quickstart`), or the file or URI itself."""
-    preset = importlib.resources.files("ns.config.presets") / f"{config}.yaml"
-    return str(preset) if preset.is_file() and not Path(config).exists() else config
+    preset = importlib.resources.files("ns.config.presets") / f"{config_uri}.yaml"
+    return str(preset) if preset.is_file() and not Path(config_uri).exists() else config_uri
 
 
-def chosen(config: str, overrides: Iterable[str] = (), fields: Mapping[str, str | int] | None = None) -> Experiment:
+def load_with_overrides(
+    config_uri: str, overrides: Iterable[str] = (), fields: Mapping[str, str | int] | None = None
+) -> Experiment:
     """An experiment (a file, a URI or a preset) with what a run form changes: overrides, and values by field (`data.pool`), of which an
     empty one or 0 leaves the field as the experiment has it."""
-    return load(located(config), [*overrides, *(f"{name}={value}" for name, value in (fields or {}).items() if value)])
+    return load_experiment(
+        resolve_preset(config_uri), [*overrides, *(f"{name}={value}" for name, value in (fields or {}).items() if value)]
+    )
 
 
-def load(uri: str, overrides: Iterable[str] = ()) -> Experiment:
+def load_experiment(uri: str, overrides: Iterable[str] = ()) -> Experiment:
     """Reads an experiment from a YAML file and applies `a.b=c` overrides (list items by index: `students.0.train.epochs=5`).
 
     Raises ConfigError naming each wrong field with its path, its value and what would be right.
@@ -643,72 +650,72 @@ def load(uri: str, overrides: Iterable[str] = ()) -> Experiment:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{uri}: not YAML: {error}") from error
     except StoreError as error:
-        preset = "" if "." in uri.rpartition("/")[2] else "; name a YAML file, or the preset quickstart"
-        raise ConfigError(f"config: {error}{preset}") from error
+        hint = "" if "." in uri.rpartition("/")[2] else "; name a YAML file, or the preset quickstart"
+        raise ConfigError(f"config: {error}{hint}") from error
     if not isinstance(document, dict):
         raise ConfigError(f"{uri}: must be a mapping of fields, got {type(document).__name__}")
-    document = _unshared(document)
+    document = _copy_unshared(document)
     for override in overrides:
-        _apply(document, override)
-    return parse(document, uri)
+        _apply_override(document, override)
+    return parse_experiment(document, uri)
 
 
-def parse(document: dict[str, Any], place: str) -> Experiment:
+def parse_experiment(document: dict[str, Any], uri: str) -> Experiment:
     """Validates a document. `place` names it in messages."""
     try:
         return Experiment.model_validate(document)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{place}: {line}" for line in explained(error, Experiment))) from error
+        raise ConfigError("\n".join(f"{uri}: {line}" for line in format_validation_error(error, Experiment))) from error
 
 
-def changed(section: S, overrides: Iterable[str]) -> S:
+def with_overrides(section: SectionT, overrides: Iterable[str]) -> SectionT:
     """A section with `a.b=c` overrides. Raises ConfigError naming each wrong field."""
     document = section.model_dump(mode="json")
     for override in overrides:
-        _apply(document, override)
+        _apply_override(document, override)
     try:
         return type(section).model_validate(document)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"--set: {line}" for line in explained(error, type(section)))) from error
+        raise ConfigError("\n".join(f"--set: {line}" for line in format_validation_error(error, type(section)))) from error
 
 
-def moved(experiment: Experiment, places: Mapping[str, str]) -> Experiment:
+def with_uris(experiment: Experiment, uris: Mapping[str, str]) -> Experiment:
     """An experiment that reads from other places, by field as `Experiment.places` has them."""
     document = experiment.model_dump(mode="json", context=EVERY_FIELD)
-    for field, place in places.items():
+    for field, uri in uris.items():
         node: Any = document
-        *sections, last = field.split(".")
+        *sections, leaf = field.split(".")
         for key in sections:
             node = node[int(key) if isinstance(node, list) else key]
-        node[int(last) if isinstance(node, list) else last] = place
+        node[int(leaf) if isinstance(node, list) else leaf] = uri
     return Experiment.model_validate(document)
 
 
-def dump(experiment: Experiment) -> str:
+def dump_experiment(experiment: Experiment) -> str:
     """YAML with every field, defaults included; `load` reads it back to an equal experiment."""
     return yaml.safe_dump(experiment.model_dump(mode="json", context=EVERY_FIELD), sort_keys=False, allow_unicode=True)
 
 
-def _merged(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def _merge_sections(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """`given`, completed section by section. Arguments of a network are taken as a whole: another network has others."""
     merged = {**defaults, **given}
     for name, value in defaults.items():
         if isinstance(value, dict) and name != "args" and name in given:
             section = given[name].model_dump(exclude_unset=True) if isinstance(given[name], Section) else given[name]
-            merged[name] = _merged(value, section) if isinstance(section, dict) else section
+            merged[name] = _merge_sections(value, section) if isinstance(section, dict) else section
     return merged
 
 
-def _unshared(node: Any) -> Any:
+def _copy_unshared(node: Any) -> Any:
     """A copy in which YAML's aliases are separate: an override of the teacher must not reach a student that merges it."""
     if isinstance(node, dict):
-        return {key: _unshared(value) for key, value in node.items()}
+        return {key: _copy_unshared(value) for key, value in node.items()}
     if isinstance(node, list):
-        return [_unshared(value) for value in node]
+        return [_copy_unshared(value) for value in node]
     return node
 
 
-def _apply(document: dict[str, Any], override: str) -> None:
+def _apply_override(document: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     keys = path.split(".")
     if not equals or not all(keys):
@@ -719,18 +726,18 @@ def _apply(document: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override}: the value is not YAML: {error}") from error
     node: Any = document
     for depth, key in enumerate(keys):
-        last = depth == len(keys) - 1
+        is_last = depth == len(keys) - 1
         if isinstance(node, list):
             if not key.isdigit() or int(key) >= len(node):
                 raise ConfigError(f"--set {override}: {key}: must be an index below {len(node)}")
             index: Any = int(key)
         elif isinstance(node, dict):
             index = key
-            if not last and node.get(key) is None:
+            if not is_last and node.get(key) is None:
                 node[key] = {}
         else:
             raise ConfigError(f"--set {override}: {'.'.join(keys[:depth])} is a value, not a section")
-        if last:
+        if is_last:
             node[index] = value
         else:
             node = node[index]

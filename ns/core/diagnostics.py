@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnostic:
     """One thing that was looked at."""
 
     name: str
@@ -13,9 +13,9 @@ class Finding:
     detail: str
     fix: str = ""
     """What to do where it is not ok."""
-    warning: bool = False
+    is_warning: bool = False
     """Of what is not ok: nothing fails of it."""
 
     @property
-    def fatal(self) -> bool:
-        return not self.ok and not self.warning
+    def is_fatal(self) -> bool:
+        return not self.ok and not self.is_warning

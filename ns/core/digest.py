@@ -18,14 +18,14 @@ def canonical_json(value: Any) -> bytes:
     return text.encode()
 
 
-def digest(value: Any) -> str:
+def digest_json(value: Any) -> str:
     """SHA-256 of the canonical JSON, 64 hex digits."""
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
-def short(full: str) -> str:
+def shorten_digest(full_digest: str) -> str:
     """The first 16 hex digits: enough for folder names within one project."""
-    return full[:16]
+    return full_digest[:16]
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -38,7 +38,7 @@ def sha256_file(path: Path) -> str:
 
 
 @cache
-def code_digest(*parts: str) -> str:
+def digest_code(*parts: str) -> str:
     """Digest of the source of the named parts of `ns` ("train", "models.py"): changed code is never taken for done work.
 
     Only what can change a step's output belongs in `parts`: a new report must not cost a new training.
@@ -49,11 +49,11 @@ def code_digest(*parts: str) -> str:
         files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
         for file in files:
             sources[file.relative_to(PACKAGE).as_posix()] = sha256_file(file)
-    return digest(sources)
+    return digest_json(sources)
 
 
 # What results depend on, so that changed code is never taken for done work.
-READING = (
+READING_SOURCES = (
     "data/dataset.py",
     "data/shards.py",
     "data/index.py",
@@ -62,8 +62,8 @@ READING = (
     "data/augment/transforms.py",
     "modeling/factory.py",
 )
-TRAINING = (
-    *READING,
+TRAINING_SOURCES = (
+    *READING_SOURCES,
     "training",
     "modeling/precision.py",
     "modeling/distributed.py",
@@ -74,19 +74,19 @@ TRAINING = (
     "labeling/selection.py",
     "labeling/pseudo_label_dataset.py",
 )
-INFERENCE = (*READING, "modeling/predictor.py", "modeling/precision.py")
-EVALUATION = (
-    *INFERENCE,
+INFERENCE_SOURCES = (*READING_SOURCES, "modeling/predictor.py", "modeling/precision.py")
+EVALUATION_SOURCES = (
+    *INFERENCE_SOURCES,
     "evaluation/accuracy.py",
     "evaluation/multi_label.py",
     "evaluation/result.py",
     "evaluation/subsample.py",
 )
-ROBUSTNESS = (*EVALUATION, "evaluation/robustness")
-DISTORTING = (
+ROBUSTNESS_SOURCES = (*EVALUATION_SOURCES, "evaluation/robustness")
+DISTORTION_SOURCES = (
     "data/loading/decode.py",
     "evaluation/robustness/corruptions.py",
     "evaluation/robustness/render.py",
     "evaluation/subsample.py",
 )
-LABELLING = (*INFERENCE, "labeling/predict.py", "labeling/label_set.py")
+LABELING_SOURCES = (*INFERENCE_SOURCES, "labeling/predict.py", "labeling/label_set.py")

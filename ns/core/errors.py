@@ -53,9 +53,9 @@ class Interrupted(NsError):
 
 
 @contextmanager
-def named(field: str, mend: str = "") -> Iterator[None]:
+def prefix_errors(field: str, hint: str = "") -> Iterator[None]:
     """Puts the experiment's field in front of any NsError, and behind it what else can be done."""
     try:
         yield
     except NsError as error:
-        raise type(error)(f"{field}: {error}{mend}") from error
+        raise type(error)(f"{field}: {error}{hint}") from error

@@ -8,7 +8,7 @@ Z95 = 1.96
 """Quantile of the normal distribution for two-sided 95 %."""
 
 
-class Share(NamedTuple):
+class ShareInterval(NamedTuple):
     """A share with its interval, all in [0, 1]."""
 
     value: float
@@ -16,27 +16,31 @@ class Share(NamedTuple):
     high: float
 
 
-def wilson(share: float, count: float) -> tuple[float, float]:
+def wilson_interval(share: float, trial_count: float) -> tuple[float, float]:
     """The 95 % interval of a share of `count` trials (Wilson 1927). Of no trials, everything is possible."""
-    if count == 0:
+    if trial_count == 0:
         return 0.0, 1.0
-    centre = (share + Z95**2 / (2 * count)) / (1 + Z95**2 / count)
-    half = Z95 / (1 + Z95**2 / count) * math.sqrt(share * (1 - share) / count + Z95**2 / (4 * count * count))
+    center = (share + Z95**2 / (2 * trial_count)) / (1 + Z95**2 / trial_count)
+    half = (
+        Z95
+        / (1 + Z95**2 / trial_count)
+        * math.sqrt(share * (1 - share) / trial_count + Z95**2 / (4 * trial_count * trial_count))
+    )
     # Rounding must not push a bound past the share itself, which it does at 0 and 1.
-    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
+    return max(0.0, min(share, center - half)), min(1.0, max(share, center + half))
 
 
-def trials(sampled: int, of: int) -> float:
+def effective_trials(sample_size: int, population: int) -> float:
     """Independent trials that say as much as `sampled` of `of` things drawn without putting back; infinitely many if all were.
 
     The variance of such a sample's share is smaller by (of − sampled) / (of − 1) (Cochran, Sampling Techniques, §3.2).
     """
-    if sampled == of:
+    if sample_size == population:
         return math.inf
-    return sampled * (of - 1) / (of - sampled)
+    return sample_size * (population - 1) / (population - sample_size)
 
 
-def weighted(shares: Sequence[Share], weights: Sequence[float]) -> Share:
+def combine_shares(shares: Sequence[ShareInterval], weights: Sequence[float]) -> ShareInterval:
     """The share in a whole whose parts have these shares, measured apart, and these weights (which sum to 1).
 
     The distances of the parts' bounds from their values add up in squares: MOVER (Zou and Donner, Statistics in Medicine 27,
@@ -46,4 +50,4 @@ def weighted(shares: Sequence[Share], weights: Sequence[float]) -> Share:
     value = sum(weight * share.value for share, weight in zip(shares, weights, strict=True))
     below = math.sqrt(sum((weight * (share.value - share.low)) ** 2 for share, weight in zip(shares, weights, strict=True)))
     above = math.sqrt(sum((weight * (share.high - share.value)) ** 2 for share, weight in zip(shares, weights, strict=True)))
-    return Share(value, max(0.0, value - below), min(1.0, value + above))
+    return ShareInterval(value, max(0.0, value - below), min(1.0, value + above))

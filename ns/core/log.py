@@ -22,7 +22,7 @@ PROGRESS_SECONDS = 0.25
 LAST_LINES = 15
 
 
-def configure(*, level: int = logging.INFO) -> None:
+def configure_logging(*, level: int = logging.INFO) -> None:
     """Sets the form of the log once a process. Lines go to stderr, so that stdout stays free for results."""
     renderer: Any
     if sys.stderr.isatty():
@@ -43,28 +43,28 @@ def configure(*, level: int = logging.INFO) -> None:
     )
 
 
-def configure_helper() -> None:
+def configure_helper_logging() -> None:
     """The form of the log in a process that does what another one reports: warnings only."""
-    configure(level=logging.WARNING)
+    configure_logging(level=logging.WARNING)
 
 
-def get() -> Any:
+def get_logger() -> Any:
     return structlog.get_logger()
 
 
 @contextlib.contextmanager
-def bound(**context: Any) -> Iterator[None]:
+def bind_context(**context: Any) -> Iterator[None]:
     """Adds fields (step, generation) to every line logged inside."""
     with structlog.contextvars.bound_contextvars(**context):
         yield
 
 
-_watching: list[Callable[[int], object]] = []
+_progress_listeners: list[Callable[[int], object]] = []
 
 
-def on_progress(watch: Callable[[int], object]) -> None:
+def add_progress_listener(listener: Callable[[int], object]) -> None:
     """From now on calls `watch` with every count by which a step advances."""
-    _watching.append(watch)
+    _progress_listeners.append(listener)
 
 
 class Progress:
@@ -78,17 +78,17 @@ class Progress:
         self._started = time.monotonic()
         self._logged = 0.0
 
-    def advance(self, count: int = 1, **facts: Any) -> None:
+    def update(self, count: int = 1, **metrics: Any) -> None:
         """Counts `count` more units as done. `facts` (loss, top1) are shown beside them."""
         self.done += count
-        for watch in _watching:
+        for watch in _progress_listeners:
             watch(count)
         now = time.monotonic()
         if now - self._logged < PROGRESS_SECONDS and self.done < self.total:
             return
         self._logged = now
         rate = (self.done - self._first) / max(now - self._started, 1e-9)
-        get().info("progress", done=self.done, total=self.total, unit=self.unit, per_second=round(rate, 2), **facts)
+        get_logger().info("progress", done=self.done, total=self.total, unit=self.unit, per_second=round(rate, 2), **metrics)
 
 
 def _append_to_events(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
@@ -101,13 +101,13 @@ def _append_to_events(_logger: Any, _method: str, event: MutableMapping[str, Any
     return event
 
 
-def last_words(lines: Iterable[str]) -> str:
+def format_last_lines(lines: Iterable[str]) -> str:
     """The end of a log for the end of a message: the last 15 lines that are for people, neither empty nor JSON; empty if none are."""
-    said = [line for line in lines if line.strip() and not (line.startswith("{") and line.endswith("}"))]
-    return ":" + "".join(f"\n  {line}" for line in said[-LAST_LINES:]) if said else ""
+    text_lines = [line for line in lines if line.strip() and not (line.startswith("{") and line.endswith("}"))]
+    return ":" + "".join(f"\n  {line}" for line in text_lines[-LAST_LINES:]) if text_lines else ""
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """`3.2 s`, `4 min 10 s`, `2 h 5 min`, `4.5 days`."""
     if seconds < 60:
         return f"{seconds:.1f} s"

@@ -12,11 +12,11 @@ from types import FrameType
 CLIENT_VARIABLE = "NS_CLIENT_PID"
 POLL_SECONDS = 0.5
 
-_watching = threading.Event()
+_watch_started = threading.Event()
 
 
 @contextlib.contextmanager
-def signalled(
+def handle_signals(
     handler: Callable[[int, FrameType | None], object], numbers: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)
 ) -> Iterator[None]:
     """Has `handler` called when one of the signals comes, inside; afterwards whoever was before. Where that cannot be had, in another
@@ -35,27 +35,27 @@ def signalled(
 def die_with_client() -> None:
     """Ends this process when the one named by NS_CLIENT_PID is gone. Without the variable, as on a cluster, does nothing."""
     client = os.environ.get(CLIENT_VARIABLE, "")
-    if not client.isdigit() or int(client) == os.getpid() or _watching.is_set():
+    if not client.isdigit() or int(client) == os.getpid() or _watch_started.is_set():
         return
-    _watching.set()
-    die_with(int(client))
+    _watch_started.set()
+    die_with_process(int(client))
 
 
-def begin_helper(parent: int) -> None:
+def init_helper_process(parent_pid: int) -> None:
     """Begins a process of a pool: it ends with its parent, and Ctrl-C, which goes to the whole group, is for the parent to answer."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with(parent)
+    die_with_process(parent_pid)
 
 
-def die_with(process: int) -> None:
+def die_with_process(pid: int) -> None:
     """Ends this process when another one is gone."""
-    threading.Thread(target=_watch, args=(process,), name="client-watch", daemon=True).start()
+    threading.Thread(target=_poll_process, args=(pid,), name="client-watch", daemon=True).start()
 
 
-def _watch(client: int) -> None:
+def _poll_process(pid: int) -> None:
     while True:
         try:
-            os.kill(client, 0)
+            os.kill(pid, 0)
         except ProcessLookupError:
             # No tidying up: every write is atomic, and the client that would have read the result is gone.
             with contextlib.suppress(ProcessLookupError):

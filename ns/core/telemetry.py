@@ -38,21 +38,21 @@ SUMMARY = CollectorRegistry()
 """What is pushed at the end of a run."""
 
 
-class _Found(Gauge):
+class _OptionalGauge(Gauge):
     """A gauge that is not there before it is set: 0 would be a claim, and set off alerts."""
 
-    _is_found = False
+    _is_set = False
 
     def set(self, value: float) -> None:
-        self._is_found = True
+        self._is_set = True
         super().set(value)
 
     def set_function(self, f: Callable[[], float]) -> None:
-        self._is_found = True
+        self._is_set = True
         super().set_function(f)
 
     def collect(self) -> Iterable[Metric]:
-        return super().collect() if self._is_found else ()
+        return super().collect() if self._is_set else ()
 
 
 # --- Every step
@@ -84,26 +84,28 @@ STEP_SECONDS = Histogram(
     buckets=(0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 30),
     registry=REGISTRY,
 )
-STEPS = _Found("nst_training_steps", "Steps of the training under way.", registry=REGISTRY)
-STEPS_DONE = _Found("nst_training_steps_done", "Steps done of the training under way.", registry=REGISTRY)
-LOSS = Gauge("nst_loss", "Mean loss since the point before: total, labelled, pseudo.", ["part"], registry=REGISTRY)
-LEARNING_RATE = _Found("nst_learning_rate", "Learning rate.", registry=REGISTRY)
-ACCURACY = _Found("nst_labelled_accuracy_ratio", "Top-1 on the labelled images of training, noised.", registry=REGISTRY)
-AGREEMENT = _Found(
+STEPS = _OptionalGauge("nst_training_steps", "Steps of the training under way.", registry=REGISTRY)
+STEPS_DONE = _OptionalGauge("nst_training_steps_done", "Steps done of the training under way.", registry=REGISTRY)
+LOSS = Gauge("nst_loss", "Mean loss since the point before: total, labeled, pseudo.", ["part"], registry=REGISTRY)
+LEARNING_RATE = _OptionalGauge("nst_learning_rate", "Learning rate.", registry=REGISTRY)
+ACCURACY = _OptionalGauge("nst_labeled_accuracy_ratio", "Top-1 on the labeled images of training, noised.", registry=REGISTRY)
+AGREEMENT = _OptionalGauge(
     "nst_teacher_student_agreement_ratio", "Share of noised images on which student and teacher agree.", registry=REGISTRY
 )
-CHECKPOINT_AGE = _Found(
+CHECKPOINT_AGE = _OptionalGauge(
     "nst_checkpoint_age_seconds", "What a kill would cost: time since the last checkpoint.", registry=REGISTRY
 )
-CHECKPOINT_INTERVAL = _Found("nst_checkpoint_interval_seconds", "Time between checkpoints that is wanted.", registry=REGISTRY)
+CHECKPOINT_INTERVAL = _OptionalGauge(
+    "nst_checkpoint_interval_seconds", "Time between checkpoints that is wanted.", registry=REGISTRY
+)
 
-# --- Labelling
+# --- Labeling
 
-SHARDS = _Found("nst_shards", "Shards that this task has to label.", registry=REGISTRY)
-SHARDS_DONE = _Found("nst_shards_done", "Shards of this task that are labelled.", registry=REGISTRY)
+SHARDS = _OptionalGauge("nst_shards", "Shards that this task has to label.", registry=REGISTRY)
+SHARDS_DONE = _OptionalGauge("nst_shards_done", "Shards of this task that are labeled.", registry=REGISTRY)
 
 
-class _Confidence(Collector):
+class _ConfidenceHistogram(Collector):
     """A histogram that takes many images at a time: one by one they would cost more than their labels."""
 
     BOUNDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
@@ -113,14 +115,14 @@ class _Confidence(Collector):
         self._sum = 0.0
         REGISTRY.register(self)
 
-    def add(self, counts: Sequence[int]) -> None:
+    def add_counts(self, counts: Sequence[int]) -> None:
         """`counts`: images by confidence, in equal bins from 0 to 1. Their sum is that of the bins' middles."""
         bins, start = len(counts), 0
         for number, bound in enumerate(self.BOUNDS):
             stop = round(bound * bins)
             self._counts[number] += sum(counts[start:stop])
             start = stop
-        self._sum += sum((place + 0.5) / bins * count for place, count in enumerate(counts) if count)
+        self._sum += sum((bin_index + 0.5) / bins * count for bin_index, count in enumerate(counts) if count)
 
     def describe(self) -> Iterable[Metric]:
         return self.collect()
@@ -132,13 +134,13 @@ class _Confidence(Collector):
             buckets.append((str(bound), float(total)))
         yield HistogramMetricFamily(
             "nst_pseudo_label_confidence",
-            "The teacher's confidence in the images labelled by this process.",
+            "The teacher's confidence in the images labeled by this process.",
             buckets=[*buckets, ("+Inf", float(total))],
             sum_value=self._sum,
         )
 
 
-CONFIDENCE = _Confidence()
+CONFIDENCE = _ConfidenceHistogram()
 
 # --- Selection
 
@@ -148,15 +150,19 @@ PSEUDO_LABELS = Counter(
     ["outcome"],
     registry=REGISTRY,
 )
-COVERAGE = _Found("nst_class_coverage_ratio", "Share of classes of which any pseudo-labelled image is kept.", registry=REGISTRY)
+COVERAGE = _OptionalGauge(
+    "nst_class_coverage_ratio", "Share of classes of which any pseudo-labeled image is kept.", registry=REGISTRY
+)
 CLASS_IMAGES = Gauge(
     "nst_class_kept_images",
     "Distinct images kept of a class: min, p10, median, max over classes.",
     ["statistic"],
     registry=REGISTRY,
 )
-CHURN = _Found("nst_label_churn_ratio", "Share of labels that differ from those of the generation before.", registry=REGISTRY)
-CHURN_LIMIT = _Found("nst_label_churn_limit_ratio", "The gate's limit on it (gate.max_churn).", registry=REGISTRY)
+CHURN = _OptionalGauge(
+    "nst_label_churn_ratio", "Share of labels that differ from those of the generation before.", registry=REGISTRY
+)
+MAX_CHURN = _OptionalGauge("nst_label_churn_limit_ratio", "The gate's limit on it (gate.max_churn).", registry=REGISTRY)
 
 # --- Evaluation and gate
 
@@ -164,26 +170,26 @@ EVALUATED = Gauge(
     "nst_eval_accuracy_ratio", "Top-1 of the model: heldout, test, and further sets by name.", ["split"], registry=REGISTRY
 )
 ATTACKED = Gauge("nst_eval_attacked_accuracy_ratio", "Top-1 that an attack leaves.", ["attack"], registry=REGISTRY)
-MCE = _Found("nst_eval_mce", "Mean corruption error in %, of which the reference has 100.", registry=REGISTRY)
-MFR = _Found("nst_eval_mfr", "Mean flip rate in %, of which the reference has 100.", registry=REGISTRY)
+MCE = _OptionalGauge("nst_eval_mce", "Mean corruption error in %, of which the reference has 100.", registry=REGISTRY)
+MFR = _OptionalGauge("nst_eval_mfr", "Mean flip rate in %, of which the reference has 100.", registry=REGISTRY)
 GAIN = Gauge(
     "nst_loop_gain_ratio", "Top-1 of the student less that of its teacher: value, low, high.", ["bound"], registry=REGISTRY
 )
-GATE = _Found("nst_gate_passed", "1 if the student becomes the teacher, 0 if it is refused.", registry=REGISTRY)
-GUARD = Gauge("nst_gate_guard_passed", "1 if a condition of the gate holds, 0 if not.", ["guard"], registry=REGISTRY)
+GATE = _OptionalGauge("nst_gate_passed", "1 if the student becomes the teacher, 0 if it is refused.", registry=REGISTRY)
+GATE_CONDITION = Gauge("nst_gate_guard_passed", "1 if a condition of the gate holds, 0 if not.", ["guard"], registry=REGISTRY)
 
 # --- Pushed once, at the end of a run
 
 LAST_SUCCESS = Gauge("nst_last_success_timestamp_seconds", "When the last run ended well, since 1970.", registry=SUMMARY)
 LAST_DURATION = Gauge("nst_last_run_duration_seconds", "From its start to its end.", registry=SUMMARY)
-LAST_ACCURACY = _Found("nst_last_run_accuracy_ratio", "Held-out top-1 of its best model.", registry=SUMMARY)
-LAST_GAIN = _Found("nst_last_run_gain_ratio", "That less the first teacher's.", registry=SUMMARY)
+LAST_ACCURACY = _OptionalGauge("nst_last_run_accuracy_ratio", "Held-out top-1 of its best model.", registry=SUMMARY)
+LAST_GAIN = _OptionalGauge("nst_last_run_gain_ratio", "That less the first teacher's.", registry=SUMMARY)
 LAST_PROMOTED = Gauge("nst_last_run_promotions", "Generations whose student became the teacher.", registry=SUMMARY)
 
 _stage = ""
 
 
-def begin(stage: str, generation: int, run: str, *, config_digest: str = "", teacher: str = "") -> None:
+def begin_stage(stage: str, generation: int, run: str, *, config_digest: str = "", teacher: str = "") -> None:
     """From now on this process is at work on a step, and its progress counts as the step's."""
     global _stage
     BUILD.labels(__version__).set(1)
@@ -193,20 +199,20 @@ def begin(stage: str, generation: int, run: str, *, config_digest: str = "", tea
     STAGE.labels(stage).set(1)
     IMAGES.labels(stage)  # 0 from the first scrape on: a step that never moves must be seen not to
     if not _stage:
-        log.on_progress(lambda count: IMAGES.labels(_stage).inc(count))
+        log.add_progress_listener(lambda count: IMAGES.labels(_stage).inc(count))
     _stage = stage
 
 
-def end(seconds: float, *, linger: bool = False) -> None:
+def end_stage(seconds: float, *, linger: bool = False) -> None:
     """The step is done. With `linger` the process stays as long as NS_METRICS_LINGER_SECONDS says: what is set at a step's end would
     be gone before the next scrape."""
     STAGE.labels(_stage).set(0)
     STAGE_SECONDS.labels(_stage).observe(seconds)
-    if linger and is_shown():
-        time.sleep(_linger_seconds())
+    if linger and is_served():
+        time.sleep(_read_linger_seconds())
 
 
-def is_shown() -> bool:
+def is_served() -> bool:
     """Whether anybody can look."""
     return bool(os.environ.get(PORT_VARIABLE))
 
@@ -216,7 +222,7 @@ def is_pushed() -> bool:
     return bool(os.environ.get(GATEWAY_VARIABLE))
 
 
-def serve() -> None:
+def serve_metrics() -> None:
     """Shows the metrics on the port in NS_METRICS_PORT, for as long as the process lives. A taken port is logged, no more."""
     port = os.environ.get(PORT_VARIABLE, "")
     if not port:
@@ -224,26 +230,26 @@ def serve() -> None:
     try:
         start_http_server(int(port), registry=REGISTRY)
     except (OSError, OverflowError, ValueError) as error:
-        log.get().warning("no metrics endpoint; work goes on without", port=port, reason=str(error))
+        log.get_logger().warning("no metrics endpoint; work goes on without", port=port, reason=str(error))
 
 
-def checkpoint_saved() -> None:
+def record_checkpoint() -> None:
     """Starts the age of the checkpoint anew."""
-    at = time.monotonic()
-    CHECKPOINT_AGE.set_function(lambda: time.monotonic() - at)
+    saved_at = time.monotonic()
+    CHECKPOINT_AGE.set_function(lambda: time.monotonic() - saved_at)
 
 
-def selected(outcomes: Mapping[str, int], kept: Sequence[int]) -> None:
+def record_selection(outcomes: Mapping[str, int], kept_by_class: Sequence[int]) -> None:
     """What a selection made of the pool. `kept`: distinct images kept, by class."""
     for outcome, images in outcomes.items():
         PSEUDO_LABELS.labels(outcome).inc(images)
-    ranked = sorted(kept)
+    ranked = sorted(kept_by_class)
     COVERAGE.set(sum(images > 0 for images in ranked) / len(ranked))
     for statistic, share in (("min", 0.0), ("p10", 0.1), ("median", 0.5), ("max", 1.0)):
         CLASS_IMAGES.labels(statistic).set(ranked[round(share * (len(ranked) - 1))])
 
 
-def push(pipeline: str) -> None:
+def push_run_metrics(pipeline: str) -> None:
     """Leaves SUMMARY with the Pushgateway at NS_PUSHGATEWAY_URL, in the place of what the pipeline left there before. One that does not
     answer is logged, no more."""
     url = os.environ.get(GATEWAY_VARIABLE, "")
@@ -252,16 +258,16 @@ def push(pipeline: str) -> None:
     try:
         push_to_gateway(url, JOB, SUMMARY, grouping_key={"pipeline": pipeline}, timeout=GATEWAY_SECONDS)
     except (OSError, ValueError) as error:
-        log.get().warning("the run's summary is not with the Pushgateway; all else is", url=url, reason=str(error))
+        log.get_logger().warning("the run's summary is not with the Pushgateway; all else is", url=url, reason=str(error))
 
 
-def _linger_seconds() -> float:
-    asked = os.environ.get(LINGER_VARIABLE, "") or "0"
+def _read_linger_seconds() -> float:
+    text = os.environ.get(LINGER_VARIABLE, "") or "0"
     try:
-        seconds = float(asked)
+        seconds = float(text)
         if not 0 <= seconds <= 3600:
             raise ValueError("must be 0 … 3600 seconds")
     except ValueError as error:
-        log.get().warning("ends without waiting to be scraped", variable=LINGER_VARIABLE, value=asked, reason=str(error))
+        log.get_logger().warning("ends without waiting to be scraped", variable=LINGER_VARIABLE, value=text, reason=str(error))
         return 0
     return seconds

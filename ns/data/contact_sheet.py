@@ -8,7 +8,7 @@ from PIL import Image
 from ns.core.errors import NsError
 from ns.data.dataset import Dataset
 from ns.data.loading.shard_reader import ImageSource
-from ns.data.thumbnail import data_uri
+from ns.data.thumbnail import encode_data_uri
 from ns.storage import Store
 
 THUMBNAIL_PX = 128
@@ -23,47 +23,47 @@ img.large { image-rendering: auto }
 """
 
 
-def write_sheet(folder: Store, data: Dataset, images: int, seed: int) -> str:
+def render_contact_sheet(store: Store, dataset: Dataset, image_count: int, seed: int) -> str:
     """HTML with about `images` images, drawn at random from all shards; as many of each class where there are classes.
 
     An image that cannot be read is shown by its reason.
     """
-    source = ImageSource(folder, data)
+    source = ImageSource(store, dataset)
     rng = np.random.default_rng(seed)
     groups: dict[str, list[tuple[int, int]]] = {}
     # A few shards say enough, and a sheet of a large dataset should not read all of it.
-    chosen = sorted(rng.permutation(len(data.shards))[: max(1, min(len(data.shards), 16))].tolist())
-    for shard in chosen:
-        rows = rng.permutation(data.shards[shard].samples)
-        labels = source.labels(shard, len(data.classes)) if data.classes else None
+    shards = sorted(rng.permutation(len(dataset.shards))[: max(1, min(len(dataset.shards), 16))].tolist())
+    for shard in shards:
+        rows = rng.permutation(dataset.shards[shard].samples)
+        class_ids = source.read_class_ids(shard, len(dataset.classes)) if dataset.classes else None
         for row in rows.tolist():
-            name = data.classes[int(labels[row])] if labels is not None else ""
+            name = dataset.classes[int(class_ids[row])] if class_ids is not None else ""
             groups.setdefault(name, []).append((shard, row))
     parts = [
-        f"<p>{data.samples:,} images in {len(data.shards)} shards, {data.rejected:,} left out · {html.escape(data.digest)}</p>"
+        f"<p>{dataset.samples:,} images in {len(dataset.shards)} shards, {dataset.rejected:,} left out · {html.escape(dataset.digest)}</p>"
     ]
-    each = max(1, images // max(1, len(groups)))
-    for name in sorted(groups, key=lambda name: data.classes.index(name) if name else -1):
-        places = groups[name]
+    per_class = max(1, image_count // max(1, len(groups)))
+    for name in sorted(groups, key=lambda name: dataset.classes.index(name) if name else -1):
+        locations = groups[name]
         # From all shards that were looked at, not from the first.
-        shown = sorted(places[at] for at in rng.permutation(len(places))[:each])
+        shown = sorted(locations[at] for at in rng.permutation(len(locations))[:per_class])
         heading = f"<h2>{html.escape(name)}</h2>" if name else ""
-        parts.append(f'{heading}<div class="sheet">{"".join(_figure(source, *place) for place in shown)}</div>')
-    title = html.escape(data.name)
+        parts.append(f'{heading}<div class="sheet">{"".join(_render_figure(source, *location) for location in shown)}</div>')
+    title = html.escape(dataset.name)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{title}</title><style>{STYLE}</style><h1>{title} <small>({data.role})</small></h1>{''.join(parts)}</html>"
+        f"<title>{title}</title><style>{STYLE}</style><h1>{title} <small>({dataset.role})</small></h1>{''.join(parts)}</html>"
     )
 
 
-def _figure(source: ImageSource, shard: int, row: int) -> str:
-    key = html.escape(source.index(shard).keys[row])
+def _render_figure(source: ImageSource, shard: int, row: int) -> str:
+    key = html.escape(source.read_index(shard).keys[row])
     try:
-        pixels = source.pixels(shard, row)
+        pixels = source.read_pixels(shard, row)
     except NsError as error:
         return f"<figure>{html.escape(str(error))}</figure>"
     picture = Image.fromarray(pixels)
     size = f"{picture.width} × {picture.height}"
     large = max(picture.size) > THUMBNAIL_PX
-    shown = f'<img alt="{key}" class="{"large" if large else "small"}" src="{data_uri(picture, THUMBNAIL_PX)}">'
-    return f"<figure>{shown}<figcaption>{key}<br>{size}</figcaption></figure>"
+    img = f'<img alt="{key}" class="{"large" if large else "small"}" src="{encode_data_uri(picture, THUMBNAIL_PX)}">'
+    return f"<figure>{img}<figcaption>{key}<br>{size}</figcaption></figure>"

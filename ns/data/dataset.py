@@ -1,7 +1,7 @@
 """Dataset: an ordered list of tar shards with a manifest beside them.
 
 dataset.json          name, role, classes, shards, digest; written last
-shard-00000.tar …     WebDataset layout: KEY.jpg|png|webp, and KEY.cls (class index as text) where labelled
+shard-00000.tar …     WebDataset layout: KEY.jpg|png|webp, and KEY.cls (class index as text) where labeled
 """
 
 from typing import Any, Literal, Self
@@ -9,26 +9,26 @@ from typing import Any, Literal, Self
 from pydantic import Field
 
 from ns.storage import Store
-from ns.storage.documents import Document, Identified
+from ns.storage.documents import HashedDocument, JsonDocument
 
 MANIFEST = "dataset.json"
 
-Role = Literal["labelled", "unlabelled", "evaluation"]
+DatasetRole = Literal["labeled", "unlabeled", "evaluation"]
 
 
-class Shard(Document):
+class Shard(JsonDocument):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\.tar$")
     samples: int = Field(ge=0)
     bytes: int = Field(ge=0)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-class Dataset(Identified):
+class Dataset(HashedDocument):
     format: Literal[1] = 1
     name: str
-    role: Role
+    role: DatasetRole
     classes: tuple[str, ...]
-    """Class names; a label is an index into them. Empty for unlabelled data."""
+    """Class names; a label is an index into them. Empty for unlabeled data."""
     shards: tuple[Shard, ...]
     rejected: int = Field(default=0, ge=0)
     """Images left out because they could not be read; `rejected.parquet` lists them with reasons."""
@@ -41,17 +41,17 @@ class Dataset(Identified):
     def bytes(self) -> int:
         return sum(shard.bytes for shard in self.shards)
 
-    def identity(self) -> Any:
+    def hashed_fields(self) -> Any:
         return {
             "classes": list(self.classes),
             "role": self.role,
             "shards": [[shard.sha256, shard.samples] for shard in self.shards],
         }
 
-    def save(self, folder: Store) -> None:
-        self.write(folder, MANIFEST)
+    def save(self, store: Store) -> None:
+        self.save_file(store, MANIFEST)
 
     @classmethod
-    def load(cls, folder: Store) -> Self:
+    def load(cls, store: Store) -> Self:
         """Reads and checks `dataset.json`. Raises DataError naming the field that is wrong."""
-        return cls.read(folder, MANIFEST)
+        return cls.load_file(store, MANIFEST)

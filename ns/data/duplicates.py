@@ -8,21 +8,21 @@ import numpy as np
 import numpy.typing as npt
 
 from ns.data.fingerprint import Fingerprints
-from ns.data.scratch import writing
+from ns.data.scratch import explain_scratch_errors
 
-PARTS = 64
+PARTITIONS = 64
 """Files that images are sorted into; one is in memory at a time."""
-NEIGHBOURS = 5_000
+MAX_NEIGHBORS = 5_000
 """An image is compared with so many others that share a quarter of its hash. More is a pool of test patterns, and would take
 the square of their number."""
 MIXER = np.uint64(0x9E3779B97F4A7C15)
-SAME = np.dtype([("first", np.uint64), ("second", np.uint64), ("image", np.int64)])
-HASH = np.dtype([("hash", np.uint64), ("image", np.int64)])
+SAME_DTYPE = np.dtype([("first", np.uint64), ("second", np.uint64), ("image", np.int64)])
+HASH_DTYPE = np.dtype([("hash", np.uint64), ("image", np.int64)])
 
 Ints = npt.NDArray[np.int64]
 
 
-class Pairs(NamedTuple):
+class ImagePairs(NamedTuple):
     """Images, by their number, with an earlier one each that they resemble."""
 
     later: Ints
@@ -31,82 +31,82 @@ class Pairs(NamedTuple):
     """Of 64, in which the perceptual hashes differ."""
 
 
-class Found(NamedTuple):
-    same: Pairs
+class DuplicatePairs(NamedTuple):
+    same: ImagePairs
     """Equal bytes: each image but the first of its kind, with the first. Bits are 0."""
-    alike: Pairs
+    alike: ImagePairs
     """Equal hashes: each image but the first, with the first. Holds most of `same` too."""
-    near: Pairs
+    near: ImagePairs
     """Hashes that differ in a few bits, between images that are the first with their hash."""
     skipped: int
-    """Comparisons left out at NEIGHBOURS."""
+    """Comparisons left out at NEIGHBORS."""
 
 
-def find(shards: Iterable[Fingerprints], scratch: Path, bits: int) -> Found:
+def find_duplicates(shards: Iterable[Fingerprints], scratch_dir: Path, bits: int) -> DuplicatePairs:
     """Finds duplicates among all images, numbered through all shards in their order.
 
     `bits`: hashes that differ in at most so many of 64 bits are near. Two such hashes have at least one of `bits` + 1 bands in
     common, so that only those that share a band are compared. `scratch` is an empty folder; raises StoreError when it is full.
     """
-    with writing(scratch, "sort fingerprints"):
-        return _find(shards, scratch, bits)
+    with explain_scratch_errors(scratch_dir, "sort fingerprints"):
+        return _find_pairs(shards, scratch_dir, bits)
 
 
-def _find(shards: Iterable[Fingerprints], scratch: Path, bits: int) -> Found:
+def _find_pairs(shards: Iterable[Fingerprints], scratch_dir: Path, bits: int) -> DuplicatePairs:
     bands = np.array_split(np.arange(64), bits + 1)
     start = 0
     for shard in shards:
         images = np.arange(start, start + len(shard.phash))
         start += len(images)
         halves = np.frombuffer(shard.sha256.astype("S32").tobytes(), np.uint64).reshape(-1, 4)
-        same = np.empty(len(images), SAME)
+        same = np.empty(len(images), SAME_DTYPE)
         same["first"], same["second"], same["image"] = halves[:, 0], halves[:, 1], images
-        _sort_into(scratch, "same", same, same["first"])
-        wanted = np.flatnonzero(shard.comparable)
-        hashes = np.empty(len(wanted), HASH)
-        hashes["hash"], hashes["image"] = shard.phash[wanted], images[wanted]
-        _sort_into(scratch, "alike", hashes, hashes["hash"])
-    same_pairs = [_firsts(part, ("first", "second"))[1] for part in _parts(scratch, "same", SAME)]
+        _append_partitions(scratch_dir, "same", same, same["first"])
+        comparable = np.flatnonzero(shard.comparable)
+        hashes = np.empty(len(comparable), HASH_DTYPE)
+        hashes["hash"], hashes["image"] = shard.phash[comparable], images[comparable]
+        _append_partitions(scratch_dir, "alike", hashes, hashes["hash"])
+    same_pairs = [_pair_with_first(part, ("first", "second"))[1] for part in _read_partitions(scratch_dir, "same", SAME_DTYPE)]
     alike_pairs = []
-    for part in _parts(scratch, "alike", HASH):
-        firsts, pairs = _firsts(part, ("hash",))
+    for part in _read_partitions(scratch_dir, "alike", HASH_DTYPE):
+        firsts, pairs = _pair_with_first(part, ("hash",))
         alike_pairs.append(pairs)
         for number, band in enumerate(bands):
-            _sort_into(scratch, f"band-{number}", firsts, _band(firsts["hash"], band))
+            _append_partitions(scratch_dir, f"band-{number}", firsts, _extract_band(firsts["hash"], band))
     near_pairs, skipped = [], 0
     for number, band in enumerate(bands):
-        for part in _parts(scratch, f"band-{number}", HASH):
-            pairs, left = _compare(part, _band(part["hash"], band), bits)
+        for part in _read_partitions(scratch_dir, f"band-{number}", HASH_DTYPE):
+            pairs, uncompared = _compare_neighbors(part, _extract_band(part["hash"], band), bits)
             near_pairs.append(pairs)
-            skipped += left
-    return Found(_joined(same_pairs), _joined(alike_pairs), _joined(near_pairs), skipped)
+            skipped += uncompared
+    return DuplicatePairs(_merge_pairs(same_pairs), _merge_pairs(alike_pairs), _merge_pairs(near_pairs), skipped)
 
 
-def _band(hashes: npt.NDArray[np.uint64], band: npt.NDArray[np.integer]) -> npt.NDArray[np.uint64]:
+def _extract_band(hashes: npt.NDArray[np.uint64], band: npt.NDArray[np.integer]) -> npt.NDArray[np.uint64]:
     return (hashes >> np.uint64(band[0])) & np.uint64((1 << len(band)) - 1)
 
 
-def _sort_into(scratch: Path, name: str, records: npt.NDArray[np.void], keys: npt.NDArray[np.uint64]) -> None:
+def _append_partitions(scratch_dir: Path, name: str, records: npt.NDArray[np.void], keys: npt.NDArray[np.uint64]) -> None:
     # Multiplied, as the upper bits of a hash or a band may all be alike.
-    parts = (keys * MIXER) >> np.uint64(64 - PARTS.bit_length() + 1)
+    parts = (keys * MIXER) >> np.uint64(64 - PARTITIONS.bit_length() + 1)
     order = np.argsort(parts, kind="stable")
-    bounds = np.searchsorted(parts[order], np.arange(PARTS + 1))
-    for part in range(PARTS):
-        chosen = records[order[bounds[part] : bounds[part + 1]]]
-        if len(chosen):
-            with (scratch / f"{name}-{part}").open("ab") as file:
-                file.write(chosen.tobytes())
+    bounds = np.searchsorted(parts[order], np.arange(PARTITIONS + 1))
+    for part in range(PARTITIONS):
+        selected = records[order[bounds[part] : bounds[part + 1]]]
+        if len(selected):
+            with (scratch_dir / f"{name}-{part}").open("ab") as file:
+                file.write(selected.tobytes())
 
 
-def _parts(scratch: Path, name: str, kind: np.dtype[np.void]) -> Iterator[npt.NDArray[np.void]]:
-    for part in range(PARTS):
-        file = scratch / f"{name}-{part}"
-        if file.exists():
-            yield np.frombuffer(file.read_bytes(), kind)
-            file.unlink()
+def _read_partitions(scratch_dir: Path, name: str, dtype: np.dtype[np.void]) -> Iterator[npt.NDArray[np.void]]:
+    for part in range(PARTITIONS):
+        path = scratch_dir / f"{name}-{part}"
+        if path.exists():
+            yield np.frombuffer(path.read_bytes(), dtype)
+            path.unlink()
 
 
-def _firsts(records: npt.NDArray[np.void], by: tuple[str, ...]) -> tuple[npt.NDArray[np.void], Pairs]:
+def _pair_with_first(records: npt.NDArray[np.void], by: tuple[str, ...]) -> tuple[npt.NDArray[np.void], ImagePairs]:
     """The first image of each kind, and all others paired with it."""
     ordered = np.sort(records, order=(*by, "image"))
     new = np.ones(len(ordered), np.bool_)
@@ -114,32 +114,32 @@ def _firsts(records: npt.NDArray[np.void], by: tuple[str, ...]) -> tuple[npt.NDA
     firsts = ordered[new]
     others = ~new
     earlier = firsts["image"][np.cumsum(new) - 1][others]
-    return firsts, Pairs(ordered["image"][others], earlier, np.zeros(int(others.sum()), np.int64))
+    return firsts, ImagePairs(ordered["image"][others], earlier, np.zeros(int(others.sum()), np.int64))
 
 
-def _compare(records: npt.NDArray[np.void], keys: npt.NDArray[np.uint64], bits: int) -> tuple[Pairs, int]:
+def _compare_neighbors(records: npt.NDArray[np.void], keys: npt.NDArray[np.uint64], bits: int) -> tuple[ImagePairs, int]:
     """All pairs that share a key and are near, and how many were not compared."""
     order = np.lexsort((records["hash"], keys))
     hashes, images, keys = records["hash"][order], records["image"][order], keys[order]
-    found = []
-    left = np.arange(len(keys))
-    for step in range(1, NEIGHBOURS + 1):
-        left = left[left + step < len(keys)]
-        left = left[keys[left] == keys[left + step]]
-        if not len(left):
+    pairs = []
+    remaining = np.arange(len(keys))
+    for gap in range(1, MAX_NEIGHBORS + 1):
+        remaining = remaining[remaining + gap < len(keys)]
+        remaining = remaining[keys[remaining] == keys[remaining + gap]]
+        if not len(remaining):
             break
-        distance = np.bitwise_count(hashes[left] ^ hashes[left + step])
+        distance = np.bitwise_count(hashes[remaining] ^ hashes[remaining + gap])
         hits = distance <= bits
-        one, other = images[left[hits]], images[left[hits] + step]
-        found.append(Pairs(np.maximum(one, other), np.minimum(one, other), distance[hits].astype(np.int64)))
+        first, second = images[remaining[hits]], images[remaining[hits] + gap]
+        pairs.append(ImagePairs(np.maximum(first, second), np.minimum(first, second), distance[hits].astype(np.int64)))
     groups = np.unique(keys, return_counts=True)[1]
-    beyond = np.maximum(groups - 1 - NEIGHBOURS, 0)
-    return _joined(found), int((beyond * (beyond + 1) // 2).sum())
+    beyond = np.maximum(groups - 1 - MAX_NEIGHBORS, 0)
+    return _merge_pairs(pairs), int((beyond * (beyond + 1) // 2).sum())
 
 
-def _joined(pairs: list[Pairs]) -> Pairs:
+def _merge_pairs(pairs: list[ImagePairs]) -> ImagePairs:
     """Without repetitions, by the number of the later image, then that of the earlier."""
     if not pairs:
-        return Pairs(*(np.zeros(0, np.int64) for _ in range(3)))
+        return ImagePairs(*(np.zeros(0, np.int64) for _ in range(3)))
     table = np.unique(np.stack([np.concatenate(column) for column in zip(*pairs, strict=True)], 1), axis=0)
-    return Pairs(table[:, 0], table[:, 1], table[:, 2])
+    return ImagePairs(table[:, 0], table[:, 1], table[:, 2])

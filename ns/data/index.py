@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 
 from ns.core.errors import DataError
 from ns.data.dataset import Shard
-from ns.data.loading.decode import look
-from ns.data.shards import Sample, read_index, read_range
+from ns.data.loading.decode import read_jpeg_size
+from ns.data.shards import ShardSample, read_range, read_samples
 from ns.storage import Store
 from ns.storage.parquet import read_table
 
@@ -34,7 +34,7 @@ SCHEMA = pa.schema(
         ("height", pa.int32()),
     ]
 )
-TAR = b"tar_sha256"
+TAR_SHA256 = b"tar_sha256"
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class ShardIndex:
     offsets: npt.NDArray[np.int64]
     sizes: npt.NDArray[np.int64]
     """Bytes."""
-    labels: npt.NDArray[np.int64]
+    class_ids: npt.NDArray[np.int64]
     """Class indices; -1 where the tar has none."""
     widths: npt.NDArray[np.int32]
-    """px of JPEGs that libjpeg-turbo decodes upright and in colour by itself; 0 for all others."""
+    """px of JPEGs that libjpeg-turbo decodes upright and in color by itself; 0 for all others."""
     heights: npt.NDArray[np.int32]
 
     def __len__(self) -> int:
@@ -56,65 +56,65 @@ class ShardIndex:
 
     @cached_property
     def keys(self) -> list[str]:
-        found: list[str] = self.table["key"].to_pylist()
-        return found
+        values: list[str] = self.table["key"].to_pylist()
+        return values
 
     @classmethod
-    def of(cls, samples: list[Sample], sizes: list[tuple[int, int]]) -> "ShardIndex":
+    def from_samples(cls, samples: list[ShardSample], sizes: list[tuple[int, int]]) -> "ShardIndex":
         """`sizes` are width and height as `decode.look` has them."""
         columns = list(zip(*samples, strict=True)) or [()] * 5
-        key, extension, offset, size, label = columns
+        key, extension, offset, size, class_id = columns
         width, height = list(zip(*sizes, strict=True)) or [(), ()]
-        return cls._from(pa.table([key, extension, offset, size, label, width, height], schema=SCHEMA))
+        return cls._from_table(pa.table([key, extension, offset, size, class_id, width, height], schema=SCHEMA))
 
     @classmethod
-    def _from(cls, table: pa.Table) -> "ShardIndex":
-        def column(name: str) -> Any:
+    def _from_table(cls, table: pa.Table) -> "ShardIndex":
+        def read_column(name: str) -> Any:
             return table[name].fill_null(-1).to_numpy()
 
-        return cls(table, *(column(name) for name in ("offset", "size", "label", "width", "height")))
+        return cls(table, *(read_column(name) for name in ("offset", "size", "label", "width", "height")))
 
-    def write(self, folder: Store, shard: Shard) -> None:
+    def save(self, store: Store, shard: Shard) -> None:
         sink = io.BytesIO()
-        pq.write_table(self.table.replace_schema_metadata({TAR: shard.sha256}), sink, compression="zstd")
-        folder.put(file_name(shard), sink.getvalue())
+        pq.write_table(self.table.replace_schema_metadata({TAR_SHA256: shard.sha256}), sink, compression="zstd")
+        store.put(build_index_key(shard), sink.getvalue())
 
     @classmethod
-    def read(cls, folder: Store, shard: Shard) -> "ShardIndex":
+    def load(cls, store: Store, shard: Shard) -> "ShardIndex":
         """The index of `shard`, from its file, or else from the tar itself.
 
         Raises DataError, naming the tar, if it does not hold what the manifest says.
         """
-        found = cls._kept(folder, shard)
-        if found is None:
-            path = folder.path(shard.name)
-            samples = read_index(path)
-            found = cls.of(samples, _looked(path, samples))
-        if len(found) != shard.samples:
+        index = cls._load_file(store, shard)
+        if index is None:
+            path = store.path(shard.name)
+            samples = read_samples(path)
+            index = cls.from_samples(samples, _read_jpeg_sizes(path, samples))
+        if len(index) != shard.samples:
             raise DataError(
-                f"{folder.uri}/{shard.name}: {len(found)} images, dataset.json says {shard.samples}; import the data again"
+                f"{store.uri}/{shard.name}: {len(index)} images, dataset.json says {shard.samples}; import the data again"
             )
-        return found
+        return index
 
     @classmethod
-    def _kept(cls, folder: Store, shard: Shard) -> "ShardIndex | None":
-        name = file_name(shard)
-        if not folder.exists(name):
+    def _load_file(cls, store: Store, shard: Shard) -> "ShardIndex | None":
+        key = build_index_key(shard)
+        if not store.exists(key):
             return None
         try:
-            table = read_table(folder.get(name))
+            table = read_table(store.get(key))
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{folder.uri}/{name}: damaged: {error}; delete it: it is made again from the tar") from error
+            raise DataError(f"{store.uri}/{key}: damaged: {error}; delete it: it is made again from the tar") from error
         # The index of another tar is none.
-        if (table.schema.metadata or {}).get(TAR) != shard.sha256.encode() or not table.schema.equals(SCHEMA):
+        if (table.schema.metadata or {}).get(TAR_SHA256) != shard.sha256.encode() or not table.schema.equals(SCHEMA):
             return None
-        return cls._from(table)
+        return cls._from_table(table)
 
 
-def file_name(shard: Shard) -> str:
+def build_index_key(shard: Shard) -> str:
     return shard.name.removesuffix(".tar") + SUFFIX
 
 
-def _looked(path: Path, samples: list[Sample]) -> list[tuple[int, int]]:
+def _read_jpeg_sizes(path: Path, samples: list[ShardSample]) -> list[tuple[int, int]]:
     with path.open("rb") as file:
-        return [look(read_range(file, sample.offset, sample.size)) for sample in samples]
+        return [read_jpeg_size(read_range(file, sample.offset, sample.size)) for sample in samples]

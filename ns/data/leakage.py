@@ -1,7 +1,7 @@
 """The leak guard: which images of a pool are also in an evaluation set, and what else is there twice.
 
 FOLDER/check.json             counts; written last
-FOLDER/duplicates.parquet     each image that resembles an earlier one: evaluation sets come first, then labelled data, then the pool
+FOLDER/duplicates.parquet     each image that resembles an earlier one: evaluation sets come first, then labeled data, then the pool
 FOLDER/left_out.parquet       images of the pool that resemble one of an evaluation set: no pseudo-label is made of them
 """
 
@@ -15,23 +15,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ns.data import duplicates, fingerprint
-from ns.data.dataset import Dataset, Role
+from ns.data.dataset import Dataset, DatasetRole
 from ns.data.index import ShardIndex
-from ns.data.loading.decode import Encoded
+from ns.data.loading.decode import EncodedJpeg
 from ns.data.loading.shard_reader import ImageSource
-from ns.data.scratch import scratch
+from ns.data.scratch import make_scratch_dir
 from ns.storage import Store
-from ns.storage.documents import Document, Identified
+from ns.storage.documents import HashedDocument, JsonDocument
 from ns.storage.parquet import read_table
 
 MANIFEST = "check.json"
 DUPLICATES = "duplicates.parquet"
 LEFT_OUT = "left_out.parquet"
-BITS = 4
+MAX_NEAR_BITS = 4
 """Of 64 in which perceptual hashes of the same picture may differ. On CIFAR-10's images (32 px, the hardest case): JPEG at quality
 70 changes no more in 100 %, at 40 in 99 %, resizing to 24 or 64 px and brightness × 0.8 or 1.1 in 99 to 100 %, a shift by a
 pixel in 9 %. Of two different images, 3 in 10 million pairs are taken for one, some of which CIFAR-10 really has twice."""
-ALIKE = 0.9
+MIN_COSINE = 0.9
 """Cosine of a model's features from which two near images are taken for one, where there is a model."""
 
 SCHEMA = pa.schema(
@@ -46,28 +46,28 @@ SCHEMA = pa.schema(
         ("bits", pa.int64()),
     ]
 )
-ROWS = 10_000
+WRITE_ROWS = 10_000
 """Of a list, in memory at a time."""
 
-Features = Callable[[Sequence[Encoded | bytes]], npt.NDArray[np.float32]]
+Features = Callable[[Sequence[EncodedJpeg | bytes]], npt.NDArray[np.float32]]
 """Encoded images → float32 [N, D]."""
 
 
-class Checked(NamedTuple):
+class NamedDataset(NamedTuple):
     """A dataset and what to call it."""
 
     name: str
-    folder: Store
-    data: Dataset
-    used_as: Role | None = None
+    store: Store
+    dataset: Dataset
+    used_as: DatasetRole | None = None
     """Where that is not what it was imported as: a pool may have labels."""
 
     @property
-    def role(self) -> Role:
-        return self.used_as or self.data.role
+    def role(self) -> DatasetRole:
+        return self.used_as or self.dataset.role
 
 
-class Overlap(Document):
+class Overlap(JsonDocument):
     """Images of one dataset that resemble an image of another, or an earlier one of the same."""
 
     of: str
@@ -78,13 +78,13 @@ class Overlap(Document):
     """Not equal, but alike in what they show."""
 
 
-class CheckReport(Identified):
+class LeakageReport(HashedDocument):
     format: Literal[1] = 1
     datasets: dict[str, str]
     """Name → digest."""
     images: dict[str, int]
     classes: dict[str, dict[str, int]]
-    """Labelled dataset → class → images."""
+    """Labeled dataset → class → images."""
     overlaps: tuple[Overlap, ...]
     left_out: int
     """Images of pools that resemble one of an evaluation set."""
@@ -92,38 +92,47 @@ class CheckReport(Identified):
     skipped: int
     """Comparisons of perceptual hashes left out, since too many were too much alike."""
 
-    def between(self, of: str, within: str) -> Overlap:
+    def get_overlap(self, of: str, within: str) -> Overlap:
         return next(overlap for overlap in self.overlaps if (overlap.of, overlap.within) == (of, within))
 
 
-def check(
-    datasets: Sequence[Checked], folder: Store, kept: Store, *, bits: int = BITS, features: Features | None = None
-) -> CheckReport:
+def check_datasets(
+    datasets: Sequence[NamedDataset],
+    store: Store,
+    fingerprint_store: Store,
+    *,
+    bits: int = MAX_NEAR_BITS,
+    features: Features | None = None,
+) -> LeakageReport:
     """Compares all images of all datasets with each other, and writes what it finds into `folder`.
 
     `kept` holds fingerprints between checks. With `features`, near images must also be near in a model's eyes.
     """
-    order: dict[Role, int] = {"evaluation": 0, "labelled": 1, "unlabelled": 2}
-    datasets = sorted(datasets, key=lambda one: order[one.role])
-    for one in datasets:
-        fingerprint.take(one.folder, one.data, kept)
-    shards = (fingerprint.read(kept, one.data, number) for one in datasets for number in range(len(one.data.shards)))
-    with scratch("check") as place:
-        found = duplicates.find(shards, place, bits)
+    order: dict[DatasetRole, int] = {"evaluation": 0, "labeled": 1, "unlabeled": 2}
+    datasets = sorted(datasets, key=lambda named: order[named.role])
+    for named in datasets:
+        fingerprint.compute_fingerprints(named.store, named.dataset, fingerprint_store)
+    shards = (
+        fingerprint.read_fingerprints(fingerprint_store, named.dataset, shard_index)
+        for named in datasets
+        for shard_index in range(len(named.dataset.shards))
+    )
+    with make_scratch_dir("check") as scratch_dir:
+        pairs = duplicates.find_duplicates(shards, scratch_dir, bits)
     if features:
-        found = found._replace(near=_confirmed(found.near, datasets, features))
-    table = _resembling(found, datasets)
-    leaks = table.leaks
-    report = _report(table, found, datasets, bits, left_out=len(leaks.image))
-    _write(folder, DUPLICATES, table, datasets)
-    _write(folder, LEFT_OUT, leaks, datasets)
-    report.write(folder, MANIFEST)
+        pairs = pairs._replace(near=_confirm_near_pairs(pairs.near, datasets, features))
+    table = _build_duplicate_table(pairs, datasets)
+    leaks = table.leaking_rows
+    report = _build_report(table, pairs, datasets, bits, left_out=len(leaks.image))
+    _write_duplicates(store, DUPLICATES, table, datasets)
+    _write_duplicates(store, LEFT_OUT, leaks, datasets)
+    report.save_file(store, MANIFEST)
     return report
 
 
-def left_out(folder: Store) -> dict[str, dict[int, str]]:
+def load_left_out_rows(store: Store) -> dict[str, dict[int, str]]:
     """sha256 of a pool's shard → row → what is said of it, for the images that resemble one of an evaluation set."""
-    table = read_table(folder.get(LEFT_OUT))
+    table = read_table(store.get(LEFT_OUT))
     rows: dict[str, dict[int, str]] = {}
     for shard, row, dataset, key in zip(
         *(table[name].to_pylist() for name in ("shard", "row", "like", "like_key")), strict=True
@@ -132,7 +141,7 @@ def left_out(folder: Store) -> dict[str, dict[int, str]]:
     return rows
 
 
-class _Table(NamedTuple):
+class _DuplicateTable(NamedTuple):
     """One row for each image and each dataset in which it has an earlier duplicate: the nearest one."""
 
     image: npt.NDArray[np.int64]
@@ -146,138 +155,152 @@ class _Table(NamedTuple):
     """Whether the image is of a pool and the other one of an evaluation set."""
 
     @property
-    def leaks(self) -> "_Table":
+    def leaking_rows(self) -> "_DuplicateTable":
         # One line for each image, the nearest of all evaluation sets.
-        chosen = np.flatnonzero(self.leaking)
-        chosen = chosen[np.lexsort((self.other[chosen], self.bits[chosen], self.image[chosen]))]
-        first = np.ones(len(chosen), np.bool_)
-        first[1:] = self.image[chosen][1:] != self.image[chosen][:-1]
-        rows = chosen[first]
-        return _Table(
+        candidates = np.flatnonzero(self.leaking)
+        candidates = candidates[np.lexsort((self.other[candidates], self.bits[candidates], self.image[candidates]))]
+        first = np.ones(len(candidates), np.bool_)
+        first[1:] = self.image[candidates][1:] != self.image[candidates][:-1]
+        rows = candidates[first]
+        return _DuplicateTable(
             self.image[rows], self.other[rows], self.bits[rows], self.image_set[rows], self.other_set[rows], self.leaking[rows]
         )
 
 
-def _starts(datasets: Sequence[Checked]) -> npt.NDArray[np.int64]:
+def _find_dataset_starts(datasets: Sequence[NamedDataset]) -> npt.NDArray[np.int64]:
     """Number of the first image of each dataset, and of all."""
-    return np.cumsum([0, *(one.data.samples for one in datasets)])
+    return np.cumsum([0, *(named.dataset.samples for named in datasets)])
 
 
-def _resembling(found: duplicates.Found, datasets: Sequence[Checked]) -> _Table:
-    starts = _starts(datasets)
-    # An image whose hash others have too has the neighbours of the first of them.
-    like_first = found.alike
-    near = found.near
+def _build_duplicate_table(pairs: duplicates.DuplicatePairs, datasets: Sequence[NamedDataset]) -> _DuplicateTable:
+    starts = _find_dataset_starts(datasets)
+    # An image whose hash others have too has the neighbors of the first of them.
+    like_first = pairs.alike
+    near = pairs.near
     begin, end = (np.searchsorted(near.later, like_first.earlier, side) for side in ("left", "right"))
     counts = end - begin
-    inherited = np.repeat(begin, counts) + _counted(counts)
-    image = np.concatenate([found.same.later, like_first.later, near.later, np.repeat(like_first.later, counts)])
-    other = np.concatenate([found.same.earlier, like_first.earlier, near.earlier, near.earlier[inherited]])
-    bits = np.concatenate([found.same.bits - 1, like_first.bits, near.bits, near.bits[inherited]])
+    inherited = np.repeat(begin, counts) + _count_within_groups(counts)
+    image = np.concatenate([pairs.same.later, like_first.later, near.later, np.repeat(like_first.later, counts)])
+    other = np.concatenate([pairs.same.earlier, like_first.earlier, near.earlier, near.earlier[inherited]])
+    bits = np.concatenate([pairs.same.bits - 1, like_first.bits, near.bits, near.bits[inherited]])
     image_set, other_set = (np.searchsorted(starts, numbers, "right") - 1 for numbers in (image, other))
     best = np.lexsort((other, bits, other_set, image))
     first = np.ones(len(best), np.bool_)
     first[1:] = (image[best][1:] != image[best][:-1]) | (other_set[best][1:] != other_set[best][:-1])
     best = best[first]
-    roles = np.array([one.role for one in datasets])
-    leaking = (roles[image_set] == "unlabelled") & (roles[other_set] == "evaluation")
-    return _Table(image[best], other[best], bits[best], image_set[best], other_set[best], leaking[best])
+    roles = np.array([named.role for named in datasets])
+    leaking = (roles[image_set] == "unlabeled") & (roles[other_set] == "evaluation")
+    return _DuplicateTable(image[best], other[best], bits[best], image_set[best], other_set[best], leaking[best])
 
 
-def _counted(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _count_within_groups(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """[2, 0, 3] → [0, 1, 0, 1, 2]."""
     return np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
-def _confirmed(near: duplicates.Pairs, datasets: Sequence[Checked], features: Features) -> duplicates.Pairs:
+def _confirm_near_pairs(
+    near: duplicates.ImagePairs, datasets: Sequence[NamedDataset], features: Features
+) -> duplicates.ImagePairs:
     """The pairs that a model finds alike too."""
-    sources = [ImageSource(one.folder, one.data) for one in datasets]
-    places = _Places(datasets)
-    kept = np.zeros(len(near.later), np.bool_)
-    for start in range(0, len(kept), 256):
+    sources = [ImageSource(one.store, one.dataset) for one in datasets]
+    locator = _ImageLocator(datasets)
+    confirmed = np.zeros(len(near.later), np.bool_)
+    for start in range(0, len(confirmed), 256):
         part = slice(start, start + 256)
         one, other = (
             features(
                 [
-                    next(sources[place].encoded(shard, row, row + 1))
-                    for place, shard, row in map(places.find, images[part].tolist())
+                    next(sources[dataset_index].read_encoded(shard, row, row + 1))
+                    for dataset_index, shard, row in map(locator.locate_image, images[part].tolist())
                 ]
             )
             for images in (near.later, near.earlier)
         )
         norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
-        kept[part] = (one * other).sum(1) >= ALIKE * np.maximum(norms, 1e-12)
-    return duplicates.Pairs(*(column[kept] for column in near))
+        confirmed[part] = (one * other).sum(1) >= MIN_COSINE * np.maximum(norms, 1e-12)
+    return duplicates.ImagePairs(*(column[confirmed] for column in near))
 
 
-class _Places:
+class _ImageLocator:
     """Number of an image → its dataset's place in the list, shard, row."""
 
-    def __init__(self, datasets: Sequence[Checked]) -> None:
-        self._shards = [(place, number) for place, one in enumerate(datasets) for number in range(len(one.data.shards))]
-        sizes = [shard.samples for one in datasets for shard in one.data.shards]
+    def __init__(self, datasets: Sequence[NamedDataset]) -> None:
+        self._shards = [
+            (dataset_index, shard_index)
+            for dataset_index, named in enumerate(datasets)
+            for shard_index in range(len(named.dataset.shards))
+        ]
+        sizes = [shard.samples for named in datasets for shard in named.dataset.shards]
         self._starts = np.cumsum([0, *sizes])
 
-    def find(self, image: int) -> tuple[int, int, int]:
+    def locate_image(self, image: int) -> tuple[int, int, int]:
         at = int(np.searchsorted(self._starts, image, "right")) - 1
         return *self._shards[at], image - int(self._starts[at])
 
 
-def _report(table: _Table, found: duplicates.Found, datasets: Sequence[Checked], bits: int, *, left_out: int) -> CheckReport:
+def _build_report(
+    table: _DuplicateTable, pairs: duplicates.DuplicatePairs, datasets: Sequence[NamedDataset], bits: int, *, left_out: int
+) -> LeakageReport:
     overlaps = []
-    for of, one in enumerate(datasets):
-        for within, other in enumerate(datasets[: of + 1]):
-            chosen = (table.image_set == of) & (table.other_set == within)
-            same = int((table.bits[chosen] < 0).sum())
-            overlaps.append(Overlap(of=one.name, within=other.name, same=same, near=int(chosen.sum()) - same))
-    return CheckReport(
-        datasets={one.name: one.data.digest for one in datasets},
-        images={one.name: one.data.samples for one in datasets},
+    for dataset_index, named in enumerate(datasets):
+        for other_index, other_named in enumerate(datasets[: dataset_index + 1]):
+            rows = (table.image_set == dataset_index) & (table.other_set == other_index)
+            same = int((table.bits[rows] < 0).sum())
+            overlaps.append(Overlap(of=named.name, within=other_named.name, same=same, near=int(rows.sum()) - same))
+    return LeakageReport(
+        datasets={named.name: named.dataset.digest for named in datasets},
+        images={named.name: named.dataset.samples for named in datasets},
         classes={
-            one.name: class_counts(one.folder, one.data) for one in datasets if one.data.classes and one.role != "unlabelled"
+            named.name: count_class_images(named.store, named.dataset)
+            for named in datasets
+            if named.dataset.classes and named.role != "unlabeled"
         },
         overlaps=tuple(overlaps),
         left_out=left_out,
         bits=bits,
-        skipped=found.skipped,
+        skipped=pairs.skipped,
     )
 
 
-def class_counts(folder: Store, data: Dataset) -> dict[str, int]:
-    """Class → images, of a labelled dataset."""
-    counts = np.zeros(len(data.classes), np.int64)
-    source = ImageSource(folder, data, held=2)
-    for number in range(len(data.shards)):
-        counts += np.bincount(source.labels(number, len(counts)), minlength=len(counts))
-    return dict(zip(data.classes, counts.tolist(), strict=True))
+def count_class_images(store: Store, dataset: Dataset) -> dict[str, int]:
+    """Class → images, of a labeled dataset."""
+    counts = np.zeros(len(dataset.classes), np.int64)
+    source = ImageSource(store, dataset, max_open_shards=2)
+    for shard_index in range(len(dataset.shards)):
+        counts += np.bincount(source.read_class_ids(shard_index, len(counts)), minlength=len(counts))
+    return dict(zip(dataset.classes, counts.tolist(), strict=True))
 
 
-def _write(folder: Store, name: str, table: _Table, datasets: Sequence[Checked]) -> None:
+def _write_duplicates(store: Store, name: str, table: _DuplicateTable, datasets: Sequence[NamedDataset]) -> None:
     """Writes a part of the rows at a time: a pool may be full of duplicates."""
-    places = _Places(datasets)
-    # A few at a time: neighbours in the table are neighbours in a shard.
-    keys = lru_cache(maxsize=16)(lambda place, shard: _keys(datasets[place], shard))
-    with scratch("check") as space:
-        path = space / name
+    locator = _ImageLocator(datasets)
+    # A few at a time: neighbors in the table are neighbors in a shard.
+    read_keys = lru_cache(maxsize=16)(lambda dataset_index, shard: _read_shard_keys(datasets[dataset_index], shard))
+    with make_scratch_dir("check") as scratch_dir:
+        path = scratch_dir / name
         with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
-            for start in range(0, len(table.image), ROWS):
-                writer.write_table(_described(table, slice(start, start + ROWS), datasets, places, keys))
-        folder.put_file(name, path)
+            for start in range(0, len(table.image), WRITE_ROWS):
+                writer.write_table(_describe_rows(table, slice(start, start + WRITE_ROWS), datasets, locator, read_keys))
+        store.put_file(name, path)
 
 
-def _keys(one: Checked, shard: int) -> list[str]:
-    return ShardIndex.read(one.folder, one.data.shards[shard]).keys
+def _read_shard_keys(named: NamedDataset, shard: int) -> list[str]:
+    return ShardIndex.load(named.store, named.dataset.shards[shard]).keys
 
 
-def _described(
-    table: _Table, part: slice, datasets: Sequence[Checked], places: _Places, keys: Callable[[int, int], list[str]]
+def _describe_rows(
+    table: _DuplicateTable,
+    part: slice,
+    datasets: Sequence[NamedDataset],
+    locator: _ImageLocator,
+    read_keys: Callable[[int, int], list[str]],
 ) -> pa.Table:
     columns: dict[str, list[object]] = {name: [] for name in SCHEMA.names}
     for image, other, bits in zip(*(column[part].tolist() for column in (table.image, table.other, table.bits)), strict=True):
-        own, like = places.find(image), places.find(other)
+        image_location, other_location = locator.locate_image(image), locator.locate_image(other)
         values = (
-            datasets[own[0]].name, datasets[own[0]].data.shards[own[1]].sha256, own[2], keys(*own[:2])[own[2]],
-            datasets[like[0]].name, keys(*like[:2])[like[2]], bits < 0, max(bits, 0),
+            datasets[image_location[0]].name, datasets[image_location[0]].dataset.shards[image_location[1]].sha256, image_location[2], read_keys(*image_location[:2])[image_location[2]],
+            datasets[other_location[0]].name, read_keys(*other_location[:2])[other_location[2]], bits < 0, max(bits, 0),
         )  # fmt: skip
         for name, value in zip(SCHEMA.names, values, strict=True):
             columns[name].append(value)

@@ -8,18 +8,18 @@ from ns.data.index import ShardIndex
 from ns.storage import Store
 
 
-class Place(NamedTuple):
+class ImageLocation(NamedTuple):
     shard: int
     row: int
 
 
-def find(folder: Store, dataset: Dataset, keys: Collection[str]) -> dict[str, Place]:
+def locate_keys(store: Store, dataset: Dataset, keys: Collection[str]) -> dict[str, ImageLocation]:
     """Where the keys are, of those that the dataset has. Reads no more shards' indices than it must."""
-    found: dict[str, Place] = {}
-    for number, shard in enumerate(dataset.shards):
-        if len(found) == len(keys):
+    locations: dict[str, ImageLocation] = {}
+    for shard_index, shard in enumerate(dataset.shards):
+        if len(locations) == len(keys):
             break
-        for row, key in enumerate(ShardIndex.read(folder, shard).keys):
+        for row, key in enumerate(ShardIndex.load(store, shard).keys):
             if key in keys:
-                found[key] = Place(number, row)
-    return found
+                locations[key] = ImageLocation(shard_index, row)
+    return locations

@@ -5,74 +5,79 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ns.core.errors import DataError
-from ns.data.dataset import Dataset, Role
+from ns.data.dataset import Dataset, DatasetRole
 from ns.storage import Store
-from ns.storage.documents import Document, Identified
+from ns.storage.documents import HashedDocument, JsonDocument
 
 MANIFEST = "prepared.json"
 
-Part = Literal["labelled", "pool", "heldout", "test"]
-ROLES: dict[Part, Role] = {"labelled": "labelled", "pool": "unlabelled", "heldout": "evaluation", "test": "evaluation"}
+DataPart = Literal["labeled", "pool", "heldout", "test"]
+PART_ROLES: dict[DataPart, DatasetRole] = {
+    "labeled": "labeled",
+    "pool": "unlabeled",
+    "heldout": "evaluation",
+    "test": "evaluation",
+}
 
 
-class Source(Document):
+class PreparedDataset(JsonDocument):
     """A dataset and where it is."""
 
-    ref: str
+    uri: str
     """Key of its folder below the root, or a URI."""
-    dataset: str
+    digest: str
     """Digest."""
 
-    def open(self, root: Store) -> tuple[Store, Dataset]:
+    def open_dataset(self, root: Store) -> tuple[Store, Dataset]:
         """Raises DataError if what is there now is not what was prepared."""
-        folder = root.at(self.ref)
-        dataset = Dataset.load(folder)
-        if dataset.digest != self.dataset:
+        store = root.at(self.uri)
+        dataset = Dataset.load(store)
+        if dataset.digest != self.digest:
             raise DataError(
-                f"{folder.uri}: the dataset changed since it was prepared "
-                f"(digest {dataset.digest}, was {self.dataset}); start the run again"
+                f"{store.uri}: the dataset changed since it was prepared "
+                f"(digest {dataset.digest}, was {self.digest}); start the run again"
             )
-        return folder, dataset
+        return store, dataset
 
 
-class LeftOut(Document):
+class LeftOutImages(JsonDocument):
     """Images of the pool that are also in an evaluation set."""
 
-    ref: str
+    key: str
     """Key of the folder of the check that found them, below the root."""
-    report: str
+    report_digest: str
     """Digest of its report."""
 
 
-class Prepared(Identified):
-    labelled: Source
-    pool: Source
-    heldout: Source
-    test: Source | None = None
+class PreparedData(HashedDocument):
+    labeled: PreparedDataset
+    pool: PreparedDataset
+    heldout: PreparedDataset
+    test: PreparedDataset | None = None
     """Images that are only reported."""
-    sets: dict[str, Source] = Field(default_factory=dict)
+    sets: dict[str, PreparedDataset] = Field(default_factory=dict)
     """Further evaluation sets, by name."""
-    left_out: LeftOut | None = None
+    left_out: LeftOutImages | None = None
     """Images that get no pseudo-label; None if there are none."""
 
-    def identity(self) -> Any:
-        datasets: dict[str, Any] = {part: source.dataset for part, source in self.parts.items()}
+    def hashed_fields(self) -> Any:
+        datasets: dict[str, Any] = {part: source.digest for part, source in self.parts.items()}
         if self.sets:
-            datasets["sets"] = {name: source.dataset for name, source in self.sets.items()}
-        return datasets | ({"left_out": self.left_out.report} if self.left_out else {})
+            datasets["sets"] = {name: source.digest for name, source in self.sets.items()}
+        return datasets | ({"left_out": self.left_out.report_digest} if self.left_out else {})
 
     @property
-    def parts(self) -> dict[Part, Source]:
-        parts: dict[Part, Source] = {"labelled": self.labelled, "pool": self.pool, "heldout": self.heldout}
+    def parts(self) -> dict[DataPart, PreparedDataset]:
+        parts: dict[DataPart, PreparedDataset] = {"labeled": self.labeled, "pool": self.pool, "heldout": self.heldout}
         return parts | ({"test": self.test} if self.test else {})
 
     @property
-    def evaluation(self) -> dict[str, Source]:
+    def evaluation_sets(self) -> dict[str, PreparedDataset]:
         """All sets that models are evaluated on, as the notes of a run name them: `heldout`, `test`, `set:NAME`."""
         tests = {"heldout": self.heldout} | ({"test": self.test} if self.test else {})
         return tests | {f"set:{name}": source for name, source in self.sets.items()}
 
     @property
-    def reported(self) -> Source:
+    def reported_set(self) -> PreparedDataset:
         """What robustness is measured on: the images that are only reported, where there are such."""
         return self.test or self.heldout

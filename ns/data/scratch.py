@@ -11,23 +11,23 @@ from ns.core.errors import StoreError
 
 
 @contextmanager
-def scratch(name: str) -> Iterator[Path]:
+def make_scratch_dir(name: str) -> Iterator[Path]:
     """An empty folder under TMPDIR. Raises StoreError when it cannot be made."""
-    place = Path(os.environ.get("TMPDIR", "/tmp"))
-    with writing(place, "write"):
-        folder = Path(tempfile.mkdtemp(prefix=f"ns-{name}-", dir=place))
+    parent = Path(os.environ.get("TMPDIR", "/tmp"))
+    with explain_scratch_errors(parent, "write"):
+        path = Path(tempfile.mkdtemp(prefix=f"ns-{name}-", dir=parent))
     try:
-        yield folder
+        yield path
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
-def writing(place: Path, doing: str) -> Iterator[None]:
+def explain_scratch_errors(path: Path, action: str) -> Iterator[None]:
     """Turns an OSError inside into a StoreError that says what could not be done in scratch space, why, and the mend."""
     try:
         yield
     except OSError as error:
         raise StoreError(
-            f"{place}: cannot {doing}: {error.strerror or error}; free some space there, or set TMPDIR to another folder"
+            f"{path}: cannot {action}: {error.strerror or error}; free some space there, or set TMPDIR to another folder"
         ) from error

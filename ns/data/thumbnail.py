@@ -6,7 +6,7 @@ import io
 from PIL import Image
 
 
-def data_uri(image: Image.Image, largest_px: int) -> str:
+def encode_data_uri(image: Image.Image, largest_px: int) -> str:
     """Small images as they are, and without loss; those with a side above `largest_px` shrunk, in place."""
     sink = io.BytesIO()
     if max(image.size) <= largest_px:

@@ -9,13 +9,13 @@ import numpy.typing as npt
 
 from ns.config.schema import CORRUPTIONS, GateConfig
 from ns.evaluation.result import Robustness
-from ns.evaluation.robustness.averages import relative
-from ns.storage.documents import Document
+from ns.evaluation.robustness.averages import relative_score
+from ns.storage.documents import JsonDocument
 
 MANIFEST = "verdict.json"
 
 
-class Gain(Document):
+class AccuracyGain(JsonDocument):
     """A difference of two accuracies on the same images, with a bootstrap interval."""
 
     value: float
@@ -25,7 +25,7 @@ class Gain(Document):
     """One-sided upper bound at the gate's level."""
 
 
-class Guard(Document):
+class GateCondition(JsonDocument):
     """One condition of promotion."""
 
     name: str
@@ -35,20 +35,20 @@ class Guard(Document):
     detail: str
 
 
-class LabelFacts(NamedTuple):
+class LabelQuality(NamedTuple):
     """What is known of the labels that the student learnt from."""
 
     churn: float | None = None
     """Share of labels that differ from those of the generation before; None in the first."""
     shrinkage: float | None = None
     """Largest share of its images that a class lost since the generation before."""
-    shrunk: str | None = None
+    shrunk_class: str | None = None
     """That class."""
-    audited: tuple[float, float, int] | None = None
+    audited_precision: tuple[float, float, int] | None = None
     """Share of right labels and its lower bound, and the images that people looked at; None if nobody did."""
 
 
-class Paired(Document):
+class PairedCounts(JsonDocument):
     """Held-out images by who is right."""
 
     both: int
@@ -61,7 +61,7 @@ class Paired(Document):
         return self.both + self.only_teacher + self.only_student + self.neither
 
 
-class Needed(Document):
+class RequiredGain(JsonDocument):
     """What the bound on the gain asks for beyond what was seen."""
 
     gain: float
@@ -71,7 +71,7 @@ class Needed(Document):
     limit, so that no number of images would help."""
 
 
-class Verdict(Document):
+class Verdict(JsonDocument):
     format: Literal[1] = 1
     generation: int
     teacher: str
@@ -85,11 +85,11 @@ class Verdict(Document):
     gain_high: float
     """Bounds of the gain, each one-sided at `level`: together an interval at 2·level − 1."""
     level: float
-    paired: Paired | None = None
+    paired: PairedCounts | None = None
     """None in verdicts from before it was recorded, as the next."""
     mcnemar: float | None = None
     """Two-sided exact p that the two are equally often right where only one of them is. Recorded; the bootstrap decides."""
-    guards: tuple[Guard, ...]
+    conditions: tuple[GateCondition, ...]
     promoted: bool
     reason: str
 
@@ -101,7 +101,7 @@ def paired_gain(
     level: float,
     resamples: int,
     seed: int,
-) -> Gain:
+) -> AccuracyGain:
     """Paired bootstrap of mean(student) − mean(teacher). Inputs: bool [N], same images in the same order.
 
     Each image contributes −1, 0 or +1, so resampling N images is one multinomial draw over three outcomes: the exact
@@ -117,13 +117,13 @@ def paired_gain(
     draws = np.random.default_rng(seed).multinomial(images, shares / shares.sum(), size=resamples)
     gains = (draws[:, 2] - draws[:, 0]) / images
     low, high = np.quantile(gains, [1 - level, level])
-    return Gain(value=float(difference.mean()), low=float(low), high=float(high))
+    return AccuracyGain(value=float(difference.mean()), low=float(low), high=float(high))
 
 
-def paired_counts(teacher_correct: npt.NDArray[np.bool_], student_correct: npt.NDArray[np.bool_]) -> Paired:
+def count_pairs(teacher_correct: npt.NDArray[np.bool_], student_correct: npt.NDArray[np.bool_]) -> PairedCounts:
     """Inputs: bool [N], same images in the same order."""
     both, either = int((teacher_correct & student_correct).sum()), int((teacher_correct | student_correct).sum())
-    return Paired(
+    return PairedCounts(
         both=both,
         only_teacher=int(teacher_correct.sum()) - both,
         only_student=int(student_correct.sum()) - both,
@@ -131,7 +131,7 @@ def paired_counts(teacher_correct: npt.NDArray[np.bool_], student_correct: npt.N
     )
 
 
-def mcnemar(paired: Paired) -> float:
+def mcnemar_p_value(paired: PairedCounts) -> float:
     """Two-sided exact p of McNemar's test (Psychometrika 12, 1947): of images that only one got right, each is as likely right in either.
     1 if there are none."""
     from scipy.special import bdtr
@@ -140,13 +140,13 @@ def mcnemar(paired: Paired) -> float:
     return min(1.0, 2 * float(bdtr(fewer, discordant, 0.5)))
 
 
-def needed(verdict: Verdict) -> Needed:
+def required_gain(verdict: Verdict) -> RequiredGain:
     """What the bound on the gain would have needed to be above its limit: by the normal approximation the gain is as far above its bound
     as here, and that distance falls with the root of the images."""
-    min_gain = next(guard.limit for guard in verdict.guards if guard.name == "gain")
-    spread, above = verdict.gain - verdict.gain_low, verdict.gain - min_gain
-    images = None if above <= 0 else math.floor(verdict.images * (spread / above) ** 2) + 1
-    return Needed(gain=min_gain + spread, images=images)
+    min_gain = next(condition.limit for condition in verdict.conditions if condition.name == "gain")
+    spread, margin = verdict.gain - verdict.gain_low, verdict.gain - min_gain
+    images = None if margin <= 0 else math.floor(verdict.images * (spread / margin) ** 2) + 1
+    return RequiredGain(gain=min_gain + spread, images=images)
 
 
 def corruption_rise(teacher: Robustness, student: Robustness) -> float | None:
@@ -156,7 +156,7 @@ def corruption_rise(teacher: Robustness, student: Robustness) -> float | None:
     """
     kinds = [kind for kind in CORRUPTIONS if kind in teacher.corruptions]
     least = 1 / (teacher.images * len(teacher.severities))
-    return _rise(teacher.corruption_error(), student.corruption_error(), kinds, least)
+    return _compute_rise(teacher.mean_corruption_errors(), student.mean_corruption_errors(), kinds, least)
 
 
 def flip_rise(teacher: Robustness, student: Robustness) -> float | None:
@@ -164,52 +164,57 @@ def flip_rise(teacher: Robustness, student: Robustness) -> float | None:
     teacher's answers never flipped counts as if one had."""
     kinds = list(teacher.perturbations)
     least = 1 / (teacher.images * max(1, teacher.frames - 1))
-    before, after = ({kind: one.flip_probability for kind, one in each.perturbations.items()} for each in (teacher, student))
-    return _rise(before, after, kinds, least)
+    before, after = (
+        {kind: perturbed.flip_probability for kind, perturbed in robustness.perturbations.items()}
+        for robustness in (teacher, student)
+    )
+    return _compute_rise(before, after, kinds, least)
 
 
-def _rise(teacher: Mapping[str, float], student: Mapping[str, float], kinds: Sequence[str], least: float) -> float | None:
-    value = relative(student, {kind: max(teacher[kind], least) for kind in kinds})
+def _compute_rise(
+    teacher: Mapping[str, float], student: Mapping[str, float], kinds: Sequence[str], least: float
+) -> float | None:
+    value = relative_score(student, {kind: max(teacher[kind], least) for kind in kinds})
     return None if value is None else value - 100
 
 
-def beats_chance(top1: float, images: int, classes: int) -> bool:
+def beats_chance(top1: float, images: int, num_classes: int) -> bool:
     """Whether an accuracy is above 1 / classes by more than luck explains: one-sided 95 % of the normal approximation."""
-    chance = 1 / classes
+    chance = 1 / num_classes
     return top1 > chance + 1.645 * math.sqrt(chance * (1 - chance) / images)
 
 
-def worst_class_drop(
-    labels: npt.NDArray[np.uint16], teacher_correct: npt.NDArray[np.bool_], student_correct: npt.NDArray[np.bool_]
+def find_worst_class_drop(
+    class_ids: npt.NDArray[np.uint16], teacher_correct: npt.NDArray[np.bool_], student_correct: npt.NDArray[np.bool_]
 ) -> tuple[float, int]:
     """The largest loss of accuracy of any class (negative if every class gained), and the class."""
     drops = {
-        int(label): float(teacher_correct[labels == label].mean() - student_correct[labels == label].mean())
-        for label in np.unique(labels)
+        int(class_id): float(teacher_correct[class_ids == class_id].mean() - student_correct[class_ids == class_id].mean())
+        for class_id in np.unique(class_ids)
     }
-    worst = max(drops, key=lambda label: drops[label])
-    return drops[worst], worst
+    worst_class_id = max(drops, key=lambda class_id: drops[class_id])
+    return drops[worst_class_id], worst_class_id
 
 
-def judge(
+def evaluate_gate(
     gate: GateConfig,
     *,
     generation: int,
     teacher: str,
     student: str,
-    labels: npt.NDArray[np.uint16],
+    class_ids: npt.NDArray[np.uint16],
     teacher_correct: npt.NDArray[np.bool_],
     student_correct: npt.NDArray[np.bool_],
     classes: tuple[str, ...],
     seed: int,
-    about: LabelFacts | None = None,
+    label_quality: LabelQuality | None = None,
     robustness: tuple[Robustness, Robustness] | None = None,
 ) -> Verdict:
     """Compares a student with its teacher on the same images. Arrays [N], same order. `about`: the student's pseudo-labels.
     `robustness`: the teacher's and the student's on held-out images, wherever the gate has a limit on it."""
     gain = paired_gain(teacher_correct, student_correct, level=gate.level, resamples=gate.resamples, seed=seed)
-    guards = [
-        Guard(
+    conditions = [
+        GateCondition(
             name="gain",
             value=gain.low,
             limit=gate.min_gain,
@@ -219,33 +224,35 @@ def judge(
         )
     ]
     if gate.max_class_drop is not None:
-        drop, worst = worst_class_drop(labels, teacher_correct, student_correct)
-        guards.append(
-            Guard(
+        drop, worst_class_id = find_worst_class_drop(class_ids, teacher_correct, student_correct)
+        conditions.append(
+            GateCondition(
                 name="class drop",
                 value=drop,
                 limit=gate.max_class_drop,
                 passed=drop <= gate.max_class_drop,
-                detail=f"largest loss of accuracy in a class ({classes[worst]})",
+                detail=f"largest loss of accuracy in a class ({classes[worst_class_id]})",
             )
         )
-    guards += _robustness_guards(gate, robustness)
-    guards += _label_guards(gate, about or LabelFacts())
-    failed = [guard for guard in guards if not guard.passed]
+    conditions += _check_robustness(gate, robustness)
+    conditions += _check_label_quality(gate, label_quality or LabelQuality())
+    failed = [condition for condition in conditions if not condition.passed]
     if failed:
-        reason = "; ".join(f"{guard.detail} is {guard.value:+.3f}, limit {guard.limit:+.3f}" for guard in failed)
+        reason = "; ".join(
+            f"{condition.detail} is {condition.value:+.3f}, limit {condition.limit:+.3f}" for condition in failed
+        )
     else:
         reason = f"gain {gain.value:+.3f}, lower bound {gain.low:+.3f} > {gate.min_gain:+.3f}"
-    if gate.min_audited_precision is not None and (about is None or about.audited is None):
+    if gate.min_audited_precision is not None and (label_quality is None or label_quality.audited_precision is None):
         reason += (
             f"; the labels are not audited, so gate.min_audited_precision = {gate.min_audited_precision} was not asked for"
         )
-    paired = paired_counts(teacher_correct, student_correct)
+    paired = count_pairs(teacher_correct, student_correct)
     return Verdict(
         generation=generation,
         teacher=teacher,
         student=student,
-        images=int(labels.size),
+        images=int(class_ids.size),
         teacher_top1=float(teacher_correct.mean()),
         student_top1=float(student_correct.mean()),
         gain=gain.value,
@@ -253,57 +260,57 @@ def judge(
         gain_high=gain.high,
         level=gate.level,
         paired=paired,
-        mcnemar=mcnemar(paired),
-        guards=tuple(guards),
+        mcnemar=mcnemar_p_value(paired),
+        conditions=tuple(conditions),
         promoted=not failed,
         reason=reason,
     )
 
 
-def _robustness_guards(gate: GateConfig, robustness: tuple[Robustness, Robustness] | None) -> list[Guard]:
+def _check_robustness(gate: GateConfig, robustness: tuple[Robustness, Robustness] | None) -> list[GateCondition]:
     """A guard for each limit that is set. Raises ValueError if what it needs was not measured."""
     limits: tuple[tuple[str, float | None, Callable[[Robustness, Robustness], float | None], str], ...] = (
         ("mCE rise", gate.max_mce_rise, corruption_rise, "mean corruption error, in points above the teacher's 100,"),
         ("mFR rise", gate.max_mfr_rise, flip_rise, "mean flip rate, in points above the teacher's 100,"),
     )
-    guards = []
+    conditions = []
     for name, limit, measure, detail in limits:
         if limit is None:
             continue
         value = measure(*robustness) if robustness else None
         if value is None:
             raise ValueError(f"{name} is limited to {limit}, but was not measured")
-        guards.append(Guard(name=name, value=value, limit=limit, passed=value <= limit, detail=detail))
-    return guards
+        conditions.append(GateCondition(name=name, value=value, limit=limit, passed=value <= limit, detail=detail))
+    return conditions
 
 
-def _label_guards(gate: GateConfig, about: LabelFacts) -> list[Guard]:
+def _check_label_quality(gate: GateConfig, label_quality: LabelQuality) -> list[GateCondition]:
     """A guard for each limit that is set, as far as there is something to hold against it."""
-    guards = []
-    if gate.max_churn is not None and about.churn is not None:
-        guards.append(
-            Guard(
+    conditions = []
+    if gate.max_churn is not None and label_quality.churn is not None:
+        conditions.append(
+            GateCondition(
                 name="churn",
-                value=about.churn,
+                value=label_quality.churn,
                 limit=gate.max_churn,
-                passed=about.churn <= gate.max_churn,
+                passed=label_quality.churn <= gate.max_churn,
                 detail="share of labels that changed since the generation before",
             )
         )
-    if gate.max_class_shrinkage is not None and about.shrinkage is not None:
-        guards.append(
-            Guard(
+    if gate.max_class_shrinkage is not None and label_quality.shrinkage is not None:
+        conditions.append(
+            GateCondition(
                 name="class shrinkage",
-                value=about.shrinkage,
+                value=label_quality.shrinkage,
                 limit=gate.max_class_shrinkage,
-                passed=about.shrinkage <= gate.max_class_shrinkage,
-                detail=f"largest share of its kept images that a class lost ({about.shrunk})",
+                passed=label_quality.shrinkage <= gate.max_class_shrinkage,
+                detail=f"largest share of its kept images that a class lost ({label_quality.shrunk_class})",
             )
         )
-    if gate.min_audited_precision is not None and about.audited is not None:
-        precision, low, images = about.audited
-        guards.append(
-            Guard(
+    if gate.min_audited_precision is not None and label_quality.audited_precision is not None:
+        precision, low, images = label_quality.audited_precision
+        conditions.append(
+            GateCondition(
                 name="audited precision",
                 value=low,
                 limit=gate.min_audited_precision,
@@ -311,4 +318,4 @@ def _label_guards(gate: GateConfig, about: LabelFacts) -> list[Guard]:
                 detail=f"lower 95% bound of the labels that are right ({precision:.1%} of {images:,} audited)",
             )
         )
-    return guards
+    return conditions

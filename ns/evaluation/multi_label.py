@@ -13,7 +13,7 @@ from ns.core.errors import DataError
 from ns.storage import read_uri
 from ns.storage.parquet import read_table
 
-VALIDATION = re.compile(r"ILSVRC2012_val_(\d{8})")
+VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
 """ReaL's own file is a list, by the number in the names of ImageNet's validation images."""
 
 
@@ -25,7 +25,7 @@ class MultiLabels:
         self._by_number = by_number
 
     @classmethod
-    def read(cls, uri: str, classes: tuple[str, ...]) -> "MultiLabels":
+    def load(cls, uri: str, classes: tuple[str, ...]) -> "MultiLabels":
         """From ReaL's `real.json`; a JSON object `{"KEY": [class, …]}`; or Parquet with the columns `key` and `labels`, a list.
 
         A class is an index or a name, a key that of the dataset or its last part. Raises DataError for what is none of these.
@@ -44,34 +44,36 @@ class MultiLabels:
             except ValueError as error:
                 raise DataError(f"{uri}: neither Parquet nor JSON ({error})") from error
         if isinstance(document, list):
-            return cls({}, [_known(uri, str(at), labels, index) for at, labels in enumerate(document)])
+            return cls({}, [_parse_class_ids(uri, str(number), labels, index) for number, labels in enumerate(document)])
         if isinstance(document, dict):
-            return cls({key: _known(uri, key, labels, index) for key, labels in document.items()})
+            return cls({key: _parse_class_ids(uri, key, labels, index) for key, labels in document.items()})
         raise DataError(f"{uri}: must be a JSON object, or a list as ReaL's, got {type(document).__name__}")
 
-    def of(self, key: str) -> frozenset[int]:
+    def find_class_ids(self, key: str) -> frozenset[int]:
         """Empty for an image that has none, or is not known."""
         name = key.rpartition("/")[2]
-        for one in (key, name):
-            if one in self._by_key:
-                return self._by_key[one]
-        found = VALIDATION.search(name)
-        if found and 1 <= int(found[1]) <= len(self._by_number):
-            return self._by_number[int(found[1]) - 1]
+        for candidate in (key, name):
+            if candidate in self._by_key:
+                return self._by_key[candidate]
+        match = VALIDATION_NAME.search(name)
+        if match and 1 <= int(match[1]) <= len(self._by_number):
+            return self._by_number[int(match[1]) - 1]
         return frozenset()
 
-    def score(self, keys: Iterable[str], predicted: npt.NDArray[np.integer[Any]]) -> tuple[float, int]:
+    def score_predictions(self, keys: Iterable[str], predicted: npt.NDArray[np.integer[Any]]) -> tuple[float, int]:
         """The share of answers that are right, of the images for which any class is, and how many these are."""
         right = images = 0
         for key, answer in zip(keys, predicted.tolist(), strict=True):
-            known = self.of(key)
-            images += bool(known)
-            right += answer in known
+            class_ids = self.find_class_ids(key)
+            images += bool(class_ids)
+            right += answer in class_ids
         return (right / images if images else 0.0), images
 
 
-def _known(uri: str, key: str, labels: Any, index: Mapping[str, int]) -> frozenset[int]:
-    found = [index.get(label) if isinstance(label, str) else label for label in labels] if isinstance(labels, list) else [None]
-    if not all(type(label) is int and 0 <= label < len(index) for label in found):
-        raise DataError(f"{uri}: {key}: {labels!r:.80}: must be a list of class names, or of indices below {len(index)}")
-    return frozenset(label for label in found if label is not None)
+def _parse_class_ids(uri: str, key: str, values: Any, index: Mapping[str, int]) -> frozenset[int]:
+    class_ids = (
+        [index.get(value) if isinstance(value, str) else value for value in values] if isinstance(values, list) else [None]
+    )
+    if not all(type(value) is int and 0 <= value < len(index) for value in class_ids):
+        raise DataError(f"{uri}: {key}: {values!r:.80}: must be a list of class names, or of indices below {len(index)}")
+    return frozenset(value for value in class_ids if value is not None)

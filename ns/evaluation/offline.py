@@ -7,89 +7,115 @@ OUT/corrupted/          corrupted images, for the next model
 from typing import NamedTuple
 
 from ns.config.schema import EvaluationConfig
-from ns.core.digest import DISTORTING, EVALUATION, ROBUSTNESS, code_digest, digest, sha256_bytes, short
+from ns.core.digest import (
+    DISTORTION_SOURCES,
+    EVALUATION_SOURCES,
+    ROBUSTNESS_SOURCES,
+    digest_code,
+    digest_json,
+    sha256_bytes,
+    shorten_digest,
+)
 from ns.core.errors import DataError
 from ns.data.dataset import MANIFEST as DATASET
 from ns.data.dataset import Dataset
-from ns.evaluation.accuracy import evaluate
+from ns.evaluation.accuracy import evaluate_accuracy
 from ns.evaluation.multi_label import MultiLabels
 from ns.evaluation.result import MANIFEST, Evaluation, Robustness
 from ns.evaluation.result import ROBUSTNESS as ROBUST
 from ns.evaluation.robustness import published as readymade
 from ns.evaluation.robustness import suite
 from ns.modeling.manifest import MANIFEST as CARD
-from ns.modeling.manifest import ModelCard
+from ns.modeling.manifest import ModelManifest
 from ns.modeling.predictor import Predictor
 from ns.storage import open_store, read_uri
 
 
-class Evaluated(NamedTuple):
+class OfflineEvaluation(NamedTuple):
     evaluation: Evaluation | None
     """None of a ready-made set, which has no clean images."""
     robustness: Robustness | None
     """None if only clean accuracy was asked for."""
-    place: str
+    uri: str
     """URI of the folder that holds both."""
 
 
 def evaluate_dataset(
-    model: str,
-    dataset: str,
-    out: str,
+    model_uri: str,
+    dataset_uri: str,
+    out_uri: str,
     config: EvaluationConfig,
     *,
     batch: int,
     classes: tuple[str, ...] | None = None,
-    multi_label: str | None = None,
-) -> Evaluated:
+    multi_label_uri: str | None = None,
+) -> OfflineEvaluation:
     """Evaluates a model on a dataset, or goes on with it. `config.images` holds for clean accuracy too.
 
     `classes`: between which the answer is chosen; `("own",)` for those of the dataset. Raises DataError for a place without a dataset,
     and for images of other classes.
     """
-    folder, place = open_store(dataset), open_store(model)
-    if not folder.exists(DATASET):
+    data_store, model_store = open_store(dataset_uri), open_store(model_uri)
+    if not data_store.exists(DATASET):
         raise DataError(
-            f"{folder.uri}: no {DATASET} here; import the images first: ns data import SOURCE {dataset} --role evaluation"
+            f"{data_store.uri}: no {DATASET} here; import the images first: ns data import SOURCE {dataset_uri} --role evaluation"
         )
-    data, card = Dataset.load(folder), ModelCard.read(place, CARD)
+    data, manifest = Dataset.load(data_store), ModelManifest.load_file(model_store, CARD)
     scored = data.classes if classes == ("own",) else classes
     images = {"dataset": data.digest, "images": config.images, "seed": config.seed}
-    several = sha256_bytes(read_uri(multi_label)) if multi_label else None
-    inputs = {"code": code_digest(*EVALUATION), "model": card.digest, "scored": scored, "several": several, **images}
-    results = open_store(out).at(f"{short(card.digest)}-{short(data.digest)}")
-    clean = results.at(short(digest(inputs)))
-    looked = min(data.samples, config.images or data.samples)
-    if not clean.exists(MANIFEST):
-        predictor = Predictor(place, batch=batch, images=looked, scored=scored)
-        labels = MultiLabels.read(multi_label, card.classes) if multi_label else None
-        evaluate(predictor, folder, data, clean, subsample=suite.subsample(config), multi_labels=labels)
+    multi_label_sha256 = sha256_bytes(read_uri(multi_label_uri)) if multi_label_uri else None
+    inputs = {
+        "code": digest_code(*EVALUATION_SOURCES),
+        "model": manifest.digest,
+        "scored": scored,
+        "several": multi_label_sha256,
+        **images,
+    }
+    results_store = open_store(out_uri).at(f"{shorten_digest(manifest.digest)}-{shorten_digest(data.digest)}")
+    accuracy_store = results_store.at(shorten_digest(digest_json(inputs)))
+    num_images = min(data.samples, config.images or data.samples)
+    if not accuracy_store.exists(MANIFEST):
+        predictor = Predictor(model_store, batch=batch, images=num_images, scored_classes=scored)
+        multi_labels = MultiLabels.load(multi_label_uri, manifest.classes) if multi_label_uri else None
+        evaluate_accuracy(
+            predictor, data_store, data, accuracy_store, subsample=suite.build_subsample(config), multi_labels=multi_labels
+        )
     robustness = None
-    if config.robust:
-        predictions = results.at(short(digest({"code": code_digest(*ROBUSTNESS), "scored": scored, **images})))
-        target = predictions.at(short(digest(suite.asked(config))))
+    if config.needs_robustness:
+        predictions_store = results_store.at(
+            shorten_digest(digest_json({"code": digest_code(*ROBUSTNESS_SOURCES), "scored": scored, **images}))
+        )
+        target = predictions_store.at(shorten_digest(digest_json(suite.measurement_inputs(config))))
         if not target.exists(ROBUST):
-            predictor = Predictor(place, batch=batch, images=suite.passes(config) * looked, scored=scored)
-            made = open_store(out).at(f"corrupted/{short(digest({'code': code_digest(*DISTORTING), **images}))}")
-            keep = made if config.keep_gib else None
-            suite.Suite(predictor, folder, data, config, predictions.at("units"), keep).run(target)
-        robustness = Robustness.read(target, ROBUST)
-    return Evaluated(Evaluation.read(clean, MANIFEST), robustness, results.uri)
+            predictor = Predictor(
+                model_store, batch=batch, images=suite.count_passes(config) * num_images, scored_classes=scored
+            )
+            corrupted_store = open_store(out_uri).at(
+                f"corrupted/{shorten_digest(digest_json({'code': digest_code(*DISTORTION_SOURCES), **images}))}"
+            )
+            kept_store = corrupted_store if config.keep_gib else None
+            suite.RobustnessSuite(predictor, data_store, data, config, predictions_store.at("units"), kept_store).run_suite(
+                target
+            )
+        robustness = Robustness.load_file(target, ROBUST)
+    return OfflineEvaluation(Evaluation.load_file(accuracy_store, MANIFEST), robustness, results_store.uri)
 
 
 def evaluate_published(
-    model: str, place: str, kind: readymade.Kind, out: str, config: EvaluationConfig, *, batch: int
-) -> Evaluated:
+    model_uri: str, set_uri: str, kind: readymade.PublishedKind, out_uri: str, config: EvaluationConfig, *, batch: int
+) -> OfflineEvaluation:
     """Evaluates a model on a ready-made set of corrupted or perturbed images, or goes on with it. See `readymade.measure`."""
-    folder, card = open_store(place), ModelCard.read(open_store(model), CARD)
-    dataset = readymade.listing_digest(folder)
+    set_store, manifest = open_store(set_uri), ModelManifest.load_file(open_store(model_uri), CARD)
+    dataset_digest = readymade.digest_listing(set_store)
     images = {"images": config.images, "seed": config.seed}
-    results = open_store(out).at(f"{short(card.digest)}-{short(dataset)}")
-    predictions = results.at(short(digest({"code": code_digest(*ROBUSTNESS), **images})))
-    wide = config.model_copy(update={"suites": ("corruptions", "perturbations")})
-    target = predictions.at(short(digest(suite.asked(wide))))
+    results_store = open_store(out_uri).at(f"{shorten_digest(manifest.digest)}-{shorten_digest(dataset_digest)}")
+    predictions_store = results_store.at(shorten_digest(digest_json({"code": digest_code(*ROBUSTNESS_SOURCES), **images})))
+    full_config = config.model_copy(update={"suites": ("corruptions", "perturbations")})
+    target = predictions_store.at(shorten_digest(digest_json(suite.measurement_inputs(full_config))))
     if not target.exists(ROBUST):
-        predictor = Predictor(open_store(model), batch=batch)
-        name = folder.uri.rstrip("/").rpartition("/")[2]
-        readymade.measure(predictor, folder, kind, name, dataset, config, predictions.at("units"), target)
-    return Evaluated(None, Robustness.read(target, ROBUST), results.uri)
+        predictor = Predictor(open_store(model_uri), batch=batch)
+        name = set_store.uri.rstrip("/").rpartition("/")[2]
+        readymade.measure_published_set(
+            predictor, set_store, kind, name, dataset_digest, config, predictions_store.at("units"), target
+        )
+    return OfflineEvaluation(None, Robustness.load_file(target, ROBUST), results_store.uri)

@@ -9,7 +9,7 @@ from ns.modeling.predictor import Predictor
 from ns.storage import Store
 
 
-class Prediction(BaseModel):
+class FilePrediction(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     path: Path
@@ -19,9 +19,9 @@ class Prediction(BaseModel):
     """The most probable classes with their probabilities, best first."""
 
 
-def predict_files(folder: Store, paths: Sequence[Path], top: int) -> list[Prediction]:
+def predict_files(model_store: Store, paths: Sequence[Path], top_k: int) -> list[FilePrediction]:
     """Classifies image files with the model in `folder`. A file that cannot be read gets its reason."""
-    predictor = Predictor(folder, batch=64)
+    predictor = Predictor(model_store, batch=64)
     blobs: list[bytes] = []
     missing: dict[int, str] = {}
     for index, path in enumerate(paths):
@@ -30,16 +30,18 @@ def predict_files(folder: Store, paths: Sequence[Path], top: int) -> list[Predic
         except OSError as error:
             missing[index] = error.strerror or str(error)
             blobs.append(b"")
-    probabilities, errors = predictor.images(blobs)
+    probabilities, errors = predictor.predict_images(blobs)
     errors |= missing
     results = []
     for index, path in enumerate(paths):
-        best = [] if index in errors else (-probabilities[index]).argsort(kind="stable")[:top].tolist()
+        best_class_ids = [] if index in errors else (-probabilities[index]).argsort(kind="stable")[:top_k].tolist()
         results.append(
-            Prediction(
+            FilePrediction(
                 path=path,
                 error=errors.get(index),
-                classes=[(predictor.card.classes[label], float(probabilities[index][label])) for label in best],
+                classes=[
+                    (predictor.manifest.classes[class_id], float(probabilities[index][class_id])) for class_id in best_class_ids
+                ],
             )
         )
     return results

@@ -1,4 +1,4 @@
-"""What is known of a model from images that people labelled, with a row for each image so that two models can be compared in pairs.
+"""What is known of a model from images that people labeled, with a row for each image so that two models can be compared in pairs.
 
 evaluation.json         accuracy: totals, per class, confusion, calibration; written last
 predictions.parquet     key string, label uint16, predicted uint16, confidence float32, rank uint16 (0: label on top)
@@ -16,14 +16,14 @@ from pydantic import SerializerFunctionWrapHandler, model_serializer
 from ns.core.digest import sha256_bytes
 from ns.core.errors import DataError
 from ns.storage import Store
-from ns.storage.documents import Document, Identified
+from ns.storage.documents import HashedDocument, JsonDocument
 from ns.storage.parquet import read_table
 
 MANIFEST = "evaluation.json"
 PREDICTIONS = "predictions.parquet"
 ROBUSTNESS = "robustness.json"
 
-SCHEMA = pa.schema(
+PREDICTIONS_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
         ("label", pa.uint16()),
@@ -34,7 +34,7 @@ SCHEMA = pa.schema(
 )
 
 
-class Bin(Document):
+class ReliabilityBin(JsonDocument):
     """Images whose confidence lies in one of 15 equal parts of 0–1."""
 
     images: int
@@ -44,15 +44,15 @@ class Bin(Document):
     """Share of right answers; 0 if there are no images."""
 
 
-class Calibration(Document):
+class Calibration(JsonDocument):
     """Whether the model is right as often as it says (arXiv:1706.04599)."""
 
     ece: float
     """Expected calibration error: mean distance of confidence and accuracy over bins, by images."""
-    bins: tuple[Bin, ...]
+    bins: tuple[ReliabilityBin, ...]
 
 
-class Subsample(Document):
+class Subsample(JsonDocument):
     """Which of a dataset's images were looked at: drawn evenly over the classes, the same ones for every model."""
 
     images: int
@@ -60,7 +60,7 @@ class Subsample(Document):
     seed: int
 
 
-class Evaluation(Identified):
+class Evaluation(HashedDocument):
     format: Literal[1] = 1
     model: str
     """Digest."""
@@ -83,7 +83,7 @@ class Evaluation(Identified):
     """None in evaluations from before it was measured."""
     subsample: Subsample | None = None
     """None if all images of the dataset were looked at."""
-    scored: tuple[str, ...] | None = None
+    scored_classes: tuple[str, ...] | None = None
     """The classes that the answer was chosen from; all if None (`noisy_student.md` §6.2)."""
     multi_label_top1: float | None = None
     """Share of answers that are one of the right classes, where several are known of each image (ReaL)."""
@@ -92,9 +92,9 @@ class Evaluation(Identified):
     predictions_sha256: str
 
     @model_serializer(mode="wrap")
-    def _leave_out_what_is_not_known(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _drop_unknown_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # Evaluations from before these fields keep their digests.
-        fields: dict[str, Any] = serialise(self)
+        fields: dict[str, Any] = serialize(self)
         later = ("name", "calibration", "subsample", "scored", "multi_label_top1", "multi_label_images")
         return {name: value for name, value in fields.items() if value is not None or name not in later}
 
@@ -104,7 +104,7 @@ class Evaluation(Identified):
         return [row[index] / total if (total := sum(row)) else None for index, row in enumerate(self.confusion)]
 
 
-class Perturbed(Document):
+class PerturbationResult(JsonDocument):
     """What a kind of perturbation does to the answers along its sequences (`noisy_student.md` §6.4)."""
 
     flip_probability: float
@@ -113,7 +113,7 @@ class Perturbed(Document):
     """Mean distance of the five best classes from those of the reference frame."""
 
 
-class Attack(Document):
+class AttackResult(JsonDocument):
     """What is left of the accuracy when each pixel may be changed a little, for the worse."""
 
     name: Literal["fgsm", "pgd"]
@@ -128,7 +128,7 @@ class Attack(Document):
         return f"{self.name}-{self.epsilon:g}" + (f"-{self.steps}" if self.name == "pgd" else "")
 
 
-class Robustness(Identified):
+class Robustness(HashedDocument):
     """Raw numbers of one model on one dataset: another reference is another way to read them, not another measurement."""
 
     format: Literal[1] = 1
@@ -140,7 +140,7 @@ class Robustness(Identified):
     """Of the dataset."""
     kind: Literal["images", "imagenet-c", "cifar10-c", "imagenet-p"] = "images"
     """Where corrupted images came from: `images`, made here of plain ones; else read as published."""
-    classes: int
+    num_classes: int
     imagenet: bool
     """Whether the classes are ImageNet's 1,000, so that AlexNet's published numbers are the ones to divide by."""
     images: int
@@ -158,17 +158,17 @@ class Robustness(Identified):
     """Kind → error rate at each of the severities; empty if not asked for."""
     frames: int
     """Images in a sequence; 0 if there are none, or they are as long as they were published."""
-    perturbations: dict[str, Perturbed]
-    attacks: tuple[Attack, ...]
+    perturbations: dict[str, PerturbationResult]
+    attacks: tuple[AttackResult, ...]
     predictions_sha256: str
     """Of the list of all units' digests."""
     seconds: float
     """Work that it took; no part of the digest."""
 
-    def identity(self) -> Any:
+    def hashed_fields(self) -> Any:
         return self.model_dump(mode="json", exclude={"seconds"})
 
-    def corruption_error(self) -> dict[str, float]:
+    def mean_corruption_errors(self) -> dict[str, float]:
         """Kind → mean error rate over the severities."""
         return {name: sum(rates) / len(rates) for name, rates in self.corruptions.items()}
 
@@ -183,9 +183,9 @@ def is_imagenet(classes: tuple[str, ...]) -> bool:
     )
 
 
-def read_predictions(folder: Store, evaluation: Evaluation) -> pa.Table:
+def read_predictions(store: Store, evaluation: Evaluation) -> pa.Table:
     """The rows of an evaluation. Raises DataError when they are not the recorded ones."""
-    data = folder.get(PREDICTIONS)
+    data = store.get(PREDICTIONS)
     if sha256_bytes(data) != evaluation.predictions_sha256:
-        raise DataError(f"{folder.uri}/{PREDICTIONS}: sha256 differs from {MANIFEST}; evaluate again")
+        raise DataError(f"{store.uri}/{PREDICTIONS}: sha256 differs from {MANIFEST}; evaluate again")
     return read_table(data)

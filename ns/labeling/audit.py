@@ -15,36 +15,36 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ConfigDict, Field
 
-from ns.core.digest import short
+from ns.core.digest import shorten_digest
 from ns.core.errors import DataError
-from ns.core.intervals import Share, trials, weighted, wilson
+from ns.core.intervals import ShareInterval, combine_shares, effective_trials, wilson_interval
 from ns.data.dataset import MANIFEST as DATASET
 from ns.data.dataset import Dataset
 from ns.data.importing.writer import ShardWriter
 from ns.data.index import ShardIndex
-from ns.labeling.confidence_bins import BANDS, EDGES, bands
-from ns.labeling.label_set import LabelSet, Rows, all_rows
-from ns.labeling.selection import Selection, copies, key_hashes
+from ns.labeling.confidence_bins import CONFIDENCE_BIN_EDGES, CONFIDENCE_BINS, bin_confidences
+from ns.labeling.label_set import LabelRows, LabelSet, iter_label_rows
+from ns.labeling.selection import Selection, count_copies, hash_keys
 from ns.storage import Store
-from ns.storage.documents import Document, Identified
+from ns.storage.documents import HashedDocument, JsonDocument
 
-PREFIX = "audit-"
+AUDIT_PREFIX = "audit-"
 CORRECTIONS = "corrections.csv"
 
-MINIMUM = 2
+MIN_PER_STRATUM = 2
 """Images of each stratum: one alone says little, none nothing."""
-SALT = 1 << 32
+SAMPLE_SALT = 1 << 32
 """Added to the seed: the sample must not depend on how a selection breaks its ties."""
 
-ByAlias = ConfigDict(frozen=True, extra="forbid", serialize_by_alias=True)
+BY_ALIAS = ConfigDict(frozen=True, extra="forbid", serialize_by_alias=True)
 
 
-class Stratum(Document):
+class Stratum(JsonDocument):
     """Images of one class in one band of confidence."""
 
-    model_config = ByAlias
+    model_config = BY_ALIAS
 
-    label: str | None = Field(alias="class")
+    class_name: str | None = Field(alias="class")
     """None: of all classes."""
     low: float
     high: float
@@ -54,51 +54,51 @@ class Stratum(Document):
     sampled: int
 
 
-class Image(Document):
+class AuditedImage(JsonDocument):
     """One image of the sample, and what a person says about it."""
 
-    model_config = ByAlias
+    model_config = BY_ALIAS
 
     key: str
     shard: int
     row: int
     stratum: int
     """Index."""
-    label: str = Field(alias="class")
+    class_name: str = Field(alias="class")
     """The teacher's."""
     confidence: float
     wrong: bool = False
     correct_class: str | None = None
-    looked: bool = False
+    reviewed: bool = False
     """Images that nobody looked at count neither as right nor as wrong."""
 
 
-class Sheet(Document):
+class AuditSheet(JsonDocument):
     """The sample, as a page shows it and sends it back (`audit.json`)."""
 
     format: Literal[1] = 1
     label_set: str
     """Digest."""
     selection: str | None
-    """Digest of the selection whose images were drawn from; None: all labelled images."""
+    """Digest of the selection whose images were drawn from; None: all labeled images."""
     seed: int
-    asked: int
+    requested: int
     """Images that were asked for; there are fewer if the label set has."""
     strata: tuple[Stratum, ...]
-    images: tuple[Image, ...]
+    images: tuple[AuditedImage, ...]
 
 
-class Precision(Document):
+class StratumPrecision(JsonDocument):
     """How many labels of one stratum are right."""
 
-    model_config = ByAlias
+    model_config = BY_ALIAS
 
-    label: str | None = Field(alias="class")
+    class_name: str | None = Field(alias="class")
     low: float
     high: float
     """Confidence."""
     images: int
-    looked: int
+    reviewed: int
     right: int
     precision: float | None
     """right ÷ looked; None if nobody looked."""
@@ -107,151 +107,157 @@ class Precision(Document):
     """95 % (Wilson), exact where all images were looked at."""
 
 
-class Mistake(Document):
+class LabelMistake(JsonDocument):
     """A label that a person calls wrong."""
 
-    model_config = ByAlias
+    model_config = BY_ALIAS
 
     key: str
     shard: int
     row: int
-    label: str = Field(alias="class")
+    class_name: str = Field(alias="class")
     confidence: float
     correct_class: str | None
     """None: not said."""
 
 
-class Audit(Identified):
+class LabelAudit(HashedDocument):
     """What an audit found."""
 
     format: Literal[1] = 1
     label_set: str
     selection: str | None
-    """Digests; the selection is None if all labelled images were drawn from."""
+    """Digests; the selection is None if all labeled images were drawn from."""
     seed: int
-    asked: int
+    requested: int
     images: int
     """That the sample stands for."""
-    looked: int
+    reviewed: int
     wrong: int
     precision: float
     precision_low: float
     precision_high: float
     """Share of right labels among all images, and its 95 % interval: strata weighted by their sizes."""
-    strata: tuple[Precision, ...]
-    mistakes: tuple[Mistake, ...]
+    strata: tuple[StratumPrecision, ...]
+    mistakes: tuple[LabelMistake, ...]
 
 
 # Sampling
 
 
-def allocate(sizes: Sequence[int], total: int) -> list[int]:
+def allocate_sample(sizes: Sequence[int], total: int) -> list[int]:
     """How many of each stratum to draw: two (all, if there are fewer), and of the rest a proportional part.
 
     The sum is `total`, or all there are. `total` must be at least the sum of the minima.
     """
-    least = [min(MINIMUM, size) for size in sizes]
-    rest = [size - own for size, own in zip(sizes, least, strict=True)]
-    remaining = min(total, sum(sizes)) - sum(least)
-    if not sum(rest):
-        return least
+    minima = [min(MIN_PER_STRATUM, size) for size in sizes]
+    spare = [size - minimum for size, minimum in zip(sizes, minima, strict=True)]
+    remaining = min(total, sum(sizes)) - sum(minima)
+    if not sum(spare):
+        return minima
     # Whole numbers throughout, so that no rounding depends on the machine; the largest remainders get what is left.
-    parts = [divmod(remaining * size, sum(rest)) for size in rest]
-    drawn = [own + whole for own, (whole, _) in zip(least, parts, strict=True)]
+    parts = [divmod(remaining * size, sum(spare)) for size in spare]
+    drawn = [minimum + whole for minimum, (whole, _) in zip(minima, parts, strict=True)]
     by_remainder = sorted(range(len(parts)), key=lambda index: (-parts[index][1], index))
     for index in by_remainder[: remaining - sum(whole for whole, _ in parts)]:
         drawn[index] += 1
     return drawn
 
 
-def sample(folder: Store, label_set: LabelSet, *, images: int, seed: int, selection: Selection | None = None) -> Sheet:
-    """Draws about `images` labelled images, of those that `selection` keeps if it is given.
+def draw_audit_sample(
+    store: Store, label_set: LabelSet, *, sample_size: int, seed: int, selection: Selection | None = None
+) -> AuditSheet:
+    """Draws about `images` labeled images, of those that `selection` keeps if it is given.
 
     Strata are classes × bands; where two of each would be more than asked for, classes; else bands; else everything is one.
     Reads the label set twice, a shard at a time, and holds no more than the sample. Raises DataError if there is nothing to
     draw from.
     """
     classes = len(label_set.classes)
-    sizes = np.zeros((classes, BANDS), np.int64)
-    for _, rows, places in _candidates(folder, label_set, selection):
-        np.add.at(sizes, (rows.top_class[places, 0].astype(np.int64), bands(rows.confidence[places])), 1)
+    sizes = np.zeros((classes, CONFIDENCE_BINS), np.int64)
+    for _, rows, candidates in _iter_candidates(store, label_set, selection):
+        np.add.at(sizes, (rows.top_class[candidates, 0].astype(np.int64), bin_confidences(rows.confidence[candidates])), 1)
     if not sizes.any():
-        raise DataError(f"{folder.uri}: has no {'selected' if selection else 'labelled'} images to look at")
-    cell = _cells(sizes, images)
-    counts = np.bincount(cell.ravel(), sizes.ravel()).astype(np.int64)
-    drawn = dict(enumerate(allocate(counts.tolist(), images)))
-    lowest: dict[int, list[tuple[int, Image]]] = {number: [] for number, wanted in drawn.items() if wanted}
-    ordinal = {number: place for place, number in enumerate(lowest)}
-    for shard, rows, places in _candidates(folder, label_set, selection):
-        label = rows.top_class[places, 0].astype(np.int64)
-        stratum = cell[label, bands(rows.confidence[places])]
-        hashes = key_hashes([rows.keys[row] for row in places.tolist()], SALT + seed)
+        raise DataError(f"{store.uri}: has no {'selected' if selection else 'labeled'} images to look at")
+    stratum_grid = _assign_strata(sizes, sample_size)
+    counts = np.bincount(stratum_grid.ravel(), sizes.ravel()).astype(np.int64)
+    drawn = dict(enumerate(allocate_sample(counts.tolist(), sample_size)))
+    lowest: dict[int, list[tuple[int, AuditedImage]]] = {number: [] for number, count in drawn.items() if count}
+    ordinal = {number: index for index, number in enumerate(lowest)}
+    for shard, rows, candidates in _iter_candidates(store, label_set, selection):
+        class_ids = rows.top_class[candidates, 0].astype(np.int64)
+        stratum = stratum_grid[class_ids, bin_confidences(rows.confidence[candidates])]
+        hashes = hash_keys([rows.keys[row] for row in candidates.tolist()], SAMPLE_SALT + seed)
         order = np.lexsort((hashes, stratum))
         starts = np.searchsorted(stratum[order], list(lowest), side="left").tolist()
         ends = np.searchsorted(stratum[order], list(lowest), side="right").tolist()
         for number, start, end in zip(lowest, starts, ends, strict=True):
-            found = [
+            hashed_images = [
                 (
                     int(hashes[index]),
-                    Image.model_validate(
+                    AuditedImage.model_validate(
                         {
-                            "key": rows.keys[places[index]],
+                            "key": rows.keys[candidates[index]],
                             "shard": shard,
-                            "row": int(places[index]),
+                            "row": int(candidates[index]),
                             "stratum": ordinal[number],
-                            "class": label_set.classes[label[index]],
-                            "confidence": float(rows.confidence[places[index]]),
+                            "class": label_set.classes[class_ids[index]],
+                            "confidence": float(rows.confidence[candidates[index]]),
                         }
                     ),
                 )
                 for index in order[start : min(end, start + drawn[number])].tolist()
             ]
-            lowest[number] = sorted([*lowest[number], *found], key=_by_hash)[: drawn[number]]
-    position = {name: number for number, name in enumerate(label_set.classes)}
-    chosen = [pair for pairs in lowest.values() for pair in pairs]
+            lowest[number] = sorted([*lowest[number], *hashed_images], key=_order_by_hash)[: drawn[number]]
+    class_order = {name: number for number, name in enumerate(label_set.classes)}
+    sampled = [pair for pairs in lowest.values() for pair in pairs]
     # One class after the other, since what does not belong is then seen at a glance; within it, in no order.
-    chosen.sort(key=lambda pair: (position[pair[1].label], *_by_hash(pair)))
-    return Sheet(
+    sampled.sort(key=lambda pair: (class_order[pair[1].class_name], *_order_by_hash(pair)))
+    return AuditSheet(
         label_set=label_set.digest,
         selection=selection.digest if selection else None,
         seed=seed,
-        asked=images,
-        strata=tuple(_stratum(cell, number, label_set.classes, int(counts[number]), drawn[number]) for number in lowest),
-        images=tuple(image for _, image in chosen),
+        requested=sample_size,
+        strata=tuple(
+            _build_stratum(stratum_grid, number, label_set.classes, int(counts[number]), drawn[number]) for number in lowest
+        ),
+        images=tuple(image for _, image in sampled),
     )
 
 
-def _by_hash(pair: tuple[int, Image]) -> tuple[int, int, int]:
+def _order_by_hash(pair: tuple[int, AuditedImage]) -> tuple[int, int, int]:
     return pair[0], pair[1].shard, pair[1].row
 
 
-def _candidates(
-    folder: Store, label_set: LabelSet, selection: Selection | None
-) -> Iterator[tuple[int, Rows, npt.NDArray[np.int64]]]:
+def _iter_candidates(
+    store: Store, label_set: LabelSet, selection: Selection | None
+) -> Iterator[tuple[int, LabelRows, npt.NDArray[np.int64]]]:
     """Number of each shard, its rows, and the indices of those that can be drawn."""
-    for shard, rows in enumerate(all_rows(folder, label_set)):
-        yield shard, rows, np.flatnonzero(rows.readable if selection is None else copies(selection, rows) > 0)
+    for shard, rows in enumerate(iter_label_rows(store, label_set)):
+        yield shard, rows, np.flatnonzero(rows.readable if selection is None else count_copies(selection, rows) > 0)
 
 
-def _cells(sizes: npt.NDArray[np.int64], images: int) -> npt.NDArray[np.int64]:
+def _assign_strata(sizes: npt.NDArray[np.int64], sample_size: int) -> npt.NDArray[np.int64]:
     """int64 [classes, BANDS]: the number of the stratum of each class and band, the finest division that `images` suffice for."""
     grid: npt.NDArray[np.int64] = np.indices(sizes.shape, np.int64)
-    label, band = grid[0], grid[1]
+    class_index, bin_index = grid[0], grid[1]
     cells: npt.NDArray[np.int64] = np.zeros(sizes.shape, np.int64)
-    for finer in (band, label, label * BANDS + band):
+    for finer in (bin_index, class_index, class_index * CONFIDENCE_BINS + bin_index):
         counts = np.bincount(finer.ravel(), sizes.ravel()).astype(np.int64)
-        if np.minimum(counts, MINIMUM).sum() <= images:
+        if np.minimum(counts, MIN_PER_STRATUM).sum() <= sample_size:
             cells = finer
     return cells
 
 
-def _stratum(cell: npt.NDArray[np.int64], number: int, classes: tuple[str, ...], images: int, sampled: int) -> Stratum:
-    labels, own = (np.unique(indices) for indices in np.nonzero(cell == number))
+def _build_stratum(
+    stratum_grid: npt.NDArray[np.int64], number: int, classes: tuple[str, ...], images: int, sampled: int
+) -> Stratum:
+    class_ids, bins = (np.unique(indices) for indices in np.nonzero(stratum_grid == number))
     return Stratum.model_validate(
         {
-            "class": classes[labels[0]] if len(labels) == 1 else None,
-            "low": EDGES[int(own[0])],
-            "high": EDGES[int(own[-1]) + 1],
+            "class": classes[class_ids[0]] if len(class_ids) == 1 else None,
+            "low": CONFIDENCE_BIN_EDGES[int(bins[0])],
+            "high": CONFIDENCE_BIN_EDGES[int(bins[-1]) + 1],
             "images": images,
             "sampled": sampled,
         }
@@ -261,100 +267,106 @@ def _stratum(cell: npt.NDArray[np.int64], number: int, classes: tuple[str, ...],
 # What comes back
 
 
-def check(sheet: Sheet, place: str, folder: Store, label_set: LabelSet, selection: Selection | None) -> None:
+def check_audit_sheet(sheet: AuditSheet, path: str, store: Store, label_set: LabelSet, selection: Selection | None) -> None:
     """Compares a filled-in sheet with the label set that it must be of. `selection` is the one that the labels are known by.
 
     Raises DataError naming the file, the field, the value and the cure.
     """
     if sheet.label_set != label_set.digest:
         raise DataError(
-            f"{place}: label_set: {sheet.label_set!r}: an audit of another label set; {folder.uri} is {label_set.digest!r}: "
+            f"{path}: label_set: {sheet.label_set!r}: an audit of another label set; {store.uri} is {label_set.digest!r}: "
             "name the labels that the page was made of"
         )
     if sheet.selection is not None and (selection is None or selection.digest != sheet.selection):
         raise DataError(
-            f"{place}: selection: {sheet.selection!r}: the page was made with --selected-only; "
+            f"{path}: selection: {sheet.selection!r}: the page was made with --selected-only; "
             "name the run's generation that it was made of (as in latest/gen-1), not a folder"
         )
-    drawn = sample(folder, label_set, images=sheet.asked, seed=sheet.seed, selection=selection if sheet.selection else None)
+    drawn = draw_audit_sample(
+        store, label_set, sample_size=sheet.requested, seed=sheet.seed, selection=selection if sheet.selection else None
+    )
     if sheet.strata != drawn.strata:
-        raise DataError(f"{place}: strata: are not those of {folder.uri}: the file was edited; download it again from the page")
-    known = {image.key: image for image in drawn.images}
+        raise DataError(f"{path}: strata: are not those of {store.uri}: the file was edited; download it again from the page")
+    drawn_by_key = {image.key: image for image in drawn.images}
     seen: set[str] = set()
     for number, image in enumerate(sheet.images):
-        at = f"{place}: images.{number}"
-        if image.key not in known or image.key in seen:
-            what = "is there twice" if image.key in seen else "is not in the sample that the page showed"
-            raise DataError(f"{at}.key: {image.key!r}: {what}; download the file again from the page")
+        field_path = f"{path}: images.{number}"
+        if image.key not in drawn_by_key or image.key in seen:
+            problem = "is there twice" if image.key in seen else "is not in the sample that the page showed"
+            raise DataError(f"{field_path}.key: {image.key!r}: {problem}; download the file again from the page")
         seen.add(image.key)
-        answered = {"wrong": image.wrong, "correct_class": image.correct_class, "looked": image.looked}
-        expected = known[image.key].model_copy(update=answered)
+        answers = {"wrong": image.wrong, "correct_class": image.correct_class, "looked": image.reviewed}
+        expected = drawn_by_key[image.key].model_copy(update=answers)
         for name, value in image:
             if value != getattr(expected, name):
                 field = "class" if name == "label" else name
                 raise DataError(
-                    f"{at}.{field}: {value!r}: the label set says {getattr(expected, name)!r}; download the file again from the page"
+                    f"{field_path}.{field}: {value!r}: the label set says {getattr(expected, name)!r}; download the file again from the page"
                 )
-        _check_answer(at, image, label_set.classes)
-    if len(seen) < len(known):
-        missing = next(key for key in known if key not in seen)
-        raise DataError(f"{place}: images: {missing!r} is missing; download the file again from the page")
+        _check_answer(field_path, image, label_set.classes)
+    if len(seen) < len(drawn_by_key):
+        missing = next(key for key in drawn_by_key if key not in seen)
+        raise DataError(f"{path}: images: {missing!r} is missing; download the file again from the page")
 
 
-def _check_answer(at: str, image: Image, classes: tuple[str, ...]) -> None:
-    right = image.correct_class
-    if image.wrong and not image.looked:
+def _check_answer(field_path: str, image: AuditedImage, classes: tuple[str, ...]) -> None:
+    correct_class = image.correct_class
+    if image.wrong and not image.reviewed:
         raise DataError(
-            f"{at}.looked: False: an image that is wrong must have been looked at; set it to true, or wrong to false"
+            f"{field_path}.looked: False: an image that is wrong must have been looked at; set it to true, or wrong to false"
         )
-    if right is None:
+    if correct_class is None:
         return
-    if right not in classes:
-        known = ", ".join(classes[:20]) + (", …" if len(classes) > 20 else "")
-        raise DataError(f"{at}.correct_class: {right!r}: no such class; name one of {known}, or null")
+    if correct_class not in classes:
+        class_names = ", ".join(classes[:20]) + (", …" if len(classes) > 20 else "")
+        raise DataError(f"{field_path}.correct_class: {correct_class!r}: no such class; name one of {class_names}, or null")
     if not image.wrong:
         raise DataError(
-            f"{at}.correct_class: {right!r}: given for an image that is not marked wrong; set wrong to true, or it to null"
+            f"{field_path}.correct_class: {correct_class!r}: given for an image that is not marked wrong; set wrong to true, or it to null"
         )
-    if right == image.label:
-        raise DataError(f"{at}.correct_class: {right!r}: is the teacher's class; name another, or set wrong to false")
+    if correct_class == image.class_name:
+        raise DataError(
+            f"{field_path}.correct_class: {correct_class!r}: is the teacher's class; name another, or set wrong to false"
+        )
 
 
-def estimate(sheet: Sheet, place: str) -> Audit:
+def estimate_precision(sheet: AuditSheet, path: str) -> LabelAudit:
     """The share of right labels, in each stratum and in all, from what was looked at.
 
     Within a stratum, images that nobody looked at are taken to be like those that somebody did. A stratum that nobody looked
     at at all is taken to be like the others, with an interval from 0 to 1. Raises DataError if nobody looked at anything.
     """
-    looked = [0] * len(sheet.strata)
+    reviewed = [0] * len(sheet.strata)
     right = [0] * len(sheet.strata)
     for image in sheet.images:
-        looked[image.stratum] += image.looked
-        right[image.stratum] += image.looked and not image.wrong
-    if not any(looked):
-        raise DataError(f"{place}: images: nobody looked at any of them; go through the page, and download the file again")
+        reviewed[image.stratum] += image.reviewed
+        right[image.stratum] += image.reviewed and not image.wrong
+    if not any(reviewed):
+        raise DataError(f"{path}: images: nobody looked at any of them; go through the page, and download the file again")
     sizes = [stratum.images for stratum in sheet.strata]
-    seen = sum(size for size, count in zip(sizes, looked, strict=True) if count)
-    others = sum(size * good / count for size, good, count in zip(sizes, right, looked, strict=True) if count) / seen
+    reviewed_images = sum(size for size, count in zip(sizes, reviewed, strict=True) if count)
+    pooled_precision = (
+        sum(size * good / count for size, good, count in zip(sizes, right, reviewed, strict=True) if count) / reviewed_images
+    )
     shares = []
-    for size, good, count in zip(sizes, right, looked, strict=True):
-        value = good / count if count else others
-        shares.append(Share(value, *wilson(value, trials(count, size))))
-    total = weighted(shares, [size / sum(sizes) for size in sizes])
-    wrong = [image for image in sheet.images if image.looked and image.wrong]
-    return Audit(
+    for size, good, count in zip(sizes, right, reviewed, strict=True):
+        value = good / count if count else pooled_precision
+        shares.append(ShareInterval(value, *wilson_interval(value, effective_trials(count, size))))
+    total = combine_shares(shares, [size / sum(sizes) for size in sizes])
+    wrong = [image for image in sheet.images if image.reviewed and image.wrong]
+    return LabelAudit(
         label_set=sheet.label_set,
         selection=sheet.selection,
         seed=sheet.seed,
-        asked=sheet.asked,
+        requested=sheet.requested,
         images=sum(sizes),
-        looked=sum(looked),
+        reviewed=sum(reviewed),
         wrong=len(wrong),
         precision=total.value,
         precision_low=total.low,
         precision_high=total.high,
         strata=tuple(
-            Precision.model_validate(
+            StratumPrecision.model_validate(
                 {
                     **stratum.model_dump(exclude={"sampled"}),
                     "looked": count,
@@ -364,10 +376,10 @@ def estimate(sheet: Sheet, place: str) -> Audit:
                     "precision_high": share.high,
                 }
             )
-            for stratum, count, good, share in zip(sheet.strata, looked, right, shares, strict=True)
+            for stratum, count, good, share in zip(sheet.strata, reviewed, right, shares, strict=True)
         ),
         mistakes=tuple(
-            Mistake.model_validate(image.model_dump(exclude={"stratum", "wrong", "looked"}))
+            LabelMistake.model_validate(image.model_dump(exclude={"stratum", "wrong", "looked"}))
             for image in sorted(wrong, key=lambda image: (image.shard, image.row))
         ),
     )
@@ -376,52 +388,58 @@ def estimate(sheet: Sheet, place: str) -> Audit:
 # Keeping
 
 
-def keep(audit: Audit, folder: Store) -> str:
+def save_audit(audit: LabelAudit, store: Store) -> str:
     """Writes an audit beside its label set. Returns its key."""
-    key = f"{PREFIX}{short(audit.digest)}.json"
-    audit.write(folder, key)
+    key = f"{AUDIT_PREFIX}{shorten_digest(audit.digest)}.json"
+    audit.save_file(store, key)
     return key
 
 
-def audits(folder: Store, label_set: LabelSet) -> list[Audit]:
+def load_audits(store: Store, label_set: LabelSet) -> list[LabelAudit]:
     """All audits that lie beside a label set, in the order of their digests."""
-    found = [Audit.read(folder, key) for key in folder.list(PREFIX) if key.endswith(".json")]
-    return [audit for audit in found if audit.label_set == label_set.digest]
+    all_audits = [LabelAudit.load_file(store, key) for key in store.list(AUDIT_PREFIX) if key.endswith(".json")]
+    return [audit for audit in all_audits if audit.label_set == label_set.digest]
 
 
-def deciding(found: Sequence[Audit], selection: Selection | None) -> Audit | None:
+def choose_deciding_audit(audits: Sequence[LabelAudit], selection: Selection | None) -> LabelAudit | None:
     """The audit that speaks for what a student learns from: of its selection before of all labels, then of most images."""
-    own = [audit for audit in found if audit.selection is None or (selection and audit.selection == selection.digest)]
-    rank: Callable[[Audit], Any] = lambda audit: (audit.selection is not None, audit.looked, audit.digest)  # noqa: E731
-    return max(own, key=rank, default=None)
+    relevant = [audit for audit in audits if audit.selection is None or (selection and audit.selection == selection.digest)]
+    sort_key: Callable[[LabelAudit], Any] = lambda audit: (audit.selection is not None, audit.reviewed, audit.digest)  # noqa: E731
+    return max(relevant, key=sort_key, default=None)
 
 
-def write_corrections(audit: Audit, classes: tuple[str, ...], folder: Store, pool: Dataset, target: Store) -> Dataset | None:
-    """Makes a labelled dataset of the images whose right class is known, with a table of them. None if there are none.
+def write_corrections(
+    audit: LabelAudit, classes: tuple[str, ...], pool_store: Store, pool: Dataset, target: Store
+) -> Dataset | None:
+    """Makes a labeled dataset of the images whose right class is known, with a table of them. None if there are none.
 
     The shard is named after the audit, so that those of several audits can lie in one folder. Raises DataError if another
     dataset is there.
     """
-    fixed = [mistake for mistake in audit.mistakes if mistake.correct_class is not None]
-    if not fixed:
+    corrected = [mistake for mistake in audit.mistakes if mistake.correct_class is not None]
+    if not corrected:
         return None
-    numbers = {name: number for number, name in enumerate(classes)}
-    name = f"corrections-{short(audit.digest)}"
+    class_ids = {name: number for number, name in enumerate(classes)}
+    name = f"corrections-{shorten_digest(audit.digest)}"
     if target.exists(DATASET) and Dataset.load(target).name != name:
         raise DataError(f"{target.uri}: holds another dataset; choose another folder with --corrections")
     sink = io.StringIO()
     table = csv.writer(sink, lineterminator="\n")
     table.writerow(["key", "label", "teacher", "confidence"])
     index: ShardIndex | None = None
-    opened = -1
-    with ShardWriter(target, max_samples=10_000, max_bytes=256 << 20, first=name) as writer:
-        for one in fixed:
-            if index is None or opened != one.shard:
-                opened, index = one.shard, ShardIndex.read(folder, pool.shards[one.shard])
-            data = folder.get_range(pool.shards[one.shard].name, int(index.offsets[one.row]), int(index.sizes[one.row]))
-            writer.add(one.key, index.table["extension"][one.row].as_py(), data, numbers[str(one.correct_class)])
-            table.writerow([one.key, one.correct_class, one.label, f"{one.confidence:.4f}"])
-    dataset = Dataset(name=name, role="labelled", classes=classes, shards=writer.shards)
+    open_shard = -1
+    with ShardWriter(target, max_samples=10_000, max_bytes=256 << 20, stem=name) as writer:
+        for mistake in corrected:
+            if index is None or open_shard != mistake.shard:
+                open_shard, index = mistake.shard, ShardIndex.load(pool_store, pool.shards[mistake.shard])
+            data = pool_store.get_range(
+                pool.shards[mistake.shard].name, int(index.offsets[mistake.row]), int(index.sizes[mistake.row])
+            )
+            writer.add_image(
+                mistake.key, index.table["extension"][mistake.row].as_py(), data, class_ids[str(mistake.correct_class)]
+            )
+            table.writerow([mistake.key, mistake.correct_class, mistake.class_name, f"{mistake.confidence:.4f}"])
+    dataset = Dataset(name=name, role="labeled", classes=classes, shards=writer.shards)
     target.put(CORRECTIONS, sink.getvalue().encode())
     dataset.save(target)
     return dataset

@@ -7,31 +7,31 @@ import numpy as np
 import numpy.typing as npt
 
 from ns.core.errors import DataError
-from ns.labeling.confidence_bins import BANDS, EDGES, bands
-from ns.labeling.label_set import BINS as FINE_BINS
-from ns.labeling.label_set import LabelSet, LabelShard, Rows, histogram, read_rows
-from ns.labeling.selection import Selection, copies
-from ns.labeling.top_k import Top
+from ns.labeling.confidence_bins import CONFIDENCE_BIN_EDGES, CONFIDENCE_BINS, bin_confidences
+from ns.labeling.label_set import HISTOGRAM_BINS as FINE_BINS
+from ns.labeling.label_set import LabelRows, LabelSet, LabelShard, compute_histogram, read_label_rows
+from ns.labeling.selection import Selection, count_copies
+from ns.labeling.top_k import TopRows
 from ns.storage import Store
-from ns.storage.documents import Document
+from ns.storage.documents import JsonDocument
 
-BINS = 20
-PAIRS = 10
-CLASS_ROWS = 100
+SHOWN_BINS = 20
+SHOWN_PAIRS = 10
+SHOWN_CLASSES = 100
 """What tables show."""
-FLIPS = 200
+KEPT_FLIPS = 200
 """The surest flips that are kept one by one."""
 
 
-class Side(NamedTuple):
+class DiffSide(NamedTuple):
     """A label set, and what a student was given of it, if that is known."""
 
-    folder: Store
+    store: Store
     label_set: LabelSet
     selection: Selection | None = None
 
 
-class Band(Document):
+class ChurnBin(JsonDocument):
     """Images by how sure the earlier labels were of them."""
 
     low: float
@@ -43,13 +43,13 @@ class Band(Document):
     """changed ÷ images; 0 of none."""
 
 
-class ClassChange(Document):
+class ClassChange(JsonDocument):
     """One class in both label sets."""
 
     name: str
     before: int
     after: int
-    """Labelled images."""
+    """Labeled images."""
     lost: int
     gained: int
     """Images that went to another class, and that came from one."""
@@ -63,34 +63,34 @@ class ClassChange(Document):
     """Mean change of confidence of the images that were in this class before, whatever class they are in now."""
 
 
-class Flips(Document):
+class FlipCount(JsonDocument):
     """A cell of the flip matrix that is not 0."""
 
-    old: int
-    new: int
+    old_class_id: int
+    new_class_id: int
     """Class indices."""
     images: int
 
 
-class Flip(Document):
+class LabelFlip(JsonDocument):
     """One image that changed its class."""
 
     key: str
     shard: int
     row: int
-    old: int
-    new: int
+    old_class_id: int
+    new_class_id: int
     """Class indices."""
     old_confidence: float
     new_confidence: float
 
     @property
-    def score(self) -> float:
+    def min_confidence(self) -> float:
         """How much there is to be learnt from it: both labels are at least so sure."""
         return min(self.old_confidence, self.new_confidence)
 
 
-class Diff(Document):
+class LabelDiff(JsonDocument):
     format: Literal[1] = 1
     dataset: str
     before: str
@@ -107,196 +107,210 @@ class Diff(Document):
     changed: int
     churn: float
     """changed ÷ compared; 0 of none."""
-    shift: float
+    confidence_shift: float
     """Mean change of confidence over the compared images."""
     stayed: int | None
     entered: int | None
     left: int | None
     """Images that both selections keep, only the later one, only the earlier one; None if they are not known."""
     shrinkage: float
-    """Largest share of its images that a class lost: of those kept where both selections are known, else of those labelled.
+    """Largest share of its images that a class lost: of those kept where both selections are known, else of those labeled.
     Below 0 if every class grew."""
-    shrunk: str | None
+    shrunk_class: str | None
     """The class; None if no class had images before."""
-    bands: tuple[Band, ...]
+    churn_bins: tuple[ChurnBin, ...]
     histogram_before: tuple[int, ...]
     histogram_after: tuple[int, ...]
     """Images by confidence, 20 equal bins from 0 to 1."""
     by_class: tuple[ClassChange, ...]
-    matrix: tuple[Flips, ...]
+    matrix: tuple[FlipCount, ...]
     """Flips by old and new class, in this order; pairs of classes without any are left out."""
-    flips: tuple[Flip, ...]
+    flips: tuple[LabelFlip, ...]
     """The surest ones, by `Flip.score`; of equal ones the earlier image first."""
 
-    def frequent(self) -> list[tuple[str, str, int]]:
+    def list_frequent_flips(self) -> list[tuple[str, str, int]]:
         """The ten most frequent flips: class before, class after, images."""
-        cells = sorted(self.matrix, key=lambda cell: (-cell.images, cell.old, cell.new))[:PAIRS]
-        return [(self.classes[cell.old], self.classes[cell.new], cell.images) for cell in cells]
+        cells = sorted(self.matrix, key=lambda cell: (-cell.images, cell.old_class_id, cell.new_class_id))[:SHOWN_PAIRS]
+        return [(self.classes[cell.old_class_id], self.classes[cell.new_class_id], cell.images) for cell in cells]
 
-    def changed_classes(self) -> list[ClassChange]:
+    def list_changed_classes(self) -> list[ClassChange]:
         """All classes if a table can show them, else the hundred with most flips."""
-        if len(self.by_class) <= CLASS_ROWS:
+        if len(self.by_class) <= SHOWN_CLASSES:
             return list(self.by_class)
-        return sorted(self.by_class, key=lambda row: (-row.lost - row.gained, row.name))[:CLASS_ROWS]
+        return sorted(self.by_class, key=lambda row: (-row.lost - row.gained, row.name))[:SHOWN_CLASSES]
 
 
-def compare(before: Side, after: Side, *, flips: int = FLIPS) -> Diff:
+def compare_label_sets(before: DiffSide, after: DiffSide, *, flips: int = KEPT_FLIPS) -> LabelDiff:
     """Counts what changed, shard by shard. Raises DataError if the two do not label the same images into the same classes."""
-    _check(before, after)
+    _check_comparable(before, after)
     old, new = before.label_set, after.label_set
-    counts = _Counts(len(new.classes), flips)
+    counts = _DiffCounter(len(new.classes), flips)
     for number, pair in enumerate(zip(old.shards, new.shards, strict=True)):
-        _add(counts, number, before, after, pair)
-    return counts.diff(before, after)
+        _count_shard_pair(counts, number, before, after, pair)
+    return counts.build_diff(before, after)
 
 
-def _check(before: Side, after: Side) -> None:
+def _check_comparable(before: DiffSide, after: DiffSide) -> None:
     old, new = before.label_set, after.label_set
     if old.dataset != new.dataset:
         raise DataError(
-            f"{before.folder.uri} labels the dataset {old.dataset[:16]}, {after.folder.uri} labels {new.dataset[:16]}: "
+            f"{before.store.uri} labels the dataset {old.dataset[:16]}, {after.store.uri} labels {new.dataset[:16]}: "
             "only labels of the same images can be compared; label one of the datasets with both teachers"
         )
     if old.classes != new.classes:
         differ = next((a, b) for a, b in zip((*old.classes, None), (*new.classes, None), strict=False) if a != b)
         raise DataError(
-            f"{before.folder.uri} and {after.folder.uri} have different classes, first {differ[0]!r} and {differ[1]!r}: "
+            f"{before.store.uri} and {after.store.uri} have different classes, first {differ[0]!r} and {differ[1]!r}: "
             "only labels of the same classes in the same order can be compared"
         )
     if [shard.source for shard in old.shards] != [shard.source for shard in new.shards]:
-        raise DataError(f"{before.folder.uri} and {after.folder.uri}: shards of one dataset that differ; label the pool again")
+        raise DataError(f"{before.store.uri} and {after.store.uri}: shards of one dataset that differ; label the pool again")
 
 
-def _add(counts: "_Counts", number: int, before: Side, after: Side, pair: tuple[LabelShard, LabelShard]) -> None:
+def _count_shard_pair(
+    counts: "_DiffCounter", shard: int, before: DiffSide, after: DiffSide, pair: tuple[LabelShard, LabelShard]
+) -> None:
     # In a function of its own, so that this pair is gone before the next one is read.
-    old, new = read_rows(before.folder, pair[0]), read_rows(after.folder, pair[1])
+    old, new = read_label_rows(before.store, pair[0]), read_label_rows(after.store, pair[1])
     if old.keys != new.keys:
         raise DataError(
-            f"{before.folder.uri}/{pair[0].name} and {after.folder.uri}/{pair[1].name}: other keys; label the pool again"
+            f"{before.store.uri}/{pair[0].name} and {after.store.uri}/{pair[1].name}: other keys; label the pool again"
         )
-    counts.add(number, old, new)
+    counts.add_rows(shard, old, new)
     if before.selection and after.selection:
-        counts.add_kept(old, new, copies(before.selection, old) > 0, copies(after.selection, new) > 0)
+        counts.add_kept(old, new, count_copies(before.selection, old) > 0, count_copies(after.selection, new) > 0)
 
 
-class _Counts:
+class _DiffCounter:
     """What has been counted so far. Index 0 is before, 1 after."""
 
-    def __init__(self, classes: int, flips: int) -> None:
-        self.classes = classes
+    def __init__(self, num_classes: int, kept_flips: int) -> None:
+        self.num_classes = num_classes
         self.images = self.compared = self.only_before = self.only_after = 0
-        self.labelled = np.zeros((2, classes), np.int64)
-        self.kept = np.zeros((2, classes), np.int64)
+        self.labeled = np.zeros((2, num_classes), np.int64)
+        self.kept = np.zeros((2, num_classes), np.int64)
         self.kept_by = np.zeros((2, 2), np.int64)
         """Images kept before (row) and after (column)."""
-        self.confidence = np.zeros((2, classes))
-        self.shift = np.zeros(classes)
-        self.was = np.zeros(classes, np.int64)
+        self.confidence = np.zeros((2, num_classes))
+        self.shift = np.zeros(num_classes)
+        self.compared_before = np.zeros(num_classes, np.int64)
         """Compared images by their class before."""
-        self.histogram = np.zeros((2, BINS), np.int64)
-        self.band_images = np.zeros(BANDS, np.int64)
-        self.band_changed = np.zeros(BANDS, np.int64)
-        self.flipped = np.zeros((2, classes), np.int64)
+        self.histogram = np.zeros((2, SHOWN_BINS), np.int64)
+        self.bin_images = np.zeros(CONFIDENCE_BINS, np.int64)
+        self.bin_changed = np.zeros(CONFIDENCE_BINS, np.int64)
+        self.flipped = np.zeros((2, num_classes), np.int64)
         """Flips by the class before, and by the class after."""
         self.matrix: Counter[tuple[int, int]] = Counter()
-        self.top: Top[Flip] = Top(flips)
+        self.top_flips: TopRows[LabelFlip] = TopRows(kept_flips)
 
-    def add(self, shard: int, old: Rows, new: Rows) -> None:
+    def add_rows(self, shard: int, old: LabelRows, new: LabelRows) -> None:
         self.images += len(old.keys)
         self.only_before += int((old.readable & ~new.readable).sum())
         self.only_after += int((new.readable & ~old.readable).sum())
         for side, rows in enumerate((old, new)):
-            label, sure = rows.top_class[rows.readable, 0], rows.confidence[rows.readable]
-            self.labelled[side] += np.bincount(label, minlength=self.classes)
-            self.confidence[side] += np.bincount(label, sure, self.classes)
+            class_ids, confidence = rows.top_class[rows.readable, 0], rows.confidence[rows.readable]
+            self.labeled[side] += np.bincount(class_ids, minlength=self.num_classes)
+            self.confidence[side] += np.bincount(class_ids, confidence, self.num_classes)
             # The bins of the label set's own histogram, fifty at a time.
-            fine = histogram(np.zeros_like(label), sure, 1)[0]
-            self.histogram[side] += fine.reshape(BINS, FINE_BINS // BINS).sum(1).astype(np.int64)
-        places = np.flatnonzero(old.readable & new.readable)
-        was, now = old.top_class[places, 0].astype(np.int64), new.top_class[places, 0].astype(np.int64)
-        old_sure, new_sure = old.confidence[places], new.confidence[places]
-        differ = was != now
-        self.compared += len(places)
-        self.was += np.bincount(was, minlength=self.classes)
-        self.shift += np.bincount(was, new_sure.astype(np.float64) - old_sure, self.classes)
-        band = bands(old_sure)
-        self.band_images += np.bincount(band, minlength=BANDS)
-        self.band_changed += np.bincount(band[differ], minlength=BANDS)
-        self.flipped += [np.bincount(side[differ], minlength=self.classes) for side in (was, now)]
-        pairs, images = np.unique(was[differ] * self.classes + now[differ], return_counts=True)
+            fine_counts = compute_histogram(np.zeros_like(class_ids), confidence, 1)[0]
+            self.histogram[side] += fine_counts.reshape(SHOWN_BINS, FINE_BINS // SHOWN_BINS).sum(1).astype(np.int64)
+        common_rows = np.flatnonzero(old.readable & new.readable)
+        old_class_ids, new_class_ids = (
+            old.top_class[common_rows, 0].astype(np.int64),
+            new.top_class[common_rows, 0].astype(np.int64),
+        )
+        old_confidence, new_confidence = old.confidence[common_rows], new.confidence[common_rows]
+        changed = old_class_ids != new_class_ids
+        self.compared += len(common_rows)
+        self.compared_before += np.bincount(old_class_ids, minlength=self.num_classes)
+        self.shift += np.bincount(old_class_ids, new_confidence.astype(np.float64) - old_confidence, self.num_classes)
+        bins = bin_confidences(old_confidence)
+        self.bin_images += np.bincount(bins, minlength=CONFIDENCE_BINS)
+        self.bin_changed += np.bincount(bins[changed], minlength=CONFIDENCE_BINS)
+        self.flipped += [np.bincount(side[changed], minlength=self.num_classes) for side in (old_class_ids, new_class_ids)]
+        pairs, images = np.unique(old_class_ids[changed] * self.num_classes + new_class_ids[changed], return_counts=True)
         for pair, count in zip(pairs.tolist(), images.tolist(), strict=True):
-            self.matrix[divmod(pair, self.classes)] += count
-        score = np.where(differ, np.minimum(old_sure, new_sure), -1)
+            self.matrix[divmod(pair, self.num_classes)] += count
+        score = np.where(changed, np.minimum(old_confidence, new_confidence), -1)
         # Enough of each shard to fill the list, and no more.
-        for index in np.argsort(-score, kind="stable")[: min(self.top.size, int(differ.sum()))].tolist():
-            row = int(places[index])
-            flip = Flip(
+        for index in np.argsort(-score, kind="stable")[: min(self.top_flips.size, int(changed.sum()))].tolist():
+            row = int(common_rows[index])
+            flip = LabelFlip(
                 key=old.keys[row],
                 shard=shard,
                 row=row,
-                old=int(was[index]),
-                new=int(now[index]),
-                old_confidence=float(old_sure[index]),
-                new_confidence=float(new_sure[index]),
+                old_class_id=int(old_class_ids[index]),
+                new_class_id=int(new_class_ids[index]),
+                old_confidence=float(old_confidence[index]),
+                new_confidence=float(new_confidence[index]),
             )
-            self.top.add(flip.score, shard, row, flip)
+            self.top_flips.add_row(flip.min_confidence, shard, row, flip)
 
-    def add_kept(self, old: Rows, new: Rows, before: npt.NDArray[np.bool_], after: npt.NDArray[np.bool_]) -> None:
-        self.kept[0] += np.bincount(old.top_class[before, 0], minlength=self.classes)
-        self.kept[1] += np.bincount(new.top_class[after, 0], minlength=self.classes)
+    def add_kept(self, old: LabelRows, new: LabelRows, before: npt.NDArray[np.bool_], after: npt.NDArray[np.bool_]) -> None:
+        self.kept[0] += np.bincount(old.top_class[before, 0], minlength=self.num_classes)
+        self.kept[1] += np.bincount(new.top_class[after, 0], minlength=self.num_classes)
         np.add.at(self.kept_by, (before.astype(np.int64), after.astype(np.int64)), 1)
 
-    def diff(self, before: Side, after: Side) -> Diff:
-        names = after.label_set.classes
-        known = before.selection is not None and after.selection is not None
-        sizes = self.kept if known else self.labelled
-        losses = [(1 - int(after) / int(before), name) for name, before, after in zip(names, *sizes, strict=True) if before]
+    def build_diff(self, before: DiffSide, after: DiffSide) -> LabelDiff:
+        class_names = after.label_set.classes
+        with_selections = before.selection is not None and after.selection is not None
+        sizes = self.kept if with_selections else self.labeled
+        losses = [
+            (1 - int(after) / int(before), name) for name, before, after in zip(class_names, *sizes, strict=True) if before
+        ]
         # Of equal losses the first class: max keeps the first of equals.
         shrinkage, shrunk = max(losses, key=lambda loss: loss[0], default=(0.0, None))
         changed = sum(self.matrix.values())
-        return Diff(
+        return LabelDiff(
             dataset=after.label_set.dataset,
             before=before.label_set.digest,
             after=after.label_set.digest,
-            classes=names,
+            classes=class_names,
             images=self.images,
             compared=self.compared,
             only_before=self.only_before,
             only_after=self.only_after,
             changed=changed,
             churn=changed / max(1, self.compared),
-            shift=float(self.shift.sum()) / max(1, self.compared),
-            stayed=int(self.kept_by[1, 1]) if known else None,
-            entered=int(self.kept_by[0, 1]) if known else None,
-            left=int(self.kept_by[1, 0]) if known else None,
+            confidence_shift=float(self.shift.sum()) / max(1, self.compared),
+            stayed=int(self.kept_by[1, 1]) if with_selections else None,
+            entered=int(self.kept_by[0, 1]) if with_selections else None,
+            left=int(self.kept_by[1, 0]) if with_selections else None,
             shrinkage=shrinkage,
-            shrunk=shrunk,
-            bands=tuple(
-                Band(low=low, high=high, images=images, changed=flipped, churn=flipped / max(1, images))
+            shrunk_class=shrunk,
+            churn_bins=tuple(
+                ChurnBin(low=low, high=high, images=images, changed=flipped, churn=flipped / max(1, images))
                 for low, high, images, flipped in zip(
-                    EDGES[:-1], EDGES[1:], self.band_images.tolist(), self.band_changed.tolist(), strict=True
+                    CONFIDENCE_BIN_EDGES[:-1],
+                    CONFIDENCE_BIN_EDGES[1:],
+                    self.bin_images.tolist(),
+                    self.bin_changed.tolist(),
+                    strict=True,
                 )
             ),
             histogram_before=tuple(self.histogram[0].tolist()),
             histogram_after=tuple(self.histogram[1].tolist()),
-            by_class=tuple(self._class(number, name, known) for number, name in enumerate(names)),
-            matrix=tuple(Flips(old=old, new=new, images=images) for (old, new), images in sorted(self.matrix.items())),
-            flips=tuple(flip for _, _, flip in self.top),
+            by_class=tuple(self._build_class_change(number, name, with_selections) for number, name in enumerate(class_names)),
+            matrix=tuple(
+                FlipCount(old_class_id=old, new_class_id=new, images=images)
+                for (old, new), images in sorted(self.matrix.items())
+            ),
+            flips=tuple(flip for _, _, flip in self.top_flips),
         )
 
-    def _class(self, number: int, name: str, known: bool) -> ClassChange:
-        labelled = self.labelled[:, number].tolist()
-        means = [float(self.confidence[side, number]) / labelled[side] if labelled[side] else None for side in (0, 1)]
-        was = int(self.was[number])
+    def _build_class_change(self, class_id: int, class_name: str, with_selections: bool) -> ClassChange:
+        labeled = self.labeled[:, class_id].tolist()
+        means = [float(self.confidence[side, class_id]) / labeled[side] if labeled[side] else None for side in (0, 1)]
+        compared = int(self.compared_before[class_id])
         return ClassChange(
-            name=name,
-            before=labelled[0],
-            after=labelled[1],
-            lost=int(self.flipped[0, number]),
-            gained=int(self.flipped[1, number]),
-            kept_before=int(self.kept[0, number]) if known else None,
-            kept_after=int(self.kept[1, number]) if known else None,
+            name=class_name,
+            before=labeled[0],
+            after=labeled[1],
+            lost=int(self.flipped[0, class_id]),
+            gained=int(self.flipped[1, class_id]),
+            kept_before=int(self.kept[0, class_id]) if with_selections else None,
+            kept_after=int(self.kept[1, class_id]) if with_selections else None,
             confidence_before=means[0],
             confidence_after=means[1],
-            shift=float(self.shift[number]) / was if was else None,
+            shift=float(self.shift[class_id]) / compared if compared else None,
         )

@@ -1,25 +1,25 @@
-"""Labelling outside of a run: any model over any dataset, or over the images that a selection kept."""
+"""Labeling outside of a run: any model over any dataset, or over the images that a selection kept."""
 
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
-from ns.config.schema import LabellingConfig
-from ns.core.digest import LABELLING, code_digest
+from ns.config.schema import LabelingConfig
+from ns.core.digest import LABELING_SOURCES, digest_code
 from ns.core.errors import ConfigError, DataError
 from ns.data.dataset import MANIFEST as DATASET
 from ns.data.dataset import Dataset
-from ns.labeling.label_set import MANIFEST, LabelSet, join, kept_classes, marker, read_rows
-from ns.labeling.predict import label_shards
-from ns.labeling.selection import Selection, copies
+from ns.labeling.label_set import MANIFEST, LabelSet, count_kept_classes, join_label_shards, label_shard_key, read_label_rows
+from ns.labeling.predict import label_pool_shards
+from ns.labeling.selection import Selection, count_copies
 from ns.modeling.predictor import Predictor
 from ns.storage import Store, open_store
-from ns.storage.documents import Document
+from ns.storage.documents import JsonDocument
 
-BEGUN = "labelling.json"
+BEGUN = "labeling.json"
 
 
-class Labelling(Document):
-    """`labelling.json`: what the labels of a folder are made of. It is there before the first of them, so that what is done already
+class LabelingInputs(JsonDocument):
+    """`labeling.json`: what the labels of a folder are made of. It is there before the first of them, so that what is done already
     is never taken for the work of another teacher."""
 
     format: Literal[1] = 1
@@ -31,78 +31,80 @@ class Labelling(Document):
     ensemble: tuple[str, ...]
     probabilities: str
     top_k: int
-    kept: str | None
-    """Digest of the selection whose images are labelled; None if all are."""
+    selection: str | None
+    """Digest of the selection whose images are labeled; None if all are."""
 
-    def begin(self, labels: Store) -> None:
+    def claim_store(self, label_store: Store) -> None:
         """Raises DataError if the folder holds other labels."""
-        if not labels.exists(BEGUN):
-            if labels.exists(MANIFEST):
-                raise DataError(f"{labels.uri}: holds a label set that was not made by `ns label`; name another folder")
-            self.write(labels, BEGUN)
-        begun = Labelling.read(labels, BEGUN)
-        for name, own in self:
-            other = getattr(begun, name)
-            if other != own:
-                raise DataError(f"{labels.uri}: holds labels of another {name}: {other}, not {own}; name another folder")
+        if not label_store.exists(BEGUN):
+            if label_store.exists(MANIFEST):
+                raise DataError(f"{label_store.uri}: holds a label set that was not made by `ns label`; name another folder")
+            self.save_file(label_store, BEGUN)
+        recorded = LabelingInputs.load_file(label_store, BEGUN)
+        for name, value in self:
+            recorded_value = getattr(recorded, name)
+            if recorded_value != value:
+                raise DataError(
+                    f"{label_store.uri}: holds labels of another {name}: {recorded_value}, not {value}; name another folder"
+                )
 
 
 def label_dataset(
-    model: str,
-    pool: str,
-    out: str,
-    config: LabellingConfig,
+    model_uri: str,
+    pool_uri: str,
+    out_uri: str,
+    config: LabelingConfig,
     *,
     shards: str | None = None,
-    only: tuple[Store, LabelSet, Selection | None] | None = None,
+    kept_by: tuple[Store, LabelSet, Selection | None] | None = None,
 ) -> LabelSet | None:
-    """Labels shards of a dataset, and joins them into a label set if all are labelled; None if not.
+    """Labels shards of a dataset, and joins them into a label set if all are labeled; None if not.
 
     `shards`: half-open range, `3-7`. `only`: images that the selection did not keep get no label. Raises ConfigError or DataError
     for what does not fit together.
     """
-    folder = open_store(pool)
-    if not folder.exists(DATASET):
-        raise DataError(f"{folder.uri}: no {DATASET} here; import the images first: ns data import SOURCE {pool}")
-    dataset, labels = Dataset.load(folder), open_store(out)
-    wanted = _range(shards, len(dataset.shards))
-    left_out = _NotKept(dataset, *only) if only else None
-    images = sum(dataset.shards[number].samples for number in wanted)
+    pool_store = open_store(pool_uri)
+    if not pool_store.exists(DATASET):
+        raise DataError(f"{pool_store.uri}: no {DATASET} here; import the images first: ns data import SOURCE {pool_uri}")
+    dataset, label_store = Dataset.load(pool_store), open_store(out_uri)
+    shard_range = _parse_shard_range(shards, len(dataset.shards))
+    left_out = _UnselectedRows(dataset, *kept_by) if kept_by else None
+    images = sum(dataset.shards[number].samples for number in shard_range)
     predictors = [
-        Predictor(open_store(place), batch=config.batch, images=images, views=config.views)
-        for place in (model, *config.ensemble)
+        Predictor(open_store(uri), batch=config.batch, images=images, views=config.views)
+        for uri in (model_uri, *config.ensemble)
     ]
-    teacher, *others = (predictor.card for predictor in predictors)
-    begun = Labelling(
+    teacher, *others = (predictor.manifest for predictor in predictors)
+    inputs = LabelingInputs(
         dataset=dataset.digest,
         teacher=teacher.digest,
-        code=code_digest(*LABELLING),
+        code=digest_code(*LABELING_SOURCES),
         views=config.views,
-        ensemble=tuple(card.digest for card in others),
+        ensemble=tuple(manifest.digest for manifest in others),
         probabilities=config.probabilities,
-        top_k=kept_classes(len(teacher.classes), config.top_k),
-        kept=only[2].digest if only and only[2] else None,
+        top_k=count_kept_classes(len(teacher.classes), config.top_k),
+        selection=kept_by[2].digest if kept_by and kept_by[2] else None,
     )
-    begun.begin(labels)
-    label_shards(predictors, folder, dataset, labels, wanted, config, left_out=left_out)
-    if not all(labels.exists(marker(shard.name)) for shard in dataset.shards):
+    inputs.claim_store(label_store)
+    label_pool_shards(predictors, pool_store, dataset, label_store, shard_range, config, left_out=left_out)
+    if not all(label_store.exists(label_shard_key(shard.name)) for shard in dataset.shards):
         return None
-    made = join(
-        labels,
+    label_set = join_label_shards(
+        label_store,
         dataset,
-        teacher=begun.teacher,
-        code=begun.code,
+        teacher=inputs.teacher,
+        code=inputs.code,
         classes=teacher.classes,
         top_k=config.top_k,
         views=config.views,
-        ensemble=begun.ensemble,
+        ensemble=inputs.ensemble,
         probabilities=config.probabilities,
     )
-    made.write(labels, MANIFEST)
-    return made
+    label_set.save_file(label_store, MANIFEST)
+    return label_set
 
 
-def _range(shards: str | None, count: int) -> range:
+def _parse_shard_range(shards: str | None, count: int) -> range:
     if shards is None:
         return range(count)
     start, dash, stop = shards.partition("-")
@@ -111,24 +113,24 @@ def _range(shards: str | None, count: int) -> range:
     return range(int(start), int(stop))
 
 
-class _NotKept(Mapping[str, Mapping[int, str]]):
+class _UnselectedRows(Mapping[str, Mapping[int, str]]):
     """sha256 of a shard → rows that a selection did not keep; read when it is asked for."""
 
-    def __init__(self, dataset: Dataset, labels: Store, label_set: LabelSet, selection: Selection | None) -> None:
+    def __init__(self, dataset: Dataset, label_store: Store, label_set: LabelSet, selection: Selection | None) -> None:
         if selection is None:
             raise ConfigError(
-                f"--kept: {labels.uri}: a label set by itself has no selection; name a run's generation: latest/gen-1"
+                f"--kept: {label_store.uri}: a label set by itself has no selection; name a run's generation: latest/gen-1"
             )
         if label_set.dataset != dataset.digest:
-            raise DataError(f"--kept: {labels.uri}: labels of another dataset, {label_set.dataset}")
-        self._labels, self._selection = labels, selection
+            raise DataError(f"--kept: {label_store.uri}: labels of another dataset, {label_set.dataset}")
+        self._label_store, self._selection = label_store, selection
         self._shards = {shard.source: shard for shard in label_set.shards}
 
     def __getitem__(self, sha256: str) -> Mapping[int, str]:
-        rows = read_rows(self._labels, self._shards[sha256])
-        times = copies(self._selection, rows)
+        rows = read_label_rows(self._label_store, self._shards[sha256])
+        repeats = count_copies(self._selection, rows)
         return {
-            row: "not kept by the selection" for row, count in enumerate(times.tolist()) if not count and rows.readable[row]
+            row: "not kept by the selection" for row, count in enumerate(repeats.tolist()) if not count and rows.readable[row]
         }
 
     def __iter__(self) -> Iterator[str]:

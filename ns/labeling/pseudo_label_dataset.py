@@ -9,43 +9,43 @@ import numpy.typing as npt
 
 from ns.core.errors import DataError
 from ns.data.dataset import Dataset
-from ns.data.loading.sampler import WINDOW
+from ns.data.loading.sampler import WINDOW_SHARDS
 from ns.data.loading.shard_reader import ImageSource
-from ns.data.loading.stream import PseudoLabelled
-from ns.labeling.label_set import LabelSet, all_rows, dense, read_rows
-from ns.labeling.selection import Selection, copies
+from ns.data.loading.stream import PseudoLabeledImages
+from ns.labeling.label_set import LabelSet, expand_probabilities, iter_label_rows, read_label_rows
+from ns.labeling.selection import Selection, count_copies
 from ns.storage import Store
 
 
-def pseudo_labelled(
-    labels: Store, label_set: LabelSet, selection: Selection, pool_folder: Store, pool: Dataset
-) -> PseudoLabelled:
+def load_pseudo_labels(
+    label_store: Store, label_set: LabelSet, selection: Selection, pool_store: Store, pool: Dataset
+) -> PseudoLabeledImages:
     """The images of `pool` that `selection` kept, with the soft labels of `label_set`.
 
     Raises DataError if the labels were made from another pool.
     """
     if label_set.dataset != pool.digest:
         raise DataError(
-            f"{labels.uri}: labels of dataset {label_set.dataset}, but the pool is {pool.digest}: label the pool again"
+            f"{label_store.uri}: labels of dataset {label_set.dataset}, but the pool is {pool.digest}: label the pool again"
         )
-    repeats = [_smallest(copies(selection, rows)) for rows in all_rows(labels, label_set)]
-    source = ImageSource(pool_folder, pool)
-    return PseudoLabelled(source, _Targets(labels, label_set, source), repeats)
+    repeats = [_shrink_dtype(count_copies(selection, rows)) for rows in iter_label_rows(label_store, label_set)]
+    source = ImageSource(pool_store, pool)
+    return PseudoLabeledImages(source, _ShardTargets(label_store, label_set, source), repeats)
 
 
-def _smallest(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.integer]:
+def _shrink_dtype(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.integer]:
     """The same, in no more bytes a row than they need: one, unless images are repeated more often than 255 times."""
     return counts.astype(np.min_scalar_type(int(counts.max(initial=0))))
 
 
-class _Targets(Sequence[npt.NDArray[np.float32]]):
+class _ShardTargets(Sequence[npt.NDArray[np.float32]]):
     """Shard → float32 [rows, classes], a few shards in memory at a time."""
 
-    def __init__(self, labels: Store, label_set: LabelSet, source: ImageSource) -> None:
-        self._labels = labels
+    def __init__(self, label_store: Store, label_set: LabelSet, source: ImageSource) -> None:
+        self._label_store = label_store
         self._label_set = label_set
         self._source = source
-        self._read = lru_cache(maxsize=2 * WINDOW)(self._read_shard)
+        self._read_cached = lru_cache(maxsize=2 * WINDOW_SHARDS)(self._read_shard)
 
     def __len__(self) -> int:
         return len(self._label_set.shards)
@@ -56,14 +56,14 @@ class _Targets(Sequence[npt.NDArray[np.float32]]):
     def __getitem__(self, index: slice) -> Sequence[npt.NDArray[np.float32]]: ...
     def __getitem__(self, index: int | slice) -> npt.NDArray[np.float32] | Sequence[npt.NDArray[np.float32]]:
         if isinstance(index, slice):
-            return [self._read(shard) for shard in range(*index.indices(len(self)))]
-        return self._read(index)
+            return [self._read_cached(shard) for shard in range(*index.indices(len(self)))]
+        return self._read_cached(index)
 
     def _read_shard(self, index: int) -> npt.NDArray[np.float32]:
         shard = self._label_set.shards[index]
-        rows = read_rows(self._labels, shard)
-        if rows.keys != self._source.index(index).keys:
+        rows = read_label_rows(self._label_store, shard)
+        if rows.keys != self._source.read_index(index).keys:
             raise DataError(
-                f"{self._labels.uri}/{shard.name}: its keys are not those of the pool's shard {index}: label the pool again"
+                f"{self._label_store.uri}/{shard.name}: its keys are not those of the pool's shard {index}: label the pool again"
             )
-        return dense(rows, len(self._label_set.classes))
+        return expand_probabilities(rows, len(self._label_set.classes))

@@ -11,36 +11,48 @@ import pyarrow.parquet as pq
 
 from ns.core.digest import sha256_bytes
 from ns.core.errors import DataError
-from ns.labeling.label_set import BINS, HISTOGRAM, LEFT_OUT, MANIFEST, LabelSet, Rows, all_rows, histogram_name, write_histogram
+from ns.labeling.label_set import (
+    HISTOGRAM,
+    HISTOGRAM_BINS,
+    LEFT_OUT_PREFIX,
+    MANIFEST,
+    LabelRows,
+    LabelSet,
+    histogram_key,
+    iter_label_rows,
+    write_histogram,
+)
 from ns.storage import Store
 from ns.storage.parquet import read_table
 
-REASON = f"{LEFT_OUT}purged"
+PURGED_REASON = f"{LEFT_OUT_PREFIX}purged"
 
 
-def purge(labels: Store, label_set: LabelSet, keys: Collection[str], target: Store) -> tuple[LabelSet, int]:
+def purge_images(label_store: Store, label_set: LabelSet, keys: Collection[str], target: Store) -> tuple[LabelSet, int]:
     """Writes into `target` the label set in which the images have nulls and a reason. Returns it, and how many images it concerned.
 
     Shards without any of them keep their bytes. Raises DataError for keys that the label set does not have.
     """
-    wanted = set(keys)
-    missing = wanted - {key for rows in all_rows(labels, label_set) for key in wanted.intersection(rows.keys)}
+    purged_keys = set(keys)
+    missing = purged_keys - {
+        key for rows in iter_label_rows(label_store, label_set) for key in purged_keys.intersection(rows.keys)
+    }
     if missing:
-        raise DataError(f"{labels.uri}: {len(missing)} of the keys are not in this label set; the first: {min(missing)}")
+        raise DataError(f"{label_store.uri}: {len(missing)} of the keys are not in this label set; the first: {min(missing)}")
     classes = len(label_set.classes)
-    counts = np.zeros((classes, BINS), np.uint64)
+    counts = np.zeros((classes, HISTOGRAM_BINS), np.uint64)
     shards = []
-    for shard, rows in zip(label_set.shards, all_rows(labels, label_set), strict=True):
-        purged = np.array([key in wanted for key in rows.keys], np.bool_)
-        data = labels.get(shard.name)
-        facts = shard
+    for shard, rows in zip(label_set.shards, iter_label_rows(label_store, label_set), strict=True):
+        purged = np.array([key in purged_keys for key in rows.keys], np.bool_)
+        data = label_store.get(shard.name)
+        purged_shard = shard
         if purged.any():
-            table = _without(read_table(data), purged)
+            table = _blank_rows(read_table(data), purged)
             sink = io.BytesIO()
             pq.write_table(table, sink, compression="zstd")
-            data, rows = sink.getvalue(), Rows(table)
+            data, rows = sink.getvalue(), LabelRows(table)
             left_out = int(rows.left_out.sum())
-            facts = shard.model_copy(
+            purged_shard = shard.model_copy(
                 update={
                     "left_out": left_out,
                     "unreadable": int((~rows.readable).sum()) - left_out,
@@ -48,26 +60,26 @@ def purge(labels: Store, label_set: LabelSet, keys: Collection[str], target: Sto
                     "sha256": sha256_bytes(data),
                 }
             )
-        own = rows.histogram(classes)
-        counts += own
+        shard_counts = rows.build_histogram(classes)
+        counts += shard_counts
         # Facts last, and the manifest after all of them: what a kill leaves is no label set.
         target.put(shard.name, data)
-        write_histogram(target, histogram_name(shard.name), own)
-        facts.write(target, shard.name.removesuffix(".parquet") + ".json")
-        shards.append(facts)
+        write_histogram(target, histogram_key(shard.name), shard_counts)
+        purged_shard.save_file(target, shard.name.removesuffix(".parquet") + ".json")
+        shards.append(purged_shard)
     write_histogram(target, HISTOGRAM, counts)
-    without = label_set.model_copy(update={"shards": tuple(shards)})
-    without.write(target, MANIFEST)
-    return without, len(wanted)
+    purged_set = label_set.model_copy(update={"shards": tuple(shards)})
+    purged_set.save_file(target, MANIFEST)
+    return purged_set, len(purged_keys)
 
 
-def _without(table: pa.Table, purged: npt.NDArray[np.bool_]) -> pa.Table:
+def _blank_rows(table: pa.Table, purged: npt.NDArray[np.bool_]) -> pa.Table:
     """The table with nulls in the rows of a mask, and the reason."""
     mask, kept = pa.array(purged), pa.array(np.arange(len(purged)), mask=purged)
     for number, name in enumerate(table.column_names):
         if name == "key":
             continue
         column = table[name].combine_chunks()
-        values = column.take(kept) if name != "error" else pc.if_else(mask, REASON, column)
+        values = column.take(kept) if name != "error" else pc.if_else(mask, PURGED_REASON, column)
         table = table.set_column(number, table.schema.field(number), values)
     return table

@@ -1,4 +1,4 @@
-"""Selection: which pseudo-labelled images a student sees, and how often (paper §3; `noisy_student.md` §2).
+"""Selection: which pseudo-labeled images a student sees, and how often (paper §3; `noisy_student.md` §2).
 
 The paper's filter and balance, made exact and repeatable: of the images whose confidence is above the threshold, each class
 keeps its `per_class` most confident; a class with fewer repeats them until it has as many. The outcome is a rule for each
@@ -18,25 +18,25 @@ import numpy as np
 import numpy.typing as npt
 
 from ns.config.schema import SelectionConfig
-from ns.data.scratch import scratch, writing
-from ns.labeling.label_set import LabelSet, Rows, Scores, all_scores
-from ns.labeling.thresholds import Calibration
+from ns.data.scratch import explain_scratch_errors, make_scratch_dir
+from ns.labeling.label_set import LabelRows, LabelSet, ShardScores, iter_shard_scores
+from ns.labeling.thresholds import Thresholds
 from ns.storage import Store
-from ns.storage.documents import Document, Identified
+from ns.storage.documents import HashedDocument, JsonDocument
 
 MANIFEST = "selection.json"
 
-SORTED_ROWS = 1 << 20
+MAX_SORTED_ROWS = 1 << 20
 """So many rows at most are sorted at the end; more are counted in narrower bins once more."""
-COUNTERS = 1 << 22
+MAX_COUNTERS = 1 << 22
 """Bins of all classes together."""
-EVERY = "f" * 16
+HIGHEST_HASH = "f" * 16
 """Hash of a cut that takes all of its confidence."""
-HIGHEST = int(np.float32(1).view(np.uint32)) + 16
+HIGHEST_BITS = int(np.float32(1).view(np.uint32)) + 16
 """Bits of the greatest confidence: a softmax in float32 may exceed 1 by a few units in the last place."""
 
 
-class Cut(Document):
+class RankingCut(JsonDocument):
     """A place in a class's ranking: most confident first, equal confidences by ascending hash of the key."""
 
     confidence: float
@@ -44,7 +44,7 @@ class Cut(Document):
     """16 hex digits; all f where no confidence is equal to that of the last one, or all equal ones are taken."""
 
 
-class ClassRule(Document):
+class ClassRule(JsonDocument):
     """What a selection does with the images that the teacher puts in one class."""
 
     candidates: int
@@ -54,21 +54,21 @@ class ClassRule(Document):
     """Distinct images kept: the first in the ranking."""
     images: int
     """Images in an epoch: kept ones with their repeats."""
-    last: Cut | None
+    last_kept: RankingCut | None
     """The last one kept; None if the class has none."""
     copies: int
     """Times that each kept image is seen in an epoch."""
-    last_extra: Cut | None
+    last_extra: RankingCut | None
     """Images up to here in the ranking are seen once more; None if there are none."""
 
 
-class Selection(Identified):
+class Selection(HashedDocument):
     format: Literal[1] = 1
     policy: SelectionConfig
     seed: int
     label_set: str
     """Digest."""
-    labels: str
+    label_set_key: str
     """Key of the label set's folder below the root."""
     rules: tuple[ClassRule, ...]
     """By class index."""
@@ -76,11 +76,11 @@ class Selection(Identified):
     """Images at or below the threshold."""
     unreadable: int
     left_out: int = 0
-    """Images that were not labelled, as `LabelShard.left_out`."""
-    calibration: Calibration | None = None
+    """Images that were not labeled, as `LabelShard.left_out`."""
+    thresholds: Thresholds | None = None
     """Where the thresholds of a wanted precision come from."""
 
-    def identity(self) -> Any:
+    def hashed_fields(self) -> Any:
         return self.model_dump(mode="json", exclude={"labels"})
 
     @property
@@ -97,7 +97,7 @@ class Selection(Identified):
         return sum(rule.candidates - rule.kept for rule in self.rules)
 
 
-def key_hashes(keys: Sequence[str], seed: int) -> npt.NDArray[np.uint64]:
+def hash_keys(keys: Sequence[str], seed: int) -> npt.NDArray[np.uint64]:
     """uint64 [N]: breaks ties between equal confidences, differently for each seed."""
     salt = seed.to_bytes(8, "little")
     return np.fromiter(
@@ -107,109 +107,115 @@ def key_hashes(keys: Sequence[str], seed: int) -> npt.NDArray[np.uint64]:
     )
 
 
-def select(
-    read: Callable[[], Iterable[Scores]],
-    classes: int,
+def select_pseudo_labels(
+    read_scores: Callable[[], Iterable[ShardScores]],
+    num_classes: int,
     policy: SelectionConfig,
     *,
     seed: int,
     label_set: str,
-    labels: str,
+    label_set_key: str,
     unreadable: int = 0,
     left_out: int = 0,
-    calibration: Calibration | None = None,
+    thresholds: Thresholds | None = None,
 ) -> Selection:
     """Makes the rule of each class from the scores of a label set.
 
     `read` goes through all shards once, and is called a few times. `unreadable`, `left_out`: rows without a label.
     """
-    thresholds = np.full(classes, policy.min_confidence, np.float32)
-    if calibration is not None:
-        thresholds = np.maximum(thresholds, np.array([one.threshold for one in calibration.classes], np.float32))
-    ranking = _Ranking(read, thresholds, seed)
-    sizes = [_sizes(count, policy) for count in ranking.candidates.tolist()]
-    last, extras = ranking.at(
+    class_thresholds = np.full(num_classes, policy.min_confidence, np.float32)
+    if thresholds is not None:
+        class_thresholds = np.maximum(
+            class_thresholds, np.array([class_threshold.threshold for class_threshold in thresholds.classes], np.float32)
+        )
+    ranking = _Ranking(read_scores, class_thresholds, seed)
+    sizes = [_plan_copies(count, policy) for count in ranking.candidates.tolist()]
+    last, last_extras = ranking.find_cuts(
         [
-            {label: kept - 1 for label, (kept, _, _) in enumerate(sizes) if kept},
-            {label: extra - 1 for label, (_, _, extra) in enumerate(sizes) if extra},
+            {class_id: kept - 1 for class_id, (kept, _, _) in enumerate(sizes) if kept},
+            {class_id: extra - 1 for class_id, (_, _, extra) in enumerate(sizes) if extra},
         ]
     )
     return Selection(
         policy=policy,
         seed=seed,
         label_set=label_set,
-        labels=labels,
+        label_set_key=label_set_key,
         rules=tuple(
             ClassRule(
-                candidates=int(ranking.candidates[label]),
-                threshold=float(thresholds[label]),
+                candidates=int(ranking.candidates[class_id]),
+                threshold=float(class_thresholds[class_id]),
                 kept=kept,
                 images=kept * times + extra,
-                last=last.get(label),
+                last_kept=last.get(class_id),
                 copies=times,
-                last_extra=extras.get(label),
+                last_extra=last_extras.get(class_id),
             )
-            for label, (kept, times, extra) in enumerate(sizes)
+            for class_id, (kept, times, extra) in enumerate(sizes)
         ),
         low_confidence=ranking.low,
         unreadable=unreadable,
         left_out=left_out,
-        calibration=calibration,
+        thresholds=thresholds,
     )
 
 
-def select_from(
-    folder: Store,
+def make_selection(
+    store: Store,
     label_set: LabelSet,
     policy: SelectionConfig,
     *,
     seed: int,
-    labels: str,
-    calibration: Calibration | None = None,
+    label_set_key: str,
+    thresholds: Thresholds | None = None,
 ) -> Selection:
     """As `select`, from a label set in `folder`. Raises DataError if a shard is not what the manifest says."""
-    with scratch("select") as place:
-        kept = _Kept(place / "scores")
-        return select(
-            lambda: kept.read() if kept.written else kept.write(all_scores(folder, label_set, policy.classes_per_image)),
+    with make_scratch_dir("select") as scratch_dir:
+        score_file = _ScoreFile(scratch_dir / "scores")
+        return select_pseudo_labels(
+            lambda: (
+                score_file.read_scores()
+                if score_file.written
+                else score_file.write_scores(iter_shard_scores(store, label_set, policy.classes_per_image))
+            ),
             len(label_set.classes),
             policy,
             seed=seed,
             label_set=label_set.digest,
-            labels=labels,
+            label_set_key=label_set_key,
             unreadable=label_set.unreadable,
             left_out=label_set.left_out,
-            calibration=calibration,
+            thresholds=thresholds,
         )
 
 
-class _Kept:
+class _ScoreFile:
     """Scores in a file, six bytes an image and class: unpacking Parquet's lists takes ten times as long as reading that back."""
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self._shards: list[tuple[int, int, Callable[[npt.NDArray[np.int64]], list[str]]]] = []
         self.written = False
 
-    def write(self, shards: Iterable[Scores]) -> Iterator[Scores]:
-        with writing(self._file, "keep scores"), self._file.open("wb") as file:
+    def write_scores(self, shards: Iterable[ShardScores]) -> Iterator[ShardScores]:
+        with explain_scratch_errors(self._path, "keep scores"), self._path.open("wb") as file:
             for scores in shards:
                 # No probability is negative, so that one can stand for no label.
-                file.write(np.where(scores.labelled[:, None], scores.confidence, np.float32(-1)).tobytes())
-                file.write(np.ascontiguousarray(scores.classes).tobytes())
-                self._shards.append((*scores.classes.shape, scores.keys))
+                file.write(np.where(scores.labeled[:, None], scores.confidence, np.float32(-1)).tobytes())
+                file.write(np.ascontiguousarray(scores.class_ids).tobytes())
+                self._shards.append((*scores.class_ids.shape, scores.read_keys))
                 yield scores
         self.written = True
 
-    def read(self) -> Iterator[Scores]:
-        with self._file.open("rb") as file:
-            for rows, ranks, keys in self._shards:
-                confidence = np.fromfile(file, np.float32, rows * ranks).reshape(rows, ranks)
-                classes = np.fromfile(file, np.uint16, rows * ranks).reshape(rows, ranks)
-                yield Scores(confidence[:, 0] >= 0, classes, confidence, keys)
+    def read_scores(self) -> Iterator[ShardScores]:
+        with self._path.open("rb") as file:
+            for rows, top_k, read_keys in self._shards:
+                confidence = np.fromfile(file, np.float32, rows * top_k).reshape(rows, top_k)
+                class_ids = np.fromfile(file, np.uint16, rows * top_k).reshape(rows, top_k)
+                yield ShardScores(confidence[:, 0] >= 0, class_ids, confidence, read_keys)
 
 
-def _sizes(candidates: int, policy: SelectionConfig) -> tuple[int, int, int]:
+def _plan_copies(candidates: int, policy: SelectionConfig) -> tuple[int, int, int]:
     """Of a class: images kept, how often each is seen, and how many are seen once more."""
     if candidates == 0:
         return 0, 0, 0
@@ -220,12 +226,12 @@ def _sizes(candidates: int, policy: SelectionConfig) -> tuple[int, int, int]:
     return (kept, policy.max_repeat, 0) if times >= policy.max_repeat else (kept, times, extra)
 
 
-class _Range(NamedTuple):
+class _RankRange(NamedTuple):
     """Part of a class's ranking: `depth` counts bits of confidence downwards from HIGHEST."""
 
-    which: int
+    question: int
     """Of the questions asked together."""
-    label: int
+    class_id: int
     rank: int
     """Searched for, counted from 0."""
     before: int
@@ -238,129 +244,139 @@ class _Range(NamedTuple):
 class _Ranking:
     """The candidates of each class, most confident first, of which any place can be asked for; none of it is in memory."""
 
-    def __init__(self, read: Callable[[], Iterable[Scores]], thresholds: npt.NDArray[np.float32], seed: int) -> None:
-        self._read = read
+    def __init__(
+        self, read_scores: Callable[[], Iterable[ShardScores]], thresholds: npt.NDArray[np.float32], seed: int
+    ) -> None:
+        self._read_scores = read_scores
         self._thresholds = thresholds
         self._seed = seed
-        classes = len(thresholds)
-        deepest = HIGHEST - int(thresholds.min().view(np.uint32))
-        self._bits = _bins(classes)
+        num_classes = len(thresholds)
+        deepest = HIGHEST_BITS - int(thresholds.min().view(np.uint32))
+        self._bits = _bits_per_group(num_classes)
         self._shift = max(0, deepest.bit_length() - self._bits)
-        counts = _Counts(classes, self._bits)
+        counts = _BinCounter(num_classes, self._bits)
         self.low = 0
         """Images that are a candidate of no class."""
-        for scores in read():
-            found = np.zeros(len(scores.labelled), np.bool_)
-            for rows, label, depth in self._candidates(scores):
-                found[rows] = True
-                counts.add(label, depth >> self._shift)
-            self.low += int((scores.labelled & ~found).sum())
-        self._counts = counts.whole()
+        for scores in read_scores():
+            is_candidate = np.zeros(len(scores.labeled), np.bool_)
+            for rows, class_ids, depth in self._iter_candidates(scores):
+                is_candidate[rows] = True
+                counts.add_pairs(class_ids, depth >> self._shift)
+            self.low += int((scores.labeled & ~is_candidate).sum())
+        self._counts = counts.count_all()
         self.candidates: npt.NDArray[np.int64] = self._counts.sum(1)
 
-    def at(self, places: Sequence[Mapping[int, int]]) -> list[dict[int, Cut]]:
+    def find_cuts(self, questions: Sequence[Mapping[int, int]]) -> list[dict[int, RankingCut]]:
         """For each question, class → what is at a rank of it. Takes class → rank, ranks below the class's candidates."""
         ranges = [
-            self._within(which, label, rank, 0, self._counts[label], 0, self._shift)
-            for which, asked in enumerate(places)
-            for label, rank in asked.items()
+            self._locate_bin(question, class_id, rank, 0, self._counts[class_id], 0, self._shift)
+            for question, ranks in enumerate(questions)
+            for class_id, rank in ranks.items()
         ]
         shift = self._shift
-        while shift and sum(one.inside for one in ranges) > SORTED_ROWS:
-            ranges, shift = self._narrowed(ranges, shift)
-        return self._sorted(ranges, shift, len(places))
+        while shift and sum(range_.inside for range_ in ranges) > MAX_SORTED_ROWS:
+            ranges, shift = self._narrow_ranges(ranges, shift)
+        return self._cut_sorted_ranges(ranges, shift, len(questions))
 
-    def _candidates(
-        self, scores: Scores
+    def _iter_candidates(
+        self, scores: ShardScores
     ) -> Iterable[tuple[npt.NDArray[np.int64], npt.NDArray[np.uint16], npt.NDArray[np.int64]]]:
         """For each rank of classes: rows, class, and depth of confidence."""
-        for rank in range(scores.classes.shape[1]):
-            label, confidence = scores.classes[:, rank], scores.confidence[:, rank]
-            rows = np.flatnonzero(scores.labelled & (confidence > self._thresholds[label]))
+        for rank in range(scores.class_ids.shape[1]):
+            class_ids, confidence = scores.class_ids[:, rank], scores.confidence[:, rank]
+            rows = np.flatnonzero(scores.labeled & (confidence > self._thresholds[class_ids]))
             # Positive floats order like their bits.
-            yield rows, label[rows], np.maximum(0, HIGHEST - confidence[rows].view(np.uint32).astype(np.int64))
+            yield rows, class_ids[rows], np.maximum(0, HIGHEST_BITS - confidence[rows].view(np.uint32).astype(np.int64))
 
     @staticmethod
-    def _within(which: int, label: int, rank: int, before: int, counts: npt.NDArray[np.int64], low: int, shift: int) -> _Range:
+    def _locate_bin(
+        question: int, class_id: int, rank: int, before: int, counts: npt.NDArray[np.int64], low: int, shift: int
+    ) -> _RankRange:
         """The bin that holds the image of a rank."""
         ends = before + counts.cumsum()
         bin_ = int(np.searchsorted(ends, rank, "right"))
         inside = int(counts[bin_])
-        return _Range(which, label, rank, int(ends[bin_]) - inside, inside, low + (bin_ << shift))
+        return _RankRange(question, class_id, rank, int(ends[bin_]) - inside, inside, low + (bin_ << shift))
 
-    def _inside(
-        self, ranges: Sequence[_Range], shift: int
-    ) -> Iterable[tuple[Scores, npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    def _iter_inside(
+        self, ranges: Sequence[_RankRange], shift: int
+    ) -> Iterable[tuple[ShardScores, npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
         """Scores, rows, number of the range, and depth below its beginning, of all that lies in a range; shard by shard."""
-        questions = 1 + max((one.which for one in ranges), default=-1)
-        number = np.full((questions, len(self._thresholds)), -1, np.int64)
+        num_questions = 1 + max((range_.question for range_ in ranges), default=-1)
+        range_of_class = np.full((num_questions, len(self._thresholds)), -1, np.int64)
         # No depth is below where there is no range.
-        low = np.full_like(number, 1 << 40)
-        for index, one in enumerate(ranges):
-            number[one.which, one.label], low[one.which, one.label] = index, one.low
-        for scores in self._read():
-            for rows, label, depth in self._candidates(scores):
-                for which in range(questions):
-                    below = depth - low[which][label]
+        low = np.full_like(range_of_class, 1 << 40)
+        for index, range_ in enumerate(ranges):
+            range_of_class[range_.question, range_.class_id], low[range_.question, range_.class_id] = index, range_.low
+        for scores in self._read_scores():
+            for rows, class_ids, depth in self._iter_candidates(scores):
+                for question in range(num_questions):
+                    below = depth - low[question][class_ids]
                     inside = np.flatnonzero((below >= 0) & (below < 1 << shift))
-                    yield scores, rows[inside], number[which][label[inside]], below[inside]
+                    yield scores, rows[inside], range_of_class[question][class_ids[inside]], below[inside]
 
-    def _narrowed(self, ranges: Sequence[_Range], shift: int) -> tuple[list[_Range], int]:
-        bits = min(shift, _bins(len(ranges)))
+    def _narrow_ranges(self, ranges: Sequence[_RankRange], shift: int) -> tuple[list[_RankRange], int]:
+        bits = min(shift, _bits_per_group(len(ranges)))
         shift -= bits
-        counts = _Counts(len(ranges), bits)
-        for _, _, number, below in self._inside(ranges, shift + bits):
-            counts.add(number, below >> shift)
+        counts = _BinCounter(len(ranges), bits)
+        for _, _, number, below in self._iter_inside(ranges, shift + bits):
+            counts.add_pairs(number, below >> shift)
         return [
-            self._within(one.which, one.label, one.rank, one.before, own, one.low, shift)
-            for one, own in zip(ranges, counts.whole(), strict=True)
+            self._locate_bin(range_.question, range_.class_id, range_.rank, range_.before, range_counts, range_.low, shift)
+            for range_, range_counts in zip(ranges, counts.count_all(), strict=True)
         ], shift
 
-    def _sorted(self, ranges: Sequence[_Range], shift: int, questions: int) -> list[dict[int, Cut]]:
+    def _cut_sorted_ranges(self, ranges: Sequence[_RankRange], shift: int, num_questions: int) -> list[dict[int, RankingCut]]:
         """Sorts the confidences that lie in the ranges; keys are only read, and hashed, where a cut goes through equal ones."""
         if not ranges:
-            return [{} for _ in range(questions)]
+            return [{} for _ in range(num_questions)]
         depths: list[npt.NDArray[np.int64]] = [np.zeros(0, np.int64)] * len(ranges)
         if shift:
-            gathered = [np.stack((number, below)) for _, _, number, below in self._inside(ranges, shift)]
+            gathered = [np.stack((number, below)) for _, _, number, below in self._iter_inside(ranges, shift)]
             numbers, belows = np.concatenate(gathered, axis=1)
             order = np.lexsort((belows, numbers))
             depths = np.split(belows[order], np.searchsorted(numbers[order], np.arange(1, len(ranges))))
-        found: list[dict[int, Cut]] = [{} for _ in range(questions)]
-        split = []
-        for one, own in zip(ranges, depths, strict=True):
-            within = one.rank - one.before
+        cuts: list[dict[int, RankingCut]] = [{} for _ in range(num_questions)]
+        tied_ranges = []
+        for range_, range_depths in zip(ranges, depths, strict=True):
+            within = range_.rank - range_.before
             # A range of one depth holds nothing but equal confidences.
-            depth = int(own[within]) if shift else 0
-            first, last = (int(np.searchsorted(own, depth, side)) for side in ("left", "right")) if shift else (0, one.inside)
-            found[one.which][one.label] = Cut(confidence=self._confidence(one.low + depth), hash=EVERY)
+            depth = int(range_depths[within]) if shift else 0
+            first, last = (
+                (int(np.searchsorted(range_depths, depth, side)) for side in ("left", "right")) if shift else (0, range_.inside)
+            )
+            cuts[range_.question][range_.class_id] = RankingCut(
+                confidence=self._depth_to_confidence(range_.low + depth), hash=HIGHEST_HASH
+            )
             if within + 1 < last:
-                split.append(one._replace(low=one.low + depth, before=one.before + first, inside=last - first))
-        for one, tie in zip(split, self._ties(split), strict=True):
-            found[one.which][one.label] = Cut(confidence=self._confidence(one.low), hash=f"{tie:016x}")
-        return found
+                tied_ranges.append(range_._replace(low=range_.low + depth, before=range_.before + first, inside=last - first))
+        for range_, tie in zip(tied_ranges, self._find_tie_hashes(tied_ranges), strict=True):
+            cuts[range_.question][range_.class_id] = RankingCut(
+                confidence=self._depth_to_confidence(range_.low), hash=f"{tie:016x}"
+            )
+        return cuts
 
     @staticmethod
-    def _confidence(depth: int) -> float:
-        return float(np.array(HIGHEST - depth, np.uint32).view(np.float32))
+    def _depth_to_confidence(depth: int) -> float:
+        return float(np.array(HIGHEST_BITS - depth, np.uint32).view(np.float32))
 
-    def _ties(self, ranges: Sequence[_Range]) -> list[int]:
+    def _find_tie_hashes(self, ranges: Sequence[_RankRange]) -> list[int]:
         """Of ranges of equal confidences, the hash of the key that is at the rank."""
         if not ranges:
             return []
-        heaps = [_Heap(one.rank - one.before + 1) for one in ranges]
-        for scores, rows, number, _ in self._inside(ranges, 0):
+        heaps = [_LeastHashes(range_.rank - range_.before + 1) for range_ in ranges]
+        for scores, rows, number, _ in self._iter_inside(ranges, 0):
             if len(rows) == 0:
                 continue
-            hashes = key_hashes(scores.keys(rows), self._seed)
+            hashes = hash_keys(scores.read_keys(rows), self._seed)
             order = np.argsort(number, kind="stable")
             indices, starts = np.unique(number[order], return_index=True)
-            for index, own in zip(indices.tolist(), np.split(order, starts[1:]), strict=True):
-                heaps[index].add(hashes[own])
-        return [heap.last() for heap in heaps]
+            for index, positions in zip(indices.tolist(), np.split(order, starts[1:]), strict=True):
+                heaps[index].add(hashes[positions])
+        return [heap.find_last() for heap in heaps]
 
 
-class _Heap:
+class _LeastHashes:
     """The `size` least hashes."""
 
     def __init__(self, size: int) -> None:
@@ -368,78 +384,78 @@ class _Heap:
         self._kept: list[npt.NDArray[np.uint64]] = []
         self._held = 0
 
-    def add(self, hashes: npt.NDArray[np.uint64]) -> None:
+    def add_hashes(self, hashes: npt.NDArray[np.uint64]) -> None:
         self._kept.append(hashes)
         self._held += len(hashes)
         if self._held > 2 * self._size + 1000:
-            self._cut()
+            self._trim_hashes()
 
-    def last(self) -> int:
-        self._cut()
+    def find_last(self) -> int:
+        self._trim_hashes()
         return int(self._kept[0][-1])
 
-    def _cut(self) -> None:
+    def _trim_hashes(self) -> None:
         self._kept = [np.sort(np.concatenate(self._kept))[: self._size]]
         self._held = len(self._kept[0])
 
 
-class _Counts:
+class _BinCounter:
     """Counts of (target, bin) pairs. They are gathered before they are counted: going through all bins for the rows of one shard
     would take longer than reading it."""
 
-    def __init__(self, targets: int, bits: int) -> None:
+    def __init__(self, num_groups: int, bits: int) -> None:
         self._bits = bits
-        self._counts = np.zeros(targets << bits, np.int64)
+        self._counts = np.zeros(num_groups << bits, np.int64)
         self._waiting: list[npt.NDArray[np.int64]] = []
         self._rows = 0
 
-    def add(self, target: npt.NDArray[np.integer], bin_: npt.NDArray[np.int64]) -> None:
-        self._waiting.append((target.astype(np.int64) << self._bits) + bin_)
-        self._rows += len(bin_)
-        if self._rows >= SORTED_ROWS:
-            self._count()
+    def add_pairs(self, groups: npt.NDArray[np.integer], bins: npt.NDArray[np.int64]) -> None:
+        self._waiting.append((groups.astype(np.int64) << self._bits) + bins)
+        self._rows += len(bins)
+        if self._rows >= MAX_SORTED_ROWS:
+            self._count_waiting()
 
-    def whole(self) -> npt.NDArray[np.int64]:
+    def count_all(self) -> npt.NDArray[np.int64]:
         """[targets, bins]"""
-        self._count()
+        self._count_waiting()
         return self._counts.reshape(-1, 1 << self._bits)
 
-    def _count(self) -> None:
+    def _count_waiting(self) -> None:
         if self._waiting:
             self._counts += np.bincount(np.concatenate(self._waiting), minlength=len(self._counts))
             self._waiting, self._rows = [], 0
 
 
-def _bins(targets: int) -> int:
+def _bits_per_group(num_groups: int) -> int:
     """log2 of the bins that each of so many may have."""
-    return min(16, (COUNTERS // max(1, targets)).bit_length() - 1)
+    return min(16, (MAX_COUNTERS // max(1, num_groups)).bit_length() - 1)
 
 
-def copies(selection: Selection, rows: Rows) -> npt.NDArray[np.int64]:
+def count_copies(selection: Selection, rows: LabelRows) -> npt.NDArray[np.int64]:
     """int64 [N]: how often each row is seen in an epoch; 0 for images that are left out."""
-    result = np.zeros(len(rows.keys), np.int64)
-    scores = rows.scores(selection.policy.classes_per_image)
+    repeats = np.zeros(len(rows.keys), np.int64)
+    scores = rows.build_scores(selection.policy.classes_per_image)
     rules = selection.rules
     thresholds = np.array([rule.threshold for rule in rules], np.float32)
     times = np.array([rule.copies for rule in rules], np.int64)
-    for rank in range(scores.classes.shape[1]):
-        label, confidence = scores.classes[:, rank], scores.confidence[:, rank]
-        candidate = scores.labelled & (confidence > thresholds[label])
-        kept = candidate & _up_to([rule.last for rule in rules], scores, rank, selection.seed)
-        more = kept & _up_to([rule.last_extra for rule in rules], scores, rank, selection.seed)
-        result[kept] += times[label[kept]]
-        result[more] += 1
-    return result
+    for rank in range(scores.class_ids.shape[1]):
+        class_ids, confidence = scores.class_ids[:, rank], scores.confidence[:, rank]
+        candidate = scores.labeled & (confidence > thresholds[class_ids])
+        is_kept = candidate & _ranks_up_to([rule.last_kept for rule in rules], scores, rank, selection.seed)
+        is_extra = is_kept & _ranks_up_to([rule.last_extra for rule in rules], scores, rank, selection.seed)
+        repeats[is_kept] += times[class_ids[is_kept]]
+        repeats[is_extra] += 1
+    return repeats
 
 
-def _up_to(cuts: Sequence[Cut | None], scores: Scores, rank: int, seed: int) -> npt.NDArray[np.bool_]:
+def _ranks_up_to(cuts: Sequence[RankingCut | None], scores: ShardScores, rank: int, seed: int) -> npt.NDArray[np.bool_]:
     """Which rows rank up to the cut of their class. Only those that tie with it need their key's hash."""
-    label, confidence = scores.classes[:, rank], scores.confidence[:, rank]
+    class_ids, confidence = scores.class_ids[:, rank], scores.confidence[:, rank]
     # float32 → JSON double → float32 is exact, so the comparison with equality is.
-    last = np.array([np.inf if cut is None else cut.confidence for cut in cuts], np.float32)[label]
-    up_to: npt.NDArray[np.bool_] = scores.labelled & (confidence > last)
-    ties = np.flatnonzero(scores.labelled & (confidence == last))
+    last = np.array([np.inf if cut is None else cut.confidence for cut in cuts], np.float32)[class_ids]
+    mask: npt.NDArray[np.bool_] = scores.labeled & (confidence > last)
+    ties = np.flatnonzero(scores.labeled & (confidence == last))
     if len(ties):
-        bound = np.array([0 if cut is None else int(cut.hash, 16) for cut in cuts], np.uint64)[label[ties]]
-        up_to[ties] = key_hashes(scores.keys(ties), seed) <= bound
-    return up_to
+        bound = np.array([0 if cut is None else int(cut.hash, 16) for cut in cuts], np.uint64)[class_ids[ties]]
+        mask[ties] = hash_keys(scores.read_keys(ties), seed) <= bound
+    return mask

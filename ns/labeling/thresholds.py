@@ -10,13 +10,13 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from ns.storage.documents import Document
+from ns.storage.documents import JsonDocument
 
-NEVER = 2.0
+NEVER_SURE = 2.0
 """The threshold of a class of which no confidence suffices."""
 
 
-class ClassCalibration(Document):
+class ClassThreshold(JsonDocument):
     threshold: float
     """Confidences above it are taken; NEVER if none suffices."""
     heldout: int
@@ -28,45 +28,50 @@ class ClassCalibration(Document):
     """Whether the class is too rare to be judged by itself."""
 
 
-class Calibration(Document):
+class Thresholds(JsonDocument):
     precision: float
     confidence: float
     """One-sided, of the bounds."""
     evaluation: str
     """Digest of the evaluation that the thresholds were found on."""
-    classes: tuple[ClassCalibration, ...]
+    classes: tuple[ClassThreshold, ...]
 
 
-def calibrate(
+def find_thresholds(
     predicted: npt.NDArray[np.integer],
     confidence: npt.NDArray[np.float32],
     correct: npt.NDArray[np.bool_],
-    classes: int,
+    num_classes: int,
     *,
     precision: float,
     level: float,
     evaluation: str,
-) -> Calibration:
+) -> Thresholds:
     """Finds each class's threshold from predictions on held-out images: [N] class, its confidence, and whether it is right."""
     # With fewer, even if all are right, the bound (1 - level)^(1/n) stays below the precision.
-    least = math.ceil(math.log(1 - level) / math.log(precision))
-    counts = np.bincount(predicted, minlength=classes)
-    rare = counts < least
+    min_heldout = math.ceil(math.log(1 - level) / math.log(precision))
+    counts = np.bincount(predicted, minlength=num_classes)
+    rare = counts < min_heldout
 
-    def found(of: npt.NDArray[np.bool_], *, pooled: bool) -> ClassCalibration:
-        threshold, heldout, right, bound = _lowest(confidence[of], correct[of], precision, level)
-        return ClassCalibration(threshold=threshold, heldout=heldout, correct=right, bound=bound, pooled=pooled)
+    def find_class_threshold(mask: npt.NDArray[np.bool_], *, pooled: bool) -> ClassThreshold:
+        threshold, heldout, right, bound = _find_lowest_threshold(confidence[mask], correct[mask], precision, level)
+        return ClassThreshold(threshold=threshold, heldout=heldout, correct=right, bound=bound, pooled=pooled)
 
-    together = found(rare[predicted], pooled=True)
-    return Calibration(
+    pooled_threshold = find_class_threshold(rare[predicted], pooled=True)
+    return Thresholds(
         precision=precision,
         confidence=level,
         evaluation=evaluation,
-        classes=tuple(together if rare[label] else found(predicted == label, pooled=False) for label in range(classes)),
+        classes=tuple(
+            pooled_threshold if rare[class_id] else find_class_threshold(predicted == class_id, pooled=False)
+            for class_id in range(num_classes)
+        ),
     )
 
 
-def lower_bound(correct: npt.NDArray[np.integer], total: npt.NDArray[np.integer], level: float) -> npt.NDArray[np.float64]:
+def clopper_pearson_bound(
+    correct: npt.NDArray[np.integer], total: npt.NDArray[np.integer], level: float
+) -> npt.NDArray[np.float64]:
     """One-sided Clopper–Pearson bound of a share (Clopper & Pearson 1934), elementwise; 0 where nothing is correct."""
     from scipy.stats import beta  # takes as long to import as all else here
 
@@ -74,7 +79,7 @@ def lower_bound(correct: npt.NDArray[np.integer], total: npt.NDArray[np.integer]
     return np.where(correct == 0, 0.0, bound)
 
 
-def _lowest(
+def _find_lowest_threshold(
     confidence: npt.NDArray[np.float32], correct: npt.NDArray[np.bool_], precision: float, level: float
 ) -> tuple[float, int, int, float]:
     """Threshold, images above it, how many of them are right, and the bound."""
@@ -82,10 +87,10 @@ def _lowest(
     ranked, right = confidence[order], correct[order].cumsum()
     # Only where the confidence changes can a threshold lie.
     ends = np.flatnonzero(np.append(np.diff(ranked) != 0, True)) if len(ranked) else np.zeros(0, np.int64)
-    bounds = lower_bound(right[ends], ends + 1, level)
+    bounds = clopper_pearson_bound(right[ends], ends + 1, level)
     good = np.flatnonzero(bounds >= precision)
     if len(good) == 0:
-        return NEVER, 0, 0, 0.0
+        return NEVER_SURE, 0, 0, 0.0
     end = int(ends[good[-1]])
     # Just below the last one taken: of what lies lower nothing is known.
     threshold = float(np.nextafter(ranked[end], np.float32(0)))

@@ -9,15 +9,15 @@ T = TypeVar("T")
 
 
 @dataclass
-class Top(Generic[T]):
+class TopRows(Generic[T]):
     """The `size` highest-scoring places (shard, row) seen so far, each with something to remember."""
 
     size: int
     heap: list[tuple[float, int, int, T]] = field(default_factory=list)
 
-    def add(self, score: float, shard: int, row: int, memory: T) -> None:
+    def add_row(self, score: float, shard: int, row: int, payload: T) -> None:
         # Ties go to the earlier image, so that the same labels always show the same pictures.
-        item = (score, -shard, -row, memory)
+        item = (score, -shard, -row, payload)
         if len(self.heap) < self.size:
             heappush(self.heap, item)
         elif self.size:
@@ -25,4 +25,4 @@ class Top(Generic[T]):
 
     def __iter__(self) -> Iterator[tuple[int, int, T]]:
         """Highest first: shard, row, memory."""
-        return iter([(-shard, -row, memory) for _, shard, row, memory in sorted(self.heap, reverse=True)])
+        return iter([(-shard, -row, payload) for _, shard, row, payload in sorted(self.heap, reverse=True)])

@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from ns.core.errors import ConfigError, Interrupted, NsError, TrainingError
-from ns.core.process import CLIENT_VARIABLE, signalled
+from ns.core.process import CLIENT_VARIABLE, handle_signals
 
 FAILURE_VARIABLE = "NS_FAILURE_FILE"
 """Where the first process that fails writes why, for `launch` to raise it again."""
@@ -36,77 +36,77 @@ class World:
     """The processes that train together, and which of them this is."""
 
     rank: int = 0
-    size: int = 1
+    world_size: int = 1
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the one that writes."""
         return self.rank == 0
 
-    def mean(self, values: Tensor) -> Tensor:
+    def all_reduce_mean(self, values: Tensor) -> Tensor:
         """The mean over all processes, in the place of `values`."""
-        if self.size > 1:
+        if self.world_size > 1:
             dist.all_reduce(values)
-            values /= self.size
+            values /= self.world_size
         return values
 
-    def any(self, *flags: bool) -> tuple[bool, ...]:
+    def any_rank(self, *flags: bool) -> tuple[bool, ...]:
         """For each flag, whether it is set anywhere. Costs a message on the CPU, and no wait for the GPU."""
-        if self.size == 1:
+        if self.world_size == 1:
             return flags
-        everyones = torch.tensor(flags, dtype=torch.int32)
-        dist.all_reduce(everyones, dist.ReduceOp.MAX)
-        return tuple(bool(flag) for flag in everyones.tolist())
+        maxima = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(maxima, dist.ReduceOp.MAX)
+        return tuple(bool(flag) for flag in maxima.tolist())
 
-    def everyones(self, number: int) -> list[int]:
+    def all_gather(self, value: int) -> list[int]:
         """Each process's number, in the order of their ranks."""
-        if self.size == 1:
-            return [number]
-        numbers = torch.zeros(self.size, dtype=torch.int64)
-        numbers[self.rank] = number
-        dist.all_reduce(numbers)
-        return [int(found) for found in numbers.tolist()]
+        if self.world_size == 1:
+            return [value]
+        gathered = torch.zeros(self.world_size, dtype=torch.int64)
+        gathered[self.rank] = value
+        dist.all_reduce(gathered)
+        return [int(item) for item in gathered.tolist()]
 
-    def first_says(self, make: Callable[[], str]) -> str:
+    def broadcast(self, make: Callable[[], str]) -> str:
         """What the first process makes of it; the others wait."""
-        if self.size == 1:
+        if self.world_size == 1:
             return make()
         text = torch.zeros(256, dtype=torch.uint8)
-        if self.first:
-            made = make().encode()
-            text[: len(made)] = torch.tensor(list(made), dtype=torch.uint8)
+        if self.is_main:
+            encoded = make().encode()
+            text[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
         dist.broadcast(text, 0)
         return bytes(text.tolist()).rstrip(b"\0").decode()
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until all have come here."""
-        if self.size > 1:
+        if self.world_size > 1:
             dist.barrier()
 
-    def gathering(self, forward: Any, last: bool) -> contextlib.AbstractContextManager[Any]:
+    def sync_grads_on(self, forward: Any, is_last: bool) -> contextlib.AbstractContextManager[Any]:
         """Around forward and backward of a part of a step: gradients are gathered with the last part only."""
-        held = self.size > 1 and not last
-        return forward.no_sync() if held else contextlib.nullcontext()
+        is_deferred = self.world_size > 1 and not is_last
+        return forward.no_sync() if is_deferred else contextlib.nullcontext()
 
-    def share(self, network: nn.Module, forward: Callable[[nn.Module], Any]) -> Any:
+    def wrap_ddp(self, network: nn.Module, prepare: Callable[[nn.Module], Any]) -> Any:
         """What to call for a forward pass, so that the backward pass leaves every process the mean of all gradients.
         `forward` prepares a network for it. Batch-norm layers of `network` are made to use everyone's images.
         """
-        if self.size == 1:
-            return forward(network)
-        network = share_batch_norms(network, self)
-        return DistributedDataParallel(forward(network), forward_sync_buffers=False, gradient_as_bucket_view=True)
+        if self.world_size == 1:
+            return prepare(network)
+        network = sync_batch_norms(network, self)
+        return DistributedDataParallel(prepare(network), forward_sync_buffers=False, gradient_as_bucket_view=True)
 
 
-ALONE = World()
+SINGLE = World()
 
 
 @contextmanager
-def joined() -> Iterator[World]:
+def process_group() -> Iterator[World]:
     """The group that torchrun's variables describe; alone without them."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
-        yield ALONE
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        yield SINGLE
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -114,20 +114,20 @@ def joined() -> Iterator[World]:
     else:
         dist.init_process_group("gloo")
     try:
-        yield World(dist.get_rank(), size)
+        yield World(dist.get_rank(), world_size)
     finally:
         dist.destroy_process_group()
 
 
-def processes_here(asked: int | str) -> int:
+def count_local_processes(configured: int | str) -> int:
     """Processes that train on this machine: as asked, or one on each GPU, or one."""
-    return max(1, torch.cuda.device_count()) if asked == "auto" else int(asked)
+    return max(1, torch.cuda.device_count()) if configured == "auto" else int(configured)
 
 
 # --- Batch norm over the images of all processes
 
 
-class _Sum(torch.autograd.Function):
+class _AllReduceSum(torch.autograd.Function):
     """The sum over all processes. Everybody's loss depends on it, so its gradient is a sum too."""
 
     @staticmethod
@@ -143,36 +143,36 @@ class _Sum(torch.autograd.Function):
         return total
 
 
-def normalized(norm: _BatchNorm, images: Tensor, world: World) -> Tensor:
+def sync_normalize(layer: _BatchNorm, images: Tensor, world: World) -> Tensor:
     """Batch norm of training over the images of all processes, [N, C, H, W] with the same N everywhere.
 
     Takes the mean and variance of each process's images, and joins them as those of equal parts of one sample.
     """
     values = images.float()
     variance, mean = torch.var_mean(values, (0, 2, 3), correction=0)
-    own = torch.zeros(world.size, 1, 1, device=values.device)
-    own[world.rank] = 1
-    everyones: Tensor = _Sum.apply(own * torch.stack([mean, variance]))
-    means, variances = everyones.unbind(1)  # [size, C] each
+    rank_mask = torch.zeros(world.world_size, 1, 1, device=values.device)
+    rank_mask[world.rank] = 1
+    statistics: Tensor = _AllReduceSum.apply(rank_mask * torch.stack([mean, variance]))
+    means, variances = statistics.unbind(1)  # [size, C] each
     mean = means.mean(0)
     variance = variances.mean(0) + means.var(0, correction=0)
-    if norm.track_running_stats and norm.running_mean is not None and norm.running_var is not None:
-        count = world.size * values.numel() // values.shape[1]
-        assert norm.num_batches_tracked is not None
-        norm.num_batches_tracked.add_(1)
-        share = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-        norm.running_mean.lerp_(mean.detach(), share)
-        norm.running_var.lerp_(variance.detach() * (count / max(1, count - 1)), share)
-    scale = (variance + norm.eps).rsqrt()
+    if layer.track_running_stats and layer.running_mean is not None and layer.running_var is not None:
+        count = world.world_size * values.numel() // values.shape[1]
+        assert layer.num_batches_tracked is not None
+        layer.num_batches_tracked.add_(1)
+        momentum = 1 / float(layer.num_batches_tracked) if layer.momentum is None else layer.momentum
+        layer.running_mean.lerp_(mean.detach(), momentum)
+        layer.running_var.lerp_(variance.detach() * (count / max(1, count - 1)), momentum)
+    scale = (variance + layer.eps).rsqrt()
     # The mean is taken off first: folded into the bias it would cost digits where it is far from zero.
-    centred = values - mean.view(1, -1, 1, 1)
-    if not norm.affine:
-        return (centred * scale.view(1, -1, 1, 1)).to(images.dtype)
-    scale = scale * norm.weight
-    return torch.addcmul(norm.bias.view(1, -1, 1, 1), centred, scale.view(1, -1, 1, 1)).to(images.dtype)
+    centered = values - mean.view(1, -1, 1, 1)
+    if not layer.affine:
+        return (centered * scale.view(1, -1, 1, 1)).to(images.dtype)
+    scale = scale * layer.weight
+    return torch.addcmul(layer.bias.view(1, -1, 1, 1), centered, scale.view(1, -1, 1, 1)).to(images.dtype)
 
 
-def share_batch_norms(network: nn.Module, world: World) -> nn.Module:
+def sync_batch_norms(network: nn.Module, world: World) -> nn.Module:
     """Makes the batch-norm layers gather statistics over all processes in training; names and tensors stay.
 
     torch's own layer for this knows GPUs only. Raises ConfigError for a kind of batch norm that is unknown here.
@@ -183,17 +183,17 @@ def share_batch_norms(network: nn.Module, world: World) -> nn.Module:
         converted: nn.Module = convert_sync_batchnorm(network)
         return converted
 
-    class Shared(nn.BatchNorm2d):
+    class SyncedBatchNorm(nn.BatchNorm2d):
         def forward(self, images: Tensor) -> Tensor:
-            return normalized(self, images, world) if self.training else super().forward(images)
+            return sync_normalize(self, images, world) if self.training else super().forward(images)
 
-    class SharedAct(BatchNormAct2d):  # type: ignore[misc]
+    class SyncedBatchNormAct(BatchNormAct2d):  # type: ignore[misc]
         def forward(self, images: Tensor) -> Tensor:
             if not self.training:
                 return super().forward(images)  # type: ignore[no-any-return]
-            return self.act(self.drop(normalized(self, images, world)))  # type: ignore[no-any-return]
+            return self.act(self.drop(sync_normalize(self, images, world)))  # type: ignore[no-any-return]
 
-    kinds: dict[type, type] = {nn.BatchNorm2d: Shared, BatchNormAct2d: SharedAct}
+    kinds: dict[type, type] = {nn.BatchNorm2d: SyncedBatchNorm, BatchNormAct2d: SyncedBatchNormAct}
     for name, module in network.named_modules():
         if isinstance(module, _BatchNorm):
             if type(module) not in kinds:
@@ -206,31 +206,31 @@ def share_batch_norms(network: nn.Module, world: World) -> nn.Module:
 # --- Starting processes
 
 
-def launch(processes: int, module: str, arguments: Sequence[str]) -> None:
+def launch_processes(processes: int, module: str, arguments: Sequence[str]) -> None:
     """Runs `python -m MODULE ARGUMENTS` in several processes on this machine, with torchrun, until all have ended.
 
     SIGTERM and SIGINT are passed on as SIGTERM. Raises the first failed process's error, Interrupted if it was asked to stop.
     """
     with tempfile.TemporaryDirectory(prefix="ns-processes-") as scratch:
-        failure = Path(scratch) / "failure.json"
-        environment = {**os.environ, FAILURE_VARIABLE: str(failure), CLIENT_VARIABLE: str(os.getpid())}
+        failure_path = Path(scratch) / "failure.json"
+        environment = {**os.environ, FAILURE_VARIABLE: str(failure_path), CLIENT_VARIABLE: str(os.getpid())}
         environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         # A session of its own: Ctrl-C in a terminal would reach every process, and torchrun kills those that stop first.
-        started = subprocess.Popen([*torchrun, "-m", module, *arguments], env=environment, start_new_session=True)
-        with _passed_on(started) as asked:
+        launcher = subprocess.Popen([*torchrun, "-m", module, *arguments], env=environment, start_new_session=True)
+        with _forward_signals(launcher) as signals:
             try:
-                code = started.wait()
+                code = launcher.wait()
             except BaseException:
-                started.kill()
+                launcher.kill()
                 raise
         if code == 0:
             return
-        if failure.exists():
-            found = json.loads(failure.read_text())
+        if failure_path.exists():
+            failure_record = json.loads(failure_path.read_text())
             kinds: dict[int, type[NsError]] = {kind.exit_code: kind for kind in NsError.__subclasses__()}
-            raise kinds.get(found["exit_code"], TrainingError)(found["error"])
-        if asked:
+            raise kinds.get(failure_record["exit_code"], TrainingError)(failure_record["error"])
+        if signals:
             raise Interrupted("stopped; the same command continues from the last checkpoint")
         raise TrainingError(
             f"one of {processes} training processes died without a word (killed? out of memory?); the same command continues"
@@ -238,40 +238,40 @@ def launch(processes: int, module: str, arguments: Sequence[str]) -> None:
 
 
 @contextmanager
-def failures_told() -> Iterator[None]:
+def report_failure() -> Iterator[None]:
     """Tells `launch` why this process fails, if no other has before. Exits with the error's code."""
     try:
         yield
     except Exception as error:
-        ours = isinstance(error, NsError)
+        is_ns_error = isinstance(error, NsError)
         code = error.exit_code if isinstance(error, NsError) else 1
-        place = os.environ.get(FAILURE_VARIABLE)
-        if place and not _lost_a_peer(error):
-            told = Path(f"{place}.{os.getpid()}")
-            told.write_text(
-                json.dumps({"error": str(error) if ours else f"{type(error).__name__}: {error}", "exit_code": code})
+        failure_path = os.environ.get(FAILURE_VARIABLE)
+        if failure_path and not _is_peer_failure(error):
+            draft_path = Path(f"{failure_path}.{os.getpid()}")
+            draft_path.write_text(
+                json.dumps({"error": str(error) if is_ns_error else f"{type(error).__name__}: {error}", "exit_code": code})
             )
             with contextlib.suppress(FileExistsError):
-                os.link(told, place)  # whole or not at all, and the first one only
-        if not ours:
+                os.link(draft_path, failure_path)  # whole or not at all, and the first one only
+        if not is_ns_error:
             raise
         raise SystemExit(code) from error
 
 
-def _lost_a_peer(error: Exception) -> bool:
+def _is_peer_failure(error: Exception) -> bool:
     """Whether a process fails only because another one has: what it says would hide why. gloo's errors have no type of their own."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
 
 
 @contextmanager
-def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+def _forward_signals(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
     """Passes SIGTERM and SIGINT on to a process, as SIGTERM. Gives a list that is not empty once that has happened."""
-    asked: list[int] = []
+    signals: list[int] = []
 
-    def pass_on(number: int, _frame: FrameType | None) -> None:
-        if not asked:
+    def terminate_once(number: int, _frame: FrameType | None) -> None:
+        if not signals:
             process.terminate()
-        asked.append(number)
+        signals.append(number)
 
-    with signalled(pass_on):
-        yield asked
+    with handle_signals(terminate_once):
+        yield signals

@@ -15,13 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from ns.config.schema import Experiment, ModelConfig, NoiseConfig, RoleConfig
 from ns.core.digest import sha256_bytes
 from ns.core.errors import ConfigError, DataError
-from ns.modeling.manifest import HISTORY, MANIFEST, WEIGHTS, ModelCard, weights_place
+from ns.modeling.manifest import HISTORY, MANIFEST, WEIGHTS, ModelManifest, split_weights_uri
 from ns.storage import Store, open_store
-from ns.storage.documents import pretty
+from ns.storage.documents import encode_json
 
 
-def build(config: ModelConfig, noise: NoiseConfig, outputs: int) -> nn.Module:
-    """A freshly initialised network in channels_last. Raises ConfigError for what timm does not know.
+def build_model(config: ModelConfig, noise: NoiseConfig, outputs: int) -> nn.Module:
+    """A freshly initialized network in channels_last. Raises ConfigError for what timm does not know.
 
     Draws from torch's global generator: seed it first for a repeatable network.
     """
@@ -46,7 +46,7 @@ def build(config: ModelConfig, noise: NoiseConfig, outputs: int) -> nn.Module:
     return network.to(memory_format=torch.channels_last)
 
 
-def total_stride(network: nn.Module) -> int:
+def get_total_stride(network: nn.Module) -> int:
     """Input px per px of the last feature map, 1 where the network does not say."""
     info = getattr(network, "feature_info", None)
     if not info:
@@ -55,16 +55,16 @@ def total_stride(network: nn.Module) -> int:
     return int(last["reduction"])
 
 
-def description(model: ModelConfig) -> dict[str, Any]:
+def describe_architecture(config: ModelConfig) -> dict[str, Any]:
     """What decides how fast a network is at a given resolution and batch."""
-    return model.model_dump(mode="json", include={"arch", "args", "reduce_stride", "outputs"})
+    return config.model_dump(mode="json", include={"arch", "args", "reduce_stride", "outputs"})
 
 
-def parameter_count(network: nn.Module) -> int:
+def count_parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def multiply_adds(network: nn.Module, resolution: int) -> int:
+def count_multiply_adds(network: nn.Module, resolution: int) -> int:
     """Multiply-adds of a forward pass over one image, without computing anything: the network is on the meta device.
 
     0 for a network that cannot be run there. Raises ConfigError if it does not take images of that size.
@@ -79,7 +79,7 @@ def multiply_adds(network: nn.Module, resolution: int) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-class Size(NamedTuple):
+class ModelSize(NamedTuple):
     """How large a network is, by what it keeps and by what it does."""
 
     parameters: int
@@ -87,45 +87,45 @@ class Size(NamedTuple):
     """For one image at the resolution that the network labels and is evaluated at."""
 
 
-def check(experiment: Experiment, classes: int | None = None) -> None:
+def check_models(experiment: Experiment, classes: int | None = None) -> None:
     """Refuses networks that timm cannot build, resolutions below their stride, students smaller than their teacher (in
     parameters or in multiply-adds), and more label classes than model outputs. Builds no weights.
 
     Raises ConfigError naming the field, the value and what would be right.
     """
-    sizes = {field: _check_role(field, role, classes) for field, role in experiment.roles().items()}
+    sizes = {field: _check_role(field, role, classes) for field, role in experiment.map_roles().items()}
     chain = ["teacher"]
     chain += [f"students.{min(g, len(experiment.students)) - 1}" for g in range(1, experiment.generations + 1)]
     if not experiment.allow_smaller_student:
         for teacher, student in pairwise(chain):
-            for unit, own, required in zip(Size._fields, sizes[student], sizes[teacher], strict=True):
-                if own and own < required:
+            for unit, size, teacher_size in zip(ModelSize._fields, sizes[student], sizes[teacher], strict=True):
+                if size and size < teacher_size:
                     raise ConfigError(
-                        f"{student}.model: {own:,} {unit.replace('_', '-')}, its teacher ({teacher}.model) has {required:,}: "
+                        f"{student}.model: {size:,} {unit.replace('_', '-')}, its teacher ({teacher}.model) has {teacher_size:,}: "
                         "must be equal or larger; for distillation into a smaller network set allow_smaller_student: true"
                     )
 
 
-def _check_role(field: str, role: RoleConfig, classes: int | None) -> Size:
+def _check_role(field: str, role: RoleConfig, classes: int | None) -> ModelSize:
     model = role.model
-    if role.train.init_place:
-        folder, key = weights_place(role.train.init_place)
-        if not open_store(folder).exists(key or MANIFEST):
+    if role.train.init_uri:
+        parent, key = split_weights_uri(role.train.init_uri)
+        if not open_store(parent).exists(key or MANIFEST):
             raise ConfigError(
                 f"{field}.train.init: invalid value {role.train.init!r}: there is no such "
                 f"{'file' if key else f'model (a folder with {MANIFEST})'}"
             )
     if classes and model.outputs and model.outputs < classes:
         raise ConfigError(
-            f"{field}.model.outputs: invalid value {model.outputs}: the labelled data has {classes} classes; "
+            f"{field}.model.outputs: invalid value {model.outputs}: the labeled data has {classes} classes; "
             f"must be at least {classes}, or be left out"
         )
     try:
         with torch.device("meta"):
-            network = build(model, role.noise, classes or 2)
+            network = build_model(model, role.noise, classes or 2)
     except ConfigError as error:
         raise ConfigError(f"{field}.{error}") from error
-    stride = max(1, total_stride(network) // model.reduce_stride)
+    stride = max(1, get_total_stride(network) // model.reduce_stride)
     for name, resolution in (("resolution", model.resolution), ("test_resolution", model.inference_resolution)):
         if resolution < stride:
             raise ConfigError(
@@ -133,46 +133,46 @@ def _check_role(field: str, role: RoleConfig, classes: int | None) -> Size:
                 f"must be at least {stride}, or set reduce_stride"
             )
     try:
-        multiply_adds(network, model.resolution)
+        count_multiply_adds(network, model.resolution)
         if role.train.finetune:
-            multiply_adds(network, role.train.finetune.resolution)
-        return Size(parameter_count(network), multiply_adds(network, model.inference_resolution))
+            count_multiply_adds(network, role.train.finetune.resolution)
+        return ModelSize(count_parameters(network), count_multiply_adds(network, model.inference_resolution))
     except ConfigError as error:
         raise ConfigError(f"{field}.model: {error}") from error
 
 
-def save(
-    folder: Store, network_state: dict[str, Tensor], card_fields: dict[str, Any], history: list[dict[str, float]]
-) -> ModelCard:
+def save_model(
+    store: Store, state: dict[str, Tensor], manifest_fields: dict[str, Any], history: list[dict[str, float]]
+) -> ModelManifest:
     """Writes weights, history, and last the card, which makes the folder a model."""
-    weights = save_tensors({name: tensor.contiguous() for name, tensor in network_state.items()})
-    card = ModelCard(weights_sha256=sha256_bytes(weights), **card_fields)
-    folder.put(WEIGHTS, weights)
-    folder.put(HISTORY, pretty(history))
-    card.write(folder, MANIFEST)
-    return card
+    weights = save_tensors({name: tensor.contiguous() for name, tensor in state.items()})
+    manifest = ModelManifest(weights_sha256=sha256_bytes(weights), **manifest_fields)
+    store.put(WEIGHTS, weights)
+    store.put(HISTORY, encode_json(history))
+    manifest.save_file(store, MANIFEST)
+    return manifest
 
 
-def load_weights(folder: Store, card: ModelCard) -> dict[str, Tensor]:
+def load_weights(store: Store, manifest: ModelManifest) -> dict[str, Tensor]:
     """The averaged weights, on the CPU. Raises DataError if their bytes are not the card's."""
-    data = folder.get(WEIGHTS)
-    if sha256_bytes(data) != card.weights_sha256:
-        raise DataError(f"{folder.uri}/{WEIGHTS}: sha256 differs from {MANIFEST}; the file is damaged or was replaced")
+    data = store.get(WEIGHTS)
+    if sha256_bytes(data) != manifest.weights_sha256:
+        raise DataError(f"{store.uri}/{WEIGHTS}: sha256 differs from {MANIFEST}; the file is damaged or was replaced")
     try:
         return load_tensors(data)
     except SafetensorError as error:
-        raise DataError(f"{folder.uri}/{WEIGHTS}: not a safetensors file: {error}") from error
+        raise DataError(f"{store.uri}/{WEIGHTS}: not a safetensors file: {error}") from error
 
 
-def load(folder: Store) -> tuple[nn.Module, ModelCard]:
+def load_model(store: Store) -> tuple[nn.Module, ModelManifest]:
     """A model for inference: averaged weights, evaluation mode, no noise."""
-    card = ModelCard.read(folder, MANIFEST)
-    network = build(card.model, card.noise, len(card.classes))
-    network.load_state_dict(load_weights(folder, card))
-    return network.eval(), card
+    manifest = ModelManifest.load_file(store, MANIFEST)
+    network = build_model(manifest.model, manifest.noise, len(manifest.classes))
+    network.load_state_dict(load_weights(store, manifest))
+    return network.eval(), manifest
 
 
-def best_device() -> torch.device:
+def get_best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -204,7 +204,7 @@ def _reduce_stride(network: nn.Module, factor: int) -> None:
     with a dense stem.
     """
     remaining = factor
-    for stage in _halvings(network):
+    for stage in _iter_halving_stages(network):
         if remaining == 1:
             return
         for module in stage:
@@ -218,7 +218,7 @@ def _reduce_stride(network: nn.Module, factor: int) -> None:
         )
 
 
-def _halvings(network: nn.Module) -> Iterator[list[Any]]:
+def _iter_halving_stages(network: nn.Module) -> Iterator[list[Any]]:
     """For each stage after the stem that halves the map: its convolutions and poolings of stride 2 (of a residual block and
     of its shortcut, say), from the input on."""
     features = getattr(network, "feature_info", None) or []

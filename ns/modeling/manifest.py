@@ -5,7 +5,7 @@ from typing import Literal
 from ns.config.schema import ModelConfig, NoiseConfig
 from ns.core.digest import sha256_file
 from ns.storage import open_store, split_uri
-from ns.storage.documents import Document, Identified
+from ns.storage.documents import HashedDocument, JsonDocument
 
 MANIFEST = "model.json"
 WEIGHTS = "model.safetensors"
@@ -19,11 +19,11 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 
-class Lineage(Document):
+class Lineage(JsonDocument):
     """Digests of what a model was made from."""
 
     config: str
-    labelled: str
+    labeled: str
     teacher: str | None = None
     label_set: str | None = None
     selection: str | None = None
@@ -31,7 +31,7 @@ class Lineage(Document):
     """Of the weights that training started from, if they were neither random nor the teacher's."""
 
 
-class ModelCard(Identified):
+class ModelManifest(HashedDocument):
     """`model.json`: everything needed to build the network and to feed it."""
 
     format: Literal[1] = 1
@@ -51,14 +51,14 @@ class ModelCard(Identified):
     """Of `model.safetensors`: the averaged (EMA) weights."""
 
 
-def weights_place(place: str) -> tuple[str, str | None]:
+def split_weights_uri(uri: str) -> tuple[str, str | None]:
     """Folder and key of a safetensors file; no key if `place` is the folder of a model of ours."""
-    return split_uri(place) if place.endswith(".safetensors") else (place, None)
+    return split_uri(uri) if uri.endswith(".safetensors") else (uri, None)
 
 
-def weights_digest(place: str) -> str:
+def digest_weights(uri: str) -> str:
     """SHA-256 of the weights in a safetensors file or in a model's folder: what they are, wherever they are."""
-    folder, key = weights_place(place)
+    parent, key = split_weights_uri(uri)
     if key is None:
-        return ModelCard.read(open_store(folder), MANIFEST).weights_sha256
-    return sha256_file(open_store(folder).path(key))
+        return ModelManifest.load_file(open_store(parent), MANIFEST).weights_sha256
+    return sha256_file(open_store(parent).path(key))

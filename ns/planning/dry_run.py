@@ -6,14 +6,14 @@ from typing import Any
 
 from ns.config import schema as config
 from ns.core import log
-from ns.planning.cost import Asked, plan, remarks
-from ns.planning.tables import markdown
+from ns.planning.cost import PlanRequest, estimate_run, format_plan_remarks
+from ns.planning.tables import render_plan_markdown
 from ns.runs import records as runs
 from ns.storage import open_store
 
 
 def dry_run(
-    config_place: str,
+    config_uri: str,
     root: str,
     overrides: Sequence[str],
     fields: Mapping[str, str | int],
@@ -27,15 +27,15 @@ def dry_run(
     `overrides` and `fields` as in `ns.stages.steps.start_run`. `one_generation`: from the student that was accepted last, as
     `ns.stages.steps.start_generation` finds it. `page` is Kubeflow's `Markdown`, which gets the tables. Returns the first line.
     """
-    log.configure()
-    experiment = config.chosen(config_place, overrides, fields)
-    begun = None
+    log.configure_logging()
+    experiment = config.load_with_overrides(config_uri, overrides, fields)
+    from_generation = None
     if one_generation:
-        latest = runs.accepted(open_store(root), experiment.name)
-        begun = latest.generation if latest else None
+        latest = runs.find_accepted_student(open_store(root), experiment.name)
+        from_generation = latest.generation if latest else None
         experiment = experiment.model_copy(update={"generations": 1})
-    made = plan(experiment, Asked(devices=devices, begun=begun))
-    for line in remarks(made):
-        log.get().info("plan", says=line)
-    Path(page.path).write_text(markdown(made), encoding="utf-8")
-    return remarks(made)[0]
+    run_plan = estimate_run(experiment, PlanRequest(devices=devices, from_generation=from_generation))
+    for line in format_plan_remarks(run_plan):
+        log.get_logger().info("plan", says=line)
+    Path(page.path).write_text(render_plan_markdown(run_plan), encoding="utf-8")
+    return format_plan_remarks(run_plan)[0]

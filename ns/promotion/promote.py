@@ -15,23 +15,23 @@ from typing import Literal, NamedTuple
 
 import yaml
 
-from ns.core.digest import short
+from ns.core.digest import shorten_digest
 from ns.core.errors import ConfigError, DataError, NsError, RunError, StoreError
-from ns.core.git import Commands
-from ns.data.scratch import scratch
-from ns.modeling.manifest import MANIFEST, WEIGHTS, Lineage, ModelCard
+from ns.core.git import GitCommands
+from ns.data.scratch import make_scratch_dir
+from ns.modeling.manifest import MANIFEST, WEIGHTS, Lineage, ModelManifest
 from ns.reporting import comparison
-from ns.reporting.context import Facts, Trained, gather
-from ns.reporting.markdown import markdown, plain, table
-from ns.reporting.metrics import measures
+from ns.reporting.context import ReportContext, TrainedModel, gather_context
+from ns.reporting.markdown import escape_markdown, format_table, render_markdown
+from ns.reporting.metrics import collect_metrics
 from ns.storage import Store, open_store
-from ns.storage.documents import Document
+from ns.storage.documents import JsonDocument
 
 HEADER = "# The model in use. `ns promote RUN` moves it, `ns promote check` checks it; to go back, revert the commit that moved it.\n"
-CHUNK = 1 << 20
+CHUNK_BYTES = 1 << 20
 
 
-class Pointer(Document):
+class ModelPointer(JsonDocument):
     """Which model is in use."""
 
     format: Literal[1] = 1
@@ -54,232 +54,245 @@ class Pointer(Document):
 
 
 @dataclass(frozen=True)
-class Candidate:
+class PromotionCandidate:
     """A run's best model, which its gate has accepted."""
 
-    pointer: Pointer
-    facts: Facts
+    pointer: ModelPointer
+    context: ReportContext
     accepted_at: datetime
     """When the gate had spoken."""
-    bytes: int
+    weights_bytes: int
     """Of the weights that were read."""
 
 
-class Moved(NamedTuple):
+class PointerMove(NamedTuple):
     """What became of a pointer."""
 
-    before: Pointer | None
+    before: ModelPointer | None
     changed: bool
     commit: str | None
     """Of the branch that holds the change; None if there is none."""
 
 
-def candidate(root: Store, run: str) -> Candidate:
+def read_candidate(root: Store, run: str) -> PromotionCandidate:
     """The best model of a run, read from end to end.
 
     Raises RunError unless the gate has accepted a student of the run, DataError if the model is not whole.
     """
-    facts = gather(root, run, pictures=0)
-    best = facts.best
-    verdict = facts.verdict_of(best.generation) if best else None
+    context = gather_context(root, run, pictures=0)
+    best = context.best_model
+    verdict = context.verdict_of(best.generation) if best else None
     if best is None or best.evaluation is None or verdict is None:
-        spoken = "; ".join(f"generation {one.generation}: {one.reason}" for one in facts.verdicts)
+        reasons = "; ".join(f"generation {judged.generation}: {judged.reason}" for judged in context.verdicts)
         raise RunError(
-            f"run {run}: its gate has accepted no student ({spoken or 'it has not spoken yet'}); "
-            + (f"`ns gate explain {run}` says what was needed" if spoken else "`ns run --resume` continues the run")
+            f"run {run}: its gate has accepted no student ({reasons or 'it has not spoken yet'}); "
+            + (f"`ns gate explain {run}` says what was needed" if reasons else "`ns run --resume` continues the run")
         )
-    card = best.card
-    pointer = Pointer(
+    manifest = best.manifest
+    pointer = ModelPointer(
         model=root.at(best.key).uri,
-        digest=card.digest,
-        weights_sha256=card.weights_sha256,
-        arch=card.model.arch,
-        classes=len(card.classes),
+        digest=manifest.digest,
+        weights_sha256=manifest.weights_sha256,
+        arch=manifest.model.arch,
+        classes=len(manifest.classes),
         root=root.uri,
         run=run,
         generation=best.generation,
         heldout=best.evaluation.dataset,
-        lineage=card.lineage,
-        metrics=_metrics(facts, best),
+        lineage=manifest.lineage,
+        metrics=_collect_pointer_metrics(context, best),
     )
-    spoken_at = next(note.finished_at for note in facts.steps if (note.generation, note.step) == (best.generation, "gate"))
-    return Candidate(pointer, facts, datetime.fromisoformat(spoken_at), check(pointer, f"run {run}"))
+    accepted_at = next(
+        note.finished_at for note in context.stages if (note.generation, note.stage) == (best.generation, "gate")
+    )
+    return PromotionCandidate(pointer, context, datetime.fromisoformat(accepted_at), verify_model(pointer, f"run {run}"))
 
 
-def check(pointer: Pointer, place: str) -> int:
+def verify_model(pointer: ModelPointer, origin: str) -> int:
     """Reads the model that a pointer names from end to end. Returns the bytes of its weights.
 
     Raises DataError if it is not that model, StoreError if it cannot be read.
     """
-    folder = open_store(pointer.model)
-    card = ModelCard.read(folder, MANIFEST)
-    if card.digest != pointer.digest:
+    store = open_store(pointer.model)
+    manifest = ModelManifest.load_file(store, MANIFEST)
+    if manifest.digest != pointer.digest:
         raise DataError(
-            f"{place}: digest: {pointer.digest!r}, but {folder.uri}/{MANIFEST} has {card.digest!r}: another model lies there now; "
+            f"{origin}: digest: {pointer.digest!r}, but {store.uri}/{MANIFEST} has {manifest.digest!r}: another model lies there now; "
             "promote a run again"
         )
     hasher, size = hashlib.sha256(), 0
-    with folder.open(WEIGHTS) as file:
-        while chunk := file.read(CHUNK):
+    with store.open(WEIGHTS) as file:
+        while chunk := file.read(CHUNK_BYTES):
             hasher.update(chunk)
             size += len(chunk)
-    found = hasher.hexdigest()
-    for where, wanted in ((f"{folder.uri}/{MANIFEST}", card.weights_sha256), (place, pointer.weights_sha256)):
-        if wanted != found:
+    weights_digest = hasher.hexdigest()
+    for source, expected in ((f"{store.uri}/{MANIFEST}", manifest.weights_sha256), (origin, pointer.weights_sha256)):
+        if expected != weights_digest:
             raise DataError(
-                f"{where}: weights_sha256: {wanted!r}, but {folder.uri}/{WEIGHTS} has {found!r}: the weights are damaged or "
+                f"{source}: weights_sha256: {expected!r}, but {store.uri}/{WEIGHTS} has {weights_digest!r}: the weights are damaged or "
                 "others; promote a run whose model is whole"
             )
     return size
 
 
-def read(file: Path) -> Pointer | None:
+def read_pointer(path: Path) -> ModelPointer | None:
     """The pointer in a file; None if there is no such file. Raises DataError for what is no pointer."""
     try:
-        return parse(file.read_bytes(), str(file))
+        return parse_pointer(path.read_bytes(), str(path))
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise StoreError(f"{file}: cannot read: {error.strerror or error}") from error
+        raise StoreError(f"{path}: cannot read: {error.strerror or error}") from error
 
 
-def parse(data: bytes, place: str) -> Pointer:
+def parse_pointer(data: bytes, origin: str) -> ModelPointer:
     """Raises DataError naming the place, the field and the value."""
     try:
         fields = yaml.safe_load(data)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{place}: not YAML ({' '.join(str(error).split())})") from error
+        raise DataError(f"{origin}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(fields, dict):
-        raise DataError(f"{place}: must be a pointer to a model, as `ns promote RUN` writes it; got {type(fields).__name__}")
-    return Pointer.check(fields, place)
+        raise DataError(f"{origin}: must be a pointer to a model, as `ns promote RUN` writes it; got {type(fields).__name__}")
+    return ModelPointer.validate_fields(fields, origin)
 
 
-def render(pointer: Pointer) -> str:
+def render_pointer(pointer: ModelPointer) -> str:
     return HEADER + yaml.safe_dump(pointer.model_dump(mode="json", exclude_none=True), sort_keys=False, width=140)
 
 
-def subject(pointer: Pointer) -> str:
+def commit_subject(pointer: ModelPointer) -> str:
     """Of the commit, and of the pull request."""
     return f"Promote {pointer.run}, generation {pointer.generation}"
 
 
-def move(found: Candidate, file: Path, *, dry: bool = False) -> Moved:
+def move_pointer(promoted: PromotionCandidate, path: Path, *, dry_run: bool = False) -> PointerMove:
     """Writes the pointer into a file, whole or not at all. With `dry` only says what that would do."""
-    text = render(found.pointer)
-    before = read(file)
-    changed = before is None or render(before) != text
-    if changed and not dry:
-        unfinished = file.with_name(f".{file.name}.tmp")
+    text = render_pointer(promoted.pointer)
+    before = read_pointer(path)
+    changed = before is None or render_pointer(before) != text
+    if changed and not dry_run:
+        unfinished = path.with_name(f".{path.name}.tmp")
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             unfinished.write_text(text, encoding="utf-8")
-            unfinished.replace(file)
+            unfinished.replace(path)
         except OSError as error:
-            raise StoreError(f"{file}: cannot write: {error.strerror or error}; name another file with --to") from error
-    return Moved(before, changed, None)
+            raise StoreError(f"{path}: cannot write: {error.strerror or error}; name another file with --to") from error
+    return PointerMove(before, changed, None)
 
 
-def commit(found: Candidate, file: Path, branch: str, *, dry: bool = False) -> Moved:
+def commit_pointer(promoted: PromotionCandidate, path: Path, branch: str, *, dry_run: bool = False) -> PointerMove:
     """Puts the pointer on a branch: one commit on HEAD, in the repository that the file's folder is in. Files, index and HEAD stay as
     they are; the branch is made, or moved from wherever it was. No branch is made where HEAD has this pointer already.
 
     Raises ConfigError for a branch that cannot be moved, StoreError where git fails.
     """
-    target = file.resolve()
-    folder = next(parent for parent in target.parents if parent.is_dir())
-    with scratch("promote") as own:
-        top = Path(Commands(folder, own, s3=False).git("rev-parse", "--show-toplevel").removesuffix("\n"))
-        commands = Commands(top, own, s3=False)
-        commands.identify()
-        ref = _free(commands, branch)
-        name = target.relative_to(top).as_posix()
-        try:
-            base, spoken = commands.git("log", "-1", "--format=%H %ct", "HEAD").split()
-        except StoreError as error:
-            raise StoreError(f"{top}: HEAD is no commit ({error}); commit something first") from error
-        there = commands.git("ls-tree", "--name-only", "-z", base, "--", name)
-        old = commands.git("show", f"{base}:{name}") if there else None
-        before = None if old is None else parse(old.encode(), f"HEAD:{name}")
-        text = render(found.pointer)
-        changed = before is None or render(before) != text
-        if not changed or dry:
-            return Moved(before, changed, None)
-        # Neither before its parent nor at the time of the call, which would make each call's commit another one.
-        when = max(int(found.accepted_at.timestamp()), int(spoken))
-        author = re.sub(r"> .*", ">", commands.git("var", "GIT_COMMITTER_IDENT").strip())
-        stream = (
-            f"commit {ref}\ncommitter {author} {when} +0000\n{_data(_message(found.pointer))}"
-            f"from {base}\nM 100644 inline {_quoted(name)}\n{_data(text)}\ndone\n"
+    target = path.resolve()
+    directory = next(parent for parent in target.parents if parent.is_dir())
+    with make_scratch_dir("promote") as scratch_path:
+        repository = Path(
+            GitCommands(directory, scratch_path, s3=False).run_git("rev-parse", "--show-toplevel").removesuffix("\n")
         )
-        commands.git("fast-import", "--quiet", "--force", "--done", data=stream)
-        return Moved(before, True, commands.git("rev-parse", f"{ref}^{{commit}}").strip())
+        commands = GitCommands(repository, scratch_path, s3=False)
+        commands.ensure_identity()
+        ref = _resolve_free_branch(commands, branch)
+        name = target.relative_to(repository).as_posix()
+        try:
+            base, head_seconds = commands.run_git("log", "-1", "--format=%H %ct", "HEAD").split()
+        except StoreError as error:
+            raise StoreError(f"{repository}: HEAD is no commit ({error}); commit something first") from error
+        listing = commands.run_git("ls-tree", "--name-only", "-z", base, "--", name)
+        old_text = commands.run_git("show", f"{base}:{name}") if listing else None
+        before = None if old_text is None else parse_pointer(old_text.encode(), f"HEAD:{name}")
+        text = render_pointer(promoted.pointer)
+        changed = before is None or render_pointer(before) != text
+        if not changed or dry_run:
+            return PointerMove(before, changed, None)
+        # Neither before its parent nor at the time of the call, which would make each call's commit another one.
+        commit_seconds = max(int(promoted.accepted_at.timestamp()), int(head_seconds))
+        author = re.sub(r"> .*", ">", commands.run_git("var", "GIT_COMMITTER_IDENT").strip())
+        stream = (
+            f"commit {ref}\ncommitter {author} {commit_seconds} +0000\n{_format_data_block(_commit_message(promoted.pointer))}"
+            f"from {base}\nM 100644 inline {_quote_path(name)}\n{_format_data_block(text)}\ndone\n"
+        )
+        commands.run_git("fast-import", "--quiet", "--force", "--done", data=stream)
+        return PointerMove(before, True, commands.run_git("rev-parse", f"{ref}^{{commit}}").strip())
 
 
-def evidence(root: Store, found: Candidate, before: Pointer | None, place: str) -> str:
+def render_evidence(root: Store, promoted: PromotionCandidate, before: ModelPointer | None, pointer_path: str) -> str:
     """What a reviewer wants to know, as Markdown: what moves, how it compares with the model before it, and the report of its run."""
-    new = found.pointer
+    new = promoted.pointer
     rows = [
-        ("run", *(plain(f"{one.run}, generation {one.generation}") if one else "" for one in (before, new))),
-        ("model", *(f"`{one.model}`" if one else "" for one in (before, new))),
-        ("digest", *(f"`{short(one.digest)}`" if one else "" for one in (before, new))),
-        ("network", *(plain(f"{one.arch}, {one.classes:,} classes") if one else "" for one in (before, new))),
+        (
+            "run",
+            *(
+                escape_markdown(f"{pointer.run}, generation {pointer.generation}") if pointer else ""
+                for pointer in (before, new)
+            ),
+        ),
+        ("model", *(f"`{pointer.model}`" if pointer else "" for pointer in (before, new))),
+        ("digest", *(f"`{shorten_digest(pointer.digest)}`" if pointer else "" for pointer in (before, new))),
+        (
+            "network",
+            *(escape_markdown(f"{pointer.arch}, {pointer.classes:,} classes") if pointer else "" for pointer in (before, new)),
+        ),
     ]
-    made = [
-        f"`{place}` moves to the best model of **{plain(new.run)}**, which its gate has accepted. Merging promotes; reverting the "
-        f"merge goes back. All {found.bytes:,} bytes of its weights were read, and are those of the digests.",
-        *table(("", "before", "after"), rows),
+    lines = [
+        f"`{pointer_path}` moves to the best model of **{escape_markdown(new.run)}**, which its gate has accepted. Merging promotes; reverting the "
+        f"merge goes back. All {promoted.weights_bytes:,} bytes of its weights were read, and are those of the digests.",
+        *format_table(("", "before", "after"), rows),
         "",
     ]
-    made += _against(root, before, new)
-    return "\n".join(made) + "\n" + markdown(found.facts)
+    lines += _compare_with_previous(root, before, new)
+    return "\n".join(lines) + "\n" + render_markdown(promoted.context)
 
 
-def _against(root: Store, before: Pointer | None, new: Pointer) -> list[str]:
+def _compare_with_previous(root: Store, before: ModelPointer | None, new: ModelPointer) -> list[str]:
     """The two runs side by side, if both are at hand."""
     if before is None or before.run == new.run:
         return []
     if before.heldout != new.heldout:
         return ["> The held-out images are others than those of the model before: their numbers do not compare.", ""]
     try:
-        return [comparison.markdown(comparison.compare(root, [before.run, new.run]))]
+        return [comparison.render_comparison_markdown(comparison.compare_runs(root, [before.run, new.run]))]
     except NsError as error:
-        return [f"> Not compared with the run before: {plain(str(error))}", ""]
+        return [f"> Not compared with the run before: {escape_markdown(str(error))}", ""]
 
 
-def _metrics(facts: Facts, model: Trained) -> dict[str, float]:
+def _collect_pointer_metrics(context: ReportContext, model: TrainedModel) -> dict[str, float]:
     """What was measured of the model's answers; not what it cost. Six digits: more would be noise in a diff."""
-    found: dict[str, float] = {}
-    for measure in measures(facts, model):
-        if measure.better or measure.key == "gain":
-            found[measure.key] = round(float(measure.value), 6)
-            if measure.low is not None and measure.high is not None:
-                found[f"{measure.key}_low"] = round(float(measure.low), 6)
-                found[f"{measure.key}_high"] = round(float(measure.high), 6)
-    return found
+    values: dict[str, float] = {}
+    for metric in collect_metrics(context, model):
+        if metric.better or metric.key == "gain":
+            values[metric.key] = round(float(metric.value), 6)
+            if metric.low is not None and metric.high is not None:
+                values[f"{metric.key}_low"] = round(float(metric.low), 6)
+                values[f"{metric.key}_high"] = round(float(metric.high), 6)
+    return values
 
 
-def _free(commands: Commands, branch: str) -> str:
+def _resolve_free_branch(commands: GitCommands, branch: str) -> str:
     """The full name of a branch that may be moved."""
     ref = f"refs/heads/{branch}"
     try:
-        commands.git("check-ref-format", ref)
+        commands.run_git("check-ref-format", ref)
     except StoreError as error:
         raise ConfigError(f"--branch {branch!r}: not a name that git takes; for example promote/production") from error
-    if f"branch {ref}" in commands.git("worktree", "list", "--porcelain").splitlines():
+    if f"branch {ref}" in commands.run_git("worktree", "list", "--porcelain").splitlines():
         raise ConfigError(f"--branch {branch}: is checked out; name another one, or leave it out to change the file itself")
     return ref
 
 
-def _message(pointer: Pointer) -> str:
-    facts = {"Run": pointer.run, "Model": pointer.model, "Digest": pointer.digest}
-    return "\n".join([subject(pointer), "", *(f"{name}: {value}" for name, value in facts.items())]) + "\n"
+def _commit_message(pointer: ModelPointer) -> str:
+    trailers = {"Run": pointer.run, "Model": pointer.model, "Digest": pointer.digest}
+    return "\n".join([commit_subject(pointer), "", *(f"{name}: {value}" for name, value in trailers.items())]) + "\n"
 
 
-def _data(text: str) -> str:
+def _format_data_block(text: str) -> str:
     """In git-fast-import's form."""
     return f"data {len(text.encode())}\n{text}"
 
 
-def _quoted(name: str) -> str:
+def _quote_path(name: str) -> str:
     escaped = name.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     return f'"{escaped}"'

@@ -1,4 +1,4 @@
-"""Charts as inline SVG. Colours are the page's, so that they follow it into dark mode and print."""
+"""Charts as inline SVG. Colors are the page's, so that they follow it into dark mode and print."""
 
 import io
 import itertools
@@ -13,16 +13,16 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ns.core.intervals import wilson
+from ns.core.intervals import wilson_interval
 from ns.evaluation.result import Calibration
-from ns.labeling.label_set import BINS
+from ns.labeling.label_set import HISTOGRAM_BINS
 
 # Stand-ins that matplotlib draws with; the page's style decides what they are.
 INK, FAINT = "#010101", "#020202"
 SERIES = ("#030303", "#040404", "#050505", "#060606", "#070707", "#080808")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 VARIABLES = {INK: "currentColor", FAINT: "var(--faint)"} | {
-    colour: f"var(--series-{number})" for number, colour in enumerate(SERIES, 1)
+    color: f"var(--series-{number})" for number, color in enumerate(SERIES, 1)
 }
 
 STYLE: dict[str, Any] = {
@@ -45,17 +45,17 @@ STYLE: dict[str, Any] = {
     "legend.frameon": False,
 }
 
-BARS = 60
+MAX_BARS = 60
 """Classes that can be told apart as bars."""
 WIDTH, HEIGHT = 4.4, 2.7
 """Inches; small, so that the text is readable on a phone."""
 
 
-def accuracy(generations: Sequence[int], top1: Sequence[float], images: int) -> str:
+def draw_accuracy(generations: Sequence[int], top1: Sequence[float], images: int) -> str:
     """Held-out top-1 by generation with 95 % Wilson intervals; 0 is the first teacher."""
-    bounds = [wilson(value, images) for value in top1]
+    bounds = [wilson_interval(value, images) for value in top1]
 
-    def draw(axes: Axes) -> None:
+    def draw_axes(axes: Axes) -> None:
         low = [100 * (value - bound[0]) for value, bound in zip(top1, bounds, strict=True)]
         high = [100 * (bound[1] - value) for value, bound in zip(top1, bounds, strict=True)]
         values = [100 * value for value in top1]
@@ -67,34 +67,34 @@ def accuracy(generations: Sequence[int], top1: Sequence[float], images: int) -> 
         axes.set_ylabel("held-out top-1, %")
 
     shown = ", ".join(f"{value:.1%}" for value in top1)
-    return _svg("accuracy", f"Held-out top-1 accuracy by generation: {shown}", draw)
+    return _render_svg("accuracy", f"Held-out top-1 accuracy by generation: {shown}", draw_axes)
 
 
-def trips(top1: Mapping[str, Sequence[tuple[int, float]]]) -> str:
+def draw_run_accuracies(top1: Mapping[str, Sequence[tuple[int, float]]]) -> str:
     """Held-out top-1 of several runs: (generation, share) of each model; 0 is the first teacher."""
 
-    def draw(axes: Axes) -> None:
+    def draw_axes(axes: Axes) -> None:
         for (number, (run, points)), marker in zip(enumerate(top1.items()), itertools.cycle(MARKERS), strict=False):
-            colour = SERIES[number % len(SERIES)]
-            places = [generation for generation, _ in points]
-            axes.plot(places, [100 * value for _, value in points], color=colour, marker=marker, linewidth=1.4, label=run)
+            color = SERIES[number % len(SERIES)]
+            generations = [generation for generation, _ in points]
+            axes.plot(generations, [100 * value for _, value in points], color=color, marker=marker, linewidth=1.4, label=run)
         last = max(generation for points in top1.values() for generation, _ in points)
         axes.set_xticks(range(last + 1), ["teacher" if g == 0 else f"student {g}" for g in range(last + 1)])
         axes.set_ylabel("held-out top-1, %")
         axes.legend(fontsize=8)
 
-    told = "; ".join(f"{run} {', '.join(f'{value:.1%}' for _, value in points)}" for run, points in top1.items())
-    return _svg("trips", f"Held-out top-1 by generation: {told}", draw)
+    description = "; ".join(f"{run} {', '.join(f'{value:.1%}' for _, value in points)}" for run, points in top1.items())
+    return _render_svg("trips", f"Held-out top-1 by generation: {description}", draw_axes)
 
 
-def confidence(name: str, counts: npt.NDArray[np.uint64], threshold: float) -> str:
+def draw_confidence(name: str, counts: npt.NDArray[np.uint64], threshold: float) -> str:
     """Images by the teacher's confidence, in 40 bins, with the threshold drawn in."""
-    bars = counts.reshape(40, BINS // 40).sum(1).astype(np.int64)
+    bars = counts.reshape(40, HISTOGRAM_BINS // 40).sum(1).astype(np.int64)
 
-    def draw(axes: Axes) -> None:
+    def draw_axes(axes: Axes) -> None:
         left = np.arange(40) / 40
-        for wanted, colour in ((left + 1 / 80 > threshold, SERIES[0]), (left + 1 / 80 <= threshold, FAINT)):
-            axes.bar(left[wanted], bars[wanted], width=1 / 40, align="edge", color=colour)
+        for in_part, color in ((left + 1 / 80 > threshold, SERIES[0]), (left + 1 / 80 <= threshold, FAINT)):
+            axes.bar(left[in_part], bars[in_part], width=1 / 40, align="edge", color=color)
         axes.axvline(threshold, color=SERIES[1], linewidth=1.5, linestyle="--")
         axes.annotate(
             f"threshold {threshold:g}",
@@ -107,13 +107,13 @@ def confidence(name: str, counts: npt.NDArray[np.uint64], threshold: float) -> s
         axes.set_xlabel("confidence of the teacher")
         axes.set_ylabel("images")
 
-    return _svg(f"confidence-{name}", f"Histogram of confidence, threshold {threshold:g}", draw)
+    return _render_svg(f"confidence-{name}", f"Histogram of confidence, threshold {threshold:g}", draw_axes)
 
 
-def classes(name: str, labels: Sequence[str], candidates: Sequence[int], images: Sequence[int]) -> str:
+def draw_class_balance(name: str, class_names: Sequence[str], candidates: Sequence[int], images: Sequence[int]) -> str:
     """Images of each class above the threshold, and in an epoch after balancing. Many classes are in the order of their size."""
 
-    def outline(axes: Axes) -> None:
+    def draw_outline(axes: Axes) -> None:
         order = np.argsort(-np.asarray(candidates), kind="stable")
         axes.stairs(np.asarray(candidates)[order], fill=True, color=FAINT, label="above the threshold")
         axes.stairs(np.asarray(images)[order], color=SERIES[0], linewidth=1.4, label="after balancing")
@@ -121,28 +121,28 @@ def classes(name: str, labels: Sequence[str], candidates: Sequence[int], images:
         axes.set_ylabel("images")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8)
 
-    def draw(axes: Axes) -> None:
-        positions = np.arange(len(labels))
+    def draw_class_bars(axes: Axes) -> None:
+        positions = np.arange(len(class_names))
         axes.bar(positions - 0.2, candidates, 0.4, color=FAINT, label="above the threshold")
         axes.bar(positions + 0.2, images, 0.4, color=SERIES[0], label="after balancing")
-        step = max(1, math.ceil(len(labels) / 12))
-        axes.set_xticks(positions[::step], [label[:10] for label in labels[::step]])
+        step = max(1, math.ceil(len(class_names) / 12))
+        axes.set_xticks(positions[::step], [class_name[:10] for class_name in class_names[::step]])
         axes.set_ylabel("images")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8)
 
-    about = "Pseudo-labelled images of each class before and after balancing"
-    return _svg(f"classes-{name}", about, draw if len(labels) <= BARS else outline)
+    description = "Pseudo-labeled images of each class before and after balancing"
+    return _render_svg(f"classes-{name}", description, draw_class_bars if len(class_names) <= MAX_BARS else draw_outline)
 
 
-def bars(name: str, about: str, kinds: Sequence[str], series: Mapping[str, Sequence[float]]) -> str:
-    """Shares by kind, in percent, a bar for each model (at most as many as there are colours); kinds from top to bottom."""
+def draw_bars(name: str, about: str, kinds: Sequence[str], series: Mapping[str, Sequence[float]]) -> str:
+    """Shares by kind, in percent, a bar for each model (at most as many as there are colors); kinds from top to bottom."""
 
-    def draw(axes: Axes) -> None:
+    def draw_axes(axes: Axes) -> None:
         thick = 0.8 / len(series)
         positions = np.arange(len(kinds))
-        for number, ((label, values), colour) in enumerate(zip(series.items(), SERIES, strict=False)):
-            place = positions + (number - (len(series) - 1) / 2) * thick
-            axes.barh(place, [100 * value for value in values], thick, color=colour, label=label)
+        for number, ((label, values), color) in enumerate(zip(series.items(), SERIES, strict=False)):
+            centers = positions + (number - (len(series) - 1) / 2) * thick
+            axes.barh(centers, [100 * value for value in values], thick, color=color, label=label)
         axes.set_yticks(positions, kinds)
         axes.set_ylim(len(kinds) - 0.5, -0.5)
         axes.grid(visible=False, axis="y")
@@ -150,23 +150,23 @@ def bars(name: str, about: str, kinds: Sequence[str], series: Mapping[str, Seque
         axes.set_xlabel(f"{about}, %")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=8)
 
-    told = "; ".join(
+    description = "; ".join(
         f"{kind} {', '.join(f'{label} {values[number]:.1%}' for label, values in series.items())}"
         for number, kind in enumerate(kinds)
     )
     height = 0.9 + len(kinds) * max(0.22, 0.1 * len(series))
-    return _svg(name, f"{about[0].upper()}{about[1:]} by kind: {told}", draw, height)
+    return _render_svg(name, f"{about[0].upper()}{about[1:]} by kind: {description}", draw_axes, height)
 
 
-def attacks(name: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+def draw_attacks(name: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> str:
     """Top-1 that FGSM leaves, by the largest change of a pixel: (epsilon of 255, share) of each model."""
 
-    def draw(axes: Axes) -> None:
-        for (label, points), colour, marker in zip(series.items(), SERIES, MARKERS, strict=False):
+    def draw_axes(axes: Axes) -> None:
+        for (label, points), color, marker in zip(series.items(), SERIES, MARKERS, strict=False):
             axes.plot(
                 [epsilon for epsilon, _ in points],
                 [100 * share for _, share in points],
-                color=colour,
+                color=color,
                 marker=marker,
                 markersize=4,
                 linewidth=1.4,
@@ -177,21 +177,23 @@ def attacks(name: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> s
         axes.set_ylabel("top-1, %")
         axes.legend(fontsize=8)
 
-    told = "; ".join(f"{label} {', '.join(f'{share:.1%} at {e:g}' for e, share in points)}" for label, points in series.items())
-    return _svg(name, f"Top-1 under FGSM: {told}", draw)
+    description = "; ".join(
+        f"{label} {', '.join(f'{share:.1%} at {e:g}' for e, share in points)}" for label, points in series.items()
+    )
+    return _render_svg(name, f"Top-1 under FGSM: {description}", draw_axes)
 
 
-def reliability(series: Mapping[str, Calibration]) -> str:
+def draw_reliability(series: Mapping[str, Calibration]) -> str:
     """Accuracy of images by their confidence, in bins; on the diagonal a model is right as often as it says."""
 
-    def draw(axes: Axes) -> None:
+    def draw_axes(axes: Axes) -> None:
         axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1.2, linestyle="--")
-        for (label, found), colour, marker in zip(series.items(), SERIES, MARKERS, strict=False):
-            filled = [one for one in found.bins if one.images]
+        for (label, calibration), color, marker in zip(series.items(), SERIES, MARKERS, strict=False):
+            filled = [bin_ for bin_ in calibration.bins if bin_.images]
             axes.plot(
-                [one.confidence for one in filled],
-                [one.accuracy for one in filled],
-                color=colour,
+                [bin_.confidence for bin_ in filled],
+                [bin_.accuracy for bin_ in filled],
+                color=color,
                 marker=marker,
                 markersize=4,
                 linewidth=1.4,
@@ -203,14 +205,14 @@ def reliability(series: Mapping[str, Calibration]) -> str:
         axes.set_ylabel("accuracy")
         axes.legend(fontsize=8)
 
-    told = ", ".join(f"{label} {found.ece:.1%}" for label, found in series.items())
-    return _svg("reliability", f"Reliability diagram; expected calibration error: {told}", draw)
+    description = ", ".join(f"{label} {calibration.ece:.1%}" for label, calibration in series.items())
+    return _render_svg("reliability", f"Reliability diagram; expected calibration error: {description}", draw_axes)
 
 
-def shift(before: Sequence[int], after: Sequence[int]) -> str:
+def draw_confidence_shift(before: Sequence[int], after: Sequence[int]) -> str:
     """Images by confidence in two label sets; equal bins from 0 to 1."""
 
-    def draw(axes: Axes) -> None:
+    def draw_axes(axes: Axes) -> None:
         edges = np.linspace(0, 1, len(before) + 1)
         axes.stairs(before, edges, fill=True, color=FAINT, label="before")
         axes.stairs(after, edges, color=SERIES[0], linewidth=1.6, label="after")
@@ -219,35 +221,35 @@ def shift(before: Sequence[int], after: Sequence[int]) -> str:
         axes.set_ylabel("images")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8)
 
-    return _svg("shift", "Histograms of confidence before and after", draw)
+    return _render_svg("shift", "Histograms of confidence before and after", draw_axes)
 
 
-def curves(name: str, history: Sequence[dict[str, float]], series: dict[str, str], unit: str) -> str:
+def draw_training_curves(name: str, history: Sequence[dict[str, float]], series: dict[str, str], unit: str) -> str:
     """Training curves: `series` maps fields of the history to names."""
 
-    def draw(axes: Axes) -> None:
-        for (key, label), colour in zip(series.items(), SERIES, strict=False):
+    def draw_axes(axes: Axes) -> None:
+        for (key, label), color in zip(series.items(), SERIES, strict=False):
             points = [(point["step"], point[key]) for point in history if key in point]
             if points:
-                axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.4, label=label)
+                axes.plot(*zip(*points, strict=True), color=color, linewidth=1.4, label=label)
         axes.set_xlabel("step")
         axes.set_ylabel(unit)
         axes.legend(fontsize=8)
 
-    return _svg(f"curves-{name}", f"Training curves: {', '.join(series.values())}", draw)
+    return _render_svg(f"curves-{name}", f"Training curves: {', '.join(series.values())}", draw_axes)
 
 
-def _svg(name: str, description: str, draw: Callable[[Axes], None], height: float = HEIGHT) -> str:
+def _render_svg(name: str, description: str, draw_axes: Callable[[Axes], None], height: float = HEIGHT) -> str:
     # The salt makes ids unique on the page, and the same every time.
     with mpl.rc_context(cast(Any, {**STYLE, "svg.hashsalt": name})):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        draw(figure.add_subplot())
+        draw_axes(figure.add_subplot())
         sink = io.StringIO()
         figure.savefig(sink, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = sink.getvalue()
     text = text[text.index("<svg") :]
-    for colour, variable in VARIABLES.items():
-        text = text.replace(colour, variable)
+    for color, variable in VARIABLES.items():
+        text = text.replace(color, variable)
     # Ids of groups repeat in every chart; the page must not have them twice.
     text = re.sub(r'(id="|#)((?!#)[A-Za-z][\w.-]*)', rf"\g<1>{name}-\g<2>", text)
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)

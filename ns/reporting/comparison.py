@@ -7,18 +7,18 @@ from typing import Any
 from markupsafe import Markup
 
 from ns.config.schema import EVERY_FIELD
-from ns.core.digest import short
+from ns.core.digest import shorten_digest
 from ns.core.errors import RunError
-from ns.evaluation.gate import Gain, paired_gain
-from ns.evaluation.robustness.relative_scores import scores
+from ns.evaluation.gate import AccuracyGain, paired_gain
+from ns.evaluation.robustness.relative_scores import score_robustness
 from ns.reporting import charts
-from ns.reporting.context import Facts, Trained, gather
-from ns.reporting.disagreement import Answers
-from ns.reporting.headlines import headline, outcome
-from ns.reporting.markdown import measured, plain, table
-from ns.reporting.metrics import Line, Measure, lines, measures
-from ns.reporting.page import grouped
-from ns.reporting.templates import SCRIPTLESS, environment
+from ns.reporting.context import ReportContext, TrainedModel, gather_context
+from ns.reporting.disagreement import ModelAnswers
+from ns.reporting.headlines import format_headline, format_outcomes
+from ns.reporting.markdown import escape_markdown, format_metric_table, format_table
+from ns.reporting.metrics import Metric, MetricRow, align_metrics, collect_metrics
+from ns.reporting.page import group_metrics
+from ns.reporting.templates import SCRIPTLESS, make_environment
 from ns.storage import Store
 
 LEVEL = 0.975
@@ -27,7 +27,7 @@ RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparisonRow:
     """Something that runs have one each of."""
 
     name: str
@@ -40,12 +40,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    runs: list[Facts]
-    lines: list[Line]
+    runs: list[ReportContext]
+    metric_rows: list[MetricRow]
     """What was measured of the best model of each run."""
-    settings: list[Row]
+    settings: list[ComparisonRow]
     """Fields of the experiments that are not the same in all runs."""
-    lineage: list[Row]
+    lineage: list[ComparisonRow]
     remarks: list[str]
     """What stands against comparing these numbers."""
 
@@ -54,7 +54,7 @@ class Comparison:
         return [facts.summary.run for facts in self.runs]
 
 
-def compare(root: Store, names: Sequence[str]) -> Comparison:
+def compare_runs(root: Store, names: Sequence[str]) -> Comparison:
     """Reads two or more runs, given their full names. Raises RunError if one is named twice, or has evaluated no model yet.
 
     Differences are from the first of them, in pairs of the same held-out images. mCE and mFR are relative to its first teacher, where
@@ -62,122 +62,140 @@ def compare(root: Store, names: Sequence[str]) -> Comparison:
     """
     if len(names) < 2 or len(set(names)) < len(names):
         raise RunError(f"runs {', '.join(names) or '(none)'}: name two or more different ones to compare")
-    found = [gather(root, name, pictures=0) for name in names]
-    models: list[Trained] = []
-    for facts in found:
-        if facts.best is None or facts.first is None:
-            raise RunError(f"run {facts.summary.run}: has no evaluated model yet; `ns run --resume` continues it")
-        models.append(_scored(facts.best, found[0].trained[0]))
+    contexts = [gather_context(root, name, pictures=0) for name in names]
+    models: list[TrainedModel] = []
+    for context in contexts:
+        if context.best_model is None or context.first_model is None:
+            raise RunError(f"run {context.summary.run}: has no evaluated model yet; `ns run --resume` continues it")
+        models.append(_score_against(context.best_model, contexts[0].models[0]))
     columns = [
-        [*_gain(root, models[0], model), *measures(facts, model), *_total(facts)]
-        for facts, model in zip(found, models, strict=True)
+        [*_measure_difference(root, models[0], model), *collect_metrics(context, model), *_total_metrics(context)]
+        for context, model in zip(contexts, models, strict=True)
     ]
     return Comparison(
-        runs=found,
-        lines=lines(columns),
-        settings=[row for row in _settings(found) if row.differs],
-        lineage=_lineage(found, models),
-        remarks=_remarks(found, models),
+        runs=contexts,
+        metric_rows=align_metrics(columns),
+        settings=[row for row in _setting_rows(contexts) if row.differs],
+        lineage=_lineage_rows(contexts, models),
+        remarks=_list_remarks(contexts, models),
     )
 
 
-def page(comparison: Comparison) -> str:
+def render_comparison_page(comparison: Comparison) -> str:
     """HTML that needs nothing else."""
     top1 = {
-        facts.summary.run: [(m.generation, m.evaluation.top1) for m in facts.trained if m.evaluation]
-        for facts in comparison.runs
+        context.summary.run: [(m.generation, m.evaluation.top1) for m in context.models if m.evaluation]
+        for context in comparison.runs
     }
     return (
-        environment()
+        make_environment()
         .get_template("comparison.html.j2")
         .render(
             title="Runs compared",
             scripts=SCRIPTLESS,
             comparison=comparison,
-            groups=grouped(comparison.lines),
-            stories=[(facts.summary.run, headline(facts), outcome(facts)) for facts in comparison.runs],
-            chart=Markup(charts.trips(top1)),
+            groups=group_metrics(comparison.metric_rows),
+            stories=[(context.summary.run, format_headline(context), format_outcomes(context)) for context in comparison.runs],
+            chart=Markup(charts.draw_run_accuracies(top1)),
         )
     )
 
 
-def markdown(comparison: Comparison) -> str:
+def render_comparison_markdown(comparison: Comparison) -> str:
     """The same for an issue or a pull request."""
-    heads = tuple(plain(name) for name in comparison.names)
-    made = [f"### {' · '.join(heads)}", ""]
-    made += [f"- **{plain(facts.summary.run)}**: {plain(headline(facts))}" for facts in comparison.runs]
+    heads = tuple(escape_markdown(name) for name in comparison.names)
+    output = [f"### {' · '.join(heads)}", ""]
+    output += [
+        f"- **{escape_markdown(context.summary.run)}**: {escape_markdown(format_headline(context))}"
+        for context in comparison.runs
+    ]
     if comparison.remarks:
-        made += ["", *(f"> {plain(remark)}" for remark in comparison.remarks)]
-    made += measured(heads, comparison.lines)
+        output += ["", *(f"> {escape_markdown(remark)}" for remark in comparison.remarks)]
+    output += format_metric_table(heads, comparison.metric_rows)
     for title, rows in (("set differently", comparison.settings), ("made from", comparison.lineage)):
         if rows:
-            made += table((title, *heads), [(plain(row.name), *(plain(value) for value in row.values)) for row in rows])
-    return "\n".join(made) + "\n"
+            output += format_table(
+                (title, *heads),
+                [(escape_markdown(row.name), *(escape_markdown(value) for value in row.values)) for row in rows],
+            )
+    return "\n".join(output) + "\n"
 
 
-def _scored(model: Trained, reference: Trained) -> Trained:
+def _score_against(model: TrainedModel, reference: TrainedModel) -> TrainedModel:
     """With mCE and mFR relative to one model for all runs."""
-    others = {name: found for name, (found, _) in reference.robustness.items()}
+    others = {name: robustness for name, (robustness, _) in reference.robustness.items()}
     return replace(
         model,
-        robustness={name: (found, scores(found, others.get(name))) for name, (found, _) in model.robustness.items()},
+        robustness={
+            name: (robustness, score_robustness(robustness, others.get(name)))
+            for name, (robustness, _) in model.robustness.items()
+        },
     )
 
 
-def _gain(root: Store, first: Trained, model: Trained) -> list[Measure]:
+def _measure_difference(root: Store, first: TrainedModel, model: TrainedModel) -> list[Metric]:
     """The difference from the first run's model, if both saw the same images."""
-    if model is first or not (first.evaluation and model.evaluation and first.predictions and model.predictions):
+    if model is first or not (first.evaluation and model.evaluation and first.predictions_key and model.predictions_key):
         return []
-    before = Answers.read(first.title, root.at(first.predictions), first.evaluation)
-    after = Answers.read(model.title, root.at(model.predictions), model.evaluation)
+    before = ModelAnswers.from_evaluation(first.title, root.at(first.predictions_key), first.evaluation)
+    after = ModelAnswers.from_evaluation(model.title, root.at(model.predictions_key), model.evaluation)
     if (first.evaluation.dataset, before.keys) != (model.evaluation.dataset, after.keys):
         return []
-    gain: Gain = paired_gain(before.right, after.right, level=LEVEL, resamples=RESAMPLES, seed=0)
+    gain: AccuracyGain = paired_gain(before.is_right, after.is_right, level=LEVEL, resamples=RESAMPLES, seed=0)
     name = "difference from the first run, points"
-    return [Measure("difference", "Accuracy", name, gain.value, "points", gain.low, gain.high)]
+    return [Metric("difference", "Accuracy", name, gain.value, "points", gain.low, gain.high)]
 
 
-def _total(facts: Facts) -> list[Measure]:
-    seconds = sum(note.seconds for note in facts.steps)
+def _total_metrics(context: ReportContext) -> list[Metric]:
+    seconds = sum(note.seconds for note in context.stages)
     return [
-        Measure("total_seconds", "Cost", "all work of the run", seconds, "seconds"),
-        Measure("generations", "Cost", "generations judged", len(facts.verdicts), "count"),
+        Metric("total_seconds", "Cost", "all work of the run", seconds, "seconds"),
+        Metric("generations", "Cost", "generations judged", len(context.verdicts), "count"),
     ]
 
 
-def _settings(found: Sequence[Facts]) -> list[Row]:
-    flat = [_flat(facts.experiment.model_dump(mode="json", context=EVERY_FIELD)) for facts in found]
-    fields = dict.fromkeys(field for one in flat for field in one)
-    return [Row(field, tuple(one.get(field, "not set") for one in flat)) for field in fields]
+def _setting_rows(contexts: Sequence[ReportContext]) -> list[ComparisonRow]:
+    flat = [_flatten_fields(context.experiment.model_dump(mode="json", context=EVERY_FIELD)) for context in contexts]
+    fields = dict.fromkeys(field for values in flat for field in values)
+    return [ComparisonRow(field, tuple(values.get(field, "not set") for values in flat)) for field in fields]
 
 
-def _flat(value: Any, path: str = "") -> dict[str, str]:
+def _flatten_fields(value: Any, path: str = "") -> dict[str, str]:
     """`a.b.0` → value, as text."""
     if isinstance(value, dict | list) and value:
         items = value.items() if isinstance(value, dict) else enumerate(value)
         return {
-            key: text for name, inner in items for key, text in _flat(inner, f"{path}.{name}" if path else str(name)).items()
+            key: text
+            for name, inner in items
+            for key, text in _flatten_fields(inner, f"{path}.{name}" if path else str(name)).items()
         }
     return {path: "not set" if value is None else str(value)}
 
 
-def _lineage(found: Sequence[Facts], models: Sequence[Trained]) -> list[Row]:
-    parts = dict.fromkeys(part for facts in found for part in facts.datasets)
+def _lineage_rows(contexts: Sequence[ReportContext], models: Sequence[TrainedModel]) -> list[ComparisonRow]:
+    parts = dict.fromkeys(part for context in contexts for part in context.datasets)
     rows = [
-        Row(part, tuple(short(facts.datasets[part].digest) if part in facts.datasets else "" for facts in found))
+        ComparisonRow(
+            part,
+            tuple(shorten_digest(context.datasets[part].digest) if part in context.datasets else "" for context in contexts),
+        )
         for part in parts
     ]
-    last = [facts.labels_of(model.generation) for facts, model in zip(found, models, strict=True)]
+    labelings = [context.labeling_of(model.generation) for context, model in zip(contexts, models, strict=True)]
     return [
         *rows,
-        Row("its label set", tuple(short(one.label_set.digest) if one else "" for one in last)),
-        Row("best model", tuple(f"{model.title.lower()}, {short(model.card.digest)}" for model in models)),
-        Row("settings", tuple(short(facts.summary.config_digest) for facts in found)),
-        Row("noisy-student", tuple(facts.version for facts in found)),
+        ComparisonRow(
+            "its label set", tuple(shorten_digest(labeling.label_set.digest) if labeling else "" for labeling in labelings)
+        ),
+        ComparisonRow(
+            "best model", tuple(f"{model.title.lower()}, {shorten_digest(model.manifest.digest)}" for model in models)
+        ),
+        ComparisonRow("settings", tuple(shorten_digest(context.summary.config_digest) for context in contexts)),
+        ComparisonRow("noisy-student", tuple(context.version for context in contexts)),
     ]
 
 
-def _remarks(found: Sequence[Facts], models: Sequence[Trained]) -> list[str]:
+def _list_remarks(contexts: Sequence[ReportContext], models: Sequence[TrainedModel]) -> list[str]:
     remarks = []
     sets = dict.fromkeys(name for model in models for name in model.evaluations)
     for name in sets:
@@ -185,7 +203,7 @@ def _remarks(found: Sequence[Facts], models: Sequence[Trained]) -> list[str]:
         if len(digests) > 1:
             what = "The held-out images" if name == "evaluation" else f"The images of {name.removeprefix('set:')}"
             remarks.append(f"{what} are not the same in all runs: their accuracies cannot be compared.")
-    unfinished = [facts.summary.run for facts in found if facts.summary.state != "succeeded"]
+    unfinished = [context.summary.run for context in contexts if context.summary.state != "succeeded"]
     if unfinished:
         remarks.append(f"Not finished: {', '.join(unfinished)}.")
     return remarks

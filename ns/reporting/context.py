@@ -11,20 +11,20 @@ from ns.config import schema as config
 from ns.config.schema import Experiment
 from ns.data.dataset import Dataset
 from ns.data.leakage import MANIFEST as CHECK
-from ns.data.leakage import CheckReport
-from ns.data.prepared import Prepared
+from ns.data.leakage import LeakageReport
+from ns.data.prepared import PreparedData
 from ns.evaluation.gate import Verdict
 from ns.evaluation.result import MANIFEST as EVALUATION
 from ns.evaluation.result import ROBUSTNESS, Evaluation, Robustness
-from ns.evaluation.robustness.relative_scores import Scores, scores
-from ns.labeling.diff import Diff, Side, compare
+from ns.evaluation.robustness.relative_scores import RobustnessScores, score_robustness
+from ns.labeling.diff import DiffSide, LabelDiff, compare_label_sets
 from ns.labeling.label_set import LabelSet, read_histogram
 from ns.labeling.selection import Selection
-from ns.modeling.manifest import HISTORY, ModelCard
-from ns.reporting.disagreement import Answers, Disagreement, Gains, disagreement, gains
-from ns.reporting.pictures import Gallery, changed, gallery, shorten
+from ns.modeling.manifest import HISTORY, ModelManifest
+from ns.reporting.disagreement import ClassGains, Disagreement, ModelAnswers, compare_answers, compute_class_gains
+from ns.reporting.pictures import Gallery, build_flip_gallery, build_label_galleries, limit_galleries
 from ns.runs import records as runs
-from ns.runs.records import Note, Summary
+from ns.runs.records import RunSummary, StageNote
 from ns.storage import Store
 
 PICTURE_BYTES = 3_000_000
@@ -32,20 +32,20 @@ PICTURE_BYTES = 3_000_000
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedModel:
     """A model and how it came about."""
 
     generation: int
     key: str
     """Of its folder below the root."""
-    card: ModelCard
+    manifest: ModelManifest
     history: list[dict[str, float]]
     evaluations: dict[str, Evaluation]
     """As the run's notes call them: `evaluation` of the held-out images, `test`, `finetuned`, `set:NAME`. Empty if the run has not
     come so far."""
-    robustness: dict[str, tuple[Robustness, Scores]]
+    robustness: dict[str, tuple[Robustness, RobustnessScores]]
     """By the same names, with what they come to in comparison with the first teacher's, or AlexNet's."""
-    predictions: str | None
+    predictions_key: str | None
     """Key of the folder with the held-out images' predictions."""
 
     @property
@@ -59,7 +59,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Labels:
+class GenerationLabeling:
     """One generation's pseudo-labels."""
 
     generation: int
@@ -67,22 +67,22 @@ class Labels:
     selection: Selection
     histogram: npt.NDArray[np.uint64]
     """Images by predicted class and confidence: uint64 [classes, BINS]."""
-    diff: Diff | None
+    diff: LabelDiff | None
     """From the generation before."""
 
 
 @dataclass(frozen=True)
-class Facts:
-    summary: Summary
+class ReportContext:
+    summary: RunSummary
     experiment: Experiment
     version: str
     generation: int | None
     """The one that these facts are confined to; None if they are the whole run's."""
     datasets: dict[str, Dataset]
-    leaks: CheckReport | None
+    leaks: LeakageReport | None
     """What the leak guard found, if it looked."""
-    trained: list[Trained]
-    labels: list[Labels]
+    models: list[TrainedModel]
+    labelings: list[GenerationLabeling]
     verdicts: list[Verdict]
     galleries: list[Gallery]
     """Of the latest labels."""
@@ -90,162 +90,184 @@ class Facts:
     """Of the latest labels that have some before them."""
     disagreement: Disagreement | None
     """Of the latest student and its teacher."""
-    gains: Gains | None
+    gains: ClassGains | None
     """From the first teacher to the best model, or to the latest if none is better."""
-    steps: list[Note]
+    stages: list[StageNote]
 
     @property
-    def first(self) -> Trained | None:
+    def first_model(self) -> TrainedModel | None:
         """The first teacher, or that of the generation, once it is evaluated."""
-        return self.trained[0] if self.trained and self.trained[0].evaluation else None
+        return self.models[0] if self.models and self.models[0].evaluation else None
 
     @property
-    def best(self) -> Trained | None:
+    def best_model(self) -> TrainedModel | None:
         """The last accepted model."""
-        return _best(self.trained, self.verdicts)
+        return _pick_best(self.models, self.verdicts)
 
-    def labels_of(self, generation: int) -> Labels | None:
-        return next((labels for labels in self.labels if labels.generation == generation), None)
+    def labeling_of(self, generation: int) -> GenerationLabeling | None:
+        return next((labeling for labeling in self.labelings if labeling.generation == generation), None)
 
     def verdict_of(self, generation: int) -> Verdict | None:
         return next((verdict for verdict in self.verdicts if verdict.generation == generation), None)
 
 
-def gather(
+def gather_context(
     root: Store, run: str, *, generation: int | None = None, pictures: int | None = None, size: int = PICTURE_BYTES
-) -> Facts:
+) -> ReportContext:
     """Reads a run as far as it has come: all of it, or one generation, with the model that was its teacher.
 
     `pictures` of each group, as the experiment says if None, and all together no more than `size` bytes; none are read if 0. Raises
     RunError if the run does not exist.
     """
-    summary = runs.summarise(root, run)
-    experiment = config.load(f"{root.uri}/{run}/{runs.CONFIG}")
-    notes = summary.steps
-    wanted = experiment.report.pictures if pictures is None else pictures
-    prepared = next((Prepared.read(root, note.outputs["data"]) for note in notes if note.step == "prepare-data"), None)
-    verdicts = [Verdict.read(root, note.outputs["verdict"]) for note in notes if note.step == "gate"]
-    trained = _trained(root, notes)
-    labels = _labels(root, notes, generation, flips=wanted)
+    summary = runs.summarize_run(root, run)
+    experiment = config.load_experiment(f"{root.uri}/{run}/{runs.CONFIG}")
+    stage_notes = summary.stages
+    group_size = experiment.report.pictures if pictures is None else pictures
+    prepared = next(
+        (PreparedData.load_file(root, note.outputs["data"]) for note in stage_notes if note.stage == "prepare-data"), None
+    )
+    verdicts = [Verdict.load_file(root, note.outputs["verdict"]) for note in stage_notes if note.stage == "gate"]
+    models = _read_models(root, stage_notes)
+    labelings = _read_labelings(root, stage_notes, generation, flips=group_size)
     if generation is not None:
-        before = _best([m for m in trained if m.generation < generation], [v for v in verdicts if v.generation < generation])
-        wanted_models = (before.generation if before else 0, generation)
-        trained = [model for model in trained if model.generation in wanted_models]
-        labels = [one for one in labels if one.generation == generation]
+        teacher_before = _pick_best(
+            [m for m in models if m.generation < generation], [v for v in verdicts if v.generation < generation]
+        )
+        shown_generations = (teacher_before.generation if teacher_before else 0, generation)
+        models = [model for model in models if model.generation in shown_generations]
+        labelings = [labeling for labeling in labelings if labeling.generation == generation]
         verdicts = [verdict for verdict in verdicts if verdict.generation == generation]
-        notes = [note for note in notes if note.generation == generation]
-    evaluated = [model for model in trained if model.evaluation]
+        stage_notes = [note for note in stage_notes if note.generation == generation]
+    evaluated = [model for model in models if model.evaluation]
     galleries: list[Gallery] = []
-    flipped: Gallery | None = None
-    latest: Disagreement | None = None
-    gained: Gains | None = None
+    flip_gallery: Gallery | None = None
+    latest_disagreement: Disagreement | None = None
+    class_gains: ClassGains | None = None
     if prepared and len(evaluated) > 1:
-        heldout = prepared.heldout.open(root)
-        best = _best(evaluated, verdicts)
-        teacher = _best(evaluated[:-1], verdicts) or evaluated[0]
-        latest = disagreement(_answers(root, teacher), _answers(root, evaluated[-1]), *heldout, wanted)
-        other = best if best and best is not evaluated[0] else evaluated[-1]
-        gained = gains(_answers(root, evaluated[0]), _answers(root, other), *heldout, wanted)
-    if prepared and labels and wanted:
+        heldout = prepared.heldout.open_dataset(root)
+        best = _pick_best(evaluated, verdicts)
+        teacher = _pick_best(evaluated[:-1], verdicts) or evaluated[0]
+        latest_disagreement = compare_answers(
+            _read_answers(root, teacher), _read_answers(root, evaluated[-1]), *heldout, group_size
+        )
+        compared_model = best if best and best is not evaluated[0] else evaluated[-1]
+        class_gains = compute_class_gains(
+            _read_answers(root, evaluated[0]), _read_answers(root, compared_model), *heldout, group_size
+        )
+    if prepared and labelings and group_size:
         # Pictures of the latest labels only: earlier ones are history, and pictures are what makes a report large.
-        folder, pool = prepared.pool.open(root)
-        last = labels[-1]
-        galleries = gallery(folder, pool, root.at(last.selection.labels), last.label_set, last.selection, wanted)
-        flipped = changed(folder, pool, last.diff) if last.diff else None
-    shown = [*galleries, *([flipped] if flipped else [])]
-    shown += [*(latest.galleries if latest else []), *(gained.galleries if gained else [])]
-    shorten(shown, size)
-    return Facts(
+        folder, pool = prepared.pool.open_dataset(root)
+        latest_labeling = labelings[-1]
+        galleries = build_label_galleries(
+            folder,
+            pool,
+            root.at(latest_labeling.selection.label_set_key),
+            latest_labeling.label_set,
+            latest_labeling.selection,
+            group_size,
+        )
+        flip_gallery = build_flip_gallery(folder, pool, latest_labeling.diff) if latest_labeling.diff else None
+    shown_galleries = [*galleries, *([flip_gallery] if flip_gallery else [])]
+    shown_galleries += [
+        *(latest_disagreement.galleries if latest_disagreement else []),
+        *(class_gains.galleries if class_gains else []),
+    ]
+    limit_galleries(shown_galleries, size)
+    return ReportContext(
         summary=summary,
         experiment=experiment,
-        version=runs.Record.read(root, f"{runs.RECORDS}{run}.json").version,
+        version=runs.RunRecord.load_file(root, f"{runs.RECORDS}{run}.json").version,
         generation=generation,
-        datasets=_datasets(root, prepared),
-        leaks=_leaks(root, prepared, experiment),
-        trained=trained,
-        labels=labels,
+        datasets=_open_datasets(root, prepared),
+        leaks=_find_leak_report(root, prepared, experiment),
+        models=models,
+        labelings=labelings,
         verdicts=verdicts,
         galleries=galleries,
-        flips=flipped,
-        disagreement=latest,
-        gains=gained,
-        steps=notes,
+        flips=flip_gallery,
+        disagreement=latest_disagreement,
+        gains=class_gains,
+        stages=stage_notes,
     )
 
 
-def _trained(root: Store, notes: Sequence[Note]) -> list[Trained]:
-    evaluated = {note.generation: note.outputs for note in notes if note.step == "evaluate"}
-    models: list[Trained] = []
+def _read_models(root: Store, notes: Sequence[StageNote]) -> list[TrainedModel]:
+    outputs_by_generation = {note.generation: note.outputs for note in notes if note.stage == "evaluate"}
+    models: list[TrainedModel] = []
     references: dict[str, Robustness] = {}
-    for note in (note for note in notes if note.step == "train"):
-        outputs = evaluated.get(note.generation, {})
-        robustness = {name: Robustness.read(root, key) for name, key in outputs.items() if key.endswith(f"/{ROBUSTNESS}")}
-        for name, found in robustness.items():
-            references.setdefault(name, found)
+    for note in (note for note in notes if note.stage == "train"):
+        outputs = outputs_by_generation.get(note.generation, {})
+        robustness = {name: Robustness.load_file(root, key) for name, key in outputs.items() if key.endswith(f"/{ROBUSTNESS}")}
+        for name, measured in robustness.items():
+            references.setdefault(name, measured)
         key = note.outputs["model"].rpartition("/")[0]
         models.append(
-            Trained(
+            TrainedModel(
                 generation=note.generation,
                 key=key,
-                card=ModelCard.read(root, note.outputs["model"]),
+                manifest=ModelManifest.load_file(root, note.outputs["model"]),
                 history=json.loads(root.get(f"{key}/{HISTORY}")),
                 evaluations={
-                    name: Evaluation.read(root, place) for name, place in outputs.items() if place.endswith(f"/{EVALUATION}")
+                    name: Evaluation.load_file(root, evaluation_key)
+                    for name, evaluation_key in outputs.items()
+                    if evaluation_key.endswith(f"/{EVALUATION}")
                 },
-                robustness={name: (found, scores(found, references[name])) for name, found in robustness.items()},
-                predictions=outputs["evaluation"].rpartition("/")[0] if outputs else None,
+                robustness={
+                    name: (measured, score_robustness(measured, references[name])) for name, measured in robustness.items()
+                },
+                predictions_key=outputs["evaluation"].rpartition("/")[0] if outputs else None,
             )
         )
     return models
 
 
-def _labels(root: Store, notes: Sequence[Note], generation: int | None, *, flips: int) -> list[Labels]:
-    found: list[Labels] = []
-    for note in (note for note in notes if note.step == "commit-labels"):
-        label_set = LabelSet.read(root, note.outputs["labels"])
-        selection = Selection.read(root, note.outputs["selection"])
-        where = root.at(selection.labels)
+def _read_labelings(root: Store, notes: Sequence[StageNote], generation: int | None, *, flips: int) -> list[GenerationLabeling]:
+    labelings: list[GenerationLabeling] = []
+    for note in (note for note in notes if note.stage == "commit-labels"):
+        label_set = LabelSet.load_file(root, note.outputs["labels"])
+        selection = Selection.load_file(root, note.outputs["selection"])
+        label_store = root.at(selection.label_set_key)
         diff = None
         # A comparison reads all labels: none is made that nobody asked for.
-        if found and generation in (None, note.generation):
-            before = found[-1]
+        if labelings and generation in (None, note.generation):
+            previous = labelings[-1]
             sides = (
-                Side(root.at(before.selection.labels), before.label_set, before.selection),
-                Side(where, label_set, selection),
+                DiffSide(root.at(previous.selection.label_set_key), previous.label_set, previous.selection),
+                DiffSide(label_store, label_set, selection),
             )
-            diff = compare(*sides, flips=flips)
-        counts = read_histogram(where, len(label_set.classes))
-        found.append(Labels(note.generation, label_set, selection, counts, diff))
-    return found
+            diff = compare_label_sets(*sides, flips=flips)
+        counts = read_histogram(label_store, len(label_set.classes))
+        labelings.append(GenerationLabeling(note.generation, label_set, selection, counts, diff))
+    return labelings
 
 
-def _best(models: Sequence[Trained], verdicts: Sequence[Verdict]) -> Trained | None:
+def _pick_best(models: Sequence[TrainedModel], verdicts: Sequence[Verdict]) -> TrainedModel | None:
     """The last accepted model; the first one needs no verdict."""
     promoted = {verdict.generation for verdict in verdicts if verdict.promoted}
     accepted = [model for model in models if model.evaluation and (model is models[0] or model.generation in promoted)]
     return accepted[-1] if accepted else None
 
 
-def _answers(root: Store, model: Trained) -> Answers:
+def _read_answers(root: Store, model: TrainedModel) -> ModelAnswers:
     assert model.evaluation is not None
-    assert model.predictions is not None
-    return Answers.read(model.title, root.at(model.predictions), model.evaluation)
+    assert model.predictions_key is not None
+    return ModelAnswers.from_evaluation(model.title, root.at(model.predictions_key), model.evaluation)
 
 
-def _datasets(root: Store, prepared: Prepared | None) -> dict[str, Dataset]:
+def _open_datasets(root: Store, prepared: PreparedData | None) -> dict[str, Dataset]:
     if prepared is None:
         return {}
     sources = dict(prepared.parts) | {f"set {name}": source for name, source in prepared.sets.items()}
-    return {part: source.open(root)[1] for part, source in sources.items()}
+    return {part: source.open_dataset(root)[1] for part, source in sources.items()}
 
 
-def _leaks(root: Store, prepared: Prepared | None, experiment: Experiment) -> CheckReport | None:
+def _find_leak_report(root: Store, prepared: PreparedData | None, experiment: Experiment) -> LeakageReport | None:
     """The check of just these datasets. The run's notes name it only if images were left out."""
     if prepared is None or experiment.data.leak_guard == "off":
         return None
-    datasets = {"labelled": prepared.labelled.dataset, "pool": prepared.pool.dataset}
-    datasets |= {name: source.dataset for name, source in prepared.evaluation.items()}
+    datasets = {"labeled": prepared.labeled.digest, "pool": prepared.pool.digest}
+    datasets |= {name: source.digest for name, source in prepared.evaluation_sets.items()}
     for key in root.list("store/checks/"):
-        if key.endswith(f"/{CHECK}") and (found := CheckReport.read(root, key)).datasets == datasets:
-            return found
+        if key.endswith(f"/{CHECK}") and (check_report := LeakageReport.load_file(root, key)).datasets == datasets:
+            return check_report
     return None

@@ -8,9 +8,9 @@ import numpy.typing as npt
 
 from ns.core.errors import DataError
 from ns.data.dataset import Dataset
-from ns.data.locate import find
+from ns.data.locate import locate_keys
 from ns.evaluation.result import Evaluation, read_predictions
-from ns.reporting.pictures import THUMBNAIL_PX, Gallery, Picture, thumbnails
+from ns.reporting.pictures import THUMBNAIL_PX, Gallery, Picture, make_thumbnails
 from ns.storage import Store
 
 SHOWN_CLASSES = 3
@@ -19,26 +19,26 @@ CLASS_PICTURES = 8
 
 
 @dataclass(frozen=True)
-class Answers:
+class ModelAnswers:
     """What a model says of each readable image of a set. Arrays [N], in the set's order."""
 
     title: str
     classes: tuple[str, ...]
     keys: list[str]
-    labels: npt.NDArray[np.uint16]
+    class_ids: npt.NDArray[np.uint16]
     predicted: npt.NDArray[np.uint16]
     confidence: npt.NDArray[np.float32]
 
     @classmethod
-    def read(cls, title: str, folder: Store, evaluation: Evaluation) -> Self:
+    def from_evaluation(cls, title: str, store: Store, evaluation: Evaluation) -> Self:
         """Raises DataError if the predictions are not those that were evaluated."""
-        rows = read_predictions(folder, evaluation)
+        rows = read_predictions(store, evaluation)
         columns = (rows[name].to_numpy() for name in ("label", "predicted", "confidence"))
         return cls(title, evaluation.classes, rows["key"].to_pylist(), *columns)
 
     @property
-    def right(self) -> npt.NDArray[np.bool_]:
-        return np.equal(self.labels, self.predicted, dtype=np.bool_)
+    def is_right(self) -> npt.NDArray[np.bool_]:
+        return np.equal(self.class_ids, self.predicted, dtype=np.bool_)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Disagreement:
     lost: int
     """That only the later, and only the earlier model has right."""
     neither: int
-    otherwise: int
+    different_mistakes: int
     """Of those that neither has right, the ones of which they say different things."""
     galleries: list[Gallery]
 
@@ -80,7 +80,7 @@ class ClassGain:
 
 
 @dataclass(frozen=True)
-class Gains:
+class ClassGains:
     """Accuracy by class of two models."""
 
     before: str
@@ -91,41 +91,41 @@ class Gains:
     galleries: list[Gallery]
 
 
-def disagreement(before: Answers, after: Answers, folder: Store, data: Dataset, size: int) -> Disagreement:
+def compare_answers(before: ModelAnswers, after: ModelAnswers, store: Store, dataset: Dataset, size: int) -> Disagreement:
     """Counts, and the `size` surest images of each kind. Raises DataError if the two did not see the same images."""
-    _check(before, after)
-    won, lost = after.right & ~before.right, before.right & ~after.right
-    neither = ~before.right & ~after.right
-    otherwise = neither & (before.predicted != after.predicted)
+    _check_same_images(before, after)
+    won, lost = after.is_right & ~before.is_right, before.is_right & ~after.is_right
+    neither = ~before.is_right & ~after.is_right
+    different_mistakes = neither & (before.predicted != after.predicted)
     kinds = (
         ("Won", f"{after.title} has them right, {before.title.lower()} does not; the surest pairs of answers first.", won),
         ("Lost", f"{before.title} has them right, {after.title.lower()} does not.", lost),
-        ("Wrong in two ways", "Neither has them right, and they say different things.", otherwise),
+        ("Wrong in two ways", "Neither has them right, and they say different things.", different_mistakes),
     )
     return Disagreement(
         before=before.title,
         after=after.title,
-        both=int((before.right & after.right).sum()),
+        both=int((before.is_right & after.is_right).sum()),
         won=int(won.sum()),
         lost=int(lost.sum()),
         neither=int(neither.sum()),
-        otherwise=int(otherwise.sum()),
-        galleries=_galleries(before, after, folder, data, kinds, size),
+        different_mistakes=int(different_mistakes.sum()),
+        galleries=_build_galleries(before, after, store, dataset, kinds, size),
     )
 
 
-def gains(before: Answers, after: Answers, folder: Store, data: Dataset, size: int) -> Gains:
+def compute_class_gains(before: ModelAnswers, after: ModelAnswers, store: Store, dataset: Dataset, size: int) -> ClassGains:
     """Every class, and pictures of those that changed most. Raises DataError if the two did not see the same images."""
-    _check(before, after)
-    won, lost = after.right & ~before.right, before.right & ~after.right
+    _check_same_images(before, after)
+    won, lost = after.is_right & ~before.is_right, before.is_right & ~after.is_right
     count = len(after.classes)
-    images, right_before, right_after, gained, given = (
-        np.bincount(before.labels[chosen], minlength=count).tolist()
-        for chosen in (np.ones_like(won), before.right, after.right, won, lost)
+    images, right_before, right_after, won_counts, lost_counts = (
+        np.bincount(before.class_ids[mask], minlength=count).tolist()
+        for mask in (np.ones_like(won), before.is_right, after.is_right, won, lost)
     )
     rows = sorted(
         (
-            ClassGain(name, images[c], right_before[c] / images[c], right_after[c] / images[c], gained[c], given[c])
+            ClassGain(name, images[c], right_before[c] / images[c], right_after[c] / images[c], won_counts[c], lost_counts[c])
             for c, name in enumerate(after.classes)
             if images[c]
         ),
@@ -136,42 +136,44 @@ def gains(before: Answers, after: Answers, folder: Store, data: Dataset, size: i
     shown += [(row, won, "won") for row in rows[::-1][:SHOWN_CLASSES] if row.gain > 0]
     kinds = tuple(
         (f"{row.name}: {100 * row.gain:+.1f} points", f"Images of this class that {after.title.lower()} {verb}.",
-         chosen & (before.labels == index[row.name]))
-        for row, chosen, verb in shown
+         mask & (before.class_ids == index[row.name]))
+        for row, mask, verb in shown
     )  # fmt: skip
-    return Gains(before.title, after.title, rows, _galleries(before, after, folder, data, kinds, min(size, CLASS_PICTURES)))
+    return ClassGains(
+        before.title, after.title, rows, _build_galleries(before, after, store, dataset, kinds, min(size, CLASS_PICTURES))
+    )
 
 
-def _check(before: Answers, after: Answers) -> None:
+def _check_same_images(before: ModelAnswers, after: ModelAnswers) -> None:
     if before.keys != after.keys or before.classes != after.classes:
         raise DataError(
             f"{before.title} and {after.title.lower()} were evaluated on different images; run the evaluation again"
         )
 
 
-def _galleries(
-    before: Answers,
-    after: Answers,
-    folder: Store,
-    data: Dataset,
+def _build_galleries(
+    before: ModelAnswers,
+    after: ModelAnswers,
+    store: Store,
+    dataset: Dataset,
     kinds: tuple[tuple[str, str, npt.NDArray[np.bool_]], ...],
     size: int,
 ) -> list[Gallery]:
     """Groups of the images that both models are surest of. Empty groups are left out."""
     score = np.minimum(before.confidence, after.confidence)
-    chosen = []
-    for _, _, wanted in kinds:
-        rows = np.flatnonzero(wanted)
-        chosen.append(rows[np.argsort(-score[rows], kind="stable")[:size]].tolist())
-    everything = [row for rows in chosen for row in rows]
-    places = find(folder, data, {after.keys[row] for row in everything})
-    sources = thumbnails(folder, data, [places[after.keys[row]] for row in everything], THUMBNAIL_PX)
+    rows_by_kind = []
+    for _, _, mask in kinds:
+        rows = np.flatnonzero(mask)
+        rows_by_kind.append(rows[np.argsort(-score[rows], kind="stable")[:size]].tolist())
+    all_rows = [row for rows in rows_by_kind for row in rows]
+    locations = locate_keys(store, dataset, {after.keys[row] for row in all_rows})
+    sources = make_thumbnails(store, dataset, [locations[after.keys[row]] for row in all_rows], THUMBNAIL_PX)
     pictures = [
-        source and Picture(after.keys[row], _says(before, after, row), source)
-        for row, source in zip(everything, sources, strict=True)
+        source and Picture(after.keys[row], _caption_answers(before, after, row), source)
+        for row, source in zip(all_rows, sources, strict=True)
     ]
     groups, done = [], 0
-    for (title, about, _), rows in zip(kinds, chosen, strict=True):
+    for (title, about, _), rows in zip(kinds, rows_by_kind, strict=True):
         group = [picture for picture in pictures[done : done + len(rows)] if picture]
         done += len(rows)
         if group:
@@ -179,7 +181,7 @@ def _galleries(
     return groups
 
 
-def _says(before: Answers, after: Answers, row: int) -> str:
+def _caption_answers(before: ModelAnswers, after: ModelAnswers, row: int) -> str:
     """`cat: dog 61% → cat 74%`: the label, and the two answers."""
     old, new = (f"{side.classes[side.predicted[row]]} {side.confidence[row]:.0%}" for side in (before, after))
-    return f"{after.classes[after.labels[row]]}: {old} → {new}"
+    return f"{after.classes[after.class_ids[row]]}: {old} → {new}"

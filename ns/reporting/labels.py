@@ -3,44 +3,44 @@
 from markupsafe import Markup
 
 from ns.data.dataset import Dataset
-from ns.labeling.audit import Sheet
-from ns.labeling.diff import Diff
+from ns.labeling.audit import AuditSheet
+from ns.labeling.diff import LabelDiff
 from ns.reporting import charts
-from ns.reporting.markdown import plain, table
+from ns.reporting.markdown import escape_markdown, format_table
 from ns.reporting.page import MATRIX_CLASSES
-from ns.reporting.pictures import flips, thumbnails
-from ns.reporting.templates import SCRIPTLESS, environment, script
+from ns.reporting.pictures import make_thumbnails, read_flip_pictures
+from ns.reporting.templates import SCRIPTLESS, load_script, make_environment
 from ns.storage import Store
 
 AUDIT_PX = 160
 """Large enough to judge a photograph, small enough for 400 of them in a page of a few MB."""
 
 
-def diff_page(diff: Diff, names: tuple[str, str], folder: Store, pool: Dataset) -> str:
+def render_diff_page(diff: LabelDiff, names: tuple[str, str], store: Store, pool: Dataset) -> str:
     """HTML that needs nothing else. `names` are what the two label sets were called."""
     return (
-        environment()
+        make_environment()
         .get_template("diff.html.j2")
         .render(
             title=f"{names[0]} → {names[1]}",
             scripts=SCRIPTLESS,
             diff=diff,
             names=names,
-            chart=Markup(charts.shift(diff.histogram_before, diff.histogram_after)),
-            by_class=diff.changed_classes(),
-            rows=_matrix(diff),
-            pairs=diff.frequent(),
-            shown=flips(folder, pool, diff),
+            chart=Markup(charts.draw_confidence_shift(diff.histogram_before, diff.histogram_after)),
+            by_class=diff.list_changed_classes(),
+            rows=_flip_matrix(diff),
+            pairs=diff.list_frequent_flips(),
+            shown=read_flip_pictures(store, pool, diff),
         )
     )
 
 
-def audit_page(sheet: Sheet, classes: tuple[str, ...], name: str, folder: Store, pool: Dataset) -> str:
+def render_audit_page(sheet: AuditSheet, classes: tuple[str, ...], name: str, store: Store, pool: Dataset) -> str:
     """HTML that needs nothing else: the sample's pictures, and what it takes to say which labels are wrong."""
-    sources = thumbnails(folder, pool, [(image.shard, image.row) for image in sheet.images], AUDIT_PX)
-    text, policy = script("audit.js")
+    sources = make_thumbnails(store, pool, [(image.shard, image.row) for image in sheet.images], AUDIT_PX)
+    script_text, policy = load_script("audit.js")
     return (
-        environment()
+        make_environment()
         .get_template("audit.html.j2")
         .render(
             title=f"Audit of {name}",
@@ -48,27 +48,27 @@ def audit_page(sheet: Sheet, classes: tuple[str, ...], name: str, folder: Store,
             sheet=sheet,
             name=name,
             total=sum(stratum.images for stratum in sheet.strata),
-            labels=list(dict.fromkeys(image.label for image in sheet.images)),
+            labels=list(dict.fromkeys(image.class_name for image in sheet.images)),
             classes=classes,
             images=[
                 (image, source, source is not None and source.startswith("data:image/jpeg"))
                 for image, source in zip(sheet.images, sources, strict=True)
             ],
             data=sheet.model_dump(mode="json"),
-            script=Markup(text),
+            script=Markup(script_text),
         )
     )
 
 
-def _matrix(diff: Diff) -> list[tuple[str, list[tuple[int, float]]]]:
+def _flip_matrix(diff: LabelDiff) -> list[tuple[str, list[tuple[int, float]]]]:
     """Class, and for each class after: images, and their share of the class as part of the largest such share.
 
     Nothing if there are too many classes."""
     if len(diff.classes) > MATRIX_CLASSES or not diff.matrix:
         return []
-    images = {(cell.old, cell.new): cell.images for cell in diff.matrix}
+    images = {(cell.old_class_id, cell.new_class_id): cell.images for cell in diff.matrix}
     before = [max(1, row.before) for row in diff.by_class]
-    # Flips are few beside a class: colours go up to the largest share there is.
+    # Flips are few beside a class: colors go up to the largest share there is.
     largest = max(count / before[old] for (old, _), count in images.items())
     return [
         (
@@ -82,34 +82,39 @@ def _matrix(diff: Diff) -> list[tuple[str, list[tuple[int, float]]]]:
     ]
 
 
-def diff_markdown(diff: Diff, names: tuple[str, str]) -> str:
+def render_diff_markdown(diff: LabelDiff, names: tuple[str, str]) -> str:
     """The comparison as GitHub Flavored Markdown, for an issue or a pull request."""
     lines = [
-        f"### Labels: {plain(names[0])} → {plain(names[1])}",
+        f"### Labels: {escape_markdown(names[0])} → {escape_markdown(names[1])}",
         "",
         f"{diff.changed:,} of {diff.compared:,} images changed their class ({diff.churn:.1%}); "
-        f"confidence {100 * diff.shift:+.1f} points.",
+        f"confidence {100 * diff.confidence_shift:+.1f} points.",
     ]
     if diff.entered is not None and diff.left is not None and diff.stayed is not None:
         lines += ["", f"Selections: {diff.stayed:,} images stayed, {diff.entered:,} entered, {diff.left:,} left."]
-    lines += table(
+    lines += format_table(
         ("confidence before", "images", "changed", "churn"),
-        [(f"{b.low:.1f} … {b.high:.1f}", f"{b.images:,}", f"{b.changed:,}", f"{b.churn:.1%}") for b in diff.bands if b.images],
+        [
+            (f"{b.low:.1f} … {b.high:.1f}", f"{b.images:,}", f"{b.changed:,}", f"{b.churn:.1%}")
+            for b in diff.churn_bins
+            if b.images
+        ],
     )
-    lines += table(
+    lines += format_table(
         ("class", "before", "after", "lost", "gained", "kept before", "kept after", "confidence, points"),
         [
             (
-                plain(row.name),
+                escape_markdown(row.name),
                 *(f"{value:,}" for value in (row.before, row.after, row.lost, row.gained)),
                 *("" if value is None else f"{value:,}" for value in (row.kept_before, row.kept_after)),
                 "" if row.shift is None else f"{100 * row.shift:+.1f}",
             )
-            for row in diff.changed_classes()
+            for row in diff.list_changed_classes()
         ],
     )
     if diff.matrix:
-        lines += table(
-            ("class before", "class after", "images"), [(plain(a), plain(b), f"{n:,}") for a, b, n in diff.frequent()]
+        lines += format_table(
+            ("class before", "class after", "images"),
+            [(escape_markdown(a), escape_markdown(b), f"{n:,}") for a, b, n in diff.list_frequent_flips()],
         )
     return "\n".join(lines) + "\n"

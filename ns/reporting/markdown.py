@@ -3,137 +3,164 @@
 import re
 from collections.abc import Iterable, Sequence
 
-from ns.core.digest import short
-from ns.core.log import duration
+from ns.core.digest import shorten_digest
+from ns.core.log import format_duration
 from ns.evaluation.gate import Verdict
-from ns.reporting.context import Facts, Trained
-from ns.reporting.headlines import guard_value, headline, outcome
-from ns.reporting.metrics import Line, lines, measures, set_name, shown
+from ns.reporting.context import ReportContext, TrainedModel
+from ns.reporting.headlines import format_condition_value, format_headline, format_outcomes
+from ns.reporting.metrics import MetricRow, align_metrics, collect_metrics, evaluation_title, format_metric
 
 CLASSES = 5
 """Classes that gained most and that lost most."""
 
 
-def markdown(facts: Facts) -> str:
+def render_markdown(context: ReportContext) -> str:
     """The report without its pictures and charts: a few kB, whatever the run."""
-    made = [f"### {plain(facts.summary.run)}{_generation(facts)}: {plain(headline(facts) or 'no model is evaluated yet')}", ""]
-    made += [f"- **{plain(line)}**" for line in outcome(facts)]
-    if facts.summary.error and facts.generation is None:
-        made += ["", f"**{facts.summary.state}**: {plain(facts.summary.error)}"]
-    if facts.trained:
-        heads = tuple(plain(model.title) for model in facts.trained)
-        made += measured(heads, lines(measures(facts, model) for model in facts.trained))
-        made += _robustness(facts.trained[-1])
-    for verdict in facts.verdicts:
-        made += _guards(verdict)
-    made += _gains(facts) + _labels(facts) + _data(facts)
-    return "\n".join(made) + "\n"
+    output = [
+        f"### {escape_markdown(context.summary.run)}{_generation_suffix(context)}: {escape_markdown(format_headline(context) or 'no model is evaluated yet')}",
+        "",
+    ]
+    output += [f"- **{escape_markdown(line)}**" for line in format_outcomes(context)]
+    if context.summary.error and context.generation is None:
+        output += ["", f"**{context.summary.state}**: {escape_markdown(context.summary.error)}"]
+    if context.models:
+        heads = tuple(escape_markdown(model.title) for model in context.models)
+        output += format_metric_table(heads, align_metrics(collect_metrics(context, model) for model in context.models))
+        output += _robustness_lines(context.models[-1])
+    for verdict in context.verdicts:
+        output += _condition_table(verdict)
+    output += _gain_lines(context) + _labeling_lines(context) + _data_lines(context)
+    return "\n".join(output) + "\n"
 
 
-def measured(heads: Sequence[str], found: Iterable[Line]) -> list[str]:
+def format_metric_table(heads: Sequence[str], metric_rows: Iterable[MetricRow]) -> list[str]:
     """A table of measures; the best of a line is bold."""
     rows = [
         (
-            plain(line.name),
-            *("" if cell is None else f"**{cell}**" if cell.value == line.best else str(cell) for cell in line.cells),
+            escape_markdown(metric_row.name),
+            *(
+                "" if cell is None else f"**{cell}**" if cell.value == metric_row.best else str(cell)
+                for cell in metric_row.cells
+            ),
         )
-        for line in found
+        for metric_row in metric_rows
     ]
-    return table(("", *heads), rows)
+    return format_table(("", *heads), rows)
 
 
-def table(headers: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
+def format_table(headers: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
     """A table with a line before it; all columns but the first are numbers."""
     rule = ["---", *("---:" for _ in headers[1:])]
     return ["", *(f"| {' | '.join(cells)} |" for cells in (headers, rule, *rows))]
 
 
-def plain(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Text that Markdown shows as it is, and that stays in its cell."""
     return re.sub(r"([\\`*_{}\[\]()<>#+!|~&$@])", r"\\\1", re.sub(r"\s+", " ", text))
 
 
-def _generation(facts: Facts) -> str:
-    return "" if facts.generation is None else f", generation {facts.generation}"
+def _generation_suffix(context: ReportContext) -> str:
+    return "" if context.generation is None else f", generation {context.generation}"
 
 
-def _robustness(model: Trained) -> list[str]:
+def _robustness_lines(model: TrainedModel) -> list[str]:
     """On what robustness was measured."""
-    made = []
-    for name, (found, _) in model.robustness.items():
-        title = set_name(name) or "Robustness"
-        some = " of the" if found.subsample else ""
-        made += ["", f"{plain(title)}: {found.images:,}{some} images of {plain(found.name)}."]
-    return made
+    output = []
+    for name, (measured_robustness, _) in model.robustness.items():
+        title = evaluation_title(name) or "Robustness"
+        some = " of the" if measured_robustness.subsample else ""
+        output += [
+            "",
+            f"{escape_markdown(title)}: {measured_robustness.images:,}{some} images of {escape_markdown(measured_robustness.name)}.",
+        ]
+    return output
 
 
-def _guards(verdict: Verdict) -> list[str]:
+def _condition_table(verdict: Verdict) -> list[str]:
     rows = [
         (
-            plain(guard.name),
-            guard_value(guard, guard.value),
-            guard_value(guard, guard.limit),
-            "passed" if guard.passed else "**failed**",
-            plain(guard.detail.rstrip(",")),
+            escape_markdown(condition.name),
+            format_condition_value(condition, condition.value),
+            format_condition_value(condition, condition.limit),
+            "passed" if condition.passed else "**failed**",
+            escape_markdown(condition.detail.rstrip(",")),
         )
-        for guard in verdict.guards
+        for condition in verdict.conditions
     ]
     headers = (f"gate of generation {verdict.generation}", "value", "limit", "verdict", "what it is")
-    return table(headers, rows)
+    return format_table(headers, rows)
 
 
-def _gains(facts: Facts) -> list[str]:
-    made: list[str] = []
-    if found := facts.disagreement:
-        made += [
+def _gain_lines(context: ReportContext) -> list[str]:
+    output: list[str] = []
+    if disagreement := context.disagreement:
+        output += [
             "",
-            f"On {found.images:,} held-out images {found.after.lower()} won {found.won:,} and lost {found.lost:,} "
-            f"against {found.before.lower()}.",
+            f"On {disagreement.images:,} held-out images {disagreement.after.lower()} won {disagreement.won:,} and lost {disagreement.lost:,} "
+            f"against {disagreement.before.lower()}.",
         ]
-    if facts.gains:
-        rows = facts.gains.rows
+    if context.gains:
+        rows = context.gains.rows
         losses = [row for row in rows[:CLASSES] if row.gain < 0]
         wins = [row for row in rows[::-1][:CLASSES] if row.gain > 0]
-        if chosen := [*losses, *wins[::-1]]:
-            made += table(
-                ("class, most lost and most gained", facts.gains.before.lower(), facts.gains.after.lower(), "change, points"),
+        if shown_rows := [*losses, *wins[::-1]]:
+            output += format_table(
+                (
+                    "class, most lost and most gained",
+                    context.gains.before.lower(),
+                    context.gains.after.lower(),
+                    "change, points",
+                ),
                 [
-                    (plain(row.name), shown(row.before, "share"), shown(row.after, "share"), shown(row.gain, "points"))
-                    for row in chosen
+                    (
+                        escape_markdown(row.name),
+                        format_metric(row.before, "share"),
+                        format_metric(row.after, "share"),
+                        format_metric(row.gain, "points"),
+                    )
+                    for row in shown_rows
                 ],
             )
-    return made
+    return output
 
 
-def _labels(facts: Facts) -> list[str]:
-    made: list[str] = []
-    for one in facts.labels:
-        kept = one.selection
+def _labeling_lines(context: ReportContext) -> list[str]:
+    output: list[str] = []
+    for labeling in context.labelings:
+        selection = labeling.selection
         text = (
-            f"Labels of generation {one.generation}: {kept.kept:,} of {one.label_set.rows:,} kept, {kept.images:,} in an epoch "
-            f"with repeats; {kept.low_confidence:,} below the threshold, {kept.balanced_out:,} beyond the class limit."
+            f"Labels of generation {labeling.generation}: {selection.kept:,} of {labeling.label_set.rows:,} kept, {selection.images:,} in an epoch "
+            f"with repeats; {selection.low_confidence:,} below the threshold, {selection.balanced_out:,} beyond the class limit."
         )
-        if one.diff:
-            text += f" {one.diff.churn:.1%} changed since the generation before"
-            pairs = ", ".join(f"{plain(old)} → {plain(new)} {images:,}" for old, new, images in one.diff.frequent()[:3])
+        if labeling.diff:
+            text += f" {labeling.diff.churn:.1%} changed since the generation before"
+            pairs = ", ".join(
+                f"{escape_markdown(old)} → {escape_markdown(new)} {images:,}"
+                for old, new, images in labeling.diff.list_frequent_flips()[:3]
+            )
             text += f" (most: {pairs})." if pairs else "."
-        made += ["", text]
-    return made
+        output += ["", text]
+    return output
 
 
-def _data(facts: Facts) -> list[str]:
+def _data_lines(context: ReportContext) -> list[str]:
     rows = [
-        (f"{plain(data.name)} ({plain(part)})", f"{data.samples:,}", f"`{short(data.digest)}`")
-        for part, data in facts.datasets.items()
+        (
+            f"{escape_markdown(dataset.name)} ({escape_markdown(part)})",
+            f"{dataset.samples:,}",
+            f"`{shorten_digest(dataset.digest)}`",
+        )
+        for part, dataset in context.datasets.items()
     ]
     rows += [
-        (f"label set {one.generation}", f"{one.label_set.rows:,}", f"`{short(one.label_set.digest)}`") for one in facts.labels
+        (f"label set {labeling.generation}", f"{labeling.label_set.rows:,}", f"`{shorten_digest(labeling.label_set.digest)}`")
+        for labeling in context.labelings
     ]
-    rows += [(plain(model.title), "", f"`{short(model.card.digest)}`") for model in facts.trained]
-    made = table(("data and models", "images", "digest"), rows) if rows else []
-    spent = duration(sum(note.seconds for note in facts.steps))
+    rows += [(escape_markdown(model.title), "", f"`{shorten_digest(model.manifest.digest)}`") for model in context.models]
+    output = format_table(("data and models", "images", "digest"), rows) if rows else []
+    spent = format_duration(sum(note.seconds for note in context.stages))
     return [
-        *made,
+        *output,
         "",
-        f"{spent} of work · config `{short(facts.summary.config_digest)}` · noisy-student {plain(facts.version)}",
+        f"{spent} of work · config `{shorten_digest(context.summary.config_digest)}` · noisy-student {escape_markdown(context.version)}",
     ]

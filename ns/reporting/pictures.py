@@ -1,4 +1,4 @@
-"""Pictures of pseudo-labelled images: rows are read shard by shard, and only the chosen images are opened."""
+"""Pictures of pseudo-labeled images: rows are read shard by shard, and only the chosen images are opened."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from PIL import Image
 from ns.core.errors import DataError
 from ns.data.dataset import Dataset
 from ns.data.index import ShardIndex
-from ns.data.loading.decode import decode
-from ns.data.thumbnail import data_uri
-from ns.labeling.diff import Diff
-from ns.labeling.label_set import LabelSet, Rows, all_rows
-from ns.labeling.selection import Selection, copies
-from ns.labeling.top_k import Top
+from ns.data.loading.decode import decode_image
+from ns.data.thumbnail import encode_data_uri
+from ns.labeling.diff import LabelDiff
+from ns.labeling.label_set import LabelRows, LabelSet, iter_label_rows
+from ns.labeling.selection import Selection, count_copies
+from ns.labeling.top_k import TopRows
 from ns.storage import Store
 
 THUMBNAIL_PX = 96
@@ -37,42 +37,59 @@ class Gallery:
     pictures: list[Picture]
 
 
-def gallery(folder: Store, pool: Dataset, labels: Store, label_set: LabelSet, selection: Selection, size: int) -> list[Gallery]:
+def build_label_galleries(
+    pool_store: Store, pool: Dataset, label_store: Store, label_set: LabelSet, selection: Selection, size: int
+) -> list[Gallery]:
     """The most and the least confident images that were kept, and the most confident that were left out for confidence."""
-    most, least, below = (Top[tuple[str, str]](size) for _ in range(3))
-    for shard, rows in enumerate(all_rows(labels, label_set)):
-        kept = copies(selection, rows) > 0
+    most, least, below = (TopRows[tuple[str, str]](size) for _ in range(3))
+    for shard, rows in enumerate(iter_label_rows(label_store, label_set)):
+        kept = count_copies(selection, rows) > 0
         low = rows.readable & (rows.confidence <= selection.policy.min_confidence)
         # Enough of each shard to fill a group, and no more captions than that.
-        for top, wanted, sign in ((most, kept, 1), (least, kept, -1), (below, low, 1)):
-            places = np.flatnonzero(wanted)
-            order = places[np.argsort(-sign * rows.confidence[places], kind="stable")[:size]]
+        for top, mask, sign in ((most, kept, 1), (least, kept, -1), (below, low, 1)):
+            candidates = np.flatnonzero(mask)
+            order = candidates[np.argsort(-sign * rows.confidence[candidates], kind="stable")[:size]]
             for row in order.tolist():
-                top.add(sign * float(rows.confidence[row]), shard, row, (rows.keys[row], _says(rows, row, label_set.classes)))
+                top.add_row(
+                    sign * float(rows.confidence[row]),
+                    shard,
+                    row,
+                    (rows.keys[row], _caption_label(rows, row, label_set.classes)),
+                )
     threshold = f"{selection.policy.min_confidence:.0%}"
     return [
-        Gallery("Most confident", "What the teacher is surest of, among the images kept.", _open(folder, pool, most)),
-        Gallery("Least confident", "The shakiest labels that the student still learns from.", _open(folder, pool, least)),
-        Gallery("Just below the threshold", f"Left out: confidence at or below {threshold}.", _open(folder, pool, below)),
+        Gallery(
+            "Most confident", "What the teacher is surest of, among the images kept.", _open_pictures(pool_store, pool, most)
+        ),
+        Gallery(
+            "Least confident",
+            "The shakiest labels that the student still learns from.",
+            _open_pictures(pool_store, pool, least),
+        ),
+        Gallery(
+            "Just below the threshold",
+            f"Left out: confidence at or below {threshold}.",
+            _open_pictures(pool_store, pool, below),
+        ),
     ]
 
 
-def changed(folder: Store, pool: Dataset, diff: Diff) -> Gallery:
+def build_flip_gallery(pool_store: Store, pool: Dataset, diff: LabelDiff) -> Gallery:
     """The surest changes since the generation before."""
     about = (
         f"{diff.changed:,} of {diff.compared:,} images have another label than in the generation before; "
         "the surest changes first."
     )
-    return Gallery("Changed its mind", about, flips(folder, pool, diff))
+    return Gallery("Changed its mind", about, read_flip_pictures(pool_store, pool, diff))
 
 
-def flips(folder: Store, pool: Dataset, diff: Diff) -> list[Picture]:
+def read_flip_pictures(pool_store: Store, pool: Dataset, diff: LabelDiff) -> list[Picture]:
     """The surest changes between two label sets of one pool."""
     captions = [
-        f"{diff.classes[flip.old]} {flip.old_confidence:.0%} → {diff.classes[flip.new]} {flip.new_confidence:.0%}"
+        f"{diff.classes[flip.old_class_id]} {flip.old_confidence:.0%} → {diff.classes[flip.new_class_id]} {flip.new_confidence:.0%}"
         for flip in diff.flips
     ]
-    sources = thumbnails(folder, pool, [(flip.shard, flip.row) for flip in diff.flips], THUMBNAIL_PX)
+    sources = make_thumbnails(pool_store, pool, [(flip.shard, flip.row) for flip in diff.flips], THUMBNAIL_PX)
     return [
         Picture(flip.key, caption, source)
         for flip, caption, source in zip(diff.flips, captions, sources, strict=True)
@@ -80,7 +97,7 @@ def flips(folder: Store, pool: Dataset, diff: Diff) -> list[Picture]:
     ]
 
 
-def shorten(galleries: Sequence[Gallery], size: int) -> None:
+def limit_galleries(galleries: Sequence[Gallery], size: int) -> None:
     """Takes last pictures away, of the largest group first, until all together take no more than `size` bytes."""
     sizes = [sum(len(picture.source) for picture in group.pictures) for group in galleries]
     while sum(sizes) > size:
@@ -88,32 +105,32 @@ def shorten(galleries: Sequence[Gallery], size: int) -> None:
         sizes[largest] -= len(galleries[largest].pictures.pop().source)
 
 
-def thumbnails(folder: Store, pool: Dataset, places: Sequence[tuple[int, int]], largest_px: int) -> list[str | None]:
+def make_thumbnails(store: Store, pool: Dataset, locations: Sequence[tuple[int, int]], largest_px: int) -> list[str | None]:
     """Data URIs of the images at (shard, row); None for those that cannot be decoded. Reads no more than these images."""
-    found: dict[tuple[int, int], str | None] = {}
+    thumbnail_by_location: dict[tuple[int, int], str | None] = {}
     index: ShardIndex | None = None
-    opened = -1
+    open_shard = -1
     # In the pool's order, so that each shard's index is read once and none but one is held.
-    for shard, row in sorted(places):
-        if index is None or shard != opened:
-            opened, index = shard, ShardIndex.read(folder, pool.shards[shard])
+    for shard, row in sorted(locations):
+        if index is None or shard != open_shard:
+            open_shard, index = shard, ShardIndex.load(store, pool.shards[shard])
         try:
-            pixels = decode(folder.get_range(pool.shards[shard].name, int(index.offsets[row]), int(index.sizes[row])))
-            found[shard, row] = data_uri(Image.fromarray(pixels), largest_px)
+            pixels = decode_image(store.get_range(pool.shards[shard].name, int(index.offsets[row]), int(index.sizes[row])))
+            thumbnail_by_location[shard, row] = encode_data_uri(Image.fromarray(pixels), largest_px)
         except DataError:
-            found[shard, row] = None
-    return [found[place] for place in places]
+            thumbnail_by_location[shard, row] = None
+    return [thumbnail_by_location[location] for location in locations]
 
 
-def _says(rows: Rows, row: int, classes: tuple[str, ...]) -> str:
-    return f"{classes[rows.top_class[row, 0]]} {rows.confidence[row]:.0%}"
+def _caption_label(rows: LabelRows, row: int, class_names: tuple[str, ...]) -> str:
+    return f"{class_names[rows.top_class[row, 0]]} {rows.confidence[row]:.0%}"
 
 
-def _open(folder: Store, pool: Dataset, top: Top[tuple[str, str]]) -> list[Picture]:
-    places = list(top)
-    sources = thumbnails(folder, pool, [(shard, row) for shard, row, _ in places], THUMBNAIL_PX)
+def _open_pictures(pool_store: Store, pool: Dataset, top: TopRows[tuple[str, str]]) -> list[Picture]:
+    ranked = list(top)
+    sources = make_thumbnails(pool_store, pool, [(shard, row) for shard, row, _ in ranked], THUMBNAIL_PX)
     return [
         Picture(key, caption, source)
-        for (_, _, (key, caption)), source in zip(places, sources, strict=True)
+        for (_, _, (key, caption)), source in zip(ranked, sources, strict=True)
         if source is not None
     ]

@@ -5,15 +5,15 @@ from datetime import datetime
 from ns.config.schema import GateConfig
 from ns.core import telemetry
 from ns.evaluation.gate import Verdict
-from ns.labeling.diff import compare
+from ns.labeling.diff import compare_label_sets
 from ns.labeling.selection import Selection
 from ns.runs import records as runs
 from ns.storage import Store
 
 
-def show_selection(root: Store, run: str, generation: int, selection: Selection, gate: GateConfig) -> None:
+def publish_selection(root: Store, run: str, generation: int, selection: Selection, gate: GateConfig) -> None:
     """What became of the pool's images, and from the second generation on how many labels changed."""
-    if not telemetry.is_shown():
+    if not telemetry.is_served():
         return
     outcomes = {
         "kept": selection.kept,
@@ -22,19 +22,19 @@ def show_selection(root: Store, run: str, generation: int, selection: Selection,
         "unreadable": selection.unreadable,
         "left_out": selection.left_out,
     }
-    telemetry.selected(outcomes, [rule.kept for rule in selection.rules])
+    telemetry.record_selection(outcomes, [rule.kept for rule in selection.rules])
     if gate.max_churn is not None:
-        telemetry.CHURN_LIMIT.set(gate.max_churn)
-    if generation > 1 and (before := runs.labels_before(root, run, generation)):
-        after = runs.generation_labels(root, run, generation)
-        telemetry.CHURN.set(compare(before.side, after.side, flips=0).churn)
+        telemetry.MAX_CHURN.set(gate.max_churn)
+    if generation > 1 and (before := runs.open_previous_label_set(root, run, generation)):
+        after = runs.open_run_label_set(root, run, generation)
+        telemetry.CHURN.set(compare_label_sets(before.side, after.side, flips=0).churn)
 
 
-def show_measures(root: Store, run: str, generation: int) -> None:
+def publish_evaluation(root: Store, run: str, generation: int) -> None:
     """What the evaluation of a generation's model found."""
-    if not telemetry.is_shown():
+    if not telemetry.is_served():
         return
-    for measures in runs.summarise(root, run).measures:
+    for measures in runs.summarize_run(root, run).measurements:
         if measures.generation != generation:
             continue
         splits = {"heldout": measures.top1, "test": measures.test_top1, **measures.sets}
@@ -49,19 +49,19 @@ def show_measures(root: Store, run: str, generation: int) -> None:
             telemetry.MFR.set(measures.scores.mfr)
 
 
-def show_verdict(verdict: Verdict) -> None:
+def publish_verdict(verdict: Verdict) -> None:
     for bound, gain in (("value", verdict.gain), ("low", verdict.gain_low), ("high", verdict.gain_high)):
         telemetry.GAIN.labels(bound).set(gain)
     telemetry.GATE.set(verdict.promoted)
-    for guard in verdict.guards:
-        telemetry.GUARD.labels(guard.name).set(guard.passed)
+    for condition in verdict.conditions:
+        telemetry.GATE_CONDITION.labels(condition.name).set(condition.passed)
 
 
-def push_summary(root: Store, run: str, experiment: str) -> None:
+def push_run_summary(root: Store, run: str, experiment: str) -> None:
     """Leaves how the run ended with the Pushgateway, if there is one, under the name of the experiment."""
     if not telemetry.is_pushed():
         return
-    summary = runs.summarise(root, run)
+    summary = runs.summarize_run(root, run)
     now = datetime.now().astimezone()
     telemetry.LAST_SUCCESS.set(now.timestamp())
     telemetry.LAST_DURATION.set((now - datetime.fromisoformat(summary.started_at)).total_seconds())
@@ -69,4 +69,4 @@ def push_summary(root: Store, run: str, experiment: str) -> None:
         telemetry.LAST_ACCURACY.set(summary.best_top1)
         telemetry.LAST_GAIN.set(summary.best_top1 - summary.teacher_top1)
     telemetry.LAST_PROMOTED.set(sum(generation.verdict == "promoted" for generation in summary.generations))
-    telemetry.push(experiment)
+    telemetry.push_run_metrics(experiment)

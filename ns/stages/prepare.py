@@ -4,18 +4,18 @@ from collections.abc import Callable
 
 from ns.config.schema import DataConfig, EvaluationSet, Experiment
 from ns.core import log
-from ns.core.digest import code_digest, short
+from ns.core.digest import digest_code, shorten_digest
 from ns.core.errors import DataError, StoreError
-from ns.data.dataset import MANIFEST, Dataset, Role
-from ns.data.digits import DIGITS
-from ns.data.importing.ingest import Limits, import_listing, listed, source_name
-from ns.data.leakage import DUPLICATES, LEFT_OUT, Checked, CheckReport, check
+from ns.data.dataset import MANIFEST, Dataset, DatasetRole
+from ns.data.digits import DIGITS_SCHEME
+from ns.data.importing.ingest import ImportLimits, import_listing, open_listing, source_name
+from ns.data.leakage import DUPLICATES, LEFT_OUT, LeakageReport, NamedDataset, check_datasets
 from ns.data.leakage import MANIFEST as CHECK_MANIFEST
-from ns.data.prepared import ROLES, LeftOut, Part, Prepared, Source
+from ns.data.prepared import PART_ROLES, DataPart, LeftOutImages, PreparedData, PreparedDataset
 from ns.storage import Store, open_store
 from ns.storage.ledger import Ledger
 
-IMPORT = (
+IMPORT_CODE = (
     "data/importing/ingest.py",
     "data/importing/listing.py",
     "data/importing/sources.py",
@@ -26,7 +26,7 @@ IMPORT = (
     "data/dataset.py",
 )
 
-CHECK = (
+CHECK_CODE = (
     "data/leakage.py",
     "data/duplicates.py",
     "data/fingerprint.py",
@@ -36,69 +36,71 @@ CHECK = (
 )
 
 
-def prepare(experiment: Experiment, root: Store, ledger: Ledger) -> tuple[Prepared, bool]:
-    """Prepares labelled images, pool and evaluation sets. Returns them and whether nothing had to be imported.
+def prepare_datasets(experiment: Experiment, root: Store, ledger: Ledger) -> tuple[PreparedData, bool]:
+    """Prepares labeled images, pool and evaluation sets. Returns them and whether nothing had to be imported.
 
     Raises DataError when a source is missing or the parts contradict each other, ConfigError when the networks do not fit.
     """
     data = experiment.data
     _check_networks(experiment, ledger, None)
-    finder = _Finder(data, root, ledger)
-    labelled = finder.find("data.labelled", data.labelled, "labelled")
-    classes = labelled.open(root)[1].classes
+    finder = _DatasetFinder(data, root, ledger)
+    labeled = finder.find_dataset("data.labeled", data.labeled, "labeled")
+    classes = labeled.open_dataset(root)[1].classes
     if len(classes) < 2:
-        raise DataError(f"data.labelled: {data.labelled}: has {len(classes)} class; at least 2 are needed")
+        raise DataError(f"data.labeled: {data.labeled}: has {len(classes)} class; at least 2 are needed")
     _check_networks(experiment, ledger, len(classes))
-    heldout = finder.evaluation("data.heldout", data.heldout, classes)
-    test = finder.evaluation("data.test", data.test, classes) if data.test is not None else None
-    pool = finder.find("data.pool", data.pool, "pool")
+    heldout = finder.find_evaluation_set("data.heldout", data.heldout, classes)
+    test = finder.find_evaluation_set("data.test", data.test, classes) if data.test is not None else None
+    pool = finder.find_dataset("data.pool", data.pool, "pool")
     sets = {
-        name: finder.subset(f"evaluation.sets.{name}", asked, classes)
-        for name, asked in experiment.evaluation.sets.items()
-        if asked.kind == "images"
+        name: finder.find_subset(f"evaluation.sets.{name}", evaluation_set, classes)
+        for name, evaluation_set in experiment.evaluation.sets.items()
+        if evaluation_set.kind == "images"
     }
-    if heldout.dataset == labelled.dataset:
-        raise DataError(f"data.heldout: {data.heldout}: is the same as data.labelled; hold out images that are not trained on")
-    for field, other in (("data.labelled", labelled), ("data.heldout", heldout)):
-        if test and test.dataset == other.dataset:
+    if heldout.digest == labeled.digest:
+        raise DataError(f"data.heldout: {data.heldout}: is the same as data.labeled; hold out images that are not trained on")
+    for field, other in (("data.labeled", labeled), ("data.heldout", heldout)):
+        if test and test.digest == other.digest:
             raise DataError(
                 f"data.test: {data.test}: is the same as {field}; name images that nothing is trained on or decided by, or "
                 "leave it out"
             )
-    prepared = Prepared(labelled=labelled, pool=pool, heldout=heldout, test=test, sets=sets)
-    for name, source in prepared.evaluation.items():
-        folder, dataset = source.open(root)
+    prepared = PreparedData(labeled=labeled, pool=pool, heldout=heldout, test=test, sets=sets)
+    for name, source in prepared.evaluation_sets.items():
+        store, dataset = source.open_dataset(root)
         if dataset.role != "evaluation":
             # The leak guard keeps the pool clear of evaluation sets only.
-            raise DataError(f"{name}: {folder.uri}: has the role {dataset.role}; import it with --role evaluation")
-    left_out, checked = _leak_guard(prepared, data, root, ledger)
-    return prepared.model_copy(update={"left_out": left_out}), finder.reused and checked
+            raise DataError(f"{name}: {store.uri}: has the role {dataset.role}; import it with --role evaluation")
+    left_out, check_reused = _check_leaks(prepared, data, root, ledger)
+    return prepared.model_copy(update={"left_out": left_out}), finder.reused and check_reused
 
 
-def _leak_guard(prepared: Prepared, data: DataConfig, root: Store, ledger: Ledger) -> tuple[LeftOut | None, bool]:
+def _check_leaks(prepared: PreparedData, data: DataConfig, root: Store, ledger: Ledger) -> tuple[LeftOutImages | None, bool]:
     """Looks for images of evaluation sets elsewhere. Returns what is to be left out of the pool, and whether that was known."""
     if data.leak_guard == "off":
         return None, True
-    named = {"labelled": prepared.labelled, "pool": prepared.pool} | prepared.evaluation
+    parts = {"labeled": prepared.labeled, "pool": prepared.pool} | prepared.evaluation_sets
     inputs: dict[str, object] = {
-        "code": code_digest(*CHECK),
+        "code": digest_code(*CHECK_CODE),
         "bits": data.near_duplicate_bits,
-        **{name: source.dataset for name, source in named.items()},
+        **{name: source.digest for name, source in parts.items()},
     }
-    target = f"store/checks/{short(ledger.key('check', inputs))}"
+    target = f"store/checks/{shorten_digest(ledger.compute_digest('check', inputs))}"
 
-    def work() -> dict[str, str]:
-        used_as: dict[str, Role] = {"labelled": "labelled", "pool": "unlabelled"}
-        datasets = [Checked(name, *source.open(root), used_as.get(name, "evaluation")) for name, source in named.items()]
-        check(datasets, root.at(target), root.at("store/fingerprints"), bits=data.near_duplicate_bits)
+    def run_check() -> dict[str, str]:
+        used_as: dict[str, DatasetRole] = {"labeled": "labeled", "pool": "unlabeled"}
+        datasets = [
+            NamedDataset(name, *source.open_dataset(root), used_as.get(name, "evaluation")) for name, source in parts.items()
+        ]
+        check_datasets(datasets, root.at(target), root.at("store/fingerprints"), bits=data.near_duplicate_bits)
         return {"check": f"{target}/{CHECK_MANIFEST}"}
 
-    _, reused = ledger.once("check", inputs, work)
-    report = CheckReport.read(root, f"{target}/{CHECK_MANIFEST}")
-    for name in prepared.evaluation:
-        trained = report.between("labelled", name)
+    _, reused = ledger.get_or_run("check", inputs, run_check)
+    report = LeakageReport.load_file(root, f"{target}/{CHECK_MANIFEST}")
+    for name in prepared.evaluation_sets:
+        trained = report.get_overlap("labeled", name)
         if trained.same + trained.near:
-            log.get().warning(
+            log.get_logger().warning(
                 "held-out images are also trained on, so their accuracy says too much",
                 set=name,
                 same=trained.same,
@@ -106,9 +108,9 @@ def _leak_guard(prepared: Prepared, data: DataConfig, root: Store, ledger: Ledge
                 list=f"{root.uri}/{target}/{DUPLICATES}",
             )
     if prepared.test:
-        shared = report.between("test", "heldout")
+        shared = report.get_overlap("test", "heldout")
         if shared.same + shared.near:
-            log.get().warning(
+            log.get_logger().warning(
                 "images that decide are also in the test, so what is reported says a little too much",
                 same=shared.same,
                 near=shared.near,
@@ -116,19 +118,19 @@ def _leak_guard(prepared: Prepared, data: DataConfig, root: Store, ledger: Ledge
             )
     if not report.left_out or data.leak_guard == "report":
         return None, reused
-    log.get().warning(
+    log.get_logger().warning(
         "images of the pool are also in evaluation sets, and get no label",
         images=report.left_out,
         list=f"{root.uri}/{target}/{LEFT_OUT}",
     )
-    return LeftOut(ref=target, report=report.digest), reused
+    return LeftOutImages(key=target, report_digest=report.digest), reused
 
 
 def _check_networks(experiment: Experiment, ledger: Ledger, classes: int | None) -> None:
     """Checks the networks once for each set of them: loading timm takes longer than the check."""
     roles = (experiment.teacher, *experiment.students)
     inputs = {
-        "code": code_digest("modeling/factory.py"),
+        "code": digest_code("modeling/factory.py"),
         "roles": [role.model.model_dump(mode="json") for role in roles],
         "finetuned_at": [role.train.finetune and role.train.finetune.resolution for role in roles],
         "generations": experiment.generations,
@@ -136,20 +138,20 @@ def _check_networks(experiment: Experiment, ledger: Ledger, classes: int | None)
         "classes": classes,
     }
 
-    def work() -> dict[str, str]:
+    def check_models() -> dict[str, str]:
         from ns.modeling import factory as models
 
-        models.check(experiment, classes)
+        models.check_models(experiment, classes)
         return {}
 
-    if any(role.train.init_place for role in roles):
+    if any(role.train.init_uri for role in roles):
         # Whether weights are where they were is another question each time.
-        work()
+        check_models()
     else:
-        ledger.once("check-networks", inputs, work)
+        ledger.get_or_run("check-networks", inputs, check_models)
 
 
-class _Finder:
+class _DatasetFinder:
     """Finds or imports what fields of the experiment name."""
 
     def __init__(self, data: DataConfig, root: Store, ledger: Ledger) -> None:
@@ -157,94 +159,94 @@ class _Finder:
         self.reused = True
         """Whether nothing had to be imported so far."""
 
-    def evaluation(self, field: str, place: str, classes: tuple[str, ...]) -> Source:
+    def find_evaluation_set(self, field: str, uri: str, classes: tuple[str, ...]) -> PreparedDataset:
         """Images of the classes that are trained on."""
-        source = self.find(field, place, "heldout", classes)
-        found = source.open(self._root)[1].classes
-        if found != classes:
+        source = self.find_dataset(field, uri, "heldout", classes)
+        own_classes = source.open_dataset(self._root)[1].classes
+        if own_classes != classes:
             raise DataError(
-                f"{field}: {place}: its classes {_few(found)} are not those of data.labelled, "
-                f"{_few(classes)}; import it with the same classes in the same order"
+                f"{field}: {uri}: its classes {_shorten_names(own_classes)} are not those of data.labeled, "
+                f"{_shorten_names(classes)}; import it with the same classes in the same order"
             )
         return source
 
-    def subset(self, field: str, asked: EvaluationSet, classes: tuple[str, ...]) -> Source:
+    def find_subset(self, field: str, evaluation_set: EvaluationSet, classes: tuple[str, ...]) -> PreparedDataset:
         """Images of some of the classes that are trained on, by their names."""
-        source = self.find(f"{field}.place", asked.place, "heldout")
-        chosen = () if isinstance(asked.classes, str) else asked.classes
-        for name, names in (("place", source.open(self._root)[1].classes), ("classes", chosen)):
-            unknown = tuple(one for one in names if one not in set(classes))
+        source = self.find_dataset(f"{field}.place", evaluation_set.uri, "heldout")
+        selected = () if isinstance(evaluation_set.classes, str) else evaluation_set.classes
+        for name, names in (("place", source.open_dataset(self._root)[1].classes), ("classes", selected)):
+            unknown = tuple(class_name for class_name in names if class_name not in set(classes))
             if unknown:
                 raise DataError(
-                    f"{field}.{name}: {asked.place}: {_few(unknown)} are no classes of data.labelled, {_few(classes)}; "
+                    f"{field}.{name}: {evaluation_set.uri}: {_shorten_names(unknown)} are no classes of data.labeled, {_shorten_names(classes)}; "
                     "name its classes as they are named there"
                 )
         return source
 
-    def find(self, field: str, place: str, part: Part, classes: tuple[str, ...] | None = None) -> Source:
+    def find_dataset(self, field: str, uri: str, part: DataPart, classes: tuple[str, ...] | None = None) -> PreparedDataset:
         """Raises DataError if there are no images."""
-        if place.startswith(DIGITS):
-            inputs: dict[str, object] = {"source": place, "code": code_digest(*IMPORT)}
-            return self._once(inputs, lambda folder: _write_digits(field, place, folder))
-        if (folder := open_store(place)).exists(MANIFEST):
-            dataset = Dataset.load(folder)
+        if uri.startswith(DIGITS_SCHEME):
+            inputs: dict[str, object] = {"source": uri, "code": digest_code(*IMPORT_CODE)}
+            return self._import_once(inputs, lambda store: _write_digits(field, uri, store))
+        if (store := open_store(uri)).exists(MANIFEST):
+            dataset = Dataset.load(store)
             if dataset.samples == 0:
-                raise DataError(f"{field}: {folder.uri}/{MANIFEST}: has no images; import some, or name another dataset")
-            return Source(ref=folder.uri, dataset=dataset.digest)
-        return self._imported(field, place, ROLES[part], classes)
+                raise DataError(f"{field}: {store.uri}/{MANIFEST}: has no images; import some, or name another dataset")
+            return PreparedDataset(uri=store.uri, digest=dataset.digest)
+        return self._import_source(field, uri, PART_ROLES[part], classes)
 
-    def _imported(self, field: str, place: str, role: Role, classes: tuple[str, ...] | None) -> Source:
-        limits = Limits(
+    def _import_source(self, field: str, uri: str, role: DatasetRole, classes: tuple[str, ...] | None) -> PreparedDataset:
+        limits = ImportLimits(
             max_rejected_share=self._data.max_rejected_share,
             shard_samples=self._data.shard_samples,
             shard_mib=self._data.shard_mib,
             max_side=self._data.max_side,
         )
         try:
-            with listed(place, role) as listing:
+            with open_listing(uri, role) as listing:
                 inputs: dict[str, object] = {
-                    "source": listing.digest(),
+                    "source": listing.compute_digest(),
                     "role": role,
                     "classes": classes,
-                    "limits": limits.identity(),
-                    "code": code_digest(*IMPORT),
+                    "limits": limits.digest_fields(),
+                    "code": digest_code(*IMPORT_CODE),
                 }
 
-                def work(folder: Store) -> None:
-                    import_listing(listing, place, folder, name=source_name(place), role=role, limits=limits, classes=classes)
+                def import_into(store: Store) -> None:
+                    import_listing(listing, uri, store, name=source_name(uri), role=role, limits=limits, classes=classes)
 
-                return self._once(inputs, work)
+                return self._import_once(inputs, import_into)
         except DataError as error:
             raise DataError(f"{field}: {error}") from error
 
-    def _once(self, inputs: dict[str, object], work: Callable[[Store], object]) -> Source:
-        target = f"store/datasets/{short(self._ledger.key('import', inputs))}"
+    def _import_once(self, inputs: dict[str, object], import_into: Callable[[Store], object]) -> PreparedDataset:
+        key = f"store/datasets/{shorten_digest(self._ledger.compute_digest('import', inputs))}"
 
-        def make() -> dict[str, str]:
-            folder = self._root.at(target)
-            if not folder.exists(MANIFEST):
+        def import_if_missing() -> dict[str, str]:
+            store = self._root.at(key)
+            if not store.exists(MANIFEST):
                 try:
-                    work(folder)
+                    import_into(store)
                 except StoreError:
                     # Another run that imported the same, and was done first, has cleared away what this one was to go on with.
-                    if not folder.exists(MANIFEST):
+                    if not store.exists(MANIFEST):
                         raise
-            return {"dataset": f"{target}/{MANIFEST}"}
+            return {"dataset": f"{key}/{MANIFEST}"}
 
-        _, reused = self._ledger.once("import", inputs, make)
+        _, reused = self._ledger.get_or_run("import", inputs, import_if_missing)
         self.reused &= reused
-        return Source(ref=target, dataset=Dataset.load(self._root.at(target)).digest)
+        return PreparedDataset(uri=key, digest=Dataset.load(self._root.at(key)).digest)
 
 
-def _write_digits(field: str, place: str, folder: Store) -> None:
+def _write_digits(field: str, uri: str, store: Store) -> None:
     from ns.data.digits import write_digits
 
     try:
-        write_digits(place.removeprefix(DIGITS), folder)
+        write_digits(uri.removeprefix(DIGITS_SCHEME), store)
     except DataError as error:
         raise DataError(f"{field}: {error}") from error
 
 
-def _few(names: tuple[str, ...]) -> str:
+def _shorten_names(names: tuple[str, ...]) -> str:
     shown = ", ".join(names[:5])
     return f"({shown}, … {len(names)} in all)" if len(names) > 5 else f"({shown})"

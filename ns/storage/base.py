@@ -11,7 +11,7 @@ TEMPORARY = ".tmp-"
 KEY_BYTES = 1024
 
 
-class Listed(NamedTuple):
+class BlobEntry(NamedTuple):
     """A blob as a listing has it."""
 
     key: str
@@ -31,7 +31,7 @@ class Store(Protocol):
 
     uri: str
 
-    def at(self, ref: str) -> "Store":
+    def at(self, key_or_uri: str) -> "Store":
         """The store of a folder: `ref` is a key below this store, or a URI or absolute path of its own."""
 
     def put(self, key: str, data: bytes) -> None:
@@ -75,7 +75,7 @@ class Store(Protocol):
     def list(self, prefix: str = "") -> Iterator[str]:
         """Keys that start with `prefix` (any beginning, not only a folder), in the order of their UTF-8 bytes."""
 
-    def entries(self, prefix: str = "") -> Iterator[Listed]:
+    def entries(self, prefix: str = "") -> Iterator[BlobEntry]:
         """Like `list`, with sizes and stamps."""
 
     def delete(self, key: str) -> None:
@@ -110,16 +110,16 @@ def open_store(uri: str) -> Store:
 
 def split_uri(uri: str) -> tuple[str, str]:
     """`a/b/c.yaml` → (`a/b`, `c.yaml`): the folder to open and the key in it."""
-    folder, _, name = uri.rpartition("/")
-    if not name or folder.endswith(":/"):
+    parent, _, key = uri.rpartition("/")
+    if not key or parent.endswith(":/"):
         raise StoreError(f"{uri}: must name a file, not a folder")
-    return folder or ("/" if uri.startswith("/") else "."), unquote(name) if uri.startswith("file:") else name
+    return parent or ("/" if uri.startswith("/") else "."), unquote(key) if uri.startswith("file:") else key
 
 
 def read_uri(uri: str) -> bytes:
     """The bytes of one file by its URI or path."""
-    folder, name = split_uri(uri)
-    return open_store(folder).get(name)
+    parent, key = split_uri(uri)
+    return open_store(parent).get(key)
 
 
 def key_parts(key: str) -> tuple[str, ...]:
@@ -143,6 +143,6 @@ def check_prefix(prefix: str) -> None:
         raise StoreError(f"{prefix!r}: not a prefix: must be the beginning of a relative path without '..'")
 
 
-def check_range(where: str, start: int, length: int) -> None:
+def check_range(uri: str, start: int, length: int) -> None:
     if start < 0 or length < 0:
-        raise StoreError(f"{where}: cannot read bytes [{start}, {start + length}): start and length must not be negative")
+        raise StoreError(f"{uri}: cannot read bytes [{start}, {start + length}): start and length must not be negative")

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
-from ns.core.digest import digest
+from ns.core.digest import digest_json
 from ns.core.errors import StoreError
 from ns.storage.base import TEMPORARY
 from ns.storage.local import HINTS
@@ -28,49 +28,49 @@ GRACE_SECONDS = 10
 ABANDONED_SECONDS = 3600
 
 
-class Cache:
+class BlobCache:
     """Least recently used files go first. Two processes that want the same blob fetch it once."""
 
-    def __init__(self, folder: Path, limit_bytes: int, clock: Callable[[], float] = time.time) -> None:
-        self.folder = folder
+    def __init__(self, root: Path, limit_bytes: int, clock: Callable[[], float] = time.time) -> None:
+        self.root = root
         self.limit_bytes = limit_bytes
         self._clock = clock
 
     @staticmethod
-    def from_environment() -> "Cache":
+    def from_environment() -> "BlobCache":
         home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        folder = Path(os.environ.get(DIRECTORY_VARIABLE) or f"{home}/noisy-student").expanduser()
+        root = Path(os.environ.get(DIRECTORY_VARIABLE) or f"{home}/noisy-student").expanduser()
         text = os.environ.get(LIMIT_VARIABLE) or str(LIMIT_MIB)
         if not text.isascii() or not text.isdigit() or int(text) == 0:
             raise StoreError(f"{LIMIT_VARIABLE}={text}: must be a whole number of MiB, at least 1")
-        return Cache(folder.absolute(), int(text) << 20)
+        return BlobCache(root.absolute(), int(text) << 20)
 
-    def fetch(self, identity: tuple[str, ...], size: int, suffix: str, download: Callable[[BinaryIO], None]) -> Path:
+    def fetch_blob(self, identity: tuple[str, ...], size: int, suffix: str, download: Callable[[BinaryIO], None]) -> Path:
         """The file for `identity`, which must change whenever the bytes do; written by `download` if it is not there yet.
 
         `download` checks what it writes. Raises StoreError when the folder cannot be written or the blob cannot fit.
         """
-        name = digest(list(identity))
-        target = self.folder / "blobs" / (name + suffix)
+        blob_digest = digest_json(list(identity))
+        target = self.root / "blobs" / (blob_digest + suffix)
         try:
-            if self._touch(target, size):
+            if self._touch_blob(target, size):
                 return target
-            (self.folder / "locks").mkdir(parents=True, exist_ok=True)
+            (self.root / "locks").mkdir(parents=True, exist_ok=True)
             target.parent.mkdir(exist_ok=True)
             # One of 256 locks, so that they need no clearing away; sharing one costs no more than a wait.
-            with FileLock(self.folder / "locks" / name[:2]):
-                if not self._touch(target, size):
+            with FileLock(self.root / "locks" / blob_digest[:2]):
+                if not self._touch_blob(target, size):
                     self._make_room(size)
-                    self._download(target, download)
+                    self._download_blob(target, download)
             return target
         except OSError as error:
             reason = HINTS.get(error.errno or 0, error.strerror or str(error))
-            place = "a folder with more room" if error.errno == errno.ENOSPC else "another folder"
+            cure = "a folder with more room" if error.errno == errno.ENOSPC else "another folder"
             raise StoreError(
-                f"{self.folder}: cannot keep copies of remote files: {reason}, or set {DIRECTORY_VARIABLE} to {place}"
+                f"{self.root}: cannot keep copies of remote files: {reason}, or set {DIRECTORY_VARIABLE} to {cure}"
             ) from error
 
-    def _touch(self, target: Path, size: int) -> bool:
+    def _touch_blob(self, target: Path, size: int) -> bool:
         """Whether the file is there and whole. Marks it as used now: access times are switched off on many machines."""
         try:
             if target.stat().st_size == size:
@@ -83,7 +83,7 @@ class Cache:
             pass
         return False
 
-    def _download(self, target: Path, download: Callable[[BinaryIO], None]) -> None:
+    def _download_blob(self, target: Path, download: Callable[[BinaryIO], None]) -> None:
         handle, name = tempfile.mkstemp(prefix=TEMPORARY, dir=target.parent)
         temporary = Path(name)
         try:
@@ -102,19 +102,19 @@ class Cache:
         """Removes what was used longest ago until `size` more bytes fit within the limit, and on the disk."""
         if size > self.limit_bytes:
             raise StoreError(
-                f"{self.folder}: a file of {size >> 20} MiB does not fit into the cache of {self.limit_bytes >> 20} MiB: "
+                f"{self.root}: a file of {size >> 20} MiB does not fit into the cache of {self.limit_bytes >> 20} MiB: "
                 f"raise {LIMIT_VARIABLE}"
             )
         # Whoever finds the lock taken goes on: the other is making room.
-        with suppress(Timeout), FileLock(self.folder / "locks" / "room", timeout=0):
+        with suppress(Timeout), FileLock(self.root / "locks" / "room", timeout=0):
             now = self._clock()
             entries = []
-            for entry in os.scandir(self.folder / "blobs"):
+            for entry in os.scandir(self.root / "blobs"):
                 with suppress(FileNotFoundError):
                     status = entry.stat()
                     entries.append((status.st_mtime, status.st_size, entry.path))
             used = sum(bytes_ for _, bytes_, _ in entries)
-            limit = min(self.limit_bytes, used + shutil.disk_usage(self.folder).free)
+            limit = min(self.limit_bytes, used + shutil.disk_usage(self.root).free)
             for used_at, bytes_, path in sorted(entries):
                 unfinished = Path(path).name.startswith(TEMPORARY)
                 idle = now - used_at

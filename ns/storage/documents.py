@@ -6,75 +6,75 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ns.core.digest import digest
+from ns.core.digest import digest_json
 from ns.core.errors import DataError
 from ns.storage import Store
 
 
-class Document(BaseModel):
+class JsonDocument(BaseModel):
     """A frozen JSON object with known fields, kept as one file in a store."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     @classmethod
-    def read(cls, folder: Store, key: str) -> Self:
+    def load_file(cls, store: Store, key: str) -> Self:
         """Raises DataError naming the file, the field and the value, StoreError if the file cannot be read."""
-        return cls.parse(folder.get(key), f"{folder.uri}/{key}")
+        return cls.parse(store.get(key), f"{store.uri}/{key}")
 
     @classmethod
-    def parse(cls, data: bytes, place: str) -> Self:
-        return cls.check(parse_object(data, place), place)
+    def parse(cls, data: bytes, uri: str) -> Self:
+        return cls.validate_fields(parse_json_object(data, uri), uri)
 
     @classmethod
-    def check(cls, fields: Mapping[str, Any], place: str) -> Self:
+    def validate_fields(cls, fields: Mapping[str, Any], uri: str) -> Self:
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"]) or "document"
-            raise DataError(f"{place}: {field}: {first['msg']} (got {first['input']!r:.80})") from error
+            raise DataError(f"{uri}: {field}: {first['msg']} (got {first['input']!r:.80})") from error
 
-    def write(self, folder: Store, key: str) -> None:
-        folder.put(key, pretty(self.model_dump(mode="json")))
+    def save_file(self, store: Store, key: str) -> None:
+        store.put(key, encode_json(self.model_dump(mode="json")))
 
 
-class Identified(Document):
+class HashedDocument(JsonDocument):
     """A document with an identity, which is written beside its fields and checked when it is read."""
 
-    def identity(self) -> Any:
+    def hashed_fields(self) -> Any:
         """The JSON value that the digest is taken of: what the document says, without names and places."""
         return self.model_dump(mode="json")
 
     @property
     def digest(self) -> str:
-        return digest(self.identity())
+        return digest_json(self.hashed_fields())
 
     @classmethod
-    def check(cls, fields: Mapping[str, Any], place: str) -> Self:
-        own = dict(fields)
-        recorded = own.pop("digest", None)
-        document = super().check(own, place)
+    def validate_fields(cls, fields: Mapping[str, Any], uri: str) -> Self:
+        content = dict(fields)
+        recorded = content.pop("digest", None)
+        document = super().validate_fields(content, uri)
         if recorded != document.digest:
             raise DataError(
-                f"{place}: digest: {recorded!r} is not that of the content, {document.digest!r}: "
+                f"{uri}: digest: {recorded!r} is not that of the content, {document.digest!r}: "
                 "the file was edited or damaged; make it again"
             )
         return document
 
-    def write(self, folder: Store, key: str) -> None:
-        folder.put(key, pretty({**self.model_dump(mode="json"), "digest": self.digest}))
+    def save_file(self, store: Store, key: str) -> None:
+        store.put(key, encode_json({**self.model_dump(mode="json"), "digest": self.digest}))
 
 
-def parse_object(data: bytes, place: str) -> dict[str, Any]:
+def parse_json_object(data: bytes, uri: str) -> dict[str, Any]:
     """A JSON object. Raises DataError naming the place."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: not JSON ({error})") from error
+        raise DataError(f"{uri}: not JSON ({error})") from error
     if not isinstance(value, dict):
-        raise DataError(f"{place}: must be a JSON object, got {type(value).__name__}")
+        raise DataError(f"{uri}: must be a JSON object, got {type(value).__name__}")
     return value
 
 
-def pretty(value: Any) -> bytes:
+def encode_json(value: Any) -> bytes:
     return json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n"

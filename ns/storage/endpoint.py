@@ -14,7 +14,7 @@ from minio.credentials.credentials import Credentials
 from minio.credentials.providers import Provider
 
 from ns.core.errors import StoreError
-from ns.storage.retry import Patience, RetryingPool
+from ns.storage.retry import RetryingPool, RetryPolicy
 
 SECRETS_VARIABLE = "NS_S3_SECRETS"
 CA_VARIABLES = ("SSL_CERT_FILE", "AWS_CA_BUNDLE")
@@ -27,7 +27,7 @@ CONNECTIONS = 16
 
 
 @dataclass(frozen=True)
-class Endpoint:
+class S3Endpoint:
     url: str
     region: str
     ca_file: str
@@ -35,19 +35,19 @@ class Endpoint:
     """A folder with the files accesskey, secretkey and perhaps sessiontoken; None: the environment."""
 
     @staticmethod
-    def from_environment(environment: Mapping[str, str] = os.environ) -> "Endpoint":
+    def from_environment(environment: Mapping[str, str] = os.environ) -> "S3Endpoint":
         url = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL") or "https://s3.amazonaws.com"
-        return Endpoint(
-            url=_checked_url(url),
+        return S3Endpoint(
+            url=_check_url(url),
             region=environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION") or "us-east-1",
-            ca_file=_ca_file(environment),
+            ca_file=_find_ca_file(environment),
             secrets=environment.get(SECRETS_VARIABLE) or None,
         )
 
-    def connect(self, patience: Patience) -> tuple[Minio, RetryingPool]:
+    def make_client(self, retry_policy: RetryPolicy) -> tuple[Minio, RetryingPool]:
         """A client and the pool of connections that it uses. Sends nothing yet. Neither may be used after a fork."""
         pool = RetryingPool(
-            patience,
+            retry_policy,
             timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=READ_SECONDS),
             maxsize=CONNECTIONS,
             cert_reqs="CERT_REQUIRED",
@@ -86,36 +86,36 @@ class FileCredentials(Provider):
     reading tells whether key and secret belong together.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._known: tuple[object, Credentials] | None = None
+    def __init__(self, secrets_path: Path) -> None:
+        self._secrets_path = secrets_path
+        self._cached: tuple[object, Credentials] | None = None
 
     def retrieve(self) -> Credentials:
         while True:
-            stamp = self._stamp()
-            if self._known and self._known[0] == stamp:
-                return self._known[1]
+            stamp = self._read_stamps()
+            if self._cached and self._cached[0] == stamp:
+                return self._cached[1]
             credentials = Credentials(
-                access_key=self._read("accesskey"),
-                secret_key=self._read("secretkey"),
-                session_token=self._read("sessiontoken") if (self._folder / "sessiontoken").exists() else None,
+                access_key=self._read_secret("accesskey"),
+                secret_key=self._read_secret("secretkey"),
+                session_token=self._read_secret("sessiontoken") if (self._secrets_path / "sessiontoken").exists() else None,
             )
-            if self._stamp() == stamp:
-                self._known = stamp, credentials
+            if self._read_stamps() == stamp:
+                self._cached = stamp, credentials
                 return credentials
 
-    def _stamp(self) -> object:
+    def _read_stamps(self) -> object:
         stamps = []
         for name in ("accesskey", "secretkey", "sessiontoken"):
             try:
-                status = (self._folder / name).stat()
+                status = (self._secrets_path / name).stat()
                 stamps.append((status.st_ino, status.st_mtime_ns, status.st_size))
             except OSError:
                 stamps.append((0, 0, 0))
         return stamps
 
-    def _read(self, name: str) -> str:
-        path = self._folder / name
+    def _read_secret(self, name: str) -> str:
+        path = self._secrets_path / name
         try:
             value = path.read_text().strip()
         except (OSError, UnicodeDecodeError) as error:
@@ -126,7 +126,7 @@ class FileCredentials(Provider):
         return value
 
 
-def _checked_url(url: str) -> str:
+def _check_url(url: str) -> str:
     # From here on the URL stands in messages: a secret in it must not.
     shown = re.sub(r"^(.*?//)?[^/]*@", r"\1…@", url)
     try:
@@ -142,7 +142,7 @@ def _checked_url(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc}"
 
 
-def _ca_file(environment: Mapping[str, str]) -> str:
+def _find_ca_file(environment: Mapping[str, str]) -> str:
     for variable in CA_VARIABLES:
         path = environment.get(variable)
         if path:

@@ -8,15 +8,15 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from ns.core.digest import digest
+from ns.core.digest import digest_json
 from ns.storage import Store
-from ns.storage.documents import Document
+from ns.storage.documents import JsonDocument
 
 
-class Entry(Document):
+class LedgerEntry(JsonDocument):
     """One finished step."""
 
-    step: str
+    stage: str
     digest: str
     inputs: dict[str, Any]
     outputs: dict[str, str]
@@ -30,48 +30,50 @@ class Ledger:
     def __init__(self, root: Store) -> None:
         self._root = root
 
-    def key(self, step: str, inputs: Mapping[str, Any]) -> str:
+    def compute_digest(self, stage: str, inputs: Mapping[str, Any]) -> str:
         """The digest under which a step with these inputs is recorded. Inputs hold digests and plain values, never places."""
-        return digest({"step": step, "inputs": dict(inputs)})
+        return digest_json({"step": stage, "inputs": dict(inputs)})
 
-    def lookup(self, step: str, key: str) -> Entry | None:
+    def find_entry(self, stage: str, entry_digest: str) -> LedgerEntry | None:
         """The entry, if the step is done and all its outputs are still there."""
-        path = self._path(step, key)
-        if not self._root.exists(path):
+        entry_key = self._entry_key(stage, entry_digest)
+        if not self._root.exists(entry_key):
             return None
-        entry = Entry.read(self._root, path)
-        if all(self._root.exists(output) for output in entry.outputs.values()):
+        entry = LedgerEntry.load_file(self._root, entry_key)
+        if all(self._root.exists(output_key) for output_key in entry.outputs.values()):
             return entry
         return None
 
-    def record(self, step: str, inputs: Mapping[str, Any], outputs: Mapping[str, str], seconds: float) -> Entry:
+    def record_entry(self, stage: str, inputs: Mapping[str, Any], outputs: Mapping[str, str], seconds: float) -> LedgerEntry:
         """Writes the entry. Call it when every output is in place."""
-        entry = Entry(
-            step=step,
-            digest=self.key(step, inputs),
+        entry = LedgerEntry(
+            stage=stage,
+            digest=self.compute_digest(stage, inputs),
             inputs=dict(inputs),
             outputs=dict(outputs),
             seconds=seconds,
             finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         # Two workers may finish the same step; equal digests mean equal outputs, so the last entry is as good as the first.
-        entry.write(self._root, self._path(step, entry.digest))
+        entry.save_file(self._root, self._entry_key(stage, entry.digest))
         return entry
 
-    def once(self, step: str, inputs: Mapping[str, Any], work: Callable[[], Mapping[str, str]]) -> tuple[Entry, bool]:
+    def get_or_run(
+        self, stage: str, inputs: Mapping[str, Any], work: Callable[[], Mapping[str, str]]
+    ) -> tuple[LedgerEntry, bool]:
         """Looks the step up; works and records only if it is not there. Returns the entry and whether it was reused."""
-        entry = self.lookup(step, self.key(step, inputs))
+        entry = self.find_entry(stage, self.compute_digest(stage, inputs))
         if entry is not None:
             return entry, True
         started = time.monotonic()
         outputs = work()
-        return self.record(step, inputs, outputs, time.monotonic() - started), False
+        return self.record_entry(stage, inputs, outputs, time.monotonic() - started), False
 
-    def recorded(self, step: str) -> frozenset[str]:
+    def list_digests(self, stage: str) -> frozenset[str]:
         """Digests of a step's entries, without a look at whether their outputs are still there."""
-        folder = self._path(step, "").removesuffix(".json")
-        return frozenset(key.removeprefix(folder).removesuffix(".json") for key in self._root.list(folder))
+        prefix = self._entry_key(stage, "").removesuffix(".json")
+        return frozenset(key.removeprefix(prefix).removesuffix(".json") for key in self._root.list(prefix))
 
     @staticmethod
-    def _path(step: str, key: str) -> str:
-        return f"store/ledger/{step}/{key}.json"
+    def _entry_key(stage: str, entry_digest: str) -> str:
+        return f"store/ledger/{stage}/{entry_digest}.json"

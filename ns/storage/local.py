@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ns.core.errors import StoreError
-from ns.storage.base import TEMPORARY, Listed, Store, check_prefix, check_range, key_parts, open_store
+from ns.storage.base import TEMPORARY, BlobEntry, Store, check_prefix, check_range, key_parts, open_store
 
 HINTS = {
     errno.ENOSPC: "the disk is full: free some space and run the same command again",
@@ -38,33 +38,33 @@ class LocalStore:
         self.root = Path(root).expanduser().absolute()
         self.uri = self.root.as_uri()
 
-    def at(self, ref: str) -> Store:
-        if "://" in ref or ref.startswith("/"):
-            return open_store(ref)
-        return LocalStore(self._target(ref))
+    def at(self, key_or_uri: str) -> Store:
+        if "://" in key_or_uri or key_or_uri.startswith("/"):
+            return open_store(key_or_uri)
+        return LocalStore(self._resolve_path(key_or_uri))
 
     def put(self, key: str, data: bytes) -> None:
-        target = self._target(key)
-        with explained(target, "write"), self._temporary(target) as temporary:
+        target = self._resolve_path(key)
+        with os_errors_as_store_errors(target, "write"), self._temporary_path(target) as temporary:
             temporary.write_bytes(data)
-            _publish(temporary, target)
+            _publish_file(temporary, target)
 
     def put_file(self, key: str, path: Path) -> None:
-        target = self._target(key)
-        with explained(path, "read"):
+        target = self._resolve_path(key)
+        with os_errors_as_store_errors(path, "read"):
             source = path.open("rb")
-        with source, explained(target, "write"), self._temporary(target) as temporary:
+        with source, os_errors_as_store_errors(target, "write"), self._temporary_path(target) as temporary:
             with temporary.open("xb") as copy:
                 shutil.copyfileobj(source, copy, 1 << 20)
-            _publish(temporary, target)
+            _publish_file(temporary, target)
 
     def create(self, key: str, data: bytes) -> bool:
-        target = self._target(key)
-        with explained(target, "write"), self._temporary(target) as temporary:
+        target = self._resolve_path(key)
+        with os_errors_as_store_errors(target, "write"), self._temporary_path(target) as temporary:
             if target.exists():
                 return False
             temporary.write_bytes(data)
-            _sync(temporary)
+            _sync_file(temporary)
             try:
                 # A hard link fails where the name exists: unlike a rename, it cannot overwrite the first writer.
                 os.link(temporary, target)
@@ -73,37 +73,37 @@ class LocalStore:
             except OSError as error:
                 if error.errno not in NO_LINKS:
                     raise
-                return _claim(temporary, target)
+                return _claim_name(temporary, target)
             return True
 
     def get(self, key: str) -> bytes:
-        target = self._target(key)
-        with explained(target, "read"):
+        target = self._resolve_path(key)
+        with os_errors_as_store_errors(target, "read"):
             return target.read_bytes()
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
-        target = self._target(key)
+        target = self._resolve_path(key)
         check_range(str(target), start, length)
-        with explained(target, "read"), target.open("rb") as file:
+        with os_errors_as_store_errors(target, "read"), target.open("rb") as file:
             file.seek(start)
             return file.read(length)
 
     def open(self, key: str) -> BinaryIO:
-        target = self._target(key)
-        with explained(target, "read"):
+        target = self._resolve_path(key)
+        with os_errors_as_store_errors(target, "read"):
             return target.open("rb")
 
     def path(self, key: str) -> Path:
-        target = self._target(key)
-        with explained(target, "read"):
+        target = self._resolve_path(key)
+        with os_errors_as_store_errors(target, "read"):
             if target.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             target.stat()
         return target
 
     def exists(self, key: str) -> bool:
-        target = self._target(key)
-        with explained(target, "read"):
+        target = self._resolve_path(key)
+        with os_errors_as_store_errors(target, "read"):
             return target.is_file()
 
     def size(self, key: str) -> int:
@@ -112,21 +112,21 @@ class LocalStore:
     def list(self, prefix: str = "") -> Iterator[str]:
         check_prefix(prefix)
         folder = self.root / prefix.rpartition("/")[0]
-        with explained(folder, "list"):
-            keys = sorted(self._keys(folder, prefix))
+        with os_errors_as_store_errors(folder, "list"):
+            keys = sorted(self._walk_keys(folder, prefix))
         yield from keys
 
-    def entries(self, prefix: str = "") -> Iterator[Listed]:
+    def entries(self, prefix: str = "") -> Iterator[BlobEntry]:
         for key in self.list(prefix):
-            target = self._target(key)
+            target = self._resolve_path(key)
             # Gone since it was listed, as if it had never been.
-            with explained(target, "list"), suppress(FileNotFoundError):
+            with os_errors_as_store_errors(target, "list"), suppress(FileNotFoundError):
                 status = target.stat()
-                yield Listed(key, status.st_size, str(status.st_mtime_ns))
+                yield BlobEntry(key, status.st_size, str(status.st_mtime_ns))
 
     def delete(self, key: str) -> None:
-        target = self._target(key)
-        with explained(target, "delete"), suppress(NotADirectoryError):
+        target = self._resolve_path(key)
+        with os_errors_as_store_errors(target, "delete"), suppress(NotADirectoryError):
             target.unlink(missing_ok=True)
 
     def delete_prefix(self, prefix: str) -> int:
@@ -136,18 +136,18 @@ class LocalStore:
             removed += 1
         return removed
 
-    def _keys(self, folder: Path, prefix: str) -> Iterator[str]:
+    def _walk_keys(self, folder: Path, prefix: str) -> Iterator[str]:
         for parent, _, names in os.walk(folder, onerror=_raise_unless_gone):
             for name in names:
                 key = (Path(parent) / name).relative_to(self.root).as_posix()
                 if key.startswith(prefix) and not name.startswith(TEMPORARY):
                     yield key
 
-    def _target(self, key: str) -> Path:
+    def _resolve_path(self, key: str) -> Path:
         return self.root.joinpath(*key_parts(key))
 
     @contextmanager
-    def _temporary(self, target: Path) -> Iterator[Path]:
+    def _temporary_path(self, target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
         try:
@@ -156,12 +156,12 @@ class LocalStore:
             temporary.unlink(missing_ok=True)
 
 
-def _publish(temporary: Path, target: Path) -> None:
-    _sync(temporary)
+def _publish_file(temporary: Path, target: Path) -> None:
+    _sync_file(temporary)
     temporary.replace(target)
 
 
-def _claim(temporary: Path, target: Path) -> bool:
+def _claim_name(temporary: Path, target: Path) -> bool:
     """`create` where there are no hard links: an empty file claims the name, and is replaced at once by the whole blob.
 
     Readers may see it empty for an instant; a writer killed in that instant leaves it so.
@@ -178,7 +178,7 @@ def _claim(temporary: Path, target: Path) -> bool:
     return True
 
 
-def _sync(path: Path) -> None:
+def _sync_file(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
@@ -190,7 +190,7 @@ def _raise_unless_gone(error: OSError) -> None:
 
 
 @contextmanager
-def explained(target: Path, verb: str) -> Iterator[None]:
+def os_errors_as_store_errors(target: Path, verb: str) -> Iterator[None]:
     """Turns an OSError inside into one line: which file, what could not be done, why, what to do."""
     try:
         yield

@@ -20,13 +20,13 @@ BUSY = frozenset({408, 429, 500, 502, 503, 504, 509, 529})
 REQUEST_TIMEOUT = b"<Code>RequestTimeout</Code>"
 
 
-def _uniform(low: float, high: float) -> float:
+def _draw_uniform(low: float, high: float) -> float:
     # Its own generator: workers seeded alike must not come back in step.
     return random.SystemRandom().uniform(low, high)
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """How long to keep trying one request without a byte of progress, and how to wait in between.
 
     A signed request is valid for 15 minutes: `seconds` must stay well below.
@@ -39,34 +39,36 @@ class Patience:
     cap_seconds: float = 10
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
-    uniform: Callable[[float, float], float] = _uniform
+    uniform: Callable[[float, float], float] = _draw_uniform
 
 
-class Trial:
+class RetryBudget:
     """One thing being tried."""
 
-    def __init__(self, patience: Patience, what: str) -> None:
-        self._patience = patience
-        self._what = what
-        self.restart()
+    def __init__(self, policy: RetryPolicy, request: str) -> None:
+        self._policy = policy
+        self._request = request
+        self.reset_budget()
 
-    def restart(self) -> None:
+    def reset_budget(self) -> None:
         """There was progress: patience begins anew."""
-        self._begun = self._patience.clock()
+        self._started_at = self._policy.clock()
         self._failures = 0
 
-    def again(self, reason: str, seconds: float | None = None) -> bool:
+    def wait_for_retry(self, reason: str, limit_seconds: float | None = None) -> bool:
         """Waits before the next attempt; False when time is up."""
-        spent = self._patience.clock() - self._begun
-        ceiling = min(self._patience.cap_seconds, self._patience.base_seconds * 2**self._failures)
-        pause = self._patience.uniform(0, ceiling)
+        spent = self._policy.clock() - self._started_at
+        ceiling = min(self._policy.cap_seconds, self._policy.base_seconds * 2**self._failures)
+        pause = self._policy.uniform(0, ceiling)
         self._failures += 1
-        if spent + pause > (self._patience.seconds if seconds is None else seconds):
+        if spent + pause > (self._policy.seconds if limit_seconds is None else limit_seconds):
             return False
         # Unconfigured, structlog would write to stdout, which belongs to results.
         if structlog.is_configured():
-            log.get().warning("store_retry", what=self._what, reason=reason, attempt=self._failures, wait=round(pause, 2))
-        self._patience.sleep(pause)
+            log.get_logger().warning(
+                "store_retry", what=self._request, reason=reason, attempt=self._failures, wait=round(pause, 2)
+            )
+        self._policy.sleep(pause)
         return True
 
 
@@ -77,30 +79,30 @@ class RetryingPool(urllib3.PoolManager):
     not seen here; its reader asks for the rest.
     """
 
-    def __init__(self, patience: Patience, **options: Any) -> None:
+    def __init__(self, policy: RetryPolicy, **options: Any) -> None:
         super().__init__(**options)
-        self._patience = patience
+        self._policy = policy
         self._answered = False
 
     def urlopen(self, method: str, url: str, redirect: bool = False, **options: Any) -> BaseHTTPResponse:  # type: ignore[override]
-        trial = Trial(self._patience, f"{method} {url.partition('?')[0]}")
+        budget = RetryBudget(self._policy, f"{method} {url.partition('?')[0]}")
         while True:
             try:
                 response = super().urlopen(method, url, redirect, **{**options, "retries": False})
             except HTTPError as error:
-                limit = None if self._answered else self._patience.first_contact_seconds
-                if not is_passing(error) or not trial.again(type(error).__name__, limit):
+                limit = None if self._answered else self._policy.first_contact_seconds
+                if not is_transient(error) or not budget.wait_for_retry(type(error).__name__, limit):
                     raise
                 continue
             self._answered = True
-            if not _is_busy(response) or not trial.again(f"HTTP {response.status}"):
+            if not _is_busy(response) or not budget.wait_for_retry(f"HTTP {response.status}"):
                 return response
             with suppress(HTTPError, OSError):
                 response.drain_conn()
             response.close()
 
 
-def is_passing(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """Whether the same request may succeed a little later."""
     if isinstance(error, SSLError):
         # A connection cut within the handshake; certificates do not mend themselves.

@@ -18,57 +18,57 @@ from urllib3.exceptions import (
 )
 
 from ns.core.errors import StoreError
-from ns.storage.endpoint import SECRETS_VARIABLE, Endpoint
+from ns.storage.endpoint import SECRETS_VARIABLE, S3Endpoint
 from ns.storage.retry import BUSY
 
 MISSING = frozenset({"NoSuchKey", "NoSuchObject"})
 
 
 @contextmanager
-def explained(where: str, verb: str, bucket: str, endpoint: Endpoint) -> Iterator[None]:
+def s3_errors_as_store_errors(uri: str, verb: str, bucket: str, endpoint: S3Endpoint) -> Iterator[None]:
     """Turns any failure of a request inside into a StoreError that begins with `where` (the blob's URI)."""
     try:
         yield
     except StoreError as error:
         # Of the credentials, which do not know what they were wanted for.
-        if str(error).startswith(where):
+        if str(error).startswith(uri):
             raise
-        raise StoreError(f"{where}: cannot {verb}: {error}") from error
+        raise StoreError(f"{uri}: cannot {verb}: {error}") from error
     except (MinioException, HTTPError, ValueError, ET.ParseError) as error:
-        raise StoreError(f"{where}: cannot {verb}: {reason(error, verb, bucket, endpoint)}") from error
+        raise StoreError(f"{uri}: cannot {verb}: {explain_s3_failure(error, verb, bucket, endpoint)}") from error
 
 
-def reason(error: Exception, verb: str, bucket: str, endpoint: Endpoint) -> str:
+def explain_s3_failure(error: Exception, verb: str, bucket: str, endpoint: S3Endpoint) -> str:
     if isinstance(error, S3Error):
-        return _answer(error, verb, bucket, endpoint)
+        return _explain_s3_error(error, verb, bucket, endpoint)
     if isinstance(error, ServerError | InvalidResponseError):
-        return _odd_answer(error, endpoint)
+        return _explain_bad_response(error, endpoint)
     if isinstance(error, ET.ParseError) or "XML element" in str(error):
         return f"{endpoint.url} answers, but not in the words of S3; correct AWS_ENDPOINT_URL"
     if isinstance(error, HTTPError):
-        return _no_answer(error, endpoint)
-    return f"{_line(error)}; correct the URI"
+        return _explain_no_response(error, endpoint)
+    return f"{_to_single_line(error)}; correct the URI"
 
 
-def _answer(error: S3Error, verb: str, bucket: str, endpoint: Endpoint) -> str:
+def _explain_s3_error(error: S3Error, verb: str, bucket: str, endpoint: S3Endpoint) -> str:
     """For an error that the server has spelled out."""
     code = error.code or "unknown error"
-    place = f"{SECRETS_VARIABLE} ({endpoint.secrets}" if endpoint.secrets else ""
+    secrets_hint = f"{SECRETS_VARIABLE} ({endpoint.secrets}" if endpoint.secrets else ""
     status = error.response.status
     if code in MISSING:
         return "no such object: check the key, and whether the step that writes it has run"
     if code == "NoSuchBucket":
         return f"no bucket {bucket!r} at {endpoint.url}: create it, or correct the URI"
     if code in ("InvalidAccessKeyId", "InvalidAccessKey"):
-        return f"the server does not know the access key: correct {f'{place}/accesskey)' if place else 'AWS_ACCESS_KEY_ID'}"
+        return f"the server does not know the access key: correct {f'{secrets_hint}/accesskey)' if secrets_hint else 'AWS_ACCESS_KEY_ID'}"
     if code == "SignatureDoesNotMatch":
-        cure = f"{place}/secretkey, accesskey)" if place else "AWS_SECRET_ACCESS_KEY or AWS_ACCESS_KEY_ID"
+        cure = f"{secrets_hint}/secretkey, accesskey)" if secrets_hint else "AWS_SECRET_ACCESS_KEY or AWS_ACCESS_KEY_ID"
         return f"the secret key does not belong to the access key: correct {cure} (or AWS_REGION, now {endpoint.region})"
     if code in ("ExpiredToken", "InvalidToken", "TokenRefreshRequired"):
         return "the session token is not valid any more: get new credentials and set AWS_SESSION_TOKEN with them"
     if code == "RequestTimeTooSkewed":
-        return _skew(error)
-    region = error.response.headers.get("x-amz-bucket-region") or _element(error, "Region")
+        return _explain_clock_skew(error)
+    region = error.response.headers.get("x-amz-bucket-region") or _find_element(error, "Region")
     if region or code in ("PermanentRedirect", "TemporaryRedirect", "Redirect", "AuthorizationHeaderMalformed"):
         cure = f"set AWS_REGION={region}" if region else "set AWS_REGION, and AWS_ENDPOINT_URL to where the bucket lives"
         return f"the bucket is not in region {endpoint.region}: {cure}"
@@ -82,10 +82,10 @@ def _answer(error: S3Error, verb: str, bucket: str, endpoint: Endpoint) -> str:
         return f"the server's storage is full ({code}): free some space there and run the same command again"
     if status in BUSY:
         return f"the server is still too busy or broken after retries ({status} {code}): run the same command again later"
-    return f"the server says {code}{f': {_line(error.message)}' if error.message else ''} (HTTP {status})"
+    return f"the server says {code}{f': {_to_single_line(error.message)}' if error.message else ''} (HTTP {status})"
 
 
-def _odd_answer(error: ServerError | InvalidResponseError, endpoint: Endpoint) -> str:
+def _explain_bad_response(error: ServerError | InvalidResponseError, endpoint: S3Endpoint) -> str:
     """For an HTTP error without the XML that S3 gives with it: most often from something that stands in front of the server."""
     status = (
         error.status_code if isinstance(error, ServerError) else int(error.args[0].split("Response code: ")[1].split(",")[0])
@@ -99,7 +99,7 @@ def _odd_answer(error: ServerError | InvalidResponseError, endpoint: Endpoint) -
     return f"{endpoint.url} answers HTTP {status}, but not in the words of S3; correct AWS_ENDPOINT_URL"
 
 
-def _no_answer(error: HTTPError, endpoint: Endpoint) -> str:
+def _explain_no_response(error: HTTPError, endpoint: S3Endpoint) -> str:
     url = endpoint.url
     if isinstance(error, NameResolutionError):
         return f"the host of {url} has no address (DNS): correct AWS_ENDPOINT_URL, or look at the network"
@@ -113,34 +113,34 @@ def _no_answer(error: HTTPError, endpoint: Endpoint) -> str:
             )
         if "WRONG_VERSION_NUMBER" in text or "RECORD_LAYER_FAILURE" in text:
             return f"TLS: {url} does not speak it: write http:// in AWS_ENDPOINT_URL if plain HTTP is what you want"
-        return f"TLS: no connection with {url} ({_line(text)}): look at the server's certificate and TLS versions"
+        return f"TLS: no connection with {url} ({_to_single_line(text)}): look at the server's certificate and TLS versions"
     if isinstance(error, NewConnectionError):
         cause = error.__cause__
-        what = cause.strerror if isinstance(cause, OSError) and cause.strerror else "no connection"
-        return f"nothing answers at {url} ({what}): start the server, or correct AWS_ENDPOINT_URL"
+        cause_text = cause.strerror if isinstance(cause, OSError) and cause.strerror else "no connection"
+        return f"nothing answers at {url} ({cause_text}): start the server, or correct AWS_ENDPOINT_URL"
     if isinstance(error, ConnectTimeoutError):
         return f"no connection with {url} in time: look at the network and its policies, or correct AWS_ENDPOINT_URL"
     if isinstance(error, ReadTimeoutError):
         return f"{url} took too long to answer, also after retries: run the same command again later"
     if isinstance(error, ProtocolError):
         return f"the connection with {url} broke off, also after retries: look at the network, and run the same command again"
-    return f"{url}: {_line(error)}"
+    return f"{url}: {_to_single_line(error)}"
 
 
-def _skew(error: S3Error) -> str:
+def _explain_clock_skew(error: S3Error) -> str:
     # Swift and others leave the times out of the message; the Date header is always there.
-    server = _element(error, "ServerTime") or error.response.headers.get("date") or "unknown"
+    server = _find_element(error, "ServerTime") or error.response.headers.get("date") or "unknown"
     here = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    ours = _element(error, "RequestTime") or here
+    ours = _find_element(error, "RequestTime") or here
     return f"the clocks differ too much: this machine says {ours}, the server {server}: set the clock here (NTP), or there"
 
 
-def _element(error: S3Error, name: str) -> str | None:
+def _find_element(error: S3Error, name: str) -> str | None:
     try:
         return ET.fromstring(error.response.data).findtext(f"{{*}}{name}")
     except (ET.ParseError, HTTPError, ValueError):
         return None
 
 
-def _line(value: object) -> str:
+def _to_single_line(value: object) -> str:
     return " ".join(str(value).split())

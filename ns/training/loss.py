@@ -1,4 +1,4 @@
-"""What training minimises: cross-entropy on labels plus cross-entropy on pseudo-labels (arXiv:1911.04252, Algorithm 1)."""
+"""What training minimizes: cross-entropy on labels plus cross-entropy on pseudo-labels (arXiv:1911.04252, Algorithm 1)."""
 
 from typing import NamedTuple
 
@@ -11,14 +11,14 @@ from ns.config.schema import TrainConfig
 
 class Losses(NamedTuple):
     total: Tensor
-    labelled: Tensor
-    """Mean cross-entropy over the labelled images."""
+    labeled: Tensor
+    """Mean cross-entropy over the labeled images."""
     pseudo: Tensor
-    """Mean cross-entropy over the pseudo-labelled images; 0 without any."""
+    """Mean cross-entropy over the pseudo-labeled images; 0 without any."""
 
 
-def soften(probabilities: Tensor, temperature: float) -> Tensor:
-    """p^(1/T) renormalised, float32 [N, C]: the softmax at temperature T of the logits behind p.
+def apply_temperature(probabilities: Tensor, temperature: float) -> Tensor:
+    """p^(1/T) renormalized, float32 [N, C]: the softmax at temperature T of the logits behind p.
 
     By logarithms: at a low temperature the powers of all of an unsure image's classes would be 0.
     """
@@ -27,26 +27,26 @@ def soften(probabilities: Tensor, temperature: float) -> Tensor:
     return (probabilities.log() / temperature).softmax(1)
 
 
-def losses(logits: Tensor, labels: Tensor, targets: Tensor, train: TrainConfig) -> Losses:
+def compute_losses(logits: Tensor, class_ids: Tensor, targets: Tensor, train: TrainConfig) -> Losses:
     """Loss of one concatenated batch.
 
-    logits float32 [B+U, C], labelled images first; labels int64 [B]; targets float32 [U, C], rows summing to 1.
+    logits float32 [B+U, C], labeled images first; labels int64 [B]; targets float32 [U, C], rows summing to 1.
     The weights of the two means follow `train.weighting`, with r = U / B.
     """
-    batch, pseudo_batch = len(labels), len(targets)
-    labelled = F.cross_entropy(logits[:batch], labels, label_smoothing=train.label_smoothing)
+    batch, pseudo_batch = len(class_ids), len(targets)
+    labeled = F.cross_entropy(logits[:batch], class_ids, label_smoothing=train.label_smoothing)
     if pseudo_batch == 0:
-        return Losses(labelled, labelled.detach(), torch.zeros_like(labelled))
+        return Losses(labeled, labeled.detach(), torch.zeros_like(labeled))
     if train.pseudo_labels == "hard":
         pseudo = F.cross_entropy(logits[batch:], targets.argmax(1), label_smoothing=train.label_smoothing)
     else:
         # No smoothing here: soft labels carry their own, and the reference code adds none.
-        pseudo = F.cross_entropy(logits[batch:], soften(targets, train.temperature))
+        pseudo = F.cross_entropy(logits[batch:], apply_temperature(targets, train.temperature))
     ratio = pseudo_batch / batch
     if train.weighting == "equal":
-        total = labelled + pseudo
+        total = labeled + pseudo
     else:
-        total = labelled + ratio * pseudo
+        total = labeled + ratio * pseudo
         if train.weighting == "mean":
             total = total / (1 + ratio)
-    return Losses(total, labelled.detach(), pseudo.detach())
+    return Losses(total, labeled.detach(), pseudo.detach())

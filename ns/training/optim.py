@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules of the paper (`noisy_student.md` §1.4)."""
+"""Optimizers and learning-rate schedules of the paper (`noisy_student.md` §1.4)."""
 
 import math
 from typing import Any
@@ -13,7 +13,7 @@ from ns.config.schema import OptimizerConfig
 STAIRCASE_DROPS = 350 / 2.4
 
 
-def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def make_parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay on everything but batch-norm parameters; biases are decayed, as in the reference code."""
     exempt = {id(p) for module in network.modules() if isinstance(module, _BatchNorm) for p in module.parameters()}
     parameters = [p for p in network.parameters() if p.requires_grad]
@@ -24,12 +24,12 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, 
 
 
 def make_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """An optimiser with learning rate 0; `learning_rate` says what it is at each step.
+    """An optimizer with learning rate 0; `learning_rate` says what it is at each step.
 
     Weight decay is the gradient of weight_decay · Σ w² / 2 in `rmsprop` and `sgd`, and decoupled in `adamw`. All tensors are
     updated together: bit for bit the same as one after the other, in half the time.
     """
-    groups = parameter_groups(network, config.weight_decay)
+    groups = make_parameter_groups(network, config.weight_decay)
     match config.name:
         case "rmsprop":
             from timm.optim import RMSpropTF
@@ -45,9 +45,11 @@ def make_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.O
             return torch.optim.AdamW(groups, lr=0.0, foreach=True)
 
 
-def learning_rate(step: int, *, steps: int, steps_per_epoch: float, labelled_batch: int, config: OptimizerConfig) -> float:
-    """Learning rate of a step counted from 0. Pseudo-labelled images do not count towards the batch that scales it."""
-    peak = config.lr * labelled_batch / 256
+def compute_learning_rate(
+    step: int, *, steps: int, steps_per_epoch: float, labeled_batch: int, config: OptimizerConfig
+) -> float:
+    """Learning rate of a step counted from 0. Pseudo-labeled images do not count towards the batch that scales it."""
+    peak = config.lr * labeled_batch / 256
     warmup = config.warmup_epochs * steps_per_epoch
     if step < warmup:
         return peak * step / warmup

@@ -13,48 +13,48 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ns.config.schema import FinetuneConfig, NoiseConfig, RoleConfig, TrainConfig
 from ns.core.errors import ConfigError
 from ns.data.augment.transforms import EvalTransform, TrainTransform
-from ns.data.loading.decode import Encoded
-from ns.training.optim import learning_rate
+from ns.data.loading.decode import EncodedJpeg
+from ns.training.optim import compute_learning_rate
 
 
 @dataclass(frozen=True)
-class Course:
+class TrainingPlan:
     role: RoleConfig
     transform: TrainTransform
     steps: int
-    rate: Callable[[int], float]
+    lr_at: Callable[[int], float]
     """Learning rate of a step counted from 0."""
-    still: tuple[str, ...] = ()
+    frozen_batchnorms: tuple[str, ...] = ()
     """Names of the layers that use their batch-norm statistics instead of gathering them."""
 
     @property
-    def train(self) -> TrainConfig:
+    def train_config(self) -> TrainConfig:
         return self.role.train
 
 
-def training(role: RoleConfig, samples: int) -> Course:
-    """The training of a teacher or student on `samples` labelled images."""
+def plan_training(role: RoleConfig, samples: int) -> TrainingPlan:
+    """The training of a teacher or student on `samples` labeled images."""
     config = role.train
-    steps_per_epoch = samples / config.labelled_batch
+    steps_per_epoch = samples / config.labeled_batch
     steps = max(1, math.ceil(config.epochs * steps_per_epoch))
 
-    def rate(step: int) -> float:
-        return learning_rate(
+    def lr_at(step: int) -> float:
+        return compute_learning_rate(
             step,
             steps=steps,
             steps_per_epoch=steps_per_epoch,
-            labelled_batch=config.labelled_batch,
+            labeled_batch=config.labeled_batch,
             config=config.optimizer,
         )
 
-    return Course(role, TrainTransform(role.noise, role.model.resolution), steps, rate)
+    return TrainingPlan(role, TrainTransform(role.noise, role.model.resolution), steps, lr_at)
 
 
-def finetuned_role(role: RoleConfig, finetune: FinetuneConfig) -> RoleConfig:
-    """The role during and after its fine-tuning: another resolution, no noise, labelled images only."""
-    changes = {"epochs": finetune.epochs, "unlabelled_ratio": 0.0, "finetune": None}
-    if finetune.labelled_batch is not None:
-        changes["labelled_batch"] = finetune.labelled_batch
+def make_finetuning_role(role: RoleConfig, finetune: FinetuneConfig) -> RoleConfig:
+    """The role during and after its fine-tuning: another resolution, no noise, labeled images only."""
+    changes = {"epochs": finetune.epochs, "unlabeled_ratio": 0.0, "finetune": None}
+    if finetune.labeled_batch is not None:
+        changes["labeled_batch"] = finetune.labeled_batch
     return RoleConfig(
         model=role.model.model_copy(update={"resolution": finetune.resolution, "test_resolution": None}),
         noise=NoiseConfig(
@@ -69,29 +69,29 @@ def finetuned_role(role: RoleConfig, finetune: FinetuneConfig) -> RoleConfig:
     )
 
 
-def finetuning(role: RoleConfig, finetune: FinetuneConfig, network: nn.Module, samples: int) -> Course:
-    """The train/test resolution fix: `network` (trained) on plain labelled images as evaluation sees them, its first layers
+def plan_finetuning(role: RoleConfig, finetune: FinetuneConfig, network: nn.Module, samples: int) -> TrainingPlan:
+    """The train/test resolution fix: `network` (trained) on plain labeled images as evaluation sees them, its first layers
     frozen (arXiv:1911.04252 §3; `noisy_student.md` §1.6).
 
     Without a learning rate of its own it gets the last ones of the training's schedule, as the reference code does it.
     """
-    tuned = finetuned_role(role, finetune)
-    batch = tuned.train.labelled_batch
+    finetuning_role = make_finetuning_role(role, finetune)
+    batch = finetuning_role.train.labeled_batch
     steps = max(1, math.ceil(finetune.epochs * samples / batch))
-    main = training(role, samples)
+    main_plan = plan_training(role, samples)
 
-    def rate(step: int) -> float:
+    def lr_at(step: int) -> float:
         if finetune.lr is not None:
             return finetune.lr * batch / 256
         # Both count in their own batches; a fine-tuning longer than its training begins where that began.
-        passed = main.steps - (steps - step) * batch / role.train.labelled_batch
-        return main.rate(max(0, math.floor(passed))) * batch / role.train.labelled_batch
+        passed = main_plan.steps - (steps - step) * batch / role.train.labeled_batch
+        return main_plan.lr_at(max(0, math.floor(passed))) * batch / role.train.labeled_batch
 
-    still = freeze(network, finetune.frozen_share)
-    return Course(tuned, _Plain(tuned), steps, rate, still)
+    frozen_batchnorms = freeze_layers(network, finetune.frozen_share)
+    return TrainingPlan(finetuning_role, _EvaluationTransform(finetuning_role), steps, lr_at, frozen_batchnorms)
 
 
-def freeze(network: nn.Module, share: float) -> tuple[str, ...]:
+def freeze_layers(network: nn.Module, share: float) -> tuple[str, ...]:
     """Stops the gradient of the stem and of the first `share` of the blocks. Returns the names of their batch-norm layers, which
     are to be kept in evaluation mode. Raises ConfigError for a network of which timm does not know the order of layers.
     """
@@ -114,12 +114,12 @@ def freeze(network: nn.Module, share: float) -> tuple[str, ...]:
     )
 
 
-class _Plain(TrainTransform):
+class _EvaluationTransform(TrainTransform):
     """Images as evaluation sees them."""
 
     def __init__(self, role: RoleConfig) -> None:
         super().__init__(role.noise, role.model.resolution)
         self._plain = EvalTransform(role.model.resolution, role.noise.crop, role.model.test_margin_px)
 
-    def __call__(self, image: Encoded | npt.NDArray[np.uint8], rng: np.random.Generator) -> npt.NDArray[np.uint8]:  # noqa: ARG002
+    def __call__(self, image: EncodedJpeg | npt.NDArray[np.uint8], rng: np.random.Generator) -> npt.NDArray[np.uint8]:  # noqa: ARG002
         return self._plain(image)

@@ -4,32 +4,32 @@ import torch
 from torch import nn
 
 from ns.config.schema import ModelConfig, RoleConfig
-from ns.data.loading.stream import Labelled, PseudoLabelled
-from ns.data.prepared import Prepared
+from ns.data.loading.stream import LabeledImages, PseudoLabeledImages
+from ns.data.prepared import PreparedData
 from ns.labeling.label_set import MANIFEST as LABEL_SET
 from ns.labeling.label_set import LabelSet
-from ns.labeling.pseudo_label_dataset import pseudo_labelled
+from ns.labeling.pseudo_label_dataset import load_pseudo_labels
 from ns.labeling.selection import Selection
 from ns.modeling import factory as models
 from ns.modeling.distributed import World
-from ns.modeling.manifest import FINETUNED, Lineage, ModelCard, weights_digest
+from ns.modeling.manifest import FINETUNED, Lineage, ModelManifest, digest_weights
 from ns.modeling.manifest import MANIFEST as CARD
 from ns.modeling.precision import choose
-from ns.modeling.predictor import inference_workload
+from ns.modeling.predictor import make_inference_workload
 from ns.storage import Store
 from ns.training import checkpoint
-from ns.training.loop import Trained, train
+from ns.training.loop import TrainingResult, train_model
 from ns.training.monitor import Monitor
-from ns.training.plan import finetuned_role, finetuning, training
-from ns.training.warm_start import model_weights, start_from, weights_at
+from ns.training.plan import make_finetuning_role, plan_finetuning, plan_training
+from ns.training.warm_start import copy_weights, read_model_weights, read_weights
 
 
 def train_and_save(
-    folder: Store,
+    model_store: Store,
     checkpoints: Store,
     root: Store,
     role: RoleConfig,
-    prepared: Prepared,
+    prepared: PreparedData,
     selection: Selection | None,
     *,
     generation: int,
@@ -38,99 +38,99 @@ def train_and_save(
     config_digest: str,
     inference_batch: int,
     world: World,
-    notes: Store,
+    run_store: Store,
 ) -> None:
     """Trains a teacher (no selection) or a student, and writes the model into `folder`; then fine-tunes it, if the role says
     so, into FINETUNED below. What is there already is not trained again.
 
-    `inference_batch`: images in a forward pass of labelling, for which the model's inference precision is chosen.
+    `inference_batch`: images in a forward pass of labeling, for which the model's inference precision is chosen.
     `world`: the processes that do this together; the first one writes. `notes`: folder of the run.
     """
-    labelled_folder, labelled_data = prepared.labelled.open(root)
-    labelled = Labelled(labelled_folder, labelled_data)
-    classes = labelled_data.classes
+    labeled_store, labeled_dataset = prepared.labeled.open_dataset(root)
+    labeled = LabeledImages(labeled_store, labeled_dataset)
+    classes = labeled_dataset.classes
     lineage = Lineage(
         config=config_digest,
-        labelled=labelled_data.digest,
-        teacher=ModelCard.read(teacher, CARD).digest if teacher else None,
+        labeled=labeled_dataset.digest,
+        teacher=ModelManifest.load_file(teacher, CARD).digest if teacher else None,
         label_set=selection.label_set if selection else None,
         selection=selection.digest if selection else None,
-        init=weights_digest(role.train.init_place) if role.train.init_place else None,
+        init=digest_weights(role.train.init_uri) if role.train.init_uri else None,
     )
 
-    def monitor(role: RoleConfig, name: str) -> Monitor:
-        return Monitor(notes if world.first else None, name=f"{generation}-{name}", tensorboard=role.train.tensorboard)
+    def make_monitor(role: RoleConfig, name: str) -> Monitor:
+        return Monitor(run_store if world.is_main else None, name=f"{generation}-{name}", tensorboard=role.train.tensorboard)
 
-    def save(place: Store, role: RoleConfig, network: nn.Module, trained: Trained, lineage: Lineage) -> None:
+    def save_trained(store: Store, role: RoleConfig, network: nn.Module, trained: TrainingResult, lineage: Lineage) -> None:
         fields = {
             "generation": generation,
             "model": _with_inference_precision(role.model, network, batch=inference_batch),
             "noise": role.noise,
             "classes": classes,
-            "parameters": models.parameter_count(network),
+            "parameters": models.count_parameters(network),
             "steps": trained.steps,
             "training_mode": trained.mode,
             "lineage": lineage,
         }
         # Another run may have trained the same beside this one, on another machine to other weights: what is there has been read.
-        if world.first and not place.exists(CARD):
-            models.save(place, trained.weights, fields, trained.history)
-        world.wait()
+        if world.is_main and not store.exists(CARD):
+            models.save_model(store, trained.weights, fields, trained.history)
+        world.barrier()
 
-    if not world.first_says(lambda: "there" if folder.exists(CARD) else ""):
+    if not world.broadcast(lambda: "there" if model_store.exists(CARD) else ""):
         torch.manual_seed(seed)
-        network = models.build(role.model, role.noise, len(classes))
-        if role.train.init_place:
-            start_from(network, weights_at(role.train.init_place), classes)
+        network = models.build_model(role.model, role.noise, len(classes))
+        if role.train.init_uri:
+            copy_weights(network, read_weights(role.train.init_uri), classes)
         elif teacher and role.train.init == "teacher":
-            start_from(network, model_weights(teacher), classes)
-        pseudo = _pseudo_labelled(root, prepared, selection) if selection else None
-        course = training(role, labelled.samples)
-        trained = train(
+            copy_weights(network, read_model_weights(teacher), classes)
+        pseudo = _open_pseudo_labeled(root, prepared, selection) if selection else None
+        plan = plan_training(role, labeled.samples)
+        trained = train_model(
             network,
-            course,
-            labelled,
+            plan,
+            labeled,
             pseudo,
             classes=len(classes),
             seed=seed,
             checkpoints=checkpoints,
             world=world,
-            monitor=monitor(role, "train"),
+            monitor=make_monitor(role, "train"),
         )
-        save(folder, role, network, trained, lineage)
-        if world.first:
-            checkpoint.clear(checkpoints)
+        save_trained(model_store, role, network, trained, lineage)
+        if world.is_main:
+            checkpoint.clear_checkpoints(checkpoints)
 
-    card = ModelCard.read(folder, CARD)
-    tuned_folder = folder.at(FINETUNED)
-    if role.train.finetune and not world.first_says(lambda: "there" if tuned_folder.exists(CARD) else ""):
-        tuned = finetuned_role(role, role.train.finetune)
+    manifest = ModelManifest.load_file(model_store, CARD)
+    tuned_store = model_store.at(FINETUNED)
+    if role.train.finetune and not world.broadcast(lambda: "there" if tuned_store.exists(CARD) else ""):
+        tuned_role = make_finetuning_role(role, role.train.finetune)
         torch.manual_seed(seed)
-        network = models.build(tuned.model, tuned.noise, len(classes))
-        network.load_state_dict(models.load_weights(folder, card))
-        course = finetuning(role, role.train.finetune, network, labelled.samples)
+        network = models.build_model(tuned_role.model, tuned_role.noise, len(classes))
+        network.load_state_dict(models.load_weights(model_store, manifest))
+        plan = plan_finetuning(role, role.train.finetune, network, labeled.samples)
         checkpoints = checkpoints.at(FINETUNED)
-        trained = train(
+        trained = train_model(
             network,
-            course,
-            labelled,
+            plan,
+            labeled,
             None,
             classes=len(classes),
             seed=seed,
             checkpoints=checkpoints,
             world=world,
-            monitor=monitor(role, "finetune"),
+            monitor=make_monitor(role, "finetune"),
         )
-        started_from = lineage.model_copy(update={"init": card.weights_sha256})
-        save(tuned_folder, tuned, network, trained, started_from)
-        if world.first:
-            checkpoint.clear(checkpoints)
+        started_from = lineage.model_copy(update={"init": manifest.weights_sha256})
+        save_trained(tuned_store, tuned_role, network, trained, started_from)
+        if world.is_main:
+            checkpoint.clear_checkpoints(checkpoints)
 
 
-def _pseudo_labelled(root: Store, prepared: Prepared, selection: Selection) -> PseudoLabelled:
-    labels = root.at(selection.labels)
-    pool_folder, pool = prepared.pool.open(root)
-    return pseudo_labelled(labels, LabelSet.read(labels, LABEL_SET), selection, pool_folder, pool)
+def _open_pseudo_labeled(root: Store, prepared: PreparedData, selection: Selection) -> PseudoLabeledImages:
+    label_set_store = root.at(selection.label_set_key)
+    pool_store, pool = prepared.pool.open_dataset(root)
+    return load_pseudo_labels(label_set_store, LabelSet.load_file(label_set_store, LABEL_SET), selection, pool_store, pool)
 
 
 def _with_inference_precision(model: ModelConfig, network: nn.Module, *, batch: int) -> ModelConfig:
@@ -138,5 +138,5 @@ def _with_inference_precision(model: ModelConfig, network: nn.Module, *, batch: 
     if model.inference_precision != "auto":
         return model
     # Whether to compile is another question, asked by whoever knows how much there is to do.
-    mode = choose(inference_workload(network, model, batch), images=0)
+    mode = choose(make_inference_workload(network, model, batch), images=0)
     return model.model_copy(update={"inference_precision": mode.precision})

@@ -9,8 +9,8 @@ from ns.stages import steps
 
 
 def main() -> None:
-    config_uri, root, run, data, generation, teacher, labels = sys.argv[1:]
-    steps.join_training(config_uri, root, run, data, int(generation), teacher, labels)
+    config_uri, root, run, data, generation, teacher, selection_key = sys.argv[1:]
+    steps.join_training(config_uri, root, run, data, int(generation), teacher, selection_key)
 
 
 if __name__ == "__main__":

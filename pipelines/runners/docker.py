@@ -24,33 +24,33 @@ from typing import Any
 from components import WORKER_IMAGE
 from ns.config.schema import Experiment
 from ns.core.errors import ConfigError, Interrupted, NsError, RunError
-from ns.core.log import EVENTS_VARIABLE, last_words
+from ns.core.log import EVENTS_VARIABLE, format_last_lines
 from ns.storage import LocalStore, Store
-from pipelines import PACKAGE, documents
+from pipelines import PACKAGE, load_yaml_documents
 from pipelines.runners.local import (
     POLL_SECONDS,
     STOP_SECONDS,
-    Event,
-    Output,
-    StepError,
-    begin,
-    drive,
+    LogWriter,
+    StageError,
+    StageEvent,
+    describe_stage,
+    init_runner,
     load_pipeline,
-    name_of,
-    tail,
+    run_redirected,
+    tail_events,
 )
 
-USER = 10001
+STAGE_USER = 10001
 """Who the images' steps are (images/Dockerfile)."""
-LABEL = "noisy-student"
-FORWARDED = ("AWS_", "NS_S3_", "NS_GIT_", "OMP_")
+CONTAINER_LABEL = "noisy-student"
+FORWARDED_VARIABLES = ("AWS_", "NS_S3_", "NS_GIT_", "OMP_")
 """Variables of the client that steps get: which store, the label registry's login, and how many threads."""
-HEARD_LINES = 200
+LOG_TAIL_LINES = 200
 """Of a step's log that are kept for a message, should it fail."""
 
 
 @dataclass(frozen=True)
-class Container:
+class ContainerOptions:
     """What the container of a step may have."""
 
     image: str | None = None
@@ -60,19 +60,19 @@ class Container:
     shm: str = "1g"
     gpus: int = 0
     """-1 for all."""
-    step_seconds: float | None = None
+    stage_seconds: float | None = None
     """The longest that a step may take; what the pipeline says if not given."""
 
 
-def run(
+def run_in_containers(
     *,
     config_uri: str,
     root: Store,
     run: str,
     experiment: Experiment,
-    container: Container,
+    container: ContainerOptions,
     log: Path | None,
-    on_event: Callable[[Event], None],
+    on_event: Callable[[StageEvent], None],
 ) -> None:
     """Runs the pipeline to its end, as `pipelines.runners.local.run` does, in containers.
 
@@ -83,42 +83,42 @@ def run(
 
     with tempfile.TemporaryDirectory(prefix="ns-run-") as scratch:
         try:
-            engine = _Engine(container, experiment, root, run, Path(scratch), on_event)
+            engine = _ContainerEngine(container, experiment, root, run, Path(scratch), on_event)
         except DockerException as error:
             raise ConfigError(f"no container engine answers ({error}); start Docker or Podman, or set DOCKER_HOST") from error
-        output = Output(log)
-        with contextlib.closing(engine), tail(engine.events, engine.on_event):
+        output = LogWriter(log)
+        with contextlib.closing(engine), tail_events(engine.events, engine.on_event):
             try:
-                drive(output, engine.interrupt, lambda: engine.run_pipeline(config_uri))
+                run_redirected(output, engine.stop_stages, lambda: engine.run_pipeline(config_uri))
             except KeyboardInterrupt:
                 raise Interrupted("interrupted; the same command continues") from None
             except Exception as error:
                 time.sleep(2 * POLL_SECONDS)  # the last events are on their way
-                raise engine.failure(output, error) from error
+                raise engine.explain_failure(output, error) from error
             finally:
                 output.close()
 
 
 @dataclass
-class _Failure:
+class _StageFailure:
     """A step whose container did not end well."""
 
-    step: Event
+    stage: StageEvent
     reason: str
     last_words: str
 
 
-class _Engine:
+class _ContainerEngine:
     """The containers of one run."""
 
     def __init__(
         self,
-        container: Container,
+        container: ContainerOptions,
         experiment: Experiment,
         root: Store,
         run: str,
         scratch: Path,
-        on_event: Callable[[Event], None],
+        on_event: Callable[[StageEvent], None],
     ) -> None:
         import docker
 
@@ -129,52 +129,52 @@ class _Engine:
         self._on_event = on_event
         self._stopping = threading.Event()
         self._running: dict[str, Any] = {}
-        self._told: list[Event] = []
-        self._failed: list[_Failure] = []
-        self._image = self._found(container.image or WORKER_IMAGE)
-        self._seconds = _timeouts()
-        self._offline = offline(root, experiment)
+        self._failure_events: list[StageEvent] = []
+        self._failures: list[_StageFailure] = []
+        self._image = self._find_image(container.image or WORKER_IMAGE)
+        self._timeouts = _read_timeouts()
+        self._offline = is_offline(root, experiment)
         self._user = self._hand_over()
-        self._volumes = self._mounts(experiment)
+        self._volumes = self._list_mounts(experiment)
         self.events = scratch / "events.jsonl"
         self.events.touch()
-        self._own(scratch)
-        self._own(self.events)
+        self._give_to_user(scratch)
+        self._give_to_user(self.events)
         self._remove_orphans()
 
     def close(self) -> None:
         self._client.close()
 
-    def on_event(self, event: Event) -> None:
+    def on_event(self, event: StageEvent) -> None:
         if event["event"] == "failed":
-            self._told.append(event)
+            self._failure_events.append(event)
         self._on_event(event)
 
     def run_pipeline(self, config_uri: str) -> None:
         from kfp import local
         from kfp.local import docker_task_handler
 
-        docker_task_handler.run_docker_container = self.run_step
+        docker_task_handler.run_docker_container = self.run_stage
         pipeline = load_pipeline()
-        begin(local.DockerRunner(), self._scratch)
+        init_runner(local.DockerRunner(), self._scratch)
         pipeline(config=config_uri, root=self._root.uri, run=self._run)
 
-    def run_step(self, *, command: list[str], **_given: Any) -> int:
+    def run_stage(self, *, command: list[str], **_given: Any) -> int:
         """Runs a step in a container and returns its exit code. In place of kfp.local's function, whose image and
         folders are not what we want."""
-        step = _step(command)
-        seconds = self._container.step_seconds or self._seconds.get(str(step["function"]))
+        stage = _parse_stage(command)
+        seconds = self._container.stage_seconds or self._timeouts.get(str(stage["function"]))
         container = self._client.containers.create(
-            self._image, command, volumes=self._volumes, labels=self._labels, **self._limits()
+            self._image, command, volumes=self._volumes, labels=self._container_labels, **self._container_options()
         )
-        lines: deque[str] = deque(maxlen=HEARD_LINES)
-        late = threading.Event()
+        lines: deque[str] = deque(maxlen=LOG_TAIL_LINES)
+        timed_out = threading.Event()
 
-        def stop() -> None:
-            late.set()
+        def kill_container() -> None:
+            timed_out.set()
             container.kill()
 
-        timer = threading.Timer(seconds, stop) if seconds else None
+        timer = threading.Timer(seconds, kill_container) if seconds else None
         self._running[container.id] = container
         try:
             if self._stopping.is_set():
@@ -182,15 +182,15 @@ class _Engine:
             container.start()
             if timer:
                 timer.start()
-            for line in _lines(container.logs(stream=True, follow=True)):
+            for line in _split_lines(container.logs(stream=True, follow=True)):
                 lines.append(line)
                 # KFP's redirection has it written to the run's log.
                 print(line)  # noqa: T201
             code = int(container.wait()["StatusCode"])
             if code:
                 container.reload()
-                reason = self._reason(code, late.is_set(), container.attrs["State"], seconds)
-                self._failed.append(_Failure(step, reason, last_words(lines)))
+                reason = self._failure_reason(code, timed_out.is_set(), container.attrs["State"], seconds)
+                self._failures.append(_StageFailure(stage, reason, format_last_lines(lines)))
             return code
         finally:
             if timer:
@@ -198,7 +198,7 @@ class _Engine:
             self._running.pop(container.id, None)
             container.remove(force=True)
 
-    def interrupt(self) -> None:
+    def stop_stages(self) -> None:
         """Asks the steps under way to stop, and waits: training writes a checkpoint first."""
         self._stopping.set()
         running = list(self._running.values())
@@ -213,39 +213,39 @@ class _Engine:
             with contextlib.suppress(Exception):
                 container.kill()
 
-    def failure(self, output: Output, error: Exception) -> NsError:
+    def explain_failure(self, output: LogWriter, error: Exception) -> NsError:
         """What a person needs to know of a failed run: the step, its reason, and its last words."""
         if isinstance(error, NsError):
             return error
-        if self._told:
-            event = self._told[0]
-            return StepError(f"{name_of(event)}: {event['error']}", int(event.get("exit_code", 1)))
-        if self._failed:
-            failed = self._failed[0]
-            return RunError(f"{name_of(failed.step)}: {failed.reason}; the same command continues{failed.last_words}")
+        if self._failure_events:
+            event = self._failure_events[0]
+            return StageError(f"{describe_stage(event)}: {event['error']}", int(event.get("exit_code", 1)))
+        if self._failures:
+            failed = self._failures[0]
+            return RunError(f"{describe_stage(failed.stage)}: {failed.reason}; the same command continues{failed.last_words}")
         return RunError(output.last_words() or f"{type(error).__name__}: {error}")
 
-    def _reason(self, code: int, late: bool, state: dict[str, Any], seconds: float | None) -> str:
-        if late:
+    def _failure_reason(self, code: int, timed_out: bool, state: dict[str, Any], seconds: float | None) -> str:
+        if timed_out:
             return f"was stopped after {seconds:,.0f} s, the longest that it may take"
         if state.get("OOMKilled") or (code == 137 and self._container.memory):
             limit = f" of {self._container.memory} (--memory)" if self._container.memory else ""
             return f"was killed for want of memory{limit}"
         return f"ended with exit code {code}"
 
-    def _found(self, name: str) -> Any:
+    def _find_image(self, name: str) -> Any:
         from docker.errors import ImageNotFound
 
-        for place in (name, f"localhost/{name}"):  # podman's own images
+        for image_name in (name, f"localhost/{name}"):  # podman's own images
             with contextlib.suppress(ImageNotFound):
-                return self._client.images.get(place).id
+                return self._client.images.get(image_name).id
         raise ConfigError(f"--image {name}: is not on this machine; make it with `make images`, or pull it")
 
-    def _limits(self) -> dict[str, Any]:
+    def _container_options(self) -> dict[str, Any]:
         from docker.types import DeviceRequest
 
         container = self._container
-        variables = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)}
+        variables = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED_VARIABLES)}
         return {
             "user": f"{self._user}:{self._user}",
             "read_only": True,
@@ -262,51 +262,51 @@ class _Engine:
         }
 
     @property
-    def _labels(self) -> dict[str, str]:
-        return {LABEL: f"{self._root.uri}/{self._run}", f"{LABEL}.scratch": str(self._scratch)}
+    def _container_labels(self) -> dict[str, str]:
+        return {CONTAINER_LABEL: f"{self._root.uri}/{self._run}", f"{CONTAINER_LABEL}.scratch": str(self._scratch)}
 
     def _remove_orphans(self) -> None:
         """Stops what a client left behind that was killed. Its successor holds the run, so that nobody waits for them."""
-        label = f"{LABEL}={self._labels[LABEL]}"
+        label = f"{CONTAINER_LABEL}={self._container_labels[CONTAINER_LABEL]}"
         for container in self._client.containers.list(all=True, filters={"label": label}):
-            scratch = container.labels.get(f"{LABEL}.scratch", "")
+            scratch = container.labels.get(f"{CONTAINER_LABEL}.scratch", "")
             container.remove(force=True)
             if Path(scratch).name.startswith("ns-run-"):
                 shutil.rmtree(scratch, ignore_errors=True)
 
-    def _mounts(self, experiment: Experiment) -> dict[str, dict[str, str]]:
+    def _list_mounts(self, experiment: Experiment) -> dict[str, dict[str, str]]:
         """Folders by their own paths: those that are written, and data that are not."""
-        read = [place for place in experiment.places().values() if place.startswith("/")]
-        volumes = {place: {"bind": place, "mode": "ro"} for place in read}
-        written = [str(self._scratch)]
+        read_only = [path for path in experiment.map_uris().values() if path.startswith("/")]
+        volumes = {path: {"bind": path, "mode": "ro"} for path in read_only}
+        writable = [str(self._scratch)]
         if isinstance(self._root, LocalStore):
-            written.append(str(self._root.root))
-        return volumes | {place: {"bind": place, "mode": "rw"} for place in written}
+            writable.append(str(self._root.root))
+        return volumes | {path: {"bind": path, "mode": "rw"} for path in writable}
 
     def _hand_over(self) -> int:
         """The user that steps are: who runs this, but never root. What root has made is handed over to the images' user."""
         if os.getuid() != 0:
             return os.getuid()
         if isinstance(self._root, LocalStore):
-            owner = self._root.root.stat().st_uid or USER
+            owner = self._root.root.stat().st_uid or STAGE_USER
             for folder, _, files in os.walk(self._root.root):
                 for path in (folder, *(os.path.join(folder, name) for name in files)):  # noqa: PTH118
                     os.chown(path, owner, owner, follow_symlinks=False)
             return owner
-        return USER
+        return STAGE_USER
 
-    def _own(self, path: Path) -> None:
+    def _give_to_user(self, path: Path) -> None:
         if os.getuid() == 0:
             os.chown(path, self._user, self._user)
 
 
-def offline(root: Store, experiment: Experiment) -> bool:
+def is_offline(root: Store, experiment: Experiment) -> bool:
     """Whether all that a run reads and writes is in folders of this machine."""
-    remote = any("://" in place and not place.startswith("file://") for place in experiment.places().values())
+    remote = any("://" in uri and not uri.startswith("file://") for uri in experiment.map_uris().values())
     return isinstance(root, LocalStore) and experiment.registry is None and not remote
 
 
-def _step(command: list[str]) -> Event:
+def _parse_stage(command: list[str]) -> StageEvent:
     """Which step a command of KFP's runs: name, generation, shards."""
     function = command[command.index("--function_to_execute") + 1]
     inputs = json.loads(command[command.index("--executor_input") + 1]).get("inputs", {}).get("parameterValues", {})
@@ -318,18 +318,18 @@ def _step(command: list[str]) -> Event:
     }
 
 
-def _timeouts() -> dict[str, float]:
+def _read_timeouts() -> dict[str, float]:
     """Function → seconds, from what the compiled pipeline tells Kubernetes."""
-    *_, platform = documents(PACKAGE.read_text())
+    *_, platform = load_yaml_documents(PACKAGE.read_text())
     executors = platform.get("platforms", {}).get("kubernetes", {}).get("deploymentSpec", {}).get("executors", {})
     return {
-        label.removeprefix("exec-").rstrip("-0123456789").replace("-", "_"): float(facts["activeDeadlineSeconds"])
-        for label, facts in executors.items()
-        if "activeDeadlineSeconds" in facts
+        label.removeprefix("exec-").rstrip("-0123456789").replace("-", "_"): float(executor["activeDeadlineSeconds"])
+        for label, executor in executors.items()
+        if "activeDeadlineSeconds" in executor
     }
 
 
-def _lines(chunks: Any) -> Iterator[str]:
+def _split_lines(chunks: Any) -> Iterator[str]:
     """Whole lines of a log that comes in pieces."""
     rest = b""
     for chunk in chunks:

@@ -19,21 +19,21 @@ from typing import Any
 from ns.core.errors import Interrupted, NsError, RunError
 from ns.core.log import EVENTS_VARIABLE
 from ns.core.process import CLIENT_VARIABLE
-from pipelines import PACKAGE, documents
+from pipelines import PACKAGE, load_yaml_documents
 
-Event = dict[str, Any]
+StageEvent = dict[str, Any]
 
 POLL_SECONDS = 0.1
 STOP_SECONDS = 30.0
 """Time that steps get to write a checkpoint when the run is interrupted."""
 
-COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-NOISE = re.compile(r"Traceback|^File |^\^|^[-=~^ ]*$|finished with status")
+ANSI_COLORS = re.compile(r"\x1b\[[0-9;]*m")
+LOG_NOISE = re.compile(r"Traceback|^File |^\^|^[-=~^ ]*$|finished with status")
 # What a person can mend is said in full by its message; Python puts the kind of error before it.
-KIND = re.compile(r"^ns\.core\.errors\.\w+: ")
+ERROR_CLASS = re.compile(r"^ns\.core\.errors\.\w+: ")
 
 
-class StepError(NsError):
+class StageError(NsError):
     """A step failed; carries that step's exit code."""
 
     def __init__(self, message: str, exit_code: int) -> None:
@@ -41,13 +41,13 @@ class StepError(NsError):
         self.exit_code = exit_code
 
 
-def run(
+def run_locally(
     *,
     config_uri: str,
     root: str,
     run: str,
     log: Path | None,
-    on_event: Callable[[Event], None],
+    on_event: Callable[[StageEvent], None],
     package: Path = PACKAGE,
     **inputs: Any,
 ) -> None:
@@ -56,29 +56,29 @@ def run(
 
     KFP's own output goes to the file `log`. Raises StepError when a step fails, Interrupted after SIGINT or SIGTERM.
     """
-    watch = _Watch(on_event)
+    watcher = _EventWatcher(on_event)
     with tempfile.TemporaryDirectory(prefix="ns-run-") as scratch:
         events = Path(scratch) / "events.jsonl"
         events.touch()
-        variables = {EVENTS_VARIABLE: str(events), CLIENT_VARIABLE: str(os.getpid()), **_temporary(scratch)}
+        variables = {EVENTS_VARIABLE: str(events), CLIENT_VARIABLE: str(os.getpid()), **_make_temp_variables(scratch)}
         arguments = {"config": config_uri, "root": root, "run": run, **inputs}
-        output = Output(log)
-        with _environment(variables), tail(events, watch):
+        output = LogWriter(log)
+        with _set_environment(variables), tail_events(events, watcher):
             try:
-                drive(output, watch.stop_steps, lambda: _run_pipeline(package, Path(scratch) / "kfp", arguments))
+                run_redirected(output, watcher.stop_stages, lambda: _run_pipeline(package, Path(scratch) / "kfp", arguments))
             except KeyboardInterrupt:
                 raise Interrupted("interrupted; the same command continues") from None
             except Exception as error:
                 time.sleep(2 * POLL_SECONDS)  # the last events are on their way
-                raise watch.failure(output, error) from error
+                raise watcher.explain_failure(output, error) from error
             finally:
                 output.close()
 
 
-def drive(output: "Output", stop_steps: Callable[[], None], work: Callable[[], None]) -> None:
+def run_redirected(output: "LogWriter", stop_stages: Callable[[], None], work: Callable[[], None]) -> None:
     """Does the work with KFP's output in `output`. After SIGINT or SIGTERM stops the steps and raises KeyboardInterrupt."""
     # KFP prints and logs to whatever stdout is; the terminal is ours.
-    with _interruptible(stop_steps), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+    with _stop_on_signal(stop_stages), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         work()
 
 
@@ -86,11 +86,11 @@ def _run_pipeline(package: Path, pipeline_root: Path, arguments: dict[str, Any])
     from kfp import local
 
     pipeline = load_pipeline(package)
-    begin(local.SubprocessRunner(use_venv=False), pipeline_root)
+    init_runner(local.SubprocessRunner(use_venv=False), pipeline_root)
     pipeline(**arguments)
 
 
-def begin(runner: Any, folder: Path) -> None:
+def init_runner(runner: Any, folder: Path) -> None:
     """Has KFP run steps by `runner`, and keep what it keeps in `folder`: a workspace that it makes by itself it never removes."""
     from kfp import local
 
@@ -104,29 +104,29 @@ def load_pipeline(package: Path = PACKAGE) -> Any:
     from kfp.dsl import structures, yaml_component
     from kfp.pipeline_spec import pipeline_spec_pb2
 
-    class Loaded(yaml_component.YamlComponent):  # type: ignore[misc]
+    class LoadedPipeline(yaml_component.YamlComponent):  # type: ignore[misc]
         """KFP's own reads its text anew, by Python's slow parser, whenever it is asked for its specification."""
 
         @property
         def pipeline_spec(self) -> Any:
             return json_format.ParseDict(spec, pipeline_spec_pb2.PipelineSpec())
 
-    spec, platform = documents(package.read_text())
+    spec, platform = load_yaml_documents(package.read_text())
     for component in [*spec["components"].values(), spec["root"]]:
         for task in component.get("dag", {}).get("tasks", {}).values():
             task.pop("retryPolicy", None)
-    return Loaded(structures.ComponentSpec.from_ir_dicts(spec, platform), component_yaml="")
+    return LoadedPipeline(structures.ComponentSpec.from_ir_dicts(spec, platform), component_yaml="")
 
 
-class _Watch:
+class _EventWatcher:
     """Follows the events: which steps are under way, and which one failed."""
 
-    def __init__(self, on_event: Callable[[Event], None]) -> None:
+    def __init__(self, on_event: Callable[[StageEvent], None]) -> None:
         self._on_event = on_event
-        self._active: dict[int, Event] = {}
-        self._failed: Event | None = None
+        self._active: dict[int, StageEvent] = {}
+        self._failed: StageEvent | None = None
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: StageEvent) -> None:
         pid = event.get("pid", 0)
         if event["event"] == "started":
             self._active[pid] = event
@@ -136,41 +136,43 @@ class _Watch:
                 self._failed = event
         self._on_event(event)
 
-    def stop_steps(self) -> None:
+    def stop_stages(self) -> None:
         """Asks the steps under way to stop, and waits: training writes a checkpoint first."""
         for pid in list(self._active):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
         deadline = time.monotonic() + STOP_SECONDS
-        while any(_alive(pid) for pid in list(self._active)) and time.monotonic() < deadline:
+        while any(_is_alive(pid) for pid in list(self._active)) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
 
-    def failure(self, output: "Output", error: Exception) -> NsError:
+    def explain_failure(self, output: "LogWriter", error: Exception) -> NsError:
         """What a person needs to know of a failed run: the step, and its one-line reason."""
         if self._failed is not None:
             event = self._failed
             if event.get("exit_code") == Interrupted.exit_code:
                 return Interrupted(str(event["error"]))
-            return StepError(f"{name_of(event)}: {event['error']}", int(event.get("exit_code", 1)))
-        died = [name_of(event) for pid, event in self._active.items() if not _alive(pid)]
+            return StageError(f"{describe_stage(event)}: {event['error']}", int(event.get("exit_code", 1)))
+        died = [describe_stage(event) for pid, event in self._active.items() if not _is_alive(pid)]
         last = output.last_words() or f"{type(error).__name__}: {error}"
         if died:
             return RunError(f"{died[0]}: ended without a word (killed? out of memory?); the same command continues: {last}")
         return RunError(last)
 
 
-def name_of(event: Event) -> str:
+def describe_stage(event: StageEvent) -> str:
     """`generation 1: train`; the first teacher has generation 0."""
     generation = event.get("generation", 0)
-    where = f"generation {generation}" if generation else "teacher"
+    prefix = f"generation {generation}" if generation else "teacher"
     shards = f" {event['shards']}" if event.get("shards") else ""
-    step = str(event.get("step", "")).replace("-", " ")
+    stage = str(event.get("step", "")).replace("-", " ")
     return (
-        f"{step}{shards}" if step in ("start run", "start generation", "prepare data", "report") else f"{where}: {step}{shards}"
+        f"{stage}{shards}"
+        if stage in ("start run", "start generation", "prepare data", "report")
+        else f"{prefix}: {stage}{shards}"
     )
 
 
-def _alive(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     try:
         # A zombie still has a pid; its command line is empty.
         return Path(f"/proc/{pid}/cmdline").read_bytes() != b""
@@ -182,8 +184,8 @@ def _alive(pid: int) -> bool:
         return not Path("/proc").is_dir()
 
 
-class Output(io.TextIOBase):
-    """Where KFP's output goes: to the log, without colours and the indentation that it nests into. A full disk loses the log,
+class LogWriter(io.TextIOBase):
+    """Where KFP's output goes: to the log, without colors and the indentation that it nests into. A full disk loses the log,
     never the run."""
 
     def __init__(self, path: Path | None) -> None:
@@ -199,10 +201,10 @@ class Output(io.TextIOBase):
         with self._lock:
             *lines, self._rest = (self._rest + text).split("\n")
             for line in lines:
-                self._line(COLOURS.sub("", line).strip())
+                self._write_line(ANSI_COLORS.sub("", line).strip())
         return len(text)
 
-    def _line(self, line: str) -> None:
+    def _write_line(self, line: str) -> None:
         if not line:
             return
         self._tail.append(line)
@@ -215,7 +217,7 @@ class Output(io.TextIOBase):
 
     def last_words(self) -> str:
         """The last line that says something."""
-        return KIND.sub("", next((line for line in reversed(self._tail) if not NOISE.search(line)), ""))
+        return ERROR_CLASS.sub("", next((line for line in reversed(self._tail) if not LOG_NOISE.search(line)), ""))
 
     def close(self) -> None:
         if self._file is not None:
@@ -229,11 +231,11 @@ class Output(io.TextIOBase):
 
 
 @contextlib.contextmanager
-def tail(path: Path, on_event: Callable[[Event], None]) -> Iterator[None]:
+def tail_events(path: Path, on_event: Callable[[StageEvent], None]) -> Iterator[None]:
     """Calls `on_event` with each line that is appended to a file of JSON lines."""
     done = threading.Event()
 
-    def follow() -> None:
+    def follow_file() -> None:
         with path.open() as file:
             rest = ""
             while True:
@@ -246,7 +248,7 @@ def tail(path: Path, on_event: Callable[[Event], None]) -> Iterator[None]:
                     return
                 done.wait(POLL_SECONDS)
 
-    thread = threading.Thread(target=follow, name="events", daemon=True)
+    thread = threading.Thread(target=follow_file, name="events", daemon=True)
     thread.start()
     try:
         yield
@@ -255,7 +257,7 @@ def tail(path: Path, on_event: Callable[[Event], None]) -> Iterator[None]:
         thread.join()
 
 
-def _temporary(scratch: str) -> dict[str, str]:
+def _make_temp_variables(scratch: str) -> dict[str, str]:
     """Keeps what the steps leave behind in `scratch`: KFP starts each from a folder that it never removes, and killed ones leave theirs.
 
     Not so the kernels that torch compiles: they stay where torch keeps them, for later runs and for commands without a pipeline.
@@ -269,10 +271,10 @@ def _temporary(scratch: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
+def _set_environment(variables: dict[str, str]) -> Iterator[None]:
     # The steps import this project wherever the client did, installed or not.
-    here = str(Path(__file__).parent.parent)
-    search = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH", "")]))
+    checkout = str(Path(__file__).parent.parent)
+    search = os.pathsep.join(filter(None, [checkout, os.environ.get("PYTHONPATH", "")]))
     variables = {**variables, "PYTHONPATH": search}
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
@@ -287,18 +289,18 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _interruptible(stop_steps: Callable[[], None]) -> Iterator[None]:
+def _stop_on_signal(stop_stages: Callable[[], None]) -> Iterator[None]:
     """Stops the steps at once when a signal comes: KFP waits for those that label beside each other before it lets go."""
 
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
+    def handle_signal(_number: int, _frame: FrameType | None) -> None:
         stopping.start()
         raise KeyboardInterrupt
 
-    stopping = threading.Thread(target=stop_steps, name="stop steps")
+    stopping = threading.Thread(target=stop_stages, name="stop steps")
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, handle_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

@@ -1,10 +1,10 @@
-from benchmarks.loop import covered, intervals
+from benchmarks.loop import find_stage_intervals, measure_union
 
 
 def test_steps_beside_each_other_are_counted_once():
-    assert covered([(0, 2), (1, 3), (5, 6)]) == 4
-    assert covered([(0, 10), (2, 3)]) == 10
-    assert covered([]) == 0
+    assert measure_union([(0, 2), (1, 3), (5, 6)]) == 4
+    assert measure_union([(0, 10), (2, 3)]) == 10
+    assert measure_union([]) == 0
 
 
 def test_intervals_pair_a_process_s_start_with_its_end():
@@ -15,4 +15,4 @@ def test_intervals_pair_a_process_s_start_with_its_end():
         {"event": "finished", "pid": 2, "at": 13.0},
         {"event": "failed", "pid": 1, "at": 14.0},
     ]
-    assert [(begin, end) for _, begin, end in intervals(events)] == [(11.0, 13.0)]
+    assert [(begin, end) for _, begin, end in find_stage_intervals(events)] == [(11.0, 13.0)]

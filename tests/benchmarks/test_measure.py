@@ -9,7 +9,7 @@ def test_a_row_that_is_kept_is_one_line_without_markup(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
     table = Table("what", "ours ÷ theirs")
     table.add_row("vs_peer\n[dim]the same by the peer[/]", "[bold]2.00[/]")
-    measure.finish("data", {"vs_peer": 2.0}, Namespace(json=None, keep=True), table)
+    measure.write_benchmark("data", {"vs_peer": 2.0}, Namespace(json=None, keep=True), table)
     assert "| vs_peer: the same by the peer | 2.00 |" in (tmp_path / "data.md").read_text().splitlines()
 
 
@@ -18,12 +18,12 @@ def test_tables_share_no_image_and_those_of_the_pool_have_no_labels(tmp_path):
         (tmp_path / category).mkdir()
         for number in range(9):
             (tmp_path / category / f"{number}.png").touch()
-    tables = measure.draw_tables(tmp_path, {"labelled": 2, "heldout": 1, "pool": 9}, seed=0)
+    tables = measure.draw_tables(tmp_path, {"labeled": 2, "heldout": 1, "pool": 9}, seed=0)
     heads, rows = {}, {}
     for part, text in tables.items():
         heads[part], *rows[part] = text.splitlines()
-    assert heads == {"labelled": "path,label", "heldout": "path,label", "pool": "path"}
-    assert {part: len(lines) for part, lines in rows.items()} == {"labelled": 4, "heldout": 2, "pool": 8}
+    assert heads == {"labeled": "path,label", "heldout": "path,label", "pool": "path"}
+    assert {part: len(lines) for part, lines in rows.items()} == {"labeled": 4, "heldout": 2, "pool": 8}
     paths = [line.partition(",")[0] for lines in rows.values() for line in lines]
     assert len(set(paths)) == len(paths) == 14
-    assert all(line.split(",")[1] in line.split(",")[0] for line in rows["labelled"])
+    assert all(line.split_batch(",")[1] in line.split_batch(",")[0] for line in rows["labeled"])

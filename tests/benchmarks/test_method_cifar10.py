@@ -8,26 +8,34 @@ import pytest
 import yaml
 
 from benchmarks import method_cifar10
-from benchmarks.method_cifar10 import QUICK, WHOLE, control_of, experiment, figures, interval, paired_interval
+from benchmarks.method_cifar10 import (
+    FULL,
+    QUICK,
+    compute_seed_figures,
+    make_control_experiment,
+    make_method_experiment,
+    mean_interval,
+    paired_interval,
+)
 from ns.config.schema import Experiment
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("sizes", [WHOLE, QUICK])
+@pytest.mark.parametrize("sizes", [FULL, QUICK])
 def test_experiments_are_ones_that_ns_run_takes(sizes, tmp_path):
-    document = experiment(1, tmp_path, sizes)
-    for one in (document, control_of(document, "store/models/teacher")):
+    document = make_method_experiment(1, tmp_path, sizes)
+    for one in (document, make_control_experiment(document, "store/models/teacher")):
         assert Experiment.model_validate(yaml.safe_load(yaml.safe_dump(one))).seed == 1
 
 
 def test_the_control_takes_the_steps_of_all_students_with_their_images_in_a_step(tmp_path):
-    document = experiment(0, tmp_path, WHOLE)
-    student, control = document["students"][0]["train"], control_of(document, "teacher")["teacher"]["train"]
-    labelled = 10 * WHOLE.labelled
-    assert control["labelled_batch"] == student["labelled_batch"] * (1 + student["unlabelled_ratio"])
-    steps = method_cifar10.GENERATIONS * student["epochs"] * labelled / student["labelled_batch"]
-    assert control["epochs"] * labelled / control["labelled_batch"] == pytest.approx(steps)
+    document = make_method_experiment(0, tmp_path, FULL)
+    student, control = document["students"][0]["train"], make_control_experiment(document, "teacher")["teacher"]["train"]
+    labeled = 10 * FULL.labeled
+    assert control["labeled_batch"] == student["labeled_batch"] * (1 + student["unlabeled_ratio"])
+    steps = method_cifar10.GENERATIONS * student["epochs"] * labeled / student["labeled_batch"]
+    assert control["epochs"] * labeled / control["labeled_batch"] == pytest.approx(steps)
     assert control["optimizer"]["warmup_epochs"] / control["epochs"] == pytest.approx(
         student["optimizer"]["warmup_epochs"] / student["epochs"] / method_cifar10.GENERATIONS
     )
@@ -35,9 +43,9 @@ def test_the_control_takes_the_steps_of_all_students_with_their_images_in_a_step
 
 def test_interval_is_students_t():
     # t(0.975, 2) = 4.3027; the standard deviation of 1, 2, 3 is 1.
-    middle, half = interval([1.0, 2.0, 3.0])
+    middle, half = mean_interval([1.0, 2.0, 3.0])
     assert (middle, half) == (2.0, pytest.approx(4.3027 / 3**0.5, abs=1e-4))
-    assert interval([5.0]) == (5.0, 0.0)
+    assert mean_interval([5.0]) == (5.0, 0.0)
 
 
 def test_paired_interval_is_narrower_than_that_of_independent_images():
@@ -59,7 +67,7 @@ def test_figures_compare_the_last_student_with_the_teacher_and_the_control():
         "student 2": model(36.0, 94.0, 90.0, 23.0),
         "control": model(40.0, 100.0, 90.0, 20.0),
     }
-    found = figures([models])
+    found = compute_seed_figures([models])
     assert found["clean_error_reduction"] == [pytest.approx(0.1)]
     assert found["mce_ratio"] == [pytest.approx(0.94)]
     assert found["mfr_ratio"] == [pytest.approx(0.9)]

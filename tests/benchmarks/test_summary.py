@@ -4,7 +4,7 @@ import pytest
 from rich.table import Table
 
 from benchmarks.measure import RESULTS
-from benchmarks.summary import FIGURES, GUARDED, kept, least, page, regressions
+from benchmarks.summary import FIGURES, GUARDED, find_regressions, least_favorable, load_kept, render_summary_page
 
 BASELINE = {"label": {"forward_ratio": 0.9}, "select": {"scan_ratio": 2.0, "vs_pandas": 10.0}}
 
@@ -12,7 +12,7 @@ BASELINE = {"label": {"forward_ratio": 0.9}, "select": {"scan_ratio": 2.0, "vs_p
 def guard(*measurements):
     """What is found worse when the benchmarks measure these, one after the other."""
     left = list(measurements)
-    return regressions(BASELINE, lambda name: left.pop(0), Table("", "", "", "", ""))
+    return find_regressions(BASELINE, lambda name: left.pop(0), Table("", "", "", "", ""))
 
 
 def test_a_ratio_a_quarter_worse_twice_is_a_regression():
@@ -34,20 +34,20 @@ def test_a_ratio_that_is_measured_no_more_is_a_regression():
     assert len(guard({}, {}, BASELINE["select"])) == 1
 
 
-def test_what_is_kept_to_compare_with_is_the_least_favourable():
+def test_what_is_kept_to_compare_with_is_the_least_favorable():
     runs = [{"scan_ratio": 2.0, "vs_pandas": 11.0}, {"scan_ratio": 2.5, "vs_pandas": 12.0}]
-    assert least("select", runs) == {"scan_ratio": 2.5, "vs_pandas": 11.0}
+    assert least_favorable("select", runs) == {"scan_ratio": 2.5, "vs_pandas": 11.0}
 
 
 def test_the_page_says_what_was_reached():
-    text = page({"label": {"forward_ratio": 0.886, "vs_timm_inference": 9.08}, "select": {"peak_mib": 2000.0}})
+    text = render_summary_page({"label": {"forward_ratio": 0.886, "vs_timm_inference": 9.08}, "select": {"peak_mib": 2000.0}})
     assert "| 0.886 | ≥ 0.95 | not reached |" in text
     assert "| 9.08 | ≥ 5 | reached |" in text
     assert "| 2,000 | ≤ 1024 | not reached |" in text
 
 
 def test_the_page_is_that_of_the_results():
-    assert (RESULTS / "README.md").read_text() == page(kept(RESULTS)), "run `python -m benchmarks.summary`"
+    assert (RESULTS / "README.md").read_text() == render_summary_page(load_kept(RESULTS)), "run `python -m benchmarks.summary`"
 
 
 @pytest.mark.parametrize("name", sorted(FIGURES))

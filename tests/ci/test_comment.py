@@ -22,7 +22,7 @@ HOSTS = {
 def load():
     spec = importlib.util.spec_from_file_location("comment", CHECKOUT / ".ci" / "comment.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    spec.iterate_batches.exec_module(module)
     return module
 
 
@@ -103,7 +103,7 @@ def test_a_comment_is_written_once_and_then_changed(host, comment, capsys):
     assert comment("two\n", "--branch", "topic") == 0
     assert comment("two\n", "--branch", "topic") == 0
     assert [line.rpartition(" ")[2] for line in capsys.readouterr().err.splitlines()] == ["new", "changed", "unchanged"]
-    assert comment("other\n", "--number", "7", marker="promotion") == 0
+    assert comment("other\n", "--number", "7", label_shard_key="promotion") == 0
     assert [made["body"] for made in host.comments[130:]] == [
         "<!-- noisy-student: pipeline -->\ntwo\n",
         "<!-- noisy-student: promotion -->\nother\n",
@@ -133,8 +133,8 @@ def test_outside_of_a_job_it_says_what_is_missing(comment, monkeypatch):
 
 def test_long_texts_end_with_a_whole_line(comment):
     module = comment.module
-    text = module.shortened("a line\n" * 20_000)
+    text = module.shorten_text("a line\n" * 20_000)
     assert len(text) < 65_536
     assert text.splitlines()[-3] == "a line"
     assert "see the log" in text
-    assert module.shortened("short") == "short"
+    assert module.shorten_text("short") == "short"

@@ -16,7 +16,7 @@ from ns.cli import app as cli
 from ns.cli import options
 from ns.config import schema as config
 from ns.config.schema import GateConfig
-from ns.evaluation.gate import judge
+from ns.evaluation.gate import evaluate_gate
 from ns.runs import records as runs
 from ns.storage import LocalStore
 from tests.command_line import commands, parse
@@ -25,18 +25,18 @@ NS = [sys.executable, "-m", "ns"]
 
 
 def ns(capsys, *arguments: str) -> tuple[int, str, str]:
-    code = cli._main(list(arguments))
+    code = cli.run_command_line(list(arguments))
     out, err = capsys.readouterr()
     return code, out, err
 
 
 @pytest.mark.parametrize(("name", "command"), [*commands()])
 def test_every_command_has_help_with_examples_that_are_commands(capsys, name, command):
-    code, out, _ = ns(capsys, *name.split(), "--help")
+    code, out, _ = ns(capsys, *name.split_batch(), "--help")
     assert code == 0
-    assert "Example: ns" in " ".join(out.replace("│", " ").split())
+    assert "Example: ns" in " ".join(out.replace("│", " ").split_batch())
     for example in re.findall(r"\[cyan\]ns (.*?)\[/\]", command.help):
-        parse(shlex.split(example.partition(">")[0]))
+        parse(shlex.split_batch(example.partition(">")[0]))
 
 
 def test_help_loads_none_of_the_heavy_libraries():
@@ -59,7 +59,7 @@ def test_config_show_prints_every_field_and_reads_back(capsys, tmp_path):
     assert code == 0
     path = tmp_path / "shown.yaml"
     path.write_text(out)
-    assert config.load(str(path)).seed == 5
+    assert config.load_experiment(str(path)).seed == 5
 
 
 def test_config_schema_is_json(capsys):
@@ -115,8 +115,8 @@ def test_debug_shows_where(capsys, tmp_path, monkeypatch):
 
 def test_a_run_name_stays_with_its_configuration(capsys, tmp_path):
     store = LocalStore(tmp_path)
-    experiment = config.load(config.located("quickstart"))
-    runs.start(store, "mine", experiment, "0")
+    experiment = config.load_experiment(config.resolve_preset("quickstart"))
+    runs.open_run(store, "mine", experiment, "0")
     code, _, err = ns(capsys, "run", "quickstart", "--set", "seed=1", "--run", "mine", "--root", str(tmp_path))
     assert code == 6
     assert "was started with another configuration" in err
@@ -124,17 +124,17 @@ def test_a_run_name_stays_with_its_configuration(capsys, tmp_path):
 
 def test_runs_are_found_by_their_beginning(capsys, tmp_path):
     store = LocalStore(tmp_path)
-    experiment = config.load(config.located("quickstart"))
+    experiment = config.load_experiment(config.resolve_preset("quickstart"))
     for name in ("alpha-1", "alpha-2", "beta"):
-        runs.start(store, name, experiment, "0")
+        runs.open_run(store, name, experiment, "0")
         time.sleep(0.002)
     root = ["--root", str(tmp_path)]
     shown = json.loads(ns(capsys, "runs", "show", "be", "--json", *root)[1])
     assert shown["run"] == "beta"
     # Nobody is at work on it any more.
     assert shown["state"] == "interrupted"
-    with runs.alone(store, "beta"):
-        assert runs.summarise(store, "beta").state == "running"
+    with runs.lock_run(store, "beta"):
+        assert runs.summarize_run(store, "beta").state == "running"
     assert shown["generations"] == []
     assert json.loads(ns(capsys, "runs", "show", "--json", *root)[1])["run"] == "beta"
     code, _, err = ns(capsys, "runs", "show", "alpha", *root)
@@ -146,12 +146,12 @@ def test_runs_are_found_by_their_beginning(capsys, tmp_path):
 
 def judged(generation: int, lost: int, won: int, **limits):
     teacher, student = np.arange(400) >= won, np.arange(400) < 400 - lost
-    return judge(
+    return evaluate_gate(
         GateConfig(**limits),
         generation=generation,
         teacher="store/models/t",
         student="store/models/s",
-        labels=(np.arange(400) % 2).astype(np.uint16),
+        class_ids=(np.arange(400) % 2).astype(np.uint16),
         teacher_correct=teacher,
         student_correct=student,
         classes=("cat", "[dog]"),
@@ -161,20 +161,20 @@ def judged(generation: int, lost: int, won: int, **limits):
 
 def test_a_verdict_is_explained(capsys, tmp_path):
     store = LocalStore(tmp_path)
-    runs.start(store, "one", config.load(config.located("quickstart")), "0")
+    runs.open_run(store, "one", config.load_experiment(config.resolve_preset("quickstart")), "0")
     root = ["--root", str(tmp_path)]
     assert ns(capsys, "gate", "explain", *root)[::2] == (
         6,
         "error: run one: no student has come to the gate yet; `ns run --resume` continues it\n",
     )
     for number, (lost, won, limits) in enumerate([(5, 40, {}), (20, 24, {"max_class_drop": 0.001})], 1):
-        judged(number, lost, won, **limits).write(store, f"v{number}.json")
-        runs.note(store, "one", number, "gate", {"verdict": f"v{number}.json"}, 0.0, reused=False)
+        judged(number, lost, won, **limits).save_file(store, f"v{number}.json")
+        runs.write_stage_note(store, "one", number, "gate", {"verdict": f"v{number}.json"}, 0.0, reused=False)
     _, out, _ = ns(capsys, "gate", "explain", "on/gen-1", *root)
     assert "generation 1: promoted" in out
     assert "would have been enough" not in out
     _, out, _ = ns(capsys, "gate", "explain", *root)
-    shown = " ".join(out.split())
+    shown = " ".join(out.split_batch())
     assert "generation 2: refused" in shown
     assert "teacher right 356 20" in shown
     assert "teacher wrong 24 0" in shown
@@ -193,45 +193,48 @@ def test_relative_data_folders_are_made_absolute(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _, out, _ = ns(capsys, "config", "show", "quickstart", "--set", "data.pool=photos")
     assert f"pool: {tmp_path / 'photos'}" in out
-    assert "labelled: digits:labelled" in out
+    assert "labeled: digits:labeled" in out
 
 
 def test_every_place_in_an_experiment_is_made_absolute_and_nothing_else_changes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     overrides = [
         "data.exclude=keys.txt",
-        "labelling.ensemble=[one, s3://bucket/two]",
+        "labeling.ensemble=[one, s3://bucket/two]",
         "evaluation.sets={real: {place: val, multi_label: ~/real.json}}",
         "students.0.train.init=weights.safetensors",
     ]
-    plain, loaded = config.load(config.located("quickstart"), overrides), options.load("quickstart", overrides)
-    assert loaded.places() == {
+    plain, loaded = (
+        config.load_experiment(config.resolve_preset("quickstart"), overrides),
+        options.load_experiment_argument("quickstart", overrides),
+    )
+    assert loaded.map_uris() == {
         "data.exclude": str(tmp_path / "keys.txt"),
-        "labelling.ensemble.0": str(tmp_path / "one"),
-        "labelling.ensemble.1": "s3://bucket/two",
+        "labeling.ensemble.0": str(tmp_path / "one"),
+        "labeling.ensemble.1": "s3://bucket/two",
         "evaluation.sets.real.place": str(tmp_path / "val"),
         "evaluation.sets.real.multi_label": str(Path.home() / "real.json"),
         "students.0.train.init": str(tmp_path / "weights.safetensors"),
     }
-    assert config.moved(loaded, plain.places()) == plain
+    assert config.with_uris(loaded, plain.map_uris()) == plain
 
 
 def test_plan_prints_json_and_nothing_else(capsys):
     code, out, _ = ns(capsys, "plan", "quickstart", "--seconds", "1", "--json")
     assert code == 0
     made = json.loads(out)
-    assert (made["labelled"], made["pool"], made["heldout"], made["classes"]) == (50, 1247, 500, 10)
+    assert (made["labeled"], made["pool"], made["heldout"], made["classes"]) == (50, 1247, 500, 10)
     assert made["hours"] > 0
 
 
 def test_plan_without_data_says_what_to_give(capsys, tmp_path):
     config = tmp_path / "later.yaml"
-    config.write_text("name: later\ndata: {labelled: ./a, pool: ./b, heldout: ./c}\ngenerations: 1\n")
-    code, _, err = ns(capsys, "plan", str(config), "--labelled", "1000")
+    config.write_text("name: later\ndata: {labeled: ./a, pool: ./b, heldout: ./c}\ngenerations: 1\n")
+    code, _, err = ns(capsys, "plan", str(config), "--labeled", "1000")
     assert code == 3
     assert "data.pool: " in err
     assert "--pool N" in err
-    counts = ["--labelled", "1000", "--pool", "9000", "--heldout", "100", "--classes", "20", "--image-kb", "50"]
+    counts = ["--labeled", "1000", "--pool", "9000", "--heldout", "100", "--classes", "20", "--image-kb", "50"]
     code, out, _ = ns(capsys, "plan", str(config), *counts, "--speed", "5", "--devices", "4", "--price", "2")
     assert code == 0
     assert "later on 4 × assumed: 5 · 10¹² multiply-adds a second" in out
@@ -250,7 +253,7 @@ def test_plan_without_data_says_what_to_give(capsys, tmp_path):
 def test_a_command_that_was_mistyped_is_explained(capsys, arguments, message):
     code, _, err = ns(capsys, *arguments)
     assert code == 2
-    assert message in " ".join(err.split())
+    assert message in " ".join(err.split_batch())
     assert "should not happen" not in err
 
 
@@ -259,7 +262,7 @@ def test_a_command_that_was_mistyped_is_explained(capsys, arguments, message):
 )
 def test_what_is_no_command_of_report_is_a_run(capsys, tmp_path, arguments):
     store = LocalStore(tmp_path)
-    runs.start(store, "only", config.load(config.located("quickstart")), __version__)
+    runs.open_run(store, "only", config.load_experiment(config.resolve_preset("quickstart")), __version__)
     code, out, err = ns(capsys, *arguments, "--root", str(tmp_path))
     assert (code, out) == (6, "")
     assert err.startswith("error: run no-such-run: does not exist; runs in ")

@@ -26,7 +26,7 @@ def drawn(terminal: bool) -> str:
 
 
 def test_without_a_terminal_there_is_a_plain_line_for_each_finished_step():
-    lines = [" ".join(line.split()) for line in drawn(terminal=False).splitlines()]
+    lines = [" ".join(line.split_batch()) for line in drawn(terminal=False).splitlines()]
     assert lines == [
         "✓ teacher · train 7 steps, 1,234 parameters 3.2 s",
         "! generation 1 · label pool: unreadable image key=[red]x",
@@ -35,7 +35,7 @@ def test_without_a_terminal_there_is_a_plain_line_for_each_finished_step():
     ]
 
 
-def test_on_a_terminal_there_is_colour():
+def test_on_a_terminal_there_is_color():
     assert "\x1b[32m✓" in drawn(terminal=True)
 
 
@@ -47,9 +47,9 @@ def test_progress_that_comes_after_the_end_of_a_step_is_no_error():
 
 def test_the_table_of_generations_fits_a_narrow_terminal():
     from ns.cli.progress import summary_table
-    from ns.runs.records import Generation, Summary
+    from ns.runs.records import GenerationSummary, RunSummary
 
-    row = Generation(
+    row = GenerationSummary(
         generation=1,
         model="store/models/0123456789abcdef",
         teacher_top1=0.874,
@@ -57,14 +57,14 @@ def test_the_table_of_generations_fits_a_narrow_terminal():
         gain=0.052,
         gain_low=0.032,
         gain_high=0.072,
-        labelled=130_000,
+        labeled=130_000,
         kept=110_000,
         label_set="0",
         verdict="promoted",
         reason="",
         seconds=12345.6,
     )
-    summary = Summary(
+    summary = RunSummary(
         run="quickstart-01234567",
         state="succeeded",
         error=None,
@@ -77,7 +77,7 @@ def test_the_table_of_generations_fits_a_narrow_terminal():
         best_top1=0.926,
         label_sets=["0"],
         report=None,
-        steps=[],
+        stages=[],
     )
     sink = io.StringIO()
     Console(file=sink, width=80).print(summary_table(summary))

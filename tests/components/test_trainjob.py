@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from components.cluster import trainjob
-from components.cluster.trainjob import Nodes
+from components.cluster.trainjob import TrainingNodes
 from components.train_distributed import train_distributed
 from ns.core.errors import ConfigError, DataError, Interrupted, RunError, TrainingError
 from ns.stages import steps
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.integration
 KEY = "0123456789abcdef"
 NAME = f"train-{KEY}"
 ARGUMENTS = ["s3://b/r/config.yaml", "s3://b", "r", "data", "1", "", ""]
-NODES = Nodes(
+NODES = TrainingNodes(
     count=2,
     image="worker-cuda@sha256:0",
     runtime="noisy-student",
@@ -63,7 +63,7 @@ def train(monkeypatch):
     monkeypatch.setattr(steps, "train", lambda *_, elsewhere: elsewhere(KEY, ARGUMENTS) or "store/models/m")
 
     def train():
-        return trainjob.train("c", "s3://b", "r", "data", 1, "", "", NODES)
+        return trainjob.train_on_nodes("c", "s3://b", "r", "data", 1, "", "", NODES)
 
     return train
 
@@ -98,13 +98,13 @@ def test_a_training_is_a_trainjob_of_many_nodes_whose_log_is_shown_and_which_is_
 
 
 def test_a_run_whose_name_no_label_can_hold_has_none():
-    assert trainjob.run_label("digits-1a2b_3.4") == {"noisy-student/run": "digits-1a2b_3.4"}
+    assert trainjob.make_run_label("digits-1a2b_3.4") == {"noisy-student/run": "digits-1a2b_3.4"}
     for name in ("", "a" * 64, "ends-", "two words", "é"):
-        assert trainjob.run_label(name) == {}
+        assert trainjob.make_run_label(name) == {}
 
 
 def test_what_trainer_does_not_know_is_refused_by_the_stand_in_too(api):
-    job = trainjob.manifest(NAME, ARGUMENTS, NODES, {}, [])
+    job = trainjob.build_trainjob(NAME, ARGUMENTS, NODES, {}, [])
     assert api.refuse(job) is None
     assert "RFC 1035" in api.refuse(job | {"metadata": job["metadata"] | {"name": "Name"}})
     # The field's name in Trainer 2.1.
@@ -120,14 +120,14 @@ def test_the_runtime_is_that_of_the_manifests():
     assert (inputs["runtime"].default, inputs["runtime_kind"].default) == (runtime["metadata"]["name"], runtime["kind"])
     (job,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
     (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
-    assert (job["name"], container["name"]) == (trainjob.NODE, trainjob.NODE)
+    assert (job["name"], container["name"]) == (trainjob.NODE_NAME, trainjob.NODE_NAME)
     allowed = yaml.safe_load((trainer / "role-noisy-student-trainer.yaml").read_text())["rules"]
     assert {"create", "get", "patch", "delete"} <= set(allowed[0]["verbs"])
 
 
 def test_nodes_without_gpus_or_wishes_ask_for_none(api):
     plain = replace(NODES, gpus=0, selector={}, tolerations=[])
-    job = trainjob.manifest(NAME, ARGUMENTS, plain, {}, [])
+    job = trainjob.build_trainjob(NAME, ARGUMENTS, plain, {}, [])
     assert api.refuse(job) is None
     assert job["spec"]["trainer"]["numProcPerNode"] == 1
     assert "nvidia" not in json.dumps(job)
@@ -136,9 +136,11 @@ def test_nodes_without_gpus_or_wishes_ask_for_none(api):
 
 def test_a_step_that_is_started_again_finds_its_job_and_becomes_an_owner(api, train, monkeypatch):
     owner = {"apiVersion": "v1", "kind": "Pod", "name": "before", "uid": "uid-0"}
-    api.jobs[NAME] = trainjob.manifest(NAME, ARGUMENTS, NODES, {}, [owner])
+    api.jobs[NAME] = trainjob.build_trainjob(NAME, ARGUMENTS, NODES, {}, [owner])
     owners = []
-    monkeypatch.setattr(trainjob.Job, "delete", lambda self: owners.extend(api.jobs[NAME]["metadata"]["ownerReferences"]))
+    monkeypatch.setattr(
+        trainjob.TrainJob, "delete_job", lambda self: owners.extend(api.jobs[NAME]["metadata"]["ownerReferences"])
+    )
     threading.Timer(0.02, succeed, (api, NAME)).start()
     train()
     assert [one["uid"] for one in owners] == ["uid-0", "uid-1"]
@@ -146,7 +148,7 @@ def test_a_step_that_is_started_again_finds_its_job_and_becomes_an_owner(api, tr
 
 
 def test_a_job_that_failed_before_is_made_anew(api, train):
-    api.jobs[NAME] = trainjob.manifest(NAME, ARGUMENTS, NODES, {}, [])
+    api.jobs[NAME] = trainjob.build_trainjob(NAME, ARGUMENTS, NODES, {}, [])
     api.end(NAME, "Failed")
     api.created = lambda name: succeed(api, name)
     train()

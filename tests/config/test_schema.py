@@ -11,7 +11,7 @@ from ns.config.schema import MAX_GENERATIONS, Experiment, NoiseConfig, Optimizer
 from ns.core.errors import ConfigError
 from ns.runs import records as runs
 
-DATA = {"labelled": "a", "pool": "b", "heldout": "c"}
+DATA = {"labeled": "a", "pool": "b", "heldout": "c"}
 MINIMAL = {"name": "x", "data": DATA}
 
 
@@ -24,12 +24,12 @@ def minimal(tmp_path):
 
 def refused(document) -> str:
     with pytest.raises(ConfigError) as caught:
-        config.parse(document, "x.yaml")
+        config.parse_experiment(document, "x.yaml")
     return str(caught.value)
 
 
 def test_defaults_are_the_papers(minimal):
-    experiment = config.load(minimal)
+    experiment = config.load_experiment(minimal)
     student = experiment.students[0]
     assert student.train.optimizer.lr == 0.016
     assert student.train.ema_decay == 0.9999
@@ -43,16 +43,16 @@ def test_defaults_are_the_papers(minimal):
 
 
 def test_fields_that_came_later_are_shown_and_change_no_digest_until_they_are_used(minimal):
-    plain = config.load(minimal)
-    noise = yaml.safe_load(config.dump(plain))["teacher"]["noise"]
+    plain = config.load_experiment(minimal)
+    noise = yaml.safe_load(config.dump_experiment(plain))["teacher"]["noise"]
     assert noise["crop_area"] == [0.08, 1.0]
     assert not set(NoiseConfig.younger) & set(plain.model_dump(mode="json")["teacher"]["noise"])
-    used = config.load(minimal, ["teacher.noise.crop_area=[0.5,1]"])
+    used = config.load_experiment(minimal, ["teacher.noise.crop_area=[0.5,1]"])
     assert used.model_dump(mode="json")["teacher"]["noise"] == {
         **plain.model_dump(mode="json")["teacher"]["noise"],
         "crop_area": [0.5, 1.0],
     }
-    assert runs.name_of(used) != runs.name_of(plain)
+    assert runs.derive_run_name(used) != runs.derive_run_name(plain)
 
 
 @pytest.mark.parametrize(
@@ -68,11 +68,11 @@ def test_wrong_sizes_of_noise_are_explained(noise, message):
 
 
 def test_what_is_dumped_is_read_back_equal(minimal):
-    experiment = config.load(minimal, ["generations=2"])
-    assert config.parse(yaml.safe_load(config.dump(experiment)), "again") == experiment
+    experiment = config.load_experiment(minimal, ["generations=2"])
+    assert config.parse_experiment(yaml.safe_load(config.dump_experiment(experiment)), "again") == experiment
 
 
-@pytest.mark.parametrize(("part", "other"), [("heldout", "labelled"), ("test", "labelled"), ("test", "heldout")])
+@pytest.mark.parametrize(("part", "other"), [("heldout", "labeled"), ("test", "labeled"), ("test", "heldout")])
 def test_what_decides_and_what_is_reported_are_apart(part, other):
     message = refused({**MINIMAL, "data": {**DATA, part: DATA[other]}})
     assert message.startswith(f"x.yaml: data.{part}: {DATA[other]}: is the same as data.{other}; ")
@@ -95,7 +95,7 @@ def test_wrong_types_and_ranges_name_path_value_and_what_would_be_right():
 
 
 def test_a_missing_field_is_named():
-    assert refused({"name": "x", "data": {"labelled": "a", "pool": "b"}}) == "x.yaml: data.heldout: missing; it has no default"
+    assert refused({"name": "x", "data": {"labeled": "a", "pool": "b"}}) == "x.yaml: data.heldout: missing; it has no default"
 
 
 def test_more_students_than_generations_are_refused():
@@ -113,7 +113,9 @@ def test_more_generations_than_the_pipeline_holds_are_refused():
 
 
 def test_overrides_reach_sections_and_list_items(minimal):
-    experiment = config.load(minimal, ["students=[{}]", "students.0.train.epochs=5", "teacher.noise.flip=false", "seed=7"])
+    experiment = config.load_experiment(
+        minimal, ["students=[{}]", "students.0.train.epochs=5", "teacher.noise.flip=false", "seed=7"]
+    )
     assert experiment.students[0].train.epochs == 5
     assert experiment.teacher.noise.flip is False
     assert experiment.seed == 7
@@ -132,17 +134,17 @@ def test_overrides_reach_sections_and_list_items(minimal):
 def test_a_wrong_override_says_why(minimal, override, reason):
     overrides = ["seed=1", "students=[{}]", override]
     with pytest.raises(ConfigError, match=reason.replace("[", r"\[")):
-        config.load(minimal, overrides)
+        config.load_experiment(minimal, overrides)
 
 
 def test_the_last_student_serves_all_further_generations():
-    experiment = config.parse({**MINIMAL, "generations": 3, "students": [{}, {"train": {"epochs": 9}}]}, "x.yaml")
-    assert [experiment.student(g).train.epochs for g in (1, 2, 3)] == [350, 9, 9]
+    experiment = config.parse_experiment({**MINIMAL, "generations": 3, "students": [{}, {"train": {"epochs": 9}}]}, "x.yaml")
+    assert [experiment.get_student(g).train.epochs for g in (1, 2, 3)] == [350, 9, 9]
 
 
 def test_a_missing_file_is_a_config_error(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
-        config.load(str(tmp_path / "nowhere.yaml"))
+        config.load_experiment(str(tmp_path / "nowhere.yaml"))
 
 
 def test_every_field_is_documented_in_the_schema():
@@ -163,7 +165,7 @@ def test_every_field_is_documented_in_the_schema():
 )
 def test_garbage_is_refused_with_a_clean_error(document):
     with pytest.raises(ConfigError):
-        config.parse(document if isinstance(document, dict) else {"name": document}, "x.yaml")
+        config.parse_experiment(document if isinstance(document, dict) else {"name": document}, "x.yaml")
 
 
 @given(st.binary(max_size=200))
@@ -171,38 +173,36 @@ def test_garbage_files_are_refused_with_a_clean_error(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("garbage") / "x.yaml"
     path.write_bytes(data)
     with pytest.raises(ConfigError):
-        config.load(str(path))
+        config.load_experiment(str(path))
 
 
 def test_an_override_does_not_leak_through_yaml_aliases(tmp_path):
     path = tmp_path / "x.yaml"
-    path.write_text(
-        "name: x\ndata: {labelled: a, pool: b, heldout: c}\nteacher: &t {model: {resolution: 32}}\nstudents: [*t]\n"
-    )
-    experiment = config.load(str(path), ["teacher.model.resolution=64"])
+    path.write_text("name: x\ndata: {labeled: a, pool: b, heldout: c}\nteacher: &t {model: {resolution: 32}}\nstudents: [*t]\n")
+    experiment = config.load_experiment(str(path), ["teacher.model.resolution=64"])
     assert experiment.teacher.model.resolution == 64
     assert experiment.students[0].model.resolution == 32
 
 
 def test_parts_of_a_step_must_be_equal():
-    train = {"labelled_batch": 8, "unlabelled_ratio": 0.5}
-    config.parse({**MINIMAL, "teacher": {"train": {**train, "accumulate": 4}}}, "x.yaml")
-    assert "x.yaml: teacher.train.accumulate: 8 must divide the 8 labelled and the 4" in refused(
+    train = {"labeled_batch": 8, "unlabeled_ratio": 0.5}
+    config.parse_experiment({**MINIMAL, "teacher": {"train": {**train, "accumulate": 4}}}, "x.yaml")
+    assert "x.yaml: teacher.train.accumulate: 8 must divide the 8 labeled and the 4" in refused(
         {**MINIMAL, "teacher": {"train": {**train, "accumulate": 8}}}
     )
 
 
 def test_a_preset_holds_the_papers_settings_and_fields_go_before_it():
     role = {"preset": "b5", "noise": {"dropout": 0.1}, "train": {"optimizer": {"lr": 0.5}, "epochs": 2}}
-    teacher = config.parse({**MINIMAL, "teacher": role}, "x.yaml").teacher
+    teacher = config.parse_experiment({**MINIMAL, "teacher": role}, "x.yaml").teacher
     assert teacher.model.arch == "tf_efficientnet_b5"
     assert teacher.model.resolution == 456
     assert (teacher.noise.dropout, teacher.noise.randaugment_magnitude) == (0.1, 18)
-    assert (teacher.train.epochs, teacher.train.labelled_batch, teacher.train.unlabelled_ratio) == (2, 2048, 3)
+    assert (teacher.train.epochs, teacher.train.labeled_batch, teacher.train.unlabeled_ratio) == (2, 2048, 3)
     assert (teacher.train.optimizer.lr, teacher.train.optimizer.name) == (0.5, "rmsprop")
 
 
-def test_a_preset_for_small_images_reaches_into_the_optimiser():
+def test_a_preset_for_small_images_reaches_into_the_optimizer():
     teacher = RoleConfig(preset="b0-small", train=TrainConfig(optimizer=OptimizerConfig(lr=0.5)))
     assert (teacher.train.optimizer.weight_decay, teacher.train.optimizer.lr) == (1e-4, 0.5)
     assert (teacher.model.reduce_stride, teacher.noise.cutout_px) == (4, 16)
@@ -214,9 +214,9 @@ def test_another_network_does_not_inherit_a_presets_arguments():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_survive_a_dump(preset):
-    experiment = config.parse({**MINIMAL, "teacher": {"preset": preset}}, "x.yaml")
-    assert experiment.teacher != config.parse(MINIMAL, "x.yaml").teacher
-    assert config.parse(yaml.safe_load(config.dump(experiment)), "again") == experiment
+    experiment = config.parse_experiment({**MINIMAL, "teacher": {"preset": preset}}, "x.yaml")
+    assert experiment.teacher != config.parse_experiment(MINIMAL, "x.yaml").teacher
+    assert config.parse_experiment(yaml.safe_load(config.dump_experiment(experiment)), "again") == experiment
 
 
 def test_an_unknown_preset_is_refused_with_those_that_are_known():
@@ -238,23 +238,25 @@ def test_a_registry_is_no_place_for_passwords():
         assert "pass@" not in said
         assert "token@" not in said
     for url in ("git@host:x.git", "ssh://git@host/x.git", "https://host/x.git", "registry.git"):
-        assert config.parse(MINIMAL | {"registry": {"git": url}}, "x.yaml").registry.remote is None
+        assert config.parse_experiment(MINIMAL | {"registry": {"git": url}}, "x.yaml").registry.remote is None
 
 
 def test_what_is_not_asked_of_evaluation_changes_no_name():
-    plain = config.parse({"name": "x", "data": DATA}, "x.yaml")
+    plain = config.parse_experiment({"name": "x", "data": DATA}, "x.yaml")
     asked = {"suites": ["clean"], "images": None}
-    assert runs.name_of(
-        config.parse({"name": "x", "data": {**DATA, "test": None}, "evaluation": asked}, "x.yaml")
-    ) == runs.name_of(plain)
+    assert runs.derive_run_name(
+        config.parse_experiment({"name": "x", "data": {**DATA, "test": None}, "evaluation": asked}, "x.yaml")
+    ) == runs.derive_run_name(plain)
     for more in ({"evaluation": {"suites": ["attacks"]}}, {"data": {**DATA, "test": "t"}}):
-        assert runs.name_of(config.parse({"name": "x", "data": DATA, **more}, "x.yaml")) != runs.name_of(plain)
+        assert runs.derive_run_name(
+            config.parse_experiment({"name": "x", "data": DATA, **more}, "x.yaml")
+        ) != runs.derive_run_name(plain)
 
 
 def test_further_evaluation_sets_are_read_back_as_they_are_written():
     sets = {"imagenet-a": {"place": "a", "classes": "own"}, "c": {"place": "c", "kind": "cifar10-c"}}
-    experiment = config.parse({"name": "x", "data": DATA, "evaluation": {"sets": sets}}, "x.yaml")
-    assert config.parse(yaml.safe_load(config.dump(experiment)), "x.yaml") == experiment
+    experiment = config.parse_experiment({"name": "x", "data": DATA, "evaluation": {"sets": sets}}, "x.yaml")
+    assert config.parse_experiment(yaml.safe_load(config.dump_experiment(experiment)), "x.yaml") == experiment
 
 
 @pytest.mark.parametrize(
@@ -293,7 +295,7 @@ def test_wrong_evaluations_are_explained(evaluation, message):
 )
 def test_a_field_that_takes_this_or_that_is_named_once(override, line):
     with pytest.raises(ConfigError) as caught:
-        config.load(config.located("quickstart"), [override])
+        config.load_experiment(config.resolve_preset("quickstart"), [override])
     assert sum(line in one for one in str(caught.value).splitlines()) == 1
     assert "literal" not in str(caught.value)
     assert "[key]" not in str(caught.value)
@@ -301,8 +303,8 @@ def test_a_field_that_takes_this_or_that_is_named_once(override, line):
 
 def test_fields_can_be_set_in_a_section_that_is_not_given(tmp_path):
     full = tmp_path / "full.yaml"
-    full.write_text(config.dump(config.load(config.located("quickstart"))) + "\n")
-    experiment = config.load(str(full), ["registry.git=/git", "teacher.train.finetune.resolution=64"])
+    full.write_text(config.dump_experiment(config.load_experiment(config.resolve_preset("quickstart"))) + "\n")
+    experiment = config.load_experiment(str(full), ["registry.git=/git", "teacher.train.finetune.resolution=64"])
     assert experiment.registry.git == "/git"
     assert experiment.teacher.train.finetune.resolution == 64
 
@@ -314,4 +316,4 @@ def test_fields_can_be_set_in_a_section_that_is_not_given(tmp_path):
 def test_numbers_are_finite(field, value):
     # JSON has no word for others: they would come back from a run's config.yaml as not given.
     with pytest.raises(ConfigError, match=rf"{field}: invalid value"):
-        config.load(config.located("quickstart"), [f"{field}={value}"])
+        config.load_experiment(config.resolve_preset("quickstart"), [f"{field}={value}"])

@@ -34,15 +34,15 @@ def listed(parts: tuple[str, ...]) -> set[str]:
 def imported(file: str) -> set[str]:
     """Modules of ns, as files, that a file imports, at the top or within."""
     found = set()
-    for node in ast.walk(ast.parse((PACKAGE / file).read_text())):
+    for node in ast.walk_folders(ast.parse((PACKAGE / file).read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "ns":
-            base = Path(*(node.module or "").split(".")[1:])
+            base = Path(*(node.module or "").split_batch(".")[1:])
             places = [base.with_suffix(".py") if base.name else base, *(base / f"{name.name}.py" for name in node.names)]
             found |= {place.as_posix() for place in places if (PACKAGE / place).is_file()}
     return found
 
 
-@pytest.mark.parametrize("kind", ["TRAINING", "INFERENCE", "EVALUATION", "ROBUSTNESS", "LABELLING", "DISTORTING"])
+@pytest.mark.parametrize("kind", ["TRAINING", "INFERENCE", "EVALUATION", "ROBUSTNESS", "LABELING", "DISTORTING"])
 def test_code_that_results_come_of_counts(kind):
     own = listed(getattr(digest, kind))
     assert all((PACKAGE / file).is_file() for file in own)

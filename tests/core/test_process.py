@@ -2,13 +2,13 @@ import os
 import signal
 import threading
 
-from ns.core.process import signalled
+from ns.core.process import handle_signals
 
 
 def test_signals_are_heard_inside_and_by_whoever_was_before_afterwards():
     heard, before = [], signal.getsignal(signal.SIGINT)
-    with signalled(lambda number, _: heard.append(("outer", number)), [signal.SIGTERM]):
-        with signalled(lambda number, _: heard.append(("inner", number))):
+    with handle_signals(lambda number, _: heard.append(("outer", number)), [signal.SIGTERM]):
+        with handle_signals(lambda number, _: heard.append(("inner", number))):
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGTERM)
@@ -22,7 +22,7 @@ def test_in_a_thread_all_stays_as_it_is():
     before, inside = signal.getsignal(signal.SIGTERM), []
 
     def work() -> None:
-        with signalled(lambda *_: None):
+        with handle_signals(lambda *_: None):
             inside.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=work)

@@ -22,12 +22,12 @@ def test_the_endpoint_shows_the_metrics_and_a_taken_port_is_only_logged(monkeypa
         port = taken.getsockname()[1]
         monkeypatch.setenv(telemetry.PORT_VARIABLE, str(port))
         with capture_logs() as logs:
-            telemetry.serve()
+            telemetry.serve_metrics()
         assert [entry["event"] for entry in logs] == ["no metrics endpoint; work goes on without"]
-    telemetry.serve()
-    telemetry.begin("train", 0, "served")
-    telemetry.checkpoint_saved()
-    page = urllib.request.urlopen(f"http://localhost:{port}/metrics").read().decode()
+    telemetry.serve_metrics()
+    telemetry.begin_stage("train", 0, "served")
+    telemetry.record_checkpoint()
+    page = urllib.request.urlopen(f"http://localhost:{port}/metrics").read().decode_image()
     assert re.search(r"^nst_checkpoint_age_seconds 0\.\d+|^nst_checkpoint_age_seconds \d\.\d+e-", page, re.MULTILINE)
     assert 'nst_build_info{version="' in page
 
@@ -36,7 +36,7 @@ def test_a_port_that_is_none_is_only_logged(monkeypatch):
     for wrong in ("http", "99999"):
         monkeypatch.setenv(telemetry.PORT_VARIABLE, wrong)
         with capture_logs() as logs:
-            telemetry.serve()
+            telemetry.serve_metrics()
         assert logs[0]["port"] == wrong
 
 
@@ -52,30 +52,30 @@ def test_names_follow_the_conventions():
         assert name.startswith("nst_")
         assert name.endswith("_total") == (kind == "counter")
         assert not re.search(r"milli|percent|_ms\b", name)
-    assert "_created" not in generate_latest(telemetry.REGISTRY).decode()
+    assert "_created" not in generate_latest(telemetry.REGISTRY).decode_image()
 
 
 def test_progress_counts_for_the_step_under_way_and_is_there_before_it_moves():
-    telemetry.begin("label-shards", 1, "counting", config_digest="abc", teacher="store/models/t")
+    telemetry.begin_stage("label-shards", 1, "counting", config_digest="abc", teacher="store/models/t")
     assert value("nst_run_info", run_id="counting", config_digest="abc", teacher="store/models/t") == 1
     assert value("nst_stage_running", stage="label-shards") == 1
     before = value("nst_images_processed_total", stage="label-shards")
     assert before is not None
-    log.Progress(10, "images").advance(3)
+    log.Progress(10, "images").update(3)
     assert value("nst_images_processed_total", stage="label-shards") == before + 3
 
-    telemetry.begin("evaluate", 1, "next")
-    log.Progress(10, "images").advance(4)
+    telemetry.begin_stage("evaluate", 1, "next")
+    log.Progress(10, "images").update(4)
     assert value("nst_images_processed_total", stage="label-shards") == before + 3
     assert value("nst_run_info", run_id="counting", config_digest="abc", teacher="store/models/t") is None
-    telemetry.end(2.0)
+    telemetry.end_stage(2.0)
     assert value("nst_stage_running", stage="evaluate") == 0
     assert value("nst_stage_duration_seconds_bucket", stage="evaluate", le="3.0") >= 1
 
 
 def test_a_fact_is_not_there_before_it_is_known():
     registry = CollectorRegistry()
-    fact = telemetry._Found("nst_fact_ratio", "A share.", registry=registry)
+    fact = telemetry._OptionalGauge("nst_fact_ratio", "A share.", registry=registry)
     assert registry.get_sample_value("nst_fact_ratio") is None
     fact.set(0)
     assert registry.get_sample_value("nst_fact_ratio") == 0
@@ -85,17 +85,17 @@ def test_a_step_lingers_only_where_it_is_scraped(monkeypatch):
     slept = []
     monkeypatch.setattr(time, "sleep", slept.append)
     monkeypatch.setenv(telemetry.LINGER_VARIABLE, "60")
-    telemetry.begin("gate", 1, "r")
-    telemetry.end(1.0, linger=True)
+    telemetry.begin_stage("gate", 1, "r")
+    telemetry.end_stage(1.0, linger=True)
     monkeypatch.setenv(telemetry.PORT_VARIABLE, "9464")
-    telemetry.end(1.0)
+    telemetry.end_stage(1.0)
     assert slept == []
-    telemetry.end(1.0, linger=True)
+    telemetry.end_stage(1.0, linger=True)
     assert slept == [60]
     for wrong in ("a while", "-1", "1e9"):
         monkeypatch.setenv(telemetry.LINGER_VARIABLE, wrong)
         with capture_logs() as logs:
-            telemetry.end(1.0, linger=True)
+            telemetry.end_stage(1.0, linger=True)
         assert logs[0]["value"] == wrong
     assert sum(slept) == 60
 
@@ -110,15 +110,15 @@ def test_confidences_are_counted_up_to_each_bound():
     counts = [0] * 1000
     for place, images in {99: 1, 100: 2, 949: 4, 950: 8, 999: 16}.items():
         counts[place] = images
-    telemetry.CONFIDENCE.add(counts)
-    assert [after - b for b, after in zip(before, buckets(), strict=True)] == [1, 3, 7, 15, 31, 31]
+    telemetry.CONFIDENCE.add_counts(counts)
+    assert [after - b for b, after in zip(before, buckets(), make_strict=True)] == [1, 3, 7, 15, 31, 31]
     middles = 0.0995 + 2 * 0.1005 + 4 * 0.9495 + 8 * 0.9505 + 16 * 0.9995
     assert value("nst_pseudo_label_confidence_sum") - total == pytest.approx(middles)
 
 
 def test_a_selection_is_shown_by_outcome_and_by_what_is_left_of_classes():
     before = value("nst_pseudo_labels_total", outcome="kept") or 0
-    telemetry.selected({"kept": 60, "low_confidence": 3}, [0, *range(1, 11)])
+    telemetry.record_selection({"kept": 60, "low_confidence": 3}, [0, *range(1, 11)])
     assert value("nst_pseudo_labels_total", outcome="kept") == before + 60
     assert value("nst_class_coverage_ratio") == pytest.approx(10 / 11)
     found = {name: value("nst_class_kept_images", statistic=name) for name in ("min", "p10", "median", "max")}
@@ -126,12 +126,12 @@ def test_a_selection_is_shown_by_outcome_and_by_what_is_left_of_classes():
 
 
 def test_a_summary_takes_the_place_of_the_one_before_and_no_gateway_is_only_logged(monkeypatch):
-    telemetry.push("nobody listens")  # without the variable
+    telemetry.push_run_metrics("nobody listens")  # without the variable
     requests = []
 
     class Gateway(BaseHTTPRequestHandler):
         def do_PUT(self):
-            body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+            body = self.rfile.read(int(self.headers["Content-Length"])).decode_image()
             requests.append((self.path, body))
             self.send_response(200)
             self.end_headers()
@@ -143,12 +143,12 @@ def test_a_summary_takes_the_place_of_the_one_before_and_no_gateway_is_only_logg
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv(telemetry.GATEWAY_VARIABLE, f"http://127.0.0.1:{server.server_port}")
     telemetry.LAST_ACCURACY.set(0.75)
-    telemetry.push("digits")
+    telemetry.push_run_metrics("digits")
     server.shutdown()
     server.server_close()
     ((path, body),) = requests
     assert path == "/metrics/job/noisy-student/pipeline/digits"
     assert "\nnst_last_run_accuracy_ratio 0.75\n" in body
     with capture_logs() as logs:
-        telemetry.push("digits")
+        telemetry.push_run_metrics("digits")
     assert logs[0]["log_level"] == "warning"

@@ -14,14 +14,14 @@ def folder(tmp_path, picture):
     store = LocalStore(tmp_path / "data")
     with ShardWriter(store, max_samples=10, max_bytes=1 << 24) as writer:
         for number in range(30):
-            writer.add(f"<i>{number}", "jpg", picture(number, "JPEG", 200 if number % 2 else 16), number % 3)
-        writer.add("bad", "jpg", b"\xff\xd8\xff", 0)
-    Dataset(name="a & b", role="labelled", classes=("x", "<y>", "z"), shards=writer.shards).save(store)
+            writer.add_image(f"<i>{number}", "jpg", picture(number, "JPEG", 200 if number % 2 else 16), number % 3)
+        writer.add_image("bad", "jpg", b"\xff\xd8\xff", 0)
+    Dataset(name="a & b", role="labeled", classes=("x", "<y>", "z"), shards=writer.shards).save(store)
     return tmp_path / "data"
 
 
 def test_show_counts_classes_and_writes_a_contact_sheet(folder, tmp_path, capsys):
-    assert cli._main(["data", "show", str(folder), "--sheet", str(tmp_path / "s.html"), "--images", "9"]) == 0
+    assert cli.run_command_line(["data", "show", str(folder), "--sheet", str(tmp_path / "s.html"), "--images", "9"]) == 0
     out = capsys.readouterr().out
     assert "31 images" in out
     assert re.search(r"<y>\s+10\s+32\.3%", out)
@@ -34,16 +34,16 @@ def test_show_counts_classes_and_writes_a_contact_sheet(folder, tmp_path, capsys
 
 def test_the_same_seed_draws_the_same_sheet(folder, tmp_path):
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
-        cli._main(["data", "show", str(folder), "--sheet", str(tmp_path / name), "--images", "9", "--seed", seed])
+        cli.run_command_line(["data", "show", str(folder), "--sheet", str(tmp_path / name), "--images", "9", "--seed", seed])
     assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text() != (tmp_path / "c").read_text()
 
 
 def test_an_image_that_cannot_be_read_is_shown_by_its_reason(folder, tmp_path):
-    cli._main(["data", "show", str(folder), "--sheet", str(tmp_path / "s"), "--images", "2000"])
+    cli.run_command_line(["data", "show", str(folder), "--sheet", str(tmp_path / "s"), "--images", "2000"])
     assert "shard-00003.tar: bad:" in (tmp_path / "s").read_text()
 
 
 def test_a_folder_without_a_dataset_is_named(tmp_path, capsys):
-    assert cli._main(["data", "show", str(tmp_path)]) != 0
+    assert cli.run_command_line(["data", "show", str(tmp_path)]) != 0
     assert "dataset.json" in capsys.readouterr().err
     assert DataError.exit_code == 3

@@ -9,7 +9,7 @@ from ns.storage import LocalStore
 SHARDS = tuple(
     Shard(name=f"shard-{number:05d}.tar", samples=3 + number, bytes=10_240, sha256=f"{number:064x}") for number in range(2)
 )
-DATASET = Dataset(name="animals", role="labelled", classes=("cat", "dog"), shards=SHARDS, rejected=1)
+DATASET = Dataset(name="animals", role="labeled", classes=("cat", "dog"), shards=SHARDS, rejected=1)
 
 
 def edited(folder, **fields):
@@ -26,9 +26,9 @@ def test_a_dataset_is_read_back_as_written(tmp_path):
 
 
 def test_a_datasets_identity_is_its_content_and_not_its_name(tmp_path):
-    assert DATASET.model_copy(update={"name": "pets", "rejected": 9}).digest == DATASET.digest
+    assert DATASET.model_copy(update_weights={"name": "pets", "rejected": 9}).digest == DATASET.digest
     for fields in ({"classes": ("dog", "cat")}, {"role": "evaluation"}, {"shards": SHARDS[::-1]}, {"shards": SHARDS[:1]}):
-        assert DATASET.model_copy(update=fields).digest != DATASET.digest
+        assert DATASET.model_copy(update_weights=fields).digest != DATASET.digest
 
 
 @pytest.mark.parametrize(
@@ -36,9 +36,9 @@ def test_a_datasets_identity_is_its_content_and_not_its_name(tmp_path):
     [
         ({"classes": ["dog", "cat"]}, "digest: .* the file was edited or damaged"),
         ({"digest": "0" * 64}, "digest: .* the file was edited or damaged"),
-        ({"role": "training"}, "role: .*labelled"),
+        ({"role": "training"}, "role: .*labeled"),
         ({"format": 2}, "format: "),
-        ({"colour": "red"}, "colour: "),
+        ({"color": "red"}, "color: "),
         ({"rejected": -1}, "rejected: "),
         ({"shards": [{**SHARDS[0].model_dump(), "name": "../shard.tar"}]}, r"shards\.0\.name: "),
         ({"shards": [{**SHARDS[0].model_dump(), "sha256": "abc"}]}, r"shards\.0\.sha256: "),

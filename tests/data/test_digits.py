@@ -9,10 +9,10 @@ from PIL import Image
 from ns.core.errors import DataError
 from ns.data.dataset import Dataset
 from ns.data.digits import write_digits
-from ns.data.shards import read_index
+from ns.data.shards import read_samples
 from ns.storage import LocalStore
 
-PARTS = ("labelled", "pool", "heldout")
+PARTS = ("labeled", "pool", "heldout")
 
 
 @pytest.fixture(scope="module")
@@ -23,23 +23,23 @@ def parts(tmp_path_factory):
 
 
 def samples(folder, dataset):
-    return [(shard.name, sample) for shard in dataset.shards for sample in read_index(folder.path(shard.name))]
+    return [(shard.name, sample) for shard in dataset.shards for sample in read_samples(folder.path(shard.name))]
 
 
 def test_digits_are_split_without_overlap_and_evenly(parts):
-    assert {part: dataset.samples for part, (_, dataset) in parts.items()} == {"labelled": 50, "pool": 1247, "heldout": 500}
+    assert {part: dataset.samples for part, (_, dataset) in parts.items()} == {"labeled": 50, "pool": 1247, "heldout": 500}
     keys = {part: [sample.key for _, sample in samples(*parts[part])] for part in PARTS}
     assert sorted(itertools.chain(*keys.values())) == [f"digit-{index:04d}" for index in range(1797)]
-    for part, each in (("labelled", 5), ("heldout", 50)):
-        labels = [sample.label for _, sample in samples(*parts[part])]
+    for part, each in (("labeled", 5), ("heldout", 50)):
+        labels = [sample.class_id for _, sample in samples(*parts[part])]
         assert [labels.count(label) for label in range(10)] == [each] * 10
 
 
 def test_the_pool_has_no_labels_and_no_classes(parts):
     folder, dataset = parts["pool"]
-    assert all(sample.label is None for _, sample in samples(folder, dataset))
+    assert all(sample.class_id is None for _, sample in samples(folder, dataset))
     assert dataset.classes == ()
-    assert dataset.role == "unlabelled"
+    assert dataset.role == "unlabeled"
     assert len(dataset.shards) == 2
 
 
@@ -47,12 +47,12 @@ def test_pictures_and_labels_are_scikit_learns(parts):
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    folder, dataset = parts["labelled"]
+    folder, dataset = parts["labeled"]
     for name, sample in samples(folder, dataset):
         index = int(sample.key.removeprefix("digit-"))
         pixels = np.asarray(Image.open(io.BytesIO(folder.get_range(name, sample.offset, sample.size))))
         assert np.array_equal(pixels, np.rint(bunch["images"][index] * 255 / 16))
-        assert dataset.classes[sample.label] == str(bunch["target"][index])
+        assert dataset.classes[sample.class_id] == str(bunch["target"][index])
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ns.data import duplicates
-from ns.data.duplicates import find
-from ns.data.fingerprint import Fingerprints, phashes
+from ns.data.duplicates import find_duplicates
+from ns.data.fingerprint import Fingerprints, compute_phashes
 
 
 def shard(contents, hashes, comparable=None):
@@ -19,7 +19,7 @@ def shard(contents, hashes, comparable=None):
 
 
 def pairs(found):
-    return {(int(a), int(b)): int(bits) for a, b, bits in zip(*found, strict=True)}
+    return {(int(a), int(b)): int(bits) for a, b, bits in zip(*found, make_strict=True)}
 
 
 def brute(contents, hashes, comparable, bits):
@@ -41,14 +41,14 @@ def brute(contents, hashes, comparable, bits):
 @st.composite
 def images(draw):
     """Hashes in clusters, so that many are near."""
-    centres = draw(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=4))
+    centers = draw(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=4))
     flips = st.lists(st.integers(0, 63), max_size=6)
-    rows = draw(st.lists(st.tuples(st.sampled_from(centres), flips, st.integers(0, 5), st.booleans()), max_size=40))
+    rows = draw(st.lists(st.tuples(st.sampled_from(centers), flips, st.integers(0, 5), st.booleans()), max_size=40))
     hashes = []
-    for centre, bits, _, _ in rows:
+    for center, bits, _, _ in rows:
         for bit in bits:
-            centre ^= 1 << bit
-        hashes.append(centre)
+            center ^= 1 << bit
+        hashes.append(center)
     return [row[2] for row in rows], hashes, [row[3] for row in rows]
 
 
@@ -58,26 +58,26 @@ def test_what_is_found_is_what_comparing_all_with_all_finds(tmp_path_factory, ma
     contents, hashes, comparable = made
     parts = [slice(start, start + shard_samples) for start in range(0, len(contents), shard_samples)]
     shards = [shard(contents[part], hashes[part], comparable[part]) for part in parts]
-    found = find(shards, tmp_path_factory.mktemp("scratch"), bits)
+    found = find_duplicates(shards, tmp_path_factory.mktemp("scratch"), bits)
     assert (pairs(found.same), pairs(found.alike), pairs(found.near)) == brute(contents, hashes, comparable, bits)
     assert found.skipped == 0
 
 
 def test_a_pool_of_one_picture_is_not_compared_all_with_all(tmp_path):
-    found = find([shard(range(100_000), [7] * 100_000)], tmp_path, 4)
+    found = find_duplicates([shard(range(100_000), [7] * 100_000)], tmp_path, 4)
     assert len(found.alike.later) == 99_999
     assert len(found.near.later) == 0
 
 
 def test_what_is_not_compared_is_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(duplicates, "NEIGHBOURS", 10)
+    monkeypatch.setattr(duplicates, "MAX_NEIGHBORS", 10)
     # All share their lower half, so that one band of two puts them together.
-    found = find([shard(range(50), [(n * 0x9E3779B1) % 2**32 << 32 for n in range(50)])], tmp_path, 1)
+    found = find_duplicates([shard(range(50), [(n * 0x9E3779B1) % 2**32 << 32 for n in range(50)])], tmp_path, 1)
     assert found.skipped == 39 * 40 // 2
 
 
 def test_the_scratch_folder_is_left_empty(tmp_path):
-    find([shard(range(1000), range(1000))], tmp_path, 4)
+    find_duplicates([shard(range(1000), range(1000))], tmp_path, 4)
     assert not list(tmp_path.iterdir())
 
 
@@ -85,8 +85,8 @@ def test_perceptual_hashes_are_those_of_the_definition():
     """imagehash.phash: scipy's DCT over columns, then rows, the 8 × 8 lowest, above their median."""
     from scipy.fftpack import dct
 
-    grey = np.random.default_rng(0).integers(0, 256, (20, 32, 32), np.uint8)
-    for image, found in zip(grey, phashes(grey), strict=True):
+    gray = np.random.default_rng(0).integers(0, 256, (20, 32, 32), np.uint8)
+    for image, found in zip(gray, compute_phashes(gray), make_strict=True):
         low = dct(dct(image.astype(float), axis=0), axis=1)[:8, :8]
         bits = (low > np.median(low)).flatten()
         assert int("".join("1" if bit else "0" for bit in bits), 2) == int(found)

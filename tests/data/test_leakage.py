@@ -8,14 +8,14 @@ from PIL import Image
 from ns.cli import app as cli
 from ns.core.errors import DataError
 from ns.data.dataset import Dataset
-from ns.data.importing.ingest import Limits, import_images
+from ns.data.importing.ingest import ImportLimits, import_images
 from ns.data.importing.writer import ShardWriter
-from ns.data.leakage import DUPLICATES, LEFT_OUT, Checked, CheckReport, check, left_out
+from ns.data.leakage import DUPLICATES, LEFT_OUT, LeakageReport, NamedDataset, check_datasets, load_left_out_rows
 from ns.storage import LocalStore
 
 
 def scene(seed: int, size: int = 64) -> Image.Image:
-    """Something to recognise: a few soft blobs."""
+    """Something to recognize: a few soft blobs."""
     rng = np.random.default_rng(seed)
     return Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
 
@@ -32,11 +32,11 @@ def make(folder, role, images, shard_samples=7):
     with ShardWriter(store, max_samples=shard_samples, max_bytes=1 << 24) as writer:
         for number, data in enumerate(images):
             extension = "jpg" if data.startswith(b"\xff\xd8") else "png"
-            writer.add(f"{number:03d}", extension, data, None if role == "unlabelled" else number % 2)
-    classes = () if role == "unlabelled" else ("a", "b")
+            writer.add_image(f"{number:03d}", extension, data, None if role == "unlabeled" else number % 2)
+    classes = () if role == "unlabeled" else ("a", "b")
     data = Dataset(name=folder.name, role=role, classes=classes, shards=writer.shards)
     data.save(store)
-    return Checked(folder.name, store, data)
+    return NamedDataset(folder.name, store, data)
 
 
 @pytest.fixture
@@ -49,26 +49,26 @@ def sets(tmp_path):
     pool[12] = pool[11]
     pool[25] = encoded(scene(8).resize((48, 48)), "PNG")
     pool[29] = pool[28]
-    labelled = [encoded(scene(seed)) for seed in range(200, 210)]
+    labeled = [encoded(scene(seed)) for seed in range(200, 210)]
     return {
-        "pool": make(tmp_path / "pool", "unlabelled", pool),
-        "labelled": make(tmp_path / "labelled", "labelled", labelled),
+        "pool": make(tmp_path / "pool", "unlabeled", pool),
+        "labeled": make(tmp_path / "labeled", "labeled", labeled),
         "heldout": make(tmp_path / "heldout", "evaluation", heldout),
     }
 
 
 def run(sets, tmp_path, **options):
     out = LocalStore(tmp_path / "out")
-    return check(list(sets.values()), out, LocalStore(tmp_path / "kept"), **options), out
+    return check_datasets(list(sets.values()), out, LocalStore(tmp_path / "kept"), **options), out
 
 
 def test_held_out_images_are_found_in_the_pool_also_changed(sets, tmp_path):
     report, out = run(sets, tmp_path)
-    leak = report.between("pool", "heldout")
+    leak = report.get_overlap("pool", "heldout")
     assert (leak.same, leak.near, report.left_out) == (1, 3, 4)
-    assert report.between("pool", "pool").same == 2
-    assert (report.between("labelled", "heldout").same, report.between("labelled", "heldout").near) == (0, 0)
-    assert report.classes == {"heldout": {"a": 10, "b": 10}, "labelled": {"a": 5, "b": 5}}
+    assert report.get_overlap("pool", "pool").same == 2
+    assert (report.get_overlap("labeled", "heldout").same, report.get_overlap("labeled", "heldout").near) == (0, 0)
+    assert report.classes == {"heldout": {"a": 10, "b": 10}, "labeled": {"a": 5, "b": 5}}
     rows = pq.read_table(io.BytesIO(out.get(LEFT_OUT))).to_pylist()
     assert [(row["key"], row["like_key"], row["same_bytes"]) for row in rows] == [
         ("004", "003", True),
@@ -76,13 +76,13 @@ def test_held_out_images_are_found_in_the_pool_also_changed(sets, tmp_path):
         ("012", "005", False),
         ("025", "008", False),
     ]
-    assert CheckReport.read(out, "check.json") == report
+    assert LeakageReport.load_file(out, "check.json") == report
 
 
 def test_the_list_says_which_rows_of_which_shard_are_left_out(sets, tmp_path):
     _, out = run(sets, tmp_path)
     shards = sets["pool"].data.shards
-    assert left_out(out) == {
+    assert load_left_out_rows(out) == {
         shards[0].sha256: {4: "also in heldout: 003"},
         shards[1].sha256: {4: "also in heldout: 005", 5: "also in heldout: 005"},
         shards[3].sha256: {4: "also in heldout: 008"},
@@ -97,7 +97,7 @@ def test_fingerprints_are_taken_once(sets, tmp_path, monkeypatch):
     from ns.data import fingerprint
 
     taken = []
-    monkeypatch.setattr(fingerprint.log, "Progress", lambda total, unit: taken.append(total) or fingerprint.log.get())
+    monkeypatch.setattr(fingerprint.log, "Progress", lambda total, unit: taken.append(total) or fingerprint.log.get_logger())
     monkeypatch.setattr(fingerprint.log, "get", lambda: type("P", (), {"advance": lambda self, count: None})())
     assert run(sets, tmp_path)[0] == expected
     assert sum(taken) <= 7
@@ -107,7 +107,7 @@ def test_flat_and_tiny_images_are_not_taken_for_one_another(tmp_path):
     flat = [encoded(Image.new("RGB", (64, 64), (level, level, level)), "PNG") for level in range(0, 200, 10)]
     tiny = [encoded(scene(seed, 8), "PNG") for seed in range(20)]
     sets = {
-        "pool": make(tmp_path / "pool", "unlabelled", flat[:10] + tiny[:10]),
+        "pool": make(tmp_path / "pool", "unlabeled", flat[:10] + tiny[:10]),
         "heldout": make(tmp_path / "heldout", "evaluation", flat[10:] + tiny[10:]),
     }
     report, _ = run(sets, tmp_path)
@@ -118,31 +118,31 @@ def test_flat_and_tiny_images_are_not_taken_for_one_another(tmp_path):
 def test_an_image_that_cannot_be_read_is_compared_by_its_bytes(tmp_path):
     bad = encoded(scene(0))[:200]
     sets = {
-        "pool": make(tmp_path / "pool", "unlabelled", [bad, b"\xff\xd8\xff"]),
+        "pool": make(tmp_path / "pool", "unlabeled", [bad, b"\xff\xd8\xff"]),
         "heldout": make(tmp_path / "h", "evaluation", [bad]),
     }
     report, _ = run(sets, tmp_path)
-    assert (report.between("pool", "h").same, report.left_out) == (1, 1)
+    assert (report.get_overlap("pool", "h").same, report.left_out) == (1, 1)
 
 
 def test_a_model_has_the_last_word_on_near_images(sets, tmp_path):
     report, _ = run(sets, tmp_path, features=lambda images: np.ones((len(images), 4), np.float32))
-    assert report.between("pool", "heldout").near == 3
+    assert report.get_overlap("pool", "heldout").near == 3
     signs = iter((1, -1))
     report, _ = run(sets, tmp_path, features=lambda images: np.full((len(images), 4), next(signs), np.float32))
-    assert (report.between("pool", "heldout").near, report.left_out) == (0, 1)
+    assert (report.get_overlap("pool", "heldout").near, report.left_out) == (0, 1)
 
 
 def test_the_command_prints_counts_and_refuses_trained_evaluation_images(sets, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert cli._main(["data", "check", "pool", "labelled", "heldout", "--out", "out"]) == 0
+    assert cli.run_command_line(["data", "check", "pool", "labeled", "heldout", "--out", "out"]) == 0
     out = capsys.readouterr().out
-    assert "4 images of pools are in an evaluation set too: they are left out" in " ".join(out.split())
-    both = make(tmp_path / "both", "labelled", [encoded(scene(seed)) for seed in (3, 300)])
-    assert both.data.samples == 2
-    assert cli._main(["data", "check", "both", "heldout", "--out", "out"]) == DataError.exit_code
+    assert "4 images of pools are in an evaluation set too: they are left out" in " ".join(out.split_batch())
+    both = make(tmp_path / "both", "labeled", [encoded(scene(seed)) for seed in (3, 300)])
+    assert both.dataset.samples == 2
+    assert cli.run_command_line(["data", "check", "both", "heldout", "--out", "out"]) == DataError.exit_code
     assert "both: 1 of its images are also in the evaluation set heldout" in capsys.readouterr().err
-    assert cli._main(["data", "check", "both", "heldout", "--out", "out", "--allow-overlap", "--json"]) == 0
+    assert cli.run_command_line(["data", "check", "both", "heldout", "--out", "out", "--allow-overlap", "--json"]) == 0
     assert '"left_out": 0' in capsys.readouterr().out
 
 
@@ -151,13 +151,13 @@ def test_the_command_prints_counts_and_refuses_trained_evaluation_images(sets, t
 def test_changed_copies_of_real_images_are_found_and_others_are_not(cifar10, tmp_path):
     """500 of CIFAR-10's test images, changed, among 5,000 of its training images."""
     store = LocalStore(tmp_path / "all")
-    data = import_images(str(cifar10 / "test.tar.gz"), store, name="all", role="unlabelled", limits=Limits())
+    data = import_images(str(cifar10 / "test.tar.gz"), store, name="all", role="unlabeled", limits=ImportLimits())
     from ns.data.loading.shard_reader import ImageSource
 
     source = ImageSource(store, data)
     order = np.random.default_rng(0).permutation(data.samples)
     held, other = order[:1000], order[1000:6000]
-    pictures = {int(row): Image.fromarray(source.pixels(0, int(row))) for row in order[:6000]}
+    pictures = {int(row): Image.fromarray(source.read_pixels(0, int(row))) for row in order[:6000]}
     heldout = [encoded(pictures[int(row)], "PNG") for row in held]
     changed = []
     for number, row in enumerate(held[:500]):
@@ -167,7 +167,7 @@ def test_changed_copies_of_real_images_are_found_and_others_are_not(cifar10, tmp
         else:
             changed.append(encoded(picture.resize((48, 48), Image.Resampling.BICUBIC)))
     sets = {
-        "pool": make(tmp_path / "pool", "unlabelled", changed + [encoded(pictures[int(row)], "PNG") for row in other], 1000),
+        "pool": make(tmp_path / "pool", "unlabeled", changed + [encoded(pictures[int(row)], "PNG") for row in other], 1000),
         "heldout": make(tmp_path / "heldout", "evaluation", heldout, 1000),
     }
     report, out = run(sets, tmp_path)

@@ -18,7 +18,7 @@ from pathlib import Path
 from ns.data.ingest import Limits, import_images
 from ns.storage import LocalStore
 
-data = import_images(sys.argv[1], LocalStore(sys.argv[2]), name="n", role="unlabelled", limits=Limits(), workers=1)
+data = import_images(sys.argv[1], LocalStore(sys.argv[2]), name="n", role="unlabeled", limits=Limits(), workers=1)
 print(data.samples, re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 """
 
@@ -42,19 +42,19 @@ from ns.config import NoiseConfig
 from ns.data import images
 from ns.data.augment import TrainTransform
 from ns.data.dataset import Dataset
-from ns.data.stream import Batches, PseudoLabelled, ImageSource, Labelled
+from ns.data.stream import Batches, PseudoLabeled, ImageSource, Labeled
 from ns.storage import LocalStore
 
 images.DECODED_BYTES = 0
 folder = LocalStore(sys.argv[1])
 data = Dataset.load(folder).model_copy(update={"classes": ("a", "b")})
-labelled = Labelled.__new__(Labelled)
+labeled = Labeled.__new__(Labeled)
 import numpy as np
-labelled.source = ImageSource(folder, data)
-labelled.labels = [np.zeros(shard.samples, np.int32) for shard in data.shards]
-labelled.copies = [np.ones(shard.samples, np.uint8) for shard in data.shards]
-labelled.samples = data.samples
-batches = Batches(labelled, None, TrainTransform(NoiseConfig(randaugment_layers=0, crop="none"), 32),
+labeled.source = ImageSource(folder, data)
+labeled.labels = [np.zeros(shard.samples, np.int32) for shard in data.shards]
+labeled.copies = [np.ones(shard.samples, np.uint8) for shard in data.shards]
+labeled.samples = data.samples
+batches = Batches(labeled, None, TrainTransform(NoiseConfig(randaugment_layers=0, crop="none"), 32),
                   batch=500, pseudo_batch=0, classes=2, seed=0)
 for step in range(-(-data.samples // 500)):
     batches[step]
@@ -66,7 +66,7 @@ def measured(program: str, *arguments) -> tuple[int, int]:
     """Images and the most memory, kB: not ru_maxrss, which a child has from its parent."""
     done = subprocess.run([sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    count, peak = done.stdout.splitlines()[-1].split()
+    count, peak = done.stdout.splitlines()[-1].split_batch()
     return int(count), int(peak)
 
 
@@ -80,7 +80,7 @@ def write_tar(path, count):
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
             # It remembers all of them.
-            tar.members.clear()
+            tar.members.clear_checkpoints()
     return path
 
 

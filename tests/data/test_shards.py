@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ns.core.errors import DataError, StoreError
 from ns.data.importing.writer import ShardWriter
-from ns.data.shards import Sample, check_bytes, read_index, split_key
+from ns.data.shards import ShardSample, check_shard_file, read_samples, split_key
 from ns.storage import LocalStore
 
 KEYS = st.lists(
@@ -24,7 +24,7 @@ SAMPLE = st.tuples(st.sampled_from(["png", "jpg", "webp"]), st.binary(max_size=2
 def write(folder, samples, *, max_samples=100, max_bytes=1 << 20):
     with ShardWriter(folder, max_samples=max_samples, max_bytes=max_bytes) as writer:
         for sample in samples:
-            writer.add(*sample)
+            writer.add_image(*sample)
     return writer.shards
 
 
@@ -49,11 +49,11 @@ def test_what_is_written_is_read_back_in_order(tmp_path_factory, keys, data, max
     shards = write(folder, samples, max_samples=max_samples, max_bytes=max_bytes)
     found = []
     for shard in shards:
-        check_bytes(folder.path(shard.name), shard, shard.name)
+        check_shard_file(folder.path(shard.name), shard, shard.name)
         assert shard.samples <= max_samples
-        for sample in read_index(folder.path(shard.name)):
+        for sample in read_samples(folder.path(shard.name)):
             image = folder.get_range(shard.name, sample.offset, sample.size)
-            found.append((sample.key, sample.extension, image, sample.label))
+            found.append((sample.key, sample.extension, image, sample.class_id))
     assert found == samples
     assert sum(shard.samples for shard in shards) == len(samples)
 
@@ -97,14 +97,14 @@ def test_shards_roll_over_at_their_limits(tmp_path):
 def test_what_does_not_belong_in_a_shard_is_refused_by_name(tmp_path, members, fields, reason):
     path = tar_of(tmp_path / "bad.tar", members, **fields)
     with pytest.raises(DataError, match=reason) as caught:
-        read_index(path)
+        read_samples(path)
     assert str(path) in str(caught.value)
 
 
 def test_other_files_of_a_sample_are_ignored(tmp_path):
     path = tar_of(tmp_path / "x.tar", [("d/a.png", b"xyz"), ("d/a.json", b"{}"), ("d/a.cls", b"7"), ("README", b"hi")])
-    (sample,) = read_index(path)
-    assert (sample.key, sample.extension, sample.size, sample.label) == ("d/a", "png", 3, 7)
+    (sample,) = read_samples(path)
+    assert (sample.key, sample.extension, sample.size, sample.class_id) == ("d/a", "png", 3, 7)
 
 
 def test_a_cut_off_tar_is_refused(tmp_path):
@@ -115,7 +115,7 @@ def test_a_cut_off_tar_is_refused(tmp_path):
         path = tmp_path / "cut.tar"
         path.write_bytes(whole[:length])
         with pytest.raises(DataError, match=r"cut\.tar"):
-            check_bytes(path, shard, path.name)
+            check_shard_file(path, shard, path.name)
 
 
 def three(tmp_path) -> bytes:
@@ -145,14 +145,14 @@ def test_images_that_damage_hides_are_missed(tmp_path, spoil, reason):
     path = tmp_path / "bad.tar"
     path.write_bytes(spoil(three(tmp_path)))
     with pytest.raises(DataError, match=reason):
-        read_index(path)
+        read_samples(path)
 
 
 def test_compressed_tars_are_refused(tmp_path):
     path = tmp_path / "x.tar"
     path.write_bytes(gzip.compress(three(tmp_path)))
     with pytest.raises(DataError, match="not a whole tar file"):
-        read_index(path)
+        read_samples(path)
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
@@ -171,7 +171,7 @@ def test_all_forms_of_tar_are_read_as_tarfile_reads_them(tmp_path_factory, form,
                 continue
     with tarfile.open(path) as tar:
         expected = [(*split_key(member.name), member.offset_data, member.size) for member in tar]
-    assert [sample[:4] for sample in read_index(path)] == expected
+    assert [sample[:4] for sample in read_samples(path)] == expected
 
 
 def test_folders_and_hidden_files_are_passed_over(tmp_path):
@@ -184,7 +184,7 @@ def test_folders_and_hidden_files_are_passed_over(tmp_path):
             info = tarfile.TarInfo(name)
             info.size = 2
             tar.addfile(info, io.BytesIO(b"xy"))
-    (sample,) = read_index(path)
+    (sample,) = read_samples(path)
     assert sample.key == "d/a"
 
 
@@ -196,10 +196,10 @@ def test_a_flipped_byte_is_a_data_error_or_leaves_all_images_in_place(tmp_path_f
     path = tmp_path / "x.tar"
     path.write_bytes(tar)
     try:
-        index = read_index(path)
+        index = read_samples(path)
     except DataError:
         return
-    whole = read_index(tmp_path / "shard-00000.tar")
+    whole = read_samples(tmp_path / "shard-00000.tar")
     # Labels have no checksum of their own: that is what the shard's sha256 is for.
     assert [sample[:4] for sample in index] == [sample[:4] for sample in whole]
 
@@ -209,14 +209,14 @@ def test_garbage_is_a_data_error_or_an_index(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("garbage") / "x.tar"
     path.write_bytes(data)
     try:
-        index = read_index(path)
+        index = read_samples(path)
     except DataError as error:
         index = []
         named = "x.tar" in str(error)
     else:
         named = True
     assert named
-    assert all(isinstance(sample, Sample) for sample in index)
+    assert all(isinstance(sample, ShardSample) for sample in index)
 
 
 def test_a_wrong_checksum_is_refused(tmp_path):
@@ -226,20 +226,20 @@ def test_a_wrong_checksum_is_refused(tmp_path):
     data[512] ^= 1
     folder.put(shard.name, bytes(data))
     with pytest.raises(DataError, match=r"sha256 is not that of dataset\.json"):
-        check_bytes(folder.path(shard.name), shard, shard.name)
+        check_shard_file(folder.path(shard.name), shard, shard.name)
 
 
 @pytest.mark.parametrize("key", ["a.b", "a.", ".a", "", "../a", "/a", "dir/", "dir/a.b", "a\0", "caf\udce9"])
 def test_keys_that_would_not_come_back_are_refused(tmp_path, key):
     with ShardWriter(LocalStore(tmp_path), max_samples=1, max_bytes=1) as writer, pytest.raises(DataError, match="key"):
-        writer.add(key, "png", b"x", None)
+        writer.add_image(key, "png", b"x", None)
 
 
 def test_a_failed_writer_leaves_no_shard(tmp_path):
     def twice() -> None:
         with ShardWriter(LocalStore(tmp_path), max_samples=9, max_bytes=1 << 20) as writer:
-            writer.add("a", "png", b"x", None)
-            writer.add("a", "png", b"x", None)
+            writer.add_image("a", "png", b"x", None)
+            writer.add_image("a", "png", b"x", None)
 
     with pytest.raises(DataError):
         twice()
@@ -262,7 +262,7 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
 def add_one(tmp_path, before) -> None:
     with ShardWriter(LocalStore(tmp_path / "out"), max_samples=9, max_bytes=1 << 20) as writer:
         before()
-        writer.add("a", "png", b"x", None)
+        writer.add_image("a", "png", b"x", None)
 
 
 def test_tarfile_reads_our_shards_without_owners_times_or_modes(tmp_path):

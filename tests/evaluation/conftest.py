@@ -22,11 +22,11 @@ def make_model():
         store = LocalStore(folder)
         config, noise = ModelConfig(arch="test_efficientnet", resolution=resolution), NoiseConfig(crop=crop)
         torch.manual_seed(seed)
-        network = models.build(config, noise, len(classes))
+        network = models.build_model(config, noise, len(classes))
         # Larger than at birth, so that answers differ from image to image.
         torch.nn.init.normal_(network.get_classifier().weight, std=1.0)
         fields = {"generation": 0, "model": config, "noise": noise, "classes": classes, "parameters": 1, "steps": 0}
-        models.save(store, network.state_dict(), {**fields, "lineage": Lineage(config="0", labelled="0")}, [])
+        models.save_model(store, network.state_dict(), {**fields, "lineage": Lineage(config="0", labeled="0")}, [])
         return store
 
     return make
@@ -38,8 +38,8 @@ def model(make_model, tmp_path_factory):
 
 
 @pytest.fixture
-def labelled_images(picture):
-    """Function: `count` labelled images in `folder`, in shards of `per_shard`; image 2 is damaged."""
+def labeled_images(picture):
+    """Function: `count` labeled images in `folder`, in shards of `per_shard`; image 2 is damaged."""
 
     def make(folder, count=24, per_shard=10, classes=CLASSES, size=16, damaged=(2,), role="evaluation", kind="PNG"):
         store = LocalStore(folder)
@@ -47,7 +47,9 @@ def labelled_images(picture):
         with ShardWriter(store, max_samples=per_shard, max_bytes=1 << 30) as writer:
             for number in range(count):
                 data = picture(number, kind, size)
-                writer.add(f"image-{number:03d}", extension, data[:60] if number in damaged else data, number % len(classes))
+                writer.add_image(
+                    f"image-{number:03d}", extension, data[:60] if number in damaged else data, number % len(classes)
+                )
         made = Dataset(name="images", role=role, classes=classes, shards=writer.shards)
         made.save(store)
         return store, made

@@ -10,11 +10,11 @@ from structlog.testing import capture_logs
 
 from ns.core.errors import DataError
 from ns.data.loading.shard_reader import ImageSource
-from ns.evaluation.accuracy import calibration, evaluate, summarise, table_of
+from ns.evaluation.accuracy import build_predictions_table, compute_calibration, evaluate_accuracy, summarize_predictions
 from ns.evaluation.multi_label import MultiLabels
 from ns.evaluation.result import MANIFEST, Evaluation, Subsample, read_predictions
-from ns.evaluation.subsample import drawn
-from ns.modeling.precision import Mode
+from ns.evaluation.subsample import draw_rows
+from ns.modeling.precision import PrecisionMode
 from ns.modeling.predictor import Predictor
 from ns.storage import LocalStore
 
@@ -23,7 +23,7 @@ CLASSES = tuple(f"class {index}" for index in range(7))
 
 def evaluation(table, **fields) -> Evaluation:
     options = {"model": "m", "dataset": "d", "classes": CLASSES, "unreadable": 0, "predictions_sha256": "0", **fields}
-    return summarise(table, **options)
+    return summarize_predictions(table, **options)
 
 
 @settings(deadline=None)
@@ -34,10 +34,10 @@ def test_numbers_equal_those_counted_by_hand(images, seed):
     probabilities = rng.integers(1, 4, (images, 7)).astype(np.float32)
     probabilities /= probabilities.sum(1, keepdims=True)
     labels = rng.integers(0, 7, images)
-    table = table_of([str(index) for index in range(images)], labels, probabilities)
+    table = build_predictions_table([str(index) for index in range(images)], labels, probabilities)
     result = evaluation(table)
     top1 = top5 = 0
-    for row, label in zip(probabilities, labels, strict=True):
+    for row, label in zip(probabilities, labels, make_strict=True):
         ranking = sorted(range(7), key=lambda index: (-row[index], index))
         top1 += ranking[0] == label
         top5 += label in ranking[:5]
@@ -47,7 +47,7 @@ def test_numbers_equal_those_counted_by_hand(images, seed):
     assert sum(result.confusion[index][index] for index in range(7)) == top1
     for index, accuracy in enumerate(result.class_accuracy):
         own = labels == index
-        if own.any():
+        if own.any_rank():
             assert accuracy == pytest.approx((probabilities[own].argmax(1) == index).mean())
         else:
             assert accuracy is None
@@ -55,9 +55,9 @@ def test_numbers_equal_those_counted_by_hand(images, seed):
 
 def test_predictions_are_read_back_only_if_they_are_the_recorded_ones(tmp_path):
     folder = LocalStore(tmp_path)
-    result = evaluation(table_of(["a"], np.array([0]), np.full((1, 7), 1 / 7, np.float32)))
-    result.write(folder, MANIFEST)
-    assert Evaluation.read(folder, MANIFEST) == result
+    result = evaluation(build_predictions_table(["a"], np.array([0]), np.full((1, 7), 1 / 7, np.float32)))
+    result.save_file(folder, MANIFEST)
+    assert Evaluation.load_file(folder, MANIFEST) == result
     folder.put("predictions.parquet", b"other")
     with pytest.raises(DataError, match="evaluate again"):
         read_predictions(folder, result)
@@ -66,7 +66,7 @@ def test_predictions_are_read_back_only_if_they_are_the_recorded_ones(tmp_path):
 def test_calibration_is_that_worked_out_by_hand():
     confidence = np.array([0.05, 0.5, 0.5, 0.95, 1.0, 1.0], np.float32)
     right = np.array([True, True, False, True, True, False])
-    found = calibration(confidence, right)
+    found = compute_calibration(confidence, right)
     assert len(found.bins) == 15
     assert [one.images for one in found.bins if one.images] == [1, 2, 3]
     last = found.bins[-1]
@@ -78,51 +78,51 @@ def test_calibration_is_that_worked_out_by_hand():
 def test_bins_of_confidence_are_closed_above_and_an_empty_one_shows_its_middle():
     # A softmax in float32 may exceed 1 by a few units in the last place.
     confidence = np.array([0, 0.25, 0.5, 1, 1.0000001], np.float32)
-    found = calibration(confidence, np.array([False, True, True, True, False]), bins=4)
+    found = compute_calibration(confidence, np.array([False, True, True, True, False]), num_bins=4)
     shown = [(one.images, pytest.approx(one.confidence), one.accuracy) for one in found.bins]
     assert shown == [(2, 0.125, 0.5), (1, 0.5, 1), (0, 0.625, 0), (2, 1, 0.5)]
 
 
 def test_an_evaluation_records_how_it_was_made_and_calibration_of_its_own_answers():
     probabilities = np.array([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.1, 0.8]], np.float32)
-    table = table_of(["a", "b", "c"], np.array([0, 1, 1]), probabilities)
+    table = build_predictions_table(["a", "b", "c"], np.array([0, 1, 1]), probabilities)
     several = MultiLabels({"a": frozenset({1}), "b": frozenset({0, 1})})
     fields = {"name": "photographs", "mode": "bfloat16", "subsample": Subsample(images=3, seed=1), "scored": ("x", "y")}
     found = evaluation(table, classes=("x", "y", "z"), unreadable=2, **fields, multi_labels=several)
     assert {name: getattr(found, name) for name in fields} == fields
     assert (found.images, found.unreadable, found.confusion) == (3, 2, ((1, 0, 0), (1, 0, 1), (0, 0, 0)))
     assert (found.multi_label_top1, found.multi_label_images) == (0.5, 2)
-    assert found.calibration == calibration(probabilities.max(1), np.array([True, False, False]))
+    assert found.calibration == compute_calibration(probabilities.max(1), np.array([True, False, False]))
 
 
 def test_a_model_that_is_as_sure_as_it_is_right_is_calibrated():
     rng = np.random.default_rng(0)
     confidence = rng.random(200_000).astype(np.float32)
-    assert calibration(confidence, rng.random(200_000) < confidence).ece < 0.01
-    assert calibration(confidence, rng.random(200_000) < confidence**2).ece == pytest.approx(1 / 6, abs=0.01)
+    assert compute_calibration(confidence, rng.random(200_000) < confidence).ece < 0.01
+    assert compute_calibration(confidence, rng.random(200_000) < confidence**2).ece == pytest.approx(1 / 6, abs=0.01)
 
 
 def test_fewer_than_five_classes_are_all_among_the_best_five():
-    table = table_of(["a", "b"], np.array([0, 1]), np.array([[0.9, 0.1], [0.8, 0.2]], np.float32))
+    table = build_predictions_table(["a", "b"], np.array([0, 1]), np.array([[0.9, 0.1], [0.8, 0.2]], np.float32))
     result = evaluation(table, classes=("x", "y"))
     assert (result.top1, result.top5) == (0.5, 1.0)
 
 
 def test_an_evaluation_from_before_calibration_keeps_its_digest(tmp_path):
-    result = evaluation(table_of(["a"], np.array([0]), np.full((1, 7), 1 / 7, np.float32)))
-    old = result.model_copy(update={"calibration": None, "name": None})
-    assert "calibration" not in old.identity()
-    old.write(LocalStore(tmp_path), MANIFEST)
-    assert Evaluation.read(LocalStore(tmp_path), MANIFEST) == old
+    result = evaluation(build_predictions_table(["a"], np.array([0]), np.full((1, 7), 1 / 7, np.float32)))
+    old = result.model_copy(update_weights={"calibration": None, "name": None})
+    assert "calibration" not in old.hashed_fields()
+    old.save_file(LocalStore(tmp_path), MANIFEST)
+    assert Evaluation.load_file(LocalStore(tmp_path), MANIFEST) == old
 
 
 @pytest.mark.parametrize(
     ("subsample", "images"), [(None, 21), (Subsample(images=24, seed=0), 21), (Subsample(images=4, seed=0), 4)]
 )
-def test_unreadable_images_are_counted_and_count_in_no_number(tmp_path, model, labelled_images, subsample, images):
-    folder, data = labelled_images(tmp_path / "d", damaged=(2, 3, 17))
+def test_unreadable_images_are_counted_and_count_in_no_number(tmp_path, model, labeled_images, subsample, images):
+    folder, data = labeled_images(tmp_path / "d", damaged=(2, 3, 17))
     with capture_logs() as logged:
-        found = evaluate(Predictor(model, batch=8), folder, data, LocalStore(tmp_path / "e"), subsample=subsample)
+        found = evaluate_accuracy(Predictor(model, batch=8), folder, data, LocalStore(tmp_path / "e"), subsample=subsample)
     looked_at = 24 if images == 21 else 4
     assert found.images + found.unreadable == looked_at
     assert found.images == sum(map(sum, found.confusion)) == images
@@ -131,75 +131,77 @@ def test_unreadable_images_are_counted_and_count_in_no_number(tmp_path, model, l
 
 
 @pytest.mark.parametrize("count", [0, 3])
-def test_a_dataset_of_which_nothing_can_be_read_is_refused(tmp_path, model, labelled_images, count):
-    folder, data = labelled_images(tmp_path / "d", count=count, damaged=range(count))
+def test_a_dataset_of_which_nothing_can_be_read_is_refused(tmp_path, model, labeled_images, count):
+    folder, data = labeled_images(tmp_path / "d", count=count, damaged=range(count))
     with pytest.raises(DataError, match=r"/d: no readable image to evaluate on"):
-        evaluate(Predictor(model, batch=8), folder, data, LocalStore(tmp_path / "e"))
+        evaluate_accuracy(Predictor(model, batch=8), folder, data, LocalStore(tmp_path / "e"))
 
 
-def test_one_image_is_enough_and_told_with_how_it_was_looked_at(tmp_path, model, labelled_images):
-    folder, data = labelled_images(tmp_path / "d", count=1)
+def test_one_image_is_enough_and_told_with_how_it_was_looked_at(tmp_path, model, labeled_images):
+    folder, data = labeled_images(tmp_path / "d", count=1)
     predictor = Predictor(model, batch=8)
-    predictor.mode = Mode("bfloat16")
+    predictor.mode = PrecisionMode("bfloat16")
     every = MultiLabels({"image-000": frozenset(range(5))})
-    found = evaluate(predictor, folder, data, LocalStore(tmp_path / "e"), multi_labels=every)
+    found = evaluate_accuracy(predictor, folder, data, LocalStore(tmp_path / "e"), multi_labels=every)
     assert (found.images, found.name, found.dataset, found.mode) == (1, "images", data.digest, "bfloat16")
-    assert (found.model, found.multi_label_top1, found.multi_label_images) == (predictor.card.digest, 1, 1)
+    assert (found.model, found.multi_label_top1, found.multi_label_images) == (predictor.manifest.digest, 1, 1)
 
 
-def test_the_next_shard_is_on_its_way_while_one_is_looked_at(tmp_path, model, labelled_images, monkeypatch):
-    folder, data = labelled_images(tmp_path / "d", count=24, per_shard=10)
+def test_the_next_shard_is_on_its_way_while_one_is_looked_at(tmp_path, model, labeled_images, monkeypatch):
+    folder, data = labeled_images(tmp_path / "d", count=24, per_shard=10)
     ahead = []
     monkeypatch.setattr(ImageSource, "fetch_ahead", lambda self, shards: ahead.append(list(shards)))
-    evaluate(Predictor(model, batch=8), folder, data, LocalStore(tmp_path / "e"))
+    evaluate_accuracy(Predictor(model, batch=8), folder, data, LocalStore(tmp_path / "e"))
     assert ahead == [[1], [2], []]
 
 
-def test_a_set_of_some_classes_is_scored_among_these_alone(tmp_path, model, labelled_images):
-    folder, data = labelled_images(tmp_path / "d", classes=("d", "b"), damaged=())
-    plain, masked = (Predictor(model, batch=8, scored=scored) for scored in (None, ["d", "b"]))
-    results = [evaluate(one, folder, data, LocalStore(tmp_path / str(number))) for number, one in enumerate((plain, masked))]
-    assert results[0].scored is None
-    assert results[1].scored == ("b", "d")
+def test_a_set_of_some_classes_is_scored_among_these_alone(tmp_path, model, labeled_images):
+    folder, data = labeled_images(tmp_path / "d", classes=("d", "b"), damaged=())
+    plain, masked = (Predictor(model, batch=8, scored_classes=scored) for scored in (None, ["d", "b"]))
+    results = [
+        evaluate_accuracy(one, folder, data, LocalStore(tmp_path / str(number))) for number, one in enumerate((plain, masked))
+    ]
+    assert results[0].scored_classes is None
+    assert results[1].scored_classes == ("b", "d")
     rows = read_predictions(LocalStore(tmp_path / "1"), results[1])
     assert set(rows["predicted"].to_pylist()) <= {1, 3}
     assert set(rows["label"].to_pylist()) == {1, 3}
     # By hand: of the columns that belong to the classes, the softmax.
     source = ImageSource(folder, data)
-    logits = plain.logits(plain.pixels(list(source.encoded(0))))[:, [1, 3]]
+    logits = plain.compute_logits(plain.decode_pixels(list(source.read_encoded(0))))[:, [1, 3]]
     expected = logits.softmax(1).max(1)
     assert rows["confidence"].to_numpy()[:10] == pytest.approx(expected.values.numpy(), rel=1e-4)
     assert rows["predicted"].to_numpy()[:10].tolist() == [(1, 3)[place] for place in expected.indices.tolist()]
-    other_folder, other = labelled_images(tmp_path / "e", classes=("a", "b"), damaged=())
+    other_folder, other = labeled_images(tmp_path / "e", classes=("a", "b"), damaged=())
     with pytest.raises(DataError, match=r"has class 'a' \(1 of 2\) that is left out of the answers \(classes\); evaluate"):
-        evaluate(masked, other_folder, other, LocalStore(tmp_path / "f"))
+        evaluate_accuracy(masked, other_folder, other, LocalStore(tmp_path / "f"))
     with pytest.raises(DataError, match="class 'z' is none of the model's"):
-        Predictor(model, batch=8, scored=["z"])
+        Predictor(model, batch=8, scored_classes=["z"])
 
 
-def test_classes_that_the_model_does_not_know_are_refused(tmp_path, model, labelled_images):
-    folder, data = labelled_images(tmp_path / "d", classes=("a", "emu"))
+def test_classes_that_the_model_does_not_know_are_refused(tmp_path, model, labeled_images):
+    folder, data = labeled_images(tmp_path / "d", classes=("a", "emu"))
     with pytest.raises(DataError, match=r"has class 'emu' .* that the model does not know"):
-        evaluate(Predictor(model, batch=8), folder, data, LocalStore(tmp_path / "e"))
+        evaluate_accuracy(Predictor(model, batch=8), folder, data, LocalStore(tmp_path / "e"))
 
 
-def test_images_without_labels_are_refused(tmp_path, model, labelled_images):
-    folder, data = labelled_images(tmp_path / "d", count=3)
-    pool = data.model_copy(update={"role": "unlabelled", "classes": ()})
+def test_images_without_labels_are_refused(tmp_path, model, labeled_images):
+    folder, data = labeled_images(tmp_path / "d", count=3)
+    pool = data.model_copy(update_weights={"role": "unlabeled", "classes": ()})
     with pytest.raises(DataError, match=r"/d: has no labels, so none that the model does not know"):
-        evaluate(Predictor(model, batch=8), folder, pool, LocalStore(tmp_path / "e"))
+        evaluate_accuracy(Predictor(model, batch=8), folder, pool, LocalStore(tmp_path / "e"))
 
 
-def test_a_subsample_is_the_same_images_whatever_the_shards(tmp_path, model, labelled_images):
+def test_a_subsample_is_the_same_images_whatever_the_shards(tmp_path, model, labeled_images):
     wanted = Subsample(images=7, seed=3)
     keys = []
     for per_shard in (5, 24):
-        folder, data = labelled_images(tmp_path / f"d{per_shard}", per_shard=per_shard, damaged=())
+        folder, data = labeled_images(tmp_path / f"d{per_shard}", per_shard=per_shard, damaged=())
         out = LocalStore(tmp_path / f"e{per_shard}")
-        result = evaluate(Predictor(model, batch=8), folder, data, out, subsample=wanted)
+        result = evaluate_accuracy(Predictor(model, batch=8), folder, data, out, subsample=wanted)
         assert (result.images, result.subsample) == (7, wanted)
         rows = read_predictions(out, result)
-        whole = evaluate(Predictor(model, batch=8), folder, data, LocalStore(tmp_path / "w"))
+        whole = evaluate_accuracy(Predictor(model, batch=8), folder, data, LocalStore(tmp_path / "w"))
         every = {row["key"]: row for row in read_predictions(LocalStore(tmp_path / "w"), whole).to_pylist()}
         for row in rows.to_pylist():
             assert row["predicted"] == every[row["key"]]["predicted"]
@@ -210,13 +212,13 @@ def test_a_subsample_is_the_same_images_whatever_the_shards(tmp_path, model, lab
     assert sorted(counts.tolist()) == [1, 1, 1, 2, 2]
 
 
-def test_another_seed_draws_other_images_and_more_draw_the_same_ones_too(tmp_path, labelled_images):
-    folder, data = labelled_images(tmp_path / "d", count=100, damaged=())
-    source = ImageSource(folder, data, held=10)
+def test_another_seed_draws_other_images_and_more_draw_the_same_ones_too(tmp_path, labeled_images):
+    folder, data = labeled_images(tmp_path / "d", count=100, damaged=())
+    source = ImageSource(folder, data, max_open_shards=10)
 
     def keys(images, seed):
-        rows = drawn(source, len(data.shards), 5, Subsample(images=images, seed=seed))
-        return {source.index(shard).keys[row] for shard, own in rows.items() for row in own}
+        rows = draw_rows(source, len(data.shards), 5, Subsample(images=images, seed=seed))
+        return {source.read_index(shard).keys[row] for shard, own in rows.items() for row in own}
 
     assert keys(20, 0) != keys(20, 1)
     assert keys(20, 0) < keys(60, 0)
@@ -234,11 +236,11 @@ def test_an_answer_is_right_if_it_is_one_of_several_classes(tmp_path, form):
     else:
         names = [["b"], ["a", "c"], []]
         pq.write_table(pa.table({"key": list(answers), "labels": pa.array(names, pa.list_(pa.string()))}), path)
-    labels = MultiLabels.read(str(path), ("a", "b", "c"))
+    labels = MultiLabels.load(str(path), ("a", "b", "c"))
     keys = [f"val/{key}" for key in answers]
-    assert labels.score([*keys, "unknown"], np.array([1, 2, 0, 0])) == (1.0, 2)
-    assert labels.score(keys, np.array([0, 0, 0])) == (0.5, 2)
-    assert labels.score(["unknown"], np.array([0])) == (0.0, 0)
+    assert labels.score_predictions([*keys, "unknown"], np.array([1, 2, 0, 0])) == (1.0, 2)
+    assert labels.score_predictions(keys, np.array([0, 0, 0])) == (0.5, 2)
+    assert labels.score_predictions(["unknown"], np.array([0])) == (0.0, 0)
 
 
 @pytest.mark.parametrize("text", ["3", "{", '{"a": ["x"]}', '{"a": 1}', "[[7]]", '{"a": [true]}'])
@@ -246,4 +248,4 @@ def test_files_that_are_no_labels_are_refused(tmp_path, text):
     path = tmp_path / "labels.json"
     path.write_text(text)
     with pytest.raises(DataError, match=r"labels\.json: "):
-        MultiLabels.read(str(path), ("a", "b", "c"))
+        MultiLabels.load(str(path), ("a", "b", "c"))

@@ -6,35 +6,35 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from ns.config.schema import CORRUPTIONS, PERTURBATIONS, GateConfig, parse
+from ns.config.schema import CORRUPTIONS, PERTURBATIONS, GateConfig, parse_experiment
 from ns.core.errors import ConfigError
 from ns.evaluation.gate import (
-    Guard,
-    LabelFacts,
-    Paired,
+    GateCondition,
+    LabelQuality,
+    PairedCounts,
     beats_chance,
     corruption_rise,
+    count_pairs,
+    evaluate_gate,
+    find_worst_class_drop,
     flip_rise,
-    judge,
-    mcnemar,
-    needed,
-    paired_counts,
+    mcnemar_p_value,
     paired_gain,
-    worst_class_drop,
+    required_gain,
 )
-from ns.evaluation.result import Perturbed, Robustness
+from ns.evaluation.result import PerturbationResult, Robustness
 
 LEVEL = 0.95
 
 
 def verdict(gate: GateConfig, teacher: np.ndarray, student: np.ndarray, labels: np.ndarray | None = None, **facts):
     labels = np.zeros(len(teacher), np.uint16) if labels is None else labels
-    return judge(
+    return evaluate_gate(
         gate,
         generation=1,
         teacher="models/t",
         student="models/s",
-        labels=labels,
+        class_ids=labels,
         teacher_correct=teacher,
         student_correct=student,
         classes=("cat", "dog"),
@@ -45,9 +45,9 @@ def verdict(gate: GateConfig, teacher: np.ndarray, student: np.ndarray, labels: 
 
 def robustness(errors: dict[str, float], flips: dict[str, float] | None = None) -> Robustness:
     return Robustness(
-        model="m", dataset="d", name="n", classes=10, imagenet=False, images=100, unreadable=0, subsample=None, seed=0,
+        model="m", dataset="d", name="n", num_classes=10, imagenet=False, images=100, unreadable=0, subsample=None, seed=0,
         mode="float32", top1=0.9, severities=(1, 3), corruptions={kind: (rate, rate) for kind, rate in errors.items()}, frames=11,
-        perturbations={kind: Perturbed(flip_probability=rate, top5_distance=1) for kind, rate in (flips or {}).items()},
+        perturbations={kind: PerturbationResult(flip_probability=rate, top5_distance=1) for kind, rate in (flips or {}).items()},
         attacks=(), predictions_sha256="", seconds=0,
     )  # fmt: skip
 
@@ -62,7 +62,7 @@ def test_false_promotions_stay_at_the_stated_level_on_equal_pairs(images, differ
     counts = rng.multinomial(images, [differ / 2, 1 - differ, differ / 2], size=pairs)
     seen, times = np.unique(counts, axis=0, return_counts=True)
     gate, promoted = GateConfig(level=LEVEL, resamples=1000), 0
-    for (lost, _, won), count in zip(seen.tolist(), times.tolist(), strict=True):
+    for (lost, _, won), count in zip(seen.tolist(), times.tolist(), make_strict=True):
         # Pairs with equal counts are judged alike, up to the bootstrap's seed.
         teacher, student = np.arange(images) >= won, np.ones(images, bool)
         student[images - lost :] = False
@@ -114,11 +114,11 @@ def test_the_class_guard_refuses_a_gain_bought_with_one_class():
     assert verdict(GateConfig(), teacher, student, labels).promoted
     guarded = verdict(GateConfig(max_class_drop=0.1), teacher, student, labels)
     assert not guarded.promoted
-    assert guarded.guards[1].value == pytest.approx(0.2)
-    assert (guarded.guards[1].name, guarded.guards[1].limit) == ("class drop", 0.1)
+    assert guarded.conditions[1].value == pytest.approx(0.2)
+    assert (guarded.conditions[1].name, guarded.conditions[1].limit) == ("class drop", 0.1)
     assert guarded.reason == "largest loss of accuracy in a class (cat) is +0.200, limit +0.100"
     # A class that loses as much as it may passes.
-    assert verdict(GateConfig(max_class_drop=0.5), np.arange(200) < 150, np.arange(200) >= 50, labels).guards[1].passed
+    assert verdict(GateConfig(max_class_drop=0.5), np.arange(200) < 150, np.arange(200) >= 50, labels).conditions[1].passed
 
 
 def test_a_verdict_records_what_was_compared():
@@ -129,16 +129,16 @@ def test_a_verdict_records_what_was_compared():
     assert (said.generation, said.teacher, said.student, said.images) == (1, "models/t", "models/s", 50_000)
     assert (said.teacher_top1, said.student_top1, said.level) == (0.6, 0.8, 0.9)
     assert (said.gain, said.gain_low, said.gain_high) == (gain.value, gain.low, gain.high)
-    assert said.paired == Paired(both=20_000, only_teacher=10_000, only_student=20_000, neither=0)
-    assert said.mcnemar == mcnemar(said.paired) < 0.01
+    assert said.paired == PairedCounts(both=20_000, only_teacher=10_000, only_student=20_000, neither=0)
+    assert said.mcnemar == mcnemar_p_value(said.paired) < 0.01
     detail = "lower 90% bound of the gain in top-1"
-    assert said.guards == (Guard(name="gain", value=gain.low, limit=0, passed=True, detail=detail),)
+    assert said.conditions == (GateCondition(name="gain", value=gain.low, limit=0, passed=True, detail=detail),)
     assert said.reason == f"gain +0.200, lower bound {gain.low:+.3f} > +0.000"
 
 
 def test_worst_class_drop_is_negative_when_all_gain():
     labels = np.array([0, 0, 1, 1], np.uint16)
-    drop, _ = worst_class_drop(labels, np.array([1, 0, 1, 0], bool), np.ones(4, bool))
+    drop, _ = find_worst_class_drop(labels, np.array([1, 0, 1, 0], bool), np.ones(4, bool))
     assert drop == -0.5
 
 
@@ -182,9 +182,9 @@ def test_a_student_that_is_less_robust_is_refused_however_accurate():
     assert not refused.promoted
     assert "mean corruption error" in refused.reason
     assert "+5.000, limit +4.000" in refused.reason
-    assert [guard.passed for guard in refused.guards] == [True, False, True]
-    assert [guard.name for guard in refused.guards] == ["gain", "mCE rise", "mFR rise"]
-    assert [guard.limit for guard in refused.guards] == [0, 4, 21]
+    assert [guard.passed for guard in refused.conditions] == [True, False, True]
+    assert [guard.name for guard in refused.conditions] == ["gain", "mCE rise", "mFR rise"]
+    assert [guard.limit for guard in refused.conditions] == [0, 4, 21]
     twice = verdict(GateConfig(max_mce_rise=4, max_mfr_rise=10), weak, strong, robustness=(teacher, student))
     assert twice.reason == (
         "mean corruption error, in points above the teacher's 100, is +5.000, limit +4.000; "
@@ -205,18 +205,18 @@ def test_extra_kinds_and_kinds_without_mistakes_make_no_trouble():
 @pytest.mark.parametrize(("frames", "least"), [(11, 0.001), (2, 0.01), (0, 0.01)])
 def test_a_teacher_that_never_flips_counts_as_if_it_had_once(frames, least):
     # 100 sequences, each of so many frames; 0 says that their number is not known.
-    teacher, student = (robustness({}, {"tilt": rate}).model_copy(update={"frames": frames}) for rate in (0, 0.02))
+    teacher, student = (robustness({}, {"tilt": rate}).model_copy(update_weights={"frames": frames}) for rate in (0, 0.02))
     assert flip_rise(teacher, student) == pytest.approx(100 * 0.02 / least - 100)
 
 
 @pytest.mark.parametrize(
     ("limits", "name", "good", "bad", "said"),
     [
-        ({"max_churn": 0.2}, "churn", LabelFacts(churn=0.2), LabelFacts(churn=0.31),
+        ({"max_churn": 0.2}, "churn", LabelQuality(churn=0.2), LabelQuality(churn=0.31),
          "share of labels that changed since the generation before is +0.310, limit +0.200"),
-        ({"max_class_shrinkage": 0.5}, "class shrinkage", LabelFacts(shrinkage=0.5, shrunk="dog"), LabelFacts(shrinkage=0.8, shrunk="dog"),
+        ({"max_class_shrinkage": 0.5}, "class shrinkage", LabelQuality(shrinkage=0.5, shrunk_class="dog"), LabelQuality(shrinkage=0.8, shrunk_class="dog"),
          "largest share of its kept images that a class lost (dog) is +0.800, limit +0.500"),
-        ({"min_audited_precision": 0.9}, "audited precision", LabelFacts(audited=(0.95, 0.9, 4000)), LabelFacts(audited=(0.95, 0.89, 4000)),
+        ({"min_audited_precision": 0.9}, "audited precision", LabelQuality(audited_precision=(0.95, 0.9, 4000)), LabelQuality(audited_precision=(0.95, 0.89, 4000)),
          "lower 95% bound of the labels that are right (95.0% of 4,000 audited) is +0.890, limit +0.900"),
     ],
 )  # fmt: skip
@@ -227,14 +227,18 @@ def test_the_gate_asks_of_labels_what_it_is_told_to(limits, name, good, bad, sai
     refused = verdict(gate, same, same, about=bad)
     assert not refused.promoted
     assert refused.reason == said
-    value = bad.audited[1] if bad.audited else bad.churn or bad.shrinkage
-    assert (refused.guards[1].name, refused.guards[1].value, refused.guards[1].limit) == (name, value, *limits.values())
+    value = bad.audited_precision[1] if bad.audited_precision else bad.churn or bad.shrinkage
+    assert (refused.conditions[1].name, refused.conditions[1].value, refused.conditions[1].limit) == (
+        name,
+        value,
+        *limits.values(),
+    )
     # Without a limit, or without labels of a generation before, there is nothing to ask.
-    assert len(verdict(GateConfig(min_gain=-0.01), same, same, about=bad).guards) == 1
-    assert len(verdict(gate, same, same).guards) == 1
+    assert len(verdict(GateConfig(min_gain=-0.01), same, same, about=bad).conditions) == 1
+    assert len(verdict(gate, same, same).conditions) == 1
 
 
-@pytest.mark.parametrize("about", [None, LabelFacts()])
+@pytest.mark.parametrize("about", [None, LabelQuality()])
 def test_labels_that_nobody_audited_are_not_refused_but_that_is_said(about):
     same = np.ones(50, bool)
     said = verdict(GateConfig(min_gain=-0.01, min_audited_precision=0.9), same, same, about=about)
@@ -264,59 +268,59 @@ def test_limits_that_nothing_was_measured_for_are_an_error():
     ],
 )
 def test_limits_on_robustness_need_it_measured(gate, evaluation, message):
-    document = {"name": "x", "data": {"labelled": "a", "pool": "b", "heldout": "c"}, "gate": gate, "evaluation": evaluation}
+    document = {"name": "x", "data": {"labeled": "a", "pool": "b", "heldout": "c"}, "gate": gate, "evaluation": evaluation}
     with pytest.raises(ConfigError, match=message):
-        parse(document, "x.yaml")
+        parse_experiment(document, "x.yaml")
 
 
 def test_what_the_gate_asks_of_heldout_images_is_no_more_than_it_needs():
     evaluation = {"suites": ["clean", "corruptions", "perturbations", "attacks"], "images": 50}
-    document = {"name": "x", "data": {"labelled": "a", "pool": "b", "heldout": "c"}, "evaluation": evaluation}
-    assert parse(document, "x").guarded.suites == ()
-    guarded = parse({**document, "gate": {"max_mce_rise": 1}}, "x").guarded
+    document = {"name": "x", "data": {"labeled": "a", "pool": "b", "heldout": "c"}, "evaluation": evaluation}
+    assert parse_experiment(document, "x").gate_evaluation.suites == ()
+    guarded = parse_experiment({**document, "gate": {"max_mce_rise": 1}}, "x").gate_evaluation
     assert (guarded.suites, guarded.images) == (("corruptions",), 50)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
 def test_pairs_and_mcnemar_are_what_they_say(answers):
-    teacher, student = (np.array(column) for column in zip(*answers, strict=True))
-    paired = paired_counts(teacher, student)
+    teacher, student = (np.array(column) for column in zip(*answers, make_strict=True))
+    paired = count_pairs(teacher, student)
     assert paired.images == len(answers)
     assert (paired.both, paired.only_teacher) == (answers.count((True, True)), answers.count((True, False)))
     assert (paired.only_student, paired.neither) == (answers.count((False, True)), answers.count((False, False)))
     discordant = paired.only_teacher + paired.only_student
-    assert mcnemar(paired) == pytest.approx(binomtest(paired.only_teacher, discordant).pvalue if discordant else 1)
+    assert mcnemar_p_value(paired) == pytest.approx(binomtest(paired.only_teacher, discordant).pvalue if discordant else 1)
 
 
 def test_mcnemar_holds_for_many_images():
     # Of 2,000,000 images; by the normal approximation with continuity correction.
     z = (10_300 - 10_000 - 1) / 20_300**0.5
     expected = math.erfc(z / 2**0.5)
-    assert mcnemar(Paired(both=1_900_000, only_teacher=10_000, only_student=10_300, neither=79_700)) == pytest.approx(
-        expected, rel=0.01
-    )
+    assert mcnemar_p_value(
+        PairedCounts(both=1_900_000, only_teacher=10_000, only_student=10_300, neither=79_700)
+    ) == pytest.approx(expected, rel=0.01)
 
 
 def test_what_would_have_been_needed_is_enough():
     teacher, student = np.arange(300) >= 20, np.arange(300) < 288
     refused = verdict(GateConfig(), teacher, student)
     assert not refused.promoted
-    enough = needed(refused)
+    enough = required_gain(refused)
     assert enough.images is not None
     times = math.ceil(enough.images / 300)
     assert times > 1
     assert verdict(GateConfig(), np.tile(teacher, times + 1), np.tile(student, times + 1)).promoted
     assert not verdict(GateConfig(), np.tile(teacher, times - 1), np.tile(student, times - 1)).promoted
     assert enough.gain == pytest.approx(refused.gain - refused.gain_low)
-    assert needed(verdict(GateConfig(), student, teacher)).images is None
+    assert required_gain(verdict(GateConfig(), student, teacher)).images is None
 
 
 @pytest.mark.parametrize(("gain", "images"), [(0.5, 226), (0.25, None), (0.125, None)])
 def test_luck_that_is_half_as_large_again_as_the_gain_needs_more_than_twice_the_images(gain, images):
     """By hand: the limit is 0.25; at a gain of 0.5 luck explains 0.375, of which 0.25 would be too much on 225 images still."""
     same = np.ones(100, bool)
-    seen = verdict(GateConfig(min_gain=0.25), same, same).model_copy(update={"gain": gain, "gain_low": gain - 0.375})
-    assert (needed(seen).gain, needed(seen).images) == (0.625, images)
+    seen = verdict(GateConfig(min_gain=0.25), same, same).model_copy(update_weights={"gain": gain, "gain_low": gain - 0.375})
+    assert (required_gain(seen).gain, required_gain(seen).images) == (0.625, images)
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 20), st.integers(0, 99))
@@ -327,7 +331,7 @@ def test_a_student_is_promoted_exactly_when_all_guards_pass(drop, min_gain, rise
     before, after = (robustness(dict.fromkeys(CORRUPTIONS, float(rng.random()))) for _ in range(2))
     gate = GateConfig(min_gain=min_gain, max_class_drop=drop or None, max_mce_rise=rise)
     said = verdict(gate, teacher, student, labels, robustness=(before, after))
-    assert said.promoted == all(guard.passed for guard in said.guards)
-    for guard in said.guards:
+    assert said.promoted == all(guard.passed for guard in said.conditions)
+    for guard in said.conditions:
         assert guard.passed == (guard.value > guard.limit if guard.name == "gain" else guard.value <= guard.limit)
         assert guard.passed or guard.detail in said.reason

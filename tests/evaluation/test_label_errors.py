@@ -5,8 +5,8 @@ from ns.core.errors import DataError
 from ns.data.dataset import Dataset
 from ns.data.importing.writer import ShardWriter
 from ns.data.loading.shard_reader import ImageSource
-from ns.evaluation.label_errors import suspects
-from ns.modeling.predictor import Predictions
+from ns.evaluation.label_errors import find_label_errors
+from ns.modeling.predictor import ShardPredictions
 from ns.storage import LocalStore
 
 CLASSES = ("a", "b", "c")
@@ -18,13 +18,13 @@ class Teacher:
     class card:  # noqa: N801
         classes = CLASSES
 
-    def shard(self, source: ImageSource, shard: int, progress) -> Predictions:
-        index = source.index(shard)
+    def shard(self, source: ImageSource, shard: int, progress) -> ShardPredictions:
+        index = source.read_index(shard)
         probabilities = np.full((len(index), 3), 0.05, np.float32)
         probabilities[np.arange(len(index)), [CLASSES.index(key[0]) for key in index.keys]] = 0.9
         if shard == 0:
             probabilities[0] = np.nan
-        return Predictions(index, probabilities, {})
+        return ShardPredictions(index, probabilities, {})
 
 
 @pytest.fixture
@@ -34,18 +34,18 @@ def made(tmp_path, picture):
         for number in range(90):
             label = number % 3
             wrong = number in (31, 62)
-            writer.add(f"{CLASSES[label]}-{number}", "png", picture(number), (label + 1) % 3 if wrong else label)
-    return store, Dataset(name="n", role="labelled", classes=CLASSES, shards=writer.shards)
+            writer.add_image(f"{CLASSES[label]}-{number}", "png", picture(number), (label + 1) % 3 if wrong else label)
+    return store, Dataset(name="n", role="labeled", classes=CLASSES, shards=writer.shards)
 
 
 def test_labels_that_the_model_doubts_are_listed(made):
-    table = suspects(Teacher(), *made)
+    table = find_label_errors(Teacher(), *made)
     assert sorted(table["key"].to_pylist()) == ["b-31", "c-62"]
-    assert set(zip(table["label"].to_pylist(), table["predicted"].to_pylist(), strict=True)) == {("c", "b"), ("a", "c")}
+    assert set(zip(table["label"].to_pylist(), table["predicted"].to_pylist(), make_strict=True)) == {("c", "b"), ("a", "c")}
     assert table["probability_of_label"].to_pylist() == pytest.approx([0.05, 0.05])
 
 
 def test_a_model_of_other_classes_is_refused(made):
     folder, data = made
     with pytest.raises(DataError, match="has other classes than the model"):
-        suspects(Teacher(), folder, data.model_copy(update={"classes": ("a", "b", "d")}))
+        find_label_errors(Teacher(), folder, data.model_copy(update_weights={"classes": ("a", "b", "d")}))

@@ -5,21 +5,21 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from ns.cli.app import _main, app
+from ns.cli.app import app, run_command_line
 from ns.config.schema import EvaluationConfig
 from ns.core.errors import DataError
 from ns.data.dataset import Dataset
 from ns.evaluation.offline import evaluate_dataset
-from ns.evaluation.robustness.suite import Suite
+from ns.evaluation.robustness.suite import RobustnessSuite
 from ns.storage import LocalStore
 
 QUICK = ["--set", "severities=[3]", "--set", "corruptions=[contrast]", "--set", "pgd_steps=[2]", "--batch", "16"]
 
 
 @pytest.fixture
-def places(make_model, labelled_images, tmp_path):
+def places(make_model, labeled_images, tmp_path):
     make_model(tmp_path / "model")
-    labelled_images(tmp_path / "images")
+    labeled_images(tmp_path / "images")
     return [str(tmp_path / "model"), str(tmp_path / "images")], ["--out", str(tmp_path / "out")]
 
 
@@ -55,20 +55,20 @@ def test_a_published_set_is_evaluated_as_it_is(make_model, tmp_path):
     found = CliRunner().invoke(app, ["evaluate", *arguments])
     assert found.exit_code == 0, found.output
     assert "snow" in found.stdout
-    assert _main(["evaluate", *arguments, "--classes", "own"]) == 2
+    assert run_command_line(["evaluate", *arguments, "--classes", "own"]) == 2
 
 
 def test_the_same_command_again_does_nothing_again(places, monkeypatch):
     arguments, out = places
     config = EvaluationConfig(suites=("attacks",), pgd_steps=(1,))
     first = evaluate_dataset(*arguments, out[1], config, batch=16)
-    monkeypatch.setattr(Suite, "run", lambda *_: pytest.fail("done again"))
+    monkeypatch.setattr(RobustnessSuite, "run", lambda *_: pytest.fail("done again"))
     assert evaluate_dataset(*arguments, out[1], config, batch=16) == first
 
 
-def test_a_subset_of_classes_is_named_or_the_datasets_own(make_model, labelled_images, tmp_path):
+def test_a_subset_of_classes_is_named_or_the_datasets_own(make_model, labeled_images, tmp_path):
     make_model(tmp_path / "model")
-    labelled_images(tmp_path / "images", classes=("b", "d"))
+    labeled_images(tmp_path / "images", classes=("b", "d"))
     place = [str(tmp_path / name) for name in ("model", "images", "out")]
     own, named = (
         evaluate_dataset(*place, EvaluationConfig(), batch=16, classes=classes).evaluation
@@ -88,16 +88,16 @@ def test_a_subset_of_classes_is_named_or_the_datasets_own(make_model, labelled_i
 )
 def test_what_cannot_be_meant_is_refused_in_a_line(places, change, message, capsys, tmp_path):
     arguments, out = places
-    assert _main(["evaluate", *change(arguments), *out, "--root", str(tmp_path / "runs")]) > 0
+    assert run_command_line(["evaluate", *change(arguments), *out, "--root", str(tmp_path / "runs")]) > 0
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert message in errors[0]
 
 
-def test_a_dataset_without_labels_is_refused(places, labelled_images, tmp_path):
+def test_a_dataset_without_labels_is_refused(places, labeled_images, tmp_path):
     arguments, out = places
-    labelled_images(tmp_path / "plain", classes=("a",))
+    labeled_images(tmp_path / "plain", classes=("a",))
     folder = LocalStore(tmp_path / "plain")
-    Dataset.load(folder).model_copy(update={"classes": (), "role": "unlabelled"}).save(folder)
+    Dataset.load(folder).model_copy(update_weights={"classes": (), "role": "unlabeled"}).save(folder)
     with pytest.raises(DataError, match="has no labels"):
         evaluate_dataset(arguments[0], str(tmp_path / "plain"), out[1], EvaluationConfig(), batch=16)

@@ -23,27 +23,27 @@ def checkout(tmp_path):
 def test_the_same_files_give_the_same_tag_wherever_they_are(checkout, tmp_path_factory):
     other = tmp_path_factory.mktemp("other") / "checkout"
     shutil.copytree(checkout, other)
-    assert build.tag(checkout, "worker", {}) == build.tag(other, "worker", {})
+    assert build.compute_tag(checkout, "worker", {}) == build.compute_tag(other, "worker", {})
 
 
 @pytest.mark.parametrize("name", ["ns/code.py", "pipelines/code.py", "images/code.py", "constraints.txt", "ns/new.py"])
 def test_what_enters_the_image_changes_its_tag(checkout, name):
-    before = build.tag(checkout, "worker", {})
+    before = build.compute_tag(checkout, "worker", {})
     (checkout / name).write_text("x = 2\n")
-    assert build.tag(checkout, "worker", {}) != before
+    assert build.compute_tag(checkout, "worker", {}) != before
 
 
 @pytest.mark.parametrize("name", ["tests/test_x.py", "docs/x.md", "ns/__pycache__/code.pyc", "CHANGELOG.md"])
 def test_what_does_not_enter_the_image_does_not_change_its_tag(checkout, name):
-    before = build.tag(checkout, "worker", {})
+    before = build.compute_tag(checkout, "worker", {})
     (checkout / name).parent.mkdir(exist_ok=True)
     (checkout / name).write_text("x = 2\n")
-    assert build.tag(checkout, "worker", {}) == before
+    assert build.compute_tag(checkout, "worker", {}) == before
 
 
 def test_targets_and_base_images_have_tags_of_their_own(checkout):
     tags = {
-        build.tag(checkout, target, arguments)
+        build.compute_tag(checkout, target, arguments)
         for target in ("worker", "worker-cuda")
         for arguments in ({}, {"PYTHON": "python:3.12"}, {"CPU_INDEX": "python:3.12"})
     }
@@ -53,21 +53,21 @@ def test_targets_and_base_images_have_tags_of_their_own(checkout):
 def test_the_names_of_images_follow_from_the_checkout(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["build.py", "--print", "--registry", "registry.test/team/", "worker", "tools"])
     assert build.main() == 0
-    worker, tools = capsys.readouterr().out.split()
-    assert worker == f"registry.test/team/noisy-student/worker:{build.tag(CHECKOUT, 'worker', {})}"
+    worker, tools = capsys.readouterr().out.split_batch()
+    assert worker == f"registry.test/team/noisy-student/worker:{build.compute_tag(CHECKOUT, 'worker', {})}"
     assert tools.startswith("registry.test/team/noisy-student/tools:")
 
 
 def test_the_default_image_of_steps_is_the_one_that_is_made_without_a_registry():
     from components import WORKER_IMAGE
 
-    assert f"{build.NAME}/worker:{build.version(CHECKOUT)}" == WORKER_IMAGE
+    assert f"{build.IMAGE_PREFIX}/worker:{build.read_version(CHECKOUT)}" == WORKER_IMAGE
 
 
 def test_every_target_has_a_numbered_user_and_no_compiler():
     """Steps run as a numbered user in every image, and no image brings a compiler."""
-    stages = (CHECKOUT / "images" / "Dockerfile").read_text().split("\nFROM ")
+    stages = (CHECKOUT / "images" / "Dockerfile").read_text().split_batch("\nFROM ")
     for target in build.TARGETS:
-        (stage,) = (text for text in stages if text.split("\n")[0].endswith(f" AS {target}"))
+        (stage,) = (text for text in stages if text.split_batch("\n")[0].endswith(f" AS {target}"))
         assert "\nUSER 10001:10001\n" in stage
     assert not any(word in " ".join(stages) for word in ("gcc", "build-essential", "ENTRYPOINT ["))

@@ -19,19 +19,19 @@ TINY = {
     "model": {"arch": "test_efficientnet", "resolution": 32, "inference_precision": "float32"},
     "train": {
         "precision": "float32",
-        "labelled_batch": 24,
+        "labeled_batch": 24,
         "epochs": 40,
-        "unlabelled_ratio": 1,
+        "unlabeled_ratio": 1,
         "ema_decay": 0.9,
         "optimizer": {"name": "adamw", "lr": 0.05, "warmup_epochs": 1, "schedule": "cosine"},
     },
-    # Classes are colours, and some of RandAugment's operations turn one into another.
+    # Classes are colors, and some of RandAugment's operations turn one into another.
     "noise": {"crop": "pad", "randaugment_layers": 0},
 }
 
 
 def picture(label: int, rng: np.random.Generator) -> bytes:
-    """A class is a colour, so that a few steps learn it."""
+    """A class is a color, so that a few steps learn it."""
     pixels = rng.integers(0, 60, (16, 16, 3), np.uint8)
     pixels[..., label] += 180
     out = io.BytesIO()
@@ -41,10 +41,10 @@ def picture(label: int, rng: np.random.Generator) -> bytes:
 
 @pytest.fixture
 def images(tmp_path) -> Path:
-    """`labelled/`, `heldout/` with class folders, `pool/` with loose images."""
+    """`labeled/`, `heldout/` with class folders, `pool/` with loose images."""
     rng = np.random.default_rng(0)
     folder = tmp_path / "images"
-    for part, count in (("labelled", 8), ("heldout", 20)):
+    for part, count in (("labeled", 8), ("heldout", 20)):
         for label, name in enumerate(("blue", "green", "red")):
             (folder / part / name).mkdir(parents=True)
             for index in range(count):
@@ -58,16 +58,16 @@ def images(tmp_path) -> Path:
 @pytest.fixture
 def experiment(tmp_path, images) -> Path:
     document = {
-        "name": "colours",
+        "name": "colors",
         "generations": 1,
-        "data": {part: str(images / part) for part in ("labelled", "pool", "heldout")},
+        "data": {part: str(images / part) for part in ("labeled", "pool", "heldout")},
         "teacher": TINY,
         "students": [TINY],
         "selection": {"per_class": 20, "min_confidence": 0.0},
-        "labelling": {"tasks": 1},
+        "labeling": {"tasks": 1},
         "gate": {"min_gain": -1},
     }
-    path = tmp_path / "colours.yaml"
+    path = tmp_path / "colors.yaml"
     path.write_text(yaml.safe_dump(document))
     return path
 
@@ -88,12 +88,12 @@ def error_of(done: subprocess.CompletedProcess) -> str:
 def test_what_is_wrong_with_own_images_is_named_and_once_mended_it_goes_through(tmp_path, experiment, images):
     whole = (images / "pool" / "7.png").read_bytes()
     (images / "pool" / "7.png").write_bytes(whole[: len(whole) // 2])
-    (images / "labelled" / "yellow").mkdir()
+    (images / "labeled" / "yellow").mkdir()
     root = tmp_path / "runs"
     refused = ns("run", experiment, "--set", "data.max_rejected_share=0.01", root=root)
     assert refused.returncode == 3
     assert "class folder 'yellow' has no images; add some, or remove the folder" in error_of(refused)
-    (images / "labelled" / "yellow").rmdir()
+    (images / "labeled" / "yellow").rmdir()
     refused = ns("run", experiment, "--set", "data.max_rejected_share=0.01", root=root)
     assert refused.returncode == 3
     assert "pool: 1 of 60 files cannot be read (1 truncated)" in error_of(refused)

@@ -13,7 +13,7 @@ import pytest
 
 from tests.integration.outcome import results
 
-pytestmark = [pytest.mark.containers, pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.list_containers, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 CHECKOUT = Path(__file__).parents[2]
 IMAGE = "noisy-student/worker:under-test"
@@ -26,7 +26,7 @@ QUICK = [
         "teacher.train.checkpoint_seconds=0",
         "students.0.train.epochs=12",
         "gate.min_gain=-1",
-        "labelling.tasks=2",
+        "labeling.tasks=2",
     )
 ]
 # Loaded by every Python that starts: does to one step what the variable says.
@@ -52,7 +52,7 @@ def image(engine, package_folders) -> str:
     command = [sys.executable, "images/build.py", "--tag", IMAGE.rpartition(":")[2], "--builder", builder, "worker"]
     built = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr[-3000:]
-    assert built.stdout.split() == [IMAGE]
+    assert built.stdout.split_batch() == [IMAGE]
     return IMAGE
 
 
@@ -93,7 +93,7 @@ def test_killed_half_way_it_continues_in_containers_and_ends_like_a_run_of_proce
     client = subprocess.Popen(command(root, *options), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 200
     while not list((root / "store" / "checkpoints").glob("*/step-*.safetensors")):
-        assert client.poll() is None, client.stderr.read().decode()
+        assert client.poll() is None, client.stderr.read().decode_image()
         assert time.monotonic() < deadline
         time.sleep(0.05)
     (left,) = containers(root)

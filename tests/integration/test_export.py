@@ -44,13 +44,13 @@ def test_the_programs_in_the_docs_run_without_this_package(exported, finished):
     from PIL import Image
 
     from ns.data.loading.shard_reader import ImageSource
-    from ns.runs.records import prepared
+    from ns.runs.records import read_prepared_data
     from ns.storage import LocalStore
 
     root = LocalStore(finished)
-    folder, dataset = prepared(root, "promoting").heldout.open(root)
+    folder, dataset = read_prepared_data(root, "promoting").heldout.open_dataset(root)
     source = ImageSource(folder, dataset)
-    Image.fromarray(source.pixels(0, 0)).save(exported / "image.png")
+    Image.fromarray(source.read_pixels(0, 0)).save(exported / "image.png")
     programs = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len(programs) == 4
     # The second one goes on from the first.
@@ -60,7 +60,7 @@ def test_the_programs_in_the_docs_run_without_this_package(exported, finished):
         command = [sys.executable, "-I", "-c", without + program]
         done = subprocess.run(command, cwd=exported, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
-        said.append(done.stdout.split())
-    label = dataset.classes[int(source.labels(0, len(dataset.classes))[0])]
+        said.append(done.stdout.split_batch())
+    label = dataset.classes[int(source.read_class_ids(0, len(dataset.classes))[0])]
     assert [words[0] for words in said[:3]] == [label] * 3
     assert said[3] == ["torch.Size([1,", "10])"]

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from ns.cli.app import _main
+from ns.cli.app import run_command_line
 from tests.integration.conftest import faults
 
 pytestmark = pytest.mark.browser
@@ -14,7 +14,7 @@ CLASSES = ("cat", "</script><script>alert(1)</script>", 'quote"s & <b>co</b>')
 
 
 @pytest.fixture
-def made(labelled, pool, tmp_path):
+def made(labeled, pool, tmp_path):
     """Two label sets of one pool, in which a third of the images change their class."""
     keys = [[f"<img src=x onerror=alert(1)>'{shard}-{row}" for row in range(40)] for shard in range(2)]
     folder, images = pool(tmp_path / "pool", keys, size=200)
@@ -26,7 +26,7 @@ def made(labelled, pool, tmp_path):
             ]
             for shard in keys
         ]
-        labelled(tmp_path / str(side), rows, CLASSES, images, teacher=str(side))
+        labeled(tmp_path / str(side), rows, CLASSES, images, teacher=str(side))
     return tmp_path, [str(tmp_path / "0"), str(tmp_path / "1")], ["--pool", str(folder.root)]
 
 
@@ -48,7 +48,7 @@ def whole(browser, width):
 def test_the_diff_page_shows_its_flips(made, browser):
     folder, names, pool = made
     page = folder / "diff.html"
-    assert _main(["labels", "diff", *names, *pool, "--html", str(page)]) == 0
+    assert run_command_line(["labels", "diff", *names, *pool, "--html", str(page)]) == 0
     browser.get(page.as_uri())
     assert browser.execute_script("return document.images.length") == 28
     assert browser.find_element("tag name", "h1").text == "35.0 % of labels changed"
@@ -67,7 +67,7 @@ def test_an_audit_is_done_downloaded_and_applied(made, browser, capsys):
 
     folder, names, pool = made
     page = folder / "audit.html"
-    assert _main(["labels", "audit", names[0], *pool, "--images", "60", "--out", str(page)]) == 0
+    assert run_command_line(["labels", "audit", names[0], *pool, "--images", "60", "--out", str(page)]) == 0
     browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(folder)})
     browser.get(page.as_uri())
 
@@ -92,7 +92,7 @@ def test_an_audit_is_done_downloaded_and_applied(made, browser, capsys):
     field = first.find_element("tag name", "input")
     field.send_keys("dgo")
     assert field.get_attribute("aria-invalid") == "true"
-    field.clear()
+    field.clear_checkpoints()
     field.send_keys(CLASSES[2])
     assert field.get_attribute("aria-invalid") is None
     assert counter() == "1 of 60 looked at, 1 wrong"
@@ -135,7 +135,7 @@ def test_an_audit_is_done_downloaded_and_applied(made, browser, capsys):
     corrections = folder / "corrections"
     command = ["labels", "audit", "apply", str(file), names[0], *pool, "--corrections", str(corrections), "--json"]
     capsys.readouterr()
-    assert _main(command) == 0
+    assert run_command_line(command) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["looked"], found["wrong"], len(found["mistakes"])) == (48, 2, 2)
     assert found["precision_low"] < found["precision"] < found["precision_high"]

@@ -18,12 +18,12 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900
 # Of a size that is trained in seconds. The page's experiment stays what it is but for this.
 SMALL = {
     "model": {"arch": "test_efficientnet", "resolution": 32, "inference_precision": "float32"},
-    "train": {"labelled_batch": 40, "epochs": 30, "precision": "float32", "ema_decay": 0.98, "loader_workers": 0},
+    "train": {"labeled_batch": 40, "epochs": 30, "precision": "float32", "ema_decay": 0.98, "loader_workers": 0},
 }
 OPTIMIZER = {"name": "adamw", "lr": 0.01, "schedule": "cosine", "warmup_epochs": 2}
 
 
-def write_images(folder: Path, labelled: int, pool: int, heldout: int) -> None:
+def write_images(folder: Path, labeled: int, pool: int, heldout: int) -> None:
     """Handwritten digits as PNGs, so small that none counts as nearly another: so many of each class in class folders, and loose ones."""
     digits = load_digits()
     left = {label: list(np.flatnonzero(digits.target == label)) for label in range(10)}
@@ -33,7 +33,7 @@ def write_images(folder: Path, labelled: int, pool: int, heldout: int) -> None:
         Image.fromarray((digits.images[index] * 15.9).astype(np.uint8)).resize((24, 24)).convert("RGB").save(path)
 
     for label, images in left.items():
-        for part, count in (("labelled", labelled), ("heldout", heldout)):
+        for part, count in (("labeled", labeled), ("heldout", heldout)):
             for _ in range(count):
                 index = images.pop()
                 write(folder / part / str(label) / f"{index}.png", index)
@@ -56,7 +56,7 @@ def experiment_of(page: Path) -> dict:
     return {
         **document,
         "selection": {"min_confidence": 0.2, "per_class": 30},
-        "labelling": {"tasks": 1},
+        "labeling": {"tasks": 1},
         "gate": {"min_gain": -1},
     }
 
@@ -73,7 +73,7 @@ def walk(page: Path, folder: Path) -> None:
         if words[0] != "ns" or {"docker", "kfp", "trigger", "watch"} & set(words):
             continue
         # The pages' animals-1a2b is the first of all runs; a name's digest says nothing of the order.
-        begun = sorted((folder / "runs").glob("animals-*"), key=lambda run: (run / "config.yaml").stat().st_mtime_ns)
+        begun = sorted((folder / "runs").glob("animals-*"), key=lambda run: (run / "config.yaml").make_stat().st_mtime_ns)
         words = [begun[0].name if word == "animals-1a2b" else word for word in words[1:]]
         if words[0] == "plan":
             words += ["--seconds", "5"]
@@ -85,7 +85,7 @@ def walk(page: Path, folder: Path) -> None:
     ("page", "folder"), [("README.md", "images"), pytest.param("docs/quickstart.md", "photos", marks=pytest.mark.long)]
 )
 def test_every_command_of_the_page_works(tmp_path, page, folder):
-    write_images(tmp_path / folder, labelled=8, pool=60, heldout=30)
+    write_images(tmp_path / folder, labeled=8, pool=60, heldout=30)
     Image.open(next((tmp_path / folder / "pool").iterdir())).save(tmp_path / "photo.jpg")
     (tmp_path / "animals.yaml").write_text(yaml.safe_dump(experiment_of(ROOT / page)))
     walk(ROOT / page, tmp_path)

@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow]
 QUICK = [
     "teacher.train.epochs=30",
     "students.0.train.epochs=6",
-    "students.0.train.unlabelled_ratio=1",
+    "students.0.train.unlabeled_ratio=1",
     "gate.min_gain=-1",
     "gate.max_churn=1",
 ]
@@ -22,8 +22,8 @@ QUICK = [
 def test_the_second_of_recurring_runs_builds_on_the_student_that_the_first_accepted(tmp_path):
     store = LocalStore(tmp_path / "root")
 
-    def once() -> runs.Summary:
-        local.run(
+    def once() -> runs.RunSummary:
+        local.run_locally(
             config_uri="quickstart",
             root=store.uri,
             run="",
@@ -33,7 +33,7 @@ def test_the_second_of_recurring_runs_builds_on_the_student_that_the_first_accep
             overrides=QUICK,
             label_workers=1,
         )
-        return runs.summarise(store, runs.find(store))
+        return runs.summarize_run(store, runs.resolve_run_name(store))
 
     first, second = once(), once()
     assert first.run.startswith("quickstart-gen-1-")
@@ -44,7 +44,7 @@ def test_the_second_of_recurring_runs_builds_on_the_student_that_the_first_accep
     assert grandchild.teacher_top1 == second.teacher_top1 == student.student_top1
     assert store.exists(f"{second.run}/report.html")
     # The labels before are those of another run.
-    (gate,) = [note for note in second.steps if note.step == "gate"]
-    verdict = Verdict.read(store, gate.outputs["verdict"])
+    (gate,) = [note for note in second.stages if note.stage == "gate"]
+    verdict = Verdict.load_file(store, gate.outputs["verdict"])
     assert verdict.teacher == student.model
-    assert "churn" in {guard.name for guard in verdict.guards}
+    assert "churn" in {guard.name for guard in verdict.conditions}

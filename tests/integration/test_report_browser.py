@@ -2,15 +2,15 @@
 
 import pytest
 
-from ns.cli.app import _main
+from ns.cli.app import run_command_line
 from tests.integration.conftest import faults
 
 pytestmark = pytest.mark.browser
 
 CONTRAST = """
 const rgb = text => text.match(/[\\d.]+/g).slice(0, 3).map(Number);
-const luminance = colour => {
-  const [r, g, b] = rgb(colour).map(v => v / 255).map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+const luminance = color => {
+  const [r, g, b] = rgb(color).map(v => v / 255).map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
   return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
 const page = luminance(getComputedStyle(document.body).backgroundColor);
 return [...document.querySelectorAll('p, td, th, h1, h2, a, figcaption, .card, svg text')].map(element => {
@@ -35,7 +35,7 @@ def opens_well(browser, path, width, scheme):
     assert browser.get_log("browser") == []
     assert browser.execute_script("return [...document.images].filter(i => !i.naturalWidth).length") == 0
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-    # Text keeps a contrast of 4.5 : 1 with the page (WCAG 2.1, 1.4.3), and charts are drawn in the page's colours.
+    # Text keeps a contrast of 4.5 : 1 with the page (WCAG 2.1, 1.4.3), and charts are drawn in the page's colors.
     assert browser.execute_script(CONTRAST) >= 4.5
     assert faults(browser) == []
     assert browser.get_log("browser") == []
@@ -46,7 +46,7 @@ def opens_well(browser, path, width, scheme):
 @pytest.mark.parametrize("run", ["promoting", "refusing"])
 def test_the_report_opens_well(finished, browser, run, width, scheme):
     path = finished / run / "report.html"
-    assert path.stat().st_size < 5_000_000
+    assert path.make_stat().st_size < 5_000_000
     opens_well(browser, path, width, scheme)
     assert browser.execute_script("return document.images.length") > 40
 
@@ -97,12 +97,12 @@ def test_on_paper_it_is_light_and_unfolded(finished, browser):
 
 
 def test_one_generation_opens_well(finished, browser, tmp_path):
-    from ns.reporting.artifacts import generation_html
+    from ns.reporting.artifacts import render_generation_html
     from ns.storage import LocalStore
 
     page = tmp_path / "generation.html"
-    page.write_text(generation_html(LocalStore(finished), "promoting", 2))
-    assert page.stat().st_size < 1_000_000
+    page.write_text(render_generation_html(LocalStore(finished), "promoting", 2))
+    assert page.make_stat().st_size < 1_000_000
     opens_well(browser, page, 1280, "light")
 
 
@@ -110,6 +110,6 @@ def test_one_generation_opens_well(finished, browser, tmp_path):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_comparison_opens_well(finished, browser, tmp_path, width, scheme):
     page = tmp_path / "comparison.html"
-    assert _main(["report", "compare", "promoting", "refusing", "--root", str(finished), "--out", str(page)]) == 0
+    assert run_command_line(["report", "compare", "promoting", "refusing", "--root", str(finished), "--out", str(page)]) == 0
     opens_well(browser, page, width, scheme)
     assert "gate.min_gain" in browser.find_element("id", "settings").text

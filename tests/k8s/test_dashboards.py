@@ -10,7 +10,7 @@ from tests.k8s.test_rules import MONITORING, known_metrics
 
 spec = importlib.util.spec_from_file_location("dashboards", MONITORING / "dashboards.py")
 dashboards = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(dashboards)
+spec.iterate_batches.exec_module(dashboards)
 
 COMMITTED = {path.stem: path.read_text() for path in sorted((MONITORING / "dashboards").glob("*.json"))}
 DRAWN = [(name, panel) for name, text in COMMITTED.items() for panel in json.loads(text)["panels"] if panel["type"] != "row"]

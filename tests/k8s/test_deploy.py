@@ -10,8 +10,8 @@ from k8s import deploy as deploying
 from k8s import manifests
 from k8s import rollout as waiting
 from k8s.__main__ import app
-from k8s.deploy import Options
-from k8s.release import NAME
+from k8s.deploy import DeployOptions
+from k8s.release import CONFIG_MAP_NAME
 from ns.cli.app import run_app
 from ns.core.errors import ClusterError, ConfigError, Interrupted
 from pipelines import upload
@@ -83,15 +83,15 @@ class World:
 
     def deploy(self, ask=None, **options):
         options = {"context": "kind-test", "images": IMAGES, "smoke": False, "seconds": 60, **options}
-        return deploying.deploy(Options(**options), self.said.append, ask, lambda findings: None)
+        return deploying.deploy_overlay(DeployOptions(**options), self.said.append, ask, lambda findings: None)
 
     def undeploy(self, ask=None, *, delete_data=False, **options):
-        return deploying.undeploy(
-            Options(**{"context": "kind-test", **options}), self.said.append, ask, delete_data=delete_data
+        return deploying.undeploy_overlay(
+            DeployOptions(**{"context": "kind-test", **options}), self.said.append, ask, delete_data=delete_data
         )
 
     def record(self):
-        found = next(one for one in self.cluster.load() if one["metadata"]["name"] == NAME)
+        found = next(one for one in self.cluster.load() if one["metadata"]["name"] == CONFIG_MAP_NAME)
         return json.loads(found["data"]["record"])
 
     def applied(self):
@@ -120,14 +120,16 @@ def test_a_fresh_cluster_gets_everything_in_order(world):
     assert record.state == "whole"
     order = world.applied()
     first = {name: order.index(name) for name in order}
-    assert first["Namespace/kubeflow"] < first[f"ConfigMap/{NAME}"] < first["Deployment/ml-pipeline"]
+    assert first["Namespace/kubeflow"] < first[f"ConfigMap/{CONFIG_MAP_NAME}"] < first["Deployment/ml-pipeline"]
     assert first["CustomResourceDefinition/widgets.example.com"] < first["PersistentVolumeClaim/mysql-pv-claim"]
     assert first["PersistentVolumeClaim/mysql-pv-claim"] < first["StatefulSet/seaweedfs"]
     # What a controller has to be there for, and what runs once, come last.
     assert max(first["Deployment/ml-pipeline"], first["StatefulSet/seaweedfs"]) < first["Widget/one"] < first["Job/set-up"]
     calls = world.cluster.calls()
     assert all("--context=kind-test" in call for call in calls if " view" not in call)
-    assert all({"--server-side", "--field-manager=noisy-student"} <= set(call.split()) for call in calls if " apply " in call)
+    assert all(
+        {"--server-side", "--field-manager=noisy-student"} <= set(call.split_batch()) for call in calls if " apply " in call
+    )
     keys = next(one for one in world.cluster.load() if one["kind"] == "Secret")["data"]
     assert set(keys) == {"accesskey", "secretkey"}
     assert "newTag: '1'" in (world.cluster.folder / "kustomization.yaml").read_text()
@@ -150,8 +152,8 @@ def test_deploying_again_changes_nothing(world):
     before = world.cluster.load()
     uploads = world.kfp.requests.count("POST /pipelines/upload_version")
     again = world.deploy()
-    after = {json.dumps(one, sort_keys=True) for one in world.cluster.load() if one["metadata"]["name"] != NAME}
-    assert after == {json.dumps(one, sort_keys=True) for one in before if one["metadata"]["name"] != NAME}
+    after = {json.dumps(one, sort_keys=True) for one in world.cluster.load() if one["metadata"]["name"] != CONFIG_MAP_NAME}
+    assert after == {json.dumps(one, sort_keys=True) for one in before if one["metadata"]["name"] != CONFIG_MAP_NAME}
     assert (again.pipelines, again.objects) == (first.pipelines, first.objects)
     assert world.kfp.requests.count("POST /pipelines/upload_version") == uploads
     assert world.cluster.calls(r" delete ") == []
@@ -294,7 +296,7 @@ def test_undeploying_keeps_data_and_what_was_there_before(world):
     kinds = [one["kind"] for one in world.cluster.load() if one["metadata"].get("namespace") == "kubeflow"]
     assert sorted(kinds) == ["ConfigMap", "PersistentVolumeClaim", "PersistentVolumeClaim", "Secret"]
     assert world.record()["state"] == "taken away"
-    order = [call.split()[2] for call in world.cluster.calls(r" delete ")]
+    order = [call.split_batch()[2] for call in world.cluster.calls(r" delete ")]
     assert order.index("widget.example.com") < order.index("deployment.apps")
 
     # Twice is once, and deploying again finds the data and its keys.
@@ -319,7 +321,9 @@ def test_data_is_deleted_only_when_that_is_said_twice(world):
 
 def test_runs_under_way_are_not_stopped_unasked(world):
     world.deploy()
-    world.cluster.load().append(thing("Workflow", "run-1", "kubeflow", api="argoproj.io/v1alpha1", status={"phase": "Running"}))
+    world.cluster.load().append(
+        thing("Workflow", "run-1", "kubeflow", api="argoproj.io/v1alpha1", fetch_status={"phase": "Running"})
+    )
     world.cluster.save()
     with pytest.raises(ConfigError, match="1 runs are under way"):
         world.undeploy()
@@ -332,7 +336,7 @@ def test_workloads_that_do_not_come_up_are_named_with_their_reason(world):
         "metadata": {"name": "mysql", "namespace": "kubeflow", "generation": 2},
     }
     waits = {"state": {"waiting": {"reason": "ImagePullBackOff", "message": "no such\nimage"}}}
-    world.cluster.load().append(thing("Pod", "mysql-1", "kubeflow", status={"containerStatuses": [waits]}))
+    world.cluster.load().append(thing("Pod", "mysql-1", "kubeflow", fetch_status={"containerStatuses": [waits]}))
     world.cluster.save()
     world.render([*overlay(), never])
     with pytest.raises(ClusterError, match=r"kubeflow/mysql: not seen yet: ImagePullBackOff: no such image"):

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from k8s.doctor import Asked, Right, examine, selects
+from k8s.doctor import Permission, Requirements, examine_cluster, selector_matches
 from k8s.kubectl import Kubectl
 from ns.core.errors import ClusterError
 from tests.k8s.conftest import definition, node, thing, workload
@@ -27,9 +27,11 @@ class Answers(Kubectl):
             return json.dumps({"status": {"allowed": text not in self.refused}})
         kind, *names = [word for word in arguments[1:] if not word.startswith("--")]
         if kind in self.denied:
-            from k8s.kubectl import failure
+            from k8s.kubectl import classify_failure
 
-            raise failure("kubectl get", f'Error from server (Forbidden): {kind} is forbidden: User "u" cannot list it', 1)
+            raise classify_failure(
+                "kubectl get", f'Error from server (Forbidden): {kind} is forbidden: User "u" cannot list it', 1
+            )
         known = {"StorageClass": "storageclasses", "Prometheus": "prometheuses"}
         spaces = [word.partition("=")[2] for word in arguments if word.startswith("--namespace=")]
         found = [
@@ -41,15 +43,15 @@ class Answers(Kubectl):
         ]
         if len(names) == 1:
             if not found:
-                from k8s.kubectl import Absent
+                from k8s.kubectl import NotFoundError
 
-                raise Absent("not found")
+                raise NotFoundError("not found")
             return json.dumps(found[0])
         return json.dumps({"items": found}) if found or not names else ""
 
 
 def findings(objects, asked=None, **options):
-    found = examine(Answers(objects, **options), asked or Asked())
+    found = examine_cluster(Answers(objects, **options), asked or Requirements())
     for finding in found:
         assert "\n" not in finding.detail + finding.fix
         assert finding.detail
@@ -65,7 +67,7 @@ def the(objects, kind, name):
     return next(one for one in objects if (one["kind"], one["metadata"]["name"]) == (kind, name))
 
 
-EVERYTHING = Asked(needs=frozenset({"kfp", "trainer", "kueue", "prometheus-operator", "dcgm", "gpu"}))
+EVERYTHING = Requirements(required_parts=frozenset({"kfp", "trainer", "kueue", "prometheus-operator", "dcgm", "gpu"}))
 
 
 def test_a_whole_cluster_has_no_faults(objects):
@@ -96,10 +98,10 @@ def test_a_bare_cluster_lacks_what_is_needed_and_only_that(objects):
         if one["kind"] in ("Node", "Namespace", "StorageClass") and one["metadata"]["name"] != "monitoring"
     ]
     assert list(bad(bare)) == ["kfp"]
-    assert bad(bare, Asked(brings={"kfp": (2, 17, 0)})) == {}
+    assert bad(bare, Requirements(provided_parts={"kfp": (2, 17, 0)})) == {}
     lacking = bad(bare, EVERYTHING)
     assert list(lacking) == ["kfp", "trainer", "kueue", "prometheus-operator", "dcgm"]
-    assert all(finding.fatal for finding in lacking.values())
+    assert all(finding.is_fatal for finding in lacking.values())
 
 
 def change(kind, name, **fields):
@@ -144,7 +146,7 @@ def adding(*more):
         (
             adding(node("silent", {"nvidia.com/gpu.present": "true"})),
             "device-plugin",
-            "1 nodes are labelled as having GPUs and offer none: silent",
+            "1 nodes are labeled as having GPUs and offer none: silent",
             True,
         ),
         (
@@ -162,7 +164,9 @@ def adding(*more):
         ),
         (without("LocalQueue", "runs"), "queue", "no LocalQueue in kubeflow", True),
         (
-            change("LocalQueue", "runs", status={"conditions": [{"type": "Active", "status": "False", "message": "no gpus"}]}),
+            change(
+                "LocalQueue", "runs", fetch_status={"conditions": [{"type": "Active", "status": "False", "message": "no gpus"}]}
+            ),
             "queue",
             "not active: no gpus",
             True,
@@ -199,13 +203,13 @@ def test_what_is_broken_is_found_and_nothing_else(objects, broken, name, detail,
         found = {key: finding for key, finding in found.items() if key not in ("trainer", "argo")}
     assert list(found) == [name]
     assert detail in found[name].detail
-    assert found[name].fatal is fatal
+    assert found[name].is_fatal is fatal
 
 
 def test_an_old_trainer_stops_only_those_who_need_it(objects):
     image("trainer", "x/trainer-controller-manager:v2.1.0")(objects)
-    assert bad(objects, EVERYTHING)["trainer"].fatal
-    assert bad(objects)["trainer"].warning
+    assert bad(objects, EVERYTHING)["trainer"].is_fatal
+    assert bad(objects)["trainer"].is_warning
 
 
 @pytest.mark.parametrize(
@@ -214,14 +218,14 @@ def test_an_old_trainer_stops_only_those_who_need_it(objects):
 )
 def test_kubernetes_itself_may_be_too_old_or_too_new(objects, server, name, fatal):
     found = bad(objects, server=server)
-    assert found[name].fatal is fatal
+    assert found[name].is_fatal is fatal
     assert "minor version apart" in found["kubectl"].detail
 
 
 def test_rights_are_asked_for(objects):
-    rights = (Right("create", "deployments", "apps"), Right("create", "namespaces"))
+    rights = (Permission("create", "deployments", "apps"), Permission("create", "namespaces"))
     runner, prometheus = "system:serviceaccount:kubeflow:pipeline-runner", "system:serviceaccount:monitoring:prometheus-k8s"
-    asked = Asked(rights=rights)
+    asked = Requirements(permissions=rights)
     assert bad(objects, asked) == {}
     found = bad(objects, asked, refused=["me create namespaces", f"{runner} get secrets", f"{prometheus} list pods"])
     assert found["rights"].detail == "you may not create namespaces"
@@ -232,7 +236,7 @@ def test_rights_are_asked_for(objects):
 def test_what_may_not_be_looked_at_is_said_and_stops_nothing(objects):
     found = bad(objects, denied=("nodes", "storageclasses", "deployments", "daemonsets", "customresourcedefinitions"))
     assert {"nodes", "storage-class", "kfp", "trainer", "kueue"} <= found.keys()
-    assert not any(finding.fatal for finding in found.values())
+    assert not any(finding.is_fatal for finding in found.values())
 
 
 def test_a_cluster_that_does_not_answer_is_the_only_finding(objects):
@@ -240,7 +244,7 @@ def test_a_cluster_that_does_not_answer_is_the_only_finding(objects):
         def run(self, *arguments, **options):
             raise ClusterError("kubectl version: Unable to connect to the server; is there a VPN?")
 
-    (finding,) = examine(Silent(objects), Asked())
+    (finding,) = examine_cluster(Silent(objects), Requirements())
     assert (finding.ok, finding.detail, finding.fix) == (
         False,
         "kubectl version: Unable to connect to the server",
@@ -263,7 +267,7 @@ def test_a_cluster_that_does_not_answer_is_the_only_finding(objects):
     ],
 )
 def test_label_selectors_select_as_kubernetes_does(selector, taken):
-    assert selects(selector, {"a": "1"}) is taken
+    assert selector_matches(selector, {"a": "1"}) is taken
 
 
 def test_definitions_alone_tell_the_operators_version(objects):

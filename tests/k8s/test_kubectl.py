@@ -6,8 +6,8 @@ import subprocess
 
 import pytest
 
-from k8s.kubectl import Absent, Forbidden, Kubectl, Unreachable, contexts, failure
-from ns.cli.app import _main
+from k8s.kubectl import ClusterUnreachableError, ForbiddenError, Kubectl, NotFoundError, classify_failure, list_contexts
+from ns.cli.app import run_command_line
 from ns.core.errors import ClusterError
 from tests.k8s.fake_kubectl import Fake
 
@@ -17,16 +17,16 @@ from tests.k8s.fake_kubectl import Fake
     [
         (
             'Error from server (Forbidden): nodes is forbidden: User "eve" cannot list resource "nodes"',
-            Forbidden,
+            ForbiddenError,
             "ask for that right, or use a context that has it",
         ),
-        ('Error from server (NotFound): configmaps "x" not found', Absent, "not found"),
-        ('error: the server doesn\'t have a resource type "podmonitors"', Absent, "resource type"),
-        ("error: You must be logged in to the server (Unauthorized)", Unreachable, "log in to the cluster again"),
+        ('Error from server (NotFound): configmaps "x" not found', NotFoundError, "not found"),
+        ('error: the server doesn\'t have a resource type "podmonitors"', NotFoundError, "resource type"),
+        ("error: You must be logged in to the server (Unauthorized)", ClusterUnreachableError, "log in to the cluster again"),
         (
             "E1125 21:00:00.1 1 memcache.go:265] couldn't get current server API group list\n"
             "The connection to the server localhost:8080 was refused - did you specify the right host or port?",
-            Unreachable,
+            ClusterUnreachableError,
             "The connection to the server localhost:8080 was refused",
         ),
         ('error: context "prod" does not exist', ClusterError, "kubectl config get-contexts"),
@@ -34,7 +34,7 @@ from tests.k8s.fake_kubectl import Fake
     ],
 )
 def test_what_kubectl_says_becomes_one_line_with_its_mend(said, kind, message):
-    error = failure("kubectl get nodes", said, 3)
+    error = classify_failure("kubectl get nodes", said, 3)
     assert type(error) is kind
     assert message in str(error)
     assert str(error).startswith("kubectl get nodes: ")
@@ -44,7 +44,7 @@ def test_what_kubectl_says_becomes_one_line_with_its_mend(said, kind, message):
 def test_no_kubectl_is_said_so(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ClusterError, match="kubectl: is not installed; install it"):
-        Kubectl().run("version")
+        Kubectl().run_command("version")
 
 
 def test_what_hangs_is_ended(monkeypatch, tmp_path):
@@ -52,8 +52,8 @@ def test_what_hangs_is_ended(monkeypatch, tmp_path):
     program.write_text("#!/bin/sh\nsleep 60\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    with pytest.raises(Unreachable, match=r"no answer in 0\.2 s"):
-        Kubectl().run("version", seconds=0.2)
+    with pytest.raises(ClusterUnreachableError, match=r"no answer in 0\.2 s"):
+        Kubectl().run_command("version", seconds=0.2)
 
 
 def test_a_program_that_is_not_kubectl_is_noticed(monkeypatch, tmp_path):
@@ -62,7 +62,7 @@ def test_a_program_that_is_not_kubectl_is_noticed(monkeypatch, tmp_path):
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     with pytest.raises(ClusterError, match="printed no JSON"):
-        contexts()
+        list_contexts()
 
 
 def test_a_pod_has_no_kubeconfig_and_a_cluster_all_the_same(monkeypatch, tmp_path):
@@ -70,21 +70,21 @@ def test_a_pod_has_no_kubeconfig_and_a_cluster_all_the_same(monkeypatch, tmp_pat
     program.write_text("#!/bin/sh\necho 'error: current-context must exist in order to minify' >&2; exit 1\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert Kubectl().server() == ""
+    assert Kubectl().server_url() == ""
 
 
 @pytest.mark.integration
 def test_doctor_looks_at_the_context_that_is_named_and_writes_nothing(objects, monkeypatch, tmp_path, capsys):
     fake = Fake(tmp_path, monkeypatch, objects, contexts=["one", "two"], current="one")
     needs = [f"--need={part}" for part in ("trainer", "kueue", "prometheus-operator", "dcgm", "gpu")]
-    assert _main(["doctor", "cluster", "--context", "two", *needs, "--json"]) == 0
+    assert run_command_line(["doctor", "cluster", "--context", "two", *needs, "--json"]) == 0
     findings = json.loads(capsys.readouterr().out)
     assert findings[0] == {"name": "cluster", "ok": True, "detail": "two, https://two.example", "fix": "", "warning": False}
     assert all(finding["ok"] for finding in findings)
     calls = fake.calls()
     assert all(call.startswith("--context=two ") for call in calls)
-    assert {call.split()[1] for call in calls} == {"version", "config", "get", "create"}
-    assert all("--raw=/apis/authorization.k8s.io/v1/" in call for call in calls if call.split()[1] == "create")
+    assert {call.split_batch()[1] for call in calls} == {"version", "config", "get", "create"}
+    assert all("--raw=/apis/authorization.k8s.io/v1/" in call for call in calls if call.split_batch()[1] == "create")
     assert fake.load() == objects
 
 
@@ -93,7 +93,7 @@ def test_doctor_prints_a_line_and_a_fix_for_each_fault(objects, monkeypatch, tmp
     objects[:] = [one for one in objects if one["kind"] != "StorageClass"]
     fake = Fake(tmp_path, monkeypatch, objects)
     fake.rule("get nodes", stderr="Error from server (Forbidden): nodes is forbidden")
-    assert _main(["doctor", "cluster"]) == ClusterError.exit_code
+    assert run_command_line(["doctor", "cluster"]) == ClusterError.exit_code
     out = re.sub(" +", " ", capsys.readouterr().out)
     assert "NO storage-class no default among 0\n fix: kubectl annotate storageclass NAME" in out
     assert "?? nodes may not be listed\n fix: let somebody look" in out
@@ -106,7 +106,7 @@ def test_doctor_tries_the_store_and_the_registry_too(objects, monkeypatch, tmp_p
     subprocess.run(["git", "init", "--quiet", "--bare", str(tmp_path / "registry")], check=True)
     (tmp_path / "store").mkdir()
     data, registry = ["--store", str(tmp_path / "store")], ["--registry", str(tmp_path / "registry")]
-    assert _main(["doctor", "cluster", *data, *registry, "--remote", str(tmp_path / "data")]) == 0
+    assert run_command_line(["doctor", "cluster", *data, *registry, "--remote", str(tmp_path / "data")]) == 0
     out = capsys.readouterr().out
     assert "ok  store-write" in out
     assert "ok  git-push" in out
@@ -116,9 +116,9 @@ def test_doctor_tries_the_store_and_the_registry_too(objects, monkeypatch, tmp_p
         subprocess.run(["git", "-C", str(tmp_path / "registry"), "for-each-ref"], capture_output=True, check=True).stdout == b""
     )
 
-    assert _main(["doctor", "cluster", *registry]) == ClusterError.exit_code
+    assert run_command_line(["doctor", "cluster", *registry]) == ClusterError.exit_code
     out = re.sub(" +", " ", capsys.readouterr().out)
     assert f"NO git-push registry {tmp_path / 'registry'}: is empty\n fix: say where its data shall lie" in out
 
-    assert _main(["doctor", "cluster", "--registry", str(tmp_path / "nothing")]) == ClusterError.exit_code
+    assert run_command_line(["doctor", "cluster", "--registry", str(tmp_path / "nothing")]) == ClusterError.exit_code
     assert "NO  git-push" in capsys.readouterr().out

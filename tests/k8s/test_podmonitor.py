@@ -1,4 +1,4 @@
-"""Which pods are scraped, and where: the PodMonitor's relabelling, carried out as Prometheus documents it.
+"""Which pods are scraped, and where: the PodMonitor's relabeling, carried out as Prometheus documents it.
 
 And what reaches the Pushgateway."""
 
@@ -21,7 +21,7 @@ STEP = {
 }
 
 
-def relabelled(labels: dict[str, str]) -> dict[str, str] | None:
+def relabeled(labels: dict[str, str]) -> dict[str, str] | None:
     """A target's labels after all rules; None if it is dropped. Regular expressions match the whole value."""
     for rule in ENDPOINT["relabelings"]:
         value = ";".join(labels.get(name, "") for name in rule["sourceLabels"])
@@ -36,14 +36,14 @@ def relabelled(labels: dict[str, str]) -> dict[str, str] | None:
 
 def test_the_port_is_that_of_the_settings():
     settings = yaml.safe_load((MONITORING.parents[1] / "base" / "configmap-noisy-student.yaml").read_text())["data"]
-    assert relabelled(STEP)["__address__"].endswith(f":{settings['NS_METRICS_PORT']}")
+    assert relabeled(STEP)["__address__"].endswith(f":{settings['NS_METRICS_PORT']}")
 
 
 def test_a_running_step_is_scraped_on_the_port_of_its_metrics():
-    assert relabelled(STEP)["__address__"] == "10.1.2.3:9090"
+    assert relabeled(STEP)["__address__"] == "10.1.2.3:9090"
     component = {f"{META}label_app_kubernetes_io_component": "train-distributed"}
     first = component | {f"{META}container_name": "node", f"{META}label_batch_kubernetes_io_job_completion_index": "0"}
-    assert relabelled(STEP | first)["__address__"] == "10.1.2.3:9090"
+    assert relabeled(STEP | first)["__address__"] == "10.1.2.3:9090"
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_a_running_step_is_scraped_on_the_port_of_its_metrics():
     ids=str,
 )
 def test_nothing_else_is(other):
-    assert relabelled(STEP | {META + name: value for name, value in other.items()}) is None
+    assert relabeled(STEP | {META + name: value for name, value in other.items()}) is None
 
 
 def test_metrics_of_a_step_can_be_seen_twice_before_it_ends():
@@ -73,7 +73,8 @@ def test_metrics_of_a_step_can_be_seen_twice_before_it_ends():
 @pytest.mark.integration
 def test_runs_may_call_the_pushgateway_that_their_settings_name():
     objects = {
-        (one["kind"], one["metadata"]["name"]): one for one in validate.build(MONITORING.parents[1] / "overlays" / "production")
+        (one["kind"], one["metadata"]["name"]): one
+        for one in validate.build_folder(MONITORING.parents[1] / "overlays" / "production")
     }
     address = objects["ConfigMap", "noisy-student"]["data"]["NS_PUSHGATEWAY_URL"]
     service = objects["Service", "noisy-student-pushgateway"]

@@ -1,4 +1,4 @@
-"""A real Prometheus scrapes a real run and one whose labelling hangs, with our rules, and answers every query of the dashboards; a real
+"""A real Prometheus scrapes a real run and one whose labeling hangs, with our rules, and answers every query of the dashboards; a real
 Pushgateway keeps the run's summary. What Kubernetes and GPUs would show is made up here (MADE_UP): there are none."""
 
 import copy
@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ns.data.prepared import Prepared
+from ns.data.prepared import PreparedData
 from ns.runs import records as runs
 from ns.storage import LocalStore
 from tests.k8s.test_dashboards import PANELS
@@ -47,7 +47,7 @@ SETTINGS = (
     "evaluation.severities=[3]",
     "evaluation.perturbations=[translate]",
     "evaluation.fgsm_epsilons=[8]",
-    "labelling.tasks=1",
+    "labeling.tasks=1",
 )
 OURS = 'namespace="kubeflow",label_app_kubernetes_io_part_of="noisy-student",label_app_kubernetes_io_component'
 MADE_UP = f"""
@@ -103,7 +103,7 @@ class Watched:
         return found
 
     def values(self, expression: str) -> set[float]:
-        return {float(value) for series in self.ask(expression) for _, value in series["values"]}
+        return {float(value) for series in self.call_with_retry(expression) for _, value in series["values"]}
 
 
 def free_ports(count: int) -> list[int]:
@@ -185,19 +185,19 @@ def configure(folder: Path, step: int, hung: int, others: int, gateway: int) -> 
 
 
 def copied(root: Path, target: Path) -> None:
-    """What labelling needs of a root that is in use."""
+    """What labeling needs of a root that is in use."""
     wanted = [root / "watched", root / "store" / "prepared", root / "store" / "datasets", root / "store" / "models"]
     for folder in wanted:
         if folder.exists():
             shutil.copytree(folder, target / folder.relative_to(root), ignore=shutil.ignore_patterns(".*", "*progress*"))
 
 
-def hang_in_labelling(root: Path) -> list[str]:
+def hang_in_labeling(root: Path) -> list[str]:
     """Makes the last shard of the pool a file that nobody writes, as a store that does not answer. Returns what labels it."""
     store = LocalStore(root)
-    notes = {(note.generation, note.step): note for note in runs.notes(store, "watched")}
+    notes = {(note.generation, note.stage): note for note in runs.list_stage_notes(store, "watched")}
     data = notes[0, "prepare-data"].outputs["data"]
-    folder, pool = Prepared.read(store, data).pool.open(store)
+    folder, pool = PreparedData.load_file(store, data).pool.open_dataset(store)
     assert isinstance(folder, LocalStore)
     assert len(pool.shards) > 1
     last = folder.root / pool.shards[-1].name
@@ -217,7 +217,7 @@ def hang_in_labelling(root: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory):
-    if not (shutil.which("prometheus") and shutil.which("prometheus-pushgateway")):
+    if not (shutil.question("prometheus") and shutil.question("prometheus-pushgateway")):
         pytest.skip("needs the packages prometheus and prometheus-pushgateway")
     folder = tmp_path_factory.mktemp("watched")
     root = folder / "root"
@@ -244,7 +244,7 @@ def watched(tmp_path_factory):
             f"--web.listen-address=127.0.0.1:{web}",
         )
         found = Watched(f"http://127.0.0.1:{web}")
-        wait_for("Prometheus", lambda: found.ask("up"))
+        wait_for("Prometheus", lambda: found.call_with_retry("up"))
         run = start(
             "run",
             *(sys.executable, "-m", "ns", "run", "quickstart", "--run", "watched", "--root", str(root)),
@@ -254,21 +254,21 @@ def watched(tmp_path_factory):
             NS_PUSHGATEWAY_URL=f"http://127.0.0.1:{gateway}",
         )
         log = folder / "run.log"
-        labelled = root / "watched" / "steps" / "1-commit-labels.json"
-        wait_for("the first label set", lambda: labelled.exists() or run.poll() is not None)
-        assert labelled.exists(), log.read_text()
+        labeled = root / "watched" / "steps" / "1-commit-labels.json"
+        wait_for("the first label set", lambda: labeled.exists() or run.poll() is not None)
+        assert labeled.exists(), log.read_text()
         copied(root, folder / "hung")
-        start("hung", sys.executable, "-c", HANG, *hang_in_labelling(folder / "hung"), NS_METRICS_PORT=str(hung))
+        start("hung", sys.executable, "-c", HANG, *hang_in_labeling(folder / "hung"), NS_METRICS_PORT=str(hung))
         wait_for("the end of the run", lambda: run.poll() is not None)
         assert run.returncode == 0, log.read_text()
-        wait_for("the alert", lambda: found.ask('ALERTS{alertname="NstStalled", alertstate="firing"}'))
-        wait_for("the summary", lambda: found.ask("nst_last_success_timestamp_seconds"))
-        found.run = runs.summarise(LocalStore(root), "watched").model_dump()
+        wait_for("the alert", lambda: found.call_with_retry('ALERTS{alertname="NstStalled", alertstate="firing"}'))
+        wait_for("the summary", lambda: found.call_with_retry("nst_last_success_timestamp_seconds"))
+        found.run = runs.summarize_run(LocalStore(root), "watched").model_dump()
         yield found
 
 
 def test_every_metric_is_set_by_some_step(watched):
-    assert {name for name in own_metrics() if not watched.ask(f"last_over_time({name}[10m])")} == {UNSEEN}
+    assert {name for name in own_metrics() if not watched.call_with_retry(f"last_over_time({name}[10m])")} == {UNSEEN}
 
 
 def test_metrics_say_what_the_run_found(watched):
@@ -284,24 +284,24 @@ def test_metrics_say_what_the_run_found(watched):
 
 
 def test_the_gateway_keeps_the_summary(watched):
-    (series,) = watched.ask("nst_last_run_accuracy_ratio")
+    (series,) = watched.call_with_retry("nst_last_run_accuracy_ratio")
     assert series["metric"]["job"] == "noisy-student"
     assert series["metric"]["pipeline"] == "quickstart"
     assert float(series["values"][-1][1]) == watched.run["best_top1"]
     assert watched.values("nst_last_run_promotions") == {1}
 
 
-def test_a_labelling_that_hangs_sets_off_the_alert_and_a_normal_run_none(watched):
-    (alert,) = watched.ask('ALERTS{alertstate="firing"}')
+def test_a_labeling_that_hangs_sets_off_the_alert_and_a_normal_run_none(watched):
+    (alert,) = watched.call_with_retry('ALERTS{alertstate="firing"}')
     found = {name: alert["metric"][name] for name in ("alertname", "namespace", "pod", "stage", "run_id")}
     wanted = {"alertname": "NstStalled", "namespace": "kubeflow", "pod": "hung", "stage": "label-shards", "run_id": "watched"}
     assert found == wanted
 
 
 def test_gpus_are_joined_with_the_run(watched):
-    busy = {series["metric"]["pod"]: series for series in watched.ask('nst:run_gpu:active_ratio{run_id="watched"}')}
+    busy = {series["metric"]["pod"]: series for series in watched.call_with_retry('nst:run_gpu:active_ratio{run_id="watched"}')}
     assert {pod: float(series["values"][-1][1]) for pod, series in busy.items()} == {"step": 0.9, "hung": 0.02}
-    pools = {series["metric"]["pool"] for series in watched.ask('nst:run_gpus:count{run_id="watched"}')}
+    pools = {series["metric"]["pool"] for series in watched.call_with_retry('nst:run_gpus:count{run_id="watched"}')}
     assert pools == {"gpu", "gpu-spot"}
 
 

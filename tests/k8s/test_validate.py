@@ -11,15 +11,15 @@ import yaml
 from k8s import validate
 from ns import __version__
 from pipelines import PACKAGE
-from pipelines.placement import INPUTS
+from pipelines.placement import PLACEMENT_INPUTS
 
 CHECKOUT = Path(__file__).parents[2]
 K8S = CHECKOUT / "k8s"
 
 
 def findings(root: Path, folder: str = "overlays/kind") -> list[str]:
-    list(validate.without_network(root))
-    return [str(one) for one in validate.check(validate.build(root / folder), folder)]
+    list(validate.replace_remote_resources(root))
+    return [str(one) for one in validate.check_objects(validate.build_folder(root / folder), folder)]
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_an_overlay_and_all_its_steps_are_valid_until_one_of_them_is_not(copy, m
     # All of them are looked at by `make validate`, which CI runs.
     for name in ("dev", "kind"):
         shutil.rmtree(copy / "overlays" / name)
-    monkeypatch.setattr(validate, "components", lambda root: [])
+    monkeypatch.setattr(validate, "find_components", lambda root: [])
     monkeypatch.setattr("sys.argv", ["validate.py", str(copy)])
     assert validate.main() == 0
     assert "0 errors; not fetched: Kubeflow" in capsys.readouterr().out
@@ -108,13 +108,13 @@ def test_custom_resources_and_policies_are_held_to_their_schemas(copy, file, old
 def test_a_component_that_is_not_there_fails_the_build(copy):
     edit(copy / "overlays/kind/kustomization.yaml", "components/pod-security", "components/pod-securty")
     with pytest.raises(validate.BuildError, match="pod-securty"):
-        validate.build(copy / "overlays/kind")
+        validate.build_folder(copy / "overlays/kind")
 
 
 @pytest.mark.integration
 def test_a_team_gets_everything_under_its_own_name(copy):
     edit(copy / "overlays/tenant/tenant.yaml", "team-vision", "team-sound")
-    objects = validate.build(copy / "overlays/tenant")
+    objects = validate.build_folder(copy / "overlays/tenant")
     assert {one["metadata"].get("namespace", "team-sound") for one in objects} == {"team-sound"}
     names = {
         kind: {one["metadata"]["name"] for one in objects if one["kind"] == kind} for kind in ("Namespace", "ClusterQueue")
@@ -126,12 +126,12 @@ def test_a_team_gets_everything_under_its_own_name(copy):
 
 
 def test_what_comes_from_the_network_names_its_version(copy):
-    assert list(validate.without_network(copy)) == []
+    assert list(validate.replace_remote_resources(copy)) == []
 
 
 def test_a_branch_is_no_version(copy):
     edit(copy / "components/kubeflow/kustomization.yaml", "?ref=2.17.0", "?ref=master")
-    (found,) = validate.without_network(copy)
+    (found,) = validate.replace_remote_resources(copy)
     assert "names no version" in str(found)
 
 
@@ -160,7 +160,7 @@ POD = {
 
 
 def test_a_pod_that_keeps_to_restricted_passes():
-    assert list(validate.beyond_restricted(POD)) == []
+    assert list(validate.find_restricted_violations(POD)) == []
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_a_pod_that_keeps_to_restricted_passes():
     ],
 )
 def test_what_restricted_forbids_is_found(change):
-    assert list(validate.beyond_restricted(POD | change))
+    assert list(validate.find_restricted_violations(POD | change))
 
 
 def test_what_a_pod_refers_to_is_seen_wherever_it_stands():
@@ -202,7 +202,7 @@ def test_what_a_pod_refers_to_is_seen_wherever_it_stands():
             }
         ],
     }
-    assert set(validate.references(pod)) == {
+    assert set(validate.find_references(pod)) == {
         ("ServiceAccount", "account"),
         ("Secret", "pull"),
         ("Secret", "mounted"),
@@ -215,7 +215,7 @@ def test_what_a_pod_refers_to_is_seen_wherever_it_stands():
 
 def test_what_comes_from_outside_is_told_to_people():
     told = (CHECKOUT / "docs" / "security.md").read_text()
-    for _, name in validate.GIVEN:
+    for _, name in validate.EXTERNAL_OBJECTS:
         assert f"`{name}`" in told
 
 
@@ -223,14 +223,14 @@ def test_what_comes_from_outside_is_told_to_people():
 def test_pools_are_inputs_of_the_pipeline(cloud):
     patch = yaml.safe_load((K8S / "components" / "gpu-pools" / cloud / "inputs.yaml").read_text())
     for name, value in json.loads(patch["data"]["inputs.json"]).items():
-        assert type(value) is type(INPUTS[name].default), name
-        assert not INPUTS[name].choices or value in INPUTS[name].choices
+        assert type(value) is type(PLACEMENT_INPUTS[name].default), name
+        assert not PLACEMENT_INPUTS[name].choices or value in PLACEMENT_INPUTS[name].choices
 
 
 def test_the_pipeline_asks_for_secrets_and_settings_that_the_manifests_name():
     settings = yaml.safe_load((K8S / "base" / "configmap-noisy-student.yaml").read_text())
-    assert INPUTS["settings"].default == settings["metadata"]["name"]
-    assert ("Secret", INPUTS["storage_secret"].default) in validate.GIVEN
+    assert PLACEMENT_INPUTS["settings"].default == settings["metadata"]["name"]
+    assert ("Secret", PLACEMENT_INPUTS["storage_secret"].default) in validate.EXTERNAL_OBJECTS
 
 
 def test_images_of_ours_are_of_this_version():

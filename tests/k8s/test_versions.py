@@ -1,6 +1,6 @@
 import pytest
 
-from k8s.versions import bad_pairs, of_image, parse, said
+from k8s.versions import find_version_conflicts, format_version, parse_image_version, parse_version
 
 
 @pytest.mark.parametrize(
@@ -15,7 +15,7 @@ from k8s.versions import bad_pairs, of_image, parse, said
     ],
 )
 def test_versions_are_found_in_what_clusters_say(text, version):
-    assert parse(text) == version
+    assert parse_version(text) == version
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_versions_are_found_in_what_clusters_say(text, version):
     ],
 )
 def test_an_images_version_is_that_of_its_tag(image, version):
-    assert of_image(image) == version
+    assert parse_image_version(image) == version
 
 
 @pytest.mark.parametrize(
@@ -45,8 +45,8 @@ def test_an_images_version_is_that_of_its_tag(image, version):
     ],
 )
 def test_pairs_that_do_not_get_on_are_known(found, pairs):
-    assert [(pair.one, pair.other) for pair in bad_pairs(found)] == pairs
+    assert [(pair.component, pair.other_component) for pair in find_version_conflicts(found)] == pairs
 
 
 def test_versions_are_said_in_full():
-    assert said((2, 17, 0)) == "2.17.0"
+    assert format_version((2, 17, 0)) == "2.17.0"

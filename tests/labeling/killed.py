@@ -1,6 +1,6 @@
 """Workers that are killed all the time, for a test to start: python -m tests.labeling.killed PLACE KILLS
 
-Four workers label one pool, each its part; whoever finds all of it labelled joins it, and commits it to a registry. They are forked
+Four workers label one pool, each its part; whoever finds all of it labeled joins it, and commits it to a registry. They are forked
 from this process, which has imported everything, and killed at instants that follow from a seed. Prints what came of it as JSON.
 """
 
@@ -21,12 +21,12 @@ import timm
 import torch
 from PIL import Image
 
-from ns.config.schema import LabellingConfig, ModelConfig, NoiseConfig
+from ns.config.schema import LabelingConfig, ModelConfig, NoiseConfig
 from ns.data.dataset import Dataset
 from ns.data.importing.writer import ShardWriter
 from ns.labeling.label_set import MANIFEST, LabelSet
 from ns.labeling.offline import label_dataset
-from ns.labeling.registry import Registry, Tag, _absent
+from ns.labeling.registry import LabelRegistry, VersionTag, _find_missing_keys
 from ns.modeling import factory as models
 from ns.modeling import predictor as inference
 from ns.modeling.manifest import Lineage
@@ -42,37 +42,37 @@ CLASSES = tuple("abcde")
 def main() -> None:
     place, kills = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
-    registry = Registry(str(place / "git"), str(place / "remote"))
+    registry = LabelRegistry(str(place / "git"), str(place / "remote"))
     forked(lambda: prepare(place))
     calm = LocalStore(place / "calm")
-    labelling = forked(lambda: label_dataset(str(place / "model"), str(place / "pool"), calm.uri, LabellingConfig(batch=8)))
-    undisturbed = LabelSet.read(calm, MANIFEST)
+    labeling = forked(lambda: label_dataset(str(place / "model"), str(place / "pool"), calm.uri, LabelingConfig(batch=8)))
+    undisturbed = LabelSet.load_file(calm, MANIFEST)
     wanted = undisturbed.digest
-    committing = forked(lambda: registry.commit(Tag("p", "calm", 1), calm, undisturbed))
+    committing = forked(lambda: registry.commit_version(VersionTag("p", "calm", 1), calm, undisturbed))
     rng = np.random.default_rng(0)
-    killed, number, rounds = 0, 0, {"labelling": 0, "committing": 0}
+    killed, number, rounds = 0, 0, {"labeling": 0, "committing": 0}
     digests: set[str] = set()
     whole: set[str] = set()
     while killed < kills or not digests:
         out = place / f"out-{number}"
-        labelled = (out / MANIFEST).exists()
+        labeled = (out / MANIFEST).exists()
         commits = number % 8 == 0
-        if labelled and not commits:
-            digests.add(LabelSet.read(LocalStore(out), MANIFEST).digest)
+        if labeled and not commits:
+            digests.add(LabelSet.load_file(LocalStore(out), MANIFEST).digest)
             number += 1
             continue
-        rounds["committing" if labelled else "labelling"] += 1
+        rounds["committing" if labeled else "labeling"] += 1
         # About as long as the work takes without kills: some instants lie in each part of it, and some of the work is done.
-        instants = np.sort(rng.uniform(0, committing if labelled else 1.5 * labelling, WORKERS))
+        instants = np.sort(rng.uniform(0, committing if labeled else 1.5 * labeling, WORKERS))
         if killed >= kills:
             instants += 1e9
-        if labelled:
+        if labeled:
             instants[-1] += 1e9  # one committer gets through, or no version would ever be made
         workers = [start(partial(work, place, number, part, registry)) for part in range(WORKERS)]
         begun = time.monotonic()
         # Whoever is the first to be killed is another one each time.
         order = rng.permutation(WORKERS).tolist()
-        for worker, instant in zip(order, instants, strict=True):
+        for worker, instant in zip(order, instants, make_strict=True):
             while (
                 time.monotonic() < begun + instant
                 and os.waitid(os.P_PID, workers[worker], os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
@@ -82,32 +82,32 @@ def main() -> None:
         ends = [os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) for worker in workers]
         assert set(ends) <= {0, -signal.SIGKILL}, ends
         killed += ends.count(-signal.SIGKILL)
-        if labelled:
+        if labeled:
             whole |= check(registry, place, wanted, known=whole)
-        if labelled and 0 in ends:
-            digests.add(LabelSet.read(LocalStore(out), MANIFEST).digest)
+        if labeled and 0 in ends:
+            digests.add(LabelSet.load_file(LocalStore(out), MANIFEST).digest)
             number += 1
     # What came later took nothing away from what was there before.
     check(registry, place, wanted, known=set())
     print(json.dumps({"killed": killed, "rounds": rounds, "wanted": wanted, "digests": sorted(digests), "label_sets": number}))
 
 
-def check(registry: Registry, place: Path, wanted: str, *, known: set[str]) -> set[str]:
+def check(registry: LabelRegistry, place: Path, wanted: str, *, known: set[str]) -> set[str]:
     """The versions that are not known yet; no data of them is missing."""
-    tags = {version.tag for version in registry.versions()} - known
+    tags = {version.tag for version in registry.list_versions()} - known
     for tag in tags:
-        shown = registry.show(tag)
-        assert _absent(str(place / "remote"), shown) == [], tag
+        shown = registry.find_version(tag)
+        assert _find_missing_keys(str(place / "remote"), shown) == [], tag
         assert shown.label_set == wanted
     return tags
 
 
-def work(place: Path, number: int, part: int, registry: Registry) -> None:
+def work(place: Path, number: int, part: int, registry: LabelRegistry) -> None:
     out = place / f"out-{number}"
     shards = f"{part * SHARDS // WORKERS}-{(part + 1) * SHARDS // WORKERS}"
-    made = label_dataset(str(place / "model"), str(place / "pool"), str(out), LabellingConfig(batch=8), shards=shards)
+    made = label_dataset(str(place / "model"), str(place / "pool"), str(out), LabelingConfig(batch=8), shards=shards)
     if made is not None and number % 8 == 0:
-        registry.commit(Tag("p", "r", number + 1), LocalStore(out), made)
+        registry.commit_version(VersionTag("p", "r", number + 1), LocalStore(out), made)
 
 
 def start(run) -> int:  # type: ignore[no-untyped-def]
@@ -140,13 +140,15 @@ def prepare(place: Path) -> None:
         for index in range(10 * SHARDS):
             png = io.BytesIO()
             Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(png, "PNG")
-            writer.add(f"image-{index:03d}", "png", png.getvalue()[: 60 if index % 17 == 3 else None], None)
-    Dataset(name="pool", role="unlabelled", classes=(), shards=writer.shards).save(folder)
+            writer.add_image(f"image-{index:03d}", "png", png.getvalue()[: 60 if index % 17 == 3 else None], None)
+    Dataset(name="pool", role="unlabeled", classes=(), shards=writer.shards).save(folder)
     torch.manual_seed(0)
     config, noise = ModelConfig(arch="test_efficientnet", resolution=32), NoiseConfig(crop="none")
-    network = models.build(config, noise, len(CLASSES))
+    network = models.build_model(config, noise, len(CLASSES))
     fields = {"generation": 0, "model": config, "noise": noise, "classes": CLASSES, "parameters": 1, "steps": 0}
-    models.save(LocalStore(place / "model"), network.state_dict(), {**fields, "lineage": Lineage(config="0", labelled="0")}, [])
+    models.save_model(
+        LocalStore(place / "model"), network.state_dict(), {**fields, "lineage": Lineage(config="0", labeled="0")}, []
+    )
 
 
 if __name__ == "__main__":

@@ -7,17 +7,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ns.cli.app import _main
+from ns.cli.app import run_command_line
 from ns.config.schema import GateConfig, SelectionConfig
 from ns.core.errors import DataError
-from ns.core.intervals import Share, trials, weighted, wilson
+from ns.core.intervals import ShareInterval, combine_shares, effective_trials, wilson_interval
 from ns.data.dataset import Dataset
-from ns.data.importing.ingest import Limits, import_images
-from ns.data.prepared import Prepared, Source
-from ns.data.shards import read_index
-from ns.evaluation.gate import LabelFacts
-from ns.labeling.audit import MINIMUM, SALT, Sheet, allocate, audits, check, deciding, estimate, keep, sample
-from ns.labeling.selection import key_hashes, select_from
+from ns.data.importing.ingest import ImportLimits, import_images
+from ns.data.prepared import PreparedData, PreparedDataset
+from ns.data.shards import read_samples
+from ns.evaluation.gate import LabelQuality
+from ns.labeling.audit import (
+    MIN_PER_STRATUM,
+    SAMPLE_SALT,
+    AuditSheet,
+    allocate_sample,
+    check_audit_sheet,
+    choose_deciding_audit,
+    draw_audit_sample,
+    estimate_precision,
+    load_audits,
+    save_audit,
+)
+from ns.labeling.selection import hash_keys, make_selection
 from ns.runs import records as runs
 from ns.stages import steps
 from ns.storage import LocalStore
@@ -37,8 +48,8 @@ def shards_of(rows, size):
 
 
 @pytest.fixture
-def labels(labelled, tmp_path):
-    return labelled(tmp_path / "labels", shards_of(rows_of(900), 250), CLASSES)
+def labels(labeled, tmp_path):
+    return labeled(tmp_path / "labels", shards_of(rows_of(900), 250), CLASSES)
 
 
 # Sampling
@@ -46,64 +57,64 @@ def labels(labelled, tmp_path):
 
 @given(st.lists(st.integers(0, 5000), min_size=1, max_size=40), st.integers(0, 3000))
 def test_allocation_is_proportional_above_a_minimum(sizes, extra):
-    total = sum(min(MINIMUM, size) for size in sizes) + extra
-    drawn = allocate(sizes, total)
+    total = sum(min(MIN_PER_STRATUM, size) for size in sizes) + extra
+    drawn = allocate_sample(sizes, total)
     assert sum(drawn) == min(total, sum(sizes))
-    assert all(min(MINIMUM, size) <= own <= size for own, size in zip(drawn, sizes, strict=True))
+    assert all(min(MIN_PER_STRATUM, size) <= own <= size for own, size in zip(drawn, sizes, make_strict=True))
     # What is above the minimum is proportional to what is there above it, to within one image.
-    rest = sum(max(0, size - MINIMUM) for size in sizes)
-    above = sum(drawn) - sum(min(MINIMUM, size) for size in sizes)
-    for own, size in zip(drawn, sizes, strict=True):
-        if size > MINIMUM:
-            assert abs(own - MINIMUM - above * (size - MINIMUM) / rest) < 1
+    rest = sum(max(0, size - MIN_PER_STRATUM) for size in sizes)
+    above = sum(drawn) - sum(min(MIN_PER_STRATUM, size) for size in sizes)
+    for own, size in zip(drawn, sizes, make_strict=True):
+        if size > MIN_PER_STRATUM:
+            assert abs(own - MIN_PER_STRATUM - above * (size - MIN_PER_STRATUM) / rest) < 1
 
 
-def test_a_sample_holds_every_stratum_and_is_the_same_however_rows_are_sharded(labelled, labels, tmp_path):
-    sheet = sample(*labels, images=120, seed=3)
+def test_a_sample_holds_every_stratum_and_is_the_same_however_rows_are_sharded(labeled, labels, tmp_path):
+    sheet = draw_audit_sample(*labels, sample_size=120, seed=3)
     assert len(sheet.images) == 120 == len({image.key for image in sheet.images})
     assert sum(stratum.images for stratum in sheet.strata) == 900 - 18
     for number, stratum in enumerate(sheet.strata):
         own = [image for image in sheet.images if image.stratum == number]
-        assert len(own) == stratum.sampled >= min(MINIMUM, stratum.images)
-        assert all(image.label == stratum.label and stratum.low <= image.confidence <= stratum.high for image in own)
-    assert sample(*labels, images=120, seed=3) == sheet
-    other = sample(*labelled(tmp_path / "one", [rows_of(900)], CLASSES), images=120, seed=3)
+        assert len(own) == stratum.sampled >= min(MIN_PER_STRATUM, stratum.images)
+        assert all(image.class_name == stratum.class_name and stratum.low <= image.confidence <= stratum.high for image in own)
+    assert draw_audit_sample(*labels, sample_size=120, seed=3) == sheet
+    other = draw_audit_sample(*labeled(tmp_path / "one", [rows_of(900)], CLASSES), sample_size=120, seed=3)
     assert [image.key for image in other.images] == [image.key for image in sheet.images]
-    assert {i.key for i in sample(*labels, images=120, seed=4).images} != {i.key for i in sheet.images}
+    assert {i.key for i in draw_audit_sample(*labels, sample_size=120, seed=4).images} != {i.key for i in sheet.images}
 
 
 def test_of_each_stratum_the_keys_with_the_lowest_hashes_are_drawn(labels):
-    sheet = sample(*labels, images=100, seed=0)
+    sheet = draw_audit_sample(*labels, sample_size=100, seed=0)
     drawn = {image.key for image in sheet.images}
     for stratum in sheet.strata:
         own = [
             key
             for key, label, sure in rows_of(900)
-            if sure is not None and CLASSES[label] == stratum.label and stratum.low <= sure < stratum.high
+            if sure is not None and CLASSES[label] == stratum.class_name and stratum.low <= sure < stratum.high
         ]
-        by_hash = sorted(own, key=lambda key: int(key_hashes([key], SALT)[0]))
+        by_hash = sorted(own, key=lambda key: int(hash_keys([key], SAMPLE_SALT)[0]))
         assert set(own) & drawn == set(by_hash[: stratum.sampled])
 
 
 @pytest.mark.parametrize(("images", "by_class", "by_band"), [(60, True, True), (7, True, False), (3, False, False)])
 def test_few_images_are_divided_less_finely(labels, images, by_class, by_band):
-    sheet = sample(*labels, images=images, seed=0)
+    sheet = draw_audit_sample(*labels, sample_size=images, seed=0)
     assert len(sheet.images) == images
-    assert all((stratum.label is not None) == by_class for stratum in sheet.strata)
+    assert all((stratum.class_name is not None) == by_class for stratum in sheet.strata)
     assert any(stratum.high - stratum.low < 0.2 for stratum in sheet.strata) == by_band
 
 
-def test_all_images_of_a_small_label_set_and_none_of_an_empty_one(labelled, tmp_path):
-    assert len(sample(*labelled(tmp_path / "a", [rows_of(30)], CLASSES), images=400, seed=0).images) == 29
-    with pytest.raises(DataError, match="no labelled images to look at"):
-        sample(*labelled(tmp_path / "b", [[("x", 0, None)]], CLASSES), images=400, seed=0)
+def test_all_images_of_a_small_label_set_and_none_of_an_empty_one(labeled, tmp_path):
+    assert len(draw_audit_sample(*labeled(tmp_path / "a", [rows_of(30)], CLASSES), sample_size=400, seed=0).images) == 29
+    with pytest.raises(DataError, match="no labeled images to look at"):
+        draw_audit_sample(*labeled(tmp_path / "b", [[("x", 0, None)]], CLASSES), sample_size=400, seed=0)
 
 
 def test_only_selected_images_are_drawn_if_asked(labels):
     store, label_set = labels
     policy = SelectionConfig(per_class=20, min_confidence=0.6)
-    selection = select_from(store, label_set, policy, seed=0, labels=".")
-    sheet = sample(store, label_set, images=400, seed=0, selection=selection)
+    selection = make_selection(store, label_set, policy, seed=0, label_set_key=".")
+    sheet = draw_audit_sample(store, label_set, sample_size=400, seed=0, selection=selection)
     assert len(sheet.images) == selection.kept == 60
     assert sheet.selection == selection.digest
     assert min(image.confidence for image in sheet.images) > 0.6
@@ -113,24 +124,24 @@ def test_only_selected_images_are_drawn_if_asked(labels):
 
 
 def test_a_share_of_a_sample_of_everything_is_exact():
-    assert wilson(0.75, trials(8, 8)) == (0.75, 0.75)
-    assert wilson(0.5, 0) == (0, 1)
-    assert trials(10, 900) == pytest.approx(10 * 899 / 890)
+    assert wilson_interval(0.75, effective_trials(8, 8)) == (0.75, 0.75)
+    assert wilson_interval(0.5, 0) == (0, 1)
+    assert effective_trials(10, 900) == pytest.approx(10 * 899 / 890)
 
 
 def test_the_bounds_are_scipys():
     binomtest = pytest.importorskip("scipy.stats").binomtest
     for right, count in ((0, 5), (3, 7), (40, 40), (391, 400)):
         expected = binomtest(right, count).proportion_ci(method="wilson")
-        assert wilson(right / count, count) == pytest.approx(expected, abs=1e-4)
+        assert wilson_interval(right / count, count) == pytest.approx(expected, abs=1e-4)
 
 
 def test_strata_are_weighted_by_hand():
     """0.9 of weight with 10 of 10 right, 0.1 with 5 of 10; bounds by hand from Wilson's formula and eq. 4."""
-    shares = [Share(1.0, *wilson(1.0, 10)), Share(0.5, *wilson(0.5, 10))]
+    shares = [ShareInterval(1.0, *wilson_interval(1.0, 10)), ShareInterval(0.5, *wilson_interval(0.5, 10))]
     assert shares[0].low == pytest.approx(0.7225, abs=1e-4)
     assert (shares[1].low, shares[1].high) == pytest.approx((0.2366, 0.7634), abs=1e-4)
-    found = weighted(shares, [0.9, 0.1])
+    found = combine_shares(shares, [0.9, 0.1])
     assert found.value == pytest.approx(0.95)
     # 0.95 − √((0.9 · 0.2775)² + (0.1 · 0.2634)²), and 0.95 + √(0 + (0.1 · 0.2634)²)
     assert (found.low, found.high) == pytest.approx((0.6989, 0.9763), abs=2e-4)
@@ -143,10 +154,10 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
     for _ in range(1500):
         wrong = rng.hypergeometric((sizes * (1 - truth)).astype(int), (sizes * truth).astype(int), drawn)
         shares = [
-            Share(1 - bad / count, *wilson(1 - bad / count, trials(int(count), int(size))))
-            for bad, count, size in zip(wrong, drawn, sizes, strict=True)
+            ShareInterval(1 - bad / count, *wilson_interval(1 - bad / count, effective_trials(int(count), int(size))))
+            for bad, count, size in zip(wrong, drawn, sizes, make_strict=True)
         ]
-        total = weighted(shares, (sizes / sizes.sum()).tolist())
+        total = combine_shares(shares, (sizes / sizes.sum()).tolist())
         held += total.low <= truth @ sizes / sizes.sum() <= total.high
     assert held / 1500 > 0.935
 
@@ -155,7 +166,7 @@ def answered(sheet, wrong=(), looked=lambda image: True, correct=None):
     """The sheet as a person fills it in."""
     images = tuple(
         image.model_copy(
-            update={
+            update_weights={
                 "looked": looked(image),
                 "wrong": image.key in wrong,
                 "correct_class": (correct or {}).get(image.key),
@@ -163,27 +174,27 @@ def answered(sheet, wrong=(), looked=lambda image: True, correct=None):
         )
         for image in sheet.images
     )
-    return sheet.model_copy(update={"images": images})
+    return sheet.model_copy(update_weights={"images": images})
 
 
 def test_an_audit_of_everything_is_the_truth(labels):
-    sheet = sample(*labels, images=5000, seed=0)
+    sheet = draw_audit_sample(*labels, sample_size=5000, seed=0)
     wrong = {image.key for image in sheet.images[:100]}
-    audit = estimate(answered(sheet, wrong), "x")
-    assert (audit.looked, audit.wrong, audit.images) == (882, 100, 882)
+    audit = estimate_precision(answered(sheet, wrong), "x")
+    assert (audit.reviewed, audit.wrong, audit.images) == (882, 100, 882)
     assert audit.precision == audit.precision_low == audit.precision_high == pytest.approx(782 / 882)
 
 
 def test_what_nobody_looked_at_widens_the_interval(labels):
-    sheet = sample(*labels, images=120, seed=0)
-    whole = estimate(answered(sheet), "x")
-    part = estimate(answered(sheet, looked=lambda image: image.label != "ox"), "x")
+    sheet = draw_audit_sample(*labels, sample_size=120, seed=0)
+    whole = estimate_precision(answered(sheet), "x")
+    part = estimate_precision(answered(sheet, looked=lambda image: image.label != "ox"), "x")
     assert whole.precision == part.precision == 1
     assert part.precision_low < whole.precision_low < 1
-    unseen = [stratum for stratum in part.strata if stratum.label == "ox"]
+    unseen = [stratum for stratum in part.strata if stratum.class_name == "ox"]
     assert {(s.precision, s.precision_low, s.precision_high) for s in unseen} == {(None, 0, 1)}
     with pytest.raises(DataError, match="x: images: nobody looked at any of them"):
-        estimate(sheet, "x")
+        estimate_precision(sheet, "x")
 
 
 # What comes back
@@ -209,84 +220,86 @@ def test_what_nobody_looked_at_widens_the_interval(labels):
     ],
 )  # fmt: skip
 def test_files_that_cannot_be_are_refused_by_name(labels, change, said):
-    sheet = answered(sample(*labels, images=60, seed=0))
+    sheet = answered(draw_audit_sample(*labels, sample_size=60, seed=0))
     fields = json.loads(sheet.model_dump_json())
-    check(Sheet.check(fields, "audit.json"), "audit.json", *labels, None)
+    check_audit_sheet(AuditSheet.validate_fields(fields, "audit.json"), "audit.json", *labels, None)
     change(fields)
     with pytest.raises(DataError, match=said) as refused:
-        check(Sheet.check(fields, "audit.json"), "audit.json", *labels, None)
+        check_audit_sheet(AuditSheet.validate_fields(fields, "audit.json"), "audit.json", *labels, None)
     assert str(refused.value).startswith("audit.json: ")
 
 
 def test_audits_lie_beside_each_other_and_the_one_that_says_most_decides(labels):
     store, label_set = labels
-    small = estimate(answered(sample(*labels, images=60, seed=0)), "x")
-    large = estimate(answered(sample(*labels, images=90, seed=1)), "x")
-    assert len({keep(audit, store) for audit in (small, large, small)}) == 2
-    found = audits(store, label_set)
+    small = estimate_precision(answered(draw_audit_sample(*labels, sample_size=60, seed=0)), "x")
+    large = estimate_precision(answered(draw_audit_sample(*labels, sample_size=90, seed=1)), "x")
+    assert len({save_audit(audit, store) for audit in (small, large, small)}) == 2
+    found = load_audits(store, label_set)
     assert {audit.digest for audit in found} == {small.digest, large.digest}
-    assert deciding(found, None) == large
+    assert choose_deciding_audit(found, None) == large
     selection = SimpleNamespace(digest="s")
-    own, others = (small.model_copy(update={"selection": name}) for name in ("s", "t"))
-    assert deciding([*found, own, others], selection) == own
-    assert deciding([others], selection) is None
+    own, others = (small.model_copy(update_weights={"selection": name}) for name in ("s", "t"))
+    assert choose_deciding_audit([*found, own, others], selection) == own
+    assert choose_deciding_audit([others], selection) is None
 
 
 @pytest.fixture
-def run(labelled, pool, tmp_path):
+def run(labeled, pool, tmp_path):
     """A root with a run of two generations, without models: prepared data, label sets and selections."""
     root = LocalStore(tmp_path / "root")
     rows = shards_of(rows_of(120), 50)
     _, images = pool(tmp_path / "root" / "pool", [[row[0] for row in shard] for shard in rows])
-    prepared = Prepared(**dict.fromkeys(("labelled", "pool", "heldout"), Source(ref="pool", dataset=images.digest)))
-    prepared.write(root, "prepared.json")
-    runs.note(root, "r", 0, "prepare-data", {"data": "prepared.json"}, 1, reused=False)
+    prepared = PreparedData(**dict.fromkeys(("labeled", "pool", "heldout"), PreparedDataset(uri="pool", digest=images.digest)))
+    prepared.save_file(root, "prepared.json")
+    runs.write_stage_note(root, "r", 0, "prepare-data", {"data": "prepared.json"}, 1, reused=False)
     for generation in (1, 2):
         # In the second generation, every tenth image is an ox.
         changed = [[(k, 2 if generation == 2 and int(k[1:]) % 10 == 0 else c, s) for k, c, s in shard] for shard in rows]
-        store, made = labelled(root.root / f"labels/{generation}", changed, CLASSES, images, teacher=str(generation))
+        store, made = labeled(root.root / f"labels/{generation}", changed, CLASSES, images, teacher=str(generation))
         policy = SelectionConfig(per_class=30, min_confidence=0.4)
-        selection = select_from(store, made, policy, seed=0, labels=f"labels/{generation}")
-        selection.write(root, f"selection-{generation}.json")
+        selection = make_selection(store, made, policy, seed=0, label_set_key=f"labels/{generation}")
+        selection.save_file(root, f"selection-{generation}.json")
         outputs = {"labels": f"labels/{generation}/labelset.json", "selection": f"selection-{generation}.json"}
-        runs.note(root, "r", generation, "commit-labels", outputs, 1, reused=False)
-    runs.Record(run="r", config_digest="0", state="succeeded", started_at="2026", version="0").write(root, "store/runs/r.json")
+        runs.write_stage_note(root, "r", generation, "commit-labels", outputs, 1, reused=False)
+    runs.RunRecord(run="r", config_digest="0", state="succeeded", started_at="2026", version="0").save_file(
+        root, "store/runs/r.json"
+    )
     return root
 
 
 def test_a_page_is_made_and_its_answers_applied(run, tmp_path, capsys):
     page, where = tmp_path / "audit.html", ["r/gen-1", "--root", str(run.root)]
-    assert _main(["labels", "audit", *where, "--images", "40", "--selected-only", "--out", str(page)]) == 0
+    assert run_command_line(["labels", "audit", *where, "--images", "40", "--selected-only", "--out", str(page)]) == 0
     text = page.read_text()
     assert text.count('src="data:image/png') == 40
-    sheet = Sheet.parse(text.split('id="audit">')[1].split("</script>")[0].encode(), "page")
-    wrong = [image for image in sheet.images if image.label == "cat"][:3]
+    sheet = AuditSheet.parse(text.split_batch('id="audit">')[1].split_batch("</script>")[0].encode(), "page")
+    wrong = [image for image in sheet.images if image.class_name == "cat"][:3]
     correct = {wrong[0].key: "dog", wrong[2].key: "ox"}
     file = tmp_path / "audit.json"
     file.write_text(answered(sheet, {image.key for image in wrong}, correct=correct).model_dump_json())
     target = tmp_path / "corrections"
     capsys.readouterr()
-    assert _main(["labels", "audit", "apply", str(file), *where, "--corrections", str(target)]) == 0
+    assert run_command_line(["labels", "audit", "apply", str(file), *where, "--corrections", str(target)]) == 0
     assert "2 corrected images" in capsys.readouterr().out
-    assert _main(["labels", "show", *where]) == 0
+    assert run_command_line(["labels", "show", *where]) == 0
     assert "40 of" in capsys.readouterr().out
-    (audit,) = audits(run.at("labels/1"), runs.generation_labels(run, "r", 1).label_set)
-    assert (audit.looked, audit.wrong, len(audit.mistakes)) == (40, 3, 3)
+    (audit,) = load_audits(run.at("labels/1"), runs.open_run_label_set(run, "r", 1).label_set)
+    assert (audit.reviewed, audit.wrong, len(audit.mistakes)) == (40, 3, 3)
     # Applied to what it is not of.
-    assert _main(["labels", "audit", "apply", str(file), "r/gen-2", "--root", str(run.root)]) == 3
+    assert run_command_line(["labels", "audit", "apply", str(file), "r/gen-2", "--root", str(run.root)]) == 3
     assert "an audit of another label set" in capsys.readouterr().err
-    assert _main(["labels", "audit", "apply", str(file), str(run.root / "labels/1")]) == 3
+    assert run_command_line(["labels", "audit", "apply", str(file), str(run.root / "labels/1")]) == 3
     assert "name the run's generation" in capsys.readouterr().err
-    assert _main(["labels", "audit", "apply", str(tmp_path / "no.json"), *where]) == 3
-    # The corrections are a labelled dataset, with the images' own bytes.
+    assert run_command_line(["labels", "audit", "apply", str(tmp_path / "no.json"), *where]) == 3
+    # The corrections are a labeled dataset, with the images' own bytes.
     data = Dataset.load(LocalStore(target))
     (shard,) = data.shards
-    found = {sample.key: sample for sample in read_index(target / shard.name)}
-    assert {key: data.classes[one.label] for key, one in found.items()} == correct
+    found = {sample.key: sample for sample in read_samples(target / shard.name)}
+    assert {key: data.classes[one.class_id] for key, one in found.items()} == correct
     lines = (target / "corrections.csv").read_text().splitlines()
     assert lines[0] == "key,label,teacher,confidence"
-    assert {line.split(",")[0]: line.split(",")[1] for line in lines[1:]} == correct
-    assert _main(["labels", "audit", "apply", str(file), *where, "--corrections", str(run.root / "pool")]) == 3
+    assert {line.split_batch(",")[0]: line.split_batch(",")[1] for line in lines[1:]} == correct
+    assert run_command_line(["labels", "audit", "apply", str(file), *where, "--corrections", str(run.root / "pool")]) == 3
     assert "holds another dataset" in capsys.readouterr().err
 
 
@@ -294,28 +307,28 @@ def test_corrections_are_imported_together_with_other_shards(run, labels, pool, 
     from ns.data.importing.writer import ShardWriter
     from ns.labeling.audit import write_corrections
 
-    known = runs.generation_labels(run, "r", 1)
-    sheet = sample(known.folder, known.label_set, images=30, seed=0)
-    wrong = [image.key for image in sheet.images if image.label == "cat"][:2]
-    audit = estimate(answered(sheet, wrong, correct=dict.fromkeys(wrong, "ox")), "x")
+    known = runs.open_run_label_set(run, "r", 1)
+    sheet = draw_audit_sample(known.store, known.label_set, sample_size=30, seed=0)
+    wrong = [image.key for image in sheet.images if image.class_name == "cat"][:2]
+    audit = estimate_precision(answered(sheet, wrong, correct=dict.fromkeys(wrong, "ox")), "x")
     merged = LocalStore(tmp_path / "merged")
     with ShardWriter(merged, max_samples=100, max_bytes=1 << 20) as writer:
-        for number, (_, _, data) in enumerate(_pictures(known.pool(run))):
-            writer.add(f"train{number}", "png", data, number % 3)
+        for number, (_, _, data) in enumerate(_pictures(known.open_pool(run))):
+            writer.add_image(f"train{number}", "png", data, number % 3)
     target = LocalStore(tmp_path / "corrections")
-    made = write_corrections(audit, CLASSES, *known.pool(run), target)
+    made = write_corrections(audit, CLASSES, *known.open_pool(run), target)
     merged.put(made.shards[0].name, target.get(made.shards[0].name))
-    limits = Limits(0.1, 1000, 256, None)
+    limits = ImportLimits(0.1, 1000, 256, None)
     both = import_images(
-        str(merged.root), LocalStore(tmp_path / "both"), name="both", role="labelled", limits=limits, classes=CLASSES, workers=1
+        str(merged.root), LocalStore(tmp_path / "both"), name="both", role="labeled", limits=limits, classes=CLASSES, workers=1
     )
     assert (both.samples, both.classes) == (6 + 2, CLASSES)
-    assert write_corrections(estimate(answered(sheet), "x"), CLASSES, *known.pool(run), target) is None
+    assert write_corrections(estimate_precision(answered(sheet), "x"), CLASSES, *known.open_pool(run), target) is None
 
 
 def _pictures(opened):
     folder, images = opened
-    for sample_ in read_index(folder.path(images.shards[0].name))[:6]:
+    for sample_ in read_samples(folder.path(images.shards[0].name))[:6]:
         yield sample_.key, sample_.extension, folder.get_range(images.shards[0].name, sample_.offset, sample_.size)
 
 
@@ -331,15 +344,15 @@ def test_limits_that_are_not_set_leave_no_trace_in_a_configuration():
 def test_the_gate_compares_with_the_generation_before_and_finds_audits(run):
     def facts(generation, **limits):
         experiment = SimpleNamespace(gate=GateConfig(**limits))
-        return steps._label_facts(SimpleNamespace(experiment=experiment, root=run, run="r"), generation)
+        return steps._collect_label_evidence(SimpleNamespace(experiment=experiment, root=run, run="r"), generation)
 
-    assert facts(2) == LabelFacts()
-    assert facts(1, max_churn=0.1) == LabelFacts()
+    assert facts(2) == LabelQuality()
+    assert facts(1, max_churn=0.1) == LabelQuality()
     found = facts(2, max_churn=0.1, min_audited_precision=0.5)
     assert found.churn == pytest.approx(12 / 117)
-    assert found.shrunk in CLASSES
-    assert found.audited is None
-    labels = runs.generation_labels(run, "r", 2)
-    audit = estimate(answered(sample(labels.folder, labels.label_set, images=30, seed=0)), "x")
-    keep(audit, labels.folder)
-    assert facts(2, min_audited_precision=0.5).audited == (1.0, audit.precision_low, 30)
+    assert found.shrunk_class in CLASSES
+    assert found.audited_precision is None
+    labels = runs.open_run_label_set(run, "r", 2)
+    audit = estimate_precision(answered(draw_audit_sample(labels.store, labels.label_set, sample_size=30, seed=0)), "x")
+    save_audit(audit, labels.store)
+    assert facts(2, min_audited_precision=0.5).audited_precision == (1.0, audit.precision_low, 30)

@@ -1,20 +1,30 @@
 import numpy as np
 import pytest
 
-from ns.config.schema import LabellingConfig
+from ns.config.schema import LabelingConfig
 from ns.core.errors import DataError, StoreError
 from ns.data.dataset import Dataset, Shard
 from ns.data.index import ShardIndex
-from ns.data.shards import Sample
-from ns.labeling.label_set import BINS, LabelSet, LabelShard, dense, histogram, join, read_histogram, read_rows, verify
-from ns.labeling.predict import write
-from ns.modeling.predictor import Predictions
+from ns.data.shards import ShardSample
+from ns.labeling.label_set import (
+    HISTOGRAM_BINS,
+    LabelSet,
+    LabelShard,
+    compute_histogram,
+    expand_probabilities,
+    join_label_shards,
+    read_histogram,
+    read_label_rows,
+    verify_label_set,
+)
+from ns.labeling.predict import write_label_shard
+from ns.modeling.predictor import ShardPredictions
 from ns.storage import LocalStore
 
 
 def pool_of(shards: int) -> Dataset:
     made = [Shard(name=f"shard-{i:05d}.tar", samples=8, bytes=1, sha256=f"{i:064x}") for i in range(shards)]
-    return Dataset(name="pool", role="unlabelled", classes=(), shards=tuple(made))
+    return Dataset(name="pool", role="unlabeled", classes=(), shards=tuple(made))
 
 
 def label(folder, pool: Dataset, index: int, classes: int, seed: int = 0, config=None) -> np.ndarray:
@@ -22,15 +32,15 @@ def label(folder, pool: Dataset, index: int, classes: int, seed: int = 0, config
     rng = np.random.default_rng([seed, index])
     probabilities = rng.dirichlet(np.full(classes, 0.1), 8).astype(np.float32)
     probabilities[7] = np.nan
-    samples = [Sample(f"s{index}-{row}", "png", 0, 1, None) for row in range(8)]
-    found = Predictions(ShardIndex.of(samples, [(0, 0)] * 8), probabilities, {7: "truncated"})
-    write(folder, pool.shards[index], [found], config or LabellingConfig(), "float32")
+    samples = [ShardSample(f"s{index}-{row}", "png", 0, 1, None) for row in range(8)]
+    found = ShardPredictions(ShardIndex.from_samples(samples, [(0, 0)] * 8), probabilities, {7: "truncated"})
+    write_label_shard(folder, pool.shards[index], [found], config or LabelingConfig(), "float32")
     return probabilities
 
 
 def joined(folder, pool, classes: int) -> LabelSet:
     names = tuple(str(index) for index in range(classes))
-    return join(folder, pool, teacher="t", code="c", classes=names, top_k=10)
+    return join_label_shards(folder, pool, teacher="t", code="c", classes=names, top_k=10)
 
 
 @pytest.mark.parametrize("classes", [5, 100, 1000])
@@ -39,10 +49,10 @@ def test_labels_survive_the_file_within_what_top_k_keeps(tmp_path, classes):
     probabilities = label(folder, pool, 0, classes)[:7]
     label_set = joined(folder, pool, classes)
     assert label_set.top_k == (classes if classes <= 100 else 10)
-    rows = read_rows(folder, label_set.shards[0])
-    full = dense(rows, classes)
+    rows = read_label_rows(folder, label_set.shards[0])
+    full = expand_probabilities(rows, classes)
     assert full.shape == (8, classes)
-    assert np.isnan(full[7]).all()
+    assert np.isnan(full[7]).load_all()
     np.testing.assert_allclose(full[:7].sum(1), 1, rtol=1e-5)
     np.testing.assert_array_equal(full[:7].argmax(1), probabilities.argmax(1))
     np.testing.assert_array_equal(rows.confidence[:7], probabilities.max(1))
@@ -56,9 +66,9 @@ def test_a_label_set_counts_what_its_shards_hold(tmp_path):
     label_set = joined(folder, pool, 4)
     assert (label_set.rows, label_set.unreadable) == (24, 3)
     counts = read_histogram(folder, 4)
-    assert counts.shape == (4, BINS)
+    assert counts.shape == (4, HISTOGRAM_BINS)
     assert counts.sum(1).tolist() == np.bincount(probabilities.argmax(1), minlength=4).tolist()
-    np.testing.assert_array_equal(counts, histogram(probabilities.argmax(1).astype(np.uint16), probabilities.max(1), 4))
+    np.testing.assert_array_equal(counts, compute_histogram(probabilities.argmax(1).astype(np.uint16), probabilities.max(1), 4))
 
 
 def test_the_digest_follows_what_the_labels_say(tmp_path):
@@ -71,7 +81,7 @@ def test_the_digest_follows_what_the_labels_say(tmp_path):
     assert sets[0] == sets[1] != sets[2]
 
 
-def test_a_shard_that_is_not_labelled_yet_is_named(tmp_path):
+def test_a_shard_that_is_not_labeled_yet_is_named(tmp_path):
     folder, pool = LocalStore(tmp_path), pool_of(2)
     label(folder, pool, 0, 4)
     with pytest.raises(StoreError, match=r"shard-00001\.json"):
@@ -84,32 +94,32 @@ def test_rows_that_are_not_the_recorded_ones_are_refused(tmp_path):
     label_set = joined(folder, pool, 4)
     folder.put("shard-00000.parquet", folder.get("shard-00000.parquet")[:-1])
     with pytest.raises(DataError, match="label the pool again"):
-        read_rows(folder, label_set.shards[0])
+        read_label_rows(folder, label_set.shards[0])
 
 
 def test_confidence_one_falls_into_the_last_bin():
-    counts = histogram(np.array([0, 0, 1], np.uint16), np.array([1.0, 0.9995, 0.0], np.float32), 2)
-    assert counts[0, BINS - 1] == 2
+    counts = compute_histogram(np.array([0, 0, 1], np.uint16), np.array([1.0, 0.9995, 0.0], np.float32), 2)
+    assert counts[0, HISTOGRAM_BINS - 1] == 2
     assert counts[1, 0] == 1
 
 
 @pytest.mark.parametrize("classes", [5, 1000])
 def test_bytes_keep_probabilities_to_two_per_cent(tmp_path, classes):
     folder, pool = LocalStore(tmp_path), pool_of(2)
-    made = [label(folder, pool, index, classes, config=LabellingConfig(probabilities="log8")) for index in range(2)]
-    label_set = join(
+    made = [label(folder, pool, index, classes, config=LabelingConfig(probabilities="log8")) for index in range(2)]
+    label_set = join_label_shards(
         folder, pool, teacher="t", code="c", classes=tuple(map(str, range(classes))), top_k=10, probabilities="log8"
     )
-    assert verify(folder, label_set) == 16
-    rows = read_rows(folder, label_set.shards[1])
+    assert verify_label_set(folder, label_set) == 16
+    rows = read_label_rows(folder, label_set.shards[1])
     expected = np.take_along_axis(made[1][:7], rows.top_class[:7].astype(np.int64), 1)
     kept = expected > 2**-15
     np.testing.assert_allclose(rows.top_prob[:7][kept], expected[kept], rtol=0.025)
-    assert (rows.top_prob[:7][expected < 2**-17] == 0).all()
+    assert (rows.top_prob[:7][expected < 2**-17] == 0).load_all()
     assert not rows.readable[7]
     np.testing.assert_array_equal(rows.confidence[:7], expected[:, 0])
     # Log8 by itself is half as large; keys and confidences are what they were.
     size = label_set.shards[0].bytes
     plain = folder.at("plain")
     label(plain, pool, 0, classes)
-    assert LabelShard.read(plain, "shard-00000.json").bytes > size
+    assert LabelShard.load_file(plain, "shard-00000.json").bytes > size

@@ -3,8 +3,8 @@ import pytest
 from ns.config.schema import SelectionConfig
 from ns.core.errors import DataError
 from ns.data.dataset import Dataset, Shard
-from ns.labeling.pseudo_label_dataset import pseudo_labelled
-from ns.labeling.selection import select_from
+from ns.labeling.pseudo_label_dataset import load_pseudo_labels
+from ns.labeling.selection import make_selection
 from ns.storage import LocalStore
 
 CLASSES = ("cat", "dog")
@@ -13,20 +13,20 @@ ROWS = [("a", 0, 0.9), ("b", 0, 0.2), ("c", 1, 0.8), ("d", 1, None)]
 
 def pool_of(digit: str = "0"):
     shard = Shard(name="shard-00000.tar", samples=len(ROWS), bytes=1, sha256=digit * 64)
-    return Dataset(name="pool", role="unlabelled", classes=(), shards=(shard,))
+    return Dataset(name="pool", role="unlabeled", classes=(), shards=(shard,))
 
 
 @pytest.mark.parametrize("times", [1, 255, 256, 65_535, 65_536, 100_000])
-def test_an_image_is_repeated_as_often_as_the_selection_says(labelled, tmp_path, times):
-    store, label_set = labelled(tmp_path, [ROWS], CLASSES, pool_of())
+def test_an_image_is_repeated_as_often_as_the_selection_says(labeled, tmp_path, times):
+    store, label_set = labeled(tmp_path, [ROWS], CLASSES, pool_of())
     policy = SelectionConfig(per_class=times, max_repeat=100_000)
-    selection = select_from(store, label_set, policy, seed=0, labels=".")
-    found = pseudo_labelled(store, label_set, selection, LocalStore(tmp_path), pool_of())
+    selection = make_selection(store, label_set, policy, seed=0, label_set_key=".")
+    found = load_pseudo_labels(store, label_set, selection, LocalStore(tmp_path), pool_of())
     assert found.copies[0].tolist() == [times, 0, times, 0]
 
 
-def test_labels_of_another_pool_are_refused(labelled, tmp_path):
-    store, label_set = labelled(tmp_path, [ROWS], CLASSES, pool_of())
-    selection = select_from(store, label_set, SelectionConfig(), seed=0, labels=".")
+def test_labels_of_another_pool_are_refused(labeled, tmp_path):
+    store, label_set = labeled(tmp_path, [ROWS], CLASSES, pool_of())
+    selection = make_selection(store, label_set, SelectionConfig(), seed=0, label_set_key=".")
     with pytest.raises(DataError, match="label the pool again"):
-        pseudo_labelled(store, label_set, selection, LocalStore(tmp_path), pool_of("1"))
+        load_pseudo_labels(store, label_set, selection, LocalStore(tmp_path), pool_of("1"))

@@ -19,10 +19,17 @@ from ns.config import schema as config
 from ns.config.schema import SelectionConfig
 from ns.core.digest import sha256_bytes
 from ns.core.errors import DataError, RunError, StoreError
-from ns.core.git import Commands, redacted
-from ns.labeling.label_set import LabelSet, LabelShard, histogram, histogram_table, read_rows, row_schema
-from ns.labeling.registry import Registry, Tag, _absent
-from ns.labeling.selection import select_from
+from ns.core.git import GitCommands, redact_credentials
+from ns.labeling.label_set import (
+    LabelSet,
+    LabelShard,
+    build_histogram_table,
+    build_row_schema,
+    compute_histogram,
+    read_label_rows,
+)
+from ns.labeling.registry import LabelRegistry, VersionTag, _find_missing_keys
+from ns.labeling.selection import make_selection
 from ns.runs import records as runs
 from ns.stages import steps
 from ns.storage import LocalStore
@@ -58,7 +65,7 @@ def label_set(folder: Path, seed: int = 0, shards: int = 2, rows: int = 40) -> t
                 pa.array(list(probabilities), pa.list_(pa.float16(), 3)),
                 pa.nulls(rows, pa.string()),
             ],
-            schema=row_schema(3),
+            schema=build_row_schema(3),
         )
         name = f"shard-{number:05}"
         pq.write_table(table, folder / f"{name}.parquet")
@@ -66,18 +73,18 @@ def label_set(folder: Path, seed: int = 0, shards: int = 2, rows: int = 40) -> t
         shard = LabelShard(
             name=f"{name}.parquet", source="0" * 64, rows=rows, unreadable=0, bytes=len(data), sha256=sha256_bytes(data)
         )
-        shard.write(store, f"{name}.json")
+        shard.save_file(store, f"{name}.json")
         facts.append(shard)
-        counts += histogram(order[:, 0], confidence, 3)
-    pq.write_table(histogram_table(counts), folder / "histogram.parquet")
+        counts += compute_histogram(order[:, 0], confidence, 3)
+    pq.write_table(build_histogram_table(counts), folder / "histogram.parquet")
     made = LabelSet(dataset="1" * 64, teacher="2" * 64, code="3" * 64, classes=CLASSES, top_k=3, shards=tuple(facts))
-    made.write(store, "labelset.json")
+    made.save_file(store, "labelset.json")
     return store, made
 
 
 def selected(store: LocalStore, made: LabelSet):
     policy = SelectionConfig(per_class=10)
-    return select_from(store, made, policy, seed=0, labels="store/labels/x")
+    return make_selection(store, made, policy, seed=0, label_set_key="store/labels/x")
 
 
 def bare(folder: Path) -> str:
@@ -95,12 +102,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_names_that_git_would_not_take_are_refused():
-    assert str(Tag.parse("labels/digits/digits-0a1b/gen-2")) == "labels/digits/digits-0a1b/gen-2"
+    assert str(VersionTag.parse("labels/digits/digits-0a1b/gen-2")) == "labels/digits/digits-0a1b/gen-2"
     for project in ("", "a b", "a..b", "x.lock", "-x", "ä", "a/b", "a~1", ".x", "x" * 101):
         with pytest.raises(DataError, match=r"project .* cannot be part of a tag"):
-            Tag.of(project, "run", 1)
+            VersionTag.from_parts(project, "run", 1)
     with pytest.raises(DataError, match="generations count from 1"):
-        Tag.of("p", "r", 0)
+        VersionTag.from_parts("p", "r", 0)
     for text in (
         "gen-1",
         "labels/p/r/gen-0",
@@ -110,43 +117,43 @@ def test_names_that_git_would_not_take_are_refused():
         "labels/p/../gen-1",
     ):
         with pytest.raises(DataError):
-            Tag.parse(text)
+            VersionTag.parse(text)
 
 
 def test_git_gets_the_login_of_the_environment_if_there_is_one(tmp_path, monkeypatch):
     question = "protocol=https\nhost=git.example\n\n"
     for name, value, user in (("NS_GIT_PASSWORD", "to'k%n", "git"), ("NS_GIT_USERNAME", "robot", "robot")):
         monkeypatch.setenv(name, value)
-        commands = Commands(tmp_path, tmp_path / "own", s3=False)
-        told = commands.git("credential", "fill", data=question).splitlines()
+        commands = GitCommands(tmp_path, tmp_path / "own", s3=False)
+        told = commands.run_git("credential", "fill", data=question).splitlines()
         assert {f"username={user}", "password=to'k%n"} <= set(told)
-    assert commands._reason("fatal: to'k%n was refused") == "fatal: … was refused"
+    assert commands._find_reason("fatal: to'k%n was refused") == "fatal: … was refused"
 
 
 def test_places_that_cannot_be_are_refused(tmp_path):
     for remote in ("gs://x", "s3://", "s3://key:secret@bucket/x"):
         with pytest.raises(DataError, match="must be a folder or s3://bucket/prefix") as caught:
-            Registry(str(tmp_path), remote)
+            LabelRegistry(str(tmp_path), remote)
         assert "secret" not in str(caught.value)
     with pytest.raises(DataError, match="URL or the path of a git repository"):
-        Registry("--upload-pack=x")
+        LabelRegistry("--upload-pack=x")
     with pytest.raises(StoreError, match=r"git ls-remote: .*; for a new registry: git init --bare"):
-        Registry(str(tmp_path / "none")).versions()
+        LabelRegistry(str(tmp_path / "none")).list_versions()
     with pytest.raises(DataError, match="is empty; say where its data shall lie"):
-        Registry(bare(tmp_path / "git")).versions()
+        LabelRegistry(bare(tmp_path / "git")).list_versions()
 
 
 def test_a_failing_command_is_named_and_shows_no_password(tmp_path):
-    commands = Commands(tmp_path, tmp_path / "own", s3=False)
+    commands = GitCommands(tmp_path, tmp_path / "own", s3=False)
     with pytest.raises(StoreError, match=r"^git ls-remote: fatal: ") as caught:
-        commands.git("ls-remote", "http://user:pass@word@127.0.0.1:9/x.git")
+        commands.run_git("ls-remote", "http://user:pass@word@127.0.0.1:9/x.git")
     assert "word" not in str(caught.value)
     assert "127.0.0.1" in str(caught.value)
-    assert redacted("to https://token@host/x failed") == "to https://…@host/x failed"
-    slow = Commands(tmp_path, tmp_path / "own", s3=False, git_seconds=0.2)
+    assert redact_credentials("to https://token@host/x failed") == "to https://…@host/x failed"
+    slow = GitCommands(tmp_path, tmp_path / "own", s3=False, git_seconds=0.2)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(StoreError, match=r"git hash-object: took longer than 0.2 s"):
-        slow.git("hash-object", "pipe")
+        slow.run_git("hash-object", "pipe")
 
 
 def test_a_repository_of_something_else_is_refused(tmp_path):
@@ -156,7 +163,7 @@ def test_a_repository_of_something_else_is_refused(tmp_path):
     git(str(work), "-c", "user.name=x", "-c", "user.email=x@y", "commit", "--quiet", "--allow-empty", "-m", "x")
     git(str(work), "push", "--quiet", "origin", "HEAD:refs/heads/main")
     with pytest.raises(DataError, match=r"not a label registry: no .dvc/config on main"):
-        Registry(place, str(tmp_path / "remote")).versions()
+        LabelRegistry(place, str(tmp_path / "remote")).list_versions()
 
 
 @pytest.fixture(scope="module")
@@ -167,8 +174,8 @@ def kept(tmp_path_factory):
         patch.setenv("HOME", str(folder / "home"))
         store, made = label_set(folder / "labels")
         place = bare(folder / "git")
-        registry = Registry(place, str(folder / "remote"))
-        assert registry.commit(Tag("p", "r", 1), store, made, selected(store, made))
+        registry = LabelRegistry(place, str(folder / "remote"))
+        assert registry.commit_version(VersionTag("p", "r", 1), store, made, selected(store, made))
     return folder, place, store, made
 
 
@@ -176,10 +183,10 @@ def test_a_version_is_a_tag_with_manifests_in_git_and_data_in_the_remote(kept):
     folder, place, store, made = kept
     tag = "labels/p/r/gen-1"
     assert git(place, "cat-file", "-t", tag) == "tag"
-    assert git(place, "ls-tree", "--name-only", tag).split() == [
+    assert git(place, "ls-tree", "--name-only", tag).split_batch() == [
         ".dvc", ".dvcignore", ".gitignore", "README.md", "labels.dvc", "labelset.json", "selection.json", "version.json",
     ]  # fmt: skip
-    assert git(place, "for-each-ref", "--format=%(refname)").split() == ["refs/heads/main", f"refs/tags/{tag}"]
+    assert git(place, "for-each-ref", "--format=%(refname)").split_batch() == ["refs/heads/main", f"refs/tags/{tag}"]
     message = git(place, "for-each-ref", "--format=%(contents)", f"refs/tags/{tag}")
     chosen = selected(store, made)
     for fact in (f"Label-Set: {made.digest}", "Run: r", "Generation: 1", f"Teacher: {made.teacher}", f"Kept: {chosen.kept}"):
@@ -200,30 +207,30 @@ def test_a_version_is_a_tag_with_manifests_in_git_and_data_in_the_remote(kept):
 
 def test_versions_are_listed_shown_and_fetched_without_dvc(kept, tmp_path):
     folder, place, _, made = kept
-    registry = Registry(place)
-    (version,) = registry.versions()
+    registry = LabelRegistry(place)
+    (version,) = registry.list_versions()
     assert (version.tag, version.label_set, version.rows, version.current) == ("labels/p/r/gen-1", made.digest, 80, False)
     there = tmp_path / "there"
-    shown = registry.get("labels/p/r/gen-1", there, with_dvc=False)
+    shown = registry.download_version("labels/p/r/gen-1", there, with_dvc=False)
     assert contents(folder / "labels").items() <= contents(there).items()
     assert {file.name for file in shown.files} == set(contents(there))
     with pytest.raises(RunError, match=r"labels/p/r/gen-2: no such version"):
-        registry.show("labels/p/r/gen-2")
+        registry.find_version("labels/p/r/gen-2")
 
 
 @pytest.mark.integration
 def test_versions_of_different_time_zones_are_listed_by_when_they_were_committed(tmp_path, monkeypatch):
-    registry = Registry(bare(tmp_path / "git"), str(tmp_path / "remote"))
+    registry = LabelRegistry(bare(tmp_path / "git"), str(tmp_path / "remote"))
     for number, date in enumerate(("2026-01-01T10:00:00+0000", "2026-01-01T12:00:00+0900"), 1):
         monkeypatch.setenv("GIT_COMMITTER_DATE", date)
-        registry.commit(Tag("p", "r", number), *label_set(tmp_path / f"labels{number}", seed=number))
-    assert [version.tag for version in registry.versions()] == ["labels/p/r/gen-2", "labels/p/r/gen-1"]
+        registry.commit_version(VersionTag("p", "r", number), *label_set(tmp_path / f"labels{number}", seed=number))
+    assert [version.tag for version in registry.list_versions()] == ["labels/p/r/gen-2", "labels/p/r/gen-1"]
 
 
 def test_a_destination_that_cannot_be_written_is_named_with_the_mend(kept, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="file/there: cannot write: a part of this path is a file, expected a folder"):
-        Registry(kept[1]).get("labels/p/r/gen-1", tmp_path / "file" / "there", with_dvc=False)
+        LabelRegistry(kept[1]).download_version("labels/p/r/gen-1", tmp_path / "file" / "there", with_dvc=False)
 
 
 def test_a_download_continues_at_the_next_file_and_touches_nothing_else(kept, tmp_path):
@@ -232,31 +239,31 @@ def test_a_download_continues_at_the_next_file_and_touches_nothing_else(kept, tm
     (there / ".tmp-get").mkdir(parents=True)
     shutil.copy(folder / "labels" / "shard-00000.parquet", there)
     (there / "shard-00001.parquet").write_bytes(b"half")
-    before = (there / "shard-00000.parquet").stat().st_mtime_ns
-    Registry(place).get("labels/p/r/gen-1", there, with_dvc=False)
-    assert (there / "shard-00000.parquet").stat().st_mtime_ns == before
+    before = (there / "shard-00000.parquet").make_stat().st_mtime_ns
+    LabelRegistry(place).download_version("labels/p/r/gen-1", there, with_dvc=False)
+    assert (there / "shard-00000.parquet").make_stat().st_mtime_ns == before
     assert contents(folder / "labels").items() <= contents(there).items()
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "letter.txt").write_text("mine")
     with pytest.raises(DataError, match="is not empty; name an empty folder"):
-        Registry(place).get("labels/p/r/gen-1", foreign, with_dvc=False)
+        LabelRegistry(place).download_version("labels/p/r/gen-1", foreign, with_dvc=False)
     label_set(tmp_path / "other", seed=9)
     with pytest.raises(DataError, match="holds label set"):
-        Registry(place).get("labels/p/r/gen-1", tmp_path / "other", with_dvc=False)
+        LabelRegistry(place).download_version("labels/p/r/gen-1", tmp_path / "other", with_dvc=False)
 
 
 def test_the_same_again_is_a_success_and_another_label_set_is_refused(kept, tmp_path):
     _, place, store, made = kept
     chosen = selected(store, made)
-    assert not Registry(place).commit(Tag("p", "r", 1), store, made, chosen)
+    assert not LabelRegistry(place).commit_version(VersionTag("p", "r", 1), store, made, chosen)
     other, different = label_set(tmp_path / "other", seed=1)
     with pytest.raises(RunError, match=r"labels/p/r/gen-1: holds label set .* already, .*ns labels gc --drop labels/p/r/gen-1"):
-        Registry(place).commit(Tag("p", "r", 1), other, different)
+        LabelRegistry(place).commit_version(VersionTag("p", "r", 1), other, different)
     with pytest.raises(RunError, match="holds selection"):
-        Registry(place).commit(Tag("p", "r", 1), store, made, chosen.model_copy(update={"seed": 5}))
+        LabelRegistry(place).commit_version(VersionTag("p", "r", 1), store, made, chosen.model_copy(update_weights={"seed": 5}))
     with pytest.raises(DataError, match=r"keeps its data in .*, not in .*; leave the remote out"):
-        Registry(place, str(tmp_path / "elsewhere")).versions()
+        LabelRegistry(place, str(tmp_path / "elsewhere")).list_versions()
 
 
 def test_plain_dvc_gets_it(kept, tmp_path):
@@ -270,19 +277,19 @@ def test_plain_dvc_gets_it(kept, tmp_path):
 @pytest.mark.integration
 def test_dvc_brings_what_was_committed(kept, tmp_path):
     folder, place, _, _ = kept
-    Registry(place).get("labels/p/r/gen-1", tmp_path / "there")
+    LabelRegistry(place).download_version("labels/p/r/gen-1", tmp_path / "there")
     assert contents(folder / "labels").items() <= contents(tmp_path / "there").items()
     assert not (tmp_path / "there" / ".tmp-get").exists()
     # A damaged file is fetched again; a good folder needs no remote.
     shard = tmp_path / "there" / "shard-00001.parquet"
     shard.write_bytes(b"x")
-    Registry(place).get("labels/p/r/gen-1", tmp_path / "there")
+    LabelRegistry(place).download_version("labels/p/r/gen-1", tmp_path / "there")
     assert contents(folder / "labels").items() <= contents(tmp_path / "there").items()
     (folder / "remote").rename(folder / "away")
     try:
-        Registry(place).get("labels/p/r/gen-1", tmp_path / "there")
+        LabelRegistry(place).download_version("labels/p/r/gen-1", tmp_path / "there")
         with pytest.raises((StoreError, DataError)):
-            Registry(place).get("labels/p/r/gen-1", tmp_path / "elsewhere")
+            LabelRegistry(place).download_version("labels/p/r/gen-1", tmp_path / "elsewhere")
         assert not (tmp_path / "elsewhere" / "labelset.json").exists()
     finally:
         (folder / "away").rename(folder / "remote")
@@ -291,60 +298,60 @@ def test_dvc_brings_what_was_committed(kept, tmp_path):
 @pytest.mark.integration
 def test_data_that_was_lost_is_pushed_again(tmp_path):
     store, made = label_set(tmp_path / "labels")
-    registry = Registry(bare(tmp_path / "git"), str(tmp_path / "remote"))
-    registry.commit(Tag("p", "r", 1), store, made)
-    version = registry.show("labels/p/r/gen-1")
-    half = tmp_path / "remote" / version.files[-1].key
+    registry = LabelRegistry(bare(tmp_path / "git"), str(tmp_path / "remote"))
+    registry.commit_version(VersionTag("p", "r", 1), store, made)
+    version = registry.find_version("labels/p/r/gen-1")
+    half = tmp_path / "remote" / version.files[-1].remote_key
     half.chmod(0o644)
     half.write_bytes(b"half")
     with pytest.raises(DataError, match=r"shard-00001.parquet of labels/p/r/gen-1\): is missing or damaged"):
-        registry.get("labels/p/r/gen-1", tmp_path / "there", with_dvc=False)
-    (tmp_path / "remote" / version.files[0].key).unlink()
+        registry.download_version("labels/p/r/gen-1", tmp_path / "there", with_dvc=False)
+    (tmp_path / "remote" / version.files[0].remote_key).unlink()
     with pytest.raises(DataError, match=r"labels/p/r/gen-1: .* is missing, and 0 files more; nothing was deleted"):
-        registry.gc(dry=False)
-    assert not registry.commit(Tag("p", "r", 1), store, made)
-    registry.get("labels/p/r/gen-1", tmp_path / "there")
+        registry.collect_garbage(dry_run=False)
+    assert not registry.commit_version(VersionTag("p", "r", 1), store, made)
+    registry.download_version("labels/p/r/gen-1", tmp_path / "there")
 
 
 @pytest.mark.integration
 def test_the_version_in_use_is_moved_and_moved_back(tmp_path):
     place = bare(tmp_path / "git")
-    registry = Registry(place, str(tmp_path / "remote"))
+    registry = LabelRegistry(place, str(tmp_path / "remote"))
     for number in (1, 2):
-        registry.commit(Tag("p", "r", number), *label_set(tmp_path / f"labels{number}", seed=number))
+        registry.commit_version(VersionTag("p", "r", number), *label_set(tmp_path / f"labels{number}", seed=number))
     with pytest.raises(RunError, match="no version is in use yet"):
-        registry.use(Tag("p", "r", 1), "", back=True)
+        registry.set_current(VersionTag("p", "r", 1), "", is_rollback=True)
     with pytest.raises(RunError, match=r"labels/p/r/gen-3: no such version"):
-        registry.use(Tag("p", "r", 3), "")
-    assert registry.use(Tag("p", "r", 2), "better") is None
-    assert [version.tag for version in registry.versions() if version.current] == ["labels/p/r/gen-2"]
-    assert registry.use(Tag("p", "r", 1), "4 and 9\nare confused", back=True) == "labels/p/r/gen-2"
-    assert registry.use(Tag("p", "r", 1), "again", back=True) == "labels/p/r/gen-1"
-    assert registry.show("current/p").generation == 1
+        registry.set_current(VersionTag("p", "r", 3), "")
+    assert registry.set_current(VersionTag("p", "r", 2), "better") is None
+    assert [version.tag for version in registry.list_versions() if version.current] == ["labels/p/r/gen-2"]
+    assert registry.set_current(VersionTag("p", "r", 1), "4 and 9\nare confused", is_rollback=True) == "labels/p/r/gen-2"
+    assert registry.set_current(VersionTag("p", "r", 1), "again", is_rollback=True) == "labels/p/r/gen-1"
+    assert registry.find_version("current/p").generation == 1
     log = git(place, "log", "--format=%s|%b", "--first-parent", "-2", "current/p")
     assert "Go back to labels/p/r/gen-1|Tag: labels/p/r/gen-1\nBefore: labels/p/r/gen-2\nWhy: 4 and 9 are confused" in log
-    registry.get("current/p", tmp_path / "there")
+    registry.download_version("current/p", tmp_path / "there")
     assert contents(tmp_path / "labels1").items() <= contents(tmp_path / "there").items()
     with pytest.raises(RunError, match=r"is in use \(current/p\)"):
-        registry.gc([Tag("p", "r", 1)])
+        registry.collect_garbage([VersionTag("p", "r", 1)])
 
 
 @pytest.mark.integration
 def test_only_what_no_version_needs_is_deleted_and_only_when_told(tmp_path):
     place = bare(tmp_path / "git")
-    registry = Registry(place, str(tmp_path / "remote"))
+    registry = LabelRegistry(place, str(tmp_path / "remote"))
     first, common = label_set(tmp_path / "labels1", shards=1)
     second, longer = label_set(tmp_path / "labels2", shards=2)
     assert common.shards[0] == longer.shards[0]
-    registry.commit(Tag("p", "r", 1), first, common)
-    registry.commit(Tag("p", "r", 2), second, longer)
+    registry.commit_version(VersionTag("p", "r", 1), first, common)
+    registry.commit_version(VersionTag("p", "r", 2), second, longer)
     files = contents(tmp_path / "remote")
-    assert registry.gc(dry=False).keys == ()
-    planned = registry.gc([Tag("p", "r", 2)])
+    assert registry.collect_garbage(dry_run=False).keys == ()
+    planned = registry.collect_garbage([VersionTag("p", "r", 2)])
     assert contents(tmp_path / "remote") == files
-    assert len(registry.versions()) == 2
+    assert len(registry.list_versions()) == 2
     kept_files = {f"files/md5/{hashlib.md5(data).hexdigest()[:2]}" for data in contents(tmp_path / "labels1").values()}
-    done = registry.gc([Tag("p", "r", 2)], dry=False)
+    done = registry.collect_garbage([VersionTag("p", "r", 2)], dry_run=False)
     assert done == planned
     left = contents(tmp_path / "remote")
     assert files.keys() - left.keys() == set(planned.keys)
@@ -356,18 +363,18 @@ def test_only_what_no_version_needs_is_deleted_and_only_when_told(tmp_path):
     dvc = str(Path(sys.executable).parent / "dvc")
     subprocess.run([dvc, "gc", "--all-tags", "--cloud", "--force"], check=True, cwd=work, capture_output=True)
     assert contents(tmp_path / "remote") == left
-    assert [version.tag for version in registry.versions()] == ["labels/p/r/gen-1"]
-    registry.get("labels/p/r/gen-1", tmp_path / "there")
+    assert [version.tag for version in registry.list_versions()] == ["labels/p/r/gen-1"]
+    registry.download_version("labels/p/r/gen-1", tmp_path / "there")
 
 
 @pytest.mark.integration
 def test_a_repository_with_a_work_tree_will_do(tmp_path):
     subprocess.run(["git", "init", "--quiet", str(tmp_path / "git")], check=True)
-    registry = Registry(str(tmp_path / "git"), str(tmp_path / "remote"))
-    registry.commit(Tag("p", "r", 1), *label_set(tmp_path / "labels"))
+    registry = LabelRegistry(str(tmp_path / "git"), str(tmp_path / "remote"))
+    registry.commit_version(VersionTag("p", "r", 1), *label_set(tmp_path / "labels"))
     assert git(str(tmp_path / "git"), "status", "--porcelain") == ""
     assert (tmp_path / "git" / "README.md").exists()
-    registry.get("labels/p/r/gen-1", tmp_path / "there")
+    registry.download_version("labels/p/r/gen-1", tmp_path / "there")
 
 
 COMMIT = """
@@ -398,9 +405,9 @@ def test_processes_that_commit_at_once_all_succeed(tmp_path):
     assert [process.returncode for process in processes] == [0, 0, 0], said
     assert git(place, "rev-list", "--count", "main") == "1"
     # By time, and nobody knows who was first.
-    assert sorted(version.tag for version in Registry(place).versions()) == ["labels/p/a/gen-1", "labels/p/b/gen-1"]
+    assert sorted(version.tag for version in LabelRegistry(place).list_versions()) == ["labels/p/a/gen-1", "labels/p/b/gen-1"]
     for number, tag in jobs:
-        Registry(place).get(tag, tmp_path / "there" / tag, with_dvc=False)
+        LabelRegistry(place).download_version(tag, tmp_path / "there" / tag, with_dvc=False)
         assert contents(tmp_path / f"labels{number}").items() <= contents(tmp_path / "there" / tag).items()
 
 
@@ -426,12 +433,12 @@ def test_killed_at_any_instant_no_tag_lacks_data_and_the_same_command_finishes(t
         process.communicate()
         ended.append(process.returncode)
         if remote.exists():
-            for version in Registry(place).versions():
-                assert _absent(str(remote), Registry(place).show(version.tag)) == []
+            for version in LabelRegistry(place).list_versions():
+                assert _find_missing_keys(str(remote), LabelRegistry(place).find_version(version.tag)) == []
         again = committing(place, remote, tmp_path / "labels", tag)
         _, err = again.communicate(timeout=120)
         assert again.returncode == 0, err
-        Registry(place).get(tag, tmp_path / "there" / str(generation), with_dvc=False)
+        LabelRegistry(place).download_version(tag, tmp_path / "there" / str(generation), with_dvc=False)
         # What was pushed before must not make the next attempt easier.
         if generation % 2:
             shutil.rmtree(remote)
@@ -488,18 +495,18 @@ def server(request, tmp_path_factory, monkeypatch):
 def test_data_may_lie_in_s3(server, tmp_path, monkeypatch):
     store, made = label_set(tmp_path / "labels")
     place = bare(tmp_path / "git")
-    registry = Registry(place, server)
-    assert registry.commit(Tag("p", "r", 1), store, made, selected(store, made))
-    assert not registry.commit(Tag("p", "r", 1), store, made)
+    registry = LabelRegistry(place, server)
+    assert registry.commit_version(VersionTag("p", "r", 1), store, made, selected(store, made))
+    assert not registry.commit_version(VersionTag("p", "r", 1), store, made)
     assert b"testing" not in b"".join(contents(tmp_path / "git").values())
     assert "testing" not in git(place, "show", "main:.dvc/config")
     for with_dvc in (True, False):
-        registry.get("labels/p/r/gen-1", tmp_path / f"there{with_dvc}", with_dvc=with_dvc)
+        registry.download_version("labels/p/r/gen-1", tmp_path / f"there{with_dvc}", with_dvc=with_dvc)
         assert contents(tmp_path / "labels").items() <= contents(tmp_path / f"there{with_dvc}").items()
-    registry.commit(Tag("p", "r", 2), *label_set(tmp_path / "other", seed=1))
-    done = registry.gc([Tag("p", "r", 2)], dry=False)
+    registry.commit_version(VersionTag("p", "r", 2), *label_set(tmp_path / "other", seed=1))
+    done = registry.collect_garbage([VersionTag("p", "r", 2)], dry_run=False)
     assert len(done.keys) == 7
-    registry.get("labels/p/r/gen-1", tmp_path / "again")
+    registry.download_version("labels/p/r/gen-1", tmp_path / "again")
     # Keys from files, as Kubernetes mounts them.
     secrets = tmp_path / "secrets"
     secrets.mkdir()
@@ -508,10 +515,10 @@ def test_data_may_lie_in_s3(server, tmp_path, monkeypatch):
     monkeypatch.setenv("NS_S3_SECRETS", str(secrets))
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    registry.get("labels/p/r/gen-1", tmp_path / "with-files")
+    registry.download_version("labels/p/r/gen-1", tmp_path / "with-files")
     monkeypatch.delenv("NS_S3_SECRETS")
     with pytest.raises(StoreError, match="no credentials: AWS_ACCESS_KEY_ID is not set"):
-        registry.get("labels/p/r/gen-1", tmp_path / "without")
+        registry.download_version("labels/p/r/gen-1", tmp_path / "without")
 
 
 @pytest.mark.integration
@@ -520,34 +527,34 @@ def test_the_loop_and_the_command_line_keep_versions(tmp_path, capsys, monkeypat
 
     place, remote, root = bare(tmp_path / "git"), str(tmp_path / "remote"), str(tmp_path / "root")
     tiny = ["generations=1", "teacher.train.epochs=30", "students.0.train.epochs=1"]
-    plain = config.load(str(files("ns.config.presets") / "quickstart.yaml"), tiny)
-    experiment = config.load(
+    plain = config.load_experiment(str(files("ns.config.presets") / "quickstart.yaml"), tiny)
+    experiment = config.load_experiment(
         str(files("ns.config.presets") / "quickstart.yaml"),
         [*tiny, f"registry.git={tmp_path / 'none'}", f"registry.remote={remote}"],
     )
-    run = runs.name_of(experiment)
-    assert run == runs.name_of(plain)
+    run = runs.derive_run_name(experiment)
+    assert run == runs.derive_run_name(plain)
     store = LocalStore(Path(root))
     where = (f"{store.uri}/{run}/config.yaml", store.uri, run)
 
-    def labelled():
+    def labeled():
         data = steps.prepare_data(*where)
-        first = steps.train(*where, data, 0)
+        first = steps.train_generation(*where, data, 0)
         for shards in steps.plan_labels(*where, data, 1):
-            steps.label_shards(*where, data, 1, first, shards)
+            steps.label_shard_range(*where, data, 1, first, shards)
         return steps.commit_labels(*where, data, 1, first)
 
-    runs.start(store, run, experiment, "test")
+    runs.open_run(store, run, experiment, "test")
     with pytest.raises(StoreError, match="git init --bare"):
-        labelled()
+        labeled()
     # Out of reach, then there: the run goes on, with another registry, and is the same run.
-    settled = experiment.model_copy(update={"registry": config.RegistryConfig(git=place, remote=remote)})
-    runs.start(store, run, settled, "test")
-    assert labelled() == labelled()
+    settled = experiment.model_copy(update_weights={"registry": config.RegistryConfig(git=place, remote=remote)})
+    runs.open_run(store, run, settled, "test")
+    assert labeled() == labeled()
     tag = f"labels/quickstart/{run}/gen-1"
 
     def ns(*arguments: str) -> tuple[int, str]:
-        code = cli._main(["labels", *arguments])
+        code = cli.run_command_line(["labels", *arguments])
         out, err = capsys.readouterr()
         return code, out + err
 
@@ -563,17 +570,17 @@ def test_the_loop_and_the_command_line_keep_versions(tmp_path, capsys, monkeypat
     assert (code, "must be a run's generation" in said) == (2, True)
     # A label set without some images is another version, under a name of its own.
     withdrawn, purged, selection = tmp_path / "withdrawn.txt", str(tmp_path / "purged"), str(tmp_path / "selection.json")
-    labels = runs.labels(store, "latest/gen-1")
-    withdrawn.write_text(read_rows(labels.folder, labels.label_set.shards[0]).keys[3] + "\n")
+    labels = runs.open_label_set(store, "latest/gen-1")
+    withdrawn.write_text(read_label_rows(labels.store, labels.label_set.shards[0]).keys[3] + "\n")
     assert ns("purge", "latest/gen-1", "--keys", str(withdrawn), "--out", purged, "--root", root)[0] == 0
     assert ns("select", purged, "--out", selection)[0] == 0
     named = (purged, "--tag", "labels/mine/purged/gen-1", "--selection", selection)
     assert ns("commit", *named) == (0, "labels/mine/purged/gen-1: committed\n")
     assert ns("commit", *named) == (0, "labels/mine/purged/gen-1: is there already\n")
-    found = Registry(place).show("labels/mine/purged/gen-1")
-    assert (found.label_set, found.rows) == (LabelSet.read(LocalStore(Path(purged)), "labelset.json").digest, 1247)
+    found = LabelRegistry(place).find_version("labels/mine/purged/gen-1")
+    assert (found.label_set, found.rows) == (LabelSet.load_file(LocalStore(Path(purged)), "labelset.json").digest, 1247)
     assert found.kept is not None
-    code, said = ns("commit", labels.folder.uri, "--tag", "labels/mine/stale/gen-1", "--selection", selection)
+    code, said = ns("commit", labels.store.uri, "--tag", "labels/mine/stale/gen-1", "--selection", selection)
     assert (code, "make one: ns labels select" in said) == (3, True)
     assert ns("commit", *named, "--project", "p")[0] == 2
     assert ns("gc", "--drop", "labels/mine/purged/gen-1", "--yes")[0] == 0
@@ -585,8 +592,8 @@ def test_the_loop_and_the_command_line_keep_versions(tmp_path, capsys, monkeypat
     code, said = ns("version", tag)
     assert code == 0
     for line in said.splitlines()[-3:]:
-        name, size, digest, at = line.split("\t")
-        assert (Path(at).stat().st_size, sha256_bytes(Path(at).read_bytes())) == (int(size), digest), name
+        name, size, digest, at = line.split_batch("\t")
+        assert (Path(at).make_stat().st_size, sha256_bytes(Path(at).read_bytes())) == (int(size), digest), name
     monkeypatch.setenv("COLUMNS", "40")
     listed = ns("list")[1]
     assert (listed.count(tag), listed.count(f"labels/mine/{run}/gen-1"), listed.count("in use")) == (1, 1, 1)
@@ -600,7 +607,7 @@ def test_the_loop_and_the_command_line_keep_versions(tmp_path, capsys, monkeypat
     assert (code, "set NS_LABEL_REGISTRY" in said) == (2, True)
 
 
-class Overtaken(Registry):
+class Overtaken(LabelRegistry):
     """A registry in which something happens between a clone and what is done with it."""
 
     def meanwhile(self, act) -> "Overtaken":
@@ -609,7 +616,7 @@ class Overtaken(Registry):
 
     @contextlib.contextmanager
     def _clone(self, *wanted: str):
-        with super()._clone(*wanted) as clone:
+        with super()._open_clone(*wanted) as clone:
             act, self._act = self._act, lambda: None
             act()
             yield clone
@@ -618,18 +625,20 @@ class Overtaken(Registry):
 @pytest.mark.integration
 def test_who_comes_second_is_told(tmp_path):
     place = bare(tmp_path / "git")
-    registry = Registry(place, str(tmp_path / "remote"))
+    registry = LabelRegistry(place, str(tmp_path / "remote"))
     sets = [label_set(tmp_path / f"labels{number}", seed=number) for number in range(3)]
-    first, second, third = (Tag("p", "r", number) for number in (1, 2, 3))
-    registry.commit(first, *sets[0])
-    same = Overtaken(place).meanwhile(lambda: registry.commit(second, *sets[1]))
-    same.commit(second, *sets[1])
+    first, second, third = (VersionTag("p", "r", number) for number in (1, 2, 3))
+    registry.commit_version(first, *sets[0])
+    same = Overtaken(place).meanwhile(lambda: registry.commit_version(second, *sets[1]))
+    same.commit_version(second, *sets[1])
     with pytest.raises(RunError, match=r"gen-3: holds label set .* already"):
-        Overtaken(place).meanwhile(lambda: registry.commit(third, *sets[1])).commit(third, *sets[2])
+        Overtaken(place).meanwhile(lambda: registry.commit_version(third, *sets[1])).commit_version(third, *sets[2])
     with pytest.raises(RunError, match=r"current/p: somebody moved it just now"):
-        Overtaken(place).meanwhile(lambda: registry.use(first, "")).use(second, "")
-    assert registry.show("current/p").tag == first
+        Overtaken(place).meanwhile(lambda: registry.set_current(first, "")).set_current(second, "")
+    assert registry.find_version("current/p").tag == first
     files = contents(tmp_path / "remote")
     with pytest.raises(RunError, match=r"a version was committed meanwhile; no data was deleted"):
-        Overtaken(place).meanwhile(lambda: registry.commit(Tag("p", "r", 4), *sets[2])).gc(dry=False)
+        Overtaken(place).meanwhile(lambda: registry.commit_version(VersionTag("p", "r", 4), *sets[2])).collect_garbage(
+            dry_run=False
+        )
     assert contents(tmp_path / "remote").items() >= files.items()

@@ -18,15 +18,24 @@ from ns.config.schema import SelectionConfig
 from ns.core.digest import sha256_bytes
 from ns.core.errors import StoreError
 from ns.labeling import selection as selection_module
-from ns.labeling.label_set import LabelSet, LabelShard, Rows, Scores, row_schema
-from ns.labeling.selection import EVERY, HIGHEST, ClassRule, Selection, copies, key_hashes, select, select_from
-from ns.labeling.thresholds import NEVER, Calibration, ClassCalibration
+from ns.labeling.label_set import LabelRows, LabelSet, LabelShard, ShardScores, build_row_schema
+from ns.labeling.selection import (
+    HIGHEST_BITS,
+    HIGHEST_HASH,
+    ClassRule,
+    Selection,
+    count_copies,
+    hash_keys,
+    make_selection,
+    select_pseudo_labels,
+)
+from ns.labeling.thresholds import NEVER_SURE, ClassThreshold, Thresholds
 from ns.storage import LocalStore
 
 CLASSES = 4
 
 
-def rows_of(entries: list[tuple[str, int, float | None]]) -> Rows:
+def rows_of(entries: list[tuple[str, int, float | None]]) -> LabelRows:
     """(key, class, confidence) → rows; None is an unreadable image."""
     table = pa.table(
         [
@@ -42,17 +51,19 @@ def rows_of(entries: list[tuple[str, int, float | None]]) -> Rows:
             ),
             pa.array([None if confidence is not None else "truncated" for _, _, confidence in entries], pa.string()),
         ],
-        schema=row_schema(2),
+        schema=build_row_schema(2),
     )
-    return Rows(table)
+    return LabelRows(table)
 
 
-def run(shards: list[Rows], policy: SelectionConfig, seed: int = 0) -> Selection:
-    def read() -> Iterator[Scores]:
-        return (rows.scores(policy.classes_per_image) for rows in shards)
+def run(shards: list[LabelRows], policy: SelectionConfig, seed: int = 0) -> Selection:
+    def read() -> Iterator[ShardScores]:
+        return (rows.build_scores(policy.classes_per_image) for rows in shards)
 
     unreadable = sum(int((~rows.readable).sum()) for rows in shards)
-    return select(read, CLASSES, policy, seed=seed, label_set="0" * 64, labels="labels", unreadable=unreadable)
+    return select_pseudo_labels(
+        read, CLASSES, policy, seed=seed, label_set="0" * 64, label_set_key="labels", unreadable=unreadable
+    )
 
 
 def brute_force(entries: list[tuple[str, int, float | None]], policy: SelectionConfig, seed: int) -> dict[str, int]:
@@ -61,7 +72,7 @@ def brute_force(entries: list[tuple[str, int, float | None]], policy: SelectionC
     for label in range(CLASSES):
         ranked = sorted(
             (
-                (-np.float32(confidence), int(key_hashes([key], seed)[0]), key)
+                (-np.float32(confidence), int(hash_keys([key], seed)[0]), key)
                 for key, own, confidence in entries
                 if own == label and confidence is not None and np.float32(confidence) > np.float32(policy.min_confidence)
             ),
@@ -81,7 +92,7 @@ def brute_force(entries: list[tuple[str, int, float | None]], policy: SelectionC
 
 def confidence_at(depth: int) -> float:
     """So many float32 below the greatest confidence."""
-    return float(np.array(HIGHEST - depth, np.uint32).view(np.float32))
+    return float(np.array(HIGHEST_BITS - depth, np.uint32).view(np.float32))
 
 
 # Few distinct confidences, so that ties are common; among them are the threshold, the greatest, and two that share a bin to the last.
@@ -105,8 +116,8 @@ POLICY = st.builds(
 @given(table=TABLE, policy=POLICY, seed=st.integers(0, 5), split=st.integers(0, 60))
 def test_selection_equals_brute_force(sorted_rows, table, policy, seed, split):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selection_module, "SORTED_ROWS", sorted_rows)
-        patch.setattr(selection_module, "COUNTERS", 64 if sorted_rows == 0 else 1 << 12)
+        patch.setattr(selection_module, "MAX_SORTED_ROWS", sorted_rows)
+        patch.setattr(selection_module, "MAX_COUNTERS", 64 if sorted_rows == 0 else 1 << 12)
         _compare(table, policy, seed, split)
 
 
@@ -114,7 +125,12 @@ def _compare(table, policy, seed, split):
     entries = [(f"key-{index}", label, confidence) for index, (label, confidence) in enumerate(table)]
     shards = [rows_of(entries[:split]), rows_of(entries[split:])]
     selection = run(shards, policy, seed)
-    got = {key: int(times) for rows in shards for key, times in zip(rows.keys, copies(selection, rows), strict=True) if times}
+    got = {
+        key: int(times)
+        for rows in shards
+        for key, times in zip(rows.keys, count_copies(selection, rows), make_strict=True)
+        if times
+    }
     wanted = brute_force(entries, policy, seed)
     assert got == wanted
     assert selection.kept == len(wanted)
@@ -125,7 +141,7 @@ def _compare(table, policy, seed, split):
 
 def test_hashes_of_keys_are_the_same_in_every_version():
     """Selections keep them: others would cut through equal confidences elsewhere."""
-    hashes = key_hashes(["n01440764/1.jpg", "ß"], seed=258)
+    hashes = hash_keys(["n01440764/1.jpg", "ß"], seed=258)
     assert hashes.dtype == np.uint64
     assert [f"{one:016x}" for one in hashes.tolist()] == [
         hashlib.blake2b(key, digest_size=8, key=bytes([2, 1, 0, 0, 0, 0, 0, 0])).hexdigest()
@@ -137,10 +153,10 @@ def test_repeats_make_every_class_exactly_as_large_as_asked():
     entries = [(f"a{i}", 0, 0.9 - i / 100) for i in range(7)] + [(f"b{i}", 1, 0.8) for i in range(30)]
     rows = rows_of(entries)
     selection = run([rows], SelectionConfig(per_class=20))
-    times = copies(selection, rows)
+    times = count_copies(selection, rows)
     assert times.dtype == np.int64
     per_class = Counter()
-    for (_, label, _), count in zip(entries, times, strict=True):
+    for (_, label, _), count in zip(entries, times, make_strict=True):
         per_class[label] += int(count)
     assert per_class == {0: 20, 1: 20}
     # 20 = 7 × 2 + 6: the six most confident are seen three times
@@ -150,7 +166,7 @@ def test_repeats_make_every_class_exactly_as_large_as_asked():
 def test_the_threshold_is_exclusive_as_in_the_paper():
     rows = rows_of([("at", 0, 0.3), ("above", 0, 0.31)])
     selection = run([rows], SelectionConfig(min_confidence=0.3, per_class=1))
-    assert copies(selection, rows).tolist() == [0, 1]
+    assert count_copies(selection, rows).tolist() == [0, 1]
     assert selection.low_confidence == 1
 
 
@@ -160,8 +176,8 @@ def test_ties_are_broken_by_the_seed_not_by_the_order_of_shards():
 
     def kept(order: list[tuple[str, int, float | None]], seed: int) -> set[str]:
         rows = rows_of(order)
-        times = copies(run([rows], policy, seed), rows)
-        return {key for key, count in zip(rows.keys, times, strict=True) if count}
+        times = count_copies(run([rows], policy, seed), rows)
+        return {key for key, count in zip(rows.keys, times, make_strict=True) if count}
 
     assert kept(entries, 1) == kept(entries[::-1], 1)
     assert kept(entries, 1) != kept(entries, 2)
@@ -171,7 +187,7 @@ def test_a_class_without_candidates_is_empty_and_no_error():
     selection = run([rows_of([("a", 0, 0.9)])], SelectionConfig(per_class=2))
     assert [rule.kept for rule in selection.rules] == [1, 0, 0, 0]
     threshold = selection.rules[0].threshold
-    nothing = ClassRule(candidates=0, threshold=threshold, kept=0, images=0, last=None, copies=0, last_extra=None)
+    nothing = ClassRule(candidates=0, threshold=threshold, kept=0, images=0, last_kept=None, copies=0, last_extra=None)
     assert selection.rules[1:] == (nothing,) * 3
 
 
@@ -184,11 +200,11 @@ def test_keys_are_read_only_where_a_cut_goes_through_equal_confidences(per_class
         asked.append(rows.tolist())
         return [f"key-{row}" for row in rows.tolist()]
 
-    scores = Scores(np.ones(6, np.bool_), np.zeros((6, 1), np.uint16), confidence[:, None], keys)
+    scores = ShardScores(np.ones(6, np.bool_), np.zeros((6, 1), np.uint16), confidence[:, None], keys)
     policy = SelectionConfig(per_class=per_class)
-    selection = select(lambda: [scores], 1, policy, seed=0, label_set="0" * 64, labels="", unreadable=0)
+    selection = select_pseudo_labels(lambda: [scores], 1, policy, seed=0, label_set="0" * 64, label_set_key="", unreadable=0)
     assert asked == [[3, 4]] * read
-    assert (selection.rules[0].last.hash == EVERY) == (read == 0)
+    assert (selection.rules[0].last_kept.hash == HIGHEST_HASH) == (read == 0)
 
 
 @pytest.mark.parametrize(("min_confidence", "passes"), [(0.3, 2), (0.9999, 1)])
@@ -196,16 +212,18 @@ def test_two_passes_do_where_confidences_differ_and_one_where_they_lie_close(min
     rows, times = 20_000, 0
     confidence = np.linspace(min_confidence, 1, rows // 20, dtype=np.float32)
 
-    def read() -> Iterator[Scores]:
+    def read() -> Iterator[ShardScores]:
         nonlocal times
         times += 1
         for label in range(20):
             classes = np.full((len(confidence), 1), label, np.uint16)
-            yield Scores(np.ones(len(confidence), np.bool_), classes, confidence[:, None], lambda at: [str(row) for row in at])
+            yield ShardScores(
+                np.ones(len(confidence), np.bool_), classes, confidence[:, None], lambda at: [str(row) for row in at]
+            )
 
-    monkeypatch.setattr(selection_module, "SORTED_ROWS", 200)
+    monkeypatch.setattr(selection_module, "MAX_SORTED_ROWS", 200)
     policy = SelectionConfig(min_confidence=min_confidence, per_class=100)
-    selection = select(read, 20, policy, seed=0, label_set="0" * 64, labels="", unreadable=0)
+    selection = select_pseudo_labels(read, 20, policy, seed=0, label_set="0" * 64, label_set_key="", unreadable=0)
     assert [rule.kept for rule in selection.rules] == [100] * 20
     assert times == passes
 
@@ -213,7 +231,7 @@ def test_two_passes_do_where_confidences_differ_and_one_where_they_lie_close(min
 def test_digest_follows_the_content_and_not_the_place():
     rows = rows_of([("a", 0, 0.9), ("b", 1, 0.4)])
     selection = run([rows], SelectionConfig())
-    elsewhere = selection.model_copy(update={"labels": "another/place"})
+    elsewhere = selection.model_copy(update_weights={"labels": "another/place"})
     other = run([rows], SelectionConfig(min_confidence=0.5))
     assert selection.digest == elsewhere.digest != other.digest
 
@@ -223,16 +241,16 @@ def test_rules_survive_json(tmp_path):
 
     rows = rows_of([(f"k{i}", i % CLASSES, np.float32(0.3 + i / 97)) for i in range(60)])
     selection = run([rows], SelectionConfig(per_class=7))
-    selection.write(LocalStore(tmp_path), "selection.json")
-    again = Selection.read(LocalStore(tmp_path), "selection.json")
-    assert copies(again, rows).tolist() == copies(selection, rows).tolist()
+    selection.save_file(LocalStore(tmp_path), "selection.json")
+    again = Selection.load_file(LocalStore(tmp_path), "selection.json")
+    assert count_copies(again, rows).tolist() == count_copies(selection, rows).tolist()
 
 
 @pytest.mark.parametrize("per_class", [1, 3, 1000])
 def test_max_repeat_bounds_what_one_image_can_stand_for(per_class):
     rows = rows_of([("only", 2, 0.9)])
     selection = run([rows], SelectionConfig(per_class=per_class, max_repeat=5))
-    assert copies(selection, rows).tolist() == [min(per_class, 5)]
+    assert count_copies(selection, rows).tolist() == [min(per_class, 5)]
 
 
 def ranked(images: int, seed: int) -> pa.Table:
@@ -249,20 +267,20 @@ def ranked(images: int, seed: int) -> pa.Table:
             pa.array([None if lost[row] else probabilities[row] for row in range(images)], pa.list_(pa.float16(), 2)),
             pa.array(["truncated" if one else None for one in lost.tolist()], pa.string()),
         ],
-        schema=row_schema(2),
+        schema=build_row_schema(2),
     )
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("per_class", [6, 90])
 def test_an_image_is_picked_for_several_of_its_best_classes(ranks, per_class):
-    rows = Rows(ranked(200, seed=3))
+    rows = LabelRows(ranked(200, seed=3))
     policy = SelectionConfig(classes_per_image=ranks, min_confidence=0.2, per_class=per_class)
     selection = run([rows], policy)
     wanted: Counter[str] = Counter()
     for label in range(CLASSES):
         best = sorted(
-            (-float(rows.top_prob[row, rank]), int(key_hashes([key], 0)[0]), key)
+            (-float(rows.top_prob[row, rank]), int(hash_keys([key], 0)[0]), key)
             for row, key in enumerate(rows.keys)
             for rank in range(ranks)
             if rows.readable[row] and rows.top_class[row, rank] == label and rows.top_prob[row, rank] > np.float32(0.2)
@@ -270,7 +288,7 @@ def test_an_image_is_picked_for_several_of_its_best_classes(ranks, per_class):
         base, extra = divmod(per_class, len(best))
         for place, (_, _, key) in enumerate(best):
             wanted[key] += base + (place < extra)
-    got = {key: int(times) for key, times in zip(rows.keys, copies(selection, rows), strict=True) if times}
+    got = {key: int(times) for key, times in zip(rows.keys, count_copies(selection, rows), make_strict=True) if times}
     assert got == dict(wanted)
     assert selection.images == per_class * CLASSES
 
@@ -295,14 +313,14 @@ def test_a_label_set_is_read_once_and_gives_the_selection_of_its_rows(label_set,
     store, labels = label_set
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     read = []
-    all_scores = selection_module.all_scores
-    monkeypatch.setattr(selection_module, "all_scores", lambda *arguments: read.append(1) or all_scores(*arguments))
+    all_scores = selection_module.iter_shard_scores
+    monkeypatch.setattr(selection_module, "iter_shard_scores", lambda *arguments: read.append(1) or all_scores(*arguments))
     policy = SelectionConfig(classes_per_image=ranks, min_confidence=0.2, per_class=3)
     options = {"seed": 3, "labels": "labels/x", "calibration": calibrated(0.1, 0.1, 0.25, 0.1)}
-    selection = select_from(store, labels, policy, **options)
-    shards = [Rows(pq.read_table(store.path(shard.name))) for shard in labels.shards]
-    expected = select(
-        lambda: [rows.scores(ranks) for rows in shards],
+    selection = make_selection(store, labels, policy, **options)
+    shards = [LabelRows(pq.read_table(store.path(shard.name))) for shard in labels.shards]
+    expected = select_pseudo_labels(
+        lambda: [rows.build_scores(ranks) for rows in shards],
         CLASSES,
         policy,
         **options,
@@ -322,29 +340,29 @@ def test_a_full_disk_is_named_with_what_to_do(label_set, tmp_path, monkeypatch):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
         with pytest.raises(StoreError, match=r"scores: cannot keep scores: .*; free some space there, or set TMPDIR"):
-            select_from(*label_set, SelectionConfig(), seed=0, labels="")
+            make_selection(*label_set, SelectionConfig(), seed=0, label_set_key="")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def calibrated(*thresholds: float) -> Calibration:
-    classes = tuple(ClassCalibration(threshold=one, heldout=1, correct=1, bound=0.9, pooled=False) for one in thresholds)
-    return Calibration(precision=0.9, confidence=0.95, evaluation="0" * 64, classes=classes)
+def calibrated(*thresholds: float) -> Thresholds:
+    classes = tuple(ClassThreshold(threshold=one, heldout=1, correct=1, bound=0.9, pooled=False) for one in thresholds)
+    return Thresholds(precision=0.9, confidence=0.95, evaluation="0" * 64, classes=classes)
 
 
 def test_thresholds_of_a_wanted_precision_are_each_classes_own():
-    calibration = calibrated(0.8, 0.1, NEVER, 0.5)
+    calibration = calibrated(0.8, 0.1, NEVER_SURE, 0.5)
     rows = rows_of([(f"{label}-{conf}", label, conf) for label in range(4) for conf in (0.2, 0.4, 0.6, 0.9)])
     policy = SelectionConfig(policy="all", min_confidence=0.3, precision=0.9)
-    selection = select(
-        lambda: [rows.scores(1)], CLASSES, policy, seed=0, label_set="0" * 64, labels="", calibration=calibration
+    selection = select_pseudo_labels(
+        lambda: [rows.build_scores(1)], CLASSES, policy, seed=0, label_set="0" * 64, label_set_key="", thresholds=calibration
     )
-    got = [key for key, times in zip(rows.keys, copies(selection, rows), strict=True) if times]
+    got = [key for key, times in zip(rows.keys, count_copies(selection, rows), make_strict=True) if times]
     assert got == ["0-0.9", "1-0.4", "1-0.6", "1-0.9", "3-0.6", "3-0.9"]
     assert [round(rule.threshold, 3) for rule in selection.rules] == [0.8, 0.3, 2, 0.5]
     assert selection.low_confidence == 10
     assert (selection.unreadable, selection.left_out) == (0, 0)
-    assert selection.calibration == calibration
+    assert selection.thresholds == calibration
     assert Selection.model_validate_json(selection.model_dump_json()) == selection
 
 
@@ -354,21 +372,21 @@ def test_memory_does_not_grow_with_the_rows(equal, monkeypatch):
     size, classes = (1000, 2) if equal else (20_000, 10)
 
     def peak(shards: int) -> int:
-        def read() -> Iterator[Scores]:
+        def read() -> Iterator[ShardScores]:
             for shard in range(shards):
                 rng = np.random.default_rng(shard)
                 confidence = np.full((size, 1), 0.5) if equal else 1 - rng.random((size, 1)) ** 3 * 0.9
                 labels = rng.integers(0, classes, (size, 1)).astype(np.uint16)
                 shown = confidence.astype(np.float32)
-                yield Scores(np.ones(size, np.bool_), labels, shown, lambda at: [str(row) for row in at.tolist()])
+                yield ShardScores(np.ones(size, np.bool_), labels, shown, lambda at: [str(row) for row in at.tolist()])
 
         tracemalloc.start()
         policy = SelectionConfig(per_class=100 if equal else 1000)
-        select(read, classes, policy, seed=0, label_set="0" * 64, labels="", unreadable=0)
+        select_pseudo_labels(read, classes, policy, seed=0, label_set="0" * 64, label_set_key="", unreadable=0)
         found = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return found
 
-    monkeypatch.setattr(selection_module, "SORTED_ROWS", size)
-    monkeypatch.setattr(selection_module, "COUNTERS", 1 << 10 if equal else 1 << 22)
+    monkeypatch.setattr(selection_module, "MAX_SORTED_ROWS", size)
+    monkeypatch.setattr(selection_module, "MAX_COUNTERS", 1 << 10 if equal else 1 << 22)
     assert peak(60) < 1.1 * peak(10 if equal else 3)

@@ -5,12 +5,12 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 from ns.config.schema import SelectionConfig
-from ns.labeling.thresholds import NEVER, calibrate, lower_bound
+from ns.labeling.thresholds import NEVER_SURE, clopper_pearson_bound, find_thresholds
 
 
 def run(entries, classes=3, precision=0.8, level=0.9):
-    predicted, confidence, correct = zip(*entries, strict=True) if entries else ((), (), ())
-    return calibrate(
+    predicted, confidence, correct = zip(*entries, make_strict=True) if entries else ((), (), ())
+    return find_thresholds(
         np.array(predicted, np.int64),
         np.array(confidence, np.float32),
         np.array(correct, np.bool_),
@@ -24,9 +24,9 @@ def run(entries, classes=3, precision=0.8, level=0.9):
 @pytest.mark.parametrize(("correct", "total"), [(1, 1), (9, 10), (50, 50), (97, 100), (3, 700)])
 def test_the_bound_is_where_the_binomial_tail_is_the_error(correct, total):
     # Clopper & Pearson: the precision at which so many correct ones or more have probability 1 - level.
-    bound = float(lower_bound(np.array([correct]), np.array([total]), 0.95)[0])
+    bound = float(clopper_pearson_bound(np.array([correct]), np.array([total]), 0.95)[0])
     assert binom.sf(correct - 1, total, bound) == pytest.approx(0.05)
-    assert lower_bound(np.array([0]), np.array([total]), 0.95)[0] == 0
+    assert clopper_pearson_bound(np.array([0]), np.array([total]), 0.95)[0] == 0
 
 
 ENTRY = st.tuples(st.integers(0, 2), st.sampled_from([0.2, 0.4, 0.5, 0.7, 0.8, 0.9, 1.0]), st.booleans())
@@ -41,10 +41,10 @@ def test_thresholds_are_the_lowest_that_the_images_vouch_for(entries, precision)
     for label, one in enumerate(found.classes):
         assert one.pooled == (label in rare)
         group = [(c, ok) for own, c, ok in entries if (own in rare if label in rare else own == label)]
-        lowest = NEVER
+        lowest = NEVER_SURE
         for candidate in sorted({c for c, _ in group}, reverse=True):
             above = [ok for c, ok in group if c >= candidate]
-            if lower_bound(np.array([sum(above)]), np.array([len(above)]), 0.9)[0] >= precision:
+            if clopper_pearson_bound(np.array([sum(above)]), np.array([len(above)]), 0.9)[0] >= precision:
                 lowest = candidate
         taken = [ok for c, ok in group if np.float32(c) > np.float32(one.threshold)]
         assert (len(taken), sum(taken)) == (one.heldout, one.correct)
@@ -54,16 +54,16 @@ def test_thresholds_are_the_lowest_that_the_images_vouch_for(entries, precision)
 def test_a_class_that_is_never_right_gets_no_labels():
     found = run([(0, 0.9, False)] * 50 + [(1, 0.9, True)] * 50)
     never = found.classes[0]
-    assert (never.threshold, never.heldout, never.correct, never.bound) == (NEVER, 0, 0, 0)
+    assert (never.threshold, never.heldout, never.correct, never.bound) == (NEVER_SURE, 0, 0, 0)
     assert found.classes[1].threshold < 0.9
     assert found.classes[2].pooled
 
 
 def test_a_bound_that_just_reaches_the_precision_suffices():
-    bound = float(lower_bound(np.array([9]), np.array([9]), 0.9)[0])
+    bound = float(clopper_pearson_bound(np.array([9]), np.array([9]), 0.9)[0])
     found = run([(0, 0.9, True)] * 9, precision=bound)
     assert (found.classes[0].heldout, found.classes[0].bound) == (9, bound)
-    assert run([(0, 0.9, True)] * 9, precision=float(np.nextafter(bound, 1))).classes[0].threshold == NEVER
+    assert run([(0, 0.9, True)] * 9, precision=float(np.nextafter(bound, 1))).classes[0].threshold == NEVER_SURE
 
 
 def test_precision_goes_with_the_best_class_only():

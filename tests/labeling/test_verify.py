@@ -5,7 +5,14 @@ import pytest
 
 from ns.core.digest import sha256_bytes
 from ns.core.errors import DataError
-from ns.labeling.label_set import LabelSet, LabelShard, histogram, histogram_table, row_schema, verify
+from ns.labeling.label_set import (
+    LabelSet,
+    LabelShard,
+    build_histogram_table,
+    build_row_schema,
+    compute_histogram,
+    verify_label_set,
+)
 from ns.runs import records as runs
 from ns.storage import LocalStore
 
@@ -23,7 +30,7 @@ def written(folder, rows, **changes):
             pa.array([None if row[3] else np.array(row[2], np.float16) for row in rows], pa.list_(pa.float16(), 3)),
             [row[3] for row in rows],
         ],
-        schema=row_schema(3),
+        schema=build_row_schema(3),
     )
     if "confidence" in changes:
         table = table.set_column(1, "confidence", pa.array(changes.pop("confidence"), pa.float32()))
@@ -31,12 +38,12 @@ def written(folder, rows, **changes):
     data = (folder / "s.parquet").read_bytes()
     good = [row for row in rows if not row[3]]
     predicted = np.array([row[1][0] for row in good], np.uint16)
-    counts = histogram(predicted % 3, np.array([row[2][0] for row in good], np.float32), 3)
-    pq.write_table(histogram_table(counts), folder / "histogram.parquet")
+    counts = compute_histogram(predicted % 3, np.array([row[2][0] for row in good], np.float32), 3)
+    pq.write_table(build_histogram_table(counts), folder / "histogram.parquet")
     facts = {"name": "s.parquet", "source": "0" * 64, "rows": len(rows), "bytes": len(data), "sha256": sha256_bytes(data)}
     shard = LabelShard(**facts, unreadable=changes.pop("unreadable", len(rows) - len(good)))
     made = LabelSet(dataset="0" * 64, teacher="0" * 64, code="0" * 64, classes=CLASSES, top_k=3, shards=(shard,))
-    made.write(store, "labelset.json")
+    made.save_file(store, "labelset.json")
     return store, made
 
 
@@ -44,7 +51,7 @@ GOOD = [("x", (0, 1, 2), (0.7, 0.2, 0.1), None), ("y", (2, 1, 0), (0.5, 0.3, 0.2
 
 
 def test_a_good_label_set_is_good(tmp_path):
-    assert verify(*written(tmp_path, GOOD)) == 3
+    assert verify_label_set(*written(tmp_path, GOOD)) == 3
 
 
 @pytest.mark.parametrize(
@@ -61,26 +68,26 @@ def test_a_good_label_set_is_good(tmp_path):
 )
 def test_what_is_wrong_is_named(tmp_path, rows, changes, said):
     with pytest.raises(DataError, match=said):
-        verify(*written(tmp_path, rows, **changes))
+        verify_label_set(*written(tmp_path, rows, **changes))
 
 
 def test_histograms_are_compared_with_the_rows(tmp_path):
     store, made = written(tmp_path, GOOD)
-    pq.write_table(histogram_table(np.ones((3, 1000), np.uint64)), tmp_path / "histogram.parquet")
+    pq.write_table(build_histogram_table(np.ones((3, 1000), np.uint64)), tmp_path / "histogram.parquet")
     with pytest.raises(DataError, match=r"histogram.parquet: its counts are not those of the rows"):
-        verify(store, made)
+        verify_label_set(store, made)
 
 
 def test_changed_bytes_are_found(tmp_path):
     store, made = written(tmp_path, GOOD)
     (tmp_path / "s.parquet").write_bytes(b"x")
     with pytest.raises(DataError, match="sha256 differs"):
-        verify(store, made)
+        verify_label_set(store, made)
 
 
 def test_a_label_set_is_opened_by_its_folder(tmp_path):
     _, made = written(tmp_path, GOOD)
-    found = runs.labels(LocalStore(tmp_path), str(tmp_path))
+    found = runs.open_label_set(LocalStore(tmp_path), str(tmp_path))
     assert found.label_set == made
     with pytest.raises(DataError, match="name a label set's folder, or a run's generation"):
-        runs.labels(LocalStore(tmp_path), str(tmp_path.parent))
+        runs.open_label_set(LocalStore(tmp_path), str(tmp_path.parent))

@@ -10,7 +10,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 from ns.core.errors import ConfigError, Interrupted, TrainingError
-from ns.modeling.distributed import ALONE, World, launch, normalized, processes_here, share_batch_norms
+from ns.modeling.distributed import SINGLE, World, count_local_processes, launch_processes, sync_batch_norms, sync_normalize
 
 CALM = {"noise": {"dropout": 0, "stochastic_depth": 0}}
 """What processes draw by themselves is off; what follows from an image's place in the stream is on."""
@@ -19,7 +19,7 @@ CALM = {"noise": {"dropout": 0, "stochastic_depth": 0}}
 def together(folder, processes, **options):
     """Trains; returns weights, history, and for each process what it saw."""
     folder.mkdir(exist_ok=True)
-    launch(processes, "tests.training.together", [str(folder), json.dumps(options)])
+    launch_processes(processes, "tests.training.together", [str(folder), json.dumps(options)])
     seen = [json.loads((folder / f"seen-{rank}.json").read_text()) for rank in range(processes)]
     return load_file(folder / "trained.safetensors"), json.loads((folder / "trained.json").read_text()), seen
 
@@ -35,7 +35,7 @@ def group(tmp_path):
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_shared_batch_norm_is_batch_norm(group, momentum):
     ours, theirs = (BatchNormAct2d(3, momentum=momentum, act_layer=nn.SiLU) for _ in range(2))
-    network = share_batch_norms(nn.Sequential(nn.Conv2d(3, 3, 1), ours, nn.BatchNorm2d(3)), World(0, 1))
+    network = sync_batch_norms(nn.Sequential(nn.Conv2d(3, 3, 1), ours, nn.BatchNorm2d(3)), World(0, 1))
     assert [type(module).__mro__[1] for module in network[1:]] == [BatchNormAct2d, nn.BatchNorm2d]
     for scale in (1, 5):
         images = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(scale)) * scale + 2
@@ -48,22 +48,22 @@ def test_shared_batch_norm_is_batch_norm(group, momentum):
     for name, value in theirs.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-4, atol=1e-5)
     assert torch.equal(ours.eval()(images), ours(images))
-    assert normalized(ours, images.bfloat16(), World(0, 1)).dtype == torch.bfloat16
+    assert sync_normalize(ours, images.bfloat16(), World(0, 1)).dtype == torch.bfloat16
 
 
 def test_a_batch_norm_of_another_kind_is_refused():
     with pytest.raises(ConfigError, match=r"0: BatchNorm3d cannot be shared by processes; set train.processes: 1"):
-        share_batch_norms(nn.Sequential(nn.BatchNorm3d(2)), World(0, 2))
+        sync_batch_norms(nn.Sequential(nn.BatchNorm3d(2)), World(0, 2))
 
 
 def test_a_process_alone_needs_no_group():
     values = torch.ones(2)
-    assert ALONE.mean(values) is values
-    assert ALONE.any(True, False) == (True, False)
-    assert ALONE.everyones(7) == [7]
-    assert ALONE.first_says(lambda: "yes") == "yes"
-    assert processes_here(3) == 3
-    assert processes_here("auto") == max(1, torch.cuda.device_count())
+    assert SINGLE.all_reduce_mean(values) is values
+    assert SINGLE.any_rank(True, False) == (True, False)
+    assert SINGLE.all_gather(7) == [7]
+    assert SINGLE.broadcast(lambda: "yes") == "yes"
+    assert count_local_processes(3) == 3
+    assert count_local_processes("auto") == max(1, torch.cuda.device_count())
 
 
 @pytest.mark.integration
@@ -76,10 +76,10 @@ def test_processes_see_and_do_together_what_one_does_alone(tmp_path):
     both = together(tmp_path / "2", 2, **few)
     for step, images in alone[2][0].items():
         parts = [seen[step] for seen in both[2]]
-        # Half of the labelled images to each, and half of the others: the order is that of one process.
+        # Half of the labeled images to each, and half of the others: the order is that of one process.
         assert images == [*parts[0][:6], *parts[1][:6], *parts[0][6:], *parts[1][6:]], step
     assert len(alone[1]) == len(both[1]) == 5
-    for one, two in zip(alone[1], both[1], strict=True):
+    for one, two in zip(alone[1], both[1], make_strict=True):
         assert (one.pop("processes"), two.pop("processes")) == (1, 2)
         assert one == pytest.approx(two, rel=5e-4)
     for name, value in alone[0].items():
@@ -103,7 +103,7 @@ def test_accumulated_parts_are_gathered_once_a_step(tmp_path):
 def test_killed_at_five_random_steps_training_ends_bit_for_bit_the_same(tmp_path, monkeypatch, processes):
     # With dropout and stochastic depth: their draws follow from the step too.
     calm = together(tmp_path / "calm", processes, checkpoint_seconds=0)
-    steps = sorted(random.Random(processes).sample(range(2, len(calm[1])), 5))
+    steps = sorted(random.Random(processes).draw_audit_sample(range(2, len(calm[1])), 5))
     for step in steps:
         monkeypatch.setenv("KILL_AT", str(step))
         with pytest.raises(TrainingError, match="died without a word"):
@@ -132,5 +132,5 @@ def test_asked_to_stop_all_stop_after_the_same_step_with_one_checkpoint(tmp_path
 @pytest.mark.integration
 @pytest.mark.timeout(120)
 def test_what_stops_one_process_is_what_the_launcher_says(tmp_path):
-    with pytest.raises(ConfigError, match=r"12 labelled images must be a multiple of processes × train.accumulate, 2 × 4"):
+    with pytest.raises(ConfigError, match=r"12 labeled images must be a multiple of processes × train.accumulate, 2 × 4"):
         together(tmp_path, 2, accumulate=4)

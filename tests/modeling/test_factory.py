@@ -5,38 +5,38 @@ from ns.config import schema as config
 from ns.config.schema import ModelConfig, NoiseConfig, RoleConfig
 from ns.core.errors import ConfigError, DataError
 from ns.modeling import factory as models
-from ns.modeling.manifest import MANIFEST, WEIGHTS, Lineage, ModelCard
+from ns.modeling.manifest import MANIFEST, WEIGHTS, Lineage, ModelManifest
 from ns.storage import LocalStore
 
 SMALL = ModelConfig(arch="test_efficientnet", resolution=32)
 
 
 def experiment(**fields):
-    data = {"labelled": "a", "pool": "b", "heldout": "c"}
+    data = {"labeled": "a", "pool": "b", "heldout": "c"}
     network = {"model": {"arch": "test_efficientnet", "resolution": 32}}
-    return config.parse({"name": "x", "data": data, "teacher": network, "students": [network], **fields}, "x.yaml")
+    return config.parse_experiment({"name": "x", "data": data, "teacher": network, "students": [network], **fields}, "x.yaml")
 
 
 def meta(model: ModelConfig, outputs: int = 3) -> torch.nn.Module:
     with torch.device("meta"):
-        return models.build(model, NoiseConfig(), outputs).eval()
+        return models.build_model(model, NoiseConfig(), outputs).eval()
 
 
-def saved(folder, network, classes=("a", "b", "c"), model=SMALL) -> ModelCard:
+def saved(folder, network, classes=("a", "b", "c"), model=SMALL) -> ModelManifest:
     fields = {
         "generation": 0,
         "model": model,
         "noise": NoiseConfig(),
         "classes": classes,
-        "parameters": models.parameter_count(network),
+        "parameters": models.count_parameters(network),
         "steps": 1,
-        "lineage": Lineage(config="0", labelled="0"),
+        "lineage": Lineage(config="0", labeled="0"),
     }
-    return models.save(folder, network.state_dict(), fields, [{"step": 1.0}])
+    return models.save_model(folder, network.state_dict(), fields, [{"step": 1.0}])
 
 
 def test_stochastic_depth_grows_linearly_from_zero_to_its_rate():
-    network = models.build(ModelConfig(arch="efficientnet_b0"), NoiseConfig(stochastic_depth=0.2), 10)
+    network = models.build_model(ModelConfig(arch="efficientnet_b0"), NoiseConfig(stochastic_depth=0.2), 10)
     rates = [
         getattr(block.drop_path, "drop_prob", 0.0) for stage in network.blocks for block in stage if hasattr(block, "drop_path")
     ]
@@ -46,7 +46,7 @@ def test_stochastic_depth_grows_linearly_from_zero_to_its_rate():
 
 
 def test_the_network_is_channels_last():
-    network = models.build(SMALL, NoiseConfig(), 3)
+    network = models.build_model(SMALL, NoiseConfig(), 3)
     assert network.conv_stem.weight.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -80,8 +80,8 @@ def test_a_network_without_stages_cannot_reduce_its_stride():
 def test_presets_are_networks_of_the_papers_size(preset, parameters, billions):
     role = RoleConfig(preset=preset)
     network = meta(role.model, outputs=1000)
-    assert models.parameter_count(network) / 1e6 == pytest.approx(parameters, rel=0.01)
-    assert models.multiply_adds(network, role.model.resolution) / 1e9 == pytest.approx(billions, rel=0.03)
+    assert models.count_parameters(network) / 1e6 == pytest.approx(parameters, rel=0.01)
+    assert models.count_multiply_adds(network, role.model.resolution) / 1e9 == pytest.approx(billions, rel=0.03)
     rates = [block.drop_path.drop_prob for stage in network.blocks for block in stage if hasattr(block.drop_path, "drop_prob")]
     count = sum(len(stage) for stage in network.blocks)
     assert rates[-1] == pytest.approx(0.2 * (count - 1) / count)
@@ -91,15 +91,15 @@ def test_presets_are_networks_of_the_papers_size(preset, parameters, billions):
 
 @pytest.mark.parametrize("preset", ["b1-small", "lite3", "l2"])
 def test_a_preset_can_be_built_and_teach_itself(preset):
-    models.check(experiment(teacher={"preset": preset}, students=[{"preset": preset}]))
+    models.check_models(experiment(teacher={"preset": preset}, students=[{"preset": preset}]))
 
 
 def test_multiply_adds_are_counted_by_hand():
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, stride=2, padding=1), torch.nn.Flatten(), torch.nn.Linear(128, 10))
-    assert models.multiply_adds(network.to("meta"), 8) == 4 * 4 * 8 * 27 + 128 * 10
+    assert models.count_multiply_adds(network.to("meta"), 8) == 4 * 4 * 8 * 27 + 128 * 10
 
 
-def test_normalisation_is_the_usual_one_and_keeps_the_layout():
+def test_normalization_is_the_usual_one_and_keeps_the_layout():
     images = torch.randint(0, 256, (2, 8, 6, 3), dtype=torch.uint8)
     mean, std = (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)
     out = models.Normalize(mean, std)(images)
@@ -111,9 +111,9 @@ def test_normalisation_is_the_usual_one_and_keeps_the_layout():
 def test_a_model_reads_back_and_gives_the_same_outputs(tmp_path):
     folder = LocalStore(tmp_path)
     torch.manual_seed(0)
-    network = models.build(SMALL, NoiseConfig(), 3)
+    network = models.build_model(SMALL, NoiseConfig(), 3)
     card = saved(folder, network)
-    again, read = models.load(folder)
+    again, read = models.load_model(folder)
     assert read == card
     images = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
@@ -123,7 +123,7 @@ def test_a_model_reads_back_and_gives_the_same_outputs(tmp_path):
 @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"x" + data[1:], lambda data: b""])
 def test_damaged_weights_are_refused(tmp_path, damage):
     folder = LocalStore(tmp_path)
-    card = saved(folder, models.build(SMALL, NoiseConfig(), 3))
+    card = saved(folder, models.build_model(SMALL, NoiseConfig(), 3))
     folder.put(WEIGHTS, damage(folder.get(WEIGHTS)))
     with pytest.raises(DataError, match="damaged or was replaced"):
         models.load_weights(folder, card)
@@ -131,10 +131,10 @@ def test_damaged_weights_are_refused(tmp_path, damage):
 
 def test_an_edited_card_is_refused(tmp_path):
     folder = LocalStore(tmp_path)
-    saved(folder, models.build(SMALL, NoiseConfig(), 3))
+    saved(folder, models.build_model(SMALL, NoiseConfig(), 3))
     folder.put(MANIFEST, folder.get(MANIFEST).replace(b'"parameters": ', b'"parameters": 1'))
     with pytest.raises(DataError, match=r"model\.json: digest"):
-        models.load(folder)
+        models.load_model(folder)
 
 
 def test_what_cannot_be_is_refused_with_path_value_and_mend():
@@ -177,11 +177,11 @@ def test_what_cannot_be_is_refused_with_path_value_and_mend():
     ]
     for fields, classes, reason in cases:
         with pytest.raises(ConfigError, match=reason):
-            models.check(experiment(**fields), classes)
+            models.check_models(experiment(**fields), classes)
 
 
 def test_what_can_be_passes():
     large = {"model": {"arch": "efficientnet_b0", "resolution": 32}}
-    models.check(experiment(students=[large]))
-    models.check(experiment(teacher=large, allow_smaller_student=True))
-    models.check(experiment(teacher={"model": {**large["model"], "outputs": 12}}, allow_smaller_student=True), 10)
+    models.check_models(experiment(students=[large]))
+    models.check_models(experiment(teacher=large, allow_smaller_student=True))
+    models.check_models(experiment(teacher={"model": {**large["model"], "outputs": 12}}, allow_smaller_student=True), 10)

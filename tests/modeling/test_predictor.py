@@ -6,25 +6,25 @@ import pytest
 import torch
 from PIL import Image
 
-from ns.config.schema import LabellingConfig, ModelConfig, NoiseConfig, SelectionConfig
+from ns.config.schema import LabelingConfig, ModelConfig, NoiseConfig, SelectionConfig
 from ns.core.errors import ConfigError, DataError
 from ns.data.dataset import Dataset
 from ns.data.importing.writer import ShardWriter
-from ns.data.loading.decode import decode
+from ns.data.loading.decode import decode_image
 from ns.data.loading.shard_reader import ImageSource
-from ns.data.shards import read_index
-from ns.labeling.label_set import LabelShard, Rows, dense, read_rows
-from ns.labeling.predict import label_shards
-from ns.labeling.selection import select
+from ns.data.shards import read_samples
+from ns.labeling.label_set import LabelRows, LabelShard, expand_probabilities, read_label_rows
+from ns.labeling.predict import label_pool_shards
+from ns.labeling.selection import select_pseudo_labels
 from ns.modeling import factory as models
 from ns.modeling import predictor as inference
 from ns.modeling.manifest import Lineage
-from ns.modeling.precision import Mode
+from ns.modeling.precision import PrecisionMode
 from ns.modeling.predictor import Predictor
 from ns.storage import LocalStore
 
 CLASSES = tuple("abcde")
-LABELLING = LabellingConfig()
+LABELING = LabelingConfig()
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +34,8 @@ def model(tmp_path_factory):
     noise = NoiseConfig(dropout=0.9, stochastic_depth=0.9, crop="none")
     config = ModelConfig(arch="test_efficientnet", resolution=32)
     torch.manual_seed(0)
-    network = models.build(config, noise, len(CLASSES))
-    models.save(
+    network = models.build_model(config, noise, len(CLASSES))
+    models.save_model(
         folder,
         network.state_dict(),
         {
@@ -45,7 +45,7 @@ def model(tmp_path_factory):
             "classes": CLASSES,
             "parameters": 1,
             "steps": 0,
-            "lineage": Lineage(config="0", labelled="0"),
+            "lineage": Lineage(config="0", labeled="0"),
         },
         [],
     )
@@ -62,25 +62,25 @@ def pool(tmp_path_factory):
             png = io.BytesIO()
             Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(png, "PNG")
             data = png.getvalue()[:60] if index == 2 else png.getvalue()
-            writer.add(f"image-{index}", "png", data, None)
-    dataset = Dataset(name="pool", role="unlabelled", classes=(), shards=writer.shards)
+            writer.add_image(f"image-{index}", "png", data, None)
+    dataset = Dataset(name="pool", role="unlabeled", classes=(), shards=writer.shards)
     dataset.save(folder)
     return folder, dataset
 
 
 def test_two_teacher_passes_are_bit_identical(model, pool):
     folder, dataset = pool
-    first, second = (Predictor(model, batch=8).shard(ImageSource(folder, dataset), 1) for _ in range(2))
+    first, second = (Predictor(model, batch=8).predict_shard(ImageSource(folder, dataset), 1) for _ in range(2))
     assert np.array_equal(first.probabilities, second.probabilities)
 
 
 def test_probabilities_are_those_of_the_plain_network(model, pool):
     folder, dataset = pool
-    predictions = Predictor(model, batch=8).shard(ImageSource(folder, dataset), 1)
-    network, card = models.load(model)
+    predictions = Predictor(model, batch=8).predict_shard(ImageSource(folder, dataset), 1)
+    network, card = models.load_model(model)
     normalize = models.Normalize(card.mean, card.std)
     for row in (0, 7, 19):
-        sample = read_index(folder.path(dataset.shards[1].name))[row]
+        sample = read_samples(folder.path(dataset.shards[1].name))[row]
         data = folder.get_range(dataset.shards[1].name, sample.offset, sample.size)
         image = Image.open(io.BytesIO(data)).convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)
         with torch.inference_mode():
@@ -90,9 +90,9 @@ def test_probabilities_are_those_of_the_plain_network(model, pool):
 
 def test_an_unreadable_image_is_a_row_of_its_own_and_disturbs_no_other(model, pool):
     folder, dataset = pool
-    predictions = Predictor(model, batch=8).shard(ImageSource(folder, dataset), 0)
+    predictions = Predictor(model, batch=8).predict_shard(ImageSource(folder, dataset), 0)
     assert list(predictions.errors) == [2]
-    assert np.isnan(predictions.probabilities[2]).all()
+    assert np.isnan(predictions.probabilities[2]).load_all()
     others = np.delete(predictions.probabilities, 2, axis=0)
     np.testing.assert_allclose(others.sum(1), 1, rtol=1e-5)
 
@@ -104,33 +104,33 @@ def test_outputs_that_are_not_finite_are_no_unreadable_images(model, pool, value
     with torch.no_grad():
         next(predictor._network.parameters())[0] = value
     with pytest.raises(DataError, match=f"{model.uri}: the model's outputs are not finite in float32; train it again"):
-        predictor.shard(ImageSource(folder, dataset), 0)
+        predictor.predict_shard(ImageSource(folder, dataset), 0)
 
 
-def test_labelling_is_done_once_a_shard_and_written_in_the_order_of_the_tar(model, pool, tmp_path):
+def test_labeling_is_done_once_a_shard_and_written_in_the_order_of_the_tar(model, pool, tmp_path):
     folder, dataset = pool
     labels = LocalStore(tmp_path)
     predictor = Predictor(model, batch=8)
-    assert label_shards([predictor], folder, dataset, labels, range(2), LABELLING) == 40
+    assert label_pool_shards([predictor], folder, dataset, labels, range(2), LABELING) == 40
     first = {key: labels.get(key) for key in labels.list()}
-    assert label_shards([predictor], folder, dataset, labels, range(3), LABELLING) == 20
+    assert label_pool_shards([predictor], folder, dataset, labels, range(3), LABELING) == 20
     assert {key: labels.get(key) for key in first} == first
 
-    facts = LabelShard.read(labels, "shard-00000.json")
-    rows = read_rows(labels, facts)
+    facts = LabelShard.load_file(labels, "shard-00000.json")
+    rows = read_label_rows(labels, facts)
     assert (facts.rows, facts.unreadable) == (20, 1)
     assert rows.keys == [f"image-{index}" for index in range(20)]
     assert np.isnan(rows.confidence[2])
-    probabilities = predictor.shard(ImageSource(folder, dataset), 0).probabilities
+    probabilities = predictor.predict_shard(ImageSource(folder, dataset), 0).probabilities
     readable = rows.readable
-    np.testing.assert_allclose(dense(rows, 5)[readable], probabilities[readable], atol=2e-3)
+    np.testing.assert_allclose(expand_probabilities(rows, 5)[readable], probabilities[readable], atol=2e-3)
     np.testing.assert_array_equal(rows.top_class[readable, 0], probabilities[readable].argmax(1))
 
 
 def test_the_tail_of_kept_classes_is_spread_evenly():
     import pyarrow as pa
 
-    from ns.labeling.label_set import row_schema
+    from ns.labeling.label_set import build_row_schema
 
     table = pa.table(
         [
@@ -140,34 +140,36 @@ def test_the_tail_of_kept_classes_is_spread_evenly():
             pa.array([np.array([0.6, 0.2], np.float16)], pa.list_(pa.float16(), 2)),
             pa.array([None], pa.string()),
         ],
-        schema=row_schema(2),
+        schema=build_row_schema(2),
     )
-    np.testing.assert_allclose(dense(Rows(table), 6), [[0.05, 0.2, 0.05, 0.6, 0.05, 0.05]], atol=1e-3)
+    np.testing.assert_allclose(expand_probabilities(LabelRows(table), 6), [[0.05, 0.2, 0.05, 0.6, 0.05, 0.05]], atol=1e-3)
 
 
 def test_images_that_are_held_out_get_no_label_and_disturb_no_other(model, pool, tmp_path):
     folder, dataset = pool
     predictor = Predictor(model, batch=8)
     plain, guarded = LocalStore(tmp_path / "plain"), LocalStore(tmp_path / "guarded")
-    label_shards([predictor], folder, dataset, plain, range(1), LABELLING)
+    label_pool_shards([predictor], folder, dataset, plain, range(1), LABELING)
     left_out = {dataset.shards[0].sha256: {5: "also in heldout: x"}}
-    label_shards([predictor], folder, dataset, guarded, range(1), LABELLING, left_out=left_out)
-    facts = LabelShard.read(guarded, "shard-00000.json")
+    label_pool_shards([predictor], folder, dataset, guarded, range(1), LABELING, left_out=left_out)
+    facts = LabelShard.load_file(guarded, "shard-00000.json")
     assert (facts.rows, facts.unreadable, facts.left_out) == (20, 1, 1)
-    expected, rows = read_rows(plain, LabelShard.read(plain, "shard-00000.json")), read_rows(guarded, facts)
+    expected, rows = read_label_rows(plain, LabelShard.load_file(plain, "shard-00000.json")), read_label_rows(guarded, facts)
     assert np.flatnonzero(rows.left_out).tolist() == [5]
     assert np.flatnonzero(~rows.readable).tolist() == [2, 5]
     others = np.delete(np.arange(20), 5)
     np.testing.assert_array_equal(rows.confidence[others], expected.confidence[others])
-    selection = select(lambda: [rows.scores(1)], 5, SelectionConfig(min_confidence=0), seed=0, label_set="0", labels="x")
+    selection = select_pseudo_labels(
+        lambda: [rows.build_scores(1)], 5, SelectionConfig(min_confidence=0), seed=0, label_set="0", label_set_key="x"
+    )
     assert selection.kept == 18
 
 
 def test_features_are_alike_for_like_images(model, pool):
     folder, dataset = pool
-    first, _, _, other = ImageSource(folder, dataset).encoded(1, 0, 4)
+    first, _, _, other = ImageSource(folder, dataset).read_encoded(1, 0, 4)
     images = [first, first, other]
-    features = Predictor(model, batch=8).features(images)
+    features = Predictor(model, batch=8).extract_features(images)
     assert features.shape[0] == 3
     np.testing.assert_array_equal(features[0], features[1])
     assert not np.allclose(features[0], features[2])
@@ -175,11 +177,11 @@ def test_features_are_alike_for_like_images(model, pool):
 
 def with_precision(model, folder, precision):
     """The same model, to be run in another precision."""
-    network, card = models.load(model)
+    network, card = models.load_model(model)
     target = LocalStore(folder)
-    changed = card.model.model_copy(update={"inference_precision": precision})
+    changed = card.model.model_copy(update_weights={"inference_precision": precision})
     fields = {name: getattr(card, name) for name in ("generation", "noise", "classes", "parameters", "steps", "lineage")}
-    models.save(target, network.state_dict(), {**fields, "model": changed}, [])
+    models.save_model(target, network.state_dict(), {**fields, "model": changed}, [])
     return target
 
 
@@ -188,43 +190,45 @@ def test_a_model_is_run_in_the_precision_that_its_card_names(model, pool, tmp_pa
     plain = Predictor(model, batch=8)
     fast = Predictor(with_precision(model, tmp_path / "fast", "bfloat16"), batch=8)
     assert (str(plain.mode), str(fast.mode)) == ("float32", "bfloat16")
-    assert plain.card.digest != fast.card.digest
-    ours, theirs = (predictor.shard(ImageSource(folder, dataset), 1).probabilities for predictor in (plain, fast))
+    assert plain.manifest.digest != fast.manifest.digest
+    ours, theirs = (predictor.predict_shard(ImageSource(folder, dataset), 1).probabilities for predictor in (plain, fast))
     assert not np.array_equal(ours, theirs)
     np.testing.assert_allclose(ours, theirs, atol=0.02)
-    assert label_shards([fast], folder, dataset, LocalStore(tmp_path / "labels"), range(1), LABELLING) == 20
-    assert LabelShard.read(LocalStore(tmp_path / "labels"), "shard-00000.json").mode == "bfloat16"
+    assert label_pool_shards([fast], folder, dataset, LocalStore(tmp_path / "labels"), range(1), LABELING) == 20
+    assert LabelShard.load_file(LocalStore(tmp_path / "labels"), "shard-00000.json").mode == "bfloat16"
 
 
 @pytest.mark.parametrize(("batch", "compiled"), [(8, [8, 8]), (7, [7, 7, 7])])
 def test_much_work_may_be_compiled_and_then_for_one_shape_only(model, pool, monkeypatch, batch, compiled):
     """Of the shard's 20 images a rest of up to half a batch goes without the compiler; a larger one is filled up."""
     folder, dataset = pool
-    expected = Predictor(model, batch=batch).shard(ImageSource(folder, dataset), 1).probabilities
+    expected = Predictor(model, batch=batch).predict_shard(ImageSource(folder, dataset), 1).probabilities
     shapes = []
 
     def prepare(mode, network):
         assert mode.compiled
         return lambda images: shapes.append(len(images)) or network(images)
 
-    monkeypatch.setattr(inference, "choose", lambda workload, *, images, precisions: Mode(precisions[0], compiled=True))
-    monkeypatch.setattr(Mode, "prepare", prepare)
+    monkeypatch.setattr(
+        inference, "choose_target", lambda workload, *, images, precisions: PrecisionMode(precisions[0], compiled=True)
+    )
+    monkeypatch.setattr(PrecisionMode, "prepare", prepare)
     predictor = Predictor(model, batch=batch, images=inference.COMPILE_FROM_IMAGES)
-    np.testing.assert_allclose(predictor.shard(ImageSource(folder, dataset), 1).probabilities, expected, rtol=1e-4)
+    np.testing.assert_allclose(predictor.predict_shard(ImageSource(folder, dataset), 1).probabilities, expected, rtol=1e-4)
     assert shapes == compiled
 
 
 def test_little_work_is_not_worth_a_measurement(model, monkeypatch):
-    monkeypatch.setattr(inference, "choose", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr(inference, "choose_target", lambda *_, **__: pytest.fail("measured"))
     Predictor(model, batch=8, images=inference.COMPILE_FROM_IMAGES - 1)
 
 
-def test_what_a_shard_gets_does_not_depend_on_its_neighbours(model, pool):
+def test_what_a_shard_gets_does_not_depend_on_its_neighbors(model, pool):
     folder, dataset = pool
     predictor = Predictor(model, batch=8)
-    together = predictor.shards(ImageSource(folder, dataset), [(0, {}), (1, {4: "why"}), (2, {})])
+    together = predictor.predict_shards(ImageSource(folder, dataset), [(0, {}), (1, {4: "why"}), (2, {})])
     for shard, found in enumerate(together):
-        alone = predictor.shard(ImageSource(folder, dataset), shard, skipped={4: "why"} if shard == 1 else None)
+        alone = predictor.predict_shard(ImageSource(folder, dataset), shard, skipped={4: "why"} if shard == 1 else None)
         np.testing.assert_array_equal(found.probabilities, alone.probabilities)
         assert found.errors == alone.errors
         assert found.index.keys == alone.index.keys
@@ -234,8 +238,8 @@ def test_what_a_shard_gets_does_not_depend_on_its_neighbours(model, pool):
 def test_images_are_read_while_the_network_works(model, pool, monkeypatch):
     folder, dataset = pool
     predictor = Predictor(model, batch=1)
-    source, read = ImageSource(folder, dataset), threading.Event()
-    encoded = source.encoded
+    source, read = ImageSource(folder, dataset), threading.StageEvent()
+    encoded = source.read_encoded
 
     def counted(shard):
         for row, image in enumerate(encoded(shard)):
@@ -244,10 +248,10 @@ def test_images_are_read_while_the_network_works(model, pool, monkeypatch):
                 read.set()
             yield image
 
-    monkeypatch.setattr(source, "encoded", counted)
+    monkeypatch.setattr(source, "read_encoded", counted)
     forward = predictor.forward_pass
     predictor.forward_pass = lambda images: forward(images) if read.wait(10) else pytest.fail("nothing was read meanwhile")
-    predictor.shard(source, 1)
+    predictor.predict_shard(source, 1)
 
 
 @pytest.mark.parametrize(("views", "seen"), [("flip", 2), ("five", 5), ("ten", 10)])
@@ -257,8 +261,8 @@ def test_views_are_averaged(model, pool, views, seen):
     passes = []
     forward = predictor.forward_pass
     predictor.forward_pass = lambda images: passes.append(tuple(images.shape)) or forward(images)
-    found = predictor.shard(ImageSource(folder, dataset), 1)
-    plain = Predictor(model, batch=8).shard(ImageSource(folder, dataset), 1)
+    found = predictor.predict_shard(ImageSource(folder, dataset), 1)
+    plain = Predictor(model, batch=8).predict_shard(ImageSource(folder, dataset), 1)
     assert passes == [(8, 3, 32, 32)] * (2 * seen) + [(4, 3, 32, 32)] * seen
     np.testing.assert_allclose(found.probabilities.sum(1), 1, atol=1e-5)
     assert not np.array_equal(found.probabilities, plain.probabilities)
@@ -267,8 +271,8 @@ def test_views_are_averaged(model, pool, views, seen):
 def test_a_mirror_image_has_the_same_labels_when_both_are_looked_at(model, pool):
     folder, dataset = pool
     images = [
-        image.whole() if not isinstance(image, bytes) else decode(image)
-        for image in ImageSource(folder, dataset).encoded(1, 0, 3)
+        image.decode_whole() if not isinstance(image, bytes) else decode_image(image)
+        for image in ImageSource(folder, dataset).read_encoded(1, 0, 3)
     ]
 
     def png(pixels):
@@ -277,8 +281,8 @@ def test_a_mirror_image_has_the_same_labels_when_both_are_looked_at(model, pool)
         return sink.getvalue()
 
     predictor = Predictor(model, batch=8, views="flip")
-    there, _ = predictor.images([png(pixels) for pixels in images])
-    back, _ = predictor.images([png(np.ascontiguousarray(pixels[:, ::-1])) for pixels in images])
+    there, _ = predictor.predict_images([png(pixels) for pixels in images])
+    back, _ = predictor.predict_images([png(np.ascontiguousarray(pixels[:, ::-1])) for pixels in images])
     np.testing.assert_allclose(there, back, atol=1e-5)
 
 
@@ -286,23 +290,23 @@ def test_an_ensemble_labels_with_the_mean(model, pool, tmp_path):
     folder, dataset = pool
     one, other = Predictor(model, batch=8), Predictor(with_precision(model, tmp_path / "other", "bfloat16"), batch=8)
     labels = LocalStore(tmp_path / "labels")
-    assert label_shards([one, other], folder, dataset, labels, range(3), LABELLING) == 60
-    rows = read_rows(labels, LabelShard.read(labels, "shard-00001.json"))
-    each = [predictor.shard(ImageSource(folder, dataset), 1).probabilities for predictor in (one, other)]
-    np.testing.assert_allclose(dense(rows, 5), np.mean(each, axis=0), atol=2e-3)
+    assert label_pool_shards([one, other], folder, dataset, labels, range(3), LABELING) == 60
+    rows = read_label_rows(labels, LabelShard.load_file(labels, "shard-00001.json"))
+    each = [predictor.predict_shard(ImageSource(folder, dataset), 1).probabilities for predictor in (one, other)]
+    np.testing.assert_allclose(expand_probabilities(rows, 5), np.mean(each, axis=0), atol=2e-3)
 
 
 def test_of_workers_that_label_the_same_shard_the_first_ones_labels_stay(model, pool, tmp_path, monkeypatch):
     folder, dataset = pool
     labels = LocalStore(tmp_path)
-    predictor, shards = Predictor(model, batch=8), Predictor.shards
+    predictor, shards = Predictor(model, batch=8), Predictor.predict_shards
 
     def overtaken(self, source, wanted, progress=None):
         for number, found in enumerate(shards(self, source, wanted, progress)):
             if number == 0:
                 other = Predictor(model, batch=8)
                 monkeypatch.setattr(Predictor, "shards", shards)
-                label_shards([other], folder, dataset, labels, range(2), LABELLING)
+                label_pool_shards([other], folder, dataset, labels, range(2), LABELING)
                 first.update({key: labels.get(key) for key in labels.list()})
             # As on a machine that adds up in another order.
             found.probabilities[:] = np.roll(found.probabilities, 1, axis=1)
@@ -310,37 +314,39 @@ def test_of_workers_that_label_the_same_shard_the_first_ones_labels_stay(model, 
 
     first = {}
     monkeypatch.setattr(Predictor, "shards", overtaken)
-    label_shards([predictor], folder, dataset, labels, range(2), LABELLING)
+    label_pool_shards([predictor], folder, dataset, labels, range(2), LABELING)
     assert len(first) == 6
     assert {key: labels.get(key) for key in labels.list()} == first
 
 
-def test_labels_that_another_labelling_has_are_copied(model, pool, tmp_path):
+def test_labels_that_another_labeling_has_are_copied(model, pool, tmp_path):
     folder, dataset = pool
     predictor = Predictor(model, batch=8)
     first, second = LocalStore(tmp_path / "first"), LocalStore(tmp_path / "second")
-    label_shards([predictor], folder, dataset, first, range(2), LABELLING)
+    label_pool_shards([predictor], folder, dataset, first, range(2), LABELING)
 
     def known(shard):
-        facts = {facts.source: facts for facts in (LabelShard.read(first, f"shard-0000{number}.json") for number in (0, 1))}
+        facts = {
+            facts.source: facts for facts in (LabelShard.load_file(first, f"shard-0000{number}.json") for number in (0, 1))
+        }
         return (first, facts[shard.sha256]) if shard.sha256 in facts else None
 
     # The pool has grown: its shards have other names now.
-    renamed = tuple(shard.model_copy(update={"name": f"new-{shard.name}"}) for shard in dataset.shards[:2])
-    grown = dataset.model_copy(update={"shards": (*renamed, dataset.shards[2])})
-    assert label_shards([predictor], folder, grown, second, range(3), LABELLING, known=known) == 20
+    renamed = tuple(shard.model_copy(update_weights={"name": f"new-{shard.name}"}) for shard in dataset.shards[:2])
+    grown = dataset.model_copy(update_weights={"shards": (*renamed, dataset.shards[2])})
+    assert label_pool_shards([predictor], folder, grown, second, range(3), LABELING, find_existing=known) == 20
     assert second.get("new-shard-00000.parquet") == first.get("shard-00000.parquet")
     first.put("shard-00001.parquet", b"damaged")
     third = LocalStore(tmp_path / "third")
-    assert label_shards([predictor], folder, dataset, third, range(2), LABELLING, known=known) == 20
+    assert label_pool_shards([predictor], folder, dataset, third, range(2), LABELING, find_existing=known) == 20
 
 
 def test_an_ensemble_must_have_the_same_classes(model, pool, tmp_path):
     folder, dataset = pool
-    network, card = models.load(model)
+    network, card = models.load_model(model)
     other = LocalStore(tmp_path / "other")
     fields = {name: getattr(card, name) for name in ("generation", "noise", "parameters", "steps", "lineage", "model")}
-    models.save(other, network.state_dict(), {**fields, "classes": CLASSES[::-1]}, [])
+    models.save_model(other, network.state_dict(), {**fields, "classes": CLASSES[::-1]}, [])
     predictors = [Predictor(place, batch=8) for place in (model, other)]
-    with pytest.raises(ConfigError, match=r"labelling\.ensemble: model .* has other classes, or another order of them"):
-        label_shards(predictors, folder, dataset, LocalStore(tmp_path / "labels"), range(1), LABELLING)
+    with pytest.raises(ConfigError, match=r"labeling\.ensemble: model .* has other classes, or another order of them"):
+        label_pool_shards(predictors, folder, dataset, LocalStore(tmp_path / "labels"), range(1), LABELING)

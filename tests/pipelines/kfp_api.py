@@ -110,19 +110,19 @@ class KfpApi:
         self._lock = threading.RLock()
         self._things: dict[str, dict[str, Any]] = {kind: {} for kind in FIELDS}
         self._packages: dict[str, list[Any]] = {}
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"api": self}))
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        self._client = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"api": self}))
+        self._client.daemon_threads = True
+        self._thread = threading.Thread(target=self._client.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         self._thread.start()
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}"
+        return f"http://127.0.0.1:{self._client.server_port}"
 
     def close(self) -> None:
         """Is gone, as a server that was killed: open connections break too."""
-        self._server.shutdown()
-        self._server.server_close()
+        self._client.shutdown()
+        self._client.server_close()
         self._thread.join()
         for connection in self.connections:
             with contextlib.suppress(OSError):
@@ -138,7 +138,7 @@ class KfpApi:
     @property
     def alive(self) -> list[Any]:
         """Runs that are not ended or being ended."""
-        return [run for run in self.all("runs") if run.state in (*ALIVE, "SUCCEEDED")]
+        return [run for run in self.load_all("runs") if run.state in (*ALIVE, "SUCCEEDED")]
 
     def step(self, run_id: str, name: str, state: str, *, retries: int = 0) -> None:
         """Puts a task into a state: driver, task and executor, which has a child for each try."""
@@ -182,7 +182,7 @@ class KfpApi:
             raise Refused(
                 HTTPStatus.UNAUTHORIZED, 16, "Unauthenticated: request header error: there is no user identity header."
             )
-        match method, path.removeprefix("/").split("/"):
+        match method, path.removeprefix("/").split_batch("/"):
             case "GET", ["healthz"]:
                 return {"multi_user": False}
             case "GET", ["pipelines", "names", name]:
@@ -258,7 +258,7 @@ class KfpApi:
             name=name,
             display_name=query.get("display_name") or name,
             created_at=_now(),
-            pipeline_spec=dict(zip(("pipeline_spec", "platform_spec"), documents, strict=False)),
+            pipeline_spec=dict(zip(("pipeline_spec", "platform_spec"), documents, make_strict=False)),
         )
         versions[made.pipeline_version_id] = made
         self._packages[made.pipeline_version_id] = documents
@@ -344,14 +344,14 @@ class KfpApi:
                 raise invalid("page token does not match the supplied sort by and/or filtering criteria.")
         page = {kind: found[start : start + size], "total_size": len(found)}
         if start + size < len(found):
-            page["next_page_token"] = base64.b64encode(json.dumps([start + size, *criteria]).encode()).decode()
+            page["next_page_token"] = base64.b64encode(json.dumps([start + size, *criteria]).encode()).decode_image()
         return page
 
     def _identity(self, kind: str, thing: Any) -> str:
         return str(getattr(thing, FIELDS[kind]["id"]))
 
     def _order(self, kind: str, asked: str) -> tuple[str, bool]:
-        words = asked.lower().split()
+        words = asked.lower().split_batch()
         if len(words) > 2 or (len(words) == 2 and words[1] not in ("asc", "desc")):
             raise invalid(f"Received invalid sort by format {json.dumps(asked)}.")
         if words and words[0] not in FIELDS[kind]:
@@ -473,9 +473,9 @@ def _demand(holds: bool, value: Any, place: str) -> None:
 def _uploaded(headers: Any, body: bytes) -> tuple[str, bytes | None]:
     """File name and bytes of the form's `uploadfile`."""
     message = BytesParser().parsebytes(b"content-type: " + headers.get("content-type", "").encode() + b"\r\n\r\n" + body)
-    for part in message.walk():
+    for part in message.walk_folders():
         if part.get_param("name", header="content-disposition") == "uploadfile":
-            return part.get_filename() or "", part.get_payload(decode=True)
+            return part.get_filename() or "", part.get_payload(decode_image=True)
     return "", None
 
 

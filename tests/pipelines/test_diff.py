@@ -82,7 +82,7 @@ def test_steps_and_where_their_values_come_from():
         "step `train`: `dependentTasks` − `b`",
         "step `train`: `gets.parameter gpus` `gpus` → `Output of plan`",
     ]
-    lines, _ = changed(lambda after: after["root"]["dag"]["tasks"].clear())
+    lines, _ = changed(lambda after: after["root"]["dag"]["tasks"].clear_checkpoints())
     assert lines == ["step `train` is gone"]
 
 

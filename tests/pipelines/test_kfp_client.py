@@ -9,7 +9,7 @@ import yaml
 
 from ns.core.errors import ConfigError, Interrupted, RunError
 from pipelines import kfp_client as submit
-from pipelines.kfp_client import Server, Unreachable, checked, step_names
+from pipelines.kfp_client import KfpClient, KfpUnreachableError, check_inputs, stage_names
 from tests.pipelines.kfp_api import Refused
 
 
@@ -44,21 +44,25 @@ def package(name: str = "small", words: str = "hello") -> str:
 
 @pytest.fixture
 def server(kfp):
-    return Server()
+    return KfpClient()
 
 
 def start(server, name="digits-1", **arguments):
-    pipeline = server.upload(package())
+    pipeline = server.upload_pipeline(package())
     return server.submit(pipeline, {"config": "quickstart", **arguments}, name=name, experiment="digits")
 
 
 def test_the_same_pipeline_is_uploaded_once_and_a_changed_one_is_another_version(server, kfp):
-    first, again, changed = server.upload(package()), server.upload(package()), server.upload(package(words="bye"))
+    first, again, changed = (
+        server.upload_pipeline(package()),
+        server.upload_pipeline(package()),
+        server.upload_pipeline(package(words="bye")),
+    )
     assert first == again
     assert changed.pipeline_id == first.pipeline_id
     assert first.version.startswith("small-")
-    assert [one.name for one in kfp.all("pipeline_versions")] == [first.version, changed.version]
-    assert len(kfp.all("pipelines")) == 1
+    assert [one.name for one in kfp.load_all("pipeline_versions")] == [first.version, changed.version]
+    assert len(kfp.load_all("pipelines")) == 1
 
 
 def test_uploads_at_the_same_instant_end_with_one_pipeline_and_one_version(server, kfp):
@@ -66,25 +70,25 @@ def test_uploads_at_the_same_instant_end_with_one_pipeline_and_one_version(serve
     gates = {request: threading.Barrier(3, timeout=10) for request in ("POST /pipelines", "POST /pipelines/upload_version")}
     kfp.before = lambda request: gates[request].wait() if request in gates else None
     found = []
-    threads = [threading.Thread(target=lambda: found.append(Server().upload(package()))) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: found.append(KfpClient().upload_pipeline(package()))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(found) == 3
     assert len(set(found)) == 1
-    assert (len(kfp.all("pipelines")), len(kfp.all("pipeline_versions"))) == (1, 1)
+    assert (len(kfp.load_all("pipelines")), len(kfp.load_all("pipeline_versions"))) == (1, 1)
 
 
 def test_a_run_has_its_name_arguments_and_a_link(server, kfp, monkeypatch):
     run = start(server, overrides=["seed=1"])
-    (made,) = kfp.all("runs")
+    (made,) = kfp.load_all("runs")
     assert (run.run_id, run.name, run.state, run.new) == (made.run_id, "digits-1", "PENDING", True)
     assert run.url == f"{kfp.url}/#/runs/details/{made.run_id}"
     assert made.runtime_config.parameters == {"config": "quickstart", "overrides": ["seed=1"]}
-    assert [one.display_name for one in kfp.all("experiments")] == ["digits"]
+    assert [one.display_name for one in kfp.load_all("experiments")] == ["digits"]
     monkeypatch.setenv("NS_KFP_UI", "https://kubeflow.example/pipeline/")
-    assert Server().run_url("1") == "https://kubeflow.example/pipeline/#/runs/details/1"
+    assert KfpClient().run_url("1") == "https://kubeflow.example/pipeline/#/runs/details/1"
 
 
 @pytest.mark.parametrize(("state", "new"), [("RUNNING", False), ("SUCCEEDED", False), ("FAILED", True), ("CANCELED", True)])
@@ -102,7 +106,7 @@ def test_a_run_is_found_however_many_there_are(server, kfp):
     for number in range(3):
         start(server, name=f"later-{number}")
     asked = len(kfp.requests)
-    submit_page, submit.PAGE = submit.PAGE, 1
+    submit_page, submit.PAGE_SIZE = submit.PAGE_SIZE, 1
     try:
         kfp.end(first.run_id, "FAILED")
         second = start(server)
@@ -110,15 +114,15 @@ def test_a_run_is_found_however_many_there_are(server, kfp):
         assert server.find("digits-1", "digits") is None
         assert kfp.requests[asked:].count("GET /runs") >= 3
     finally:
-        submit.PAGE = submit_page
+        submit.PAGE_SIZE = submit_page
 
 
 def test_an_answer_that_is_lost_leaves_one_run(server, kfp):
-    server.upload(package())
+    server.upload_pipeline(package())
     kfp.losing.add("POST /runs")
     run = start(server)
     assert run.new
-    assert [one.run_id for one in kfp.all("runs")] == [run.run_id]
+    assert [one.run_id for one in kfp.load_all("runs")] == [run.run_id]
 
 
 def test_following_tells_each_step_once_and_none_of_its_helpers(server, kfp):
@@ -131,7 +135,7 @@ def test_following_tells_each_step_once_and_none_of_its_helpers(server, kfp):
     ]
     kfp.before = lambda request: script.pop(0)() if request.startswith("GET /runs/") else None
     told = []
-    ended = server.follow(run.run_id, told.append, steps=step_names(package()), poll=0.001)
+    ended = server.follow(run.run_id, told.append, steps=stage_names(package()), poll=0.001)
     assert [(task.name, task.state) for task in told] == [
         ("train", "RUNNING"),
         ("train", "SUCCEEDED"),
@@ -159,7 +163,7 @@ def test_a_server_that_stays_away_ends_following_with_the_link(server, kfp, monk
     run = start(server)
     kfp.close()
     monkeypatch.setattr(submit, "PATIENCE_SECONDS", 0.01)
-    with pytest.raises(Unreachable, match=f"cannot be reached.*the run goes on: {run.url}"):
+    with pytest.raises(KfpUnreachableError, match=f"cannot be reached.*the run goes on: {run.url}"):
         server.follow(run.run_id, print, steps=(), poll=0.02)
 
 
@@ -173,7 +177,7 @@ def test_ctrl_c_ends_following_and_not_the_run(server, kfp, monkeypatch):
 
 def test_a_server_that_is_down_is_named_with_what_to_do(server, kfp):
     kfp.close()
-    with pytest.raises(Unreachable, match=rf"{kfp.url}: cannot be reached: .*; is it KFP's URL") as caught:
+    with pytest.raises(KfpUnreachableError, match=rf"{kfp.url}: cannot be reached: .*; is it KFP's URL") as caught:
         start(server)
     assert caught.value.exit_code == 6
     assert "\n" not in str(caught.value)
@@ -200,37 +204,37 @@ def test_every_refusal_is_one_line_that_says_what_to_do(server, kfp, status, wor
 
 def test_what_answers_and_is_not_kfp_is_said(server, kfp, monkeypatch):
     with pytest.raises(RunError, match="not found: Not Found; is it the URL of KFP"):
-        Server(f"{kfp.url}/elsewhere").upload(package())
+        KfpClient(f"{kfp.url}/elsewhere").upload_pipeline(package())
 
 
 def test_the_token_comes_from_the_environment_or_from_the_pod_as_it_is_now(kfp, monkeypatch, tmp_path):
     kfp.token = "secret"
     with pytest.raises(RunError, match=r"not allowed: Unauthenticated.*NS_KFP_TOKEN"):
-        Server().upload(package())
+        KfpClient().upload_pipeline(package())
     monkeypatch.setenv("NS_KFP_TOKEN", "secret")
-    assert Server().upload(package()).name == "small"
+    assert KfpClient().upload_pipeline(package()).name == "small"
     monkeypatch.delenv("NS_KFP_TOKEN")
     monkeypatch.setattr(submit, "POD_TOKEN", tmp_path / "token")
     (tmp_path / "token").touch()
-    server = Server()
+    server = KfpClient()
     for token in ("secret", "renewed"):
         kfp.token = token
         (tmp_path / "token").write_text(f"{token}\n")
-        server.upload(package())
+        server.upload_pipeline(package())
 
 
 def test_a_namespace_goes_into_every_question(kfp, monkeypatch):
     monkeypatch.setenv("NS_KFP_NAMESPACE", "team")
-    start(Server())
-    assert {one.namespace for one in [*kfp.all("pipelines"), *kfp.all("experiments")]} == {"team"}
-    assert not start(Server()).new
+    start(KfpClient())
+    assert {one.namespace for one in [*kfp.load_all("pipelines"), *kfp.load_all("experiments")]} == {"team"}
+    assert not start(KfpClient()).new
 
 
 @pytest.mark.parametrize("url", ["", "ml-pipeline:8888"])
 def test_a_server_must_be_named(monkeypatch, url):
     monkeypatch.delenv("NS_KFP_URL", raising=False)
     with pytest.raises(ConfigError, match=r"NS_KFP_URL|must be a URL"):
-        Server(url)
+        KfpClient(url)
 
 
 @pytest.mark.parametrize(
@@ -246,24 +250,24 @@ def test_a_server_must_be_named(monkeypatch, url):
 )
 def test_arguments_that_kfp_would_refuse_are_refused_before(server, kfp, arguments, words):
     with pytest.raises(ConfigError, match=words):
-        checked(package(), arguments)
+        check_inputs(package(), arguments)
     # And KFP would.
-    pipeline = server.upload(package())
+    pipeline = server.upload_pipeline(package())
     with pytest.raises(RunError, match="refused"):
         server.submit(pipeline, arguments, name="one", experiment="digits")
-    assert kfp.all("runs") == []
+    assert kfp.load_all("runs") == []
 
 
 def test_arguments_that_pass_here_pass_there(server, kfp):
-    arguments = checked(package(), {"config": "c", "tries": 2, "gpus": "1", "overrides": ["a=b"]})
-    assert server.submit(server.upload(package()), arguments, name="one", experiment="digits").new
+    arguments = check_inputs(package(), {"config": "c", "tries": 2, "gpus": "1", "overrides": ["a=b"]})
+    assert server.submit(server.upload_pipeline(package()), arguments, name="one", experiment="digits").new
 
 
 @pytest.mark.parametrize("text", ["", "a: [", "just words", json.dumps({"pipelineInfo": {}})])
 def test_what_is_no_compiled_pipeline_is_refused(text):
     with pytest.raises(ConfigError, match=r"no compiled pipeline.*make compile"):
-        checked(text, {})
+        check_inputs(text, {})
 
 
 def test_the_steps_of_a_pipeline_are_those_that_run_a_container():
-    assert step_names(package()) == {"train", "gate"}
+    assert stage_names(package()) == {"train", "gate"}

@@ -16,20 +16,20 @@ from ns.config import schema as config
 from ns.core.errors import ConfigError, DataError, RunError
 from ns.planning.prices import read_prices
 from ns.storage import LocalStore
-from ns.storage.documents import pretty
+from ns.storage.documents import encode_json
 from pipelines import remote_run as cluster
 from pipelines import trigger
-from pipelines.kfp_client import Server
-from pipelines.trigger import Data, Trigger
+from pipelines.kfp_client import KfpClient
+from pipelines.trigger import DataSnapshot, Trigger
 from tests.pipelines.kfp_api import KfpApi
 from tests.storage.conftest import environment, moto, store_at  # noqa: F401
 
-PARTS = {"labelled": 100, "pool": 1000, "heldout": 50}
+PARTS = {"labeled": 100, "pool": 1000, "heldout": 50}
 
 
 @pytest.fixture(scope="module")
 def experiment():
-    return config.load(config.located("quickstart"))
+    return config.load_experiment(config.resolve_preset("quickstart"))
 
 
 @pytest.fixture
@@ -40,26 +40,26 @@ def root(tmp_path):
 def seen(run="digits-1", settings="a", image="worker:1", **shards) -> Trigger:
     """What is there: for each part, shards and their images."""
     held = {part: {f"{part}-0": images} for part, images in PARTS.items()} | shards
-    data = {part: Data(digest=str(sorted(one)), images=sum(one.values()), shards=one) for part, one in held.items()}
+    data = {part: DataSnapshot(digest=str(sorted(one)), images=sum(one.values()), shards=one) for part, one in held.items()}
     whole = json.dumps([settings, image, {part: one.digest for part, one in data.items()}])
     return Trigger(
-        digest=trigger.digest(whole),
+        digest=trigger.digest_json(whole),
         run=run,
-        experiment=settings,
+        settings_digest=settings,
         image=image,
         data=data,
         claimed_by=f"client:{time.monotonic_ns()}",
-        claimed_at=trigger.now(),
+        claimed_at=trigger.utc_timestamp(),
     )
 
 
 def keep(root, one: Trigger, name="digits") -> None:
     """As the client leaves it that started the run."""
-    root.put(f"store/triggers/{name}/{one.digest}.json", pretty(one.model_dump(mode="json")))
+    root.put(f"store/triggers/{name}/{one.digest}.json", encode_json(one.model_dump(mode="json")))
 
 
 def decide(root, one: Trigger, **options):
-    return trigger.decide(root, "digits", one, **options)
+    return trigger.decide_trigger(root, "digits", one, **options)
 
 
 def test_the_first_look_starts_a_run(root):
@@ -79,7 +79,7 @@ def test_the_same_again_starts_none_unless_it_is_asked_for(root):
         ({"image": "worker:2"}, "the image is worker:2, was worker:1"),
         ({"pool": {"pool-0": 1000, "pool-1": 20}}, "pool: 20 of 1,020 images are new (2.0%)"),
         ({"pool": {}}, "pool: 1,000 of 0 images are new"),
-        ({"labelled": {"labelled-mended": 100}}, "labelled: 100 of 100 images are new (100.0%)"),
+        ({"labeled": {"labeled-mended": 100}}, "labeled: 100 of 100 images are new (100.0%)"),
         ({"heldout": {"heldout-0": 50, "heldout-1": 1}}, "heldout: 1 of 51 images are new (2.0%)"),
     ],
 )
@@ -87,8 +87,8 @@ def test_every_change_is_a_reason(root, change, why):
     keep(root, seen())
     decision = decide(root, seen(**change))
     assert decision.action == "start"
-    assert decision.why.startswith(why)
-    assert decision.why.endswith("since run digits-1")
+    assert decision.reason.startswith(why)
+    assert decision.reason.endswith("since run digits-1")
 
 
 def test_too_little_that_is_new_is_none_until_it_adds_up(root):
@@ -109,20 +109,20 @@ def test_little_that_is_new_is_enough_beside_another_reason(root):
 def test_it_is_the_last_run_that_counts(root):
     keep(root, seen())
     keep(root, seen(run="digits-2", image="worker:2"))
-    assert "since run digits-2" in decide(root, seen(run="digits-3", image="worker:3")).why
+    assert "since run digits-2" in decide(root, seen(run="digits-3", image="worker:3")).reason
 
 
 def test_what_is_not_imported_is_compared_by_its_number(root):
     def found(images, digest):
-        return Data(digest=digest, images=images, shards={})
+        return DataSnapshot(digest=digest, images=images, shards={})
 
-    assert found(110, "b").new_images(found(100, "a")) == 10
-    assert found(100, "b").new_images(found(100, "a")) == 100
+    assert found(110, "b").count_new_images(found(100, "a")) == 10
+    assert found(100, "b").count_new_images(found(100, "a")) == 100
 
 
 def test_a_look_sees_data_settings_and_image_and_no_places(tmp_path, pool, picture):
     folders = {}
-    for part in ("labelled", "heldout"):
+    for part in ("labeled", "heldout"):
         for index, name in enumerate(("cat", "dog")):
             (tmp_path / part / name).mkdir(parents=True)
             (tmp_path / part / name / f"{part}.png").write_bytes(picture(index))
@@ -131,13 +131,15 @@ def test_a_look_sees_data_settings_and_image_and_no_places(tmp_path, pool, pictu
 
     def look(*overrides, image="worker:1", **places):
         asked = {**folders, "pool": str(tmp_path / "pool")} | places
-        one = config.load(config.located("quickstart"), [*(f"data.{k}={v}" for k, v in asked.items()), *overrides])
-        return trigger.look(one, image)
+        one = config.load_experiment(
+            config.resolve_preset("quickstart"), [*(f"data.{k}={v}" for k, v in asked.items()), *overrides]
+        )
+        return trigger.propose_trigger(one, image)
 
     first = look()
     assert first.run == f"quickstart-{first.digest[:8]}"
     assert {part: (one.images, len(one.shards)) for part, one in first.data.items()} == {
-        "labelled": (2, 0),
+        "labeled": (2, 0),
         "pool": (3, 2),
         "heldout": (2, 0),
     }
@@ -155,13 +157,13 @@ def test_a_look_sees_data_settings_and_image_and_no_places(tmp_path, pool, pictu
 def test_data_that_cannot_be_looked_at_is_named(experiment, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"data.pool: .*empty"):
-        trigger._data("pool", str(tmp_path / "empty"))
+        trigger._snapshot_data("pool", str(tmp_path / "empty"))
 
 
 def start(root, experiment, one=None, **options):
-    decision = trigger.decide(root, experiment.name, one or seen(), **options)
-    return trigger.start(
-        Server(), root, experiment, decision, lambda run: cluster.arguments(f"{root.uri}/{run}", root, run), **options
+    decision = trigger.decide_trigger(root, experiment.name, one or seen(), **options)
+    return trigger.start_triggered_run(
+        KfpClient(), root, experiment, decision, lambda run: cluster.build_inputs(f"{root.uri}/{run}", root, run), **options
     )
 
 
@@ -184,7 +186,7 @@ def test_a_run_is_started_and_found_from_then_on(root, kfp, experiment):
         kfp.end(first.run_id, state)
         again = start(root, experiment)
         assert (again.run_id, again.state, again.new) == (first.run_id, state, False)
-    assert len(kfp.all("runs")) == 1
+    assert len(kfp.load_all("runs")) == 1
 
 
 @pytest.mark.integration
@@ -214,16 +216,16 @@ def test_two_that_look_at_once_start_one_run(root, kfp, experiment, monkeypatch)
     found = at_once(2, lambda: start(root, experiment))
     assert len(reached) == 2
     assert sorted(run.new for run in found) == [False, True]
-    assert len({run.run_id for run in found}) == len(kfp.all("runs")) == 1
+    assert len({run.run_id for run in found}) == len(kfp.load_all("runs")) == 1
 
 
 @pytest.mark.integration
 def test_a_claim_whose_client_was_killed_is_taken_over(root, kfp, experiment, monkeypatch):
     monkeypatch.setattr(trigger, "WAIT_SECONDS", 0.01)
-    keep(root, seen().model_copy(update={"claimed_at": "2026-01-01T00:00:00+00:00"}), experiment.name)
+    keep(root, seen().model_copy(update_weights={"claimed_at": "2026-01-01T00:00:00+00:00"}), experiment.name)
     found = at_once(2, lambda: start(root, experiment))
     assert sorted(run.new for run in found) == [False, True]
-    assert len(kfp.all("runs")) == 1
+    assert len(kfp.load_all("runs")) == 1
 
 
 @pytest.mark.integration
@@ -244,9 +246,11 @@ def test_a_server_that_is_down_leaves_nothing_and_the_same_call_does_it_later(ro
 
 @pytest.mark.integration
 def test_a_wrong_input_leaves_nothing(root, kfp, experiment, tmp_path):
-    decision = trigger.decide(root, experiment.name, seen())
+    decision = trigger.decide_trigger(root, experiment.name, seen())
     with pytest.raises(ConfigError, match="gpus: is no input"):
-        trigger.start(Server(), root, experiment, decision, lambda run: cluster.arguments("c", root, run, inputs=["gpus=1"]))
+        trigger.start_triggered_run(
+            KfpClient(), root, experiment, decision, lambda run: cluster.build_inputs("c", root, run, inputs=["gpus=1"])
+        )
     assert list(tmp_path.rglob("*")) == []
 
 
@@ -262,7 +266,7 @@ def test_prices_are_read_and_what_is_wrong_is_named(tmp_path):
 
 
 def ns(capsys, *arguments: str) -> tuple[int, str, str]:
-    code = cli._main(list(arguments))
+    code = cli.run_command_line(list(arguments))
     out, err = capsys.readouterr()
     return code, out, err
 
@@ -288,16 +292,16 @@ def test_the_command_says_what_it_would_do_then_does_it_then_has_nothing_to_do(c
     assert (list(store.list("")), kfp.requests) == ([], [])
 
     code, out, _ = ns(capsys, "trigger", *options)
-    (run,) = kfp.all("runs")
+    (run,) = kfp.load_all("runs")
     assert out == (
         f"started {run.display_name}: no run of quickstart was started before: {kfp.url}/#/runs/details/{run.run_id}\n"
     )
-    assert config.load(run.runtime_config.parameters["config"]).name == "quickstart"
+    assert config.load_experiment(run.runtime_config.parameters["config"]).name == "quickstart"
     code, out, _ = ns(capsys, "trigger", *options)
     assert out.startswith(f"nothing to do: data, settings and image are those of run {run.display_name}: run ")
     code, out, _ = ns(capsys, "trigger", *options, "--image", "worker:2", "--json")
     assert json.loads(out)["why"].startswith("the image is worker:2, was noisy-student/worker:")
-    assert (code, len(kfp.all("runs"))) == (0, 2)
+    assert (code, len(kfp.load_all("runs"))) == (0, 2)
 
 
 @pytest.mark.integration
@@ -305,7 +309,7 @@ def test_two_commands_at_once_start_one_run_on_s3(kfp, on_s3, experiment):
     _, store = on_s3
     found = at_once(4, lambda: start(store, experiment))
     assert sorted(run.new for run in found) == [False, False, False, True]
-    assert len(kfp.all("runs")) == 1
+    assert len(kfp.load_all("runs")) == 1
 
 
 @pytest.mark.integration
@@ -340,4 +344,4 @@ def test_watching_says_a_line_each_time_outlives_failures_and_ends_on_sigterm(kf
     assert said[1].startswith("started quickstart-")
     assert said[2].startswith("nothing to do: data, settings and image are those of run quickstart-")
     assert (watcher.returncode, err) == (0, "")
-    assert len(kfp.all("runs")) == 1
+    assert len(kfp.load_all("runs")) == 1

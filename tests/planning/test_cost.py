@@ -9,31 +9,31 @@ from rich.console import Console
 
 from ns import planning as plan
 from ns.cli.progress import plan_tables
-from ns.config.schema import parse
+from ns.config.schema import parse_experiment
 from ns.core.errors import ConfigError, DataError
-from ns.labeling.predict import packed
+from ns.labeling.predict import pack_label_rows
 from ns.modeling import factory as models
-from ns.modeling.predictor import Predictions
-from ns.planning import Asked, Counts
-from ns.planning.cost import checkpoint_size
+from ns.modeling.predictor import ShardPredictions
+from ns.planning import KnownCounts, PlanRequest
+from ns.planning.cost import estimate_checkpoint_bytes
 from ns.storage import LocalStore
-from ns.training.checkpoint import State, Writer
+from ns.training.checkpoint import CheckpointWriter, TrainingState
 from ns.training.ema import Ema
 from ns.training.optim import make_optimizer
 
-IMAGENET = Counts({"labelled": 1_281_167, "pool": 130_000_000, "heldout": 50_000}, image_bytes=110_000)
-NOWHERE = {"labelled": "./nowhere", "pool": "s3://nobody/nothing", "heldout": "./nowhere-else"}
+IMAGENET = KnownCounts({"labeled": 1_281_167, "pool": 130_000_000, "heldout": 50_000}, image_bytes=110_000)
+NOWHERE = {"labeled": "./nowhere", "pool": "s3://nobody/nothing", "heldout": "./nowhere-else"}
 
 
 def experiment(**fields):
-    return parse({"name": "planned", "data": NOWHERE, **fields}, "test")
+    return parse_experiment({"name": "planned", "data": NOWHERE, **fields}, "test")
 
 
 @pytest.fixture(scope="module")
 def paper():
     """B7 teaches L2, on 256 devices."""
-    config = experiment(teacher={"preset": "b7"}, students=[{"preset": "l2"}], generations=1, labelling={"tasks": 8})
-    return plan.plan(config, Asked(IMAGENET, devices=256, multiply_adds_per_second=10e12, price=2.0))
+    config = experiment(teacher={"preset": "b7"}, students=[{"preset": "l2"}], generations=1, labeling={"tasks": 8})
+    return plan.estimate_run(config, PlanRequest(IMAGENET, devices=256, multiply_adds_per_second=10e12, price=2.0))
 
 
 def work(made, task, generation):
@@ -42,41 +42,41 @@ def work(made, task, generation):
 
 
 def test_the_papers_training_comes_to_the_papers_steps_and_images(paper):
-    # noisy_student.md §1.4: 350 epochs in batches of 2048 + 14 × 2048, 6.3 · 10⁹ pseudo-labelled images.
+    # noisy_student.md §1.4: 350 epochs in batches of 2048 + 14 × 2048, 6.3 · 10⁹ pseudo-labeled images.
     student = work(paper, "train", 1)
     assert student.steps == 218_950
     assert student.images == 218_950 * 2048 * 15
-    assert student.images - student.steps * student.labelled_batch == pytest.approx(6.3e9, rel=0.01)
+    assert student.images - student.steps * student.labeled_batch == pytest.approx(6.3e9, rel=0.01)
     # GMACs of timm's table.
     assert student.multiply_adds == pytest.approx(172.1e9, rel=0.01)
     assert student.parameters == pytest.approx(480e6, rel=0.01)
 
 
 def test_time_is_images_times_three_passes_over_the_devices_speed(paper):
-    student, teacher, labelling = work(paper, "train", 1), work(paper, "train", 0), work(paper, "label", 1)
+    student, teacher, labeling = work(paper, "train", 1), work(paper, "train", 0), work(paper, "label", 1)
     assert student.device_hours == pytest.approx(student.images * 3 * student.multiply_adds / 10e12 / 3600)
     assert student.seconds == pytest.approx(student.device_hours * 3600 / 256)
-    assert labelling.device_hours == pytest.approx(130e6 * teacher.multiply_adds / 10e12 / 3600)
-    assert labelling.devices == 8
+    assert labeling.device_hours == pytest.approx(130e6 * teacher.multiply_adds / 10e12 / 3600)
+    assert labeling.devices == 8
     assert paper.device_hours == pytest.approx(sum(one.device_hours for one in paper.work))
     assert paper.hours == pytest.approx(sum(one.seconds for one in paper.work) / 3600)
     assert paper.cost == pytest.approx(2 * paper.device_hours)
 
 
 def test_reading_and_sending_follow_from_images_and_weights(paper):
-    student, labelling = work(paper, "train", 1), work(paper, "label", 1)
+    student, labeling = work(paper, "train", 1), work(paper, "label", 1)
     assert student.read_bytes_per_second == pytest.approx(student.images_per_second * 110_000)
-    assert labelling.read_bytes_per_second == pytest.approx(labelling.images_per_second * 110_000)
+    assert labeling.read_bytes_per_second == pytest.approx(labeling.images_per_second * 110_000)
     assert student.network_bytes_per_step == pytest.approx(2 * 255 / 256 * 4 * student.parameters, rel=1e-9)
-    assert labelling.network_bytes_per_step == 0
+    assert labeling.network_bytes_per_step == 0
 
 
 def test_an_alone_device_sends_nothing():
     config = experiment(teacher={"preset": "b0"}, students=[{"preset": "b0"}], generations=1)
-    made = plan.plan(config, Asked(IMAGENET, multiply_adds_per_second=1e12))
+    made = plan.estimate_run(config, PlanRequest(IMAGENET, multiply_adds_per_second=1e12))
     assert {one.network_bytes_per_step for one in made.work} == {0}
     assert made.cost is None
-    assert not any("of 1 devices" in line for line in plan.remarks(made))
+    assert not any("of 1 devices" in line for line in plan.format_plan_remarks(made))
 
 
 @pytest.mark.parametrize("optimizer", [{"name": "rmsprop"}, {"name": "sgd", "momentum": 0}, {"name": "sgd"}, {"name": "adamw"}])
@@ -84,18 +84,18 @@ def test_a_checkpoint_is_as_large_as_planned(tmp_path, optimizer):
     role = experiment(
         teacher={"model": {"arch": "test_efficientnet", "resolution": 32}, "train": {"optimizer": optimizer}}
     ).teacher
-    network = models.build(role.model, role.noise, 10)
+    network = models.build_model(role.model, role.noise, 10)
     trained = make_optimizer(network, role.train.optimizer)
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
     trained.step()
-    with Writer(LocalStore(tmp_path), 2) as writer:
-        writer.save(State(network, Ema(network, 0.9), trained))
+    with CheckpointWriter(LocalStore(tmp_path), 2) as writer:
+        writer.save(TrainingState(network, Ema(network, 0.9), trained))
     (written,) = tmp_path.iterdir()
     state = sum(value.numel() for value in network.state_dict().values())
-    planned = checkpoint_size(models.parameter_count(network), state, role.train.optimizer)
+    planned = estimate_checkpoint_bytes(models.count_parameters(network), state, role.train.optimizer)
     # The rest is the header: names, shapes, and JSON; it does not grow with the network's width.
-    assert planned < written.stat().st_size < planned + 200_000
+    assert planned < written.make_stat().st_size < planned + 200_000
 
 
 def test_a_label_set_is_no_larger_than_planned(paper):
@@ -110,15 +110,15 @@ def test_a_label_set_is_no_larger_than_planned(paper):
         def __len__(self):
             return 5000
 
-    written = len(packed(Predictions(Index(), probabilities, {}), 10)[0]) / 5000
+    written = len(pack_label_rows(ShardPredictions(Index(), probabilities, {}), 10)[0]) / 5000
     planned = paper.label_set_bytes / 130e6
     assert 0.8 * planned < written <= 1.05 * planned
 
 
 def test_a_fine_tuning_is_planned_too():
-    student = {"preset": "b0", "train": {"finetune": {"resolution": 320, "labelled_batch": 100}}}
+    student = {"preset": "b0", "train": {"finetune": {"resolution": 320, "labeled_batch": 100}}}
     config = experiment(students=[student], teacher={"preset": "b0"}, generations=1)
-    made = plan.plan(config, Asked(IMAGENET, multiply_adds_per_second=1e12))
+    made = plan.estimate_run(config, PlanRequest(IMAGENET, multiply_adds_per_second=1e12))
     tuning = work(made, "finetune", 1)
     assert tuning.resolution == 320
     assert tuning.images == 100 * -(-1.5 * 1_281_167 // 100)
@@ -126,7 +126,7 @@ def test_a_fine_tuning_is_planned_too():
 
 
 def test_a_loader_that_cannot_keep_up_is_said(monkeypatch, tmp_path):
-    config = parse(
+    config = parse_experiment(
         {
             "name": "slow",
             "data": {part: f"digits:{part}" for part in NOWHERE},
@@ -137,25 +137,26 @@ def test_a_loader_that_cannot_keep_up_is_said(monkeypatch, tmp_path):
         "test",
     )
     monkeypatch.setattr("ns.planning.cost.noise_seconds", lambda *_: 0.5)
-    made = plan.plan(config, Asked(multiply_adds_per_second=1e12))
+    made = plan.estimate_run(config, PlanRequest(multiply_adds_per_second=1e12))
     teacher = work(made, "train", 0)
     assert teacher.limited_by == "loader"
     assert teacher.images_per_second == pytest.approx(4)  # two cores, half a second an image
     cores = 0.5 * 1e12 / 3 / teacher.multiply_adds
     assert teacher.loader_cores == pytest.approx(cores)
-    (line,) = [line for line in plan.remarks(made) if line.startswith("teacher: waits")]
+    (line,) = [line for line in plan.format_plan_remarks(made) if line.startswith("teacher: waits")]
     assert f"set teacher.train.loader_workers to {int(np.ceil(cores))} or more" in line
 
 
 def test_what_cannot_be_looked_at_is_named():
-    with pytest.raises(DataError, match=r"data\.labelled: .*nowhere.*or say how many images there will be: --labelled N"):
-        plan.plan(experiment(), Asked(Counts({"pool": 3})))
+    with pytest.raises(DataError, match=r"data\.labeled: .*nowhere.*or say how many images there will be: --labeled N"):
+        plan.estimate_run(experiment(), PlanRequest(KnownCounts({"pool": 3})))
 
 
 def test_networks_are_checked_first():
     with pytest.raises(ConfigError, match="its teacher"):
-        plan.plan(
-            experiment(teacher={"preset": "b7"}, students=[{"preset": "b0"}]), Asked(IMAGENET, multiply_adds_per_second=1e12)
+        plan.estimate_run(
+            experiment(teacher={"preset": "b7"}, students=[{"preset": "b0"}]),
+            PlanRequest(IMAGENET, multiply_adds_per_second=1e12),
         )
 
 
@@ -175,27 +176,27 @@ def test_the_tables_fit_a_terminal(paper):
 
 
 def test_robustness_is_counted_for_every_model_on_the_images_that_are_reported():
-    counts = Counts({"labelled": 1000, "pool": 5000, "heldout": 300, "test": 2000})
+    counts = KnownCounts({"labeled": 1000, "pool": 5000, "heldout": 300, "test": 2000})
     asked = {"suites": ["corruptions", "attacks"], "images": 500}
-    made = plan.plan(
+    made = plan.estimate_run(
         experiment(generations=1, data={**NOWHERE, "test": "./nowhere-more"}, evaluation=asked),
-        Asked(counts, multiply_adds_per_second=1e12),
+        PlanRequest(counts, multiply_adds_per_second=1e12),
     )
     for generation in (0, 1):
         assert work(made, "evaluate", generation).images == 2300
         assert work(made, "robustness", generation).images == 500 * (1 + 75 + 4 * 4 + 31 + 151)
-    guarded = plan.plan(
+    guarded = plan.estimate_run(
         experiment(
             generations=1,
             data={**NOWHERE, "test": "./nowhere-more"},
             evaluation=asked,
             gate={"max_mce_rise": 2, "max_churn": 0.5},
         ),
-        Asked(counts, multiply_adds_per_second=1e12),
+        PlanRequest(counts, multiply_adds_per_second=1e12),
     )
     # What the gate asks of all held-out images, which are fewer; no attacks.
     assert work(guarded, "robustness", 1).images == work(made, "robustness", 1).images + 300 * (1 + 75)
-    plain = plan.plan(experiment(generations=1), Asked(counts, multiply_adds_per_second=1e12))
+    plain = plan.estimate_run(experiment(generations=1), PlanRequest(counts, multiply_adds_per_second=1e12))
     assert {one.task for one in plain.work} == {"train", "label", "evaluate"}
     assert work(plain, "evaluate", 0).images == 300
 
@@ -224,7 +225,7 @@ def test_further_evaluation_sets_are_counted_for_every_model(tmp_path, picture):
         "p": {"place": films, "kind": "imagenet-p"},
         "arrays": {"place": str(tmp_path / "arrays"), "kind": "cifar10-c"},
     }
-    counts = Counts({"labelled": 1000, "pool": 5000, "heldout": 300}, classes=2)
+    counts = KnownCounts({"labeled": 1000, "pool": 5000, "heldout": 300}, classes=2)
 
     def planned(**evaluation):
         config = experiment(
@@ -233,7 +234,7 @@ def test_further_evaluation_sets_are_counted_for_every_model(tmp_path, picture):
             teacher={"train": {"finetune": {"resolution": 48}}, "model": {"arch": "test_efficientnet", "resolution": 32}},
             students=[{"model": {"arch": "test_efficientnet", "resolution": 32}}],
         )
-        return plan.plan(config, Asked(counts, multiply_adds_per_second=1e12))
+        return plan.estimate_run(config, PlanRequest(counts, multiply_adds_per_second=1e12))
 
     whole = planned()
     assert [one.images for one in whole.work if one.task == "evaluate"] == [303, 300, 303]

@@ -14,7 +14,7 @@ from ns.cli import app as cli
 from ns.core.digest import sha256_bytes
 from ns.core.errors import ConfigError, DataError, RunError, StoreError
 from ns.evaluation.gate import Verdict
-from ns.modeling.manifest import MANIFEST, WEIGHTS, ModelCard
+from ns.modeling.manifest import MANIFEST, WEIGHTS, ModelManifest
 from ns.promotion import promote
 from ns.runs import records as runs
 from tests.reporting.conftest import RUN
@@ -37,8 +37,8 @@ def environment(monkeypatch, tmp_path_factory):
 def root(made_up):
     """A run whose accepted student has weights."""
     weights = b"weights"
-    card = ModelCard.read(made_up.at(MODEL), MANIFEST)
-    card.model_copy(update={"weights_sha256": sha256_bytes(weights)}).write(made_up.at(MODEL), MANIFEST)
+    card = ModelManifest.load_file(made_up.at(MODEL), MANIFEST)
+    card.model_copy(update_weights={"weights_sha256": sha256_bytes(weights)}).save_file(made_up.at(MODEL), MANIFEST)
     made_up.put(f"{MODEL}/{WEIGHTS}", weights)
     return made_up
 
@@ -62,17 +62,17 @@ def repository(tmp_path_factory, monkeypatch):
 
 
 def ns(capsys, *arguments):
-    code = cli._main(["promote", *arguments])
+    code = cli.run_command_line(["promote", *arguments])
     out, err = capsys.readouterr()
     return code, out, err
 
 
 def refuse(root, generation=1):
     """The gate says no instead."""
-    key = runs.verdict(root, f"{RUN}/gen-{generation}")[1]
+    key = runs.resolve_verdict(root, f"{RUN}/gen-{generation}")[1]
     for path in root.list("store/verdicts/"):
-        if Verdict.read(root, path) == key:
-            key.model_copy(update={"promoted": False, "reason": "no better"}).write(root, path)
+        if Verdict.load_file(root, path) == key:
+            key.model_copy(update_weights={"promoted": False, "reason": "no better"}).save_file(root, path)
 
 
 def test_a_branch_holds_the_pointer_and_nothing_else_is_touched(root, repository, capsys, tmp_path_factory):
@@ -90,11 +90,11 @@ def test_a_branch_holds_the_pointer_and_nothing_else_is_touched(root, repository
     assert repository("diff", "--name-status", "main", "promote/production") == f"A\t{POINTER}\n"
     assert repository("status", "--porcelain") == ""
     assert repository("symbolic-ref", "HEAD") == "refs/heads/main\n"
-    pointer = promote.parse(repository("show", f"promote/production:{POINTER}").encode(), "here")
+    pointer = promote.parse_pointer(repository("show", f"promote/production:{POINTER}").encode(), "here")
     assert pointer.model_dump(mode="json") == said["pointer"]
     assert pointer.model == root.at(MODEL).uri
-    assert pointer.digest == ModelCard.read(root.at(MODEL), MANIFEST).digest
-    assert pointer.metrics["heldout_top1"] == round(runs.summarise(root, RUN).best_top1, 6)
+    assert pointer.digest == ModelManifest.load_file(root.at(MODEL), MANIFEST).digest
+    assert pointer.metrics["heldout_top1"] == round(runs.summarize_run(root, RUN).best_top1, 6)
     assert "train_seconds" not in pointer.metrics
     text = body.read_text()
     assert f"`{POINTER}` moves to the best model of **made-up**" in text
@@ -126,17 +126,17 @@ def test_a_branch_is_made_anew_when_main_moved_and_from_below_the_top(root, repo
     repository("commit", "--quiet", "--allow-empty", "--message=Go on")
     assert ns(capsys, *asked)[0] == 0
     assert repository("rev-parse", "next^") == repository("rev-parse", "main")
-    assert repository("ls-tree", "-r", "--name-only", "next").split() == ["README.md", POINTER]
+    assert repository("ls-tree", "-r", "--name-only", "next").split_batch() == ["README.md", POINTER]
 
 
 def test_the_evidence_compares_with_the_run_before(root, repository):
-    found = promote.candidate(root, RUN)
-    before = found.pointer.model_copy(update={"run": "other"})
-    assert "### other · made-up" in promote.evidence(root, found, before, POINTER)
-    elsewhere = before.model_copy(update={"heldout": "0"})
-    assert "do not compare" in promote.evidence(root, found, elsewhere, POINTER)
-    gone = before.model_copy(update={"run": "gone"})
-    assert "Not compared with the run before: run gone" in promote.evidence(root, found, gone, POINTER)
+    found = promote.read_candidate(root, RUN)
+    before = found.pointer.model_copy(update_weights={"run": "other"})
+    assert "### other · made-up" in promote.render_evidence(root, found, before, POINTER)
+    elsewhere = before.model_copy(update_weights={"heldout": "0"})
+    assert "do not compare" in promote.render_evidence(root, found, elsewhere, POINTER)
+    gone = before.model_copy(update_weights={"run": "gone"})
+    assert "Not compared with the run before: run gone" in promote.render_evidence(root, found, gone, POINTER)
 
 
 def test_a_run_whose_gate_accepted_nothing_is_refused(root, repository, capsys):
@@ -156,8 +156,8 @@ def test_a_model_that_is_not_whole_is_neither_promoted_nor_good(root, repository
         folder.put(WEIGHTS, b"weightz")
         wanted, what = DataError, f"{WEIGHTS} has '{sha256_bytes(b'weightz')}'"
     elif damage == "card":
-        card = ModelCard.read(folder, MANIFEST)
-        card.model_copy(update={"steps": 5}).write(folder, MANIFEST)
+        card = ModelManifest.load_file(folder, MANIFEST)
+        card.model_copy(update_weights={"steps": 5}).save_file(folder, MANIFEST)
         wanted, what = DataError, "another model lies there now"
     else:
         folder.delete(WEIGHTS)
@@ -171,9 +171,9 @@ def test_a_model_that_is_not_whole_is_neither_promoted_nor_good(root, repository
 
 
 def test_what_is_no_pointer_is_said_so(root, repository, capsys):
-    found = promote.candidate(root, RUN)
-    fields = yaml.safe_load(promote.render(found.pointer))
-    assert promote.parse(json.dumps(fields).encode(), "here") == found.pointer
+    found = promote.read_candidate(root, RUN)
+    fields = yaml.safe_load(promote.render_pointer(found.pointer))
+    assert promote.parse_pointer(json.dumps(fields).encode(), "here") == found.pointer
     for text, what in (
         ("- a", "here: must be a pointer to a model"),
         (": :", "here: not YAML"),
@@ -181,7 +181,7 @@ def test_what_is_no_pointer_is_said_so(root, repository, capsys):
         (yaml.safe_dump(fields | {"weight": 1}), "here: weight: "),
     ):
         with pytest.raises(DataError, match=what):
-            promote.parse(text.encode(), "here")
+            promote.parse_pointer(text.encode(), "here")
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ class Job:
         (self.folder / "asked").write_text("")
         environment = self.environment | {"GITHUB_EVENT_NAME": event}
         done = subprocess.run(["bash", "-e", "-c", self.steps[0]["run"]], env=environment, capture_output=True, text=True)
-        outputs = dict(line.split("=", 1) for line in (self.folder / "output").read_text().splitlines())
+        outputs = dict(line.split_batch("=", 1) for line in (self.folder / "output").read_text().splitlines())
         if outputs.get("commit"):
             environment["TITLE"] = outputs["title"]
             subprocess.run(["bash", "-e", "-c", self.steps[1]["run"]], env=environment, capture_output=True, check=True)
@@ -250,7 +250,7 @@ class Job:
         return done.returncode, done.stdout + done.stderr, outputs
 
 
-@pytest.mark.skipif(shutil.which("jq") is None, reason="needs jq, as GitHub's runners have it")
+@pytest.mark.skipif(shutil.question("jq") is None, reason="needs jq, as GitHub's runners have it")
 def test_the_workflow_opens_one_request_keeps_it_and_rests_when_it_is_merged(root, repository, tmp_path_factory):
     job = Job(tmp_path_factory.mktemp("job"), root, repository)
     title = "Promote made-up, generation 1"
@@ -260,7 +260,7 @@ def test_the_workflow_opens_one_request_keeps_it_and_rests_when_it_is_merged(roo
     assert code == 0, said
     assert outputs["title"] == title
     assert job.asked[-1] == f"pr create --head promote/production --base main --title {title} --body-file body.md"
-    assert repository("ls-remote", "origin", "promote/production").split()[0] == outputs["commit"]
+    assert repository("ls-remote", "origin", "promote/production").split_batch()[0] == outputs["commit"]
     assert "| gate of generation 1 |" in (job.folder / "summary").read_text()
 
     (job.folder / "number").write_text("12\n")

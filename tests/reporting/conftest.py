@@ -9,26 +9,26 @@ import pytest
 from PIL import Image
 
 from ns.config import schema as config
-from ns.config.schema import GateConfig, LabellingConfig, SelectionConfig
+from ns.config.schema import GateConfig, LabelingConfig, SelectionConfig
 from ns.core.digest import sha256_bytes
 from ns.data.dataset import Dataset
 from ns.data.importing.writer import ShardWriter
 from ns.data.index import ShardIndex
-from ns.data.leakage import CheckReport, Overlap
-from ns.data.prepared import Prepared, Source
-from ns.data.shards import read_index
+from ns.data.leakage import LeakageReport, Overlap
+from ns.data.prepared import PreparedData, PreparedDataset
+from ns.data.shards import read_samples
 from ns.evaluation import gate
-from ns.evaluation.accuracy import summarise, table_of
-from ns.evaluation.result import Attack, Perturbed, Robustness, Subsample
+from ns.evaluation.accuracy import build_predictions_table, summarize_predictions
+from ns.evaluation.result import AttackResult, PerturbationResult, Robustness, Subsample
 from ns.labeling import predict
-from ns.labeling.label_set import join
-from ns.labeling.selection import select_from
-from ns.modeling.manifest import Lineage, ModelCard
-from ns.modeling.predictor import Predictions
+from ns.labeling.label_set import join_label_shards
+from ns.labeling.selection import make_selection
+from ns.modeling.manifest import Lineage, ModelManifest
+from ns.modeling.predictor import ShardPredictions
 from ns.reporting.pictures import THUMBNAIL_PX
 from ns.runs import records as runs
 from ns.storage import LocalStore
-from ns.storage.documents import pretty
+from ns.storage.documents import encode_json
 
 CLASSES = ("cat", "<script>alert(1)</script>", 'quote"s & co')
 RUN = "made-up"
@@ -41,8 +41,8 @@ def dataset(folder, role: str, count: int, px: int = 12) -> Dataset:
         for index in range(count):
             png = io.BytesIO()
             Image.fromarray(rng.integers(0, 255, (px, px, 3), np.uint8)).save(png, "PNG")
-            writer.add(f"{role}/<b>{index}", "png", png.getvalue(), None if role == "unlabelled" else index % 3)
-    made = Dataset(name=role, role=role, classes=() if role == "unlabelled" else CLASSES, shards=writer.shards)
+            writer.add_image(f"{role}/<b>{index}", "png", png.getvalue(), None if role == "unlabeled" else index % 3)
+    made = Dataset(name=role, role=role, classes=() if role == "unlabeled" else CLASSES, shards=writer.shards)
     made.save(folder)
     return made
 
@@ -53,12 +53,12 @@ def probabilities(rng, count: int, sharpness: float) -> np.ndarray:
     return (values / values.sum(1, keepdims=True)).astype(np.float32)
 
 
-def robustness(card: ModelCard, data: Dataset, error: float) -> Robustness:
+def robustness(card: ModelManifest, data: Dataset, error: float) -> Robustness:
     return Robustness(
         model=card.digest,
         dataset=data.digest,
         name="held <i>out",
-        classes=3,
+        num_classes=3,
         imagenet=False,
         images=20,
         unreadable=0,
@@ -69,10 +69,10 @@ def robustness(card: ModelCard, data: Dataset, error: float) -> Robustness:
         severities=(1, 5),
         corruptions=dict.fromkeys(KINDS, (error, 1.5 * error)),
         frames=3,
-        perturbations={"snow": Perturbed(flip_probability=error / 10, top5_distance=1.0)},
+        perturbations={"snow": PerturbationResult(flip_probability=error / 10, top5_distance=1.0)},
         attacks=(
-            Attack(name="fgsm", epsilon=4, steps=1, step_size=4, top1=0.5 - error),
-            Attack(name="pgd", epsilon=16, steps=10, step_size=4, top1=0.05),
+            AttackResult(name="fgsm", epsilon=4, steps=1, step_size=4, top1=0.5 - error),
+            AttackResult(name="pgd", epsilon=16, steps=10, step_size=4, top1=0.05),
         ),
         predictions_sha256="0",
         seconds=1.0,
@@ -96,33 +96,33 @@ def made_up(unchanged, tmp_path):
 
 def make(root: LocalStore, run: str = RUN, *, seed: int = 0, lift: float = 0.3) -> LocalStore:
     """Writes a run. `lift`: what the student's probability of the right class gains."""
-    experiment = config.parse(
+    experiment = config.parse_experiment(
         {
             "name": "made-up",
             "seed": seed,
             "generations": 2,
-            "data": {"labelled": "l", "pool": "p", "heldout": "h"},
+            "data": {"labeled": "l", "pool": "p", "heldout": "h"},
             "report": {"pictures": 5},
             "selection": {"per_class": 10, "min_confidence": 0.5},
         },
         "here",
     )
-    runs.start(root, run, experiment, "1.2.3")
+    runs.open_run(root, run, experiment, "1.2.3")
 
     def note(generation, step, **outputs):
-        runs.note(root, run, generation, step, outputs, 1.5 + generation, reused=generation == 2)
+        runs.write_stage_note(root, run, generation, step, outputs, 1.5 + generation, reused=generation == 2)
 
     parts = {}
     for part, role, count, px in (
-        ("labelled", "labelled", 9, 12),
-        ("pool", "unlabelled", 60, 2 * THUMBNAIL_PX),
+        ("labeled", "labeled", 9, 12),
+        ("pool", "unlabeled", 60, 2 * THUMBNAIL_PX),
         ("heldout", "evaluation", 30, 12),
     ):
         made = dataset(root.at(f"store/datasets/{part}"), role, count, px)
-        parts[part] = (Source(ref=f"store/datasets/{part}", dataset=made.digest), made)
-    prepared = Prepared(**{part: source for part, (source, _) in parts.items()})
-    prepared.write(root, "store/prepared/x/prepared.json")
-    CheckReport(
+        parts[part] = (PreparedDataset(uri=f"store/datasets/{part}", digest=made.digest), made)
+    prepared = PreparedData(**{part: source for part, (source, _) in parts.items()})
+    prepared.save_file(root, "store/prepared/x/prepared.json")
+    LeakageReport(
         datasets={part: made.digest for part, (_, made) in parts.items()},
         images={},
         classes={},
@@ -130,38 +130,38 @@ def make(root: LocalStore, run: str = RUN, *, seed: int = 0, lift: float = 0.3) 
         left_out=7,
         bits=4,
         skipped=0,
-    ).write(root, "store/checks/x/check.json")
+    ).save_file(root, "store/checks/x/check.json")
     note(0, "prepare-data", data="store/prepared/x/prepared.json")
 
     rng = np.random.default_rng(seed)
     tables = {}
     for generation in (0, 1):
         folder = root.at(f"store/models/{seed}{generation}")
-        card = ModelCard(
+        card = ModelManifest(
             generation=generation,
             model=experiment.teacher.model,
             noise=experiment.teacher.noise,
             classes=CLASSES,
             parameters=1234567 + seed,
             steps=4,
-            lineage=Lineage(config="0", labelled="0"),
+            lineage=Lineage(config="0", labeled="0"),
             weights_sha256="0",
         )
-        card.write(folder, "model.json")
-        point = {"loss": 1.0, "loss_labelled": 0.5, "accuracy_labelled": 0.5, "lr": 0.1, "images": 8.0, "processes": 3.0}
+        card.save_file(folder, "model.json")
+        point = {"loss": 1.0, "loss_labeled": 0.5, "accuracy_labeled": 0.5, "lr": 0.1, "images": 8.0, "processes": 3.0}
         if generation:
             point |= {"loss_pseudo": 0.4, "agreement": 0.8}
-        folder.put("history.json", pretty([{"step": float(step), **point} for step in range(1, 5)]))
+        folder.put("history.json", encode_json([{"step": float(step), **point} for step in range(1, 5)]))
         note(generation, "train", model=f"store/models/{seed}{generation}/model.json")
         labels = np.arange(30) % 3
         guesses = probabilities(rng, 30, 0.5)
         guesses[np.arange(30), labels] += 0.1 + generation * lift
-        tables[generation] = table_of(
+        tables[generation] = build_predictions_table(
             [f"evaluation/<b>{i}" for i in range(30)], labels, guesses / guesses.sum(1, keepdims=True)
         )
         sink = io.BytesIO()
         pq.write_table(tables[generation], sink)
-        evaluation = summarise(
+        evaluation = summarize_predictions(
             tables[generation],
             model=card.digest,
             dataset=parts["heldout"][1].digest,
@@ -170,9 +170,9 @@ def make(root: LocalStore, run: str = RUN, *, seed: int = 0, lift: float = 0.3) 
             predictions_sha256=sha256_bytes(sink.getvalue()),
         )
         root.put(f"store/evaluations/{seed}{generation}/predictions.parquet", sink.getvalue())
-        evaluation.write(root, f"store/evaluations/{seed}{generation}/evaluation.json")
+        evaluation.save_file(root, f"store/evaluations/{seed}{generation}/evaluation.json")
         robust = f"store/robustness/{seed}{generation}/robustness.json"
-        robustness(card, parts["heldout"][1], 0.4 - 0.1 * generation).write(root, robust)
+        robustness(card, parts["heldout"][1], 0.4 - 0.1 * generation).save_file(root, robust)
         evaluated = f"store/evaluations/{seed}{generation}/evaluation.json"
         note(generation, "evaluate", evaluation=evaluated, test=evaluated, robustness=robust)
 
@@ -180,34 +180,34 @@ def make(root: LocalStore, run: str = RUN, *, seed: int = 0, lift: float = 0.3) 
     for generation in (1, 2):
         where = root.at(f"store/labels/{seed}{generation}")
         for shard in pool.shards:
-            samples = read_index(root.at("store/datasets/pool").path(shard.name))
+            samples = read_samples(root.at("store/datasets/pool").path(shard.name))
             errors = {3: "truncated"} if shard.name == "shard-00000.tar" else {}
             guesses = probabilities(rng, len(samples), 2.0)
             guesses[list(errors)] = np.nan
-            found = Predictions(ShardIndex.of(samples, [(0, 0)] * len(samples)), guesses, errors)
-            predict.write(where, shard, [found], LabellingConfig(), "float32")
-        label_set = join(where, pool, teacher=f"t{seed}{generation}", code="c", classes=CLASSES, top_k=10)
-        label_set.write(where, "labelset.json")
+            found = ShardPredictions(ShardIndex.from_samples(samples, [(0, 0)] * len(samples)), guesses, errors)
+            predict.write_label_shard(where, shard, [found], LabelingConfig(), "float32")
+        label_set = join_label_shards(where, pool, teacher=f"t{seed}{generation}", code="c", classes=CLASSES, top_k=10)
+        label_set.save_file(where, "labelset.json")
         policy = SelectionConfig(per_class=10, min_confidence=0.5)
-        selection = select_from(where, label_set, policy, seed=0, labels=f"store/labels/{seed}{generation}")
-        selection.write(root, f"store/selections/{seed}{generation}/selection.json")
+        selection = make_selection(where, label_set, policy, seed=0, label_set_key=f"store/labels/{seed}{generation}")
+        selection.save_file(root, f"store/selections/{seed}{generation}/selection.json")
         note(
             generation,
             "commit-labels",
             labels=f"store/labels/{seed}{generation}/labelset.json",
             selection=f"store/selections/{seed}{generation}/selection.json",
         )
-    verdict = gate.judge(
+    verdict = gate.evaluate_gate(
         GateConfig(max_class_drop=0.5),
         generation=1,
         teacher=f"store/models/{seed}0",
         student=f"store/models/{seed}1",
-        labels=tables[0]["label"].to_numpy(),
+        class_ids=tables[0]["label"].to_numpy(),
         teacher_correct=tables[0]["rank"].to_numpy() == 0,
         student_correct=tables[1]["rank"].to_numpy() == 0,
         classes=CLASSES,
         seed=0,
     )
-    verdict.write(root, f"store/verdicts/{seed}1/verdict.json")
+    verdict.save_file(root, f"store/verdicts/{seed}1/verdict.json")
     note(1, "gate", verdict=f"store/verdicts/{seed}1/verdict.json")
     return root

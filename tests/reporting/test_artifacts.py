@@ -16,8 +16,8 @@ EVALUATION = "store/evaluations/01/evaluation.json"
 
 
 def test_metrics_are_what_was_measured(unchanged):
-    found = artifacts.generation_metrics(unchanged, RUN, 1)
-    evaluation = Evaluation.read(unchanged, EVALUATION)
+    found = artifacts.collect_generation_metrics(unchanged, RUN, 1)
+    evaluation = Evaluation.load_file(unchanged, EVALUATION)
     assert found["heldout_top1"] == evaluation.top1
     assert found["heldout_top1_low"] < found["heldout_top1"] < found["heldout_top1_high"]
     assert found["heldout_ece"] == evaluation.calibration.ece
@@ -33,16 +33,16 @@ def test_metrics_are_what_was_measured(unchanged):
 
 
 def test_first_teacher_has_metrics_and_no_verdict(unchanged):
-    found = artifacts.generation_metrics(unchanged, RUN, 0)
+    found = artifacts.collect_generation_metrics(unchanged, RUN, 0)
     assert found["mce"] == pytest.approx(100)
     assert "promoted" not in found
     assert "gain" not in found
 
 
 def test_confusion_is_that_of_the_held_out_images(unchanged):
-    names, matrix = artifacts.confusion(unchanged, RUN, 1)
+    names, matrix = artifacts.read_confusion(unchanged, RUN, 1)
     assert tuple(names) == CLASSES
-    assert matrix == [list(row) for row in Evaluation.read(unchanged, EVALUATION).confusion]
+    assert matrix == [list(row) for row in Evaluation.load_file(unchanged, EVALUATION).confusion]
 
 
 def test_of_many_classes_those_with_most_mistakes_are_named(made_up):
@@ -50,12 +50,12 @@ def test_of_many_classes_those_with_most_mistakes_are_named(made_up):
     rng = np.random.default_rng(0)
     matrix = np.diag(np.full(count, 100)) + rng.integers(0, 2, (count, count))
     matrix[69, 68] = 50
-    evaluation = Evaluation.read(made_up, EVALUATION)
+    evaluation = Evaluation.load_file(made_up, EVALUATION)
     names = tuple(f"c{number}" for number in range(count))
-    evaluation.model_copy(update={"classes": names, "confusion": tuple(tuple(row) for row in matrix.tolist())}).write(
-        made_up, EVALUATION
-    )
-    shown, folded = artifacts.confusion(made_up, RUN, 1)
+    evaluation.model_copy(
+        update_weights={"classes": names, "confusion": tuple(tuple(row) for row in matrix.tolist())}
+    ).save_file(made_up, EVALUATION)
+    shown, folded = artifacts.read_confusion(made_up, RUN, 1)
     assert len(shown) == len(folded) == artifacts.CONFUSION_CLASSES
     assert shown[-1] == artifacts.OTHERS
     assert folded[shown.index("c69")][shown.index("c68")] == 50
@@ -63,7 +63,7 @@ def test_of_many_classes_those_with_most_mistakes_are_named(made_up):
 
 
 def test_roc_is_that_of_confidence(unchanged):
-    wrong, right, thresholds = artifacts.roc(unchanged, RUN, 1)
+    wrong, right, thresholds = artifacts.compute_roc(unchanged, RUN, 1)
     assert (wrong[0], right[0], thresholds[0]) == (0, 0, 1)
     assert (wrong[-1], right[-1], thresholds[-1]) == (1, 1, 0)
     assert 2 < len(thresholds) <= artifacts.ROC_POINTS
@@ -81,33 +81,33 @@ def test_roc_is_that_of_confidence(unchanged):
 
 
 def test_pages_of_a_generation_are_small_and_speak_of_it_alone(unchanged):
-    page = artifacts.generation_html(unchanged, RUN, 1)
+    page = artifacts.render_generation_html(unchanged, RUN, 1)
     assert len(page.encode()) < 1_000_000
     assert "<b>made-up</b> · generation 1" in page
     assert 'id="gate"' in page
     assert "Generation 2" not in page
-    text = artifacts.generation_markdown(unchanged, RUN, 1)
+    text = artifacts.render_generation_markdown(unchanged, RUN, 1)
     assert text.startswith("### made\\-up, generation 1:".replace("\\-", "-"))
     assert len(text) < 20_000
 
 
 def test_the_page_of_a_whole_run_is_small(unchanged, monkeypatch):
-    page = artifacts.run_html(unchanged, RUN)
+    page = artifacts.render_run_html(unchanged, RUN)
     assert len(page.encode()) < 1_000_000
     assert "<b>made-up</b> · generation" not in page
     assert "data:image/" in page
-    assert artifacts.run_markdown(unchanged, RUN).startswith("### made-up: ")
+    assert artifacts.render_run_markdown(unchanged, RUN).startswith("### made-up: ")
     # Where there is no room for pictures there are none.
     monkeypatch.setattr(artifacts, "render", lambda facts: "x" * (artifacts.PAGE_BYTES if facts.galleries else 1) + "x")
-    assert artifacts.run_html(unchanged, RUN) == "xx"
-    assert artifacts.generation_html(unchanged, RUN, 1) == "xx"
+    assert artifacts.render_run_html(unchanged, RUN) == "xx"
+    assert artifacts.render_generation_html(unchanged, RUN, 1) == "xx"
 
 
 def test_what_is_not_evaluated_yet_is_said(unchanged):
     with pytest.raises(RunError, match="made-up: generation 2 is not evaluated yet"):
-        artifacts.generation_html(unchanged, RUN, 2)
-    assert artifacts.confusion(unchanged, RUN, 2) is None
-    assert artifacts.roc(unchanged, RUN, 2) is None
+        artifacts.render_generation_html(unchanged, RUN, 2)
+    assert artifacts.read_confusion(unchanged, RUN, 2) is None
+    assert artifacts.compute_roc(unchanged, RUN, 2) is None
 
 
 class Shown:
@@ -131,24 +131,24 @@ class Shown:
 def test_steps_hand_a_generation_to_kubeflow(unchanged, tmp_path, monkeypatch):
     monkeypatch.delenv(log.EVENTS_VARIABLE, raising=False)
     metrics, answers, page, summary = (Shown(tmp_path / name) for name in ("metrics", "answers", "page.html", "summary.md"))
-    steps.show_measures(unchanged.uri, RUN, 1, metrics, answers)
-    steps.show_generation(unchanged.uri, RUN, 1, page, summary)
-    assert metrics.metrics == artifacts.generation_metrics(unchanged, RUN, 1)
-    assert answers.matrix == artifacts.confusion(unchanged, RUN, 1)
-    assert answers.curve == artifacts.roc(unchanged, RUN, 1)
+    steps.publish_generation_metrics(unchanged.uri, RUN, 1, metrics, answers)
+    steps.publish_generation_report(unchanged.uri, RUN, 1, page, summary)
+    assert metrics.metrics == artifacts.collect_generation_metrics(unchanged, RUN, 1)
+    assert answers.matrix == artifacts.read_confusion(unchanged, RUN, 1)
+    assert answers.curve == artifacts.compute_roc(unchanged, RUN, 1)
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
-    assert (tmp_path / "summary.md").read_text() == artifacts.generation_markdown(unchanged, RUN, 1)
-    monkeypatch.setattr(artifacts, "run_html", lambda store, run: f"page of {run}")
-    steps.show_run(unchanged.uri, RUN, page, summary)
+    assert (tmp_path / "summary.md").read_text() == artifacts.render_generation_markdown(unchanged, RUN, 1)
+    monkeypatch.setattr(artifacts, "render_run_html", lambda store, run: f"page of {run}")
+    steps.publish_run_report(unchanged.uri, RUN, page, summary)
     assert (tmp_path / "page.html").read_text() == f"page of {RUN}"
-    assert (tmp_path / "summary.md").read_text() == artifacts.run_markdown(unchanged, RUN)
+    assert (tmp_path / "summary.md").read_text() == artifacts.render_run_markdown(unchanged, RUN)
 
 
 def test_steps_hand_nothing_over_where_a_client_shows_the_run_itself(unchanged, tmp_path, monkeypatch):
     monkeypatch.setenv(log.EVENTS_VARIABLE, str(tmp_path / "events"))
     shown = Shown(tmp_path / "page.html")
-    steps.show_measures(unchanged.uri, RUN, 1, shown, shown)
-    steps.show_generation(unchanged.uri, RUN, 1, shown, shown)
-    steps.show_run(unchanged.uri, RUN, shown, shown)
+    steps.publish_generation_metrics(unchanged.uri, RUN, 1, shown, shown)
+    steps.publish_generation_report(unchanged.uri, RUN, 1, shown, shown)
+    steps.publish_run_report(unchanged.uri, RUN, shown, shown)
     assert not shown.metrics
     assert not (tmp_path / "page.html").exists()

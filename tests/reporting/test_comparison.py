@@ -11,7 +11,7 @@ from tests.reporting.conftest import RUN
 
 @pytest.fixture(scope="module")
 def found(unchanged):
-    return comparison.compare(unchanged, [RUN, "other"])
+    return comparison.compare_runs(unchanged, [RUN, "other"])
 
 
 def cells(found, name):
@@ -19,9 +19,9 @@ def cells(found, name):
 
 
 def test_best_models_stand_side_by_side(unchanged, found):
-    best = [Verdict.read(unchanged, f"store/verdicts/{seed}1/verdict.json") for seed in (0, 1)]
+    best = [Verdict.load_file(unchanged, f"store/verdicts/{seed}1/verdict.json") for seed in (0, 1)]
     shown = cells(found, "held out, top-1")
-    for verdict, cell in zip(best, shown, strict=True):
+    for verdict, cell in zip(best, shown, make_strict=True):
         top1 = verdict.student_top1 if verdict.promoted else verdict.teacher_top1
         assert cell.startswith(f"{100 * top1:.1f} %")
 
@@ -41,9 +41,9 @@ def test_only_settings_that_differ_are_listed(found):
 
 
 def test_a_setting_that_one_run_leaves_at_its_default_is_shown_with_it(made_up):
-    experiment = config.load(f"{made_up.uri}/other/config.yaml", ["teacher.train.checkpoints_kept=5", "seed=0"])
-    made_up.put("other/config.yaml", config.dump(experiment).encode())
-    (row,) = comparison.compare(made_up, [RUN, "other"]).settings
+    experiment = config.load_experiment(f"{made_up.uri}/other/config.yaml", ["teacher.train.checkpoints_kept=5", "seed=0"])
+    made_up.put("other/config.yaml", config.dump_experiment(experiment).encode())
+    (row,) = comparison.compare_runs(made_up, [RUN, "other"]).settings
     assert (row.name, row.values) == ("teacher.train.checkpoints_kept", ("2", "5"))
 
 
@@ -51,32 +51,32 @@ def test_other_held_out_images_are_warned_of(made_up):
     from ns.evaluation.result import Evaluation
     from ns.runs import records as runs
 
-    (note,) = [n for n in runs.notes(made_up, "other") if (n.generation, n.step) == (1, "evaluate")]
+    (note,) = [n for n in runs.list_stage_notes(made_up, "other") if (n.generation, n.stage) == (1, "evaluate")]
     key = note.outputs["evaluation"]
     for place in (key, key.replace("/11/", "/10/")):
-        Evaluation.read(made_up, place).model_copy(update={"dataset": "f" * 64}).write(made_up, place)
-    found = comparison.compare(made_up, [RUN, "other"])
+        Evaluation.load_file(made_up, place).model_copy(update_weights={"dataset": "f" * 64}).save_file(made_up, place)
+    found = comparison.compare_runs(made_up, [RUN, "other"])
     assert "The held-out images are not the same in all runs: their accuracies cannot be compared." in found.remarks
-    assert not any(line.name.startswith("difference") for line in found.lines)
+    assert not any(line.name.startswith("difference") for line in found.metric_rows)
 
 
 def test_page_and_markdown_say_the_same(unchanged, found):
-    page, text = comparison.page(found), comparison.markdown(found)
+    page, text = comparison.render_comparison_page(found), comparison.render_comparison_markdown(found)
     for line in found.lines:
         for cell in line.cells:
             assert cell is None or (str(cell) in page and str(cell) in text)
     assert "<script" not in page
-    assert comparison.page(comparison.compare(unchanged, [RUN, "other"])) == page
+    assert comparison.render_comparison_page(comparison.compare_runs(unchanged, [RUN, "other"])) == page
 
 
 @pytest.mark.parametrize("names", [[RUN], [RUN, RUN]])
 def test_one_run_is_no_comparison(unchanged, names):
     with pytest.raises(RunError, match="two or more different ones"):
-        comparison.compare(unchanged, names)
+        comparison.compare_runs(unchanged, names)
 
 
 def test_a_run_without_a_model_is_named(made_up):
     for key in list(made_up.at("other").list("steps/")):
         made_up.at("other").delete(key)
     with pytest.raises(RunError, match="run other: has no evaluated model yet"):
-        comparison.compare(made_up, [RUN, "other"])
+        comparison.compare_runs(made_up, [RUN, "other"])

@@ -1,7 +1,7 @@
 """The report as Markdown."""
 
-from ns.reporting.context import gather
-from ns.reporting.markdown import markdown
+from ns.reporting.context import gather_context
+from ns.reporting.markdown import render_markdown
 from ns.runs import records as runs
 from tests.reporting.conftest import RUN
 
@@ -18,8 +18,8 @@ def tables(text: str) -> list[list[str]]:
 
 
 def test_the_verdict_comes_first_and_numbers_are_those_of_the_page(unchanged):
-    text = markdown(gather(unchanged, RUN, pictures=0))
-    summary = runs.summarise(unchanged, RUN)
+    text = render_markdown(gather_context(unchanged, RUN, pictures=0))
+    summary = runs.summarize_run(unchanged, RUN)
     (row,) = summary.generations
     lines = text.splitlines()
     assert lines[0] == f"### made-up: {100 * summary.teacher_top1:.1f} % → {100 * row.student_top1:.1f} %"
@@ -30,7 +30,7 @@ def test_the_verdict_comes_first_and_numbers_are_those_of_the_page(unchanged):
 
 
 def test_tables_are_whole_whatever_names_say(unchanged):
-    text = markdown(gather(unchanged, RUN, pictures=0))
+    text = render_markdown(gather_context(unchanged, RUN, pictures=0))
     for table in tables(text):
         columns = {line.replace("\\|", "").count("|") for line in table}
         assert len(columns) == 1

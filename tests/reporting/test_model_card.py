@@ -1,29 +1,29 @@
 import pytest
 
 from ns.config.schema import ModelConfig, NoiseConfig
-from ns.export.exporter import Exported
-from ns.modeling.manifest import Lineage, ModelCard
-from ns.reporting.model_card import model_card
+from ns.export.exporter import ExportManifest
+from ns.modeling.manifest import Lineage, ModelManifest
+from ns.reporting.model_card import render_model_card
 
 
 @pytest.mark.parametrize(
     ("crop", "margin", "said"),
     [
-        ("resized", 32, "the centre, 64 of 96 parts of the short side"),
-        ("resized", 8, "the centre, 64 of 72 parts of the short side"),
+        ("resized", 32, "the center, 64 of 96 parts of the short side"),
+        ("resized", 8, "the center, 64 of 72 parts of the short side"),
         ("none", 32, "the whole image, made square"),
     ],
 )
 def test_the_crop_is_that_of_the_model(crop, margin, said):
-    card = ModelCard(
+    card = ModelManifest(
         generation=1,
         model=ModelConfig(arch="test_efficientnet", resolution=64, test_margin_px=margin),
         noise=NoiseConfig(crop=crop),
         classes=("cat", "dog"),
         parameters=1,
         steps=1,
-        lineage=Lineage(config="c", labelled="l"),
+        lineage=Lineage(config="c", labeled="l"),
         weights_sha256="w",
     )
-    exported = Exported(model="m", weights_sha256="w", dataset="d", resolution=64, checks=(), version="0")
-    assert said in model_card(card, exported, [], None)
+    exported = ExportManifest(model="m", weights_sha256="w", dataset="d", resolution=64, checks=(), version="0")
+    assert said in render_model_card(card, exported, [], None)

@@ -5,11 +5,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from ns.core.intervals import wilson
+from ns.core.intervals import wilson_interval
 from ns.evaluation import gate
 from ns.reporting import charts
 from ns.reporting import page as report
-from ns.reporting.context import gather
+from ns.reporting.context import gather_context
 from ns.runs import records as runs
 from tests.reporting.conftest import RUN
 
@@ -20,11 +20,11 @@ def page(unchanged):
 
 
 def page_of(root) -> str:
-    return " ".join(root.get(report.write(root, RUN)).decode().split())
+    return " ".join(root.get(report.write_report(root, RUN)).decode_image().split_batch())
 
 
 def test_it_says_what_the_run_found(page, unchanged):
-    summary = runs.summarise(unchanged, RUN)
+    summary = runs.summarize_run(unchanged, RUN)
     (row,) = summary.generations
     assert f"{100 * summary.teacher_top1:.1f} % → {100 * row.student_top1:.1f} %" in page
     assert f"<b>{row.kept}</b> of 60 images kept" in page
@@ -56,19 +56,19 @@ def test_what_was_measured_stands_side_by_side(page):
 
 
 def test_every_guard_stands_with_its_number(page, unchanged):
-    verdict = gate.Verdict.read(unchanged, "store/verdicts/01/verdict.json")
-    assert len(verdict.guards) > 1
-    for guard in verdict.guards:
+    verdict = gate.Verdict.load_file(unchanged, "store/verdicts/01/verdict.json")
+    assert len(verdict.conditions) > 1
+    for guard in verdict.conditions:
         assert f'<th scope="row">{guard.name}</th><td class="n">{100 * guard.value:+.1f} points</td>' in page
-    assert page.count("✓ passed") == sum(guard.passed for guard in verdict.guards)
+    assert page.count("✓ passed") == sum(guard.passed for guard in verdict.conditions)
 
 
 def test_disagreement_is_counted_and_shown(page, unchanged):
-    paired = gate.Verdict.read(unchanged, "store/verdicts/01/verdict.json").paired
+    paired = gate.Verdict.load_file(unchanged, "store/verdicts/01/verdict.json").paired
     assert paired.only_student > 0
     assert f"won: only student 1 right<br><b>{paired.only_student}</b>" in page
     assert f"lost: only first teacher right<br><b>{paired.only_teacher}</b>" in page
-    facts = gather(unchanged, RUN)
+    facts = gather_context(unchanged, RUN)
     assert facts.disagreement.galleries[0].title == "Won"
     assert len(facts.disagreement.galleries[0].pictures) == min(5, paired.only_student)
     assert sum(row.won for row in facts.gains.rows) == paired.only_student
@@ -76,9 +76,9 @@ def test_disagreement_is_counted_and_shown(page, unchanged):
 
 
 def test_pictures_are_dropped_rather_than_the_page_too_large(unchanged):
-    whole = gather(unchanged, RUN)
+    whole = gather_context(unchanged, RUN)
     size = 30_000
-    cut = gather(unchanged, RUN, size=size)
+    cut = gather_context(unchanged, RUN, size=size)
 
     def groups(facts):
         return [*facts.galleries, facts.flips, *facts.disagreement.galleries, *facts.gains.galleries]
@@ -88,18 +88,19 @@ def test_pictures_are_dropped_rather_than_the_page_too_large(unchanged):
 
     assert total(cut) <= size < total(whole)
     assert all(
-        short.pictures == full.pictures[: len(short.pictures)] for short, full in zip(groups(cut), groups(whole), strict=True)
+        short.pictures == full.pictures[: len(short.pictures)]
+        for short, full in zip(groups(cut), groups(whole), make_strict=True)
     )
 
 
 def test_a_thousand_classes_make_no_large_chart():
-    many = charts.classes("x", [f"class {n}" for n in range(1000)], range(1000), range(1000))
+    many = charts.draw_class_balance("x", [f"class {n}" for n in range(1000)], range(1000), range(1000))
     assert len(many) < 150_000
 
 
 @pytest.mark.parametrize("name", [r"$\bad{$", "a$b$", "_^{}"])
 def test_names_of_classes_are_no_formulas(name):
-    assert name in ElementTree.fromstring(charts.classes("x", [name, "other"], [3, 4], [1, 2])).itertext()
+    assert name in ElementTree.fromstring(charts.draw_class_balance("x", [name, "other"], [3, 4], [1, 2])).itertext()
 
 
 def test_names_from_outside_cannot_become_markup(page):
@@ -128,7 +129,7 @@ def test_large_pictures_are_shrunk_and_groups_are_as_large_as_asked(page):
 def test_charts_are_well_formed_and_their_ids_are_unique(page):
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
-    charts = re.findall(r"<svg.*?</svg>", page, re.S)
+    charts = re.findall(r"<svg.*?</svg>", page, re.SectionT)
     assert len(charts) >= 9
     for chart in charts:
         ElementTree.fromstring(chart.replace("xlink:href", "href"))
@@ -149,7 +150,7 @@ def test_an_unfinished_run_has_a_report_too(made_up, reached):
 
 def test_wilson_interval():
     # Brown, Cai & DasGupta (2001): 0 of 10 gives an upper bound of about 0.278.
-    low, high = wilson(0.0, 10)
+    low, high = wilson_interval(0.0, 10)
     assert low == pytest.approx(0, abs=1e-9)
     assert high == pytest.approx(0.2775, abs=1e-3)
 
@@ -157,5 +158,5 @@ def test_wilson_interval():
 @pytest.mark.parametrize("count", [1, 7, 60, 500, 100_000])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_an_interval_holds_its_share_to_the_last_bit(share, count):
-    low, high = wilson(share, count)
+    low, high = wilson_interval(share, count)
     assert 0 <= low <= share <= high <= 1

@@ -9,14 +9,14 @@ from ns.config import schema as config
 from ns.core.errors import ConfigError, DataError
 from ns.data.dataset import Dataset
 from ns.data.importing import ingest
-from ns.data.importing.ingest import Limits, import_images
-from ns.data.leakage import left_out
-from ns.data.prepared import ROLES
-from ns.stages.prepare import prepare
+from ns.data.importing.ingest import ImportLimits, import_images
+from ns.data.leakage import load_left_out_rows
+from ns.data.prepared import PART_ROLES
+from ns.stages.prepare import prepare_datasets
 from ns.storage import LocalStore
 from ns.storage.ledger import Ledger
 
-LIMITS = Limits(0, 10, 1)
+LIMITS = ImportLimits(0, 10, 1)
 NETWORK = {"model": {"arch": "test_efficientnet", "resolution": 32}}
 
 
@@ -32,22 +32,22 @@ def fill(folder, classes, count=3, seed=0) -> None:
 
 @pytest.fixture
 def places(tmp_path):
-    fill(tmp_path / "labelled", ["cat", "dog"])
+    fill(tmp_path / "labeled", ["cat", "dog"])
     fill(tmp_path / "heldout", ["cat", "dog"], seed=1)
     fill(tmp_path / "pool", ["any"], count=9, seed=2)
-    return {part: str(tmp_path / part) for part in ("labelled", "pool", "heldout")}
+    return {part: str(tmp_path / part) for part in ("labeled", "pool", "heldout")}
 
 
 def run(tmp_path, places, **fields):
     root = LocalStore(tmp_path / "root")
     document = {"name": "x", "generations": 1, "data": places, "teacher": NETWORK, "students": [NETWORK], **fields}
-    return prepare(config.parse(document, "x.yaml"), root, Ledger(root)), root
+    return prepare_datasets(config.parse_experiment(document, "x.yaml"), root, Ledger(root)), root
 
 
 def test_folders_are_imported_once(tmp_path, places):
     (first, reused), root = run(tmp_path, places)
     assert not reused
-    assert first.pool.open(root)[1].samples == 9
+    assert first.pool.open_dataset(root)[1].samples == 9
     (second, reused), _ = run(tmp_path, places)
     assert reused
     assert second == first
@@ -58,8 +58,8 @@ def test_a_folder_that_changed_is_imported_again(tmp_path, places):
     fill(tmp_path / "pool", ["any"], count=2, seed=5)
     (second, reused), root = run(tmp_path, places)
     assert not reused
-    assert second.pool.open(root)[1].samples == 11
-    assert second.labelled == first.labelled
+    assert second.pool.open_dataset(root)[1].samples == 11
+    assert second.labeled == first.labeled
     assert second.digest != first.digest
 
 
@@ -77,33 +77,33 @@ def test_runs_that_import_the_same_at_once_all_have_it(tmp_path, places, monkeyp
     monkeypatch.setattr(ingest, "_list_rejects", overtaken)
     (own, _), root = run(tmp_path, data)
     assert own == others[1]
-    assert own.pool.open(root)[1].rejected == 1
+    assert own.pool.open_dataset(root)[1].rejected == 1
 
 
 def test_a_dataset_is_used_where_it_is(tmp_path, places):
-    options = {"limits": Limits(0, 10, 1)}
-    pool = import_images(places["pool"], LocalStore(tmp_path / "made"), name="p", role="unlabelled", **options)
+    options = {"limits": ImportLimits(0, 10, 1)}
+    pool = import_images(places["pool"], LocalStore(tmp_path / "made"), name="p", role="unlabeled", **options)
     (prepared, _), _ = run(tmp_path, {**places, "pool": str(tmp_path / "made")})
-    assert prepared.pool.dataset == pool.digest
-    assert prepared.pool.ref == (tmp_path / "made").as_uri()
+    assert prepared.pool.digest == pool.digest
+    assert prepared.pool.uri == (tmp_path / "made").as_uri()
 
 
 def test_a_dataset_that_changed_under_a_run_is_noticed(tmp_path, places):
-    options = {"limits": Limits(0, 10, 1), "name": "p", "role": "unlabelled"}
+    options = {"limits": ImportLimits(0, 10, 1), "name": "p", "role": "unlabeled"}
     import_images(places["pool"], LocalStore(tmp_path / "made"), **options)
     (prepared, _), root = run(tmp_path, {**places, "pool": str(tmp_path / "made")})
     fill(tmp_path / "pool", ["any"], count=2, seed=5)
     import_images(places["pool"], LocalStore(tmp_path / "made"), **options)
     with pytest.raises(DataError, match="changed since it was prepared"):
-        prepared.pool.open(root)
+        prepared.pool.open_dataset(root)
 
 
 @pytest.mark.parametrize(
     ("part", "value", "reason"),
     [
         ("pool", "nowhere", "data.pool: .*nowhere: no such folder"),
-        ("heldout", "digits:test", "no such part; there are digits:labelled"),
-        ("heldout", "digits:heldout", "its classes .* are not those of data.labelled"),
+        ("heldout", "digits:test", "no such part; there are digits:labeled"),
+        ("heldout", "digits:heldout", "its classes .* are not those of data.labeled"),
     ],
 )
 def test_places_that_cannot_be_meant_are_refused(tmp_path, places, part, value, reason):
@@ -112,17 +112,17 @@ def test_places_that_cannot_be_meant_are_refused(tmp_path, places, part, value, 
 
 
 def test_held_out_images_that_are_trained_on_are_refused(tmp_path, places):
-    options = {"limits": Limits(0, 10, 1), "name": "l", "role": "labelled"}
-    import_images(places["labelled"], LocalStore(tmp_path / "made"), **options)
+    options = {"limits": ImportLimits(0, 10, 1), "name": "l", "role": "labeled"}
+    import_images(places["labeled"], LocalStore(tmp_path / "made"), **options)
     made, copied = str(tmp_path / "made"), shutil.copytree(tmp_path / "made", tmp_path / "copied")
-    with pytest.raises(DataError, match=r"is the same as data\.labelled"):
-        run(tmp_path, {**places, "labelled": made, "heldout": str(copied)})
+    with pytest.raises(DataError, match=r"is the same as data\.labeled"):
+        run(tmp_path, {**places, "labeled": made, "heldout": str(copied)})
 
 
 def test_more_classes_than_outputs_are_refused(tmp_path, places):
-    fill(tmp_path / "labelled", ["emu"])
+    fill(tmp_path / "labeled", ["emu"])
     fill(tmp_path / "heldout", ["emu"], seed=1)
-    with pytest.raises(ConfigError, match=r"teacher\.model\.outputs: invalid value 2: the labelled data has 3 classes"):
+    with pytest.raises(ConfigError, match=r"teacher\.model\.outputs: invalid value 2: the labeled data has 3 classes"):
         run(tmp_path, places, teacher={"model": {**NETWORK["model"], "outputs": 2}})
 
 
@@ -156,8 +156,8 @@ def test_held_out_images_in_the_pool_are_left_out_by_default(tmp_path, places):
     assert clean.left_out is None
     copy_heldout(tmp_path)
     (prepared, _), root = run(tmp_path, places)
-    rows = left_out(root.at(prepared.left_out.ref))
-    _, pool = prepared.pool.open(root)
+    rows = load_left_out_rows(root.at(prepared.left_out.key))
+    _, pool = prepared.pool.open_dataset(root)
     assert list(rows) == [pool.shards[0].sha256]
     assert len(rows[pool.shards[0].sha256]) == 2
     (again, reused), _ = run(tmp_path, places)
@@ -165,24 +165,24 @@ def test_held_out_images_in_the_pool_are_left_out_by_default(tmp_path, places):
     assert again == prepared
 
 
-@pytest.mark.parametrize("role", ["labelled", "evaluation"])
+@pytest.mark.parametrize("role", ["labeled", "evaluation"])
 def test_a_pool_that_has_labels_is_guarded_as_any_other(tmp_path, places, role):
     fill(tmp_path / "pool", ["other"], seed=2)
     copy_heldout(tmp_path)
     import_images(places["pool"], LocalStore(tmp_path / "made"), name="p", role=role, limits=LIMITS)
     (prepared, _), root = run(tmp_path, {**places, "pool": str(tmp_path / "made")})
-    assert sum(map(len, left_out(root.at(prepared.left_out.ref)).values())) == 2
+    assert sum(map(len, load_left_out_rows(root.at(prepared.left_out.key)).values())) == 2
 
 
-def test_labelled_images_may_have_been_imported_for_evaluation(tmp_path, places):
-    import_images(places["labelled"], LocalStore(tmp_path / "made"), name="l", role="evaluation", limits=LIMITS)
-    (prepared, _), root = run(tmp_path, {**places, "labelled": str(tmp_path / "made")})
-    assert prepared.labelled.open(root)[1].role == "evaluation"
+def test_labeled_images_may_have_been_imported_for_evaluation(tmp_path, places):
+    import_images(places["labeled"], LocalStore(tmp_path / "made"), name="l", role="evaluation", limits=LIMITS)
+    (prepared, _), root = run(tmp_path, {**places, "labeled": str(tmp_path / "made")})
+    assert prepared.labeled.open_dataset(root)[1].role == "evaluation"
 
 
-@pytest.mark.parametrize("part", ["labelled", "pool", "heldout"])
+@pytest.mark.parametrize("part", ["labeled", "pool", "heldout"])
 def test_a_dataset_without_images_is_refused(tmp_path, places, part):
-    Dataset(name="x", role=ROLES[part], classes=() if part == "pool" else ("cat", "dog"), shards=()).save(
+    Dataset(name="x", role=PART_ROLES[part], classes=() if part == "pool" else ("cat", "dog"), shards=()).save(
         LocalStore(tmp_path / "made")
     )
     with pytest.raises(DataError, match=rf"data\.{part}: .*made/dataset\.json: has no images"):
@@ -198,20 +198,20 @@ def test_images_of_the_test_and_of_further_sets_are_left_out_of_the_pool_too(tmp
     data = {**places, "test": str(tmp_path / "test")}
     hard = {"sets": {"hard": {"place": str(tmp_path / "hard"), "classes": "own"}}}
     (prepared, _), root = run(tmp_path, places, data=data, evaluation=hard)
-    assert list(prepared.evaluation) == ["heldout", "test", "set:hard"]
-    assert prepared.reported == prepared.test
-    assert prepared.sets["hard"].open(root)[1].classes == ("cat", "dog")
-    (rows,) = left_out(root.at(prepared.left_out.ref)).values()
+    assert list(prepared.evaluation_sets) == ["heldout", "test", "set:hard"]
+    assert prepared.reported_set == prepared.test
+    assert prepared.sets["hard"].open_dataset(root)[1].classes == ("cat", "dog")
+    (rows,) = load_left_out_rows(root.at(prepared.left_out.key)).values()
     assert sorted(reason.partition(": ")[0] for reason in rows.values()) == ["also in set:hard", "also in test"]
     (without, _), _ = run(tmp_path, places)
     assert without.left_out is None
     assert without.digest != prepared.digest
 
 
-@pytest.mark.parametrize("other", ["labelled", "heldout"])
+@pytest.mark.parametrize("other", ["labeled", "heldout"])
 def test_a_test_that_is_something_else_too_is_refused(tmp_path, places, other):
     made = str(tmp_path / "made")
-    options = {"limits": Limits(0, 10, 1), "name": "l", "role": "evaluation"}
+    options = {"limits": ImportLimits(0, 10, 1), "name": "l", "role": "evaluation"}
     import_images(places[other], LocalStore(tmp_path / "made"), **options)
     copied = str(shutil.copytree(tmp_path / "made", tmp_path / "copied"))
     with pytest.raises(DataError, match=rf"data\.test: .* is the same as data\.{other}"):
@@ -221,14 +221,14 @@ def test_a_test_that_is_something_else_too_is_refused(tmp_path, places, other):
 def test_a_set_with_classes_that_nothing_learns_is_refused(tmp_path, places):
     fill(tmp_path / "hard", ["dog", "emu"], seed=4)
     hard = {"sets": {"hard": {"place": str(tmp_path / "hard")}}}
-    with pytest.raises(DataError, match=r"evaluation\.sets\.hard\.place: .*\(emu\) are no classes of data\.labelled"):
+    with pytest.raises(DataError, match=r"evaluation\.sets\.hard\.place: .*\(emu\) are no classes of data\.labeled"):
         run(tmp_path, places, data=places, evaluation=hard)
 
 
 def test_an_evaluation_set_with_another_role_is_refused(tmp_path, places):
-    options = {"limits": Limits(0, 10, 1), "name": "l", "role": "labelled"}
+    options = {"limits": ImportLimits(0, 10, 1), "name": "l", "role": "labeled"}
     import_images(places["heldout"], LocalStore(tmp_path / "made"), **options)
-    with pytest.raises(DataError, match=r"heldout: .*has the role labelled; import it with --role evaluation"):
+    with pytest.raises(DataError, match=r"heldout: .*has the role labeled; import it with --role evaluation"):
         run(tmp_path, {**places, "heldout": str(tmp_path / "made")})
 
 
@@ -240,9 +240,9 @@ def test_the_leak_guard_can_be_told_to_leave_the_pool_alone(tmp_path, places, gu
     assert bool(list(root.list("store/checks/"))) == (guard == "report")
 
 
-def test_held_out_images_among_the_labelled_are_warned_of(tmp_path, places, capsys):
+def test_held_out_images_among_the_labeled_are_warned_of(tmp_path, places, capsys):
     path = next((tmp_path / "heldout" / "cat").iterdir())
-    (tmp_path / "labelled" / "cat" / "copy.png").write_bytes(path.read_bytes())
+    (tmp_path / "labeled" / "cat" / "copy.png").write_bytes(path.read_bytes())
     run(tmp_path, places)
     logged = capsys.readouterr()
     assert "held-out images are also trained on" in logged.out + logged.err

@@ -8,15 +8,15 @@ import pytest
 from minio import Minio
 
 from ns.storage import LocalStore
-from ns.storage.cache import Cache
-from ns.storage.endpoint import Endpoint
-from ns.storage.retry import Patience
-from ns.storage.s3 import S3Store, Service
+from ns.storage.cache import BlobCache
+from ns.storage.endpoint import S3Endpoint
+from ns.storage.retry import RetryPolicy
+from ns.storage.s3 import S3Service, S3Store
 from tests.storage.faults import Proxy
 
 KEYS = {"AWS_ACCESS_KEY_ID": "test:tester", "AWS_SECRET_ACCESS_KEY": "testing"}
 # No test waits long: not for a server that will not come, nor between two attempts.
-IMPATIENT = Patience(seconds=1.5, first_contact_seconds=0.3, base_seconds=0.005, cap_seconds=0.05)
+IMPATIENT = RetryPolicy(seconds=1.5, first_contact_seconds=0.3, base_seconds=0.005, cap_seconds=0.05)
 PART_BYTES = 5 << 20
 numbers = itertools.count()
 
@@ -61,13 +61,13 @@ def swift(tmp_path_factory):
 
 def store_at(url: str, cache, bucket: str | None = None) -> S3Store:
     """A store in a new bucket of the server at `url`."""
-    endpoint = Endpoint.from_environment({"AWS_ENDPOINT_URL": url})
+    endpoint = S3Endpoint.from_environment({"AWS_ENDPOINT_URL": url})
     if bucket is None:
         bucket = f"bucket-{os.getpid()}-{next(numbers)}"
         parts = url.removeprefix("http://")
         keys = {"access_key": KEYS["AWS_ACCESS_KEY_ID"], "secret_key": KEYS["AWS_SECRET_ACCESS_KEY"]}
         Minio(endpoint=parts, secure=False, region="us-east-1", **keys).make_bucket(bucket_name=bucket)
-    service = Service(endpoint, patience=IMPATIENT, cache=Cache(cache, 1 << 30), part_bytes=PART_BYTES)
+    service = S3Service(endpoint, retry_policy=IMPATIENT, cache=BlobCache(cache, 1 << 30), part_bytes=PART_BYTES)
     return S3Store(f"s3://{bucket}/some/prefix", service)
 
 

@@ -12,7 +12,7 @@ import pytest
 from ns.core.errors import StoreError
 from ns.storage import cache as cache_module
 from ns.storage.base import TEMPORARY
-from ns.storage.cache import ABANDONED_SECONDS, GRACE_SECONDS, Cache
+from ns.storage.cache import ABANDONED_SECONDS, GRACE_SECONDS, BlobCache
 
 
 class Clock:
@@ -30,7 +30,7 @@ def clock():
 
 @pytest.fixture
 def cache(tmp_path, clock):
-    return Cache(tmp_path / "cache", 1000, clock)
+    return BlobCache(tmp_path / "cache", 1000, clock)
 
 
 def fetch(cache, name, size=300):
@@ -38,7 +38,7 @@ def fetch(cache, name, size=300):
 
 
 def names(cache):
-    return {path.read_bytes()[:1].decode() for path in (cache.folder / "blobs").iterdir()}
+    return {path.read_bytes()[:1].decode_image() for path in (cache.folder / "blobs").iterdir()}
 
 
 def test_a_blob_is_fetched_once(cache):
@@ -73,7 +73,7 @@ def test_what_was_just_given_stays(cache, clock):
     assert all(path.exists() for path in paths)
     clock.now += 2 * GRACE_SECONDS
     fetch(cache, "e")
-    assert sum(path.stat().st_size for path in (cache.folder / "blobs").iterdir()) <= 1000
+    assert sum(path.make_stat().st_size for path in (cache.folder / "blobs").iterdir()) <= 1000
 
 
 def test_whoever_has_a_file_open_keeps_its_bytes(cache, clock):
@@ -133,7 +133,7 @@ def test_a_folder_that_cannot_be_written_is_explained(tmp_path):
     with pytest.raises(
         StoreError, match=r"file/cache: cannot keep copies of remote files: a part of this path is a file.*NS_CACHE_DIR"
     ):
-        fetch(Cache(tmp_path / "file" / "cache", 1000), "a")
+        fetch(BlobCache(tmp_path / "file" / "cache", 1000), "a")
 
 
 def test_a_full_disk_is_explained(cache):
@@ -146,17 +146,17 @@ def test_a_full_disk_is_explained(cache):
 
 def test_place_and_limit_come_from_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("NS_CACHE_DIR", str(tmp_path))
-    assert Cache.from_environment().folder == tmp_path
-    assert Cache.from_environment().limit_bytes == 20 << 30
+    assert BlobCache.from_environment().root == tmp_path
+    assert BlobCache.from_environment().limit_bytes == 20 << 30
     monkeypatch.delenv("NS_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("NS_CACHE_MIB", "3")
-    assert Cache.from_environment().folder == tmp_path / "xdg" / "noisy-student"
-    assert Cache.from_environment().limit_bytes == 3 << 20
+    assert BlobCache.from_environment().root == tmp_path / "xdg" / "noisy-student"
+    assert BlobCache.from_environment().limit_bytes == 3 << 20
     for wrong in ("0", "-1", "1.5", "much", "²"):
         monkeypatch.setenv("NS_CACHE_MIB", wrong)
         with pytest.raises(StoreError, match="must be a whole number of MiB, at least 1"):
-            Cache.from_environment()
+            BlobCache.from_environment()
 
 
 def test_threads_that_want_the_same_blob_fetch_it_once(cache):
@@ -179,11 +179,13 @@ def hammer(arguments):
     """Fetches in a cache that is too small; says how often bytes were wrong, and how many it fetched itself."""
     folder, seed = arguments
     cache_module.GRACE_SECONDS = 1
-    cache = Cache(folder, 5000)
+    cache = BlobCache(folder, 5000)
     wrong, fetched = 0, []
     for step in range(200):
         name = chr(97 + (seed * 7 + step * 5) % 26)
-        path = cache.fetch((name,), 500, "", lambda file, name=name: (fetched.append(name), file.write(name.encode() * 500)))
+        path = cache.fetch_blob(
+            (name,), 500, "", lambda file, name=name: (fetched.append(name), file.write(name.encode() * 500))
+        )
         wrong += path.read_bytes() != name.encode() * 500
     return wrong, len(fetched)
 

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ns.core.digest import canonical_json, code_digest, digest
+from ns.core.digest import canonical_json, digest_code, digest_json
 from ns.core.errors import DataError
 from ns.storage import LocalStore
-from ns.storage.documents import Identified
+from ns.storage.documents import HashedDocument
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -17,14 +17,14 @@ JSON = st.recursive(
 )
 
 
-class Sheep(Identified):
+class Sheep(HashedDocument):
     name: str
     legs: int = 4
 
 
 @given(st.dictionaries(st.text(), JSON))
 def test_digest_does_not_depend_on_the_order_of_keys(value):
-    assert digest(value) == digest(dict(reversed(value.items())))
+    assert digest_json(value) == digest_json(dict(reversed(value.items())))
 
 
 @given(JSON)
@@ -39,19 +39,19 @@ def test_numbers_that_json_has_no_word_for_are_refused(value):
 
 
 def test_code_digest_covers_what_it_is_told_and_nothing_else():
-    assert code_digest("modeling/factory.py") != code_digest("config/schema.py")
-    assert code_digest("training") != code_digest("training", "modeling/factory.py")
+    assert digest_code("modeling/factory.py") != digest_code("config/schema.py")
+    assert digest_code("training") != digest_code("training", "modeling/factory.py")
 
 
 def test_a_document_reads_back_with_its_digest_checked(tmp_path):
     store = LocalStore(tmp_path)
     sheep = Sheep(name="Dolly")
-    sheep.write(store, "sheep.json")
-    assert Sheep.read(store, "sheep.json") == sheep
+    sheep.save_file(store, "sheep.json")
+    assert Sheep.load_file(store, "sheep.json") == sheep
     edited = store.get("sheep.json").replace(b"Dolly", b"Molly")
     store.put("sheep.json", edited)
     with pytest.raises(DataError, match=r"sheep\.json: digest: .* the file was edited or damaged"):
-        Sheep.read(store, "sheep.json")
+        Sheep.load_file(store, "sheep.json")
 
 
 def test_a_wrong_field_is_named_with_its_value():

@@ -5,18 +5,18 @@ import pytest
 
 from ns.core.errors import StoreError
 from ns.storage import open_store
-from ns.storage.endpoint import Endpoint, EnvironmentCredentials, FileCredentials
+from ns.storage.endpoint import EnvironmentCredentials, FileCredentials, S3Endpoint
 from ns.storage.s3 import S3Store
 
 
 def test_endpoint_and_region_come_from_the_environment():
-    plain = Endpoint.from_environment({})
+    plain = S3Endpoint.from_environment({})
     assert (plain.url, plain.region, plain.secrets) == ("https://s3.amazonaws.com", "us-east-1", None)
     both = {"AWS_ENDPOINT_URL": "http://a:1", "AWS_ENDPOINT_URL_S3": "http://b:2/", "AWS_DEFAULT_REGION": "eu-1"}
-    assert Endpoint.from_environment(both).url == "http://b:2"
-    assert Endpoint.from_environment(both).region == "eu-1"
-    assert Endpoint.from_environment({**both, "AWS_REGION": "eu-2"}).region == "eu-2"
-    assert Endpoint.from_environment({"NS_S3_SECRETS": "/s"}).secrets == "/s"
+    assert S3Endpoint.from_environment(both).url == "http://b:2"
+    assert S3Endpoint.from_environment(both).region == "eu-1"
+    assert S3Endpoint.from_environment({**both, "AWS_REGION": "eu-2"}).region == "eu-2"
+    assert S3Endpoint.from_environment({"NS_S3_SECRETS": "/s"}).secrets == "/s"
 
 
 @pytest.mark.parametrize(
@@ -24,13 +24,13 @@ def test_endpoint_and_region_come_from_the_environment():
 )
 def test_what_is_no_endpoint_is_refused(url):
     with pytest.raises(StoreError, match=r"no S3 endpoint; set AWS_ENDPOINT_URL to http\(s\)://HOST\[:PORT\]"):
-        Endpoint.from_environment({"AWS_ENDPOINT_URL": url})
+        S3Endpoint.from_environment({"AWS_ENDPOINT_URL": url})
 
 
 @pytest.mark.parametrize("url", ["http://key:hidden@host", "http://key:hidden@host:port", "key:hidden@host"])
 def test_credentials_in_an_endpoint_are_refused_and_not_repeated(url):
     with pytest.raises(StoreError) as caught:
-        Endpoint.from_environment({"AWS_ENDPOINT_URL": url})
+        S3Endpoint.from_environment({"AWS_ENDPOINT_URL": url})
     assert "hidden" not in str(caught.value)
 
 
@@ -60,8 +60,8 @@ def test_uris_are_kept_as_they_are_written():
 
 def test_a_ca_file_that_is_not_there_is_named():
     with pytest.raises(StoreError, match=r"AWS_CA_BUNDLE=/nope: no such file; set it to a file of CA certificates"):
-        Endpoint.from_environment({"AWS_CA_BUNDLE": "/nope"})
-    assert os.path.isfile(Endpoint.from_environment({}).ca_file)  # noqa: PTH113
+        S3Endpoint.from_environment({"AWS_CA_BUNDLE": "/nope"})
+    assert os.path.isfile(S3Endpoint.from_environment({}).ca_file)  # noqa: PTH113
 
 
 def test_session_tokens_come_along(monkeypatch):

@@ -23,9 +23,9 @@ def work(root, calls):
 
 def test_done_work_is_not_done_twice(root):
     calls = []
-    first, reused = Ledger(root).once("train", INPUTS, work(root, calls))
+    first, reused = Ledger(root).get_or_run("train", INPUTS, work(root, calls))
     assert not reused
-    second, reused = Ledger(root).once("train", dict(reversed(INPUTS.items())), work(root, calls))
+    second, reused = Ledger(root).get_or_run("train", dict(reversed(INPUTS.items())), work(root, calls))
     assert reused
     assert second == first
     assert len(calls) == 1
@@ -33,17 +33,17 @@ def test_done_work_is_not_done_twice(root):
 
 def test_other_inputs_are_other_work(root):
     calls = []
-    Ledger(root).once("train", INPUTS, work(root, calls))
-    Ledger(root).once("train", {**INPUTS, "epochs": 4}, work(root, calls))
-    Ledger(root).once("evaluate", INPUTS, work(root, calls))
+    Ledger(root).get_or_run("train", INPUTS, work(root, calls))
+    Ledger(root).get_or_run("train", {**INPUTS, "epochs": 4}, work(root, calls))
+    Ledger(root).get_or_run("evaluate", INPUTS, work(root, calls))
     assert len(calls) == 3
 
 
 def test_work_whose_output_is_gone_is_done_again(root):
     calls = []
-    Ledger(root).once("train", INPUTS, work(root, calls))
+    Ledger(root).get_or_run("train", INPUTS, work(root, calls))
     root.delete("store/models/m/model.json")
-    _, reused = Ledger(root).once("train", INPUTS, work(root, calls))
+    _, reused = Ledger(root).get_or_run("train", INPUTS, work(root, calls))
     assert not reused
     assert len(calls) == 2
 
@@ -53,13 +53,13 @@ def test_failed_work_leaves_no_entry(root):
         raise DataError("no")
 
     with pytest.raises(DataError):
-        Ledger(root).once("train", INPUTS, fail)
+        Ledger(root).get_or_run("train", INPUTS, fail)
     assert list(root.list("store/ledger/")) == []
 
 
 def test_a_damaged_entry_is_named(root):
     ledger = Ledger(root)
-    entry, _ = ledger.once("train", INPUTS, work(root, []))
+    entry, _ = ledger.get_or_run("train", INPUTS, work(root, []))
     root.put(f"store/ledger/train/{entry.digest}.json", b'{"step": 3}')
     with pytest.raises(DataError, match=rf"{entry.digest}\.json: step"):
-        ledger.lookup("train", entry.digest)
+        ledger.find_entry("train", entry.digest)

@@ -1,8 +1,8 @@
 import pytest
 
-from ns.core.diagnostics import Finding
+from ns.core.diagnostics import Diagnostic
 from ns.core.errors import StoreError
-from ns.storage.probe import MANY, probe
+from ns.storage.probe import PAGED_KEYS, probe_store
 from tests.storage.conftest import store_at
 from tests.storage.faults import Fault, Proxy
 
@@ -19,7 +19,7 @@ def through(moto, monkeypatch, tmp_path):
     proxy.close()
 
 
-def by_name(findings: list[Finding]) -> dict[str, Finding]:
+def by_name(findings: list[Diagnostic]) -> dict[str, Diagnostic]:
     for finding in findings:
         assert "\n" not in finding.detail + finding.fix
         assert finding.detail
@@ -29,7 +29,7 @@ def by_name(findings: list[Finding]) -> dict[str, Finding]:
 
 def test_a_folder_can_do_everything_and_is_left_as_it_was(tmp_path):
     (tmp_path / "mine").write_bytes(b"1")
-    findings = probe(str(tmp_path), many=20)
+    findings = probe_store(str(tmp_path), paged_keys=20)
     assert [finding.name for finding in findings] == [*COMMON, "space", "delete"]
     assert all(finding.ok for finding in by_name(findings).values()), findings
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
@@ -37,7 +37,7 @@ def test_a_folder_can_do_everything_and_is_left_as_it_was(tmp_path):
 
 def test_a_folder_that_cannot_be_written_says_why(tmp_path):
     (tmp_path / "file").touch()
-    (finding,) = probe(f"{tmp_path}/file/x")
+    (finding,) = probe_store(f"{tmp_path}/file/x")
     assert (finding.name, finding.ok) == ("write", False)
     assert finding.detail.endswith("cannot write: a part of this path is a file, expected a folder")
     assert finding.fix == "choose another place"
@@ -45,7 +45,7 @@ def test_a_folder_that_cannot_be_written_says_why(tmp_path):
 
 def test_a_server_can_do_everything_and_is_left_as_it_was(through, tmp_path, moto):
     _, uri = through
-    findings = by_name(probe(uri, many=30))
+    findings = by_name(probe_store(uri, paged_keys=30))
     assert list(findings) == S3
     assert all(finding.ok for finding in findings.values()), findings
     assert "no TLS" in findings["endpoint"].detail
@@ -58,7 +58,7 @@ def test_a_server_can_do_everything_and_is_left_as_it_was(through, tmp_path, mot
 def test_nothing_is_tried_where_nothing_can_be_written(through):
     proxy, uri = through
     proxy.faults = [Fault("PUT", 99, 403, b"<Error><Code>AccessDenied</Code></Error>")]
-    endpoint, write = probe(uri)
+    endpoint, write = probe_store(uri)
     assert endpoint.ok
     assert (write.name, write.ok) == ("write", False)
     assert "access denied (AccessDenied)" in write.detail
@@ -92,7 +92,7 @@ def test_nothing_is_tried_where_nothing_can_be_written(through):
 def test_what_a_server_cannot_do_is_found_and_the_rest_tried_all_the_same(through, fault, name, detail):
     proxy, uri = through
     proxy.faults = [Fault(**fault.__dict__)]
-    findings = by_name(probe(uri, many=3))
+    findings = by_name(probe_store(uri, paged_keys=3))
     assert list(findings) == S3
     assert [finding.name for finding in findings.values() if not finding.ok] == [name]
     assert detail in findings[name].detail
@@ -101,14 +101,14 @@ def test_what_a_server_cannot_do_is_found_and_the_rest_tried_all_the_same(throug
 def test_a_server_that_drops_metadata_is_usable_and_named(through):
     proxy, uri = through
     proxy.faults = [Fault("HEAD .*blob", 99, drop=("x-amz-meta-sha256",))]
-    metadata = by_name(probe(uri, many=3))["metadata"]
+    metadata = by_name(probe_store(uri, paged_keys=3))["metadata"]
     assert metadata.ok
     assert "NOT kept" in metadata.detail
 
 
 def test_what_is_no_store_is_an_error():
     with pytest.raises(StoreError, match="no store for scheme"):
-        probe("ftp://x")
+        probe_store("ftp://x")
 
 
 @pytest.mark.integration
@@ -116,8 +116,8 @@ def test_what_is_no_store_is_an_error():
 def test_swift_can_do_everything(swift, monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_ENDPOINT_URL", swift.url)
     store = store_at(swift.url, tmp_path)
-    findings = by_name(probe(store.uri))
+    findings = by_name(probe_store(store.uri))
     assert list(findings) == S3
     assert all(finding.ok for finding in findings.values()), findings
-    assert findings["list-pages"].detail.startswith(f"{MANY} keys")
+    assert findings["list-pages"].detail.startswith(f"{PAGED_KEYS} keys")
     assert list(store.list()) == []

@@ -14,8 +14,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from ns.core.errors import StoreError
 from ns.storage import open_store
-from ns.storage.endpoint import Endpoint
-from ns.storage.s3 import S3Store, Service
+from ns.storage.endpoint import S3Endpoint
+from ns.storage.s3 import S3Service, S3Store
 from tests.storage.conftest import IMPATIENT, store_at
 from tests.storage.faults import Fault, Proxy
 
@@ -57,7 +57,7 @@ def store_for(url, monkeypatch, **environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     return S3Store(
-        "s3://bucket/p", Service(Endpoint.from_environment({**os.environ, "AWS_ENDPOINT_URL": url}), patience=IMPATIENT)
+        "s3://bucket/p", S3Service(S3Endpoint.from_environment({**os.environ, "AWS_ENDPOINT_URL": url}), retry_policy=IMPATIENT)
     )
 
 
@@ -90,7 +90,7 @@ def test_no_such_bucket(moto, monkeypatch):
 def test_no_such_key_is_asked_for_only_once(proxied):
     store, proxy = proxied
     assert not store.exists("k")
-    proxy.requests.clear()
+    proxy.requests.clear_checkpoints()
     assert not store.exists("k")
     assert len(proxy.requests) == 1
 

@@ -8,8 +8,8 @@ import threading
 import pytest
 
 from ns.core.errors import StoreError
-from ns.storage.retry import Patience, Trial
-from ns.storage.s3 import S3Store, Service
+from ns.storage.retry import RetryBudget, RetryPolicy
+from ns.storage.s3 import S3Service, S3Store
 from tests.storage.conftest import PART_BYTES
 from tests.storage.faults import SLOW_DOWN, Fault
 
@@ -27,9 +27,9 @@ read_calls = pytest.mark.parametrize("read", READS.values(), ids=READS)
 @pytest.mark.parametrize(
     "fault",
     [
-        Fault("GET", times=3, status=503),
-        Fault("GET", times=3, status=500, body=b"<html>oops</html>", headers={"Content-Type": "text/html"}),
-        Fault("GET", times=3, status=429),
+        Fault("GET", times=3, fetch_status=503),
+        Fault("GET", times=3, fetch_status=500, body=b"<html>oops</html>", headers={"Content-Type": "text/html"}),
+        Fault("GET", times=3, fetch_status=429),
         Fault("GET", times=3, reset="before"),
         Fault("GET", times=3, reset="after"),
         Fault("GET", times=3, truncate=1_000_000),
@@ -52,15 +52,15 @@ def test_reads_get_over_what_passes(proxied, read, fault):
 @pytest.mark.parametrize(
     "fault",
     [
-        Fault("PUT", times=3, status=503),
+        Fault("PUT", times=3, fetch_status=503),
         Fault("PUT", times=2, reset="before"),
         Fault("PUT", times=2, reset="after"),
-        Fault("PUT", status=400, body=SLOW_DOWN.replace(b"SlowDown", b"RequestTimeout")),
-        Fault("POST", times=2, status=503),
+        Fault("PUT", fetch_status=400, body=SLOW_DOWN.replace(b"SlowDown", b"RequestTimeout")),
+        Fault("POST", times=2, fetch_status=503),
         Fault("POST", times=2, reset="before"),
         # The answer to a completed upload is lost: completing it again finds no parts.
         Fault("POST .*uploadId", reset="after"),
-        Fault("HEAD", times=2, status=503),
+        Fault("HEAD", times=2, fetch_status=503),
     ],
     ids=lambda fault: f"{fault.match}-{fault.status or fault.reset}",
 )
@@ -82,10 +82,10 @@ def test_other_calls_get_over_what_passes(proxied):
     store, proxy = proxied
     store.put("a", b"1")
     proxy.faults = [
-        Fault("HEAD", status=503),
+        Fault("HEAD", fetch_status=503),
         Fault("GET .*list-type", times=2, reset="before"),
         Fault("DELETE", reset="after"),
-        Fault("DELETE", status=503),
+        Fault("DELETE", fetch_status=503),
     ]
     assert store.exists("a")
     assert list(store.list()) == ["a"]
@@ -98,7 +98,7 @@ def test_a_broken_download_goes_on_where_it_stopped(proxied):
     store, proxy = proxied
     store.put("a", DATA)
     proxy.faults = [Fault("GET", times=2, truncate=1_300_000)]
-    proxy.requests.clear()
+    proxy.requests.clear_checkpoints()
     assert store.get("a") == DATA
     assert proxy.count("GET") == 3
 
@@ -107,7 +107,7 @@ def test_every_part_of_an_upload_has_its_own_patience(proxied, tmp_path):
     store, proxy = proxied
     source = tmp_path / "source"
     source.write_bytes(DATA * 6)
-    proxy.faults = [Fault(f"partNumber={number}&", times=2, status=503) for number in (1, 2, 3)]
+    proxy.faults = [Fault(f"partNumber={number}&", times=2, fetch_status=503) for number in (1, 2, 3)]
     store.put_file("a", source)
     assert proxy.count("partNumber") == 4 + 6
     assert store.get("a") == DATA * 6
@@ -118,7 +118,7 @@ def test_an_upload_that_fails_is_taken_back_and_never_seen(proxied, tmp_path):
     store.put("a", b"old")
     source = tmp_path / "source"
     source.write_bytes(DATA * 6)
-    proxy.faults = [Fault("partNumber=2", times=99, status=403, body=SLOW_DOWN.replace(b"SlowDown", b"AccessDenied"))]
+    proxy.faults = [Fault("partNumber=2", times=99, fetch_status=403, body=SLOW_DOWN.replace(b"SlowDown", b"AccessDenied"))]
     with pytest.raises(StoreError, match=r"/a: cannot write: access denied"):
         store.put_file("a", source)
     assert proxy.count("DELETE .*uploadId") == 1
@@ -191,7 +191,7 @@ def test_a_stream_is_read_through_resets(proxied, tmp_path):
             (tmp_path / "x").write_bytes(bytes([number]) * 200_000)
             tar.add(tmp_path / "x", str(number))
     store.put_file("a.tar", tmp_path / "a.tar")
-    proxy.faults = [Fault("GET", times=4, truncate=900_000), Fault("GET", times=2, status=503)]
+    proxy.faults = [Fault("GET", times=4, truncate=900_000), Fault("GET", times=2, fetch_status=503)]
     with store.open("a.tar") as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
         read = [tar.extractfile(member).read() for member in tar]
     assert read == [bytes([number]) * 200_000 for number in range(20)]
@@ -207,9 +207,9 @@ def test_giving_up_takes_as_long_as_patience_lasts(proxied):
         waits.append(seconds)
         now[0] += seconds
 
-    patience = Patience(seconds=60, clock=lambda: now[0], sleep=sleep, uniform=lambda low, high: high)
-    slow = S3Store(store.uri, Service(store.service.endpoint, patience=patience))
-    proxy.faults = [Fault("GET", times=99, status=503)]
+    patience = RetryPolicy(seconds=60, clock=lambda: now[0], sleep=sleep, uniform=lambda low, high: high)
+    slow = S3Store(store.uri, S3Service(store.service.endpoint, retry_policy=patience))
+    proxy.faults = [Fault("GET", times=99, fetch_status=503)]
     with pytest.raises(StoreError, match=r"still too busy or broken after retries \(503 SlowDown\)"):
         slow.get("a")
     # Twice as long each time, to the cap; with full jitter these are the upper bounds.
@@ -220,8 +220,8 @@ def test_giving_up_takes_as_long_as_patience_lasts(proxied):
 def test_what_will_not_pass_is_not_tried_again(proxied):
     store, proxy = proxied
     store.put("a", b"1")
-    proxy.requests.clear()
-    proxy.faults = [Fault("GET", status=501, body=SLOW_DOWN.replace(b"SlowDown", b"NotImplemented"))]
+    proxy.requests.clear_checkpoints()
+    proxy.faults = [Fault("GET", fetch_status=501, body=SLOW_DOWN.replace(b"SlowDown", b"NotImplemented"))]
     with pytest.raises(StoreError, match="the server says NotImplemented"):
         store.get("a")
     assert proxy.count("GET") == 1
@@ -238,11 +238,11 @@ def test_jitter_is_full_and_progress_restores_patience():
     def sleep(seconds):
         now[0] += seconds
 
-    trial = Trial(Patience(seconds=1, base_seconds=0.3, clock=lambda: now[0], sleep=sleep, uniform=uniform), "x")
-    assert [trial.again("y") for _ in range(3)] == [True, True, False]
+    trial = RetryBudget(RetryPolicy(seconds=1, base_seconds=0.3, clock=lambda: now[0], sleep=sleep, uniform=uniform), "x")
+    assert [trial.wait_for_retry("y") for _ in range(3)] == [True, True, False]
     assert drawn == [(0, 0.3), (0, 0.6), (0, 1.2)]
-    trial.restart()
-    assert trial.again("y")
+    trial.reset_budget()
+    assert trial.wait_for_retry("y")
 
 
 def test_a_proxy_that_answers_ranges_with_the_whole_does_no_harm(proxied):

@@ -11,8 +11,8 @@ import minio.time
 import pytest
 
 from ns.core.errors import StoreError
-from ns.storage.retry import Patience
-from ns.storage.s3 import S3Store, Service
+from ns.storage.retry import RetryPolicy
+from ns.storage.s3 import S3Service, S3Store
 from tests.storage.conftest import PART_BYTES, store_at
 from tests.storage.faults import Fault, Proxy
 
@@ -25,9 +25,9 @@ DATA = random.Random(3).randbytes(4_000_000)
 def patient(swift, tmp_path):
     """A store that waits for a server to come back."""
     store = store_at(swift.url, tmp_path / "cache")
-    patience = Patience(seconds=60, first_contact_seconds=1, cap_seconds=0.5)
+    patience = RetryPolicy(seconds=60, first_contact_seconds=1, cap_seconds=0.5)
     return S3Store(
-        store.uri, Service(store.service.endpoint, patience=patience, cache=store.service.cache, part_bytes=PART_BYTES)
+        store.uri, S3Service(store.service.endpoint, retry_policy=patience, cache=store.service.cache, part_bytes=PART_BYTES)
     )
 
 
@@ -91,7 +91,7 @@ def test_reads_get_the_same_bytes_while_the_server_is_killed(patient, outages):
                 time.sleep(0.01)
         assert hasher.hexdigest() == digest
         assert patient.get_range("a", 3_999_990, 20) == DATA[-10:] + DATA[:10]
-        assert patient.path("a").stat().st_size == len(DATA) * 5
+        assert patient.path("a").make_stat().st_size == len(DATA) * 5
         assert list(patient.list()) == ["a"]
 
 

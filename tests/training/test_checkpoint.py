@@ -6,21 +6,21 @@ from torch import nn
 
 from ns.config.schema import OptimizerConfig
 from ns.core.errors import StoreError
-from ns.modeling.precision import Mode
+from ns.modeling.precision import PrecisionMode
 from ns.storage import LocalStore
 from ns.training import checkpoint
-from ns.training.checkpoint import State, Writer
+from ns.training.checkpoint import CheckpointWriter, TrainingState
 from ns.training.ema import Ema
 from ns.training.optim import make_optimizer
 
 
-def state(seed: int = 0, optimizer: str = "rmsprop") -> State:
+def state(seed: int = 0, optimizer: str = "rmsprop") -> TrainingState:
     torch.manual_seed(seed)
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).to(memory_format=torch.channels_last)
-    return State(network, Ema(network, 0.9), make_optimizer(network, OptimizerConfig(name=optimizer)))
+    return TrainingState(network, Ema(network, 0.9), make_optimizer(network, OptimizerConfig(name=optimizer)))
 
 
-def advance(some: State) -> None:
+def advance(some: TrainingState) -> None:
     some.optimizer.zero_grad()
     some.network(torch.randn(2, 3, 8, 8)).square().sum().backward()
     for group in some.optimizer.param_groups:
@@ -31,18 +31,18 @@ def advance(some: State) -> None:
     some.history.append({"step": float(some.step)})
 
 
-def values(some: State) -> dict[str, torch.Tensor]:
-    return checkpoint.snapshot(some).tensors
+def values(some: TrainingState) -> dict[str, torch.Tensor]:
+    return checkpoint.take_snapshot(some).tensors
 
 
 def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-def saved(folder: LocalStore, steps: int, keep: int = 2) -> State:
+def saved(folder: LocalStore, steps: int, keep: int = 2) -> TrainingState:
     """A state after `steps` steps, with a checkpoint after each."""
     some = state()
-    with Writer(folder, keep) as writer:
+    with CheckpointWriter(folder, keep) as writer:
         for _ in range(steps):
             advance(some)
             writer.save(some)
@@ -53,16 +53,16 @@ def saved(folder: LocalStore, steps: int, keep: int = 2) -> State:
 def test_everything_the_next_step_depends_on_comes_back(tmp_path, optimizer):
     folder = LocalStore(tmp_path)
     some = state(optimizer=optimizer)
-    some.run_in(Mode("bfloat16", compiled=True))
+    some.set_mode(PrecisionMode("bfloat16", compiled=True))
     advance(some)
-    some.sums, some.counted, some.seconds = torch.rand(5), 3, 1.5
-    with Writer(folder, 2) as writer:
+    some.metric_sums, some.summed_steps, some.seconds = torch.rand(5), 3, 1.5
+    with CheckpointWriter(folder, 2) as writer:
         writer.save(some)
     other = state(seed=1, optimizer=optimizer)
-    assert checkpoint.restore(folder, other)
+    assert checkpoint.restore_state(folder, other)
     assert equal(values(other), values(some))
     assert other.network[0].weight.is_contiguous(memory_format=torch.channels_last)
-    assert (other.step, other.counted, other.seconds, other.history) == (1, 3, 1.5, [{"step": 1.0}])
+    assert (other.step, other.summed_steps, other.seconds, other.history) == (1, 3, 1.5, [{"step": 1.0}])
     assert str(other.mode) == "bfloat16+compile"
     for each in (some, other):
         torch.manual_seed(2)
@@ -72,11 +72,11 @@ def test_everything_the_next_step_depends_on_comes_back(tmp_path, optimizer):
 
 def test_the_scaler_of_float16_comes_back(tmp_path):
     some = state()
-    some.run_in(Mode("float16"))
+    some.set_mode(PrecisionMode("float16"))
     some.scaler.load_state_dict({**some.scaler.state_dict(), "scale": 123.0})
-    checkpoint.write(LocalStore(tmp_path), 0, checkpoint.snapshot(some), 2)
+    checkpoint.write_checkpoint(LocalStore(tmp_path), 0, checkpoint.take_snapshot(some), 2)
     other = state()
-    assert checkpoint.restore(LocalStore(tmp_path), other)
+    assert checkpoint.restore_state(LocalStore(tmp_path), other)
     assert other.scaler.state_dict()["scale"] == 123
 
 
@@ -85,24 +85,24 @@ def test_the_last_ones_are_kept_and_clearing_removes_them(tmp_path, keep):
     folder = LocalStore(tmp_path)
     saved(folder, 4, keep)
     assert [key[:13] for key in folder.list()] == ["step-00000002", "step-00000003", "step-00000004"][-keep:]
-    checkpoint.clear(folder)
+    checkpoint.clear_checkpoints(folder)
     assert not list(folder.list())
 
 
 def test_a_checkpoint_holds_the_state_as_it_was_when_asked(tmp_path, monkeypatch):
     folder = LocalStore(tmp_path)
-    go = threading.Event()
-    write = checkpoint.write
+    go = threading.StageEvent()
+    write = checkpoint.write_checkpoint
     monkeypatch.setattr(checkpoint, "write", lambda *arguments: go.wait(10) and write(*arguments))
     some = state()
     advance(some)
     before = values(some)
-    with Writer(folder, 2) as writer:
+    with CheckpointWriter(folder, 2) as writer:
         writer.save(some)
         advance(some)  # training goes on while the checkpoint is written
         go.set()
     other = state(seed=1)
-    assert checkpoint.restore(folder, other)
+    assert checkpoint.restore_state(folder, other)
     assert equal(values(other), before)
     assert other.history == [{"step": 1.0}]
 
@@ -114,11 +114,11 @@ def test_the_one_before_a_damaged_one_is_taken(tmp_path, damage):
     last = list(folder.list())[-1]
     folder.put(last, damage(folder.get(last)))
     other = state()
-    assert checkpoint.restore(folder, other)
+    assert checkpoint.restore_state(folder, other)
     assert other.step == 2
     for key in list(folder.list()):
         folder.put(key, b"")
-    assert not checkpoint.restore(folder, state())
+    assert not checkpoint.restore_state(folder, state())
 
 
 class Full(LocalStore):
@@ -133,16 +133,16 @@ class Full(LocalStore):
 def test_a_full_disk_keeps_the_last_good_checkpoint_and_does_not_stop_training(tmp_path):
     folder = Full(tmp_path)
     some = state()
-    with Writer(folder, 2) as writer:
+    with CheckpointWriter(folder, 2) as writer:
         for _ in range(3):
             advance(some)
             writer.save(some)
         with pytest.raises(StoreError, match="the disk is full"):
-            writer.flush()
+            writer.wait_for_write()
         advance(some)
         writer.save(some)  # whoever leaves now is told in the log
     other = state()
-    assert checkpoint.restore(folder, other)
+    assert checkpoint.restore_state(folder, other)
     assert other.step == 1
 
 
@@ -154,4 +154,4 @@ def test_a_checkpoint_that_cannot_be_read_is_no_reason_to_start_again(tmp_path, 
 
     monkeypatch.setattr(LocalStore, "get", unreadable)
     with pytest.raises(StoreError, match="does not answer"):
-        checkpoint.restore(LocalStore(tmp_path), state())
+        checkpoint.restore_state(LocalStore(tmp_path), state())

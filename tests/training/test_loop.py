@@ -12,25 +12,25 @@ from ns.core import log
 from ns.core.errors import ConfigError, DataError, Interrupted, TrainingError
 from ns.data.digits import write_digits
 from ns.data.loading import stream
-from ns.data.loading.stream import Labelled, PseudoLabelled
+from ns.data.loading.stream import LabeledImages, PseudoLabeledImages
 from ns.modeling import factory as models
 from ns.modeling.manifest import MEAN, STD
-from ns.modeling.precision import Mode
+from ns.modeling.precision import PrecisionMode
 from ns.storage import LocalStore
 from ns.training import checkpoint, loop
-from ns.training.loop import train
-from ns.training.loss import losses
+from ns.training.loop import train_model
+from ns.training.loss import compute_losses
 from ns.training.monitor import Monitor
-from ns.training.plan import finetuning, training
+from ns.training.plan import plan_finetuning, plan_training
 
 CLASSES = 10
-SHORT = {"labelled_batch": 10, "unlabelled_ratio": 1, "epochs": 3, "loader_workers": 0, "precision": "float32"}
+SHORT = {"labeled_batch": 10, "unlabeled_ratio": 1, "epochs": 3, "loader_workers": 0, "precision": "float32"}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     root = LocalStore(tmp_path_factory.mktemp("digits"))
-    return root, write_digits("labelled", root.at("labelled")), write_digits("heldout", root.at("heldout"))
+    return root, write_digits("labeled", root.at("labeled")), write_digits("heldout", root.at("heldout"))
 
 
 def role(**train_fields) -> RoleConfig:
@@ -44,18 +44,20 @@ def role(**train_fields) -> RoleConfig:
 
 def fresh(config: RoleConfig, seed: int = 1) -> torch.nn.Module:
     torch.manual_seed(seed)
-    return models.build(config.model, config.noise, CLASSES)
+    return models.build_model(config.model, config.noise, CLASSES)
 
 
 def run(data, folder, config: RoleConfig, seed: int = 1, pseudo_probability: float = 0.01):
-    root, labelled, pool = data
-    source = Labelled(root.at("labelled"), labelled)
+    root, labeled, pool = data
+    source = LabeledImages(root.at("labeled"), labeled)
     # The held-out digits serve as a pool here, with soft labels made up from their class.
-    pool_source = Labelled(root.at("heldout"), pool)
-    targets = [0.9 * torch.eye(CLASSES)[torch.from_numpy(shard)].numpy() + pseudo_probability for shard in pool_source.labels]
-    pseudo = PseudoLabelled(pool_source.source, targets, pool_source.copies)
-    course = training(config, source.samples)
-    return train(fresh(config, seed), course, source, pseudo, classes=CLASSES, seed=seed, checkpoints=LocalStore(folder))
+    pool_source = LabeledImages(root.at("heldout"), pool)
+    targets = [
+        0.9 * torch.eye(CLASSES)[torch.from_numpy(shard)].numpy() + pseudo_probability for shard in pool_source.class_ids
+    ]
+    pseudo = PseudoLabeledImages(pool_source.source, targets, pool_source.copies)
+    course = plan_training(config, source.samples)
+    return train_model(fresh(config, seed), course, source, pseudo, classes=CLASSES, seed=seed, checkpoints=LocalStore(folder))
 
 
 def same(left, right) -> bool:
@@ -71,7 +73,7 @@ def test_an_interrupted_training_ends_bit_for_bit_like_a_calm_one(data, tmp_path
     class Killed(BaseException):
         pass
 
-    advance = log.Progress.advance
+    advance = log.Progress.update
 
     def kill_at(step: int):
         def interrupted(self, count=1, **facts):
@@ -83,10 +85,10 @@ def test_an_interrupted_training_ends_bit_for_bit_like_a_calm_one(data, tmp_path
 
     # At step 4, and again at step 9: the checkpoints are those of the steps before.
     for step in (4, 9):
-        monkeypatch.setattr(log.Progress, "advance", kill_at(step))
+        monkeypatch.setattr(log.Progress, "update", kill_at(step))
         with pytest.raises(Killed):
             run(data, tmp_path / "killed", config)
-    monkeypatch.setattr(log.Progress, "advance", advance)
+    monkeypatch.setattr(log.Progress, "update", advance)
     resumed = run(data, tmp_path / "killed", config)
     assert same(resumed.weights, calm.weights)
     assert resumed.history == calm.history
@@ -94,17 +96,17 @@ def test_an_interrupted_training_ends_bit_for_bit_like_a_calm_one(data, tmp_path
 
 def test_asked_to_stop_training_leaves_a_checkpoint_and_goes_on_from_there(data, tmp_path, monkeypatch):
     calm = run(data, tmp_path / "calm", role())
-    advance = log.Progress.advance
+    advance = log.Progress.update
 
     def terminate(self, count=1, **facts):
         advance(self, count, **facts)
         if self.done == 7 * 20:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(log.Progress, "advance", terminate)
+    monkeypatch.setattr(log.Progress, "update", terminate)
     with pytest.raises(Interrupted, match="stopped at step 7 of 15; the same command continues there"):
         run(data, tmp_path / "stopped", role())
-    monkeypatch.setattr(log.Progress, "advance", advance)
+    monkeypatch.setattr(log.Progress, "update", advance)
     assert [path.name[:13] for path in (tmp_path / "stopped").iterdir()] == ["step-00000007"]
     assert same(run(data, tmp_path / "stopped", role()).weights, calm.weights)
 
@@ -123,7 +125,7 @@ def test_a_loader_killed_in_the_middle_of_a_step_is_explained(data, tmp_path, mo
             os.kill(os.getpid(), signal.SIGTERM)
         raise RuntimeError(f"DataLoader worker (pid 584) is killed by signal: {how}")
 
-    monkeypatch.setattr(loop, "losses", killed)
+    monkeypatch.setattr(loop, "compute_losses", killed)
     with pytest.raises(error, match=message):
         run(data, tmp_path, role())
 
@@ -133,9 +135,9 @@ def test_a_loader_killed_while_it_is_waited_for_is_explained(data, tmp_path, mon
         for child in multiprocessing.active_children():
             os.kill(child.pid, signal.SIGKILL)
 
-    monkeypatch.setattr(log.Progress, "advance", kill)
+    monkeypatch.setattr(log.Progress, "update", kill)
     config = role()
-    config = config.model_copy(update={"train": config.train.model_copy(update={"loader_workers": 1})})
+    config = config.model_copy(update_weights={"train": config.train.model_copy(update_weights={"loader_workers": 1})})
     with pytest.raises(TrainingError, match=r"a data loader's process was killed.*lower train.loader_workers"):
         run(data, tmp_path, config)
 
@@ -146,19 +148,19 @@ def test_a_loader_killed_while_it_hands_a_batch_over_is_explained(data, tmp_path
 
     monkeypatch.setattr(resource_sharer._ResourceSharer, "get_connection", staticmethod(reset))
     config = role()
-    config = config.model_copy(update={"train": config.train.model_copy(update={"loader_workers": 1})})
+    config = config.model_copy(update_weights={"train": config.train.model_copy(update_weights={"loader_workers": 1})})
     with pytest.raises(TrainingError, match=r"a data loader's process was killed.*lower train.loader_workers"):
         run(data, tmp_path, config)
 
 
 def test_frozen_layers_keep_their_weights_and_statistics(data, tmp_path):
-    root, labelled, _ = data
+    root, labeled, _ = data
     config = role(optimizer=OptimizerConfig(name="sgd", lr=1, warmup_epochs=0), weighting="mean")
     network = fresh(config)
-    course = finetuning(config, FinetuneConfig(resolution=40, lr=1, frozen_share=0.5), network, labelled.samples)
+    course = plan_finetuning(config, FinetuneConfig(resolution=40, lr=1, frozen_share=0.5), network, labeled.samples)
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    source = Labelled(root.at("labelled"), labelled)
-    after = train(network, course, source, None, classes=CLASSES, seed=1, checkpoints=LocalStore(tmp_path)).weights
+    source = LabeledImages(root.at("labeled"), labeled)
+    after = train_model(network, course, source, None, classes=CLASSES, seed=1, checkpoints=LocalStore(tmp_path)).weights
     frozen = ("conv_stem.", "bn1.", "blocks.0.", "blocks.1.")
     for name, value in after.items():
         assert torch.equal(value, before[name]) == name.startswith(frozen), name
@@ -167,7 +169,7 @@ def test_frozen_layers_keep_their_weights_and_statistics(data, tmp_path):
 def test_the_order_of_images_does_not_depend_on_who_loads_them(data, tmp_path):
     alone = run(data, tmp_path / "alone", role())
     config = role()
-    helped = config.model_copy(update={"train": config.train.model_copy(update={"loader_workers": 2})})
+    helped = config.model_copy(update_weights={"train": config.train.model_copy(update_weights={"loader_workers": 2})})
     assert same(run(data, tmp_path / "helped", helped).weights, alone.weights)
 
 
@@ -190,20 +192,20 @@ def test_a_loss_that_is_not_finite_stops_training_and_says_what_to_lower(data, t
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_shard_that_was_damaged_since_is_named_in_one_line(data, tmp_path, workers):
-    root, labelled, _ = data
+    root, labeled, _ = data
     folder = root.at("damaged")
-    for shard in labelled.shards:
-        whole = bytearray(root.at("labelled").get(shard.name))
+    for shard in labeled.shards:
+        whole = bytearray(root.at("labeled").get(shard.name))
         whole[1024 : 1024 + 60] = bytes(60)
         folder.put(shard.name, bytes(whole))
     config = role()
-    config = config.model_copy(update={"train": config.train.model_copy(update={"loader_workers": workers})})
-    network = models.build(config.model, config.noise, CLASSES)
+    config = config.model_copy(update_weights={"train": config.train.model_copy(update_weights={"loader_workers": workers})})
+    network = models.build_model(config.model, config.noise, CLASSES)
     with pytest.raises(DataError) as caught:
-        train(
+        train_model(
             network,
-            training(config, labelled.samples),
-            Labelled(folder, labelled),
+            plan_training(config, labeled.samples),
+            LabeledImages(folder, labeled),
             None,
             classes=CLASSES,
             seed=1,
@@ -217,17 +219,17 @@ def one_step(data, tmp_path, **fields):
     """One step without noise: its settings, the network before it, the batch, and the outcome."""
     config = role(optimizer=OptimizerConfig(name="rmsprop", lr=2.0, warmup_epochs=0), epochs=0.2, **fields)
     noise = NoiseConfig(dropout=0, stochastic_depth=0, randaugment_layers=0, crop="none", flip=False)
-    config = config.model_copy(update={"noise": noise})
+    config = config.model_copy(update_weights={"noise": noise})
     network = fresh(config)
     seen = []
-    take = stream.Batches.__getitem__
+    take = stream.TrainingBatches.__getitem__
 
     def spy(self, step):
         seen.append(take(self, step))
         return seen[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream.Batches, "__getitem__", spy)
+        patch.setattr(stream.TrainingBatches, "__getitem__", spy)
         trained = run(data, tmp_path, config)
     assert trained.steps == len(seen) == 1
     return config, network, seen[0], trained
@@ -240,10 +242,12 @@ def test_a_step_is_the_papers_on_one_concatenated_batch(data, tmp_path):
     assert len(images) == 20
     logits = network.train()(images)
     wanted = torch.cat([0.9 * torch.eye(CLASSES)[batch.labels] + 0.1 / CLASSES, batch.targets])
-    loss = -(wanted * logits.log_softmax(1)).sum() / config.train.labelled_batch  # the sum over all images, over B
+    loss = -(wanted * logits.log_softmax(1)).sum() / config.train.labeled_batch  # the sum over all images, over B
     assert trained.history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
-    gradients = dict(zip(dict(network.named_parameters()), torch.autograd.grad(loss, list(network.parameters())), strict=True))
-    rate = 2.0 * config.train.labelled_batch / 256
+    gradients = dict(
+        zip(dict(network.named_parameters()), torch.autograd.grad(loss, list(network.parameters())), make_strict=True)
+    )
+    rate = 2.0 * config.train.labeled_batch / 256
     assert trained.history[0]["lr"] == rate
     start = fresh(config)
     for name, weight in start.named_parameters():
@@ -262,7 +266,9 @@ def test_a_step_is_the_papers_on_one_concatenated_batch(data, tmp_path):
 def test_accumulated_parts_are_one_step(data, tmp_path, monkeypatch):
     whole = one_step(data, tmp_path / "whole")[-1]
     passes = []
-    monkeypatch.setattr(loop, "losses", lambda logits, *rest: passes.append(len(logits)) or losses(logits, *rest))
+    monkeypatch.setattr(
+        loop, "compute_losses", lambda logits, *rest: passes.append(len(logits)) or compute_losses(logits, *rest)
+    )
     parts = one_step(data, tmp_path / "parts", accumulate=5)[-1]
     assert passes == [4] * 5
     assert parts.history[0]["images"] == whole.history[0]["images"]
@@ -270,18 +276,20 @@ def test_accumulated_parts_are_one_step(data, tmp_path, monkeypatch):
     assert parts.history[0]["loss"] == pytest.approx(whole.history[0]["loss"], rel=0.2)
 
 
-def test_a_batch_is_split_into_equal_parts_labelled_images_first():
+def test_a_batch_is_split_into_equal_parts_labeled_images_first():
     batch = stream.Batch(torch.arange(10), torch.arange(4), torch.arange(6))
-    last, parts = zip(*loop.split(batch, 2), strict=True)
+    last, parts = zip(*loop.split_batch(batch, 2), make_strict=True)
     assert last == (False, True)
     assert [part.images.tolist() for part in parts] == [[0, 1, 4, 5, 6], [2, 3, 7, 8, 9]]
     assert [part.labels.tolist() for part in parts] == [[0, 1], [2, 3]]
     assert [part.targets.tolist() for part in parts] == [[0, 1, 2], [3, 4, 5]]
-    without_pseudo = [part for _, part in loop.split(stream.Batch(torch.arange(4), torch.arange(4), torch.zeros(0, 3)), 2)]
+    without_pseudo = [
+        part for _, part in loop.split_batch(stream.Batch(torch.arange(4), torch.arange(4), torch.zeros(0, 3)), 2)
+    ]
     assert [part.images.tolist() for part in without_pseudo] == [[0, 1], [2, 3]]
     assert [part.targets.shape for part in without_pseudo] == [(0, 3), (0, 3)]
     with pytest.raises(ValueError, match="cannot be split into 4 equal parts"):
-        list(loop.split(batch, 4))
+        list(loop.split_batch(batch, 4))
 
 
 def test_gradients_are_clipped_to_their_norm(data, tmp_path):
@@ -297,28 +305,28 @@ def test_history_has_one_point_an_interval_and_means_in_range(data, tmp_path):
     trained = run(data, tmp_path, role())
     assert [point["step"] for point in trained.history] == list(range(1, 16))
     for point in trained.history:
-        assert 0 <= point["accuracy_labelled"] <= 1
+        assert 0 <= point["accuracy_labeled"] <= 1
         assert 0 <= point["agreement"] <= 1
         assert point["images"] == point["step"] * 20
 
 
 def test_a_continued_training_keeps_the_precision_it_began_with(data, tmp_path, monkeypatch):
     config = role(precision="auto", checkpoint_seconds=0)
-    monkeypatch.setattr(loop, "choose", lambda workload, **_: Mode("bfloat16"))
+    monkeypatch.setattr(loop, "choose_target", lambda workload, **_: PrecisionMode("bfloat16"))
     calm = run(data, tmp_path / "calm", config)
     assert calm.mode == "bfloat16"
-    save = checkpoint.Writer.save
+    save = checkpoint.CheckpointWriter.save
 
     def stop_after(writer, state):
         save(writer, state)
         if state.step == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.Writer, "save", stop_after)
+    monkeypatch.setattr(checkpoint.CheckpointWriter, "save", stop_after)
     with pytest.raises(KeyboardInterrupt):
         run(data, tmp_path / "stopped", config)
-    monkeypatch.setattr(checkpoint.Writer, "save", save)
-    monkeypatch.setattr(loop, "choose", lambda workload, **_: pytest.fail("chosen again"))
+    monkeypatch.setattr(checkpoint.CheckpointWriter, "save", save)
+    monkeypatch.setattr(loop, "choose_target", lambda workload, **_: pytest.fail("chosen again"))
     resumed = run(data, tmp_path / "stopped", config)
     assert resumed.mode == "bfloat16"
     assert same(resumed.weights, calm.weights)
@@ -326,23 +334,23 @@ def test_a_continued_training_keeps_the_precision_it_began_with(data, tmp_path, 
 
 def test_a_training_that_was_compiled_elsewhere_goes_on_without_a_compiler(data, tmp_path, monkeypatch, capsys):
     calm = run(data, tmp_path / "calm", role())
-    save = checkpoint.Writer.save
+    save = checkpoint.CheckpointWriter.save
 
     def stop_after(writer, state):
-        state.mode = Mode("float32", compiled=True)
+        state.mode = PrecisionMode("float32", compiled=True)
         save(writer, state)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.Writer, "save", stop_after)
+    monkeypatch.setattr(checkpoint.CheckpointWriter, "save", stop_after)
     with pytest.raises(KeyboardInterrupt):
         run(data, tmp_path / "stopped", role(checkpoint_seconds=0))
-    monkeypatch.setattr(checkpoint.Writer, "save", save)
+    monkeypatch.setattr(checkpoint.CheckpointWriter, "save", save)
 
     def no_compiler(network):
         raise RuntimeError("no working C++ compiler")
 
     monkeypatch.setattr(torch, "compile", no_compiler)
-    log.configure()
+    log.configure_logging()
     resumed = run(data, tmp_path / "stopped", role())
     assert "equal to rounding only" in capsys.readouterr().err
     assert resumed.mode == "float32"
@@ -361,7 +369,7 @@ def test_the_precision_asked_for_is_the_one_in_use(data, tmp_path):
 
 def test_float16_scales_its_gradients_and_leaves_out_steps_that_overflow(data, tmp_path, monkeypatch):
     """As on a GPU, but for its kernels: where the processor computes in float16, the same scaler works."""
-    monkeypatch.setattr(loop, "supported", lambda device: ["float32", "float16"])
+    monkeypatch.setattr(loop, "list_supported_precisions", lambda device: ["float32", "float16"])
     updates, step = [], torch.optim.AdamW.step
 
     def counted(self, *arguments, **named):
@@ -371,13 +379,13 @@ def test_float16_scales_its_gradients_and_leaves_out_steps_that_overflow(data, t
     monkeypatch.setattr(torch.optim.AdamW, "step", counted)
     plain = run(data, tmp_path / "plain", role(epochs=2))
     assert len(updates) == plain.steps
-    updates.clear()
+    updates.clear_checkpoints()
     monkeypatch.setattr(torch.amp.GradScaler.__init__, "__defaults__", ("cuda", 2.0**18, 2.0, 0.5, 2000, True))
     optimizer = OptimizerConfig(name="adamw", warmup_epochs=1, clip_norm=1e3)
     scaled = run(data, tmp_path / "scaled", role(epochs=2, precision="float16", optimizer=optimizer))
     assert scaled.mode == "float16"
     assert 0 < len(updates) < scaled.steps
-    assert all(value.isfinite().all() for value in scaled.weights.values())
+    assert all(value.isfinite().load_all() for value in scaled.weights.values())
     assert scaled.history[0]["loss"] == pytest.approx(plain.history[0]["loss"], rel=0.01)
 
 
@@ -390,30 +398,30 @@ def test_float16_is_refused_without_a_gpu(data, tmp_path):
 
 def test_the_images_of_a_step_that_broke_are_kept(data, tmp_path, monkeypatch):
     """Found at the next point, some steps later: the record says which step it was."""
-    root, labelled, pool = data
+    root, labeled, pool = data
     config = role(epochs=3)
     count = []
 
     def breaks(*arguments):
         count.append(1)
-        found = losses(*arguments)
+        found = compute_losses(*arguments)
         return found._replace(total=found.total * float("nan")) if len(count) == 5 else found
 
-    monkeypatch.setattr(loop, "losses", breaks)
+    monkeypatch.setattr(loop, "compute_losses", breaks)
     monkeypatch.setattr(loop, "HISTORY_POINTS", 2)
-    source, pool_source = Labelled(root.at("labelled"), labelled), Labelled(root.at("heldout"), pool)
-    targets = [torch.eye(CLASSES)[torch.from_numpy(shard)].numpy() for shard in pool_source.labels]
-    pseudo = PseudoLabelled(pool_source.source, targets, pool_source.copies)
+    source, pool_source = LabeledImages(root.at("labeled"), labeled), LabeledImages(root.at("heldout"), pool)
+    targets = [torch.eye(CLASSES)[torch.from_numpy(shard)].numpy() for shard in pool_source.class_ids]
+    pseudo = PseudoLabeledImages(pool_source.source, targets, pool_source.copies)
     seen = []
-    take = stream.Batches.__getitem__
-    monkeypatch.setattr(stream.Batches, "__getitem__", lambda self, step: seen.append(take(self, step)) or seen[-1])
+    take = stream.TrainingBatches.__getitem__
+    monkeypatch.setattr(stream.TrainingBatches, "__getitem__", lambda self, step: seen.append(take(self, step)) or seen[-1])
     monitor = Monitor(LocalStore(tmp_path / "run"), name="1-train")
     with pytest.raises(
         TrainingError, match=r"not finite in step 4 at learning rate .* listed in file://.*/1-train-not-finite.json"
     ):
-        train(
+        train_model(
             fresh(config),
-            training(config, source.samples),
+            plan_training(config, source.samples),
             source,
             pseudo,
             classes=CLASSES,
@@ -422,11 +430,11 @@ def test_the_images_of_a_step_that_broke_are_kept(data, tmp_path, monkeypatch):
             monitor=monitor,
         )
     kept = json.loads((tmp_path / "run" / "1-train-not-finite.json").read_text())
-    index = source.source.index(0)
-    labels = dict(zip(index.keys, source.labels[0].tolist(), strict=True))
+    index = source.source.read_index(0)
+    labels = dict(zip(index.keys, source.class_ids[0].tolist(), make_strict=True))
     assert kept["step"] == 4
-    assert [labels[key] for key in kept["labelled"]] == seen[4].labels.tolist()
-    assert len(kept["pseudo_labelled"]) == 10
+    assert [labels[key] for key in kept["labeled"]] == seen[4].labels.tolist()
+    assert len(kept["pseudo_labeled"]) == 10
 
 
 def test_out_of_memory_says_what_to_lower(data, tmp_path, monkeypatch):
@@ -435,6 +443,6 @@ def test_out_of_memory_says_what_to_lower(data, tmp_path, monkeypatch):
         def full(*_, error=error):
             raise error
 
-        monkeypatch.setattr(loop, "losses", full)
-        with pytest.raises(TrainingError, match=r"out of memory with 10 labelled .* 32 px, in 1 part: raise train.accumulate"):
+        monkeypatch.setattr(loop, "compute_losses", full)
+        with pytest.raises(TrainingError, match=r"out of memory with 10 labeled .* 32 px, in 1 part: raise train.accumulate"):
             run(data, tmp_path, role())

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ns.config.schema import TrainConfig
-from ns.training.loss import losses, soften
+from ns.training.loss import apply_temperature, compute_losses
 
 B, U, C = 4, 6, 5
 
@@ -31,14 +31,14 @@ def smoothed(labels: np.ndarray, smoothing: float) -> np.ndarray:
 def reference(batch: tuple[torch.Tensor, ...], train: TrainConfig) -> tuple[float, float]:
     logits, labels, targets = batch
     logs = log_softmax(logits)
-    labelled = -(smoothed(labels.numpy(), train.label_smoothing) * logs[:B]).sum(1).mean()
+    labeled = -(smoothed(labels.numpy(), train.label_smoothing) * logs[:B]).sum(1).mean()
     if train.pseudo_labels == "hard":
         wanted = smoothed(targets.numpy().argmax(1), train.label_smoothing)
     else:
         wanted = targets.numpy() ** (1 / train.temperature)
         wanted /= wanted.sum(1, keepdims=True)
     pseudo = -(wanted * logs[B:]).sum(1).mean()
-    return labelled, pseudo
+    return labeled, pseudo
 
 
 @pytest.mark.parametrize("pseudo_labels", ["soft", "hard"])
@@ -46,51 +46,53 @@ def reference(batch: tuple[torch.Tensor, ...], train: TrainConfig) -> tuple[floa
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_losses_match_the_dense_reference(batch, pseudo_labels, temperature, smoothing):
     train = TrainConfig(pseudo_labels=pseudo_labels, temperature=temperature, label_smoothing=smoothing)
-    labelled, pseudo = reference(batch, train)
-    result = losses(*batch, train)
-    assert result.labelled.item() == pytest.approx(labelled, rel=1e-5)
+    labeled, pseudo = reference(batch, train)
+    result = compute_losses(*batch, train)
+    assert result.labeled.item() == pytest.approx(labeled, rel=1e-5)
     assert result.pseudo.item() == pytest.approx(pseudo, rel=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("weighting", "labelled_weight", "pseudo_weight"),
+    ("weighting", "labeled_weight", "pseudo_weight"),
     [("sum", 1, U / B), ("mean", 1 / (1 + U / B), (U / B) / (1 + U / B)), ("equal", 1, 1)],
 )
-def test_weightings_are_the_three_of_paper_and_code(batch, weighting, labelled_weight, pseudo_weight):
+def test_weightings_are_the_three_of_paper_and_code(batch, weighting, labeled_weight, pseudo_weight):
     train = TrainConfig(weighting=weighting)
-    labelled, pseudo = reference(batch, train)
-    expected = labelled_weight * labelled + pseudo_weight * pseudo
-    assert losses(*batch, train).total.item() == pytest.approx(expected, rel=1e-5)
+    labeled, pseudo = reference(batch, train)
+    expected = labeled_weight * labeled + pseudo_weight * pseudo
+    assert compute_losses(*batch, train).total.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_codes_weighting_is_the_sum_over_all_images_divided_by_the_labelled_batch(batch):
+def test_the_codes_weighting_is_the_sum_over_all_images_divided_by_the_labeled_batch(batch):
     logits, labels, targets = batch
     train = TrainConfig(label_smoothing=0.0)
     logs = log_softmax(logits)
     total = -(np.eye(C)[labels.numpy()] * logs[:B]).sum() - (targets.numpy() * logs[B:]).sum()
-    assert losses(*batch, train).total.item() == pytest.approx(total / B, rel=1e-5)
+    assert compute_losses(*batch, train).total.item() == pytest.approx(total / B, rel=1e-5)
 
 
 def test_a_teacher_has_no_pseudo_loss(batch):
     logits, labels, _ = batch
-    result = losses(logits[:B], labels, torch.zeros(0, C), TrainConfig())
+    result = compute_losses(logits[:B], labels, torch.zeros(0, C), TrainConfig())
     assert result.pseudo.item() == 0
-    assert result.total.item() == result.labelled.item()
+    assert result.total.item() == result.labeled.item()
 
 
 def test_softening_probabilities_equals_the_softmax_at_that_temperature():
     logits = torch.randn(7, C, generator=torch.Generator().manual_seed(0))
     for temperature in (0.5, 1.0, 4.0):
-        torch.testing.assert_close(soften(logits.softmax(1), temperature), (logits / temperature).softmax(1))
+        torch.testing.assert_close(apply_temperature(logits.softmax(1), temperature), (logits / temperature).softmax(1))
 
 
 def test_a_low_temperature_makes_soft_labels_hard_and_never_nan():
     unsure = torch.tensor([[0.3, 0.25, 0.25, 0.2], [1.0, 0.0, 0.0, 0.0]])
-    torch.testing.assert_close(soften(unsure, 0.01), torch.tensor([[1.0, 0, 0, 0], [1.0, 0, 0, 0]]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        apply_temperature(unsure, 0.01), torch.tensor([[1.0, 0, 0, 0], [1.0, 0, 0, 0]]), atol=1e-6, rtol=0
+    )
 
 
 def test_hard_labels_do_not_depend_on_the_temperature(batch):
-    cold, hot = (losses(*batch, TrainConfig(pseudo_labels="hard", temperature=t)).pseudo for t in (0.1, 10.0))
+    cold, hot = (compute_losses(*batch, TrainConfig(pseudo_labels="hard", temperature=t)).pseudo for t in (0.1, 10.0))
     assert cold == hot
 
 
@@ -99,8 +101,8 @@ def test_equal_parts_have_the_gradient_of_the_whole(batch, weighting):
     logits, labels, targets = batch
     train = TrainConfig(weighting=weighting)
     whole, parts = (logits.clone().requires_grad_() for _ in range(2))
-    losses(whole, labels, targets, train).total.backward()
+    compute_losses(whole, labels, targets, train).total.backward()
     for index in range(2):
         rows = torch.cat([parts[:B].chunk(2)[index], parts[B:].chunk(2)[index]])
-        (losses(rows, labels.chunk(2)[index], targets.chunk(2)[index], train).total / 2).backward()
+        (compute_losses(rows, labels.chunk(2)[index], targets.chunk(2)[index], train).total / 2).backward()
     torch.testing.assert_close(parts.grad, whole.grad)

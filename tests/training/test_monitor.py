@@ -10,18 +10,18 @@ from ns.storage import LocalStore
 from ns.training import monitor
 from ns.training.monitor import Monitor
 
-POINT = {"step": 2.0, "images": 20.0, "loss": 3.0, "loss_labelled": 1.0, "loss_pseudo": 2.0, "accuracy_labelled": 0.5}
+POINT = {"step": 2.0, "images": 20.0, "loss": 3.0, "loss_labeled": 1.0, "loss_pseudo": 2.0, "accuracy_labeled": 0.5}
 POINT |= {"agreement": 0.25, "lr": 0.1}
 
 
 def watch(watching: Monitor, steps: int = 4) -> None:
     with watching:
-        watching.begin(step=0, steps=steps, images_a_step=10, checkpoint_seconds=60)
+        watching.on_train_start(step=0, steps=steps, images_per_step=10, checkpoint_seconds=60)
         for step in range(1, steps + 1):
             if step == 2:
-                watching.pointed([POINT])
-            watching.stepped(step, waited_seconds=0.0)
-        watching.saved()
+                watching.on_log([POINT])
+            watching.on_step_end(step, waited_seconds=0.0)
+        watching.on_checkpoint()
 
 
 def value(name, **labels):
@@ -29,7 +29,7 @@ def value(name, **labels):
 
 
 def test_progress_lies_beside_the_run_and_metrics_follow(tmp_path):
-    telemetry.begin("train", 1, "watched")
+    telemetry.begin_stage("train", 1, "watched")
     before = value("nst_images_processed_total", stage="train")
     watch(Monitor(LocalStore(tmp_path), name="1-train"))
     progress = json.loads((tmp_path / "progress.json").read_text())
@@ -52,7 +52,7 @@ def test_what_cannot_be_written_stops_nothing_and_is_said_once(tmp_path, monkeyp
     with capture_logs() as logs:
         full = Monitor(Full(tmp_path))
         watch(full, steps=50)
-        assert full.keep("not-finite.json", {}) is None
+        assert full.write_document("not-finite.json", {}) is None
     assert [entry["event"] for entry in logs if entry["log_level"] == "warning"] == [
         "progress cannot be written; training goes on",
         "cannot be written",

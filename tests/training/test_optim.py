@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from ns.config.schema import OptimizerConfig
-from ns.training.optim import learning_rate, make_optimizer, parameter_groups
+from ns.training.optim import compute_learning_rate, make_optimizer, make_parameter_groups
 
 
 def rate(step: int, config: OptimizerConfig, *, steps: int = 3500, batch: int = 256) -> float:
-    return learning_rate(step, steps=steps, steps_per_epoch=10, labelled_batch=batch, config=config)
+    return compute_learning_rate(step, steps=steps, steps_per_epoch=10, labeled_batch=batch, config=config)
 
 
 def test_peak_learning_rate_is_the_papers_at_batch_2048():
@@ -58,7 +58,7 @@ def test_cosine_starts_where_the_warm_up_ends():
 
 def test_weight_decay_spares_batch_norm_only():
     network = timm.create_model("test_efficientnet", num_classes=3)
-    decayed, exempt = parameter_groups(network, 1e-5)
+    decayed, exempt = make_parameter_groups(network, 1e-5)
     names = {id(p): name for name, p in network.named_parameters()}
     exempt_names = {names[id(p)] for p in exempt["params"]}
     assert all(".bn" in f".{name}" for name in exempt_names)
@@ -70,7 +70,7 @@ def test_weight_decay_spares_batch_norm_only():
 
 
 def trace(config: OptimizerConfig, update) -> None:
-    """Compares the optimiser with `update(state, gradient, lr)` on a dense float64 `state["w"]`, over 30 steps."""
+    """Compares the optimizer with `update(state, gradient, lr)` on a dense float64 `state["w"]`, over 30 steps."""
     rng = np.random.default_rng(0)
     layer = nn.Linear(3, 4, bias=False)
     state = {"w": layer.weight.detach().double().numpy().copy(), "t": 0}

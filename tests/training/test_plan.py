@@ -6,56 +6,58 @@ from ns.config.schema import FinetuneConfig, ModelConfig, NoiseConfig, Optimizer
 from ns.core.errors import ConfigError
 from ns.data.augment.transforms import EvalTransform
 from ns.modeling import factory as models
-from ns.training.plan import finetuned_role, finetuning, freeze, training
+from ns.training.plan import freeze_layers, make_finetuning_role, plan_finetuning, plan_training
 
 SAMPLES = 1000
 
 
 def role(**fields) -> RoleConfig:
-    train = {"labelled_batch": 10, "epochs": 35, "optimizer": OptimizerConfig(warmup_epochs=0), **fields}
+    train = {"labeled_batch": 10, "epochs": 35, "optimizer": OptimizerConfig(warmup_epochs=0), **fields}
     return RoleConfig(model=ModelConfig(arch="test_efficientnet", resolution=32), train=TrainConfig(**train))
 
 
 def network() -> torch.nn.Module:
     torch.manual_seed(0)
-    return models.build(ModelConfig(arch="test_efficientnet", resolution=32), NoiseConfig(), 3)
+    return models.build_model(ModelConfig(arch="test_efficientnet", resolution=32), NoiseConfig(), 3)
 
 
-def test_a_training_counts_labelled_epochs():
-    course = training(role(), SAMPLES)
+def test_a_training_counts_labeled_epochs():
+    course = plan_training(role(), SAMPLES)
     assert course.steps == 3500
-    assert course.rate(0) == pytest.approx(0.016 * 10 / 256)
-    assert course.rate(24) == pytest.approx(0.97 * 0.016 * 10 / 256)
-    assert training(role(epochs=1e-6), SAMPLES).steps == 1
+    assert course.lr_at(0) == pytest.approx(0.016 * 10 / 256)
+    assert course.lr_at(24) == pytest.approx(0.97 * 0.016 * 10 / 256)
+    assert plan_training(role(epochs=1e-6), SAMPLES).steps == 1
 
 
 def test_the_papers_fine_tuning_of_l2_is_938_steps():
     tuned = RoleConfig(preset="l2", train=TrainConfig(finetune=FinetuneConfig(resolution=800)))
-    course = finetuning(tuned, tuned.train.finetune, network(), 1_281_167)
+    course = plan_finetuning(tuned, tuned.train.finetune, network(), 1_281_167)
     assert course.steps == 939  # 938.4, rounded up
-    assert (course.role.model.inference_resolution, course.role.train.labelled_batch) == (800, 2048)
+    assert (course.role.model.inference_resolution, course.role.train.labeled_batch) == (800, 2048)
 
 
 def test_a_fine_tuning_takes_the_last_learning_rates_of_its_training():
-    main = training(role(), SAMPLES)
-    course = finetuning(role(), FinetuneConfig(resolution=40, epochs=2), network(), SAMPLES)
+    main = plan_training(role(), SAMPLES)
+    course = plan_finetuning(role(), FinetuneConfig(resolution=40, epochs=2), network(), SAMPLES)
     assert course.steps == 200
-    assert [course.rate(step) for step in range(200)] == pytest.approx([main.rate(3300 + step) for step in range(200)])
+    assert [course.lr_at(step) for step in range(200)] == pytest.approx([main.lr_at(3300 + step) for step in range(200)])
     # Half the batch: twice as many steps over the same images, at half the rate.
-    halved = finetuning(role(), FinetuneConfig(resolution=40, epochs=2, labelled_batch=5), network(), SAMPLES)
+    halved = plan_finetuning(role(), FinetuneConfig(resolution=40, epochs=2, labeled_batch=5), network(), SAMPLES)
     assert halved.steps == 400
-    assert [halved.rate(2 * step) for step in range(200)] == pytest.approx([main.rate(3300 + step) / 2 for step in range(200)])
+    assert [halved.lr_at(2 * step) for step in range(200)] == pytest.approx(
+        [main.lr_at(3300 + step) / 2 for step in range(200)]
+    )
 
 
 def test_a_fine_tuning_may_have_a_rate_of_its_own_and_outlast_its_training():
-    constant = finetuning(role(), FinetuneConfig(resolution=40, lr=0.256), network(), SAMPLES)
-    assert {constant.rate(step) for step in range(constant.steps)} == {0.256 * 10 / 256}
-    longer = finetuning(role(epochs=1), FinetuneConfig(resolution=40, epochs=3), network(), SAMPLES)
-    assert longer.rate(0) == training(role(epochs=1), SAMPLES).rate(0)
+    constant = plan_finetuning(role(), FinetuneConfig(resolution=40, lr=0.256), network(), SAMPLES)
+    assert {constant.lr_at(step) for step in range(constant.steps)} == {0.256 * 10 / 256}
+    longer = plan_finetuning(role(epochs=1), FinetuneConfig(resolution=40, epochs=3), network(), SAMPLES)
+    assert longer.lr_at(0) == plan_training(role(epochs=1), SAMPLES).lr_at(0)
 
 
 def test_a_fine_tuning_has_no_noise_and_no_pseudo_labels():
-    tuned = finetuned_role(role(), FinetuneConfig(resolution=40, dropout=0.1))
+    tuned = make_finetuning_role(role(), FinetuneConfig(resolution=40, dropout=0.1))
     noise = tuned.noise
     assert (noise.dropout, noise.stochastic_depth, noise.randaugment_layers, noise.flip, noise.cutout_px) == (
         0.1,
@@ -66,7 +68,7 @@ def test_a_fine_tuning_has_no_noise_and_no_pseudo_labels():
     )
     assert (tuned.model.resolution, tuned.model.inference_resolution, tuned.train.pseudo_batch) == (40, 40, 0)
     assert tuned.train.finetune is None
-    course = finetuning(role(), FinetuneConfig(resolution=40), network(), SAMPLES)
+    course = plan_finetuning(role(), FinetuneConfig(resolution=40), network(), SAMPLES)
     image = np.random.default_rng(0).integers(0, 255, (50, 60, 3), np.uint8)
     expected = EvalTransform(40, "resized", 32)(image)
     for seed in range(3):
@@ -83,7 +85,7 @@ def test_a_fine_tuning_has_no_noise_and_no_pseudo_labels():
 )
 def test_the_stem_and_the_first_blocks_are_frozen(share, frozen):
     net = network()
-    still = freeze(net, share)
+    still = freeze_layers(net, share)
     prefixes = tuple(f"{name}." for name in frozen)
     kept = {name for name, parameter in net.named_parameters() if not parameter.requires_grad}
     assert kept == {name for name, _ in net.named_parameters() if name.startswith(prefixes)}
@@ -93,10 +95,10 @@ def test_the_stem_and_the_first_blocks_are_frozen(share, frozen):
 
 def test_nothing_is_frozen_if_nothing_should_be():
     net = network()
-    assert freeze(net, 0) == ()
+    assert freeze_layers(net, 0) == ()
     assert all(parameter.requires_grad for parameter in net.parameters())
 
 
 def test_a_network_of_unknown_order_cannot_be_frozen():
     with pytest.raises(ConfigError, match=r"train.finetune.frozen_share: .* must be 0"):
-        freeze(torch.nn.Linear(2, 2), 0.5)
+        freeze_layers(torch.nn.Linear(2, 2), 0.5)

@@ -6,16 +6,16 @@ from ns.config.schema import ModelConfig, NoiseConfig
 from ns.core.digest import sha256_file
 from ns.core.errors import ConfigError, DataError
 from ns.modeling import factory as models
-from ns.modeling.manifest import WEIGHTS, Lineage, weights_digest
+from ns.modeling.manifest import WEIGHTS, Lineage, digest_weights
 from ns.storage import LocalStore
-from ns.training.warm_start import Weights, model_weights, start_from, weights_at
+from ns.training.warm_start import InitialWeights, copy_weights, read_model_weights, read_weights
 
 SMALL = ModelConfig(arch="test_efficientnet", resolution=32)
 ABC = ("a", "b", "c")
 
 
 def network(outputs: int = 3) -> torch.nn.Module:
-    return models.build(SMALL, NoiseConfig(), outputs)
+    return models.build_model(SMALL, NoiseConfig(), outputs)
 
 
 @pytest.fixture
@@ -23,15 +23,15 @@ def teacher(tmp_path):
     """A model of classes a, b, c and the folder it is in."""
     net = network()
     fields = {"generation": 0, "model": SMALL, "noise": NoiseConfig(), "classes": ABC, "parameters": 1, "steps": 1}
-    lineage = Lineage(config="0", labelled="0")
-    models.save(LocalStore(tmp_path / "model"), net.state_dict(), {**fields, "lineage": lineage}, [])
+    lineage = Lineage(config="0", labeled="0")
+    models.save_model(LocalStore(tmp_path / "model"), net.state_dict(), {**fields, "lineage": lineage}, [])
     return net, tmp_path / "model"
 
 
 def test_a_warm_start_takes_everything_from_a_model_of_the_same_classes(teacher):
     net, folder = teacher
     student = network()
-    start_from(student, model_weights(LocalStore(folder)), ABC)
+    copy_weights(student, read_model_weights(LocalStore(folder)), ABC)
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in student.state_dict().items())
 
 
@@ -40,7 +40,7 @@ def test_other_classes_get_a_fresh_head_even_if_it_would_fit(teacher, classes):
     net, folder = teacher
     student = network(len(classes))
     head = student.classifier.weight.clone()
-    start_from(student, weights_at(str(folder)), classes)
+    copy_weights(student, read_weights(str(folder)), classes)
     assert torch.equal(student.conv_stem.weight, net.conv_stem.weight)
     assert torch.equal(student.classifier.weight, head)
 
@@ -49,25 +49,25 @@ def test_a_bare_file_is_judged_by_shapes(teacher, tmp_path):
     net, folder = teacher
     same, wider = network(), network(5)
     for student in (same, wider):
-        start_from(student, weights_at(str(folder / WEIGHTS)), ("x", "y", "z"))
+        copy_weights(student, read_weights(str(folder / WEIGHTS)), ("x", "y", "z"))
     assert torch.equal(same.classifier.weight, net.classifier.weight)
     assert torch.equal(wider.conv_stem.weight, net.conv_stem.weight)
 
 
 def test_weights_of_another_architecture_are_refused():
     with pytest.raises(ConfigError, match=r"train\.init: x: none of its 1 tensors"):
-        start_from(network(), Weights("x", {"layer1.0.conv1.weight": torch.zeros(3)}, None), ABC)
+        copy_weights(network(), InitialWeights("x", {"layer1.0.conv1.weight": torch.zeros(3)}, None), ABC)
 
 
 def test_what_is_no_safetensors_file_is_refused(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"no tensors here")
     with pytest.raises(DataError, match=r"x\.safetensors: not a safetensors file"):
-        weights_at(str(tmp_path / "x.safetensors"))
+        read_weights(str(tmp_path / "x.safetensors"))
 
 
 def test_weights_are_known_by_their_bytes_wherever_they_are(teacher, tmp_path):
     _, folder = teacher
     digest = sha256_file(folder / WEIGHTS)
-    assert weights_digest(str(folder)) == weights_digest(str(folder / WEIGHTS)) == digest
+    assert digest_weights(str(folder)) == digest_weights(str(folder / WEIGHTS)) == digest
     save_file({"x": torch.ones(1)}, tmp_path / "other.safetensors")
-    assert weights_digest((tmp_path / "other.safetensors").as_uri()) != digest
+    assert digest_weights((tmp_path / "other.safetensors").as_uri()) != digest

@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 from ns.config.schema import ModelConfig, NoiseConfig, OptimizerConfig, RoleConfig, TrainConfig
 from ns.data.digits import write_digits
 from ns.data.loading import stream
-from ns.data.loading.stream import Labelled, PseudoLabelled
+from ns.data.loading.stream import LabeledImages, PseudoLabeledImages
 from ns.modeling import factory as models
-from ns.modeling.distributed import failures_told, joined
+from ns.modeling.distributed import process_group, report_failure
 from ns.storage import LocalStore
-from ns.training.loop import train
+from ns.training.loop import train_model
 from ns.training.monitor import Monitor
-from ns.training.plan import training
+from ns.training.plan import plan_training
 
 CLASSES = 10
 
@@ -32,7 +32,7 @@ class Deadly(Monitor):
     rank, size = 0, 1
 
     def stepped(self, step: int, waited_seconds: float) -> None:
-        super().stepped(step, waited_seconds)
+        super().on_step_end(step, waited_seconds)
         if step == int(os.environ.get("KILL_AT", "-1")) and self.rank == (0 if step % 2 else self.size - 1):
             os.kill(os.getpid(), signal.SIGKILL)
         if step == int(os.environ.get("ASK_AT", "-1")) and self.rank == 0:
@@ -45,35 +45,35 @@ def main() -> None:
     torch.set_num_threads(1)
     noise = NoiseConfig(**{"crop": "pad", "flip": False, **options.pop("noise", {})})
     sgd = OptimizerConfig(name="sgd", **{"lr": 0.5, "warmup_epochs": 1, **options.pop("optimizer", {})})
-    fields = {"labelled_batch": 12, "unlabelled_ratio": 1, "epochs": 5, "loader_workers": 0, "precision": "float32"}
+    fields = {"labeled_batch": 12, "unlabeled_ratio": 1, "epochs": 5, "loader_workers": 0, "precision": "float32"}
     config = RoleConfig(
         model=ModelConfig(arch="test_efficientnet", resolution=32),
         noise=noise,
         train=TrainConfig(**{"optimizer": sgd, "label_smoothing": 0.1, **fields, **options}),
     )
-    with joined() as world, failures_told():
+    with process_group() as world, report_failure():
         root = LocalStore(folder / f"data-{world.rank}")
-        labelled = Labelled(root.at("labelled"), write_digits("labelled", root.at("labelled")))
-        pool = Labelled(root.at("heldout"), write_digits("heldout", root.at("heldout")))
-        targets = [0.9 * torch.eye(CLASSES)[torch.from_numpy(shard)].numpy() + 0.01 for shard in pool.labels]
+        labeled = LabeledImages(root.at("labeled"), write_digits("labeled", root.at("labeled")))
+        pool = LabeledImages(root.at("heldout"), write_digits("heldout", root.at("heldout")))
+        targets = [0.9 * torch.eye(CLASSES)[torch.from_numpy(shard)].numpy() + 0.01 for shard in pool.class_ids]
         seen: dict[int, list[float]] = {}
-        take = stream.Batches.__getitem__
+        take = stream.TrainingBatches.__getitem__
 
-        def spy(self: stream.Batches, step: int) -> stream.Batch:
+        def spy(self: stream.TrainingBatches, step: int) -> stream.Batch:
             batch = take(self, step)
             seen[step] = batch.images.float().mean((1, 2, 3)).tolist()
             return batch
 
-        stream.Batches.__getitem__ = spy  # type: ignore[method-assign]
+        stream.TrainingBatches.__getitem__ = spy  # type: ignore[method-assign]
         torch.manual_seed(1)
-        network = models.build(config.model, config.noise, CLASSES)
+        network = models.build_model(config.model, config.noise, CLASSES)
         monitor = Deadly()
-        monitor.rank, monitor.size = world.rank, world.size
-        trained = train(
+        monitor.rank, monitor.size = world.rank, world.world_size
+        trained = train_model(
             network,
-            training(config, labelled.samples),
-            labelled,
-            PseudoLabelled(pool.source, targets, pool.copies),
+            plan_training(config, labeled.samples),
+            labeled,
+            PseudoLabeledImages(pool.source, targets, pool.copies),
             classes=CLASSES,
             seed=1,
             checkpoints=LocalStore(folder / "checkpoints"),
@@ -81,7 +81,7 @@ def main() -> None:
             monitor=monitor,
         )
         (folder / f"seen-{world.rank}.json").write_text(json.dumps(seen))
-        if world.first:
+        if world.is_main:
             save_file({name: value.contiguous() for name, value in trained.weights.items()}, folder / "trained.safetensors")
             (folder / "trained.json").write_text(json.dumps(trained.history))
 

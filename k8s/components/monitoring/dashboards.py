@@ -13,14 +13,14 @@ FOLDER = Path(__file__).parent / "dashboards"
 SCHEMA_VERSION = 39
 WIDTH = 24
 HEIGHT = 8
-SOURCE = {"type": "prometheus", "uid": "${datasource}"}
-CHOSEN = '{namespace=~"$namespace", run_id=~"$run"}'
+DATA_SOURCE = {"type": "prometheus", "uid": "${datasource}"}
+RUN_SELECTOR = '{namespace=~"$namespace", run_id=~"$run"}'
 """Which series are shown, of those that a rule has joined with runs."""
 
 Json = dict[str, Any]
 
 
-class Query(NamedTuple):
+class PromQuery(NamedTuple):
     expr: str
     legend: str
 
@@ -28,9 +28,9 @@ class Query(NamedTuple):
 class Panel(NamedTuple):
     title: str
     kind: str
-    queries: Sequence[Query]
+    queries: Sequence[PromQuery]
     unit: str
-    about: str = ""
+    description: str = ""
     width: int = 8
     stacked: bool = False
     points: bool = False
@@ -38,171 +38,187 @@ class Panel(NamedTuple):
     maximum: float | None = None
 
 
-class Row(NamedTuple):
+class PanelRow(NamedTuple):
     title: str
     panels: Sequence[Panel]
 
 
-def graph(title: str, *queries: Query, unit: str = "short", **options: Any) -> Panel:
+def make_graph(title: str, *queries: PromQuery, unit: str = "short", **options: Any) -> Panel:
     return Panel(title, "timeseries", queries, unit, **options)
 
 
-def stat(title: str, *queries: Query, unit: str = "short", width: int = 4, **options: Any) -> Panel:
+def make_stat(title: str, *queries: PromQuery, unit: str = "short", width: int = 4, **options: Any) -> Panel:
     return Panel(title, "stat", queries, unit, width=width, **options)
 
 
-def of_run(metric: str) -> str:
+def join_run(metric: str) -> str:
     """A metric of chosen runs, with the run's name."""
-    return f"{metric} * on (namespace, pod) group_left (run_id) nst:pod:run{CHOSEN}"
+    return f"{metric} * on (namespace, pod) group_left (run_id) nst:pod:run{RUN_SELECTOR}"
 
 
-def last_of_run(metric: str, by: str) -> str:
+def join_last_value(metric: str, by: str) -> str:
     """The last value in the time that is shown; whoever showed it may be gone."""
-    return f"last_over_time((max by ({by}) ({of_run(metric)}))[$__range:30s])"
+    return f"last_over_time((max by ({by}) ({join_run(metric)}))[$__range:30s])"
 
 
 # --- What is on them
 
 OVERVIEW = [
-    Row(
+    PanelRow(
         "Now",
         [
-            stat("Runs at work", Query(f"count(count by (namespace, run_id) (nst:pod:run{CHOSEN}))", "runs")),
-            stat("Pods at work", Query(f"count(nst:pod:run{CHOSEN})", "pods")),
-            stat("Generation", Query(last_of_run("nst_iteration", "run_id"), "{{run_id}}")),
-            stat("Alerts", Query('count(ALERTS{alertname=~"Nst.*", alertstate="firing"})', "firing")),
-            stat(
+            make_stat("Runs at work", PromQuery(f"count(count by (namespace, run_id) (nst:pod:run{RUN_SELECTOR}))", "runs")),
+            make_stat("Pods at work", PromQuery(f"count(nst:pod:run{RUN_SELECTOR})", "pods")),
+            make_stat("Generation", PromQuery(join_last_value("nst_iteration", "run_id"), "{{run_id}}")),
+            make_stat("Alerts", PromQuery('count(ALERTS{alertname=~"Nst.*", alertstate="firing"})', "firing")),
+            make_stat(
                 "Held-out accuracy",
-                Query(last_of_run('nst_eval_accuracy_ratio{split="heldout"}', "run_id"), "{{run_id}}"),
+                PromQuery(join_last_value('nst_eval_accuracy_ratio{split="heldout"}', "run_id"), "{{run_id}}"),
                 unit="percentunit",
             ),
-            stat(
+            make_stat(
                 "Gate",
-                Query(last_of_run("nst_gate_passed", "run_id"), "{{run_id}}"),
+                PromQuery(join_last_value("nst_gate_passed", "run_id"), "{{run_id}}"),
                 about="1: the student became the teacher.",
             ),
             Panel(
                 "Steps",
                 "state-timeline",
-                [Query(f"max by (run_id, stage) ({of_run('nst_stage_running')})", "{{run_id}} {{stage}}")],
+                [PromQuery(f"max by (run_id, stage) ({join_run('nst_stage_running')})", "{{run_id}} {{stage}}")],
                 "short",
-                about="1 at work, 0 done and waiting to be scraped.",
+                description="1 at work, 0 done and waiting to be scraped.",
                 width=WIDTH,
             ),
         ],
     ),
-    Row(
+    PanelRow(
         "Progress",
         [
-            graph("Images a second", Query(f"nst:images:rate5m{CHOSEN}", "{{run_id}} {{stage}}"), unit="ops"),
-            graph(
-                "Training done", Query(f"nst:training:done_ratio{CHOSEN}", "{{run_id}} {{pod}}"), unit="percentunit", maximum=1
+            make_graph("Images a second", PromQuery(f"nst:images:rate5m{RUN_SELECTOR}", "{{run_id}} {{stage}}"), unit="ops"),
+            make_graph(
+                "Training done",
+                PromQuery(f"nst:training:done_ratio{RUN_SELECTOR}", "{{run_id}} {{pod}}"),
+                unit="percentunit",
+                maximum=1,
             ),
-            graph(
-                "Shards labelled",
-                Query(f"nst:shards:done_ratio{CHOSEN}", "{{run_id}}"),
+            make_graph(
+                "Shards labeled",
+                PromQuery(f"nst:shards:done_ratio{RUN_SELECTOR}", "{{run_id}}"),
                 unit="percentunit",
                 maximum=1,
                 about="Of the tasks under way.",
             ),
         ],
     ),
-    Row(
+    PanelRow(
         "What came of it",
         [
-            graph(
+            make_graph(
                 "Accuracy",
-                Query(f"max by (run_id, split) ({of_run('nst_eval_accuracy_ratio')})", "{{run_id}} {{split}}"),
+                PromQuery(f"max by (run_id, split) ({join_run('nst_eval_accuracy_ratio')})", "{{run_id}} {{split}}"),
                 unit="percentunit",
                 points=True,
             ),
-            graph(
+            make_graph(
                 "Gain of the student",
-                Query(f"max by (run_id, bound) ({of_run('nst_loop_gain_ratio')})", "{{run_id}} {{bound}}"),
+                PromQuery(f"max by (run_id, bound) ({join_run('nst_loop_gain_ratio')})", "{{run_id}} {{bound}}"),
                 unit="percentunit",
                 points=True,
                 about="Held-out top-1 less the teacher's, and the gate's bounds on it.",
             ),
-            graph(
+            make_graph(
                 "Conditions of the gate",
-                Query(f"max by (run_id, guard) ({of_run('nst_gate_guard_passed')})", "{{run_id}} {{guard}}"),
+                PromQuery(f"max by (run_id, guard) ({join_run('nst_gate_guard_passed')})", "{{run_id}} {{guard}}"),
                 points=True,
                 about="1 holds, 0 does not.",
             ),
-            graph(
+            make_graph(
                 "Corruptions and perturbations",
-                Query(f"max by (run_id) ({of_run('nst_eval_mce')})", "{{run_id}} mCE"),
-                Query(f"max by (run_id) ({of_run('nst_eval_mfr')})", "{{run_id}} mFR"),
+                PromQuery(f"max by (run_id) ({join_run('nst_eval_mce')})", "{{run_id}} mCE"),
+                PromQuery(f"max by (run_id) ({join_run('nst_eval_mfr')})", "{{run_id}} mFR"),
                 unit="percent",
                 points=True,
             ),
-            graph(
+            make_graph(
                 "Accuracy under attack",
-                Query(f"max by (run_id, attack) ({of_run('nst_eval_attacked_accuracy_ratio')})", "{{run_id}} {{attack}}"),
+                PromQuery(f"max by (run_id, attack) ({join_run('nst_eval_attacked_accuracy_ratio')})", "{{run_id}} {{attack}}"),
                 unit="percentunit",
                 points=True,
             ),
         ],
     ),
-    Row(
+    PanelRow(
         "Last run of each pipeline that ended well",
         [
-            stat("Since", Query("time() - max by (pipeline) (nst_last_success_timestamp_seconds)", "{{pipeline}}"), unit="s"),
-            stat("Took", Query("max by (pipeline) (nst_last_run_duration_seconds)", "{{pipeline}}"), unit="s"),
-            stat("Accuracy", Query("max by (pipeline) (nst_last_run_accuracy_ratio)", "{{pipeline}}"), unit="percentunit"),
-            stat("Gain", Query("max by (pipeline) (nst_last_run_gain_ratio)", "{{pipeline}}"), unit="percentunit"),
-            stat("Promotions", Query("max by (pipeline) (nst_last_run_promotions)", "{{pipeline}}")),
+            make_stat(
+                "Since", PromQuery("time() - max by (pipeline) (nst_last_success_timestamp_seconds)", "{{pipeline}}"), unit="s"
+            ),
+            make_stat("Took", PromQuery("max by (pipeline) (nst_last_run_duration_seconds)", "{{pipeline}}"), unit="s"),
+            make_stat(
+                "Accuracy", PromQuery("max by (pipeline) (nst_last_run_accuracy_ratio)", "{{pipeline}}"), unit="percentunit"
+            ),
+            make_stat("Gain", PromQuery("max by (pipeline) (nst_last_run_gain_ratio)", "{{pipeline}}"), unit="percentunit"),
+            make_stat("Promotions", PromQuery("max by (pipeline) (nst_last_run_promotions)", "{{pipeline}}")),
         ],
     ),
 ]
 
-LABELLED_A_SECOND = f'nst:images:rate5m{CHOSEN[:-1]}, stage="label-shards"}}'
-LABELLING_TASKS = ', component="label-shards"'
+LABELED_PER_SECOND = f'nst:images:rate5m{RUN_SELECTOR[:-1]}, stage="label-shards"}}'
+LABELING_TASKS = ', component="label-shards"'
 
-LABELLING = [
-    Row(
-        "Labelling",
+LABELING = [
+    PanelRow(
+        "Labeling",
         [
-            graph("Images a second", Query(LABELLED_A_SECOND, "{{run_id}}"), unit="ops"),
-            graph(
+            make_graph("Images a second", PromQuery(LABELED_PER_SECOND, "{{run_id}}"), unit="ops"),
+            make_graph(
                 "Images a second, by task",
-                Query(of_run('rate(nst_images_processed_total{stage="label-shards"}[$__rate_interval])'), "{{pod}}"),
+                PromQuery(join_run('rate(nst_images_processed_total{stage="label-shards"}[$__rate_interval])'), "{{pod}}"),
                 unit="ops",
                 stacked=True,
             ),
-            graph(
+            make_graph(
                 "Shards",
-                Query(f"sum by (run_id) ({of_run('nst_shards_done')})", "{{run_id}} done"),
-                Query(f"sum by (run_id) ({of_run('nst_shards')})", "{{run_id}} of"),
+                PromQuery(f"sum by (run_id) ({join_run('nst_shards_done')})", "{{run_id}} done"),
+                PromQuery(f"sum by (run_id) ({join_run('nst_shards')})", "{{run_id}} of"),
                 about="Of the tasks under way.",
             ),
-            graph("Waiting for images", Query(f"nst:data_wait:ratio5m{CHOSEN}", "{{pod}}"), unit="percentunit", maximum=1),
-            graph(
+            make_graph(
+                "Waiting for images",
+                PromQuery(f"nst:data_wait:ratio5m{RUN_SELECTOR}", "{{pod}}"),
+                unit="percentunit",
+                maximum=1,
+            ),
+            make_graph(
                 "Memory",
-                Query(
+                PromQuery(
                     f'sum by (run_id, pod) (container_memory_working_set_bytes{{container="main"}} '
-                    f"* on (namespace, pod) group_left (run_id) nst:pod:run{CHOSEN})",
+                    f"* on (namespace, pod) group_left (run_id) nst:pod:run{RUN_SELECTOR})",
                     "{{pod}}",
                 ),
                 unit="bytes",
             ),
         ],
     ),
-    Row(
+    PanelRow(
         "Confidence",
         [
             Panel(
                 "Confidence of the teacher",
                 "heatmap",
-                [Query(f"sum by (le) ({of_run('increase(nst_pseudo_label_confidence_bucket[$__rate_interval])')})", "{{le}}")],
+                [
+                    PromQuery(
+                        f"sum by (le) ({join_run('increase(nst_pseudo_label_confidence_bucket[$__rate_interval])')})", "{{le}}"
+                    )
+                ],
                 "short",
                 width=12,
             ),
-            graph(
+            make_graph(
                 "Confidence of the teacher, quartiles",
                 *(
-                    Query(
-                        f"histogram_quantile({share}, sum by (run_id, le) ({of_run('nst_pseudo_label_confidence_bucket')}))",
+                    PromQuery(
+                        f"histogram_quantile({share}, sum by (run_id, le) ({join_run('nst_pseudo_label_confidence_bucket')}))",
                         "{{run_id}} " + name,
                     )
                     for share, name in ((0.25, "lower quartile"), (0.5, "median"), (0.75, "upper quartile"))
@@ -213,37 +229,37 @@ LABELLING = [
             ),
         ],
     ),
-    Row(
+    PanelRow(
         "Selection",
         [
-            graph(
+            make_graph(
                 "What became of the pool",
-                Query(f"max by (run_id, outcome) ({of_run('nst_pseudo_labels_total')})", "{{run_id}} {{outcome}}"),
+                PromQuery(f"max by (run_id, outcome) ({join_run('nst_pseudo_labels_total')})", "{{run_id}} {{outcome}}"),
                 points=True,
             ),
-            graph(
+            make_graph(
                 "Share kept",
-                Query(f"nst:pseudo_labels:kept_ratio{CHOSEN}", "{{run_id}}"),
+                PromQuery(f"nst:pseudo_labels:kept_ratio{RUN_SELECTOR}", "{{run_id}}"),
                 unit="percentunit",
                 maximum=1,
                 points=True,
             ),
-            graph(
+            make_graph(
                 "Classes covered",
-                Query(f"max by (run_id) ({of_run('nst_class_coverage_ratio')})", "{{run_id}}"),
+                PromQuery(f"max by (run_id) ({join_run('nst_class_coverage_ratio')})", "{{run_id}}"),
                 unit="percentunit",
                 maximum=1,
                 points=True,
             ),
-            graph(
+            make_graph(
                 "Images kept of a class",
-                Query(f"max by (run_id, statistic) ({of_run('nst_class_kept_images')})", "{{run_id}} {{statistic}}"),
+                PromQuery(f"max by (run_id, statistic) ({join_run('nst_class_kept_images')})", "{{run_id}} {{statistic}}"),
                 points=True,
             ),
-            graph(
+            make_graph(
                 "Labels that changed",
-                Query(f"max by (run_id) ({of_run('nst_label_churn_ratio')})", "{{run_id}}"),
-                Query(f"max by (run_id) ({of_run('nst_label_churn_limit_ratio')})", "{{run_id}} limit"),
+                PromQuery(f"max by (run_id) ({join_run('nst_label_churn_ratio')})", "{{run_id}}"),
+                PromQuery(f"max by (run_id) ({join_run('nst_label_churn_limit_ratio')})", "{{run_id}} limit"),
                 unit="percentunit",
                 points=True,
                 about="Since the generation before.",
@@ -253,70 +269,79 @@ LABELLING = [
 ]
 
 TRAINING = [
-    Row(
+    PanelRow(
         "Progress",
         [
-            stat("Done", Query(f"max by (run_id) (nst:training:done_ratio{CHOSEN})", "{{run_id}}"), unit="percentunit"),
-            stat(
+            make_stat(
+                "Done", PromQuery(f"max by (run_id) (nst:training:done_ratio{RUN_SELECTOR})", "{{run_id}}"), unit="percentunit"
+            ),
+            make_stat(
                 "Time left",
-                Query(
-                    f"max by (run_id) (({of_run('(nst_training_steps - nst_training_steps_done)')}) "
+                PromQuery(
+                    f"max by (run_id) (({join_run('(nst_training_steps - nst_training_steps_done)')}) "
                     "/ on (namespace, pod) group_left () (deriv(nst_training_steps_done[5m]) > 0))",
                     "{{run_id}}",
                 ),
                 unit="s",
                 about="At the pace of the last five minutes.",
             ),
-            stat("Steps", Query(f"max by (run_id) ({of_run('nst_training_steps_done')})", "{{run_id}}")),
-            stat(
+            make_stat("Steps", PromQuery(f"max by (run_id) ({join_run('nst_training_steps_done')})", "{{run_id}}")),
+            make_stat(
                 "Checkpoint",
-                Query(f"max by (run_id) ({of_run('nst_checkpoint_age_seconds')})", "{{run_id}} age"),
-                Query(f"max by (run_id) ({of_run('nst_checkpoint_interval_seconds')})", "{{run_id}} wanted"),
+                PromQuery(f"max by (run_id) ({join_run('nst_checkpoint_age_seconds')})", "{{run_id}} age"),
+                PromQuery(f"max by (run_id) ({join_run('nst_checkpoint_interval_seconds')})", "{{run_id}} wanted"),
                 unit="s",
                 about="What a kill would cost.",
             ),
-            graph("Images a second", Query(f'nst:images:rate5m{CHOSEN[:-1]}, stage="train"}}', "{{run_id}}"), unit="ops"),
+            make_graph(
+                "Images a second", PromQuery(f'nst:images:rate5m{RUN_SELECTOR[:-1]}, stage="train"}}', "{{run_id}}"), unit="ops"
+            ),
         ],
     ),
-    Row(
+    PanelRow(
         "Learning",
         [
-            graph("Loss", Query(f"max by (run_id, part) ({of_run('nst_loss')})", "{{run_id}} {{part}}")),
-            graph(
-                "Accuracy on noised labelled images",
-                Query(f"max by (run_id) ({of_run('nst_labelled_accuracy_ratio')})", "{{run_id}}"),
+            make_graph("Loss", PromQuery(f"max by (run_id, part) ({join_run('nst_loss')})", "{{run_id}} {{part}}")),
+            make_graph(
+                "Accuracy on noised labeled images",
+                PromQuery(f"max by (run_id) ({join_run('nst_labeled_accuracy_ratio')})", "{{run_id}}"),
                 unit="percentunit",
                 maximum=1,
             ),
-            graph(
+            make_graph(
                 "Student agrees with teacher",
-                Query(f"max by (run_id) ({of_run('nst_teacher_student_agreement_ratio')})", "{{run_id}}"),
+                PromQuery(f"max by (run_id) ({join_run('nst_teacher_student_agreement_ratio')})", "{{run_id}}"),
                 unit="percentunit",
                 maximum=1,
-                about="On noised pseudo-labelled images.",
+                about="On noised pseudo-labeled images.",
             ),
-            graph("Learning rate", Query(f"max by (run_id) ({of_run('nst_learning_rate')})", "{{run_id}}")),
+            make_graph("Learning rate", PromQuery(f"max by (run_id) ({join_run('nst_learning_rate')})", "{{run_id}}")),
         ],
     ),
-    Row(
+    PanelRow(
         "Speed",
         [
-            graph(
+            make_graph(
                 "Step",
                 *(
-                    Query(
+                    PromQuery(
                         f"histogram_quantile({share}, sum by (run_id, le) "
-                        f"({of_run('rate(nst_step_duration_seconds_bucket[$__rate_interval])')}))",
+                        f"({join_run('rate(nst_step_duration_seconds_bucket[$__rate_interval])')}))",
                         "{{run_id}} " + name,
                     )
                     for share, name in ((0.5, "median"), (0.99, "slowest 1%"))
                 ),
                 unit="s",
             ),
-            graph("Waiting for images", Query(f"nst:data_wait:ratio5m{CHOSEN}", "{{pod}}"), unit="percentunit", maximum=1),
-            graph(
+            make_graph(
+                "Waiting for images",
+                PromQuery(f"nst:data_wait:ratio5m{RUN_SELECTOR}", "{{pod}}"),
+                unit="percentunit",
+                maximum=1,
+            ),
+            make_graph(
                 "GPUs at work",
-                Query(f"avg by (run_id, pod) (nst:run_gpu:active_ratio{CHOSEN})", "{{pod}}"),
+                PromQuery(f"avg by (run_id, pod) (nst:run_gpu:active_ratio{RUN_SELECTOR})", "{{pod}}"),
                 unit="percentunit",
                 maximum=1,
             ),
@@ -325,22 +350,24 @@ TRAINING = [
 ]
 
 GPUS = [
-    Row(
+    PanelRow(
         "Pools",
         [
-            graph(
+            make_graph(
                 "GPUs of each pool",
-                Query(
+                PromQuery(
                     'sum by (pool) (kube_node_status_allocatable{resource=~"nvidia_com_(gpu|mig_.*)|amd_com_gpu"} '
                     "* on (node) group_left (pool) nst:node:pool)",
                     "{{pool}}",
                 ),
                 stacked=True,
             ),
-            graph("Held by runs", Query(f"sum by (pool) (nst:run_gpus:count{CHOSEN})", "{{pool}}"), stacked=True),
-            graph(
+            make_graph(
+                "Held by runs", PromQuery(f"sum by (pool) (nst:run_gpus:count{RUN_SELECTOR})", "{{pool}}"), stacked=True
+            ),
+            make_graph(
                 "Pods that wait for a node",
-                Query(
+                PromQuery(
                     'count by (component) ((kube_pod_status_phase{namespace=~"$namespace", phase="Pending"} == 1) '
                     "* on (namespace, pod) group_left (component) nst:pod:component)",
                     "{{component}}",
@@ -349,120 +376,122 @@ GPUS = [
             ),
         ],
     ),
-    Row(
+    PanelRow(
         "Use by runs",
         [
-            graph(
+            make_graph(
                 "At work",
-                Query(f"avg by (run_id) (nst:run_gpu:active_ratio{CHOSEN})", "{{run_id}}"),
+                PromQuery(f"avg by (run_id) (nst:run_gpu:active_ratio{RUN_SELECTOR})", "{{run_id}}"),
                 unit="percentunit",
                 maximum=1,
                 about="Share of time in which the GPU did anything.",
             ),
-            graph(
+            make_graph(
                 "At work, by GPU",
-                Query(f"nst:run_gpu:active_ratio{CHOSEN}", "{{Hostname}} {{gpu}} {{modelName}}"),
+                PromQuery(f"nst:run_gpu:active_ratio{RUN_SELECTOR}", "{{Hostname}} {{gpu}} {{modelName}}"),
                 unit="percentunit",
                 maximum=1,
             ),
-            graph(
+            make_graph(
                 "GPUs that do nothing",
-                Query(f"count by (run_id) (nst:run_gpu:active_ratio{CHOSEN} < 0.1)", "{{run_id}}"),
+                PromQuery(f"count by (run_id) (nst:run_gpu:active_ratio{RUN_SELECTOR} < 0.1)", "{{run_id}}"),
                 about="Held, and less than a tenth at work.",
             ),
         ],
     ),
-    Row(
+    PanelRow(
         "Cards",
         [
-            graph(
+            make_graph(
                 "Tensor cores at work",
-                Query("avg by (Hostname, gpu) (DCGM_FI_PROF_PIPE_TENSOR_ACTIVE)", "{{Hostname}} {{gpu}}"),
+                PromQuery("avg by (Hostname, gpu) (DCGM_FI_PROF_PIPE_TENSOR_ACTIVE)", "{{Hostname}} {{gpu}}"),
                 unit="percentunit",
                 maximum=1,
             ),
-            graph(
+            make_graph(
                 "Memory",
-                Query("max by (Hostname, gpu) (DCGM_FI_DEV_FB_USED) * 1024 * 1024", "{{Hostname}} {{gpu}}"),
+                PromQuery("max by (Hostname, gpu) (DCGM_FI_DEV_FB_USED) * 1024 * 1024", "{{Hostname}} {{gpu}}"),
                 unit="bytes",
             ),
-            graph("Power", Query("max by (Hostname, gpu) (DCGM_FI_DEV_POWER_USAGE)", "{{Hostname}} {{gpu}}"), unit="watt"),
+            make_graph(
+                "Power", PromQuery("max by (Hostname, gpu) (DCGM_FI_DEV_POWER_USAGE)", "{{Hostname}} {{gpu}}"), unit="watt"
+            ),
         ],
     ),
 ]
 
-HELD = f"nst:run_gpus:count{CHOSEN}"
+HELD = f"nst:run_gpus:count{RUN_SELECTOR}"
 
 
-def price_an_hour(more: str = "") -> str:
+def hourly_price(conditions: str = "") -> str:
     """Of the GPUs held at an instant, by namespace, run, pool and step. `more`: conditions on these."""
-    spot, steady = (f'{HELD[:-1]}, pool{sign}"$spot_pools"{more}}}' for sign in ("=~", "!~"))
+    spot, steady = (f'{HELD[:-1]}, pool{sign}"$spot_pools"{conditions}}}' for sign in ("=~", "!~"))
     return f"({spot} * $spot_price or {steady} * $price)"
 
 
-def in_range(an_hour: str, by: str = "") -> str:
+def sum_over_range(hourly: str, by: str = "") -> str:
     """Adds up what is said by the hour, over the time that is shown: minute by minute, since pods come and go."""
-    return f"sum by ({by}) (sum_over_time({an_hour}[$__range:1m])) / 60"
+    return f"sum by ({by}) (sum_over_time({hourly}[$__range:1m])) / 60"
 
 
 COST = [
-    Row(
+    PanelRow(
         "In the time that is shown",
         [
-            stat("GPU-hours", Query(in_range(HELD), "all"), width=6),
-            stat("Cost", Query(in_range(price_an_hour()), "all"), unit="currencyUSD", width=6),
-            stat(
+            make_stat("GPU-hours", PromQuery(sum_over_range(HELD), "all"), width=6),
+            make_stat("Cost", PromQuery(sum_over_range(hourly_price()), "all"), unit="currencyUSD", width=6),
+            make_stat(
                 "Cost of GPUs that did nothing",
-                Query(
-                    f"sum ({in_range(price_an_hour(), 'run_id')} * on (run_id) "
-                    f"(1 - avg by (run_id) (avg_over_time(nst:run_gpu:active_ratio{CHOSEN}[$__range]))))",
+                PromQuery(
+                    f"sum ({sum_over_range(hourly_price(), 'run_id')} * on (run_id) "
+                    f"(1 - avg by (run_id) (avg_over_time(nst:run_gpu:active_ratio{RUN_SELECTOR}[$__range]))))",
                     "all",
                 ),
                 unit="currencyUSD",
                 width=6,
             ),
-            stat(
+            make_stat(
                 "Cost of a million labels",
-                Query(
-                    f"1e6 * {in_range(price_an_hour(LABELLING_TASKS))} "
-                    f"/ (sum (sum_over_time({LABELLED_A_SECOND}[$__range:1m])) * 60)",
-                    "labelling",
+                PromQuery(
+                    f"1e6 * {sum_over_range(hourly_price(LABELING_TASKS))} "
+                    f"/ (sum (sum_over_time({LABELED_PER_SECOND}[$__range:1m])) * 60)",
+                    "labeling",
                 ),
                 unit="currencyUSD",
                 width=6,
             ),
         ],
     ),
-    Row(
+    PanelRow(
         "Cost by",
         [
-            Panel(title, "bargauge", [Query(in_range(price_an_hour(), by), f"{{{{{by}}}}}")], "currencyUSD")
+            Panel(title, "bargauge", [PromQuery(sum_over_range(hourly_price(), by), f"{{{{{by}}}}}")], "currencyUSD")
             for title, by in (("Run", "run_id"), ("Pool", "pool"), ("Step", "component"))
         ],
     ),
-    Row(
+    PanelRow(
         "Over time",
         [
-            graph(
+            make_graph(
                 "Cost an hour",
-                Query(f"sum by (run_id) ({price_an_hour()})", "{{run_id}}"),
+                PromQuery(f"sum by (run_id) ({hourly_price()})", "{{run_id}}"),
                 unit="currencyUSD",
                 stacked=True,
                 width=12,
             ),
-            graph("GPUs held", Query(f"sum by (run_id) ({HELD})", "{{run_id}}"), stacked=True, width=12),
+            make_graph("GPUs held", PromQuery(f"sum by (run_id) ({HELD})", "{{run_id}}"), stacked=True, width=12),
         ],
     ),
 ]
 
 DASHBOARDS = {
     "runs": ("Noisy Student: runs", OVERVIEW),
-    "labelling": ("Noisy Student: labelling", LABELLING),
+    "labeling": ("Noisy Student: labeling", LABELING),
     "training": ("Noisy Student: training", TRAINING),
     "gpu-pools": ("Noisy Student: GPU pools", GPUS),
     "cost": ("Noisy Student: cost", COST),
 }
-TEXTS = {
+TEXT_VARIABLES = {
     "cost": (
         ("price", "Price of a GPU-hour", "2.5"),
         ("spot_price", "Price of a spot GPU-hour", "1"),
@@ -475,13 +504,13 @@ TEXTS = {
 # --- How Grafana wants it
 
 
-def variables(name: str) -> list[Json]:
-    def chosen(variable: str, label: str, query: str) -> Json:
+def make_variables(name: str) -> list[Json]:
+    def make_query_variable(variable: str, label: str, query: str) -> Json:
         return {
             "type": "query",
             "name": variable,
             "label": label,
-            "datasource": SOURCE,
+            "datasource": DATA_SOURCE,
             "query": {"query": query, "refId": variable},
             "definition": query,
             "refresh": 2,
@@ -494,66 +523,66 @@ def variables(name: str) -> list[Json]:
 
     return [
         {"type": "datasource", "name": "datasource", "label": "Data source", "query": "prometheus", "current": {}},
-        chosen("namespace", "Namespace", "label_values(nst:pod:run, namespace)"),
-        chosen("run", "Run", 'label_values(nst:pod:run{namespace=~"$namespace"}, run_id)'),
+        make_query_variable("namespace", "Namespace", "label_values(nst:pod:run, namespace)"),
+        make_query_variable("run", "Run", 'label_values(nst:pod:run{namespace=~"$namespace"}, run_id)'),
         *(
             {"type": "textbox", "name": variable, "label": label, "query": value, "current": {"text": value, "value": value}}
-            for variable, label, value in TEXTS.get(name, ())
+            for variable, label, value in TEXT_VARIABLES.get(name, ())
         ),
     ]
 
 
-def panel(number: int, one: Panel, x: int, y: int) -> Json:
+def render_panel(number: int, spec: Panel, x: int, y: int) -> Json:
     custom: Json = {}
     options: Json = {}
-    if one.kind == "timeseries":
+    if spec.kind == "timeseries":
         custom = {
-            "fillOpacity": 10 if one.stacked else 0,
-            "showPoints": "always" if one.points else "never",
+            "fillOpacity": 10 if spec.stacked else 0,
+            "showPoints": "always" if spec.points else "never",
             "spanNulls": False,
         }
-        custom["stacking"] = {"mode": "normal" if one.stacked else "none"}
+        custom["stacking"] = {"mode": "normal" if spec.stacked else "none"}
         options = {"legend": {"displayMode": "list", "placement": "bottom"}, "tooltip": {"mode": "multi", "sort": "desc"}}
-    if one.kind in ("stat", "bargauge"):
+    if spec.kind in ("stat", "bargauge"):
         options = {"reduceOptions": {"calcs": ["lastNotNull"]}}
-    if one.kind == "heatmap":
+    if spec.kind == "heatmap":
         options = {"calculate": False, "yAxis": {"unit": "percentunit"}}
-    defaults: Json = {"unit": one.unit, "custom": custom}
-    if one.kind == "timeseries":
-        defaults["min"] = None if one.title.startswith(("Gain", "Loss")) else 0
-    if one.maximum is not None:
-        defaults["max"] = one.maximum
+    defaults: Json = {"unit": spec.unit, "custom": custom}
+    if spec.kind == "timeseries":
+        defaults["min"] = None if spec.title.startswith(("Gain", "Loss")) else 0
+    if spec.maximum is not None:
+        defaults["max"] = spec.maximum
     return {
         "id": number,
-        "type": one.kind,
-        "title": one.title,
-        "description": one.about,
-        "datasource": SOURCE,
-        "gridPos": {"x": x, "y": y, "w": one.width, "h": HEIGHT},
+        "type": spec.kind,
+        "title": spec.title,
+        "description": spec.description,
+        "datasource": DATA_SOURCE,
+        "gridPos": {"x": x, "y": y, "w": spec.width, "h": HEIGHT},
         "targets": [
             {
-                "refId": chr(ord("A") + place),
-                "datasource": SOURCE,
+                "refId": chr(ord("A") + index),
+                "datasource": DATA_SOURCE,
                 "expr": query.expr,
                 "legendFormat": query.legend,
-                **({"format": "heatmap"} if one.kind == "heatmap" else {}),
-                **({"instant": True, "range": False} if one.kind == "bargauge" else {}),
+                **({"format": "heatmap"} if spec.kind == "heatmap" else {}),
+                **({"instant": True, "range": False} if spec.kind == "bargauge" else {}),
             }
-            for place, query in enumerate(one.queries)
+            for index, query in enumerate(spec.queries)
         ],
         "fieldConfig": {"defaults": defaults, "overrides": []},
         "options": options,
     }
 
 
-def panels(rows: Sequence[Row]) -> list[Json]:
+def layout_panels(rows: Sequence[PanelRow]) -> list[Json]:
     """Rows from top to bottom, panels from left to right as far as they fit."""
-    placed: list[Json] = []
+    rendered: list[Json] = []
     y = 0
     for row in rows:
-        placed.append(
+        rendered.append(
             {
-                "id": len(placed) + 1,
+                "id": len(rendered) + 1,
                 "type": "row",
                 "title": row.title,
                 "collapsed": False,
@@ -562,16 +591,16 @@ def panels(rows: Sequence[Row]) -> list[Json]:
             }
         )
         x, y = 0, y + 1
-        for one in row.panels:
-            if x + one.width > WIDTH:
+        for spec in row.panels:
+            if x + spec.width > WIDTH:
                 x, y = 0, y + HEIGHT
-            placed.append(panel(len(placed) + 1, one, x, y))
-            x += one.width
+            rendered.append(render_panel(len(rendered) + 1, spec, x, y))
+            x += spec.width
         y += HEIGHT
-    return placed
+    return rendered
 
 
-def dashboard(name: str) -> Json:
+def make_dashboard(name: str) -> Json:
     title, rows = DASHBOARDS[name]
     return {
         "uid": f"noisy-student-{name}",
@@ -586,20 +615,20 @@ def dashboard(name: str) -> Json:
         "links": [
             {"type": "dashboards", "tags": ["noisy-student"], "title": "Noisy Student", "asDropdown": True, "keepTime": True}
         ],
-        "templating": {"list": variables(name)},
+        "templating": {"list": make_variables(name)},
         "annotations": {"list": []},
-        "panels": panels(rows),
+        "panels": layout_panels(rows),
     }
 
 
-def render(name: str) -> str:
-    return json.dumps(dashboard(name), indent=1, ensure_ascii=False) + "\n"
+def render_dashboard(name: str) -> str:
+    return json.dumps(make_dashboard(name), indent=1, ensure_ascii=False) + "\n"
 
 
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     for name in DASHBOARDS:
-        (FOLDER / f"{name}.json").write_text(render(name), encoding="utf-8")
+        (FOLDER / f"{name}.json").write_text(render_dashboard(name), encoding="utf-8")
 
 
 if __name__ == "__main__":

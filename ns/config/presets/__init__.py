@@ -9,38 +9,38 @@ from typing import Any, NamedTuple
 TF_ARGS = {"bn_momentum": 0.01, "bn_eps": 1e-3}
 
 
-class _Size(NamedTuple):
+class _PresetSize(NamedTuple):
     resolution: int
     """Training, px."""
     dropout: float
     magnitude: float | None
     """Of RandAugment; None for none."""
     ratio: float
-    """Pseudo-labelled images per labelled one."""
+    """Pseudo-labeled images per labeled one."""
     epochs: int
 
 
 SIZES = {
-    "b0": _Size(224, 0.2, None, 1, 700),
-    "b1": _Size(240, 0.2, None, 3, 700),
-    "b2": _Size(260, 0.3, 6, 3, 700),
-    "b3": _Size(300, 0.3, 12, 3, 700),
-    "b4": _Size(380, 0.4, 15, 3, 700),
-    "b5": _Size(456, 0.4, 18, 3, 350),
-    "b6": _Size(528, 0.5, 24, 3, 350),
-    "b7": _Size(600, 0.5, 27, 3, 350),
+    "b0": _PresetSize(224, 0.2, None, 1, 700),
+    "b1": _PresetSize(240, 0.2, None, 3, 700),
+    "b2": _PresetSize(260, 0.3, 6, 3, 700),
+    "b3": _PresetSize(300, 0.3, 12, 3, 700),
+    "b4": _PresetSize(380, 0.4, 15, 3, 700),
+    "b5": _PresetSize(456, 0.4, 18, 3, 350),
+    "b6": _PresetSize(528, 0.5, 24, 3, 350),
+    "b7": _PresetSize(600, 0.5, 27, 3, 350),
     # No script was published for L2; this is what the paper says (ratio 14, and 28 in the last generation).
-    "l2": _Size(475, 0.5, 27, 14, 350),
+    "l2": _PresetSize(475, 0.5, 27, 14, 350),
     # EfficientNet-Lite, for phones: sizes and dropout are its authors', noise and length those of the B of the same number.
-    "lite0": _Size(224, 0.2, None, 1, 700),
-    "lite1": _Size(240, 0.2, None, 3, 700),
-    "lite2": _Size(260, 0.3, 6, 3, 700),
-    "lite3": _Size(280, 0.3, 12, 3, 700),
-    "lite4": _Size(300, 0.3, 15, 3, 700),
+    "lite0": _PresetSize(224, 0.2, None, 1, 700),
+    "lite1": _PresetSize(240, 0.2, None, 3, 700),
+    "lite2": _PresetSize(260, 0.3, 6, 3, 700),
+    "lite3": _PresetSize(280, 0.3, 12, 3, 700),
+    "lite4": _PresetSize(300, 0.3, 15, 3, 700),
 }
 
 
-def _photographs(name: str, size: _Size) -> dict[str, Any]:
+def _make_photo_preset(name: str, size: _PresetSize) -> dict[str, Any]:
     return {
         "model": {"arch": f"tf_efficientnet_{name}", "args": TF_ARGS, "resolution": size.resolution},
         "noise": {
@@ -51,11 +51,11 @@ def _photographs(name: str, size: _Size) -> dict[str, Any]:
             "crop": "resized",
             "flip": True,
         },
-        "train": {"labelled_batch": 2048, "unlabelled_ratio": size.ratio, "epochs": size.epochs},
+        "train": {"labeled_batch": 2048, "unlabeled_ratio": size.ratio, "epochs": size.epochs},
     }
 
 
-def _small(name: str) -> dict[str, Any]:
+def _make_small_preset(name: str) -> dict[str, Any]:
     """For images of 32 px, from the paper's SVHN experiment. It trained B0; larger ones differ in their dropout."""
     return {
         "model": {"arch": f"tf_efficientnet_{name}", "args": TF_ARGS, "resolution": 32, "reduce_stride": 4},
@@ -69,13 +69,13 @@ def _small(name: str) -> dict[str, Any]:
             "cutout_px": 16,
         },
         "train": {
-            "labelled_batch": 128,
-            "unlabelled_ratio": 5,
+            "labeled_batch": 128,
+            "unlabeled_ratio": 5,
             "epochs": 202.3,
             "optimizer": {"weight_decay": 1e-4, "staircase_epochs": 1.3716},
         },
     }
 
 
-PRESETS: dict[str, dict[str, Any]] = {name: _photographs(name, size) for name, size in SIZES.items()}
-PRESETS |= {f"{name}-small": _small(name) for name in ("b0", "b1", "b2", "b3")}
+PRESETS: dict[str, dict[str, Any]] = {name: _make_photo_preset(name, size) for name, size in SIZES.items()}
+PRESETS |= {f"{name}-small": _make_small_preset(name) for name in ("b0", "b1", "b2", "b3")}

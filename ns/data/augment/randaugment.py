@@ -6,7 +6,7 @@ Clamped, where the reference code relied on what uint8 arithmetic happened to do
 - Posterize keeps int(4 · level) bits: at least 1 (M < 2.5 would keep none) and at most 8 (the image as it is).
 - Solarize inverts from int(256 · level): at most 256, which inverts nothing.
 - SolarizeAdd adds int(110 · level): at most 255.
-- Contrast blends with the true mean grey, not with the reference code's pixel count / 256, a bug.
+- Contrast blends with the true mean gray, not with the reference code's pixel count / 256, a bug.
 """
 
 import random
@@ -54,22 +54,22 @@ class RandAugment:
         solarized = bytes(v if v < self.solarize_threshold else 255 - v for v in range(256))
         added = bytes(min(255, v + self.solarize_add) if v < 128 else v for v in range(256))
         self.operations: dict[str, Operation] = {
-            "auto_contrast": lambda image, _: auto_contrast(image),
-            "equalize": lambda image, _: equalize(image),
+            "auto_contrast": lambda image, _: stretch_contrast(image),
+            "equalize": lambda image, _: equalize_channels(image),
             "invert": lambda image, _: ImageChops.invert(image),
-            "rotate": self._rotate,
-            "posterize": lambda image, _: _look_up(image, posterized),
-            "solarize": lambda image, _: _look_up(image, solarized),
+            "rotate": self._rotate_image,
+            "posterize": lambda image, _: _map_values(image, posterized),
+            "solarize": lambda image, _: _map_values(image, solarized),
             "color": lambda image, _: ImageEnhance.Color(image).enhance(self.enhance_factor),
             "contrast": lambda image, _: ImageEnhance.Contrast(image).enhance(self.enhance_factor),
             "brightness": lambda image, _: ImageEnhance.Brightness(image).enhance(self.enhance_factor),
             "sharpness": lambda image, _: ImageEnhance.Sharpness(image).enhance(self.enhance_factor),
-            "shear_x": lambda image, rng: _affine(image, (1, _sign(rng) * 0.3 * self.level, 0, 0, 1, 0)),
-            "shear_y": lambda image, rng: _affine(image, (1, 0, 0, _sign(rng) * 0.3 * self.level, 1, 0)),
-            "translate_x": lambda image, rng: _affine(image, (1, 0, _sign(rng) * self.translate_px, 0, 1, 0)),
-            "translate_y": lambda image, rng: _affine(image, (1, 0, 0, 0, 1, _sign(rng) * self.translate_px)),
-            "solarize_add": lambda image, _: _look_up(image, added),
-            "cutout": lambda image, rng: cutout(image, self.cutout_half_px, rng),
+            "shear_x": lambda image, rng: _transform_affine(image, (1, _draw_sign(rng) * 0.3 * self.level, 0, 0, 1, 0)),
+            "shear_y": lambda image, rng: _transform_affine(image, (1, 0, 0, _draw_sign(rng) * 0.3 * self.level, 1, 0)),
+            "translate_x": lambda image, rng: _transform_affine(image, (1, 0, _draw_sign(rng) * self.translate_px, 0, 1, 0)),
+            "translate_y": lambda image, rng: _transform_affine(image, (1, 0, 0, 0, 1, _draw_sign(rng) * self.translate_px)),
+            "solarize_add": lambda image, _: _map_values(image, added),
+            "cutout": lambda image, rng: apply_cutout(image, self.cutout_half_px, rng),
         }
         if cutout_px == 0:
             del self.operations["cutout"]
@@ -80,8 +80,8 @@ class RandAugment:
             image = self._drawn[int(rng.random() * len(self._drawn))](image, rng)
         return image
 
-    def _rotate(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        degrees = _sign(rng) * 30 * self.level
+    def _rotate_image(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        degrees = _draw_sign(rng) * 30 * self.level
         return image.rotate(degrees, Image.Resampling.NEAREST, fillcolor=GREY)
 
 
@@ -104,8 +104,8 @@ class TimmRandAugment:
         return augmented
 
 
-def cutout(image: Image.Image, half_px: int, rng: np.random.Generator) -> Image.Image:
-    """A grey square of side 2 · half_px around a random pixel, cut off at the border."""
+def apply_cutout(image: Image.Image, half_px: int, rng: np.random.Generator) -> Image.Image:
+    """A gray square of side 2 · half_px around a random pixel, cut off at the border."""
     width, height = image.size
     x, y = int(rng.random() * width), int(rng.random() * height)
     box = (max(0, x - half_px), max(0, y - half_px), min(width, x + half_px), min(height, y + half_px))
@@ -114,26 +114,26 @@ def cutout(image: Image.Image, half_px: int, rng: np.random.Generator) -> Image.
     return image
 
 
-def auto_contrast(image: Image.Image) -> Image.Image:
+def stretch_contrast(image: Image.Image) -> Image.Image:
     """ImageOps.autocontrast of an RGB image: each channel stretched to 0–255. Its tables are made at once, not value by value."""
     low, high = np.array(image.getextrema()).T[:, :, None]
     span = np.maximum(high - low, 1)
     # In Pillow's order of operations, which decides the last bit.
     stretched = (VALUES * (255.0 / span) + -low * (255.0 / span)).astype(np.int64).clip(0, 255)
-    return _look_up_channels(image, np.where(high > low, stretched, VALUES))
+    return _map_channels(image, np.where(high > low, stretched, VALUES))
 
 
-def equalize(image: Image.Image) -> Image.Image:
+def equalize_channels(image: Image.Image) -> Image.Image:
     """ImageOps.equalize of an RGB image: each channel's values spread by how many there are."""
     counts = np.array(image.histogram()).reshape(3, 256)
     before = np.cumsum(counts, axis=1) - counts
     last = counts[np.arange(3), 255 - (counts[:, ::-1] > 0).argmax(1)]
     step = ((counts.sum(1) - last) // 255)[:, None]
     spread = ((before + step // 2) // np.maximum(step, 1)).clip(0, 255)
-    return _look_up_channels(image, np.where(step > 0, spread, VALUES))
+    return _map_channels(image, np.where(step > 0, spread, VALUES))
 
 
-def _look_up_channels(image: Image.Image, tables: npt.NDArray[np.integer]) -> Image.Image:
+def _map_channels(image: Image.Image, tables: npt.NDArray[np.integer]) -> Image.Image:
     """Each value replaced by that of its channel's table, [3, 256]."""
     if image.width * image.height > SMALL_PX**2:
         return image.point(tables.ravel().tolist())
@@ -141,7 +141,7 @@ def _look_up_channels(image: Image.Image, tables: npt.NDArray[np.integer]) -> Im
     return Image.fromarray(tables.astype(np.uint8).ravel()[pixels + CHANNELS])
 
 
-def _look_up(image: Image.Image, table: bytes) -> Image.Image:
+def _map_values(image: Image.Image, table: bytes) -> Image.Image:
     """Each value replaced by the table's: what ImageOps does with a new table of its own for each image."""
     if image.width * image.height > SMALL_PX**2:
         return image.point([*table] * len(image.getbands()))
@@ -149,9 +149,9 @@ def _look_up(image: Image.Image, table: bytes) -> Image.Image:
     return Image.frombytes(image.mode, image.size, image.tobytes().translate(table))
 
 
-def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
+def _transform_affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
     return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST, fillcolor=GREY)
 
 
-def _sign(rng: np.random.Generator) -> int:
+def _draw_sign(rng: np.random.Generator) -> int:
     return 1 if rng.random() < 0.5 else -1

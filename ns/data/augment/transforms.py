@@ -12,12 +12,12 @@ from PIL import Image
 
 from ns.config.schema import NoiseConfig
 from ns.core.errors import DataError
-from ns.data.augment.randaugment import RandAugment, TimmRandAugment, cutout
-from ns.data.loading.decode import Box, Encoded, decode, decode_into
+from ns.data.augment.randaugment import RandAugment, TimmRandAugment, apply_cutout
+from ns.data.loading.decode import Box, EncodedJpeg, decode_image, decode_into
 
 Crop = Literal["resized", "pad", "none"]
 
-TRIES = 10
+CROP_TRIES = 10
 """Of the paper's random-resized-crop."""
 
 RESIZED_BYTES = 1 << 18
@@ -34,36 +34,38 @@ class TrainTransform:
         layers, magnitude = noise.randaugment_layers, noise.randaugment_magnitude
         self._augment: RandAugment | TimmRandAugment
         if noise.randaugment == "paper":
-            translate, cutout = noise.randaugment_translate_px, noise.randaugment_cutout_px
-            self._augment = RandAugment(layers, magnitude, resolution, translate_px=translate, cutout_px=cutout)
+            translate_px, cutout_px = noise.randaugment_translate_px, noise.randaugment_cutout_px
+            self._augment = RandAugment(layers, magnitude, resolution, translate_px=translate_px, cutout_px=cutout_px)
         else:
             self._augment = TimmRandAugment(layers, magnitude)
 
     @property
-    def scales(self) -> bool:
+    def allows_scaled_decode(self) -> bool:
         """Whether an image that is still encoded may be decoded smaller."""
         return self._noise.crop == "resized"
 
-    def __call__(self, image: Encoded | npt.NDArray[np.uint8], rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+    def __call__(self, image: EncodedJpeg | npt.NDArray[np.uint8], rng: np.random.Generator) -> npt.NDArray[np.uint8]:
         """An encoded image or uint8 [H, W, 3] → uint8 [resolution, resolution, 3]. All chance comes from `rng`."""
         noise, size = self._noise, self._resolution
         if noise.crop == "resized":
-            picture = self._flip(_cut(image, random_box(_size(image), rng, noise.crop_area, noise.crop_aspect), size), rng)
+            picture = self._flip_picture(
+                _crop_image(image, draw_crop_box(_measure_size(image), rng, noise.crop_area, noise.crop_aspect), size), rng
+            )
         else:
-            picture = Image.fromarray(image.whole() if isinstance(image, Encoded) else image)
+            picture = Image.fromarray(image.decode_whole() if isinstance(image, EncodedJpeg) else image)
             if picture.size != (size, size):
                 picture = picture.resize((size, size), Image.Resampling.BICUBIC)
         picture = self._augment(picture, rng)
         if noise.cutout_px:
-            picture = cutout(picture, noise.cutout_px // 2, rng)
+            picture = apply_cutout(picture, noise.cutout_px // 2, rng)
         if noise.crop != "resized":
-            picture = self._flip(picture, rng)
+            picture = self._flip_picture(picture, rng)
         result = np.asarray(picture)
         if noise.crop == "pad":
             result = pad_and_crop(result, self._pad, rng)
         return np.ascontiguousarray(result)
 
-    def _flip(self, picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+    def _flip_picture(self, picture: Image.Image, rng: np.random.Generator) -> Image.Image:
         if self._noise.flip and rng.random() < 0.5:
             return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return picture
@@ -81,16 +83,18 @@ class EvalTransform:
         self._crop = crop
         self._margin_px = 0 if whole else margin_px
 
-    def __call__(self, image: Encoded | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    def __call__(self, image: EncodedJpeg | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """An encoded image or uint8 [H, W, 3] → uint8 [resolution, resolution, 3]."""
         size = self._resolution
         if self._crop == "resized":
-            box = centre_box(_size(image), size, self._margin_px)
-            return np.asarray(_cut(image, box, size))
-        pixels = image.whole() if isinstance(image, Encoded) else image
-        return pixels if pixels.shape[:2] == (size, size) else _resized([pixels], size)[0]
+            box = compute_center_box(_measure_size(image), size, self._margin_px)
+            return np.asarray(_crop_image(image, box, size))
+        pixels = image.decode_whole() if isinstance(image, EncodedJpeg) else image
+        return pixels if pixels.shape[:2] == (size, size) else _resize_images([pixels], size)[0]
 
-    def batch(self, images: Sequence[Encoded | bytes | npt.NDArray[np.uint8]], out: npt.NDArray[np.uint8]) -> dict[int, str]:
+    def transform_batch(
+        self, images: Sequence[EncodedJpeg | bytes | npt.NDArray[np.uint8]], out: npt.NDArray[np.uint8]
+    ) -> dict[int, str]:
         """Decodes and transforms images into `out`, uint8 [≥ N, resolution, resolution, 3] as `room` makes it.
 
         Returns row → reason of those that cannot be read; they are black.
@@ -100,39 +104,39 @@ class EvalTransform:
         size = self._resolution if whole else 0
         waiting: dict[tuple[int, ...], list[tuple[int, npt.NDArray[np.uint8]]]] = {}
         # There is about a microsecond for all that is not decoding: no calls that can be spared.
-        for row, (image, place) in enumerate(zip(images, out, strict=False)):
+        for row, (image, row_pixels) in enumerate(zip(images, out, strict=False)):
             try:
-                if isinstance(image, Encoded):
+                if isinstance(image, EncodedJpeg):
                     if image[1] == size and image[2] == size:
-                        decode_into(image[0], place)
+                        decode_into(image[0], row_pixels)
                         continue
-                    pixels = image.whole() if whole else self(image)
+                    pixels = image.decode_whole() if whole else self(image)
                 else:
-                    pixels = decode(image) if isinstance(image, bytes) else image
+                    pixels = decode_image(image) if isinstance(image, bytes) else image
                     if not whole:
                         pixels = self(pixels)
             except DataError as error:
-                place[:] = 0
+                row_pixels[:] = 0
                 errors[row] = str(error)
                 continue
-            if pixels.shape == place.shape:
-                place[:] = pixels
+            if pixels.shape == row_pixels.shape:
+                row_pixels[:] = pixels
                 continue
             group = waiting.setdefault(pixels.shape, [])
             group.append((row, pixels))
             if len(group) * pixels.nbytes >= RESIZED_BYTES:
-                _lay(waiting.pop(pixels.shape), out)
+                _write_resized(waiting.pop(pixels.shape), out)
         for group in waiting.values():
-            _lay(group, out)
+            _write_resized(group, out)
         return errors
 
 
-def _lay(group: Sequence[tuple[int, npt.NDArray[np.uint8]]], out: npt.NDArray[np.uint8]) -> None:
+def _write_resized(group: Sequence[tuple[int, npt.NDArray[np.uint8]]], out: npt.NDArray[np.uint8]) -> None:
     """Puts images of one size, resized, into their rows."""
-    out[[row for row, _ in group]] = _resized([pixels for _, pixels in group], out.shape[1])
+    out[[row for row, _ in group]] = _resize_images([pixels for _, pixels in group], out.shape[1])
 
 
-def _resized(images: Sequence[npt.NDArray[np.uint8]], size: int) -> npt.NDArray[np.uint8]:
+def _resize_images(images: Sequence[npt.NDArray[np.uint8]], size: int) -> npt.NDArray[np.uint8]:
     """Whole images of one size, uint8 [H, W, 3], as [N, size, size, 3]; each as if it were alone.
 
     Pillow's bicubic filter, as torch has it: to the same bytes but for a unit or two in one of some hundred, in a seventh of the time.
@@ -144,26 +148,26 @@ def _resized(images: Sequence[npt.NDArray[np.uint8]], size: int) -> npt.NDArray[
     return resized
 
 
-def _size(image: Encoded | npt.NDArray[np.uint8]) -> tuple[int, int]:
-    return (image.width, image.height) if isinstance(image, Encoded) else (image.shape[1], image.shape[0])
+def _measure_size(image: EncodedJpeg | npt.NDArray[np.uint8]) -> tuple[int, int]:
+    return (image.width, image.height) if isinstance(image, EncodedJpeg) else (image.shape[1], image.shape[0])
 
 
-def _cut(image: Encoded | npt.NDArray[np.uint8], box: Box, size: int) -> Image.Image:
+def _crop_image(image: EncodedJpeg | npt.NDArray[np.uint8], box: Box, size: int) -> Image.Image:
     """A part of the image, resized to `size` px a side."""
-    pixels, inner = image.part(box, size) if isinstance(image, Encoded) else (image, box)
+    pixels, inner = image.decode_box(box, size) if isinstance(image, EncodedJpeg) else (image, box)
     return Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC, box=inner)
 
 
-def random_box(
+def draw_crop_box(
     size: tuple[int, int], rng: np.random.Generator, areas: tuple[float, float], aspects: tuple[float, float]
 ) -> Box:
     """A random part of the image as (left, upper, right, lower) px: of between `areas` of its area, uniform, and of an aspect
     between `aspects`, log-uniform.
 
-    After 10 draws that do not fit, the largest centred square.
+    After 10 draws that do not fit, the largest centered square.
     """
     width, height = size
-    for _ in range(TRIES):
+    for _ in range(CROP_TRIES):
         area = width * height * rng.uniform(*areas)
         aspect = math.exp(rng.uniform(math.log(aspects[0]), math.log(aspects[1])))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
@@ -175,8 +179,8 @@ def random_box(
     return left, upper, left + side, upper + side
 
 
-def centre_box(size: tuple[int, int], resolution: int, margin_px: int) -> Box:
-    """The centred square of side resolution / (resolution + margin_px) × short side, px."""
+def compute_center_box(size: tuple[int, int], resolution: int, margin_px: int) -> Box:
+    """The centered square of side resolution / (resolution + margin_px) × short side, px."""
     width, height = size
     side = max(1, round(min(width, height) * resolution / (resolution + margin_px)))
     left, upper = (width - side) // 2, (height - side) // 2
@@ -188,12 +192,12 @@ def pad_and_crop(image: npt.NDArray[np.uint8], pad: int, rng: np.random.Generato
     height, width = image.shape[:2]
     dy, dx = int(rng.random() * (2 * pad + 1)) - pad, int(rng.random() * (2 * pad + 1)) - pad
     # Indexing with reflected coordinates gives the window without making the padded image.
-    rows = _reflect(np.arange(dy, dy + height), height)
-    columns = _reflect(np.arange(dx, dx + width), width)
+    rows = _reflect_index(np.arange(dy, dy + height), height)
+    columns = _reflect_index(np.arange(dx, dx + width), width)
     return image[rows[:, None], columns[None, :]]
 
 
-def _reflect(index: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int64]:
+def _reflect_index(index: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int64]:
     """…2 1 0 1 2 … n-2 n-1 n-2 …: borders are not repeated."""
     index = np.abs(index)
     return np.where(index >= size, 2 * (size - 1) - index, index)

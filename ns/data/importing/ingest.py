@@ -23,38 +23,38 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from ns.core import log
-from ns.core.digest import digest
+from ns.core.digest import digest_json
 from ns.core.errors import DataError, RunError
-from ns.core.process import begin_helper
-from ns.data.dataset import MANIFEST, Dataset, Role, Shard
+from ns.core.process import init_helper_process
+from ns.data.dataset import MANIFEST, Dataset, DatasetRole, Shard
 from ns.data.importing import sources
-from ns.data.importing.listing import Entry, Label, Listing, Task
-from ns.data.importing.sources import spelled
+from ns.data.importing.listing import ClassLabel, ImportTask, Listing, SourceEntry
+from ns.data.importing.sources import escape_path
 from ns.data.importing.writer import ShardWriter
-from ns.data.index import file_name as index_name
-from ns.data.loading.decode import JPEG, decode
-from ns.data.scratch import scratch
+from ns.data.index import build_index_key as index_name
+from ns.data.loading.decode import JPEG_MAGIC, decode_image
+from ns.data.scratch import make_scratch_dir
 from ns.data.shards import MEMBER_BYTES
 from ns.storage import Store
-from ns.storage.documents import Document
+from ns.storage.documents import JsonDocument
 from ns.storage.parquet import read_table
 
 REJECTED = "rejected.parquet"
-PARTS = "parts/"
+PARTS_PREFIX = "parts/"
 """Notes of finished tasks, from which a killed import goes on; gone when the dataset is whole."""
 SHOWN_REJECTS = 10
 """So many are logged one by one; `rejected.parquet` has them all."""
 REJECT_COLUMNS = pa.schema([("path", pa.string()), ("reason", pa.string())])
 READS_AHEAD = 16
 """Images fetched at a time from a server, whose answers take their time."""
-POOLS = 3
+MAX_POOLS = 3
 """So often is a pool of processes begun anew after one of them was killed."""
 JPEG_QUALITY = 92
 """Of images made smaller."""
 
 
 @dataclass(frozen=True)
-class Limits:
+class ImportLimits:
     """What an import takes, and what it makes."""
 
     max_rejected_share: float = 0.1
@@ -64,20 +64,20 @@ class Limits:
     max_side: int | None = None
     """Images with a longer side than this, px, are made smaller and encoded anew; else bytes are kept as they are."""
 
-    def identity(self) -> dict[str, int | None]:
+    def digest_fields(self) -> dict[str, int | None]:
         """What the dataset's bytes depend on."""
         return {"shard_samples": self.shard_samples, "shard_mib": self.shard_mib, "max_side": self.max_side}
 
 
-class Part(Document):
+class ImportTaskResult(JsonDocument):
     """What one task made."""
 
-    task: str
+    task_digest: str
     """Digest of what went in."""
     shards: tuple[Shard, ...]
     rejected: int
     reasons: dict[str, int]
-    first: tuple[tuple[str, str], ...]
+    first_rejects: tuple[tuple[str, str], ...]
     """Path and reason of the first rejects."""
     unreadable: dict[int, tuple[str, str]]
     """Class without a readable image in this task → path and reason of its first reject."""
@@ -86,66 +86,74 @@ class Part(Document):
 
 
 @contextmanager
-def listed(source: str, role: Role, split: str | None = None) -> Iterator[Listing]:
+def open_listing(source: str, role: DatasetRole, split: str | None = None) -> Iterator[Listing]:
     """Lists a source (`sources.entries` says what that may be). The listing lives as long as the context."""
     with (
-        scratch("import") as place,
-        closing(Listing.write(place / "listing", sources.entries(source, role, split=split, scratch=place), role)) as listing,
+        make_scratch_dir("import") as scratch_dir,
+        closing(
+            Listing.from_entries(
+                scratch_dir / "listing", sources.list_entries(source, role, split=split, scratch_dir=scratch_dir), role
+            )
+        ) as listing,
     ):
         yield listing
 
 
 def import_images(
     source: str,
-    folder: Store,
+    store: Store,
     *,
     name: str,
-    role: Role,
-    limits: Limits,
+    role: DatasetRole,
+    limits: ImportLimits,
     classes: Sequence[str] | None = None,
     split: str | None = None,
     workers: int | None = None,
 ) -> Dataset:
     """Lists a source and imports it; see `listed` and `import_listing`."""
-    with listed(source, role, split) as listing:
-        return import_listing(listing, source, folder, name=name, role=role, limits=limits, classes=classes, workers=workers)
+    with open_listing(source, role, split) as listing:
+        return import_listing(listing, source, store, name=name, role=role, limits=limits, classes=classes, workers=workers)
 
 
 def import_listing(
     listing: Listing,
     source: str,
-    folder: Store,
+    store: Store,
     *,
     name: str,
-    role: Role,
-    limits: Limits,
+    role: DatasetRole,
+    limits: ImportLimits,
     classes: Sequence[str] | None = None,
     workers: int | None = None,
 ) -> Dataset:
     """Imports what was listed of `source` into `folder`, with as many processes as there are cores unless `workers` says.
 
-    `classes` fixes the class list, as an evaluation set must have that of the labelled data. A dataset that was in `folder` is
+    `classes` fixes the class list, as an evaluation set must have that of the labeled data. A dataset that was in `folder` is
     replaced; an import that was stopped leaves no manifest, and goes on with the shard under way. Raises DataError for a
     source without images, an empty or unknown class, or a larger share of unreadable images than allowed, RunError when
     processes are killed again and again.
     """
     total = len(listing)
-    labels = listing.labels()
-    class_names: tuple[str, ...] = () if role == "unlabelled" else _classes(source, labels, classes, total)
+    label_counts = listing.count_class_labels()
+    class_names: tuple[str, ...] = () if role == "unlabeled" else _resolve_classes(source, label_counts, classes, total)
     if not total:
         raise DataError(f"{source}: has no files to import")
-    index: dict[Label, int] = {label: number for number, label in enumerate(class_names)}
-    job = _Job(
-        source, listing.file, folder, None if role == "unlabelled" else index | {n: n for n in range(len(class_names))}, limits
+    class_ids: dict[ClassLabel, int] = {class_label: number for number, class_label in enumerate(class_names)}
+    job = _ImportJob(
+        source,
+        listing.path,
+        store,
+        None if role == "unlabeled" else class_ids | {n: n for n in range(len(class_names))},
+        limits,
     )
     # Shards of one import under the manifest of another would be a damaged dataset.
-    folder.delete(MANIFEST)
+    store.delete(MANIFEST)
     tasks = list(
-        listing.tasks(shard_samples=limits.shard_samples, shard_bytes=limits.shard_mib << 20, overhead=2 * MEMBER_BYTES)
+        listing.cut_tasks(shard_samples=limits.shard_samples, shard_bytes=limits.shard_mib << 20, overhead=2 * MEMBER_BYTES)
     )
-    parts: dict[int, Part] = {}
+    parts: dict[int, ImportTaskResult] = {}
     rejected = 0
-    for number, part in _parts(job, tasks, total, workers):
+    for number, part in _run_tasks(job, tasks, total, workers):
         parts[number] = part
         rejected += part.rejected
         if rejected > limits.max_rejected_share * total:
@@ -155,14 +163,14 @@ def import_listing(
     ordered = [parts[task.number] for task in tasks]
     shards = tuple(shard for part in ordered for shard in part.shards)
     if not shards:
-        path, reason = ordered[0].first[0]
+        path, reason = ordered[0].first_rejects[0]
         raise DataError(f"{source}: no readable image among {total} files; first: {path}: {reason}")
-    if role == "labelled":
-        _check_labels(source, class_names, ordered)
-    _list_rejects(folder, tasks, ordered, rejected)
+    if role == "labeled":
+        _check_classes(source, class_names, ordered)
+    _list_rejects(store, tasks, ordered, rejected)
     dataset = Dataset(name=name, role=role, classes=class_names, shards=shards, rejected=rejected)
-    dataset.save(folder)
-    _tidy(folder, dataset)
+    dataset.save(store)
+    _remove_leftovers(store, dataset)
     return dataset
 
 
@@ -174,91 +182,101 @@ def source_name(source: str) -> str:
     return re.sub(r"[-_]*\{.*\}", "", name) or "images"
 
 
-def _classes(source: str, labels: dict[Label, int], known: Sequence[str] | None, total: int) -> tuple[str, ...]:
-    names = [label for label in labels if isinstance(label, str)]
-    numbers = [label for label in labels if isinstance(label, int)]
-    if total and not labels:
-        raise DataError(f"{source}: none of its {total} images has a label; import it with the role unlabelled, or add labels")
+def _resolve_classes(
+    source: str, label_counts: dict[ClassLabel, int], expected: Sequence[str] | None, total: int
+) -> tuple[str, ...]:
+    names = [class_label for class_label in label_counts if isinstance(class_label, str)]
+    numbers = [class_label for class_label in label_counts if isinstance(class_label, int)]
+    if total and not label_counts:
+        raise DataError(f"{source}: none of its {total} images has a label; import it with the role unlabeled, or add labels")
     if numbers and names:
         raise DataError(
             f"{source}: some labels are class indices ({numbers[0]}) and some are names ({names[0]!r}); use one kind"
         )
-    if unnamed := [spelled(label) for label in names if spelled(label) != label]:
+    if unnamed := [escape_path(class_label) for class_label in names if escape_path(class_label) != class_label]:
         raise DataError(f"{source}: class '{unnamed[0]}': its name is not UTF-8; rename it")
-    if known is not None:
-        shown = f"({', '.join(known[:10])}{', …' if len(known) > 10 else ''})"
-        if unknown := sorted(set(names) - set(known)):
-            raise DataError(f"{source}: class {unknown[0]!r} is none of the labelled classes {shown}; rename or remove it")
-        if numbers and max(numbers) >= len(known):
-            raise DataError(f"{source}: class index {max(numbers)}: there are {len(known)} labelled classes {shown}")
-        return tuple(known)
-    found = tuple(str(n) for n in range(max(numbers) + 1)) if numbers else tuple(names)
-    if len(found) < 2:
-        raise DataError(f"{source}: has {len(found)} classes; at least 2 are needed to learn anything")
-    return found
+    if expected is not None:
+        shown = f"({', '.join(expected[:10])}{', …' if len(expected) > 10 else ''})"
+        if unknown := sorted(set(names) - set(expected)):
+            raise DataError(f"{source}: class {unknown[0]!r} is none of the labeled classes {shown}; rename or remove it")
+        if numbers and max(numbers) >= len(expected):
+            raise DataError(f"{source}: class index {max(numbers)}: there are {len(expected)} labeled classes {shown}")
+        return tuple(expected)
+    classes = tuple(str(n) for n in range(max(numbers) + 1)) if numbers else tuple(names)
+    if len(classes) < 2:
+        raise DataError(f"{source}: has {len(classes)} classes; at least 2 are needed to learn anything")
+    return classes
 
 
 # Tasks
 
 
 @dataclass(frozen=True)
-class _Job:
+class _ImportJob:
     """What all tasks of an import have in common."""
 
     source: str
     listing: Path
-    folder: Store
-    index: dict[Label, int] | None
+    store: Store
+    class_ids: dict[ClassLabel, int] | None
     """Class name or index → index; None for a pool."""
-    limits: Limits
+    limits: ImportLimits
 
-    def identity(self, task: Task) -> str:
-        index = None if self.index is None else sorted((str(label), number) for label, number in self.index.items())
-        return digest([task.digest, task.number, self.limits.identity(), index])
+    def digest_task(self, task: ImportTask) -> str:
+        class_ids = (
+            None
+            if self.class_ids is None
+            else sorted((str(class_label), number) for class_label, number in self.class_ids.items())
+        )
+        return digest_json([task.digest, task.number, self.limits.digest_fields(), class_ids])
 
 
-def _parts(job: _Job, tasks: list[Task], total: int, workers: int | None) -> Iterator[tuple[int, Part]]:
+def _run_tasks(
+    job: _ImportJob, tasks: list[ImportTask], total: int, workers: int | None
+) -> Iterator[tuple[int, ImportTaskResult]]:
     """What each task made, in the order in which they end."""
     waiting = {task.number: task for task in tasks}
     for task in tasks:
-        if part := _done(job, task):
+        if part := _load_finished(job, task):
             del waiting[task.number]
             yield task.number, part
     progress = log.Progress(total, "images", done=total - sum(task.stop - task.start for task in waiting.values()))
     count = min(workers or os.cpu_count() or 1, len(waiting))
     if count <= 1:
         for number, task in waiting.items():
-            yield number, _make(job, task, progress.advance)
+            yield number, _import_task(job, task, progress.update)
         return
-    for attempt in range(1, POOLS + 1):
+    for attempt in range(1, MAX_POOLS + 1):
         try:
-            for number, part in _pooled(job, list(waiting.values()), count, progress):
+            for number, part in _run_in_pool(job, list(waiting.values()), count, progress):
                 del waiting[number]
                 yield number, part
         except BrokenProcessPool as error:
-            if attempt == POOLS:
+            if attempt == MAX_POOLS:
                 raise RunError(
                     "a process of the import was killed again and again, most often for want of memory; "
                     "run the same command with fewer --workers: it goes on where it stopped"
                 ) from error
-            log.get().warning("a process of the import was killed; its shards are made again", attempt=attempt)
+            log.get_logger().warning("a process of the import was killed; its shards are made again", attempt=attempt)
         else:
             return
 
 
-def _pooled(job: _Job, tasks: list[Task], count: int, progress: log.Progress) -> Iterator[tuple[int, Part]]:
+def _run_in_pool(
+    job: _ImportJob, tasks: list[ImportTask], count: int, progress: log.Progress
+) -> Iterator[tuple[int, ImportTaskResult]]:
     # Not forked: the caller may have threads.
     context = multiprocessing.get_context("forkserver")
     counter = context.Value("q", 0)
     counted = 0
     ahead = iter(tasks)
-    running: dict[Future[Part], int] = {}
-    pool = ProcessPoolExecutor(count, context, _start, (os.getpid(), counter))
+    running: dict[Future[ImportTaskResult], int] = {}
+    pool = ProcessPoolExecutor(count, context, _start_worker, (os.getpid(), counter))
     try:
         while True:
             # A few at a time: a million tasks need no million futures.
             for task in ahead:
-                running[pool.submit(_make_in_process, job, task)] = task.number
+                running[pool.submit(_import_in_process, job, task)] = task.number
                 if len(running) >= 2 * count:
                     break
             if not running:
@@ -266,7 +284,7 @@ def _pooled(job: _Job, tasks: list[Task], count: int, progress: log.Progress) ->
             ended, _ = wait(running, timeout=log.PROGRESS_SECONDS, return_when=FIRST_COMPLETED)
             if fresh := counter.value - counted:
                 counted += fresh
-                progress.advance(fresh)
+                progress.update(fresh)
             for future in ended:
                 yield running.pop(future), future.result()
     finally:
@@ -276,36 +294,36 @@ def _pooled(job: _Job, tasks: list[Task], count: int, progress: log.Progress) ->
 _counter: Any = None
 
 
-def _start(parent: int, counter: Any) -> None:
+def _start_worker(parent: int, counter: Any) -> None:
     global _counter
     _counter = counter
-    begin_helper(parent)
+    init_helper_process(parent)
 
 
-def _make_in_process(job: _Job, task: Task) -> Part:
-    def count(images: int) -> None:
+def _import_in_process(job: _ImportJob, task: ImportTask) -> ImportTaskResult:
+    def count_images(images: int) -> None:
         with _counter.get_lock():
             _counter.value += images
 
-    return _make(job, task, count)
+    return _import_task(job, task, count_images)
 
 
-def _done(job: _Job, task: Task) -> Part | None:
-    key = _note(task)
+def _load_finished(job: _ImportJob, task: ImportTask) -> ImportTaskResult | None:
+    key = _build_result_key(task)
     # A note that cannot be read is that of a task that is not done.
     with suppress(DataError):
-        if job.folder.exists(key):
-            part = Part.read(job.folder, key)
-            if part.task == job.identity(task) and all(job.folder.exists(shard.name) for shard in part.shards):
+        if job.store.exists(key):
+            part = ImportTaskResult.load_file(job.store, key)
+            if part.task_digest == job.digest_task(task) and all(job.store.exists(shard.name) for shard in part.shards):
                 return part
     return None
 
 
-def _note(task: Task, kind: str = "json") -> str:
-    return f"{PARTS}{task.number:05d}.{kind}"
+def _build_result_key(task: ImportTask, extension: str = "json") -> str:
+    return f"{PARTS_PREFIX}{task.number:05d}.{extension}"
 
 
-def _make(job: _Job, task: Task, progress: Callable[[int], None]) -> Part:
+def _import_task(job: _ImportJob, task: ImportTask, report_progress: Callable[[int], None]) -> ImportTaskResult:
     """Reads, checks and writes the images of one task."""
     rejects: list[tuple[str, str]] = []
     readable: set[int] = set()
@@ -313,60 +331,62 @@ def _make(job: _Job, task: Task, progress: Callable[[int], None]) -> Part:
     limits = job.limits
     with (
         closing(Listing(job.listing)) as listing,
-        closing(sources.Reader(job.source)) as reader,
+        closing(sources.SourceReader(job.source)) as reader,
         ShardWriter(
-            job.folder, max_samples=limits.shard_samples, max_bytes=limits.shard_mib << 20, first=f"shard-{task.number:05d}"
+            job.store, max_samples=limits.shard_samples, max_bytes=limits.shard_mib << 20, stem=f"shard-{task.number:05d}"
         ) as writer,
     ):
-        for entry, data in _fetched(reader, listing.entries(task.start, task.stop)):
-            label = None if job.index is None or entry.label is None else job.index[entry.label]
+        for entry, data in _fetch_entries(reader, listing.read_entries(task.start, task.stop)):
+            class_id = None if job.class_ids is None or entry.class_label is None else job.class_ids[entry.class_label]
             try:
                 if isinstance(data, DataError):
                     raise data
-                if job.index is not None and label is None:
+                if job.class_ids is not None and class_id is None:
                     raise DataError("no label")
-                image, extension = _checked(data, limits.max_side)
-                writer.add(entry.key, extension, image, label)
+                image, extension = _check_image(data, limits.max_side)
+                writer.add_image(entry.key, extension, image, class_id)
             except DataError as error:
-                rejects.append((spelled(entry.path), str(error)))
-                if label is not None:
-                    unreadable.setdefault(label, rejects[-1])
+                rejects.append((escape_path(entry.path), str(error)))
+                if class_id is not None:
+                    unreadable.setdefault(class_id, rejects[-1])
             else:
-                if label is not None:
-                    readable.add(label)
-            progress(1)
-    part = Part(
-        task=job.identity(task),
+                if class_id is not None:
+                    readable.add(class_id)
+            report_progress(1)
+    part = ImportTaskResult(
+        task_digest=job.digest_task(task),
         shards=writer.shards,
         rejected=len(rejects),
         reasons=dict(Counter(reason for _, reason in rejects).most_common(20)),
-        first=tuple(rejects[:SHOWN_REJECTS]),
-        unreadable={label: first for label, first in unreadable.items() if label not in readable},
+        first_rejects=tuple(rejects[:SHOWN_REJECTS]),
+        unreadable={class_id: first_reject for class_id, first_reject in unreadable.items() if class_id not in readable},
         readable=tuple(sorted(readable)),
     )
     if rejects:
         sink = io.BytesIO()
         pq.write_table(pa.table(list(zip(*rejects, strict=True)), schema=REJECT_COLUMNS), sink)
-        job.folder.put(_note(task, "parquet"), sink.getvalue())
-    part.write(job.folder, _note(task))
+        job.store.put(_build_result_key(task, "parquet"), sink.getvalue())
+    part.save_file(job.store, _build_result_key(task))
     return part
 
 
-def _fetched(reader: sources.Reader, entries: Iterable[Entry]) -> Iterator[tuple[Entry, bytes | DataError]]:
-    def fetch(entry: Entry) -> bytes | DataError:
+def _fetch_entries(
+    reader: sources.SourceReader, entries: Iterable[SourceEntry]
+) -> Iterator[tuple[SourceEntry, bytes | DataError]]:
+    def fetch_entry(entry: SourceEntry) -> bytes | DataError:
         try:
-            return reader.read(entry)
+            return reader.read_entry(entry)
         except DataError as error:
             return error
 
     if not reader.is_remote:
         for entry in entries:
-            yield entry, fetch(entry)
+            yield entry, fetch_entry(entry)
         return
     with ThreadPoolExecutor(READS_AHEAD) as threads:
-        ahead: list[tuple[Entry, Future[bytes | DataError]]] = []
+        ahead: list[tuple[SourceEntry, Future[bytes | DataError]]] = []
         for entry in entries:
-            ahead.append((entry, threads.submit(fetch, entry)))
+            ahead.append((entry, threads.submit(fetch_entry, entry)))
             if len(ahead) >= READS_AHEAD:
                 first, future = ahead.pop(0)
                 yield first, future.result()
@@ -374,20 +394,20 @@ def _fetched(reader: sources.Reader, entries: Iterable[Entry]) -> Iterator[tuple
             yield entry, future.result()
 
 
-def _checked(data: bytes, max_side: int | None) -> tuple[bytes, str]:
+def _check_image(data: bytes, max_side: int | None) -> tuple[bytes, str]:
     """The bytes that go into the shard, and their extension. Raises DataError with the reason for a reject."""
-    pixels = decode(data)
-    kept = _kept(data)
+    pixels = decode_image(data)
+    extension = _detect_extension(data)
     if max_side is not None and max(pixels.shape[:2]) > max_side:
         picture = Image.fromarray(pixels)
         picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-        return _encoded(picture, "jpg" if kept == "jpg" else "png")
-    if kept is not None:
-        return data, kept
-    return _encoded(Image.fromarray(pixels), "png")
+        return _encode_image(picture, "jpg" if extension == "jpg" else "png")
+    if extension is not None:
+        return data, extension
+    return _encode_image(Image.fromarray(pixels), "png")
 
 
-def _encoded(picture: Image.Image, extension: str) -> tuple[bytes, str]:
+def _encode_image(picture: Image.Image, extension: str) -> tuple[bytes, str]:
     sink = io.BytesIO()
     if extension == "jpg":
         picture.save(sink, "JPEG", quality=JPEG_QUALITY)
@@ -396,9 +416,9 @@ def _encoded(picture: Image.Image, extension: str) -> tuple[bytes, str]:
     return sink.getvalue(), extension
 
 
-def _kept(data: bytes) -> str | None:
+def _detect_extension(data: bytes) -> str | None:
     """The extension of what goes into shards byte for byte, by its first bytes; other formats become PNG."""
-    if data.startswith(JPEG):
+    if data.startswith(JPEG_MAGIC):
         return "jpg"
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return "png"
@@ -410,46 +430,50 @@ def _kept(data: bytes) -> str | None:
 # The end
 
 
-def _refuse_rejects(source: str, parts: list[Part], rejected: int, total: int, limit: float, *, whole: bool) -> None:
+def _refuse_rejects(
+    source: str, parts: list[ImportTaskResult], rejected: int, total: int, limit: float, *, whole: bool
+) -> None:
     counts: Counter[str] = Counter()
     for part in parts:
         counts.update(part.reasons)
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common(3))
-    first = "; ".join(f"{path}: {reason}" for path, reason in [reject for part in parts for reject in part.first][:3])
+    first = "; ".join(f"{path}: {reason}" for path, reason in [reject for part in parts for reject in part.first_rejects][:3])
     raise DataError(
         f"{source}: {'' if whole else 'at least '}{rejected} of {total} files cannot be read ({reasons}), more than "
         f"data.max_rejected_share = {limit:.1%}; first: {first}; mend or remove them, or raise the limit"
     )
 
 
-def _check_labels(source: str, classes: tuple[str, ...], parts: list[Part]) -> None:
-    readable = {label for part in parts for label in part.readable}
-    for label, name in enumerate(classes):
-        if label not in readable:
-            path, reason = next((part.unreadable[label] for part in parts if label in part.unreadable), ("", ""))
-            found = f"; first: {path}: {reason}" if path else ""
-            raise DataError(f"{source}: class {name!r} has no readable image{found}; mend its images, or remove the class")
+def _check_classes(source: str, classes: tuple[str, ...], parts: list[ImportTaskResult]) -> None:
+    readable = {class_id for part in parts for class_id in part.readable}
+    for class_id, name in enumerate(classes):
+        if class_id not in readable:
+            path, reason = next((part.unreadable[class_id] for part in parts if class_id in part.unreadable), ("", ""))
+            first_reject = f"; first: {path}: {reason}" if path else ""
+            raise DataError(
+                f"{source}: class {name!r} has no readable image{first_reject}; mend its images, or remove the class"
+            )
 
 
-def _list_rejects(folder: Store, tasks: list[Task], parts: list[Part], rejected: int) -> None:
+def _list_rejects(store: Store, tasks: list[ImportTask], parts: list[ImportTaskResult], rejected: int) -> None:
     shown = 0
-    with scratch("import") as place:
-        with pq.ParquetWriter(place / REJECTED, REJECT_COLUMNS) as writer:
+    with make_scratch_dir("import") as scratch_dir:
+        with pq.ParquetWriter(scratch_dir / REJECTED, REJECT_COLUMNS) as writer:
             for task, part in zip(tasks, parts, strict=True):
                 if part.rejected:
-                    writer.write_table(read_table(folder.get(_note(task, "parquet"))))
-                for path, reason in part.first[: SHOWN_REJECTS - shown]:
-                    log.get().warning("image left out", path=path, reason=reason)
+                    writer.write_table(read_table(store.get(_build_result_key(task, "parquet"))))
+                for path, reason in part.first_rejects[: SHOWN_REJECTS - shown]:
+                    log.get_logger().warning("image left out", path=path, reason=reason)
                     shown += 1
-        folder.put_file(REJECTED, place / REJECTED)
+        store.put_file(REJECTED, scratch_dir / REJECTED)
     if rejected > SHOWN_REJECTS:
-        log.get().warning("more images left out", images=rejected - SHOWN_REJECTS, list=f"{folder.uri}/{REJECTED}")
+        log.get_logger().warning("more images left out", images=rejected - SHOWN_REJECTS, list=f"{store.uri}/{REJECTED}")
 
 
-def _tidy(folder: Store, dataset: Dataset) -> None:
+def _remove_leftovers(store: Store, dataset: Dataset) -> None:
     """Removes notes, and shards that a larger dataset left here."""
-    folder.delete_prefix(PARTS)
-    kept = {name for shard in dataset.shards for name in (shard.name, index_name(shard))}
-    for key in list(folder.list("shard-")):
-        if key not in kept:
-            folder.delete(key)
+    store.delete_prefix(PARTS_PREFIX)
+    kept_keys = {name for shard in dataset.shards for name in (shard.name, index_name(shard))}
+    for key in list(store.list("shard-")):
+        if key not in kept_keys:
+            store.delete(key)

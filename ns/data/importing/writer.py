@@ -11,9 +11,9 @@ from ns.core.digest import sha256_file
 from ns.core.errors import DataError
 from ns.data.dataset import Shard
 from ns.data.index import ShardIndex
-from ns.data.loading.decode import look
-from ns.data.scratch import scratch, writing
-from ns.data.shards import BLOCK, IMAGES, LABEL, MEMBER_BYTES, Sample, is_inside, is_utf8
+from ns.data.loading.decode import read_jpeg_size
+from ns.data.scratch import explain_scratch_errors, make_scratch_dir
+from ns.data.shards import BLOCK, CLASS_EXTENSION, MEMBER_BYTES, SHARD_EXTENSIONS, ShardSample, is_inside, is_utf8
 from ns.storage import Store
 
 
@@ -24,17 +24,17 @@ class ShardWriter:
     owners or modes of the machine are kept.
     """
 
-    def __init__(self, folder: Store, *, max_samples: int, max_bytes: int, first: str | None = None) -> None:
-        self._folder = folder
-        self._first = first
+    def __init__(self, store: Store, *, max_samples: int, max_bytes: int, stem: str | None = None) -> None:
+        self._store = store
+        self._stem = stem
         self._max_samples = max_samples
         self._max_bytes = max_bytes
-        self._done: list[Shard] = []
+        self._finished: list[Shard] = []
         self._keys: set[str] = set()
-        self._samples: list[Sample] = []
+        self._samples: list[ShardSample] = []
         self._sizes: list[tuple[int, int]] = []
         self._stack = contextlib.ExitStack()
-        self._scratch = self._stack.enter_context(scratch("shards"))
+        self._scratch = self._stack.enter_context(make_scratch_dir("shards"))
         self._tar: tarfile.TarFile | None = None
 
     def __enter__(self) -> Self:
@@ -43,7 +43,7 @@ class ShardWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         try:
             if kind is None:
-                self._roll()
+                self._finish_shard()
         finally:
             if self._tar is not None:
                 with contextlib.suppress(OSError):
@@ -53,9 +53,9 @@ class ShardWriter:
     @property
     def shards(self) -> tuple[Shard, ...]:
         """The finished shards; all of them once the writer is closed."""
-        return tuple(self._done)
+        return tuple(self._finished)
 
-    def add(self, key: str, extension: str, data: bytes, label: int | None) -> None:
+    def add_image(self, key: str, extension: str, data: bytes, class_id: int | None) -> None:
         """Appends one image. The key has no dot in its base name and was not used before.
 
         Raises DataError for a key that would not come back, StoreError when the shard cannot be written.
@@ -63,45 +63,45 @@ class ShardWriter:
         base = key.rpartition("/")[2]
         if not base or "." in base or key in self._keys or not is_inside(key) or not is_utf8(key):
             raise DataError(f"key {key!r}: must be new, relative, UTF-8, and without a dot in its last part")
-        if extension not in IMAGES:
-            raise DataError(f"{key}.{extension}: must be one of {', '.join(IMAGES)}")
+        if extension not in SHARD_EXTENSIONS:
+            raise DataError(f"{key}.{extension}: must be one of {', '.join(SHARD_EXTENSIONS)}")
         self._keys.add(key)
         if self._tar is not None and (
             len(self._samples) >= self._max_samples or self._tar.offset + len(data) + 2 * MEMBER_BYTES > self._max_bytes
         ):
-            self._roll()
-        with writing(self._scratch, "write a shard"):
+            self._finish_shard()
+        with explain_scratch_errors(self._scratch, "write a shard"):
             if self._tar is None:
-                self._tar = tarfile.open(self._path, "w:", format=tarfile.PAX_FORMAT)  # noqa: SIM115
-            _member(self._tar, f"{key}.{extension}", data)
+                self._tar = tarfile.open(self._tar_path, "w:", format=tarfile.PAX_FORMAT)  # noqa: SIM115
+            _add_member(self._tar, f"{key}.{extension}", data)
             offset = self._tar.offset - -(-len(data) // BLOCK) * BLOCK
-            if label is not None:
-                _member(self._tar, f"{key}.{LABEL}", str(label).encode())
-        self._samples.append(Sample(key, extension, offset, len(data), label))
-        self._sizes.append(look(data))
+            if class_id is not None:
+                _add_member(self._tar, f"{key}.{CLASS_EXTENSION}", str(class_id).encode())
+        self._samples.append(ShardSample(key, extension, offset, len(data), class_id))
+        self._sizes.append(read_jpeg_size(data))
 
-    def _roll(self) -> None:
+    def _finish_shard(self) -> None:
         if self._tar is None:
             return
-        number = len(self._done)
-        name = f"shard-{number:05d}.tar" if self._first is None else f"{self._first}{f'-{number}' if number else ''}.tar"
-        with writing(self._scratch, "write a shard"):
+        number = len(self._finished)
+        name = f"shard-{number:05d}.tar" if self._stem is None else f"{self._stem}{f'-{number}' if number else ''}.tar"
+        with explain_scratch_errors(self._scratch, "write a shard"):
             self._tar.close()
             self._tar = None
             shard = Shard(
-                name=name, samples=len(self._samples), bytes=self._path.stat().st_size, sha256=sha256_file(self._path)
+                name=name, samples=len(self._samples), bytes=self._tar_path.stat().st_size, sha256=sha256_file(self._tar_path)
             )
-        self._folder.put_file(name, self._path)
-        ShardIndex.of(self._samples, self._sizes).write(self._folder, shard)
-        self._done.append(shard)
+        self._store.put_file(name, self._tar_path)
+        ShardIndex.from_samples(self._samples, self._sizes).save(self._store, shard)
+        self._finished.append(shard)
         self._samples, self._sizes = [], []
 
     @property
-    def _path(self) -> Path:
+    def _tar_path(self) -> Path:
         return self._scratch / "shard.tar"
 
 
-def _member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     info = tarfile.TarInfo(name)
     info.size = len(data)
     tar.addfile(info, io.BytesIO(data))

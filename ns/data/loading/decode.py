@@ -17,12 +17,12 @@ from ns.core.errors import DataError
 MAX_PIXELS = 178_956_970
 """Where Pillow gives up: a larger image is a decompression bomb, or belongs cut up."""
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 """What is tried. Pillow knows more, among them EPS, for which it starts Ghostscript on a stranger's program."""
 
-JPEG = b"\xff\xd8\xff"
-# Colour spaces that libjpeg-turbo turns into RGB by itself; CMYK needs Pillow's inverted-Adobe handling.
-PLAIN = ("Gray", "YCbCr", "RGB")
+JPEG_MAGIC = b"\xff\xd8\xff"
+# Color spaces that libjpeg-turbo turns into RGB by itself; CMYK needs Pillow's inverted-Adobe handling.
+PLAIN_COLORSPACES = ("Gray", "YCbCr", "RGB")
 ORIENTATION = 0x0112
 SCALED_FROM = 2
 """An image is decoded smaller when it would be made smaller by this factor anyway; below, the quality would suffer."""
@@ -41,7 +41,7 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 APP1, START_OF_SCAN = b"\xe1", b"\xda"
-EXIF = b"Exif\0\0"
+EXIF_MAGIC = b"Exif\0\0"
 
 # Pillow warns of odd metadata, and of bombs from half the limit on. As a filter for good: setting filters for each image
 # (warnings.catch_warnings) is not safe in threads, and images are decoded in several.
@@ -49,13 +49,13 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 @cache
-def _known() -> list[str]:
+def _list_formats() -> list[str]:
     """Of FORMATS, what this Pillow can read. Asked for late: it loads all of Pillow's plugins, which most steps never need."""
     Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]
+    return [name for name in PILLOW_FORMATS if name in Image.OPEN]
 
 
-def decode(data: bytes) -> npt.NDArray[np.uint8]:
+def decode_image(data: bytes) -> npt.NDArray[np.uint8]:
     """uint8 [H, W, 3], C-contiguous, upright (EXIF orientation applied).
 
     Greyscale is repeated over the channels, 16 bits are scaled to 8, transparency is laid over white, and of an animation
@@ -64,29 +64,29 @@ def decode(data: bytes) -> npt.NDArray[np.uint8]:
     """
     if not data:
         raise DataError("empty file")
-    return _turbo(data) if any(look(data)) else _pillow(data)
+    return _decode_turbo(data) if any(read_jpeg_size(data)) else _decode_pillow(data)
 
 
-class Encoded(NamedTuple):
+class EncodedJpeg(NamedTuple):
     """A JPEG of which `look` knows the size; its pixels are made when it is known how many are needed."""
 
     data: bytes | memoryview
     width: int
     height: int
 
-    def whole(self) -> npt.NDArray[np.uint8]:
+    def decode_whole(self) -> npt.NDArray[np.uint8]:
         """As `decode`."""
-        return _turbo(self.data)
+        return _decode_turbo(self.data)
 
-    def part(self, box: Box, size: int) -> tuple[npt.NDArray[np.uint8], Box]:
+    def decode_box(self, box: Box, size: int) -> tuple[npt.NDArray[np.uint8], Box]:
         """Pixels, and where in them `box` is, for a result of `size` px a side.
 
         A JPEG whose box is at least twice that large is decoded at 1/2, 1/4 or 1/8: libjpeg-turbo then skips most of the work.
         """
         shrink = min((box[2] - box[0]) / size, (box[3] - box[1]) / size)
         if shrink < SCALED_FROM:
-            return _turbo(self.data), box
-        pixels = _turbo(self.data, math.ceil(self.width / shrink), math.ceil(self.height / shrink))
+            return _decode_turbo(self.data), box
+        pixels = _decode_turbo(self.data, math.ceil(self.width / shrink), math.ceil(self.height / shrink))
         x, y = pixels.shape[1] / self.width, pixels.shape[0] / self.height
         return pixels, (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
 
@@ -99,10 +99,10 @@ def decode_into(data: bytes | memoryview, out: npt.NDArray[np.uint8]) -> None:
     try:
         simplejpeg.decode_jpeg(data, "RGB", False, False, 0, 0, 1, out)
     except ValueError:
-        out[:] = _pillow(bytes(data))
+        out[:] = _decode_pillow(bytes(data))
 
 
-def room(count: int, size: int) -> npt.NDArray[np.uint8]:
+def allocate_images(count: int, size: int) -> npt.NDArray[np.uint8]:
     """uint8 [count, size, size, 3], all zero, for images to be decoded into.
 
     Not at a multiple of 32 bytes: libjpeg-turbo writes rows that begin there past the cache, which for small images, that are
@@ -114,63 +114,63 @@ def room(count: int, size: int) -> npt.NDArray[np.uint8]:
     return memory[start : start + length].reshape(count, size, size, 3)
 
 
-def look(data: bytes) -> tuple[int, int]:
+def read_jpeg_size(data: bytes) -> tuple[int, int]:
     """Width and height, px, of a JPEG that needs nothing but libjpeg-turbo; (0, 0) of all else, also of what is damaged."""
-    if not data.startswith(JPEG):
+    if not data.startswith(JPEG_MAGIC):
         return 0, 0
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return 0, 0
-    if height * width > MAX_PIXELS or colours not in PLAIN or not _is_upright(data):
+    if height * width > MAX_PIXELS or colors not in PLAIN_COLORSPACES or not _is_upright(data):
         return 0, 0
     return width, height
 
 
-def _turbo(data: bytes | memoryview, width: int = 0, height: int = 0) -> npt.NDArray[np.uint8]:
+def _decode_turbo(data: bytes | memoryview, width: int = 0, height: int = 0) -> npt.NDArray[np.uint8]:
     """With a width and height, decoded at the smallest 1/2ⁿ that has them."""
     try:
         image: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", False, False, height, width, SCALED_FROM)
         return image
     except ValueError:
         # Pillow may still read it, or say what is wrong with it.
-        return _pillow(bytes(data))
+        return _decode_pillow(bytes(data))
 
 
 def _is_upright(jpeg: bytes) -> bool:
-    block = _exif_block(jpeg)
-    return block is None or _turn(partial(_exif, block)) is None
+    block = _find_exif(jpeg)
+    return block is None or _read_turn(partial(_parse_exif, block)) is None
 
 
-def _exif_block(jpeg: bytes) -> bytes | None:
+def _find_exif(jpeg: bytes) -> bytes | None:
     """The segments before the pixels are walked by their lengths: reading them all through Pillow doubles the time."""
     at = 2
-    while jpeg[at : at + 1] == b"\xff" and (kind := jpeg[at + 1 : at + 2]) != START_OF_SCAN:
+    while jpeg[at : at + 1] == b"\xff" and (marker := jpeg[at + 1 : at + 2]) != START_OF_SCAN:
         length = int.from_bytes(jpeg[at + 2 : at + 4])
-        if kind == APP1 and jpeg[at + 4 : at + 10] == EXIF:
+        if marker == APP1 and jpeg[at + 4 : at + 10] == EXIF_MAGIC:
             return jpeg[at + 4 : at + 2 + length]
         at += 2 + length
     return None
 
 
-def _exif(block: bytes) -> Image.Exif:
+def _parse_exif(block: bytes) -> Image.Exif:
     exif = Image.Exif()
     exif.load(block)
     return exif
 
 
-def _turn(read: Callable[[], Image.Exif]) -> Image.Transpose | None:
+def _read_turn(read_exif: Callable[[], Image.Exif]) -> Image.Transpose | None:
     """What brings the image upright; nothing where EXIF is damaged, as the pixels may still be whole."""
     try:
-        return TURNS.get(read().get(ORIENTATION, 1))
+        return TURNS.get(read_exif().get(ORIENTATION, 1))
     except Exception:
         return None
 
 
-def _pillow(data: bytes) -> npt.NDArray[np.uint8]:
+def _decode_pillow(data: bytes) -> npt.NDArray[np.uint8]:
     try:
-        with Image.open(io.BytesIO(data), formats=_known()) as image:
-            return np.ascontiguousarray(_rgb(image))
+        with Image.open(io.BytesIO(data), formats=_list_formats()) as image:
+            return np.ascontiguousarray(_convert_rgb(image))
     except DataError:
         raise
     except Image.DecompressionBombError as error:
@@ -185,16 +185,16 @@ def _pillow(data: bytes) -> npt.NDArray[np.uint8]:
         raise DataError(f"damaged: {type(error).__name__}: {error}") from error
 
 
-def _rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
+def _convert_rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
     image.load()
-    turn = _turn(image.getexif)
+    turn = _read_turn(image.getexif)
     if turn is not None:
         image = image.transpose(turn)
     if image.mode in ("I;16", "I;16B", "I;16L", "I"):
         # Pillow's own conversion clips at 255.
         values = np.asarray(image).astype(np.int64).clip(0, 65535)
-        grey = (values * 255 + 32767) // 65535
-        return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
+        gray = (values * 255 + 32767) // 65535
+        return np.repeat(gray.astype(np.uint8)[:, :, None], 3, axis=2)
     if image.mode == "F":
         raise DataError("floating-point image: its range is not known; convert it to 8 or 16 bits")
     if image.has_transparency_data:

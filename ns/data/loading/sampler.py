@@ -12,11 +12,11 @@ import numpy.typing as npt
 
 from ns.core.errors import DataError
 
-WINDOW = 8
+WINDOW_SHARDS = 8
 """Shards open together."""
 
 
-class Order:
+class ShardShuffle:
     """Where the images of an endless stream are: position → (shard, row).
 
     `copies` holds, for each shard, how often each of its rows is seen in an epoch.
@@ -36,32 +36,32 @@ class Order:
         """Images in an epoch, copies included."""
         return int(self._sizes.sum())
 
-    def take(self, start: int, count: int) -> list[tuple[int, int]]:
+    def positions(self, start: int, count: int) -> list[tuple[int, int]]:
         """Positions [start, start + count) of the stream."""
-        taken: list[tuple[int, int]] = []
-        while len(taken) < count:
-            epoch, offset = divmod(start + len(taken), self.epoch_size)
+        rows_taken: list[tuple[int, int]] = []
+        while len(rows_taken) < count:
+            epoch, offset = divmod(start + len(rows_taken), self.epoch_size)
             _, bounds = self._epoch(epoch)
             window = int(np.searchsorted(bounds, offset, side="right")) - 1
             rows = self._window_rows(epoch, window)
             first = offset - int(bounds[window])
-            taken += map(tuple, rows[first : first + count - len(taken)].tolist())
-        return taken
+            rows_taken += map(tuple, rows[first : first + count - len(rows_taken)].tolist())
+        return rows_taken
 
-    def ahead(self, position: int) -> list[int]:
+    def prefetch(self, position: int) -> list[int]:
         """The shards of the window after that of `position`, which will be read next."""
         epoch, offset = divmod(position, self.epoch_size)
         shards, bounds = self._epoch(epoch)
         window = int(np.searchsorted(bounds, offset, side="right"))
         if window >= len(bounds) - 1:
             shards, window = self._epoch(epoch + 1)[0], 0
-        return [int(shard) for shard in shards[window * WINDOW : (window + 1) * WINDOW]]
+        return [int(shard) for shard in shards[window * WINDOW_SHARDS : (window + 1) * WINDOW_SHARDS]]
 
     def _make_epoch(self, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """The shards in this epoch's order, and the first position of each window, with the end."""
         shards = np.random.default_rng([*self._seed, epoch]).permutation(len(self._copies))
         ends = np.cumsum(self._sizes[shards])
-        bounds = np.concatenate([[0], ends[WINDOW - 1 :: WINDOW]])
+        bounds = np.concatenate([[0], ends[WINDOW_SHARDS - 1 :: WINDOW_SHARDS]])
         if bounds[-1] != ends[-1]:
             bounds = np.append(bounds, ends[-1])
         return shards, bounds
@@ -69,7 +69,7 @@ class Order:
     def _make_window(self, epoch: int, window: int) -> npt.NDArray[np.int64]:
         """[n, 2] shard and row of each image in a window, shuffled."""
         shards, _ = self._epoch(epoch)
-        members = shards[window * WINDOW : (window + 1) * WINDOW]
+        members = shards[window * WINDOW_SHARDS : (window + 1) * WINDOW_SHARDS]
         rows = np.concatenate(
             [
                 np.stack(

@@ -11,15 +11,15 @@ import numpy.typing as npt
 from ns.core.errors import DataError, StoreError
 from ns.data.dataset import Dataset
 from ns.data.index import ShardIndex
-from ns.data.loading.decode import Encoded, decode
-from ns.data.loading.sampler import WINDOW
-from ns.data.shards import check_bytes, read_range
+from ns.data.loading.decode import EncodedJpeg, decode_image
+from ns.data.loading.sampler import WINDOW_SHARDS
+from ns.data.shards import check_shard_file, read_range
 from ns.storage import Store
 
 DECODED_BYTES = 256 << 20
 """Decoded images that a process may keep: small datasets are decoded once."""
-RUN = 256
-"""Neighbours that are read at once: a small image on its own costs an eighth more to read than to decode."""
+READ_ROWS = 256
+"""Neighbors that are read at once: a small image on its own costs an eighth more to read than to decode."""
 FETCHERS = 2
 
 
@@ -29,16 +29,16 @@ class ImageSource:
     `held`: shards that stay open. Training reads from a window of them at a time; who goes through them in order needs two.
     """
 
-    def __init__(self, folder: Store, dataset: Dataset, *, held: int = 2 * WINDOW) -> None:
-        self._folder = folder
+    def __init__(self, store: Store, dataset: Dataset, *, max_open_shards: int = 2 * WINDOW_SHARDS) -> None:
+        self._store = store
         self._dataset = dataset
         self._decoded: dict[tuple[int, int], npt.NDArray[np.uint8]] = {}
         self._decoded_bytes = 0
         self._checked: set[int] = set()
         self._fetchers: ThreadPoolExecutor | None = None
         self._fetching: set[int] = set()
-        self.index = lru_cache(maxsize=held)(self._read_index)
-        self._open = lru_cache(maxsize=held)(self._open_shard)
+        self.read_index = lru_cache(maxsize=max_open_shards)(self._read_index)
+        self._open_cached = lru_cache(maxsize=max_open_shards)(self._open_shard)
 
     def fetch_ahead(self, shards: Iterable[int]) -> None:
         """Begins to fetch shards that will be read soon. What goes wrong is said when they are read."""
@@ -49,111 +49,113 @@ class ImageSource:
             self._fetchers = ThreadPoolExecutor(FETCHERS, "fetch")
         self._fetching = set(shards)
         for shard in sorted(fresh):
-            self._fetchers.submit(self._folder.path, self._dataset.shards[shard].name)
+            self._fetchers.submit(self._store.path, self._dataset.shards[shard].name)
 
-    def encoded(self, shard: int, start: int = 0, stop: int | None = None) -> Iterator[Encoded | bytes]:
+    def read_encoded(self, shard: int, start: int = 0, stop: int | None = None) -> Iterator[EncodedJpeg | bytes]:
         """Rows [start, stop) of a shard: JPEGs that libjpeg-turbo decodes by itself, and the bytes of other images.
 
         Raises DataError naming the shard and its cure when it is not what the manifest says, StoreError when it is out of reach.
         """
-        opened = self._open(shard)
-        stop = len(opened.index) if stop is None else stop
-        for at in range(start, stop, RUN):
-            yield from opened.read(at, min(at + RUN, stop))
+        open_shard = self._open_cached(shard)
+        stop = len(open_shard.index) if stop is None else stop
+        for at in range(start, stop, READ_ROWS):
+            yield from open_shard.read_rows(at, min(at + READ_ROWS, stop))
 
-    def image(self, shard: int, row: int) -> Encoded | npt.NDArray[np.uint8]:
+    def read_image(self, shard: int, row: int) -> EncodedJpeg | npt.NDArray[np.uint8]:
         """A JPEG to be decoded, or any other image as uint8 [H, W, 3] RGB."""
-        data = self._open(shard).one(row)
-        if isinstance(data, Encoded):
+        data = self._open_cached(shard).read_row(row)
+        if isinstance(data, EncodedJpeg):
             return data
-        with self.blaming(shard, row):
-            return decode(data)
+        with self.prefix_decode_errors(shard, row):
+            return decode_image(data)
 
-    def pixels(self, shard: int, row: int) -> npt.NDArray[np.uint8]:
+    def read_pixels(self, shard: int, row: int) -> npt.NDArray[np.uint8]:
         """uint8 [H, W, 3] RGB, decoded whole, and kept while there is room."""
-        known = self._decoded.get((shard, row))
-        if known is not None:
-            return known
-        image = self.image(shard, row)
-        with self.blaming(shard, row):
-            pixels = image.whole() if isinstance(image, Encoded) else image
+        cached = self._decoded.get((shard, row))
+        if cached is not None:
+            return cached
+        image = self.read_image(shard, row)
+        with self.prefix_decode_errors(shard, row):
+            pixels = image.decode_whole() if isinstance(image, EncodedJpeg) else image
         if self._decoded_bytes + pixels.nbytes <= DECODED_BYTES:
             self._decoded[shard, row] = pixels
             self._decoded_bytes += pixels.nbytes
         return pixels
 
-    def blaming(self, shard: int, row: int) -> "_Blame":
+    def prefix_decode_errors(self, shard: int, row: int) -> "_DecodeErrorPrefix":
         """A context in which an image that cannot be decoded is named."""
-        return _Blame(self, shard, row)
+        return _DecodeErrorPrefix(self, shard, row)
 
-    def name(self, shard: int) -> str:
-        return f"{self._folder.uri}/{self._dataset.shards[shard].name}"
+    def shard_uri(self, shard: int) -> str:
+        return f"{self._store.uri}/{self._dataset.shards[shard].name}"
 
-    def labels(self, shard: int, classes: int) -> npt.NDArray[np.int64]:
-        """Class indices of a labelled shard. Raises DataError for an image without one below `classes`."""
-        index = self.index(shard)
-        wrong = np.flatnonzero((index.labels < 0) | (index.labels >= classes))
+    def read_class_ids(self, shard: int, num_classes: int) -> npt.NDArray[np.int64]:
+        """Class indices of a labeled shard. Raises DataError for an image without one below `classes`."""
+        index = self.read_index(shard)
+        wrong = np.flatnonzero((index.class_ids < 0) | (index.class_ids >= num_classes))
         if len(wrong):
             row = int(wrong[0])
-            label = None if index.labels[row] < 0 else int(index.labels[row])
-            raise DataError(f"{self.name(shard)}: {index.keys[row]}: label {label}: must be a class index below {classes}")
-        return index.labels
+            class_id = None if index.class_ids[row] < 0 else int(index.class_ids[row])
+            raise DataError(
+                f"{self.shard_uri(shard)}: {index.keys[row]}: label {class_id}: must be a class index below {num_classes}"
+            )
+        return index.class_ids
 
     def _read_index(self, shard: int) -> ShardIndex:
-        return ShardIndex.read(self._folder, self._dataset.shards[shard])
+        return ShardIndex.load(self._store, self._dataset.shards[shard])
 
-    def _open_shard(self, shard: int) -> "_Opened":
-        entry = self._dataset.shards[shard]
-        path = self._folder.path(entry.name)
+    def _open_shard(self, shard: int) -> "_OpenShard":
+        entry_shard = self._dataset.shards[shard]
+        path = self._store.path(entry_shard.name)
         try:
             file = path.open("rb")
             if shard not in self._checked:
-                check_bytes(path, entry, self.name(shard))
+                check_shard_file(path, entry_shard, self.shard_uri(shard))
                 self._checked.add(shard)
-            return _Opened(file, self.index(shard), self.name(shard))
+            return _OpenShard(file, self.read_index(shard), self.shard_uri(shard))
         except OSError as error:
-            raise StoreError(f"{self.name(shard)}: cannot be read: {error.strerror or error}") from error
+            raise StoreError(f"{self.shard_uri(shard)}: cannot be read: {error.strerror or error}") from error
 
 
-class _Opened:
+class _OpenShard:
     """An open shard."""
 
-    def __init__(self, file: IO[bytes], index: ShardIndex, name: str) -> None:
+    def __init__(self, file: IO[bytes], index: ShardIndex, uri: str) -> None:
         self.index = index
         self._file = file
-        self._name = name
+        self._uri = uri
 
-    def one(self, row: int) -> Encoded | bytes:
+    def read_row(self, row: int) -> EncodedJpeg | bytes:
         index = self.index
-        data = self._bytes(row, int(index.offsets[row]), int(index.sizes[row]))
+        data = self._read_bytes(row, int(index.offsets[row]), int(index.sizes[row]))
         width = int(index.widths[row])
-        return Encoded(data, width, int(index.heights[row])) if width else data
+        return EncodedJpeg(data, width, int(index.heights[row])) if width else data
 
-    def read(self, start: int, stop: int) -> list[Encoded | bytes]:
+    def read_rows(self, start: int, stop: int) -> list[EncodedJpeg | bytes]:
         """Rows [start, stop), in one read."""
         index = self.index
         first = int(index.offsets[start])
-        data = memoryview(self._bytes(start, first, int(index.offsets[stop - 1] + index.sizes[stop - 1]) - first))
+        data = memoryview(self._read_bytes(start, first, int(index.offsets[stop - 1] + index.sizes[stop - 1]) - first))
         starts = index.offsets[start:stop] - first
         ends = (starts + index.sizes[start:stop]).tolist()
         images = [data[at:end] for at, end in zip(starts.tolist(), ends, strict=True)]
         sizes = zip(images, index.widths[start:stop].tolist(), index.heights[start:stop].tolist(), strict=True)
         # Encoded(…) by itself takes four times as long, which shows at 32 px.
-        found: list[Encoded] = list(map(partial(tuple.__new__, Encoded), sizes))
+        encoded: list[EncodedJpeg] = list(map(partial(tuple.__new__, EncodedJpeg), sizes))
         if index.widths[start:stop].all():
-            return cast(list[Encoded | bytes], found)
-        return [image if image.width else bytes(image.data) for image in found]
+            return cast(list[EncodedJpeg | bytes], encoded)
+        return [image if image.width else bytes(image.data) for image in encoded]
 
-    def _bytes(self, row: int, at: int, length: int) -> bytes:
+    def _read_bytes(self, row: int, offset: int, length: int) -> bytes:
         try:
-            return read_range(self._file, at, length)
+            return read_range(self._file, offset, length)
         except DataError as error:
-            raise DataError(f"{self._name}: {self.index.keys[row]}: {error}; import the data again") from error
+            raise DataError(f"{self._uri}: {self.index.keys[row]}: {error}; import the data again") from error
         except OSError as error:
-            raise StoreError(f"{self._name}: cannot be read: {error.strerror or error}") from error
+            raise StoreError(f"{self._uri}: cannot be read: {error.strerror or error}") from error
 
 
-class _Blame:
+class _DecodeErrorPrefix:
     """Cheaper than a generator's context: it is entered for each image."""
 
     __slots__ = ("_row", "_shard", "_source")
@@ -165,5 +167,5 @@ class _Blame:
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if isinstance(error, DataError):
-            key = self._source.index(self._shard).keys[self._row]
-            raise DataError(f"{self._source.name(self._shard)}: {key}: {error}; import the data again") from error
+            key = self._source.read_index(self._shard).keys[self._row]
+            raise DataError(f"{self._source.shard_uri(self._shard)}: {key}: {error}; import the data again") from error

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Logits = Callable[[Tensor], Tensor]
+LogitsFunction = Callable[[Tensor], Tensor]
 """Images, float32 [N, H, W, 3] in 0–255 → logits float32 [N, classes]."""
 
 
@@ -40,7 +40,9 @@ class AttackPlan:
         return f"{self.name}-{self.epsilon:g}" + (f"-{self.steps}x{self.step_size:g}" if self.name == "pgd" else "")
 
 
-def attack(logits: Logits, images: Tensor, labels: Tensor, plan: AttackPlan, keys: Sequence[str], seed: int) -> Tensor:
+def attack_images(
+    logits: LogitsFunction, images: Tensor, class_ids: Tensor, plan: AttackPlan, keys: Sequence[str], seed: int
+) -> Tensor:
     """The images, misleading. uint8 [N, H, W, 3] and int64 [N] on one device → float32 [N, H, W, 3], in 0–255, within
     `plan.epsilon` of the images.
 
@@ -49,20 +51,20 @@ def attack(logits: Logits, images: Tensor, labels: Tensor, plan: AttackPlan, key
     """
     clean = images.float()
     low, high = (clean - plan.epsilon).clamp_(min=0), (clean + plan.epsilon).clamp_(max=255)
-    changed = clean
+    adversarial = clean
     if plan.name == "pgd":
-        changed = (clean + _starts(images, plan, keys, seed)).clamp_(0, 255)
+        adversarial = (clean + _draw_starts(images, plan, keys, seed)).clamp_(0, 255)
     for _ in range(plan.steps):
-        changed = changed.detach().requires_grad_()
+        adversarial = adversarial.detach().requires_grad_()
         with torch.enable_grad():
             # A sum, so that no image's gradient depends on how many there are.
-            loss = F.cross_entropy(logits(changed), labels, reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, changed)
-        changed = torch.minimum(torch.maximum(changed.detach() + plan.step_size * gradient.sign(), low), high)
-    return changed.detach()
+            loss = F.cross_entropy(logits(adversarial), class_ids, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, adversarial)
+        adversarial = torch.minimum(torch.maximum(adversarial.detach() + plan.step_size * gradient.sign(), low), high)
+    return adversarial.detach()
 
 
-def _starts(images: Tensor, plan: AttackPlan, keys: Sequence[str], seed: int) -> Tensor:
+def _draw_starts(images: Tensor, plan: AttackPlan, keys: Sequence[str], seed: int) -> Tensor:
     shape = tuple(images.shape[1:])
     starts = np.empty((len(keys), *shape), np.float32)
     for row, key in enumerate(keys):

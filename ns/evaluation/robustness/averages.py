@@ -21,7 +21,7 @@ ALEXNET_FLIPS: dict[str, float] = {
 """Flip probabilities."""
 
 
-def relative(values: Mapping[str, float], reference: Mapping[str, float]) -> float | None:
+def relative_score(values: Mapping[str, float], reference: Mapping[str, float]) -> float | None:
     """100 × the mean, over the kinds that the reference has, of a value divided by the reference's; mCE of mean error rates, mFR of
     flip probabilities, mT5D of top-5 distances. None if a kind of the reference was not measured, or the reference is 0 there."""
     if not reference or any(kind not in values or not value for kind, value in reference.items()):
@@ -29,15 +29,15 @@ def relative(values: Mapping[str, float], reference: Mapping[str, float]) -> flo
     return 100 * float(np.mean([values[kind] / value for kind, value in reference.items()]))
 
 
-def flips(top: npt.NDArray[np.integer[Any]], noise: bool) -> npt.NDArray[np.float64]:
+def flip_rates(top: npt.NDArray[np.integer[Any]], is_noise: bool) -> npt.NDArray[np.float64]:
     """[N, F] best classes along sequences → float64 [N]: the share of frames that differ from the frame before, or, of noise, from the
     first one."""
-    reference = top[:, :1] if noise else top[:, :-1]
+    reference = top[:, :1] if is_noise else top[:, :-1]
     differs: npt.NDArray[np.float64] = (top[:, 1:] != reference).mean(1)
     return differs
 
 
-def top5_distances(top: npt.NDArray[np.integer[Any]], noise: bool) -> npt.NDArray[np.float64]:
+def top5_distances(top: npt.NDArray[np.integer[Any]], is_noise: bool) -> npt.NDArray[np.float64]:
     """[N, F, K ≤ 5] best classes along sequences, the best first → float64 [N]: the mean distance of a frame's ranking from that of
     the frame before, or, of noise, of the first one.
 
@@ -45,8 +45,8 @@ def top5_distances(top: npt.NDArray[np.integer[Any]], noise: bool) -> npt.NDArra
     i to σ(i), not counting those beyond K + 1: Σ |min(σ(i), K + 1) - i|.
     """
     best = top.shape[2]
-    reference = top[:, :1] if noise else top[:, :-1]
+    reference = top[:, :1] if is_noise else top[:, :-1]
     same = reference[:, :, :, None] == top[:, 1:, None, :]
-    place = np.where(same.any(3), same.argmax(3), best)
-    distance: npt.NDArray[np.float64] = np.abs(place - np.arange(best)).sum(2).mean(1)
+    position = np.where(same.any(3), same.argmax(3), best)
+    distance: npt.NDArray[np.float64] = np.abs(position - np.arange(best)).sum(2).mean(1)
     return distance

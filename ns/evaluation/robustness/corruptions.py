@@ -24,8 +24,8 @@ from scipy.ndimage import (
 )
 from scipy.signal import fftconvolve
 
-Pixels = npt.NDArray[np.uint8]
-Floats = npt.NDArray[np.floating[Any]]
+PixelArray = npt.NDArray[np.uint8]
+FloatArray = npt.NDArray[np.floating[Any]]
 Rng = np.random.Generator
 
 SMALL_PX = 64
@@ -37,20 +37,20 @@ MUD = np.array([63, 42, 20], np.float32) / 255
 ICE = np.array([0.82, 0.92, 1.0], np.float32)
 
 
-def corrupt(image: Pixels, kind: str, severity: int, rng: Rng) -> Pixels:
+def corrupt_image(image: PixelArray, kind: str, severity: int, rng: Rng) -> PixelArray:
     """uint8 [H, W, 3] → uint8 [H, W, 3], at a severity of 1 to 5. All chance comes from `rng`."""
-    make, photographs, small = KINDS[kind]
-    parameters = (small if is_small(image) else photographs)[severity - 1]
-    found = make(image, parameters, rng)
+    corruption, photograph_parameters, small_parameters = CORRUPTION_KINDS[kind]
+    parameters = (small_parameters if is_small_image(image) else photograph_parameters)[severity - 1]
+    corrupted = corruption(image, parameters, rng)
     # Cut off, not rounded, as published.
-    return found if found.dtype == np.uint8 else np.clip(found * 255, 0, 255).astype(np.uint8)
+    return corrupted if corrupted.dtype == np.uint8 else np.clip(corrupted * 255, 0, 255).astype(np.uint8)
 
 
-def is_small(image: Pixels) -> bool:
+def is_small_image(image: PixelArray) -> bool:
     return bool(max(image.shape[:2]) <= SMALL_PX)
 
 
-def unit(image: Pixels) -> Floats:
+def scale_to_unit(image: PixelArray) -> FloatArray:
     """float32 in 0–1."""
     return image.astype(np.float32) / 255
 
@@ -58,31 +58,31 @@ def unit(image: Pixels) -> Floats:
 # Noise
 
 
-def _gaussian_noise(image: Pixels, scale: float, rng: Rng) -> Floats:
-    return unit(image) + scale * rng.standard_normal(image.shape, np.float32)
+def _gaussian_noise(image: PixelArray, scale: float, rng: Rng) -> FloatArray:
+    return scale_to_unit(image) + scale * rng.standard_normal(image.shape, np.float32)
 
 
-def _shot_noise(image: Pixels, photons: float, rng: Rng) -> Floats:
-    return (rng.poisson(unit(image) * photons) / photons).astype(np.float32)
+def _shot_noise(image: PixelArray, photons: float, rng: Rng) -> FloatArray:
+    return (rng.poisson(scale_to_unit(image) * photons) / photons).astype(np.float32)
 
 
-def _impulse_noise(image: Pixels, share: float, rng: Rng) -> Pixels:
+def _impulse_noise(image: PixelArray, share: float, rng: Rng) -> PixelArray:
     draw = rng.random(image.shape, np.float32)
     return np.where(draw < share / 2, 0, np.where(draw < share, 255, image)).astype(np.uint8)
 
 
-def _speckle_noise(image: Pixels, scale: float, rng: Rng) -> Floats:
-    return unit(image) * (1 + scale * rng.standard_normal(image.shape, np.float32))
+def _speckle_noise(image: PixelArray, scale: float, rng: Rng) -> FloatArray:
+    return scale_to_unit(image) * (1 + scale * rng.standard_normal(image.shape, np.float32))
 
 
 # Blur
 
 
-def _gaussian_blur(image: Pixels, sigma: float, _: Rng) -> Floats:
-    return _blurred(unit(image), sigma)
+def _gaussian_blur(image: PixelArray, sigma: float, _: Rng) -> FloatArray:
+    return _blur_gaussian(scale_to_unit(image), sigma)
 
 
-def _defocus_blur(image: Pixels, parameters: tuple[float, float], _: Rng) -> Floats:
+def _defocus_blur(image: PixelArray, parameters: tuple[float, float], _: Rng) -> FloatArray:
     radius, softness = parameters
     reach, size = (8, 3) if radius <= 8 else (int(radius), 5)
     along = np.arange(-reach, reach + 1)
@@ -91,76 +91,76 @@ def _defocus_blur(image: Pixels, parameters: tuple[float, float], _: Rng) -> Flo
     soft = np.exp(-((np.arange(size) - size // 2) ** 2) / (2 * softness**2))
     for axis in (0, 1):
         disk = convolve1d(disk, soft / soft.sum(), axis, mode="mirror")
-    disk = disk[_filled(disk)]
+    disk = disk[_find_support(disk)]
     edge = len(disk) // 2
-    padded = np.pad(unit(image), ((edge, edge), (edge, edge), (0, 0)), "reflect")
-    found: Floats = fftconvolve(padded, disk[:, :, None].astype(np.float32), "valid", axes=(0, 1))
-    return found
+    padded = np.pad(scale_to_unit(image), ((edge, edge), (edge, edge), (0, 0)), "reflect")
+    blurred: FloatArray = fftconvolve(padded, disk[:, :, None].astype(np.float32), "valid", axes=(0, 1))
+    return blurred
 
 
-def _filled(disk: npt.NDArray[np.float64]) -> tuple[slice, slice]:
-    """The square, about the centre, outside of which a kernel is zero."""
-    centre = len(disk) // 2
-    reach = int(np.abs(np.argwhere(disk > 0) - centre).max())
-    return slice(centre - reach, centre + reach + 1), slice(centre - reach, centre + reach + 1)
+def _find_support(disk: npt.NDArray[np.float64]) -> tuple[slice, slice]:
+    """The square, about the center, outside of which a kernel is zero."""
+    center = len(disk) // 2
+    reach = int(np.abs(np.argwhere(disk > 0) - center).max())
+    return slice(center - reach, center + reach + 1), slice(center - reach, center + reach + 1)
 
 
-def _glass_blur(image: Pixels, parameters: tuple[float, int, int], rng: Rng) -> Floats:
+def _glass_blur(image: PixelArray, parameters: tuple[float, int, int], rng: Rng) -> FloatArray:
     sigma, reach, rounds = parameters
     height, width = image.shape[:2]
-    soft = (_blurred(unit(image), sigma) * 255).astype(np.uint8).reshape(-1, 3)
-    # From the last pixel to the first, each takes the value that a neighbour has by then. (The published code means to swap them, but
+    soft = (_blur_gaussian(scale_to_unit(image), sigma) * 255).astype(np.uint8).reshape(-1, 3)
+    # From the last pixel to the first, each takes the value that a neighbor has by then. (The published code means to swap them, but
     # what it assigns are views of one array.)
     rows, columns = np.arange(height - reach, reach, -1), np.arange(width - reach, reach, -1)
     rows, columns = rows[rows < height], columns[columns < width]
-    places = (rows[:, None] * width + columns).reshape(-1)
+    pixels = (rows[:, None] * width + columns).reshape(-1)
     origin = list(range(height * width))
     for _ in range(rounds):
-        down, right = rng.integers(-reach, reach, (2, len(places)))
-        for place, other in zip(places.tolist(), (places + down * width + right).tolist(), strict=True):
-            origin[place] = origin[other]
-    return _blurred(unit(soft[origin].reshape(image.shape)), sigma)
+        down, right = rng.integers(-reach, reach, (2, len(pixels)))
+        for pixel, neighbor in zip(pixels.tolist(), (pixels + down * width + right).tolist(), strict=True):
+            origin[pixel] = origin[neighbor]
+    return _blur_gaussian(scale_to_unit(soft[origin].reshape(image.shape)), sigma)
 
 
-def _motion_blur(image: Pixels, parameters: tuple[float, float], rng: Rng) -> Floats:
-    return moved(unit(image), *parameters, rng.uniform(-45, 45))
+def _motion_blur(image: PixelArray, parameters: tuple[float, float], rng: Rng) -> FloatArray:
+    return blur_motion(scale_to_unit(image), *parameters, rng.uniform(-45, 45))
 
 
-def moved(image: Floats, radius: float, sigma: float, degrees: float) -> Floats:
+def blur_motion(image: FloatArray, radius: float, sigma: float, degrees: float) -> FloatArray:
     """Motion blur as ImageMagick has it: half of a Gaussian, along a line of pixels; beyond the edge, the edge goes on."""
     steps = np.arange(2 * int(np.ceil(radius)) + 1)
     weights = np.exp(-(steps**2) / (2 * sigma**2))
     down = np.ceil(steps * np.sin(np.radians(degrees)) - 0.5).astype(int)
     right = np.ceil(steps * np.cos(np.radians(degrees)) - 0.5).astype(int)
     height, width = image.shape[:2]
-    found = np.zeros_like(image)
+    blurred = np.zeros_like(image)
     for weight, dy, dx in zip(weights / weights.sum(), down, right, strict=True):
         if weight > 1e-4:
-            rows, columns = (np.clip(np.arange(size) + by, 0, size - 1) for size, by in ((height, dy), (width, dx)))
-            found += np.float32(weight) * image[rows][:, columns]
-    return found
+            rows, columns = (np.clip(np.arange(size) + shift, 0, size - 1) for size, shift in ((height, dy), (width, dx)))
+            blurred += np.float32(weight) * image[rows][:, columns]
+    return blurred
 
 
-def _zoom_blur(image: Pixels, factors: npt.NDArray[np.float64], _: Rng) -> Floats:
-    plain = unit(image)
+def _zoom_blur(image: PixelArray, factors: npt.NDArray[np.float64], _: Rng) -> FloatArray:
+    plain = scale_to_unit(image)
     total = plain.copy()
     for factor in factors:
-        total += zoomed(plain, factor)
+        total += zoom_center(plain, factor)
     return total / (len(factors) + 1)
 
 
-def zoomed(image: Floats, factor: float) -> Floats:
-    """The centre, enlarged to the size of the image by linear interpolation. [H, W] or [H, W, C]."""
+def zoom_center(image: FloatArray, factor: float) -> FloatArray:
+    """The center, enlarged to the size of the image by linear interpolation. [H, W] or [H, W, C]."""
     for axis in (0, 1):
-        # As scipy.ndimage.zoom of the centre, then the centre of that, but only the places that are kept, in less than half of its time.
+        # As scipy.ndimage.zoom of the center, then the center of that, but only the places that are kept, in less than half of its time.
         size = image.shape[axis]
         kept = int(np.ceil(size / factor))
         larger = round(kept * factor)
-        places = ((larger - size) // 2 + np.arange(size)) * ((kept - 1) / max(larger - 1, 1))
-        below = places.astype(int)
-        weight = (places - below).astype(np.float32).reshape(-1, *(1,) * (image.ndim - 1 - axis))
+        positions = ((larger - size) // 2 + np.arange(size)) * ((kept - 1) / max(larger - 1, 1))
+        below = positions.astype(int)
+        weight = (positions - below).astype(np.float32).reshape(-1, *(1,) * (image.ndim - 1 - axis))
         first = (size - kept) // 2
-        lower, upper = (image.take(first + np.minimum(at, kept - 1), axis) for at in (below, below + 1))
+        lower, upper = (image.take(first + np.minimum(index, kept - 1), axis) for index in (below, below + 1))
         image = lower + weight * (upper - lower)
     return image
 
@@ -168,112 +168,112 @@ def zoomed(image: Floats, factor: float) -> Floats:
 # Weather
 
 
-def _fog(image: Pixels, parameters: tuple[float, float], rng: Rng) -> Floats:
+def _add_fog(image: PixelArray, parameters: tuple[float, float], rng: Rng) -> FloatArray:
     thickness, roughness = parameters
-    plain = unit(image)
+    plain = scale_to_unit(image)
     brightest = plain.max()
-    found: Floats = plain + thickness * plasma(image.shape, roughness, rng)[:, :, None]
-    foggy: Floats = found * brightest / (brightest + thickness)
+    hazy: FloatArray = plain + thickness * generate_plasma(image.shape, roughness, rng)[:, :, None]
+    foggy: FloatArray = hazy * brightest / (brightest + thickness)
     return foggy
 
 
-def plasma(shape: tuple[int, ...], decay: float, rng: Rng) -> Floats:
+def generate_plasma(shape: tuple[int, ...], decay: float, rng: Rng) -> FloatArray:
     """float32 [H, W] in 0–1: clouds, by the diamond-square algorithm on a torus; `decay` is by how much each octave is weaker."""
     size = 1 << (max(shape[:2]) - 1).bit_length()
     field = np.zeros((size, size))
     step, wobble = size, 100.0
 
-    def near(total: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    def jitter_mean(total: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         return total / 4 + wobble * rng.uniform(-wobble, wobble, total.shape)
 
     while step >= 2:
         half = step // 2
         corners = field[::step, ::step]
         pairs = corners + np.roll(corners, -1, 0)
-        field[half::step, half::step] = near(pairs + np.roll(pairs, -1, 1))
+        field[half::step, half::step] = jitter_mean(pairs + np.roll(pairs, -1, 1))
         middles = field[half::step, half::step]
-        field[::step, half::step] = near(middles + np.roll(middles, 1, 0) + corners + np.roll(corners, -1, 1))
-        field[half::step, ::step] = near(middles + np.roll(middles, 1, 1) + corners + np.roll(corners, -1, 0))
+        field[::step, half::step] = jitter_mean(middles + np.roll(middles, 1, 0) + corners + np.roll(corners, -1, 1))
+        field[half::step, ::step] = jitter_mean(middles + np.roll(middles, 1, 1) + corners + np.roll(corners, -1, 0))
         step, wobble = half, wobble / decay
     field -= field.min()
-    found: Floats = (field / field.max())[: shape[0], : shape[1]].astype(np.float32)
-    return found
+    clouds: FloatArray = (field / field.max())[: shape[0], : shape[1]].astype(np.float32)
+    return clouds
 
 
-def _frost(image: Pixels, parameters: tuple[float, float], rng: Rng) -> Floats:
+def _add_frost(image: PixelArray, parameters: tuple[float, float], rng: Rng) -> FloatArray:
     kept, laid = parameters
     # Ridges of two fields of clouds look like needles of ice, denser where a third one is high.
-    needles = np.maximum(*(1 - np.abs(2 * plasma(image.shape, decay, rng) - 1) for decay in (1.4, 1.8)))
-    ice = needles**3 * (0.45 + 0.55 * plasma(image.shape, 2.5, rng))
-    frosted: Floats = kept * unit(image) + laid * ice[:, :, None] * ICE
+    needles = np.maximum(*(1 - np.abs(2 * generate_plasma(image.shape, decay, rng) - 1) for decay in (1.4, 1.8)))
+    ice = needles**3 * (0.45 + 0.55 * generate_plasma(image.shape, 2.5, rng))
+    frosted: FloatArray = kept * scale_to_unit(image) + laid * ice[:, :, None] * ICE
     return frosted
 
 
-def _snow(image: Pixels, parameters: tuple[float, ...], rng: Rng) -> Floats:
+def _add_snow(image: PixelArray, parameters: tuple[float, ...], rng: Rng) -> FloatArray:
     mean, spread, size, least, radius, sigma, kept = parameters
-    flakes = snowflakes(image.shape, mean, spread, size, least, rng)
-    return snowed(unit(image), moved(flakes, radius, sigma, rng.uniform(-135, -45)), kept)
+    flakes = draw_snowflakes(image.shape, mean, spread, size, least, rng)
+    return overlay_snow(scale_to_unit(image), blur_motion(flakes, radius, sigma, rng.uniform(-135, -45)), kept)
 
 
-def snowflakes(shape: tuple[int, ...], mean: float, spread: float, size: float, least: float, rng: Rng) -> Floats:
+def draw_snowflakes(shape: tuple[int, ...], mean: float, spread: float, size: float, least: float, rng: Rng) -> FloatArray:
     """float32 [H, W] in 0–1."""
-    flakes = zoomed((mean + spread * rng.standard_normal(shape[:2])).astype(np.float32), size)
+    flakes = zoom_center((mean + spread * rng.standard_normal(shape[:2])).astype(np.float32), size)
     return np.clip(np.where(flakes < least, 0, flakes), 0, 1).astype(np.float32)
 
 
-def snowed(image: Floats, flakes: Floats, kept: float) -> Floats:
+def overlay_snow(image: FloatArray, flakes: FloatArray, kept: float) -> FloatArray:
     """A paler image with flakes, and the same ones turned round."""
     pale = np.maximum(image, (image @ GREY)[:, :, None] * 1.5 + 0.5)
     falling = flakes + flakes[::-1, ::-1]
     return kept * image + (1 - kept) * pale + falling[:, :, None]
 
 
-def _spatter(image: Pixels, parameters: tuple[float, ...], rng: Rng) -> Floats:
+def _add_spatter(image: PixelArray, parameters: tuple[float, ...], rng: Rng) -> FloatArray:
     mean, spread, sigma, least, strength, mud = parameters
-    liquid = _blurred((mean + spread * rng.standard_normal(image.shape[:2])).astype(np.float32), sigma)
+    liquid = _blur_gaussian((mean + spread * rng.standard_normal(image.shape[:2])).astype(np.float32), sigma)
     liquid[liquid < least] = 0
-    plain = unit(image)
+    plain = scale_to_unit(image)
     if mud:
-        cover = _blurred((liquid > least).astype(np.float32), strength)
+        cover = _blur_gaussian((liquid > least).astype(np.float32), strength)
         cover[cover < 0.8] = 0
         return plain * (1 - cover[:, :, None]) + cover[:, :, None] * MUD
     depth = (np.clip(liquid, 0, 1) * 255).astype(np.uint8)
-    near = np.minimum(distance_transform_edt(~_edges(depth)), 20)
-    near = _equalised(uniform_filter(near, 3, mode="mirror").astype(np.uint8))
+    near = np.minimum(distance_transform_edt(~_find_edges(depth)), 20)
+    near = _equalize_histogram(uniform_filter(near, 3, mode="mirror").astype(np.uint8))
     lit = np.clip(correlate(near.astype(np.float32), np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]]), mode="mirror"), 0, 255)
     drops = depth * uniform_filter(lit, 3, mode="mirror")
-    wet: Floats = plain + (strength * drops / max(float(drops.max()), 1e-6)).astype(np.float32)[:, :, None] * WATER
+    wet: FloatArray = plain + (strength * drops / max(float(drops.max()), 1e-6)).astype(np.float32)[:, :, None] * WATER
     return wet
 
 
-def _edges(image: Pixels) -> npt.NDArray[np.bool_]:
+def _find_edges(image: PixelArray) -> npt.NDArray[np.bool_]:
     """bool [H, W]: Canny's edges of a uint8 [H, W], with thresholds of 50 and 150 and |dx| + |dy| for the slope."""
     down, right = (sobel(image.astype(np.int32), axis, mode="nearest") for axis in (0, 1))
     slope = np.pad(np.abs(down) + np.abs(right), 1)
 
-    def beside(rows: int, columns: int) -> npt.NDArray[np.int32]:
+    def shift_slope(rows: int, columns: int) -> npt.NDArray[np.int32]:
         height, width = image.shape
         return slope[1 + rows : 1 + rows + height, 1 + columns : 1 + columns + width]
 
-    here = beside(0, 0)
+    center_slope = shift_slope(0, 0)
     steepness = np.abs(down) / np.maximum(np.abs(right), 1e-9)
-    # The steepest across the edge, of its neighbours in one of four directions; 0.414 is the tangent of 22.5°.
+    # The steepest across the edge, of its neighbors in one of four directions; 0.414 is the tangent of 22.5°.
     across = np.select(
         [steepness < 0.41421356, steepness > 2.41421356, (down < 0) == (right < 0)],
         [
-            (here > beside(0, -1)) & (here >= beside(0, 1)),
-            (here > beside(-1, 0)) & (here >= beside(1, 0)),
-            (here > beside(-1, -1)) & (here > beside(1, 1)),
+            (center_slope > shift_slope(0, -1)) & (center_slope >= shift_slope(0, 1)),
+            (center_slope > shift_slope(-1, 0)) & (center_slope >= shift_slope(1, 0)),
+            (center_slope > shift_slope(-1, -1)) & (center_slope > shift_slope(1, 1)),
         ],
-        (here > beside(-1, 1)) & (here > beside(1, -1)),
+        (center_slope > shift_slope(-1, 1)) & (center_slope > shift_slope(1, -1)),
     )
-    lines, _ = label(across & (here > 50), np.ones((3, 3)))
-    strong = np.unique(lines[across & (here > 150)])
-    found: npt.NDArray[np.bool_] = np.isin(lines, strong[strong > 0])
-    return found
+    lines, _ = label(across & (center_slope > 50), np.ones((3, 3)))
+    strong = np.unique(lines[across & (center_slope > 150)])
+    edges: npt.NDArray[np.bool_] = np.isin(lines, strong[strong > 0])
+    return edges
 
 
-def _equalised(image: Pixels) -> Pixels:
+def _equalize_histogram(image: PixelArray) -> PixelArray:
     """With an even histogram."""
     counts = np.bincount(image.reshape(-1), minlength=256)
     first = int(np.flatnonzero(counts)[0])
@@ -281,53 +281,53 @@ def _equalised(image: Pixels) -> Pixels:
     if rest == 0:
         return image
     table = np.round((np.cumsum(counts) - counts[first]) * 255 / rest)
-    found: Pixels = np.clip(table, 0, 255).astype(np.uint8)[image]
-    return found
+    equalized: PixelArray = np.clip(table, 0, 255).astype(np.uint8)[image]
+    return equalized
 
 
 # Light and storage
 
 
-def _brightness(image: Pixels, shift: float, _: Rng) -> Floats:
-    return brighter(unit(image), shift)
+def _raise_brightness(image: PixelArray, shift: float, _: Rng) -> FloatArray:
+    return shift_brightness(scale_to_unit(image), shift)
 
 
-def brighter(image: Floats, shift: float) -> Floats:
+def shift_brightness(image: FloatArray, shift: float) -> FloatArray:
     """HSV's value moved, hue and saturation kept."""
     value = image.max(2, keepdims=True)
     new = np.clip(value + shift, 0, 1)
-    lit: Floats = np.where(value > 0, image * (new / np.maximum(value, 1e-9)), new).astype(np.float32)
+    lit: FloatArray = np.where(value > 0, image * (new / np.maximum(value, 1e-9)), new).astype(np.float32)
     return lit
 
 
-def _saturate(image: Pixels, parameters: tuple[float, float], _: Rng) -> Floats:
+def _change_saturation(image: PixelArray, parameters: tuple[float, float], _: Rng) -> FloatArray:
     factor, shift = parameters
-    plain = unit(image)
+    plain = scale_to_unit(image)
     value = plain.max(2, keepdims=True)
     saturation = (value - plain.min(2, keepdims=True)) / np.maximum(value, 1e-9)
     new = np.clip(saturation * factor + shift, 0, 1)
-    coloured = value - (value - plain) * (new / np.maximum(saturation, 1e-9))
-    # Grey has red's hue.
+    colored = value - (value - plain) * (new / np.maximum(saturation, 1e-9))
+    # Gray has red's hue.
     red = value * np.concatenate([np.ones_like(new), 1 - new, 1 - new], axis=2)
-    saturated: Floats = np.where(saturation > 0, coloured, red).astype(np.float32)
+    saturated: FloatArray = np.where(saturation > 0, colored, red).astype(np.float32)
     return saturated
 
 
-def _contrast(image: Pixels, factor: float, _: Rng) -> Floats:
-    plain = unit(image)
+def _reduce_contrast(image: PixelArray, factor: float, _: Rng) -> FloatArray:
+    plain = scale_to_unit(image)
     mean = plain.mean((0, 1), keepdims=True)
-    flat: Floats = (plain - mean) * np.float32(factor) + mean
+    flat: FloatArray = (plain - mean) * np.float32(factor) + mean
     return flat
 
 
-def _jpeg(image: Pixels, quality: int, _: Rng) -> Pixels:
+def _compress_jpeg(image: PixelArray, quality: int, _: Rng) -> PixelArray:
     sink = io.BytesIO()
     Image.fromarray(image).save(sink, "JPEG", quality=quality)
     with Image.open(sink) as stored:
         return np.asarray(stored)
 
 
-def _pixelate(image: Pixels, factor: float, _: Rng) -> Pixels:
+def _pixelate_image(image: PixelArray, factor: float, _: Rng) -> PixelArray:
     picture = Image.fromarray(image)
     less = picture.resize((max(1, int(picture.width * factor)), max(1, int(picture.height * factor))), Image.Resampling.BOX)
     return np.asarray(less.resize(picture.size, Image.Resampling.BOX))
@@ -336,11 +336,11 @@ def _pixelate(image: Pixels, factor: float, _: Rng) -> Pixels:
 # Shape
 
 
-def _elastic_transform(image: Pixels, parameters: tuple[float, float, float], rng: Rng) -> Floats:
+def _elastic_transform(image: PixelArray, parameters: tuple[float, float, float], rng: Rng) -> FloatArray:
     # Of photographs in units of 244 px whatever their size, as published; of small images in those of their side.
     side = min(image.shape[:2])
-    strength, sigma, corner = (share * (side if is_small(image) else 244) for share in parameters)
-    plain = unit(image)
+    strength, sigma, corner = (share * (side if is_small_image(image) else 244) for share in parameters)
+    plain = scale_to_unit(image)
     middle, reach = np.array(image.shape[1::-1]) // 2, side // 3
     before = np.array([middle + reach, [middle[0] + reach, middle[1] - reach], middle - reach], np.float64)
     after = before + rng.uniform(-corner, corner, before.shape)
@@ -354,19 +354,19 @@ def _elastic_transform(image: Pixels, parameters: tuple[float, float, float], rn
         gaussian_filter(rng.uniform(-1, 1, image.shape[:2]), sigma, mode="reflect", truncate=3) * strength for _ in range(2)
     )
     rows, columns = np.indices(image.shape[:2])
-    places = [rows + dy, columns + dx]
-    return np.stack([map_coordinates(bent[:, :, c], places, order=1, mode="reflect") for c in range(3)], axis=2)
+    coordinates = [rows + dy, columns + dx]
+    return np.stack([map_coordinates(bent[:, :, c], coordinates, order=1, mode="reflect") for c in range(3)], axis=2)
 
 
-def _blurred(image: Floats, sigma: float) -> Floats:
-    found: Floats = gaussian_filter(image, (sigma, sigma, 0)[: image.ndim], mode="nearest", truncate=4.0)
-    return found
+def _blur_gaussian(image: FloatArray, sigma: float) -> FloatArray:
+    blurred: FloatArray = gaussian_filter(image, (sigma, sigma, 0)[: image.ndim], mode="nearest", truncate=4.0)
+    return blurred
 
 
-Make = Callable[[Pixels, Any, Rng], npt.NDArray[Any]]
+CorruptionFunction = Callable[[PixelArray, Any, Rng], npt.NDArray[Any]]
 
 # What makes a kind; its parameters by severity, for photographs and for small images.
-KINDS: dict[str, tuple[Make, tuple[Any, ...], tuple[Any, ...]]] = {
+CORRUPTION_KINDS: dict[str, tuple[CorruptionFunction, tuple[Any, ...], tuple[Any, ...]]] = {
     "gaussian_noise": (_gaussian_noise, (0.08, 0.12, 0.18, 0.26, 0.38), (0.04, 0.06, 0.08, 0.09, 0.10)),
     "shot_noise": (_shot_noise, (60, 25, 12, 5, 3), (500, 250, 100, 75, 50)),
     "impulse_noise": (_impulse_noise, (0.03, 0.06, 0.09, 0.17, 0.27), (0.01, 0.02, 0.03, 0.05, 0.07)),
@@ -393,7 +393,7 @@ KINDS: dict[str, tuple[Make, tuple[Any, ...], tuple[Any, ...]]] = {
         tuple(np.arange(1, stop, 0.01) for stop in (1.06, 1.11, 1.16, 1.21, 1.26)),
     ),
     "snow": (
-        _snow,
+        _add_snow,
         (
             (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
             (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
@@ -410,28 +410,28 @@ KINDS: dict[str, tuple[Make, tuple[Any, ...], tuple[Any, ...]]] = {
         ),
     ),
     "frost": (
-        _frost,
+        _add_frost,
         ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75)),
         ((1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)),
     ),
     "fog": (
-        _fog,
+        _add_fog,
         ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
         ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),
     ),
-    "brightness": (_brightness, (0.1, 0.2, 0.3, 0.4, 0.5), (0.05, 0.1, 0.15, 0.2, 0.3)),
-    "contrast": (_contrast, (0.4, 0.3, 0.2, 0.1, 0.05), (0.75, 0.5, 0.4, 0.3, 0.15)),
+    "brightness": (_raise_brightness, (0.1, 0.2, 0.3, 0.4, 0.5), (0.05, 0.1, 0.15, 0.2, 0.3)),
+    "contrast": (_reduce_contrast, (0.4, 0.3, 0.2, 0.1, 0.05), (0.75, 0.5, 0.4, 0.3, 0.15)),
     "elastic_transform": (
         _elastic_transform,
         ((2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02)),
         ((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)),
     ),
-    "pixelate": (_pixelate, (0.6, 0.5, 0.4, 0.3, 0.25), (0.95, 0.9, 0.85, 0.75, 0.65)),
-    "jpeg_compression": (_jpeg, (25, 18, 15, 10, 7), (80, 65, 58, 50, 40)),
+    "pixelate": (_pixelate_image, (0.6, 0.5, 0.4, 0.3, 0.25), (0.95, 0.9, 0.85, 0.75, 0.65)),
+    "jpeg_compression": (_compress_jpeg, (25, 18, 15, 10, 7), (80, 65, 58, 50, 40)),
     "speckle_noise": (_speckle_noise, (0.15, 0.2, 0.35, 0.45, 0.6), (0.06, 0.1, 0.12, 0.16, 0.2)),
     "gaussian_blur": (_gaussian_blur, (1, 2, 3, 4, 6), (0.4, 0.6, 0.7, 0.8, 1)),
     "spatter": (
-        _spatter,
+        _add_spatter,
         (
             (0.65, 0.3, 4, 0.69, 0.6, 0),
             (0.65, 0.3, 3, 0.68, 0.6, 0),
@@ -448,7 +448,7 @@ KINDS: dict[str, tuple[Make, tuple[Any, ...], tuple[Any, ...]]] = {
         ),
     ),
     "saturate": (
-        _saturate,
+        _change_saturation,
         ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2)),
         ((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)),
     ),

@@ -10,125 +10,136 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ns.evaluation.robustness.corruptions import Pixels, Rng, brighter, is_small, moved, snowed, snowflakes, unit
+from ns.evaluation.robustness.corruptions import (
+    PixelArray,
+    Rng,
+    blur_motion,
+    draw_snowflakes,
+    is_small_image,
+    overlay_snow,
+    scale_to_unit,
+    shift_brightness,
+)
 
 CROPPED_PX = 224
-HALF = 15
+FRAMES_BEFORE = 15
 """Frames before the middle one in a published sequence."""
 
-Matrix = npt.NDArray[np.float64]
+TransformMatrix = npt.NDArray[np.float64]
 
 
-def sequence(image: Pixels, kind: str, frames: int, rng: Rng) -> Pixels:
+def render_sequence(image: PixelArray, kind: str, frames: int, rng: Rng) -> PixelArray:
     """uint8 [H, W, 3] → uint8 [frames, h, w, 3]. A photograph comes with its short side at 256 px, and is cropped to 224 px when it has
     been moved; a small image stays as it is. All chance comes from `rng`."""
-    steps = range(-((frames - 1) // 2), frames - (frames - 1) // 2)
-    return np.stack(list(KINDS[kind](image, steps, rng)))
+    offsets = range(-((frames - 1) // 2), frames - (frames - 1) // 2)
+    return np.stack(list(PERTURBATION_KINDS[kind](image, offsets, rng)))
 
 
-def _gaussian_noise(image: Pixels, steps: range, rng: Rng) -> Iterator[Pixels]:
-    plain = _cropped(image)
+def _gaussian_noise(image: PixelArray, offsets: range, rng: Rng) -> Iterator[PixelArray]:
+    plain = _crop_window(image)
     yield plain
-    for _ in steps[1:]:
-        yield _bytes(unit(plain) + (0.02 if is_small(image) else 0.03) * rng.standard_normal(plain.shape, np.float32))
+    for _ in offsets[1:]:
+        yield _to_uint8(
+            scale_to_unit(plain) + (0.02 if is_small_image(image) else 0.03) * rng.standard_normal(plain.shape, np.float32)
+        )
 
 
-def _shot_noise(image: Pixels, steps: range, rng: Rng) -> Iterator[Pixels]:
-    plain, photons = _cropped(image), 700 if is_small(image) else 300
+def _shot_noise(image: PixelArray, offsets: range, rng: Rng) -> Iterator[PixelArray]:
+    plain, photons = _crop_window(image), 700 if is_small_image(image) else 300
     yield plain
-    for _ in steps[1:]:
-        yield _bytes(rng.poisson(unit(plain) * photons) / photons)
+    for _ in offsets[1:]:
+        yield _to_uint8(rng.poisson(scale_to_unit(plain) * photons) / photons)
 
 
-def _motion_blur(image: Pixels, steps: range, _: Rng) -> Iterator[Pixels]:
-    plain = unit(_cropped(image))
-    for step in steps:
-        if is_small(image):
-            yield _bytes(moved(plain, 6, 1.8, (step - 10) * 9))
+def _motion_blur(image: PixelArray, offsets: range, _: Rng) -> Iterator[PixelArray]:
+    plain = scale_to_unit(_crop_window(image))
+    for offset in offsets:
+        if is_small_image(image):
+            yield _to_uint8(blur_motion(plain, 6, 1.8, (offset - 10) * 9))
         else:
-            yield _bytes(moved(plain, 10, 3, (step - HALF) * 4))
+            yield _to_uint8(blur_motion(plain, 10, 3, (offset - FRAMES_BEFORE) * 4))
 
 
-def _zoom_blur(image: Pixels, steps: range, _: Rng) -> Iterator[Pixels]:
-    total = unit(_cropped(image)).astype(np.float64)
-    yield _cropped(image)
-    for number in range(1, len(steps)):
-        total += unit(_moved(image, scale=1 + 0.004 * number))
-        yield _bytes(total / (number + 1))
+def _zoom_blur(image: PixelArray, offsets: range, _: Rng) -> Iterator[PixelArray]:
+    total = scale_to_unit(_crop_window(image)).astype(np.float64)
+    yield _crop_window(image)
+    for number in range(1, len(offsets)):
+        total += scale_to_unit(_move_image(image, scale=1 + 0.004 * number))
+        yield _to_uint8(total / (number + 1))
 
 
-def _snow(image: Pixels, steps: range, rng: Rng) -> Iterator[Pixels]:
-    plain, small = unit(_cropped(image)), is_small(image)
-    flakes = snowflakes(plain.shape, 0.05, 0.3, 2 if small else 3, 0.5, rng)
-    for step in steps:
-        falling = moved(flakes, 10 if small else 14, 2 if small else 4, (step + HALF) * 4 - 150)
-        yield _bytes(snowed(plain, falling, 0.85))
+def _snow_frames(image: PixelArray, offsets: range, rng: Rng) -> Iterator[PixelArray]:
+    plain, small = scale_to_unit(_crop_window(image)), is_small_image(image)
+    flakes = draw_snowflakes(plain.shape, 0.05, 0.3, 2 if small else 3, 0.5, rng)
+    for offset in offsets:
+        falling = blur_motion(flakes, 10 if small else 14, 2 if small else 4, (offset + FRAMES_BEFORE) * 4 - 150)
+        yield _to_uint8(overlay_snow(plain, falling, 0.85))
 
 
-def _brightness(image: Pixels, steps: range, _: Rng) -> Iterator[Pixels]:
-    plain = unit(_cropped(image))
-    for step in steps:
-        yield _bytes(brighter(plain, step * (0.015 if is_small(image) else 0.02)))
+def _brightness_frames(image: PixelArray, offsets: range, _: Rng) -> Iterator[PixelArray]:
+    plain = scale_to_unit(_crop_window(image))
+    for offset in offsets:
+        yield _to_uint8(shift_brightness(plain, offset * (0.015 if is_small_image(image) else 0.02)))
 
 
-def _translate(image: Pixels, steps: range, _: Rng) -> Iterator[Pixels]:
-    for step in steps:
-        yield _moved(image, right=step)
+def _translate_frames(image: PixelArray, offsets: range, _: Rng) -> Iterator[PixelArray]:
+    for offset in offsets:
+        yield _move_image(image, right=offset)
 
 
-def _rotate(image: Pixels, steps: range, _: Rng) -> Iterator[Pixels]:
-    for step in steps:
-        yield _moved(image, degrees=step)
+def _rotate_frames(image: PixelArray, offsets: range, _: Rng) -> Iterator[PixelArray]:
+    for offset in offsets:
+        yield _move_image(image, degrees=offset)
 
 
-def _scale(image: Pixels, steps: range, _: Rng) -> Iterator[Pixels]:
-    for step in steps:
-        yield _moved(image, scale=(1.0 + 0.02 * step) if is_small(image) else 0.775 + 0.025 * step)
+def _scale_frames(image: PixelArray, offsets: range, _: Rng) -> Iterator[PixelArray]:
+    for offset in offsets:
+        yield _move_image(image, scale=(1.0 + 0.02 * offset) if is_small_image(image) else 0.775 + 0.025 * offset)
 
 
-def _tilt(image: Pixels, steps: range, _: Rng) -> Iterator[Pixels]:
+def _tilt_frames(image: PixelArray, offsets: range, _: Rng) -> Iterator[PixelArray]:
     height, width = image.shape[:2]
     far = float(np.hypot(width, height))
     flat = np.array([[1, 0, -width / 2], [0, 1, -height / 2], [0, 0, 1], [0, 0, 1]])
     away = np.eye(4) + far * np.outer([0, 0, 1, 0], [0, 0, 0, 1])
     seen = np.array([[far, 0, width / 2, 0], [0, far, height / 2, 0], [0, 0, 1, 0]])
-    for step in steps:
-        angle = np.radians(step * (0.75 if is_small(image) else 1))
+    for offset in offsets:
+        angle = np.radians(offset * (0.75 if is_small_image(image) else 1))
         cosine, sine = np.cos(angle), np.sin(angle)
         about_x, about_y = np.eye(4), np.eye(4)
         about_x[1:3, 1:3] = [[cosine, -sine], [sine, cosine]]
         about_y[0, 0], about_y[0, 2], about_y[2, 0], about_y[2, 2] = cosine, -sine, sine, cosine
-        yield _mapped(image, np.linalg.inv(seen @ away @ about_x @ about_y @ flat), centres=False)
+        yield _warp_image(image, np.linalg.inv(seen @ away @ about_x @ about_y @ flat), centers=False)
 
 
-KINDS: dict[str, Callable[[Pixels, range, Rng], Iterator[Pixels]]] = {
+PERTURBATION_KINDS: dict[str, Callable[[PixelArray, range, Rng], Iterator[PixelArray]]] = {
     "gaussian_noise": _gaussian_noise,
     "shot_noise": _shot_noise,
     "motion_blur": _motion_blur,
     "zoom_blur": _zoom_blur,
-    "snow": _snow,
-    "brightness": _brightness,
-    "translate": _translate,
-    "rotate": _rotate,
-    "tilt": _tilt,
-    "scale": _scale,
+    "snow": _snow_frames,
+    "brightness": _brightness_frames,
+    "translate": _translate_frames,
+    "rotate": _rotate_frames,
+    "tilt": _tilt_frames,
+    "scale": _scale_frames,
 }
 
 
-def _moved(image: Pixels, *, degrees: float = 0, scale: float = 1, right: float = 0) -> Pixels:
-    """Turned clockwise about the centre, scaled, and moved; what comes in is black."""
+def _move_image(image: PixelArray, *, degrees: float = 0, scale: float = 1, right: float = 0) -> PixelArray:
+    """Turned clockwise about the center, scaled, and moved; what comes in is black."""
     height, width = image.shape[:2]
     cosine, sine = np.cos(np.radians(degrees)) / scale, np.sin(np.radians(degrees)) / scale
     to_centre = np.array([[1, 0, -width / 2 - right], [0, 1, -height / 2], [0, 0, 1]])
     back = np.array([[cosine, sine, width / 2], [-sine, cosine, height / 2], [0, 0, 1]])
-    return _mapped(image, back @ to_centre, centres=True)
+    return _warp_image(image, back @ to_centre, centers=True)
 
 
-def _mapped(image: Pixels, source: Matrix, *, centres: bool) -> Pixels:
+def _warp_image(image: PixelArray, source: TransformMatrix, *, centers: bool) -> PixelArray:
     """The image for which `source` says where each of its places, (x, y, 1), comes from; then cropped. Pixels lie at whole numbers, or, if
-    `centres`, halfway between."""
-    left, top, size = _window(image)
-    if not centres:
+    `centers`, halfway between."""
+    left, top, size = _find_window(image)
+    if not centers:
         half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
         source = half @ source @ np.linalg.inv(half)
     source = source @ np.array([[1, 0, left], [0, 1, top], [0, 0, 1]])
@@ -137,19 +148,19 @@ def _mapped(image: Pixels, source: Matrix, *, centres: bool) -> Pixels:
     return np.asarray(picture.transform(size, Image.Transform.PERSPECTIVE, coefficients, Image.Resampling.BILINEAR))
 
 
-def _cropped(image: Pixels) -> Pixels:
-    left, top, (width, height) = _window(image)
+def _crop_window(image: PixelArray) -> PixelArray:
+    left, top, (width, height) = _find_window(image)
     return image[top : top + height, left : left + width]
 
 
-def _window(image: Pixels) -> tuple[int, int, tuple[int, int]]:
+def _find_window(image: PixelArray) -> tuple[int, int, tuple[int, int]]:
     """Left, top, and (width, height) of what is kept."""
     height, width = image.shape[:2]
-    if is_small(image):
+    if is_small_image(image):
         return 0, 0, (width, height)
     return round((width - CROPPED_PX) / 2), round((height - CROPPED_PX) / 2), (CROPPED_PX, CROPPED_PX)
 
 
-def _bytes(image: npt.NDArray[np.floating]) -> Pixels:
-    found: Pixels = (np.clip(image, 0, 1) * 255).astype(np.uint8)
-    return found
+def _to_uint8(image: npt.NDArray[np.floating]) -> PixelArray:
+    pixels: PixelArray = (np.clip(image, 0, 1) * 255).astype(np.uint8)
+    return pixels

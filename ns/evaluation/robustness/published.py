@@ -24,141 +24,155 @@ import pyarrow.parquet as pq
 
 from ns.config.schema import EvaluationConfig
 from ns.core import log
-from ns.core.digest import digest, sha256_bytes
+from ns.core.digest import digest_json, sha256_bytes
 from ns.core.errors import ConfigError, DataError
-from ns.evaluation.result import ROBUSTNESS, Perturbed, Robustness, is_imagenet
-from ns.evaluation.robustness.averages import flips, top5_distances
-from ns.evaluation.robustness.suite import BLOCK, NOISES, corrupted_rows, subsample, top_classes
-from ns.evaluation.subsample import evenly
-from ns.modeling.predictor import Picture, Predictor
+from ns.evaluation.result import ROBUSTNESS, PerturbationResult, Robustness, is_imagenet
+from ns.evaluation.robustness.averages import flip_rates, top5_distances
+from ns.evaluation.robustness.suite import (
+    BLOCK_IMAGES,
+    NOISE_PERTURBATIONS,
+    build_corruption_table,
+    build_subsample,
+    build_top_table,
+)
+from ns.evaluation.subsample import draw_evenly
+from ns.modeling.predictor import ImageInput, Predictor
 from ns.storage import Store
 from ns.storage.parquet import read_table
 
-Kind = Literal["imagenet-c", "cifar10-c", "imagenet-p"]
+PublishedKind = Literal["imagenet-c", "cifar10-c", "imagenet-p"]
 
-CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-IMAGES = (".jpeg", ".jpg", ".png")
-READERS = 8
-FRAMES = 31
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png")
+READER_THREADS = 8
+PUBLISHED_FRAMES = 31
 """Of a published sequence, about."""
 
 
-class Entries(NamedTuple):
+class PublishedEntries(NamedTuple):
     """Images, or sequences, of one kind and severity."""
 
     keys: list[str]
-    labels: npt.NDArray[np.int64]
+    class_ids: npt.NDArray[np.int64]
     """Of the model's classes."""
-    load: Callable[[int], list[Picture]]
+    load: Callable[[int], list[ImageInput]]
     """Of an entry: one image, or all of a sequence."""
 
 
-class ReadyMade:
+class PublishedSet:
     """A published set, in the order of its names."""
 
-    def __init__(self, folder: Store, kind: Kind, classes: tuple[str, ...]) -> None:
-        self._folder, self._kind = folder, kind
-        self._place = {name: number for number, name in enumerate(classes)}
+    def __init__(self, store: Store, kind: PublishedKind, classes: tuple[str, ...]) -> None:
+        self._store, self._kind = store, kind
+        self._class_ids = {name: number for number, name in enumerate(classes)}
 
     @property
-    def sequences(self) -> bool:
+    def has_sequences(self) -> bool:
         return self._kind == "imagenet-p"
 
-    def entries(self, kind: str, severity: int) -> Entries | None:
+    def find_entries(self, kind: str, severity: int) -> PublishedEntries | None:
         """None if the folder has no such kind. Raises DataError for classes that the model does not know."""
         if self._kind == "cifar10-c":
-            return self._arrays(kind, severity)
-        prefix = f"{kind}/" if self.sequences else f"{kind}/{severity}/"
-        endings = (".mp4",) if self.sequences else IMAGES
-        keys = [key for key in self._folder.list(prefix) if key.lower().endswith(endings)]
+            return self._find_array_entries(kind, severity)
+        prefix = f"{kind}/" if self.has_sequences else f"{kind}/{severity}/"
+        endings = (".mp4",) if self.has_sequences else IMAGE_SUFFIXES
+        keys = [key for key in self._store.list(prefix) if key.lower().endswith(endings)]
         if not keys:
             return None
         names = [key.split("/")[-2] for key in keys]
-        unknown = sorted(set(names) - self._place.keys())
+        unknown = sorted(set(names) - self._class_ids.keys())
         if unknown:
             raise DataError(
-                f"{self._folder.uri}/{prefix}{unknown[0]}: the model has no class of this name; it must name its classes as the set does"
+                f"{self._store.uri}/{prefix}{unknown[0]}: the model has no class of this name; it must name its classes as the set does"
             )
-        labels = np.array([self._place[name] for name in names], np.int64)
-        return Entries(keys, labels, lambda row: self._load(keys[row]))
+        class_ids = np.array([self._class_ids[name] for name in names], np.int64)
+        return PublishedEntries(keys, class_ids, lambda row: self._load_pictures(keys[row]))
 
-    def _load(self, key: str) -> list[Picture]:
-        data = self._folder.get(key)
-        return list(_frames(data, f"{self._folder.uri}/{key}")) if self.sequences else [data]
+    def _load_pictures(self, key: str) -> list[ImageInput]:
+        data = self._store.get(key)
+        return list(_decode_frames(data, f"{self._store.uri}/{key}")) if self.has_sequences else [data]
 
-    def _arrays(self, kind: str, severity: int) -> Entries | None:
-        name = f"{kind}.npy"
-        if not self._folder.exists(name):
+    def _find_array_entries(self, kind: str, severity: int) -> PublishedEntries | None:
+        key = f"{kind}.npy"
+        if not self._store.exists(key):
             return None
-        images, labels = self._array(name, 4), self._array("labels.npy", 1)
-        each = len(images) // 5
-        if len(images) != len(labels) or len(images) % 5 or images.dtype != np.uint8 or images.shape[3] != 3:
+        images, all_class_ids = self._load_array(key, 4), self._load_array("labels.npy", 1)
+        images_each = len(images) // 5
+        if len(images) != len(all_class_ids) or len(images) % 5 or images.dtype != np.uint8 or images.shape[3] != 3:
             raise DataError(
-                f"{self._folder.uri}/{name}: {images.dtype} {images.shape} for {len(labels)} labels: must be uint8 [5 N, H, W, 3], and as "
+                f"{self._store.uri}/{key}: {images.dtype} {images.shape} for {len(all_class_ids)} labels: must be uint8 [5 N, H, W, 3], and as "
                 "many labels"
             )
-        start = (severity - 1) * each
-        own = np.asarray(labels[start : start + each], np.int64)
-        if len(own) and not 0 <= own.min() <= own.max() < len(CIFAR10):
+        start = (severity - 1) * images_each
+        class_ids = np.asarray(all_class_ids[start : start + images_each], np.int64)
+        if len(class_ids) and not 0 <= class_ids.min() <= class_ids.max() < len(CIFAR10_CLASSES):
             raise DataError(
-                f"{self._folder.uri}/labels.npy: {own.min()} … {own.max()}: must be class indices below {len(CIFAR10)}"
+                f"{self._store.uri}/labels.npy: {class_ids.min()} … {class_ids.max()}: must be class indices below {len(CIFAR10_CLASSES)}"
             )
         # Numbers stand for names; where the model's classes are numbers, for these.
-        names = CIFAR10 if set(CIFAR10) <= self._place.keys() else tuple(map(str, range(10)))
-        if not set(names) <= self._place.keys():
-            raise DataError(f"{self._folder.uri}: the model's classes are not CIFAR-10's, {', '.join(CIFAR10)}, nor 0 … 9")
-        place = np.array([self._place[one] for one in names], np.int64)
-        return Entries([f"{row:05d}" for row in range(each)], place[own], lambda row: [np.asarray(images[start + row])])
+        names = CIFAR10_CLASSES if set(CIFAR10_CLASSES) <= self._class_ids.keys() else tuple(map(str, range(10)))
+        if not set(names) <= self._class_ids.keys():
+            raise DataError(
+                f"{self._store.uri}: the model's classes are not CIFAR-10's, {', '.join(CIFAR10_CLASSES)}, nor 0 … 9"
+            )
+        model_class_ids = np.array([self._class_ids[class_name] for class_name in names], np.int64)
+        return PublishedEntries(
+            [f"{row:05d}" for row in range(images_each)],
+            model_class_ids[class_ids],
+            lambda row: [np.asarray(images[start + row])],
+        )
 
     @lru_cache(maxsize=2)  # noqa: B019 - as long as the evaluation
-    def _array(self, name: str, dimensions: int) -> npt.NDArray[np.generic]:
+    def _load_array(self, key: str, dimensions: int) -> npt.NDArray[np.generic]:
         try:
-            found: npt.NDArray[np.generic] = np.load(self._folder.path(name), mmap_mode="r", allow_pickle=False)
+            array: npt.NDArray[np.generic] = np.load(self._store.path(key), mmap_mode="r", allow_pickle=False)
         except ValueError as error:
-            raise DataError(f"{self._folder.uri}/{name}: not a NumPy array: {error}") from error
-        if found.ndim != dimensions:
-            raise DataError(f"{self._folder.uri}/{name}: has {found.ndim} dimensions, must have {dimensions}")
-        return found
+            raise DataError(f"{self._store.uri}/{key}: not a NumPy array: {error}") from error
+        if array.ndim != dimensions:
+            raise DataError(f"{self._store.uri}/{key}: has {array.ndim} dimensions, must have {dimensions}")
+        return array
 
 
-def listing_digest(folder: Store) -> str:
+def digest_listing(store: Store) -> str:
     """Of the names and sizes of all files: whether a set is still the one that was evaluated on."""
-    found = hashlib.sha256()
-    for entry in folder.entries():
-        found.update(f"{entry.key}\0{entry.size}\n".encode())
-    return found.hexdigest()
+    hasher = hashlib.sha256()
+    for entry in store.entries():
+        hasher.update(f"{entry.key}\0{entry.size}\n".encode())
+    return hasher.hexdigest()
 
 
-def passes(folder: Store, kind: Kind, config: EvaluationConfig) -> int:
+def count_published_passes(store: Store, kind: PublishedKind, config: EvaluationConfig) -> int:
     """Forward passes that `measure` makes, from the names and sizes of the files. Raises DataError for a folder that is no such set."""
     counts: Counter[str] = Counter()
-    for entry in folder.entries():
+    for entry in store.entries():
         parts = entry.key.split("/")
         if kind == "cifar10-c" and parts[0].endswith(".npy"):
             # uint8 [5 N, 32, 32, 3]
-            each = entry.size // (5 * 32 * 32 * 3)
-            counts.update({f"{parts[0].removesuffix('.npy')}/{severity}": each for severity in config.severities})
-        elif kind == "imagenet-c" and parts[-1].lower().endswith(IMAGES):
+            images_each = entry.size // (5 * 32 * 32 * 3)
+            counts.update({f"{parts[0].removesuffix('.npy')}/{severity}": images_each for severity in config.severities})
+        elif kind == "imagenet-c" and parts[-1].lower().endswith(IMAGE_SUFFIXES):
             counts["/".join(parts[:2])] += 1
         elif kind == "imagenet-p" and parts[-1].lower().endswith(".mp4"):
             counts[parts[0]] += 1
-    wanted: list[str] = [f"{one}/{severity}" for one in config.kinds for severity in config.severities]
+    unit_names: list[str] = [
+        f"{distortion}/{severity}" for distortion in config.all_corruptions for severity in config.severities
+    ]
     if kind == "imagenet-p":
-        wanted = [*config.perturbations]
-    images = sum(min(counts[name], config.images or counts[name]) for name in wanted)
+        unit_names = [*config.perturbations]
+    images = sum(min(counts[name], config.images or counts[name]) for name in unit_names)
     if not images:
-        raise DataError(f"{folder.uri}: is no {kind} set: has none of its kinds")
-    return images * (FRAMES if kind == "imagenet-p" else 1)
+        raise DataError(f"{store.uri}: is no {kind} set: has none of its kinds")
+    return images * (PUBLISHED_FRAMES if kind == "imagenet-p" else 1)
 
 
-def measure(
+def measure_published_set(
     predictor: Predictor,
-    folder: Store,
-    kind: Kind,
+    store: Store,
+    kind: PublishedKind,
     name: str,
     dataset: str,
     config: EvaluationConfig,
-    units: Store,
+    unit_store: Store,
     target: Store,
 ) -> Robustness:
     """Evaluates a model on all kinds that a published set has, of those that `config` names, and writes `robustness.json` into `target`.
@@ -167,106 +181,112 @@ def measure(
     Raises DataError for a folder that is no such set, ConfigError if a library is missing.
     """
     started = time.monotonic()
-    made = ReadyMade(folder, kind, predictor.card.classes)
-    seeing = predictor if kind == "cifar10-c" else predictor.whole()
-    severities = (1,) if made.sequences else config.severities
+    published = PublishedSet(store, kind, predictor.manifest.classes)
+    set_predictor = predictor if kind == "cifar10-c" else predictor.without_crop()
+    severities = (1,) if published.has_sequences else config.severities
     errors: dict[str, list[float]] = {}
-    perturbations: dict[str, Perturbed] = {}
+    perturbations: dict[str, PerturbationResult] = {}
     files: list[list[str]] = []
     images = unreadable = frames = 0
-    for one in config.perturbations if made.sequences else config.kinds:
+    for distortion in config.perturbations if published.has_sequences else config.all_corruptions:
         for severity in severities:
-            entries = made.entries(one, severity)
+            entries = published.find_entries(distortion, severity)
             if entries is None:
                 continue
-            rows = evenly(entries.keys, entries.labels, subsample(config))
+            rows = draw_evenly(entries.keys, entries.class_ids, build_subsample(config))
             tables = []
-            progress = log.Progress(len(rows), f"{one} {severity}" if not made.sequences else one)
-            for start in range(0, len(rows), BLOCK):
-                unit = f"{one}-{severity}/{start:06d}.parquet"
-                if not units.exists(unit):
-                    table = _evaluated(seeing, entries, rows[start : start + BLOCK], severity, made.sequences)
+            progress = log.Progress(len(rows), f"{distortion} {severity}" if not published.has_sequences else distortion)
+            for start in range(0, len(rows), BLOCK_IMAGES):
+                unit_key = f"{distortion}-{severity}/{start:06d}.parquet"
+                if not unit_store.exists(unit_key):
+                    table = _evaluate_unit(
+                        set_predictor, entries, rows[start : start + BLOCK_IMAGES], severity, published.has_sequences
+                    )
                     sink = io.BytesIO()
                     pq.write_table(table, sink, compression="zstd")
-                    units.put(unit, sink.getvalue())
-                progress.advance(len(rows[start : start + BLOCK]))
-                data = units.get(unit)
-                files.append([unit, sha256_bytes(data)])
+                    unit_store.put(unit_key, sink.getvalue())
+                progress.update(len(rows[start : start + BLOCK_IMAGES]))
+                data = unit_store.get(unit_key)
+                files.append([unit_key, sha256_bytes(data)])
                 tables.append(read_table(data))
-            whole = pa.concat_tables(tables)
-            if made.sequences:
-                each = int(whole["frame"].to_numpy().max()) + 1
-                top = np.array(whole["top"].combine_chunks().flatten()).reshape(-1, each, len(whole["top"][0]))
-                noise = one in NOISES
-                perturbations[one] = Perturbed(
-                    flip_probability=float(flips(top[:, :, 0], noise).mean()),
-                    top5_distance=float(top5_distances(top, noise).mean()),
+            predictions = pa.concat_tables(tables)
+            if published.has_sequences:
+                num_frames = int(predictions["frame"].to_numpy().max()) + 1
+                top_class_ids = np.array(predictions["top"].combine_chunks().flatten()).reshape(
+                    -1, num_frames, len(predictions["top"][0])
                 )
-                images, frames = max(images, len(top)), max(frames, each)
+                is_noise = distortion in NOISE_PERTURBATIONS
+                perturbations[distortion] = PerturbationResult(
+                    flip_probability=float(flip_rates(top_class_ids[:, :, 0], is_noise).mean()),
+                    top5_distance=float(top5_distances(top_class_ids, is_noise).mean()),
+                )
+                images, frames = max(images, len(top_class_ids)), max(frames, num_frames)
             else:
-                errors.setdefault(one, []).append(float((whole["rank"].to_numpy() > 0).mean()))
-                images, unreadable = max(images, len(whole)), max(unreadable, len(rows) - len(whole))
-    whole_kinds = {one: tuple(rates) for one, rates in errors.items() if len(rates) == len(severities)}
-    if not whole_kinds and not perturbations:
-        raise DataError(f"{folder.uri}: is no {kind} set: none of its kinds is there with all severities {severities}")
-    found = Robustness(
-        model=predictor.card.digest,
+                errors.setdefault(distortion, []).append(float((predictions["rank"].to_numpy() > 0).mean()))
+                images, unreadable = max(images, len(predictions)), max(unreadable, len(rows) - len(predictions))
+    complete_kinds = {distortion: tuple(rates) for distortion, rates in errors.items() if len(rates) == len(severities)}
+    if not complete_kinds and not perturbations:
+        raise DataError(f"{store.uri}: is no {kind} set: none of its kinds is there with all severities {severities}")
+    robustness = Robustness(
+        model=predictor.manifest.digest,
         dataset=dataset,
         name=name,
         kind=kind,
-        classes=len(predictor.card.classes),
-        imagenet=is_imagenet(predictor.card.classes),
+        num_classes=len(predictor.manifest.classes),
+        imagenet=is_imagenet(predictor.manifest.classes),
         images=images,
         unreadable=unreadable,
-        subsample=subsample(config),
+        subsample=build_subsample(config),
         seed=config.seed,
         mode=str(predictor.mode),
         top1=None,
         severities=severities,
-        corruptions=whole_kinds,
+        corruptions=complete_kinds,
         frames=frames,
         perturbations=perturbations,
         attacks=(),
-        predictions_sha256=digest(files),
+        predictions_sha256=digest_json(files),
         seconds=time.monotonic() - started,
     )
-    found.write(target, ROBUSTNESS)
-    return found
+    robustness.save_file(target, ROBUSTNESS)
+    return robustness
 
 
-def _evaluated(predictor: Predictor, entries: Entries, rows: npt.NDArray[np.int64], severity: int, sequences: bool) -> pa.Table:
+def _evaluate_unit(
+    predictor: Predictor, entries: PublishedEntries, rows: npt.NDArray[np.int64], severity: int, are_sequences: bool
+) -> pa.Table:
     """Predictions of one unit; images that cannot be read are left out."""
     parts = []
-    size = max(1, predictor.batch // (FRAMES if sequences else 1))
+    size = max(1, predictor.batch // (PUBLISHED_FRAMES if are_sequences else 1))
     groups = [rows[start : start + size] for start in range(0, len(rows), size)]
-    with ThreadPoolExecutor(READERS, "read") as threads:
-        loaded: deque[tuple[npt.NDArray[np.int64], list[list[Picture]]]] = deque()
+    with ThreadPoolExecutor(READER_THREADS, "read") as threads:
+        loaded: deque[tuple[npt.NDArray[np.int64], list[list[ImageInput]]]] = deque()
 
-        def pictures() -> Iterator[Sequence[Picture]]:
-            waiting = ([threads.submit(entries.load, row) for row in own.tolist()] for own in groups)
+        def iter_pictures() -> Iterator[Sequence[ImageInput]]:
+            waiting = ([threads.submit(entries.load, row) for row in group.tolist()] for group in groups)
             ahead = deque(islice(waiting, 2))
-            for own in groups:
-                found = [future.result() for future in ahead.popleft()]
+            for group in groups:
+                row_pictures = [future.result() for future in ahead.popleft()]
                 ahead.extend(islice(waiting, 1))
-                loaded.append((own, found))
-                yield [picture for one in found for picture in one]
+                loaded.append((group, row_pictures))
+                yield [picture for item in row_pictures for picture in item]
 
-        for probabilities in predictor.groups(pictures()):
-            own, found = loaded.popleft()
-            keys, labels = [entries.keys[row] for row in own.tolist()], entries.labels[own]
-            if sequences:
-                each = len(found[0])
-                if any(len(one) != each for one in found):
-                    raise DataError(f"{keys[0]}: sequences have different lengths, from {each} images; must be equal")
-                parts.append(top_classes(keys, labels, probabilities, each))
+        for probabilities in predictor.predict_groups(iter_pictures()):
+            group, row_pictures = loaded.popleft()
+            keys, class_ids = [entries.keys[row] for row in group.tolist()], entries.class_ids[group]
+            if are_sequences:
+                num_frames = len(row_pictures[0])
+                if any(len(item) != num_frames for item in row_pictures):
+                    raise DataError(f"{keys[0]}: sequences have different lengths, from {num_frames} images; must be equal")
+                parts.append(build_top_table(keys, class_ids, probabilities, num_frames))
             else:
                 readable = ~np.isnan(probabilities[:, 0])
-                kept = [key for key, one in zip(keys, readable, strict=True) if one]
-                parts.append(corrupted_rows(kept, labels[readable], probabilities[readable], (severity,)))
+                kept = [key for key, item in zip(keys, readable, strict=True) if item]
+                parts.append(build_corruption_table(kept, class_ids[readable], probabilities[readable], (severity,)))
     return pa.concat_tables(parts)
 
 
-def _frames(data: bytes, place: str) -> Iterator[npt.NDArray[np.uint8]]:
+def _decode_frames(data: bytes, uri: str) -> Iterator[npt.NDArray[np.uint8]]:
     try:
         import av
     except ImportError as error:
@@ -276,4 +296,4 @@ def _frames(data: bytes, place: str) -> Iterator[npt.NDArray[np.uint8]]:
             for frame in film.decode(video=0):
                 yield frame.to_ndarray(format="rgb24")
     except av.FFmpegError as error:
-        raise DataError(f"{place}: damaged: {error}") from error
+        raise DataError(f"{uri}: damaged: {error}") from error

@@ -17,20 +17,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from ns.data.loading.decode import Encoded, decode
-from ns.evaluation.robustness.corruptions import corrupt
-from ns.evaluation.robustness.perturbations import CROPPED_PX, sequence
+from ns.data.loading.decode import EncodedJpeg, decode_image
+from ns.evaluation.robustness.corruptions import corrupt_image
+from ns.evaluation.robustness.perturbations import CROPPED_PX, render_sequence
 from ns.storage.parquet import read_table
 
 RESIZED_PX = 256
 JPEG_QUALITY = 85
 
-Picture = Encoded | npt.NDArray[np.uint8]
+DistortedImage = EncodedJpeg | npt.NDArray[np.uint8]
 
-MADE = pa.schema([("image", pa.binary()), ("width", pa.int32()), ("height", pa.int32())])
+IMAGE_SCHEMA = pa.schema([("image", pa.binary()), ("width", pa.int32()), ("height", pa.int32())])
 
 
-class Task(NamedTuple):
+class DistortionTask(NamedTuple):
     """Images to be distorted in one way."""
 
     images: list[npt.NDArray[np.uint8]]
@@ -41,71 +41,71 @@ class Task(NamedTuple):
     frames: int
     """Of a perturbation."""
     seed: int
-    as_they_are: bool
+    keep_size: bool
 
 
-def base(image: Encoded | bytes, *, as_they_are: bool) -> npt.NDArray[np.uint8]:
+def render_base(image: EncodedJpeg | bytes, *, keep_size: bool) -> npt.NDArray[np.uint8]:
     """uint8 [H, W, 3]: a small image as it is, a photograph with its short side at 256 px. Raises DataError for an image that cannot be
     read."""
-    pixels = image.whole() if isinstance(image, Encoded) else decode(image)
-    if as_they_are:
+    pixels = image.decode_whole() if isinstance(image, EncodedJpeg) else decode_image(image)
+    if keep_size:
         return pixels
     picture = Image.fromarray(pixels)
     width, height = (max(RESIZED_PX, int(RESIZED_PX * side / min(picture.size))) for side in picture.size)
     return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
 
 
-def cropped(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """The centre of a photograph, 224 px a side."""
+def crop_center(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """The center of a photograph, 224 px a side."""
     top, left = (round((side - CROPPED_PX) / 2) for side in image.shape[:2])
     return image[top : top + CROPPED_PX, left : left + CROPPED_PX]
 
 
-def distorted(task: Task) -> list[Picture]:
+def distort_images(task: DistortionTask) -> list[DistortedImage]:
     """All severities, or frames, of the first image, then of the next."""
-    found: list[Picture] = []
+    images: list[DistortedImage] = []
     for image, key in zip(task.images, task.keys, strict=True):
         if task.severities:
-            plain = image if task.as_they_are else cropped(image)
+            plain = image if task.keep_size else crop_center(image)
             for severity in task.severities:
-                made = corrupt(plain, task.kind, severity, _rng(task.seed, key, task.kind, severity))
-                found.append(made if task.as_they_are else _jpeg(made))
+                corrupted = corrupt_image(plain, task.kind, severity, _make_rng(task.seed, key, task.kind, severity))
+                images.append(corrupted if task.keep_size else _encode_jpeg(corrupted))
         else:
-            found += list(sequence(image, task.kind, task.frames, _rng(task.seed, key, task.kind, 0)))
-    return found
+            images += list(render_sequence(image, task.kind, task.frames, _make_rng(task.seed, key, task.kind, 0)))
+    return images
 
 
-def packed(pictures: Sequence[Picture]) -> bytes:
+def pack_images(images: Sequence[DistortedImage]) -> bytes:
     """Pictures as a Parquet file."""
     rows = [
-        (picture.data, picture.width, picture.height)
-        if isinstance(picture, Encoded)
-        else (picture.tobytes(), picture.shape[1], picture.shape[0])
-        for picture in pictures
+        (image.data, image.width, image.height)
+        if isinstance(image, EncodedJpeg)
+        else (image.tobytes(), image.shape[1], image.shape[0])
+        for image in images
     ]
     sink = io.BytesIO()
-    pq.write_table(pa.table(list(zip(*rows, strict=True)), schema=MADE), sink, compression="zstd", use_dictionary=False)
+    pq.write_table(pa.table(list(zip(*rows, strict=True)), schema=IMAGE_SCHEMA), sink, compression="zstd", use_dictionary=False)
     return sink.getvalue()
 
 
-def unpacked(data: bytes, *, as_they_are: bool) -> list[Picture]:
+def unpack_images(data: bytes, *, keep_size: bool) -> list[DistortedImage]:
     """What `packed` made a file of."""
-    table = read_table(data, schema=MADE)
-    found: list[Picture] = []
-    for image, width, height in zip(*(table[name].to_pylist() for name in MADE.names), strict=True):
-        if as_they_are:
-            found.append(np.frombuffer(image, np.uint8).reshape(height, width, 3))
+    table = read_table(data, schema=IMAGE_SCHEMA)
+    images: list[DistortedImage] = []
+    for image, width, height in zip(*(table[name].to_pylist() for name in IMAGE_SCHEMA.names), strict=True):
+        if keep_size:
+            images.append(np.frombuffer(image, np.uint8).reshape(height, width, 3))
         else:
-            found.append(Encoded(image, width, height))
-    return found
+            images.append(EncodedJpeg(image, width, height))
+    return images
 
 
-def _jpeg(image: npt.NDArray[np.uint8]) -> Encoded:
+def _encode_jpeg(image: npt.NDArray[np.uint8]) -> EncodedJpeg:
     sink = io.BytesIO()
     Image.fromarray(image).save(sink, "JPEG", quality=JPEG_QUALITY)
-    return Encoded(sink.getvalue(), image.shape[1], image.shape[0])
+    return EncodedJpeg(sink.getvalue(), image.shape[1], image.shape[0])
 
 
-def _rng(seed: int, key: str, kind: str, severity: int) -> np.random.Generator:
+def _make_rng(seed: int, key: str, kind: str, severity: int) -> np.random.Generator:
     name = f"{seed}/{kind}/{severity}/{key}"
     return np.random.default_rng(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=16).digest()))

@@ -7,31 +7,31 @@ from importlib.resources import files
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ns.core.log import duration
+from ns.core.log import format_duration
 
 SCRIPTLESS = "'none'"
 
 
 @cache
-def environment() -> Environment:
+def make_environment() -> Environment:
     """Keys and class names come from outside: everything is escaped but what our own code marks as markup."""
-    made = Environment(
+    templates = Environment(
         loader=PackageLoader("ns.reporting", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {
+    templates.filters |= {
         "percent": lambda value: f"{100 * value:.1f} %",
         "points": lambda value: f"{100 * value:+.1f}",
         "count": lambda value: f"{value:,}",
-        "seconds": duration,
+        "seconds": format_duration,
     }
-    return made
+    return templates
 
 
-def script(name: str) -> tuple[str, str]:
+def load_script(name: str) -> tuple[str, str]:
     """A script of ours, and the source expression that lets a page's policy run it and no other (CSP 3, §6.7.3.3)."""
     text = (files("ns.reporting.templates") / name).read_text(encoding="utf-8")
     return text, f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

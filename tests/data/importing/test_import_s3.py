@@ -5,16 +5,16 @@ import time
 
 import pytest
 
-from ns.data.importing.ingest import Limits, import_images
-from ns.data.index import file_name
-from ns.data.shards import check_bytes
+from ns.data.importing.ingest import ImportLimits, import_images
+from ns.data.index import build_index_key
+from ns.data.shards import check_shard_file
 from ns.storage import LocalStore
-from ns.storage.retry import Patience
-from ns.storage.s3 import S3Store, Service
+from ns.storage.retry import RetryPolicy
+from ns.storage.s3 import S3Service, S3Store
 from tests.storage.conftest import PART_BYTES, environment, moto, proxied, store_at, swift  # noqa: F401
 from tests.storage.faults import Fault
 
-LIMITS = Limits(max_rejected_share=0.5, shard_samples=20, shard_mib=1)
+LIMITS = ImportLimits(max_rejected_share=0.5, shard_samples=20, shard_mib=1)
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def upload(folder, store):
 
 
 def run(source, out, **options):
-    return import_images(source, out, name="n", role="labelled", limits=LIMITS, workers=1, **options)
+    return import_images(source, out, name="n", role="labeled", limits=LIMITS, workers=1, **options)
 
 
 @pytest.mark.usefixtures("environment")
@@ -45,11 +45,11 @@ def test_a_bucket_gives_what_the_folder_gives(moto, tmp_path, folder, monkeypatc
     out = store.at("out")
     assert run(f"{store.uri}/source", out) == expected
     for shard in expected.shards:
-        check_bytes(out.path(shard.name), shard, shard.name)
+        check_shard_file(out.path(shard.name), shard, shard.name)
     assert sorted(out.list()) == [
         "dataset.json",
         "rejected.parquet",
-        *(name for shard in expected.shards for name in (file_name(shard), shard.name)),
+        *(name for shard in expected.shards for name in (build_index_key(shard), shard.name)),
     ]
     # Shards on S3 are a source too.
     again = run(f"{store.uri}/out/shard-{{00000..00003}}.tar", store.at("again"), classes=expected.classes)
@@ -79,9 +79,9 @@ def test_a_server_that_is_killed_and_comes_back_loses_nothing(swift, tmp_path, f
     expected = run(str(folder), LocalStore(tmp_path / "local"))
     monkeypatch.setenv("AWS_ENDPOINT_URL", swift.url)
     found = store_at(swift.url, tmp_path / "cache")
-    patience = Patience(seconds=60, first_contact_seconds=10, cap_seconds=0.5)
+    patience = RetryPolicy(seconds=60, first_contact_seconds=10, cap_seconds=0.5)
     store = S3Store(
-        found.uri, Service(found.service.endpoint, patience=patience, cache=found.service.cache, part_bytes=PART_BYTES)
+        found.uri, S3Service(found.service.endpoint, retry_policy=patience, cache=found.service.cache, part_bytes=PART_BYTES)
     )
     upload(folder, store.at("source"))
 

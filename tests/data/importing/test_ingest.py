@@ -9,8 +9,8 @@ from PIL import Image
 from ns.core.errors import DataError
 from ns.data.dataset import MANIFEST, Dataset
 from ns.data.importing import ingest, sources
-from ns.data.importing.ingest import Limits, import_images
-from ns.data.shards import read_index
+from ns.data.importing.ingest import ImportLimits, import_images
+from ns.data.shards import read_samples
 from ns.storage import LocalStore
 
 
@@ -30,14 +30,14 @@ def source(tmp_path):
     return folder
 
 
-def run(source, folder, role="labelled", **options):
+def run(source, folder, role="labeled", **options):
     own = {name: options.pop(name) for name in ("classes", "split", "workers") if name in options}
-    limits = Limits(**{"max_rejected_share": 0.5, "shard_samples": 5, "shard_mib": 1, **options})
+    limits = ImportLimits(**{"max_rejected_share": 0.5, "shard_samples": 5, "shard_mib": 1, **options})
     return import_images(str(source), LocalStore(folder), name="animals", role=role, limits=limits, **{"workers": 1, **own})
 
 
 def keys_of(folder, dataset):
-    return [sample for shard in dataset.shards for sample in read_index(LocalStore(folder).path(shard.name))]
+    return [sample for shard in dataset.shards for sample in read_samples(LocalStore(folder).path(shard.name))]
 
 
 def test_class_folders_become_labels(source, tmp_path):
@@ -45,7 +45,7 @@ def test_class_folders_become_labels(source, tmp_path):
     assert dataset.classes == ("cat", "dog")
     assert [shard.samples for shard in dataset.shards] == [5, 5, 2]
     for sample in keys_of(tmp_path / "out", dataset):
-        assert dataset.classes[sample.label] == sample.key.partition("/")[0]
+        assert dataset.classes[sample.class_id] == sample.key.partition("/")[0]
     assert Dataset.load(LocalStore(tmp_path / "out")) == dataset
 
 
@@ -61,7 +61,7 @@ def test_images_are_kept_byte_for_byte(source, tmp_path):
     store = LocalStore(tmp_path / "out")
     dataset = Dataset.load(store)
     for shard in dataset.shards:
-        for sample in read_index(store.path(shard.name)):
+        for sample in read_samples(store.path(shard.name)):
             kept = store.get_range(shard.name, sample.offset, sample.size)
             assert kept == (tmp_path / "animals" / f"{sample.key}.png").read_bytes()
 
@@ -74,7 +74,7 @@ def test_what_cannot_be_read_is_counted_listed_and_left_out(source, tmp_path):
     assert dataset.samples == 12
     assert dataset.rejected == 3
     listed = pq.read_table(tmp_path / "out" / "rejected.parquet").to_pydict()
-    reasons = dict(zip(listed["path"], listed["reason"], strict=True))
+    reasons = dict(zip(listed["path"], listed["reason"], make_strict=True))
     assert reasons["cat/empty.jpg"] == "empty file"
     assert reasons["cat/cut.png"] == "truncated"
     assert "not an image" in reasons["dog/notes.txt"]
@@ -92,7 +92,7 @@ def test_other_formats_become_png_without_loss(source, tmp_path):
     dataset = run(source, tmp_path / "out")
     store = LocalStore(tmp_path / "out")
     for shard in dataset.shards:
-        for sample in read_index(store.path(shard.name)):
+        for sample in read_samples(store.path(shard.name)):
             if sample.key == "cat/bitmap":
                 image = Image.open(io.BytesIO(store.get_range(shard.name, sample.offset, sample.size)))
                 assert np.array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(picture(99)))))
@@ -101,9 +101,9 @@ def test_other_formats_become_png_without_loss(source, tmp_path):
 
 
 def test_loose_images_become_a_pool_without_labels(source, tmp_path):
-    dataset = run(source, tmp_path / "out", role="unlabelled")
+    dataset = run(source, tmp_path / "out", role="unlabeled")
     assert dataset.classes == ()
-    assert all(sample.label is None for sample in keys_of(tmp_path / "out", dataset))
+    assert all(sample.class_id is None for sample in keys_of(tmp_path / "out", dataset))
 
 
 def test_names_that_a_tar_could_not_hold_apart_are_told_apart(tmp_path):
@@ -111,7 +111,7 @@ def test_names_that_a_tar_could_not_hold_apart_are_told_apart(tmp_path):
     folder.mkdir()
     for index, name in enumerate(("a.b.png", "a_b.png", "a_b-2.png", "ü ö.png", "x.jpg", "x.png", "noextension")):
         (folder / name).write_bytes(picture(index))
-    dataset = run(folder, tmp_path / "out", role="unlabelled", shard_samples=100)
+    dataset = run(folder, tmp_path / "out", role="unlabeled", shard_samples=100)
     keys = [sample.key for sample in keys_of(tmp_path / "out", dataset)]
     assert len(keys) == len(set(keys)) == 7
 
@@ -121,7 +121,7 @@ def test_names_that_a_tar_could_not_hold_apart_are_told_apart(tmp_path):
     [
         (lambda folder: (folder / "emu").mkdir(), {}, "class folder 'emu' has no images"),
         (lambda folder: (folder / "stray.png").write_bytes(picture(0)), {}, "stray.png lies outside any class folder"),
-        (lambda folder: None, {"classes": ["cat", "emu"]}, "class 'dog' is none of the labelled classes"),
+        (lambda folder: None, {"classes": ["cat", "emu"]}, "class 'dog' is none of the labeled classes"),
         (lambda folder: (folder / "dog").rename(folder / ".dog"), {}, "has 1 classes; at least 2 are needed"),
     ],
 )
@@ -131,10 +131,10 @@ def test_a_folder_that_cannot_be_meant_is_refused(source, tmp_path, spoil, optio
         run(source, tmp_path / "out", **options)
 
 
-def test_an_evaluation_set_keeps_the_labelled_classes(source, tmp_path):
+def test_an_evaluation_set_keeps_the_labeled_classes(source, tmp_path):
     dataset = run(source, tmp_path / "out", role="evaluation", classes=["ant", "cat", "dog"])
     assert dataset.classes == ("ant", "cat", "dog")
-    assert {sample.label for sample in keys_of(tmp_path / "out", dataset)} == {1, 2}
+    assert {sample.class_id for sample in keys_of(tmp_path / "out", dataset)} == {1, 2}
 
 
 def test_a_missing_folder_is_named(tmp_path):
@@ -159,7 +159,7 @@ def test_linked_folders_are_followed_and_loops_are_not(source, tmp_path):
 def test_an_import_that_was_stopped_goes_on_with_the_shard_under_way(source, tmp_path, monkeypatch):
     expected = run(source, tmp_path / "whole").digest
     run(source, tmp_path / "out", shard_samples=3)
-    checked, calls = ingest._checked, []
+    checked, calls = ingest._check_image, []
 
     def stopped(*arguments):
         calls.append(arguments)
@@ -196,7 +196,7 @@ def test_names_that_are_no_utf8_are_escaped(tmp_path):
     folder.mkdir()
     (folder / os.fsdecode(b"caf\xe9.png")).write_bytes(picture(0))
     (folder / os.fsdecode(b"th\xe9.png")).write_bytes(b"no image")
-    dataset = run(folder, tmp_path / "out", role="unlabelled")
+    dataset = run(folder, tmp_path / "out", role="unlabeled")
     (sample,) = keys_of(tmp_path / "out", dataset)
     assert sample.key == "caf_xe9"
     assert pq.read_table(tmp_path / "out" / "rejected.parquet").to_pydict()["path"] == ["th\\xe9.png"]
@@ -212,10 +212,10 @@ def test_photographs_with_a_second_picture_inside_are_kept_byte_for_byte(tmp_pat
     folder = tmp_path / "phone"
     folder.mkdir()
     sink = io.BytesIO()
-    frames = [Image.new("RGB", (9, 9), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (9, 9), color) for color in ("red", "blue")]
     frames[0].save(sink, "MPO", save_all=True, append_images=frames[1:])
     (folder / "a.jpg").write_bytes(sink.getvalue())
-    dataset = run(folder, tmp_path / "out", role="unlabelled")
+    dataset = run(folder, tmp_path / "out", role="unlabeled")
     (sample,) = keys_of(tmp_path / "out", dataset)
     assert sample.extension == "jpg"
     assert LocalStore(tmp_path / "out").get_range("shard-00000.tar", sample.offset, sample.size) == sink.getvalue()
@@ -228,7 +228,7 @@ def test_the_content_decides_the_extension_not_the_name(tmp_path):
     (folder / "b.png").write_bytes(picture(1, "JPEG"))
     (folder / "c.png").write_bytes(picture(2, "WEBP"))
     (folder / "d.jpg").write_bytes(picture(3, "GIF"))
-    dataset = run(folder, tmp_path / "out", role="unlabelled")
+    dataset = run(folder, tmp_path / "out", role="unlabeled")
     assert [sample.extension for sample in keys_of(tmp_path / "out", dataset)] == ["png", "jpg", "webp", "png"]
 
 
@@ -238,7 +238,7 @@ def test_pipes_and_films_are_left_out_without_being_read(source, tmp_path, monke
     (source / "dog" / "film.avi").write_bytes(bytes(10_001))
     run(source, tmp_path / "out")
     listed = pq.read_table(tmp_path / "out" / "rejected.parquet").to_pydict()
-    assert dict(zip(listed["path"], listed["reason"], strict=True)) == {
+    assert dict(zip(listed["path"], listed["reason"], make_strict=True)) == {
         "cat/pipe.png": "not a plain file",
         "dog/film.avi": "larger than 1 GiB",
     }
@@ -260,7 +260,7 @@ def test_many_rejects_fill_the_list_and_not_the_log(source, tmp_path, capsys):
     assert pq.read_table(tmp_path / "out" / "rejected.parquet").num_rows == ingest.SHOWN_REJECTS + 5
 
 
-def test_labelled_shards_mix_the_classes(tmp_path):
+def test_labeled_shards_mix_the_classes(tmp_path):
     folder = tmp_path / "many"
     for label in "ab":
         (folder / label).mkdir(parents=True)
@@ -268,7 +268,7 @@ def test_labelled_shards_mix_the_classes(tmp_path):
             (folder / label / f"{index}.png").write_bytes(picture(index))
     dataset = run(folder, tmp_path / "out", shard_samples=25)
     for shard in dataset.shards:
-        labels = [sample.label for sample in read_index(LocalStore(tmp_path / "out").path(shard.name))]
+        labels = [sample.class_id for sample in read_samples(LocalStore(tmp_path / "out").path(shard.name))]
         assert 5 <= sum(labels) <= 20
 
 
@@ -278,7 +278,7 @@ def test_a_file_uri_names_a_folder_too(source, tmp_path):
     assert run(spaced.as_uri(), tmp_path / "out").samples == 12
 
 
-@pytest.mark.parametrize("role", ["labelled", "evaluation", "unlabelled"])
+@pytest.mark.parametrize("role", ["labeled", "evaluation", "unlabeled"])
 def test_an_empty_folder_is_refused(tmp_path, role):
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match=r"has no files to import|has 0 classes"):
@@ -289,4 +289,4 @@ def test_a_folder_without_any_image_is_refused_even_if_all_may_be_rejected(tmp_p
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("no image")
     with pytest.raises(DataError, match=r"no readable image among 1 files; first: a\.txt: not an image"):
-        run(tmp_path / "texts", tmp_path / "out", role="unlabelled", max_rejected_share=1)
+        run(tmp_path / "texts", tmp_path / "out", role="unlabeled", max_rejected_share=1)

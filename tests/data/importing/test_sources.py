@@ -22,14 +22,14 @@ import pytest
 
 from ns.core.errors import DataError
 from ns.data.importing import ingest
-from ns.data.importing.ingest import Limits, import_images
-from ns.data.shards import read_index
+from ns.data.importing.ingest import ImportLimits, import_images
+from ns.data.shards import read_samples
 from ns.storage import LocalStore
 
-LIMITS = Limits(max_rejected_share=0, shard_samples=5, shard_mib=1)
+LIMITS = ImportLimits(max_rejected_share=0, shard_samples=5, shard_mib=1)
 
 
-def run(source, folder, role="labelled", limits=LIMITS, workers=1, **options):
+def run(source, folder, role="labeled", limits=LIMITS, workers=1, **options):
     return import_images(str(source), LocalStore(folder), name="n", role=role, limits=limits, workers=workers, **options)
 
 
@@ -38,9 +38,9 @@ def content(folder: Path, dataset) -> dict[bytes, str | None]:
     found = {}
     for shard in dataset.shards:
         path = folder / shard.name
-        for sample in read_index(path):
+        for sample in read_samples(path):
             data = path.read_bytes()[sample.offset : sample.offset + sample.size]
-            found[data] = None if sample.label is None else dataset.classes[sample.label]
+            found[data] = None if sample.class_id is None else dataset.classes[sample.class_id]
     return found
 
 
@@ -84,7 +84,7 @@ def test_a_table_names_images_and_their_classes(tmp_path, folder, images, expect
         pacsv.write_csv(table, tmp_path / f"t.{kind}", pacsv.WriteOptions(delimiter="\t" if kind == "tsv" else ","))
     dataset = run(tmp_path / f"t.{kind}", tmp_path / "out")
     assert content(tmp_path / "out", dataset) == expected
-    assert read_index(tmp_path / "out" / dataset.shards[0].name)[0].key.startswith("source/")
+    assert read_samples(tmp_path / "out" / dataset.shards[0].name)[0].key.startswith("source/")
 
 
 def test_a_split_of_a_table_is_imported_alone(tmp_path, folder, images):
@@ -103,10 +103,10 @@ def test_class_names_in_tables_stay_text(tmp_path, folder, images):
 
 def test_rows_without_a_file_or_a_label_are_left_out(tmp_path, folder):
     (tmp_path / "t.csv").write_text("path,label\nsource/cat/0.png,cat\nsource/dog/0.png,dog\nno.png,cat\nsource/cat/1.png,\n")
-    dataset = run(tmp_path / "t.csv", tmp_path / "out", limits=Limits(0.5, 5, 1))
+    dataset = run(tmp_path / "t.csv", tmp_path / "out", limits=ImportLimits(0.5, 5, 1))
     listed = pq.read_table(tmp_path / "out" / "rejected.parquet").to_pydict()
     assert dataset.samples == 2
-    assert dict(zip(listed["path"], listed["reason"], strict=True)) == {
+    assert dict(zip(listed["path"], listed["reason"], make_strict=True)) == {
         "no.png": "no such file or directory",
         "source/cat/1.png": "no label",
     }
@@ -116,7 +116,7 @@ def test_rows_without_a_file_or_a_label_are_left_out(tmp_path, folder):
     ("text", "reason"),
     [
         ("name,label\na,b\n", r"has no column for the path of each image: its columns are name, label; name one path or"),
-        ("path,colour\na,b\n", r"has no column for its class"),
+        ("path,color\na,b\n", r"has no column for its class"),
         ('path,label\n"a,b\nc', r"not a table that can be read|no files to import|has 0 classes"),
         ("path,label\n", r"has 0 classes|no files to import"),
     ],
@@ -155,15 +155,15 @@ def test_tars_are_read_with_the_labels_in_them(tmp_path, tars, expected):
 
 def test_images_beside_tars_are_not_passed_over(tmp_path, tars, images):
     (tars / "alone.png").write_bytes(next(iter(images.values())))
-    dataset = run(tars, tmp_path / "out", "unlabelled", limits=Limits(0.9, 5, 1))
+    dataset = run(tars, tmp_path / "out", "unlabeled", limits=ImportLimits(0.9, 5, 1))
     assert (dataset.samples, dataset.rejected) == (1, 2)
     with pytest.raises(DataError, match=r"alone\.png lies outside any class folder"):
-        run(tars, tmp_path / "labelled")
+        run(tars, tmp_path / "labeled")
 
 
 def test_a_class_index_beyond_the_names_is_refused(tmp_path, tars):
     write_tar(tars / "part-02.tar", {"x.png": b"", "x.cls": b"2"})
-    with pytest.raises(DataError, match=r"class index 2: there are 2 labelled classes \(cat, dog\)"):
+    with pytest.raises(DataError, match=r"class index 2: there are 2 labeled classes \(cat, dog\)"):
         run(tars, tmp_path / "out", classes=["cat", "dog"])
 
 
@@ -189,8 +189,8 @@ def test_archives_of_class_folders_are_read_without_being_spread_out(tmp_path, i
         write_tar(path, files, {"tar": "w", "tgz": "w:gz"}.get(suffix, f"w:{suffix.rpartition('.')[2]}"))
     dataset = run(path, tmp_path / "out")
     assert content(tmp_path / "out", dataset) == expected
-    assert read_index(tmp_path / "out" / dataset.shards[0].name)[0].key.partition("/")[0] in ("cat", "dog")
-    assert run(path, tmp_path / "pool", role="unlabelled").samples == 12
+    assert read_samples(tmp_path / "out" / dataset.shards[0].name)[0].key.partition("/")[0] in ("cat", "dog")
+    assert run(path, tmp_path / "pool", role="unlabeled").samples == 12
 
 
 def test_an_archive_with_a_tar_for_each_class_is_read(tmp_path, images, expected):
@@ -210,7 +210,7 @@ def bomb() -> bytes:
 
     packer = zlib.compressobj(9)
     row = bytes(1 + 3 * 20_000)
-    pixels = b"".join(packer.compress(row) for _ in range(18_000)) + packer.flush()
+    pixels = b"".join(packer.compress(row) for _ in range(18_000)) + packer.wait_for_write()
     header = struct.pack(">IIBBBBB", 20_000, 18_000, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
@@ -218,7 +218,7 @@ def bomb() -> bytes:
 @pytest.mark.integration
 def test_a_picture_of_a_gigabyte_is_left_out(tmp_path, images):
     path = write_tar(tmp_path / "a.tar", {**images, "cat/bomb.png": bomb()})
-    dataset = run(path, tmp_path / "out", limits=Limits(0.5, 100, 64))
+    dataset = run(path, tmp_path / "out", limits=ImportLimits(0.5, 100, 64))
     listed = pq.read_table(tmp_path / "out" / "rejected.parquet").to_pydict()
     assert dataset.samples == 12
     assert listed["path"] == ["cat/bomb.png"]
@@ -268,7 +268,7 @@ def test_malicious_and_damaged_archives_are_refused_and_nothing_is_written_outsi
     monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
     write(tmp_path / "in" / name)
     with pytest.raises(DataError, match=reason) as caught:
-        run(tmp_path / "in" / name, tmp_path / "out", role="unlabelled")
+        run(tmp_path / "in" / name, tmp_path / "out", role="unlabeled")
     assert name in str(caught.value)
     assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["in", f"in/{name}", "out", "scratch"]
 
@@ -281,7 +281,7 @@ def test_shards_keep_their_size_also_when_images_grow(tmp_path, picture):
     for number in range(6):
         # 300 kB as an 8-bit palette image, about 900 kB as PNG of noise.
         (tmp_path / "pool" / f"{number}.bmp").write_bytes(picture(number, "BMP", 500))
-    dataset = run(tmp_path / "pool", tmp_path / "out", role="unlabelled", limits=Limits(0, 100, 2))
+    dataset = run(tmp_path / "pool", tmp_path / "out", role="unlabeled", limits=ImportLimits(0, 100, 2))
     assert dataset.samples == 6
     assert all(shard.bytes <= 2 << 20 for shard in dataset.shards)
 
@@ -290,17 +290,17 @@ def test_large_images_are_made_smaller_only_when_asked(tmp_path, picture):
     (tmp_path / "pool").mkdir()
     (tmp_path / "pool" / "large.jpg").write_bytes(picture(0, "JPEG", 64))
     (tmp_path / "pool" / "small.jpg").write_bytes(picture(1, "JPEG", 16))
-    dataset = run(tmp_path / "pool", tmp_path / "out", role="unlabelled", limits=Limits(0, 100, 1, max_side=32))
+    dataset = run(tmp_path / "pool", tmp_path / "out", role="unlabeled", limits=ImportLimits(0, 100, 1, max_side=32))
     path = tmp_path / "out" / dataset.shards[0].name
-    large, small = (path.read_bytes()[sample.offset :][: sample.size] for sample in read_index(path))
-    assert ingest.decode(large).shape == (32, 32, 3)
+    large, small = (path.read_bytes()[sample.offset :][: sample.size] for sample in read_samples(path))
+    assert ingest.decode_image(large).shape == (32, 32, 3)
     assert small == picture(1, "JPEG", 16)
-    assert run(tmp_path / "pool", tmp_path / "kept", role="unlabelled").digest != dataset.digest
+    assert run(tmp_path / "pool", tmp_path / "kept", role="unlabeled").digest != dataset.digest
 
 
 def test_a_pool_that_was_imported_with_any_number_of_processes_is_the_same(tmp_path, folder):
     (folder / "cat" / "bad.png").write_bytes(b"no image")
-    loose = Limits(0.5, 3, 1)
+    loose = ImportLimits(0.5, 3, 1)
     expected = run(folder, tmp_path / "1", limits=loose)
     found = run(folder, tmp_path / "3", limits=loose, workers=3)
     assert found == expected
@@ -308,8 +308,8 @@ def test_a_pool_that_was_imported_with_any_number_of_processes_is_the_same(tmp_p
 
 
 def test_a_smaller_import_leaves_no_shards_of_a_larger_one(tmp_path, folder):
-    run(folder, tmp_path / "out", limits=Limits(0, 2, 1))
-    dataset = run(folder, tmp_path / "out", limits=Limits(0, 100, 1))
+    run(folder, tmp_path / "out", limits=ImportLimits(0, 2, 1))
+    dataset = run(folder, tmp_path / "out", limits=ImportLimits(0, 100, 1))
     assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == [shard.name for shard in dataset.shards]
 
 
@@ -321,7 +321,7 @@ from ns.storage import open_store
 if __name__ == "__main__":
     source, out = sys.argv[1:]
     limits = Limits(0.5, 20, 1)
-    print(import_images(source, open_store(out), name="n", role="unlabelled", limits=limits, workers=2).digest)
+    print(import_images(source, open_store(out), name="n", role="unlabeled", limits=limits, workers=2).digest)
 """
 
 
@@ -352,7 +352,7 @@ def wait_for(condition, seconds=60):
 
 @pytest.mark.integration
 def test_an_import_survives_the_death_of_its_processes_and_its_own(tmp_path, many):
-    expected = run(many, tmp_path / "calm", role="unlabelled", limits=Limits(0.5, 20, 1)).digest
+    expected = run(many, tmp_path / "calm", role="unlabeled", limits=ImportLimits(0.5, 20, 1)).digest
     parts = tmp_path / "out" / "parts"
     # All of it is killed: the same command goes on, and no process is left behind.
     process = start(tmp_path, many)
@@ -363,7 +363,7 @@ def test_an_import_survives_the_death_of_its_processes_and_its_own(tmp_path, man
     psutil.wait_procs(family, timeout=10)
     assert not [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
     assert not (tmp_path / "out" / "dataset.json").exists()
-    done = {path: path.stat().st_mtime_ns for path in parts.glob("*.json")}
+    done = {path: path.make_stat().st_mtime_ns for path in parts.glob("*.json")}
     # One worker is killed: the import goes on by itself.
     process = start(tmp_path, many)
     wait_for(lambda: len(list(parts.glob("*.json"))) >= len(done) + 3)

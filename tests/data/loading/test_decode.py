@@ -12,7 +12,7 @@ from PIL import Image
 
 from ns.core.errors import DataError
 from ns.data.loading import decode as module
-from ns.data.loading.decode import decode
+from ns.data.loading.decode import decode_image
 
 # pytest puts aside the filter that decode sets.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -30,36 +30,36 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
 def test_lossless_formats_come_back_exactly():
     pixels = RNG.integers(0, 256, (9, 13, 3), np.uint8)
     for kind, options in (("PNG", {}), ("WEBP", {"lossless": True}), ("BMP", {}), ("TIFF", {})):
-        assert np.array_equal(decode(encoded(Image.fromarray(pixels), kind, **options)), pixels)
+        assert np.array_equal(decode_image(encoded(Image.fromarray(pixels), kind, **options)), pixels)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_jpegs_of_any_colour_space_look_as_in_pillow(mode):
+def test_jpegs_of_any_color_space_look_as_in_pillow(mode):
     data = encoded(Image.fromarray(SMOOTH).convert(mode), "JPEG", quality=95)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
-    assert np.abs(decode(data).astype(int) - expected).max() <= 2
+    assert np.abs(decode_image(data).astype(int) - expected).max() <= 2
 
 
-def test_grey_is_repeated_over_the_channels():
-    grey = RNG.integers(0, 256, (5, 4), np.uint8)
-    assert np.array_equal(decode(encoded(Image.fromarray(grey), "PNG")), np.repeat(grey[:, :, None], 3, 2))
+def test_gray_is_repeated_over_the_channels():
+    gray = RNG.integers(0, 256, (5, 4), np.uint8)
+    assert np.array_equal(decode_image(encoded(Image.fromarray(gray), "PNG")), np.repeat(gray[:, :, None], 3, 2))
 
 
 def test_sixteen_bits_are_scaled_and_not_clipped():
     values = np.array([[0, 256, 32768, 65535]], np.uint16)
-    assert decode(encoded(Image.fromarray(values), "PNG"))[0, :, 0].tolist() == [0, 1, 128, 255]
+    assert decode_image(encoded(Image.fromarray(values), "PNG"))[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
 def test_transparency_is_laid_over_white():
     image = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
     image.putpixel((1, 0), (0, 0, 255, 255))
-    assert decode(encoded(image, "PNG"))[0].tolist() == [[255, 255, 255], [0, 0, 255]]
+    assert decode_image(encoded(image, "PNG"))[0].tolist() == [[255, 255, 255], [0, 0, 255]]
 
 
 def test_palettes_are_looked_up():
     image = Image.new("P", (1, 1), 3)
     image.putpalette([0] * 9 + [10, 20, 30])
-    assert decode(encoded(image, "PNG"))[0, 0].tolist() == [10, 20, 30]
+    assert decode_image(encoded(image, "PNG"))[0, 0].tolist() == [10, 20, 30]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -71,15 +71,15 @@ def test_pictures_stand_upright_whatever_exif_says(orientation, kind):
     exif[module.ORIENTATION] = orientation
     data = encoded(Image.fromarray(SMOOTH), kind, exif=exif, **({"quality": 95} if kind == "JPEG" else {}))
     expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")).astype(int)
-    got = decode(data).astype(int)
+    got = decode_image(data).astype(int)
     assert got.shape == expected.shape
     assert np.abs(got - expected).max() <= 2
 
 
 def test_of_an_animation_the_first_frame_is_taken():
-    frames = [Image.new("RGB", (3, 3), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (3, 3), color) for color in ("red", "blue")]
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert decode(data)[0, 0].tolist() == [255, 0, 0]
+    assert decode_image(data)[0, 0].tolist() == [255, 0, 0]
 
 
 PHOTO = encoded(Image.fromarray(RNG.integers(0, 256, (40, 60, 3), np.uint8)), "JPEG")
@@ -98,7 +98,7 @@ PICTURE = encoded(Image.fromarray(RNG.integers(0, 256, (40, 60, 3), np.uint8)), 
 )
 def test_what_cannot_be_read_says_why(data, reason):
     with pytest.raises(DataError, match=reason):
-        decode(data)
+        decode_image(data)
 
 
 def test_decompression_bombs_are_refused_from_their_header(monkeypatch):
@@ -106,36 +106,36 @@ def test_decompression_bombs_are_refused_from_their_header(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     for data in (PHOTO, PICTURE, encoded(Image.fromarray(SMOOTH).convert("CMYK"), "JPEG")):
         with pytest.raises(DataError, match="decompression bomb"):
-            decode(data)
+            decode_image(data)
 
 
 def test_all_formats_have_one_limit(monkeypatch):
     assert module.MAX_PIXELS == 2 * Image.MAX_IMAGE_PIXELS
     # Pillow starts to warn at half of what it refuses; 2,400 px lie between.
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
-    assert decode(PICTURE).shape == (40, 60, 3)
+    assert decode_image(PICTURE).shape == (40, 60, 3)
 
 
 @pytest.mark.parametrize("orientation", [None, 1, 0, 9])
 def test_upright_photographs_take_the_fast_path(orientation, monkeypatch):
-    monkeypatch.setattr(module, "_pillow", lambda data: pytest.fail("took the slow path"))
+    monkeypatch.setattr(module, "_decode_pillow", lambda data: pytest.fail("took the slow path"))
     exif = Image.Exif()
     exif[0x010F] = "a camera"
     if orientation is not None:
         exif[module.ORIENTATION] = orientation
-    assert decode(encoded(Image.fromarray(SMOOTH), "JPEG", exif=exif)).shape == SMOOTH.shape
+    assert decode_image(encoded(Image.fromarray(SMOOTH), "JPEG", exif=exif)).shape == SMOOTH.shape
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_damaged_exif_does_not_cost_the_picture(kind):
     data = encoded(Image.fromarray(SMOOTH), kind, exif=b"Exif\0\0II*\0" + b"\xff" * 40)
-    assert decode(data).shape == SMOOTH.shape
+    assert decode_image(data).shape == SMOOTH.shape
 
 
 def test_programs_are_no_images():
     # Pillow would start Ghostscript.
     with pytest.raises(DataError, match="not an image, or of an unknown format"):
-        decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+        decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
 
 
 def test_threads_leave_the_filters_of_warnings_alone():
@@ -144,7 +144,7 @@ def test_threads_leave_the_filters_of_warnings_alone():
     sys.setswitchinterval(1e-5)
     try:
         with ThreadPoolExecutor(4) as threads:
-            list(threads.map(decode, [PICTURE] * 300))
+            list(threads.map(decode_image, [PICTURE] * 300))
     finally:
         sys.setswitchinterval(interval)
     assert list(warnings.filters) == before
@@ -154,24 +154,24 @@ def test_sixteen_bit_pictures_are_turned_upright_too():
     exif = Image.Exif()
     exif[module.ORIENTATION] = 6
     values = np.array([[0, 65535]], np.uint16)
-    assert decode(encoded(Image.fromarray(values), "PNG", exif=exif))[:, :, 0].tolist() == [[0], [255]]
+    assert decode_image(encoded(Image.fromarray(values), "PNG", exif=exif))[:, :, 0].tolist() == [[0], [255]]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I;16"])
 def test_whatever_the_mode_the_result_has_one_form(mode):
     image = Image.new(mode, (7, 5))
-    decoded = decode(encoded(image, "TIFF"))
+    decoded = decode_image(encoded(image, "TIFF"))
     assert decoded.shape == (5, 7, 3)
     assert decoded.dtype == np.uint8
     assert decoded.flags.c_contiguous
 
 
 def test_half_transparency_is_blended():
-    grey = Image.new("LA", (1, 1), (0, 128))
-    assert decode(encoded(grey, "PNG"))[0, 0].tolist() == [127, 127, 127]
+    gray = Image.new("LA", (1, 1), (0, 128))
+    assert decode_image(encoded(gray, "PNG"))[0, 0].tolist() == [127, 127, 127]
     palette = Image.new("P", (1, 1), 0)
     palette.putpalette([200, 0, 0])
-    assert decode(encoded(palette, "PNG", transparency=0))[0, 0].tolist() == [255, 255, 255]
+    assert decode_image(encoded(palette, "PNG", transparency=0))[0, 0].tolist() == [255, 255, 255]
 
 
 def test_cut_anywhere_an_image_is_a_data_error_or_an_image():
@@ -180,7 +180,7 @@ def test_cut_anywhere_an_image_is_a_data_error_or_an_image():
     for whole in (encoded(Image.fromarray(SMOOTH), "JPEG", exif=exif), PICTURE[:700]):
         for length in range(0, len(whole), 3):
             with contextlib.suppress(DataError):
-                assert decode(whole[:length]).ndim == 3
+                assert decode_image(whole[:length]).ndim == 3
 
 
 @given(st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"]), st.data())
@@ -192,7 +192,7 @@ def test_a_spoilt_image_is_a_data_error_or_an_image(kind, data):
         # A spoilt size may ask for half a gigabyte of pixels.
         patch.setattr(module, "MAX_PIXELS", 200_000)
         patch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
-        image = decode(bytes(spoilt))
+        image = decode_image(bytes(spoilt))
         assert image.dtype == np.uint8
         assert image.ndim == 3
 
@@ -200,7 +200,7 @@ def test_a_spoilt_image_is_a_data_error_or_an_image(kind, data):
 @given(st.binary(max_size=300), st.sampled_from([b"", PHOTO[:100], PICTURE[:60], b"GIF89a", b"RIFF\0\0\0\0WEBPVP8 "]))
 def test_garbage_is_a_data_error_or_an_image(data, start):
     try:
-        image = decode(start + data)
+        image = decode_image(start + data)
     except DataError:
         return
     assert image.dtype == np.uint8

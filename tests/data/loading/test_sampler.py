@@ -6,48 +6,48 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ns.core.errors import DataError
-from ns.data.loading.sampler import WINDOW, Order
+from ns.data.loading.sampler import WINDOW_SHARDS, ShardShuffle
 
-COPIES = st.lists(st.lists(st.integers(0, 3), max_size=6), min_size=1, max_size=3 * WINDOW).filter(
+COPIES = st.lists(st.lists(st.integers(0, 3), max_size=6), min_size=1, max_size=3 * WINDOW_SHARDS).filter(
     lambda shards: any(any(shard) for shard in shards)
 )
 
 
-def order_of(shards: list[list[int]], seed: int = 0) -> Order:
-    return Order([np.array(shard, np.int64) for shard in shards], (seed, 0))
+def order_of(shards: list[list[int]], seed: int = 0) -> ShardShuffle:
+    return ShardShuffle([np.array(shard, np.int64) for shard in shards], (seed, 0))
 
 
 @given(COPIES, st.integers(0, 3))
 def test_an_epoch_sees_every_image_as_often_as_its_copies_say(shards, epoch):
     order = order_of(shards)
-    places = order.take(epoch * order.epoch_size, order.epoch_size)
+    places = order.positions(epoch * order.epoch_size, order.epoch_size)
     wanted = {(s, r): count for s, shard in enumerate(shards) for r, count in enumerate(shard) if count}
     assert Counter(places) == wanted
 
 
 @given(COPIES, st.integers(0, 200), st.lists(st.integers(1, 20), min_size=1, max_size=6))
 def test_any_cut_of_the_stream_gives_the_same_stream(shards, start, counts):
-    whole = order_of(shards).take(start, sum(counts))
+    whole = order_of(shards).positions(start, sum(counts))
     pieces = []
     for count in counts:
         # A new object each time: nothing may depend on what was read before.
-        pieces += order_of(shards).take(start + len(pieces), count)
+        pieces += order_of(shards).positions(start + len(pieces), count)
     assert pieces == whole
 
 
 def test_epochs_and_seeds_are_shuffled_differently():
-    shards = [[1] * 10 for _ in range(WINDOW)]
+    shards = [[1] * 10 for _ in range(WINDOW_SHARDS)]
     order = order_of(shards)
-    first, second = order.take(0, 10 * WINDOW), order.take(10 * WINDOW, 10 * WINDOW)
+    first, second = order.positions(0, 10 * WINDOW_SHARDS), order.positions(10 * WINDOW_SHARDS, 10 * WINDOW_SHARDS)
     assert first != second
-    assert first != order_of(shards, seed=1).take(0, 10 * WINDOW)
+    assert first != order_of(shards, seed=1).positions(0, 10 * WINDOW_SHARDS)
 
 
 def test_only_a_window_of_shards_is_open_at_once():
-    shards = [[1] * 5 for _ in range(4 * WINDOW)]
-    places = order_of(shards).take(0, 5 * 4 * WINDOW)
-    for start in range(0, len(places), 5 * WINDOW):
-        assert len({shard for shard, _ in places[start : start + 5 * WINDOW]}) == WINDOW
+    shards = [[1] * 5 for _ in range(4 * WINDOW_SHARDS)]
+    places = order_of(shards).positions(0, 5 * 4 * WINDOW_SHARDS)
+    for start in range(0, len(places), 5 * WINDOW_SHARDS):
+        assert len({shard for shard, _ in places[start : start + 5 * WINDOW_SHARDS]}) == WINDOW_SHARDS
 
 
 def test_nothing_to_train_on_is_refused():

@@ -14,12 +14,12 @@ from ns.core.errors import DataError, StoreError
 from ns.data.augment.transforms import EvalTransform, TrainTransform
 from ns.data.dataset import Dataset
 from ns.data.importing.writer import ShardWriter
-from ns.data.index import ShardIndex, file_name
+from ns.data.index import ShardIndex, build_index_key
 from ns.data.loading import shard_reader as images
-from ns.data.loading.decode import Encoded, decode, look
-from ns.data.loading.sampler import WINDOW, Order
+from ns.data.loading.decode import EncodedJpeg, decode_image, read_jpeg_size
+from ns.data.loading.sampler import WINDOW_SHARDS, ShardShuffle
 from ns.data.loading.shard_reader import ImageSource
-from ns.data.loading.stream import Batches, Labelled, PseudoLabelled, loader
+from ns.data.loading.stream import LabeledImages, PseudoLabeledImages, TrainingBatches, iterate_batches
 from ns.storage import LocalStore
 from tests.storage.conftest import environment, moto, proxied, store_at, swift  # noqa: F401
 from tests.storage.faults import Fault
@@ -32,8 +32,8 @@ def write(folder, picture, count=50, label=True, kind="JPEG", size=16, shard_sam
     with ShardWriter(folder, max_samples=shard_samples, max_bytes=1 << 24) as writer:
         for number in range(count):
             data = picture(number, kind, size)
-            writer.add(f"{number:03d}", kind.lower().replace("jpeg", "jpg"), data, number % 3 if label else None)
-    role = "labelled" if label else "unlabelled"
+            writer.add_image(f"{number:03d}", kind.lower().replace("jpeg", "jpg"), data, number % 3 if label else None)
+    role = "labeled" if label else "unlabeled"
     dataset = Dataset(name="n", role=role, classes=CLASSES if label else (), shards=writer.shards)
     dataset.save(folder)
     return dataset
@@ -41,7 +41,7 @@ def write(folder, picture, count=50, label=True, kind="JPEG", size=16, shard_sam
 
 @pytest.fixture
 def made(tmp_path, picture):
-    folder = LocalStore(tmp_path / "labelled")
+    folder = LocalStore(tmp_path / "labeled")
     return folder, write(folder, picture)
 
 
@@ -58,10 +58,10 @@ def batches(made, pool=None, *, batch=10, pseudo_batch=6, **share):
         rng = np.random.default_rng(0)
         targets = [rng.random((shard.samples, 3), np.float32) for shard in pool[1].shards]
         copies = [rng.integers(0, 3, shard.samples).astype(np.uint16) for shard in pool[1].shards]
-        pseudo = PseudoLabelled(ImageSource(*pool), targets, copies)
+        pseudo = PseudoLabeledImages(ImageSource(*pool), targets, copies)
     transform = TrainTransform(NOISE, 16)
     options = {"batch": batch, "pseudo_batch": pseudo_batch, "classes": 3, "seed": 4, **share}
-    return Batches(Labelled(folder, dataset), pseudo, transform, **options)
+    return TrainingBatches(LabeledImages(folder, dataset), pseudo, transform, **options)
 
 
 def arrays(batch):
@@ -69,15 +69,15 @@ def arrays(batch):
 
 
 def equal(first, second):
-    return all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+    return all(np.array_equal(a, b) for a, b in zip(first, second, make_strict=True))
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("start", [0, 1, 7])
 def test_a_stream_goes_on_at_any_step_with_any_number_of_processes(made, pool, workers, start):
     expected = [arrays(batches(made, pool)[step]) for step in range(start, 12)]
-    found = loader(batches(made, pool), start=start, stop=12, workers=workers, pin_memory=False)
-    assert all(equal(a, arrays(b)) for a, b in zip(expected, found, strict=True))
+    found = iterate_batches(batches(made, pool), start=start, stop=12, workers=workers, pin_memory=False)
+    assert all(equal(a, arrays(b)) for a, b in zip(expected, found, make_strict=True))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
@@ -95,17 +95,17 @@ def test_ranks_share_what_one_process_would_see(made, pool, world):
 
 def test_an_epoch_sees_each_image_once_on_all_ranks_together(made):
     parts = [batches(made, batch=10, rank=rank, world=3) for rank in range(3)]
-    seen = [place for step in range(5) for part in parts for place in part._streams[0].places(step)]
+    seen = [place for step in range(5) for part in parts for place in part._streams[0].locate_images(step)]
     assert len(seen) == len(set(seen)) == 50
 
 
 def test_shards_of_the_next_window_are_fetched_ahead():
-    order = Order([np.ones(3, np.uint8) for _ in range(2 * WINDOW + 3)], (1, 2))
-    shards = [shard for shard, _ in order.take(0, 2 * order.epoch_size)]
+    order = ShardShuffle([np.ones(3, np.uint8) for _ in range(2 * WINDOW_SHARDS + 3)], (1, 2))
+    shards = [shard for shard, _ in order.positions(0, 2 * order.epoch_size)]
     windows = [(0, 24), (24, 48), (48, 57), (57, 81)]
     for (start, stop), (next_start, next_stop) in itertools.pairwise(windows):
         for position in (start, stop - 1):
-            assert set(order.ahead(position)) == set(shards[next_start:next_stop])
+            assert set(order.prefetch(position)) == set(shards[next_start:next_stop])
 
 
 def test_large_photographs_are_decoded_smaller_and_look_the_same():
@@ -114,10 +114,10 @@ def test_large_photographs_are_decoded_smaller_and_look_the_same():
     sink = io.BytesIO()
     smooth.save(sink, "JPEG", quality=95)
     data = sink.getvalue()
-    assert look(data) == (640, 480)
-    encoded, whole = Encoded(data, 640, 480), decode(data)
-    assert encoded.part((0, 0, 640, 480), 64)[0].shape == (120, 160, 3)
-    assert encoded.part((0, 0, 640, 480), 400)[0].shape == (480, 640, 3)
+    assert read_jpeg_size(data) == (640, 480)
+    encoded, whole = EncodedJpeg(data, 640, 480), decode_image(data)
+    assert encoded.decode_box((0, 0, 640, 480), 64)[0].shape == (120, 160, 3)
+    assert encoded.decode_box((0, 0, 640, 480), 400)[0].shape == (480, 640, 3)
     # Scaled decoding smooths a little differently from bicubic resizing, by a few of 255 levels.
     evaluated = EvalTransform(64, "resized", 32)
     assert np.abs(evaluated(encoded).astype(int) - evaluated(whole)).mean() < 1.5
@@ -133,7 +133,7 @@ def test_every_kind_of_image_reaches_the_batch(tmp_path, picture, kind, crop):
     folder = LocalStore(tmp_path / kind)
     made = folder, write(folder, picture, kind=kind, size=20)
     transform = TrainTransform(NoiseConfig(crop=crop), 16)
-    made = Batches(Labelled(*made), None, transform, batch=8, pseudo_batch=0, classes=3, seed=0)
+    made = TrainingBatches(LabeledImages(*made), None, transform, batch_size=8, pseudo_batch_size=0, num_classes=3, seed=0)
     assert made[3].images.shape == (8, 16, 16, 3)
 
 
@@ -143,9 +143,9 @@ def test_every_kind_of_image_reaches_the_batch(tmp_path, picture, kind, crop):
 def test_the_index_beside_a_shard_says_what_the_tar_says(made, pool):
     for folder, dataset in (made, pool):
         for shard in dataset.shards:
-            kept = ShardIndex.read(folder, shard)
-            folder.delete(file_name(shard))
-            walked = ShardIndex.read(folder, shard)
+            kept = ShardIndex.load(folder, shard)
+            folder.delete(build_index_key(shard))
+            walked = ShardIndex.load(folder, shard)
             assert kept.table.equals(walked.table)
             assert len(kept) == shard.samples
 
@@ -153,15 +153,15 @@ def test_the_index_beside_a_shard_says_what_the_tar_says(made, pool):
 def test_the_index_of_another_tar_is_not_used(made):
     folder, dataset = made
     first, second = dataset.shards[:2]
-    folder.put(file_name(first), folder.get(file_name(second)))
-    assert ShardIndex.read(folder, first).keys == [f"{number:03d}" for number in range(7)]
+    folder.put(build_index_key(first), folder.get(build_index_key(second)))
+    assert ShardIndex.load(folder, first).keys == [f"{number:03d}" for number in range(7)]
 
 
 def test_a_damaged_index_is_named_with_its_cure(made):
     folder, dataset = made
-    folder.put(file_name(dataset.shards[0]), b"garbage")
+    folder.put(build_index_key(dataset.shards[0]), b"garbage")
     with pytest.raises(DataError, match=r"shard-00000\.index\.parquet: damaged: .*; delete it: it is made again from the tar"):
-        ShardIndex.read(folder, dataset.shards[0])
+        ShardIndex.load(folder, dataset.shards[0])
 
 
 # Damage
@@ -174,12 +174,12 @@ def test_a_shard_whose_bytes_are_others_is_named(made):
     folder.put("shard-00002.tar", bytes(data))
     source = ImageSource(folder, dataset)
     with pytest.raises(DataError, match=r"shard-00002\.tar: its sha256 is not that of dataset\.json"):
-        source.image(2, 0)
+        source.read_image(2, 0)
     folder.put("shard-00002.tar", bytes(data[:-512]))
     with pytest.raises(
         DataError, match=r"shard-00002\.tar: has 13824 bytes, dataset\.json says 14336|shard-00002\.tar: has \d+ bytes"
     ):
-        source.image(2, 0)
+        source.read_image(2, 0)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -188,16 +188,24 @@ def test_a_shard_that_vanished_fails_with_its_name(made, workers):
     stream = batches(made)
     folder.delete("shard-00003.tar")
     with pytest.raises((DataError, StoreError), match=r"shard-00003\.tar"):
-        list(loader(stream, start=0, stop=20, workers=workers, pin_memory=False))
+        list(iterate_batches(stream, start=0, stop=20, workers=workers, pin_memory=False))
 
 
 def test_an_image_that_cannot_be_decoded_is_named_with_its_shard(tmp_path, picture):
     folder = LocalStore(tmp_path)
     with ShardWriter(folder, max_samples=10, max_bytes=1 << 20) as writer:
-        writer.add("good", "jpg", picture(0, "JPEG"), 0)
-        writer.add("bad", "jpg", picture(1, "JPEG")[:200], 1)
-    dataset = Dataset(name="n", role="labelled", classes=CLASSES, shards=writer.shards)
-    made = Batches(Labelled(folder, dataset), None, TrainTransform(NOISE, 16), batch=2, pseudo_batch=0, classes=3, seed=0)
+        writer.add_image("good", "jpg", picture(0, "JPEG"), 0)
+        writer.add_image("bad", "jpg", picture(1, "JPEG")[:200], 1)
+    dataset = Dataset(name="n", role="labeled", classes=CLASSES, shards=writer.shards)
+    made = TrainingBatches(
+        LabeledImages(folder, dataset),
+        None,
+        TrainTransform(NOISE, 16),
+        batch_size=2,
+        pseudo_batch_size=0,
+        num_classes=3,
+        seed=0,
+    )
     with pytest.raises(DataError, match=r"shard-00000\.tar: bad: truncated; import the data again"):
         made[0]
 
@@ -222,10 +230,10 @@ def test_each_shard_is_fetched_once_whoever_needs_it(proxied, picture):  # noqa:
     store, proxy = proxied
     made = store, write(store, picture)
     expected = [arrays(batches(made)[step]) for step in range(10)]
-    proxy.requests.clear()
+    proxy.requests.clear_checkpoints()
     store.service.cache.folder.rename(store.service.cache.folder.with_name("old"))
-    found = [arrays(batch) for batch in loader(batches(made), start=0, stop=10, workers=2, pin_memory=False)]
-    assert all(equal(a, b) for a, b in zip(expected, found, strict=True))
+    found = [arrays(batch) for batch in iterate_batches(batches(made), start=0, stop=10, workers=2, pin_memory=False)]
+    assert all(equal(a, b) for a, b in zip(expected, found, make_strict=True))
     assert proxy.count(r"GET .*\.tar") == len(made[1].shards)
 
 
@@ -242,7 +250,7 @@ def test_errors_and_broken_bodies_change_nothing(proxied, picture):  # noqa: F81
         Fault(r"GET .*shard-00004\.tar", 1, reset="before"),
     ]
     found = [arrays(batches(made)[step]) for step in range(10)]
-    assert all(equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert all(equal(a, b) for a, b in zip(expected, found, make_strict=True))
     assert not any(fault.times for fault in proxy.faults)
 
 
@@ -259,15 +267,15 @@ def test_a_shard_that_stays_out_of_reach_fails_with_its_name(proxied, picture): 
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("environment")
 def test_a_server_that_is_killed_while_it_is_read_changes_nothing(swift, tmp_path, picture):  # noqa: F811
-    from ns.storage.retry import Patience
-    from ns.storage.s3 import S3Store, Service
+    from ns.storage.retry import RetryPolicy
+    from ns.storage.s3 import S3Service, S3Store
 
     near = store_at(swift.url, tmp_path / "cache")
     made = near, write(near, picture, count=200, shard_samples=10)
     expected = [arrays(batches(made)[step]) for step in range(30)]
-    near.service.cache.folder.rename(tmp_path / "old")
-    patience = Patience(seconds=60, first_contact_seconds=10, cap_seconds=0.5)
-    patient = S3Store(near.uri, Service(near.service.endpoint, patience=patience, cache=near.service.cache))
+    near.service.cache.root.rename(tmp_path / "old")
+    patience = RetryPolicy(seconds=60, first_contact_seconds=10, cap_seconds=0.5)
+    patient = S3Store(near.uri, S3Service(near.service.endpoint, retry_policy=patience, cache=near.service.cache))
 
     def trouble():
         for _ in range(3):
@@ -282,14 +290,14 @@ def test_a_server_that_is_killed_while_it_is_read_changes_nothing(swift, tmp_pat
         found = [arrays(batches((patient, made[1]))[step]) for step in range(30)]
     finally:
         thread.join()
-    assert all(equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert all(equal(a, b) for a, b in zip(expected, found, make_strict=True))
 
 
 @pytest.mark.parametrize("run", [1, 2, 64])
-def test_neighbours_that_are_read_at_once_are_what_each_is_alone(made, monkeypatch, run):
+def test_neighbors_that_are_read_at_once_are_what_each_is_alone(made, monkeypatch, run):
     folder, dataset = made
     source = ImageSource(folder, dataset)
-    alone = [source.image(1, row).data for row in range(7)]
+    alone = [source.read_image(1, row).data for row in range(7)]
     monkeypatch.setattr(images, "RUN", run)
-    assert [image.data for image in source.encoded(1)] == alone
-    assert [image.data for image in source.encoded(1, 2, 5)] == alone[2:5]
+    assert [image.data for image in source.read_encoded(1)] == alone
+    assert [image.data for image in source.read_encoded(1, 2, 5)] == alone[2:5]

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ns.evaluation.robustness.attacks import AttackPlan, attack
+from ns.evaluation.robustness.attacks import AttackPlan, attack_images
 from ns.modeling.predictor import Predictor
 
 SIZE, CLASSES = 4, 3
@@ -33,7 +33,7 @@ def test_fgsm_is_one_step_along_the_sign_of_the_analytic_gradient(linear, epsilo
     probabilities = (clean @ weights.double() / 255).softmax(1)
     gradient = (probabilities - F.one_hot(labels, CLASSES)) @ weights.double().T
     expected = (clean + epsilon * gradient.sign()).clamp(0, 255)
-    found = attack(logits, images, labels, AttackPlan.fgsm(epsilon), KEYS, 0)
+    found = attack_images(logits, images, labels, AttackPlan.fgsm(epsilon), KEYS, 0)
     assert found.dtype == torch.float32
     assert torch.allclose(found.flatten(1).double(), expected, atol=1e-4)
 
@@ -44,7 +44,7 @@ def test_pgd_ends_at_the_worst_corner_of_a_two_class_linear_network(linear):
     # The loss grows with the margin of the other class, whose gradient is one direction everywhere: the corner is the worst place.
     toward = (weights[:, 1] - weights[:, 0]).sign()
     for plan in (AttackPlan.pgd(8, 10), AttackPlan.pgd(8, 50), AttackPlan.pgd(8, 40, 1)):
-        found = attack(lambda pixels: pixels.flatten(1) @ weights[:, :2] / 255, images, labels, plan, KEYS, 0)
+        found = attack_images(lambda pixels: pixels.flatten(1) @ weights[:, :2] / 255, images, labels, plan, KEYS, 0)
         signs = torch.where(labels == 0, 1, -1)[:, None] * toward[None]
         expected = (images.flatten(1).float() + 8 * signs).clamp(0, 255)
         assert torch.allclose(found.flatten(1), expected, atol=1e-3), plan
@@ -53,7 +53,7 @@ def test_pgd_ends_at_the_worst_corner_of_a_two_class_linear_network(linear):
 @pytest.mark.parametrize("plan", [AttackPlan.fgsm(16), AttackPlan.pgd(16, 3), AttackPlan.pgd(2, 5, 30)])
 def test_changes_stay_within_epsilon_and_the_range_of_pixels(linear, plan):
     images, labels, _, logits = linear
-    found = attack(logits, images, labels, plan, KEYS, 0)
+    found = attack_images(logits, images, labels, plan, KEYS, 0)
     assert float((found - images.float()).abs().max()) <= plan.epsilon
     assert 0 <= float(found.min()) <= float(found.max()) <= 255
 
@@ -61,12 +61,12 @@ def test_changes_stay_within_epsilon_and_the_range_of_pixels(linear, plan):
 def test_pgd_starts_where_seed_and_key_say_whatever_the_batch(linear):
     images, labels, _, logits = linear
     plan = AttackPlan.pgd(4, 1, 0.25)
-    together = attack(logits, images, labels, plan, KEYS, 0)
+    together = attack_images(logits, images, labels, plan, KEYS, 0)
     order = [3, 1]
-    apart = attack(logits, images[order], labels[order], plan, [KEYS[place] for place in order], 0)
+    apart = attack_images(logits, images[order], labels[order], plan, [KEYS[place] for place in order], 0)
     assert torch.equal(apart, together[order])
-    assert not torch.equal(attack(logits, images, labels, plan, KEYS, 1), together)
-    twins = attack(logits, images[:1].repeat(2, 1, 1, 1), labels[:1].repeat(2), plan, ["a", "b"], 0)
+    assert not torch.equal(attack_images(logits, images, labels, plan, KEYS, 1), together)
+    twins = attack_images(logits, images[:1].repeat(2, 1, 1, 1), labels[:1].repeat(2), plan, ["a", "b"], 0)
     assert not torch.equal(twins[0], twins[1])
 
 
@@ -77,16 +77,19 @@ def test_steps_are_the_published_ones_where_nothing_is_said():
     assert str(AttackPlan.pgd(16, 10)) == "pgd-16-10x4"
 
 
-def test_a_network_is_attacked_through_its_normalisation(model, pixels):
+def test_a_network_is_attacked_through_its_normalization(model, pixels):
     predictor = Predictor(model, batch=8)
     images = torch.from_numpy(pixels(6, 32))
-    labels = predictor.logits(images).argmax(1)
-    before = F.cross_entropy(predictor.logits(images), labels, reduction="none")
-    found = attack(predictor.logits, images, labels, AttackPlan.pgd(8, 5), [str(n) for n in range(6)], 0)
-    after = F.cross_entropy(predictor.logits(found), labels, reduction="none")
-    assert bool((after > before).all())
+    labels = predictor.compute_logits(images).argmax(1)
+    before = F.cross_entropy(predictor.compute_logits(images), labels, reduction="none")
+    found = attack_images(predictor.compute_logits, images, labels, AttackPlan.pgd(8, 5), [str(n) for n in range(6)], 0)
+    after = F.cross_entropy(predictor.compute_logits(found), labels, reduction="none")
+    assert bool((after > before).load_all())
     # Against a gradient by differences: the step that FGSM takes is uphill in each of some pixels.
-    step = attack(predictor.logits, images, labels, AttackPlan.fgsm(1), [str(n) for n in range(6)], 0) - images.float()
+    step = (
+        attack_images(predictor.compute_logits, images, labels, AttackPlan.fgsm(1), [str(n) for n in range(6)], 0)
+        - images.float()
+    )
     rng = np.random.default_rng(0)
     agree = 0
     for _ in range(20):
@@ -95,6 +98,6 @@ def test_a_network_is_attacked_through_its_normalisation(model, pixels):
         higher, lower = probe.clone(), probe.clone()
         higher[0, y, x, channel] += 2
         lower[0, y, x, channel] -= 2
-        slopes = [F.cross_entropy(predictor.logits(one.float()), labels[:1]) for one in (higher, lower)]
+        slopes = [F.cross_entropy(predictor.compute_logits(one.float()), labels[:1]) for one in (higher, lower)]
         agree += int(torch.sign(slopes[0] - slopes[1]) == step[0, y, x, channel].sign() or step[0, y, x, channel] == 0)
     assert agree >= 18

@@ -24,7 +24,7 @@ from scipy.ndimage import zoom
 from sklearn.datasets import load_sample_image
 
 from ns.config.schema import CORRUPTIONS, EXTRA_CORRUPTIONS
-from ns.evaluation.robustness.corruptions import KINDS, corrupt, moved, plasma, zoomed
+from ns.evaluation.robustness.corruptions import CORRUPTION_KINDS, blur_motion, corrupt_image, generate_plasma, zoom_center
 
 SEVERITIES = range(1, 6)
 
@@ -52,7 +52,7 @@ def part_of_a_photograph(size):
 
 
 def parameter(image, kind, severity):
-    return KINDS[kind][2 if len(image) <= 64 else 1][severity - 1]
+    return CORRUPTION_KINDS[kind][2 if len(image) <= 64 else 1][severity - 1]
 
 
 def close(found, expected, within=1):
@@ -60,16 +60,16 @@ def close(found, expected, within=1):
 
 
 def test_there_are_the_nineteen_published_kinds():
-    assert set(KINDS) == {*CORRUPTIONS, *EXTRA_CORRUPTIONS}
+    assert set(CORRUPTION_KINDS) == {*CORRUPTIONS, *EXTRA_CORRUPTIONS}
     assert len(CORRUPTIONS) == 15
-    assert all(len(photographs) == len(small) == 5 for _, photographs, small in KINDS.values())
+    assert all(len(photographs) == len(small) == 5 for _, photographs, small in CORRUPTION_KINDS.values())
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", list(CORRUPTION_KINDS))
 def test_all_kinds_change_the_image_and_follow_from_the_generator_alone(image, kind):
     before = image.copy()
     for severity in (1, 5):
-        first, again = (corrupt(image, kind, severity, np.random.default_rng(7)) for _ in range(2))
+        first, again = (corrupt_image(image, kind, severity, np.random.default_rng(7)) for _ in range(2))
         assert (first.shape, first.dtype) == (image.shape, np.uint8)
         assert np.array_equal(first, again)
         assert not np.array_equal(first, image)
@@ -77,13 +77,13 @@ def test_all_kinds_change_the_image_and_follow_from_the_generator_alone(image, k
 
 
 @pytest.mark.parametrize("size", ["small", "photograph"])
-@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"frost"}))
+@pytest.mark.parametrize("kind", sorted(set(CORRUPTION_KINDS) - {"frost"}))
 def test_images_change_as_much_as_by_the_published_code(kind, size):
     image = part_of_a_photograph(size)
     for row in (row for row in PUBLISHED if (row["size"], row["kind"]) == (size, kind)):
         theirs, severity, rng = int(row["draws"]), int(row["severity"]), np.random.default_rng(0)
         ours = 1 if theirs == 1 else {"small": 20, "photograph": 3}[size]
-        found = np.array([corrupt(image, kind, severity, rng) for _ in range(ours)]).astype(float)
+        found = np.array([corrupt_image(image, kind, severity, rng) for _ in range(ours)]).astype(float)
         measured = {
             "mean": found.mean(),
             "spread": found.std((1, 2, 3)).mean(),
@@ -97,17 +97,17 @@ def test_images_change_as_much_as_by_the_published_code(kind, size):
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (24, 17), (90, 70)])
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", list(CORRUPTION_KINDS))
 def test_images_of_any_shape_can_be_corrupted(kind, shape):
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
     for flat in (image, np.zeros_like(image), np.full_like(image, 255)):
-        assert corrupt(flat, kind, 5, np.random.default_rng(0)).shape == image.shape
+        assert corrupt_image(flat, kind, 5, np.random.default_rng(0)).shape == image.shape
 
 
 @pytest.mark.parametrize("kind", ["gaussian_noise", "shot_noise", "speckle_noise", "impulse_noise", "jpeg_compression",
                                   "gaussian_blur", "contrast", "zoom_blur", "fog"])  # fmt: skip
 def test_a_higher_severity_changes_more(image, kind):
-    changes = [np.abs(corrupt(image, kind, s, np.random.default_rng(0)).astype(int) - image).mean() for s in SEVERITIES]
+    changes = [np.abs(corrupt_image(image, kind, s, np.random.default_rng(0)).astype(int) - image).mean() for s in SEVERITIES]
     assert changes == sorted(changes)
 
 
@@ -116,15 +116,15 @@ def test_noise_has_the_published_strength(severity):
     image = np.full((224, 224, 3), 128, np.uint8)
     value = 128 / 255
     rng = np.random.default_rng(0)
-    gaussian, shot = (corrupt(image, kind, severity, rng) for kind in ("gaussian_noise", "shot_noise"))
+    gaussian, shot = (corrupt_image(image, kind, severity, rng) for kind in ("gaussian_noise", "shot_noise"))
     scale = parameter(image, "gaussian_noise", severity)
-    # Grey in the middle of the range is cut off in few places at the lower severities: there the spread is the published one.
+    # Gray in the middle of the range is cut off in few places at the lower severities: there the spread is the published one.
     if severity <= 3:
         assert gaussian.std() / 255 == pytest.approx(scale, rel=0.05)
     photons = parameter(image, "shot_noise", severity)
     if severity <= 2:
         assert shot.std() / 255 == pytest.approx(np.sqrt(value / photons), rel=0.05)
-    impulse = corrupt(image, "impulse_noise", severity, rng)
+    impulse = corrupt_image(image, "impulse_noise", severity, rng)
     share = parameter(image, "impulse_noise", severity)
     for extreme in (0, 255):
         assert (impulse == extreme).mean() == pytest.approx(share / 2, rel=0.1)
@@ -135,18 +135,18 @@ def test_brightness_and_saturate_are_those_of_hsv(image, severity):
     shift = parameter(image, "brightness", severity)
     hsv = matplotlib.colors.rgb_to_hsv(image / 255)
     hsv[:, :, 2] = np.clip(hsv[:, :, 2] + shift, 0, 1)
-    close(corrupt(image, "brightness", severity, np.random.default_rng(0)), matplotlib.colors.hsv_to_rgb(hsv) * 255)
+    close(corrupt_image(image, "brightness", severity, np.random.default_rng(0)), matplotlib.colors.hsv_to_rgb(hsv) * 255)
     factor, plus = parameter(image, "saturate", severity)
     hsv = matplotlib.colors.rgb_to_hsv(image / 255)
     hsv[:, :, 1] = np.clip(hsv[:, :, 1] * factor + plus, 0, 1)
-    close(corrupt(image, "saturate", severity, np.random.default_rng(0)), matplotlib.colors.hsv_to_rgb(hsv) * 255)
+    close(corrupt_image(image, "saturate", severity, np.random.default_rng(0)), matplotlib.colors.hsv_to_rgb(hsv) * 255)
 
 
 @pytest.mark.parametrize("severity", SEVERITIES)
 def test_contrast_is_about_the_mean_of_each_channel(image, severity):
     mean = image.mean((0, 1))
     expected = mean + (image - mean) * parameter(image, "contrast", severity)
-    close(corrupt(image, "contrast", severity, np.random.default_rng(0)), expected)
+    close(corrupt_image(image, "contrast", severity, np.random.default_rng(0)), expected)
 
 
 @pytest.mark.parametrize("severity", SEVERITIES)
@@ -154,10 +154,10 @@ def test_pixelate_and_jpeg_are_pillows(image, severity):
     picture = Image.fromarray(image)
     side = int(len(image) * parameter(image, "pixelate", severity))
     coarse = picture.resize((side, side), Image.Resampling.BOX).resize(picture.size, Image.Resampling.BOX)
-    close(corrupt(image, "pixelate", severity, np.random.default_rng(0)), coarse, within=0)
+    close(corrupt_image(image, "pixelate", severity, np.random.default_rng(0)), coarse, within=0)
     sink = io.BytesIO()
     picture.save(sink, "JPEG", quality=parameter(image, "jpeg_compression", severity))
-    close(corrupt(image, "jpeg_compression", severity, np.random.default_rng(0)), Image.open(sink), within=0)
+    close(corrupt_image(image, "jpeg_compression", severity, np.random.default_rng(0)), Image.open(sink), within=0)
 
 
 @pytest.mark.parametrize("severity", SEVERITIES)
@@ -172,7 +172,7 @@ def test_defocus_is_a_convolution_with_a_softened_disk(severity):
     kernel = F.conv2d(padded, soft).expand(3, 1, -1, -1)
     planes = torch.from_numpy(image / 255).permute(2, 0, 1)[None]
     expected = F.conv2d(F.pad(planes, [reach] * 4, mode="reflect"), kernel, groups=3)[0].permute(1, 2, 0) * 255
-    close(corrupt(image, "defocus_blur", severity, np.random.default_rng(0)), expected.numpy())
+    close(corrupt_image(image, "defocus_blur", severity, np.random.default_rng(0)), expected.numpy())
 
 
 def test_motion_blur_is_the_mean_along_half_a_line():
@@ -180,12 +180,12 @@ def test_motion_blur_is_the_mean_along_half_a_line():
     image[10, 10] = 1
     weights = np.exp(-(np.arange(7) ** 2) / (2 * 1.5**2))
     weights /= weights.sum()
-    across = moved(image, 3, 1.5, 0)[:, :, 0]
+    across = blur_motion(image, 3, 1.5, 0)[:, :, 0]
     assert across[10, 10:3:-1] == pytest.approx(weights, abs=1e-3)  # what lies to the right comes in
     assert across.sum() == pytest.approx(1, abs=1e-3)
-    assert moved(image, 3, 1.5, 90)[10:3:-1, 10, 0] == pytest.approx(weights, abs=1e-3)
+    assert blur_motion(image, 3, 1.5, 90)[10:3:-1, 10, 0] == pytest.approx(weights, abs=1e-3)
     flat = np.full((9, 9, 3), 0.25, np.float32)
-    assert moved(flat, 10, 3, 30) == pytest.approx(flat, abs=1e-3)
+    assert blur_motion(flat, 10, 3, 30) == pytest.approx(flat, abs=1e-3)
 
 
 @pytest.mark.parametrize("factor", [1, 1.01, 1.06, 1.3, 2.5])
@@ -194,19 +194,19 @@ def test_a_centre_is_enlarged_as_by_scipy(shape, factor):
     image = np.random.default_rng(0).random(shape, np.float32)
     height, width = shape[:2]
     rows, columns = int(np.ceil(height / factor)), int(np.ceil(width / factor))
-    centre = image[(height - rows) // 2 :, (width - columns) // 2 :][:rows, :columns]
-    larger = zoom(centre, (factor, factor, 1)[: image.ndim], order=1)
+    center = image[(height - rows) // 2 :, (width - columns) // 2 :][:rows, :columns]
+    larger = zoom(center, (factor, factor, 1)[: image.ndim], order=1)
     top, left = (larger.shape[0] - height) // 2, (larger.shape[1] - width) // 2
-    found = zoomed(image, factor)
+    found = zoom_center(image, factor)
     assert found.dtype == np.float32
     assert found == pytest.approx(larger[top : top + height, left : left + width], abs=1e-6)
 
 
-def test_glass_takes_each_pixel_from_a_neighbour():
+def test_glass_takes_each_pixel_from_a_neighbor():
     # At the lowest severity of small images nothing is blurred that one could see, and pixels are taken once, from a pixel away.
     places = np.arange(32, dtype=np.uint8)
     rows = np.broadcast_to(places[:, None, None] * 8, (32, 32, 3)).copy()
-    found = corrupt(rows, "glass_blur", 1, np.random.default_rng(0)).astype(int)
+    found = corrupt_image(rows, "glass_blur", 1, np.random.default_rng(0)).astype(int)
     assert set(np.unique(found)) <= set((places * 8).tolist())
     assert (found != rows).mean() > 0.3
     # Going up and left, what was taken before can be taken again: it may come from further down, never from further up.
@@ -214,7 +214,7 @@ def test_glass_takes_each_pixel_from_a_neighbour():
 
 
 def test_plasma_fills_its_range_and_is_rougher_with_less_decay():
-    smooth, rough = (plasma((100, 60), decay, np.random.default_rng(0)) for decay in (3, 1.4))
+    smooth, rough = (generate_plasma((100, 60), decay, np.random.default_rng(0)) for decay in (3, 1.4))
     for field in (smooth, rough):
         assert field.shape == (100, 60)
         assert 0 <= field.min() <= field.max() <= 1
@@ -223,7 +223,7 @@ def test_plasma_fills_its_range_and_is_rougher_with_less_decay():
 
 @pytest.mark.parametrize("kind", ["fog", "snow", "frost"])
 def test_weather_makes_contrasts_weaker_or_images_lighter(image, kind):
-    found = corrupt(image, kind, 3, np.random.default_rng(0))
+    found = corrupt_image(image, kind, 3, np.random.default_rng(0))
     correlation = np.corrcoef(found.reshape(-1), image.reshape(-1))[0, 1]
     assert 0.2 < correlation < 0.999
     if kind == "snow":
@@ -232,7 +232,7 @@ def test_weather_makes_contrasts_weaker_or_images_lighter(image, kind):
 
 def test_parameters_of_small_images_end_at_64_px():
     def spread(size):
-        return corrupt(np.full((size, size, 3), 128, np.uint8), "gaussian_noise", 1, np.random.default_rng(0)).std() / 255
+        return corrupt_image(np.full((size, size, 3), 128, np.uint8), "gaussian_noise", 1, np.random.default_rng(0)).std() / 255
 
     assert spread(64) == pytest.approx(0.04, rel=0.05)
     assert spread(65) == pytest.approx(0.08, rel=0.05)

@@ -8,9 +8,9 @@ from PIL import Image
 
 from ns.config.schema import EvaluationConfig
 from ns.core.errors import DataError
-from ns.data.loading.decode import decode
+from ns.data.loading.decode import decode_image
 from ns.evaluation.result import ROBUSTNESS, Robustness
-from ns.evaluation.robustness.published import CIFAR10, ReadyMade, listing_digest, measure
+from ns.evaluation.robustness.published import CIFAR10_CLASSES, PublishedSet, digest_listing, measure_published_set
 from ns.modeling.predictor import Predictor
 from ns.storage import LocalStore
 
@@ -19,13 +19,13 @@ CONFIG = EvaluationConfig(severities=(1, 5))
 
 @pytest.fixture(scope="module")
 def predictor(make_model, tmp_path_factory):
-    return Predictor(make_model(tmp_path_factory.mktemp("cifar"), classes=CIFAR10), batch=8)
+    return Predictor(make_model(tmp_path_factory.mktemp("cifar"), classes=CIFAR10_CLASSES), batch=8)
 
 
 def run(predictor, place, kind, out, config=CONFIG):
     folder, out = LocalStore(place), LocalStore(out)
-    found = measure(predictor, folder, kind, "set", listing_digest(folder), config, out.at("units"), out)
-    assert Robustness.read(out, ROBUSTNESS) == found
+    found = measure_published_set(predictor, folder, kind, "set", digest_listing(folder), config, out.at("units"), out)
+    assert Robustness.load_file(out, ROBUSTNESS) == found
     return found
 
 
@@ -47,8 +47,10 @@ def test_cifar10_c_is_read_severity_by_severity(predictor, cifar10_c, tmp_path):
     for severity in (1, 5):
         part = slice(20 * (severity - 1), 20 * severity)
         probabilities = next(predictor.groups([list(images[part])]))
-        names = [CIFAR10[label] for label in labels[part]]
-        wrong = [predictor.card.classes[answer] != name for answer, name in zip(probabilities.argmax(1), names, strict=True)]
+        names = [CIFAR10_CLASSES[label] for label in labels[part]]
+        wrong = [
+            predictor.manifest.classes[answer] != name for answer, name in zip(probabilities.argmax(1), names, make_strict=True)
+        ]
         expected.append(np.mean(wrong))
     assert found.corruptions["fog"] == pytest.approx(tuple(expected))
     # Not asked for: the extra ones.
@@ -58,7 +60,7 @@ def test_cifar10_c_is_read_severity_by_severity(predictor, cifar10_c, tmp_path):
 
 
 def test_a_subsample_of_a_published_set_is_even(predictor, cifar10_c, tmp_path):
-    found = run(predictor, cifar10_c, "cifar10-c", tmp_path / "out", CONFIG.model_copy(update={"images": 10}))
+    found = run(predictor, cifar10_c, "cifar10-c", tmp_path / "out", CONFIG.model_copy(update_weights={"images": 10}))
     assert (found.images, found.subsample.images) == (10, 10)
 
 
@@ -73,8 +75,8 @@ def test_imagenet_c_is_read_from_its_folders_and_damaged_images_are_left_out(mak
             damaged = number == 4
             place.put(f"frost/{severity}/{name}/ILSVRC2012_val_{number:08d}.JPEG", data[:50] if damaged else data)
             if not damaged:
-                whole = np.asarray(Image.fromarray(decode(data)).resize((32, 32), Image.Resampling.BICUBIC))
-                answer = int(next(predictor.groups([[whole]])).argmax())
+                whole = np.asarray(Image.fromarray(decode_image(data)).resize((32, 32), Image.Resampling.BICUBIC))
+                answer = int(next(predictor.predict_groups([[whole]])).argmax())
                 wrong[severity] += names[answer] != name
     found = run(predictor, tmp_path / "imagenet-c", "imagenet-c", tmp_path / "out")
     assert found.corruptions == {"frost": (pytest.approx(wrong[1] / 6), pytest.approx(wrong[5] / 6))}
@@ -105,19 +107,19 @@ def test_imagenet_p_is_read_from_its_films(make_model, tmp_path):
     found = run(predictor, tmp_path / "imagenet-p", "imagenet-p", tmp_path / "out")
     assert list(found.perturbations) == ["translate"]
     assert (found.images, found.frames) == (3, 5)
-    made = ReadyMade(place, "imagenet-p", names).entries("translate", 1)
+    made = PublishedSet(place, "imagenet-p", names).find_entries("translate", 1)
     flipped = []
     for row in range(3):
         frames = made.load(row)
         assert [frame.shape for frame in frames] == [(224, 224, 3)] * 5
-        answers = next(predictor.whole().groups([frames])).argmax(1)
+        answers = next(predictor.without_crop().predict_groups([frames])).argmax(1)
         flipped.append((answers[1:] != answers[:-1]).mean())
     assert found.perturbations["translate"].flip_probability == pytest.approx(np.mean(flipped))
 
 
 def test_what_was_done_is_not_done_again(predictor, cifar10_c, tmp_path, monkeypatch):
     first = run(predictor, cifar10_c, "cifar10-c", tmp_path / "out")
-    monkeypatch.setattr(Predictor, "groups", lambda *_: pytest.fail("done again"))
+    monkeypatch.setattr(Predictor, "predict_groups", lambda *_: pytest.fail("done again"))
     assert run(predictor, cifar10_c, "cifar10-c", tmp_path / "out").digest == first.digest
 
 

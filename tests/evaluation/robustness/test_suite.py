@@ -14,14 +14,14 @@ import torch
 
 from ns.config.schema import EvaluationConfig
 from ns.core.errors import DataError
-from ns.data.loading.decode import decode
+from ns.data.loading.decode import decode_image
 from ns.data.loading.shard_reader import ImageSource
 from ns.evaluation.result import ROBUSTNESS, Robustness
 from ns.evaluation.robustness import suite
-from ns.evaluation.robustness.attacks import AttackPlan, attack
-from ns.evaluation.robustness.perturbations import sequence
-from ns.evaluation.robustness.render import Task, base, cropped, distorted, packed, unpacked
-from ns.evaluation.robustness.suite import Suite, asked, passes, units
+from ns.evaluation.robustness.attacks import AttackPlan, attack_images
+from ns.evaluation.robustness.perturbations import render_sequence
+from ns.evaluation.robustness.render import DistortionTask, crop_center, distort_images, pack_images, render_base, unpack_images
+from ns.evaluation.robustness.suite import RobustnessSuite, count_passes, list_units, measurement_inputs
 from ns.modeling.predictor import Predictor
 from ns.storage import LocalStore
 
@@ -43,15 +43,15 @@ def run(model, tmp_path):
 
     def measure(data, name="a", config=SMALL, made=None, batch=16, predictor=None):
         out = LocalStore(tmp_path / name)
-        found = Suite(predictor or predictors[batch], *data, config, out.at("units"), made).run(out)
-        assert Robustness.read(out, ROBUSTNESS) == found
+        found = RobustnessSuite(predictor or predictors[batch], *data, config, out.at("units"), made).run_suite(out)
+        assert Robustness.load_file(out, ROBUSTNESS) == found
         return found
 
     return measure
 
 
-def test_numbers_are_those_of_a_plain_loop_over_images(run, model, tmp_path, labelled_images):
-    folder, data = labelled_images(tmp_path / "d")
+def test_numbers_are_those_of_a_plain_loop_over_images(run, model, tmp_path, labeled_images):
+    folder, data = labeled_images(tmp_path / "d")
     found = run((folder, data))
     predictor = Predictor(model, batch=1)
     source = ImageSource(folder, data)
@@ -60,25 +60,28 @@ def test_numbers_are_those_of_a_plain_loop_over_images(run, model, tmp_path, lab
     clean = fgsm = images = 0
     for shard in range(len(data.shards)):
         for key, label, image in zip(
-            source.index(shard).keys, source.labels(shard, 5).tolist(), source.encoded(shard), strict=True
+            source.read_index(shard).keys,
+            source.read_class_ids(shard, 5).tolist(),
+            source.read_encoded(shard),
+            make_strict=True,
         ):
             if key == "image-002":
                 continue
-            pixels = decode(image)
+            pixels = decode_image(image)
             images += 1
-            clean += int(predictor.groups([[pixels]]).__next__().argmax()) == label
+            clean += int(predictor.predict_groups([[pixels]]).__next__().argmax()) == label
             for kind in SMALL.corruptions:
                 for place, severity in enumerate(SMALL.severities):
-                    (made,) = distorted(Task([pixels], [key], kind, (severity,), 1, 0, True))
-                    wrong[kind][place] += int(next(predictor.groups([[made]])).argmax()) != label
+                    (made,) = distort_images(DistortionTask([pixels], [key], kind, (severity,), 1, 0, True))
+                    wrong[kind][place] += int(next(predictor.predict_groups([[made]])).argmax()) != label
             for kind in SMALL.perturbations:
-                frames = sequence(pixels, kind, 3, np.random.default_rng(0))  # no chance in these
-                answers = [int(next(predictor.groups([[frame]])).argmax()) for frame in frames]
+                frames = render_sequence(pixels, kind, 3, np.random.default_rng(0))  # no chance in these
+                answers = [int(next(predictor.predict_groups([[frame]])).argmax()) for frame in frames]
                 turned[kind] += sum(one != other for one, other in itertools.pairwise(answers)) / 2
-            seen = predictor.pixels([image])
+            seen = predictor.decode_pixels([image])
             labels = torch.tensor([label])
-            changed = attack(predictor.logits, seen, labels, AttackPlan.fgsm(4), [key], 0)
-            fgsm += int(predictor.logits(changed).argmax()) == label
+            changed = attack_images(predictor.compute_logits, seen, labels, AttackPlan.fgsm(4), [key], 0)
+            fgsm += int(predictor.compute_logits(changed).argmax()) == label
     assert (found.images, found.unreadable) == (images, 1)
     assert found.top1 == clean / images
     assert found.corruptions == {kind: tuple(count / images for count in counts) for kind, counts in wrong.items()}
@@ -89,61 +92,68 @@ def test_numbers_are_those_of_a_plain_loop_over_images(run, model, tmp_path, lab
     assert max(flips.values()) > 0
 
 
-def test_neither_shards_nor_batches_nor_processes_change_a_number(run, tmp_path, labelled_images, monkeypatch):
-    first = run(labelled_images(tmp_path / "d"))
-    monkeypatch.setattr(suite, "BLOCK", 7)
+def test_neither_shards_nor_batches_nor_processes_change_a_number(run, tmp_path, labeled_images, monkeypatch):
+    first = run(labeled_images(tmp_path / "d"))
+    monkeypatch.setattr(suite, "BLOCK_IMAGES", 7)
     monkeypatch.setattr(suite, "PROCESSES_FROM_SECONDS", 0)
     monkeypatch.setattr(suite, "_cores", lambda: 2)
-    other = run(labelled_images(tmp_path / "e", per_shard=4), "b", batch=4)
+    other = run(labeled_images(tmp_path / "e", per_shard=4), "b", batch=4)
     for field in ("images", "top1", "corruptions", "perturbations", "attacks"):
         assert getattr(other, field) == getattr(first, field), field
 
 
 def test_another_seed_makes_other_noise():
     image = np.full((8, 8, 3), 100, np.uint8)
-    one, same, other = (distorted(Task([image], ["k"], "gaussian_noise", (3,), 1, seed, True))[0] for seed in (0, 0, 1))
+    one, same, other = (
+        distort_images(DistortionTask([image], ["k"], "gaussian_noise", (3,), 1, seed, True))[0] for seed in (0, 0, 1)
+    )
     assert np.array_equal(one, same)
     assert not np.array_equal(one, other)
-    twin = distorted(Task([image], ["l"], "gaussian_noise", (3,), 1, 0, True))[0]
+    twin = distort_images(DistortionTask([image], ["l"], "gaussian_noise", (3,), 1, 0, True))[0]
     assert not np.array_equal(one, twin)
 
 
 def test_the_next_model_sees_the_images_that_were_made_for_the_one_before(
-    run, make_model, tmp_path, labelled_images, monkeypatch
+    run, make_model, tmp_path, labeled_images, monkeypatch
 ):
-    data = labelled_images(tmp_path / "d", size=80)
-    config = SMALL.model_copy(update={"suites": ("corruptions",)})
+    data = labeled_images(tmp_path / "d", size=80)
+    config = SMALL.model_copy(update_weights={"suites": ("corruptions",)})
     second = Predictor(make_model(tmp_path / "m", seed=1), batch=16)
     alone = run(data, "alone", config, predictor=second)
     made = LocalStore(tmp_path / "made")
     run(data, "first", config, made)
     assert len(list(made.list())) == 6
     costs = []
-    real = Suite._cost
-    monkeypatch.setattr(Suite, "_cost", lambda self, *pending: costs.append(real(self, *pending)) or costs[-1])
-    monkeypatch.setattr(Suite, "_task", lambda self, unit, images, part: part == slice(0, 1) or pytest.fail("made again"))
-    monkeypatch.setattr(suite, "distorted", lambda task: [])
+    real = RobustnessSuite._estimate_cost
+    monkeypatch.setattr(RobustnessSuite, "_cost", lambda self, *pending: costs.append(real(self, *pending)) or costs[-1])
+    monkeypatch.setattr(
+        RobustnessSuite, "_build_task", lambda self, unit, images, part: part == slice(0, 1) or pytest.fail("made again")
+    )
+    monkeypatch.setattr(suite, "distort_images", lambda task: [])
     assert run(data, "second", config, made, predictor=second).identity() == alone.identity()
-    assert (costs[0].distort_seconds, costs[0].made_bytes) == (0, 0)
+    assert (costs[0].distort_seconds, costs[0].kept_bytes) == (0, 0)
     assert costs[0].passes == 24 * (1 + 2 * 2)
 
 
-def test_too_many_images_are_not_kept(run, tmp_path, labelled_images):
+def test_too_many_images_are_not_kept(run, tmp_path, labeled_images):
     made = LocalStore(tmp_path / "made")
-    run(labelled_images(tmp_path / "d"), config=SMALL.model_copy(update={"keep_gib": 1e-6}), made=made)
+    run(labeled_images(tmp_path / "d"), config=SMALL.model_copy(update_weights={"keep_gib": 1e-6}), made=made)
     assert list(made.list()) == []
 
 
 def test_pictures_come_back_from_a_file_as_they_were():
     small = [np.random.default_rng(n).integers(0, 256, (4 + n, 5, 3), np.uint8) for n in range(3)]
-    assert all(np.array_equal(one, other) for one, other in zip(unpacked(packed(small), as_they_are=True), small, strict=True))
-    photographs = distorted(Task([np.zeros((256, 300, 3), np.uint8)], ["k"], "contrast", (1, 2), 1, 0, False))
-    assert unpacked(packed(photographs), as_they_are=False) == photographs
+    assert all(
+        np.array_equal(one, other)
+        for one, other in zip(unpack_images(pack_images(small), keep_size=True), small, make_strict=True)
+    )
+    photographs = distort_images(DistortionTask([np.zeros((256, 300, 3), np.uint8)], ["k"], "contrast", (1, 2), 1, 0, False))
+    assert unpack_images(pack_images(photographs), keep_size=False) == photographs
 
 
 def test_photographs_are_cropped_and_small_images_are_not(picture):
-    assert base(picture(0, "JPEG", 64), as_they_are=True).shape == (64, 64, 3)
-    assert base(picture(0, "JPEG", 64), as_they_are=False).shape == (256, 256, 3)
+    assert render_base(picture(0, "JPEG", 64), keep_size=True).shape == (64, 64, 3)
+    assert render_base(picture(0, "JPEG", 64), keep_size=False).shape == (256, 256, 3)
 
 
 def test_photographs_are_cropped_as_published():
@@ -154,28 +164,28 @@ def test_photographs_are_cropped_as_published():
     sink = io.BytesIO()
     Image.fromarray(pixels).save(sink, "PNG")
     published = Compose([Resize(256), CenterCrop(224)])(Image.fromarray(pixels))
-    assert np.array_equal(cropped(base(sink.getvalue(), as_they_are=False)), np.asarray(published))
+    assert np.array_equal(crop_center(render_base(sink.getvalue(), keep_size=False)), np.asarray(published))
 
 
-def test_what_is_asked_for_later_is_done_beside_what_was_done(run, tmp_path, labelled_images, monkeypatch):
-    data = labelled_images(tmp_path / "d")
-    less = SMALL.model_copy(update={"suites": ("corruptions",)})
+def test_what_is_asked_for_later_is_done_beside_what_was_done(run, tmp_path, labeled_images, monkeypatch):
+    data = labeled_images(tmp_path / "d")
+    less = SMALL.model_copy(update_weights={"suites": ("corruptions",)})
     run(data, config=less)
     done = []
-    real = Suite._write
+    real = RobustnessSuite._write_unit
     monkeypatch.setattr(
-        Suite, "_write", lambda self, block, unit, table: (done.append(unit.kind), real(self, block, unit, table))
+        RobustnessSuite, "_write", lambda self, block, unit, table: (done.append(unit.kind), real(self, block, unit, table))
     )
     whole = run(data)
     assert set(done) == {"translate", "brightness", "fgsm-4", "pgd-16-2x20"}
-    done.clear()
+    done.clear_checkpoints()
     assert run(data).digest == whole.digest
     assert done == []
-    assert asked(less) != asked(SMALL)
+    assert measurement_inputs(less) != measurement_inputs(SMALL)
 
 
-def test_the_cost_is_said_before_the_first_unit_is_done(run, tmp_path, labelled_images, capsys):
-    run(labelled_images(tmp_path / "d"))
+def test_the_cost_is_said_before_the_first_unit_is_done(run, tmp_path, labeled_images, capsys):
+    run(labeled_images(tmp_path / "d"))
     lines = capsys.readouterr().out.splitlines()
     cost = next(place for place, line in enumerate(lines) if "cost" in line)
     assert "forward_passes" in lines[cost]
@@ -184,13 +194,13 @@ def test_the_cost_is_said_before_the_first_unit_is_done(run, tmp_path, labelled_
 
 def test_forward_passes_are_counted():
     plain = EvaluationConfig(suites=("corruptions", "perturbations", "attacks"))
-    assert passes(plain) == 1 + 15 * 5 + 10 * 31 + 4 * 4 + (10 * 3 + 1) + (50 * 3 + 1)
-    assert passes(EvaluationConfig()) == 1
-    assert len(units(EvaluationConfig(suites=("corruptions",), extra_corruptions=True))) == 20
+    assert count_passes(plain) == 1 + 15 * 5 + 10 * 31 + 4 * 4 + (10 * 3 + 1) + (50 * 3 + 1)
+    assert count_passes(EvaluationConfig()) == 1
+    assert len(list_units(EvaluationConfig(suites=("corruptions",), extra_corruptions=True))) == 20
 
 
-def test_rows_are_kept_for_every_image(run, tmp_path, labelled_images):
-    found = run(labelled_images(tmp_path / "d"))
+def test_rows_are_kept_for_every_image(run, tmp_path, labeled_images):
+    found = run(labeled_images(tmp_path / "d"))
     table = pq.read_table(io.BytesIO((tmp_path / "a/units/shard-00000-00000/gaussian_noise-15.parquet").read_bytes()))
     assert table["key"].to_pylist()[:4] == ["image-000", "image-000", "image-001", "image-001"]
     assert table["severity"].to_pylist()[:4] == [1, 5, 1, 5]
@@ -201,33 +211,33 @@ def test_rows_are_kept_for_every_image(run, tmp_path, labelled_images):
     assert found.frames == 3
 
 
-def test_attacks_go_on_with_fewer_images_when_memory_does_not_suffice(run, tmp_path, labelled_images, monkeypatch):
-    data = labelled_images(tmp_path / "d")
-    config = SMALL.model_copy(update={"suites": ("attacks",)})
+def test_attacks_go_on_with_fewer_images_when_memory_does_not_suffice(run, tmp_path, labeled_images, monkeypatch):
+    data = labeled_images(tmp_path / "d")
+    config = SMALL.model_copy(update_weights={"suites": ("attacks",)})
     plenty = run(data, "plenty", config)
-    real = suite.attack
+    real = suite.attack_images
 
     def little(logits, images, *rest):
         if len(images) > 3:
             raise torch.OutOfMemoryError
         return real(logits, images, *rest)
 
-    monkeypatch.setattr(suite, "attack", little)
+    monkeypatch.setattr(suite, "attack_images", little)
     assert run(data, "little", config).attacks == plenty.attacks
-    monkeypatch.setattr(suite, "attack", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError))
+    monkeypatch.setattr(suite, "attack_images", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError))
     with pytest.raises(torch.OutOfMemoryError):
         run(data, "none", config)
 
 
-def test_a_set_without_a_readable_image_is_refused(run, tmp_path, labelled_images):
+def test_a_set_without_a_readable_image_is_refused(run, tmp_path, labeled_images):
     with pytest.raises(DataError, match="no readable image"):
-        run(labelled_images(tmp_path / "d", count=3, damaged=(0, 1, 2)))
+        run(labeled_images(tmp_path / "d", count=3, damaged=(0, 1, 2)))
 
 
 @pytest.mark.integration
-def test_killed_suites_go_on_where_they_stopped(run, model, tmp_path, labelled_images):
+def test_killed_suites_go_on_where_they_stopped(run, model, tmp_path, labeled_images):
     """SIGKILL at instants all over the work: the units that were done stay, and what comes of it is the same."""
-    data = labelled_images(tmp_path / "d", count=60)
+    data = labeled_images(tmp_path / "d", count=60)
     begun = time.monotonic()
     calm = run(data, "calm")
     whole = time.monotonic() - begun
@@ -239,7 +249,9 @@ def test_killed_suites_go_on_where_they_stopped(run, model, tmp_path, labelled_i
         process = os.fork()
         if process == 0:
             try:
-                Suite(Predictor(model, batch=16), *data, SMALL, out.at("units"), LocalStore(tmp_path / "made")).run(out)
+                RobustnessSuite(
+                    Predictor(model, batch=16), *data, SMALL, out.at("units"), LocalStore(tmp_path / "made")
+                ).run_suite(out)
             finally:
                 os._exit(1)
         # Early at first, and later each time, so that it ends.
@@ -250,13 +262,13 @@ def test_killed_suites_go_on_where_they_stopped(run, model, tmp_path, labelled_i
         assert done >= longest, "a unit that was done is gone"
         longest = done
     assert kills >= 2
-    assert Robustness.read(out, ROBUSTNESS).digest == calm.digest
+    assert Robustness.load_file(out, ROBUSTNESS).digest == calm.digest
 
 
 def test_processes_that_distort_are_small(monkeypatch):
     monkeypatch.setattr(suite, "_cores", lambda: 2)
     with ExitStack() as stack:
-        executor = suite._executor(stack, suite.PROCESSES_FROM_SECONDS)
-        task = Task([np.zeros((8, 8, 3), np.uint8)], ["a"], "contrast", (1,), 1, 0, as_they_are=True)
-        assert len(executor.submit(distorted, task).result()) == 1
+        executor = suite._make_executor(stack, suite.PROCESSES_FROM_SECONDS)
+        task = DistortionTask([np.zeros((8, 8, 3), np.uint8)], ["a"], "contrast", (1,), 1, 0, keep_size=True)
+        assert len(executor.submit(distort_images, task).result()) == 1
         assert not executor.submit(eval, "'torch' in __import__('sys').modules").result()

@@ -18,8 +18,11 @@ from pipelines.runners import docker
     ],
 )
 def test_containers_have_no_network_if_all_that_a_run_reads_and_writes_is_in_folders(tmp_path, overrides, without):
-    assert docker.offline(LocalStore(tmp_path), config.load(config.located("quickstart"), overrides)) is without
+    assert (
+        docker.is_offline(LocalStore(tmp_path), config.load_experiment(config.resolve_preset("quickstart"), overrides))
+        is without
+    )
 
 
 def test_containers_have_a_network_for_a_root_on_s3():
-    assert not docker.offline(open_store("s3://bucket/runs"), config.load(config.located("quickstart")))
+    assert not docker.is_offline(open_store("s3://bucket/runs"), config.load_experiment(config.resolve_preset("quickstart")))

@@ -76,7 +76,7 @@ def stand_in(tmp_path, monkeypatch):
         events = []
         monkeypatch.setenv("STAND_IN", json.dumps({"generations": 2, **plan}))
         log = tmp_path / "pipeline.log"
-        local.run(config_uri="c", root="r", run="n", log=log, on_event=events.append, **(given or {}))
+        local.run_locally(config_uri="c", root="r", run="n", log=log, on_event=events.append, **(given or {}))
         return [(e["step"], e["generation"]) for e in events if e["event"] == "finished"]
 
     return run
@@ -137,7 +137,7 @@ def test_a_failing_step_fails_the_run_with_its_name_its_reason_and_its_code(stan
     assert caught.value.exit_code == 3
 
 
-def test_a_failing_labelling_task_fails_the_run(stand_in):
+def test_a_failing_labeling_task_fails_the_run(stand_in):
     with pytest.raises(NsError, match="generation 1: label shards: the reason"):
         stand_in(fail=["label-shards", 1])
 
@@ -147,7 +147,7 @@ def test_a_step_that_dies_without_a_word_is_named(stand_in):
         stand_in(die=["train", 0])
 
 
-def test_kfps_output_goes_to_the_log_without_colours_and_indentation(stand_in, tmp_path, capsys):
+def test_kfps_output_goes_to_the_log_without_colors_and_indentation(stand_in, tmp_path, capsys):
     stand_in(generations=0)
     lines = (tmp_path / "pipeline.log").read_text().splitlines()
     assert any("finished with status SUCCESS" in line for line in lines)
@@ -156,7 +156,7 @@ def test_kfps_output_goes_to_the_log_without_colours_and_indentation(stand_in, t
 
 
 def test_a_log_that_cannot_be_written_stops_nothing(tmp_path):
-    output = local.Output(tmp_path / "no" / "such" / "folder" / "log")
+    output = local.LogWriter(tmp_path / "no" / "such" / "folder" / "log")
     output.write("one\n  two\nTraceback (most recent call last):\n")
     assert output.last_words() == "two"
     output.write("ns.core.errors.StoreError: store/a: cannot write: the disk is full\n")
