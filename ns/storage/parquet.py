@@ -1,4 +1,4 @@
-"""Small Parquet files, whole."""
+"""Small Parquet files, read and written whole."""
 
 import io
 from collections.abc import Sequence
@@ -6,11 +6,27 @@ from collections.abc import Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ns.storage.base import Store
+
 
 def read_table(data: bytes, columns: Sequence[str] | None = None, schema: pa.Schema | None = None) -> pa.Table:
-    """Raises pyarrow.ArrowException or OSError for what is no Parquet, or has not the columns.
+    """Decodes the bytes of a Parquet file.
 
-    Without Arrow's threads: pyarrow 26 aborts a process that ends while they wind up (exit code 134, in half of the cases where nothing
-    follows the reading).
+    Raises pyarrow.ArrowException or OSError for bytes that are no Parquet file, or that lack a column.
+
+    Arrow's threads are not used: pyarrow 26 aborts a process that ends while they stop (exit code 134, in half of the cases
+    where nothing follows the reading).
     """
     return pq.read_table(io.BytesIO(data), columns=columns, schema=schema, use_threads=False)
+
+
+def write_table(store: Store, key: str, table: pa.Table) -> None:
+    """Writes a table as a Parquet file compressed by zstd. Raises StoreError."""
+    store.put(key, encode_table(table))
+
+
+def encode_table(table: pa.Table) -> bytes:
+    """The bytes that `write_table` writes, for callers that need their digest."""
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
