@@ -51,7 +51,7 @@ MEASURED = 12
 
 def main() -> None:
     options = parse_arguments(__doc__ or "")
-    rounds = 3 if options.run_quick else 5
+    rounds = 3 if options.quick else 5
     console = Console(width=120)
     table = Table("network", "mode", "ratio", "ours, images/s", "theirs, images/s", "ours ÷ theirs", "least … greatest")
     figures: dict[str, float] = {}
@@ -59,23 +59,23 @@ def main() -> None:
         folder = Path(scratch)
         if not CIFAR10.exists():
             console.print(f"{CIFAR10} is not there: made-up images stand in for it", style="yellow")
-        folders = make_small_folders(folder / "images" / "validation", 2_000 if options.run_quick else 10_000)
+        folders = make_small_folders(folder / "images" / "validation", 2_000 if options.quick else 10_000)
         store = LocalStore(folder / "pool")
-        limits = ImportLimits(shard_samples=1_000 if options.run_quick else 10_000)
+        limits = ImportLimits(shard_samples=1_000 if options.quick else 10_000)
         data = import_images(str(folders), store, name="pool", role="unlabeled", limits=limits, workers=2)
-        for arch in ARCHITECTURES[:1] if options.run_quick else ARCHITECTURES:
+        for arch in ARCHITECTURES[:1] if options.quick else ARCHITECTURES:
             predictor = Predictor(
-                make_random_model(arch, LocalStore(folder / arch)), batch=BATCH, images=0 if options.run_quick else LARGE
+                make_random_model(arch, LocalStore(folder / arch)), batch=BATCH, images=0 if options.quick else LARGE
             )
             contestants: dict[str, Callable[[], int]] = {
                 "ours": make_labeler(predictor, store, data, folder / "labels"),
-                "bare": make_bare_forward(predictor, 2_000 if options.run_quick else 5_000),
+                "bare": make_bare_forward(predictor, 2_000 if options.quick else 5_000),
             }
             for run in contestants.values():
                 run()  # compiles, allocates
             measured = measure_rates(contestants, rounds)
             pairs = [("forward_ratio", "bare")]
-            if not options.run_quick and (script := os.environ.get("TIMM_INFERENCE")):
+            if not options.quick and (script := os.environ.get("TIMM_INFERENCE")):
                 measured["timm"] = [run_timm_inference(Path(script), folder / "images", arch, folder / arch / WEIGHTS)] * rounds
                 pairs.append(("vs_timm_inference", "timm"))
             for figure, other in pairs:
@@ -85,7 +85,7 @@ def main() -> None:
                 speeds = [f"{statistics.median(measured[side]):,.0f}" for side in ("ours", other)]
                 table.add_row(arch, str(predictor.mode), figure, *speeds, f"{middle:.3f}", f"{least:.3f} … {most:.3f}")
     console.print(table)
-    if "vs_timm_inference" not in figures and not options.run_quick:
+    if "vs_timm_inference" not in figures and not options.quick:
         console.print("vs_timm_inference left out: TIMM_INFERENCE does not name timm's inference.py", style="yellow")
     write_benchmark("label", figures, options, table)
 
@@ -99,7 +99,7 @@ def make_random_model(arch: str, store: LocalStore) -> LocalStore:
     mode = choose(make_inference_workload(network.to(models.get_best_device()), config, BATCH), images=0)
     fields = {
         "generation": 0,
-        "model": config.model_copy(update_weights={"inference_precision": mode.precision}),
+        "model": config.model_copy(update={"inference_precision": mode.precision}),
         "noise": noise,
         "classes": CLASSES,
         "parameters": models.count_parameters(network),

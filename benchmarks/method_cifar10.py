@@ -37,9 +37,10 @@ import yaml
 from scipy import stats
 
 from benchmarks.measure import CIFAR10, RESULTS, describe_benchmark_machine, draw_tables
-from ns.evaluation.result import MANIFEST, Evaluation, Robustness, read_predictions
+from ns.evaluation.result import Evaluation, Robustness, read_predictions
 from ns.evaluation.robustness.averages import relative_score
-from ns.runs import records as runs
+from ns.runs.records import list_stage_notes
+from ns.runs.summary import summarize_run
 from ns.storage import LocalStore, Store
 
 SEEDS = (0, 1, 2)
@@ -185,13 +186,13 @@ def measure_model(root: Store, run: str, generation: int) -> ModelMeasurement | 
     """None if the run ended before this generation."""
     notes = (
         stage_record
-        for stage_record in runs.list_stage_notes(root, run)
+        for stage_record in list_stage_notes(root, run)
         if (stage_record.stage, stage_record.generation) == ("evaluate", generation)
     )
     if (stage_record := next(notes, None)) is None:
         return None
     folder = root.at(stage_record.outputs["test"].rpartition("/")[0])
-    rows = read_predictions(folder, Evaluation.load_file(folder, MANIFEST)).sort_by("key")
+    rows = read_predictions(folder, Evaluation.load(folder)).sort_by("key")
     correct = np.asarray(rows["label"]) == np.asarray(rows["predicted"])
     return ModelMeasurement(correct, Robustness.load_file(root, stage_record.outputs["robustness"]))
 
@@ -208,7 +209,7 @@ def run_method(work: Path, seed: int, sizes: ExperimentSizes) -> None:
 def run_control(work: Path, seed: int, sizes: ExperimentSizes) -> None:
     """The control of a seed, whose teacher is there. It has no generation of its own, so that its steps are called one by one."""
     root = work / "runs"
-    teacher = runs.summarize_run(LocalStore(root), f"seed-{seed}").stages
+    teacher = summarize_run(LocalStore(root), f"seed-{seed}").stages
     model = next(note.outputs["model"] for note in teacher if (note.stage, note.generation) == ("train", 0)).rpartition("/")[0]
     path = work / f"{CONTROL}-{seed}.yaml"
     path.write_text(
@@ -258,7 +259,7 @@ def measure_seed(work: Path, seed: int) -> dict[str, ModelMeasurement]:
 def sum_stage_seconds(work: Path, seed: int) -> float:
     """Seconds of all steps of a seed, whenever they were done."""
     store = LocalStore(work / "runs")
-    return sum(note.seconds for run in (f"seed-{seed}", f"{CONTROL}-{seed}") for note in runs.list_stage_notes(store, run))
+    return sum(note.seconds for run in (f"seed-{seed}", f"{CONTROL}-{seed}") for note in list_stage_notes(store, run))
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -365,7 +366,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="an experiment each; 0, 1 and 2 if not given")
     parser.add_argument("--quick", action="store_true", help="a minute, tiny, one seed: shows that it works, measures nothing")
     options = parser.parse_args()
-    seeds, sizes = (options.seeds[:1], QUICK) if options.run_quick else (options.seeds, FULL)
+    seeds, sizes = (options.seeds[:1], QUICK) if options.quick else (options.seeds, FULL)
     work = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     unpack_archives(options.images, work)
@@ -384,7 +385,7 @@ def main() -> None:
         intervals[name] = {"mean": middle, "interval": [middle - half, middle + half], "seeds": values}
     result = {
         "about": ABOUT.format(seeds=len(seed_results), **sizes._asdict()),
-        "command": "python -m benchmarks.method_cifar10" + (" --quick" if options.run_quick else ""),
+        "command": "python -m benchmarks.method_cifar10" + (" --quick" if options.quick else ""),
         "figures": {name: entry["mean"] for name, entry in intervals.items()},
         "intervals": intervals,
         "seeds": seed_results,

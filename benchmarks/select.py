@@ -31,7 +31,7 @@ from rich.table import Table
 from benchmarks.measure import parse_arguments, write_benchmark
 from ns.config.schema import SelectionConfig
 from ns.core.digest import sha256_bytes
-from ns.labeling.label_set import MANIFEST, LabelSet, LabelShard, build_row_schema
+from ns.labeling.label_set import LabelSet, LabelShard, build_row_schema
 from ns.labeling.selection import make_selection
 from ns.storage import LocalStore
 
@@ -44,7 +44,7 @@ MIN_CONFIDENCE = 0.3
 
 def main() -> None:
     options = parse_arguments(__doc__ or "")
-    sizes = [250_000, 1_000_000] if options.run_quick else [1_000_000, 10_000_000, 50_000_000]
+    sizes = [250_000, 1_000_000] if options.quick else [1_000_000, 10_000_000, 50_000_000]
     figures: dict[str, float] = {}
     table = Table("rows", "who", "seconds", "MiB", "÷ scan")
     times: dict[int, float] = {}
@@ -55,7 +55,7 @@ def main() -> None:
         for size in sizes:
             grow_label_set(folder, size)
             names = ["scan", "ours"]
-            if size == sizes[-1 if options.run_quick else 1]:
+            if size == sizes[-1 if options.quick else 1]:
                 names += ["pandas", "polars", "duckdb"]
             # The first reading fills the page cache, for all alike.
             measure_once("scan", folder)
@@ -122,7 +122,7 @@ def grow_label_set(folder: Path, rows: int) -> None:
         top_k=TOP_K,
         shards=tuple(shards),
     )
-    label_set.save_file(LocalStore(folder), MANIFEST)
+    label_set.save(LocalStore(folder))
 
 
 def measure_best(name: str, folder: Path, *, rounds: int) -> tuple[float, float]:
@@ -140,7 +140,7 @@ def measure_once(name: str, folder: Path) -> tuple[float, float]:
 
 def run_contestant(name: str, folder: Path) -> None:
     store = LocalStore(folder)
-    label_set = LabelSet.load_file(store, MANIFEST)
+    label_set = LabelSet.load(store)
     per_class = int(PER_CLASS_SHARE * label_set.rows / CLASSES)
     contestant: Callable[[], int] = {
         "scan": lambda: scan_columns(folder, label_set),
@@ -155,7 +155,7 @@ def run_contestant(name: str, folder: Path) -> None:
     assert kept > 0
     # Not resource.getrusage: its maximum begins with that of the process that started this one.
     status = Path("/proc/self/status").read_text()
-    peak = int(status.partition("VmHWM:")[2].split_batch()[0]) / 1024
+    peak = int(status.partition("VmHWM:")[2].split()[0]) / 1024
     print(json.dumps([seconds, peak]))
 
 

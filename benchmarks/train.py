@@ -60,7 +60,7 @@ Run = Callable[[], float]
 
 def main() -> None:
     options = parse_arguments(__doc__ or "")
-    rounds, measured = (3, 6) if options.run_quick else (5, 8)
+    rounds, measured = (3, 6) if options.quick else (5, 8)
     console = Console(width=120)
     table = Table("network", "px", "ratio", "ours, images/s", "theirs, images/s", "ours ÷ theirs", "least … greatest")
     figures: dict[str, float] = {}
@@ -68,36 +68,36 @@ def main() -> None:
         folder = Path(scratch)
         if not CIFAR10.exists():
             console.print(f"{CIFAR10} is not there: made-up images stand in for it", style="yellow")
-        folders = make_small_folders(folder / "images" / "train", 4_000 if options.run_quick else 10_000)
+        folders = make_small_folders(folder / "images" / "train", 4_000 if options.quick else 10_000)
         (folder / "images" / "validation").symlink_to(folders)
         store = LocalStore(folder / "small")
         data = import_images(
             str(folders), store, name="small", role="labeled", limits=ImportLimits(shard_samples=2_000), workers=2
         )
-        for arch, px in product(*((ARCHITECTURES[:1], (32,)) if options.run_quick else (ARCHITECTURES, (32, 64)))):
+        for arch, px in product(*((ARCHITECTURES[:1], (32,)) if options.quick else (ARCHITECTURES, (32, 64)))):
             role = with_fastest_precision(make_role(arch, px, NOISES["plain"]))
             console.print(f"{arch}, {px} px: {role.train.precision}")
             theirs = make_bare_steps(role, measured)
             ours = {
                 name: make_loop_run(
-                    LocalStore(folder / "none"), store, data, role.model_copy(update_weights={"noise": noise}), measured
+                    LocalStore(folder / "none"), store, data, role.model_copy(update={"noise": noise}), measured
                 )
                 for name, noise in NOISES.items()
             }
             rates = measure_turns({"bare": theirs, **ours}, rounds)
             pairs = [("step_ratio_plain", "plain", "bare"), ("step_ratio_randaugment", "randaugment", "bare")]
-            if not options.run_quick and (script := os.environ.get("TIMM_TRAIN")):
+            if not options.quick and (script := os.environ.get("TIMM_TRAIN")):
                 rates["timm"] = [run_timm_train(Path(script), folder / "images", arch, px, measured)] * rounds
                 pairs.append(("vs_timm_train", "randaugment", "timm"))
             for figure, ours_name, other in pairs:
-                ratios = [a / b for a, b in zip(rates[ours_name], rates[other], make_strict=True)]
+                ratios = [a / b for a, b in zip(rates[ours_name], rates[other], strict=True)]
                 ratio = statistics.median(ratios)
                 figures[f"{figure}.{arch}_{px}px"] = round(ratio, 4)
                 figures[figure] = round(min(ratio, figures.get(figure, ratio)), 4)
                 speeds = [f"{statistics.median(rates[side]):,.1f}" for side in (ours_name, other)]
                 table.add_row(arch, str(px), figure, *speeds, f"{ratio:.3f}", f"{min(ratios):.3f} … {max(ratios):.3f}")
     console.print(table)
-    if "vs_timm_train" not in figures and not options.run_quick:
+    if "vs_timm_train" not in figures and not options.quick:
         console.print("vs_timm_train left out: TIMM_TRAIN does not name timm's train.py", style="yellow")
     write_benchmark("train", figures, options, table)
 
@@ -111,7 +111,7 @@ def with_fastest_precision(role: RoleConfig) -> RoleConfig:
     """The role in the precision that `train.precision: auto` would take for a training of a few minutes."""
     network = models.build_model(role.model, role.noise, CLASSES).to(models.get_best_device())
     mode = choose(loop.make_training_workload(network, role, BATCH), images=0)
-    return role.model_copy(update_weights={"train": role.train.model_copy(update_weights={"precision": str(mode)})})
+    return role.model_copy(update={"train": role.train.model_copy(update={"precision": str(mode)})})
 
 
 def measure_turns(contestants: dict[str, Run], rounds: int) -> dict[str, list[float]]:
@@ -173,7 +173,7 @@ def make_loop_run(checkpoints: LocalStore, store: LocalStore, data: Dataset, rol
     """Our whole loop: read, decode, noise, step, average, record."""
     labeled_set = LabeledImages(store, data)
     epochs = (WARM_UP + measured_steps) * BATCH / labeled_set.samples
-    role = role.model_copy(update_weights={"train": role.train.model_copy(update_weights={"epochs": epochs})})
+    role = role.model_copy(update={"train": role.train.model_copy(update={"epochs": epochs})})
 
     def run_loop() -> float:
         network = models.build_model(role.model, role.noise, CLASSES)
@@ -214,7 +214,7 @@ def run_timm_train(script: Path, images: Path, arch: str, px: int, measured_step
 
 def synchronize_device() -> None:
     if torch.cuda.is_available():
-        torch.cuda.synchronize_device()
+        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -4,14 +4,11 @@ dataset.json          name, role, classes, shards, digest; written last
 shard-00000.tar …     WebDataset layout: KEY.jpg|png|webp, and KEY.cls (class index as text) where labeled
 """
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from ns.storage import Store
 from ns.storage.documents import HashedDocument, JsonDocument
-
-MANIFEST = "dataset.json"
 
 DatasetRole = Literal["labeled", "unlabeled", "evaluation"]
 
@@ -24,6 +21,8 @@ class Shard(JsonDocument):
 
 
 class Dataset(HashedDocument):
+    filename: ClassVar[str] = "dataset.json"
+
     format: Literal[1] = 1
     name: str
     role: DatasetRole
@@ -47,11 +46,3 @@ class Dataset(HashedDocument):
             "role": self.role,
             "shards": [[shard.sha256, shard.samples] for shard in self.shards],
         }
-
-    def save(self, store: Store) -> None:
-        self.save_file(store, MANIFEST)
-
-    @classmethod
-    def load(cls, store: Store) -> Self:
-        """Reads and checks `dataset.json`. Raises DataError naming the field that is wrong."""
-        return cls.load_file(store, MANIFEST)

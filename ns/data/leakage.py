@@ -7,7 +7,7 @@ FOLDER/left_out.parquet       images of the pool that resemble one of an evaluat
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,6 @@ from ns.storage import Store
 from ns.storage.documents import HashedDocument, JsonDocument
 from ns.storage.parquet import read_table
 
-MANIFEST = "check.json"
 DUPLICATES = "duplicates.parquet"
 LEFT_OUT = "left_out.parquet"
 MAX_NEAR_BITS = 4
@@ -79,6 +78,8 @@ class Overlap(JsonDocument):
 
 
 class LeakageReport(HashedDocument):
+    filename: ClassVar[str] = "check.json"
+
     format: Literal[1] = 1
     datasets: dict[str, str]
     """Name → digest."""
@@ -126,7 +127,7 @@ def check_datasets(
     report = _build_report(table, pairs, datasets, bits, left_out=len(leaks.image))
     _write_duplicates(store, DUPLICATES, table, datasets)
     _write_duplicates(store, LEFT_OUT, leaks, datasets)
-    report.save_file(store, MANIFEST)
+    report.save(store)
     return report
 
 

@@ -1,6 +1,6 @@
 """Prepared data: the datasets of an experiment, found or imported, with their identities."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -8,8 +8,6 @@ from ns.core.errors import DataError
 from ns.data.dataset import Dataset, DatasetRole
 from ns.storage import Store
 from ns.storage.documents import HashedDocument, JsonDocument
-
-MANIFEST = "prepared.json"
 
 DataPart = Literal["labeled", "pool", "heldout", "test"]
 PART_ROLES: dict[DataPart, DatasetRole] = {
@@ -50,6 +48,8 @@ class LeftOutImages(JsonDocument):
 
 
 class PreparedData(HashedDocument):
+    filename: ClassVar[str] = "prepared.json"
+
     labeled: PreparedDataset
     pool: PreparedDataset
     heldout: PreparedDataset

@@ -14,7 +14,7 @@ from ns.core.errors import DataError
 from ns.data.dataset import Dataset
 from ns.data.loading.shard_reader import ImageSource
 from ns.evaluation.multi_label import MultiLabels
-from ns.evaluation.result import MANIFEST, PREDICTIONS, PREDICTIONS_SCHEMA, Calibration, Evaluation, ReliabilityBin, Subsample
+from ns.evaluation.result import PREDICTIONS, PREDICTIONS_SCHEMA, Calibration, Evaluation, ReliabilityBin, Subsample
 from ns.evaluation.subsample import draw_rows
 from ns.modeling.predictor import Predictor
 from ns.storage import Store
@@ -81,7 +81,7 @@ def evaluate_accuracy(
         multi_labels=multi_labels,
     )
     target.put(PREDICTIONS, sink.getvalue())
-    evaluation.save_file(target, MANIFEST)
+    evaluation.save(target)
     return evaluation
 
 

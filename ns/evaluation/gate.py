@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,8 +11,6 @@ from ns.config.schema import CORRUPTIONS, GateConfig
 from ns.evaluation.result import Robustness
 from ns.evaluation.robustness.averages import relative_score
 from ns.storage.documents import JsonDocument
-
-MANIFEST = "verdict.json"
 
 
 class AccuracyGain(JsonDocument):
@@ -72,6 +70,8 @@ class RequiredGain(JsonDocument):
 
 
 class Verdict(JsonDocument):
+    filename: ClassVar[str] = "verdict.json"
+
     format: Literal[1] = 1
     generation: int
     teacher: str

@@ -17,15 +17,12 @@ from ns.core.digest import (
     shorten_digest,
 )
 from ns.core.errors import DataError
-from ns.data.dataset import MANIFEST as DATASET
 from ns.data.dataset import Dataset
 from ns.evaluation.accuracy import evaluate_accuracy
 from ns.evaluation.multi_label import MultiLabels
-from ns.evaluation.result import MANIFEST, Evaluation, Robustness
-from ns.evaluation.result import ROBUSTNESS as ROBUST
+from ns.evaluation.result import Evaluation, Robustness
 from ns.evaluation.robustness import published as readymade
 from ns.evaluation.robustness import suite
-from ns.modeling.manifest import MANIFEST as CARD
 from ns.modeling.manifest import ModelManifest
 from ns.modeling.predictor import Predictor
 from ns.storage import open_store, read_uri
@@ -56,11 +53,11 @@ def evaluate_dataset(
     and for images of other classes.
     """
     data_store, model_store = open_store(dataset_uri), open_store(model_uri)
-    if not data_store.exists(DATASET):
+    if not data_store.exists(Dataset.filename):
         raise DataError(
-            f"{data_store.uri}: no {DATASET} here; import the images first: ns data import SOURCE {dataset_uri} --role evaluation"
+            f"{data_store.uri}: no {Dataset.filename} here; import the images first: ns data import SOURCE {dataset_uri} --role evaluation"
         )
-    data, manifest = Dataset.load(data_store), ModelManifest.load_file(model_store, CARD)
+    data, manifest = Dataset.load(data_store), ModelManifest.load(model_store)
     scored = data.classes if classes == ("own",) else classes
     images = {"dataset": data.digest, "images": config.images, "seed": config.seed}
     multi_label_sha256 = sha256_bytes(read_uri(multi_label_uri)) if multi_label_uri else None
@@ -74,7 +71,7 @@ def evaluate_dataset(
     results_store = open_store(out_uri).at(f"{shorten_digest(manifest.digest)}-{shorten_digest(data.digest)}")
     accuracy_store = results_store.at(shorten_digest(digest_json(inputs)))
     num_images = min(data.samples, config.images or data.samples)
-    if not accuracy_store.exists(MANIFEST):
+    if not accuracy_store.exists(Evaluation.filename):
         predictor = Predictor(model_store, batch=batch, images=num_images, scored_classes=scored)
         multi_labels = MultiLabels.load(multi_label_uri, manifest.classes) if multi_label_uri else None
         evaluate_accuracy(
@@ -86,7 +83,7 @@ def evaluate_dataset(
             shorten_digest(digest_json({"code": digest_code(*ROBUSTNESS_SOURCES), "scored": scored, **images}))
         )
         target = predictions_store.at(shorten_digest(digest_json(suite.measurement_inputs(config))))
-        if not target.exists(ROBUST):
+        if not target.exists(Robustness.filename):
             predictor = Predictor(
                 model_store, batch=batch, images=suite.count_passes(config) * num_images, scored_classes=scored
             )
@@ -97,25 +94,25 @@ def evaluate_dataset(
             suite.RobustnessSuite(predictor, data_store, data, config, predictions_store.at("units"), kept_store).run_suite(
                 target
             )
-        robustness = Robustness.load_file(target, ROBUST)
-    return OfflineEvaluation(Evaluation.load_file(accuracy_store, MANIFEST), robustness, results_store.uri)
+        robustness = Robustness.load(target)
+    return OfflineEvaluation(Evaluation.load(accuracy_store), robustness, results_store.uri)
 
 
 def evaluate_published(
     model_uri: str, set_uri: str, kind: readymade.PublishedKind, out_uri: str, config: EvaluationConfig, *, batch: int
 ) -> OfflineEvaluation:
     """Evaluates a model on a ready-made set of corrupted or perturbed images, or goes on with it. See `readymade.measure`."""
-    set_store, manifest = open_store(set_uri), ModelManifest.load_file(open_store(model_uri), CARD)
+    set_store, manifest = open_store(set_uri), ModelManifest.load(open_store(model_uri))
     dataset_digest = readymade.digest_listing(set_store)
     images = {"images": config.images, "seed": config.seed}
     results_store = open_store(out_uri).at(f"{shorten_digest(manifest.digest)}-{shorten_digest(dataset_digest)}")
     predictions_store = results_store.at(shorten_digest(digest_json({"code": digest_code(*ROBUSTNESS_SOURCES), **images})))
     full_config = config.model_copy(update={"suites": ("corruptions", "perturbations")})
     target = predictions_store.at(shorten_digest(digest_json(suite.measurement_inputs(full_config))))
-    if not target.exists(ROBUST):
+    if not target.exists(Robustness.filename):
         predictor = Predictor(open_store(model_uri), batch=batch)
         name = set_store.uri.rstrip("/").rpartition("/")[2]
         readymade.measure_published_set(
             predictor, set_store, kind, name, dataset_digest, config, predictions_store.at("units"), target
         )
-    return OfflineEvaluation(None, Robustness.load_file(target, ROBUST), results_store.uri)
+    return OfflineEvaluation(None, Robustness.load(target), results_store.uri)

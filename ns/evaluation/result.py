@@ -8,7 +8,7 @@ units/UNIT.parquet      the predictions that each number was counted from
 """
 
 import re
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 from pydantic import SerializerFunctionWrapHandler, model_serializer
@@ -19,9 +19,7 @@ from ns.storage import Store
 from ns.storage.documents import HashedDocument, JsonDocument
 from ns.storage.parquet import read_table
 
-MANIFEST = "evaluation.json"
 PREDICTIONS = "predictions.parquet"
-ROBUSTNESS = "robustness.json"
 
 PREDICTIONS_SCHEMA = pa.schema(
     [
@@ -61,6 +59,8 @@ class Subsample(JsonDocument):
 
 
 class Evaluation(HashedDocument):
+    filename: ClassVar[str] = "evaluation.json"
+
     format: Literal[1] = 1
     model: str
     """Digest."""
@@ -131,6 +131,8 @@ class AttackResult(JsonDocument):
 class Robustness(HashedDocument):
     """Raw numbers of one model on one dataset: another reference is another way to read them, not another measurement."""
 
+    filename: ClassVar[str] = "robustness.json"
+
     format: Literal[1] = 1
     model: str
     """Digest."""
@@ -187,5 +189,5 @@ def read_predictions(store: Store, evaluation: Evaluation) -> pa.Table:
     """The rows of an evaluation. Raises DataError when they are not the recorded ones."""
     data = store.get(PREDICTIONS)
     if sha256_bytes(data) != evaluation.predictions_sha256:
-        raise DataError(f"{store.uri}/{PREDICTIONS}: sha256 differs from {MANIFEST}; evaluate again")
+        raise DataError(f"{store.uri}/{PREDICTIONS}: sha256 differs from {Evaluation.filename}; evaluate again")
     return read_table(data)

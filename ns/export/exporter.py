@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +38,6 @@ from ns.storage import Store
 from ns.storage.documents import JsonDocument, encode_json
 
 ExportForm = Literal["timm", "onnx", "torch"]
-EXPORT = "export.json"
 CARD = "README.md"
 FILES: dict[ExportForm, str] = {"timm": "config.json", "onnx": "model.onnx", "torch": "model.pt2"}
 OPSET = 20
@@ -63,6 +62,8 @@ class ExportCheck(JsonDocument):
 
 class ExportManifest(JsonDocument):
     """`export.json`."""
+
+    filename: ClassVar[str] = "export.json"
 
     format: Literal[1] = 1
     model: str
@@ -95,8 +96,8 @@ def export_model(
     _require_libraries(forms)
     if out.exists() and not out.is_dir():
         raise StoreError(f"{out}: is a file; name an empty or a new folder")
-    if out.exists() and any(out.iterdir()) and not (out / EXPORT).exists():
-        raise StoreError(f"{out}: is not empty and holds no {EXPORT}; name an empty or a new folder")
+    if out.exists() and any(out.iterdir()) and not (out / ExportManifest.filename).exists():
+        raise StoreError(f"{out}: is not empty and holds no {ExportManifest.filename}; name an empty or a new folder")
     network, manifest = models.load_model(store)
     batch = _load_batch(manifest, *images, count)
     expected = _run_network(network, batch)
@@ -115,7 +116,7 @@ def export_model(
         )
         if describe:
             (export_path / CARD).write_text(describe(manifest, export_manifest), encoding="utf-8")
-        (export_path / EXPORT).write_bytes(encode_json(export_manifest.model_dump(mode="json")))
+        (export_path / ExportManifest.filename).write_bytes(encode_json(export_manifest.model_dump(mode="json")))
         # Only now does the earlier export go; its name is free for a moment, and never holds half of anything.
         if out.exists():
             out.rename(Path(scratch) / "earlier")

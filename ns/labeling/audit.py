@@ -18,7 +18,6 @@ from pydantic import ConfigDict, Field
 from ns.core.digest import shorten_digest
 from ns.core.errors import DataError
 from ns.core.intervals import ShareInterval, combine_shares, effective_trials, wilson_interval
-from ns.data.dataset import MANIFEST as DATASET
 from ns.data.dataset import Dataset
 from ns.data.importing.writer import ShardWriter
 from ns.data.index import ShardIndex
@@ -421,7 +420,7 @@ def write_corrections(
         return None
     class_ids = {name: number for number, name in enumerate(classes)}
     name = f"corrections-{shorten_digest(audit.digest)}"
-    if target.exists(DATASET) and Dataset.load(target).name != name:
+    if target.exists(Dataset.filename) and Dataset.load(target).name != name:
         raise DataError(f"{target.uri}: holds another dataset; choose another folder with --corrections")
     sink = io.StringIO()
     table = csv.writer(sink, lineterminator="\n")

@@ -11,7 +11,7 @@ import io
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,6 @@ from ns.storage import Store
 from ns.storage.documents import HashedDocument, JsonDocument
 from ns.storage.parquet import read_table
 
-MANIFEST = "labelset.json"
 HISTOGRAM = "histogram.parquet"
 SHARD_HISTOGRAM = ".histogram.parquet"
 """End of the name of one shard's."""
@@ -75,6 +74,8 @@ class LabelShard(JsonDocument):
 
 
 class LabelSet(HashedDocument):
+    filename: ClassVar[str] = "labelset.json"
+
     format: Literal[1] = 1
     dataset: str
     """Digest of the labeled dataset."""

@@ -1,26 +1,25 @@
 """Labeling outside of a run: any model over any dataset, or over the images that a selection kept."""
 
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ns.config.schema import LabelingConfig
 from ns.core.digest import LABELING_SOURCES, digest_code
 from ns.core.errors import ConfigError, DataError
-from ns.data.dataset import MANIFEST as DATASET
 from ns.data.dataset import Dataset
-from ns.labeling.label_set import MANIFEST, LabelSet, count_kept_classes, join_label_shards, label_shard_key, read_label_rows
+from ns.labeling.label_set import LabelSet, count_kept_classes, join_label_shards, label_shard_key, read_label_rows
 from ns.labeling.predict import label_pool_shards
 from ns.labeling.selection import Selection, count_copies
 from ns.modeling.predictor import Predictor
 from ns.storage import Store, open_store
 from ns.storage.documents import JsonDocument
 
-BEGUN = "labeling.json"
-
 
 class LabelingInputs(JsonDocument):
     """`labeling.json`: what the labels of a folder are made of. It is there before the first of them, so that what is done already
     is never taken for the work of another teacher."""
+
+    filename: ClassVar[str] = "labeling.json"
 
     format: Literal[1] = 1
     dataset: str
@@ -36,11 +35,11 @@ class LabelingInputs(JsonDocument):
 
     def claim_store(self, label_store: Store) -> None:
         """Raises DataError if the folder holds other labels."""
-        if not label_store.exists(BEGUN):
-            if label_store.exists(MANIFEST):
+        if not label_store.exists(self.filename):
+            if label_store.exists(LabelSet.filename):
                 raise DataError(f"{label_store.uri}: holds a label set that was not made by `ns label`; name another folder")
-            self.save_file(label_store, BEGUN)
-        recorded = LabelingInputs.load_file(label_store, BEGUN)
+            self.save(label_store)
+        recorded = LabelingInputs.load(label_store)
         for name, value in self:
             recorded_value = getattr(recorded, name)
             if recorded_value != value:
@@ -64,8 +63,10 @@ def label_dataset(
     for what does not fit together.
     """
     pool_store = open_store(pool_uri)
-    if not pool_store.exists(DATASET):
-        raise DataError(f"{pool_store.uri}: no {DATASET} here; import the images first: ns data import SOURCE {pool_uri}")
+    if not pool_store.exists(Dataset.filename):
+        raise DataError(
+            f"{pool_store.uri}: no {Dataset.filename} here; import the images first: ns data import SOURCE {pool_uri}"
+        )
     dataset, label_store = Dataset.load(pool_store), open_store(out_uri)
     shard_range = _parse_shard_range(shards, len(dataset.shards))
     left_out = _UnselectedRows(dataset, *kept_by) if kept_by else None
@@ -100,7 +101,7 @@ def label_dataset(
         ensemble=inputs.ensemble,
         probabilities=config.probabilities,
     )
-    label_set.save_file(label_store, MANIFEST)
+    label_set.save(label_store)
     return label_set
 
 

@@ -15,7 +15,6 @@ from ns.labeling.label_set import (
     HISTOGRAM,
     HISTOGRAM_BINS,
     LEFT_OUT_PREFIX,
-    MANIFEST,
     LabelRows,
     LabelSet,
     histogram_key,
@@ -69,7 +68,7 @@ def purge_images(label_store: Store, label_set: LabelSet, keys: Collection[str],
         shards.append(purged_shard)
     write_histogram(target, HISTOGRAM, counts)
     purged_set = label_set.model_copy(update={"shards": tuple(shards)})
-    purged_set.save_file(target, MANIFEST)
+    purged_set.save(target)
     return purged_set, len(purged_keys)
 
 

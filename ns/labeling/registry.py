@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, Self
+from typing import Any, BinaryIO, ClassVar, Literal, NamedTuple, Self
 
 import yaml
 from filelock import FileLock
@@ -33,8 +33,6 @@ from ns.core.errors import DataError, RunError, StoreError
 from ns.core.git import GitCommands, redact_credentials
 from ns.data.scratch import explain_scratch_errors, make_scratch_dir
 from ns.labeling.label_set import HISTOGRAM, LabelSet, LabelShard, label_shard_key
-from ns.labeling.label_set import MANIFEST as LABEL_SET
-from ns.labeling.selection import MANIFEST as SELECTION
 from ns.labeling.selection import Selection
 from ns.storage import LocalStore, Store, open_store
 from ns.storage.documents import JsonDocument
@@ -42,8 +40,6 @@ from ns.storage.local import os_errors_as_store_errors
 
 MAIN_REF = "refs/heads/main"
 LABELS_DIR = "labels"
-VERSION = "version.json"
-VERDICT = "verdict.json"
 OBJECTS_PREFIX = "files/md5/"
 UNFINISHED_DIR = ".tmp-get"
 """In a destination: what is being downloaded. While it is there, the folder may be filled further."""
@@ -113,6 +109,8 @@ class VersionFile(JsonDocument):
 
 class LabelVersion(JsonDocument):
     """`version.json`: what a tag holds."""
+
+    filename: ClassVar[str] = "version.json"
 
     format: Literal[1] = 1
     project: str
@@ -230,12 +228,12 @@ class LabelRegistry:
                     )
                 return False
             clone_store = LocalStore(clone.path)
-            version.save_file(clone_store, VERSION)
-            label_set.save_file(clone_store, LABEL_SET)
+            version.save(clone_store)
+            label_set.save(clone_store)
             if selection:
-                selection.save_file(clone_store, SELECTION)
+                selection.save(clone_store)
             if verdict:
-                verdict.save_file(clone_store, VERDICT)
+                verdict.save(clone_store)
             commands.run_git("add", "--all")
             commands.run_git("commit", "--quiet", f"--message={tag}")
             commands.run_git("tag", "--annotate", "--cleanup=verbatim", "--file=-", str(tag), data=_build_tag_message(version))
@@ -336,7 +334,7 @@ class LabelRegistry:
         self, clone: _RegistryClone, ref: str, version: LabelVersion, destination: Path, unfinished: Path, *, with_dvc: bool
     ) -> None:
         # The manifest last: without it there is no label set in a folder.
-        missing_files = sorted(version.files, key=lambda file: file.name == LABEL_SET)
+        missing_files = sorted(version.files, key=lambda file: file.name == LabelSet.filename)
         missing_files = [file for file in missing_files if not _is_intact(destination / file.name, file)]
         if missing_files and with_dvc:
             shutil.rmtree(unfinished / LABELS_DIR, ignore_errors=True)
@@ -463,10 +461,10 @@ class LabelRegistry:
         if ref not in clone.refs:
             raise RunError(f"{name}: no such version in {self.redacted_uri}; `ns labels list` has them")
         try:
-            data = clone.read_document(clone.refs[ref], VERSION)
+            data = clone.read_document(clone.refs[ref], LabelVersion.filename)
         except StoreError as error:
-            raise DataError(f"{name}: has no {VERSION}; it was not made by `ns labels commit`") from error
-        return LabelVersion.parse(data, f"{name}:{VERSION}")
+            raise DataError(f"{name}: has no {LabelVersion.filename}; it was not made by `ns labels commit`") from error
+        return LabelVersion.parse(data, f"{name}:{LabelVersion.filename}")
 
     def _push_data(self, clone: _RegistryClone, version: LabelVersion) -> None:
         """Pushes the data, and looks whether all of it has come."""
@@ -589,18 +587,18 @@ def _gather_files(
             if label_store.exists(record_key):
                 if LabelShard.load_file(label_store, record_key) != shard:
                     raise DataError(
-                        f"{label_store.uri}/{record_key}: not what {LABEL_SET} says of {shard.name}; label the pool again"
+                        f"{label_store.uri}/{record_key}: not what {LabelSet.filename} says of {shard.name}; label the pool again"
                     )
                 _copy_file(label_store, record_key, target)
         _copy_file(label_store, HISTOGRAM, target)
-        label_set.save_file(target_store, LABEL_SET)
+        label_set.save(target_store)
         if selection:
-            selection.save_file(target_store, SELECTION)
+            selection.save(target_store)
         files = tuple(_hash_file(target / key) for key in sorted(target_store.list()))
     hashes = {file.name: file.sha256 for file in files}
     for shard in label_set.shards:
         if hashes[shard.name] != shard.sha256:
-            raise DataError(f"{label_store.uri}/{shard.name}: sha256 differs from {LABEL_SET}; label the pool again")
+            raise DataError(f"{label_store.uri}/{shard.name}: sha256 differs from {LabelSet.filename}; label the pool again")
     return files
 
 
@@ -747,8 +745,8 @@ def _check_destination(destination: Path, version: LabelVersion) -> None:
         return
     if not destination.is_dir():
         raise DataError(f"{destination}: is a file; name a folder")
-    if (destination / LABEL_SET).exists():
-        present = LabelSet.load_file(LocalStore(destination), LABEL_SET).digest
+    if (destination / LabelSet.filename).exists():
+        present = LabelSet.load(LocalStore(destination)).digest
         if present != version.label_set:
             raise DataError(
                 f"{destination}: holds label set {present[:16]}, not {version.label_set[:16]}; name an empty folder"

@@ -12,7 +12,7 @@ they can be sorted. Two passes do for all but heaps of equal confidences.
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +23,6 @@ from ns.labeling.label_set import LabelRows, LabelSet, ShardScores, iter_shard_s
 from ns.labeling.thresholds import Thresholds
 from ns.storage import Store
 from ns.storage.documents import HashedDocument, JsonDocument
-
-MANIFEST = "selection.json"
 
 MAX_SORTED_ROWS = 1 << 20
 """So many rows at most are sorted at the end; more are counted in narrower bins once more."""
@@ -63,6 +61,8 @@ class ClassRule(JsonDocument):
 
 
 class Selection(HashedDocument):
+    filename: ClassVar[str] = "selection.json"
+
     format: Literal[1] = 1
     policy: SelectionConfig
     seed: int
@@ -372,7 +372,7 @@ class _Ranking:
             order = np.argsort(number, kind="stable")
             indices, starts = np.unique(number[order], return_index=True)
             for index, positions in zip(indices.tolist(), np.split(order, starts[1:]), strict=True):
-                heaps[index].add(hashes[positions])
+                heaps[index].add_hashes(hashes[positions])
         return [heap.find_last() for heap in heaps]
 
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ns.config.schema import Experiment, ModelConfig, NoiseConfig, RoleConfig
 from ns.core.digest import sha256_bytes
 from ns.core.errors import ConfigError, DataError
-from ns.modeling.manifest import HISTORY, MANIFEST, WEIGHTS, ModelManifest, split_weights_uri
+from ns.modeling.manifest import HISTORY, WEIGHTS, ModelManifest, split_weights_uri
 from ns.storage import Store, open_store
 from ns.storage.documents import encode_json
 
@@ -110,10 +110,10 @@ def _check_role(field: str, role: RoleConfig, classes: int | None) -> ModelSize:
     model = role.model
     if role.train.init_uri:
         parent, key = split_weights_uri(role.train.init_uri)
-        if not open_store(parent).exists(key or MANIFEST):
+        if not open_store(parent).exists(key or ModelManifest.filename):
             raise ConfigError(
                 f"{field}.train.init: invalid value {role.train.init!r}: there is no such "
-                f"{'file' if key else f'model (a folder with {MANIFEST})'}"
+                f"{'file' if key else f'model (a folder with {ModelManifest.filename})'}"
             )
     if classes and model.outputs and model.outputs < classes:
         raise ConfigError(
@@ -149,7 +149,7 @@ def save_model(
     manifest = ModelManifest(weights_sha256=sha256_bytes(weights), **manifest_fields)
     store.put(WEIGHTS, weights)
     store.put(HISTORY, encode_json(history))
-    manifest.save_file(store, MANIFEST)
+    manifest.save(store)
     return manifest
 
 
@@ -157,7 +157,9 @@ def load_weights(store: Store, manifest: ModelManifest) -> dict[str, Tensor]:
     """The averaged weights, on the CPU. Raises DataError if their bytes are not the card's."""
     data = store.get(WEIGHTS)
     if sha256_bytes(data) != manifest.weights_sha256:
-        raise DataError(f"{store.uri}/{WEIGHTS}: sha256 differs from {MANIFEST}; the file is damaged or was replaced")
+        raise DataError(
+            f"{store.uri}/{WEIGHTS}: sha256 differs from {ModelManifest.filename}; the file is damaged or was replaced"
+        )
     try:
         return load_tensors(data)
     except SafetensorError as error:
@@ -166,7 +168,7 @@ def load_weights(store: Store, manifest: ModelManifest) -> dict[str, Tensor]:
 
 def load_model(store: Store) -> tuple[nn.Module, ModelManifest]:
     """A model for inference: averaged weights, evaluation mode, no noise."""
-    manifest = ModelManifest.load_file(store, MANIFEST)
+    manifest = ModelManifest.load(store)
     network = build_model(manifest.model, manifest.noise, len(manifest.classes))
     network.load_state_dict(load_weights(store, manifest))
     return network.eval(), manifest

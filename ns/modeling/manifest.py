@@ -1,13 +1,12 @@
 """A model on disk: `model.json` beside `model.safetensors` and `history.json`. Needs no torch to be read."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ns.config.schema import ModelConfig, NoiseConfig
 from ns.core.digest import sha256_file
 from ns.storage import open_store, split_uri
 from ns.storage.documents import HashedDocument, JsonDocument
 
-MANIFEST = "model.json"
 WEIGHTS = "model.safetensors"
 HISTORY = "history.json"
 """The training's curves: a list of points."""
@@ -33,6 +32,8 @@ class Lineage(JsonDocument):
 
 class ModelManifest(HashedDocument):
     """`model.json`: everything needed to build the network and to feed it."""
+
+    filename: ClassVar[str] = "model.json"
 
     format: Literal[1] = 1
     generation: int
@@ -60,5 +61,5 @@ def digest_weights(uri: str) -> str:
     """SHA-256 of the weights in a safetensors file or in a model's folder: what they are, wherever they are."""
     parent, key = split_weights_uri(uri)
     if key is None:
-        return ModelManifest.load_file(open_store(parent), MANIFEST).weights_sha256
+        return ModelManifest.load(open_store(parent)).weights_sha256
     return sha256_file(open_store(parent).path(key))

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from ns.config.schema import EvaluationConfig, EvaluationSet
 from ns.core.errors import DataError, prefix_errors
-from ns.data.dataset import MANIFEST, Dataset, DatasetRole
+from ns.data.dataset import Dataset, DatasetRole
 from ns.data.digits import DIGITS_SCHEME, write_digits
 from ns.data.importing.ingest import open_listing
 from ns.data.importing.listing import Listing
@@ -71,7 +71,7 @@ def _inspect_data(part: DataPart, uri: str) -> DataStats:
             store = open_store(str(scratch_path))
             return _inspect_dataset(store, write_digits(uri.removeprefix(DIGITS_SCHEME), store))
     dataset_store = open_store(uri)
-    if dataset_store.exists(MANIFEST):
+    if dataset_store.exists(Dataset.filename):
         return _inspect_dataset(dataset_store, Dataset.load(dataset_store))
     return _inspect_source(uri, PART_ROLES[part])
 

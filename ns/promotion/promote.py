@@ -19,7 +19,7 @@ from ns.core.digest import shorten_digest
 from ns.core.errors import ConfigError, DataError, NsError, RunError, StoreError
 from ns.core.git import GitCommands
 from ns.data.scratch import make_scratch_dir
-from ns.modeling.manifest import MANIFEST, WEIGHTS, Lineage, ModelManifest
+from ns.modeling.manifest import WEIGHTS, Lineage, ModelManifest
 from ns.reporting import comparison
 from ns.reporting.context import ReportContext, TrainedModel, gather_context
 from ns.reporting.markdown import escape_markdown, format_table, render_markdown
@@ -114,11 +114,11 @@ def verify_model(pointer: ModelPointer, origin: str) -> int:
     Raises DataError if it is not that model, StoreError if it cannot be read.
     """
     store = open_store(pointer.model)
-    manifest = ModelManifest.load_file(store, MANIFEST)
+    manifest = ModelManifest.load(store)
     if manifest.digest != pointer.digest:
         raise DataError(
-            f"{origin}: digest: {pointer.digest!r}, but {store.uri}/{MANIFEST} has {manifest.digest!r}: another model lies there now; "
-            "promote a run again"
+            f"{origin}: digest: {pointer.digest!r}, but {store.uri}/{ModelManifest.filename} has {manifest.digest!r}: "
+            "another model lies there now; promote a run again"
         )
     hasher, size = hashlib.sha256(), 0
     with store.open(WEIGHTS) as file:
@@ -126,7 +126,10 @@ def verify_model(pointer: ModelPointer, origin: str) -> int:
             hasher.update(chunk)
             size += len(chunk)
     weights_digest = hasher.hexdigest()
-    for source, expected in ((f"{store.uri}/{MANIFEST}", manifest.weights_sha256), (origin, pointer.weights_sha256)):
+    for source, expected in (
+        (f"{store.uri}/{ModelManifest.filename}", manifest.weights_sha256),
+        (origin, pointer.weights_sha256),
+    ):
         if expected != weights_digest:
             raise DataError(
                 f"{source}: weights_sha256: {expected!r}, but {store.uri}/{WEIGHTS} has {weights_digest!r}: the weights are damaged or "

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -15,6 +15,17 @@ class JsonDocument(BaseModel):
     """A frozen JSON object with known fields, kept as one file in a store."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    filename: ClassVar[str]
+    """The file of a document that has a folder of its own."""
+
+    @classmethod
+    def load(cls, store: Store) -> Self:
+        """Reads `filename` in the folder `store`; raises what `load_file` raises."""
+        return cls.load_file(store, cls.filename)
+
+    def save(self, store: Store) -> None:
+        self.save_file(store, self.filename)
 
     @classmethod
     def load_file(cls, store: Store, key: str) -> Self:

@@ -6,14 +6,12 @@ from torch import nn
 from ns.config.schema import ModelConfig, RoleConfig
 from ns.data.loading.stream import LabeledImages, PseudoLabeledImages
 from ns.data.prepared import PreparedData
-from ns.labeling.label_set import MANIFEST as LABEL_SET
 from ns.labeling.label_set import LabelSet
 from ns.labeling.pseudo_label_dataset import load_pseudo_labels
 from ns.labeling.selection import Selection
 from ns.modeling import factory as models
 from ns.modeling.distributed import World
 from ns.modeling.manifest import FINETUNED, Lineage, ModelManifest, digest_weights
-from ns.modeling.manifest import MANIFEST as CARD
 from ns.modeling.precision import choose
 from ns.modeling.predictor import make_inference_workload
 from ns.storage import Store
@@ -52,7 +50,7 @@ def train_and_save(
     lineage = Lineage(
         config=config_digest,
         labeled=labeled_dataset.digest,
-        teacher=ModelManifest.load_file(teacher, CARD).digest if teacher else None,
+        teacher=ModelManifest.load(teacher).digest if teacher else None,
         label_set=selection.label_set if selection else None,
         selection=selection.digest if selection else None,
         init=digest_weights(role.train.init_uri) if role.train.init_uri else None,
@@ -73,11 +71,11 @@ def train_and_save(
             "lineage": lineage,
         }
         # Another run may have trained the same beside this one, on another machine to other weights: what is there has been read.
-        if world.is_main and not store.exists(CARD):
+        if world.is_main and not store.exists(ModelManifest.filename):
             models.save_model(store, trained.weights, fields, trained.history)
         world.barrier()
 
-    if not world.broadcast(lambda: "there" if model_store.exists(CARD) else ""):
+    if not world.broadcast(lambda: "there" if model_store.exists(ModelManifest.filename) else ""):
         torch.manual_seed(seed)
         network = models.build_model(role.model, role.noise, len(classes))
         if role.train.init_uri:
@@ -101,9 +99,9 @@ def train_and_save(
         if world.is_main:
             checkpoint.clear_checkpoints(checkpoints)
 
-    manifest = ModelManifest.load_file(model_store, CARD)
+    manifest = ModelManifest.load(model_store)
     tuned_store = model_store.at(FINETUNED)
-    if role.train.finetune and not world.broadcast(lambda: "there" if tuned_store.exists(CARD) else ""):
+    if role.train.finetune and not world.broadcast(lambda: "there" if tuned_store.exists(ModelManifest.filename) else ""):
         tuned_role = make_finetuning_role(role, role.train.finetune)
         torch.manual_seed(seed)
         network = models.build_model(tuned_role.model, tuned_role.noise, len(classes))
@@ -130,7 +128,7 @@ def train_and_save(
 def _open_pseudo_labeled(root: Store, prepared: PreparedData, selection: Selection) -> PseudoLabeledImages:
     label_set_store = root.at(selection.label_set_key)
     pool_store, pool = prepared.pool.open_dataset(root)
-    return load_pseudo_labels(label_set_store, LabelSet.load_file(label_set_store, LABEL_SET), selection, pool_store, pool)
+    return load_pseudo_labels(label_set_store, LabelSet.load(label_set_store), selection, pool_store, pool)
 
 
 def _with_inference_precision(model: ModelConfig, network: nn.Module, *, batch: int) -> ModelConfig:

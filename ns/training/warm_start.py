@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ns.core import log
 from ns.core.errors import ConfigError, DataError
 from ns.modeling import factory as models
-from ns.modeling.manifest import MANIFEST, ModelManifest, split_weights_uri
+from ns.modeling.manifest import ModelManifest, split_weights_uri
 from ns.storage import Store, open_store
 
 
@@ -22,7 +22,7 @@ class InitialWeights(NamedTuple):
 
 def read_model_weights(store: Store) -> InitialWeights:
     """The averaged weights of a model of ours."""
-    manifest = ModelManifest.load_file(store, MANIFEST)
+    manifest = ModelManifest.load(store)
     return InitialWeights(store.uri, models.load_weights(store, manifest), manifest.classes)
 
 

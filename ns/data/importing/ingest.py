@@ -26,7 +26,7 @@ from ns.core import log
 from ns.core.digest import digest_json
 from ns.core.errors import DataError, RunError
 from ns.core.process import init_helper_process
-from ns.data.dataset import MANIFEST, Dataset, DatasetRole, Shard
+from ns.data.dataset import Dataset, DatasetRole, Shard
 from ns.data.importing import sources
 from ns.data.importing.listing import ClassLabel, ImportTask, Listing, SourceEntry
 from ns.data.importing.sources import escape_path
@@ -147,7 +147,7 @@ def import_listing(
         limits,
     )
     # Shards of one import under the manifest of another would be a damaged dataset.
-    store.delete(MANIFEST)
+    store.delete(Dataset.filename)
     tasks = list(
         listing.cut_tasks(shard_samples=limits.shard_samples, shard_bytes=limits.shard_mib << 20, overhead=2 * MEMBER_BYTES)
     )

@@ -26,7 +26,7 @@ from ns.config.schema import EvaluationConfig
 from ns.core import log
 from ns.core.digest import digest_json, sha256_bytes
 from ns.core.errors import ConfigError, DataError
-from ns.evaluation.result import ROBUSTNESS, PerturbationResult, Robustness, is_imagenet
+from ns.evaluation.result import PerturbationResult, Robustness, is_imagenet
 from ns.evaluation.robustness.averages import flip_rates, top5_distances
 from ns.evaluation.robustness.suite import (
     BLOCK_IMAGES,
@@ -248,7 +248,7 @@ def measure_published_set(
         predictions_sha256=digest_json(files),
         seconds=time.monotonic() - started,
     )
-    robustness.save_file(target, ROBUSTNESS)
+    robustness.save(target)
     return robustness
 
 

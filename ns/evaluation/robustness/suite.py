@@ -33,7 +33,7 @@ from ns.data.dataset import Dataset
 from ns.data.loading.decode import EncodedJpeg
 from ns.data.loading.shard_reader import ImageSource
 from ns.evaluation.accuracy import build_predictions_table, map_class_ids, read_encoded_images
-from ns.evaluation.result import ROBUSTNESS, AttackResult, PerturbationResult, Robustness, Subsample, is_imagenet
+from ns.evaluation.result import AttackResult, PerturbationResult, Robustness, Subsample, is_imagenet
 from ns.evaluation.robustness.attacks import AttackPlan, attack_images
 from ns.evaluation.robustness.averages import flip_rates, top5_distances
 from ns.evaluation.robustness.corruptions import SMALL_PX
@@ -189,7 +189,7 @@ class RobustnessSuite:
         if pending:
             self._run_pending(pending)
         robustness = self._summarize_units(time.monotonic() - started)
-        robustness.save_file(target, ROBUSTNESS)
+        robustness.save(target)
         return robustness
 
     def _run_pending(self, pending: list[tuple[_Block, list[SuiteUnit]]]) -> None:
