@@ -3,13 +3,13 @@
 from collections.abc import Collection, Iterator, Mapping
 
 from ns.core.errors import DataError
-from ns.data.locate import ImageLocation, locate_keys
+from ns.data.index import ImageLocation, locate_keys
 from ns.data.prepared import DataPart, PreparedData
 from ns.labeling.label_set import LabelRows, read_label_rows
 from ns.labeling.selection import count_copies
-from ns.modeling.manifest import MANIFEST as CARD
 from ns.modeling.manifest import ModelManifest
-from ns.runs import records as runs
+from ns.runs.lookup import RunLabelSet, list_runs, open_run_label_set
+from ns.runs.records import list_stage_notes
 from ns.storage import Store
 from ns.storage.documents import JsonDocument
 
@@ -72,9 +72,9 @@ def find_exposed_models(root: Store, keys: Collection[str]) -> dict[str, str]:
     """Digest of each model that has seen any of the images → key of its folder: of those that trained on one, labeled or
     pseudo-labeled, and of those that learned from them, as a teacher or beside one, by whatever many generations."""
     manifests = {
-        key.removesuffix(f"/{CARD}"): ModelManifest.load_file(root, key)
+        key.removesuffix(f"/{ModelManifest.filename}"): ModelManifest.load_file(root, key)
         for key in root.list("store/models/")
-        if key.endswith(f"/{CARD}")
+        if key.endswith(f"/{ModelManifest.filename}")
     }
     locations_by_dataset: dict[str, dict[str, ImageLocation]] = {}
     is_selected: dict[str, bool] = {}
@@ -117,29 +117,29 @@ def find_exposed_models(root: Store, keys: Collection[str]) -> dict[str, str]:
 
 def _iterate_prepared(root: Store) -> Iterator[tuple[str, PreparedData]]:
     """All runs that have come so far, with their data."""
-    for record in runs.list_runs(root):
-        for note in runs.list_stage_notes(root, record.run):
+    for record in list_runs(root):
+        for note in list_stage_notes(root, record.run):
             if note.stage == "prepare-data":
                 yield record.run, PreparedData.load_file(root, note.outputs["data"])
 
 
-def _iterate_label_sets(root: Store, run: str) -> Iterator[tuple[int, runs.RunLabelSet]]:
-    for note in runs.list_stage_notes(root, run):
+def _iterate_label_sets(root: Store, run: str) -> Iterator[tuple[int, RunLabelSet]]:
+    for note in list_stage_notes(root, run):
         if note.stage == "commit-labels":
-            yield note.generation, runs.open_run_label_set(root, run, note.generation)
+            yield note.generation, open_run_label_set(root, run, note.generation)
 
 
-def _read_label_rows(run_label_set: runs.RunLabelSet, location: ImageLocation) -> LabelRows:
+def _read_label_rows(run_label_set: RunLabelSet, location: ImageLocation) -> LabelRows:
     return read_label_rows(run_label_set.store, run_label_set.label_set.shards[location.shard])
 
 
-def _count_repeats(run_label_set: runs.RunLabelSet, rows: LabelRows, location: ImageLocation) -> int:
+def _count_repeats(run_label_set: RunLabelSet, rows: LabelRows, location: ImageLocation) -> int:
     assert run_label_set.selection is not None
     return int(count_copies(run_label_set.selection, rows)[location.row])
 
 
 def _describe_answer(
-    root: Store, run: str, generation: int, run_label_set: runs.RunLabelSet, location: ImageLocation
+    root: Store, run: str, generation: int, run_label_set: RunLabelSet, location: ImageLocation
 ) -> TeacherAnswer:
     rows = _read_label_rows(run_label_set, location)
     class_names = run_label_set.label_set.classes
@@ -149,7 +149,7 @@ def _describe_answer(
         for class_id, probability in zip(rows.top_class[location.row], rows.top_prob[location.row], strict=True)
         if is_labeled and probability > 0
     }
-    students = [note for note in runs.list_stage_notes(root, run) if (note.generation, note.stage) == (generation, "train")]
+    students = [note for note in list_stage_notes(root, run) if (note.generation, note.stage) == (generation, "train")]
     rules = run_label_set.selection.rules if run_label_set.selection else ()
     return TeacherAnswer(
         run=run,

@@ -1,25 +1,28 @@
-"""From what an experiment names to datasets: found where they are, or imported into the store."""
+"""Prepares the data that an experiment names: finds the datasets where they are, or imports them into the store."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ns.config.schema import DataConfig, EvaluationSet, Experiment
 from ns.core import log
 from ns.core.digest import digest_code, shorten_digest
-from ns.core.errors import DataError, StoreError
-from ns.data.dataset import MANIFEST, Dataset, DatasetRole
-from ns.data.digits import DIGITS_SCHEME
-from ns.data.importing.ingest import ImportLimits, import_listing, open_listing, source_name
+from ns.core.errors import ConfigError, DataError, StoreError, prefix_errors
+from ns.data.dataset import Dataset, DatasetRole
+from ns.data.importing.digits import write_digits
+from ns.data.importing.ingest import derive_dataset_name, digest_config, import_listing, open_listing
+from ns.data.key_list import read_keys
 from ns.data.leakage import DUPLICATES, LEFT_OUT, LeakageReport, NamedDataset, check_datasets
-from ns.data.leakage import MANIFEST as CHECK_MANIFEST
+from ns.data.locate import classify_uri
 from ns.data.prepared import PART_ROLES, DataPart, LeftOutImages, PreparedData, PreparedDataset
-from ns.storage import Store, open_store
+from ns.modeling.manifest import ModelManifest
+from ns.stages.context import RunRef, stage
+from ns.storage import Store, open_store, read_uri
 from ns.storage.ledger import Ledger
 
 IMPORT_CODE = (
     "data/importing/ingest.py",
     "data/importing/listing.py",
     "data/importing/sources.py",
-    "data/digits.py",
+    "data/importing/digits.py",
     "data/shards.py",
     "data/importing/writer.py",
     "data/loading/decode.py",
@@ -34,6 +37,29 @@ CHECK_CODE = (
     "data/loading/shard_reader.py",
     "data/index.py",
 )
+
+
+def prepare_data(ref: RunRef) -> str:
+    """Checks the experiment, and finds or imports its datasets. Returns the key of `prepared.json`."""
+    with stage("prepare-data", ref) as context:
+        key, prepared, reused = write_prepared_data(context.experiment, context.root, context.ledger)
+        context.write_note({"data": key}, reused=reused, **count_images(context.root, prepared))
+        return key
+
+
+def write_prepared_data(experiment: Experiment, root: Store, ledger: Ledger) -> tuple[str, PreparedData, bool]:
+    """Prepares the data, and checks whatever else later stages read. Returns the key of `prepared.json`, its content, and whether
+    nothing had to be imported."""
+    prepared, reused = prepare_datasets(experiment, root, ledger)
+    _check_later_inputs(experiment, prepared.labeled.open_dataset(root)[1].classes)
+    key = f"store/prepared/{shorten_digest(prepared.digest)}/{PreparedData.filename}"
+    prepared.save_file(root, key)
+    return key, prepared, reused
+
+
+def count_images(root: Store, prepared: PreparedData) -> dict[str, int]:
+    """Images of each part of the data."""
+    return {part: source.open_dataset(root)[1].samples for part, source in prepared.parts.items()}
 
 
 def prepare_datasets(experiment: Experiment, root: Store, ledger: Ledger) -> tuple[PreparedData, bool]:
@@ -75,6 +101,21 @@ def prepare_datasets(experiment: Experiment, root: Store, ledger: Ledger) -> tup
     return prepared.model_copy(update={"left_out": left_out}), finder.reused and check_reused
 
 
+def _check_later_inputs(experiment: Experiment, classes: Sequence[str]) -> None:
+    """Looks for what only later stages read: a training of days comes before them. Raises an NsError that names the field."""
+    if experiment.data.exclude:
+        with prefix_errors("data.exclude"):
+            read_keys(experiment.data.exclude)
+    for index, uri in enumerate(experiment.labeling.ensemble):
+        with prefix_errors(f"labeling.ensemble.{index}"):
+            if ModelManifest.load(open_store(uri)).classes != tuple(classes):
+                raise ConfigError(f"{uri}: has other classes, or another order of them, than data.labeled")
+    for name, evaluation_set in experiment.evaluation.sets.items():
+        if evaluation_set.multi_label:
+            with prefix_errors(f"evaluation.sets.{name}.multi_label"):
+                read_uri(evaluation_set.multi_label)
+
+
 def _check_leaks(prepared: PreparedData, data: DataConfig, root: Store, ledger: Ledger) -> tuple[LeftOutImages | None, bool]:
     """Looks for images of evaluation sets elsewhere. Returns what is to be left out of the pool, and whether that was known."""
     if data.leak_guard == "off":
@@ -93,10 +134,10 @@ def _check_leaks(prepared: PreparedData, data: DataConfig, root: Store, ledger: 
             NamedDataset(name, *source.open_dataset(root), used_as.get(name, "evaluation")) for name, source in parts.items()
         ]
         check_datasets(datasets, root.at(target), root.at("store/fingerprints"), bits=data.near_duplicate_bits)
-        return {"check": f"{target}/{CHECK_MANIFEST}"}
+        return {"check": f"{target}/{LeakageReport.filename}"}
 
     _, reused = ledger.get_or_run("check", inputs, run_check)
-    report = LeakageReport.load_file(root, f"{target}/{CHECK_MANIFEST}")
+    report = LeakageReport.load(root.at(target))
     for name in prepared.evaluation_sets:
         trained = report.get_overlap("labeled", name)
         if trained.same + trained.near:
@@ -185,35 +226,33 @@ class _DatasetFinder:
 
     def find_dataset(self, field: str, uri: str, part: DataPart, classes: tuple[str, ...] | None = None) -> PreparedDataset:
         """Raises DataError if there are no images."""
-        if uri.startswith(DIGITS_SCHEME):
-            inputs: dict[str, object] = {"source": uri, "code": digest_code(*IMPORT_CODE)}
-            return self._import_once(inputs, lambda store: _write_digits(field, uri, store))
-        if (store := open_store(uri)).exists(MANIFEST):
+        kind = classify_uri(uri)
+        if kind == "digits":
+            with prefix_errors(field):
+                inputs: dict[str, object] = {"source": uri, "code": digest_code(*IMPORT_CODE)}
+                return self._import_once(inputs, lambda store: write_digits(uri, store))
+        if kind == "dataset":
+            store = open_store(uri)
             dataset = Dataset.load(store)
             if dataset.samples == 0:
-                raise DataError(f"{field}: {store.uri}/{MANIFEST}: has no images; import some, or name another dataset")
+                raise DataError(f"{field}: {store.uri}/{Dataset.filename}: has no images; import some, or name another dataset")
             return PreparedDataset(uri=store.uri, digest=dataset.digest)
         return self._import_source(field, uri, PART_ROLES[part], classes)
 
     def _import_source(self, field: str, uri: str, role: DatasetRole, classes: tuple[str, ...] | None) -> PreparedDataset:
-        limits = ImportLimits(
-            max_rejected_share=self._data.max_rejected_share,
-            shard_samples=self._data.shard_samples,
-            shard_mib=self._data.shard_mib,
-            max_side=self._data.max_side,
-        )
         try:
             with open_listing(uri, role) as listing:
                 inputs: dict[str, object] = {
                     "source": listing.compute_digest(),
                     "role": role,
                     "classes": classes,
-                    "limits": limits.digest_fields(),
+                    "config": digest_config(self._data),
                     "code": digest_code(*IMPORT_CODE),
                 }
 
                 def import_into(store: Store) -> None:
-                    import_listing(listing, uri, store, name=source_name(uri), role=role, limits=limits, classes=classes)
+                    name = derive_dataset_name(uri)
+                    import_listing(listing, uri, store, name=name, role=role, config=self._data, classes=classes)
 
                 return self._import_once(inputs, import_into)
         except DataError as error:
@@ -224,27 +263,18 @@ class _DatasetFinder:
 
         def import_if_missing() -> dict[str, str]:
             store = self._root.at(key)
-            if not store.exists(MANIFEST):
+            if not store.exists(Dataset.filename):
                 try:
                     import_into(store)
                 except StoreError:
                     # Another run that imported the same, and was done first, has cleared away what this one was to go on with.
-                    if not store.exists(MANIFEST):
+                    if not store.exists(Dataset.filename):
                         raise
-            return {"dataset": f"{key}/{MANIFEST}"}
+            return {"dataset": f"{key}/{Dataset.filename}"}
 
         _, reused = self._ledger.get_or_run("import", inputs, import_if_missing)
         self.reused &= reused
         return PreparedDataset(uri=key, digest=Dataset.load(self._root.at(key)).digest)
-
-
-def _write_digits(field: str, uri: str, store: Store) -> None:
-    from ns.data.digits import write_digits
-
-    try:
-        write_digits(uri.removeprefix(DIGITS_SCHEME), store)
-    except DataError as error:
-        raise DataError(f"{field}: {error}") from error
 
 
 def _shorten_names(names: tuple[str, ...]) -> str:

@@ -116,6 +116,11 @@ def split_uri(uri: str) -> tuple[str, str]:
     return parent or ("/" if uri.startswith("/") else "."), unquote(key) if uri.startswith("file:") else key
 
 
+def parent_key(key: str) -> str:
+    """The folder of a key: `store/models/x/model.json` → `store/models/x`."""
+    return key.rpartition("/")[0]
+
+
 def read_uri(uri: str) -> bytes:
     """The bytes of one file by its URI or path."""
     parent, key = split_uri(uri)

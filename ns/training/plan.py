@@ -47,7 +47,7 @@ def plan_training(role: RoleConfig, samples: int) -> TrainingPlan:
             config=config.optimizer,
         )
 
-    return TrainingPlan(role, TrainTransform(role.noise, role.model.resolution), steps, lr_at)
+    return TrainingPlan(role, TrainTransform(role.noise, role.model.resolution, role.model.crop), steps, lr_at)
 
 
 def make_finetuning_role(role: RoleConfig, finetune: FinetuneConfig) -> RoleConfig:
@@ -62,7 +62,6 @@ def make_finetuning_role(role: RoleConfig, finetune: FinetuneConfig) -> RoleConf
             stochastic_depth=0,
             randaugment_layers=0,
             randaugment_magnitude=0,
-            crop=role.noise.crop,
             flip=False,
         ),
         train=role.train.model_copy(update=changes),
@@ -118,8 +117,8 @@ class _EvaluationTransform(TrainTransform):
     """Images as evaluation sees them."""
 
     def __init__(self, role: RoleConfig) -> None:
-        super().__init__(role.noise, role.model.resolution)
-        self._plain = EvalTransform(role.model.resolution, role.noise.crop, role.model.test_margin_px)
+        super().__init__(role.noise, role.model.resolution, role.model.crop)
+        self._plain = EvalTransform(role.model.resolution, role.model.crop, role.model.test_margin_px)
 
     def __call__(self, image: EncodedJpeg | npt.NDArray[np.uint8], rng: np.random.Generator) -> npt.NDArray[np.uint8]:  # noqa: ARG002
         return self._plain(image)

@@ -1,0 +1,139 @@
+"""The life of a run: its name, its start, the lock of the client that drives it, its end."""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+
+from filelock import FileLock, Timeout
+
+from ns.config.loader import dump_experiment
+from ns.config.schema import Experiment
+from ns.core.digest import digest_json
+from ns.core.errors import ConfigError, RunError, StoreError
+from ns.runs.records import (
+    CONFIG_FILE,
+    AcceptedStudent,
+    RunRecord,
+    RunState,
+    list_stage_notes,
+    record_key,
+    utc_timestamp,
+    write_stage_note,
+)
+from ns.storage import LocalStore, Store
+
+LOCK_PROBE_SECONDS = 0.5
+"""Whoever looks whether a run is under way holds it for an instant; a client that begins then waits for so long."""
+
+
+def derive_run_name(experiment: Experiment) -> str:
+    """The name of the run of an experiment: the same command finds the same run again."""
+    return f"{experiment.name}-{digest_experiment(experiment)[:8]}"
+
+
+def derive_generation_name(experiment: Experiment, generation: int, data_digest: str, teacher_digest: str | None) -> str:
+    """The name of the run of one generation: with the same data and teacher (digests) it is the same run again."""
+    return f"{experiment.name}-gen-{generation}-{digest_json([digest_experiment(experiment), data_digest, teacher_digest])[:8]}"
+
+
+def digest_experiment(experiment: Experiment) -> str:
+    """What runs of one name must share."""
+    # Where versions are kept may change, and be given later, within one run.
+    document = experiment.model_dump(mode="json", exclude={"registry", "evaluation"})
+    # An experiment that does not use these is the one it was before they existed, under the same digest and name.
+    if evaluation_fields := experiment.evaluation.model_dump(mode="json", exclude_defaults=True, exclude={"keep_gib"}):
+        document["evaluation"] = evaluation_fields
+    if experiment.data.test is None:
+        del document["data"]["test"]
+    return digest_json(document)
+
+
+def check_run_name(run: str) -> None:
+    """Raises ConfigError for what cannot be a run's name: it is a folder beside `store`, and a part of tags of label sets."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", run) or ".." in run or run in ("latest", "store"):
+        raise ConfigError(
+            f"--run: invalid value {run!r}: must be at most 100 letters, digits, dots, dashes and underscores, begin with a letter or "
+            "digit, hold no '..', and be neither 'latest' nor 'store'"
+        )
+
+
+def open_run(root: Store, run: str, experiment: Experiment, version: str) -> RunRecord:
+    """Opens a run, or opens it again. Raises RunError if the run exists with another configuration, ConfigError for a wrong name."""
+    check_run_name(run)
+    config_digest = digest_experiment(experiment)
+    started_at = utc_timestamp()
+    if root.exists(record_key(run)):
+        existing = RunRecord.load_file(root, record_key(run))
+        if existing.config_digest != config_digest:
+            raise RunError(
+                f"run {run}: was started with another configuration ({root.at(run).uri}/{CONFIG_FILE}); "
+                "choose another --run name, or leave it out"
+            )
+        started_at = existing.started_at
+    root.at(run).put(CONFIG_FILE, dump_experiment(experiment).encode())
+    record = RunRecord(run=run, config_digest=config_digest, state="running", started_at=started_at, version=version)
+    record.save_file(root, record_key(run))
+    return record
+
+
+def record_inherited_teacher(root: Store, run: str, student: AcceptedStudent) -> None:
+    """Notes in a run that its teacher is another run's student, with what its training took there."""
+    for student_note in list_stage_notes(root, student.run):
+        if (student_note.generation, student_note.stage) == (student.generation, "train"):
+            write_stage_note(
+                root, run, student_note.generation, student_note.stage, student_note.outputs, student_note.seconds, reused=True
+            )
+
+
+def finish_run(root: Store, run: str, state: RunState, error: str | None = None) -> None:
+    record = RunRecord.load_file(root, record_key(run))
+    record.model_copy(update={"state": state, "error": error, "finished_at": utc_timestamp()}).save_file(root, record_key(run))
+
+
+@contextlib.contextmanager
+def lock_run(root: Store, run: str) -> Iterator[None]:
+    """Holds a run in a local folder for one client; a second one would only do the same work beside it.
+
+    Raises RunError naming the process that holds it, StoreError when the folder cannot be written, ConfigError for a wrong name.
+    """
+    if not isinstance(root, LocalStore):
+        # On a cluster it is Kubeflow that starts a step once.
+        yield
+        return
+    check_run_name(run)
+    run_path = root.root / run
+    client_path = run_path / ".client"
+    lock = _run_lock(root, run)
+    try:
+        run_path.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=LOCK_PROBE_SECONDS)
+    except Timeout:
+        pid = client_path.read_text() if client_path.exists() else "unknown"
+        raise RunError(f"run {run}: is under way already (process {pid}); wait for it, or stop it first") from None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StoreError(f"{run_path}: cannot write: {reason}; choose another folder with --root") from error
+    try:
+        with contextlib.suppress(OSError):
+            client_path.write_text(str(os.getpid()))
+        yield
+    finally:
+        lock.release()
+
+
+def is_run_driven(root: Store, run: str) -> bool:
+    """Whether a client is at work on the run. A client that was killed let go of its lock."""
+    if not isinstance(root, LocalStore):
+        return True
+    try:
+        with _run_lock(root, run):
+            return False
+    except Timeout:
+        return True
+    except OSError:
+        return False
+
+
+def _run_lock(root: LocalStore, run: str) -> FileLock:
+    return FileLock(root.root / run / ".lock", timeout=0)

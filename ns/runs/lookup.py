@@ -1,0 +1,222 @@
+"""Finds what runs left behind by a name: runs, models, label sets, verdicts, thresholds."""
+
+from typing import NamedTuple
+
+import yaml
+
+from ns.config.schema import SelectionConfig
+from ns.core.errors import DataError, RunError
+from ns.data.dataset import Dataset
+from ns.data.prepared import PreparedData
+from ns.evaluation.gate import Verdict
+from ns.evaluation.result import Evaluation, read_predictions
+from ns.labeling.diff import DiffSide
+from ns.labeling.label_set import LabelSet
+from ns.labeling.selection import Selection
+from ns.labeling.thresholds import Thresholds, find_thresholds
+from ns.modeling.manifest import ModelManifest
+from ns.runs.records import CONFIG_FILE, RECORDS_PREFIX, AcceptedStudent, RunRecord, list_stage_notes
+from ns.runs.summary import summarize_run
+from ns.storage import Store, open_store
+
+
+def list_runs(root: Store) -> list[RunRecord]:
+    """All runs below a root, the latest last."""
+    records = (RunRecord.load_file(root, key) for key in root.list(RECORDS_PREFIX))
+    return sorted(records, key=lambda record: record.started_at)
+
+
+def resolve_run_name(root: Store, run: str = "latest") -> str:
+    """The full name of a run, given its name, an unambiguous beginning of it, or `latest`.
+
+    Raises RunError listing what there is.
+    """
+    names = [record.run for record in list_runs(root)]
+    if not names:
+        raise RunError(f"{root.uri}: no runs here; start one with `ns run`, or name another place with --root")
+    if run == "latest":
+        return names[-1]
+    matching = [name for name in names if name == run] or [name for name in names if name.startswith(run)]
+    if len(matching) != 1:
+        problem = f"is one of {', '.join(matching)}" if matching else "does not exist"
+        raise RunError(f"run {run}: {problem}; runs in {root.uri}: {', '.join(names)}")
+    return matching[0]
+
+
+def read_prepared_data(root: Store, run: str) -> PreparedData:
+    """The datasets of a run. Raises RunError if it has not come so far."""
+    for note in list_stage_notes(root, run):
+        if note.stage == "prepare-data":
+            return PreparedData.load_file(root, note.outputs["data"])
+    raise RunError(f"run {run}: its data is not prepared yet; `ns run --resume` continues it")
+
+
+def resolve_model_uri(root: Store, name: str) -> str:
+    """A model's folder or URI as it is; of a run's name, the place of its best model. Raises RunError if there is none."""
+    if open_store(name).exists(ModelManifest.filename):
+        return name
+    model_key = summarize_run(root, resolve_run_name(root, name)).best_model
+    if model_key is None:
+        raise RunError(f"run {name}: has no model yet; `ns run --resume` continues it")
+    return root.at(model_key).uri
+
+
+def resolve_verdict(root: Store, name: str) -> tuple[str, Verdict]:
+    """The full name of a run, and the gate's verdict on a generation of it (`RUN/gen-N`), or the last one (`RUN`).
+
+    Raises RunError if the gate has not spoken.
+    """
+    run_name, slash, number = name.rpartition("/gen-")
+    if slash and not number.isdigit():
+        raise RunError(f"{name}: must be a run, or a generation of it: latest, latest/gen-1")
+    run = resolve_run_name(root, run_name if slash else name)
+    verdict_keys = {note.generation: note.outputs["verdict"] for note in list_stage_notes(root, run) if note.stage == "gate"}
+    if not verdict_keys:
+        raise RunError(f"run {run}: no student has come to the gate yet; `ns run --resume` continues it")
+    generation = int(number) if slash else max(verdict_keys)
+    if generation not in verdict_keys:
+        available = ", ".join(f"gen-{judged_generation}" for judged_generation in sorted(verdict_keys))
+        raise RunError(f"run {run}: there is no verdict on generation {generation}; there are {available}")
+    return run, Verdict.load_file(root, verdict_keys[generation])
+
+
+def find_accepted_student(root: Store, experiment: str) -> AcceptedStudent | None:
+    """The student that a gate accepted last, of all runs of the experiments of this name; None if there is none.
+
+    A student that several runs came to was accepted when the first of them accepted it: runs that are repeated change nothing. One
+    whose folder was removed is passed over.
+    """
+    accepted_students: dict[str, tuple[str, AcceptedStudent]] = {}
+    for record in list_runs(root):
+        if _read_experiment_name(root, record.run) != experiment:
+            continue
+        for note in list_stage_notes(root, record.run):
+            if note.stage != "gate":
+                continue
+            verdict = Verdict.load_file(root, note.outputs["verdict"])
+            if verdict.promoted and root.exists(f"{verdict.student}/{ModelManifest.filename}"):
+                acceptance = (note.finished_at, AcceptedStudent(record.run, verdict.generation, verdict.student))
+                accepted_students[verdict.student] = min(acceptance, accepted_students.get(verdict.student, acceptance))
+    return max(accepted_students.values())[1] if accepted_students else None
+
+
+def _read_experiment_name(root: Store, run: str) -> str | None:
+    # No more of it is read than this, since a field of an old one may be unknown by now.
+    key = f"{run}/{CONFIG_FILE}"
+    document = yaml.safe_load(root.get(key)) if root.exists(key) else None
+    return document.get("name") if isinstance(document, dict) else None
+
+
+class RunLabelSet(NamedTuple):
+    """A label set, and what is known of it by the run that made it; nothing of one that is opened by its place."""
+
+    store: Store
+    label_set: LabelSet
+    selection: Selection | None = None
+    prepared: PreparedData | None = None
+    teacher: str | None = None
+    """Key of the model's folder below the root."""
+
+    @property
+    def side(self) -> DiffSide:
+        """As it is compared with another one."""
+        return DiffSide(self.store, self.label_set, self.selection)
+
+    def open_pool(self, root: Store, uri: str | None = None) -> tuple[Store, Dataset]:
+        """The labeled images, of the run or at `place`. Raises DataError if they are not those that were labeled."""
+        if uri is not None:
+            pool_store = open_store(uri)
+            dataset = Dataset.load(pool_store)
+        elif self.prepared is not None:
+            pool_store, dataset = self.prepared.pool.open_dataset(root)
+        else:
+            raise RunError(f"{self.store.uri}: which images were labeled is not known here; name their folder with --pool")
+        if dataset.digest != self.label_set.dataset:
+            raise DataError(f"{pool_store.uri}: digest {dataset.digest}, but {self.store.uri} labels {self.label_set.dataset}")
+        return pool_store, dataset
+
+
+def open_label_set(root: Store, name: str) -> RunLabelSet:
+    """The label set of a run's generation (`RUN/gen-N`, with a name that `find` knows), or the one in a folder.
+
+    Raises RunError or DataError if there is none.
+    """
+    run, _, generation = name.rpartition("/gen-")
+    if not run or not generation.isdigit():
+        label_store = open_store(name)
+        if not label_store.exists(LabelSet.filename):
+            raise DataError(
+                f"{label_store.uri}: no {LabelSet.filename} here; name a label set's folder, or a run's generation: latest/gen-1"
+            )
+        return RunLabelSet(label_store, LabelSet.load(label_store))
+    return open_run_label_set(root, resolve_run_name(root, run), int(generation))
+
+
+def open_run_label_set(root: Store, run: str, generation: int) -> RunLabelSet:
+    """The label set of generation `number` of a run, given its full name. Raises RunError if there is none."""
+    outputs_by_stage = {(note.generation, note.stage): note.outputs for note in list_stage_notes(root, run)}
+    if (generation, "commit-labels") not in outputs_by_stage:
+        available = [f"gen-{g}" for g, stage in outputs_by_stage if stage == "commit-labels"]
+        raise RunError(f"run {run}: generation {generation} has no label set; there are {', '.join(available) or 'none'}")
+    outputs = outputs_by_stage[generation, "commit-labels"]
+    label_store = root.at(outputs["label_set"].rpartition("/")[0])
+    return RunLabelSet(
+        label_store,
+        LabelSet.load(label_store),
+        Selection.load_file(root, outputs["selection"]),
+        PreparedData.load_file(root, outputs_by_stage[0, "prepare-data"]["data"]),
+        outputs["teacher"].rpartition("/")[0] if "teacher" in outputs else None,
+    )
+
+
+def open_previous_label_set(root: Store, run: str, generation: int) -> RunLabelSet | None:
+    """The labels of the generation before: the run's own, or those that the teacher learnt from in the run that trained it.
+
+    None if there are none, or if they are of another pool, with which this generation's cannot be compared.
+    """
+    current = open_run_label_set(root, run, generation)
+    for name in (run, *(record.run for record in reversed(list_runs(root)))):
+        outputs_by_stage = {
+            note.stage: note.outputs for note in list_stage_notes(root, name) if note.generation == generation - 1
+        }
+        trained = outputs_by_stage.get("train", {}).get("model") == f"{current.teacher}/{ModelManifest.filename}"
+        if "commit-labels" in outputs_by_stage and (name == run or trained):
+            previous = open_run_label_set(root, name, generation - 1)
+            return previous if previous.label_set.dataset == current.label_set.dataset else None
+    return None
+
+
+def find_policy_thresholds(root: Store, run_label_set: RunLabelSet, policy: SelectionConfig) -> Thresholds:
+    """The thresholds of a wanted precision for a label set, from its teacher's evaluation on the run's held-out images.
+
+    Raises RunError if there is none.
+    """
+    heldout = run_label_set.prepared.heldout.digest if run_label_set.prepared else None
+    for key in root.list("store/evaluations/"):
+        if key.endswith(f"/{Evaluation.filename}"):
+            evaluation = Evaluation.load_file(root, key)
+            if (evaluation.model, evaluation.dataset, evaluation.scored_classes) == (
+                run_label_set.label_set.teacher,
+                heldout,
+                None,
+            ):
+                return compute_policy_thresholds(root.at(key.removesuffix(f"/{Evaluation.filename}")), evaluation, policy)
+    raise RunError(
+        f"{run_label_set.store.uri}: selection.precision needs the teacher's evaluation on held-out images, which only a run has; "
+        "name the label set as a run's generation: latest/gen-1"
+    )
+
+
+def compute_policy_thresholds(store: Store, evaluation: Evaluation, policy: SelectionConfig) -> Thresholds:
+    """The thresholds of a policy's precision, from an evaluation on held-out images."""
+    assert policy.precision is not None
+    rows = read_predictions(store, evaluation)
+    return find_thresholds(
+        rows["predicted"].to_numpy(),
+        rows["confidence"].to_numpy(),
+        rows["rank"].to_numpy() == 0,
+        len(evaluation.classes),
+        precision=policy.precision,
+        level=policy.confidence,
+        evaluation=evaluation.digest,
+    )

@@ -1,0 +1,175 @@
+"""A run in numbers: what its notes point to, read and put together."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ns.core.errors import DataError, RunError, StoreError
+from ns.evaluation.gate import Verdict
+from ns.evaluation.result import Evaluation, Robustness
+from ns.evaluation.robustness.scores import RobustnessScores, score_robustness
+from ns.labeling.label_set import LabelSet
+from ns.labeling.selection import Selection
+from ns.runs.lifecycle import is_run_driven
+from ns.runs.records import REPORT_FILE, RunRecord, RunState, StageNote, list_stage_notes, record_key
+from ns.storage import Store
+
+
+class GenerationSummary(BaseModel):
+    """One trip round the loop, in numbers."""
+
+    model_config = ConfigDict(frozen=True)
+
+    generation: int
+    model: str
+    """The student, as a key below the root."""
+    teacher_top1: float
+    student_top1: float
+    gain: float
+    """student_top1 − teacher_top1, on the same held-out images."""
+    gain_low: float
+    gain_high: float
+    """Two-sided bootstrap interval of the gain, at the gate's level."""
+    labeled: int
+    """Images in the pool that the teacher labeled."""
+    kept: int
+    """Distinct images that the selection kept."""
+    label_set: str
+    """Digest."""
+    verdict: Literal["promoted", "refused"]
+    reason: str
+    seconds: float
+    """Work in this generation; parallel tasks add up."""
+
+
+class ModelMeasurements(BaseModel):
+    """What the evaluation of one model found, on whatever the experiment asked for."""
+
+    model_config = ConfigDict(frozen=True)
+
+    generation: int
+    top1: float
+    """Of the held-out images, which decide."""
+    ece: float | None
+    """Calibration error on them."""
+    test_top1: float | None
+    """Of the images that are only reported."""
+    sets: dict[str, float]
+    """Further evaluation sets: name → top-1."""
+    scores: RobustnessScores | None
+    """Of corruptions and perturbations; relative to the first teacher where not to AlexNet."""
+    attacks: dict[str, float]
+    """`fgsm-8`, `pgd-16-10` (epsilon, steps) → top-1 that is left."""
+
+
+class RunSummary(BaseModel):
+    """A run at a glance: what `ns runs show --json` prints."""
+
+    model_config = ConfigDict(frozen=True)
+
+    run: str
+    state: RunState
+    error: str | None
+    config_digest: str
+    started_at: str
+    finished_at: str | None
+    teacher_top1: float | None
+    """Of the teacher that the run began with, once it is evaluated."""
+    generations: list[GenerationSummary]
+    measurements: list[ModelMeasurements] = Field(default_factory=list)
+    """Of each evaluated model, the first teacher's first."""
+    best_model: str | None
+    """The last accepted model, as a key below the root."""
+    best_top1: float | None
+    label_sets: list[str]
+    """Digests, by generation."""
+    report: str | None
+    """URI of the report, once written."""
+    stages: list[StageNote]
+
+
+def summarize_run(root: Store, run: str) -> RunSummary:
+    """Reads a run's notes and what they point to."""
+    run_store = root.at(run)
+    try:
+        record = RunRecord.load_file(root, record_key(run))
+    except StoreError as error:
+        raise RunError(f"run {run}: does not exist in {root.uri}") from error
+    stage_notes = list_stage_notes(root, run)
+    generations = [_summarize_generation(root, stage_notes, note) for note in stage_notes if note.stage == "gate"]
+    # Notes are in the order of generations, and a run may begin with an earlier one's student.
+    teacher_note = next((note for note in stage_notes if note.stage == "train"), None)
+    evaluation_note = next((note for note in stage_notes if note.stage == "evaluate"), None)
+    teacher_top1 = Evaluation.load_file(root, evaluation_note.outputs["evaluation"]).top1 if evaluation_note else None
+    best_model = teacher_note.outputs["model"].rpartition("/")[0] if teacher_note else None
+    best_top1 = teacher_top1
+    for generation in generations:
+        if generation.verdict == "promoted":
+            best_model, best_top1 = generation.model, generation.student_top1
+    was_killed = record.state == "running" and not is_run_driven(root, run)
+    return RunSummary(
+        run=run,
+        state="interrupted" if was_killed else record.state,
+        error=record.error,
+        config_digest=record.config_digest,
+        started_at=record.started_at,
+        finished_at=record.finished_at,
+        teacher_top1=teacher_top1,
+        generations=generations,
+        measurements=_collect_measurements(root, stage_notes),
+        best_model=best_model,
+        best_top1=best_top1,
+        label_sets=[generation.label_set for generation in generations],
+        report=f"{run_store.uri}/{REPORT_FILE}" if run_store.exists(REPORT_FILE) else None,
+        stages=stage_notes,
+    )
+
+
+def _summarize_generation(root: Store, stage_notes: list[StageNote], gate_note: StageNote) -> GenerationSummary:
+    verdict = Verdict.load_file(root, gate_note.outputs["verdict"])
+    generation_notes = [note for note in stage_notes if note.generation == gate_note.generation]
+    commit_note = next((note for note in generation_notes if note.stage == "commit-labels"), None)
+    if commit_note is None:
+        raise DataError(f"generation {gate_note.generation}: has a verdict but no note of commit-labels in {root.uri}")
+    label_set = LabelSet.load_file(root, commit_note.outputs["label_set"])
+    selection = Selection.load_file(root, commit_note.outputs["selection"])
+    return GenerationSummary(
+        generation=gate_note.generation,
+        model=verdict.student,
+        teacher_top1=verdict.teacher_top1,
+        student_top1=verdict.student_top1,
+        gain=verdict.gain,
+        gain_low=verdict.gain_low,
+        gain_high=verdict.gain_high,
+        labeled=label_set.rows,
+        kept=selection.kept,
+        label_set=label_set.digest,
+        verdict="promoted" if verdict.promoted else "refused",
+        reason=verdict.reason,
+        seconds=sum(note.seconds for note in generation_notes),
+    )
+
+
+def _collect_measurements(root: Store, stage_notes: list[StageNote]) -> list[ModelMeasurements]:
+    measurements = []
+    reference: Robustness | None = None
+    for note in (note for note in stage_notes if note.stage == "evaluate"):
+        outputs = note.outputs
+        heldout = Evaluation.load_file(root, outputs["evaluation"])
+        robustness = Robustness.load_file(root, outputs["robustness"]) if "robustness" in outputs else None
+        reference = reference or robustness
+        sets = {
+            name: key for name, key in outputs.items() if name.startswith("set:") and key.endswith(f"/{Evaluation.filename}")
+        }
+        measurements.append(
+            ModelMeasurements(
+                generation=note.generation,
+                top1=heldout.top1,
+                ece=heldout.calibration.ece if heldout.calibration else None,
+                test_top1=Evaluation.load_file(root, outputs["test"]).top1 if "test" in outputs else None,
+                sets={name.removeprefix("set:"): Evaluation.load_file(root, key).top1 for name, key in sets.items()},
+                scores=score_robustness(robustness, reference) if robustness else None,
+                attacks={str(attack): attack.top1 for attack in robustness.attacks} if robustness else {},
+            )
+        )
+    return measurements

@@ -1,0 +1,163 @@
+"""What every stage is given and leaves behind: its run, its log lines, its note, its metrics, and the reason if it fails."""
+
+import gc
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from ns.config.loader import load_experiment
+from ns.config.schema import Experiment
+from ns.core import log, telemetry
+from ns.core.digest import shorten_digest
+from ns.core.errors import Interrupted, NsError
+from ns.core.process import die_with_client
+from ns.runs.lifecycle import digest_experiment
+from ns.runs.records import delete_stage_failure, write_stage_failure, write_stage_note
+from ns.storage import Store, open_store
+from ns.storage.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class RunRef:
+    """The run that a stage belongs to. Values that pass between stages are short strings, so these are too."""
+
+    config_uri: str
+    """URI of the experiment's YAML file."""
+    root: str
+    """URI of the store that holds everything."""
+    run: str
+    """Name of the run, a folder below the root."""
+
+
+class TeacherSignal(StrEnum):
+    """What stands in the place of a teacher's key when a generation has no teacher."""
+
+    STOP = "stop"
+    """The loop is over."""
+    TRAIN = "train"
+    """The teacher is still to be trained."""
+
+
+@dataclass
+class StageContext:
+    """What a stage works with."""
+
+    run: str
+    generation: int
+    experiment: Experiment
+    root: Store
+    ledger: Ledger
+    note_name: str
+    """Name of the stage's note in the run: the stage, and the range of shards of a labeling task."""
+    started: float = field(default_factory=time.monotonic)
+    log_fields: dict[str, Any] = field(default_factory=dict)
+
+    def get_or_run(self, work_name: str, inputs: Mapping[str, Any], work: Callable[[], Mapping[str, str]]) -> None:
+        """Does the work unless the ledger has it, and notes its outputs in the run."""
+        entry, reused = self.ledger.get_or_run(work_name, inputs, work)
+        self.write_note(entry.outputs, reused=reused, seconds=entry.seconds)
+
+    def write_note(self, outputs: dict[str, str], *, reused: bool, seconds: float | None = None, **log_fields: Any) -> None:
+        """Notes the stage in the run. `seconds`: what the work took; since the stage began if None."""
+        spent = time.monotonic() - self.started if seconds is None else seconds
+        write_stage_note(self.root, self.run, self.generation, self.note_name, outputs, spent, reused=reused)
+        self.add_log_fields(reused=reused, **log_fields)
+
+    def derive_key(self, folder: str, work_name: str, inputs: Mapping[str, Any]) -> str:
+        """Key of the folder, in `store/FOLDER/`, for what comes of the work with these inputs."""
+        return f"store/{folder}/{shorten_digest(self.ledger.compute_digest(work_name, inputs))}"
+
+    def add_log_fields(self, **log_fields: Any) -> None:
+        """Adds fields to the log line that announces the end of the stage."""
+        self.log_fields.update(log_fields)
+
+
+@contextmanager
+def stage(
+    name: str,
+    ref: RunRef,
+    generation: int = 0,
+    *,
+    shards: str = "",
+    teacher: str = "",
+    quiet: bool = False,
+    linger: bool = False,
+) -> Iterator[StageContext]:
+    """Begins and ends a stage of a run.
+
+    `quiet`: a terminal does not show its end. `linger`: its metrics can be scraped for a while after its end.
+    """
+    note_name = f"{name}-{shards}" if shards else name
+    announcement = announce_stage(name, generation, **({"shards": shards} if shards else {}))
+    with announcement as log_fields, _keep_failure(ref, generation, name, note_name):
+        store = open_store(ref.root)
+        experiment = load_experiment(ref.config_uri)
+        context = StageContext(ref.run, generation, experiment, store, Ledger(store), note_name, log_fields=log_fields)
+        begin_telemetry(name, generation, ref.run, experiment, teacher)
+        if name != "train":  # Another process may train, and it serves the metrics on the same port.
+            telemetry.serve_metrics()
+        yield context
+        if quiet:
+            context.add_log_fields(quiet=True)
+    telemetry.end_stage(time.monotonic() - context.started, linger=linger)
+
+
+def begin_telemetry(name: str, generation: int, run: str, experiment: Experiment, teacher: str) -> None:
+    telemetry.begin_stage(name, generation, run, config_digest=shorten_digest(digest_experiment(experiment)), teacher=teacher)
+
+
+@contextmanager
+def announce_stage(name: str, generation: int, **bound_fields: Any) -> Iterator[dict[str, Any]]:
+    """Logs the begin and the end of a stage, the end with the fields put into the dict that it yields, or one line with the error.
+
+    A stage that was asked to stop ends the process with the exit code of Interrupted: started again, it goes on where it was.
+    """
+    log.configure_logging()
+    die_with_client()
+    started = time.monotonic()
+    log_fields: dict[str, Any] = {}
+    with log.bind_context(stage=name, generation=generation, **bound_fields):
+        logger = log.get_logger()
+        logger.info("started", pid=os.getpid())
+        try:
+            yield log_fields
+        except Exception as error:
+            reason = str(error) if isinstance(error, NsError) else f"{type(error).__name__}: {error}"
+            exit_code = error.exit_code if isinstance(error, NsError) else 1
+            logger.error("failed", error=reason, exit_code=exit_code, pid=os.getpid())
+            if isinstance(error, Interrupted):
+                raise SystemExit(exit_code) from error
+            raise
+        logger.info("finished", seconds=round(time.monotonic() - started, 3), pid=os.getpid(), **log_fields)
+    if os.environ.get("_KFP_RUNTIME") == "true":
+        # Kubeflow's process ends next. Python's last garbage collection, over all that torch and timm loaded, would take 0.7 s.
+        gc.freeze()
+
+
+def has_client() -> bool:
+    """Whether a client follows the stages' events and keeps the run's record; on a cluster none does."""
+    return bool(os.environ.get(log.EVENTS_VARIABLE))
+
+
+@contextmanager
+def _keep_failure(ref: RunRef, generation: int, stage_name: str, note_name: str) -> Iterator[None]:
+    """Keeps why a stage failed until it is tried again, where no client follows: KFP 2.17 says that a task failed, never why."""
+    if has_client():
+        yield
+        return
+    # If it is the store that fails, only the stage's log can say so.
+    with suppress(NsError):
+        delete_stage_failure(open_store(ref.root), ref.run, generation, note_name=note_name)
+    try:
+        yield
+    except Interrupted:
+        raise
+    except Exception as error:
+        reason = error if isinstance(error, NsError) else f"{type(error).__name__}: {error}"
+        with suppress(NsError):
+            write_stage_failure(open_store(ref.root), ref.run, generation, stage_name, reason, note_name=note_name)
+        raise

@@ -1,0 +1,130 @@
+"""Decides: whether a student replaces its teacher, and so which teacher the next generation has."""
+
+from ns.core.errors import DataError, TrainingError
+from ns.data.prepared import PreparedData
+from ns.evaluation.gate import LabelQuality, Verdict, beats_chance, evaluate_gate
+from ns.evaluation.result import Robustness, read_predictions
+from ns.labeling.audit import choose_deciding_audit, load_audits
+from ns.labeling.diff import compare_label_sets
+from ns.modeling.manifest import ModelManifest
+from ns.reporting import run_metrics
+from ns.runs.lookup import open_previous_label_set, open_run_label_set
+from ns.runs.records import list_stage_notes
+from ns.stages.context import RunRef, StageContext, TeacherSignal, stage
+from ns.stages.evaluate import evaluate_heldout, measure_gate_robustness
+from ns.stages.keys import generation_inputs, read_labeled_classes
+from ns.stages.train import locate_first_teacher
+
+
+def next_teacher(ref: RunRef, *, data: str, generation: int, first_teacher: str) -> str:
+    """Key of the teacher of a generation, or TeacherSignal.STOP if the generation does not take place.
+
+    `first_teacher` is the model that the run began with, TRAIN if the run trained it itself, STOP if the run was over before it began.
+    Raises TrainingError if the first teacher is no better than chance: its pseudo-labels would only waste the student.
+    """
+    with stage("resolve", ref, generation, quiet=True) as context:
+        if first_teacher == TeacherSignal.STOP:
+            return TeacherSignal.STOP
+        teacher = locate_first_teacher(context, data) if first_teacher == TeacherSignal.TRAIN else first_teacher
+        first_generation = ModelManifest.load(context.root.at(teacher)).generation
+        if generation - first_generation > context.experiment.generations:
+            return TeacherSignal.STOP
+        if generation == 1:
+            _check_beats_chance(context, data, teacher)
+        for earlier in range(first_generation + 1, generation):
+            verdict_key = _find_verdict_key(context, data, earlier, teacher)
+            if verdict_key is None:
+                return TeacherSignal.STOP
+            verdict = Verdict.load_file(context.root, verdict_key)
+            if not verdict.promoted:
+                return TeacherSignal.STOP
+            teacher = verdict.student
+        return teacher
+
+
+def gate_generation(ref: RunRef, *, data: str, generation: int, teacher: str, student: str) -> str:
+    """Compares student and teacher on the held-out images and records the verdict. Returns the key of `verdict.json`."""
+    with stage("gate", ref, generation, teacher=teacher, linger=True) as context:
+        root, experiment = context.root, context.experiment
+        teacher_rows, student_rows = (read_predictions(*evaluate_heldout(context, data, model)) for model in (teacher, student))
+        if teacher_rows["key"] != student_rows["key"]:
+            raise DataError("gate: teacher and student were evaluated on different images; run the evaluation again")
+        verdict = evaluate_gate(
+            experiment.gate,
+            generation=generation,
+            teacher=teacher,
+            student=student,
+            class_ids=teacher_rows["label"].to_numpy(),
+            teacher_correct=teacher_rows["rank"].to_numpy() == 0,
+            student_correct=student_rows["rank"].to_numpy() == 0,
+            classes=read_labeled_classes(root, data),
+            seed=experiment.seed,
+            label_quality=_collect_label_evidence(context, generation),
+            robustness=_collect_robustness(context, data, teacher, student),
+        )
+        inputs = generation_inputs(context, data, generation, teacher)
+        key = f"{context.derive_key('verdicts', 'generation', inputs)}/{Verdict.filename}"
+        # A run that comes to the same verdict again keeps the time at which the student was accepted.
+        reused = root.exists(key) and Verdict.load_file(root, key) == verdict
+        verdict.save_file(root, key)
+        context.ledger.record_entry("generation", inputs, {"verdict": key}, 0.0)
+        context.write_note({"verdict": key}, reused=reused, gain=verdict.gain, promoted=verdict.promoted, reason=verdict.reason)
+        run_metrics.publish_verdict(verdict)
+        run_metrics.publish_evaluation(root, ref.run, generation)
+        return key
+
+
+def was_student_refused(context: StageContext, data: str, teacher: str) -> bool:
+    """Whether this run has been through its generation with this data and teacher, and refused the student."""
+    if not context.root.exists(f"{teacher}/{ModelManifest.filename}"):
+        return False
+    key = _find_verdict_key(context, data, context.generation, teacher)
+    if key is None or Verdict.load_file(context.root, key).promoted:
+        return False
+    notes = list_stage_notes(context.root, context.run)
+    return any((note.generation, note.outputs.get("verdict")) == (context.generation, key) for note in notes)
+
+
+def _find_verdict_key(context: StageContext, data: str, generation: int, teacher: str) -> str | None:
+    """Key of the verdict on a generation with this data and teacher, in whichever run; None if there is none."""
+    inputs = generation_inputs(context, data, generation, teacher)
+    entry = context.ledger.find_entry("generation", context.ledger.compute_digest("generation", inputs))
+    return entry.outputs["verdict"] if entry else None
+
+
+def _collect_label_evidence(context: StageContext, generation: int) -> LabelQuality:
+    """What the gate asks of the generation's labels. They are read only if it asks."""
+    gate_config = context.experiment.gate
+    evidence = LabelQuality()
+    compares = generation > 1 and (gate_config.max_churn is not None or gate_config.max_class_shrinkage is not None)
+    if not compares and gate_config.min_audited_precision is None:
+        return evidence
+    current = open_run_label_set(context.root, context.run, generation)
+    if compares and (previous := open_previous_label_set(context.root, context.run, generation)):
+        diff = compare_label_sets(previous.side, current.side, flips=0)
+        evidence = evidence._replace(churn=diff.churn, shrinkage=diff.shrinkage, shrunk_class=diff.shrunk_class)
+    audit = choose_deciding_audit(load_audits(current.store, current.label_set), current.selection)
+    if audit is not None:
+        evidence = evidence._replace(audited_precision=(audit.precision, audit.precision_low, audit.reviewed))
+    return evidence
+
+
+def _collect_robustness(context: StageContext, data: str, teacher: str, student: str) -> tuple[Robustness, Robustness] | None:
+    """The robustness of teacher and student; None if the gate does not ask for it."""
+    if not context.experiment.gate.required_suites:
+        return None
+    prepared = PreparedData.load_file(context.root, data)
+    teacher_key, student_key = (
+        measure_gate_robustness(context, prepared, model)[0].outputs["robustness"] for model in (teacher, student)
+    )
+    return Robustness.load_file(context.root, teacher_key), Robustness.load_file(context.root, student_key)
+
+
+def _check_beats_chance(context: StageContext, data: str, teacher: str) -> None:
+    _, evaluation = evaluate_heldout(context, data, teacher)
+    if not beats_chance(evaluation.top1, evaluation.images, len(evaluation.classes)):
+        raise TrainingError(
+            f"the first teacher's held-out top-1 is {evaluation.top1:.1%}, no better than chance (1 in "
+            f"{len(evaluation.classes)}) on {evaluation.images} images: its pseudo-labels would be noise; "
+            "train it longer (teacher.train.epochs), or check data.labeled"
+        )

@@ -1,0 +1,115 @@
+"""Why was this redone? What the result of each piece of work depends on: the inputs that the ledger digests, and the keys made of them.
+
+Inputs hold digests and plain values, never URIs: data that was moved is still the same data. What decides only how fast the work is
+done stays out.
+"""
+
+from typing import Any
+
+from ns.config.schema import Experiment, RoleConfig
+from ns.core.digest import (
+    LABELING_SOURCES,
+    TRAINING_SOURCES,
+    digest_code,
+    digest_json,
+)
+from ns.data.key_list import read_keys
+from ns.data.prepared import PreparedData
+from ns.modeling.manifest import ModelManifest, digest_weights
+from ns.stages.context import StageContext
+from ns.storage import Store, open_store
+
+
+def generation_inputs(context: StageContext, data: str, generation: int, teacher: str) -> dict[str, Any]:
+    """What the verdict on a generation depends on: teacher, data and settings."""
+    experiment = context.experiment
+    measures_robustness = bool(experiment.gate.required_suites)
+    return {
+        "code": digest_code(*TRAINING_SOURCES, *LABELING_SOURCES, "evaluation"),
+        "data": PreparedData.load_file(context.root, data).digest,
+        "generation": generation,
+        "teacher": read_model_digest(context.root, teacher),
+        "student": role_inputs(experiment.get_student(generation)),
+        "seed": experiment.seed,
+        "labeling": experiment.labeling.model_dump(mode="json", exclude={"tasks"}) | {"ensemble": ensemble_digests(context)},
+        "exclude": digest_json(sorted(excluded_keys(context))),
+        "selection": experiment.selection.model_dump(mode="json"),
+        "gate": experiment.gate.model_dump(mode="json"),
+        "robustness": measures_robustness and experiment.gate_evaluation.model_dump(mode="json", exclude={"sets", "keep_gib"}),
+    }
+
+
+def label_set_key(context: StageContext, prepared: PreparedData, teacher: str) -> str:
+    """Folder of a teacher's labels for the pool. All runs share it: a shard that is there is done."""
+    inputs = labeling_inputs(context, teacher) | {
+        "dataset": prepared.pool.digest,
+        "left_out": prepared.left_out.report_digest if prepared.left_out else None,
+        "exclude": digest_json(sorted(excluded_keys(context))),
+    }
+    return context.derive_key("labels", "label", inputs)
+
+
+def labeling_inputs(context: StageContext, teacher: str) -> dict[str, Any]:
+    """What the label of an image depends on, apart from the image."""
+    return {
+        "code": digest_code(*LABELING_SOURCES),
+        "teacher": read_model_digest(context.root, teacher),
+        **context.experiment.labeling.model_dump(mode="json", exclude={"tasks"}),
+        "ensemble": ensemble_digests(context),
+    }
+
+
+def ensemble_digests(context: StageContext) -> tuple[str, ...]:
+    """Digests of the models that label with the teacher."""
+    return tuple(ModelManifest.load(open_store(uri)).digest for uri in context.experiment.labeling.ensemble)
+
+
+def excluded_keys(context: StageContext) -> frozenset[str]:
+    """Keys of the images of the pool that `data.exclude` lists."""
+    uri = context.experiment.data.exclude
+    return read_keys(uri) if uri else frozenset()
+
+
+def training_inputs(
+    experiment: Experiment,
+    generation: int,
+    *,
+    labeled: str,
+    pool: str | None = None,
+    selection: str | None = None,
+    teacher: str | None = None,
+) -> dict[str, Any]:
+    """What a trained model depends on. Datasets, selection and teacher are given by their digests."""
+    return {
+        "code": digest_code(*TRAINING_SOURCES),
+        "role": role_inputs(experiment.get_student(generation) if generation else experiment.teacher),
+        "seed": training_seed(experiment, generation),
+        "generation": generation,
+        "labeled": labeled,
+        "pool": pool,
+        "selection": selection,
+        "teacher": teacher,
+    }
+
+
+def role_inputs(role: RoleConfig) -> dict[str, Any]:
+    """The settings of a role that change the model, with the digest of the weights that it starts from."""
+    fields = role.model_dump(mode="json", exclude={"preset"})
+    for name in ("checkpoint_seconds", "checkpoints_kept", "loader_workers", "processes", "tensorboard"):
+        fields["train"].pop(name, None)
+    if role.train.init_uri:
+        fields["train"]["init"] = digest_weights(role.train.init_uri)
+    return fields
+
+
+def training_seed(experiment: Experiment, generation: int) -> int:
+    """The seed of a training: weights, order and noise of each generation are drawn independently."""
+    return experiment.seed * 64 + generation
+
+
+def read_model_digest(root: Store, model: str) -> str:
+    return ModelManifest.load(root.at(model)).digest
+
+
+def read_labeled_classes(root: Store, data: str) -> tuple[str, ...]:
+    return PreparedData.load_file(root, data).labeled.open_dataset(root)[1].classes

@@ -1,0 +1,101 @@
+"""Labels the pool with the teacher, in tasks that each take a range of shards."""
+
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from typing import Any
+
+from ns.core.digest import digest_json
+from ns.data.dataset import Shard
+from ns.data.index import ShardIndex
+from ns.data.leakage import load_left_out_rows
+from ns.data.prepared import PreparedData
+from ns.labeling.label_set import LabelShard, label_shard_key
+from ns.stages.context import RunRef, StageContext, stage
+from ns.stages.keys import excluded_keys, label_set_key, labeling_inputs
+from ns.storage import Store, open_store, parent_key
+
+
+def plan_labels(ref: RunRef, *, data: str, generation: int) -> list[str]:
+    """Splits the pool into ranges of shards, `START-STOP` (half open), one per labeling task."""
+    with stage("plan-labels", ref, generation, quiet=True) as context:
+        _, pool = PreparedData.load_file(context.root, data).pool.open_dataset(context.root)
+        shards = len(pool.shards)
+        tasks = min(context.experiment.labeling.tasks, shards)
+        bounds = [index * shards // tasks for index in range(tasks + 1)]
+        return [f"{start}-{stop}" for start, stop in pairwise(bounds)]
+
+
+def label_shard_range(ref: RunRef, *, data: str, generation: int, teacher: str, shards: str) -> str:
+    """Labels one range of shards of the pool, `START-STOP`, leaving out shards that are done. Returns the range."""
+    with stage("label-shards", ref, generation, shards=shards, teacher=teacher) as context:
+        prepared = PreparedData.load_file(context.root, data)
+        pool_store, pool = prepared.pool.open_dataset(context.root)
+        indices = range(*(int(bound) for bound in shards.split("-")))
+        range_shards = [pool.shards[index] for index in indices]
+        images = sum(shard.samples for shard in range_shards)
+        key = label_set_key(context, prepared, teacher)
+        label_store = context.root.at(key)
+        reused = all(label_store.exists(label_shard_key(shard.name)) for shard in range_shards)
+        if not reused:
+            from ns.labeling.predict import label_pool_shards
+            from ns.modeling.predictor import Predictor
+
+            config = context.experiment.labeling
+            left_out = _find_left_out(context, prepared, pool_store, range_shards)
+            labeled_shards = _LabeledShardIndex(context, teacher, left_out)
+            label_pool_shards(
+                [
+                    Predictor(model_store, batch=config.batch, images=images, views=config.views)
+                    for model_store in (context.root.at(teacher), *map(open_store, config.ensemble))
+                ],
+                pool_store,
+                pool,
+                label_store,
+                indices,
+                config,
+                left_out=left_out,
+                find_existing=labeled_shards.find_shard,
+            )
+            labeled_shards.record_shards(key, range_shards)
+        context.write_note({}, reused=reused, images=images)
+        return shards
+
+
+def _find_left_out(
+    context: StageContext, prepared: PreparedData, pool_store: Store, shards: Iterable[Shard]
+) -> dict[str, dict[int, str]]:
+    """sha256 of a shard → row → why that image gets no label."""
+    rows_by_shard = load_left_out_rows(context.root.at(prepared.left_out.key)) if prepared.left_out else {}
+    if exclusions := excluded_keys(context):
+        for shard in shards:
+            keys = ShardIndex.load(pool_store, shard).keys
+            if rows := {row: "excluded by data.exclude" for row, key in enumerate(keys) if key in exclusions}:
+                rows_by_shard[shard.sha256] = rows_by_shard.get(shard.sha256, {}) | rows
+    return rows_by_shard
+
+
+class _LabeledShardIndex:
+    """Shards that the same teacher labeled as part of any pool: when a pool grows, only its new shards cost anything."""
+
+    def __init__(self, context: StageContext, teacher: str, left_out: Mapping[str, Mapping[int, str]]) -> None:
+        self._root, self._ledger = context.root, context.ledger
+        self._labeling_inputs = labeling_inputs(context, teacher)
+        self._left_out = left_out
+
+    def find_shard(self, shard: Shard) -> tuple[Store, LabelShard] | None:
+        """The store that holds the shard's labels, and their manifest; None if the teacher has not labeled it."""
+        entry = self._ledger.find_entry("label-shard", self._ledger.compute_digest("label-shard", self._shard_inputs(shard)))
+        if entry is None:
+            return None
+        # In the other pool the shard may have another name.
+        key = entry.outputs["manifest"]
+        return self._root.at(parent_key(key)), LabelShard.load_file(self._root, key)
+
+    def record_shards(self, label_set: str, shards: Iterable[Shard]) -> None:
+        for shard in shards:
+            outputs = {"manifest": f"{label_set}/{label_shard_key(shard.name)}"}
+            self._ledger.record_entry("label-shard", self._shard_inputs(shard), outputs, 0.0)
+
+    def _shard_inputs(self, shard: Shard) -> dict[str, Any]:
+        reasons = {str(row): reason for row, reason in self._left_out.get(shard.sha256, {}).items()}
+        return self._labeling_inputs | {"shard": shard.sha256, "left_out": reasons and digest_json(reasons)}

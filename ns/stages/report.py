@@ -1,0 +1,57 @@
+"""Writes the run's report, and hands numbers and pages to Kubeflow."""
+
+from pathlib import Path
+from typing import Any
+
+from ns.reporting import run_metrics
+from ns.runs.lifecycle import finish_run
+from ns.stages.context import RunRef, has_client, stage
+from ns.storage import open_store
+
+
+def report_run(ref: RunRef) -> str:
+    """Writes the run's report. Returns its key."""
+    with stage("report", ref) as context:
+        from ns.reporting.page import write_report
+
+        key = write_report(context.root, ref.run)
+        if not has_client():
+            # On a cluster no client keeps the record.
+            finish_run(context.root, ref.run, "succeeded")
+        run_metrics.push_run_summary(context.root, ref.run, context.experiment.name)
+        return key
+
+
+# What follows hands something to Kubeflow's UI, and does nothing where a client shows the run, as on a laptop.
+
+
+def publish_generation_metrics(ref: RunRef, generation: int, metrics: Any, classification_metrics: Any) -> None:
+    """Hands over the numbers, the confusion matrix and the ROC curve of a generation's model, as Kubeflow's `Metrics` and
+    `ClassificationMetrics`."""
+    if has_client():
+        return
+    from ns.reporting import artifacts
+
+    store = open_store(ref.root)
+    for name, value in artifacts.collect_generation_metrics(store, ref.run, generation).items():
+        metrics.log_metric(name, value)
+    if confusion := artifacts.read_confusion(store, ref.run, generation):
+        classification_metrics.log_confusion_matrix(*confusion)
+    if curve := artifacts.compute_roc(store, ref.run, generation):
+        classification_metrics.log_roc_curve(*curve)
+
+
+def publish_report(ref: RunRef, page: Any, summary: Any, generation: int | None = None) -> None:
+    """Hands over the page and the tables of a generation, or of the whole run, as Kubeflow's `HTML` and `Markdown`."""
+    if has_client():
+        return
+    from ns.reporting import artifacts
+
+    store = open_store(ref.root)
+    if generation is None:
+        html, markdown = artifacts.render_run_html(store, ref.run), artifacts.render_run_markdown(store, ref.run)
+    else:
+        html = artifacts.render_generation_html(store, ref.run, generation)
+        markdown = artifacts.render_generation_markdown(store, ref.run, generation)
+    Path(page.path).write_text(html, encoding="utf-8")
+    Path(summary.path).write_text(markdown, encoding="utf-8")

@@ -1,0 +1,90 @@
+"""Joins the labeled shards into a label set, and selects from it what the student will see."""
+
+from collections.abc import Mapping
+
+from ns.core.digest import LABELING_SOURCES, digest_code
+from ns.core.errors import DataError
+from ns.data.prepared import PreparedData
+from ns.labeling.label_set import LabelSet, join_label_shards
+from ns.labeling.selection import Selection, make_selection
+from ns.labeling.thresholds import Thresholds
+from ns.modeling.manifest import ModelManifest
+from ns.reporting import run_metrics
+from ns.runs.lookup import compute_policy_thresholds
+from ns.stages.context import RunRef, StageContext, stage
+from ns.stages.evaluate import evaluate_heldout
+from ns.stages.keys import ensemble_digests, label_set_key, read_labeled_classes, read_model_digest
+
+SELECTION_SOURCES = ("labeling/selection.py", "labeling/label_set.py", "labeling/thresholds.py")
+
+
+def commit_labels(ref: RunRef, *, data: str, generation: int, teacher: str) -> str:
+    """Writes the label set and the selection, and a version of both if there is a registry.
+
+    Returns the key of the selection's folder. Raises DataError if no image is selected.
+    """
+    with stage("commit-labels", ref, generation, teacher=teacher, linger=True) as context:
+        root, experiment = context.root, context.experiment
+        prepared = PreparedData.load_file(root, data)
+        _, pool = prepared.pool.open_dataset(root)
+        key = label_set_key(context, prepared, teacher)
+        label_store = root.at(key)
+        label_set = join_label_shards(
+            label_store,
+            pool,
+            teacher=read_model_digest(root, teacher),
+            code=digest_code(*LABELING_SOURCES),
+            classes=read_labeled_classes(root, data),
+            top_k=experiment.labeling.top_k,
+            views=experiment.labeling.views,
+            ensemble=ensemble_digests(context),
+            probabilities=experiment.labeling.probabilities,
+        )
+        label_set.save(label_store)
+        thresholds = _compute_teacher_thresholds(context, data, teacher)
+        inputs = {
+            "code": digest_code(*SELECTION_SOURCES),
+            "policy": experiment.selection.model_dump(mode="json"),
+            "seed": experiment.seed,
+            "label_set": label_set.digest,
+            "thresholds": thresholds.evaluation if thresholds else None,
+        }
+        selection_key = context.derive_key("selections", "select", inputs)
+
+        def write_selection() -> Mapping[str, str]:
+            selection = make_selection(
+                label_store, label_set, experiment.selection, seed=experiment.seed, label_set_key=key, thresholds=thresholds
+            )
+            if selection.kept == 0:
+                precision_hint = ", or selection.precision" if thresholds else ""
+                raise DataError(
+                    f"generation {generation}: the teacher labeled no image with confidence above selection.min_confidence = "
+                    f"{experiment.selection.min_confidence}{precision_hint}; lower it, or train a better teacher"
+                )
+            selection.save(root.at(selection_key))
+            return {
+                "label_set": f"{key}/{LabelSet.filename}",
+                "selection": f"{selection_key}/{Selection.filename}",
+                "teacher": f"{teacher}/{ModelManifest.filename}",
+            }
+
+        context.get_or_run("select", inputs, write_selection)
+        selection = Selection.load(root.at(selection_key))
+        context.add_log_fields(labeled=label_set.rows, kept=selection.kept, images=selection.images)
+        run_metrics.publish_selection(root, ref.run, generation, selection, experiment.gate)
+        if experiment.registry:
+            from ns.labeling.registry import LabelRegistry, VersionTag
+
+            tag = VersionTag.from_parts(experiment.name, ref.run, generation)
+            registry = LabelRegistry(experiment.registry.git, experiment.registry.remote)
+            registry.commit_version(tag, label_store, label_set, selection)
+            context.add_log_fields(version=str(tag))
+        return selection_key
+
+
+def _compute_teacher_thresholds(context: StageContext, data: str, teacher: str) -> Thresholds | None:
+    """The teacher's thresholds for `selection.precision`, from its evaluation on the held-out images; None without one."""
+    policy = context.experiment.selection
+    if policy.precision is None:
+        return None
+    return compute_policy_thresholds(*evaluate_heldout(context, data, teacher), policy)
