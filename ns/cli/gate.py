@@ -1,51 +1,105 @@
-"""`ns gate …`: why a student became the teacher, or did not."""
+"""`ns gate …`: explains why a student became the teacher, or did not."""
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from ns.cli.options import AsJson, Root
+from ns.cli.output import make_table
 
-app = typer.Typer(help="The gate: why a student became the teacher, or did not.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ns.evaluation.gate import Verdict
+
+app = typer.Typer(help="Explain why a student became the teacher, or did not.", no_args_is_help=True)
 
 
 @app.callback()
 def _keep_group() -> None:
-    # Without this, typer would make the only command the group itself.
+    # Without a callback, typer would merge the only command into the group.
     pass
 
 
 @app.command()
 def explain(
     name: Annotated[
-        str, typer.Argument(metavar="RUN|RUN/gen-N", help="A run, whose last verdict it is, or a generation: latest/gen-1.")
+        str, typer.Argument(metavar="RUN|RUN/gen-N", help="A run, for its last verdict, or a generation: latest/gen-1.")
     ] = "latest",
     root: Root = "runs",
     as_json: AsJson = False,
 ) -> None:
-    """Explain a verdict: every guard with its number and limit, the images in pairs, and what would have been needed.
+    """Explain a verdict: each condition with its value, the images by which model is right, and what would have been enough.
 
     Example: [cyan]ns gate explain latest/gen-1[/]
     """
     from rich.console import Console
 
-    from ns.cli.progress import verdict_lines, verdict_tables
     from ns.evaluation.gate import required_gain
-    from ns.runs import records as runs
+    from ns.runs.lookup import resolve_verdict
     from ns.storage import open_store
 
-    run, verdict = runs.resolve_verdict(open_store(root), name)
+    run, verdict = resolve_verdict(open_store(root), name)
     if as_json:
         typer.echo(
             json.dumps(
-                {"run": run, **verdict.model_dump(mode="json"), "needed": required_gain(verdict).model_dump(mode="json")},
+                {
+                    "run": run,
+                    **verdict.model_dump(mode="json"),
+                    "required_gain": required_gain(verdict).model_dump(mode="json"),
+                },
                 indent=1,
             )
         )
         return
     console = Console()
-    for table in verdict_tables(run, verdict):
+    for table in make_verdict_tables(run, verdict):
         console.print(table)
-    for line in verdict_lines(verdict):
+    for line in format_verdict(verdict):
         console.print(line, highlight=False)
+
+
+def make_verdict_tables(run: str, verdict: "Verdict") -> "list[Table]":
+    """The conditions of the gate, and the held-out images by which model is right."""
+    outcome = "promoted" if verdict.promoted else "refused"
+    conditions = make_table(
+        f"run {run}, generation {verdict.generation}: {outcome}", "condition", "value", "required", "", "what it is"
+    )
+    conditions.columns[3].justify = conditions.columns[4].justify = "left"
+    for condition in verdict.conditions:
+        mark = "[green]passed[/]" if condition.passed else "[yellow]failed[/]"
+        detail = escape(condition.detail.rstrip(","))
+        conditions.add_row(condition.name, condition.format_value(), condition.format_requirement(), mark, detail)
+    pairs = make_table(f"{verdict.images:,} held-out images", "", "student right", "student wrong")
+    pairs.add_row("teacher right", f"{verdict.paired.both:,}", f"{verdict.paired.only_teacher:,}")
+    pairs.add_row("teacher wrong", f"{verdict.paired.only_student:,}", f"{verdict.paired.neither:,}")
+    return [conditions, pairs]
+
+
+def format_verdict(verdict: "Verdict") -> list[str]:
+    """The numbers behind a verdict, and what would have been enough for a promotion."""
+    from ns.evaluation.gate import required_gain
+
+    requirement = required_gain(verdict)
+    lines = [
+        f"top-1 {verdict.teacher_top1:.2%} → {verdict.student_top1:.2%}: gain {100 * verdict.gain:+.2f} points, "
+        f"between {100 * verdict.gain_low:+.2f} and {100 * verdict.gain_high:+.2f} "
+        f"(paired bootstrap, each bound one-sided at {verdict.level:.4g})",
+        f"McNemar's exact test: p = {verdict.mcnemar:.3g}",
+    ]
+    gain = next(condition for condition in verdict.conditions if condition.name == "gain")
+    if not gain.passed:
+        lines.append(f"on these images a gain of more than about {100 * requirement.gain:+.2f} points would have been enough")
+        if requirement.images is None:
+            lines.append("no number of images would help: the gain itself is not above the required one")
+        else:
+            lines.append(
+                f"a gain as large as this one would be enough on about {requirement.images:,} held-out images, "
+                f"{max(0, requirement.images - verdict.images):,} more"
+            )
+    failed = [condition for condition in verdict.conditions if not condition.passed and condition.name != "gain"]
+    lines += [f"{condition.name}: {condition.format_value()}, must be {condition.format_requirement()}" for condition in failed]
+    lines.append(f"[dim]recorded reason: {escape(verdict.reason)}[/]")
+    return lines

@@ -1,26 +1,25 @@
-"""Accuracy: every image once, un-noised, averaged weights; a row kept for each image."""
+"""Accuracy of a model: each image once, without noise, with averaged weights; one row is kept per image."""
 
-import io
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ns.core import log
 from ns.core.digest import sha256_bytes
 from ns.core.errors import DataError
 from ns.data.dataset import Dataset
 from ns.data.loading.shard_reader import ImageSource
+from ns.data.subsample import Subsample, draw_rows
 from ns.evaluation.multi_label import MultiLabels
-from ns.evaluation.result import PREDICTIONS, PREDICTIONS_SCHEMA, Calibration, Evaluation, ReliabilityBin, Subsample
-from ns.evaluation.subsample import draw_rows
+from ns.evaluation.result import PREDICTIONS, PREDICTIONS_SCHEMA, Calibration, Evaluation, ReliabilityBin
 from ns.modeling.predictor import Predictor
 from ns.storage import Store
+from ns.storage.parquet import encode_table
 
 RELIABILITY_BINS = 15
-"""Of the reliability diagram, as is usual since arXiv:1706.04599."""
+"""Bins of the reliability diagram, as in arXiv:1706.04599."""
 
 
 def evaluate_accuracy(
@@ -32,10 +31,10 @@ def evaluate_accuracy(
     subsample: Subsample | None = None,
     multi_labels: MultiLabels | None = None,
 ) -> Evaluation:
-    """Evaluates a model on a labeled dataset and writes the evaluation into `folder`.
+    """Evaluates a model on a labeled dataset and writes the evaluation into `target`.
 
-    The dataset's classes are the model's or some of them, by name. Raises DataError for images without a label, or a class that
-    the model does not know, or does not choose between.
+    The dataset's classes must be, by name, some of those that the model chooses from. Raises DataError if they are not, if images
+    have no label, or if no image is readable.
     """
     model_class_ids = map_class_ids(predictor, data_store, data)
     source = ImageSource(data_store, data, max_open_shards=2)
@@ -52,7 +51,7 @@ def evaluate_accuracy(
         if len(shard_rows) == len(index):
             probabilities = predictor.predict_shard(source, shard, progress).probabilities
         else:
-            # A few at a time: a shard may be larger than memory.
+            # In batches: a shard may be larger than memory.
             batches = (
                 read_encoded_images(source, shard, shard_rows[start : start + predictor.batch])
                 for start in range(0, len(shard_rows), predictor.batch)
@@ -65,8 +64,7 @@ def evaluate_accuracy(
     table = pa.concat_tables(tables) if tables else PREDICTIONS_SCHEMA.empty_table()
     if len(table) == 0:
         raise DataError(f"{data_store.uri}: no readable image to evaluate on")
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
+    encoded = encode_table(table)
     evaluation = summarize_predictions(
         table,
         model=predictor.manifest.digest,
@@ -74,19 +72,22 @@ def evaluate_accuracy(
         classes=predictor.manifest.classes,
         unreadable=unreadable,
         mode=str(predictor.mode),
-        predictions_sha256=sha256_bytes(sink.getvalue()),
+        predictions_sha256=sha256_bytes(encoded),
         name=data.name,
         subsample=subsample,
-        scored=predictor.scored_classes,
+        scored_classes=predictor.scored_classes,
         multi_labels=multi_labels,
     )
-    target.put(PREDICTIONS, sink.getvalue())
+    target.put(PREDICTIONS, encoded)
     evaluation.save(target)
     return evaluation
 
 
 def map_class_ids(predictor: Predictor, data_store: Store, data: Dataset) -> npt.NDArray[np.int64]:
-    """Class index of a dataset → that of the model, by name. Raises DataError for a class that is no answer of the model's."""
+    """int64 [classes of the dataset]: class id of the dataset → class id of the model, by name.
+
+    Raises DataError for a class that the model does not choose from.
+    """
     class_ids = {name: number for number, name in enumerate(predictor.manifest.classes)}
     for names, problem in (
         (class_ids, "that the model does not know"),
@@ -100,14 +101,15 @@ def map_class_ids(predictor: Predictor, data_store: Store, data: Dataset) -> npt
 
 
 def read_encoded_images(source: ImageSource, shard: int, rows: npt.NDArray[np.int64]) -> list[Any]:
-    """Encoded images of some rows of a shard."""
+    """The encoded images at `rows` of a shard, in this order."""
     return [next(source.read_encoded(shard, row, row + 1)) for row in rows.tolist()]
 
 
 def build_predictions_table(
     keys: list[str], class_ids: npt.NDArray[np.int64], probabilities: npt.NDArray[np.float32]
 ) -> pa.Table:
-    """Rows of the predictions. The label's rank counts the classes that are more probable, or equally so and before it."""
+    """Rows of `PREDICTIONS_SCHEMA`. The rank counts the classes that are more probable than the true one, or equally probable and
+    before it. `class_ids`: [N]; `probabilities`: [N, classes]."""
     true_probability = np.take_along_axis(probabilities, class_ids[:, None], axis=1)
     before = np.arange(probabilities.shape[1])[None, :] < class_ids[:, None]
     rank = ((probabilities > true_probability) | ((probabilities == true_probability) & before)).sum(1)
@@ -131,14 +133,14 @@ def summarize_predictions(
     classes: tuple[str, ...],
     unreadable: int,
     predictions_sha256: str,
-    mode: str = "float32",
-    name: str | None = None,
+    mode: str,
+    name: str,
     subsample: Subsample | None = None,
-    scored: tuple[str, ...] | None = None,
+    scored_classes: tuple[str, ...] | None = None,
     multi_labels: MultiLabels | None = None,
 ) -> Evaluation:
     """Totals of a table of predictions."""
-    class_ids, predicted, rank = (table[name].to_numpy() for name in ("label", "predicted", "rank"))
+    class_ids, predicted, rank = (table[column].to_numpy() for column in ("class_id", "predicted_class_id", "rank"))
     count = len(classes)
     multi_label = multi_labels.score_predictions(table["key"].to_pylist(), predicted) if multi_labels else (None, None)
     confusion = np.bincount(class_ids.astype(np.int64) * count + predicted, minlength=count * count).reshape(count, count)
@@ -155,7 +157,7 @@ def summarize_predictions(
         confusion=tuple(tuple(int(cell) for cell in row) for row in confusion),
         calibration=compute_calibration(table["confidence"].to_numpy(), rank == 0),
         subsample=subsample,
-        scored_classes=scored,
+        scored_classes=scored_classes,
         multi_label_top1=multi_label[0],
         multi_label_images=multi_label[1],
         predictions_sha256=predictions_sha256,
@@ -165,7 +167,7 @@ def summarize_predictions(
 def compute_calibration(
     confidence: npt.NDArray[np.float32], is_right: npt.NDArray[np.bool_], num_bins: int = RELIABILITY_BINS
 ) -> Calibration:
-    """Confidence against accuracy, in equal bins of confidence, each closed above. Arrays [N], N > 0."""
+    """Confidence against accuracy, in equal bins of confidence that include their upper end. Arrays [N], N > 0."""
     bin_index = np.clip(np.ceil(confidence.astype(np.float64) * num_bins).astype(np.int64) - 1, 0, num_bins - 1)
     images, confidence_sums, correct = (
         np.bincount(bin_index, weights, num_bins) for weights in (None, confidence.astype(np.float64), is_right)

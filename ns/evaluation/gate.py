@@ -1,4 +1,4 @@
-"""The gate: a student becomes the teacher only on evidence, from the same held-out images that the teacher was judged on."""
+"""The gate: a student becomes the teacher only if it is measurably better than its teacher on the same held-out images."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,12 +9,12 @@ import numpy.typing as npt
 
 from ns.config.schema import CORRUPTIONS, GateConfig
 from ns.evaluation.result import Robustness
-from ns.evaluation.robustness.averages import relative_score
+from ns.evaluation.robustness.scores import relative_score
 from ns.storage.documents import JsonDocument
 
 
 class AccuracyGain(JsonDocument):
-    """A difference of two accuracies on the same images, with a bootstrap interval."""
+    """A difference of two accuracies on the same images with a bootstrap interval, as shares."""
 
     value: float
     low: float
@@ -23,31 +23,56 @@ class AccuracyGain(JsonDocument):
     """One-sided upper bound at the gate's level."""
 
 
+Relation = Literal["above", "at least", "at most"]
+
+
 class GateCondition(JsonDocument):
-    """One condition of promotion."""
+    """One condition of promotion: `value` must be `relation` `required`."""
 
     name: str
     value: float
-    limit: float
+    relation: Relation
+    required: float
     passed: bool
     detail: str
+    """What the value is."""
+
+    @classmethod
+    def check(cls, name: str, value: float, relation: Relation, required: float, detail: str) -> "GateCondition":
+        passed = {"above": value > required, "at least": value >= required, "at most": value <= required}[relation]
+        return cls(name=name, value=value, relation=relation, required=required, passed=passed, detail=detail)
+
+    def format_value(self) -> str:
+        """The value with its unit: `+1.25 points`."""
+        return self._format_in_units(self.value)
+
+    def format_requirement(self) -> str:
+        """The requirement with its unit: `at most +2.00 points`."""
+        return f"{self.relation} {self._format_in_units(self.required)}"
+
+    def _format_in_units(self, value: float) -> str:
+        if self.name in ("mCE rise", "mFR rise"):
+            return f"{value:+.2f} points"
+        if self.name in ("gain", "class drop"):
+            return f"{100 * value:+.2f} points"
+        return f"{100 * value:.1f} %"
 
 
 class LabelQuality(NamedTuple):
-    """What is known of the labels that the student learnt from."""
+    """Measurements of the pseudo-labels that the student learned from; None for what was not measured."""
 
     churn: float | None = None
-    """Share of labels that differ from those of the generation before; None in the first."""
+    """Share of labels that differ from those of the generation before; None in the first generation."""
     shrinkage: float | None = None
     """Largest share of its images that a class lost since the generation before."""
     shrunk_class: str | None = None
-    """That class."""
+    """Name of that class."""
     audited_precision: tuple[float, float, int] | None = None
-    """Share of right labels and its lower bound, and the images that people looked at; None if nobody did."""
+    """Share of correct labels, its lower bound, and the number of audited images; None without an audit."""
 
 
 class PairedCounts(JsonDocument):
-    """Held-out images by who is right."""
+    """Held-out images by which of the two models is right."""
 
     both: int
     only_teacher: int
@@ -60,13 +85,13 @@ class PairedCounts(JsonDocument):
 
 
 class RequiredGain(JsonDocument):
-    """What the bound on the gain asks for beyond what was seen."""
+    """What would have passed the condition on the gain, approximately."""
 
     gain: float
-    """The gain that would have had to be seen on these images, about: the limit, and what luck may explain here."""
+    """The gain that is enough on these images: the required one plus what chance may explain."""
     images: int | None
-    """Held-out images, about, on which a gain as large as the one seen would be enough; None if the gain itself is not above the
-    limit, so that no number of images would help."""
+    """The number of held-out images on which the measured gain is enough; None if the gain itself is not above the required one,
+    so that no number of images would help."""
 
 
 class Verdict(JsonDocument):
@@ -76,7 +101,7 @@ class Verdict(JsonDocument):
     generation: int
     teacher: str
     student: str
-    """Keys of the models below the root."""
+    """Keys of the two models below the root."""
     images: int
     teacher_top1: float
     student_top1: float
@@ -85,10 +110,9 @@ class Verdict(JsonDocument):
     gain_high: float
     """Bounds of the gain, each one-sided at `level`: together an interval at 2·level − 1."""
     level: float
-    paired: PairedCounts | None = None
-    """None in verdicts from before it was recorded, as the next."""
-    mcnemar: float | None = None
-    """Two-sided exact p that the two are equally often right where only one of them is. Recorded; the bootstrap decides."""
+    paired: PairedCounts
+    mcnemar: float
+    """Two-sided exact p-value of McNemar's test. It is only recorded; the bootstrap decides."""
     conditions: tuple[GateCondition, ...]
     promoted: bool
     reason: str
@@ -105,7 +129,7 @@ def paired_gain(
     """Paired bootstrap of mean(student) − mean(teacher). Inputs: bool [N], same images in the same order.
 
     Each image contributes −1, 0 or +1, so resampling N images is one multinomial draw over three outcomes: the exact
-    bootstrap distribution at no cost in N (Efron & Tibshirani 1993, §6).
+    bootstrap distribution at a cost independent of N (Efron & Tibshirani 1993, §6). Raises ValueError for unequal or no inputs.
     """
     if teacher_correct.shape != student_correct.shape or teacher_correct.size == 0:
         raise ValueError(
@@ -121,7 +145,7 @@ def paired_gain(
 
 
 def count_pairs(teacher_correct: npt.NDArray[np.bool_], student_correct: npt.NDArray[np.bool_]) -> PairedCounts:
-    """Inputs: bool [N], same images in the same order."""
+    """Images by which of the two is right. Inputs: bool [N], same images in the same order."""
     both, either = int((teacher_correct & student_correct).sum()), int((teacher_correct | student_correct).sum())
     return PairedCounts(
         both=both,
@@ -132,8 +156,8 @@ def count_pairs(teacher_correct: npt.NDArray[np.bool_], student_correct: npt.NDA
 
 
 def mcnemar_p_value(paired: PairedCounts) -> float:
-    """Two-sided exact p of McNemar's test (Psychometrika 12, 1947): of images that only one got right, each is as likely right in either.
-    1 if there are none."""
+    """Two-sided exact p-value of McNemar's test (Psychometrika 12, 1947) that, of the images that only one model gets right, each
+    model gets half. 1 if there are none."""
     from scipy.special import bdtr
 
     fewer, discordant = min(paired.only_teacher, paired.only_student), paired.only_teacher + paired.only_student
@@ -141,18 +165,18 @@ def mcnemar_p_value(paired: PairedCounts) -> float:
 
 
 def required_gain(verdict: Verdict) -> RequiredGain:
-    """What the bound on the gain would have needed to be above its limit: by the normal approximation the gain is as far above its bound
-    as here, and that distance falls with the root of the images."""
-    min_gain = next(condition.limit for condition in verdict.conditions if condition.name == "gain")
+    """What would have passed the condition on the gain, by the normal approximation: the distance between a gain and its lower bound
+    falls with the square root of the number of images."""
+    min_gain = next(condition.required for condition in verdict.conditions if condition.name == "gain")
     spread, margin = verdict.gain - verdict.gain_low, verdict.gain - min_gain
     images = None if margin <= 0 else math.floor(verdict.images * (spread / margin) ** 2) + 1
     return RequiredGain(gain=min_gain + spread, images=images)
 
 
 def corruption_rise(teacher: Robustness, student: Robustness) -> float | None:
-    """mCE of the student relative to its teacher, who has 100, less 100: points; the extra kinds left out. None if not measured.
+    """mCE of the student with its teacher as 100, minus 100, in points; without the extra corruptions. None if not measured.
 
-    A kind in which the teacher made no mistake counts as if it had made one: nothing can be divided by 0.
+    A teacher without a mistake in a kind counts as if it had made one, to avoid a division by 0.
     """
     kinds = [kind for kind in CORRUPTIONS if kind in teacher.corruptions]
     least = 1 / (teacher.images * len(teacher.severities))
@@ -160,15 +184,12 @@ def corruption_rise(teacher: Robustness, student: Robustness) -> float | None:
 
 
 def flip_rise(teacher: Robustness, student: Robustness) -> float | None:
-    """mFR of the student relative to its teacher, who has 100, less 100: points. None if not measured. A kind in which the
-    teacher's answers never flipped counts as if one had."""
-    kinds = list(teacher.perturbations)
+    """mFR of the student with its teacher as 100, minus 100, in points. None if not measured.
+
+    A teacher without a flip in a kind counts as if it had flipped once, to avoid a division by 0.
+    """
     least = 1 / (teacher.images * max(1, teacher.frames - 1))
-    before, after = (
-        {kind: perturbed.flip_probability for kind, perturbed in robustness.perturbations.items()}
-        for robustness in (teacher, student)
-    )
-    return _compute_rise(before, after, kinds, least)
+    return _compute_rise(teacher.flip_probabilities(), student.flip_probabilities(), list(teacher.perturbations), least)
 
 
 def _compute_rise(
@@ -179,7 +200,7 @@ def _compute_rise(
 
 
 def beats_chance(top1: float, images: int, num_classes: int) -> bool:
-    """Whether an accuracy is above 1 / classes by more than luck explains: one-sided 95 % of the normal approximation."""
+    """Whether an accuracy is above 1 / classes by more than chance explains: one-sided 95 % by the normal approximation."""
     chance = 1 / num_classes
     return top1 > chance + 1.645 * math.sqrt(chance * (1 - chance) / images)
 
@@ -187,7 +208,7 @@ def beats_chance(top1: float, images: int, num_classes: int) -> bool:
 def find_worst_class_drop(
     class_ids: npt.NDArray[np.uint16], teacher_correct: npt.NDArray[np.bool_], student_correct: npt.NDArray[np.bool_]
 ) -> tuple[float, int]:
-    """The largest loss of accuracy of any class (negative if every class gained), and the class."""
+    """The largest loss of accuracy of a class (negative if every class gained), and its class index. Arrays [N], same order."""
     drops = {
         int(class_id): float(teacher_correct[class_ids == class_id].mean() - student_correct[class_ids == class_id].mean())
         for class_id in np.unique(class_ids)
@@ -210,43 +231,31 @@ def evaluate_gate(
     label_quality: LabelQuality | None = None,
     robustness: tuple[Robustness, Robustness] | None = None,
 ) -> Verdict:
-    """Compares a student with its teacher on the same images. Arrays [N], same order. `about`: the student's pseudo-labels.
-    `robustness`: the teacher's and the student's on held-out images, wherever the gate has a limit on it."""
+    """Compares a student with its teacher on the same images. Arrays [N], same order.
+
+    `robustness`: the teacher's and the student's on held-out images, needed by gate.max_mce_rise and gate.max_mfr_rise. Raises
+    ValueError if one of these is set and its value was not measured.
+    """
     gain = paired_gain(teacher_correct, student_correct, level=gate.level, resamples=gate.resamples, seed=seed)
-    conditions = [
-        GateCondition(
-            name="gain",
-            value=gain.low,
-            limit=gate.min_gain,
-            # At equality nothing is shown: equal models on few images often have a bound of exactly 0.
-            passed=gain.low > gate.min_gain,
-            detail=f"lower {gate.level:.0%} bound of the gain in top-1",
-        )
-    ]
+    # "above": equal models on few images often have a bound of exactly 0, which shows nothing.
+    gain_detail = f"lower {gate.level:.0%} bound of the gain in top-1"
+    conditions = [GateCondition.check("gain", gain.low, "above", gate.min_gain, gain_detail)]
     if gate.max_class_drop is not None:
         drop, worst_class_id = find_worst_class_drop(class_ids, teacher_correct, student_correct)
-        conditions.append(
-            GateCondition(
-                name="class drop",
-                value=drop,
-                limit=gate.max_class_drop,
-                passed=drop <= gate.max_class_drop,
-                detail=f"largest loss of accuracy in a class ({classes[worst_class_id]})",
-            )
-        )
+        drop_detail = f"largest loss of accuracy in a class ({classes[worst_class_id]})"
+        conditions.append(GateCondition.check("class drop", drop, "at most", gate.max_class_drop, drop_detail))
     conditions += _check_robustness(gate, robustness)
     conditions += _check_label_quality(gate, label_quality or LabelQuality())
     failed = [condition for condition in conditions if not condition.passed]
     if failed:
         reason = "; ".join(
-            f"{condition.detail} is {condition.value:+.3f}, limit {condition.limit:+.3f}" for condition in failed
+            f"{condition.detail} is {condition.value:+.3f}, must be {condition.relation} {condition.required:+.3f}"
+            for condition in failed
         )
     else:
         reason = f"gain {gain.value:+.3f}, lower bound {gain.low:+.3f} > {gate.min_gain:+.3f}"
     if gate.min_audited_precision is not None and (label_quality is None or label_quality.audited_precision is None):
-        reason += (
-            f"; the labels are not audited, so gate.min_audited_precision = {gate.min_audited_precision} was not asked for"
-        )
+        reason += f"; the labels are not audited, so gate.min_audited_precision = {gate.min_audited_precision} was not checked"
     paired = count_pairs(teacher_correct, student_correct)
     return Verdict(
         generation=generation,
@@ -268,54 +277,35 @@ def evaluate_gate(
 
 
 def _check_robustness(gate: GateConfig, robustness: tuple[Robustness, Robustness] | None) -> list[GateCondition]:
-    """A guard for each limit that is set. Raises ValueError if what it needs was not measured."""
-    limits: tuple[tuple[str, float | None, Callable[[Robustness, Robustness], float | None], str], ...] = (
+    """The conditions on robustness that are set. Raises ValueError if a value was not measured."""
+    rises: tuple[tuple[str, float | None, Callable[[Robustness, Robustness], float | None], str], ...] = (
         ("mCE rise", gate.max_mce_rise, corruption_rise, "mean corruption error, in points above the teacher's 100,"),
         ("mFR rise", gate.max_mfr_rise, flip_rise, "mean flip rate, in points above the teacher's 100,"),
     )
     conditions = []
-    for name, limit, measure, detail in limits:
-        if limit is None:
+    for name, required, compute_rise, detail in rises:
+        if required is None:
             continue
-        value = measure(*robustness) if robustness else None
+        value = compute_rise(*robustness) if robustness else None
         if value is None:
-            raise ValueError(f"{name} is limited to {limit}, but was not measured")
-        conditions.append(GateCondition(name=name, value=value, limit=limit, passed=value <= limit, detail=detail))
+            raise ValueError(f"{name} must be at most {required}, but was not measured")
+        conditions.append(GateCondition.check(name, value, "at most", required, detail))
     return conditions
 
 
 def _check_label_quality(gate: GateConfig, label_quality: LabelQuality) -> list[GateCondition]:
-    """A guard for each limit that is set, as far as there is something to hold against it."""
+    """The conditions on pseudo-labels that are set and whose value was measured."""
     conditions = []
     if gate.max_churn is not None and label_quality.churn is not None:
-        conditions.append(
-            GateCondition(
-                name="churn",
-                value=label_quality.churn,
-                limit=gate.max_churn,
-                passed=label_quality.churn <= gate.max_churn,
-                detail="share of labels that changed since the generation before",
-            )
-        )
+        detail = "share of labels that changed since the generation before"
+        conditions.append(GateCondition.check("churn", label_quality.churn, "at most", gate.max_churn, detail))
     if gate.max_class_shrinkage is not None and label_quality.shrinkage is not None:
+        detail = f"largest share of its kept images that a class lost ({label_quality.shrunk_class})"
         conditions.append(
-            GateCondition(
-                name="class shrinkage",
-                value=label_quality.shrinkage,
-                limit=gate.max_class_shrinkage,
-                passed=label_quality.shrinkage <= gate.max_class_shrinkage,
-                detail=f"largest share of its kept images that a class lost ({label_quality.shrunk_class})",
-            )
+            GateCondition.check("class shrinkage", label_quality.shrinkage, "at most", gate.max_class_shrinkage, detail)
         )
     if gate.min_audited_precision is not None and label_quality.audited_precision is not None:
         precision, low, images = label_quality.audited_precision
-        conditions.append(
-            GateCondition(
-                name="audited precision",
-                value=low,
-                limit=gate.min_audited_precision,
-                passed=low >= gate.min_audited_precision,
-                detail=f"lower 95% bound of the labels that are right ({precision:.1%} of {images:,} audited)",
-            )
-        )
+        detail = f"lower 95% bound of the labels that are right ({precision:.1%} of {images:,} audited)"
+        conditions.append(GateCondition.check("audited precision", low, "at least", gate.min_audited_precision, detail))
     return conditions

@@ -1,4 +1,4 @@
-"""Several right classes for an image, as "Are we done with ImageNet?" gives them (ReaL, arXiv:2006.07159)."""
+"""Labels that name several right classes per image, as in "Are we done with ImageNet?" (ReaL, arXiv:2006.07159)."""
 
 import json
 import re
@@ -14,11 +14,11 @@ from ns.storage import read_uri
 from ns.storage.parquet import read_table
 
 VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
-"""ReaL's own file is a list, by the number in the names of ImageNet's validation images."""
+"""ReaL's own file is a list indexed by the number in the names of ImageNet's validation images."""
 
 
 class MultiLabels:
-    """Image → the classes that are right."""
+    """Maps an image to its right classes."""
 
     def __init__(self, by_key: Mapping[str, frozenset[int]], by_number: Sequence[frozenset[int]] = ()) -> None:
         self._by_key = by_key
@@ -26,9 +26,9 @@ class MultiLabels:
 
     @classmethod
     def load(cls, uri: str, classes: tuple[str, ...]) -> "MultiLabels":
-        """From ReaL's `real.json`; a JSON object `{"KEY": [class, …]}`; or Parquet with the columns `key` and `labels`, a list.
+        """Reads ReaL's `real.json`, a JSON object `{"KEY": [class, …]}`, or Parquet with the columns `key` and `labels` (a list).
 
-        A class is an index or a name, a key that of the dataset or its last part. Raises DataError for what is none of these.
+        A class is an index or a name; a key is that of the dataset or its last part. Raises DataError for any other content.
         """
         data = read_uri(uri)
         index = {name: number for number, name in enumerate(classes)}
@@ -50,7 +50,7 @@ class MultiLabels:
         raise DataError(f"{uri}: must be a JSON object, or a list as ReaL's, got {type(document).__name__}")
 
     def find_class_ids(self, key: str) -> frozenset[int]:
-        """Empty for an image that has none, or is not known."""
+        """The right classes of an image; empty if it has none or is unknown."""
         name = key.rpartition("/")[2]
         for candidate in (key, name):
             if candidate in self._by_key:
@@ -61,7 +61,7 @@ class MultiLabels:
         return frozenset()
 
     def score_predictions(self, keys: Iterable[str], predicted: npt.NDArray[np.integer[Any]]) -> tuple[float, int]:
-        """The share of answers that are right, of the images for which any class is, and how many these are."""
+        """The share of right answers among the images that have a right class, and the number of these images."""
         right = images = 0
         for key, answer in zip(keys, predicted.tolist(), strict=True):
             class_ids = self.find_class_ids(key)

@@ -1,22 +1,23 @@
-"""What is known of a model from images that people labeled, with a row for each image so that two models can be compared in pairs.
+"""Results of evaluations: totals, and one row per image, so that two models can be compared in pairs.
 
 evaluation.json         accuracy: totals, per class, confusion, calibration; written last
-predictions.parquet     key string, label uint16, predicted uint16, confidence float32, rank uint16 (0: label on top)
+predictions.parquet     key string, class_id uint16 (ground truth), predicted_class_id uint16, confidence float32,
+                        rank uint16 (position of the true class among the answers; 0: the prediction is right)
 
-robustness.json         what corruptions, perturbations and attacks leave of the accuracy: raw numbers; written last
-units/UNIT.parquet      the predictions that each number was counted from
+robustness.json         accuracy under corruptions, perturbations and attacks: raw numbers; written last
+units/UNIT.parquet      the predictions that these numbers were counted from
 """
 
 import re
 from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
-from pydantic import SerializerFunctionWrapHandler, model_serializer
 
 from ns.core.digest import sha256_bytes
 from ns.core.errors import DataError
+from ns.data.subsample import Subsample
 from ns.storage import Store
-from ns.storage.documents import HashedDocument, JsonDocument
+from ns.storage.documents import HashedDocument, JsonDocument, dump_hashed_fields
 from ns.storage.parquet import read_table
 
 PREDICTIONS = "predictions.parquet"
@@ -24,8 +25,8 @@ PREDICTIONS = "predictions.parquet"
 PREDICTIONS_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
-        ("label", pa.uint16()),
-        ("predicted", pa.uint16()),
+        ("class_id", pa.uint16()),
+        ("predicted_class_id", pa.uint16()),
         ("confidence", pa.float32()),
         ("rank", pa.uint16()),
     ]
@@ -33,29 +34,21 @@ PREDICTIONS_SCHEMA = pa.schema(
 
 
 class ReliabilityBin(JsonDocument):
-    """Images whose confidence lies in one of 15 equal parts of 0–1."""
+    """The images whose confidence lies in one of 15 equal bins of 0–1."""
 
     images: int
     confidence: float
-    """Mean of the images; the middle of the bin if there are none."""
+    """Mean confidence of the images; the middle of the bin if it is empty."""
     accuracy: float
-    """Share of right answers; 0 if there are no images."""
+    """Share of right answers; 0 if the bin is empty."""
 
 
 class Calibration(JsonDocument):
-    """Whether the model is right as often as it says (arXiv:1706.04599)."""
+    """How well confidence agrees with accuracy (arXiv:1706.04599)."""
 
     ece: float
-    """Expected calibration error: mean distance of confidence and accuracy over bins, by images."""
+    """Expected calibration error, 0–1: the distance between mean confidence and accuracy of a bin, averaged over images."""
     bins: tuple[ReliabilityBin, ...]
-
-
-class Subsample(JsonDocument):
-    """Which of a dataset's images were looked at: drawn evenly over the classes, the same ones for every model."""
-
-    images: int
-    """How many were asked for."""
-    seed: int
 
 
 class Evaluation(HashedDocument):
@@ -63,49 +56,43 @@ class Evaluation(HashedDocument):
 
     format: Literal[1] = 1
     model: str
-    """Digest."""
+    """Digest of the model's manifest."""
     dataset: str
-    """Digest."""
-    name: str | None = None
-    """Of the dataset."""
+    """Digest of the dataset."""
+    name: str
+    """Name of the dataset."""
     classes: tuple[str, ...]
+    """Class names of the model."""
     images: int
+    """Images that were classified."""
     unreadable: int
-    """Images of the dataset that could not be decoded; they count as wrong in no number."""
-    mode: str = "float32"
-    """How the model was run (`ns.modeling.precision.Mode`)."""
+    """Images that could not be decoded; no number counts them."""
+    mode: str
+    """Precision in which the model ran (`ns.modeling.precision.PrecisionMode`)."""
     top1: float
     top5: float
-    """Shares in 0–1."""
+    """Accuracies in 0–1."""
     confusion: tuple[tuple[int, ...], ...]
-    """[label][predicted], images."""
-    calibration: Calibration | None = None
-    """None in evaluations from before it was measured."""
+    """Images by [true class][predicted class]."""
+    calibration: Calibration
     subsample: Subsample | None = None
-    """None if all images of the dataset were looked at."""
+    """The part of the dataset that was drawn; None for all of it."""
     scored_classes: tuple[str, ...] | None = None
-    """The classes that the answer was chosen from; all if None (`noisy_student.md` §6.2)."""
+    """The classes that answers were chosen from; None for all (ImageNet-A and -R have 200 of the 1,000)."""
     multi_label_top1: float | None = None
-    """Share of answers that are one of the right classes, where several are known of each image (ReaL)."""
+    """Share of answers that are among the image's right classes; None without a file that names several per image (ReaL)."""
     multi_label_images: int | None = None
-    """Images with at least one such class."""
+    """Images for which that file names at least one class."""
     predictions_sha256: str
-
-    @model_serializer(mode="wrap")
-    def _drop_unknown_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Evaluations from before these fields keep their digests.
-        fields: dict[str, Any] = serialize(self)
-        later = ("name", "calibration", "subsample", "scored", "multi_label_top1", "multi_label_images")
-        return {name: value for name, value in fields.items() if value is not None or name not in later}
 
     @property
     def class_accuracy(self) -> list[float | None]:
-        """Share of each class that is right, None for a class without images."""
+        """Accuracy of each class in 0–1; None for a class without images."""
         return [row[index] / total if (total := sum(row)) else None for index, row in enumerate(self.confusion)]
 
 
 class PerturbationResult(JsonDocument):
-    """What a kind of perturbation does to the answers along its sequences (`noisy_student.md` §6.4)."""
+    """How a kind of perturbation changes the answers along its sequences (arXiv:1903.12261 §3)."""
 
     flip_probability: float
     """Share of frames whose answer differs from that of the reference frame."""
@@ -114,14 +101,14 @@ class PerturbationResult(JsonDocument):
 
 
 class AttackResult(JsonDocument):
-    """What is left of the accuracy when each pixel may be changed a little, for the worse."""
+    """Accuracy when an attacker may change each pixel a little."""
 
     name: Literal["fgsm", "pgd"]
     epsilon: float
-    """Largest change, of 255."""
+    """Largest change of a pixel value, which is in 0–255."""
     steps: int
     step_size: float
-    """Of 255."""
+    """Change of a pixel value per step, in the same unit."""
     top1: float
 
     def __str__(self) -> str:
@@ -129,54 +116,62 @@ class AttackResult(JsonDocument):
 
 
 class Robustness(HashedDocument):
-    """Raw numbers of one model on one dataset: another reference is another way to read them, not another measurement."""
+    """Raw numbers of one model on one dataset. Scores relative to a reference are computed from them (`robustness.scores`)."""
 
     filename: ClassVar[str] = "robustness.json"
 
     format: Literal[1] = 1
     model: str
-    """Digest."""
+    """Digest of the model's manifest."""
     dataset: str
-    """Digest; of a ready-made benchmark, that of the list of its files."""
+    """Digest of the dataset; for a published set, the digest of its file list."""
     name: str
-    """Of the dataset."""
+    """Name of the dataset."""
     kind: Literal["images", "imagenet-c", "cifar10-c", "imagenet-p"] = "images"
-    """Where corrupted images came from: `images`, made here of plain ones; else read as published."""
+    """Source of the corrupted images: `images` if they were made here from plain ones, else the published set."""
     num_classes: int
     imagenet: bool
-    """Whether the classes are ImageNet's 1,000, so that AlexNet's published numbers are the ones to divide by."""
+    """Whether the classes are ImageNet's 1,000, so that scores are relative to AlexNet's published numbers."""
     images: int
-    """That were looked at in each corruption and attack, or sequences in each perturbation."""
+    """Images per corruption and attack, and sequences per perturbation."""
     unreadable: int
     subsample: Subsample | None
     seed: int
-    """Of corruptions, perturbations and random starts."""
+    """Seed of corruptions, perturbations and the attacks' random starts."""
     mode: str
-    """How the model was run; attacks always in float32."""
+    """Precision in which the model ran; attacks always run in float32."""
     top1: float | None
-    """Clean accuracy on the same images; None of a ready-made benchmark, which has no clean ones."""
+    """Clean accuracy on the same images; None for a published set, which has no clean images."""
     severities: tuple[int, ...]
     corruptions: dict[str, tuple[float, ...]]
-    """Kind → error rate at each of the severities; empty if not asked for."""
+    """Kind → error rate at each severity; empty if not measured."""
     frames: int
-    """Images in a sequence; 0 if there are none, or they are as long as they were published."""
+    """Images per sequence; 0 without perturbations."""
     perturbations: dict[str, PerturbationResult]
     attacks: tuple[AttackResult, ...]
     predictions_sha256: str
-    """Of the list of all units' digests."""
+    """Digest of the list of all units' digests."""
     seconds: float
-    """Work that it took; no part of the digest."""
+    """Time that the measurement took; not part of the digest."""
 
     def hashed_fields(self) -> Any:
-        return self.model_dump(mode="json", exclude={"seconds"})
+        return dump_hashed_fields(self, exclude={"seconds"})
 
     def mean_corruption_errors(self) -> dict[str, float]:
         """Kind → mean error rate over the severities."""
-        return {name: sum(rates) / len(rates) for name, rates in self.corruptions.items()}
+        return {kind: sum(rates) / len(rates) for kind, rates in self.corruptions.items()}
+
+    def flip_probabilities(self) -> dict[str, float]:
+        """Kind → flip probability."""
+        return {kind: result.flip_probability for kind, result in self.perturbations.items()}
+
+    def top5_distances(self) -> dict[str, float]:
+        """Kind → top-5 distance."""
+        return {kind: result.top5_distance for kind, result in self.perturbations.items()}
 
 
 def is_imagenet(classes: tuple[str, ...]) -> bool:
-    """Whether these are ImageNet's 1,000 classes: their WordNet ids, in order."""
+    """Whether these are the WordNet ids of ImageNet's 1,000 classes, in order."""
     return (
         len(classes) == 1000
         and (classes[0], classes[-1]) == ("n01440764", "n15075141")
@@ -186,7 +181,7 @@ def is_imagenet(classes: tuple[str, ...]) -> bool:
 
 
 def read_predictions(store: Store, evaluation: Evaluation) -> pa.Table:
-    """The rows of an evaluation. Raises DataError when they are not the recorded ones."""
+    """The rows of an evaluation, `PREDICTIONS_SCHEMA`. Raises DataError if the file is not the recorded one."""
     data = store.get(PREDICTIONS)
     if sha256_bytes(data) != evaluation.predictions_sha256:
         raise DataError(f"{store.uri}/{PREDICTIONS}: sha256 differs from {Evaluation.filename}; evaluate again")

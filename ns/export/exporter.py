@@ -1,22 +1,20 @@
-"""Models for programs that know nothing of ours: plain timm, ONNX, torch.export.
+"""Exports a model to programs that do not know this package: plain timm, ONNX, torch.export.
 
-    OUT/config.json           what timm builds the network from, with the classes' names and the preprocessing
+    OUT/config.json           timm's description of the network, with class names and preprocessing
     OUT/model.safetensors     the averaged weights, by timm's names
     OUT/model.onnx            float32 [N, 3, R, R], normalized → float32 [N, classes], logits
     OUT/model.pt2             the same as a torch.export program
     OUT/README.md             the model card
     OUT/export.json           what was exported, and how it was checked; written last
 
-Every form is checked against our own network on real images before it is kept. N is free; R is the model's test resolution.
+Each form is compared with our own network on real images before it is kept. N is free; R is the model's test resolution.
 """
 
-import json
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -30,51 +28,48 @@ from ns.data.augment.transforms import EvalTransform
 from ns.data.dataset import Dataset
 from ns.data.loading.decode import allocate_images
 from ns.data.loading.shard_reader import ImageSource
-from ns.evaluation.result import Subsample
-from ns.evaluation.subsample import draw_rows
-from ns.modeling import factory as models
-from ns.modeling.manifest import WEIGHTS, ModelManifest
+from ns.data.subsample import Subsample, draw_rows
+from ns.export.forms import FORMS, ExportForm
+from ns.modeling.factory import Normalize, load_model
+from ns.modeling.manifest import ModelManifest
 from ns.storage import Store
 from ns.storage.documents import JsonDocument, encode_json
 
-ExportForm = Literal["timm", "onnx", "torch"]
-CARD = "README.md"
-FILES: dict[ExportForm, str] = {"timm": "config.json", "onnx": "model.onnx", "torch": "model.pt2"}
-OPSET = 20
-"""Of ONNX: runtimes from 2024 on know it."""
+CARD_FILE = "README.md"
 TOLERANCE = 1e-3
-"""Largest difference of logits, as a share of the largest logit: kernels add up float32 in another order."""
+"""Largest difference of logits as a share of the largest logit: kernels sum float32 in different orders."""
 
 
 class ExportCheck(JsonDocument):
-    """One form of the model beside our own, on the same images."""
+    """One form of the model compared with our own network on the same images."""
 
     form: ExportForm
     file: str
     sha256: str
     images: int
     largest_difference: float
-    """Of logits, ours in 'float32'."""
+    """Largest absolute difference of logits from our network in float32."""
     largest_logit: float
+    """Largest absolute logit of our network."""
     same_top1: float
-    """Share of images that get the same class."""
+    """Share of images that get the same class, 0–1."""
 
 
 class ExportManifest(JsonDocument):
-    """`export.json`."""
+    """The record of an export and its checks."""
 
     filename: ClassVar[str] = "export.json"
 
     format: Literal[1] = 1
     model: str
-    """Digest of the model's card."""
+    """Digest of the model's manifest."""
     weights_sha256: str
     dataset: str
-    """Digest of the dataset that the check's images are from."""
+    """Digest of the dataset whose images were used for the checks."""
     resolution: int
     checks: tuple[ExportCheck, ...]
     version: str
-    """Of this package."""
+    """Version of this package."""
 
 
 def export_model(
@@ -88,17 +83,17 @@ def export_model(
 ) -> ExportManifest:
     """Writes a model to the folder `out` in each of the forms, checked on `count` images of a dataset.
 
-    `describe` gives the text of README.md. `out` appears whole or not at all; one that holds an earlier export of ours is replaced.
+    `describe` returns the text of README.md. `out` appears whole or not at all; an earlier export in it is replaced.
 
-    Raises ConfigError if a library is missing or the network cannot be exported, DataError if a form does not give what our own
-    network does, StoreError if `out` holds anything else.
+    Raises ConfigError if a library is missing or the network cannot be exported, DataError if the logits of a form differ from our
+    network's, StoreError if `out` holds anything but an export.
     """
     _require_libraries(forms)
     if out.exists() and not out.is_dir():
         raise StoreError(f"{out}: is a file; name an empty or a new folder")
     if out.exists() and any(out.iterdir()) and not (out / ExportManifest.filename).exists():
         raise StoreError(f"{out}: is not empty and holds no {ExportManifest.filename}; name an empty or a new folder")
-    network, manifest = models.load_model(store)
+    network, manifest = load_model(store)
     batch = _load_batch(manifest, *images, count)
     expected = _run_network(network, batch)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -115,95 +110,47 @@ def export_model(
             version=__version__,
         )
         if describe:
-            (export_path / CARD).write_text(describe(manifest, export_manifest), encoding="utf-8")
+            (export_path / CARD_FILE).write_text(describe(manifest, export_manifest), encoding="utf-8")
         (export_path / ExportManifest.filename).write_bytes(encode_json(export_manifest.model_dump(mode="json")))
-        # Only now does the earlier export go; its name is free for a moment, and never holds half of anything.
+        # The earlier export goes last: `out` is absent for a moment, but never incomplete.
         if out.exists():
             out.rename(Path(scratch) / "earlier")
         export_path.rename(out)
     return export_manifest
 
 
-def make_timm_config(manifest: ModelManifest) -> dict[str, Any]:
-    """`config.json` as timm writes and reads it. The crop is that of our evaluation.
-
-    timm cannot be asked for reduced strides: `noisy_student.dense` names the modules of its network that then change, and to what.
-    """
-    size = manifest.model.inference_resolution
-    outputs = manifest.model.outputs or len(manifest.classes)
-    photographs = manifest.noise.crop == "resized"
-    with torch.device("meta"):
-        fixed = bool(
-            getattr(models.build_model(manifest.model, manifest.noise, outputs), "pretrained_cfg", {}).get("fixed_input_size")
-        )
-    crop = ("center", size / (size + manifest.model.test_margin_px)) if photographs else ("squash", 1.0)
-    return {
-        "architecture": manifest.model.arch,
-        "num_classes": outputs,
-        "model_args": manifest.model.args,
-        "pretrained_cfg": {
-            "input_size": [3, size, size],
-            # Where positions are learnt, timm must build the network for these images and not for its usual ones.
-            "fixed_input_size": fixed,
-            "interpolation": "bicubic",
-            "crop_mode": crop[0],
-            "crop_pct": crop[1],
-            "mean": list(manifest.mean),
-            "std": list(manifest.std),
-            "num_classes": outputs,
-            "label_names": list(manifest.classes),
-        },
-        "noisy_student": {"model": manifest.digest, "dense": _find_dense_modules(manifest)},
-    }
-
-
-def _find_dense_modules(manifest: ModelManifest) -> dict[str, dict[str, int]]:
-    """Module → the attributes in which our network differs from timm's."""
-    plain = manifest.model.model_copy(update={"reduce_stride": 1})
-    outputs = len(manifest.classes)
-    with torch.device("meta"):
-        theirs, ours = (models.build_model(model, manifest.noise, outputs) for model in (plain, manifest.model))
-    changes: dict[str, dict[str, int]] = {}
-    for (name, plain_module), (_, dense_module) in zip(theirs.named_modules(), ours.named_modules(), strict=True):
-        for attribute in ("stride", "kernel_size"):
-            if getattr(plain_module, attribute, None) != getattr(dense_module, attribute, None):
-                changes.setdefault(name, {})[attribute] = int(getattr(dense_module, attribute)[0])
-    return changes
-
-
 def _require_libraries(forms: Sequence[ExportForm]) -> None:
-    needed = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
-    for form in forms:
-        if missing := [name for name in needed.get(form, ()) if find_spec(name) is None]:
-            raise ConfigError(f"--form {form}: {' and '.join(missing)} not installed; pip install 'noisy-student[export]'")
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    if "onnx" in forms and missing:
+        raise ConfigError(f"--form onnx: {' and '.join(missing)} not installed; pip install 'noisy-student[export]'")
 
 
 def _load_batch(manifest: ModelManifest, store: Store, dataset: Dataset, count: int) -> Tensor:
-    """Real images as the network is fed with: float32 [n, 3, R, R], normalized; n is less than `count` if some cannot be read."""
+    """Real images, preprocessed: float32 [n, 3, R, R], normalized; n is smaller than `count` if some cannot be read."""
     if dataset.role == "unlabeled":
         raise DataError(
-            f"{store.uri}: has no labels, by which images of all classes are drawn; name a labeled dataset, or one to evaluate on"
+            f"{store.uri}: has no labels, which are needed to draw images of all classes; name a labeled or an evaluation dataset"
         )
     size = manifest.model.inference_resolution
     source = ImageSource(store, dataset)
     rows = draw_rows(source, len(dataset.shards), len(dataset.classes), Subsample(images=count, seed=0))
-    pictures = [
+    encoded = [
         image
         for shard, shard_rows in rows.items()
         for row in shard_rows
         for image in source.read_encoded(shard, int(row), int(row) + 1)
     ]
-    pixels = allocate_images(len(pictures), size)
-    unreadable = EvalTransform(size, manifest.noise.crop, manifest.model.test_margin_px).transform_batch(pictures, pixels)
-    readable = [row for row in range(len(pictures)) if row not in unreadable]
+    pixels = allocate_images(len(encoded), size)
+    unreadable = EvalTransform(size, manifest.model.crop, manifest.model.test_margin_px).transform_batch(encoded, pixels)
+    readable = [row for row in range(len(encoded)) if row not in unreadable]
     if not readable:
         raise DataError(f"{store.uri}: none of its images can be read, so an export cannot be checked on them")
-    batch: Tensor = models.Normalize(manifest.mean, manifest.std)(torch.from_numpy(pixels[: len(pictures)][readable]))
+    batch: Tensor = Normalize(manifest.mean, manifest.std)(torch.from_numpy(pixels[: len(encoded)][readable]))
     return batch
 
 
 def _run_network(network: Callable[[Tensor], Tensor], batch: Tensor) -> npt.NDArray[np.float32]:
-    """Logits, float32 [n, classes]: of one image and of the others apart, so that more than one size of batch is tried."""
+    """Logits, float32 [n, classes]. The first image is a batch of its own, so that two batch sizes are tried."""
     with torch.inference_mode():
         parts = [network(part).float().numpy() for part in (batch[:1], batch[1:]) if len(part)]
     return np.concatenate(parts)
@@ -218,8 +165,8 @@ def _check_form(
     batch: Tensor,
     expected: npt.NDArray[np.float32],
 ) -> ExportCheck:
-    write, read = _FORM_IO[form]
-    file = out / FILES[form]
+    filename, write, read = FORMS[form]
+    file = out / filename
     try:
         write(file, network, manifest, store)
         logits = _run_network(read(file), batch)
@@ -229,7 +176,7 @@ def _check_form(
         raise ConfigError(f"--form {form}: {manifest.model.arch} cannot be exported: {str(error).splitlines()[0]}") from error
     check = ExportCheck(
         form=form,
-        file=file.name,
+        file=filename,
         sha256=sha256_file(file),
         images=len(batch),
         largest_difference=float(np.abs(logits - expected).max()),
@@ -240,84 +187,7 @@ def _check_form(
     if not check.largest_difference <= TOLERANCE * check.largest_logit:
         raise DataError(
             f"--form {form}: logits differ from our own network's by up to {check.largest_difference:.3g} on {check.images} images "
-            f"(the largest logit is {check.largest_logit:.3g}), so nothing was written; please report it with {manifest.model.arch} "
-            f"and torch {torch.__version__}"
+            f"(the largest logit is {check.largest_logit:.3g}), so nothing was written; please report it with the names "
+            f"{manifest.model.arch} and torch {torch.__version__}"
         )
     return check
-
-
-def _write_timm(file: Path, network: nn.Module, manifest: ModelManifest, store: Store) -> None:
-    del network
-    shutil.copyfile(store.path(WEIGHTS), file.parent / WEIGHTS)
-    file.write_bytes(encode_json(make_timm_config(manifest)))
-
-
-def _read_timm(file: Path) -> nn.Module:
-    import timm
-
-    network: nn.Module = timm.create_model(f"local-dir:{file.parent}", pretrained=True)
-    for name, attributes in json.loads(file.read_bytes())["noisy_student"]["dense"].items():
-        for attribute, value in attributes.items():
-            setattr(network.get_submodule(name), attribute, (value, value))
-    return network.eval()
-
-
-def _write_torch(file: Path, network: nn.Module, manifest: ModelManifest, store: Store) -> None:
-    del store
-    images = torch.export.Dim("images", min=1)
-    torch.export.save(torch.export.export(network, (_make_example_batch(manifest),), dynamic_shapes=({0: images},)), file)
-
-
-def _read_torch(file: Path) -> Callable[[Tensor], Tensor]:
-    network: nn.Module = torch.export.load(file).module()
-    return network
-
-
-def _write_onnx(file: Path, network: nn.Module, manifest: ModelManifest, store: Store) -> None:
-    del store
-    torch.onnx.export(
-        network,
-        (_make_example_batch(manifest),),
-        file,
-        dynamo=True,
-        external_data=False,
-        opset_version=OPSET,
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("n", min=1)},),
-        verbose=False,
-    )
-    import onnx
-
-    onnx_model = onnx.load(file)
-    properties = {
-        "classes": json.dumps(manifest.classes),
-        "mean": json.dumps(manifest.mean),
-        "std": json.dumps(manifest.std),
-        "model": manifest.digest,
-    }
-    onnx.helper.set_model_props(onnx_model, properties)
-    onnx.checker.check_model(onnx_model, full_check=True)
-    onnx.save(onnx_model, file)
-
-
-def _read_onnx(file: Path) -> Callable[[Tensor], Tensor]:
-    import onnxruntime
-
-    session: Any = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.contiguous().numpy()})[0])
-
-
-def _make_example_batch(manifest: ModelManifest) -> Tensor:
-    size = manifest.model.inference_resolution
-    # Two: a batch of one would be taken for a constant.
-    return torch.zeros(2, 3, size, size).contiguous(memory_format=torch.channels_last)
-
-
-_FORM_IO: dict[
-    ExportForm, tuple[Callable[[Path, nn.Module, ModelManifest, Store], None], Callable[[Path], Callable[[Tensor], Tensor]]]
-] = {
-    "timm": (_write_timm, _read_timm),
-    "onnx": (_write_onnx, _read_onnx),
-    "torch": (_write_torch, _read_torch),
-}

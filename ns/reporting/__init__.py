@@ -1,2 +1,2 @@
-"""What a run tells people: one HTML page that needs nothing else, Markdown, comparisons, pictures, and metrics of finished work.
+"""What a run tells people: a self-contained HTML report, Markdown, comparisons, galleries, and metrics of finished stages.
 It may import `runs`, `training`, `export`, and what is below them; not `stages`."""

@@ -1,7 +1,7 @@
-"""A run in the forms that pipelines show: scalar metrics, a confusion matrix, an ROC curve, HTML, Markdown.
+"""Reports in the forms that Kubeflow shows: scalar metrics, a confusion matrix, an ROC curve, small HTML pages, Markdown.
 
-Generation 0 is the first teacher. All of them say what the run has noted so far; those of one generation raise RunError if it has not
-evaluated that generation's model (`confusion` and `roc` give None). `ns.reporting.write` makes the report that is kept.
+Generation 0 is the first teacher. Functions of one generation raise RunError if its model is not evaluated yet, except `read_confusion`
+and `compute_roc`, which return None.
 """
 
 from collections.abc import Callable
@@ -12,43 +12,39 @@ from ns.core.errors import RunError
 from ns.evaluation.result import Evaluation, read_predictions
 from ns.reporting.context import ReportContext, gather_context
 from ns.reporting.markdown import render_markdown
-from ns.reporting.metrics import collect_metrics
+from ns.reporting.metrics import collect_metrics, flatten_metrics
 from ns.reporting.page import render_report
-from ns.runs import records as runs
+from ns.runs.records import list_stage_notes
 from ns.storage import Store
 
 CONFUSION_CLASSES = 50
-"""More cannot be read in a matrix."""
+"""A matrix of more classes is unreadable."""
 OTHERS = "(others)"
 ROC_POINTS = 200
 PICTURES = 8
-"""Of each group."""
+"""Pictures per gallery."""
 PAGE_BYTES = 1_000_000
-"""Kubeflow's page fetches the whole HTML, which should be no more than this."""
-PICTURE_BYTES = 500_000
-"""Of all pictures of a generation together."""
+"""Size limit of a page: Kubeflow's UI fetches it whole."""
+PAGE_PICTURE_BYTES = 500_000
+"""Size limit of all pictures of a page together."""
 
 
 def collect_generation_metrics(store: Store, run: str, generation: int) -> dict[str, float]:
-    """Name → value, of all that is known of the generation's model (`ns.reporting.metrics`); bounds end in `_low` and `_high`.
+    """The metrics of the generation's model, as `flatten_metrics` names them; shares in 0–1.
 
-    `promoted` is 1 or 0 once the gate has decided. Shares in 0–1.
+    `promoted` is 1 or 0 once the gate has decided.
     """
     context = _gather_generation(store, run, generation, pictures=0)
-    values: dict[str, float] = {}
-    for metric in collect_metrics(context, context.models[-1]):
-        values[metric.key] = float(metric.value)
-        if metric.low is not None and metric.high is not None:
-            values |= {f"{metric.key}_low": float(metric.low), f"{metric.key}_high": float(metric.high)}
+    values = flatten_metrics(collect_metrics(context, context.models[-1]))
     if verdict := context.verdict_of(generation):
         values["promoted"] = float(verdict.promoted)
     return values
 
 
 def read_confusion(store: Store, run: str, generation: int) -> tuple[list[str], list[list[int]]] | None:
-    """Class names, and images of the held-out set by label (row) and prediction (column).
+    """Class names, and counts of held-out images by true class (row) and prediction (column).
 
-    Of more than 50 classes the 49 with most mistakes are named, and the others stand together in the last row and column.
+    Of more than 50 classes, the 49 with the most mistakes are named; the last row and column sum up the others.
     """
     key = _find_evaluation_key(store, run, generation)
     if key is None:
@@ -68,11 +64,10 @@ def read_confusion(store: Store, run: str, generation: int) -> tuple[list[str], 
 
 
 def compute_roc(store: Store, run: str, generation: int) -> tuple[list[float], list[float], list[float]] | None:
-    """How well the model's confidence tells its right answers from its wrong ones, on the held-out images.
+    """How well the model's confidence separates its right from its wrong answers on the held-out images, over all classes.
 
-    False positive rates (wrong answers with confidence above the threshold, of all wrong ones), true positive rates (the same of
-    right answers), and thresholds from 1 down to 0; at most 200 points. It says nothing of any one class. None if all answers
-    are right, or all wrong.
+    Returns false positive rates (share of wrong answers with confidence above the threshold), true positive rates (the same of right
+    answers), and thresholds from 1 down to 0; at most 200 points. None if all answers are right, or all wrong.
     """
     key = _find_evaluation_key(store, run, generation)
     if key is None:
@@ -83,7 +78,7 @@ def compute_roc(store: Store, run: str, generation: int) -> tuple[list[float], l
     confidence = np.clip(rows["confidence"].to_numpy().astype(np.float64), 0, 1)
     if is_right.all() or not is_right.any():
         return None
-    # Thresholds where confidences are, evenly by images: that is where the curve bends.
+    # Thresholds at quantiles of confidence: the curve bends where the images are.
     inner = np.unique(np.quantile(confidence, np.linspace(0, 1, ROC_POINTS - 2), method="nearest"))
     thresholds = np.unique(np.concatenate([[0.0], inner, [1.0]]))[::-1]
     above = [
@@ -94,22 +89,22 @@ def compute_roc(store: Store, run: str, generation: int) -> tuple[list[float], l
 
 
 def render_run_html(store: Store, run: str) -> str:
-    """The report of the whole run with few pictures, or with none where it would be larger than 1 MB."""
-    return _render_small_page(lambda pictures: gather_context(store, run, pictures=pictures, size=PICTURE_BYTES))
+    """The report of the whole run with few pictures, or without pictures if it would exceed 1 MB."""
+    return _render_small_page(lambda pictures: gather_context(store, run, pictures=pictures, size=PAGE_PICTURE_BYTES))
 
 
 def render_run_markdown(store: Store, run: str) -> str:
-    """The same as Markdown: tables, a few kB."""
+    """The report of the whole run as Markdown tables, a few kB."""
     return render_markdown(gather_context(store, run, pictures=0))
 
 
 def render_generation_html(store: Store, run: str, generation: int) -> str:
-    """The report's page of one generation and its teacher, likewise."""
+    """The report of one generation and its teacher, limited like `render_run_html`."""
     return _render_small_page(lambda pictures: _gather_generation(store, run, generation, pictures=pictures))
 
 
 def render_generation_markdown(store: Store, run: str, generation: int) -> str:
-    """The same as Markdown: tables, a few kB."""
+    """The report of one generation as Markdown tables, a few kB."""
     return render_markdown(_gather_generation(store, run, generation, pictures=0))
 
 
@@ -121,9 +116,9 @@ def _render_small_page(gather_with: Callable[[int], ReportContext]) -> str:
 def _gather_generation(store: Store, run: str, generation: int, *, pictures: int) -> ReportContext:
     if _find_evaluation_key(store, run, generation) is None:
         raise RunError(f"run {run}: generation {generation} is not evaluated yet")
-    return gather_context(store, run, generation=generation, pictures=pictures, size=PICTURE_BYTES)
+    return gather_context(store, run, generation=generation, pictures=pictures, size=PAGE_PICTURE_BYTES)
 
 
 def _find_evaluation_key(store: Store, run: str, generation: int) -> str | None:
-    notes = runs.list_stage_notes(store, run)
+    notes = list_stage_notes(store, run)
     return next((n.outputs["evaluation"] for n in notes if (n.stage, n.generation) == ("evaluate", generation)), None)

@@ -1,4 +1,4 @@
-"""Charts as inline SVG. Colors are the page's, so that they follow it into dark mode and print."""
+"""Charts as inline SVG. They use the page's color variables, so that they follow it into dark mode and print."""
 
 import io
 import itertools
@@ -17,7 +17,7 @@ from ns.core.intervals import wilson_interval
 from ns.evaluation.result import Calibration
 from ns.labeling.label_set import HISTOGRAM_BINS
 
-# Stand-ins that matplotlib draws with; the page's style decides what they are.
+# Placeholder colors that matplotlib draws with; `_render_svg` replaces them with the page's variables.
 INK, FAINT = "#010101", "#020202"
 SERIES = ("#030303", "#040404", "#050505", "#060606", "#070707", "#080808")
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -29,7 +29,7 @@ STYLE: dict[str, Any] = {
     "svg.fonttype": "none",  # text stays text: selectable, and in the page's font
     "font.family": "sans-serif",
     "font.size": 9,
-    "text.parse_math": False,  # names of classes are text, whatever is in them
+    "text.parse_math": False,  # class names may contain $
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": FAINT,
@@ -46,13 +46,13 @@ STYLE: dict[str, Any] = {
 }
 
 MAX_BARS = 60
-"""Classes that can be told apart as bars."""
+"""Largest number of classes drawn as bars."""
 WIDTH, HEIGHT = 4.4, 2.7
-"""Inches; small, so that the text is readable on a phone."""
+"""Inches; a small figure keeps its text readable on a phone."""
 
 
 def draw_accuracy(generations: Sequence[int], top1: Sequence[float], images: int) -> str:
-    """Held-out top-1 by generation with 95 % Wilson intervals; 0 is the first teacher."""
+    """Held-out top-1 (0–1) by generation with 95 % Wilson intervals; generation 0 is the first teacher."""
     bounds = [wilson_interval(value, images) for value in top1]
 
     def draw_axes(axes: Axes) -> None:
@@ -71,7 +71,7 @@ def draw_accuracy(generations: Sequence[int], top1: Sequence[float], images: int
 
 
 def draw_run_accuracies(top1: Mapping[str, Sequence[tuple[int, float]]]) -> str:
-    """Held-out top-1 of several runs: (generation, share) of each model; 0 is the first teacher."""
+    """Held-out top-1 of several runs: (generation, share in 0–1) of each model; generation 0 is the first teacher."""
 
     def draw_axes(axes: Axes) -> None:
         for (number, (run, points)), marker in zip(enumerate(top1.items()), itertools.cycle(MARKERS), strict=False):
@@ -88,7 +88,7 @@ def draw_run_accuracies(top1: Mapping[str, Sequence[tuple[int, float]]]) -> str:
 
 
 def draw_confidence(name: str, counts: npt.NDArray[np.uint64], threshold: float) -> str:
-    """Images by the teacher's confidence, in 40 bins, with the threshold drawn in."""
+    """Images by the teacher's confidence in 40 bins, with the threshold. `counts`: uint64 [HISTOGRAM_BINS]."""
     bars = counts.reshape(40, HISTOGRAM_BINS // 40).sum(1).astype(np.int64)
 
     def draw_axes(axes: Axes) -> None:
@@ -111,13 +111,13 @@ def draw_confidence(name: str, counts: npt.NDArray[np.uint64], threshold: float)
 
 
 def draw_class_balance(name: str, class_names: Sequence[str], candidates: Sequence[int], images: Sequence[int]) -> str:
-    """Images of each class above the threshold, and in an epoch after balancing. Many classes are in the order of their size."""
+    """Images of each class above the threshold, and per epoch after balancing. More than `MAX_BARS` classes are sorted by size."""
 
     def draw_outline(axes: Axes) -> None:
         order = np.argsort(-np.asarray(candidates), kind="stable")
         axes.stairs(np.asarray(candidates)[order], fill=True, color=FAINT, label="above the threshold")
         axes.stairs(np.asarray(images)[order], color=SERIES[0], linewidth=1.4, label="after balancing")
-        axes.set_xlabel("classes, the largest first")
+        axes.set_xlabel("classes, largest first")
         axes.set_ylabel("images")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8)
 
@@ -135,7 +135,7 @@ def draw_class_balance(name: str, class_names: Sequence[str], candidates: Sequen
 
 
 def draw_bars(name: str, about: str, kinds: Sequence[str], series: Mapping[str, Sequence[float]]) -> str:
-    """Shares by kind, in percent, a bar for each model (at most as many as there are colors); kinds from top to bottom."""
+    """Shares (0–1) by kind, one bar per model; at most as many models as `SERIES` has colors. Kinds go from top to bottom."""
 
     def draw_axes(axes: Axes) -> None:
         thick = 0.8 / len(series)
@@ -159,7 +159,7 @@ def draw_bars(name: str, about: str, kinds: Sequence[str], series: Mapping[str, 
 
 
 def draw_attacks(name: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> str:
-    """Top-1 that FGSM leaves, by the largest change of a pixel: (epsilon of 255, share) of each model."""
+    """Top-1 under FGSM by the largest change of a pixel: (epsilon in 0–255, share in 0–1) of each model."""
 
     def draw_axes(axes: Axes) -> None:
         for (label, points), color, marker in zip(series.items(), SERIES, MARKERS, strict=False):
@@ -210,7 +210,7 @@ def draw_reliability(series: Mapping[str, Calibration]) -> str:
 
 
 def draw_confidence_shift(before: Sequence[int], after: Sequence[int]) -> str:
-    """Images by confidence in two label sets; equal bins from 0 to 1."""
+    """Images by confidence in two label sets, in equal bins from 0 to 1."""
 
     def draw_axes(axes: Axes) -> None:
         edges = np.linspace(0, 1, len(before) + 1)
@@ -225,7 +225,7 @@ def draw_confidence_shift(before: Sequence[int], after: Sequence[int]) -> str:
 
 
 def draw_training_curves(name: str, history: Sequence[dict[str, float]], series: dict[str, str], unit: str) -> str:
-    """Training curves: `series` maps fields of the history to names."""
+    """Training curves; `series` maps fields of the history to names in the legend."""
 
     def draw_axes(axes: Axes) -> None:
         for (key, label), color in zip(series.items(), SERIES, strict=False):
@@ -240,7 +240,7 @@ def draw_training_curves(name: str, history: Sequence[dict[str, float]], series:
 
 
 def _render_svg(name: str, description: str, draw_axes: Callable[[Axes], None], height: float = HEIGHT) -> str:
-    # The salt makes ids unique on the page, and the same every time.
+    # The salt makes ids unique on the page and reproducible.
     with mpl.rc_context(cast(Any, {**STYLE, "svg.hashsalt": name})):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         draw_axes(figure.add_subplot())
@@ -250,7 +250,7 @@ def _render_svg(name: str, description: str, draw_axes: Callable[[Axes], None], 
     text = text[text.index("<svg") :]
     for color, variable in VARIABLES.items():
         text = text.replace(color, variable)
-    # Ids of groups repeat in every chart; the page must not have them twice.
+    # matplotlib gives groups the same ids in every chart; on a page ids must be unique.
     text = re.sub(r'(id="|#)((?!#)[A-Za-z][\w.-]*)', rf"\g<1>{name}-\g<2>", text)
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
     label = description.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")

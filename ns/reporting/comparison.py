@@ -1,4 +1,4 @@
-"""Several runs side by side: their best models, what was set differently, and what they were made from."""
+"""Compares runs: their best models, the settings that differ, and the lineage."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -6,11 +6,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ns.config.schema import EVERY_FIELD
 from ns.core.digest import shorten_digest
 from ns.core.errors import RunError
 from ns.evaluation.gate import AccuracyGain, paired_gain
-from ns.evaluation.robustness.relative_scores import score_robustness
+from ns.evaluation.robustness.scores import score_robustness
 from ns.reporting import charts
 from ns.reporting.context import ReportContext, TrainedModel, gather_context
 from ns.reporting.disagreement import ModelAnswers
@@ -22,13 +21,13 @@ from ns.reporting.templates import SCRIPTLESS, make_environment
 from ns.storage import Store
 
 LEVEL = 0.975
-"""Of each bound of a difference: together 95 %."""
+"""Level of each bound of a difference: together a 95 % interval."""
 RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """Something that runs have one each of."""
+    """One property of all compared runs."""
 
     name: str
     values: tuple[str, ...]
@@ -42,23 +41,23 @@ class ComparisonRow:
 class Comparison:
     runs: list[ReportContext]
     metric_rows: list[MetricRow]
-    """What was measured of the best model of each run."""
+    """Metrics of the best model of each run."""
     settings: list[ComparisonRow]
-    """Fields of the experiments that are not the same in all runs."""
+    """Fields of the experiments that differ."""
     lineage: list[ComparisonRow]
     remarks: list[str]
-    """What stands against comparing these numbers."""
+    """Reasons why these numbers cannot be compared."""
 
     @property
     def names(self) -> list[str]:
-        return [facts.summary.run for facts in self.runs]
+        return [context.summary.run for context in self.runs]
 
 
 def compare_runs(root: Store, names: Sequence[str]) -> Comparison:
-    """Reads two or more runs, given their full names. Raises RunError if one is named twice, or has evaluated no model yet.
+    """Compares two or more runs, given their full names. Raises RunError if one is named twice or has no evaluated model yet.
 
-    Differences are from the first of them, in pairs of the same held-out images. mCE and mFR are relative to its first teacher, where
-    not to AlexNet.
+    Differences are from the first run, paired on the same held-out images. mCE and mFR are relative to the first run's first teacher,
+    or to AlexNet on ImageNet's classes.
     """
     if len(names) < 2 or len(set(names)) < len(names):
         raise RunError(f"runs {', '.join(names) or '(none)'}: name two or more different ones to compare")
@@ -82,7 +81,7 @@ def compare_runs(root: Store, names: Sequence[str]) -> Comparison:
 
 
 def render_comparison_page(comparison: Comparison) -> str:
-    """HTML that needs nothing else."""
+    """One HTML page that loads nothing."""
     top1 = {
         context.summary.run: [(m.generation, m.evaluation.top1) for m in context.models if m.evaluation]
         for context in comparison.runs
@@ -102,7 +101,7 @@ def render_comparison_page(comparison: Comparison) -> str:
 
 
 def render_comparison_markdown(comparison: Comparison) -> str:
-    """The same for an issue or a pull request."""
+    """The comparison as Markdown for an issue or a pull request."""
     heads = tuple(escape_markdown(name) for name in comparison.names)
     output = [f"### {' · '.join(heads)}", ""]
     output += [
@@ -112,7 +111,7 @@ def render_comparison_markdown(comparison: Comparison) -> str:
     if comparison.remarks:
         output += ["", *(f"> {escape_markdown(remark)}" for remark in comparison.remarks)]
     output += format_metric_table(heads, comparison.metric_rows)
-    for title, rows in (("set differently", comparison.settings), ("made from", comparison.lineage)):
+    for title, rows in (("settings that differ", comparison.settings), ("lineage", comparison.lineage)):
         if rows:
             output += format_table(
                 (title, *heads),
@@ -122,7 +121,7 @@ def render_comparison_markdown(comparison: Comparison) -> str:
 
 
 def _score_against(model: TrainedModel, reference: TrainedModel) -> TrainedModel:
-    """With mCE and mFR relative to one model for all runs."""
+    """The model with mCE and mFR relative to `reference`."""
     others = {name: robustness for name, (robustness, _) in reference.robustness.items()}
     return replace(
         model,
@@ -134,7 +133,7 @@ def _score_against(model: TrainedModel, reference: TrainedModel) -> TrainedModel
 
 
 def _measure_difference(root: Store, first: TrainedModel, model: TrainedModel) -> list[Metric]:
-    """The difference from the first run's model, if both saw the same images."""
+    """The difference from the first run's model; empty for that model itself, and for models that saw other images."""
     if model is first or not (first.evaluation and model.evaluation and first.predictions_key and model.predictions_key):
         return []
     before = ModelAnswers.from_evaluation(first.title, root.at(first.predictions_key), first.evaluation)
@@ -150,18 +149,18 @@ def _total_metrics(context: ReportContext) -> list[Metric]:
     seconds = sum(note.seconds for note in context.stages)
     return [
         Metric("total_seconds", "Cost", "all work of the run", seconds, "seconds"),
-        Metric("generations", "Cost", "generations judged", len(context.verdicts), "count"),
+        Metric("generations", "Cost", "generations", len(context.verdicts), "count"),
     ]
 
 
 def _setting_rows(contexts: Sequence[ReportContext]) -> list[ComparisonRow]:
-    flat = [_flatten_fields(context.experiment.model_dump(mode="json", context=EVERY_FIELD)) for context in contexts]
+    flat = [_flatten_fields(context.experiment.model_dump(mode="json")) for context in contexts]
     fields = dict.fromkeys(field for values in flat for field in values)
     return [ComparisonRow(field, tuple(values.get(field, "not set") for values in flat)) for field in fields]
 
 
 def _flatten_fields(value: Any, path: str = "") -> dict[str, str]:
-    """`a.b.0` → value, as text."""
+    """Maps field paths such as `a.b.0` to values as text."""
     if isinstance(value, dict | list) and value:
         items = value.items() if isinstance(value, dict) else enumerate(value)
         return {
@@ -185,7 +184,8 @@ def _lineage_rows(contexts: Sequence[ReportContext], models: Sequence[TrainedMod
     return [
         *rows,
         ComparisonRow(
-            "its label set", tuple(shorten_digest(labeling.label_set.digest) if labeling else "" for labeling in labelings)
+            "label set of the best model",
+            tuple(shorten_digest(labeling.label_set.digest) if labeling else "" for labeling in labelings),
         ),
         ComparisonRow(
             "best model", tuple(f"{model.title.lower()}, {shorten_digest(model.manifest.digest)}" for model in models)

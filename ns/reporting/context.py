@@ -1,4 +1,4 @@
-"""Everything that the report says, read from the run's notes and what they point to."""
+"""The data of a report, read from the run's notes and the documents that they name."""
 
 import json
 from collections.abc import Sequence
@@ -7,50 +7,48 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ns.config import schema as config
+from ns.config.loader import load_experiment
 from ns.config.schema import Experiment
 from ns.data.dataset import Dataset
-from ns.data.leakage import MANIFEST as CHECK
 from ns.data.leakage import LeakageReport
 from ns.data.prepared import PreparedData
 from ns.evaluation.gate import Verdict
-from ns.evaluation.result import MANIFEST as EVALUATION
-from ns.evaluation.result import ROBUSTNESS, Evaluation, Robustness
-from ns.evaluation.robustness.relative_scores import RobustnessScores, score_robustness
+from ns.evaluation.result import Evaluation, Robustness
+from ns.evaluation.robustness.scores import RobustnessScores, score_robustness
 from ns.labeling.diff import DiffSide, LabelDiff, compare_label_sets
 from ns.labeling.label_set import LabelSet, read_histogram
 from ns.labeling.selection import Selection
 from ns.modeling.manifest import HISTORY, ModelManifest
 from ns.reporting.disagreement import ClassGains, Disagreement, ModelAnswers, compare_answers, compute_class_gains
 from ns.reporting.pictures import Gallery, build_flip_gallery, build_label_galleries, limit_galleries
-from ns.runs import records as runs
-from ns.runs.records import RunSummary, StageNote
+from ns.runs.records import CONFIG_FILE, RECORDS_PREFIX, RunRecord, StageNote
+from ns.runs.summary import RunSummary, summarize_run
 from ns.storage import Store
 
-PICTURE_BYTES = 3_000_000
-"""Of all pictures of a page together; charts and tables take no more than the rest of 5 MB."""
+REPORT_PICTURE_BYTES = 3_000_000
+"""Size limit of all pictures of the report together; charts and tables fit into the rest of 5 MB."""
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model and how it came about."""
+    """A model of the run with its results."""
 
     generation: int
     key: str
-    """Of its folder below the root."""
+    """Key of its folder below the root."""
     manifest: ModelManifest
     history: list[dict[str, float]]
     evaluations: dict[str, Evaluation]
-    """As the run's notes call them: `evaluation` of the held-out images, `test`, `finetuned`, `set:NAME`. Empty if the run has not
-    come so far."""
+    """By their names in the run's notes: `evaluation` (held-out images), `test`, `finetuned`, `set:NAME`. Empty before the model is
+    evaluated."""
     robustness: dict[str, tuple[Robustness, RobustnessScores]]
-    """By the same names, with what they come to in comparison with the first teacher's, or AlexNet's."""
+    """By their names in the run's notes, with scores relative to the first teacher or AlexNet."""
     predictions_key: str | None
-    """Key of the folder with the held-out images' predictions."""
+    """Key of the folder with the predictions on held-out images; None before the model is evaluated."""
 
     @property
     def evaluation(self) -> Evaluation | None:
-        """On the held-out images, once the run has come so far."""
+        """The evaluation on held-out images; None before the model is evaluated."""
         return self.evaluations.get("evaluation")
 
     @property
@@ -60,15 +58,15 @@ class TrainedModel:
 
 @dataclass(frozen=True)
 class GenerationLabeling:
-    """One generation's pseudo-labels."""
+    """The pseudo-labels of one generation."""
 
     generation: int
     label_set: LabelSet
     selection: Selection
     histogram: npt.NDArray[np.uint64]
-    """Images by predicted class and confidence: uint64 [classes, BINS]."""
+    """Images by predicted class and confidence: uint64 [classes, HISTOGRAM_BINS]."""
     diff: LabelDiff | None
-    """From the generation before."""
+    """Changes since the previous generation; None in the first."""
 
 
 @dataclass(frozen=True)
@@ -77,26 +75,26 @@ class ReportContext:
     experiment: Experiment
     version: str
     generation: int | None
-    """The one that these facts are confined to; None if they are the whole run's."""
+    """The generation that this context is confined to; None for the whole run."""
     datasets: dict[str, Dataset]
     leaks: LeakageReport | None
-    """What the leak guard found, if it looked."""
+    """The report of the leak guard; None if it is off or its report is gone."""
     models: list[TrainedModel]
     labelings: list[GenerationLabeling]
     verdicts: list[Verdict]
     galleries: list[Gallery]
-    """Of the latest labels."""
+    """Images of the latest label set."""
     flips: Gallery | None
-    """Of the latest labels that have some before them."""
+    """Images of the latest label set whose class changed since the previous generation; None in the first."""
     disagreement: Disagreement | None
-    """Of the latest student and its teacher."""
+    """Comparison of the latest student with its teacher."""
     gains: ClassGains | None
-    """From the first teacher to the best model, or to the latest if none is better."""
+    """Gains from the first teacher to the best model, or to the latest if none is better."""
     stages: list[StageNote]
 
     @property
     def first_model(self) -> TrainedModel | None:
-        """The first teacher, or that of the generation, once it is evaluated."""
+        """The first teacher, or the generation's teacher, once it is evaluated."""
         return self.models[0] if self.models and self.models[0].evaluation else None
 
     @property
@@ -112,15 +110,15 @@ class ReportContext:
 
 
 def gather_context(
-    root: Store, run: str, *, generation: int | None = None, pictures: int | None = None, size: int = PICTURE_BYTES
+    root: Store, run: str, *, generation: int | None = None, pictures: int | None = None, size: int = REPORT_PICTURE_BYTES
 ) -> ReportContext:
-    """Reads a run as far as it has come: all of it, or one generation, with the model that was its teacher.
+    """Reads a run in its present state: all of it, or one generation with its teacher.
 
-    `pictures` of each group, as the experiment says if None, and all together no more than `size` bytes; none are read if 0. Raises
-    RunError if the run does not exist.
+    `pictures` is the number per gallery, by default the experiment's; 0 reads none. All pictures together take at most `size` bytes.
+    Raises RunError if the run does not exist.
     """
-    summary = runs.summarize_run(root, run)
-    experiment = config.load_experiment(f"{root.uri}/{run}/{runs.CONFIG}")
+    summary = summarize_run(root, run)
+    experiment = load_experiment(f"{root.uri}/{run}/{CONFIG_FILE}")
     stage_notes = summary.stages
     group_size = experiment.report.pictures if pictures is None else pictures
     prepared = next(
@@ -141,42 +139,30 @@ def gather_context(
     evaluated = [model for model in models if model.evaluation]
     galleries: list[Gallery] = []
     flip_gallery: Gallery | None = None
-    latest_disagreement: Disagreement | None = None
-    class_gains: ClassGains | None = None
+    disagreement: Disagreement | None = None
+    gains: ClassGains | None = None
     if prepared and len(evaluated) > 1:
         heldout = prepared.heldout.open_dataset(root)
         best = _pick_best(evaluated, verdicts)
         teacher = _pick_best(evaluated[:-1], verdicts) or evaluated[0]
-        latest_disagreement = compare_answers(
-            _read_answers(root, teacher), _read_answers(root, evaluated[-1]), *heldout, group_size
-        )
-        compared_model = best if best and best is not evaluated[0] else evaluated[-1]
-        class_gains = compute_class_gains(
-            _read_answers(root, evaluated[0]), _read_answers(root, compared_model), *heldout, group_size
-        )
+        compared = best if best and best is not evaluated[0] else evaluated[-1]
+        first, last = _read_answers(root, evaluated[0]), _read_answers(root, evaluated[-1])
+        disagreement = compare_answers(_read_answers(root, teacher), last, *heldout, group_size)
+        gains = compute_class_gains(first, _read_answers(root, compared), *heldout, group_size)
     if prepared and labelings and group_size:
-        # Pictures of the latest labels only: earlier ones are history, and pictures are what makes a report large.
-        folder, pool = prepared.pool.open_dataset(root)
-        latest_labeling = labelings[-1]
-        galleries = build_label_galleries(
-            folder,
-            pool,
-            root.at(latest_labeling.selection.label_set_key),
-            latest_labeling.label_set,
-            latest_labeling.selection,
-            group_size,
-        )
-        flip_gallery = build_flip_gallery(folder, pool, latest_labeling.diff) if latest_labeling.diff else None
-    shown_galleries = [*galleries, *([flip_gallery] if flip_gallery else [])]
-    shown_galleries += [
-        *(latest_disagreement.galleries if latest_disagreement else []),
-        *(class_gains.galleries if class_gains else []),
-    ]
-    limit_galleries(shown_galleries, size)
+        # Only of the latest label set: pictures are what makes a report large.
+        pool_store, pool = prepared.pool.open_dataset(root)
+        latest = labelings[-1]
+        label_store = root.at(latest.selection.label_set_key)
+        galleries = build_label_galleries(pool_store, pool, label_store, latest.label_set, latest.selection, group_size)
+        flip_gallery = build_flip_gallery(pool_store, pool, latest.diff) if latest.diff else None
+    all_galleries = [*galleries, *([flip_gallery] if flip_gallery else [])]
+    all_galleries += [gallery for part in (disagreement, gains) if part for gallery in part.galleries]
+    limit_galleries(all_galleries, size)
     return ReportContext(
         summary=summary,
         experiment=experiment,
-        version=runs.RunRecord.load_file(root, f"{runs.RECORDS}{run}.json").version,
+        version=RunRecord.load_file(root, f"{RECORDS_PREFIX}{run}.json").version,
         generation=generation,
         datasets=_open_datasets(root, prepared),
         leaks=_find_leak_report(root, prepared, experiment),
@@ -185,8 +171,8 @@ def gather_context(
         verdicts=verdicts,
         galleries=galleries,
         flips=flip_gallery,
-        disagreement=latest_disagreement,
-        gains=class_gains,
+        disagreement=disagreement,
+        gains=gains,
         stages=stage_notes,
     )
 
@@ -197,7 +183,12 @@ def _read_models(root: Store, notes: Sequence[StageNote]) -> list[TrainedModel]:
     references: dict[str, Robustness] = {}
     for note in (note for note in notes if note.stage == "train"):
         outputs = outputs_by_generation.get(note.generation, {})
-        robustness = {name: Robustness.load_file(root, key) for name, key in outputs.items() if key.endswith(f"/{ROBUSTNESS}")}
+        # Without a test set, the gate's measurement is the reported one.
+        robustness = {
+            name: Robustness.load_file(root, key)
+            for name, key in outputs.items()
+            if key.endswith(f"/{Robustness.filename}") and (name, key) != ("gate_robustness", outputs.get("robustness"))
+        }
         for name, measured in robustness.items():
             references.setdefault(name, measured)
         key = note.outputs["model"].rpartition("/")[0]
@@ -210,7 +201,7 @@ def _read_models(root: Store, notes: Sequence[StageNote]) -> list[TrainedModel]:
                 evaluations={
                     name: Evaluation.load_file(root, evaluation_key)
                     for name, evaluation_key in outputs.items()
-                    if evaluation_key.endswith(f"/{EVALUATION}")
+                    if evaluation_key.endswith(f"/{Evaluation.filename}")
                 },
                 robustness={
                     name: (measured, score_robustness(measured, references[name])) for name, measured in robustness.items()
@@ -224,11 +215,11 @@ def _read_models(root: Store, notes: Sequence[StageNote]) -> list[TrainedModel]:
 def _read_labelings(root: Store, notes: Sequence[StageNote], generation: int | None, *, flips: int) -> list[GenerationLabeling]:
     labelings: list[GenerationLabeling] = []
     for note in (note for note in notes if note.stage == "commit-labels"):
-        label_set = LabelSet.load_file(root, note.outputs["labels"])
+        label_set = LabelSet.load_file(root, note.outputs["label_set"])
         selection = Selection.load_file(root, note.outputs["selection"])
         label_store = root.at(selection.label_set_key)
         diff = None
-        # A comparison reads all labels: none is made that nobody asked for.
+        # A comparison reads all labels, so it is made only where it is shown.
         if labelings and generation in (None, note.generation):
             previous = labelings[-1]
             sides = (
@@ -242,7 +233,7 @@ def _read_labelings(root: Store, notes: Sequence[StageNote], generation: int | N
 
 
 def _pick_best(models: Sequence[TrainedModel], verdicts: Sequence[Verdict]) -> TrainedModel | None:
-    """The last accepted model; the first one needs no verdict."""
+    """The last accepted model; the first one is accepted without a verdict."""
     promoted = {verdict.generation for verdict in verdicts if verdict.promoted}
     accepted = [model for model in models if model.evaluation and (model is models[0] or model.generation in promoted)]
     return accepted[-1] if accepted else None
@@ -262,12 +253,15 @@ def _open_datasets(root: Store, prepared: PreparedData | None) -> dict[str, Data
 
 
 def _find_leak_report(root: Store, prepared: PreparedData | None, experiment: Experiment) -> LeakageReport | None:
-    """The check of just these datasets. The run's notes name it only if images were left out."""
+    """The leak guard's report on exactly these datasets. The run's notes name it only if images were left out."""
     if prepared is None or experiment.data.leak_guard == "off":
         return None
     datasets = {"labeled": prepared.labeled.digest, "pool": prepared.pool.digest}
     datasets |= {name: source.digest for name, source in prepared.evaluation_sets.items()}
     for key in root.list("store/checks/"):
-        if key.endswith(f"/{CHECK}") and (check_report := LeakageReport.load_file(root, key)).datasets == datasets:
+        if (
+            key.endswith(f"/{LeakageReport.filename}")
+            and (check_report := LeakageReport.load_file(root, key)).datasets == datasets
+        ):
             return check_report
     return None

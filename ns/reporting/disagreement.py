@@ -1,4 +1,4 @@
-"""Two models on the same images: which each of them has right, class by class, and pictures of the difference."""
+"""Compares two models on the same images: counts, accuracy by class, and pictures of their disagreements."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -8,19 +8,19 @@ import numpy.typing as npt
 
 from ns.core.errors import DataError
 from ns.data.dataset import Dataset
-from ns.data.locate import locate_keys
+from ns.data.index import locate_keys
 from ns.evaluation.result import Evaluation, read_predictions
 from ns.reporting.pictures import THUMBNAIL_PX, Gallery, Picture, make_thumbnails
 from ns.storage import Store
 
 SHOWN_CLASSES = 3
-"""Classes with pictures: so many that gained most, and that lost most."""
+"""Classes with pictures, of those that gained most and of those that lost most."""
 CLASS_PICTURES = 8
 
 
 @dataclass(frozen=True)
 class ModelAnswers:
-    """What a model says of each readable image of a set. Arrays [N], in the set's order."""
+    """The answers of a model for each readable image of a set. Arrays [N], in the set's order."""
 
     title: str
     classes: tuple[str, ...]
@@ -33,7 +33,7 @@ class ModelAnswers:
     def from_evaluation(cls, title: str, store: Store, evaluation: Evaluation) -> Self:
         """Raises DataError if the predictions are not those that were evaluated."""
         rows = read_predictions(store, evaluation)
-        columns = (rows[name].to_numpy() for name in ("label", "predicted", "confidence"))
+        columns = (rows[name].to_numpy() for name in ("class_id", "predicted_class_id", "confidence"))
         return cls(title, evaluation.classes, rows["key"].to_pylist(), *columns)
 
     @property
@@ -43,19 +43,19 @@ class ModelAnswers:
 
 @dataclass(frozen=True)
 class Disagreement:
-    """Images by which of two models has them right."""
+    """Images by which of two models is right."""
 
     before: str
     after: str
-    """What the models are called."""
+    """Titles of the models."""
     both: int
-    """Images that both have right."""
+    """Images that both classify correctly."""
     won: int
     lost: int
-    """That only the later, and only the earlier model has right."""
+    """Images that only the later, and only the earlier model classifies correctly."""
     neither: int
     different_mistakes: int
-    """Of those that neither has right, the ones of which they say different things."""
+    """Images that neither classifies correctly and for which their answers differ."""
     galleries: list[Gallery]
 
     @property
@@ -72,7 +72,7 @@ class ClassGain:
     """Accuracies, in 0–1."""
     won: int
     lost: int
-    """Images that only the later, and only the earlier model has right."""
+    """Images that only the later, and only the earlier model classifies correctly."""
 
     @property
     def gain(self) -> float:
@@ -81,26 +81,26 @@ class ClassGain:
 
 @dataclass(frozen=True)
 class ClassGains:
-    """Accuracy by class of two models."""
+    """Accuracy of two models by class."""
 
     before: str
     after: str
-    """What the models are called."""
+    """Titles of the models."""
     rows: list[ClassGain]
     """The largest losses first; classes without images are left out."""
     galleries: list[Gallery]
 
 
 def compare_answers(before: ModelAnswers, after: ModelAnswers, store: Store, dataset: Dataset, size: int) -> Disagreement:
-    """Counts, and the `size` surest images of each kind. Raises DataError if the two did not see the same images."""
+    """Counts, and the `size` most confident images of each kind. Raises DataError if the models saw different images."""
     _check_same_images(before, after)
     won, lost = after.is_right & ~before.is_right, before.is_right & ~after.is_right
     neither = ~before.is_right & ~after.is_right
     different_mistakes = neither & (before.predicted != after.predicted)
     kinds = (
-        ("Won", f"{after.title} has them right, {before.title.lower()} does not; the surest pairs of answers first.", won),
-        ("Lost", f"{before.title} has them right, {after.title.lower()} does not.", lost),
-        ("Wrong in two ways", "Neither has them right, and they say different things.", different_mistakes),
+        ("Won", f"{after.title} is right and {before.title.lower()} is wrong; the most confident answers come first.", won),
+        ("Lost", f"{before.title} is right and {after.title.lower()} is wrong.", lost),
+        ("Different mistakes", "Both are wrong, with different answers.", different_mistakes),
     )
     return Disagreement(
         before=before.title,
@@ -115,7 +115,7 @@ def compare_answers(before: ModelAnswers, after: ModelAnswers, store: Store, dat
 
 
 def compute_class_gains(before: ModelAnswers, after: ModelAnswers, store: Store, dataset: Dataset, size: int) -> ClassGains:
-    """Every class, and pictures of those that changed most. Raises DataError if the two did not see the same images."""
+    """All classes, and pictures of those that changed most. Raises DataError if the models saw different images."""
     _check_same_images(before, after)
     won, lost = after.is_right & ~before.is_right, before.is_right & ~after.is_right
     count = len(after.classes)
@@ -159,7 +159,7 @@ def _build_galleries(
     kinds: tuple[tuple[str, str, npt.NDArray[np.bool_]], ...],
     size: int,
 ) -> list[Gallery]:
-    """Groups of the images that both models are surest of. Empty groups are left out."""
+    """Galleries of the images with the highest smaller confidence of the two models. Empty galleries are left out."""
     score = np.minimum(before.confidence, after.confidence)
     rows_by_kind = []
     for _, _, mask in kinds:
@@ -182,6 +182,6 @@ def _build_galleries(
 
 
 def _caption_answers(before: ModelAnswers, after: ModelAnswers, row: int) -> str:
-    """`cat: dog 61% → cat 74%`: the label, and the two answers."""
+    """`cat: dog 61% → cat 74%`: the true class, and the two answers."""
     old, new = (f"{side.classes[side.predicted[row]]} {side.confidence[row]:.0%}" for side in (before, after))
     return f"{after.classes[after.class_ids[row]]}: {old} → {new}"

@@ -1,4 +1,4 @@
-"""Label sets as pages: two compared, and one to be audited. And the comparison as Markdown."""
+"""Pages about label sets: the comparison of two, also as Markdown, and the audit of one."""
 
 from markupsafe import Markup
 
@@ -13,11 +13,11 @@ from ns.reporting.templates import SCRIPTLESS, load_script, make_environment
 from ns.storage import Store
 
 AUDIT_PX = 160
-"""Large enough to judge a photograph, small enough for 400 of them in a page of a few MB."""
+"""Size of a picture: large enough to judge a photograph, small enough for 400 of them in a page of a few MB."""
 
 
 def render_diff_page(diff: LabelDiff, names: tuple[str, str], store: Store, pool: Dataset) -> str:
-    """HTML that needs nothing else. `names` are what the two label sets were called."""
+    """One HTML page that loads nothing. `names`: the two label sets as the user named them."""
     return (
         make_environment()
         .get_template("diff.html.j2")
@@ -36,7 +36,7 @@ def render_diff_page(diff: LabelDiff, names: tuple[str, str], store: Store, pool
 
 
 def render_audit_page(sheet: AuditSheet, classes: tuple[str, ...], name: str, store: Store, pool: Dataset) -> str:
-    """HTML that needs nothing else: the sample's pictures, and what it takes to say which labels are wrong."""
+    """One HTML page that loads nothing: the sample's pictures, and a form to mark wrong labels. `name`: the label set's."""
     sources = make_thumbnails(store, pool, [(image.shard, image.row) for image in sheet.images], AUDIT_PX)
     script_text, policy = load_script("audit.js")
     return (
@@ -48,7 +48,7 @@ def render_audit_page(sheet: AuditSheet, classes: tuple[str, ...], name: str, st
             sheet=sheet,
             name=name,
             total=sum(stratum.images for stratum in sheet.strata),
-            labels=list(dict.fromkeys(image.class_name for image in sheet.images)),
+            sampled_classes=list(dict.fromkeys(image.class_name for image in sheet.images)),
             classes=classes,
             images=[
                 (image, source, source is not None and source.startswith("data:image/jpeg"))
@@ -61,14 +61,14 @@ def render_audit_page(sheet: AuditSheet, classes: tuple[str, ...], name: str, st
 
 
 def _flip_matrix(diff: LabelDiff) -> list[tuple[str, list[tuple[int, float]]]]:
-    """Class, and for each class after: images, and their share of the class as part of the largest such share.
+    """Rows (class before, cells): each cell holds images, and their share of the row divided by the largest share of the matrix.
 
-    Nothing if there are too many classes."""
+    Empty for more than `MATRIX_CLASSES` classes or without flips."""
     if len(diff.classes) > MATRIX_CLASSES or not diff.matrix:
         return []
     images = {(cell.old_class_id, cell.new_class_id): cell.images for cell in diff.matrix}
     before = [max(1, row.before) for row in diff.by_class]
-    # Flips are few beside a class: colors go up to the largest share there is.
+    # Flips are a small part of a class: the scale of colors ends at the largest share.
     largest = max(count / before[old] for (old, _), count in images.items())
     return [
         (
@@ -85,7 +85,7 @@ def _flip_matrix(diff: LabelDiff) -> list[tuple[str, list[tuple[int, float]]]]:
 def render_diff_markdown(diff: LabelDiff, names: tuple[str, str]) -> str:
     """The comparison as GitHub Flavored Markdown, for an issue or a pull request."""
     lines = [
-        f"### Labels: {escape_markdown(names[0])} → {escape_markdown(names[1])}",
+        f"### Label sets: {escape_markdown(names[0])} → {escape_markdown(names[1])}",
         "",
         f"{diff.changed:,} of {diff.compared:,} images changed their class ({diff.churn:.1%}); "
         f"confidence {100 * diff.confidence_shift:+.1f} points.",

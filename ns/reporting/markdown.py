@@ -1,4 +1,4 @@
-"""Facts → GitHub Flavored Markdown, for a pull request: the verdict first, then the numbers."""
+"""Renders a run's report as GitHub Flavored Markdown for a pull request: the verdict first, then the numbers."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -7,19 +7,18 @@ from ns.core.digest import shorten_digest
 from ns.core.log import format_duration
 from ns.evaluation.gate import Verdict
 from ns.reporting.context import ReportContext, TrainedModel
-from ns.reporting.headlines import format_condition_value, format_headline, format_outcomes
+from ns.reporting.headlines import format_headline, format_outcomes
 from ns.reporting.metrics import MetricRow, align_metrics, collect_metrics, evaluation_title, format_metric
 
 CLASSES = 5
-"""Classes that gained most and that lost most."""
+"""Classes listed of those that gained most, and of those that lost most."""
 
 
 def render_markdown(context: ReportContext) -> str:
-    """The report without its pictures and charts: a few kB, whatever the run."""
-    output = [
-        f"### {escape_markdown(context.summary.run)}{_generation_suffix(context)}: {escape_markdown(format_headline(context) or 'no model is evaluated yet')}",
-        "",
-    ]
+    """The report without pictures and charts: a few kB for any run."""
+    title = context.summary.run + ("" if context.generation is None else f", generation {context.generation}")
+    headline = format_headline(context) or "no model is evaluated yet"
+    output = [f"### {escape_markdown(title)}: {escape_markdown(headline)}", ""]
     output += [f"- **{escape_markdown(line)}**" for line in format_outcomes(context)]
     if context.summary.error and context.generation is None:
         output += ["", f"**{context.summary.state}**: {escape_markdown(context.summary.error)}"]
@@ -34,7 +33,7 @@ def render_markdown(context: ReportContext) -> str:
 
 
 def format_metric_table(heads: Sequence[str], metric_rows: Iterable[MetricRow]) -> list[str]:
-    """A table of measures; the best of a line is bold."""
+    """A table of metrics; the best value of a row is bold."""
     rows = [
         (
             escape_markdown(metric_row.name),
@@ -49,30 +48,23 @@ def format_metric_table(heads: Sequence[str], metric_rows: Iterable[MetricRow]) 
 
 
 def format_table(headers: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
-    """A table with a line before it; all columns but the first are numbers."""
+    """The lines of a table, after an empty one; all columns but the first are numbers."""
     rule = ["---", *("---:" for _ in headers[1:])]
     return ["", *(f"| {' | '.join(cells)} |" for cells in (headers, rule, *rows))]
 
 
 def escape_markdown(text: str) -> str:
-    """Text that Markdown shows as it is, and that stays in its cell."""
+    """Text that Markdown shows literally and that stays in its table cell."""
     return re.sub(r"([\\`*_{}\[\]()<>#+!|~&$@])", r"\\\1", re.sub(r"\s+", " ", text))
 
 
-def _generation_suffix(context: ReportContext) -> str:
-    return "" if context.generation is None else f", generation {context.generation}"
-
-
 def _robustness_lines(model: TrainedModel) -> list[str]:
-    """On what robustness was measured."""
+    """The images on which robustness was measured."""
     output = []
-    for name, (measured_robustness, _) in model.robustness.items():
-        title = evaluation_title(name) or "Robustness"
-        some = " of the" if measured_robustness.subsample else ""
-        output += [
-            "",
-            f"{escape_markdown(title)}: {measured_robustness.images:,}{some} images of {escape_markdown(measured_robustness.name)}.",
-        ]
+    for name, (robustness, _) in model.robustness.items():
+        title = escape_markdown(evaluation_title(name) or "Robustness")
+        some = " of the" if robustness.subsample else ""
+        output += ["", f"{title}: {robustness.images:,}{some} images of {escape_markdown(robustness.name)}."]
     return output
 
 
@@ -80,14 +72,14 @@ def _condition_table(verdict: Verdict) -> list[str]:
     rows = [
         (
             escape_markdown(condition.name),
-            format_condition_value(condition, condition.value),
-            format_condition_value(condition, condition.limit),
+            condition.format_value(),
+            condition.format_requirement(),
             "passed" if condition.passed else "**failed**",
             escape_markdown(condition.detail.rstrip(",")),
         )
         for condition in verdict.conditions
     ]
-    headers = (f"gate of generation {verdict.generation}", "value", "limit", "verdict", "what it is")
+    headers = (f"gate of generation {verdict.generation}", "value", "required", "verdict", "what it is")
     return format_table(headers, rows)
 
 
@@ -96,8 +88,8 @@ def _gain_lines(context: ReportContext) -> list[str]:
     if disagreement := context.disagreement:
         output += [
             "",
-            f"On {disagreement.images:,} held-out images {disagreement.after.lower()} won {disagreement.won:,} and lost {disagreement.lost:,} "
-            f"against {disagreement.before.lower()}.",
+            f"On {disagreement.images:,} held-out images {disagreement.after.lower()} won {disagreement.won:,} and lost "
+            f"{disagreement.lost:,} against {disagreement.before.lower()}.",
         ]
     if context.gains:
         rows = context.gains.rows
@@ -129,11 +121,11 @@ def _labeling_lines(context: ReportContext) -> list[str]:
     for labeling in context.labelings:
         selection = labeling.selection
         text = (
-            f"Labels of generation {labeling.generation}: {selection.kept:,} of {labeling.label_set.rows:,} kept, {selection.images:,} in an epoch "
-            f"with repeats; {selection.low_confidence:,} below the threshold, {selection.balanced_out:,} beyond the class limit."
+            f"Label set of generation {labeling.generation}: {selection.kept:,} of {labeling.label_set.rows:,} kept, "
+            f"{selection.images:,} per epoch with repeats; {selection.low_confidence:,} at or below the threshold, {selection.balanced_out:,} beyond the class limit."
         )
         if labeling.diff:
-            text += f" {labeling.diff.churn:.1%} changed since the generation before"
+            text += f" {labeling.diff.churn:.1%} changed since the previous generation"
             pairs = ", ".join(
                 f"{escape_markdown(old)} → {escape_markdown(new)} {images:,}"
                 for old, new, images in labeling.diff.list_frequent_flips()[:3]

@@ -1,4 +1,4 @@
-"""What is measured of a model, under one name everywhere: on the page, in Markdown, in pipelines, and where runs are compared."""
+"""The metrics of a model, under the same names on the page, in Markdown, in pipelines and in comparisons of runs."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -8,12 +8,12 @@ from typing import Literal, NamedTuple, get_args
 from ns.core.intervals import wilson_interval
 from ns.core.log import format_duration
 from ns.evaluation.result import Evaluation, Robustness
-from ns.evaluation.robustness.relative_scores import RobustnessScores
+from ns.evaluation.robustness.scores import RobustnessScores
 from ns.reporting.context import ReportContext, TrainedModel
 
-MetricGroup = Literal["Accuracy", "Calibration", "Robustness", "Attacks", "Pseudo-labels it learnt from", "Cost"]
+MetricGroup = Literal["Accuracy", "Calibration", "Robustness", "Attacks", "Pseudo-labels of its training", "Cost"]
 GROUPS: tuple[MetricGroup, ...] = get_args(MetricGroup)
-"""In the order of tables."""
+"""The groups in the order of tables."""
 MetricUnit = Literal["share", "rare", "points", "count", "seconds", "hours", "number"]
 
 
@@ -22,14 +22,14 @@ class Metric:
     """One number of one model."""
 
     key: str
-    """As scalar metrics are called: `heldout_top1`."""
+    """Name as a scalar metric: `heldout_top1`."""
     group: MetricGroup
     name: str
     value: float
     unit: MetricUnit
     low: float | None = None
     high: float | None = None
-    """An interval, if there is one."""
+    """Interval; None without one."""
     better: Literal["higher", "lower"] | None = None
 
     def __str__(self) -> str:
@@ -42,13 +42,13 @@ class Metric:
 
 
 class MetricRow(NamedTuple):
-    """A measure of several models, side by side."""
+    """One metric of several models, side by side."""
 
     group: MetricGroup
     name: str
     cells: tuple[Metric | None, ...]
     best: float | None
-    """The best value of the cells; None if there is no better and worse, or nothing to compare."""
+    """The best value of the cells; None if all are equal or neither direction is better."""
 
 
 def format_metric(value: float, unit: MetricUnit) -> str:
@@ -70,11 +70,11 @@ def format_metric(value: float, unit: MetricUnit) -> str:
 
 
 def evaluation_title(name: str) -> str:
-    """What people call a set that models are evaluated on, given what the notes of a run call it."""
+    """The title of an evaluation, given its name in the notes of a run."""
     names = {
         "evaluation": "held out",
         "robustness": "",
-        "robustness_heldout": "held out",
+        "gate_robustness": "held out",
         "finetuned": "held out, fine-tuned",
         "finetuned_test": "test, fine-tuned",
     }
@@ -82,7 +82,7 @@ def evaluation_title(name: str) -> str:
 
 
 def collect_metrics(context: ReportContext, model: TrainedModel) -> list[Metric]:
-    """All that is known of a model of a run, in the order of tables."""
+    """All metrics of a model of a run, in the order of tables."""
     metrics: list[Metric] = []
     for name, evaluation in model.evaluations.items():
         metrics += _accuracy_metrics(name, evaluation)
@@ -93,11 +93,21 @@ def collect_metrics(context: ReportContext, model: TrainedModel) -> list[Metric]
     return metrics + _cost_metrics(context, model)
 
 
+def flatten_metrics(metrics: Iterable[Metric]) -> dict[str, float]:
+    """Key → value; the bounds of an interval have keys that end in `_low` and `_high`."""
+    values: dict[str, float] = {}
+    for metric in metrics:
+        values[metric.key] = float(metric.value)
+        if metric.low is not None and metric.high is not None:
+            values |= {f"{metric.key}_low": float(metric.low), f"{metric.key}_high": float(metric.high)}
+    return values
+
+
 def align_metrics(models: Iterable[Sequence[Metric]]) -> list[MetricRow]:
-    """The measures of several models as the lines of one table; those of one group stand together."""
+    """The metrics of several models as the rows of one table; the rows of a group are adjacent."""
     columns = [{metric.key: metric for metric in model} for model in models]
     first = {key: metric for column in reversed(columns) for key, metric in column.items()}
-    # In the order in which models name them, whichever model names one first.
+    # In the order in which the models first name them.
     order = list(dict.fromkeys(key for column in columns for key in column))
     metric_rows = []
     for key in sorted(order, key=lambda key: GROUPS.index(first[key].group)):
@@ -124,14 +134,12 @@ def _accuracy_metrics(name: str, evaluation: Evaluation) -> list[Metric]:
         metrics.append(
             Metric(f"{prefix}_multi_label", "Accuracy", about, evaluation.multi_label_top1, "share", low, high, "higher")
         )
-    if evaluation.calibration is not None:
-        ece = evaluation.calibration.ece
-        metrics.append(Metric(f"{prefix}_ece", "Calibration", f"{title}, ECE", ece, "share", better="lower"))
-    return metrics
+    ece = evaluation.calibration.ece
+    return [*metrics, Metric(f"{prefix}_ece", "Calibration", f"{title}, ECE", ece, "share", better="lower")]
 
 
 def _robustness_metrics(name: str, robustness: Robustness, scores: RobustnessScores) -> list[Metric]:
-    suffix = "" if name == "robustness" else f"_{_metric_key(name.removeprefix('robustness_'))}"
+    suffix = {"robustness": "", "gate_robustness": "_heldout"}.get(name, f"_{_metric_key(name)}")
     set_prefix = f"{evaluation_title(name)}, " if evaluation_title(name) else ""
     group: MetricGroup = "Robustness"
     relative = {"AlexNet": "% of AlexNet's", "reference": "% of the first teacher's", None: ""}
@@ -151,7 +159,7 @@ def _robustness_metrics(name: str, robustness: Robustness, scores: RobustnessSco
         label = f"{set_prefix}{attack.name.upper()}, ε {attack.epsilon:g}"
         label += f", {attack.steps} steps" if attack.name == "pgd" else ""
         label += ", top-1"
-        # Intervals as of any accuracy: an image stands the attack or not.
+        # The interval is that of any accuracy: an image withstands the attack or not.
         low, high = wilson_interval(attack.top1, robustness.images)
         metrics.append(
             Metric(f"{_metric_key(str(attack))}{suffix}", "Attacks", label, attack.top1, "share", low, high, "higher")
@@ -160,7 +168,7 @@ def _robustness_metrics(name: str, robustness: Robustness, scores: RobustnessSco
 
 
 def _metric_key(name: str) -> str:
-    """A name as part of a metric's: letters, digits, underscores."""
+    """A name as part of a metric's key: letters, digits, underscores."""
     return re.sub(r"[^a-z0-9]+", "_", name.lower())
 
 
@@ -169,7 +177,7 @@ def _gate_metrics(context: ReportContext, model: TrainedModel) -> list[Metric]:
     if verdict is None:
         return []
     return [
-        Metric("gain", "Accuracy", "gain on its teacher, points", verdict.gain, "points", verdict.gain_low, verdict.gain_high)
+        Metric("gain", "Accuracy", "gain over its teacher, points", verdict.gain, "points", verdict.gain_low, verdict.gain_high)
     ]
 
 
@@ -177,32 +185,31 @@ def _labeling_metrics(context: ReportContext, model: TrainedModel) -> list[Metri
     labeling = context.labeling_of(model.generation)
     if labeling is None:
         return []
-    group: MetricGroup = "Pseudo-labels it learnt from"
+    group: MetricGroup = "Pseudo-labels of its training"
     metrics = [
         Metric("labeled", group, "images labeled", labeling.label_set.rows, "count"),
         Metric("kept", group, "kept", labeling.selection.kept, "count"),
-        Metric("epoch_images", group, "in an epoch, with repeats", labeling.selection.images, "count"),
+        Metric("epoch_images", group, "per epoch, with repeats", labeling.selection.images, "count"),
     ]
     if labeling.diff is not None:
-        metrics.append(Metric("churn", group, "changed since the generation before", labeling.diff.churn, "share"))
+        metrics.append(Metric("churn", group, "changed since the previous generation", labeling.diff.churn, "share"))
     return metrics
 
 
 def _cost_metrics(context: ReportContext, model: TrainedModel) -> list[Metric]:
-    # All steps of the run: those of another generation's model too, beside which this one stands.
+    # Of all stages of the run: `context.stages` may be confined to one generation, and the model may be of another one.
     generation_notes = [note for note in context.summary.stages if note.generation == model.generation]
     metrics = [
         Metric("parameters", "Cost", "parameters", model.manifest.parameters, "count"),
-        Metric("steps", "Cost", "steps of training", model.manifest.steps, "count"),
+        Metric("steps", "Cost", "training steps", model.manifest.steps, "count"),
     ]
     if model.history:
-        metrics.append(Metric("images", "Cost", "images seen in training", model.history[-1]["images"], "count"))
+        metrics.append(Metric("images", "Cost", "training images, with repeats", model.history[-1]["images"], "count"))
     training_seconds = sum(note.seconds for note in generation_notes if note.stage == "train")
     total_seconds = sum(note.seconds for note in generation_notes)
     metrics.append(Metric("train_seconds", "Cost", "training", training_seconds, "seconds"))
     metrics.append(Metric("seconds", "Cost", "all work of the generation", total_seconds, "seconds"))
-    # Histories from before it was kept do not say how many processes trained.
-    if model.history and (processes := model.history[-1].get("processes")):
-        hours = (total_seconds + (processes - 1) * training_seconds) / 3600
+    if model.history:
+        hours = (total_seconds + (model.history[-1]["processes"] - 1) * training_seconds) / 3600
         metrics.append(Metric("device_hours", "Cost", "device-hours", hours, "hours"))
     return metrics

@@ -1,4 +1,4 @@
-"""An exported model's card: what it is, how good it is, what it was made from, how to feed it, and what nobody knows of it."""
+"""The model card of an exported model: input, output, metrics, lineage and limits."""
 
 from collections.abc import Sequence
 
@@ -8,11 +8,11 @@ from ns.reporting.markdown import escape_markdown, format_metric_table, format_t
 from ns.reporting.metrics import Metric, align_metrics
 
 CLASSES = 20
-"""As many are listed; all are in config.json and in the ONNX file."""
+"""Classes that the card lists; all are in config.json and in the ONNX file."""
 
 
 def render_model_card(manifest: ModelManifest, exported: ExportManifest, metrics: Sequence[Metric], run: str | None) -> str:
-    """README.md beside an exported model. `measures` are those of the run that made it, empty outside of one."""
+    """The README.md of an exported model. `metrics`: those of the run that trained it; empty for a model outside of a run."""
     size, arch = exported.resolution, manifest.model.arch
     what = (
         f"student of generation {manifest.generation}"
@@ -21,7 +21,7 @@ def render_model_card(manifest: ModelManifest, exported: ExportManifest, metrics
     )
     class_names = ", ".join(escape_markdown(name) for name in manifest.classes[:CLASSES])
     more = f", and {len(manifest.classes) - CLASSES:,} more" if len(manifest.classes) > CLASSES else ""
-    photographs = manifest.noise.crop == "resized"
+    photographs = manifest.model.crop == "resized"
     seen = size + manifest.model.test_margin_px
     crop = f"the center, {size} of {seen} parts of the short side" if photographs else "the whole image, made square"
     parts = [
@@ -33,22 +33,22 @@ def render_model_card(manifest: ModelManifest, exported: ExportManifest, metrics
         f"# {escape_markdown(arch)}, Noisy Student",
         "",
         f"A {escape_markdown(arch)} with {manifest.parameters:,} parameters: the {what} of Noisy Student self-training.",
-        f"It sorts images into {len(manifest.classes):,} classes: {class_names}{more}.",
+        f"It classifies images into {len(manifest.classes):,} classes: {class_names}{more}.",
         "",
         "## Input and output",
         "",
-        f"RGB, {size} × {size} px: {crop}, resized with bicubic interpolation; scaled to 0–1, then less "
-        f"{_format_numbers(manifest.mean)}, divided by {_format_numbers(manifest.std)}, channel by channel. Float32 [N, 3, {size}, {size}] gives logits "
-        f"[N, {manifest.model.outputs or len(manifest.classes)}], in the order of the classes in config.json.",
+        f"RGB, {size} × {size} px: {crop}, resized with bicubic interpolation; scaled to 0–1, minus "
+        f"{_format_numbers(manifest.mean)}, divided by {_format_numbers(manifest.std)}, per channel. Float32 "
+        f"[N, 3, {size}, {size}] gives logits [N, {manifest.model.outputs or len(manifest.classes)}], in the order of the classes in config.json.",
         "",
-        "## Measured",
+        "## Metrics",
     ]
     if metrics:
-        about = f"In the run {escape_markdown(run or '')}; in brackets the 95 % interval, of the gain the gate's."
+        about = f"Measured in the run {escape_markdown(run or '')}; brackets hold 95 % intervals, for the gain the gate's."
         parts += ["", about, *format_metric_table(("this model",), align_metrics([metrics]))]
     else:
-        parts += ["", "Nothing is known here: it was exported outside of a run. `ns evaluate MODEL DATASET` measures it."]
-    parts += ["", "## Forms", "", "Each was run beside the original on the same real images."]
+        parts += ["", "Not measured: the model was exported outside of a run. `ns evaluate MODEL DATASET` measures it."]
+    parts += ["", "## Forms", "", "Each form was compared with the original on the same real images."]
     parts += format_table(
         ("form", "file", "images", "largest difference of logits", "same class", "sha256"),
         (
@@ -64,23 +64,27 @@ def render_model_card(manifest: ModelManifest, exported: ExportManifest, metrics
         ),
     )
     lineage = {name: value for name, value in manifest.lineage.model_dump().items() if value}
-    digests = {"model": manifest.digest, "weights": manifest.weights_sha256, **lineage, "images of the check": exported.dataset}
+    digests = {
+        "model": manifest.digest,
+        "weights": manifest.weights_sha256,
+        **lineage,
+        "images of the comparison": exported.dataset,
+    }
     parts += [
         "",
-        "## Made from",
+        "## Lineage",
         "",
-        "Digests (SHA-256) of what went into it.",
+        "Digests (SHA-256) of the model and its inputs.",
         *format_table(("what", "digest"), _digest_rows(digests)),
     ]
     parts += [
         "",
         "## Limits",
         "",
-        "- It knows its classes only: any image gets one of them. Confidence is no measure of whether the image is any of them.",
-        "- Pseudo-labels carry the mistakes and the biases of their teachers, and of the images that people labeled first, on to it. "
-        "The numbers above are averages over such images as were held out; how it does on others, or on groups of people, is not known.",
-        "- It was trained on images of which this card says nothing but digests: whose they are, and what may be done with a model "
-        "made from them, is for those to say who own them.",
+        "- The model assigns one of its classes to any image. Its confidence does not tell whether the image shows any of them.",
+        "- The model inherits the mistakes and biases of its teachers' pseudo-labels, and of the first labeled images. "
+        "The metrics are averages over the held-out images; accuracy on other images, or on groups of people, is not known.",
+        "- The card identifies the training images only by digests. Their owners decide how a model trained on them may be used.",
         "",
         f"Exported by noisy-student {exported.version}.",
     ]

@@ -1,4 +1,4 @@
-"""Facts → HTML."""
+"""Renders a run's report as one HTML page that loads nothing."""
 
 import itertools
 from collections.abc import Iterable
@@ -6,41 +6,41 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from ns.config import schema as config
+from ns.config.loader import dump_experiment
 from ns.reporting import charts
 from ns.reporting.context import GenerationLabeling, ReportContext, TrainedModel, gather_context
 from ns.reporting.disagreement import ClassGain
-from ns.reporting.headlines import format_condition_value, format_headline, format_outcomes
+from ns.reporting.headlines import format_headline
 from ns.reporting.metrics import MetricRow, align_metrics, collect_metrics, evaluation_title
 from ns.reporting.templates import SCRIPTLESS, make_environment
-from ns.runs import records as runs
+from ns.runs.records import REPORT_FILE
 from ns.storage import Store
 
 MATRIX_CLASSES = 30
-"""With more classes the confused pairs are listed instead of the matrix."""
+"""With more classes, the most frequent mistakes are listed instead of the matrix."""
 PAIRS = 10
 CLASS_ROWS = 100
 
 
 class SelectedClass(NamedTuple):
-    """What became of the images that a teacher put in one class."""
+    """What the selection did with the images that a teacher put in one class."""
 
     name: str
     labeled: int
     unsure: int
-    """At or below the threshold."""
+    """Images at or below the threshold."""
     beyond: int
-    """Above it, but not among the most confident of the class."""
+    """Above the threshold, but not among the most confident images of the class."""
     kept: int
     images: int
-    """In an epoch, with repeats."""
+    """Images per epoch, with repeats."""
     threshold: float
 
 
 def write_report(root: Store, run: str) -> str:
-    """Writes ROOT/RUN/report.html from what the run has noted so far. Returns its key."""
-    root.at(run).put(runs.REPORT, render_report(gather_context(root, run)).encode())
-    return f"{run}/{runs.REPORT}"
+    """Writes ROOT/RUN/report.html for the run's present state. Returns its key."""
+    root.at(run).put(REPORT_FILE, render_report(gather_context(root, run)).encode())
+    return f"{run}/{REPORT_FILE}"
 
 
 def render_report(context: ReportContext) -> str:
@@ -52,26 +52,24 @@ def render_report(context: ReportContext) -> str:
         .render(
             title=_page_title(context),
             scripts=SCRIPTLESS,
-            facts=context,
+            context=context,
             summary=context.summary,
             headline=format_headline(context),
-            outcome=format_outcomes(context),
             rounds=_loop_rounds(context),
             accuracy=_accuracy_chart(context),
-            models=[model.title for model in context.models],
+            model_titles=[model.title for model in context.models],
             groups=group_metrics(align_metrics(metrics_by_model)),
-            guard_value=format_condition_value,
             robustness=[_robustness_section(context, name) for name in _robustness_names(context)],
             reliability=_reliability_chart(context),
             matrices=_confusion_matrices(context),
             pairs=_confused_pairs(context.best_model),
             class_rows=_class_rows(context),
-            labels=[_labeling_section(labeling) for labeling in context.labelings],
+            labelings=[_labeling_section(labeling) for labeling in context.labelings],
             diff=_last_diff(context),
             leaks=[overlap for overlap in context.leaks.overlaps if overlap.same + overlap.near] if context.leaks else [],
-            trained=[_training_section(model) for model in context.models if model.history],
+            trainings=[_training_section(model) for model in context.models if model.history],
             seconds=sum(note.seconds for note in context.stages),
-            config=config.dump_experiment(context.experiment),
+            config=dump_experiment(context.experiment),
         )
     )
 
@@ -81,12 +79,12 @@ def _page_title(context: ReportContext) -> str:
 
 
 def group_metrics(metric_rows: Iterable[MetricRow]) -> list[tuple[str, list[MetricRow]]]:
-    """The lines of each group together, in their order."""
-    return [(group, list(members)) for group, members in itertools.groupby(metric_rows, key=lambda line: line.group)]
+    """Consecutive rows of each group."""
+    return [(group, list(members)) for group, members in itertools.groupby(metric_rows, key=lambda row: row.group)]
 
 
 def _loop_rounds(context: ReportContext) -> list[dict[str, Any]]:
-    """What the picture of the loop says, a round for each generation that has labels."""
+    """The rounds of the loop's picture, one per generation that has labels."""
     verdicts = {verdict.generation: verdict for verdict in context.verdicts}
     models = {model.generation: model for model in context.models}
     rounds = []
@@ -108,7 +106,7 @@ def _loop_rounds(context: ReportContext) -> list[dict[str, Any]]:
 
 
 def _previous_model(context: ReportContext, generation: int) -> TrainedModel | None:
-    """The last model before a generation: the loop ends with the first that is refused."""
+    """The last model before a generation; it was accepted, because the loop ends with the first refused one."""
     earlier = [model for model in context.models if model.generation < generation]
     return earlier[-1] if earlier else None
 
@@ -126,7 +124,7 @@ def _accuracy_chart(context: ReportContext) -> Markup | None:
 
 
 def _confusion_matrices(context: ReportContext) -> list[dict[str, Any]]:
-    """Confusion of the first teacher and of the best model, or the latest if none is better, as shares of each row."""
+    """Confusion matrices of the first teacher and of the best model, or the latest if none is better: (images, share of the row)."""
     last = next((model for model in reversed(context.models) if model.evaluation), None)
     best = context.best_model if context.best_model is not context.first_model else last
     models = [model for model in (context.first_model, best) if model]
@@ -151,7 +149,7 @@ def _confusion_matrices(context: ReportContext) -> list[dict[str, Any]]:
 
 
 def _confused_pairs(model: TrainedModel | None) -> list[tuple[str, str, int, float]]:
-    """The most frequent mistakes: label, prediction, images, share of the label's images."""
+    """The most frequent mistakes: true class, predicted class, images, share of the true class's images."""
     if model is None or model.evaluation is None:
         return []
     classes = model.evaluation.classes
@@ -165,22 +163,22 @@ def _confused_pairs(model: TrainedModel | None) -> list[tuple[str, str, int, flo
 
 
 def _class_rows(context: ReportContext) -> list[ClassGain]:
-    """All classes if a table can show them, else those that changed most; the largest losses first."""
+    """At most `CLASS_ROWS` classes, those that changed most; the largest losses first."""
     rows = context.gains.rows if context.gains else []
     return rows if len(rows) <= CLASS_ROWS else [*rows[: CLASS_ROWS // 2], *rows[-CLASS_ROWS // 2 :]]
 
 
 def _robustness_names(context: ReportContext) -> list[str]:
-    """What was measured of robustness, as the run's notes call it."""
+    """Names of the robustness measurements in the run's notes."""
     return list(dict.fromkeys(name for model in context.models for name in model.robustness))
 
 
 def _robustness_section(context: ReportContext, name: str) -> dict[str, Any]:
-    """Charts of one measurement, of all models that have it; a chart of what was not measured is None."""
+    """The charts of one robustness measurement of all models; None for a suite that was not measured."""
     results = {model.title: model.robustness[name][0] for model in context.models if name in model.robustness}
     last = list(results.values())[-1]
     scored = [model.robustness[name][1] for model in context.models if name in model.robustness]
-    # Of models that were asked the same: a run whose settings were changed under way has others.
+    # Only models with the same kinds: they differ if the run's settings were changed under way.
     corrupted = {title: result for title, result in results.items() if result.corruptions.keys() == last.corruptions.keys()}
     perturbed = {title: result for title, result in results.items() if result.perturbations.keys() == last.perturbations.keys()}
     fgsm = {
@@ -190,7 +188,7 @@ def _robustness_section(context: ReportContext, name: str) -> dict[str, Any]:
     }
     kinds, sequences = ([kind.replace("_", " ") for kind in result] for result in (last.corruptions, last.perturbations))
     errors = {title: list(result.mean_corruption_errors().values()) for title, result in corrupted.items()}
-    flips = {title: [p.flip_probability for p in result.perturbations.values()] for title, result in perturbed.items()}
+    flips = {title: list(result.flip_probabilities().values()) for title, result in perturbed.items()}
     attacked = any(len(points) > 1 for points in fgsm.values())
     references = {result.mce_relative_to or result.mfr_relative_to for result in scored}
     relative_to = "AlexNet" if "AlexNet" in references else "the first teacher" if "reference" in references else None
@@ -209,21 +207,17 @@ def _robustness_section(context: ReportContext, name: str) -> dict[str, Any]:
 
 
 def _reliability_chart(context: ReportContext) -> Markup | None:
-    calibrations = {
-        model.title: model.evaluation.calibration
-        for model in context.models
-        if model.evaluation and model.evaluation.calibration
-    }
+    calibrations = {model.title: model.evaluation.calibration for model in context.models if model.evaluation}
     return Markup(charts.draw_reliability(calibrations)) if calibrations else None
 
 
 def _last_diff(context: ReportContext) -> dict[str, Any] | None:
-    """The latest labels against those of the generation before."""
+    """The latest label set compared with that of the previous generation."""
     diff = next((labeling.diff for labeling in reversed(context.labelings) if labeling.diff), None)
     if diff is None:
         return None
     return {
-        "facts": diff,
+        "diff": diff,
         "chart": Markup(charts.draw_confidence_shift(diff.histogram_before, diff.histogram_after)),
         "by_class": diff.list_changed_classes(),
         "pairs": diff.list_frequent_flips(),
@@ -241,10 +235,10 @@ def _labeling_section(labeling: GenerationLabeling) -> dict[str, Any]:
         )
         for class_name, count, rule in zip(classes, labeled, rules, strict=True)
     ]
-    # Of many classes, those of which most is dropped.
+    # Of many classes, those with the most dropped images.
     rows = rows if len(rows) <= CLASS_ROWS else sorted(rows, key=lambda row: (row.kept - row.labeled, row.name))[:CLASS_ROWS]
     return {
-        "facts": labeling,
+        "labeling": labeling,
         "rows": rows,
         "confidence": Markup(charts.draw_confidence(name, labeling.histogram.sum(0), selection.policy.min_confidence)),
         "classes": Markup(

@@ -1,4 +1,4 @@
-"""Pictures of pseudo-labeled images: rows are read shard by shard, and only the chosen images are opened."""
+"""Galleries of pseudo-labeled images: rows are read shard by shard, and only the shown images are opened."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,10 +7,10 @@ import numpy as np
 from PIL import Image
 
 from ns.core.errors import DataError
+from ns.data.contact_sheet import encode_data_uri
 from ns.data.dataset import Dataset
 from ns.data.index import ShardIndex
 from ns.data.loading.decode import decode_image
-from ns.data.thumbnail import encode_data_uri
 from ns.labeling.diff import LabelDiff
 from ns.labeling.label_set import LabelRows, LabelSet, iter_label_rows
 from ns.labeling.selection import Selection, count_copies
@@ -30,7 +30,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Gallery:
-    """A group of pictures."""
+    """A titled group of pictures."""
 
     title: str
     about: str
@@ -40,12 +40,12 @@ class Gallery:
 def build_label_galleries(
     pool_store: Store, pool: Dataset, label_store: Store, label_set: LabelSet, selection: Selection, size: int
 ) -> list[Gallery]:
-    """The most and the least confident images that were kept, and the most confident that were left out for confidence."""
+    """The most and the least confident kept images, and the most confident ones below the threshold; `size` of each."""
     most, least, below = (TopRows[tuple[str, str]](size) for _ in range(3))
     for shard, rows in enumerate(iter_label_rows(label_store, label_set)):
         kept = count_copies(selection, rows) > 0
         low = rows.readable & (rows.confidence <= selection.policy.min_confidence)
-        # Enough of each shard to fill a group, and no more captions than that.
+        # `size` images of a shard are enough to fill a gallery.
         for top, mask, sign in ((most, kept, 1), (least, kept, -1), (below, low, 1)):
             candidates = np.flatnonzero(mask)
             order = candidates[np.argsort(-sign * rows.confidence[candidates], kind="stable")[:size]]
@@ -58,33 +58,31 @@ def build_label_galleries(
                 )
     threshold = f"{selection.policy.min_confidence:.0%}"
     return [
-        Gallery(
-            "Most confident", "What the teacher is surest of, among the images kept.", _open_pictures(pool_store, pool, most)
-        ),
+        Gallery("Most confident", "The kept images with the highest confidence.", _open_pictures(pool_store, pool, most)),
         Gallery(
             "Least confident",
-            "The shakiest labels that the student still learns from.",
+            "The kept images with the lowest confidence.",
             _open_pictures(pool_store, pool, least),
         ),
         Gallery(
             "Just below the threshold",
-            f"Left out: confidence at or below {threshold}.",
+            f"Left out because their confidence is at or below {threshold}.",
             _open_pictures(pool_store, pool, below),
         ),
     ]
 
 
 def build_flip_gallery(pool_store: Store, pool: Dataset, diff: LabelDiff) -> Gallery:
-    """The surest changes since the generation before."""
+    """The most confident changes since the previous generation."""
     about = (
-        f"{diff.changed:,} of {diff.compared:,} images have another label than in the generation before; "
-        "the surest changes first."
+        f"{diff.changed:,} of {diff.compared:,} images have a different label than in the previous generation; "
+        "the most confident changes come first."
     )
-    return Gallery("Changed its mind", about, read_flip_pictures(pool_store, pool, diff))
+    return Gallery("Changed labels", about, read_flip_pictures(pool_store, pool, diff))
 
 
 def read_flip_pictures(pool_store: Store, pool: Dataset, diff: LabelDiff) -> list[Picture]:
-    """The surest changes between two label sets of one pool."""
+    """The most confident changes between two label sets of one pool."""
     captions = [
         f"{diff.classes[flip.old_class_id]} {flip.old_confidence:.0%} → {diff.classes[flip.new_class_id]} {flip.new_confidence:.0%}"
         for flip in diff.flips
@@ -98,7 +96,7 @@ def read_flip_pictures(pool_store: Store, pool: Dataset, diff: LabelDiff) -> lis
 
 
 def limit_galleries(galleries: Sequence[Gallery], size: int) -> None:
-    """Takes last pictures away, of the largest group first, until all together take no more than `size` bytes."""
+    """Removes pictures from the end of the largest gallery until all together take at most `size` bytes."""
     sizes = [sum(len(picture.source) for picture in group.pictures) for group in galleries]
     while sum(sizes) > size:
         largest = sizes.index(max(sizes))
@@ -106,11 +104,11 @@ def limit_galleries(galleries: Sequence[Gallery], size: int) -> None:
 
 
 def make_thumbnails(store: Store, pool: Dataset, locations: Sequence[tuple[int, int]], largest_px: int) -> list[str | None]:
-    """Data URIs of the images at (shard, row); None for those that cannot be decoded. Reads no more than these images."""
+    """Data URIs of the images at (shard, row), `largest_px` on the long side; None for those that cannot be decoded."""
     thumbnail_by_location: dict[tuple[int, int], str | None] = {}
     index: ShardIndex | None = None
     open_shard = -1
-    # In the pool's order, so that each shard's index is read once and none but one is held.
+    # In the pool's order, so that each shard's index is read once and only one is in memory.
     for shard, row in sorted(locations):
         if index is None or shard != open_shard:
             open_shard, index = shard, ShardIndex.load(store, pool.shards[shard])

@@ -1,4 +1,4 @@
-"""What a run has found, as the metrics of `ns.core.telemetry`. Reads what the steps left in the store, and only where somebody looks."""
+"""Publishes the results of stages as the metrics of `ns.core.telemetry`. Reads the store only if metrics are served or pushed."""
 
 from datetime import datetime
 
@@ -7,12 +7,13 @@ from ns.core import telemetry
 from ns.evaluation.gate import Verdict
 from ns.labeling.diff import compare_label_sets
 from ns.labeling.selection import Selection
-from ns.runs import records as runs
+from ns.runs.lookup import open_previous_label_set, open_run_label_set
+from ns.runs.summary import summarize_run
 from ns.storage import Store
 
 
 def publish_selection(root: Store, run: str, generation: int, selection: Selection, gate: GateConfig) -> None:
-    """What became of the pool's images, and from the second generation on how many labels changed."""
+    """How many images were kept or dropped and, from the second generation on, the share of changed labels."""
     if not telemetry.is_served():
         return
     outcomes = {
@@ -25,31 +26,32 @@ def publish_selection(root: Store, run: str, generation: int, selection: Selecti
     telemetry.record_selection(outcomes, [rule.kept for rule in selection.rules])
     if gate.max_churn is not None:
         telemetry.MAX_CHURN.set(gate.max_churn)
-    if generation > 1 and (before := runs.open_previous_label_set(root, run, generation)):
-        after = runs.open_run_label_set(root, run, generation)
+    if generation > 1 and (before := open_previous_label_set(root, run, generation)):
+        after = open_run_label_set(root, run, generation)
         telemetry.CHURN.set(compare_label_sets(before.side, after.side, flips=0).churn)
 
 
 def publish_evaluation(root: Store, run: str, generation: int) -> None:
-    """What the evaluation of a generation's model found."""
+    """The accuracies and robustness scores of a generation's model."""
     if not telemetry.is_served():
         return
-    for measures in runs.summarize_run(root, run).measurements:
-        if measures.generation != generation:
+    for model in summarize_run(root, run).measurements:
+        if model.generation != generation:
             continue
-        splits = {"heldout": measures.top1, "test": measures.test_top1, **measures.sets}
+        splits = {"heldout": model.top1, "test": model.test_top1, **model.sets}
         for split, top1 in splits.items():
             if top1 is not None:
                 telemetry.EVALUATED.labels(split).set(top1)
-        for attack, top1 in measures.attacks.items():
+        for attack, top1 in model.attacks.items():
             telemetry.ATTACKED.labels(attack).set(top1)
-        if measures.scores and measures.scores.mce is not None:
-            telemetry.MCE.set(measures.scores.mce)
-        if measures.scores and measures.scores.mfr is not None:
-            telemetry.MFR.set(measures.scores.mfr)
+        if model.scores and model.scores.mce is not None:
+            telemetry.MCE.set(model.scores.mce)
+        if model.scores and model.scores.mfr is not None:
+            telemetry.MFR.set(model.scores.mfr)
 
 
 def publish_verdict(verdict: Verdict) -> None:
+    """The gain, its bounds, and which conditions of the gate hold."""
     for bound, gain in (("value", verdict.gain), ("low", verdict.gain_low), ("high", verdict.gain_high)):
         telemetry.GAIN.labels(bound).set(gain)
     telemetry.GATE.set(verdict.promoted)
@@ -58,10 +60,10 @@ def publish_verdict(verdict: Verdict) -> None:
 
 
 def push_run_summary(root: Store, run: str, experiment: str) -> None:
-    """Leaves how the run ended with the Pushgateway, if there is one, under the name of the experiment."""
+    """Pushes the results of a finished run to the Pushgateway, if there is one, under the experiment's name."""
     if not telemetry.is_pushed():
         return
-    summary = runs.summarize_run(root, run)
+    summary = summarize_run(root, run)
     now = datetime.now().astimezone()
     telemetry.LAST_SUCCESS.set(now.timestamp())
     telemetry.LAST_DURATION.set((now - datetime.fromisoformat(summary.started_at)).total_seconds())

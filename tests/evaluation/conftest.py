@@ -20,7 +20,7 @@ def make_model():
 
     def make(folder, seed=0, classes=CLASSES, resolution=32, crop="none"):
         store = LocalStore(folder)
-        config, noise = ModelConfig(arch="test_efficientnet", resolution=resolution), NoiseConfig(crop=crop)
+        config, noise = ModelConfig(arch="test_efficientnet", resolution=resolution, crop=crop), NoiseConfig()
         torch.manual_seed(seed)
         network = models.build_model(config, noise, len(classes))
         # Larger than at birth, so that answers differ from image to image.

@@ -10,10 +10,10 @@ from structlog.testing import capture_logs
 
 from ns.core.errors import DataError
 from ns.data.loading.shard_reader import ImageSource
+from ns.data.subsample import Subsample, draw_rows
 from ns.evaluation.accuracy import build_predictions_table, compute_calibration, evaluate_accuracy, summarize_predictions
 from ns.evaluation.multi_label import MultiLabels
-from ns.evaluation.result import MANIFEST, Evaluation, Subsample, read_predictions
-from ns.evaluation.subsample import draw_rows
+from ns.evaluation.result import Evaluation, read_predictions
 from ns.modeling.precision import PrecisionMode
 from ns.modeling.predictor import Predictor
 from ns.storage import LocalStore
@@ -22,13 +22,22 @@ CLASSES = tuple(f"class {index}" for index in range(7))
 
 
 def evaluation(table, **fields) -> Evaluation:
-    options = {"model": "m", "dataset": "d", "classes": CLASSES, "unreadable": 0, "predictions_sha256": "0", **fields}
+    options = {
+        "model": "m",
+        "dataset": "d",
+        "name": "n",
+        "mode": "float32",
+        "classes": CLASSES,
+        "unreadable": 0,
+        "predictions_sha256": "0",
+        **fields,
+    }
     return summarize_predictions(table, **options)
 
 
 @settings(deadline=None)
 @given(st.integers(1, 40), st.integers(0, 10_000))
-def test_numbers_equal_those_counted_by_hand(images, seed):
+def test_summarize_predictions_matches_counts_by_hand(images, seed):
     rng = np.random.default_rng(seed)
     # Few distinct values, so that ties are common.
     probabilities = rng.integers(1, 4, (images, 7)).astype(np.float32)
@@ -37,7 +46,7 @@ def test_numbers_equal_those_counted_by_hand(images, seed):
     table = build_predictions_table([str(index) for index in range(images)], labels, probabilities)
     result = evaluation(table)
     top1 = top5 = 0
-    for row, label in zip(probabilities, labels, make_strict=True):
+    for row, label in zip(probabilities, labels, strict=True):
         ranking = sorted(range(7), key=lambda index: (-row[index], index))
         top1 += ranking[0] == label
         top5 += label in ranking[:5]
@@ -47,23 +56,23 @@ def test_numbers_equal_those_counted_by_hand(images, seed):
     assert sum(result.confusion[index][index] for index in range(7)) == top1
     for index, accuracy in enumerate(result.class_accuracy):
         own = labels == index
-        if own.any_rank():
+        if own.any():
             assert accuracy == pytest.approx((probabilities[own].argmax(1) == index).mean())
         else:
             assert accuracy is None
 
 
-def test_predictions_are_read_back_only_if_they_are_the_recorded_ones(tmp_path):
+def test_read_predictions_refuses_other_file(tmp_path):
     folder = LocalStore(tmp_path)
     result = evaluation(build_predictions_table(["a"], np.array([0]), np.full((1, 7), 1 / 7, np.float32)))
-    result.save_file(folder, MANIFEST)
-    assert Evaluation.load_file(folder, MANIFEST) == result
+    result.save(folder)
+    assert Evaluation.load(folder) == result
     folder.put("predictions.parquet", b"other")
     with pytest.raises(DataError, match="evaluate again"):
         read_predictions(folder, result)
 
 
-def test_calibration_is_that_worked_out_by_hand():
+def test_compute_calibration_matches_calculation_by_hand():
     confidence = np.array([0.05, 0.5, 0.5, 0.95, 1.0, 1.0], np.float32)
     right = np.array([True, True, False, True, True, False])
     found = compute_calibration(confidence, right)
@@ -75,7 +84,7 @@ def test_calibration_is_that_worked_out_by_hand():
     assert found.ece == pytest.approx((0.95 + 2 * 0 + abs(2.95 - 2)) / 6)
 
 
-def test_bins_of_confidence_are_closed_above_and_an_empty_one_shows_its_middle():
+def test_compute_calibration_bins():
     # A softmax in float32 may exceed 1 by a few units in the last place.
     confidence = np.array([0, 0.25, 0.5, 1, 1.0000001], np.float32)
     found = compute_calibration(confidence, np.array([False, True, True, True, False]), num_bins=4)
@@ -83,11 +92,11 @@ def test_bins_of_confidence_are_closed_above_and_an_empty_one_shows_its_middle()
     assert shown == [(2, 0.125, 0.5), (1, 0.5, 1), (0, 0.625, 0), (2, 1, 0.5)]
 
 
-def test_an_evaluation_records_how_it_was_made_and_calibration_of_its_own_answers():
+def test_summarize_predictions_records_settings_and_calibration():
     probabilities = np.array([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.1, 0.8]], np.float32)
     table = build_predictions_table(["a", "b", "c"], np.array([0, 1, 1]), probabilities)
     several = MultiLabels({"a": frozenset({1}), "b": frozenset({0, 1})})
-    fields = {"name": "photographs", "mode": "bfloat16", "subsample": Subsample(images=3, seed=1), "scored": ("x", "y")}
+    fields = {"name": "photographs", "mode": "bfloat16", "subsample": Subsample(images=3, seed=1), "scored_classes": ("x", "y")}
     found = evaluation(table, classes=("x", "y", "z"), unreadable=2, **fields, multi_labels=several)
     assert {name: getattr(found, name) for name in fields} == fields
     assert (found.images, found.unreadable, found.confusion) == (3, 2, ((1, 0, 0), (1, 0, 1), (0, 0, 0)))
@@ -95,31 +104,23 @@ def test_an_evaluation_records_how_it_was_made_and_calibration_of_its_own_answer
     assert found.calibration == compute_calibration(probabilities.max(1), np.array([True, False, False]))
 
 
-def test_a_model_that_is_as_sure_as_it_is_right_is_calibrated():
+def test_compute_calibration_of_calibrated_model():
     rng = np.random.default_rng(0)
     confidence = rng.random(200_000).astype(np.float32)
     assert compute_calibration(confidence, rng.random(200_000) < confidence).ece < 0.01
     assert compute_calibration(confidence, rng.random(200_000) < confidence**2).ece == pytest.approx(1 / 6, abs=0.01)
 
 
-def test_fewer_than_five_classes_are_all_among_the_best_five():
+def test_summarize_predictions_top5_of_few_classes():
     table = build_predictions_table(["a", "b"], np.array([0, 1]), np.array([[0.9, 0.1], [0.8, 0.2]], np.float32))
     result = evaluation(table, classes=("x", "y"))
     assert (result.top1, result.top5) == (0.5, 1.0)
 
 
-def test_an_evaluation_from_before_calibration_keeps_its_digest(tmp_path):
-    result = evaluation(build_predictions_table(["a"], np.array([0]), np.full((1, 7), 1 / 7, np.float32)))
-    old = result.model_copy(update_weights={"calibration": None, "name": None})
-    assert "calibration" not in old.hashed_fields()
-    old.save_file(LocalStore(tmp_path), MANIFEST)
-    assert Evaluation.load_file(LocalStore(tmp_path), MANIFEST) == old
-
-
 @pytest.mark.parametrize(
     ("subsample", "images"), [(None, 21), (Subsample(images=24, seed=0), 21), (Subsample(images=4, seed=0), 4)]
 )
-def test_unreadable_images_are_counted_and_count_in_no_number(tmp_path, model, labeled_images, subsample, images):
+def test_evaluate_accuracy_counts_unreadable_images(tmp_path, model, labeled_images, subsample, images):
     folder, data = labeled_images(tmp_path / "d", damaged=(2, 3, 17))
     with capture_logs() as logged:
         found = evaluate_accuracy(Predictor(model, batch=8), folder, data, LocalStore(tmp_path / "e"), subsample=subsample)
@@ -131,13 +132,13 @@ def test_unreadable_images_are_counted_and_count_in_no_number(tmp_path, model, l
 
 
 @pytest.mark.parametrize("count", [0, 3])
-def test_a_dataset_of_which_nothing_can_be_read_is_refused(tmp_path, model, labeled_images, count):
+def test_evaluate_accuracy_refuses_unreadable_dataset(tmp_path, model, labeled_images, count):
     folder, data = labeled_images(tmp_path / "d", count=count, damaged=range(count))
     with pytest.raises(DataError, match=r"/d: no readable image to evaluate on"):
         evaluate_accuracy(Predictor(model, batch=8), folder, data, LocalStore(tmp_path / "e"))
 
 
-def test_one_image_is_enough_and_told_with_how_it_was_looked_at(tmp_path, model, labeled_images):
+def test_evaluate_accuracy_of_one_image(tmp_path, model, labeled_images):
     folder, data = labeled_images(tmp_path / "d", count=1)
     predictor = Predictor(model, batch=8)
     predictor.mode = PrecisionMode("bfloat16")
@@ -147,7 +148,7 @@ def test_one_image_is_enough_and_told_with_how_it_was_looked_at(tmp_path, model,
     assert (found.model, found.multi_label_top1, found.multi_label_images) == (predictor.manifest.digest, 1, 1)
 
 
-def test_the_next_shard_is_on_its_way_while_one_is_looked_at(tmp_path, model, labeled_images, monkeypatch):
+def test_evaluate_accuracy_fetches_next_shard(tmp_path, model, labeled_images, monkeypatch):
     folder, data = labeled_images(tmp_path / "d", count=24, per_shard=10)
     ahead = []
     monkeypatch.setattr(ImageSource, "fetch_ahead", lambda self, shards: ahead.append(list(shards)))
@@ -155,7 +156,7 @@ def test_the_next_shard_is_on_its_way_while_one_is_looked_at(tmp_path, model, la
     assert ahead == [[1], [2], []]
 
 
-def test_a_set_of_some_classes_is_scored_among_these_alone(tmp_path, model, labeled_images):
+def test_evaluate_accuracy_scores_subset_of_classes(tmp_path, model, labeled_images):
     folder, data = labeled_images(tmp_path / "d", classes=("d", "b"), damaged=())
     plain, masked = (Predictor(model, batch=8, scored_classes=scored) for scored in (None, ["d", "b"]))
     results = [
@@ -164,14 +165,14 @@ def test_a_set_of_some_classes_is_scored_among_these_alone(tmp_path, model, labe
     assert results[0].scored_classes is None
     assert results[1].scored_classes == ("b", "d")
     rows = read_predictions(LocalStore(tmp_path / "1"), results[1])
-    assert set(rows["predicted"].to_pylist()) <= {1, 3}
-    assert set(rows["label"].to_pylist()) == {1, 3}
+    assert set(rows["predicted_class_id"].to_pylist()) <= {1, 3}
+    assert set(rows["class_id"].to_pylist()) == {1, 3}
     # By hand: of the columns that belong to the classes, the softmax.
     source = ImageSource(folder, data)
     logits = plain.compute_logits(plain.decode_pixels(list(source.read_encoded(0))))[:, [1, 3]]
     expected = logits.softmax(1).max(1)
     assert rows["confidence"].to_numpy()[:10] == pytest.approx(expected.values.numpy(), rel=1e-4)
-    assert rows["predicted"].to_numpy()[:10].tolist() == [(1, 3)[place] for place in expected.indices.tolist()]
+    assert rows["predicted_class_id"].to_numpy()[:10].tolist() == [(1, 3)[place] for place in expected.indices.tolist()]
     other_folder, other = labeled_images(tmp_path / "e", classes=("a", "b"), damaged=())
     with pytest.raises(DataError, match=r"has class 'a' \(1 of 2\) that is left out of the answers \(classes\); evaluate"):
         evaluate_accuracy(masked, other_folder, other, LocalStore(tmp_path / "f"))
@@ -179,20 +180,20 @@ def test_a_set_of_some_classes_is_scored_among_these_alone(tmp_path, model, labe
         Predictor(model, batch=8, scored_classes=["z"])
 
 
-def test_classes_that_the_model_does_not_know_are_refused(tmp_path, model, labeled_images):
+def test_evaluate_accuracy_refuses_unknown_classes(tmp_path, model, labeled_images):
     folder, data = labeled_images(tmp_path / "d", classes=("a", "emu"))
     with pytest.raises(DataError, match=r"has class 'emu' .* that the model does not know"):
         evaluate_accuracy(Predictor(model, batch=8), folder, data, LocalStore(tmp_path / "e"))
 
 
-def test_images_without_labels_are_refused(tmp_path, model, labeled_images):
+def test_evaluate_accuracy_refuses_unlabeled_images(tmp_path, model, labeled_images):
     folder, data = labeled_images(tmp_path / "d", count=3)
-    pool = data.model_copy(update_weights={"role": "unlabeled", "classes": ()})
+    pool = data.model_copy(update={"role": "unlabeled", "classes": ()})
     with pytest.raises(DataError, match=r"/d: has no labels, so none that the model does not know"):
         evaluate_accuracy(Predictor(model, batch=8), folder, pool, LocalStore(tmp_path / "e"))
 
 
-def test_a_subsample_is_the_same_images_whatever_the_shards(tmp_path, model, labeled_images):
+def test_evaluate_accuracy_subsample_is_independent_of_shards(tmp_path, model, labeled_images):
     wanted = Subsample(images=7, seed=3)
     keys = []
     for per_shard in (5, 24):
@@ -204,7 +205,7 @@ def test_a_subsample_is_the_same_images_whatever_the_shards(tmp_path, model, lab
         whole = evaluate_accuracy(Predictor(model, batch=8), folder, data, LocalStore(tmp_path / "w"))
         every = {row["key"]: row for row in read_predictions(LocalStore(tmp_path / "w"), whole).to_pylist()}
         for row in rows.to_pylist():
-            assert row["predicted"] == every[row["key"]]["predicted"]
+            assert row["predicted_class_id"] == every[row["key"]]["predicted_class_id"]
         keys.append(rows["key"].to_pylist())
     assert keys[0] == keys[1]
     # Evenly over the five classes: one of each, and two of two of them.
@@ -212,7 +213,7 @@ def test_a_subsample_is_the_same_images_whatever_the_shards(tmp_path, model, lab
     assert sorted(counts.tolist()) == [1, 1, 1, 2, 2]
 
 
-def test_another_seed_draws_other_images_and_more_draw_the_same_ones_too(tmp_path, labeled_images):
+def test_draw_rows_depends_on_seed_and_is_nested(tmp_path, labeled_images):
     folder, data = labeled_images(tmp_path / "d", count=100, damaged=())
     source = ImageSource(folder, data, max_open_shards=10)
 
@@ -226,7 +227,7 @@ def test_another_seed_draws_other_images_and_more_draw_the_same_ones_too(tmp_pat
 
 
 @pytest.mark.parametrize("form", ["object", "real", "parquet"])
-def test_an_answer_is_right_if_it_is_one_of_several_classes(tmp_path, form):
+def test_multi_labels_score_predictions(tmp_path, form):
     answers = {"ILSVRC2012_val_00000001": ["b"], "ILSVRC2012_val_00000002": [0, 2], "ILSVRC2012_val_00000003": []}
     path = tmp_path / "labels"
     if form == "object":
@@ -244,7 +245,7 @@ def test_an_answer_is_right_if_it_is_one_of_several_classes(tmp_path, form):
 
 
 @pytest.mark.parametrize("text", ["3", "{", '{"a": ["x"]}', '{"a": 1}', "[[7]]", '{"a": [true]}'])
-def test_files_that_are_no_labels_are_refused(tmp_path, text):
+def test_multi_labels_refuse_other_files(tmp_path, text):
     path = tmp_path / "labels.json"
     path.write_text(text)
     with pytest.raises(DataError, match=r"labels\.json: "):

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from ns.config.schema import CORRUPTIONS, PERTURBATIONS, GateConfig, parse_experiment
+from ns.config.loader import parse_experiment
+from ns.config.schema import CORRUPTIONS, PERTURBATIONS, GateConfig
 from ns.core.errors import ConfigError
 from ns.evaluation.gate import (
     GateCondition,
@@ -53,16 +54,16 @@ def robustness(errors: dict[str, float], flips: dict[str, float] | None = None) 
 
 
 @pytest.mark.parametrize(("images", "differ"), [(500, 0.16), (500, 0.01)])
-def test_false_promotions_stay_at_the_stated_level_on_equal_pairs(images, differ):
-    """10,000 pairs of models of equal accuracy: at most 5 % may be promoted at level 0.95, up to sampling error; by `judge` itself, and
-    also where the models differ on few images, so that the bound is often exactly 0."""
+def test_evaluate_gate_false_promotions_stay_at_level(images, differ):
+    """10,000 pairs of models of equal accuracy: at most 5 % may be promoted at level 0.95, up to sampling error, also where the models
+    differ on few images, so that the bound is often exactly 0."""
     rng = np.random.default_rng(0)
     pairs = 10_000
     # Each right where the other is wrong equally often in expectation.
     counts = rng.multinomial(images, [differ / 2, 1 - differ, differ / 2], size=pairs)
     seen, times = np.unique(counts, axis=0, return_counts=True)
     gate, promoted = GateConfig(level=LEVEL, resamples=1000), 0
-    for (lost, _, won), count in zip(seen.tolist(), times.tolist(), make_strict=True):
+    for (lost, _, won), count in zip(seen.tolist(), times.tolist(), strict=True):
         # Pairs with equal counts are judged alike, up to the bootstrap's seed.
         teacher, student = np.arange(images) >= won, np.ones(images, bool)
         student[images - lost :] = False
@@ -71,7 +72,7 @@ def test_false_promotions_stay_at_the_stated_level_on_equal_pairs(images, differ
     assert promoted / pairs > 0.03
 
 
-def test_the_interval_holds_the_true_gain_as_often_as_it_says():
+def test_paired_gain_interval_covers_true_gain():
     rng = np.random.default_rng(1)
     held = 0
     for pair in range(1000):
@@ -81,7 +82,7 @@ def test_the_interval_holds_the_true_gain_as_often_as_it_says():
     assert held / 1000 == pytest.approx(2 * LEVEL - 1, abs=0.03)
 
 
-def test_multinomial_draws_equal_resampling_the_images():
+def test_paired_gain_equals_resampling_images():
     rng = np.random.default_rng(2)
     teacher, student = rng.random(300) < 0.8, rng.random(300) < 0.85
     gain = paired_gain(teacher, student, level=LEVEL, resamples=20_000, seed=0)
@@ -92,7 +93,7 @@ def test_multinomial_draws_equal_resampling_the_images():
     assert gain.high == pytest.approx(np.quantile(means, 0.95), abs=0.004)
 
 
-def test_a_clear_gain_is_promoted_and_a_clear_loss_is_not():
+def test_evaluate_gate_promotes_clear_gain():
     weak, strong = np.arange(200) < 120, np.arange(200) < 160
     assert verdict(GateConfig(), weak, strong).promoted
     refused = verdict(GateConfig(), strong, weak)
@@ -100,28 +101,28 @@ def test_a_clear_gain_is_promoted_and_a_clear_loss_is_not():
     assert "lower 95% bound of the gain" in refused.reason
 
 
-def test_equal_models_pass_only_a_margin():
+def test_evaluate_gate_equal_models_need_margin():
     same = np.arange(100) < 70
     assert verdict(GateConfig(min_gain=-0.01), same, same).promoted
     assert not verdict(GateConfig(min_gain=0.0), same, same).promoted
     assert not verdict(GateConfig(min_gain=0.001), same, same).promoted
 
 
-def test_the_class_guard_refuses_a_gain_bought_with_one_class():
+def test_evaluate_gate_refuses_class_drop():
     labels = np.repeat(np.array([0, 1], np.uint16), 100)
     teacher = np.concatenate([np.arange(100) < 90, np.arange(100) < 50])
     student = np.concatenate([np.arange(100) < 70, np.arange(100) < 100])
     assert verdict(GateConfig(), teacher, student, labels).promoted
-    guarded = verdict(GateConfig(max_class_drop=0.1), teacher, student, labels)
-    assert not guarded.promoted
-    assert guarded.conditions[1].value == pytest.approx(0.2)
-    assert (guarded.conditions[1].name, guarded.conditions[1].limit) == ("class drop", 0.1)
-    assert guarded.reason == "largest loss of accuracy in a class (cat) is +0.200, limit +0.100"
+    refused = verdict(GateConfig(max_class_drop=0.1), teacher, student, labels)
+    assert not refused.promoted
+    assert refused.conditions[1].value == pytest.approx(0.2)
+    assert (refused.conditions[1].name, refused.conditions[1].required) == ("class drop", 0.1)
+    assert refused.reason == "largest loss of accuracy in a class (cat) is +0.200, must be at most +0.100"
     # A class that loses as much as it may passes.
     assert verdict(GateConfig(max_class_drop=0.5), np.arange(200) < 150, np.arange(200) >= 50, labels).conditions[1].passed
 
 
-def test_a_verdict_records_what_was_compared():
+def test_evaluate_gate_records_comparison():
     teacher, student = np.arange(50_000) < 30_000, np.arange(50_000) >= 10_000
     gate = GateConfig(level=0.9, resamples=2000)
     said = verdict(gate, teacher, student)
@@ -132,28 +133,28 @@ def test_a_verdict_records_what_was_compared():
     assert said.paired == PairedCounts(both=20_000, only_teacher=10_000, only_student=20_000, neither=0)
     assert said.mcnemar == mcnemar_p_value(said.paired) < 0.01
     detail = "lower 90% bound of the gain in top-1"
-    assert said.conditions == (GateCondition(name="gain", value=gain.low, limit=0, passed=True, detail=detail),)
+    assert said.conditions == (GateCondition.check("gain", gain.low, "above", 0, detail),)
     assert said.reason == f"gain +0.200, lower bound {gain.low:+.3f} > +0.000"
 
 
-def test_worst_class_drop_is_negative_when_all_gain():
+def test_find_worst_class_drop_is_negative_when_all_gain():
     labels = np.array([0, 0, 1, 1], np.uint16)
     drop, _ = find_worst_class_drop(labels, np.array([1, 0, 1, 0], bool), np.ones(4, bool))
     assert drop == -0.5
 
 
 @pytest.mark.parametrize(("teacher", "student"), [(3, 4), (0, 0)])
-def test_unequal_lengths_and_no_images_are_refused(teacher, student):
+def test_paired_gain_refuses_unequal_or_no_inputs(teacher, student):
     with pytest.raises(ValueError, match=rf"one non-zero length, got \({teacher},\) and \({student},\)"):
         paired_gain(np.ones(teacher, bool), np.ones(student, bool), level=LEVEL, resamples=1000, seed=0)
 
 
-def test_one_image_is_a_comparison():
+def test_paired_gain_of_one_image():
     gain = paired_gain(np.zeros(1, bool), np.ones(1, bool), level=LEVEL, resamples=1000, seed=0)
     assert (gain.value, gain.low, gain.high) == (1, 1, 1)
 
 
-def test_a_comparison_is_the_same_with_the_same_seed():
+def test_paired_gain_is_reproducible():
     teacher, student = np.arange(1000) < 600, np.arange(1000) >= 300
     first, again, other = (paired_gain(teacher, student, level=LEVEL, resamples=1000, seed=seed) for seed in (1, 1, 2))
     assert first == again != other
@@ -166,11 +167,11 @@ def test_a_comparison_is_the_same_with_the_same_seed():
         (0.53, 500, 2, False), (0.54, 500, 2, True),
     ],
 )  # fmt: skip
-def test_chance_is_what_luck_explains(top1, images, classes, expected):
+def test_beats_chance(top1, images, classes, expected):
     assert beats_chance(top1, images, classes) is expected
 
 
-def test_a_student_that_is_less_robust_is_refused_however_accurate():
+def test_evaluate_gate_refuses_less_robust_student():
     weak, strong = np.arange(200) < 120, np.arange(200) < 160
     teacher = robustness(dict.fromkeys(CORRUPTIONS, 0.4), dict.fromkeys(PERTURBATIONS, 0.1))
     student = robustness(dict.fromkeys(CORRUPTIONS, 0.42), dict.fromkeys(PERTURBATIONS, 0.12))
@@ -181,20 +182,20 @@ def test_a_student_that_is_less_robust_is_refused_however_accurate():
     refused = verdict(GateConfig(max_mce_rise=4, max_mfr_rise=21), weak, strong, robustness=(teacher, student))
     assert not refused.promoted
     assert "mean corruption error" in refused.reason
-    assert "+5.000, limit +4.000" in refused.reason
-    assert [guard.passed for guard in refused.conditions] == [True, False, True]
-    assert [guard.name for guard in refused.conditions] == ["gain", "mCE rise", "mFR rise"]
-    assert [guard.limit for guard in refused.conditions] == [0, 4, 21]
+    assert "+5.000, must be at most +4.000" in refused.reason
+    assert [condition.passed for condition in refused.conditions] == [True, False, True]
+    assert [condition.name for condition in refused.conditions] == ["gain", "mCE rise", "mFR rise"]
+    assert [condition.required for condition in refused.conditions] == [0, 4, 21]
     twice = verdict(GateConfig(max_mce_rise=4, max_mfr_rise=10), weak, strong, robustness=(teacher, student))
     assert twice.reason == (
-        "mean corruption error, in points above the teacher's 100, is +5.000, limit +4.000; "
-        "mean flip rate, in points above the teacher's 100, is +20.000, limit +10.000"
+        "mean corruption error, in points above the teacher's 100, is +5.000, must be at most +4.000; "
+        "mean flip rate, in points above the teacher's 100, is +20.000, must be at most +10.000"
     )
     assert not verdict(GateConfig(max_mfr_rise=19), weak, strong, robustness=(teacher, student)).promoted
     assert verdict(GateConfig(max_mce_rise=0), weak, strong, robustness=(teacher, teacher)).promoted
 
 
-def test_extra_kinds_and_kinds_without_mistakes_make_no_trouble():
+def test_corruption_rise_without_mistakes_and_extra_kinds():
     teacher = robustness({"fog": 0.0, "snow": 0.5, "saturate": 0.1})
     student = robustness({"fog": 0.01, "snow": 0.5, "saturate": 0.9})
     # 100 images at 2 severities: one mistake is 0.005.
@@ -203,55 +204,70 @@ def test_extra_kinds_and_kinds_without_mistakes_make_no_trouble():
 
 
 @pytest.mark.parametrize(("frames", "least"), [(11, 0.001), (2, 0.01), (0, 0.01)])
-def test_a_teacher_that_never_flips_counts_as_if_it_had_once(frames, least):
+def test_flip_rise_counts_one_flip_at_least(frames, least):
     # 100 sequences, each of so many frames; 0 says that their number is not known.
-    teacher, student = (robustness({}, {"tilt": rate}).model_copy(update_weights={"frames": frames}) for rate in (0, 0.02))
+    teacher, student = (robustness({}, {"tilt": rate}).model_copy(update={"frames": frames}) for rate in (0, 0.02))
     assert flip_rise(teacher, student) == pytest.approx(100 * 0.02 / least - 100)
 
 
 @pytest.mark.parametrize(
-    ("limits", "name", "good", "bad", "said"),
+    ("requirements", "name", "good", "bad", "reason"),
     [
-        ({"max_churn": 0.2}, "churn", LabelQuality(churn=0.2), LabelQuality(churn=0.31),
-         "share of labels that changed since the generation before is +0.310, limit +0.200"),
-        ({"max_class_shrinkage": 0.5}, "class shrinkage", LabelQuality(shrinkage=0.5, shrunk_class="dog"), LabelQuality(shrinkage=0.8, shrunk_class="dog"),
-         "largest share of its kept images that a class lost (dog) is +0.800, limit +0.500"),
-        ({"min_audited_precision": 0.9}, "audited precision", LabelQuality(audited_precision=(0.95, 0.9, 4000)), LabelQuality(audited_precision=(0.95, 0.89, 4000)),
-         "lower 95% bound of the labels that are right (95.0% of 4,000 audited) is +0.890, limit +0.900"),
+        (
+            {"max_churn": 0.2},
+            "churn",
+            LabelQuality(churn=0.2),
+            LabelQuality(churn=0.31),
+            "share of labels that changed since the generation before is +0.310, must be at most +0.200",
+        ),
+        (
+            {"max_class_shrinkage": 0.5},
+            "class shrinkage",
+            LabelQuality(shrinkage=0.5, shrunk_class="dog"),
+            LabelQuality(shrinkage=0.8, shrunk_class="dog"),
+            "largest share of its kept images that a class lost (dog) is +0.800, must be at most +0.500",
+        ),
+        (
+            {"min_audited_precision": 0.9},
+            "audited precision",
+            LabelQuality(audited_precision=(0.95, 0.9, 4000)),
+            LabelQuality(audited_precision=(0.95, 0.89, 4000)),
+            "lower 95% bound of the labels that are right (95.0% of 4,000 audited) is +0.890, must be at least +0.900",
+        ),
     ],
-)  # fmt: skip
-def test_the_gate_asks_of_labels_what_it_is_told_to(limits, name, good, bad, said):
-    # Equal models show no gain; what is asked here is the labels only.
-    same, gate = np.ones(50, bool), GateConfig(min_gain=-0.01, **limits)
-    assert verdict(gate, same, same, about=good).promoted
-    refused = verdict(gate, same, same, about=bad)
+)
+def test_evaluate_gate_checks_label_quality(requirements, name, good, bad, reason):
+    # Equal models show no gain, so only the condition on labels decides.
+    same, gate = np.ones(50, bool), GateConfig(min_gain=-0.01, **requirements)
+    assert verdict(gate, same, same, label_quality=good).promoted
+    refused = verdict(gate, same, same, label_quality=bad)
     assert not refused.promoted
-    assert refused.reason == said
+    assert refused.reason == reason
     value = bad.audited_precision[1] if bad.audited_precision else bad.churn or bad.shrinkage
-    assert (refused.conditions[1].name, refused.conditions[1].value, refused.conditions[1].limit) == (
+    assert (refused.conditions[1].name, refused.conditions[1].value, refused.conditions[1].required) == (
         name,
         value,
-        *limits.values(),
+        *requirements.values(),
     )
-    # Without a limit, or without labels of a generation before, there is nothing to ask.
-    assert len(verdict(GateConfig(min_gain=-0.01), same, same, about=bad).conditions) == 1
+    # Without a requirement, or without labels of an earlier generation, there is no condition.
+    assert len(verdict(GateConfig(min_gain=-0.01), same, same, label_quality=bad).conditions) == 1
     assert len(verdict(gate, same, same).conditions) == 1
 
 
-@pytest.mark.parametrize("about", [None, LabelQuality()])
-def test_labels_that_nobody_audited_are_not_refused_but_that_is_said(about):
+@pytest.mark.parametrize("label_quality", [None, LabelQuality()])
+def test_evaluate_gate_notes_missing_audit(label_quality):
     same = np.ones(50, bool)
-    said = verdict(GateConfig(min_gain=-0.01, min_audited_precision=0.9), same, same, about=about)
+    said = verdict(GateConfig(min_gain=-0.01, min_audited_precision=0.9), same, same, label_quality=label_quality)
     assert said.promoted
     assert said.reason == (
-        "gain +0.000, lower bound +0.000 > -0.010; the labels are not audited, so gate.min_audited_precision = 0.9 was not asked for"
+        "gain +0.000, lower bound +0.000 > -0.010; the labels are not audited, so gate.min_audited_precision = 0.9 was not checked"
     )
-    assert "audited" not in verdict(GateConfig(min_gain=-0.01), same, same, about=about).reason
+    assert "audited" not in verdict(GateConfig(min_gain=-0.01), same, same, label_quality=label_quality).reason
 
 
-def test_limits_that_nothing_was_measured_for_are_an_error():
+def test_evaluate_gate_needs_robustness_measured():
     same = np.ones(20, bool)
-    with pytest.raises(ValueError, match="mCE rise is limited to 1"):
+    with pytest.raises(ValueError, match="mCE rise must be at most 1"):
         verdict(GateConfig(max_mce_rise=1), same, same)
 
 
@@ -267,23 +283,23 @@ def test_limits_that_nothing_was_measured_for_are_an_error():
         ),
     ],
 )
-def test_limits_on_robustness_need_it_measured(gate, evaluation, message):
+def test_gate_config_needs_suites(gate, evaluation, message):
     document = {"name": "x", "data": {"labeled": "a", "pool": "b", "heldout": "c"}, "gate": gate, "evaluation": evaluation}
     with pytest.raises(ConfigError, match=message):
         parse_experiment(document, "x.yaml")
 
 
-def test_what_the_gate_asks_of_heldout_images_is_no_more_than_it_needs():
+def test_gate_evaluation_has_required_suites_only():
     evaluation = {"suites": ["clean", "corruptions", "perturbations", "attacks"], "images": 50}
     document = {"name": "x", "data": {"labeled": "a", "pool": "b", "heldout": "c"}, "evaluation": evaluation}
     assert parse_experiment(document, "x").gate_evaluation.suites == ()
-    guarded = parse_experiment({**document, "gate": {"max_mce_rise": 1}}, "x").gate_evaluation
-    assert (guarded.suites, guarded.images) == (("corruptions",), 50)
+    gate_evaluation = parse_experiment({**document, "gate": {"max_mce_rise": 1}}, "x").gate_evaluation
+    assert (gate_evaluation.suites, gate_evaluation.images) == (("corruptions",), 50)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
-def test_pairs_and_mcnemar_are_what_they_say(answers):
-    teacher, student = (np.array(column) for column in zip(*answers, make_strict=True))
+def test_count_pairs_and_mcnemar_match_scipy(answers):
+    teacher, student = (np.array(column) for column in zip(*answers, strict=True))
     paired = count_pairs(teacher, student)
     assert paired.images == len(answers)
     assert (paired.both, paired.only_teacher) == (answers.count((True, True)), answers.count((True, False)))
@@ -292,7 +308,7 @@ def test_pairs_and_mcnemar_are_what_they_say(answers):
     assert mcnemar_p_value(paired) == pytest.approx(binomtest(paired.only_teacher, discordant).pvalue if discordant else 1)
 
 
-def test_mcnemar_holds_for_many_images():
+def test_mcnemar_p_value_of_many_images():
     # Of 2,000,000 images; by the normal approximation with continuity correction.
     z = (10_300 - 10_000 - 1) / 20_300**0.5
     expected = math.erfc(z / 2**0.5)
@@ -301,7 +317,7 @@ def test_mcnemar_holds_for_many_images():
     ) == pytest.approx(expected, rel=0.01)
 
 
-def test_what_would_have_been_needed_is_enough():
+def test_required_gain_is_enough():
     teacher, student = np.arange(300) >= 20, np.arange(300) < 288
     refused = verdict(GateConfig(), teacher, student)
     assert not refused.promoted
@@ -316,22 +332,24 @@ def test_what_would_have_been_needed_is_enough():
 
 
 @pytest.mark.parametrize(("gain", "images"), [(0.5, 226), (0.25, None), (0.125, None)])
-def test_luck_that_is_half_as_large_again_as_the_gain_needs_more_than_twice_the_images(gain, images):
-    """By hand: the limit is 0.25; at a gain of 0.5 luck explains 0.375, of which 0.25 would be too much on 225 images still."""
+def test_required_gain_images_grow_with_spread(gain, images):
+    """By hand: 0.25 is required; at a gain of 0.5 chance explains 0.375, and 0.25 would still be too much on 225 images."""
     same = np.ones(100, bool)
-    seen = verdict(GateConfig(min_gain=0.25), same, same).model_copy(update_weights={"gain": gain, "gain_low": gain - 0.375})
+    seen = verdict(GateConfig(min_gain=0.25), same, same).model_copy(update={"gain": gain, "gain_low": gain - 0.375})
     assert (required_gain(seen).gain, required_gain(seen).images) == (0.625, images)
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 20), st.integers(0, 99))
-def test_a_student_is_promoted_exactly_when_all_guards_pass(drop, min_gain, rise, seed):
+def test_evaluate_gate_promotes_when_all_conditions_pass(drop, min_gain, rise, seed):
     rng = np.random.default_rng(seed)
     teacher, student = rng.random(80) < 0.5, rng.random(80) < 0.9
     labels = rng.integers(0, 2, 80).astype(np.uint16)
     before, after = (robustness(dict.fromkeys(CORRUPTIONS, float(rng.random()))) for _ in range(2))
     gate = GateConfig(min_gain=min_gain, max_class_drop=drop or None, max_mce_rise=rise)
     said = verdict(gate, teacher, student, labels, robustness=(before, after))
-    assert said.promoted == all(guard.passed for guard in said.conditions)
-    for guard in said.conditions:
-        assert guard.passed == (guard.value > guard.limit if guard.name == "gain" else guard.value <= guard.limit)
-        assert guard.passed or guard.detail in said.reason
+    assert said.promoted == all(condition.passed for condition in said.conditions)
+    for condition in said.conditions:
+        assert condition.passed == (
+            condition.value > condition.required if condition.name == "gain" else condition.value <= condition.required
+        )
+        assert condition.passed or condition.detail in said.reason

@@ -23,7 +23,7 @@ def places(make_model, labeled_images, tmp_path):
     return [str(tmp_path / "model"), str(tmp_path / "images")], ["--out", str(tmp_path / "out")]
 
 
-def test_a_model_is_evaluated_on_a_dataset_and_the_tables_say_how(places):
+def test_evaluate_command_prints_tables(places):
     arguments, out = places
     found = CliRunner().invoke(app, ["evaluate", *arguments, *out, *QUICK, "--suite", "corruptions", "--suite", "attacks"])
     assert found.exit_code == 0, found.output
@@ -31,7 +31,7 @@ def test_a_model_is_evaluated_on_a_dataset_and_the_tables_say_how(places):
         assert shown in found.stdout
 
 
-def test_json_holds_everything_and_a_quick_look_says_that_it_was_one(places):
+def test_evaluate_command_json(places):
     arguments, out = places
     options = [*out, *QUICK, "--suite", "corruptions", "--images", "10", "--json"]
     document = json.loads(CliRunner().invoke(app, ["evaluate", *arguments, *options]).stdout)
@@ -39,14 +39,14 @@ def test_json_holds_everything_and_a_quick_look_says_that_it_was_one(places):
     assert document["robustness"]["subsample"] == {"images": 10, "seed": 0}
     assert list(document["robustness"]["corruptions"]) == ["contrast"]
     assert document["scores"]["mce"] is None
-    folder = document["place"].removeprefix("file://")
+    folder = document["uri"].removeprefix("file://")
     path = str(next(Path(folder).rglob("robustness.json")))
     document = json.loads(CliRunner().invoke(app, ["evaluate", *arguments, *options, "--reference", path]).stdout)
     assert document["scores"]["mce"] == pytest.approx(100)
     assert document["scores"]["mce_relative_to"] == "reference"
 
 
-def test_a_published_set_is_evaluated_as_it_is(make_model, tmp_path):
+def test_evaluate_command_on_published_set(make_model, tmp_path):
     make_model(tmp_path / "model", classes=tuple("0123456789"))
     (tmp_path / "ready").mkdir()
     np.save(tmp_path / "ready/labels.npy", np.tile(np.arange(10), 5))
@@ -58,15 +58,15 @@ def test_a_published_set_is_evaluated_as_it_is(make_model, tmp_path):
     assert run_command_line(["evaluate", *arguments, "--classes", "own"]) == 2
 
 
-def test_the_same_command_again_does_nothing_again(places, monkeypatch):
+def test_evaluate_dataset_reuses_results(places, monkeypatch):
     arguments, out = places
     config = EvaluationConfig(suites=("attacks",), pgd_steps=(1,))
     first = evaluate_dataset(*arguments, out[1], config, batch=16)
-    monkeypatch.setattr(RobustnessSuite, "run", lambda *_: pytest.fail("done again"))
+    monkeypatch.setattr(RobustnessSuite, "run_suite", lambda *_: pytest.fail("done again"))
     assert evaluate_dataset(*arguments, out[1], config, batch=16) == first
 
 
-def test_a_subset_of_classes_is_named_or_the_datasets_own(make_model, labeled_images, tmp_path):
+def test_evaluate_dataset_scores_named_or_own_classes(make_model, labeled_images, tmp_path):
     make_model(tmp_path / "model")
     labeled_images(tmp_path / "images", classes=("b", "d"))
     place = [str(tmp_path / name) for name in ("model", "images", "out")]
@@ -74,7 +74,7 @@ def test_a_subset_of_classes_is_named_or_the_datasets_own(make_model, labeled_im
         evaluate_dataset(*place, EvaluationConfig(), batch=16, classes=classes).evaluation
         for classes in (("own",), ("d", "a", "b"))
     )
-    assert (own.scored, named.scored) == (("b", "d"), ("a", "b", "d"))
+    assert (own.scored_classes, named.scored_classes) == (("b", "d"), ("a", "b", "d"))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_subset_of_classes_is_named_or_the_datasets_own(make_model, labeled_im
         (lambda a: ["nothing", a[1]], "no runs here"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_in_a_line(places, change, message, capsys, tmp_path):
+def test_evaluate_command_errors(places, change, message, capsys, tmp_path):
     arguments, out = places
     assert run_command_line(["evaluate", *change(arguments), *out, "--root", str(tmp_path / "runs")]) > 0
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -94,10 +94,10 @@ def test_what_cannot_be_meant_is_refused_in_a_line(places, change, message, caps
     assert message in errors[0]
 
 
-def test_a_dataset_without_labels_is_refused(places, labeled_images, tmp_path):
+def test_evaluate_dataset_refuses_unlabeled_dataset(places, labeled_images, tmp_path):
     arguments, out = places
     labeled_images(tmp_path / "plain", classes=("a",))
     folder = LocalStore(tmp_path / "plain")
-    Dataset.load(folder).model_copy(update_weights={"classes": (), "role": "unlabeled"}).save(folder)
+    Dataset.load(folder).model_copy(update={"classes": (), "role": "unlabeled"}).save(folder)
     with pytest.raises(DataError, match="has no labels"):
         evaluate_dataset(arguments[0], str(tmp_path / "plain"), out[1], EvaluationConfig(), batch=16)

@@ -29,26 +29,22 @@ IMAGENET = ("n01440764", *(f"n{number:08d}" for number in range(2_000_000, 2_000
         "none",
     ],
 )
-def test_imagenet_is_known_by_its_thousand_names_in_order(classes, expected):
+def test_is_imagenet(classes, expected):
     assert is_imagenet(classes) is expected
 
 
-def test_attacks_are_named_by_what_they_may_change_and_how_often_they_try():
+def test_attack_result_str():
     attack = AttackResult(name="pgd", epsilon=2.0, steps=10, step_size=0.5, top1=0.3)
     assert str(attack) == "pgd-2-10"
     # Of one step it goes without saying.
-    assert str(attack.model_copy(update_weights={"name": "fgsm", "epsilon": 0.5, "steps": 1})) == "fgsm-0.5"
+    assert str(attack.model_copy(update={"name": "fgsm", "epsilon": 0.5, "steps": 1})) == "fgsm-0.5"
 
 
-def test_a_measurement_is_the_same_however_long_it_took():
+def test_robustness_digest_ignores_seconds():
     found = Robustness(
         model="m", dataset="d", name="n", num_classes=10, imagenet=False, images=100, unreadable=0, subsample=None, seed=0,
         mode="float32", top1=0.9, severities=(1, 3), corruptions={"fog": (0.25, 0.5)}, frames=0, perturbations={}, attacks=(),
         predictions_sha256="", seconds=1,
     )  # fmt: skip
-    assert (
-        found.digest
-        == found.model_copy(update_weights={"seconds": 2}).digest
-        != found.model_copy(update_weights={"seed": 1}).digest
-    )
+    assert found.digest == found.model_copy(update={"seconds": 2}).digest != found.model_copy(update={"seed": 1}).digest
     assert found.mean_corruption_errors() == {"fog": 0.375}

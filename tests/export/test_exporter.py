@@ -10,17 +10,17 @@ import torch
 from ns.config.schema import ModelConfig, NoiseConfig
 from ns.core.errors import ConfigError, DataError, StoreError
 from ns.data.dataset import Dataset
-from ns.export import exporter as exports
-from ns.export.exporter import EXPORT, ExportManifest, export_model, make_timm_config
+from ns.export import ExportManifest, export_model, exporter
+from ns.export.forms import FORMS, make_timm_config
 from ns.modeling import factory as models
 from ns.modeling.manifest import Lineage, ModelManifest
 from ns.storage import LocalStore
 
 
-def model_at(folder: LocalStore, noise: NoiseConfig | None = None, **model) -> ModelManifest:
+def save_model(folder: LocalStore, noise: NoiseConfig | None = None, **model) -> ModelManifest:
     torch.manual_seed(0)
-    config = ModelConfig(**{"arch": "test_efficientnet", "resolution": 32, **model})
-    noise = noise or NoiseConfig(crop="pad")
+    config = ModelConfig(**{"arch": "test_efficientnet", "resolution": 32, "crop": "pad", **model})
+    noise = noise or NoiseConfig()
     network = models.build_model(config, noise, 2)
     fields = {"generation": 0, "model": config, "noise": noise, "classes": ("cat", "dog"), "parameters": 7, "steps": 1}
     return models.save_model(folder, network.state_dict(), {**fields, "lineage": Lineage(config="c", labeled="l")}, [])
@@ -30,7 +30,8 @@ def model_at(folder: LocalStore, noise: NoiseConfig | None = None, **model) -> M
 def images(tmp_path):
     from PIL import Image
 
-    from ns.data.importing.ingest import ImportLimits, import_images
+    from ns.config.schema import ImportConfig
+    from ns.data.importing.ingest import import_images
 
     draw = np.random.default_rng(0)
     for name in ("cat", "dog"):
@@ -39,13 +40,13 @@ def images(tmp_path):
             pixels = draw.integers(0, 256, (40, 32, 3), np.uint8)
             Image.fromarray(pixels).save(tmp_path / "images" / name / f"{number}.png")
     folder = LocalStore(tmp_path / "data")
-    import_images(str(tmp_path / "images"), folder, name="data", role="evaluation", limits=ImportLimits(), workers=1)
+    import_images(str(tmp_path / "images"), folder, name="data", role="evaluation", config=ImportConfig(), workers=1)
     return folder, Dataset.load(folder)
 
 
-def test_timm_alone_loads_what_was_exported(tmp_path, images):
+def test_export_model_is_loaded_by_timm(tmp_path, images):
     folder = LocalStore(tmp_path / "model")
-    card = model_at(folder)
+    card = save_model(folder)
     exported = export_model(
         folder, tmp_path / "out", ["timm"], images, count=5, describe=lambda card, _: f"card of {card.parameters}"
     )
@@ -59,50 +60,48 @@ def test_timm_alone_loads_what_was_exported(tmp_path, images):
     assert (tmp_path / "out" / "README.md").read_text() == "card of 7"
     (check,) = exported.checks
     assert (check.form, check.images, check.same_top1) == ("timm", 5, 1.0)
-    assert check.largest_difference <= exports.TOLERANCE * check.largest_logit
-    assert ExportManifest.load_file(LocalStore(tmp_path / "out"), EXPORT) == exported
+    assert check.largest_difference <= exporter.TOLERANCE * check.largest_logit
+    assert ExportManifest.load(LocalStore(tmp_path / "out")) == exported
     assert (exported.model, exported.dataset) == (card.digest, images[1].digest)
 
 
-def test_strides_that_timm_cannot_be_asked_for_are_listed(tmp_path, images):
+def test_make_timm_config_lists_reduced_strides(tmp_path, images):
     folder = LocalStore(tmp_path / "model")
-    card = model_at(folder, arch="resnet18", args={"channels": [8, 8, 8, 8]}, reduce_stride=2)
+    card = save_model(folder, arch="resnet18", args={"channels": [8, 8, 8, 8]}, reduce_stride=2)
     assert export_model(folder, tmp_path / "out", ["timm"], images).checks[0].same_top1 == 1.0
     dense = make_timm_config(card)["noisy_student"]["dense"]
     assert dense
     assert all(attributes == {"stride": 1} for attributes in dense.values())
-    assert not make_timm_config(model_at(LocalStore(tmp_path / "plain")))["noisy_student"]["dense"]
+    assert not make_timm_config(save_model(LocalStore(tmp_path / "plain")))["noisy_student"]["dense"]
 
 
-def test_networks_that_know_where_they_look_are_built_for_their_images(tmp_path):
-    card = model_at(LocalStore(tmp_path / "model"), arch="test_vit", resolution=160)
+def test_make_timm_config_fixes_input_size_of_vit(tmp_path):
+    card = save_model(LocalStore(tmp_path / "model"), arch="test_vit", resolution=160)
     assert make_timm_config(card)["pretrained_cfg"]["fixed_input_size"] is True
     assert make_timm_config(card)["pretrained_cfg"]["input_size"] == [3, 160, 160]
 
 
-def test_the_crop_is_that_of_our_evaluation(tmp_path):
-    photographs = make_timm_config(model_at(LocalStore(tmp_path / "a"), NoiseConfig(crop="resized"), resolution=224))[
-        "pretrained_cfg"
-    ]
+def test_make_timm_config_crop_is_that_of_evaluation(tmp_path):
+    photographs = make_timm_config(save_model(LocalStore(tmp_path / "a"), crop="resized", resolution=224))["pretrained_cfg"]
     assert (photographs["crop_mode"], photographs["crop_pct"]) == ("center", 224 / 256)
-    small = make_timm_config(model_at(LocalStore(tmp_path / "b")))["pretrained_cfg"]
+    small = make_timm_config(save_model(LocalStore(tmp_path / "b")))["pretrained_cfg"]
     assert (small["crop_mode"], small["crop_pct"]) == ("squash", 1.0)
 
 
-def test_a_form_that_gives_other_logits_is_not_kept(tmp_path, images, monkeypatch):
+def test_export_model_refuses_other_logits(tmp_path, images, monkeypatch):
     folder = LocalStore(tmp_path / "model")
-    model_at(folder)
-    write, read = exports._FORM_IO["timm"]
-    monkeypatch.setitem(exports._FORM_IO, "timm", (write, lambda file: lambda batch: read(file)(batch) * 1.01))
+    save_model(folder)
+    read = FORMS["timm"].read
+    monkeypatch.setitem(FORMS, "timm", FORMS["timm"]._replace(read=lambda file: lambda batch: read(file)(batch) * 1.01))
     with pytest.raises(DataError, match=r"--form timm: logits differ .* nothing was written"):
         export_model(folder, tmp_path / "out", ["timm"], images)
     assert not (tmp_path / "out").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "images", "model"]
 
 
-def test_an_earlier_export_is_replaced_and_nothing_else_ever(tmp_path, images):
+def test_export_model_replaces_earlier_export_only(tmp_path, images):
     folder, out = LocalStore(tmp_path / "model"), tmp_path / "out"
-    model_at(folder)
+    save_model(folder)
     export_model(folder, out, ["timm"], images)
     (out / "model.onnx").write_bytes(b"of an earlier export")
     export_model(folder, out, ["timm"], images)
@@ -115,9 +114,9 @@ def test_an_earlier_export_is_replaced_and_nothing_else_ever(tmp_path, images):
         export_model(folder, tmp_path / "mine" / "thesis.tex", ["timm"], images)
 
 
-def test_the_same_model_gives_the_same_bytes(tmp_path, images):
+def test_export_model_is_reproducible(tmp_path, images):
     folder = LocalStore(tmp_path / "model")
-    model_at(folder)
+    save_model(folder)
     for name in ("a", "b"):
         export_model(folder, tmp_path / name, ["timm"], images)
     for file in ("config.json", "model.safetensors", "export.json"):
@@ -125,8 +124,8 @@ def test_the_same_model_gives_the_same_bytes(tmp_path, images):
     json.loads((tmp_path / "a" / "config.json").read_text())
 
 
-def test_a_missing_library_is_named_with_its_mend(tmp_path, images, monkeypatch):
-    monkeypatch.setattr(exports, "find_spec", lambda name: None if name.startswith("onnx") else object())
+def test_export_model_names_missing_libraries(tmp_path, images, monkeypatch):
+    monkeypatch.setattr(exporter, "find_spec", lambda name: None if name.startswith("onnx") else object())
     message = r"--form onnx: onnx and onnxscript and onnxruntime not installed; pip install 'noisy-student\[export\]'"
     with pytest.raises(ConfigError, match=message):
         export_model(LocalStore(tmp_path / "model"), tmp_path / "out", ["onnx"], images)

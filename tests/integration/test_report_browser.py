@@ -46,7 +46,7 @@ def opens_well(browser, path, width, scheme):
 @pytest.mark.parametrize("run", ["promoting", "refusing"])
 def test_the_report_opens_well(finished, browser, run, width, scheme):
     path = finished / run / "report.html"
-    assert path.make_stat().st_size < 5_000_000
+    assert path.stat().st_size < 5_000_000
     opens_well(browser, path, width, scheme)
     assert browser.execute_script("return document.images.length") > 40
 
@@ -63,7 +63,7 @@ def test_every_section_is_reached_with_the_keyboard(finished, browser):
 
     show(browser, finished / "promoting" / "report.html")
     wanted = [
-        "story",
+        "loop",
         "models",
         "gate",
         "robustness",
@@ -102,7 +102,7 @@ def test_one_generation_opens_well(finished, browser, tmp_path):
 
     page = tmp_path / "generation.html"
     page.write_text(render_generation_html(LocalStore(finished), "promoting", 2))
-    assert page.make_stat().st_size < 1_000_000
+    assert page.stat().st_size < 1_000_000
     opens_well(browser, page, 1280, "light")
 
 

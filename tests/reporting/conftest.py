@@ -1,4 +1,4 @@
-"""A made-up run, small and with names that are markup."""
+"""A small made-up run whose names are markup."""
 
 import io
 import shutil
@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ns.config import schema as config
+from ns.config.loader import parse_experiment
 from ns.config.schema import GateConfig, LabelingConfig, SelectionConfig
 from ns.core.digest import sha256_bytes
 from ns.data.dataset import Dataset
@@ -17,16 +17,18 @@ from ns.data.index import ShardIndex
 from ns.data.leakage import LeakageReport, Overlap
 from ns.data.prepared import PreparedData, PreparedDataset
 from ns.data.shards import read_samples
+from ns.data.subsample import Subsample
 from ns.evaluation import gate
 from ns.evaluation.accuracy import build_predictions_table, summarize_predictions
-from ns.evaluation.result import AttackResult, PerturbationResult, Robustness, Subsample
+from ns.evaluation.result import AttackResult, PerturbationResult, Robustness
 from ns.labeling import predict
 from ns.labeling.label_set import join_label_shards
 from ns.labeling.selection import make_selection
 from ns.modeling.manifest import Lineage, ModelManifest
 from ns.modeling.predictor import ShardPredictions
 from ns.reporting.pictures import THUMBNAIL_PX
-from ns.runs import records as runs
+from ns.runs.lifecycle import open_run
+from ns.runs.records import write_stage_note
 from ns.storage import LocalStore
 from ns.storage.documents import encode_json
 
@@ -35,7 +37,7 @@ RUN = "made-up"
 KINDS = ("fog", "snow")
 
 
-def dataset(folder, role: str, count: int, px: int = 12) -> Dataset:
+def make_dataset(folder, role: str, count: int, px: int = 12) -> Dataset:
     rng = np.random.default_rng(count)
     with ShardWriter(folder, max_samples=40, max_bytes=1 << 24) as writer:
         for index in range(count):
@@ -47,13 +49,13 @@ def dataset(folder, role: str, count: int, px: int = 12) -> Dataset:
     return made
 
 
-def probabilities(rng, count: int, sharpness: float) -> np.ndarray:
+def draw_probabilities(rng, count: int, sharpness: float) -> np.ndarray:
     logits = sharpness * rng.normal(size=(count, 3))
     values = np.exp(logits - logits.max(1, keepdims=True))
     return (values / values.sum(1, keepdims=True)).astype(np.float32)
 
 
-def robustness(card: ModelManifest, data: Dataset, error: float) -> Robustness:
+def make_robustness(card: ModelManifest, data: Dataset, error: float) -> Robustness:
     return Robustness(
         model=card.digest,
         dataset=data.digest,
@@ -81,22 +83,22 @@ def robustness(card: ModelManifest, data: Dataset, error: float) -> Robustness:
 
 @pytest.fixture(scope="session")
 def unchanged(tmp_path_factory):
-    """A run of one finished generation and one whose student is still to be trained; and one of another experiment, whose student
-    knows less. No test may change it."""
+    """The store of a run with one finished generation and one whose student is not trained yet, and of another experiment's run with a
+    weaker student. Tests must not change it."""
     root = LocalStore(tmp_path_factory.mktemp("made-up"))
-    return make(make(root), "other", seed=1, lift=0.1)
+    return make_run(make_run(root), "other", seed=1, lift=0.1)
 
 
 @pytest.fixture
 def made_up(unchanged, tmp_path):
-    """The same, to be changed."""
+    """A copy of `unchanged` that a test may change."""
     shutil.copytree(unchanged.root, tmp_path, dirs_exist_ok=True)
     return LocalStore(tmp_path)
 
 
-def make(root: LocalStore, run: str = RUN, *, seed: int = 0, lift: float = 0.3) -> LocalStore:
-    """Writes a run. `lift`: what the student's probability of the right class gains."""
-    experiment = config.parse_experiment(
+def make_run(root: LocalStore, run: str = RUN, *, seed: int = 0, lift: float = 0.3) -> LocalStore:
+    """Writes a run. `lift`: the student's gain in the probability of the true class."""
+    experiment = parse_experiment(
         {
             "name": "made-up",
             "seed": seed,
@@ -107,10 +109,10 @@ def make(root: LocalStore, run: str = RUN, *, seed: int = 0, lift: float = 0.3) 
         },
         "here",
     )
-    runs.open_run(root, run, experiment, "1.2.3")
+    open_run(root, run, experiment, "1.2.3")
 
-    def note(generation, step, **outputs):
-        runs.write_stage_note(root, run, generation, step, outputs, 1.5 + generation, reused=generation == 2)
+    def note(generation, stage, **outputs):
+        write_stage_note(root, run, generation, stage, outputs, 1.5 + generation, reused=generation == 2)
 
     parts = {}
     for part, role, count, px in (
@@ -118,7 +120,7 @@ def make(root: LocalStore, run: str = RUN, *, seed: int = 0, lift: float = 0.3) 
         ("pool", "unlabeled", 60, 2 * THUMBNAIL_PX),
         ("heldout", "evaluation", 30, 12),
     ):
-        made = dataset(root.at(f"store/datasets/{part}"), role, count, px)
+        made = make_dataset(root.at(f"store/datasets/{part}"), role, count, px)
         parts[part] = (PreparedDataset(uri=f"store/datasets/{part}", digest=made.digest), made)
     prepared = PreparedData(**{part: source for part, (source, _) in parts.items()})
     prepared.save_file(root, "store/prepared/x/prepared.json")
@@ -153,11 +155,11 @@ def make(root: LocalStore, run: str = RUN, *, seed: int = 0, lift: float = 0.3) 
             point |= {"loss_pseudo": 0.4, "agreement": 0.8}
         folder.put("history.json", encode_json([{"step": float(step), **point} for step in range(1, 5)]))
         note(generation, "train", model=f"store/models/{seed}{generation}/model.json")
-        labels = np.arange(30) % 3
-        guesses = probabilities(rng, 30, 0.5)
-        guesses[np.arange(30), labels] += 0.1 + generation * lift
+        class_ids = np.arange(30) % 3
+        guesses = draw_probabilities(rng, 30, 0.5)
+        guesses[np.arange(30), class_ids] += 0.1 + generation * lift
         tables[generation] = build_predictions_table(
-            [f"evaluation/<b>{i}" for i in range(30)], labels, guesses / guesses.sum(1, keepdims=True)
+            [f"evaluation/<b>{i}" for i in range(30)], class_ids, guesses / guesses.sum(1, keepdims=True)
         )
         sink = io.BytesIO()
         pq.write_table(tables[generation], sink)
@@ -167,34 +169,36 @@ def make(root: LocalStore, run: str = RUN, *, seed: int = 0, lift: float = 0.3) 
             dataset=parts["heldout"][1].digest,
             classes=CLASSES,
             unreadable=0,
+            mode="float32",
+            name="heldout",
             predictions_sha256=sha256_bytes(sink.getvalue()),
         )
         root.put(f"store/evaluations/{seed}{generation}/predictions.parquet", sink.getvalue())
         evaluation.save_file(root, f"store/evaluations/{seed}{generation}/evaluation.json")
         robust = f"store/robustness/{seed}{generation}/robustness.json"
-        robustness(card, parts["heldout"][1], 0.4 - 0.1 * generation).save_file(root, robust)
+        make_robustness(card, parts["heldout"][1], 0.4 - 0.1 * generation).save_file(root, robust)
         evaluated = f"store/evaluations/{seed}{generation}/evaluation.json"
         note(generation, "evaluate", evaluation=evaluated, test=evaluated, robustness=robust)
 
     pool = parts["pool"][1]
     for generation in (1, 2):
-        where = root.at(f"store/labels/{seed}{generation}")
+        label_store = root.at(f"store/labels/{seed}{generation}")
         for shard in pool.shards:
             samples = read_samples(root.at("store/datasets/pool").path(shard.name))
             errors = {3: "truncated"} if shard.name == "shard-00000.tar" else {}
-            guesses = probabilities(rng, len(samples), 2.0)
+            guesses = draw_probabilities(rng, len(samples), 2.0)
             guesses[list(errors)] = np.nan
-            found = ShardPredictions(ShardIndex.from_samples(samples, [(0, 0)] * len(samples)), guesses, errors)
-            predict.write_label_shard(where, shard, [found], LabelingConfig(), "float32")
-        label_set = join_label_shards(where, pool, teacher=f"t{seed}{generation}", code="c", classes=CLASSES, top_k=10)
-        label_set.save_file(where, "labelset.json")
+            predictions = ShardPredictions(ShardIndex.from_samples(samples, [(0, 0)] * len(samples)), guesses, errors)
+            predict.write_label_shard(label_store, shard, [predictions], LabelingConfig(), "float32")
+        label_set = join_label_shards(label_store, pool, teacher=f"t{seed}{generation}", code="c", classes=CLASSES, top_k=10)
+        label_set.save_file(label_store, "labelset.json")
         policy = SelectionConfig(per_class=10, min_confidence=0.5)
-        selection = make_selection(where, label_set, policy, seed=0, label_set_key=f"store/labels/{seed}{generation}")
+        selection = make_selection(label_store, label_set, policy, seed=0, label_set_key=f"store/labels/{seed}{generation}")
         selection.save_file(root, f"store/selections/{seed}{generation}/selection.json")
         note(
             generation,
             "commit-labels",
-            labels=f"store/labels/{seed}{generation}/labelset.json",
+            label_set=f"store/labels/{seed}{generation}/labelset.json",
             selection=f"store/selections/{seed}{generation}/selection.json",
         )
     verdict = gate.evaluate_gate(
@@ -202,7 +206,7 @@ def make(root: LocalStore, run: str = RUN, *, seed: int = 0, lift: float = 0.3) 
         generation=1,
         teacher=f"store/models/{seed}0",
         student=f"store/models/{seed}1",
-        class_ids=tables[0]["label"].to_numpy(),
+        class_ids=tables[0]["class_id"].to_numpy(),
         teacher_correct=tables[0]["rank"].to_numpy() == 0,
         student_correct=tables[1]["rank"].to_numpy() == 0,
         classes=CLASSES,

@@ -9,13 +9,14 @@ from ns.core import log
 from ns.core.errors import RunError
 from ns.evaluation.result import Evaluation
 from ns.reporting import artifacts
-from ns.stages import steps
+from ns.stages.context import RunRef
+from ns.stages.report import publish_generation_metrics, publish_report
 from tests.reporting.conftest import CLASSES, RUN
 
 EVALUATION = "store/evaluations/01/evaluation.json"
 
 
-def test_metrics_are_what_was_measured(unchanged):
+def test_collect_generation_metrics(unchanged):
     found = artifacts.collect_generation_metrics(unchanged, RUN, 1)
     evaluation = Evaluation.load_file(unchanged, EVALUATION)
     assert found["heldout_top1"] == evaluation.top1
@@ -32,29 +33,29 @@ def test_metrics_are_what_was_measured(unchanged):
     assert all(re.fullmatch("[a-z0-9_]+", key) for key in found)
 
 
-def test_first_teacher_has_metrics_and_no_verdict(unchanged):
+def test_collect_generation_metrics_of_first_teacher(unchanged):
     found = artifacts.collect_generation_metrics(unchanged, RUN, 0)
     assert found["mce"] == pytest.approx(100)
     assert "promoted" not in found
     assert "gain" not in found
 
 
-def test_confusion_is_that_of_the_held_out_images(unchanged):
+def test_read_confusion(unchanged):
     names, matrix = artifacts.read_confusion(unchanged, RUN, 1)
     assert tuple(names) == CLASSES
     assert matrix == [list(row) for row in Evaluation.load_file(unchanged, EVALUATION).confusion]
 
 
-def test_of_many_classes_those_with_most_mistakes_are_named(made_up):
+def test_read_confusion_folds_many_classes(made_up):
     count = 70
     rng = np.random.default_rng(0)
     matrix = np.diag(np.full(count, 100)) + rng.integers(0, 2, (count, count))
     matrix[69, 68] = 50
     evaluation = Evaluation.load_file(made_up, EVALUATION)
     names = tuple(f"c{number}" for number in range(count))
-    evaluation.model_copy(
-        update_weights={"classes": names, "confusion": tuple(tuple(row) for row in matrix.tolist())}
-    ).save_file(made_up, EVALUATION)
+    evaluation.model_copy(update={"classes": names, "confusion": tuple(tuple(row) for row in matrix.tolist())}).save_file(
+        made_up, EVALUATION
+    )
     shown, folded = artifacts.read_confusion(made_up, RUN, 1)
     assert len(shown) == len(folded) == artifacts.CONFUSION_CLASSES
     assert shown[-1] == artifacts.OTHERS
@@ -62,7 +63,7 @@ def test_of_many_classes_those_with_most_mistakes_are_named(made_up):
     assert np.sum(folded) == matrix.sum()
 
 
-def test_roc_is_that_of_confidence(unchanged):
+def test_compute_roc(unchanged):
     wrong, right, thresholds = artifacts.compute_roc(unchanged, RUN, 1)
     assert (wrong[0], right[0], thresholds[0]) == (0, 0, 1)
     assert (wrong[-1], right[-1], thresholds[-1]) == (1, 1, 0)
@@ -80,7 +81,7 @@ def test_roc_is_that_of_confidence(unchanged):
     assert wrong[5] == pytest.approx((above & ~correct).sum() / (~correct).sum())
 
 
-def test_pages_of_a_generation_are_small_and_speak_of_it_alone(unchanged):
+def test_render_generation_html_is_small_and_confined(unchanged):
     page = artifacts.render_generation_html(unchanged, RUN, 1)
     assert len(page.encode()) < 1_000_000
     assert "<b>made-up</b> · generation 1" in page
@@ -91,27 +92,29 @@ def test_pages_of_a_generation_are_small_and_speak_of_it_alone(unchanged):
     assert len(text) < 20_000
 
 
-def test_the_page_of_a_whole_run_is_small(unchanged, monkeypatch):
+def test_render_run_html_is_small(unchanged, monkeypatch):
     page = artifacts.render_run_html(unchanged, RUN)
     assert len(page.encode()) < 1_000_000
     assert "<b>made-up</b> · generation" not in page
     assert "data:image/" in page
     assert artifacts.render_run_markdown(unchanged, RUN).startswith("### made-up: ")
     # Where there is no room for pictures there are none.
-    monkeypatch.setattr(artifacts, "render", lambda facts: "x" * (artifacts.PAGE_BYTES if facts.galleries else 1) + "x")
+    monkeypatch.setattr(
+        artifacts, "render_report", lambda context: "x" * (artifacts.PAGE_BYTES if context.galleries else 1) + "x"
+    )
     assert artifacts.render_run_html(unchanged, RUN) == "xx"
     assert artifacts.render_generation_html(unchanged, RUN, 1) == "xx"
 
 
-def test_what_is_not_evaluated_yet_is_said(unchanged):
+def test_artifacts_of_unevaluated_generation(unchanged):
     with pytest.raises(RunError, match="made-up: generation 2 is not evaluated yet"):
         artifacts.render_generation_html(unchanged, RUN, 2)
     assert artifacts.read_confusion(unchanged, RUN, 2) is None
     assert artifacts.compute_roc(unchanged, RUN, 2) is None
 
 
-class Shown:
-    """What Kubeflow's artifacts take, and keep."""
+class FakeArtifact:
+    """Keeps what is logged to a Kubeflow artifact."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -128,27 +131,30 @@ class Shown:
         self.curve = curve
 
 
-def test_steps_hand_a_generation_to_kubeflow(unchanged, tmp_path, monkeypatch):
+def test_publish_functions_write_kubeflow_artifacts(unchanged, tmp_path, monkeypatch):
     monkeypatch.delenv(log.EVENTS_VARIABLE, raising=False)
-    metrics, answers, page, summary = (Shown(tmp_path / name) for name in ("metrics", "answers", "page.html", "summary.md"))
-    steps.publish_generation_metrics(unchanged.uri, RUN, 1, metrics, answers)
-    steps.publish_generation_report(unchanged.uri, RUN, 1, page, summary)
+    metrics, answers, page, summary = (
+        FakeArtifact(tmp_path / name) for name in ("metrics", "answers", "page.html", "summary.md")
+    )
+    ref = RunRef("", unchanged.uri, RUN)
+    publish_generation_metrics(ref, 1, metrics, answers)
+    publish_report(ref, page, summary, 1)
     assert metrics.metrics == artifacts.collect_generation_metrics(unchanged, RUN, 1)
     assert answers.matrix == artifacts.read_confusion(unchanged, RUN, 1)
     assert answers.curve == artifacts.compute_roc(unchanged, RUN, 1)
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
     assert (tmp_path / "summary.md").read_text() == artifacts.render_generation_markdown(unchanged, RUN, 1)
     monkeypatch.setattr(artifacts, "render_run_html", lambda store, run: f"page of {run}")
-    steps.publish_run_report(unchanged.uri, RUN, page, summary)
+    publish_report(ref, page, summary)
     assert (tmp_path / "page.html").read_text() == f"page of {RUN}"
     assert (tmp_path / "summary.md").read_text() == artifacts.render_run_markdown(unchanged, RUN)
 
 
-def test_steps_hand_nothing_over_where_a_client_shows_the_run_itself(unchanged, tmp_path, monkeypatch):
+def test_publish_functions_do_nothing_with_client(unchanged, tmp_path, monkeypatch):
     monkeypatch.setenv(log.EVENTS_VARIABLE, str(tmp_path / "events"))
-    shown = Shown(tmp_path / "page.html")
-    steps.publish_generation_metrics(unchanged.uri, RUN, 1, shown, shown)
-    steps.publish_generation_report(unchanged.uri, RUN, 1, shown, shown)
-    steps.publish_run_report(unchanged.uri, RUN, shown, shown)
-    assert not shown.metrics
+    artifact, ref = FakeArtifact(tmp_path / "page.html"), RunRef("", unchanged.uri, RUN)
+    publish_generation_metrics(ref, 1, artifact, artifact)
+    publish_report(ref, artifact, artifact, 1)
+    publish_report(ref, artifact, artifact)
+    assert not artifact.metrics
     assert not (tmp_path / "page.html").exists()

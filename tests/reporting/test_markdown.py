@@ -2,7 +2,7 @@
 
 from ns.reporting.context import gather_context
 from ns.reporting.markdown import render_markdown
-from ns.runs import records as runs
+from ns.runs.summary import summarize_run
 from tests.reporting.conftest import RUN
 
 
@@ -17,9 +17,9 @@ def tables(text: str) -> list[list[str]]:
     return [table for table in found if table]
 
 
-def test_the_verdict_comes_first_and_numbers_are_those_of_the_page(unchanged):
+def test_render_markdown_matches_page(unchanged):
     text = render_markdown(gather_context(unchanged, RUN, pictures=0))
-    summary = runs.summarize_run(unchanged, RUN)
+    summary = summarize_run(unchanged, RUN)
     (row,) = summary.generations
     lines = text.splitlines()
     assert lines[0] == f"### made-up: {100 * summary.teacher_top1:.1f} % → {100 * row.student_top1:.1f} %"
@@ -29,7 +29,7 @@ def test_the_verdict_comes_first_and_numbers_are_those_of_the_page(unchanged):
     assert any(line.startswith("| gain | ") for line in lines)
 
 
-def test_tables_are_whole_whatever_names_say(unchanged):
+def test_render_markdown_escapes_names(unchanged):
     text = render_markdown(gather_context(unchanged, RUN, pictures=0))
     for table in tables(text):
         columns = {line.replace("\\|", "").count("|") for line in table}

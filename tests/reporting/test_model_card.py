@@ -14,11 +14,11 @@ from ns.reporting.model_card import render_model_card
         ("none", 32, "the whole image, made square"),
     ],
 )
-def test_the_crop_is_that_of_the_model(crop, margin, said):
+def test_render_model_card_states_crop(crop, margin, said):
     card = ModelManifest(
         generation=1,
-        model=ModelConfig(arch="test_efficientnet", resolution=64, test_margin_px=margin),
-        noise=NoiseConfig(crop=crop),
+        model=ModelConfig(arch="test_efficientnet", resolution=64, test_margin_px=margin, crop=crop),
+        noise=NoiseConfig(),
         classes=("cat", "dog"),
         parameters=1,
         steps=1,

@@ -1,4 +1,4 @@
-"""The report of a made-up run: what it says, that it is safe, and that it is the same every time."""
+"""The report of a made-up run: its content, its safety, and that it is reproducible."""
 
 import re
 from xml.etree import ElementTree
@@ -8,9 +8,9 @@ import pytest
 from ns.core.intervals import wilson_interval
 from ns.evaluation import gate
 from ns.reporting import charts
-from ns.reporting import page as report
 from ns.reporting.context import gather_context
-from ns.runs import records as runs
+from ns.reporting.page import write_report
+from ns.runs.summary import summarize_run
 from tests.reporting.conftest import RUN
 
 
@@ -20,11 +20,11 @@ def page(unchanged):
 
 
 def page_of(root) -> str:
-    return " ".join(root.get(report.write_report(root, RUN)).decode_image().split_batch())
+    return " ".join(root.get(write_report(root, RUN)).decode().split())
 
 
-def test_it_says_what_the_run_found(page, unchanged):
-    summary = runs.summarize_run(unchanged, RUN)
+def test_report_shows_results(page, unchanged):
+    summary = summarize_run(unchanged, RUN)
     (row,) = summary.generations
     assert f"{100 * summary.teacher_top1:.1f} % → {100 * row.student_top1:.1f} %" in page
     assert f"<b>{row.kept}</b> of 60 images kept" in page
@@ -33,10 +33,10 @@ def test_it_says_what_the_run_found(page, unchanged):
     assert '<th scope="row">parameters</th><td class="n">1,234,567</td>' in page
     assert "per_class: 10" in page
     assert "checkpoints_kept: 2" in page
-    assert "of 59 images have another label than in the generation before" in page
+    assert "of 59 images have a different label than in the previous generation" in page
 
 
-def test_what_was_measured_stands_side_by_side(page):
+def test_report_shows_metrics_side_by_side(page):
     # Errors of 0.3 and 0.45 against the first teacher's 0.4 and 0.6.
     assert (
         '<th scope="row">mCE, % of the first teacher&#39;s</th><td class="n">100.0</td><td class="n"><b>75.0</b></td>' in page
@@ -55,92 +55,92 @@ def test_what_was_measured_stands_side_by_side(page):
     assert '<tr><td>pool</td><td>heldout</td><td class="n">3</td><td class="n">4</td></tr>' in page
 
 
-def test_every_guard_stands_with_its_number(page, unchanged):
+def test_report_shows_conditions(page, unchanged):
     verdict = gate.Verdict.load_file(unchanged, "store/verdicts/01/verdict.json")
     assert len(verdict.conditions) > 1
-    for guard in verdict.conditions:
-        assert f'<th scope="row">{guard.name}</th><td class="n">{100 * guard.value:+.1f} points</td>' in page
-    assert page.count("✓ passed") == sum(guard.passed for guard in verdict.conditions)
+    for condition in verdict.conditions:
+        assert f'<th scope="row">{condition.name}</th><td class="n">{100 * condition.value:+.2f} points</td>' in page
+    assert page.count("✓ passed") == sum(condition.passed for condition in verdict.conditions)
 
 
-def test_disagreement_is_counted_and_shown(page, unchanged):
+def test_report_shows_disagreement(page, unchanged):
     paired = gate.Verdict.load_file(unchanged, "store/verdicts/01/verdict.json").paired
     assert paired.only_student > 0
     assert f"won: only student 1 right<br><b>{paired.only_student}</b>" in page
     assert f"lost: only first teacher right<br><b>{paired.only_teacher}</b>" in page
-    facts = gather_context(unchanged, RUN)
-    assert facts.disagreement.galleries[0].title == "Won"
-    assert len(facts.disagreement.galleries[0].pictures) == min(5, paired.only_student)
-    assert sum(row.won for row in facts.gains.rows) == paired.only_student
-    assert [row.gain for row in facts.gains.rows] == sorted(row.gain for row in facts.gains.rows)
+    context = gather_context(unchanged, RUN)
+    assert context.disagreement.galleries[0].title == "Won"
+    assert len(context.disagreement.galleries[0].pictures) == min(5, paired.only_student)
+    assert sum(row.won for row in context.gains.rows) == paired.only_student
+    assert [row.gain for row in context.gains.rows] == sorted(row.gain for row in context.gains.rows)
 
 
-def test_pictures_are_dropped_rather_than_the_page_too_large(unchanged):
+def test_gather_context_limits_pictures(unchanged):
     whole = gather_context(unchanged, RUN)
     size = 30_000
     cut = gather_context(unchanged, RUN, size=size)
 
-    def groups(facts):
-        return [*facts.galleries, facts.flips, *facts.disagreement.galleries, *facts.gains.galleries]
+    def list_galleries(context):
+        return [*context.galleries, context.flips, *context.disagreement.galleries, *context.gains.galleries]
 
-    def total(facts):
-        return sum(len(picture.source) for group in groups(facts) for picture in group.pictures)
+    def count_bytes(context):
+        return sum(len(picture.source) for gallery in list_galleries(context) for picture in gallery.pictures)
 
-    assert total(cut) <= size < total(whole)
+    assert count_bytes(cut) <= size < count_bytes(whole)
     assert all(
         short.pictures == full.pictures[: len(short.pictures)]
-        for short, full in zip(groups(cut), groups(whole), make_strict=True)
+        for short, full in zip(list_galleries(cut), list_galleries(whole), strict=True)
     )
 
 
-def test_a_thousand_classes_make_no_large_chart():
+def test_draw_class_balance_of_many_classes_is_small():
     many = charts.draw_class_balance("x", [f"class {n}" for n in range(1000)], range(1000), range(1000))
     assert len(many) < 150_000
 
 
 @pytest.mark.parametrize("name", [r"$\bad{$", "a$b$", "_^{}"])
-def test_names_of_classes_are_no_formulas(name):
+def test_draw_class_balance_shows_names_literally(name):
     assert name in ElementTree.fromstring(charts.draw_class_balance("x", [name, "other"], [3, 4], [1, 2])).itertext()
 
 
-def test_names_from_outside_cannot_become_markup(page):
+def test_report_escapes_names(page):
     assert "<script" not in page
     assert "/<b>" not in page
     assert "&lt;script&gt;alert(1)" in page
 
 
-def test_it_needs_nothing_from_elsewhere(page):
+def test_report_loads_nothing(page):
     links = re.findall(r'(?:src|href)="([^"]*)"', page)
     assert all(link.startswith(("data:", "#")) for link in links)
     assert "url(http" not in page
     assert "@import" not in page
 
 
-def test_the_same_run_gives_the_same_bytes(page, unchanged):
+def test_write_report_is_reproducible(page, unchanged):
     assert page_of(unchanged) == page
 
 
-def test_large_pictures_are_shrunk_and_groups_are_as_large_as_asked(page):
+def test_report_pictures_are_small(page):
     assert page.count("<img ") <= (3 + 1 + 3 + 3) * 5
     assert page.count("data:image/jpeg") > 10
     assert len(page) < 1_000_000
 
 
-def test_charts_are_well_formed_and_their_ids_are_unique(page):
+def test_report_charts_have_unique_ids(page):
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
-    charts = re.findall(r"<svg.*?</svg>", page, re.SectionT)
+    charts = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
     assert len(charts) >= 9
     for chart in charts:
         ElementTree.fromstring(chart.replace("xlink:href", "href"))
 
 
 @pytest.mark.parametrize("reached", ["nothing", "prepare-data", "train", "evaluate"])
-def test_an_unfinished_run_has_a_report_too(made_up, reached):
+def test_write_report_of_unfinished_run(made_up, reached):
     order = ["prepare-data", "train", "evaluate"]
     keep = order[: order.index(reached) + 1] if reached in order else []
-    for key in list(made_up.at(RUN).list("steps/")):
-        if key not in [f"steps/0-{step}.json" for step in keep]:
+    for key in list(made_up.at(RUN).list("stages/")):
+        if key not in [f"stages/0-{stage}.json" for stage in keep]:
             made_up.at(RUN).delete(key)
     page = page_of(made_up)
     assert 'id="labels"' not in page
@@ -157,6 +157,6 @@ def test_wilson_interval():
 
 @pytest.mark.parametrize("count", [1, 7, 60, 500, 100_000])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_an_interval_holds_its_share_to_the_last_bit(share, count):
+def test_wilson_interval_contains_share(share, count):
     low, high = wilson_interval(share, count)
     assert 0 <= low <= share <= high <= 1

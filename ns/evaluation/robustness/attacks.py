@@ -1,7 +1,7 @@
-"""Attacks: the change of an image, too small to see, that misleads the network most (`noisy_student.md` §6.5).
+"""Adversarial attacks: changes of an image, too small to see, that mislead the network (arXiv:1911.04252 §3.4).
 
-FGSM (arXiv:1412.6572) is one step along the sign of the loss's gradient, PGD (arXiv:1706.06083) many small ones from a random start,
-each brought back to within epsilon of the image. Sizes are in units of pixel values, 0–255. All in float32.
+FGSM (arXiv:1412.6572) takes one step along the sign of the loss's gradient; PGD (arXiv:1706.06083) takes many small steps from a random
+start and returns to within epsilon of the image after each. Sizes are in pixel values, 0–255. All computations are in float32.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ LogitsFunction = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class AttackPlan:
-    """What is done to each image."""
+    """An attack and its parameters; sizes in pixel values."""
 
     name: Literal["fgsm", "pgd"]
     epsilon: float
@@ -33,7 +33,7 @@ class AttackPlan:
 
     @classmethod
     def pgd(cls, epsilon: float, steps: int, step_size: float | None = None) -> "AttackPlan":
-        """Without a step size, steps of 2.5 · epsilon / steps: they reach any place within epsilon from any start."""
+        """The default step size is 2.5 · epsilon / steps: such steps reach any point within epsilon from any start."""
         return cls("pgd", epsilon, steps, step_size or 2.5 * epsilon / steps)
 
     def __str__(self) -> str:
@@ -43,11 +43,11 @@ class AttackPlan:
 def attack_images(
     logits: LogitsFunction, images: Tensor, class_ids: Tensor, plan: AttackPlan, keys: Sequence[str], seed: int
 ) -> Tensor:
-    """The images, misleading. uint8 [N, H, W, 3] and int64 [N] on one device → float32 [N, H, W, 3], in 0–255, within
-    `plan.epsilon` of the images.
+    """Adversarial images. uint8 [N, H, W, 3] and int64 [N] on one device → float32 [N, H, W, 3], in 0–255, within `plan.epsilon` of
+    the images.
 
-    The loss is the cross-entropy of the right class; `logits` must be differentiable in the images. PGD starts at a place within epsilon
-    that follows from seed and key: it does not depend on what else is in the batch.
+    The loss is the cross-entropy of the true class; `logits` must be differentiable in the images. PGD's random start follows from seed
+    and key, so it does not depend on the rest of the batch.
     """
     clean = images.float()
     low, high = (clean - plan.epsilon).clamp_(min=0), (clean + plan.epsilon).clamp_(max=255)

@@ -1,7 +1,7 @@
 """Perturbed sequences, after the published definitions of ImageNet-P and CIFAR-10-P (Hendrycks & Dietterich, arXiv:1903.12261).
 
-Frames are counted from the middle one, so that a shorter sequence is the middle of a longer one; published are 31, of which the middle
-one is the image itself for most kinds. Noise, and the blurs, begin with the image. Frames are not compressed; ImageNet-P's are H.264.
+Frames are counted from the middle one, so a shorter sequence is the middle of a longer one. The published sequences have 31 frames; for
+most kinds the middle one is the image itself, for noise and blurs the first one. Frames are not compressed; ImageNet-P's are H.264.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,14 +29,14 @@ TransformMatrix = npt.NDArray[np.float64]
 
 
 def render_sequence(image: PixelArray, kind: str, frames: int, rng: Rng) -> PixelArray:
-    """uint8 [H, W, 3] → uint8 [frames, h, w, 3]. A photograph comes with its short side at 256 px, and is cropped to 224 px when it has
-    been moved; a small image stays as it is. All chance comes from `rng`."""
+    """uint8 [H, W, 3] → uint8 [frames, h, w, 3]. A photograph has a short side of 256 px and is cropped to 224 px after it was moved;
+    a small image keeps its size. All randomness comes from `rng`."""
     offsets = range(-((frames - 1) // 2), frames - (frames - 1) // 2)
     return np.stack(list(PERTURBATION_KINDS[kind](image, offsets, rng)))
 
 
 def _gaussian_noise(image: PixelArray, offsets: range, rng: Rng) -> Iterator[PixelArray]:
-    plain = _crop_window(image)
+    plain = crop_center(image)
     yield plain
     for _ in offsets[1:]:
         yield _to_uint8(
@@ -45,14 +45,14 @@ def _gaussian_noise(image: PixelArray, offsets: range, rng: Rng) -> Iterator[Pix
 
 
 def _shot_noise(image: PixelArray, offsets: range, rng: Rng) -> Iterator[PixelArray]:
-    plain, photons = _crop_window(image), 700 if is_small_image(image) else 300
+    plain, photons = crop_center(image), 700 if is_small_image(image) else 300
     yield plain
     for _ in offsets[1:]:
         yield _to_uint8(rng.poisson(scale_to_unit(plain) * photons) / photons)
 
 
 def _motion_blur(image: PixelArray, offsets: range, _: Rng) -> Iterator[PixelArray]:
-    plain = scale_to_unit(_crop_window(image))
+    plain = scale_to_unit(crop_center(image))
     for offset in offsets:
         if is_small_image(image):
             yield _to_uint8(blur_motion(plain, 6, 1.8, (offset - 10) * 9))
@@ -61,15 +61,15 @@ def _motion_blur(image: PixelArray, offsets: range, _: Rng) -> Iterator[PixelArr
 
 
 def _zoom_blur(image: PixelArray, offsets: range, _: Rng) -> Iterator[PixelArray]:
-    total = scale_to_unit(_crop_window(image)).astype(np.float64)
-    yield _crop_window(image)
+    total = scale_to_unit(crop_center(image)).astype(np.float64)
+    yield crop_center(image)
     for number in range(1, len(offsets)):
         total += scale_to_unit(_move_image(image, scale=1 + 0.004 * number))
         yield _to_uint8(total / (number + 1))
 
 
 def _snow_frames(image: PixelArray, offsets: range, rng: Rng) -> Iterator[PixelArray]:
-    plain, small = scale_to_unit(_crop_window(image)), is_small_image(image)
+    plain, small = scale_to_unit(crop_center(image)), is_small_image(image)
     flakes = draw_snowflakes(plain.shape, 0.05, 0.3, 2 if small else 3, 0.5, rng)
     for offset in offsets:
         falling = blur_motion(flakes, 10 if small else 14, 2 if small else 4, (offset + FRAMES_BEFORE) * 4 - 150)
@@ -77,7 +77,7 @@ def _snow_frames(image: PixelArray, offsets: range, rng: Rng) -> Iterator[PixelA
 
 
 def _brightness_frames(image: PixelArray, offsets: range, _: Rng) -> Iterator[PixelArray]:
-    plain = scale_to_unit(_crop_window(image))
+    plain = scale_to_unit(crop_center(image))
     for offset in offsets:
         yield _to_uint8(shift_brightness(plain, offset * (0.015 if is_small_image(image) else 0.02)))
 
@@ -127,17 +127,17 @@ PERTURBATION_KINDS: dict[str, Callable[[PixelArray, range, Rng], Iterator[PixelA
 
 
 def _move_image(image: PixelArray, *, degrees: float = 0, scale: float = 1, right: float = 0) -> PixelArray:
-    """Turned clockwise about the center, scaled, and moved; what comes in is black."""
+    """The image turned clockwise about its center, scaled and moved; the area beyond its edges is black."""
     height, width = image.shape[:2]
     cosine, sine = np.cos(np.radians(degrees)) / scale, np.sin(np.radians(degrees)) / scale
-    to_centre = np.array([[1, 0, -width / 2 - right], [0, 1, -height / 2], [0, 0, 1]])
+    to_center = np.array([[1, 0, -width / 2 - right], [0, 1, -height / 2], [0, 0, 1]])
     back = np.array([[cosine, sine, width / 2], [-sine, cosine, height / 2], [0, 0, 1]])
-    return _warp_image(image, back @ to_centre, centers=True)
+    return _warp_image(image, back @ to_center, centers=True)
 
 
 def _warp_image(image: PixelArray, source: TransformMatrix, *, centers: bool) -> PixelArray:
-    """The image for which `source` says where each of its places, (x, y, 1), comes from; then cropped. Pixels lie at whole numbers, or, if
-    `centers`, halfway between."""
+    """The image, cropped, whose point (x, y, 1) shows the point `source` @ (x, y, 1) of the original. Pixel centers have integer
+    coordinates, or, if `centers`, half-integer ones."""
     left, top, size = _find_window(image)
     if not centers:
         half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
@@ -148,13 +148,14 @@ def _warp_image(image: PixelArray, source: TransformMatrix, *, centers: bool) ->
     return np.asarray(picture.transform(size, Image.Transform.PERSPECTIVE, coefficients, Image.Resampling.BILINEAR))
 
 
-def _crop_window(image: PixelArray) -> PixelArray:
+def crop_center(image: PixelArray) -> PixelArray:
+    """The central 224 px square of a photograph; a small image as it is."""
     left, top, (width, height) = _find_window(image)
     return image[top : top + height, left : left + width]
 
 
 def _find_window(image: PixelArray) -> tuple[int, int, tuple[int, int]]:
-    """Left, top, and (width, height) of what is kept."""
+    """Left, top, and (width, height) of the part that is kept."""
     height, width = image.shape[:2]
     if is_small_image(image):
         return 0, 0, (width, height)

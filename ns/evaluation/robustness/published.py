@@ -1,10 +1,10 @@
-"""Corrupted and perturbed images as they were published: folders of ImageNet-C, ImageNet-P and CIFAR-10-C, read where they are.
+"""Evaluates on published sets of corrupted and perturbed images: folders of ImageNet-C, ImageNet-P and CIFAR-10-C, read in place.
 
-imagenet-c     KIND/SEVERITY/CLASS/IMAGE.JPEG   classes are WordNet ids, by which the model must name its own
-cifar10-c      KIND.npy, labels.npy             uint8 [50000, 32, 32, 3], 10,000 of each severity in turn
+imagenet-c     KIND/SEVERITY/CLASS/IMAGE.JPEG   classes are WordNet ids, which must be the model's class names
+cifar10-c      KIND.npy, labels.npy             uint8 [50000, 32, 32, 3], 10,000 images per severity, in ascending order
 imagenet-p     KIND/CLASS/SEQUENCE.mp4          needs PyAV: pip install 'noisy-student[video]'
 
-Photographs are 224 px already: the model gets them resized to its test resolution, and crops nothing more.
+Photographs are 224 px already: they are resized to the model's test resolution without a further crop.
 """
 
 import hashlib
@@ -14,31 +14,29 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, product
 from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ns.config.schema import EvaluationConfig
 from ns.core import log
 from ns.core.digest import digest_json, sha256_bytes
 from ns.core.errors import ConfigError, DataError
+from ns.data.subsample import draw_evenly
 from ns.evaluation.result import PerturbationResult, Robustness, is_imagenet
-from ns.evaluation.robustness.averages import flip_rates, top5_distances
 from ns.evaluation.robustness.suite import (
     BLOCK_IMAGES,
-    NOISE_PERTURBATIONS,
     build_corruption_table,
     build_subsample,
     build_top_table,
+    measure_flips,
 )
-from ns.evaluation.subsample import draw_evenly
 from ns.modeling.predictor import ImageInput, Predictor
 from ns.storage import Store
-from ns.storage.parquet import read_table
+from ns.storage.parquet import read_table, write_table
 
 PublishedKind = Literal["imagenet-c", "cifar10-c", "imagenet-p"]
 
@@ -46,21 +44,21 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png")
 READER_THREADS = 8
 PUBLISHED_FRAMES = 31
-"""Of a published sequence, about."""
+"""Frames of a published sequence, approximately."""
 
 
 class PublishedEntries(NamedTuple):
-    """Images, or sequences, of one kind and severity."""
+    """The images or sequences of one kind and severity."""
 
     keys: list[str]
     class_ids: npt.NDArray[np.int64]
-    """Of the model's classes."""
+    """int64 [N], classes of the model."""
     load: Callable[[int], list[ImageInput]]
-    """Of an entry: one image, or all of a sequence."""
+    """Loads an entry: one image, or all frames of a sequence."""
 
 
 class PublishedSet:
-    """A published set, in the order of its names."""
+    """A published set; entries are in the order of their names."""
 
     def __init__(self, store: Store, kind: PublishedKind, classes: tuple[str, ...]) -> None:
         self._store, self._kind = store, kind
@@ -83,12 +81,12 @@ class PublishedSet:
         unknown = sorted(set(names) - self._class_ids.keys())
         if unknown:
             raise DataError(
-                f"{self._store.uri}/{prefix}{unknown[0]}: the model has no class of this name; it must name its classes as the set does"
+                f"{self._store.uri}/{prefix}{unknown[0]}: the model has no class of this name; its class names must be those of the set"
             )
         class_ids = np.array([self._class_ids[name] for name in names], np.int64)
-        return PublishedEntries(keys, class_ids, lambda row: self._load_pictures(keys[row]))
+        return PublishedEntries(keys, class_ids, lambda row: self._load_images(keys[row]))
 
-    def _load_pictures(self, key: str) -> list[ImageInput]:
+    def _load_images(self, key: str) -> list[ImageInput]:
         data = self._store.get(key)
         return list(_decode_frames(data, f"{self._store.uri}/{key}")) if self.has_sequences else [data]
 
@@ -100,8 +98,8 @@ class PublishedSet:
         images_each = len(images) // 5
         if len(images) != len(all_class_ids) or len(images) % 5 or images.dtype != np.uint8 or images.shape[3] != 3:
             raise DataError(
-                f"{self._store.uri}/{key}: {images.dtype} {images.shape} for {len(all_class_ids)} labels: must be uint8 [5 N, H, W, 3], and as "
-                "many labels"
+                f"{self._store.uri}/{key}: {images.dtype} {images.shape} for {len(all_class_ids)} labels: must be uint8 [5 N, H, W, 3] "
+                "with 5 N labels"
             )
         start = (severity - 1) * images_each
         class_ids = np.asarray(all_class_ids[start : start + images_each], np.int64)
@@ -109,7 +107,7 @@ class PublishedSet:
             raise DataError(
                 f"{self._store.uri}/labels.npy: {class_ids.min()} … {class_ids.max()}: must be class indices below {len(CIFAR10_CLASSES)}"
             )
-        # Numbers stand for names; where the model's classes are numbers, for these.
+        # labels.npy holds numbers: the model's classes may have CIFAR-10's names, or be named 0 to 9.
         names = CIFAR10_CLASSES if set(CIFAR10_CLASSES) <= self._class_ids.keys() else tuple(map(str, range(10)))
         if not set(names) <= self._class_ids.keys():
             raise DataError(
@@ -122,7 +120,7 @@ class PublishedSet:
             lambda row: [np.asarray(images[start + row])],
         )
 
-    @lru_cache(maxsize=2)  # noqa: B019 - as long as the evaluation
+    @lru_cache(maxsize=2)  # noqa: B019 - the object lives as long as the evaluation
     def _load_array(self, key: str, dimensions: int) -> npt.NDArray[np.generic]:
         try:
             array: npt.NDArray[np.generic] = np.load(self._store.path(key), mmap_mode="r", allow_pickle=False)
@@ -134,7 +132,7 @@ class PublishedSet:
 
 
 def digest_listing(store: Store) -> str:
-    """Of the names and sizes of all files: whether a set is still the one that was evaluated on."""
+    """Digest of the names and sizes of all files: tells whether the set has changed since an evaluation."""
     hasher = hashlib.sha256()
     for entry in store.entries():
         hasher.update(f"{entry.key}\0{entry.size}\n".encode())
@@ -142,7 +140,8 @@ def digest_listing(store: Store) -> str:
 
 
 def count_published_passes(store: Store, kind: PublishedKind, config: EvaluationConfig) -> int:
-    """Forward passes that `measure` makes, from the names and sizes of the files. Raises DataError for a folder that is no such set."""
+    """Forward passes of `measure_published_set`, from the names and sizes of the files. Raises DataError for a folder that is no such
+    set."""
     counts: Counter[str] = Counter()
     for entry in store.entries():
         parts = entry.key.split("/")
@@ -154,15 +153,21 @@ def count_published_passes(store: Store, kind: PublishedKind, config: Evaluation
             counts["/".join(parts[:2])] += 1
         elif kind == "imagenet-p" and parts[-1].lower().endswith(".mp4"):
             counts[parts[0]] += 1
-    unit_names: list[str] = [
-        f"{distortion}/{severity}" for distortion in config.all_corruptions for severity in config.severities
+    sizes = [
+        counts[distortion if kind == "imagenet-p" else f"{distortion}/{severity}"]
+        for distortion, severity in _list_distortions(kind, config)
     ]
-    if kind == "imagenet-p":
-        unit_names = [*config.perturbations]
-    images = sum(min(counts[name], config.images or counts[name]) for name in unit_names)
+    images = sum(min(size, config.images or size) for size in sizes)
     if not images:
         raise DataError(f"{store.uri}: is no {kind} set: has none of its kinds")
     return images * (PUBLISHED_FRAMES if kind == "imagenet-p" else 1)
+
+
+def _list_distortions(kind: PublishedKind, config: EvaluationConfig) -> list[tuple[str, int]]:
+    """The kinds of a published set that a configuration names, with their severities; 1 for sequences, which have none."""
+    if kind == "imagenet-p":
+        return [(distortion, 1) for distortion in config.perturbations]
+    return list(product(config.all_corruptions, config.severities))
 
 
 def measure_published_set(
@@ -175,10 +180,10 @@ def measure_published_set(
     unit_store: Store,
     target: Store,
 ) -> Robustness:
-    """Evaluates a model on all kinds that a published set has, of those that `config` names, and writes `robustness.json` into `target`.
-    `dataset`: its `listing_digest`. What `units` has is not done again.
+    """Evaluates a model on the kinds of a published set that `config` names, and writes `robustness.json` into `target`.
 
-    Raises DataError for a folder that is no such set, ConfigError if a library is missing.
+    `dataset` is the set's `digest_listing`. Units that `unit_store` holds are not repeated. Raises DataError for a folder that is no
+    such set, ConfigError if PyAV is missing.
     """
     started = time.monotonic()
     published = PublishedSet(store, kind, predictor.manifest.classes)
@@ -188,42 +193,34 @@ def measure_published_set(
     perturbations: dict[str, PerturbationResult] = {}
     files: list[list[str]] = []
     images = unreadable = frames = 0
-    for distortion in config.perturbations if published.has_sequences else config.all_corruptions:
-        for severity in severities:
-            entries = published.find_entries(distortion, severity)
-            if entries is None:
-                continue
-            rows = draw_evenly(entries.keys, entries.class_ids, build_subsample(config))
-            tables = []
-            progress = log.Progress(len(rows), f"{distortion} {severity}" if not published.has_sequences else distortion)
-            for start in range(0, len(rows), BLOCK_IMAGES):
-                unit_key = f"{distortion}-{severity}/{start:06d}.parquet"
-                if not unit_store.exists(unit_key):
-                    table = _evaluate_unit(
-                        set_predictor, entries, rows[start : start + BLOCK_IMAGES], severity, published.has_sequences
-                    )
-                    sink = io.BytesIO()
-                    pq.write_table(table, sink, compression="zstd")
-                    unit_store.put(unit_key, sink.getvalue())
-                progress.update(len(rows[start : start + BLOCK_IMAGES]))
-                data = unit_store.get(unit_key)
-                files.append([unit_key, sha256_bytes(data)])
-                tables.append(read_table(data))
-            predictions = pa.concat_tables(tables)
-            if published.has_sequences:
-                num_frames = int(predictions["frame"].to_numpy().max()) + 1
-                top_class_ids = np.array(predictions["top"].combine_chunks().flatten()).reshape(
-                    -1, num_frames, len(predictions["top"][0])
-                )
-                is_noise = distortion in NOISE_PERTURBATIONS
-                perturbations[distortion] = PerturbationResult(
-                    flip_probability=float(flip_rates(top_class_ids[:, :, 0], is_noise).mean()),
-                    top5_distance=float(top5_distances(top_class_ids, is_noise).mean()),
-                )
-                images, frames = max(images, len(top_class_ids)), max(frames, num_frames)
-            else:
-                errors.setdefault(distortion, []).append(float((predictions["rank"].to_numpy() > 0).mean()))
-                images, unreadable = max(images, len(predictions)), max(unreadable, len(rows) - len(predictions))
+    for distortion, severity in _list_distortions(kind, config):
+        entries = published.find_entries(distortion, severity)
+        if entries is None:
+            continue
+        rows = draw_evenly(entries.keys, entries.class_ids, build_subsample(config))
+        tables = []
+        progress = log.Progress(len(rows), distortion if published.has_sequences else f"{distortion} {severity}")
+        for start in range(0, len(rows), BLOCK_IMAGES):
+            unit_key = f"{distortion}-{severity}/{start:06d}.parquet"
+            block_rows = rows[start : start + BLOCK_IMAGES]
+            if not unit_store.exists(unit_key):
+                table = _evaluate_unit(set_predictor, entries, block_rows, severity, published.has_sequences)
+                write_table(unit_store, unit_key, table)
+            progress.update(len(block_rows))
+            data = unit_store.get(unit_key)
+            files.append([unit_key, sha256_bytes(data)])
+            tables.append(read_table(data))
+        predictions = pa.concat_tables(tables)
+        if published.has_sequences:
+            num_frames = int(predictions["frame"].to_numpy().max()) + 1
+            flips, distances = measure_flips(predictions, distortion, num_frames)
+            perturbations[distortion] = PerturbationResult(
+                flip_probability=float(flips.mean()), top5_distance=float(distances.mean())
+            )
+            images, frames = max(images, len(flips)), max(frames, num_frames)
+        else:
+            errors.setdefault(distortion, []).append(float((predictions["rank"].to_numpy() > 0).mean()))
+            images, unreadable = max(images, len(predictions)), max(unreadable, len(rows) - len(predictions))
     complete_kinds = {distortion: tuple(rates) for distortion, rates in errors.items() if len(rates) == len(severities)}
     if not complete_kinds and not perturbations:
         raise DataError(f"{store.uri}: is no {kind} set: none of its kinds is there with all severities {severities}")
@@ -255,33 +252,33 @@ def measure_published_set(
 def _evaluate_unit(
     predictor: Predictor, entries: PublishedEntries, rows: npt.NDArray[np.int64], severity: int, are_sequences: bool
 ) -> pa.Table:
-    """Predictions of one unit; images that cannot be read are left out."""
+    """Predictions of one unit; unreadable images are left out."""
     parts = []
     size = max(1, predictor.batch // (PUBLISHED_FRAMES if are_sequences else 1))
     groups = [rows[start : start + size] for start in range(0, len(rows), size)]
     with ThreadPoolExecutor(READER_THREADS, "read") as threads:
         loaded: deque[tuple[npt.NDArray[np.int64], list[list[ImageInput]]]] = deque()
 
-        def iter_pictures() -> Iterator[Sequence[ImageInput]]:
+        def iter_batches() -> Iterator[Sequence[ImageInput]]:
             waiting = ([threads.submit(entries.load, row) for row in group.tolist()] for group in groups)
             ahead = deque(islice(waiting, 2))
             for group in groups:
-                row_pictures = [future.result() for future in ahead.popleft()]
+                row_images = [future.result() for future in ahead.popleft()]
                 ahead.extend(islice(waiting, 1))
-                loaded.append((group, row_pictures))
-                yield [picture for item in row_pictures for picture in item]
+                loaded.append((group, row_images))
+                yield [image for images in row_images for image in images]
 
-        for probabilities in predictor.predict_groups(iter_pictures()):
-            group, row_pictures = loaded.popleft()
+        for probabilities in predictor.predict_groups(iter_batches()):
+            group, row_images = loaded.popleft()
             keys, class_ids = [entries.keys[row] for row in group.tolist()], entries.class_ids[group]
             if are_sequences:
-                num_frames = len(row_pictures[0])
-                if any(len(item) != num_frames for item in row_pictures):
+                num_frames = len(row_images[0])
+                if any(len(images) != num_frames for images in row_images):
                     raise DataError(f"{keys[0]}: sequences have different lengths, from {num_frames} images; must be equal")
                 parts.append(build_top_table(keys, class_ids, probabilities, num_frames))
             else:
                 readable = ~np.isnan(probabilities[:, 0])
-                kept = [key for key, item in zip(keys, readable, strict=True) if item]
+                kept = [key for key, is_readable in zip(keys, readable, strict=True) if is_readable]
                 parts.append(build_corruption_table(kept, class_ids[readable], probabilities[readable], (severity,)))
     return pa.concat_tables(parts)
 
@@ -290,10 +287,10 @@ def _decode_frames(data: bytes, uri: str) -> Iterator[npt.NDArray[np.uint8]]:
     try:
         import av
     except ImportError as error:
-        raise ConfigError("imagenet-p: reading its films needs PyAV: pip install 'noisy-student[video]'") from error
+        raise ConfigError("imagenet-p: reading its videos needs PyAV: pip install 'noisy-student[video]'") from error
     try:
-        with av.open(io.BytesIO(data)) as film:
-            for frame in film.decode(video=0):
+        with av.open(io.BytesIO(data)) as video:
+            for frame in video.decode(video=0):
                 yield frame.to_ndarray(format="rgb24")
     except av.FFmpegError as error:
         raise DataError(f"{uri}: damaged: {error}") from error

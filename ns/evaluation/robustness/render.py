@@ -1,9 +1,8 @@
-"""Corrupted images and perturbed sequences, made of plain ones as the published sets were; needs no torch, so that processes that do
-nothing else are small.
+"""Renders corrupted images and perturbed sequences from plain ones, as the published sets were made.
 
-Photographs are resized to 256 px, cropped to 224, corrupted, and stored as JPEG of quality 85, as ImageNet-C. Images of 64 px and less
-are corrupted as they are, and nothing is lost in storing them, as CIFAR-10-C. What chance there is follows from seed, key, kind and
-severity: every model sees the same pixels, whatever the shards, and whoever makes them.
+Photographs are resized to 256 px, cropped to 224, corrupted, and stored as JPEG of quality 85, as in ImageNet-C. Images of at most 64 px
+are corrupted at their size and stored without loss, as in CIFAR-10-C. All randomness follows from seed, key, kind and severity, so every
+model sees the same pixels, whatever the shards and processes. Does not import torch, so that helper processes stay small.
 """
 
 import hashlib
@@ -14,13 +13,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from ns.data.loading.decode import EncodedJpeg, decode_image
 from ns.evaluation.robustness.corruptions import corrupt_image
-from ns.evaluation.robustness.perturbations import CROPPED_PX, render_sequence
-from ns.storage.parquet import read_table
+from ns.evaluation.robustness.perturbations import crop_center, render_sequence
+from ns.storage.parquet import encode_table, read_table
 
 RESIZED_PX = 256
 JPEG_QUALITY = 85
@@ -31,22 +29,23 @@ IMAGE_SCHEMA = pa.schema([("image", pa.binary()), ("width", pa.int32()), ("heigh
 
 
 class DistortionTask(NamedTuple):
-    """Images to be distorted in one way."""
+    """Images to distort in one way."""
 
     images: list[npt.NDArray[np.uint8]]
     keys: list[str]
     kind: str
     severities: tuple[int, ...]
-    """Of a corruption; none of a perturbation."""
+    """Severities of a corruption; empty for a perturbation."""
     frames: int
-    """Of a perturbation."""
+    """Frames per sequence of a perturbation."""
     seed: int
     keep_size: bool
+    """Whether images are small, so that they are neither resized nor cropped."""
 
 
 def render_base(image: EncodedJpeg | bytes, *, keep_size: bool) -> npt.NDArray[np.uint8]:
-    """uint8 [H, W, 3]: a small image as it is, a photograph with its short side at 256 px. Raises DataError for an image that cannot be
-    read."""
+    """uint8 [H, W, 3]: a photograph resized to a short side of 256 px, or the image as it is if `keep_size`. Raises DataError for an
+    image that cannot be read."""
     pixels = image.decode_whole() if isinstance(image, EncodedJpeg) else decode_image(image)
     if keep_size:
         return pixels
@@ -55,14 +54,8 @@ def render_base(image: EncodedJpeg | bytes, *, keep_size: bool) -> npt.NDArray[n
     return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
 
 
-def crop_center(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """The center of a photograph, 224 px a side."""
-    top, left = (round((side - CROPPED_PX) / 2) for side in image.shape[:2])
-    return image[top : top + CROPPED_PX, left : left + CROPPED_PX]
-
-
 def distort_images(task: DistortionTask) -> list[DistortedImage]:
-    """All severities, or frames, of the first image, then of the next."""
+    """All severities, or frames, of the first image, then those of the next."""
     images: list[DistortedImage] = []
     for image, key in zip(task.images, task.keys, strict=True):
         if task.severities:
@@ -76,20 +69,18 @@ def distort_images(task: DistortionTask) -> list[DistortedImage]:
 
 
 def pack_images(images: Sequence[DistortedImage]) -> bytes:
-    """Pictures as a Parquet file."""
+    """The images as the bytes of a Parquet file."""
     rows = [
         (image.data, image.width, image.height)
         if isinstance(image, EncodedJpeg)
         else (image.tobytes(), image.shape[1], image.shape[0])
         for image in images
     ]
-    sink = io.BytesIO()
-    pq.write_table(pa.table(list(zip(*rows, strict=True)), schema=IMAGE_SCHEMA), sink, compression="zstd", use_dictionary=False)
-    return sink.getvalue()
+    return encode_table(pa.table(list(zip(*rows, strict=True)), schema=IMAGE_SCHEMA), use_dictionary=False)
 
 
 def unpack_images(data: bytes, *, keep_size: bool) -> list[DistortedImage]:
-    """What `packed` made a file of."""
+    """The images that `pack_images` encoded."""
     table = read_table(data, schema=IMAGE_SCHEMA)
     images: list[DistortedImage] = []
     for image, width, height in zip(*(table[name].to_pylist() for name in IMAGE_SCHEMA.names), strict=True):

@@ -1,11 +1,10 @@
-"""Corruptions, perturbations and attacks: one model on one dataset, in units that are each done once.
+"""Measures one model on one dataset under corruptions, perturbations and attacks, in units that are each done once.
 
-A unit is up to 512 neighbors of a shard under one kind of distortion, or one attack. Its predictions are one file, written when it is
-done; a run that was killed at any instant goes on with the unit under way. The images of a block are decoded once for all kinds;
-distorted images are made in processes of their own while the network works on those before.
+A unit is up to 512 consecutive images of a shard under one kind of distortion or one attack. Its predictions are one file, written when
+it is done, so a killed run continues with the unit that was under way. The images of a block are decoded once for all kinds; helper
+processes render distorted images while the network classifies earlier ones.
 """
 
-import io
 import multiprocessing
 import os
 import time
@@ -21,7 +20,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from ns.config.schema import EvaluationConfig
@@ -32,10 +30,10 @@ from ns.core.process import init_helper_process
 from ns.data.dataset import Dataset
 from ns.data.loading.decode import EncodedJpeg
 from ns.data.loading.shard_reader import ImageSource
+from ns.data.subsample import Subsample, draw_rows
 from ns.evaluation.accuracy import build_predictions_table, map_class_ids, read_encoded_images
-from ns.evaluation.result import AttackResult, PerturbationResult, Robustness, Subsample, is_imagenet
+from ns.evaluation.result import AttackResult, PerturbationResult, Robustness, is_imagenet
 from ns.evaluation.robustness.attacks import AttackPlan, attack_images
-from ns.evaluation.robustness.averages import flip_rates, top5_distances
 from ns.evaluation.robustness.corruptions import SMALL_PX
 from ns.evaluation.robustness.render import (
     DistortedImage,
@@ -45,29 +43,29 @@ from ns.evaluation.robustness.render import (
     render_base,
     unpack_images,
 )
-from ns.evaluation.subsample import draw_rows
+from ns.evaluation.robustness.scores import flip_rates, top5_distances
 from ns.modeling.predictor import DECODE_THREADS, Predictor
 from ns.storage import Store
-from ns.storage.parquet import read_table
+from ns.storage.parquet import read_table, write_table
 
 BLOCK_IMAGES = 512
-"""Images of a unit: what is lost when it is killed, and what is in memory decoded (130 MB of photographs)."""
+"""Images of a unit: the work that a kill loses, and the images that are decoded in memory (130 MB of photographs)."""
 ATTACKED_AT_ONCE = 64
-"""A gradient keeps every map of the network in memory."""
+"""Batch size of attacks: a gradient keeps all feature maps of the network in memory."""
 BACKWARD_COST = 2
-"""A gradient of the image costs a forward pass, and about as much again and half."""
+"""Cost of the backward pass to the image in forward passes: about 1.5, counted as 2."""
 PROCESSES_FROM_SECONDS = 10
-"""It takes a second or two to start processes; less work than this is done in threads."""
+"""Less rendering than this is done in threads: processes take a second or two to start."""
 TOP_K = 5
 NOISE_PERTURBATIONS = ("gaussian_noise", "shot_noise")
-"""Perturbations whose frames are compared with the first one, not with the one before: each frame is noised anew."""
+"""Perturbations whose frames are compared with the first frame, not with the one before: each frame has noise of its own."""
 
 CORRUPTED_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
         ("severity", pa.uint8()),
-        ("label", pa.uint16()),
-        ("predicted", pa.uint16()),
+        ("class_id", pa.uint16()),
+        ("predicted_class_id", pa.uint16()),
         ("confidence", pa.float32()),
         ("rank", pa.uint16()),
     ]
@@ -75,22 +73,22 @@ CORRUPTED_SCHEMA = pa.schema(
 
 
 class SuiteUnit(NamedTuple):
-    """What is done to each image of a block."""
+    """A measurement that is made of each image of a block."""
 
     suite: Literal["clean", "corruptions", "perturbations", "attacks"]
     kind: str
     images_each: int
-    """Images that are made of one."""
+    """Distorted images per image."""
     plan: AttackPlan | None = None
 
     @property
     def passes(self) -> int:
-        """Forward passes for each image, a gradient counted as three."""
+        """Forward passes per image; an attack step counts as three."""
         return self.images_each if self.plan is None else self.plan.steps * (1 + BACKWARD_COST) + 1
 
 
 def list_units(config: EvaluationConfig) -> list[SuiteUnit]:
-    """What a configuration asks for, the clean images first."""
+    """The units that a configuration asks for, the clean images first."""
     suite_units = [SuiteUnit("clean", "clean", 1)]
     if "corruptions" in config.suites:
         suite_units += [SuiteUnit("corruptions", kind, len(config.severities)) for kind in config.all_corruptions]
@@ -104,14 +102,14 @@ def list_units(config: EvaluationConfig) -> list[SuiteUnit]:
 
 
 def count_passes(config: EvaluationConfig) -> int:
-    """Forward passes for each image, a gradient counted as three."""
+    """Forward passes per image; an attack step counts as three."""
     return sum(unit.passes for unit in list_units(config))
 
 
 class _Block(NamedTuple):
     shard: int
     start: int
-    """Row of the first image."""
+    """Row of its first image."""
     rows: npt.NDArray[np.int64]
 
 
@@ -126,22 +124,25 @@ class _BlockImages(NamedTuple):
 
 @dataclass(frozen=True)
 class SuiteCost:
-    """What is still to be done, from a short measurement."""
+    """The pending work, estimated by a short measurement."""
 
     images: int
     passes: int
-    """Forward passes, a gradient counted as three."""
+    """Forward passes; an attack step counts as three."""
     network_seconds: float
     distort_seconds: float
-    """Of one core."""
+    """Time of one core."""
     seconds: float
-    """From begin to end."""
+    """Wall-clock time."""
     kept_bytes: int
-    """Distorted images that are to be kept for the next model; 0 if those of the set are too many."""
+    """Size of the distorted images that will be kept for the next model; 0 if all of the set are larger than `keep_gib`."""
 
 
 class RobustnessSuite:
-    """Everything that is known before the first unit. `folder` keeps predictions, `made` distorted images for the next model."""
+    """The measurement of one model on one dataset.
+
+    `prediction_store` keeps the units' predictions, `distorted_store` distorted images for the next model, if any.
+    """
 
     def __init__(
         self,
@@ -167,18 +168,18 @@ class RobustnessSuite:
         self._units = list_units(config)
         self._keep_size = self._are_small()
         self._attacked_at_once = ATTACKED_AT_ONCE
-        # Listed once: to ask a remote store for each would take minutes.
+        # Listed once: asking a remote store for each key would take minutes.
         self._done_keys, self._distorted_keys = (
             set(prediction_store.list()),
             set(distorted_store.list() if distorted_store else ()),
         )
-        # Photographs have been cropped when they are distorted; small images are cropped as the model wants it.
+        # Distorted photographs are cropped already; small images still get the model's crop.
         self._distorted_predictor = predictor if self._keep_size else predictor.without_crop()
 
     def run_suite(self, target: Store) -> Robustness:
-        """Does what is not done, and writes `robustness.json` into `target`.
+        """Does the units that are not done, and writes `robustness.json` into `target`.
 
-        Raises DataError for images that cannot be evaluated on, RunError if processes are killed again and again.
+        Raises DataError if no image is readable, RunError if a helper process was killed.
         """
         started = time.monotonic()
         pending = [
@@ -225,12 +226,12 @@ class RobustnessSuite:
                     )
                 except BrokenProcessPool as error:
                     raise RunError(
-                        "a process that makes corrupted images was killed, most often for want of memory; free some, and run the "
-                        "same command again: it goes on where it stopped"
+                        "a process that renders corrupted images was killed, most often because memory ran out; free some and run "
+                        "the same command again: it continues where it stopped"
                     ) from error
 
     def _are_small(self) -> bool:
-        """Whether images are distorted as they are, by the first of them."""
+        """Whether images are distorted at their size, decided by the first readable one."""
         for block in self._blocks:
             for image in read_encoded_images(self._source, block.shard, block.rows[:16]):
                 try:
@@ -260,7 +261,7 @@ class RobustnessSuite:
         )
 
     def _predict_plain(self, images: _BlockImages, unit: SuiteUnit, progress: log.Progress) -> pa.Table:
-        """Predictions of the images as they are, or attacked."""
+        """Predictions of the images, clean or attacked."""
         if unit.plan is None:
             probabilities, _ = self._predictor.predict_images(images.encoded)
             progress.update(len(images.keys))
@@ -284,7 +285,7 @@ class RobustnessSuite:
         return build_predictions_table(images.keys, images.class_ids, np.concatenate(parts))
 
     def _predict_attacked(self, images: _BlockImages, part: slice, plan: AttackPlan) -> npt.NDArray[np.float32]:
-        """Probabilities of images that were attacked."""
+        """Probabilities of the attacked images, [n, classes]."""
         pixels = self._predictor.decode_pixels(images.encoded[part])
         class_ids = torch.from_numpy(images.class_ids[part]).to(pixels.device)
         adversarial = attack_images(
@@ -303,17 +304,17 @@ class RobustnessSuite:
         keep: bool,
         progress: log.Progress,
     ) -> None:
-        """Evaluates the distorted images of one block, kind after kind."""
+        """Evaluates the distorted images of a block, one kind after the other."""
         queued: deque[tuple[SuiteUnit, slice, list[DistortedImage]]] = deque()
 
-        def iter_pictures() -> Iterator[list[DistortedImage]]:
+        def iter_batches() -> Iterator[list[DistortedImage]]:
             for unit, part, distorted in self._iter_distorted(block, images, pending_units, executor):
                 queued.append((unit, part, distorted))
                 yield distorted
 
         parts: list[pa.Table] = []
         kept_images: list[DistortedImage] = []
-        for probabilities in self._distorted_predictor.predict_groups(iter_pictures()):
+        for probabilities in self._distorted_predictor.predict_groups(iter_batches()):
             unit, part, distorted = queued.popleft()
             keys, class_ids = images.keys[part], images.class_ids[part]
             if unit.suite == "corruptions":
@@ -332,7 +333,7 @@ class RobustnessSuite:
     def _iter_distorted(
         self, block: _Block, images: _BlockImages, pending_units: list[SuiteUnit], executor: Executor
     ) -> Iterator[tuple[SuiteUnit, slice, list[DistortedImage]]]:
-        """Distorted images, a few at a time, made ahead of need; or those that were made for another model."""
+        """Distorted images in batches, rendered ahead of time, or read if an earlier model left them."""
 
         def iter_tasks() -> Iterator[tuple[SuiteUnit, slice, Future[list[DistortedImage]]]]:
             for unit in pending_units:
@@ -382,26 +383,24 @@ class RobustnessSuite:
         return self._unit_key(block, unit) in self._done_keys
 
     def _write_unit(self, block: _Block, unit: SuiteUnit, table: pa.Table) -> None:
-        sink = io.BytesIO()
-        pq.write_table(table, sink, compression="zstd")
-        self._prediction_store.put(self._unit_key(block, unit), sink.getvalue())
+        write_table(self._prediction_store, self._unit_key(block, unit), table)
 
     def _estimate_cost(self, pending: list[tuple[_Block, list[SuiteUnit]]], images: _BlockImages) -> SuiteCost:
-        """Of what is pending: each kind is tried on one image, the network on a batch."""
+        """Cost of the pending units: each kind is tried on one image, the network on a batch."""
         counts = {unit: sum(len(block.rows) for block, block_units in pending if unit in block_units) for unit in self._units}
         pending_counts = {unit: count for unit, count in counts.items() if count}
+        passes = sum(unit.passes * count for unit, count in pending_counts.items())
         if not images.keys:
-            return SuiteCost(self._images, sum(unit.passes * count for unit, count in pending_counts.items()), 0, 0, 0, 0)
+            return SuiteCost(self._images, passes, 0, 0, 0, 0)
         batch = images.encoded[: self._predictor.batch]
-        self._predictor.predict_images(batch)  # the first time allocates
-        forward = _time_call(lambda: self._predictor.predict_images(batch)) / len(batch)
-        network_seconds = forward * sum(unit.passes * count for unit, count in pending_counts.items())
+        self._predictor.predict_images(batch)  # the first call allocates memory
+        network_seconds = _time_call(lambda: self._predictor.predict_images(batch)) / len(batch) * passes
         distort_seconds, size, fresh_bytes = 0.0, 0, 0
         first_image = slice(0, 1)
         for unit in pending_counts:
             if unit.suite not in ("corruptions", "perturbations"):
                 continue
-            # Those that were made for another model are only read.
+            # Images that an earlier model left are only read.
             fresh = sum(
                 len(block.rows) for block, block_units in pending if unit in block_units and not self._is_stored(block, unit)
             )
@@ -413,18 +412,17 @@ class RobustnessSuite:
             )
             distort_seconds += seconds * fresh
             if unit.suite == "corruptions":
-                image_bytes = sum(len(p.data) if isinstance(p, EncodedJpeg) else p.nbytes for p in distorted)
+                image_bytes = sum(len(image.data) if isinstance(image, EncodedJpeg) else image.nbytes for image in distorted)
                 size, fresh_bytes = size + image_bytes * self._images, fresh_bytes + image_bytes * fresh
         fits = self._distorted_store is not None and size <= self._config.keep_gib * 2**30
-        # On a processor without a GPU, what makes images is taken from what the network has.
-        cores = _count_cores()
-        shared = not torch.cuda.is_available()
-        seconds = network_seconds + distort_seconds / cores if shared else max(network_seconds, distort_seconds / cores)
-        total = sum(unit.passes * count for unit, count in pending_counts.items())
-        return SuiteCost(self._images, total, network_seconds, distort_seconds, seconds, fresh_bytes if fits else 0)
+        render_seconds = distort_seconds / _count_cores()
+        # Without a GPU, rendering takes its cores away from the network.
+        together = max(network_seconds, render_seconds)
+        seconds = together if torch.cuda.is_available() else network_seconds + render_seconds
+        return SuiteCost(self._images, passes, network_seconds, distort_seconds, seconds, fresh_bytes if fits else 0)
 
     def _summarize_units(self, seconds: float) -> Robustness:
-        """Counts what the units hold, one in memory at a time."""
+        """Counts the units' predictions, one unit in memory at a time."""
         config = self._config
         wrong = {unit.kind: np.zeros(len(config.severities), np.int64) for unit in self._units if unit.suite == "corruptions"}
         flip_sums = {unit.kind: np.zeros(2) for unit in self._units if unit.suite == "perturbations"}
@@ -440,14 +438,7 @@ class RobustnessSuite:
                     failed = table["rank"].to_numpy().reshape(-1, unit.images_each) > 0
                     wrong[unit.kind] += failed.sum(0)
                 elif unit.suite == "perturbations":
-                    top_class_ids = np.array(table["top"].combine_chunks().flatten()).reshape(
-                        -1, unit.images_each, _count_top_classes(self._predictor)
-                    )
-                    is_noise = unit.kind in NOISE_PERTURBATIONS
-                    flip_sums[unit.kind] += (
-                        flip_rates(top_class_ids[:, :, 0], is_noise).sum(),
-                        top5_distances(top_class_ids, is_noise).sum(),
-                    )
+                    flip_sums[unit.kind] += [values.sum() for values in measure_flips(table, unit.kind, unit.images_each)]
                 else:
                     right[unit.kind] += int((table["rank"].to_numpy() == 0).sum())
                     images += len(table) if unit.suite == "clean" else 0
@@ -485,12 +476,12 @@ class RobustnessSuite:
 
 
 def build_subsample(config: EvaluationConfig) -> Subsample | None:
-    """Which images a configuration wants looked at; None for all."""
+    """The part of a dataset that a configuration asks for; None for all of it."""
     return None if config.images is None else Subsample(images=config.images, seed=config.seed)
 
 
 def measurement_inputs(config: EvaluationConfig) -> dict[str, Any]:
-    """What the numbers depend on, of a configuration: settings of suites that are not asked for do not count."""
+    """The settings that the numbers depend on; settings of suites that are not asked for do not count."""
     return {
         "units": [[unit.suite, unit.kind, unit.images_each] for unit in list_units(config)],
         "severities": config.severities,
@@ -502,7 +493,7 @@ def measurement_inputs(config: EvaluationConfig) -> dict[str, Any]:
 def build_corruption_table(
     keys: Sequence[str], class_ids: npt.NDArray[np.int64], probabilities: npt.NDArray[np.float32], severities: Sequence[int]
 ) -> pa.Table:
-    """Predictions of all severities of the first image, then of the next. `probabilities`: [N · severities, classes]."""
+    """Predictions at all severities of the first image, then of the next. `probabilities`: [N · severities, classes]."""
     num_severities = len(severities)
     table = build_predictions_table(
         [key for key in keys for _ in severities], np.repeat(class_ids, num_severities), probabilities
@@ -521,22 +512,26 @@ def build_top_table(
         {
             "key": pa.array([key for key in keys for _ in range(frames)], pa.string()),
             "frame": pa.array(np.tile(np.arange(frames, dtype=np.uint8), len(keys))),
-            "label": pa.array(np.repeat(class_ids, frames).astype(np.uint16)),
+            "class_id": pa.array(np.repeat(class_ids, frames).astype(np.uint16)),
             "top": pa.FixedSizeListArray.from_arrays(pa.array(top_class_ids.reshape(-1)), top_class_ids.shape[1]),
         }
     )
 
 
-def _count_top_classes(predictor: Predictor) -> int:
-    return min(TOP_K, len(predictor.manifest.classes))
+def measure_flips(table: pa.Table, kind: str, frames: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Flip rate and top-5 distance of each sequence in a table of `build_top_table`, each float64 [N]."""
+    top = table["top"].combine_chunks()
+    top_class_ids = np.array(top.flatten()).reshape(-1, frames, top.type.list_size)
+    is_noise = kind in NOISE_PERTURBATIONS
+    return flip_rates(top_class_ids[:, :, 0], is_noise), top5_distances(top_class_ids, is_noise)
 
 
 def _make_executor(stack: ExitStack, seconds: float) -> Executor:
-    """Who makes distorted images: processes, if there is enough to make, since not all of it lets other threads run."""
+    """Renders distorted images: in processes if that takes long, because some of the work holds the interpreter lock."""
     cores = _count_cores()
     if seconds < PROCESSES_FROM_SECONDS or cores == 1:
         return stack.enter_context(ThreadPoolExecutor(2, "distort"))
-    # Not forked: torch has threads.
+    # Forked from a server: this process has torch's threads, which do not survive a fork.
     context = multiprocessing.get_context("forkserver")
     pool = ProcessPoolExecutor(cores, context, init_helper_process, (os.getpid(),))
     stack.callback(pool.shutdown, wait=True, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""Where pages come from: templates that escape everything, and one look for all."""
+"""The templates of all pages: they escape everything and share one style."""
 
 import base64
 import hashlib
@@ -10,11 +10,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from ns.core.log import format_duration
 
 SCRIPTLESS = "'none'"
+"""The `scripts` of a page without scripts."""
 
 
 @cache
 def make_environment() -> Environment:
-    """Keys and class names come from outside: everything is escaped but what our own code marks as markup."""
+    """Keys and class names come from outside, so everything is escaped except what our own code marks as markup."""
     templates = Environment(
         loader=PackageLoader("ns.reporting", "templates"),
         autoescape=True,
@@ -32,6 +33,6 @@ def make_environment() -> Environment:
 
 
 def load_script(name: str) -> tuple[str, str]:
-    """A script of ours, and the source expression that lets a page's policy run it and no other (CSP 3, §6.7.3.3)."""
+    """A script's text, and the source expression by which a page's policy allows this script only (CSP 3, §6.7.3.3)."""
     text = (files("ns.reporting.templates") / name).read_text(encoding="utf-8")
     return text, f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -4,80 +4,80 @@ const names = new Set(JSON.parse(document.getElementById("names").textContent));
 const PAGE = 48;
 const get = id => document.getElementById(id);
 const cards = [...get("sheet").children];
-const place = ["ns-audit", audit.label_set, audit.selection, audit.seed, audit.asked].join(" ");
+const storageKey = ["ns-audit", audit.label_set, audit.selection, audit.seed, audit.requested].join(" ");
 let page = 0;
 let shown = [];
 
-// Answers stay in the browser: a page that is closed by mistake has lost nothing.
+// Answers stay in the browser, so closing the page by mistake loses nothing.
 try {
-  const kept = JSON.parse(localStorage.getItem(place) || "{}");
+  const kept = JSON.parse(localStorage.getItem(storageKey) || "{}");
   for (const image of audit.images) Object.assign(image, kept[image.key]);
-} catch { /* A browser without storage only forgets. */ }
+} catch { /* Without storage, answers last until the page is closed. */ }
 
-function keep() {
+function storeAnswers() {
   const kept = {};
-  for (const { key, wrong, correct_class, looked } of audit.images) if (looked) kept[key] = { wrong, correct_class, looked };
-  try { localStorage.setItem(place, JSON.stringify(kept)); } catch { /* As above. */ }
+  for (const { key, wrong, correct_class, reviewed } of audit.images) if (reviewed) kept[key] = { wrong, correct_class, reviewed };
+  try { localStorage.setItem(storageKey, JSON.stringify(kept)); } catch { /* As above. */ }
 }
 
-function draw(index) {
+function drawCard(index) {
   const card = cards[index], image = audit.images[index], field = card.querySelector("input");
   card.classList.toggle("wrong", image.wrong);
-  card.classList.toggle("looked", image.looked);
+  card.classList.toggle("reviewed", image.reviewed);
   card.querySelector("button").setAttribute("aria-pressed", image.wrong);
   field.hidden = !image.wrong;
   if (document.activeElement !== field) field.value = image.correct_class ?? "";
 }
 
-function count() {
-  const looked = audit.images.filter(image => image.looked).length;
+function showCounts() {
+  const reviewed = audit.images.filter(image => image.reviewed).length;
   const wrong = audit.images.filter(image => image.wrong).length;
-  get("counter").textContent = `${looked} of ${audit.images.length} looked at, ${wrong} wrong`;
+  get("counter").textContent = `${reviewed} of ${audit.images.length} reviewed, ${wrong} wrong`;
 }
 
-function lay() {
-  const label = get("class").value, state = get("state").value;
+function showPage() {
+  const className = get("class").value, state = get("state").value;
   const matching = audit.images.map((_, index) => index).filter(index => {
     const image = audit.images[index];
-    return (!label || image.class === label) && (state !== "new" || !image.looked) && (state !== "wrong" || image.wrong);
+    return (!className || image.class_name === className) && (state !== "new" || !image.reviewed) && (state !== "wrong" || image.wrong);
   });
   const pages = Math.max(1, Math.ceil(matching.length / PAGE));
   page = Math.max(0, Math.min(page, pages - 1));
   shown = matching.slice(page * PAGE, (page + 1) * PAGE);
   const visible = new Set(shown);
-  cards.forEach((card, index) => { card.hidden = !visible.has(index); draw(index); });
+  cards.forEach((card, index) => { card.hidden = !visible.has(index); drawCard(index); });
   get("page").textContent = matching.length ? `Page ${page + 1} of ${pages}` : "None.";
   get("back").disabled = page === 0;
-  count();
+  showCounts();
 }
 
-function mark(index) {
+function toggleWrong(index) {
   const image = audit.images[index];
   image.wrong = !image.wrong;
-  image.looked = true;
+  image.reviewed = true;
   if (!image.wrong) image.correct_class = null;
   cards[index].querySelector("input").removeAttribute("aria-invalid");
-  draw(index); count(); keep();
+  drawCard(index); showCounts(); storeAnswers();
 }
 
-function name(index) {
+function nameClass(index) {
   const image = audit.images[index], field = cards[index].querySelector("input"), value = field.value.trim();
-  const known = names.has(value) && value !== image.class;
+  const known = names.has(value) && value !== image.class_name;
   image.correct_class = known ? value : null;
   if (value && !known) field.setAttribute("aria-invalid", "true"); else field.removeAttribute("aria-invalid");
-  keep();
+  storeAnswers();
 }
 
 function goOn() {
-  for (const index of shown) audit.images[index].looked = true;
-  // With "not looked at", those that follow move up by themselves.
+  for (const index of shown) audit.images[index].reviewed = true;
+  // With "not reviewed", the images that follow move up without a page turn.
   if (get("state").value !== "new") page += 1;
-  keep(); lay();
+  storeAnswers(); showPage();
   cards[shown[0]]?.querySelector("button").focus({ preventScroll: true });
   get("sheet").scrollIntoView();
 }
 
-function save() {
+function download() {
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([JSON.stringify(audit, null, 1)], { type: "application/json" }));
   link.download = "audit.json";
@@ -86,20 +86,20 @@ function save() {
 }
 
 cards.forEach((card, index) => {
-  card.querySelector("button").addEventListener("click", () => mark(index));
-  card.querySelector("input").addEventListener("input", () => name(index));
+  card.querySelector("button").addEventListener("click", () => toggleWrong(index));
+  card.querySelector("input").addEventListener("input", () => nameClass(index));
 });
-for (const id of ["class", "state"]) get(id).addEventListener("change", () => { page = 0; lay(); });
-get("back").addEventListener("click", () => { page -= 1; lay(); });
+for (const id of ["class", "state"]) get(id).addEventListener("change", () => { page = 0; showPage(); });
+get("back").addEventListener("click", () => { page -= 1; showPage(); });
 get("next").addEventListener("click", goOn);
-get("download").addEventListener("click", save);
+get("download").addEventListener("click", download);
 
 document.addEventListener("keydown", event => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("select")) return;
   const card = event.target.closest("#sheet li");
   if (event.target.matches("input")) {
     if (card && (event.key === "Escape" || event.key === "Enter")) {
-      // Or the Enter that leaves the field would press the button.
+      // Otherwise the Enter that leaves the field would also press the button.
       event.preventDefault();
       card.querySelector("button").focus();
     }
@@ -111,9 +111,9 @@ document.addEventListener("keydown", event => {
     const next = shown[index < 0 ? 0 : shown.indexOf(index) + step];
     if (next !== undefined) cards[next].querySelector("button").focus();
   } else if (event.key === "w" && index >= 0) {
-    mark(index);
+    toggleWrong(index);
   } else if (event.key === "c" && index >= 0) {
-    if (!audit.images[index].wrong) mark(index);
+    if (!audit.images[index].wrong) toggleWrong(index);
     cards[index].querySelector("input").focus();
   } else if (event.key === "n") {
     goOn();
@@ -123,7 +123,7 @@ document.addEventListener("keydown", event => {
   event.preventDefault();
 });
 
-// Printed, all pictures are there, whichever page is open.
+// A printout shows all pictures, whichever page is open.
 addEventListener("beforeprint", () => cards.forEach(card => { card.hidden = false; }));
-addEventListener("afterprint", lay);
-lay();
+addEventListener("afterprint", showPage);
+showPage();

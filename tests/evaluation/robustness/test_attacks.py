@@ -27,7 +27,7 @@ def linear():
 
 
 @pytest.mark.parametrize("epsilon", [0.5, 2, 16, 255])
-def test_fgsm_is_one_step_along_the_sign_of_the_analytic_gradient(linear, epsilon):
+def test_attack_images_fgsm_follows_analytic_gradient(linear, epsilon):
     images, labels, weights, logits = linear
     clean = images.flatten(1).double()
     probabilities = (clean @ weights.double() / 255).softmax(1)
@@ -38,7 +38,7 @@ def test_fgsm_is_one_step_along_the_sign_of_the_analytic_gradient(linear, epsilo
     assert torch.allclose(found.flatten(1).double(), expected, atol=1e-4)
 
 
-def test_pgd_ends_at_the_worst_corner_of_a_two_class_linear_network(linear):
+def test_attack_images_pgd_ends_at_worst_corner_of_linear_network(linear):
     images, labels, weights, _ = linear
     labels = labels % 2
     # The loss grows with the margin of the other class, whose gradient is one direction everywhere: the corner is the worst place.
@@ -51,14 +51,14 @@ def test_pgd_ends_at_the_worst_corner_of_a_two_class_linear_network(linear):
 
 
 @pytest.mark.parametrize("plan", [AttackPlan.fgsm(16), AttackPlan.pgd(16, 3), AttackPlan.pgd(2, 5, 30)])
-def test_changes_stay_within_epsilon_and_the_range_of_pixels(linear, plan):
+def test_attack_images_stays_within_epsilon_and_pixel_range(linear, plan):
     images, labels, _, logits = linear
     found = attack_images(logits, images, labels, plan, KEYS, 0)
     assert float((found - images.float()).abs().max()) <= plan.epsilon
     assert 0 <= float(found.min()) <= float(found.max()) <= 255
 
 
-def test_pgd_starts_where_seed_and_key_say_whatever_the_batch(linear):
+def test_attack_images_pgd_start_follows_seed_and_key(linear):
     images, labels, _, logits = linear
     plan = AttackPlan.pgd(4, 1, 0.25)
     together = attack_images(logits, images, labels, plan, KEYS, 0)
@@ -70,21 +70,21 @@ def test_pgd_starts_where_seed_and_key_say_whatever_the_batch(linear):
     assert not torch.equal(twins[0], twins[1])
 
 
-def test_steps_are_the_published_ones_where_nothing_is_said():
+def test_attack_plan_default_step_size():
     assert AttackPlan.pgd(16, 10).step_size == 4
     assert AttackPlan.pgd(16, 50).step_size == pytest.approx(0.8)
     assert str(AttackPlan.fgsm(2)) == "fgsm-2"
     assert str(AttackPlan.pgd(16, 10)) == "pgd-16-10x4"
 
 
-def test_a_network_is_attacked_through_its_normalization(model, pixels):
+def test_attack_images_through_normalization(model, pixels):
     predictor = Predictor(model, batch=8)
     images = torch.from_numpy(pixels(6, 32))
     labels = predictor.compute_logits(images).argmax(1)
     before = F.cross_entropy(predictor.compute_logits(images), labels, reduction="none")
     found = attack_images(predictor.compute_logits, images, labels, AttackPlan.pgd(8, 5), [str(n) for n in range(6)], 0)
     after = F.cross_entropy(predictor.compute_logits(found), labels, reduction="none")
-    assert bool((after > before).load_all())
+    assert bool((after > before).all())
     # Against a gradient by differences: the step that FGSM takes is uphill in each of some pixels.
     step = (
         attack_images(predictor.compute_logits, images, labels, AttackPlan.fgsm(1), [str(n) for n in range(6)], 0)

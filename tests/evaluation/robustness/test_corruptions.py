@@ -59,14 +59,14 @@ def close(found, expected, within=1):
     assert np.abs(found.astype(int) - np.clip(np.asarray(expected), 0, 255).astype(int)).max() <= within
 
 
-def test_there_are_the_nineteen_published_kinds():
+def test_corruption_kinds_are_published_ones():
     assert set(CORRUPTION_KINDS) == {*CORRUPTIONS, *EXTRA_CORRUPTIONS}
     assert len(CORRUPTIONS) == 15
     assert all(len(photographs) == len(small) == 5 for _, photographs, small in CORRUPTION_KINDS.values())
 
 
 @pytest.mark.parametrize("kind", list(CORRUPTION_KINDS))
-def test_all_kinds_change_the_image_and_follow_from_the_generator_alone(image, kind):
+def test_corrupt_image_is_reproducible(image, kind):
     before = image.copy()
     for severity in (1, 5):
         first, again = (corrupt_image(image, kind, severity, np.random.default_rng(7)) for _ in range(2))
@@ -78,7 +78,7 @@ def test_all_kinds_change_the_image_and_follow_from_the_generator_alone(image, k
 
 @pytest.mark.parametrize("size", ["small", "photograph"])
 @pytest.mark.parametrize("kind", sorted(set(CORRUPTION_KINDS) - {"frost"}))
-def test_images_change_as_much_as_by_the_published_code(kind, size):
+def test_corrupt_image_changes_as_much_as_published_code(kind, size):
     image = part_of_a_photograph(size)
     for row in (row for row in PUBLISHED if (row["size"], row["kind"]) == (size, kind)):
         theirs, severity, rng = int(row["draws"]), int(row["severity"]), np.random.default_rng(0)
@@ -98,7 +98,7 @@ def test_images_change_as_much_as_by_the_published_code(kind, size):
 
 @pytest.mark.parametrize("shape", [(8, 8), (24, 17), (90, 70)])
 @pytest.mark.parametrize("kind", list(CORRUPTION_KINDS))
-def test_images_of_any_shape_can_be_corrupted(kind, shape):
+def test_corrupt_image_takes_any_shape(kind, shape):
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
     for flat in (image, np.zeros_like(image), np.full_like(image, 255)):
         assert corrupt_image(flat, kind, 5, np.random.default_rng(0)).shape == image.shape
@@ -106,13 +106,13 @@ def test_images_of_any_shape_can_be_corrupted(kind, shape):
 
 @pytest.mark.parametrize("kind", ["gaussian_noise", "shot_noise", "speckle_noise", "impulse_noise", "jpeg_compression",
                                   "gaussian_blur", "contrast", "zoom_blur", "fog"])  # fmt: skip
-def test_a_higher_severity_changes_more(image, kind):
+def test_corrupt_image_changes_grow_with_severity(image, kind):
     changes = [np.abs(corrupt_image(image, kind, s, np.random.default_rng(0)).astype(int) - image).mean() for s in SEVERITIES]
     assert changes == sorted(changes)
 
 
 @pytest.mark.parametrize("severity", SEVERITIES)
-def test_noise_has_the_published_strength(severity):
+def test_corrupt_image_noise_has_published_strength(severity):
     image = np.full((224, 224, 3), 128, np.uint8)
     value = 128 / 255
     rng = np.random.default_rng(0)
@@ -131,7 +131,7 @@ def test_noise_has_the_published_strength(severity):
 
 
 @pytest.mark.parametrize("severity", SEVERITIES)
-def test_brightness_and_saturate_are_those_of_hsv(image, severity):
+def test_corrupt_image_brightness_and_saturate_match_hsv(image, severity):
     shift = parameter(image, "brightness", severity)
     hsv = matplotlib.colors.rgb_to_hsv(image / 255)
     hsv[:, :, 2] = np.clip(hsv[:, :, 2] + shift, 0, 1)
@@ -143,14 +143,14 @@ def test_brightness_and_saturate_are_those_of_hsv(image, severity):
 
 
 @pytest.mark.parametrize("severity", SEVERITIES)
-def test_contrast_is_about_the_mean_of_each_channel(image, severity):
+def test_corrupt_image_contrast_is_about_channel_mean(image, severity):
     mean = image.mean((0, 1))
     expected = mean + (image - mean) * parameter(image, "contrast", severity)
     close(corrupt_image(image, "contrast", severity, np.random.default_rng(0)), expected)
 
 
 @pytest.mark.parametrize("severity", SEVERITIES)
-def test_pixelate_and_jpeg_are_pillows(image, severity):
+def test_corrupt_image_pixelate_and_jpeg_match_pillow(image, severity):
     picture = Image.fromarray(image)
     side = int(len(image) * parameter(image, "pixelate", severity))
     coarse = picture.resize((side, side), Image.Resampling.BOX).resize(picture.size, Image.Resampling.BOX)
@@ -161,7 +161,7 @@ def test_pixelate_and_jpeg_are_pillows(image, severity):
 
 
 @pytest.mark.parametrize("severity", SEVERITIES)
-def test_defocus_is_a_convolution_with_a_softened_disk(severity):
+def test_corrupt_image_defocus_is_softened_disk(severity):
     image = natural(224)
     radius, softness = parameter(image, "defocus_blur", severity)
     reach, size = (8, 3) if radius <= 8 else (radius, 5)
@@ -175,7 +175,7 @@ def test_defocus_is_a_convolution_with_a_softened_disk(severity):
     close(corrupt_image(image, "defocus_blur", severity, np.random.default_rng(0)), expected.numpy())
 
 
-def test_motion_blur_is_the_mean_along_half_a_line():
+def test_blur_motion_is_mean_along_half_line():
     image = np.zeros((21, 21, 1), np.float32)
     image[10, 10] = 1
     weights = np.exp(-(np.arange(7) ** 2) / (2 * 1.5**2))
@@ -190,7 +190,7 @@ def test_motion_blur_is_the_mean_along_half_a_line():
 
 @pytest.mark.parametrize("factor", [1, 1.01, 1.06, 1.3, 2.5])
 @pytest.mark.parametrize("shape", [(32, 32, 3), (224, 224), (17, 24, 3)])
-def test_a_centre_is_enlarged_as_by_scipy(shape, factor):
+def test_zoom_center_matches_scipy(shape, factor):
     image = np.random.default_rng(0).random(shape, np.float32)
     height, width = shape[:2]
     rows, columns = int(np.ceil(height / factor)), int(np.ceil(width / factor))
@@ -202,7 +202,7 @@ def test_a_centre_is_enlarged_as_by_scipy(shape, factor):
     assert found == pytest.approx(larger[top : top + height, left : left + width], abs=1e-6)
 
 
-def test_glass_takes_each_pixel_from_a_neighbor():
+def test_corrupt_image_glass_takes_neighboring_pixels():
     # At the lowest severity of small images nothing is blurred that one could see, and pixels are taken once, from a pixel away.
     places = np.arange(32, dtype=np.uint8)
     rows = np.broadcast_to(places[:, None, None] * 8, (32, 32, 3)).copy()
@@ -213,7 +213,7 @@ def test_glass_takes_each_pixel_from_a_neighbor():
     assert (rows.astype(int) - found).max() <= 8
 
 
-def test_plasma_fills_its_range_and_is_rougher_with_less_decay():
+def test_generate_plasma_range_and_roughness():
     smooth, rough = (generate_plasma((100, 60), decay, np.random.default_rng(0)) for decay in (3, 1.4))
     for field in (smooth, rough):
         assert field.shape == (100, 60)
@@ -222,7 +222,7 @@ def test_plasma_fills_its_range_and_is_rougher_with_less_decay():
 
 
 @pytest.mark.parametrize("kind", ["fog", "snow", "frost"])
-def test_weather_makes_contrasts_weaker_or_images_lighter(image, kind):
+def test_corrupt_image_weather_weakens_contrast_or_lightens(image, kind):
     found = corrupt_image(image, kind, 3, np.random.default_rng(0))
     correlation = np.corrcoef(found.reshape(-1), image.reshape(-1))[0, 1]
     assert 0.2 < correlation < 0.999
@@ -230,7 +230,7 @@ def test_weather_makes_contrasts_weaker_or_images_lighter(image, kind):
         assert found.mean() > image.mean()
 
 
-def test_parameters_of_small_images_end_at_64_px():
+def test_corrupt_image_small_parameters_end_at_64_px():
     def spread(size):
         return corrupt_image(np.full((size, size, 3), 128, np.uint8), "gaussian_noise", 1, np.random.default_rng(0)).std() / 255
 

@@ -9,7 +9,7 @@ from PIL import Image
 from ns.config.schema import EvaluationConfig
 from ns.core.errors import DataError
 from ns.data.loading.decode import decode_image
-from ns.evaluation.result import ROBUSTNESS, Robustness
+from ns.evaluation.result import Robustness
 from ns.evaluation.robustness.published import CIFAR10_CLASSES, PublishedSet, digest_listing, measure_published_set
 from ns.modeling.predictor import Predictor
 from ns.storage import LocalStore
@@ -22,34 +22,34 @@ def predictor(make_model, tmp_path_factory):
     return Predictor(make_model(tmp_path_factory.mktemp("cifar"), classes=CIFAR10_CLASSES), batch=8)
 
 
-def run(predictor, place, kind, out, config=CONFIG):
-    folder, out = LocalStore(place), LocalStore(out)
-    found = measure_published_set(predictor, folder, kind, "set", digest_listing(folder), config, out.at("units"), out)
-    assert Robustness.load_file(out, ROBUSTNESS) == found
-    return found
+def run_set(predictor, path, kind, out, config=CONFIG):
+    folder, out = LocalStore(path), LocalStore(out)
+    result = measure_published_set(predictor, folder, kind, "set", digest_listing(folder), config, out.at("units"), out)
+    assert Robustness.load(out) == result
+    return result
 
 
 @pytest.fixture
 def cifar10_c(tmp_path, pixels):
-    place = tmp_path / "cifar10-c"
-    place.mkdir()
+    path = tmp_path / "cifar10-c"
+    path.mkdir()
     labels = np.tile(np.arange(10, dtype=np.uint8), 2)
-    np.save(place / "labels.npy", np.tile(labels, 5))
+    np.save(path / "labels.npy", np.tile(labels, 5))
     for number, kind in enumerate(("fog", "spatter", "motion_blur")):
-        np.save(place / f"{kind}.npy", pixels(100, 32, seed=number))
-    return place
+        np.save(path / f"{kind}.npy", pixels(100, 32, seed=number))
+    return path
 
 
-def test_cifar10_c_is_read_severity_by_severity(predictor, cifar10_c, tmp_path):
-    found = run(predictor, cifar10_c, "cifar10-c", tmp_path / "out")
+def test_measure_published_set_reads_cifar10_c(predictor, cifar10_c, tmp_path):
+    found = run_set(predictor, cifar10_c, "cifar10-c", tmp_path / "out")
     images, labels = np.load(cifar10_c / "fog.npy"), np.load(cifar10_c / "labels.npy")
     expected = []
     for severity in (1, 5):
         part = slice(20 * (severity - 1), 20 * severity)
-        probabilities = next(predictor.groups([list(images[part])]))
+        probabilities = next(predictor.predict_groups([list(images[part])]))
         names = [CIFAR10_CLASSES[label] for label in labels[part]]
         wrong = [
-            predictor.manifest.classes[answer] != name for answer, name in zip(probabilities.argmax(1), names, make_strict=True)
+            predictor.manifest.classes[answer] != name for answer, name in zip(probabilities.argmax(1), names, strict=True)
         ]
         expected.append(np.mean(wrong))
     assert found.corruptions["fog"] == pytest.approx(tuple(expected))
@@ -59,38 +59,38 @@ def test_cifar10_c_is_read_severity_by_severity(predictor, cifar10_c, tmp_path):
     assert not found.imagenet
 
 
-def test_a_subsample_of_a_published_set_is_even(predictor, cifar10_c, tmp_path):
-    found = run(predictor, cifar10_c, "cifar10-c", tmp_path / "out", CONFIG.model_copy(update_weights={"images": 10}))
+def test_measure_published_set_draws_evenly(predictor, cifar10_c, tmp_path):
+    found = run_set(predictor, cifar10_c, "cifar10-c", tmp_path / "out", CONFIG.model_copy(update={"images": 10}))
     assert (found.images, found.subsample.images) == (10, 10)
 
 
-def test_imagenet_c_is_read_from_its_folders_and_damaged_images_are_left_out(make_model, picture, tmp_path):
+def test_measure_published_set_reads_imagenet_c(make_model, picture, tmp_path):
     names = ("n01", "n02", "n03")
     predictor = Predictor(make_model(tmp_path / "model", classes=names), batch=4)
-    place = LocalStore(tmp_path / "imagenet-c")
+    store = LocalStore(tmp_path / "imagenet-c")
     wrong = {1: 0, 5: 0}
     for severity in (1, 5):
         for number in range(7):
             data, name = picture(10 * severity + number, "JPEG", 224), names[number % 3]
             damaged = number == 4
-            place.put(f"frost/{severity}/{name}/ILSVRC2012_val_{number:08d}.JPEG", data[:50] if damaged else data)
+            store.put(f"frost/{severity}/{name}/ILSVRC2012_val_{number:08d}.JPEG", data[:50] if damaged else data)
             if not damaged:
                 whole = np.asarray(Image.fromarray(decode_image(data)).resize((32, 32), Image.Resampling.BICUBIC))
                 answer = int(next(predictor.predict_groups([[whole]])).argmax())
                 wrong[severity] += names[answer] != name
-    found = run(predictor, tmp_path / "imagenet-c", "imagenet-c", tmp_path / "out")
+    found = run_set(predictor, tmp_path / "imagenet-c", "imagenet-c", tmp_path / "out")
     assert found.corruptions == {"frost": (pytest.approx(wrong[1] / 6), pytest.approx(wrong[5] / 6))}
     assert (found.images, found.unreadable) == (6, 1)
     other = Predictor(make_model(tmp_path / "other"), batch=4)
     with pytest.raises(DataError, match=r"frost/1/n01: the model has no class of this name"):
-        run(other, tmp_path / "imagenet-c", "imagenet-c", tmp_path / "out")
+        run_set(other, tmp_path / "imagenet-c", "imagenet-c", tmp_path / "out")
 
 
-def test_imagenet_p_is_read_from_its_films(make_model, tmp_path):
+def test_measure_published_set_reads_imagenet_p(make_model, tmp_path):
     av = pytest.importorskip("av")
     names = ("n01", "n02")
     predictor = Predictor(make_model(tmp_path / "model", classes=names), batch=8)
-    place = LocalStore(tmp_path / "imagenet-p")
+    store = LocalStore(tmp_path / "imagenet-p")
     rng = np.random.default_rng(0)
     for number in range(3):
         sink = io.BytesIO()
@@ -103,11 +103,11 @@ def test_imagenet_p_is_read_from_its_films(make_model, tmp_path):
                 frame = np.roll(np.asarray(coarse), 20 * step, 1)
                 film.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             film.mux(stream.encode(None))
-        place.put(f"translate/{names[number % 2]}/{number}.mp4", sink.getvalue())
-    found = run(predictor, tmp_path / "imagenet-p", "imagenet-p", tmp_path / "out")
+        store.put(f"translate/{names[number % 2]}/{number}.mp4", sink.getvalue())
+    found = run_set(predictor, tmp_path / "imagenet-p", "imagenet-p", tmp_path / "out")
     assert list(found.perturbations) == ["translate"]
     assert (found.images, found.frames) == (3, 5)
-    made = PublishedSet(place, "imagenet-p", names).find_entries("translate", 1)
+    made = PublishedSet(store, "imagenet-p", names).find_entries("translate", 1)
     flipped = []
     for row in range(3):
         frames = made.load(row)
@@ -117,10 +117,10 @@ def test_imagenet_p_is_read_from_its_films(make_model, tmp_path):
     assert found.perturbations["translate"].flip_probability == pytest.approx(np.mean(flipped))
 
 
-def test_what_was_done_is_not_done_again(predictor, cifar10_c, tmp_path, monkeypatch):
-    first = run(predictor, cifar10_c, "cifar10-c", tmp_path / "out")
+def test_measure_published_set_reuses_units(predictor, cifar10_c, tmp_path, monkeypatch):
+    first = run_set(predictor, cifar10_c, "cifar10-c", tmp_path / "out")
     monkeypatch.setattr(Predictor, "predict_groups", lambda *_: pytest.fail("done again"))
-    assert run(predictor, cifar10_c, "cifar10-c", tmp_path / "out").digest == first.digest
+    assert run_set(predictor, cifar10_c, "cifar10-c", tmp_path / "out").digest == first.digest
 
 
 @pytest.mark.parametrize(
@@ -132,13 +132,13 @@ def test_what_was_done_is_not_done_again(predictor, cifar10_c, tmp_path, monkeyp
         ("labels.npy", np.array([{}] * 100), r"labels\.npy: not a NumPy array"),
     ],
 )
-def test_arrays_that_are_not_cifar10_cs_are_refused(predictor, cifar10_c, tmp_path, file, array, reason):
+def test_measure_published_set_refuses_other_arrays(predictor, cifar10_c, tmp_path, file, array, reason):
     np.save(cifar10_c / file, array, allow_pickle=True)
     with pytest.raises(DataError, match=reason):
-        run(predictor, cifar10_c, "cifar10-c", tmp_path / "out")
+        run_set(predictor, cifar10_c, "cifar10-c", tmp_path / "out")
 
 
-def test_a_folder_without_kinds_is_refused(predictor, tmp_path):
+def test_measure_published_set_refuses_folder_without_kinds(predictor, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="is no imagenet-c set: none of its kinds is there"):
-        run(predictor, tmp_path / "empty", "imagenet-c", tmp_path / "out")
+        run_set(predictor, tmp_path / "empty", "imagenet-c", tmp_path / "out")

@@ -16,11 +16,11 @@ from ns.config.schema import EvaluationConfig
 from ns.core.errors import DataError
 from ns.data.loading.decode import decode_image
 from ns.data.loading.shard_reader import ImageSource
-from ns.evaluation.result import ROBUSTNESS, Robustness
+from ns.evaluation.result import Robustness
 from ns.evaluation.robustness import suite
 from ns.evaluation.robustness.attacks import AttackPlan, attack_images
-from ns.evaluation.robustness.perturbations import render_sequence
-from ns.evaluation.robustness.render import DistortionTask, crop_center, distort_images, pack_images, render_base, unpack_images
+from ns.evaluation.robustness.perturbations import crop_center, render_sequence
+from ns.evaluation.robustness.render import DistortionTask, distort_images, pack_images, render_base, unpack_images
 from ns.evaluation.robustness.suite import RobustnessSuite, count_passes, list_units, measurement_inputs
 from ns.modeling.predictor import Predictor
 from ns.storage import LocalStore
@@ -44,13 +44,13 @@ def run(model, tmp_path):
     def measure(data, name="a", config=SMALL, made=None, batch=16, predictor=None):
         out = LocalStore(tmp_path / name)
         found = RobustnessSuite(predictor or predictors[batch], *data, config, out.at("units"), made).run_suite(out)
-        assert Robustness.load_file(out, ROBUSTNESS) == found
+        assert Robustness.load(out) == found
         return found
 
     return measure
 
 
-def test_numbers_are_those_of_a_plain_loop_over_images(run, model, tmp_path, labeled_images):
+def test_run_suite_matches_plain_loop(run, model, tmp_path, labeled_images):
     folder, data = labeled_images(tmp_path / "d")
     found = run((folder, data))
     predictor = Predictor(model, batch=1)
@@ -63,7 +63,7 @@ def test_numbers_are_those_of_a_plain_loop_over_images(run, model, tmp_path, lab
             source.read_index(shard).keys,
             source.read_class_ids(shard, 5).tolist(),
             source.read_encoded(shard),
-            make_strict=True,
+            strict=True,
         ):
             if key == "image-002":
                 continue
@@ -92,17 +92,17 @@ def test_numbers_are_those_of_a_plain_loop_over_images(run, model, tmp_path, lab
     assert max(flips.values()) > 0
 
 
-def test_neither_shards_nor_batches_nor_processes_change_a_number(run, tmp_path, labeled_images, monkeypatch):
+def test_run_suite_is_independent_of_shards_batches_processes(run, tmp_path, labeled_images, monkeypatch):
     first = run(labeled_images(tmp_path / "d"))
     monkeypatch.setattr(suite, "BLOCK_IMAGES", 7)
     monkeypatch.setattr(suite, "PROCESSES_FROM_SECONDS", 0)
-    monkeypatch.setattr(suite, "_cores", lambda: 2)
+    monkeypatch.setattr(suite, "_count_cores", lambda: 2)
     other = run(labeled_images(tmp_path / "e", per_shard=4), "b", batch=4)
     for field in ("images", "top1", "corruptions", "perturbations", "attacks"):
         assert getattr(other, field) == getattr(first, field), field
 
 
-def test_another_seed_makes_other_noise():
+def test_distort_images_depends_on_seed_and_key():
     image = np.full((8, 8, 3), 100, np.uint8)
     one, same, other = (
         distort_images(DistortionTask([image], ["k"], "gaussian_noise", (3,), 1, seed, True))[0] for seed in (0, 0, 1)
@@ -113,11 +113,9 @@ def test_another_seed_makes_other_noise():
     assert not np.array_equal(one, twin)
 
 
-def test_the_next_model_sees_the_images_that_were_made_for_the_one_before(
-    run, make_model, tmp_path, labeled_images, monkeypatch
-):
+def test_run_suite_reuses_distorted_images(run, make_model, tmp_path, labeled_images, monkeypatch):
     data = labeled_images(tmp_path / "d", size=80)
-    config = SMALL.model_copy(update_weights={"suites": ("corruptions",)})
+    config = SMALL.model_copy(update={"suites": ("corruptions",)})
     second = Predictor(make_model(tmp_path / "m", seed=1), batch=16)
     alone = run(data, "alone", config, predictor=second)
     made = LocalStore(tmp_path / "made")
@@ -125,38 +123,39 @@ def test_the_next_model_sees_the_images_that_were_made_for_the_one_before(
     assert len(list(made.list())) == 6
     costs = []
     real = RobustnessSuite._estimate_cost
-    monkeypatch.setattr(RobustnessSuite, "_cost", lambda self, *pending: costs.append(real(self, *pending)) or costs[-1])
+    monkeypatch.setattr(
+        RobustnessSuite, "_estimate_cost", lambda self, *pending: costs.append(real(self, *pending)) or costs[-1]
+    )
     monkeypatch.setattr(
         RobustnessSuite, "_build_task", lambda self, unit, images, part: part == slice(0, 1) or pytest.fail("made again")
     )
     monkeypatch.setattr(suite, "distort_images", lambda task: [])
-    assert run(data, "second", config, made, predictor=second).identity() == alone.identity()
+    assert run(data, "second", config, made, predictor=second).hashed_fields() == alone.hashed_fields()
     assert (costs[0].distort_seconds, costs[0].kept_bytes) == (0, 0)
     assert costs[0].passes == 24 * (1 + 2 * 2)
 
 
-def test_too_many_images_are_not_kept(run, tmp_path, labeled_images):
+def test_run_suite_keeps_at_most_keep_gib(run, tmp_path, labeled_images):
     made = LocalStore(tmp_path / "made")
-    run(labeled_images(tmp_path / "d"), config=SMALL.model_copy(update_weights={"keep_gib": 1e-6}), made=made)
+    run(labeled_images(tmp_path / "d"), config=SMALL.model_copy(update={"keep_gib": 1e-6}), made=made)
     assert list(made.list()) == []
 
 
-def test_pictures_come_back_from_a_file_as_they_were():
+def test_unpack_images_inverts_pack_images():
     small = [np.random.default_rng(n).integers(0, 256, (4 + n, 5, 3), np.uint8) for n in range(3)]
     assert all(
-        np.array_equal(one, other)
-        for one, other in zip(unpack_images(pack_images(small), keep_size=True), small, make_strict=True)
+        np.array_equal(one, other) for one, other in zip(unpack_images(pack_images(small), keep_size=True), small, strict=True)
     )
     photographs = distort_images(DistortionTask([np.zeros((256, 300, 3), np.uint8)], ["k"], "contrast", (1, 2), 1, 0, False))
     assert unpack_images(pack_images(photographs), keep_size=False) == photographs
 
 
-def test_photographs_are_cropped_and_small_images_are_not(picture):
+def test_render_base_resizes_photographs_only(picture):
     assert render_base(picture(0, "JPEG", 64), keep_size=True).shape == (64, 64, 3)
     assert render_base(picture(0, "JPEG", 64), keep_size=False).shape == (256, 256, 3)
 
 
-def test_photographs_are_cropped_as_published():
+def test_crop_center_matches_torchvision():
     from PIL import Image
     from torchvision.transforms import CenterCrop, Compose, Resize
 
@@ -167,24 +166,26 @@ def test_photographs_are_cropped_as_published():
     assert np.array_equal(crop_center(render_base(sink.getvalue(), keep_size=False)), np.asarray(published))
 
 
-def test_what_is_asked_for_later_is_done_beside_what_was_done(run, tmp_path, labeled_images, monkeypatch):
+def test_run_suite_adds_units_to_finished_ones(run, tmp_path, labeled_images, monkeypatch):
     data = labeled_images(tmp_path / "d")
-    less = SMALL.model_copy(update_weights={"suites": ("corruptions",)})
+    less = SMALL.model_copy(update={"suites": ("corruptions",)})
     run(data, config=less)
     done = []
     real = RobustnessSuite._write_unit
     monkeypatch.setattr(
-        RobustnessSuite, "_write", lambda self, block, unit, table: (done.append(unit.kind), real(self, block, unit, table))
+        RobustnessSuite,
+        "_write_unit",
+        lambda self, block, unit, table: (done.append(unit.kind), real(self, block, unit, table)),
     )
     whole = run(data)
     assert set(done) == {"translate", "brightness", "fgsm-4", "pgd-16-2x20"}
-    done.clear_checkpoints()
+    done.clear()
     assert run(data).digest == whole.digest
     assert done == []
     assert measurement_inputs(less) != measurement_inputs(SMALL)
 
 
-def test_the_cost_is_said_before_the_first_unit_is_done(run, tmp_path, labeled_images, capsys):
+def test_run_suite_logs_cost_first(run, tmp_path, labeled_images, capsys):
     run(labeled_images(tmp_path / "d"))
     lines = capsys.readouterr().out.splitlines()
     cost = next(place for place, line in enumerate(lines) if "cost" in line)
@@ -192,14 +193,14 @@ def test_the_cost_is_said_before_the_first_unit_is_done(run, tmp_path, labeled_i
     assert cost < next(place for place, line in enumerate(lines) if "progress" in line)
 
 
-def test_forward_passes_are_counted():
+def test_count_passes():
     plain = EvaluationConfig(suites=("corruptions", "perturbations", "attacks"))
     assert count_passes(plain) == 1 + 15 * 5 + 10 * 31 + 4 * 4 + (10 * 3 + 1) + (50 * 3 + 1)
     assert count_passes(EvaluationConfig()) == 1
     assert len(list_units(EvaluationConfig(suites=("corruptions",), extra_corruptions=True))) == 20
 
 
-def test_rows_are_kept_for_every_image(run, tmp_path, labeled_images):
+def test_run_suite_keeps_rows_of_every_image(run, tmp_path, labeled_images):
     found = run(labeled_images(tmp_path / "d"))
     table = pq.read_table(io.BytesIO((tmp_path / "a/units/shard-00000-00000/gaussian_noise-15.parquet").read_bytes()))
     assert table["key"].to_pylist()[:4] == ["image-000", "image-000", "image-001", "image-001"]
@@ -211,9 +212,9 @@ def test_rows_are_kept_for_every_image(run, tmp_path, labeled_images):
     assert found.frames == 3
 
 
-def test_attacks_go_on_with_fewer_images_when_memory_does_not_suffice(run, tmp_path, labeled_images, monkeypatch):
+def test_run_suite_halves_attack_batches_without_memory(run, tmp_path, labeled_images, monkeypatch):
     data = labeled_images(tmp_path / "d")
-    config = SMALL.model_copy(update_weights={"suites": ("attacks",)})
+    config = SMALL.model_copy(update={"suites": ("attacks",)})
     plenty = run(data, "plenty", config)
     real = suite.attack_images
 
@@ -229,13 +230,13 @@ def test_attacks_go_on_with_fewer_images_when_memory_does_not_suffice(run, tmp_p
         run(data, "none", config)
 
 
-def test_a_set_without_a_readable_image_is_refused(run, tmp_path, labeled_images):
+def test_run_suite_refuses_set_without_readable_image(run, tmp_path, labeled_images):
     with pytest.raises(DataError, match="no readable image"):
         run(labeled_images(tmp_path / "d", count=3, damaged=(0, 1, 2)))
 
 
 @pytest.mark.integration
-def test_killed_suites_go_on_where_they_stopped(run, model, tmp_path, labeled_images):
+def test_run_suite_continues_after_kills(run, model, tmp_path, labeled_images):
     """SIGKILL at instants all over the work: the units that were done stay, and what comes of it is the same."""
     data = labeled_images(tmp_path / "d", count=60)
     begun = time.monotonic()
@@ -245,7 +246,7 @@ def test_killed_suites_go_on_where_they_stopped(run, model, tmp_path, labeled_im
     rng = np.random.default_rng(0)
     kills, longest = 0, 0
     deadline = time.monotonic() + 60
-    while not out.exists(ROBUSTNESS) and time.monotonic() < deadline:
+    while not out.exists(Robustness.filename) and time.monotonic() < deadline:
         process = os.fork()
         if process == 0:
             try:
@@ -262,11 +263,11 @@ def test_killed_suites_go_on_where_they_stopped(run, model, tmp_path, labeled_im
         assert done >= longest, "a unit that was done is gone"
         longest = done
     assert kills >= 2
-    assert Robustness.load_file(out, ROBUSTNESS).digest == calm.digest
+    assert Robustness.load(out).digest == calm.digest
 
 
-def test_processes_that_distort_are_small(monkeypatch):
-    monkeypatch.setattr(suite, "_cores", lambda: 2)
+def test_helper_processes_do_not_import_torch(monkeypatch):
+    monkeypatch.setattr(suite, "_count_cores", lambda: 2)
     with ExitStack() as stack:
         executor = suite._make_executor(stack, suite.PROCESSES_FROM_SECONDS)
         task = DistortionTask([np.zeros((8, 8, 3), np.uint8)], ["a"], "contrast", (1,), 1, 0, keep_size=True)

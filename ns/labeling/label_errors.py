@@ -1,4 +1,4 @@
-"""Labels that may be wrong: confident learning (cleanlab; Northcutt et al., arXiv:1911.00068) on a model's probabilities."""
+"""Finds labels that may be wrong by confident learning on a model's probabilities (cleanlab; Northcutt et al., arXiv:1911.00068)."""
 
 import numpy as np
 import pyarrow as pa
@@ -7,27 +7,27 @@ from ns.core import log
 from ns.core.errors import DataError
 from ns.data.dataset import Dataset
 from ns.data.loading.shard_reader import ImageSource
-from ns.data.scratch import make_scratch_dir
 from ns.modeling.predictor import Predictor
 from ns.storage import Store
+from ns.storage.scratch import make_scratch_dir
 
 LABEL_ERROR_SCHEMA = pa.schema(
     [
         ("shard", pa.string()),
         ("row", pa.int64()),
         ("key", pa.string()),
-        ("label", pa.string()),
-        ("predicted", pa.string()),
-        ("probability_of_label", pa.float32()),
+        ("class_name", pa.string()),
+        ("predicted_class_name", pa.string()),
+        ("class_probability", pa.float32()),
     ]
 )
 
 
 def find_label_errors(predictor: Predictor, store: Store, data: Dataset) -> pa.Table:
-    """Images whose label the model has reason to doubt, the least probable labels first.
+    """Rows of `LABEL_ERROR_SCHEMA` for images whose label is probably wrong, the least probable labels first.
 
-    A model that was trained on these very images believes most of their labels: use one that was not. Probabilities are kept
-    on disk. Raises DataError if cleanlab is not installed, or the model has other classes.
+    Use a model that was not trained on these images: one that was believes most of their labels. Probabilities are kept on disk, so
+    the dataset may be larger than memory. Raises DataError if cleanlab is not installed or the model has other classes.
     """
     if predictor.manifest.classes != data.classes:
         raise DataError(f"{store.uri}: has other classes than the model; use a model of the same classes in the same order")
@@ -39,7 +39,7 @@ def find_label_errors(predictor: Predictor, store: Store, data: Dataset) -> pa.T
     progress = log.Progress(data.samples, "images")
     positions: list[tuple[int, int]] = []
     class_ids = np.zeros(data.samples, np.int64)
-    with make_scratch_dir("suspects") as scratch_dir:
+    with make_scratch_dir("label-errors") as scratch_dir:
         probabilities = np.lib.format.open_memmap(
             scratch_dir / "probabilities.npy", "w+", np.float32, (data.samples, len(data.classes))
         )
@@ -60,10 +60,15 @@ def find_label_errors(predictor: Predictor, store: Store, data: Dataset) -> pa.T
         columns: list[list[object]] = [[] for _ in LABEL_ERROR_SCHEMA]
         for number in error_rows.tolist():
             shard, row = positions[number]
+            class_id, predicted_class_id = int(class_ids[number]), int(probabilities[number].argmax())
             values = (
-                data.shards[shard].name, row, source.read_index(shard).keys[row], data.classes[class_ids[number]],
-                data.classes[int(probabilities[number].argmax())], float(probabilities[number, class_ids[number]]),
-            )  # fmt: skip
+                data.shards[shard].name,
+                row,
+                source.read_index(shard).keys[row],
+                data.classes[class_id],
+                data.classes[predicted_class_id],
+                float(probabilities[number, class_id]),
+            )
             for column, value in zip(columns, values, strict=True):
                 column.append(value)
         return pa.table(columns, schema=LABEL_ERROR_SCHEMA)

@@ -1,4 +1,4 @@
-"""Classifying image files with a model of a run."""
+"""Classifies image files with a trained model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,13 +14,13 @@ class FilePrediction(BaseModel):
 
     path: Path
     error: str | None
-    """Why the image could not be read."""
+    """Why the image could not be read; None if it was."""
     classes: list[tuple[str, float]]
-    """The most probable classes with their probabilities, best first."""
+    """Names of the most probable classes with their probabilities in 0–1, best first; empty after an error."""
 
 
 def predict_files(model_store: Store, paths: Sequence[Path], top_k: int) -> list[FilePrediction]:
-    """Classifies image files with the model in `folder`. A file that cannot be read gets its reason."""
+    """The `top_k` most probable classes of each file, in the order of `paths`. A file that cannot be read gets an error."""
     predictor = Predictor(model_store, batch=64)
     blobs: list[bytes] = []
     missing: dict[int, str] = {}
@@ -32,16 +32,10 @@ def predict_files(model_store: Store, paths: Sequence[Path], top_k: int) -> list
             blobs.append(b"")
     probabilities, errors = predictor.predict_images(blobs)
     errors |= missing
-    results = []
+    class_names = predictor.manifest.classes
+    predictions = []
     for index, path in enumerate(paths):
-        best_class_ids = [] if index in errors else (-probabilities[index]).argsort(kind="stable")[:top_k].tolist()
-        results.append(
-            FilePrediction(
-                path=path,
-                error=errors.get(index),
-                classes=[
-                    (predictor.manifest.classes[class_id], float(probabilities[index][class_id])) for class_id in best_class_ids
-                ],
-            )
-        )
-    return results
+        best = [] if index in errors else (-probabilities[index]).argsort(kind="stable")[:top_k].tolist()
+        classes = [(class_names[class_id], float(probabilities[index][class_id])) for class_id in best]
+        predictions.append(FilePrediction(path=path, error=errors.get(index), classes=classes))
+    return predictions

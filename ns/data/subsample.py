@@ -1,4 +1,4 @@
-"""A part of a dataset for a quick look: drawn evenly over the classes, the same images whoever draws."""
+"""A fixed part of a dataset for a quick measurement: drawn evenly over the classes, the same images for every model."""
 
 import hashlib
 from collections.abc import Sequence
@@ -7,16 +7,24 @@ import numpy as np
 import numpy.typing as npt
 
 from ns.data.loading.shard_reader import ImageSource
-from ns.evaluation.result import Subsample
+from ns.storage.documents import JsonDocument
+
+
+class Subsample(JsonDocument):
+    """Which images of a dataset are drawn."""
+
+    images: int
+    """The number of images asked for; all are drawn if the dataset has fewer."""
+    seed: int
 
 
 def draw_rows(
     source: ImageSource, shards: int, num_classes: int, subsample: Subsample | None
 ) -> dict[int, npt.NDArray[np.int64]]:
-    """Shard → rows in ascending order, of shards with any. All images if none are wanted in particular.
+    """Shard number → its drawn rows in ascending order; shards without any are left out. All rows if `subsample` is None.
 
-    An image's turn follows from the seed and its key, whatever shard it is in. Of each class comes one image, then of each a
-    second one, and so on until there are enough.
+    The draw depends on the seed and the images' keys, not on how they are sharded. It takes one image of each class, then a
+    second one of each, and so on until there are enough.
     """
     sizes = [len(source.read_index(shard)) for shard in range(shards)]
     if subsample is None or subsample.images >= sum(sizes):
@@ -32,7 +40,7 @@ def draw_rows(
 
 
 def draw_evenly(keys: Sequence[str], class_ids: npt.NDArray[np.int64], subsample: Subsample | None) -> npt.NDArray[np.int64]:
-    """Which of some images are drawn, in ascending order; all if none are wanted in particular."""
+    """Positions of the drawn images, ascending; all positions if `subsample` is None. `class_ids`: int64 [N], one per key."""
     if subsample is None or subsample.images >= len(keys):
         return np.arange(len(keys))
     turns = np.array([_hash_turn(subsample.seed, key) for key in keys], np.uint64)

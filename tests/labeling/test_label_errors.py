@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -5,7 +7,7 @@ from ns.core.errors import DataError
 from ns.data.dataset import Dataset
 from ns.data.importing.writer import ShardWriter
 from ns.data.loading.shard_reader import ImageSource
-from ns.evaluation.label_errors import find_label_errors
+from ns.labeling.label_errors import find_label_errors
 from ns.modeling.predictor import ShardPredictions
 from ns.storage import LocalStore
 
@@ -15,10 +17,10 @@ CLASSES = ("a", "b", "c")
 class Teacher:
     """Knows the class of every image: its key says it."""
 
-    class card:  # noqa: N801
+    class manifest:  # noqa: N801
         classes = CLASSES
 
-    def shard(self, source: ImageSource, shard: int, progress) -> ShardPredictions:
+    def predict_shard(self, source: ImageSource, shard: int, progress) -> ShardPredictions:
         index = source.read_index(shard)
         probabilities = np.full((len(index), 3), 0.05, np.float32)
         probabilities[np.arange(len(index)), [CLASSES.index(key[0]) for key in index.keys]] = 0.9
@@ -38,14 +40,17 @@ def made(tmp_path, picture):
     return store, Dataset(name="n", role="labeled", classes=CLASSES, shards=writer.shards)
 
 
-def test_labels_that_the_model_doubts_are_listed(made):
+def test_find_label_errors_lists_doubted_labels(made):
     table = find_label_errors(Teacher(), *made)
     assert sorted(table["key"].to_pylist()) == ["b-31", "c-62"]
-    assert set(zip(table["label"].to_pylist(), table["predicted"].to_pylist(), make_strict=True)) == {("c", "b"), ("a", "c")}
-    assert table["probability_of_label"].to_pylist() == pytest.approx([0.05, 0.05])
+    assert set(zip(table["class_name"].to_pylist(), table["predicted_class_name"].to_pylist(), strict=True)) == {
+        ("c", "b"),
+        ("a", "c"),
+    }
+    assert table["class_probability"].to_pylist() == pytest.approx([0.05, 0.05])
 
 
-def test_a_model_of_other_classes_is_refused(made):
+def test_find_label_errors_refuses_other_classes(made):
     folder, data = made
     with pytest.raises(DataError, match="has other classes than the model"):
-        find_label_errors(Teacher(), folder, data.model_copy(update_weights={"classes": ("a", "b", "d")}))
+        find_label_errors(Teacher(), folder, data.model_copy(update={"classes": ("a", "b", "d")}))

@@ -1,0 +1,149 @@
+"""The forms of an exported model: how each is written, and read back without this package's network."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ns.modeling.factory import build_model
+from ns.modeling.manifest import WEIGHTS, ModelManifest
+from ns.storage import Store
+from ns.storage.documents import encode_json
+
+ExportForm = Literal["timm", "onnx", "torch"]
+OPSET = 20
+"""ONNX operator set: runtimes from 2024 on support it."""
+
+
+def make_timm_config(manifest: ModelManifest) -> dict[str, Any]:
+    """`config.json` in timm's format, with the crop of our evaluation.
+
+    timm cannot build reduced strides: `noisy_student.dense` names the modules of timm's network to change, and their new values.
+    """
+    size = manifest.model.inference_resolution
+    outputs = manifest.model.outputs or len(manifest.classes)
+    photographs = manifest.model.crop == "resized"
+    with torch.device("meta"):
+        fixed = bool(
+            getattr(build_model(manifest.model, manifest.noise, outputs), "pretrained_cfg", {}).get("fixed_input_size")
+        )
+    crop = ("center", size / (size + manifest.model.test_margin_px)) if photographs else ("squash", 1.0)
+    return {
+        "architecture": manifest.model.arch,
+        "num_classes": outputs,
+        "model_args": manifest.model.args,
+        "pretrained_cfg": {
+            "input_size": [3, size, size],
+            # With learned positions, timm must build the network for this resolution and not for its default.
+            "fixed_input_size": fixed,
+            "interpolation": "bicubic",
+            "crop_mode": crop[0],
+            "crop_pct": crop[1],
+            "mean": list(manifest.mean),
+            "std": list(manifest.std),
+            "num_classes": outputs,
+            "label_names": list(manifest.classes),
+        },
+        "noisy_student": {"model": manifest.digest, "dense": _find_dense_modules(manifest)},
+    }
+
+
+def _find_dense_modules(manifest: ModelManifest) -> dict[str, dict[str, int]]:
+    """Module → the attributes in which our network differs from timm's, with our values."""
+    plain = manifest.model.model_copy(update={"reduce_stride": 1})
+    outputs = len(manifest.classes)
+    with torch.device("meta"):
+        theirs, ours = (build_model(model, manifest.noise, outputs) for model in (plain, manifest.model))
+    changes: dict[str, dict[str, int]] = {}
+    for (name, plain_module), (_, dense_module) in zip(theirs.named_modules(), ours.named_modules(), strict=True):
+        for attribute in ("stride", "kernel_size"):
+            if getattr(plain_module, attribute, None) != getattr(dense_module, attribute, None):
+                changes.setdefault(name, {})[attribute] = int(getattr(dense_module, attribute)[0])
+    return changes
+
+
+def _write_timm(file: Path, network: nn.Module, manifest: ModelManifest, store: Store) -> None:
+    del network
+    shutil.copyfile(store.path(WEIGHTS), file.parent / WEIGHTS)
+    file.write_bytes(encode_json(make_timm_config(manifest)))
+
+
+def _read_timm(file: Path) -> nn.Module:
+    import timm
+
+    network: nn.Module = timm.create_model(f"local-dir:{file.parent}", pretrained=True)
+    for name, attributes in json.loads(file.read_bytes())["noisy_student"]["dense"].items():
+        for attribute, value in attributes.items():
+            setattr(network.get_submodule(name), attribute, (value, value))
+    return network.eval()
+
+
+def _write_torch(file: Path, network: nn.Module, manifest: ModelManifest, store: Store) -> None:
+    del store
+    images = torch.export.Dim("images", min=1)
+    torch.export.save(torch.export.export(network, (_make_example_batch(manifest),), dynamic_shapes=({0: images},)), file)
+
+
+def _read_torch(file: Path) -> Callable[[Tensor], Tensor]:
+    network: nn.Module = torch.export.load(file).module()
+    return network
+
+
+def _write_onnx(file: Path, network: nn.Module, manifest: ModelManifest, store: Store) -> None:
+    del store
+    torch.onnx.export(
+        network,
+        (_make_example_batch(manifest),),
+        file,
+        dynamo=True,
+        external_data=False,
+        opset_version=OPSET,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("n", min=1)},),
+        verbose=False,
+    )
+    import onnx
+
+    onnx_model = onnx.load(file)
+    properties = {
+        "classes": json.dumps(manifest.classes),
+        "mean": json.dumps(manifest.mean),
+        "std": json.dumps(manifest.std),
+        "model": manifest.digest,
+    }
+    onnx.helper.set_model_props(onnx_model, properties)
+    onnx.checker.check_model(onnx_model, full_check=True)
+    onnx.save(onnx_model, file)
+
+
+def _read_onnx(file: Path) -> Callable[[Tensor], Tensor]:
+    import onnxruntime
+
+    session: Any = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.contiguous().numpy()})[0])
+
+
+def _make_example_batch(manifest: ModelManifest) -> Tensor:
+    size = manifest.model.inference_resolution
+    # A batch of two: the exporters would take a size of one for a constant.
+    return torch.zeros(2, 3, size, size).contiguous(memory_format=torch.channels_last)
+
+
+class FormIO(NamedTuple):
+    """How a form is written to `file`, and read back as a function from normalized images to logits."""
+
+    filename: str
+    write: Callable[[Path, nn.Module, ModelManifest, Store], None]
+    read: Callable[[Path], Callable[[Tensor], Tensor]]
+
+
+FORMS: dict[ExportForm, FormIO] = {
+    "timm": FormIO("config.json", _write_timm, _read_timm),
+    "onnx": FormIO("model.onnx", _write_onnx, _read_onnx),
+    "torch": FormIO("model.pt2", _write_torch, _read_torch),
+}

@@ -1,0 +1,46 @@
+"""What a run found, as metrics."""
+
+from ns.config.schema import GateConfig
+from ns.core import telemetry
+from ns.reporting import run_metrics
+from ns.runs.lookup import (
+    open_run_label_set,
+    resolve_verdict,
+)
+from ns.runs.summary import summarize_run
+
+
+def test_run_metrics_show_what_a_run_found(finished_run, monkeypatch):
+    store, ref = finished_run
+    run = ref.run
+    value = telemetry.REGISTRY.get_sample_value
+    assert value("nst_images_processed_total", {"stage": "label-shards"}) >= 1247
+    assert value("nst_images_processed_total", {"stage": "evaluate"}) > 0
+    assert value("nst_pseudo_label_confidence_count") >= 1247
+    assert value("nst_data_wait_seconds_total") > 0
+    assert value("nst_shards_done") == value("nst_shards") > 0
+
+    monkeypatch.setenv(telemetry.PORT_VARIABLE, "0")
+    (generation,) = summarize_run(store, run).generations
+    before = value("nst_pseudo_labels_total", {"outcome": "kept"}) or 0
+    selection = open_run_label_set(store, run, 1).selection
+    run_metrics.publish_selection(store, run, 1, selection, GateConfig(max_churn=0.25))
+    run_metrics.publish_evaluation(store, run, 1)
+    run_metrics.publish_verdict(resolve_verdict(store, run)[1])
+    assert value("nst_pseudo_labels_total", {"outcome": "kept"}) == before + generation.kept
+    assert value("nst_label_churn_limit_ratio") == 0.25
+    same = open_run_label_set(store, run, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_metrics, "open_previous_label_set", lambda *_: same)
+        patch.setattr(run_metrics, "open_run_label_set", lambda *_: same)
+        run_metrics.publish_selection(store, run, 2, selection, GateConfig())
+    assert value("nst_label_churn_ratio") == 0
+    assert value("nst_eval_accuracy_ratio", {"split": "heldout"}) == generation.student_top1
+    assert value("nst_loop_gain_ratio", {"bound": "low"}) == generation.gain_low
+    assert value("nst_gate_passed") == 1
+    assert value("nst_gate_condition_passed", {"condition": "gain"}) == 1
+
+    monkeypatch.setenv(telemetry.GATEWAY_VARIABLE, "http://127.0.0.1:9")
+    run_metrics.push_run_summary(store, run, "digits")
+    assert telemetry.SUMMARY.get_sample_value("nst_last_run_accuracy_ratio") == generation.student_top1
+    assert telemetry.SUMMARY.get_sample_value("nst_last_run_promotions") == 1
