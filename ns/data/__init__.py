@@ -1,2 +1,1 @@
-"""Images: datasets and their shards, import, reading, augmentation, duplicates and leaks.
-It may import `config`, `storage` and `core`; its `importing`, `loading` and `augment` may import the rest of it."""
+"""Images: datasets and their shards, import, reading, augmentation, duplicates and leaks. May import `config`, `storage` and `core`."""

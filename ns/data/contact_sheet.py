@@ -1,6 +1,8 @@
-"""A contact sheet: what a dataset looks like, as one HTML file that needs nothing else."""
+"""A contact sheet: pictures of a dataset in one HTML file that needs no other files."""
 
+import base64
 import html
+import io
 
 import numpy as np
 from PIL import Image
@@ -8,7 +10,6 @@ from PIL import Image
 from ns.core.errors import NsError
 from ns.data.dataset import Dataset
 from ns.data.loading.shard_reader import ImageSource
-from ns.data.thumbnail import encode_data_uri
 from ns.storage import Store
 
 THUMBNAIL_PX = 128
@@ -24,14 +25,14 @@ img.large { image-rendering: auto }
 
 
 def render_contact_sheet(store: Store, dataset: Dataset, image_count: int, seed: int) -> str:
-    """HTML with about `images` images, drawn at random from all shards; as many of each class where there are classes.
+    """HTML with about `image_count` images, drawn at random from at most 16 shards, equally many per class if there are classes.
 
-    An image that cannot be read is shown by its reason.
+    In place of an unreadable image, the reason is shown.
     """
     source = ImageSource(store, dataset)
     rng = np.random.default_rng(seed)
     groups: dict[str, list[tuple[int, int]]] = {}
-    # A few shards say enough, and a sheet of a large dataset should not read all of it.
+    # A few shards are enough: the sheet of a large dataset should not read all of it.
     shards = sorted(rng.permutation(len(dataset.shards))[: max(1, min(len(dataset.shards), 16))].tolist())
     for shard in shards:
         rows = rng.permutation(dataset.shards[shard].samples)
@@ -45,7 +46,6 @@ def render_contact_sheet(store: Store, dataset: Dataset, image_count: int, seed:
     per_class = max(1, image_count // max(1, len(groups)))
     for name in sorted(groups, key=lambda name: dataset.classes.index(name) if name else -1):
         locations = groups[name]
-        # From all shards that were looked at, not from the first.
         shown = sorted(locations[at] for at in rng.permutation(len(locations))[:per_class])
         heading = f"<h2>{html.escape(name)}</h2>" if name else ""
         parts.append(f'{heading}<div class="sheet">{"".join(_render_figure(source, *location) for location in shown)}</div>')
@@ -54,6 +54,19 @@ def render_contact_sheet(store: Store, dataset: Dataset, image_count: int, seed:
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{title}</title><style>{STYLE}</style><h1>{title} <small>({dataset.role})</small></h1>{''.join(parts)}</html>"
     )
+
+
+def encode_data_uri(image: Image.Image, largest_px: int) -> str:
+    """The image as a `data:` URI: as PNG, or as JPEG, shrunk in place, if a side is longer than `largest_px`."""
+    sink = io.BytesIO()
+    if max(image.size) <= largest_px:
+        image.save(sink, "PNG")
+        kind = "png"
+    else:
+        image.thumbnail((largest_px, largest_px))
+        image.save(sink, "JPEG", quality=80)
+        kind = "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(sink.getvalue()).decode()}"
 
 
 def _render_figure(source: ImageSource, shard: int, row: int) -> str:

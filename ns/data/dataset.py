@@ -1,7 +1,7 @@
 """Dataset: an ordered list of tar shards with a manifest beside them.
 
 dataset.json          name, role, classes, shards, digest; written last
-shard-00000.tar …     WebDataset layout: KEY.jpg|png|webp, and KEY.cls (class index as text) where labeled
+shard-00000.tar …     WebDataset layout: KEY.jpg|png|webp and, in labeled data, KEY.cls (class index as text)
 """
 
 from typing import Any, ClassVar, Literal
@@ -27,10 +27,10 @@ class Dataset(HashedDocument):
     name: str
     role: DatasetRole
     classes: tuple[str, ...]
-    """Class names; a label is an index into them. Empty for unlabeled data."""
+    """Class names, in the order of class indices. Empty for unlabeled data."""
     shards: tuple[Shard, ...]
     rejected: int = Field(default=0, ge=0)
-    """Images left out because they could not be read; `rejected.parquet` lists them with reasons."""
+    """Number of unreadable images, which were left out; `rejected.parquet` lists them with reasons."""
 
     @property
     def samples(self) -> int:

@@ -1,4 +1,4 @@
-"""Duplicates among any number of images, found on disk a part at a time: memory grows with what is found, not with the images."""
+"""Finds duplicates among any number of images, on disk in parts: memory grows with the duplicates, not with the images."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -8,13 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ns.data.fingerprint import Fingerprints
-from ns.data.scratch import explain_scratch_errors
+from ns.storage.scratch import explain_scratch_errors
 
 PARTITIONS = 64
-"""Files that images are sorted into; one is in memory at a time."""
+"""Files that images are sorted into, one of which is in memory at a time. A power of 2."""
 MAX_NEIGHBORS = 5_000
-"""An image is compared with so many others that share a quarter of its hash. More is a pool of test patterns, and would take
-the square of their number."""
+"""Maximum number of images with the same band of the hash that an image is compared with. Only a pool of test patterns has more, and
+time grows with the square of their number."""
 MIXER = np.uint64(0x9E3779B97F4A7C15)
 SAME_DTYPE = np.dtype([("first", np.uint64), ("second", np.uint64), ("image", np.int64)])
 HASH_DTYPE = np.dtype([("hash", np.uint64), ("image", np.int64)])
@@ -23,30 +23,30 @@ Ints = npt.NDArray[np.int64]
 
 
 class ImagePairs(NamedTuple):
-    """Images, by their number, with an earlier one each that they resemble."""
+    """Images, by their number, each with an earlier one that it resembles. All columns are [N]."""
 
     later: Ints
     earlier: Ints
     bits: Ints
-    """Of 64, in which the perceptual hashes differ."""
+    """Bits of 64 in which the perceptual hashes differ."""
 
 
 class DuplicatePairs(NamedTuple):
     same: ImagePairs
-    """Equal bytes: each image but the first of its kind, with the first. Bits are 0."""
+    """Equal bytes: the first image with these bytes, paired with each of the others. Bits are 0."""
     alike: ImagePairs
-    """Equal hashes: each image but the first, with the first. Holds most of `same` too."""
+    """Equal hashes: the first image with this hash, paired with each of the others. Most pairs of `same` are here too."""
     near: ImagePairs
-    """Hashes that differ in a few bits, between images that are the first with their hash."""
+    """Hashes that differ in a few bits: pairs of images that are the first with their hash."""
     skipped: int
-    """Comparisons left out at NEIGHBORS."""
+    """Comparisons left out because of MAX_NEIGHBORS."""
 
 
 def find_duplicates(shards: Iterable[Fingerprints], scratch_dir: Path, bits: int) -> DuplicatePairs:
     """Finds duplicates among all images, numbered through all shards in their order.
 
-    `bits`: hashes that differ in at most so many of 64 bits are near. Two such hashes have at least one of `bits` + 1 bands in
-    common, so that only those that share a band are compared. `scratch` is an empty folder; raises StoreError when it is full.
+    Hashes are near if they differ in at most `bits` of 64 bits. Two such hashes share at least one of `bits` + 1 bands, so only
+    images that share a band are compared. `scratch_dir` is an empty folder. Raises StoreError when it is full.
     """
     with explain_scratch_errors(scratch_dir, "sort fingerprints"):
         return _find_pairs(shards, scratch_dir, bits)
@@ -87,7 +87,7 @@ def _extract_band(hashes: npt.NDArray[np.uint64], band: npt.NDArray[np.integer])
 
 
 def _append_partitions(scratch_dir: Path, name: str, records: npt.NDArray[np.void], keys: npt.NDArray[np.uint64]) -> None:
-    # Multiplied, as the upper bits of a hash or a band may all be alike.
+    # Multiplied, since the upper bits of all hashes or bands may be equal.
     parts = (keys * MIXER) >> np.uint64(64 - PARTITIONS.bit_length() + 1)
     order = np.argsort(parts, kind="stable")
     bounds = np.searchsorted(parts[order], np.arange(PARTITIONS + 1))
@@ -107,7 +107,7 @@ def _read_partitions(scratch_dir: Path, name: str, dtype: np.dtype[np.void]) -> 
 
 
 def _pair_with_first(records: npt.NDArray[np.void], by: tuple[str, ...]) -> tuple[npt.NDArray[np.void], ImagePairs]:
-    """The first image of each kind, and all others paired with it."""
+    """The first record of each value, and all others paired with it."""
     ordered = np.sort(records, order=(*by, "image"))
     new = np.ones(len(ordered), np.bool_)
     new[1:] = np.any([ordered[name][1:] != ordered[name][:-1] for name in by], axis=0)
@@ -118,7 +118,7 @@ def _pair_with_first(records: npt.NDArray[np.void], by: tuple[str, ...]) -> tupl
 
 
 def _compare_neighbors(records: npt.NDArray[np.void], keys: npt.NDArray[np.uint64], bits: int) -> tuple[ImagePairs, int]:
-    """All pairs that share a key and are near, and how many were not compared."""
+    """All pairs that share a key and are near, and the number of pairs that were not compared."""
     order = np.lexsort((records["hash"], keys))
     hashes, images, keys = records["hash"][order], records["image"][order], keys[order]
     pairs = []
@@ -138,7 +138,7 @@ def _compare_neighbors(records: npt.NDArray[np.void], keys: npt.NDArray[np.uint6
 
 
 def _merge_pairs(pairs: list[ImagePairs]) -> ImagePairs:
-    """Without repetitions, by the number of the later image, then that of the earlier."""
+    """All pairs once, ordered by the later image, then by the earlier one."""
     if not pairs:
         return ImagePairs(*(np.zeros(0, np.int64) for _ in range(3)))
     table = np.unique(np.stack([np.concatenate(column) for column in zip(*pairs, strict=True)], 1), axis=0)

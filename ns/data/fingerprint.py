@@ -1,10 +1,9 @@
-"""What an image is recognized by: the SHA-256 of its bytes, and a perceptual hash of what it shows.
+"""Fingerprints of images: the SHA-256 of the bytes, and a perceptual hash of the picture.
 
-FOLDER/SHA256-OF-THE-TAR.parquet    one for each shard, in the tar's order; written once
+FOLDER/SHA256-OF-THE-TAR.parquet    one per shard, in the tar's order; written once
 """
 
 import hashlib
-import io
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -12,7 +11,6 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from ns.core import log
@@ -21,14 +19,14 @@ from ns.data.dataset import Dataset
 from ns.data.loading.decode import EncodedJpeg, decode_image
 from ns.data.loading.shard_reader import ImageSource
 from ns.storage import Store
-from ns.storage.parquet import read_table
+from ns.storage.parquet import read_table, write_table
 
 HASH_SIDE_PX = 32
-"""px of the gray picture that a perceptual hash is made of."""
+"""Side, in px, of the gray picture that a perceptual hash is made of."""
 LOW_FREQUENCIES = 8
-"""So many low frequencies each way: 64 bits."""
+"""Low frequencies in each direction: 64 bits together."""
 FLAT_STD = 6.0
-"""Standard deviation of gray levels (0–255) below which an image has nothing to be recognized by."""
+"""Standard deviation of gray levels (0–255) below which an image is too flat to be recognized."""
 SCHEMA = pa.schema([("sha256", pa.binary(32)), ("phash", pa.uint64()), ("comparable", pa.bool_())])
 CHUNK_IMAGES = 256
 THREADS = 4
@@ -36,19 +34,19 @@ THREADS = 4
 
 @dataclass(frozen=True)
 class Fingerprints:
-    """Of the images of one shard, in the tar's order."""
+    """Fingerprints of the images of one shard, in the tar's order."""
 
     sha256: npt.NDArray[np.bytes_]
     """S32 [N]"""
     phash: npt.NDArray[np.uint64]
     """[N]"""
     comparable: npt.NDArray[np.bool_]
-    """[N]: whether the perceptual hash says something. Not of unreadable or flat images, nor of those with a side below 32 px:
-    enlarged, digits and icons of one kind come out alike."""
+    """[N]: whether the perceptual hash tells pictures apart. False for unreadable and flat images, and for those with a side below
+    32 px: enlarged digits and icons of one kind get similar hashes."""
 
 
 def compute_fingerprints(store: Store, dataset: Dataset, fingerprint_store: Store) -> None:
-    """Takes the fingerprints of all shards that have none in `kept` yet. Unreadable images are not comparable."""
+    """Writes the fingerprints of all shards that have none in `fingerprint_store` yet. Unreadable images are not comparable."""
     source = ImageSource(store, dataset, max_open_shards=2)
     waiting = [
         shard_index
@@ -67,21 +65,21 @@ def compute_fingerprints(store: Store, dataset: Dataset, fingerprint_store: Stor
                     _fingerprint_images, [images[at : at + CHUNK_IMAGES] for at in range(0, len(images), CHUNK_IMAGES)]
                 )
                 progress.update(len(images))
-            sink = io.BytesIO()
-            pq.write_table(pa.concat_tables(chunks) if chunks else SCHEMA.empty_table(), sink)
-            fingerprint_store.put(_build_key(dataset, shard_index), sink.getvalue())
+            table = pa.concat_tables(chunks) if chunks else SCHEMA.empty_table()
+            write_table(fingerprint_store, _build_key(dataset, shard_index), table)
 
 
 def read_fingerprints(fingerprint_store: Store, dataset: Dataset, shard_index: int) -> Fingerprints:
-    """The fingerprints of one shard, which `take` has taken. Raises DataError when they are damaged."""
+    """The fingerprints of one shard that `compute_fingerprints` wrote. Raises DataError when they are damaged."""
     key = _build_key(dataset, shard_index)
     try:
         table = read_table(fingerprint_store.get(key))
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{fingerprint_store.uri}/{key}: damaged: {error}; delete it: it is made again") from error
+        raise DataError(f"{fingerprint_store.uri}/{key}: damaged: {error}; delete it, and it will be made again") from error
     if len(table) != dataset.shards[shard_index].samples or not table.schema.equals(SCHEMA):
         raise DataError(
-            f"{fingerprint_store.uri}/{key}: not the fingerprints of {dataset.shards[shard_index].name}; delete it: it is made again"
+            f"{fingerprint_store.uri}/{key}: not the fingerprints of {dataset.shards[shard_index].name}; "
+            "delete it, and it will be made again"
         )
     return Fingerprints(
         np.array(table["sha256"].to_pylist(), "S32"),
@@ -93,7 +91,7 @@ def read_fingerprints(fingerprint_store: Store, dataset: Dataset, shard_index: i
 def compute_phashes(gray: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
     """uint8 [N, 32, 32] → uint64 [N]: which of the 8 × 8 lowest frequencies of the cosine transform are above their median.
 
-    As `imagehash.phash`; the first frequency is in the upper left, the first bit is the highest.
+    The same as `imagehash.phash`. The first frequency is in the upper left; its bit is the highest.
     """
     low = _build_cosine_basis() @ gray.astype(np.float32) @ _build_cosine_basis().T
     flat = low.reshape(len(gray), LOW_FREQUENCIES * LOW_FREQUENCIES)

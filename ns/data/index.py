@@ -1,26 +1,25 @@
 """The index of a shard: where each image is and how it decodes, in a small file beside the tar.
 
-shard-00000.tar             what any reader of WebDataset reads
-shard-00000.index.parquet   what spares ours from walking the tar's headers; made from the tar where it is missing
+shard-00000.tar             for any reader of WebDataset
+shard-00000.index.parquet   spares our reader the tar's headers; made from the tar if it is missing
 """
 
-import io
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ns.core.errors import DataError
-from ns.data.dataset import Shard
+from ns.data.dataset import Dataset, Shard
 from ns.data.loading.decode import read_jpeg_size
 from ns.data.shards import ShardSample, read_range, read_samples
 from ns.storage import Store
-from ns.storage.parquet import read_table
+from ns.storage.parquet import read_table, write_table
 
 SUFFIX = ".index.parquet"
 SCHEMA = pa.schema(
@@ -29,7 +28,7 @@ SCHEMA = pa.schema(
         ("extension", pa.string()),
         ("offset", pa.int64()),
         ("size", pa.int64()),
-        ("label", pa.int64()),
+        ("class_id", pa.int64()),
         ("width", pa.int32()),
         ("height", pa.int32()),
     ]
@@ -48,7 +47,7 @@ class ShardIndex:
     class_ids: npt.NDArray[np.int64]
     """Class indices; -1 where the tar has none."""
     widths: npt.NDArray[np.int32]
-    """px of JPEGs that libjpeg-turbo decodes upright and in color by itself; 0 for all others."""
+    """Width in px of JPEGs that libjpeg-turbo alone decodes upright and in color; 0 for all other images."""
     heights: npt.NDArray[np.int32]
 
     def __len__(self) -> int:
@@ -61,7 +60,7 @@ class ShardIndex:
 
     @classmethod
     def from_samples(cls, samples: list[ShardSample], sizes: list[tuple[int, int]]) -> "ShardIndex":
-        """`sizes` are width and height as `decode.look` has them."""
+        """`sizes` are width and height as `decode.read_jpeg_size` returns them."""
         columns = list(zip(*samples, strict=True)) or [()] * 5
         key, extension, offset, size, class_id = columns
         width, height = list(zip(*sizes, strict=True)) or [(), ()]
@@ -72,18 +71,16 @@ class ShardIndex:
         def read_column(name: str) -> Any:
             return table[name].fill_null(-1).to_numpy()
 
-        return cls(table, *(read_column(name) for name in ("offset", "size", "label", "width", "height")))
+        return cls(table, *(read_column(name) for name in ("offset", "size", "class_id", "width", "height")))
 
     def save(self, store: Store, shard: Shard) -> None:
-        sink = io.BytesIO()
-        pq.write_table(self.table.replace_schema_metadata({TAR_SHA256: shard.sha256}), sink, compression="zstd")
-        store.put(build_index_key(shard), sink.getvalue())
+        write_table(store, build_index_key(shard), self.table.replace_schema_metadata({TAR_SHA256: shard.sha256}))
 
     @classmethod
     def load(cls, store: Store, shard: Shard) -> "ShardIndex":
-        """The index of `shard`, from its file, or else from the tar itself.
+        """The index of `shard`, from its file, or else from the tar.
 
-        Raises DataError, naming the tar, if it does not hold what the manifest says.
+        Raises DataError if the tar or index is damaged, or the number of images is not that of the manifest.
         """
         index = cls._load_file(store, shard)
         if index is None:
@@ -104,11 +101,28 @@ class ShardIndex:
         try:
             table = read_table(store.get(key))
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{store.uri}/{key}: damaged: {error}; delete it: it is made again from the tar") from error
-        # The index of another tar is none.
+            raise DataError(f"{store.uri}/{key}: damaged: {error}; delete it, and it will be made from the tar") from error
+        # An index that was written for another tar does not count.
         if (table.schema.metadata or {}).get(TAR_SHA256) != shard.sha256.encode() or not table.schema.equals(SCHEMA):
             return None
         return cls._from_table(table)
+
+
+class ImageLocation(NamedTuple):
+    shard: int
+    row: int
+
+
+def locate_keys(store: Store, dataset: Dataset, keys: Collection[str]) -> dict[str, ImageLocation]:
+    """Key → location, for those of `keys` that the dataset has. Reads indices until all are found."""
+    locations: dict[str, ImageLocation] = {}
+    for shard_index, shard in enumerate(dataset.shards):
+        if len(locations) == len(keys):
+            break
+        for row, key in enumerate(ShardIndex.load(store, shard).keys):
+            if key in keys:
+                locations[key] = ImageLocation(shard_index, row)
+    return locations
 
 
 def build_index_key(shard: Shard) -> str:

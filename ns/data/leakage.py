@@ -1,8 +1,8 @@
-"""The leak guard: which images of a pool are also in an evaluation set, and what else is there twice.
+"""The leak guard: finds images of a pool that are also in an evaluation set, and all other duplicates.
 
 FOLDER/check.json             counts; written last
-FOLDER/duplicates.parquet     each image that resembles an earlier one: evaluation sets come first, then labeled data, then the pool
-FOLDER/left_out.parquet       images of the pool that resemble one of an evaluation set: no pseudo-label is made of them
+FOLDER/duplicates.parquet     each image that resembles an earlier one, in the order evaluation sets, labeled data, pool
+FOLDER/left_out.parquet       images of the pool that resemble one of an evaluation set: they get no pseudo-label
 """
 
 from collections.abc import Callable, Sequence
@@ -19,19 +19,20 @@ from ns.data.dataset import Dataset, DatasetRole
 from ns.data.index import ShardIndex
 from ns.data.loading.decode import EncodedJpeg
 from ns.data.loading.shard_reader import ImageSource
-from ns.data.scratch import make_scratch_dir
 from ns.storage import Store
 from ns.storage.documents import HashedDocument, JsonDocument
 from ns.storage.parquet import read_table
+from ns.storage.scratch import make_scratch_dir
 
 DUPLICATES = "duplicates.parquet"
 LEFT_OUT = "left_out.parquet"
 MAX_NEAR_BITS = 4
-"""Of 64 in which perceptual hashes of the same picture may differ. On CIFAR-10's images (32 px, the hardest case): JPEG at quality
-70 changes no more in 100 %, at 40 in 99 %, resizing to 24 or 64 px and brightness × 0.8 or 1.1 in 99 to 100 %, a shift by a
-pixel in 9 %. Of two different images, 3 in 10 million pairs are taken for one, some of which CIFAR-10 really has twice."""
+"""Bits of 64 in which perceptual hashes of the same picture may differ. On CIFAR-10's images (32 px, the hardest case) this finds
+100 % of the copies saved as JPEG at quality 70, 99 % at quality 40, 99 to 100 % of those resized to 24 or 64 px or of brightness
+× 0.8 or 1.1, and 9 % of those shifted by a pixel. It takes 3 in 10 million pairs of different images for the same picture, some
+of which CIFAR-10 really has twice."""
 MIN_COSINE = 0.9
-"""Cosine of a model's features from which two near images are taken for one, where there is a model."""
+"""Smallest cosine of a model's features of two near images that count as the same picture."""
 
 SCHEMA = pa.schema(
     [
@@ -46,20 +47,20 @@ SCHEMA = pa.schema(
     ]
 )
 WRITE_ROWS = 10_000
-"""Of a list, in memory at a time."""
+"""Rows of a list in memory at a time."""
 
 Features = Callable[[Sequence[EncodedJpeg | bytes]], npt.NDArray[np.float32]]
 """Encoded images → float32 [N, D]."""
 
 
 class NamedDataset(NamedTuple):
-    """A dataset and what to call it."""
+    """A dataset, its store and its name in a report."""
 
     name: str
     store: Store
     dataset: Dataset
     used_as: DatasetRole | None = None
-    """Where that is not what it was imported as: a pool may have labels."""
+    """The role it is used in, if that is not the one it was imported with: a pool may have labels."""
 
     @property
     def role(self) -> DatasetRole:
@@ -74,7 +75,7 @@ class Overlap(JsonDocument):
     same: int
     """Equal bytes."""
     near: int
-    """Not equal, but alike in what they show."""
+    """Different bytes, but near perceptual hashes."""
 
 
 class LeakageReport(HashedDocument):
@@ -85,13 +86,14 @@ class LeakageReport(HashedDocument):
     """Name → digest."""
     images: dict[str, int]
     classes: dict[str, dict[str, int]]
-    """Labeled dataset → class → images."""
+    """Labeled dataset → class → number of images."""
     overlaps: tuple[Overlap, ...]
     left_out: int
     """Images of pools that resemble one of an evaluation set."""
     bits: int
+    """Bits of 64 in which the hashes of near images may differ."""
     skipped: int
-    """Comparisons of perceptual hashes left out, since too many were too much alike."""
+    """Comparisons that were left out because too many hashes were similar."""
 
     def get_overlap(self, of: str, within: str) -> Overlap:
         return next(overlap for overlap in self.overlaps if (overlap.of, overlap.within) == (of, within))
@@ -105,9 +107,10 @@ def check_datasets(
     bits: int = MAX_NEAR_BITS,
     features: Features | None = None,
 ) -> LeakageReport:
-    """Compares all images of all datasets with each other, and writes what it finds into `folder`.
+    """Compares all images of all datasets with each other, and writes the lists and the report into `store`.
 
-    `kept` holds fingerprints between checks. With `features`, near images must also be near in a model's eyes.
+    `fingerprint_store` keeps fingerprints between checks. With `features`, near images must also have similar features. Raises
+    DataError for damaged data, StoreError when a store or scratch space fails.
     """
     order: dict[DatasetRole, int] = {"evaluation": 0, "labeled": 1, "unlabeled": 2}
     datasets = sorted(datasets, key=lambda named: order[named.role])
@@ -132,7 +135,7 @@ def check_datasets(
 
 
 def load_left_out_rows(store: Store) -> dict[str, dict[int, str]]:
-    """sha256 of a pool's shard → row → what is said of it, for the images that resemble one of an evaluation set."""
+    """sha256 of a pool's shard → row → reason, for the images that resemble one of an evaluation set."""
     table = read_table(store.get(LEFT_OUT))
     rows: dict[str, dict[int, str]] = {}
     for shard, row, dataset, key in zip(
@@ -143,21 +146,21 @@ def load_left_out_rows(store: Store) -> dict[str, dict[int, str]]:
 
 
 class _DuplicateTable(NamedTuple):
-    """One row for each image and each dataset in which it has an earlier duplicate: the nearest one."""
+    """One row per image and dataset in which it has an earlier duplicate: the nearest one. All columns are [N]."""
 
     image: npt.NDArray[np.int64]
     other: npt.NDArray[np.int64]
     bits: npt.NDArray[np.int64]
-    """-1: equal bytes."""
+    """Bits in which the hashes differ; -1 for equal bytes."""
     image_set: npt.NDArray[np.int64]
-    """Place of its dataset in the list."""
+    """Index of its dataset in the list."""
     other_set: npt.NDArray[np.int64]
     leaking: npt.NDArray[np.bool_]
     """Whether the image is of a pool and the other one of an evaluation set."""
 
     @property
     def leaking_rows(self) -> "_DuplicateTable":
-        # One line for each image, the nearest of all evaluation sets.
+        # One row per image: its nearest image of all evaluation sets.
         candidates = np.flatnonzero(self.leaking)
         candidates = candidates[np.lexsort((self.other[candidates], self.bits[candidates], self.image[candidates]))]
         first = np.ones(len(candidates), np.bool_)
@@ -169,13 +172,13 @@ class _DuplicateTable(NamedTuple):
 
 
 def _find_dataset_starts(datasets: Sequence[NamedDataset]) -> npt.NDArray[np.int64]:
-    """Number of the first image of each dataset, and of all."""
+    """Number of the first image of each dataset, and the number of all images."""
     return np.cumsum([0, *(named.dataset.samples for named in datasets)])
 
 
 def _build_duplicate_table(pairs: duplicates.DuplicatePairs, datasets: Sequence[NamedDataset]) -> _DuplicateTable:
     starts = _find_dataset_starts(datasets)
-    # An image whose hash others have too has the neighbors of the first of them.
+    # Near pairs hold only the first image with a hash; the others inherit its neighbors.
     like_first = pairs.alike
     near = pairs.near
     begin, end = (np.searchsorted(near.later, like_first.earlier, side) for side in ("left", "right"))
@@ -202,13 +205,13 @@ def _count_within_groups(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]
 def _confirm_near_pairs(
     near: duplicates.ImagePairs, datasets: Sequence[NamedDataset], features: Features
 ) -> duplicates.ImagePairs:
-    """The pairs that a model finds alike too."""
-    sources = [ImageSource(one.store, one.dataset) for one in datasets]
+    """The pairs whose features are similar too."""
+    sources = [ImageSource(named.store, named.dataset) for named in datasets]
     locator = _ImageLocator(datasets)
     confirmed = np.zeros(len(near.later), np.bool_)
     for start in range(0, len(confirmed), 256):
         part = slice(start, start + 256)
-        one, other = (
+        later, earlier = (
             features(
                 [
                     next(sources[dataset_index].read_encoded(shard, row, row + 1))
@@ -217,13 +220,13 @@ def _confirm_near_pairs(
             )
             for images in (near.later, near.earlier)
         )
-        norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
-        confirmed[part] = (one * other).sum(1) >= MIN_COSINE * np.maximum(norms, 1e-12)
+        norms = np.linalg.norm(later, axis=1) * np.linalg.norm(earlier, axis=1)
+        confirmed[part] = (later * earlier).sum(1) >= MIN_COSINE * np.maximum(norms, 1e-12)
     return duplicates.ImagePairs(*(column[confirmed] for column in near))
 
 
 class _ImageLocator:
-    """Number of an image → its dataset's place in the list, shard, row."""
+    """Number of an image → index of its dataset in the list, shard, row."""
 
     def __init__(self, datasets: Sequence[NamedDataset]) -> None:
         self._shards = [
@@ -264,7 +267,7 @@ def _build_report(
 
 
 def count_class_images(store: Store, dataset: Dataset) -> dict[str, int]:
-    """Class → images, of a labeled dataset."""
+    """Class → number of images of a labeled dataset."""
     counts = np.zeros(len(dataset.classes), np.int64)
     source = ImageSource(store, dataset, max_open_shards=2)
     for shard_index in range(len(dataset.shards)):
@@ -273,9 +276,9 @@ def count_class_images(store: Store, dataset: Dataset) -> dict[str, int]:
 
 
 def _write_duplicates(store: Store, name: str, table: _DuplicateTable, datasets: Sequence[NamedDataset]) -> None:
-    """Writes a part of the rows at a time: a pool may be full of duplicates."""
+    """Writes the rows in parts: a pool may be full of duplicates."""
     locator = _ImageLocator(datasets)
-    # A few at a time: neighbors in the table are neighbors in a shard.
+    # A few shards are enough: neighbors in the table are neighbors in a shard.
     read_keys = lru_cache(maxsize=16)(lambda dataset_index, shard: _read_shard_keys(datasets[dataset_index], shard))
     with make_scratch_dir("check") as scratch_dir:
         path = scratch_dir / name
@@ -296,13 +299,20 @@ def _describe_rows(
     locator: _ImageLocator,
     read_keys: Callable[[int, int], list[str]],
 ) -> pa.Table:
-    columns: dict[str, list[object]] = {name: [] for name in SCHEMA.names}
+    rows = []
     for image, other, bits in zip(*(column[part].tolist() for column in (table.image, table.other, table.bits)), strict=True):
-        image_location, other_location = locator.locate_image(image), locator.locate_image(other)
-        values = (
-            datasets[image_location[0]].name, datasets[image_location[0]].dataset.shards[image_location[1]].sha256, image_location[2], read_keys(*image_location[:2])[image_location[2]],
-            datasets[other_location[0]].name, read_keys(*other_location[:2])[other_location[2]], bits < 0, max(bits, 0),
-        )  # fmt: skip
-        for name, value in zip(SCHEMA.names, values, strict=True):
-            columns[name].append(value)
-    return pa.table(columns, schema=SCHEMA)
+        (dataset_index, shard, row), (other_index, other_shard, other_row) = map(locator.locate_image, (image, other))
+        named = datasets[dataset_index]
+        rows.append(
+            {
+                "dataset": named.name,
+                "shard": named.dataset.shards[shard].sha256,
+                "row": row,
+                "key": read_keys(dataset_index, shard)[row],
+                "like": datasets[other_index].name,
+                "like_key": read_keys(other_index, other_shard)[other_row],
+                "same_bytes": bits < 0,
+                "bits": max(bits, 0),
+            }
+        )
+    return pa.Table.from_pylist(rows, schema=SCHEMA)

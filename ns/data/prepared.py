@@ -1,4 +1,4 @@
-"""Prepared data: the datasets of an experiment, found or imported, with their identities."""
+"""Prepared data: the datasets of an experiment, found or imported, with their digests."""
 
 from typing import Any, ClassVar, Literal
 
@@ -19,15 +19,14 @@ PART_ROLES: dict[DataPart, DatasetRole] = {
 
 
 class PreparedDataset(JsonDocument):
-    """A dataset and where it is."""
+    """Reference to a dataset."""
 
     uri: str
     """Key of its folder below the root, or a URI."""
     digest: str
-    """Digest."""
 
     def open_dataset(self, root: Store) -> tuple[Store, Dataset]:
-        """Raises DataError if what is there now is not what was prepared."""
+        """The dataset and its store. Raises DataError if it changed since it was prepared."""
         store = root.at(self.uri)
         dataset = Dataset.load(store)
         if dataset.digest != self.digest:
@@ -42,9 +41,9 @@ class LeftOutImages(JsonDocument):
     """Images of the pool that are also in an evaluation set."""
 
     key: str
-    """Key of the folder of the check that found them, below the root."""
+    """Key below the root of the folder of the check that found them."""
     report_digest: str
-    """Digest of its report."""
+    """Digest of the check's report."""
 
 
 class PreparedData(HashedDocument):
@@ -54,7 +53,7 @@ class PreparedData(HashedDocument):
     pool: PreparedDataset
     heldout: PreparedDataset
     test: PreparedDataset | None = None
-    """Images that are only reported."""
+    """Evaluation images that are only reported."""
     sets: dict[str, PreparedDataset] = Field(default_factory=dict)
     """Further evaluation sets, by name."""
     left_out: LeftOutImages | None = None
@@ -73,11 +72,11 @@ class PreparedData(HashedDocument):
 
     @property
     def evaluation_sets(self) -> dict[str, PreparedDataset]:
-        """All sets that models are evaluated on, as the notes of a run name them: `heldout`, `test`, `set:NAME`."""
+        """All evaluation sets, by the names that records of a run use: `heldout`, `test`, `set:NAME`."""
         tests = {"heldout": self.heldout} | ({"test": self.test} if self.test else {})
         return tests | {f"set:{name}": source for name, source in self.sets.items()}
 
     @property
     def reported_set(self) -> PreparedDataset:
-        """What robustness is measured on: the images that are only reported, where there are such."""
+        """The set that robustness is measured on: `test` if there is one, otherwise `heldout`."""
         return self.test or self.heldout

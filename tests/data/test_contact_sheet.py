@@ -20,7 +20,7 @@ def folder(tmp_path, picture):
     return tmp_path / "data"
 
 
-def test_show_counts_classes_and_writes_a_contact_sheet(folder, tmp_path, capsys):
+def test_data_show_counts_classes_and_writes_contact_sheet(folder, tmp_path, capsys):
     assert cli.run_command_line(["data", "show", str(folder), "--sheet", str(tmp_path / "s.html"), "--images", "9"]) == 0
     out = capsys.readouterr().out
     assert "31 images" in out
@@ -32,18 +32,18 @@ def test_show_counts_classes_and_writes_a_contact_sheet(folder, tmp_path, capsys
     assert not re.search(r"(src|href)=\"(?!data:)", page)
 
 
-def test_the_same_seed_draws_the_same_sheet(folder, tmp_path):
+def test_contact_sheet_depends_on_seed(folder, tmp_path):
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         cli.run_command_line(["data", "show", str(folder), "--sheet", str(tmp_path / name), "--images", "9", "--seed", seed])
     assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text() != (tmp_path / "c").read_text()
 
 
-def test_an_image_that_cannot_be_read_is_shown_by_its_reason(folder, tmp_path):
+def test_contact_sheet_shows_reason_of_unreadable_image(folder, tmp_path):
     cli.run_command_line(["data", "show", str(folder), "--sheet", str(tmp_path / "s"), "--images", "2000"])
     assert "shard-00003.tar: bad:" in (tmp_path / "s").read_text()
 
 
-def test_a_folder_without_a_dataset_is_named(tmp_path, capsys):
+def test_data_show_names_missing_manifest(tmp_path, capsys):
     assert cli.run_command_line(["data", "show", str(tmp_path)]) != 0
     assert "dataset.json" in capsys.readouterr().err
     assert DataError.exit_code == 3

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from ns.core.errors import DataError, StoreError
-from ns.data.dataset import MANIFEST, Dataset, Shard
+from ns.data.dataset import Dataset, Shard
 from ns.storage import LocalStore
 
 SHARDS = tuple(
@@ -14,21 +14,21 @@ DATASET = Dataset(name="animals", role="labeled", classes=("cat", "dog"), shards
 
 def edited(folder, **fields):
     DATASET.save(folder)
-    document = json.loads(folder.get(MANIFEST))
-    folder.put(MANIFEST, json.dumps({**document, **fields}).encode())
+    document = json.loads(folder.get(Dataset.filename))
+    folder.put(Dataset.filename, json.dumps({**document, **fields}).encode())
     return folder
 
 
-def test_a_dataset_is_read_back_as_written(tmp_path):
+def test_dataset_is_read_back_as_written(tmp_path):
     DATASET.save(LocalStore(tmp_path))
     assert Dataset.load(LocalStore(tmp_path)) == DATASET
     assert (DATASET.samples, DATASET.bytes) == (7, 20_480)
 
 
-def test_a_datasets_identity_is_its_content_and_not_its_name(tmp_path):
-    assert DATASET.model_copy(update_weights={"name": "pets", "rejected": 9}).digest == DATASET.digest
+def test_dataset_digest_depends_on_content_only(tmp_path):
+    assert DATASET.model_copy(update={"name": "pets", "rejected": 9}).digest == DATASET.digest
     for fields in ({"classes": ("dog", "cat")}, {"role": "evaluation"}, {"shards": SHARDS[::-1]}, {"shards": SHARDS[:1]}):
-        assert DATASET.model_copy(update_weights=fields).digest != DATASET.digest
+        assert DATASET.model_copy(update=fields).digest != DATASET.digest
 
 
 @pytest.mark.parametrize(
@@ -45,11 +45,11 @@ def test_a_datasets_identity_is_its_content_and_not_its_name(tmp_path):
         ({"shards": [{**SHARDS[0].model_dump(), "samples": -1}]}, r"shards\.0\.samples: "),
     ],
 )
-def test_a_manifest_that_cannot_be_meant_is_refused_by_field(tmp_path, fields, reason):
+def test_invalid_dataset_manifest_error_names_field(tmp_path, fields, reason):
     with pytest.raises(DataError, match=rf"dataset\.json: {reason}"):
         Dataset.load(edited(LocalStore(tmp_path), **fields))
 
 
-def test_a_folder_without_a_manifest_is_no_dataset(tmp_path):
+def test_dataset_load_names_missing_manifest(tmp_path):
     with pytest.raises(StoreError, match=r"dataset\.json"):
         Dataset.load(LocalStore(tmp_path))

@@ -10,7 +10,7 @@ from ns.data.duplicates import find_duplicates
 from ns.data.fingerprint import Fingerprints, compute_phashes
 
 
-def shard(contents, hashes, comparable=None):
+def make_fingerprints(contents, hashes, comparable=None):
     return Fingerprints(
         np.array([hashlib.sha256(str(content).encode()).digest() for content in contents], "S32"),
         np.array(hashes, np.uint64),
@@ -19,7 +19,7 @@ def shard(contents, hashes, comparable=None):
 
 
 def pairs(found):
-    return {(int(a), int(b)): int(bits) for a, b, bits in zip(*found, make_strict=True)}
+    return {(int(a), int(b)): int(bits) for a, b, bits in zip(*found, strict=True)}
 
 
 def brute(contents, hashes, comparable, bits):
@@ -54,39 +54,39 @@ def images(draw):
 
 @settings(max_examples=80, deadline=None)
 @given(images(), st.integers(0, 8), st.integers(1, 50))
-def test_what_is_found_is_what_comparing_all_with_all_finds(tmp_path_factory, made, bits, shard_samples):
-    contents, hashes, comparable = made
+def test_find_duplicates_equals_brute_force(tmp_path_factory, rows, bits, shard_samples):
+    contents, hashes, comparable = rows
     parts = [slice(start, start + shard_samples) for start in range(0, len(contents), shard_samples)]
-    shards = [shard(contents[part], hashes[part], comparable[part]) for part in parts]
+    shards = [make_fingerprints(contents[part], hashes[part], comparable[part]) for part in parts]
     found = find_duplicates(shards, tmp_path_factory.mktemp("scratch"), bits)
     assert (pairs(found.same), pairs(found.alike), pairs(found.near)) == brute(contents, hashes, comparable, bits)
     assert found.skipped == 0
 
 
-def test_a_pool_of_one_picture_is_not_compared_all_with_all(tmp_path):
-    found = find_duplicates([shard(range(100_000), [7] * 100_000)], tmp_path, 4)
+def test_find_duplicates_is_linear_for_equal_hashes(tmp_path):
+    found = find_duplicates([make_fingerprints(range(100_000), [7] * 100_000)], tmp_path, 4)
     assert len(found.alike.later) == 99_999
     assert len(found.near.later) == 0
 
 
-def test_what_is_not_compared_is_counted(tmp_path, monkeypatch):
+def test_find_duplicates_counts_skipped_comparisons(tmp_path, monkeypatch):
     monkeypatch.setattr(duplicates, "MAX_NEIGHBORS", 10)
     # All share their lower half, so that one band of two puts them together.
-    found = find_duplicates([shard(range(50), [(n * 0x9E3779B1) % 2**32 << 32 for n in range(50)])], tmp_path, 1)
+    found = find_duplicates([make_fingerprints(range(50), [(n * 0x9E3779B1) % 2**32 << 32 for n in range(50)])], tmp_path, 1)
     assert found.skipped == 39 * 40 // 2
 
 
-def test_the_scratch_folder_is_left_empty(tmp_path):
-    find_duplicates([shard(range(1000), range(1000))], tmp_path, 4)
+def test_find_duplicates_empties_scratch_dir(tmp_path):
+    find_duplicates([make_fingerprints(range(1000), range(1000))], tmp_path, 4)
     assert not list(tmp_path.iterdir())
 
 
-def test_perceptual_hashes_are_those_of_the_definition():
+def test_phashes_equal_definition():
     """imagehash.phash: scipy's DCT over columns, then rows, the 8 × 8 lowest, above their median."""
     from scipy.fftpack import dct
 
     gray = np.random.default_rng(0).integers(0, 256, (20, 32, 32), np.uint8)
-    for image, found in zip(gray, compute_phashes(gray), make_strict=True):
+    for image, found in zip(gray, compute_phashes(gray), strict=True):
         low = dct(dct(image.astype(float), axis=0), axis=1)[:8, :8]
         bits = (low > np.median(low)).flatten()
         assert int("".join("1" if bit else "0" for bit in bits), 2) == int(found)
@@ -96,7 +96,7 @@ MEASURE = r"""
 import re, sys, tempfile
 from pathlib import Path
 import numpy as np
-from ns.data.duplicates import find
+from ns.data.duplicates import find_duplicates
 from ns.data.fingerprint import Fingerprints
 
 def shards(count):
@@ -106,13 +106,13 @@ def shards(count):
         yield Fingerprints(sha, rng.integers(0, 2**64, 10_000, np.uint64), np.ones(10_000, bool))
 
 with tempfile.TemporaryDirectory() as scratch:
-    find(shards(int(sys.argv[1])), Path(scratch), 4)
+    find_duplicates(shards(int(sys.argv[1])), Path(scratch), 4)
 print(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 """
 
 
 @pytest.mark.integration
-def test_memory_is_flat_from_ten_thousand_to_a_million_images():
+def test_memory_of_find_duplicates_is_flat():
     import subprocess
     import sys
 

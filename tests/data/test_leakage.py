@@ -6,11 +6,14 @@ import pytest
 from PIL import Image
 
 from ns.cli import app as cli
+from ns.config.schema import ImportConfig
 from ns.core.errors import DataError
+from ns.data import fingerprint
 from ns.data.dataset import Dataset
-from ns.data.importing.ingest import ImportLimits, import_images
+from ns.data.importing.ingest import import_images
 from ns.data.importing.writer import ShardWriter
 from ns.data.leakage import DUPLICATES, LEFT_OUT, LeakageReport, NamedDataset, check_datasets, load_left_out_rows
+from ns.data.loading.shard_reader import ImageSource
 from ns.storage import LocalStore
 
 
@@ -62,7 +65,7 @@ def run(sets, tmp_path, **options):
     return check_datasets(list(sets.values()), out, LocalStore(tmp_path / "kept"), **options), out
 
 
-def test_held_out_images_are_found_in_the_pool_also_changed(sets, tmp_path):
+def test_check_finds_changed_heldout_images_in_pool(sets, tmp_path):
     report, out = run(sets, tmp_path)
     leak = report.get_overlap("pool", "heldout")
     assert (leak.same, leak.near, report.left_out) == (1, 3, 4)
@@ -79,9 +82,9 @@ def test_held_out_images_are_found_in_the_pool_also_changed(sets, tmp_path):
     assert LeakageReport.load_file(out, "check.json") == report
 
 
-def test_the_list_says_which_rows_of_which_shard_are_left_out(sets, tmp_path):
+def test_left_out_rows_name_shard_and_row(sets, tmp_path):
     _, out = run(sets, tmp_path)
-    shards = sets["pool"].data.shards
+    shards = sets["pool"].dataset.shards
     assert load_left_out_rows(out) == {
         shards[0].sha256: {4: "also in heldout: 003"},
         shards[1].sha256: {4: "also in heldout: 005", 5: "also in heldout: 005"},
@@ -89,21 +92,21 @@ def test_the_list_says_which_rows_of_which_shard_are_left_out(sets, tmp_path):
     }
 
 
-def test_fingerprints_are_taken_once(sets, tmp_path, monkeypatch):
+def test_fingerprints_are_computed_once(sets, tmp_path, monkeypatch):
     expected, _ = run(sets, tmp_path)
     kept = LocalStore(tmp_path / "kept")
     lost = next(kept.list())
     kept.delete(lost)
-    from ns.data import fingerprint
-
-    taken = []
-    monkeypatch.setattr(fingerprint.log, "Progress", lambda total, unit: taken.append(total) or fingerprint.log.get_logger())
-    monkeypatch.setattr(fingerprint.log, "get", lambda: type("P", (), {"advance": lambda self, count: None})())
+    computed = []
+    fingerprint_images = fingerprint._fingerprint_images
+    monkeypatch.setattr(
+        fingerprint, "_fingerprint_images", lambda images: computed.append(len(images)) or fingerprint_images(images)
+    )
     assert run(sets, tmp_path)[0] == expected
-    assert sum(taken) <= 7
+    assert 0 < sum(computed) <= 7
 
 
-def test_flat_and_tiny_images_are_not_taken_for_one_another(tmp_path):
+def test_check_does_not_match_flat_and_tiny_images(tmp_path):
     flat = [encoded(Image.new("RGB", (64, 64), (level, level, level)), "PNG") for level in range(0, 200, 10)]
     tiny = [encoded(scene(seed, 8), "PNG") for seed in range(20)]
     sets = {
@@ -115,7 +118,7 @@ def test_flat_and_tiny_images_are_not_taken_for_one_another(tmp_path):
     assert all(overlap.near == 0 for overlap in report.overlaps)
 
 
-def test_an_image_that_cannot_be_read_is_compared_by_its_bytes(tmp_path):
+def test_check_compares_unreadable_images_by_bytes(tmp_path):
     bad = encoded(scene(0))[:200]
     sets = {
         "pool": make(tmp_path / "pool", "unlabeled", [bad, b"\xff\xd8\xff"]),
@@ -125,7 +128,7 @@ def test_an_image_that_cannot_be_read_is_compared_by_its_bytes(tmp_path):
     assert (report.get_overlap("pool", "h").same, report.left_out) == (1, 1)
 
 
-def test_a_model_has_the_last_word_on_near_images(sets, tmp_path):
+def test_features_confirm_or_reject_near_images(sets, tmp_path):
     report, _ = run(sets, tmp_path, features=lambda images: np.ones((len(images), 4), np.float32))
     assert report.get_overlap("pool", "heldout").near == 3
     signs = iter((1, -1))
@@ -133,11 +136,11 @@ def test_a_model_has_the_last_word_on_near_images(sets, tmp_path):
     assert (report.get_overlap("pool", "heldout").near, report.left_out) == (0, 1)
 
 
-def test_the_command_prints_counts_and_refuses_trained_evaluation_images(sets, tmp_path, capsys, monkeypatch):
+def test_data_check_prints_counts_and_refuses_trained_evaluation_images(sets, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.run_command_line(["data", "check", "pool", "labeled", "heldout", "--out", "out"]) == 0
     out = capsys.readouterr().out
-    assert "4 images of pools are in an evaluation set too: they are left out" in " ".join(out.split_batch())
+    assert "4 images of pools are also in an evaluation set: they are left out" in " ".join(out.split())
     both = make(tmp_path / "both", "labeled", [encoded(scene(seed)) for seed in (3, 300)])
     assert both.dataset.samples == 2
     assert cli.run_command_line(["data", "check", "both", "heldout", "--out", "out"]) == DataError.exit_code
@@ -148,12 +151,10 @@ def test_the_command_prints_counts_and_refuses_trained_evaluation_images(sets, t
 
 @pytest.mark.data
 @pytest.mark.timeout(300)
-def test_changed_copies_of_real_images_are_found_and_others_are_not(cifar10, tmp_path):
+def test_check_finds_changed_copies_in_cifar10(cifar10, tmp_path):
     """500 of CIFAR-10's test images, changed, among 5,000 of its training images."""
     store = LocalStore(tmp_path / "all")
-    data = import_images(str(cifar10 / "test.tar.gz"), store, name="all", role="unlabeled", limits=ImportLimits())
-    from ns.data.loading.shard_reader import ImageSource
-
+    data = import_images(str(cifar10 / "test.tar.gz"), store, name="all", role="unlabeled", config=ImportConfig())
     source = ImageSource(store, data)
     order = np.random.default_rng(0).permutation(data.samples)
     held, other = order[:1000], order[1000:6000]

@@ -15,47 +15,48 @@ FEW, MANY = 10_000, int(os.environ.get("NS_TEST_IMAGES", "100000"))
 IMPORT = r"""
 import re, sys
 from pathlib import Path
-from ns.data.ingest import Limits, import_images
+from ns.config.schema import ImportConfig
+from ns.data.importing.ingest import import_images
 from ns.storage import LocalStore
 
-data = import_images(sys.argv[1], LocalStore(sys.argv[2]), name="n", role="unlabeled", limits=Limits(), workers=1)
+data = import_images(sys.argv[1], LocalStore(sys.argv[2]), name="n", role="unlabeled", config=ImportConfig(), workers=1)
 print(data.samples, re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 """
 
 CHECK = r"""
 import re, sys
 from pathlib import Path
-from ns.data.check import Checked, check
+from ns.data.leakage import NamedDataset, check_datasets
 from ns.data.dataset import Dataset
 from ns.storage import LocalStore
 
 folder = LocalStore(sys.argv[1])
 data = Dataset.load(folder)
-report = check([Checked("pool", folder, data)], LocalStore(sys.argv[2]), LocalStore(sys.argv[2]).at("kept"))
+report = check_datasets([NamedDataset("pool", folder, data)], LocalStore(sys.argv[2]), LocalStore(sys.argv[2]).at("kept"))
 print(data.samples, re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 """
 
 STREAM = r"""
 import re, sys
 from pathlib import Path
-from ns.config import NoiseConfig
-from ns.data import images
-from ns.data.augment import TrainTransform
+import numpy as np
+from ns.config.schema import NoiseConfig
+from ns.data.augment.transforms import TrainTransform
 from ns.data.dataset import Dataset
-from ns.data.stream import Batches, PseudoLabeled, ImageSource, Labeled
+from ns.data.loading import shard_reader
+from ns.data.loading.stream import LabeledImages, TrainingBatches
 from ns.storage import LocalStore
 
-images.DECODED_BYTES = 0
+shard_reader.DECODED_BYTES = 0
 folder = LocalStore(sys.argv[1])
 data = Dataset.load(folder).model_copy(update={"classes": ("a", "b")})
-labeled = Labeled.__new__(Labeled)
-import numpy as np
-labeled.source = ImageSource(folder, data)
-labeled.labels = [np.zeros(shard.samples, np.int32) for shard in data.shards]
+labeled = LabeledImages.__new__(LabeledImages)
+labeled.source = shard_reader.ImageSource(folder, data)
+labeled.class_ids = [np.zeros(shard.samples, np.int32) for shard in data.shards]
 labeled.copies = [np.ones(shard.samples, np.uint8) for shard in data.shards]
 labeled.samples = data.samples
-batches = Batches(labeled, None, TrainTransform(NoiseConfig(randaugment_layers=0, crop="none"), 32),
-                  batch=500, pseudo_batch=0, classes=2, seed=0)
+batches = TrainingBatches(labeled, None, TrainTransform(NoiseConfig(randaugment_layers=0), 32, "none"),
+                          batch_size=500, pseudo_batch_size=0, num_classes=2, seed=0)
 for step in range(-(-data.samples // 500)):
     batches[step]
 print(data.samples, re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
@@ -66,7 +67,7 @@ def measured(program: str, *arguments) -> tuple[int, int]:
     """Images and the most memory, kB: not ru_maxrss, which a child has from its parent."""
     done = subprocess.run([sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    count, peak = done.stdout.splitlines()[-1].split_batch()
+    count, peak = done.stdout.splitlines()[-1].split()
     return int(count), int(peak)
 
 
@@ -80,13 +81,13 @@ def write_tar(path, count):
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
             # It remembers all of them.
-            tar.members.clear_checkpoints()
+            tar.members.clear()
     return path
 
 
 @pytest.mark.integration
 @pytest.mark.timeout(1800)
-def test_memory_is_flat_in_import_check_and_stream(tmp_path):
+def test_memory_of_import_check_and_stream_is_flat(tmp_path):
     peaks: dict[str, list[int]] = {"import": [], "check": [], "stream": []}
     for count in (FEW, MANY):
         source = write_tar(tmp_path / f"{count}.tar", count)

@@ -43,7 +43,7 @@ def tar_of(path, members, **fields):
 
 @settings(max_examples=60, deadline=None)
 @given(keys=KEYS, data=st.data(), max_samples=st.integers(1, 5), max_bytes=st.integers(1024, 12_000))
-def test_what_is_written_is_read_back_in_order(tmp_path_factory, keys, data, max_samples, max_bytes):
+def test_shards_are_read_back_in_order(tmp_path_factory, keys, data, max_samples, max_bytes):
     folder = LocalStore(tmp_path_factory.mktemp("shards"))
     samples = [(key, *data.draw(SAMPLE)) for key in keys]
     shards = write(folder, samples, max_samples=max_samples, max_bytes=max_bytes)
@@ -58,12 +58,12 @@ def test_what_is_written_is_read_back_in_order(tmp_path_factory, keys, data, max
     assert sum(shard.samples for shard in shards) == len(samples)
 
 
-def test_the_same_images_give_the_same_bytes(tmp_path):
+def test_writer_gives_same_bytes_for_same_images(tmp_path):
     samples = [(f"k{i}", "png", bytes([i]) * 100, i) for i in range(10)]
     assert write(LocalStore(tmp_path / "a"), samples) == write(LocalStore(tmp_path / "b"), samples)
 
 
-def test_shards_roll_over_at_their_limits(tmp_path):
+def test_writer_starts_new_shard_at_limits(tmp_path):
     samples = [(f"k{i}", "png", b"x" * 3000, None) for i in range(10)]
     by_count = write(LocalStore(tmp_path / "a"), samples, max_samples=4)
     assert [shard.samples for shard in by_count] == [4, 4, 2]
@@ -94,20 +94,20 @@ def test_shards_roll_over_at_their_limits(tmp_path):
         ([("a.png", b"x"), ("a.cls", b"1"), ("a.cls", b"1")], {}, "is there twice"),
     ],
 )
-def test_what_does_not_belong_in_a_shard_is_refused_by_name(tmp_path, members, fields, reason):
+def test_read_samples_refuses_foreign_members(tmp_path, members, fields, reason):
     path = tar_of(tmp_path / "bad.tar", members, **fields)
     with pytest.raises(DataError, match=reason) as caught:
         read_samples(path)
     assert str(path) in str(caught.value)
 
 
-def test_other_files_of_a_sample_are_ignored(tmp_path):
+def test_read_samples_skips_other_files(tmp_path):
     path = tar_of(tmp_path / "x.tar", [("d/a.png", b"xyz"), ("d/a.json", b"{}"), ("d/a.cls", b"7"), ("README", b"hi")])
     (sample,) = read_samples(path)
     assert (sample.key, sample.extension, sample.size, sample.class_id) == ("d/a", "png", 3, 7)
 
 
-def test_a_cut_off_tar_is_refused(tmp_path):
+def test_check_shard_file_refuses_cut_tar(tmp_path):
     folder = LocalStore(tmp_path)
     (shard,) = write(folder, [(f"k{i}", "png", bytes(5000), 1) for i in range(5)])
     whole = folder.get(shard.name)
@@ -141,14 +141,14 @@ SAMPLE_BYTES = 2560
         (lambda tar: b"", "no end mark"),
     ],
 )
-def test_images_that_damage_hides_are_missed(tmp_path, spoil, reason):
+def test_read_samples_notices_hidden_images(tmp_path, spoil, reason):
     path = tmp_path / "bad.tar"
     path.write_bytes(spoil(three(tmp_path)))
     with pytest.raises(DataError, match=reason):
         read_samples(path)
 
 
-def test_compressed_tars_are_refused(tmp_path):
+def test_read_samples_refuses_compressed_tar(tmp_path):
     path = tmp_path / "x.tar"
     path.write_bytes(gzip.compress(three(tmp_path)))
     with pytest.raises(DataError, match="not a whole tar file"):
@@ -158,7 +158,7 @@ def test_compressed_tars_are_refused(tmp_path):
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 @settings(max_examples=20, deadline=None)
 @given(names=KEYS, depth=st.integers(0, 5), data=st.binary(max_size=1500))
-def test_all_forms_of_tar_are_read_as_tarfile_reads_them(tmp_path_factory, form, names, depth, data):
+def test_read_samples_equals_tarfile_for_all_formats(tmp_path_factory, form, names, depth, data):
     path = tmp_path_factory.mktemp("forms") / "x.tar"
     names = [f"{'folder/' * 9 * depth}{name}.png" for name in names]
     with tarfile.open(path, "w", format=form) as tar:
@@ -174,7 +174,7 @@ def test_all_forms_of_tar_are_read_as_tarfile_reads_them(tmp_path_factory, form,
     assert [sample[:4] for sample in read_samples(path)] == expected
 
 
-def test_folders_and_hidden_files_are_passed_over(tmp_path):
+def test_read_samples_skips_folders_and_hidden_files(tmp_path):
     path = tmp_path / "x.tar"
     with tarfile.open(path, "w") as tar:
         folder = tarfile.TarInfo("d")
@@ -189,7 +189,7 @@ def test_folders_and_hidden_files_are_passed_over(tmp_path):
 
 
 @given(place=st.integers(0, 3 * SAMPLE_BYTES - 1), value=st.integers(0, 255))
-def test_a_flipped_byte_is_a_data_error_or_leaves_all_images_in_place(tmp_path_factory, place, value):
+def test_flipped_byte_is_data_error_or_harmless(tmp_path_factory, place, value):
     tmp_path = tmp_path_factory.mktemp("flipped")
     tar = bytearray(three(tmp_path))
     tar[place] = value
@@ -205,7 +205,7 @@ def test_a_flipped_byte_is_a_data_error_or_leaves_all_images_in_place(tmp_path_f
 
 
 @given(st.binary(max_size=3000))
-def test_garbage_is_a_data_error_or_an_index(tmp_path_factory, data):
+def test_garbage_tar_is_data_error_or_index(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("garbage") / "x.tar"
     path.write_bytes(data)
     try:
@@ -219,7 +219,7 @@ def test_garbage_is_a_data_error_or_an_index(tmp_path_factory, data):
     assert all(isinstance(sample, ShardSample) for sample in index)
 
 
-def test_a_wrong_checksum_is_refused(tmp_path):
+def test_check_shard_file_refuses_wrong_checksum(tmp_path):
     folder = LocalStore(tmp_path)
     (shard,) = write(folder, [("k", "png", b"abc", None)])
     data = bytearray(folder.get(shard.name))
@@ -230,12 +230,12 @@ def test_a_wrong_checksum_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["a.b", "a.", ".a", "", "../a", "/a", "dir/", "dir/a.b", "a\0", "caf\udce9"])
-def test_keys_that_would_not_come_back_are_refused(tmp_path, key):
+def test_writer_refuses_unreadable_keys(tmp_path, key):
     with ShardWriter(LocalStore(tmp_path), max_samples=1, max_bytes=1) as writer, pytest.raises(DataError, match="key"):
         writer.add_image(key, "png", b"x", None)
 
 
-def test_a_failed_writer_leaves_no_shard(tmp_path):
+def test_failed_writer_leaves_no_shard(tmp_path):
     def twice() -> None:
         with ShardWriter(LocalStore(tmp_path), max_samples=9, max_bytes=1 << 20) as writer:
             writer.add_image("a", "png", b"x", None)
@@ -246,11 +246,11 @@ def test_a_failed_writer_leaves_no_shard(tmp_path):
     assert list(LocalStore(tmp_path).list()) == []
 
 
-def test_keys_run_to_the_first_dot_of_the_base_name():
+def test_split_key_splits_at_first_dot():
     assert split_key("a.b/c.d.PNG") == ("a.b/c", "d.png")
 
 
-def test_a_full_disk_is_named(tmp_path, monkeypatch):
+def test_writer_error_names_full_disk(tmp_path, monkeypatch):
     def full(*_args) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -265,7 +265,7 @@ def add_one(tmp_path, before) -> None:
         writer.add_image("a", "png", b"x", None)
 
 
-def test_tarfile_reads_our_shards_without_owners_times_or_modes(tmp_path):
+def test_writer_keeps_no_owners_times_or_modes(tmp_path):
     folder = LocalStore(tmp_path)
     (shard,) = write(folder, [("ü" * 80, "png", b"x", 3)])
     with tarfile.open(folder.path(shard.name)) as tar:

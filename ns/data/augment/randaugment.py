@@ -1,12 +1,11 @@
-"""RandAugment as the paper's code has it (`noisy_student.md` §3.1), with the arguments that leave uint8 range clamped.
+"""RandAugment as in the reference code of arXiv:1911.04252 §3.1, with arguments clamped to the range of uint8.
 
-Every drawn operation is applied; the magnitude is constant; level = M / 10, so M = 27 is 2.7 times the nominal maximum.
-
-Clamped, where the reference code relied on what uint8 arithmetic happened to do:
-- Posterize keeps int(4 · level) bits: at least 1 (M < 2.5 would keep none) and at most 8 (the image as it is).
-- Solarize inverts from int(256 · level): at most 256, which inverts nothing.
-- SolarizeAdd adds int(110 · level): at most 255.
-- Contrast blends with the true mean gray, not with the reference code's pixel count / 256, a bug.
+Every drawn operation is applied, and the magnitude M is constant. The level is M / 10, so M = 27 is 2.7 times the nominal
+maximum. Differences from the reference code, which relied on uint8 overflow:
+- Posterize keeps int(4 · level) bits, at least 1 (M < 2.5 would keep none) and at most 8 (which keeps the image).
+- Solarize inverts values from int(256 · level) on; 256 at most, which inverts nothing.
+- SolarizeAdd adds int(110 · level), 255 at most.
+- Contrast blends with the mean gray; the reference code has the pixel count / 256 instead, a bug.
 """
 
 import random
@@ -18,11 +17,11 @@ from PIL import Image, ImageChops, ImageEnhance
 
 GREY = (128, 128, 128)
 SMALL_PX = 64
-"""Images up to this size take the small-image constants."""
+"""Largest side of images that use the constants for small images."""
 
 VALUES = np.arange(256)
 CHANNELS = np.array([0, 256, 512], np.uint16)
-"""Where each channel's table begins."""
+"""Offset of each channel's table."""
 
 Operation = Callable[[Image.Image, np.random.Generator], Image.Image]
 
@@ -30,8 +29,8 @@ Operation = Callable[[Image.Image, np.random.Generator], Image.Image]
 class RandAugment:
     """`layers` operations, drawn with replacement, on images of about `size` px.
 
-    `translate_px`, `cutout_px`: translation and half side of Cutout at level 1; the paper's if not given, 100 and 40 at ImageNet
-    sizes, an eighth of small images. Without a size there is no Cutout.
+    `translate_px`, `cutout_px`: translation and half side of Cutout at level 1. By default those of the paper: 100 and 40 px at
+    ImageNet sizes, an eighth of the size for small images. `cutout_px=0` removes Cutout.
     """
 
     def __init__(
@@ -86,7 +85,7 @@ class RandAugment:
 
 
 class TimmRandAugment:
-    """timm's RandAugment, `rand-mM-nN`: the same 16 operations without cutout, each applied with probability 0.5."""
+    """timm's RandAugment, `rand-mM-nN`: the operations without Cutout, each applied with probability 0.5."""
 
     def __init__(self, layers: int, magnitude: float) -> None:
         from timm.data.auto_augment import rand_augment_transform
@@ -96,7 +95,7 @@ class TimmRandAugment:
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         if self._transform is None:
             return image
-        # timm draws from the generators that all of a process share: they get a seed that belongs to this image.
+        # timm draws from the global generators of the process, so they are seeded for each image.
         seed = int(rng.integers(2**32))
         random.seed(seed)
         np.random.seed(seed)
@@ -115,16 +114,16 @@ def apply_cutout(image: Image.Image, half_px: int, rng: np.random.Generator) -> 
 
 
 def stretch_contrast(image: Image.Image) -> Image.Image:
-    """ImageOps.autocontrast of an RGB image: each channel stretched to 0–255. Its tables are made at once, not value by value."""
+    """ImageOps.autocontrast of an RGB image, with vectorized tables: each channel is stretched to 0–255."""
     low, high = np.array(image.getextrema()).T[:, :, None]
     span = np.maximum(high - low, 1)
-    # In Pillow's order of operations, which decides the last bit.
+    # The order of operations is Pillow's, since it decides the last bit.
     stretched = (VALUES * (255.0 / span) + -low * (255.0 / span)).astype(np.int64).clip(0, 255)
     return _map_channels(image, np.where(high > low, stretched, VALUES))
 
 
 def equalize_channels(image: Image.Image) -> Image.Image:
-    """ImageOps.equalize of an RGB image: each channel's values spread by how many there are."""
+    """ImageOps.equalize of an RGB image, with vectorized tables: each channel's histogram is flattened."""
     counts = np.array(image.histogram()).reshape(3, 256)
     before = np.cumsum(counts, axis=1) - counts
     last = counts[np.arange(3), 255 - (counts[:, ::-1] > 0).argmax(1)]
@@ -134,7 +133,7 @@ def equalize_channels(image: Image.Image) -> Image.Image:
 
 
 def _map_channels(image: Image.Image, tables: npt.NDArray[np.integer]) -> Image.Image:
-    """Each value replaced by that of its channel's table, [3, 256]."""
+    """Replaces each value by its channel's table, int [3, 256]."""
     if image.width * image.height > SMALL_PX**2:
         return image.point(tables.ravel().tolist())
     pixels = np.asarray(image)
@@ -142,10 +141,10 @@ def _map_channels(image: Image.Image, tables: npt.NDArray[np.integer]) -> Image.
 
 
 def _map_values(image: Image.Image, table: bytes) -> Image.Image:
-    """Each value replaced by the table's: what ImageOps does with a new table of its own for each image."""
+    """Replaces each value by a table of 256 bytes, as ImageOps does with a new table for each image."""
     if image.width * image.height > SMALL_PX**2:
         return image.point([*table] * len(image.getbands()))
-    # point() spends 30 µs on the table before it looks at a pixel.
+    # point() spends 30 µs on the table before it reads a pixel.
     return Image.frombytes(image.mode, image.size, image.tobytes().translate(table))
 
 

@@ -1,8 +1,7 @@
-"""From a decoded image to what the network sees: noised for training, plain for evaluation (`noisy_student.md` §3.1)."""
+"""Transforms an image for the network: with noise for training, without for evaluation (arXiv:1911.04252 §3.1)."""
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -10,25 +9,24 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ns.config.schema import NoiseConfig
+from ns.config.schema import Crop, NoiseConfig
 from ns.core.errors import DataError
 from ns.data.augment.randaugment import RandAugment, TimmRandAugment, apply_cutout
 from ns.data.loading.decode import Box, EncodedJpeg, decode_image, decode_into
 
-Crop = Literal["resized", "pad", "none"]
-
 CROP_TRIES = 10
-"""Of the paper's random-resized-crop."""
+"""Attempts of the paper's random-resized-crop."""
 
 RESIZED_BYTES = 1 << 18
-"""Whole images of one size are brought to another one together, so many bytes at a time: as much as a core keeps at hand."""
+"""Bytes of images of the same size that are resized together: as much as fits in a core's cache."""
 
 
 class TrainTransform:
     """Input noise. Photographs: crop, flip, RandAugment, cutout. Small images: RandAugment, cutout, pad and crop, flip."""
 
-    def __init__(self, noise: NoiseConfig, resolution: int) -> None:
+    def __init__(self, noise: NoiseConfig, resolution: int, crop: Crop) -> None:
         self._noise = noise
+        self._crop = crop
         self._resolution = resolution
         self._pad = max(1, resolution // 8) if noise.pad_px is None else noise.pad_px
         layers, magnitude = noise.randaugment_layers, noise.randaugment_magnitude
@@ -41,13 +39,13 @@ class TrainTransform:
 
     @property
     def allows_scaled_decode(self) -> bool:
-        """Whether an image that is still encoded may be decoded smaller."""
-        return self._noise.crop == "resized"
+        """Whether a JPEG may be decoded at a smaller scale."""
+        return self._crop == "resized"
 
     def __call__(self, image: EncodedJpeg | npt.NDArray[np.uint8], rng: np.random.Generator) -> npt.NDArray[np.uint8]:
-        """An encoded image or uint8 [H, W, 3] → uint8 [resolution, resolution, 3]. All chance comes from `rng`."""
+        """A JPEG or uint8 [H, W, 3] → uint8 [resolution, resolution, 3]. All randomness comes from `rng`."""
         noise, size = self._noise, self._resolution
-        if noise.crop == "resized":
+        if self._crop == "resized":
             picture = self._flip_picture(
                 _crop_image(image, draw_crop_box(_measure_size(image), rng, noise.crop_area, noise.crop_aspect), size), rng
             )
@@ -58,10 +56,10 @@ class TrainTransform:
         picture = self._augment(picture, rng)
         if noise.cutout_px:
             picture = apply_cutout(picture, noise.cutout_px // 2, rng)
-        if noise.crop != "resized":
+        if self._crop != "resized":
             picture = self._flip_picture(picture, rng)
         result = np.asarray(picture)
-        if noise.crop == "pad":
+        if self._crop == "pad":
             result = pad_and_crop(result, self._pad, rng)
         return np.ascontiguousarray(result)
 
@@ -72,10 +70,10 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """The paper's evaluation crop for photographs, resolution / (resolution + margin_px) of the short side: 224 of 256. The whole
-    image otherwise. No chance in it.
+    """The deterministic transform of evaluation and labeling.
 
-    `whole`: at the same scale with what lies around it, a result that is larger by the margin.
+    For `crop` "resized", it is the paper's centered square, resolution / (resolution + margin_px) of the short side (224 of 256);
+    otherwise the whole image. With `whole`, the result has the same scale and shows the margin too, so it is larger by `margin_px`.
     """
 
     def __init__(self, resolution: int, crop: Crop, margin_px: int, *, whole: bool = False) -> None:
@@ -84,7 +82,7 @@ class EvalTransform:
         self._margin_px = 0 if whole else margin_px
 
     def __call__(self, image: EncodedJpeg | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """An encoded image or uint8 [H, W, 3] → uint8 [resolution, resolution, 3]."""
+        """A JPEG or uint8 [H, W, 3] → uint8 [resolution, resolution, 3]."""
         size = self._resolution
         if self._crop == "resized":
             box = compute_center_box(_measure_size(image), size, self._margin_px)
@@ -95,15 +93,15 @@ class EvalTransform:
     def transform_batch(
         self, images: Sequence[EncodedJpeg | bytes | npt.NDArray[np.uint8]], out: npt.NDArray[np.uint8]
     ) -> dict[int, str]:
-        """Decodes and transforms images into `out`, uint8 [≥ N, resolution, resolution, 3] as `room` makes it.
+        """Decodes and transforms images into `out`, uint8 [≥ N, resolution, resolution, 3] from `allocate_images`.
 
-        Returns row → reason of those that cannot be read; they are black.
+        Returns row → reason for unreadable images; they become black.
         """
         errors: dict[int, str] = {}
         whole = self._crop != "resized"
         size = self._resolution if whole else 0
         waiting: dict[tuple[int, ...], list[tuple[int, npt.NDArray[np.uint8]]]] = {}
-        # There is about a microsecond for all that is not decoding: no calls that can be spared.
+        # All but decoding may take about a microsecond per image, so calls are avoided here.
         for row, (image, row_pixels) in enumerate(zip(images, out, strict=False)):
             try:
                 if isinstance(image, EncodedJpeg):
@@ -132,14 +130,14 @@ class EvalTransform:
 
 
 def _write_resized(group: Sequence[tuple[int, npt.NDArray[np.uint8]]], out: npt.NDArray[np.uint8]) -> None:
-    """Puts images of one size, resized, into their rows."""
+    """Resizes images of the same size into their rows."""
     out[[row for row, _ in group]] = _resize_images([pixels for _, pixels in group], out.shape[1])
 
 
 def _resize_images(images: Sequence[npt.NDArray[np.uint8]], size: int) -> npt.NDArray[np.uint8]:
-    """Whole images of one size, uint8 [H, W, 3], as [N, size, size, 3]; each as if it were alone.
+    """Resizes whole images of the same size, uint8 [H, W, 3], to uint8 [N, size, size, 3]. Images do not influence each other.
 
-    Pillow's bicubic filter, as torch has it: to the same bytes but for a unit or two in one of some hundred, in a seventh of the time.
+    torch's bicubic filter takes a seventh of the time of Pillow's. About one value in some hundred differs, by 1 or 2.
     """
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     resized: npt.NDArray[np.uint8] = (
@@ -153,7 +151,7 @@ def _measure_size(image: EncodedJpeg | npt.NDArray[np.uint8]) -> tuple[int, int]
 
 
 def _crop_image(image: EncodedJpeg | npt.NDArray[np.uint8], box: Box, size: int) -> Image.Image:
-    """A part of the image, resized to `size` px a side."""
+    """A part of the image, resized to sides of `size` px."""
     pixels, inner = image.decode_box(box, size) if isinstance(image, EncodedJpeg) else (image, box)
     return Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC, box=inner)
 
@@ -161,10 +159,10 @@ def _crop_image(image: EncodedJpeg | npt.NDArray[np.uint8], box: Box, size: int)
 def draw_crop_box(
     size: tuple[int, int], rng: np.random.Generator, areas: tuple[float, float], aspects: tuple[float, float]
 ) -> Box:
-    """A random part of the image as (left, upper, right, lower) px: of between `areas` of its area, uniform, and of an aspect
-    between `aspects`, log-uniform.
+    """A random part of the image as (left, upper, right, lower), px.
 
-    After 10 draws that do not fit, the largest centered square.
+    Its share of the image's area is uniform in `areas`, its aspect ratio log-uniform in `aspects`. After 10 draws that do not fit
+    in the image, it is the largest centered square.
     """
     width, height = size
     for _ in range(CROP_TRIES):
@@ -188,16 +186,16 @@ def compute_center_box(size: tuple[int, int], resolution: int, margin_px: int) -
 
 
 def pad_and_crop(image: npt.NDArray[np.uint8], pad: int, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
-    """Reflect-pads by `pad` px and cuts a random window of the old size: a shift by up to `pad` px each way."""
+    """Pads by `pad` reflected px and cuts a random window of the original size: a shift by up to `pad` px in each direction."""
     height, width = image.shape[:2]
     dy, dx = int(rng.random() * (2 * pad + 1)) - pad, int(rng.random() * (2 * pad + 1)) - pad
-    # Indexing with reflected coordinates gives the window without making the padded image.
+    # Indexing with reflected coordinates cuts the window without allocating the padded image.
     rows = _reflect_index(np.arange(dy, dy + height), height)
     columns = _reflect_index(np.arange(dx, dx + width), width)
     return image[rows[:, None], columns[None, :]]
 
 
 def _reflect_index(index: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int64]:
-    """…2 1 0 1 2 … n-2 n-1 n-2 …: borders are not repeated."""
+    """…2 1 0 1 2 … n-2 n-1 n-2 …: the border itself is not repeated."""
     index = np.abs(index)
     return np.where(index >= size, 2 * (size - 1) - index, index)

@@ -1,2 +1,1 @@
-"""From folders, tables, tars and archives to datasets.
-It may import the rest of `data`, `config`, `storage` and `core`."""
+"""Makes datasets of folders, tables, tars and archives."""

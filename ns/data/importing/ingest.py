@@ -1,7 +1,7 @@
-"""Ingest: any collection of images becomes a dataset. Each image is decoded once; what cannot be read is listed and left out.
+"""Makes a dataset of any collection of images. Each image is decoded once; unreadable ones are listed and left out.
 
-The source is listed, the listing is cut into tasks, and each task becomes a shard in a process of its own. What comes out
-depends on names and bytes alone, not on the number of processes; a task that is done is not done again after a kill.
+The source is listed, the listing is cut into tasks, and each task becomes a shard in a process of its own. The dataset
+depends on names and bytes only, not on the number of processes. After a kill, finished tasks are not repeated.
 """
 
 import io
@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from ns.config.schema import ImportConfig
 from ns.core import log
 from ns.core.digest import digest_json
 from ns.core.errors import DataError, RunError
@@ -31,63 +32,47 @@ from ns.data.importing import sources
 from ns.data.importing.listing import ClassLabel, ImportTask, Listing, SourceEntry
 from ns.data.importing.sources import escape_path
 from ns.data.importing.writer import ShardWriter
-from ns.data.index import build_index_key as index_name
+from ns.data.index import build_index_key
 from ns.data.loading.decode import JPEG_MAGIC, decode_image
-from ns.data.scratch import make_scratch_dir
 from ns.data.shards import MEMBER_BYTES
 from ns.storage import Store
 from ns.storage.documents import JsonDocument
-from ns.storage.parquet import read_table
+from ns.storage.parquet import read_table, write_table
+from ns.storage.scratch import make_scratch_dir
 
 REJECTED = "rejected.parquet"
 PARTS_PREFIX = "parts/"
-"""Notes of finished tasks, from which a killed import goes on; gone when the dataset is whole."""
+"""Results of finished tasks, from which a killed import continues; removed when the dataset is complete."""
 SHOWN_REJECTS = 10
-"""So many are logged one by one; `rejected.parquet` has them all."""
+"""Maximum number of rejects that are logged one by one; `rejected.parquet` lists all."""
 REJECT_COLUMNS = pa.schema([("path", pa.string()), ("reason", pa.string())])
 READS_AHEAD = 16
-"""Images fetched at a time from a server, whose answers take their time."""
+"""Images fetched at the same time from a server, to hide its latency."""
 MAX_POOLS = 3
-"""So often is a pool of processes begun anew after one of them was killed."""
+"""Attempts with a new pool of processes after one of them was killed."""
 JPEG_QUALITY = 92
-"""Of images made smaller."""
-
-
-@dataclass(frozen=True)
-class ImportLimits:
-    """What an import takes, and what it makes."""
-
-    max_rejected_share: float = 0.1
-    """Share of unreadable images above which the import fails."""
-    shard_samples: int = 10_000
-    shard_mib: int = 256
-    max_side: int | None = None
-    """Images with a longer side than this, px, are made smaller and encoded anew; else bytes are kept as they are."""
-
-    def digest_fields(self) -> dict[str, int | None]:
-        """What the dataset's bytes depend on."""
-        return {"shard_samples": self.shard_samples, "shard_mib": self.shard_mib, "max_side": self.max_side}
+"""JPEG quality of images that are shrunk."""
 
 
 class ImportTaskResult(JsonDocument):
-    """What one task made."""
+    """The shards and rejects of one task."""
 
     task_digest: str
-    """Digest of what went in."""
+    """Digest of the task's entries, configuration and classes."""
     shards: tuple[Shard, ...]
     rejected: int
     reasons: dict[str, int]
     first_rejects: tuple[tuple[str, str], ...]
     """Path and reason of the first rejects."""
     unreadable: dict[int, tuple[str, str]]
-    """Class without a readable image in this task → path and reason of its first reject."""
+    """Class index without a readable image in this task → path and reason of its first reject."""
     readable: tuple[int, ...]
-    """Classes with a readable image."""
+    """Indices of classes with a readable image."""
 
 
 @contextmanager
 def open_listing(source: str, role: DatasetRole, split: str | None = None) -> Iterator[Listing]:
-    """Lists a source (`sources.entries` says what that may be). The listing lives as long as the context."""
+    """Lists a source; `sources.list_entries` says which kinds there are. The listing is removed at the end of the context."""
     with (
         make_scratch_dir("import") as scratch_dir,
         closing(
@@ -105,14 +90,14 @@ def import_images(
     *,
     name: str,
     role: DatasetRole,
-    limits: ImportLimits,
+    config: ImportConfig,
     classes: Sequence[str] | None = None,
     split: str | None = None,
     workers: int | None = None,
 ) -> Dataset:
-    """Lists a source and imports it; see `listed` and `import_listing`."""
+    """Lists a source and imports it; see `open_listing` and `import_listing`."""
     with open_listing(source, role, split) as listing:
-        return import_listing(listing, source, store, name=name, role=role, limits=limits, classes=classes, workers=workers)
+        return import_listing(listing, source, store, name=name, role=role, config=config, classes=classes, workers=workers)
 
 
 def import_listing(
@@ -122,16 +107,16 @@ def import_listing(
     *,
     name: str,
     role: DatasetRole,
-    limits: ImportLimits,
+    config: ImportConfig,
     classes: Sequence[str] | None = None,
     workers: int | None = None,
 ) -> Dataset:
-    """Imports what was listed of `source` into `folder`, with as many processes as there are cores unless `workers` says.
+    """Imports the listing of `source` into `store` with `workers` processes, by default one per core.
 
-    `classes` fixes the class list, as an evaluation set must have that of the labeled data. A dataset that was in `folder` is
-    replaced; an import that was stopped leaves no manifest, and goes on with the shard under way. Raises DataError for a
-    source without images, an empty or unknown class, or a larger share of unreadable images than allowed, RunError when
-    processes are killed again and again.
+    `classes` fixes the class list: an evaluation set must have that of the labeled data. A dataset in `store` is replaced.
+    An import that was stopped leaves no manifest, and the next one continues with the shard under way. Raises DataError for
+    a source without images, an empty or unknown class, or too large a share of unreadable images, and RunError when
+    processes are killed repeatedly.
     """
     total = len(listing)
     label_counts = listing.count_class_labels()
@@ -144,21 +129,21 @@ def import_listing(
         listing.path,
         store,
         None if role == "unlabeled" else class_ids | {n: n for n in range(len(class_names))},
-        limits,
+        config,
     )
-    # Shards of one import under the manifest of another would be a damaged dataset.
+    # Shards of one import below the manifest of another would be a damaged dataset.
     store.delete(Dataset.filename)
     tasks = list(
-        listing.cut_tasks(shard_samples=limits.shard_samples, shard_bytes=limits.shard_mib << 20, overhead=2 * MEMBER_BYTES)
+        listing.cut_tasks(shard_samples=config.shard_samples, shard_bytes=config.shard_mib << 20, overhead=2 * MEMBER_BYTES)
     )
     parts: dict[int, ImportTaskResult] = {}
     rejected = 0
     for number, part in _run_tasks(job, tasks, total, workers):
         parts[number] = part
         rejected += part.rejected
-        if rejected > limits.max_rejected_share * total:
+        if rejected > config.max_rejected_share * total:
             _refuse_rejects(
-                source, list(parts.values()), rejected, total, limits.max_rejected_share, whole=len(parts) == len(tasks)
+                source, list(parts.values()), rejected, total, config.max_rejected_share, whole=len(parts) == len(tasks)
             )
     ordered = [parts[task.number] for task in tasks]
     shards = tuple(shard for part in ordered for shard in part.shards)
@@ -174,8 +159,13 @@ def import_listing(
     return dataset
 
 
-def source_name(source: str) -> str:
-    """A name for a dataset: the last part of where it comes from, without endings and braces."""
+def digest_config(config: ImportConfig) -> str:
+    """Digest of the fields that decide the dataset's bytes."""
+    return digest_json([config.shard_samples, config.shard_mib, config.max_side])
+
+
+def derive_dataset_name(source: str) -> str:
+    """The last part of a source's path or URI, without suffixes and braces."""
     name = PurePosixPath(urlsplit(source).path if "://" in source else Path(source).absolute()).name
     for suffix in (*sources.TABLES, *sources.ARCHIVES):
         name = name.removesuffix(suffix)
@@ -213,14 +203,14 @@ def _resolve_classes(
 
 @dataclass(frozen=True)
 class _ImportJob:
-    """What all tasks of an import have in common."""
+    """What all tasks of an import share."""
 
     source: str
     listing: Path
     store: Store
     class_ids: dict[ClassLabel, int] | None
     """Class name or index → index; None for a pool."""
-    limits: ImportLimits
+    config: ImportConfig
 
     def digest_task(self, task: ImportTask) -> str:
         class_ids = (
@@ -228,13 +218,13 @@ class _ImportJob:
             if self.class_ids is None
             else sorted((str(class_label), number) for class_label, number in self.class_ids.items())
         )
-        return digest_json([task.digest, task.number, self.limits.digest_fields(), class_ids])
+        return digest_json([task.digest, task.number, digest_config(self.config), class_ids])
 
 
 def _run_tasks(
     job: _ImportJob, tasks: list[ImportTask], total: int, workers: int | None
 ) -> Iterator[tuple[int, ImportTaskResult]]:
-    """What each task made, in the order in which they end."""
+    """Number and result of each task, in the order in which they end."""
     waiting = {task.number: task for task in tasks}
     for task in tasks:
         if part := _load_finished(job, task):
@@ -254,10 +244,10 @@ def _run_tasks(
         except BrokenProcessPool as error:
             if attempt == MAX_POOLS:
                 raise RunError(
-                    "a process of the import was killed again and again, most often for want of memory; "
-                    "run the same command with fewer --workers: it goes on where it stopped"
+                    "a process of the import was killed repeatedly, most often because memory ran out; "
+                    "run the same command with fewer --workers: it continues where it stopped"
                 ) from error
-            log.get_logger().warning("a process of the import was killed; its shards are made again", attempt=attempt)
+            log.get_logger().warning("a process of the import was killed; its shards are written again", attempt=attempt)
         else:
             return
 
@@ -274,7 +264,7 @@ def _run_in_pool(
     pool = ProcessPoolExecutor(count, context, _start_worker, (os.getpid(), counter))
     try:
         while True:
-            # A few at a time: a million tasks need no million futures.
+            # Only a few are submitted ahead: a million tasks would need a million futures.
             for task in ahead:
                 running[pool.submit(_import_in_process, job, task)] = task.number
                 if len(running) >= 2 * count:
@@ -310,7 +300,7 @@ def _import_in_process(job: _ImportJob, task: ImportTask) -> ImportTaskResult:
 
 def _load_finished(job: _ImportJob, task: ImportTask) -> ImportTaskResult | None:
     key = _build_result_key(task)
-    # A note that cannot be read is that of a task that is not done.
+    # A result that cannot be read was not written to its end.
     with suppress(DataError):
         if job.store.exists(key):
             part = ImportTaskResult.load_file(job.store, key)
@@ -328,12 +318,12 @@ def _import_task(job: _ImportJob, task: ImportTask, report_progress: Callable[[i
     rejects: list[tuple[str, str]] = []
     readable: set[int] = set()
     unreadable: dict[int, tuple[str, str]] = {}
-    limits = job.limits
+    config = job.config
     with (
         closing(Listing(job.listing)) as listing,
         closing(sources.SourceReader(job.source)) as reader,
         ShardWriter(
-            job.store, max_samples=limits.shard_samples, max_bytes=limits.shard_mib << 20, stem=f"shard-{task.number:05d}"
+            job.store, max_samples=config.shard_samples, max_bytes=config.shard_mib << 20, stem=f"shard-{task.number:05d}"
         ) as writer,
     ):
         for entry, data in _fetch_entries(reader, listing.read_entries(task.start, task.stop)):
@@ -343,7 +333,7 @@ def _import_task(job: _ImportJob, task: ImportTask, report_progress: Callable[[i
                     raise data
                 if job.class_ids is not None and class_id is None:
                     raise DataError("no label")
-                image, extension = _check_image(data, limits.max_side)
+                image, extension = _check_image(data, config.max_side)
                 writer.add_image(entry.key, extension, image, class_id)
             except DataError as error:
                 rejects.append((escape_path(entry.path), str(error)))
@@ -363,9 +353,8 @@ def _import_task(job: _ImportJob, task: ImportTask, report_progress: Callable[[i
         readable=tuple(sorted(readable)),
     )
     if rejects:
-        sink = io.BytesIO()
-        pq.write_table(pa.table(list(zip(*rejects, strict=True)), schema=REJECT_COLUMNS), sink)
-        job.store.put(_build_result_key(task, "parquet"), sink.getvalue())
+        table = pa.table(list(zip(*rejects, strict=True)), schema=REJECT_COLUMNS)
+        write_table(job.store, _build_result_key(task, "parquet"), table)
     part.save_file(job.store, _build_result_key(task))
     return part
 
@@ -417,7 +406,7 @@ def _encode_image(picture: Image.Image, extension: str) -> tuple[bytes, str]:
 
 
 def _detect_extension(data: bytes) -> str | None:
-    """The extension of what goes into shards byte for byte, by its first bytes; other formats become PNG."""
+    """The extension of a format that is kept byte for byte, by its first bytes; None for all others, which become PNG."""
     if data.startswith(JPEG_MAGIC):
         return "jpg"
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -440,7 +429,7 @@ def _refuse_rejects(
     first = "; ".join(f"{path}: {reason}" for path, reason in [reject for part in parts for reject in part.first_rejects][:3])
     raise DataError(
         f"{source}: {'' if whole else 'at least '}{rejected} of {total} files cannot be read ({reasons}), more than "
-        f"data.max_rejected_share = {limit:.1%}; first: {first}; mend or remove them, or raise the limit"
+        f"data.max_rejected_share = {limit:.1%}; first: {first}; repair or remove them, or raise the limit"
     )
 
 
@@ -451,7 +440,7 @@ def _check_classes(source: str, classes: tuple[str, ...], parts: list[ImportTask
             path, reason = next((part.unreadable[class_id] for part in parts if class_id in part.unreadable), ("", ""))
             first_reject = f"; first: {path}: {reason}" if path else ""
             raise DataError(
-                f"{source}: class {name!r} has no readable image{first_reject}; mend its images, or remove the class"
+                f"{source}: class {name!r} has no readable image{first_reject}; repair its images, or remove the class"
             )
 
 
@@ -471,9 +460,9 @@ def _list_rejects(store: Store, tasks: list[ImportTask], parts: list[ImportTaskR
 
 
 def _remove_leftovers(store: Store, dataset: Dataset) -> None:
-    """Removes notes, and shards that a larger dataset left here."""
+    """Removes the results of tasks, and shards that a larger dataset left here."""
     store.delete_prefix(PARTS_PREFIX)
-    kept_keys = {name for shard in dataset.shards for name in (shard.name, index_name(shard))}
+    kept_keys = {name for shard in dataset.shards for name in (shard.name, build_index_key(shard))}
     for key in list(store.list("shard-")):
         if key not in kept_keys:
             store.delete(key)

@@ -1,4 +1,4 @@
-"""A listing: what a source holds, in the order of import, on disk. A million entries take no more memory than ten."""
+"""A listing: the entries of a source in the order of import, on disk. A million entries take no more memory than ten."""
 
 import hashlib
 import os
@@ -10,33 +10,33 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from ns.core.digest import digest_json
-from ns.core.errors import StoreError
 from ns.data.dataset import DatasetRole
 from ns.data.shards import SHARD_EXTENSIONS
+from ns.storage.scratch import make_scratch_error
 
 ClassLabel = str | int
-"""A class name, or the index of a class where a source has only that."""
+"""A class name, or a class index if the source has no names."""
 IMAGE_EXTENSIONS = {*SHARD_EXTENSIONS, "bmp", "gif", "tif", "tiff", "ppm", "jp2", "avif"}
-"""Left out of keys."""
+"""Extensions that are left out of keys."""
 INSERT_ROWS = 10_000
-"""Rows handed to SQLite at a time."""
+"""Rows passed to SQLite at a time."""
 
 
 class SourceEntry(NamedTuple):
     """One file that may be an image."""
 
     path: str
-    """As the source names it; unique in it."""
+    """Name of the file in the source; unique in it."""
     class_label: ClassLabel | None
     size: int
-    """Bytes; 0 where the source does not say."""
+    """Size in bytes; 0 if the source does not state it."""
     stamp: str = ""
-    """Changes when the bytes do, as far as the source can tell."""
+    """Changes with the bytes, as far as the source can tell: a modification time or ETag."""
     container: str = ""
-    """The file that holds the bytes at `offset`, where they have no file of their own."""
+    """The tar that holds the bytes at `offset`; empty for a file of its own."""
     offset: int = 0
     key: str = ""
-    """In shards; made from the path, and unique."""
+    """Unique key in shards, made from the path."""
 
 
 class ImportTask(NamedTuple):
@@ -46,20 +46,20 @@ class ImportTask(NamedTuple):
     start: int
     stop: int
     digest: str
-    """Of what goes in."""
+    """Digest of the paths, labels, sizes and stamps of the entries."""
 
 
 class Listing:
-    """Entries in an SQLite file. Filled once by `write`, then read by any number of processes.
+    """Entries in an SQLite file. `from_entries` fills it once; then any number of processes read it.
 
-    A pool keeps the order of its paths, so that it is read from end to end; labeled images are ordered by the hash of their
-    path, so that every shard mixes the classes.
+    A pool is ordered by path, so that its source is read sequentially. Labeled images are ordered by the hash of their path,
+    so that every shard mixes the classes.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._connection = sqlite3.connect(path)
-        # Names on disk may be no UTF-8; they are kept as the bytes they are.
+        # Names on disk may not be UTF-8; they are kept as bytes.
         self._connection.text_factory = bytes
 
     @classmethod
@@ -70,13 +70,11 @@ class Listing:
             listing._insert_entries(entries, mixed=role != "unlabeled")
         except sqlite3.OperationalError as error:
             listing.close()
-            raise StoreError(
-                f"{path}: cannot write the listing: {error}; free some space there, or set TMPDIR to another folder"
-            ) from error
+            raise make_scratch_error(path, "write the listing", error) from error
         return listing
 
     def _insert_entries(self, entries: Iterable[SourceEntry], *, mixed: bool) -> None:
-        # A listing that is not finished is thrown away, so it needs no journal.
+        # An unfinished listing is thrown away, so it needs no journal.
         self._connection.executescript(
             "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA temp_store = FILE;"
             "CREATE TABLE listed (sort BLOB, path BLOB, label, size INT, stamp BLOB, container BLOB, offset INT, key TEXT)"
@@ -101,7 +99,7 @@ class Listing:
         return int(self._connection.execute("SELECT COUNT(*) FROM entries").fetchone()[0])
 
     def count_class_labels(self) -> dict[ClassLabel, int]:
-        """Label → entries, indices in order, then names in order; entries without a label are not counted."""
+        """Label → number of entries: first indices in order, then names in order. Entries without a label are not counted."""
         rows = self._connection.execute(
             "SELECT label, COUNT(*) FROM entries WHERE label IS NOT NULL GROUP BY label ORDER BY label"
         )
@@ -120,7 +118,7 @@ class Listing:
             )
 
     def cut_tasks(self, *, shard_samples: int, shard_bytes: int, overhead: int) -> Iterator[ImportTask]:
-        """Cuts the listing into tasks of at most so many entries, and of so many bytes as far as sizes are known.
+        """Cuts the listing into tasks of at most `shard_samples` entries and, as far as sizes are known, `shard_bytes` bytes.
 
         `overhead` bytes are added for each entry.
         """
@@ -132,7 +130,7 @@ class Listing:
                 yield ImportTask(number, start, position, hasher.hexdigest())
                 number, start, used, hasher = number + 1, position, 0, hashlib.sha256()
             used += size
-            # Where the bytes lie does not matter: the same files moved elsewhere are the same task.
+            # The container is left out: the same files at another place are the same task.
             hasher.update(
                 repr((os.fsencode(entry.path), entry.class_label, entry.size, entry.stamp)).encode(errors="surrogateescape")
             )
@@ -140,7 +138,7 @@ class Listing:
             yield ImportTask(number, start, len(self), hasher.hexdigest())
 
     def compute_digest(self) -> str:
-        """Of all entries: changes when the source does, as far as names, sizes and stamps tell."""
+        """Digest of all entries, which changes with the source as far as names, sizes and stamps tell."""
         return digest_json([task.digest for task in self.cut_tasks(shard_samples=1 << 16, shard_bytes=1 << 62, overhead=1)])
 
 
@@ -162,10 +160,10 @@ def _make_key(path: bytes) -> str:
     stem, dot, extension = base.rpartition(".")
     plain = folder + slash + (stem if dot and extension.lower() in IMAGE_EXTENSIONS else base)
     parts = (part.strip() for part in re.sub(r"[\x00-\x1f\\]", "_", plain).split("/"))
-    # What leads out of a folder, or is hidden, would not come back.
+    # `..` leads out of the folder and a leading dot hides a file; readers would skip both.
     return "/".join(part.replace(".", "_") or "_" for part in parts)
 
 
 def _make_key_suffix(path: bytes) -> str:
-    """Tells files apart whose keys are the same."""
+    """Makes the keys of two paths different that would be equal."""
     return f"-{hashlib.sha256(path).hexdigest()[:8]}"

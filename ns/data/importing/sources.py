@@ -1,6 +1,6 @@
-"""Where images come from: folders, tables, tars and archives, on disk or on S3, each as a stream of entries.
+"""Sources of images: folders, tables, tars and archives, on disk or on S3, each as a stream of entries.
 
-Nothing is unpacked under the names that an archive gives: its bytes go into one scratch file, and entries point into it.
+An archive is never unpacked under the names in it: its bytes go into one scratch file, and entries point into that file.
 """
 
 import bz2
@@ -27,12 +27,14 @@ import pyarrow.dataset as pads
 from ns.core.errors import DataError, StoreError
 from ns.data.dataset import DatasetRole
 from ns.data.importing.listing import IMAGE_EXTENSIONS, SourceEntry
-from ns.data.shards import CLASS_EXTENSION, CLASS_ID_BYTES, iterate_members, parse_class_id, read_range, split_key
+from ns.data.shards import CLASS_EXTENSION, iterate_members, read_class_id, read_range, split_key
 from ns.storage import Store, open_store, split_uri
+from ns.storage.local import os_errors_as_store_errors
+from ns.storage.scratch import make_scratch_error
 
 HIDDEN = (".", "__MACOSX", "Thumbs.db", "desktop.ini")
 MAX_FILE_BYTES = 1 << 30
-"""A larger file among images is a film or an archive: too much to read to find out."""
+"""Maximum size of a file that is read: a larger one is a film or an archive rather than an image."""
 TABLES = (".csv", ".tsv", ".parquet")
 COMPRESSED: dict[str, Callable[..., Any]] = {
     ".tar": open, ".tar.gz": gzip.open, ".tgz": gzip.open, ".tar.bz2": bz2.open, ".tar.xz": lzma.open
@@ -44,22 +46,25 @@ LABEL_COLUMNS = ("label", "class", "class_name", "category", "target")
 SPLIT_COLUMNS = ("split", "subset", "set", "partition")
 CHUNK_BYTES = 1 << 20
 BATCH_ROWS = 10_000
-"""Of a table, in memory at a time."""
+"""Rows of a table in memory at a time."""
 
 
 def list_entries(source: str, role: DatasetRole, *, split: str | None, scratch_dir: Path) -> Iterator[SourceEntry]:
-    """What `source` holds, in no order. `scratch` is an empty folder for what must be unpacked.
+    """The entries of `source`, in any order. `scratch_dir` is an empty folder for unpacking.
 
-    A source is a folder or `s3://` prefix (of class folders; of images at any depth, for a pool; or of tar shards), a CSV, TSV
-    or Parquet table with columns path, label and perhaps split, one tar shard or several (`shard-{000..127}.tar`), or an
-    archive of class folders (tar, zip; also compressed, and with a tar for each class inside). Raises DataError for a source
-    that is not there or cannot be meant.
+    A source is one of:
+    - a folder or `s3://` prefix of class folders, of images at any depth (for a pool), or of tar shards,
+    - a CSV, TSV or Parquet table with the columns path, label and optionally split,
+    - one tar shard or several (`shard-{000..127}.tar`),
+    - an archive of class folders: tar or zip, also compressed, also with one tar per class inside.
+
+    Raises DataError for a source that does not exist or is none of these.
     """
     if re.search(r"\{\d+\.\.\d+\}", source):
         return _list_tars(_expand_braces(source), role)
     suffix = _detect_suffix(source)
     if split is not None and suffix not in TABLES:
-        raise DataError(f"--split {split}: {source} is no table; only tables have splits")
+        raise DataError(f"--split {split}: {source} is not a table; only tables have splits")
     if suffix in TABLES:
         return _list_table(source, role, split)
     if suffix in ARCHIVES:
@@ -78,15 +83,15 @@ def list_entries(source: str, role: DatasetRole, *, split: str | None, scratch_d
 
 
 def resolve_local_path(source: str) -> Path:
-    """The path that a `file://` URI or a path means."""
+    """The absolute path of a local path or `file://` URI."""
     path = Path(unquote(urlsplit(source).path) if source.startswith("file://") else source).expanduser()
     return path.absolute()
 
 
 def walk_folders(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """Each folder at and below `root` with the sorted names of its folders and files, hidden ones left out.
+    """Each folder at and below `root` with the sorted names of its folders and files, without hidden ones.
 
-    Links to folders are followed, as data sets are often linked into place, but not back into a folder that leads here.
+    Links to folders are followed, as datasets are often linked into place, except those back to a parent folder.
     """
     for current, folders, names in os.walk(root, onerror=_raise_unreadable, followlinks=True):
         parent = Path(current)
@@ -98,12 +103,12 @@ def walk_folders(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
 
 
 def escape_path(path: str) -> str:
-    """Names that are no UTF-8 get escapes for their bytes instead of lone surrogates, which no file could hold."""
+    """Replaces bytes that are not UTF-8 by escapes; Python's lone surrogates could not be written to a file."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 class SourceReader:
-    """Reads the bytes of entries, from any number of threads where they come from a server."""
+    """Reads the bytes of entries. Safe in threads if `is_remote`."""
 
     def __init__(self, source: str) -> None:
         if "{" in source or _detect_suffix(source) in (*TABLES, *ARCHIVES):
@@ -113,7 +118,7 @@ class SourceReader:
         self._open: tuple[str, IO[bytes]] | None = None
 
     def read_entry(self, entry: SourceEntry) -> bytes:
-        """Raises DataError with the reason for a file that cannot be taken, StoreError when the source is out of reach."""
+        """Raises DataError with the reason for an unusable file, StoreError when the source is out of reach."""
         if entry.size > MAX_FILE_BYTES:
             raise DataError("larger than 1 GiB")
         if entry.container:
@@ -136,10 +141,8 @@ class SourceReader:
             return open_store(parent_uri).get_range(name, entry.offset, entry.size)
         if self._open is None or self._open[0] != entry.container:
             self.close()
-            try:
+            with os_errors_as_store_errors(entry.container, "read"):
                 self._open = entry.container, Path(entry.container).open("rb")  # noqa: SIM115
-            except OSError as error:
-                raise StoreError(f"{entry.container}: cannot be read: {error.strerror or error}") from error
         return read_range(self._open[1], entry.offset, entry.size)
 
 
@@ -156,7 +159,7 @@ def _read_file(path: Path) -> bytes:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            # Opening a pipe would wait for a writer for good.
+            # Opening a pipe would wait for a writer forever.
             raise DataError("not a plain file")
         if status.st_size > MAX_FILE_BYTES:
             raise DataError("larger than 1 GiB")
@@ -190,7 +193,7 @@ def _list_folder(root: Path, role: DatasetRole) -> Iterator[SourceEntry]:
             _check_class_folders(root, folders)
         for name in names:
             path = str(inner / name)
-            # A dangling link has no status of its own; reading it will say so.
+            # A dangling link is listed by the link's own status; reading it fails with the reason.
             status = (parent / name).stat() if (parent / name).exists() else (parent / name).lstat()
             size = status.st_size if stat.S_ISREG(status.st_mode) else 0
             yield SourceEntry(path, _extract_class_name(str(root), path, role), size, str(status.st_mtime_ns))
@@ -220,7 +223,7 @@ def _extract_class_name(root: str, path: str, role: DatasetRole) -> str | None:
     class_name, slash, _ = path.partition("/")
     if not slash:
         raise DataError(
-            f"{root}: {escape_path(path)} lies outside any class folder; labeled images belong into one subfolder for each class"
+            f"{root}: {escape_path(path)} lies outside any class folder; labeled images belong in one subfolder per class"
         )
     return class_name
 
@@ -253,8 +256,8 @@ def _list_table(source: str, role: DatasetRole, split: str | None) -> Iterator[S
                 if split is None or str(row_split) == split:
                     yield _make_entry(base, path, class_label)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        # Arrow has errors of its own for some damage, the system's for other, and Python's for text that is no UTF-8.
-        raise DataError(f"{source}: not a table that can be read: {(str(error) or 'damaged').splitlines()[0]}") from error
+        # Arrow raises its own errors for some damage, OSError for other, and UnicodeDecodeError for text that is not UTF-8.
+        raise DataError(f"{source}: not a readable table: {(str(error) or 'damaged').splitlines()[0]}") from error
 
 
 def _open_batches(path: Path) -> Any:
@@ -266,7 +269,7 @@ def _open_batches(path: Path) -> Any:
         )
     separator = "\t" if path.suffix.lower() == ".tsv" else ","
     names = pacsv.open_csv(path, parse_options=pacsv.ParseOptions(delimiter=separator)).schema.names
-    # All as text: a class called 007 is not the class 7.
+    # All columns are read as text: the class 007 is not the class 7.
     as_text = pacsv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True, null_values=[""])
     return pacsv.open_csv(path, parse_options=pacsv.ParseOptions(delimiter=separator), convert_options=as_text)
 
@@ -283,7 +286,7 @@ def _find_column(source: str, columns: dict[str, str], candidates: tuple[str, ..
 def _make_entry(base: Path | None, path: Any, raw_label: Any) -> SourceEntry:
     image_uri, class_label = str(path or ""), None if raw_label is None else str(raw_label)
     if base is not None and "://" not in image_uri:
-        # What is not there is listed, read, and rejected with its reason as any other.
+        # A missing file is listed too, so that reading it rejects it with its reason.
         with suppress(OSError, ValueError):
             status = (base / image_uri).stat()
             return SourceEntry(
@@ -296,7 +299,7 @@ def _make_entry(base: Path | None, path: Any, raw_label: Any) -> SourceEntry:
 
 
 def _find_shards(folder: Path) -> list[str]:
-    """The tars of a folder that holds tars and no images."""
+    """The tars of a folder that holds tars and no images; otherwise none."""
     names = [entry.name for entry in os.scandir(folder) if not entry.name.startswith(HIDDEN)]
     others = any((folder / name).is_dir() or PurePosixPath(name).suffix[1:].lower() in IMAGE_EXTENSIONS for name in names)
     return [] if others else [str(folder / name) for name in sorted(names) if name.endswith(".tar")]
@@ -319,7 +322,7 @@ def _list_tars(uris: Iterable[str], role: DatasetRole) -> Iterator[SourceEntry]:
 
 
 def _list_tar(uri: str, role: DatasetRole) -> Iterator[SourceEntry]:
-    """The images of one tar shard, with the labels beside them."""
+    """The images of one tar shard, with the class indices beside them."""
     parent_uri, name = split_uri(uri)
     store = open_store(parent_uri)
     path = store.path(name)
@@ -332,7 +335,7 @@ def _read_stamp(store: Store, name: str) -> str:
 
 
 def _pair_images(path: Path, container: str, prefix: str, stamp: str, role: DatasetRole) -> Iterator[SourceEntry]:
-    """WebDataset keeps the files of a key side by side, so no more than one key is held."""
+    """Pairs images and class indices. WebDataset keeps the files of a key side by side, so one key is held at a time."""
     key = ""
     image: SourceEntry | None = None
     class_id: int | None = None
@@ -345,16 +348,11 @@ def _pair_images(path: Path, container: str, prefix: str, stamp: str, role: Data
                 yield image._replace(class_label=class_id)
             key, image, class_id = member_key, None, None
         if extension == CLASS_EXTENSION and role != "unlabeled":
-            class_id = _read_class_id(path, name, offset, size)
+            class_id = read_class_id(path, name, offset, size)
         elif extension in IMAGE_EXTENSIONS and image is None:
             image = SourceEntry(prefix + name, None, size, f"{stamp}:{offset}", container, offset)
     if image is not None:
         yield image._replace(class_label=class_id)
-
-
-def _read_class_id(path: Path, name: str, offset: int, size: int) -> int:
-    with path.open("rb") as file:
-        return parse_class_id(f"{path}: {name}", read_range(file, offset, min(size, CLASS_ID_BYTES + 1)))
 
 
 # Archives
@@ -367,7 +365,7 @@ def _list_archive(source: str, role: DatasetRole, scratch_dir: Path) -> Iterator
     if role != "unlabeled" and _has_class_files(tar):
         yield from _pair_images(tar, str(tar), "", _read_stamp(store, name), role)
         return
-    # Twice through the names: first for the folders that all are in, which say nothing.
+    # The first of two passes finds the folders that all files share, which name no class.
     common: tuple[str, ...] | None = None
     deepest = 0
     for path, _, _ in _list_files(tar):
@@ -376,7 +374,7 @@ def _list_archive(source: str, role: DatasetRole, scratch_dir: Path) -> Iterator
         common = folders if common is None else tuple(_find_common_prefix(common, folders))
     depth = len(common or ())
     if role != "unlabeled" and depth == deepest:
-        # All lie in one folder, which must then be a class.
+        # All files lie in one folder, which must then be a class.
         depth = max(0, depth - 1)
     stamp = _read_stamp(store, name)
     for path, offset, size in _list_files(tar):
@@ -387,7 +385,7 @@ def _list_archive(source: str, role: DatasetRole, scratch_dir: Path) -> Iterator
 
 
 def _blame_source(source: str, scratch_dir: Path, source_entries: Iterator[SourceEntry]) -> Iterator[SourceEntry]:
-    """What is wrong with the scratch file is wrong with the source."""
+    """Names the source instead of the scratch file in errors."""
     try:
         yield from source_entries
     except DataError as error:
@@ -395,7 +393,7 @@ def _blame_source(source: str, scratch_dir: Path, source_entries: Iterator[Sourc
 
 
 def _list_files(tar: Path) -> Iterator[tuple[str, int, int]]:
-    """Path, offset and size of all files but hidden ones; those of a tar in the tar lie in a folder of its name."""
+    """Path, offset and size of all files that are not hidden. A tar in the tar counts as a folder of its name."""
     for name, offset, size in iterate_members(tar):
         if any(part.startswith(HIDDEN) for part in PurePosixPath(name).parts):
             continue
@@ -415,7 +413,7 @@ def _has_class_files(path: Path) -> bool:
 
 
 def _unpack_tar(source: str, packed: Path, target: Path) -> Path:
-    """The archive as a tar that is not compressed: itself, or written to `target`."""
+    """The archive as an uncompressed tar: the archive itself, or one written to `target`."""
     suffix = _detect_suffix(source)
     if suffix == ".tar" and _is_local(source):
         return packed
@@ -430,11 +428,9 @@ def _unpack_tar(source: str, packed: Path, target: Path) -> Path:
         raise DataError(f"{source}: not a whole archive: {error}") from error
     except OSError as error:
         if error.errno is None:
-            # What gzip and bz2 say of damage.
+            # gzip and bz2 raise OSError without an errno for damage.
             raise DataError(f"{source}: not a whole archive: {error}") from error
-        raise StoreError(
-            f"{target.parent}: cannot unpack {source}: {error.strerror}; free some space there, or set TMPDIR to another folder"
-        ) from error
+        raise make_scratch_error(target.parent, f"unpack {source}", error) from error
     return target
 
 
@@ -448,7 +444,7 @@ def _repack_zip(packed: Path, sink: IO[bytes]) -> None:
             if info.flag_bits & 1:
                 raise DataError(f"{packed}: {info.filename}: is encrypted; unpack the archive first")
             member = tarfile.TarInfo(info.filename)
-            # Not worth unpacking: it is left out by its size.
+            # Larger files are left out by their size, so they need not be unpacked whole.
             member.size = min(info.file_size, MAX_FILE_BYTES + 1)
             with archive.open(info) as content:
                 tar.addfile(member, content)

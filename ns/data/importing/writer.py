@@ -12,16 +12,16 @@ from ns.core.errors import DataError
 from ns.data.dataset import Shard
 from ns.data.index import ShardIndex
 from ns.data.loading.decode import read_jpeg_size
-from ns.data.scratch import explain_scratch_errors, make_scratch_dir
-from ns.data.shards import BLOCK, CLASS_EXTENSION, MEMBER_BYTES, SHARD_EXTENSIONS, ShardSample, is_inside, is_utf8
+from ns.data.shards import CLASS_EXTENSION, MEMBER_BYTES, SHARD_EXTENSIONS, ShardSample, is_inside, is_utf8
 from ns.storage import Store
+from ns.storage.scratch import explain_scratch_errors, make_scratch_dir
 
 
 class ShardWriter:
-    """Writes shards of at most `max_samples` images and `max_bytes` bytes into a store folder: `shard-00000.tar` …
+    """Writes shards of at most `max_samples` images and `max_bytes` bytes into a store: `shard-00000.tar` …
 
-    With `first`, they are `FIRST.tar`, `FIRST-1.tar` …. The same samples in the same order give the same bytes: no times,
-    owners or modes of the machine are kept.
+    With `stem`, they are `STEM.tar`, `STEM-1.tar` …. The same samples in the same order give the same bytes: times, owners
+    and modes are not kept.
     """
 
     def __init__(self, store: Store, *, max_samples: int, max_bytes: int, stem: str | None = None) -> None:
@@ -52,13 +52,13 @@ class ShardWriter:
 
     @property
     def shards(self) -> tuple[Shard, ...]:
-        """The finished shards; all of them once the writer is closed."""
+        """The finished shards: all, once the writer is closed."""
         return tuple(self._finished)
 
     def add_image(self, key: str, extension: str, data: bytes, class_id: int | None) -> None:
-        """Appends one image. The key has no dot in its base name and was not used before.
+        """Appends one image. The key must be new, and have no dot in its base name.
 
-        Raises DataError for a key that would not come back, StoreError when the shard cannot be written.
+        Raises DataError for a key that a reader would not return, StoreError when the shard cannot be written.
         """
         base = key.rpartition("/")[2]
         if not base or "." in base or key in self._keys or not is_inside(key) or not is_utf8(key):
@@ -74,7 +74,7 @@ class ShardWriter:
             if self._tar is None:
                 self._tar = tarfile.open(self._tar_path, "w:", format=tarfile.PAX_FORMAT)  # noqa: SIM115
             _add_member(self._tar, f"{key}.{extension}", data)
-            offset = self._tar.offset - -(-len(data) // BLOCK) * BLOCK
+            offset = self._tar.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
             if class_id is not None:
                 _add_member(self._tar, f"{key}.{CLASS_EXTENSION}", str(class_id).encode())
         self._samples.append(ShardSample(key, extension, offset, len(data), class_id))

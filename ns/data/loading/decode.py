@@ -1,4 +1,4 @@
-"""Encoded image → uint8 RGB. libjpeg-turbo for JPEGs, Pillow for the rest."""
+"""Decodes images to uint8 RGB: JPEGs by libjpeg-turbo, all other formats by Pillow."""
 
 import io
 import math
@@ -15,22 +15,22 @@ from PIL import Image, UnidentifiedImageError
 from ns.core.errors import DataError
 
 MAX_PIXELS = 178_956_970
-"""Where Pillow gives up: a larger image is a decompression bomb, or belongs cut up."""
+"""Pillow's limit. A larger image is a decompression bomb, or should be cut into tiles."""
 
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-"""What is tried. Pillow knows more, among them EPS, for which it starts Ghostscript on a stranger's program."""
+"""Formats that Pillow may decode. It knows more, such as EPS, for which it runs a foreign program in Ghostscript."""
 
 JPEG_MAGIC = b"\xff\xd8\xff"
-# Color spaces that libjpeg-turbo turns into RGB by itself; CMYK needs Pillow's inverted-Adobe handling.
+# Color spaces that libjpeg-turbo converts to RGB; CMYK needs Pillow's handling of inverted Adobe files.
 PLAIN_COLORSPACES = ("Gray", "YCbCr", "RGB")
 ORIENTATION = 0x0112
 SCALED_FROM = 2
-"""An image is decoded smaller when it would be made smaller by this factor anyway; below, the quality would suffer."""
+"""An image is decoded at a smaller scale if it is shrunk by at least this factor afterwards; below, quality would suffer."""
 
 Box = tuple[float, float, float, float]
 """left, upper, right, lower, px."""
 
-# What brings an image of each orientation upright.
+# EXIF orientation → transposition that brings the image upright.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -43,14 +43,14 @@ TURNS = {
 APP1, START_OF_SCAN = b"\xe1", b"\xda"
 EXIF_MAGIC = b"Exif\0\0"
 
-# Pillow warns of odd metadata, and of bombs from half the limit on. As a filter for good: setting filters for each image
-# (warnings.catch_warnings) is not safe in threads, and images are decoded in several.
+# Pillow warns of odd metadata, and of bombs from half the limit on. The filter is permanent, because images are decoded in threads
+# and warnings.catch_warnings, which would set it per image, is not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 @cache
 def _list_formats() -> list[str]:
-    """Of FORMATS, what this Pillow can read. Asked for late: it loads all of Pillow's plugins, which most steps never need."""
+    """PILLOW_FORMATS that this Pillow can read. Not at import: this loads all plugins of Pillow, which most stages never need."""
     Image.init()
     return [name for name in PILLOW_FORMATS if name in Image.OPEN]
 
@@ -58,8 +58,8 @@ def _list_formats() -> list[str]:
 def decode_image(data: bytes) -> npt.NDArray[np.uint8]:
     """uint8 [H, W, 3], C-contiguous, upright (EXIF orientation applied).
 
-    Greyscale is repeated over the channels, 16 bits are scaled to 8, transparency is laid over white, and of an animation
-    the first frame is taken. Safe in threads; libjpeg-turbo and Pillow release the interpreter lock. Raises DataError with the
+    Gray is repeated over the channels, 16 bits are scaled to 8, transparency is laid over white, and of an animation only
+    the first frame is decoded. Thread-safe; libjpeg-turbo and Pillow release the interpreter lock. Raises DataError with the
     reason: empty file, not an image, truncated, damaged, decompression bomb.
     """
     if not data:
@@ -68,20 +68,20 @@ def decode_image(data: bytes) -> npt.NDArray[np.uint8]:
 
 
 class EncodedJpeg(NamedTuple):
-    """A JPEG of which `look` knows the size; its pixels are made when it is known how many are needed."""
+    """A JPEG whose size `read_jpeg_size` has read. It is decoded later, when the required size is known."""
 
     data: bytes | memoryview
     width: int
     height: int
 
     def decode_whole(self) -> npt.NDArray[np.uint8]:
-        """As `decode`."""
+        """The same as `decode_image`."""
         return _decode_turbo(self.data)
 
     def decode_box(self, box: Box, size: int) -> tuple[npt.NDArray[np.uint8], Box]:
-        """Pixels, and where in them `box` is, for a result of `size` px a side.
+        """Pixels, uint8 [H, W, 3], and the position of `box` in them, for a result with sides of `size` px.
 
-        A JPEG whose box is at least twice that large is decoded at 1/2, 1/4 or 1/8: libjpeg-turbo then skips most of the work.
+        If the box is at least twice as large, the JPEG is decoded at 1/2, 1/4 or 1/8: libjpeg-turbo then skips most of the work.
         """
         shrink = min((box[2] - box[0]) / size, (box[3] - box[1]) / size)
         if shrink < SCALED_FROM:
@@ -92,9 +92,9 @@ class EncodedJpeg(NamedTuple):
 
 
 def decode_into(data: bytes | memoryview, out: npt.NDArray[np.uint8]) -> None:
-    """The pixels of a JPEG of which `look` knows the size, in `out`, C-contiguous uint8 [height, width, 3].
+    """Decodes a JPEG whose size `read_jpeg_size` has read into `out`, C-contiguous uint8 [height, width, 3].
 
-    For small images, making an array costs as much as pixels.
+    For small images, allocating an array costs as much as decoding.
     """
     try:
         simplejpeg.decode_jpeg(data, "RGB", False, False, 0, 0, 1, out)
@@ -103,10 +103,10 @@ def decode_into(data: bytes | memoryview, out: npt.NDArray[np.uint8]) -> None:
 
 
 def allocate_images(count: int, size: int) -> npt.NDArray[np.uint8]:
-    """uint8 [count, size, size, 3], all zero, for images to be decoded into.
+    """uint8 [count, size, size, 3], all zero, to decode images into.
 
-    Not at a multiple of 32 bytes: libjpeg-turbo writes rows that begin there past the cache, which for small images, that are
-    read again at once, takes longer than decoding them (32 px: 12.8 instead of 7.9 µs).
+    It does not start at a multiple of 32 bytes: libjpeg-turbo writes rows that start there past the cache. For small images,
+    which are read again at once, that takes longer than decoding (32 px: 12.8 instead of 7.9 µs).
     """
     length = count * size * size * 3
     memory = np.zeros(length + 32, np.uint8)
@@ -115,7 +115,7 @@ def allocate_images(count: int, size: int) -> npt.NDArray[np.uint8]:
 
 
 def read_jpeg_size(data: bytes) -> tuple[int, int]:
-    """Width and height, px, of a JPEG that needs nothing but libjpeg-turbo; (0, 0) of all else, also of what is damaged."""
+    """Width and height, px, of a JPEG that libjpeg-turbo alone decodes; (0, 0) for all other and for damaged images."""
     if not data.startswith(JPEG_MAGIC):
         return 0, 0
     try:
@@ -128,12 +128,12 @@ def read_jpeg_size(data: bytes) -> tuple[int, int]:
 
 
 def _decode_turbo(data: bytes | memoryview, width: int = 0, height: int = 0) -> npt.NDArray[np.uint8]:
-    """With a width and height, decoded at the smallest 1/2ⁿ that has them."""
+    """With a width and height, decodes at the smallest scale 1/2ⁿ that is at least as large."""
     try:
         image: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", False, False, height, width, SCALED_FROM)
         return image
     except ValueError:
-        # Pillow may still read it, or say what is wrong with it.
+        # Pillow may still decode it, or give a better reason.
         return _decode_pillow(bytes(data))
 
 
@@ -143,7 +143,7 @@ def _is_upright(jpeg: bytes) -> bool:
 
 
 def _find_exif(jpeg: bytes) -> bytes | None:
-    """The segments before the pixels are walked by their lengths: reading them all through Pillow doubles the time."""
+    """Follows the lengths of the segments before the pixels: parsing them with Pillow would double the time."""
     at = 2
     while jpeg[at : at + 1] == b"\xff" and (marker := jpeg[at + 1 : at + 2]) != START_OF_SCAN:
         length = int.from_bytes(jpeg[at + 2 : at + 4])
@@ -160,7 +160,7 @@ def _parse_exif(block: bytes) -> Image.Exif:
 
 
 def _read_turn(read_exif: Callable[[], Image.Exif]) -> Image.Transpose | None:
-    """What brings the image upright; nothing where EXIF is damaged, as the pixels may still be whole."""
+    """The transposition that brings the image upright; None if EXIF is damaged, as the pixels may still be intact."""
     try:
         return TURNS.get(read_exif().get(ORIENTATION, 1))
     except Exception:
@@ -181,7 +181,7 @@ def _decode_pillow(data: bytes) -> npt.NDArray[np.uint8]:
         reason = str(error)
         raise DataError("truncated" if "truncated" in reason.lower() else f"damaged: {reason}") from error
     except Exception as error:
-        # Pillow's parsers raise whatever the garbage leads them to: struct.error, ValueError, zlib.error, …
+        # Garbage makes Pillow's parsers raise struct.error, ValueError, zlib.error and more.
         raise DataError(f"damaged: {type(error).__name__}: {error}") from error
 
 

@@ -1,7 +1,7 @@
-"""Which images a step sees: an endless shuffle as a pure function of (seed, position).
+"""The order of training images: an endless shuffle as a pure function of (seed, position).
 
-An epoch visits every image as often as its copies say. Shards are shuffled, then images within a window of shards that are
-open together: sequential reads from the store, and a shuffle over tens of thousands of images.
+An epoch contains every image as often as it has copies. Shards are shuffled first, then the images within a window of shards
+that are open together: reads are sequential, and the shuffle spans tens of thousands of images.
 """
 
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ import numpy.typing as npt
 from ns.core.errors import DataError
 
 WINDOW_SHARDS = 8
-"""Shards open together."""
+"""Number of shards that are open together."""
 
 
 class ShardShuffle:
-    """Where the images of an endless stream are: position → (shard, row).
+    """Position in an endless stream → (shard, row) of the image.
 
-    `copies` holds, for each shard, how often each of its rows is seen in an epoch.
+    `copies`: per shard int [rows], the number of times that each row occurs in an epoch. Raises DataError if all are 0.
     """
 
     def __init__(self, copies: Sequence[npt.NDArray[np.integer]], seed: Sequence[int]) -> None:
@@ -33,11 +33,11 @@ class ShardShuffle:
 
     @cached_property
     def epoch_size(self) -> int:
-        """Images in an epoch, copies included."""
+        """Number of images in an epoch, including copies."""
         return int(self._sizes.sum())
 
     def positions(self, start: int, count: int) -> list[tuple[int, int]]:
-        """Positions [start, start + count) of the stream."""
+        """(shard, row) of the positions [start, start + count) of the stream."""
         rows_taken: list[tuple[int, int]] = []
         while len(rows_taken) < count:
             epoch, offset = divmod(start + len(rows_taken), self.epoch_size)
@@ -49,7 +49,7 @@ class ShardShuffle:
         return rows_taken
 
     def prefetch(self, position: int) -> list[int]:
-        """The shards of the window after that of `position`, which will be read next."""
+        """The shards of the window after that of `position`, which are needed next."""
         epoch, offset = divmod(position, self.epoch_size)
         shards, bounds = self._epoch(epoch)
         window = int(np.searchsorted(bounds, offset, side="right"))
@@ -58,7 +58,7 @@ class ShardShuffle:
         return [int(shard) for shard in shards[window * WINDOW_SHARDS : (window + 1) * WINDOW_SHARDS]]
 
     def _make_epoch(self, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """The shards in this epoch's order, and the first position of each window, with the end."""
+        """int64 [shards] order of this epoch, and int64 [windows + 1] first position of each window, and the end."""
         shards = np.random.default_rng([*self._seed, epoch]).permutation(len(self._copies))
         ends = np.cumsum(self._sizes[shards])
         bounds = np.concatenate([[0], ends[WINDOW_SHARDS - 1 :: WINDOW_SHARDS]])
@@ -67,7 +67,7 @@ class ShardShuffle:
         return shards, bounds
 
     def _make_window(self, epoch: int, window: int) -> npt.NDArray[np.int64]:
-        """[n, 2] shard and row of each image in a window, shuffled."""
+        """int64 [n, 2] shard and row of each image in a window, shuffled."""
         shards, _ = self._epoch(epoch)
         members = shards[window * WINDOW_SHARDS : (window + 1) * WINDOW_SHARDS]
         rows = np.concatenate(

@@ -1,4 +1,4 @@
-"""Images of a dataset by (shard, row), read from shards that are fetched ahead and kept open, a bounded number at a time."""
+"""Reads images of a dataset by (shard, row), from a bounded number of shards that are fetched ahead and kept open."""
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,18 +15,19 @@ from ns.data.loading.decode import EncodedJpeg, decode_image
 from ns.data.loading.sampler import WINDOW_SHARDS
 from ns.data.shards import check_shard_file, read_range
 from ns.storage import Store
+from ns.storage.local import os_errors_as_store_errors
 
 DECODED_BYTES = 256 << 20
-"""Decoded images that a process may keep: small datasets are decoded once."""
+"""Bytes of decoded images that a process may keep: small datasets are decoded once."""
 READ_ROWS = 256
-"""Neighbors that are read at once: a small image on its own costs an eighth more to read than to decode."""
-FETCHERS = 2
+"""Neighbors that are read at once: reading a small image by itself takes an eighth longer than decoding it."""
+FETCH_THREADS = 2
 
 
 class ImageSource:
-    """Encoded images of a dataset. One for each process; safe to hand to a child before its first use.
+    """Images of a dataset. Each process needs its own; it may be passed to a child process before its first use.
 
-    `held`: shards that stay open. Training reads from a window of them at a time; who goes through them in order needs two.
+    `max_open_shards`: training reads from a window of shards at a time; reading in order needs two.
     """
 
     def __init__(self, store: Store, dataset: Dataset, *, max_open_shards: int = 2 * WINDOW_SHARDS) -> None:
@@ -41,20 +42,20 @@ class ImageSource:
         self._open_cached = lru_cache(maxsize=max_open_shards)(self._open_shard)
 
     def fetch_ahead(self, shards: Iterable[int]) -> None:
-        """Begins to fetch shards that will be read soon. What goes wrong is said when they are read."""
+        """Begins to fetch shards that will be read soon. Errors are raised when they are read."""
         fresh = set(shards) - self._fetching
         if not fresh:
             return
         if self._fetchers is None:
-            self._fetchers = ThreadPoolExecutor(FETCHERS, "fetch")
+            self._fetchers = ThreadPoolExecutor(FETCH_THREADS, "fetch")
         self._fetching = set(shards)
         for shard in sorted(fresh):
             self._fetchers.submit(self._store.path, self._dataset.shards[shard].name)
 
     def read_encoded(self, shard: int, start: int = 0, stop: int | None = None) -> Iterator[EncodedJpeg | bytes]:
-        """Rows [start, stop) of a shard: JPEGs that libjpeg-turbo decodes by itself, and the bytes of other images.
+        """Rows [start, stop) of a shard: JPEGs that libjpeg-turbo alone decodes, and the bytes of other images.
 
-        Raises DataError naming the shard and its cure when it is not what the manifest says, StoreError when it is out of reach.
+        Raises DataError for a shard that differs from its manifest, StoreError for one that is out of reach.
         """
         open_shard = self._open_cached(shard)
         stop = len(open_shard.index) if stop is None else stop
@@ -62,7 +63,7 @@ class ImageSource:
             yield from open_shard.read_rows(at, min(at + READ_ROWS, stop))
 
     def read_image(self, shard: int, row: int) -> EncodedJpeg | npt.NDArray[np.uint8]:
-        """A JPEG to be decoded, or any other image as uint8 [H, W, 3] RGB."""
+        """A JPEG to be decoded, or any other image as uint8 [H, W, 3] RGB. Raises as `read_encoded`."""
         data = self._open_cached(shard).read_row(row)
         if isinstance(data, EncodedJpeg):
             return data
@@ -70,7 +71,7 @@ class ImageSource:
             return decode_image(data)
 
     def read_pixels(self, shard: int, row: int) -> npt.NDArray[np.uint8]:
-        """uint8 [H, W, 3] RGB, decoded whole, and kept while there is room."""
+        """uint8 [H, W, 3] RGB, decoded whole and kept while there is room. Raises as `read_encoded`."""
         cached = self._decoded.get((shard, row))
         if cached is not None:
             return cached
@@ -83,14 +84,14 @@ class ImageSource:
         return pixels
 
     def prefix_decode_errors(self, shard: int, row: int) -> "_DecodeErrorPrefix":
-        """A context in which an image that cannot be decoded is named."""
+        """A context that puts the shard and key of an image in front of a DataError."""
         return _DecodeErrorPrefix(self, shard, row)
 
     def shard_uri(self, shard: int) -> str:
         return f"{self._store.uri}/{self._dataset.shards[shard].name}"
 
     def read_class_ids(self, shard: int, num_classes: int) -> npt.NDArray[np.int64]:
-        """Class indices of a labeled shard. Raises DataError for an image without one below `classes`."""
+        """int64 [rows] class indices of a labeled shard. Raises DataError for an image without one below `num_classes`."""
         index = self.read_index(shard)
         wrong = np.flatnonzero((index.class_ids < 0) | (index.class_ids >= num_classes))
         if len(wrong):
@@ -105,21 +106,17 @@ class ImageSource:
         return ShardIndex.load(self._store, self._dataset.shards[shard])
 
     def _open_shard(self, shard: int) -> "_OpenShard":
-        entry_shard = self._dataset.shards[shard]
-        path = self._store.path(entry_shard.name)
-        try:
+        manifest, uri = self._dataset.shards[shard], self.shard_uri(shard)
+        path = self._store.path(manifest.name)
+        with os_errors_as_store_errors(uri, "read"):
             file = path.open("rb")
             if shard not in self._checked:
-                check_shard_file(path, entry_shard, self.shard_uri(shard))
+                check_shard_file(path, manifest, uri)
                 self._checked.add(shard)
-            return _OpenShard(file, self.read_index(shard), self.shard_uri(shard))
-        except OSError as error:
-            raise StoreError(f"{self.shard_uri(shard)}: cannot be read: {error.strerror or error}") from error
+            return _OpenShard(file, self.read_index(shard), uri)
 
 
 class _OpenShard:
-    """An open shard."""
-
     def __init__(self, file: IO[bytes], index: ShardIndex, uri: str) -> None:
         self.index = index
         self._file = file
@@ -140,7 +137,7 @@ class _OpenShard:
         ends = (starts + index.sizes[start:stop]).tolist()
         images = [data[at:end] for at, end in zip(starts.tolist(), ends, strict=True)]
         sizes = zip(images, index.widths[start:stop].tolist(), index.heights[start:stop].tolist(), strict=True)
-        # Encoded(…) by itself takes four times as long, which shows at 32 px.
+        # EncodedJpeg(…) takes four times as long, which is noticeable at 32 px.
         encoded: list[EncodedJpeg] = list(map(partial(tuple.__new__, EncodedJpeg), sizes))
         if index.widths[start:stop].all():
             return cast(list[EncodedJpeg | bytes], encoded)
@@ -152,11 +149,11 @@ class _OpenShard:
         except DataError as error:
             raise DataError(f"{self._uri}: {self.index.keys[row]}: {error}; import the data again") from error
         except OSError as error:
-            raise StoreError(f"{self._uri}: cannot be read: {error.strerror or error}") from error
+            raise StoreError(f"{self._uri}: {self.index.keys[row]}: cannot read: {error.strerror or error}") from error
 
 
 class _DecodeErrorPrefix:
-    """Cheaper than a generator's context: it is entered for each image."""
+    """A class, since it is entered for each image and a generator's context costs more."""
 
     __slots__ = ("_row", "_shard", "_source")
 

@@ -1,4 +1,4 @@
-"""Training streams: the images of a step, noised, as a pure function of (seed, step), so that any step can be made again."""
+"""Training streams: the noised images of a step as a pure function of (seed, step), so that training can resume at any step."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from ns.storage import Store
 
 
 class LabeledImages:
-    """The labeled images of an experiment."""
+    """The labeled images of an experiment. Raises DataError for an image without a class index."""
 
     def __init__(self, store: Store, dataset: Dataset) -> None:
         self.source = ImageSource(store, dataset)
@@ -31,7 +31,7 @@ class LabeledImages:
 
 
 class PseudoLabeledImages:
-    """The selected images of the pool with their soft labels."""
+    """The selected images of the pool with their targets."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class PseudoLabeledImages:
         targets: Sequence[npt.NDArray[np.float32]],
         copies: Sequence[npt.NDArray[np.integer]],
     ) -> None:
-        """`targets`: for each shard float32 [rows, classes]; `copies`: for each shard int [rows]."""
+        """`targets`: per shard float32 [rows, classes]; `copies`: per shard int [rows]."""
         self.source = source
         self.targets = targets
         self.copies = copies
@@ -57,10 +57,10 @@ class Batch(NamedTuple):
 
 
 class TrainingBatches(TorchDataset[Batch]):
-    """Step → batch. All randomness follows from (seed, position in the stream), none from who makes the batch.
+    """Step → batch. All randomness depends on (seed, position in the stream), none on the process that makes the batch.
 
-    With `world` processes, the one of `rank` gets its part of each step's images: all get as many steps, and together they see
-    what one process alone would see, in the same order.
+    Of `world_size` ranks, each gets its part of each step's images. All have the same number of steps, and together they see
+    the images that a single process would see, in the same order.
     """
 
     def __init__(
@@ -112,12 +112,12 @@ class TrainingBatches(TorchDataset[Batch]):
         return Batch(torch.from_numpy(np.stack(images)), torch.from_numpy(class_ids), torch.from_numpy(targets))
 
     def list_keys(self, step: int) -> list[list[str]]:
-        """Keys of the images of a step, all processes' together: of the labeled ones, and of the pseudo-labeled ones."""
+        """Keys of the images of a step on all ranks: first of the labeled images, then of the pseudo-labeled ones."""
         return [stream.list_keys(step) for stream in self._streams]
 
 
 class _ImageStream:
-    """The images of one part of each step."""
+    """The labeled or the pseudo-labeled images of each step."""
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class _ImageStream:
         self._philox_key = philox_key
 
     def locate_images(self, step: int) -> list[tuple[int, int]]:
-        """(shard, row) of each image. Begins to fetch the shards that come next."""
+        """(shard, row) of each image of this rank. Begins to fetch the shards that come next."""
         first, stop = (step * self._batch_size + bound for bound in self._rank_bounds)
         self._source.fetch_ahead(self._shuffle.prefetch(stop))
         return self._shuffle.positions(first, stop - first)
@@ -154,7 +154,7 @@ class _ImageStream:
         source, transform = self._source, self._transform
         read = source.read_image if transform.allows_scaled_decode else source.read_pixels
         for position, location in enumerate(locations, first):
-            # Philox takes its key as it is: five times cheaper to set up than seeding through SeedSequence.
+            # Philox with a key is set up five times faster than a generator with a seed, which needs a SeedSequence.
             rng = np.random.Generator(np.random.Philox(key=np.array([self._philox_key, position], np.uint64)))
             image = read(*location)
             with source.prefix_decode_errors(*location):
@@ -173,10 +173,10 @@ class _StepSampler(Sampler[int]):
 
 
 def iterate_batches(batches: TrainingBatches, *, start: int, stop: int, workers: int, pin_memory: bool) -> Iterator[Batch]:
-    """Batches of steps [start, stop) in order, made ahead by `workers` processes.
+    """Batches of steps [start, stop) in order, prefetched by `workers` processes.
 
-    Raises DataError, in one line, for an image that cannot be read, and, as torch does, RuntimeError with `DataLoader worker (pid`
-    for a process that was killed.
+    Raises DataError, in one line, for an unreadable image, and RuntimeError with `DataLoader worker (pid`, as torch does, for a
+    process that was killed.
     """
     data_loader: DataLoader[Batch] = DataLoader(
         batches,
@@ -189,10 +189,10 @@ def iterate_batches(batches: TrainingBatches, *, start: int, stop: int, workers:
     try:
         yield from data_loader
     except DataError as error:
-        # A worker's exception arrives with its stack trace as the message, the message proper at the end.
+        # A worker's exception arrives with its stack trace as the message; the actual message is at the end.
         raise DataError(str(error).rpartition(f"{DataError.__name__}: ")[2].strip()) from error
     except (ConnectionError, EOFError) as error:
         if str(error).startswith("Caught "):  # a worker's own
             raise
-        # A worker that dies while it hands a batch over may not be known to be dead yet, and then torch does not say it.
-        raise RuntimeError("DataLoader worker (pid unknown) went away while it handed over a batch") from error
+        # torch may not have noticed yet that a worker died while it sent a batch, and then raises this error instead of its own.
+        raise RuntimeError("DataLoader worker (pid unknown) died while it sent a batch") from error

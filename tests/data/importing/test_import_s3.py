@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from ns.data.importing.ingest import ImportLimits, import_images
+from ns.config.schema import ImportConfig
+from ns.data.importing.ingest import import_images
 from ns.data.index import build_index_key
 from ns.data.shards import check_shard_file
 from ns.storage import LocalStore
@@ -14,7 +15,7 @@ from ns.storage.s3 import S3Service, S3Store
 from tests.storage.conftest import PART_BYTES, environment, moto, proxied, store_at, swift  # noqa: F401
 from tests.storage.faults import Fault
 
-LIMITS = ImportLimits(max_rejected_share=0.5, shard_samples=20, shard_mib=1)
+CONFIG = ImportConfig(max_rejected_share=0.5, shard_samples=20, shard_mib=1)
 
 
 @pytest.fixture
@@ -33,11 +34,11 @@ def upload(folder, store):
 
 
 def run(source, out, **options):
-    return import_images(source, out, name="n", role="labeled", limits=LIMITS, workers=1, **options)
+    return import_images(source, out, name="n", role="labeled", config=CONFIG, workers=1, **options)
 
 
 @pytest.mark.usefixtures("environment")
-def test_a_bucket_gives_what_the_folder_gives(moto, tmp_path, folder, monkeypatch):  # noqa: F811
+def test_import_from_s3_equals_import_from_folder(moto, tmp_path, folder, monkeypatch):  # noqa: F811
     monkeypatch.setenv("AWS_ENDPOINT_URL", moto)
     expected = run(str(folder), LocalStore(tmp_path / "local"))
     store = store_at(moto, tmp_path / "cache")
@@ -57,7 +58,7 @@ def test_a_bucket_gives_what_the_folder_gives(moto, tmp_path, folder, monkeypatc
 
 
 @pytest.mark.usefixtures("environment")
-def test_errors_of_the_server_and_broken_bodies_lose_nothing(proxied, tmp_path, folder, monkeypatch):  # noqa: F811
+def test_import_survives_s3_errors(proxied, tmp_path, folder, monkeypatch):  # noqa: F811
     store, proxy = proxied
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
     expected = run(str(folder), LocalStore(tmp_path / "local"))
@@ -75,7 +76,7 @@ def test_errors_of_the_server_and_broken_bodies_lose_nothing(proxied, tmp_path, 
 @pytest.mark.integration
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("environment")
-def test_a_server_that_is_killed_and_comes_back_loses_nothing(swift, tmp_path, folder, monkeypatch):  # noqa: F811
+def test_import_survives_server_restarts(swift, tmp_path, folder, monkeypatch):  # noqa: F811
     expected = run(str(folder), LocalStore(tmp_path / "local"))
     monkeypatch.setenv("AWS_ENDPOINT_URL", swift.url)
     found = store_at(swift.url, tmp_path / "cache")

@@ -6,10 +6,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from ns.config.schema import ImportConfig
 from ns.core.errors import DataError
-from ns.data.dataset import MANIFEST, Dataset
+from ns.data.dataset import Dataset
 from ns.data.importing import ingest, sources
-from ns.data.importing.ingest import ImportLimits, import_images
+from ns.data.importing.ingest import import_images
 from ns.data.shards import read_samples
 from ns.storage import LocalStore
 
@@ -32,15 +33,15 @@ def source(tmp_path):
 
 def run(source, folder, role="labeled", **options):
     own = {name: options.pop(name) for name in ("classes", "split", "workers") if name in options}
-    limits = ImportLimits(**{"max_rejected_share": 0.5, "shard_samples": 5, "shard_mib": 1, **options})
-    return import_images(str(source), LocalStore(folder), name="animals", role=role, limits=limits, **{"workers": 1, **own})
+    config = ImportConfig(**{"max_rejected_share": 0.5, "shard_samples": 5, "shard_mib": 1, **options})
+    return import_images(str(source), LocalStore(folder), name="animals", role=role, config=config, **{"workers": 1, **own})
 
 
 def keys_of(folder, dataset):
     return [sample for shard in dataset.shards for sample in read_samples(LocalStore(folder).path(shard.name))]
 
 
-def test_class_folders_become_labels(source, tmp_path):
+def test_import_takes_classes_from_folders(source, tmp_path):
     dataset = run(source, tmp_path / "out")
     assert dataset.classes == ("cat", "dog")
     assert [shard.samples for shard in dataset.shards] == [5, 5, 2]
@@ -49,14 +50,14 @@ def test_class_folders_become_labels(source, tmp_path):
     assert Dataset.load(LocalStore(tmp_path / "out")) == dataset
 
 
-def test_the_same_images_give_the_same_digest_wherever_they_are(source, tmp_path):
+def test_digest_does_not_depend_on_location(source, tmp_path):
     first = run(source, tmp_path / "a")
     moved = tmp_path / "elsewhere"
     source.rename(moved)
     assert run(moved, tmp_path / "b").digest == first.digest
 
 
-def test_images_are_kept_byte_for_byte(source, tmp_path):
+def test_import_keeps_images_byte_for_byte(source, tmp_path):
     run(source, tmp_path / "out")
     store = LocalStore(tmp_path / "out")
     dataset = Dataset.load(store)
@@ -66,7 +67,7 @@ def test_images_are_kept_byte_for_byte(source, tmp_path):
             assert kept == (tmp_path / "animals" / f"{sample.key}.png").read_bytes()
 
 
-def test_what_cannot_be_read_is_counted_listed_and_left_out(source, tmp_path):
+def test_import_lists_rejects(source, tmp_path):
     (source / "cat" / "empty.jpg").write_bytes(b"")
     (source / "cat" / "cut.png").write_bytes(picture(1)[:50])
     (source / "dog" / "notes.txt").write_text("not a picture")
@@ -74,20 +75,20 @@ def test_what_cannot_be_read_is_counted_listed_and_left_out(source, tmp_path):
     assert dataset.samples == 12
     assert dataset.rejected == 3
     listed = pq.read_table(tmp_path / "out" / "rejected.parquet").to_pydict()
-    reasons = dict(zip(listed["path"], listed["reason"], make_strict=True))
+    reasons = dict(zip(listed["path"], listed["reason"], strict=True))
     assert reasons["cat/empty.jpg"] == "empty file"
     assert reasons["cat/cut.png"] == "truncated"
     assert "not an image" in reasons["dog/notes.txt"]
 
 
-def test_too_many_unreadable_images_fail_with_a_summary(source, tmp_path):
+def test_too_many_rejects_fail_with_summary(source, tmp_path):
     (source / "cat" / "cut.png").write_bytes(picture(1)[:50])
     with pytest.raises(DataError, match=r"1 of 13 files cannot be read \(1 truncated\).*first: cat/cut\.png: truncated"):
         run(source, tmp_path / "out", max_rejected_share=0.01)
     assert not (tmp_path / "out" / "dataset.json").exists()
 
 
-def test_other_formats_become_png_without_loss(source, tmp_path):
+def test_import_converts_other_formats_to_png(source, tmp_path):
     (source / "cat" / "bitmap.bmp").write_bytes(picture(99, "BMP"))
     dataset = run(source, tmp_path / "out")
     store = LocalStore(tmp_path / "out")
@@ -100,13 +101,13 @@ def test_other_formats_become_png_without_loss(source, tmp_path):
     pytest.fail("the bitmap is not in the dataset")
 
 
-def test_loose_images_become_a_pool_without_labels(source, tmp_path):
+def test_import_of_loose_images_has_no_labels(source, tmp_path):
     dataset = run(source, tmp_path / "out", role="unlabeled")
     assert dataset.classes == ()
     assert all(sample.class_id is None for sample in keys_of(tmp_path / "out", dataset))
 
 
-def test_names_that_a_tar_could_not_hold_apart_are_told_apart(tmp_path):
+def test_keys_of_similar_names_are_unique(tmp_path):
     folder = tmp_path / "odd"
     folder.mkdir()
     for index, name in enumerate(("a.b.png", "a_b.png", "a_b-2.png", "ü ö.png", "x.jpg", "x.png", "noextension")):
@@ -125,24 +126,24 @@ def test_names_that_a_tar_could_not_hold_apart_are_told_apart(tmp_path):
         (lambda folder: (folder / "dog").rename(folder / ".dog"), {}, "has 1 classes; at least 2 are needed"),
     ],
 )
-def test_a_folder_that_cannot_be_meant_is_refused(source, tmp_path, spoil, options, reason):
+def test_import_refuses_invalid_folders(source, tmp_path, spoil, options, reason):
     spoil(source)
     with pytest.raises(DataError, match=reason):
         run(source, tmp_path / "out", **options)
 
 
-def test_an_evaluation_set_keeps_the_labeled_classes(source, tmp_path):
+def test_evaluation_set_keeps_labeled_classes(source, tmp_path):
     dataset = run(source, tmp_path / "out", role="evaluation", classes=["ant", "cat", "dog"])
     assert dataset.classes == ("ant", "cat", "dog")
     assert {sample.class_id for sample in keys_of(tmp_path / "out", dataset)} == {1, 2}
 
 
-def test_a_missing_folder_is_named(tmp_path):
+def test_import_names_missing_folder(tmp_path):
     with pytest.raises(DataError, match="nowhere: no such folder"):
         run(tmp_path / "nowhere", tmp_path / "out")
 
 
-def test_linked_folders_are_followed_and_loops_are_not(source, tmp_path):
+def test_import_follows_linked_folders_without_loops(source, tmp_path):
     linked = tmp_path / "linked"
     linked.mkdir()
     for name in ("cat", "dog"):
@@ -156,7 +157,7 @@ def test_linked_folders_are_followed_and_loops_are_not(source, tmp_path):
     assert len(keys) == len(set(keys)) == 12
 
 
-def test_an_import_that_was_stopped_goes_on_with_the_shard_under_way(source, tmp_path, monkeypatch):
+def test_stopped_import_continues_with_current_shard(source, tmp_path, monkeypatch):
     expected = run(source, tmp_path / "whole").digest
     run(source, tmp_path / "out", shard_samples=3)
     checked, calls = ingest._check_image, []
@@ -167,11 +168,11 @@ def test_an_import_that_was_stopped_goes_on_with_the_shard_under_way(source, tmp
             raise KeyboardInterrupt
         return checked(*arguments)
 
-    monkeypatch.setattr(ingest, "_checked", stopped)
+    monkeypatch.setattr(ingest, "_check_image", stopped)
     with pytest.raises(KeyboardInterrupt):
         run(source, tmp_path / "out")
     # Half of the shards are those of another import: there must not be a manifest that calls them a dataset.
-    assert not LocalStore(tmp_path / "out").exists(MANIFEST)
+    assert not LocalStore(tmp_path / "out").exists(Dataset.filename)
     assert run(source, tmp_path / "out").digest == expected
     # The first shard's five images were not read again.
     assert len(calls) == 8 + 7
@@ -182,7 +183,7 @@ def test_an_import_that_was_stopped_goes_on_with_the_shard_under_way(source, tmp
     ]
 
 
-def test_a_class_without_a_readable_image_is_refused(source, tmp_path):
+def test_import_refuses_class_without_readable_image(source, tmp_path):
     (source / "emu").mkdir()
     (source / "emu" / "x.jpg").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"class 'emu' has no readable image; first: emu/x\.jpg: not an image"):
@@ -191,7 +192,7 @@ def test_a_class_without_a_readable_image_is_refused(source, tmp_path):
     run(source, tmp_path / "out", role="evaluation", classes=["cat", "dog", "emu"])
 
 
-def test_names_that_are_no_utf8_are_escaped(tmp_path):
+def test_import_escapes_names_that_are_not_utf8(tmp_path):
     folder = tmp_path / "odd"
     folder.mkdir()
     (folder / os.fsdecode(b"caf\xe9.png")).write_bytes(picture(0))
@@ -202,13 +203,13 @@ def test_names_that_are_no_utf8_are_escaped(tmp_path):
     assert pq.read_table(tmp_path / "out" / "rejected.parquet").to_pydict()["path"] == ["th\\xe9.png"]
 
 
-def test_class_folders_whose_names_are_no_utf8_are_refused(source, tmp_path):
+def test_import_refuses_class_names_that_are_not_utf8(source, tmp_path):
     (source / "cat").rename(source / os.fsdecode(b"caf\xe9"))
     with pytest.raises(DataError, match=r"class folder 'caf\\xe9': its name is not UTF-8; rename it"):
         run(source, tmp_path / "out")
 
 
-def test_photographs_with_a_second_picture_inside_are_kept_byte_for_byte(tmp_path):
+def test_import_keeps_multi_picture_jpegs(tmp_path):
     folder = tmp_path / "phone"
     folder.mkdir()
     sink = io.BytesIO()
@@ -221,7 +222,7 @@ def test_photographs_with_a_second_picture_inside_are_kept_byte_for_byte(tmp_pat
     assert LocalStore(tmp_path / "out").get_range("shard-00000.tar", sample.offset, sample.size) == sink.getvalue()
 
 
-def test_the_content_decides_the_extension_not_the_name(tmp_path):
+def test_extension_depends_on_content(tmp_path):
     folder = tmp_path / "mixed"
     folder.mkdir()
     (folder / "a.jpg").write_bytes(picture(0, "PNG"))
@@ -232,25 +233,25 @@ def test_the_content_decides_the_extension_not_the_name(tmp_path):
     assert [sample.extension for sample in keys_of(tmp_path / "out", dataset)] == ["png", "jpg", "webp", "png"]
 
 
-def test_pipes_and_films_are_left_out_without_being_read(source, tmp_path, monkeypatch):
+def test_import_rejects_pipes_and_large_files_unread(source, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "MAX_FILE_BYTES", 10_000)
     os.mkfifo(source / "cat" / "pipe.png")
     (source / "dog" / "film.avi").write_bytes(bytes(10_001))
     run(source, tmp_path / "out")
     listed = pq.read_table(tmp_path / "out" / "rejected.parquet").to_pydict()
-    assert dict(zip(listed["path"], listed["reason"], make_strict=True)) == {
+    assert dict(zip(listed["path"], listed["reason"], strict=True)) == {
         "cat/pipe.png": "not a plain file",
         "dog/film.avi": "larger than 1 GiB",
     }
 
 
-def test_the_list_of_rejects_has_its_columns_even_when_empty(source, tmp_path):
+def test_empty_reject_list_has_columns(source, tmp_path):
     run(source, tmp_path / "out")
     schema = pq.read_table(tmp_path / "out" / "rejected.parquet").schema
     assert [(field.name, str(field.type)) for field in schema] == [("path", "string"), ("reason", "string")]
 
 
-def test_many_rejects_fill_the_list_and_not_the_log(source, tmp_path, capsys):
+def test_log_shows_only_first_rejects(source, tmp_path, capsys):
     for index in range(ingest.SHOWN_REJECTS + 5):
         (source / "cat" / f"bad{index}.jpg").write_bytes(b"")
     run(source, tmp_path / "out", max_rejected_share=1)
@@ -260,7 +261,7 @@ def test_many_rejects_fill_the_list_and_not_the_log(source, tmp_path, capsys):
     assert pq.read_table(tmp_path / "out" / "rejected.parquet").num_rows == ingest.SHOWN_REJECTS + 5
 
 
-def test_labeled_shards_mix_the_classes(tmp_path):
+def test_labeled_shards_mix_classes(tmp_path):
     folder = tmp_path / "many"
     for label in "ab":
         (folder / label).mkdir(parents=True)
@@ -272,20 +273,20 @@ def test_labeled_shards_mix_the_classes(tmp_path):
         assert 5 <= sum(labels) <= 20
 
 
-def test_a_file_uri_names_a_folder_too(source, tmp_path):
+def test_import_takes_file_uri(source, tmp_path):
     spaced = tmp_path / "my animals %41"
     source.rename(spaced)
     assert run(spaced.as_uri(), tmp_path / "out").samples == 12
 
 
 @pytest.mark.parametrize("role", ["labeled", "evaluation", "unlabeled"])
-def test_an_empty_folder_is_refused(tmp_path, role):
+def test_import_refuses_empty_folder(tmp_path, role):
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match=r"has no files to import|has 0 classes"):
         run(tmp_path / "none", tmp_path / "out", role=role)
 
 
-def test_a_folder_without_any_image_is_refused_even_if_all_may_be_rejected(tmp_path):
+def test_import_refuses_folder_without_images(tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("no image")
     with pytest.raises(DataError, match=r"no readable image among 1 files; first: a\.txt: not an image"):

@@ -20,17 +20,18 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
 
+from ns.config.schema import ImportConfig
 from ns.core.errors import DataError
 from ns.data.importing import ingest
-from ns.data.importing.ingest import ImportLimits, import_images
+from ns.data.importing.ingest import import_images
 from ns.data.shards import read_samples
 from ns.storage import LocalStore
 
-LIMITS = ImportLimits(max_rejected_share=0, shard_samples=5, shard_mib=1)
 
-
-def run(source, folder, role="labeled", limits=LIMITS, workers=1, **options):
-    return import_images(str(source), LocalStore(folder), name="n", role=role, limits=limits, workers=workers, **options)
+def run(source, folder, role="labeled", workers=1, classes=None, split=None, **options):
+    config = ImportConfig(**{"max_rejected_share": 0, "shard_samples": 5, "shard_mib": 1, **options})
+    store = LocalStore(folder)
+    return import_images(str(source), store, name="n", role=role, config=config, workers=workers, classes=classes, split=split)
 
 
 def content(folder: Path, dataset) -> dict[bytes, str | None]:
@@ -76,7 +77,7 @@ def write_tar(path: Path, files: dict[str, bytes], mode: str = "w") -> Path:
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "parquet"])
-def test_a_table_names_images_and_their_classes(tmp_path, folder, images, expected, kind):
+def test_import_of_table(tmp_path, folder, images, expected, kind):
     table = pa.table({"Filename": [f"source/{path}" for path in images], "class": [path[:3] for path in images]})
     if kind == "parquet":
         pq.write_table(table, tmp_path / "t.parquet")
@@ -87,7 +88,7 @@ def test_a_table_names_images_and_their_classes(tmp_path, folder, images, expect
     assert read_samples(tmp_path / "out" / dataset.shards[0].name)[0].key.startswith("source/")
 
 
-def test_a_split_of_a_table_is_imported_alone(tmp_path, folder, images):
+def test_import_of_table_split(tmp_path, folder, images):
     lines = ["path,label,split", *(f"source/{p},{p[:3]},{'test' if '0' in p else 'train'}" for p in images)]
     (tmp_path / "t.csv").write_text("\n".join(lines))
     assert run(tmp_path / "t.csv", tmp_path / "out", split="test").samples == 2
@@ -95,18 +96,18 @@ def test_a_split_of_a_table_is_imported_alone(tmp_path, folder, images):
         run(tmp_path / "t.csv", tmp_path / "out")
 
 
-def test_class_names_in_tables_stay_text(tmp_path, folder, images):
+def test_table_class_names_stay_text(tmp_path, folder, images):
     lines = ["path,label", *(f"source/{path},{'007' if 'cat' in path else '7'}" for path in images)]
     (tmp_path / "t.csv").write_text("\n".join(lines))
     assert run(tmp_path / "t.csv", tmp_path / "out").classes == ("007", "7")
 
 
-def test_rows_without_a_file_or_a_label_are_left_out(tmp_path, folder):
+def test_import_rejects_table_rows_without_file_or_label(tmp_path, folder):
     (tmp_path / "t.csv").write_text("path,label\nsource/cat/0.png,cat\nsource/dog/0.png,dog\nno.png,cat\nsource/cat/1.png,\n")
-    dataset = run(tmp_path / "t.csv", tmp_path / "out", limits=ImportLimits(0.5, 5, 1))
+    dataset = run(tmp_path / "t.csv", tmp_path / "out", max_rejected_share=0.5)
     listed = pq.read_table(tmp_path / "out" / "rejected.parquet").to_pydict()
     assert dataset.samples == 2
-    assert dict(zip(listed["path"], listed["reason"], make_strict=True)) == {
+    assert dict(zip(listed["path"], listed["reason"], strict=True)) == {
         "no.png": "no such file or directory",
         "source/cat/1.png": "no label",
     }
@@ -117,11 +118,11 @@ def test_rows_without_a_file_or_a_label_are_left_out(tmp_path, folder):
     [
         ("name,label\na,b\n", r"has no column for the path of each image: its columns are name, label; name one path or"),
         ("path,color\na,b\n", r"has no column for its class"),
-        ('path,label\n"a,b\nc', r"not a table that can be read|no files to import|has 0 classes"),
+        ('path,label\n"a,b\nc', r"not a readable table|no files to import|has 0 classes"),
         ("path,label\n", r"has 0 classes|no files to import"),
     ],
 )
-def test_a_table_that_cannot_be_meant_is_refused(tmp_path, text, reason):
+def test_import_refuses_invalid_table(tmp_path, text, reason):
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(DataError, match=reason):
         run(tmp_path / "t.csv", tmp_path / "out")
@@ -144,7 +145,7 @@ def tars(tmp_path, images):
     return tmp_path / "tars"
 
 
-def test_tars_are_read_with_the_labels_in_them(tmp_path, tars, expected):
+def test_import_of_webdataset_tars(tmp_path, tars, expected):
     by_index = run(tars, tmp_path / "a")
     assert by_index.classes == ("0", "1")
     named = run(tars, tmp_path / "b", classes=["cat", "dog"])
@@ -153,21 +154,21 @@ def test_tars_are_read_with_the_labels_in_them(tmp_path, tars, expected):
     assert run(tars / "part-00.tar", tmp_path / "d", "evaluation", classes=["cat", "dog"]).samples == 6
 
 
-def test_images_beside_tars_are_not_passed_over(tmp_path, tars, images):
+def test_import_keeps_images_beside_tars(tmp_path, tars, images):
     (tars / "alone.png").write_bytes(next(iter(images.values())))
-    dataset = run(tars, tmp_path / "out", "unlabeled", limits=ImportLimits(0.9, 5, 1))
+    dataset = run(tars, tmp_path / "out", "unlabeled", max_rejected_share=0.9)
     assert (dataset.samples, dataset.rejected) == (1, 2)
     with pytest.raises(DataError, match=r"alone\.png lies outside any class folder"):
         run(tars, tmp_path / "labeled")
 
 
-def test_a_class_index_beyond_the_names_is_refused(tmp_path, tars):
+def test_import_refuses_class_index_out_of_range(tmp_path, tars):
     write_tar(tars / "part-02.tar", {"x.png": b"", "x.cls": b"2"})
     with pytest.raises(DataError, match=r"class index 2: there are 2 labeled classes \(cat, dog\)"):
         run(tars, tmp_path / "out", classes=["cat", "dog"])
 
 
-def test_labels_that_are_no_index_are_refused(tmp_path, tars):
+def test_import_refuses_cls_without_index(tmp_path, tars):
     write_tar(tars / "part-02.tar", {"x.png": b"", "x.cls": b"cat"})
     with pytest.raises(DataError, match=r"part-02\.tar: x\.cls: b'cat': must be a class index"):
         run(tars, tmp_path / "out")
@@ -178,7 +179,7 @@ def test_labels_that_are_no_index_are_refused(tmp_path, tars):
 
 @pytest.mark.parametrize("suffix", ["tar", "tar.gz", "tgz", "tar.bz2", "tar.xz", "zip"])
 @pytest.mark.parametrize("prefix", ["", "data/train/"])
-def test_archives_of_class_folders_are_read_without_being_spread_out(tmp_path, images, expected, suffix, prefix):
+def test_import_of_archives(tmp_path, images, expected, suffix, prefix):
     path = tmp_path / f"a.{suffix}"
     files = {prefix + name: data for name, data in images.items()} | {f"{prefix}.DS_Store": b"x"}
     if suffix == "zip":
@@ -193,7 +194,7 @@ def test_archives_of_class_folders_are_read_without_being_spread_out(tmp_path, i
     assert run(path, tmp_path / "pool", role="unlabeled").samples == 12
 
 
-def test_an_archive_with_a_tar_for_each_class_is_read(tmp_path, images, expected):
+def test_import_of_archive_with_tar_per_class(tmp_path, images, expected):
     inner = {}
     for label in ("cat", "dog"):
         own = {path.partition("/")[2]: data for path, data in images.items() if path.startswith(label)}
@@ -210,15 +211,15 @@ def bomb() -> bytes:
 
     packer = zlib.compressobj(9)
     row = bytes(1 + 3 * 20_000)
-    pixels = b"".join(packer.compress(row) for _ in range(18_000)) + packer.wait_for_write()
+    pixels = b"".join(packer.compress(row) for _ in range(18_000)) + packer.flush()
     header = struct.pack(">IIBBBBB", 20_000, 18_000, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
 @pytest.mark.integration
-def test_a_picture_of_a_gigabyte_is_left_out(tmp_path, images):
+def test_import_rejects_decompression_bomb(tmp_path, images):
     path = write_tar(tmp_path / "a.tar", {**images, "cat/bomb.png": bomb()})
-    dataset = run(path, tmp_path / "out", limits=ImportLimits(0.5, 100, 64))
+    dataset = run(path, tmp_path / "out", max_rejected_share=0.5, shard_samples=100, shard_mib=64)
     listed = pq.read_table(tmp_path / "out" / "rejected.parquet").to_pydict()
     assert dataset.samples == 12
     assert listed["path"] == ["cat/bomb.png"]
@@ -262,7 +263,7 @@ def zip_with(name: str, mode: int = 0):
         ("a.zip", lambda path: path.write_bytes(b"no archive"), "not a whole archive"),
     ],
 )
-def test_malicious_and_damaged_archives_are_refused_and_nothing_is_written_outside(tmp_path, monkeypatch, name, write, reason):
+def test_import_refuses_malicious_and_damaged_archives(tmp_path, monkeypatch, name, write, reason):
     for part in ("in", "scratch", "out"):
         (tmp_path / part).mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
@@ -276,21 +277,21 @@ def test_malicious_and_damaged_archives_are_refused_and_nothing_is_written_outsi
 # What an import promises
 
 
-def test_shards_keep_their_size_also_when_images_grow(tmp_path, picture):
+def test_import_limits_shard_size_when_images_grow(tmp_path, picture):
     (tmp_path / "pool").mkdir()
     for number in range(6):
         # 300 kB as an 8-bit palette image, about 900 kB as PNG of noise.
         (tmp_path / "pool" / f"{number}.bmp").write_bytes(picture(number, "BMP", 500))
-    dataset = run(tmp_path / "pool", tmp_path / "out", role="unlabeled", limits=ImportLimits(0, 100, 2))
+    dataset = run(tmp_path / "pool", tmp_path / "out", role="unlabeled", shard_samples=100, shard_mib=2)
     assert dataset.samples == 6
     assert all(shard.bytes <= 2 << 20 for shard in dataset.shards)
 
 
-def test_large_images_are_made_smaller_only_when_asked(tmp_path, picture):
+def test_max_side_shrinks_large_images(tmp_path, picture):
     (tmp_path / "pool").mkdir()
     (tmp_path / "pool" / "large.jpg").write_bytes(picture(0, "JPEG", 64))
     (tmp_path / "pool" / "small.jpg").write_bytes(picture(1, "JPEG", 16))
-    dataset = run(tmp_path / "pool", tmp_path / "out", role="unlabeled", limits=ImportLimits(0, 100, 1, max_side=32))
+    dataset = run(tmp_path / "pool", tmp_path / "out", role="unlabeled", shard_samples=100, max_side=32)
     path = tmp_path / "out" / dataset.shards[0].name
     large, small = (path.read_bytes()[sample.offset :][: sample.size] for sample in read_samples(path))
     assert ingest.decode_image(large).shape == (32, 32, 3)
@@ -298,30 +299,31 @@ def test_large_images_are_made_smaller_only_when_asked(tmp_path, picture):
     assert run(tmp_path / "pool", tmp_path / "kept", role="unlabeled").digest != dataset.digest
 
 
-def test_a_pool_that_was_imported_with_any_number_of_processes_is_the_same(tmp_path, folder):
+def test_import_does_not_depend_on_workers(tmp_path, folder):
     (folder / "cat" / "bad.png").write_bytes(b"no image")
-    loose = ImportLimits(0.5, 3, 1)
-    expected = run(folder, tmp_path / "1", limits=loose)
-    found = run(folder, tmp_path / "3", limits=loose, workers=3)
+    options = {"max_rejected_share": 0.5, "shard_samples": 3}
+    expected = run(folder, tmp_path / "1", **options)
+    found = run(folder, tmp_path / "3", **options, workers=3)
     assert found == expected
     assert (tmp_path / "3" / "rejected.parquet").read_bytes() == (tmp_path / "1" / "rejected.parquet").read_bytes()
 
 
-def test_a_smaller_import_leaves_no_shards_of_a_larger_one(tmp_path, folder):
-    run(folder, tmp_path / "out", limits=ImportLimits(0, 2, 1))
-    dataset = run(folder, tmp_path / "out", limits=ImportLimits(0, 100, 1))
+def test_smaller_import_removes_old_shards(tmp_path, folder):
+    run(folder, tmp_path / "out", shard_samples=2)
+    dataset = run(folder, tmp_path / "out", shard_samples=100)
     assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == [shard.name for shard in dataset.shards]
 
 
 IMPORT = """
 import sys
-from ns.data.ingest import Limits, import_images
+from ns.config.schema import ImportConfig
+from ns.data.importing.ingest import import_images
 from ns.storage import open_store
 
 if __name__ == "__main__":
     source, out = sys.argv[1:]
-    limits = Limits(0.5, 20, 1)
-    print(import_images(source, open_store(out), name="n", role="unlabeled", limits=limits, workers=2).digest)
+    config = ImportConfig(max_rejected_share=0.5, shard_samples=20, shard_mib=1)
+    print(import_images(source, open_store(out), name="n", role="unlabeled", config=config, workers=2).digest)
 """
 
 
@@ -351,8 +353,8 @@ def wait_for(condition, seconds=60):
 
 
 @pytest.mark.integration
-def test_an_import_survives_the_death_of_its_processes_and_its_own(tmp_path, many):
-    expected = run(many, tmp_path / "calm", role="unlabeled", limits=ImportLimits(0.5, 20, 1)).digest
+def test_import_survives_killed_processes(tmp_path, many):
+    expected = run(many, tmp_path / "calm", role="unlabeled", max_rejected_share=0.5, shard_samples=20).digest
     parts = tmp_path / "out" / "parts"
     # All of it is killed: the same command goes on, and no process is left behind.
     process = start(tmp_path, many)
@@ -363,7 +365,7 @@ def test_an_import_survives_the_death_of_its_processes_and_its_own(tmp_path, man
     psutil.wait_procs(family, timeout=10)
     assert not [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
     assert not (tmp_path / "out" / "dataset.json").exists()
-    done = {path: path.make_stat().st_mtime_ns for path in parts.glob("*.json")}
+    done = {path: path.stat().st_mtime_ns for path in parts.glob("*.json")}
     # One worker is killed: the import goes on by itself.
     process = start(tmp_path, many)
     wait_for(lambda: len(list(parts.glob("*.json"))) >= len(done) + 3)

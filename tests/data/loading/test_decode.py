@@ -27,36 +27,36 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
     return sink.getvalue()
 
 
-def test_lossless_formats_come_back_exactly():
+def test_decode_keeps_lossless_formats_exactly():
     pixels = RNG.integers(0, 256, (9, 13, 3), np.uint8)
     for kind, options in (("PNG", {}), ("WEBP", {"lossless": True}), ("BMP", {}), ("TIFF", {})):
         assert np.array_equal(decode_image(encoded(Image.fromarray(pixels), kind, **options)), pixels)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_jpegs_of_any_color_space_look_as_in_pillow(mode):
+def test_decode_of_color_spaces_equals_pillow(mode):
     data = encoded(Image.fromarray(SMOOTH).convert(mode), "JPEG", quality=95)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
     assert np.abs(decode_image(data).astype(int) - expected).max() <= 2
 
 
-def test_gray_is_repeated_over_the_channels():
+def test_decode_repeats_gray_over_channels():
     gray = RNG.integers(0, 256, (5, 4), np.uint8)
     assert np.array_equal(decode_image(encoded(Image.fromarray(gray), "PNG")), np.repeat(gray[:, :, None], 3, 2))
 
 
-def test_sixteen_bits_are_scaled_and_not_clipped():
+def test_decode_scales_sixteen_bits():
     values = np.array([[0, 256, 32768, 65535]], np.uint16)
     assert decode_image(encoded(Image.fromarray(values), "PNG"))[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
-def test_transparency_is_laid_over_white():
+def test_decode_lays_transparency_over_white():
     image = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
     image.putpixel((1, 0), (0, 0, 255, 255))
     assert decode_image(encoded(image, "PNG"))[0].tolist() == [[255, 255, 255], [0, 0, 255]]
 
 
-def test_palettes_are_looked_up():
+def test_decode_applies_palettes():
     image = Image.new("P", (1, 1), 3)
     image.putpalette([0] * 9 + [10, 20, 30])
     assert decode_image(encoded(image, "PNG"))[0, 0].tolist() == [10, 20, 30]
@@ -64,7 +64,7 @@ def test_palettes_are_looked_up():
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_pictures_stand_upright_whatever_exif_says(orientation, kind):
+def test_decode_applies_exif_orientation(orientation, kind):
     from PIL import ImageOps
 
     exif = Image.Exif()
@@ -76,7 +76,7 @@ def test_pictures_stand_upright_whatever_exif_says(orientation, kind):
     assert np.abs(got - expected).max() <= 2
 
 
-def test_of_an_animation_the_first_frame_is_taken():
+def test_decode_takes_first_frame_of_animation():
     frames = [Image.new("RGB", (3, 3), color) for color in ("red", "blue")]
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert decode_image(data)[0, 0].tolist() == [255, 0, 0]
@@ -96,12 +96,12 @@ PICTURE = encoded(Image.fromarray(RNG.integers(0, 256, (40, 60, 3), np.uint8)), 
         (PHOTO[:30], "damaged|truncated|not an image"),
     ],
 )
-def test_what_cannot_be_read_says_why(data, reason):
+def test_decode_error_gives_reason(data, reason):
     with pytest.raises(DataError, match=reason):
         decode_image(data)
 
 
-def test_decompression_bombs_are_refused_from_their_header(monkeypatch):
+def test_decode_refuses_bombs_by_header(monkeypatch):
     monkeypatch.setattr(module, "MAX_PIXELS", 2000)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     for data in (PHOTO, PICTURE, encoded(Image.fromarray(SMOOTH).convert("CMYK"), "JPEG")):
@@ -109,7 +109,7 @@ def test_decompression_bombs_are_refused_from_their_header(monkeypatch):
             decode_image(data)
 
 
-def test_all_formats_have_one_limit(monkeypatch):
+def test_decode_limit_is_the_same_for_all_formats(monkeypatch):
     assert module.MAX_PIXELS == 2 * Image.MAX_IMAGE_PIXELS
     # Pillow starts to warn at half of what it refuses; 2,400 px lie between.
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
@@ -117,7 +117,7 @@ def test_all_formats_have_one_limit(monkeypatch):
 
 
 @pytest.mark.parametrize("orientation", [None, 1, 0, 9])
-def test_upright_photographs_take_the_fast_path(orientation, monkeypatch):
+def test_upright_jpegs_are_decoded_by_turbo(orientation, monkeypatch):
     monkeypatch.setattr(module, "_decode_pillow", lambda data: pytest.fail("took the slow path"))
     exif = Image.Exif()
     exif[0x010F] = "a camera"
@@ -127,18 +127,18 @@ def test_upright_photographs_take_the_fast_path(orientation, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_damaged_exif_does_not_cost_the_picture(kind):
+def test_decode_ignores_damaged_exif(kind):
     data = encoded(Image.fromarray(SMOOTH), kind, exif=b"Exif\0\0II*\0" + b"\xff" * 40)
     assert decode_image(data).shape == SMOOTH.shape
 
 
-def test_programs_are_no_images():
+def test_decode_refuses_eps():
     # Pillow would start Ghostscript.
     with pytest.raises(DataError, match="not an image, or of an unknown format"):
         decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
 
 
-def test_threads_leave_the_filters_of_warnings_alone():
+def test_decode_in_threads_keeps_warning_filters():
     before = list(warnings.filters)
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
@@ -150,7 +150,7 @@ def test_threads_leave_the_filters_of_warnings_alone():
     assert list(warnings.filters) == before
 
 
-def test_sixteen_bit_pictures_are_turned_upright_too():
+def test_decode_applies_orientation_to_sixteen_bits():
     exif = Image.Exif()
     exif[module.ORIENTATION] = 6
     values = np.array([[0, 65535]], np.uint16)
@@ -158,7 +158,7 @@ def test_sixteen_bit_pictures_are_turned_upright_too():
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I;16"])
-def test_whatever_the_mode_the_result_has_one_form(mode):
+def test_decode_result_has_one_form_for_all_modes(mode):
     image = Image.new(mode, (7, 5))
     decoded = decode_image(encoded(image, "TIFF"))
     assert decoded.shape == (5, 7, 3)
@@ -166,7 +166,7 @@ def test_whatever_the_mode_the_result_has_one_form(mode):
     assert decoded.flags.c_contiguous
 
 
-def test_half_transparency_is_blended():
+def test_decode_blends_half_transparency():
     gray = Image.new("LA", (1, 1), (0, 128))
     assert decode_image(encoded(gray, "PNG"))[0, 0].tolist() == [127, 127, 127]
     palette = Image.new("P", (1, 1), 0)
@@ -174,7 +174,7 @@ def test_half_transparency_is_blended():
     assert decode_image(encoded(palette, "PNG", transparency=0))[0, 0].tolist() == [255, 255, 255]
 
 
-def test_cut_anywhere_an_image_is_a_data_error_or_an_image():
+def test_decode_of_cut_image_is_data_error_or_image():
     exif = Image.Exif()
     exif[module.ORIENTATION] = 3
     for whole in (encoded(Image.fromarray(SMOOTH), "JPEG", exif=exif), PICTURE[:700]):
@@ -184,7 +184,7 @@ def test_cut_anywhere_an_image_is_a_data_error_or_an_image():
 
 
 @given(st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"]), st.data())
-def test_a_spoilt_image_is_a_data_error_or_an_image(kind, data):
+def test_decode_of_damaged_image_is_data_error_or_image(kind, data):
     spoilt = bytearray(encoded(Image.fromarray(SMOOTH), kind))
     for place in data.draw(st.lists(st.integers(0, len(spoilt) - 1), min_size=1, max_size=4)):
         spoilt[place] = data.draw(st.integers(0, 255))
@@ -198,7 +198,7 @@ def test_a_spoilt_image_is_a_data_error_or_an_image(kind, data):
 
 
 @given(st.binary(max_size=300), st.sampled_from([b"", PHOTO[:100], PICTURE[:60], b"GIF89a", b"RIFF\0\0\0\0WEBPVP8 "]))
-def test_garbage_is_a_data_error_or_an_image(data, start):
+def test_decode_of_garbage_is_data_error_or_image(data, start):
     try:
         image = decode_image(start + data)
     except DataError:

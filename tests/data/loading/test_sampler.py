@@ -18,7 +18,7 @@ def order_of(shards: list[list[int]], seed: int = 0) -> ShardShuffle:
 
 
 @given(COPIES, st.integers(0, 3))
-def test_an_epoch_sees_every_image_as_often_as_its_copies_say(shards, epoch):
+def test_epoch_holds_each_image_as_often_as_its_copies(shards, epoch):
     order = order_of(shards)
     places = order.positions(epoch * order.epoch_size, order.epoch_size)
     wanted = {(s, r): count for s, shard in enumerate(shards) for r, count in enumerate(shard) if count}
@@ -26,7 +26,7 @@ def test_an_epoch_sees_every_image_as_often_as_its_copies_say(shards, epoch):
 
 
 @given(COPIES, st.integers(0, 200), st.lists(st.integers(1, 20), min_size=1, max_size=6))
-def test_any_cut_of_the_stream_gives_the_same_stream(shards, start, counts):
+def test_positions_do_not_depend_on_earlier_reads(shards, start, counts):
     whole = order_of(shards).positions(start, sum(counts))
     pieces = []
     for count in counts:
@@ -35,7 +35,7 @@ def test_any_cut_of_the_stream_gives_the_same_stream(shards, start, counts):
     assert pieces == whole
 
 
-def test_epochs_and_seeds_are_shuffled_differently():
+def test_shuffle_differs_by_epoch_and_seed():
     shards = [[1] * 10 for _ in range(WINDOW_SHARDS)]
     order = order_of(shards)
     first, second = order.positions(0, 10 * WINDOW_SHARDS), order.positions(10 * WINDOW_SHARDS, 10 * WINDOW_SHARDS)
@@ -43,13 +43,13 @@ def test_epochs_and_seeds_are_shuffled_differently():
     assert first != order_of(shards, seed=1).positions(0, 10 * WINDOW_SHARDS)
 
 
-def test_only_a_window_of_shards_is_open_at_once():
+def test_positions_stay_within_a_window_of_shards():
     shards = [[1] * 5 for _ in range(4 * WINDOW_SHARDS)]
     places = order_of(shards).positions(0, 5 * 4 * WINDOW_SHARDS)
     for start in range(0, len(places), 5 * WINDOW_SHARDS):
         assert len({shard for shard, _ in places[start : start + 5 * WINDOW_SHARDS]}) == WINDOW_SHARDS
 
 
-def test_nothing_to_train_on_is_refused():
+def test_shuffle_refuses_empty_data():
     with pytest.raises(DataError, match="no images to train on"):
         order_of([[0, 0], []])

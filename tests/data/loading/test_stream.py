@@ -15,7 +15,7 @@ from ns.data.augment.transforms import EvalTransform, TrainTransform
 from ns.data.dataset import Dataset
 from ns.data.importing.writer import ShardWriter
 from ns.data.index import ShardIndex, build_index_key
-from ns.data.loading import shard_reader as images
+from ns.data.loading import shard_reader
 from ns.data.loading.decode import EncodedJpeg, decode_image, read_jpeg_size
 from ns.data.loading.sampler import WINDOW_SHARDS, ShardShuffle
 from ns.data.loading.shard_reader import ImageSource
@@ -25,7 +25,7 @@ from tests.storage.conftest import environment, moto, proxied, store_at, swift  
 from tests.storage.faults import Fault
 
 CLASSES = ("a", "b", "c")
-NOISE = NoiseConfig(randaugment_layers=1, randaugment_magnitude=5, crop="pad")
+NOISE = NoiseConfig(randaugment_layers=1, randaugment_magnitude=5)
 
 
 def write(folder, picture, count=50, label=True, kind="JPEG", size=16, shard_samples=7):
@@ -51,7 +51,7 @@ def pool(tmp_path, picture):
     return folder, write(folder, picture, count=33, label=False, kind="PNG")
 
 
-def batches(made, pool=None, *, batch=10, pseudo_batch=6, **share):
+def make_batches(made, pool=None, *, batch_size=10, **ranks):
     folder, dataset = made
     pseudo = None
     if pool:
@@ -59,8 +59,8 @@ def batches(made, pool=None, *, batch=10, pseudo_batch=6, **share):
         targets = [rng.random((shard.samples, 3), np.float32) for shard in pool[1].shards]
         copies = [rng.integers(0, 3, shard.samples).astype(np.uint16) for shard in pool[1].shards]
         pseudo = PseudoLabeledImages(ImageSource(*pool), targets, copies)
-    transform = TrainTransform(NOISE, 16)
-    options = {"batch": batch, "pseudo_batch": pseudo_batch, "classes": 3, "seed": 4, **share}
+    transform = TrainTransform(NOISE, 16, "pad")
+    options = {"batch_size": batch_size, "pseudo_batch_size": 6, "num_classes": 3, "seed": 4, **ranks}
     return TrainingBatches(LabeledImages(folder, dataset), pseudo, transform, **options)
 
 
@@ -69,37 +69,37 @@ def arrays(batch):
 
 
 def equal(first, second):
-    return all(np.array_equal(a, b) for a, b in zip(first, second, make_strict=True))
+    return all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("start", [0, 1, 7])
-def test_a_stream_goes_on_at_any_step_with_any_number_of_processes(made, pool, workers, start):
-    expected = [arrays(batches(made, pool)[step]) for step in range(start, 12)]
-    found = iterate_batches(batches(made, pool), start=start, stop=12, workers=workers, pin_memory=False)
-    assert all(equal(a, arrays(b)) for a, b in zip(expected, found, make_strict=True))
+def test_batches_resume_at_any_step_with_any_workers(made, pool, workers, start):
+    expected = [arrays(make_batches(made, pool)[step]) for step in range(start, 12)]
+    found = iterate_batches(make_batches(made, pool), start=start, stop=12, workers=workers, pin_memory=False)
+    assert all(equal(a, arrays(b)) for a, b in zip(expected, found, strict=True))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_ranks_share_what_one_process_would_see(made, pool, world):
-    whole = batches(made, pool)
-    parts = [batches(made, pool, rank=rank, world=world) for rank in range(world)]
+def test_ranks_together_see_the_batch_of_one_process(made, pool, world):
+    whole = make_batches(made, pool)
+    parts = [make_batches(made, pool, rank=rank, world_size=world) for rank in range(world)]
     for step in (0, 3, 20):
-        images_, labels, targets = arrays(whole[step])
+        images, labels, targets = arrays(whole[step])
         shares = [arrays(part[step]) for part in parts]
         assert np.array_equal(np.concatenate([share[1] for share in shares]), labels)
         assert np.array_equal(np.concatenate([share[2] for share in shares]), targets)
         together = [share[0][: len(share[1])] for share in shares] + [share[0][len(share[1]) :] for share in shares]
-        assert np.array_equal(np.concatenate(together), images_)
+        assert np.array_equal(np.concatenate(together), images)
 
 
-def test_an_epoch_sees_each_image_once_on_all_ranks_together(made):
-    parts = [batches(made, batch=10, rank=rank, world=3) for rank in range(3)]
+def test_ranks_together_see_each_image_once_per_epoch(made):
+    parts = [make_batches(made, rank=rank, world_size=3) for rank in range(3)]
     seen = [place for step in range(5) for part in parts for place in part._streams[0].locate_images(step)]
     assert len(seen) == len(set(seen)) == 50
 
 
-def test_shards_of_the_next_window_are_fetched_ahead():
+def test_prefetch_names_shards_of_next_window():
     order = ShardShuffle([np.ones(3, np.uint8) for _ in range(2 * WINDOW_SHARDS + 3)], (1, 2))
     shards = [shard for shard, _ in order.positions(0, 2 * order.epoch_size)]
     windows = [(0, 24), (24, 48), (48, 57), (57, 81)]
@@ -108,7 +108,7 @@ def test_shards_of_the_next_window_are_fetched_ahead():
             assert set(order.prefetch(position)) == set(shards[next_start:next_stop])
 
 
-def test_large_photographs_are_decoded_smaller_and_look_the_same():
+def test_scaled_decoding_looks_the_same():
     rng = np.random.default_rng(0)
     smooth = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize((640, 480), Image.Resampling.BICUBIC)
     sink = io.BytesIO()
@@ -121,7 +121,7 @@ def test_large_photographs_are_decoded_smaller_and_look_the_same():
     # Scaled decoding smooths a little differently from bicubic resizing, by a few of 255 levels.
     evaluated = EvalTransform(64, "resized", 32)
     assert np.abs(evaluated(encoded).astype(int) - evaluated(whole)).mean() < 1.5
-    plain = TrainTransform(NoiseConfig(randaugment_layers=0, crop="resized"), 64)
+    plain = TrainTransform(NoiseConfig(randaugment_layers=0), 64, "resized")
     for seed in range(20):
         first, second = (plain(image, np.random.default_rng(seed)).astype(int) for image in (encoded, whole))
         assert np.abs(first - second).mean() < 3
@@ -129,10 +129,10 @@ def test_large_photographs_are_decoded_smaller_and_look_the_same():
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
 @pytest.mark.parametrize("crop", ["resized", "pad"])
-def test_every_kind_of_image_reaches_the_batch(tmp_path, picture, kind, crop):
+def test_batch_holds_all_image_formats(tmp_path, picture, kind, crop):
     folder = LocalStore(tmp_path / kind)
     made = folder, write(folder, picture, kind=kind, size=20)
-    transform = TrainTransform(NoiseConfig(crop=crop), 16)
+    transform = TrainTransform(NoiseConfig(), 16, crop)
     made = TrainingBatches(LabeledImages(*made), None, transform, batch_size=8, pseudo_batch_size=0, num_classes=3, seed=0)
     assert made[3].images.shape == (8, 16, 16, 3)
 
@@ -140,7 +140,7 @@ def test_every_kind_of_image_reaches_the_batch(tmp_path, picture, kind, crop):
 # The index beside a shard
 
 
-def test_the_index_beside_a_shard_says_what_the_tar_says(made, pool):
+def test_index_file_equals_index_made_from_tar(made, pool):
     for folder, dataset in (made, pool):
         for shard in dataset.shards:
             kept = ShardIndex.load(folder, shard)
@@ -150,24 +150,26 @@ def test_the_index_beside_a_shard_says_what_the_tar_says(made, pool):
             assert len(kept) == shard.samples
 
 
-def test_the_index_of_another_tar_is_not_used(made):
+def test_index_of_another_tar_is_ignored(made):
     folder, dataset = made
     first, second = dataset.shards[:2]
     folder.put(build_index_key(first), folder.get(build_index_key(second)))
     assert ShardIndex.load(folder, first).keys == [f"{number:03d}" for number in range(7)]
 
 
-def test_a_damaged_index_is_named_with_its_cure(made):
+def test_damaged_index_error_names_cure(made):
     folder, dataset = made
     folder.put(build_index_key(dataset.shards[0]), b"garbage")
-    with pytest.raises(DataError, match=r"shard-00000\.index\.parquet: damaged: .*; delete it: it is made again from the tar"):
+    with pytest.raises(
+        DataError, match=r"shard-00000\.index\.parquet: damaged: .*; delete it, and it will be made from the tar"
+    ):
         ShardIndex.load(folder, dataset.shards[0])
 
 
 # Damage
 
 
-def test_a_shard_whose_bytes_are_others_is_named(made):
+def test_reader_refuses_changed_shard(made):
     folder, dataset = made
     data = bytearray(folder.get("shard-00002.tar"))
     data[700] ^= 1
@@ -183,15 +185,15 @@ def test_a_shard_whose_bytes_are_others_is_named(made):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_shard_that_vanished_fails_with_its_name(made, workers):
+def test_missing_shard_error_names_shard(made, workers):
     folder, _ = made
-    stream = batches(made)
+    stream = make_batches(made)
     folder.delete("shard-00003.tar")
     with pytest.raises((DataError, StoreError), match=r"shard-00003\.tar"):
         list(iterate_batches(stream, start=0, stop=20, workers=workers, pin_memory=False))
 
 
-def test_an_image_that_cannot_be_decoded_is_named_with_its_shard(tmp_path, picture):
+def test_batch_error_names_shard_and_key(tmp_path, picture):
     folder = LocalStore(tmp_path)
     with ShardWriter(folder, max_samples=10, max_bytes=1 << 20) as writer:
         writer.add_image("good", "jpg", picture(0, "JPEG"), 0)
@@ -200,7 +202,7 @@ def test_an_image_that_cannot_be_decoded_is_named_with_its_shard(tmp_path, pictu
     made = TrainingBatches(
         LabeledImages(folder, dataset),
         None,
-        TrainTransform(NOISE, 16),
+        TrainTransform(NOISE, 16, "pad"),
         batch_size=2,
         pseudo_batch_size=0,
         num_classes=3,
@@ -220,44 +222,44 @@ def remote(moto, tmp_path, picture):  # noqa: F811
 
 
 @pytest.mark.usefixtures("environment")
-def test_a_stream_from_s3_is_that_from_a_folder(made, remote):
+def test_batches_from_s3_equal_batches_from_folder(made, remote):
     for step in range(8):
-        assert equal(arrays(batches(made)[step]), arrays(batches(remote)[step]))
+        assert equal(arrays(make_batches(made)[step]), arrays(make_batches(remote)[step]))
 
 
 @pytest.mark.usefixtures("environment")
-def test_each_shard_is_fetched_once_whoever_needs_it(proxied, picture):  # noqa: F811
+def test_workers_fetch_each_shard_once(proxied, picture):  # noqa: F811
     store, proxy = proxied
     made = store, write(store, picture)
-    expected = [arrays(batches(made)[step]) for step in range(10)]
-    proxy.requests.clear_checkpoints()
-    store.service.cache.folder.rename(store.service.cache.folder.with_name("old"))
-    found = [arrays(batch) for batch in iterate_batches(batches(made), start=0, stop=10, workers=2, pin_memory=False)]
-    assert all(equal(a, b) for a, b in zip(expected, found, make_strict=True))
+    expected = [arrays(make_batches(made)[step]) for step in range(10)]
+    proxy.requests.clear()
+    store.service.cache.root.rename(store.service.cache.root.with_name("old"))
+    found = [arrays(batch) for batch in iterate_batches(make_batches(made), start=0, stop=10, workers=2, pin_memory=False)]
+    assert all(equal(a, b) for a, b in zip(expected, found, strict=True))
     assert proxy.count(r"GET .*\.tar") == len(made[1].shards)
 
 
 @pytest.mark.usefixtures("environment")
-def test_errors_and_broken_bodies_change_nothing(proxied, picture):  # noqa: F811
+def test_batches_are_unchanged_by_s3_errors(proxied, picture):  # noqa: F811
     store, proxy = proxied
     made = store, write(store, picture)
-    expected = [arrays(batches(made)[step]) for step in range(10)]
-    store.service.cache.folder.rename(store.service.cache.folder.with_name("old"))
+    expected = [arrays(make_batches(made)[step]) for step in range(10)]
+    store.service.cache.root.rename(store.service.cache.root.with_name("old"))
     proxy.faults = [
         Fault(r"GET .*shard-00001\.tar", 2, 503),
         Fault(r"GET .*shard-00002\.tar", 1, truncate=5000),
         Fault(r"GET .*shard-00003\.tar", 1, flip=True),
         Fault(r"GET .*shard-00004\.tar", 1, reset="before"),
     ]
-    found = [arrays(batches(made)[step]) for step in range(10)]
-    assert all(equal(a, b) for a, b in zip(expected, found, make_strict=True))
+    found = [arrays(make_batches(made)[step]) for step in range(10)]
+    assert all(equal(a, b) for a, b in zip(expected, found, strict=True))
     assert not any(fault.times for fault in proxy.faults)
 
 
 @pytest.mark.usefixtures("environment")
-def test_a_shard_that_stays_out_of_reach_fails_with_its_name(proxied, picture):  # noqa: F811
+def test_unreachable_shard_error_names_shard(proxied, picture):  # noqa: F811
     store, proxy = proxied
-    stream = batches((store, write(store, picture)))
+    stream = make_batches((store, write(store, picture)))
     proxy.faults = [Fault(r"GET .*shard-00001\.tar", 1000, 503)]
     with pytest.raises(StoreError, match=r"shard-00001\.tar: cannot read: .*SlowDown"):
         list(map(stream.__getitem__, range(10)))
@@ -266,13 +268,13 @@ def test_a_shard_that_stays_out_of_reach_fails_with_its_name(proxied, picture): 
 @pytest.mark.integration
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("environment")
-def test_a_server_that_is_killed_while_it_is_read_changes_nothing(swift, tmp_path, picture):  # noqa: F811
+def test_batches_are_unchanged_by_server_restarts(swift, tmp_path, picture):  # noqa: F811
     from ns.storage.retry import RetryPolicy
     from ns.storage.s3 import S3Service, S3Store
 
     near = store_at(swift.url, tmp_path / "cache")
     made = near, write(near, picture, count=200, shard_samples=10)
-    expected = [arrays(batches(made)[step]) for step in range(30)]
+    expected = [arrays(make_batches(made)[step]) for step in range(30)]
     near.service.cache.root.rename(tmp_path / "old")
     patience = RetryPolicy(seconds=60, first_contact_seconds=10, cap_seconds=0.5)
     patient = S3Store(near.uri, S3Service(near.service.endpoint, retry_policy=patience, cache=near.service.cache))
@@ -287,17 +289,17 @@ def test_a_server_that_is_killed_while_it_is_read_changes_nothing(swift, tmp_pat
     thread = threading.Thread(target=trouble)
     thread.start()
     try:
-        found = [arrays(batches((patient, made[1]))[step]) for step in range(30)]
+        found = [arrays(make_batches((patient, made[1]))[step]) for step in range(30)]
     finally:
         thread.join()
-    assert all(equal(a, b) for a, b in zip(expected, found, make_strict=True))
+    assert all(equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
 @pytest.mark.parametrize("run", [1, 2, 64])
-def test_neighbors_that_are_read_at_once_are_what_each_is_alone(made, monkeypatch, run):
+def test_read_encoded_equals_reading_single_rows(made, monkeypatch, run):
     folder, dataset = made
     source = ImageSource(folder, dataset)
     alone = [source.read_image(1, row).data for row in range(7)]
-    monkeypatch.setattr(images, "RUN", run)
+    monkeypatch.setattr(shard_reader, "READ_ROWS", run)
     assert [image.data for image in source.read_encoded(1)] == alone
     assert [image.data for image in source.read_encoded(1, 2, 5)] == alone[2:5]

@@ -8,7 +8,7 @@ from PIL import Image
 
 from ns.core.errors import DataError
 from ns.data.dataset import Dataset
-from ns.data.digits import write_digits
+from ns.data.importing.digits import write_digits
 from ns.data.shards import read_samples
 from ns.storage import LocalStore
 
@@ -19,14 +19,14 @@ PARTS = ("labeled", "pool", "heldout")
 def parts(tmp_path_factory):
     """Each part's store and dataset."""
     folders = {part: LocalStore(tmp_path_factory.mktemp(part)) for part in PARTS}
-    return {part: (folder, write_digits(part, folder)) for part, folder in folders.items()}
+    return {part: (folder, write_digits(f"digits:{part}", folder)) for part, folder in folders.items()}
 
 
 def samples(folder, dataset):
     return [(shard.name, sample) for shard in dataset.shards for sample in read_samples(folder.path(shard.name))]
 
 
-def test_digits_are_split_without_overlap_and_evenly(parts):
+def test_digits_are_split_evenly_without_overlap(parts):
     assert {part: dataset.samples for part, (_, dataset) in parts.items()} == {"labeled": 50, "pool": 1247, "heldout": 500}
     keys = {part: [sample.key for _, sample in samples(*parts[part])] for part in PARTS}
     assert sorted(itertools.chain(*keys.values())) == [f"digit-{index:04d}" for index in range(1797)]
@@ -35,7 +35,7 @@ def test_digits_are_split_without_overlap_and_evenly(parts):
         assert [labels.count(label) for label in range(10)] == [each] * 10
 
 
-def test_the_pool_has_no_labels_and_no_classes(parts):
+def test_digits_pool_has_no_labels(parts):
     folder, dataset = parts["pool"]
     assert all(sample.class_id is None for _, sample in samples(folder, dataset))
     assert dataset.classes == ()
@@ -43,7 +43,7 @@ def test_the_pool_has_no_labels_and_no_classes(parts):
     assert len(dataset.shards) == 2
 
 
-def test_pictures_and_labels_are_scikit_learns(parts):
+def test_digits_equal_scikit_learns(parts):
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -56,12 +56,12 @@ def test_pictures_and_labels_are_scikit_learns(parts):
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_the_split_is_fixed(parts, part, tmp_path):
-    assert write_digits(part, LocalStore(tmp_path)) == parts[part][1]
+def test_digits_split_is_fixed(parts, part, tmp_path):
+    assert write_digits(f"digits:{part}", LocalStore(tmp_path)) == parts[part][1]
     assert Dataset.load(LocalStore(tmp_path)) == parts[part][1]
 
 
-def test_without_scikit_learn_the_cure_is_named(tmp_path, monkeypatch):
+def test_digits_error_without_scikit_learn(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(DataError, match=r"pip install 'noisy-student\[quickstart\]'"):
-        write_digits("pool", LocalStore(tmp_path))
+        write_digits("digits:pool", LocalStore(tmp_path))

@@ -1,6 +1,6 @@
 """scikit-learn's handwritten digits, 1,797 real 8 × 8 px images, split for the quickstart.
 
-50 labeled (5 of each class), 500 held out (50 of each), the other 1,247 the unlabeled pool. The split is fixed.
+50 are labeled (5 per class), 500 are held out (50 per class), and the other 1,247 are the unlabeled pool. The split is fixed.
 """
 
 import io
@@ -15,23 +15,24 @@ from ns.data.prepared import PART_ROLES
 from ns.storage import Store
 
 DIGITS_SCHEME = "digits:"
-"""What an experiment writes before the part that it means."""
+"""Prefix of the URIs of the parts: `digits:labeled`, `digits:pool`, `digits:heldout`."""
 PARTS = {part: PART_ROLES[part] for part in ("labeled", "pool", "heldout")}
 LABELED_PER_CLASS = 5
 HELDOUT_PER_CLASS = 50
 SPLIT_SEED = 0
 SHARD_SAMPLES = 625
-"""So that the pool has two shards, and labeling has something to share out."""
+"""Gives the pool two shards, so that labeling can be shared between two tasks."""
 
 
-def write_digits(part: str, store: Store) -> Dataset:
-    """Writes one part as a dataset. Raises DataError for another one, or if scikit-learn is not installed."""
+def write_digits(uri: str, store: Store) -> Dataset:
+    """Writes the dataset that `digits:PART` names. Raises DataError for an unknown part, or without scikit-learn."""
+    part = uri.removeprefix(DIGITS_SCHEME)
     if part not in PARTS:
-        raise DataError(f"digits:{part}: no such part; there are {', '.join(f'digits:{name}' for name in PARTS)}")
+        raise DataError(f"{uri}: no such part; there are {', '.join(DIGITS_SCHEME + name for name in PARTS)}")
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError("the digits need scikit-learn: pip install 'noisy-student[quickstart]'") from error
+        raise DataError("the digits need scikit-learn; run pip install 'noisy-student[quickstart]'") from error
     bunch = load_digits()
     images, class_ids = bunch["images"], bunch["target"]
     rng = np.random.default_rng(SPLIT_SEED)
