@@ -190,7 +190,7 @@ def _raise_unless_gone(error: OSError) -> None:
 
 
 @contextmanager
-def os_errors_as_store_errors(target: Path, verb: str) -> Iterator[None]:
+def os_errors_as_store_errors(target: Path | str, verb: str) -> Iterator[None]:
     """Turns an OSError inside into one line: which file, what could not be done, why, what to do."""
     try:
         yield
