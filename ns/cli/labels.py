@@ -1,4 +1,4 @@
-"""`ns labels …`: label sets as things to look at, compare, keep and take back."""
+"""`ns label` and `ns labels …`: make, inspect, compare, audit, version and purge label sets."""
 
 import json
 from pathlib import Path
@@ -6,16 +6,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ns.cli.options import AsJson, Root, make_default_group, write_page
+from ns.cli.options import AsJson, Root, make_default_group
+from ns.cli.output import write_page
 from ns.core.errors import ConfigError, DataError, RunError
 
 if TYPE_CHECKING:
     from ns.labeling.registry import LabelRegistry
+    from ns.runs.lookup import RunLabelSet
+    from ns.storage import Store
 
-app = typer.Typer(help="Label sets: look at, check, compare, audit, keep versions of.", no_args_is_help=True)
+app = typer.Typer(help="Inspect, check, compare, audit and version label sets.", no_args_is_help=True)
 audit_app = typer.Typer(
     cls=make_default_group("page"),
-    help="""Look at a sample of the labels, and say how many are right. `ns labels audit LABELS` is `ns labels audit page LABELS`.
+    help="""Estimate the share of right labels from a sample that you review. `ns labels audit LABELS` is `ns labels audit page LABELS`.
 
     Example: [cyan]ns labels audit latest/gen-1 --selected-only[/]
     """,
@@ -25,7 +28,7 @@ app.add_typer(audit_app, name="audit")
 LabelSetArgument = Annotated[
     str, typer.Argument(metavar="LABELS", help="A run's generation (latest/gen-1), or the folder or URI of a label set.")
 ]
-Pool = Annotated[str | None, typer.Option(metavar="DATASET", help="Dataset that was labeled; the run's pool if not given.")]
+Pool = Annotated[str | None, typer.Option(metavar="DATASET", help="The dataset that was labeled; default: the run's pool.")]
 
 RegistryOption = Annotated[
     str | None,
@@ -38,8 +41,8 @@ RemoteOption = Annotated[
     typer.Option(
         "--remote",
         envvar="NS_LABEL_REMOTE",
-        metavar="PLACE",
-        help="Folder or s3://bucket/prefix for the data; needed while the registry is empty.",
+        metavar="URI",
+        help="Folder or s3://bucket/prefix of the data; needed while the registry is empty.",
     ),
 ]
 TagArgument = Annotated[str, typer.Argument(metavar="TAG", help="A version: labels/PROJECT/RUN/gen-N.")]
@@ -49,88 +52,92 @@ VersionArgument = Annotated[
 Why = Annotated[str, typer.Option("--why", help="The reason, for the history.")]
 
 
-@app.command()
-def show(name: LabelSetArgument, root: Root = "runs", registry: RegistryOption = None, as_json: AsJson = False) -> None:
-    """What a label set holds, by class: images, mean confidence, and what the run's selection kept; and its audits.
+def _open_label_set(root: str, name: str) -> "tuple[Store, RunLabelSet]":
+    from ns.runs.lookup import open_label_set
+    from ns.storage import open_store
 
-    With the tag of a version in the registry: what `version` says.
+    store = open_store(root)
+    return store, open_label_set(store, name)
+
+
+@app.command("show")
+def show_label_set(name: LabelSetArgument, root: Root = "runs", registry: RegistryOption = None, as_json: AsJson = False) -> None:
+    """Show a label set by class: images, mean confidence, and images that the run's selection kept; and its audits.
+
+    For the tag of a version in the registry, show what `ns labels version` shows.
 
     Example: [cyan]ns labels show latest/gen-1[/]
     """
     if registry and name.startswith("labels/") and not Path(name).exists():
-        version(name, registry, as_json)
+        show_version(name, registry, as_json)
         return
     from rich.console import Console
 
-    from ns.cli.progress import audits_table, label_set_table
+    from ns.cli.label_tables import make_audits_table, make_label_set_table
     from ns.labeling.audit import load_audits
-    from ns.runs import records as runs
-    from ns.storage import open_store
 
-    resolved = runs.open_label_set(open_store(root), name)
+    _, resolved = _open_label_set(root, name)
     if as_json:
         typer.echo(resolved.label_set.model_dump_json(indent=1))
         return
-    Console().print(label_set_table(resolved))
+    Console().print(make_label_set_table(resolved))
     if label_audits := load_audits(resolved.store, resolved.label_set):
-        Console().print(audits_table(label_audits))
+        Console().print(make_audits_table(label_audits))
 
 
-@app.command()
-def verify(name: LabelSetArgument, root: Root = "runs", pool: Pool = None) -> None:
-    """Read a label set from end to end: checksums, rows, keys against the images', probabilities, histograms.
+@app.command("verify")
+def verify_labels(name: LabelSetArgument, root: Root = "runs", pool: Pool = None) -> None:
+    """Read a label set from end to end and check checksums, rows, keys, probabilities and histograms.
 
     Example: [cyan]ns labels verify latest/gen-1[/]
     """
-    from ns.labeling.label_set import verify_label_set as check
-    from ns.runs import records as runs
-    from ns.storage import open_store
+    from ns.labeling.label_set import verify_label_set
 
-    store = open_store(root)
-    resolved = runs.open_label_set(store, name)
+    store, resolved = _open_label_set(root, name)
     images = resolved.open_pool(store, pool) if pool or resolved.prepared else None
-    row_count = check(resolved.store, resolved.label_set, images)
+    row_count = verify_label_set(resolved.store, resolved.label_set, images)
     typer.echo(
-        f"{resolved.store.uri}: good: {row_count:,} rows" + ("" if images else "; keys not compared with images: give --pool")
+        f"{resolved.store.uri}: good: {row_count:,} rows"
+        + ("" if images else "; keys were not compared with those of the images: give --pool")
     )
 
 
-@app.command()
-def select(
+@app.command("select")
+def select_labels(
     name: LabelSetArgument,
     root: Root = "runs",
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="A=B", help="Override a field of the selection. Repeatable.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would be kept, dropped and repeated, by class.")
+        bool, typer.Option("--dry-run", help="Print the images kept, dropped and repeated, by class, and write nothing.")
     ] = False,
-    out: Annotated[str | None, typer.Option(metavar="FILE", help="Write the selection here, as JSON.")] = None,
+    out: Annotated[str | None, typer.Option(metavar="FILE", help="Write the selection to this JSON file.")] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Decides ties between equal confidences; that of the run, or 0, if not given.")
+        int | None, typer.Option(help="Breaks ties between equal confidences; default: the run's seed, or 0.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Select from a label set, beginning with the policy of its run.
+    """Make a selection from a label set, by the policy of its run and your overrides.
 
     Example: [cyan]ns labels select latest/gen-1 --set min_confidence=0.6 --set per_class=5000 --dry-run[/]
     """
     from rich.console import Console
 
-    from ns.cli.progress import selection_table
-    from ns.config.schema import SelectionConfig, with_overrides
+    from ns.cli.label_tables import make_selection_table
+    from ns.config.loader import with_overrides
+    from ns.config.schema import SelectionConfig
     from ns.labeling.selection import make_selection
-    from ns.runs import records as runs
+    from ns.runs.lookup import find_policy_thresholds
     from ns.storage import open_store, split_uri
 
     if not dry_run and out is None:
-        raise ConfigError("give --out FILE to keep the selection, or --dry-run to look at it")
-    store = open_store(root)
-    resolved = runs.open_label_set(store, name)
+        raise ConfigError("give --out FILE to write the selection, or --dry-run to print it")
+    store, resolved = _open_label_set(root, name)
     policy = with_overrides(resolved.selection.policy if resolved.selection else SelectionConfig(), overrides or [])
     if seed is None:
         seed = resolved.selection.seed if resolved.selection else 0
-    thresholds = runs.find_policy_thresholds(store, resolved, policy) if policy.precision is not None else None
+    thresholds = find_policy_thresholds(store, resolved, policy) if policy.precision is not None else None
     selection = make_selection(
         resolved.store, resolved.label_set, policy, seed=seed, label_set_key=resolved.store.uri, thresholds=thresholds
     )
@@ -140,22 +147,22 @@ def select(
     if as_json:
         typer.echo(selection.model_dump_json(indent=1))
     else:
-        Console().print(selection_table(resolved.label_set, selection))
+        Console().print(make_selection_table(resolved.label_set, selection))
 
 
-@app.command()
-def trace(
+@app.command("trace")
+def trace_key(
     key: Annotated[str, typer.Argument(metavar="KEY", help="Key of an image in its dataset.")],
     root: Root = "runs",
     as_json: AsJson = False,
 ) -> None:
-    """What every teacher said of one image, the thresholds then in force, and the label sets, runs and models that it fed.
+    """Show the history of one image: every teacher's label, the threshold, and the label sets, runs and models it went into.
 
     Example: [cyan]ns labels trace photos/0001[/]
     """
     from rich.console import Console
 
-    from ns.cli.progress import trace_table
+    from ns.cli.label_tables import make_trace_table
     from ns.runs import lineage
     from ns.storage import open_store
 
@@ -167,36 +174,34 @@ def trace(
     for part, location in history.locations.items():
         dataset, shard, row = location.split("/")
         console.print(f"{part}: dataset {dataset[:16]}, shard {shard}, row {row}", highlight=False)
-    console.print(trace_table(history))
+    console.print(make_trace_table(history))
     console.print(
         f"{len(history.models)} models have seen it" + "".join(f"\n  {model}" for model in history.models), highlight=False
     )
 
 
-@app.command()
-def purge(
+@app.command("purge")
+def purge_keys(
     name: LabelSetArgument,
-    keys: Annotated[Path, typer.Option(metavar="FILE", help="A text file with a key a line.")],
+    keys: Annotated[Path, typer.Option(metavar="FILE", help="A text file with one key per line.")],
     out: Annotated[str, typer.Option(help="Folder or URI of the new label set.")],
     root: Root = "runs",
     as_json: AsJson = False,
 ) -> None:
-    """Write a label set anew without some images, and list the models that have seen them. The old one stays.
+    """Write a copy of a label set without some images, and list the models that have seen them. The original stays.
 
-    `data.exclude` keeps further runs from labeling them again.
+    Use `data.exclude` to keep later runs from labeling them again.
 
     Example: [cyan]ns labels purge latest/gen-2 --keys withdrawn.txt --out labels-2b[/]
     """
     from ns.data.key_list import read_keys
-    from ns.labeling.purge import purge_images as without
+    from ns.labeling.purge import purge_images
     from ns.runs import lineage
-    from ns.runs import records as runs
     from ns.storage import open_store
 
-    store = open_store(root)
-    resolved = runs.open_label_set(store, name)
+    store, resolved = _open_label_set(root, name)
     removed_keys = read_keys(str(keys))
-    purged, count = without(resolved.store, resolved.label_set, removed_keys, open_store(out))
+    purged, count = purge_images(resolved.store, resolved.label_set, removed_keys, open_store(out))
     models = lineage.find_exposed_models(store, removed_keys)
     if as_json:
         typer.echo(json.dumps({"label_set": purged.digest, "images": count, "models": models}, indent=1))
@@ -208,33 +213,36 @@ def purge(
 
 
 def label(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or URI of a model, or a run, whose best model it is.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or URI of a model, or a run, for its best model.")],
     pool: Annotated[str, typer.Argument(metavar="POOL", help="Folder or URI of a dataset (`ns data import` makes one).")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URI of the label set.")],
     root: Root = "runs",
-    shards: Annotated[str | None, typer.Option(metavar="START-STOP", help="Only these shards, the last one excluded.")] = None,
+    shards: Annotated[str | None, typer.Option(metavar="START-STOP", help="Label only these shards; STOP is excluded.")] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="A=B", help="Override a field of labeling: views=ten. Repeatable.")
+        list[str] | None,
+        typer.Option("--set", metavar="A=B", help="Override a field of labeling, as in views=ten. Repeatable."),
     ] = None,
     kept: Annotated[
-        str | None, typer.Option(help="Only images that the selection of this label set (latest/gen-1) kept.")
+        str | None,
+        typer.Option(metavar="LABELS", help="Label only images that the selection of this generation (latest/gen-1) kept."),
     ] = None,
 ) -> None:
-    """Label a dataset with a model, shard by shard. The same command again continues; so do several at once, on parts of it.
+    """Label a dataset with a model, shard by shard. Run the command again to continue; processes can share the work by --shards.
 
     Example: [cyan]ns label latest data/pool labels/pool --set views=flip[/]
     """
-    from ns.config.schema import LabelingConfig, with_overrides
+    from ns.config.loader import with_overrides
+    from ns.config.schema import LabelingConfig
     from ns.core import log
     from ns.labeling.offline import label_dataset
-    from ns.runs import records as runs
+    from ns.runs.lookup import open_label_set, resolve_model_uri
     from ns.storage import open_store
 
     log.configure_logging()
     config = with_overrides(LabelingConfig(), overrides or [])
     store = open_store(root)
-    model_uri = runs.resolve_model_uri(store, model)
-    kept_set = runs.open_label_set(store, kept) if kept else None
+    model_uri = resolve_model_uri(store, model)
+    kept_set = open_label_set(store, kept) if kept else None
     label_set = label_dataset(
         model_uri,
         pool,
@@ -246,9 +254,8 @@ def label(
     if label_set is None:
         typer.echo(f"{out}: not all shards are labeled yet")
     else:
-        typer.echo(
-            f"{out}: {label_set.rows:,} images, {label_set.unreadable:,} unreadable, {label_set.left_out:,} left out; label set {label_set.digest}"
-        )
+        counts = f"{label_set.rows:,} images, {label_set.unreadable:,} unreadable, {label_set.left_out:,} left out"
+        typer.echo(f"{out}: {counts}; label set {label_set.digest}")
 
 
 def _open_registry(url: str | None, remote: str | None = None) -> "LabelRegistry":
@@ -261,25 +268,28 @@ def _open_registry(url: str | None, remote: str | None = None) -> "LabelRegistry
 
 @app.command("list")
 def list_versions(registry: RegistryOption = None, as_json: AsJson = False) -> None:
-    """The versions in a label registry, by project, the latest last.
+    """List the versions in a label registry, by project, the latest last.
 
     Example: [cyan]ns labels list --registry registry.git[/]
     """
-    from ns.cli.progress import print_untruncated, versions_table
+    from ns.cli.label_tables import make_versions_table
+    from ns.cli.output import print_untruncated
 
     versions = _open_registry(registry).list_versions()
     if as_json:
         typer.echo(json.dumps([version.model_dump() for version in versions], indent=1))
     else:
-        print_untruncated(versions_table(versions))
+        print_untruncated(make_versions_table(versions))
 
 
-@app.command()
-def version(tag: VersionArgument, registry: RegistryOption = None, as_json: AsJson = False) -> None:
-    """What a version was made from, and where each file of it lies in the remote.
+@app.command("version")
+def show_version(tag: VersionArgument, registry: RegistryOption = None, as_json: AsJson = False) -> None:
+    """Show the digests a version was made from, and where each of its files lies in the remote.
 
     Example: [cyan]ns labels version labels/quickstart/RUN/gen-1 --registry registry.git[/]
     """
+    from ns.labeling.registry.storage import object_key
+
     label_registry = _open_registry(registry)
     details = label_registry.find_version(tag)
     if as_json:
@@ -289,36 +299,37 @@ def version(tag: VersionArgument, registry: RegistryOption = None, as_json: AsJs
         typer.echo(f"{name:12}{'' if value is None else value}")
     remote_uri = label_registry.locate_data()
     for file in details.files:
-        typer.echo(f"{file.name}\t{file.bytes}\t{file.sha256}\t{remote_uri}/{file.remote_key}")
+        typer.echo(f"{file.name}\t{file.bytes}\t{file.sha256}\t{remote_uri}/{object_key(file.md5)}")
 
 
-@app.command()
-def commit(
+@app.command("commit")
+def commit_version(
     name: LabelSetArgument,
     registry: RegistryOption = None,
     remote: RemoteOption = None,
-    project: Annotated[str | None, typer.Option(help="First part of the tag; the experiment's name if not given.")] = None,
-    as_run: Annotated[str | None, typer.Option("--run", help="Second part of the tag; the run's name if not given.")] = None,
+    project: Annotated[str | None, typer.Option(help="First part of the tag; default: the experiment's name.")] = None,
+    as_run: Annotated[str | None, typer.Option("--run", help="Second part of the tag; default: the run's name.")] = None,
     whole_tag: Annotated[
-        str | None, typer.Option("--tag", metavar="TAG", help="The whole tag; needed for a folder: labels/PROJECT/RUN/gen-N.")
+        str | None, typer.Option("--tag", metavar="TAG", help="The whole tag, labels/PROJECT/RUN/gen-N; needed for a folder.")
     ] = None,
     selected: Annotated[
         str | None,
-        typer.Option("--selection", metavar="FILE", help="What `ns labels select --out` wrote of a folder's labels."),
+        typer.Option("--selection", metavar="FILE", help="For a folder: the selection that `ns labels select --out` wrote."),
     ] = None,
     root: Root = "runs",
 ) -> None:
-    """Keep a label set and its selection as a version, labels/PROJECT/RUN/gen-N. The same again changes nothing.
+    """Commit a label set and its selection as a version, labels/PROJECT/RUN/gen-N. Committing the same again changes nothing.
 
-    Those of a run; or, under a name of your own (--tag), what `ns label` or `ns labels purge` wrote.
+    Name a run's generation, or a folder that `ns label` or `ns labels purge` wrote, with a tag of your own (--tag).
 
     Example: [cyan]ns labels commit latest/gen-1 --registry registry.git --remote s3://bucket/labels[/]
     """
-    from ns.config import schema as config
+    from ns.config.loader import load_experiment
     from ns.evaluation.gate import Verdict
     from ns.labeling.registry import VersionTag
     from ns.labeling.selection import Selection
-    from ns.runs import records as runs
+    from ns.runs.lookup import open_label_set, resolve_run_name
+    from ns.runs.records import CONFIG_FILE, list_stage_notes
     from ns.storage import open_store, split_uri
 
     store = open_store(root)
@@ -332,18 +343,18 @@ def commit(
             "for a folder give the name: --tag labels/PROJECT/RUN/gen-N"
         )
     if of_run and selected:
-        raise ConfigError("--selection: is for a folder; a run's generation has its own")
+        raise ConfigError("--selection: is for a folder; a run's generation has its own selection")
     explicit_tag = VersionTag.parse(whole_tag) if whole_tag else None
-    resolved = runs.open_label_set(store, name)
+    resolved = open_label_set(store, name)
     selection, verdict = resolved.selection, None
     if of_run:
-        run = runs.resolve_run_name(store, run)
+        run = resolve_run_name(store, run)
         if project is None:
-            project = config.load_experiment(f"{store.at(run).uri}/{runs.CONFIG}").name
+            project = load_experiment(f"{store.at(run).uri}/{CONFIG_FILE}").name
         gates = [
-            n.outputs["verdict"]
-            for n in runs.list_stage_notes(store, run)
-            if (n.generation, n.stage) == (int(generation), "gate")
+            note.outputs["verdict"]
+            for note in list_stage_notes(store, run)
+            if (note.generation, note.stage) == (int(generation), "gate")
         ]
         verdict = Verdict.load_file(store, gates[0]) if gates else None
     elif selected:
@@ -351,7 +362,7 @@ def commit(
         selection = Selection.load_file(open_store(folder), file)
         if selection.label_set != resolved.label_set.digest:
             raise DataError(
-                f"--selection {selected}: of label set {selection.label_set[:16]}, not {resolved.label_set.digest[:16]}; "
+                f"--selection {selected}: is of label set {selection.label_set[:16]}, not {resolved.label_set.digest[:16]}; "
                 f"make one: ns labels select {name} --out {selected}"
             )
     tag = explicit_tag or VersionTag.from_parts(project or "", as_run or run, int(generation))
@@ -359,25 +370,22 @@ def commit(
     typer.echo(f"{tag}: {'committed' if is_new else 'is there already'}")
 
 
-@app.command()
-def get(
+@app.command("get")
+def get_version(
     tag: VersionArgument,
     destination: Annotated[Path, typer.Argument(metavar="DEST", help="A new or empty folder.")],
     registry: RegistryOption = None,
-    no_dvc: Annotated[
-        bool, typer.Option("--no-dvc", help="Fetch file by file, without DVC; continues where it stopped.")
-    ] = False,
 ) -> None:
-    """Bring a version into a folder and check every file. What is there and good stays.
+    """Download a version into a folder and check every file. Intact files in the folder stay.
 
     Example: [cyan]ns labels get current/quickstart labels --registry registry.git[/]
     """
-    fetched = _open_registry(registry).download_version(tag, destination, with_dvc=not no_dvc)
+    fetched = _open_registry(registry).download_version(tag, destination)
     typer.echo(f"{destination}: {fetched.tag}: {fetched.rows:,} rows in {len(fetched.files)} files, all good")
 
 
-@app.command()
-def promote(tag: TagArgument, registry: RegistryOption = None, why: Why = "") -> None:
+@app.command("promote")
+def promote_version(tag: TagArgument, registry: RegistryOption = None, why: Why = "") -> None:
     """Make a version the one in use of its project, current/PROJECT.
 
     Example: [cyan]ns labels promote labels/quickstart/RUN/gen-2 --why 'checked by hand'[/]
@@ -385,9 +393,9 @@ def promote(tag: TagArgument, registry: RegistryOption = None, why: Why = "") ->
     _switch_version(tag, registry, why, back=False)
 
 
-@app.command()
-def rollback(tag: TagArgument, registry: RegistryOption = None, why: Why = "") -> None:
-    """Go back to an earlier version: current/PROJECT names it again. No version is deleted.
+@app.command("rollback")
+def roll_back_version(tag: TagArgument, registry: RegistryOption = None, why: Why = "") -> None:
+    """Make an earlier version the one in use again. No version is deleted.
 
     Example: [cyan]ns labels rollback labels/quickstart/RUN/gen-1 --why 'gen-2 confuses 4 and 9'[/]
     """
@@ -402,57 +410,58 @@ def _switch_version(tag: str, registry: str | None, why: str, *, back: bool) -> 
     typer.echo(f"current/{parsed.project}: {parsed}" + (" (no change)" if before == tag else f", before: {before or 'none'}"))
 
 
-@app.command()
-def gc(
+@app.command("gc")
+def collect_registry_garbage(
     registry: RegistryOption = None,
-    drop: Annotated[list[str] | None, typer.Option(metavar="TAG", help="Delete this version too. Repeatable.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Do it; without this, only say what would go.")] = False,
+    drop: Annotated[list[str] | None, typer.Option(metavar="TAG", help="Delete this version, too. Repeatable.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete; without this option, only print what would be deleted.")] = False,
 ) -> None:
-    """Delete data that no version needs. Run it while nobody commits, on a remote that holds nothing else.
+    """Delete data that no version needs. Run it while no commit is running, on a remote that holds nothing else.
 
     Example: [cyan]ns labels gc --drop labels/quickstart/RUN/gen-1[/]
     """
     from ns.labeling.registry import VersionTag
+    from ns.labeling.registry.gc import collect_garbage
 
-    garbage = _open_registry(registry).collect_garbage([VersionTag.parse(tag) for tag in drop or ()], dry_run=not yes)
+    garbage = collect_garbage(_open_registry(registry), [VersionTag.parse(tag) for tag in drop or ()], dry_run=not yes)
     for name in (*(str(tag) for tag in garbage.dropped), *garbage.keys):
         typer.echo(name)
     done = "deleted" if yes else "would be deleted; --yes does it"
     typer.echo(f"{len(garbage.dropped)} versions, {len(garbage.keys)} files, {garbage.bytes:,} bytes {done}")
 
 
-@app.command()
-def diff(
-    before: Annotated[
-        str, typer.Argument(metavar="A", help="The earlier labels: latest/gen-1, or a label set's folder or URI.")
-    ],
-    after: Annotated[str, typer.Argument(metavar="B", help="The later labels, of the same images.")],
+@app.command("diff")
+def diff_label_sets(
+    before: Annotated[str, typer.Argument(metavar="A", help="The earlier label set: latest/gen-1, or a folder or URI.")],
+    after: Annotated[str, typer.Argument(metavar="B", help="The later label set, of the same images.")],
     root: Root = "runs",
     as_json: AsJson = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for an issue or a pull request.")] = False,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with pictures of the surest flips.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page with pictures of the most confident flips.")
+    ] = None,
     pool: Pool = None,
 ) -> None:
-    """What changed between two label sets: flips by class and by confidence, what entered and left the selection.
+    """Compare two label sets: flips by class and by confidence, and images that entered and left the selection.
 
     Example: [cyan]ns labels diff latest/gen-1 latest/gen-2 --html diff.html[/]
     """
     from rich.console import Console
 
     from ns.labeling.diff import compare_label_sets
-    from ns.runs import records as runs
+    from ns.runs.lookup import open_label_set
     from ns.storage import open_store
 
     if as_json and markdown:
         raise ConfigError("--json --markdown: give one of them")
     store = open_store(root)
-    old, new = runs.open_label_set(store, before), runs.open_label_set(store, after)
+    old, new = open_label_set(store, before), open_label_set(store, after)
     difference = compare_label_sets(old.side, new.side)
     names = (before, after)
     if html:
         from ns.reporting.labels import render_diff_page
 
-        # Either of them may be known by its run, and so by its images.
+        # Only a label set of a run knows its images.
         with_images = new if new.prepared or pool else old
         write_page(html, render_diff_page(difference, names, *with_images.open_pool(store, pool)))
     if as_json:
@@ -464,35 +473,34 @@ def diff(
     elif html:
         typer.echo(f"{html}: {difference.churn:.1%} of labels changed; open it in a browser")
     else:
-        from ns.cli.progress import diff_tables
+        from ns.cli.label_tables import make_diff_parts
 
-        for part in diff_tables(difference):
+        for part in make_diff_parts(difference):
             Console().print(part, highlight=False)
 
 
 @audit_app.command("page")
-def audit(
+def write_audit_page(
     name: LabelSetArgument,
     root: Root = "runs",
-    images: Annotated[int, typer.Option(min=1, max=5000, help="Images to look at, roughly.")] = 400,
-    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Another seed draws other images.")] = 0,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Where to write the page.")] = Path("audit.html"),
-    selected_only: Annotated[bool, typer.Option("--selected-only", help="Only images that the run's selection keeps.")] = False,
+    images: Annotated[int, typer.Option(min=1, max=5000, help="Approximate number of images.")] = 400,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of the sample.")] = 0,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="File of the page.")] = Path("audit.html"),
+    selected_only: Annotated[
+        bool, typer.Option("--selected-only", help="Sample only images that the run's selection keeps.")
+    ] = False,
     pool: Pool = None,
 ) -> None:
-    """Make a page with a sample of the labels, on which to mark those that are wrong. Then: ns labels audit apply.
+    """Write a page with a sample of the images, to mark wrong labels on. `ns labels audit apply` evaluates your answers.
 
     Example: [cyan]ns labels audit latest/gen-1 --selected-only[/]
     """
     from ns.labeling.audit import draw_audit_sample
     from ns.reporting.labels import render_audit_page
-    from ns.runs import records as runs
-    from ns.storage import open_store
 
-    store = open_store(root)
-    resolved = runs.open_label_set(store, name)
+    store, resolved = _open_label_set(root, name)
     if selected_only and resolved.selection is None:
-        raise RunError(f"{name}: --selected-only needs to know the selection; name a run's generation, as in latest/gen-1")
+        raise RunError(f"{name}: --selected-only needs a selection; name a run's generation, as in latest/gen-1")
     pool_data = resolved.open_pool(store, pool)
     sheet = draw_audit_sample(
         resolved.store,
@@ -510,29 +518,26 @@ def audit(
 
 @audit_app.command("apply")
 def apply_audit(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="audit.json, as the page gave it.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The audit.json that the page gave.")],
     name: LabelSetArgument,
     root: Root = "runs",
     corrections: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="Write the images whose right class was named, as a labeled dataset.")
+        str | None, typer.Option(metavar="FOLDER", help="Write the images whose right class you named as a labeled dataset.")
     ] = None,
     as_json: AsJson = False,
     pool: Pool = None,
 ) -> None:
-    """Say how many labels are right, from an audit, and keep that beside the label set. The gate can ask for it.
+    """Estimate the share of right labels from an audit, and write it beside the label set. The gate can require a minimum.
 
     Example: [cyan]ns labels audit apply audit.json latest/gen-1 --corrections data/corrections[/]
     """
     from rich.console import Console
 
-    from ns.cli.progress import audit_tables
-    from ns.core.errors import DataError
+    from ns.cli.label_tables import make_audit_tables
     from ns.labeling.audit import AuditSheet, check_audit_sheet, estimate_precision, save_audit, write_corrections
-    from ns.runs import records as runs
     from ns.storage import open_store
 
-    store = open_store(root)
-    resolved = runs.open_label_set(store, name)
+    store, resolved = _open_label_set(root, name)
     try:
         data = file.read_bytes()
     except OSError as error:
@@ -549,7 +554,7 @@ def apply_audit(
     if as_json:
         typer.echo(result.model_dump_json(indent=1))
         return
-    for table in audit_tables(result):
+    for table in make_audit_tables(result):
         Console().print(table)
     typer.echo(f"kept as {resolved.store.uri}/{key}")
     if corrections:

@@ -1,19 +1,18 @@
-"""Audit: people look at a sample of the labels and say which are wrong; from that, how right the labels are.
+"""Audit: people review a sample of the labels and mark the wrong ones; this estimates the share of right labels.
 
-The sample is stratified by class and band of confidence, at least two of each stratum, and drawn by a hash of seed and key:
-the same label set, seed and number give the same images on any machine.
+The sample is stratified by class and bin of confidence, with at least two images of each stratum, and drawn by a hash of seed and
+key: the same label set, seed and size give the same images on any machine.
 
 audit-DIGEST.json     beside labelset.json, one for each audit: the estimate, and the images that are wrong
 """
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ConfigDict, Field
 
 from ns.core.digest import shorten_digest
 from ns.core.errors import DataError
@@ -31,45 +30,39 @@ AUDIT_PREFIX = "audit-"
 CORRECTIONS = "corrections.csv"
 
 MIN_PER_STRATUM = 2
-"""Images of each stratum: one alone says little, none nothing."""
+"""Images of each stratum at least."""
 SAMPLE_SALT = 1 << 32
 """Added to the seed: the sample must not depend on how a selection breaks its ties."""
 
-BY_ALIAS = ConfigDict(frozen=True, extra="forbid", serialize_by_alias=True)
-
 
 class Stratum(JsonDocument):
-    """Images of one class in one band of confidence."""
+    """Images of one class in one range of confidence."""
 
-    model_config = BY_ALIAS
-
-    class_name: str | None = Field(alias="class")
-    """None: of all classes."""
+    class_name: str | None
+    """None stands for all classes."""
     low: float
     high: float
-    """Half open, but for 1, which is in."""
+    """The range excludes `high`, but includes confidence 1."""
     images: int
-    """In the label set, or the selection."""
+    """Images in the label set, or in the selection."""
     sampled: int
 
 
 class AuditedImage(JsonDocument):
-    """One image of the sample, and what a person says about it."""
-
-    model_config = BY_ALIAS
+    """One image of the sample, and a person's answer."""
 
     key: str
     shard: int
     row: int
     stratum: int
-    """Index."""
-    class_name: str = Field(alias="class")
-    """The teacher's."""
+    """Index of the stratum."""
+    class_name: str
+    """The teacher's class."""
     confidence: float
     wrong: bool = False
     correct_class: str | None = None
     reviewed: bool = False
-    """Images that nobody looked at count neither as right nor as wrong."""
+    """Images that are not reviewed count neither as right nor as wrong."""
 
 
 class AuditSheet(JsonDocument):
@@ -77,60 +70,56 @@ class AuditSheet(JsonDocument):
 
     format: Literal[1] = 1
     label_set: str
-    """Digest."""
+    """Digest of the label set."""
     selection: str | None
-    """Digest of the selection whose images were drawn from; None: all labeled images."""
+    """Digest of the selection that the sample was drawn from; None if it was drawn from all labeled images."""
     seed: int
     requested: int
-    """Images that were asked for; there are fewer if the label set has."""
+    """Sample size that was asked for; there are fewer images if the label set has fewer."""
     strata: tuple[Stratum, ...]
     images: tuple[AuditedImage, ...]
 
 
 class StratumPrecision(JsonDocument):
-    """How many labels of one stratum are right."""
+    """Share of right labels in one stratum."""
 
-    model_config = BY_ALIAS
-
-    class_name: str | None = Field(alias="class")
+    class_name: str | None
     low: float
     high: float
-    """Confidence."""
+    """Range of confidence, as in `Stratum`."""
     images: int
     reviewed: int
     right: int
     precision: float | None
-    """right ÷ looked; None if nobody looked."""
+    """right ÷ reviewed; None if no image was reviewed."""
     precision_low: float
     precision_high: float
-    """95 % (Wilson), exact where all images were looked at."""
+    """95 % interval (Wilson); exact where all images were reviewed."""
 
 
 class LabelMistake(JsonDocument):
-    """A label that a person calls wrong."""
-
-    model_config = BY_ALIAS
+    """A label that a person marked as wrong."""
 
     key: str
     shard: int
     row: int
-    class_name: str = Field(alias="class")
+    class_name: str
     confidence: float
     correct_class: str | None
-    """None: not said."""
+    """None if it was not named."""
 
 
 class LabelAudit(HashedDocument):
-    """What an audit found."""
+    """The result of an audit."""
 
     format: Literal[1] = 1
     label_set: str
     selection: str | None
-    """Digests; the selection is None if all labeled images were drawn from."""
+    """Digests, as in `AuditSheet`."""
     seed: int
     requested: int
     images: int
-    """That the sample stands for."""
+    """Images that the sample represents."""
     reviewed: int
     wrong: int
     precision: float
@@ -145,9 +134,9 @@ class LabelAudit(HashedDocument):
 
 
 def allocate_sample(sizes: Sequence[int], total: int) -> list[int]:
-    """How many of each stratum to draw: two (all, if there are fewer), and of the rest a proportional part.
+    """Images to draw from each stratum: two (or all, if it has fewer), and a proportional part of the rest.
 
-    The sum is `total`, or all there are. `total` must be at least the sum of the minima.
+    The sum is the lesser of `total` and the sum of `sizes`. `total` must be at least the sum of the minima.
     """
     minima = [min(MIN_PER_STRATUM, size) for size in sizes]
     spare = [size - minimum for size, minimum in zip(sizes, minima, strict=True)]
@@ -166,11 +155,11 @@ def allocate_sample(sizes: Sequence[int], total: int) -> list[int]:
 def draw_audit_sample(
     store: Store, label_set: LabelSet, *, sample_size: int, seed: int, selection: Selection | None = None
 ) -> AuditSheet:
-    """Draws about `images` labeled images, of those that `selection` keeps if it is given.
+    """Draws about `sample_size` labeled images; only of those that `selection` keeps if it is given.
 
-    Strata are classes × bands; where two of each would be more than asked for, classes; else bands; else everything is one.
-    Reads the label set twice, a shard at a time, and holds no more than the sample. Raises DataError if there is nothing to
-    draw from.
+    Strata are the finest division of which two images each are no more than `sample_size`: classes × confidence bins, classes,
+    bins, or one stratum. Reads the label set twice, shard by shard, and keeps only the sample in memory. Raises DataError if
+    there are no images to draw from.
     """
     classes = len(label_set.classes)
     sizes = np.zeros((classes, CONFIDENCE_BINS), np.int64)
@@ -194,15 +183,13 @@ def draw_audit_sample(
             hashed_images = [
                 (
                     int(hashes[index]),
-                    AuditedImage.model_validate(
-                        {
-                            "key": rows.keys[candidates[index]],
-                            "shard": shard,
-                            "row": int(candidates[index]),
-                            "stratum": ordinal[number],
-                            "class": label_set.classes[class_ids[index]],
-                            "confidence": float(rows.confidence[candidates[index]]),
-                        }
+                    AuditedImage(
+                        key=rows.keys[candidates[index]],
+                        shard=shard,
+                        row=int(candidates[index]),
+                        stratum=ordinal[number],
+                        class_name=label_set.classes[class_ids[index]],
+                        confidence=float(rows.confidence[candidates[index]]),
                     ),
                 )
                 for index in order[start : min(end, start + drawn[number])].tolist()
@@ -210,7 +197,7 @@ def draw_audit_sample(
             lowest[number] = sorted([*lowest[number], *hashed_images], key=_order_by_hash)[: drawn[number]]
     class_order = {name: number for number, name in enumerate(label_set.classes)}
     sampled = [pair for pairs in lowest.values() for pair in pairs]
-    # One class after the other, since what does not belong is then seen at a glance; within it, in no order.
+    # By class, since an image of another class is then seen at a glance; within a class in random order.
     sampled.sort(key=lambda pair: (class_order[pair[1].class_name], *_order_by_hash(pair)))
     return AuditSheet(
         label_set=label_set.digest,
@@ -231,13 +218,13 @@ def _order_by_hash(pair: tuple[int, AuditedImage]) -> tuple[int, int, int]:
 def _iter_candidates(
     store: Store, label_set: LabelSet, selection: Selection | None
 ) -> Iterator[tuple[int, LabelRows, npt.NDArray[np.int64]]]:
-    """Number of each shard, its rows, and the indices of those that can be drawn."""
+    """Number of each shard, its rows, and the indices of the rows that can be drawn."""
     for shard, rows in enumerate(iter_label_rows(store, label_set)):
         yield shard, rows, np.flatnonzero(rows.readable if selection is None else count_copies(selection, rows) > 0)
 
 
 def _assign_strata(sizes: npt.NDArray[np.int64], sample_size: int) -> npt.NDArray[np.int64]:
-    """int64 [classes, BANDS]: the number of the stratum of each class and band, the finest division that `images` suffice for."""
+    """Number of the stratum of each class and bin, int64 [classes, bins]: the finest division that `sample_size` suffices for."""
     grid: npt.NDArray[np.int64] = np.indices(sizes.shape, np.int64)
     class_index, bin_index = grid[0], grid[1]
     cells: npt.NDArray[np.int64] = np.zeros(sizes.shape, np.int64)
@@ -252,29 +239,27 @@ def _build_stratum(
     stratum_grid: npt.NDArray[np.int64], number: int, classes: tuple[str, ...], images: int, sampled: int
 ) -> Stratum:
     class_ids, bins = (np.unique(indices) for indices in np.nonzero(stratum_grid == number))
-    return Stratum.model_validate(
-        {
-            "class": classes[class_ids[0]] if len(class_ids) == 1 else None,
-            "low": CONFIDENCE_BIN_EDGES[int(bins[0])],
-            "high": CONFIDENCE_BIN_EDGES[int(bins[-1]) + 1],
-            "images": images,
-            "sampled": sampled,
-        }
+    return Stratum(
+        class_name=classes[class_ids[0]] if len(class_ids) == 1 else None,
+        low=CONFIDENCE_BIN_EDGES[int(bins[0])],
+        high=CONFIDENCE_BIN_EDGES[int(bins[-1]) + 1],
+        images=images,
+        sampled=sampled,
     )
 
 
-# What comes back
+# The answers
 
 
 def check_audit_sheet(sheet: AuditSheet, path: str, store: Store, label_set: LabelSet, selection: Selection | None) -> None:
-    """Compares a filled-in sheet with the label set that it must be of. `selection` is the one that the labels are known by.
+    """Compares a filled-in sheet with its label set. `selection` is the selection of the run that made the label set.
 
     Raises DataError naming the file, the field, the value and the cure.
     """
     if sheet.label_set != label_set.digest:
         raise DataError(
             f"{path}: label_set: {sheet.label_set!r}: an audit of another label set; {store.uri} is {label_set.digest!r}: "
-            "name the labels that the page was made of"
+            "name the label set that the page was made of"
         )
     if sheet.selection is not None and (selection is None or selection.digest != sheet.selection):
         raise DataError(
@@ -294,13 +279,12 @@ def check_audit_sheet(sheet: AuditSheet, path: str, store: Store, label_set: Lab
             problem = "is there twice" if image.key in seen else "is not in the sample that the page showed"
             raise DataError(f"{field_path}.key: {image.key!r}: {problem}; download the file again from the page")
         seen.add(image.key)
-        answers = {"wrong": image.wrong, "correct_class": image.correct_class, "looked": image.reviewed}
+        answers = {"wrong": image.wrong, "correct_class": image.correct_class, "reviewed": image.reviewed}
         expected = drawn_by_key[image.key].model_copy(update=answers)
         for name, value in image:
             if value != getattr(expected, name):
-                field = "class" if name == "label" else name
                 raise DataError(
-                    f"{field_path}.{field}: {value!r}: the label set says {getattr(expected, name)!r}; download the file again from the page"
+                    f"{field_path}.{name}: {value!r}: the label set says {getattr(expected, name)!r}; download the file again from the page"
                 )
         _check_answer(field_path, image, label_set.classes)
     if len(seen) < len(drawn_by_key):
@@ -312,7 +296,7 @@ def _check_answer(field_path: str, image: AuditedImage, classes: tuple[str, ...]
     correct_class = image.correct_class
     if image.wrong and not image.reviewed:
         raise DataError(
-            f"{field_path}.looked: False: an image that is wrong must have been looked at; set it to true, or wrong to false"
+            f"{field_path}.reviewed: False: an image that is marked wrong must be reviewed; set it to true, or wrong to false"
         )
     if correct_class is None:
         return
@@ -330,10 +314,10 @@ def _check_answer(field_path: str, image: AuditedImage, classes: tuple[str, ...]
 
 
 def estimate_precision(sheet: AuditSheet, path: str) -> LabelAudit:
-    """The share of right labels, in each stratum and in all, from what was looked at.
+    """Estimates the share of right labels in each stratum and overall from the reviewed images.
 
-    Within a stratum, images that nobody looked at are taken to be like those that somebody did. A stratum that nobody looked
-    at at all is taken to be like the others, with an interval from 0 to 1. Raises DataError if nobody looked at anything.
+    Images that were not reviewed count as the reviewed ones of their stratum. A stratum without reviewed images counts as the
+    other strata, with an interval from 0 to 1. Raises DataError if no image was reviewed.
     """
     reviewed = [0] * len(sheet.strata)
     right = [0] * len(sheet.strata)
@@ -341,7 +325,7 @@ def estimate_precision(sheet: AuditSheet, path: str) -> LabelAudit:
         reviewed[image.stratum] += image.reviewed
         right[image.stratum] += image.reviewed and not image.wrong
     if not any(reviewed):
-        raise DataError(f"{path}: images: nobody looked at any of them; go through the page, and download the file again")
+        raise DataError(f"{path}: images: none of them was reviewed; go through the page, and download the file again")
     sizes = [stratum.images for stratum in sheet.strata]
     reviewed_images = sum(size for size, count in zip(sizes, reviewed, strict=True) if count)
     pooled_precision = (
@@ -365,26 +349,24 @@ def estimate_precision(sheet: AuditSheet, path: str) -> LabelAudit:
         precision_low=total.low,
         precision_high=total.high,
         strata=tuple(
-            StratumPrecision.model_validate(
-                {
-                    **stratum.model_dump(exclude={"sampled"}),
-                    "looked": count,
-                    "right": good,
-                    "precision": good / count if count else None,
-                    "precision_low": share.low,
-                    "precision_high": share.high,
-                }
+            StratumPrecision(
+                **stratum.model_dump(exclude={"sampled"}),
+                reviewed=count,
+                right=good,
+                precision=good / count if count else None,
+                precision_low=share.low,
+                precision_high=share.high,
             )
             for stratum, count, good, share in zip(sheet.strata, reviewed, right, shares, strict=True)
         ),
         mistakes=tuple(
-            LabelMistake.model_validate(image.model_dump(exclude={"stratum", "wrong", "looked"}))
+            LabelMistake(**image.model_dump(exclude={"stratum", "wrong", "reviewed"}))
             for image in sorted(wrong, key=lambda image: (image.shard, image.row))
         ),
     )
 
 
-# Keeping
+# Files
 
 
 def save_audit(audit: LabelAudit, store: Store) -> str:
@@ -395,25 +377,24 @@ def save_audit(audit: LabelAudit, store: Store) -> str:
 
 
 def load_audits(store: Store, label_set: LabelSet) -> list[LabelAudit]:
-    """All audits that lie beside a label set, in the order of their digests."""
+    """All audits beside a label set, by digest."""
     all_audits = [LabelAudit.load_file(store, key) for key in store.list(AUDIT_PREFIX) if key.endswith(".json")]
     return [audit for audit in all_audits if audit.label_set == label_set.digest]
 
 
 def choose_deciding_audit(audits: Sequence[LabelAudit], selection: Selection | None) -> LabelAudit | None:
-    """The audit that speaks for what a student learns from: of its selection before of all labels, then of most images."""
+    """The audit that counts for a student: one of its selection before one of all labels, then the one of most images."""
     relevant = [audit for audit in audits if audit.selection is None or (selection and audit.selection == selection.digest)]
-    sort_key: Callable[[LabelAudit], Any] = lambda audit: (audit.selection is not None, audit.reviewed, audit.digest)  # noqa: E731
-    return max(relevant, key=sort_key, default=None)
+    return max(relevant, key=lambda audit: (audit.selection is not None, audit.reviewed, audit.digest), default=None)
 
 
 def write_corrections(
     audit: LabelAudit, classes: tuple[str, ...], pool_store: Store, pool: Dataset, target: Store
 ) -> Dataset | None:
-    """Makes a labeled dataset of the images whose right class is known, with a table of them. None if there are none.
+    """Writes the images whose right class was named as a labeled dataset, with a table of them. Returns None if there are none.
 
-    The shard is named after the audit, so that those of several audits can lie in one folder. Raises DataError if another
-    dataset is there.
+    The shard is named after the audit, so that those of several audits can lie in one folder. Raises DataError if the folder
+    holds another dataset.
     """
     corrected = [mistake for mistake in audit.mistakes if mistake.correct_class is not None]
     if not corrected:

@@ -1,4 +1,4 @@
-"""Diff: what changed between two label sets of one dataset, an exact count of all rows, a pair of shards at a time."""
+"""Diff: what changed between two label sets of one dataset. It counts all rows, one pair of shards at a time."""
 
 from collections import Counter
 from typing import Literal, NamedTuple
@@ -8,8 +8,7 @@ import numpy.typing as npt
 
 from ns.core.errors import DataError
 from ns.labeling.confidence_bins import CONFIDENCE_BIN_EDGES, CONFIDENCE_BINS, bin_confidences
-from ns.labeling.label_set import HISTOGRAM_BINS as FINE_BINS
-from ns.labeling.label_set import LabelRows, LabelSet, LabelShard, compute_histogram, read_label_rows
+from ns.labeling.label_set import HISTOGRAM_BINS, LabelRows, LabelSet, LabelShard, compute_histogram, read_label_rows
 from ns.labeling.selection import Selection, count_copies
 from ns.labeling.top_k import TopRows
 from ns.storage import Store
@@ -18,13 +17,13 @@ from ns.storage.documents import JsonDocument
 SHOWN_BINS = 20
 SHOWN_PAIRS = 10
 SHOWN_CLASSES = 100
-"""What tables show."""
+"""Rows of tables."""
 KEPT_FLIPS = 200
-"""The surest flips that are kept one by one."""
+"""Flips that a diff lists one by one."""
 
 
 class DiffSide(NamedTuple):
-    """A label set, and what a student was given of it, if that is known."""
+    """A label set, and its selection if that is known."""
 
     store: Store
     label_set: LabelSet
@@ -32,15 +31,15 @@ class DiffSide(NamedTuple):
 
 
 class ChurnBin(JsonDocument):
-    """Images by how sure the earlier labels were of them."""
+    """Images by their confidence in the earlier label set."""
 
     low: float
     high: float
-    """Half open, but for the last one, which holds confidence 1 too."""
+    """The bin excludes `high`, but the last one includes confidence 1."""
     images: int
     changed: int
     churn: float
-    """changed ÷ images; 0 of none."""
+    """changed ÷ images; 0 if there are no images."""
 
 
 class ClassChange(JsonDocument):
@@ -52,15 +51,15 @@ class ClassChange(JsonDocument):
     """Labeled images."""
     lost: int
     gained: int
-    """Images that went to another class, and that came from one."""
+    """Images that moved to another class, and that came from one."""
     kept_before: int | None
     kept_after: int | None
-    """Distinct images that the selections keep; None if they are not known."""
+    """Distinct images that the selections keep; None if the selections are not known."""
     confidence_before: float | None
     confidence_after: float | None
-    """Means over the class's images; None if it has none."""
+    """Mean confidence of the class's images; None if it has none."""
     shift: float | None
-    """Mean change of confidence of the images that were in this class before, whatever class they are in now."""
+    """Mean change of confidence of the images that were in this class before, in whatever class they are now."""
 
 
 class FlipCount(JsonDocument):
@@ -68,7 +67,6 @@ class FlipCount(JsonDocument):
 
     old_class_id: int
     new_class_id: int
-    """Class indices."""
     images: int
 
 
@@ -80,13 +78,12 @@ class LabelFlip(JsonDocument):
     row: int
     old_class_id: int
     new_class_id: int
-    """Class indices."""
     old_confidence: float
     new_confidence: float
 
     @property
     def min_confidence(self) -> float:
-        """How much there is to be learnt from it: both labels are at least so sure."""
+        """The lower of the two confidences: flips with a high one are the most informative."""
         return min(self.old_confidence, self.new_confidence)
 
 
@@ -103,30 +100,30 @@ class LabelDiff(JsonDocument):
     """Images with a label in both."""
     only_before: int
     only_after: int
-    """Images with a label in one of them only: unreadable or left out in the other."""
+    """Images with a label in only one of them: unreadable or left out in the other."""
     changed: int
     churn: float
-    """changed ÷ compared; 0 of none."""
+    """changed ÷ compared; 0 if no images were compared."""
     confidence_shift: float
     """Mean change of confidence over the compared images."""
     stayed: int | None
     entered: int | None
     left: int | None
-    """Images that both selections keep, only the later one, only the earlier one; None if they are not known."""
+    """Images that both selections keep, only the later one, only the earlier one; None if the selections are not known."""
     shrinkage: float
-    """Largest share of its images that a class lost: of those kept where both selections are known, else of those labeled.
+    """Largest share of its images that a class lost: of its kept images if both selections are known, else of its labeled ones.
     Below 0 if every class grew."""
     shrunk_class: str | None
-    """The class; None if no class had images before."""
+    """The class that shrank most; None if no class had images before."""
     churn_bins: tuple[ChurnBin, ...]
     histogram_before: tuple[int, ...]
     histogram_after: tuple[int, ...]
     """Images by confidence, 20 equal bins from 0 to 1."""
     by_class: tuple[ClassChange, ...]
     matrix: tuple[FlipCount, ...]
-    """Flips by old and new class, in this order; pairs of classes without any are left out."""
+    """Flips, ordered by old class, then new class; pairs of classes without flips are left out."""
     flips: tuple[LabelFlip, ...]
-    """The surest ones, by `Flip.score`; of equal ones the earlier image first."""
+    """The surest flips, by `LabelFlip.min_confidence`; of equal ones the earlier image first."""
 
     def list_frequent_flips(self) -> list[tuple[str, str, int]]:
         """The ten most frequent flips: class before, class after, images."""
@@ -141,7 +138,10 @@ class LabelDiff(JsonDocument):
 
 
 def compare_label_sets(before: DiffSide, after: DiffSide, *, flips: int = KEPT_FLIPS) -> LabelDiff:
-    """Counts what changed, shard by shard. Raises DataError if the two do not label the same images into the same classes."""
+    """Counts what changed, shard by shard. `flips`: at most so many are listed one by one.
+
+    Raises DataError if the two do not label the same images with the same classes.
+    """
     _check_comparable(before, after)
     old, new = before.label_set, after.label_set
     counts = _DiffCounter(len(new.classes), flips)
@@ -164,17 +164,17 @@ def _check_comparable(before: DiffSide, after: DiffSide) -> None:
             "only labels of the same classes in the same order can be compared"
         )
     if [shard.source for shard in old.shards] != [shard.source for shard in new.shards]:
-        raise DataError(f"{before.store.uri} and {after.store.uri}: shards of one dataset that differ; label the pool again")
+        raise DataError(f"{before.store.uri} and {after.store.uri}: their shards of one dataset differ; label the pool again")
 
 
 def _count_shard_pair(
     counts: "_DiffCounter", shard: int, before: DiffSide, after: DiffSide, pair: tuple[LabelShard, LabelShard]
 ) -> None:
-    # In a function of its own, so that this pair is gone before the next one is read.
+    # A function of its own frees this pair before the next one is read.
     old, new = read_label_rows(before.store, pair[0]), read_label_rows(after.store, pair[1])
     if old.keys != new.keys:
         raise DataError(
-            f"{before.store.uri}/{pair[0].name} and {after.store.uri}/{pair[1].name}: other keys; label the pool again"
+            f"{before.store.uri}/{pair[0].name} and {after.store.uri}/{pair[1].name}: their keys differ; label the pool again"
         )
     counts.add_rows(shard, old, new)
     if before.selection and after.selection:
@@ -182,7 +182,7 @@ def _count_shard_pair(
 
 
 class _DiffCounter:
-    """What has been counted so far. Index 0 is before, 1 after."""
+    """Counts so far. Index 0 is before, 1 after."""
 
     def __init__(self, num_classes: int, kept_flips: int) -> None:
         self.num_classes = num_classes
@@ -194,7 +194,7 @@ class _DiffCounter:
         self.confidence = np.zeros((2, num_classes))
         self.shift = np.zeros(num_classes)
         self.compared_before = np.zeros(num_classes, np.int64)
-        """Compared images by their class before."""
+        """Compared images by class before."""
         self.histogram = np.zeros((2, SHOWN_BINS), np.int64)
         self.bin_images = np.zeros(CONFIDENCE_BINS, np.int64)
         self.bin_changed = np.zeros(CONFIDENCE_BINS, np.int64)
@@ -213,7 +213,7 @@ class _DiffCounter:
             self.confidence[side] += np.bincount(class_ids, confidence, self.num_classes)
             # The bins of the label set's own histogram, fifty at a time.
             fine_counts = compute_histogram(np.zeros_like(class_ids), confidence, 1)[0]
-            self.histogram[side] += fine_counts.reshape(SHOWN_BINS, FINE_BINS // SHOWN_BINS).sum(1).astype(np.int64)
+            self.histogram[side] += fine_counts.reshape(SHOWN_BINS, HISTOGRAM_BINS // SHOWN_BINS).sum(1).astype(np.int64)
         common_rows = np.flatnonzero(old.readable & new.readable)
         old_class_ids, new_class_ids = (
             old.top_class[common_rows, 0].astype(np.int64),
@@ -232,7 +232,7 @@ class _DiffCounter:
         for pair, count in zip(pairs.tolist(), images.tolist(), strict=True):
             self.matrix[divmod(pair, self.num_classes)] += count
         score = np.where(changed, np.minimum(old_confidence, new_confidence), -1)
-        # Enough of each shard to fill the list, and no more.
+        # No shard needs to give more than the whole list holds.
         for index in np.argsort(-score, kind="stable")[: min(self.top_flips.size, int(changed.sum()))].tolist():
             row = int(common_rows[index])
             flip = LabelFlip(
@@ -258,7 +258,7 @@ class _DiffCounter:
         losses = [
             (1 - int(after) / int(before), name) for name, before, after in zip(class_names, *sizes, strict=True) if before
         ]
-        # Of equal losses the first class: max keeps the first of equals.
+        # max returns the first of equal losses.
         shrinkage, shrunk = max(losses, key=lambda loss: loss[0], default=(0.0, None))
         changed = sum(self.matrix.values())
         return LabelDiff(

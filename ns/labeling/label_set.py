@@ -1,13 +1,12 @@
-"""LabelSet: what one teacher says about every image of one dataset. Immutable; another threshold is another Selection.
+"""LabelSet: the answers of one teacher for every image of one dataset. Immutable; another threshold is another Selection.
 
 labelset.json            digests, shards, classes; written last
 histogram.parquet        class uint16, bin uint16, count uint64: confidences by predicted class, 1,000 bins; zeros left out
-shard-00000.json         one shard's facts, written after its rows: a shard without it is not labeled
-shard-00000.parquet …    the rows, same order and keys as the dataset's tar
+shard-00000.json         record of one shard, written after its rows: a shard without it is not labeled
+shard-00000.parquet …    the rows, in the order and with the keys of the dataset's tar
 shard-00000.histogram.parquet …
 """
 
-import io
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -24,16 +23,13 @@ from ns.data.dataset import Dataset
 from ns.data.index import ShardIndex
 from ns.storage import Store
 from ns.storage.documents import HashedDocument, JsonDocument
-from ns.storage.parquet import read_table
+from ns.storage.parquet import read_table, write_table
 
 HISTOGRAM = "histogram.parquet"
-SHARD_HISTOGRAM = ".histogram.parquet"
-"""End of the name of one shard's."""
 HISTOGRAM_BINS = 1000
 
 DENSE_CLASSES = 100
 """With at most so many classes all probabilities are kept."""
-
 
 LOG8_ZERO = 255
 LOG8_PROBABILITIES: npt.NDArray[np.float16] = np.append(2.0 ** (-np.arange(LOG8_ZERO) / 16), 0).astype(np.float16)
@@ -41,9 +37,9 @@ LOG8_PROBABILITIES: npt.NDArray[np.float16] = np.append(2.0 ** (-np.arange(LOG8_
 
 
 def build_row_schema(top_k: int, *, log8: bool = False) -> pa.Schema:
-    """Rows of a label shard. An image that could not be read, or was left out, has nulls, and the reason in `error`.
+    """Schema of the rows of a label shard. The row of an image that is unreadable or left out has nulls, and the reason in `error`.
 
-    With `log8` a probability p is kept as the byte -16 log₂ p, rounded; 255 stands for nothing.
+    With `log8` a probability p is kept as the byte -16 log₂ p, rounded; 255 stands for 0.
     """
     return pa.schema(
         [
@@ -60,15 +56,15 @@ class LabelShard(JsonDocument):
     """One labeled shard."""
 
     name: str
-    """Of the Parquet file."""
+    """Key of the Parquet file."""
     source: str
     """sha256 of the dataset's tar shard."""
     rows: int
     unreadable: int
     left_out: int = 0
-    """Images that were not looked at: held out elsewhere, excluded, purged, or not kept by a selection."""
+    """Images that the teacher did not see: held out elsewhere, excluded, purged, or not kept by a selection."""
     mode: str = "float32"
-    """How the teacher was run (`ns.modeling.precision.Mode`); compiled or not, labels differ in their last digits."""
+    """Precision of the teacher, and whether it was compiled; labels differ in their last digits between modes."""
     bytes: int
     sha256: str
 
@@ -85,14 +81,14 @@ class LabelSet(HashedDocument):
     """Digest of the labeling code."""
     classes: tuple[str, ...]
     top_k: int
-    """Classes kept per image; the rest of the mass is spread evenly over the others."""
+    """Classes kept per image; the rest of the probability is spread evenly over the other classes."""
     shards: tuple[LabelShard, ...]
     views: str = "one"
-    """What the teacher's probabilities are averaged over."""
+    """Views of an image that probabilities are averaged over."""
     ensemble: tuple[str, ...] = ()
     """Digests of further models whose probabilities are averaged with the teacher's."""
     probabilities: Literal["float16", "log8"] = "float16"
-    """How they are kept."""
+    """Encoding of the kept probabilities."""
 
     @property
     def rows(self) -> int:
@@ -112,41 +108,50 @@ def count_kept_classes(num_classes: int, top_k: int) -> int:
     return num_classes if num_classes <= DENSE_CLASSES else min(top_k, num_classes)
 
 
-def label_shard_key(tar_name: str) -> str:
-    """Key of the facts of a labeled shard, from the name of the tar: `shard-00000.tar` → `shard-00000.json`."""
-    return tar_name.removesuffix(".tar") + ".json"
+def rows_key(name: str) -> str:
+    """Key of the rows of a shard, from the name of its tar: `shard-00000.tar` → `shard-00000.parquet`."""
+    return _strip_extension(name) + ".parquet"
 
 
-def histogram_key(rows_key: str) -> str:
-    """Of one shard's, from the name of its rows."""
-    return rows_key.removesuffix(".parquet") + SHARD_HISTOGRAM
+def label_shard_key(name: str) -> str:
+    """Key of the record of a labeled shard, from the name of its tar or its rows: `shard-00000.json`."""
+    return _strip_extension(name) + ".json"
+
+
+def histogram_key(name: str) -> str:
+    """Key of the histogram of a shard, from the name of its tar or its rows: `shard-00000.histogram.parquet`."""
+    return _strip_extension(name) + ".histogram.parquet"
+
+
+def _strip_extension(name: str) -> str:
+    return name.removesuffix(".tar").removesuffix(".parquet")
 
 
 LEFT_OUT_PREFIX = "left out: "
-"""How the reason begins for an image that was not looked at."""
+"""Beginning of the reason of an image that was left out."""
 
 
 class ShardScores(NamedTuple):
-    """What a selection looks at of one label shard, for the P best classes of each image."""
+    """The part of one label shard that a selection reads: the P best classes of each image."""
 
     labeled: npt.NDArray[np.bool_]
     """[N]: whether the image has labels."""
     class_ids: npt.NDArray[np.uint16]
     """[N, P]"""
     confidence: npt.NDArray[np.float32]
-    """[N, P]: of the first class as it was, of the others as they are kept."""
+    """[N, P]: for the first class exact, for the others as rounded in the file."""
     read_keys: Callable[[npt.NDArray[np.int64]], list[str]]
     """Rows → keys."""
 
 
 class LabelRows:
-    """The rows of one label shard as arrays. Images that are unreadable or left out have confidence NaN."""
+    """The N rows of one label shard as arrays. Images that are unreadable or left out have confidence NaN."""
 
     def __init__(self, table: pa.Table) -> None:
         self.keys: list[str] = table["key"].to_pylist()
         self.confidence: npt.NDArray[np.float32] = table["confidence"].to_numpy(zero_copy_only=False).astype(np.float32)
         self.reasons: list[str | None] = table["error"].to_pylist()
-        """Why there is no label."""
+        """The reason of each image without a label; None where there is one."""
         self.left_out: npt.NDArray[np.bool_] = np.array(
             [(reason or "").startswith(LEFT_OUT_PREFIX) for reason in self.reasons], np.bool_
         )
@@ -155,7 +160,7 @@ class LabelRows:
         self.top_prob = _decode_probabilities(table["top_prob"], k)
 
     def build_scores(self, top_k: int) -> ShardScores:
-        """Of the first `ranks` classes, as far as they are kept."""
+        """Scores of the first `top_k` classes that are kept."""
         confidence = self.top_prob[:, :top_k].astype(np.float32)
         confidence[:, 0] = np.nan_to_num(self.confidence)
         return ShardScores(
@@ -163,7 +168,7 @@ class LabelRows:
         )
 
     def build_histogram(self, num_classes: int) -> npt.NDArray[np.uint64]:
-        """Of the images that have labels; see `histogram`."""
+        """Counts of the images that have labels; see `compute_histogram`."""
         return compute_histogram(self.top_class[self.readable, 0], self.confidence[self.readable], num_classes)
 
     @property
@@ -183,13 +188,13 @@ def read_label_rows(store: Store, shard: LabelShard) -> LabelRows:
 
 
 def iter_label_rows(store: Store, label_set: LabelSet) -> Iterator[LabelRows]:
-    """Shard by shard, in the dataset's order."""
+    """Reads shard by shard, in the dataset's order. Raises what `read_label_rows` raises."""
     for shard in label_set.shards:
         yield read_label_rows(store, shard)
 
 
 def iter_shard_scores(store: Store, label_set: LabelSet, top_k: int) -> Iterator[ShardScores]:
-    """As `all_rows`, without the columns that a selection does not need."""
+    """As `iter_label_rows`, without the columns that a selection does not need."""
     columns = ["confidence", "top_class", *(["top_prob"] if top_k > 1 else [])]
     for shard in label_set.shards:
         path = store.path(shard.name)
@@ -211,7 +216,7 @@ def _read_keys(path: Path, rows: npt.NDArray[np.int64]) -> list[str]:
 
 
 def expand_probabilities(rows: LabelRows, num_classes: int) -> npt.NDArray[np.float32]:
-    """Probabilities float32 [N, classes], each row summing to 1: the kept classes, and the rest of the mass spread evenly.
+    """Probabilities float32 [N, classes]; each row sums to 1: the kept classes, and the rest spread evenly over the others.
 
     Unreadable rows are all NaN.
     """
@@ -231,7 +236,7 @@ def expand_probabilities(rows: LabelRows, num_classes: int) -> npt.NDArray[np.fl
 def compute_histogram(
     predicted: npt.NDArray[np.uint16], confidence: npt.NDArray[np.float32], num_classes: int
 ) -> npt.NDArray[np.uint64]:
-    """Counts uint64 [classes, BINS] of confidences in [0, 1]; bin b holds [b, b + 1) / BINS, the last one 1 too."""
+    """Counts uint64 [classes, 1000] of confidences in [0, 1]; bin b holds [b, b + 1) / 1000, the last one 1 too."""
     bins = np.minimum((confidence * HISTOGRAM_BINS).astype(np.int64), HISTOGRAM_BINS - 1)
     flat = np.bincount(predicted.astype(np.int64) * HISTOGRAM_BINS + bins, minlength=num_classes * HISTOGRAM_BINS)
     return flat.reshape(num_classes, HISTOGRAM_BINS).astype(np.uint64)
@@ -249,13 +254,11 @@ def build_histogram_table(counts: npt.NDArray[np.uint64]) -> pa.Table:
 
 
 def write_histogram(store: Store, key: str, counts: npt.NDArray[np.uint64]) -> None:
-    sink = io.BytesIO()
-    pq.write_table(build_histogram_table(counts), sink)
-    store.put(key, sink.getvalue())
+    write_table(store, key, build_histogram_table(counts))
 
 
 def read_histogram(store: Store, num_classes: int, key: str = HISTOGRAM) -> npt.NDArray[np.uint64]:
-    """Counts uint64 [classes, BINS]."""
+    """Counts uint64 [classes, 1000]."""
     table = read_table(store.get(key))
     counts = np.zeros((num_classes, HISTOGRAM_BINS), np.uint64)
     counts[table["class"].to_numpy(), table["bin"].to_numpy()] = table["count"].to_numpy()
@@ -274,7 +277,10 @@ def join_label_shards(
     ensemble: tuple[str, ...] = (),
     probabilities: Literal["float16", "log8"] = "float16",
 ) -> LabelSet:
-    """Joins labeled shards into a label set, without reading a row. Raises StoreError naming the shard that is not labeled yet."""
+    """Joins labeled shards into a label set, without reading a row, and writes its histogram; the caller saves it.
+
+    Raises StoreError naming the shard that is not labeled yet.
+    """
     label_set = LabelSet(
         views=views,
         ensemble=ensemble,
@@ -294,11 +300,11 @@ def join_label_shards(
 
 
 def verify_label_set(label_store: Store, label_set: LabelSet, pool: tuple[Store, Dataset] | None = None) -> int:
-    """Reads a label set from end to end. Returns its rows.
+    """Reads a label set from end to end. Returns its number of rows.
 
-    Checks checksums, counts of rows and of nulls; that probabilities lie in [0, 1], fall, and sum to 1 at most (to 1 where all
-    classes are kept) as far as float16 allows, with the first one as confidence; the histograms; and, given the pool, that
-    keys are those of the images. Raises DataError naming the shard, the row and what is wrong with it.
+    Checks checksums, counts of rows and of nulls, and histograms. Probabilities must lie in [0, 1], fall, and sum to at most
+    1 (to 1 where all classes are kept) within the precision of their encoding; the first one must be the confidence. Given the
+    pool, keys must be those of the images. Raises DataError naming the shard, the row and the problem.
     """
     num_classes = len(label_set.classes)
     counts = np.zeros((num_classes, HISTOGRAM_BINS), np.uint64)
@@ -307,7 +313,7 @@ def verify_label_set(label_store: Store, label_set: LabelSet, pool: tuple[Store,
         readable = rows.readable
         nulls = int(rows.left_out.sum()), int((~readable & ~rows.left_out).sum())
         if nulls != (shard.left_out, shard.unreadable):
-            raise DataError(f"{uri}: {nulls[0]} images left out and {nulls[1]} unreadable; labelset.json says otherwise")
+            raise DataError(f"{uri}: {nulls[0]} images left out and {nulls[1]} unreadable; {LabelSet.filename} says otherwise")
         _check_rows(uri, rows, num_classes, label_set.probabilities)
         if pool is not None and rows.keys != ShardIndex.load(pool[0], pool[1].shards[number]).keys:
             raise DataError(f"{uri}: its keys are not those of the images in {pool[1].shards[number].name}")
@@ -338,13 +344,13 @@ def _check_rows(uri: str, rows: LabelRows, num_classes: int, encoding: str) -> N
 
 
 def _decode_probabilities(column: pa.ChunkedArray, k: int) -> npt.NDArray[np.float16]:
-    """[N, k]; zeros where there are none."""
+    """[N, k]; zeros in rows without labels."""
     values = _unpack_lists(column, k, null=LOG8_ZERO if pa.types.is_uint8(column.type.value_type) else 0)
     return LOG8_PROBABILITIES[values] if values.dtype == np.uint8 else values.astype(np.float16)
 
 
 def encode_log8(probabilities: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """Bytes of probabilities in [0, 1]."""
+    """Encodes probabilities in [0, 1]: -16 log₂ p, rounded and capped at 255, which stands for 0."""
     with np.errstate(divide="ignore"):
         exponents = np.rint(-16 * np.log2(probabilities))
     return np.asarray(np.clip(exponents, 0, LOG8_ZERO), np.uint8)
@@ -356,7 +362,7 @@ def _unpack_lists(column: pa.ChunkedArray, k: int, null: int = 0) -> npt.NDArray
     if array.null_count == 0:
         unpacked: npt.NDArray[Any] = array.flatten().to_numpy(zero_copy_only=False).reshape(-1, k)
         return unpacked
-    # flatten() leaves out null lists, whatever lies under them.
+    # flatten() leaves out null lists.
     flat = array.flatten().to_numpy(zero_copy_only=False)
     values = np.full((len(array), k), null, flat.dtype)
     values[array.is_valid().to_numpy(zero_copy_only=False)] = flat.reshape(-1, k)

@@ -1,4 +1,4 @@
-"""Labeling outside of a run: any model over any dataset, or over the images that a selection kept."""
+"""Labeling outside a run: any model over any dataset, or over the images that a selection kept."""
 
 from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal
@@ -16,8 +16,8 @@ from ns.storage.documents import JsonDocument
 
 
 class LabelingInputs(JsonDocument):
-    """`labeling.json`: what the labels of a folder are made of. It is there before the first of them, so that what is done already
-    is never taken for the work of another teacher."""
+    """`labeling.json`: what the labels in a folder are made of. It is written before the first of them, so that finished shards are
+    never taken for the work of another teacher."""
 
     filename: ClassVar[str] = "labeling.json"
 
@@ -31,7 +31,7 @@ class LabelingInputs(JsonDocument):
     probabilities: str
     top_k: int
     selection: str | None
-    """Digest of the selection whose images are labeled; None if all are."""
+    """Digest of the selection whose images are labeled; None if all images are."""
 
     def claim_store(self, label_store: Store) -> None:
         """Raises DataError if the folder holds other labels."""
@@ -57,10 +57,10 @@ def label_dataset(
     shards: str | None = None,
     kept_by: tuple[Store, LabelSet, Selection | None] | None = None,
 ) -> LabelSet | None:
-    """Labels shards of a dataset, and joins them into a label set if all are labeled; None if not.
+    """Labels shards of a dataset, and joins them into a label set if all are labeled; returns None if not.
 
-    `shards`: half-open range, `3-7`. `only`: images that the selection did not keep get no label. Raises ConfigError or DataError
-    for what does not fit together.
+    `shards`: half-open range, `3-7`. `kept_by`: a label set and its selection; only images that the selection kept are labeled.
+    Raises ConfigError or DataError for a wrong range, for models of different classes, and for a folder with other labels.
     """
     pool_store = open_store(pool_uri)
     if not pool_store.exists(Dataset.filename):
@@ -115,7 +115,7 @@ def _parse_shard_range(shards: str | None, count: int) -> range:
 
 
 class _UnselectedRows(Mapping[str, Mapping[int, str]]):
-    """sha256 of a shard → rows that a selection did not keep; read when it is asked for."""
+    """sha256 of a shard → row → reason, of the rows that a selection did not keep. Each shard is read on access."""
 
     def __init__(self, dataset: Dataset, label_store: Store, label_set: LabelSet, selection: Selection | None) -> None:
         if selection is None:

@@ -1,13 +1,11 @@
-"""Labeling: the un-noised teacher over shards of the pool, each shard once, safe to kill and to race."""
+"""Labeling: the teacher, without noise, over shards of the pool. Tasks can be killed, and can work on one shard at once."""
 
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ns.config.schema import LabelingConfig
 from ns.core import log, telemetry
@@ -21,17 +19,19 @@ from ns.labeling.label_set import (
     build_row_schema,
     compute_histogram,
     count_kept_classes,
+    encode_log8,
     histogram_key,
     label_shard_key,
+    rows_key,
     write_histogram,
 )
-from ns.labeling.label_set import encode_log8 as to_log8
 from ns.modeling.predictor import Predictor, ShardPredictions
 from ns.storage import Store
+from ns.storage.parquet import encode_table
 
 LeftOutRows = Mapping[str, Mapping[int, str]]
 SHARDS_AHEAD = 2
-"""Fetched from the store while the model is busy with the one before."""
+"""Shards fetched from the store while the model works on the one before."""
 
 
 def label_pool_shards(
@@ -45,13 +45,11 @@ def label_pool_shards(
     left_out: LeftOutRows | None = None,
     find_existing: Callable[[Shard], tuple[Store, LabelShard] | None] = lambda _: None,
 ) -> int:
-    """Labels a range of shards with the mean of the predictors' probabilities, leaving out shards that are done. Returns the images
-    labeled now. Two workers may do the same shard: the first one's labels stay.
+    """Labels those of a range of shards that have no labels yet, with the mean of the predictors' probabilities. Returns the
+    number of images labeled now. Two workers may label the same shard: the labels written first stay.
 
-    Raises ConfigError if the predictors' classes differ.
-
-    `left_out`: sha256 of a shard → row → why that image gets no label. `known`: where another labeling has made the same labels of a
-    shard already; they are copied.
+    `left_out`: sha256 of a shard → row → the reason why that image gets no label. `find_existing`: where another labeling has
+    made the same labels of a shard; they are copied. Raises ConfigError if the predictors' classes differ.
     """
     for other in predictors[1:]:
         if other.manifest.classes != predictors[0].manifest.classes:
@@ -86,7 +84,7 @@ def label_pool_shards(
         for number, shard_predictions in zip(pending, zip(*streams, strict=True), strict=True):
             if write_future:
                 write_future.result()
-            # Sorting and packing go on beside the network's work on the next shard.
+            # Sorting and packing overlap with the network's work on the next shard.
             write_future = writer.submit(write_label_shard, label_store, pool.shards[number], shard_predictions, config, mode)
         if write_future:
             write_future.result()
@@ -96,7 +94,7 @@ def label_pool_shards(
 def _reuse_shard_labels(
     label_store: Store, shard: Shard, find_existing: Callable[[Shard], tuple[Store, LabelShard] | None]
 ) -> bool:
-    """Whether a shard is labeled; labels that another labeling has are copied first."""
+    """Copies the labels of a shard from another labeling if it has them. Returns whether the shard is labeled."""
     if (finished := _read_label_shard(label_store, shard)) is not None:
         return finished.source == shard.sha256
     existing = find_existing(shard)
@@ -106,7 +104,7 @@ def _reuse_shard_labels(
     data = other_store.get(copied.name)
     if sha256_bytes(data) != copied.sha256:
         return False
-    key = _rows_key(shard)
+    key = rows_key(shard.name)
     label_store.put(key, data)
     label_store.put(histogram_key(key), other_store.get(histogram_key(copied.name)))
     copied.model_copy(update={"name": key}).save_file(label_store, label_shard_key(shard.name))
@@ -114,7 +112,7 @@ def _reuse_shard_labels(
 
 
 def _read_label_shard(label_store: Store, shard: Shard) -> LabelShard | None:
-    """The facts of a shard, if it is labeled."""
+    """The record of a shard; None if it is not labeled."""
     key = label_shard_key(shard.name)
     return LabelShard.load_file(label_store, key) if label_store.exists(key) else None
 
@@ -122,8 +120,9 @@ def _read_label_shard(label_store: Store, shard: Shard) -> LabelShard | None:
 def write_label_shard(
     label_store: Store, shard: Shard, predictions: Sequence[ShardPredictions], config: LabelingConfig, mode: str
 ) -> None:
-    """Writes one labeled shard: the mean of what each model found. One that was labeled meanwhile stays as it is: on another machine
-    labels differ in their last digits, and a label set may have been made of what is there."""
+    """Writes one labeled shard: the mean of the models' probabilities. A shard that another task has labeled by now stays as it is:
+    on another machine labels differ in their last digits, and a label set may hold those that are there.
+    """
     if (finished := _read_label_shard(label_store, shard)) is not None and finished.source == shard.sha256:
         telemetry.SHARDS_DONE.inc()
         return
@@ -135,7 +134,7 @@ def write_label_shard(
     k = count_kept_classes(merged.probabilities.shape[1], config.top_k)
     data, counts = pack_label_rows(merged, k, log8=config.probabilities == "log8")
     left_out = sum(reason.startswith(LEFT_OUT_PREFIX) for reason in merged.errors.values())
-    key = _rows_key(shard)
+    key = rows_key(shard.name)
     label_shard = LabelShard(
         name=key,
         source=shard.sha256,
@@ -146,7 +145,7 @@ def write_label_shard(
         bytes=len(data),
         sha256=sha256_bytes(data),
     )
-    # Rows first, facts last: a shard without facts is labeled again, to the same bytes.
+    # Rows first, record last: a shard without its record is labeled again, to the same bytes.
     label_store.put(key, data)
     write_histogram(label_store, histogram_key(key), counts)
     label_shard.save_file(label_store, label_shard_key(shard.name))
@@ -157,18 +156,14 @@ def write_label_shard(
             log.get_logger().warning("unreadable image", shard=shard.name, key=merged.index.keys[row], reason=reason)
 
 
-def _rows_key(shard: Shard) -> str:
-    return shard.name.removesuffix(".tar") + ".parquet"
-
-
 def pack_label_rows(predictions: ShardPredictions, k: int, *, log8: bool = False) -> tuple[bytes, npt.NDArray[np.uint64]]:
-    """A label shard as Parquet, with the k most probable classes of each image, and its histogram [classes, BINS]."""
+    """A label shard as Parquet, with the k most probable classes of each image, and its histogram uint64 [classes, 1000]."""
     classes = predictions.probabilities.shape[1]
-    # Stable, so that equal probabilities rank by class and the bytes are the same everywhere.
+    # A stable sort ranks equal probabilities by class, so that the bytes are the same everywhere.
     order = np.argsort(-predictions.probabilities, axis=1, kind="stable")[:, :k]
     top, probabilities = order.astype(np.uint16), np.take_along_axis(predictions.probabilities, order, axis=1)
     unreadable = np.isnan(probabilities[:, 0])
-    encoded = to_log8(np.nan_to_num(probabilities)) if log8 else probabilities.astype(np.float16)
+    encoded = encode_log8(np.nan_to_num(probabilities)) if log8 else probabilities.astype(np.float16)
     table = pa.table(
         [
             pa.array(predictions.index.keys, pa.string()),
@@ -179,9 +174,7 @@ def pack_label_rows(predictions: ShardPredictions, k: int, *, log8: bool = False
         ],
         schema=build_row_schema(k, log8=log8),
     )
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue(), compute_histogram(top[~unreadable, 0], probabilities[~unreadable, 0], classes)
+    return encode_table(table), compute_histogram(top[~unreadable, 0], probabilities[~unreadable, 0], classes)
 
 
 def _pack_lists(values: npt.NDArray[np.generic], value_type: pa.DataType, mask: npt.NDArray[np.bool_]) -> pa.FixedSizeListArray:

@@ -20,7 +20,7 @@ from ns.storage import Store
 def load_pseudo_labels(
     label_store: Store, label_set: LabelSet, selection: Selection, pool_store: Store, pool: Dataset
 ) -> PseudoLabeledImages:
-    """The images of `pool` that `selection` kept, with the soft labels of `label_set`.
+    """The images of `pool` that `selection` kept, with the soft labels of `label_set` as targets.
 
     Raises DataError if the labels were made from another pool.
     """
@@ -34,7 +34,7 @@ def load_pseudo_labels(
 
 
 def _shrink_dtype(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.integer]:
-    """The same, in no more bytes a row than they need: one, unless images are repeated more often than 255 times."""
+    """The counts in as few bytes per row as they need: one, unless images are repeated more than 255 times."""
     return counts.astype(np.min_scalar_type(int(counts.max(initial=0))))
 
 

@@ -1,13 +1,11 @@
-"""Purge: a label set without some images, as another label set. The one before stays what it was."""
+"""Purge: a copy of a label set without some images. The original stays as it is."""
 
-import io
 from collections.abc import Collection
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ns.core.digest import sha256_bytes
 from ns.core.errors import DataError
@@ -19,16 +17,17 @@ from ns.labeling.label_set import (
     LabelSet,
     histogram_key,
     iter_label_rows,
+    label_shard_key,
     write_histogram,
 )
 from ns.storage import Store
-from ns.storage.parquet import read_table
+from ns.storage.parquet import encode_table, read_table
 
 PURGED_REASON = f"{LEFT_OUT_PREFIX}purged"
 
 
 def purge_images(label_store: Store, label_set: LabelSet, keys: Collection[str], target: Store) -> tuple[LabelSet, int]:
-    """Writes into `target` the label set in which the images have nulls and a reason. Returns it, and how many images it concerned.
+    """Writes into `target` the label set in which these images have nulls and a reason. Returns it, and the number of images.
 
     Shards without any of them keep their bytes. Raises DataError for keys that the label set does not have.
     """
@@ -47,9 +46,7 @@ def purge_images(label_store: Store, label_set: LabelSet, keys: Collection[str],
         purged_shard = shard
         if purged.any():
             table = _blank_rows(read_table(data), purged)
-            sink = io.BytesIO()
-            pq.write_table(table, sink, compression="zstd")
-            data, rows = sink.getvalue(), LabelRows(table)
+            data, rows = encode_table(table), LabelRows(table)
             left_out = int(rows.left_out.sum())
             purged_shard = shard.model_copy(
                 update={
@@ -61,10 +58,10 @@ def purge_images(label_store: Store, label_set: LabelSet, keys: Collection[str],
             )
         shard_counts = rows.build_histogram(classes)
         counts += shard_counts
-        # Facts last, and the manifest after all of them: what a kill leaves is no label set.
+        # The record last, and the manifest after all of them: what a kill leaves is no label set.
         target.put(shard.name, data)
         write_histogram(target, histogram_key(shard.name), shard_counts)
-        purged_shard.save_file(target, shard.name.removesuffix(".parquet") + ".json")
+        purged_shard.save_file(target, label_shard_key(shard.name))
         shards.append(purged_shard)
     write_histogram(target, HISTOGRAM, counts)
     purged_set = label_set.model_copy(update={"shards": tuple(shards)})
@@ -73,7 +70,7 @@ def purge_images(label_store: Store, label_set: LabelSet, keys: Collection[str],
 
 
 def _blank_rows(table: pa.Table, purged: npt.NDArray[np.bool_]) -> pa.Table:
-    """The table with nulls in the rows of a mask, and the reason."""
+    """The table with nulls and the reason in the rows of a mask."""
     mask, kept = pa.array(purged), pa.array(np.arange(len(purged)), mask=purged)
     for number, name in enumerate(table.column_names):
         if name == "key":

@@ -1,12 +1,12 @@
-"""Selection: which pseudo-labeled images a student sees, and how often (paper §3; `noisy_student.md` §2).
+"""Selection: which pseudo-labeled images a student sees, and how often (arXiv:1911.04252 §2).
 
-The paper's filter and balance, made exact and repeatable: of the images whose confidence is above the threshold, each class
-keeps its `per_class` most confident; a class with fewer repeats them until it has as many. The outcome is a rule for each
-class, from which the copies of any row follow; no image is ever copied.
+It is the paper's filter and balance, made exact and repeatable: of the images whose confidence is above the threshold, each class
+keeps its `per_class` most confident ones; a class with fewer repeats them until it has as many. The outcome is a rule for each
+class that gives the copies of any row; no image is ever copied.
 
-Memory does not grow with the rows. A first pass counts confidences in narrow bins, from which follows in which bin the last
-image kept of each class lies; further passes count only inside those bins, in narrower ones, until so few images are left that
-they can be sorted. Two passes do for all but heaps of equal confidences.
+Memory does not grow with the rows. A first pass counts confidences in narrow bins, which tell the bin of the last image kept of
+each class; further passes count only inside those bins, in narrower ones, until the remaining images are few enough to be sorted.
+Two passes suffice except for very many equal confidences.
 """
 
 import hashlib
@@ -18,16 +18,16 @@ import numpy as np
 import numpy.typing as npt
 
 from ns.config.schema import SelectionConfig
-from ns.data.scratch import explain_scratch_errors, make_scratch_dir
 from ns.labeling.label_set import LabelRows, LabelSet, ShardScores, iter_shard_scores
 from ns.labeling.thresholds import Thresholds
 from ns.storage import Store
-from ns.storage.documents import HashedDocument, JsonDocument
+from ns.storage.documents import HashedDocument, JsonDocument, dump_hashed_fields
+from ns.storage.scratch import explain_scratch_errors, make_scratch_dir
 
 MAX_SORTED_ROWS = 1 << 20
-"""So many rows at most are sorted at the end; more are counted in narrower bins once more."""
+"""At most so many rows are sorted at the end; more are counted in narrower bins once more."""
 MAX_COUNTERS = 1 << 22
-"""Bins of all classes together."""
+"""Bins of all classes together at most."""
 HIGHEST_HASH = "f" * 16
 """Hash of a cut that takes all of its confidence."""
 HIGHEST_BITS = int(np.float32(1).view(np.uint32)) + 16
@@ -35,15 +35,15 @@ HIGHEST_BITS = int(np.float32(1).view(np.uint32)) + 16
 
 
 class RankingCut(JsonDocument):
-    """A place in a class's ranking: most confident first, equal confidences by ascending hash of the key."""
+    """A position in a class's ranking: most confident first, equal confidences by ascending hash of the key."""
 
     confidence: float
     hash: str
-    """16 hex digits; all f where no confidence is equal to that of the last one, or all equal ones are taken."""
+    """16 hex digits; all f if the cut takes every image of this confidence."""
 
 
 class ClassRule(JsonDocument):
-    """What a selection does with the images that the teacher puts in one class."""
+    """The rule for the images that the teacher puts in one class."""
 
     candidates: int
     """Images above the confidence threshold."""
@@ -51,13 +51,13 @@ class ClassRule(JsonDocument):
     kept: int
     """Distinct images kept: the first in the ranking."""
     images: int
-    """Images in an epoch: kept ones with their repeats."""
+    """Images in an epoch: kept images with their repeats."""
     last_kept: RankingCut | None
-    """The last one kept; None if the class has none."""
+    """Position of the last image kept; None if the class keeps none."""
     copies: int
     """Times that each kept image is seen in an epoch."""
     last_extra: RankingCut | None
-    """Images up to here in the ranking are seen once more; None if there are none."""
+    """Images up to this position are seen once more; None if there are none."""
 
 
 class Selection(HashedDocument):
@@ -67,21 +67,21 @@ class Selection(HashedDocument):
     policy: SelectionConfig
     seed: int
     label_set: str
-    """Digest."""
+    """Digest of the label set."""
     label_set_key: str
     """Key of the label set's folder below the root."""
     rules: tuple[ClassRule, ...]
-    """By class index."""
+    """One rule per class, by class index."""
     low_confidence: int
     """Images at or below the threshold."""
     unreadable: int
     left_out: int = 0
-    """Images that were not labeled, as `LabelShard.left_out`."""
+    """Images that were not labeled, as in `LabelShard.left_out`."""
     thresholds: Thresholds | None = None
-    """Where the thresholds of a wanted precision come from."""
+    """Thresholds for a wanted precision; None if the policy asks for none."""
 
     def hashed_fields(self) -> Any:
-        return self.model_dump(mode="json", exclude={"labels"})
+        return dump_hashed_fields(self, exclude={"label_set_key"})
 
     @property
     def kept(self) -> int:
@@ -121,7 +121,7 @@ def select_pseudo_labels(
 ) -> Selection:
     """Makes the rule of each class from the scores of a label set.
 
-    `read` goes through all shards once, and is called a few times. `unreadable`, `left_out`: rows without a label.
+    Each call of `read_scores` yields all shards once; it is called a few times. `unreadable`, `left_out`: rows without a label.
     """
     class_thresholds = np.full(num_classes, policy.min_confidence, np.float32)
     if thresholds is not None:
@@ -169,7 +169,7 @@ def make_selection(
     label_set_key: str,
     thresholds: Thresholds | None = None,
 ) -> Selection:
-    """As `select`, from a label set in `folder`. Raises DataError if a shard is not what the manifest says."""
+    """As `select_pseudo_labels`, from a label set in `store`. Raises DataError if a shard is not what the manifest says."""
     with make_scratch_dir("select") as scratch_dir:
         score_file = _ScoreFile(scratch_dir / "scores")
         return select_pseudo_labels(
@@ -190,7 +190,7 @@ def make_selection(
 
 
 class _ScoreFile:
-    """Scores in a file, six bytes an image and class: unpacking Parquet's lists takes ten times as long as reading that back."""
+    """Scores in a file, six bytes per image and class: unpacking Parquet's lists takes ten times as long as reading them back."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -200,7 +200,7 @@ class _ScoreFile:
     def write_scores(self, shards: Iterable[ShardScores]) -> Iterator[ShardScores]:
         with explain_scratch_errors(self._path, "keep scores"), self._path.open("wb") as file:
             for scores in shards:
-                # No probability is negative, so that one can stand for no label.
+                # -1 stands for no label, since no probability is negative.
                 file.write(np.where(scores.labeled[:, None], scores.confidence, np.float32(-1)).tobytes())
                 file.write(np.ascontiguousarray(scores.class_ids).tobytes())
                 self._shards.append((*scores.class_ids.shape, scores.read_keys))
@@ -216,7 +216,7 @@ class _ScoreFile:
 
 
 def _plan_copies(candidates: int, policy: SelectionConfig) -> tuple[int, int, int]:
-    """Of a class: images kept, how often each is seen, and how many are seen once more."""
+    """For one class: images kept, how often each is seen, and how many are seen once more."""
     if candidates == 0:
         return 0, 0, 0
     if policy.policy == "all":
@@ -227,22 +227,23 @@ def _plan_copies(candidates: int, policy: SelectionConfig) -> tuple[int, int, in
 
 
 class _RankRange(NamedTuple):
-    """Part of a class's ranking: `depth` counts bits of confidence downwards from HIGHEST."""
+    """Part of a class's ranking. Depth counts bits of confidence downwards from HIGHEST_BITS."""
 
     question: int
-    """Of the questions asked together."""
+    """Index of the question that the range answers."""
     class_id: int
     rank: int
-    """Searched for, counted from 0."""
+    """The rank searched for, from 0."""
     before: int
     """Images that rank before the range."""
     inside: int
+    """Images in the range."""
     low: int
     """Least depth in the range."""
 
 
 class _Ranking:
-    """The candidates of each class, most confident first, of which any place can be asked for; none of it is in memory."""
+    """The candidates of each class, most confident first. It finds the image at any rank without holding the ranking in memory."""
 
     def __init__(
         self, read_scores: Callable[[], Iterable[ShardScores]], thresholds: npt.NDArray[np.float32], seed: int
@@ -256,7 +257,7 @@ class _Ranking:
         self._shift = max(0, deepest.bit_length() - self._bits)
         counts = _BinCounter(num_classes, self._bits)
         self.low = 0
-        """Images that are a candidate of no class."""
+        """Images that are candidates of no class."""
         for scores in read_scores():
             is_candidate = np.zeros(len(scores.labeled), np.bool_)
             for rows, class_ids, depth in self._iter_candidates(scores):
@@ -267,7 +268,7 @@ class _Ranking:
         self.candidates: npt.NDArray[np.int64] = self._counts.sum(1)
 
     def find_cuts(self, questions: Sequence[Mapping[int, int]]) -> list[dict[int, RankingCut]]:
-        """For each question, class → what is at a rank of it. Takes class → rank, ranks below the class's candidates."""
+        """For each question, a class → rank below the class's candidates, returns class → position of the image at that rank."""
         ranges = [
             self._locate_bin(question, class_id, rank, 0, self._counts[class_id], 0, self._shift)
             for question, ranks in enumerate(questions)
@@ -281,7 +282,7 @@ class _Ranking:
     def _iter_candidates(
         self, scores: ShardScores
     ) -> Iterable[tuple[npt.NDArray[np.int64], npt.NDArray[np.uint16], npt.NDArray[np.int64]]]:
-        """For each rank of classes: rows, class, and depth of confidence."""
+        """For each of an image's best classes in turn: rows, class, and depth of confidence."""
         for rank in range(scores.class_ids.shape[1]):
             class_ids, confidence = scores.class_ids[:, rank], scores.confidence[:, rank]
             rows = np.flatnonzero(scores.labeled & (confidence > self._thresholds[class_ids]))
@@ -292,7 +293,7 @@ class _Ranking:
     def _locate_bin(
         question: int, class_id: int, rank: int, before: int, counts: npt.NDArray[np.int64], low: int, shift: int
     ) -> _RankRange:
-        """The bin that holds the image of a rank."""
+        """The bin that holds the image at a rank."""
         ends = before + counts.cumsum()
         bin_ = int(np.searchsorted(ends, rank, "right"))
         inside = int(counts[bin_])
@@ -304,7 +305,7 @@ class _Ranking:
         """Scores, rows, number of the range, and depth below its beginning, of all that lies in a range; shard by shard."""
         num_questions = 1 + max((range_.question for range_ in ranges), default=-1)
         range_of_class = np.full((num_questions, len(self._thresholds)), -1, np.int64)
-        # No depth is below where there is no range.
+        # Where there is no range, no depth reaches it.
         low = np.full_like(range_of_class, 1 << 40)
         for index, range_ in enumerate(ranges):
             range_of_class[range_.question, range_.class_id], low[range_.question, range_.class_id] = index, range_.low
@@ -361,7 +362,7 @@ class _Ranking:
         return float(np.array(HIGHEST_BITS - depth, np.uint32).view(np.float32))
 
     def _find_tie_hashes(self, ranges: Sequence[_RankRange]) -> list[int]:
-        """Of ranges of equal confidences, the hash of the key that is at the rank."""
+        """For each range of equal confidences, the hash of the key at the rank."""
         if not ranges:
             return []
         heaps = [_LeastHashes(range_.rank - range_.before + 1) for range_ in ranges]
@@ -400,7 +401,7 @@ class _LeastHashes:
 
 
 class _BinCounter:
-    """Counts of (target, bin) pairs. They are gathered before they are counted: going through all bins for the rows of one shard
+    """Counts of (group, bin) pairs. Pairs are gathered before they are counted: going through all bins for the rows of one shard
     would take longer than reading it."""
 
     def __init__(self, num_groups: int, bits: int) -> None:
@@ -416,7 +417,7 @@ class _BinCounter:
             self._count_waiting()
 
     def count_all(self) -> npt.NDArray[np.int64]:
-        """[targets, bins]"""
+        """Counts [groups, bins]."""
         self._count_waiting()
         return self._counts.reshape(-1, 1 << self._bits)
 
@@ -427,12 +428,12 @@ class _BinCounter:
 
 
 def _bits_per_group(num_groups: int) -> int:
-    """log2 of the bins that each of so many may have."""
+    """log2 of the number of bins per group."""
     return min(16, (MAX_COUNTERS // max(1, num_groups)).bit_length() - 1)
 
 
 def count_copies(selection: Selection, rows: LabelRows) -> npt.NDArray[np.int64]:
-    """int64 [N]: how often each row is seen in an epoch; 0 for images that are left out."""
+    """How often each row is seen in an epoch, int64 [N]; 0 for images that are not kept."""
     repeats = np.zeros(len(rows.keys), np.int64)
     scores = rows.build_scores(selection.policy.classes_per_image)
     rules = selection.rules
@@ -449,7 +450,7 @@ def count_copies(selection: Selection, rows: LabelRows) -> npt.NDArray[np.int64]
 
 
 def _ranks_up_to(cuts: Sequence[RankingCut | None], scores: ShardScores, rank: int, seed: int) -> npt.NDArray[np.bool_]:
-    """Which rows rank up to the cut of their class. Only those that tie with it need their key's hash."""
+    """Whether each row ranks at or before the cut of its class. Only rows that tie with it need their key's hash."""
     class_ids, confidence = scores.class_ids[:, rank], scores.confidence[:, rank]
     # float32 → JSON double → float32 is exact, so the comparison with equality is.
     last = np.array([np.inf if cut is None else cut.confidence for cut in cuts], np.float32)[class_ids]

@@ -1,8 +1,8 @@
 """Thresholds for a wanted precision: how sure the teacher has to be of a class for its labels to be right often enough.
 
-On the held-out images, of which the truth is known, each class gets the lowest threshold at which the Clopper–Pearson lower bound of
-the precision of what lies above it reaches what was asked for. Classes that the teacher names too rarely for any bound to get there
-share one threshold, found on their predictions together.
+They are found on the held-out images, whose classes are known. Each class gets the lowest threshold above which the
+Clopper–Pearson lower bound of the labels' precision reaches the wanted one. Classes that the teacher predicts too rarely for any
+bound to reach it share one threshold, found on their predictions together.
 """
 
 import math
@@ -13,25 +13,26 @@ import numpy.typing as npt
 from ns.storage.documents import JsonDocument
 
 NEVER_SURE = 2.0
-"""The threshold of a class of which no confidence suffices."""
+"""Threshold of a class for which no confidence suffices."""
 
 
 class ClassThreshold(JsonDocument):
     threshold: float
-    """Confidences above it are taken; NEVER if none suffices."""
+    """Confidences above it are taken; NEVER_SURE if none suffices."""
     heldout: int
     """Held-out images above the threshold that the teacher puts in this class, or in one of the pooled classes."""
     correct: int
+    """Those of them that are in this class."""
     bound: float
     """Lower bound of their precision; 0 if there are none."""
     pooled: bool
-    """Whether the class is too rare to be judged by itself."""
+    """Whether the class is too rare to have its own threshold."""
 
 
 class Thresholds(JsonDocument):
     precision: float
     confidence: float
-    """One-sided, of the bounds."""
+    """Confidence level of the bounds, one-sided."""
     evaluation: str
     """Digest of the evaluation that the thresholds were found on."""
     classes: tuple[ClassThreshold, ...]
@@ -47,7 +48,9 @@ def find_thresholds(
     level: float,
     evaluation: str,
 ) -> Thresholds:
-    """Finds each class's threshold from predictions on held-out images: [N] class, its confidence, and whether it is right."""
+    """Finds each class's threshold from predictions on held-out images: [N] class index, confidence in [0, 1], and whether it
+    is right. `precision` and `level` lie in (0, 1).
+    """
     # With fewer, even if all are right, the bound (1 - level)^(1/n) stays below the precision.
     min_heldout = math.ceil(math.log(1 - level) / math.log(precision))
     counts = np.bincount(predicted, minlength=num_classes)
@@ -73,7 +76,7 @@ def clopper_pearson_bound(
     correct: npt.NDArray[np.integer], total: npt.NDArray[np.integer], level: float
 ) -> npt.NDArray[np.float64]:
     """One-sided Clopper–Pearson bound of a share (Clopper & Pearson 1934), elementwise; 0 where nothing is correct."""
-    from scipy.stats import beta  # takes as long to import as all else here
+    from scipy.stats import beta  # Its import takes as long as all others here together.
 
     bound = beta.ppf(1 - level, correct, total - correct + 1)
     return np.where(correct == 0, 0.0, bound)
@@ -82,7 +85,7 @@ def clopper_pearson_bound(
 def _find_lowest_threshold(
     confidence: npt.NDArray[np.float32], correct: npt.NDArray[np.bool_], precision: float, level: float
 ) -> tuple[float, int, int, float]:
-    """Threshold, images above it, how many of them are right, and the bound."""
+    """The lowest threshold whose bound reaches the precision; images above it, the right ones of them, and the bound."""
     order = np.argsort(-confidence, kind="stable")
     ranked, right = confidence[order], correct[order].cumsum()
     # Only where the confidence changes can a threshold lie.
@@ -92,6 +95,6 @@ def _find_lowest_threshold(
     if len(good) == 0:
         return NEVER_SURE, 0, 0, 0.0
     end = int(ends[good[-1]])
-    # Just below the last one taken: of what lies lower nothing is known.
+    # Just below the last confidence taken: nothing is known about lower ones.
     threshold = float(np.nextafter(ranked[end], np.float32(0)))
     return threshold, end + 1, int(right[end]), float(bounds[good[-1]])

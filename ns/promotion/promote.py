@@ -1,9 +1,9 @@
-"""The model in use: a small file in a git repository that names a model, and says by what evidence it is in use.
+"""The pointer: a small file in a git repository that names the model in use, with the evidence for it.
 
-    models/production.yaml        a `Pointer`: place of the model, digests, run, numbers
+    models/production.yaml        a `ModelPointer`: URI of the model, digests, run, numbers
 
-Merging a change of that file promotes, reverting the merge goes back; git's history says who did it, when and why. The same run
-gives the same file, on the same commit the same commit, so that a job that is repeated changes nothing.
+Merging a change of the pointer promotes a model, and reverting the merge goes back; git's history says who did it, when and why. The
+same run gives the same pointer, and on the same HEAD the same commit, so that a repeated job changes nothing.
 """
 
 import hashlib
@@ -18,12 +18,11 @@ import yaml
 from ns.core.digest import shorten_digest
 from ns.core.errors import ConfigError, DataError, NsError, RunError, StoreError
 from ns.core.git import GitCommands
-from ns.data.scratch import make_scratch_dir
 from ns.modeling.manifest import WEIGHTS, Lineage, ModelManifest
 from ns.reporting import comparison
 from ns.reporting.context import ReportContext, TrainedModel, gather_context
 from ns.reporting.markdown import escape_markdown, format_table, render_markdown
-from ns.reporting.metrics import collect_metrics
+from ns.reporting.metrics import collect_metrics, flatten_metrics
 from ns.storage import Store, open_store
 from ns.storage.documents import JsonDocument
 
@@ -32,25 +31,25 @@ CHUNK_BYTES = 1 << 20
 
 
 class ModelPointer(JsonDocument):
-    """Which model is in use."""
+    """Names the model in use."""
 
     format: Literal[1] = 1
     model: str
-    """Its folder, as a URI."""
+    """URI of the model's folder."""
     digest: str
-    """Of its model.json."""
+    """Digest of the model's manifest."""
     weights_sha256: str
     arch: str
     classes: int
     root: str
-    """URI of the root of its run."""
+    """URI of the root that holds the run."""
     run: str
     generation: int
     heldout: str
-    """Digest of the held-out images that the numbers are of, unless they say otherwise."""
+    """Digest of the held-out images that `metrics` were measured on, unless a name says otherwise."""
     lineage: Lineage
     metrics: dict[str, float]
-    """Name → value of what was measured, as Kubeflow shows them; bounds end in `_low` and `_high`."""
+    """Name → value, as Kubeflow shows them. The names of bounds end in `_low` and `_high`."""
 
 
 @dataclass(frozen=True)
@@ -60,24 +59,24 @@ class PromotionCandidate:
     pointer: ModelPointer
     context: ReportContext
     accepted_at: datetime
-    """When the gate had spoken."""
+    """When the gate accepted the model."""
     weights_bytes: int
-    """Of the weights that were read."""
+    """Size of the weights, all of which were read."""
 
 
 class PointerMove(NamedTuple):
-    """What became of a pointer."""
+    """What happened to a pointer, or with `dry_run` would."""
 
     before: ModelPointer | None
     changed: bool
     commit: str | None
-    """Of the branch that holds the change; None if there is none."""
+    """The commit with the change; None if nothing was committed."""
 
 
 def read_candidate(root: Store, run: str) -> PromotionCandidate:
-    """The best model of a run, read from end to end.
+    """The best model of a run, all bytes of which are read and checked.
 
-    Raises RunError unless the gate has accepted a student of the run, DataError if the model is not whole.
+    Raises RunError unless the gate has accepted a student of the run, DataError if the model is damaged.
     """
     context = gather_context(root, run, pictures=0)
     best = context.best_model
@@ -85,7 +84,7 @@ def read_candidate(root: Store, run: str) -> PromotionCandidate:
     if best is None or best.evaluation is None or verdict is None:
         reasons = "; ".join(f"generation {judged.generation}: {judged.reason}" for judged in context.verdicts)
         raise RunError(
-            f"run {run}: its gate has accepted no student ({reasons or 'it has not spoken yet'}); "
+            f"run {run}: its gate has accepted no student ({reasons or 'it has decided nothing yet'}); "
             + (f"`ns gate explain {run}` says what was needed" if reasons else "`ns run --resume` continues the run")
         )
     manifest = best.manifest
@@ -109,16 +108,16 @@ def read_candidate(root: Store, run: str) -> PromotionCandidate:
 
 
 def verify_model(pointer: ModelPointer, origin: str) -> int:
-    """Reads the model that a pointer names from end to end. Returns the bytes of its weights.
+    """Reads and checks the model that a pointer names. Returns the size of its weights in bytes.
 
-    Raises DataError if it is not that model, StoreError if it cannot be read.
+    `origin` names the pointer in messages. Raises DataError if it is another model or damaged, StoreError if it cannot be read.
     """
     store = open_store(pointer.model)
     manifest = ModelManifest.load(store)
     if manifest.digest != pointer.digest:
         raise DataError(
             f"{origin}: digest: {pointer.digest!r}, but {store.uri}/{ModelManifest.filename} has {manifest.digest!r}: "
-            "another model lies there now; promote a run again"
+            "another model is there now; promote a run again"
         )
     hasher, size = hashlib.sha256(), 0
     with store.open(WEIGHTS) as file:
@@ -133,13 +132,13 @@ def verify_model(pointer: ModelPointer, origin: str) -> int:
         if expected != weights_digest:
             raise DataError(
                 f"{source}: weights_sha256: {expected!r}, but {store.uri}/{WEIGHTS} has {weights_digest!r}: the weights are damaged or "
-                "others; promote a run whose model is whole"
+                "those of another model; promote a run whose model is whole"
             )
     return size
 
 
 def read_pointer(path: Path) -> ModelPointer | None:
-    """The pointer in a file; None if there is no such file. Raises DataError for what is no pointer."""
+    """The pointer in a file; None if there is no such file. Raises DataError if the file is no pointer, StoreError if it cannot be read."""
     try:
         return parse_pointer(path.read_bytes(), str(path))
     except FileNotFoundError:
@@ -149,7 +148,7 @@ def read_pointer(path: Path) -> ModelPointer | None:
 
 
 def parse_pointer(data: bytes, origin: str) -> ModelPointer:
-    """Raises DataError naming the place, the field and the value."""
+    """`origin` names the file in messages. Raises DataError naming the field and the value."""
     try:
         fields = yaml.safe_load(data)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -163,13 +162,16 @@ def render_pointer(pointer: ModelPointer) -> str:
     return HEADER + yaml.safe_dump(pointer.model_dump(mode="json", exclude_none=True), sort_keys=False, width=140)
 
 
-def commit_subject(pointer: ModelPointer) -> str:
-    """Of the commit, and of the pull request."""
+def format_title(pointer: ModelPointer) -> str:
+    """Subject of the commit, and title of the pull request."""
     return f"Promote {pointer.run}, generation {pointer.generation}"
 
 
-def move_pointer(promoted: PromotionCandidate, path: Path, *, dry_run: bool = False) -> PointerMove:
-    """Writes the pointer into a file, whole or not at all. With `dry` only says what that would do."""
+def write_pointer(promoted: PromotionCandidate, path: Path, *, dry_run: bool = False) -> PointerMove:
+    """Writes the pointer into a file, completely or not at all. With `dry_run` only returns what that would do.
+
+    Raises DataError if the file holds something else, StoreError if it cannot be written.
+    """
     text = render_pointer(promoted.pointer)
     before = read_pointer(path)
     changed = before is None or render_pointer(before) != text
@@ -185,64 +187,48 @@ def move_pointer(promoted: PromotionCandidate, path: Path, *, dry_run: bool = Fa
 
 
 def commit_pointer(promoted: PromotionCandidate, path: Path, branch: str, *, dry_run: bool = False) -> PointerMove:
-    """Puts the pointer on a branch: one commit on HEAD, in the repository that the file's folder is in. Files, index and HEAD stay as
-    they are; the branch is made, or moved from wherever it was. No branch is made where HEAD has this pointer already.
+    """Commits the pointer on a branch: one commit on HEAD, in the repository that holds the file's folder.
 
-    Raises ConfigError for a branch that cannot be moved, StoreError where git fails.
+    Files, index and HEAD stay as they are. The branch is created, or moved from where it was. Nothing is committed where HEAD has
+    this pointer already, or with `dry_run`. Raises ConfigError for a branch that cannot be moved, StoreError where git fails.
     """
     target = path.resolve()
     directory = next(parent for parent in target.parents if parent.is_dir())
-    with make_scratch_dir("promote") as scratch_path:
-        repository = Path(
-            GitCommands(directory, scratch_path, s3=False).run_git("rev-parse", "--show-toplevel").removesuffix("\n")
-        )
-        commands = GitCommands(repository, scratch_path, s3=False)
-        commands.ensure_identity()
-        ref = _resolve_free_branch(commands, branch)
-        name = target.relative_to(repository).as_posix()
-        try:
-            base, head_seconds = commands.run_git("log", "-1", "--format=%H %ct", "HEAD").split()
-        except StoreError as error:
-            raise StoreError(f"{repository}: HEAD is no commit ({error}); commit something first") from error
-        listing = commands.run_git("ls-tree", "--name-only", "-z", base, "--", name)
-        old_text = commands.run_git("show", f"{base}:{name}") if listing else None
-        before = None if old_text is None else parse_pointer(old_text.encode(), f"HEAD:{name}")
-        text = render_pointer(promoted.pointer)
-        changed = before is None or render_pointer(before) != text
-        if not changed or dry_run:
-            return PointerMove(before, changed, None)
-        # Neither before its parent nor at the time of the call, which would make each call's commit another one.
-        commit_seconds = max(int(promoted.accepted_at.timestamp()), int(head_seconds))
-        author = re.sub(r"> .*", ">", commands.run_git("var", "GIT_COMMITTER_IDENT").strip())
-        stream = (
-            f"commit {ref}\ncommitter {author} {commit_seconds} +0000\n{_format_data_block(_commit_message(promoted.pointer))}"
-            f"from {base}\nM 100644 inline {_quote_path(name)}\n{_format_data_block(text)}\ndone\n"
-        )
-        commands.run_git("fast-import", "--quiet", "--force", "--done", data=stream)
-        return PointerMove(before, True, commands.run_git("rev-parse", f"{ref}^{{commit}}").strip())
+    repository = Path(GitCommands(directory).run_git("rev-parse", "--show-toplevel").removesuffix("\n"))
+    commands = GitCommands(repository)
+    commands.ensure_identity()
+    ref = _resolve_free_branch(commands, branch)
+    name = target.relative_to(repository).as_posix()
+    try:
+        base, head_seconds = commands.run_git("log", "-1", "--format=%H %ct", "HEAD").split()
+    except StoreError as error:
+        raise StoreError(f"{repository}: HEAD is no commit ({error}); commit something first") from error
+    listing = commands.run_git("ls-tree", "--name-only", "-z", base, "--", name)
+    old_text = commands.run_git("show", f"{base}:{name}") if listing else None
+    before = None if old_text is None else parse_pointer(old_text.encode(), f"HEAD:{name}")
+    text = render_pointer(promoted.pointer)
+    changed = before is None or render_pointer(before) != text
+    if not changed or dry_run:
+        return PointerMove(before, changed, None)
+    # Not the time of the call, which would give each call another commit; and not before the parent's.
+    commit_seconds = max(int(promoted.accepted_at.timestamp()), int(head_seconds))
+    author = re.sub(r"> .*", ">", commands.run_git("var", "GIT_COMMITTER_IDENT").strip())
+    stream = (
+        f"commit {ref}\ncommitter {author} {commit_seconds} +0000\n{_format_data_block(_commit_message(promoted.pointer))}"
+        f"from {base}\nM 100644 inline {_quote_path(name)}\n{_format_data_block(text)}\ndone\n"
+    )
+    commands.run_git("fast-import", "--quiet", "--force", "--done", data=stream)
+    return PointerMove(before, True, commands.run_git("rev-parse", f"{ref}^{{commit}}").strip())
 
 
 def render_evidence(root: Store, promoted: PromotionCandidate, before: ModelPointer | None, pointer_path: str) -> str:
-    """What a reviewer wants to know, as Markdown: what moves, how it compares with the model before it, and the report of its run."""
+    """What a reviewer needs, as Markdown: what moves, how it compares with the model before it, and the report of its run."""
     new = promoted.pointer
-    rows = [
-        (
-            "run",
-            *(
-                escape_markdown(f"{pointer.run}, generation {pointer.generation}") if pointer else ""
-                for pointer in (before, new)
-            ),
-        ),
-        ("model", *(f"`{pointer.model}`" if pointer else "" for pointer in (before, new))),
-        ("digest", *(f"`{shorten_digest(pointer.digest)}`" if pointer else "" for pointer in (before, new))),
-        (
-            "network",
-            *(escape_markdown(f"{pointer.arch}, {pointer.classes:,} classes") if pointer else "" for pointer in (before, new)),
-        ),
-    ]
+    names = ("run", "model", "digest", "network")
+    rows = list(zip(names, _describe_pointer(before), _describe_pointer(new), strict=True))
     lines = [
-        f"`{pointer_path}` moves to the best model of **{escape_markdown(new.run)}**, which its gate has accepted. Merging promotes; reverting the "
-        f"merge goes back. All {promoted.weights_bytes:,} bytes of its weights were read, and are those of the digests.",
+        f"`{pointer_path}` moves to the best model of **{escape_markdown(new.run)}**, which its gate has accepted. Merging promotes it; "
+        f"reverting the merge goes back. All {promoted.weights_bytes:,} bytes of its weights were read, and match the digests.",
         *format_table(("", "before", "after"), rows),
         "",
     ]
@@ -250,12 +236,24 @@ def render_evidence(root: Store, promoted: PromotionCandidate, before: ModelPoin
     return "\n".join(lines) + "\n" + render_markdown(promoted.context)
 
 
+def _describe_pointer(pointer: ModelPointer | None) -> tuple[str, str, str, str]:
+    """Markdown of its run, model, digest and network."""
+    if pointer is None:
+        return ("", "", "", "")
+    return (
+        escape_markdown(f"{pointer.run}, generation {pointer.generation}"),
+        f"`{pointer.model}`",
+        f"`{shorten_digest(pointer.digest)}`",
+        escape_markdown(f"{pointer.arch}, {pointer.classes:,} classes"),
+    )
+
+
 def _compare_with_previous(root: Store, before: ModelPointer | None, new: ModelPointer) -> list[str]:
-    """The two runs side by side, if both are at hand."""
+    """The two runs side by side, if both can be read."""
     if before is None or before.run == new.run:
         return []
     if before.heldout != new.heldout:
-        return ["> The held-out images are others than those of the model before: their numbers do not compare.", ""]
+        return ["> The model before was measured on other held-out images: the numbers do not compare.", ""]
     try:
         return [comparison.render_comparison_markdown(comparison.compare_runs(root, [before.run, new.run]))]
     except NsError as error:
@@ -263,36 +261,32 @@ def _compare_with_previous(root: Store, before: ModelPointer | None, new: ModelP
 
 
 def _collect_pointer_metrics(context: ReportContext, model: TrainedModel) -> dict[str, float]:
-    """What was measured of the model's answers; not what it cost. Six digits: more would be noise in a diff."""
-    values: dict[str, float] = {}
-    for metric in collect_metrics(context, model):
-        if metric.better or metric.key == "gain":
-            values[metric.key] = round(float(metric.value), 6)
-            if metric.low is not None and metric.high is not None:
-                values[f"{metric.key}_low"] = round(float(metric.low), 6)
-                values[f"{metric.key}_high"] = round(float(metric.high), 6)
-    return values
+    """The metrics of the model's answers, without those of its cost. Six digits: more would be noise in a diff."""
+    metrics = [metric for metric in collect_metrics(context, model) if metric.better or metric.key == "gain"]
+    return {key: round(value, 6) for key, value in flatten_metrics(metrics).items()}
 
 
 def _resolve_free_branch(commands: GitCommands, branch: str) -> str:
-    """The full name of a branch that may be moved."""
+    """The full name of a branch. Raises ConfigError if it is no name for one, or checked out."""
     ref = f"refs/heads/{branch}"
     try:
         commands.run_git("check-ref-format", ref)
     except StoreError as error:
         raise ConfigError(f"--branch {branch!r}: not a name that git takes; for example promote/production") from error
     if f"branch {ref}" in commands.run_git("worktree", "list", "--porcelain").splitlines():
-        raise ConfigError(f"--branch {branch}: is checked out; name another one, or leave it out to change the file itself")
+        raise ConfigError(
+            f"--branch {branch}: is checked out; name another branch, or leave out --branch to change the file itself"
+        )
     return ref
 
 
 def _commit_message(pointer: ModelPointer) -> str:
     trailers = {"Run": pointer.run, "Model": pointer.model, "Digest": pointer.digest}
-    return "\n".join([commit_subject(pointer), "", *(f"{name}: {value}" for name, value in trailers.items())]) + "\n"
+    return "\n".join([format_title(pointer), "", *(f"{name}: {value}" for name, value in trailers.items())]) + "\n"
 
 
 def _format_data_block(text: str) -> str:
-    """In git-fast-import's form."""
+    """In the form of git fast-import."""
     return f"data {len(text.encode())}\n{text}"
 
 

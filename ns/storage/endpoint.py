@@ -59,12 +59,36 @@ class S3Endpoint:
                 endpoint=parts.netloc,
                 secure=parts.scheme == "https",
                 region=self.region,
-                credentials=FileCredentials(Path(self.secrets)) if self.secrets else EnvironmentCredentials(),
+                credentials=self._make_credentials(),
                 http_client=pool,
             )
         except ValueError as error:
             raise StoreError(f"{self.url}: no S3 endpoint: {error}; {SET_ENDPOINT}, and AWS_REGION to its region") from error
         return client, pool
+
+    def build_boto_environment(self, empty_file: Path) -> dict[str, str]:
+        """The environment in which a program that uses boto finds this server, and no other settings than these.
+
+        `empty_file` is an empty file in the place of the owner's. Raises StoreError when there are no credentials.
+        """
+        keys = self._make_credentials().retrieve()
+        return {
+            "AWS_ACCESS_KEY_ID": keys.access_key,
+            "AWS_SECRET_ACCESS_KEY": keys.secret_key,
+            **({"AWS_SESSION_TOKEN": keys.session_token} if keys.session_token else {}),
+            "AWS_ENDPOINT_URL_S3": self.url,
+            "AWS_DEFAULT_REGION": self.region,
+            "AWS_CA_BUNDLE": self.ca_file,
+            "AWS_CONFIG_FILE": str(empty_file),
+            "AWS_SHARED_CREDENTIALS_FILE": str(empty_file),
+            "AWS_EC2_METADATA_DISABLED": "true",
+            # Servers other than Amazon's refuse the checksums that boto adds by itself (dvc #10695).
+            "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+            "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
+        }
+
+    def _make_credentials(self) -> Provider:
+        return FileCredentials(Path(self.secrets)) if self.secrets else EnvironmentCredentials()
 
 
 class EnvironmentCredentials(Provider):

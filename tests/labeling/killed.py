@@ -24,9 +24,10 @@ from PIL import Image
 from ns.config.schema import LabelingConfig, ModelConfig, NoiseConfig
 from ns.data.dataset import Dataset
 from ns.data.importing.writer import ShardWriter
-from ns.labeling.label_set import MANIFEST, LabelSet
+from ns.labeling.label_set import LabelSet
 from ns.labeling.offline import label_dataset
-from ns.labeling.registry import LabelRegistry, VersionTag, _find_missing_keys
+from ns.labeling.registry import LabelRegistry, VersionTag
+from ns.labeling.registry.storage import find_missing_keys
 from ns.modeling import factory as models
 from ns.modeling import predictor as inference
 from ns.modeling.manifest import Lineage
@@ -46,7 +47,7 @@ def main() -> None:
     forked(lambda: prepare(place))
     calm = LocalStore(place / "calm")
     labeling = forked(lambda: label_dataset(str(place / "model"), str(place / "pool"), calm.uri, LabelingConfig(batch=8)))
-    undisturbed = LabelSet.load_file(calm, MANIFEST)
+    undisturbed = LabelSet.load(calm)
     wanted = undisturbed.digest
     committing = forked(lambda: registry.commit_version(VersionTag("p", "calm", 1), calm, undisturbed))
     rng = np.random.default_rng(0)
@@ -55,10 +56,10 @@ def main() -> None:
     whole: set[str] = set()
     while killed < kills or not digests:
         out = place / f"out-{number}"
-        labeled = (out / MANIFEST).exists()
+        labeled = (out / LabelSet.filename).exists()
         commits = number % 8 == 0
         if labeled and not commits:
-            digests.add(LabelSet.load_file(LocalStore(out), MANIFEST).digest)
+            digests.add(LabelSet.load(LocalStore(out)).digest)
             number += 1
             continue
         rounds["committing" if labeled else "labeling"] += 1
@@ -72,7 +73,7 @@ def main() -> None:
         begun = time.monotonic()
         # Whoever is the first to be killed is another one each time.
         order = rng.permutation(WORKERS).tolist()
-        for worker, instant in zip(order, instants, make_strict=True):
+        for worker, instant in zip(order, instants, strict=True):
             while (
                 time.monotonic() < begun + instant
                 and os.waitid(os.P_PID, workers[worker], os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
@@ -85,7 +86,7 @@ def main() -> None:
         if labeled:
             whole |= check(registry, place, wanted, known=whole)
         if labeled and 0 in ends:
-            digests.add(LabelSet.load_file(LocalStore(out), MANIFEST).digest)
+            digests.add(LabelSet.load(LocalStore(out)).digest)
             number += 1
     # What came later took nothing away from what was there before.
     check(registry, place, wanted, known=set())
@@ -97,7 +98,7 @@ def check(registry: LabelRegistry, place: Path, wanted: str, *, known: set[str])
     tags = {version.tag for version in registry.list_versions()} - known
     for tag in tags:
         shown = registry.find_version(tag)
-        assert _find_missing_keys(str(place / "remote"), shown) == [], tag
+        assert find_missing_keys(str(place / "remote"), shown) == [], tag
         assert shown.label_set == wanted
     return tags
 
@@ -143,7 +144,7 @@ def prepare(place: Path) -> None:
             writer.add_image(f"image-{index:03d}", "png", png.getvalue()[: 60 if index % 17 == 3 else None], None)
     Dataset(name="pool", role="unlabeled", classes=(), shards=writer.shards).save(folder)
     torch.manual_seed(0)
-    config, noise = ModelConfig(arch="test_efficientnet", resolution=32), NoiseConfig(crop="none")
+    config, noise = ModelConfig(arch="test_efficientnet", resolution=32, crop="none"), NoiseConfig()
     network = models.build_model(config, noise, len(CLASSES))
     fields = {"generation": 0, "model": config, "noise": noise, "classes": CLASSES, "parameters": 1, "steps": 0}
     models.save_model(

@@ -119,14 +119,12 @@ def test_what_cannot_be_compared_is_refused(labeled, tmp_path):
     with pytest.raises(DataError, match="only labels of the same images can be compared"):
         compare_label_sets(old, other)
     with pytest.raises(DataError, match=r"different classes, first 'dog' and 'cow'"):
-        compare_label_sets(
-            old, new._replace(label_set=new.label_set.model_copy(update_weights={"classes": ("cat", "cow", "ox")}))
-        )
-    two = old.label_set.model_copy(update_weights={"classes": ("cat", "dog")})
+        compare_label_sets(old, new._replace(label_set=new.label_set.model_copy(update={"classes": ("cat", "cow", "ox")})))
+    two = old.label_set.model_copy(update={"classes": ("cat", "dog")})
     with pytest.raises(DataError, match="have different classes, first None and 'ox'"):
         compare_label_sets(
             old._replace(label_set=two),
-            new._replace(label_set=two.model_copy(update_weights={"classes": ("cat", "dog", "ox")})),
+            new._replace(label_set=two.model_copy(update={"classes": ("cat", "dog", "ox")})),
         )
 
 
@@ -134,7 +132,7 @@ def test_markdown_keeps_names_in_their_cells(labeled, tmp_path):
     text = render_diff_markdown(compare_label_sets(*sides(labeled, tmp_path, TWO, POLICY)), ("a_b", "c"))
     assert r"ox\|\<b\>\*" in text
     assert r"a\_b → c" in text
-    tables = [block for block in text.split_batch("\n\n") if block.startswith("|")]
+    tables = [block for block in text.split("\n\n") if block.startswith("|")]
     assert len(tables) == 3
     for table in tables:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.strip().splitlines()}) == 1
@@ -151,7 +149,7 @@ def test_the_command_prints_a_table_json_markdown_and_a_page(labeled, pool, tmp_
     assert run_command_line(["labels", "diff", *names, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["churn"] == pytest.approx(2 / 3)
     assert run_command_line(["labels", "diff", *names, "--markdown"]) == 0
-    assert capsys.readouterr().out.startswith("### Labels: ")
+    assert capsys.readouterr().out.startswith("### Label sets: ")
     page = tmp_path / "diff.html"
     assert run_command_line(["labels", "diff", *names, "--html", str(page)]) == 6
     assert "name their folder with --pool" in capsys.readouterr().err

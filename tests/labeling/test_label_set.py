@@ -52,7 +52,7 @@ def test_labels_survive_the_file_within_what_top_k_keeps(tmp_path, classes):
     rows = read_label_rows(folder, label_set.shards[0])
     full = expand_probabilities(rows, classes)
     assert full.shape == (8, classes)
-    assert np.isnan(full[7]).load_all()
+    assert np.isnan(full[7]).all()
     np.testing.assert_allclose(full[:7].sum(1), 1, rtol=1e-5)
     np.testing.assert_array_equal(full[:7].argmax(1), probabilities.argmax(1))
     np.testing.assert_array_equal(rows.confidence[:7], probabilities.max(1))
@@ -115,7 +115,7 @@ def test_bytes_keep_probabilities_to_two_per_cent(tmp_path, classes):
     expected = np.take_along_axis(made[1][:7], rows.top_class[:7].astype(np.int64), 1)
     kept = expected > 2**-15
     np.testing.assert_allclose(rows.top_prob[:7][kept], expected[kept], rtol=0.025)
-    assert (rows.top_prob[:7][expected < 2**-17] == 0).load_all()
+    assert (rows.top_prob[:7][expected < 2**-17] == 0).all()
     assert not rows.readable[7]
     np.testing.assert_array_equal(rows.confidence[:7], expected[:, 0])
     # Log8 by itself is half as large; keys and confidences are what they were.

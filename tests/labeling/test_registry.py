@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from ns.cli import app as cli
-from ns.config import schema as config
-from ns.config.schema import SelectionConfig
+from ns.config.loader import load_experiment
+from ns.config.schema import RegistryConfig, SelectionConfig
 from ns.core.digest import sha256_bytes
 from ns.core.errors import DataError, RunError, StoreError
 from ns.core.git import GitCommands, redact_credentials
@@ -28,10 +28,17 @@ from ns.labeling.label_set import (
     compute_histogram,
     read_label_rows,
 )
-from ns.labeling.registry import LabelRegistry, VersionTag, _find_missing_keys
+from ns.labeling.registry import LabelRegistry, VersionTag
+from ns.labeling.registry.gc import collect_garbage
+from ns.labeling.registry.storage import find_missing_keys, object_key
 from ns.labeling.selection import make_selection
-from ns.runs import records as runs
-from ns.stages import steps
+from ns.runs.lifecycle import derive_run_name, open_run
+from ns.runs.lookup import open_label_set
+from ns.stages.context import RunRef
+from ns.stages.label import label_shard_range, plan_labels
+from ns.stages.prepare import prepare_data
+from ns.stages.select import commit_labels
+from ns.stages.train import train_generation
 from ns.storage import LocalStore
 from tests.storage.faults import Proxy
 
@@ -124,7 +131,7 @@ def test_git_gets_the_login_of_the_environment_if_there_is_one(tmp_path, monkeyp
     question = "protocol=https\nhost=git.example\n\n"
     for name, value, user in (("NS_GIT_PASSWORD", "to'k%n", "git"), ("NS_GIT_USERNAME", "robot", "robot")):
         monkeypatch.setenv(name, value)
-        commands = GitCommands(tmp_path, tmp_path / "own", s3=False)
+        commands = GitCommands(tmp_path)
         told = commands.run_git("credential", "fill", data=question).splitlines()
         assert {f"username={user}", "password=to'k%n"} <= set(told)
     assert commands._find_reason("fatal: to'k%n was refused") == "fatal: … was refused"
@@ -144,13 +151,13 @@ def test_places_that_cannot_be_are_refused(tmp_path):
 
 
 def test_a_failing_command_is_named_and_shows_no_password(tmp_path):
-    commands = GitCommands(tmp_path, tmp_path / "own", s3=False)
+    commands = GitCommands(tmp_path)
     with pytest.raises(StoreError, match=r"^git ls-remote: fatal: ") as caught:
         commands.run_git("ls-remote", "http://user:pass@word@127.0.0.1:9/x.git")
     assert "word" not in str(caught.value)
     assert "127.0.0.1" in str(caught.value)
     assert redact_credentials("to https://token@host/x failed") == "to https://…@host/x failed"
-    slow = GitCommands(tmp_path, tmp_path / "own", s3=False, git_seconds=0.2)
+    slow = GitCommands(tmp_path, git_seconds=0.2)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(StoreError, match=r"git hash-object: took longer than 0.2 s"):
         slow.run_git("hash-object", "pipe")
@@ -183,10 +190,10 @@ def test_a_version_is_a_tag_with_manifests_in_git_and_data_in_the_remote(kept):
     folder, place, store, made = kept
     tag = "labels/p/r/gen-1"
     assert git(place, "cat-file", "-t", tag) == "tag"
-    assert git(place, "ls-tree", "--name-only", tag).split_batch() == [
+    assert git(place, "ls-tree", "--name-only", tag).split() == [
         ".dvc", ".dvcignore", ".gitignore", "README.md", "labels.dvc", "labelset.json", "selection.json", "version.json",
     ]  # fmt: skip
-    assert git(place, "for-each-ref", "--format=%(refname)").split_batch() == ["refs/heads/main", f"refs/tags/{tag}"]
+    assert git(place, "for-each-ref", "--format=%(refname)").split() == ["refs/heads/main", f"refs/tags/{tag}"]
     message = git(place, "for-each-ref", "--format=%(contents)", f"refs/tags/{tag}")
     chosen = selected(store, made)
     for fact in (f"Label-Set: {made.digest}", "Run: r", "Generation: 1", f"Teacher: {made.teacher}", f"Kept: {chosen.kept}"):
@@ -211,7 +218,7 @@ def test_versions_are_listed_shown_and_fetched_without_dvc(kept, tmp_path):
     (version,) = registry.list_versions()
     assert (version.tag, version.label_set, version.rows, version.current) == ("labels/p/r/gen-1", made.digest, 80, False)
     there = tmp_path / "there"
-    shown = registry.download_version("labels/p/r/gen-1", there, with_dvc=False)
+    shown = registry.download_version("labels/p/r/gen-1", there)
     assert contents(folder / "labels").items() <= contents(there).items()
     assert {file.name for file in shown.files} == set(contents(there))
     with pytest.raises(RunError, match=r"labels/p/r/gen-2: no such version"):
@@ -230,7 +237,7 @@ def test_versions_of_different_time_zones_are_listed_by_when_they_were_committed
 def test_a_destination_that_cannot_be_written_is_named_with_the_mend(kept, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="file/there: cannot write: a part of this path is a file, expected a folder"):
-        LabelRegistry(kept[1]).download_version("labels/p/r/gen-1", tmp_path / "file" / "there", with_dvc=False)
+        LabelRegistry(kept[1]).download_version("labels/p/r/gen-1", tmp_path / "file" / "there")
 
 
 def test_a_download_continues_at_the_next_file_and_touches_nothing_else(kept, tmp_path):
@@ -239,18 +246,18 @@ def test_a_download_continues_at_the_next_file_and_touches_nothing_else(kept, tm
     (there / ".tmp-get").mkdir(parents=True)
     shutil.copy(folder / "labels" / "shard-00000.parquet", there)
     (there / "shard-00001.parquet").write_bytes(b"half")
-    before = (there / "shard-00000.parquet").make_stat().st_mtime_ns
-    LabelRegistry(place).download_version("labels/p/r/gen-1", there, with_dvc=False)
-    assert (there / "shard-00000.parquet").make_stat().st_mtime_ns == before
+    before = (there / "shard-00000.parquet").stat().st_mtime_ns
+    LabelRegistry(place).download_version("labels/p/r/gen-1", there)
+    assert (there / "shard-00000.parquet").stat().st_mtime_ns == before
     assert contents(folder / "labels").items() <= contents(there).items()
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "letter.txt").write_text("mine")
     with pytest.raises(DataError, match="is not empty; name an empty folder"):
-        LabelRegistry(place).download_version("labels/p/r/gen-1", foreign, with_dvc=False)
+        LabelRegistry(place).download_version("labels/p/r/gen-1", foreign)
     label_set(tmp_path / "other", seed=9)
     with pytest.raises(DataError, match="holds label set"):
-        LabelRegistry(place).download_version("labels/p/r/gen-1", tmp_path / "other", with_dvc=False)
+        LabelRegistry(place).download_version("labels/p/r/gen-1", tmp_path / "other")
 
 
 def test_the_same_again_is_a_success_and_another_label_set_is_refused(kept, tmp_path):
@@ -261,7 +268,7 @@ def test_the_same_again_is_a_success_and_another_label_set_is_refused(kept, tmp_
     with pytest.raises(RunError, match=r"labels/p/r/gen-1: holds label set .* already, .*ns labels gc --drop labels/p/r/gen-1"):
         LabelRegistry(place).commit_version(VersionTag("p", "r", 1), other, different)
     with pytest.raises(RunError, match="holds selection"):
-        LabelRegistry(place).commit_version(VersionTag("p", "r", 1), store, made, chosen.model_copy(update_weights={"seed": 5}))
+        LabelRegistry(place).commit_version(VersionTag("p", "r", 1), store, made, chosen.model_copy(update={"seed": 5}))
     with pytest.raises(DataError, match=r"keeps its data in .*, not in .*; leave the remote out"):
         LabelRegistry(place, str(tmp_path / "elsewhere")).list_versions()
 
@@ -301,14 +308,14 @@ def test_data_that_was_lost_is_pushed_again(tmp_path):
     registry = LabelRegistry(bare(tmp_path / "git"), str(tmp_path / "remote"))
     registry.commit_version(VersionTag("p", "r", 1), store, made)
     version = registry.find_version("labels/p/r/gen-1")
-    half = tmp_path / "remote" / version.files[-1].remote_key
+    half = tmp_path / "remote" / object_key(version.files[-1].md5)
     half.chmod(0o644)
     half.write_bytes(b"half")
     with pytest.raises(DataError, match=r"shard-00001.parquet of labels/p/r/gen-1\): is missing or damaged"):
-        registry.download_version("labels/p/r/gen-1", tmp_path / "there", with_dvc=False)
-    (tmp_path / "remote" / version.files[0].remote_key).unlink()
-    with pytest.raises(DataError, match=r"labels/p/r/gen-1: .* is missing, and 0 files more; nothing was deleted"):
-        registry.collect_garbage(dry_run=False)
+        registry.download_version("labels/p/r/gen-1", tmp_path / "there")
+    (tmp_path / "remote" / object_key(version.files[0].md5)).unlink()
+    with pytest.raises(DataError, match=r"labels/p/r/gen-1: .* and 0 more files are missing; nothing was deleted"):
+        collect_garbage(registry, dry_run=False)
     assert not registry.commit_version(VersionTag("p", "r", 1), store, made)
     registry.download_version("labels/p/r/gen-1", tmp_path / "there")
 
@@ -333,7 +340,7 @@ def test_the_version_in_use_is_moved_and_moved_back(tmp_path):
     registry.download_version("current/p", tmp_path / "there")
     assert contents(tmp_path / "labels1").items() <= contents(tmp_path / "there").items()
     with pytest.raises(RunError, match=r"is in use \(current/p\)"):
-        registry.collect_garbage([VersionTag("p", "r", 1)])
+        collect_garbage(registry, [VersionTag("p", "r", 1)])
 
 
 @pytest.mark.integration
@@ -346,12 +353,12 @@ def test_only_what_no_version_needs_is_deleted_and_only_when_told(tmp_path):
     registry.commit_version(VersionTag("p", "r", 1), first, common)
     registry.commit_version(VersionTag("p", "r", 2), second, longer)
     files = contents(tmp_path / "remote")
-    assert registry.collect_garbage(dry_run=False).keys == ()
-    planned = registry.collect_garbage([VersionTag("p", "r", 2)])
+    assert collect_garbage(registry, dry_run=False).keys == ()
+    planned = collect_garbage(registry, [VersionTag("p", "r", 2)])
     assert contents(tmp_path / "remote") == files
     assert len(registry.list_versions()) == 2
     kept_files = {f"files/md5/{hashlib.md5(data).hexdigest()[:2]}" for data in contents(tmp_path / "labels1").values()}
-    done = registry.collect_garbage([VersionTag("p", "r", 2)], dry_run=False)
+    done = collect_garbage(registry, [VersionTag("p", "r", 2)], dry_run=False)
     assert done == planned
     left = contents(tmp_path / "remote")
     assert files.keys() - left.keys() == set(planned.keys)
@@ -380,11 +387,11 @@ def test_a_repository_with_a_work_tree_will_do(tmp_path):
 COMMIT = """
 import sys
 from ns.labeling.label_set import LabelSet
-from ns.labeling.registry import Registry, Tag
+from ns.labeling.registry import LabelRegistry, VersionTag
 from ns.storage import LocalStore
 place, remote, labels, tag = sys.argv[1:]
 folder = LocalStore(__import__("pathlib").Path(labels))
-print(Registry(place, remote).commit(Tag.parse(tag), folder, LabelSet.read(folder, "labelset.json")))
+print(LabelRegistry(place, remote).commit_version(VersionTag.parse(tag), folder, LabelSet.load(folder)))
 """
 
 
@@ -407,7 +414,7 @@ def test_processes_that_commit_at_once_all_succeed(tmp_path):
     # By time, and nobody knows who was first.
     assert sorted(version.tag for version in LabelRegistry(place).list_versions()) == ["labels/p/a/gen-1", "labels/p/b/gen-1"]
     for number, tag in jobs:
-        LabelRegistry(place).download_version(tag, tmp_path / "there" / tag, with_dvc=False)
+        LabelRegistry(place).download_version(tag, tmp_path / "there" / tag)
         assert contents(tmp_path / f"labels{number}").items() <= contents(tmp_path / "there" / tag).items()
 
 
@@ -434,11 +441,11 @@ def test_killed_at_any_instant_no_tag_lacks_data_and_the_same_command_finishes(t
         ended.append(process.returncode)
         if remote.exists():
             for version in LabelRegistry(place).list_versions():
-                assert _find_missing_keys(str(remote), LabelRegistry(place).find_version(version.tag)) == []
+                assert find_missing_keys(str(remote), LabelRegistry(place).find_version(version.tag)) == []
         again = committing(place, remote, tmp_path / "labels", tag)
         _, err = again.communicate(timeout=120)
         assert again.returncode == 0, err
-        LabelRegistry(place).download_version(tag, tmp_path / "there" / str(generation), with_dvc=False)
+        LabelRegistry(place).download_version(tag, tmp_path / "there" / str(generation))
         # What was pushed before must not make the next attempt easier.
         if generation % 2:
             shutil.rmtree(remote)
@@ -500,11 +507,10 @@ def test_data_may_lie_in_s3(server, tmp_path, monkeypatch):
     assert not registry.commit_version(VersionTag("p", "r", 1), store, made)
     assert b"testing" not in b"".join(contents(tmp_path / "git").values())
     assert "testing" not in git(place, "show", "main:.dvc/config")
-    for with_dvc in (True, False):
-        registry.download_version("labels/p/r/gen-1", tmp_path / f"there{with_dvc}", with_dvc=with_dvc)
-        assert contents(tmp_path / "labels").items() <= contents(tmp_path / f"there{with_dvc}").items()
+    registry.download_version("labels/p/r/gen-1", tmp_path / "there")
+    assert contents(tmp_path / "labels").items() <= contents(tmp_path / "there").items()
     registry.commit_version(VersionTag("p", "r", 2), *label_set(tmp_path / "other", seed=1))
-    done = registry.collect_garbage([VersionTag("p", "r", 2)], dry_run=False)
+    done = collect_garbage(registry, [VersionTag("p", "r", 2)], dry_run=False)
     assert len(done.keys) == 7
     registry.download_version("labels/p/r/gen-1", tmp_path / "again")
     # Keys from files, as Kubernetes mounts them.
@@ -527,29 +533,29 @@ def test_the_loop_and_the_command_line_keep_versions(tmp_path, capsys, monkeypat
 
     place, remote, root = bare(tmp_path / "git"), str(tmp_path / "remote"), str(tmp_path / "root")
     tiny = ["generations=1", "teacher.train.epochs=30", "students.0.train.epochs=1"]
-    plain = config.load_experiment(str(files("ns.config.presets") / "quickstart.yaml"), tiny)
-    experiment = config.load_experiment(
+    plain = load_experiment(str(files("ns.config.presets") / "quickstart.yaml"), tiny)
+    experiment = load_experiment(
         str(files("ns.config.presets") / "quickstart.yaml"),
         [*tiny, f"registry.git={tmp_path / 'none'}", f"registry.remote={remote}"],
     )
-    run = runs.derive_run_name(experiment)
-    assert run == runs.derive_run_name(plain)
+    run = derive_run_name(experiment)
+    assert run == derive_run_name(plain)
     store = LocalStore(Path(root))
-    where = (f"{store.uri}/{run}/config.yaml", store.uri, run)
+    ref = RunRef(f"{store.uri}/{run}/config.yaml", store.uri, run)
 
     def labeled():
-        data = steps.prepare_data(*where)
-        first = steps.train_generation(*where, data, 0)
-        for shards in steps.plan_labels(*where, data, 1):
-            steps.label_shard_range(*where, data, 1, first, shards)
-        return steps.commit_labels(*where, data, 1, first)
+        data = prepare_data(ref)
+        teacher = train_generation(ref, data=data, generation=0)
+        for shards in plan_labels(ref, data=data, generation=1):
+            label_shard_range(ref, data=data, generation=1, teacher=teacher, shards=shards)
+        return commit_labels(ref, data=data, generation=1, teacher=teacher)
 
-    runs.open_run(store, run, experiment, "test")
+    open_run(store, run, experiment, "test")
     with pytest.raises(StoreError, match="git init --bare"):
         labeled()
     # Out of reach, then there: the run goes on, with another registry, and is the same run.
-    settled = experiment.model_copy(update_weights={"registry": config.RegistryConfig(git=place, remote=remote)})
-    runs.open_run(store, run, settled, "test")
+    settled = experiment.model_copy(update={"registry": RegistryConfig(git=place, remote=remote)})
+    open_run(store, run, settled, "test")
     assert labeled() == labeled()
     tag = f"labels/quickstart/{run}/gen-1"
 
@@ -570,7 +576,7 @@ def test_the_loop_and_the_command_line_keep_versions(tmp_path, capsys, monkeypat
     assert (code, "must be a run's generation" in said) == (2, True)
     # A label set without some images is another version, under a name of its own.
     withdrawn, purged, selection = tmp_path / "withdrawn.txt", str(tmp_path / "purged"), str(tmp_path / "selection.json")
-    labels = runs.open_label_set(store, "latest/gen-1")
+    labels = open_label_set(store, "latest/gen-1")
     withdrawn.write_text(read_label_rows(labels.store, labels.label_set.shards[0]).keys[3] + "\n")
     assert ns("purge", "latest/gen-1", "--keys", str(withdrawn), "--out", purged, "--root", root)[0] == 0
     assert ns("select", purged, "--out", selection)[0] == 0
@@ -587,13 +593,13 @@ def test_the_loop_and_the_command_line_keep_versions(tmp_path, capsys, monkeypat
     assert ns("promote", tag, "--why", "first")[1] == f"current/quickstart: {tag}, before: none\n"
     assert ns("rollback", tag)[1] == f"current/quickstart: {tag} (no change)\n"
     there = tmp_path / "there"
-    assert "all good" in ns("get", "current/quickstart", str(there), "--no-dvc")[1]
+    assert "all good" in ns("get", "current/quickstart", str(there))[1]
     assert "good: 1,247 rows" in ns("verify", str(there))[1]
     code, said = ns("version", tag)
     assert code == 0
     for line in said.splitlines()[-3:]:
-        name, size, digest, at = line.split_batch("\t")
-        assert (Path(at).make_stat().st_size, sha256_bytes(Path(at).read_bytes())) == (int(size), digest), name
+        name, size, digest, at = line.split("\t")
+        assert (Path(at).stat().st_size, sha256_bytes(Path(at).read_bytes())) == (int(size), digest), name
     monkeypatch.setenv("COLUMNS", "40")
     listed = ns("list")[1]
     assert (listed.count(tag), listed.count(f"labels/mine/{run}/gen-1"), listed.count("in use")) == (1, 1, 1)
@@ -615,8 +621,8 @@ class Overtaken(LabelRegistry):
         return self
 
     @contextlib.contextmanager
-    def _clone(self, *wanted: str):
-        with super()._open_clone(*wanted) as clone:
+    def open_clone(self, *patterns: str):
+        with super().open_clone(*patterns) as clone:
             act, self._act = self._act, lambda: None
             act()
             yield clone
@@ -633,12 +639,11 @@ def test_who_comes_second_is_told(tmp_path):
     same.commit_version(second, *sets[1])
     with pytest.raises(RunError, match=r"gen-3: holds label set .* already"):
         Overtaken(place).meanwhile(lambda: registry.commit_version(third, *sets[1])).commit_version(third, *sets[2])
-    with pytest.raises(RunError, match=r"current/p: somebody moved it just now"):
+    with pytest.raises(RunError, match=r"current/p: was moved concurrently"):
         Overtaken(place).meanwhile(lambda: registry.set_current(first, "")).set_current(second, "")
     assert registry.find_version("current/p").tag == first
     files = contents(tmp_path / "remote")
-    with pytest.raises(RunError, match=r"a version was committed meanwhile; no data was deleted"):
-        Overtaken(place).meanwhile(lambda: registry.commit_version(VersionTag("p", "r", 4), *sets[2])).collect_garbage(
-            dry_run=False
-        )
+    overtaken = Overtaken(place).meanwhile(lambda: registry.commit_version(VersionTag("p", "r", 4), *sets[2]))
+    with pytest.raises(RunError, match=r"a version was committed concurrently; no data was deleted"):
+        collect_garbage(overtaken, dry_run=False)
     assert contents(tmp_path / "remote").items() >= files.items()

@@ -126,10 +126,7 @@ def _compare(table, policy, seed, split):
     shards = [rows_of(entries[:split]), rows_of(entries[split:])]
     selection = run(shards, policy, seed)
     got = {
-        key: int(times)
-        for rows in shards
-        for key, times in zip(rows.keys, count_copies(selection, rows), make_strict=True)
-        if times
+        key: int(times) for rows in shards for key, times in zip(rows.keys, count_copies(selection, rows), strict=True) if times
     }
     wanted = brute_force(entries, policy, seed)
     assert got == wanted
@@ -156,7 +153,7 @@ def test_repeats_make_every_class_exactly_as_large_as_asked():
     times = count_copies(selection, rows)
     assert times.dtype == np.int64
     per_class = Counter()
-    for (_, label, _), count in zip(entries, times, make_strict=True):
+    for (_, label, _), count in zip(entries, times, strict=True):
         per_class[label] += int(count)
     assert per_class == {0: 20, 1: 20}
     # 20 = 7 × 2 + 6: the six most confident are seen three times
@@ -177,7 +174,7 @@ def test_ties_are_broken_by_the_seed_not_by_the_order_of_shards():
     def kept(order: list[tuple[str, int, float | None]], seed: int) -> set[str]:
         rows = rows_of(order)
         times = count_copies(run([rows], policy, seed), rows)
-        return {key for key, count in zip(rows.keys, times, make_strict=True) if count}
+        return {key for key, count in zip(rows.keys, times, strict=True) if count}
 
     assert kept(entries, 1) == kept(entries[::-1], 1)
     assert kept(entries, 1) != kept(entries, 2)
@@ -231,7 +228,7 @@ def test_two_passes_do_where_confidences_differ_and_one_where_they_lie_close(min
 def test_digest_follows_the_content_and_not_the_place():
     rows = rows_of([("a", 0, 0.9), ("b", 1, 0.4)])
     selection = run([rows], SelectionConfig())
-    elsewhere = selection.model_copy(update_weights={"labels": "another/place"})
+    elsewhere = selection.model_copy(update={"label_set_key": "another/key"})
     other = run([rows], SelectionConfig(min_confidence=0.5))
     assert selection.digest == elsewhere.digest != other.digest
 
@@ -288,7 +285,7 @@ def test_an_image_is_picked_for_several_of_its_best_classes(ranks, per_class):
         base, extra = divmod(per_class, len(best))
         for place, (_, _, key) in enumerate(best):
             wanted[key] += base + (place < extra)
-    got = {key: int(times) for key, times in zip(rows.keys, count_copies(selection, rows), make_strict=True) if times}
+    got = {key: int(times) for key, times in zip(rows.keys, count_copies(selection, rows), strict=True) if times}
     assert got == dict(wanted)
     assert selection.images == per_class * CLASSES
 
@@ -316,7 +313,7 @@ def test_a_label_set_is_read_once_and_gives_the_selection_of_its_rows(label_set,
     all_scores = selection_module.iter_shard_scores
     monkeypatch.setattr(selection_module, "iter_shard_scores", lambda *arguments: read.append(1) or all_scores(*arguments))
     policy = SelectionConfig(classes_per_image=ranks, min_confidence=0.2, per_class=3)
-    options = {"seed": 3, "labels": "labels/x", "calibration": calibrated(0.1, 0.1, 0.25, 0.1)}
+    options = {"seed": 3, "label_set_key": "labels/x", "thresholds": make_thresholds(0.1, 0.1, 0.25, 0.1)}
     selection = make_selection(store, labels, policy, **options)
     shards = [LabelRows(pq.read_table(store.path(shard.name))) for shard in labels.shards]
     expected = select_pseudo_labels(
@@ -345,24 +342,24 @@ def test_a_full_disk_is_named_with_what_to_do(label_set, tmp_path, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def calibrated(*thresholds: float) -> Thresholds:
+def make_thresholds(*thresholds: float) -> Thresholds:
     classes = tuple(ClassThreshold(threshold=one, heldout=1, correct=1, bound=0.9, pooled=False) for one in thresholds)
     return Thresholds(precision=0.9, confidence=0.95, evaluation="0" * 64, classes=classes)
 
 
 def test_thresholds_of_a_wanted_precision_are_each_classes_own():
-    calibration = calibrated(0.8, 0.1, NEVER_SURE, 0.5)
+    thresholds = make_thresholds(0.8, 0.1, NEVER_SURE, 0.5)
     rows = rows_of([(f"{label}-{conf}", label, conf) for label in range(4) for conf in (0.2, 0.4, 0.6, 0.9)])
     policy = SelectionConfig(policy="all", min_confidence=0.3, precision=0.9)
     selection = select_pseudo_labels(
-        lambda: [rows.build_scores(1)], CLASSES, policy, seed=0, label_set="0" * 64, label_set_key="", thresholds=calibration
+        lambda: [rows.build_scores(1)], CLASSES, policy, seed=0, label_set="0" * 64, label_set_key="", thresholds=thresholds
     )
-    got = [key for key, times in zip(rows.keys, count_copies(selection, rows), make_strict=True) if times]
+    got = [key for key, times in zip(rows.keys, count_copies(selection, rows), strict=True) if times]
     assert got == ["0-0.9", "1-0.4", "1-0.6", "1-0.9", "3-0.6", "3-0.9"]
     assert [round(rule.threshold, 3) for rule in selection.rules] == [0.8, 0.3, 2, 0.5]
     assert selection.low_confidence == 10
     assert (selection.unreadable, selection.left_out) == (0, 0)
-    assert selection.thresholds == calibration
+    assert selection.thresholds == thresholds
     assert Selection.model_validate_json(selection.model_dump_json()) == selection
 
 

@@ -9,7 +9,7 @@ from ns.labeling.thresholds import NEVER_SURE, clopper_pearson_bound, find_thres
 
 
 def run(entries, classes=3, precision=0.8, level=0.9):
-    predicted, confidence, correct = zip(*entries, make_strict=True) if entries else ((), (), ())
+    predicted, confidence, correct = zip(*entries, strict=True) if entries else ((), (), ())
     return find_thresholds(
         np.array(predicted, np.int64),
         np.array(confidence, np.float32),

@@ -13,7 +13,7 @@ from ns.labeling.label_set import (
     compute_histogram,
     verify_label_set,
 )
-from ns.runs import records as runs
+from ns.runs.lookup import open_label_set
 from ns.storage import LocalStore
 
 CLASSES = ("a", "b", "c")
@@ -87,7 +87,7 @@ def test_changed_bytes_are_found(tmp_path):
 
 def test_a_label_set_is_opened_by_its_folder(tmp_path):
     _, made = written(tmp_path, GOOD)
-    found = runs.open_label_set(LocalStore(tmp_path), str(tmp_path))
+    found = open_label_set(LocalStore(tmp_path), str(tmp_path))
     assert found.label_set == made
     with pytest.raises(DataError, match="name a label set's folder, or a run's generation"):
-        runs.open_label_set(LocalStore(tmp_path), str(tmp_path.parent))
+        open_label_set(LocalStore(tmp_path), str(tmp_path.parent))

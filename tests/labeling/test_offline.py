@@ -1,0 +1,33 @@
+"""Labeling outside of a run."""
+
+import pytest
+
+from ns.config.schema import LabelingConfig
+from ns.core.errors import ConfigError, DataError
+from ns.labeling.label_set import verify_label_set
+from ns.labeling.offline import label_dataset
+from ns.runs.lookup import (
+    open_label_set,
+)
+from ns.runs.summary import summarize_run
+from ns.storage import LocalStore
+
+
+def test_label_dataset_labels_what_a_selection_kept(finished_run, tmp_path):
+    store, ref = finished_run
+    labels = open_label_set(store, f"{ref.run}/gen-1")
+    model = store.at(summarize_run(store, ref.run).best_model).uri
+    pool, _ = labels.open_pool(store)
+    only = (labels.store, labels.label_set, labels.selection)
+    assert label_dataset(model, pool.uri, str(tmp_path / "again"), LabelingConfig(), shards="1-2", kept_by=only) is None
+    with pytest.raises(DataError, match="holds labels of another views: one, not flip; name another folder"):
+        label_dataset(model, pool.uri, str(tmp_path / "again"), LabelingConfig(views="flip"), kept_by=only)
+    made = label_dataset(model, pool.uri, str(tmp_path / "again"), LabelingConfig(), kept_by=only)
+    assert made.rows - made.left_out == labels.selection.kept
+    assert verify_label_set(LocalStore(tmp_path / "again"), made, labels.open_pool(store)) == 1247
+    with pytest.raises(ConfigError, match="must be START-STOP, within 0-2"):
+        label_dataset(model, pool.uri, str(tmp_path / "again"), LabelingConfig(), shards="1-9")
+    with pytest.raises(DataError, match="holds labels of another teacher"):
+        label_dataset(store.at(labels.teacher).uri, pool.uri, str(tmp_path / "again"), LabelingConfig())
+    with pytest.raises(ConfigError, match="a label set by itself has no selection"):
+        label_dataset(model, pool.uri, str(tmp_path / "b"), LabelingConfig(), kept_by=(labels.store, labels.label_set, None))
