@@ -29,14 +29,14 @@ from rich.table import Table
 
 from benchmarks.data import make_small_folders
 from benchmarks.measure import CIFAR10, measure_rates, paired_ratio, parse_arguments, write_benchmark
-from ns.config.schema import LabelingConfig, ModelConfig, NoiseConfig
+from ns.config.schema import ImportConfig, LabelingConfig, ModelConfig, NoiseConfig
 from ns.data.dataset import Dataset
-from ns.data.importing.ingest import ImportLimits, import_images
+from ns.data.importing.ingest import import_images
 from ns.labeling.predict import label_pool_shards
 from ns.modeling import factory as models
 from ns.modeling.manifest import WEIGHTS, Lineage
-from ns.modeling.precision import choose
-from ns.modeling.predictor import Predictor, make_inference_workload
+from ns.modeling.precision import choose_precision
+from ns.modeling.predictor import Predictor
 from ns.storage import LocalStore
 
 ARCHITECTURES = ("efficientnet_b0", "resnet18")
@@ -61,12 +61,11 @@ def main() -> None:
             console.print(f"{CIFAR10} is not there: made-up images stand in for it", style="yellow")
         folders = make_small_folders(folder / "images" / "validation", 2_000 if options.quick else 10_000)
         store = LocalStore(folder / "pool")
-        limits = ImportLimits(shard_samples=1_000 if options.quick else 10_000)
-        data = import_images(str(folders), store, name="pool", role="unlabeled", limits=limits, workers=2)
+        config = ImportConfig(shard_samples=1_000 if options.quick else 10_000)
+        data = import_images(str(folders), store, name="pool", role="unlabeled", config=config, workers=2)
         for arch in ARCHITECTURES[:1] if options.quick else ARCHITECTURES:
-            predictor = Predictor(
-                make_random_model(arch, LocalStore(folder / arch)), batch=BATCH, images=0 if options.quick else LARGE
-            )
+            model_store = make_random_model(arch, LocalStore(folder / arch), compiled=not options.quick)
+            predictor = Predictor(model_store, batch=BATCH, images=LARGE)
             contestants: dict[str, Callable[[], int]] = {
                 "ours": make_labeler(predictor, store, data, folder / "labels"),
                 "bare": make_bare_forward(predictor, 2_000 if options.quick else 5_000),
@@ -90,16 +89,16 @@ def main() -> None:
     write_benchmark("label", figures, options, table)
 
 
-def make_random_model(arch: str, store: LocalStore) -> LocalStore:
-    """A model with random weights in the precision that is the fastest for it here."""
+def make_random_model(arch: str, store: LocalStore, *, compiled: bool) -> LocalStore:
+    """A model with random weights in the precision that `auto` means here."""
     torch.manual_seed(0)
-    config = ModelConfig(arch=arch, resolution=PX)
-    noise = NoiseConfig(crop="pad")
+    config = ModelConfig(arch=arch, resolution=PX, crop="pad")
+    noise = NoiseConfig()
     network = models.build_model(config, noise, len(CLASSES))
-    mode = choose(make_inference_workload(network.to(models.get_best_device()), config, BATCH), images=0)
+    precision, _ = choose_precision("infer", models.get_best_device())
     fields = {
         "generation": 0,
-        "model": config.model_copy(update={"inference_precision": mode.precision}),
+        "model": config.model_copy(update={"inference_precision": precision, "inference_compile": compiled}),
         "noise": noise,
         "classes": CLASSES,
         "parameters": models.count_parameters(network),

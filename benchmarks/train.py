@@ -31,14 +31,14 @@ from rich.table import Table
 
 from benchmarks.data import make_small_folders
 from benchmarks.measure import CIFAR10, parse_arguments, write_benchmark
-from ns.config.schema import ModelConfig, NoiseConfig, RoleConfig, TrainConfig
+from ns.config.schema import ImportConfig, ModelConfig, NoiseConfig, RoleConfig, TrainConfig
 from ns.core import log
 from ns.core.malloc import keep_freed_memory
 from ns.data.dataset import Dataset
-from ns.data.importing.ingest import ImportLimits, import_images
+from ns.data.importing.ingest import import_images
 from ns.data.loading.stream import LabeledImages
 from ns.modeling import factory as models
-from ns.modeling.precision import choose
+from ns.modeling.precision import PrecisionMode, choose_precision
 from ns.storage import LocalStore
 from ns.training import loop
 from ns.training.optim import make_optimizer
@@ -50,8 +50,8 @@ CLASSES = 10
 WARM_UP = 6
 """Steps that are not counted: the first ones find batches made while the network was built."""
 NOISES = {
-    "plain": NoiseConfig(randaugment_layers=0, crop="pad"),
-    "randaugment": NoiseConfig(randaugment_magnitude=5, crop="pad"),
+    "plain": NoiseConfig(randaugment_layers=0),
+    "randaugment": NoiseConfig(randaugment_magnitude=5),
 }
 
 Run = Callable[[], float]
@@ -72,10 +72,10 @@ def main() -> None:
         (folder / "images" / "validation").symlink_to(folders)
         store = LocalStore(folder / "small")
         data = import_images(
-            str(folders), store, name="small", role="labeled", limits=ImportLimits(shard_samples=2_000), workers=2
+            str(folders), store, name="small", role="labeled", config=ImportConfig(shard_samples=2_000), workers=2
         )
         for arch, px in product(*((ARCHITECTURES[:1], (32,)) if options.quick else (ARCHITECTURES, (32, 64)))):
-            role = with_fastest_precision(make_role(arch, px, NOISES["plain"]))
+            role = make_role(arch, px, NOISES["plain"])
             console.print(f"{arch}, {px} px: {role.train.precision}")
             theirs = make_bare_steps(role, measured)
             ours = {
@@ -103,15 +103,9 @@ def main() -> None:
 
 
 def make_role(arch: str, px: int, noise: NoiseConfig) -> RoleConfig:
-    train = TrainConfig(labeled_batch=BATCH, loader_workers=1, checkpoint_seconds=1e9, epochs=1e-9)
-    return RoleConfig(model=ModelConfig(arch=arch, resolution=px), noise=noise, train=train)
-
-
-def with_fastest_precision(role: RoleConfig) -> RoleConfig:
-    """The role in the precision that `train.precision: auto` would take for a training of a few minutes."""
-    network = models.build_model(role.model, role.noise, CLASSES).to(models.get_best_device())
-    mode = choose(loop.make_training_workload(network, role, BATCH), images=0)
-    return role.model_copy(update={"train": role.train.model_copy(update={"precision": str(mode)})})
+    precision, _ = choose_precision("train", models.get_best_device())
+    train = TrainConfig(labeled_batch=BATCH, loader_workers=1, checkpoint_seconds=1e9, epochs=1e-9, precision=precision)
+    return RoleConfig(model=ModelConfig(arch=arch, resolution=px, crop="pad"), noise=noise, train=train)
 
 
 def measure_turns(contestants: dict[str, Run], rounds: int) -> dict[str, list[float]]:
@@ -128,7 +122,7 @@ def make_bare_steps(role: RoleConfig, measured_steps: int) -> Run:
     device = models.get_best_device()
     if device.type == "cpu":
         keep_freed_memory()
-    mode = loop.PrecisionMode.parse(role.train.precision)
+    mode = PrecisionMode.parse(role.train.precision)
     network = models.build_model(role.model, role.noise, CLASSES).to(device)
     forward = mode.prepare_network(network)
     optimizer = make_optimizer(network, role.train.optimizer)

@@ -1,36 +1,18 @@
-"""The experiment: one validated object, read from YAML, that says everything a run does.
+"""The experiment: one validated object that says everything a run does. `ns.config.loader` reads it from YAML.
 
 Defaults are the paper's (arXiv:1911.04252 v4 and its reference code). Derived values are computed, not configured.
 """
 
-import importlib.resources
 import math
 import re
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializationInfo,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ns.config.error_messages import format_validation_error
 from ns.config.presets import PRESETS
-from ns.core.errors import ConfigError, StoreError
-from ns.storage import read_uri
 
 MAX_GENERATIONS = 5
-"""Generations that one pipeline run holds: the pipeline is unrolled, and its size grows with this number."""
-
+"""Generations of one run, at most: the pipeline is unrolled, and its size grows with this number."""
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -42,59 +24,47 @@ Preset = Literal[
 
 
 class Section(BaseModel):
+    """A frozen part of the experiment. Docstrings of fields are what `ns config schema` shows."""
+
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
 
-    younger: ClassVar[tuple[str, ...]] = ()
-    """Fields that came after models and runs had been named by their digests."""
 
-    @model_serializer(mode="wrap")
-    def _leave_out_what_is_not_asked(self, serialize: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
-        # An experiment or a model that does not use these is the one it was before they existed, under the same digest and name.
-        fields: dict[str, Any] = serialize(self)
-        if info.context == EVERY_FIELD:
-            return fields
-        untouched = {name for name in self.younger if getattr(self, name) == type(self).model_fields[name].default}
-        return {name: value for name, value in fields.items() if name not in untouched}
+class ImportConfig(Section):
+    """What an import accepts, and how it writes shards."""
 
-
-EVERY_FIELD = "every field"
-"""Context of a serialization that people read."""
+    max_rejected_share: float = Field(default=0.1, ge=0, le=1)
+    """Largest share of unreadable images. Up to it, they are counted, listed and left out; above it, the run stops."""
+    shard_samples: int = Field(default=10_000, ge=1, le=100_000)
+    """Largest number of images per shard."""
+    shard_mib: int = Field(default=256, ge=1, le=4096)
+    """Largest size of a shard, MiB."""
+    max_side: int | None = Field(default=None, ge=8, le=65536)
+    """Longest side of an imported image, px; larger images are scaled down. If not given, images are kept byte for byte."""
 
 
-SectionT = TypeVar("SectionT", bound=Section)
-
-
-class DataConfig(Section):
-    """Where images come from. Each place is a dataset (a folder or `s3://` prefix with dataset.json), or anything that
+class DataConfig(ImportConfig):
+    """Where images come from. Each URI names a dataset (a folder or an `s3://` prefix with dataset.json), or anything that
     `ns data import` takes: class folders, loose images (pool only), a table, tars, an archive. `digits:labeled|pool|heldout`
     are scikit-learn's handwritten digits, split for the quickstart."""
 
     labeled: str
-    """Labeled images that teacher and students train on."""
+    """URI of the labeled images that teacher and students train on."""
     pool: str
-    """Unlabeled images; labels that may be there are ignored."""
+    """URI of the unlabeled images; labels that may be there are ignored."""
     heldout: str
-    """Human-labeled images that decide promotions. Never trained on."""
+    """URI of human-labeled images that decide promotions. They are never trained on."""
     test: str | None = None
-    """Human-labeled images that are only reported: no decision is taken on them, so that what is reported is not what was
-    optimized. Never trained on."""
-    max_rejected_share: float = Field(default=0.1, ge=0, le=1)
-    """Unreadable images are counted, listed and left out; a larger share than this stops the run."""
-    shard_samples: int = Field(default=10_000, ge=1, le=100_000)
-    """Images in a shard, at most."""
-    shard_mib: int = Field(default=256, ge=1, le=4096)
-    """MiB in a shard, at most."""
-    max_side: int | None = Field(default=None, ge=8, le=65536)
-    """Images with a longer side than this, px, are made smaller when they are imported; kept byte for byte if not given."""
+    """URI of human-labeled images that are only reported: they take part in no decision, so that the reported accuracy is not the one
+    that was optimized. They are never trained on."""
     leak_guard: Literal["exclude", "report", "off"] = "exclude"
-    """`exclude`: images of the pool that are also held out get no label, so that accuracy stays honest. `report`: only count them.
-    `off`: do not look; saves reading all images once."""
+    """What is done with images of the pool that are also held out. `exclude`: they get no label, so that accuracy stays honest.
+    `report`: they are only counted. `off`: there is no check, which saves reading all images once."""
     exclude: str | None = None
-    """A text file or URI with a key of the pool a line: these images get no label, as those withdrawn by their owners."""
+    """Path or URI of a text file with one key of the pool per line. These images get no label: their owners withdrew them, say."""
     near_duplicate_bits: int = Field(default=4, ge=0, le=8)
-    """Images count as the same picture when at most so many of the 64 bits of their perceptual hashes differ. Images with a side
+    """Two images count as the same picture if at most this many of the 64 bits of their perceptual hashes differ. Images with a side
     below 32 px are compared by their bytes only."""
 
     @model_validator(mode="after")
@@ -110,10 +80,11 @@ class DataConfig(Section):
         return self
 
 
+Crop = Literal["resized", "pad", "none"]
+
+
 class ModelConfig(Section):
     """A timm network."""
-
-    younger = ("test_margin_px",)
 
     arch: str = "efficientnet_b0"
     """Name of a timm architecture."""
@@ -122,16 +93,23 @@ class ModelConfig(Section):
     resolution: int = Field(default=224, ge=8, le=2048)
     """Training resolution, px."""
     test_resolution: int | None = Field(default=None, ge=8, le=2048)
-    """Evaluation and labeling resolution, px; the training resolution if not given."""
+    """Resolution of evaluation and labeling, px; the training resolution if not given."""
     test_margin_px: int = Field(default=32, ge=0, le=2048)
-    """Evaluation and labeling see the centered square of resolution / (resolution + this) of a photograph's short side. Paper: 32."""
+    """Margin around the part of a photograph that evaluation and labeling see: the centered square with resolution / (resolution +
+    margin) of the short side. Paper: 32."""
+    crop: Crop = "resized"
+    """Geometry of an image. `resized`: training sees a random part of it, labeling and evaluation its center; the paper's choice
+    for photographs. `pad`: training sees it shifted, with reflected borders; for small images. `none`: always the whole image."""
     reduce_stride: Literal[1, 2, 4, 8] = 1
-    """Divides the network's total stride by making its first strided convolutions dense: for images of 64 px and less."""
+    """Divisor of the network's total stride: its first strided convolutions become dense. For images of 64 px and less."""
     inference_precision: Literal["auto", Precision] = "auto"
-    """Of labeling and evaluation. `auto`: the fastest on the machine that trains the network. The model keeps it, so that its
-    labels do not depend on where they are made."""
+    """Precision of labeling and evaluation. `auto` goes by the hardware that trains the network: bfloat16 on GPUs of compute
+    capability 8.0 and above and on CPUs with AMX or AVX-512 instructions for it, float16 on GPUs of compute capability 7.x, float32
+    otherwise. The model keeps the precision, so that its labels do not depend on where they are made."""
+    inference_compile: bool = False
+    """Use torch.compile in labeling and evaluation of 50,000 images and more. It needs a C++ compiler, and takes up to a minute."""
     outputs: int | None = Field(default=None, ge=2)
-    """Model outputs; the number of classes of the labeled data if not given."""
+    """Number of outputs of the network; the number of classes of the labeled data if not given."""
 
     @field_validator("args")
     @classmethod
@@ -159,36 +137,32 @@ Aspect = Annotated[float, Field(ge=0.1, le=10)]
 class NoiseConfig(Section):
     """What makes the student noisy. The teacher labels without any of it."""
 
-    younger = ("randaugment_translate_px", "randaugment_cutout_px", "crop_area", "crop_aspect", "pad_px")
-
     dropout: float = Field(default=0.2, ge=0, lt=1)
-    """Before the classifier. Paper: 0.2 (B0, B1) to 0.5 (B6, B7, L2)."""
+    """Dropout rate before the classifier. Paper: 0.2 (B0, B1) to 0.5 (B6, B7, L2)."""
     stochastic_depth: float = Field(default=0.2, ge=0, lt=1)
     """Drop rate of the last block, growing linearly from 0 at the first. Paper: 0.2."""
     randaugment_layers: int = Field(default=2, ge=0, le=8)
-    """Operations applied to each image. Paper: 2; 0 turns RandAugment off."""
+    """Operations per image. Paper: 2; 0 turns RandAugment off."""
     randaugment_magnitude: float = Field(default=6, ge=0, le=30)
-    """Paper: none for B0 and B1, 6, 12, 15, 18, 24, 27 for B2…B7, 27 for L2, 5 for 32 px digits."""
+    """Magnitude of RandAugment. Paper: none for B0 and B1, 6, 12, 15, 18, 24, 27 for B2…B7, 27 for L2, 5 for 32 px digits."""
     randaugment: Literal["paper", "timm"] = "paper"
-    """`paper`: every drawn operation is applied, at ranges that go on beyond magnitude 10. `timm`: timm's, where an operation is
-    applied half of the time and the magnitude ends at 10."""
+    """Kind of RandAugment. `paper`: every drawn operation is applied, and ranges go on beyond magnitude 10. `timm`: an operation is
+    applied half of the time, and the magnitude ends at 10."""
     randaugment_translate_px: float | None = Field(default=None, ge=0, le=2048)
-    """Of `paper`: shift at magnitude 10. If not given, the paper's: 100, and an eighth of the resolution up to 64 px."""
+    """Shift at magnitude 10, px, of kind `paper`. If not given, the paper's 100, and an eighth of the resolution up to 64 px."""
     randaugment_cutout_px: float | None = Field(default=None, ge=0, le=1024)
-    """Of `paper`: half side of the gray square at magnitude 10; 0 takes it out of the operations that are drawn. If not given, the
-    paper's: 40, and an eighth of the resolution up to 64 px."""
-    crop: Literal["resized", "pad", "none"] = "resized"
-    """`resized`: a random part, the paper's for photographs. `pad`: reflect-pad and crop, for small images."""
+    """Half the side of the gray square at magnitude 10, px, of kind `paper`; 0 takes it out of the operations that are drawn. If not
+    given, the paper's 40, and an eighth of the resolution up to 64 px."""
     crop_area: tuple[Fraction, Fraction] = (0.08, 1.0)
-    """Of `resized`: least and greatest share of the image's area. Paper: 8 to 100 %."""
+    """Least and greatest share of the image's area, for model.crop `resized`. Paper: 8 to 100 %."""
     crop_aspect: tuple[Aspect, Aspect] = (3 / 4, 4 / 3)
-    """Of `resized`: least and greatest width / height. Paper: 3/4 to 4/3."""
+    """Least and greatest width / height of that part, for model.crop `resized`. Paper: 3/4 to 4/3."""
     pad_px: int | None = Field(default=None, ge=0, le=1024)
-    """Of `pad`: an image is shifted by at most so much each way; by an eighth of the resolution if not given. Paper: 4 at 32 px."""
+    """Largest shift in each direction, px, for model.crop `pad`; an eighth of the resolution if not given. Paper: 4 at 32 px."""
     flip: bool = True
-    """Mirror at random. Off for digits, text, and anything that has a handedness."""
+    """Mirror half of the images. Turn it off for digits, text, and anything that has a handedness."""
     cutout_px: int = Field(default=0, ge=0, le=1024)
-    """Side of a gray square put on every image after RandAugment. Paper: 16 at 32 px, none for photographs."""
+    """Side of a gray square that is put on every image after RandAugment, px. Paper: 16 at 32 px, none for photographs."""
 
     @field_validator("crop_area", "crop_aspect")
     @classmethod
@@ -199,47 +173,47 @@ class NoiseConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """How weights move (`noisy_student.md` §1.4)."""
+    """How weights are updated (arXiv:1911.04252 §3.1)."""
 
     name: Literal["rmsprop", "sgd", "adamw"] = "rmsprop"
-    """`rmsprop` has TensorFlow's semantics, as in the paper."""
+    """Algorithm; `rmsprop` has TensorFlow's semantics, as in the paper."""
     lr: float = Field(default=0.016, gt=0, le=10)
     """Peak learning rate for a labeled batch of 256; scaled linearly with the labeled batch."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Of `rmsprop` and `sgd` (Nesterov's)."""
+    """Momentum of `rmsprop` and `sgd` (Nesterov's)."""
     rms_decay: float = Field(default=0.9, ge=0, lt=1)
-    """Of `rmsprop`: decay of the mean squared gradient."""
+    """Decay of the mean squared gradient of `rmsprop`."""
     rms_epsilon: float = Field(default=1e-3, gt=0)
-    """Of `rmsprop`: added to the mean squared gradient, inside the square root."""
+    """Constant that `rmsprop` adds to the mean squared gradient, inside the square root."""
     weight_decay: float = Field(default=1e-5, ge=0, lt=1)
-    """L2 on everything but batch-norm parameters. Paper: 1e-5 (ImageNet), 1e-4 (SVHN)."""
+    """Factor of the L2 penalty on everything but batch-norm parameters. Paper: 1e-5 (ImageNet), 1e-4 (SVHN)."""
     schedule: Literal["staircase", "cosine"] = "staircase"
-    """`staircase`: falls by `staircase_factor` every `staircase_epochs`. `cosine`: to zero."""
+    """Course of the learning rate. `staircase`: it falls by `staircase_factor` every `staircase_epochs`. `cosine`: it falls to zero."""
     staircase_factor: float = Field(default=0.97, gt=0, le=1)
-    """What a drop leaves of the learning rate."""
+    """Share of the learning rate that a drop leaves."""
     staircase_epochs: float | None = Field(default=None, gt=0)
-    """Labeled epochs between drops. If not given, 2.4 of 350: the paper's 145 drops, however long the training is."""
+    """Labeled epochs between drops. If not given, 2.4 of 350: a training of any length has the paper's 145 drops."""
     warmup_epochs: float = Field(default=5, ge=0)
-    """Linear from zero, in labeled epochs."""
+    """Labeled epochs in which the learning rate rises linearly from zero."""
     clip_norm: float | None = Field(default=None, gt=0)
     """Largest gradient norm; not clipped if not given."""
 
 
 class FinetuneConfig(Section):
-    """The train/test resolution fix: a short training on plain labeled images, at the resolution of the test (paper §3). The
-    model from before it is kept, labels, and goes through the gate; the fine-tuned one is evaluated beside it."""
+    """The train/test resolution fix: a short training on plain labeled images, at the resolution of the test (arXiv:1911.04252 §3).
+    The model from before it is kept: it labels, and goes through the gate. The fine-tuned one is evaluated beside it."""
 
     resolution: int = Field(ge=8, le=2048)
-    """px. Paper: 800 for L2, which trained at 475."""
+    """Resolution of fine-tuning and of the fine-tuned model, px. Paper: 800 for L2, which trained at 475."""
     epochs: float = Field(default=1.5, gt=0)
     """Labeled epochs. Paper: 1.5."""
     frozen_share: float = Field(default=0.5, ge=0, le=1)
-    """Of the blocks, counted from the input: they and the stem keep their weights and statistics. The paper freezes shallow
-    layers, and does not say how many."""
+    """Share of the blocks, counted from the input, that keep their weights and statistics; the stem does too. The paper freezes
+    shallow layers, and does not say how many."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """The only noise that can be left on, as the reference code did unless told otherwise."""
+    """Dropout rate, the only noise that can be left on; the reference code leaves it on by default."""
     labeled_batch: int | None = Field(default=None, ge=2, le=65536)
-    """Labeled images a step; as in training if not given."""
+    """Labeled images per step; as in training if not given."""
     lr: float | None = Field(default=None, gt=0, le=10)
     """Learning rate for a batch of 256, scaled linearly; if not given, the last ones of the training's schedule."""
 
@@ -247,50 +221,53 @@ class FinetuneConfig(Section):
 class TrainConfig(Section):
     """How a network is trained. An epoch is a pass over the labeled images, as in the paper."""
 
-    younger = ("checkpoints_kept",)
-
     labeled_batch: int = Field(default=512, ge=2, le=65536)
-    """Labeled images a step."""
+    """Labeled images per step."""
     epochs: float = Field(default=350, gt=0)
-    """Labeled epochs. Paper: 700 for B0–B4, 350 for larger."""
+    """Length of the training in labeled epochs. Paper: 700 for B0–B4, 350 for larger."""
     optimizer: OptimizerConfig = OptimizerConfig()
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
-    """On labeled images and on hard pseudo-labels; never on soft ones."""
+    """Label smoothing on labeled images and on hard pseudo-labels, never on soft ones."""
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)
-    """Decay of the averaged weights that evaluate, teach and are kept; ramped as min(decay, (1 + step) / (10 + step))."""
+    """Decay of the averaged weights, which are the ones that are kept, evaluated and used for teaching. It is ramped up as
+    min(decay, (1 + step) / (10 + step))."""
     unlabeled_ratio: float = Field(default=3, ge=0, le=64)
     """Pseudo-labeled images per labeled image in a step; students only. Paper: 1 (B0), 3 (B1–B7), 14 and 28 (L2)."""
     pseudo_labels: Literal["soft", "hard"] = "soft"
-    """`soft`: the teacher's probabilities. `hard`: its best class; hurts where the teacher is unsure (below about 0.6)."""
+    """What a student learns from. `soft`: the teacher's probabilities. `hard`: its best class, which hurts where the teacher is unsure
+    (confidence below about 0.6)."""
     temperature: float = Field(default=1.0, gt=0, le=100)
-    """Of soft pseudo-labels: probabilities to the power 1/T, renormalized."""
+    """Temperature T of soft pseudo-labels: probabilities to the power 1/T, renormalized."""
     weighting: Literal["sum", "mean", "equal"] = "sum"
-    """Of the two mean losses, with r = unlabeled_ratio. `sum`: L + r U, as the reference code. `mean`: (L + r U) / (1 + r).
-    `equal`: L + U, as the paper's Algorithm 1."""
+    """Weights of the two mean losses L (labeled) and U (pseudo-labeled), with r = unlabeled_ratio. `sum`: L + r U, as in the reference
+    code. `mean`: (L + r U) / (1 + r). `equal`: L + U, as in the paper's Algorithm 1."""
     accumulate: int = Field(default=1, ge=1, le=4096)
-    """Parts that a step's batch is split into, one in memory at a time. The gradient is that of the whole batch; batch-norm
+    """Parts that a step's batch is split into; one part is in memory at a time. The gradient is that of the whole batch; batch-norm
     statistics are those of a part."""
     init: str = "scratch"
-    """`scratch`: random weights. `teacher`: a student starts from its teacher's averaged weights. Otherwise the path or URI of
-    a `.safetensors` file, or of a model's folder. Layers whose shapes differ start fresh; so does the classifier if the classes
-    do."""
-    precision: Literal["auto", Precision, "float32+compile", "bfloat16+compile", "float16+compile"] = "auto"
-    """Of the forward and backward pass; weights, statistics and losses are float32 always. `auto`: the fastest on the machine
-    where training begins, with torch.compile if that pays; a continued training keeps to it. float16 needs a GPU."""
+    """Weights that training starts from. `scratch`: random ones. `teacher`: a student starts from its teacher's averaged weights.
+    Otherwise the path or URI of a `.safetensors` file, or of a model's folder. Layers whose shapes differ start from random weights;
+    so does the classifier if the classes differ."""
+    precision: Literal["auto", Precision] = "auto"
+    """Precision of the forward and the backward pass; weights, statistics and losses are always float32. `auto` goes by the hardware
+    where training begins: bfloat16 on GPUs of compute capability 8.0 and above, float16 on those of 7.x, float32 on older ones and on
+    CPUs. A continued training keeps its precision. float16 needs a GPU."""
+    compile: bool = False
+    """Use torch.compile. It needs a C++ compiler, and takes up to a minute; without a compiler the network runs uncompiled."""
     finetune: FinetuneConfig | None = None
-    """A fine-tuning at another resolution after the training; none if not given."""
+    """Fine-tuning at another resolution after the training; none if not given."""
     checkpoint_seconds: float = Field(default=60, ge=0)
-    """Between training checkpoints, from which a killed training goes on."""
+    """Seconds between training checkpoints. A killed training continues from the last one."""
     checkpoints_kept: int = Field(default=2, ge=1, le=100)
-    """The last ones; a damaged one falls back on the one before."""
+    """Number of training checkpoints that are kept. If the newest is damaged, the one before it is used."""
     loader_workers: int = Field(default=1, ge=0, le=64)
-    """Processes that decode and augment for each that trains; 0 does it in the training process. The order of images does not
-    depend on it."""
+    """Processes that decode and augment, per training process; with 0, the training process does it. The order of images does not
+    depend on this number."""
     processes: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = "auto"
-    """Processes that train together on this machine, each on an equal part of every step's images. `auto`: one on each GPU; one
-    without a GPU. Ignored where torchrun started them, as on several nodes."""
+    """Processes that train together on this machine, each on an equal part of every step's images. `auto`: one per GPU, or one without
+    a GPU. Ignored where torchrun started the processes, as on several nodes."""
     tensorboard: bool = False
-    """Write the curves as TensorBoard events too, to `tensorboard/` in the run's folder."""
+    """Write the curves as TensorBoard events too, into `tensorboard/` in the run's folder."""
 
     @field_validator("init")
     @classmethod
@@ -301,12 +278,12 @@ class TrainConfig(Section):
 
     @property
     def init_uri(self) -> str | None:
-        """Where the weights are that training starts from, if they are neither random nor the teacher's."""
+        """URI of the weights that training starts from, if they are neither random nor the teacher's."""
         return None if self.init in ("scratch", "teacher") else self.init
 
     @property
     def pseudo_batch(self) -> int:
-        """Pseudo-labeled images in a student's step."""
+        """Pseudo-labeled images per step of a student."""
         return math.ceil(self.labeled_batch * self.unlabeled_ratio)
 
     @model_validator(mode="after")
@@ -323,7 +300,7 @@ class RoleConfig(Section):
     """A network with its noise and its training."""
 
     preset: Preset | None = None
-    """The paper's settings for a size of network; fields given here go before them. `b0` … `b7`, `l2`: for photographs.
+    """The paper's settings for a size of network; fields that are given here override them. `b0` … `b7`, `l2`: for photographs.
     `lite0` … `lite4`: for phones. `b0-small` … `b3-small`: for images of 32 px, not mirrored."""
     model: ModelConfig = ModelConfig()
     noise: NoiseConfig = NoiseConfig()
@@ -338,7 +315,7 @@ class RoleConfig(Section):
     @model_validator(mode="after")
     def _check_padding(self) -> Self:
         pad = self.noise.pad_px or 0
-        if self.noise.crop == "pad" and pad >= self.model.resolution:
+        if self.model.crop == "pad" and pad >= self.model.resolution:
             raise ValueError(f"noise.pad_px: {pad}: must be below model.resolution, {self.model.resolution} px")
         return self
 
@@ -350,41 +327,42 @@ class LabelingConfig(Section):
     """How the teacher labels the pool."""
 
     batch: int = Field(default=256, ge=1, le=8192)
-    """Images in a forward pass, in labeling and in evaluation."""
+    """Images per forward pass in labeling and in evaluation."""
     top_k: int = Field(default=10, ge=1, le=1000)
-    """Classes kept per image; the tail's mass is spread evenly. With at most 100 classes all are kept."""
+    """Classes that are kept per image; the mass of the others is spread evenly. With at most 100 classes all are kept."""
     tasks: int = Field(default=2, ge=1, le=50)
-    """Parallel labeling tasks, each over a range of shards."""
+    """Parallel labeling tasks; each labels a range of shards."""
     views: Views = "one"
-    """What the teacher's probabilities are averaged over. `flip`: the image and its mirror image. `five`: center and corners. `ten`:
-    these, mirrored too. Labeling takes as many times longer. Paper: one."""
+    """Views of an image that the teacher's probabilities are averaged over. `flip`: the image and its mirror image. `five`: center and
+    corners. `ten`: these five and their mirror images. Labeling takes longer by the number of views. Paper: one."""
     ensemble: tuple[str, ...] = ()
-    """Folders or URIs of further models, with the same classes, whose probabilities are averaged with the teacher's."""
+    """URIs of further models with the same classes, whose probabilities are averaged with the teacher's."""
     probabilities: Literal["float16", "log8"] = "float16"
-    """How they are kept. `log8`: a byte each, to 2 % of itself, down to 2⁻¹⁶; halves a label set."""
+    """Encoding of the kept probabilities. `float16`: two bytes each. `log8`: one byte each, exact to 2 % of the value, down to 2⁻¹⁶;
+    it halves a label set."""
 
 
 class SelectionConfig(Section):
-    """Which pseudo-labels a student sees, and how often (paper §3: filter, then balance)."""
+    """Which pseudo-labels a student sees, and how often (arXiv:1911.04252 §3.1: filter, then balance)."""
 
     policy: Literal["paper", "all"] = "paper"
-    """`paper`: confidence above the threshold, the most confident `per_class` of each class, rarer classes repeated.
-    `all`: every image above the threshold, once."""
+    """Rule of the selection. `paper`: of the images above the threshold, the most confident `per_class` of each class; images of rarer
+    classes are repeated. `all`: every image above the threshold, once."""
     min_confidence: float = Field(default=0.3, ge=0, lt=1)
-    """Images at or below this confidence are left out."""
+    """Threshold: images at or below this confidence are left out."""
     per_class: int = Field(default=130_000, ge=1)
-    """Images of each class after balancing."""
+    """Images per class after balancing."""
     repeat: bool = True
-    """Repeat images of classes that have fewer than `per_class`; each image at most `max_repeat` times."""
+    """Repeat images of classes that have fewer than `per_class`."""
     max_repeat: int = Field(default=100, ge=1)
-    """So that one image does not stand for a class. The paper has no such limit."""
+    """Largest number of copies of an image: one image should not stand for a class. The paper has no such limit."""
     classes_per_image: int = Field(default=1, ge=1, le=10)
-    """An image may be picked for so many of its best classes, by the probability of each (arXiv:1905.00546, P). Paper: 1."""
+    """Number of an image's best classes that it may be selected for, by the probability of each (arXiv:1905.00546, P). Paper: 1."""
     precision: float | None = Field(default=None, gt=0, lt=1)
-    """Wanted precision of the labels: each class's threshold is the lowest at which the held-out images vouch for it. Never lower
-    than `min_confidence`. Not used if not given."""
+    """Wanted precision of the labels. Each class's threshold is the lowest one at which the held-out images give evidence of this
+    precision, and never below `min_confidence`. If not given, `min_confidence` is the only threshold."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
-    """Of that precision: one-sided, of the Clopper–Pearson bound."""
+    """One-sided confidence level of the Clopper–Pearson bound on that precision."""
 
     @model_validator(mode="after")
     def _check_precision(self) -> Self:
@@ -399,34 +377,33 @@ SuiteName = Literal["clean", "corruptions", "perturbations", "attacks"]
 class GateConfig(Section):
     """When a student becomes the teacher."""
 
-    younger = ("max_mce_rise", "max_mfr_rise", "max_churn", "max_class_shrinkage", "min_audited_precision")
-
     level: float = Field(default=0.95, gt=0.5, lt=1)
-    """One-sided confidence of the bound on the gain in held-out top-1 accuracy."""
+    """One-sided confidence level of the bound on the gain in held-out top-1 accuracy."""
     min_gain: float = Field(default=0.0, ge=-1, le=1)
-    """Promote when the lower bound of the gain is above this. Below 0 it is a margin of non-inferiority."""
+    """Promote if the lower bound of the gain is above this. A value below 0 is a margin of non-inferiority."""
     max_class_drop: float | None = Field(default=None, gt=0, le=1)
-    """Refuse when any class loses more held-out accuracy than this."""
+    """Refuse if any class loses more held-out accuracy than this. No limit if not given."""
     max_mce_rise: float | None = Field(default=None, ge=0)
-    """Refuse when mCE on held-out images, of which the teacher has 100, rises by more than so many points. Needs `corruptions` in
-    evaluation.suites."""
+    """Refuse if the mCE on held-out images rises by more points than this; the teacher has 100. Needs `corruptions` in
+    evaluation.suites. No limit if not given."""
     max_mfr_rise: float | None = Field(default=None, ge=0)
-    """Refuse when mFR on held-out images, of which the teacher has 100, rises by more than so many points. Needs `perturbations` in
-    evaluation.suites."""
+    """Refuse if the mFR on held-out images rises by more points than this; the teacher has 100. Needs `perturbations` in
+    evaluation.suites. No limit if not given."""
     max_churn: float | None = Field(default=None, ge=0, le=1)
-    """Refuse when more than this share of the pool's labels differ from those of the generation before. No limit if not given, and
-    none on the first generation."""
+    """Refuse if more than this share of the pool's labels differs from those of the generation before. No limit if not given, and none
+    on the first generation."""
     max_class_shrinkage: float | None = Field(default=None, ge=0, le=1)
-    """Refuse when the selection keeps fewer images of any class than in the generation before, by more than this share."""
+    """Refuse if the selection keeps fewer images of any class than in the generation before, by more than this share. No limit if not
+    given."""
     min_audited_precision: float | None = Field(default=None, gt=0, lt=1)
-    """Refuse when people audited the generation's labels (`ns labels audit`), and the lower 95 % bound of the share that is right is
-    below this. Labels that nobody audited are not refused; the verdict says so."""
+    """Refuse if the generation's labels were audited (`ns labels audit`), and the lower 95 % bound of the share that is right is below
+    this. Labels without an audit are not refused; the verdict says so."""
     resamples: int = Field(default=10_000, ge=1000, le=1_000_000)
-    """Bootstrap resamples of the held-out images."""
+    """Number of bootstrap resamples of the held-out images."""
 
     @property
     def required_suites(self) -> dict[str, SuiteName]:
-        """Limits on robustness that are set → what they need to be measured, on held-out images."""
+        """Limits on robustness that are set → the suite that measures them on held-out images."""
         needs: dict[str, SuiteName] = {"max_mce_rise": "corruptions", "max_mfr_rise": "perturbations"}
         return {condition: suite for condition, suite in needs.items() if getattr(self, condition) is not None}
 
@@ -437,7 +414,7 @@ Corruption = Literal[
     "speckle_noise", "gaussian_blur", "spatter", "saturate",
 ]  # fmt: skip
 EXTRA_CORRUPTIONS: tuple[Corruption, ...] = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
-"""Published beside the 15 of the benchmark, for tuning on; in no mCE."""
+"""Published beside the 15 of the benchmark, for tuning on; they count for no mCE."""
 CORRUPTIONS: tuple[Corruption, ...] = tuple(name for name in get_args(Corruption) if name not in EXTRA_CORRUPTIONS)
 
 Perturbation = Literal[
@@ -453,16 +430,17 @@ class EvaluationSet(Section):
     """A further set of human-labeled images, on which every model is evaluated."""
 
     uri: str = Field(min_length=1)
-    """A dataset, anything that `ns data import` takes, or the folder of a ready-made benchmark."""
+    """URI of a dataset, of anything that `ns data import` takes, or of the folder of a published benchmark."""
     kind: Literal["images", "imagenet-c", "cifar10-c", "imagenet-p"] = "images"
-    """`images`: plain ones, for accuracy. The others are read as they were published: `imagenet-c` CORRUPTION/SEVERITY/CLASS/IMAGE,
-    `cifar10-c` CORRUPTION.npy and labels.npy, `imagenet-p` PERTURBATION/CLASS/SEQUENCE.mp4."""
+    """Layout. `images`: plain images, for accuracy. The others are read as they were published:
+    `imagenet-c` CORRUPTION/SEVERITY/CLASS/IMAGE, `cifar10-c` CORRUPTION.npy and labels.npy,
+    `imagenet-p` PERTURBATION/CLASS/SEQUENCE.mp4."""
     classes: Literal["all", "own"] | tuple[str, ...] = "all"
-    """Between which of the model's classes the answer is chosen. `own`: those that the set has, as ImageNet-A, -R and -O are scored:
-    the other outputs are left out before the softmax. Or the names of the classes."""
+    """Classes that the answer is chosen from: `all` of the model's; `own`, those that the set has, as ImageNet-A, -R and -O are scored;
+    or a list of names. The other outputs are left out before the softmax."""
     multi_label: str | None = None
-    """JSON or Parquet that names all the right classes of each image, as ReaL does (arXiv:2006.07159): an answer is right if it is
-    one of them; images that have none are left out."""
+    """URI of a JSON or Parquet file with all the right classes of each image, as ReaL has them (arXiv:2006.07159). An answer is right
+    if it is one of them; images without any are left out."""
 
     @model_validator(mode="after")
     def _check_kind_options(self) -> Self:
@@ -474,40 +452,42 @@ class EvaluationSet(Section):
 
 
 class EvaluationConfig(Section):
-    """What models are evaluated on, and how (docs/evaluation.md). Costs are printed before the work begins."""
+    """What models are evaluated on, and how (docs/evaluation.md). The cost is printed before the work begins."""
 
     suites: tuple[SuiteName, ...] = ("clean",)
-    """`clean`: accuracy, always part of it, since the gate decides by it. `corruptions`: 15 kinds at 5 severities (mCE).
-    `perturbations`: 10 kinds of short sequences (mFR, mT5D). `attacks`: FGSM and PGD. On data.test, if that is given, else on
-    data.heldout."""
+    """What is measured. `clean`: accuracy, which is always measured, since the gate decides by it. `corruptions`: 15 kinds at 5
+    severities (mCE). `perturbations`: 10 kinds of short sequences (mFR, mT5D). `attacks`: FGSM and PGD. Robustness is measured on
+    data.test, or on data.heldout if there is no data.test."""
     sets: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$")], EvaluationSet] = Field(default_factory=dict)
-    """Further sets of images, by name: lower-case letters, digits, dashes."""
+    """Further sets of images by name (lower-case letters, digits, dashes and underscores)."""
     images: int | None = Field(default=None, ge=1)
-    """Images of a set for corruptions, perturbations and attacks: a quick look. All if not given. They are drawn evenly over the
+    """Images per set for corruptions, perturbations and attacks, for a quick look; all if not given. They are drawn evenly over the
     classes, the same ones in every run. Clean accuracy is always that of all images."""
     seed: int = Field(default=0, ge=0, lt=2**31)
-    """Of that draw, and of corruptions and random starts. Not the experiment's: runs of other seeds see the same pixels."""
+    """Seed of that draw, of corruptions and of random starts. It does not depend on the experiment's seed: runs with other seeds see
+    the same pixels."""
     corruptions: tuple[Corruption, ...] = Field(default=CORRUPTIONS, min_length=1)
-    """Kinds; fewer than the 15 make no published mCE."""
+    """Kinds of corruptions; an mCE of fewer than the 15 is not the published one."""
     extra_corruptions: bool = False
-    """Add the 4 further kinds, which count for no mCE."""
+    """Measure the 4 further kinds of corruptions too, which count for no mCE."""
     severities: tuple[Severity, ...] = Field(default=(1, 2, 3, 4, 5), min_length=1)
-    """Of the corruptions."""
+    """Severities of the corruptions."""
     perturbations: tuple[Perturbation, ...] = Field(default=PERTURBATIONS, min_length=1)
-    """Kinds of sequences."""
+    """Kinds of perturbation sequences."""
     perturbation_frames: int = Field(default=31, ge=2, le=101)
-    """Images in a sequence. Published: about 31."""
+    """Images per perturbation sequence. Published: about 31."""
     fgsm_epsilons: tuple[Pixels, ...] = (2, 4, 8, 16)
-    """Largest change of a pixel, of 255, by one step along the gradient's sign. Paper: 2, 4, 8, 16."""
+    """Largest changes of a pixel, of 255, by one step along the gradient's sign. Paper: 2, 4, 8, 16."""
     pgd_steps: tuple[Annotated[int, Field(ge=1, le=1000)], ...] = (10, 50)
-    """Steps of projected gradient descent. Paper: 10; models that stand 10 may fall at 50 (`noisy_student.md` §6.5)."""
+    """Numbers of steps of projected gradient descent. Paper: 10; models that withstand 10 steps may fail at 50."""
     pgd_epsilon: Pixels = 16
-    """Largest change of a pixel, of 255. Paper: 16."""
+    """Largest change of a pixel by projected gradient descent, of 255. Paper: 16."""
     pgd_step_size: Pixels | None = None
-    """Of 255; 2.5 · pgd_epsilon / steps if not given (arXiv:1706.06083), which can reach the edge and come back."""
+    """Change of a pixel per step of projected gradient descent, of 255. If not given, 2.5 · pgd_epsilon / steps (arXiv:1706.06083),
+    which can reach the edge and come back."""
 
     keep_gib: float = Field(default=8, ge=0)
-    """Corrupted images are kept in the store for the next model, if those of a set are no more than this. Changes no result."""
+    """Corrupted images of a set are kept in the store for the next model if they take at most this many GiB. It changes no result."""
 
     @field_validator("suites", "corruptions", "severities", "perturbations", "fgsm_epsilons", "pgd_steps")
     @classmethod
@@ -518,12 +498,12 @@ class EvaluationConfig(Section):
 
     @property
     def needs_robustness(self) -> bool:
-        """Whether more than clean accuracy is asked for."""
+        """Whether more than clean accuracy is measured."""
         return any(suite != "clean" for suite in self.suites)
 
     @property
     def all_corruptions(self) -> tuple[Corruption, ...]:
-        """All corruptions that are asked for."""
+        """All corruptions that are measured, without duplicates."""
         extra = EXTRA_CORRUPTIONS if self.extra_corruptions else ()
         return tuple(dict.fromkeys((*self.corruptions, *extra)))
 
@@ -532,17 +512,17 @@ class ReportConfig(Section):
     """What the report shows."""
 
     pictures: int = Field(default=24, ge=0, le=200)
-    """Pseudo-labeled images shown in each group (most confident, least confident, flipped)."""
+    """Pseudo-labeled images per group (most confident, least confident, flipped)."""
 
 
 class RegistryConfig(Section):
-    """Where versions of label sets are kept (docs/labels.md). Changes no result, and is no part of any digest."""
+    """Where versions of label sets are kept (docs/labels.md). It changes no result, and is no part of any digest."""
 
     git: str = Field(min_length=1)
-    """URL or path of the label registry: a git repository of its own, which may be empty. Keys and passwords come from git's
+    """URL or path of the label registry: a separate git repository, which may be empty. Keys and passwords come from git's credential
     helpers, never from here."""
     remote: str | None = Field(default=None, min_length=1)
-    """Folder or `s3://bucket/prefix` for the data. Needed as long as the registry is empty; afterwards it knows."""
+    """Folder or `s3://bucket/prefix` for the data. It is needed while the registry is empty; afterwards the registry holds it."""
 
     @model_validator(mode="after")
     def _check_no_password(self) -> Self:
@@ -556,24 +536,24 @@ class Experiment(Section):
     """Everything that a run does."""
 
     name: str = Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")
-    """Lower-case letters, digits and dashes, at most 40: it becomes part of names of runs, tags and pods."""
+    """Name of the experiment, at most 40 lower-case letters, digits and dashes. It becomes part of names of runs, tags and pods."""
     seed: int = Field(default=0, ge=0, lt=2**31)
-    """Of weights, order, noise, ties and the bootstrap: equal seeds give equal runs on equal machines."""
+    """Seed of weights, order, noise, ties and the bootstrap. Equal seeds give equal runs on equal machines."""
     generations: int = Field(default=3, ge=1, le=MAX_GENERATIONS)
-    """Trips round the loop, at most; the gate may stop it earlier."""
+    """Largest number of generations; the gate may end the run earlier."""
     allow_smaller_student: bool = False
-    """The method wants students equal to or larger than their teacher; a smaller one is distillation."""
+    """Allow students that are smaller than their teacher, which is distillation; the method wants them equal or larger."""
     data: DataConfig
     teacher: RoleConfig = RoleConfig()
     students: tuple[RoleConfig, ...] = Field(default=(RoleConfig(),), min_length=1)
-    """One per generation; the last one serves all further generations."""
+    """Students, one per generation; the last one serves all further generations."""
     labeling: LabelingConfig = LabelingConfig()
     selection: SelectionConfig = SelectionConfig()
     gate: GateConfig = GateConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     report: ReportConfig = ReportConfig()
     registry: RegistryConfig | None = None
-    """Keeps a version of each generation's label set."""
+    """Label registry, which keeps a version of each generation's label set; none if not given."""
 
     @model_validator(mode="after")
     def _check_student_count(self) -> Self:
@@ -599,24 +579,24 @@ class Experiment(Section):
 
     @property
     def gate_evaluation(self) -> EvaluationConfig:
-        """What is measured of robustness on held-out images for the gate, beside what is reported: no attacks, for instance."""
+        """What is measured on held-out images for the gate: only the suites that its limits need."""
         return self.evaluation.model_copy(update={"suites": tuple(self.gate.required_suites.values())})
 
     def map_roles(self) -> dict[str, RoleConfig]:
-        """The first teacher and all students, by their place in the document."""
+        """The first teacher and all students, by field (`students.0`)."""
         return {"teacher": self.teacher} | {f"students.{index}": role for index, role in enumerate(self.students)}
 
     def map_uris(self) -> dict[str, str]:
-        """Folders, files and URIs that a run reads, by field; not the digits, which come with the code."""
+        """URIs that a run reads, by field; without `digits:`, which come with the code."""
         data, evaluation = self.data, self.evaluation
         uris = {f"data.{part}": getattr(data, part) for part in ("labeled", "pool", "heldout", "test", "exclude")}
         uris |= {f"labeling.ensemble.{index}": uri for index, uri in enumerate(self.labeling.ensemble)}
         for name, evaluation_set in evaluation.sets.items():
             uris |= {
-                f"evaluation.sets.{name}.place": evaluation_set.uri,
+                f"evaluation.sets.{name}.uri": evaluation_set.uri,
                 f"evaluation.sets.{name}.multi_label": evaluation_set.multi_label,
             }
-        uris |= {f"{uri}.train.init": role.train.init_uri for uri, role in self.map_roles().items()}
+        uris |= {f"{field}.train.init": role.train.init_uri for field, role in self.map_roles().items()}
         return {field: uri for field, uri in uris.items() if uri and not uri.startswith("digits:")}
 
     def get_student(self, generation: int) -> RoleConfig:
@@ -624,120 +604,11 @@ class Experiment(Section):
         return self.students[min(generation, len(self.students)) - 1]
 
 
-def resolve_preset(config_uri: str) -> str:
-    """The file of a preset (`quickstart`), or the file or URI itself."""
-    preset = importlib.resources.files("ns.config.presets") / f"{config_uri}.yaml"
-    return str(preset) if preset.is_file() and not Path(config_uri).exists() else config_uri
-
-
-def load_with_overrides(
-    config_uri: str, overrides: Iterable[str] = (), fields: Mapping[str, str | int] | None = None
-) -> Experiment:
-    """An experiment (a file, a URI or a preset) with what a run form changes: overrides, and values by field (`data.pool`), of which an
-    empty one or 0 leaves the field as the experiment has it."""
-    return load_experiment(
-        resolve_preset(config_uri), [*overrides, *(f"{name}={value}" for name, value in (fields or {}).items() if value)]
-    )
-
-
-def load_experiment(uri: str, overrides: Iterable[str] = ()) -> Experiment:
-    """Reads an experiment from a YAML file and applies `a.b=c` overrides (list items by index: `students.0.train.epochs=5`).
-
-    Raises ConfigError naming each wrong field with its path, its value and what would be right.
-    """
-    try:
-        document = yaml.safe_load(read_uri(uri))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{uri}: not YAML: {error}") from error
-    except StoreError as error:
-        hint = "" if "." in uri.rpartition("/")[2] else "; name a YAML file, or the preset quickstart"
-        raise ConfigError(f"config: {error}{hint}") from error
-    if not isinstance(document, dict):
-        raise ConfigError(f"{uri}: must be a mapping of fields, got {type(document).__name__}")
-    document = _copy_unshared(document)
-    for override in overrides:
-        _apply_override(document, override)
-    return parse_experiment(document, uri)
-
-
-def parse_experiment(document: dict[str, Any], uri: str) -> Experiment:
-    """Validates a document. `place` names it in messages."""
-    try:
-        return Experiment.model_validate(document)
-    except ValidationError as error:
-        raise ConfigError("\n".join(f"{uri}: {line}" for line in format_validation_error(error, Experiment))) from error
-
-
-def with_overrides(section: SectionT, overrides: Iterable[str]) -> SectionT:
-    """A section with `a.b=c` overrides. Raises ConfigError naming each wrong field."""
-    document = section.model_dump(mode="json")
-    for override in overrides:
-        _apply_override(document, override)
-    try:
-        return type(section).model_validate(document)
-    except ValidationError as error:
-        raise ConfigError("\n".join(f"--set: {line}" for line in format_validation_error(error, type(section)))) from error
-
-
-def with_uris(experiment: Experiment, uris: Mapping[str, str]) -> Experiment:
-    """An experiment that reads from other places, by field as `Experiment.places` has them."""
-    document = experiment.model_dump(mode="json", context=EVERY_FIELD)
-    for field, uri in uris.items():
-        node: Any = document
-        *sections, leaf = field.split(".")
-        for key in sections:
-            node = node[int(key) if isinstance(node, list) else key]
-        node[int(leaf) if isinstance(node, list) else leaf] = uri
-    return Experiment.model_validate(document)
-
-
-def dump_experiment(experiment: Experiment) -> str:
-    """YAML with every field, defaults included; `load` reads it back to an equal experiment."""
-    return yaml.safe_dump(experiment.model_dump(mode="json", context=EVERY_FIELD), sort_keys=False, allow_unicode=True)
-
-
 def _merge_sections(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """`given`, completed section by section. Arguments of a network are taken as a whole: another network has others."""
+    """`given`, completed section by section. Arguments of a network are taken as a whole: another network has other arguments."""
     merged = {**defaults, **given}
     for name, value in defaults.items():
         if isinstance(value, dict) and name != "args" and name in given:
             section = given[name].model_dump(exclude_unset=True) if isinstance(given[name], Section) else given[name]
             merged[name] = _merge_sections(value, section) if isinstance(section, dict) else section
     return merged
-
-
-def _copy_unshared(node: Any) -> Any:
-    """A copy in which YAML's aliases are separate: an override of the teacher must not reach a student that merges it."""
-    if isinstance(node, dict):
-        return {key: _copy_unshared(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_copy_unshared(value) for value in node]
-    return node
-
-
-def _apply_override(document: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    keys = path.split(".")
-    if not equals or not all(keys):
-        raise ConfigError(f"--set {override}: must look like a.b=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not YAML: {error}") from error
-    node: Any = document
-    for depth, key in enumerate(keys):
-        is_last = depth == len(keys) - 1
-        if isinstance(node, list):
-            if not key.isdigit() or int(key) >= len(node):
-                raise ConfigError(f"--set {override}: {key}: must be an index below {len(node)}")
-            index: Any = int(key)
-        elif isinstance(node, dict):
-            index = key
-            if not is_last and node.get(key) is None:
-                node[key] = {}
-        else:
-            raise ConfigError(f"--set {override}: {'.'.join(keys[:depth])} is a value, not a section")
-        if is_last:
-            node[index] = value
-        else:
-            node = node[index]

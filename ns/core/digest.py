@@ -80,13 +80,13 @@ EVALUATION_SOURCES = (
     "evaluation/accuracy.py",
     "evaluation/multi_label.py",
     "evaluation/result.py",
-    "evaluation/subsample.py",
+    "data/subsample.py",
 )
 ROBUSTNESS_SOURCES = (*EVALUATION_SOURCES, "evaluation/robustness")
 DISTORTION_SOURCES = (
     "data/loading/decode.py",
     "evaluation/robustness/corruptions.py",
     "evaluation/robustness/render.py",
-    "evaluation/subsample.py",
+    "data/subsample.py",
 )
 LABELING_SOURCES = (*INFERENCE_SOURCES, "labeling/predict.py", "labeling/label_set.py")

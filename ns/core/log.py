@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, TypedDict
 
 import structlog
 
@@ -20,6 +20,48 @@ EVENTS_VARIABLE = "NS_EVENTS"
 # Progress is for eyes: more often than this is noise in a log.
 PROGRESS_SECONDS = 0.25
 LAST_LINES = 15
+
+
+class StageEvent(TypedDict, total=False):
+    """A line of NS_EVENTS: what a stage says while it runs. Only `event` is always there."""
+
+    event: Required[str]
+    """started, progress, finished or failed; noted or state where a run is watched from outside; else the text of a log line."""
+    stage: str
+    generation: int
+    shards: str
+    """Range START-STOP that a labeling task works on."""
+    pid: int
+    at: float
+    """Seconds since 1970."""
+    level: str
+    timestamp: str
+    seconds: float
+    reused: bool
+    quiet: bool
+    """Whether a terminal passes over the end of the stage."""
+    state: str
+    """As KFP has it: RUNNING, FAILED, …"""
+    error: str
+    exit_code: int
+    done: int
+    total: int
+    unit: str
+    per_second: float
+    loss: float
+    forward_passes: int
+    labeled: int
+    pool: int
+    heldout: int
+    test: int
+    images: int
+    kept: int
+    steps: int
+    parameters: int
+    top1: float
+    corruption_error: float
+    promoted: bool
+    gain: float
 
 
 def configure_logging(*, level: int = logging.INFO) -> None:

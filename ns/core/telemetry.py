@@ -59,7 +59,7 @@ class _OptionalGauge(Gauge):
 
 BUILD = Gauge("nst_build_info", "Version of this package; always 1.", ["version"], registry=REGISTRY)
 RUN = Gauge("nst_run_info", "What this process works on; always 1.", ["run_id", "config_digest", "teacher"], registry=REGISTRY)
-GENERATION = Gauge("nst_iteration", "Generation under way; 0 is the first teacher.", registry=REGISTRY)
+GENERATION = Gauge("nst_generation", "Generation under way; 0 is the first teacher.", registry=REGISTRY)
 STAGE = Gauge("nst_stage_running", "1 while the step is at work, 0 once it is done.", ["stage"], registry=REGISTRY)
 STAGE_SECONDS = Histogram(
     "nst_stage_duration_seconds",
@@ -176,7 +176,9 @@ GAIN = Gauge(
     "nst_loop_gain_ratio", "Top-1 of the student less that of its teacher: value, low, high.", ["bound"], registry=REGISTRY
 )
 GATE = _OptionalGauge("nst_gate_passed", "1 if the student becomes the teacher, 0 if it is refused.", registry=REGISTRY)
-GATE_CONDITION = Gauge("nst_gate_guard_passed", "1 if a condition of the gate holds, 0 if not.", ["guard"], registry=REGISTRY)
+GATE_CONDITION = Gauge(
+    "nst_gate_condition_passed", "1 if a condition of the gate holds, 0 if not.", ["condition"], registry=REGISTRY
+)
 
 # --- Pushed once, at the end of a run
 

@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ns.config.schema import ModelConfig, Precision, Views
+from ns.config.schema import Precision, Views
 from ns.core import log, telemetry
 from ns.core.errors import DataError
 from ns.core.malloc import keep_freed_memory
@@ -28,7 +28,7 @@ from ns.data.index import ShardIndex
 from ns.data.loading.decode import EncodedJpeg, allocate_images
 from ns.data.loading.shard_reader import ImageSource
 from ns.modeling import factory as models
-from ns.modeling.precision import PrecisionMode, Workload, choose
+from ns.modeling.precision import PrecisionMode, can_compile, warn_if_emulated
 from ns.storage import Store
 
 ImageInput = EncodedJpeg | bytes | npt.NDArray[np.uint8]
@@ -47,7 +47,7 @@ nothing at all meanwhile (ResNet-18, 64 px, two cores: 0.90 of the network's own
 
 
 COMPILE_FROM_IMAGES = 50_000
-"""With fewer, not even the second that it takes to find out whether compiling pays is well spent."""
+"""Compiling takes up to a minute: with fewer images it does not pay."""
 
 
 WINDOWS = ((0.5, 0.5), (0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0))
@@ -63,18 +63,6 @@ class ShardPredictions:
     """[N, classes]; rows of unreadable images are NaN."""
     errors: dict[int, str]
     """Row → why the image could not be read."""
-
-
-def make_inference_workload(network: nn.Module, model: ModelConfig, batch: int) -> Workload:
-    """What a network does in labeling and evaluation, to be measured."""
-    return Workload(
-        "infer",
-        network,
-        batch,
-        model.inference_resolution,
-        next(network.parameters()).device,
-        models.describe_architecture(model),
-    )
 
 
 class _Chunk(NamedTuple):
@@ -110,17 +98,15 @@ class Predictor:
             keep_freed_memory()
         self._network = network.to(self._device).requires_grad_(False)
         configured = self.manifest.model.inference_precision
-        # A card that no training wrote names none.
+        # Training keeps a precision in the manifest; a manifest without one is not of a training.
         precision: Precision = "float32" if configured == "auto" else configured
-        self.mode = PrecisionMode(precision)
-        if images >= COMPILE_FROM_IMAGES:
-            self.mode = choose(
-                make_inference_workload(self._network, self.manifest.model, batch), images=images, precisions=[precision]
-            )
+        warn_if_emulated(precision, self._device)
+        compiles = self.manifest.model.inference_compile and images >= COMPILE_FROM_IMAGES
+        self.mode = PrecisionMode(precision, compiled=compiles and can_compile(self._device))
         self.forward_pass = self.mode.prepare_network(self._network)
         self._normalize = models.Normalize(self.manifest.mean, self.manifest.std).to(self._device)
         self._resolution = self.manifest.model.inference_resolution
-        crop = self.manifest.noise.crop
+        crop = self.manifest.model.crop
         margin = self.manifest.model.test_margin_px if crop == "resized" else self._resolution // 8
         keeps_margin = views in ("five", "ten") and margin > 0
         self._transform = EvalTransform(self._resolution, crop, margin, whole=keeps_margin)

@@ -10,6 +10,17 @@ from ns.core.digest import digest_json
 from ns.core.errors import DataError
 from ns.storage import Store
 
+SCHEMA_VERSION = 1
+"""Part of every digest. Raise it when a default value, or what a value means, changes: digests leave defaults out."""
+
+
+def dump_hashed_fields(model: BaseModel, exclude: Any = None) -> dict[str, Any]:
+    """The JSON value that the digest of a model is taken of: the fields that differ from their defaults, and the schema's version.
+
+    `exclude` is pydantic's: the fields that are no part of the identity.
+    """
+    return {"schema": SCHEMA_VERSION, **model.model_dump(mode="json", exclude_defaults=True, exclude=exclude)}
+
 
 class JsonDocument(BaseModel):
     """A frozen JSON object with known fields, kept as one file in a store."""
@@ -53,8 +64,8 @@ class HashedDocument(JsonDocument):
     """A document with an identity, which is written beside its fields and checked when it is read."""
 
     def hashed_fields(self) -> Any:
-        """The JSON value that the digest is taken of: what the document says, without names and places."""
-        return self.model_dump(mode="json")
+        """The JSON value that the digest is taken of: the content, without names and addresses."""
+        return dump_hashed_fields(self)
 
     @property
     def digest(self) -> str:

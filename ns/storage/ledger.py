@@ -32,7 +32,7 @@ class Ledger:
 
     def compute_digest(self, stage: str, inputs: Mapping[str, Any]) -> str:
         """The digest under which a step with these inputs is recorded. Inputs hold digests and plain values, never places."""
-        return digest_json({"step": stage, "inputs": dict(inputs)})
+        return digest_json({"stage": stage, "inputs": dict(inputs)})
 
     def find_entry(self, stage: str, entry_digest: str) -> LedgerEntry | None:
         """The entry, if the step is done and all its outputs are still there."""

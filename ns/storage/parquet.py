@@ -25,8 +25,11 @@ def write_table(store: Store, key: str, table: pa.Table) -> None:
     store.put(key, encode_table(table))
 
 
-def encode_table(table: pa.Table) -> bytes:
-    """The bytes that `write_table` writes, for callers that need their digest."""
+def encode_table(table: pa.Table, *, use_dictionary: bool = True) -> bytes:
+    """The bytes that `write_table` writes, for callers that need their digest.
+
+    `use_dictionary=False` saves the time of looking for repeated values where there are none, as in encoded images.
+    """
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd", use_dictionary=use_dictionary)
     return sink.getvalue()

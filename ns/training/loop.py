@@ -19,7 +19,7 @@ from ns.data.loading.stream import Batch, LabeledImages, PseudoLabeledImages, Tr
 from ns.modeling import factory as models
 from ns.modeling.distributed import SINGLE, World
 from ns.modeling.manifest import MEAN, STD
-from ns.modeling.precision import PrecisionMode, Workload, choose, list_supported_precisions, workable
+from ns.modeling.precision import PrecisionMode, can_compile, resolve_mode, warn_if_emulated
 from ns.storage import Store
 from ns.training import checkpoint
 from ns.training.checkpoint import TrainingState
@@ -38,12 +38,13 @@ class TrainingResult:
     """The averaged weights, on the CPU."""
     steps: int
     history: list[dict[str, float]]
-    """At most HISTORY_POINTS points; each is a mean since the one before."""
+    """At most HISTORY_POINTS points, each a mean over the steps since the point before."""
     seconds: float
+    """Seconds of training, interruptions left out."""
     waited_seconds: float
-    """Of these, since the last start, spent waiting for images."""
+    """Seconds spent waiting for images since the last start."""
     mode: str
-    """How the network was run (`ns.modeling.precision.Mode`)."""
+    """`str` of the `PrecisionMode` that the network ran in."""
 
 
 def train_model(
@@ -58,12 +59,12 @@ def train_model(
     world: World = SINGLE,
     monitor: Monitor | None = None,
 ) -> TrainingResult:
-    """Trains `network` (fresh or warm) on labeled and, for a student, pseudo-labeled images. Continues from the newest
-    checkpoint in `checkpoints`, bit for bit on the CPU, and leaves a checkpoint behind when asked to stop.
+    """Trains `network`, fresh or warm, on labeled images and, for a student, on pseudo-labeled ones.
 
-    All processes of `world` call this with the same arguments; the first one writes. `monitor` shows how it goes.
+    Continues from the newest checkpoint in `checkpoints`, on the CPU bit for bit, and leaves a checkpoint behind when asked to stop.
+    All processes of `world` call this with the same arguments; the main one writes.
 
-    Raises TrainingError when the loss is not finite or memory does not suffice, Interrupted after SIGTERM or SIGINT.
+    Raises TrainingError if the loss is not finite or memory does not suffice, Interrupted after SIGTERM or SIGINT.
     """
     device = models.get_best_device()
     if device.type == "cpu":
@@ -74,31 +75,11 @@ def train_model(
     _check_rank_parts(config, pseudo_batch, world)
 
     network = network.to(device)
-    normalize = models.Normalize(MEAN, STD).to(device)
     optimizer = make_optimizer(network, config.optimizer)
     state = TrainingState(network, Ema(network, config.ema_decay), optimizer)
-    workload = make_training_workload(network, plan.role, images_per_step // config.accumulate // world.world_size)
-    if checkpoint.restore_state(checkpoints, state):
-        saved_mode = state.mode
-        state.mode = PrecisionMode.parse(world.broadcast(lambda: str(workable(workload, saved_mode))))
-        log.get_logger().info("training continues", step=state.step, of=steps, mode=str(state.mode))
-        if state.mode != saved_mode:
-            log.get_logger().warning(
-                "cannot compile here: what comes out is equal to rounding only", mode=str(state.mode), begun=str(saved_mode)
-            )
-    else:
-        images = steps * images_per_step // world.world_size
-        precision = config.precision
-        state.set_mode(
-            PrecisionMode.parse(
-                world.broadcast(lambda: str(_resolve_mode(precision, workload, images=images, is_single=world.world_size == 1)))
-            )
-        )
-    if len(set(rank_steps := world.all_gather(state.step))) > 1:
-        raise TrainingError(f"processes found different checkpoints in {checkpoints.uri}: of steps {rank_steps}; start again")
-    mode, scaler = state.mode, state.scaler
-    forward = world.wrap_ddp(network, mode.prepare_network)
-
+    _restore_or_begin(state, checkpoints, world, config=config, steps=steps, device=device)
+    forward = world.wrap_ddp(network, state.mode.prepare_network)
+    normalize = models.Normalize(MEAN, STD).to(device)
     batches = TrainingBatches(
         labeled,
         pseudo if pseudo_batch else None,
@@ -110,9 +91,9 @@ def train_model(
         rank=world.rank,
         world_size=world.world_size,
     )
-    cuda = device.type == "cuda"
-    source = iterate_batches(batches, start=state.step, stop=steps, workers=config.loader_workers, pin_memory=cuda)
-    timed_batches = _TimedBatches(source)
+    timed_batches = _TimedBatches(
+        iterate_batches(batches, start=state.step, stop=steps, workers=config.loader_workers, pin_memory=device.type == "cuda")
+    )
     metrics = _MetricAccumulator(
         state,
         world,
@@ -120,9 +101,6 @@ def train_model(
         images_per_step=images_per_step,
         is_student=pseudo_batch > 0,
     )
-    started = saved_at = time.monotonic()
-    seconds_before = state.seconds
-    lr = 0.0
 
     network.train()
     for name in plan.frozen_batchnorms:
@@ -137,66 +115,122 @@ def train_model(
         active_monitor.on_train_start(
             step=state.step, steps=steps, images_per_step=images_per_step, checkpoint_seconds=config.checkpoint_seconds
         )
-
-        def check_finite() -> None:
-            if (bad_step := metrics.first_nonfinite()) is not None:
-                raise _make_nonfinite_error(bad_step, plan.lr_at(bad_step), batches.list_keys(bad_step), seed, active_monitor)
-
+        recorder = _StepRecorder(state, plan, world, metrics, batches, active_monitor, writer, stop, seed)
         for batch in timed_batches:
             # Dropout and stochastic depth follow from (seed, step), like the data: a resumed step draws the same noise.
-            # Processes draw apart from each other.
+            # Each rank draws its own.
             torch.manual_seed(seed * 1_000_003 + state.step + (world.rank << 48))
             lr = plan.lr_at(state.step)
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
             optimizer.zero_grad(set_to_none=True)
-            for last, part in split_batch(batch, config.accumulate):
+            for is_last, part in split_batch(batch, config.accumulate):
                 images = normalize(part.images.to(device, non_blocking=True))  # [B+U, 3, H, W] float32
-                class_ids = part.class_ids.to(device, non_blocking=True)
-                targets = part.targets.to(device, non_blocking=True)
-                with world.sync_grads_on(forward, last):
-                    with mode.autocast(device):
+                class_ids = part.class_ids.to(device, non_blocking=True)  # [B] int64
+                targets = part.targets.to(device, non_blocking=True)  # [U, C] float32
+                with world.sync_grads_on(forward, is_last):
+                    with state.mode.autocast(device):
                         logits = forward(images)
-                    logits = logits.float()[:, :classes]  # [B+U, C]
+                    logits = logits.float()[:, :classes]  # [B+U, C] float32
                     loss = compute_losses(logits, class_ids, targets, config)
-                    scaler.scale(loss.total / config.accumulate).backward()  # type: ignore[no-untyped-call]
+                    state.scaler.scale(loss.total / config.accumulate).backward()  # type: ignore[no-untyped-call]
                 metrics.update(loss, logits, class_ids, targets, share=1 / config.accumulate)
             if config.optimizer.clip_norm is not None:
-                scaler.unscale_(optimizer)
+                state.scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(network.parameters(), config.optimizer.clip_norm)
-            scaler.step(optimizer)
-            scaler.update()
+            state.scaler.step(optimizer)
+            state.scaler.update()
             state.ema.update(state.step)
-
             state.step += 1
-            if metrics.end_step():
-                check_finite()
-                metrics.log_point(lr)
-                active_monitor.on_log(state.history)
-            now = time.monotonic()
-            state.seconds = seconds_before + now - started
-            active_monitor.on_step_end(state.step, timed_batches.seconds)
-            must_stop, must_save = world.any_rank(stop.is_set(), now - saved_at >= config.checkpoint_seconds)
-            if must_stop or must_save:
-                check_finite()  # a checkpoint must be worth coming back to
-                if world.is_main:
-                    writer.save(state)
-                saved_at = time.monotonic()
-                active_monitor.on_checkpoint()
-            if must_stop:
-                if world.is_main:
-                    writer.wait_for_write()
-                world.barrier()
-                raise Interrupted(f"stopped at step {state.step} of {steps}; the same command continues there")
-        check_finite()
+            recorder.end_step(lr, timed_batches.seconds)
+        recorder.check_finite()
 
     weights = {name: value.detach().cpu() for name, value in state.ema.shadow.items()}
-    return TrainingResult(weights, state.step, state.history, state.seconds, timed_batches.seconds, str(mode))
+    return TrainingResult(weights, state.step, state.history, state.seconds, timed_batches.seconds, str(state.mode))
+
+
+def _restore_or_begin(
+    state: TrainingState, checkpoints: Store, world: World, *, config: TrainConfig, steps: int, device: torch.device
+) -> None:
+    """Loads the newest checkpoint, or chooses the precision of a training that begins.
+
+    Raises TrainingError if the processes found different checkpoints.
+    """
+    if checkpoint.restore_state(checkpoints, state):
+        warn_if_emulated(state.mode.precision, device)
+        state.mode = state.mode._replace(compiled=state.mode.compiled and can_compile(device))
+        log.get_logger().info("training continues", step=state.step, of=steps, mode=str(state.mode))
+    else:
+        state.set_mode(PrecisionMode.parse(world.broadcast(lambda: str(_resolve_training_mode(config, device)))))
+    if len(set(rank_steps := world.all_gather(state.step))) > 1:
+        raise TrainingError(f"processes found different checkpoints in {checkpoints.uri}: of steps {rank_steps}; start again")
+
+
+@dataclass
+class _StepRecorder:
+    """What follows a step: its record, and a checkpoint when one is due."""
+
+    state: TrainingState
+    plan: TrainingPlan
+    world: World
+    metrics: "_MetricAccumulator"
+    batches: TrainingBatches
+    monitor: Monitor
+    writer: checkpoint.CheckpointWriter
+    stop: threading.Event
+    seed: int
+
+    def __post_init__(self) -> None:
+        self._started = self._saved_at = time.monotonic()
+        self._seconds_before = self.state.seconds
+
+    def end_step(self, lr: float, waited_seconds: float) -> None:
+        """Records the step. Raises TrainingError if a loss was not finite, Interrupted after a signal to stop."""
+        if self.metrics.end_step():
+            self.check_finite()
+            self.metrics.log_point(lr)
+            self.monitor.on_log(self.state.history)
+        now = time.monotonic()
+        self.state.seconds = self._seconds_before + now - self._started
+        self.monitor.on_step_end(self.state.step, waited_seconds)
+        is_due = now - self._saved_at >= self.plan.train_config.checkpoint_seconds
+        must_stop, must_save = self.world.any_rank(self.stop.is_set(), is_due)
+        if must_stop or must_save:
+            self._save_checkpoint()
+        if must_stop:
+            if self.world.is_main:
+                self.writer.wait_for_write()
+            self.world.barrier()
+            raise Interrupted(f"stopped at step {self.state.step} of {self.plan.steps}; the same command continues there")
+
+    def check_finite(self) -> None:
+        """Raises TrainingError if the loss of a step so far was not finite, and writes down the images of that step."""
+        step = self.metrics.first_nonfinite()
+        if step is None:
+            return
+        lr = self.plan.lr_at(step)
+        keys_by_kind = dict(zip(("labeled", "pseudo_labeled"), self.batches.list_keys(step), strict=False))
+        # Images, noise and order follow from (seed, step): the step comes again whenever training continues before it.
+        document = {"step": step, "learning_rate": lr, "seed": self.seed, **keys_by_kind}
+        uri = self.monitor.write_document("not-finite.json", document)
+        raise TrainingError(
+            f"the loss was not finite in step {step} at learning rate {lr:.3g}; "
+            + (f"its images are listed in {uri}; " if uri else "")
+            + "lower train.optimizer.lr, or set train.optimizer.clip_norm"
+        )
+
+    def _save_checkpoint(self) -> None:
+        # A checkpoint of a broken state would break every later attempt.
+        self.check_finite()
+        if self.world.is_main:
+            self.writer.save(self.state)
+        self._saved_at = time.monotonic()
+        self.monitor.on_checkpoint()
 
 
 class _TimedBatches:
-    """Passes batches on, and adds up the seconds that the loop waited for them."""
+    """Passes batches on, and adds up the seconds that the loop waits for them."""
 
     def __init__(self, batches: Iterator[Batch]) -> None:
         self._batches = batches
@@ -212,20 +246,10 @@ class _TimedBatches:
             yield batch
 
 
-def make_training_workload(network: nn.Module, role: RoleConfig, batch: int) -> Workload:
-    """What a network does in a step, to be measured."""
-    device = next(network.parameters()).device
-    return Workload("train", network, batch, role.model.resolution, device, models.describe_architecture(role.model))
-
-
-def _resolve_mode(precision: str, workload: Workload, *, images: int, is_single: bool) -> PrecisionMode:
-    """The mode that a configuration asks for, if it works here, or the fastest. What compiling saves is only known of a process alone."""
-    if precision == "auto":
-        return choose(workload, images=images if is_single else 0)
-    mode = PrecisionMode.parse(precision)
-    if mode.precision not in list_supported_precisions(workload.device):
-        raise ConfigError(f"train.precision: invalid value {precision!r} on {workload.device.type}: float16 needs a GPU")
-    return workable(workload, mode)
+def _resolve_training_mode(config: TrainConfig, device: torch.device) -> PrecisionMode:
+    if config.precision == "float16" and device.type != "cuda":
+        raise ConfigError(f"train.precision: invalid value 'float16' on {device.type}: float16 needs a GPU")
+    return resolve_mode(config.precision, compiled=config.compile, task="train", device=device)
 
 
 def _check_rank_parts(config: TrainConfig, pseudo_batch: int, world: World) -> None:
@@ -239,10 +263,9 @@ def _check_rank_parts(config: TrainConfig, pseudo_batch: int, world: World) -> N
 
 
 def split_batch(batch: Batch, parts: int) -> Iterator[tuple[bool, Batch]]:
-    """Equal parts of a batch, each with its share of labeled images first and of pseudo-labeled ones after them, and whether
-    it is the last one.
+    """Yields the equal parts of a batch, each with its labeled images first, and whether it is the last one.
 
-    Means over the parts' losses are means over the batch. Raises ValueError if they cannot be equal.
+    The mean over the parts' losses is the mean over the batch. Raises ValueError if the parts cannot be equal.
     """
     if parts == 1:
         yield True, batch
@@ -257,7 +280,7 @@ def split_batch(batch: Batch, parts: int) -> Iterator[tuple[bool, Batch]]:
 
 
 class _MetricAccumulator:
-    """Means of what a step measures, over all processes, gathered on the device and read back once a point."""
+    """Means of what a step measures over all processes. They are added up on the device and read back once per point."""
 
     def __init__(self, state: TrainingState, world: World, *, log_every: int, images_per_step: int, is_student: bool) -> None:
         self._state = state
@@ -269,7 +292,7 @@ class _MetricAccumulator:
         self._bad_step: Tensor | None = None
 
     def update(self, loss: Losses, logits: Tensor, class_ids: Tensor, targets: Tensor, *, share: float) -> None:
-        """Adds what one part of a batch, `share` of it, says."""
+        """Adds the measurements of one part of a batch. logits float32 [B+U, C], class_ids int64 [B], targets float32 [U, C]."""
         with torch.no_grad():
             predicted = logits.argmax(1)
             correct = (predicted[: len(class_ids)] == class_ids).float().mean()
@@ -279,25 +302,25 @@ class _MetricAccumulator:
         self._step_sums = values if self._step_sums is None else self._step_sums + values
 
     def end_step(self) -> bool:
-        """Ends a step. Whether a point is due."""
+        """Ends a step. Returns whether a point of the history is due."""
         state = self._state
         assert self._step_sums is not None
         values, self._step_sums = self._world.all_reduce_mean(self._step_sums), None
         if self._bad_step is None:
             self._bad_step = torch.tensor(-1, device=values.device)
-        # Which step was the first: remembered on the device, for asking it at every step would hold a GPU up.
+        # The first bad step is remembered on the device: to read it at every step would make a GPU wait.
         self._bad_step = torch.where((self._bad_step < 0) & ~values[0].isfinite(), state.step - 1, self._bad_step)
         state.metric_sums = values if state.metric_sums is None else state.metric_sums.to(values.device) + values
         state.summed_steps += 1
         return state.step % self._log_every == 0
 
     def first_nonfinite(self) -> int | None:
-        """The first step, counted from 0, whose loss was not finite."""
+        """The first step, counted from 0, whose loss was not finite; None if all were."""
         step = -1 if self._bad_step is None else int(self._bad_step)
         return step if step >= 0 else None
 
     def log_point(self, lr: float) -> None:
-        """Makes a point of the history of the steps since the one before."""
+        """Adds a point to the history: the means over the steps since the point before."""
         state = self._state
         assert state.metric_sums is not None
         total, labeled, pseudo, correct, agreement = (state.metric_sums / state.summed_steps).tolist()
@@ -316,29 +339,17 @@ class _MetricAccumulator:
         state.history.append(point)
 
 
-def _make_nonfinite_error(step: int, lr: float, keys: list[list[str]], seed: int, monitor: Monitor) -> TrainingError:
-    """Says so, and leaves what it takes to look at that step again."""
-    keys_by_kind = dict(zip(("labeled", "pseudo_labeled"), keys, strict=False))
-    # Images, noise and order follow from (seed, step): the step comes again whenever training continues before it.
-    uri = monitor.write_document("not-finite.json", {"step": step, "learning_rate": lr, "seed": seed, **keys_by_kind})
-    return TrainingError(
-        f"the loss was not finite in step {step} at learning rate {lr:.3g}; "
-        + (f"its images are listed in {uri}; " if uri else "")
-        + "lower train.optimizer.lr, or set train.optimizer.clip_norm"
-    )
-
-
 @contextmanager
 def _explain_out_of_memory(role: RoleConfig) -> Iterator[None]:
-    """Says which settings to lower when memory does not suffice for a step."""
+    """Names the settings to lower if memory does not suffice for a step."""
     try:
         yield
-    except RuntimeError as error:  # torch's own error for GPUs is one
+    except RuntimeError as error:  # torch.OutOfMemoryError is a RuntimeError
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         train = role.train
         raise TrainingError(
-            f"out of memory with {train.labeled_batch} labeled images a step, unlabeled_ratio {train.unlabeled_ratio:g}, "
+            f"out of memory with {train.labeled_batch} labeled images per step, unlabeled_ratio {train.unlabeled_ratio:g}, "
             f"{role.model.resolution} px, in {train.accumulate} part{'s' * (train.accumulate > 1)}: "
             f"raise train.accumulate (to {2 * train.accumulate}), or lower train.labeled_batch or model.resolution"
         ) from error
@@ -346,15 +357,15 @@ def _explain_out_of_memory(role: RoleConfig) -> Iterator[None]:
 
 @contextmanager
 def _explain_dead_loaders(stop: threading.Event) -> Iterator[None]:
-    """Says in one line that a data loader's process was killed: torch raises that in the middle of whatever is being done."""
+    """Explains in one line that a data loader's process was killed; torch raises that at any point of the loop."""
     try:
         yield
     except RuntimeError as error:
-        # An error of a worker's own says "Caught … in DataLoader worker process".
+        # An error that a worker raised reads "Caught … in DataLoader worker process".
         if "DataLoader worker (pid" not in str(error):
             raise
         if stop.is_set():
-            # A signal to the whole process group. The step under way is lost, and with it the state of this moment.
+            # A signal to the whole process group. The step under way is lost, so there is no state to save.
             raise Interrupted(
                 "stopped together with its data loaders; the same command continues from the last checkpoint"
             ) from error
@@ -365,7 +376,7 @@ def _explain_dead_loaders(stop: threading.Event) -> Iterator[None]:
 
 @contextmanager
 def _catch_stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set, so that training stops between steps, with a checkpoint."""
+    """Yields an event that SIGTERM and SIGINT set, so that training stops between steps, with a checkpoint."""
     stop = threading.Event()
     with handle_signals(lambda *_: stop.set()):
         yield stop

@@ -1,4 +1,4 @@
-"""What a training consists of: how long, on which images, at which learning rate, with what held still."""
+"""The plan of a training: its steps, its images, its learning rates, its frozen layers."""
 
 import math
 from collections.abc import Callable
@@ -19,13 +19,15 @@ from ns.training.optim import compute_learning_rate
 
 @dataclass(frozen=True)
 class TrainingPlan:
+    """What `train_model` is to do."""
+
     role: RoleConfig
     transform: TrainTransform
     steps: int
     lr_at: Callable[[int], float]
     """Learning rate of a step counted from 0."""
     frozen_batchnorms: tuple[str, ...] = ()
-    """Names of the layers that use their batch-norm statistics instead of gathering them."""
+    """Names of the batch-norm layers that keep their statistics."""
 
     @property
     def train_config(self) -> TrainConfig:
@@ -33,7 +35,7 @@ class TrainingPlan:
 
 
 def plan_training(role: RoleConfig, samples: int) -> TrainingPlan:
-    """The training of a teacher or student on `samples` labeled images."""
+    """The training of a teacher or a student with `samples` labeled images."""
     config = role.train
     steps_per_epoch = samples / config.labeled_batch
     steps = max(1, math.ceil(config.epochs * steps_per_epoch))
@@ -69,10 +71,10 @@ def make_finetuning_role(role: RoleConfig, finetune: FinetuneConfig) -> RoleConf
 
 
 def plan_finetuning(role: RoleConfig, finetune: FinetuneConfig, network: nn.Module, samples: int) -> TrainingPlan:
-    """The train/test resolution fix: `network` (trained) on plain labeled images as evaluation sees them, its first layers
-    frozen (arXiv:1911.04252 §3; `noisy_student.md` §1.6).
+    """Fixes the gap between the resolutions of training and test: trains the trained `network` on labeled images as evaluation sees
+    them, with its first layers frozen (arXiv:1911.04252 §3, arXiv:1906.06423).
 
-    Without a learning rate of its own it gets the last ones of the training's schedule, as the reference code does it.
+    Without a learning rate of its own it goes through the last ones of the training's schedule, as the reference code does.
     """
     finetuning_role = make_finetuning_role(role, finetune)
     batch = finetuning_role.train.labeled_batch
@@ -82,7 +84,7 @@ def plan_finetuning(role: RoleConfig, finetune: FinetuneConfig, network: nn.Modu
     def lr_at(step: int) -> float:
         if finetune.lr is not None:
             return finetune.lr * batch / 256
-        # Both count in their own batches; a fine-tuning longer than its training begins where that began.
+        # Each counts in batches of its own size. A fine-tuning that is longer than its training begins where the training began.
         passed = main_plan.steps - (steps - step) * batch / role.train.labeled_batch
         return main_plan.lr_at(max(0, math.floor(passed))) * batch / role.train.labeled_batch
 
@@ -91,8 +93,8 @@ def plan_finetuning(role: RoleConfig, finetune: FinetuneConfig, network: nn.Modu
 
 
 def freeze_layers(network: nn.Module, share: float) -> tuple[str, ...]:
-    """Stops the gradient of the stem and of the first `share` of the blocks. Returns the names of their batch-norm layers, which
-    are to be kept in evaluation mode. Raises ConfigError for a network of which timm does not know the order of layers.
+    """Freezes the stem and the first `share` of the blocks. Returns the names of their batch-norm layers, which must stay in
+    evaluation mode. Raises ConfigError for a network if timm does not know the order of its layers.
     """
     from timm.models import group_parameters
 

@@ -5,11 +5,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ns.config import schema as config
+from ns.config.loader import dump_experiment, load_experiment, parse_experiment, resolve_preset
 from ns.config.presets import PRESETS
-from ns.config.schema import MAX_GENERATIONS, Experiment, NoiseConfig, OptimizerConfig, Preset, RoleConfig, TrainConfig
+from ns.config.schema import MAX_GENERATIONS, Experiment, OptimizerConfig, Preset, RoleConfig, TrainConfig
 from ns.core.errors import ConfigError
-from ns.runs import records as runs
+from ns.runs.lifecycle import derive_run_name
+from ns.storage.documents import dump_hashed_fields
 
 DATA = {"labeled": "a", "pool": "b", "heldout": "c"}
 MINIMAL = {"name": "x", "data": DATA}
@@ -24,12 +25,12 @@ def minimal(tmp_path):
 
 def refused(document) -> str:
     with pytest.raises(ConfigError) as caught:
-        config.parse_experiment(document, "x.yaml")
+        parse_experiment(document, "x.yaml")
     return str(caught.value)
 
 
 def test_defaults_are_the_papers(minimal):
-    experiment = config.load_experiment(minimal)
+    experiment = load_experiment(minimal)
     student = experiment.students[0]
     assert student.train.optimizer.lr == 0.016
     assert student.train.ema_decay == 0.9999
@@ -42,34 +43,32 @@ def test_defaults_are_the_papers(minimal):
     assert (noise.crop_area, noise.crop_aspect, student.model.test_margin_px) == ((0.08, 1), (3 / 4, 4 / 3), 32)
 
 
-def test_fields_that_came_later_are_shown_and_change_no_digest_until_they_are_used(minimal):
-    plain = config.load_experiment(minimal)
-    noise = yaml.safe_load(config.dump_experiment(plain))["teacher"]["noise"]
-    assert noise["crop_area"] == [0.08, 1.0]
-    assert not set(NoiseConfig.younger) & set(plain.model_dump(mode="json")["teacher"]["noise"])
-    used = config.load_experiment(minimal, ["teacher.noise.crop_area=[0.5,1]"])
-    assert used.model_dump(mode="json")["teacher"]["noise"] == {
-        **plain.model_dump(mode="json")["teacher"]["noise"],
-        "crop_area": [0.5, 1.0],
-    }
-    assert runs.derive_run_name(used) != runs.derive_run_name(plain)
+def test_run_name_follows_from_what_differs_from_the_defaults(minimal):
+    plain = load_experiment(minimal)
+    assert yaml.safe_load(dump_experiment(plain))["teacher"]["noise"]["crop_area"] == [0.08, 1.0]
+    assert derive_run_name(load_experiment(minimal, ["teacher.noise.crop_area=[0.08,1]"])) == derive_run_name(plain)
+    assert derive_run_name(load_experiment(minimal, ["teacher.noise.crop_area=[0.5,1]"])) != derive_run_name(plain)
+    assert dump_hashed_fields(plain) == {"schema": 1, "name": "x", "data": DATA}
 
 
 @pytest.mark.parametrize(
-    ("noise", "message"),
+    ("teacher", "message"),
     [
-        ({"crop_area": [0.5, 0.1]}, "teacher.noise.crop_area: invalid value [0.5, 0.1]: must be [least, greatest]"),
-        ({"crop_area": [0, 1]}, "teacher.noise.crop_area.0: invalid value 0: should be greater than 0"),
-        ({"crop": "pad", "pad_px": 224}, "teacher.noise.pad_px: 224: must be below model.resolution, 224 px"),
+        ({"noise": {"crop_area": [0.5, 0.1]}}, "teacher.noise.crop_area: invalid value [0.5, 0.1]: must be [least, greatest]"),
+        ({"noise": {"crop_area": [0, 1]}}, "teacher.noise.crop_area.0: invalid value 0: should be greater than 0"),
+        (
+            {"model": {"crop": "pad"}, "noise": {"pad_px": 224}},
+            "teacher.noise.pad_px: 224: must be below model.resolution, 224 px",
+        ),
     ],
 )
-def test_wrong_sizes_of_noise_are_explained(noise, message):
-    assert f"x.yaml: {message}" in refused({**MINIMAL, "teacher": {"noise": noise}})
+def test_wrong_sizes_of_noise_are_explained(teacher, message):
+    assert f"x.yaml: {message}" in refused({**MINIMAL, "teacher": teacher})
 
 
 def test_what_is_dumped_is_read_back_equal(minimal):
-    experiment = config.load_experiment(minimal, ["generations=2"])
-    assert config.parse_experiment(yaml.safe_load(config.dump_experiment(experiment)), "again") == experiment
+    experiment = load_experiment(minimal, ["generations=2"])
+    assert parse_experiment(yaml.safe_load(dump_experiment(experiment)), "again") == experiment
 
 
 @pytest.mark.parametrize(("part", "other"), [("heldout", "labeled"), ("test", "labeled"), ("test", "heldout")])
@@ -113,9 +112,7 @@ def test_more_generations_than_the_pipeline_holds_are_refused():
 
 
 def test_overrides_reach_sections_and_list_items(minimal):
-    experiment = config.load_experiment(
-        minimal, ["students=[{}]", "students.0.train.epochs=5", "teacher.noise.flip=false", "seed=7"]
-    )
+    experiment = load_experiment(minimal, ["students=[{}]", "students.0.train.epochs=5", "teacher.noise.flip=false", "seed=7"])
     assert experiment.students[0].train.epochs == 5
     assert experiment.teacher.noise.flip is False
     assert experiment.seed == 7
@@ -134,17 +131,17 @@ def test_overrides_reach_sections_and_list_items(minimal):
 def test_a_wrong_override_says_why(minimal, override, reason):
     overrides = ["seed=1", "students=[{}]", override]
     with pytest.raises(ConfigError, match=reason.replace("[", r"\[")):
-        config.load_experiment(minimal, overrides)
+        load_experiment(minimal, overrides)
 
 
 def test_the_last_student_serves_all_further_generations():
-    experiment = config.parse_experiment({**MINIMAL, "generations": 3, "students": [{}, {"train": {"epochs": 9}}]}, "x.yaml")
+    experiment = parse_experiment({**MINIMAL, "generations": 3, "students": [{}, {"train": {"epochs": 9}}]}, "x.yaml")
     assert [experiment.get_student(g).train.epochs for g in (1, 2, 3)] == [350, 9, 9]
 
 
 def test_a_missing_file_is_a_config_error(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
-        config.load_experiment(str(tmp_path / "nowhere.yaml"))
+        load_experiment(str(tmp_path / "nowhere.yaml"))
 
 
 def test_every_field_is_documented_in_the_schema():
@@ -165,7 +162,7 @@ def test_every_field_is_documented_in_the_schema():
 )
 def test_garbage_is_refused_with_a_clean_error(document):
     with pytest.raises(ConfigError):
-        config.parse_experiment(document if isinstance(document, dict) else {"name": document}, "x.yaml")
+        parse_experiment(document if isinstance(document, dict) else {"name": document}, "x.yaml")
 
 
 @given(st.binary(max_size=200))
@@ -173,20 +170,20 @@ def test_garbage_files_are_refused_with_a_clean_error(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("garbage") / "x.yaml"
     path.write_bytes(data)
     with pytest.raises(ConfigError):
-        config.load_experiment(str(path))
+        load_experiment(str(path))
 
 
 def test_an_override_does_not_leak_through_yaml_aliases(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text("name: x\ndata: {labeled: a, pool: b, heldout: c}\nteacher: &t {model: {resolution: 32}}\nstudents: [*t]\n")
-    experiment = config.load_experiment(str(path), ["teacher.model.resolution=64"])
+    experiment = load_experiment(str(path), ["teacher.model.resolution=64"])
     assert experiment.teacher.model.resolution == 64
     assert experiment.students[0].model.resolution == 32
 
 
 def test_parts_of_a_step_must_be_equal():
     train = {"labeled_batch": 8, "unlabeled_ratio": 0.5}
-    config.parse_experiment({**MINIMAL, "teacher": {"train": {**train, "accumulate": 4}}}, "x.yaml")
+    parse_experiment({**MINIMAL, "teacher": {"train": {**train, "accumulate": 4}}}, "x.yaml")
     assert "x.yaml: teacher.train.accumulate: 8 must divide the 8 labeled and the 4" in refused(
         {**MINIMAL, "teacher": {"train": {**train, "accumulate": 8}}}
     )
@@ -194,7 +191,7 @@ def test_parts_of_a_step_must_be_equal():
 
 def test_a_preset_holds_the_papers_settings_and_fields_go_before_it():
     role = {"preset": "b5", "noise": {"dropout": 0.1}, "train": {"optimizer": {"lr": 0.5}, "epochs": 2}}
-    teacher = config.parse_experiment({**MINIMAL, "teacher": role}, "x.yaml").teacher
+    teacher = parse_experiment({**MINIMAL, "teacher": role}, "x.yaml").teacher
     assert teacher.model.arch == "tf_efficientnet_b5"
     assert teacher.model.resolution == 456
     assert (teacher.noise.dropout, teacher.noise.randaugment_magnitude) == (0.1, 18)
@@ -214,9 +211,9 @@ def test_another_network_does_not_inherit_a_presets_arguments():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_survive_a_dump(preset):
-    experiment = config.parse_experiment({**MINIMAL, "teacher": {"preset": preset}}, "x.yaml")
-    assert experiment.teacher != config.parse_experiment(MINIMAL, "x.yaml").teacher
-    assert config.parse_experiment(yaml.safe_load(config.dump_experiment(experiment)), "again") == experiment
+    experiment = parse_experiment({**MINIMAL, "teacher": {"preset": preset}}, "x.yaml")
+    assert experiment.teacher != parse_experiment(MINIMAL, "x.yaml").teacher
+    assert parse_experiment(yaml.safe_load(dump_experiment(experiment)), "again") == experiment
 
 
 def test_an_unknown_preset_is_refused_with_those_that_are_known():
@@ -238,25 +235,23 @@ def test_a_registry_is_no_place_for_passwords():
         assert "pass@" not in said
         assert "token@" not in said
     for url in ("git@host:x.git", "ssh://git@host/x.git", "https://host/x.git", "registry.git"):
-        assert config.parse_experiment(MINIMAL | {"registry": {"git": url}}, "x.yaml").registry.remote is None
+        assert parse_experiment(MINIMAL | {"registry": {"git": url}}, "x.yaml").registry.remote is None
 
 
 def test_what_is_not_asked_of_evaluation_changes_no_name():
-    plain = config.parse_experiment({"name": "x", "data": DATA}, "x.yaml")
+    plain = parse_experiment({"name": "x", "data": DATA}, "x.yaml")
     asked = {"suites": ["clean"], "images": None}
-    assert runs.derive_run_name(
-        config.parse_experiment({"name": "x", "data": {**DATA, "test": None}, "evaluation": asked}, "x.yaml")
-    ) == runs.derive_run_name(plain)
+    assert derive_run_name(
+        parse_experiment({"name": "x", "data": {**DATA, "test": None}, "evaluation": asked}, "x.yaml")
+    ) == derive_run_name(plain)
     for more in ({"evaluation": {"suites": ["attacks"]}}, {"data": {**DATA, "test": "t"}}):
-        assert runs.derive_run_name(
-            config.parse_experiment({"name": "x", "data": DATA, **more}, "x.yaml")
-        ) != runs.derive_run_name(plain)
+        assert derive_run_name(parse_experiment({"name": "x", "data": DATA, **more}, "x.yaml")) != derive_run_name(plain)
 
 
 def test_further_evaluation_sets_are_read_back_as_they_are_written():
-    sets = {"imagenet-a": {"place": "a", "classes": "own"}, "c": {"place": "c", "kind": "cifar10-c"}}
-    experiment = config.parse_experiment({"name": "x", "data": DATA, "evaluation": {"sets": sets}}, "x.yaml")
-    assert config.parse_experiment(yaml.safe_load(config.dump_experiment(experiment)), "x.yaml") == experiment
+    sets = {"imagenet-a": {"uri": "a", "classes": "own"}, "c": {"uri": "c", "kind": "cifar10-c"}}
+    experiment = parse_experiment({"name": "x", "data": DATA, "evaluation": {"sets": sets}}, "x.yaml")
+    assert parse_experiment(yaml.safe_load(dump_experiment(experiment)), "x.yaml") == experiment
 
 
 @pytest.mark.parametrize(
@@ -267,11 +262,11 @@ def test_further_evaluation_sets_are_read_back_as_they_are_written():
         ({"severities": [6]}, "evaluation.severities.0: invalid value 6: should be less than or equal to 5"),
         ({"corruptions": ["rain"]}, "evaluation.corruptions.0: invalid value 'rain'"),
         (
-            {"sets": {"c": {"place": "c", "kind": "imagenet-c", "classes": "own"}}},
+            {"sets": {"c": {"uri": "c", "kind": "imagenet-c", "classes": "own"}}},
             "evaluation.sets.c.classes: is for kind images",
         ),
-        ({"sets": {"c": {"place": "c", "clases": "own"}}}, "evaluation.sets.c.clases: unknown field; did you mean 'classes'?"),
-        ({"sets": {"No": {"place": "c"}}}, "evaluation.sets.No"),
+        ({"sets": {"c": {"uri": "c", "clases": "own"}}}, "evaluation.sets.c.clases: unknown field; did you mean 'classes'?"),
+        ({"sets": {"No": {"uri": "c"}}}, "evaluation.sets.No"),
     ],
 )
 def test_wrong_evaluations_are_explained(evaluation, message):
@@ -286,16 +281,16 @@ def test_wrong_evaluations_are_explained(evaluation, message):
             "teacher.train.processes: invalid value 'two': should be 'auto', or should be a valid integer",
         ),
         (
-            "evaluation.sets.x={place: a, classes: 5}",
+            "evaluation.sets.x={uri: a, classes: 5}",
             "evaluation.sets.x.classes: invalid value 5: should be 'all' or 'own', or",
         ),
-        ("evaluation.sets.Xy.place=a", "evaluation.sets.Xy: invalid value 'Xy': "),
-        ("evaluation.sets.x.plase=a", "evaluation.sets.x.plase: unknown field; did you mean 'place'?"),
+        ("evaluation.sets.Xy.uri=a", "evaluation.sets.Xy: invalid value 'Xy': "),
+        ("evaluation.sets.x.urii=a", "evaluation.sets.x.urii: unknown field; did you mean 'uri'?"),
     ],
 )
 def test_a_field_that_takes_this_or_that_is_named_once(override, line):
     with pytest.raises(ConfigError) as caught:
-        config.load_experiment(config.resolve_preset("quickstart"), [override])
+        load_experiment(resolve_preset("quickstart"), [override])
     assert sum(line in one for one in str(caught.value).splitlines()) == 1
     assert "literal" not in str(caught.value)
     assert "[key]" not in str(caught.value)
@@ -303,8 +298,8 @@ def test_a_field_that_takes_this_or_that_is_named_once(override, line):
 
 def test_fields_can_be_set_in_a_section_that_is_not_given(tmp_path):
     full = tmp_path / "full.yaml"
-    full.write_text(config.dump_experiment(config.load_experiment(config.resolve_preset("quickstart"))) + "\n")
-    experiment = config.load_experiment(str(full), ["registry.git=/git", "teacher.train.finetune.resolution=64"])
+    full.write_text(dump_experiment(load_experiment(resolve_preset("quickstart"))) + "\n")
+    experiment = load_experiment(str(full), ["registry.git=/git", "teacher.train.finetune.resolution=64"])
     assert experiment.registry.git == "/git"
     assert experiment.teacher.train.finetune.resolution == 64
 
@@ -316,4 +311,4 @@ def test_fields_can_be_set_in_a_section_that_is_not_given(tmp_path):
 def test_numbers_are_finite(field, value):
     # JSON has no word for others: they would come back from a run's config.yaml as not given.
     with pytest.raises(ConfigError, match=rf"{field}: invalid value"):
-        config.load_experiment(config.resolve_preset("quickstart"), [f"{field}={value}"])
+        load_experiment(resolve_preset("quickstart"), [f"{field}={value}"])

@@ -27,7 +27,7 @@ def test_the_endpoint_shows_the_metrics_and_a_taken_port_is_only_logged(monkeypa
     telemetry.serve_metrics()
     telemetry.begin_stage("train", 0, "served")
     telemetry.record_checkpoint()
-    page = urllib.request.urlopen(f"http://localhost:{port}/metrics").read().decode_image()
+    page = urllib.request.urlopen(f"http://localhost:{port}/metrics").read().decode()
     assert re.search(r"^nst_checkpoint_age_seconds 0\.\d+|^nst_checkpoint_age_seconds \d\.\d+e-", page, re.MULTILINE)
     assert 'nst_build_info{version="' in page
 
@@ -52,7 +52,7 @@ def test_names_follow_the_conventions():
         assert name.startswith("nst_")
         assert name.endswith("_total") == (kind == "counter")
         assert not re.search(r"milli|percent|_ms\b", name)
-    assert "_created" not in generate_latest(telemetry.REGISTRY).decode_image()
+    assert "_created" not in generate_latest(telemetry.REGISTRY).decode()
 
 
 def test_progress_counts_for_the_step_under_way_and_is_there_before_it_moves():
@@ -111,7 +111,7 @@ def test_confidences_are_counted_up_to_each_bound():
     for place, images in {99: 1, 100: 2, 949: 4, 950: 8, 999: 16}.items():
         counts[place] = images
     telemetry.CONFIDENCE.add_counts(counts)
-    assert [after - b for b, after in zip(before, buckets(), make_strict=True)] == [1, 3, 7, 15, 31, 31]
+    assert [after - b for b, after in zip(before, buckets(), strict=True)] == [1, 3, 7, 15, 31, 31]
     middles = 0.0995 + 2 * 0.1005 + 4 * 0.9495 + 8 * 0.9505 + 16 * 0.9995
     assert value("nst_pseudo_label_confidence_sum") - total == pytest.approx(middles)
 
@@ -131,7 +131,7 @@ def test_a_summary_takes_the_place_of_the_one_before_and_no_gateway_is_only_logg
 
     class Gateway(BaseHTTPRequestHandler):
         def do_PUT(self):
-            body = self.rfile.read(int(self.headers["Content-Length"])).decode_image()
+            body = self.rfile.read(int(self.headers["Content-Length"])).decode()
             requests.append((self.path, body))
             self.send_response(200)
             self.end_headers()

@@ -79,7 +79,7 @@ def test_processes_see_and_do_together_what_one_does_alone(tmp_path):
         # Half of the labeled images to each, and half of the others: the order is that of one process.
         assert images == [*parts[0][:6], *parts[1][:6], *parts[0][6:], *parts[1][6:]], step
     assert len(alone[1]) == len(both[1]) == 5
-    for one, two in zip(alone[1], both[1], make_strict=True):
+    for one, two in zip(alone[1], both[1], strict=True):
         assert (one.pop("processes"), two.pop("processes")) == (1, 2)
         assert one == pytest.approx(two, rel=5e-4)
     for name, value in alone[0].items():
@@ -90,8 +90,8 @@ def test_processes_see_and_do_together_what_one_does_alone(tmp_path):
 @pytest.mark.timeout(300)
 def test_accumulated_parts_are_gathered_once_a_step(tmp_path):
     """Two processes with two parts each do what one process does with two parts of twice the size."""
-    one = together(tmp_path / "1", 1, accumulate=2, noise={**CALM["noise"], "randaugment_layers": 0, "crop": "none"}, epochs=1)
-    two = together(tmp_path / "2", 2, accumulate=2, noise={**CALM["noise"], "randaugment_layers": 0, "crop": "none"}, epochs=1)
+    one = together(tmp_path / "1", 1, accumulate=2, noise={**CALM["noise"], "randaugment_layers": 0}, crop="none", epochs=1)
+    two = together(tmp_path / "2", 2, accumulate=2, noise={**CALM["noise"], "randaugment_layers": 0}, crop="none", epochs=1)
     assert [point["images"] for point in one[1]] == [point["images"] for point in two[1]]
     assert one[1][0]["loss"] == pytest.approx(two[1][0]["loss"], rel=0.1)
 
@@ -103,7 +103,7 @@ def test_accumulated_parts_are_gathered_once_a_step(tmp_path):
 def test_killed_at_five_random_steps_training_ends_bit_for_bit_the_same(tmp_path, monkeypatch, processes):
     # With dropout and stochastic depth: their draws follow from the step too.
     calm = together(tmp_path / "calm", processes, checkpoint_seconds=0)
-    steps = sorted(random.Random(processes).draw_audit_sample(range(2, len(calm[1])), 5))
+    steps = sorted(random.Random(processes).sample(range(2, len(calm[1])), 5))
     for step in steps:
         monkeypatch.setenv("KILL_AT", str(step))
         with pytest.raises(TrainingError, match="died without a word"):

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from ns.config import schema as config
+from ns.config.loader import parse_experiment
 from ns.config.schema import ModelConfig, NoiseConfig, RoleConfig
 from ns.core.errors import ConfigError, DataError
 from ns.modeling import factory as models
-from ns.modeling.manifest import MANIFEST, WEIGHTS, Lineage, ModelManifest
+from ns.modeling.manifest import WEIGHTS, Lineage, ModelManifest
 from ns.storage import LocalStore
 
 SMALL = ModelConfig(arch="test_efficientnet", resolution=32)
@@ -14,7 +14,7 @@ SMALL = ModelConfig(arch="test_efficientnet", resolution=32)
 def experiment(**fields):
     data = {"labeled": "a", "pool": "b", "heldout": "c"}
     network = {"model": {"arch": "test_efficientnet", "resolution": 32}}
-    return config.parse_experiment({"name": "x", "data": data, "teacher": network, "students": [network], **fields}, "x.yaml")
+    return parse_experiment({"name": "x", "data": data, "teacher": network, "students": [network], **fields}, "x.yaml")
 
 
 def meta(model: ModelConfig, outputs: int = 3) -> torch.nn.Module:
@@ -132,7 +132,7 @@ def test_damaged_weights_are_refused(tmp_path, damage):
 def test_an_edited_card_is_refused(tmp_path):
     folder = LocalStore(tmp_path)
     saved(folder, models.build_model(SMALL, NoiseConfig(), 3))
-    folder.put(MANIFEST, folder.get(MANIFEST).replace(b'"parameters": ', b'"parameters": 1'))
+    folder.put(ModelManifest.filename, folder.get(ModelManifest.filename).replace(b'"parameters": ', b'"parameters": 1'))
     with pytest.raises(DataError, match=r"model\.json: digest"):
         models.load_model(folder)
 

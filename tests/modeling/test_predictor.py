@@ -31,8 +31,8 @@ LABELING = LabelingConfig()
 def model(tmp_path_factory):
     folder = LocalStore(tmp_path_factory.mktemp("model"))
     # Noise that would show: the teacher must not feel any of it.
-    noise = NoiseConfig(dropout=0.9, stochastic_depth=0.9, crop="none")
-    config = ModelConfig(arch="test_efficientnet", resolution=32)
+    noise = NoiseConfig(dropout=0.9, stochastic_depth=0.9)
+    config = ModelConfig(arch="test_efficientnet", resolution=32, crop="none")
     torch.manual_seed(0)
     network = models.build_model(config, noise, len(CLASSES))
     models.save_model(
@@ -92,7 +92,7 @@ def test_an_unreadable_image_is_a_row_of_its_own_and_disturbs_no_other(model, po
     folder, dataset = pool
     predictions = Predictor(model, batch=8).predict_shard(ImageSource(folder, dataset), 0)
     assert list(predictions.errors) == [2]
-    assert np.isnan(predictions.probabilities[2]).load_all()
+    assert np.isnan(predictions.probabilities[2]).all()
     others = np.delete(predictions.probabilities, 2, axis=0)
     np.testing.assert_allclose(others.sum(1), 1, rtol=1e-5)
 
@@ -150,8 +150,9 @@ def test_images_that_are_held_out_get_no_label_and_disturb_no_other(model, pool,
     predictor = Predictor(model, batch=8)
     plain, guarded = LocalStore(tmp_path / "plain"), LocalStore(tmp_path / "guarded")
     label_pool_shards([predictor], folder, dataset, plain, range(1), LABELING)
-    left_out = {dataset.shards[0].sha256: {5: "also in heldout: x"}}
-    label_pool_shards([predictor], folder, dataset, guarded, range(1), LABELING, left_out=left_out)
+    label_pool_shards(
+        [predictor], folder, dataset, guarded, range(1), LABELING, find_left_out=lambda _: {5: "also in heldout: x"}
+    )
     facts = LabelShard.load_file(guarded, "shard-00000.json")
     assert (facts.rows, facts.unreadable, facts.left_out) == (20, 1, 1)
     expected, rows = read_label_rows(plain, LabelShard.load_file(plain, "shard-00000.json")), read_label_rows(guarded, facts)
@@ -175,11 +176,11 @@ def test_features_are_alike_for_like_images(model, pool):
     assert not np.allclose(features[0], features[2])
 
 
-def with_precision(model, folder, precision):
-    """The same model, to be run in another precision."""
+def with_model_fields(model, folder, **fields_of_model):
+    """The same model with other settings."""
     network, card = models.load_model(model)
     target = LocalStore(folder)
-    changed = card.model.model_copy(update_weights={"inference_precision": precision})
+    changed = card.model.model_copy(update=fields_of_model)
     fields = {name: getattr(card, name) for name in ("generation", "noise", "classes", "parameters", "steps", "lineage")}
     models.save_model(target, network.state_dict(), {**fields, "model": changed}, [])
     return target
@@ -188,7 +189,7 @@ def with_precision(model, folder, precision):
 def test_a_model_is_run_in_the_precision_that_its_card_names(model, pool, tmp_path):
     folder, dataset = pool
     plain = Predictor(model, batch=8)
-    fast = Predictor(with_precision(model, tmp_path / "fast", "bfloat16"), batch=8)
+    fast = Predictor(with_model_fields(model, tmp_path / "fast", inference_precision="bfloat16"), batch=8)
     assert (str(plain.mode), str(fast.mode)) == ("float32", "bfloat16")
     assert plain.manifest.digest != fast.manifest.digest
     ours, theirs = (predictor.predict_shard(ImageSource(folder, dataset), 1).probabilities for predictor in (plain, fast))
@@ -199,7 +200,7 @@ def test_a_model_is_run_in_the_precision_that_its_card_names(model, pool, tmp_pa
 
 
 @pytest.mark.parametrize(("batch", "compiled"), [(8, [8, 8]), (7, [7, 7, 7])])
-def test_much_work_may_be_compiled_and_then_for_one_shape_only(model, pool, monkeypatch, batch, compiled):
+def test_compiled_network_sees_one_shape_only(model, pool, tmp_path, monkeypatch, batch, compiled):
     """Of the shard's 20 images a rest of up to half a batch goes without the compiler; a larger one is filled up."""
     folder, dataset = pool
     expected = Predictor(model, batch=batch).predict_shard(ImageSource(folder, dataset), 1).probabilities
@@ -209,18 +210,20 @@ def test_much_work_may_be_compiled_and_then_for_one_shape_only(model, pool, monk
         assert mode.compiled
         return lambda images: shapes.append(len(images)) or network(images)
 
-    monkeypatch.setattr(
-        inference, "choose_target", lambda workload, *, images, precisions: PrecisionMode(precisions[0], compiled=True)
-    )
-    monkeypatch.setattr(PrecisionMode, "prepare", prepare)
-    predictor = Predictor(model, batch=batch, images=inference.COMPILE_FROM_IMAGES)
+    monkeypatch.setattr(inference, "can_compile", lambda _: True)
+    monkeypatch.setattr(PrecisionMode, "prepare_network", prepare)
+    compiled_model = with_model_fields(model, tmp_path, inference_compile=True)
+    predictor = Predictor(compiled_model, batch=batch, images=inference.COMPILE_FROM_IMAGES)
     np.testing.assert_allclose(predictor.predict_shard(ImageSource(folder, dataset), 1).probabilities, expected, rtol=1e-4)
     assert shapes == compiled
 
 
-def test_little_work_is_not_worth_a_measurement(model, monkeypatch):
-    monkeypatch.setattr(inference, "choose_target", lambda *_, **__: pytest.fail("measured"))
-    Predictor(model, batch=8, images=inference.COMPILE_FROM_IMAGES - 1)
+def test_compiling_needs_to_be_asked_for_and_many_images(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(inference, "can_compile", lambda _: True)
+    compiled_model = with_model_fields(model, tmp_path, inference_compile=True)
+    assert not Predictor(compiled_model, batch=8, images=inference.COMPILE_FROM_IMAGES - 1).mode.compiled
+    assert not Predictor(model, batch=8, images=inference.COMPILE_FROM_IMAGES).mode.compiled
+    assert Predictor(compiled_model, batch=8, images=inference.COMPILE_FROM_IMAGES).mode.compiled
 
 
 def test_what_a_shard_gets_does_not_depend_on_its_neighbors(model, pool):
@@ -238,7 +241,7 @@ def test_what_a_shard_gets_does_not_depend_on_its_neighbors(model, pool):
 def test_images_are_read_while_the_network_works(model, pool, monkeypatch):
     folder, dataset = pool
     predictor = Predictor(model, batch=1)
-    source, read = ImageSource(folder, dataset), threading.StageEvent()
+    source, read = ImageSource(folder, dataset), threading.Event()
     encoded = source.read_encoded
 
     def counted(shard):
@@ -288,7 +291,10 @@ def test_a_mirror_image_has_the_same_labels_when_both_are_looked_at(model, pool)
 
 def test_an_ensemble_labels_with_the_mean(model, pool, tmp_path):
     folder, dataset = pool
-    one, other = Predictor(model, batch=8), Predictor(with_precision(model, tmp_path / "other", "bfloat16"), batch=8)
+    one, other = (
+        Predictor(model, batch=8),
+        Predictor(with_model_fields(model, tmp_path / "other", inference_precision="bfloat16"), batch=8),
+    )
     labels = LocalStore(tmp_path / "labels")
     assert label_pool_shards([one, other], folder, dataset, labels, range(3), LABELING) == 60
     rows = read_label_rows(labels, LabelShard.load_file(labels, "shard-00001.json"))
@@ -305,7 +311,7 @@ def test_of_workers_that_label_the_same_shard_the_first_ones_labels_stay(model, 
         for number, found in enumerate(shards(self, source, wanted, progress)):
             if number == 0:
                 other = Predictor(model, batch=8)
-                monkeypatch.setattr(Predictor, "shards", shards)
+                monkeypatch.setattr(Predictor, "predict_shards", shards)
                 label_pool_shards([other], folder, dataset, labels, range(2), LABELING)
                 first.update({key: labels.get(key) for key in labels.list()})
             # As on a machine that adds up in another order.
@@ -313,7 +319,7 @@ def test_of_workers_that_label_the_same_shard_the_first_ones_labels_stay(model, 
             yield found
 
     first = {}
-    monkeypatch.setattr(Predictor, "shards", overtaken)
+    monkeypatch.setattr(Predictor, "predict_shards", overtaken)
     label_pool_shards([predictor], folder, dataset, labels, range(2), LABELING)
     assert len(first) == 6
     assert {key: labels.get(key) for key in labels.list()} == first
@@ -332,8 +338,8 @@ def test_labels_that_another_labeling_has_are_copied(model, pool, tmp_path):
         return (first, facts[shard.sha256]) if shard.sha256 in facts else None
 
     # The pool has grown: its shards have other names now.
-    renamed = tuple(shard.model_copy(update_weights={"name": f"new-{shard.name}"}) for shard in dataset.shards[:2])
-    grown = dataset.model_copy(update_weights={"shards": (*renamed, dataset.shards[2])})
+    renamed = tuple(shard.model_copy(update={"name": f"new-{shard.name}"}) for shard in dataset.shards[:2])
+    grown = dataset.model_copy(update={"shards": (*renamed, dataset.shards[2])})
     assert label_pool_shards([predictor], folder, grown, second, range(3), LABELING, find_existing=known) == 20
     assert second.get("new-shard-00000.parquet") == first.get("shard-00000.parquet")
     first.put("shard-00001.parquet", b"damaged")

@@ -45,15 +45,15 @@ class Proxy:
         self.requests: list[str] = []
         self._lock = threading.Lock()
         handler = type("BoundHandler", (_Handler,), {"proxy": self})
-        self._client = _Server(("127.0.0.1", 0), handler)
+        self._server = _Server(("127.0.0.1", 0), handler)
         if tls:
-            self._client.socket = tls.wrap_socket(self._client.socket, server_side=True)
-        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self._client.server_port}"
-        threading.Thread(target=self._client.serve_forever, args=(0.02,), daemon=True).start()
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def close(self) -> None:
-        self._client.shutdown()
-        self._client.server_close()
+        self._server.shutdown()
+        self._server.server_close()
 
     def count(self, match: str) -> int:
         return sum(1 for request in self.requests if re.search(match, request))
@@ -92,7 +92,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.reset == "before":
             return self._reset()
         if fault.status:
-            return self._explain_s3_error(fault.status, fault.headers, fault.body, Fault())
+            return self._answer(fault.status, fault.headers, fault.body, Fault())
         headers = {name: value for name, value in self.headers.items() if not (fault.whole and name.lower() == "range")}
         upstream = http.client.HTTPConnection(self.proxy.upstream.hostname, self.proxy.upstream.port, timeout=30)
         try:
@@ -107,7 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.reset == "after":
             return self._reset()
         kept = {name: value for name, value in response.getheaders() if name.lower() not in fault.drop}
-        return self._explain_s3_error(response.status, kept, data, fault)
+        return self._answer(response.status, kept, data, fault)
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _pass_on  # noqa: N815
 
@@ -124,7 +124,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(data if fault.truncate is None else data[: fault.truncate])
         if fault.truncate is not None:
-            self.wfile.wait_for_write()
+            self.wfile.flush()
             self.close_connection = True
 
     def _reset(self) -> None:

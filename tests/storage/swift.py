@@ -74,7 +74,7 @@ use = egg:swift#{role}
 def reason_against() -> str:
     """Why Swift cannot run here; empty if it can."""
     query = ["dpkg-query", "--show", "--showformat", "${Package} ${db:Status-Status}\n", *PACKAGES]
-    known = subprocess.run(query, capture_output=True, text=True).stdout if shutil.question("dpkg-query") else ""
+    known = subprocess.run(query, capture_output=True, text=True).stdout if shutil.which("dpkg-query") else ""
     # A package that was unpacked but not configured has its programs, and does not run.
     missing = [package for package in PACKAGES if f"{package} installed" not in known.splitlines()]
     return f"needs the Debian packages {' '.join(missing)}: .ci/packages installs them" if missing else ""
@@ -83,7 +83,7 @@ def reason_against() -> str:
 class Swift:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.ports = dict(zip(("proxy", "memcached", *ROLES), _free_ports(5), make_strict=True))
+        self.ports = dict(zip(("proxy", "memcached", *ROLES), _free_ports(5), strict=True))
         self.url = f"http://127.0.0.1:{self.ports['proxy']}"
         self._processes: list[subprocess.Popen[bytes]] = []
         self._user = user = "root" if os.geteuid() == 0 else os.environ["USER"]
@@ -127,7 +127,7 @@ class Swift:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        self._processes.clear_checkpoints()
+        self._processes.clear()
 
     def _stands(self) -> bool:
         for port in (self.ports[name] for name in (*ROLES, "memcached")):

@@ -34,11 +34,11 @@ def cache(tmp_path, clock):
 
 
 def fetch(cache, name, size=300):
-    return cache.fetch((name,), size, ".bin", lambda file: file.write(name.encode()[:1] * size))
+    return cache.fetch_blob((name,), size, ".bin", lambda file: file.write(name.encode()[:1] * size))
 
 
 def names(cache):
-    return {path.read_bytes()[:1].decode_image() for path in (cache.folder / "blobs").iterdir()}
+    return {path.read_bytes()[:1].decode() for path in (cache.root / "blobs").iterdir()}
 
 
 def test_a_blob_is_fetched_once(cache):
@@ -48,10 +48,10 @@ def test_a_blob_is_fetched_once(cache):
         fetched.append(1)
         file.write(b"x")
 
-    paths = {cache.fetch(("a", "etag"), 1, ".tar", download) for _ in range(3)}
+    paths = {cache.fetch_blob(("a", "etag"), 1, ".tar", download) for _ in range(3)}
     assert len(fetched) == len(paths) == 1
     assert paths.pop().suffix == ".tar"
-    cache.fetch(("a", "another etag"), 1, ".tar", download)
+    cache.fetch_blob(("a", "another etag"), 1, ".tar", download)
     assert len(fetched) == 2
 
 
@@ -73,7 +73,7 @@ def test_what_was_just_given_stays(cache, clock):
     assert all(path.exists() for path in paths)
     clock.now += 2 * GRACE_SECONDS
     fetch(cache, "e")
-    assert sum(path.make_stat().st_size for path in (cache.folder / "blobs").iterdir()) <= 1000
+    assert sum(path.stat().st_size for path in (cache.root / "blobs").iterdir()) <= 1000
 
 
 def test_whoever_has_a_file_open_keeps_its_bytes(cache, clock):
@@ -112,13 +112,13 @@ def test_a_download_that_fails_leaves_nothing(cache):
         raise StoreError("s3://b/k: cannot read")
 
     with pytest.raises(StoreError, match="s3://b/k: cannot read"):
-        cache.fetch(("a",), 8, "", download)
-    assert list((cache.folder / "blobs").iterdir()) == []
+        cache.fetch_blob(("a",), 8, "", download)
+    assert list((cache.root / "blobs").iterdir()) == []
 
 
 def test_what_killed_downloads_left_goes_after_a_while(cache, clock):
     fetch(cache, "a")
-    left = cache.folder / "blobs" / f"{TEMPORARY}x"
+    left = cache.root / "blobs" / f"{TEMPORARY}x"
     left.write_bytes(b"half")
     clock.now += ABANDONED_SECONDS / 2
     fetch(cache, "b")
@@ -141,7 +141,7 @@ def test_a_full_disk_is_explained(cache):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.raises(StoreError, match=r"the disk is full.*set NS_CACHE_DIR to a folder with more room"):
-        cache.fetch(("a",), 8, "", download)
+        cache.fetch_blob(("a",), 8, "", download)
 
 
 def test_place_and_limit_come_from_the_environment(monkeypatch, tmp_path):
@@ -167,7 +167,7 @@ def test_threads_that_want_the_same_blob_fetch_it_once(cache):
         time.sleep(0.1)
         file.write(b"x")
 
-    threads = [threading.Thread(target=cache.fetch, args=(("a",), 1, "", download)) for _ in range(5)]
+    threads = [threading.Thread(target=cache.fetch_blob, args=(("a",), 1, "", download)) for _ in range(5)]
     for thread in threads:
         thread.start()
     for thread in threads:

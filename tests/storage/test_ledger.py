@@ -60,6 +60,6 @@ def test_failed_work_leaves_no_entry(root):
 def test_a_damaged_entry_is_named(root):
     ledger = Ledger(root)
     entry, _ = ledger.get_or_run("train", INPUTS, work(root, []))
-    root.put(f"store/ledger/train/{entry.digest}.json", b'{"step": 3}')
-    with pytest.raises(DataError, match=rf"{entry.digest}\.json: step"):
+    root.put(f"store/ledger/train/{entry.digest}.json", b'{"stage": 3}')
+    with pytest.raises(DataError, match=rf"{entry.digest}\.json: stage"):
         ledger.find_entry("train", entry.digest)

@@ -90,7 +90,7 @@ def test_no_such_bucket(moto, monkeypatch):
 def test_no_such_key_is_asked_for_only_once(proxied):
     store, proxy = proxied
     assert not store.exists("k")
-    proxy.requests.clear_checkpoints()
+    proxy.requests.clear()
     assert not store.exists("k")
     assert len(proxy.requests) == 1
 

@@ -27,9 +27,9 @@ read_calls = pytest.mark.parametrize("read", READS.values(), ids=READS)
 @pytest.mark.parametrize(
     "fault",
     [
-        Fault("GET", times=3, fetch_status=503),
-        Fault("GET", times=3, fetch_status=500, body=b"<html>oops</html>", headers={"Content-Type": "text/html"}),
-        Fault("GET", times=3, fetch_status=429),
+        Fault("GET", times=3, status=503),
+        Fault("GET", times=3, status=500, body=b"<html>oops</html>", headers={"Content-Type": "text/html"}),
+        Fault("GET", times=3, status=429),
         Fault("GET", times=3, reset="before"),
         Fault("GET", times=3, reset="after"),
         Fault("GET", times=3, truncate=1_000_000),
@@ -52,15 +52,15 @@ def test_reads_get_over_what_passes(proxied, read, fault):
 @pytest.mark.parametrize(
     "fault",
     [
-        Fault("PUT", times=3, fetch_status=503),
+        Fault("PUT", times=3, status=503),
         Fault("PUT", times=2, reset="before"),
         Fault("PUT", times=2, reset="after"),
-        Fault("PUT", fetch_status=400, body=SLOW_DOWN.replace(b"SlowDown", b"RequestTimeout")),
-        Fault("POST", times=2, fetch_status=503),
+        Fault("PUT", status=400, body=SLOW_DOWN.replace(b"SlowDown", b"RequestTimeout")),
+        Fault("POST", times=2, status=503),
         Fault("POST", times=2, reset="before"),
         # The answer to a completed upload is lost: completing it again finds no parts.
         Fault("POST .*uploadId", reset="after"),
-        Fault("HEAD", times=2, fetch_status=503),
+        Fault("HEAD", times=2, status=503),
     ],
     ids=lambda fault: f"{fault.match}-{fault.status or fault.reset}",
 )
@@ -82,10 +82,10 @@ def test_other_calls_get_over_what_passes(proxied):
     store, proxy = proxied
     store.put("a", b"1")
     proxy.faults = [
-        Fault("HEAD", fetch_status=503),
+        Fault("HEAD", status=503),
         Fault("GET .*list-type", times=2, reset="before"),
         Fault("DELETE", reset="after"),
-        Fault("DELETE", fetch_status=503),
+        Fault("DELETE", status=503),
     ]
     assert store.exists("a")
     assert list(store.list()) == ["a"]
@@ -98,7 +98,7 @@ def test_a_broken_download_goes_on_where_it_stopped(proxied):
     store, proxy = proxied
     store.put("a", DATA)
     proxy.faults = [Fault("GET", times=2, truncate=1_300_000)]
-    proxy.requests.clear_checkpoints()
+    proxy.requests.clear()
     assert store.get("a") == DATA
     assert proxy.count("GET") == 3
 
@@ -107,7 +107,7 @@ def test_every_part_of_an_upload_has_its_own_patience(proxied, tmp_path):
     store, proxy = proxied
     source = tmp_path / "source"
     source.write_bytes(DATA * 6)
-    proxy.faults = [Fault(f"partNumber={number}&", times=2, fetch_status=503) for number in (1, 2, 3)]
+    proxy.faults = [Fault(f"partNumber={number}&", times=2, status=503) for number in (1, 2, 3)]
     store.put_file("a", source)
     assert proxy.count("partNumber") == 4 + 6
     assert store.get("a") == DATA * 6
@@ -118,7 +118,7 @@ def test_an_upload_that_fails_is_taken_back_and_never_seen(proxied, tmp_path):
     store.put("a", b"old")
     source = tmp_path / "source"
     source.write_bytes(DATA * 6)
-    proxy.faults = [Fault("partNumber=2", times=99, fetch_status=403, body=SLOW_DOWN.replace(b"SlowDown", b"AccessDenied"))]
+    proxy.faults = [Fault("partNumber=2", times=99, status=403, body=SLOW_DOWN.replace(b"SlowDown", b"AccessDenied"))]
     with pytest.raises(StoreError, match=r"/a: cannot write: access denied"):
         store.put_file("a", source)
     assert proxy.count("DELETE .*uploadId") == 1
@@ -191,7 +191,7 @@ def test_a_stream_is_read_through_resets(proxied, tmp_path):
             (tmp_path / "x").write_bytes(bytes([number]) * 200_000)
             tar.add(tmp_path / "x", str(number))
     store.put_file("a.tar", tmp_path / "a.tar")
-    proxy.faults = [Fault("GET", times=4, truncate=900_000), Fault("GET", times=2, fetch_status=503)]
+    proxy.faults = [Fault("GET", times=4, truncate=900_000), Fault("GET", times=2, status=503)]
     with store.open("a.tar") as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
         read = [tar.extractfile(member).read() for member in tar]
     assert read == [bytes([number]) * 200_000 for number in range(20)]
@@ -209,7 +209,7 @@ def test_giving_up_takes_as_long_as_patience_lasts(proxied):
 
     patience = RetryPolicy(seconds=60, clock=lambda: now[0], sleep=sleep, uniform=lambda low, high: high)
     slow = S3Store(store.uri, S3Service(store.service.endpoint, retry_policy=patience))
-    proxy.faults = [Fault("GET", times=99, fetch_status=503)]
+    proxy.faults = [Fault("GET", times=99, status=503)]
     with pytest.raises(StoreError, match=r"still too busy or broken after retries \(503 SlowDown\)"):
         slow.get("a")
     # Twice as long each time, to the cap; with full jitter these are the upper bounds.
@@ -220,8 +220,8 @@ def test_giving_up_takes_as_long_as_patience_lasts(proxied):
 def test_what_will_not_pass_is_not_tried_again(proxied):
     store, proxy = proxied
     store.put("a", b"1")
-    proxy.requests.clear_checkpoints()
-    proxy.faults = [Fault("GET", fetch_status=501, body=SLOW_DOWN.replace(b"SlowDown", b"NotImplemented"))]
+    proxy.requests.clear()
+    proxy.faults = [Fault("GET", status=501, body=SLOW_DOWN.replace(b"SlowDown", b"NotImplemented"))]
     with pytest.raises(StoreError, match="the server says NotImplemented"):
         store.get("a")
     assert proxy.count("GET") == 1

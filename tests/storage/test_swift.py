@@ -91,7 +91,7 @@ def test_reads_get_the_same_bytes_while_the_server_is_killed(patient, outages):
                 time.sleep(0.01)
         assert hasher.hexdigest() == digest
         assert patient.get_range("a", 3_999_990, 20) == DATA[-10:] + DATA[:10]
-        assert patient.path("a").make_stat().st_size == len(DATA) * 5
+        assert patient.path("a").stat().st_size == len(DATA) * 5
         assert list(patient.list()) == ["a"]
 
 

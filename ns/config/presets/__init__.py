@@ -42,13 +42,12 @@ SIZES = {
 
 def _make_photo_preset(name: str, size: _PresetSize) -> dict[str, Any]:
     return {
-        "model": {"arch": f"tf_efficientnet_{name}", "args": TF_ARGS, "resolution": size.resolution},
+        "model": {"arch": f"tf_efficientnet_{name}", "args": TF_ARGS, "resolution": size.resolution, "crop": "resized"},
         "noise": {
             "dropout": size.dropout,
             "stochastic_depth": 0.2,
             "randaugment_layers": 0 if size.magnitude is None else 2,
             "randaugment_magnitude": size.magnitude or 0,
-            "crop": "resized",
             "flip": True,
         },
         "train": {"labeled_batch": 2048, "unlabeled_ratio": size.ratio, "epochs": size.epochs},
@@ -58,13 +57,12 @@ def _make_photo_preset(name: str, size: _PresetSize) -> dict[str, Any]:
 def _make_small_preset(name: str) -> dict[str, Any]:
     """For images of 32 px, from the paper's SVHN experiment. It trained B0; larger ones differ in their dropout."""
     return {
-        "model": {"arch": f"tf_efficientnet_{name}", "args": TF_ARGS, "resolution": 32, "reduce_stride": 4},
+        "model": {"arch": f"tf_efficientnet_{name}", "args": TF_ARGS, "resolution": 32, "crop": "pad", "reduce_stride": 4},
         "noise": {
             "dropout": SIZES[name].dropout,
             "stochastic_depth": 0.2,
             "randaugment_layers": 2,
             "randaugment_magnitude": 5,
-            "crop": "pad",
             "flip": False,
             "cutout_px": 16,
         },
