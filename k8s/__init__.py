@@ -1,1 +1,1 @@
-"""The platform on a cluster: manifests for kustomize, and what deploys them (`python -m k8s`, which `make deploy` calls)."""
+"""The platform on a cluster: manifests for kustomize, and the commands that deploy them (`python -m k8s`, as `make deploy` does)."""

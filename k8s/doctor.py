@@ -1,13 +1,14 @@
-"""What of a cluster would stop a deployment or a run: asked through kubectl, and judged here.
+"""Diagnoses a cluster: what would stop a deployment or a run, asked through kubectl.
 
-`look` fetches, and everything else is a pure function of what it brought. Nothing in the cluster is changed.
+`fetch_state` fetches, and everything else is a pure function of its result. Nothing in the cluster is changed.
 """
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 from k8s import versions
 from k8s.kubectl import ForbiddenError, K8sObject, Kubectl
@@ -15,17 +16,14 @@ from k8s.versions import DISPLAY_NAMES, SUPPORTED, Version, format_version
 from ns.core.diagnostics import Diagnostic
 from ns.core.errors import ClusterError
 
-ClusterPart = Literal["kfp", "trainer", "kueue", "prometheus-operator", "dcgm", "gpu"]
-"""What a cluster may have, and an overlay or a run may need."""
-
 RUNNER_ACCOUNT = "pipeline-runner"
 """The service account that KFP's pods run as."""
 STORAGE_SECRET = "mlpipeline-minio-artifact"
 SETTINGS_CONFIG_MAP = "noisy-student"
 RUN_POD_LABELS = {"app.kubernetes.io/part-of": "noisy-student"}
-"""The label of all pods of runs (pipelines/placement.py)."""
+"""Label of all pods of runs (pipelines/placement.py)."""
 
-# The last part of the image's name, which stays when a registry is mirrored.
+# The last component of the image's name, which stays the same in a mirror.
 PART_IMAGES = {
     "kfp": ("kfp-api-server",),
     "argo": ("workflow-controller",),
@@ -40,21 +38,21 @@ CRDS = {
     "prometheus-operator": "podmonitors.monitoring.coreos.com",
 }
 INSTALL_HINTS = {
-    "kfp": "`make deploy` brings it, or https://www.kubeflow.org/docs/components/pipelines/operator-guides/installation",
+    "kfp": "`make deploy` installs it, or https://www.kubeflow.org/docs/components/pipelines/operator-guides/installation",
     "trainer": "https://www.kubeflow.org/docs/components/trainer/operator-guides/installation, or train in one pod",
     "kueue": "https://kueue.sigs.k8s.io/docs/installation, or leave the component kueue out of the overlay",
     "prometheus-operator": "https://prometheus-operator.dev/docs/getting-started/installation, or leave monitoring out",
     "dcgm": "https://docs.nvidia.com/datacenter/dcgm/latest/gpu-telemetry/dcgm-exporter.html",
 }
 USED_FOR = {
-    "trainer": "only trainings on several nodes need it",
+    "trainer": "only multi-node training needs it",
     "kueue": "runs are not queued",
     "prometheus-operator": "metrics are not collected",
-    "dcgm": "no series of GPUs",
+    "dcgm": "there are no GPU metrics",
 }
 
 GPU_RESOURCES = ("nvidia.com/", "amd.com/gpu", "gpu.intel.com/")
-# Labels by which clouds and operators say that a node has GPUs, whether or not the device plugin runs.
+# Labels of nodes with GPUs, by clouds and operators, whether or not the device plugin runs.
 GPU_LABELS = (
     "cloud.google.com/gke-accelerator",
     "k8s.amazonaws.com/accelerator",
@@ -72,18 +70,19 @@ POOL_LABELS = (
     "karpenter.sh/nodepool",
     "pool",
 )
+PROMETHEUSES = "prometheuses.monitoring.coreos.com"
 DEFAULT_CLASS = "storageclass.kubernetes.io/is-default-class"
 
 
 class Permission(NamedTuple):
-    """Something that somebody must be allowed to do. As in `kubectl auth can-i`."""
+    """A right in the cluster, as in `kubectl auth can-i`."""
 
     verb: str
     resource: str
     group: str = ""
     subresource: str = ""
     namespace: str = ""
-    """Everywhere, if empty."""
+    """Empty: all namespaces."""
 
     def __str__(self) -> str:
         name = f"{self.resource}{f'.{self.group}' if self.group else ''}{f'/{self.subresource}' if self.subresource else ''}"
@@ -92,21 +91,21 @@ class Permission(NamedTuple):
 
 @dataclass(frozen=True)
 class Requirements:
-    """What a cluster is looked at for."""
+    """What a cluster is checked for. Parts are the keys of PART_IMAGES, and `gpu`."""
 
     namespace: str | None = None
-    """Where the pods of runs are; Kubeflow Pipelines' own if None."""
+    """Namespace of the pods of runs; None: that of Kubeflow Pipelines."""
     required_parts: frozenset[str] = frozenset({"kfp"})
-    """Parts without which it will not do."""
+    """Parts whose absence is an error."""
     provided_parts: Mapping[str, Version | None] = field(default_factory=dict)
-    """Parts that a deployment is about to bring, with their versions where these are known: that they are not there yet is no fault."""
+    """Parts that the deployment will install, with their versions if known: their absence is no error."""
     permissions: tuple[Permission, ...] = ()
-    """That whoever asks must have."""
+    """Permissions that the user must have."""
 
 
 @dataclass
 class ClusterState:
-    """What was fetched. A kind that may not be read is in `denied`, with kubectl's words, and has no objects."""
+    """The fetched state. A kind that may not be read is in `denied`, with kubectl's message, and has no objects."""
 
     server_version: Version | None = None
     client_version: Version | None = None
@@ -115,7 +114,7 @@ class ClusterState:
     objects: dict[str, list[K8sObject]] = field(default_factory=dict)
     denied: dict[str, str] = field(default_factory=dict)
     permissions: dict[str, dict[Permission, bool | None]] = field(default_factory=dict)
-    """Who ("" for whoever asks) → right → whether allowed; None where that may not be asked."""
+    """Subject ("" for the user) → permission → whether allowed; None where that may not be asked."""
 
     def get_objects(self, kind: str) -> list[K8sObject]:
         return self.objects.get(kind, [])
@@ -125,29 +124,22 @@ FETCHED_KINDS = ("nodes", "storageclasses", "deployments", "daemonsets", "namesp
 
 
 def examine_cluster(kubectl: Kubectl, requirements: Requirements) -> list[Diagnostic]:
-    """Looks at a cluster and judges it. When it does not answer, the one finding says why."""
+    """Fetches the state of a cluster and diagnoses it. If the cluster does not answer, the only diagnostic says why."""
     try:
         cluster = fetch_state(kubectl, requirements)
     except ClusterError as error:
-        detail, _, fix = str(error).rpartition("; ")
-        return [Diagnostic("cluster", False, detail or fix, fix if detail else "look at kubectl's own words: kubectl version")]
+        return [Diagnostic.from_error("cluster", error, "see kubectl's own message: kubectl version")]
     return diagnose(cluster, requirements)
 
 
 def fetch_state(kubectl: Kubectl, requirements: Requirements) -> ClusterState:
-    """Fetches what `judge` needs. Raises ClusterError if the cluster does not answer."""
+    """Fetches what `diagnose` needs. Raises ClusterError if the cluster does not answer."""
     reply = json.loads(kubectl.run_command("version", "--output=json"))
     cluster = ClusterState(
         versions.parse_version(reply.get("serverVersion", {}).get("gitVersion", "")),
         versions.parse_version(reply.get("clientVersion", {}).get("gitVersion", "")),
         f"{kubectl.context or 'current context'}, {kubectl.server_url() or 'in a pod'}",
     )
-
-    def fetch_kind(kind: str, call: Callable[[], list[K8sObject]]) -> None:
-        try:
-            cluster.objects[kind] = call()
-        except ForbiddenError as error:
-            cluster.denied[kind] = str(error)
 
     def fetch_object(kind: str, name: str, namespace: str) -> list[K8sObject]:
         fetched = kubectl.get_object(kind, name, namespace)
@@ -156,53 +148,55 @@ def fetch_state(kubectl: Kubectl, requirements: Requirements) -> ClusterState:
     def fetch_definitions() -> list[K8sObject]:
         # All of them are tens of megabytes; a list of names is one call.
         reply = kubectl.run_command("get", "customresourcedefinitions", *CRDS.values(), "--ignore-not-found", "--output=json")
-        # One object is printed as itself, none as nothing, and several as a list.
+        # kubectl prints one object as itself, none as nothing, and several as a list.
         value: Any = json.loads(reply) if reply.strip() else {"items": []}
         return list(value.get("items", [value]))
 
     with ThreadPoolExecutor(8) as threads:
-        first: list[tuple[str, Callable[[], list[K8sObject]]]] = [(kind, _make_lister(kubectl, kind)) for kind in FETCHED_KINDS]
-        list(threads.map(lambda one: fetch_kind(*one), [*first, ("definitions", fetch_definitions)]))
+
+        def fetch_all(calls: Mapping[str, Callable[[], list[K8sObject]]]) -> None:
+            def fetch_kind(kind: str) -> None:
+                try:
+                    cluster.objects[kind] = calls[kind]()
+                except ForbiddenError as error:
+                    cluster.denied[kind] = str(error)
+
+            list(threads.map(fetch_kind, calls))
+
+        fetch_all({kind: partial(kubectl.list_objects, kind) for kind in FETCHED_KINDS} | {"definitions": fetch_definitions})
         run_namespace = find_run_namespace(cluster, requirements)
-        second: list[tuple[str, Callable[[], list[K8sObject]]]] = [
-            ("settings", lambda: fetch_object("configmap", SETTINGS_CONFIG_MAP, run_namespace)),
-            ("secret", lambda: fetch_object("secret", STORAGE_SECRET, run_namespace)),
-            ("account", lambda: fetch_object("serviceaccount", RUNNER_ACCOUNT, run_namespace)),
-        ]
+        calls: dict[str, Callable[[], list[K8sObject]]] = {
+            "settings": partial(fetch_object, "configmap", SETTINGS_CONFIG_MAP, run_namespace),
+            "secret": partial(fetch_object, "secret", STORAGE_SECRET, run_namespace),
+            "account": partial(fetch_object, "serviceaccount", RUNNER_ACCOUNT, run_namespace),
+        }
         if has_part(cluster, "prometheus-operator"):
-            second += [
-                (kind, _make_lister(kubectl, kind))
-                for kind in ("prometheuses.monitoring.coreos.com", CRDS["prometheus-operator"])
-            ]
+            for kind in (PROMETHEUSES, CRDS["prometheus-operator"]):
+                calls[kind] = partial(kubectl.list_objects, kind)
         if has_part(cluster, "kueue"):
-            second += [("localqueues", lambda: kubectl.list_objects("localqueues.kueue.x-k8s.io", run_namespace))]
-            manager = next(_find_containers(cluster, "kueue"), None)
-            if manager:
-                manager_namespace = manager[0]["metadata"]["namespace"]
-                second.append(("kueue-config", lambda: fetch_object("configmap", "kueue-manager-config", manager_namespace)))
-        list(threads.map(lambda one: fetch_kind(*one), second))
-        questions = [(who, right) for who, rights in _collect_questions(cluster, requirements).items() for right in rights]
-        answers = list(threads.map(lambda one: is_allowed(kubectl, one[1], one[0]), questions))
-    for (who, right), answer in zip(questions, answers, strict=True):
-        cluster.permissions.setdefault(who, {})[right] = answer
+            calls["localqueues"] = partial(kubectl.list_objects, "localqueues.kueue.x-k8s.io", run_namespace)
+            if manager := next(_find_containers(cluster, "kueue"), None):
+                namespace = manager[0]["metadata"]["namespace"]
+                calls["kueue-config"] = partial(fetch_object, "configmap", "kueue-manager-config", namespace)
+        fetch_all(calls)
+        questions = [
+            (subject, permission)
+            for subject, permissions in _collect_questions(cluster, requirements).items()
+            for permission in permissions
+        ]
+        answers = list(threads.map(lambda question: is_allowed(kubectl, question[1], question[0]), questions))
+    for (subject, permission), answer in zip(questions, answers, strict=True):
+        cluster.permissions.setdefault(subject, {})[permission] = answer
     return cluster
 
 
-def _make_lister(kubectl: Kubectl, kind: str) -> Callable[[], list[K8sObject]]:
-    return lambda: kubectl.list_objects(kind)
-
-
 def is_allowed(kubectl: Kubectl, permission: Permission, subject: str = "") -> bool | None:
-    """Whether somebody (`system:serviceaccount:NAMESPACE:NAME`; whoever asks if empty) has a right. None if one may not ask."""
-    attributes = {
-        "verb": permission.verb,
-        "resource": permission.resource,
-        "group": permission.group,
-        "subresource": permission.subresource,
-        "namespace": permission.namespace,
-    }
+    """Whether a subject has a permission. None if the user may not ask.
+
+    `subject`: `system:serviceaccount:NAMESPACE:NAME`, or empty for the user.
+    """
     kind = "SubjectAccessReview" if subject else "SelfSubjectAccessReview"
-    spec: K8sObject = {"resourceAttributes": {key: value for key, value in attributes.items() if value}}
+    spec: K8sObject = {"resourceAttributes": {key: value for key, value in permission._asdict().items() if value}}
     if subject:
         account = subject.split(":")
         spec["user"] = subject
@@ -218,37 +212,46 @@ def is_allowed(kubectl: Kubectl, permission: Permission, subject: str = "") -> b
 
 
 def diagnose(cluster: ClusterState, requirements: Requirements) -> list[Diagnostic]:
-    """All findings, in the order in which things depend on each other."""
+    """Returns all diagnostics, in the order in which things depend on each other."""
     installed_versions = detect_versions(cluster)
-    # Versions as they will be.
+    # Versions after the deployment.
     expected_versions = installed_versions | {part: version for part, version in requirements.provided_parts.items() if version}
-    findings = [Diagnostic("cluster", True, cluster.description), _check_client(cluster)]
-    findings.append(_check_version(cluster, installed_versions, "kubernetes", requirements))
-    findings += [_check_nodes(cluster), _check_storage(cluster), *_check_gpus(cluster, requirements)]
-    for part in ("kfp", "argo", "trainer", "kueue", "prometheus-operator", "dcgm"):
-        if part != "argo" or part in installed_versions:
-            findings.append(_check_version(cluster, installed_versions, part, requirements))
-    findings += [
-        Diagnostic(
-            "bad-pair",
-            False,
-            f"{DISPLAY_NAMES[conflict.component]} {format_version(expected_versions[conflict.component])} with {DISPLAY_NAMES[conflict.other_component]} {format_version(expected_versions[conflict.other_component])}: {conflict.problem}",
-            conflict.fix,
-            is_warning=not conflict.fatal,
-        )
-        for conflict in versions.find_version_conflicts(expected_versions)
+    return [
+        _passed("cluster", cluster.description),
+        _check_client(cluster),
+        _check_version(cluster, installed_versions, "kubernetes", requirements),
+        _check_nodes(cluster),
+        _check_storage(cluster),
+        *_check_gpus(cluster, requirements),
+        *(
+            _check_version(cluster, installed_versions, part, requirements)
+            for part in PART_IMAGES
+            if part != "argo" or part in installed_versions
+        ),
+        *_check_version_conflicts(expected_versions),
+        *_check_minio(cluster),
+        *_check_queues(cluster, requirements),
+        *_check_pod_monitor(cluster, requirements),
+        *_check_gpu_exporter(cluster),
+        *_check_settings(cluster, requirements),
+        *_check_permissions(cluster),
     ]
-    findings += _check_minio(cluster)
-    findings += _check_queues(cluster, requirements)
-    findings += _check_pod_monitor(cluster, requirements)
-    findings += _check_gpu_exporter(cluster)
-    findings += _check_settings(cluster, requirements)
-    findings += _check_permissions(cluster)
-    return findings
+
+
+def _passed(name: str, detail: str) -> Diagnostic:
+    return Diagnostic(name, True, detail)
+
+
+def _failed(name: str, detail: str, fix: str, *, is_warning: bool = False) -> Diagnostic:
+    return Diagnostic(name, False, detail, fix, is_warning)
+
+
+def _warned(name: str, detail: str, fix: str) -> Diagnostic:
+    return Diagnostic(name, False, detail, fix, is_warning=True)
 
 
 def find_run_namespace(cluster: ClusterState, requirements: Requirements) -> str:
-    """Where the pods of runs are: as asked, or with KFP's API server, or where KFP is usually."""
+    """Namespace of the pods of runs: the required one, or that of KFP's API server, or KFP's usual one."""
     if requirements.namespace:
         return requirements.namespace
     server = next(_find_containers(cluster, "kfp"), None)
@@ -256,7 +259,7 @@ def find_run_namespace(cluster: ClusterState, requirements: Requirements) -> str
 
 
 def detect_versions(cluster: ClusterState) -> dict[str, Version]:
-    """Component → version, of those whose version can be told."""
+    """Component → version, of those whose version is known."""
     detected = {"kubernetes": cluster.server_version} if cluster.server_version else {}
     for part in PART_IMAGES:
         for workload, container in _find_containers(cluster, part):
@@ -282,7 +285,7 @@ def has_part(cluster: ClusterState, part: str) -> bool:
 
 
 def selector_matches(selector: K8sObject | None, labels: Mapping[str, str]) -> bool:
-    """Whether a label selector takes these labels. None takes nothing, {} everything."""
+    """Whether a label selector matches labels. None matches nothing, {} everything."""
     if selector is None:
         return False
     for key, value in (selector.get("matchLabels") or {}).items():
@@ -302,7 +305,7 @@ def selector_matches(selector: K8sObject | None, labels: Mapping[str, str]) -> b
 
 
 def _find_containers(cluster: ClusterState, part: str) -> Iterator[tuple[K8sObject, K8sObject]]:
-    """Workloads that run a part's image, with the container."""
+    """Yields the workloads that run a part's image, with the container."""
     for workload in (*cluster.get_objects("deployments"), *cluster.get_objects("daemonsets")):
         for container in workload["spec"]["template"]["spec"].get("containers") or ():
             if _parse_repository(container).rpartition("/")[2] in PART_IMAGES[part]:
@@ -316,79 +319,70 @@ def _parse_repository(container: K8sObject) -> str:
 
 
 def _check_client(cluster: ClusterState) -> Diagnostic:
-    if cluster.client_version is None or cluster.server_version is None:
-        return Diagnostic("kubectl", True, "installed")
-    detail = f"{format_version(cluster.client_version)}, the server has {format_version(cluster.server_version)}"
-    if cluster.client_version[0] != cluster.server_version[0] or abs(cluster.client_version[1] - cluster.server_version[1]) > 1:
-        fix = f"install kubectl {cluster.server_version[0]}.{cluster.server_version[1]}"
-        return Diagnostic("kubectl", False, f"{detail}: more than one minor version apart", fix, is_warning=True)
-    return Diagnostic("kubectl", True, detail)
+    client, server = cluster.client_version, cluster.server_version
+    if client is None or server is None:
+        return _passed("kubectl", "installed")
+    detail = f"{format_version(client)}, the server has {format_version(server)}"
+    if client[0] != server[0] or abs(client[1] - server[1]) > 1:
+        return _warned("kubectl", f"{detail}: more than one minor version apart", f"install kubectl {server[0]}.{server[1]}")
+    return _passed("kubectl", detail)
 
 
 def _check_version(
     cluster: ClusterState, installed_versions: Mapping[str, Version], part: str, requirements: Requirements
 ) -> Diagnostic:
-    name, supported = DISPLAY_NAMES[part], SUPPORTED[part]
+    name, supported, version = DISPLAY_NAMES[part], SUPPORTED[part], installed_versions.get(part)
     needed = part in requirements.required_parts and part not in requirements.provided_parts
-    version = installed_versions.get(part)
+    provided_version = requirements.provided_parts.get(part)
     if version is None and part != "kubernetes" and not has_part(cluster, part):
         denied = [kind for kind in ("deployments", "daemonsets", "definitions") if kind in cluster.denied]
         if denied:
-            fix = f"let somebody look who may list {' and '.join(denied)} in all namespaces"
-            return Diagnostic(part, False, f"cannot be told whether {name} is installed", fix, is_warning=True)
+            fix = f"ask a user who may list {' and '.join(denied)} in all namespaces"
+            return _warned(part, f"unknown whether {name} is installed", fix)
         if part in requirements.provided_parts:
-            provided_version = requirements.provided_parts[part]
-            return Diagnostic(
-                part,
-                True,
-                f"not installed yet; this deployment brings {format_version(provided_version) if provided_version else 'it'}",
-            )
+            provided = format_version(provided_version) if provided_version else "it"
+            return _passed(part, f"not installed yet; this deployment installs {provided}")
         if needed:
-            return Diagnostic(part, False, f"{name} is not installed", INSTALL_HINTS[part])
-        return Diagnostic(part, True, f"not installed: {USED_FOR.get(part, 'not needed')}")
+            return _failed(part, f"{name} is not installed", INSTALL_HINTS[part])
+        return _passed(part, f"not installed: {USED_FOR.get(part, 'not needed')}")
     if version is None:
-        return Diagnostic(
-            part,
-            False,
-            f"{name} does not tell its version",
-            f"see that it is {format_version(supported.minimum)} or newer",
-            True,
+        return _warned(
+            part, f"the version of {name} is unknown", f"check that it is {format_version(supported.minimum)} or newer"
         )
-    provided_version = requirements.provided_parts.get(part)
+    found = format_version(version)
     if provided_version and provided_version != version:
-        return Diagnostic(part, True, f"{format_version(version)}; this deployment brings {format_version(provided_version)}")
+        return _passed(part, f"{found}; this deployment installs {format_version(provided_version)}")
+    since, until = format_version(supported.since), format_version(supported.until)
     if version < supported.minimum:
-        fix = f"update {name} to {format_version(supported.since)} or newer"
-        return Diagnostic(
-            part,
-            False,
-            f"{format_version(version)}: {supported.reason}",
-            fix,
-            is_warning=not needed and part not in ("kubernetes", "kfp"),
-        )
+        is_warning = not needed and part not in ("kubernetes", "kfp")
+        return _failed(part, f"{found}: {supported.reason}", f"update {name} to {since} or newer", is_warning=is_warning)
     if not supported.since <= version < supported.until:
-        fix = (
-            f"if something goes wrong, use {format_version(supported.since)} or newer, before {format_version(supported.until)}"
+        fix = f"if something goes wrong, use {since} or newer, before {until}"
+        return _warned(part, f"{found}: this project is not tested with it", fix)
+    return _passed(part, found)
+
+
+def _check_version_conflicts(expected_versions: Mapping[str, Version]) -> Iterator[Diagnostic]:
+    for conflict in versions.find_version_conflicts(expected_versions):
+        pair = " with ".join(
+            f"{DISPLAY_NAMES[part]} {format_version(expected_versions[part])}"
+            for part in (conflict.component, conflict.other_component)
         )
-        return Diagnostic(
-            part, False, f"{format_version(version)}: nobody has tried this project with it", fix, is_warning=True
-        )
-    return Diagnostic(part, True, format_version(version))
+        yield _failed("version-conflict", f"{pair}: {conflict.problem}", conflict.fix, is_warning=not conflict.fatal)
 
 
 def _check_nodes(cluster: ClusterState) -> Diagnostic:
     if "nodes" in cluster.denied:
-        return Diagnostic("nodes", False, "may not be listed", "let somebody look who may list nodes", is_warning=True)
+        return _warned("nodes", "may not be listed", "ask a user who may list nodes")
     nodes = cluster.get_objects("nodes")
-    ready = [node for node in nodes if _is_ready(node)]
     unready = sorted(node["metadata"]["name"] for node in nodes if not _is_ready(node))
+    ready = len(nodes) - len(unready)
     if not ready:
-        return Diagnostic("nodes", False, f"none of {len(nodes)} is ready", "kubectl get nodes, and describe them")
+        return _failed("nodes", f"none of {len(nodes)} is ready", "kubectl get nodes, and describe them")
     if unready:
         listed = ", ".join(unready[:5]) + (" …" if len(unready) > 5 else "")
-        fix = f"kubectl describe node {unready[0]}"
-        return Diagnostic("nodes", False, f"{len(ready)} of {len(nodes)} ready; not: {listed}", fix, is_warning=True)
-    return Diagnostic("nodes", True, f"{len(ready)}, all ready")
+        return _warned("nodes", f"{ready} of {len(nodes)} ready; not: {listed}", f"kubectl describe node {unready[0]}")
+    return _passed("nodes", f"{ready}, all ready")
 
 
 def _is_ready(node: K8sObject) -> bool:
@@ -397,9 +391,9 @@ def _is_ready(node: K8sObject) -> bool:
 
 
 def _check_storage(cluster: ClusterState) -> Diagnostic:
+    name = "storage-class"
     if "storageclasses" in cluster.denied:
-        fix = "let somebody look who may list storageclasses"
-        return Diagnostic("storage-class", False, "may not be listed", fix, is_warning=True)
+        return _warned(name, "may not be listed", "ask a user who may list storageclasses")
     classes = cluster.get_objects("storageclasses")
     defaults = [
         storage_class
@@ -407,35 +401,38 @@ def _check_storage(cluster: ClusterState) -> Diagnostic:
         if (storage_class["metadata"].get("annotations") or {}).get(DEFAULT_CLASS) == "true"
     ]
     names = ", ".join(sorted(storage_class["metadata"]["name"] for storage_class in defaults))
-    pending = sorted(
-        f"{claim['metadata']['namespace']}/{claim['metadata']['name']}"
-        for claim in cluster.get_objects("persistentvolumeclaims")
-        if claim.get("status", {}).get("phase") == "Pending" and "storageClassName" not in claim["spec"]
-    )
     if not defaults:
-        fix = f"kubectl annotate storageclass NAME {DEFAULT_CLASS}=true, or name a class in the overlay"
-        waiting = f"; {', '.join(pending)} cannot be bound" if pending else ""
-        return Diagnostic("storage-class", False, f"no default among {len(classes)}{waiting}", fix)
-    if len(defaults) > 1:
-        fix = f"leave {DEFAULT_CLASS}=true on one of them"
-        return Diagnostic(
-            "storage-class", False, f"{len(defaults)} defaults ({names}): the newest is taken", fix, is_warning=True
+        pending = sorted(
+            _full_name(claim)
+            for claim in cluster.get_objects("persistentvolumeclaims")
+            if claim.get("status", {}).get("phase") == "Pending" and "storageClassName" not in claim["spec"]
         )
-    return Diagnostic("storage-class", True, f"{names} ({defaults[0].get('provisioner', '?')}) is the default")
+        fix = f"kubectl annotate storageclass NAME {DEFAULT_CLASS}=true, or name a class in the overlay"
+        unbound = f"; {', '.join(pending)} cannot be bound" if pending else ""
+        return _failed(name, f"no default among {len(classes)}{unbound}", fix)
+    if len(defaults) > 1:
+        detail = f"{len(defaults)} defaults ({names}): Kubernetes takes the newest"
+        return _warned(name, detail, f"leave {DEFAULT_CLASS}=true on one of them")
+    return _passed(name, f"{names} ({defaults[0].get('provisioner', '?')}) is the default")
 
 
-def _check_gpus(cluster: ClusterState, requirements: Requirements) -> list[Diagnostic]:
+def _check_gpus(cluster: ClusterState, requirements: Requirements) -> Iterator[Diagnostic]:
     if "nodes" in cluster.denied:
-        return []
+        return
     nodes = cluster.get_objects("nodes")
     with_gpus = [node for node in nodes if _gpu_resources(node, "allocatable")]
-    promised = [node for node in nodes if any(label in _node_labels(node) for label in GPU_LABELS)]
-    silent = sorted(node["metadata"]["name"] for node in promised if not _gpu_resources(node, "capacity"))
-    findings = []
+    silent = sorted(
+        node["metadata"]["name"]
+        for node in nodes
+        if any(label in _node_labels(node) for label in GPU_LABELS) and not _gpu_resources(node, "capacity")
+    )
     if silent:
-        detail = f"{len(silent)} nodes are labeled as having GPUs and offer none: {', '.join(silent[:5])}"
-        fix = "install the device plugin (NVIDIA GPU operator, or the cloud's driver installer), and see that its pods tolerate the taints"
-        findings.append(Diagnostic("device-plugin", False, detail, fix))
+        detail = f"{len(silent)} nodes have the label of GPUs and offer none: {', '.join(silent[:5])}"
+        fix = (
+            "install the device plugin (NVIDIA GPU operator, or the cloud's driver installer), "
+            "and check that its pods tolerate the taints"
+        )
+        yield _failed("device-plugin", detail, fix)
     sick = sorted(
         f"{node['metadata']['name']} {resource}: {_gpu_resources(node, 'allocatable').get(resource, 0)} of {count}"
         for node in nodes
@@ -444,33 +441,28 @@ def _check_gpus(cluster: ClusterState, requirements: Requirements) -> list[Diagn
     )
     if sick:
         detail = f"GPUs that cannot be used: {'; '.join(sick[:5])}"
-        findings.append(
-            Diagnostic("device-plugin", False, detail, "look for Xid errors on the node, and drain it", is_warning=True)
-        )
-    if not with_gpus:
-        if "gpu" in requirements.required_parts:
-            fix = "add a node pool with GPUs; a pool that scales from zero shows none until a pod asks for one"
-            findings.append(Diagnostic("gpu-pools", False, "no node offers GPUs", fix, is_warning=True))
-        else:
-            findings.append(Diagnostic("gpu-pools", True, "no node offers GPUs: everything runs on CPUs"))
-        return findings
-    if not findings:
-        findings.append(Diagnostic("device-plugin", True, f"{len(with_gpus)} nodes offer GPUs"))
+        yield _warned("device-plugin", detail, "look for Xid errors on the node, and drain it")
+    if not with_gpus and "gpu" in requirements.required_parts:
+        fix = "add a node pool with GPUs; a pool that scales from zero shows none until a pod asks for one"
+        yield _warned("gpu-pools", "no node offers GPUs", fix)
+    elif not with_gpus:
+        yield _passed("gpu-pools", "no node offers GPUs: everything runs on CPUs")
+    elif not (silent or sick):
+        yield _passed("device-plugin", f"{len(with_gpus)} nodes offer GPUs")
     pools: dict[tuple[str, ...], list[K8sObject]] = {}
     for node in with_gpus:
         pools.setdefault(_describe_pool(node), []).append(node)
     for (resource, taints, labels), members in sorted(pools.items()):
         description = f"{len(members)} × {resource}; {labels or 'no label of a pool'}; {taints or 'no taint'}"
         if taints:
-            findings.append(Diagnostic("gpu-pools", True, description))
+            yield _passed("gpu-pools", description)
         else:
-            fix = (
-                "taint them, as nvidia.com/gpu=present:NoSchedule, and let label_tolerations and train_tolerations tolerate it"
-            )
-            findings.append(
-                Diagnostic("gpu-pools", False, f"{description}: steps without GPUs take their place", fix, is_warning=True)
-            )
-    return findings
+            fix = "taint them, as nvidia.com/gpu=present:NoSchedule, and set label_tolerations and train_tolerations"
+            yield _warned("gpu-pools", f"{description}: pods without GPUs are scheduled on them", fix)
+
+
+def _full_name(resource: K8sObject) -> str:
+    return f"{resource['metadata']['namespace']}/{resource['metadata']['name']}"
 
 
 def _node_labels(node: K8sObject) -> dict[str, str]:
@@ -478,7 +470,7 @@ def _node_labels(node: K8sObject) -> dict[str, str]:
 
 
 def _gpu_resources(node: K8sObject, field_name: str) -> dict[str, int]:
-    """GPUs of a node by resource, those with none left out. `what`: capacity or allocatable."""
+    """Resource → number of GPUs of a node, without zeros. `field_name`: capacity or allocatable."""
     amounts = node.get("status", {}).get(field_name) or {}
     return {
         name: int(count)
@@ -488,7 +480,7 @@ def _gpu_resources(node: K8sObject, field_name: str) -> dict[str, int]:
 
 
 def _describe_pool(node: K8sObject) -> tuple[str, str, str]:
-    """Resources, taints and telling labels of a node, for people: equal in all nodes of a pool."""
+    """Resources, taints and labels of a node, for people: equal in all nodes of a pool."""
     taints = sorted(
         f"{taint['key']}{'=' + taint['value'] if taint.get('value') else ''}:{taint['effect']}"
         for taint in node["spec"].get("taints") or ()
@@ -499,92 +491,73 @@ def _describe_pool(node: K8sObject) -> tuple[str, str, str]:
     return ", ".join(resources), ", ".join(taints), ", ".join(labels)
 
 
-def _check_minio(cluster: ClusterState) -> list[Diagnostic]:
+def _check_minio(cluster: ClusterState) -> Iterator[Diagnostic]:
     servers = sorted(
-        f"{workload['metadata']['namespace']}/{workload['metadata']['name']}"
+        _full_name(workload)
         for workload in cluster.get_objects("deployments")
         for container in workload["spec"]["template"]["spec"].get("containers") or ()
         if _parse_repository(container).endswith("minio/minio")
     )
-    if not servers:
-        return []
-    detail = f"{', '.join(servers)}: MinIO's server image is no longer published, and its last one has known holes"
-    fix = "move the data to SeaweedFS (component object-store) or another S3 server"
-    return [Diagnostic("object-store", False, detail, fix, is_warning=True)]
+    if servers:
+        detail = (
+            f"{', '.join(servers)}: MinIO's server image is no longer published, and its last version has known vulnerabilities"
+        )
+        yield _warned("object-store", detail, "move the data to SeaweedFS (component object-store) or another S3 server")
 
 
-def _check_queues(cluster: ClusterState, requirements: Requirements) -> list[Diagnostic]:
+def _check_queues(cluster: ClusterState, requirements: Requirements) -> Iterator[Diagnostic]:
     if not has_part(cluster, "kueue"):
-        return []
-    findings, run_namespace = [], find_run_namespace(cluster, requirements)
+        return
+    run_namespace, needed = find_run_namespace(cluster, requirements), "kueue" in requirements.required_parts
     config = next(iter(cluster.get_objects("kueue-config")), None)
     text = "\n".join((config or {}).get("data", {}).values())
     if config and '"pod"' not in text and "- pod\n" not in f"{text}\n":
         fix = "add pod to integrations.frameworks in ConfigMap kueue-manager-config, and restart Kueue"
-        needed = "kueue" in requirements.required_parts
-        findings.append(
-            Diagnostic("kueue-pods", False, "Kueue leaves plain pods alone, and so the steps of runs", fix, not needed)
-        )
+        yield _failed("kueue-pods", "Kueue does not queue plain pods, so not the pods of runs", fix, is_warning=not needed)
     queues = cluster.get_objects("localqueues")
-    if not queues and "localqueues" not in cluster.denied:
-        if "kueue" in requirements.required_parts and "kueue" not in requirements.provided_parts:
-            fix = "make a LocalQueue (component kueue)"
-            findings.append(Diagnostic("queue", False, f"there is no LocalQueue in {run_namespace}", fix))
-        return findings
+    if not queues and "localqueues" not in cluster.denied and needed and "kueue" not in requirements.provided_parts:
+        yield _failed("queue", f"there is no LocalQueue in {run_namespace}", "create a LocalQueue (component kueue)")
     for queue in queues:
-        conditions = queue.get("status", {}).get("conditions") or ()
         name = f"{run_namespace}/{queue['metadata']['name']} to {queue['spec'].get('clusterQueue', '?')}"
-        inactive = next(
-            (condition for condition in conditions if condition["type"] == "Active" and condition["status"] == "False"), None
-        )
-        if inactive:
-            detail = f"{name} is not active: {inactive.get('message', 'no reason is given')}"
-            findings.append(Diagnostic("queue", False, detail, "see that its ClusterQueue and its ResourceFlavors exist"))
+        for condition in queue.get("status", {}).get("conditions") or ():
+            if condition["type"] == "Active" and condition["status"] == "False":
+                detail = f"{name} is not active: {condition.get('message', 'no reason is given')}"
+                yield _failed("queue", detail, "check that its ClusterQueue and its ResourceFlavors exist")
+                break
         else:
-            findings.append(Diagnostic("queue", True, name))
-    return findings
+            yield _passed("queue", name)
 
 
-def _check_pod_monitor(cluster: ClusterState, requirements: Requirements) -> list[Diagnostic]:
-    """Whether a Prometheus takes the PodMonitor of runs, and may list their pods."""
+def _check_pod_monitor(cluster: ClusterState, requirements: Requirements) -> Iterator[Diagnostic]:
+    """Whether a Prometheus selects the PodMonitor of runs, and may list their pods."""
     if not has_part(cluster, "prometheus-operator"):
-        return []
-    run_namespace = find_run_namespace(cluster, requirements)
+        return
+    run_namespace, check = find_run_namespace(cluster, requirements), "pod-monitor"
+    prometheuses = cluster.get_objects(PROMETHEUSES)
     monitors = [
         resource for resource in cluster.get_objects(CRDS["prometheus-operator"]) if _is_for_runs(resource, run_namespace)
     ]
     if not monitors:
-        if "prometheus-operator" in requirements.provided_parts or "prometheus-operator" not in requirements.required_parts:
-            return [Diagnostic("pod-monitor", True, "none takes the pods of runs yet (component monitoring)")]
-        return [Diagnostic("pod-monitor", False, "none takes the pods of runs", "add the component monitoring to the overlay")]
-    findings = []
+        if "prometheus-operator" in requirements.required_parts - requirements.provided_parts.keys():
+            yield _failed(check, "none selects the pods of runs", "add the component monitoring to the overlay")
+        else:
+            yield _passed(check, "none selects the pods of runs yet (component monitoring)")
     for monitor in monitors:
-        name = f"{monitor['metadata']['namespace']}/{monitor['metadata']['name']}"
-        prometheuses = [
-            resource
-            for resource in cluster.get_objects("prometheuses.monitoring.coreos.com")
-            if _takes_monitor(resource, monitor, cluster)
-        ]
-        if not prometheuses:
+        selecting = [prometheus for prometheus in prometheuses if _selects_monitor(prometheus, monitor, cluster)]
+        if not selecting:
             selectors = "; ".join(
-                f"{resource['metadata']['namespace']}/{resource['metadata']['name']} wants {_describe_selectors(resource['spec'])}"
-                for resource in cluster.get_objects("prometheuses.monitoring.coreos.com")
+                f"{_full_name(resource)} selects {_describe_selectors(resource['spec'])}" for resource in prometheuses
             )
-            detail = f"{name} is taken by no Prometheus ({selectors or 'there is none'})"
-            fix = (
-                "give the PodMonitor and its namespace the labels that podMonitorSelector and podMonitorNamespaceSelector want"
-            )
-            findings.append(Diagnostic("pod-monitor", False, detail, fix, is_warning=True))
-        for prometheus in prometheuses:
-            account = _service_account(prometheus)
-            prometheus_name = f"{prometheus['metadata']['namespace']}/{prometheus['metadata']['name']}"
+            detail = f"{_full_name(monitor)} is selected by no Prometheus ({selectors or 'there is none'})"
+            fix = "give the PodMonitor and its namespace the labels of podMonitorSelector and podMonitorNamespaceSelector"
+            yield _warned(check, detail, fix)
+        for prometheus in selecting:
+            account, detail = _service_account(prometheus), f"{_full_name(monitor)} is selected by {_full_name(prometheus)}"
             if cluster.permissions.get(account, {}).get(_discovery_permission(run_namespace)) is False:
-                detail = f"{name} is taken by {prometheus_name}, which may not list pods in {run_namespace}"
                 fix = f"bind a Role with get, list, watch on pods in {run_namespace} to {account}"
-                findings.append(Diagnostic("pod-monitor", False, detail, fix, is_warning=True))
+                yield _warned(check, f"{detail}, which may not list pods in {run_namespace}", fix)
             else:
-                findings.append(Diagnostic("pod-monitor", True, f"{name} is taken by {prometheus_name}"))
-    return findings
+                yield _passed(check, detail)
 
 
 def _is_for_runs(monitor: K8sObject, run_namespace: str) -> bool:
@@ -594,28 +567,21 @@ def _is_for_runs(monitor: K8sObject, run_namespace: str) -> bool:
     return bool(covers_namespace) and matched_labels.items() >= RUN_POD_LABELS.items()
 
 
-def _takes_monitor(prometheus: K8sObject, monitor: K8sObject, cluster: ClusterState) -> bool:
-    spec, prometheus_namespace = prometheus["spec"], prometheus["metadata"]["namespace"]
-    monitor_namespace = monitor["metadata"]["namespace"]
+def _selects_monitor(prometheus: K8sObject, monitor: K8sObject, cluster: ClusterState) -> bool:
+    spec, namespace = prometheus["spec"], monitor["metadata"]["namespace"]
     if not selector_matches(spec.get("podMonitorSelector"), monitor["metadata"].get("labels") or {}):
         return False
-    spaces = spec.get("podMonitorNamespaceSelector")
-    if spaces is None:
-        return bool(monitor_namespace == prometheus_namespace)
-    labels = next(
-        (
-            candidate["metadata"].get("labels") or {}
-            for candidate in cluster.get_objects("namespaces")
-            if candidate["metadata"]["name"] == monitor_namespace
-        ),
-        {},
-    )
-    return selector_matches(spaces, labels)
+    namespace_selector = spec.get("podMonitorNamespaceSelector")
+    if namespace_selector is None:
+        return bool(namespace == prometheus["metadata"]["namespace"])
+    labels = {item["metadata"]["name"]: item["metadata"].get("labels") for item in cluster.get_objects("namespaces")}
+    return selector_matches(namespace_selector, labels.get(namespace) or {})
 
 
 def _describe_selectors(spec: K8sObject) -> str:
-    monitor_selector, namespace_selector = spec.get("podMonitorSelector"), spec.get("podMonitorNamespaceSelector")
-    return f"PodMonitors {json.dumps(monitor_selector)} in namespaces {json.dumps(namespace_selector) if namespace_selector is not None else 'of its own'}"
+    namespace_selector = spec.get("podMonitorNamespaceSelector")
+    namespaces = "of its own" if namespace_selector is None else json.dumps(namespace_selector)
+    return f"PodMonitors {json.dumps(spec.get('podMonitorSelector'))} in namespaces {namespaces}"
 
 
 def _service_account(prometheus: K8sObject) -> str:
@@ -627,114 +593,96 @@ def _discovery_permission(run_namespace: str) -> Permission:
     return Permission("list", "pods", namespace=run_namespace)
 
 
-def _check_gpu_exporter(cluster: ClusterState) -> list[Diagnostic]:
+def _check_gpu_exporter(cluster: ClusterState) -> Iterator[Diagnostic]:
     for workload, container in _find_containers(cluster, "dcgm"):
-        name = f"{workload['metadata']['namespace']}/{workload['metadata']['name']}"
+        name, namespace = workload["metadata"]["name"], workload["metadata"]["namespace"]
         environment = {variable["name"]: variable.get("value") for variable in container.get("env") or ()}
         arguments = [*(container.get("command") or ()), *(container.get("args") or ())]
+        status = workload.get("status", {})
+        ready, desired = status.get("numberReady", 0), status.get("desiredNumberScheduled", 0)
+        detail = f"{namespace}/{name}: "
         if environment.get("DCGM_EXPORTER_KUBERNETES") != "true" and not {"-k", "--kubernetes"} & set(arguments):
             fix = "set DCGM_EXPORTER_KUBERNETES=true in its environment, and mount /var/lib/kubelet/pod-resources"
-            return [Diagnostic("dcgm-pods", False, f"{name}: its series do not name the pod", fix, is_warning=True)]
-        status = workload.get("status", {})
-        ready, wanted = status.get("numberReady", 0), status.get("desiredNumberScheduled", 0)
-        if ready < wanted:
-            fix = f"kubectl -n {name.partition('/')[0]} describe daemonset {name.partition('/')[2]}"
-            return [Diagnostic("dcgm-pods", False, f"{name}: ready on {ready} of {wanted} nodes", fix, is_warning=True)]
-        return [Diagnostic("dcgm-pods", True, f"{name}: on {wanted} nodes, its series name the pod")]
-    return []
+            yield _warned("dcgm-pods", f"{detail}its metrics do not name the pod", fix)
+        elif ready < desired:
+            fix = f"kubectl -n {namespace} describe daemonset {name}"
+            yield _warned("dcgm-pods", f"{detail}ready on {ready} of {desired} nodes", fix)
+        else:
+            yield _passed("dcgm-pods", f"{detail}on {desired} nodes, its metrics name the pod")
+        return
 
 
-def _check_settings(cluster: ClusterState, requirements: Requirements) -> list[Diagnostic]:
-    """ConfigMap and Secret that the steps take their store from. Both may be missing; keys that are there must be whole."""
+def _check_settings(cluster: ClusterState, requirements: Requirements) -> Iterator[Diagnostic]:
+    """Checks the ConfigMap and the Secret of the store. Both may be missing; an existing Secret must have both keys."""
     if not has_part(cluster, "kfp") or "kfp" in requirements.provided_parts:
-        return []
-    run_namespace, findings = find_run_namespace(cluster, requirements), []
-    data = next((resource.get("data") or {} for resource in cluster.get_objects("settings")), None)
-    endpoint = (data or {}).get("AWS_ENDPOINT_URL")
-    if data is None and "settings" not in cluster.denied:
-        fix = f"`make deploy`, or kubectl -n {run_namespace} create configmap {SETTINGS_CONFIG_MAP} --from-literal=AWS_ENDPOINT_URL=…"
-        findings.append(
-            Diagnostic(
-                "settings",
-                False,
-                f"no ConfigMap {run_namespace}/{SETTINGS_CONFIG_MAP}: steps take Amazon's S3",
-                fix,
-                is_warning=True,
-            )
-        )
-    elif data is not None:
-        findings.append(
-            Diagnostic("settings", True, f"ConfigMap {run_namespace}/{SETTINGS_CONFIG_MAP}: store at {endpoint or 'Amazon S3'}")
-        )
-    keys = next((set(resource.get("data") or {}) for resource in cluster.get_objects("secret")), None)
-    missing = sorted({"accesskey", "secretkey"} - (keys or set()))
-    if keys is None and "secret" not in cluster.denied:
-        fix = f"kubectl -n {run_namespace} create secret generic {STORAGE_SECRET} --from-literal=accesskey=… --from-literal=secretkey=…"
-        detail = f"no Secret {run_namespace}/{STORAGE_SECRET}: steps need credentials of their pods' own (workload identity)"
-        findings.append(Diagnostic("storage-secret", False, detail, fix, is_warning=True))
-    elif keys is not None and missing:
-        detail = f"Secret {run_namespace}/{STORAGE_SECRET} lacks {' and '.join(missing)}"
-        findings.append(Diagnostic("storage-secret", False, detail, "give it the keys accesskey and secretkey"))
-    elif keys is not None:
-        findings.append(Diagnostic("storage-secret", True, f"Secret {run_namespace}/{STORAGE_SECRET} has both keys"))
-    return findings
+        return
+    run_namespace = find_run_namespace(cluster, requirements)
+    name = f"ConfigMap {run_namespace}/{SETTINGS_CONFIG_MAP}"
+    settings = cluster.get_objects("settings")
+    if settings:
+        endpoint = (settings[0].get("data") or {}).get("AWS_ENDPOINT_URL")
+        yield _passed("settings", f"{name}: store at {endpoint or 'Amazon S3'}")
+    elif "settings" not in cluster.denied:
+        create = f"kubectl -n {run_namespace} create configmap {SETTINGS_CONFIG_MAP} --from-literal=AWS_ENDPOINT_URL=…"
+        yield _warned("settings", f"no {name}: runs use Amazon S3", f"`make deploy`, or {create}")
+    name = f"Secret {run_namespace}/{STORAGE_SECRET}"
+    secrets = cluster.get_objects("secret")
+    missing = sorted({"accesskey", "secretkey"} - set(secrets[0].get("data") or {})) if secrets else []
+    if missing:
+        yield _failed("storage-secret", f"{name} lacks {' and '.join(missing)}", "give it the keys accesskey and secretkey")
+    elif secrets:
+        yield _passed("storage-secret", f"{name} has both keys")
+    elif "secret" not in cluster.denied:
+        options = "--from-literal=accesskey=… --from-literal=secretkey=…"
+        fix = f"kubectl -n {run_namespace} create secret generic {STORAGE_SECRET} {options}"
+        yield _warned("storage-secret", f"no {name}: pods need credentials of their own (workload identity)", fix)
 
 
 def runner_permissions(run_namespace: str, trainer: bool) -> tuple[Permission, ...]:
-    """What the steps' service account must be allowed: Argo's results, and TrainJobs where trainings use them."""
+    """Permissions that the service account of runs needs: Argo's results, and TrainJobs if `trainer`."""
     permissions = [
-        Permission("create", "workflowtaskresults", "argoproj.io", namespace=run_namespace),
-        Permission("patch", "workflowtaskresults", "argoproj.io", namespace=run_namespace),
-        Permission("get", "pods", namespace=run_namespace),
-        Permission("get", "secrets", namespace=run_namespace),
+        ("create", "workflowtaskresults", "argoproj.io"),
+        ("patch", "workflowtaskresults", "argoproj.io"),
+        ("get", "pods"),
+        ("get", "secrets"),
     ]
     if trainer:
-        permissions += [
-            Permission(verb, "trainjobs", "trainer.kubeflow.org", namespace=run_namespace)
-            for verb in ("create", "get", "watch", "delete")
-        ]
-        permissions.append(Permission("get", "pods", subresource="log", namespace=run_namespace))
-    return tuple(permissions)
+        permissions += [(verb, "trainjobs", "trainer.kubeflow.org") for verb in ("create", "get", "watch", "delete")]
+        permissions.append(("get", "pods", "", "log"))
+    return tuple(Permission(*permission, namespace=run_namespace) for permission in permissions)
 
 
 def _collect_questions(cluster: ClusterState, requirements: Requirements) -> dict[str, tuple[Permission, ...]]:
-    """Who → what must be allowed."""
+    """Subject → permissions to ask for."""
     run_namespace = find_run_namespace(cluster, requirements)
     questions: dict[str, tuple[Permission, ...]] = {"": requirements.permissions}
     if cluster.get_objects("account"):
         questions[f"system:serviceaccount:{run_namespace}:{RUNNER_ACCOUNT}"] = runner_permissions(
             run_namespace, "trainer" in requirements.required_parts
         )
-    for prometheus in cluster.get_objects("prometheuses.monitoring.coreos.com"):
+    for prometheus in cluster.get_objects(PROMETHEUSES):
         questions[_service_account(prometheus)] = (_discovery_permission(run_namespace),)
     return questions
 
 
-def _check_permissions(cluster: ClusterState) -> list[Diagnostic]:
-    findings = []
+def _check_permissions(cluster: ClusterState) -> Iterator[Diagnostic]:
     for subject, permissions in cluster.permissions.items():
-        # That of Prometheus is judged with its PodMonitor.
+        # Those of Prometheus are checked with its PodMonitor.
         if subject and not subject.endswith(f":{RUNNER_ACCOUNT}"):
             continue
         name = subject.removeprefix("system:serviceaccount:").replace(":", "/") or "you"
+        check = "runner-permissions" if subject else "permissions"
         denied = [permission for permission, answer in permissions.items() if answer is False]
-        check_name = "runner-rights" if subject else "rights"
         if denied:
-            detail = f"{name} may not {_join_permissions(denied)}"
-            fix = (
-                "bind a Role to it, as docs/security.md lists them"
-                if subject
-                else "ask for these rights, or use a context that has them"
-            )
-            findings.append(Diagnostic(check_name, False, detail, fix))
+            fix = "bind the Role in docs/security.md to it" if subject else "ask for them, or use a context that has them"
+            yield _failed(check, f"{name} may not {_join_permissions(denied)}", fix)
         elif any(answer is None for answer in permissions.values()):
-            fix = f"let somebody look who may create SubjectAccessReviews, or ask in a pod of {name}"
-            findings.append(Diagnostic(check_name, False, f"you may not ask what {name} may do", fix, is_warning=True))
+            fix = f"ask a user who may create SubjectAccessReviews, or check in a pod of {name}"
+            yield _warned(check, f"the permissions of {name} may not be read", fix)
         elif permissions:
-            findings.append(Diagnostic(check_name, True, f"{name} may do all {len(permissions)} things that are needed"))
-    return findings
+            yield _passed(check, f"{name} has all {len(permissions)} permissions that are needed")
 
 
 def _join_permissions(permissions: Iterable[Permission]) -> str:
     names = list(map(str, permissions))
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} things more" if len(names) > 6 else "")
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

@@ -1,4 +1,4 @@
-"""This checkout's images, where the nodes of a cluster find them."""
+"""Builds this checkout's images and brings them to where the nodes of a cluster find them."""
 
 import re
 import shutil
@@ -12,17 +12,16 @@ from images import build
 from ns.core.errors import ClusterError, ConfigError
 
 WORKER_IMAGE_NAME, TOOLS_IMAGE_NAME = f"{build.IMAGE_PREFIX}/worker", f"{build.IMAGE_PREFIX}/tools"
-"""What manifests and pipelines call them."""
+"""Names of the images in manifests and pipelines."""
 
 
 def plan_images(
     registry: str, existing: Sequence[str], worker: str, *, local: bool, options: Sequence[str] = ()
 ) -> dict[str, str]:
-    """Name in manifests → the image's own name. Nothing is built.
+    """Returns name in manifests → full name of the image. Builds nothing.
 
-    `registry`: goes before the names; none is needed where the cluster is `local`. `given`: images that are there already, by their
-    whole names, instead. `worker`: the target that steps run in, worker or worker-cuda. `options`: for images/build.py. Raises
-    ConfigError for names that cannot be meant.
+    `registry`: prefix of the names; a `local` cluster needs none. `existing`: full names of existing images to use instead. `worker`:
+    the target that stages run in, worker or worker-cuda. `options`: for images/build.py. Raises ConfigError for unusable names.
     """
     if existing:
         by_name = {}
@@ -32,15 +31,14 @@ def plan_images(
                 raise ConfigError(f"--image {name}: must end in /worker:TAG, /worker-cuda:TAG or /tools:TAG (or @sha256:…)")
             by_name[TOOLS_IMAGE_NAME if match[1] == "tools" else WORKER_IMAGE_NAME] = name
         if lacking := {WORKER_IMAGE_NAME, TOOLS_IMAGE_NAME} - by_name.keys():
-            raise ConfigError(f"--image: {' and '.join(sorted(lacking))} is missing; give each image, or none")
+            raise ConfigError(f"--image: {' and '.join(sorted(lacking))} is missing; give both images, or none")
         return by_name
     if not registry and not local:
         raise ConfigError(
-            "REGISTRY is not given, and the cluster's nodes must pull the images from somewhere; give REGISTRY=registry.example/team, "
-            'or with ARGS="--image …" images that are there already'
+            "REGISTRY is not given, and the cluster's nodes must pull the images from a registry; give REGISTRY=registry.example/team, "
+            'or existing images with ARGS="--image …"'
         )
-    script = str(build.CHECKOUT / "images" / "build.py")
-    command = [sys.executable, script, "--print", f"--registry={registry}", *options, worker, "tools"]
+    command = [sys.executable, build.__file__, "--print", f"--registry={registry}", *options, worker, "tools"]
     names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     return dict(zip((WORKER_IMAGE_NAME, TOOLS_IMAGE_NAME), names, strict=True))
 
@@ -48,9 +46,9 @@ def plan_images(
 def provide_images(
     names: Mapping[str, str], say: Callable[[str], None], *, cluster: str | None, options: Sequence[str] = ()
 ) -> None:
-    """Builds images, and brings them to a registry, or into the local cluster of that name (kind). What is there is left alone.
+    """Builds images, and pushes them to their registry or loads them into the local cluster (kind). Existing images are kept.
 
-    Raises ClusterError with the command that failed; what it said is on standard error.
+    Raises ClusterError with the command that failed; its output is on standard error.
     """
     builder = (
         next((option.partition("=")[2] for option in options if option.startswith("--builder=")), "") or build.find_builder()
@@ -61,22 +59,17 @@ def provide_images(
             say(f"image {name}: is in the registry")
             continue
         if not _command_succeeds(engine, "image", "inspect", name):
-            say(f"image {name}: being built")
+            say(f"image {name}: building")
             target = name.rpartition("/")[2].partition(":")[0]
-            registry = (
-                name.removesuffix(f"/{build.IMAGE_PREFIX}/{name.rpartition('/')[2]}")
-                if not name.startswith(build.IMAGE_PREFIX)
-                else ""
-            )
-            script = str(build.CHECKOUT / "images" / "build.py")
-            _run_or_fail(sys.executable, script, f"--registry={registry}", *options, target)
+            registry = name.rpartition(f"{build.IMAGE_PREFIX}/")[0].rstrip("/")
+            _run_or_fail(sys.executable, build.__file__, f"--registry={registry}", *options, target)
         if cluster is None:
-            say(f"image {name}: being pushed")
+            say(f"image {name}: pushing")
             _run_or_fail(engine, "push", name)
         elif engine == "docker":
             _run_or_fail("kind", "load", "docker-image", name, f"--name={cluster}")
         else:
-            # kind takes images from Docker alone by their names.
+            # kind loads images by name from Docker only.
             with tempfile.TemporaryDirectory() as folder:
                 archive = str(Path(folder) / "image.tar")
                 _run_or_fail(engine, "save", "--output", archive, name)
@@ -94,4 +87,4 @@ def _run_or_fail(*command: str) -> None:
     except OSError as error:
         raise ClusterError(f"{command[0]}: cannot be started: {error.strerror or error}; install it") from error
     if code:
-        raise ClusterError(f"{' '.join(command)}: ended with code {code}; its reasons stand above; then deploy again")
+        raise ClusterError(f"{' '.join(command)}: ended with code {code}; fix what it prints above, then deploy again")

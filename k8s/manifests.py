@@ -1,4 +1,4 @@
-"""What an overlay consists of: rendered by kustomize, with this checkout's images, and put in the order in which it can be applied."""
+"""The objects of an overlay: rendered by kustomize with this checkout's images, in the order in which they can be applied."""
 
 import json
 import os
@@ -19,11 +19,11 @@ from pipelines import load_yaml_documents
 CHECKOUT = Path(__file__).parents[1]
 OVERLAYS = CHECKOUT / "k8s" / "overlays"
 OVERLAY_PARTS = ("cluster", ".", "kubeflow")
-"""Parts of an overlay, each a kustomization; it need not have all. Two of them come from the network."""
+"""Parts of an overlay, each a kustomization, in the order in which they are applied. An overlay need not have all."""
 BUILD_SECONDS = 600
 """For kustomize, which fetches Kubeflow's own manifests with git."""
 
-# A kind is applied before those that stand after it; what is not named comes just before the workloads.
+# Kinds in the order in which they are applied; kinds that are not listed come just before the workloads.
 KINDS_BEFORE = (
     "Namespace",
     "CustomResourceDefinition",
@@ -47,7 +47,7 @@ WORKLOADS = ("Deployment", "StatefulSet", "DaemonSet", "CronJob")
 KINDS_AFTER = (*WORKLOADS, "APIService", "MutatingWebhookConfiguration", "ValidatingWebhookConfiguration")
 FIRST_KINDS = ("Namespace", "CustomResourceDefinition")
 
-# Groups of Kubernetes itself; kinds of all others are resources of somebody's controller, which must run first.
+# Groups of Kubernetes itself; kinds of other groups need their controller to run first.
 BUILT_IN = ("apps", "batch", "policy", "autoscaling", "extensions")
 PART_OF_GROUP = {
     "monitoring.coreos.com": "prometheus-operator",
@@ -57,13 +57,13 @@ PART_OF_GROUP = {
 
 
 class ObjectKey(NamedTuple):
-    """What an object is known by."""
+    """Identity of an object."""
 
     api_version: str
-    """`apps/v1`; of a kept list, as it was applied."""
+    """As `apps/v1`; in a release, the version under which the object was applied."""
     kind: str
     namespace: str
-    """Empty for objects of the whole cluster."""
+    """Empty for cluster-wide objects."""
     name: str
 
     @classmethod
@@ -72,7 +72,7 @@ class ObjectKey(NamedTuple):
         return cls(resource["apiVersion"], resource["kind"], meta.get("namespace", ""), meta["name"])
 
     def without_version(self) -> tuple[str, str, str, str]:
-        """Equal for one object under two versions of its API."""
+        """The key without the API version: equal for one object under two versions."""
         return (self.group, *self[1:])
 
     @property
@@ -95,15 +95,17 @@ class RenderedOverlay(NamedTuple):
 
     @property
     def namespace(self) -> str:
-        """Where runs are: that of the ConfigMap with their settings. Raises ConfigError if there is none."""
+        """Namespace of runs: that of the ConfigMap with their settings. Raises ConfigError if there is none."""
         for key in self.keys:
             if (key.kind, key.name) == ("ConfigMap", doctor.SETTINGS_CONFIG_MAP):
                 return key.namespace
-        raise ConfigError(f"overlay {self.overlay}: has no ConfigMap {doctor.SETTINGS_CONFIG_MAP}; let it take ../../base")
+        raise ConfigError(
+            f"overlay {self.overlay}: has no ConfigMap {doctor.SETTINGS_CONFIG_MAP}; add ../../base to its resources"
+        )
 
     @property
     def namespaces(self) -> tuple[str, ...]:
-        """All that it puts something into."""
+        """All namespaces of its objects."""
         return tuple(sorted({key.namespace for key in self.keys if key.namespace}))
 
     @property
@@ -115,10 +117,9 @@ class RenderedOverlay(NamedTuple):
         return tuple(key for key in self.keys if key.kind == "Job")
 
     def split_phases(self) -> list[tuple[str, list[K8sObject]]]:
-        """What is applied together, in this order; between two of them is waited. Empty ones are left out.
+        """Splits the objects into the phases that are applied one after the other; empty phases are left out.
 
-        A kind must be known before objects of it, and a controller must run before its resources: its webhook is asked about
-        them.
+        A kind must be known before objects of it, and a controller must run before its resources, for its webhook checks them.
         """
         phases: dict[str, list[K8sObject]] = {
             "namespaces and kinds": [],
@@ -139,13 +140,13 @@ class RenderedOverlay(NamedTuple):
         return [(name, members) for name, members in phases.items() if members]
 
     def provided_parts(self) -> dict[str, Version | None]:
-        """Parts of `ns doctor cluster` that it installs, with their versions where these can be told."""
+        """Parts of `ns doctor cluster` that it installs, with their versions if known."""
         state = self._as_state()
         versions = doctor.detect_versions(state)
         return {part: versions.get(part) for part in doctor.PART_IMAGES if doctor.has_part(state, part)}
 
     def required_parts(self) -> frozenset[str]:
-        """Parts without which it cannot be applied or used."""
+        """Parts that it needs."""
         return frozenset({"kfp"} | {PART_OF_GROUP[key.group] for key in self.keys if key.group in PART_OF_GROUP})
 
     def _as_state(self) -> doctor.ClusterState:
@@ -157,7 +158,7 @@ class RenderedOverlay(NamedTuple):
         return doctor.ClusterState(objects=objects)
 
     def required_permissions(self) -> tuple[Permission, ...]:
-        """What whoever applies it must be allowed."""
+        """Permissions that are needed to apply it."""
         plurals = {
             definition["spec"]["names"]["kind"]: definition["spec"]["names"]["plural"]
             for definition in self.objects
@@ -171,7 +172,7 @@ class RenderedOverlay(NamedTuple):
         return tuple(sorted(permissions))
 
     def with_inputs(self, name: str, key: str, extra: Mapping[str, Any]) -> Self:
-        """The same, with more entries in the JSON object under a key of a ConfigMap, where there is one."""
+        """A copy with more entries in the JSON object under a key of a ConfigMap, if that exists."""
         objects = []
         for resource in self.objects:
             if (resource["kind"], resource["metadata"]["name"]) == ("ConfigMap", name) and key in (resource.get("data") or {}):
@@ -181,7 +182,7 @@ class RenderedOverlay(NamedTuple):
         return self._replace(objects=tuple(objects))
 
     def read_config_map(self, name: str) -> dict[str, str]:
-        """Data of a ConfigMap of the namespace of runs; nothing if there is none of that name."""
+        """Data of a ConfigMap in the namespace of runs; empty if there is none."""
         for resource in self.objects:
             if resource["kind"] == "ConfigMap" and (resource["metadata"].get("namespace"), resource["metadata"]["name"]) == (
                 self.namespace,
@@ -192,25 +193,25 @@ class RenderedOverlay(NamedTuple):
 
 
 def list_overlays() -> list[str]:
-    """Names of the overlays there are."""
+    """Names of our overlays."""
     return sorted(path.parent.name for path in OVERLAYS.glob("*/kustomization.yaml"))
 
 
 def render_overlay(kubectl: Kubectl, overlay: str, images: Mapping[str, str], without: Sequence[str] = ()) -> RenderedOverlay:
-    """Builds an overlay (one of ours by its name, or a folder) with all its steps but those in `without`.
+    """Builds all parts of an overlay (a name of ours, or a folder) except those in `without`.
 
-    `images`: name in the manifests → name that nodes pull, with its tag. Raises ConfigError for an overlay or a step that does not
+    `images`: name in the manifests → name that nodes pull, with its tag. Raises ConfigError for an overlay or a part that does not
     exist, ClusterError with kustomize's reason for one that cannot be built.
     """
     folder = OVERLAYS / overlay if overlay in list_overlays() else Path(overlay)
     if not (folder / "kustomization.yaml").exists():
         raise ConfigError(
-            f"OVERLAY {overlay!r}: is no folder with a kustomization.yaml, and none in {OVERLAYS.relative_to(CHECKOUT)}; "
-            f"there are {', '.join(list_overlays())}"
+            f"OVERLAY {overlay!r}: is no folder with a kustomization.yaml, and no overlay in {OVERLAYS.relative_to(CHECKOUT)}; "
+            f"choose one of {', '.join(list_overlays())}"
         )
     if unknown := set(without) - set(OVERLAY_PARTS) - {""}:
         raise ConfigError(
-            f"--without {', '.join(sorted(unknown))}: is no step of an overlay; these can be left out: cluster, kubeflow"
+            f"--without {', '.join(sorted(unknown))}: is no part of an overlay; these can be left out: cluster, kubeflow"
         )
     objects: dict[tuple[str, ...], K8sObject] = {}
     for part in OVERLAY_PARTS:
@@ -221,7 +222,7 @@ def render_overlay(kubectl: Kubectl, overlay: str, images: Mapping[str, str], wi
 
 
 def _build_kustomization(kubectl: Kubectl, path: Path, images: Mapping[str, str]) -> Iterator[K8sObject]:
-    # Kustomize changes images in what it builds on; so what is asked for stands on the overlay, in a folder of its own.
+    # Kustomize changes images only in its resources: a kustomization around the overlay names them.
     with tempfile.TemporaryDirectory() as folder:
         renamed = []
         for name, image in images.items():
@@ -241,18 +242,18 @@ def _build_kustomization(kubectl: Kubectl, path: Path, images: Mapping[str, str]
 
 
 def make_list_object(objects: Iterable[K8sObject]) -> K8sObject:
-    """Objects as one."""
+    """A List object of them."""
     return {"apiVersion": "v1", "kind": "List", "items": list(objects)}
 
 
 def find_removed_keys(old: Sequence[ObjectKey], new: Iterable[ObjectKey]) -> list[ObjectKey]:
-    """What was applied once and is no longer in an overlay: in the order in which it can be deleted."""
+    """Keys that are in `old` and not in `new`, in the order in which the objects can be deleted."""
     staying = {key.without_version() for key in new}
     return sort_for_deletion(key for key in old if key.without_version() not in staying)
 
 
 def sort_for_deletion(keys: Iterable[ObjectKey]) -> list[ObjectKey]:
-    """Resources of controllers first, while these still run; namespaces and kinds last."""
+    """Keys in the order of deletion: resources of controllers first, while these still run; namespaces and kinds last."""
     return sorted(keys, key=lambda key: (not _is_custom(key), -_kind_position(key.kind), key))
 
 
@@ -261,7 +262,7 @@ def _is_custom(key: ObjectKey) -> bool:
 
 
 def _pluralize_kind(kind: str) -> str:
-    """As Kubernetes' own kinds have it: `networkpolicies`, `ingresses`, `endpoints`."""
+    """Plural of a kind of Kubernetes: `networkpolicies`, `ingresses`, `endpoints`."""
     name = kind.lower()
     if kind == "Endpoints":
         return name

@@ -1,12 +1,11 @@
-"""What is deployed: a ConfigMap in the cluster that says which overlay, of what, and lists every object that was applied.
+"""The record of a deployment: a ConfigMap in the cluster with the overlay, its version, and every object that was applied.
 
-It is written before anything else, with what is about to be applied added to what was, and once more at the end, with what there is.
-So a deployment that was stopped half-way is known, can be gone on with, and can be taken away whole.
+It is written before anything is applied, with the new objects added to the old ones, and again at the end. So a deployment that was
+stopped can be continued, or removed completely.
 """
 
 import json
 from collections.abc import Iterable
-from datetime import UTC, datetime
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict
@@ -17,7 +16,7 @@ from ns.core.errors import ClusterError
 
 CONFIG_MAP_NAME = "noisy-student-deployment"
 FIELD_MANAGER = "noisy-student"
-"""Whose fields these are, to server-side apply."""
+"""Owner of the fields, to server-side apply."""
 
 
 class Release(BaseModel):
@@ -26,24 +25,24 @@ class Release(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     overlay: str
-    state: Literal["under way", "whole", "taken away"]
+    state: Literal["under way", "complete", "removed"]
     version: str
-    """Of this package."""
+    """Version of this package."""
     revision: str
-    """Of the checkout it came from; empty outside git."""
-    at: str
-    """When it began or was finished, ISO 8601."""
+    """Git revision of the checkout; empty outside git."""
+    changed_at: str
+    """Start or end of the deployment, ISO 8601."""
     worker_image: str
     objects: tuple[ObjectKey, ...]
-    """All that was applied, and is not deleted; of what is taken away, the data."""
+    """All objects that were applied and not deleted; after a removal, the data."""
     preexisting: tuple[ObjectKey, ...] = ()
-    """Namespaces and kinds that were there before: they are never deleted."""
+    """Namespaces and kinds that existed before the first deployment: they are never deleted."""
     pipelines: dict[str, str] = {}
     """Name → version."""
 
     @classmethod
     def load_all(cls, kubectl: Kubectl) -> dict[str, Self]:
-        """Namespace → record, of all that is deployed. Raises ClusterError for a damaged one."""
+        """Returns namespace → release of all deployments. Raises ClusterError for a damaged one."""
         releases = {}
         for config_map in kubectl.list_objects("configmaps", selector=f"app.kubernetes.io/component={CONFIG_MAP_NAME}"):
             namespace, data = config_map["metadata"]["namespace"], config_map.get("data") or {}
@@ -57,7 +56,7 @@ class Release(BaseModel):
                 ) from error
         return releases
 
-    def save_release(self, kubectl: Kubectl, namespace: str) -> None:
+    def apply(self, kubectl: Kubectl, namespace: str) -> None:
         kubectl.run_command(
             "apply",
             "--server-side",
@@ -81,11 +80,7 @@ class Release(BaseModel):
 
 
 def merge_keys(old: Iterable[ObjectKey], new: Iterable[ObjectKey]) -> tuple[ObjectKey, ...]:
-    """Both, each object once, under the API version that is newer to us."""
+    """Returns the union, each object once, under the API version of `new`."""
     keys = {key.without_version(): key for key in old}
     keys.update({key.without_version(): key for key in new})
     return tuple(keys.values())
-
-
-def release_timestamp() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

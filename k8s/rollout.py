@@ -1,4 +1,4 @@
-"""Waiting until what was applied works, and saying meanwhile what it waits for."""
+"""Waits until the applied workloads are ready, and reports what it waits for."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -11,25 +11,36 @@ from ns.core.log import format_duration
 
 POLL_SECONDS = 3.0
 REPEAT_SECONDS = 20.0
-"""After so long without news, what is waited for is said again."""
+"""Time without news after which the wait is reported again."""
 KIND_PLURALS = {"Deployment": "deployments", "StatefulSet": "statefulsets", "DaemonSet": "daemonsets", "Job": "jobs"}
 
 
 class WorkloadState(NamedTuple):
-    """How far a workload is."""
+    """The progress of a workload."""
 
     ready: bool
     summary: str
-    """`1 of 2 ready`; of a Job, how it stands."""
+    """`1 of 2 ready`; for a Job: running, done, or why it failed."""
     failed: bool = False
-    """Waiting longer does not help."""
+    """True: waiting longer does not help."""
 
 
-MISSING = WorkloadState(False, "not there")
+class WorkloadRow(NamedTuple):
+    """A workload in the output of `make status`."""
+
+    name: str
+    """NAMESPACE/NAME."""
+    ready: bool
+    summary: str
+    reason: str
+    """Why it is not ready; empty if unknown."""
+
+
+MISSING = WorkloadState(False, "missing")
 
 
 def read_workload_state(workload: K8sObject) -> WorkloadState:
-    """Of a Deployment, StatefulSet, DaemonSet or Job, from its status. One that its controller has not seen yet is not ready."""
+    """The state of a Deployment, StatefulSet, DaemonSet or Job from its status; not ready before its controller has seen it."""
     spec, status, kind = workload.get("spec") or {}, workload.get("status") or {}, workload["kind"]
     if kind == "Job":
         conditions = {
@@ -50,14 +61,14 @@ def read_workload_state(workload: K8sObject) -> WorkloadState:
 
 
 def find_trouble(pods: Sequence[K8sObject], workload: str) -> str:
-    """Why a workload's pods do not run, as Kubernetes says it; empty if it says nothing."""
+    """Why a workload's pods do not run, in the words of Kubernetes; empty if it gives no reason."""
     for pod in pods:
         if not pod["metadata"]["name"].startswith(f"{workload}-"):
             continue
         status = pod.get("status") or {}
         for entry in [*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ())]:
             waiting = (entry.get("state") or {}).get("waiting") or {}
-            # These two are the normal course of things.
+            # These two are normal.
             if waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
                 exit_code = ((entry.get("lastState") or {}).get("terminated") or {}).get("exitCode")
                 detail = waiting.get("message") or (f"exit code {exit_code}" if exit_code is not None else "")
@@ -68,12 +79,10 @@ def find_trouble(pods: Sequence[K8sObject], workload: str) -> str:
     return ""
 
 
-def wait_until_ready(
-    kubectl: Kubectl, workloads: Sequence[ObjectKey], seconds: float, say: Callable[[str], None], *, poll: float = POLL_SECONDS
-) -> None:
-    """Returns when all are ready or done.
+def wait_until_ready(kubectl: Kubectl, workloads: Sequence[ObjectKey], seconds: float, say: Callable[[str], None]) -> None:
+    """Returns when all workloads are ready or done.
 
-    Raises ClusterError after `seconds`, with why each of those that are not does not run, and at once for a Job that failed.
+    Raises ClusterError after `seconds`, with the reason for each that is not ready, and at once for a Job that failed.
     """
     started = said_at = time.monotonic()
     waiting = list(workloads)
@@ -93,44 +102,41 @@ def wait_until_ready(
         now = time.monotonic()
         if now - started > seconds:
             reasons = "\n".join(_explain_wait(kubectl, key, states[key]) for key in waiting)
-            raise ClusterError(f"not ready after {format_duration(seconds)}; the same command goes on from here:\n{reasons}")
+            raise ClusterError(f"not ready after {format_duration(seconds)}; run the same command to continue:\n{reasons}")
         if now - said_at > REPEAT_SECONDS:
             said_at = now
             others = f", and {len(waiting) - 1} more" if len(waiting) > 1 else ""
             say(f"waiting for {_explain_wait(kubectl, waiting[0], states[waiting[0]])}{others}")
-        time.sleep(poll)
+        time.sleep(POLL_SECONDS)
 
 
-def list_workload_states(kubectl: Kubectl, keys: Sequence[ObjectKey]) -> list[tuple[ObjectKey, tuple[bool, str, str]]]:
-    """Each workload among these: whether it is ready, how far it is, and why it is not. Jobs may be done and gone."""
+def list_workload_rows(kubectl: Kubectl, keys: Sequence[ObjectKey]) -> list[WorkloadRow]:
+    """Returns the state of each workload among `keys`. Jobs may be done and gone."""
     workloads = [key for key in keys if key.kind in KIND_PLURALS]
     states = _fetch_states(kubectl, workloads)
-    workloads = [key for key in workloads if key.kind != "Job" or states[key] != MISSING]
-    pods = {
-        namespace: kubectl.list_objects("pods", namespace)
-        for namespace in {key.namespace for key in workloads if not states[key].ready}
-    }
+    unready = {key.namespace for key in workloads if not states[key].ready}
+    pods = {namespace: kubectl.list_objects("pods", namespace) for namespace in unready}
     return [
-        (
-            key,
-            (states[key].ready, states[key].summary, "" if states[key].ready else find_trouble(pods[key.namespace], key.name)),
+        WorkloadRow(
+            f"{key.namespace}/{key.name}",
+            states[key].ready,
+            states[key].summary,
+            "" if states[key].ready else find_trouble(pods[key.namespace], key.name),
         )
         for key in workloads
+        if key.kind != "Job" or states[key] != MISSING
     ]
 
 
 def _fetch_states(kubectl: Kubectl, keys: Sequence[ObjectKey]) -> dict[ObjectKey, WorkloadState]:
-    """How far each is; one that is not there is not ready."""
+    """The state of each workload."""
     states = dict.fromkeys(keys, MISSING)
     for namespace in sorted({key.namespace for key in keys}):
         kinds = sorted({KIND_PLURALS[key.kind] for key in keys if key.namespace == namespace})
         for workload in kubectl.list_objects(",".join(kinds), namespace):
-            matched = next(
-                (key for key in keys if key.without_version()[1:] == ObjectKey.from_object(workload).without_version()[1:]),
-                None,
-            )
-            if matched:
-                states[matched] = read_workload_state(workload)
+            for key in keys:
+                if key[1:] == ObjectKey.from_object(workload)[1:]:
+                    states[key] = read_workload_state(workload)
     return states
 
 

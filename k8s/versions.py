@@ -1,4 +1,4 @@
-"""Versions of what a cluster runs: which of them we know, and which are known not to get on with each other."""
+"""Versions of the components of a cluster: which are supported, and which do not work together."""
 
 import re
 from collections.abc import Mapping
@@ -21,15 +21,15 @@ OLDEST, NEWEST = (0, 0, 0), (9999, 0, 0)
 
 
 class SupportedRange(NamedTuple):
-    """What is known of one component."""
+    """The supported versions of one component."""
 
     minimum: Version
-    """Older ones lack something that is needed."""
+    """Older ones cannot be used."""
     reason: str
-    """What older ones lack."""
+    """Why older ones cannot be used."""
     since: Version
     until: Version
-    """Those that this project is made for; before and from there on, nothing is known."""
+    """End of the tested versions, exclusive. Versions outside [since, until) are not tested."""
 
 
 SUPPORTED = {
@@ -45,7 +45,7 @@ SUPPORTED = {
 
 
 class VersionConflict(NamedTuple):
-    """Two components that do not get on: `one` from `since` and before `until`, `other` likewise."""
+    """Two components that do not work together: `component` in [since, until) with `other_component` in [other_since, other_until)."""
 
     component: str
     since: Version
@@ -89,7 +89,7 @@ VERSION_CONFLICTS = (
 
 
 def parse_version(text: str) -> Version | None:
-    """The first version in a text: an image's tag, a label, `v1.33.1-gke.100`. None if there is none."""
+    """The first version in a text, as an image's tag, a label, or `v1.33.1-gke.100`. None if there is none."""
     match = re.search(r"(?<![\d.])v?(\d{1,4})\.(\d{1,4})(?:\.(\d{1,4}))?", text)
     return (int(match[1]), int(match[2]), int(match[3] or 0)) if match else None
 
@@ -105,7 +105,7 @@ def format_version(version: Version) -> str:
 
 
 def find_version_conflicts(versions: Mapping[str, Version]) -> list[VersionConflict]:
-    """Those of BAD_PAIRS that a cluster with these versions has."""
+    """Returns the conflicts among the versions of a cluster."""
     return [
         conflict
         for conflict in VERSION_CONFLICTS

@@ -1,8 +1,7 @@
-"""Keeps what CRDs say of their objects: `python k8s/schemas/extract.py CRD.yaml…`, for the kinds and versions that README.md lists.
+"""Extracts JSON Schemas from CRDs: `python k8s/schemas/extract.py CRD.yaml…`, for the kinds and versions that README.md lists.
 
-Of each, the newest version that is stored goes into `GROUP/KIND-VERSION.json`, without descriptions, which are most of it, and without
-rules in CEL, which JSON Schema does not know. An object whose fields are listed may have no others, as the API server has it under
-strict field validation.
+The stored version of each CRD goes into `GROUP/KIND-VERSION.json`, without descriptions, which are most of it, and without CEL rules,
+which JSON Schema does not know. An object whose fields are listed may have no others, as under strict field validation.
 """
 
 import json
@@ -16,7 +15,7 @@ FOLDER = Path(__file__).parent
 
 
 def make_strict(schema: Any) -> Any:
-    """A CRD's schema as JSON Schema that refuses fields which it does not list."""
+    """Returns a CRD's schema as JSON Schema that refuses unlisted fields."""
     if isinstance(schema, list):
         return [make_strict(item) for item in schema]
     if not isinstance(schema, dict):
@@ -24,7 +23,7 @@ def make_strict(schema: Any) -> Any:
     result: dict[str, Any] = {}
     for name, value in schema.items():
         if name == "properties":
-            # Names of fields, which may be called like words of a schema.
+            # Names of fields, which may equal keywords of JSON Schema.
             result[name] = {field: make_strict(field_schema) for field, field_schema in value.items()}
         elif name not in ("description", "example", "x-kubernetes-validations"):
             result[name] = make_strict(value)
@@ -40,9 +39,9 @@ def extract_schema(crd: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     spec = crd["spec"]
     (version,) = [candidate for candidate in spec["versions"] if candidate["storage"]]
     schema = make_strict(version["schema"]["openAPIV3Schema"])
-    # What all objects have, whether or not a CRD says so; what is in the metadata is looked at by itself.
+    # All objects have these; k8s.validate checks the metadata by itself.
     schema["properties"] |= {"apiVersion": {"type": "string"}, "kind": {"type": "string"}, "metadata": {"type": "object"}}
-    # Nobody writes it but a controller.
+    # Only controllers write it.
     schema["properties"].pop("status", None)
     return FOLDER / spec["group"] / f"{spec['names']['kind']}-{version['name']}.json", schema
 

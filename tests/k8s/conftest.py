@@ -27,7 +27,7 @@ def node(name, labels=None, gpus=0, taints=(), ready="True", allocatable=None):
         name,
         labels=labels,
         spec={"taints": [{"key": key, "value": value, "effect": "NoSchedule"} for key, value in taints]},
-        fetch_status={
+        status={
             "conditions": [{"type": "Ready", "status": ready}],
             "capacity": amounts,
             "allocatable": amounts if allocatable is None else {"nvidia.com/gpu": str(allocatable)},
@@ -84,7 +84,7 @@ def objects():
             "kubeflow",
             api="kueue.x-k8s.io/v1beta2",
             spec={"clusterQueue": "gpus"},
-            fetch_status={"conditions": [{"type": "Active", "status": "True"}]},
+            status={"conditions": [{"type": "Active", "status": "True"}]},
         ),
         thing(
             "Prometheus",

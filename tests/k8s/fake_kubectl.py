@@ -125,7 +125,7 @@ class Program:
     def found(self, kind, names=()):
         everywhere = "all-namespaces" in self.options
         namespace = self.options.get("namespace", "default")
-        selector = dict(part.split_batch("=") for part in self.options.get("selector", "").split_batch(",") if part)
+        selector = dict(part.split("=") for part in self.options.get("selector", "").split(",") if part)
         return [
             one
             for one in self.state["objects"]
@@ -153,7 +153,7 @@ class Program:
 
     def do_get(self):
         kind, names = self.words[1], self.words[2:]
-        found = [one for kind in kind.split_batch(",") for one in self.found(kind, names)]
+        found = [one for kind in kind.split(",") for one in self.found(kind, names)]
         if names:
             missing = [name for name in names if name not in [one["metadata"]["name"] for one in found]]
             if missing and "ignore-not-found" not in self.options:
@@ -174,7 +174,7 @@ class Program:
             allowed = not any(re.search(pattern, text) for pattern in self.state["denied"])
             print(json.dumps({**body, "status": {"allowed": allowed}}))
             return
-        for one in self.load_yaml_documents():
+        for one in self.documents():
             if any(key(old) == key(one) for old in self.state["objects"]):
                 self.fail(f'Error from server (AlreadyExists): {one["kind"]} "{one["metadata"]["name"]}" already exists')
             self.state["objects"].append(one)
@@ -183,7 +183,7 @@ class Program:
     def do_apply(self):
         force = "force-conflicts" in self.options
         dry = self.options.get("dry-run") == "server"
-        for number, one in enumerate(self.load_yaml_documents()):
+        for number, one in enumerate(self.documents()):
             if self.rule and number >= self.rule["after"]:
                 self.rule["times"] = self.rule["times"] and self.rule["times"] - 1
                 self.save()
@@ -245,7 +245,7 @@ class Program:
             return {name: value for name, value in one.items() if name != "status"}
 
         known = {key(one): bare(one) for one in self.state["objects"]}
-        changed = [one for one in self.load_yaml_documents() if known.get(key(one)) != bare(one)]
+        changed = [one for one in self.documents() if known.get(key(one)) != bare(one)]
         for one in changed:
             print(f"+ {one['kind']}/{one['metadata']['name']}")
         sys.exit(1 if changed else 0)
@@ -256,7 +256,7 @@ class Program:
             self.fail(f"Error from server (NotFound): {missing[0]} not found")
 
     def do_port_forward(self):
-        print(f"Forwarding from 127.0.0.1:{self.state['port']} -> 8888", wait_for_write=True)
+        print(f"Forwarding from 127.0.0.1:{self.state['port']} -> 8888", flush=True)
         time.sleep(600)
 
 

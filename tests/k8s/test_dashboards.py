@@ -1,31 +1,29 @@
-"""The dashboards: what is committed is what the code makes, and what panels read exists."""
+"""The dashboards: the committed files are those of the code, and panels read metrics that exist."""
 
-import importlib.util
 import json
 
 import pytest
 
+from k8s.components.monitoring import dashboards
 from tests.k8s.promql import metrics
 from tests.k8s.test_rules import MONITORING, known_metrics
 
-spec = importlib.util.spec_from_file_location("dashboards", MONITORING / "dashboards.py")
-dashboards = importlib.util.module_from_spec(spec)
-spec.iterate_batches.exec_module(dashboards)
-
 COMMITTED = {path.stem: path.read_text() for path in sorted((MONITORING / "dashboards").glob("*.json"))}
-DRAWN = [(name, panel) for name, text in COMMITTED.items() for panel in json.loads(text)["panels"] if panel["type"] != "row"]
+DRAWN_PANELS = [
+    (name, panel) for name, text in COMMITTED.items() for panel in json.loads(text)["panels"] if panel["type"] != "row"
+]
 PANELS = [
     pytest.param(name, panel["title"], target["expr"], id=f"{name}-{panel['title']}-{target['refId']}".replace(" ", "_"))
-    for name, panel in DRAWN
+    for name, panel in DRAWN_PANELS
     for target in panel["targets"]
 ]
 
 
-def test_what_is_committed_is_what_the_code_makes():
-    assert {name: dashboards.render(name) for name in dashboards.DASHBOARDS} == COMMITTED
+def test_committed_dashboards_are_those_of_the_code():
+    assert {name: dashboards.render_dashboard(name) for name in dashboards.DASHBOARDS} == COMMITTED
 
 
-def test_kustomize_takes_each_dashboard():
+def test_kustomization_includes_each_dashboard():
     kustomization = (MONITORING / "kustomization.yaml").read_text()
     assert [name for name in COMMITTED if f"dashboards/{name}.json" not in kustomization] == []
 
@@ -37,9 +35,11 @@ def test_panels_read_metrics_that_exist(dashboard, title, expression):
     assert read - known_metrics() == set()
 
 
-def test_dashboards_can_be_told_apart_and_moved():
+def test_dashboards_have_own_ids_and_variables():
     documents = [json.loads(text) for text in COMMITTED.values()]
-    assert len({one["uid"] for one in documents}) == len({one["title"] for one in documents}) == len(documents)
+    assert (
+        len({document["uid"] for document in documents}) == len({document["title"] for document in documents}) == len(documents)
+    )
     for document in documents:
         variables = {variable["name"] for variable in document["templating"]["list"]}
         assert {"datasource", "namespace", "run"} <= variables
@@ -52,10 +52,8 @@ def test_panels_do_not_overlap():
     for text in COMMITTED.values():
         taken = set()
         for panel in json.loads(text)["panels"]:
-            place = panel["gridPos"]
-            cells = {
-                (x, y) for x in range(place["x"], place["x"] + place["w"]) for y in range(place["y"], place["y"] + place["h"])
-            }
+            x, y, width, height = (panel["gridPos"][side] for side in "xywh")
+            cells = {(column, row) for column in range(x, x + width) for row in range(y, y + height)}
             assert not cells & taken, panel["title"]
-            assert place["x"] + place["w"] <= 24
+            assert x + width <= 24
             taken |= cells

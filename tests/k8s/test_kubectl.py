@@ -33,7 +33,7 @@ from tests.k8s.fake_kubectl import Fake
         ("", ClusterError, "ended with code 3"),
     ],
 )
-def test_what_kubectl_says_becomes_one_line_with_its_mend(said, kind, message):
+def test_classify_failure_gives_one_line_with_its_fix(said, kind, message):
     error = classify_failure("kubectl get nodes", said, 3)
     assert type(error) is kind
     assert message in str(error)
@@ -41,8 +41,9 @@ def test_what_kubectl_says_becomes_one_line_with_its_mend(said, kind, message):
     assert "\n" not in str(error)
 
 
-def test_no_kubectl_is_said_so(monkeypatch, tmp_path):
+def test_kubectl_that_is_not_installed_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     with pytest.raises(ClusterError, match="kubectl: is not installed; install it"):
         Kubectl().run_command("version")
 
@@ -65,7 +66,7 @@ def test_a_program_that_is_not_kubectl_is_noticed(monkeypatch, tmp_path):
         list_contexts()
 
 
-def test_a_pod_has_no_kubeconfig_and_a_cluster_all_the_same(monkeypatch, tmp_path):
+def test_server_url_is_empty_in_a_pod(monkeypatch, tmp_path):
     program = tmp_path / "kubectl"
     program.write_text("#!/bin/sh\necho 'error: current-context must exist in order to minify' >&2; exit 1\n")
     program.chmod(0o755)
@@ -74,34 +75,34 @@ def test_a_pod_has_no_kubeconfig_and_a_cluster_all_the_same(monkeypatch, tmp_pat
 
 
 @pytest.mark.integration
-def test_doctor_looks_at_the_context_that_is_named_and_writes_nothing(objects, monkeypatch, tmp_path, capsys):
+def test_doctor_cluster_uses_the_named_context_and_writes_nothing(objects, monkeypatch, tmp_path, capsys):
     fake = Fake(tmp_path, monkeypatch, objects, contexts=["one", "two"], current="one")
     needs = [f"--need={part}" for part in ("trainer", "kueue", "prometheus-operator", "dcgm", "gpu")]
     assert run_command_line(["doctor", "cluster", "--context", "two", *needs, "--json"]) == 0
     findings = json.loads(capsys.readouterr().out)
-    assert findings[0] == {"name": "cluster", "ok": True, "detail": "two, https://two.example", "fix": "", "warning": False}
+    assert findings[0] == {"name": "cluster", "ok": True, "detail": "two, https://two.example", "fix": "", "is_warning": False}
     assert all(finding["ok"] for finding in findings)
     calls = fake.calls()
     assert all(call.startswith("--context=two ") for call in calls)
-    assert {call.split_batch()[1] for call in calls} == {"version", "config", "get", "create"}
-    assert all("--raw=/apis/authorization.k8s.io/v1/" in call for call in calls if call.split_batch()[1] == "create")
+    assert {call.split()[1] for call in calls} == {"version", "config", "get", "create"}
+    assert all("--raw=/apis/authorization.k8s.io/v1/" in call for call in calls if call.split()[1] == "create")
     assert fake.load() == objects
 
 
 @pytest.mark.integration
-def test_doctor_prints_a_line_and_a_fix_for_each_fault(objects, monkeypatch, tmp_path, capsys):
-    objects[:] = [one for one in objects if one["kind"] != "StorageClass"]
+def test_doctor_cluster_prints_a_line_and_a_fix_per_fault(objects, monkeypatch, tmp_path, capsys):
+    objects[:] = [item for item in objects if item["kind"] != "StorageClass"]
     fake = Fake(tmp_path, monkeypatch, objects)
     fake.rule("get nodes", stderr="Error from server (Forbidden): nodes is forbidden")
     assert run_command_line(["doctor", "cluster"]) == ClusterError.exit_code
     out = re.sub(" +", " ", capsys.readouterr().out)
     assert "NO storage-class no default among 0\n fix: kubectl annotate storageclass NAME" in out
-    assert "?? nodes may not be listed\n fix: let somebody look" in out
+    assert "?? nodes may not be listed\n fix: ask a user who may list nodes" in out
     assert "ok kfp 2.17.0" in out
 
 
 @pytest.mark.integration
-def test_doctor_tries_the_store_and_the_registry_too(objects, monkeypatch, tmp_path, capsys):
+def test_doctor_cluster_probes_store_and_registry(objects, monkeypatch, tmp_path, capsys):
     Fake(tmp_path / "cluster", monkeypatch, objects)
     subprocess.run(["git", "init", "--quiet", "--bare", str(tmp_path / "registry")], check=True)
     (tmp_path / "store").mkdir()

@@ -25,7 +25,8 @@ import pytest
 import yaml
 
 from ns.data.prepared import PreparedData
-from ns.runs import records as runs
+from ns.runs.records import list_stage_notes
+from ns.runs.summary import summarize_run
 from ns.storage import LocalStore
 from tests.k8s.test_dashboards import PANELS
 from tests.k8s.test_rules import RULES, own_metrics
@@ -70,12 +71,14 @@ DCGM_FI_DEV_FB_USED{{Hostname="n1",gpu="0"}} 1000
 DCGM_FI_DEV_POWER_USAGE{{Hostname="n1",gpu="0"}} 300
 """
 UNSEEN = "nst_label_churn_ratio"
-"""A second generation would take twice the time for this one; tests/stages/test_steps.py has it."""
+"""A second generation would take twice the time for this one; tests/reporting/test_run_metrics.py has it."""
 HANG = """
 import sys
-from ns import steps
-for shards in sys.argv[6:]:
-    steps.label_shards(*sys.argv[1:5], 1, sys.argv[5], shards)
+from ns.stages.context import RunRef
+from ns.stages.label import label_shard_range
+config_uri, root, run, data, teacher, *ranges = sys.argv[1:]
+for shards in ranges:
+    label_shard_range(RunRef(config_uri, root, run), data=data, generation=1, teacher=teacher, shards=shards)
 """
 VARIABLES = {
     "$__rate_interval": "15s",
@@ -103,7 +106,7 @@ class Watched:
         return found
 
     def values(self, expression: str) -> set[float]:
-        return {float(value) for series in self.call_with_retry(expression) for _, value in series["values"]}
+        return {float(value) for series in self.ask(expression) for _, value in series["values"]}
 
 
 def free_ports(count: int) -> list[int]:
@@ -195,7 +198,7 @@ def copied(root: Path, target: Path) -> None:
 def hang_in_labeling(root: Path) -> list[str]:
     """Makes the last shard of the pool a file that nobody writes, as a store that does not answer. Returns what labels it."""
     store = LocalStore(root)
-    notes = {(note.generation, note.stage): note for note in runs.list_stage_notes(store, "watched")}
+    notes = {(note.generation, note.stage): note for note in list_stage_notes(store, "watched")}
     data = notes[0, "prepare-data"].outputs["data"]
     folder, pool = PreparedData.load_file(store, data).pool.open_dataset(store)
     assert isinstance(folder, LocalStore)
@@ -217,7 +220,7 @@ def hang_in_labeling(root: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory):
-    if not (shutil.question("prometheus") and shutil.question("prometheus-pushgateway")):
+    if not (shutil.which("prometheus") and shutil.which("prometheus-pushgateway")):
         pytest.skip("needs the packages prometheus and prometheus-pushgateway")
     folder = tmp_path_factory.mktemp("watched")
     root = folder / "root"
@@ -244,7 +247,7 @@ def watched(tmp_path_factory):
             f"--web.listen-address=127.0.0.1:{web}",
         )
         found = Watched(f"http://127.0.0.1:{web}")
-        wait_for("Prometheus", lambda: found.call_with_retry("up"))
+        wait_for("Prometheus", lambda: found.ask("up"))
         run = start(
             "run",
             *(sys.executable, "-m", "ns", "run", "quickstart", "--run", "watched", "--root", str(root)),
@@ -254,21 +257,21 @@ def watched(tmp_path_factory):
             NS_PUSHGATEWAY_URL=f"http://127.0.0.1:{gateway}",
         )
         log = folder / "run.log"
-        labeled = root / "watched" / "steps" / "1-commit-labels.json"
+        labeled = root / "watched" / "stages" / "1-commit-labels.json"
         wait_for("the first label set", lambda: labeled.exists() or run.poll() is not None)
         assert labeled.exists(), log.read_text()
         copied(root, folder / "hung")
         start("hung", sys.executable, "-c", HANG, *hang_in_labeling(folder / "hung"), NS_METRICS_PORT=str(hung))
         wait_for("the end of the run", lambda: run.poll() is not None)
         assert run.returncode == 0, log.read_text()
-        wait_for("the alert", lambda: found.call_with_retry('ALERTS{alertname="NstStalled", alertstate="firing"}'))
-        wait_for("the summary", lambda: found.call_with_retry("nst_last_success_timestamp_seconds"))
-        found.run = runs.summarize_run(LocalStore(root), "watched").model_dump()
+        wait_for("the alert", lambda: found.ask('ALERTS{alertname="NstStalled", alertstate="firing"}'))
+        wait_for("the summary", lambda: found.ask("nst_last_success_timestamp_seconds"))
+        found.run = summarize_run(LocalStore(root), "watched").model_dump()
         yield found
 
 
 def test_every_metric_is_set_by_some_step(watched):
-    assert {name for name in own_metrics() if not watched.call_with_retry(f"last_over_time({name}[10m])")} == {UNSEEN}
+    assert {name for name in own_metrics() if not watched.ask(f"last_over_time({name}[10m])")} == {UNSEEN}
 
 
 def test_metrics_say_what_the_run_found(watched):
@@ -280,11 +283,11 @@ def test_metrics_say_what_the_run_found(watched):
     assert watched.values('nst_eval_accuracy_ratio{split="heldout"}') <= accuracies
     assert generation["student_top1"] in watched.values('nst_eval_accuracy_ratio{split="heldout"}')
     assert watched.values("nst_gate_passed") == {1}
-    assert {0, 1} <= watched.values("nst_iteration")
+    assert {0, 1} <= watched.values("nst_generation")
 
 
 def test_the_gateway_keeps_the_summary(watched):
-    (series,) = watched.call_with_retry("nst_last_run_accuracy_ratio")
+    (series,) = watched.ask("nst_last_run_accuracy_ratio")
     assert series["metric"]["job"] == "noisy-student"
     assert series["metric"]["pipeline"] == "quickstart"
     assert float(series["values"][-1][1]) == watched.run["best_top1"]
@@ -292,16 +295,16 @@ def test_the_gateway_keeps_the_summary(watched):
 
 
 def test_a_labeling_that_hangs_sets_off_the_alert_and_a_normal_run_none(watched):
-    (alert,) = watched.call_with_retry('ALERTS{alertstate="firing"}')
+    (alert,) = watched.ask('ALERTS{alertstate="firing"}')
     found = {name: alert["metric"][name] for name in ("alertname", "namespace", "pod", "stage", "run_id")}
     wanted = {"alertname": "NstStalled", "namespace": "kubeflow", "pod": "hung", "stage": "label-shards", "run_id": "watched"}
     assert found == wanted
 
 
 def test_gpus_are_joined_with_the_run(watched):
-    busy = {series["metric"]["pod"]: series for series in watched.call_with_retry('nst:run_gpu:active_ratio{run_id="watched"}')}
+    busy = {series["metric"]["pod"]: series for series in watched.ask('nst:run_gpu:active_ratio{run_id="watched"}')}
     assert {pod: float(series["values"][-1][1]) for pod, series in busy.items()} == {"step": 0.9, "hung": 0.02}
-    pools = {series["metric"]["pool"] for series in watched.call_with_retry('nst:run_gpus:count{run_id="watched"}')}
+    pools = {series["metric"]["pool"] for series in watched.ask('nst:run_gpus:count{run_id="watched"}')}
     assert pools == {"gpu", "gpu-spot"}
 
 

@@ -77,7 +77,7 @@ def test_rules_read_metrics_that_exist(rule):
 
 def test_what_the_code_shows_is_what_is_declared():
     telemetry.begin_stage("train", 0, "shown")
-    shown = set(re.findall(r"^nst_\w+", generate_latest(telemetry.REGISTRY).decode_image(), re.MULTILINE))
+    shown = set(re.findall(r"^nst_\w+", generate_latest(telemetry.REGISTRY).decode(), re.MULTILINE))
     assert shown <= own_metrics()
     assert {
         "nst_images_processed_total",
@@ -101,7 +101,7 @@ def test_each_page_has_an_alert():
 
 
 def promtool(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    if not shutil.question("promtool"):
+    if not shutil.which("promtool"):
         pytest.skip("needs promtool, of the package prometheus")
     return subprocess.run(["promtool", *arguments], cwd=folder, capture_output=True, text=True, timeout=240)
 

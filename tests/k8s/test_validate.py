@@ -10,6 +10,7 @@ import yaml
 
 from k8s import validate
 from ns import __version__
+from ns.core.errors import ClusterError
 from pipelines import PACKAGE
 from pipelines.placement import PLACEMENT_INPUTS
 
@@ -17,9 +18,9 @@ CHECKOUT = Path(__file__).parents[2]
 K8S = CHECKOUT / "k8s"
 
 
-def findings(root: Path, folder: str = "overlays/kind") -> list[str]:
+def check_overlay(root: Path, folder: str = "overlays/kind") -> list[str]:
     list(validate.replace_remote_resources(root))
-    return [str(one) for one in validate.check_objects(validate.build_folder(root / folder), folder)]
+    return [str(problem) for problem in validate.check_objects(validate.build_folder(root / folder), folder)]
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def edit(file: Path, old: str, new: str) -> None:
 
 
 @pytest.mark.integration
-def test_an_overlay_and_all_its_steps_are_valid_until_one_of_them_is_not(copy, monkeypatch, capsys):
+def test_main_validates_all_parts_of_an_overlay(copy, monkeypatch, capsys):
     # All of them are looked at by `make validate`, which CI runs.
     for name in ("dev", "kind"):
         shutil.rmtree(copy / "overlays" / name)
@@ -76,11 +77,11 @@ def test_an_overlay_and_all_its_steps_are_valid_until_one_of_them_is_not(copy, m
         ("components/object-store/statefulset-seaweedfs.yaml", "emptyDir: {}", "hostPath: {path: /tmp}", "must not be a hostPath"),
     ],
 )  # fmt: skip
-def test_what_breaks_a_rule_is_found(copy, file, old, new, expected):
+def test_check_objects_finds_what_breaks_a_rule(copy, file, old, new, expected):
     edit(copy / file, old, new)
-    found = findings(copy)
-    assert any(expected in one for one in found), found
-    assert all("/seaweedfs" in one for one in found)
+    found = check_overlay(copy)
+    assert any(expected in item for item in found), found
+    assert all("/seaweedfs" in item for item in found)
 
 
 @pytest.mark.integration
@@ -98,38 +99,38 @@ def test_what_breaks_a_rule_is_found(copy, file, old, new, expected):
         ("network-policies/networkpolicy-runs.yaml", "policyTypes", "policyType", "'policyType' was unexpected"),
     ],
 )  # fmt: skip
-def test_custom_resources_and_policies_are_held_to_their_schemas(copy, file, old, new, expected):
+def test_check_objects_applies_schemas_of_custom_resources(copy, file, old, new, expected):
     edit(copy / "components" / file, old, new)
-    found = findings(copy, "overlays/production")
-    assert any(expected in one for one in found), found
+    found = check_overlay(copy, "overlays/production")
+    assert any(expected in item for item in found), found
 
 
 @pytest.mark.integration
-def test_a_component_that_is_not_there_fails_the_build(copy):
+def test_build_folder_without_a_component_fails(copy):
     edit(copy / "overlays/kind/kustomization.yaml", "components/pod-security", "components/pod-securty")
-    with pytest.raises(validate.BuildError, match="pod-securty"):
+    with pytest.raises(ClusterError, match="pod-securty"):
         validate.build_folder(copy / "overlays/kind")
 
 
 @pytest.mark.integration
-def test_a_team_gets_everything_under_its_own_name(copy):
+def test_tenant_overlay_uses_the_namespace_of_the_team(copy):
     edit(copy / "overlays/tenant/tenant.yaml", "team-vision", "team-sound")
     objects = validate.build_folder(copy / "overlays/tenant")
-    assert {one["metadata"].get("namespace", "team-sound") for one in objects} == {"team-sound"}
+    assert {item["metadata"].get("namespace", "team-sound") for item in objects} == {"team-sound"}
     names = {
-        kind: {one["metadata"]["name"] for one in objects if one["kind"] == kind} for kind in ("Namespace", "ClusterQueue")
+        kind: {item["metadata"]["name"] for item in objects if item["kind"] == kind} for kind in ("Namespace", "ClusterQueue")
     }
     assert names == {"Namespace": {"team-sound"}, "ClusterQueue": {"team-sound"}}
-    (bound,) = [one for one in objects if one["kind"] == "RoleBinding"]
+    (bound,) = [item for item in objects if item["kind"] == "RoleBinding"]
     assert bound["subjects"] == [{"kind": "ServiceAccount", "name": "default-editor", "namespace": "team-sound"}]
-    assert "CronJob" not in {one["kind"] for one in objects}
+    assert "CronJob" not in {item["kind"] for item in objects}
 
 
-def test_what_comes_from_the_network_names_its_version(copy):
+def test_remote_resources_name_their_version(copy):
     assert list(validate.replace_remote_resources(copy)) == []
 
 
-def test_a_branch_is_no_version(copy):
+def test_remote_resource_of_a_branch_is_not_pinned(copy):
     edit(copy / "components/kubeflow/kustomization.yaml", "?ref=2.17.0", "?ref=master")
     (found,) = validate.replace_remote_resources(copy)
     assert "names no version" in str(found)
@@ -148,7 +149,7 @@ def test_a_branch_is_no_version(copy):
         ("", False),
     ],
 )
-def test_an_image_is_pinned_by_a_version_or_its_digest(image, pinned):
+def test_is_pinned_by_version_or_digest(image, pinned):
     assert validate.is_pinned(image) is pinned
 
 
@@ -159,7 +160,7 @@ POD = {
 }
 
 
-def test_a_pod_that_keeps_to_restricted_passes():
+def test_restricted_pod_has_no_violations():
     assert list(validate.find_restricted_violations(POD)) == []
 
 
@@ -181,11 +182,11 @@ def test_a_pod_that_keeps_to_restricted_passes():
         {"containers": [{"name": "step", "securityContext": SAFE, "ports": [{"hostPort": 80}]}]},
     ],
 )
-def test_what_restricted_forbids_is_found(change):
+def test_find_restricted_violations(change):
     assert list(validate.find_restricted_violations(POD | change))
 
 
-def test_what_a_pod_refers_to_is_seen_wherever_it_stands():
+def test_find_references_in_all_fields():
     pod = {
         "serviceAccountName": "account",
         "imagePullSecrets": [{"name": "pull"}],
@@ -213,27 +214,27 @@ def test_what_a_pod_refers_to_is_seen_wherever_it_stands():
     }
 
 
-def test_what_comes_from_outside_is_told_to_people():
+def test_external_objects_are_documented():
     told = (CHECKOUT / "docs" / "security.md").read_text()
     for _, name in validate.EXTERNAL_OBJECTS:
         assert f"`{name}`" in told
 
 
 @pytest.mark.parametrize("cloud", ["gke", "eks", "aks", "on-prem"])
-def test_pools_are_inputs_of_the_pipeline(cloud):
+def test_gpu_pools_are_inputs_of_the_pipeline(cloud):
     patch = yaml.safe_load((K8S / "components" / "gpu-pools" / cloud / "inputs.yaml").read_text())
     for name, value in json.loads(patch["data"]["inputs.json"]).items():
         assert type(value) is type(PLACEMENT_INPUTS[name].default), name
         assert not PLACEMENT_INPUTS[name].choices or value in PLACEMENT_INPUTS[name].choices
 
 
-def test_the_pipeline_asks_for_secrets_and_settings_that_the_manifests_name():
+def test_pipeline_inputs_name_secrets_and_settings_of_the_manifests():
     settings = yaml.safe_load((K8S / "base" / "configmap-noisy-student.yaml").read_text())
     assert PLACEMENT_INPUTS["settings"].default == settings["metadata"]["name"]
     assert ("Secret", PLACEMENT_INPUTS["storage_secret"].default) in validate.EXTERNAL_OBJECTS
 
 
-def test_images_of_ours_are_of_this_version():
+def test_manifests_use_images_of_this_version():
     found = {
         image
         for part in ("base", "components")
@@ -244,7 +245,7 @@ def test_images_of_ours_are_of_this_version():
     assert all(image.endswith(f":{__version__}") for image in found), found
 
 
-def test_steps_of_runs_are_not_root():
+def test_stages_do_not_run_as_root():
     # All else that `restricted` asks for is what Kubeflow gives to every pod of a run since 2.16.
     _, platform = yaml.safe_load_all(PACKAGE.read_text())
     executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
@@ -254,12 +255,12 @@ def test_steps_of_runs_are_not_root():
         assert int(executor["securityContext"]["runAsUser"]) > 0
 
 
-def test_everything_of_ours_says_its_namespace():
+def test_manifests_name_their_namespace():
     # kustomize's own means to say it would write one into Kueue's objects, which have none.
     namespaced = {"ConfigMap", "Role", "RoleBinding", "ServiceAccount", "Service", "StatefulSet", "CronJob", "NetworkPolicy",
                   "ResourceQuota", "LimitRange", "LocalQueue", "TrainingRuntime"}  # fmt: skip
     for part in ("base", "components"):
         for file in sorted((K8S / part).rglob("*-*.yaml")):
-            one = yaml.safe_load(file.read_text())
-            if file.name.startswith(f"{one['kind'].lower()}-") and one["kind"] in namespaced:
-                assert one["metadata"]["namespace"] == "kubeflow", file
+            item = yaml.safe_load(file.read_text())
+            if file.name.startswith(f"{item['kind'].lower()}-") and item["kind"] in namespaced:
+                assert item["metadata"]["namespace"] == "kubeflow", file
