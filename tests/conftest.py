@@ -126,3 +126,16 @@ def pool(picture):
         return store, made
 
     return make
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """The store and the RunRef of a finished run of one generation, whose student was promoted. Tests open further runs beside it."""
+    from ns.runs.lifecycle import finish_run
+    from tests.loop import open_tiny_run, run_loop
+
+    store = LocalStore(tmp_path_factory.mktemp("root"))
+    ref = open_tiny_run(store)
+    run_loop(ref)
+    finish_run(store, ref.run, "succeeded")
+    return store, ref

@@ -22,6 +22,7 @@ from ns.runs.records import (
     write_stage_note,
 )
 from ns.storage import LocalStore, Store
+from ns.storage.documents import dump_hashed_fields
 
 LOCK_PROBE_SECONDS = 0.5
 """Whoever looks whether a run is under way holds it for an instant; a client that begins then waits for so long."""
@@ -38,15 +39,8 @@ def derive_generation_name(experiment: Experiment, generation: int, data_digest:
 
 
 def digest_experiment(experiment: Experiment) -> str:
-    """What runs of one name must share."""
-    # Where versions are kept may change, and be given later, within one run.
-    document = experiment.model_dump(mode="json", exclude={"registry", "evaluation"})
-    # An experiment that does not use these is the one it was before they existed, under the same digest and name.
-    if evaluation_fields := experiment.evaluation.model_dump(mode="json", exclude_defaults=True, exclude={"keep_gib"}):
-        document["evaluation"] = evaluation_fields
-    if experiment.data.test is None:
-        del document["data"]["test"]
-    return digest_json(document)
+    """Digest of what runs of one name must share. The registry and the size of caches may change within a run."""
+    return digest_json(dump_hashed_fields(experiment, exclude={"registry": True, "evaluation": {"keep_gib"}}))
 
 
 def check_run_name(run: str) -> None:

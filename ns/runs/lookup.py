@@ -212,7 +212,7 @@ def compute_policy_thresholds(store: Store, evaluation: Evaluation, policy: Sele
     assert policy.precision is not None
     rows = read_predictions(store, evaluation)
     return find_thresholds(
-        rows["predicted"].to_numpy(),
+        rows["predicted_class_id"].to_numpy(),
         rows["confidence"].to_numpy(),
         rows["rank"].to_numpy() == 0,
         len(evaluation.classes),

@@ -14,7 +14,7 @@ from ns.config.schema import Experiment
 from ns.core import log, telemetry
 from ns.core.digest import shorten_digest
 from ns.core.errors import Interrupted, NsError
-from ns.core.process import die_with_client
+from ns.core.process import die_with_client, set_openmp_to_sleep
 from ns.runs.lifecycle import digest_experiment
 from ns.runs.records import delete_stage_failure, write_stage_failure, write_stage_note
 from ns.storage import Store, open_store
@@ -116,6 +116,7 @@ def announce_stage(name: str, generation: int, **bound_fields: Any) -> Iterator[
 
     A stage that was asked to stop ends the process with the exit code of Interrupted: started again, it goes on where it was.
     """
+    set_openmp_to_sleep()
     log.configure_logging()
     die_with_client()
     started = time.monotonic()

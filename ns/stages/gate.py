@@ -22,7 +22,7 @@ def next_teacher(ref: RunRef, *, data: str, generation: int, first_teacher: str)
     `first_teacher` is the model that the run began with, TRAIN if the run trained it itself, STOP if the run was over before it began.
     Raises TrainingError if the first teacher is no better than chance: its pseudo-labels would only waste the student.
     """
-    with stage("resolve", ref, generation, quiet=True) as context:
+    with stage("next-teacher", ref, generation, quiet=True) as context:
         if first_teacher == TeacherSignal.STOP:
             return TeacherSignal.STOP
         teacher = locate_first_teacher(context, data) if first_teacher == TeacherSignal.TRAIN else first_teacher
@@ -54,7 +54,7 @@ def gate_generation(ref: RunRef, *, data: str, generation: int, teacher: str, st
             generation=generation,
             teacher=teacher,
             student=student,
-            class_ids=teacher_rows["label"].to_numpy(),
+            class_ids=teacher_rows["class_id"].to_numpy(),
             teacher_correct=teacher_rows["rank"].to_numpy() == 0,
             student_correct=student_rows["rank"].to_numpy() == 0,
             classes=read_labeled_classes(root, data),

@@ -18,6 +18,7 @@ from ns.data.prepared import PreparedData
 from ns.modeling.manifest import ModelManifest, digest_weights
 from ns.stages.context import StageContext
 from ns.storage import Store, open_store
+from ns.storage.documents import dump_hashed_fields
 
 
 def generation_inputs(context: StageContext, data: str, generation: int, teacher: str) -> dict[str, Any]:
@@ -31,11 +32,11 @@ def generation_inputs(context: StageContext, data: str, generation: int, teacher
         "teacher": read_model_digest(context.root, teacher),
         "student": role_inputs(experiment.get_student(generation)),
         "seed": experiment.seed,
-        "labeling": experiment.labeling.model_dump(mode="json", exclude={"tasks"}) | {"ensemble": ensemble_digests(context)},
+        "labeling": dump_hashed_fields(experiment.labeling, exclude={"tasks"}) | {"ensemble": ensemble_digests(context)},
         "exclude": digest_json(sorted(excluded_keys(context))),
-        "selection": experiment.selection.model_dump(mode="json"),
-        "gate": experiment.gate.model_dump(mode="json"),
-        "robustness": measures_robustness and experiment.gate_evaluation.model_dump(mode="json", exclude={"sets", "keep_gib"}),
+        "selection": dump_hashed_fields(experiment.selection),
+        "gate": dump_hashed_fields(experiment.gate),
+        "robustness": measures_robustness and dump_hashed_fields(experiment.gate_evaluation, {"sets", "keep_gib"}),
     }
 
 
@@ -54,7 +55,7 @@ def labeling_inputs(context: StageContext, teacher: str) -> dict[str, Any]:
     return {
         "code": digest_code(*LABELING_SOURCES),
         "teacher": read_model_digest(context.root, teacher),
-        **context.experiment.labeling.model_dump(mode="json", exclude={"tasks"}),
+        **dump_hashed_fields(context.experiment.labeling, exclude={"tasks"}),
         "ensemble": ensemble_digests(context),
     }
 
@@ -94,12 +95,9 @@ def training_inputs(
 
 def role_inputs(role: RoleConfig) -> dict[str, Any]:
     """The settings of a role that change the model, with the digest of the weights that it starts from."""
-    fields = role.model_dump(mode="json", exclude={"preset"})
-    for name in ("checkpoint_seconds", "checkpoints_kept", "loader_workers", "processes", "tensorboard"):
-        fields["train"].pop(name, None)
-    if role.train.init_uri:
-        fields["train"]["init"] = digest_weights(role.train.init_uri)
-    return fields
+    speed_fields = {"checkpoint_seconds", "checkpoints_kept", "loader_workers", "processes", "tensorboard"}
+    fields = dump_hashed_fields(role, exclude={"preset": True, "train": speed_fields | {"init"}})
+    return fields | {"init": digest_weights(role.train.init_uri) if role.train.init_uri else role.train.init}
 
 
 def training_seed(experiment: Experiment, generation: int) -> int:

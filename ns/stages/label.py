@@ -53,7 +53,7 @@ def label_shard_range(ref: RunRef, *, data: str, generation: int, teacher: str, 
                 label_store,
                 indices,
                 config,
-                left_out=left_out,
+                find_left_out=lambda shard: left_out.get(shard.sha256, {}),
                 find_existing=labeled_shards.find_shard,
             )
             labeled_shards.record_shards(key, range_shards)

@@ -16,6 +16,7 @@ from ns.data.prepared import PART_ROLES, DataPart, LeftOutImages, PreparedData, 
 from ns.modeling.manifest import ModelManifest
 from ns.stages.context import RunRef, stage
 from ns.storage import Store, open_store, read_uri
+from ns.storage.documents import dump_hashed_fields
 from ns.storage.ledger import Ledger
 
 IMPORT_CODE = (
@@ -172,7 +173,7 @@ def _check_networks(experiment: Experiment, ledger: Ledger, classes: int | None)
     roles = (experiment.teacher, *experiment.students)
     inputs = {
         "code": digest_code("modeling/factory.py"),
-        "roles": [role.model.model_dump(mode="json") for role in roles],
+        "roles": [dump_hashed_fields(role.model) for role in roles],
         "finetuned_at": [role.train.finetune and role.train.finetune.resolution for role in roles],
         "generations": experiment.generations,
         "allow_smaller_student": experiment.allow_smaller_student,
@@ -213,9 +214,9 @@ class _DatasetFinder:
 
     def find_subset(self, field: str, evaluation_set: EvaluationSet, classes: tuple[str, ...]) -> PreparedDataset:
         """Images of some of the classes that are trained on, by their names."""
-        source = self.find_dataset(f"{field}.place", evaluation_set.uri, "heldout")
+        source = self.find_dataset(f"{field}.uri", evaluation_set.uri, "heldout")
         selected = () if isinstance(evaluation_set.classes, str) else evaluation_set.classes
-        for name, names in (("place", source.open_dataset(self._root)[1].classes), ("classes", selected)):
+        for name, names in (("uri", source.open_dataset(self._root)[1].classes), ("classes", selected)):
             unknown = tuple(class_name for class_name in names if class_name not in set(classes))
             if unknown:
                 raise DataError(

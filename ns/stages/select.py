@@ -14,6 +14,7 @@ from ns.runs.lookup import compute_policy_thresholds
 from ns.stages.context import RunRef, StageContext, stage
 from ns.stages.evaluate import evaluate_heldout
 from ns.stages.keys import ensemble_digests, label_set_key, read_labeled_classes, read_model_digest
+from ns.storage.documents import dump_hashed_fields
 
 SELECTION_SOURCES = ("labeling/selection.py", "labeling/label_set.py", "labeling/thresholds.py")
 
@@ -44,7 +45,7 @@ def commit_labels(ref: RunRef, *, data: str, generation: int, teacher: str) -> s
         thresholds = _compute_teacher_thresholds(context, data, teacher)
         inputs = {
             "code": digest_code(*SELECTION_SOURCES),
-            "policy": experiment.selection.model_dump(mode="json"),
+            "policy": dump_hashed_fields(experiment.selection),
             "seed": experiment.seed,
             "label_set": label_set.digest,
             "thresholds": thresholds.evaluation if thresholds else None,

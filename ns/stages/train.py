@@ -9,7 +9,7 @@ from ns.config.schema import Experiment
 from ns.core import log, telemetry
 from ns.core.digest import digest_json, shorten_digest
 from ns.core.errors import NsError
-from ns.core.process import die_with_client
+from ns.core.process import die_with_client, set_openmp_to_sleep
 from ns.data.prepared import PreparedData
 from ns.labeling.selection import Selection
 from ns.modeling.manifest import FINETUNED, ModelManifest
@@ -63,6 +63,7 @@ def train_generation(
 
 def join_training(ref: RunRef, *, data: str, generation: int, teacher: str, selection: str) -> None:
     """Trains as one of the processes that torchrun started. The process that started them records the result."""
+    set_openmp_to_sleep()
     from ns.modeling.distributed import FAILURE_VARIABLE, process_group, report_failure
 
     die_with_client()
@@ -98,7 +99,6 @@ class _Training:
         self._seed = training_seed(experiment, generation)
         self._prepared = PreparedData.load_file(root, data)
         self._selection = Selection.load(root.at(selection)) if selection else None
-        self._inference_batch = experiment.labeling.batch
         self.inputs = training_inputs(
             experiment,
             generation,
@@ -134,7 +134,6 @@ class _Training:
             seed=self._seed,
             teacher=self._root.at(self._teacher) if self._teacher else None,
             config_digest=digest_json(self.inputs["role"]),
-            inference_batch=self._inference_batch,
             world=world,
             run_store=self._root.at(run),
         )

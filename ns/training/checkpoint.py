@@ -1,6 +1,6 @@
-"""Training checkpoints: everything that the next step depends on, as tensors and JSON in one safetensors blob.
+"""Training checkpoints: everything that the next step depends on, as tensors and JSON in one safetensors file.
 
-    step-00000120-SHA.safetensors     SHA: first 16 digits of the blob's sha256, checked on load
+    step-00000120-SHA.safetensors     SHA: the first 16 digits of the file's sha256, checked on load
 
 The data order and all noise are functions of (seed, step), so no random state is kept.
 """
@@ -35,44 +35,44 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     mode: PrecisionMode = FLOAT32
     scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler(enabled=False))
-    """Of the gradients of float16; does nothing for other precisions."""
+    """Scales the gradients of float16; does nothing for other precisions."""
     step: int = 0
-    """The next step."""
+    """The next step, counted from 0."""
     seconds: float = 0.0
-    """Spent in training so far."""
+    """Seconds of training so far."""
     history: list[dict[str, float]] = field(default_factory=list)
     metric_sums: Tensor | None = None
-    """What was measured since the last point of the history, added up."""
+    """Sums of the measurements since the last point of the history, float32 [5]."""
     summed_steps: int = 0
-    """Steps in `sums`."""
+    """Steps in `metric_sums`."""
 
     def set_mode(self, mode: PrecisionMode) -> None:
-        """Decides how the network is run, before the first step."""
+        """Sets the mode that the network runs in; before the first step only."""
         self.mode = mode
         device = next(self.network.parameters()).device
         self.scaler = torch.amp.GradScaler(device.type, enabled=mode.precision == "float16")
 
 
 class CheckpointWriter:
-    """Writes checkpoints while training goes on, one at a time. Leave its context to be sure of the last one."""
+    """Writes checkpoints in a thread while training goes on. Leaving its context waits for the last one."""
 
     def __init__(self, store: Store, keep: int) -> None:
-        """`keep`: how many are kept, the last ones."""
+        """`keep`: how many of the last checkpoints are kept."""
         self._store = store
         self._keep = keep
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
     def save(self, state: TrainingState) -> None:
-        """Copies the state as it is now, and has it written. Waits if the checkpoint before is still being written.
+        """Copies the state as it is now and starts to write it, after the checkpoint before is written.
 
-        A checkpoint that cannot be written is no reason to stop: it is logged, and the one before stays.
+        A checkpoint that cannot be written is logged and does not stop training; the one before stays.
         """
         self._wait_or_warn()
         self._writing = self._thread.submit(write_checkpoint, self._store, state.step, take_snapshot(state), self._keep)
 
     def wait_for_write(self) -> None:
-        """Waits for the checkpoint under way. Raises StoreError if it cannot be written."""
+        """Waits until the checkpoint is written. Raises StoreError if it cannot be."""
         writing, self._writing = self._writing, None
         if writing:
             writing.result()
@@ -92,7 +92,7 @@ class CheckpointWriter:
 
 
 class Snapshot(NamedTuple):
-    """A state's values, on the CPU and apart from it."""
+    """A copy of a state's values, on the CPU."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, Any]
@@ -110,12 +110,12 @@ def take_snapshot(state: TrainingState) -> Snapshot:
             else:
                 plain.setdefault(str(index), {})[name] = value
     if state.metric_sums is not None:
-        tensors["record.sums"] = state.metric_sums
+        tensors["metric_sums"] = state.metric_sums
     metadata = {
         "step": state.step,
         "seconds": state.seconds,
         "history": list(state.history),
-        "counted": state.summed_steps,
+        "summed_steps": state.summed_steps,
         "optimizer": plain,
         "mode": str(state.mode),
         "scaler": state.scaler.state_dict(),
@@ -133,9 +133,9 @@ def write_checkpoint(store: Store, step: int, state_snapshot: Snapshot, keep: in
 
 
 def restore_state(store: Store, state: TrainingState) -> bool:
-    """Loads the newest checkpoint that is whole into `state`. False if there is none.
+    """Loads the newest undamaged checkpoint into `state`. Returns False if there is none.
 
-    Raises StoreError if a checkpoint cannot be read: that is no damage, and starting again would throw it away.
+    Raises StoreError if a checkpoint cannot be read: it may be whole, and to start again would throw it away.
     """
     for key in _list_checkpoints(store):
         match = CHECKPOINT_NAME.fullmatch(key)
@@ -180,8 +180,8 @@ def _load_state(blob: bytes, state: TrainingState) -> None:
     state.step = int(metadata["step"])
     state.seconds = float(metadata["seconds"])
     state.history = metadata["history"]
-    state.summed_steps = int(metadata["counted"])
-    state.metric_sums = tensors.get("record.sums")
+    state.summed_steps = int(metadata["summed_steps"])
+    state.metric_sums = tensors.get("metric_sums")
 
 
 def _select_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

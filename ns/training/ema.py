@@ -1,26 +1,26 @@
-"""Exponential moving average of weights and batch-norm statistics: what evaluates, teaches, and is kept."""
+"""Exponential moving average of weights and batch-norm statistics. The averaged model is what is evaluated, labels, and is kept."""
 
 import torch
 from torch import Tensor, nn
 
 
 class Ema:
-    """Shadow of a network's whole state. Integer state (batch counters) is copied, not averaged.
+    """The average of a network's whole state. Integer state (batch counters) is copied.
 
-    Holds on to the network's tensors: move it to its device before, and change its values only in place.
+    It keeps references to the network's tensors: move the network to its device first, and change values only in place.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.decay = decay
         live = network.state_dict()
         self.shadow: dict[str, Tensor] = {name: value.clone() for name, value in live.items()}
-        # Collected once: walking through the modules at every step costs as much as the average itself.
+        # Collected once: to walk through the modules at every step takes as long as the average itself.
         averaged = [name for name, value in live.items() if value.is_floating_point()]
         self._averaged = [self.shadow[name] for name in averaged], [live[name] for name in averaged]
         self._copied = [(self.shadow[name], value) for name, value in live.items() if not value.is_floating_point()]
 
     def decay_at(self, step: int) -> float:
-        """TensorFlow's ramp: min(decay, (1 + step) / (10 + step)), `step` counted from 0."""
+        """The decay of a step counted from 0, with TensorFlow's ramp: min(decay, (1 + step) / (10 + step))."""
         return min(self.decay, (1 + step) / (10 + step))
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What training minimizes: cross-entropy on labels plus cross-entropy on pseudo-labels (arXiv:1911.04252, Algorithm 1)."""
+"""The loss of training: cross-entropy on labels plus cross-entropy on pseudo-labels (arXiv:1911.04252, Algorithm 1)."""
 
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ class Losses(NamedTuple):
 def apply_temperature(probabilities: Tensor, temperature: float) -> Tensor:
     """p^(1/T) renormalized, float32 [N, C]: the softmax at temperature T of the logits behind p.
 
-    By logarithms: at a low temperature the powers of all of an unsure image's classes would be 0.
+    It uses logarithms, since at a low temperature all powers of an unsure image would underflow to 0.
     """
     if temperature == 1:
         return probabilities
@@ -30,7 +30,7 @@ def apply_temperature(probabilities: Tensor, temperature: float) -> Tensor:
 def compute_losses(logits: Tensor, class_ids: Tensor, targets: Tensor, train: TrainConfig) -> Losses:
     """Loss of one concatenated batch.
 
-    logits float32 [B+U, C], labeled images first; labels int64 [B]; targets float32 [U, C], rows summing to 1.
+    logits float32 [B+U, C], labeled images first; class_ids int64 [B]; targets float32 [U, C], rows summing to 1.
     The weights of the two means follow `train.weighting`, with r = U / B.
     """
     batch, pseudo_batch = len(class_ids), len(targets)
@@ -40,7 +40,7 @@ def compute_losses(logits: Tensor, class_ids: Tensor, targets: Tensor, train: Tr
     if train.pseudo_labels == "hard":
         pseudo = F.cross_entropy(logits[batch:], targets.argmax(1), label_smoothing=train.label_smoothing)
     else:
-        # No smoothing here: soft labels carry their own, and the reference code adds none.
+        # Without smoothing: soft labels are smooth already, and the reference code adds none.
         pseudo = F.cross_entropy(logits[batch:], apply_temperature(targets, train.temperature))
     ratio = pseudo_batch / batch
     if train.weighting == "equal":

@@ -1,6 +1,6 @@
-"""How a training goes, for those who watch: the log, Prometheus, `progress.json` in the run's folder, TensorBoard.
+"""Shows how a training goes: in the log, to Prometheus, in `progress.json` in the run's folder, to TensorBoard.
 
-Nothing here can stop training: what cannot be written is logged once, and tried again later.
+Nothing here can stop training: a failed write is logged once, and tried again later.
 """
 
 import tempfile
@@ -19,22 +19,23 @@ from ns.storage.documents import encode_json
 PROGRESS = "progress.json"
 TENSORBOARD = "tensorboard"
 PROGRESS_SECONDS = 5.0
+"""Seconds between writes of `progress.json`."""
 EVENTS_SECONDS = 30.0
-"""The file of TensorBoard events is written whole; a training has few points."""
+"""Seconds between copies of the file of TensorBoard events."""
 
 
 class Monitor:
-    """Watches one training. With no folder (of a run) there is only the log and Prometheus."""
+    """Shows one training. Without the store of a run it uses the log and Prometheus only."""
 
     def __init__(self, run_store: Store | None = None, *, name: str = "train", tensorboard: bool = False) -> None:
-        """`name`: of this training in its run, `1-train` say. Raises ConfigError if TensorBoard is asked for and not installed."""
+        """`name`: the training's name in its run, such as `1-train`. Raises ConfigError if TensorBoard is wanted but not installed."""
         self._run_store = run_store
         self._name = name
         self._events = _TensorBoardEvents(run_store, name) if tensorboard and run_store else None
         self._writer = _BackgroundWriter()
 
     def on_train_start(self, *, step: int, steps: int, images_per_step: int, checkpoint_seconds: float) -> None:
-        """Training starts, or goes on, at `step` of `steps`."""
+        """Training starts, or continues, after `step` of `steps` steps."""
         self._first_step, self._steps, self._images_per_step = step, steps, images_per_step
         self._started_at = self._step_ended_at = time.monotonic()
         self._waited_seconds = 0.0
@@ -46,9 +47,11 @@ class Monitor:
         telemetry.STEPS_DONE.set(step)
         telemetry.CHECKPOINT_INTERVAL.set(checkpoint_seconds)
         telemetry.record_checkpoint()
+        if self._events:
+            self._events.open(step)
 
     def on_step_end(self, step: int, waited_seconds: float) -> None:
-        """A step has ended. `waited_seconds`: for images, since the beginning."""
+        """A step has ended. `waited_seconds`: seconds spent waiting for images so far."""
         now = time.monotonic()
         telemetry.STEP_SECONDS.observe(now - self._step_ended_at)
         telemetry.DATA_WAIT.inc(max(0.0, waited_seconds - self._waited_seconds))
@@ -72,7 +75,8 @@ class Monitor:
         if "agreement" in point:
             telemetry.AGREEMENT.set(point["agreement"])
         if self._events:
-            self._writer.submit_write(self._events.make_writer(list(history)))
+            self._events.add_point(point)
+            self._writer.submit_write(self._events.copy_if_due)
 
     def on_checkpoint(self) -> None:
         """A checkpoint was taken."""
@@ -80,7 +84,7 @@ class Monitor:
         self._saved_at = datetime.now(UTC).isoformat(timespec="seconds")
 
     def write_document(self, name: str, document: dict[str, Any]) -> str | None:
-        """Writes a document into the run's folder, now. Returns where it is, None if nowhere."""
+        """Writes a document into the run's folder at once. Returns its URI, or None if it cannot be written."""
         if not self._run_store:
             return None
         try:
@@ -115,13 +119,15 @@ class Monitor:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._events and self._point:
-            self._writer.submit_write(self._events.write_history, must=True)
+        if self._events:
+            self._writer.submit_write(self._events.copy_to_store, must=True)
         self._writer.close()
+        if self._events:
+            self._events.close()
 
 
 class _BackgroundWriter:
-    """Writes beside training, one thing at a time; what comes while it is busy is left out unless it must be done."""
+    """Writes in a thread of its own, one thing at a time. What comes while it is busy is left out, unless it must be written."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="monitor")
@@ -145,8 +151,7 @@ class _BackgroundWriter:
 
 
 class _TensorBoardEvents:
-    """The history as TensorBoard events, below the run's folder. Written whole each time, so that a continued training has one
-    curve and nothing twice."""
+    """The history as TensorBoard events. They are written to a local file, which is copied below the run's folder now and then."""
 
     def __init__(self, run_store: Store, name: str) -> None:
         try:
@@ -156,29 +161,30 @@ class _TensorBoardEvents:
                 "train.tensorboard: TensorBoard is not installed; pip install 'noisy-student[tensorboard]', or set it to false"
             ) from error
         self._store = run_store.at(f"{TENSORBOARD}/{name}")
-        self._history: list[dict[str, float]] = []
-        self._written = float("-inf")
+        self._copied_at = float("-inf")
 
-    def make_writer(self, history: list[dict[str, float]]) -> Callable[[], None]:
-        """What writes this history, unless it was done just now."""
-        self._history = history
-
-        def write_if_due() -> None:
-            if time.monotonic() - self._written >= EVENTS_SECONDS:
-                self._written = time.monotonic()
-                self.write_history()
-
-        return write_if_due
-
-    def write_history(self) -> None:
-        """Writes the history as it is."""
+    def open(self, step: int) -> None:
+        """Begins a file for the points after `step`. TensorBoard drops what an interrupted attempt wrote of later steps."""
         from torch.utils.tensorboard import SummaryWriter
 
-        with tempfile.TemporaryDirectory(prefix="ns-events-") as scratch:
-            with SummaryWriter(scratch) as events:
-                for point in self._history:
-                    for name, value in point.items():
-                        if name != "step":
-                            events.add_scalar(name, value, int(point["step"]))
-            (events_path,) = Path(scratch).iterdir()
-            self._store.put("events.out.tfevents.history", events_path.read_bytes())
+        self._scratch = tempfile.TemporaryDirectory(prefix="ns-events-")
+        self._events = SummaryWriter(self._scratch.name, purge_step=step + 1)
+
+    def add_point(self, point: dict[str, float]) -> None:
+        for name, value in point.items():
+            if name != "step":
+                self._events.add_scalar(name, value, int(point["step"]))
+
+    def copy_if_due(self) -> None:
+        if time.monotonic() - self._copied_at >= EVENTS_SECONDS:
+            self.copy_to_store()
+
+    def copy_to_store(self) -> None:
+        self._copied_at = time.monotonic()
+        self._events.flush()
+        for path in Path(self._scratch.name).iterdir():
+            self._store.put(path.name, path.read_bytes())
+
+    def close(self) -> None:
+        self._events.close()
+        self._scratch.cleanup()

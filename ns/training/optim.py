@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules of the paper (`noisy_student.md` §1.4)."""
+"""Optimizers and learning-rate schedules of the paper (arXiv:1911.04252 §3.1) and its reference code."""
 
 import math
 from typing import Any
@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ns.config.schema import OptimizerConfig
 
-# The paper: a drop every 2.4 of 350 epochs, that is 145.83 in any training.
+# The paper: the rate drops every 2.4 of 350 epochs. Any other training gets the same 145.83 drops.
 STAIRCASE_DROPS = 350 / 2.4
 
 
@@ -24,10 +24,10 @@ def make_parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[
 
 
 def make_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """An optimizer with learning rate 0; `learning_rate` says what it is at each step.
+    """An optimizer with learning rate 0; `compute_learning_rate` gives the rate of each step.
 
     Weight decay is the gradient of weight_decay · Σ w² / 2 in `rmsprop` and `sgd`, and decoupled in `adamw`. All tensors are
-    updated together: bit for bit the same as one after the other, in half the time.
+    updated together, which takes half the time of one after the other and gives the same bits.
     """
     groups = make_parameter_groups(network, config.weight_decay)
     match config.name:
@@ -48,7 +48,7 @@ def make_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.O
 def compute_learning_rate(
     step: int, *, steps: int, steps_per_epoch: float, labeled_batch: int, config: OptimizerConfig
 ) -> float:
-    """Learning rate of a step counted from 0. Pseudo-labeled images do not count towards the batch that scales it."""
+    """Learning rate of a step counted from 0. Pseudo-labeled images do not count in the batch that scales it."""
     peak = config.lr * labeled_batch / 256
     warmup = config.warmup_epochs * steps_per_epoch
     if step < warmup:

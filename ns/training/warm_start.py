@@ -1,4 +1,4 @@
-"""Starting from weights that are there: the teacher's, another run's, or anybody's safetensors."""
+"""Starts from existing weights: the teacher's, another run's, or any safetensors file."""
 
 from typing import NamedTuple
 
@@ -17,17 +17,17 @@ class InitialWeights(NamedTuple):
     uri: str
     tensors: dict[str, Tensor]
     classes: tuple[str, ...] | None
-    """What the outputs mean, in their order; None if nobody wrote it down."""
+    """Names of the outputs in their order; None if they are unknown."""
 
 
 def read_model_weights(store: Store) -> InitialWeights:
-    """The averaged weights of a model of ours."""
+    """The averaged weights of a model that this project trained."""
     manifest = ModelManifest.load(store)
     return InitialWeights(store.uri, models.load_weights(store, manifest), manifest.classes)
 
 
 def read_weights(uri: str) -> InitialWeights:
-    """The weights in a safetensors file, or in a model's folder. Raises DataError for what is no safetensors file."""
+    """The weights in a safetensors file, or in a model's folder. Raises DataError for a file of another kind."""
     parent, key = split_weights_uri(uri)
     if key is None:
         return read_model_weights(open_store(parent))
@@ -38,10 +38,10 @@ def read_weights(uri: str) -> InitialWeights:
 
 
 def copy_weights(network: nn.Module, weights: InitialWeights, classes: tuple[str, ...]) -> None:
-    """Copies the tensors whose names and shapes agree; the rest (a wider layer) stays fresh, and so does the classifier if the
-    outputs are other classes, or the same in another order.
+    """Copies the tensors whose names and shapes agree. The rest, such as a wider layer, stays fresh, and so does the classifier if its
+    outputs are other classes or the same ones in another order.
 
-    Raises ConfigError if nothing fits: training would start from scratch, unnoticed.
+    Raises ConfigError if nothing fits, since training would then start from scratch unnoticed.
     """
     state = network.state_dict()
     fresh_prefixes = _classifier_prefixes(network) if weights.classes not in (None, classes) else ()

@@ -1,4 +1,4 @@
-"""A run killed with SIGKILL at the worst moments ends like one that was left alone: same label sets, same metrics."""
+"""A run killed with SIGKILL at the worst moments ends like one that was left alone: with the same label sets and metrics."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tests.integration.outcome import results
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
-# Short, with a checkpoint after every step, so that there is something to continue from wherever the blow falls.
+# Short, with a checkpoint after every step, so that there is something to continue from wherever the kill falls.
 QUICK = [
     f"--set={override}"
     for override in (
@@ -45,8 +45,8 @@ def calm(tmp_path_factory) -> dict:
     return results(finish(tmp_path_factory.mktemp("calm")))
 
 
-def steps_of(root: Path, step: str) -> list[Path]:
-    return list((root / "test" / "steps").glob(f"*-{step}*.json"))
+def notes(root: Path, stage: str) -> list[Path]:
+    return list((root / "test" / "stages").glob(f"*-{stage}*.json"))
 
 
 def checkpoints(root: Path) -> list[Path]:
@@ -56,7 +56,7 @@ def checkpoints(root: Path) -> list[Path]:
 MOMENTS: dict[str, Callable[[Path], bool]] = {
     "teacher training": lambda root: any(path.name >= "step-00000010" for path in checkpoints(root)),
     "labeling": lambda root: bool(list((root / "store" / "labels").glob("*/*.parquet"))),
-    "student training": lambda root: len(steps_of(root, "commit-labels")) == 1 and len(checkpoints(root)) > 0,
+    "student training": lambda root: len(notes(root, "commit-labels")) == 1 and len(checkpoints(root)) > 0,
 }
 
 
@@ -81,13 +81,13 @@ def until(moment: str, root: Path, client: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
-def test_a_run_killed_again_and_again_continues_and_ends_like_a_calm_one(tmp_path, calm):
+def test_killed_run_continues_and_ends_like_a_calm_one(tmp_path, calm):
     for moment in MOMENTS:
         client = subprocess.Popen(command(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         until(moment, tmp_path, client)
         os.kill(client.pid, signal.SIGKILL)
         client.wait()
-        # Its steps notice that nobody waits for them any more.
+        # The stages under way notice that their client is gone.
         deadline = time.monotonic() + 10
         while running(str(tmp_path)):
             assert time.monotonic() < deadline, f"after {moment}, orphans: {running(str(tmp_path))}"
@@ -97,7 +97,7 @@ def test_a_run_killed_again_and_again_continues_and_ends_like_a_calm_one(tmp_pat
     assert said.count("training continues") == 2, "the teacher's and the student's"
 
 
-def test_ctrl_c_leaves_a_run_that_resume_continues(tmp_path, calm):
+def test_interrupted_run_is_continued_by_resume(tmp_path, calm):
     client = subprocess.Popen(
         command(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -117,7 +117,7 @@ def test_ctrl_c_leaves_a_run_that_resume_continues(tmp_path, calm):
     assert results(json.loads(resumed.stdout)) == calm
 
 
-def test_a_second_client_of_the_same_run_is_turned_away(tmp_path):
+def test_second_client_of_a_run_is_refused(tmp_path):
     client = subprocess.Popen(command(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while not (tmp_path / "test" / ".client").exists():

@@ -5,18 +5,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ns.config import schema as config
-from ns.core.errors import ConfigError, DataError
+from ns.config.loader import parse_experiment
+from ns.config.schema import ImportConfig
+from ns.core.errors import ConfigError, DataError, StoreError
 from ns.data.dataset import Dataset
 from ns.data.importing import ingest
-from ns.data.importing.ingest import ImportLimits, import_images
+from ns.data.importing.ingest import import_images
 from ns.data.leakage import load_left_out_rows
 from ns.data.prepared import PART_ROLES
-from ns.stages.prepare import prepare_datasets
+from ns.stages.prepare import prepare_data, prepare_datasets
 from ns.storage import LocalStore
 from ns.storage.ledger import Ledger
+from tests.loop import open_tiny_run
 
-LIMITS = ImportLimits(0, 10, 1)
+CONFIG = ImportConfig(max_rejected_share=0, shard_samples=10, shard_mib=1)
 NETWORK = {"model": {"arch": "test_efficientnet", "resolution": 32}}
 
 
@@ -41,7 +43,7 @@ def places(tmp_path):
 def run(tmp_path, places, **fields):
     root = LocalStore(tmp_path / "root")
     document = {"name": "x", "generations": 1, "data": places, "teacher": NETWORK, "students": [NETWORK], **fields}
-    return prepare_datasets(config.parse_experiment(document, "x.yaml"), root, Ledger(root)), root
+    return prepare_datasets(parse_experiment(document, "x.yaml"), root, Ledger(root)), root
 
 
 def test_folders_are_imported_once(tmp_path, places):
@@ -81,7 +83,7 @@ def test_runs_that_import_the_same_at_once_all_have_it(tmp_path, places, monkeyp
 
 
 def test_a_dataset_is_used_where_it_is(tmp_path, places):
-    options = {"limits": ImportLimits(0, 10, 1)}
+    options = {"config": CONFIG}
     pool = import_images(places["pool"], LocalStore(tmp_path / "made"), name="p", role="unlabeled", **options)
     (prepared, _), _ = run(tmp_path, {**places, "pool": str(tmp_path / "made")})
     assert prepared.pool.digest == pool.digest
@@ -89,7 +91,7 @@ def test_a_dataset_is_used_where_it_is(tmp_path, places):
 
 
 def test_a_dataset_that_changed_under_a_run_is_noticed(tmp_path, places):
-    options = {"limits": ImportLimits(0, 10, 1), "name": "p", "role": "unlabeled"}
+    options = {"config": CONFIG, "name": "p", "role": "unlabeled"}
     import_images(places["pool"], LocalStore(tmp_path / "made"), **options)
     (prepared, _), root = run(tmp_path, {**places, "pool": str(tmp_path / "made")})
     fill(tmp_path / "pool", ["any"], count=2, seed=5)
@@ -112,7 +114,7 @@ def test_places_that_cannot_be_meant_are_refused(tmp_path, places, part, value, 
 
 
 def test_held_out_images_that_are_trained_on_are_refused(tmp_path, places):
-    options = {"limits": ImportLimits(0, 10, 1), "name": "l", "role": "labeled"}
+    options = {"config": CONFIG, "name": "l", "role": "labeled"}
     import_images(places["labeled"], LocalStore(tmp_path / "made"), **options)
     made, copied = str(tmp_path / "made"), shutil.copytree(tmp_path / "made", tmp_path / "copied")
     with pytest.raises(DataError, match=r"is the same as data\.labeled"):
@@ -169,13 +171,13 @@ def test_held_out_images_in_the_pool_are_left_out_by_default(tmp_path, places):
 def test_a_pool_that_has_labels_is_guarded_as_any_other(tmp_path, places, role):
     fill(tmp_path / "pool", ["other"], seed=2)
     copy_heldout(tmp_path)
-    import_images(places["pool"], LocalStore(tmp_path / "made"), name="p", role=role, limits=LIMITS)
+    import_images(places["pool"], LocalStore(tmp_path / "made"), name="p", role=role, config=CONFIG)
     (prepared, _), root = run(tmp_path, {**places, "pool": str(tmp_path / "made")})
     assert sum(map(len, load_left_out_rows(root.at(prepared.left_out.key)).values())) == 2
 
 
 def test_labeled_images_may_have_been_imported_for_evaluation(tmp_path, places):
-    import_images(places["labeled"], LocalStore(tmp_path / "made"), name="l", role="evaluation", limits=LIMITS)
+    import_images(places["labeled"], LocalStore(tmp_path / "made"), name="l", role="evaluation", config=CONFIG)
     (prepared, _), root = run(tmp_path, {**places, "labeled": str(tmp_path / "made")})
     assert prepared.labeled.open_dataset(root)[1].role == "evaluation"
 
@@ -196,7 +198,7 @@ def test_images_of_the_test_and_of_further_sets_are_left_out_of_the_pool_too(tmp
         path = next((tmp_path / name / "dog").iterdir())
         (tmp_path / "pool" / "any" / f"copy-{name}.png").write_bytes(path.read_bytes())
     data = {**places, "test": str(tmp_path / "test")}
-    hard = {"sets": {"hard": {"place": str(tmp_path / "hard"), "classes": "own"}}}
+    hard = {"sets": {"hard": {"uri": str(tmp_path / "hard"), "classes": "own"}}}
     (prepared, _), root = run(tmp_path, places, data=data, evaluation=hard)
     assert list(prepared.evaluation_sets) == ["heldout", "test", "set:hard"]
     assert prepared.reported_set == prepared.test
@@ -211,7 +213,7 @@ def test_images_of_the_test_and_of_further_sets_are_left_out_of_the_pool_too(tmp
 @pytest.mark.parametrize("other", ["labeled", "heldout"])
 def test_a_test_that_is_something_else_too_is_refused(tmp_path, places, other):
     made = str(tmp_path / "made")
-    options = {"limits": ImportLimits(0, 10, 1), "name": "l", "role": "evaluation"}
+    options = {"config": CONFIG, "name": "l", "role": "evaluation"}
     import_images(places[other], LocalStore(tmp_path / "made"), **options)
     copied = str(shutil.copytree(tmp_path / "made", tmp_path / "copied"))
     with pytest.raises(DataError, match=rf"data\.test: .* is the same as data\.{other}"):
@@ -220,13 +222,13 @@ def test_a_test_that_is_something_else_too_is_refused(tmp_path, places, other):
 
 def test_a_set_with_classes_that_nothing_learns_is_refused(tmp_path, places):
     fill(tmp_path / "hard", ["dog", "emu"], seed=4)
-    hard = {"sets": {"hard": {"place": str(tmp_path / "hard")}}}
-    with pytest.raises(DataError, match=r"evaluation\.sets\.hard\.place: .*\(emu\) are no classes of data\.labeled"):
+    hard = {"sets": {"hard": {"uri": str(tmp_path / "hard")}}}
+    with pytest.raises(DataError, match=r"evaluation\.sets\.hard\.uri: .*\(emu\) are no classes of data\.labeled"):
         run(tmp_path, places, data=places, evaluation=hard)
 
 
 def test_an_evaluation_set_with_another_role_is_refused(tmp_path, places):
-    options = {"limits": ImportLimits(0, 10, 1), "name": "l", "role": "labeled"}
+    options = {"config": CONFIG, "name": "l", "role": "labeled"}
     import_images(places["heldout"], LocalStore(tmp_path / "made"), **options)
     with pytest.raises(DataError, match=r"heldout: .*has the role labeled; import it with --role evaluation"):
         run(tmp_path, {**places, "heldout": str(tmp_path / "made")})
@@ -246,3 +248,20 @@ def test_held_out_images_among_the_labeled_are_warned_of(tmp_path, places, capsy
     run(tmp_path, places)
     logged = capsys.readouterr()
     assert "held-out images are also trained on" in logged.out + logged.err
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.exclude=/nowhere/keys.txt", "data.exclude: /nowhere/keys.txt: cannot read"),
+        ("labeling.ensemble=[/nowhere]", "labeling.ensemble.0: /nowhere/model.json: cannot read"),
+        (
+            "evaluation.sets={real: {uri: digits:heldout, multi_label: /nowhere}}",
+            "evaluation.sets.real.multi_label: /nowhere",
+        ),
+    ],
+)
+def test_prepare_data_checks_what_later_stages_read(tmp_path, override, message):
+    ref = open_tiny_run(LocalStore(tmp_path), override)
+    with pytest.raises(StoreError, match=message):
+        prepare_data(ref)

@@ -91,9 +91,9 @@ def test_the_last_ones_are_kept_and_clearing_removes_them(tmp_path, keep):
 
 def test_a_checkpoint_holds_the_state_as_it_was_when_asked(tmp_path, monkeypatch):
     folder = LocalStore(tmp_path)
-    go = threading.StageEvent()
+    go = threading.Event()
     write = checkpoint.write_checkpoint
-    monkeypatch.setattr(checkpoint, "write", lambda *arguments: go.wait(10) and write(*arguments))
+    monkeypatch.setattr(checkpoint, "write_checkpoint", lambda *arguments: go.wait(10) and write(*arguments))
     some = state()
     advance(some)
     before = values(some)

@@ -1,5 +1,6 @@
 import json
 import sys
+import time
 
 import pytest
 from structlog.testing import capture_logs
@@ -59,15 +60,21 @@ def test_what_cannot_be_written_stops_nothing_and_is_said_once(tmp_path, monkeyp
     ]
 
 
-def test_tensorboard_has_the_whole_history_once(tmp_path):
+def test_tensorboard_has_each_point_of_a_continued_training_once(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    for _ in range(2):  # a continued training writes it again
-        watch(Monitor(LocalStore(tmp_path), name="1-train", tensorboard=True))
+    monkeypatch.setattr(monitor, "EVENTS_SECONDS", 0.0)
+    # Killed after step 3 with a checkpoint of step 1: the steps from 2 on come again, with other losses here.
+    for start, points in ((0, [(1, 4.0), (2, 9.0), (3, 9.0)]), (1, [(2, 3.0), (3, 2.0), (4, 1.0)])):
+        time.sleep(1.1)  # TensorBoard reads the files of a folder by the seconds in their names.
+        with Monitor(LocalStore(tmp_path), name="1-train", tensorboard=True) as watching:
+            watching.on_train_start(step=start, steps=4, images_per_step=10, checkpoint_seconds=60)
+            for step, loss in points:
+                watching.on_log([{**POINT, "step": float(step), "loss": loss}])
     events = EventAccumulator(str(tmp_path / "tensorboard" / "1-train"))
     events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(2, 3.0)]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 4.0), (2, 3.0), (3, 2.0), (4, 1.0)]
     assert "agreement" in events.Tags()["scalars"]
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from ns.config.schema import ModelConfig, NoiseConfig, OptimizerConfig, RoleConfig, TrainConfig
-from ns.data.digits import write_digits
+from ns.data.importing.digits import write_digits
 from ns.data.loading import stream
 from ns.data.loading.stream import LabeledImages, PseudoLabeledImages
 from ns.modeling import factory as models
@@ -31,7 +31,7 @@ class Deadly(Monitor):
 
     rank, size = 0, 1
 
-    def stepped(self, step: int, waited_seconds: float) -> None:
+    def on_step_end(self, step: int, waited_seconds: float) -> None:
         super().on_step_end(step, waited_seconds)
         if step == int(os.environ.get("KILL_AT", "-1")) and self.rank == (0 if step % 2 else self.size - 1):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -43,18 +43,18 @@ class Deadly(Monitor):
 def main() -> None:
     folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
-    noise = NoiseConfig(**{"crop": "pad", "flip": False, **options.pop("noise", {})})
+    noise = NoiseConfig(**{"flip": False, **options.pop("noise", {})})
     sgd = OptimizerConfig(name="sgd", **{"lr": 0.5, "warmup_epochs": 1, **options.pop("optimizer", {})})
     fields = {"labeled_batch": 12, "unlabeled_ratio": 1, "epochs": 5, "loader_workers": 0, "precision": "float32"}
     config = RoleConfig(
-        model=ModelConfig(arch="test_efficientnet", resolution=32),
+        model=ModelConfig(arch="test_efficientnet", resolution=32, crop=options.pop("crop", "pad")),
         noise=noise,
         train=TrainConfig(**{"optimizer": sgd, "label_smoothing": 0.1, **fields, **options}),
     )
     with process_group() as world, report_failure():
         root = LocalStore(folder / f"data-{world.rank}")
-        labeled = LabeledImages(root.at("labeled"), write_digits("labeled", root.at("labeled")))
-        pool = LabeledImages(root.at("heldout"), write_digits("heldout", root.at("heldout")))
+        labeled = LabeledImages(root.at("labeled"), write_digits("digits:labeled", root.at("labeled")))
+        pool = LabeledImages(root.at("heldout"), write_digits("digits:heldout", root.at("heldout")))
         targets = [0.9 * torch.eye(CLASSES)[torch.from_numpy(shard)].numpy() + 0.01 for shard in pool.class_ids]
         seen: dict[int, list[float]] = {}
         take = stream.TrainingBatches.__getitem__

@@ -1,4 +1,4 @@
-"""The local runner with a pipeline of stand-in steps: order, failure, and what a person is told."""
+"""The local runner with stand-in stages: order, failures, messages."""
 
 import json
 import tempfile
@@ -10,66 +10,65 @@ from ns.core.errors import NsError
 from pipelines import GENERATION_PACKAGE
 from pipelines.runners import local
 
-STEPS = """
+STAND_IN = """
 import json, os, sys
-STOP, TRAIN = "stop", "train"
+from collections import namedtuple
+
+RunRef = namedtuple("RunRef", "config_uri root run")
+STOP = "stop"
 PLAN = json.loads(os.environ["STAND_IN"])
 
-def say(event, step, generation, **facts):
+def write_event(event, stage, generation, **fields):
     with open(os.environ["NS_EVENTS"], "a") as file:
-        file.write(json.dumps({"event": event, "step": step, "generation": generation, "pid": os.getpid(), **facts}) + "\\n")
+        file.write(json.dumps({"event": event, "stage": stage, "generation": generation, "pid": os.getpid(), **fields}) + "\\n")
 
-def done(step, generation, value):
-    say("started", step, generation)
-    if PLAN.get("fail") == [step, generation]:
-        say("failed", step, generation, error="the reason", exit_code=3)
+def run_stage(stage, generation, value):
+    write_event("started", stage, generation)
+    if PLAN.get("fail") == [stage, generation]:
+        write_event("failed", stage, generation, error="the reason", exit_code=3)
         sys.exit(1)
-    if PLAN.get("die") == [step, generation]:
+    if PLAN.get("die") == [stage, generation]:
         os.kill(os.getpid(), 9)
-    say("finished", step, generation, seconds=0, quiet=True)
+    write_event("finished", stage, generation, seconds=0, quiet=True)
     return value
 
-def start_run(c, r, n, overrides, fields): return c, n
-def start_generation(c, r, n, overrides, fields):
-    done("start-generation", 0, None)
+def start_run(config_uri, root, run, overrides, fields): return config_uri, run
+def start_generation(config_uri, root, run, overrides, fields):
+    run_stage("start-generation", 0, None)
     teacher = PLAN["teacher"]
-    return c, n, "data", 3 if teacher == "known" else 1, 2 if teacher == "known" else 0, teacher
-def dry_run(c, r, overrides, fields, *, devices, one_generation, page): return done(f"plan-{one_generation}", 0, "plan")
-def prepare_data(c, r, n): return done("prepare-data", 0, "data")
-def train(c, r, n, data, generation, teacher="", labels=""): return done("train", generation, f"model-{generation}")
-def evaluate(c, r, n, data, generation, model): return done("evaluate", generation, "evaluation")
-def resolve(c, r, n, data, generation, first):
-    going_on = first != STOP and generation <= PLAN["generations"]
-    return done("resolve", generation, "model" if going_on else STOP)
-def plan_labels(c, r, n, data, generation): return done("plan-labels", generation, ["0-1", "1-2", "2-3"])
-def label_shards(c, r, n, data, generation, teacher, shards): return done("label-shards", generation, shards)
-def commit_labels(c, r, n, data, generation, teacher): return done("commit-labels", generation, f"labels-{generation}")
-def gate(c, r, n, data, generation, teacher, student): return done("gate", generation, student)
-def report(c, r, n): return done("report", 0, "report")
-def show_measures(r, n, generation, metrics, answers): pass
-def show_generation(r, n, generation, page, summary): pass
-def show_run(r, n, page, summary): pass
+    return config_uri, run, "data", 3 if teacher == "known" else 1, 2 if teacher == "known" else 0, teacher
+def prepare_data(ref): return run_stage("prepare-data", 0, "data")
+def train_generation(ref, *, data, generation, teacher="", selection=""): return run_stage("train", generation, f"model-{generation}")
+def evaluate_generation(ref, *, data, generation, model): return run_stage("evaluate", generation, "evaluation")
+def next_teacher(ref, *, data, generation, first_teacher):
+    continues = first_teacher != STOP and generation <= PLAN["generations"]
+    return run_stage("next-teacher", generation, "model" if continues else STOP)
+def plan_labels(ref, *, data, generation): return run_stage("plan-labels", generation, ["0-1", "1-2", "2-3"])
+def label_shard_range(ref, *, data, generation, teacher, shards): return run_stage("label-shards", generation, shards)
+def commit_labels(ref, *, data, generation, teacher): return run_stage("commit-labels", generation, f"selection-{generation}")
+def gate_generation(ref, *, data, generation, teacher, student): return run_stage("gate", generation, student)
+def report_run(ref): return run_stage("report", 0, "report")
+def publish_generation_metrics(ref, generation, metrics, classification): pass
+def publish_report(ref, page, summary, generation=None): pass
 """
 
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    """Runs the pipeline with stand-in steps; returns the events, or raises as the runner does."""
-    # Loaded by every Python that starts, before the component imports the real steps.
+    """Runs the pipeline with stand-in stages; returns the events, or raises as the runner does."""
+    # Loaded by every Python that starts, before a component imports the real stages: one module stands in for all of ns.stages.
     (tmp_path / "sitecustomize.py").write_text(
         textwrap.dedent(
             """
             import os, sys
             if "STAND_IN" in os.environ:
-                import importlib.util
-                spec = importlib.util.spec_from_file_location("ns.stages.steps", os.path.join(os.path.dirname(__file__), "steps.py"))
-                import ns
-                ns.steps = ns.plan = sys.modules["ns.stages.steps"] = sys.modules["ns.planning"] = importlib.util.module_from_spec(spec)
-                spec.loader.exec_module(ns.steps)
+                import stand_in
+                for name in "context", "start", "prepare", "train", "label", "select", "evaluate", "gate", "report":
+                    sys.modules[f"ns.stages.{name}"] = stand_in
             """
         )
     )
-    (tmp_path / "steps.py").write_text(STEPS)
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}")
 
     def run(given=None, **plan):
@@ -77,13 +76,13 @@ def stand_in(tmp_path, monkeypatch):
         monkeypatch.setenv("STAND_IN", json.dumps({"generations": 2, **plan}))
         log = tmp_path / "pipeline.log"
         local.run_locally(config_uri="c", root="r", run="n", log=log, on_event=events.append, **(given or {}))
-        return [(e["step"], e["generation"]) for e in events if e["event"] == "finished"]
+        return [(e["stage"], e["generation"]) for e in events if e["event"] == "finished"]
 
     return run
 
 
 GENERATION = [
-    "resolve",
+    "next-teacher",
     "plan-labels",
     "label-shards",
     "label-shards",
@@ -95,10 +94,10 @@ GENERATION = [
 ]
 
 
-def test_steps_run_in_the_order_of_the_loop_and_stop_where_resolve_says(stand_in):
+def test_run_locally_runs_stages_in_order_until_stop(stand_in):
     expected = [("prepare-data", 0), ("train", 0), ("evaluate", 0)]
-    expected += [(step, generation) for generation in (1, 2) for step in GENERATION]
-    expected += [("resolve", generation) for generation in (3, 4, 5)] + [("report", 0)]
+    expected += [(stage, generation) for generation in (1, 2) for stage in GENERATION]
+    expected += [("next-teacher", generation) for generation in (3, 4, 5)] + [("report", 0)]
     assert stand_in() == expected
 
 
@@ -106,48 +105,43 @@ def test_steps_run_in_the_order_of_the_loop_and_stop_where_resolve_says(stand_in
 @pytest.mark.parametrize(
     ("teacher", "expected"),
     [
-        ("train", [("train", 0), ("evaluate", 0), *[(step, 1) for step in GENERATION]]),
-        ("known", [("evaluate", 2), *[(step, 3) for step in GENERATION]]),
-        ("stop", [("resolve", 1)]),
+        ("train", [("train", 0), ("evaluate", 0), *[(stage, 1) for stage in GENERATION]]),
+        ("known", [("evaluate", 2), *[(stage, 3) for stage in GENERATION]]),
+        ("stop", [("next-teacher", 1)]),
     ],
 )
-def test_one_generation_trains_a_teacher_or_goes_on_from_one_or_has_nothing_to_do(stand_in, teacher, expected):
+def test_run_locally_one_generation(stand_in, teacher, expected):
     done = stand_in({"package": GENERATION_PACKAGE}, generations=3, teacher=teacher)
     assert done == [("start-generation", 0), *expected, ("report", 0)]
 
 
-@pytest.mark.parametrize("given", [{}, {"package": GENERATION_PACKAGE}])
-def test_a_dry_run_plans_and_runs_nothing(stand_in, given):
-    assert stand_in({"dry_run": True, **given}) == [(f"plan-{bool(given)}", 0)]
-
-
-def test_a_run_leaves_nothing_behind_among_temporary_files(stand_in, tmp_path, monkeypatch):
+def test_run_locally_leaves_no_temporary_files(stand_in, tmp_path, monkeypatch):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     monkeypatch.setenv("TMPDIR", str(temporary))
-    stand_in({"dry_run": True})
+    stand_in(generations=0)
     assert list(temporary.iterdir()) == []
 
 
-def test_a_failing_step_fails_the_run_with_its_name_its_reason_and_its_code(stand_in):
+def test_run_locally_failed_stage_message_and_exit_code(stand_in):
     with pytest.raises(NsError) as caught:
         stand_in(fail=["train", 1])
     assert str(caught.value) == "generation 1: train: the reason"
     assert caught.value.exit_code == 3
 
 
-def test_a_failing_labeling_task_fails_the_run(stand_in):
+def test_run_locally_failed_labeling_task(stand_in):
     with pytest.raises(NsError, match="generation 1: label shards: the reason"):
         stand_in(fail=["label-shards", 1])
 
 
-def test_a_step_that_dies_without_a_word_is_named(stand_in):
-    with pytest.raises(NsError, match=r"teacher: train: ended without a word \(killed\? out of memory\?\)"):
+def test_run_locally_names_a_stage_that_died(stand_in):
+    with pytest.raises(NsError, match=r"teacher: train: exited without an error message \(killed\? out of memory\?\)"):
         stand_in(die=["train", 0])
 
 
-def test_kfps_output_goes_to_the_log_without_colors_and_indentation(stand_in, tmp_path, capsys):
+def test_run_locally_writes_output_of_kfp_to_the_log(stand_in, tmp_path, capsys):
     stand_in(generations=0)
     lines = (tmp_path / "pipeline.log").read_text().splitlines()
     assert any("finished with status SUCCESS" in line for line in lines)
@@ -155,10 +149,10 @@ def test_kfps_output_goes_to_the_log_without_colors_and_indentation(stand_in, tm
     assert capsys.readouterr().out == ""
 
 
-def test_a_log_that_cannot_be_written_stops_nothing(tmp_path):
+def test_log_writer_without_a_writable_file(tmp_path):
     output = local.LogWriter(tmp_path / "no" / "such" / "folder" / "log")
     output.write("one\n  two\nTraceback (most recent call last):\n")
-    assert output.last_words() == "two"
+    assert output.find_last_message() == "two"
     output.write("ns.core.errors.StoreError: store/a: cannot write: the disk is full\n")
-    assert output.last_words() == "store/a: cannot write: the disk is full"
+    assert output.find_last_message() == "store/a: cannot write: the disk is full"
     output.close()

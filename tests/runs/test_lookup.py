@@ -1,0 +1,29 @@
+"""What is found by a name."""
+
+from ns.config.loader import load_with_overrides
+from ns.modeling.manifest import ModelManifest
+from ns.runs.lifecycle import open_run
+from ns.runs.lookup import (
+    find_accepted_student,
+    resolve_verdict,
+)
+from ns.runs.records import write_stage_note
+from ns.storage import LocalStore
+
+
+def test_find_accepted_student_ignores_repeated_runs(finished_run, tmp_path):
+    source, ref = finished_run
+    verdict = resolve_verdict(source, ref.run)[1]
+    experiment = load_with_overrides("quickstart")
+    store = LocalStore(tmp_path)
+    for name, students in (("a", ["1"]), ("b", ["1", "2"]), ("a-again", ["1"])):
+        open_run(store, name, experiment, "test")
+        for generation, student in enumerate(students, 1):
+            key = f"store/verdicts/{name}-{student}/verdict.json"
+            verdict.model_copy(update={"student": student, "generation": generation}).save_file(store, key)
+            store.put(f"{student}/{ModelManifest.filename}", b"{}")
+            write_stage_note(store, name, generation, "gate", {"verdict": key}, 0, reused=False)
+    assert find_accepted_student(store, experiment.name) == ("b", 2, "2")
+    assert find_accepted_student(store, "another") is None
+    store.delete(f"2/{ModelManifest.filename}")
+    assert find_accepted_student(store, experiment.name) == ("a", 1, "1")

@@ -1,0 +1,62 @@
+"""How stages end."""
+
+import pytest
+
+from ns.core.errors import Interrupted, StoreError
+from ns.runs.records import list_stage_failures, write_stage_failure
+from ns.stages.context import announce_stage
+from ns.stages.prepare import prepare_data
+from ns.stages.train import train_generation
+from ns.storage import LocalStore
+from ns.storage.ledger import Ledger
+from ns.training import runner as training
+from tests.loop import open_tiny_run
+
+
+def test_stage_failure_is_kept_until_the_next_try(finished_run, monkeypatch):
+    store, ref = finished_run
+    data = prepare_data(ref)
+    # The run is that of all tests here, and stages of it have failed before.
+    store.delete_prefix(f"{ref.run}/failures/")
+
+    def full(*_, **__):
+        raise StoreError("the disk is full: free some space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "get_or_run", full)
+        with pytest.raises(StoreError):
+            train_generation(ref, data=data, generation=0)
+        (failure,) = list_stage_failures(store, ref.run)
+        assert (str(failure), failure.exit_code) == ("train: the disk is full: free some space", 4)
+        # A client that watches is told, and keeps no second record.
+        store.delete_prefix(f"{ref.run}/failures/")
+        patch.setenv("NS_EVENTS", str(store.root / "events"))
+        with pytest.raises(StoreError):
+            train_generation(ref, data=data, generation=0)
+        assert list_stage_failures(store, ref.run) == []
+    write_stage_failure(store, ref.run, 0, "train", "killed", note_name="train")
+    train_generation(ref, data=data, generation=0)
+    assert list_stage_failures(store, ref.run) == []
+
+
+def test_interrupted_stage_exits_with_130(tmp_path, monkeypatch):
+    ref = open_tiny_run(LocalStore(tmp_path))
+    data = prepare_data(ref)
+
+    def stopped(*_, **__):
+        raise Interrupted("stopped at step 3 of 30; the same command continues there")
+
+    monkeypatch.setattr(training, "train_model", stopped)
+    with pytest.raises(SystemExit) as caught:
+        train_generation(ref, data=data, generation=0)
+    assert caught.value.code == 130
+
+
+@pytest.mark.parametrize(("runtime", "frozen"), [("true", 1), ("", 0)])
+def test_stage_freezes_objects_only_in_a_process_of_kubeflow(monkeypatch, runtime, frozen):
+    calls = []
+    monkeypatch.setattr("gc.freeze", lambda: calls.append(1))
+    monkeypatch.setenv("_KFP_RUNTIME", runtime)
+    with announce_stage("report", 0):
+        pass
+    assert len(calls) == frozen

@@ -1,0 +1,51 @@
+"""What is done again, and what is found."""
+
+from ns.config.schema import RoleConfig, TrainConfig
+from ns.runs.records import list_stage_notes
+from ns.runs.summary import summarize_run
+from ns.stages.context import TeacherSignal
+from ns.stages.gate import next_teacher
+from ns.stages.keys import role_inputs
+from ns.stages.prepare import prepare_data
+from ns.stages.train import train_generation
+from tests.loop import open_tiny_run, run_loop
+
+
+def test_same_experiment_reuses_every_stage(finished_run):
+    store, ref = finished_run
+    before = {key: store.get(key) for key in store.list("store/") if "/runs/" not in key}
+    other = open_tiny_run(store, "report.pictures=3")
+    assert other.run != ref.run
+    run_loop(other)
+    work = [note for note in list_stage_notes(store, other.run) if note.stage != "gate"]
+    assert [note.stage for note in work if not note.reused] == []
+    after = {key: store.get(key) for key in store.list("store/") if "/runs/" not in key}
+    entries = {key for key in before if key.startswith("store/ledger/generation/")}
+    assert {key: value for key, value in after.items() if key not in entries} == {
+        key: value for key, value in before.items() if key not in entries
+    }
+
+
+def test_longer_run_continues_a_shorter_one(finished_run):
+    store, ref = finished_run
+    other = open_tiny_run(store, "generations=2")
+    data = prepare_data(other)
+    first = train_generation(other, data=data, generation=0)
+    best = summarize_run(store, ref.run).best_model
+    assert next_teacher(other, data=data, generation=1, first_teacher=first) == first
+    assert next_teacher(other, data=data, generation=2, first_teacher=first) == best
+    assert next_teacher(other, data=data, generation=3, first_teacher=first) == TeacherSignal.STOP
+
+
+def test_role_inputs_hold_the_digest_of_initial_weights(tmp_path):
+    places = [tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "c.safetensors"]
+    for place, content in zip(places, (b"one", b"one", b"two"), strict=True):
+        place.write_bytes(content)
+    first, moved, other = (role_inputs(RoleConfig(train=TrainConfig(init=str(place)))) for place in places)
+    assert first == moved != other
+
+
+def test_role_inputs_do_not_depend_on_the_preset():
+    role = RoleConfig(preset="b0-small")
+    spelt_out = RoleConfig(model=role.model, noise=role.noise, train=role.train)
+    assert role_inputs(role) == role_inputs(spelt_out)

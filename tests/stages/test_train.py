@@ -1,0 +1,57 @@
+"""Trainings as stages."""
+
+import pytest
+
+from ns.evaluation.result import Evaluation
+from ns.modeling.manifest import FINETUNED, ModelManifest
+from ns.runs.records import list_stage_notes
+from ns.stages.evaluate import evaluate_generation
+from ns.stages.prepare import prepare_data
+from ns.stages.train import train_generation
+from ns.storage import LocalStore
+from ns.training import runner as training
+from tests.loop import open_tiny_run
+
+
+def test_finetuned_model_is_kept_beside_the_plain_one(tmp_path, monkeypatch):
+    overrides = ["teacher.train.epochs=4", "teacher.train.finetune={resolution: 40, epochs: 3, lr: 0.001}"]
+    store = LocalStore(tmp_path)
+    ref = open_tiny_run(store, *overrides)
+    data = prepare_data(ref)
+    model = train_generation(ref, data=data, generation=0)
+    plain, tuned = (ModelManifest.load(store.at(folder)) for folder in (model, f"{model}/{FINETUNED}"))
+    assert (plain.model.inference_resolution, tuned.model.inference_resolution) == (32, 40)
+    assert (plain.steps, tuned.steps) == (4, 3)
+    assert tuned.lineage.init == plain.weights_sha256 != tuned.weights_sha256
+    assert tuned.noise.dropout == 0
+    evaluate_generation(ref, data=data, generation=0, model=model)
+    (note,) = [note for note in list_stage_notes(store, ref.run) if note.stage == "evaluate"]
+    evaluated = {name: Evaluation.load_file(store, key).model for name, key in note.outputs.items()}
+    assert evaluated == {"evaluation": plain.digest, "finetuned": tuned.digest}
+    assert not list(store.list("store/checkpoints/"))
+    # Killed between the two: what is there is not trained again.
+    store.delete_prefix("store/ledger/train/")
+    store.delete_prefix(f"{model}/{FINETUNED}/")
+    monkeypatch.setattr(training, "plan_training", lambda *_: pytest.fail("trained again"))
+    train_generation(ref, data=data, generation=0)
+    assert ModelManifest.load(store.at(f"{model}/{FINETUNED}")).digest == tuned.digest
+
+
+def test_concurrent_trainings_keep_the_first_model(tmp_path, monkeypatch):
+    store = LocalStore(tmp_path)
+    ref = open_tiny_run(store, "teacher.train.epochs=2")
+    data = prepare_data(ref)
+    train, others = training.train_model, []
+
+    def overtaken(*arguments, **options):
+        if not others:
+            others.append("under way")
+            others.append(ModelManifest.load(store.at(train_generation(ref, data=data, generation=0))))
+        trained = train(*arguments, **options)
+        if len(others) == 2:
+            # As on a machine that adds up in another order.
+            trained.weights["conv_stem.weight"] += 1e-6
+        return trained
+
+    monkeypatch.setattr(training, "train_model", overtaken)
+    assert ModelManifest.load(store.at(train_generation(ref, data=data, generation=0))) == others[1]
