@@ -44,7 +44,7 @@ def make(folder, role, images, shard_samples=7):
 
 @pytest.fixture
 def sets(tmp_path):
-    """Held-out images of which the pool has copies: as they are (3), encoded anew (5), smaller (8); and one of its own twice."""
+    """Held-out images of which the pool has copies: as they are (3), encoded again (5), smaller (8); and one of its own twice."""
     heldout = [encoded(scene(seed)) for seed in range(20)]
     pool = [encoded(scene(seed)) for seed in range(100, 130)]
     pool[4] = heldout[3]

@@ -14,6 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, Thr
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
@@ -37,7 +38,6 @@ from ns.data.loading.decode import JPEG_MAGIC, decode_image
 from ns.data.shards import MEMBER_BYTES
 from ns.storage import Store
 from ns.storage.documents import JsonDocument
-from ns.storage.parquet import read_table, write_table
 from ns.storage.scratch import make_scratch_dir
 
 REJECTED = "rejected.parquet"
@@ -60,12 +60,8 @@ class ImportTaskResult(JsonDocument):
     task_digest: str
     """Digest of the task's entries, configuration and classes."""
     shards: tuple[Shard, ...]
-    rejected: int
-    reasons: dict[str, int]
-    first_rejects: tuple[tuple[str, str], ...]
-    """Path and reason of the first rejects."""
-    unreadable: dict[int, tuple[str, str]]
-    """Class index without a readable image in this task → path and reason of its first reject."""
+    rejects: tuple[tuple[str, str, int | None], ...]
+    """Path, reason and, if the image has one, class index of each reject."""
     readable: tuple[int, ...]
     """Indices of classes with a readable image."""
 
@@ -119,41 +115,39 @@ def import_listing(
     processes are killed repeatedly.
     """
     total = len(listing)
-    label_counts = listing.count_class_labels()
-    class_names: tuple[str, ...] = () if role == "unlabeled" else _resolve_classes(source, label_counts, classes, total)
+    class_names = None if role == "unlabeled" else _resolve_classes(source, listing.count_class_labels(), classes, total)
     if not total:
         raise DataError(f"{source}: has no files to import")
-    class_ids: dict[ClassLabel, int] = {class_label: number for number, class_label in enumerate(class_names)}
-    job = _ImportJob(
-        source,
-        listing.path,
-        store,
-        None if role == "unlabeled" else class_ids | {n: n for n in range(len(class_names))},
-        config,
-    )
+    job = _ImportJob(source, listing.path, store, class_names, config)
     # Shards of one import below the manifest of another would be a damaged dataset.
     store.delete(Dataset.filename)
     tasks = list(
         listing.cut_tasks(shard_samples=config.shard_samples, shard_bytes=config.shard_mib << 20, overhead=2 * MEMBER_BYTES)
     )
-    parts: dict[int, ImportTaskResult] = {}
-    rejected = 0
-    for number, part in _run_tasks(job, tasks, total, workers):
-        parts[number] = part
-        rejected += part.rejected
-        if rejected > config.max_rejected_share * total:
-            _refuse_rejects(
-                source, list(parts.values()), rejected, total, config.max_rejected_share, whole=len(parts) == len(tasks)
-            )
-    ordered = [parts[task.number] for task in tasks]
-    shards = tuple(shard for part in ordered for shard in part.shards)
-    if not shards:
-        path, reason = ordered[0].first_rejects[0]
+    # Rejects stay in the results of their tasks: there may be too many for the memory.
+    shards: dict[int, tuple[Shard, ...]] = {}
+    rejected: dict[int, int] = {}
+    readable: set[int] = set()
+    for number, result in _run_tasks(job, tasks, total, workers):
+        shards[number] = result.shards
+        readable.update(result.readable)
+        if result.rejects:
+            rejected[number] = len(result.rejects)
+        if sum(rejected.values()) > config.max_rejected_share * total:
+            _refuse_rejects(job, rejected, total, whole=len(shards) == len(tasks))
+    if not any(shards.values()):
+        path, reason, _ = next(_load_rejects(job, rejected))
         raise DataError(f"{source}: no readable image among {total} files; first: {path}: {reason}")
     if role == "labeled":
-        _check_classes(source, class_names, ordered)
-    _list_rejects(store, tasks, ordered, rejected)
-    dataset = Dataset(name=name, role=role, classes=class_names, shards=shards, rejected=rejected)
+        _check_classes(job, rejected, readable)
+    _list_rejects(job, rejected)
+    dataset = Dataset(
+        name=name,
+        role=role,
+        classes=class_names or (),
+        shards=tuple(shard for task in tasks for shard in shards[task.number]),
+        rejected=sum(rejected.values()),
+    )
     dataset.save(store)
     _remove_leftovers(store, dataset)
     return dataset
@@ -208,17 +202,12 @@ class _ImportJob:
     source: str
     listing: Path
     store: Store
-    class_ids: dict[ClassLabel, int] | None
-    """Class name or index → index; None for a pool."""
+    classes: tuple[str, ...] | None
+    """Class names; None for a pool."""
     config: ImportConfig
 
     def digest_task(self, task: ImportTask) -> str:
-        class_ids = (
-            None
-            if self.class_ids is None
-            else sorted((str(class_label), number) for class_label, number in self.class_ids.items())
-        )
-        return digest_json([task.digest, task.number, digest_config(self.config), class_ids])
+        return digest_json([task.digest, task.number, digest_config(self.config), self.classes])
 
 
 def _run_tasks(
@@ -227,9 +216,9 @@ def _run_tasks(
     """Number and result of each task, in the order in which they end."""
     waiting = {task.number: task for task in tasks}
     for task in tasks:
-        if part := _load_finished(job, task):
+        if result := _load_finished(job, task):
             del waiting[task.number]
-            yield task.number, part
+            yield task.number, result
     progress = log.Progress(total, "images", done=total - sum(task.stop - task.start for task in waiting.values()))
     count = min(workers or os.cpu_count() or 1, len(waiting))
     if count <= 1:
@@ -238,9 +227,9 @@ def _run_tasks(
         return
     for attempt in range(1, MAX_POOLS + 1):
         try:
-            for number, part in _run_in_pool(job, list(waiting.values()), count, progress):
+            for number, result in _run_in_pool(job, list(waiting.values()), count, progress):
                 del waiting[number]
-                yield number, part
+                yield number, result
         except BrokenProcessPool as error:
             if attempt == MAX_POOLS:
                 raise RunError(
@@ -299,25 +288,30 @@ def _import_in_process(job: _ImportJob, task: ImportTask) -> ImportTaskResult:
 
 
 def _load_finished(job: _ImportJob, task: ImportTask) -> ImportTaskResult | None:
-    key = _build_result_key(task)
+    key = _build_result_key(task.number)
     # A result that cannot be read was not written to its end.
     with suppress(DataError):
         if job.store.exists(key):
-            part = ImportTaskResult.load_file(job.store, key)
-            if part.task_digest == job.digest_task(task) and all(job.store.exists(shard.name) for shard in part.shards):
-                return part
+            result = ImportTaskResult.load_file(job.store, key)
+            if result.task_digest == job.digest_task(task) and all(job.store.exists(shard.name) for shard in result.shards):
+                return result
     return None
 
 
-def _build_result_key(task: ImportTask, extension: str = "json") -> str:
-    return f"{PARTS_PREFIX}{task.number:05d}.{extension}"
+def _build_result_key(number: int) -> str:
+    return f"{PARTS_PREFIX}{number:05d}.json"
+
+
+def _load_rejects(job: _ImportJob, tasks: Iterable[int]) -> Iterator[tuple[str, str, int | None]]:
+    for number in sorted(tasks):
+        yield from ImportTaskResult.load_file(job.store, _build_result_key(number)).rejects
 
 
 def _import_task(job: _ImportJob, task: ImportTask, report_progress: Callable[[int], None]) -> ImportTaskResult:
     """Reads, checks and writes the images of one task."""
-    rejects: list[tuple[str, str]] = []
+    rejects: list[tuple[str, str, int | None]] = []
     readable: set[int] = set()
-    unreadable: dict[int, tuple[str, str]] = {}
+    class_ids = {name: class_id for class_id, name in enumerate(job.classes or ())}
     config = job.config
     with (
         closing(Listing(job.listing)) as listing,
@@ -327,36 +321,29 @@ def _import_task(job: _ImportJob, task: ImportTask, report_progress: Callable[[i
         ) as writer,
     ):
         for entry, data in _fetch_entries(reader, listing.read_entries(task.start, task.stop)):
-            class_id = None if job.class_ids is None or entry.class_label is None else job.class_ids[entry.class_label]
+            label = entry.class_label
+            class_id = label if isinstance(label, int) else None if label is None else class_ids[label]
             try:
                 if isinstance(data, DataError):
                     raise data
-                if job.class_ids is not None and class_id is None:
+                if job.classes is not None and class_id is None:
                     raise DataError("no label")
                 image, extension = _check_image(data, config.max_side)
                 writer.add_image(entry.key, extension, image, class_id)
             except DataError as error:
-                rejects.append((escape_path(entry.path), str(error)))
-                if class_id is not None:
-                    unreadable.setdefault(class_id, rejects[-1])
+                rejects.append((escape_path(entry.path), str(error), class_id))
             else:
                 if class_id is not None:
                     readable.add(class_id)
             report_progress(1)
-    part = ImportTaskResult(
+    result = ImportTaskResult(
         task_digest=job.digest_task(task),
         shards=writer.shards,
-        rejected=len(rejects),
-        reasons=dict(Counter(reason for _, reason in rejects).most_common(20)),
-        first_rejects=tuple(rejects[:SHOWN_REJECTS]),
-        unreadable={class_id: first_reject for class_id, first_reject in unreadable.items() if class_id not in readable},
+        rejects=tuple(rejects),
         readable=tuple(sorted(readable)),
     )
-    if rejects:
-        table = pa.table(list(zip(*rejects, strict=True)), schema=REJECT_COLUMNS)
-        write_table(job.store, _build_result_key(task, "parquet"), table)
-    part.save_file(job.store, _build_result_key(task))
-    return part
+    result.save_file(job.store, _build_result_key(task.number))
+    return result
 
 
 def _fetch_entries(
@@ -419,44 +406,39 @@ def _detect_extension(data: bytes) -> str | None:
 # The end
 
 
-def _refuse_rejects(
-    source: str, parts: list[ImportTaskResult], rejected: int, total: int, limit: float, *, whole: bool
-) -> None:
-    counts: Counter[str] = Counter()
-    for part in parts:
-        counts.update(part.reasons)
+def _refuse_rejects(job: _ImportJob, rejected: dict[int, int], total: int, *, whole: bool) -> None:
+    counts = Counter(reason for _, reason, _ in _load_rejects(job, rejected))
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common(3))
-    first = "; ".join(f"{path}: {reason}" for path, reason in [reject for part in parts for reject in part.first_rejects][:3])
+    first = "; ".join(f"{path}: {reason}" for path, reason, _ in islice(_load_rejects(job, rejected), 3))
     raise DataError(
-        f"{source}: {'' if whole else 'at least '}{rejected} of {total} files cannot be read ({reasons}), more than "
-        f"data.max_rejected_share = {limit:.1%}; first: {first}; repair or remove them, or raise the limit"
+        f"{job.source}: {'' if whole else 'at least '}{counts.total()} of {total} files cannot be read ({reasons}), more than "
+        f"data.max_rejected_share = {job.config.max_rejected_share:.1%}; first: {first}; repair or remove them, or raise the limit"
     )
 
 
-def _check_classes(source: str, classes: tuple[str, ...], parts: list[ImportTaskResult]) -> None:
-    readable = {class_id for part in parts for class_id in part.readable}
-    for class_id, name in enumerate(classes):
+def _check_classes(job: _ImportJob, rejected: dict[int, int], readable: set[int]) -> None:
+    for class_id, name in enumerate(job.classes or ()):
         if class_id not in readable:
-            path, reason = next((part.unreadable[class_id] for part in parts if class_id in part.unreadable), ("", ""))
-            first_reject = f"; first: {path}: {reason}" if path else ""
+            first_reject = next(
+                (f"; first: {path}: {reason}" for path, reason, other in _load_rejects(job, rejected) if other == class_id), ""
+            )
             raise DataError(
-                f"{source}: class {name!r} has no readable image{first_reject}; repair its images, or remove the class"
+                f"{job.source}: class {name!r} has no readable image{first_reject}; repair its images, or remove the class"
             )
 
 
-def _list_rejects(store: Store, tasks: list[ImportTask], parts: list[ImportTaskResult], rejected: int) -> None:
-    shown = 0
+def _list_rejects(job: _ImportJob, rejected: dict[int, int]) -> None:
+    for path, reason, _ in islice(_load_rejects(job, rejected), SHOWN_REJECTS):
+        log.get_logger().warning("image left out", path=path, reason=reason)
+    if sum(rejected.values()) > SHOWN_REJECTS:
+        more = sum(rejected.values()) - SHOWN_REJECTS
+        log.get_logger().warning("more images left out", images=more, list=f"{job.store.uri}/{REJECTED}")
     with make_scratch_dir("import") as scratch_dir:
         with pq.ParquetWriter(scratch_dir / REJECTED, REJECT_COLUMNS) as writer:
-            for task, part in zip(tasks, parts, strict=True):
-                if part.rejected:
-                    writer.write_table(read_table(store.get(_build_result_key(task, "parquet"))))
-                for path, reason in part.first_rejects[: SHOWN_REJECTS - shown]:
-                    log.get_logger().warning("image left out", path=path, reason=reason)
-                    shown += 1
-        store.put_file(REJECTED, scratch_dir / REJECTED)
-    if rejected > SHOWN_REJECTS:
-        log.get_logger().warning("more images left out", images=rejected - SHOWN_REJECTS, list=f"{store.uri}/{REJECTED}")
+            for number in sorted(rejected):
+                paths, reasons, _ = zip(*_load_rejects(job, [number]), strict=True)
+                writer.write_table(pa.table([paths, reasons], schema=REJECT_COLUMNS))
+        job.store.put_file(REJECTED, scratch_dir / REJECTED)
 
 
 def _remove_leftovers(store: Store, dataset: Dataset) -> None:

@@ -1,13 +1,14 @@
 """Training streams: the noised images of a step as a pure function of (seed, step), so that training can resume at any step."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from ns.core.errors import DataError
@@ -36,12 +37,12 @@ class PseudoLabeledImages:
     def __init__(
         self,
         source: ImageSource,
-        targets: Sequence[npt.NDArray[np.float32]],
+        read_targets: Callable[[int], npt.NDArray[np.float32]],
         copies: Sequence[npt.NDArray[np.integer]],
     ) -> None:
-        """`targets`: per shard float32 [rows, classes]; `copies`: per shard int [rows]."""
+        """`read_targets`: shard index → float32 [rows, classes]; `copies`: per shard int [rows]."""
         self.source = source
-        self.targets = targets
+        self.read_targets = read_targets
         self.copies = copies
 
 
@@ -79,23 +80,19 @@ class TrainingBatches(TorchDataset[Batch]):
         self._labeled = labeled
         self._pseudo = pseudo
         self._num_classes = num_classes
-        streams = [
+        self._streams = [
             _ImageStream(
-                labeled.source,
-                ShardShuffle(labeled.copies, (seed, 0)),
+                images.source,
+                ShardShuffle(images.copies, (seed, number)),
                 transform,
-                batch_size,
+                size,
                 rank,
                 world_size,
-                philox_key=seed << 1,
+                seed << 1 | number,
             )
+            for number, (images, size) in enumerate(((labeled, batch_size), (pseudo, pseudo_batch_size)))
+            if images
         ]
-        if pseudo:
-            shuffle = ShardShuffle(pseudo.copies, (seed, 1))
-            streams.append(
-                _ImageStream(pseudo.source, shuffle, transform, pseudo_batch_size, rank, world_size, philox_key=seed << 1 | 1)
-            )
-        self._streams = streams
 
     def __getitem__(self, step: int) -> Batch:
         locations = [stream.locate_images(step) for stream in self._streams]
@@ -108,7 +105,7 @@ class TrainingBatches(TorchDataset[Batch]):
         pseudo = locations[1] if self._pseudo else []
         targets = np.zeros((len(pseudo), self._num_classes), np.float32)
         for i, (shard, row) in enumerate(pseudo):
-            targets[i] = self._pseudo.targets[shard][row]  # type: ignore[union-attr]
+            targets[i] = self._pseudo.read_targets(shard)[row]  # type: ignore[union-attr]
         return Batch(torch.from_numpy(np.stack(images)), torch.from_numpy(class_ids), torch.from_numpy(targets))
 
     def list_keys(self, step: int) -> list[list[str]]:
@@ -116,60 +113,47 @@ class TrainingBatches(TorchDataset[Batch]):
         return [stream.list_keys(step) for stream in self._streams]
 
 
+@dataclass(frozen=True)
 class _ImageStream:
     """The labeled or the pseudo-labeled images of each step."""
 
-    def __init__(
-        self,
-        source: ImageSource,
-        shuffle: ShardShuffle,
-        transform: TrainTransform,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        *,
-        philox_key: int,
-    ) -> None:
-        self._source = source
-        self._shuffle = shuffle
-        self._transform = transform
-        self._batch_size = batch_size
-        self._rank_bounds = rank * batch_size // world_size, (rank + 1) * batch_size // world_size
-        self._philox_key = philox_key
+    source: ImageSource
+    shuffle: ShardShuffle
+    transform: TrainTransform
+    batch_size: int
+    rank: int
+    world_size: int
+    philox_key: int
+
+    def bound_rank(self, step: int) -> tuple[int, int]:
+        """The positions in the stream [first, stop) of this rank's images."""
+        return (
+            step * self.batch_size + self.rank * self.batch_size // self.world_size,
+            step * self.batch_size + (self.rank + 1) * self.batch_size // self.world_size,
+        )
 
     def locate_images(self, step: int) -> list[tuple[int, int]]:
         """(shard, row) of each image of this rank. Begins to fetch the shards that come next."""
-        first, stop = (step * self._batch_size + bound for bound in self._rank_bounds)
-        self._source.fetch_ahead(self._shuffle.prefetch(stop))
-        return self._shuffle.positions(first, stop - first)
+        first, stop = self.bound_rank(step)
+        self.source.fetch_ahead(self.shuffle.prefetch(stop))
+        return self.shuffle.positions(first, stop - first)
 
     def list_keys(self, step: int) -> list[str]:
         return [
-            self._source.read_index(shard).keys[row]
-            for shard, row in self._shuffle.positions(step * self._batch_size, self._batch_size)
+            self.source.read_index(shard).keys[row]
+            for shard, row in self.shuffle.positions(step * self.batch_size, self.batch_size)
         ]
 
     def make_images(self, step: int, locations: list[tuple[int, int]]) -> Iterator[npt.NDArray[np.uint8]]:
-        first = step * self._batch_size + self._rank_bounds[0]
-        source, transform = self._source, self._transform
+        first, _ = self.bound_rank(step)
+        source, transform = self.source, self.transform
         read = source.read_image if transform.allows_scaled_decode else source.read_pixels
         for position, location in enumerate(locations, first):
             # Philox with a key is set up five times faster than a generator with a seed, which needs a SeedSequence.
-            rng = np.random.Generator(np.random.Philox(key=np.array([self._philox_key, position], np.uint64)))
+            rng = np.random.Generator(np.random.Philox(key=np.array([self.philox_key, position], np.uint64)))
             image = read(*location)
             with source.prefix_decode_errors(*location):
                 yield transform(image, rng)
-
-
-class _StepSampler(Sampler[int]):
-    def __init__(self, start: int, stop: int) -> None:
-        self._range = range(start, stop)
-
-    def __iter__(self):  # type: ignore[no-untyped-def]
-        return iter(self._range)
-
-    def __len__(self) -> int:
-        return len(self._range)
 
 
 def iterate_batches(batches: TrainingBatches, *, start: int, stop: int, workers: int, pin_memory: bool) -> Iterator[Batch]:
@@ -181,7 +165,7 @@ def iterate_batches(batches: TrainingBatches, *, start: int, stop: int, workers:
     data_loader: DataLoader[Batch] = DataLoader(
         batches,
         batch_size=None,
-        sampler=_StepSampler(start, stop),
+        sampler=range(start, stop),
         num_workers=workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
