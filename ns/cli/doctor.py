@@ -1,4 +1,4 @@
-"""`ns doctor …`: find out beforehand what would stop a run."""
+"""`ns doctor …`: find what would stop a run before it starts."""
 
 import json
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from ns.core.errors import ClusterError, NsError, StoreError
 if TYPE_CHECKING:
     from ns.core.diagnostics import Diagnostic
 
-app = typer.Typer(help="Find out beforehand what would stop a run.", no_args_is_help=True)
+app = typer.Typer(help="Find what would stop a run before it starts.", no_args_is_help=True)
 
 
 class NeededPart(StrEnum):
@@ -30,47 +30,48 @@ class NeededPart(StrEnum):
 def check_store(
     uri: Annotated[str, typer.Argument(metavar="URI", help="A folder, or s3://bucket/prefix.")], as_json: AsJson = False
 ) -> None:
-    """Try all that the loop needs of a place for bytes, in a folder that is removed afterwards.
+    """Try every operation that runs need of a store, in a folder that is removed afterwards.
 
     Example: [cyan]ns doctor store s3://my-bucket/noisy-student[/]
     """
     from ns.storage.probe import probe_store
 
-    findings = probe_store(uri)
-    print_diagnostics(findings, as_json=as_json)
-    if any(finding.is_fatal for finding in findings):
+    diagnostics = probe_store(uri)
+    print_diagnostics(diagnostics, as_json=as_json)
+    if any(diagnostic.is_fatal for diagnostic in diagnostics):
         raise typer.Exit(StoreError.exit_code)
 
 
 @app.command("cluster")
 def check_cluster(
-    context: Annotated[str | None, typer.Option(help="Context of the kubeconfig; the current one if not given.")] = None,
+    context: Annotated[str | None, typer.Option(help="Context of the kubeconfig. The current one if not given.")] = None,
     namespace: Annotated[
-        str | None, typer.Option("--namespace", "-n", help="Namespace of runs' pods; Kubeflow Pipelines' own if not given.")
+        str | None,
+        typer.Option("--namespace", "-n", help="Namespace of the runs' pods. Kubeflow Pipelines' own if not given."),
     ] = None,
     need: Annotated[
-        list[NeededPart] | None, typer.Option(help="What must be there besides kfp, or it is a fault. Repeatable.")
+        list[NeededPart] | None, typer.Option(help="A part that must be installed besides kfp. Repeatable.")
     ] = None,
     store: Annotated[
-        str | None, typer.Option(metavar="URI", help="Try this store too, with this shell's AWS_… variables.")
+        str | None, typer.Option(metavar="URI", help="Try this store too, with the AWS_… variables of this shell.")
     ] = None,
     registry: Annotated[
         str | None,
         typer.Option(
             metavar="GIT",
             envvar="NS_LABEL_REGISTRY",
-            help="Try this label registry too: whether versions can be pushed, and its data written.",
+            help="Try to push to this label registry and to write its data too.",
         ),
     ] = None,
     remote: Annotated[
         str | None,
-        typer.Option(metavar="URI", envvar="NS_LABEL_REMOTE", help="Place of its data, while the registry is still empty."),
+        typer.Option(metavar="URI", envvar="NS_LABEL_REMOTE", help="Where the registry's data go while it is still empty."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Look whether a Kubernetes cluster has all that runs need. Changes nothing in it.
+    """Check that a Kubernetes cluster has all that runs need. Changes nothing in it.
 
-    Versions and pairs of them that do not get on, storage, GPU nodes, queues, metrics, rights; each with its fix.
+    Checks versions and their compatibility, storage, GPU nodes, queues, metrics and rights, and names a fix for each fault.
 
     Example: [cyan]ns doctor cluster --context production --need trainer --store s3://my-bucket/ns[/]
     """
@@ -78,31 +79,31 @@ def check_cluster(
     from k8s.kubectl import Kubectl
     from ns.storage.probe import probe_store
 
-    findings = examine_cluster(
+    diagnostics = examine_cluster(
         Kubectl(context), Requirements(namespace, frozenset({"kfp", *(part.value for part in need or ())}))
     )
     if store:
-        findings += _try_check("store", lambda: probe_store(store))
+        diagnostics += _try_check("store", lambda: _prefix_names("store-", probe_store(store)))
     if registry:
-        findings += _try_check("git-push", lambda: _check_registry(registry, remote))
-    print_diagnostics(findings, as_json=as_json)
-    if any(finding.is_fatal for finding in findings):
+        diagnostics += _try_check("git-push", lambda: _check_registry(registry, remote))
+    print_diagnostics(diagnostics, as_json=as_json)
+    if any(diagnostic.is_fatal for diagnostic in diagnostics):
         raise typer.Exit(ClusterError.exit_code)
 
 
-def print_diagnostics(findings: "list[Diagnostic]", *, as_json: bool = False) -> None:
-    """Prints findings, one a line, its fix below it."""
+def print_diagnostics(diagnostics: "list[Diagnostic]", *, as_json: bool = False) -> None:
+    """Prints diagnostics, one per line, with the fix of a fault below it."""
     if as_json:
-        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=1))
+        typer.echo(json.dumps([asdict(diagnostic) for diagnostic in diagnostics], indent=1))
         return
-    width = max([15, *(len(finding.name) for finding in findings)])
-    for finding in findings:
-        state = typer.style("ok", fg="green") if finding.ok else typer.style("NO", fg="red", bold=True)
-        if finding.is_warning and not finding.ok:
+    width = max([15, *(len(diagnostic.name) for diagnostic in diagnostics)])
+    for diagnostic in diagnostics:
+        state = typer.style("ok", fg="green") if diagnostic.ok else typer.style("NO", fg="red", bold=True)
+        if diagnostic.is_warning and not diagnostic.ok:
             state = typer.style("??", fg="yellow")
-        typer.echo(f"{state}  {finding.name:<{width}}  {finding.detail}")
-        if not finding.ok:
-            typer.echo(f"    {'':<{width}}  fix: {finding.fix}")
+        typer.echo(f"{state}  {diagnostic.name:<{width}}  {diagnostic.detail}")
+        if not diagnostic.ok:
+            typer.echo(f"    {'':<{width}}  fix: {diagnostic.fix}")
 
 
 def _check_registry(git: str, remote: str | None) -> "list[Diagnostic]":
@@ -111,23 +112,20 @@ def _check_registry(git: str, remote: str | None) -> "list[Diagnostic]":
     from ns.labeling.registry import LabelRegistry
     from ns.storage.probe import probe_store
 
-    data = LabelRegistry(git, remote).check_push_access()
+    data_uri = LabelRegistry(git, remote).check_push_access()
     pushed = Diagnostic("git-push", True, f"{redact_credentials(git)}: versions can be pushed")
-    return [pushed, *(replace(finding, name=f"dvc-{finding.name}") for finding in probe_store(data))]
+    return [pushed, *_prefix_names("dvc-", probe_store(data_uri))]
+
+
+def _prefix_names(prefix: str, diagnostics: "list[Diagnostic]") -> "list[Diagnostic]":
+    return [replace(diagnostic, name=f"{prefix}{diagnostic.name}") for diagnostic in diagnostics]
 
 
 def _try_check(name: str, check: "Callable[[], list[Diagnostic]]") -> "list[Diagnostic]":
+    """The check's diagnostics, or its error as one, under `name`."""
     from ns.core.diagnostics import Diagnostic
 
     try:
-        return [
-            replace(diagnostic, name=f"{name}-{diagnostic.name}" if name == "store" else diagnostic.name)
-            for diagnostic in check()
-        ]
+        return check()
     except NsError as error:
-        detail, _, fix = str(error).rpartition("; ")
-        return [
-            Diagnostic(
-                name, False, detail or fix, fix if detail else "see that it exists, and that these credentials may write"
-            )
-        ]
+        return [Diagnostic.from_error(name, error, "check that it exists, and that these credentials may write")]

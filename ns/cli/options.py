@@ -1,38 +1,40 @@
-"""What several commands share: options and arguments, how places are printed, how pages are written."""
+"""Options and arguments that several commands share."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ns.core.errors import StoreError
-
 if TYPE_CHECKING:
     from ns.config.schema import Experiment
 
-Root = Annotated[str, typer.Option("--root", help="Folder or s3://bucket/prefix that holds runs, models, labels and data.")]
+Root = Annotated[
+    str,
+    typer.Option("--root", metavar="URI", help="Folder or s3://bucket/prefix of the runs, models, label sets and datasets."),
+]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a field; list items by index. Repeatable.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for machines.")]
-ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or a preset: quickstart.")]
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, the beginning of it, or 'latest'.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the preset quickstart.")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, the beginning of its name, or 'latest'.")]
 
 Kfp = Annotated[
-    str | None, typer.Option("--kfp", metavar="URL", help="Kubeflow Pipelines' UI or API; NS_KFP_URL if not given.")
+    str | None,
+    typer.Option("--kfp", metavar="URL", help="UI or API of Kubeflow Pipelines. The variable NS_KFP_URL if not given."),
 ]
 Inputs = Annotated[
     list[str] | None,
     typer.Option(
         "--input",
         metavar="NAME=VALUE|@FILE",
-        help="An input of the pipeline on Kubeflow, or a JSON object of several. Repeatable.",
+        help="An input of the pipeline on Kubeflow, or a file with a JSON object of several. Repeatable.",
     ),
 ]
 
 
 def make_program(about: str) -> typer.Typer:
-    """A command line of its own, not a group of commands in another."""
+    """A command line of its own, not a group of commands in another one."""
     return typer.Typer(
         help=about,
         no_args_is_help=True,
@@ -42,26 +44,8 @@ def make_program(about: str) -> typer.Typer:
     )
 
 
-def to_shell_path(uri: str) -> str:
-    """A path that can be pasted into a shell, relative where that is shorter."""
-    from urllib.parse import unquote
-
-    if not uri.startswith("file://"):
-        return uri
-    path = Path(unquote(uri.removeprefix("file://")))
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-
-
-def write_page(file: Path, page: str) -> None:
-    """Raises StoreError when the file cannot be written."""
-    try:
-        file.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise StoreError(f"{file}: cannot write: {error.strerror or error}; name another file") from error
-
-
 def make_default_group(command: str) -> type[typer.core.TyperGroup]:
-    """For a group one of whose commands is meant when none is named: `ns report latest` is `ns report show latest`."""
+    """A group that runs `command` when its first argument names no command: `ns report latest` is `ns report show latest`."""
 
     class DefaultGroup(typer.core.TyperGroup):
         def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -73,10 +57,13 @@ def make_default_group(command: str) -> type[typer.core.TyperGroup]:
 
 
 def load_experiment_argument(config: str, overrides: list[str] | None) -> "Experiment":
-    """An experiment from a file or a preset, its places on this machine as absolute paths."""
-    from ns.config import schema as configs
+    """An experiment from a file or a preset, with absolute paths in place of relative ones.
 
-    experiment = configs.load_experiment(configs.resolve_preset(config), overrides or [])
-    # Steps, and a resumed run, may stand in another folder.
+    Raises ConfigError naming the field and the value.
+    """
+    from ns.config.loader import load_experiment, resolve_preset, with_uris
+
+    experiment = load_experiment(resolve_preset(config), overrides or [])
+    # Stages, and a resumed run, may have another working directory.
     local_uris = {field: uri for field, uri in experiment.map_uris().items() if "://" not in uri}
-    return configs.with_uris(experiment, {field: str(Path(uri).expanduser().absolute()) for field, uri in local_uris.items()})
+    return with_uris(experiment, {field: str(Path(uri).expanduser().absolute()) for field, uri in local_uris.items()})

@@ -1,4 +1,4 @@
-"""`ns promote …`: the file that names the model in use."""
+"""`ns promote …`: the pointer, a file in git that names the model in use."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ns.cli.options import AsJson, Root, RunArgument, make_default_group, write_page
+from ns.cli.options import AsJson, Root, RunArgument, make_default_group
+from ns.cli.output import write_page
 from ns.core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -14,15 +15,15 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     cls=make_default_group("move"),
-    help="""Which model is in use: a small file in a git repository. `ns promote RUN` is `ns promote move RUN`.
+    help="""Choose the model in use: a small file in a git repository names it. `ns promote RUN` is `ns promote move RUN`.
 
     Example: [cyan]ns promote latest --branch promote/production --body body.md[/]
     """,
 )
 
 
-@app.command()
-def move(
+@app.command("move")
+def promote_run(
     name: RunArgument = "latest",
     root: Root = "runs",
     to: Annotated[Path, typer.Option(metavar="FILE", help="The pointer: the YAML file that names the model in use.")] = Path(
@@ -31,74 +32,69 @@ def move(
     branch: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="Commit it on this branch, made anew from HEAD; no file is touched, nothing is pushed."
+            metavar="NAME", help="Commit the pointer on this branch, reset to HEAD. Touches no file and pushes nothing."
         ),
     ] = None,
     body: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the evidence here, as Markdown, for a pull request.")
+        Path | None, typer.Option(metavar="FILE", help="Write the evidence here, as Markdown for a pull request.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check, and say what would change.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check, and print what would change.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make a run's best model the one in use: reads it from end to end, and moves the pointer. Only a model that the gate has accepted.
+    """Make a run's best model the one in use. The gate must have accepted it, and all its bytes are read and checked.
 
     Example: [cyan]ns promote latest --root s3://bucket/noisy-student --branch promote/production --body body.md[/]
     """
     from ns.promotion import promote
-    from ns.runs import records as runs
+    from ns.runs.lookup import resolve_run_name
     from ns.storage import open_store
 
     if to.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"--to {to}: must end in .yaml")
     store = open_store(root)
-    candidate = promote.read_candidate(store, runs.resolve_run_name(store, name))
-    moved = (
-        promote.commit_pointer(candidate, to, branch, dry_run=dry_run)
-        if branch
-        else promote.move_pointer(candidate, to, dry_run=dry_run)
-    )
+    candidate = promote.read_candidate(store, resolve_run_name(store, name))
+    if branch:
+        move = promote.commit_pointer(candidate, to, branch, dry_run=dry_run)
+    else:
+        move = promote.write_pointer(candidate, to, dry_run=dry_run)
     if body is not None:
-        write_page(body, promote.render_evidence(store, candidate, moved.before, to.as_posix()))
+        write_page(body, promote.render_evidence(store, candidate, move.before, to.as_posix()))
     if as_json:
         document = {
             "pointer": candidate.pointer.model_dump(mode="json"),
-            "before": moved.before.model_dump(mode="json") if moved.before else None,
-            "changed": moved.changed,
-            "branch": branch if moved.commit else None,
-            "commit": moved.commit,
-            "title": promote.commit_subject(candidate.pointer),
+            "before": move.before.model_dump(mode="json") if move.before else None,
+            "changed": move.changed,
+            "branch": branch if move.commit else None,
+            "commit": move.commit,
+            "title": promote.format_title(candidate.pointer),
         }
         typer.echo(json.dumps(document, indent=1))
         return
-    typer.echo(_describe_move(candidate, moved, to, branch, dry_run=dry_run))
+    typer.echo(_describe_move(candidate, move, to, branch, dry_run=dry_run))
 
 
-def _describe_move(
-    candidate: "PromotionCandidate", moved: "PointerMove", to: Path, branch: str | None, *, dry_run: bool
-) -> str:
-    pointer, before = candidate.pointer, moved.before
-    new = f"{pointer.run}, generation {pointer.generation}, all {candidate.weights_bytes:,} bytes good"
-    if not moved.changed:
-        return f"{to}: names this model already: {new}"
-    old = f"{before.run}, generation {before.generation}" if before else "none"
-    verb = "would move" if dry_run else "moved"
-    message = f"{to}: {verb} to {new} (before: {old})"
-    return f"{message}\nbranch {branch}: {moved.commit}; push it, and open a pull request" if moved.commit else message
+def _describe_move(candidate: "PromotionCandidate", move: "PointerMove", to: Path, branch: str | None, *, dry_run: bool) -> str:
+    new = f"{candidate.pointer.run}, generation {candidate.pointer.generation}, all {candidate.weights_bytes:,} bytes good"
+    if not move.changed:
+        return f"{to}: already names this model: {new}"
+    old = f"{move.before.run}, generation {move.before.generation}" if move.before else "none"
+    message = f"{to}: {'would move' if dry_run else 'moved'} to {new} (before: {old})"
+    return f"{message}\nbranch {branch}: {move.commit}; push it, and open a pull request" if move.commit else message
 
 
-@app.command()
-def check(
+@app.command("check")
+def check_pointers(
     files: Annotated[list[Path], typer.Argument(metavar="FILE", help="Pointers, as `ns promote` writes them.")],
 ) -> None:
-    """Check pointers: the model that each names is there, is that model, and is whole.
+    """Check that the model of each pointer exists, is the right one, and is undamaged.
 
     Example: [cyan]ns promote check models/production.yaml[/]
     """
-    from ns.promotion import promote
+    from ns.promotion.promote import read_pointer, verify_model
 
     for file in files:
-        pointer = promote.read_pointer(file)
+        pointer = read_pointer(file)
         if pointer is None:
             raise DataError(f"{file}: does not exist; `ns promote RUN --to {file}` makes it")
-        size = promote.verify_model(pointer, str(file))
+        size = verify_model(pointer, str(file))
         typer.echo(f"{file}: good: {pointer.run}, generation {pointer.generation}, {size:,} bytes")

@@ -1,28 +1,29 @@
-"""`ns trigger`, `ns watch`: runs on Kubeflow when there is a reason for one."""
+"""`ns trigger`, `ns watch`: runs on Kubeflow when something has changed."""
 
 import json
 import sys
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ns.cli.options import AsJson, ConfigArgument, Inputs, Kfp, Overrides
+from ns.cli.options import AsJson, ConfigArgument, Inputs, Kfp, Overrides, load_experiment_argument
 from ns.core.errors import ConfigError, NsError
 
 if TYPE_CHECKING:
-    from ns.config.schema import Experiment
-    from ns.storage import Store
-    from pipelines.trigger import Outlook, TriggerDecision
+    from pipelines.trigger import TriggerDecision
 
-Root = Annotated[str, typer.Option("--root", metavar="s3://…", help="The store that holds runs, models, labels and data.")]
-Image = Annotated[str | None, typer.Option(help="Image of the steps, best by its digest: another one is a reason for a run.")]
+Root = Annotated[str, typer.Option("--root", metavar="s3://…", help="Store of the runs, models, label sets and datasets.")]
+Image = Annotated[
+    str | None, typer.Option(help="Image of the stages, preferably by its digest. Another image is a reason for a run.")
+]
 Gpus = Annotated[int, typer.Option(min=0, help="GPUs of each labeling task and each training.")]
 MinChange = Annotated[
     float,
     typer.Option(
-        min=0, max=1, help="Share of the labeled images, or of the pool, that must be new if nothing else is; 0: any change."
+        min=0,
+        max=1,
+        help="Share of the labeled images, or of the pool, that must be new if nothing else changed. 0: any change.",
     ),
 ]
 
@@ -37,34 +38,24 @@ def trigger(
     kfp: Kfp = None,
     min_change: MinChange = 0.0,
     again: Annotated[
-        bool, typer.Option("--again", help="Start a run although one of these very things was started and has ended.")
+        bool, typer.Option("--again", help="Start a run even if one with the same data, settings and image has ended.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the decision and what a run would do and cost.")] = False,
-    prices: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Speeds and prices of GPUs, instead of ns/planning/prices.yaml.")
-    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the decision and its reason; start nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Start a run on Kubeflow if labels, pool, settings or image changed since the last one; say why, or why not.
+    """Start a run on Kubeflow only if data, settings or image changed since the last one.
 
-    The same call again, or by two at once, starts nothing twice.
+    Repeated or simultaneous calls start one run, not several.
 
     Example: [cyan]ns trigger my.yaml --root s3://bucket/runs --min-change 0.02[/],
     [cyan]ns trigger my.yaml --root s3://bucket/runs --dry-run[/]
     """
-    from pipelines import trigger as triggers
-
     call = _TriggerCall(config, overrides, root, image, gpus, inputs, kfp)
     decision = call.decide_start(min_change, again=again)
     if dry_run:
-        from ns.planning.prices import read_prices
-
-        outlook = triggers.foresee(call.store, call.experiment, decision.trigger, read_prices(str(prices) if prices else None))
-        if as_json:
-            typer.echo(json.dumps(_decision_to_json(decision) | {"outlook": outlook._asdict()}, indent=1))
-        else:
-            typer.echo(f"{_DRY_RUN_MESSAGES[decision.action]}: {decision.reason}")
-            _show(outlook)
+        answer = _decision_to_json(decision)
+        verb = "start a run" if decision.action == "start" else "start nothing"
+        typer.echo(json.dumps(answer, indent=1) if as_json else f"would {verb}: {decision.reason}")
         return
     answer = call.carry_out(decision, again=again)
     typer.echo(json.dumps(answer, indent=1) if as_json else _describe_answer(answer))
@@ -79,15 +70,15 @@ def watch(
     inputs: Inputs = None,
     kfp: Kfp = None,
     min_change: MinChange = 0.0,
-    every: Annotated[float, typer.Option(min=0.01, metavar="MINUTES", help="How often to look.")] = 15.0,
+    every: Annotated[float, typer.Option(min=0.01, metavar="MINUTES", help="Minutes between two polls.")] = 15.0,
 ) -> None:
-    """Look for new data every so often, and start a run on Kubeflow when there is a reason: `ns trigger`, again and again.
+    """Poll for changes, and start a run on Kubeflow when something changed.
 
-    Prints a line for each look. Ends well on SIGTERM and Ctrl-C. What fails is tried again at the next look.
+    Prints one line per poll. Ends cleanly on SIGTERM and Ctrl-C. What fails is tried again at the next poll.
 
     Example: [cyan]ns watch my.yaml --root s3://bucket/runs --every 60 --min-change 0.05[/]
     """
-    from pipelines import trigger as triggers
+    from pipelines.trigger import poll_until_stopped
 
     call = _TriggerCall(config, overrides, root, image, gpus, inputs, kfp)
 
@@ -95,18 +86,18 @@ def watch(
         try:
             message = _describe_answer(call.carry_out(call.decide_start(min_change)))
         except ConfigError:
-            # Looking again would not mend it.
+            # Another poll would find the same error.
             raise
         except NsError as error:
-            message = f"error: {error}; again in {every:g} min"
+            message = f"error: {error}; next try in {every:g} min"
         typer.echo(f"{datetime.now(UTC).isoformat(timespec='seconds')} {message}")
         sys.stdout.flush()
 
-    triggers.poll_until_stopped(check_once, every * 60)
+    poll_until_stopped(check_once, every * 60)
 
 
 class _TriggerCall:
-    """What both commands are told, checked."""
+    """The checked arguments of both commands."""
 
     def __init__(
         self,
@@ -118,71 +109,56 @@ class _TriggerCall:
         inputs: list[str] | None,
         kfp: str | None,
     ) -> None:
-        from ns.cli.options import load_experiment_argument
         from ns.storage import open_store
-        from pipelines import kfp_client as submit
-        from pipelines import remote_run as cluster
+        from pipelines.kfp_client import KfpClient
+        from pipelines.remote_run import check_remote_uris
 
-        self.experiment: Experiment = load_experiment_argument(config, overrides)
-        self.store: Store = open_store(root)
-        cluster.check_remote_uris(self.store, self.experiment)
+        self.experiment = load_experiment_argument(config, overrides)
+        self.store = open_store(root)
+        check_remote_uris(self.store, self.experiment)
         self._image, self._gpus, self._inputs = image, gpus, inputs or []
-        # Wrong ones are found before anything is looked at. The image, which is a reason for a run, may be one of the inputs.
+        # Wrong inputs are found before any data is read. The image, which is a reason for a run, may be one of the inputs.
         self._image = self._build_inputs("check").get("worker_image")
-        self._client = submit.KfpClient(kfp) if kfp else None
+        self._client = KfpClient(kfp) if kfp else None
 
     def decide_start(self, min_change: float, *, again: bool = False) -> "TriggerDecision":
-        from pipelines import trigger as triggers
+        from pipelines.trigger import decide_trigger, propose_trigger
 
-        current = triggers.propose_trigger(self.experiment, self._image)
-        return triggers.decide_trigger(self.store, self.experiment.name, current, min_change=min_change, again=again)
+        current = propose_trigger(self.experiment, self._image)
+        return decide_trigger(self.store, self.experiment.name, current, min_change=min_change, again=again)
 
     def carry_out(self, decision: "TriggerDecision", *, again: bool = False) -> dict[str, Any]:
-        """Does what was decided. Returns the decision, and the run if there is one, as JSON has it."""
-        from pipelines import kfp_client as submit
-        from pipelines import trigger as triggers
+        """Starts a run if that was decided. Returns the decision, and the run if there is one, as JSON."""
+        from pipelines.kfp_client import KfpClient
+        from pipelines.trigger import start_triggered_run
 
         if decision.action == "nothing":
             return _decision_to_json(decision)
-        self._client = self._client or submit.KfpClient()
-        run = triggers.start_triggered_run(self._client, self.store, self.experiment, decision, self._build_inputs, again=again)
+        self._client = self._client or KfpClient()
+        run = start_triggered_run(self._client, self.store, self.experiment, decision, self._build_inputs, again=again)
         return _decision_to_json(decision) | run._asdict()
 
     def _build_inputs(self, run: str) -> dict[str, Any]:
-        from ns.runs.records import CONFIG
-        from pipelines import remote_run as cluster
+        from ns.runs.records import CONFIG_FILE
+        from pipelines.remote_run import build_inputs
 
-        uri = f"{self.store.uri}/{run}/{CONFIG}"
+        uri = f"{self.store.uri}/{run}/{CONFIG_FILE}"
         registry = self.experiment.registry is not None
-        return cluster.build_inputs(
-            uri, self.store, run, image=self._image, gpus=self._gpus, inputs=self._inputs, registry=registry
-        )
-
-
-_DRY_RUN_MESSAGES = {"start": "would start a run", "known": "would start nothing", "nothing": "would start nothing"}
+        return build_inputs(uri, self.store, run, image=self._image, gpus=self._gpus, inputs=self._inputs, registry=registry)
 
 
 def _decision_to_json(decision: "TriggerDecision") -> dict[str, Any]:
-    return {"action": decision.action, "why": decision.reason, "digest": decision.trigger.digest, "run": decision.trigger.run}
+    return {
+        "action": decision.action,
+        "reason": decision.reason,
+        "digest": decision.trigger.digest,
+        "run": decision.trigger.run,
+    }
 
 
 def _describe_answer(answer: dict[str, Any]) -> str:
     if "url" not in answer:
-        return f"nothing to do: {answer['why']}"
+        return f"nothing to do: {answer['reason']}"
     if answer["new"]:
-        return f"started {answer['run']}: {answer['why']}: {answer['url']}"
-    return f"nothing to do: {answer['why']}: run {answer['run']} is {answer['state'].lower()}: {answer['url']}"
-
-
-def _show(outlook: "Outlook") -> None:
-    from rich.console import Console
-    from rich.filesize import decimal
-
-    from ns.cli.progress import outlook_tables
-
-    console = Console()
-    for table in outlook_tables(outlook.steps, outlook.costs):
-        console.print(table)
-    console.print(
-        f"storage: {decimal(outlook.storage_bytes)} at most · every generation is counted, and rounded up", highlight=False
-    )
+        return f"started {answer['run']}: {answer['reason']}: {answer['url']}"
+    return f"nothing to do: {answer['reason']}: run {answer['run']} is {answer['state'].lower()}: {answer['url']}"

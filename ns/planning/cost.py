@@ -1,4 +1,4 @@
-"""The arithmetic of a plan (docs/scale.md explains it): from counts and speeds to hours, bytes and cores."""
+"""The arithmetic of a plan: from counts and speeds to hours, bytes and cores. docs/scale.md explains it."""
 
 import math
 import os
@@ -8,22 +8,27 @@ from typing import Literal, NamedTuple
 
 import torch
 from pydantic import computed_field
-from rich.filesize import decimal
 
 from ns.config.schema import Experiment, OptimizerConfig, RoleConfig
 from ns.core import log
 from ns.core.errors import ConfigError
-from ns.core.log import format_duration
 from ns.data.augment.transforms import EvalTransform
 from ns.data.prepared import DataPart
 from ns.evaluation.robustness.suite import count_passes
 from ns.labeling.label_set import count_kept_classes
-from ns.modeling import factory as models
-from ns.modeling.precision import describe_machine
+from ns.modeling.factory import (
+    build_model,
+    check_models,
+    count_multiply_adds,
+    count_parameters,
+    describe_architecture,
+    get_best_device,
+)
 from ns.modeling.predictor import DECODE_THREADS
 from ns.planning.data_stats import DataStats, KnownCounts, SampleImage, count_evaluation_images
 from ns.planning.measure import (
     DeviceSpeed,
+    describe_machine,
     measure_decode_seconds,
     measure_inference_speed,
     measure_noise_seconds,
@@ -35,68 +40,66 @@ from ns.training.plan import TrainingPlan, make_finetuning_role, plan_training
 FLOAT_BYTES = 4
 """Weights, gradients, averages and the optimizer's state are float32 in every precision."""
 PASSES = 3
-"""A backward pass costs two forward passes: one for the gradient of the weights, one for that of the maps."""
+"""Passes of a training step. A backward pass costs two forward passes: one for the weights' gradient, one for the maps'."""
 LABEL_ROW_BYTES = 15
-"""Of a label row without its classes: the key and the confidence. Measured with zstd: 3 where keys are numbers of ten digits, 15
+"""Size of a label row without its classes: key and confidence. Measured with zstd: 3 bytes where keys are numbers of ten digits, 15
 where they are paths that end in a hash."""
 LABEL_CLASS_BYTES = 4
-"""uint16 class and float16 probability."""
+"""A uint16 class and a float16 probability."""
 
 TaskKind = Literal["train", "finetune", "label", "evaluate", "robustness"]
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What is to be planned beside the experiment."""
+    """What a plan depends on besides the experiment."""
 
     counts: KnownCounts = field(default_factory=KnownCounts)
     devices: int = 1
-    """That train together, each like this machine's."""
+    """Number of devices that train together, each like this machine's."""
     seconds: float = 30
-    """To measure for."""
+    """Time to measure for."""
     multiply_adds_per_second: float | None = None
-    """Of a device; then nothing is measured but decoding and noise."""
+    """Speed of a device. If given, only decoding and noise are measured."""
     price: float | None = None
-    """Of a device for an hour."""
-    from_generation: int | None = None
-    """Generation of a student that the run goes on from; None if it trains its first teacher."""
+    """Price per device-hour, in any currency."""
 
 
 class WorkEstimate(JsonDocument):
-    """One training, labeling or evaluation."""
+    """The estimate for one training, labeling or evaluation."""
 
     generation: int
     task: TaskKind
     field: str
-    """Where the network stands in the configuration."""
+    """Field of the experiment that configures the network: `teacher`, `students.0`."""
     arch: str
     resolution: int
     """px"""
     parameters: int
     multiply_adds: int
-    """Of a forward pass over one image; 0 if they could not be counted."""
+    """Multiply-adds of a forward pass over one image; 0 if they cannot be counted."""
     mode: str
-    """How the network is run; `assumed` if that was not measured."""
+    """Precision of the network; `assumed` if its speed was not measured."""
     steps: int
-    """0 for labeling and evaluation."""
+    """Training steps; 0 for labeling and evaluation."""
     labeled_batch: int
-    """Labeled images a step; 0 for labeling and evaluation."""
+    """Labeled images per step; 0 for labeling and evaluation."""
     images: int
-    """That pass through the network."""
+    """Images that pass through the network."""
     images_per_second: float
-    """Of one device, with all that is counted here."""
+    """Images per second of one device, with everything counted."""
     seconds: float
-    """From begin to end."""
+    """Duration."""
     devices: int
     limited_by: Literal["network", "loader"]
     loader_cores: float | None
-    """Cores that have to decode and add noise for each device, so that it never waits. None if no image could be looked at."""
+    """Cores per device that must decode and add noise so that the device never waits. None if no image could be read."""
     read_bytes_per_second: float | None
-    """Of images, by each device."""
+    """Bytes of images that each device reads per second. None if the size of images is unknown."""
     network_bytes_per_step: int
-    """Gradients that each device sends, and receives: a ring all-reduce, 2 (N - 1) / N times the weights."""
+    """Bytes of gradients that each device sends, and receives, in a ring all-reduce: 2 (N - 1) / N times the weights."""
     checkpoint_bytes: int
-    """One training checkpoint; 0 for labeling and evaluation."""
+    """Size of a training checkpoint; 0 for labeling and evaluation."""
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -105,7 +108,7 @@ class WorkEstimate(JsonDocument):
 
 
 class RunPlan(JsonDocument):
-    """What an experiment will cost if every generation is run."""
+    """What an experiment takes if every generation is run."""
 
     experiment: str
     machine: str
@@ -116,11 +119,11 @@ class RunPlan(JsonDocument):
     classes: int
     work: tuple[WorkEstimate, ...]
     label_set_bytes: int
-    """Of each generation's label set, at most: with few classes it compresses well."""
+    """Largest size of a label set, of which each generation has one. With few classes it compresses well."""
     model_bytes: int
-    """Of all models together."""
+    """Size of all models together."""
     checkpoint_bytes: int
-    """The most that checkpoints take at a time."""
+    """Largest size of all checkpoints at a time."""
     price: float | None
 
     @computed_field  # type: ignore[prop-decorator]
@@ -147,13 +150,13 @@ class _PlannedJob(NamedTuple):
     training_plan: TrainingPlan | None
     """None for labeling and evaluation."""
     labeled: int
-    """Labeled images a step; images of evaluation sets in an evaluation, forward passes where they are distorted or attacked."""
+    """Training: labeled images per step. Evaluation: images; for robustness, forward passes over distorted or attacked images."""
     pool: int
-    """Pseudo-labeled images a step; images of the pool in labeling."""
+    """Training: pseudo-labeled images per step. Labeling: images of the pool."""
 
     @property
     def images(self) -> int:
-        """A step's, or all."""
+        """Images per step in training, else all."""
         return self.labeled + self.pool
 
     @property
@@ -163,8 +166,10 @@ class _PlannedJob(NamedTuple):
 
 
 def estimate_run(experiment: Experiment, request: PlanRequest) -> RunPlan:
-    """Counts, measures, and adds up. Raises ConfigError for networks that cannot be, DataError or StoreError for data that cannot
-    be looked at and was not said to be of some size, TrainingError if the memory here does not suffice for one image.
+    """Counts, measures, and adds up.
+
+    Raises ConfigError for networks that cannot be built, DataError or StoreError for data that cannot be read and has no known
+    count, TrainingError if two images do not fit into this machine's memory.
     """
     data = experiment.data
     uris: dict[DataPart, str] = {"labeled": data.labeled, "pool": data.pool, "heldout": data.heldout}
@@ -176,16 +181,14 @@ def estimate_run(experiment: Experiment, request: PlanRequest) -> RunPlan:
         name: count_evaluation_images(name, set_config, experiment.evaluation)
         for name, set_config in experiment.evaluation.sets.items()
     }
-    models.check_models(experiment, stats["labeled"].classes or None)
-    jobs = list(
-        _list_jobs(experiment, {part: part_stats.images for part, part_stats in stats.items()}, sets, request.from_generation)
-    )
+    check_models(experiment, stats["labeled"].classes or None)
+    jobs = list(_list_jobs(experiment, {part: part_stats.images for part, part_stats in stats.items()}, sets))
     speeds = _SpeedMeter(jobs, request, classes, experiment.labeling.batch, _choose_sample_images(stats))
     work = tuple(_estimate_work(job, stats, speeds, request, experiment.labeling.tasks) for job in jobs)
     kept_per_row = count_kept_classes(classes, experiment.labeling.top_k)
     return RunPlan(
         experiment=experiment.name,
-        machine=describe_machine(models.get_best_device())
+        machine=describe_machine(get_best_device())
         if request.multiply_adds_per_second is None
         else _format_assumed_speed(request),
         devices=request.devices,
@@ -196,7 +199,7 @@ def estimate_run(experiment: Experiment, request: PlanRequest) -> RunPlan:
         work=work,
         label_set_bytes=stats["pool"].images * (LABEL_ROW_BYTES + LABEL_CLASS_BYTES * kept_per_row),
         model_bytes=sum(FLOAT_BYTES * estimate.parameters for estimate in work if estimate.checkpoint_bytes),
-        # The one that is being written, beside those that are kept.
+        # One is being written while the others are kept.
         checkpoint_bytes=max(
             (job.role.train.checkpoints_kept + 1) * estimate.checkpoint_bytes for job, estimate in zip(jobs, work, strict=True)
         ),
@@ -204,36 +207,8 @@ def estimate_run(experiment: Experiment, request: PlanRequest) -> RunPlan:
     )
 
 
-def format_plan_remarks(run_plan: RunPlan) -> list[str]:
-    """What the tables do not say, a sentence each."""
-    sentences = [
-        f"{run_plan.device_hours:,.1f} device-hours in {format_duration(3600 * run_plan.hours)}, if every generation is run"
-        + (f": {run_plan.cost:,.2f}" if run_plan.cost is not None else ""),
-        f"label sets: {decimal(run_plan.label_set_bytes)} for each of the generations, at most · "
-        f"models: {decimal(run_plan.model_bytes)} · checkpoints: at most {decimal(run_plan.checkpoint_bytes)} at a time",
-    ]
-    for work in run_plan.work:
-        if work.task == "train" and work.steps * work.images and run_plan.pool and work.generation:
-            pseudo = work.images - work.steps * work.labeled_batch
-            sentences.append(
-                f"{work.field}, generation {work.generation}: sees each image of the pool {pseudo / run_plan.pool:.1f} times"
-            )
-    labeling_work = [work for work in run_plan.work if work.task == "label"]
-    if max((work.devices for work in labeling_work), default=run_plan.devices) < run_plan.devices:
-        sentences.append(f"labeling has {labeling_work[0].devices} of {run_plan.devices} devices: raise labeling.tasks")
-    waiting = {work.field: work for work in run_plan.work if work.limited_by == "loader" and work.task == "train"}
-    for name, work in waiting.items():
-        sentences.append(
-            f"{name}: waits for images; set {name}.train.loader_workers to {math.ceil(work.loader_cores or 1)} or more, "
-            "on nodes with as many cores for each device"
-        )
-    return sentences
-
-
-def _list_jobs(
-    experiment: Experiment, images: dict[DataPart, int], sets: dict[str, int], from_generation: int | None
-) -> Iterator[_PlannedJob]:
-    """Every generation's work, in the order of a run. `sets`: as of `evaluation_set`; `begun`: as in `Asked`."""
+def _list_jobs(experiment: Experiment, images: dict[DataPart, int], sets: dict[str, int]) -> Iterator[_PlannedJob]:
+    """The work of every generation, in the order of a run. `sets`: images of the further evaluation sets."""
     evaluation_config = experiment.evaluation
     clean = images["heldout"] + images.get("test", 0)
     reported = images.get("test", images["heldout"])
@@ -283,16 +258,14 @@ def _list_jobs(
             yield _PlannedJob(generation, "finetune", field, tuned_role, finetune_plan, batch, 0)
             yield _PlannedJob(generation, "evaluate", field, tuned_role, None, clean, 0)
 
-    first = from_generation or 0
-    # A student that is there already is only evaluated, on the images that decide now.
-    yield from (training_jobs if from_generation is None else evaluation_jobs)(first, *select_role(first))
-    for generation in range(first + 1, first + 1 + experiment.generations):
+    yield from training_jobs(0, *select_role(0))
+    for generation in range(1, 1 + experiment.generations):
         yield _PlannedJob(generation, "label", *select_role(generation - 1), None, 0, images["pool"])
         yield from training_jobs(generation, *select_role(generation))
 
 
 class _SpeedMeter:
-    """What was measured, once for all jobs that do the same."""
+    """Speeds, each measured once for all jobs that do the same."""
 
     def __init__(
         self, jobs: list[_PlannedJob], request: PlanRequest, classes: int, batch: int, sample_images: tuple[SampleImage, ...]
@@ -307,7 +280,7 @@ class _SpeedMeter:
         self._seconds = request.seconds / len({self._speed_key(job) for job in jobs})
 
     def _speed_key(self, job: _PlannedJob) -> str:
-        description = models.describe_architecture(job.role.model)
+        description = describe_architecture(job.role.model)
         return (
             f"{job.training_plan is not None, job.resolution, job.training_plan and (job.images, job.role.train), description}"
         )
@@ -316,16 +289,16 @@ class _SpeedMeter:
         return job.role.model.outputs or self._classes
 
     def count_operations(self, job: _PlannedJob) -> tuple[int, int, int]:
-        """Parameters, values of the state, and multiply-adds of one image."""
-        key = f"{models.describe_architecture(job.role.model), job.resolution}"
+        """Parameters, values of the state, and multiply-adds per image."""
+        key = f"{describe_architecture(job.role.model), job.resolution}"
         if key not in self._counts_by_key:
             with torch.device("meta"):
-                network = models.build_model(job.role.model, job.role.noise, self.count_outputs(job))
+                network = build_model(job.role.model, job.role.noise, self.count_outputs(job))
             state = sum(value.numel() for value in network.state_dict().values())
             self._counts_by_key[key] = (
-                models.count_parameters(network),
+                count_parameters(network),
                 state,
-                models.count_multiply_adds(network, job.resolution),
+                count_multiply_adds(network, job.resolution),
             )
         return self._counts_by_key[key]
 
@@ -351,7 +324,7 @@ class _SpeedMeter:
         return self._speed_by_key[key]
 
     def measure_core_seconds(self, job: _PlannedJob) -> float | None:
-        """What an image costs a core before the network sees it."""
+        """Seconds that a core spends on an image before the network sees it; None if no image could be read."""
         if not self._sample_images:
             return None
         key = f"{job.resolution, job.role.noise, job.training_plan is not None}"
@@ -359,7 +332,7 @@ class _SpeedMeter:
             if job.training_plan and job.task == "train":
                 self._core_seconds_by_key[key] = measure_noise_seconds(job.training_plan.transform, self._sample_images)
             else:
-                transform = EvalTransform(job.resolution, job.role.noise.crop, job.role.model.test_margin_px)
+                transform = EvalTransform(job.resolution, job.role.model.crop, job.role.model.test_margin_px)
                 self._core_seconds_by_key[key] = measure_decode_seconds(transform, job.resolution, self._sample_images)
         return self._core_seconds_by_key[key]
 
@@ -373,13 +346,13 @@ def _estimate_work(
     core_seconds = speeds.measure_core_seconds(job)
     devices = request.devices if job.training_plan else min(request.devices, tasks if job.task == "label" else 1)
     rounds = job.training_plan.steps if job.training_plan else 1
-    images = job.images / devices  # of each device, in each round
+    images = job.images / devices  # per device and round
     network_seconds = images / speed.images_per_second + speed.update_seconds
     loader_seconds = 0.0
     if core_seconds is not None:
         loader_seconds = images * core_seconds / (max(1, role.train.loader_workers) if job.training_plan else DECODE_THREADS)
-    if request.multiply_adds_per_second is None and models.get_best_device().type == "cpu":
-        # The network has all cores while it runs, so what is decoded meanwhile is taken from it.
+    if request.multiply_adds_per_second is None and get_best_device().type == "cpu":
+        # The network uses all cores while it runs, so decoding at the same time slows it down.
         cores = len(os.sched_getaffinity(0))
         seconds = max(network_seconds + images * (core_seconds or 0) / cores, loader_seconds)
     else:
@@ -420,15 +393,15 @@ def _ring_bytes(parameters: int, devices: int) -> int:
 
 
 def estimate_checkpoint_bytes(parameters: int, state: int, optimizer: OptimizerConfig) -> int:
-    """Bytes of weights and statistics, their averages, and the optimizer's state."""
+    """Bytes of weights and statistics, their averages, and the optimizer's state. `state`: values of the network's state dict."""
     slots = {"rmsprop": 1 + (optimizer.momentum > 0), "sgd": int(optimizer.momentum > 0), "adamw": 2}[optimizer.name]
     return FLOAT_BYTES * (2 * state + slots * parameters)
 
 
 def _choose_sample_images(stats: dict[DataPart, DataStats]) -> tuple[SampleImage, ...]:
-    """The pool's, of which most are read; the labeled ones if it could not be looked at."""
+    """The pool's, which are read most; others if the pool's could not be read."""
     return stats["pool"].sample_images or stats["labeled"].sample_images or stats["heldout"].sample_images
 
 
 def _format_assumed_speed(request: PlanRequest) -> str:
-    return f"assumed: {(request.multiply_adds_per_second or 0) / 1e12:g} · 10¹² multiply-adds a second"
+    return f"assumed: {(request.multiply_adds_per_second or 0) / 1e12:g} · 10¹² multiply-adds per second"

@@ -1,46 +1,165 @@
 """How fast this machine does the parts of a step: the network, the update of its weights, decoding and noise."""
 
+import contextlib
+import platform
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from ns.config.schema import Precision, RoleConfig
+from ns.core.errors import TrainingError
 from ns.data.augment.transforms import EvalTransform, TrainTransform
 from ns.data.loading.decode import allocate_images
-from ns.modeling import factory as models
-from ns.modeling.precision import PrecisionMode, measure_speed
-from ns.modeling.predictor import make_inference_workload
+from ns.modeling.factory import build_model, get_best_device
+from ns.modeling.precision import PrecisionMode, Task, choose_precision
 from ns.planning.data_stats import SampleImage
 from ns.training.ema import Ema
-from ns.training.loop import make_training_workload
 from ns.training.optim import make_optimizer
 from ns.training.plan import TrainingPlan
 
 DECODE_SECONDS = 1.0
-"""Decoding is measured for so long, over and over the same images."""
+"""Time for which the same images are decoded over and over."""
+
+PassMaker = Callable[[int], Callable[[], None]]
+"""Number of images → what runs one pass over so many random images."""
 
 
 class DeviceSpeed(NamedTuple):
-    """Of one device."""
+    """Speed of one device."""
 
     mode: str
+    """Precision of the network."""
     images_per_second: float
-    """Of the network: forward, and in training backward."""
+    """Of the network: the forward pass, and in training also the backward pass."""
     update_seconds: float
-    """Of the optimizer and the averaged weights, once a step, however many images it has."""
+    """Time of the optimizer and the averaged weights, once per step, however many images it has."""
+
+
+def describe_machine(device: torch.device) -> str:
+    """The processor that does the work, and its number of threads."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    return f"{model}, {torch.get_num_threads()} threads"
 
 
 def measure_training_speed(training_plan: TrainingPlan, *, outputs: int, batch: int, seconds: float) -> DeviceSpeed:
-    """`batch`: images a device has in memory at a time."""
-    role = training_plan.role
-    network = models.build_model(role.model, role.noise, outputs).to(models.get_best_device())
-    precisions: list[Precision] | None = None
-    if role.train.precision != "auto":
-        precisions = [PrecisionMode.parse(role.train.precision).precision]
-    rate = measure_speed(make_training_workload(network, role, batch), seconds=seconds, precisions=precisions)
+    """Forward and backward passes, without torch.compile. `batch`: images that a device has in memory at a time.
+
+    Raises TrainingError if two images do not fit into memory.
+    """
+    role, device = training_plan.role, get_best_device()
+    network = build_model(role.model, role.noise, outputs).to(device).train()
+    mode = _resolve_mode(role.train.precision, "train", device)
+
+    def make_pass(count: int) -> Callable[[], None]:
+        images = _draw_images(count, role.model.resolution, device)
+
+        def train_once() -> None:
+            with mode.autocast(device):
+                logits = network(images)
+            network.zero_grad(set_to_none=True)
+            logits.float().square().mean().backward()
+
+        return train_once
+
+    rate = measure_rate(make_pass, device, batch=batch, resolution=role.model.resolution, seconds=seconds)
+    return DeviceSpeed(str(mode), rate, _measure_update_seconds(network, role, device))
+
+
+def measure_inference_speed(role: RoleConfig, *, outputs: int, batch: int, seconds: float) -> DeviceSpeed:
+    """Forward passes as in labeling and evaluation. Raises TrainingError if two images do not fit into memory."""
+    device, resolution = get_best_device(), role.model.inference_resolution
+    network = build_model(role.model, role.noise, outputs).eval().to(device)
+    mode = _resolve_mode(role.model.inference_precision, "infer", device)
+
+    def make_pass(count: int) -> Callable[[], None]:
+        images = _draw_images(count, resolution, device)
+
+        def predict_once() -> None:
+            with torch.inference_mode(), mode.autocast(device):
+                network(images)
+
+        return predict_once
+
+    rate = measure_rate(make_pass, device, batch=batch, resolution=resolution, seconds=seconds)
+    return DeviceSpeed(str(mode), rate, 0.0)
+
+
+def measure_rate(make_pass: PassMaker, device: torch.device, *, batch: int, resolution: int, seconds: float) -> float:
+    """Images per second, measured for about `seconds` with as many images per pass as fit into that time, at most `batch`.
+
+    A network that takes longer for two images is measured with one or two passes over them. Raises TrainingError if they do not
+    fit into memory.
+    """
+    # With one image, a batch norm whose map is one px wide cannot be trained.
+    least = min(2, batch)
+    out_of_memory = f"out of memory with {least} images of {resolution} px"
+    run_pass, fastest = make_pass(least), float("inf")
+    for _ in range(2):
+        try:
+            fastest = min(fastest, _time_pass(run_pass, device))
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(out_of_memory) from error
+        if fastest > seconds / 4:
+            break
+    if fastest > seconds / 2:
+        return least / fastest
+    # Half of the time for the passes that count, of which there are at least two, after a first one that allocates.
+    count = max(least, min(batch, int(least * seconds / 6 / fastest)))
+    while True:
+        try:
+            run_pass = make_pass(count)
+            _time_pass(run_pass, device)
+            times = [_time_pass(run_pass, device)]
+            while len(times) < 2 or sum(times) < seconds / 2:
+                times.append(_time_pass(run_pass, device))
+            # The shortest time: a neighbor on the same cores slows down single passes by any factor.
+            return count / min(times)
+        except torch.OutOfMemoryError as error:
+            if count == least:  # another process has taken the memory since
+                raise TrainingError(out_of_memory) from error
+            count = max(least, count // 2)
+
+
+def measure_noise_seconds(transform: TrainTransform, sample_images: Sequence[SampleImage]) -> float:
+    """Seconds that one core takes to make an image of a training batch from what is in a shard."""
+    rng = np.random.default_rng(0)
+    return _time_per_image(lambda image: transform(image, rng), sample_images)
+
+
+def measure_decode_seconds(transform: EvalTransform, resolution: int, sample_images: Sequence[SampleImage]) -> float:
+    """Seconds that one core takes to make an image for labeling or evaluation."""
+    out = allocate_images(1, resolution)
+
+    def decode_image(image: SampleImage) -> None:
+        out[0] = transform(image)
+
+    return _time_per_image(decode_image, sample_images)
+
+
+def _resolve_mode(precision: Literal["auto"] | Precision, task: Task, device: torch.device) -> PrecisionMode:
+    """Uncompiled: compiling takes longer than measuring."""
+    return PrecisionMode(choose_precision(task, device)[0] if precision == "auto" else precision)
+
+
+def _draw_images(count: int, resolution: int, device: torch.device) -> torch.Tensor:
+    """float32 [count, 3, resolution, resolution]. A generator of its own leaves the draws of others as they are."""
+    images = torch.randn(count, 3, resolution, resolution, generator=torch.Generator().manual_seed(0))
+    return images.to(device, memory_format=torch.channels_last)
+
+
+def _measure_update_seconds(network: nn.Module, role: RoleConfig, device: torch.device) -> float:
     optimizer = make_optimizer(network, role.train.optimizer)
     ema = Ema(network, role.train.ema_decay)
     for parameter in network.parameters():
@@ -49,53 +168,23 @@ def measure_training_speed(training_plan: TrainingPlan, *, outputs: int, batch: 
     def update_weights() -> None:
         optimizer.step()
         ema.update(0)
-        if parameter.device.type == "cuda":
-            torch.cuda.synchronize()
 
-    return DeviceSpeed(str(rate.mode), rate.images_per_second, _time_shortest(update_weights, rounds=3))
-
-
-def measure_inference_speed(role: RoleConfig, *, outputs: int, batch: int, seconds: float) -> DeviceSpeed:
-    """Of labeling and evaluation."""
-    network = models.build_model(role.model, role.noise, outputs).eval().to(models.get_best_device())
-    precision = role.model.inference_precision
-    rate = measure_speed(
-        make_inference_workload(network, role.model, batch),
-        seconds=seconds,
-        precisions=None if precision == "auto" else [precision],
-    )
-    return DeviceSpeed(str(rate.mode), rate.images_per_second, 0.0)
+    # The first update allocates the optimizer's state.
+    return min([_time_pass(update_weights, device) for _ in range(4)][1:])
 
 
-def measure_noise_seconds(transform: TrainTransform, sample_images: Sequence[SampleImage]) -> float:
-    """Seconds of one core to make an image of a training step from what is in a shard."""
-    rng = np.random.default_rng(0)
-    return _time_per_image(lambda picture: transform(picture, rng), sample_images)
+def _time_pass(run_pass: Callable[[], None], device: torch.device) -> float:
+    started = time.perf_counter()
+    run_pass()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
 
 
-def measure_decode_seconds(transform: EvalTransform, resolution: int, sample_images: Sequence[SampleImage]) -> float:
-    """Seconds of one core to make an image of labeling or evaluation."""
-    out = allocate_images(1, resolution)
-
-    def decode_image(picture: SampleImage) -> None:
-        out[0] = transform(picture)
-
-    return _time_per_image(decode_image, sample_images)
-
-
-def _time_per_image(work: Callable[[SampleImage], object], sample_images: Sequence[SampleImage]) -> float:
-    work(sample_images[0])  # the first one makes tables and imports
+def _time_per_image(process_image: Callable[[SampleImage], object], sample_images: Sequence[SampleImage]) -> float:
+    process_image(sample_images[0])  # the first one imports modules and fills tables
     started, done = time.perf_counter(), 0
     while done < len(sample_images) or time.perf_counter() - started < DECODE_SECONDS:
-        work(sample_images[done % len(sample_images)])
+        process_image(sample_images[done % len(sample_images)])
         done += 1
     return (time.perf_counter() - started) / done
-
-
-def _time_shortest(work: Callable[[], None], *, rounds: int) -> float:
-    times = []
-    for _ in range(rounds + 1):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return min(times[1:])

@@ -1,2 +1,1 @@
-"""The model in use, as a file in git: which run it is from, why, and how to change it.
-It may import `reporting`, `runs`, and what is below them."""
+"""The model in use, as a file in git: which run it is from, why, and how to change it."""

@@ -14,10 +14,12 @@ import pytest
 from ns import __version__
 from ns.cli import app as cli
 from ns.cli import options
-from ns.config import schema as config
+from ns.config.loader import load_experiment, resolve_preset, with_uris
 from ns.config.schema import GateConfig
 from ns.evaluation.gate import evaluate_gate
-from ns.runs import records as runs
+from ns.runs.lifecycle import lock_run, open_run
+from ns.runs.records import write_stage_note
+from ns.runs.summary import summarize_run
 from ns.storage import LocalStore
 from tests.command_line import commands, parse
 
@@ -31,18 +33,18 @@ def ns(capsys, *arguments: str) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize(("name", "command"), [*commands()])
-def test_every_command_has_help_with_examples_that_are_commands(capsys, name, command):
-    code, out, _ = ns(capsys, *name.split_batch(), "--help")
+def test_help_examples_are_commands(capsys, name, command):
+    code, out, _ = ns(capsys, *name.split(), "--help")
     assert code == 0
-    assert "Example: ns" in " ".join(out.replace("│", " ").split_batch())
+    assert "Example: ns" in " ".join(out.replace("│", " ").split())
     for example in re.findall(r"\[cyan\]ns (.*?)\[/\]", command.help):
-        parse(shlex.split_batch(example.partition(">")[0]))
+        parse(shlex.split(example.partition(">")[0]))
 
 
-def test_help_loads_none_of_the_heavy_libraries():
+def test_help_loads_no_heavy_library():
     program = (
         "import sys; sys.argv = ['ns', '--help']\n"
-        "from ns.cli.app import _main; _main(['--help'])\n"
+        "from ns.cli.app import run_command_line; run_command_line(['--help'])\n"
         "heavy = {'torch', 'timm', 'kfp', 'pyarrow', 'matplotlib', 'numpy', 'pipelines', 'sklearn'}\n"
         "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)"
     )
@@ -59,7 +61,7 @@ def test_config_show_prints_every_field_and_reads_back(capsys, tmp_path):
     assert code == 0
     path = tmp_path / "shown.yaml"
     path.write_text(out)
-    assert config.load_experiment(str(path)).seed == 5
+    assert load_experiment(str(path)).seed == 5
 
 
 def test_config_schema_is_json(capsys):
@@ -67,7 +69,7 @@ def test_config_schema_is_json(capsys):
     assert json.loads(out)["properties"]["seed"]["description"]
 
 
-def test_config_check_finds_what_only_the_networks_know(capsys):
+def test_config_check_builds_the_networks(capsys):
     assert ns(capsys, "config", "check", "quickstart")[:2] == (0, "quickstart: good\n")
     for override, reason in (
         ("teacher.model.arch=efficientnet_b0", "must be equal or larger; for distillation"),
@@ -94,10 +96,10 @@ def test_config_check_finds_what_only_the_networks_know(capsys):
         (["runs", "show", "latest"], 6, "no runs here; start one with `ns run`"),
         (["predict", "x.png"], 6, "no runs here"),
         (["run", "--resume"], 6, "no unfinished run to resume"),
-        (["run", "--resume", "--set", "seed=1"], 2, "--set: means nothing with --resume"),
+        (["run", "--resume", "--set", "seed=1"], 2, "--set: has no effect with --resume"),
     ],
 )
-def test_errors_are_one_line_with_a_code(capsys, tmp_path, monkeypatch, arguments, code, reason):
+def test_errors_are_one_line_with_an_exit_code(capsys, tmp_path, monkeypatch, arguments, code, reason):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").touch()
     got, out, err = ns(capsys, *arguments)
@@ -107,34 +109,34 @@ def test_errors_are_one_line_with_a_code(capsys, tmp_path, monkeypatch, argument
     assert len(err.splitlines()) == 1
 
 
-def test_debug_shows_where(capsys, tmp_path, monkeypatch):
+def test_debug_prints_the_stack_trace(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _, _, err = ns(capsys, "--debug", "runs", "show")
     assert "Traceback" in err
 
 
-def test_a_run_name_stays_with_its_configuration(capsys, tmp_path):
+def test_run_name_keeps_its_configuration(capsys, tmp_path):
     store = LocalStore(tmp_path)
-    experiment = config.load_experiment(config.resolve_preset("quickstart"))
-    runs.open_run(store, "mine", experiment, "0")
+    experiment = load_experiment(resolve_preset("quickstart"))
+    open_run(store, "mine", experiment, "0")
     code, _, err = ns(capsys, "run", "quickstart", "--set", "seed=1", "--run", "mine", "--root", str(tmp_path))
     assert code == 6
     assert "was started with another configuration" in err
 
 
-def test_runs_are_found_by_their_beginning(capsys, tmp_path):
+def test_runs_show_finds_a_run_by_its_beginning(capsys, tmp_path):
     store = LocalStore(tmp_path)
-    experiment = config.load_experiment(config.resolve_preset("quickstart"))
+    experiment = load_experiment(resolve_preset("quickstart"))
     for name in ("alpha-1", "alpha-2", "beta"):
-        runs.open_run(store, name, experiment, "0")
+        open_run(store, name, experiment, "0")
         time.sleep(0.002)
     root = ["--root", str(tmp_path)]
     shown = json.loads(ns(capsys, "runs", "show", "be", "--json", *root)[1])
     assert shown["run"] == "beta"
-    # Nobody is at work on it any more.
+    # No process works on it any more.
     assert shown["state"] == "interrupted"
-    with runs.lock_run(store, "beta"):
-        assert runs.summarize_run(store, "beta").state == "running"
+    with lock_run(store, "beta"):
+        assert summarize_run(store, "beta").state == "running"
     assert shown["generations"] == []
     assert json.loads(ns(capsys, "runs", "show", "--json", *root)[1])["run"] == "beta"
     code, _, err = ns(capsys, "runs", "show", "alpha", *root)
@@ -144,7 +146,7 @@ def test_runs_are_found_by_their_beginning(capsys, tmp_path):
     assert [run["run"] for run in listed] == ["alpha-1", "alpha-2", "beta"]
 
 
-def judged(generation: int, lost: int, won: int, **limits):
+def make_verdict(generation: int, lost: int, won: int, **limits):
     teacher, student = np.arange(400) >= won, np.arange(400) < 400 - lost
     return evaluate_gate(
         GateConfig(**limits),
@@ -159,75 +161,75 @@ def judged(generation: int, lost: int, won: int, **limits):
     )
 
 
-def test_a_verdict_is_explained(capsys, tmp_path):
+def test_gate_explain_shows_numbers_and_what_was_needed(capsys, tmp_path):
     store = LocalStore(tmp_path)
-    runs.open_run(store, "one", config.load_experiment(config.resolve_preset("quickstart")), "0")
+    open_run(store, "one", load_experiment(resolve_preset("quickstart")), "0")
     root = ["--root", str(tmp_path)]
     assert ns(capsys, "gate", "explain", *root)[::2] == (
         6,
         "error: run one: no student has come to the gate yet; `ns run --resume` continues it\n",
     )
     for number, (lost, won, limits) in enumerate([(5, 40, {}), (20, 24, {"max_class_drop": 0.001})], 1):
-        judged(number, lost, won, **limits).save_file(store, f"v{number}.json")
-        runs.write_stage_note(store, "one", number, "gate", {"verdict": f"v{number}.json"}, 0.0, reused=False)
+        make_verdict(number, lost, won, **limits).save_file(store, f"v{number}.json")
+        write_stage_note(store, "one", number, "gate", {"verdict": f"v{number}.json"}, 0.0, reused=False)
     _, out, _ = ns(capsys, "gate", "explain", "on/gen-1", *root)
     assert "generation 1: promoted" in out
     assert "would have been enough" not in out
     _, out, _ = ns(capsys, "gate", "explain", *root)
-    shown = " ".join(out.split_batch())
+    shown = " ".join(out.split())
     assert "generation 2: refused" in shown
     assert "teacher right 356 20" in shown
     assert "teacher wrong 24 0" in shown
     assert "gain +1.00 points" in shown
     assert "McNemar's exact test: p = 0.652" in shown
     assert "would be enough on about" in shown
-    told = json.loads(ns(capsys, "gate", "explain", "--json", *root)[1])
-    assert (told["run"], told["generation"], told["promoted"]) == ("one", 2, False)
-    assert told["paired"] == {"both": 356, "only_teacher": 20, "only_student": 24, "neither": 0}
-    assert told["needed"]["images"] > 400
+    explained = json.loads(ns(capsys, "gate", "explain", "--json", *root)[1])
+    assert (explained["run"], explained["generation"], explained["promoted"]) == ("one", 2, False)
+    assert explained["paired"] == {"both": 356, "only_teacher": 20, "only_student": 24, "neither": 0}
+    assert explained["required_gain"]["images"] > 400
     code, _, err = ns(capsys, "gate", "explain", "one/gen-7", *root)
     assert (code, err) == (6, "error: run one: there is no verdict on generation 7; there are gen-1, gen-2\n")
 
 
-def test_relative_data_folders_are_made_absolute(capsys, tmp_path, monkeypatch):
+def test_config_show_makes_paths_absolute(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _, out, _ = ns(capsys, "config", "show", "quickstart", "--set", "data.pool=photos")
     assert f"pool: {tmp_path / 'photos'}" in out
     assert "labeled: digits:labeled" in out
 
 
-def test_every_place_in_an_experiment_is_made_absolute_and_nothing_else_changes(tmp_path, monkeypatch):
+def test_load_experiment_argument_makes_every_path_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     overrides = [
         "data.exclude=keys.txt",
         "labeling.ensemble=[one, s3://bucket/two]",
-        "evaluation.sets={real: {place: val, multi_label: ~/real.json}}",
+        "evaluation.sets={real: {uri: val, multi_label: ~/real.json}}",
         "students.0.train.init=weights.safetensors",
     ]
     plain, loaded = (
-        config.load_experiment(config.resolve_preset("quickstart"), overrides),
+        load_experiment(resolve_preset("quickstart"), overrides),
         options.load_experiment_argument("quickstart", overrides),
     )
     assert loaded.map_uris() == {
         "data.exclude": str(tmp_path / "keys.txt"),
         "labeling.ensemble.0": str(tmp_path / "one"),
         "labeling.ensemble.1": "s3://bucket/two",
-        "evaluation.sets.real.place": str(tmp_path / "val"),
+        "evaluation.sets.real.uri": str(tmp_path / "val"),
         "evaluation.sets.real.multi_label": str(Path.home() / "real.json"),
         "students.0.train.init": str(tmp_path / "weights.safetensors"),
     }
-    assert config.with_uris(loaded, plain.map_uris()) == plain
+    assert with_uris(loaded, plain.map_uris()) == plain
 
 
 def test_plan_prints_json_and_nothing_else(capsys):
     code, out, _ = ns(capsys, "plan", "quickstart", "--seconds", "1", "--json")
     assert code == 0
-    made = json.loads(out)
-    assert (made["labeled"], made["pool"], made["heldout"], made["classes"]) == (50, 1247, 500, 10)
-    assert made["hours"] > 0
+    run_plan = json.loads(out)
+    assert (run_plan["labeled"], run_plan["pool"], run_plan["heldout"], run_plan["classes"]) == (50, 1247, 500, 10)
+    assert run_plan["hours"] > 0
 
 
-def test_plan_without_data_says_what_to_give(capsys, tmp_path):
+def test_plan_without_data_names_the_options(capsys, tmp_path):
     config = tmp_path / "later.yaml"
     config.write_text("name: later\ndata: {labeled: ./a, pool: ./b, heldout: ./c}\ngenerations: 1\n")
     code, _, err = ns(capsys, "plan", str(config), "--labeled", "1000")
@@ -237,7 +239,7 @@ def test_plan_without_data_says_what_to_give(capsys, tmp_path):
     counts = ["--labeled", "1000", "--pool", "9000", "--heldout", "100", "--classes", "20", "--image-kb", "50"]
     code, out, _ = ns(capsys, "plan", str(config), *counts, "--speed", "5", "--devices", "4", "--price", "2")
     assert code == 0
-    assert "later on 4 × assumed: 5 · 10¹² multiply-adds a second" in out
+    assert "later on 4 × assumed: 5 · 10¹² multiply-adds per second" in out
     assert "device-hours in" in out
 
 
@@ -250,19 +252,19 @@ def test_plan_without_data_says_what_to_give(capsys, tmp_path):
         (["nothing"], "No such command"),
     ],
 )
-def test_a_command_that_was_mistyped_is_explained(capsys, arguments, message):
+def test_usage_errors_are_explained(capsys, arguments, message):
     code, _, err = ns(capsys, *arguments)
     assert code == 2
-    assert message in " ".join(err.split_batch())
+    assert message in " ".join(err.split())
     assert "should not happen" not in err
 
 
 @pytest.mark.parametrize(
     "arguments", [["report", "no-such-run"], ["report", "show", "no-such-run"], ["report", "compare", "no-such-run"]]
 )
-def test_what_is_no_command_of_report_is_a_run(capsys, tmp_path, arguments):
+def test_report_takes_a_run_for_its_command(capsys, tmp_path, arguments):
     store = LocalStore(tmp_path)
-    runs.open_run(store, "only", config.load_experiment(config.resolve_preset("quickstart")), __version__)
+    open_run(store, "only", load_experiment(resolve_preset("quickstart")), __version__)
     code, out, err = ns(capsys, *arguments, "--root", str(tmp_path))
     assert (code, out) == (6, "")
     assert err.startswith("error: run no-such-run: does not exist; runs in ")

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.integration
 
 NS = [sys.executable, "-m", "ns"]
 TINY = {
-    "model": {"arch": "test_efficientnet", "resolution": 32, "inference_precision": "float32"},
+    "model": {"arch": "test_efficientnet", "resolution": 32, "crop": "pad", "inference_precision": "float32"},
     "train": {
         "precision": "float32",
         "labeled_batch": 24,
@@ -26,7 +26,7 @@ TINY = {
         "optimizer": {"name": "adamw", "lr": 0.05, "warmup_epochs": 1, "schedule": "cosine"},
     },
     # Classes are colors, and some of RandAugment's operations turn one into another.
-    "noise": {"crop": "pad", "randaugment_layers": 0},
+    "noise": {"randaugment_layers": 0},
 }
 
 
@@ -85,7 +85,7 @@ def error_of(done: subprocess.CompletedProcess) -> str:
     return lines[0]
 
 
-def test_what_is_wrong_with_own_images_is_named_and_once_mended_it_goes_through(tmp_path, experiment, images):
+def test_run_names_bad_images_and_runs_once_they_are_fixed(tmp_path, experiment, images):
     whole = (images / "pool" / "7.png").read_bytes()
     (images / "pool" / "7.png").write_bytes(whole[: len(whole) // 2])
     (images / "labeled" / "yellow").mkdir()
@@ -108,7 +108,7 @@ def test_what_is_wrong_with_own_images_is_named_and_once_mended_it_goes_through(
     assert f"{images / 'pool' / '7.png'}: truncated" in predicted.stderr
 
 
-def test_a_typo_in_the_config_is_refused_before_anything_is_written(tmp_path, experiment):
+def test_run_refuses_a_config_typo_before_writing(tmp_path, experiment):
     experiment.write_text(experiment.read_text().replace("min_gain", "min_gian"))
     done = ns("run", experiment, root=tmp_path / "runs")
     assert done.returncode == 2
@@ -118,19 +118,19 @@ def test_a_typo_in_the_config_is_refused_before_anything_is_written(tmp_path, ex
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 3 MiB of its own."""
-    place = tmp_path / "disk"
-    place.mkdir()
+    """The mount point of a file system of 3 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
     if (
         os.geteuid() != 0
-        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)], capture_output=True).returncode
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True).returncode
     ):
         pytest.skip("needs the right to mount a small file system")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_read_only_folder_is_named(experiment, small_disk):
+def test_run_names_a_read_only_folder(experiment, small_disk):
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     done = ns("run", experiment, root=small_disk / "runs")
     assert done.returncode in (4, 6)
@@ -138,7 +138,7 @@ def test_a_read_only_folder_is_named(experiment, small_disk):
     assert str(small_disk) in error_of(done)
 
 
-def test_a_full_disk_is_named_and_earlier_results_stay(experiment, small_disk):
+def test_run_names_a_full_disk_and_keeps_earlier_results(experiment, small_disk):
     root = small_disk / "runs"
     first = ns("run", experiment, root=root)
     assert first.returncode == 0, first.stderr

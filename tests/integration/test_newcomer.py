@@ -64,16 +64,14 @@ def experiment_of(page: Path) -> dict:
 def walk(page: Path, folder: Path) -> None:
     """Does what the page says, line by line."""
     environment = {**os.environ, "BROWSER": "true", "XDG_CACHE_HOME": str(folder / "cache"), "COLUMNS": "200"}
-    environment |= {
-        f"GIT_{who}_{what}": "somebody@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
-    }
+    environment |= {f"GIT_{who}_{what}": "ada@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
     subprocess.run(["git", "init", "--quiet", str(folder)], check=True)
     for words in commands(page.read_text()):
         # What make does, containers and clusters have tests of their own.
         if words[0] != "ns" or {"docker", "kfp", "trigger", "watch"} & set(words):
             continue
         # The pages' animals-1a2b is the first of all runs; a name's digest says nothing of the order.
-        begun = sorted((folder / "runs").glob("animals-*"), key=lambda run: (run / "config.yaml").make_stat().st_mtime_ns)
+        begun = sorted((folder / "runs").glob("animals-*"), key=lambda run: (run / "config.yaml").stat().st_mtime_ns)
         words = [begun[0].name if word == "animals-1a2b" else word for word in words[1:]]
         if words[0] == "plan":
             words += ["--seconds", "5"]
@@ -84,7 +82,7 @@ def walk(page: Path, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("page", "folder"), [("README.md", "images"), pytest.param("docs/quickstart.md", "photos", marks=pytest.mark.long)]
 )
-def test_every_command_of_the_page_works(tmp_path, page, folder):
+def test_every_command_of_a_page_works(tmp_path, page, folder):
     write_images(tmp_path / folder, labeled=8, pool=60, heldout=30)
     Image.open(next((tmp_path / folder / "pool").iterdir())).save(tmp_path / "photo.jpg")
     (tmp_path / "animals.yaml").write_text(yaml.safe_dump(experiment_of(ROOT / page)))

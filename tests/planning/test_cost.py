@@ -7,15 +7,15 @@ import pytest
 import torch
 from rich.console import Console
 
-from ns import planning as plan
-from ns.cli.progress import plan_tables
-from ns.config.schema import parse_experiment
+from ns.cli.plan import format_plan_remarks, make_plan_tables
+from ns.config.loader import parse_experiment
+from ns.config.schema import Experiment
 from ns.core.errors import ConfigError, DataError
 from ns.labeling.predict import pack_label_rows
 from ns.modeling import factory as models
 from ns.modeling.predictor import ShardPredictions
-from ns.planning import KnownCounts, PlanRequest
-from ns.planning.cost import estimate_checkpoint_bytes
+from ns.planning.cost import PlanRequest, RunPlan, WorkEstimate, estimate_checkpoint_bytes, estimate_run
+from ns.planning.data_stats import KnownCounts
 from ns.storage import LocalStore
 from ns.training.checkpoint import CheckpointWriter, TrainingState
 from ns.training.ema import Ema
@@ -25,25 +25,25 @@ IMAGENET = KnownCounts({"labeled": 1_281_167, "pool": 130_000_000, "heldout": 50
 NOWHERE = {"labeled": "./nowhere", "pool": "s3://nobody/nothing", "heldout": "./nowhere-else"}
 
 
-def experiment(**fields):
+def make_experiment(**fields) -> Experiment:
     return parse_experiment({"name": "planned", "data": NOWHERE, **fields}, "test")
 
 
 @pytest.fixture(scope="module")
 def paper():
     """B7 teaches L2, on 256 devices."""
-    config = experiment(teacher={"preset": "b7"}, students=[{"preset": "l2"}], generations=1, labeling={"tasks": 8})
-    return plan.estimate_run(config, PlanRequest(IMAGENET, devices=256, multiply_adds_per_second=10e12, price=2.0))
+    config = make_experiment(teacher={"preset": "b7"}, students=[{"preset": "l2"}], generations=1, labeling={"tasks": 8})
+    return estimate_run(config, PlanRequest(IMAGENET, devices=256, multiply_adds_per_second=10e12, price=2.0))
 
 
-def work(made, task, generation):
-    (found,) = [one for one in made.work if (one.task, one.generation) == (task, generation)]
-    return found
+def find_work(run_plan: RunPlan, task: str, generation: int) -> WorkEstimate:
+    (work,) = [work for work in run_plan.work if (work.task, work.generation) == (task, generation)]
+    return work
 
 
-def test_the_papers_training_comes_to_the_papers_steps_and_images(paper):
-    # noisy_student.md §1.4: 350 epochs in batches of 2048 + 14 × 2048, 6.3 · 10⁹ pseudo-labeled images.
-    student = work(paper, "train", 1)
+def test_plan_matches_the_papers_steps_and_images(paper):
+    # arXiv:1911.04252 §3.1: 350 epochs in batches of 2048 + 14 × 2048, 6.3 · 10⁹ pseudo-labeled images.
+    student = find_work(paper, "train", 1)
     assert student.steps == 218_950
     assert student.images == 218_950 * 2048 * 15
     assert student.images - student.steps * student.labeled_batch == pytest.approx(6.3e9, rel=0.01)
@@ -52,36 +52,36 @@ def test_the_papers_training_comes_to_the_papers_steps_and_images(paper):
     assert student.parameters == pytest.approx(480e6, rel=0.01)
 
 
-def test_time_is_images_times_three_passes_over_the_devices_speed(paper):
-    student, teacher, labeling = work(paper, "train", 1), work(paper, "train", 0), work(paper, "label", 1)
+def test_time_is_images_times_passes_over_device_speed(paper):
+    student, teacher, labeling = find_work(paper, "train", 1), find_work(paper, "train", 0), find_work(paper, "label", 1)
     assert student.device_hours == pytest.approx(student.images * 3 * student.multiply_adds / 10e12 / 3600)
     assert student.seconds == pytest.approx(student.device_hours * 3600 / 256)
     assert labeling.device_hours == pytest.approx(130e6 * teacher.multiply_adds / 10e12 / 3600)
     assert labeling.devices == 8
-    assert paper.device_hours == pytest.approx(sum(one.device_hours for one in paper.work))
-    assert paper.hours == pytest.approx(sum(one.seconds for one in paper.work) / 3600)
+    assert paper.device_hours == pytest.approx(sum(work.device_hours for work in paper.work))
+    assert paper.hours == pytest.approx(sum(work.seconds for work in paper.work) / 3600)
     assert paper.cost == pytest.approx(2 * paper.device_hours)
 
 
-def test_reading_and_sending_follow_from_images_and_weights(paper):
-    student, labeling = work(paper, "train", 1), work(paper, "label", 1)
+def test_reading_and_network_bytes_follow_images_and_weights(paper):
+    student, labeling = find_work(paper, "train", 1), find_work(paper, "label", 1)
     assert student.read_bytes_per_second == pytest.approx(student.images_per_second * 110_000)
     assert labeling.read_bytes_per_second == pytest.approx(labeling.images_per_second * 110_000)
     assert student.network_bytes_per_step == pytest.approx(2 * 255 / 256 * 4 * student.parameters, rel=1e-9)
     assert labeling.network_bytes_per_step == 0
 
 
-def test_an_alone_device_sends_nothing():
-    config = experiment(teacher={"preset": "b0"}, students=[{"preset": "b0"}], generations=1)
-    made = plan.estimate_run(config, PlanRequest(IMAGENET, multiply_adds_per_second=1e12))
-    assert {one.network_bytes_per_step for one in made.work} == {0}
-    assert made.cost is None
-    assert not any("of 1 devices" in line for line in plan.format_plan_remarks(made))
+def test_single_device_sends_nothing():
+    config = make_experiment(teacher={"preset": "b0"}, students=[{"preset": "b0"}], generations=1)
+    run_plan = estimate_run(config, PlanRequest(IMAGENET, multiply_adds_per_second=1e12))
+    assert {work.network_bytes_per_step for work in run_plan.work} == {0}
+    assert run_plan.cost is None
+    assert not any("of 1 devices" in line for line in format_plan_remarks(run_plan))
 
 
 @pytest.mark.parametrize("optimizer", [{"name": "rmsprop"}, {"name": "sgd", "momentum": 0}, {"name": "sgd"}, {"name": "adamw"}])
-def test_a_checkpoint_is_as_large_as_planned(tmp_path, optimizer):
-    role = experiment(
+def test_checkpoint_bytes_match_a_written_checkpoint(tmp_path, optimizer):
+    role = make_experiment(
         teacher={"model": {"arch": "test_efficientnet", "resolution": 32}, "train": {"optimizer": optimizer}}
     ).teacher
     network = models.build_model(role.model, role.noise, 10)
@@ -95,10 +95,10 @@ def test_a_checkpoint_is_as_large_as_planned(tmp_path, optimizer):
     state = sum(value.numel() for value in network.state_dict().values())
     planned = estimate_checkpoint_bytes(models.count_parameters(network), state, role.train.optimizer)
     # The rest is the header: names, shapes, and JSON; it does not grow with the network's width.
-    assert planned < written.make_stat().st_size < planned + 200_000
+    assert planned < written.stat().st_size < planned + 200_000
 
 
-def test_a_label_set_is_no_larger_than_planned(paper):
+def test_label_set_bytes_bound_a_written_label_set(paper):
     rng = np.random.default_rng(0)
     logits = 3 * rng.normal(size=(5000, 1000)).astype(np.float32)
     probabilities = np.exp(logits)
@@ -115,17 +115,23 @@ def test_a_label_set_is_no_larger_than_planned(paper):
     assert 0.8 * planned < written <= 1.05 * planned
 
 
-def test_a_fine_tuning_is_planned_too():
+def test_plan_includes_finetuning():
     student = {"preset": "b0", "train": {"finetune": {"resolution": 320, "labeled_batch": 100}}}
-    config = experiment(students=[student], teacher={"preset": "b0"}, generations=1)
-    made = plan.estimate_run(config, PlanRequest(IMAGENET, multiply_adds_per_second=1e12))
-    tuning = work(made, "finetune", 1)
+    config = make_experiment(students=[student], teacher={"preset": "b0"}, generations=1)
+    run_plan = estimate_run(config, PlanRequest(IMAGENET, multiply_adds_per_second=1e12))
+    tuning = find_work(run_plan, "finetune", 1)
     assert tuning.resolution == 320
     assert tuning.images == 100 * -(-1.5 * 1_281_167 // 100)
-    assert [one.task for one in made.work if one.generation == 1] == ["label", "train", "evaluate", "finetune", "evaluate"]
+    assert [work.task for work in run_plan.work if work.generation == 1] == [
+        "label",
+        "train",
+        "evaluate",
+        "finetune",
+        "evaluate",
+    ]
 
 
-def test_a_loader_that_cannot_keep_up_is_said(monkeypatch, tmp_path):
+def test_plan_remarks_name_a_slow_loader(monkeypatch, tmp_path):
     config = parse_experiment(
         {
             "name": "slow",
@@ -136,72 +142,72 @@ def test_a_loader_that_cannot_keep_up_is_said(monkeypatch, tmp_path):
         },
         "test",
     )
-    monkeypatch.setattr("ns.planning.cost.noise_seconds", lambda *_: 0.5)
-    made = plan.estimate_run(config, PlanRequest(multiply_adds_per_second=1e12))
-    teacher = work(made, "train", 0)
+    monkeypatch.setattr("ns.planning.cost.measure_noise_seconds", lambda *_: 0.5)
+    run_plan = estimate_run(config, PlanRequest(multiply_adds_per_second=1e12))
+    teacher = find_work(run_plan, "train", 0)
     assert teacher.limited_by == "loader"
     assert teacher.images_per_second == pytest.approx(4)  # two cores, half a second an image
     cores = 0.5 * 1e12 / 3 / teacher.multiply_adds
     assert teacher.loader_cores == pytest.approx(cores)
-    (line,) = [line for line in plan.format_plan_remarks(made) if line.startswith("teacher: waits")]
+    (line,) = [line for line in format_plan_remarks(run_plan) if line.startswith("teacher: waits")]
     assert f"set teacher.train.loader_workers to {int(np.ceil(cores))} or more" in line
 
 
-def test_what_cannot_be_looked_at_is_named():
-    with pytest.raises(DataError, match=r"data\.labeled: .*nowhere.*or say how many images there will be: --labeled N"):
-        plan.estimate_run(experiment(), PlanRequest(KnownCounts({"pool": 3})))
+def test_unreadable_data_is_named():
+    with pytest.raises(DataError, match=r"data\.labeled: .*nowhere.*or give the number of images: --labeled N"):
+        estimate_run(make_experiment(), PlanRequest(KnownCounts({"pool": 3})))
 
 
-def test_networks_are_checked_first():
+def test_plan_checks_networks_first():
     with pytest.raises(ConfigError, match="its teacher"):
-        plan.estimate_run(
-            experiment(teacher={"preset": "b7"}, students=[{"preset": "b0"}]),
+        estimate_run(
+            make_experiment(teacher={"preset": "b7"}, students=[{"preset": "b0"}]),
             PlanRequest(IMAGENET, multiply_adds_per_second=1e12),
         )
 
 
-def test_the_plan_is_json(paper):
+def test_plan_is_json(paper):
     document = json.loads(paper.model_dump_json())
     assert document["device_hours"] == paper.device_hours
     assert document["work"][0]["device_hours"] == paper.work[0].device_hours
 
 
-def test_the_tables_fit_a_terminal(paper):
+def test_plan_tables_fit_a_terminal(paper):
     sink = io.StringIO()
     console = Console(file=sink, width=80)
-    for table in plan_tables(paper):
+    for table in make_plan_tables(paper):
         console.print(table)
     assert "…" not in sink.getvalue()
     assert re.search(r"1 train +tf_efficientnet_l2@475 +480M +171G +6\.73G", sink.getvalue())
 
 
-def test_robustness_is_counted_for_every_model_on_the_images_that_are_reported():
+def test_robustness_is_counted_on_the_reported_images():
     counts = KnownCounts({"labeled": 1000, "pool": 5000, "heldout": 300, "test": 2000})
-    asked = {"suites": ["corruptions", "attacks"], "images": 500}
-    made = plan.estimate_run(
-        experiment(generations=1, data={**NOWHERE, "test": "./nowhere-more"}, evaluation=asked),
+    evaluation = {"suites": ["corruptions", "attacks"], "images": 500}
+    run_plan = estimate_run(
+        make_experiment(generations=1, data={**NOWHERE, "test": "./nowhere-more"}, evaluation=evaluation),
         PlanRequest(counts, multiply_adds_per_second=1e12),
     )
     for generation in (0, 1):
-        assert work(made, "evaluate", generation).images == 2300
-        assert work(made, "robustness", generation).images == 500 * (1 + 75 + 4 * 4 + 31 + 151)
-    guarded = plan.estimate_run(
-        experiment(
+        assert find_work(run_plan, "evaluate", generation).images == 2300
+        assert find_work(run_plan, "robustness", generation).images == 500 * (1 + 75 + 4 * 4 + 31 + 151)
+    conditioned = estimate_run(
+        make_experiment(
             generations=1,
             data={**NOWHERE, "test": "./nowhere-more"},
-            evaluation=asked,
+            evaluation=evaluation,
             gate={"max_mce_rise": 2, "max_churn": 0.5},
         ),
         PlanRequest(counts, multiply_adds_per_second=1e12),
     )
     # What the gate asks of all held-out images, which are fewer; no attacks.
-    assert work(guarded, "robustness", 1).images == work(made, "robustness", 1).images + 300 * (1 + 75)
-    plain = plan.estimate_run(experiment(generations=1), PlanRequest(counts, multiply_adds_per_second=1e12))
-    assert {one.task for one in plain.work} == {"train", "label", "evaluate"}
-    assert work(plain, "evaluate", 0).images == 300
+    assert find_work(conditioned, "robustness", 1).images == find_work(run_plan, "robustness", 1).images + 300 * (1 + 75)
+    plain = estimate_run(make_experiment(generations=1), PlanRequest(counts, multiply_adds_per_second=1e12))
+    assert {work.task for work in plain.work} == {"train", "label", "evaluate"}
+    assert find_work(plain, "evaluate", 0).images == 300
 
 
-def test_further_evaluation_sets_are_counted_for_every_model(tmp_path, picture):
+def test_evaluation_sets_are_counted_for_every_model(tmp_path, picture):
     """Plain ones with clean images, but not for a fine-tuned form; published ones with what is distorted."""
 
     def put(name, *keys):
@@ -220,27 +226,27 @@ def test_further_evaluation_sets_are_counted_for_every_model(tmp_path, picture):
     np.save(tmp_path / "arrays" / "fog.npy", np.zeros((20, 32, 32, 3), np.uint8))
     np.save(tmp_path / "arrays" / "labels.npy", np.zeros(20, np.uint8))
     sets = {
-        "real": {"place": real},
-        "c": {"place": photographs, "kind": "imagenet-c"},
-        "p": {"place": films, "kind": "imagenet-p"},
-        "arrays": {"place": str(tmp_path / "arrays"), "kind": "cifar10-c"},
+        "real": {"uri": real},
+        "c": {"uri": photographs, "kind": "imagenet-c"},
+        "p": {"uri": films, "kind": "imagenet-p"},
+        "arrays": {"uri": str(tmp_path / "arrays"), "kind": "cifar10-c"},
     }
     counts = KnownCounts({"labeled": 1000, "pool": 5000, "heldout": 300}, classes=2)
 
-    def planned(**evaluation):
-        config = experiment(
+    def estimate(**evaluation):
+        config = make_experiment(
             generations=1,
             evaluation={"sets": sets, **evaluation},
             teacher={"train": {"finetune": {"resolution": 48}}, "model": {"arch": "test_efficientnet", "resolution": 32}},
             students=[{"model": {"arch": "test_efficientnet", "resolution": 32}}],
         )
-        return plan.estimate_run(config, PlanRequest(counts, multiply_adds_per_second=1e12))
+        return estimate_run(config, PlanRequest(counts, multiply_adds_per_second=1e12))
 
-    whole = planned()
-    assert [one.images for one in whole.work if one.task == "evaluate"] == [303, 300, 303]
-    assert [one.images for one in whole.work if one.task == "robustness"] == [2 * 2 * 3 + 2 * 31 + 5 * 4] * 2
-    quick = planned(images=2, severities=[1, 2], corruptions=["fog"])
-    assert work(quick, "robustness", 1).images == 2 + 2 * 31 + 2 * 2
-    sets["c"]["place"] = real
+    whole = estimate()
+    assert [work.images for work in whole.work if work.task == "evaluate"] == [303, 300, 303]
+    assert [work.images for work in whole.work if work.task == "robustness"] == [2 * 2 * 3 + 2 * 31 + 5 * 4] * 2
+    quick = estimate(images=2, severities=[1, 2], corruptions=["fog"])
+    assert find_work(quick, "robustness", 1).images == 2 + 2 * 31 + 2 * 2
+    sets["c"]["uri"] = real
     with pytest.raises(DataError, match=r"evaluation.sets.c: .*real: is no imagenet-c set.*plan without it: --set"):
-        planned()
+        estimate()

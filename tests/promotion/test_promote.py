@@ -14,9 +14,10 @@ from ns.cli import app as cli
 from ns.core.digest import sha256_bytes
 from ns.core.errors import ConfigError, DataError, RunError, StoreError
 from ns.evaluation.gate import Verdict
-from ns.modeling.manifest import MANIFEST, WEIGHTS, ModelManifest
+from ns.modeling.manifest import WEIGHTS, ModelManifest
 from ns.promotion import promote
-from ns.runs import records as runs
+from ns.runs.lookup import resolve_verdict
+from ns.runs.summary import summarize_run
 from tests.reporting.conftest import RUN
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
@@ -37,8 +38,8 @@ def environment(monkeypatch, tmp_path_factory):
 def root(made_up):
     """A run whose accepted student has weights."""
     weights = b"weights"
-    card = ModelManifest.load_file(made_up.at(MODEL), MANIFEST)
-    card.model_copy(update_weights={"weights_sha256": sha256_bytes(weights)}).save_file(made_up.at(MODEL), MANIFEST)
+    manifest = ModelManifest.load(made_up.at(MODEL))
+    manifest.model_copy(update={"weights_sha256": sha256_bytes(weights)}).save(made_up.at(MODEL))
     made_up.put(f"{MODEL}/{WEIGHTS}", weights)
     return made_up
 
@@ -67,15 +68,15 @@ def ns(capsys, *arguments):
     return code, out, err
 
 
-def refuse(root, generation=1):
-    """The gate says no instead."""
-    key = runs.resolve_verdict(root, f"{RUN}/gen-{generation}")[1]
+def refuse_student(root, generation=1):
+    """Turns the gate's verdict into a refusal."""
+    key = resolve_verdict(root, f"{RUN}/gen-{generation}")[1]
     for path in root.list("store/verdicts/"):
         if Verdict.load_file(root, path) == key:
-            key.model_copy(update_weights={"promoted": False, "reason": "no better"}).save_file(root, path)
+            key.model_copy(update={"promoted": False, "reason": "no better"}).save_file(root, path)
 
 
-def test_a_branch_holds_the_pointer_and_nothing_else_is_touched(root, repository, capsys, tmp_path_factory):
+def test_promote_on_a_branch_touches_nothing_else(root, repository, capsys, tmp_path_factory):
     body = tmp_path_factory.mktemp("out") / "body.md"
     asked = [RUN, "--root", str(root.root), "--branch", "promote/production", "--body", str(body), "--json"]
     code, out, err = ns(capsys, *asked)
@@ -93,8 +94,8 @@ def test_a_branch_holds_the_pointer_and_nothing_else_is_touched(root, repository
     pointer = promote.parse_pointer(repository("show", f"promote/production:{POINTER}").encode(), "here")
     assert pointer.model_dump(mode="json") == said["pointer"]
     assert pointer.model == root.at(MODEL).uri
-    assert pointer.digest == ModelManifest.load_file(root.at(MODEL), MANIFEST).digest
-    assert pointer.metrics["heldout_top1"] == round(runs.summarize_run(root, RUN).best_top1, 6)
+    assert pointer.digest == ModelManifest.load(root.at(MODEL)).digest
+    assert pointer.metrics["heldout_top1"] == round(summarize_run(root, RUN).best_top1, 6)
     assert "train_seconds" not in pointer.metrics
     text = body.read_text()
     assert f"`{POINTER}` moves to the best model of **made-up**" in text
@@ -104,7 +105,7 @@ def test_a_branch_holds_the_pointer_and_nothing_else_is_touched(root, repository
     assert json.loads(out) == said, "the same run on the same commit is the same commit"
 
 
-def test_what_is_in_use_already_makes_no_branch(root, repository, capsys):
+def test_promote_of_the_model_in_use_makes_no_branch(root, repository, capsys):
     asked = [RUN, "--root", str(root.root)]
     assert ns(capsys, *asked, "--dry-run")[1].startswith(f"{POINTER}: would move to {RUN}, generation 1, all 7 bytes good")
     assert repository("status", "--porcelain") == ""
@@ -114,11 +115,11 @@ def test_what_is_in_use_already_makes_no_branch(root, repository, capsys):
     repository("commit", "--quiet", "--message=Use it")
     code, out, _ = ns(capsys, *asked, "--branch", "next")
     assert code == 0
-    assert out.startswith(f"{POINTER}: names this model already")
+    assert out.startswith(f"{POINTER}: already names this model")
     assert repository("branch", "--format=%(refname:short)") == "main\n"
 
 
-def test_a_branch_is_made_anew_when_main_moved_and_from_below_the_top(root, repository, capsys, monkeypatch):
+def test_promote_resets_the_branch_to_head_from_any_folder(root, repository, capsys, monkeypatch):
     asked = [RUN, "--root", str(root.root), "--branch", "next", "--to", "../models/production.yaml"]
     Path("below").mkdir()
     monkeypatch.chdir("below")
@@ -126,51 +127,51 @@ def test_a_branch_is_made_anew_when_main_moved_and_from_below_the_top(root, repo
     repository("commit", "--quiet", "--allow-empty", "--message=Go on")
     assert ns(capsys, *asked)[0] == 0
     assert repository("rev-parse", "next^") == repository("rev-parse", "main")
-    assert repository("ls-tree", "-r", "--name-only", "next").split_batch() == ["README.md", POINTER]
+    assert repository("ls-tree", "-r", "--name-only", "next").split() == ["README.md", POINTER]
 
 
-def test_the_evidence_compares_with_the_run_before(root, repository):
+def test_evidence_compares_with_the_run_before(root, repository):
     found = promote.read_candidate(root, RUN)
-    before = found.pointer.model_copy(update_weights={"run": "other"})
+    before = found.pointer.model_copy(update={"run": "other"})
     assert "### other · made-up" in promote.render_evidence(root, found, before, POINTER)
-    elsewhere = before.model_copy(update_weights={"heldout": "0"})
+    elsewhere = before.model_copy(update={"heldout": "0"})
     assert "do not compare" in promote.render_evidence(root, found, elsewhere, POINTER)
-    gone = before.model_copy(update_weights={"run": "gone"})
+    gone = before.model_copy(update={"run": "gone"})
     assert "Not compared with the run before: run gone" in promote.render_evidence(root, found, gone, POINTER)
 
 
-def test_a_run_whose_gate_accepted_nothing_is_refused(root, repository, capsys):
-    refuse(root)
+def test_promote_refuses_a_run_without_an_accepted_student(root, repository, capsys):
+    refuse_student(root)
     code, out, err = ns(capsys, RUN, "--root", str(root.root), "--branch", "next")
     assert (code, out) == (RunError.exit_code, "")
     assert err.startswith("error: run made-up: its gate has accepted no student (generation 1: no better)")
     assert repository("branch", "--format=%(refname:short)") == "main\n"
 
 
-@pytest.mark.parametrize("damage", ["weights", "card", "lost"])
-def test_a_model_that_is_not_whole_is_neither_promoted_nor_good(root, repository, capsys, damage):
+@pytest.mark.parametrize("damage", ["weights", "manifest", "lost"])
+def test_promote_and_check_refuse_a_damaged_model(root, repository, capsys, damage):
     assert ns(capsys, RUN, "--root", str(root.root))[0] == 0
     before = Path(POINTER).read_text()
     folder = root.at(MODEL)
     if damage == "weights":
         folder.put(WEIGHTS, b"weightz")
-        wanted, what = DataError, f"{WEIGHTS} has '{sha256_bytes(b'weightz')}'"
-    elif damage == "card":
-        card = ModelManifest.load_file(folder, MANIFEST)
-        card.model_copy(update_weights={"steps": 5}).save_file(folder, MANIFEST)
-        wanted, what = DataError, "another model lies there now"
+        expected, what = DataError, f"{WEIGHTS} has '{sha256_bytes(b'weightz')}'"
+    elif damage == "manifest":
+        manifest = ModelManifest.load(folder)
+        manifest.model_copy(update={"steps": 5}).save(folder)
+        expected, what = DataError, "another model is there now"
     else:
         folder.delete(WEIGHTS)
-        wanted, what = StoreError, WEIGHTS
+        expected, what = StoreError, WEIGHTS
     code, _, err = ns(capsys, "check", POINTER)
-    assert code == wanted.exit_code
+    assert code == expected.exit_code
     assert what in err
-    if damage != "card":
-        assert ns(capsys, RUN, "--root", str(root.root))[0] == wanted.exit_code
+    if damage != "manifest":
+        assert ns(capsys, RUN, "--root", str(root.root))[0] == expected.exit_code
         assert Path(POINTER).read_text() == before
 
 
-def test_what_is_no_pointer_is_said_so(root, repository, capsys):
+def test_parse_pointer_names_what_is_wrong(root, repository, capsys):
     found = promote.read_candidate(root, RUN)
     fields = yaml.safe_load(promote.render_pointer(found.pointer))
     assert promote.parse_pointer(json.dumps(fields).encode(), "here") == found.pointer
@@ -194,7 +195,7 @@ def test_what_is_no_pointer_is_said_so(root, repository, capsys):
         (["--to", "README.md/pointer.yaml"], StoreError, "README.md/pointer.yaml: cannot"),
     ],
 )
-def test_bad_options_get_one_line(root, repository, capsys, options, error, what):
+def test_promote_names_bad_options_in_one_line(root, repository, capsys, options, error, what):
     code, _, err = ns(capsys, RUN, "--root", str(root.root), *options)
     assert code == error.exit_code
     assert what in err
@@ -242,7 +243,7 @@ class Job:
         (self.folder / "asked").write_text("")
         environment = self.environment | {"GITHUB_EVENT_NAME": event}
         done = subprocess.run(["bash", "-e", "-c", self.steps[0]["run"]], env=environment, capture_output=True, text=True)
-        outputs = dict(line.split_batch("=", 1) for line in (self.folder / "output").read_text().splitlines())
+        outputs = dict(line.split("=", 1) for line in (self.folder / "output").read_text().splitlines())
         if outputs.get("commit"):
             environment["TITLE"] = outputs["title"]
             subprocess.run(["bash", "-e", "-c", self.steps[1]["run"]], env=environment, capture_output=True, check=True)
@@ -250,8 +251,8 @@ class Job:
         return done.returncode, done.stdout + done.stderr, outputs
 
 
-@pytest.mark.skipif(shutil.question("jq") is None, reason="needs jq, as GitHub's runners have it")
-def test_the_workflow_opens_one_request_keeps_it_and_rests_when_it_is_merged(root, repository, tmp_path_factory):
+@pytest.mark.skipif(shutil.which("jq") is None, reason="needs jq, as GitHub's runners have it")
+def test_workflow_keeps_one_pull_request_until_it_is_merged(root, repository, tmp_path_factory):
     job = Job(tmp_path_factory.mktemp("job"), root, repository)
     title = "Promote made-up, generation 1"
     # The latest run is the other one, which came later.
@@ -260,7 +261,7 @@ def test_the_workflow_opens_one_request_keeps_it_and_rests_when_it_is_merged(roo
     assert code == 0, said
     assert outputs["title"] == title
     assert job.asked[-1] == f"pr create --head promote/production --base main --title {title} --body-file body.md"
-    assert repository("ls-remote", "origin", "promote/production").split_batch()[0] == outputs["commit"]
+    assert repository("ls-remote", "origin", "promote/production").split()[0] == outputs["commit"]
     assert "| gate of generation 1 |" in (job.folder / "summary").read_text()
 
     (job.folder / "number").write_text("12\n")
@@ -272,8 +273,8 @@ def test_the_workflow_opens_one_request_keeps_it_and_rests_when_it_is_merged(roo
     assert job.asked == []
 
 
-def test_the_workflow_fails_for_a_refused_run_only_if_a_person_asked(root, repository, tmp_path_factory):
-    refuse(root)
+def test_workflow_fails_for_a_refused_run_only_on_dispatch(root, repository, tmp_path_factory):
+    refuse_student(root)
     job = Job(tmp_path_factory.mktemp("job"), root, repository)
     job.environment["RUN"] = RUN
     code, said, outputs = job.run("schedule")

@@ -1,0 +1,209 @@
+"""`ns data …`: datasets."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from ns.cli.options import AsJson
+from ns.cli.output import make_table, to_shell_path, write_page
+from ns.core.errors import DataError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ns.data.leakage import LeakageReport, NamedDataset
+    from ns.modeling.predictor import Predictor
+    from ns.storage import Store
+
+app = typer.Typer(help="Import, check and show datasets.", no_args_is_help=True)
+
+
+@app.command("import")
+def import_data(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="Class folders, a folder of images, a table, tars or an archive: a path or an S3 URI."
+        ),
+    ],
+    destination: Annotated[str, typer.Argument(metavar="DEST", help="URI of the new dataset: a folder or s3://bucket/prefix.")],
+    role: Annotated[Literal["labeled", "unlabeled", "evaluation"], typer.Option(help="What the images are for.")] = "unlabeled",
+    name: Annotated[str | None, typer.Option(help="Name of the dataset. The source's name if not given.")] = None,
+    split: Annotated[str | None, typer.Option(help="Import only the rows of a table that have this split.")] = None,
+    classes: Annotated[
+        Path | None, typer.Option(help="A text file with one class name per line, or a dataset.json with the classes to use.")
+    ] = None,
+    max_side: Annotated[
+        int | None, typer.Option(min=8, help="Shrink larger images to this longest side in px. No limit if not given.")
+    ] = None,
+    max_rejected_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Fail if more than this share of the images is unreadable.")
+    ] = 0.1,
+    shard_samples: Annotated[int, typer.Option(min=1, max=100_000, help="Maximum number of images per shard.")] = 10_000,
+    shard_mib: Annotated[int, typer.Option(min=1, max=4096, help="Maximum size of a shard in MiB.")] = 256,
+    workers: Annotated[int | None, typer.Option(min=1, help="Number of processes. One per core if not given.")] = None,
+) -> None:
+    """Make a dataset from a collection of images. Unreadable images are counted, listed and left out.
+
+    The same command continues an import that was stopped.
+
+    Example: [cyan]ns data import photos/ data/pool[/], [cyan]ns data import labels.csv data/train --role labeled --split train[/]
+    """
+    from ns.config.schema import ImportConfig
+    from ns.core.log import configure_logging
+    from ns.data.importing.ingest import derive_dataset_name, import_images
+    from ns.storage import open_store
+
+    configure_logging()
+    dataset = import_images(
+        source,
+        open_store(destination),
+        name=name or derive_dataset_name(source),
+        role=role,
+        config=ImportConfig(
+            max_rejected_share=max_rejected_share, shard_samples=shard_samples, shard_mib=shard_mib, max_side=max_side
+        ),
+        classes=_read_class_names(classes) if classes else None,
+        split=split,
+        workers=workers,
+    )
+    typer.echo(
+        f"{destination}: {dataset.samples:,} images in {len(dataset.shards)} shards, {dataset.rejected:,} left out, "
+        f"digest {dataset.digest[:16]}"
+    )
+
+
+@app.command("check")
+def check_data(
+    datasets: Annotated[list[str], typer.Argument(metavar="DATASET", help="URIs of datasets of any role.")],
+    out: Annotated[
+        str, typer.Option(metavar="URI", help="Folder for the lists, and for fingerprints that a later check reuses.")
+    ] = "check",
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="URI", help="A model that confirms near duplicates and finds class names that may be wrong."),
+    ] = None,
+    bits: Annotated[int, typer.Option(min=0, max=8, help="Bits of 64 in which the hashes of near duplicates may differ.")] = 4,
+    allow_overlap: Annotated[
+        bool, typer.Option("--allow-overlap", help="Succeed even if labeled images are also in an evaluation set.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find duplicate images within a pool, and images of a pool or training set that are also in an evaluation set.
+
+    Example: [cyan]ns data check data/pool data/train data/test --out check[/]
+    """
+    from ns.core.log import configure_logging
+    from ns.data.dataset import Dataset
+    from ns.data.leakage import DUPLICATES, NamedDataset, check_datasets
+    from ns.storage import open_store
+
+    configure_logging()
+    opened = [(uri, open_store(uri)) for uri in datasets]
+    loaded = [(uri, store, Dataset.load(store)) for uri, store in opened]
+    names = [data.name for _, _, data in loaded]
+    checked = [NamedDataset(data.name if names.count(data.name) == 1 else uri, store, data) for uri, store, data in loaded]
+    target = open_store(out)
+    features = None
+    suspect_counts: dict[str, int] = {}
+    if model:
+        from ns.modeling.predictor import Predictor
+
+        predictor = Predictor(open_store(model), batch=256)
+        features = predictor.extract_features
+        suspect_counts = {
+            named.name: _write_suspects(predictor, named, target) for named in checked if named.dataset.role == "labeled"
+        }
+    report = check_datasets(checked, target, target.at("fingerprints"), bits=bits, features=features)
+    if as_json:
+        typer.echo(json.dumps(report.model_dump(mode="json") | {"suspects": suspect_counts}, indent=1))
+    else:
+        for table in _make_check_tables(report, suspect_counts):
+            Console().print(table)
+        typer.echo(f"{report.left_out:,} images of pools are also in an evaluation set: they are left out")
+        if report.skipped:
+            typer.echo(f"{report.skipped:,} comparisons were skipped, in groups of images that are too much alike")
+        typer.echo(f"lists: {to_shell_path(target.uri)}/")
+    roles = {named.name: named.dataset.role for named in checked}
+    for overlap in report.overlaps:
+        shared = overlap.same + overlap.near
+        if shared and (roles[overlap.of], roles[overlap.within]) == ("labeled", "evaluation") and not allow_overlap:
+            raise DataError(
+                f"{overlap.of}: {shared} of its images are also in the evaluation set {overlap.within} "
+                f"(see {to_shell_path(target.uri)}/{DUPLICATES}); remove them from one, or allow it with --allow-overlap"
+            )
+
+
+def _write_suspects(predictor: "Predictor", named: "NamedDataset", target: "Store") -> int:
+    """Lists the images whose class name the model doubts. Returns their number."""
+    from ns.labeling.label_errors import find_label_errors
+    from ns.storage.parquet import write_table
+
+    table = find_label_errors(predictor, named.store, named.dataset)
+    write_table(target, f"suspects-{named.dataset.digest[:16]}.parquet", table)
+    return len(table)
+
+
+def _make_check_tables(report: "LeakageReport", suspect_counts: dict[str, int]) -> "list[Table]":
+    """Which datasets share images, and the sizes of the classes."""
+    overlaps = make_table("images that resemble another", "images of", "in", "same bytes", "near")
+    for overlap in report.overlaps:
+        overlaps.add_row(escape(overlap.of), escape(overlap.within), f"{overlap.same:,}", f"{overlap.near:,}")
+    classes = make_table("labeled data", "dataset", "classes", "smallest", "largest", "class names to check")
+    for name, counts in report.classes.items():
+        smallest, largest = (pick(counts, key=lambda class_name: counts[class_name]) for pick in (min, max))
+        ends = (f"{escape(class_name)} {counts[class_name]:,}" for class_name in (smallest, largest))
+        classes.add_row(escape(name), f"{len(counts):,}", *ends, f"{suspect_counts[name]:,}" if name in suspect_counts else "")
+    return [overlaps, classes] if report.classes else [overlaps]
+
+
+@app.command("show")
+def show_data(
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="URI of a dataset: a folder or s3://bucket/prefix.")],
+    sheet: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a contact sheet here, as HTML.")] = None,
+    images: Annotated[int, typer.Option(min=1, max=2000, help="Number of images on the sheet.")] = 120,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Another seed draws other images.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a dataset holds, and optionally a sample of its images.
+
+    Example: [cyan]ns data show data/pool --sheet pool.html[/]
+    """
+    from ns.data.contact_sheet import render_contact_sheet
+    from ns.data.dataset import Dataset
+    from ns.data.leakage import count_class_images
+    from ns.storage import open_store
+
+    store = open_store(dataset)
+    data = Dataset.load(store)
+    if as_json:
+        typer.echo(json.dumps(data.model_dump(mode="json") | {"digest": data.digest, "samples": data.samples}, indent=1))
+    else:
+        mib = data.bytes / (1 << 20)
+        typer.echo(f"{data.name}: {data.role}, {data.samples:,} images, {mib:,.1f} MiB in {len(data.shards)} shards")
+        typer.echo(f"digest {data.digest}, {data.rejected:,} left out")
+        if data.classes:
+            table = make_table("", "class", "images", "share")
+            for name, count in count_class_images(store, data).items():
+                table.add_row(escape(name), f"{count:,}", f"{count / max(1, data.samples):.1%}")
+            Console().print(table)
+    if sheet:
+        write_page(sheet, render_contact_sheet(store, data, images, seed))
+        typer.echo(f"contact sheet: {sheet}", err=as_json)
+
+
+def _read_class_names(path: Path) -> list[str]:
+    from ns.data.dataset import Dataset
+    from ns.storage import read_uri
+
+    data = read_uri(str(path))
+    if path.suffix == ".json":
+        return list(Dataset.parse(data, str(path)).classes)
+    names = [line.strip() for line in data.decode(errors="replace").splitlines() if line.strip()]
+    if len(set(names)) != len(names) or len(names) < 2:
+        raise DataError(f"{path}: {len(names)} class names, {len(set(names))} of them different; must be 2 or more, each once")
+    return names

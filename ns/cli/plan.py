@@ -1,0 +1,141 @@
+"""`ns plan`: what a run will take."""
+
+import math
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ns.cli.options import AsJson, ConfigArgument, Overrides, load_experiment_argument
+from ns.cli.output import make_table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ns.data.prepared import DataPart
+    from ns.planning.cost import RunPlan
+
+
+def plan(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    labeled: Annotated[
+        int | None, typer.Option(min=1, help="Number of labeled images, instead of counting data.labeled.")
+    ] = None,
+    pool: Annotated[
+        int | None, typer.Option(min=1, help="Number of images in the pool, instead of counting data.pool.")
+    ] = None,
+    heldout: Annotated[
+        int | None, typer.Option(min=1, help="Number of held-out images, instead of counting data.heldout.")
+    ] = None,
+    test: Annotated[int | None, typer.Option(min=1, help="Number of test images, instead of counting data.test.")] = None,
+    classes: Annotated[int, typer.Option(min=2, help="Number of classes, for use with --labeled.")] = 1000,
+    image_kb: Annotated[
+        float | None, typer.Option(min=0, help="Mean size of an image in kB, instead of the files' mean.")
+    ] = None,
+    devices: Annotated[int, typer.Option(min=1, help="Number of devices that train together, each like this machine's.")] = 1,
+    speed: Annotated[
+        float | None,
+        typer.Option(min=0.001, metavar="TMACS", help="Speed of another device, 10¹² multiply-adds per second, unmeasured."),
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="Seconds to measure for.")] = 30,
+    price: Annotated[float | None, typer.Option(min=0, help="Price per device-hour, in any currency.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Estimate time, I/O and storage of a run, from a measurement of this machine that takes 30 s.
+
+    Example: [cyan]ns plan my-experiment.yaml --pool 300000000 --image-kb 110 --devices 8 --price 2.5[/]
+    """
+    experiment = load_experiment_argument(config, overrides)
+    from rich.console import Console
+
+    from ns.core.log import configure_logging
+    from ns.planning.cost import PlanRequest, estimate_run
+    from ns.planning.data_stats import KnownCounts
+
+    given_counts: dict[DataPart, int | None] = {"labeled": labeled, "pool": pool, "heldout": heldout, "test": test}
+    counts = KnownCounts(
+        {part: count for part, count in given_counts.items() if count is not None}, image_kb and image_kb * 1000, classes
+    )
+    configure_logging()
+    run_plan = estimate_run(experiment, PlanRequest(counts, devices, seconds, speed and speed * 1e12, price))
+    if as_json:
+        typer.echo(run_plan.model_dump_json(indent=1))
+        return
+    console = Console()
+    for table in make_plan_tables(run_plan):
+        console.print(table)
+    for line in format_plan_remarks(run_plan):
+        console.print(line, highlight=False)
+
+
+def make_plan_tables(run_plan: "RunPlan") -> "list[Table]":
+    """The work of each generation, one task per row; and what each device needs for it."""
+    from ns.core.log import format_duration
+
+    title = f"{run_plan.experiment} on {run_plan.devices} × {run_plan.machine}"
+    work = make_table(title, "", "network", "params", "MAC", "images", "time", "hours", text_columns=2)
+    headers = ("", "mode", "steps", "images/s", "reads", "cores", "net/step", "checkpoint")
+    needs = make_table("each device", *headers, text_columns=2)
+    for column in (*work.columns, *needs.columns):
+        column.no_wrap = True
+    for estimate in run_plan.work:
+        name = f"{estimate.generation} {estimate.task}"
+        work.add_row(
+            name,
+            f"{estimate.arch}@{estimate.resolution}",
+            _format_si(estimate.parameters),
+            _format_si(estimate.multiply_adds),
+            _format_si(estimate.images),
+            format_duration(estimate.seconds),
+            f"{estimate.device_hours:,.2f}" if estimate.device_hours < 100 else f"{estimate.device_hours:,.0f}",
+        )
+        if estimate.task not in ("evaluate", "robustness"):
+            needs.add_row(
+                name,
+                estimate.mode,
+                f"{estimate.steps:,}" if estimate.steps else "",
+                _format_si(estimate.images_per_second),
+                "?" if estimate.read_bytes_per_second is None else f"{_format_si(estimate.read_bytes_per_second)}B/s",
+                "?" if estimate.loader_cores is None else f"{estimate.loader_cores:,.2g}",
+                f"{_format_si(estimate.network_bytes_per_step)}B" if estimate.network_bytes_per_step else "",
+                f"{_format_si(estimate.checkpoint_bytes)}B" if estimate.checkpoint_bytes else "",
+            )
+    return [work, needs]
+
+
+def format_plan_remarks(run_plan: "RunPlan") -> list[str]:
+    """Totals and advice that the tables do not show, one sentence each."""
+    from rich.filesize import decimal
+
+    from ns.core.log import format_duration
+
+    sentences = [
+        f"{run_plan.device_hours:,.1f} device-hours in {format_duration(3600 * run_plan.hours)}, if every generation is run"
+        + (f": {run_plan.cost:,.2f}" if run_plan.cost is not None else ""),
+        f"label sets: at most {decimal(run_plan.label_set_bytes)} per generation · "
+        f"models: {decimal(run_plan.model_bytes)} · checkpoints: at most {decimal(run_plan.checkpoint_bytes)} at a time",
+    ]
+    for work in run_plan.work:
+        if work.task == "train" and work.steps * work.images and run_plan.pool and work.generation:
+            pseudo = work.images - work.steps * work.labeled_batch
+            sentences.append(
+                f"{work.field}, generation {work.generation}: sees each image of the pool {pseudo / run_plan.pool:.1f} times"
+            )
+    labeling_work = [work for work in run_plan.work if work.task == "label"]
+    if max((work.devices for work in labeling_work), default=run_plan.devices) < run_plan.devices:
+        sentences.append(f"labeling uses {labeling_work[0].devices} of {run_plan.devices} devices: raise labeling.tasks")
+    waiting = {work.field: work for work in run_plan.work if work.limited_by == "loader" and work.task == "train"}
+    for name, work in waiting.items():
+        sentences.append(
+            f"{name}: waits for images; set {name}.train.loader_workers to {math.ceil(work.loader_cores or 1)} or more, "
+            "on nodes with as many cores per device"
+        )
+    return sentences
+
+
+def _format_si(value: float) -> str:
+    """Three digits and a prefix: `480M`."""
+    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= 0.9995 * size:
+            return f"{value / size:.3g}{prefix}"
+    return f"{value:.3g}"

@@ -1,0 +1,193 @@
+"""`ns run`: the whole loop, on this machine or on Kubeflow."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ns import __version__
+from ns.cli.options import AsJson, Inputs, Kfp, Overrides, Root, load_experiment_argument
+from ns.cli.runs import print_run
+from ns.core.errors import ConfigError, Interrupted, NsError, RunError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ns.config.schema import Experiment
+    from ns.storage import Store
+
+
+class Runner(StrEnum):
+    local = "local"
+    docker = "docker"
+    kfp = "kfp"
+
+
+def run(
+    config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="A YAML file, or the preset quickstart.")] = None,
+    overrides: Overrides = None,
+    root: Root = "runs",
+    name: Annotated[
+        str | None, typer.Option("--run", help="Name of the run. Derived from the experiment if not given.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the latest run that is not finished.")] = False,
+    runner: Annotated[
+        Runner, typer.Option(help="Where stages run: in processes here, in Docker or Podman containers here, or on Kubeflow.")
+    ] = Runner.local,
+    image: Annotated[
+        str | None,
+        typer.Option(
+            help="Image of the stages. If not given, the last one of `make images`, or on Kubeflow that of the pipeline."
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="4g", help="Memory limit of each container. No limit if not given.")
+    ] = None,
+    gpus: Annotated[
+        int, typer.Option(min=-1, help="GPUs of each container, -1 for all; on Kubeflow those of each stage that uses GPUs.")
+    ] = 0,
+    stage_timeout: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Time limit of each container. The pipeline's if not given.")
+    ] = None,
+    kfp: Kfp = None,
+    inputs: Inputs = None,
+    follow: Annotated[
+        bool | None, typer.Option("--follow/--no-follow", help="On Kubeflow: watch until the run ends (the default).")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run the whole loop, here or on Kubeflow. The same command continues a stopped run and repeats no finished work.
+
+    Example: [cyan]ns run quickstart --set seed=1[/], [cyan]ns run quickstart --runner docker --memory 4g[/],
+    [cyan]ns run my.yaml --runner kfp --root s3://bucket/runs --input train_gpus=1[/]
+    """
+    runner_options: list[tuple[str, Any, tuple[Runner, ...]]] = [
+        ("--image", image, (Runner.docker, Runner.kfp)),
+        ("--memory", memory, (Runner.docker,)),
+        ("--gpus", gpus or None, (Runner.docker, Runner.kfp)),
+        ("--stage-timeout", stage_timeout, (Runner.docker,)),
+        ("--kfp", kfp, (Runner.kfp,)),
+        ("--input", inputs, (Runner.kfp,)),
+        ("--follow/--no-follow", follow, (Runner.kfp,)),
+    ]
+    for option, value, runners in runner_options:
+        if value is not None and runner not in runners:
+            raise ConfigError(f"{option}: has no effect with --runner {runner}; add --runner {' or '.join(runners)}")
+    from rich.console import Console
+
+    from ns.runs.lifecycle import derive_run_name, lock_run, open_run
+    from ns.storage import open_store
+
+    store = open_store(root)
+    if resume == (config is not None):
+        raise ConfigError("give a CONFIG, or --resume to continue the latest unfinished run (and not both)")
+    if resume and overrides:
+        raise ConfigError("--set: has no effect with --resume, which continues a run as it was started; give its CONFIG")
+    if resume:
+        name, experiment = _find_unfinished(store, name)
+    else:
+        experiment = load_experiment_argument(str(config), overrides)
+        name = name or derive_run_name(experiment)
+    # Taken now: while KFP runs, sys.stderr is its log.
+    console = Console(file=sys.stderr)
+    if runner is Runner.kfp:
+        _run_on_kubeflow(
+            store, name, experiment, console, kfp, follow, {"image": image, "gpus": gpus, "inputs": inputs or ()}, as_json
+        )
+        return
+    with lock_run(store, name):
+        open_run(store, name, experiment, __version__)
+        if runner is Runner.docker:
+            from pipelines.runners import docker
+
+            container = docker.ContainerOptions(image, memory, gpus=gpus, stage_seconds=stage_timeout)
+            _run_recorded(
+                store, name, console, partial(docker.run_in_containers, root=store, experiment=experiment, container=container)
+            )
+        else:
+            from pipelines.runners import local
+
+            _run_recorded(store, name, console, partial(local.run_locally, root=store.uri))
+    _print_outcome(store, name, as_json)
+
+
+def _run_on_kubeflow(
+    store: "Store",
+    name: str,
+    experiment: "Experiment",
+    console: "Console",
+    url: str | None,
+    follow: bool | None,
+    input_options: dict[str, Any],
+    as_json: bool,
+) -> None:
+    """Submits a run, or finds the one that is under way, and follows it unless `follow` is false."""
+    from ns.cli.progress import RunView
+    from ns.runs.records import CONFIG_FILE
+    from pipelines import remote_run
+    from pipelines.kfp_client import KfpClient
+
+    remote_run.check_remote_uris(store, experiment)
+    client = KfpClient(url or "")
+    registry = experiment.registry is not None
+    arguments = remote_run.build_inputs(f"{store.uri}/{name}/{CONFIG_FILE}", store, name, **input_options, registry=registry)
+    submitted = remote_run.submit_run(client, store, name, experiment, arguments)
+    message = f"run {name}: {'submitted' if submitted.new else 'is under way'}: {submitted.url}"
+    console.print(message, highlight=False, soft_wrap=True)
+    if follow is False:
+        if as_json:
+            typer.echo(json.dumps(submitted._asdict(), indent=1))
+        return
+    with RunView(console) as view:
+        remote_run.follow_run(client, submitted, store, name, view.on_event)
+    _print_outcome(store, name, as_json)
+
+
+def _print_outcome(store: "Store", name: str, as_json: bool) -> None:
+    from rich.console import Console
+
+    from ns.runs.summary import summarize_run
+
+    summary = summarize_run(store, name)
+    if as_json:
+        typer.echo(summary.model_dump_json(indent=1))
+    else:
+        print_run(summary, store, Console())
+
+
+def _run_recorded(store: "Store", name: str, console: "Console", run_pipeline: Callable[..., None]) -> None:
+    """Runs the pipeline and records how it ended, whatever happens."""
+    from ns.cli.progress import RunView
+    from ns.runs.lifecycle import finish_run
+    from ns.runs.records import CONFIG_FILE
+    from ns.storage import LocalStore
+
+    log = store.root / name / "pipeline.log" if isinstance(store, LocalStore) else None
+    try:
+        with RunView(console) as view:
+            run_pipeline(config_uri=f"{store.uri}/{name}/{CONFIG_FILE}", run=name, log=log, on_event=view.on_event)
+    except BaseException as error:
+        # The store may be what failed: its own message matters, not that the record could not be written either.
+        with contextlib.suppress(NsError):
+            state: Any = "interrupted" if isinstance(error, Interrupted) else "failed"
+            finish_run(store, name, state, str(error) or type(error).__name__)
+        if log is not None and log.exists() and isinstance(error, NsError) and not isinstance(error, Interrupted):
+            console.print(f"[dim]log: {log}[/]", highlight=False, soft_wrap=True)
+        raise
+    finish_run(store, name, "succeeded")
+
+
+def _find_unfinished(store: "Store", name: str | None) -> tuple[str, "Experiment"]:
+    from ns.config.loader import load_experiment
+    from ns.runs.lookup import list_runs
+    from ns.runs.records import CONFIG_FILE
+
+    unfinished = [record.run for record in list_runs(store) if record.state != "succeeded" and name in (None, record.run)]
+    if not unfinished:
+        raise RunError(f"{store.uri}: no unfinished run{f' {name}' if name else ''} to resume; `ns runs list` shows all")
+    return unfinished[-1], load_experiment(f"{store.uri}/{unfinished[-1]}/{CONFIG_FILE}")

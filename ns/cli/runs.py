@@ -1,0 +1,138 @@
+"""`ns runs …`: which runs there are, and what came of them."""
+
+import json
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+
+from ns.cli.options import AsJson, Root, RunArgument
+from ns.cli.output import make_table, shorten_key, to_shell_path
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ns.runs.summary import RunSummary
+    from ns.storage import Store
+
+app = typer.Typer(help="List runs, and show what came of one.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_all(root: Root = "runs", as_json: AsJson = False) -> None:
+    """List the runs of a root, the latest last.
+
+    Example: [cyan]ns runs list[/]
+    """
+    from ns.runs.lookup import list_runs
+    from ns.runs.summary import summarize_run
+    from ns.storage import open_store
+
+    store = open_store(root)
+    summaries = [summarize_run(store, record.run) for record in list_runs(store)]
+    if as_json:
+        typer.echo(json.dumps([summary.model_dump(mode="json", exclude={"stages"}) for summary in summaries], indent=1))
+    elif not summaries:
+        typer.echo(f"no runs in {root}; start one with `ns run quickstart`")
+    else:
+        table = make_table("", "run", "state", "started", "generations", "best top-1", text_columns=3)
+        for column in table.columns:
+            column.no_wrap = True
+        for summary in summaries:
+            best = "" if summary.best_top1 is None else f"{summary.best_top1:.1%}"
+            started = summary.started_at[:16].replace("T", " ")
+            table.add_row(summary.run, summary.state, started, str(len(summary.generations)), best)
+        Console().print(table)
+
+
+@app.command("show")
+def show_run(name: RunArgument = "latest", root: Root = "runs", as_json: AsJson = False) -> None:
+    """Show a run: its generations, verdicts, report and best model.
+
+    Example: [cyan]ns runs show latest --json[/]
+    """
+    from ns.runs.lookup import resolve_run_name
+    from ns.runs.summary import summarize_run
+    from ns.storage import open_store
+
+    store = open_store(root)
+    summary = summarize_run(store, resolve_run_name(store, name))
+    if as_json:
+        typer.echo(summary.model_dump_json(indent=1))
+        return
+    console = Console()
+    console.print(f"state: {summary.state}" + (f" ({summary.error})" if summary.error else ""), highlight=False)
+    print_run(summary, store, console)
+    for row in summary.generations:
+        console.print(f"generation {row.generation}: {row.verdict}: {row.reason}", highlight=False)
+
+
+def print_run(summary: "RunSummary", store: "Store", console: Console) -> None:
+    """Prints the generations of a run, what was measured of its models, and where its report and best model are."""
+    console.print()
+    console.print(make_generations_table(summary))
+    if measurements := make_measurements_table(summary):
+        console.print(measurements)
+    for title, key in (("report", summary.report), ("best model", summary.best_model)):
+        if key:
+            uri = key if "://" in key else f"{store.uri}/{key}"
+            console.print(f"{title + ':':<11} {to_shell_path(uri)}", highlight=False, soft_wrap=True)
+
+
+def make_generations_table(summary: "RunSummary") -> "Table":
+    """The generations of a run, one per row."""
+    from ns.core.log import format_duration
+
+    table = make_table(f"run {summary.run}", "gen", "model", "labeled", "kept", "top-1", "change", "verdict", "time")
+    for column in table.columns:
+        column.justify = "left" if column.header in ("model", "verdict") else "right"
+        column.no_wrap = True
+    model_keys = {note.generation: note.outputs.get("model", "") for note in summary.stages if note.stage == "train"}
+    if summary.teacher_top1 is not None:
+        first = min(model_keys, default=0)
+        seconds = sum(note.seconds for note in summary.stages if note.generation <= first)
+        model = shorten_key(model_keys.get(first, "").rpartition("/")[0])
+        table.add_row(str(first), model, "", "", f"{summary.teacher_top1:.1%}", "", "", format_duration(seconds))
+    for row in summary.generations:
+        table.add_row(
+            str(row.generation),
+            shorten_key(row.model),
+            f"{row.labeled:,}",
+            f"{row.kept:,}",
+            f"{row.student_top1:.1%}",
+            f"{100 * row.gain:+.1f} [{100 * row.gain_low:+.1f}, {100 * row.gain_high:+.1f}]",
+            f"[{'green' if row.verdict == 'promoted' else 'yellow'}]{row.verdict}[/]",
+            format_duration(row.seconds),
+        )
+    return table
+
+
+def make_measurements_table(summary: "RunSummary") -> "Table | None":
+    """What was measured of each model besides held-out accuracy, one model per column; None if nothing was."""
+    measured = [
+        model for model in summary.measurements if model.test_top1 is not None or model.sets or model.scores or model.attacks
+    ]
+    if not measured:
+        return None
+    references = {model.scores.mce_relative_to or model.scores.mfr_relative_to for model in measured if model.scores} - {None}
+    reference = "AlexNet" if references == {"AlexNet"} else "the first teacher"
+    title = f"mCE, mFR: % of {reference}'s" if references else ""
+    table = make_table(title, "", *(f"gen {model.generation}" for model in measured))
+
+    def add_row(name: str, values: list[float | None], form: str) -> None:
+        if any(value is not None for value in values):
+            table.add_row(name, *("" if value is None else format(value, form) for value in values))
+
+    add_row("test top-1", [model.test_top1 for model in measured], ".1%")
+    for name in dict.fromkeys(name for model in measured for name in model.sets):
+        add_row(f"{name} top-1", [model.sets.get(name) for model in measured], ".1%")
+    for name, field, form in (
+        ("error when corrupted", "corruption_error", ".1%"),
+        ("mCE", "mce", ".1f"),
+        ("flip probability", "flip_probability", ".2%"),
+        ("mFR", "mfr", ".1f"),
+    ):
+        add_row(name, [getattr(model.scores, field) if model.scores else None for model in measured], form)
+    for name in dict.fromkeys(name for model in measured for name in model.attacks):
+        add_row(f"{name.upper()} top-1", [model.attacks.get(name) for model in measured], ".1%")
+    return table
