@@ -1,4 +1,16 @@
-"""KFP components: typed inputs and outputs, and a call into `ns.stages.steps`. What they do is written there."""
+"""KFP components: typed inputs and outputs, and a call into `ns.stages`, where the work is written.
+
+These inputs mean the same in every component. They are described here alone, since a compiled package repeats each docstring twice:
+
+    config_uri                 URI of the experiment's YAML file
+    root                       URI of the store that holds everything
+    run                        name of the run, a folder below the root
+    data                       key of the prepared data
+    generation                 counted from 1; 0 for the first teacher
+    teacher, student, model    key of that model's folder
+    selection                  key of the selection's folder
+    shards                     range START-STOP of the pool's shards, half open
+"""
 
 from ns import __version__
 
@@ -6,3 +18,10 @@ WORKER_IMAGE = f"noisy-student/worker:{__version__}"
 """The image that components run in; `make images` builds it. It holds the `ns` package and no compiler."""
 TOOLS_IMAGE = f"noisy-student/tools:{__version__}"
 """The worker with DVC, git and Kubeflow's SDK."""
+
+STAGE_USER = 10001
+"""User and group that stages run as (images/Dockerfile)."""
+SHARED_MEMORY = "8Gi"
+"""Size of /dev/shm, through which the processes that load images pass them on. It counts against the stage's memory."""
+SETTINGS_VARIABLES = ("AWS_ENDPOINT_URL", "AWS_REGION", "NS_METRICS_PORT", "NS_METRICS_LINGER_SECONDS", "NS_PUSHGATEWAY_URL")
+"""Environment variables of every stage that come from a ConfigMap."""

@@ -13,25 +13,18 @@ def evaluate(
     generation: int,
     model: str,
     metrics: Output[Metrics],
-    answers: Output[ClassificationMetrics],
+    classification: Output[ClassificationMetrics],
 ) -> str:
-    """Evaluates a model on the held-out images.
+    """Evaluates a model on the held-out images. Returns the key of the evaluation.
 
     Args:
-        config_uri: URI of the experiment's YAML file.
-        root: URI of the store that holds everything.
-        run: Name of the run, a folder below the root.
-        data: Key of the prepared data.
-        generation: Counted from 1; 0 is before the first.
-        model: Key of the model's folder.
-        metrics: All that was measured, as numbers.
-        answers: Confusion matrix, and how well the confidence tells right answers from wrong ones.
-
-    Returns:
-        Key of the evaluation.
+        metrics: All measurements, as numbers.
+        classification: Confusion matrix, and ROC curve of the confidence as a sign of a right answer.
     """
-    from ns.stages import steps
+    from ns.stages import evaluate, report
+    from ns.stages.context import RunRef
 
-    key = steps.evaluate_generation(config_uri, root, run, data, generation, model)
-    steps.publish_generation_metrics(root, run, generation, metrics, answers)
+    ref = RunRef(config_uri, root, run)
+    key = evaluate.evaluate_generation(ref, data=data, generation=generation, model=model)
+    report.publish_generation_metrics(ref, generation, metrics, classification)
     return key

@@ -16,24 +16,16 @@ def gate(
     page: Output[HTML],
     summary: Output[Markdown],
 ) -> str:
-    """Compares student and teacher on the held-out images and records the verdict.
+    """Compares student and teacher on the held-out images and records the verdict. Returns the key of the verdict.
 
     Args:
-        config_uri: URI of the experiment's YAML file.
-        root: URI of the store that holds everything.
-        run: Name of the run, a folder below the root.
-        data: Key of the prepared data.
-        generation: Counted from 1; 0 is before the first.
-        teacher: Key of the teacher's folder.
-        student: Key of the student's folder.
         page: The generation's part of the report.
         summary: The same as tables.
-
-    Returns:
-        Key of the verdict.
     """
-    from ns.stages import steps
+    from ns.stages import gate, report
+    from ns.stages.context import RunRef
 
-    key = steps.gate_generation(config_uri, root, run, data, generation, teacher, student)
-    steps.publish_generation_report(root, run, generation, page, summary)
+    ref = RunRef(config_uri, root, run)
+    key = gate.gate_generation(ref, data=data, generation=generation, teacher=teacher, student=student)
+    report.publish_report(ref, page, summary, generation)
     return key

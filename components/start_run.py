@@ -7,7 +7,7 @@ from components import WORKER_IMAGE
 
 @dsl.component(base_image=WORKER_IMAGE, packages_to_install=[], install_kfp_package=False)
 def start_run(
-    config: str,
+    config_uri: str,
     root: str,
     run: str,
     overrides: list[str],
@@ -15,31 +15,28 @@ def start_run(
     pool: str,
     heldout: str,
     generations: int,
-    label_workers: int,
+    labeling_tasks: int,
 ) -> NamedTuple("Started", config_uri=str, run=str):
-    """Opens a run, or opens it again, and keeps the experiment in it.
+    """Opens a run, or continues it, and keeps a copy of the experiment in it. Returns the copy's URI and the run's name.
+
+    An empty URI or 0 leaves the experiment's value. Without a name, the run is named after the experiment.
 
     Args:
-        config: URI of the experiment's YAML file, or a preset.
-        root: URI of the store that holds everything.
-        run: Name of the run; made from the experiment if empty.
+        config_uri: URI of the experiment's YAML file, or the name of a preset.
         overrides: Fields to change, as a.b=c.
-        labeled: URI of the labeled images; as the experiment says if empty.
-        pool: URI of the unlabeled images; as the experiment says if empty.
-        heldout: URI of the held-out images; as the experiment says if empty.
-        generations: Trips round the loop, at most; as the experiment says if 0.
-        label_workers: Labeling tasks beside each other; as the experiment says if 0.
-
-    Returns:
-        The experiment's URI, and the run's name.
     """
-    from ns.stages import steps
+    from ns.stages import start
 
-    fields: dict[str, str | int] = {
-        "data.labeled": labeled,
-        "data.pool": pool,
-        "data.heldout": heldout,
-        "generations": generations,
-        "labeling.tasks": label_workers,
-    }
-    return steps.start_run(config, root, run, overrides, fields)
+    return start.start_run(
+        config_uri,
+        root,
+        run,
+        overrides,
+        {
+            "data.labeled": labeled,
+            "data.pool": pool,
+            "data.heldout": heldout,
+            "generations": generations,
+            "labeling.tasks": labeling_tasks,
+        },
+    )

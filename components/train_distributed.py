@@ -26,34 +26,27 @@ def train_distributed(
     settings: str = "noisy-student",
     queue: str = "",
 ) -> str:
-    """Trains on several nodes, in a TrainJob of Kubeflow Trainer v2, which it creates or finds, follows, and clears away.
+    """Trains on several nodes: creates a TrainJob of Kubeflow Trainer v2 or finds its own, follows it and deletes it.
+
+    Returns the key of the model's folder.
 
     Args:
-        config_uri: URI of the experiment's YAML file.
-        root: URI of the store that holds everything.
-        run: Name of the run, a folder below the root.
-        data: Key of the prepared data.
-        generation: Counted from 1; 0 is before the first.
-        nodes: How many.
-        image: What they run: worker-cuda, or worker.
-        teacher: Key of the teacher's folder; empty for the first teacher.
-        labels: Key of the selection's folder; empty for the first teacher.
+        nodes: Number of nodes.
+        image: Image that the nodes run: worker-cuda, or worker.
         runtime: Name of Trainer's runtime for torch.
-        runtime_kind: TrainingRuntime, of the namespace, or ClusterTrainingRuntime.
+        runtime_kind: TrainingRuntime (of the namespace) or ClusterTrainingRuntime.
         gpu_type: Kind of GPU, as the resource that nodes offer.
-        gpus: GPUs of each node; each gets a process.
+        gpus: GPUs of each node; each GPU gets a process.
         cpu: CPUs of each node.
         memory: Memory of each node.
         node_selector: Labels of the nodes.
         tolerations: Taints that are tolerated.
         storage_secret: Secret with the keys accesskey and secretkey of the store. May be missing.
-        settings: ConfigMap with AWS_ENDPOINT_URL, AWS_REGION and NS_METRICS_PORT. May be missing.
+        settings: ConfigMap with the stages' settings, as AWS_ENDPOINT_URL. May be missing.
         queue: Local queue of Kueue; none if empty.
-
-    Returns:
-        Key of the model's folder.
     """
     from components.cluster import trainjob
+    from ns.stages.context import RunRef
 
     node_spec = trainjob.TrainingNodes(
         count=nodes,
@@ -70,4 +63,5 @@ def train_distributed(
         settings=settings,
         queue=queue,
     )
-    return trainjob.train_on_nodes(config_uri, root, run, data, generation, teacher, selection, node_spec)
+    ref = RunRef(config_uri, root, run)
+    return trainjob.train_on_nodes(ref, node_spec, data=data, generation=generation, teacher=teacher, selection=selection)

@@ -1,8 +1,8 @@
 """Compiles the pipelines: `python -m pipelines.compile [--check]`. The YAML is committed; `--check` compares and fails.
 
-KFP's compiler repeats a component for every task that uses it; so an unrolled loop would grow past what Kubernetes stores. Here
-equal ones become one (the backend visits each component once, however many tasks refer to it). And it cannot say which values an
-input's list offers, nor describe inputs that are added to a function: that is written into what it made.
+KFP's compiler repeats a component for every task that uses it, so an unrolled loop would grow past what Kubernetes stores. Equal
+components are merged here (the backend visits each component once, however many tasks refer to it). The compiler can also neither list
+the values that an input offers nor describe inputs that are added to a function: both are written into its output.
 """
 
 import sys
@@ -22,7 +22,7 @@ Spec = dict[str, Any]
 
 
 def compile_package(package: Path) -> str:
-    """What a package should hold: its pipeline as YAML, the same bytes every time."""
+    """Compiles the pipeline of a package. Returns its YAML, the same bytes every time."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / package.name
         compiler.Compiler().compile(PIPELINES[package], str(path))
@@ -35,7 +35,7 @@ def compile_package(package: Path) -> str:
 
 
 def merge_duplicates(spec: Spec, platform: Spec) -> None:
-    """Makes equal executors one, with what the platform says of them, and then equal components, from the inside out."""
+    """Merges equal executors, compared with their Kubernetes settings (`platform`), then equal components, from the inside out."""
     executors, components = spec["deploymentSpec"]["executors"], spec["components"]
     renamed = _merge_equal(executors, lambda name: [executors[name], platform.get(name)])
     for name in renamed:
@@ -51,7 +51,7 @@ def merge_duplicates(spec: Spec, platform: Spec) -> None:
 
 
 def _merge_equal(entries: Spec, content: Any) -> dict[str, str]:
-    """Leaves the first of equal entries. Returns old name → name that stays."""
+    """Keeps the first of equal entries. Returns removed name → kept name."""
     seen: dict[str, str] = {}
     renamed = {}
     for name in sorted(entries, key=lambda name: (len(name), name)):
@@ -78,7 +78,7 @@ def main() -> int:
         return 0
     stale = [package.name for package, text in packages.items() if not package.exists() or package.read_text() != text]
     for name in stale:
-        sys.stderr.write(f"{name} is not what pipelines/noisy_student.py compiles to: run `make compile`\n")
+        sys.stderr.write(f"{name} differs from what pipelines/noisy_student.py compiles to: run `make compile`\n")
     return 1 if stale else 0
 
 

@@ -1,11 +1,11 @@
-"""Runs on a cluster: the compiled pipeline is uploaded as a version named by its digest, and runs of it are submitted and followed.
+"""Client of the KFP API: uploads the compiled pipeline as a version named by its digest, creates runs of it and follows them.
 
-Everything can be said again: a version that is there is used, a run of that name that is under way or done is found, not started twice.
-KFP's API has no key that makes a request happen once: two clients that submit one name at the same instant are kept apart by whoever
-calls this (`pipelines.trigger`), not here.
+Every call can be repeated: an existing version is used, and an existing run of the same name is returned instead of started twice.
+KFP's API has no idempotency key, so two clients that create a run of one name at the same instant must be kept apart by the caller
+(`pipelines.trigger`).
 
-What KFP 2.17 says of a run's steps are the nodes of Argo's workflow: beside each task its driver and an `executor`, none with a
-generation, none with the reason why it failed. So states come from here, and all else from what the steps leave in the store.
+KFP 2.17 reports a run's stages as the nodes of Argo's workflow: each task with its driver and an `executor`, without the generation
+and without the reason of a failure. States therefore come from KFP, and all else from the records that stages leave in the store.
 """
 
 import contextlib
@@ -34,12 +34,12 @@ TOKEN_VARIABLE = "NS_KFP_TOKEN"
 NAMESPACE_VARIABLE = "NS_KFP_NAMESPACE"
 UI_VARIABLE = "NS_KFP_UI"
 POD_TOKEN = Path("/var/run/secrets/kubeflow/pipelines/token")
-"""Where Kubeflow mounts a token for its own API into pods that ask for one."""
+"""Where Kubeflow mounts a token for its own API into pods that request one."""
 
 REQUEST_SECONDS = 30.0
 POLL_SECONDS = 5.0
 PATIENCE_SECONDS = 300.0
-"""An API server that is being restarted, or a port-forward that broke, ends nobody's run."""
+"""An API server that restarts, or a port-forward that breaks, must not end the following of a run."""
 VERSION_LETTERS = 12
 PAGE_SIZE = 100
 
@@ -47,11 +47,11 @@ FINAL_STATES = frozenset({"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"})
 FAILED_STATES = frozenset({"FAILED", "CANCELED", "CANCELING"})
 ENDED_STATES = FINAL_STATES | FAILED_STATES
 MAX_PARAMETER_BYTES = 10_000
-"""KFP refuses runs whose parameters are longer as JSON."""
+"""KFP refuses runs whose parameters are longer than this as JSON."""
 
 
 class UploadedPipeline(NamedTuple):
-    """A compiled pipeline as the server knows it."""
+    """A version of a pipeline on the server."""
 
     pipeline_id: str
     version_id: str
@@ -65,15 +65,15 @@ class SubmittedRun(NamedTuple):
     run_id: str
     name: str
     state: str
-    """RUNNING, SUCCEEDED, FAILED, …; PENDING for one that is just submitted."""
+    """RUNNING, SUCCEEDED, FAILED, …; PENDING if it was just submitted."""
     url: str
-    """Its page in KFP's UI."""
+    """URL of its page in KFP's UI."""
     new: bool
-    """Whether this call submitted it; else it was there."""
+    """Whether this call submitted the run; if not, it existed."""
 
 
 class StageTask(NamedTuple):
-    """A step of a run."""
+    """A stage of a run as KFP reports it."""
 
     key: str
     name: str
@@ -82,17 +82,17 @@ class StageTask(NamedTuple):
 
 
 class KfpUnreachableError(RunError):
-    """KFP did not answer, or failed itself: later it may be well again."""
+    """KFP did not answer, or failed itself; a later attempt may succeed."""
 
 
 class KfpClient:
-    """KFP's API. Raises RunError, in one line with its mend, for whatever it answers that is no success."""
+    """KFP's API. Every call raises RunError, one line with its cure, if KFP answers with an error."""
 
     def __init__(self, url: str = "", *, token: str = "", namespace: str = "") -> None:
-        """`url`: of the UI, or of the service `ml-pipeline` (then NS_KFP_UI may say where links lead); from NS_KFP_URL if empty, as
-        the token from NS_KFP_TOKEN, or from the file that Kubeflow mounts, and the namespace, of several users', from NS_KFP_NAMESPACE.
+        """`url`: of the UI, or of the service `ml-pipeline` (NS_KFP_UI then is the base of links). Sends no request yet.
 
-        Asks nothing yet. Raises ConfigError if no server is named.
+        Defaults: NS_KFP_URL; for the token NS_KFP_TOKEN, or the file that Kubeflow mounts; for the namespace, which a multi-user
+        Kubeflow needs, NS_KFP_NAMESPACE. Raises ConfigError if there is no URL.
         """
         self.url = (url or os.environ.get(URL_VARIABLE, "")).rstrip("/")
         if not self.url:
@@ -105,16 +105,16 @@ class KfpClient:
         self.ui = os.environ.get(UI_VARIABLE, "").rstrip("/") or self.url
         self.namespace = namespace or os.environ.get(NAMESPACE_VARIABLE, "")
         settings = api.Configuration(host=self.url)
-        # Ours is the patience: theirs repeats what was answered with a failure.
+        # Retries are ours: KFP's client would also repeat requests that were answered with an error.
         settings.retries = urllib3.Retry(0)
-        # As curl and Python have it: where a company's own authority is known.
+        # The variable by which curl and Python find a company's own certificate authority.
         settings.ssl_ca_cert = os.environ.get("SSL_CERT_FILE")
         token = token or os.environ.get(TOKEN_VARIABLE, "")
         if token or POD_TOKEN.exists():
             settings.api_key = {"authorization": token}
             settings.api_key_prefix = {"authorization": "Bearer"}
         if not token:
-            # Kubernetes renews it every hour, and a run may be followed for days.
+            # Kubernetes renews the token every hour, and a run may be followed for days.
             settings.refresh_api_key_hook = _renew_token
         client = api.ApiClient(settings)
         self._pipelines = api.PipelineServiceApi(client)
@@ -123,9 +123,9 @@ class KfpClient:
         self._runs = api.RunServiceApi(client)
 
     def upload_pipeline(self, package: str) -> UploadedPipeline:
-        """Makes sure that a compiled pipeline (YAML) is there, as a version named by its digest. The same bytes are uploaded once."""
+        """Uploads a compiled pipeline (YAML) as a version named by its digest, unless that version exists."""
         name = pipeline_name(package)
-        # Where pipelines are kept in Kubernetes, versions of all of them share one namespace.
+        # Where KFP keeps pipelines in Kubernetes, the versions of all pipelines share one namespace.
         version = f"{name}-{sha256_bytes(package.encode())[:VERSION_LETTERS]}"
         pipeline_id = self._ensure_pipeline(name)
         version_id = self._find_version(pipeline_id, version)
@@ -133,16 +133,16 @@ class KfpClient:
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder) / f"{name}.yaml"
                 file.write_text(package, encoding="utf-8")
-                # Somebody else may upload it at this moment: then it is there.
+                # Another client may upload it at the same moment; then the version exists.
                 with _conflicts_allowed():
                     self._call_api(self._uploads.upload_pipeline_version, str(file), name=version, pipelineid=pipeline_id)
             version_id = self._find_version(pipeline_id, version)
         if version_id is None:
-            raise RunError(f"{self.url}: took version {version} of pipeline {name}, and does not list it; try again")
+            raise RunError(f"{self.url}: accepted version {version} of pipeline {name} but does not list it; try again")
         return UploadedPipeline(pipeline_id, version_id, name, version)
 
     def find_run(self, name: str, experiment: str, *, excluded_states: Collection[str] = FAILED_STATES) -> SubmittedRun | None:
-        """The latest run of that name in any state but these."""
+        """Finds the latest run of that name that is not in one of `excluded_states`."""
         experiment_id = self._ensure_experiment(experiment)
         filters = _equals_filter("display_name", name)
         for run in self._iterate_pages(
@@ -162,7 +162,7 @@ class KfpClient:
         service_account: str = "",
         excluded_states: Collection[str] = FAILED_STATES,
     ) -> SubmittedRun:
-        """Starts a run, unless one of that name is there, as `find` finds it: then that is it."""
+        """Starts a run, or returns the run that `find_run` finds."""
         if (existing := self.find_run(name, experiment, excluded_states=excluded_states)) is not None:
             return existing
         run = api.V2beta1Run(
@@ -175,7 +175,7 @@ class KfpClient:
         try:
             return self._to_submitted_run(self._call_api(self._runs.run_service_create_run, run), new=True)
         except KfpUnreachableError:
-            # It may be that only the answer was lost.
+            # Perhaps only the answer was lost.
             with contextlib.suppress(KfpUnreachableError):
                 if (existing := self.find_run(name, experiment, excluded_states=excluded_states)) is not None:
                     return existing._replace(new=True)
@@ -190,11 +190,10 @@ class KfpClient:
         poll: float = POLL_SECONDS,
         after_poll: Callable[[], None] = lambda: None,
     ) -> SubmittedRun:
-        """Waits for the end of a run; `on_change` is called with each of `steps` whose state changed.
+        """Waits for the end of a run, in whatever state, and returns the run. Calls `on_change` with each of `stages` whose state changed.
 
-        A run that is retried or cloned has the same steps again, under the same names: each is told. Returns the run when it has
-        ended, however it did. Raises Interrupted on Ctrl-C, and Unreachable if the server has not answered for five minutes: the run
-        goes on without us.
+        A run that is retried or cloned has stages of the same name again; `on_change` is called for each. Raises Interrupted on
+        Ctrl-C, and KfpUnreachableError if the server has not answered for five minutes; the run continues in both cases.
         """
         states: dict[str, str] = {}
         answered = time.monotonic()
@@ -204,7 +203,7 @@ class KfpClient:
                     run = self._call_api(self._runs.run_service_get_run, run_id)
                 except KfpUnreachableError as error:
                     if time.monotonic() - answered > PATIENCE_SECONDS:
-                        raise KfpUnreachableError(f"{error}; the run goes on: {self.run_url(run_id)}") from error
+                        raise KfpUnreachableError(f"{error}; the run continues: {self.run_url(run_id)}") from error
                 else:
                     answered = time.monotonic()
                     for task in _select_tasks(run, stages):
@@ -216,14 +215,14 @@ class KfpClient:
                         return self._to_submitted_run(run, new=False)
                 time.sleep(poll)
         except KeyboardInterrupt:
-            raise Interrupted(f"no longer followed; the run goes on: {self.run_url(run_id)}") from None
+            raise Interrupted(f"no longer followed; the run continues: {self.run_url(run_id)}") from None
 
     def run_url(self, run_id: str) -> str:
-        """Its page in KFP's UI."""
+        """URL of the run's page in KFP's UI."""
         return f"{self.ui}/#/runs/details/{run_id}"
 
     def _ensure_pipeline(self, name: str) -> str:
-        """The id of the pipeline of that name, which is made if it is not there."""
+        """Returns the id of the pipeline of that name; creates the pipeline if necessary."""
         for _ in range(2):
             for pipeline in self._iterate_pages(
                 "pipelines",
@@ -236,7 +235,7 @@ class KfpClient:
                 body = api.V2beta1Pipeline(name=name, display_name=name, namespace=self.namespace or None)
                 created = self._call_api(self._pipelines.pipeline_service_create_pipeline, body)
                 return str(created.pipeline_id)
-        raise RunError(f"{self.url}: says that pipeline {name} exists, and does not list it; look at its namespace")
+        raise RunError(f"{self.url}: says that pipeline {name} exists but does not list it; check NS_KFP_NAMESPACE")
 
     def _find_version(self, pipeline: str, version: str) -> str | None:
         entries = self._iterate_pages(
@@ -259,7 +258,7 @@ class KfpClient:
             with _conflicts_allowed():
                 body = api.V2beta1Experiment(display_name=name, namespace=self.namespace or None)
                 return str(self._call_api(self._experiments.experiment_service_create_experiment, body).experiment_id)
-        raise RunError(f"{self.url}: says that experiment {name} exists, and does not list it; look at its namespace")
+        raise RunError(f"{self.url}: says that experiment {name} exists but does not list it; check NS_KFP_NAMESPACE")
 
     def _namespace_filter(self) -> dict[str, str]:
         return {"namespace": self.namespace} if self.namespace else {}
@@ -292,7 +291,7 @@ class KfpClient:
         match error.status:
             case 401 | 403:
                 return RunError(
-                    f"{self.url}: not allowed: {message}; set {TOKEN_VARIABLE}, and {NAMESPACE_VARIABLE} where there are several users"
+                    f"{self.url}: not allowed: {message}; set {TOKEN_VARIABLE}, and on a multi-user Kubeflow {NAMESPACE_VARIABLE}"
                 )
             case 409:
                 return _ConflictError(f"{self.url}: {message}")
@@ -306,7 +305,7 @@ class KfpClient:
 
 
 class _ConflictError(RunError):
-    """It is there already."""
+    """What is to be created exists already."""
 
 
 @contextlib.contextmanager
@@ -316,28 +315,33 @@ def _conflicts_allowed() -> Iterator[None]:
 
 
 def pipeline_name(package: str) -> str:
-    """Of a compiled pipeline. Raises ConfigError if the text is none."""
+    """Name of a compiled pipeline (YAML). Raises ConfigError if the text is not one."""
     return str(_load_spec(package)["pipelineInfo"]["name"])
 
 
 @lru_cache(maxsize=4)
 def _load_spec(package: str) -> Any:
-    """The pipeline's part of the YAML; the other one is for Kubernetes."""
+    """Reads the pipeline's part of the YAML; the other part is for Kubernetes."""
     try:
         spec = next(load_yaml_documents(package))
         if {"pipelineInfo", "root", "components"} <= set(spec):
             return spec
     except (StopIteration, TypeError, yaml.YAMLError):
         pass
-    raise ConfigError("this is no compiled pipeline: it has no pipelineInfo, root and components; run `make compile`")
+    raise ConfigError("this is not a compiled pipeline: pipelineInfo, root or components is missing; run `make compile`")
+
+
+def _input_definitions(package: str) -> Any:
+    """Inputs of a compiled pipeline: name → parameterType, defaultValue, literals, description, isOptional."""
+    return _load_spec(package)["root"].get("inputDefinitions", {}).get("parameters", {})
 
 
 def parse_inputs(package: str, inputs: Sequence[str]) -> dict[str, Any]:
-    """`NAME=VALUE` as the pipeline's inputs have it: text as it is, all else as YAML. `@FILE` stands for all that a JSON object names.
+    """Parses NAME=VALUE by the input's type: text stays as it is, other types are YAML. `@FILE` is a JSON object of several inputs.
 
-    Of two values of one input the later one holds. Raises ConfigError naming what cannot be read.
+    Of two values of one input the later one holds. Raises ConfigError naming the argument that cannot be read.
     """
-    definitions = _load_spec(package)["root"].get("inputDefinitions", {}).get("parameters", {})
+    definitions = _input_definitions(package)
     values: dict[str, Any] = {}
     for argument in inputs:
         if argument.startswith("@"):
@@ -357,15 +361,15 @@ def parse_inputs(package: str, inputs: Sequence[str]) -> dict[str, Any]:
 
 
 def check_inputs(package: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments, if the pipeline takes them: all are known, of the right type, one of the values that it lists, none is missing.
+    """Returns the arguments if the pipeline accepts them: known, of the right type, among the listed values, none missing.
 
     Raises ConfigError naming the input.
     """
-    inputs = _load_spec(package)["root"].get("inputDefinitions", {}).get("parameters", {})
+    inputs = _input_definitions(package)
     for name, value in arguments.items():
         if name not in inputs:
             raise ConfigError(
-                f"{name}: is no input of pipeline {pipeline_name(package)}; its inputs are {', '.join(sorted(inputs))}"
+                f"{name}: is not an input of pipeline {pipeline_name(package)}; its inputs are {', '.join(sorted(inputs))}"
             )
         definition = inputs[name]
         types = _PARAMETER_TYPES[definition["parameterType"]]
@@ -377,11 +381,11 @@ def check_inputs(package: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"{name}: invalid value {value!r}: must be one of {', '.join(map(str, definition['literals']))}")
     for name, definition in inputs.items():
         if name not in arguments and "defaultValue" not in definition and not definition.get("isOptional"):
-            raise ConfigError(f"{name}: must be given: {definition.get('description', 'an input of the pipeline')}")
+            raise ConfigError(f"{name}: is missing: {definition.get('description', 'an input of the pipeline')}")
     size = len(json.dumps(dict(arguments)).encode())
     if size > MAX_PARAMETER_BYTES:
         raise ConfigError(
-            f"the inputs are {size:,} bytes as JSON, KFP takes {MAX_PARAMETER_BYTES:,}; give places (URIs) for what is long"
+            f"the inputs are {size:,} bytes as JSON, and KFP accepts {MAX_PARAMETER_BYTES:,}; give URIs of files in place of long values"
         )
     return dict(arguments)
 
@@ -401,7 +405,7 @@ def _equals_filter(key: str, value: str) -> str:
 
 
 def stage_names(package: str) -> frozenset[str]:
-    """The tasks of a compiled pipeline that run a container, in it or in a pipeline within."""
+    """Names of a compiled pipeline's tasks that run a container, also in its inner pipelines."""
     spec = _load_spec(package)
     components = spec["components"]
     return frozenset(
@@ -413,7 +417,7 @@ def stage_names(package: str) -> frozenset[str]:
 
 
 def _select_tasks(run: Any, stages: Collection[str]) -> Iterator[StageTask]:
-    """Those nodes that are steps."""
+    """Yields the nodes that are stages."""
     for node in (run.run_details.task_details if run.run_details else None) or ():
         if node.display_name in stages:
             error = str(getattr(node.error, "message", "") or "") if node.error else ""
@@ -421,14 +425,14 @@ def _select_tasks(run: Any, stages: Collection[str]) -> Iterator[StageTask]:
 
 
 def _extract_message(error: ApiException) -> str:
-    """What the server said, in one line."""
+    """The server's message in one line."""
     text = error.body or error.reason or ""
     if isinstance(text, bytes):
         text = text.decode(errors="replace")
     with contextlib.suppress(ValueError, TypeError, AttributeError):
         body = json.loads(text)
         text = body.get("message") or body.get("error_message") or body.get("error") or text
-    return " ".join(str(text).split())[:300] or "no reason is given"
+    return " ".join(str(text).split())[:300] or "no reason given"
 
 
 def _renew_token(settings: Any) -> None:

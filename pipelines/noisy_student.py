@@ -1,12 +1,12 @@
-"""The wiring: start → prepare → teacher → (resolve → generation) × MAX_GENERATIONS → report; and the same for one generation.
+"""The wiring: start → prepare → teacher → (next teacher → generation) × MAX_GENERATIONS → report; and the same for one generation.
 
-The loop is unrolled, since KFP has none that stops early, and its state is in the ledger: `resolve` always runs, says which
-teacher the generation has, or that the loop is over. So the shape holds under kfp.local and on a cluster alike:
+The loop is unrolled, since KFP has no loop that stops early, and its state is in the ledger: `next_teacher` always runs, and returns
+the teacher of the generation, or that the loop is over. Three rules keep the shape valid under kfp.local and on a cluster alike:
 
-- an If only ever tests the single output of one task, or an input of the pipeline that it stands in;
+- an If tests only the single output of one task, or an input of the pipeline that contains it;
 - a ParallelFor has a pipeline of its own, whose inputs carry every value that its body uses;
-- a task whose CPUs, memory or GPUs are inputs stands in a pipeline, never directly in a loop or an If: KFP's compiler would leave
-  its inputs dangling there.
+- a task whose CPUs, memory or GPUs are inputs is in a pipeline, never directly in a loop or an If: there KFP's compiler would leave
+  its inputs dangling.
 """
 
 from kfp import dsl
@@ -16,17 +16,19 @@ from components.commit_labels import commit_labels
 from components.evaluate import evaluate
 from components.gate import gate
 from components.label_shards import label_shards
+from components.next_teacher import next_teacher
 from components.plan_labels import plan_labels
-from components.plan_run import plan_run
 from components.prepare_data import prepare_data
 from components.report import report
-from components.resolve import resolve
 from components.start_generation import start_generation
 from components.start_run import start_run
 from components.train import train
 from ns.config.schema import MAX_GENERATIONS
-from ns.stages.steps import STOP, TRAIN
+from ns.stages.context import TeacherSignal
 from pipelines.placement import Placement, add_registry_login, place_on_cpu, place_on_gpu, with_placement_inputs
+
+# KFP compares plain strings.
+STOP, TRAIN = TeacherSignal.STOP.value, TeacherSignal.TRAIN.value
 
 
 @dsl.pipeline(name="shard")
@@ -34,7 +36,7 @@ from pipelines.placement import Placement, add_registry_login, place_on_cpu, pla
 def label_range(
     config_uri: str, root: str, run: str, data: str, generation: int, teacher: str, shards: str, placement: Placement
 ) -> None:
-    """One range of shards."""
+    """Labels one range of shards."""
     base = {"config_uri": config_uri, "root": root, "run": run, "data": data, "generation": generation}
     place_on_gpu(label_shards(**base, teacher=teacher, shards=shards), placement, "label", hours=12)
 
@@ -44,7 +46,7 @@ def label_range(
 def label_pool(
     config_uri: str, root: str, run: str, data: str, generation: int, teacher: str, ranges: list[str], placement: Placement
 ) -> None:
-    """The un-noised teacher over the pool, one task for each range of shards."""
+    """Labels the pool with the un-noised teacher, one task per range of shards."""
     base = {"config_uri": config_uri, "root": root, "run": run, "data": data, "generation": generation}
     with dsl.ParallelFor(ranges) as shards:
         label_range(**base, teacher=teacher, shards=shards, **placement)
@@ -55,11 +57,11 @@ def label_pool(
 def run_generation(
     config_uri: str, root: str, run: str, data: str, generation: int, teacher: str, placement: Placement
 ) -> None:
-    """One trip round the loop: label, select, train a student, evaluate, decide."""
+    """Runs one generation: label, select, train a student, evaluate, decide."""
     base = {"config_uri": config_uri, "root": root, "run": run, "data": data, "generation": generation}
     plan = place_on_cpu(plan_labels(**base), placement, hours=1)
     pool_labeled = label_pool(**base, teacher=teacher, ranges=plan.output, **placement)
-    # Versions of label sets need DVC.
+    # The tools image, since versions of label sets need DVC.
     selection = place_on_cpu(
         commit_labels(**base, teacher=teacher).after(pool_labeled), placement, hours=6, image="tools_image"
     )
@@ -73,19 +75,19 @@ def run_generation(
 @dsl.pipeline(name="attempt")
 @with_placement_inputs
 def attempt_generation(
-    config_uri: str, root: str, run: str, data: str, number: int, first_teacher: str, placement: Placement
+    config_uri: str, root: str, run: str, data: str, generation: int, first_teacher: str, placement: Placement
 ) -> None:
-    """A generation, if the loop is not over. A pipeline of its own, so that the next one can wait for it."""
-    base = {"config_uri": config_uri, "root": root, "run": run, "data": data}
-    teacher = place_on_cpu(resolve(**base, generation=number, first_teacher=first_teacher), placement, hours=1)
+    """Runs a generation, if the loop is not over. It is a pipeline of its own, so that the next generation can wait for it."""
+    base = {"config_uri": config_uri, "root": root, "run": run, "data": data, "generation": generation}
+    teacher = place_on_cpu(next_teacher(**base, first_teacher=first_teacher), placement, hours=1)
     with dsl.If(teacher.output != STOP):
-        run_generation(**base, generation=number, teacher=teacher.output, **placement)
+        run_generation(**base, teacher=teacher.output, **placement)
 
 
 @dsl.pipeline(name="first-teacher")
 @with_placement_inputs
 def train_first_teacher(config_uri: str, root: str, run: str, data: str, placement: Placement) -> None:
-    """The teacher that learns from labeled images alone."""
+    """Trains and evaluates the teacher that learns from labeled images alone."""
     base = {"config_uri": config_uri, "root": root, "run": run, "data": data, "generation": 0}
     teacher = place_on_gpu(train(**base), placement, "train", hours=168)
     teacher.set_display_name("train teacher")
@@ -97,7 +99,7 @@ def train_first_teacher(config_uri: str, root: str, run: str, data: str, placeme
 def evaluate_known_teacher(
     config_uri: str, root: str, run: str, data: str, generation: int, model: str, placement: Placement
 ) -> None:
-    """A student that is now a teacher, on the images that decide now."""
+    """Evaluates a student that has become the teacher, on the images that the gate compares on now."""
     base = {"config_uri": config_uri, "root": root, "run": run, "data": data, "generation": generation}
     place_on_gpu(evaluate(**base, model=model), placement, "label", hours=24)
 
@@ -107,42 +109,12 @@ def evaluate_known_teacher(
 def provide_teacher(
     config_uri: str, root: str, run: str, data: str, generation: int, teacher: str, placement: Placement
 ) -> None:
-    """What one generation needs first: a teacher that is trained and evaluated."""
+    """Provides what one generation needs first: a teacher that is trained and evaluated."""
     base = {"config_uri": config_uri, "root": root, "run": run, "data": data}
     with dsl.If(teacher == TRAIN):
         train_first_teacher(**base, **placement)
     with dsl.Elif(teacher != STOP):
         evaluate_known_teacher(**base, generation=generation, model=teacher, **placement)
-
-
-@dsl.pipeline(name="dry-run")
-@with_placement_inputs
-def plan_only(
-    config: str,
-    root: str,
-    overrides: list[str],
-    labeled: str,
-    pool: str,
-    heldout: str,
-    generations: int,
-    label_workers: int,
-    one_generation: bool,
-    placement: Placement,
-) -> None:
-    """The plan, measured where trainings would take place."""
-    task = plan_run(
-        config=config,
-        root=root,
-        overrides=overrides,
-        labeled=labeled,
-        pool=pool,
-        heldout=heldout,
-        generations=generations,
-        label_workers=label_workers,
-        devices=placement["train_gpus"],
-        one_generation=one_generation,
-    )
-    place_on_gpu(task, placement, "train", hours=1)
 
 
 @dsl.pipeline(
@@ -151,7 +123,7 @@ def plan_only(
 )
 @with_placement_inputs
 def noisy_student(
-    config: str = "quickstart",
+    config_uri: str = "quickstart",
     root: str = "s3://mlpipeline/noisy-student",
     run: str = "",
     overrides: list[str] = [],  # noqa: B006  (KFP copies it)
@@ -159,82 +131,76 @@ def noisy_student(
     pool: str = "",
     heldout: str = "",
     generations: int = 0,
-    label_workers: int = 0,
-    dry_run: bool = False,
+    labeling_tasks: int = 0,
     *,
     placement: Placement,
 ) -> None:
     """Noisy Student self-training.
 
     Args:
-        config: URI of the experiment's YAML file, or a preset: quickstart.
+        config_uri: URI of the experiment's YAML file, or the name of a preset.
         root: URI of the store that holds everything: data, models, label sets, the ledger and the runs.
-        run: Name of the run, a folder below the root; made from the experiment if empty. The same name continues the same run.
+        run: Name of the run, a folder below the root; if empty, named after the experiment. The same name continues the same run.
         overrides: Fields of the experiment to change, as ["seed=1", "selection.min_confidence=0.5"].
-        labeled: URI of the labeled images; as the experiment says if empty.
-        pool: URI of the unlabeled images; as the experiment says if empty.
-        heldout: URI of the held-out images; as the experiment says if empty.
-        generations: Trips round the loop, at most 5; the gate may stop it earlier. As the experiment says if 0.
-        label_workers: Labeling tasks beside each other, at most 50. As the experiment says if 0.
-        dry_run: Only say what the run would cost.
+        labeled: URI of the labeled images; if empty, the experiment's.
+        pool: URI of the unlabeled images; if empty, the experiment's.
+        heldout: URI of the held-out images; if empty, the experiment's.
+        generations: Most generations, 1-5; the gate may stop earlier. 0 uses the experiment's value.
+        labeling_tasks: Parallel labeling tasks, 1-50. 0 uses the experiment's value.
     """
     data_uris = {"labeled": labeled, "pool": pool, "heldout": heldout}
-    start_inputs = {"config": config, "root": root, "overrides": overrides, "label_workers": label_workers, **data_uris}
-    with dsl.If(dry_run == True):  # noqa: E712  (KFP reads the comparison)
-        plan_only(**start_inputs, generations=generations, one_generation=False, **placement)
-    with dsl.Else():
-        started = place_on_cpu(start_run(**start_inputs, run=run, generations=generations), placement, hours=1)
-        base = {"config_uri": started.outputs["config_uri"], "root": root, "run": started.outputs["run"]}
-        data = place_on_cpu(prepare_data(**base), placement, hours=24)
-        last: PipelineTask = train_first_teacher(**base, data=data.output, **placement)
-        for number in range(1, MAX_GENERATIONS + 1):
-            last = attempt_generation(**base, data=data.output, number=number, first_teacher=TRAIN, **placement).after(last)
-            last.set_display_name(f"generation {number}")
-        place_on_cpu(report(**base).after(last), placement, hours=1)
+    sizes = {"generations": generations, "labeling_tasks": labeling_tasks}
+    start = start_run(config_uri=config_uri, root=root, run=run, overrides=overrides, **data_uris, **sizes)
+    started = place_on_cpu(start, placement, hours=1)
+    base = {"config_uri": started.outputs["config_uri"], "root": root, "run": started.outputs["run"]}
+    data = place_on_cpu(prepare_data(**base), placement, hours=24)
+    last: PipelineTask = train_first_teacher(**base, data=data.output, **placement)
+    for number in range(1, MAX_GENERATIONS + 1):
+        last = attempt_generation(**base, data=data.output, generation=number, first_teacher=TRAIN, **placement).after(last)
+        last.set_display_name(f"generation {number}")
+    place_on_cpu(report(**base).after(last), placement, hours=1)
 
 
 @dsl.pipeline(
     name="noisy-student-generation",
-    description="One generation of Noisy Student self-training, from the student that was accepted last: for recurring runs.",
+    description="One generation of Noisy Student self-training, from the student that was accepted last; for recurring runs.",
 )
 @with_placement_inputs
 def noisy_student_generation(
-    config: str = "quickstart",
+    config_uri: str = "quickstart",
     root: str = "s3://mlpipeline/noisy-student",
     run: str = "",
     overrides: list[str] = [],  # noqa: B006  (KFP copies it)
     labeled: str = "",
     pool: str = "",
     heldout: str = "",
-    label_workers: int = 0,
-    dry_run: bool = False,
+    labeling_tasks: int = 0,
     *,
     placement: Placement,
 ) -> None:
     """One generation of Noisy Student self-training.
 
     Args:
-        config: URI of the experiment's YAML file, or a preset: quickstart. Its name says which runs it goes on from.
+        config_uri: URI of the experiment's YAML file, or the name of a preset. Continues the runs of experiments of the same name.
         root: URI of the store that holds everything: data, models, label sets, the ledger and the runs.
-        run: Name of the run; made from the experiment, its data and the teacher if empty, as recurring runs want it.
+        run: Name of the run; leave empty for recurring runs, to name each after the experiment, its data and the teacher.
         overrides: Fields of the experiment to change, as ["seed=1", "selection.min_confidence=0.5"].
-        labeled: URI of the labeled images; as the experiment says if empty.
-        pool: URI of the unlabeled images; as the experiment says if empty.
-        heldout: URI of the held-out images; as the experiment says if empty.
-        label_workers: Labeling tasks beside each other, at most 50. As the experiment says if 0.
-        dry_run: Only say what the run would cost.
+        labeled: URI of the labeled images; if empty, the experiment's.
+        pool: URI of the unlabeled images; if empty, the experiment's.
+        heldout: URI of the held-out images; if empty, the experiment's.
+        labeling_tasks: Parallel labeling tasks, 1-50. 0 uses the experiment's value.
     """
     data_uris = {"labeled": labeled, "pool": pool, "heldout": heldout}
-    start_inputs = {"config": config, "root": root, "overrides": overrides, "label_workers": label_workers, **data_uris}
-    with dsl.If(dry_run == True):  # noqa: E712  (KFP reads the comparison)
-        plan_only(**start_inputs, generations=1, one_generation=True, **placement)
-    with dsl.Else():
-        started = place_on_cpu(start_generation(**start_inputs, run=run), placement, hours=24)
-        base = {name: started.outputs[name] for name in ("config_uri", "run", "data")} | {"root": root}
-        teacher_ready = provide_teacher(
-            **base, generation=started.outputs["teacher_generation"], teacher=started.outputs["teacher"], **placement
-        )
-        last = attempt_generation(
-            **base, number=started.outputs["generation"], first_teacher=started.outputs["teacher"], **placement
-        ).after(teacher_ready)
-        place_on_cpu(report(config_uri=base["config_uri"], root=root, run=base["run"]).after(last), placement, hours=1)
+    start = start_generation(
+        config_uri=config_uri, root=root, run=run, overrides=overrides, **data_uris, labeling_tasks=labeling_tasks
+    )
+    started = place_on_cpu(start, placement, hours=24)
+    base = {"config_uri": started.outputs["config_uri"], "root": root, "run": started.outputs["run"]}
+    data, teacher = started.outputs["data"], started.outputs["teacher"]
+    teacher_ready = provide_teacher(
+        **base, data=data, generation=started.outputs["teacher_generation"], teacher=teacher, **placement
+    )
+    last = attempt_generation(
+        **base, data=data, generation=started.outputs["generation"], first_teacher=teacher, **placement
+    ).after(teacher_ready)
+    place_on_cpu(report(**base).after(last), placement, hours=1)

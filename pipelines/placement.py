@@ -1,7 +1,7 @@
-"""Where steps run: the inputs by which the run form chooses nodes, GPUs, memory, image and secrets, and what they do to a task.
+"""Where stages run: the pipelines' inputs for nodes, GPUs, memory, images and secrets, and how they apply to a task.
 
-Three pools: labeling and evaluation, which lose little when a node is taken away, belong on spot nodes with GPUs; training on nodes
-that stay; all else needs no GPU. Without selectors and tolerations, everything runs anywhere.
+There are three node pools. Labeling and evaluation lose little when a node is taken away and belong on spot nodes with GPUs; training
+belongs on nodes that stay; all other stages need no GPU. Without selectors and tolerations every stage may run on every node.
 """
 
 import functools
@@ -12,20 +12,15 @@ from typing import Any, NamedTuple
 from kfp import kubernetes
 from kfp.dsl import PipelineTask
 
-from components import TOOLS_IMAGE, WORKER_IMAGE
+from components import SETTINGS_VARIABLES, SHARED_MEMORY, STAGE_USER, TOOLS_IMAGE, WORKER_IMAGE
 from ns.core.git import PASSWORD_VARIABLE, USER_VARIABLE
 
 GPU_TYPES = ("nvidia.com/gpu", "nvidia.com/mig-1g.10gb", "nvidia.com/mig-2g.20gb", "nvidia.com/mig-3g.40gb", "amd.com/gpu")
 GPU_COUNTS = ("0", "1", "2", "4", "8")
 
-STAGE_USER = 10001
 HOURS = 3600
-SHARED_MEMORY = "8Gi"
-"""Of /dev/shm, through which the processes that load images hand them over; counts against the step's memory."""
 STAGE_RETRIES = 3
-"""When a step fails or its node is taken away: every step goes on where it stopped."""
-SETTINGS_VARIABLES = ("AWS_ENDPOINT_URL", "AWS_REGION", "NS_METRICS_PORT", "NS_METRICS_LINGER_SECONDS", "NS_PUSHGATEWAY_URL")
-"""Environment of every step, from a ConfigMap."""
+"""Retries of a stage that fails or whose node is taken away: it continues where it stopped."""
 
 
 class PipelineInput(NamedTuple):
@@ -34,29 +29,29 @@ class PipelineInput(NamedTuple):
     default: Any
     description: str
     choices: tuple[str, ...] = ()
-    """What the run form offers; anything if empty."""
+    """The values that the run form offers; if empty, any value is allowed."""
 
 
 PLACEMENT_INPUTS = {
-    "worker_image": PipelineInput(WORKER_IMAGE, "Image that steps run in, best by its digest; worker-cuda for GPUs."),
+    "worker_image": PipelineInput(WORKER_IMAGE, "Image of the stages, best named by its digest; worker-cuda for GPUs."),
     "tools_image": PipelineInput(
-        TOOLS_IMAGE, "Image of the step that keeps versions of label sets: tools. The worker's will do without a registry."
+        TOOLS_IMAGE, "Image of the stage that commits label sets: tools. Without a label registry the worker image is enough."
     ),
     "gpu_type": PipelineInput("nvidia.com/gpu", "Kind of GPU, as the resource that nodes offer.", GPU_TYPES),
-    "label_gpus": PipelineInput("0", "GPUs for each labeling task and each evaluation.", GPU_COUNTS),
-    "label_cpu": PipelineInput("2", "CPUs for each labeling task and each evaluation."),
+    "label_gpus": PipelineInput("0", "GPUs of each labeling task and each evaluation.", GPU_COUNTS),
+    "label_cpu": PipelineInput("2", "CPUs of each labeling task and each evaluation."),
     "label_memory": PipelineInput("8Gi", "Memory of each labeling task and each evaluation."),
     "label_node_selector": PipelineInput({}, 'Labels of the nodes for labeling and evaluation, as {"pool": "spot-gpu"}.'),
     "label_tolerations": PipelineInput(
         [], 'Taints that labeling and evaluation tolerate, as [{"key": "nvidia.com/gpu", "operator": "Exists"}].'
     ),
-    "train_gpus": PipelineInput("0", "GPUs for a training; each gets a process.", GPU_COUNTS),
-    "train_cpu": PipelineInput("2", "CPUs for a training."),
+    "train_gpus": PipelineInput("0", "GPUs of a training; each GPU gets a process.", GPU_COUNTS),
+    "train_cpu": PipelineInput("2", "CPUs of a training."),
     "train_memory": PipelineInput("16Gi", "Memory of a training."),
     "train_node_selector": PipelineInput({}, "Labels of the nodes for training."),
     "train_tolerations": PipelineInput([], "Taints that training tolerates."),
-    "cpu_node_selector": PipelineInput({}, "Labels of the nodes for all other steps."),
-    "cpu_tolerations": PipelineInput([], "Taints that all other steps tolerate."),
+    "cpu_node_selector": PipelineInput({}, "Labels of the nodes for all other stages."),
+    "cpu_tolerations": PipelineInput([], "Taints that all other stages tolerate."),
     "storage_secret": PipelineInput(
         "mlpipeline-minio-artifact", "Secret with the keys accesskey and secretkey of the store. May be missing."
     ),
@@ -73,21 +68,21 @@ Placement = dict[str, Any]
 
 
 def with_placement_inputs(pipeline: Callable[..., None]) -> Callable[..., None]:
-    """Adds INPUTS to a pipeline's inputs; its function gets them as one mapping, `pools`."""
+    """Adds PLACEMENT_INPUTS to a pipeline's inputs; its function gets them as one mapping, `placement`."""
     signature = inspect.signature(pipeline)
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     added = [
         inspect.Parameter(name, kind, default=spec.default, annotation=type(spec.default))
         for name, spec in PLACEMENT_INPUTS.items()
     ]
-    parameters = [parameter for name, parameter in signature.parameters.items() if name != "pools"]
+    parameters = [parameter for name, parameter in signature.parameters.items() if name != "placement"]
 
     @functools.wraps(pipeline)
     def call_pipeline(*values: Any, **keywords: Any) -> None:
         bound = signature.replace(parameters=[*parameters, *added]).bind(*values, **keywords).arguments
         return pipeline(
             **{name: value for name, value in bound.items() if name not in PLACEMENT_INPUTS},
-            pools={name: bound[name] for name in PLACEMENT_INPUTS},
+            placement={name: bound[name] for name in PLACEMENT_INPUTS},
         )
 
     call_pipeline.__signature__ = signature.replace(parameters=[*parameters, *added])  # type: ignore[attr-defined]
@@ -95,21 +90,21 @@ def with_placement_inputs(pipeline: Callable[..., None]) -> Callable[..., None]:
 
 
 def place_on_cpu(task: PipelineTask, placement: Placement, *, hours: int, image: str = "worker_image") -> PipelineTask:
-    """A step that needs neither GPU nor much memory. `image`: the input that names its image."""
+    """Places a stage that needs neither GPU nor much memory. `image` is the input that names its image."""
     task.set_cpu_request("500m")
     task.set_memory_request("2Gi")
     return _place_task(task, placement, "cpu", hours, image)
 
 
 def add_registry_login(task: PipelineTask, placement: Placement) -> PipelineTask:
-    """A step that pushes to the label registry."""
+    """Gives a stage the login of the label registry's git server."""
     login = {"username": USER_VARIABLE, "password": PASSWORD_VARIABLE}
     kubernetes.use_secret_as_env(task, placement["registry_secret"], login, optional=True)
     return task
 
 
 def place_on_gpu(task: PipelineTask, placement: Placement, node_pool: str, *, hours: int) -> PipelineTask:
-    """A step of the pool `label` or `train`."""
+    """Places a stage on the node pool `label` or `train`."""
     task.set_cpu_request(placement[f"{node_pool}_cpu"])
     task.set_memory_request(placement[f"{node_pool}_memory"])
     task.set_memory_limit(placement[f"{node_pool}_memory"])
@@ -121,13 +116,13 @@ def place_on_gpu(task: PipelineTask, placement: Placement, node_pool: str, *, ho
 
 def _place_task(task: PipelineTask, placement: Placement, node_pool: str, hours: int, image: str) -> PipelineTask:
     task.set_container_image(placement[image])
-    # KFP's cache keys on strings, and ours, the ledger, on content.
+    # KFP's cache compares strings; ours, the ledger, compares content.
     task.set_caching_options(False)
     task.set_retry(STAGE_RETRIES, backoff_duration="30s", backoff_factor=2.0, backoff_max_duration="600s")
     kubernetes.set_timeout(task, hours * HOURS)
     kubernetes.add_node_selector_json(task, placement[f"{node_pool}_node_selector"])
     kubernetes.add_toleration_json(task, placement[f"{node_pool}_tolerations"])
-    # The images can run with a root file system that cannot be written.
+    # The only folder that stages write to: their root file system may be read-only.
     kubernetes.empty_dir_mount(task, "scratch", "/tmp")
     kubernetes.set_security_context(task, run_as_user=STAGE_USER, run_as_group=STAGE_USER, run_as_non_root=True)
     kubernetes.use_secret_as_env(

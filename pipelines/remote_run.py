@@ -1,7 +1,7 @@
-"""Runs the pipeline on Kubeflow: submits it, and shows how it goes.
+"""Runs the pipeline on Kubeflow: submits it and shows its progress.
 
-Which step is under way or failed, KFP says; to which generation it belongs, how far a training is and why a step failed, the steps leave
-in the run's folder. The client only watches: the run goes on without it.
+KFP says which stage runs or failed; the stages leave their generation, their progress and the reason of a failure in the run's folder.
+The client only watches: the run continues without it.
 """
 
 import contextlib
@@ -13,8 +13,10 @@ from typing import Any
 from ns import __version__
 from ns.config.schema import Experiment
 from ns.core.errors import ConfigError, Interrupted, NsError, RunError
+from ns.core.log import StageEvent
 from ns.core.process import handle_signals
-from ns.runs import records as runs
+from ns.runs.lifecycle import finish_run, open_run
+from ns.runs.records import list_stage_failures, list_stage_notes
 from ns.storage import LocalStore, Store
 from ns.storage.documents import parse_json_object
 from ns.training.monitor import PROGRESS
@@ -30,10 +32,8 @@ from pipelines.kfp_client import (
     stage_names,
 )
 
-StageEvent = dict[str, Any]
-
 _SHARDS = re.compile(r"-(\d+-\d+)$")
-"""What a labeling task adds to the step's name."""
+"""The suffix of a labeling task in the stage's name."""
 
 
 def build_inputs(
@@ -46,19 +46,19 @@ def build_inputs(
     inputs: Sequence[str] = (),
     registry: bool = False,
 ) -> dict[str, Any]:
-    """The pipeline's inputs. `image`: of the steps; `gpus`: for each labeling task and training; `inputs`: further ones, NAME=VALUE;
-    `registry`: whether the experiment has one, for which the image of the steps will not do.
+    """Builds the pipeline's inputs.
 
-    Raises ConfigError naming the input that is wrong or lacking.
+    `image`: of the stages; `gpus`: of each labeling task and each training; `inputs`: further ones, NAME=VALUE; `registry`: whether the
+    experiment has a label registry, which the stages' image does not support. Raises ConfigError naming the input that is wrong or missing.
     """
     package = PACKAGE.read_text()
-    values: dict[str, Any] = {"config": config_uri, "root": root.uri, "run": run}
+    values: dict[str, Any] = {"config_uri": config_uri, "root": root.uri, "run": run}
     extra = parse_inputs(package, inputs)
     image = image or extra.get("worker_image")
     if image:
         if registry and "tools_image" not in extra:
             raise ConfigError(
-                "--input tools_image: must be given beside --image: the experiment has a registry, and the steps' image no DVC; "
+                "--input tools_image: must be given beside --image: the experiment has a registry, and the stages' image has no DVC; "
                 "add --input tools_image=REGISTRY/noisy-student/tools@sha256:…"
             )
         extra = {"tools_image": image} | extra | {"worker_image": image}
@@ -68,28 +68,30 @@ def build_inputs(
 
 
 def check_remote_uris(root: Store, experiment: Experiment) -> None:
-    """Raises ConfigError naming the first place that only this machine has."""
+    """Raises ConfigError naming the first URI that only this machine can reach."""
     if isinstance(root, LocalStore):
         raise ConfigError(
-            f"--root: invalid value {root.root}: a cluster has no folders of this machine; give s3://bucket/prefix"
+            f"--root: invalid value {root.root}: a cluster cannot read folders of this machine; give s3://bucket/prefix"
         )
     for field, uri in experiment.map_uris().items():
         if not uri.startswith("s3://"):
-            raise ConfigError(f"{field}: invalid value {uri}: a cluster has no folders of this machine; put it on S3 (s3://…)")
+            raise ConfigError(
+                f"{field}: invalid value {uri}: a cluster cannot read folders of this machine; put it on S3 (s3://…)"
+            )
 
 
 def submit_run(client: KfpClient, root: Store, run: str, experiment: Experiment, inputs: Mapping[str, Any]) -> SubmittedRun:
-    """Starts a run, unless it is under way, with the inputs that `arguments` made. If KFP cannot be reached nothing is left behind."""
+    """Starts a run with the inputs that `build_inputs` made, unless it is under way. Leaves nothing behind if KFP cannot be reached."""
     existing = client.find_run(run, experiment.name, excluded_states=ENDED_STATES)
     if existing is not None:
         return existing
     pipeline = client.upload_pipeline(PACKAGE.read_text())
-    runs.open_run(root, run, experiment, __version__)
+    open_run(root, run, experiment, __version__)
     try:
         return client.create_run(pipeline, inputs, name=run, experiment=experiment.name, excluded_states=ENDED_STATES)
     except NsError as error:
         with contextlib.suppress(NsError):
-            runs.finish_run(root, run, "failed", str(error))
+            finish_run(root, run, "failed", str(error))
         raise
 
 
@@ -104,15 +106,15 @@ def follow_run(
 ) -> None:
     """Shows a run until it has ended.
 
-    Raises RunError if it failed, with each step that did and its reason, and Interrupted after SIGINT or SIGTERM, or if somebody
-    cancelled the run.
+    Raises RunError with each failed stage and its reason if the run failed, and Interrupted after SIGINT or SIGTERM, or if the run was
+    cancelled.
     """
     watcher = _StageRecordWatcher(root, run, on_event)
     last: dict[str, StageTask] = {}
 
     def report_task(task: StageTask) -> None:
         last[task.key] = task
-        on_event({"event": "state", "step": task.name, "state": task.state})
+        on_event({"event": "state", "stage": task.name, "state": task.state})
 
     with handle_signals(_raise_interrupt):
         ended = client.wait_for_run(
@@ -122,26 +124,27 @@ def follow_run(
         return
     if ended.state != "FAILED":
         error: NsError = Interrupted(f"run {run}: was {ended.state.lower()}; the same command continues")
-        runs.finish_run(root, run, "interrupted", str(error))
+        finish_run(root, run, "interrupted", str(error))
         raise error
     reasons = _explain_failures(root, run, [task for task in last.values() if task.state == "FAILED"])
-    runs.finish_run(root, run, "failed", reasons)
+    finish_run(root, run, "failed", reasons)
     raise RunError(f"{reasons}; logs: {ended.url}")
 
 
 def _explain_failures(root: Store, run: str, failed: Sequence[StageTask]) -> str:
-    """Every step that failed with its reason: as the step left it, as KFP has it, or that there is none."""
-    recorded = runs.list_stage_failures(root, run)
+    """Lists the failed stages with the reason that the stage recorded, or else KFP's, or else that there is none."""
+    recorded = list_stage_failures(root, run)
     reasons = [str(failure) for failure in recorded]
     unexplained = [task for task in failed if task.name not in {failure.stage for failure in recorded}]
     reasons += [
-        f"{task.name}: {task.error or 'ended without a word (killed? out of memory? too late?)'}" for task in unexplained
+        f"{task.name}: {task.error or 'exited without an error message (killed? out of memory? timed out?)'}"
+        for task in unexplained
     ]
-    return "; ".join(dict.fromkeys(reasons)) or "no step says why"
+    return "; ".join(dict.fromkeys(reasons)) or "no stage recorded a reason"
 
 
 class _StageRecordWatcher:
-    """What the steps leave in the run's folder, as events."""
+    """Turns the records that stages leave in the run's folder into events."""
 
     def __init__(self, root: Store, run: str, on_event: Callable[[StageEvent], None]) -> None:
         self._root, self._run = root, run
@@ -151,9 +154,9 @@ class _StageRecordWatcher:
         self._trainings: set[str] = set()
 
     def poll_records(self) -> None:
-        """Watching must not fail where the run goes on: what cannot be read now is read later."""
+        """Emits what is new. Watching must not fail while the run continues: what cannot be read now is read later."""
         with contextlib.suppress(NsError):
-            for stage_record in runs.list_stage_notes(self._root, self._run):
+            for stage_record in list_stage_notes(self._root, self._run):
                 key = (stage_record.generation, stage_record.stage)
                 if self._seen.get(key) != stage_record.finished_at:
                     self._seen[key] = stage_record.finished_at
@@ -161,7 +164,7 @@ class _StageRecordWatcher:
                     self._on_event(
                         {
                             "event": "noted",
-                            "step": stage,
+                            "stage": stage,
                             "generation": stage_record.generation,
                             "shards": shards[1] if shards else "",
                             "seconds": stage_record.seconds,
@@ -180,24 +183,23 @@ class _StageRecordWatcher:
             return
         if generation not in self._trainings:
             self._trainings.add(generation)
-            self._on_event({"event": "started", "step": "train", "generation": int(generation)})
+            self._on_event({"event": "started", "stage": "train", "generation": int(generation)})
         self._progress_at = progress["updated_at"]
         per_step = progress["images"] / max(1, progress["step"])
-        loss = {"loss": progress["latest"]["loss"]} if "loss" in progress["latest"] else {}
-        self._on_event(
-            {
-                "event": "progress",
-                "step": "train",
-                "generation": int(generation),
-                "done": progress["images"],
-                "total": round(progress["steps"] * per_step),
-                "per_second": progress["images_per_second"],
-                "unit": "images",
-                **loss,
-            }
-        )
+        event: StageEvent = {
+            "event": "progress",
+            "stage": "train",
+            "generation": int(generation),
+            "done": progress["images"],
+            "total": round(progress["steps"] * per_step),
+            "per_second": progress["images_per_second"],
+            "unit": "images",
+        }
+        if "loss" in progress["latest"]:
+            event["loss"] = progress["latest"]["loss"]
+        self._on_event(event)
 
 
 def _raise_interrupt(_number: int, _frame: FrameType | None) -> None:
-    """SIGTERM says what Ctrl-C says, and both are heard by a job in the background too."""
+    """Makes SIGTERM act like Ctrl-C; a job in the background receives both."""
     raise KeyboardInterrupt

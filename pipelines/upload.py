@@ -1,7 +1,7 @@
-"""Uploads the compiled pipelines: `python -m pipelines.upload`, to the server in NS_KFP_URL. What is there is left as it is.
+"""Uploads the compiled pipelines to the server in NS_KFP_URL: `python -m pipelines.upload`. Versions that exist stay as they are.
 
-In the cluster a CronJob does it (k8s/base), so that a platform has its pipelines without anybody's help, also after its database was
-lost. Their run forms are filled in for the cluster by NS_PIPELINE_INPUTS: a JSON object, input → default.
+In the cluster a CronJob does this (k8s/base), so that a platform gets its pipelines back by itself after its database was lost.
+NS_PIPELINE_INPUTS, a JSON object input → default, fills in the run forms for the cluster.
 """
 
 import argparse
@@ -14,14 +14,14 @@ from typing import Any
 
 import yaml
 
-from ns.core.errors import ConfigError, NsError
+from ns.core.errors import ConfigError, NsError, prefix_errors
 from pipelines import load_yaml_documents
-from pipelines.kfp_client import KfpClient
+from pipelines.kfp_client import KfpClient, check_inputs
 
 INPUTS_VARIABLE = "NS_PIPELINE_INPUTS"
 
 PACKAGES = sorted(Path(__file__).parent.glob("*.yaml"))
-"""All that `make compile` wrote."""
+"""The compiled pipelines."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,33 +39,28 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def load_packages(inputs: str, source: str) -> list[str]:
-    """All compiled pipelines (YAML), with the defaults in `inputs` (a JSON object; none if empty).
+    """Reads the compiled pipelines (YAML) and sets the defaults in `inputs` (a JSON object; none if empty).
 
-    Raises ConfigError, which names `place`, for inputs that a pipeline does not have, or not with such values.
+    Raises ConfigError naming `source` and the input, for an unknown input or an invalid value.
     """
     try:
         defaults = json.loads(inputs or "{}")
     except ValueError as error:
-        raise ConfigError(f"{source}: is no JSON ({error})") from error
+        raise ConfigError(f"{source}: is not JSON ({error})") from error
     if not isinstance(defaults, dict):
         raise ConfigError(f"{source}: must be an object, input → value")
     return [_fill_defaults(file.read_text(encoding="utf-8"), defaults, source) for file in PACKAGES]
 
 
 def _fill_defaults(package: str, defaults: Mapping[str, Any], source: str) -> str:
-    """A compiled pipeline with other defaults of its inputs: the same bytes each time, so that its digest stays."""
+    """Sets defaults in a compiled pipeline. The same defaults give the same bytes, and so the same version."""
     if not defaults:
         return package
+    with prefix_errors(source):
+        check_inputs(package, defaults)
     spec, *rest = load_yaml_documents(package)
     inputs = spec["root"]["inputDefinitions"]["parameters"]
     for name, value in defaults.items():
-        if name not in inputs:
-            raise ConfigError(f"{source}: {name}: is no input of the pipeline; its inputs are {', '.join(sorted(inputs))}")
-        allowed = inputs[name].get("literals")
-        if allowed and value not in allowed:
-            raise ConfigError(f"{source}: {name}: invalid value {value!r}: must be one of {', '.join(map(str, allowed))}")
-        if type(value) is not type(inputs[name].get("defaultValue", value)):
-            raise ConfigError(f"{source}: {name}: invalid value {value!r}: must be like {inputs[name]['defaultValue']!r}")
         inputs[name]["defaultValue"] = value
     return yaml.dump_all([spec, *rest], Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), width=120)
 

@@ -1,8 +1,8 @@
-"""A training on several nodes: a TrainJob of Kubeflow Trainer v2, which a small step creates, follows, and clears away.
+"""Training on several nodes: a TrainJob of Kubeflow Trainer v2, which a small stage creates, follows and deletes.
 
-The job is named by the digest of the training: a step that is started again finds the job of its forerunner. It belongs to the
-step's pod, so that it goes with the run; a step that is asked to stop deletes it. Every node runs torchrun, which Trainer tells who it
-is; results go to the store, as those of any other training.
+The job is named by the digest of the training, so that a repeated stage finds the job of its predecessor. The stage's pod owns the job,
+which is therefore deleted with the run; a stage that is stopped deletes it. Every node runs torchrun, to which Trainer passes the node's
+rank; results go to the store, as those of any other training.
 """
 
 import json
@@ -25,25 +25,24 @@ from kubernetes.client.exceptions import ApiException
 from kubernetes.config.config_exception import ConfigException
 from urllib3.exceptions import HTTPError
 
+from components import SETTINGS_VARIABLES, SHARED_MEMORY, STAGE_USER
 from ns.core import log
 from ns.core.errors import ConfigError, Interrupted, NsError, RunError, TrainingError
 from ns.core.process import handle_signals
-from ns.stages import steps
+from ns.stages.context import RunRef
+from ns.stages.train import train_generation
 
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
 NODE_NAME = "node"
-"""What Trainer calls the job of the nodes, and the container in each."""
+"""Trainer's name for the job of the nodes and for the container in each."""
 MANAGER = "noisy-student/train-distributed"
 NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 POLL_SECONDS = 5.0
 QUIET_SECONDS = 60.0
-"""A log that says nothing for so long is let go, to look after the job."""
+"""A log that is silent this long is closed, to check the job."""
 PATIENCE_SECONDS = 600.0
-"""For a cluster's API that does not answer: a training of days goes on meanwhile."""
+"""Time for the cluster's API to answer again: a training of days continues without it."""
 DEADLINE_SECONDS = 168 * 3600
-SETTINGS_VARIABLES = ("AWS_ENDPOINT_URL", "AWS_REGION", "NS_METRICS_PORT")
-STAGE_USER = 10001
-SHARED_MEMORY = "8Gi"
 RUN_LABEL = "noisy-student/run"
 LABEL_VALUE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 
@@ -59,29 +58,27 @@ class TrainingNodes:
     image: str
     runtime: str
     runtime_kind: str
-    """TrainingRuntime, of the namespace, or ClusterTrainingRuntime."""
+    """TrainingRuntime (of the namespace) or ClusterTrainingRuntime."""
     gpu_type: str
     gpus: int
-    """Of each node, which starts a process on each; one process without any."""
+    """GPUs of each node, which starts one process per GPU, or a single process without GPUs."""
     cpu: str
     memory: str
     selector: Mapping[str, str]
     tolerations: Sequence[Json]
     secret: str
-    """With the keys accesskey and secretkey of the store. May be missing."""
+    """Secret with the keys accesskey and secretkey of the store. May be missing."""
     settings: str
-    """ConfigMap with AWS_ENDPOINT_URL, AWS_REGION and NS_METRICS_PORT. May be missing."""
+    """ConfigMap with SETTINGS_VARIABLES. May be missing, as may its keys."""
     queue: str = ""
-    """Of Kueue; none if empty."""
+    """Local queue of Kueue; none if empty."""
 
 
-def train_on_nodes(
-    config_uri: str, root: str, run: str, data: str, generation: int, teacher: str, selection: str, nodes: TrainingNodes
-) -> str:
-    """`ns.stages.steps.train` on several nodes. Returns the key of the model's folder.
+def train_on_nodes(ref: RunRef, nodes: TrainingNodes, *, data: str, generation: int, teacher: str, selection: str) -> str:
+    """`ns.stages.train.train_generation` on several nodes. Returns the key of the model's folder.
 
-    Raises ConfigError if there is no cluster or no Trainer, the training's own error if a node tells it, TrainingError with the last
-    lines of its log if not, RunError if the cluster stops answering, Interrupted after SIGINT or SIGTERM.
+    Raises ConfigError if there is no cluster or no Trainer, the training's own error if a node logs it, else TrainingError with the last
+    lines of the node's log, RunError if the cluster stops answering, Interrupted after SIGINT or SIGTERM.
     """
 
     def run_trainjob(key: str, arguments: Sequence[str]) -> None:
@@ -90,7 +87,7 @@ def train_on_nodes(
         job_labels = {
             "app.kubernetes.io/part-of": "noisy-student",
             "app.kubernetes.io/component": "train",
-            **make_run_label(run),
+            **make_run_label(ref.run),
         }
         if nodes.queue:
             job_labels["kueue.x-k8s.io/queue-name"] = nodes.queue
@@ -103,18 +100,20 @@ def train_on_nodes(
                 raise
         job.delete_job()
 
-    return steps.train_generation(config_uri, root, run, data, generation, teacher, selection, launch_remote=run_trainjob)
+    return train_generation(
+        ref, data=data, generation=generation, teacher=teacher, selection=selection, launch_remote=run_trainjob
+    )
 
 
 def make_run_label(run: str) -> dict[str, str]:
-    """The run, as the label by which monitoring knows the nodes that show no metrics. None if a label cannot hold the run's name."""
+    """The label by which monitoring attributes nodes without metrics to the run; none if the run's name is not a valid label."""
     return {RUN_LABEL: run} if LABEL_VALUE.fullmatch(run) else {}
 
 
 def build_trainjob(
     name: str, arguments: Sequence[str], nodes: TrainingNodes, labels: Mapping[str, str], owners: Sequence[Json]
 ) -> Json:
-    """The TrainJob of a training. `arguments`: those of `ns.training.worker`."""
+    """Builds the TrainJob of a training. `arguments`: those of `ns.stages.train_worker`."""
     gpus = {nodes.gpu_type: str(nodes.gpus)} if nodes.gpus else {}
     keys = (("AWS_ACCESS_KEY_ID", "accesskey"), ("AWS_SECRET_ACCESS_KEY", "secretkey"))
     environment = [_make_variable(variable, "secretKeyRef", nodes.secret, key) for variable, key in keys]
@@ -149,8 +148,8 @@ def build_trainjob(
             "activeDeadlineSeconds": DEADLINE_SECONDS,
             "trainer": {
                 "image": nodes.image,
-                # torchrun; which node it is, and where the first one is, stands in variables that Trainer sets (PET_…).
-                "command": ["python3", "-m", "torch.distributed.run", "-m", "ns.training.worker"],
+                # torchrun; Trainer sets the node's rank and the address of the first node in variables (PET_…).
+                "command": ["python3", "-m", "torch.distributed.run", "-m", "ns.stages.train_worker"],
                 "args": list(arguments),
                 "numNodes": nodes.count,
                 "numProcPerNode": max(1, nodes.gpus),
@@ -170,13 +169,13 @@ def _make_variable(name: str, kind: str, source: str, key: str) -> Json:
 
 
 def _owner_references() -> list[Json]:
-    """This step's pod, as Kubeflow tells; nobody elsewhere."""
+    """This stage's pod, from the variables that Kubeflow sets; empty outside Kubeflow."""
     name, uid = os.environ.get("KFP_POD_NAME"), os.environ.get("KFP_POD_UID")
     return [{"apiVersion": "v1", "kind": "Pod", "name": name, "uid": uid}] if name and uid else []
 
 
 class ClusterApi:
-    """The cluster, in one namespace. Calls are repeated while it does not answer."""
+    """The cluster's API in one namespace. Calls are repeated while it does not answer."""
 
     def __init__(self, namespace: str) -> None:
         self.namespace = namespace
@@ -185,7 +184,7 @@ class ClusterApi:
 
     @classmethod
     def from_environment(cls) -> "ClusterApi":
-        """The cluster that this pod is in, or the one of KUBECONFIG. Raises ConfigError if there is none."""
+        """Connects to the cluster of this pod, or to that of KUBECONFIG. Raises ConfigError if there is none."""
         try:
             if NAMESPACE.exists():
                 config.load_incluster_config()
@@ -199,7 +198,7 @@ class ClusterApi:
         return cls(active["context"].get("namespace", "default"))
 
     def call_with_retry(self, call: Callable[[], T]) -> T:
-        """Raises ApiException for an answer that is a refusal, RunError if there is none for long."""
+        """Raises ApiException if the API refuses, RunError if it does not answer for PATIENCE_SECONDS."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
             try:
@@ -229,7 +228,7 @@ class TrainJob:
         self._logs = _NodeLogs(api, name)
 
     def create_job(self, manifest: Json) -> None:
-        """Creates it, or takes over the one that is there, unless it has failed or is on its way out."""
+        """Creates the job, or adopts the existing one unless that has failed or is being deleted."""
         while True:
             try:
                 self._api.call_with_retry(
@@ -256,9 +255,7 @@ class TrainJob:
         while True:
             job = self._read_job()
             if job is None:
-                raise RunError(
-                    f"TrainJob {self.name}: somebody deleted it; the same command starts it again from its last checkpoint"
-                )
+                raise RunError(f"TrainJob {self.name}: was deleted; the same command starts it again from its last checkpoint")
             end = _find_end(job)
             had_output = self._logs.follow_first_node()
             if end is None:
@@ -270,7 +267,7 @@ class TrainJob:
                 raise self._explain_failure(end)
 
     def delete_job(self) -> None:
-        """Deletes it, and waits until its nodes are gone."""
+        """Deletes the job and waits until its nodes are gone."""
         while (job := self._read_job()) is not None:
             if "deletionTimestamp" not in job["metadata"]:
                 try:
@@ -296,7 +293,7 @@ class TrainJob:
             raise _explain_refusal(error, self.name, self._api.namespace) from error
 
     def _adopt_job(self, existing: Json, owners: Sequence[Json]) -> None:
-        """The forerunner's pod may be cleared away while this one waits: an object goes when all its owners are gone."""
+        """Adds owners: the predecessor's pod may be deleted, and an object is deleted when all its owners are gone."""
         current_owners = existing["metadata"].get("ownerReferences", [])
         missing_owners = [owner for owner in owners if owner["uid"] not in {current["uid"] for current in current_owners}]
         if missing_owners:
@@ -306,7 +303,7 @@ class TrainJob:
             )
 
     def _explain_failure(self, end: JobEnd) -> NsError:
-        """What a node says of why it failed, or its last words."""
+        """The error that a node logged, or the last lines of its log."""
         pod, reason, lines = self._logs.read_failed_node()
         kinds: dict[int, type[NsError]] = {kind.exit_code: kind for kind in NsError.__subclasses__()}
         for line in lines:
@@ -320,18 +317,18 @@ class TrainJob:
 
 
 class _NodeLogs:
-    """What the nodes of a job write."""
+    """The logs of a job's nodes."""
 
     def __init__(self, api: ClusterApi, job: str) -> None:
         self._api = api
         self._selector = f"jobset.sigs.k8s.io/jobset-name={job},jobset.sigs.k8s.io/replicatedjob-name={NODE_NAME}"
         self._last = ""
-        """Time of the last line, as the log has it."""
+        """Timestamp of the last line."""
         self._seen = 0.0
         self._lines: deque[str] = deque(maxlen=200)
 
     def follow_first_node(self) -> bool:
-        """Writes the first node's log on, for as long as it says something. Returns whether there was any."""
+        """Copies the first node's log to stderr until it is silent. Returns whether there was a new line."""
         pods = [pod for pod in self._list_pods() if pod.metadata.labels.get("batch.kubernetes.io/job-completion-index") == "0"]
         begun = [pod for pod in pods if pod.status.phase in ("Running", "Succeeded", "Failed")]
         if not begun:
@@ -341,17 +338,17 @@ class _NodeLogs:
         try:
             for line in self._stream_log(newest.metadata.name, follow=newest.status.phase == "Running"):
                 at, _, text = line.partition(" ")
-                # What was read before comes again when a log is taken up.
+                # A log that is opened again repeats lines that were read before.
                 if at > self._last:
                     self._last, self._seen, had_output = at, time.time(), True
                     self._lines.append(text)
                     sys.stderr.write(text + "\n")
         except (ApiException, HTTPError):
-            pass  # quiet, cut off, or gone; whoever asks looks after the job and asks again
+            pass  # silent, cut off, or gone; the caller checks the job and calls again
         return had_output
 
     def read_failed_node(self) -> tuple[str, str, list[str]]:
-        """The node that failed first, how, and the end of its log; of the first node what was heard if none is left."""
+        """Returns the node that failed first, how, and the end of its log; without a failed node, the lines read from the first node."""
         failed = []
         for pod in self._list_pods():
             for status in pod.status.container_statuses or []:
@@ -360,8 +357,8 @@ class _NodeLogs:
                     failed.append((ended.finished_at, pod.metadata.name, ended))
         if not failed:
             return "", "", list(self._lines)
-        _, name, ended = min(failed, key=lambda one: (one[0] is None, one[0], one[1]))
-        reason = "was killed for want of memory" if ended.reason == "OOMKilled" else f"ended with exit code {ended.exit_code}"
+        _, name, ended = min(failed, key=lambda end: (end[0] is None, end[0], end[1]))
+        reason = "ran out of memory" if ended.reason == "OOMKilled" else f"ended with exit code {ended.exit_code}"
         try:
             text = self._api.call_with_retry(
                 lambda: self._api.core.read_namespaced_pod_log(name, self._api.namespace, container=NODE_NAME, tail_lines=200)
@@ -415,15 +412,13 @@ def _parse_event(line: str) -> Json:
 
 
 def _explain_refusal(error: ApiException, name: str, namespace: str) -> NsError:
-    """The API's refusal, for the person who has to mend it."""
+    """The API's refusal with its cure."""
     try:
         message = json.loads(error.body or "{}").get("message") or error.reason
     except ValueError:
         message = error.reason
     if error.status == 404:
-        return ConfigError(
-            f"TrainJob {name}: the cluster knows no TrainJobs ({message}); install Kubeflow Trainer 2.2 or later"
-        )
+        return ConfigError(f"TrainJob {name}: the cluster has no TrainJobs ({message}); install Kubeflow Trainer 2.2 or later")
     if error.status in (401, 403):
         return ConfigError(
             f"TrainJob {name}: not allowed in namespace {namespace} ({message}); give the service account of the run's pods the role of "
@@ -434,12 +429,12 @@ def _explain_refusal(error: ApiException, name: str, namespace: str) -> NsError:
 
 @contextmanager
 def _interrupt_on_sigterm() -> Iterator[None]:
-    """Raises Interrupted when SIGTERM comes."""
+    """Raises Interrupted on SIGTERM."""
 
     def handle_sigterm(_number: int, _frame: FrameType | None) -> None:
-        # The nodes are stopped now, whoever asks again.
+        # A second signal must not interrupt the deletion of the nodes.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise Interrupted("stopped, and its nodes with it; the same command continues from the last checkpoint")
+        raise Interrupted("stopped together with its nodes; the same command continues from the last checkpoint")
 
     with handle_signals(handle_sigterm, [signal.SIGTERM]):
         yield

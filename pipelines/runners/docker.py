@@ -1,11 +1,10 @@
-"""Runs the compiled pipeline on this machine in containers: kfp.local over the Docker API, of Docker or Podman.
+"""Runs the compiled pipeline on this machine in containers: kfp.local over the API of Docker or Podman.
 
-What a step gets is what it gets on a hardened cluster: a user who is not root, a root file system that cannot be written, no
-capabilities, and no network if all that the run needs lies in folders. The run's root is mounted at its own path, the experiment's
-data as well, and cannot be written.
+A stage is confined as on a hardened cluster: a user who is not root, a read-only root file system, no capabilities, and no network if
+all that the run needs is in folders. The run's root is mounted at its own path, the experiment's data as well, read-only.
 
-KFP's own runner takes a container that failed for one that succeeded if it was removed before it was asked (#13332), and does not
-resolve images that are inputs of the pipeline; so `_Engine.run_step` stands in for the function that runs one.
+KFP's own runner takes a failed container for a successful one if it is removed before its state is read (#13332), and does not resolve
+images that are inputs of the pipeline; so `_ContainerEngine.run_stage` replaces its function that runs a container.
 """
 
 import contextlib
@@ -21,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components import WORKER_IMAGE
+from components import STAGE_USER, WORKER_IMAGE
 from ns.config.schema import Experiment
 from ns.core.errors import ConfigError, Interrupted, NsError, RunError
-from ns.core.log import EVENTS_VARIABLE, format_last_lines
+from ns.core.log import EVENTS_VARIABLE, StageEvent, format_last_lines
 from ns.storage import LocalStore, Store
 from pipelines import PACKAGE, load_yaml_documents
 from pipelines.runners.local import (
@@ -32,7 +31,6 @@ from pipelines.runners.local import (
     STOP_SECONDS,
     LogWriter,
     StageError,
-    StageEvent,
     describe_stage,
     init_runner,
     load_pipeline,
@@ -40,28 +38,26 @@ from pipelines.runners.local import (
     tail_events,
 )
 
-STAGE_USER = 10001
-"""Who the images' steps are (images/Dockerfile)."""
 CONTAINER_LABEL = "noisy-student"
 FORWARDED_VARIABLES = ("AWS_", "NS_S3_", "NS_GIT_", "OMP_")
-"""Variables of the client that steps get: which store, the label registry's login, and how many threads."""
+"""Prefixes of the client's variables that are passed to stages: store, login of the label registry, number of threads."""
 LOG_TAIL_LINES = 200
-"""Of a step's log that are kept for a message, should it fail."""
+"""Lines of a stage's log that are kept for the message if it fails."""
 
 
 @dataclass(frozen=True)
 class ContainerOptions:
-    """What the container of a step may have."""
+    """Image and limits of the stages' containers."""
 
     image: str | None = None
-    """The one that `make images` made last if not given."""
+    """This version's, as built by `make images`, if not given."""
     memory: str | None = None
-    """As `4g`; no limit if not given."""
+    """For example `4g`; no limit if not given."""
     shm: str = "1g"
     gpus: int = 0
     """-1 for all."""
     stage_seconds: float | None = None
-    """The longest that a step may take; what the pipeline says if not given."""
+    """Time limit of a stage; the compiled pipeline's if not given."""
 
 
 def run_in_containers(
@@ -74,10 +70,10 @@ def run_in_containers(
     log: Path | None,
     on_event: Callable[[StageEvent], None],
 ) -> None:
-    """Runs the pipeline to its end, as `pipelines.runners.local.run` does, in containers.
+    """Runs the pipeline to its end in containers, with events as in `run_locally`.
 
-    Containers that a killed client left behind are stopped first. Raises StepError when a step fails, with the last lines of its log,
-    ConfigError if there is no engine or no image, Interrupted after SIGINT or SIGTERM.
+    Stops containers that a killed client left behind first. Raises StageError when a stage fails, RunError with the last lines of its log
+    when its container does, ConfigError if there is no engine or no image, Interrupted after SIGINT or SIGTERM.
     """
     from docker.errors import DockerException
 
@@ -86,26 +82,22 @@ def run_in_containers(
             engine = _ContainerEngine(container, experiment, root, run, Path(scratch), on_event)
         except DockerException as error:
             raise ConfigError(f"no container engine answers ({error}); start Docker or Podman, or set DOCKER_HOST") from error
-        output = LogWriter(log)
         with contextlib.closing(engine), tail_events(engine.events, engine.on_event):
-            try:
-                run_redirected(output, engine.stop_stages, lambda: engine.run_pipeline(config_uri))
-            except KeyboardInterrupt:
-                raise Interrupted("interrupted; the same command continues") from None
-            except Exception as error:
-                time.sleep(2 * POLL_SECONDS)  # the last events are on their way
-                raise engine.explain_failure(output, error) from error
-            finally:
-                output.close()
+            run_redirected(
+                lambda: engine.run_pipeline(config_uri),
+                log,
+                stop_stages=engine.stop_stages,
+                explain_failure=engine.explain_failure,
+            )
 
 
 @dataclass
 class _StageFailure:
-    """A step whose container did not end well."""
+    """A stage whose container failed."""
 
     stage: StageEvent
     reason: str
-    last_words: str
+    last_lines: str
 
 
 class _ContainerEngine:
@@ -157,13 +149,12 @@ class _ContainerEngine:
         docker_task_handler.run_docker_container = self.run_stage
         pipeline = load_pipeline()
         init_runner(local.DockerRunner(), self._scratch)
-        pipeline(config=config_uri, root=self._root.uri, run=self._run)
+        pipeline(config_uri=config_uri, root=self._root.uri, run=self._run)
 
     def run_stage(self, *, command: list[str], **_given: Any) -> int:
-        """Runs a step in a container and returns its exit code. In place of kfp.local's function, whose image and
-        folders are not what we want."""
+        """Runs a stage in a container and returns its exit code. Replaces kfp.local's function (see the module's text)."""
         stage = _parse_stage(command)
-        seconds = self._container.stage_seconds or self._timeouts.get(str(stage["function"]))
+        seconds = self._container.stage_seconds or self._timeouts.get(stage["stage"])
         container = self._client.containers.create(
             self._image, command, volumes=self._volumes, labels=self._container_labels, **self._container_options()
         )
@@ -184,7 +175,7 @@ class _ContainerEngine:
                 timer.start()
             for line in _split_lines(container.logs(stream=True, follow=True)):
                 lines.append(line)
-                # KFP's redirection has it written to the run's log.
+                # KFP's output is redirected to the run's log.
                 print(line)  # noqa: T201
             code = int(container.wait()["StatusCode"])
             if code:
@@ -199,12 +190,12 @@ class _ContainerEngine:
             container.remove(force=True)
 
     def stop_stages(self) -> None:
-        """Asks the steps under way to stop, and waits: training writes a checkpoint first."""
+        """Stops the running stages and waits for them: training writes a checkpoint first."""
         self._stopping.set()
         running = list(self._running.values())
         for container in running:
             with contextlib.suppress(Exception):
-                # Kubeflow's shell is the first process, to which signals do not get through; the step is its child.
+                # Process 1 is KFP's shell, which ignores the signal; the stage is its child.
                 container.exec_run(["sh", "-c", "kill -TERM -1"], detach=True)
         deadline = time.monotonic() + STOP_SECONDS
         while self._running and time.monotonic() < deadline:
@@ -214,7 +205,7 @@ class _ContainerEngine:
                 container.kill()
 
     def explain_failure(self, output: LogWriter, error: Exception) -> NsError:
-        """What a person needs to know of a failed run: the step, its reason, and its last words."""
+        """The error of a failed run: the stage, its reason and the last lines of its log."""
         if isinstance(error, NsError):
             return error
         if self._failure_events:
@@ -222,15 +213,15 @@ class _ContainerEngine:
             return StageError(f"{describe_stage(event)}: {event['error']}", int(event.get("exit_code", 1)))
         if self._failures:
             failed = self._failures[0]
-            return RunError(f"{describe_stage(failed.stage)}: {failed.reason}; the same command continues{failed.last_words}")
-        return RunError(output.last_words() or f"{type(error).__name__}: {error}")
+            return RunError(f"{describe_stage(failed.stage)}: {failed.reason}; the same command continues{failed.last_lines}")
+        return RunError(output.find_last_message() or f"{type(error).__name__}: {error}")
 
     def _failure_reason(self, code: int, timed_out: bool, state: dict[str, Any], seconds: float | None) -> str:
         if timed_out:
-            return f"was stopped after {seconds:,.0f} s, the longest that it may take"
+            return f"was stopped at its time limit of {seconds:,.0f} s"
         if state.get("OOMKilled") or (code == 137 and self._container.memory):
             limit = f" of {self._container.memory} (--memory)" if self._container.memory else ""
-            return f"was killed for want of memory{limit}"
+            return f"ran out of memory{limit}"
         return f"ended with exit code {code}"
 
     def _find_image(self, name: str) -> Any:
@@ -239,7 +230,7 @@ class _ContainerEngine:
         for image_name in (name, f"localhost/{name}"):  # podman's own images
             with contextlib.suppress(ImageNotFound):
                 return self._client.images.get(image_name).id
-        raise ConfigError(f"--image {name}: is not on this machine; make it with `make images`, or pull it")
+        raise ConfigError(f"--image {name}: is not on this machine; build it with `make images`, or pull it")
 
     def _container_options(self) -> dict[str, Any]:
         from docker.types import DeviceRequest
@@ -266,7 +257,7 @@ class _ContainerEngine:
         return {CONTAINER_LABEL: f"{self._root.uri}/{self._run}", f"{CONTAINER_LABEL}.scratch": str(self._scratch)}
 
     def _remove_orphans(self) -> None:
-        """Stops what a client left behind that was killed. Its successor holds the run, so that nobody waits for them."""
+        """Removes the containers of a client that was killed. This client holds the run's lock, so no other client uses them."""
         label = f"{CONTAINER_LABEL}={self._container_labels[CONTAINER_LABEL]}"
         for container in self._client.containers.list(all=True, filters={"label": label}):
             scratch = container.labels.get(f"{CONTAINER_LABEL}.scratch", "")
@@ -275,7 +266,7 @@ class _ContainerEngine:
                 shutil.rmtree(scratch, ignore_errors=True)
 
     def _list_mounts(self, experiment: Experiment) -> dict[str, dict[str, str]]:
-        """Folders by their own paths: those that are written, and data that are not."""
+        """Mounts folders at their own paths: scratch and root writable, data read-only."""
         read_only = [path for path in experiment.map_uris().values() if path.startswith("/")]
         volumes = {path: {"bind": path, "mode": "ro"} for path in read_only}
         writable = [str(self._scratch)]
@@ -284,7 +275,7 @@ class _ContainerEngine:
         return volumes | {path: {"bind": path, "mode": "rw"} for path in writable}
 
     def _hand_over(self) -> int:
-        """The user that steps are: who runs this, but never root. What root has made is handed over to the images' user."""
+        """Returns the user that stages run as: the caller, but never root. Root hands its folders over to the images' user."""
         if os.getuid() != 0:
             return os.getuid()
         if isinstance(self._root, LocalStore):
@@ -301,36 +292,36 @@ class _ContainerEngine:
 
 
 def is_offline(root: Store, experiment: Experiment) -> bool:
-    """Whether all that a run reads and writes is in folders of this machine."""
+    """Whether a run reads and writes only folders of this machine."""
     remote = any("://" in uri and not uri.startswith("file://") for uri in experiment.map_uris().values())
     return isinstance(root, LocalStore) and experiment.registry is None and not remote
 
 
 def _parse_stage(command: list[str]) -> StageEvent:
-    """Which step a command of KFP's runs: name, generation, shards."""
+    """Reads stage, generation and shards from the command that KFP runs."""
     function = command[command.index("--function_to_execute") + 1]
     inputs = json.loads(command[command.index("--executor_input") + 1]).get("inputs", {}).get("parameterValues", {})
     return {
-        "function": function,
-        "step": function.replace("_", "-"),
+        "event": "started",
+        "stage": function.replace("_", "-"),
         "generation": int(inputs.get("generation", 0)),
         "shards": inputs.get("shards", ""),
     }
 
 
 def _read_timeouts() -> dict[str, float]:
-    """Function → seconds, from what the compiled pipeline tells Kubernetes."""
+    """Reads the time limit of each stage in seconds from the compiled pipeline."""
     *_, platform = load_yaml_documents(PACKAGE.read_text())
     executors = platform.get("platforms", {}).get("kubernetes", {}).get("deploymentSpec", {}).get("executors", {})
     return {
-        label.removeprefix("exec-").rstrip("-0123456789").replace("-", "_"): float(executor["activeDeadlineSeconds"])
+        label.removeprefix("exec-").rstrip("-0123456789"): float(executor["activeDeadlineSeconds"])
         for label, executor in executors.items()
         if "activeDeadlineSeconds" in executor
     }
 
 
 def _split_lines(chunks: Any) -> Iterator[str]:
-    """Whole lines of a log that comes in pieces."""
+    """Yields the whole lines of a log that comes in pieces."""
     rest = b""
     for chunk in chunks:
         *lines, rest = (rest + chunk).split(b"\n")

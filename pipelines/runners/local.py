@@ -1,4 +1,4 @@
-"""Runs the compiled pipeline on this machine: kfp.local, one subprocess a step, nothing installed at run time."""
+"""Runs the compiled pipeline on this machine: kfp.local, one subprocess per stage, nothing installed at run time."""
 
 import contextlib
 import getpass
@@ -17,24 +17,22 @@ from types import FrameType
 from typing import Any
 
 from ns.core.errors import Interrupted, NsError, RunError
-from ns.core.log import EVENTS_VARIABLE
-from ns.core.process import CLIENT_VARIABLE
+from ns.core.log import EVENTS_VARIABLE, StageEvent
+from ns.core.process import CLIENT_VARIABLE, handle_signals
 from pipelines import PACKAGE, load_yaml_documents
-
-StageEvent = dict[str, Any]
 
 POLL_SECONDS = 0.1
 STOP_SECONDS = 30.0
-"""Time that steps get to write a checkpoint when the run is interrupted."""
+"""Time for stages to write a checkpoint when the run is interrupted."""
 
 ANSI_COLORS = re.compile(r"\x1b\[[0-9;]*m")
 LOG_NOISE = re.compile(r"Traceback|^File |^\^|^[-=~^ ]*$|finished with status")
-# What a person can mend is said in full by its message; Python puts the kind of error before it.
+# Python prefixes the message with the error class; the message alone tells a person what to do.
 ERROR_CLASS = re.compile(r"^ns\.core\.errors\.\w+: ")
 
 
 class StageError(NsError):
-    """A step failed; carries that step's exit code."""
+    """A stage failed; carries the exit code of the stage."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -51,35 +49,49 @@ def run_locally(
     package: Path = PACKAGE,
     **inputs: Any,
 ) -> None:
-    """Runs the pipeline to its end. `on_event` is called, from another thread, with each event of each step. `inputs` are further ones
-    of the run form.
+    """Runs the pipeline to its end. Calls `on_event`, from another thread, with each event of each stage.
 
-    KFP's own output goes to the file `log`. Raises StepError when a step fails, Interrupted after SIGINT or SIGTERM.
+    `inputs`: further inputs of the pipeline. KFP's own output goes to the file `log`. Raises StageError when a stage fails, RunError when
+    one dies, Interrupted after SIGINT or SIGTERM.
     """
     watcher = _EventWatcher(on_event)
     with tempfile.TemporaryDirectory(prefix="ns-run-") as scratch:
         events = Path(scratch) / "events.jsonl"
         events.touch()
         variables = {EVENTS_VARIABLE: str(events), CLIENT_VARIABLE: str(os.getpid()), **_make_temp_variables(scratch)}
-        arguments = {"config": config_uri, "root": root, "run": run, **inputs}
-        output = LogWriter(log)
+        arguments = {"config_uri": config_uri, "root": root, "run": run, **inputs}
         with _set_environment(variables), tail_events(events, watcher):
-            try:
-                run_redirected(output, watcher.stop_stages, lambda: _run_pipeline(package, Path(scratch) / "kfp", arguments))
-            except KeyboardInterrupt:
-                raise Interrupted("interrupted; the same command continues") from None
-            except Exception as error:
-                time.sleep(2 * POLL_SECONDS)  # the last events are on their way
-                raise watcher.explain_failure(output, error) from error
-            finally:
-                output.close()
+            run_redirected(
+                lambda: _run_pipeline(package, Path(scratch) / "kfp", arguments),
+                log,
+                stop_stages=watcher.stop_stages,
+                explain_failure=watcher.explain_failure,
+            )
 
 
-def run_redirected(output: "LogWriter", stop_stages: Callable[[], None], work: Callable[[], None]) -> None:
-    """Does the work with KFP's output in `output`. After SIGINT or SIGTERM stops the steps and raises KeyboardInterrupt."""
-    # KFP prints and logs to whatever stdout is; the terminal is ours.
-    with _stop_on_signal(stop_stages), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        work()
+def run_redirected(
+    work: Callable[[], None],
+    log: Path | None,
+    *,
+    stop_stages: Callable[[], None],
+    explain_failure: Callable[["LogWriter", Exception], NsError],
+) -> None:
+    """Does the work with KFP's output in the file `log`.
+
+    After SIGINT or SIGTERM calls `stop_stages` and raises Interrupted. Raises what `explain_failure` makes of any other error.
+    """
+    output = LogWriter(log)
+    try:
+        # KFP prints and logs to the current stdout, and the terminal is ours.
+        with _stop_on_signal(stop_stages), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            work()
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted; the same command continues") from None
+    except Exception as error:
+        time.sleep(2 * POLL_SECONDS)  # the last events are on their way
+        raise explain_failure(output, error) from error
+    finally:
+        output.close()
 
 
 def _run_pipeline(package: Path, pipeline_root: Path, arguments: dict[str, Any]) -> None:
@@ -91,21 +103,21 @@ def _run_pipeline(package: Path, pipeline_root: Path, arguments: dict[str, Any])
 
 
 def init_runner(runner: Any, folder: Path) -> None:
-    """Has KFP run steps by `runner`, and keep what it keeps in `folder`: a workspace that it makes by itself it never removes."""
+    """Has KFP run stages by `runner` and keep its files in `folder`: it never removes a workspace that it creates itself."""
     from kfp import local
 
     local.init(runner, pipeline_root=str(folder), workspace_root=str(folder / "workspace"), raise_on_error=True)
 
 
 def load_pipeline(package: Path = PACKAGE) -> Any:
-    """A compiled pipeline, without its retries: here a person waits, who can say the same command again."""
-    # Inside the redirection, since importing kfp warns, and here, since it costs half a second.
+    """Loads a compiled pipeline without its retries: here a person waits, who can repeat the command."""
+    # Imported here, since it costs half a second, and called inside the redirection, since importing kfp prints warnings.
     from google.protobuf import json_format
     from kfp.dsl import structures, yaml_component
     from kfp.pipeline_spec import pipeline_spec_pb2
 
     class LoadedPipeline(yaml_component.YamlComponent):  # type: ignore[misc]
-        """KFP's own reads its text anew, by Python's slow parser, whenever it is asked for its specification."""
+        """KFP's own class parses its text again, with Python's slow parser, each time its specification is read."""
 
         @property
         def pipeline_spec(self) -> Any:
@@ -119,7 +131,7 @@ def load_pipeline(package: Path = PACKAGE) -> Any:
 
 
 class _EventWatcher:
-    """Follows the events: which steps are under way, and which one failed."""
+    """Keeps track of the stages that run and of the first that failed."""
 
     def __init__(self, on_event: Callable[[StageEvent], None]) -> None:
         self._on_event = on_event
@@ -137,7 +149,7 @@ class _EventWatcher:
         self._on_event(event)
 
     def stop_stages(self) -> None:
-        """Asks the steps under way to stop, and waits: training writes a checkpoint first."""
+        """Stops the running stages and waits for them: training writes a checkpoint first."""
         for pid in list(self._active):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
@@ -146,25 +158,27 @@ class _EventWatcher:
             time.sleep(POLL_SECONDS)
 
     def explain_failure(self, output: "LogWriter", error: Exception) -> NsError:
-        """What a person needs to know of a failed run: the step, and its one-line reason."""
+        """The error of a failed run: the stage and its reason in one line."""
         if self._failed is not None:
             event = self._failed
             if event.get("exit_code") == Interrupted.exit_code:
                 return Interrupted(str(event["error"]))
             return StageError(f"{describe_stage(event)}: {event['error']}", int(event.get("exit_code", 1)))
         died = [describe_stage(event) for pid, event in self._active.items() if not _is_alive(pid)]
-        last = output.last_words() or f"{type(error).__name__}: {error}"
+        last = output.find_last_message() or f"{type(error).__name__}: {error}"
         if died:
-            return RunError(f"{died[0]}: ended without a word (killed? out of memory?); the same command continues: {last}")
+            return RunError(
+                f"{died[0]}: exited without an error message (killed? out of memory?); the same command continues: {last}"
+            )
         return RunError(last)
 
 
 def describe_stage(event: StageEvent) -> str:
-    """`generation 1: train`; the first teacher has generation 0."""
+    """Names a stage for people: `generation 1: train`, `teacher: train`, `report`."""
     generation = event.get("generation", 0)
     prefix = f"generation {generation}" if generation else "teacher"
     shards = f" {event['shards']}" if event.get("shards") else ""
-    stage = str(event.get("step", "")).replace("-", " ")
+    stage = str(event.get("stage", "")).replace("-", " ")
     return (
         f"{stage}{shards}"
         if stage in ("start run", "start generation", "prepare data", "report")
@@ -185,8 +199,7 @@ def _is_alive(pid: int) -> bool:
 
 
 class LogWriter(io.TextIOBase):
-    """Where KFP's output goes: to the log, without colors and the indentation that it nests into. A full disk loses the log,
-    never the run."""
+    """Writes KFP's output to the log, without colors and indentation. A full disk loses the log, never the run."""
 
     def __init__(self, path: Path | None) -> None:
         self._lock = threading.Lock()
@@ -215,8 +228,8 @@ class LogWriter(io.TextIOBase):
             except OSError:
                 self._file = None
 
-    def last_words(self) -> str:
-        """The last line that says something."""
+    def find_last_message(self) -> str:
+        """Returns the last line that is neither a rule nor a traceback."""
         return ERROR_CLASS.sub("", next((line for line in reversed(self._tail) if not LOG_NOISE.search(line)), ""))
 
     def close(self) -> None:
@@ -258,9 +271,9 @@ def tail_events(path: Path, on_event: Callable[[StageEvent], None]) -> Iterator[
 
 
 def _make_temp_variables(scratch: str) -> dict[str, str]:
-    """Keeps what the steps leave behind in `scratch`: KFP starts each from a folder that it never removes, and killed ones leave theirs.
+    """Keeps the stages' temporary files in `scratch`: KFP never removes the folder that it starts a stage from.
 
-    Not so the kernels that torch compiles: they stay where torch keeps them, for later runs and for commands without a pipeline.
+    The kernels that torch compiles stay in torch's own folder, for later runs and for commands without a pipeline.
     """
     try:
         user = getpass.getuser()
@@ -272,7 +285,7 @@ def _make_temp_variables(scratch: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _set_environment(variables: dict[str, str]) -> Iterator[None]:
-    # The steps import this project wherever the client did, installed or not.
+    # The stages import this project from where the client did, installed or not.
     checkout = str(Path(__file__).parent.parent)
     search = os.pathsep.join(filter(None, [checkout, os.environ.get("PYTHONPATH", "")]))
     variables = {**variables, "PYTHONPATH": search}
@@ -290,23 +303,18 @@ def _set_environment(variables: dict[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stop_on_signal(stop_stages: Callable[[], None]) -> Iterator[None]:
-    """Stops the steps at once when a signal comes: KFP waits for those that label beside each other before it lets go."""
+    """Stops the stages at once on a signal: KFP itself first waits for labeling tasks that run in parallel."""
 
     def handle_signal(_number: int, _frame: FrameType | None) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
         stopping.start()
         raise KeyboardInterrupt
 
-    stopping = threading.Thread(target=stop_stages, name="stop steps")
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = {number: signal.signal(number, handle_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number in previous:
-            signal.signal(number, signal.SIG_IGN)
-        if stopping.ident is not None:
-            stopping.join()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    stopping = threading.Thread(target=stop_stages, name="stop stages")
+    with handle_signals(handle_signal):
+        try:
+            yield
+        finally:
+            if stopping.ident is not None:
+                stopping.join()

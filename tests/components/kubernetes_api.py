@@ -36,14 +36,14 @@ class KubernetesApi:
         """Status and message of every answer."""
         self.lock = threading.RLock()
         handler = type("Handler", (_Handler,), {"api": self})
-        self._client = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._client.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._client.server_port}"
-        threading.Thread(target=self._client.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     def close(self) -> None:
-        self._client.shutdown()
-        self._client.server_close()
+        self._server.shutdown()
+        self._server.server_close()
 
     def pod(self, job: str, index: int, phase: str = "Running", code: int | None = None, reason: str = "Error") -> str:
         """Makes or changes the pod of a node."""
@@ -89,7 +89,7 @@ def _lost(given: Any, known: Any, place: str = "") -> str:
             if value != known[key]:
                 return _lost(value, known[key], f"{place}.{key}")
     if isinstance(given, list) and isinstance(known, list):
-        for number, (one, other) in enumerate(zip(given, known, make_strict=False)):
+        for number, (one, other) in enumerate(zip(given, known, strict=False)):
             if one != other:
                 return _lost(one, other, f"{place}[{number}]")
     return place
@@ -111,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def _problem(self, status: int, message: str) -> None:
-        self._explain_s3_error(status, {"kind": "Status", "status": "Failure", "message": message, "code": status})
+        self._answer(status, {"kind": "Status", "status": "Failure", "message": message, "code": status})
 
     def _body(self) -> Any:
         return json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"null")
@@ -135,14 +135,14 @@ class _Handler(BaseHTTPRequestHandler):
             if path.startswith(f"{JOBS}/"):
                 with self.api.lock:
                     job = self.api.jobs.get(path.rpartition("/")[2])
-                self._explain_s3_error(200, job) if job else self._problem(404, "trainjob not found")
+                self._answer(200, job) if job else self._problem(404, "trainjob not found")
             elif path == PODS:
-                wanted = dict(pair.split_batch("=") for pair in query["labelSelector"].split_batch(","))
+                wanted = dict(pair.split("=") for pair in query["labelSelector"].split(","))
                 with self.api.lock:
                     found = [pod for pod in self.api.pods.values() if wanted.items() <= pod["metadata"]["labels"].items()]
-                self._explain_s3_error(200, {"apiVersion": "v1", "kind": "PodList", "items": found})
+                self._answer(200, {"apiVersion": "v1", "kind": "PodList", "items": found})
             elif match := re.fullmatch(f"{PODS}/([^/]+)/log", path):
-                self._logs(match[1], query)
+                self._log(match[1], query)
             else:
                 self._problem(404, f"no such path: {path}")
 
@@ -172,7 +172,7 @@ class _Handler(BaseHTTPRequestHandler):
             sent = len(lines)
             if query.get("follow", "").lower() != "true" or not running:
                 return
-            self.wfile.wait_for_write()
+            self.wfile.flush()
             time.sleep(0.01)
 
     def do_POST(self) -> None:
@@ -189,7 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
                     return
                 job["metadata"]["uid"] = str(uuid.uuid4())
                 self.api.jobs[name] = job
-            self._explain_s3_error(201, job)
+            self._answer(201, job)
             threading.Thread(target=self.api.created, args=(name,), daemon=True).start()
 
         self._serve(work)
@@ -205,7 +205,7 @@ class _Handler(BaseHTTPRequestHandler):
             with self.api.lock:
                 job = self.api.jobs[path.rpartition("/")[2]]
                 job["metadata"].update(change["metadata"])
-            self._explain_s3_error(200, job)
+            self._answer(200, job)
 
         self._serve(work)
 
@@ -229,6 +229,6 @@ class _Handler(BaseHTTPRequestHandler):
 
             # Its nodes take a moment to stop.
             threading.Timer(0.03, gone).start()
-            self._explain_s3_error(200, job)
+            self._answer(200, job)
 
         self._serve(work)

@@ -1,4 +1,4 @@
-"""Trainings on several nodes, against an API server that knows Trainer's API."""
+"""Training on several nodes, against a stand-in of the Kubernetes API that knows TrainJobs."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from components.cluster import trainjob
 from components.cluster.trainjob import TrainingNodes
 from components.train_distributed import train_distributed
 from ns.core.errors import ConfigError, DataError, Interrupted, RunError, TrainingError
-from ns.stages import steps
+from ns.stages.context import RunRef
 from tests.components.kubernetes_api import JOBS, KubernetesApi
 
 pytestmark = pytest.mark.integration
@@ -59,11 +59,16 @@ def api(tmp_path, monkeypatch):
 
 @pytest.fixture
 def train(monkeypatch):
-    """Trains, with the rest of the step left out."""
-    monkeypatch.setattr(steps, "train", lambda *_, elsewhere: elsewhere(KEY, ARGUMENTS) or "store/models/m")
+    """Trains, without the rest of the stage."""
+
+    def train_generation(ref, *, launch_remote, **keys):
+        launch_remote(KEY, ARGUMENTS)
+        return "store/models/m"
+
+    monkeypatch.setattr(trainjob, "train_generation", train_generation)
 
     def train():
-        return trainjob.train_on_nodes("c", "s3://b", "r", "data", 1, "", "", NODES)
+        return trainjob.train_on_nodes(RunRef("c", "s3://b", "r"), NODES, data="data", generation=1, teacher="", selection="")
 
     return train
 
@@ -78,7 +83,7 @@ def succeed(api, name):
     api.end(name, "Complete")
 
 
-def test_a_training_is_a_trainjob_of_many_nodes_whose_log_is_shown_and_which_is_cleared_away(api, train, capsys):
+def test_train_on_nodes_shows_the_log_and_deletes_the_job(api, train, capsys):
     wanted = {}
 
     def created(name):
@@ -97,13 +102,13 @@ def test_a_training_is_a_trainjob_of_many_nodes_whose_log_is_shown_and_which_is_
     assert asked["resourcesPerNode"]["limits"] == {"memory": "64Gi", "nvidia.com/gpu": "4"}
 
 
-def test_a_run_whose_name_no_label_can_hold_has_none():
+def test_make_run_label_of_an_invalid_name():
     assert trainjob.make_run_label("digits-1a2b_3.4") == {"noisy-student/run": "digits-1a2b_3.4"}
     for name in ("", "a" * 64, "ends-", "two words", "é"):
         assert trainjob.make_run_label(name) == {}
 
 
-def test_what_trainer_does_not_know_is_refused_by_the_stand_in_too(api):
+def test_build_trainjob_is_valid_in_trainer(api):
     job = trainjob.build_trainjob(NAME, ARGUMENTS, NODES, {}, [])
     assert api.refuse(job) is None
     assert "RFC 1035" in api.refuse(job | {"metadata": job["metadata"] | {"name": "Name"}})
@@ -113,7 +118,7 @@ def test_what_trainer_does_not_know_is_refused_by_the_stand_in_too(api):
     assert "invalid" in api.refuse(job | {"spec": job["spec"] | {"trainer": wrong}})
 
 
-def test_the_runtime_is_that_of_the_manifests():
+def test_train_distributed_matches_the_manifests():
     trainer = Path(__file__).parents[2] / "k8s" / "components" / "trainer"
     runtime = yaml.safe_load((trainer / "trainingruntime-noisy-student.yaml").read_text())
     inputs = train_distributed.component_spec.inputs
@@ -125,7 +130,7 @@ def test_the_runtime_is_that_of_the_manifests():
     assert {"create", "get", "patch", "delete"} <= set(allowed[0]["verbs"])
 
 
-def test_nodes_without_gpus_or_wishes_ask_for_none(api):
+def test_build_trainjob_without_gpus(api):
     plain = replace(NODES, gpus=0, selector={}, tolerations=[])
     job = trainjob.build_trainjob(NAME, ARGUMENTS, plain, {}, [])
     assert api.refuse(job) is None
@@ -134,7 +139,7 @@ def test_nodes_without_gpus_or_wishes_ask_for_none(api):
     assert "nodeSelector" not in json.dumps(job)
 
 
-def test_a_step_that_is_started_again_finds_its_job_and_becomes_an_owner(api, train, monkeypatch):
+def test_create_job_adopts_the_existing_job(api, train, monkeypatch):
     owner = {"apiVersion": "v1", "kind": "Pod", "name": "before", "uid": "uid-0"}
     api.jobs[NAME] = trainjob.build_trainjob(NAME, ARGUMENTS, NODES, {}, [owner])
     owners = []
@@ -147,7 +152,7 @@ def test_a_step_that_is_started_again_finds_its_job_and_becomes_an_owner(api, tr
     assert [request for request in api.requests if request.startswith("POST")] == [f"POST {JOBS}"], "refused: it exists"
 
 
-def test_a_job_that_failed_before_is_made_anew(api, train):
+def test_create_job_replaces_a_failed_job(api, train):
     api.jobs[NAME] = trainjob.build_trainjob(NAME, ARGUMENTS, NODES, {}, [])
     api.end(NAME, "Failed")
     api.created = lambda name: succeed(api, name)
@@ -155,7 +160,7 @@ def test_a_job_that_failed_before_is_made_anew(api, train):
     assert api.requests.count(f"DELETE {JOBS}/{NAME}") == 2
 
 
-def test_a_log_that_breaks_off_is_taken_up_again_and_an_api_that_is_away_is_waited_for(api, train, capsys):
+def test_follow_job_resumes_the_log_and_waits_for_the_api(api, train, capsys):
     def created(name):
         pod = api.pod(name, 0)
         api.logs[pod] += ["one", "CUT", "three"]
@@ -179,24 +184,24 @@ def failing(api, line, code=1, reason="Error"):
     return created
 
 
-def test_a_node_that_says_why_it_fails_fails_the_step_with_its_error(api, train):
+def test_train_on_nodes_raises_the_error_of_a_node(api, train):
     api.created = failing(api, json.dumps({"event": "failed", "error": "data.pool: gone", "exit_code": DataError.exit_code}))
     with pytest.raises(DataError, match=re.escape("data.pool: gone")):
         train()
     assert NAME in api.jobs, "kept, to be looked at, until it is tried again"
 
 
-def test_a_node_that_dies_fails_the_step_with_its_name_and_its_last_lines(api, train):
+def test_train_on_nodes_names_a_node_that_died(api, train):
     api.created = failing(api, "RuntimeError: no", 137, "OOMKilled")
     with pytest.raises(TrainingError) as caught:
         train()
     assert str(caught.value) == (
-        f"TrainJob {NAME}: jobset failed due to one or more job failures; {NAME}-node-0-1 was killed for want of memory; "
+        f"TrainJob {NAME}: jobset failed due to one or more job failures; {NAME}-node-0-1 ran out of memory; "
         "the same command continues:\n  RuntimeError: no\n  exit"
     )
 
 
-def test_a_step_that_is_asked_to_stop_takes_its_nodes_with_it(api, train):
+def test_train_on_nodes_deletes_the_job_on_sigterm(api, train):
     def created(name):
         api.pod(name, 0)
         time.sleep(0.05)
@@ -208,38 +213,38 @@ def test_a_step_that_is_asked_to_stop_takes_its_nodes_with_it(api, train):
     assert api.jobs == {}
 
 
-def test_a_job_that_somebody_deletes_is_no_success(api, train):
+def test_train_on_nodes_fails_if_the_job_is_deleted(api, train):
     def created(name):
         time.sleep(0.02)
         del api.jobs[name]
 
     api.created = created
-    with pytest.raises(RunError, match="somebody deleted it"):
+    with pytest.raises(RunError, match="was deleted"):
         train()
 
 
 @pytest.mark.parametrize(
     ("status", "said"),
     [
-        (404, "knows no TrainJobs .*; install Kubeflow Trainer"),
+        (404, "has no TrainJobs .*; install Kubeflow Trainer"),
         (403, r"not allowed in namespace team \(no\).*k8s/components/trainer"),
         (400, "the cluster refuses it: no"),
     ],
 )
-def test_a_cluster_that_refuses_says_what_to_do(api, train, status, said):
+def test_refusal_messages(api, train, status, said):
     api.refusing = (status, "no")
     with pytest.raises(ConfigError, match=said):
         train()
 
 
-def test_an_api_that_stays_away_ends_the_step(api, train, monkeypatch):
+def test_call_with_retry_gives_up(api, train, monkeypatch):
     monkeypatch.setattr(trainjob, "PATIENCE_SECONDS", 0.05)
     api.failing = 10**6
     with pytest.raises(RunError, match="has not answered"):
         train()
 
 
-def test_without_a_cluster_that_is_said(train, monkeypatch, tmp_path):
+def test_train_on_nodes_needs_a_cluster(train, monkeypatch, tmp_path):
     monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "none"))
     with pytest.raises(ConfigError, match="needs a cluster"):
         train()

@@ -1,4 +1,4 @@
-"""The pipeline in real containers: an ordinary user, a root file system that cannot be written, no network; and steps that fail."""
+"""The pipeline in real containers: an ordinary user, a read-only root file system, no network; and stages that fail."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import pytest
 
 from tests.integration.outcome import results
 
-pytestmark = [pytest.mark.list_containers, pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.containers, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 CHECKOUT = Path(__file__).parents[2]
 IMAGE = "noisy-student/worker:under-test"
@@ -29,14 +29,14 @@ QUICK = [
         "labeling.tasks=2",
     )
 ]
-# Loaded by every Python that starts: does to one step what the variable says.
+# Loaded by every Python that starts: does to one stage what the variable says.
 FAULTS = """
 import os, sys, time
 fault, _, victim = os.environ.get("NS_S3_TEST_FAULT", "").partition(":")
 if fault and "executor_main" in " ".join(sys.orig_argv) and f"--function_to_execute {victim}" in " ".join(sys.orig_argv):
     sys.stderr.write("about to fail\\n")
     if fault == "exit":
-        sys.exit(os._exit(1))
+        os._exit(1)
     if fault == "memory":
         hoard = bytearray(1 << 30)
         hoard[:] = b"x" * len(hoard)
@@ -52,7 +52,7 @@ def image(engine, package_folders) -> str:
     command = [sys.executable, "images/build.py", "--tag", IMAGE.rpartition(":")[2], "--builder", builder, "worker"]
     built = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr[-3000:]
-    assert built.stdout.split_batch() == [IMAGE]
+    assert built.stdout.split() == [IMAGE]
     return IMAGE
 
 
@@ -85,7 +85,7 @@ def containers(root: Path) -> list[dict]:
     return json.loads(listed.stdout or "[]")
 
 
-def test_killed_half_way_it_continues_in_containers_and_ends_like_a_run_of_processes(image, tmp_path):
+def test_docker_runner_continues_after_its_client_was_killed(image, tmp_path):
     """The client dies while the teacher trains. The next one stops what is left, and all ends as without containers."""
     calm = results(finish(tmp_path / "processes"))
     root = tmp_path / "containers"
@@ -93,7 +93,7 @@ def test_killed_half_way_it_continues_in_containers_and_ends_like_a_run_of_proce
     client = subprocess.Popen(command(root, *options), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 200
     while not list((root / "store" / "checkpoints").glob("*/step-*.safetensors")):
-        assert client.poll() is None, client.stderr.read().decode_image()
+        assert client.poll() is None, client.stderr.read().decode()
         assert time.monotonic() < deadline
         time.sleep(0.05)
     (left,) = containers(root)
@@ -121,18 +121,18 @@ FAILURES = {
     "memory:prepare_data": (
         ["--memory", "400m"],
         6,
-        "prepare data: was killed for want of memory of 400m (--memory); the same command continues:\n  about to fail",
+        "prepare data: ran out of memory of 400m (--memory); the same command continues:\n  about to fail",
     ),
     "sleep:prepare_data": (
-        ["--step-timeout", "15"],
+        ["--stage-timeout", "15"],
         6,
-        "prepare data: was stopped after 15 s, the longest that it may take; the same command continues:\n  about to fail",
+        "prepare data: was stopped at its time limit of 15 s; the same command continues:\n  about to fail",
     ),
 }
 
 
 @pytest.mark.parametrize("fault", FAILURES)
-def test_a_container_that_fails_fails_the_run_with_its_step_and_its_last_words(faulty, tmp_path, fault):
+def test_docker_runner_failed_container_message(faulty, tmp_path, fault):
     options, code, message = FAILURES[fault]
     done = subprocess.run(
         command(tmp_path, "--runner", "docker", "--image", faulty, *options),
@@ -147,7 +147,7 @@ def test_a_container_that_fails_fails_the_run_with_its_step_and_its_last_words(f
     assert containers(tmp_path) == []
 
 
-def test_a_step_that_fails_by_itself_gives_its_own_reason(image, tmp_path):
+def test_docker_runner_failed_stage_message(image, tmp_path):
     empty = tmp_path / "images"
     empty.mkdir()
     options = [f"--set=data.pool={empty}", "--runner", "docker", "--image", image]
@@ -157,9 +157,9 @@ def test_a_step_that_fails_by_itself_gives_its_own_reason(image, tmp_path):
     assert str(empty) in done.stderr
 
 
-def test_an_image_that_is_not_there_is_named(engine, tmp_path):
+def test_docker_runner_missing_image_message(engine, tmp_path):
     done = subprocess.run(
         command(tmp_path, "--runner", "docker", "--image", "no/such:image"), capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 2
-    assert "--image no/such:image: is not on this machine; make it with `make images`, or pull it" in done.stderr
+    assert "--image no/such:image: is not on this machine; build it with `make images`, or pull it" in done.stderr

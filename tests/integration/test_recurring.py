@@ -1,9 +1,10 @@
-"""The pipeline of one generation, twice: the second run goes on from what the first one accepted."""
+"""The pipeline of one generation, twice: the second run continues from the student that the first accepted."""
 
 import pytest
 
 from ns.evaluation.gate import Verdict
-from ns.runs import records as runs
+from ns.runs.lookup import resolve_run_name
+from ns.runs.summary import RunSummary, summarize_run
 from ns.storage import LocalStore
 from pipelines import GENERATION_PACKAGE
 from pipelines.runners import local
@@ -19,10 +20,10 @@ QUICK = [
 ]
 
 
-def test_the_second_of_recurring_runs_builds_on_the_student_that_the_first_accepted(tmp_path):
+def test_recurring_run_builds_on_the_accepted_student(tmp_path):
     store = LocalStore(tmp_path / "root")
 
-    def once() -> runs.RunSummary:
+    def run_once() -> RunSummary:
         local.run_locally(
             config_uri="quickstart",
             root=store.uri,
@@ -31,11 +32,11 @@ def test_the_second_of_recurring_runs_builds_on_the_student_that_the_first_accep
             on_event=lambda event: None,
             package=GENERATION_PACKAGE,
             overrides=QUICK,
-            label_workers=1,
+            labeling_tasks=1,
         )
-        return runs.summarize_run(store, runs.resolve_run_name(store))
+        return summarize_run(store, resolve_run_name(store))
 
-    first, second = once(), once()
+    first, second = run_once(), run_once()
     assert first.run.startswith("quickstart-gen-1-")
     assert second.run.startswith("quickstart-gen-2-")
     (student,), (grandchild,) = first.generations, second.generations
@@ -47,4 +48,4 @@ def test_the_second_of_recurring_runs_builds_on_the_student_that_the_first_accep
     (gate,) = [note for note in second.stages if note.stage == "gate"]
     verdict = Verdict.load_file(store, gate.outputs["verdict"])
     assert verdict.teacher == student.model
-    assert "churn" in {guard.name for guard in verdict.conditions}
+    assert "churn" in {condition.name for condition in verdict.conditions}

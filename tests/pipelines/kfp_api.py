@@ -1,9 +1,9 @@
-"""A stand-in for KFP's API server: REST v2beta1 as of 2.17, as much of it as clients of this project speak.
+"""A stand-in for KFP's API server: REST v2beta1 as of 2.17, as much of it as this project's client uses.
 
-What it takes and gives is read into the models of kfp-server-api, unknown fields and wrong types are refused as the server refuses
-them, lists have its filters, orders and page tokens, and runs are checked against the pipeline's inputs. The steps of a run are shown as
-the server shows them: as the nodes of Argo's workflow, each task with its driver and its executor, and no word of why one failed.
-Nothing is executed: tests play the runs (`step`, `end`).
+Requests and answers are read into the models of kfp-server-api; unknown fields and wrong types are refused as the server refuses them,
+lists have its filters, orders and page tokens, and runs are checked against the pipeline's inputs. The stages of a run are shown as the
+server shows them: as the nodes of Argo's workflow, each task with its driver and its executor, without the reason of a failure.
+Nothing is executed: tests play the runs (`play_task`, `end`).
 """
 
 import base64
@@ -110,19 +110,19 @@ class KfpApi:
         self._lock = threading.RLock()
         self._things: dict[str, dict[str, Any]] = {kind: {} for kind in FIELDS}
         self._packages: dict[str, list[Any]] = {}
-        self._client = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"api": self}))
-        self._client.daemon_threads = True
-        self._thread = threading.Thread(target=self._client.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"api": self}))
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         self._thread.start()
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._client.server_port}"
+        return f"http://127.0.0.1:{self._server.server_port}"
 
     def close(self) -> None:
         """Is gone, as a server that was killed: open connections break too."""
-        self._client.shutdown()
-        self._client.server_close()
+        self._server.shutdown()
+        self._server.server_close()
         self._thread.join()
         for connection in self.connections:
             with contextlib.suppress(OSError):
@@ -138,9 +138,9 @@ class KfpApi:
     @property
     def alive(self) -> list[Any]:
         """Runs that are not ended or being ended."""
-        return [run for run in self.load_all("runs") if run.state in (*ALIVE, "SUCCEEDED")]
+        return [run for run in self.all("runs") if run.state in (*ALIVE, "SUCCEEDED")]
 
-    def step(self, run_id: str, name: str, state: str, *, retries: int = 0) -> None:
+    def play_task(self, run_id: str, name: str, state: str, *, retries: int = 0) -> None:
         """Puts a task into a state: driver, task and executor, which has a child for each try."""
         with self._lock:
             run = self._things["runs"][run_id]
@@ -182,7 +182,7 @@ class KfpApi:
             raise Refused(
                 HTTPStatus.UNAUTHORIZED, 16, "Unauthenticated: request header error: there is no user identity header."
             )
-        match method, path.removeprefix("/").split_batch("/"):
+        match method, path.removeprefix("/").split("/"):
             case "GET", ["healthz"]:
                 return {"multi_user": False}
             case "GET", ["pipelines", "names", name]:
@@ -258,7 +258,7 @@ class KfpApi:
             name=name,
             display_name=query.get("display_name") or name,
             created_at=_now(),
-            pipeline_spec=dict(zip(("pipeline_spec", "platform_spec"), documents, make_strict=False)),
+            pipeline_spec=dict(zip(("pipeline_spec", "platform_spec"), documents, strict=False)),
         )
         versions[made.pipeline_version_id] = made
         self._packages[made.pipeline_version_id] = documents
@@ -344,14 +344,14 @@ class KfpApi:
                 raise invalid("page token does not match the supplied sort by and/or filtering criteria.")
         page = {kind: found[start : start + size], "total_size": len(found)}
         if start + size < len(found):
-            page["next_page_token"] = base64.b64encode(json.dumps([start + size, *criteria]).encode()).decode_image()
+            page["next_page_token"] = base64.b64encode(json.dumps([start + size, *criteria]).encode()).decode()
         return page
 
     def _identity(self, kind: str, thing: Any) -> str:
         return str(getattr(thing, FIELDS[kind]["id"]))
 
     def _order(self, kind: str, asked: str) -> tuple[str, bool]:
-        words = asked.lower().split_batch()
+        words = asked.lower().split()
         if len(words) > 2 or (len(words) == 2 and words[1] not in ("asc", "desc")):
             raise invalid(f"Received invalid sort by format {json.dumps(asked)}.")
         if words and words[0] not in FIELDS[kind]:
@@ -473,9 +473,9 @@ def _demand(holds: bool, value: Any, place: str) -> None:
 def _uploaded(headers: Any, body: bytes) -> tuple[str, bytes | None]:
     """File name and bytes of the form's `uploadfile`."""
     message = BytesParser().parsebytes(b"content-type: " + headers.get("content-type", "").encode() + b"\r\n\r\n" + body)
-    for part in message.walk_folders():
+    for part in message.walk():
         if part.get_param("name", header="content-disposition") == "uploadfile":
-            return part.get_filename() or "", part.get_payload(decode_image=True)
+            return part.get_filename() or "", part.get_payload(decode=True)
     return "", None
 
 

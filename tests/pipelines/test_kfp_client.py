@@ -1,4 +1,4 @@
-"""Submitting to KFP: once each, with words for whatever goes wrong, against a stand-in of its API."""
+"""The KFP client against a stand-in of KFP's API."""
 
 import json
 import threading
@@ -8,15 +8,15 @@ import pytest
 import yaml
 
 from ns.core.errors import ConfigError, Interrupted, RunError
-from pipelines import kfp_client as submit
+from pipelines import kfp_client
 from pipelines.kfp_client import KfpClient, KfpUnreachableError, check_inputs, stage_names
 from tests.pipelines.kfp_api import Refused
 
 
-def package(name: str = "small", words: str = "hello") -> str:
+def make_package(name: str = "small", words: str = "hello") -> str:
     """A compiled pipeline as small as can be: one task in it, one in a pipeline within."""
     inputs = {
-        "config": {"parameterType": "STRING", "description": "the experiment"},
+        "config_uri": {"parameterType": "STRING", "description": "the experiment"},
         "gpus": {"parameterType": "STRING", "defaultValue": "0", "isOptional": True, "literals": ["0", "1"]},
         "tries": {"parameterType": "NUMBER_INTEGER", "defaultValue": 1, "isOptional": True},
         "overrides": {"parameterType": "LIST", "defaultValue": [], "isOptional": True},
@@ -48,51 +48,51 @@ def server(kfp):
 
 
 def start(server, name="digits-1", **arguments):
-    pipeline = server.upload_pipeline(package())
-    return server.submit(pipeline, {"config": "quickstart", **arguments}, name=name, experiment="digits")
+    pipeline = server.upload_pipeline(make_package())
+    return server.create_run(pipeline, {"config_uri": "quickstart", **arguments}, name=name, experiment="digits")
 
 
-def test_the_same_pipeline_is_uploaded_once_and_a_changed_one_is_another_version(server, kfp):
+def test_upload_pipeline_once_per_content(server, kfp):
     first, again, changed = (
-        server.upload_pipeline(package()),
-        server.upload_pipeline(package()),
-        server.upload_pipeline(package(words="bye")),
+        server.upload_pipeline(make_package()),
+        server.upload_pipeline(make_package()),
+        server.upload_pipeline(make_package(words="bye")),
     )
     assert first == again
     assert changed.pipeline_id == first.pipeline_id
     assert first.version.startswith("small-")
-    assert [one.name for one in kfp.load_all("pipeline_versions")] == [first.version, changed.version]
-    assert len(kfp.load_all("pipelines")) == 1
+    assert [one.name for one in kfp.all("pipeline_versions")] == [first.version, changed.version]
+    assert len(kfp.all("pipelines")) == 1
 
 
-def test_uploads_at_the_same_instant_end_with_one_pipeline_and_one_version(server, kfp):
+def test_upload_pipeline_by_several_clients_at_once(server, kfp):
     # All have looked, and found nothing, before any of them makes it.
     gates = {request: threading.Barrier(3, timeout=10) for request in ("POST /pipelines", "POST /pipelines/upload_version")}
     kfp.before = lambda request: gates[request].wait() if request in gates else None
     found = []
-    threads = [threading.Thread(target=lambda: found.append(KfpClient().upload_pipeline(package()))) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: found.append(KfpClient().upload_pipeline(make_package()))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(found) == 3
     assert len(set(found)) == 1
-    assert (len(kfp.load_all("pipelines")), len(kfp.load_all("pipeline_versions"))) == (1, 1)
+    assert (len(kfp.all("pipelines")), len(kfp.all("pipeline_versions"))) == (1, 1)
 
 
-def test_a_run_has_its_name_arguments_and_a_link(server, kfp, monkeypatch):
+def test_create_run_with_name_inputs_and_url(server, kfp, monkeypatch):
     run = start(server, overrides=["seed=1"])
-    (made,) = kfp.load_all("runs")
+    (made,) = kfp.all("runs")
     assert (run.run_id, run.name, run.state, run.new) == (made.run_id, "digits-1", "PENDING", True)
     assert run.url == f"{kfp.url}/#/runs/details/{made.run_id}"
-    assert made.runtime_config.parameters == {"config": "quickstart", "overrides": ["seed=1"]}
-    assert [one.display_name for one in kfp.load_all("experiments")] == ["digits"]
+    assert made.runtime_config.parameters == {"config_uri": "quickstart", "overrides": ["seed=1"]}
+    assert [one.display_name for one in kfp.all("experiments")] == ["digits"]
     monkeypatch.setenv("NS_KFP_UI", "https://kubeflow.example/pipeline/")
     assert KfpClient().run_url("1") == "https://kubeflow.example/pipeline/#/runs/details/1"
 
 
 @pytest.mark.parametrize(("state", "new"), [("RUNNING", False), ("SUCCEEDED", False), ("FAILED", True), ("CANCELED", True)])
-def test_a_run_is_started_again_only_if_the_one_of_its_name_came_to_nothing(server, kfp, state, new):
+def test_create_run_again_only_after_a_failed_one(server, kfp, state, new):
     first = start(server)
     kfp.end(first.run_id, state)
     second = start(server)
@@ -101,41 +101,41 @@ def test_a_run_is_started_again_only_if_the_one_of_its_name_came_to_nothing(serv
     assert start(server, name="another").new
 
 
-def test_a_run_is_found_however_many_there_are(server, kfp):
+def test_find_run_over_several_pages(server, kfp):
     first = start(server)
     for number in range(3):
         start(server, name=f"later-{number}")
     asked = len(kfp.requests)
-    submit_page, submit.PAGE_SIZE = submit.PAGE_SIZE, 1
+    page_size, kfp_client.PAGE_SIZE = kfp_client.PAGE_SIZE, 1
     try:
         kfp.end(first.run_id, "FAILED")
         second = start(server)
         kfp.end(second.run_id, "FAILED")
-        assert server.find("digits-1", "digits") is None
+        assert server.find_run("digits-1", "digits") is None
         assert kfp.requests[asked:].count("GET /runs") >= 3
     finally:
-        submit.PAGE_SIZE = submit_page
+        kfp_client.PAGE_SIZE = page_size
 
 
-def test_an_answer_that_is_lost_leaves_one_run(server, kfp):
-    server.upload_pipeline(package())
+def test_create_run_once_when_the_answer_is_lost(server, kfp):
+    server.upload_pipeline(make_package())
     kfp.losing.add("POST /runs")
     run = start(server)
     assert run.new
-    assert [one.run_id for one in kfp.load_all("runs")] == [run.run_id]
+    assert [one.run_id for one in kfp.all("runs")] == [run.run_id]
 
 
-def test_following_tells_each_step_once_and_none_of_its_helpers(server, kfp):
+def test_wait_for_run_reports_each_state_of_a_stage_once(server, kfp):
     run = start(server)
     script = [
-        lambda: kfp.step(run.run_id, "train", "RUNNING"),
-        lambda: kfp.step(run.run_id, "train", "RUNNING", retries=1),
-        lambda: (kfp.step(run.run_id, "train", "SUCCEEDED"), kfp.step(run.run_id, "gate", "RUNNING")),
-        lambda: (kfp.step(run.run_id, "gate", "FAILED"), kfp.end(run.run_id, "FAILED")),
+        lambda: kfp.play_task(run.run_id, "train", "RUNNING"),
+        lambda: kfp.play_task(run.run_id, "train", "RUNNING", retries=1),
+        lambda: (kfp.play_task(run.run_id, "train", "SUCCEEDED"), kfp.play_task(run.run_id, "gate", "RUNNING")),
+        lambda: (kfp.play_task(run.run_id, "gate", "FAILED"), kfp.end(run.run_id, "FAILED")),
     ]
     kfp.before = lambda request: script.pop(0)() if request.startswith("GET /runs/") else None
     told = []
-    ended = server.follow(run.run_id, told.append, steps=stage_names(package()), poll=0.001)
+    ended = server.wait_for_run(run.run_id, told.append, stages=stage_names(make_package()), poll=0.001)
     assert [(task.name, task.state) for task in told] == [
         ("train", "RUNNING"),
         ("train", "SUCCEEDED"),
@@ -145,7 +145,7 @@ def test_following_tells_each_step_once_and_none_of_its_helpers(server, kfp):
     assert ended.state == "FAILED"
 
 
-def test_a_server_that_is_away_for_a_moment_ends_no_following(server, kfp):
+def test_wait_for_run_survives_a_short_outage(server, kfp):
     run = start(server)
     answers = iter([Refused(HTTPStatus.SERVICE_UNAVAILABLE, 14, "upstream connect error"), None, None])
 
@@ -156,26 +156,26 @@ def test_a_server_that_is_away_for_a_moment_ends_no_following(server, kfp):
         kfp.end(run.run_id, "SUCCEEDED")
 
     kfp.before = before
-    assert server.follow(run.run_id, print, steps=(), poll=0.001).state == "SUCCEEDED"
+    assert server.wait_for_run(run.run_id, print, stages=(), poll=0.001).state == "SUCCEEDED"
 
 
-def test_a_server_that_stays_away_ends_following_with_the_link(server, kfp, monkeypatch):
+def test_wait_for_run_gives_up_after_a_long_outage(server, kfp, monkeypatch):
     run = start(server)
     kfp.close()
-    monkeypatch.setattr(submit, "PATIENCE_SECONDS", 0.01)
-    with pytest.raises(KfpUnreachableError, match=f"cannot be reached.*the run goes on: {run.url}"):
-        server.follow(run.run_id, print, steps=(), poll=0.02)
+    monkeypatch.setattr(kfp_client, "PATIENCE_SECONDS", 0.01)
+    with pytest.raises(KfpUnreachableError, match=f"cannot be reached.*the run continues: {run.url}"):
+        server.wait_for_run(run.run_id, print, stages=(), poll=0.02)
 
 
-def test_ctrl_c_ends_following_and_not_the_run(server, kfp, monkeypatch):
+def test_wait_for_run_interrupted_leaves_the_run(server, kfp, monkeypatch):
     run = start(server)
-    monkeypatch.setattr(submit.time, "sleep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(Interrupted, match=f"no longer followed; the run goes on: {run.url}"):
-        server.follow(run.run_id, print, steps=())
+    monkeypatch.setattr(kfp_client.time, "sleep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(Interrupted, match=f"no longer followed; the run continues: {run.url}"):
+        server.wait_for_run(run.run_id, print, stages=())
     assert [one.state for one in kfp.alive] == ["PENDING"]
 
 
-def test_a_server_that_is_down_is_named_with_what_to_do(server, kfp):
+def test_unreachable_server_message(server, kfp):
     kfp.close()
     with pytest.raises(KfpUnreachableError, match=rf"{kfp.url}: cannot be reached: .*; is it KFP's URL") as caught:
         start(server)
@@ -193,45 +193,45 @@ def test_a_server_that_is_down_is_named_with_what_to_do(server, kfp):
         (HTTPStatus.IM_A_TEAPOT, "answered 418: no"),
     ],
 )
-def test_every_refusal_is_one_line_that_says_what_to_do(server, kfp, status, words):
+def test_refusal_messages(server, kfp, status, words):
     def before(request):
         raise Refused(status, 13, "no")
 
     kfp.before = before
     with pytest.raises(RunError, match=words):
-        server.find("digits-1", "digits")
+        server.find_run("digits-1", "digits")
 
 
-def test_what_answers_and_is_not_kfp_is_said(server, kfp, monkeypatch):
+def test_server_that_is_not_kfp_message(server, kfp, monkeypatch):
     with pytest.raises(RunError, match="not found: Not Found; is it the URL of KFP"):
-        KfpClient(f"{kfp.url}/elsewhere").upload_pipeline(package())
+        KfpClient(f"{kfp.url}/elsewhere").upload_pipeline(make_package())
 
 
-def test_the_token_comes_from_the_environment_or_from_the_pod_as_it_is_now(kfp, monkeypatch, tmp_path):
+def test_token_from_variable_or_renewed_pod_file(kfp, monkeypatch, tmp_path):
     kfp.token = "secret"
     with pytest.raises(RunError, match=r"not allowed: Unauthenticated.*NS_KFP_TOKEN"):
-        KfpClient().upload_pipeline(package())
+        KfpClient().upload_pipeline(make_package())
     monkeypatch.setenv("NS_KFP_TOKEN", "secret")
-    assert KfpClient().upload_pipeline(package()).name == "small"
+    assert KfpClient().upload_pipeline(make_package()).name == "small"
     monkeypatch.delenv("NS_KFP_TOKEN")
-    monkeypatch.setattr(submit, "POD_TOKEN", tmp_path / "token")
+    monkeypatch.setattr(kfp_client, "POD_TOKEN", tmp_path / "token")
     (tmp_path / "token").touch()
     server = KfpClient()
     for token in ("secret", "renewed"):
         kfp.token = token
         (tmp_path / "token").write_text(f"{token}\n")
-        server.upload_pipeline(package())
+        server.upload_pipeline(make_package())
 
 
-def test_a_namespace_goes_into_every_question(kfp, monkeypatch):
+def test_namespace_is_sent_with_every_request(kfp, monkeypatch):
     monkeypatch.setenv("NS_KFP_NAMESPACE", "team")
     start(KfpClient())
-    assert {one.namespace for one in [*kfp.load_all("pipelines"), *kfp.load_all("experiments")]} == {"team"}
+    assert {one.namespace for one in [*kfp.all("pipelines"), *kfp.all("experiments")]} == {"team"}
     assert not start(KfpClient()).new
 
 
 @pytest.mark.parametrize("url", ["", "ml-pipeline:8888"])
-def test_a_server_must_be_named(monkeypatch, url):
+def test_client_needs_a_url(monkeypatch, url):
     monkeypatch.delenv("NS_KFP_URL", raising=False)
     with pytest.raises(ConfigError, match=r"NS_KFP_URL|must be a URL"):
         KfpClient(url)
@@ -240,34 +240,37 @@ def test_a_server_must_be_named(monkeypatch, url):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({}, "config: must be given: the experiment"),
-        ({"config": 3}, "config: invalid value 3: must be string"),
-        ({"config": "c", "tries": True}, "tries: invalid value True: must be number integer"),
-        ({"config": "c", "gpus": "7"}, "gpus: invalid value '7': must be one of 0, 1"),
-        ({"config": "c", "gpu": "1"}, "gpu: is no input of pipeline small; its inputs are config, gpus, overrides, tries"),
-        ({"config": "c", "overrides": ["x" * 10_000]}, "bytes as JSON, KFP takes 10,000"),
+        ({}, "config_uri: is missing: the experiment"),
+        ({"config_uri": 3}, "config_uri: invalid value 3: must be string"),
+        ({"config_uri": "c", "tries": True}, "tries: invalid value True: must be number integer"),
+        ({"config_uri": "c", "gpus": "7"}, "gpus: invalid value '7': must be one of 0, 1"),
+        (
+            {"config_uri": "c", "gpu": "1"},
+            "gpu: is not an input of pipeline small; its inputs are config_uri, gpus, overrides, tries",
+        ),
+        ({"config_uri": "c", "overrides": ["x" * 10_000]}, "bytes as JSON, and KFP accepts 10,000"),
     ],
 )
-def test_arguments_that_kfp_would_refuse_are_refused_before(server, kfp, arguments, words):
+def test_check_inputs_refuses_what_kfp_refuses(server, kfp, arguments, words):
     with pytest.raises(ConfigError, match=words):
-        check_inputs(package(), arguments)
+        check_inputs(make_package(), arguments)
     # And KFP would.
-    pipeline = server.upload_pipeline(package())
+    pipeline = server.upload_pipeline(make_package())
     with pytest.raises(RunError, match="refused"):
-        server.submit(pipeline, arguments, name="one", experiment="digits")
-    assert kfp.load_all("runs") == []
+        server.create_run(pipeline, arguments, name="one", experiment="digits")
+    assert kfp.all("runs") == []
 
 
-def test_arguments_that_pass_here_pass_there(server, kfp):
-    arguments = check_inputs(package(), {"config": "c", "tries": 2, "gpus": "1", "overrides": ["a=b"]})
-    assert server.submit(server.upload_pipeline(package()), arguments, name="one", experiment="digits").new
+def test_check_inputs_accepts_what_kfp_accepts(server, kfp):
+    arguments = check_inputs(make_package(), {"config_uri": "c", "tries": 2, "gpus": "1", "overrides": ["a=b"]})
+    assert server.create_run(server.upload_pipeline(make_package()), arguments, name="one", experiment="digits").new
 
 
 @pytest.mark.parametrize("text", ["", "a: [", "just words", json.dumps({"pipelineInfo": {}})])
-def test_what_is_no_compiled_pipeline_is_refused(text):
-    with pytest.raises(ConfigError, match=r"no compiled pipeline.*make compile"):
+def test_check_inputs_refuses_other_yaml(text):
+    with pytest.raises(ConfigError, match=r"not a compiled pipeline.*make compile"):
         check_inputs(text, {})
 
 
-def test_the_steps_of_a_pipeline_are_those_that_run_a_container():
-    assert stage_names(package()) == {"train", "gate"}
+def test_stage_names_are_tasks_with_containers():
+    assert stage_names(make_package()) == {"train", "gate"}

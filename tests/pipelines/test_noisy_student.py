@@ -1,4 +1,4 @@
-"""The compiled pipelines: the traps of KFP that can be seen in them."""
+"""The compiled pipelines: traps of KFP that are visible in them."""
 
 import json
 import re
@@ -42,20 +42,14 @@ def dags(spec: dict) -> Iterator[tuple[str, dict]]:
             yield name, component
 
 
-def work(spec: dict) -> dict:
-    """The tasks that are done unless the run is a dry one."""
-    (found,) = [component["dag"]["tasks"] for _, component in dags(spec) if "report" in component["dag"]["tasks"]]
-    return found
-
-
-def test_the_committed_pipelines_are_what_the_code_compiles_to_at_any_time():
-    # On its own: KFP looks its caller up among all modules that are loaded, for each setting of each task; with a test suite's
+def test_committed_packages_are_up_to_date():
+    # On its strip_channel: KFP looks its caller up among all modules that are loaded, for each setting of each task; with a test suite's
     # thousands that takes a minute.
     done = subprocess.run([sys.executable, "-m", "pipelines.compile", "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_no_task_refers_to_an_input_that_its_parent_does_not_have(spec):
+def test_tasks_refer_to_inputs_of_their_parent(spec):
     for name, component in dags(spec):
         inputs = set(component.get("inputDefinitions", {}).get("parameters", {}))
         for task in component["dag"]["tasks"].values():
@@ -64,24 +58,20 @@ def test_no_task_refers_to_an_input_that_its_parent_does_not_have(spec):
                 assert reference is None or reference in inputs, (name, reference)
 
 
-def test_it_stays_small(package):
-    assert package.make_stat().st_size < 200_000
+def test_package_stays_small(package):
+    assert package.stat().st_size < 150_000
 
 
-def test_nothing_is_installed_at_run_time(package):
+def test_package_installs_nothing(package):
     assert "pip install" not in package.read_text()
 
 
-def test_every_input_of_pipeline_and_components_is_described(spec):
-    for name, component in [("root", spec["root"]), *spec["components"].items()]:
-        if name != "root" and "dag" in component:
-            # Inner pipelines pass on what the root and the components describe; users never fill them in.
-            continue
-        for field, facts in component.get("inputDefinitions", {}).get("parameters", {}).items():
-            assert facts.get("description"), f"{name}.{field}"
+def test_inputs_are_described(spec):
+    for name, definition in spec["root"]["inputDefinitions"]["parameters"].items():
+        assert definition.get("description"), name
 
 
-def test_kfps_cache_is_off_everywhere(spec):
+def test_cache_of_kfp_is_off(spec):
     for name, component in dags(spec):
         for task_name, task in component["dag"]["tasks"].items():
             reference = task["componentRef"]["name"]
@@ -89,7 +79,7 @@ def test_kfps_cache_is_off_everywhere(spec):
                 assert not task.get("cachingOptions", {}).get("enableCache", False), (name, task_name)
 
 
-def test_conditions_test_single_outputs_or_inputs_and_nothing_is_chosen_between_branches(package, spec):
+def test_conditions_compare_single_outputs_or_inputs(package, spec):
     assert "oneOf" not in package.read_text()
     tested = set()
     for name, component in dags(spec):
@@ -100,10 +90,10 @@ def test_conditions_test_single_outputs_or_inputs_and_nothing_is_chosen_between_
                 source = task["inputs"]["parameters"][f"pipelinechannel--{channel}"]
                 single = source.get("taskOutputParameter", {}).get("outputParameterKey") == "Output"
                 assert single or "componentInputParameter" in source, (name, channel)
-    assert tested == {"dry_run", "resolve-Output"} | ({"teacher"} if package == GENERATION_PACKAGE else set())
+    assert tested == {"next-teacher-Output"} | ({"teacher"} if package == GENERATION_PACKAGE else set())
 
 
-def test_loops_sit_in_a_pipeline_whose_inputs_carry_every_value(spec):
+def test_loops_are_alone_in_a_pipeline(spec):
     for name, component in dags(spec):
         for task in component["dag"]["tasks"].values():
             if "parameterIterator" in task:
@@ -111,8 +101,8 @@ def test_loops_sit_in_a_pipeline_whose_inputs_carry_every_value(spec):
                 assert len(component["dag"]["tasks"]) == 1, "no upstream task beside a loop: kfp.local would lose its output"
 
 
-def test_each_generation_waits_for_the_one_before(package, spec):
-    tasks = work(spec)
+def test_generations_are_sequential(package, spec):
+    tasks = spec["root"]["dag"]["tasks"]
     attempts = sorted(name for name in tasks if name.startswith("attempt"))
     assert len(attempts) == (1 if package == GENERATION_PACKAGE else MAX_GENERATIONS)
     assert ("teacher" if package == GENERATION_PACKAGE else "first-teacher") in tasks[attempts[0]]["dependentTasks"]
@@ -121,7 +111,7 @@ def test_each_generation_waits_for_the_one_before(package, spec):
     assert attempts[-1] in tasks["report"]["dependentTasks"]
 
 
-def test_what_kubernetes_is_told_refers_to_inputs_of_the_pipeline_around_the_task(spec, pods):
+def test_kubernetes_settings_refer_to_inputs_of_the_parent(spec, pods):
     def references(node):
         if isinstance(node, dict):
             yield from ([node["componentInputParameter"]] if "componentInputParameter" in node else [])
@@ -139,7 +129,7 @@ def test_what_kubernetes_is_told_refers_to_inputs_of_the_pipeline_around_the_tas
                 assert set(references(pods[label])) <= inputs, (name, label)
 
 
-def test_resources_that_are_inputs_are_never_set_directly_in_a_loop_or_an_if(spec):
+def test_resources_are_not_set_in_a_loop_or_condition(spec):
     executors = spec["deploymentSpec"]["executors"]
     for name, component in dags(spec):
         if name.startswith(("comp-condition", "comp-for-loop")):
@@ -148,7 +138,7 @@ def test_resources_that_are_inputs_are_never_set_directly_in_a_loop_or_an_if(spe
                 assert "inputs" not in json.dumps(executors[label]["container"]["resources"] if label else {}), name
 
 
-def test_every_step_has_a_time_limit_retries_a_numbered_user_and_scratch_space(spec, pods):
+def test_stages_have_time_limit_retries_user_and_scratch(spec, pods):
     executors = spec["deploymentSpec"]["executors"]
     assert set(executors) == set(pods)
     for name, facts in pods.items():
@@ -163,38 +153,37 @@ def test_every_step_has_a_time_limit_retries_a_numbered_user_and_scratch_space(s
                 assert task["retryPolicy"]["maxRetryCount"] == 3
 
 
-def own(parameter: str) -> str:
+def strip_channel(parameter: str) -> str:
     """The input's name, in a pipeline or in a branch of it."""
     return parameter.removeprefix("pipelinechannel--")
 
 
-def test_training_labeling_and_all_else_have_pools_of_their_own(spec, pods):
+def test_placement_by_node_pool(spec, pods):
     pool = {
-        name: own(facts["nodeSelector"]["nodeSelectorJson"]["componentInputParameter"]).partition("_")[0]
+        name: strip_channel(facts["nodeSelector"]["nodeSelectorJson"]["componentInputParameter"]).partition("_")[0]
         for name, facts in pods.items()
     }
     for name, facts in pods.items():
-        # A dry run measures where trainings take place.
-        trains, labels = name.startswith(("exec-train", "exec-plan-run")), name.startswith(("exec-label", "exec-evaluate"))
+        trains, labels = name.startswith("exec-train"), name.startswith(("exec-label", "exec-evaluate"))
         kind = "train" if trains else "label" if labels else "cpu"
         assert pool[name] == kind, name
         (tolerated,) = facts["tolerations"]
-        assert own(tolerated["tolerationJson"]["componentInputParameter"]) == f"{kind}_tolerations", name
+        assert strip_channel(tolerated["tolerationJson"]["componentInputParameter"]) == f"{kind}_tolerations", name
         container = spec["deploymentSpec"]["executors"][name]["container"]
         assert ("accelerator" in container["resources"]) == (kind != "cpu"), name
         shared = [mount for mount in facts["emptyDirMounts"] if mount["mountPath"] == "/dev/shm"]
         assert [mount["medium"] for mount in shared] == ([] if kind == "cpu" else ["Memory"]), name
 
 
-def test_only_the_step_that_commits_gets_the_login_of_the_label_registry(pods):
+def test_registry_login_only_for_commit_labels(pods):
     for name, facts in pods.items():
-        secrets = [own(one["secretNameParameter"]["componentInputParameter"]) for one in facts["secretAsEnv"]]
+        secrets = [strip_channel(one["secretNameParameter"]["componentInputParameter"]) for one in facts["secretAsEnv"]]
         also = ["registry_secret"] if name == "exec-commit-labels" else []
         assert secrets == ["storage_secret", *also], name
         assert all(one["optional"] for one in facts["secretAsEnv"]), name
 
 
-def test_inputs_have_defaults_and_lists_offer_their_default(spec):
+def test_inputs_have_defaults_among_their_choices(spec):
     parameters = spec["root"]["inputDefinitions"]["parameters"]
     assert {name for name, facts in parameters.items() if "defaultValue" not in facts} == set()
     offered = {name: facts["literals"] for name, facts in parameters.items() if "literals" in facts}
@@ -204,33 +193,24 @@ def test_inputs_have_defaults_and_lists_offer_their_default(spec):
     assert len(json.dumps({name: facts.get("defaultValue", "x" * 200) for name, facts in parameters.items()})) < 5000
 
 
-def test_equal_components_are_shared_so_that_generations_cost_little(spec):
-    attempts = {task["componentRef"]["name"] for name, task in work(spec).items() if "attempt" in name}
+def test_equal_components_are_merged(spec):
+    attempts = {task["componentRef"]["name"] for name, task in spec["root"]["dag"]["tasks"].items() if "attempt" in name}
     assert attempts == {"comp-attempt"}
     assert sorted(spec["deploymentSpec"]["executors"]) == sorted(
         {c.get("executorLabel") for c in spec["components"].values()} - {None}
     )
 
 
-def test_a_dry_run_plans_and_does_nothing_else(spec):
-    (planned,) = [name for name, component in dags(spec) if "plan-run" in component["dag"]["tasks"]]
-    (choice,) = spec["root"]["dag"]["tasks"].values()
-    branches = spec["components"][choice["componentRef"]["name"]]["dag"]["tasks"].values()
-    dry, wet = [spec["components"][branch["componentRef"]["name"]]["dag"]["tasks"] for branch in branches]
-    assert [task["componentRef"]["name"] for task in dry.values()] == [planned]
-    assert "report" in wet
-
-
-def test_artifacts_have_types_that_the_backend_knows(package):
+def test_artifact_types_are_known_to_the_backend(package):
     titles = set(re.findall(r"schemaTitle: (\S+)", package.read_text()))
     assert titles == {"system.Metrics", "system.ClassificationMetrics", "system.HTML", "system.Markdown"}
 
 
-def test_components_are_a_call_and_nothing_else():
+def test_components_have_no_logic():
     import ast
 
     import components
 
     for path in Path(components.__file__).parent.glob("*.py"):
-        for node in ast.walk_folders(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text())):
             assert not isinstance(node, ast.If | ast.For | ast.While | ast.Try), f"{path.name} has logic that belongs in ns"

@@ -1,4 +1,4 @@
-"""The pipelines that come with the code get onto the server, once each."""
+"""Upload of the compiled pipelines."""
 
 import re
 
@@ -10,17 +10,17 @@ from pipelines import upload
 from pipelines.kfp_client import KfpClient
 
 
-def test_all_compiled_pipelines_are_uploaded_once(kfp, capsys):
+def test_upload_once_per_package(kfp, capsys):
     assert upload.main([]) == 0
-    names = capsys.readouterr().out.split_batch()
+    names = capsys.readouterr().out.split()
     assert len(names) == len(upload.PACKAGES) >= 1
     assert names[0].startswith("noisy-student-")
     assert upload.main(["--kfp", kfp.url]) == 0
-    assert capsys.readouterr().out.split_batch() == names
-    assert sorted(one.name for one in kfp.load_all("pipeline_versions")) == sorted(names)
+    assert capsys.readouterr().out.split() == names
+    assert sorted(one.name for one in kfp.all("pipeline_versions")) == sorted(names)
 
 
-def test_what_goes_wrong_is_said_in_one_line(kfp, monkeypatch, capsys):
+def test_upload_error_is_one_line(kfp, monkeypatch, capsys):
     def away(self, package):
         raise RunError("http://kfp: does not answer")
 
@@ -35,19 +35,19 @@ def test_what_goes_wrong_is_said_in_one_line(kfp, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ("{", "is no JSON"),
+        ("{", "is not JSON"),
         ("[]", "must be an object"),
-        ('{"lable_gpus": "1"}', "lable_gpus: is no input of the pipeline; its inputs are config, "),
+        ('{"lable_gpus": "1"}', "lable_gpus: is not an input of pipeline noisy-student; its inputs are config_uri, "),
         ('{"label_gpus": "3"}', "label_gpus: invalid value '3': must be one of 0, 1, 2, 4, 8"),
-        ('{"label_tolerations": {}}', "label_tolerations: invalid value {}: must be like []"),
+        ('{"label_tolerations": {}}', "label_tolerations: invalid value {}: must be list"),
     ],
 )
-def test_inputs_that_no_pipeline_takes_are_refused(inputs, message):
+def test_load_packages_refuses_wrong_defaults(inputs, message):
     with pytest.raises(ConfigError, match="^HERE: " + re.escape(message)):
         upload.load_packages(inputs, "HERE")
 
 
-def test_run_forms_are_filled_in_the_same_way_every_time():
+def test_load_packages_sets_defaults_deterministically():
     inputs = '{"worker_image": "r.example/worker:1", "label_node_selector": {"pool": "spot"}}'
     filled = upload.load_packages(inputs, "")
     assert filled == upload.load_packages(inputs, "")
