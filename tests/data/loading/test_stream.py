@@ -58,7 +58,7 @@ def make_batches(made, pool=None, *, batch_size=10, **ranks):
         rng = np.random.default_rng(0)
         targets = [rng.random((shard.samples, 3), np.float32) for shard in pool[1].shards]
         copies = [rng.integers(0, 3, shard.samples).astype(np.uint16) for shard in pool[1].shards]
-        pseudo = PseudoLabeledImages(ImageSource(*pool), targets, copies)
+        pseudo = PseudoLabeledImages(ImageSource(*pool), targets.__getitem__, copies)
     transform = TrainTransform(NOISE, 16, "pad")
     options = {"batch_size": batch_size, "pseudo_batch_size": 6, "num_classes": 3, "seed": 4, **ranks}
     return TrainingBatches(LabeledImages(folder, dataset), pseudo, transform, **options)
