@@ -65,17 +65,17 @@ def faulty(image, tmp_path_factory) -> str:
     return FAULTY
 
 
-def command(root: Path, *options: str) -> list[str]:
+def make_command(root: Path, *options: str) -> list[str]:
     return [sys.executable, "-m", "ns", "run", "quickstart", *QUICK, "--root", str(root), "--run", "test", "--json", *options]
 
 
-def finish(root: Path, *options: str) -> dict:
-    done = subprocess.run(command(root, *options), capture_output=True, text=True, timeout=600)
+def finish_run(root: Path, *options: str) -> dict:
+    done = subprocess.run(make_command(root, *options), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr + (root / "test" / "pipeline.log").read_text()[-3000:]
     return json.loads(done.stdout)
 
 
-def containers(root: Path) -> list[dict]:
+def list_containers(root: Path) -> list[dict]:
     listed = subprocess.run(
         ["podman", "ps", "--all", "--filter", f"label=noisy-student=file://{root}/test", "--format", "json"],
         capture_output=True,
@@ -87,28 +87,28 @@ def containers(root: Path) -> list[dict]:
 
 def test_docker_runner_continues_after_its_client_was_killed(image, tmp_path):
     """The client dies while the teacher trains. The next one stops what is left, and all ends as without containers."""
-    calm = results(finish(tmp_path / "processes"))
+    expected = results(finish_run(tmp_path / "processes"))
     root = tmp_path / "containers"
     options = ["--runner", "docker", "--image", image]
-    client = subprocess.Popen(command(root, *options), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    client = subprocess.Popen(make_command(root, *options), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 200
     while not list((root / "store" / "checkpoints").glob("*/step-*.safetensors")):
         assert client.poll() is None, client.stderr.read().decode()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    (left,) = containers(root)
-    facts = json.loads(subprocess.run(["podman", "inspect", left["Id"]], capture_output=True, check=True).stdout)[0]
+    (left,) = list_containers(root)
+    details = json.loads(subprocess.run(["podman", "inspect", left["Id"]], capture_output=True, check=True).stdout)[0]
     # So that it is still at work when the next client comes.
     subprocess.run(["podman", "pause", left["Id"]], check=True, capture_output=True)
     os.kill(client.pid, signal.SIGKILL)
     client.wait()
     client.stderr.close()
-    assert not facts["Config"]["User"].startswith("0")
-    assert facts["HostConfig"]["ReadonlyRootfs"]
-    assert facts["HostConfig"]["NetworkMode"] == "none"
-    assert containers(root), "nobody is there to stop it"
-    assert results(finish(root, *options)) == calm
-    assert containers(root) == []
+    assert not details["Config"]["User"].startswith("0")
+    assert details["HostConfig"]["ReadonlyRootfs"]
+    assert details["HostConfig"]["NetworkMode"] == "none"
+    assert list_containers(root), "nobody is there to stop it"
+    assert results(finish_run(root, *options)) == expected
+    assert list_containers(root) == []
     assert "training continues" in (root / "test" / "pipeline.log").read_text()
 
 
@@ -135,7 +135,7 @@ FAILURES = {
 def test_docker_runner_failed_container_message(faulty, tmp_path, fault):
     options, code, message = FAILURES[fault]
     done = subprocess.run(
-        command(tmp_path, "--runner", "docker", "--image", faulty, *options),
+        make_command(tmp_path, "--runner", "docker", "--image", faulty, *options),
         capture_output=True,
         text=True,
         timeout=120,
@@ -144,14 +144,14 @@ def test_docker_runner_failed_container_message(faulty, tmp_path, fault):
     assert done.returncode == code, done.stderr
     assert f"error: {message.splitlines()[0]}" in done.stderr
     assert message.splitlines()[1].strip() in done.stderr
-    assert containers(tmp_path) == []
+    assert list_containers(tmp_path) == []
 
 
 def test_docker_runner_failed_stage_message(image, tmp_path):
     empty = tmp_path / "images"
     empty.mkdir()
     options = [f"--set=data.pool={empty}", "--runner", "docker", "--image", image]
-    done = subprocess.run(command(tmp_path / "root", *options), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(make_command(tmp_path / "root", *options), capture_output=True, text=True, timeout=120)
     assert done.returncode == 3, done.stderr
     assert done.stderr.splitlines()[-1].startswith("log: ") or "prepare data: " in done.stderr
     assert str(empty) in done.stderr
@@ -159,7 +159,7 @@ def test_docker_runner_failed_stage_message(image, tmp_path):
 
 def test_docker_runner_missing_image_message(engine, tmp_path):
     done = subprocess.run(
-        command(tmp_path, "--runner", "docker", "--image", "no/such:image"), capture_output=True, text=True, timeout=60
+        make_command(tmp_path, "--runner", "docker", "--image", "no/such:image"), capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 2
     assert "--image no/such:image: is not on this machine; build it with `make images`, or pull it" in done.stderr

@@ -54,7 +54,7 @@ def publish_report(ref, page, summary, generation=None): pass
 
 
 @pytest.fixture
-def stand_in(tmp_path, monkeypatch):
+def run_stand_in(tmp_path, monkeypatch):
     """Runs the pipeline with stand-in stages; returns the events, or raises as the runner does."""
     # Loaded by every Python that starts, before a component imports the real stages: one module stands in for all of ns.stages.
     (tmp_path / "sitecustomize.py").write_text(
@@ -94,11 +94,11 @@ GENERATION = [
 ]
 
 
-def test_run_locally_runs_stages_in_order_until_stop(stand_in):
+def test_run_locally_runs_stages_in_order_until_stop(run_stand_in):
     expected = [("prepare-data", 0), ("train", 0), ("evaluate", 0)]
     expected += [(stage, generation) for generation in (1, 2) for stage in GENERATION]
     expected += [("next-teacher", generation) for generation in (3, 4, 5)] + [("report", 0)]
-    assert stand_in() == expected
+    assert run_stand_in() == expected
 
 
 @pytest.mark.integration
@@ -110,39 +110,39 @@ def test_run_locally_runs_stages_in_order_until_stop(stand_in):
         ("stop", [("next-teacher", 1)]),
     ],
 )
-def test_run_locally_one_generation(stand_in, teacher, expected):
-    done = stand_in({"package": GENERATION_PACKAGE}, generations=3, teacher=teacher)
+def test_run_locally_one_generation(run_stand_in, teacher, expected):
+    done = run_stand_in({"package": GENERATION_PACKAGE}, generations=3, teacher=teacher)
     assert done == [("start-generation", 0), *expected, ("report", 0)]
 
 
-def test_run_locally_leaves_no_temporary_files(stand_in, tmp_path, monkeypatch):
+def test_run_locally_leaves_no_temporary_files(run_stand_in, tmp_path, monkeypatch):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     monkeypatch.setenv("TMPDIR", str(temporary))
-    stand_in(generations=0)
+    run_stand_in(generations=0)
     assert list(temporary.iterdir()) == []
 
 
-def test_run_locally_failed_stage_message_and_exit_code(stand_in):
+def test_run_locally_failed_stage_message_and_exit_code(run_stand_in):
     with pytest.raises(NsError) as caught:
-        stand_in(fail=["train", 1])
+        run_stand_in(fail=["train", 1])
     assert str(caught.value) == "generation 1: train: the reason"
     assert caught.value.exit_code == 3
 
 
-def test_run_locally_failed_labeling_task(stand_in):
+def test_run_locally_failed_labeling_task(run_stand_in):
     with pytest.raises(NsError, match="generation 1: label shards: the reason"):
-        stand_in(fail=["label-shards", 1])
+        run_stand_in(fail=["label-shards", 1])
 
 
-def test_run_locally_names_a_stage_that_died(stand_in):
+def test_run_locally_names_a_stage_that_died(run_stand_in):
     with pytest.raises(NsError, match=r"teacher: train: exited without an error message \(killed\? out of memory\?\)"):
-        stand_in(die=["train", 0])
+        run_stand_in(die=["train", 0])
 
 
-def test_run_locally_writes_output_of_kfp_to_the_log(stand_in, tmp_path, capsys):
-    stand_in(generations=0)
+def test_run_locally_writes_output_of_kfp_to_the_log(run_stand_in, tmp_path, capsys):
+    run_stand_in(generations=0)
     lines = (tmp_path / "pipeline.log").read_text().splitlines()
     assert any("finished with status SUCCESS" in line for line in lines)
     assert not any(line.startswith(" ") or "\x1b" in line for line in lines)
