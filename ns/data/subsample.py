@@ -1,11 +1,11 @@
 """A fixed part of a dataset for a quick measurement: drawn evenly over the classes, the same images for every model."""
 
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from ns.core.digest import hash_text
 from ns.data.loading.shard_reader import ImageSource
 from ns.storage.documents import JsonDocument
 
@@ -43,13 +43,9 @@ def draw_evenly(keys: Sequence[str], class_ids: npt.NDArray[np.int64], subsample
     """Positions of the drawn images, ascending; all positions if `subsample` is None. `class_ids`: int64 [N], one per key."""
     if subsample is None or subsample.images >= len(keys):
         return np.arange(len(keys))
-    turns = np.array([_hash_turn(subsample.seed, key) for key in keys], np.uint64)
+    turns = np.array([hash_text(f"{subsample.seed}/{key}", size=8) for key in keys], np.uint64)
     order = np.lexsort((turns, class_ids))
     _, starts, counts = np.unique(class_ids[order], return_index=True, return_counts=True)
     rounds = np.empty(len(class_ids), np.int64)
     rounds[order] = np.arange(len(class_ids)) - np.repeat(starts, counts)
     return np.sort(np.lexsort((turns, rounds))[: subsample.images])
-
-
-def _hash_turn(seed: int, key: str) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest())

@@ -38,7 +38,7 @@ class GateCondition(JsonDocument):
     """What the value is."""
 
     @classmethod
-    def check(cls, name: str, value: float, relation: Relation, required: float, detail: str) -> "GateCondition":
+    def from_value(cls, name: str, value: float, relation: Relation, required: float, detail: str) -> "GateCondition":
         passed = {"above": value > required, "at least": value >= required, "at most": value <= required}[relation]
         return cls(name=name, value=value, relation=relation, required=required, passed=passed, detail=detail)
 
@@ -239,11 +239,11 @@ def evaluate_gate(
     gain = paired_gain(teacher_correct, student_correct, level=gate.level, resamples=gate.resamples, seed=seed)
     # "above": equal models on few images often have a bound of exactly 0, which shows nothing.
     gain_detail = f"lower {gate.level:.0%} bound of the gain in top-1"
-    conditions = [GateCondition.check("gain", gain.low, "above", gate.min_gain, gain_detail)]
+    conditions = [GateCondition.from_value("gain", gain.low, "above", gate.min_gain, gain_detail)]
     if gate.max_class_drop is not None:
         drop, worst_class_id = find_worst_class_drop(class_ids, teacher_correct, student_correct)
         drop_detail = f"largest loss of accuracy in a class ({classes[worst_class_id]})"
-        conditions.append(GateCondition.check("class drop", drop, "at most", gate.max_class_drop, drop_detail))
+        conditions.append(GateCondition.from_value("class drop", drop, "at most", gate.max_class_drop, drop_detail))
     conditions += _check_robustness(gate, robustness)
     conditions += _check_label_quality(gate, label_quality or LabelQuality())
     failed = [condition for condition in conditions if not condition.passed]
@@ -289,7 +289,7 @@ def _check_robustness(gate: GateConfig, robustness: tuple[Robustness, Robustness
         value = compute_rise(*robustness) if robustness else None
         if value is None:
             raise ValueError(f"{name} must be at most {required}, but was not measured")
-        conditions.append(GateCondition.check(name, value, "at most", required, detail))
+        conditions.append(GateCondition.from_value(name, value, "at most", required, detail))
     return conditions
 
 
@@ -298,14 +298,14 @@ def _check_label_quality(gate: GateConfig, label_quality: LabelQuality) -> list[
     conditions = []
     if gate.max_churn is not None and label_quality.churn is not None:
         detail = "share of labels that changed since the generation before"
-        conditions.append(GateCondition.check("churn", label_quality.churn, "at most", gate.max_churn, detail))
+        conditions.append(GateCondition.from_value("churn", label_quality.churn, "at most", gate.max_churn, detail))
     if gate.max_class_shrinkage is not None and label_quality.shrinkage is not None:
         detail = f"largest share of its kept images that a class lost ({label_quality.shrunk_class})"
         conditions.append(
-            GateCondition.check("class shrinkage", label_quality.shrinkage, "at most", gate.max_class_shrinkage, detail)
+            GateCondition.from_value("class shrinkage", label_quality.shrinkage, "at most", gate.max_class_shrinkage, detail)
         )
     if gate.min_audited_precision is not None and label_quality.audited_precision is not None:
         precision, low, images = label_quality.audited_precision
         detail = f"lower 95% bound of the labels that are right ({precision:.1%} of {images:,} audited)"
-        conditions.append(GateCondition.check("audited precision", low, "at least", gate.min_audited_precision, detail))
+        conditions.append(GateCondition.from_value("audited precision", low, "at least", gate.min_audited_precision, detail))
     return conditions

@@ -170,9 +170,7 @@ def _check_form(
     try:
         write(file, network, manifest, store)
         logits = _run_network(read(file), batch)
-    except torch.onnx.OnnxExporterError as error:
-        raise ConfigError(f"--form onnx: {manifest.model.arch} cannot be exported: {str(error).splitlines()[0]}") from error
-    except torch._dynamo.exc.UserError as error:
+    except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError) as error:
         raise ConfigError(f"--form {form}: {manifest.model.arch} cannot be exported: {str(error).splitlines()[0]}") from error
     check = ExportCheck(
         form=form,

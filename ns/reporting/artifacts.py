@@ -4,8 +4,6 @@ Generation 0 is the first teacher. Functions of one generation raise RunError if
 and `compute_roc`, which return None.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 
 from ns.core.errors import RunError
@@ -34,7 +32,7 @@ def collect_generation_metrics(store: Store, run: str, generation: int) -> dict[
 
     `promoted` is 1 or 0 once the gate has decided.
     """
-    context = _gather_generation(store, run, generation, pictures=0)
+    context = _gather_context(store, run, generation, pictures=0)
     values = flatten_metrics(collect_metrics(context, context.models[-1]))
     if verdict := context.verdict_of(generation):
         values["promoted"] = float(verdict.promoted)
@@ -88,33 +86,19 @@ def compute_roc(store: Store, run: str, generation: int) -> tuple[list[float], l
     return above[0].tolist(), above[1].tolist(), thresholds.tolist()
 
 
-def render_run_html(store: Store, run: str) -> str:
-    """The report of the whole run with few pictures, or without pictures if it would exceed 1 MB."""
-    return _render_small_page(lambda pictures: gather_context(store, run, pictures=pictures, size=PAGE_PICTURE_BYTES))
+def render_small_html(store: Store, run: str, generation: int | None = None) -> str:
+    """The report of the run, or of one generation and its teacher, with few pictures, or without any if it would exceed 1 MB."""
+    page = render_report(_gather_context(store, run, generation, pictures=PICTURES))
+    return page if len(page.encode()) <= PAGE_BYTES else render_report(_gather_context(store, run, generation, pictures=0))
 
 
-def render_run_markdown(store: Store, run: str) -> str:
-    """The report of the whole run as Markdown tables, a few kB."""
-    return render_markdown(gather_context(store, run, pictures=0))
+def render_small_markdown(store: Store, run: str, generation: int | None = None) -> str:
+    """The report of the run, or of one generation and its teacher, as Markdown tables, a few kB."""
+    return render_markdown(_gather_context(store, run, generation, pictures=0))
 
 
-def render_generation_html(store: Store, run: str, generation: int) -> str:
-    """The report of one generation and its teacher, limited like `render_run_html`."""
-    return _render_small_page(lambda pictures: _gather_generation(store, run, generation, pictures=pictures))
-
-
-def render_generation_markdown(store: Store, run: str, generation: int) -> str:
-    """The report of one generation as Markdown tables, a few kB."""
-    return render_markdown(_gather_generation(store, run, generation, pictures=0))
-
-
-def _render_small_page(gather_with: Callable[[int], ReportContext]) -> str:
-    page = render_report(gather_with(PICTURES))
-    return page if len(page.encode()) <= PAGE_BYTES else render_report(gather_with(0))
-
-
-def _gather_generation(store: Store, run: str, generation: int, *, pictures: int) -> ReportContext:
-    if _find_evaluation_key(store, run, generation) is None:
+def _gather_context(store: Store, run: str, generation: int | None, *, pictures: int) -> ReportContext:
+    if generation is not None and _find_evaluation_key(store, run, generation) is None:
         raise RunError(f"run {run}: generation {generation} is not evaluated yet")
     return gather_context(store, run, generation=generation, pictures=pictures, size=PAGE_PICTURE_BYTES)
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
+from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -51,7 +52,7 @@ WIDTH, HEIGHT = 4.4, 2.7
 """Inches; a small figure keeps its text readable on a phone."""
 
 
-def draw_accuracy(generations: Sequence[int], top1: Sequence[float], images: int) -> str:
+def draw_accuracy(generations: Sequence[int], top1: Sequence[float], images: int) -> Markup:
     """Held-out top-1 (0–1) by generation with 95 % Wilson intervals; generation 0 is the first teacher."""
     bounds = [wilson_interval(value, images) for value in top1]
 
@@ -70,24 +71,20 @@ def draw_accuracy(generations: Sequence[int], top1: Sequence[float], images: int
     return _render_svg("accuracy", f"Held-out top-1 accuracy by generation: {shown}", draw_axes)
 
 
-def draw_run_accuracies(top1: Mapping[str, Sequence[tuple[int, float]]]) -> str:
+def draw_run_accuracies(top1: Mapping[str, Sequence[tuple[int, float]]]) -> Markup:
     """Held-out top-1 of several runs: (generation, share in 0–1) of each model; generation 0 is the first teacher."""
 
     def draw_axes(axes: Axes) -> None:
-        for (number, (run, points)), marker in zip(enumerate(top1.items()), itertools.cycle(MARKERS), strict=False):
-            color = SERIES[number % len(SERIES)]
-            generations = [generation for generation, _ in points]
-            axes.plot(generations, [100 * value for _, value in points], color=color, marker=marker, linewidth=1.4, label=run)
+        _plot_lines(axes, {run: [(generation, 100 * value) for generation, value in points] for run, points in top1.items()})
         last = max(generation for points in top1.values() for generation, _ in points)
         axes.set_xticks(range(last + 1), ["teacher" if g == 0 else f"student {g}" for g in range(last + 1)])
         axes.set_ylabel("held-out top-1, %")
-        axes.legend(fontsize=8)
 
     description = "; ".join(f"{run} {', '.join(f'{value:.1%}' for _, value in points)}" for run, points in top1.items())
-    return _render_svg("trips", f"Held-out top-1 by generation: {description}", draw_axes)
+    return _render_svg("runs", f"Held-out top-1 by generation: {description}", draw_axes)
 
 
-def draw_confidence(name: str, counts: npt.NDArray[np.uint64], threshold: float) -> str:
+def draw_confidence(name: str, counts: npt.NDArray[np.uint64], threshold: float) -> Markup:
     """Images by the teacher's confidence in 40 bins, with the threshold. `counts`: uint64 [HISTOGRAM_BINS]."""
     bars = counts.reshape(40, HISTOGRAM_BINS // 40).sum(1).astype(np.int64)
 
@@ -110,7 +107,7 @@ def draw_confidence(name: str, counts: npt.NDArray[np.uint64], threshold: float)
     return _render_svg(f"confidence-{name}", f"Histogram of confidence, threshold {threshold:g}", draw_axes)
 
 
-def draw_class_balance(name: str, class_names: Sequence[str], candidates: Sequence[int], images: Sequence[int]) -> str:
+def draw_class_balance(name: str, class_names: Sequence[str], candidates: Sequence[int], images: Sequence[int]) -> Markup:
     """Images of each class above the threshold, and per epoch after balancing. More than `MAX_BARS` classes are sorted by size."""
 
     def draw_outline(axes: Axes) -> None:
@@ -119,7 +116,7 @@ def draw_class_balance(name: str, class_names: Sequence[str], candidates: Sequen
         axes.stairs(np.asarray(images)[order], color=SERIES[0], linewidth=1.4, label="after balancing")
         axes.set_xlabel("classes, largest first")
         axes.set_ylabel("images")
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8)
+        _add_legend_above(axes)
 
     def draw_class_bars(axes: Axes) -> None:
         positions = np.arange(len(class_names))
@@ -128,13 +125,13 @@ def draw_class_balance(name: str, class_names: Sequence[str], candidates: Sequen
         step = max(1, math.ceil(len(class_names) / 12))
         axes.set_xticks(positions[::step], [class_name[:10] for class_name in class_names[::step]])
         axes.set_ylabel("images")
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8)
+        _add_legend_above(axes)
 
     description = "Pseudo-labeled images of each class before and after balancing"
     return _render_svg(f"classes-{name}", description, draw_class_bars if len(class_names) <= MAX_BARS else draw_outline)
 
 
-def draw_bars(name: str, about: str, kinds: Sequence[str], series: Mapping[str, Sequence[float]]) -> str:
+def draw_bars(name: str, about: str, kinds: Sequence[str], series: Mapping[str, Sequence[float]]) -> Markup:
     """Shares (0–1) by kind, one bar per model; at most as many models as `SERIES` has colors. Kinds go from top to bottom."""
 
     def draw_axes(axes: Axes) -> None:
@@ -148,7 +145,7 @@ def draw_bars(name: str, about: str, kinds: Sequence[str], series: Mapping[str, 
         axes.grid(visible=False, axis="y")
         axes.grid(visible=True, axis="x")
         axes.set_xlabel(f"{about}, %")
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=8)
+        _add_legend_above(axes, columns=3)
 
     description = "; ".join(
         f"{kind} {', '.join(f'{label} {values[number]:.1%}' for label, values in series.items())}"
@@ -158,24 +155,14 @@ def draw_bars(name: str, about: str, kinds: Sequence[str], series: Mapping[str, 
     return _render_svg(name, f"{about[0].upper()}{about[1:]} by kind: {description}", draw_axes, height)
 
 
-def draw_attacks(name: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+def draw_attacks(name: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> Markup:
     """Top-1 under FGSM by the largest change of a pixel: (epsilon in 0–255, share in 0–1) of each model."""
 
     def draw_axes(axes: Axes) -> None:
-        for (label, points), color, marker in zip(series.items(), SERIES, MARKERS, strict=False):
-            axes.plot(
-                [epsilon for epsilon, _ in points],
-                [100 * share for _, share in points],
-                color=color,
-                marker=marker,
-                markersize=4,
-                linewidth=1.4,
-                label=label,
-            )
+        _plot_lines(axes, {label: [(epsilon, 100 * share) for epsilon, share in points] for label, points in series.items()})
         axes.set_ylim(bottom=0)
         axes.set_xlabel("FGSM, largest change ε of 255")
         axes.set_ylabel("top-1, %")
-        axes.legend(fontsize=8)
 
     description = "; ".join(
         f"{label} {', '.join(f'{share:.1%} at {e:g}' for e, share in points)}" for label, points in series.items()
@@ -183,33 +170,26 @@ def draw_attacks(name: str, series: Mapping[str, Sequence[tuple[float, float]]])
     return _render_svg(name, f"Top-1 under FGSM: {description}", draw_axes)
 
 
-def draw_reliability(series: Mapping[str, Calibration]) -> str:
-    """Accuracy of images by their confidence, in bins; on the diagonal a model is right as often as it says."""
+def draw_reliability(series: Mapping[str, Calibration]) -> Markup:
+    """Accuracy by confidence in bins; on the diagonal the two are equal."""
 
     def draw_axes(axes: Axes) -> None:
         axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1.2, linestyle="--")
-        for (label, calibration), color, marker in zip(series.items(), SERIES, MARKERS, strict=False):
-            filled = [bin_ for bin_ in calibration.bins if bin_.images]
-            axes.plot(
-                [bin_.confidence for bin_ in filled],
-                [bin_.accuracy for bin_ in filled],
-                color=color,
-                marker=marker,
-                markersize=4,
-                linewidth=1.4,
-                label=label,
-            )
+        lines = {
+            label: [(filled.confidence, filled.accuracy) for filled in calibration.bins if filled.images]
+            for label, calibration in series.items()
+        }
+        _plot_lines(axes, lines)
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1)
         axes.set_xlabel("confidence")
         axes.set_ylabel("accuracy")
-        axes.legend(fontsize=8)
 
     description = ", ".join(f"{label} {calibration.ece:.1%}" for label, calibration in series.items())
     return _render_svg("reliability", f"Reliability diagram; expected calibration error: {description}", draw_axes)
 
 
-def draw_confidence_shift(before: Sequence[int], after: Sequence[int]) -> str:
+def draw_confidence_shift(before: Sequence[int], after: Sequence[int]) -> Markup:
     """Images by confidence in two label sets, in equal bins from 0 to 1."""
 
     def draw_axes(axes: Axes) -> None:
@@ -219,27 +199,37 @@ def draw_confidence_shift(before: Sequence[int], after: Sequence[int]) -> str:
         axes.set_xlim(0, 1)
         axes.set_xlabel("confidence of the teacher")
         axes.set_ylabel("images")
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8)
+        _add_legend_above(axes)
 
     return _render_svg("shift", "Histograms of confidence before and after", draw_axes)
 
 
-def draw_training_curves(name: str, history: Sequence[dict[str, float]], series: dict[str, str], unit: str) -> str:
+def draw_training_curves(name: str, history: Sequence[dict[str, float]], series: dict[str, str], unit: str) -> Markup:
     """Training curves; `series` maps fields of the history to names in the legend."""
 
     def draw_axes(axes: Axes) -> None:
-        for (key, label), color in zip(series.items(), SERIES, strict=False):
-            points = [(point["step"], point[key]) for point in history if key in point]
-            if points:
-                axes.plot(*zip(*points, strict=True), color=color, linewidth=1.4, label=label)
+        lines = {label: [(point["step"], point[key]) for point in history if key in point] for key, label in series.items()}
+        _plot_lines(axes, lines, markers=("",))
         axes.set_xlabel("step")
         axes.set_ylabel(unit)
-        axes.legend(fontsize=8)
 
     return _render_svg(f"curves-{name}", f"Training curves: {', '.join(series.values())}", draw_axes)
 
 
-def _render_svg(name: str, description: str, draw_axes: Callable[[Axes], None], height: float = HEIGHT) -> str:
+def _plot_lines(axes: Axes, lines: Mapping[str, Sequence[tuple[float, float]]], markers: Sequence[str] = MARKERS) -> None:
+    """Lines through (x, y) with a legend; lines without points are left out."""
+    styles = zip(itertools.cycle(SERIES), itertools.cycle(markers), strict=False)
+    for (label, points), (color, marker) in zip(lines.items(), styles, strict=False):
+        if points:
+            axes.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=4, linewidth=1.4, label=label)
+    axes.legend(fontsize=8)
+
+
+def _add_legend_above(axes: Axes, columns: int = 2) -> None:
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns, fontsize=8)
+
+
+def _render_svg(name: str, description: str, draw_axes: Callable[[Axes], None], height: float = HEIGHT) -> Markup:
     # The salt makes ids unique on the page and reproducible.
     with mpl.rc_context(cast(Any, {**STYLE, "svg.hashsalt": name})):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -253,5 +243,4 @@ def _render_svg(name: str, description: str, draw_axes: Callable[[Axes], None], 
     # matplotlib gives groups the same ids in every chart; on a page ids must be unique.
     text = re.sub(r'(id="|#)((?!#)[A-Za-z][\w.-]*)', rf"\g<1>{name}-\g<2>", text)
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
-    label = description.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+    return Markup(text.replace("<svg", f'<svg role="img" aria-label="{escape(description)}"', 1))

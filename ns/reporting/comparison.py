@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from markupsafe import Markup
-
 from ns.core.digest import shorten_digest
 from ns.core.errors import RunError
 from ns.evaluation.gate import AccuracyGain, paired_gain
@@ -17,7 +15,7 @@ from ns.reporting.headlines import format_headline, format_outcomes
 from ns.reporting.markdown import escape_markdown, format_metric_table, format_table
 from ns.reporting.metrics import Metric, MetricRow, align_metrics, collect_metrics
 from ns.reporting.page import group_metrics
-from ns.reporting.templates import SCRIPTLESS, make_environment
+from ns.reporting.templates import render_page
 from ns.storage import Store
 
 LEVEL = 0.975
@@ -86,17 +84,13 @@ def render_comparison_page(comparison: Comparison) -> str:
         context.summary.run: [(m.generation, m.evaluation.top1) for m in context.models if m.evaluation]
         for context in comparison.runs
     }
-    return (
-        make_environment()
-        .get_template("comparison.html.j2")
-        .render(
-            title="Runs compared",
-            scripts=SCRIPTLESS,
-            comparison=comparison,
-            groups=group_metrics(comparison.metric_rows),
-            stories=[(context.summary.run, format_headline(context), format_outcomes(context)) for context in comparison.runs],
-            chart=Markup(charts.draw_run_accuracies(top1)),
-        )
+    return render_page(
+        "comparison.html.j2",
+        title="Runs compared",
+        comparison=comparison,
+        groups=group_metrics(comparison.metric_rows),
+        stories=[(context.summary.run, format_headline(context), format_outcomes(context)) for context in comparison.runs],
+        chart=charts.draw_run_accuracies(top1),
     )
 
 

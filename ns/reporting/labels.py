@@ -9,7 +9,7 @@ from ns.reporting import charts
 from ns.reporting.markdown import escape_markdown, format_table
 from ns.reporting.page import MATRIX_CLASSES
 from ns.reporting.pictures import make_thumbnails, read_flip_pictures
-from ns.reporting.templates import SCRIPTLESS, load_script, make_environment
+from ns.reporting.templates import load_script, render_page
 from ns.storage import Store
 
 AUDIT_PX = 160
@@ -18,20 +18,16 @@ AUDIT_PX = 160
 
 def render_diff_page(diff: LabelDiff, names: tuple[str, str], store: Store, pool: Dataset) -> str:
     """One HTML page that loads nothing. `names`: the two label sets as the user named them."""
-    return (
-        make_environment()
-        .get_template("diff.html.j2")
-        .render(
-            title=f"{names[0]} → {names[1]}",
-            scripts=SCRIPTLESS,
-            diff=diff,
-            names=names,
-            chart=Markup(charts.draw_confidence_shift(diff.histogram_before, diff.histogram_after)),
-            by_class=diff.list_changed_classes(),
-            rows=_flip_matrix(diff),
-            pairs=diff.list_frequent_flips(),
-            shown=read_flip_pictures(store, pool, diff),
-        )
+    return render_page(
+        "diff.html.j2",
+        title=f"{names[0]} → {names[1]}",
+        diff=diff,
+        names=names,
+        chart=charts.draw_confidence_shift(diff.histogram_before, diff.histogram_after),
+        by_class=diff.list_changed_classes(),
+        rows=_flip_matrix(diff),
+        pairs=diff.list_frequent_flips(),
+        shown=read_flip_pictures(store, pool, diff),
     )
 
 
@@ -39,24 +35,21 @@ def render_audit_page(sheet: AuditSheet, classes: tuple[str, ...], name: str, st
     """One HTML page that loads nothing: the sample's pictures, and a form to mark wrong labels. `name`: the label set's."""
     sources = make_thumbnails(store, pool, [(image.shard, image.row) for image in sheet.images], AUDIT_PX)
     script_text, policy = load_script("audit.js")
-    return (
-        make_environment()
-        .get_template("audit.html.j2")
-        .render(
-            title=f"Audit of {name}",
-            scripts=policy,
-            sheet=sheet,
-            name=name,
-            total=sum(stratum.images for stratum in sheet.strata),
-            sampled_classes=list(dict.fromkeys(image.class_name for image in sheet.images)),
-            classes=classes,
-            images=[
-                (image, source, source is not None and source.startswith("data:image/jpeg"))
-                for image, source in zip(sheet.images, sources, strict=True)
-            ],
-            data=sheet.model_dump(mode="json"),
-            script=Markup(script_text),
-        )
+    return render_page(
+        "audit.html.j2",
+        title=f"Audit of {name}",
+        scripts=policy,
+        sheet=sheet,
+        name=name,
+        total=sum(stratum.images for stratum in sheet.strata),
+        sampled_classes=list(dict.fromkeys(image.class_name for image in sheet.images)),
+        classes=classes,
+        images=[
+            (image, source, source is not None and source.startswith("data:image/jpeg"))
+            for image, source in zip(sheet.images, sources, strict=True)
+        ],
+        data=sheet.model_dump(mode="json"),
+        script=Markup(script_text),
     )
 
 

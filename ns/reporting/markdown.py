@@ -122,7 +122,8 @@ def _labeling_lines(context: ReportContext) -> list[str]:
         selection = labeling.selection
         text = (
             f"Label set of generation {labeling.generation}: {selection.kept:,} of {labeling.label_set.rows:,} kept, "
-            f"{selection.images:,} per epoch with repeats; {selection.low_confidence:,} at or below the threshold, {selection.balanced_out:,} beyond the class limit."
+            f"{selection.images:,} per epoch with repeats; {selection.low_confidence:,} at or below the threshold, "
+            f"{selection.balanced_out:,} beyond the class limit."
         )
         if labeling.diff:
             text += f" {labeling.diff.churn:.1%} changed since the previous generation"

@@ -39,7 +39,8 @@ def render_model_card(manifest: ModelManifest, exported: ExportManifest, metrics
         "",
         f"RGB, {size} × {size} px: {crop}, resized with bicubic interpolation; scaled to 0–1, minus "
         f"{_format_numbers(manifest.mean)}, divided by {_format_numbers(manifest.std)}, per channel. Float32 "
-        f"[N, 3, {size}, {size}] gives logits [N, {manifest.model.outputs or len(manifest.classes)}], in the order of the classes in config.json.",
+        f"[N, 3, {size}, {size}] gives logits [N, {manifest.model.outputs or len(manifest.classes)}], in the order "
+        "of the classes in config.json.",
         "",
         "## Metrics",
     ]

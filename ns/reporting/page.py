@@ -12,7 +12,7 @@ from ns.reporting.context import GenerationLabeling, ReportContext, TrainedModel
 from ns.reporting.disagreement import ClassGain
 from ns.reporting.headlines import format_headline
 from ns.reporting.metrics import MetricRow, align_metrics, collect_metrics, evaluation_title
-from ns.reporting.templates import SCRIPTLESS, make_environment
+from ns.reporting.templates import render_page
 from ns.runs.records import REPORT_FILE
 from ns.storage import Store
 
@@ -45,37 +45,30 @@ def write_report(root: Store, run: str) -> str:
 
 def render_report(context: ReportContext) -> str:
     """The whole page."""
-    metrics_by_model = [collect_metrics(context, model) for model in context.models]
-    return (
-        make_environment()
-        .get_template("report.html.j2")
-        .render(
-            title=_page_title(context),
-            scripts=SCRIPTLESS,
-            context=context,
-            summary=context.summary,
-            headline=format_headline(context),
-            rounds=_loop_rounds(context),
-            accuracy=_accuracy_chart(context),
-            model_titles=[model.title for model in context.models],
-            groups=group_metrics(align_metrics(metrics_by_model)),
-            robustness=[_robustness_section(context, name) for name in _robustness_names(context)],
-            reliability=_reliability_chart(context),
-            matrices=_confusion_matrices(context),
-            pairs=_confused_pairs(context.best_model),
-            class_rows=_class_rows(context),
-            labelings=[_labeling_section(labeling) for labeling in context.labelings],
-            diff=_last_diff(context),
-            leaks=[overlap for overlap in context.leaks.overlaps if overlap.same + overlap.near] if context.leaks else [],
-            trainings=[_training_section(model) for model in context.models if model.history],
-            seconds=sum(note.seconds for note in context.stages),
-            config=dump_experiment(context.experiment),
-        )
+    robustness_names = dict.fromkeys(name for model in context.models for name in model.robustness)
+    calibrations = {model.title: model.evaluation.calibration for model in context.models if model.evaluation}
+    return render_page(
+        "report.html.j2",
+        title=context.summary.run + ("" if context.generation is None else f", generation {context.generation}"),
+        context=context,
+        summary=context.summary,
+        headline=format_headline(context),
+        rounds=_loop_rounds(context),
+        accuracy=_accuracy_chart(context),
+        model_titles=[model.title for model in context.models],
+        groups=group_metrics(align_metrics(collect_metrics(context, model) for model in context.models)),
+        robustness=[_robustness_section(context, name) for name in robustness_names],
+        reliability=charts.draw_reliability(calibrations) if calibrations else None,
+        matrices=_confusion_matrices(context),
+        pairs=_confused_pairs(context.best_model),
+        class_rows=_class_rows(context),
+        labelings=[_labeling_section(labeling) for labeling in context.labelings],
+        diff=_last_diff(context),
+        leaks=[overlap for overlap in context.leaks.overlaps if overlap.same + overlap.near] if context.leaks else [],
+        trainings=[_training_section(model) for model in context.models if model.history],
+        seconds=sum(note.seconds for note in context.stages),
+        config=dump_experiment(context.experiment),
     )
-
-
-def _page_title(context: ReportContext) -> str:
-    return context.summary.run + (f", generation {context.generation}" if context.generation is not None else "")
 
 
 def group_metrics(metric_rows: Iterable[MetricRow]) -> list[tuple[str, list[MetricRow]]]:
@@ -98,7 +91,6 @@ def _loop_rounds(context: ReportContext) -> list[dict[str, Any]]:
                 "images": labeling.selection.images,
                 "teacher": _heldout_top1(_previous_model(context, labeling.generation)),
                 "student": _heldout_top1(student),
-                "arch": student.manifest.model.arch if student else "",
                 "verdict": verdicts.get(labeling.generation),
             }
         )
@@ -120,32 +112,26 @@ def _accuracy_chart(context: ReportContext) -> Markup | None:
     if not evaluated:
         return None
     generations = [generation for generation, _ in evaluated]
-    return Markup(charts.draw_accuracy(generations, [e.top1 for _, e in evaluated], evaluated[0][1].images))
+    return charts.draw_accuracy(generations, [e.top1 for _, e in evaluated], evaluated[0][1].images)
 
 
 def _confusion_matrices(context: ReportContext) -> list[dict[str, Any]]:
     """Confusion matrices of the first teacher and of the best model, or the latest if none is better: (images, share of the row)."""
     last = next((model for model in reversed(context.models) if model.evaluation), None)
     best = context.best_model if context.best_model is not context.first_model else last
-    models = [model for model in (context.first_model, best) if model]
-    if len(models) == 2 and models[0].generation == models[1].generation:
-        models = models[:1]
-    matrices = []
-    for model in models:
-        evaluation = model.evaluation
-        if evaluation is None or len(evaluation.classes) > MATRIX_CLASSES:
-            continue
-        matrices.append(
-            {
-                "title": model.title,
-                "classes": evaluation.classes,
-                "rows": [
-                    (name, [(cell, cell / max(1, sum(row))) for cell in row])
-                    for name, row in zip(evaluation.classes, evaluation.confusion, strict=True)
-                ],
-            }
-        )
-    return matrices
+    models = {model.generation: model for model in (context.first_model, best) if model}
+    return [
+        {
+            "title": model.title,
+            "classes": model.evaluation.classes,
+            "rows": [
+                (name, [(cell, cell / max(1, sum(row))) for cell in row])
+                for name, row in zip(model.evaluation.classes, model.evaluation.confusion, strict=True)
+            ],
+        }
+        for model in models.values()
+        if model.evaluation and len(model.evaluation.classes) <= MATRIX_CLASSES
+    ]
 
 
 def _confused_pairs(model: TrainedModel | None) -> list[tuple[str, str, int, float]]:
@@ -166,11 +152,6 @@ def _class_rows(context: ReportContext) -> list[ClassGain]:
     """At most `CLASS_ROWS` classes, those that changed most; the largest losses first."""
     rows = context.gains.rows if context.gains else []
     return rows if len(rows) <= CLASS_ROWS else [*rows[: CLASS_ROWS // 2], *rows[-CLASS_ROWS // 2 :]]
-
-
-def _robustness_names(context: ReportContext) -> list[str]:
-    """Names of the robustness measurements in the run's notes."""
-    return list(dict.fromkeys(name for model in context.models for name in model.robustness))
 
 
 def _robustness_section(context: ReportContext, name: str) -> dict[str, Any]:
@@ -196,19 +177,14 @@ def _robustness_section(context: ReportContext, name: str) -> dict[str, Any]:
         "title": evaluation_title(name),
         "last": last,
         "relative_to": relative_to,
-        "corruptions": Markup(charts.draw_bars(f"{name}-corruptions", "mean error", kinds, errors)) if kinds else None,
-        "perturbations": Markup(charts.draw_bars(f"{name}-flips", "flip probability", sequences, flips)) if sequences else None,
-        "attacks": Markup(charts.draw_attacks(f"{name}-attacks", fgsm)) if attacked else None,
+        "corruptions": charts.draw_bars(f"{name}-corruptions", "mean error", kinds, errors) if kinds else None,
+        "perturbations": charts.draw_bars(f"{name}-flips", "flip probability", sequences, flips) if sequences else None,
+        "attacks": charts.draw_attacks(f"{name}-attacks", fgsm) if attacked else None,
         "severities": [
             (kind.replace("_", " "), [(title, result.corruptions[kind]) for title, result in corrupted.items()])
             for kind in last.corruptions
         ],
     }
-
-
-def _reliability_chart(context: ReportContext) -> Markup | None:
-    calibrations = {model.title: model.evaluation.calibration for model in context.models if model.evaluation}
-    return Markup(charts.draw_reliability(calibrations)) if calibrations else None
 
 
 def _last_diff(context: ReportContext) -> dict[str, Any] | None:
@@ -218,7 +194,7 @@ def _last_diff(context: ReportContext) -> dict[str, Any] | None:
         return None
     return {
         "diff": diff,
-        "chart": Markup(charts.draw_confidence_shift(diff.histogram_before, diff.histogram_after)),
+        "chart": charts.draw_confidence_shift(diff.histogram_before, diff.histogram_after),
         "by_class": diff.list_changed_classes(),
         "pairs": diff.list_frequent_flips(),
     }
@@ -240,9 +216,9 @@ def _labeling_section(labeling: GenerationLabeling) -> dict[str, Any]:
     return {
         "labeling": labeling,
         "rows": rows,
-        "confidence": Markup(charts.draw_confidence(name, labeling.histogram.sum(0), selection.policy.min_confidence)),
-        "classes": Markup(
-            charts.draw_class_balance(name, classes, [rule.candidates for rule in rules], [rule.images for rule in rules])
+        "confidence": charts.draw_confidence(name, labeling.histogram.sum(0), selection.policy.min_confidence),
+        "classes": charts.draw_class_balance(
+            name, classes, [rule.candidates for rule in rules], [rule.images for rule in rules]
         ),
     }
 
@@ -255,6 +231,6 @@ def _training_section(model: TrainedModel) -> dict[str, Any]:
         del losses["loss_pseudo"], shares["agreement"]
     return {
         "title": model.title,
-        "loss": Markup(charts.draw_training_curves(f"{name}-loss", model.history, losses, "loss")),
-        "share": Markup(charts.draw_training_curves(f"{name}-share", model.history, shares, "share of the noised batch")),
+        "loss": charts.draw_training_curves(f"{name}-loss", model.history, losses, "loss"),
+        "share": charts.draw_training_curves(f"{name}-share", model.history, shares, "share of the noised batch"),
     }

@@ -48,10 +48,5 @@ def publish_report(ref: RunRef, page: Any, summary: Any, generation: int | None 
     from ns.reporting import artifacts
 
     store = open_store(ref.root)
-    if generation is None:
-        html, markdown = artifacts.render_run_html(store, ref.run), artifacts.render_run_markdown(store, ref.run)
-    else:
-        html = artifacts.render_generation_html(store, ref.run, generation)
-        markdown = artifacts.render_generation_markdown(store, ref.run, generation)
-    Path(page.path).write_text(html, encoding="utf-8")
-    Path(summary.path).write_text(markdown, encoding="utf-8")
+    Path(page.path).write_text(artifacts.render_small_html(store, ref.run, generation), encoding="utf-8")
+    Path(summary.path).write_text(artifacts.render_small_markdown(store, ref.run, generation), encoding="utf-8")

@@ -133,7 +133,7 @@ def test_evaluate_gate_records_comparison():
     assert said.paired == PairedCounts(both=20_000, only_teacher=10_000, only_student=20_000, neither=0)
     assert said.mcnemar == mcnemar_p_value(said.paired) < 0.01
     detail = "lower 90% bound of the gain in top-1"
-    assert said.conditions == (GateCondition.check("gain", gain.low, "above", 0, detail),)
+    assert said.conditions == (GateCondition.from_value("gain", gain.low, "above", 0, detail),)
     assert said.reason == f"gain +0.200, lower bound {gain.low:+.3f} > +0.000"
 
 

@@ -22,7 +22,7 @@ def exported(finished, tmp_path_factory):
     return folder
 
 
-def test_every_form_gives_what_our_own_network_does(exported):
+def test_export_command_checks_every_form(exported):
     found = json.loads((exported / "export" / "export.json").read_text())
     assert [check["form"] for check in found["checks"]] == ["timm", "onnx", "torch"]
     for check in found["checks"]:
@@ -31,7 +31,7 @@ def test_every_form_gives_what_our_own_network_does(exported):
         assert check["largest_difference"] < 1e-4 * check["largest_logit"]
 
 
-def test_the_card_says_what_was_measured_and_made_from_what(exported):
+def test_model_card_of_a_run(exported):
     card = (exported / "export" / "README.md").read_text()
     assert re.search(r"\| held out, top-1 \| \d+\.\d % \[\d", card)
     assert "mCE, % of the first teacher's" in card
@@ -40,11 +40,11 @@ def test_the_card_says_what_was_measured_and_made_from_what(exported):
     assert "## Limits" in card
 
 
-def test_the_programs_in_the_docs_run_without_this_package(exported, finished):
+def test_programs_in_docs_run_without_this_package(exported, finished):
     from PIL import Image
 
     from ns.data.loading.shard_reader import ImageSource
-    from ns.runs.records import read_prepared_data
+    from ns.runs.lookup import read_prepared_data
     from ns.storage import LocalStore
 
     root = LocalStore(finished)
@@ -60,7 +60,7 @@ def test_the_programs_in_the_docs_run_without_this_package(exported, finished):
         command = [sys.executable, "-I", "-c", without + program]
         done = subprocess.run(command, cwd=exported, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
-        said.append(done.stdout.split_batch())
+        said.append(done.stdout.split())
     label = dataset.classes[int(source.read_class_ids(0, len(dataset.classes))[0])]
     assert [words[0] for words in said[:3]] == [label] * 3
     assert said[3] == ["torch.Size([1,", "10])"]

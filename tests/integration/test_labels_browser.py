@@ -14,7 +14,7 @@ CLASSES = ("cat", "</script><script>alert(1)</script>", 'quote"s & <b>co</b>')
 
 
 @pytest.fixture
-def made(labeled, pool, tmp_path):
+def label_sets(labeled, pool, tmp_path):
     """Two label sets of one pool, in which a third of the images change their class."""
     keys = [[f"<img src=x onerror=alert(1)>'{shard}-{row}" for row in range(40)] for shard in range(2)]
     folder, images = pool(tmp_path / "pool", keys, size=200)
@@ -30,42 +30,42 @@ def made(labeled, pool, tmp_path):
     return tmp_path, [str(tmp_path / "0"), str(tmp_path / "1")], ["--pool", str(folder.root)]
 
 
-def said_and_asked(browser):
-    """Messages on the console, and the addresses that were asked for."""
+def read_messages_and_requests(browser):
+    """Messages on the console, and the URLs that were requested."""
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
-    return browser.get_log("browser"), {url for url in asked if not url.startswith(("data:", "blob:", "chrome:"))}
+    requested = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    return browser.get_log("browser"), {url for url in requested if not url.startswith(("data:", "blob:", "chrome:"))}
 
 
-def whole(browser, width):
-    """All pictures are there, and nothing is wider than the window."""
+def is_whole(browser, width):
+    """Whether all pictures are shown and nothing is wider than the window."""
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     shown = browser.execute_script("return [...document.images].filter(i => i.offsetParent && !i.naturalWidth).length")
     return shown == 0 and browser.execute_script("return document.documentElement.scrollWidth") <= width
 
 
-def test_the_diff_page_shows_its_flips(made, browser):
-    folder, names, pool = made
+def test_diff_page_shows_flips(label_sets, browser):
+    folder, names, pool = label_sets
     page = folder / "diff.html"
     assert run_command_line(["labels", "diff", *names, *pool, "--html", str(page)]) == 0
     browser.get(page.as_uri())
     assert browser.execute_script("return document.images.length") == 28
     assert browser.find_element("tag name", "h1").text == "35.0 % of labels changed"
-    assert whole(browser, 1280)
-    assert whole(browser, 375)
+    assert is_whole(browser, 1280)
+    assert is_whole(browser, 375)
     # Names are text: as headings of the matrix they can be read in full.
     heads = browser.execute_script("return [...document.querySelectorAll('.matrix thead th')].map(th => th.textContent)")
     assert tuple(heads) == CLASSES
     assert browser.execute_script("return document.scripts.length") == 0
     assert faults(browser) == []
-    assert said_and_asked(browser) == ([], {page.as_uri()})
+    assert read_messages_and_requests(browser) == ([], {page.as_uri()})
 
 
-def test_an_audit_is_done_downloaded_and_applied(made, browser, capsys):
+def test_audit_page_is_used_downloaded_and_applied(label_sets, browser, capsys):
     from selenium.webdriver.common.keys import Keys
 
-    folder, names, pool = made
+    folder, names, pool = label_sets
     page = folder / "audit.html"
     assert run_command_line(["labels", "audit", names[0], *pool, "--images", "60", "--out", str(page)]) == 0
     browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(folder)})
@@ -81,39 +81,39 @@ def test_an_audit_is_done_downloaded_and_applied(made, browser, capsys):
         browser.switch_to.active_element.send_keys(keys)
 
     assert len(cards()) == 48
-    assert whole(browser, 1280)
-    assert whole(browser, 375)
+    assert is_whole(browser, 1280)
+    assert is_whole(browser, 375)
     assert faults(browser) == []
-    assert counter() == "0 of 60 looked at, 0 wrong"
-    # With the mouse: wrong, and the right class is named; a class that does not exist is refused.
+    assert counter() == "0 of 60 reviewed, 0 wrong"
+    # With the mouse: mark an image and name its class; an unknown class is refused.
     first = cards()[0]
     assert first.get_attribute("data-class") == "cat"
     first.find_element("tag name", "button").click()
     field = first.find_element("tag name", "input")
     field.send_keys("dgo")
     assert field.get_attribute("aria-invalid") == "true"
-    field.clear_checkpoints()
+    field.clear()
     field.send_keys(CLASSES[2])
     assert field.get_attribute("aria-invalid") is None
-    assert counter() == "1 of 60 looked at, 1 wrong"
-    # With the keyboard: Enter leaves the field, → moves, w marks, again takes back, c names.
+    assert counter() == "1 of 60 reviewed, 1 wrong"
+    # With the keyboard: Enter leaves the field, → moves, w marks, w again undoes, c names.
     field.send_keys(Keys.ENTER)
     press(Keys.ARROW_RIGHT)
     press("w")
-    assert counter() == "2 of 60 looked at, 2 wrong"
+    assert counter() == "2 of 60 reviewed, 2 wrong"
     press("w")
-    assert counter() == "2 of 60 looked at, 1 wrong"
+    assert counter() == "2 of 60 reviewed, 1 wrong"
     press(Keys.ARROW_RIGHT)
     press("c")
     press(CLASSES[1])
     press(Keys.ENTER)
-    assert counter() == "3 of 60 looked at, 2 wrong"
+    assert counter() == "3 of 60 reviewed, 2 wrong"
     press("n")
-    assert counter() == "48 of 60 looked at, 2 wrong"
+    assert counter() == "48 of 60 reviewed, 2 wrong"
     assert len(cards()) == 12
-    # Closed and opened again, nothing is lost.
+    # Closing and reopening the page loses nothing.
     browser.get(page.as_uri())
-    assert counter() == "48 of 60 looked at, 2 wrong"
+    assert counter() == "48 of 60 reviewed, 2 wrong"
     # Filters.
     browser.execute_script(
         "const s = document.getElementById('state'); s.value = 'wrong'; s.dispatchEvent(new Event('change'))"
@@ -136,8 +136,8 @@ def test_an_audit_is_done_downloaded_and_applied(made, browser, capsys):
     command = ["labels", "audit", "apply", str(file), names[0], *pool, "--corrections", str(corrections), "--json"]
     capsys.readouterr()
     assert run_command_line(command) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["looked"], found["wrong"], len(found["mistakes"])) == (48, 2, 2)
-    assert found["precision_low"] < found["precision"] < found["precision_high"]
+    result = json.loads(capsys.readouterr().out)
+    assert (result["reviewed"], result["wrong"], len(result["mistakes"])) == (48, 2, 2)
+    assert result["precision_low"] < result["precision"] < result["precision_high"]
     assert (corrections / "dataset.json").exists()
-    assert said_and_asked(browser) == ([], {page.as_uri()})
+    assert read_messages_and_requests(browser) == ([], {page.as_uri()})

@@ -1,4 +1,4 @@
-"""Reports of real runs in headless Chromium, as wide as a desk and as narrow as a phone."""
+"""Reports of real runs in headless Chromium, in the widths of a desktop and of a phone."""
 
 import pytest
 
@@ -20,7 +20,7 @@ return [...document.querySelectorAll('p, td, th, h1, h2, a, figcaption, .card, s
 """
 
 
-def show(browser, path, width=1280, scheme="light", media="screen"):
+def open_page(browser, path, width=1280, scheme="light", media="screen"):
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     feature = {"name": "prefers-color-scheme", "value": scheme}
@@ -28,9 +28,9 @@ def show(browser, path, width=1280, scheme="light", media="screen"):
     browser.get(path.as_uri())
 
 
-def opens_well(browser, path, width, scheme):
-    """Silent, whole, no wider than the window, and without a serious fault of accessibility, with all that is folded unfolded."""
-    show(browser, path, width, scheme)
+def check_opens_well(browser, path, width, scheme):
+    """The unfolded page logs nothing, shows all images, is no wider than the window, and has no serious accessibility fault."""
+    open_page(browser, path, width, scheme)
     browser.execute_script("document.querySelectorAll('details').forEach(details => details.open = true)")
     assert browser.get_log("browser") == []
     assert browser.execute_script("return [...document.images].filter(i => !i.naturalWidth).length") == 0
@@ -44,24 +44,24 @@ def opens_well(browser, path, width, scheme):
 @pytest.mark.parametrize("width", [1280, 375])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("run", ["promoting", "refusing"])
-def test_the_report_opens_well(finished, browser, run, width, scheme):
+def test_report_opens_well(finished, browser, run, width, scheme):
     path = finished / run / "report.html"
     assert path.stat().st_size < 5_000_000
-    opens_well(browser, path, width, scheme)
+    check_opens_well(browser, path, width, scheme)
     assert browser.execute_script("return document.images.length") > 40
 
 
-def test_a_fault_of_accessibility_is_found(browser, tmp_path):
+def test_accessibility_check_finds_faults(browser, tmp_path):
     page = tmp_path / "faulty.html"
     page.write_text("<!doctype html><html lang=en><title>x</title><main><h1>x</h1><p style='color: #ccc'>faint</p></main>")
-    show(browser, page)
+    open_page(browser, page)
     assert [fault.partition(":")[0] for fault in faults(browser)] == ["color-contrast"]
 
 
-def test_every_section_is_reached_with_the_keyboard(finished, browser):
+def test_report_sections_are_reached_with_keyboard(finished, browser):
     from selenium.webdriver.common.keys import Keys
 
-    show(browser, finished / "promoting" / "report.html")
+    open_page(browser, finished / "promoting" / "report.html")
     wanted = [
         "loop",
         "models",
@@ -88,28 +88,28 @@ def test_every_section_is_reached_with_the_keyboard(finished, browser):
     assert browser.execute_script("return document.querySelector('details').open")
 
 
-def test_on_paper_it_is_light_and_unfolded(finished, browser):
-    show(browser, finished / "promoting" / "report.html", 800, "dark", media="print")
+def test_report_prints_light_and_unfolded(finished, browser):
+    open_page(browser, finished / "promoting" / "report.html", 800, "dark", media="print")
     assert browser.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert not browser.find_element("tag name", "nav").is_displayed()
     assert browser.execute_script("return document.querySelector('details pre').checkVisibility({contentVisibilityAuto: true})")
     assert browser.execute_script("return document.querySelector('details pre').getBoundingClientRect().height") > 100
 
 
-def test_one_generation_opens_well(finished, browser, tmp_path):
-    from ns.reporting.artifacts import render_generation_html
+def test_generation_page_opens_well(finished, browser, tmp_path):
+    from ns.reporting.artifacts import render_small_html
     from ns.storage import LocalStore
 
     page = tmp_path / "generation.html"
-    page.write_text(render_generation_html(LocalStore(finished), "promoting", 2))
+    page.write_text(render_small_html(LocalStore(finished), "promoting", 2))
     assert page.stat().st_size < 1_000_000
-    opens_well(browser, page, 1280, "light")
+    check_opens_well(browser, page, 1280, "light")
 
 
 @pytest.mark.parametrize("width", [1280, 375])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_comparison_opens_well(finished, browser, tmp_path, width, scheme):
+def test_comparison_page_opens_well(finished, browser, tmp_path, width, scheme):
     page = tmp_path / "comparison.html"
     assert run_command_line(["report", "compare", "promoting", "refusing", "--root", str(finished), "--out", str(page)]) == 0
-    opens_well(browser, page, width, scheme)
+    check_opens_well(browser, page, width, scheme)
     assert "gate.min_gain" in browser.find_element("id", "settings").text

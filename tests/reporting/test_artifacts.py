@@ -81,34 +81,34 @@ def test_compute_roc(unchanged):
     assert wrong[5] == pytest.approx((above & ~correct).sum() / (~correct).sum())
 
 
-def test_render_generation_html_is_small_and_confined(unchanged):
-    page = artifacts.render_generation_html(unchanged, RUN, 1)
+def test_render_small_html_is_small_and_confined(unchanged):
+    page = artifacts.render_small_html(unchanged, RUN, 1)
     assert len(page.encode()) < 1_000_000
     assert "<b>made-up</b> · generation 1" in page
     assert 'id="gate"' in page
     assert "Generation 2" not in page
-    text = artifacts.render_generation_markdown(unchanged, RUN, 1)
+    text = artifacts.render_small_markdown(unchanged, RUN, 1)
     assert text.startswith("### made\\-up, generation 1:".replace("\\-", "-"))
     assert len(text) < 20_000
 
 
-def test_render_run_html_is_small(unchanged, monkeypatch):
-    page = artifacts.render_run_html(unchanged, RUN)
+def test_render_small_html_is_small(unchanged, monkeypatch):
+    page = artifacts.render_small_html(unchanged, RUN)
     assert len(page.encode()) < 1_000_000
     assert "<b>made-up</b> · generation" not in page
     assert "data:image/" in page
-    assert artifacts.render_run_markdown(unchanged, RUN).startswith("### made-up: ")
+    assert artifacts.render_small_markdown(unchanged, RUN).startswith("### made-up: ")
     # Where there is no room for pictures there are none.
     monkeypatch.setattr(
         artifacts, "render_report", lambda context: "x" * (artifacts.PAGE_BYTES if context.galleries else 1) + "x"
     )
-    assert artifacts.render_run_html(unchanged, RUN) == "xx"
-    assert artifacts.render_generation_html(unchanged, RUN, 1) == "xx"
+    assert artifacts.render_small_html(unchanged, RUN) == "xx"
+    assert artifacts.render_small_html(unchanged, RUN, 1) == "xx"
 
 
 def test_artifacts_of_unevaluated_generation(unchanged):
     with pytest.raises(RunError, match="made-up: generation 2 is not evaluated yet"):
-        artifacts.render_generation_html(unchanged, RUN, 2)
+        artifacts.render_small_html(unchanged, RUN, 2)
     assert artifacts.read_confusion(unchanged, RUN, 2) is None
     assert artifacts.compute_roc(unchanged, RUN, 2) is None
 
@@ -143,11 +143,11 @@ def test_publish_functions_write_kubeflow_artifacts(unchanged, tmp_path, monkeyp
     assert answers.matrix == artifacts.read_confusion(unchanged, RUN, 1)
     assert answers.curve == artifacts.compute_roc(unchanged, RUN, 1)
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
-    assert (tmp_path / "summary.md").read_text() == artifacts.render_generation_markdown(unchanged, RUN, 1)
-    monkeypatch.setattr(artifacts, "render_run_html", lambda store, run: f"page of {run}")
+    assert (tmp_path / "summary.md").read_text() == artifacts.render_small_markdown(unchanged, RUN, 1)
+    monkeypatch.setattr(artifacts, "render_small_html", lambda store, run, generation: f"page of {run}")
     publish_report(ref, page, summary)
     assert (tmp_path / "page.html").read_text() == f"page of {RUN}"
-    assert (tmp_path / "summary.md").read_text() == artifacts.render_run_markdown(unchanged, RUN)
+    assert (tmp_path / "summary.md").read_text() == artifacts.render_small_markdown(unchanged, RUN)
 
 
 def test_publish_functions_do_nothing_with_client(unchanged, tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ FGSM (arXiv:1412.6572) takes one step along the sign of the loss's gradient; PGD
 start and returns to within epsilon of the image after each. Sizes are in pixel values, 0–255. All computations are in float32.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,6 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ns.core.digest import hash_text
 
 LogitsFunction = Callable[[Tensor], Tensor]
 """Images, float32 [N, H, W, 3] in 0–255 → logits float32 [N, classes]."""
@@ -68,6 +69,6 @@ def _draw_starts(images: Tensor, plan: AttackPlan, keys: Sequence[str], seed: in
     shape = tuple(images.shape[1:])
     starts = np.empty((len(keys), *shape), np.float32)
     for row, key in enumerate(keys):
-        entropy = int.from_bytes(hashlib.blake2b(f"{seed}/{plan}/{key}".encode(), digest_size=16).digest())
+        entropy = hash_text(f"{seed}/{plan}/{key}", size=16)
         starts[row] = np.random.default_rng(entropy).random(shape, np.float32)
     return torch.from_numpy(starts).to(images.device) * (2 * plan.epsilon) - plan.epsilon

@@ -5,7 +5,6 @@ are corrupted at their size and stored without loss, as in CIFAR-10-C. All rando
 model sees the same pixels, whatever the shards and processes. Does not import torch, so that helper processes stay small.
 """
 
-import hashlib
 import io
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image
 
+from ns.core.digest import hash_text
 from ns.data.loading.decode import EncodedJpeg, decode_image
 from ns.evaluation.robustness.corruptions import corrupt_image
 from ns.evaluation.robustness.perturbations import crop_center, render_sequence
@@ -99,4 +99,4 @@ def _encode_jpeg(image: npt.NDArray[np.uint8]) -> EncodedJpeg:
 
 def _make_rng(seed: int, key: str, kind: str, severity: int) -> np.random.Generator:
     name = f"{seed}/{kind}/{severity}/{key}"
-    return np.random.default_rng(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=16).digest()))
+    return np.random.default_rng(hash_text(name, size=16))

@@ -60,17 +60,6 @@ TOP_K = 5
 NOISE_PERTURBATIONS = ("gaussian_noise", "shot_noise")
 """Perturbations whose frames are compared with the first frame, not with the one before: each frame has noise of its own."""
 
-CORRUPTED_SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("severity", pa.uint8()),
-        ("class_id", pa.uint16()),
-        ("predicted_class_id", pa.uint16()),
-        ("confidence", pa.float32()),
-        ("rank", pa.uint16()),
-    ]
-)
-
 
 class SuiteUnit(NamedTuple):
     """A measurement that is made of each image of a block."""
@@ -498,9 +487,7 @@ def build_corruption_table(
     table = build_predictions_table(
         [key for key in keys for _ in severities], np.repeat(class_ids, num_severities), probabilities
     )
-    levels = pa.array(np.tile(np.array(severities, np.uint8), len(keys)))
-    columns = {name: table[name] for name in table.column_names} | {"severity": levels}
-    return pa.table([columns[name] for name in CORRUPTED_SCHEMA.names], schema=CORRUPTED_SCHEMA)
+    return table.append_column("severity", pa.array(np.tile(np.array(severities, np.uint8), len(keys))))
 
 
 def build_top_table(

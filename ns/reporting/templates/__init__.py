@@ -4,18 +4,21 @@ import base64
 import hashlib
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ns.core.log import format_duration
 
-SCRIPTLESS = "'none'"
-"""The `scripts` of a page without scripts."""
+
+def render_page(template: str, *, title: str, scripts: str = "'none'", **fields: Any) -> str:
+    """One HTML page that loads nothing. `scripts`: the source expression of the scripts that the page may run."""
+    return _make_environment().get_template(template).render(title=title, scripts=scripts, **fields)
 
 
 @cache
-def make_environment() -> Environment:
-    """Keys and class names come from outside, so everything is escaped except what our own code marks as markup."""
+def _make_environment() -> Environment:
+    # Keys and class names come from outside, so everything is escaped except what our own code marks as markup.
     templates = Environment(
         loader=PackageLoader("ns.reporting", "templates"),
         autoescape=True,
