@@ -61,7 +61,7 @@ def trigger(
     typer.echo(json.dumps(answer, indent=1) if as_json else _describe_answer(answer))
 
 
-def watch(
+def watch_data(
     config: ConfigArgument,
     root: Root,
     overrides: Overrides = None,

@@ -13,7 +13,7 @@ from ns.config.schema import Experiment, OptimizerConfig, RoleConfig
 from ns.core import log
 from ns.core.errors import ConfigError
 from ns.data.augment.transforms import EvalTransform
-from ns.data.prepared import DataPart
+from ns.data.prepared import PART_ROLES, DataPart
 from ns.evaluation.robustness.suite import count_passes
 from ns.labeling.label_set import count_kept_classes
 from ns.modeling.factory import (
@@ -171,11 +171,8 @@ def estimate_run(experiment: Experiment, request: PlanRequest) -> RunPlan:
     Raises ConfigError for networks that cannot be built, DataError or StoreError for data that cannot be read and has no known
     count, TrainingError if two images do not fit into this machine's memory.
     """
-    data = experiment.data
-    uris: dict[DataPart, str] = {"labeled": data.labeled, "pool": data.pool, "heldout": data.heldout}
-    if data.test is not None:
-        uris["test"] = data.test
-    stats = {part: request.counts.get_stats(part, uri) for part, uri in uris.items()}
+    uris: dict[DataPart, str | None] = {part: getattr(experiment.data, part) for part in PART_ROLES}
+    stats = {part: request.counts.get_stats(part, uri) for part, uri in uris.items() if uri is not None}
     classes = stats["labeled"].classes or request.counts.classes
     sets = {
         name: count_evaluation_images(name, set_config, experiment.evaluation)
@@ -183,14 +180,18 @@ def estimate_run(experiment: Experiment, request: PlanRequest) -> RunPlan:
     }
     check_models(experiment, stats["labeled"].classes or None)
     jobs = list(_list_jobs(experiment, {part: part_stats.images for part, part_stats in stats.items()}, sets))
-    speeds = _SpeedMeter(jobs, request, classes, experiment.labeling.batch, _choose_sample_images(stats))
+    # Most images are read from the pool.
+    sample_images = stats["pool"].sample_images or stats["labeled"].sample_images or stats["heldout"].sample_images
+    speeds = _SpeedMeter(jobs, request, classes, experiment.labeling.batch, sample_images)
     work = tuple(_estimate_work(job, stats, speeds, request, experiment.labeling.tasks) for job in jobs)
     kept_per_row = count_kept_classes(classes, experiment.labeling.top_k)
+    if request.multiply_adds_per_second is None:
+        machine = describe_machine(get_best_device())
+    else:
+        machine = f"assumed: {request.multiply_adds_per_second / 1e12:g} · 10¹² multiply-adds per second"
     return RunPlan(
         experiment=experiment.name,
-        machine=describe_machine(get_best_device())
-        if request.multiply_adds_per_second is None
-        else _format_assumed_speed(request),
+        machine=machine,
         devices=request.devices,
         labeled=stats["labeled"].images,
         pool=stats["pool"].images,
@@ -209,59 +210,40 @@ def estimate_run(experiment: Experiment, request: PlanRequest) -> RunPlan:
 
 def _list_jobs(experiment: Experiment, images: dict[DataPart, int], sets: dict[str, int]) -> Iterator[_PlannedJob]:
     """The work of every generation, in the order of a run. `sets`: images of the further evaluation sets."""
-    evaluation_config = experiment.evaluation
+    evaluation = experiment.evaluation
     clean = images["heldout"] + images.get("test", 0)
-    reported = images.get("test", images["heldout"])
-    robust = (
-        count_passes(evaluation_config) * min(reported, evaluation_config.images or reported)
-        if evaluation_config.needs_robustness
-        else 0
-    )
+    plain = sum(count for name, count in sets.items() if evaluation.sets[name].kind == "images")
+    robust = sum(sets.values()) - plain
+    if evaluation.needs_robustness:
+        reported = images.get("test", images["heldout"])
+        robust += count_passes(evaluation) * min(reported, evaluation.images or reported)
     if experiment.gate.required_suites and "test" in images:
-        robust += count_passes(experiment.gate_evaluation) * min(
-            images["heldout"], evaluation_config.images or images["heldout"]
-        )
-    plain = sum(count for name, count in sets.items() if evaluation_config.sets[name].kind == "images")
-    robust += sum(sets.values()) - plain
+        robust += count_passes(experiment.gate_evaluation) * min(images["heldout"], evaluation.images or images["heldout"])
 
     def select_role(generation: int) -> tuple[str, RoleConfig]:
         if generation == 0:
             return "teacher", experiment.teacher
         return f"students.{min(generation, len(experiment.students)) - 1}", experiment.get_student(generation)
 
-    def evaluation_jobs(generation: int, field: str, role: RoleConfig) -> Iterator[_PlannedJob]:
+    def list_training_jobs(generation: int, field: str, role: RoleConfig) -> Iterator[_PlannedJob]:
+        training_plan = plan_training(role, images["labeled"])
+        pseudo_batch = role.train.pseudo_batch if generation else 0
+        yield _PlannedJob(generation, "train", field, role, training_plan, role.train.labeled_batch, pseudo_batch)
         yield _PlannedJob(generation, "evaluate", field, role, None, clean + plain, 0)
         if robust:
             yield _PlannedJob(generation, "robustness", field, role, None, robust, 0)
-
-    def training_jobs(generation: int, field: str, role: RoleConfig) -> Iterator[_PlannedJob]:
-        training_plan = plan_training(role, images["labeled"])
-        yield _PlannedJob(
-            generation,
-            "train",
-            field,
-            role,
-            training_plan,
-            role.train.labeled_batch,
-            role.train.pseudo_batch if generation else 0,
-        )
-        yield from evaluation_jobs(generation, field, role)
         if role.train.finetune:
             tuned_role = make_finetuning_role(role, role.train.finetune)
             batch = tuned_role.train.labeled_batch
-            finetune_plan = TrainingPlan(
-                tuned_role,
-                training_plan.transform,
-                max(1, math.ceil(tuned_role.train.epochs * images["labeled"] / batch)),
-                training_plan.lr_at,
-            )
+            steps = max(1, math.ceil(tuned_role.train.epochs * images["labeled"] / batch))
+            finetune_plan = TrainingPlan(tuned_role, training_plan.transform, steps, training_plan.lr_at)
             yield _PlannedJob(generation, "finetune", field, tuned_role, finetune_plan, batch, 0)
             yield _PlannedJob(generation, "evaluate", field, tuned_role, None, clean, 0)
 
-    yield from training_jobs(0, *select_role(0))
+    yield from list_training_jobs(0, *select_role(0))
     for generation in range(1, 1 + experiment.generations):
         yield _PlannedJob(generation, "label", *select_role(generation - 1), None, 0, images["pool"])
-        yield from training_jobs(generation, *select_role(generation))
+        yield from list_training_jobs(generation, *select_role(generation))
 
 
 class _SpeedMeter:
@@ -280,12 +262,10 @@ class _SpeedMeter:
         self._seconds = request.seconds / len({self._speed_key(job) for job in jobs})
 
     def _speed_key(self, job: _PlannedJob) -> str:
-        description = describe_architecture(job.role.model)
-        return (
-            f"{job.training_plan is not None, job.resolution, job.training_plan and (job.images, job.role.train), description}"
-        )
+        training = job.training_plan and (job.images, job.role.train)
+        return f"{job.resolution, training, describe_architecture(job.role.model)}"
 
-    def count_outputs(self, job: _PlannedJob) -> int:
+    def _count_outputs(self, job: _PlannedJob) -> int:
         return job.role.model.outputs or self._classes
 
     def count_operations(self, job: _PlannedJob) -> tuple[int, int, int]:
@@ -293,13 +273,9 @@ class _SpeedMeter:
         key = f"{describe_architecture(job.role.model), job.resolution}"
         if key not in self._counts_by_key:
             with torch.device("meta"):
-                network = build_model(job.role.model, job.role.noise, self.count_outputs(job))
+                network = build_model(job.role.model, job.role.noise, self._count_outputs(job))
             state = sum(value.numel() for value in network.state_dict().values())
-            self._counts_by_key[key] = (
-                count_parameters(network),
-                state,
-                count_multiply_adds(network, job.resolution),
-            )
+            self._counts_by_key[key] = (count_parameters(network), state, count_multiply_adds(network, job.resolution))
         return self._counts_by_key[key]
 
     def measure_speed(self, job: _PlannedJob, multiply_adds: int) -> DeviceSpeed:
@@ -313,14 +289,13 @@ class _SpeedMeter:
         key = self._speed_key(job)
         if key not in self._speed_by_key:
             log.get_logger().info("measuring", task=job.task, arch=job.role.model.arch, resolution=job.resolution)
-            outputs, seconds = self.count_outputs(job), self._seconds
+            outputs, seconds = self._count_outputs(job), self._seconds
             if job.training_plan:
-                device_batch = math.ceil(job.images / job.role.train.accumulate / self._request.devices)
-                self._speed_by_key[key] = measure_training_speed(
-                    job.training_plan, outputs=outputs, batch=device_batch, seconds=seconds
-                )
+                batch = math.ceil(job.images / job.role.train.accumulate / self._request.devices)
+                speed = measure_training_speed(job.training_plan, outputs=outputs, batch=batch, seconds=seconds)
             else:
-                self._speed_by_key[key] = measure_inference_speed(job.role, outputs=outputs, batch=self._batch, seconds=seconds)
+                speed = measure_inference_speed(job.role, outputs=outputs, batch=self._batch, seconds=seconds)
+            self._speed_by_key[key] = speed
         return self._speed_by_key[key]
 
     def measure_core_seconds(self, job: _PlannedJob) -> float | None:
@@ -375,7 +350,7 @@ def _estimate_work(
         limited_by="loader" if seconds == loader_seconds else "network",
         loader_cores=None if core_seconds is None else images * core_seconds / network_seconds,
         read_bytes_per_second=_read_bytes_per_second(job, stats, seconds * devices),
-        network_bytes_per_step=_ring_bytes(parameters, devices) if job.training_plan else 0,
+        network_bytes_per_step=2 * (devices - 1) * parameters * FLOAT_BYTES // devices if job.training_plan else 0,
         checkpoint_bytes=estimate_checkpoint_bytes(parameters, state, role.train.optimizer) if job.training_plan else 0,
     )
 
@@ -388,20 +363,7 @@ def _read_bytes_per_second(job: _PlannedJob, stats: dict[DataPart, DataStats], s
     return (job.labeled * (labeled or 0) + job.pool * (pool or 0)) / seconds
 
 
-def _ring_bytes(parameters: int, devices: int) -> int:
-    return 2 * (devices - 1) * parameters * FLOAT_BYTES // devices
-
-
 def estimate_checkpoint_bytes(parameters: int, state: int, optimizer: OptimizerConfig) -> int:
     """Bytes of weights and statistics, their averages, and the optimizer's state. `state`: values of the network's state dict."""
     slots = {"rmsprop": 1 + (optimizer.momentum > 0), "sgd": int(optimizer.momentum > 0), "adamw": 2}[optimizer.name]
     return FLOAT_BYTES * (2 * state + slots * parameters)
-
-
-def _choose_sample_images(stats: dict[DataPart, DataStats]) -> tuple[SampleImage, ...]:
-    """The pool's, which are read most; others if the pool's could not be read."""
-    return stats["pool"].sample_images or stats["labeled"].sample_images or stats["heldout"].sample_images
-
-
-def _format_assumed_speed(request: PlanRequest) -> str:
-    return f"assumed: {(request.multiply_adds_per_second or 0) / 1e12:g} · 10¹² multiply-adds per second"
