@@ -1,2 +1,2 @@
-"""The experiment: one validated object, its presets, and the messages about what is wrong with it.
+"""The experiment: one validated object, its presets, how it is read, and the messages about what is wrong with it.
 It may import `storage` and `core`."""

@@ -1,4 +1,4 @@
-"""What is wrong with a document that a person wrote: pydantic's errors, as lines for whoever has to mend them."""
+"""Turns pydantic's errors in a document that a person wrote into one line per wrong field."""
 
 import difflib
 from typing import Any
@@ -7,15 +7,15 @@ from pydantic import BaseModel, ValidationError
 
 
 def format_validation_error(error: ValidationError, document_type: type[BaseModel]) -> list[str]:
-    """A line for each wrong field of a document of this kind: its path, its value, and what would be right."""
+    """One line for each wrong field of a document: its path, its value, and what would be right."""
     lines: dict[str, str] = {}
     for detail in error.errors():
-        # A list whose items are wrong is also reported as too short; that line would only confuse.
+        # pydantic also reports a list with wrong items as too short, which would only confuse.
         if detail["type"] == "too_short" and detail["input"]:
             continue
         field_path = _field_path(detail["loc"], document_type)
         message = _format_detail(detail, field_path, document_type)
-        # Of a field that takes this or that, pydantic says of each why it is not it.
+        # For a field of several types, pydantic reports one error per type.
         lines[field_path] = f"{lines[field_path]}, or {_clean_message(detail)}" if field_path in lines else message
     return list(lines.values())
 
@@ -41,7 +41,7 @@ def _clean_message(detail: Any) -> str:
 
 
 def _field_path(location: tuple[int | str, ...], document_type: type[BaseModel]) -> str:
-    """`students.0.train.epochs`. What pydantic adds to it is left out: which of the kinds a field takes was tried."""
+    """`students.0.train.epochs`, without the names of types that pydantic puts into the path."""
     parts = [
         part
         for depth, part in enumerate(location)
@@ -51,11 +51,11 @@ def _field_path(location: tuple[int | str, ...], document_type: type[BaseModel])
 
 
 def _find_section(location: tuple[int | str, ...], document_type: type[BaseModel]) -> Any:
-    """The section that a field, or an item or a name in it, is one of; None of a field that is none."""
+    """The type of the section at a location; None if the location is a value."""
     section: Any = document_type
     for part in location:
         if section is None or part not in section.model_fields:
-            continue  # the place in a list, or a name in a mapping
+            continue  # an index in a list, or a name in a mapping
         annotation = section.model_fields[part].annotation
         nested = [annotation, *getattr(annotation, "__args__", ())]
         section = next((kind for kind in nested if isinstance(kind, type) and issubclass(kind, BaseModel)), None)

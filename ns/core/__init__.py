@@ -1,2 +1,2 @@
-"""What everything else stands on: digests, errors, the log, processes, intervals, metrics of Prometheus.
-It may import nothing of `ns`, and no library that takes a while to load."""
+"""What all other rooms need: digests, errors, the log, processes, intervals, Prometheus metrics.
+It imports nothing else of `ns`, and no library that takes long to load."""

@@ -1,4 +1,4 @@
-"""What a check beforehand finds: `ns doctor`."""
+"""Results of `ns doctor` and of probing a store."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -6,16 +6,16 @@ from typing import Self
 
 @dataclass(frozen=True)
 class Diagnostic:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
     ok: bool
-    """False: it will not work here, or, with `warning`, not as well. What can be done without is ok, and said in `detail`."""
+    """False if something will not work here or, with `is_warning`, not as well. What can be done without is ok, and named in `detail`."""
     detail: str
     fix: str = ""
-    """What to do where it is not ok."""
+    """What to do if it is not ok."""
     is_warning: bool = False
-    """Of what is not ok: nothing fails of it."""
+    """Whether everything works although the check is not ok."""
 
     @classmethod
     def from_error(cls, name: str, error: Exception, fix: str) -> Self:

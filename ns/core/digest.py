@@ -1,4 +1,4 @@
-"""Identity of everything: canonical JSON, hashed with SHA-256."""
+"""Identities: canonical JSON, hashed with SHA-256, and the digests of the code that results depend on."""
 
 import hashlib
 import json
@@ -10,9 +10,9 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def canonical_json(value: Any) -> bytes:
-    """The one spelling of a JSON value: sorted keys, no spaces, UTF-8.
+    """The only spelling of a JSON value: sorted keys, no spaces, UTF-8.
 
-    Raises ValueError for NaN and infinities, TypeError for what JSON has no word for.
+    Raises ValueError for NaN and infinities, TypeError for values that JSON cannot express.
     """
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode()
@@ -24,8 +24,13 @@ def digest_json(value: Any) -> str:
 
 
 def shorten_digest(full_digest: str) -> str:
-    """The first 16 hex digits: enough for folder names within one project."""
+    """The first 16 hex digits, which suffice for folder names within one project."""
     return full_digest[:16]
+
+
+def hash_text(text: str, *, size: int, key: bytes = b"") -> int:
+    """A number of `size` bytes that follows from the text and the key alone (BLAKE2b): a seed, or a rank in random order."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=size, key=key).digest())
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -39,9 +44,9 @@ def sha256_file(path: Path) -> str:
 
 @cache
 def digest_code(*parts: str) -> str:
-    """Digest of the source of the named parts of `ns` ("train", "models.py"): changed code is never taken for done work.
+    """Digest of the source files of parts of `ns` ("training", "modeling/factory.py"), so that a change of them repeats the work.
 
-    Only what can change a step's output belongs in `parts`: a new report must not cost a new training.
+    `parts` holds only code that can change a stage's output: a new report must not cost a new training.
     """
     sources: dict[str, str] = {}
     for part in parts:
@@ -52,7 +57,7 @@ def digest_code(*parts: str) -> str:
     return digest_json(sources)
 
 
-# What results depend on, so that changed code is never taken for done work.
+# The code that each kind of result depends on; tests/core/test_digest.py compares it with the imports.
 READING_SOURCES = (
     "data/dataset.py",
     "data/shards.py",

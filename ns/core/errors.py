@@ -1,17 +1,17 @@
-"""The one exception family. Every message says what, where, the value seen and what to do; the CLI maps it to an exit code."""
+"""The exceptions of the project. Every message says what, where, the value seen and what to do; the CLI maps each to an exit code."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class NsError(Exception):
-    """Something a person can mend. `exit_code` is what the command line exits with."""
+    """An error that a person can fix. `exit_code` is the exit code of the command line."""
 
     exit_code = 1
 
 
 class ConfigError(NsError):
-    """The experiment cannot mean what it says: unknown key, wrong type, impossible combination."""
+    """The experiment is wrong: unknown key, wrong type, impossible combination."""
 
     exit_code = 2
 
@@ -23,7 +23,7 @@ class DataError(NsError):
 
 
 class StoreError(NsError):
-    """Bytes cannot be read or written: missing, denied, full, out of reach."""
+    """Bytes cannot be read or written: missing file, no permission, full disk, no connection."""
 
     exit_code = 4
 
@@ -35,26 +35,26 @@ class TrainingError(NsError):
 
 
 class RunError(NsError):
-    """A run failed, does not exist, or is already under way."""
+    """A run failed, does not exist, or is already active."""
 
     exit_code = 6
 
 
 class ClusterError(NsError):
-    """A Kubernetes cluster is out of reach, forbids something, or lacks something."""
+    """A Kubernetes cluster cannot be reached, forbids something, or lacks something."""
 
     exit_code = 7
 
 
 class Interrupted(NsError):
-    """Asked to stop (SIGINT, SIGTERM). Work done so far is kept; the same command continues."""
+    """The process was asked to stop (SIGINT, SIGTERM). Finished work is kept; the same command continues."""
 
     exit_code = 130
 
 
 @contextmanager
 def prefix_errors(field: str, hint: str = "") -> Iterator[None]:
-    """Puts the experiment's field in front of any NsError, and behind it what else can be done."""
+    """Puts the experiment's field in front of the message of any NsError, and `hint` behind it."""
     try:
         yield
     except NsError as error:

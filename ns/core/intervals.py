@@ -1,4 +1,4 @@
-"""Intervals of shares: how far a share seen in a sample may be from the true one."""
+"""Confidence intervals of shares: how far the share in a sample may be from the true one."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ class ShareInterval(NamedTuple):
 
 
 def wilson_interval(share: float, trial_count: float) -> tuple[float, float]:
-    """The 95 % interval of a share of `count` trials (Wilson 1927). Of no trials, everything is possible."""
+    """The 95 % interval (low, high) of a share of `trial_count` trials (Wilson 1927); (0, 1) for no trials."""
     if trial_count == 0:
         return 0.0, 1.0
     center = (share + Z95**2 / (2 * trial_count)) / (1 + Z95**2 / trial_count)
@@ -31,9 +31,11 @@ def wilson_interval(share: float, trial_count: float) -> tuple[float, float]:
 
 
 def effective_trials(sample_size: int, population: int) -> float:
-    """Independent trials that say as much as `sampled` of `of` things drawn without putting back; infinitely many if all were.
+    """Number of independent trials that say as much as `sample_size` draws without replacement from a population; infinity if all are
+    drawn.
 
-    The variance of such a sample's share is smaller by (of − sampled) / (of − 1) (Cochran, Sampling Techniques, §3.2).
+    The variance of such a sample's share is smaller by (population − sample_size) / (population − 1) (Cochran, Sampling Techniques,
+    §3.2).
     """
     if sample_size == population:
         return math.inf
@@ -41,9 +43,9 @@ def effective_trials(sample_size: int, population: int) -> float:
 
 
 def combine_shares(shares: Sequence[ShareInterval], weights: Sequence[float]) -> ShareInterval:
-    """The share in a whole whose parts have these shares, measured apart, and these weights (which sum to 1).
+    """The share in a whole of parts with these shares, measured independently, and these weights (which sum to 1).
 
-    The distances of the parts' bounds from their values add up in squares: MOVER (Zou and Donner, Statistics in Medicine 27,
+    The squared distances of the parts' bounds from their values add up: MOVER (Zou and Donner, Statistics in Medicine 27,
     2008, eq. 4; for two parts, Newcombe 1998). With Wilson's bounds it also holds where a part has no failures at all, where
     the usual variance is 0.
     """

@@ -1,6 +1,6 @@
-"""One structured line an event: for people on a terminal, as JSON in a container, and to `NS_EVENTS` for whoever watches.
+"""The log: one structured line per event, for people on a terminal and as JSON elsewhere.
 
-`ns run` points `NS_EVENTS` at a file and draws its progress from the lines that the steps append there.
+`ns run` points `NS_EVENTS` at a file, and draws its progress from the lines that the stages append there.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from typing import Any, Required, TypedDict
 import structlog
 
 EVENTS_VARIABLE = "NS_EVENTS"
-# Progress is for eyes: more often than this is noise in a log.
+# People read progress; more lines than this would only fill the log.
 PROGRESS_SECONDS = 0.25
 LAST_LINES = 15
 
@@ -65,7 +65,7 @@ class StageEvent(TypedDict, total=False):
 
 
 def configure_logging(*, level: int = logging.INFO) -> None:
-    """Sets the form of the log once a process. Lines go to stderr, so that stdout stays free for results."""
+    """Sets the form of the log, once per process. Lines go to stderr; stdout is for results."""
     renderer: Any
     if sys.stderr.isatty():
         renderer = structlog.dev.ConsoleRenderer(colors="NO_COLOR" not in os.environ)
@@ -86,7 +86,7 @@ def configure_logging(*, level: int = logging.INFO) -> None:
 
 
 def configure_helper_logging() -> None:
-    """The form of the log in a process that does what another one reports: warnings only."""
+    """Sets the form of the log in a process whose work another process reports: warnings only."""
     configure_logging(level=logging.WARNING)
 
 
@@ -96,7 +96,7 @@ def get_logger() -> Any:
 
 @contextlib.contextmanager
 def bind_context(**context: Any) -> Iterator[None]:
-    """Adds fields (step, generation) to every line logged inside."""
+    """Adds fields (stage, generation) to every line that is logged inside the context."""
     with structlog.contextvars.bound_contextvars(**context):
         yield
 
@@ -105,12 +105,12 @@ _progress_listeners: list[Callable[[int], object]] = []
 
 
 def add_progress_listener(listener: Callable[[int], object]) -> None:
-    """From now on calls `watch` with every count by which a step advances."""
+    """Calls `listener` with every count by which a stage advances from now on."""
     _progress_listeners.append(listener)
 
 
 class Progress:
-    """How far a step has come: `done` of `total` units, since when. Logs at most every PROGRESS_SECONDS, and at the end."""
+    """How far a stage has come: `done` of `total` units. Logs at most every PROGRESS_SECONDS, and at the end."""
 
     def __init__(self, total: int, unit: str, done: int = 0) -> None:
         self.total = total
@@ -121,10 +121,10 @@ class Progress:
         self._logged = 0.0
 
     def update(self, count: int = 1, **metrics: Any) -> None:
-        """Counts `count` more units as done. `facts` (loss, top1) are shown beside them."""
+        """Counts `count` more units as done, and shows `metrics` (loss, top1) beside them."""
         self.done += count
-        for watch in _progress_listeners:
-            watch(count)
+        for listener in _progress_listeners:
+            listener(count)
         now = time.monotonic()
         if now - self._logged < PROGRESS_SECONDS and self.done < self.total:
             return
@@ -137,14 +137,14 @@ def _append_to_events(_logger: Any, _method: str, event: MutableMapping[str, Any
     path = os.environ.get(EVENTS_VARIABLE)
     if path:
         line = json.dumps({**event, "at": datetime.now(UTC).timestamp()}, default=str) + "\n"
-        # Watching must never stop the work: a full disk or a vanished file is not this step's business.
+        # Showing progress must never stop the work: neither a full disk nor a vanished file matters here.
         with contextlib.suppress(OSError), Path(path).open("a") as file:
             file.write(line)
     return event
 
 
 def format_last_lines(lines: Iterable[str]) -> str:
-    """The end of a log for the end of a message: the last 15 lines that are for people, neither empty nor JSON; empty if none are."""
+    """The end of a log for the end of a message: its last 15 lines that are neither empty nor JSON; an empty text if there are none."""
     text_lines = [line for line in lines if line.strip() and not (line.startswith("{") and line.endswith("}"))]
     return ":" + "".join(f"\n  {line}" for line in text_lines[-LAST_LINES:]) if text_lines else ""
 

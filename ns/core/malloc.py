@@ -1,4 +1,4 @@
-"""How the C library treats memory that is freed."""
+"""How the C library treats freed memory."""
 
 import contextlib
 import ctypes
@@ -10,11 +10,11 @@ NEVER = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Keeps large blocks that are freed, for the next step asks for the same ones again.
+    """Lets glibc keep large freed blocks, because the next step needs blocks of the same sizes. Returns False with other C libraries.
 
-    Left alone, glibc gives them back to the kernel, which has to find and clear new pages for each step: 20,000 to 60,000 faults,
-    about 8 % of the processor time and 3 % of the duration of a step of EfficientNet-B0 (32 px, 128 images, two cores). The
-    process stays as large as it once was. Does nothing, and says so, where the C library is another.
+    By default, glibc returns them to the kernel, which has to find and clear new pages for each step: 20,000 to 60,000 page faults,
+    about 8 % of the processor time and 3 % of the duration of a step of EfficientNet-B0 (32 px, 128 images, two cores). The process
+    keeps the largest size that it reached.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt

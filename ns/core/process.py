@@ -1,5 +1,5 @@
-"""Ends and being asked to end. Steps that a laptop's client started end with it: a step that nobody waits for would only get in its
-successor's way."""
+"""Signals, and the ends of processes. A stage that a client on this machine started ends with the client: without a reader of its
+result it would only get in the way of its successor."""
 
 import contextlib
 import os
@@ -19,8 +19,8 @@ _watch_started = threading.Event()
 def handle_signals(
     handler: Callable[[int, FrameType | None], object], numbers: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)
 ) -> Iterator[None]:
-    """Has `handler` called when one of the signals comes, inside; afterwards whoever was before. Where that cannot be had, in another
-    thread than the main one, all stays as it is."""
+    """Calls `handler` for these signals inside the context, and restores the handlers of before afterwards. In other threads than the
+    main one, where Python cannot set handlers, it does nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -42,7 +42,7 @@ def set_openmp_to_sleep() -> None:
 
 
 def die_with_client() -> None:
-    """Ends this process when the one named by NS_CLIENT_PID is gone. Without the variable, as on a cluster, does nothing."""
+    """Ends this process when the process named by NS_CLIENT_PID is gone. Does nothing without the variable, as on a cluster."""
     client = os.environ.get(CLIENT_VARIABLE, "")
     if not client.isdigit() or int(client) == os.getpid() or _watch_started.is_set():
         return
@@ -51,13 +51,13 @@ def die_with_client() -> None:
 
 
 def init_helper_process(parent_pid: int) -> None:
-    """Begins a process of a pool: it ends with its parent, and Ctrl-C, which goes to the whole group, is for the parent to answer."""
+    """Sets up a process of a pool: it ends with its parent, and leaves Ctrl-C, which goes to the whole group, to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_process(parent_pid)
 
 
 def die_with_process(pid: int) -> None:
-    """Ends this process when another one is gone."""
+    """Ends this process when the process `pid` is gone."""
     threading.Thread(target=_poll_process, args=(pid,), name="client-watch", daemon=True).start()
 
 
@@ -66,7 +66,7 @@ def _poll_process(pid: int) -> None:
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
-            # No tidying up: every write is atomic, and the client that would have read the result is gone.
+            # Nothing needs to be tidied up: every write is atomic, and the client that would have read the result is gone.
             with contextlib.suppress(ProcessLookupError):
                 os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(POLL_SECONDS)

@@ -1,7 +1,7 @@
-"""Every Prometheus metric, declared in one place, and the endpoint that shows them on NS_METRICS_PORT.
+"""All Prometheus metrics, and the endpoint that serves them on NS_METRICS_PORT.
 
-Ratios are 0–1, times seconds. The run's name is on nst_run_info only: join with it where a series of one run is wanted. No label has
-a value that grows with the data: no image, file or class.
+Ratios are in [0, 1], times in seconds. Only nst_run_info has the run's name: join with it to get the series of one run. No label has a
+value that grows with the data: no image, file or class.
 """
 
 import os
@@ -25,21 +25,21 @@ from ns.core import log
 
 PORT_VARIABLE = "NS_METRICS_PORT"
 LINGER_VARIABLE = "NS_METRICS_LINGER_SECONDS"
-"""How long a step that is done in a moment, and needs no GPU, stays to be scraped: two scrape intervals do."""
+"""Seconds that a short stage without a GPU stays alive at its end, to be scraped; two scrape intervals suffice."""
 GATEWAY_VARIABLE = "NS_PUSHGATEWAY_URL"
 GATEWAY_SECONDS = 10
 JOB = "noisy-student"
-"""Of what is pushed."""
+"""Job label of pushed metrics."""
 
-# A series more for each counter, that nobody asks for.
+# Without this, each counter has one more series, which nothing uses.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 REGISTRY = CollectorRegistry()
 SUMMARY = CollectorRegistry()
-"""What is pushed at the end of a run."""
+"""The metrics that are pushed at the end of a run."""
 
 
 class _OptionalGauge(Gauge):
-    """A gauge that is not there before it is set: 0 would be a claim, and set off alerts."""
+    """A gauge that has no value before it is set: a 0 would be a false claim, and trigger alerts."""
 
     _is_set = False
 
@@ -55,58 +55,60 @@ class _OptionalGauge(Gauge):
         return super().collect() if self._is_set else ()
 
 
-# --- Every step
+# --- Every stage
 
 BUILD = Gauge("nst_build_info", "Version of this package; always 1.", ["version"], registry=REGISTRY)
 RUN = Gauge("nst_run_info", "What this process works on; always 1.", ["run_id", "config_digest", "teacher"], registry=REGISTRY)
-GENERATION = Gauge("nst_generation", "Generation under way; 0 is the first teacher.", registry=REGISTRY)
-STAGE = Gauge("nst_stage_running", "1 while the step is at work, 0 once it is done.", ["stage"], registry=REGISTRY)
+GENERATION = Gauge("nst_generation", "Current generation; 0 is the first teacher.", registry=REGISTRY)
+STAGE = Gauge("nst_stage_running", "1 while the stage works, 0 when it is done.", ["stage"], registry=REGISTRY)
 STAGE_SECONDS = Histogram(
     "nst_stage_duration_seconds",
-    "A step from begin to end.",
+    "Duration of a stage.",
     ["stage"],
     buckets=(1, 3, 10, 30, 60, 300, 900, 3600, 4 * 3600, 12 * 3600, 24 * 3600, 3 * 24 * 3600, 7 * 24 * 3600),
     registry=REGISTRY,
 )
 IMAGES = Counter(
     "nst_images_processed",
-    "Images that the step has worked on; in evaluation, each version of one.",
+    "Images that the stage has processed; in evaluation, each version of an image.",
     ["stage"],
     registry=REGISTRY,
 )
-DATA_WAIT = Counter("nst_data_wait_seconds", "Time that the network waited for images.", registry=REGISTRY)
+DATA_WAIT = Counter("nst_data_wait_seconds", "Time for which the network waited for images.", registry=REGISTRY)
 
 # --- Training
 
 STEP_SECONDS = Histogram(
     "nst_step_duration_seconds",
-    "Training step, waiting for images included.",
+    "Duration of a training step, including the wait for images.",
     buckets=(0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 30),
     registry=REGISTRY,
 )
-STEPS = _OptionalGauge("nst_training_steps", "Steps of the training under way.", registry=REGISTRY)
-STEPS_DONE = _OptionalGauge("nst_training_steps_done", "Steps done of the training under way.", registry=REGISTRY)
-LOSS = Gauge("nst_loss", "Mean loss since the point before: total, labeled, pseudo.", ["part"], registry=REGISTRY)
+STEPS = _OptionalGauge("nst_training_steps", "Steps of the current training.", registry=REGISTRY)
+STEPS_DONE = _OptionalGauge("nst_training_steps_done", "Finished steps of the current training.", registry=REGISTRY)
+LOSS = Gauge("nst_loss", "Mean loss since the previous point: total, labeled, pseudo.", ["part"], registry=REGISTRY)
 LEARNING_RATE = _OptionalGauge("nst_learning_rate", "Learning rate.", registry=REGISTRY)
-ACCURACY = _OptionalGauge("nst_labeled_accuracy_ratio", "Top-1 on the labeled images of training, noised.", registry=REGISTRY)
+ACCURACY = _OptionalGauge(
+    "nst_labeled_accuracy_ratio", "Top-1 accuracy on the noised labeled images of training.", registry=REGISTRY
+)
 AGREEMENT = _OptionalGauge(
     "nst_teacher_student_agreement_ratio", "Share of noised images on which student and teacher agree.", registry=REGISTRY
 )
 CHECKPOINT_AGE = _OptionalGauge(
-    "nst_checkpoint_age_seconds", "What a kill would cost: time since the last checkpoint.", registry=REGISTRY
+    "nst_checkpoint_age_seconds", "Time since the last checkpoint, which a kill would cost.", registry=REGISTRY
 )
 CHECKPOINT_INTERVAL = _OptionalGauge(
-    "nst_checkpoint_interval_seconds", "Time between checkpoints that is wanted.", registry=REGISTRY
+    "nst_checkpoint_interval_seconds", "Configured time between checkpoints.", registry=REGISTRY
 )
 
 # --- Labeling
 
-SHARDS = _OptionalGauge("nst_shards", "Shards that this task has to label.", registry=REGISTRY)
-SHARDS_DONE = _OptionalGauge("nst_shards_done", "Shards of this task that are labeled.", registry=REGISTRY)
+SHARDS = _OptionalGauge("nst_shards", "Shards that this task labels.", registry=REGISTRY)
+SHARDS_DONE = _OptionalGauge("nst_shards_done", "Labeled shards of this task.", registry=REGISTRY)
 
 
 class _ConfidenceHistogram(Collector):
-    """A histogram that takes many images at a time: one by one they would cost more than their labels."""
+    """A histogram that takes many images at a time: observing them singly would take longer than labeling them."""
 
     BOUNDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 
@@ -116,7 +118,7 @@ class _ConfidenceHistogram(Collector):
         REGISTRY.register(self)
 
     def add_counts(self, counts: Sequence[int]) -> None:
-        """`counts`: images by confidence, in equal bins from 0 to 1. Their sum is that of the bins' middles."""
+        """`counts`: images per confidence bin, of equal bins from 0 to 1. The middles of the bins make the sum."""
         bins, start = len(counts), 0
         for number, bound in enumerate(self.BOUNDS):
             stop = round(bound * bins)
@@ -134,7 +136,7 @@ class _ConfidenceHistogram(Collector):
             buckets.append((str(bound), float(total)))
         yield HistogramMetricFamily(
             "nst_pseudo_label_confidence",
-            "The teacher's confidence in the images labeled by this process.",
+            "The teacher's confidence in the images that this process labeled.",
             buckets=[*buckets, ("+Inf", float(total))],
             sum_value=self._sum,
         )
@@ -146,68 +148,80 @@ CONFIDENCE = _ConfidenceHistogram()
 
 PSEUDO_LABELS = Counter(
     "nst_pseudo_labels",
-    "Images of the pool by what became of them: kept, low_confidence, balanced_out, unreadable, left_out.",
+    "Images of the pool by outcome: kept, low_confidence, balanced_out, unreadable, left_out.",
     ["outcome"],
     registry=REGISTRY,
 )
 COVERAGE = _OptionalGauge(
-    "nst_class_coverage_ratio", "Share of classes of which any pseudo-labeled image is kept.", registry=REGISTRY
+    "nst_class_coverage_ratio", "Share of classes with at least one kept pseudo-labeled image.", registry=REGISTRY
 )
 CLASS_IMAGES = Gauge(
     "nst_class_kept_images",
-    "Distinct images kept of a class: min, p10, median, max over classes.",
+    "Distinct kept images per class: min, p10, median, max over the classes.",
     ["statistic"],
     registry=REGISTRY,
 )
 CHURN = _OptionalGauge(
-    "nst_label_churn_ratio", "Share of labels that differ from those of the generation before.", registry=REGISTRY
+    "nst_label_churn_ratio", "Share of labels that differ from those of the previous generation.", registry=REGISTRY
 )
-MAX_CHURN = _OptionalGauge("nst_label_churn_limit_ratio", "The gate's limit on it (gate.max_churn).", registry=REGISTRY)
+MAX_CHURN = _OptionalGauge(
+    "nst_label_churn_limit_ratio", "The gate's limit on the label churn (gate.max_churn).", registry=REGISTRY
+)
 
 # --- Evaluation and gate
 
 EVALUATED = Gauge(
-    "nst_eval_accuracy_ratio", "Top-1 of the model: heldout, test, and further sets by name.", ["split"], registry=REGISTRY
+    "nst_eval_accuracy_ratio",
+    "Top-1 accuracy of the model on heldout, test, and further sets by name.",
+    ["split"],
+    registry=REGISTRY,
 )
-ATTACKED = Gauge("nst_eval_attacked_accuracy_ratio", "Top-1 that an attack leaves.", ["attack"], registry=REGISTRY)
-MCE = _OptionalGauge("nst_eval_mce", "Mean corruption error in %, of which the reference has 100.", registry=REGISTRY)
-MFR = _OptionalGauge("nst_eval_mfr", "Mean flip rate in %, of which the reference has 100.", registry=REGISTRY)
+ATTACKED = Gauge("nst_eval_attacked_accuracy_ratio", "Top-1 accuracy under an attack.", ["attack"], registry=REGISTRY)
+MCE = _OptionalGauge("nst_eval_mce", "Mean corruption error in %; the reference has 100.", registry=REGISTRY)
+MFR = _OptionalGauge("nst_eval_mfr", "Mean flip rate in %; the reference has 100.", registry=REGISTRY)
 GAIN = Gauge(
-    "nst_loop_gain_ratio", "Top-1 of the student less that of its teacher: value, low, high.", ["bound"], registry=REGISTRY
+    "nst_loop_gain_ratio",
+    "Top-1 accuracy of the student minus that of its teacher: value, low, high.",
+    ["bound"],
+    registry=REGISTRY,
 )
-GATE = _OptionalGauge("nst_gate_passed", "1 if the student becomes the teacher, 0 if it is refused.", registry=REGISTRY)
+GATE = _OptionalGauge("nst_gate_passed", "1 if the gate promoted the student, 0 if it refused it.", registry=REGISTRY)
 GATE_CONDITION = Gauge(
     "nst_gate_condition_passed", "1 if a condition of the gate holds, 0 if not.", ["condition"], registry=REGISTRY
 )
 
 # --- Pushed once, at the end of a run
 
-LAST_SUCCESS = Gauge("nst_last_success_timestamp_seconds", "When the last run ended well, since 1970.", registry=SUMMARY)
-LAST_DURATION = Gauge("nst_last_run_duration_seconds", "From its start to its end.", registry=SUMMARY)
-LAST_ACCURACY = _OptionalGauge("nst_last_run_accuracy_ratio", "Held-out top-1 of its best model.", registry=SUMMARY)
-LAST_GAIN = _OptionalGauge("nst_last_run_gain_ratio", "That less the first teacher's.", registry=SUMMARY)
-LAST_PROMOTED = Gauge("nst_last_run_promotions", "Generations whose student became the teacher.", registry=SUMMARY)
+LAST_SUCCESS = Gauge(
+    "nst_last_success_timestamp_seconds", "Time at which the last run succeeded, since 1970.", registry=SUMMARY
+)
+LAST_DURATION = Gauge("nst_last_run_duration_seconds", "Duration of the last run.", registry=SUMMARY)
+LAST_ACCURACY = _OptionalGauge(
+    "nst_last_run_accuracy_ratio", "Held-out top-1 accuracy of the best model of the last run.", registry=SUMMARY
+)
+LAST_GAIN = _OptionalGauge("nst_last_run_gain_ratio", "Gain of the last run over its first teacher.", registry=SUMMARY)
+LAST_PROMOTED = Gauge("nst_last_run_promotions", "Promoted generations of the last run.", registry=SUMMARY)
 
 _stage = ""
 
 
 def begin_stage(stage: str, generation: int, run: str, *, config_digest: str = "", teacher: str = "") -> None:
-    """From now on this process is at work on a step, and its progress counts as the step's."""
+    """Begins a stage: from now on its progress counts in nst_images_processed."""
     global _stage
     BUILD.labels(__version__).set(1)
     RUN.clear()
     RUN.labels(run, config_digest, teacher).set(1)
     GENERATION.set(generation)
     STAGE.labels(stage).set(1)
-    IMAGES.labels(stage)  # 0 from the first scrape on: a step that never moves must be seen not to
+    IMAGES.labels(stage)  # 0 from the first scrape on: alerts must see a stage that makes no progress
     if not _stage:
         log.add_progress_listener(lambda count: IMAGES.labels(_stage).inc(count))
     _stage = stage
 
 
 def end_stage(seconds: float, *, linger: bool = False) -> None:
-    """The step is done. With `linger` the process stays as long as NS_METRICS_LINGER_SECONDS says: what is set at a step's end would
-    be gone before the next scrape."""
+    """Ends the stage. With `linger` the process stays for NS_METRICS_LINGER_SECONDS: what is set at a stage's end would be gone before
+    the next scrape."""
     STAGE.labels(_stage).set(0)
     STAGE_SECONDS.labels(_stage).observe(seconds)
     if linger and is_served():
@@ -215,34 +229,34 @@ def end_stage(seconds: float, *, linger: bool = False) -> None:
 
 
 def is_served() -> bool:
-    """Whether anybody can look."""
+    """Whether the metrics endpoint is configured."""
     return bool(os.environ.get(PORT_VARIABLE))
 
 
 def is_pushed() -> bool:
-    """Whether there is a Pushgateway."""
+    """Whether a Pushgateway is configured."""
     return bool(os.environ.get(GATEWAY_VARIABLE))
 
 
 def serve_metrics() -> None:
-    """Shows the metrics on the port in NS_METRICS_PORT, for as long as the process lives. A taken port is logged, no more."""
+    """Serves the metrics on NS_METRICS_PORT while the process lives. A port that cannot be used is only logged."""
     port = os.environ.get(PORT_VARIABLE, "")
     if not port:
         return
     try:
         start_http_server(int(port), registry=REGISTRY)
     except (OSError, OverflowError, ValueError) as error:
-        log.get_logger().warning("no metrics endpoint; work goes on without", port=port, reason=str(error))
+        log.get_logger().warning("no metrics endpoint; work continues without it", port=port, reason=str(error))
 
 
 def record_checkpoint() -> None:
-    """Starts the age of the checkpoint anew."""
+    """Restarts the age of the checkpoint."""
     saved_at = time.monotonic()
     CHECKPOINT_AGE.set_function(lambda: time.monotonic() - saved_at)
 
 
 def record_selection(outcomes: Mapping[str, int], kept_by_class: Sequence[int]) -> None:
-    """What a selection made of the pool. `kept`: distinct images kept, by class."""
+    """Counts the outcomes of a selection. `kept_by_class`: distinct kept images of each class."""
     for outcome, images in outcomes.items():
         PSEUDO_LABELS.labels(outcome).inc(images)
     ranked = sorted(kept_by_class)
@@ -252,15 +266,17 @@ def record_selection(outcomes: Mapping[str, int], kept_by_class: Sequence[int]) 
 
 
 def push_run_metrics(pipeline: str) -> None:
-    """Leaves SUMMARY with the Pushgateway at NS_PUSHGATEWAY_URL, in the place of what the pipeline left there before. One that does not
-    answer is logged, no more."""
+    """Pushes SUMMARY to the Pushgateway at NS_PUSHGATEWAY_URL, where it replaces what this pipeline pushed before. A failure is only
+    logged."""
     url = os.environ.get(GATEWAY_VARIABLE, "")
     if not url:
         return
     try:
         push_to_gateway(url, JOB, SUMMARY, grouping_key={"pipeline": pipeline}, timeout=GATEWAY_SECONDS)
     except (OSError, ValueError) as error:
-        log.get_logger().warning("the run's summary is not with the Pushgateway; all else is", url=url, reason=str(error))
+        log.get_logger().warning(
+            "cannot push the run's summary to the Pushgateway; the run is complete", url=url, reason=str(error)
+        )
 
 
 def _read_linger_seconds() -> float:
@@ -270,6 +286,8 @@ def _read_linger_seconds() -> float:
         if not 0 <= seconds <= 3600:
             raise ValueError("must be 0 … 3600 seconds")
     except ValueError as error:
-        log.get_logger().warning("ends without waiting to be scraped", variable=LINGER_VARIABLE, value=text, reason=str(error))
+        log.get_logger().warning(
+            "invalid time to linger: ends without waiting for a scrape", variable=LINGER_VARIABLE, value=text, reason=str(error)
+        )
         return 0
     return seconds

@@ -1,2 +1,2 @@
-"""Networks: built from timm, kept as safetensors with a manifest, run over images in a precision, by one process or several.
+"""Networks: how they are built from timm, kept as safetensors with a manifest, and run over images by one process or several.
 It may import `data`, `config`, `storage` and `core`."""

@@ -1,8 +1,8 @@
-"""Several processes that train one network together: one on each GPU, on one node or on many.
+"""Data-parallel training: one process per GPU, on one node or on several.
 
-torchrun starts them and tells each who it is (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT). Each takes its part of every
-step's images; gradients, batch-norm statistics and what is measured are means over all of them, so that a step is the step that one
-process would have taken, whatever their number.
+torchrun starts the processes and gives each its place (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT). Each takes its part of
+the images of every step. Gradients, batch-norm statistics and metrics are means over all processes, so a step does not depend on their
+number.
 """
 
 import contextlib
@@ -28,30 +28,30 @@ from ns.core.errors import ConfigError, Interrupted, NsError, TrainingError
 from ns.core.process import CLIENT_VARIABLE, handle_signals
 
 FAILURE_VARIABLE = "NS_FAILURE_FILE"
-"""Where the first process that fails writes why, for `launch` to raise it again."""
+"""Path of the file in which the first process that fails leaves its error, for `launch_processes` to raise it."""
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes that train together, and which of them this is."""
+    """The group of processes that train together, and the rank of this one."""
 
     rank: int = 0
     world_size: int = 1
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one that writes."""
+        """Whether this process writes files and logs."""
         return self.rank == 0
 
     def all_reduce_mean(self, values: Tensor) -> Tensor:
-        """The mean over all processes, in the place of `values`."""
+        """Replaces `values` by their mean over all processes, and returns them."""
         if self.world_size > 1:
             dist.all_reduce(values)
             values /= self.world_size
         return values
 
     def any_rank(self, *flags: bool) -> tuple[bool, ...]:
-        """For each flag, whether it is set anywhere. Costs a message on the CPU, and no wait for the GPU."""
+        """For each flag, whether any process has it set. Costs a message between CPUs, and no wait for the GPU."""
         if self.world_size == 1:
             return flags
         maxima = torch.tensor(flags, dtype=torch.int32)
@@ -59,7 +59,7 @@ class World:
         return tuple(bool(flag) for flag in maxima.tolist())
 
     def all_gather(self, value: int) -> list[int]:
-        """Each process's number, in the order of their ranks."""
+        """The values of all processes, in the order of ranks."""
         if self.world_size == 1:
             return [value]
         gathered = torch.zeros(self.world_size, dtype=torch.int64)
@@ -68,7 +68,7 @@ class World:
         return [int(item) for item in gathered.tolist()]
 
     def broadcast(self, make: Callable[[], str]) -> str:
-        """What the first process makes of it; the others wait."""
+        """Calls `make` in the main process and returns its text, at most 256 bytes of UTF-8, in all processes."""
         if self.world_size == 1:
             return make()
         text = torch.zeros(256, dtype=torch.uint8)
@@ -79,18 +79,19 @@ class World:
         return bytes(text.tolist()).rstrip(b"\0").decode()
 
     def barrier(self) -> None:
-        """Until all have come here."""
+        """Waits until all processes have come here."""
         if self.world_size > 1:
             dist.barrier()
 
     def sync_grads_on(self, forward: Any, is_last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Around forward and backward of a part of a step: gradients are gathered with the last part only."""
+        """The context for forward and backward of a part of a step: only the last part exchanges gradients."""
         is_deferred = self.world_size > 1 and not is_last
         return forward.no_sync() if is_deferred else contextlib.nullcontext()
 
     def wrap_ddp(self, network: nn.Module, prepare: Callable[[nn.Module], Any]) -> Any:
-        """What to call for a forward pass, so that the backward pass leaves every process the mean of all gradients.
-        `forward` prepares a network for it. Batch-norm layers of `network` are made to use everyone's images.
+        """What to call for a forward pass, so that the backward pass leaves the mean of all gradients in every process.
+
+        `prepare` is applied to the network first. Batch-norm layers of `network` will use the images of all processes.
         """
         if self.world_size == 1:
             return prepare(network)
@@ -103,7 +104,7 @@ SINGLE = World()
 
 @contextmanager
 def process_group() -> Iterator[World]:
-    """The group that torchrun's variables describe; alone without them."""
+    """The process group that torchrun's variables describe; SINGLE without them."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
         yield SINGLE
@@ -120,7 +121,7 @@ def process_group() -> Iterator[World]:
 
 
 def count_local_processes(configured: int | str) -> int:
-    """Processes that train on this machine: as asked, or one on each GPU, or one."""
+    """Number of training processes on this machine: as configured; with `auto` one per GPU, or one without a GPU."""
     return max(1, torch.cuda.device_count()) if configured == "auto" else int(configured)
 
 
@@ -128,7 +129,7 @@ def count_local_processes(configured: int | str) -> int:
 
 
 class _AllReduceSum(torch.autograd.Function):
-    """The sum over all processes. Everybody's loss depends on it, so its gradient is a sum too."""
+    """The sum over all processes. The losses of all processes depend on it, so its gradient is a sum too."""
 
     @staticmethod
     def forward(_context: Any, values: Tensor) -> Tensor:
@@ -144,9 +145,9 @@ class _AllReduceSum(torch.autograd.Function):
 
 
 def sync_normalize(layer: _BatchNorm, images: Tensor, world: World) -> Tensor:
-    """Batch norm of training over the images of all processes, [N, C, H, W] with the same N everywhere.
+    """Batch norm in training over the images of all processes, [N, C, H, W] with the same N in each.
 
-    Takes the mean and variance of each process's images, and joins them as those of equal parts of one sample.
+    The means and variances of the processes are combined as those of equal parts of one sample.
     """
     values = images.float()
     variance, mean = torch.var_mean(values, (0, 2, 3), correction=0)
@@ -164,7 +165,7 @@ def sync_normalize(layer: _BatchNorm, images: Tensor, world: World) -> Tensor:
         layer.running_mean.lerp_(mean.detach(), momentum)
         layer.running_var.lerp_(variance.detach() * (count / max(1, count - 1)), momentum)
     scale = (variance + layer.eps).rsqrt()
-    # The mean is taken off first: folded into the bias it would cost digits where it is far from zero.
+    # The mean is subtracted first: folded into the bias, it would cost digits if it is far from zero.
     centered = values - mean.view(1, -1, 1, 1)
     if not layer.affine:
         return (centered * scale.view(1, -1, 1, 1)).to(images.dtype)
@@ -173,9 +174,9 @@ def sync_normalize(layer: _BatchNorm, images: Tensor, world: World) -> Tensor:
 
 
 def sync_batch_norms(network: nn.Module, world: World) -> nn.Module:
-    """Makes the batch-norm layers gather statistics over all processes in training; names and tensors stay.
+    """Makes the batch-norm layers use statistics over all processes in training; their names and tensors stay.
 
-    torch's own layer for this knows GPUs only. Raises ConfigError for a kind of batch norm that is unknown here.
+    torch's SyncBatchNorm works on GPUs only. Raises ConfigError for other kinds of batch norm than those of 2-d maps.
     """
     from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 
@@ -198,7 +199,7 @@ def sync_batch_norms(network: nn.Module, world: World) -> nn.Module:
         if isinstance(module, _BatchNorm):
             if type(module) not in kinds:
                 raise ConfigError(f"{name}: {type(module).__name__} cannot be shared by processes; set train.processes: 1")
-            # In its place, for others hold on to the layer and to its tensors.
+            # The class is changed in place, because the optimizer and the EMA refer to the layer and its tensors.
             module.__class__ = kinds[type(module)]
     return network
 
@@ -207,16 +208,16 @@ def sync_batch_norms(network: nn.Module, world: World) -> nn.Module:
 
 
 def launch_processes(processes: int, module: str, arguments: Sequence[str]) -> None:
-    """Runs `python -m MODULE ARGUMENTS` in several processes on this machine, with torchrun, until all have ended.
+    """Runs `python -m MODULE ARGUMENTS` in several processes on this machine, by torchrun, and waits for their end.
 
-    SIGTERM and SIGINT are passed on as SIGTERM. Raises the first failed process's error, Interrupted if it was asked to stop.
+    SIGTERM and SIGINT are passed on as SIGTERM. Raises the error of the first process that failed, Interrupted if asked to stop.
     """
     with tempfile.TemporaryDirectory(prefix="ns-processes-") as scratch:
         failure_path = Path(scratch) / "failure.json"
         environment = {**os.environ, FAILURE_VARIABLE: str(failure_path), CLIENT_VARIABLE: str(os.getpid())}
         environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        # A session of its own: Ctrl-C in a terminal would reach every process, and torchrun kills those that stop first.
+        # A new session: Ctrl-C in a terminal would reach every process, and torchrun kills those that stop first.
         launcher = subprocess.Popen([*torchrun, "-m", module, *arguments], env=environment, start_new_session=True)
         with _forward_signals(launcher) as signals:
             try:
@@ -233,13 +234,13 @@ def launch_processes(processes: int, module: str, arguments: Sequence[str]) -> N
         if signals:
             raise Interrupted("stopped; the same command continues from the last checkpoint")
         raise TrainingError(
-            f"one of {processes} training processes died without a word (killed? out of memory?); the same command continues"
+            f"one of {processes} training processes exited without an error message (killed? out of memory?); the same command continues"
         )
 
 
 @contextmanager
 def report_failure() -> Iterator[None]:
-    """Tells `launch` why this process fails, if no other has before. Exits with the error's code."""
+    """Leaves the error of this process for `launch_processes` if it is the first one to fail, and exits with the error's code."""
     try:
         yield
     except Exception as error:
@@ -252,20 +253,20 @@ def report_failure() -> Iterator[None]:
                 json.dumps({"error": str(error) if is_ns_error else f"{type(error).__name__}: {error}", "exit_code": code})
             )
             with contextlib.suppress(FileExistsError):
-                os.link(draft_path, failure_path)  # whole or not at all, and the first one only
+                os.link(draft_path, failure_path)  # atomic, and only the first process succeeds
         if not is_ns_error:
             raise
         raise SystemExit(code) from error
 
 
 def _is_peer_failure(error: Exception) -> bool:
-    """Whether a process fails only because another one has: what it says would hide why. gloo's errors have no type of their own."""
+    """Whether a process fails only because another one failed: its message would hide the reason. gloo's errors have no own type."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
 
 
 @contextmanager
 def _forward_signals(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """Passes SIGTERM and SIGINT on to a process, as SIGTERM. Gives a list that is not empty once that has happened."""
+    """Passes SIGTERM and SIGINT on to a process, as SIGTERM. Yields the list of the signals that came."""
     signals: list[int] = []
 
     def terminate_once(number: int, _frame: FrameType | None) -> None:

@@ -21,9 +21,9 @@ from ns.storage.documents import encode_json
 
 
 def build_model(config: ModelConfig, noise: NoiseConfig, outputs: int) -> nn.Module:
-    """A freshly initialized network in channels_last. Raises ConfigError for what timm does not know.
+    """A network with random weights in channels_last. Raises ConfigError if timm cannot build it.
 
-    Draws from torch's global generator: seed it first for a repeatable network.
+    It draws from torch's global generator: seed that first for a repeatable network.
     """
     import timm
 
@@ -47,7 +47,7 @@ def build_model(config: ModelConfig, noise: NoiseConfig, outputs: int) -> nn.Mod
 
 
 def get_total_stride(network: nn.Module) -> int:
-    """Input px per px of the last feature map, 1 where the network does not say."""
+    """Input px per px of the last feature map; 1 if the network has no feature info."""
     info = getattr(network, "feature_info", None)
     if not info:
         return 1
@@ -56,7 +56,7 @@ def get_total_stride(network: nn.Module) -> int:
 
 
 def describe_architecture(config: ModelConfig) -> dict[str, Any]:
-    """What decides how fast a network is at a given resolution and batch."""
+    """The settings that decide how fast a network is at a given resolution and batch, as JSON."""
     return config.model_dump(mode="json", include={"arch", "args", "reduce_stride", "outputs"})
 
 
@@ -65,9 +65,9 @@ def count_parameters(network: nn.Module) -> int:
 
 
 def count_multiply_adds(network: nn.Module, resolution: int) -> int:
-    """Multiply-adds of a forward pass over one image, without computing anything: the network is on the meta device.
+    """Multiply-adds of a forward pass over one image. `network` is on the meta device, so nothing is computed.
 
-    0 for a network that cannot be run there. Raises ConfigError if it does not take images of that size.
+    0 for a network that cannot run there. Raises ConfigError if it does not take images of that size.
     """
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -80,18 +80,18 @@ def count_multiply_adds(network: nn.Module, resolution: int) -> int:
 
 
 class ModelSize(NamedTuple):
-    """How large a network is, by what it keeps and by what it does."""
+    """How large a network is."""
 
     parameters: int
     multiply_adds: int
-    """For one image at the resolution that the network labels and is evaluated at."""
+    """Multiply-adds for one image at the resolution of labeling and evaluation."""
 
 
 def check_models(experiment: Experiment, classes: int | None = None) -> None:
-    """Refuses networks that timm cannot build, resolutions below their stride, students smaller than their teacher (in
-    parameters or in multiply-adds), and more label classes than model outputs. Builds no weights.
+    """Checks the networks of an experiment without building weights.
 
-    Raises ConfigError naming the field, the value and what would be right.
+    Raises ConfigError naming the field, the value and what would be right: for networks that timm cannot build, resolutions below
+    their stride, students smaller than their teacher (in parameters or in multiply-adds), and more label classes than outputs.
     """
     sizes = {field: _check_role(field, role, classes) for field, role in experiment.map_roles().items()}
     chain = ["teacher"]
@@ -144,7 +144,7 @@ def _check_role(field: str, role: RoleConfig, classes: int | None) -> ModelSize:
 def save_model(
     store: Store, state: dict[str, Tensor], manifest_fields: dict[str, Any], history: list[dict[str, float]]
 ) -> ModelManifest:
-    """Writes weights, history, and last the card, which makes the folder a model."""
+    """Writes weights, history, and last the manifest, which makes the folder a model."""
     weights = save_tensors({name: tensor.contiguous() for name, tensor in state.items()})
     manifest = ModelManifest(weights_sha256=sha256_bytes(weights), **manifest_fields)
     store.put(WEIGHTS, weights)
@@ -154,7 +154,7 @@ def save_model(
 
 
 def load_weights(store: Store, manifest: ModelManifest) -> dict[str, Tensor]:
-    """The averaged weights, on the CPU. Raises DataError if their bytes are not the card's."""
+    """The averaged weights, on the CPU. Raises DataError if their bytes do not match the manifest."""
     data = store.get(WEIGHTS)
     if sha256_bytes(data) != manifest.weights_sha256:
         raise DataError(
@@ -179,20 +179,20 @@ def get_best_device() -> torch.device:
 
 
 class Normalize(nn.Module):
-    """uint8 images [N, H, W, 3] → float32 [N, 3, H, W] in channels_last, zero mean and unit variance; on the images' device."""
+    """uint8 images [N, H, W, 3] → float32 [N, 3, H, W] in channels_last, with zero mean and unit variance, on the images' device."""
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, mean: tuple[float, float, float], std: tuple[float, float, float]) -> None:
         super().__init__()
-        # Folded with the division by 255.
+        # The division by 255 is folded into both.
         self.register_buffer("mean", torch.tensor(mean) * 255)
         self.register_buffer("std", torch.tensor(std) * 255)
 
     def forward(self, images: Tensor) -> Tensor:
         count, height, width, channels = images.shape
-        # By rows of pixels, which fill a processor's vectors; the three channels of one alone take four times as long.
+        # Rows of pixels fill a processor's vectors; computing on three channels at a time takes four times as long.
         rows = images.reshape(count, height, width * channels).float()
         rows = (rows - self.mean.repeat(width)).div_(self.std.repeat(width))
         # A permuted view of NHWC is channels_last already: no copy here, and none in the network.
@@ -202,8 +202,7 @@ class Normalize(nn.Module):
 def _reduce_stride(network: nn.Module, factor: int) -> None:
     """Makes the first stages after the stem dense until the total stride is divided by `factor` (2, 4, 8).
 
-    The stem keeps its stride: that is the paper's network for 32 px (`noisy_student.md` §5), at a quarter of the cost of one
-    with a dense stem.
+    The stem keeps its stride, as in the paper's reference code for 32 px, at a quarter of the cost of a dense stem.
     """
     remaining = factor
     for stage in _iter_halving_stages(network):
@@ -212,7 +211,7 @@ def _reduce_stride(network: nn.Module, factor: int) -> None:
         for module in stage:
             module.stride = (1, 1)
             if isinstance(module, nn.AvgPool2d):
-                module.kernel_size = (1, 1)  # it only halves a shortcut; two px wide, it would now lose a row
+                module.kernel_size = (1, 1)  # it only halves a shortcut; with two px it would now lose a row
         remaining //= 2
     if remaining != 1:
         raise ConfigError(
@@ -221,8 +220,8 @@ def _reduce_stride(network: nn.Module, factor: int) -> None:
 
 
 def _iter_halving_stages(network: nn.Module) -> Iterator[list[Any]]:
-    """For each stage after the stem that halves the map: its convolutions and poolings of stride 2 (of a residual block and
-    of its shortcut, say), from the input on."""
+    """For each stage after the stem that halves the map, from the input on: its convolutions and poolings of stride 2, for instance
+    those of a residual block and of its shortcut."""
     features = getattr(network, "feature_info", None) or []
     modules = list(network.named_modules())
     ends = [max(i for i, (name, _) in enumerate(modules) if f"{name}.".startswith(f"{f['module']}.")) for f in features]

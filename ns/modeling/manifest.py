@@ -1,4 +1,4 @@
-"""A model on disk: `model.json` beside `model.safetensors` and `history.json`. Needs no torch to be read."""
+"""A model on disk: `model.json` beside `model.safetensors` and `history.json`. Reading the manifest needs no torch."""
 
 from typing import ClassVar, Literal
 
@@ -9,11 +9,11 @@ from ns.storage.documents import HashedDocument, JsonDocument
 
 WEIGHTS = "model.safetensors"
 HISTORY = "history.json"
-"""The training's curves: a list of points."""
+"""File of the training's curves, a list of points."""
 FINETUNED = "finetuned"
-"""Folder, in a model's folder, of the model that came of its fine-tuning."""
+"""Folder of the fine-tuned model, in the folder of the model that it was made from."""
 
-# ImageNet's, as timm and the paper's code have them; on uint8 scaled to 0–1.
+# Those of ImageNet, as in timm and in the paper's code, for images scaled to [0, 1].
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
@@ -27,11 +27,11 @@ class Lineage(JsonDocument):
     label_set: str | None = None
     selection: str | None = None
     init: str | None = None
-    """Of the weights that training started from, if they were neither random nor the teacher's."""
+    """SHA-256 of the weights that training started from, if they were neither random nor the teacher's."""
 
 
 class ModelManifest(HashedDocument):
-    """`model.json`: everything needed to build the network and to feed it."""
+    """`model.json`: everything that is needed to build the network and to feed it."""
 
     filename: ClassVar[str] = "model.json"
 
@@ -46,19 +46,20 @@ class ModelManifest(HashedDocument):
     parameters: int
     steps: int
     training_mode: str = "float32"
-    """Precision in training, `+compile` if compiled. That of inference is `model.inference_precision`."""
+    """How the network was run in training: its precision, with `+compile` if compiled. `model.inference_precision` is that of
+    inference."""
     lineage: Lineage
     weights_sha256: str
-    """Of `model.safetensors`: the averaged (EMA) weights."""
+    """SHA-256 of `model.safetensors`, which holds the averaged (EMA) weights."""
 
 
 def split_weights_uri(uri: str) -> tuple[str, str | None]:
-    """Folder and key of a safetensors file; no key if `place` is the folder of a model of ours."""
+    """URI of the folder, and key of the file; no key if `uri` is the folder of a model."""
     return split_uri(uri) if uri.endswith(".safetensors") else (uri, None)
 
 
 def digest_weights(uri: str) -> str:
-    """SHA-256 of the weights in a safetensors file or in a model's folder: what they are, wherever they are."""
+    """SHA-256 of the weights in a safetensors file or in a model's folder."""
     parent, key = split_weights_uri(uri)
     if key is None:
         return ModelManifest.load(open_store(parent)).weights_sha256

@@ -1,4 +1,4 @@
-"""Un-noised inference over shards: decode and crop in threads while the network works on the batch before."""
+"""Inference without noise over shards: threads decode and crop images while the network works on the batch before."""
 
 import contextlib
 import copy
@@ -32,31 +32,28 @@ from ns.modeling.precision import PrecisionMode, can_compile, warn_if_emulated
 from ns.storage import Store
 
 ImageInput = EncodedJpeg | bytes | npt.NDArray[np.uint8]
-"""An image to be looked at: encoded, or uint8 [H, W, 3]."""
+"""An image: encoded, or uint8 [H, W, 3]."""
 
 DECODE_THREADS = 4
 """Decoders release the interpreter lock; more threads than this wait for memory, not for each other."""
-
 
 CHUNKS_AHEAD = 2
 """Batches of encoded images that are read before a decoder is free for them."""
 
 DECODE_NICENESS = 10
-"""Of decoders that share their cores with the network: a network whose threads wait for one of them that a decoder has put off does
-nothing at all meanwhile (ResNet-18, 64 px, two cores: 0.90 of the network's own speed without this, 0.93 with it)."""
-
+"""Added niceness of decoders, which share their cores with the network. If a decoder displaces one of the network's threads, the other
+threads wait for it (ResNet-18, 64 px, two cores: 0.90 of the speed of the network alone without this niceness, 0.93 with it)."""
 
 COMPILE_FROM_IMAGES = 50_000
 """Compiling takes up to a minute: with fewer images it does not pay."""
 
-
 WINDOWS = ((0.5, 0.5), (0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0))
-"""Where the windows of `five` and `ten` views lie in the margin: the center and the corners."""
+"""Positions of the windows of `five` and `ten` views in the margin: the center and the corners."""
 
 
 @dataclass(frozen=True)
 class ShardPredictions:
-    """What a model says of each image of a shard, in the shard's order."""
+    """A model's predictions for the images of a shard, in the shard's order."""
 
     index: ShardIndex
     probabilities: npt.NDArray[np.float32]
@@ -66,13 +63,13 @@ class ShardPredictions:
 
 
 class _Chunk(NamedTuple):
-    """Images of a shard that make a batch."""
+    """A batch of images of a shard."""
 
     images: list[ImageInput]
     start: int
-    """Row of the first one."""
+    """Row of the first image."""
     total: int
-    """Rows of the shard."""
+    """Number of rows of the shard."""
     payload: Any
 
 
@@ -84,8 +81,8 @@ class _DecodedChunk(NamedTuple):
 class Predictor:
     """A model in evaluation mode at its test resolution: no augmentation, no dropout, no stochastic depth.
 
-    It runs in the precision that its card names. It is compiled if that makes the work on about `images` images shorter. With `scored`,
-    the answer is one of these classes: the outputs of all others are left out before the softmax, and get no probability.
+    It runs in the precision of its manifest, and is compiled if the manifest says so and there are at least COMPILE_FROM_IMAGES
+    `images`. `scored_classes`: the classes that an answer is chosen from; the outputs of all others are left out before the softmax.
     """
 
     def __init__(
@@ -98,7 +95,7 @@ class Predictor:
             keep_freed_memory()
         self._network = network.to(self._device).requires_grad_(False)
         configured = self.manifest.model.inference_precision
-        # Training keeps a precision in the manifest; a manifest without one is not of a training.
+        # A trained model has a precision; a manifest made by hand may have none.
         precision: Precision = "float32" if configured == "auto" else configured
         warn_if_emulated(precision, self._device)
         compiles = self.manifest.model.inference_compile and images >= COMPILE_FROM_IMAGES
@@ -128,17 +125,17 @@ class Predictor:
     def predict_shard(
         self, source: ImageSource, shard: int, progress: log.Progress | None = None, skipped: Mapping[int, str] | None = None
     ) -> ShardPredictions:
-        """Predictions for one shard; see `shards`."""
+        """Predictions for one shard; see `predict_shards`."""
         return next(self.predict_shards(source, [(shard, skipped or {})], progress))
 
     def predict_shards(
         self, source: ImageSource, requests: Iterable[tuple[int, Mapping[int, str]]], progress: log.Progress | None = None
     ) -> Iterator[ShardPredictions]:
-        """Predictions for whole shards, one after the other; the next one is being decoded while the network works on the last.
+        """Predictions for whole shards, in order; the next shard is decoded while the network works on the current one.
 
-        Unreadable images get NaN and a reason, never an exception; so do the rows that come with a shard, with theirs. What a shard
-        gets does not depend on those around it. Raises DataError for a shard that is not what the manifest says, and for outputs
-        that are not finite.
+        `requests`: shard index, and row → reason of rows to skip. Skipped rows and unreadable images get NaN and a reason, not an
+        exception. The predictions for a shard do not depend on the other shards. Raises DataError for a shard that differs from the
+        manifest, and for outputs that are not finite.
         """
 
         def make_chunks() -> Iterator[_Chunk]:
@@ -152,7 +149,7 @@ class Predictor:
 
     @torch.inference_mode()
     def extract_features(self, images: Sequence[ImageInput]) -> npt.NDArray[np.float32]:
-        """float32 [N, D]: what the classifier sees of each image; of unreadable ones, what it sees of a black one."""
+        """float32 [N, D]: the input of the classifier for each image; unreadable images count as black ones."""
         pixels = torch.from_numpy(self._decode_chunk(list(images)).images)
         network: Any = self._network
         maps = network.forward_features(self._normalize(pixels.to(self._device)))
@@ -162,38 +159,38 @@ class Predictor:
     def predict_images(
         self, images: Sequence[ImageInput], progress: log.Progress | None = None
     ) -> tuple[npt.NDArray[np.float32], dict[int, str]]:
-        """Probabilities [N, classes] of images, and reasons for rows that are NaN."""
+        """Probabilities [N, classes] of images, and row → reason of the rows that are NaN."""
         _, probabilities, errors = next(self._run_chunks(self._cut_batches(iter(images), len(images), None), progress))
         return probabilities, errors
 
     def predict_groups(
         self, groups: Iterable[Sequence[ImageInput]], progress: log.Progress | None = None
     ) -> Iterator[npt.NDArray[np.float32]]:
-        """Probabilities [N, classes] of one group of images after the other; the next ones are being decoded while the
-        network works on the last. Unreadable images are NaN."""
+        """Probabilities [N, classes] of each group of images, in order; the next group is decoded while the network works on the current
+        one. Unreadable images are NaN."""
         chunks = (chunk for group in groups for chunk in self._cut_batches(iter(group), len(group), None))
         for _, probabilities, _ in self._run_chunks(chunks, progress):
             yield probabilities
 
     def without_crop(self) -> "Predictor":
-        """The same model, fed with images that are resized as they are: they have been cropped before."""
+        """The same model for images that have been cropped before: they are only resized."""
         predictor = copy.copy(self)
         predictor._transform, predictor._pixels = EvalTransform(self._resolution, "none", 0), self._resolution
         predictor._windows, predictor._mirrored = ((0.0, 0.0),), False
         return predictor
 
     def decode_pixels(self, images: Sequence[ImageInput]) -> Tensor:
-        """uint8 [N, resolution, resolution, 3] on the model's device: what it sees of images, of unreadable ones black."""
+        """uint8 [N, resolution, resolution, 3] on the model's device: the model's view of the images; unreadable ones are black."""
         return torch.from_numpy(self._decode_chunk(list(images)).images).to(self._device)
 
     def compute_logits(self, pixels: Tensor) -> Tensor:
-        """float32 [N, classes] of images as `pixels` gives them, of any type: in float32, and differentiable in them."""
+        """float32 [N, classes], computed in float32 and differentiable in `pixels`, images as `decode_pixels` returns them, of any type."""
         with torch.autocast(self._device.type, enabled=False):
             outputs: Tensor = self._network(self._normalize(pixels))
         return self._mask_logits(outputs)
 
     def _cut_batches(self, images: Iterator[ImageInput], total: int, payload: Any) -> Iterator[_Chunk]:
-        """A shard's images in batches, the last one smaller; of none, one that is empty."""
+        """Batches of a shard's images, the last one smaller; one empty batch if there are no images."""
         for start in range(0, max(1, total), self.batch):
             stop = min(total, start + self.batch)
             yield _Chunk([image for _, image in zip(range(start, stop), images, strict=False)], start, total, payload)
@@ -201,7 +198,7 @@ class Predictor:
     def _run_chunks(
         self, chunks: Iterator[_Chunk], progress: log.Progress | None
     ) -> Iterator[tuple[Any, npt.NDArray[np.float32], dict[int, str]]]:
-        """For each shard what its chunks carry, its probabilities, and row → reason of what is NaN."""
+        """For each shard the payload of its chunks, its probabilities, and row → reason of the rows that are NaN."""
         classes = len(self.manifest.classes)
         probabilities = np.empty((0, classes), np.float32)
         errors: dict[int, str] = {}
@@ -236,7 +233,7 @@ class Predictor:
                     yield chunk.payload, probabilities, errors
 
     def _check_finite(self, probabilities: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Refuses NaN, which would pass for images that cannot be read."""
+        """Refuses NaN, which would be taken for unreadable images."""
         if np.isnan(probabilities).any():
             cure = "train it again with a lower train.optimizer.lr"
             if self.mode.precision == "float16":
@@ -245,7 +242,7 @@ class Predictor:
         return probabilities
 
     def _decode_chunk(self, chunk: list[ImageInput]) -> _DecodedChunk:
-        # Unreadable images stay as black ones: batches, and so results, do not depend on which images are damaged.
+        # Unreadable images stay in the batch as black ones: batches, and so results, do not depend on which images are damaged.
         images = allocate_images(len(chunk), self._pixels)
         return _DecodedChunk(images, self._transform.transform_batch(chunk, images))
 
@@ -253,7 +250,7 @@ class Predictor:
     def _forward_batch(self, images: Tensor) -> npt.NDArray[np.float32]:
         count, network = len(images), self.forward_pass
         if self.mode.compiled and count < self.batch:
-            # A batch of another size would be compiled anew. Filling up what is nearly whole costs less than doing without the compiler.
+            # torch would compile again for another batch size. Filling up more than half a batch costs less than running uncompiled.
             if count > self.batch // 2:
                 images = F.pad(images, (0, 0) * 3 + (0, self.batch - count))
             else:
@@ -265,7 +262,7 @@ class Predictor:
         return result
 
     def _iter_views(self, images: Tensor) -> Iterator[Tensor]:
-        """What is averaged over, [N, 3, resolution, resolution] each."""
+        """The views that are averaged over, [N, 3, resolution, resolution] each."""
         margin, size = self._pixels - self._resolution, self._resolution
         for down, right in self._windows:
             y, x = round(down * margin), round(right * margin)
@@ -282,14 +279,13 @@ class Predictor:
         return self._mask_logits(logits).softmax(1)
 
     def _mask_logits(self, logits: Tensor) -> Tensor:
-        # Outputs beyond the classes (model.outputs) have no name and get no probability.
+        # Outputs beyond the classes (model.outputs) have no name, and get no probability.
         class_logits = logits.float()[:, : len(self.manifest.classes)]
         return class_logits if self._class_mask is None else class_logits.masked_fill(self._class_mask, float("-inf"))
 
 
 def _read_ahead(chunks: Iterator[_Chunk]) -> Iterator[_Chunk]:
-    """The same, made by a thread of their own before they are asked for: to check a shard's digest takes a second, in which a GPU would
-    have nothing to do."""
+    """The same chunks, prepared ahead by a thread: checking a shard's digest takes a second, in which a GPU would be idle."""
     with ThreadPoolExecutor(1, "read") as reader:
         pending = deque(reader.submit(next, chunks, None) for _ in range(CHUNKS_AHEAD))
         while (chunk := pending.popleft().result()) is not None:
@@ -298,7 +294,7 @@ def _read_ahead(chunks: Iterator[_Chunk]) -> Iterator[_Chunk]:
 
 
 def _lower_thread_priority() -> None:
-    """Makes the calling thread less urgent than the process. Where threads have no niceness of their own, nothing happens."""
+    """Raises the niceness of the calling thread on Linux, where each thread has its own."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
             niceness = os.getpriority(os.PRIO_PROCESS, 0)

@@ -1,10 +1,42 @@
-"""Where bytes live: a folder, or S3 through the minio client, behind the same interface.
+"""Stores: a folder, or S3 through the minio client, behind the same interface.
 
-Keys are relative POSIX paths below the store's root. A folder of the store is itself a store (`at`). S3Store is not named
-here: its client takes a while to import, which those who work in a folder are spared.
+Keys are relative POSIX paths below the store's root. A folder of a store is a store, too (`at`). S3Store is not imported here, because
+its client takes long to import, and work in folders does not need it.
 """
 
-from ns.storage.base import Store, open_store, parent_key, read_uri, split_uri
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from ns.core.errors import StoreError
+from ns.storage.base import Store, parent_key, split_uri
 from ns.storage.local import LocalStore
 
 __all__ = ["LocalStore", "Store", "open_store", "parent_key", "read_uri", "split_uri"]
+
+
+def open_store(uri: str) -> Store:
+    """The store at a folder path, `file:///absolute/path` or `s3://bucket/prefix`.
+
+    Raises StoreError for a scheme that no store implements.
+    """
+    scheme, separator, _ = uri.partition("://")
+    if scheme == "s3" and separator:
+        from ns.storage.s3 import S3Store
+
+        return S3Store(uri)
+    if not separator and not uri.startswith("file:"):
+        return LocalStore(Path(uri))
+    if scheme.partition(":")[0] == "file":
+        parts = urlsplit(uri)
+        if parts.netloc not in ("", "localhost"):
+            raise StoreError(f"{uri}: a file URI has three slashes: file:///absolute/path")
+        return LocalStore(Path(unquote(parts.path)))
+    raise StoreError(
+        f"{scheme}://…: no store for scheme {scheme!r}; use a folder path, file:///absolute/path or s3://bucket/prefix"
+    )
+
+
+def read_uri(uri: str) -> bytes:
+    """The bytes of the file at a URI or path."""
+    parent, key = split_uri(uri)
+    return open_store(parent).get(key)

@@ -1,58 +1,58 @@
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple, Protocol
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from ns.core.errors import StoreError
 
-# Names that begin so belong to unfinished writes: never listed, never a key.
+# Names with this prefix belong to unfinished writes: they are never listed, and never keys.
 TEMPORARY = ".tmp-"
-# Of S3, with the store's prefix.
+# S3's limit for a key, including the store's prefix.
 KEY_BYTES = 1024
 
 
 class BlobEntry(NamedTuple):
-    """A blob as a listing has it."""
+    """A blob in a listing."""
 
     key: str
     size: int
     """Bytes."""
     stamp: str
-    """Changes when the blob does."""
+    """A text that changes when the blob changes."""
 
 
 class Store(Protocol):
     """A tree of immutable blobs below `uri`. All methods raise StoreError, naming the blob, the reason and the cure.
 
-    A key is a relative POSIX path of any characters but NUL, at most 255 bytes a part and 1024 bytes in all, from the
-    bucket or the store's root; `a//b` and `a/./b` are other spellings of `a/b`, `..` is refused. What one process has
-    written, every other can read at once.
+    A key is a relative POSIX path of any characters but NUL, with at most 255 bytes per part and 1024 bytes in all, counted from the
+    bucket or the store's root. `a//b` and `a/./b` are other spellings of `a/b`; `..` is refused. What one process has written, all
+    others can read at once.
     """
 
     uri: str
 
     def at(self, key_or_uri: str) -> "Store":
-        """The store of a folder: `ref` is a key below this store, or a URI or absolute path of its own."""
+        """The store of a folder, given by a key below this store, a URI or an absolute path."""
 
     def put(self, key: str, data: bytes) -> None:
-        """Writes the whole blob or nothing; readers never see a part of it. Replaces what was there."""
+        """Writes the whole blob or nothing; readers never see a part of it. Replaces an existing blob."""
 
     def put_file(self, key: str, path: Path) -> None:
         """Like `put`, from a file that may be larger than memory."""
 
     def create(self, key: str, data: bytes) -> bool:
-        """Writes the blob unless the key exists; says whether it wrote.
+        """Writes the blob unless the key exists; returns whether it wrote.
 
-        In a folder exactly one of several simultaneous creators wins. S3 in its portable form has no such promise: two
-        that look within the same instant both write, and the later bytes stay. So let the bytes follow from the key, or
-        let one writer own it.
+        In a folder exactly one of several simultaneous writers wins. Portable S3 cannot promise that: if two writers look at the same
+        instant, both write, and the later bytes stay. Therefore the bytes should follow from the key, or the key should have a single
+        writer.
         """
 
     def get(self, key: str) -> bytes:
-        """The whole blob, checked against its checksum where the store keeps one."""
+        """The whole blob, checked against its checksum if the store keeps one."""
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
-        """Bytes [start, start + length), fewer at the end of the blob. Their number is checked, their content is not."""
+        """Bytes [start, start + length), fewer at the end of the blob. Their number is checked, but not their content."""
 
     def open(self, key: str) -> BinaryIO:
         """The blob from its first byte to its last, in bounded memory, for one reader that does not seek.
@@ -61,10 +61,9 @@ class Store(Protocol):
         """
 
     def path(self, key: str) -> Path:
-        """A local file with the blob's bytes, for readers that map or seek: in place, or fetched once into a cache.
+        """A local file with the blob's bytes, for readers that map or seek: the blob itself, or a copy that is fetched once into a cache.
 
-        Open it at once: a cached file may be unlinked from a few seconds later on. Whoever has it open or mapped by then
-        keeps its bytes.
+        Open it at once: a cached file may be unlinked after a few seconds. A reader that has it open or mapped by then keeps its bytes.
         """
 
     def exists(self, key: str) -> bool: ...
@@ -73,7 +72,7 @@ class Store(Protocol):
         """Bytes."""
 
     def list(self, prefix: str = "") -> Iterator[str]:
-        """Keys that start with `prefix` (any beginning, not only a folder), in the order of their UTF-8 bytes."""
+        """Keys that start with `prefix` (any text, not only a folder), in the order of their UTF-8 bytes."""
 
     def entries(self, prefix: str = "") -> Iterator[BlobEntry]:
         """Like `list`, with sizes and stamps."""
@@ -82,34 +81,11 @@ class Store(Protocol):
         """Removes the blob; a key that is not there is no error."""
 
     def delete_prefix(self, prefix: str) -> int:
-        """Removes all blobs whose keys start with `prefix`, in no order; says how many."""
-
-
-def open_store(uri: str) -> Store:
-    """The store at a folder path, `file:///absolute/path` or `s3://bucket/prefix`.
-
-    Raises StoreError for a scheme that no store implements.
-    """
-    from ns.storage.local import LocalStore
-    from ns.storage.s3 import S3Store
-
-    scheme, separator, _ = uri.partition("://")
-    if scheme == "s3" and separator:
-        return S3Store(uri)
-    if not separator and not uri.startswith("file:"):
-        return LocalStore(Path(uri))
-    if scheme.partition(":")[0] == "file":
-        parts = urlsplit(uri)
-        if parts.netloc not in ("", "localhost"):
-            raise StoreError(f"{uri}: a file URI has three slashes: file:///absolute/path")
-        return LocalStore(Path(unquote(parts.path)))
-    raise StoreError(
-        f"{scheme}://…: no store for scheme {scheme!r}; use a folder path, file:///absolute/path or s3://bucket/prefix"
-    )
+        """Removes all blobs whose keys start with `prefix`, in any order; returns their number."""
 
 
 def split_uri(uri: str) -> tuple[str, str]:
-    """`a/b/c.yaml` → (`a/b`, `c.yaml`): the folder to open and the key in it."""
+    """`a/b/c.yaml` → (`a/b`, `c.yaml`): the folder to open, and the key in it."""
     parent, _, key = uri.rpartition("/")
     if not key or parent.endswith(":/"):
         raise StoreError(f"{uri}: must name a file, not a folder")
@@ -121,14 +97,8 @@ def parent_key(key: str) -> str:
     return key.rpartition("/")[0]
 
 
-def read_uri(uri: str) -> bytes:
-    """The bytes of one file by its URI or path."""
-    parent, key = split_uri(uri)
-    return open_store(parent).get(key)
-
-
 def key_parts(key: str) -> tuple[str, ...]:
-    """The folders and the name in a key. Raises StoreError for what is no key."""
+    """The folders and the name in a key. Raises StoreError for an invalid key."""
     parts = PurePosixPath(key).parts
     if not parts or key.startswith("/") or ".." in parts or "\0" in key:
         raise StoreError(f"{key!r}: not a key: must be a relative path without '..'")

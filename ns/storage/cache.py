@@ -1,4 +1,4 @@
-"""Local copies of remote blobs, in bounded space, shared by all processes of a machine."""
+"""Local copies of remote blobs in bounded space, shared by all processes of a machine."""
 
 import errno
 import os
@@ -21,15 +21,15 @@ DIRECTORY_VARIABLE = "NS_CACHE_DIR"
 LIMIT_VARIABLE = "NS_CACHE_MIB"
 LIMIT_MIB = 20 * 1024
 
-# From when path() gives a file until its caller has it open, it must not go. Later it may: on Linux an unlinked file keeps
-# its bytes for whoever has it open or mapped, so nothing that is in use is ever lost.
+# A file must stay from the return of path() until its caller has opened it. Later it may be unlinked: on Linux, readers that have a file
+# open or mapped keep its bytes.
 GRACE_SECONDS = 10
-# A download that has not grown for so long belongs to a process that was killed.
+# A download that has not grown for this time belongs to a killed process.
 ABANDONED_SECONDS = 3600
 
 
 class BlobCache:
-    """Least recently used files go first. Two processes that want the same blob fetch it once."""
+    """A cache that removes the least recently used files first. Two processes that want the same blob fetch it once."""
 
     def __init__(self, root: Path, limit_bytes: int, clock: Callable[[], float] = time.time) -> None:
         self.root = root
@@ -46,9 +46,9 @@ class BlobCache:
         return BlobCache(root.absolute(), int(text) << 20)
 
     def fetch_blob(self, identity: tuple[str, ...], size: int, suffix: str, download: Callable[[BinaryIO], None]) -> Path:
-        """The file for `identity`, which must change whenever the bytes do; written by `download` if it is not there yet.
+        """The file for `identity`, which must change whenever the bytes change. `download` writes and checks it if it is not there.
 
-        `download` checks what it writes. Raises StoreError when the folder cannot be written or the blob cannot fit.
+        Raises StoreError if the folder cannot be written or the blob does not fit.
         """
         blob_digest = digest_json(list(identity))
         target = self.root / "blobs" / (blob_digest + suffix)
@@ -57,7 +57,7 @@ class BlobCache:
                 return target
             (self.root / "locks").mkdir(parents=True, exist_ok=True)
             target.parent.mkdir(exist_ok=True)
-            # One of 256 locks, so that they need no clearing away; sharing one costs no more than a wait.
+            # 256 locks are few enough to stay; two blobs that share one only wait for each other.
             with FileLock(self.root / "locks" / blob_digest[:2]):
                 if not self._touch_blob(target, size):
                     self._make_room(size)
@@ -71,13 +71,13 @@ class BlobCache:
             ) from error
 
     def _touch_blob(self, target: Path, size: int) -> bool:
-        """Whether the file is there and whole. Marks it as used now: access times are switched off on many machines."""
+        """Whether the file is there and whole. Marks it as used now, since many machines keep no access times."""
         try:
             if target.stat().st_size == size:
                 now = self._clock()
                 os.utime(target, (now, now))
                 return True
-            # Cut short by a crash of the machine.
+            # A crash of the machine has cut it short.
             target.unlink()
         except FileNotFoundError:
             pass
@@ -99,13 +99,13 @@ class BlobCache:
             temporary.unlink(missing_ok=True)
 
     def _make_room(self, size: int) -> None:
-        """Removes what was used longest ago until `size` more bytes fit within the limit, and on the disk."""
+        """Removes the files that were used longest ago until `size` more bytes fit within the limit and on the disk."""
         if size > self.limit_bytes:
             raise StoreError(
                 f"{self.root}: a file of {size >> 20} MiB does not fit into the cache of {self.limit_bytes >> 20} MiB: "
                 f"raise {LIMIT_VARIABLE}"
             )
-        # Whoever finds the lock taken goes on: the other is making room.
+        # If the lock is taken, another process is making room.
         with suppress(Timeout), FileLock(self.root / "locks" / "room", timeout=0):
             now = self._clock()
             entries = []

@@ -1,4 +1,4 @@
-"""JSON documents from outside: manifests, records, ledger entries. Strict in what is read, readable in what is written."""
+"""JSON documents in stores: manifests, records, ledger entries. They are validated when read, and indented when written."""
 
 import json
 from collections.abc import Mapping
@@ -61,7 +61,7 @@ class JsonDocument(BaseModel):
 
 
 class HashedDocument(JsonDocument):
-    """A document with an identity, which is written beside its fields and checked when it is read."""
+    """A document with a digest, which is written beside its fields and checked when it is read."""
 
     def hashed_fields(self) -> Any:
         """The JSON value that the digest is taken of: the content, without names and addresses."""
@@ -88,7 +88,7 @@ class HashedDocument(JsonDocument):
 
 
 def parse_json_object(data: bytes, uri: str) -> dict[str, Any]:
-    """A JSON object. Raises DataError naming the place."""
+    """Decodes a JSON object. Raises DataError naming the URI."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Which S3 server, as whom: from the environment and Kubernetes secret files, never from a config or a URI."""
+"""The S3 server and its credentials, from the environment and Kubernetes secret files; never from a config or a URI."""
 
 import os
 import re
@@ -22,7 +22,7 @@ SET_ENDPOINT = "set AWS_ENDPOINT_URL to http(s)://HOST[:PORT]"
 
 CONNECT_SECONDS = 10
 READ_SECONDS = 60
-# Threads of one process that talk to the server at a time without making and dropping connections.
+# Connections that a process keeps open, for this many threads at a time.
 CONNECTIONS = 16
 
 
@@ -32,7 +32,7 @@ class S3Endpoint:
     region: str
     ca_file: str
     secrets: str | None = None
-    """A folder with the files accesskey, secretkey and perhaps sessiontoken; None: the environment."""
+    """A folder with the files accesskey, secretkey and optionally sessiontoken; None for the environment."""
 
     @staticmethod
     def from_environment(environment: Mapping[str, str] = os.environ) -> "S3Endpoint":
@@ -45,7 +45,7 @@ class S3Endpoint:
         )
 
     def make_client(self, retry_policy: RetryPolicy) -> tuple[Minio, RetryingPool]:
-        """A client and the pool of connections that it uses. Sends nothing yet. Neither may be used after a fork."""
+        """A client and its pool of connections. Sends nothing yet. Neither may be used after a fork."""
         pool = RetryingPool(
             retry_policy,
             timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=READ_SECONDS),
@@ -106,8 +106,8 @@ class EnvironmentCredentials(Provider):
 class FileCredentials(Provider):
     """Secret files as Kubernetes mounts them, read again when they change.
 
-    The kubelet swaps the whole folder at once by a symbolic link, so what the files' identities say before and after
-    reading tells whether key and secret belong together.
+    The kubelet swaps the whole folder at once by a symbolic link: if the files are the same before and after reading, key and secret
+    belong together.
     """
 
     def __init__(self, secrets_path: Path) -> None:
@@ -151,7 +151,7 @@ class FileCredentials(Provider):
 
 
 def _check_url(url: str) -> str:
-    # From here on the URL stands in messages: a secret in it must not.
+    # Messages quote the URL, but must not quote a secret in it.
     shown = re.sub(r"^(.*?//)?[^/]*@", r"\1…@", url)
     try:
         parts = urlsplit(url)

@@ -1,6 +1,6 @@
-"""What has been done, keyed by the digest of what went into it, so that any step is skipped or resumed and none is done twice.
+"""The ledger of finished work, keyed by the digest of its inputs: finished work is never repeated.
 
-ledger/STEP/DIGEST.json     DIGEST = sha256(step, code, inputs); written once, after the outputs are in place
+store/ledger/STAGE/DIGEST.json     DIGEST = sha256(stage, inputs); written once, after the outputs
 """
 
 import time
@@ -14,15 +14,15 @@ from ns.storage.documents import JsonDocument
 
 
 class LedgerEntry(JsonDocument):
-    """One finished step."""
+    """A finished piece of work."""
 
     stage: str
     digest: str
     inputs: dict[str, Any]
     outputs: dict[str, str]
-    """Name → key, below the same root, of the manifest that was written last."""
+    """Name → key, below the same root, of the manifest, which is written last."""
     seconds: float
-    """Wall time of the attempt that finished the work; not part of any digest."""
+    """Wall time of the attempt that finished the work."""
     finished_at: str
 
 
@@ -31,11 +31,11 @@ class Ledger:
         self._root = root
 
     def compute_digest(self, stage: str, inputs: Mapping[str, Any]) -> str:
-        """The digest under which a step with these inputs is recorded. Inputs hold digests and plain values, never places."""
+        """The digest under which work with these inputs is recorded. Inputs hold digests and plain values, never URIs."""
         return digest_json({"stage": stage, "inputs": dict(inputs)})
 
     def find_entry(self, stage: str, entry_digest: str) -> LedgerEntry | None:
-        """The entry, if the step is done and all its outputs are still there."""
+        """The entry, if the work is finished and all its outputs still exist."""
         entry_key = self._entry_key(stage, entry_digest)
         if not self._root.exists(entry_key):
             return None
@@ -45,7 +45,7 @@ class Ledger:
         return None
 
     def record_entry(self, stage: str, inputs: Mapping[str, Any], outputs: Mapping[str, str], seconds: float) -> LedgerEntry:
-        """Writes the entry. Call it when every output is in place."""
+        """Writes the entry. All outputs must have been written."""
         entry = LedgerEntry(
             stage=stage,
             digest=self.compute_digest(stage, inputs),
@@ -54,14 +54,14 @@ class Ledger:
             seconds=seconds,
             finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        # Two workers may finish the same step; equal digests mean equal outputs, so the last entry is as good as the first.
+        # Two workers may finish the same work; equal digests mean equal outputs, so the last entry is as good as the first.
         entry.save_file(self._root, self._entry_key(stage, entry.digest))
         return entry
 
     def get_or_run(
         self, stage: str, inputs: Mapping[str, Any], work: Callable[[], Mapping[str, str]]
     ) -> tuple[LedgerEntry, bool]:
-        """Looks the step up; works and records only if it is not there. Returns the entry and whether it was reused."""
+        """The entry of finished work, or else of `work`, which is then run and recorded; and whether the entry was there."""
         entry = self.find_entry(stage, self.compute_digest(stage, inputs))
         if entry is not None:
             return entry, True
@@ -70,7 +70,7 @@ class Ledger:
         return self.record_entry(stage, inputs, outputs, time.monotonic() - started), False
 
     def list_digests(self, stage: str) -> frozenset[str]:
-        """Digests of a step's entries, without a look at whether their outputs are still there."""
+        """Digests of a stage's entries, whether their outputs still exist or not."""
         prefix = self._entry_key(stage, "").removesuffix(".json")
         return frozenset(key.removeprefix(prefix).removesuffix(".json") for key in self._root.list(prefix))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ns.core.errors import StoreError
-from ns.storage.base import TEMPORARY, BlobEntry, Store, check_prefix, check_range, key_parts, open_store
+from ns.storage.base import TEMPORARY, BlobEntry, Store, check_prefix, check_range, key_parts
 
 HINTS = {
     errno.ENOSPC: "the disk is full: free some space and run the same command again",
@@ -27,7 +27,7 @@ HINTS = {
     errno.ESTALE: "the network file system has lost this file: mount it again and run the same command again",
 }
 
-# How file systems say that they have no hard links (exFAT, many FUSE and network mounts), or no more for this file.
+# Errors of file systems without hard links (exFAT, many FUSE and network mounts), or with no more links for this file.
 NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
 
 
@@ -40,6 +40,8 @@ class LocalStore:
 
     def at(self, key_or_uri: str) -> Store:
         if "://" in key_or_uri or key_or_uri.startswith("/"):
+            from ns.storage import open_store
+
             return open_store(key_or_uri)
         return LocalStore(self._resolve_path(key_or_uri))
 
@@ -119,7 +121,7 @@ class LocalStore:
     def entries(self, prefix: str = "") -> Iterator[BlobEntry]:
         for key in self.list(prefix):
             target = self._resolve_path(key)
-            # Gone since it was listed, as if it had never been.
+            # A file that is gone since it was listed is left out.
             with os_errors_as_store_errors(target, "list"), suppress(FileNotFoundError):
                 status = target.stat()
                 yield BlobEntry(key, status.st_size, str(status.st_mtime_ns))
@@ -162,9 +164,9 @@ def _publish_file(temporary: Path, target: Path) -> None:
 
 
 def _claim_name(temporary: Path, target: Path) -> bool:
-    """`create` where there are no hard links: an empty file claims the name, and is replaced at once by the whole blob.
+    """`create` without hard links: an empty file claims the name, and is replaced at once by the whole blob.
 
-    Readers may see it empty for an instant; a writer killed in that instant leaves it so.
+    Readers may see it empty for an instant; if the writer is killed in that instant, it stays empty.
     """
     try:
         os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
@@ -184,14 +186,14 @@ def _sync_file(path: Path) -> None:
 
 
 def _raise_unless_gone(error: OSError) -> None:
-    # A folder that is not there, or goes away while it is listed, holds no keys.
+    # A folder that does not exist, or vanishes while it is listed, holds no keys.
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
         raise error
 
 
 @contextmanager
 def os_errors_as_store_errors(target: Path | str, verb: str) -> Iterator[None]:
-    """Turns an OSError inside into one line: which file, what could not be done, why, what to do."""
+    """Turns an OSError inside the context into a StoreError of one line: the file, what failed, why, and the cure."""
     try:
         yield
     except OSError as error:

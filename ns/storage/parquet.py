@@ -1,4 +1,4 @@
-"""Small Parquet files, read and written whole."""
+"""Small Parquet files, read and written as a whole."""
 
 import io
 from collections.abc import Sequence

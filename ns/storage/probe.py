@@ -1,4 +1,4 @@
-"""What a place for bytes can do: asked by doing it, under a prefix that is thrown away afterwards."""
+"""Checks what a store can do by doing it, under a prefix that is removed afterwards."""
 
 import json
 import secrets
@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING
 
 from ns.core.diagnostics import Diagnostic
 from ns.core.errors import StoreError
-from ns.storage.base import Store, open_store
+from ns.storage import Store, open_store
 from ns.storage.local import LocalStore
 
 if TYPE_CHECKING:
     from ns.storage.s3 import S3Store
 
-# S3 lists a thousand keys at a time; more than that shows whether it goes on.
+# S3 lists 1,000 keys per request; more keys show whether the server continues a list.
 PAGED_KEYS = 1_005
 WRITERS = 16
-# The least that S3 takes for a part that is not the last.
+# The smallest part that S3 accepts, but for the last one.
 PART_BYTES = 5 << 20
-# A server that does not answer should not keep anybody waiting for a verdict.
+# A server that does not answer should not delay the result.
 PATIENCE_SECONDS = 15
 # S3 refuses requests from a clock that differs by 15 minutes.
 SKEW_SECONDS = 60
@@ -53,9 +53,9 @@ ProbeCheck = Callable[[], str]
 
 
 def probe_store(uri: str, *, paged_keys: int = PAGED_KEYS) -> list[Diagnostic]:
-    """Tries all that the loop needs of the store at `uri`, and cleans up. Raises StoreError only for what is no URI of a store.
+    """Tries all that the loop needs of the store at `uri`, and cleans up. Raises StoreError only if `uri` names no store.
 
-    Writes about 12 MiB and `many` empty objects. When nothing can be written, the one finding says why.
+    Writes about 12 MiB and `paged_keys` empty objects. If nothing can be written, only the diagnostics until then are returned.
     """
     store, s3 = _with_short_timeouts(open_store(uri))
     scratch = store.at(f"probe-{secrets.token_hex(8)}")
@@ -93,10 +93,10 @@ def _run_check(name: str, check: ProbeCheck) -> Diagnostic:
         detail, fix = failure.args
         return Diagnostic(name, False, detail, fix)
     except StoreError as error:
-        # PLACE: cannot DO: REASON[: CURE]
+        # URI: cannot VERB: REASON[: CURE]
         detail, _, cure = str(error).rpartition(": ")
         if detail.rpartition(": ")[2].startswith("cannot "):
-            return Diagnostic(name, False, str(error), "choose another place")
+            return Diagnostic(name, False, str(error), "choose another URI")
         return Diagnostic(name, False, detail, cure)
 
 
@@ -144,9 +144,9 @@ def _check_read_back(store: Store) -> str:
         store.put("fresh", b"%d" % number)
         data = store.get("fresh")
         _expect_equal(
-            data, b"%d" % number, "a read right after a write", "use a store that is consistent: a cache stands in between?"
+            data, b"%d" % number, "a read right after a write", "use a consistent store; is there a cache in between?"
         )
-    return f"what is written can be read at once ({_format_milliseconds(begun, 40)} a request)"
+    return f"what is written can be read at once ({_format_milliseconds(begun, 40)} per request)"
 
 
 def _check_overwrite(store: Store) -> str:
@@ -200,7 +200,7 @@ def _check_list_pages(store: Store, paged_keys: int) -> str:
     _expect_equal(
         list(store.list("many/")), keys, f"a list of {paged_keys}", "use a server whose ListObjectsV2 goes on after 1000 keys"
     )
-    return f"{paged_keys} keys, written at {paged_keys / max(written, 1e-3):.0f} a second"
+    return f"{paged_keys} keys, written at {paged_keys / max(written, 1e-3):.0f} per second"
 
 
 def _check_create(store: Store) -> str:
@@ -253,7 +253,7 @@ def _check_multipart(store: "S3Store") -> str:
 def _check_metadata(store: "S3Store") -> str:
     from ns.storage.s3 import CHECKSUM
 
-    with _probe_errors(store):
+    with _translate_probe_errors(store):
         head = store.service.client.stat_object(bucket_name=store.bucket, object_name=f"{_key_prefix(store)}/blob")
     header_names = {name.lower() for name in head.metadata or {}}
     if f"x-amz-meta-{CHECKSUM}" not in header_names:
@@ -262,8 +262,8 @@ def _check_metadata(store: "S3Store") -> str:
 
 
 def _check_clock(store: "S3Store") -> str:
-    # Any answer tells the time, also one that says no.
-    with _probe_errors(store):
+    # Every answer has the time, also a refusal.
+    with _translate_probe_errors(store):
         response = store.service.pool.request("HEAD", store.service.endpoint.url)
     server_date = response.headers.get("date")
     if not server_date:
@@ -278,10 +278,10 @@ def _check_clock(store: "S3Store") -> str:
 
 
 def _check_conditional_put(store: "S3Store") -> str:
-    """Information only: nothing relies on it, since too many servers do it wrong."""
+    """For information: nothing relies on conditional writes, since too many servers implement them wrongly."""
     client, pool = store.service.client, store.service.pool
     name = f"{_key_prefix(store)}/conditional"
-    with _probe_errors(store):
+    with _translate_probe_errors(store):
         url = client.get_presigned_url(method="PUT", bucket_name=store.bucket, object_name=name, expires=timedelta(minutes=5))
         headers = {"If-None-Match": "*"}
         statuses = [pool.request("PUT", url, body=body, headers=headers).status for body in (b"first", b"second")]
@@ -297,10 +297,10 @@ def _key_prefix(store: "S3Store") -> str:
     return store.uri.removeprefix(f"s3://{store.bucket}/")
 
 
-def _probe_errors(store: "S3Store") -> AbstractContextManager[None]:
-    from ns.storage import s3_errors as reasons
+def _translate_probe_errors(store: "S3Store") -> AbstractContextManager[None]:
+    from ns.storage.s3_errors import s3_errors_as_store_errors
 
-    return reasons.s3_errors_as_store_errors(store.uri, "probe", store.bucket, store.service.endpoint)
+    return s3_errors_as_store_errors(store.uri, "probe", store.bucket, store.service.endpoint)
 
 
 def _expect_equal(actual: object, expected: object, what: str, fix: str) -> None:

@@ -1,4 +1,4 @@
-"""Patience with a server that is busy, restarts or loses connections: exponential backoff with full jitter, in bounded time."""
+"""Retries for a server that is busy, restarts or loses connections: exponential backoff with full jitter, in bounded time."""
 
 import random
 import time
@@ -14,27 +14,27 @@ from urllib3.response import BaseHTTPResponse
 
 from ns.core import log
 
-# Said by servers that will do better later. 507 (storage is full) and 501 will not.
+# Statuses of servers that may recover soon. 507 (storage is full) and 501 do not pass.
 BUSY = frozenset({408, 429, 500, 502, 503, 504, 509, 529})
-# AWS says this with status 400 when an upload came in too slowly.
+# AWS answers this with status 400 if an upload was too slow.
 REQUEST_TIMEOUT = b"<Code>RequestTimeout</Code>"
 
 
 def _draw_uniform(low: float, high: float) -> float:
-    # Its own generator: workers seeded alike must not come back in step.
+    # A generator of its own: workers with equal seeds must not retry at the same times.
     return random.SystemRandom().uniform(low, high)
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long to keep trying one request without a byte of progress, and how to wait in between.
+    """How long a request is repeated without a byte of progress, and the pauses in between.
 
-    A signed request is valid for 15 minutes: `seconds` must stay well below.
+    A signed request is valid for 15 minutes: `seconds` must stay well below that.
     """
 
     seconds: float = 180
     first_contact_seconds: float = 10
-    """For an endpoint that never answered this process: more likely a wrong address than a restart."""
+    """Limit for an endpoint that never answered this process: a wrong address is more likely than a restart."""
     base_seconds: float = 0.1
     cap_seconds: float = 10
     clock: Callable[[], float] = time.monotonic
@@ -43,7 +43,7 @@ class RetryPolicy:
 
 
 class RetryBudget:
-    """One thing being tried."""
+    """The time and the pauses that are left for one request."""
 
     def __init__(self, policy: RetryPolicy, request: str) -> None:
         self._policy = policy
@@ -51,19 +51,19 @@ class RetryBudget:
         self.reset_budget()
 
     def reset_budget(self) -> None:
-        """There was progress: patience begins anew."""
+        """Restores the whole budget, after progress."""
         self._started_at = self._policy.clock()
         self._failures = 0
 
     def wait_for_retry(self, reason: str, limit_seconds: float | None = None) -> bool:
-        """Waits before the next attempt; False when time is up."""
+        """Waits before the next attempt; returns False if the time is up."""
         spent = self._policy.clock() - self._started_at
         ceiling = min(self._policy.cap_seconds, self._policy.base_seconds * 2**self._failures)
         pause = self._policy.uniform(0, ceiling)
         self._failures += 1
         if spent + pause > (self._policy.seconds if limit_seconds is None else limit_seconds):
             return False
-        # Unconfigured, structlog would write to stdout, which belongs to results.
+        # Without configuration, structlog would write to stdout, which is for results.
         if structlog.is_configured():
             log.get_logger().warning(
                 "store_retry", what=self._request, reason=reason, attempt=self._failures, wait=round(pause, 2)
@@ -73,10 +73,10 @@ class RetryBudget:
 
 
 class RetryingPool(urllib3.PoolManager):
-    """The one place where requests are repeated: urllib3's own retries and redirects are off.
+    """Repeats requests; urllib3's own retries and redirects are off.
 
-    Every request that the store makes may be repeated without harm. A body that breaks off while it is being streamed is
-    not seen here; its reader asks for the rest.
+    All requests of the store can be repeated without harm. A body that breaks off while it is streamed is not noticed here; its reader
+    asks for the rest.
     """
 
     def __init__(self, policy: RetryPolicy, **options: Any) -> None:
@@ -103,9 +103,9 @@ class RetryingPool(urllib3.PoolManager):
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether the same request may succeed a little later."""
+    """Whether the same request may succeed soon."""
     if isinstance(error, SSLError):
-        # A connection cut within the handshake; certificates do not mend themselves.
+        # The connection broke within the handshake. Other TLS errors stay.
         return "EOF occurred" in str(error)
     return isinstance(error, NewConnectionError | ConnectTimeoutError | ReadTimeoutError | ProtocolError)
 

@@ -2,12 +2,12 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, suppress
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 from minio import Minio
 from minio.datatypes import Object
@@ -17,32 +17,33 @@ from urllib3.response import BaseHTTPResponse
 
 from ns.core.digest import sha256_bytes
 from ns.core.errors import StoreError
-from ns.storage import local
-from ns.storage import s3_errors as reasons
-from ns.storage.base import BlobEntry, Store, check_prefix, check_range, key_parts, open_store
+from ns.storage.base import BlobEntry, Store, check_prefix, check_range, key_parts
 from ns.storage.cache import BlobCache
 from ns.storage.endpoint import S3Endpoint
+from ns.storage.local import os_errors_as_store_errors
 from ns.storage.retry import RetryBudget, RetryingPool, RetryPolicy
-from ns.storage.s3_errors import MISSING
+from ns.storage.s3_errors import MISSING, s3_errors_as_store_errors
+
+T = TypeVar("T")
 
 BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
-# The checksum of the whole content, kept as user metadata (x-amz-meta-sha256): ETags are an MD5 only for some objects.
+# The checksum of the whole content, kept as user metadata (x-amz-meta-sha256), because ETags are an MD5 for some objects only.
 CHECKSUM = "sha256"
 SHA256 = re.compile(r"[0-9a-f]{64}")
 MD5 = re.compile(r"[0-9a-f]{32}")
 
-# Larger blobs are uploaded in parts of this size, UPLOADS at a time; so many parts are in memory at most, and one more.
+# Larger blobs are uploaded in parts of this size, UPLOADS at a time; at most UPLOADS + 1 parts are in memory.
 PART_BYTES = 16 << 20
 MAX_PARTS = 10_000
 UPLOADS = 4
 DELETES = 8
 CHUNK_BYTES = 1 << 20
-# How often a download that was whole, but not what its checksum says, is begun anew.
+# Number of downloads of a blob whose bytes do not match its checksum.
 DOWNLOADS = 3
 
 
 class S3Service:
-    """An S3 server as this process uses it: connections, patience, cache. Safe to share by threads, forks and pickles."""
+    """An S3 server as a process uses it: connections, retries, cache. Threads, forks and pickles can share it."""
 
     def __init__(
         self,
@@ -72,7 +73,7 @@ class S3Service:
         return self._cache or BlobCache.from_environment()
 
     def _get_connection(self) -> tuple[int, Minio, RetryingPool]:
-        # Parent and child must not talk over the same socket. Two threads may both connect: harmless, and no lock to inherit.
+        # Parent and child must not use the same socket. Two threads may both connect, which is harmless; a lock could be inherited locked.
         if self._connected is None or self._connected[0] != os.getpid():
             self._connected = (os.getpid(), *self.endpoint.make_client(self.retry_policy))
         return self._connected
@@ -89,9 +90,9 @@ def get_service(endpoint: S3Endpoint) -> S3Service:
 class S3Store:
     """A prefix of a bucket, `s3://bucket/prefix`; the server and the credentials come from the environment (endpoint.py).
 
-    Only what every S3 server knows: put, get with range, head, list (version 2), multipart, delete. Objects whose names are
-    no keys (`folder/`, `a//b`) are not listed. An upload that was killed leaves its parts, which no reader sees, until the
-    bucket's lifecycle rule for incomplete uploads removes them.
+    It uses only requests that every S3 server knows: put, get with range, head, list (version 2), multipart, delete. Objects whose names
+    are no keys (`folder/`, `a//b`) are not listed. A killed upload leaves its parts, which no reader sees, until the bucket's lifecycle
+    rule for incomplete uploads removes them.
     """
 
     def __init__(self, uri: str, service: S3Service | None = None) -> None:
@@ -114,6 +115,8 @@ class S3Store:
         if key_or_uri.startswith("s3://"):
             return S3Store(key_or_uri, self.service)
         if "://" in key_or_uri or key_or_uri.startswith("/"):
+            from ns.storage import open_store
+
             return open_store(key_or_uri)
         return S3Store(f"s3://{self.bucket}/{self._object_name(key_or_uri)}", self.service)
 
@@ -121,7 +124,7 @@ class S3Store:
         self._upload_blob(key, io.BytesIO(data), len(data), sha256_bytes(data))
 
     def put_file(self, key: str, path: Path) -> None:
-        with local.os_errors_as_store_errors(path, "read"), path.open("rb") as file:
+        with os_errors_as_store_errors(path, "read"), path.open("rb") as file:
             stable_file = _StableFile(file, path)
             checksum = hashlib.file_digest(file, "sha256").hexdigest()
             self._upload_blob(key, cast(BinaryIO, stable_file), stable_file.size, checksum)
@@ -133,38 +136,20 @@ class S3Store:
         return True
 
     def get(self, key: str) -> bytes:
-        object_name = self._object_name(key)
-        for attempt in range(1, DOWNLOADS + 1):
-            with self._translate_errors(key, "read"), closing(BlobDownload(self, key, object_name)) as download:
-                try:
-                    return b"".join(download)
-                except IntegrityError as error:
-                    if attempt == DOWNLOADS:
-                        raise StoreError(f"{self._blob_uri(key)}: cannot read: {error}") from error
-        raise AssertionError
+        return self._repeat_if_damaged(key, lambda: self._read_bytes(key))
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
-        object_name = self._object_name(key)
         check_range(self._blob_uri(key), start, length)
         if length == 0:
             self.size(key)
             return b""
-        for attempt in range(1, DOWNLOADS + 1):
-            try:
-                with (
-                    self._translate_errors(key, "read"),
-                    closing(BlobDownload(self, key, object_name, start, length)) as download,
-                ):
-                    return b"".join(download)
-            except IntegrityError as error:
-                if attempt == DOWNLOADS:
-                    raise StoreError(f"{self._blob_uri(key)}: cannot read: {error}") from error
-            except StoreError as error:
-                # The range begins beyond the end.
-                if isinstance(error.__cause__, S3Error) and error.__cause__.response.status == 416:
-                    return b""
-                raise
-        raise AssertionError
+        try:
+            return self._repeat_if_damaged(key, lambda: self._read_bytes(key, start, length))
+        except StoreError as error:
+            # The range begins behind the end.
+            if isinstance(error.__cause__, S3Error) and error.__cause__.response.status == 416:
+                return b""
+            raise
 
     def open(self, key: str) -> BinaryIO:
         with self._translate_errors(key, "read"):
@@ -174,33 +159,7 @@ class S3Store:
             )
 
     def path(self, key: str) -> Path:
-        object_name = self._object_name(key)
-        for attempt in range(1, DOWNLOADS + 1):
-            head = self._stat_object(key)
-            size = head.size or 0
-            identity = (
-                self.service.endpoint.url,
-                self.bucket,
-                object_name,
-                head.etag or "",
-                str(size),
-                str(head.last_modified),
-            )
-
-            def write_blob(file: BinaryIO, etag: str = head.etag or "") -> None:
-                with self._translate_errors(key, "read"), closing(BlobDownload(self, key, object_name)) as blob:
-                    if blob.etag != etag:
-                        raise IntegrityError("was replaced while it was being read; read it again")
-                    for chunk in blob:
-                        # A full disk here must not be taken for a fault of the server.
-                        file.write(chunk)
-
-            try:
-                return self.service.cache.fetch_blob(identity, size, PurePosixPath(object_name).suffix[:16], write_blob)
-            except IntegrityError as error:
-                if attempt == DOWNLOADS:
-                    raise StoreError(f"{self._blob_uri(key)}: cannot read: {error}") from error
-        raise AssertionError
+        return self._repeat_if_damaged(key, lambda: self._fetch_into_cache(key))
 
     def exists(self, key: str) -> bool:
         try:
@@ -219,7 +178,7 @@ class S3Store:
 
     def entries(self, prefix: str = "") -> Iterator[BlobEntry]:
         check_prefix(prefix)
-        with reasons.s3_errors_as_store_errors(f"{self.uri}/{prefix}", "list", self.bucket, self.service.endpoint):
+        with s3_errors_as_store_errors(f"{self.uri}/{prefix}", "list", self.bucket, self.service.endpoint):
             for blob in self.service.client.list_objects(bucket_name=self.bucket, prefix=self._root + prefix, recursive=True):
                 key = (blob.object_name or "").removeprefix(self._root)
                 if _is_key(key):
@@ -235,9 +194,39 @@ class S3Store:
                     raise
 
     def delete_prefix(self, prefix: str) -> int:
-        # One by one, at the same time: bulk deletion is not in the portable subset.
+        # Single requests in parallel: bulk deletion is not part of portable S3.
         with ThreadPoolExecutor(DELETES) as pool:
             return sum(1 for _ in pool.map(self.delete, list(self.list(prefix))))
+
+    def _repeat_if_damaged(self, key: str, read: Callable[[], T]) -> T:
+        """What `read` returns, repeated if the bytes do not match their checksum."""
+        for attempt in range(1, DOWNLOADS + 1):
+            try:
+                return read()
+            except IntegrityError as error:
+                if attempt == DOWNLOADS:
+                    raise StoreError(f"{self._blob_uri(key)}: cannot read: {error}") from error
+        raise AssertionError
+
+    def _read_bytes(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+        object_name = self._object_name(key)
+        with self._translate_errors(key, "read"), closing(BlobDownload(self, key, object_name, start, length)) as download:
+            return b"".join(download)
+
+    def _fetch_into_cache(self, key: str) -> Path:
+        object_name, head = self._object_name(key), self._stat_object(key)
+        size, etag = head.size or 0, head.etag or ""
+        identity = (self.service.endpoint.url, self.bucket, object_name, etag, str(size), str(head.last_modified))
+
+        def write_blob(file: BinaryIO) -> None:
+            with self._translate_errors(key, "read"), closing(BlobDownload(self, key, object_name)) as blob:
+                if blob.etag != etag:
+                    raise IntegrityError("was replaced while it was being read; read it again")
+                for chunk in blob:
+                    # A full disk here is no fault of the server.
+                    file.write(chunk)
+
+        return self.service.cache.fetch_blob(identity, size, PurePosixPath(object_name).suffix[:16], write_blob)
 
     def _upload_blob(self, key: str, data: BinaryIO, size: int, checksum: str) -> None:
         object_name = self._object_name(key)
@@ -255,11 +244,11 @@ class S3Store:
                     num_parallel_uploads=UPLOADS,
                 )
             except S3Error as error:
-                # The parts are gone where a completed upload is completed once more, since the first answer was lost.
+                # The parts are gone if the upload was completed, but the answer was lost, and the request was repeated.
                 if error.code != "NoSuchUpload":
                     raise
         if size > part_bytes:
-            # A server may find only after saying 200 that it cannot put the parts together.
+            # A server may fail to join the parts after it has answered 200.
             head = self._stat_object(key)
             if head.size != size or (head.metadata or {}).get(f"x-amz-meta-{CHECKSUM}", checksum) != checksum:
                 raise StoreError(f"{self._blob_uri(key)}: cannot write: the server lost the upload: run the same command again")
@@ -272,7 +261,7 @@ class S3Store:
             except S3Error as error:
                 if error.code in MISSING and self.bucket in self.service.known_buckets:
                     raise
-                # The answer to HEAD has no body, so it cannot say what is wrong; the answer to GET does.
+                # The answer to HEAD has no body that could name the error; the answer to GET has one.
                 try:
                     self.service.client.get_object(bucket_name=self.bucket, object_name=object_name, offset=0, length=1).close()
                 except S3Error as detailed:
@@ -290,17 +279,18 @@ class S3Store:
         return f"{self.uri}/{key}"
 
     def _translate_errors(self, key: str, verb: str) -> AbstractContextManager[None]:
-        return reasons.s3_errors_as_store_errors(self._blob_uri(key), verb, self.bucket, self.service.endpoint)
+        return s3_errors_as_store_errors(self._blob_uri(key), verb, self.bucket, self.service.endpoint)
 
 
 class IntegrityError(Exception):
-    """The bytes came, but cannot be those of the blob."""
+    """The bytes that came cannot be those of the blob."""
 
 
 class BlobDownload:
-    """The bytes of a blob, or of [start, start + length), as chunks in order, from as many responses as it takes.
+    """The bytes of a blob, or of [start, start + length), as chunks in order.
 
-    A response that breaks off is continued where it stopped. At the end the bytes of a whole blob are checked: SpoiledError.
+    A response that breaks off is continued where it stopped. At the end, the bytes of a whole blob are compared with its checksum:
+    IntegrityError.
     """
 
     def __init__(self, store: S3Store, key: str, object_name: str, start: int = 0, length: int | None = None) -> None:
@@ -366,9 +356,9 @@ class BlobDownload:
         )
 
     def _iter_chunks(self) -> Iterator[bytes]:
-        # Some servers answer a range with the whole.
+        # Some servers answer a range with the whole blob.
         skip = self._position if self._response.status == 200 else 0
-        # As stored: an object marked as compressed is not unpacked on the way.
+        # The bytes as stored: an object that is marked as compressed is not unpacked.
         for chunk in self._response.stream(CHUNK_BYTES, decode_content=False):
             piece = chunk[skip:] if self._end is None else chunk[skip : skip + self._end - self._position]
             skip = max(0, skip - len(chunk))
@@ -409,7 +399,7 @@ class _DownloadFile(io.RawIOBase):
 
 
 class _StableFile:
-    """A file that is read twice, for its checksum and for its bytes, and must not change in between."""
+    """A file that is read twice, for its checksum and for its bytes. An error if it changes in between."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._file = file
@@ -432,12 +422,12 @@ class _StableFile:
 
 
 def _read_checksum(response: BaseHTTPResponse) -> tuple[str, str]:
-    """(algorithm, hex digest) that the server keeps for the whole content; empty if none that can be relied on."""
+    """Algorithm and hex digest that the server keeps for the whole content; empty texts if there is no reliable one."""
     own_checksum = response.headers.get(f"x-amz-meta-{CHECKSUM}", "").lower()
     if SHA256.fullmatch(own_checksum):
         return "sha256", own_checksum
     etag = response.headers.get("etag", "").strip('"')
-    # With keys of one's own or of a key server, the ETag is 32 digits, but no MD5 of the content.
+    # With customer keys or a key server, the ETag has 32 digits, but is no MD5 of the content.
     encrypted = "aws:kms" in response.headers.get("x-amz-server-side-encryption", "") or any(
         name.lower().startswith("x-amz-server-side-encryption-customer") for name in response.headers
     )

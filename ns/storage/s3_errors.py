@@ -1,4 +1,4 @@
-"""What went wrong with an S3 server, in one line, with the cure, and never with a secret."""
+"""Errors of S3 servers in one line, with the cure, and without secrets."""
 
 import re
 import xml.etree.ElementTree as ET
@@ -26,11 +26,11 @@ MISSING = frozenset({"NoSuchKey", "NoSuchObject"})
 
 @contextmanager
 def s3_errors_as_store_errors(uri: str, verb: str, bucket: str, endpoint: S3Endpoint) -> Iterator[None]:
-    """Turns any failure of a request inside into a StoreError that begins with `where` (the blob's URI)."""
+    """Turns any failure of a request inside the context into a StoreError that begins with the blob's URI."""
     try:
         yield
     except StoreError as error:
-        # Of the credentials, which do not know what they were wanted for.
+        # Errors of the credentials do not name the blob.
         if str(error).startswith(uri):
             raise
         raise StoreError(f"{uri}: cannot {verb}: {error}") from error
@@ -51,12 +51,12 @@ def explain_s3_failure(error: Exception, verb: str, bucket: str, endpoint: S3End
 
 
 def _explain_s3_error(error: S3Error, verb: str, bucket: str, endpoint: S3Endpoint) -> str:
-    """For an error that the server has spelled out."""
+    """Explains an error of S3's XML."""
     code = error.code or "unknown error"
     secrets_hint = f"{SECRETS_VARIABLE} ({endpoint.secrets}" if endpoint.secrets else ""
     status = error.response.status
     if code in MISSING:
-        return "no such object: check the key, and whether the step that writes it has run"
+        return "no such object: check the key, and whether the stage that writes it has run"
     if code == "NoSuchBucket":
         return f"no bucket {bucket!r} at {endpoint.url}: create it, or correct the URI"
     if code in ("InvalidAccessKeyId", "InvalidAccessKey"):
@@ -86,7 +86,7 @@ def _explain_s3_error(error: S3Error, verb: str, bucket: str, endpoint: S3Endpoi
 
 
 def _explain_bad_response(error: ServerError | InvalidResponseError, endpoint: S3Endpoint) -> str:
-    """For an HTTP error without the XML that S3 gives with it: most often from something that stands in front of the server."""
+    """Explains an HTTP error without S3's XML, which most often comes from a proxy in front of the server."""
     status = (
         error.status_code if isinstance(error, ServerError) else int(error.args[0].split("Response code: ")[1].split(",")[0])
     )

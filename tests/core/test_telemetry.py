@@ -23,7 +23,7 @@ def test_the_endpoint_shows_the_metrics_and_a_taken_port_is_only_logged(monkeypa
         monkeypatch.setenv(telemetry.PORT_VARIABLE, str(port))
         with capture_logs() as logs:
             telemetry.serve_metrics()
-        assert [entry["event"] for entry in logs] == ["no metrics endpoint; work goes on without"]
+        assert [entry["event"] for entry in logs] == ["no metrics endpoint; work continues without it"]
     telemetry.serve_metrics()
     telemetry.begin_stage("train", 0, "served")
     telemetry.record_checkpoint()

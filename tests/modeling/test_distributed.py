@@ -106,7 +106,7 @@ def test_killed_at_five_random_steps_training_ends_bit_for_bit_the_same(tmp_path
     steps = sorted(random.Random(processes).sample(range(2, len(calm[1])), 5))
     for step in steps:
         monkeypatch.setenv("KILL_AT", str(step))
-        with pytest.raises(TrainingError, match="died without a word"):
+        with pytest.raises(TrainingError, match="exited without an error message"):
             together(tmp_path / "killed", processes, checkpoint_seconds=0)
     monkeypatch.delenv("KILL_AT")
     weights, history, _ = together(tmp_path / "killed", processes, checkpoint_seconds=0)

@@ -40,7 +40,7 @@ def test_a_folder_that_cannot_be_written_says_why(tmp_path):
     (finding,) = probe_store(f"{tmp_path}/file/x")
     assert (finding.name, finding.ok) == ("write", False)
     assert finding.detail.endswith("cannot write: a part of this path is a file, expected a folder")
-    assert finding.fix == "choose another place"
+    assert finding.fix == "choose another URI"
 
 
 def test_a_server_can_do_everything_and_is_left_as_it_was(through, tmp_path, moto):

@@ -1,6 +1,6 @@
-"""The paper's settings by model size, as the defaults that `preset: b5` stands for (`noisy_student.md` §1.3, §1.4, §5).
+"""The paper's settings by model size, which are the defaults that `preset: b5` stands for (arXiv:1911.04252 §3.1, appendix A).
 
-Each is a part of a RoleConfig; whatever a role says itself goes before it.
+Each is a part of a RoleConfig; fields that a role sets override it.
 """
 
 from typing import Any, NamedTuple
@@ -11,10 +11,10 @@ TF_ARGS = {"bn_momentum": 0.01, "bn_eps": 1e-3}
 
 class _PresetSize(NamedTuple):
     resolution: int
-    """Training, px."""
+    """Training resolution, px."""
     dropout: float
     magnitude: float | None
-    """Of RandAugment; None for none."""
+    """Magnitude of RandAugment; None for no RandAugment."""
     ratio: float
     """Pseudo-labeled images per labeled one."""
     epochs: int
@@ -29,9 +29,9 @@ SIZES = {
     "b5": _PresetSize(456, 0.4, 18, 3, 350),
     "b6": _PresetSize(528, 0.5, 24, 3, 350),
     "b7": _PresetSize(600, 0.5, 27, 3, 350),
-    # No script was published for L2; this is what the paper says (ratio 14, and 28 in the last generation).
+    # No script was published for L2; these values are those of the paper (ratio 14, and 28 in the last generation).
     "l2": _PresetSize(475, 0.5, 27, 14, 350),
-    # EfficientNet-Lite, for phones: sizes and dropout are its authors', noise and length those of the B of the same number.
+    # EfficientNet-Lite, for phones: sizes and dropout are those of its authors, noise and length those of the B of the same number.
     "lite0": _PresetSize(224, 0.2, None, 1, 700),
     "lite1": _PresetSize(240, 0.2, None, 3, 700),
     "lite2": _PresetSize(260, 0.3, 6, 3, 700),
@@ -55,7 +55,7 @@ def _make_photo_preset(name: str, size: _PresetSize) -> dict[str, Any]:
 
 
 def _make_small_preset(name: str) -> dict[str, Any]:
-    """For images of 32 px, from the paper's SVHN experiment. It trained B0; larger ones differ in their dropout."""
+    """For images of 32 px, from the paper's SVHN experiment. The paper trained B0; larger networks differ in their dropout."""
     return {
         "model": {"arch": f"tf_efficientnet_{name}", "args": TF_ARGS, "resolution": 32, "crop": "pad", "reduce_stride": 4},
         "noise": {
