@@ -58,6 +58,8 @@ class PreparedData(HashedDocument):
     """Further evaluation sets, by name."""
     left_out: LeftOutImages | None = None
     """Images that get no pseudo-label; None if there are none."""
+    check: str | None = None
+    """Key of the leak guard's report below the root; None if the guard is off."""
 
     def hashed_fields(self) -> Any:
         datasets: dict[str, Any] = {part: source.digest for part, source in self.parts.items()}

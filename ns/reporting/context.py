@@ -165,7 +165,7 @@ def gather_context(
         version=RunRecord.load_file(root, f"{RECORDS_PREFIX}{run}.json").version,
         generation=generation,
         datasets=_open_datasets(root, prepared),
-        leaks=_find_leak_report(root, prepared, experiment),
+        leaks=LeakageReport.load_file(root, prepared.check) if prepared and prepared.check else None,
         models=models,
         labelings=labelings,
         verdicts=verdicts,
@@ -250,18 +250,3 @@ def _open_datasets(root: Store, prepared: PreparedData | None) -> dict[str, Data
         return {}
     sources = dict(prepared.parts) | {f"set {name}": source for name, source in prepared.sets.items()}
     return {part: source.open_dataset(root)[1] for part, source in sources.items()}
-
-
-def _find_leak_report(root: Store, prepared: PreparedData | None, experiment: Experiment) -> LeakageReport | None:
-    """The leak guard's report on exactly these datasets. The run's notes name it only if images were left out."""
-    if prepared is None or experiment.data.leak_guard == "off":
-        return None
-    datasets = {"labeled": prepared.labeled.digest, "pool": prepared.pool.digest}
-    datasets |= {name: source.digest for name, source in prepared.evaluation_sets.items()}
-    for key in root.list("store/checks/"):
-        if (
-            key.endswith(f"/{LeakageReport.filename}")
-            and (check_report := LeakageReport.load_file(root, key)).datasets == datasets
-        ):
-            return check_report
-    return None

@@ -16,7 +16,7 @@ from ns.runs.records import (
     AcceptedStudent,
     RunRecord,
     RunState,
-    list_stage_notes,
+    find_stage_note,
     record_key,
     utc_timestamp,
     write_stage_note,
@@ -25,16 +25,16 @@ from ns.storage import LocalStore, Store
 from ns.storage.documents import dump_hashed_fields
 
 LOCK_PROBE_SECONDS = 0.5
-"""Whoever looks whether a run is under way holds it for an instant; a client that begins then waits for so long."""
+"""Seconds that a client waits for the lock: another client that only looks whether the run is under way holds it for an instant."""
 
 
 def derive_run_name(experiment: Experiment) -> str:
-    """The name of the run of an experiment: the same command finds the same run again."""
+    """The name of an experiment's run. It is derived from the experiment, so that the same command finds the same run."""
     return f"{experiment.name}-{digest_experiment(experiment)[:8]}"
 
 
 def derive_generation_name(experiment: Experiment, generation: int, data_digest: str, teacher_digest: str | None) -> str:
-    """The name of the run of one generation: with the same data and teacher (digests) it is the same run again."""
+    """The name of the run of one generation, derived from the experiment and the digests of data and teacher."""
     return f"{experiment.name}-gen-{generation}-{digest_json([digest_experiment(experiment), data_digest, teacher_digest])[:8]}"
 
 
@@ -44,7 +44,7 @@ def digest_experiment(experiment: Experiment) -> str:
 
 
 def check_run_name(run: str) -> None:
-    """Raises ConfigError for what cannot be a run's name: it is a folder beside `store`, and a part of tags of label sets."""
+    """Raises ConfigError for a name that a run cannot have: it is a folder beside `store`, and part of the tags of label sets."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", run) or ".." in run or run in ("latest", "store"):
         raise ConfigError(
             f"--run: invalid value {run!r}: must be at most 100 letters, digits, dots, dashes and underscores, begin with a letter or "
@@ -53,7 +53,7 @@ def check_run_name(run: str) -> None:
 
 
 def open_run(root: Store, run: str, experiment: Experiment, version: str) -> RunRecord:
-    """Opens a run, or opens it again. Raises RunError if the run exists with another configuration, ConfigError for a wrong name."""
+    """Opens a new run, or one that was begun. Raises RunError if the run has another configuration, ConfigError for a wrong name."""
     check_run_name(run)
     config_digest = digest_experiment(experiment)
     started_at = utc_timestamp()
@@ -72,12 +72,10 @@ def open_run(root: Store, run: str, experiment: Experiment, version: str) -> Run
 
 
 def record_inherited_teacher(root: Store, run: str, student: AcceptedStudent) -> None:
-    """Notes in a run that its teacher is another run's student, with what its training took there."""
-    for student_note in list_stage_notes(root, student.run):
-        if (student_note.generation, student_note.stage) == (student.generation, "train"):
-            write_stage_note(
-                root, run, student_note.generation, student_note.stage, student_note.outputs, student_note.seconds, reused=True
-            )
+    """Notes in a run that its teacher is another run's student, with the time that its training took there."""
+    note = find_stage_note(root, student.run, student.generation, "train")
+    if note:
+        write_stage_note(root, run, note.generation, note.stage, note.outputs, note.seconds, reused=True)
 
 
 def finish_run(root: Store, run: str, state: RunState, error: str | None = None) -> None:
@@ -87,12 +85,12 @@ def finish_run(root: Store, run: str, state: RunState, error: str | None = None)
 
 @contextlib.contextmanager
 def lock_run(root: Store, run: str) -> Iterator[None]:
-    """Holds a run in a local folder for one client; a second one would only do the same work beside it.
+    """Locks a run in a local folder for one client, since a second one would only do the same work at the same time.
 
-    Raises RunError naming the process that holds it, StoreError when the folder cannot be written, ConfigError for a wrong name.
+    Raises RunError naming the process that holds it, StoreError if the folder cannot be written, ConfigError for a wrong name.
     """
     if not isinstance(root, LocalStore):
-        # On a cluster it is Kubeflow that starts a step once.
+        # On a cluster Kubeflow starts each stage once.
         yield
         return
     check_run_name(run)
@@ -117,7 +115,7 @@ def lock_run(root: Store, run: str) -> Iterator[None]:
 
 
 def is_run_driven(root: Store, run: str) -> bool:
-    """Whether a client is at work on the run. A client that was killed let go of its lock."""
+    """Whether a client is at work on the run. The system releases the lock of a client that was killed."""
     if not isinstance(root, LocalStore):
         return True
     try:

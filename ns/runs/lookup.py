@@ -1,4 +1,4 @@
-"""Finds what runs left behind by a name: runs, models, label sets, verdicts, thresholds."""
+"""Finds runs, and the models, label sets and verdicts that runs left behind, by their names."""
 
 from typing import NamedTuple
 
@@ -15,9 +15,9 @@ from ns.labeling.label_set import LabelSet
 from ns.labeling.selection import Selection
 from ns.labeling.thresholds import Thresholds, find_thresholds
 from ns.modeling.manifest import ModelManifest
-from ns.runs.records import CONFIG_FILE, RECORDS_PREFIX, AcceptedStudent, RunRecord, list_stage_notes
+from ns.runs.records import CONFIG_FILE, RECORDS_PREFIX, AcceptedStudent, RunRecord, find_stage_note, list_stage_notes
 from ns.runs.summary import summarize_run
-from ns.storage import Store, open_store
+from ns.storage import Store, open_store, parent_key
 
 
 def list_runs(root: Store) -> list[RunRecord]:
@@ -29,11 +29,11 @@ def list_runs(root: Store) -> list[RunRecord]:
 def resolve_run_name(root: Store, run: str = "latest") -> str:
     """The full name of a run, given its name, an unambiguous beginning of it, or `latest`.
 
-    Raises RunError listing what there is.
+    Raises RunError, with a list of the runs, if there is not exactly one.
     """
     names = [record.run for record in list_runs(root)]
     if not names:
-        raise RunError(f"{root.uri}: no runs here; start one with `ns run`, or name another place with --root")
+        raise RunError(f"{root.uri}: no runs here; start one with `ns run`, or name another folder with --root")
     if run == "latest":
         return names[-1]
     matching = [name for name in names if name == run] or [name for name in names if name.startswith(run)]
@@ -44,15 +44,21 @@ def resolve_run_name(root: Store, run: str = "latest") -> str:
 
 
 def read_prepared_data(root: Store, run: str) -> PreparedData:
-    """The datasets of a run. Raises RunError if it has not come so far."""
-    for note in list_stage_notes(root, run):
-        if note.stage == "prepare-data":
-            return PreparedData.load_file(root, note.outputs["data"])
-    raise RunError(f"run {run}: its data is not prepared yet; `ns run --resume` continues it")
+    """The datasets of a run. Raises RunError if they are not prepared yet."""
+    prepared = find_prepared_data(root, run)
+    if prepared is None:
+        raise RunError(f"run {run}: its data is not prepared yet; `ns run --resume` continues it")
+    return prepared
+
+
+def find_prepared_data(root: Store, run: str) -> PreparedData | None:
+    """The datasets of a run; None if they are not prepared yet."""
+    note = find_stage_note(root, run, 0, "prepare-data")
+    return PreparedData.load_file(root, note.outputs["data"]) if note else None
 
 
 def resolve_model_uri(root: Store, name: str) -> str:
-    """A model's folder or URI as it is; of a run's name, the place of its best model. Raises RunError if there is none."""
+    """The URI of a model, given as a model's folder or URI, or as a run whose best model is meant. Raises RunError if there is none."""
     if open_store(name).exists(ModelManifest.filename):
         return name
     model_key = summarize_run(root, resolve_run_name(root, name)).best_model
@@ -64,7 +70,7 @@ def resolve_model_uri(root: Store, name: str) -> str:
 def resolve_verdict(root: Store, name: str) -> tuple[str, Verdict]:
     """The full name of a run, and the gate's verdict on a generation of it (`RUN/gen-N`), or the last one (`RUN`).
 
-    Raises RunError if the gate has not spoken.
+    Raises RunError if there is no verdict.
     """
     run_name, slash, number = name.rpartition("/gen-")
     if slash and not number.isdigit():
@@ -81,10 +87,10 @@ def resolve_verdict(root: Store, name: str) -> tuple[str, Verdict]:
 
 
 def find_accepted_student(root: Store, experiment: str) -> AcceptedStudent | None:
-    """The student that a gate accepted last, of all runs of the experiments of this name; None if there is none.
+    """The student that a gate accepted last, in any run of an experiment of this name; None if there is none.
 
-    A student that several runs came to was accepted when the first of them accepted it: runs that are repeated change nothing. One
-    whose folder was removed is passed over.
+    If several runs accepted the same student, the first time counts, so that a repeated run changes nothing. Students whose folder was
+    removed are left out.
     """
     accepted_students: dict[str, tuple[str, AcceptedStudent]] = {}
     for record in list_runs(root):
@@ -101,43 +107,45 @@ def find_accepted_student(root: Store, experiment: str) -> AcceptedStudent | Non
 
 
 def _read_experiment_name(root: Store, run: str) -> str | None:
-    # No more of it is read than this, since a field of an old one may be unknown by now.
+    # Only the name is read: the experiments of other versions may have fields that this one does not know.
     key = f"{run}/{CONFIG_FILE}"
     document = yaml.safe_load(root.get(key)) if root.exists(key) else None
     return document.get("name") if isinstance(document, dict) else None
 
 
 class RunLabelSet(NamedTuple):
-    """A label set, and what is known of it by the run that made it; nothing of one that is opened by its place."""
+    """A label set and, if it was opened as a run's generation, what the run knows of it."""
 
     store: Store
     label_set: LabelSet
     selection: Selection | None = None
     prepared: PreparedData | None = None
     teacher: str | None = None
-    """Key of the model's folder below the root."""
+    """Key of the teacher's folder below the root."""
+    teacher_evaluation: str | None = None
+    """Key of the teacher's `evaluation.json` on the held-out images, below the root."""
 
     @property
     def side(self) -> DiffSide:
-        """As it is compared with another one."""
+        """The label set as one side of a comparison."""
         return DiffSide(self.store, self.label_set, self.selection)
 
     def open_pool(self, root: Store, uri: str | None = None) -> tuple[Store, Dataset]:
-        """The labeled images, of the run or at `place`. Raises DataError if they are not those that were labeled."""
+        """The pool, from the run or from `uri`. Raises DataError if it is not the pool that was labeled, RunError if it is unknown."""
         if uri is not None:
             pool_store = open_store(uri)
             dataset = Dataset.load(pool_store)
         elif self.prepared is not None:
             pool_store, dataset = self.prepared.pool.open_dataset(root)
         else:
-            raise RunError(f"{self.store.uri}: which images were labeled is not known here; name their folder with --pool")
+            raise RunError(f"{self.store.uri}: the pool of a label set by itself is unknown; name its folder with --pool")
         if dataset.digest != self.label_set.dataset:
             raise DataError(f"{pool_store.uri}: digest {dataset.digest}, but {self.store.uri} labels {self.label_set.dataset}")
         return pool_store, dataset
 
 
 def open_label_set(root: Store, name: str) -> RunLabelSet:
-    """The label set of a run's generation (`RUN/gen-N`, with a name that `find` knows), or the one in a folder.
+    """The label set of a run's generation (`RUN/gen-N`, where RUN is as in `resolve_run_name`), or the one in a folder.
 
     Raises RunError or DataError if there is none.
     """
@@ -153,26 +161,27 @@ def open_label_set(root: Store, name: str) -> RunLabelSet:
 
 
 def open_run_label_set(root: Store, run: str, generation: int) -> RunLabelSet:
-    """The label set of generation `number` of a run, given its full name. Raises RunError if there is none."""
+    """The label set of a generation of a run, given the run's full name. Raises RunError if there is none."""
     outputs_by_stage = {(note.generation, note.stage): note.outputs for note in list_stage_notes(root, run)}
     if (generation, "commit-labels") not in outputs_by_stage:
         available = [f"gen-{g}" for g, stage in outputs_by_stage if stage == "commit-labels"]
         raise RunError(f"run {run}: generation {generation} has no label set; there are {', '.join(available) or 'none'}")
     outputs = outputs_by_stage[generation, "commit-labels"]
-    label_store = root.at(outputs["label_set"].rpartition("/")[0])
+    label_store = root.at(parent_key(outputs["label_set"]))
     return RunLabelSet(
         label_store,
         LabelSet.load(label_store),
         Selection.load_file(root, outputs["selection"]),
         PreparedData.load_file(root, outputs_by_stage[0, "prepare-data"]["data"]),
-        outputs["teacher"].rpartition("/")[0] if "teacher" in outputs else None,
+        parent_key(outputs["teacher"]),
+        outputs_by_stage.get((generation - 1, "evaluate"), {}).get("evaluation"),
     )
 
 
 def open_previous_label_set(root: Store, run: str, generation: int) -> RunLabelSet | None:
-    """The labels of the generation before: the run's own, or those that the teacher learnt from in the run that trained it.
+    """The label set of the generation before: from the run itself, or from the run that trained the teacher on it.
 
-    None if there are none, or if they are of another pool, with which this generation's cannot be compared.
+    None if there is none, or if it is of another pool and cannot be compared with this generation's.
     """
     current = open_run_label_set(root, run, generation)
     for name in (run, *(record.run for record in reversed(list_runs(root)))):
@@ -187,24 +196,17 @@ def open_previous_label_set(root: Store, run: str, generation: int) -> RunLabelS
 
 
 def find_policy_thresholds(root: Store, run_label_set: RunLabelSet, policy: SelectionConfig) -> Thresholds:
-    """The thresholds of a wanted precision for a label set, from its teacher's evaluation on the run's held-out images.
+    """The thresholds of the policy's precision for a label set, from its teacher's evaluation on the run's held-out images.
 
-    Raises RunError if there is none.
+    Raises RunError if there is no such evaluation.
     """
-    heldout = run_label_set.prepared.heldout.digest if run_label_set.prepared else None
-    for key in root.list("store/evaluations/"):
-        if key.endswith(f"/{Evaluation.filename}"):
-            evaluation = Evaluation.load_file(root, key)
-            if (evaluation.model, evaluation.dataset, evaluation.scored_classes) == (
-                run_label_set.label_set.teacher,
-                heldout,
-                None,
-            ):
-                return compute_policy_thresholds(root.at(key.removesuffix(f"/{Evaluation.filename}")), evaluation, policy)
-    raise RunError(
-        f"{run_label_set.store.uri}: selection.precision needs the teacher's evaluation on held-out images, which only a run has; "
-        "name the label set as a run's generation: latest/gen-1"
-    )
+    key = run_label_set.teacher_evaluation
+    if key is None:
+        raise RunError(
+            f"{run_label_set.store.uri}: selection.precision needs the teacher's evaluation on held-out images, which only a run has; "
+            "name the label set as a run's generation: latest/gen-1"
+        )
+    return compute_policy_thresholds(root.at(parent_key(key)), Evaluation.load_file(root, key), policy)
 
 
 def compute_policy_thresholds(store: Store, evaluation: Evaluation, policy: SelectionConfig) -> Thresholds:

@@ -23,7 +23,7 @@ RunState = Literal["running", "succeeded", "failed", "interrupted"]
 
 
 class RunRecord(JsonDocument):
-    """How a run stands."""
+    """The state of a run."""
 
     run: str
     config_digest: str
@@ -32,26 +32,26 @@ class RunRecord(JsonDocument):
     finished_at: str | None = None
     error: str | None = None
     version: str
-    """Of this package."""
+    """Version of this package."""
 
 
 class StageNote(JsonDocument):
-    """One finished step of a run."""
+    """A finished stage of a run."""
 
     generation: int
     stage: str
-    """Name of the step; labeling tasks add their shard range."""
+    """Name of the stage; labeling tasks add their range of shards."""
     outputs: dict[str, str]
-    """Name → key below the root."""
+    """Name → key below the root, of a file that was written last."""
     seconds: float
-    """Wall time that the work took, whichever run did it."""
+    """Wall time of the work, in whichever run it was done."""
     reused: bool
-    """Whether the work had been done before."""
+    """Whether the work was already done."""
     finished_at: str
 
 
 class StageFailure(JsonDocument):
-    """The last try of a step, if it failed; gone when it is tried again. Only on a cluster, where no client sees it happen."""
+    """The last try of a stage, if it failed. Written on a cluster only, where no client sees the failure."""
 
     generation: int
     stage: str
@@ -64,9 +64,10 @@ class StageFailure(JsonDocument):
 
 
 class AcceptedStudent(NamedTuple):
-    """A student that a gate accepted, as the run has it that trained it."""
+    """A student that a gate accepted."""
 
     run: str
+    """The run that trained it."""
     generation: int
     model: str
     """Key of its folder below the root."""
@@ -76,33 +77,43 @@ def record_key(run: str) -> str:
     return f"{RECORDS_PREFIX}{run}.json"
 
 
+def _note_key(run: str, generation: int, stage: str) -> str:
+    return f"{run}/stages/{generation}-{stage}.json"
+
+
 def utc_timestamp() -> str:
-    """The time in UTC, to the microsecond: what follows each other closely is put in order by it."""
+    """The time in UTC, to the microsecond, since records are put in order by it."""
     return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
 def write_stage_note(
     root: Store, run: str, generation: int, stage: str, outputs: dict[str, str], seconds: float, *, reused: bool
 ) -> None:
-    """Writes a step's note into the run. Work that this run did before and finds again keeps its first note."""
-    key = f"{run}/stages/{generation}-{stage}.json"
-    if reused and root.exists(key) and StageNote.load_file(root, key).outputs == outputs:
+    """Writes a stage's note into the run. If the run did the same work before, the first note stays."""
+    previous = find_stage_note(root, run, generation, stage)
+    if reused and previous and previous.outputs == outputs:
         return
-    document = StageNote(
+    note = StageNote(
         generation=generation, stage=stage, outputs=outputs, seconds=seconds, reused=reused, finished_at=utc_timestamp()
     )
-    document.save_file(root, key)
+    note.save_file(root, _note_key(run, generation, stage))
+
+
+def find_stage_note(root: Store, run: str, generation: int, stage: str) -> StageNote | None:
+    """The note of a stage; None if the stage has not finished."""
+    key = _note_key(run, generation, stage)
+    return StageNote.load_file(root, key) if root.exists(key) else None
 
 
 def list_stage_notes(root: Store, run: str) -> list[StageNote]:
-    """Notes of all finished steps, in the order in which they finished."""
+    """Notes of all finished stages, by generation and in the order in which they finished."""
     run_store = root.at(run)
     stage_notes = [StageNote.load_file(run_store, key) for key in run_store.list("stages/") if key.endswith(".json")]
     return sorted(stage_notes, key=lambda note: (note.generation, note.finished_at, note.stage))
 
 
 def write_stage_failure(root: Store, run: str, generation: int, stage: str, error: NsError | str, *, note_name: str) -> None:
-    """Keeps why a step failed. `key`: of this task among all of the run."""
+    """Keeps why a stage failed. `note_name`: the stage, and the range of shards of a labeling task."""
     code = error.exit_code if isinstance(error, NsError) else 1
     failure = StageFailure(generation=generation, stage=stage, error=str(error), exit_code=code, failed_at=utc_timestamp())
     failure.save_file(root, f"{run}/failures/{generation}-{note_name}.json")
@@ -113,7 +124,7 @@ def delete_stage_failure(root: Store, run: str, generation: int, *, note_name: s
 
 
 def list_stage_failures(root: Store, run: str) -> list[StageFailure]:
-    """Steps whose last try failed, the latest last."""
+    """Stages whose last try failed, the latest last."""
     run_store = root.at(run)
     stage_failures = [StageFailure.load_file(run_store, key) for key in run_store.list("failures/") if key.endswith(".json")]
     return sorted(stage_failures, key=lambda failure: failure.failed_at)

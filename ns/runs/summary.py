@@ -1,4 +1,4 @@
-"""A run in numbers: what its notes point to, read and put together."""
+"""A run in numbers, from its notes and what they point to."""
 
 from typing import Literal
 
@@ -12,21 +12,21 @@ from ns.labeling.label_set import LabelSet
 from ns.labeling.selection import Selection
 from ns.runs.lifecycle import is_run_driven
 from ns.runs.records import REPORT_FILE, RunRecord, RunState, StageNote, list_stage_notes, record_key
-from ns.storage import Store
+from ns.storage import Store, parent_key
 
 
 class GenerationSummary(BaseModel):
-    """One trip round the loop, in numbers."""
+    """One generation in numbers."""
 
     model_config = ConfigDict(frozen=True)
 
     generation: int
     model: str
-    """The student, as a key below the root."""
+    """Key of the student's folder below the root."""
     teacher_top1: float
     student_top1: float
     gain: float
-    """student_top1 − teacher_top1, on the same held-out images."""
+    """student_top1 − teacher_top1 on the same held-out images."""
     gain_low: float
     gain_high: float
     """Two-sided bootstrap interval of the gain, at the gate's level."""
@@ -35,35 +35,35 @@ class GenerationSummary(BaseModel):
     kept: int
     """Distinct images that the selection kept."""
     label_set: str
-    """Digest."""
+    """Digest of the label set."""
     verdict: Literal["promoted", "refused"]
     reason: str
     seconds: float
-    """Work in this generation; parallel tasks add up."""
+    """Seconds of work in this generation, summed over parallel tasks."""
 
 
 class ModelMeasurements(BaseModel):
-    """What the evaluation of one model found, on whatever the experiment asked for."""
+    """The results of a model's evaluation, as far as the experiment asked for them."""
 
     model_config = ConfigDict(frozen=True)
 
     generation: int
     top1: float
-    """Of the held-out images, which decide."""
+    """Top-1 on the held-out images, by which the gate decides."""
     ece: float | None
-    """Calibration error on them."""
+    """Expected calibration error on the held-out images."""
     test_top1: float | None
-    """Of the images that are only reported."""
+    """Top-1 on the images that are only reported."""
     sets: dict[str, float]
     """Further evaluation sets: name → top-1."""
     scores: RobustnessScores | None
-    """Of corruptions and perturbations; relative to the first teacher where not to AlexNet."""
+    """Scores of corruptions and perturbations, relative to AlexNet or to the first teacher."""
     attacks: dict[str, float]
-    """`fgsm-8`, `pgd-16-10` (epsilon, steps) → top-1 that is left."""
+    """`fgsm-8`, `pgd-16-10` (epsilon, steps) → top-1 under the attack."""
 
 
 class RunSummary(BaseModel):
-    """A run at a glance: what `ns runs show --json` prints."""
+    """A run at a glance, as `ns runs show --json` prints it."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -74,22 +74,22 @@ class RunSummary(BaseModel):
     started_at: str
     finished_at: str | None
     teacher_top1: float | None
-    """Of the teacher that the run began with, once it is evaluated."""
+    """Top-1 of the teacher that the run began with, once it is evaluated."""
     generations: list[GenerationSummary]
     measurements: list[ModelMeasurements] = Field(default_factory=list)
-    """Of each evaluated model, the first teacher's first."""
+    """Of each evaluated model, by generation."""
     best_model: str | None
-    """The last accepted model, as a key below the root."""
+    """Key of the last accepted model's folder below the root."""
     best_top1: float | None
     label_sets: list[str]
-    """Digests, by generation."""
+    """Digests of the label sets, by generation."""
     report: str | None
-    """URI of the report, once written."""
+    """URI of the report, once it is written."""
     stages: list[StageNote]
 
 
 def summarize_run(root: Store, run: str) -> RunSummary:
-    """Reads a run's notes and what they point to."""
+    """Reads a run's notes and what they point to. Raises RunError if there is no such run."""
     run_store = root.at(run)
     try:
         record = RunRecord.load_file(root, record_key(run))
@@ -97,11 +97,11 @@ def summarize_run(root: Store, run: str) -> RunSummary:
         raise RunError(f"run {run}: does not exist in {root.uri}") from error
     stage_notes = list_stage_notes(root, run)
     generations = [_summarize_generation(root, stage_notes, note) for note in stage_notes if note.stage == "gate"]
-    # Notes are in the order of generations, and a run may begin with an earlier one's student.
+    # Notes are sorted by generation, and a run may begin with the student of an earlier run.
     teacher_note = next((note for note in stage_notes if note.stage == "train"), None)
     evaluation_note = next((note for note in stage_notes if note.stage == "evaluate"), None)
     teacher_top1 = Evaluation.load_file(root, evaluation_note.outputs["evaluation"]).top1 if evaluation_note else None
-    best_model = teacher_note.outputs["model"].rpartition("/")[0] if teacher_note else None
+    best_model = parent_key(teacher_note.outputs["model"]) if teacher_note else None
     best_top1 = teacher_top1
     for generation in generations:
         if generation.verdict == "promoted":

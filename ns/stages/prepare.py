@@ -66,7 +66,7 @@ def count_images(root: Store, prepared: PreparedData) -> dict[str, int]:
 def prepare_datasets(experiment: Experiment, root: Store, ledger: Ledger) -> tuple[PreparedData, bool]:
     """Prepares labeled images, pool and evaluation sets. Returns them and whether nothing had to be imported.
 
-    Raises DataError when a source is missing or the parts contradict each other, ConfigError when the networks do not fit.
+    Raises DataError if a source is missing or the parts contradict each other, ConfigError if the networks do not fit.
     """
     data = experiment.data
     _check_networks(experiment, ledger, None)
@@ -98,8 +98,10 @@ def prepare_datasets(experiment: Experiment, root: Store, ledger: Ledger) -> tup
         if dataset.role != "evaluation":
             # The leak guard keeps the pool clear of evaluation sets only.
             raise DataError(f"{name}: {store.uri}: has the role {dataset.role}; import it with --role evaluation")
-    left_out, check_reused = _check_leaks(prepared, data, root, ledger)
-    return prepared.model_copy(update={"left_out": left_out}), finder.reused and check_reused
+    if data.leak_guard == "off":
+        return prepared, finder.reused
+    checked, check_reused = _check_leaks(prepared, data, root, ledger)
+    return checked, finder.reused and check_reused
 
 
 def _check_later_inputs(experiment: Experiment, classes: Sequence[str]) -> None:
@@ -117,10 +119,9 @@ def _check_later_inputs(experiment: Experiment, classes: Sequence[str]) -> None:
                 read_uri(evaluation_set.multi_label)
 
 
-def _check_leaks(prepared: PreparedData, data: DataConfig, root: Store, ledger: Ledger) -> tuple[LeftOutImages | None, bool]:
-    """Looks for images of evaluation sets elsewhere. Returns what is to be left out of the pool, and whether that was known."""
-    if data.leak_guard == "off":
-        return None, True
+def _check_leaks(prepared: PreparedData, data: DataConfig, root: Store, ledger: Ledger) -> tuple[PreparedData, bool]:
+    """Looks for images of evaluation sets in the other parts. Returns the data with what is left out of the pool, and whether the
+    check was done before."""
     parts = {"labeled": prepared.labeled, "pool": prepared.pool} | prepared.evaluation_sets
     inputs: dict[str, object] = {
         "code": digest_code(*CHECK_CODE),
@@ -139,37 +140,32 @@ def _check_leaks(prepared: PreparedData, data: DataConfig, root: Store, ledger: 
 
     _, reused = ledger.get_or_run("check", inputs, run_check)
     report = LeakageReport.load(root.at(target))
-    for name in prepared.evaluation_sets:
-        trained = report.get_overlap("labeled", name)
-        if trained.same + trained.near:
-            log.get_logger().warning(
-                "held-out images are also trained on, so their accuracy says too much",
-                set=name,
-                same=trained.same,
-                near=trained.near,
-                list=f"{root.uri}/{target}/{DUPLICATES}",
-            )
+    overlaps = [
+        ("labeled", name, "held-out images are also trained on: their accuracy is too high")
+        for name in prepared.evaluation_sets
+    ]
     if prepared.test:
-        shared = report.get_overlap("test", "heldout")
-        if shared.same + shared.near:
+        overlaps.append(("test", "heldout", "images that decide are also in the test: the reported accuracy is too high"))
+    for one_part, other_part, warning in overlaps:
+        overlap = report.get_overlap(one_part, other_part)
+        if overlap.same + overlap.near:
             log.get_logger().warning(
-                "images that decide are also in the test, so what is reported says a little too much",
-                same=shared.same,
-                near=shared.near,
-                list=f"{root.uri}/{target}/{DUPLICATES}",
+                warning, set=other_part, same=overlap.same, near=overlap.near, list=f"{root.uri}/{target}/{DUPLICATES}"
             )
-    if not report.left_out or data.leak_guard == "report":
-        return None, reused
-    log.get_logger().warning(
-        "images of the pool are also in evaluation sets, and get no label",
-        images=report.left_out,
-        list=f"{root.uri}/{target}/{LEFT_OUT}",
-    )
-    return LeftOutImages(key=target, report_digest=report.digest), reused
+    left_out = None
+    if report.left_out and data.leak_guard == "exclude":
+        log.get_logger().warning(
+            "images of the pool are also in evaluation sets, and get no label",
+            images=report.left_out,
+            list=f"{root.uri}/{target}/{LEFT_OUT}",
+        )
+        left_out = LeftOutImages(key=target, report_digest=report.digest)
+    update = {"left_out": left_out, "check": f"{target}/{LeakageReport.filename}"}
+    return prepared.model_copy(update=update), reused
 
 
 def _check_networks(experiment: Experiment, ledger: Ledger, classes: int | None) -> None:
-    """Checks the networks once for each set of them: loading timm takes longer than the check."""
+    """Checks the networks of an experiment once, since to load timm takes longer than the check."""
     roles = (experiment.teacher, *experiment.students)
     inputs = {
         "code": digest_code("modeling/factory.py"),
@@ -187,14 +183,14 @@ def _check_networks(experiment: Experiment, ledger: Ledger, classes: int | None)
         return {}
 
     if any(role.train.init_uri for role in roles):
-        # Whether weights are where they were is another question each time.
+        # Files of weights may be gone since the last check.
         check_models()
     else:
         ledger.get_or_run("check-networks", inputs, check_models)
 
 
 class _DatasetFinder:
-    """Finds or imports what fields of the experiment name."""
+    """Finds or imports the datasets that the experiment names."""
 
     def __init__(self, data: DataConfig, root: Store, ledger: Ledger) -> None:
         self._data, self._root, self._ledger = data, root, ledger
@@ -202,7 +198,7 @@ class _DatasetFinder:
         """Whether nothing had to be imported so far."""
 
     def find_evaluation_set(self, field: str, uri: str, classes: tuple[str, ...]) -> PreparedDataset:
-        """Images of the classes that are trained on."""
+        """A dataset with the classes that are trained on."""
         source = self.find_dataset(field, uri, "heldout", classes)
         own_classes = source.open_dataset(self._root)[1].classes
         if own_classes != classes:
@@ -213,20 +209,20 @@ class _DatasetFinder:
         return source
 
     def find_subset(self, field: str, evaluation_set: EvaluationSet, classes: tuple[str, ...]) -> PreparedDataset:
-        """Images of some of the classes that are trained on, by their names."""
+        """A dataset with some of the classes that are trained on, by their names."""
         source = self.find_dataset(f"{field}.uri", evaluation_set.uri, "heldout")
         selected = () if isinstance(evaluation_set.classes, str) else evaluation_set.classes
         for name, names in (("uri", source.open_dataset(self._root)[1].classes), ("classes", selected)):
             unknown = tuple(class_name for class_name in names if class_name not in set(classes))
             if unknown:
                 raise DataError(
-                    f"{field}.{name}: {evaluation_set.uri}: {_shorten_names(unknown)} are no classes of data.labeled, {_shorten_names(classes)}; "
-                    "name its classes as they are named there"
+                    f"{field}.{name}: {evaluation_set.uri}: {_shorten_names(unknown)} are no classes of data.labeled, "
+                    f"{_shorten_names(classes)}; name its classes as they are named there"
                 )
         return source
 
     def find_dataset(self, field: str, uri: str, part: DataPart, classes: tuple[str, ...] | None = None) -> PreparedDataset:
-        """Raises DataError if there are no images."""
+        """The dataset at a URI, imported if it is not one yet. Raises DataError if it has no images."""
         kind = classify_uri(uri)
         if kind == "digits":
             with prefix_errors(field):
@@ -268,7 +264,7 @@ class _DatasetFinder:
                 try:
                     import_into(store)
                 except StoreError:
-                    # Another run that imported the same, and was done first, has cleared away what this one was to go on with.
+                    # Another run that imported the same finished first, and removed the parts that this import was to join.
                     if not store.exists(Dataset.filename):
                         raise
             return {"dataset": f"{key}/{Dataset.filename}"}
