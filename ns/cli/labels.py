@@ -61,16 +61,11 @@ def _open_label_set(root: str, name: str) -> "tuple[Store, RunLabelSet]":
 
 
 @app.command("show")
-def show_label_set(name: LabelSetArgument, root: Root = "runs", registry: RegistryOption = None, as_json: AsJson = False) -> None:
+def show_label_set(name: LabelSetArgument, root: Root = "runs", as_json: AsJson = False) -> None:
     """Show a label set by class: images, mean confidence, and images that the run's selection kept; and its audits.
-
-    For the tag of a version in the registry, show what `ns labels version` shows.
 
     Example: [cyan]ns labels show latest/gen-1[/]
     """
-    if registry and name.startswith("labels/") and not Path(name).exists():
-        show_version(name, registry, as_json)
-        return
     from rich.console import Console
 
     from ns.cli.label_tables import make_audits_table, make_label_set_table
@@ -277,7 +272,11 @@ def list_versions(registry: RegistryOption = None, as_json: AsJson = False) -> N
 
     versions = _open_registry(registry).list_versions()
     if as_json:
-        typer.echo(json.dumps([version.model_dump() for version in versions], indent=1))
+        rows = [
+            {"tag": str(version.tag), "date": date, "current": current, **version.model_dump(exclude={"format", "files"})}
+            for version, date, current in versions
+        ]
+        typer.echo(json.dumps(rows, indent=1))
     else:
         print_untruncated(make_versions_table(versions))
 
@@ -307,10 +306,11 @@ def commit_version(
     name: LabelSetArgument,
     registry: RegistryOption = None,
     remote: RemoteOption = None,
-    project: Annotated[str | None, typer.Option(help="First part of the tag; default: the experiment's name.")] = None,
-    as_run: Annotated[str | None, typer.Option("--run", help="Second part of the tag; default: the run's name.")] = None,
-    whole_tag: Annotated[
-        str | None, typer.Option("--tag", metavar="TAG", help="The whole tag, labels/PROJECT/RUN/gen-N; needed for a folder.")
+    new_tag: Annotated[
+        str | None,
+        typer.Option(
+            "--tag", metavar="TAG", help="Name of the version; needed for a folder; default: labels/EXPERIMENT/RUN/gen-N."
+        ),
     ] = None,
     selected: Annotated[
         str | None,
@@ -332,31 +332,27 @@ def commit_version(
     from ns.runs.records import CONFIG_FILE, list_stage_notes
     from ns.storage import open_store, split_uri
 
-    store = open_store(root)
     run, _, generation = name.rpartition("/gen-")
     of_run = bool(run) and generation.isdigit()
-    if whole_tag and (project or as_run):
-        raise ConfigError("--tag names the whole version: leave --project and --run out")
-    if not of_run and not whole_tag:
-        raise ConfigError(
-            f"LABELS {name}: must be a run's generation (latest/gen-1), whose project, run and number name the version; "
-            "for a folder give the name: --tag labels/PROJECT/RUN/gen-N"
-        )
     if of_run and selected:
         raise ConfigError("--selection: is for a folder; a run's generation has its own selection")
-    explicit_tag = VersionTag.parse(whole_tag) if whole_tag else None
+    store = open_store(root)
+    run = resolve_run_name(store, run) if of_run else ""
+    if new_tag:
+        tag = VersionTag.parse(new_tag)
+    elif of_run:
+        tag = VersionTag.from_parts(load_experiment(f"{store.at(run).uri}/{CONFIG_FILE}").name, run, int(generation))
+    else:
+        raise ConfigError(
+            f"LABELS {name}: must be a run's generation (latest/gen-1), which names the version; "
+            "for a folder give the name: --tag labels/PROJECT/RUN/gen-N"
+        )
     resolved = open_label_set(store, name)
     selection, verdict = resolved.selection, None
     if of_run:
-        run = resolve_run_name(store, run)
-        if project is None:
-            project = load_experiment(f"{store.at(run).uri}/{CONFIG_FILE}").name
-        gates = [
-            note.outputs["verdict"]
-            for note in list_stage_notes(store, run)
-            if (note.generation, note.stage) == (int(generation), "gate")
-        ]
-        verdict = Verdict.load_file(store, gates[0]) if gates else None
+        for note in list_stage_notes(store, run):
+            if (note.generation, note.stage) == (int(generation), "gate"):
+                verdict = Verdict.load_file(store, note.outputs["verdict"])
     elif selected:
         folder, file = split_uri(selected)
         selection = Selection.load_file(open_store(folder), file)
@@ -365,7 +361,6 @@ def commit_version(
                 f"--selection {selected}: is of label set {selection.label_set[:16]}, not {resolved.label_set.digest[:16]}; "
                 f"make one: ns labels select {name} --out {selected}"
             )
-    tag = explicit_tag or VersionTag.from_parts(project or "", as_run or run, int(generation))
     is_new = _open_registry(registry, remote).commit_version(tag, resolved.store, resolved.label_set, selection, verdict)
     typer.echo(f"{tag}: {'committed' if is_new else 'is there already'}")
 
@@ -407,7 +402,9 @@ def _switch_version(tag: str, registry: str | None, why: str, *, back: bool) -> 
 
     parsed = VersionTag.parse(tag)
     before = _open_registry(registry).set_current(parsed, why, is_rollback=back)
-    typer.echo(f"current/{parsed.project}: {parsed}" + (" (no change)" if before == tag else f", before: {before or 'none'}"))
+    typer.echo(
+        f"current/{parsed.project}: {parsed}" + (" (no change)" if before == parsed else f", before: {before or 'none'}")
+    )
 
 
 @app.command("gc")
@@ -459,7 +456,7 @@ def diff_label_sets(
     difference = compare_label_sets(old.side, new.side)
     names = (before, after)
     if html:
-        from ns.reporting.labels import render_diff_page
+        from ns.reporting.label_set_pages import render_diff_page
 
         # Only a label set of a run knows its images.
         with_images = new if new.prepared or pool else old
@@ -467,7 +464,7 @@ def diff_label_sets(
     if as_json:
         typer.echo(difference.model_dump_json(indent=1))
     elif markdown:
-        from ns.reporting.labels import render_diff_markdown
+        from ns.reporting.label_set_pages import render_diff_markdown
 
         typer.echo(render_diff_markdown(difference, names), nl=False)
     elif html:
@@ -496,7 +493,7 @@ def write_audit_page(
     Example: [cyan]ns labels audit latest/gen-1 --selected-only[/]
     """
     from ns.labeling.audit import draw_audit_sample
-    from ns.reporting.labels import render_audit_page
+    from ns.reporting.label_set_pages import render_audit_page
 
     store, resolved = _open_label_set(root, name)
     if selected_only and resolved.selection is None:

@@ -80,14 +80,9 @@ class AuditSheet(JsonDocument):
     images: tuple[AuditedImage, ...]
 
 
-class StratumPrecision(JsonDocument):
+class StratumPrecision(Stratum):
     """Share of right labels in one stratum."""
 
-    class_name: str | None
-    low: float
-    high: float
-    """Range of confidence, as in `Stratum`."""
-    images: int
     reviewed: int
     right: int
     precision: float | None
@@ -95,18 +90,6 @@ class StratumPrecision(JsonDocument):
     precision_low: float
     precision_high: float
     """95 % interval (Wilson); exact where all images were reviewed."""
-
-
-class LabelMistake(JsonDocument):
-    """A label that a person marked as wrong."""
-
-    key: str
-    shard: int
-    row: int
-    class_name: str
-    confidence: float
-    correct_class: str | None
-    """None if it was not named."""
 
 
 class LabelAudit(HashedDocument):
@@ -127,7 +110,8 @@ class LabelAudit(HashedDocument):
     precision_high: float
     """Share of right labels among all images, and its 95 % interval: strata weighted by their sizes."""
     strata: tuple[StratumPrecision, ...]
-    mistakes: tuple[LabelMistake, ...]
+    mistakes: tuple[AuditedImage, ...]
+    """The images that were marked wrong, in the order of the dataset."""
 
 
 # Sampling
@@ -271,25 +255,20 @@ def check_audit_sheet(sheet: AuditSheet, path: str, store: Store, label_set: Lab
     )
     if sheet.strata != drawn.strata:
         raise DataError(f"{path}: strata: are not those of {store.uri}: the file was edited; download it again from the page")
+    if {image.key for image in sheet.images} != {image.key for image in drawn.images} or len(sheet.images) != len(drawn.images):
+        raise DataError(
+            f"{path}: images: are not those of the sample that the page showed; download the file again from the page"
+        )
     drawn_by_key = {image.key: image for image in drawn.images}
-    seen: set[str] = set()
     for number, image in enumerate(sheet.images):
-        field_path = f"{path}: images.{number}"
-        if image.key not in drawn_by_key or image.key in seen:
-            problem = "is there twice" if image.key in seen else "is not in the sample that the page showed"
-            raise DataError(f"{field_path}.key: {image.key!r}: {problem}; download the file again from the page")
-        seen.add(image.key)
-        answers = {"wrong": image.wrong, "correct_class": image.correct_class, "reviewed": image.reviewed}
-        expected = drawn_by_key[image.key].model_copy(update=answers)
-        for name, value in image:
-            if value != getattr(expected, name):
+        for name in ("shard", "row", "stratum", "class_name", "confidence"):
+            value, expected = getattr(image, name), getattr(drawn_by_key[image.key], name)
+            if value != expected:
                 raise DataError(
-                    f"{field_path}.{name}: {value!r}: the label set says {getattr(expected, name)!r}; download the file again from the page"
+                    f"{path}: images.{number}.{name}: {value!r}: the label set says {expected!r}; "
+                    "download the file again from the page"
                 )
-        _check_answer(field_path, image, label_set.classes)
-    if len(seen) < len(drawn_by_key):
-        missing = next(key for key in drawn_by_key if key not in seen)
-        raise DataError(f"{path}: images: {missing!r} is missing; download the file again from the page")
+        _check_answer(f"{path}: images.{number}", image, label_set.classes)
 
 
 def _check_answer(field_path: str, image: AuditedImage, classes: tuple[str, ...]) -> None:
@@ -350,7 +329,7 @@ def estimate_precision(sheet: AuditSheet, path: str) -> LabelAudit:
         precision_high=total.high,
         strata=tuple(
             StratumPrecision(
-                **stratum.model_dump(exclude={"sampled"}),
+                **stratum.model_dump(),
                 reviewed=count,
                 right=good,
                 precision=good / count if count else None,
@@ -359,10 +338,7 @@ def estimate_precision(sheet: AuditSheet, path: str) -> LabelAudit:
             )
             for stratum, count, good, share in zip(sheet.strata, reviewed, right, shares, strict=True)
         ),
-        mistakes=tuple(
-            LabelMistake(**image.model_dump(exclude={"stratum", "wrong", "reviewed"}))
-            for image in sorted(wrong, key=lambda image: (image.shard, image.row))
-        ),
+        mistakes=tuple(sorted(wrong, key=lambda image: (image.shard, image.row))),
     )
 
 

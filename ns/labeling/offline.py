@@ -1,12 +1,14 @@
 """Labeling outside a run: any model over any dataset, or over the images that a selection kept."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar, Literal
+
+import numpy as np
 
 from ns.config.schema import LabelingConfig
 from ns.core.digest import LABELING_SOURCES, digest_code
 from ns.core.errors import ConfigError, DataError
-from ns.data.dataset import Dataset
+from ns.data.dataset import Dataset, Shard
 from ns.labeling.label_set import LabelSet, count_kept_classes, join_label_shards, label_shard_key, read_label_rows
 from ns.labeling.predict import label_pool_shards
 from ns.labeling.selection import Selection, count_copies
@@ -69,7 +71,6 @@ def label_dataset(
         )
     dataset, label_store = Dataset.load(pool_store), open_store(out_uri)
     shard_range = _parse_shard_range(shards, len(dataset.shards))
-    left_out = _UnselectedRows(dataset, *kept_by) if kept_by else None
     images = sum(dataset.shards[number].samples for number in shard_range)
     predictors = [
         Predictor(open_store(uri), batch=config.batch, images=images, views=config.views)
@@ -87,7 +88,8 @@ def label_dataset(
         selection=kept_by[2].digest if kept_by and kept_by[2] else None,
     )
     inputs.claim_store(label_store)
-    label_pool_shards(predictors, pool_store, dataset, label_store, shard_range, config, left_out=left_out)
+    find_left_out = _find_unselected_rows(dataset, *kept_by) if kept_by else lambda _: {}
+    label_pool_shards(predictors, pool_store, dataset, label_store, shard_range, config, find_left_out=find_left_out)
     if not all(label_store.exists(label_shard_key(shard.name)) for shard in dataset.shards):
         return None
     label_set = join_label_shards(
@@ -114,28 +116,21 @@ def _parse_shard_range(shards: str | None, count: int) -> range:
     return range(int(start), int(stop))
 
 
-class _UnselectedRows(Mapping[str, Mapping[int, str]]):
-    """sha256 of a shard → row → reason, of the rows that a selection did not keep. Each shard is read on access."""
+def _find_unselected_rows(
+    dataset: Dataset, label_store: Store, label_set: LabelSet, selection: Selection | None
+) -> Callable[[Shard], Mapping[int, str]]:
+    """A function from a shard to its rows that the selection did not keep, with the reason."""
+    if selection is None:
+        raise ConfigError(
+            f"--kept: {label_store.uri}: a label set by itself has no selection; name a run's generation: latest/gen-1"
+        )
+    if label_set.dataset != dataset.digest:
+        raise DataError(f"--kept: {label_store.uri}: labels of another dataset, {label_set.dataset}")
+    label_shards = {label_shard.source: label_shard for label_shard in label_set.shards}
 
-    def __init__(self, dataset: Dataset, label_store: Store, label_set: LabelSet, selection: Selection | None) -> None:
-        if selection is None:
-            raise ConfigError(
-                f"--kept: {label_store.uri}: a label set by itself has no selection; name a run's generation: latest/gen-1"
-            )
-        if label_set.dataset != dataset.digest:
-            raise DataError(f"--kept: {label_store.uri}: labels of another dataset, {label_set.dataset}")
-        self._label_store, self._selection = label_store, selection
-        self._shards = {shard.source: shard for shard in label_set.shards}
+    def find_rows(shard: Shard) -> Mapping[int, str]:
+        rows = read_label_rows(label_store, label_shards[shard.sha256])
+        unselected = np.flatnonzero(rows.readable & (count_copies(selection, rows) == 0))
+        return dict.fromkeys(unselected.tolist(), "not kept by the selection")
 
-    def __getitem__(self, sha256: str) -> Mapping[int, str]:
-        rows = read_label_rows(self._label_store, self._shards[sha256])
-        repeats = count_copies(self._selection, rows)
-        return {
-            row: "not kept by the selection" for row, count in enumerate(repeats.tolist()) if not count and rows.readable[row]
-        }
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shards)
-
-    def __len__(self) -> int:
-        return len(self._shards)
+    return find_rows

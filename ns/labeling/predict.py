@@ -29,7 +29,6 @@ from ns.modeling.predictor import Predictor, ShardPredictions
 from ns.storage import Store
 from ns.storage.parquet import encode_table
 
-LeftOutRows = Mapping[str, Mapping[int, str]]
 SHARDS_AHEAD = 2
 """Shards fetched from the store while the model works on the one before."""
 
@@ -42,13 +41,13 @@ def label_pool_shards(
     shards: range,
     config: LabelingConfig,
     *,
-    left_out: LeftOutRows | None = None,
+    find_left_out: Callable[[Shard], Mapping[int, str]] = lambda _: {},
     find_existing: Callable[[Shard], tuple[Store, LabelShard] | None] = lambda _: None,
 ) -> int:
     """Labels those of a range of shards that have no labels yet, with the mean of the predictors' probabilities. Returns the
     number of images labeled now. Two workers may label the same shard: the labels written first stay.
 
-    `left_out`: sha256 of a shard → row → the reason why that image gets no label. `find_existing`: where another labeling has
+    `find_left_out`: shard → row → the reason why that image gets no label. `find_existing`: where another labeling has
     made the same labels of a shard; they are copied. Raises ConfigError if the predictors' classes differ.
     """
     for other in predictors[1:]:
@@ -70,7 +69,7 @@ def label_pool_shards(
         def iter_shards() -> Iterator[tuple[int, Mapping[int, str]]]:
             for position, number in enumerate(pending):
                 source.fetch_ahead(pending[position + 1 : position + 1 + SHARDS_AHEAD])
-                reasons = (left_out or {}).get(pool.shards[number].sha256, {})
+                reasons = find_left_out(pool.shards[number])
                 yield number, {row: f"{LEFT_OUT_PREFIX}{reason}" for row, reason in reasons.items()}
 
         return predictor.predict_shards(source, iter_shards(), progress)

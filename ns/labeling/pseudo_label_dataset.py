@@ -1,8 +1,6 @@
 """A selection as training data: soft labels and copies for each image of the pool, read shard by shard."""
 
-from collections.abc import Sequence
 from functools import lru_cache
-from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +20,8 @@ def load_pseudo_labels(
 ) -> PseudoLabeledImages:
     """The images of `pool` that `selection` kept, with the soft labels of `label_set` as targets.
 
-    Raises DataError if the labels were made from another pool.
+    Raises DataError if the labels were made from another pool. Reading the targets of a shard raises what `read_label_rows`
+    raises, and DataError if its keys are not those of the pool.
     """
     if label_set.dataset != pool.digest:
         raise DataError(
@@ -30,40 +29,20 @@ def load_pseudo_labels(
         )
     repeats = [_shrink_dtype(count_copies(selection, rows)) for rows in iter_label_rows(label_store, label_set)]
     source = ImageSource(pool_store, pool)
-    return PseudoLabeledImages(source, _ShardTargets(label_store, label_set, source), repeats)
+
+    @lru_cache(maxsize=2 * WINDOW_SHARDS)
+    def read_targets(index: int) -> npt.NDArray[np.float32]:
+        shard = label_set.shards[index]
+        rows = read_label_rows(label_store, shard)
+        if rows.keys != source.read_index(index).keys:
+            raise DataError(
+                f"{label_store.uri}/{shard.name}: its keys are not those of the pool's shard {index}: label the pool again"
+            )
+        return expand_probabilities(rows, len(label_set.classes))
+
+    return PseudoLabeledImages(source, read_targets, repeats)
 
 
 def _shrink_dtype(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.integer]:
     """The counts in as few bytes per row as they need: one, unless images are repeated more than 255 times."""
     return counts.astype(np.min_scalar_type(int(counts.max(initial=0))))
-
-
-class _ShardTargets(Sequence[npt.NDArray[np.float32]]):
-    """Shard → float32 [rows, classes], a few shards in memory at a time."""
-
-    def __init__(self, label_store: Store, label_set: LabelSet, source: ImageSource) -> None:
-        self._label_store = label_store
-        self._label_set = label_set
-        self._source = source
-        self._read_cached = lru_cache(maxsize=2 * WINDOW_SHARDS)(self._read_shard)
-
-    def __len__(self) -> int:
-        return len(self._label_set.shards)
-
-    @overload
-    def __getitem__(self, index: int) -> npt.NDArray[np.float32]: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[npt.NDArray[np.float32]]: ...
-    def __getitem__(self, index: int | slice) -> npt.NDArray[np.float32] | Sequence[npt.NDArray[np.float32]]:
-        if isinstance(index, slice):
-            return [self._read_cached(shard) for shard in range(*index.indices(len(self)))]
-        return self._read_cached(index)
-
-    def _read_shard(self, index: int) -> npt.NDArray[np.float32]:
-        shard = self._label_set.shards[index]
-        rows = read_label_rows(self._label_store, shard)
-        if rows.keys != self._source.read_index(index).keys:
-            raise DataError(
-                f"{self._label_store.uri}/{shard.name}: its keys are not those of the pool's shard {index}: label the pool again"
-            )
-        return expand_probabilities(rows, len(self._label_set.classes))

@@ -9,7 +9,6 @@ each class; further passes count only inside those bins, in narrower ones, until
 Two passes suffice except for very many equal confidences.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ns.config.schema import SelectionConfig
+from ns.core.digest import hash_text
 from ns.labeling.label_set import LabelRows, LabelSet, ShardScores, iter_shard_scores
 from ns.labeling.thresholds import Thresholds
 from ns.storage import Store
@@ -100,11 +100,7 @@ class Selection(HashedDocument):
 def hash_keys(keys: Sequence[str], seed: int) -> npt.NDArray[np.uint64]:
     """uint64 [N]: breaks ties between equal confidences, differently for each seed."""
     salt = seed.to_bytes(8, "little")
-    return np.fromiter(
-        (int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8, key=salt).digest()) for key in keys),
-        np.uint64,
-        len(keys),
-    )
+    return np.fromiter((hash_text(key, size=8, key=salt) for key in keys), np.uint64, len(keys))
 
 
 def select_pseudo_labels(

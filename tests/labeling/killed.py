@@ -95,12 +95,11 @@ def main() -> None:
 
 def check(registry: LabelRegistry, place: Path, wanted: str, *, known: set[str]) -> set[str]:
     """The versions that are not known yet; no data of them is missing."""
-    tags = {version.tag for version in registry.list_versions()} - known
-    for tag in tags:
-        shown = registry.find_version(tag)
-        assert find_missing_keys(str(place / "remote"), shown) == [], tag
-        assert shown.label_set == wanted
-    return tags
+    versions = [summary.version for summary in registry.list_versions() if str(summary.version.tag) not in known]
+    for version in versions:
+        assert find_missing_keys(str(place / "remote"), version) == [], version.tag
+        assert version.label_set == wanted
+    return {str(version.tag) for version in versions}
 
 
 def work(place: Path, number: int, part: int, registry: LabelRegistry) -> None:

@@ -15,7 +15,7 @@ from ns.config.schema import SelectionConfig
 from ns.core.errors import DataError
 from ns.labeling.diff import DiffSide, LabelDiff, compare_label_sets
 from ns.labeling.selection import hash_keys, make_selection
-from ns.reporting.labels import render_diff_markdown
+from ns.reporting.label_set_pages import render_diff_markdown
 
 CLASSES = ("cat", "dog", "ox|<b>*")
 SURE = st.one_of(st.none(), st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.7, 0.9, 1.0]), st.floats(0, 1, width=32))

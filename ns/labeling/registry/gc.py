@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from ns.core.errors import DataError, RunError
-from ns.labeling.registry.git import RegistryClone
+from ns.labeling.registry.git import CURRENT_PREFIX, RegistryClone
 from ns.labeling.registry.model import LabelVersion, VersionTag
-from ns.labeling.registry.registry import LabelRegistry, find_current_tags
+from ns.labeling.registry.registry import LabelRegistry
 from ns.labeling.registry.storage import LABELS_DIR, find_missing_keys, list_objects, version_object_keys
 from ns.storage import open_store
 
@@ -33,11 +33,11 @@ def collect_garbage(registry: LabelRegistry, drop: Iterable[VersionTag] = (), *,
     """
     dropped = tuple(VersionTag.from_parts(*tag) for tag in drop)
     dropped_refs = {tag.ref for tag in dropped}
-    with registry.open_clone("refs/tags/*", "refs/heads/current/*") as clone:
-        in_use = find_current_tags(clone)
+    with registry.open_clone("refs/tags/*", f"{CURRENT_PREFIX}*") as clone:
+        in_use = clone.find_current_tags()
         for tag in dropped:
             registry.require_ref(clone, str(tag), tag.ref)
-            if str(tag) in in_use:
+            if tag in in_use:
                 raise RunError(f"{tag}: is in use (current/{tag.project}); promote another version before dropping it")
         objects = list_objects(clone.remote)
         keys = sorted(objects.keys() - _find_used_keys(clone, clone.refs.keys() - dropped_refs, objects))

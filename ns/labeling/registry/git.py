@@ -11,12 +11,13 @@ from typing import NamedTuple
 
 from ns.core.errors import DataError, RunError, StoreError
 from ns.core.git import GitCommands, redact_credentials
-from ns.labeling.registry.model import LabelVersion
+from ns.labeling.registry.model import LabelVersion, VersionTag
 from ns.labeling.registry.storage import LABELS_DIR
 from ns.storage.endpoint import S3Endpoint
 from ns.storage.scratch import make_scratch_dir
 
 MAIN_REF = "refs/heads/main"
+CURRENT_PREFIX = "refs/heads/current/"
 DVC_SECONDS = 12 * 3600
 """A limit for dvc, which moves the data."""
 
@@ -94,14 +95,9 @@ class RegistryClone(NamedTuple):
             raise DataError(f"{name}: has no {LabelVersion.filename}; it was not made by `ns labels commit`") from error
         return LabelVersion.parse(text.encode(), f"{name}:{LabelVersion.filename}")
 
-    def describe_refs(self, prefix: str) -> Iterator[tuple[str, str, str]]:
-        """Name, date and message of each ref below a prefix."""
-        text = self.commands.run_git(
-            "for-each-ref", "--format=%(refname)%00%(creatordate:iso-strict)%00%(contents)%00%00", prefix
-        )
-        for record in text.split("\0\0\n")[:-1]:
-            name, date, message = record.split("\0", 2)
-            yield name, date, message
+    def find_current_tags(self) -> set[VersionTag]:
+        """The versions in use, in a clone with `current/*`."""
+        return {self.read_version(ref).tag for ref in self.refs if ref.startswith(CURRENT_PREFIX)}
 
 
 class RegistryRepository:

@@ -1,14 +1,14 @@
-"""What a label registry holds: the names of versions, their documents, and their messages in git."""
+"""What a label registry holds: the names of versions, and their documents."""
 
 import re
-from typing import Any, ClassVar, Literal, NamedTuple, Self
-
-from pydantic import BaseModel, ConfigDict
+from typing import ClassVar, Literal, NamedTuple, Self
 
 from ns.core.errors import DataError
 from ns.labeling.label_set import LabelSet
 from ns.labeling.selection import Selection
 from ns.storage.documents import JsonDocument
+
+VERSION_PATTERN = re.compile(r"labels/([^/]+)/([^/]+)/gen-([1-9][0-9]{0,5})")
 
 
 class VersionTag(NamedTuple):
@@ -38,7 +38,7 @@ class VersionTag(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Self:
         """Raises DataError for a text that is not the name of a version."""
-        match = re.fullmatch(r"labels/([^/]+)/([^/]+)/gen-([1-9][0-9]{0,5})", text)
+        match = VERSION_PATTERN.fullmatch(text)
         if match is None:
             raise DataError(f"{text!r}: not a version; must look like labels/PROJECT/RUN/gen-1 (`ns labels list` has them)")
         return cls.from_parts(match[1], match[2], int(match[3]))
@@ -51,6 +51,10 @@ def check_tag_part(what: str, name: str) -> None:
             f"{what} {name!r}: cannot be part of a tag; must be at most 100 letters, digits, dots, dashes and underscores, "
             "begin with a letter or digit, hold no '..', and not end in '.' or '.lock'"
         )
+
+
+def is_version_ref(ref: str) -> bool:
+    return VERSION_PATTERN.fullmatch(ref.removeprefix("refs/tags/")) is not None
 
 
 def resolve_version_ref(name: str) -> str:
@@ -123,66 +127,12 @@ class LabelVersion(JsonDocument):
             files=files,
         )
 
-    def format_tag_message(self) -> str:
-        trailers = {
-            "Project": self.project,
-            "Run": self.run,
-            "Generation": self.generation,
-            "Label-Set": self.label_set,
-            "Teacher": self.teacher,
-            "Rows": self.rows,
-            "Selection": self.selection,
-            "Kept": self.kept,
-            "Images": self.images,
-        }
-        return format_message(f"Label set of {self.run}, generation {self.generation}", trailers)
 
+class VersionSummary(NamedTuple):
+    """A version as `ns labels list` shows it."""
 
-class VersionSummary(BaseModel):
-    """A version as `ns labels list` shows it: what the message of its tag says."""
-
-    model_config = ConfigDict(frozen=True)
-
-    tag: str
-    project: str
-    run: str
-    generation: int
+    version: LabelVersion
     date: str
     """Time of the commit, ISO 8601."""
-    label_set: str
-    teacher: str
-    selection: str | None
-    """Digest of the selection; None if the version has none."""
-    rows: int
-    kept: int | None
     current: bool
     """Whether it is the version in use of its project."""
-
-    @classmethod
-    def from_message(cls, tag: VersionTag, date: str, trailers: dict[str, str], *, current: bool) -> Self:
-        return cls(
-            tag=str(tag),
-            **tag._asdict(),
-            date=date,
-            label_set=trailers["Label-Set"],
-            teacher=trailers["Teacher"],
-            selection=trailers.get("Selection"),
-            rows=int(trailers["Rows"]),
-            kept=int(trailers["Kept"]) if "Kept" in trailers else None,
-            current=current,
-        )
-
-
-def format_message(subject: str, trailers: dict[str, Any]) -> str:
-    """A message in git's form: subject, blank line, `Name: value` lines."""
-    lines = [f"{name}: {value}" for name, value in trailers.items() if value not in (None, "")]
-    return "\n".join([subject, "", *lines]) + "\n"
-
-
-def parse_trailers(message: str) -> dict[str, str]:
-    return dict(re.findall(r"^([A-Z][A-Za-z-]+): (.+)$", message, re.MULTILINE))
-
-
-def parse_current_tag(message: str) -> str | None:
-    """The tag that a commit of `current/PROJECT` names."""
-    return parse_trailers(message).get("Tag")

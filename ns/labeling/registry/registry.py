@@ -8,16 +8,8 @@ from filelock import FileLock
 
 from ns.core.errors import DataError, RunError, StoreError
 from ns.labeling.label_set import LabelSet
-from ns.labeling.registry.git import MAIN_REF, RegistryClone, RegistryRepository
-from ns.labeling.registry.model import (
-    LabelVersion,
-    VersionSummary,
-    VersionTag,
-    format_message,
-    parse_current_tag,
-    parse_trailers,
-    resolve_version_ref,
-)
+from ns.labeling.registry.git import CURRENT_PREFIX, MAIN_REF, RegistryClone, RegistryRepository
+from ns.labeling.registry.model import LabelVersion, VersionSummary, VersionTag, is_version_ref, resolve_version_ref
 from ns.labeling.registry.storage import (
     LABELS_DIR,
     UNFINISHED_DIR,
@@ -75,8 +67,7 @@ class LabelRegistry(RegistryRepository):
                     document.save(clone_store)
             commands.run_git("add", "--all")
             commands.run_git("commit", "--quiet", f"--message={tag}")
-            message = version.format_tag_message()
-            commands.run_git("tag", "--annotate", "--cleanup=verbatim", "--file=-", str(tag), data=message)
+            commands.run_git("tag", "--annotate", f"--message=Label set of {tag.run}, generation {tag.generation}", str(tag))
             try:
                 commands.run_git("push", "--quiet", "origin", tag.ref)
             except StoreError:
@@ -90,20 +81,15 @@ class LabelRegistry(RegistryRepository):
 
     def list_versions(self) -> list[VersionSummary]:
         """All versions, by project, the latest last."""
-        with self.open_clone("refs/tags/labels/*", "refs/heads/current/*") as clone:
-            current = find_current_tags(clone)
-            summaries = []
-            for ref, date, message in clone.describe_refs("refs/tags/labels"):
-                trailers = parse_trailers(message)
-                # Other tags are people's own.
-                if {"Label-Set", "Teacher", "Rows"} <= trailers.keys():
-                    tag = VersionTag.parse(ref.removeprefix("refs/tags/"))
-                    summaries.append(VersionSummary.from_message(tag, date, trailers, current=str(tag) in current))
-        # As times and not as text, since committers live in different time zones.
-        return sorted(
-            summaries,
-            key=lambda summary: (summary.project, datetime.fromisoformat(summary.date), summary.run, summary.generation),
-        )
+        with self.open_clone("refs/tags/labels/*", f"{CURRENT_PREFIX}*") as clone:
+            current = clone.find_current_tags()
+            lines = clone.commands.run_git("for-each-ref", "--format=%(refname) %(creatordate:iso-strict)", "refs/tags/labels")
+            # Tags that commit_version did not make are people's own.
+            dates = {ref: date for ref, _, date in (line.partition(" ") for line in lines.splitlines()) if is_version_ref(ref)}
+            versions = [(clone.read_version(ref), date) for ref, date in dates.items()]
+        # By times and not by text, since committers live in different time zones.
+        versions.sort(key=lambda pair: (pair[0].project, datetime.fromisoformat(pair[1]), pair[0].tag))
+        return [VersionSummary(version, date, version.tag in current) for version, date in versions]
 
     def find_version(self, name: str) -> LabelVersion:
         """The version of a tag, or the one in use (`current/PROJECT`). Raises RunError if there is none."""
@@ -130,14 +116,16 @@ class LabelRegistry(RegistryRepository):
                     shutil.rmtree(unfinished, ignore_errors=True)
         return version
 
-    def set_current(self, tag: VersionTag, reason: str, *, is_rollback: bool = False) -> str | None:
-        """Makes a version the one in use of its project: moves the branch `current/PROJECT`. Returns the tag before.
+    def set_current(self, tag: VersionTag, reason: str, *, is_rollback: bool = False) -> VersionTag | None:
+        """Makes a version the one in use of its project: moves the branch `current/PROJECT`.
+
+        Returns the tag in use before, None if there was none.
 
         Raises RunError if there is no such version, if another process moved the branch at the same time, or if a rollback
         finds no version in use.
         """
         VersionTag.from_parts(*tag)
-        branch = f"refs/heads/current/{tag.project}"
+        branch = f"{CURRENT_PREFIX}{tag.project}"
         with self.open_clone(tag.ref, branch) as clone:
             self.require_ref(clone, str(tag), tag.ref)
             clone.read_version(tag.ref)
@@ -145,18 +133,12 @@ class LabelRegistry(RegistryRepository):
             old = clone.refs.get(branch)
             if is_rollback and old is None:
                 raise RunError(f"current/{tag.project}: no version is in use yet; choose one with `ns labels promote {tag}`")
-            previous = parse_current_tag(commands.run_git("log", "-1", "--format=%B", old)) if old else None
-            if previous == str(tag):
+            previous = clone.read_version(branch).tag if old else None
+            if previous == tag:
                 return previous
-            trailers = {"Tag": str(tag), "Before": previous, "Why": " ".join(reason.split())}
-            subject = f"{'Go back to' if is_rollback else 'Use'} {tag}"
-            commit = commands.run_git(
-                "commit-tree",
-                f"{tag.ref}^{{tree}}",
-                "-p",
-                old or f"{tag.ref}^{{commit}}",
-                data=format_message(subject, trailers),
-            ).strip()
+            message = f"{'Go back to' if is_rollback else 'Use'} {tag}\n\n{' '.join(reason.split())}\n"
+            parent = old or f"{tag.ref}^{{commit}}"
+            commit = commands.run_git("commit-tree", f"{tag.ref}^{{tree}}", "-p", parent, data=message).strip()
             lease = f"--force-with-lease={branch}:{old or ''}"
             try:
                 commands.run_git("push", "--quiet", lease, "origin", f"{commit}:{branch}")
@@ -180,14 +162,9 @@ class LabelRegistry(RegistryRepository):
             if old != new:
                 raise RunError(
                     f"{tag}: holds {what} {(old or 'none')[:16]} already, not {new[:16]}; versions never change: commit under "
-                    f"another run's name (--run), or delete this one with `ns labels gc --drop {tag} --yes`"
+                    f"another name (--tag), or delete this one with `ns labels gc --drop {tag} --yes`"
                 )
         return existing
-
-
-def find_current_tags(clone: RegistryClone) -> set[str | None]:
-    """The tags that are in use, of a clone with `current/*`."""
-    return {parse_current_tag(message) for _, _, message in clone.describe_refs("refs/remotes/origin/current")}
 
 
 def _push_data(clone: RegistryClone, version: LabelVersion) -> None:
