@@ -26,26 +26,24 @@ app = typer.Typer(help="Import, check and show datasets.", no_args_is_help=True)
 def import_data(
     source: Annotated[
         str,
-        typer.Argument(
-            metavar="SOURCE", help="Class folders, a folder of images, a table, tars or an archive: a path or an S3 URI."
-        ),
+        typer.Argument(metavar="SOURCE", help="Class folders, a folder of images, a table, tars or an archive."),
     ],
     destination: Annotated[str, typer.Argument(metavar="DEST", help="URI of the new dataset: a folder or s3://bucket/prefix.")],
     role: Annotated[Literal["labeled", "unlabeled", "evaluation"], typer.Option(help="What the images are for.")] = "unlabeled",
-    name: Annotated[str | None, typer.Option(help="Name of the dataset. The source's name if not given.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the dataset; default: the source's.")] = None,
     split: Annotated[str | None, typer.Option(help="Import only the rows of a table that have this split.")] = None,
     classes: Annotated[
-        Path | None, typer.Option(help="A text file with one class name per line, or a dataset.json with the classes to use.")
+        Path | None, typer.Option(help="File with one class name per line, or a dataset.json with the classes.")
     ] = None,
     max_side: Annotated[
-        int | None, typer.Option(min=8, help="Shrink larger images to this longest side in px. No limit if not given.")
+        int | None, typer.Option(min=8, help="Shrink larger images to this longest side, px; default: no limit.")
     ] = None,
     max_rejected_share: Annotated[
-        float, typer.Option(min=0, max=1, help="Fail if more than this share of the images is unreadable.")
+        float, typer.Option(min=0, max=1, help="Fail if a larger share of the images is unreadable.")
     ] = 0.1,
     shard_samples: Annotated[int, typer.Option(min=1, max=100_000, help="Maximum number of images per shard.")] = 10_000,
     shard_mib: Annotated[int, typer.Option(min=1, max=4096, help="Maximum size of a shard in MiB.")] = 256,
-    workers: Annotated[int | None, typer.Option(min=1, help="Number of processes. One per core if not given.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Number of processes; default: one per core.")] = None,
 ) -> None:
     """Make a dataset from a collection of images. Unreadable images are counted, listed and left out.
 
@@ -81,15 +79,14 @@ def import_data(
 def check_data(
     datasets: Annotated[list[str], typer.Argument(metavar="DATASET", help="URIs of datasets of any role.")],
     out: Annotated[
-        str, typer.Option(metavar="URI", help="Folder for the lists, and for fingerprints that a later check reuses.")
+        str, typer.Option(metavar="URI", help="Folder of the lists, and of fingerprints for later checks.")
     ] = "check",
     model: Annotated[
-        str | None,
-        typer.Option(metavar="URI", help="A model that confirms near duplicates and finds class names that may be wrong."),
+        str | None, typer.Option(metavar="URI", help="Model that confirms near duplicates and doubts class names.")
     ] = None,
     bits: Annotated[int, typer.Option(min=0, max=8, help="Bits of 64 in which the hashes of near duplicates may differ.")] = 4,
     allow_overlap: Annotated[
-        bool, typer.Option("--allow-overlap", help="Succeed even if labeled images are also in an evaluation set.")
+        bool, typer.Option("--allow-overlap", help="Accept labeled images that are also in an evaluation set.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:

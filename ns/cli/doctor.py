@@ -44,28 +44,21 @@ def check_store(
 
 @app.command("cluster")
 def check_cluster(
-    context: Annotated[str | None, typer.Option(help="Context of the kubeconfig. The current one if not given.")] = None,
+    context: Annotated[str | None, typer.Option(help="Context of the kubeconfig; default: the current one.")] = None,
     namespace: Annotated[
-        str | None,
-        typer.Option("--namespace", "-n", help="Namespace of the runs' pods. Kubeflow Pipelines' own if not given."),
+        str | None, typer.Option("--namespace", "-n", help="Namespace of the runs' pods; default: Kubeflow's.")
     ] = None,
     need: Annotated[
         list[NeededPart] | None, typer.Option(help="A part that must be installed besides kfp. Repeatable.")
     ] = None,
     store: Annotated[
-        str | None, typer.Option(metavar="URI", help="Try this store too, with the AWS_… variables of this shell.")
+        str | None, typer.Option(metavar="URI", help="Try this store too, with this shell's AWS_… variables.")
     ] = None,
     registry: Annotated[
-        str | None,
-        typer.Option(
-            metavar="GIT",
-            envvar="NS_LABEL_REGISTRY",
-            help="Try to push to this label registry and to write its data too.",
-        ),
+        str | None, typer.Option(metavar="GIT", envvar="NS_LABEL_REGISTRY", help="Try this label registry too.")
     ] = None,
     remote: Annotated[
-        str | None,
-        typer.Option(metavar="URI", envvar="NS_LABEL_REMOTE", help="Where the registry's data go while it is still empty."),
+        str | None, typer.Option(metavar="URI", envvar="NS_LABEL_REMOTE", help="Store of its data, while it is empty.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -79,9 +72,7 @@ def check_cluster(
     from k8s.kubectl import Kubectl
     from ns.storage.probe import probe_store
 
-    diagnostics = examine_cluster(
-        Kubectl(context), Requirements(namespace, frozenset({"kfp", *(part.value for part in need or ())}))
-    )
+    diagnostics = examine_cluster(Kubectl(context), Requirements(namespace, frozenset({"kfp", *(need or ())})))
     if store:
         diagnostics += _try_check("store", lambda: _prefix_names("store-", probe_store(store)))
     if registry:

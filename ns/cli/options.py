@@ -19,16 +19,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard out
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the preset quickstart.")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, the beginning of its name, or 'latest'.")]
 
-Kfp = Annotated[
-    str | None,
-    typer.Option("--kfp", metavar="URL", help="UI or API of Kubeflow Pipelines. The variable NS_KFP_URL if not given."),
-]
+Kfp = Annotated[str | None, typer.Option("--kfp", metavar="URL", help="UI or API of Kubeflow Pipelines; default: NS_KFP_URL.")]
 Inputs = Annotated[
     list[str] | None,
     typer.Option(
-        "--input",
-        metavar="NAME=VALUE|@FILE",
-        help="An input of the pipeline on Kubeflow, or a file with a JSON object of several. Repeatable.",
+        "--input", metavar="NAME=VALUE|@FILE", help="Input of the pipeline on Kubeflow, or a JSON file of several. Repeatable."
     ),
 ]
 

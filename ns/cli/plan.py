@@ -18,24 +18,16 @@ if TYPE_CHECKING:
 def plan(
     config: ConfigArgument,
     overrides: Overrides = None,
-    labeled: Annotated[
-        int | None, typer.Option(min=1, help="Number of labeled images, instead of counting data.labeled.")
-    ] = None,
-    pool: Annotated[
-        int | None, typer.Option(min=1, help="Number of images in the pool, instead of counting data.pool.")
-    ] = None,
-    heldout: Annotated[
-        int | None, typer.Option(min=1, help="Number of held-out images, instead of counting data.heldout.")
-    ] = None,
-    test: Annotated[int | None, typer.Option(min=1, help="Number of test images, instead of counting data.test.")] = None,
+    labeled: Annotated[int | None, typer.Option(min=1, help="Labeled images; default: those of data.labeled.")] = None,
+    pool: Annotated[int | None, typer.Option(min=1, help="Images in the pool; default: those of data.pool.")] = None,
+    heldout: Annotated[int | None, typer.Option(min=1, help="Held-out images; default: those of data.heldout.")] = None,
+    test: Annotated[int | None, typer.Option(min=1, help="Test images; default: those of data.test.")] = None,
     classes: Annotated[int, typer.Option(min=2, help="Number of classes, for use with --labeled.")] = 1000,
-    image_kb: Annotated[
-        float | None, typer.Option(min=0, help="Mean size of an image in kB, instead of the files' mean.")
-    ] = None,
+    image_kb: Annotated[float | None, typer.Option(min=0, help="Mean size of an image, kB; default: the files' mean.")] = None,
     devices: Annotated[int, typer.Option(min=1, help="Number of devices that train together, each like this machine's.")] = 1,
     speed: Annotated[
         float | None,
-        typer.Option(min=0.001, metavar="TMACS", help="Speed of another device, 10¹² multiply-adds per second, unmeasured."),
+        typer.Option(min=0.001, metavar="TMACS", help="Speed of a device, 10¹² multiply-adds per second; default: measured."),
     ] = None,
     seconds: Annotated[float, typer.Option(min=1, help="Seconds to measure for.")] = 30,
     price: Annotated[float | None, typer.Option(min=0, help="Price per device-hour, in any currency.")] = None,

@@ -26,17 +26,12 @@ app = typer.Typer(
 def promote_run(
     name: RunArgument = "latest",
     root: Root = "runs",
-    to: Annotated[Path, typer.Option(metavar="FILE", help="The pointer: the YAML file that names the model in use.")] = Path(
-        "models/production.yaml"
-    ),
+    to: Annotated[Path, typer.Option(metavar="FILE", help="The pointer: a YAML file.")] = Path("models/production.yaml"),
     branch: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="Commit the pointer on this branch, reset to HEAD. Touches no file and pushes nothing."
-        ),
+        str | None, typer.Option(metavar="NAME", help="Commit it on this branch, reset to HEAD; touch no file, push nothing.")
     ] = None,
     body: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the evidence here, as Markdown for a pull request.")
+        Path | None, typer.Option(metavar="FILE", help="Write the evidence as Markdown, for a pull request.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check, and print what would change.")] = False,
     as_json: AsJson = False,

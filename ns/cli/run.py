@@ -4,9 +4,8 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable
-from enum import StrEnum
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -22,42 +21,28 @@ if TYPE_CHECKING:
     from ns.storage import Store
 
 
-class Runner(StrEnum):
-    local = "local"
-    docker = "docker"
-    kfp = "kfp"
+Runner = Literal["local", "docker", "kfp"]
 
 
 def run(
     config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="A YAML file, or the preset quickstart.")] = None,
     overrides: Overrides = None,
     root: Root = "runs",
-    name: Annotated[
-        str | None, typer.Option("--run", help="Name of the run. Derived from the experiment if not given.")
-    ] = None,
+    name: Annotated[str | None, typer.Option("--run", help="Name of the run; default: derived from the experiment.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the latest run that is not finished.")] = False,
-    runner: Annotated[
-        Runner, typer.Option(help="Where stages run: in processes here, in Docker or Podman containers here, or on Kubeflow.")
-    ] = Runner.local,
+    runner: Annotated[Runner, typer.Option(help="Run stages as processes, in Docker or Podman, or on Kubeflow.")] = "local",
     image: Annotated[
-        str | None,
-        typer.Option(
-            help="Image of the stages. If not given, the last one of `make images`, or on Kubeflow that of the pipeline."
-        ),
+        str | None, typer.Option(help="Image of the stages; default: the last of `make images`, on Kubeflow the pipeline's.")
     ] = None,
-    memory: Annotated[
-        str | None, typer.Option(metavar="4g", help="Memory limit of each container. No limit if not given.")
-    ] = None,
-    gpus: Annotated[
-        int, typer.Option(min=-1, help="GPUs of each container, -1 for all; on Kubeflow those of each stage that uses GPUs.")
-    ] = 0,
+    memory: Annotated[str | None, typer.Option(metavar="4g", help="Memory limit of each container; default: none.")] = None,
+    gpus: Annotated[int, typer.Option(min=-1, help="GPUs of each container, -1 for all; on Kubeflow of each GPU stage.")] = 0,
     stage_timeout: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="Time limit of each container. The pipeline's if not given.")
+        float | None, typer.Option(metavar="SECONDS", help="Time limit of each container; default: the pipeline's.")
     ] = None,
     kfp: Kfp = None,
     inputs: Inputs = None,
     follow: Annotated[
-        bool | None, typer.Option("--follow/--no-follow", help="On Kubeflow: watch until the run ends (the default).")
+        bool | None, typer.Option("--follow/--no-follow", help="On Kubeflow: watch the run until it ends; default: yes.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -67,13 +52,13 @@ def run(
     [cyan]ns run my.yaml --runner kfp --root s3://bucket/runs --input train_gpus=1[/]
     """
     runner_options: list[tuple[str, Any, tuple[Runner, ...]]] = [
-        ("--image", image, (Runner.docker, Runner.kfp)),
-        ("--memory", memory, (Runner.docker,)),
-        ("--gpus", gpus or None, (Runner.docker, Runner.kfp)),
-        ("--stage-timeout", stage_timeout, (Runner.docker,)),
-        ("--kfp", kfp, (Runner.kfp,)),
-        ("--input", inputs, (Runner.kfp,)),
-        ("--follow/--no-follow", follow, (Runner.kfp,)),
+        ("--image", image, ("docker", "kfp")),
+        ("--memory", memory, ("docker",)),
+        ("--gpus", gpus or None, ("docker", "kfp")),
+        ("--stage-timeout", stage_timeout, ("docker",)),
+        ("--kfp", kfp, ("kfp",)),
+        ("--input", inputs, ("kfp",)),
+        ("--follow/--no-follow", follow, ("kfp",)),
     ]
     for option, value, runners in runner_options:
         if value is not None and runner not in runners:
@@ -95,14 +80,14 @@ def run(
         name = name or derive_run_name(experiment)
     # Taken now: while KFP runs, sys.stderr is its log.
     console = Console(file=sys.stderr)
-    if runner is Runner.kfp:
+    if runner == "kfp":
         _run_on_kubeflow(
             store, name, experiment, console, kfp, follow, {"image": image, "gpus": gpus, "inputs": inputs or ()}, as_json
         )
         return
     with lock_run(store, name):
         open_run(store, name, experiment, __version__)
-        if runner is Runner.docker:
+        if runner == "docker":
             from pipelines.runners import docker
 
             container = docker.ContainerOptions(image, memory, gpus=gpus, stage_seconds=stage_timeout)

@@ -14,17 +14,10 @@ if TYPE_CHECKING:
     from pipelines.trigger import TriggerDecision
 
 Root = Annotated[str, typer.Option("--root", metavar="s3://…", help="Store of the runs, models, label sets and datasets.")]
-Image = Annotated[
-    str | None, typer.Option(help="Image of the stages, preferably by its digest. Another image is a reason for a run.")
-]
+Image = Annotated[str | None, typer.Option(help="Image of the stages, best by digest. A new one is a reason for a run.")]
 Gpus = Annotated[int, typer.Option(min=0, help="GPUs of each labeling task and each training.")]
 MinChange = Annotated[
-    float,
-    typer.Option(
-        min=0,
-        max=1,
-        help="Share of the labeled images, or of the pool, that must be new if nothing else changed. 0: any change.",
-    ),
+    float, typer.Option(min=0, max=1, help="Share of new labeled images, or of the pool, that is a reason for a run; 0: any.")
 ]
 
 
@@ -38,7 +31,7 @@ def trigger(
     kfp: Kfp = None,
     min_change: MinChange = 0.0,
     again: Annotated[
-        bool, typer.Option("--again", help="Start a run even if one with the same data, settings and image has ended.")
+        bool, typer.Option("--again", help="Start a run even if one of the same data, settings and image has ended.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the decision and its reason; start nothing.")] = False,
     as_json: AsJson = False,
