@@ -31,7 +31,7 @@ FLAGS = (
 @pytest.fixture
 def browser(tmp_path):
     """Headless Chromium that logs its console and its requests."""
-    if not (shutil.question("chromium") and shutil.question("chromedriver")):
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
         pytest.skip("needs chromium and chromium-driver")
     from selenium import webdriver
 
@@ -39,8 +39,8 @@ def browser(tmp_path):
     for flag in [*FLAGS, f"--user-data-dir={tmp_path / 'chromium'}"]:
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    options.binary_location = shutil.question("chromium")
-    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.question("chromedriver")))
+    options.binary_location = shutil.which("chromium")
+    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     yield driver
     driver.quit()
 
@@ -97,7 +97,7 @@ def engine() -> None:
         started = subprocess.run([str(ENGINE), "up"], capture_output=True, text=True, timeout=600)
     if started.returncode:
         pytest.skip(f"the container engine did not start: {started.stderr.strip().splitlines()[-1:]}")
-    assert shutil.question("podman")
+    assert shutil.which("podman")
     for line in started.stdout.splitlines():
         if line.startswith("DOCKER_HOST="):
             os.environ.setdefault("DOCKER_HOST", line.partition("=")[2])
