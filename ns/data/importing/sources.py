@@ -15,7 +15,6 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 from urllib.parse import unquote, urlsplit
@@ -212,7 +211,7 @@ def _list_remote_folder(store: Store, role: DatasetRole) -> Iterator[SourceEntry
         if any(part.startswith(HIDDEN) for part in blob.key.split("/")):
             continue
         if blob.key.endswith(".tar"):
-            yield from _list_tar(f"{store.uri}/{blob.key}", role)
+            yield from _list_tars([f"{store.uri}/{blob.key}"], role)
         else:
             yield SourceEntry(blob.key, _extract_class_name(store.uri, blob.key, role), blob.size, blob.stamp)
 
@@ -317,17 +316,13 @@ def _expand_braces(source: str) -> list[str]:
 
 
 def _list_tars(uris: Iterable[str], role: DatasetRole) -> Iterator[SourceEntry]:
+    """The images of tar shards, with the class indices beside them."""
     for uri in uris:
-        yield from _list_tar(uri, role)
-
-
-def _list_tar(uri: str, role: DatasetRole) -> Iterator[SourceEntry]:
-    """The images of one tar shard, with the class indices beside them."""
-    parent_uri, name = split_uri(uri)
-    store = open_store(parent_uri)
-    path = store.path(name)
-    container = str(path) if _is_local(uri) else uri
-    yield from _pair_images(path, container, f"{PurePosixPath(name).stem}/", _read_stamp(store, name), role)
+        parent_uri, name = split_uri(uri)
+        store = open_store(parent_uri)
+        path = store.path(name)
+        container = str(path) if _is_local(uri) else uri
+        yield from _pair_images(path, container, f"{PurePosixPath(name).stem}/", _read_stamp(store, name), role)
 
 
 def _read_stamp(store: Store, name: str) -> str:
@@ -362,17 +357,17 @@ def _list_archive(source: str, role: DatasetRole, scratch_dir: Path) -> Iterator
     parent_uri, name = split_uri(source)
     store = open_store(parent_uri)
     tar = _unpack_tar(source, store.path(name), scratch_dir / UNPACKED_TAR)
-    if role != "unlabeled" and _has_class_files(tar):
+    if role != "unlabeled" and any(split_key(path)[1] == CLASS_EXTENSION for path, _, _ in iterate_members(tar)):
         yield from _pair_images(tar, str(tar), "", _read_stamp(store, name), role)
         return
     # The first of two passes finds the folders that all files share, which name no class.
-    common: tuple[str, ...] | None = None
+    common: str | None = None
     deepest = 0
     for path, _, _ in _list_files(tar):
-        folders = PurePosixPath(path).parts[:-1]
-        deepest = max(deepest, len(folders))
-        common = folders if common is None else tuple(_find_common_prefix(common, folders))
-    depth = len(common or ())
+        folder = PurePosixPath(path).parent
+        deepest = max(deepest, len(folder.parts))
+        common = str(folder) if common is None else os.path.commonpath([common, str(folder)])
+    depth = len(PurePosixPath(common or "").parts)
     if role != "unlabeled" and depth == deepest:
         # All files lie in one folder, which must then be a class.
         depth = max(0, depth - 1)
@@ -402,14 +397,6 @@ def _list_files(tar: Path) -> Iterator[tuple[str, int, int]]:
                 yield f"{name.removesuffix('.tar')}/{inner}", at, length
         else:
             yield name, offset, size
-
-
-def _find_common_prefix(first: tuple[str, ...], second: tuple[str, ...]) -> Iterator[str]:
-    return (a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
-
-
-def _has_class_files(path: Path) -> bool:
-    return any(split_key(name)[1] == CLASS_EXTENSION for name, _, _ in iterate_members(path))
 
 
 def _unpack_tar(source: str, packed: Path, target: Path) -> Path:

@@ -40,7 +40,7 @@ def write(folder, picture, count=50, label=True, kind="JPEG", size=16, shard_sam
 
 
 @pytest.fixture
-def made(tmp_path, picture):
+def labeled(tmp_path, picture):
     folder = LocalStore(tmp_path / "labeled")
     return folder, write(folder, picture)
 
@@ -51,8 +51,8 @@ def pool(tmp_path, picture):
     return folder, write(folder, picture, count=33, label=False, kind="PNG")
 
 
-def make_batches(made, pool=None, *, batch_size=10, **ranks):
-    folder, dataset = made
+def make_batches(labeled, pool=None, *, batch_size=10, **ranks):
+    folder, dataset = labeled
     pseudo = None
     if pool:
         rng = np.random.default_rng(0)
@@ -74,16 +74,16 @@ def equal(first, second):
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("start", [0, 1, 7])
-def test_batches_resume_at_any_step_with_any_workers(made, pool, workers, start):
-    expected = [arrays(make_batches(made, pool)[step]) for step in range(start, 12)]
-    found = iterate_batches(make_batches(made, pool), start=start, stop=12, workers=workers, pin_memory=False)
+def test_batches_resume_at_any_step_with_any_workers(labeled, pool, workers, start):
+    expected = [arrays(make_batches(labeled, pool)[step]) for step in range(start, 12)]
+    found = iterate_batches(make_batches(labeled, pool), start=start, stop=12, workers=workers, pin_memory=False)
     assert all(equal(a, arrays(b)) for a, b in zip(expected, found, strict=True))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_ranks_together_see_the_batch_of_one_process(made, pool, world):
-    whole = make_batches(made, pool)
-    parts = [make_batches(made, pool, rank=rank, world_size=world) for rank in range(world)]
+def test_ranks_together_see_the_batch_of_one_process(labeled, pool, world):
+    whole = make_batches(labeled, pool)
+    parts = [make_batches(labeled, pool, rank=rank, world_size=world) for rank in range(world)]
     for step in (0, 3, 20):
         images, labels, targets = arrays(whole[step])
         shares = [arrays(part[step]) for part in parts]
@@ -93,8 +93,8 @@ def test_ranks_together_see_the_batch_of_one_process(made, pool, world):
         assert np.array_equal(np.concatenate(together), images)
 
 
-def test_ranks_together_see_each_image_once_per_epoch(made):
-    parts = [make_batches(made, rank=rank, world_size=3) for rank in range(3)]
+def test_ranks_together_see_each_image_once_per_epoch(labeled):
+    parts = [make_batches(labeled, rank=rank, world_size=3) for rank in range(3)]
     seen = [place for step in range(5) for part in parts for place in part._streams[0].locate_images(step)]
     assert len(seen) == len(set(seen)) == 50
 
@@ -131,17 +131,19 @@ def test_scaled_decoding_looks_the_same():
 @pytest.mark.parametrize("crop", ["resized", "pad"])
 def test_batch_holds_all_image_formats(tmp_path, picture, kind, crop):
     folder = LocalStore(tmp_path / kind)
-    made = folder, write(folder, picture, kind=kind, size=20)
+    labeled = folder, write(folder, picture, kind=kind, size=20)
     transform = TrainTransform(NoiseConfig(), 16, crop)
-    made = TrainingBatches(LabeledImages(*made), None, transform, batch_size=8, pseudo_batch_size=0, num_classes=3, seed=0)
-    assert made[3].images.shape == (8, 16, 16, 3)
+    labeled = TrainingBatches(
+        LabeledImages(*labeled), None, transform, batch_size=8, pseudo_batch_size=0, num_classes=3, seed=0
+    )
+    assert labeled[3].images.shape == (8, 16, 16, 3)
 
 
 # The index beside a shard
 
 
-def test_index_file_equals_index_made_from_tar(made, pool):
-    for folder, dataset in (made, pool):
+def test_index_file_equals_index_made_from_tar(labeled, pool):
+    for folder, dataset in (labeled, pool):
         for shard in dataset.shards:
             kept = ShardIndex.load(folder, shard)
             folder.delete(build_index_key(shard))
@@ -150,15 +152,15 @@ def test_index_file_equals_index_made_from_tar(made, pool):
             assert len(kept) == shard.samples
 
 
-def test_index_of_another_tar_is_ignored(made):
-    folder, dataset = made
+def test_index_of_another_tar_is_ignored(labeled):
+    folder, dataset = labeled
     first, second = dataset.shards[:2]
     folder.put(build_index_key(first), folder.get(build_index_key(second)))
     assert ShardIndex.load(folder, first).keys == [f"{number:03d}" for number in range(7)]
 
 
-def test_damaged_index_error_names_cure(made):
-    folder, dataset = made
+def test_damaged_index_error_names_cure(labeled):
+    folder, dataset = labeled
     folder.put(build_index_key(dataset.shards[0]), b"garbage")
     with pytest.raises(
         DataError, match=r"shard-00000\.index\.parquet: damaged: .*; delete it, and it will be made from the tar"
@@ -169,8 +171,8 @@ def test_damaged_index_error_names_cure(made):
 # Damage
 
 
-def test_reader_refuses_changed_shard(made):
-    folder, dataset = made
+def test_reader_refuses_changed_shard(labeled):
+    folder, dataset = labeled
     data = bytearray(folder.get("shard-00002.tar"))
     data[700] ^= 1
     folder.put("shard-00002.tar", bytes(data))
@@ -185,9 +187,9 @@ def test_reader_refuses_changed_shard(made):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_missing_shard_error_names_shard(made, workers):
-    folder, _ = made
-    stream = make_batches(made)
+def test_missing_shard_error_names_shard(labeled, workers):
+    folder, _ = labeled
+    stream = make_batches(labeled)
     folder.delete("shard-00003.tar")
     with pytest.raises((DataError, StoreError), match=r"shard-00003\.tar"):
         list(iterate_batches(stream, start=0, stop=20, workers=workers, pin_memory=False))
@@ -199,7 +201,7 @@ def test_batch_error_names_shard_and_key(tmp_path, picture):
         writer.add_image("good", "jpg", picture(0, "JPEG"), 0)
         writer.add_image("bad", "jpg", picture(1, "JPEG")[:200], 1)
     dataset = Dataset(name="n", role="labeled", classes=CLASSES, shards=writer.shards)
-    made = TrainingBatches(
+    labeled = TrainingBatches(
         LabeledImages(folder, dataset),
         None,
         TrainTransform(NOISE, 16, "pad"),
@@ -209,7 +211,7 @@ def test_batch_error_names_shard_and_key(tmp_path, picture):
         seed=0,
     )
     with pytest.raises(DataError, match=r"shard-00000\.tar: bad: truncated; import the data again"):
-        made[0]
+        labeled[0]
 
 
 # From S3
@@ -222,28 +224,28 @@ def remote(moto, tmp_path, picture):  # noqa: F811
 
 
 @pytest.mark.usefixtures("environment")
-def test_batches_from_s3_equal_batches_from_folder(made, remote):
+def test_batches_from_s3_equal_batches_from_folder(labeled, remote):
     for step in range(8):
-        assert equal(arrays(make_batches(made)[step]), arrays(make_batches(remote)[step]))
+        assert equal(arrays(make_batches(labeled)[step]), arrays(make_batches(remote)[step]))
 
 
 @pytest.mark.usefixtures("environment")
 def test_workers_fetch_each_shard_once(proxied, picture):  # noqa: F811
     store, proxy = proxied
-    made = store, write(store, picture)
-    expected = [arrays(make_batches(made)[step]) for step in range(10)]
+    labeled = store, write(store, picture)
+    expected = [arrays(make_batches(labeled)[step]) for step in range(10)]
     proxy.requests.clear()
     store.service.cache.root.rename(store.service.cache.root.with_name("old"))
-    found = [arrays(batch) for batch in iterate_batches(make_batches(made), start=0, stop=10, workers=2, pin_memory=False)]
+    found = [arrays(batch) for batch in iterate_batches(make_batches(labeled), start=0, stop=10, workers=2, pin_memory=False)]
     assert all(equal(a, b) for a, b in zip(expected, found, strict=True))
-    assert proxy.count(r"GET .*\.tar") == len(made[1].shards)
+    assert proxy.count(r"GET .*\.tar") == len(labeled[1].shards)
 
 
 @pytest.mark.usefixtures("environment")
 def test_batches_are_unchanged_by_s3_errors(proxied, picture):  # noqa: F811
     store, proxy = proxied
-    made = store, write(store, picture)
-    expected = [arrays(make_batches(made)[step]) for step in range(10)]
+    labeled = store, write(store, picture)
+    expected = [arrays(make_batches(labeled)[step]) for step in range(10)]
     store.service.cache.root.rename(store.service.cache.root.with_name("old"))
     proxy.faults = [
         Fault(r"GET .*shard-00001\.tar", 2, 503),
@@ -251,7 +253,7 @@ def test_batches_are_unchanged_by_s3_errors(proxied, picture):  # noqa: F811
         Fault(r"GET .*shard-00003\.tar", 1, flip=True),
         Fault(r"GET .*shard-00004\.tar", 1, reset="before"),
     ]
-    found = [arrays(make_batches(made)[step]) for step in range(10)]
+    found = [arrays(make_batches(labeled)[step]) for step in range(10)]
     assert all(equal(a, b) for a, b in zip(expected, found, strict=True))
     assert not any(fault.times for fault in proxy.faults)
 
@@ -273,8 +275,8 @@ def test_batches_are_unchanged_by_server_restarts(swift, tmp_path, picture):  # 
     from ns.storage.s3 import S3Service, S3Store
 
     near = store_at(swift.url, tmp_path / "cache")
-    made = near, write(near, picture, count=200, shard_samples=10)
-    expected = [arrays(make_batches(made)[step]) for step in range(30)]
+    labeled = near, write(near, picture, count=200, shard_samples=10)
+    expected = [arrays(make_batches(labeled)[step]) for step in range(30)]
     near.service.cache.root.rename(tmp_path / "old")
     patience = RetryPolicy(seconds=60, first_contact_seconds=10, cap_seconds=0.5)
     patient = S3Store(near.uri, S3Service(near.service.endpoint, retry_policy=patience, cache=near.service.cache))
@@ -289,15 +291,15 @@ def test_batches_are_unchanged_by_server_restarts(swift, tmp_path, picture):  # 
     thread = threading.Thread(target=trouble)
     thread.start()
     try:
-        found = [arrays(make_batches((patient, made[1]))[step]) for step in range(30)]
+        found = [arrays(make_batches((patient, labeled[1]))[step]) for step in range(30)]
     finally:
         thread.join()
     assert all(equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
 @pytest.mark.parametrize("run", [1, 2, 64])
-def test_read_encoded_equals_reading_single_rows(made, monkeypatch, run):
-    folder, dataset = made
+def test_read_encoded_equals_reading_single_rows(labeled, monkeypatch, run):
+    folder, dataset = labeled
     source = ImageSource(folder, dataset)
     alone = [source.read_image(1, row).data for row in range(7)]
     monkeypatch.setattr(shard_reader, "READ_ROWS", run)
