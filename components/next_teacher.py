@@ -9,4 +9,4 @@ def next_teacher(config_uri: str, root: str, run: str, data: str, generation: in
     from ns.stages import gate
     from ns.stages.context import RunRef
 
-    return gate.next_teacher(RunRef(config_uri, root, run), data=data, generation=generation, first_teacher=first_teacher)
+    return gate.resolve_teacher(RunRef(config_uri, root, run), data=data, generation=generation, first_teacher=first_teacher)

@@ -8,7 +8,7 @@ from ns.runs.lifecycle import derive_run_name, open_run
 from ns.runs.lookup import open_run_label_set
 from ns.stages.context import RunRef, TeacherSignal
 from ns.stages.evaluate import evaluate_generation
-from ns.stages.gate import gate_generation, next_teacher
+from ns.stages.gate import gate_generation, resolve_teacher
 from ns.stages.label import label_shard_range, plan_labels
 from ns.stages.prepare import prepare_data
 from ns.stages.select import commit_labels
@@ -64,7 +64,7 @@ def run_loop(ref: RunRef) -> None:
     first = train_generation(ref, data=data, generation=0)
     evaluate_generation(ref, data=data, generation=0, model=first)
     for generation in range(1, MAX_GENERATIONS + 1):
-        teacher = next_teacher(ref, data=data, generation=generation, first_teacher=first)
+        teacher = resolve_teacher(ref, data=data, generation=generation, first_teacher=first)
         if teacher == TeacherSignal.STOP:
             return
         run_generation(ref, data=data, generation=generation, teacher=teacher)

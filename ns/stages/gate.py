@@ -16,7 +16,7 @@ from ns.stages.keys import generation_inputs, read_labeled_classes
 from ns.stages.train import locate_first_teacher
 
 
-def next_teacher(ref: RunRef, *, data: str, generation: int, first_teacher: str) -> str:
+def resolve_teacher(ref: RunRef, *, data: str, generation: int, first_teacher: str) -> str:
     """Key of the teacher of a generation, or TeacherSignal.STOP if the generation does not take place.
 
     `first_teacher` is the model that the run began with, TRAIN if the run trained it itself, STOP if the run was over before it began.

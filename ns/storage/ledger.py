@@ -69,11 +69,6 @@ class Ledger:
         outputs = work()
         return self.record_entry(stage, inputs, outputs, time.monotonic() - started), False
 
-    def list_digests(self, stage: str) -> frozenset[str]:
-        """Digests of a stage's entries, whether their outputs still exist or not."""
-        prefix = self._entry_key(stage, "").removesuffix(".json")
-        return frozenset(key.removeprefix(prefix).removesuffix(".json") for key in self._root.list(prefix))
-
     @staticmethod
     def _entry_key(stage: str, entry_digest: str) -> str:
         return f"store/ledger/{stage}/{entry_digest}.json"

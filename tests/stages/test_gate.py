@@ -5,7 +5,7 @@ import pytest
 from ns.core.errors import StoreError, TrainingError
 from ns.runs.summary import summarize_run
 from ns.stages.evaluate import evaluate_heldout
-from ns.stages.gate import next_teacher
+from ns.stages.gate import resolve_teacher
 from ns.stages.prepare import prepare_data
 from ns.stages.train import train_generation
 from tests.loop import open_tiny_run, run_loop
@@ -17,7 +17,7 @@ def test_refused_student_ends_the_loop(finished_run):
     run_loop(ref)
     summary = summarize_run(store, ref.run)
     assert [generation.verdict for generation in summary.generations] == ["refused"]
-    assert "limit +0.990" in summary.generations[0].reason
+    assert "must be above +0.990" in summary.generations[0].reason
     assert summary.best_top1 == summary.teacher_top1
 
 
@@ -33,7 +33,7 @@ def test_next_teacher_refuses_a_first_teacher_at_chance(finished_run, monkeypatc
 
     monkeypatch.setattr("ns.stages.gate.evaluate_heldout", useless)
     with pytest.raises(TrainingError, match="no better than chance"):
-        next_teacher(ref, data=data, generation=1, first_teacher=first)
+        resolve_teacher(ref, data=data, generation=1, first_teacher=first)
 
 
 def test_missing_teacher_is_an_error(finished_run):
@@ -41,6 +41,6 @@ def test_missing_teacher_is_an_error(finished_run):
     data = prepare_data(ref)
     missing = pytest.raises(StoreError, match=r"store/models/gone/\S+: .*no such")
     with missing:
-        next_teacher(ref, data=data, generation=1, first_teacher="store/models/gone")
+        resolve_teacher(ref, data=data, generation=1, first_teacher="store/models/gone")
     with missing:
         train_generation(ref, data=data, generation=1, teacher="store/models/gone")

@@ -4,7 +4,7 @@ from ns.config.schema import RoleConfig, TrainConfig
 from ns.runs.records import list_stage_notes
 from ns.runs.summary import summarize_run
 from ns.stages.context import TeacherSignal
-from ns.stages.gate import next_teacher
+from ns.stages.gate import resolve_teacher
 from ns.stages.keys import role_inputs
 from ns.stages.prepare import prepare_data
 from ns.stages.train import train_generation
@@ -32,9 +32,9 @@ def test_longer_run_continues_a_shorter_one(finished_run):
     data = prepare_data(other)
     first = train_generation(other, data=data, generation=0)
     best = summarize_run(store, ref.run).best_model
-    assert next_teacher(other, data=data, generation=1, first_teacher=first) == first
-    assert next_teacher(other, data=data, generation=2, first_teacher=first) == best
-    assert next_teacher(other, data=data, generation=3, first_teacher=first) == TeacherSignal.STOP
+    assert resolve_teacher(other, data=data, generation=1, first_teacher=first) == first
+    assert resolve_teacher(other, data=data, generation=2, first_teacher=first) == best
+    assert resolve_teacher(other, data=data, generation=3, first_teacher=first) == TeacherSignal.STOP
 
 
 def test_role_inputs_hold_the_digest_of_initial_weights(tmp_path):

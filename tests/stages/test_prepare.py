@@ -70,11 +70,11 @@ def test_runs_that_import_the_same_at_once_all_have_it(tmp_path, places, monkeyp
     data = {**places, "max_rejected_share": 0.5}
     list_rejects, others = ingest._list_rejects, []
 
-    def overtaken(folder, tasks, parts, rejected):
+    def overtaken(job, rejected):
         if rejected and not others:
             others.append("under way")
             others.append(run(tmp_path, data)[0][0])
-        list_rejects(folder, tasks, parts, rejected)
+        list_rejects(job, rejected)
 
     monkeypatch.setattr(ingest, "_list_rejects", overtaken)
     (own, _), root = run(tmp_path, data)

@@ -8,7 +8,7 @@ from ns.runs.lifecycle import derive_run_name
 from ns.runs.summary import summarize_run
 from ns.stages.context import RunRef, TeacherSignal
 from ns.stages.evaluate import evaluate_generation
-from ns.stages.gate import next_teacher
+from ns.stages.gate import resolve_teacher
 from ns.stages.start import start_generation, start_run
 from ns.stages.train import train_generation
 from tests.loop import TINY, run_generation
@@ -22,7 +22,7 @@ def test_start_generation_continues_from_the_accepted_student(finished_run):
     assert started[3:] == (2, 1, best)
     assert started == start_generation("quickstart", root, "", TINY), "a stage that is repeated finds its run"
     ref = RunRef(started.config_uri, root, started.run)
-    assert next_teacher(ref, data=started.data, generation=2, first_teacher=best) == best
+    assert resolve_teacher(ref, data=started.data, generation=2, first_teacher=best) == best
     summary = summarize_run(store, started.run)
     assert (summary.best_model, summary.teacher_top1) == (best, None)
     (adopted,) = [note for note in summary.stages if note.stage == "train"]
@@ -37,12 +37,12 @@ def test_start_generation_trains_a_teacher_and_tries_no_refused_student_again(fi
     ref = RunRef(started.config_uri, root, started.run)
     first = train_generation(ref, data=started.data, generation=0)
     evaluate_generation(ref, data=started.data, generation=0, model=first)
-    teacher = next_teacher(ref, data=started.data, generation=1, first_teacher=TeacherSignal.TRAIN)
+    teacher = resolve_teacher(ref, data=started.data, generation=1, first_teacher=TeacherSignal.TRAIN)
     assert teacher == first
     run_generation(ref, data=started.data, generation=1, teacher=teacher)
     again = start_generation("quickstart", root, "", asked)
     assert (again.run, again.teacher) == (started.run, TeacherSignal.STOP)
-    assert next_teacher(ref, data=again.data, generation=1, first_teacher=TeacherSignal.STOP) == TeacherSignal.STOP
+    assert resolve_teacher(ref, data=again.data, generation=1, first_teacher=TeacherSignal.STOP) == TeacherSignal.STOP
     changed = start_generation("quickstart", root, "", [*asked, "seed=8"])
     assert (changed.teacher, changed.run != started.run) == (TeacherSignal.TRAIN, True)
 

@@ -140,7 +140,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint_and_does_not_stop_training(t
         with pytest.raises(StoreError, match="the disk is full"):
             writer.wait_for_write()
         advance(some)
-        writer.save(some)  # whoever leaves now is told in the log
+        writer.save(some)  # leaving the context logs the error
     other = state()
     assert checkpoint.restore_state(folder, other)
     assert other.step == 1

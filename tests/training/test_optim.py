@@ -27,7 +27,7 @@ def test_staircase_falls_every_2_4_epochs_of_350_and_ends_at_the_papers_factor()
     config = OptimizerConfig(warmup_epochs=0)
     assert rate(23, config) == pytest.approx(0.016)
     assert rate(24, config) == pytest.approx(0.016 * 0.97)
-    # 145 drops, final factor 0.0121 (noisy_student.md §1.4)
+    # 145 drops, final factor 0.97^145 = 0.0121
     assert rate(3499, config) / 0.016 == pytest.approx(0.0121, abs=5e-5)
 
 
@@ -44,7 +44,7 @@ def test_cosine_ends_near_zero():
 
 
 def test_the_staircase_can_be_given_in_epochs():
-    """SVHN's script: × 0.97 every 1.3716 of 202.3 epochs (noisy_student.md §5)."""
+    """SVHN's script: × 0.97 every 1.3716 of 202.3 epochs."""
     config = OptimizerConfig(warmup_epochs=0, staircase_epochs=1.3716, staircase_factor=0.5)
     for step in (0, 13, 14, 27, 28, 200):
         assert rate(step, config, steps=2023) == pytest.approx(0.016 * 0.5 ** np.floor(step / 13.716))

@@ -40,7 +40,7 @@ def start_generation(config_uri, root, run, overrides, fields):
 def prepare_data(ref): return run_stage("prepare-data", 0, "data")
 def train_generation(ref, *, data, generation, teacher="", selection=""): return run_stage("train", generation, f"model-{generation}")
 def evaluate_generation(ref, *, data, generation, model): return run_stage("evaluate", generation, "evaluation")
-def next_teacher(ref, *, data, generation, first_teacher):
+def resolve_teacher(ref, *, data, generation, first_teacher):
     continues = first_teacher != STOP and generation <= PLAN["generations"]
     return run_stage("next-teacher", generation, "model" if continues else STOP)
 def plan_labels(ref, *, data, generation): return run_stage("plan-labels", generation, ["0-1", "1-2", "2-3"])
