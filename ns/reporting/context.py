@@ -78,7 +78,7 @@ class ReportContext:
     """The generation that this context is confined to; None for the whole run."""
     datasets: dict[str, Dataset]
     leaks: LeakageReport | None
-    """The report of the leak guard; None if it is off or its report is gone."""
+    """The report of the leak guard; None if it is off."""
     models: list[TrainedModel]
     labelings: list[GenerationLabeling]
     verdicts: list[Verdict]

@@ -1,4 +1,4 @@
-"""A small model and small images of its classes."""
+"""Fixtures: a small model, and small images of its classes."""
 
 import numpy as np
 import pytest
@@ -16,14 +16,14 @@ CLASSES = tuple("abcde")
 
 @pytest.fixture(scope="session")
 def make_model():
-    """Function: an untrained model in `folder`. `seed`: of its weights."""
+    """Function: saves an untrained model in `folder`; `seed` draws its weights."""
 
     def make(folder, seed=0, classes=CLASSES, resolution=32, crop="none"):
         store = LocalStore(folder)
         config, noise = ModelConfig(arch="test_efficientnet", resolution=resolution, crop=crop), NoiseConfig()
         torch.manual_seed(seed)
         network = models.build_model(config, noise, len(classes))
-        # Larger than at birth, so that answers differ from image to image.
+        # Larger than the initial weights, so that answers differ from image to image.
         torch.nn.init.normal_(network.get_classifier().weight, std=1.0)
         fields = {"generation": 0, "model": config, "noise": noise, "classes": classes, "parameters": 1, "steps": 0}
         models.save_model(store, network.state_dict(), {**fields, "lineage": Lineage(config="0", labeled="0")}, [])
@@ -38,8 +38,8 @@ def model(make_model, tmp_path_factory):
 
 
 @pytest.fixture
-def labeled_images(picture):
-    """Function: `count` labeled images in `folder`, in shards of `per_shard`; image 2 is damaged."""
+def make_labeled_images(picture):
+    """Function: writes `count` labeled images to `folder` in shards of `per_shard`; image 2 is damaged."""
 
     def make(folder, count=24, per_shard=10, classes=CLASSES, size=16, damaged=(2,), role="evaluation", kind="PNG"):
         store = LocalStore(folder)
@@ -50,15 +50,15 @@ def labeled_images(picture):
                 writer.add_image(
                     f"image-{number:03d}", extension, data[:60] if number in damaged else data, number % len(classes)
                 )
-        made = Dataset(name="images", role=role, classes=classes, shards=writer.shards)
-        made.save(store)
-        return store, made
+        dataset = Dataset(name="images", role=role, classes=classes, shards=writer.shards)
+        dataset.save(store)
+        return store, dataset
 
     return make
 
 
 @pytest.fixture
-def pixels():
+def make_pixels():
     """Function: random images, uint8 [count, size, size, 3]."""
 
     def make(count, size, seed=0):

@@ -21,7 +21,7 @@ from ns.storage import LocalStore
 CLASSES = tuple(f"class {index}" for index in range(7))
 
 
-def evaluation(table, **fields) -> Evaluation:
+def summarize(table, **fields) -> Evaluation:
     options = {
         "model": "m",
         "dataset": "d",
@@ -44,7 +44,7 @@ def test_summarize_predictions_matches_counts_by_hand(images, seed):
     probabilities /= probabilities.sum(1, keepdims=True)
     labels = rng.integers(0, 7, images)
     table = build_predictions_table([str(index) for index in range(images)], labels, probabilities)
-    result = evaluation(table)
+    result = summarize(table)
     top1 = top5 = 0
     for row, label in zip(probabilities, labels, strict=True):
         ranking = sorted(range(7), key=lambda index: (-row[index], index))
@@ -64,7 +64,7 @@ def test_summarize_predictions_matches_counts_by_hand(images, seed):
 
 def test_read_predictions_refuses_other_file(tmp_path):
     folder = LocalStore(tmp_path)
-    result = evaluation(build_predictions_table(["a"], np.array([0]), np.full((1, 7), 1 / 7, np.float32)))
+    result = summarize(build_predictions_table(["a"], np.array([0]), np.full((1, 7), 1 / 7, np.float32)))
     result.save(folder)
     assert Evaluation.load(folder) == result
     folder.put("predictions.parquet", b"other")
@@ -75,20 +75,20 @@ def test_read_predictions_refuses_other_file(tmp_path):
 def test_compute_calibration_matches_calculation_by_hand():
     confidence = np.array([0.05, 0.5, 0.5, 0.95, 1.0, 1.0], np.float32)
     right = np.array([True, True, False, True, True, False])
-    found = compute_calibration(confidence, right)
-    assert len(found.bins) == 15
-    assert [one.images for one in found.bins if one.images] == [1, 2, 3]
-    last = found.bins[-1]
+    result = compute_calibration(confidence, right)
+    assert len(result.bins) == 15
+    assert [one.images for one in result.bins if one.images] == [1, 2, 3]
+    last = result.bins[-1]
     assert (last.images, last.accuracy) == (3, pytest.approx(2 / 3))
     assert last.confidence == pytest.approx((0.95 + 1 + 1) / 3)
-    assert found.ece == pytest.approx((0.95 + 2 * 0 + abs(2.95 - 2)) / 6)
+    assert result.ece == pytest.approx((0.95 + 2 * 0 + abs(2.95 - 2)) / 6)
 
 
 def test_compute_calibration_bins():
     # A softmax in float32 may exceed 1 by a few units in the last place.
     confidence = np.array([0, 0.25, 0.5, 1, 1.0000001], np.float32)
-    found = compute_calibration(confidence, np.array([False, True, True, True, False]), num_bins=4)
-    shown = [(one.images, pytest.approx(one.confidence), one.accuracy) for one in found.bins]
+    result = compute_calibration(confidence, np.array([False, True, True, True, False]), num_bins=4)
+    shown = [(one.images, pytest.approx(one.confidence), one.accuracy) for one in result.bins]
     assert shown == [(2, 0.125, 0.5), (1, 0.5, 1), (0, 0.625, 0), (2, 1, 0.5)]
 
 
@@ -97,11 +97,11 @@ def test_summarize_predictions_records_settings_and_calibration():
     table = build_predictions_table(["a", "b", "c"], np.array([0, 1, 1]), probabilities)
     several = MultiLabels({"a": frozenset({1}), "b": frozenset({0, 1})})
     fields = {"name": "photographs", "mode": "bfloat16", "subsample": Subsample(images=3, seed=1), "scored_classes": ("x", "y")}
-    found = evaluation(table, classes=("x", "y", "z"), unreadable=2, **fields, multi_labels=several)
-    assert {name: getattr(found, name) for name in fields} == fields
-    assert (found.images, found.unreadable, found.confusion) == (3, 2, ((1, 0, 0), (1, 0, 1), (0, 0, 0)))
-    assert (found.multi_label_top1, found.multi_label_images) == (0.5, 2)
-    assert found.calibration == compute_calibration(probabilities.max(1), np.array([True, False, False]))
+    result = summarize(table, classes=("x", "y", "z"), unreadable=2, **fields, multi_labels=several)
+    assert {name: getattr(result, name) for name in fields} == fields
+    assert (result.images, result.unreadable, result.confusion) == (3, 2, ((1, 0, 0), (1, 0, 1), (0, 0, 0)))
+    assert (result.multi_label_top1, result.multi_label_images) == (0.5, 2)
+    assert result.calibration == compute_calibration(probabilities.max(1), np.array([True, False, False]))
 
 
 def test_compute_calibration_of_calibrated_model():
@@ -113,51 +113,51 @@ def test_compute_calibration_of_calibrated_model():
 
 def test_summarize_predictions_top5_of_few_classes():
     table = build_predictions_table(["a", "b"], np.array([0, 1]), np.array([[0.9, 0.1], [0.8, 0.2]], np.float32))
-    result = evaluation(table, classes=("x", "y"))
+    result = summarize(table, classes=("x", "y"))
     assert (result.top1, result.top5) == (0.5, 1.0)
 
 
 @pytest.mark.parametrize(
     ("subsample", "images"), [(None, 21), (Subsample(images=24, seed=0), 21), (Subsample(images=4, seed=0), 4)]
 )
-def test_evaluate_accuracy_counts_unreadable_images(tmp_path, model, labeled_images, subsample, images):
-    folder, data = labeled_images(tmp_path / "d", damaged=(2, 3, 17))
+def test_evaluate_accuracy_counts_unreadable_images(tmp_path, model, make_labeled_images, subsample, images):
+    folder, data = make_labeled_images(tmp_path / "d", damaged=(2, 3, 17))
     with capture_logs() as logged:
-        found = evaluate_accuracy(Predictor(model, batch=8), folder, data, LocalStore(tmp_path / "e"), subsample=subsample)
+        result = evaluate_accuracy(Predictor(model, batch=8), folder, data, LocalStore(tmp_path / "e"), subsample=subsample)
     looked_at = 24 if images == 21 else 4
-    assert found.images + found.unreadable == looked_at
-    assert found.images == sum(map(sum, found.confusion)) == images
+    assert result.images + result.unreadable == looked_at
+    assert result.images == sum(map(sum, result.confusion)) == images
     progress = [line for line in logged if line["event"] == "progress"][-1]
     assert (progress["done"], progress["total"], progress["unit"]) == (looked_at, looked_at, "images")
 
 
 @pytest.mark.parametrize("count", [0, 3])
-def test_evaluate_accuracy_refuses_unreadable_dataset(tmp_path, model, labeled_images, count):
-    folder, data = labeled_images(tmp_path / "d", count=count, damaged=range(count))
+def test_evaluate_accuracy_refuses_unreadable_dataset(tmp_path, model, make_labeled_images, count):
+    folder, data = make_labeled_images(tmp_path / "d", count=count, damaged=range(count))
     with pytest.raises(DataError, match=r"/d: no readable image to evaluate on"):
         evaluate_accuracy(Predictor(model, batch=8), folder, data, LocalStore(tmp_path / "e"))
 
 
-def test_evaluate_accuracy_of_one_image(tmp_path, model, labeled_images):
-    folder, data = labeled_images(tmp_path / "d", count=1)
+def test_evaluate_accuracy_of_one_image(tmp_path, model, make_labeled_images):
+    folder, data = make_labeled_images(tmp_path / "d", count=1)
     predictor = Predictor(model, batch=8)
     predictor.mode = PrecisionMode("bfloat16")
     every = MultiLabels({"image-000": frozenset(range(5))})
-    found = evaluate_accuracy(predictor, folder, data, LocalStore(tmp_path / "e"), multi_labels=every)
-    assert (found.images, found.name, found.dataset, found.mode) == (1, "images", data.digest, "bfloat16")
-    assert (found.model, found.multi_label_top1, found.multi_label_images) == (predictor.manifest.digest, 1, 1)
+    result = evaluate_accuracy(predictor, folder, data, LocalStore(tmp_path / "e"), multi_labels=every)
+    assert (result.images, result.name, result.dataset, result.mode) == (1, "images", data.digest, "bfloat16")
+    assert (result.model, result.multi_label_top1, result.multi_label_images) == (predictor.manifest.digest, 1, 1)
 
 
-def test_evaluate_accuracy_fetches_next_shard(tmp_path, model, labeled_images, monkeypatch):
-    folder, data = labeled_images(tmp_path / "d", count=24, per_shard=10)
+def test_evaluate_accuracy_fetches_next_shard(tmp_path, model, make_labeled_images, monkeypatch):
+    folder, data = make_labeled_images(tmp_path / "d", count=24, per_shard=10)
     ahead = []
     monkeypatch.setattr(ImageSource, "fetch_ahead", lambda self, shards: ahead.append(list(shards)))
     evaluate_accuracy(Predictor(model, batch=8), folder, data, LocalStore(tmp_path / "e"))
     assert ahead == [[1], [2], []]
 
 
-def test_evaluate_accuracy_scores_subset_of_classes(tmp_path, model, labeled_images):
-    folder, data = labeled_images(tmp_path / "d", classes=("d", "b"), damaged=())
+def test_evaluate_accuracy_scores_subset_of_classes(tmp_path, model, make_labeled_images):
+    folder, data = make_labeled_images(tmp_path / "d", classes=("d", "b"), damaged=())
     plain, masked = (Predictor(model, batch=8, scored_classes=scored) for scored in (None, ["d", "b"]))
     results = [
         evaluate_accuracy(one, folder, data, LocalStore(tmp_path / str(number))) for number, one in enumerate((plain, masked))
@@ -173,31 +173,31 @@ def test_evaluate_accuracy_scores_subset_of_classes(tmp_path, model, labeled_ima
     expected = logits.softmax(1).max(1)
     assert rows["confidence"].to_numpy()[:10] == pytest.approx(expected.values.numpy(), rel=1e-4)
     assert rows["predicted_class_id"].to_numpy()[:10].tolist() == [(1, 3)[place] for place in expected.indices.tolist()]
-    other_folder, other = labeled_images(tmp_path / "e", classes=("a", "b"), damaged=())
+    other_folder, other = make_labeled_images(tmp_path / "e", classes=("a", "b"), damaged=())
     with pytest.raises(DataError, match=r"has class 'a' \(1 of 2\) that is left out of the answers \(classes\); evaluate"):
         evaluate_accuracy(masked, other_folder, other, LocalStore(tmp_path / "f"))
     with pytest.raises(DataError, match="class 'z' is none of the model's"):
         Predictor(model, batch=8, scored_classes=["z"])
 
 
-def test_evaluate_accuracy_refuses_unknown_classes(tmp_path, model, labeled_images):
-    folder, data = labeled_images(tmp_path / "d", classes=("a", "emu"))
+def test_evaluate_accuracy_refuses_unknown_classes(tmp_path, model, make_labeled_images):
+    folder, data = make_labeled_images(tmp_path / "d", classes=("a", "emu"))
     with pytest.raises(DataError, match=r"has class 'emu' .* that the model does not know"):
         evaluate_accuracy(Predictor(model, batch=8), folder, data, LocalStore(tmp_path / "e"))
 
 
-def test_evaluate_accuracy_refuses_unlabeled_images(tmp_path, model, labeled_images):
-    folder, data = labeled_images(tmp_path / "d", count=3)
+def test_evaluate_accuracy_refuses_unlabeled_images(tmp_path, model, make_labeled_images):
+    folder, data = make_labeled_images(tmp_path / "d", count=3)
     pool = data.model_copy(update={"role": "unlabeled", "classes": ()})
     with pytest.raises(DataError, match=r"/d: has no labels, so none that the model does not know"):
         evaluate_accuracy(Predictor(model, batch=8), folder, pool, LocalStore(tmp_path / "e"))
 
 
-def test_evaluate_accuracy_subsample_is_independent_of_shards(tmp_path, model, labeled_images):
+def test_evaluate_accuracy_subsample_is_independent_of_shards(tmp_path, model, make_labeled_images):
     wanted = Subsample(images=7, seed=3)
     keys = []
     for per_shard in (5, 24):
-        folder, data = labeled_images(tmp_path / f"d{per_shard}", per_shard=per_shard, damaged=())
+        folder, data = make_labeled_images(tmp_path / f"d{per_shard}", per_shard=per_shard, damaged=())
         out = LocalStore(tmp_path / f"e{per_shard}")
         result = evaluate_accuracy(Predictor(model, batch=8), folder, data, out, subsample=wanted)
         assert (result.images, result.subsample) == (7, wanted)
@@ -213,8 +213,8 @@ def test_evaluate_accuracy_subsample_is_independent_of_shards(tmp_path, model, l
     assert sorted(counts.tolist()) == [1, 1, 1, 2, 2]
 
 
-def test_draw_rows_depends_on_seed_and_is_nested(tmp_path, labeled_images):
-    folder, data = labeled_images(tmp_path / "d", count=100, damaged=())
+def test_draw_rows_depends_on_seed_and_is_nested(tmp_path, make_labeled_images):
+    folder, data = make_labeled_images(tmp_path / "d", count=100, damaged=())
     source = ImageSource(folder, data, max_open_shards=10)
 
     def keys(images, seed):

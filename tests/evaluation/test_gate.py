@@ -28,7 +28,7 @@ from ns.evaluation.result import PerturbationResult, Robustness
 LEVEL = 0.95
 
 
-def verdict(gate: GateConfig, teacher: np.ndarray, student: np.ndarray, labels: np.ndarray | None = None, **facts):
+def make_verdict(gate: GateConfig, teacher: np.ndarray, student: np.ndarray, labels: np.ndarray | None = None, **facts):
     labels = np.zeros(len(teacher), np.uint16) if labels is None else labels
     return evaluate_gate(
         gate,
@@ -44,7 +44,7 @@ def verdict(gate: GateConfig, teacher: np.ndarray, student: np.ndarray, labels: 
     )
 
 
-def robustness(errors: dict[str, float], flips: dict[str, float] | None = None) -> Robustness:
+def make_robustness(errors: dict[str, float], flips: dict[str, float] | None = None) -> Robustness:
     return Robustness(
         model="m", dataset="d", name="n", num_classes=10, imagenet=False, images=100, unreadable=0, subsample=None, seed=0,
         mode="float32", top1=0.9, severities=(1, 3), corruptions={kind: (rate, rate) for kind, rate in errors.items()}, frames=11,
@@ -67,7 +67,7 @@ def test_evaluate_gate_false_promotions_stay_at_level(images, differ):
         # Pairs with equal counts are judged alike, up to the bootstrap's seed.
         teacher, student = np.arange(images) >= won, np.ones(images, bool)
         student[images - lost :] = False
-        promoted += count * verdict(gate, teacher, student).promoted
+        promoted += count * make_verdict(gate, teacher, student).promoted
     assert promoted / pairs < (1 - LEVEL) + 3 * (0.05 * 0.95 / pairs) ** 0.5
     assert promoted / pairs > 0.03
 
@@ -95,46 +95,46 @@ def test_paired_gain_equals_resampling_images():
 
 def test_evaluate_gate_promotes_clear_gain():
     weak, strong = np.arange(200) < 120, np.arange(200) < 160
-    assert verdict(GateConfig(), weak, strong).promoted
-    refused = verdict(GateConfig(), strong, weak)
+    assert make_verdict(GateConfig(), weak, strong).promoted
+    refused = make_verdict(GateConfig(), strong, weak)
     assert not refused.promoted
     assert "lower 95% bound of the gain" in refused.reason
 
 
 def test_evaluate_gate_equal_models_need_margin():
     same = np.arange(100) < 70
-    assert verdict(GateConfig(min_gain=-0.01), same, same).promoted
-    assert not verdict(GateConfig(min_gain=0.0), same, same).promoted
-    assert not verdict(GateConfig(min_gain=0.001), same, same).promoted
+    assert make_verdict(GateConfig(min_gain=-0.01), same, same).promoted
+    assert not make_verdict(GateConfig(min_gain=0.0), same, same).promoted
+    assert not make_verdict(GateConfig(min_gain=0.001), same, same).promoted
 
 
 def test_evaluate_gate_refuses_class_drop():
     labels = np.repeat(np.array([0, 1], np.uint16), 100)
     teacher = np.concatenate([np.arange(100) < 90, np.arange(100) < 50])
     student = np.concatenate([np.arange(100) < 70, np.arange(100) < 100])
-    assert verdict(GateConfig(), teacher, student, labels).promoted
-    refused = verdict(GateConfig(max_class_drop=0.1), teacher, student, labels)
+    assert make_verdict(GateConfig(), teacher, student, labels).promoted
+    refused = make_verdict(GateConfig(max_class_drop=0.1), teacher, student, labels)
     assert not refused.promoted
     assert refused.conditions[1].value == pytest.approx(0.2)
     assert (refused.conditions[1].name, refused.conditions[1].required) == ("class drop", 0.1)
     assert refused.reason == "largest loss of accuracy in a class (cat) is +0.200, must be at most +0.100"
     # A class that loses as much as it may passes.
-    assert verdict(GateConfig(max_class_drop=0.5), np.arange(200) < 150, np.arange(200) >= 50, labels).conditions[1].passed
+    assert make_verdict(GateConfig(max_class_drop=0.5), np.arange(200) < 150, np.arange(200) >= 50, labels).conditions[1].passed
 
 
 def test_evaluate_gate_records_comparison():
     teacher, student = np.arange(50_000) < 30_000, np.arange(50_000) >= 10_000
     gate = GateConfig(level=0.9, resamples=2000)
-    said = verdict(gate, teacher, student)
+    verdict = make_verdict(gate, teacher, student)
     gain = paired_gain(teacher, student, level=0.9, resamples=2000, seed=0)
-    assert (said.generation, said.teacher, said.student, said.images) == (1, "models/t", "models/s", 50_000)
-    assert (said.teacher_top1, said.student_top1, said.level) == (0.6, 0.8, 0.9)
-    assert (said.gain, said.gain_low, said.gain_high) == (gain.value, gain.low, gain.high)
-    assert said.paired == PairedCounts(both=20_000, only_teacher=10_000, only_student=20_000, neither=0)
-    assert said.mcnemar == mcnemar_p_value(said.paired) < 0.01
+    assert (verdict.generation, verdict.teacher, verdict.student, verdict.images) == (1, "models/t", "models/s", 50_000)
+    assert (verdict.teacher_top1, verdict.student_top1, verdict.level) == (0.6, 0.8, 0.9)
+    assert (verdict.gain, verdict.gain_low, verdict.gain_high) == (gain.value, gain.low, gain.high)
+    assert verdict.paired == PairedCounts(both=20_000, only_teacher=10_000, only_student=20_000, neither=0)
+    assert verdict.mcnemar == mcnemar_p_value(verdict.paired) < 0.01
     detail = "lower 90% bound of the gain in top-1"
-    assert said.conditions == (GateCondition.from_value("gain", gain.low, "above", 0, detail),)
-    assert said.reason == f"gain +0.200, lower bound {gain.low:+.3f} > +0.000"
+    assert verdict.conditions == (GateCondition.from_value("gain", gain.low, "above", 0, detail),)
+    assert verdict.reason == f"gain +0.200, lower bound {gain.low:+.3f} > +0.000"
 
 
 def test_find_worst_class_drop_is_negative_when_all_gain():
@@ -173,31 +173,31 @@ def test_beats_chance(top1, images, classes, expected):
 
 def test_evaluate_gate_refuses_less_robust_student():
     weak, strong = np.arange(200) < 120, np.arange(200) < 160
-    teacher = robustness(dict.fromkeys(CORRUPTIONS, 0.4), dict.fromkeys(PERTURBATIONS, 0.1))
-    student = robustness(dict.fromkeys(CORRUPTIONS, 0.42), dict.fromkeys(PERTURBATIONS, 0.12))
+    teacher = make_robustness(dict.fromkeys(CORRUPTIONS, 0.4), dict.fromkeys(PERTURBATIONS, 0.1))
+    student = make_robustness(dict.fromkeys(CORRUPTIONS, 0.42), dict.fromkeys(PERTURBATIONS, 0.12))
     assert corruption_rise(teacher, student) == pytest.approx(5)
     assert flip_rise(teacher, student) == pytest.approx(20)
     gate = GateConfig(max_mce_rise=6, max_mfr_rise=21)
-    assert verdict(gate, weak, strong, robustness=(teacher, student)).promoted
-    refused = verdict(GateConfig(max_mce_rise=4, max_mfr_rise=21), weak, strong, robustness=(teacher, student))
+    assert make_verdict(gate, weak, strong, robustness=(teacher, student)).promoted
+    refused = make_verdict(GateConfig(max_mce_rise=4, max_mfr_rise=21), weak, strong, robustness=(teacher, student))
     assert not refused.promoted
     assert "mean corruption error" in refused.reason
     assert "+5.000, must be at most +4.000" in refused.reason
     assert [condition.passed for condition in refused.conditions] == [True, False, True]
     assert [condition.name for condition in refused.conditions] == ["gain", "mCE rise", "mFR rise"]
     assert [condition.required for condition in refused.conditions] == [0, 4, 21]
-    twice = verdict(GateConfig(max_mce_rise=4, max_mfr_rise=10), weak, strong, robustness=(teacher, student))
+    twice = make_verdict(GateConfig(max_mce_rise=4, max_mfr_rise=10), weak, strong, robustness=(teacher, student))
     assert twice.reason == (
         "mean corruption error, in points above the teacher's 100, is +5.000, must be at most +4.000; "
         "mean flip rate, in points above the teacher's 100, is +20.000, must be at most +10.000"
     )
-    assert not verdict(GateConfig(max_mfr_rise=19), weak, strong, robustness=(teacher, student)).promoted
-    assert verdict(GateConfig(max_mce_rise=0), weak, strong, robustness=(teacher, teacher)).promoted
+    assert not make_verdict(GateConfig(max_mfr_rise=19), weak, strong, robustness=(teacher, student)).promoted
+    assert make_verdict(GateConfig(max_mce_rise=0), weak, strong, robustness=(teacher, teacher)).promoted
 
 
 def test_corruption_rise_without_mistakes_and_extra_kinds():
-    teacher = robustness({"fog": 0.0, "snow": 0.5, "saturate": 0.1})
-    student = robustness({"fog": 0.01, "snow": 0.5, "saturate": 0.9})
+    teacher = make_robustness({"fog": 0.0, "snow": 0.5, "saturate": 0.1})
+    student = make_robustness({"fog": 0.01, "snow": 0.5, "saturate": 0.9})
     # 100 images at 2 severities: one mistake is 0.005.
     assert corruption_rise(teacher, student) == pytest.approx(50)
     assert flip_rise(teacher, student) is None
@@ -206,7 +206,7 @@ def test_corruption_rise_without_mistakes_and_extra_kinds():
 @pytest.mark.parametrize(("frames", "least"), [(11, 0.001), (2, 0.01), (0, 0.01)])
 def test_flip_rise_counts_one_flip_at_least(frames, least):
     # 100 sequences, each of so many frames; 0 says that their number is not known.
-    teacher, student = (robustness({}, {"tilt": rate}).model_copy(update={"frames": frames}) for rate in (0, 0.02))
+    teacher, student = (make_robustness({}, {"tilt": rate}).model_copy(update={"frames": frames}) for rate in (0, 0.02))
     assert flip_rise(teacher, student) == pytest.approx(100 * 0.02 / least - 100)
 
 
@@ -239,8 +239,8 @@ def test_flip_rise_counts_one_flip_at_least(frames, least):
 def test_evaluate_gate_checks_label_quality(requirements, name, good, bad, reason):
     # Equal models show no gain, so only the condition on labels decides.
     same, gate = np.ones(50, bool), GateConfig(min_gain=-0.01, **requirements)
-    assert verdict(gate, same, same, label_quality=good).promoted
-    refused = verdict(gate, same, same, label_quality=bad)
+    assert make_verdict(gate, same, same, label_quality=good).promoted
+    refused = make_verdict(gate, same, same, label_quality=bad)
     assert not refused.promoted
     assert refused.reason == reason
     value = bad.audited_precision[1] if bad.audited_precision else bad.churn or bad.shrinkage
@@ -250,25 +250,25 @@ def test_evaluate_gate_checks_label_quality(requirements, name, good, bad, reaso
         *requirements.values(),
     )
     # Without a requirement, or without labels of an earlier generation, there is no condition.
-    assert len(verdict(GateConfig(min_gain=-0.01), same, same, label_quality=bad).conditions) == 1
-    assert len(verdict(gate, same, same).conditions) == 1
+    assert len(make_verdict(GateConfig(min_gain=-0.01), same, same, label_quality=bad).conditions) == 1
+    assert len(make_verdict(gate, same, same).conditions) == 1
 
 
 @pytest.mark.parametrize("label_quality", [None, LabelQuality()])
 def test_evaluate_gate_notes_missing_audit(label_quality):
     same = np.ones(50, bool)
-    said = verdict(GateConfig(min_gain=-0.01, min_audited_precision=0.9), same, same, label_quality=label_quality)
-    assert said.promoted
-    assert said.reason == (
+    verdict = make_verdict(GateConfig(min_gain=-0.01, min_audited_precision=0.9), same, same, label_quality=label_quality)
+    assert verdict.promoted
+    assert verdict.reason == (
         "gain +0.000, lower bound +0.000 > -0.010; the labels are not audited, so gate.min_audited_precision = 0.9 was not checked"
     )
-    assert "audited" not in verdict(GateConfig(min_gain=-0.01), same, same, label_quality=label_quality).reason
+    assert "audited" not in make_verdict(GateConfig(min_gain=-0.01), same, same, label_quality=label_quality).reason
 
 
 def test_evaluate_gate_needs_robustness_measured():
     same = np.ones(20, bool)
     with pytest.raises(ValueError, match="mCE rise must be at most 1"):
-        verdict(GateConfig(max_mce_rise=1), same, same)
+        make_verdict(GateConfig(max_mce_rise=1), same, same)
 
 
 @pytest.mark.parametrize(
@@ -319,23 +319,23 @@ def test_mcnemar_p_value_of_many_images():
 
 def test_required_gain_is_enough():
     teacher, student = np.arange(300) >= 20, np.arange(300) < 288
-    refused = verdict(GateConfig(), teacher, student)
+    refused = make_verdict(GateConfig(), teacher, student)
     assert not refused.promoted
     enough = required_gain(refused)
     assert enough.images is not None
     times = math.ceil(enough.images / 300)
     assert times > 1
-    assert verdict(GateConfig(), np.tile(teacher, times + 1), np.tile(student, times + 1)).promoted
-    assert not verdict(GateConfig(), np.tile(teacher, times - 1), np.tile(student, times - 1)).promoted
+    assert make_verdict(GateConfig(), np.tile(teacher, times + 1), np.tile(student, times + 1)).promoted
+    assert not make_verdict(GateConfig(), np.tile(teacher, times - 1), np.tile(student, times - 1)).promoted
     assert enough.gain == pytest.approx(refused.gain - refused.gain_low)
-    assert required_gain(verdict(GateConfig(), student, teacher)).images is None
+    assert required_gain(make_verdict(GateConfig(), student, teacher)).images is None
 
 
 @pytest.mark.parametrize(("gain", "images"), [(0.5, 226), (0.25, None), (0.125, None)])
 def test_required_gain_images_grow_with_spread(gain, images):
     """By hand: 0.25 is required; at a gain of 0.5 chance explains 0.375, and 0.25 would still be too much on 225 images."""
     same = np.ones(100, bool)
-    seen = verdict(GateConfig(min_gain=0.25), same, same).model_copy(update={"gain": gain, "gain_low": gain - 0.375})
+    seen = make_verdict(GateConfig(min_gain=0.25), same, same).model_copy(update={"gain": gain, "gain_low": gain - 0.375})
     assert (required_gain(seen).gain, required_gain(seen).images) == (0.625, images)
 
 
@@ -344,12 +344,12 @@ def test_evaluate_gate_promotes_when_all_conditions_pass(drop, min_gain, rise, s
     rng = np.random.default_rng(seed)
     teacher, student = rng.random(80) < 0.5, rng.random(80) < 0.9
     labels = rng.integers(0, 2, 80).astype(np.uint16)
-    before, after = (robustness(dict.fromkeys(CORRUPTIONS, float(rng.random()))) for _ in range(2))
+    before, after = (make_robustness(dict.fromkeys(CORRUPTIONS, float(rng.random()))) for _ in range(2))
     gate = GateConfig(min_gain=min_gain, max_class_drop=drop or None, max_mce_rise=rise)
-    said = verdict(gate, teacher, student, labels, robustness=(before, after))
-    assert said.promoted == all(condition.passed for condition in said.conditions)
-    for condition in said.conditions:
+    verdict = make_verdict(gate, teacher, student, labels, robustness=(before, after))
+    assert verdict.promoted == all(condition.passed for condition in verdict.conditions)
+    for condition in verdict.conditions:
         assert condition.passed == (
             condition.value > condition.required if condition.name == "gain" else condition.value <= condition.required
         )
-        assert condition.passed or condition.detail in said.reason
+        assert condition.passed or condition.detail in verdict.reason

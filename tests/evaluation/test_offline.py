@@ -17,18 +17,18 @@ QUICK = ["--set", "severities=[3]", "--set", "corruptions=[contrast]", "--set", 
 
 
 @pytest.fixture
-def places(make_model, labeled_images, tmp_path):
+def places(make_model, make_labeled_images, tmp_path):
     make_model(tmp_path / "model")
-    labeled_images(tmp_path / "images")
+    make_labeled_images(tmp_path / "images")
     return [str(tmp_path / "model"), str(tmp_path / "images")], ["--out", str(tmp_path / "out")]
 
 
 def test_evaluate_command_prints_tables(places):
     arguments, out = places
-    found = CliRunner().invoke(app, ["evaluate", *arguments, *out, *QUICK, "--suite", "corruptions", "--suite", "attacks"])
-    assert found.exit_code == 0, found.output
+    result = CliRunner().invoke(app, ["evaluate", *arguments, *out, *QUICK, "--suite", "corruptions", "--suite", "attacks"])
+    assert result.exit_code == 0, result.output
     for shown in ("images", "unreadable", "top-1", "calibration error (ECE)", "contrast", "FGSM", "PGD", "class "):
-        assert shown in found.stdout
+        assert shown in result.stdout
 
 
 def test_evaluate_command_json(places):
@@ -52,9 +52,9 @@ def test_evaluate_command_on_published_set(make_model, tmp_path):
     np.save(tmp_path / "ready/labels.npy", np.tile(np.arange(10), 5))
     np.save(tmp_path / "ready/snow.npy", np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3), np.uint8))
     arguments = [str(tmp_path / "model"), str(tmp_path / "ready"), "--kind", "cifar10-c", "--out", str(tmp_path / "out")]
-    found = CliRunner().invoke(app, ["evaluate", *arguments])
-    assert found.exit_code == 0, found.output
-    assert "snow" in found.stdout
+    result = CliRunner().invoke(app, ["evaluate", *arguments])
+    assert result.exit_code == 0, result.output
+    assert "snow" in result.stdout
     assert run_command_line(["evaluate", *arguments, "--classes", "own"]) == 2
 
 
@@ -66,9 +66,9 @@ def test_evaluate_dataset_reuses_results(places, monkeypatch):
     assert evaluate_dataset(*arguments, out[1], config, batch=16) == first
 
 
-def test_evaluate_dataset_scores_named_or_own_classes(make_model, labeled_images, tmp_path):
+def test_evaluate_dataset_scores_named_or_own_classes(make_model, make_labeled_images, tmp_path):
     make_model(tmp_path / "model")
-    labeled_images(tmp_path / "images", classes=("b", "d"))
+    make_labeled_images(tmp_path / "images", classes=("b", "d"))
     place = [str(tmp_path / name) for name in ("model", "images", "out")]
     own, named = (
         evaluate_dataset(*place, EvaluationConfig(), batch=16, classes=classes).evaluation
@@ -94,9 +94,9 @@ def test_evaluate_command_errors(places, change, message, capsys, tmp_path):
     assert message in errors[0]
 
 
-def test_evaluate_dataset_refuses_unlabeled_dataset(places, labeled_images, tmp_path):
+def test_evaluate_dataset_refuses_unlabeled_dataset(places, make_labeled_images, tmp_path):
     arguments, out = places
-    labeled_images(tmp_path / "plain", classes=("a",))
+    make_labeled_images(tmp_path / "plain", classes=("a",))
     folder = LocalStore(tmp_path / "plain")
     Dataset.load(folder).model_copy(update={"classes": (), "role": "unlabeled"}).save(folder)
     with pytest.raises(DataError, match="has no labels"):

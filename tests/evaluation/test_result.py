@@ -41,10 +41,10 @@ def test_attack_result_str():
 
 
 def test_robustness_digest_ignores_seconds():
-    found = Robustness(
+    result = Robustness(
         model="m", dataset="d", name="n", num_classes=10, imagenet=False, images=100, unreadable=0, subsample=None, seed=0,
         mode="float32", top1=0.9, severities=(1, 3), corruptions={"fog": (0.25, 0.5)}, frames=0, perturbations={}, attacks=(),
         predictions_sha256="", seconds=1,
     )  # fmt: skip
-    assert found.digest == found.model_copy(update={"seconds": 2}).digest != found.model_copy(update={"seed": 1}).digest
-    assert found.mean_corruption_errors() == {"fog": 0.375}
+    assert result.digest == result.model_copy(update={"seconds": 2}).digest != result.model_copy(update={"seed": 1}).digest
+    assert result.mean_corruption_errors() == {"fog": 0.375}

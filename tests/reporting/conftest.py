@@ -122,7 +122,7 @@ def make_run(root: LocalStore, run: str = RUN, *, seed: int = 0, lift: float = 0
     ):
         made = make_dataset(root.at(f"store/datasets/{part}"), role, count, px)
         parts[part] = (PreparedDataset(uri=f"store/datasets/{part}", digest=made.digest), made)
-    prepared = PreparedData(**{part: source for part, (source, _) in parts.items()})
+    prepared = PreparedData(**{part: source for part, (source, _) in parts.items()}, check="store/checks/x/check.json")
     prepared.save_file(root, "store/prepared/x/prepared.json")
     LeakageReport(
         datasets={part: made.digest for part, (_, made) in parts.items()},

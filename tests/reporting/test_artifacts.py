@@ -17,27 +17,27 @@ EVALUATION = "store/evaluations/01/evaluation.json"
 
 
 def test_collect_generation_metrics(unchanged):
-    found = artifacts.collect_generation_metrics(unchanged, RUN, 1)
+    result = artifacts.collect_generation_metrics(unchanged, RUN, 1)
     evaluation = Evaluation.load_file(unchanged, EVALUATION)
-    assert found["heldout_top1"] == evaluation.top1
-    assert found["heldout_top1_low"] < found["heldout_top1"] < found["heldout_top1_high"]
-    assert found["heldout_ece"] == evaluation.calibration.ece
-    assert found["mce"] == pytest.approx(75)
-    assert found["fgsm_4"] == pytest.approx(0.2)
-    assert found["pgd_16_10"] == 0.05
-    assert found["gain_low"] < found["gain"] < found["gain_high"]
+    assert result["heldout_top1"] == evaluation.top1
+    assert result["heldout_top1_low"] < result["heldout_top1"] < result["heldout_top1_high"]
+    assert result["heldout_ece"] == evaluation.calibration.ece
+    assert result["mce"] == pytest.approx(75)
+    assert result["fgsm_4"] == pytest.approx(0.2)
+    assert result["pgd_16_10"] == 0.05
+    assert result["gain_low"] < result["gain"] < result["gain_high"]
     # Three processes trained.
-    assert found["device_hours"] == pytest.approx((found["seconds"] + 2 * found["train_seconds"]) / 3600)
-    assert found["promoted"] in (0.0, 1.0)
-    assert all(isinstance(value, float) for value in found.values())
-    assert all(re.fullmatch("[a-z0-9_]+", key) for key in found)
+    assert result["device_hours"] == pytest.approx((result["seconds"] + 2 * result["train_seconds"]) / 3600)
+    assert result["promoted"] in (0.0, 1.0)
+    assert all(isinstance(value, float) for value in result.values())
+    assert all(re.fullmatch("[a-z0-9_]+", key) for key in result)
 
 
 def test_collect_generation_metrics_of_first_teacher(unchanged):
-    found = artifacts.collect_generation_metrics(unchanged, RUN, 0)
-    assert found["mce"] == pytest.approx(100)
-    assert "promoted" not in found
-    assert "gain" not in found
+    result = artifacts.collect_generation_metrics(unchanged, RUN, 0)
+    assert result["mce"] == pytest.approx(100)
+    assert "promoted" not in result
+    assert "gain" not in result
 
 
 def test_read_confusion(unchanged):

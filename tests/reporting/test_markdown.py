@@ -8,13 +8,13 @@ from tests.reporting.conftest import RUN
 
 def tables(text: str) -> list[list[str]]:
     """Lines of each table."""
-    found: list[list[str]] = [[]]
+    result: list[list[str]] = [[]]
     for line in text.splitlines():
         if line.startswith("|"):
-            found[-1].append(line)
-        elif found[-1]:
-            found.append([])
-    return [table for table in found if table]
+            result[-1].append(line)
+        elif result[-1]:
+            result.append([])
+    return [table for table in result if table]
 
 
 def test_render_markdown_matches_page(unchanged):

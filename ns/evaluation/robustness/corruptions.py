@@ -1,7 +1,7 @@
 """Common corruptions, after the published definitions of ImageNet-C and CIFAR-10-C (Hendrycks & Dietterich, arXiv:1903.12261).
 
-Written against their code, on numpy, scipy and Pillow alone. What differs: `frost` lays textures over the image that are made, since the
-photographs of the published sets are not ours to hand on. And there is chance: no noise is that of the published files.
+Reimplemented after their code with numpy, scipy and Pillow only. Two things differ: `frost` overlays generated textures, because the
+photographs of the published sets may not be redistributed, and the random numbers are not those of the published files.
 """
 
 import io
@@ -29,7 +29,7 @@ FloatArray = npt.NDArray[np.floating[Any]]
 Rng = np.random.Generator
 
 SMALL_PX = 64
-"""Images up to here get CIFAR-10-C's parameters, which are for 32 px; larger ones ImageNet-C's, for 224 px."""
+"""Images of at most this size get CIFAR-10-C's parameters, made for 32 px; larger ones get ImageNet-C's, made for 224 px."""
 
 GREY = np.array([0.299, 0.587, 0.114], np.float32)
 WATER = np.array([175, 238, 238], np.float32) / 255
@@ -38,11 +38,11 @@ ICE = np.array([0.82, 0.92, 1.0], np.float32)
 
 
 def corrupt_image(image: PixelArray, kind: str, severity: int, rng: Rng) -> PixelArray:
-    """uint8 [H, W, 3] → uint8 [H, W, 3], at a severity of 1 to 5. All chance comes from `rng`."""
+    """uint8 [H, W, 3] → uint8 [H, W, 3], at a severity of 1 to 5. All randomness comes from `rng`."""
     corruption, photograph_parameters, small_parameters = CORRUPTION_KINDS[kind]
     parameters = (small_parameters if is_small_image(image) else photograph_parameters)[severity - 1]
     corrupted = corruption(image, parameters, rng)
-    # Cut off, not rounded, as published.
+    # Truncated, not rounded, as published.
     return corrupted if corrupted.dtype == np.uint8 else np.clip(corrupted * 255, 0, 255).astype(np.uint8)
 
 
@@ -51,7 +51,7 @@ def is_small_image(image: PixelArray) -> bool:
 
 
 def scale_to_unit(image: PixelArray) -> FloatArray:
-    """float32 in 0–1."""
+    """uint8 in 0–255 → float32 in 0–1."""
     return image.astype(np.float32) / 255
 
 
@@ -99,7 +99,7 @@ def _defocus_blur(image: PixelArray, parameters: tuple[float, float], _: Rng) ->
 
 
 def _find_support(disk: npt.NDArray[np.float64]) -> tuple[slice, slice]:
-    """The square, about the center, outside of which a kernel is zero."""
+    """The central square outside of which a kernel is zero."""
     center = len(disk) // 2
     reach = int(np.abs(np.argwhere(disk > 0) - center).max())
     return slice(center - reach, center + reach + 1), slice(center - reach, center + reach + 1)
@@ -109,8 +109,8 @@ def _glass_blur(image: PixelArray, parameters: tuple[float, int, int], rng: Rng)
     sigma, reach, rounds = parameters
     height, width = image.shape[:2]
     soft = (_blur_gaussian(scale_to_unit(image), sigma) * 255).astype(np.uint8).reshape(-1, 3)
-    # From the last pixel to the first, each takes the value that a neighbor has by then. (The published code means to swap them, but
-    # what it assigns are views of one array.)
+    # From the last pixel to the first, each takes the present value of a neighbor. (The published code intends to swap the two, but
+    # assigns views of one array.)
     rows, columns = np.arange(height - reach, reach, -1), np.arange(width - reach, reach, -1)
     rows, columns = rows[rows < height], columns[columns < width]
     pixels = (rows[:, None] * width + columns).reshape(-1)
@@ -127,7 +127,7 @@ def _motion_blur(image: PixelArray, parameters: tuple[float, float], rng: Rng) -
 
 
 def blur_motion(image: FloatArray, radius: float, sigma: float, degrees: float) -> FloatArray:
-    """Motion blur as ImageMagick has it: half of a Gaussian, along a line of pixels; beyond the edge, the edge goes on."""
+    """ImageMagick's motion blur: half of a Gaussian along a line of pixels; edge pixels are repeated beyond the edge."""
     steps = np.arange(2 * int(np.ceil(radius)) + 1)
     weights = np.exp(-(steps**2) / (2 * sigma**2))
     down = np.ceil(steps * np.sin(np.radians(degrees)) - 0.5).astype(int)
@@ -152,7 +152,7 @@ def _zoom_blur(image: PixelArray, factors: npt.NDArray[np.float64], _: Rng) -> F
 def zoom_center(image: FloatArray, factor: float) -> FloatArray:
     """The center, enlarged to the size of the image by linear interpolation. [H, W] or [H, W, C]."""
     for axis in (0, 1):
-        # As scipy.ndimage.zoom of the center, then the center of that, but only the places that are kept, in less than half of its time.
+        # Equals scipy.ndimage.zoom of the center, cropped, but computes only the kept pixels, in less than half of its time.
         size = image.shape[axis]
         kept = int(np.ceil(size / factor))
         larger = round(kept * factor)
@@ -178,7 +178,7 @@ def _add_fog(image: PixelArray, parameters: tuple[float, float], rng: Rng) -> Fl
 
 
 def generate_plasma(shape: tuple[int, ...], decay: float, rng: Rng) -> FloatArray:
-    """float32 [H, W] in 0–1: clouds, by the diamond-square algorithm on a torus; `decay` is by how much each octave is weaker."""
+    """float32 [H, W] in 0–1: clouds by the diamond-square algorithm on a torus; each octave is weaker by the factor `decay`."""
     size = 1 << (max(shape[:2]) - 1).bit_length()
     field = np.zeros((size, size))
     step, wobble = size, 100.0
@@ -202,7 +202,7 @@ def generate_plasma(shape: tuple[int, ...], decay: float, rng: Rng) -> FloatArra
 
 def _add_frost(image: PixelArray, parameters: tuple[float, float], rng: Rng) -> FloatArray:
     kept, laid = parameters
-    # Ridges of two fields of clouds look like needles of ice, denser where a third one is high.
+    # Ridges of two plasma fields look like ice needles; a third field controls their density.
     needles = np.maximum(*(1 - np.abs(2 * generate_plasma(image.shape, decay, rng) - 1) for decay in (1.4, 1.8)))
     ice = needles**3 * (0.45 + 0.55 * generate_plasma(image.shape, 2.5, rng))
     frosted: FloatArray = kept * scale_to_unit(image) + laid * ice[:, :, None] * ICE
@@ -216,13 +216,13 @@ def _add_snow(image: PixelArray, parameters: tuple[float, ...], rng: Rng) -> Flo
 
 
 def draw_snowflakes(shape: tuple[int, ...], mean: float, spread: float, size: float, least: float, rng: Rng) -> FloatArray:
-    """float32 [H, W] in 0–1."""
+    """Snowflakes, float32 [H, W] in 0–1."""
     flakes = zoom_center((mean + spread * rng.standard_normal(shape[:2])).astype(np.float32), size)
     return np.clip(np.where(flakes < least, 0, flakes), 0, 1).astype(np.float32)
 
 
 def overlay_snow(image: FloatArray, flakes: FloatArray, kept: float) -> FloatArray:
-    """A paler image with flakes, and the same ones turned round."""
+    """A paler image under the flakes and a copy of them turned by 180°."""
     pale = np.maximum(image, (image @ GREY)[:, :, None] * 1.5 + 0.5)
     falling = flakes + flakes[::-1, ::-1]
     return kept * image + (1 - kept) * pale + falling[:, :, None]
@@ -257,7 +257,7 @@ def _find_edges(image: PixelArray) -> npt.NDArray[np.bool_]:
 
     center_slope = shift_slope(0, 0)
     steepness = np.abs(down) / np.maximum(np.abs(right), 1e-9)
-    # The steepest across the edge, of its neighbors in one of four directions; 0.414 is the tangent of 22.5°.
+    # A pixel must have the steepest slope among its neighbors across the edge, in one of four directions; 0.414 is tan 22.5°.
     across = np.select(
         [steepness < 0.41421356, steepness > 2.41421356, (down < 0) == (right < 0)],
         [
@@ -274,7 +274,7 @@ def _find_edges(image: PixelArray) -> npt.NDArray[np.bool_]:
 
 
 def _equalize_histogram(image: PixelArray) -> PixelArray:
-    """With an even histogram."""
+    """uint8 [H, W] with an equalized histogram."""
     counts = np.bincount(image.reshape(-1), minlength=256)
     first = int(np.flatnonzero(counts)[0])
     rest = image.size - counts[first]
@@ -293,7 +293,7 @@ def _raise_brightness(image: PixelArray, shift: float, _: Rng) -> FloatArray:
 
 
 def shift_brightness(image: FloatArray, shift: float) -> FloatArray:
-    """HSV's value moved, hue and saturation kept."""
+    """Shifts HSV's value by `shift`; hue and saturation stay."""
     value = image.max(2, keepdims=True)
     new = np.clip(value + shift, 0, 1)
     lit: FloatArray = np.where(value > 0, image * (new / np.maximum(value, 1e-9)), new).astype(np.float32)
@@ -307,7 +307,7 @@ def _change_saturation(image: PixelArray, parameters: tuple[float, float], _: Rn
     saturation = (value - plain.min(2, keepdims=True)) / np.maximum(value, 1e-9)
     new = np.clip(saturation * factor + shift, 0, 1)
     colored = value - (value - plain) * (new / np.maximum(saturation, 1e-9))
-    # Gray has red's hue.
+    # Gray pixels have the hue of red.
     red = value * np.concatenate([np.ones_like(new), 1 - new, 1 - new], axis=2)
     saturated: FloatArray = np.where(saturation > 0, colored, red).astype(np.float32)
     return saturated
@@ -337,14 +337,14 @@ def _pixelate_image(image: PixelArray, factor: float, _: Rng) -> PixelArray:
 
 
 def _elastic_transform(image: PixelArray, parameters: tuple[float, float, float], rng: Rng) -> FloatArray:
-    # Of photographs in units of 244 px whatever their size, as published; of small images in those of their side.
+    # Lengths are in units of 244 px for photographs of any size, as published, and of the side for small images.
     side = min(image.shape[:2])
     strength, sigma, corner = (share * (side if is_small_image(image) else 244) for share in parameters)
     plain = scale_to_unit(image)
     middle, reach = np.array(image.shape[1::-1]) // 2, side // 3
     before = np.array([middle + reach, [middle[0] + reach, middle[1] - reach], middle - reach], np.float64)
     after = before + rng.uniform(-corner, corner, before.shape)
-    # The affine map that takes the moved points back; x before y.
+    # The affine map from the moved points back to the original ones; x comes before y.
     back, _, _, _ = np.linalg.lstsq(np.c_[after, np.ones(3)], before, rcond=None)
     matrix, offset = back[:2].T[::-1, ::-1], back[2][::-1]
     bent = np.stack([affine_transform(plain[:, :, c], matrix, offset, order=1, mode="mirror") for c in range(3)], axis=2)
@@ -365,7 +365,7 @@ def _blur_gaussian(image: FloatArray, sigma: float) -> FloatArray:
 
 CorruptionFunction = Callable[[PixelArray, Any, Rng], npt.NDArray[Any]]
 
-# What makes a kind; its parameters by severity, for photographs and for small images.
+# Kind → the function, and its parameters by severity for photographs and for small images.
 CORRUPTION_KINDS: dict[str, tuple[CorruptionFunction, tuple[Any, ...], tuple[Any, ...]]] = {
     "gaussian_noise": (_gaussian_noise, (0.08, 0.12, 0.18, 0.26, 0.38), (0.04, 0.06, 0.08, 0.09, 0.10)),
     "shot_noise": (_shot_noise, (60, 25, 12, 5, 3), (500, 250, 100, 75, 50)),

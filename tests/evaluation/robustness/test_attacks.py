@@ -33,9 +33,9 @@ def test_attack_images_fgsm_follows_analytic_gradient(linear, epsilon):
     probabilities = (clean @ weights.double() / 255).softmax(1)
     gradient = (probabilities - F.one_hot(labels, CLASSES)) @ weights.double().T
     expected = (clean + epsilon * gradient.sign()).clamp(0, 255)
-    found = attack_images(logits, images, labels, AttackPlan.fgsm(epsilon), KEYS, 0)
-    assert found.dtype == torch.float32
-    assert torch.allclose(found.flatten(1).double(), expected, atol=1e-4)
+    result = attack_images(logits, images, labels, AttackPlan.fgsm(epsilon), KEYS, 0)
+    assert result.dtype == torch.float32
+    assert torch.allclose(result.flatten(1).double(), expected, atol=1e-4)
 
 
 def test_attack_images_pgd_ends_at_worst_corner_of_linear_network(linear):
@@ -44,18 +44,18 @@ def test_attack_images_pgd_ends_at_worst_corner_of_linear_network(linear):
     # The loss grows with the margin of the other class, whose gradient is one direction everywhere: the corner is the worst place.
     toward = (weights[:, 1] - weights[:, 0]).sign()
     for plan in (AttackPlan.pgd(8, 10), AttackPlan.pgd(8, 50), AttackPlan.pgd(8, 40, 1)):
-        found = attack_images(lambda pixels: pixels.flatten(1) @ weights[:, :2] / 255, images, labels, plan, KEYS, 0)
+        result = attack_images(lambda pixels: pixels.flatten(1) @ weights[:, :2] / 255, images, labels, plan, KEYS, 0)
         signs = torch.where(labels == 0, 1, -1)[:, None] * toward[None]
         expected = (images.flatten(1).float() + 8 * signs).clamp(0, 255)
-        assert torch.allclose(found.flatten(1), expected, atol=1e-3), plan
+        assert torch.allclose(result.flatten(1), expected, atol=1e-3), plan
 
 
 @pytest.mark.parametrize("plan", [AttackPlan.fgsm(16), AttackPlan.pgd(16, 3), AttackPlan.pgd(2, 5, 30)])
 def test_attack_images_stays_within_epsilon_and_pixel_range(linear, plan):
     images, labels, _, logits = linear
-    found = attack_images(logits, images, labels, plan, KEYS, 0)
-    assert float((found - images.float()).abs().max()) <= plan.epsilon
-    assert 0 <= float(found.min()) <= float(found.max()) <= 255
+    result = attack_images(logits, images, labels, plan, KEYS, 0)
+    assert float((result - images.float()).abs().max()) <= plan.epsilon
+    assert 0 <= float(result.min()) <= float(result.max()) <= 255
 
 
 def test_attack_images_pgd_start_follows_seed_and_key(linear):
@@ -77,13 +77,13 @@ def test_attack_plan_default_step_size():
     assert str(AttackPlan.pgd(16, 10)) == "pgd-16-10x4"
 
 
-def test_attack_images_through_normalization(model, pixels):
+def test_attack_images_through_normalization(model, make_pixels):
     predictor = Predictor(model, batch=8)
-    images = torch.from_numpy(pixels(6, 32))
+    images = torch.from_numpy(make_pixels(6, 32))
     labels = predictor.compute_logits(images).argmax(1)
     before = F.cross_entropy(predictor.compute_logits(images), labels, reduction="none")
-    found = attack_images(predictor.compute_logits, images, labels, AttackPlan.pgd(8, 5), [str(n) for n in range(6)], 0)
-    after = F.cross_entropy(predictor.compute_logits(found), labels, reduction="none")
+    result = attack_images(predictor.compute_logits, images, labels, AttackPlan.pgd(8, 5), [str(n) for n in range(6)], 0)
+    after = F.cross_entropy(predictor.compute_logits(result), labels, reduction="none")
     assert bool((after > before).all())
     # Against a gradient by differences: the step that FGSM takes is uphill in each of some pixels.
     step = (

@@ -55,8 +55,8 @@ def parameter(image, kind, severity):
     return CORRUPTION_KINDS[kind][2 if len(image) <= 64 else 1][severity - 1]
 
 
-def close(found, expected, within=1):
-    assert np.abs(found.astype(int) - np.clip(np.asarray(expected), 0, 255).astype(int)).max() <= within
+def close(result, expected, within=1):
+    assert np.abs(result.astype(int) - np.clip(np.asarray(expected), 0, 255).astype(int)).max() <= within
 
 
 def test_corruption_kinds_are_published_ones():
@@ -83,11 +83,11 @@ def test_corrupt_image_changes_as_much_as_published_code(kind, size):
     for row in (row for row in PUBLISHED if (row["size"], row["kind"]) == (size, kind)):
         theirs, severity, rng = int(row["draws"]), int(row["severity"]), np.random.default_rng(0)
         ours = 1 if theirs == 1 else {"small": 20, "photograph": 3}[size]
-        found = np.array([corrupt_image(image, kind, severity, rng) for _ in range(ours)]).astype(float)
+        result = np.array([corrupt_image(image, kind, severity, rng) for _ in range(ours)]).astype(float)
         measured = {
-            "mean": found.mean(),
-            "spread": found.std((1, 2, 3)).mean(),
-            "change": np.abs(found - image).mean(),
+            "mean": result.mean(),
+            "spread": result.std((1, 2, 3)).mean(),
+            "change": np.abs(result - image).mean(),
         }
         for name, value in measured.items():
             luck = 4 * float(row[f"{name}_sd"]) * (1 / theirs + 1 / ours) ** 0.5
@@ -197,20 +197,20 @@ def test_zoom_center_matches_scipy(shape, factor):
     center = image[(height - rows) // 2 :, (width - columns) // 2 :][:rows, :columns]
     larger = zoom(center, (factor, factor, 1)[: image.ndim], order=1)
     top, left = (larger.shape[0] - height) // 2, (larger.shape[1] - width) // 2
-    found = zoom_center(image, factor)
-    assert found.dtype == np.float32
-    assert found == pytest.approx(larger[top : top + height, left : left + width], abs=1e-6)
+    result = zoom_center(image, factor)
+    assert result.dtype == np.float32
+    assert result == pytest.approx(larger[top : top + height, left : left + width], abs=1e-6)
 
 
 def test_corrupt_image_glass_takes_neighboring_pixels():
     # At the lowest severity of small images nothing is blurred that one could see, and pixels are taken once, from a pixel away.
     places = np.arange(32, dtype=np.uint8)
     rows = np.broadcast_to(places[:, None, None] * 8, (32, 32, 3)).copy()
-    found = corrupt_image(rows, "glass_blur", 1, np.random.default_rng(0)).astype(int)
-    assert set(np.unique(found)) <= set((places * 8).tolist())
-    assert (found != rows).mean() > 0.3
+    result = corrupt_image(rows, "glass_blur", 1, np.random.default_rng(0)).astype(int)
+    assert set(np.unique(result)) <= set((places * 8).tolist())
+    assert (result != rows).mean() > 0.3
     # Going up and left, what was taken before can be taken again: it may come from further down, never from further up.
-    assert (rows.astype(int) - found).max() <= 8
+    assert (rows.astype(int) - result).max() <= 8
 
 
 def test_generate_plasma_range_and_roughness():
@@ -223,11 +223,11 @@ def test_generate_plasma_range_and_roughness():
 
 @pytest.mark.parametrize("kind", ["fog", "snow", "frost"])
 def test_corrupt_image_weather_weakens_contrast_or_lightens(image, kind):
-    found = corrupt_image(image, kind, 3, np.random.default_rng(0))
-    correlation = np.corrcoef(found.reshape(-1), image.reshape(-1))[0, 1]
+    result = corrupt_image(image, kind, 3, np.random.default_rng(0))
+    correlation = np.corrcoef(result.reshape(-1), image.reshape(-1))[0, 1]
     assert 0.2 < correlation < 0.999
     if kind == "snow":
-        assert found.mean() > image.mean()
+        assert result.mean() > image.mean()
 
 
 def test_corrupt_image_small_parameters_end_at_64_px():

@@ -73,8 +73,8 @@ def test_render_sequence_moves_match_torchvision(image, step):
     for kind, options in wanted.items():
         moved = F.affine(picture, shear=0, interpolation=InterpolationMode.BILINEAR, **options)
         expected = np.asarray(F.center_crop(moved, size(image))).astype(int)
-        found = render_sequence(image, kind, 31, np.random.default_rng(0))[step + 15]
-        assert np.abs(found - expected).max() <= 1, kind
+        result = render_sequence(image, kind, 31, np.random.default_rng(0))[step + 15]
+        assert np.abs(result - expected).max() <= 1, kind
 
 
 def test_render_sequence_noise_has_published_strength():

@@ -30,18 +30,18 @@ def run_set(predictor, path, kind, out, config=CONFIG):
 
 
 @pytest.fixture
-def cifar10_c(tmp_path, pixels):
+def cifar10_c(tmp_path, make_pixels):
     path = tmp_path / "cifar10-c"
     path.mkdir()
     labels = np.tile(np.arange(10, dtype=np.uint8), 2)
     np.save(path / "labels.npy", np.tile(labels, 5))
     for number, kind in enumerate(("fog", "spatter", "motion_blur")):
-        np.save(path / f"{kind}.npy", pixels(100, 32, seed=number))
+        np.save(path / f"{kind}.npy", make_pixels(100, 32, seed=number))
     return path
 
 
 def test_measure_published_set_reads_cifar10_c(predictor, cifar10_c, tmp_path):
-    found = run_set(predictor, cifar10_c, "cifar10-c", tmp_path / "out")
+    result = run_set(predictor, cifar10_c, "cifar10-c", tmp_path / "out")
     images, labels = np.load(cifar10_c / "fog.npy"), np.load(cifar10_c / "labels.npy")
     expected = []
     for severity in (1, 5):
@@ -52,16 +52,16 @@ def test_measure_published_set_reads_cifar10_c(predictor, cifar10_c, tmp_path):
             predictor.manifest.classes[answer] != name for answer, name in zip(probabilities.argmax(1), names, strict=True)
         ]
         expected.append(np.mean(wrong))
-    assert found.corruptions["fog"] == pytest.approx(tuple(expected))
+    assert result.corruptions["fog"] == pytest.approx(tuple(expected))
     # Not asked for: the extra ones.
-    assert set(found.corruptions) == {"fog", "motion_blur"}
-    assert (found.kind, found.images, found.top1, found.severities) == ("cifar10-c", 20, None, (1, 5))
-    assert not found.imagenet
+    assert set(result.corruptions) == {"fog", "motion_blur"}
+    assert (result.kind, result.images, result.top1, result.severities) == ("cifar10-c", 20, None, (1, 5))
+    assert not result.imagenet
 
 
 def test_measure_published_set_draws_evenly(predictor, cifar10_c, tmp_path):
-    found = run_set(predictor, cifar10_c, "cifar10-c", tmp_path / "out", CONFIG.model_copy(update={"images": 10}))
-    assert (found.images, found.subsample.images) == (10, 10)
+    result = run_set(predictor, cifar10_c, "cifar10-c", tmp_path / "out", CONFIG.model_copy(update={"images": 10}))
+    assert (result.images, result.subsample.images) == (10, 10)
 
 
 def test_measure_published_set_reads_imagenet_c(make_model, picture, tmp_path):
@@ -78,9 +78,9 @@ def test_measure_published_set_reads_imagenet_c(make_model, picture, tmp_path):
                 whole = np.asarray(Image.fromarray(decode_image(data)).resize((32, 32), Image.Resampling.BICUBIC))
                 answer = int(next(predictor.predict_groups([[whole]])).argmax())
                 wrong[severity] += names[answer] != name
-    found = run_set(predictor, tmp_path / "imagenet-c", "imagenet-c", tmp_path / "out")
-    assert found.corruptions == {"frost": (pytest.approx(wrong[1] / 6), pytest.approx(wrong[5] / 6))}
-    assert (found.images, found.unreadable) == (6, 1)
+    result = run_set(predictor, tmp_path / "imagenet-c", "imagenet-c", tmp_path / "out")
+    assert result.corruptions == {"frost": (pytest.approx(wrong[1] / 6), pytest.approx(wrong[5] / 6))}
+    assert (result.images, result.unreadable) == (6, 1)
     other = Predictor(make_model(tmp_path / "other"), batch=4)
     with pytest.raises(DataError, match=r"frost/1/n01: the model has no class of this name"):
         run_set(other, tmp_path / "imagenet-c", "imagenet-c", tmp_path / "out")
@@ -104,9 +104,9 @@ def test_measure_published_set_reads_imagenet_p(make_model, tmp_path):
                 film.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             film.mux(stream.encode(None))
         store.put(f"translate/{names[number % 2]}/{number}.mp4", sink.getvalue())
-    found = run_set(predictor, tmp_path / "imagenet-p", "imagenet-p", tmp_path / "out")
-    assert list(found.perturbations) == ["translate"]
-    assert (found.images, found.frames) == (3, 5)
+    result = run_set(predictor, tmp_path / "imagenet-p", "imagenet-p", tmp_path / "out")
+    assert list(result.perturbations) == ["translate"]
+    assert (result.images, result.frames) == (3, 5)
     made = PublishedSet(store, "imagenet-p", names).find_entries("translate", 1)
     flipped = []
     for row in range(3):
@@ -114,7 +114,7 @@ def test_measure_published_set_reads_imagenet_p(make_model, tmp_path):
         assert [frame.shape for frame in frames] == [(224, 224, 3)] * 5
         answers = next(predictor.without_crop().predict_groups([frames])).argmax(1)
         flipped.append((answers[1:] != answers[:-1]).mean())
-    assert found.perturbations["translate"].flip_probability == pytest.approx(np.mean(flipped))
+    assert result.perturbations["translate"].flip_probability == pytest.approx(np.mean(flipped))
 
 
 def test_measure_published_set_reuses_units(predictor, cifar10_c, tmp_path, monkeypatch):

@@ -136,12 +136,12 @@ def make_robustness(error=0.5, flip=0.1, distance=1.0, **fields) -> Robustness:
 
 
 def test_score_robustness_is_relative_to_reference():
-    found = score_robustness(make_robustness(error=0.3, flip=0.05, distance=0.5), make_robustness(error=0.6, flip=0.2))
-    assert found.mce == pytest.approx(50)
-    assert found.mfr == pytest.approx(25)
-    assert found.mt5d == pytest.approx(50)
-    assert (found.mce_relative_to, found.mfr_relative_to) == ("reference", "reference")
-    assert found.corruption_error == pytest.approx(0.3)
+    result = score_robustness(make_robustness(error=0.3, flip=0.05, distance=0.5), make_robustness(error=0.6, flip=0.2))
+    assert result.mce == pytest.approx(50)
+    assert result.mfr == pytest.approx(25)
+    assert result.mt5d == pytest.approx(50)
+    assert (result.mce_relative_to, result.mfr_relative_to) == ("reference", "reference")
+    assert result.corruption_error == pytest.approx(0.3)
     own = make_robustness()
     assert score_robustness(own, own).mce == pytest.approx(100)
 
@@ -154,11 +154,11 @@ def test_score_robustness_is_relative_to_alexnet_on_imagenet():
             kind: PerturbationResult(flip_probability=value, top5_distance=1.0) for kind, value in ALEXNET_FLIPS.items()
         },
     )
-    found = score_robustness(alexnet, make_robustness(error=0.01))
-    assert found.mce == pytest.approx(100)
-    assert found.mfr == pytest.approx(100)
-    assert (found.mce_relative_to, found.mfr_relative_to) == ("AlexNet", "AlexNet")
-    assert found.mt5d == pytest.approx(100)  # relative to the reference: there is no published one
+    result = score_robustness(alexnet, make_robustness(error=0.01))
+    assert result.mce == pytest.approx(100)
+    assert result.mfr == pytest.approx(100)
+    assert (result.mce_relative_to, result.mfr_relative_to) == ("AlexNet", "AlexNet")
+    assert result.mt5d == pytest.approx(100)  # relative to the reference: there is no published one
 
 
 @pytest.mark.parametrize(
@@ -170,9 +170,9 @@ def test_score_robustness_is_relative_to_alexnet_on_imagenet():
     ],
 )
 def test_score_robustness_needs_reference_on_same_images(other):
-    found = score_robustness(make_robustness(), other)
-    assert (found.mce, found.mce_relative_to, found.mfr, found.mt5d) == (None, None, None, None)
-    assert found.corruption_error == pytest.approx(0.5)
+    result = score_robustness(make_robustness(), other)
+    assert (result.mce, result.mce_relative_to, result.mfr, result.mt5d) == (None, None, None, None)
+    assert result.corruption_error == pytest.approx(0.5)
 
 
 def test_score_robustness_needs_all_corruptions_for_mce():
@@ -188,6 +188,6 @@ def test_score_robustness_ignores_extra_corruptions():
     worse = make_robustness(
         corruptions={kind: (1.0 if kind in EXTRA_CORRUPTIONS else 0.5,) * 5 for kind in (*CORRUPTIONS, "spatter")}
     )
-    found = score_robustness(worse, make_robustness())
-    assert found.corruption_error == pytest.approx(0.5)
-    assert found.mce == pytest.approx(100)
+    result = score_robustness(worse, make_robustness())
+    assert result.corruption_error == pytest.approx(0.5)
+    assert result.mce == pytest.approx(100)

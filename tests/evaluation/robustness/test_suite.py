@@ -43,16 +43,16 @@ def run(model, tmp_path):
 
     def measure(data, name="a", config=SMALL, made=None, batch=16, predictor=None):
         out = LocalStore(tmp_path / name)
-        found = RobustnessSuite(predictor or predictors[batch], *data, config, out.at("units"), made).run_suite(out)
-        assert Robustness.load(out) == found
-        return found
+        result = RobustnessSuite(predictor or predictors[batch], *data, config, out.at("units"), made).run_suite(out)
+        assert Robustness.load(out) == result
+        return result
 
     return measure
 
 
-def test_run_suite_matches_plain_loop(run, model, tmp_path, labeled_images):
-    folder, data = labeled_images(tmp_path / "d")
-    found = run((folder, data))
+def test_run_suite_matches_plain_loop(run, model, tmp_path, make_labeled_images):
+    folder, data = make_labeled_images(tmp_path / "d")
+    result = run((folder, data))
     predictor = Predictor(model, batch=1)
     source = ImageSource(folder, data)
     wrong = {kind: [0, 0] for kind in SMALL.corruptions}
@@ -82,22 +82,22 @@ def test_run_suite_matches_plain_loop(run, model, tmp_path, labeled_images):
             labels = torch.tensor([label])
             changed = attack_images(predictor.compute_logits, seen, labels, AttackPlan.fgsm(4), [key], 0)
             fgsm += int(predictor.compute_logits(changed).argmax()) == label
-    assert (found.images, found.unreadable) == (images, 1)
-    assert found.top1 == clean / images
-    assert found.corruptions == {kind: tuple(count / images for count in counts) for kind, counts in wrong.items()}
-    assert found.attacks[0].top1 == pytest.approx(fgsm / images, abs=1.01 / images)
-    assert [(one.name, one.steps, one.step_size) for one in found.attacks] == [("fgsm", 1, 4), ("pgd", 2, 20)]
-    flips = {kind: one.flip_probability for kind, one in found.perturbations.items()}
+    assert (result.images, result.unreadable) == (images, 1)
+    assert result.top1 == clean / images
+    assert result.corruptions == {kind: tuple(count / images for count in counts) for kind, counts in wrong.items()}
+    assert result.attacks[0].top1 == pytest.approx(fgsm / images, abs=1.01 / images)
+    assert [(one.name, one.steps, one.step_size) for one in result.attacks] == [("fgsm", 1, 4), ("pgd", 2, 20)]
+    flips = {kind: one.flip_probability for kind, one in result.perturbations.items()}
     assert flips == pytest.approx({kind: count / images for kind, count in turned.items()})
     assert max(flips.values()) > 0
 
 
-def test_run_suite_is_independent_of_shards_batches_processes(run, tmp_path, labeled_images, monkeypatch):
-    first = run(labeled_images(tmp_path / "d"))
+def test_run_suite_is_independent_of_shards_batches_processes(run, tmp_path, make_labeled_images, monkeypatch):
+    first = run(make_labeled_images(tmp_path / "d"))
     monkeypatch.setattr(suite, "BLOCK_IMAGES", 7)
     monkeypatch.setattr(suite, "PROCESSES_FROM_SECONDS", 0)
     monkeypatch.setattr(suite, "_count_cores", lambda: 2)
-    other = run(labeled_images(tmp_path / "e", per_shard=4), "b", batch=4)
+    other = run(make_labeled_images(tmp_path / "e", per_shard=4), "b", batch=4)
     for field in ("images", "top1", "corruptions", "perturbations", "attacks"):
         assert getattr(other, field) == getattr(first, field), field
 
@@ -113,8 +113,8 @@ def test_distort_images_depends_on_seed_and_key():
     assert not np.array_equal(one, twin)
 
 
-def test_run_suite_reuses_distorted_images(run, make_model, tmp_path, labeled_images, monkeypatch):
-    data = labeled_images(tmp_path / "d", size=80)
+def test_run_suite_reuses_distorted_images(run, make_model, tmp_path, make_labeled_images, monkeypatch):
+    data = make_labeled_images(tmp_path / "d", size=80)
     config = SMALL.model_copy(update={"suites": ("corruptions",)})
     second = Predictor(make_model(tmp_path / "m", seed=1), batch=16)
     alone = run(data, "alone", config, predictor=second)
@@ -135,9 +135,9 @@ def test_run_suite_reuses_distorted_images(run, make_model, tmp_path, labeled_im
     assert costs[0].passes == 24 * (1 + 2 * 2)
 
 
-def test_run_suite_keeps_at_most_keep_gib(run, tmp_path, labeled_images):
+def test_run_suite_keeps_at_most_keep_gib(run, tmp_path, make_labeled_images):
     made = LocalStore(tmp_path / "made")
-    run(labeled_images(tmp_path / "d"), config=SMALL.model_copy(update={"keep_gib": 1e-6}), made=made)
+    run(make_labeled_images(tmp_path / "d"), config=SMALL.model_copy(update={"keep_gib": 1e-6}), made=made)
     assert list(made.list()) == []
 
 
@@ -166,8 +166,8 @@ def test_crop_center_matches_torchvision():
     assert np.array_equal(crop_center(render_base(sink.getvalue(), keep_size=False)), np.asarray(published))
 
 
-def test_run_suite_adds_units_to_finished_ones(run, tmp_path, labeled_images, monkeypatch):
-    data = labeled_images(tmp_path / "d")
+def test_run_suite_adds_units_to_finished_ones(run, tmp_path, make_labeled_images, monkeypatch):
+    data = make_labeled_images(tmp_path / "d")
     less = SMALL.model_copy(update={"suites": ("corruptions",)})
     run(data, config=less)
     done = []
@@ -185,8 +185,8 @@ def test_run_suite_adds_units_to_finished_ones(run, tmp_path, labeled_images, mo
     assert measurement_inputs(less) != measurement_inputs(SMALL)
 
 
-def test_run_suite_logs_cost_first(run, tmp_path, labeled_images, capsys):
-    run(labeled_images(tmp_path / "d"))
+def test_run_suite_logs_cost_first(run, tmp_path, make_labeled_images, capsys):
+    run(make_labeled_images(tmp_path / "d"))
     lines = capsys.readouterr().out.splitlines()
     cost = next(place for place, line in enumerate(lines) if "cost" in line)
     assert "forward_passes" in lines[cost]
@@ -200,8 +200,8 @@ def test_count_passes():
     assert len(list_units(EvaluationConfig(suites=("corruptions",), extra_corruptions=True))) == 20
 
 
-def test_run_suite_keeps_rows_of_every_image(run, tmp_path, labeled_images):
-    found = run(labeled_images(tmp_path / "d"))
+def test_run_suite_keeps_rows_of_every_image(run, tmp_path, make_labeled_images):
+    result = run(make_labeled_images(tmp_path / "d"))
     table = pq.read_table(io.BytesIO((tmp_path / "a/units/shard-00000-00000/gaussian_noise-15.parquet").read_bytes()))
     assert table["key"].to_pylist()[:4] == ["image-000", "image-000", "image-001", "image-001"]
     assert table["severity"].to_pylist()[:4] == [1, 5, 1, 5]
@@ -209,11 +209,11 @@ def test_run_suite_keeps_rows_of_every_image(run, tmp_path, labeled_images):
     frames = pq.read_table(io.BytesIO((tmp_path / "a/units/shard-00000-00000/translate-x3.parquet").read_bytes()))
     assert len(frames) == 3 * 9
     assert len(frames["top"][0]) == 5
-    assert found.frames == 3
+    assert result.frames == 3
 
 
-def test_run_suite_halves_attack_batches_without_memory(run, tmp_path, labeled_images, monkeypatch):
-    data = labeled_images(tmp_path / "d")
+def test_run_suite_halves_attack_batches_without_memory(run, tmp_path, make_labeled_images, monkeypatch):
+    data = make_labeled_images(tmp_path / "d")
     config = SMALL.model_copy(update={"suites": ("attacks",)})
     plenty = run(data, "plenty", config)
     real = suite.attack_images
@@ -230,15 +230,15 @@ def test_run_suite_halves_attack_batches_without_memory(run, tmp_path, labeled_i
         run(data, "none", config)
 
 
-def test_run_suite_refuses_set_without_readable_image(run, tmp_path, labeled_images):
+def test_run_suite_refuses_set_without_readable_image(run, tmp_path, make_labeled_images):
     with pytest.raises(DataError, match="no readable image"):
-        run(labeled_images(tmp_path / "d", count=3, damaged=(0, 1, 2)))
+        run(make_labeled_images(tmp_path / "d", count=3, damaged=(0, 1, 2)))
 
 
 @pytest.mark.integration
-def test_run_suite_continues_after_kills(run, model, tmp_path, labeled_images):
+def test_run_suite_continues_after_kills(run, model, tmp_path, make_labeled_images):
     """SIGKILL at instants all over the work: the units that were done stay, and what comes of it is the same."""
-    data = labeled_images(tmp_path / "d", count=60)
+    data = make_labeled_images(tmp_path / "d", count=60)
     begun = time.monotonic()
     calm = run(data, "calm")
     whole = time.monotonic() - begun
