@@ -2,8 +2,8 @@
 
     python -m benchmarks.data [--quick] [--json FILE] [--keep]
 
-Needs the CIFAR-10 images in ../shared/data/cifar10 (without them, made-up ones of the same size, and says so), and for the
-peers `pip install webdataset`. All rates are images a second of one process that reads, on files in the page cache.
+Needs the CIFAR-10 images in ../shared/data/cifar10 (without them generated ones of the same size, and says so), and for the
+peers `pip install webdataset`. All rates are images per second of one reading process, on files in the page cache.
 """
 
 import io
@@ -27,13 +27,13 @@ from sklearn.datasets import load_sample_images
 from torch.utils.data import DataLoader
 
 from benchmarks.measure import CIFAR10, measure_rates, paired_ratio, parse_arguments, write_benchmark
-from ns.config.schema import NoiseConfig
+from ns.config.schema import Crop, ImportConfig, NoiseConfig
 from ns.data.augment.randaugment import RandAugment
 from ns.data.augment.transforms import EvalTransform, TrainTransform
-from ns.data.dataset import Dataset
-from ns.data.importing.ingest import ImportLimits, import_images
+from ns.data.dataset import Dataset, DatasetRole
+from ns.data.importing.ingest import import_images
 from ns.data.importing.writer import ShardWriter
-from ns.data.loading import shard_reader as ns_images
+from ns.data.loading import shard_reader
 from ns.data.loading.decode import allocate_images
 from ns.data.loading.sampler import ShardShuffle
 from ns.data.loading.shard_reader import ImageSource
@@ -49,16 +49,16 @@ Run = Callable[[], int]
 
 def main() -> None:
     options = parse_arguments(__doc__ or "")
-    rounds = 5 if options.run_quick else 15
+    rounds = 5 if options.quick else 15
     console = Console(width=120)
     torch.set_num_threads(1)
-    # Everything is read and decoded anew in each round.
-    ns_images.DECODED_BYTES = 0
+    # Each round reads and decodes everything again.
+    shard_reader.DECODED_BYTES = 0
     table = Table("what", "ours, images/s", "theirs, images/s", "ours ÷ theirs", "least … greatest")
     figures: dict[str, float] = {}
 
     def add_comparison(figure: str, what: str, ours: Run, theirs: Run, count: int = rounds) -> None:
-        # Once to warm up: page cache, imports, lazily made tables.
+        # Warms up page cache, imports and lazily made tables.
         ours(), theirs()
         measured = measure_rates({"ours": ours, "theirs": theirs}, count)
         median, least, greatest = paired_ratio(measured, "ours", "theirs")
@@ -68,20 +68,13 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        if not CIFAR10.exists():
-            console.print(f"{CIFAR10} is not there: made-up images stand in for it", style="yellow")
-        folders = make_small_folders(folder / "folders", 4_000 if options.run_quick else 10_000)
-        small = LocalStore(folder / "small")
-        data = import_images(
-            str(folders), small, name="small", role="labeled", limits=ImportLimits(shard_samples=2_000), workers=2
-        )
+        folders, small = folder / "folders", LocalStore(folder / "small")
+        data = import_small_images(folders, small, "labeled", 4_000 if options.quick else 10_000)
         large = LocalStore(folder / "large")
-        photographs = make_large_images(large, 100 if options.run_quick else 400)
+        photographs = make_large_images(large, 100 if options.quick else 400)
 
         pool = LocalStore(folder / "pool")
-        unlabeled = import_images(
-            str(folders), pool, name="pool", role="unlabeled", limits=ImportLimits(shard_samples=2_000), workers=2
-        )
+        unlabeled = import_small_images(folders, pool, "unlabeled", 0)
         limit = make_bare_decoder(small, data, allocate_images(BATCH, 32))
         add_comparison(
             "decode_ratio_32px",
@@ -105,27 +98,27 @@ def main() -> None:
                 make_resizer(large, photographs, size),
                 make_pillow_resizer(large, photographs, size),
             )
-        plain = NoiseConfig(randaugment_layers=0, crop="none", flip=False)
-        noisy = NoiseConfig(randaugment_layers=2, randaugment_magnitude=6, crop="pad")
-        few = 3 if options.run_quick else 7
+        plain = NoiseConfig(randaugment_layers=0, flip=False)
+        noisy = NoiseConfig(randaugment_layers=2, randaugment_magnitude=6)
+        few = 3 if options.quick else 7
         add_comparison(
             "vs_imagefolder",
             "shuffled batches ÷ torchvision's ImageFolder",
-            make_training_loader(small, data, plain),
+            make_training_loader(small, data, plain, "none"),
             make_imagefolder_loader(folders),
             few,
         )
         add_comparison(
             "vs_timm",
             "with RandAugment and crop ÷ timm's loader",
-            make_training_loader(small, data, noisy),
+            make_training_loader(small, data, noisy, "pad"),
             make_timm_loader(folders),
             few,
         )
         add_comparison(
             "vs_webdataset",
             "shuffled batches ÷ webdataset on our tars",
-            make_training_loader(small, data, plain),
+            make_training_loader(small, data, plain, "none"),
             make_webdataset_loader(small, data),
             few,
         )
@@ -136,25 +129,33 @@ def main() -> None:
     write_benchmark("data", figures, options, table)
 
 
-def make_small_folders(folder: Path, count: int) -> Path:
-    """CIFAR-10's test images, or made-up ones, as class folders."""
+def import_small_images(folder: Path, store: LocalStore, role: DatasetRole, count: int, shard_samples: int = 2_000) -> Dataset:
+    """Imports `count` small images into a store, by way of class folders in `folder`; the images there if `count` is 0."""
+    if count:
+        _make_small_folders(folder, count)
+    config = ImportConfig(shard_samples=shard_samples)
+    return import_images(str(folder), store, name="small", role=role, config=config, workers=2)
+
+
+def _make_small_folders(folder: Path, count: int) -> None:
+    """CIFAR-10's test images, or generated ones, as class folders."""
     if CIFAR10.exists():
         source = LocalStore(folder.with_name("imported"))
-        data = import_images(str(CIFAR10), source, name="c", role="labeled", limits=ImportLimits(shard_samples=1000), workers=2)
+        data = import_images(str(CIFAR10), source, name="c", role="labeled", config=ImportConfig(shard_samples=1000), workers=2)
         for shard in data.shards[: count // 1000]:
             path = source.path(shard.name)
             for sample in read_samples(path):
                 target = folder / f"{sample.key}.jpg"
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(path.read_bytes()[sample.offset : sample.offset + sample.size])
-        return folder
+        return
+    sys.stderr.write(f"{CIFAR10}: does not exist; uses generated images\n")
     rng = np.random.default_rng(0)
     for number in range(count):
         target = folder / str(number % 10) / f"{number}.jpg"
         target.parent.mkdir(parents=True, exist_ok=True)
         blurred = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize((32, 32), Image.Resampling.BICUBIC)
         blurred.save(target, "JPEG", quality=90)
-    return folder
 
 
 def make_large_images(store: Store, count: int) -> Dataset:
@@ -193,7 +194,7 @@ def make_stream(store: Store, data: Dataset, *, shuffled: bool) -> Run:
         for start in range(0, data.samples, BATCH):
             source.fetch_ahead(order.prefetch(start))
             positions = order.positions(start, min(BATCH, data.samples - start))
-            transform.transform_batch([source.read_image(*position) for position in positions], batch)  # type: ignore[misc]
+            transform.transform_batch([source.read_image(*position) for position in positions], batch)
         return data.samples
 
     return run_epoch
@@ -217,7 +218,7 @@ def make_decoder(store: Store, data: Dataset) -> Run:
 def make_resizer(store: Store, data: Dataset, size: int) -> Run:
     """The same with a random crop resized to `size` px."""
     source = ImageSource(store, data)
-    transform = TrainTransform(NoiseConfig(randaugment_layers=0, crop="resized"), size)
+    transform = TrainTransform(NoiseConfig(randaugment_layers=0), size, "resized")
     rng = np.random.default_rng(0)
 
     def run_epoch() -> int:
@@ -239,7 +240,7 @@ def make_pillow_resizer(store: Store, data: Dataset, size: int) -> Run:
     def run_epoch() -> int:
         for shard in range(len(data.shards)):
             for row in range(data.shards[shard].samples):
-                crop(Image.open(io.BytesIO(source.read_image(shard, row).data)).convert("RGB"))  # type: ignore[union-attr]
+                crop(Image.open(io.BytesIO(source.read_image(shard, row).data)).convert("RGB"))
         return data.samples
 
     return run_epoch
@@ -254,7 +255,7 @@ def make_bare_decoder(store: Store, data: Dataset, batch: Any) -> Run:
 
     def run_epoch() -> int:
         for start in range(0, len(blobs), BATCH):
-            for blob, out in zip(blobs[start : start + BATCH], batch, make_strict=False):
+            for blob, out in zip(blobs[start : start + BATCH], batch, strict=False):
                 simplejpeg.decode_jpeg(blob, "RGB", False, False, 0, 0, 1, out)
         return len(blobs)
 
@@ -265,11 +266,11 @@ def drain_batches(batches: Iterator[Any]) -> int:
     return sum(len(batch[0]) for batch in batches)
 
 
-def make_training_loader(store: Store, data: Dataset, noise: NoiseConfig) -> Run:
+def make_training_loader(store: Store, data: Dataset, noise: NoiseConfig, crop: Crop) -> Run:
     labeled_set = LabeledImages(store, data)
 
     def run_epoch() -> int:
-        transform = TrainTransform(noise, 32)
+        transform = TrainTransform(noise, 32, crop)
         batches = TrainingBatches(
             labeled_set, None, transform, batch_size=BATCH, pseudo_batch_size=0, num_classes=len(data.classes), seed=0
         )
@@ -312,7 +313,7 @@ def make_webdataset_loader(store: LocalStore, data: Dataset) -> Run:
     samples = (
         wds.WebDataset(tars, shardshuffle=len(tars), empty_check=False)
         .shuffle(1000)
-        .decode_image("rgb8")
+        .decode("rgb8")
         .to_tuple("jpg", "cls")
         .batched(BATCH)
     )
@@ -347,10 +348,10 @@ def compare_s3(
 
     def run_cold() -> int:
         os.environ["NS_CACHE_DIR"] = str(scratch_folder / f"cache-{next(numbers)}")
-        return make_training_loader(store, data, noise)()
+        return make_training_loader(store, data, noise, "none")()
 
-    warm = make_training_loader(store, data, noise)
-    local = make_training_loader(local_store, data, noise)
+    warm = make_training_loader(store, data, noise, "none")
+    local = make_training_loader(local_store, data, noise, "none")
     compare("s3_cold_vs_folder", "from S3 with an empty cache ÷ from a folder", run_cold, local, rounds)
     compare("s3_warm_vs_folder", "from S3 with a full cache ÷ from a folder", warm, local, rounds)
     server.stop()
@@ -396,4 +397,4 @@ def compare_augment(size: int, compare: Callable[..., None], rounds: int) -> Non
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

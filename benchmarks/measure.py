@@ -1,13 +1,18 @@
-"""What all benchmarks share: paired timing, the machine's facts, and the form of the results."""
+"""Shared by all benchmarks: paired timing, the description of the machine, and the form of the results."""
 
 import argparse
 import json
 import os
 import platform
+import signal
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,43 +22,88 @@ from rich.table import Table
 from rich.text import Text
 
 CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10" / "test.tar.gz"
-"""Real images beside the checkout; may be missing."""
+"""Real images beside the checkout, if they exist."""
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("numpy", "pillow", "pyarrow", "timm", "torch", "torchvision")
-"""Whose versions move figures."""
+"""Packages whose versions change figures."""
 
 
 def parse_arguments(about: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a minute at most: for guarding against large regressions")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    parser.add_argument("--quick", action="store_true", help="a minute at most, to detect large regressions")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the figures")
     parser.add_argument("--keep", action="store_true", help="write figures and tables to benchmarks/results; not with --quick")
     options = parser.parse_args()
-    if options.keep and options.run_quick:
-        parser.error("--keep: a quick run is too rough to be kept; leave --quick out")
+    if options.keep and options.quick:
+        parser.error("--keep: a quick run is too imprecise; leave --quick out")
     return options
 
 
-def measure_rates(contestants: Mapping[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
-    """Units a second of each contestant in each round. They take turns, so that a neighbor on the machine disturbs all alike."""
+def measure_turns(contestants: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Returns what each contestant returns in each round. They take turns, so that other load on the machine disturbs all alike."""
     measured: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, run in contestants.items():
-            started = time.perf_counter()
-            count = run()
-            measured[name].append(count / (time.perf_counter() - started))
+            measured[name].append(run())
     return measured
 
 
+def measure_rates(contestants: Mapping[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
+    """Returns units per second of each contestant in each round; a contestant returns its number of units."""
+
+    def measure_rate(run: Callable[[], int]) -> float:
+        started = time.perf_counter()
+        count = run()
+        return count / (time.perf_counter() - started)
+
+    return measure_turns({name: partial(measure_rate, run) for name, run in contestants.items()}, rounds)
+
+
 def paired_ratio(measured: Mapping[str, list[float]], ours: str, theirs: str) -> tuple[float, float, float]:
-    """Median, least and greatest of ours ÷ theirs, paired by round."""
-    pairs = [a / b for a, b in zip(measured[ours], measured[theirs], make_strict=True)]
+    """Returns median, least and greatest of ours ÷ theirs, paired by round."""
+    pairs = [a / b for a, b in zip(measured[ours], measured[theirs], strict=True)]
     return statistics.median(pairs), min(pairs), max(pairs)
 
 
+def record_ratio(
+    figures: dict[str, float],
+    table: Table,
+    figure: str,
+    measured: Mapping[str, list[float]],
+    pair: tuple[str, str],
+    case: Sequence[str],
+) -> None:
+    """Adds a paired ratio of a case to figures and table. The figure without a case is its least favorable case."""
+    median, least, greatest = paired_ratio(measured, *pair)
+    figures[f"{figure}.{'_'.join(case)}"] = round(median, 4)
+    figures[figure] = round(min(median, figures.get(figure, median)), 4)
+    speeds = [f"{statistics.median(measured[side]):,.1f}" for side in pair]
+    table.add_row(*case, figure, *speeds, f"{median:.3f}", f"{least:.3f} … {greatest:.3f}")
+
+
+def stream_script(script: str, *arguments: str) -> Generator[str, None, None]:
+    """Yields the output of a Python script, line by line. Closing ends the script; one that ends by itself raises SystemExit."""
+    command = [sys.executable, script, *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    lines = []
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            lines.append(line)
+            yield line
+        raise SystemExit("".join(lines[-20:]) + f"{script} ended early")
+    finally:
+        # Its loaders too.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 def draw_tables(images: Path, counts: Mapping[str, int], seed: int) -> dict[str, str]:
-    """Draws images of class folders: for each part so many of a class, none for two parts. Returns part → table as CSV; that of the pool
-    has no labels."""
+    """Draws images of class folders for several parts that share no image. Returns part → CSV; that of the pool has no labels.
+
+    `counts`: part → images per class.
+    """
     draw = np.random.default_rng(seed)
     rows: dict[str, list[str]] = {part: ["path" if part == "pool" else "path,label"] for part in counts}
     for category in sorted(images.iterdir()):
@@ -61,13 +111,13 @@ def draw_tables(images: Path, counts: Mapping[str, int], seed: int) -> dict[str,
         order = iter(draw.permutation(len(files)))
         for part, count in counts.items():
             label = "" if part == "pool" else f",{category.name}"
-            # One image of each class between two parts is in none of them: so the tables were that the kept results come from.
-            rows[part] += [f"{files[index]}{label}" for index, _ in zip(order, range(count), make_strict=False)]
+            # zip takes one more image of `order` than it uses: the kept results come from such tables.
+            rows[part] += [f"{files[index]}{label}" for index, _ in zip(order, range(count), strict=False)]
     return {part: "\n".join(lines) + "\n" for part, lines in rows.items()}
 
 
 def describe_benchmark_machine() -> dict[str, Any]:
-    import torch  # four hundred MiB that not every benchmark needs
+    import torch  # 400 MiB that not every benchmark needs
 
     model = ""
     if Path("/proc/cpuinfo").exists():
@@ -83,7 +133,7 @@ def describe_benchmark_machine() -> dict[str, Any]:
 
 
 def write_benchmark(name: str, figures: Mapping[str, float], options: argparse.Namespace, *tables: Table) -> None:
-    """Writes what the benchmark called `name` found, as `options` ask: figures, the machine, the tables that were shown."""
+    """Writes figures, machine and tables of a benchmark, as `options.json` and `options.keep` say."""
     result = {
         "command": f"python -m benchmarks.{name}",
         "measured": datetime.now(UTC).date().isoformat(),
@@ -111,10 +161,10 @@ def _render_page(name: str, result: Mapping[str, Any], tables: Sequence[Table]) 
 
 def _table_to_markdown(table: Table) -> str:
     rows = [[str(column.header) for column in table.columns], ["---"] * len(table.columns)]
-    # What is dim and below on a terminal stands behind a colon: a row is one line here.
+    # A second line in a cell follows after a colon: a row is one line here.
     rows += [
         [Text.from_markup(str(cell)).plain.replace("\n", ": ") for cell in cells]
-        for cells in zip(*(column.cells for column in table.columns), make_strict=True)
+        for cells in zip(*(column.cells for column in table.columns), strict=True)
     ]
     title = [f"**{table.title}**", ""] if table.title else []
     return "\n".join([*title, *(f"| {' | '.join(row)} |" for row in rows)])

@@ -1,16 +1,16 @@
-"""Does the method do here what the paper says it does? Noisy Student on CIFAR-10 with few labels, three seeds, on two cores.
+"""Does this implementation show the effects of the paper (arXiv:1911.04252)? CIFAR-10 with few labels, three seeds, two cores.
 
     python -m benchmarks.method_cifar10 [--images FOLDER] [--work FOLDER] [--results FOLDER] [--quick]
 
 Of CIFAR-10's 50,000 training images each seed draws 2,000 that keep their labels and 5,000 held out for the gate; the others are the
 pool. The official test images are only reported: all 10,000 for clean error, the same 300 of them in all 15 corruptions at 5 severities,
-in 10 kinds of sequences of 8 frames, and under FGSM. The seeds' experiments run as anyone's would, `ns run CONFIG`, with one thread
-each and as many at once as there are cores; the same command continues where it was stopped.
+in 10 kinds of sequences of 8 frames, and under FGSM. The experiments of the seeds run with `ns run CONFIG`, with one thread each and one
+per core at a time; the same command continues after an interruption.
 
-Teacher and students are of one size, and each student starts from its teacher's weights: 1,800 steps are too few to start from nothing.
-So all that students do is more training than their teacher had, and a **control** stands beside them: it starts from the same teacher, and
-takes as many steps as both students together, with their noise, schedule and images in a step, on the labeled images alone. What the
-student has over it is due to the pseudo-labels.
+Teacher and students have one size, and each student starts from its teacher's weights: 1,800 steps are too few to start from random ones.
+So students have more training than their teacher, and a **control** separates its effect: it starts from the same teacher, and takes as
+many steps as both students together, with their noise, schedule and images per step, on the labeled images alone. The difference between
+student and control is due to the pseudo-labels.
 
     clean_error_reduction   1 - last student's test error ÷ teacher's, mean over the seeds
     mce_ratio               mean over corruptions of student's error ÷ teacher's
@@ -38,29 +38,29 @@ from scipy import stats
 
 from benchmarks.measure import CIFAR10, RESULTS, describe_benchmark_machine, draw_tables
 from ns.evaluation.result import Evaluation, Robustness, read_predictions
-from ns.evaluation.robustness.averages import relative_score
+from ns.evaluation.robustness.scores import relative_score
 from ns.runs.records import list_stage_notes
 from ns.runs.summary import summarize_run
 from ns.storage import LocalStore, Store
 
 SEEDS = (0, 1, 2)
 LABELED, HELDOUT = 200, 500
-"""Images of a class."""
+"""Images per class."""
 FGSM = (1, 2, 4)
-"""Of 255. At 32 px the paper's 8 and 16, meant for photographs of 224 px and more, leave nothing of any network."""
+"""In 1/255. The paper's 8 and 16 are for photographs of 224 px and more; at 32 px they bring every network to zero."""
 GENERATIONS = 2
 CONTROL = "control"
 LAST_STUDENT = f"student {GENERATIONS}"
 
 ABOUT = (
-    "{labeled} labeled images of each class, {pool} unlabeled, {heldout} held out for the gate; {seeds} seeds. Clean error on all test "
+    "{labeled} labeled images per class, {pool} unlabeled, {heldout} held out for the gate; {seeds} seeds. Clean error on all test "
     "images, robustness on {robust_images} of them. ± is half of a 95 % interval over the seeds. mCE and mFR are relative to the teacher. "
     "The control starts from the teacher and takes the steps of both students, with their noise, on labeled images alone."
 )
 
 
 class ExperimentSizes(NamedTuple):
-    """How much is done; `--quick` only shows that all of it works."""
+    """Sizes of an experiment; `--quick` only shows that everything works."""
 
     labeled: int
     heldout: int
@@ -84,10 +84,11 @@ def make_method_experiment(seed: int, tables: Path, sizes: ExperimentSizes) -> d
             "arch": "resnet18",
             "args": {"channels": [16, 32, 64, 128]},
             "resolution": 32,
+            "crop": "pad",
             "reduce_stride": 2,
             "inference_precision": "float32",
         },
-        "noise": {"crop": "pad", "randaugment_layers": 2, "randaugment_magnitude": 4, "dropout": 0.1, "stochastic_depth": 0.1},
+        "noise": {"randaugment_layers": 2, "randaugment_magnitude": 4, "dropout": 0.1, "stochastic_depth": 0.1},
     }
     training: dict[str, Any] = {
         "precision": "bfloat16",
@@ -130,21 +131,23 @@ def make_method_experiment(seed: int, tables: Path, sizes: ExperimentSizes) -> d
 
 
 def make_control_experiment(document: Mapping[str, Any], teacher: str) -> dict[str, Any]:
-    """The experiment whose first teacher is the control: the students' role, all images of a step labeled, for as many steps as all
-    students take. `teacher`: the place of the model that they start from."""
+    """The experiment whose first teacher is the control: the students' role with labeled images only, for the steps of all students.
+
+    `teacher`: URI of the model from which they start.
+    """
     student = document["students"][0]
     train = dict(student["train"])
     del train["pseudo_labels"]
     batch_multiple = 1 + train.pop("unlabeled_ratio")
     epochs = train["epochs"] * batch_multiple * document["generations"]
     train |= {"labeled_batch": train["labeled_batch"] * batch_multiple, "epochs": epochs, "init": teacher}
-    # Warming up is counted in epochs of labeled images.
+    # Warm-up is counted in epochs of labeled images.
     train["optimizer"] = {**train["optimizer"], "warmup_epochs": train["optimizer"]["warmup_epochs"] * batch_multiple}
     return {**document, "name": CONTROL, "teacher": {**student, "train": train}}
 
 
 def unpack_archives(images: Path, folder: Path) -> None:
-    """Both archives, as class folders."""
+    """Unpacks both archives into class folders."""
     for part in ("train", "test"):
         if not (folder / part).exists():
             with tarfile.open(images / f"{part}.tar.gz") as archive:
@@ -153,7 +156,7 @@ def unpack_archives(images: Path, folder: Path) -> None:
 
 
 def write_seed_tables(folder: Path, seed: int, sizes: ExperimentSizes) -> None:
-    """The tables of a seed's images, and that of the test images."""
+    """Writes the tables of a seed's parts, and of the test images."""
     counts = {"labeled": sizes.labeled, "heldout": sizes.heldout, "pool": sizes.pool}
     for part, table in draw_tables(folder / "train", counts, seed).items():
         (folder / f"{part}-{seed}.csv").write_text(table)
@@ -163,7 +166,7 @@ def write_seed_tables(folder: Path, seed: int, sizes: ExperimentSizes) -> None:
 
 
 class ModelMeasurement(NamedTuple):
-    """A model on the test images."""
+    """Results of a model on the test images."""
 
     correct: npt.NDArray[np.bool_]
     """[test images], in the order of their keys."""
@@ -183,7 +186,7 @@ class ModelMeasurement(NamedTuple):
 
 
 def measure_model(root: Store, run: str, generation: int) -> ModelMeasurement | None:
-    """None if the run ended before this generation."""
+    """Reads the results of a generation; None if the run ended before it."""
     notes = (
         stage_record
         for stage_record in list_stage_notes(root, run)
@@ -193,21 +196,21 @@ def measure_model(root: Store, run: str, generation: int) -> ModelMeasurement | 
         return None
     folder = root.at(stage_record.outputs["test"].rpartition("/")[0])
     rows = read_predictions(folder, Evaluation.load(folder)).sort_by("key")
-    correct = np.asarray(rows["label"]) == np.asarray(rows["predicted"])
+    correct = np.asarray(rows["class_id"]) == np.asarray(rows["predicted_class_id"])
     return ModelMeasurement(correct, Robustness.load_file(root, stage_record.outputs["robustness"]))
 
 
 def run_method(work: Path, seed: int, sizes: ExperimentSizes) -> None:
-    """Teacher and students of a seed."""
+    """Trains teacher and students of a seed."""
     path = work / f"seed-{seed}.yaml"
     path.write_text(yaml.safe_dump(make_method_experiment(seed, work, sizes), sort_keys=False))
-    # A gate that refuses is a result too: the evaluations are there.
+    # A refusal by the gate is a result too: the evaluations exist.
     command = [sys.executable, "-m", "ns", "run", str(path), "--root", str(work / "runs"), "--run", f"seed-{seed}"]
     _run_single_threaded(command, work / f"seed-{seed}.log")
 
 
 def run_control(work: Path, seed: int, sizes: ExperimentSizes) -> None:
-    """The control of a seed, whose teacher is there. It has no generation of its own, so that its steps are called one by one."""
+    """Trains the control of a seed whose teacher exists. It has no student, so its stages are called one by one."""
     root = work / "runs"
     teacher = summarize_run(LocalStore(root), f"seed-{seed}").stages
     model = next(note.outputs["model"] for note in teacher if (note.stage, note.generation) == ("train", 0)).rpartition("/")[0]
@@ -216,8 +219,9 @@ def run_control(work: Path, seed: int, sizes: ExperimentSizes) -> None:
         yaml.safe_dump(make_control_experiment(make_method_experiment(seed, work, sizes), str(root / model)), sort_keys=False)
     )
     script = (
-        "import sys; from ns.stages import steps; place = sys.argv[1:]; data = steps.prepare_data(*place); "
-        "steps.evaluate(*place, data, 0, steps.train(*place, data, 0))"
+        "import sys; from ns.stages import context, evaluate, prepare, train; ref = context.RunRef(*sys.argv[1:]); "
+        "data = prepare.prepare_data(ref); model = train.train_generation(ref, data=data, generation=0); "
+        "evaluate.evaluate_generation(ref, data=data, generation=0, model=model)"
     )
     _run_single_threaded(
         [sys.executable, "-c", script, str(path), str(root), f"{CONTROL}-{seed}"], work / f"{CONTROL}-{seed}.log"
@@ -234,7 +238,7 @@ def _run_single_threaded(command: Sequence[str], log: Path) -> None:
 
 
 def run_all(work: Path, seeds: Sequence[int], sizes: ExperimentSizes) -> None:
-    """The experiments of all seeds, then the controls, which start from their teachers; one on each core."""
+    """Runs the experiments of all seeds, then the controls, which start from their teachers; one per core."""
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as workers:
         methods = {seed: workers.submit(run_method, work, seed, sizes) for seed in seeds}
         waiting = []
@@ -248,7 +252,7 @@ def run_all(work: Path, seeds: Sequence[int], sizes: ExperimentSizes) -> None:
 def measure_seed(work: Path, seed: int) -> dict[str, ModelMeasurement]:
     store = LocalStore(work / "runs")
     measurements = {"teacher": measure_model(store, f"seed-{seed}", 0)}
-    # A gate that refuses a student ends its run; the student before it is then the last, and stands for those that were not trained.
+    # A refused student ends its run: the student before it stands for those that were not trained.
     for generation in range(1, GENERATIONS + 1):
         before = measurements[f"student {generation - 1}"] if generation > 1 else None
         measurements[f"student {generation}"] = measure_model(store, f"seed-{seed}", generation) or before
@@ -257,13 +261,13 @@ def measure_seed(work: Path, seed: int) -> dict[str, ModelMeasurement]:
 
 
 def sum_stage_seconds(work: Path, seed: int) -> float:
-    """Seconds of all steps of a seed, whenever they were done."""
+    """Seconds of all stages of a seed, over all runs of this command."""
     store = LocalStore(work / "runs")
     return sum(note.seconds for run in (f"seed-{seed}", f"{CONTROL}-{seed}") for note in list_stage_notes(store, run))
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval by Student's t over the seeds; 0 for one seed, of which nothing is known."""
+    """Mean, and half the width of its 95 % interval by Student's t over the seeds; 0 for one seed."""
     if len(values) < 2:
         return values[0], 0.0
     half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
@@ -278,8 +282,10 @@ def paired_interval(teacher: npt.NDArray[np.bool_], student: npt.NDArray[np.bool
 
 
 def compute_model_figures(models: Mapping[str, ModelMeasurement]) -> dict[str, dict[str, float]]:
-    """Of one seed: what the table shows of each model. Errors and accuracies in %, mCE and mFR with the teacher at 100, which a teacher
-    that is never wrong, or never wavers, does not have."""
+    """Model → measure → value of one seed. Errors and accuracies in %, mCE and mFR relative to the teacher at 100.
+
+    mCE or mFR is missing if the teacher makes no error, or never flips.
+    """
     teacher = models["teacher"]
     by_model = {}
     for name, model in models.items():
@@ -299,7 +305,7 @@ def compute_model_figures(models: Mapping[str, ModelMeasurement]) -> dict[str, d
 
 
 def compute_seed_figures(seeds: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, list[float]]:
-    """Each figure of each seed."""
+    """Figure → its value for each seed."""
     fgsm = [f"fgsm-{epsilon:g}" for epsilon in FGSM]
     by_figure: dict[str, list[float]] = {}
     for models in seeds:
@@ -347,7 +353,7 @@ def render_method_markdown(result: Mapping[str, Any]) -> str:
             f"Seed {seed['seed']}: gain on all test images, paired: {100 * low:.1f} … {100 * high:.1f} points.",
         ]
     machine_facts = result["machine"]
-    # One experiment a core, each with one thread.
+    # One experiment per core, each with one thread.
     minutes = result["seconds"] / 60 / machine_facts["cores"]
     machine_text = f"{machine_facts['cores']} cores ({machine_facts['cpu']}), torch {machine_facts['torch']}"
     lines += ["", f"{minutes:.0f} minutes on {machine_text}. Made by `{result['command']}`."]
@@ -360,10 +366,10 @@ def main() -> None:
         "--images", type=Path, default=CIFAR10.parent, help="folder of train.tar.gz and test.tar.gz, class folders of images"
     )
     parser.add_argument(
-        "--work", type=Path, default=Path("runs/method-cifar10"), help="what is kept; the same command continues"
+        "--work", type=Path, default=Path("runs/method-cifar10"), help="folder of the runs; the same command continues"
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for method_cifar10.json and .md")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="an experiment each; 0, 1 and 2 if not given")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="one experiment each (0 1 2)")
     parser.add_argument("--quick", action="store_true", help="a minute, tiny, one seed: shows that it works, measures nothing")
     options = parser.parse_args()
     seeds, sizes = (options.seeds[:1], QUICK) if options.quick else (options.seeds, FULL)

@@ -1,13 +1,13 @@
-"""What a selection costs: against reading the columns it needs, and against pandas, polars and duckdb doing the same.
+"""Time and memory of a selection, against reading the columns it needs, and against pandas, polars and DuckDB.
 
     python -m benchmarks.select [--quick] [--json FILE] [--keep]
 
-Label sets of 1, 10 and 50 million made-up rows of 1000 classes lie in a scratch folder (2.5 GB; TMPDIR names another place), and are
-selected from with the paper's policy. Each selection has a process of its own, whose greatest memory is read from the kernel.
+Label sets of 1, 10 and 50 million generated rows of 1000 classes are written to a scratch folder (2.5 GB; TMPDIR moves it), and
+selected from with the paper's policy. Each selection runs in its own process, whose peak memory the kernel reports.
 
-    scan_ratio     selection ÷ reading key, confidence and classes of all rows, once; the greatest case
+    scan_ratio     selection ÷ reading key, confidence and classes of all rows, once; greatest case
     peak_mib       memory of a process that selects from the largest label set, all libraries included
-    growth_10x     time for ten times the rows ÷ ten times the time; the greatest case
+    growth_10x     time for ten times the rows ÷ ten times the time; greatest case
     peak_growth    memory at the largest ÷ at the smallest
     vs_pandas …    their time ÷ ours at 10 million rows (at 1 million with --quick)
 """
@@ -38,7 +38,7 @@ from ns.storage import LocalStore
 CLASSES, TOP_K = 1000, 10
 SHARD_ROWS = 10_000
 PER_CLASS_SHARE = 0.4
-"""Of the rows of an even class, wanted of each: some classes have more, some fewer."""
+"""Rows to select per class, as a share of the mean class: some classes have more rows, some fewer."""
 MIN_CONFIDENCE = 0.3
 
 
@@ -46,7 +46,7 @@ def main() -> None:
     options = parse_arguments(__doc__ or "")
     sizes = [250_000, 1_000_000] if options.quick else [1_000_000, 10_000_000, 50_000_000]
     figures: dict[str, float] = {}
-    table = Table("rows", "who", "seconds", "MiB", "÷ scan")
+    table = Table("rows", "program", "seconds", "MiB", "÷ scan")
     times: dict[int, float] = {}
     peaks: dict[int, float] = {}
     ratios: list[float] = []
@@ -57,7 +57,7 @@ def main() -> None:
             names = ["scan", "ours"]
             if size == sizes[-1 if options.quick else 1]:
                 names += ["pandas", "polars", "duckdb"]
-            # The first reading fills the page cache, for all alike.
+            # The first reading fills the page cache for all.
             measure_once("scan", folder)
             measurements = {name: measure_best(name, folder, rounds=1 if size > 10_000_000 else 3) for name in names}
             times[size], peaks[size] = measurements["ours"]
@@ -83,7 +83,7 @@ def grow_label_set(folder: Path, rows: int) -> None:
     shards = [LabelShard.load_file(LocalStore(folder), path.name) for path in sorted(folder.glob("shard-*.json"))]
     for number in range(len(shards), rows // SHARD_ROWS):
         rng = np.random.default_rng(number)
-        # Classes of unequal size, confidences heaped up near 1, as trained networks have them.
+        # Classes of unequal size, and confidences near 1, as trained networks give them.
         class_ids = (CLASSES * rng.random(SHARD_ROWS) ** 1.5).astype(np.uint16)
         confidence = (1 - 0.95 * rng.random(SHARD_ROWS) ** 3).astype(np.float32)
         classes = (class_ids[:, None] + np.arange(TOP_K, dtype=np.uint16)) % CLASSES
@@ -126,13 +126,13 @@ def grow_label_set(folder: Path, rows: int) -> None:
 
 
 def measure_best(name: str, folder: Path, *, rounds: int) -> tuple[float, float]:
-    """Shortest time, and greatest memory in MiB."""
+    """Shortest time in seconds, and greatest memory in MiB."""
     measurements = [measure_once(name, folder) for _ in range(rounds)]
     return min(seconds for seconds, _ in measurements), max(peak for _, peak in measurements)
 
 
 def measure_once(name: str, folder: Path) -> tuple[float, float]:
-    """In a process of its own: seconds without imports, MiB with them."""
+    """Runs in its own process. Returns seconds without imports, and MiB with them."""
     command = [sys.executable, "-m", "benchmarks.select", "--one", name, str(folder)]
     seconds, peak = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return float(seconds), float(peak)
@@ -153,7 +153,7 @@ def run_contestant(name: str, folder: Path) -> None:
     kept = contestant()
     seconds = time.perf_counter() - started
     assert kept > 0
-    # Not resource.getrusage: its maximum begins with that of the process that started this one.
+    # Not resource.getrusage: its maximum includes the parent process.
     status = Path("/proc/self/status").read_text()
     peak = int(status.partition("VmHWM:")[2].split()[0]) / 1024
     print(json.dumps([seconds, peak]))

@@ -1,12 +1,12 @@
-"""Five generations on real images, once left alone and then in bad company: both have to end with the same digests.
+"""Fault injection: five generations on real images, once undisturbed and twice with faults, must end with the same digests.
 
     python -m benchmarks.soak [--generations 5] [--seed 0] [--keep]
 
-The calm run, on a folder, is watched: the memory and open files of its processes must not grow from generation to generation. Then
-the same experiment runs twice more, started again whenever it ends with an error, until it is done:
+The undisturbed run, in a folder, is watched: memory and open files of its processes must not grow from generation to generation. Then
+the same experiment runs twice more, restarted whenever it ends with an error, until it is done:
 
     on S3      processes of the run are SIGKILLed, and the server (OpenStack Swift, on this machine) is killed and started again
-    on a disk  processes are SIGKILLed, and the disk, a small tmpfs, is filled to the last byte for seconds (needs root, for mount)
+    on a disk  processes are SIGKILLed, and the disk, a small tmpfs, is filled for seconds (needs root, for mount)
 
 Needs the CIFAR-10 images in ../shared/data/cifar10, and the Debian packages that .ci/packages installs.
 """
@@ -38,9 +38,9 @@ from tests.integration.outcome import results
 from tests.storage.swift import Swift, reason_against
 
 COUNTS = {"labeled": 40, "heldout": 60, "pool": 300}
-"""Images of a class."""
+"""Images per class."""
 FAULT_INTERVAL = (0.05, 0.2)
-"""Shares of the calm run's time between two blows: often, and yet so that something gets done, on any machine."""
+"""Time between two faults, as shares of the undisturbed run's time, so that work gets done on any machine."""
 DISK_MIB = 600
 TRIES = 200
 RUN = "soak"
@@ -50,8 +50,8 @@ Fault = tuple[str, Callable[[], None]]
 
 def make_soak_experiment(tables: Path, generations: int) -> dict[str, Any]:
     role: dict[str, Any] = {
-        "model": {"arch": "test_efficientnet", "resolution": 32, "inference_precision": "float32"},
-        "noise": {"randaugment_magnitude": 4, "crop": "pad", "flip": True},
+        "model": {"arch": "test_efficientnet", "resolution": 32, "crop": "pad", "inference_precision": "float32"},
+        "noise": {"randaugment_magnitude": 4, "flip": True},
         "train": {
             "labeled_batch": 50,
             "epochs": 30,
@@ -71,13 +71,13 @@ def make_soak_experiment(tables: Path, generations: int) -> dict[str, Any]:
         "students": [student],
         "labeling": {"tasks": 2},
         "selection": {"min_confidence": 0.15, "per_class": COUNTS["pool"], "max_repeat": 3},
-        # Whatever comes of it: here it is the loop that is looked at.
+        # Accept every student: the loop is tested, not the method.
         "gate": {"min_gain": -1},
     }
 
 
 def write_soak_tables(folder: Path) -> None:
-    """Real images, a few hundred of each class, and the tables that say what is what."""
+    """Writes real images, a few hundred per class, and the tables of the parts."""
     with tarfile.open(CIFAR10) as archive:
         archive.extractall(folder, filter="data")
     for part, table in draw_tables(folder / "test", COUNTS, seed=0).items():
@@ -96,7 +96,7 @@ def list_processes(pid: int) -> list[psutil.Process]:
 
 
 class ResourceWatcher(threading.Thread):
-    """Peaks of memory (MiB, of the largest process) and of open files (of all processes) in each generation of a run in a folder."""
+    """Records the peaks of memory (MiB, largest process) and of open files (all processes) per generation of a run."""
 
     def __init__(self, pid: int, steps: Path) -> None:
         super().__init__(daemon=True)
@@ -116,14 +116,14 @@ class ResourceWatcher(threading.Thread):
             time.sleep(0.3)
 
 
-def run_calm(config: Path, root: Path) -> tuple[dict[str, Any], dict[int, tuple[float, int]], float]:
+def run_undisturbed(config: Path, root: Path) -> tuple[dict[str, Any], dict[int, tuple[float, int]], float]:
     started = time.monotonic()
     process = subprocess.Popen(make_command(config, str(root)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    watcher = ResourceWatcher(process.pid, root / RUN / "steps")
+    watcher = ResourceWatcher(process.pid, root / RUN / "stages")
     watcher.start()
     out, _ = process.communicate()
     if process.returncode:
-        raise SystemExit(f"the calm run failed: {' '.join(make_command(config, str(root)))}")
+        raise SystemExit(f"the undisturbed run failed: {' '.join(make_command(config, str(root)))}")
     return results(json.loads(out)), watcher.peaks, time.monotonic() - started
 
 
@@ -136,8 +136,10 @@ def run_chaotic(
     chance: random.Random,
     log: Path,
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """The run's digests, and how often each thing happened. `between`: seconds, least and most, from one blow to the next; each has to
-    be over when it returns."""
+    """Returns the run's digests, and how often each fault happened.
+
+    `between`: least and greatest seconds between two faults; a fault must be over when its function returns.
+    """
     counts = {"killed": 0, "started": 0, **{name: 0 for name, _ in faults}}
     while True:
         if counts["started"] == TRIES:
@@ -183,7 +185,7 @@ def mount_small_disk(folder: Path) -> Iterator[Path]:
 
 
 def fill_disk(disk: Path, chance: random.Random) -> None:
-    """Until the last byte, for seconds."""
+    """Fills the disk completely, for seconds."""
     filler = disk / "filler"
     with suppress(OSError), filler.open("wb", buffering=0) as file:
         while True:
@@ -194,10 +196,10 @@ def fill_disk(disk: Path, chance: random.Random) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--generations", type=int, default=5, help="trips round the loop; 5 if not given")
-    parser.add_argument("--seed", type=int, default=0, help="of the blows")
-    parser.add_argument("--keep", action="store_true", help="write what was found to benchmarks/results")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    parser.add_argument("--generations", type=int, default=5, help="number of generations (5)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the faults")
+    parser.add_argument("--keep", action="store_true", help="write figures and tables to benchmarks/results")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the figures")
     options = parser.parse_args()
     for missing in ("" if CIFAR10.exists() else f"needs the images in {CIFAR10.parent}", reason_against()):
         if missing:
@@ -209,14 +211,14 @@ def main() -> None:
         write_soak_tables(folder)
         config = folder / "soak.yaml"
         config.write_text(yaml.safe_dump(make_soak_experiment(folder, options.generations), sort_keys=False))
-        calm, peaks, seconds = run_calm(config, folder / "calm")
+        calm, peaks, seconds = run_undisturbed(config, folder / "calm")
         growth = Table("generation", "largest process, MiB", "open files")
         for generation, (memory, files) in sorted(peaks.items()):
             growth.add_row(str(generation), f"{memory:,.0f}", str(files))
         console.print(growth)
 
-        table = Table("root", "ends as the calm run", "started", "what happened")
-        table.add_row("folder, calm", "", "1", f"{seconds:.0f} s")
+        table = Table("root", "ends as the undisturbed run", "started", "faults")
+        table.add_row("folder, undisturbed", "", "1", f"{seconds:.0f} s")
         between = (FAULT_INTERVAL[0] * seconds, FAULT_INTERVAL[1] * seconds)
         figures = {
             "memory_growth": _peak_growth(peaks, 0, options.generations),
@@ -243,14 +245,14 @@ def main() -> None:
             time.sleep(chance.uniform(0.5, 3))
             server.start()
 
-        keys = {"access_key": "test:tester", "secret_key": "testing"}
-        Minio(endpoint=server.url.removeprefix("http://"), secure=False, region="us-east-1", **keys).make_bucket(
-            bucket_name=RUN
-        )
+        access_key, secret_key = "test:tester", "testing"
+        endpoint = server.url.removeprefix("http://")
+        client = Minio(endpoint=endpoint, access_key=access_key, secret_key=secret_key, secure=False, region="us-east-1")
+        client.make_bucket(bucket_name=RUN)
         environment = {
             "AWS_ENDPOINT_URL": server.url,
-            "AWS_ACCESS_KEY_ID": keys["access_key"],
-            "AWS_SECRET_ACCESS_KEY": keys["secret_key"],
+            "AWS_ACCESS_KEY_ID": access_key,
+            "AWS_SECRET_ACCESS_KEY": secret_key,
             "AWS_REGION": "us-east-1",
             "NS_CACHE_DIR": str(folder / "cache"),
         }
@@ -261,11 +263,11 @@ def main() -> None:
     console.print(table)
     write_benchmark("soak", figures, options, growth, table)
     if not all(figures[name] for name in ("disk_equal", "s3_equal")):
-        raise SystemExit("another result than that of the calm run")
+        raise SystemExit("the result differs from that of the undisturbed run")
 
 
 def _peak_growth(peaks: Mapping[int, tuple[float, int]], which: int, generations: int) -> float:
-    """The last generation's peak ÷ the first one's."""
+    """The last generation's peak ÷ the first one's. `which`: 0 for memory, 1 for files."""
     return round(peaks[generations][which] / peaks[1][which], 3)
 
 

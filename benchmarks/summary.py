@@ -1,10 +1,10 @@
 """All benchmarks' figures in one table, and a guard against large regressions.
 
     python -m benchmarks.summary            writes benchmarks/results/README.md from what the benchmarks have kept there
-    python -m benchmarks.summary --quick    runs each benchmark, or those after --only, with --quick, and fails where a ratio is a quarter
-                                            worse than in benchmarks/results/quick.json, twice in a row; --keep writes that file anew
+    python -m benchmarks.summary --quick    runs each benchmark, or those after --only, with --quick, and fails if a ratio is a quarter
+                                            worse than in benchmarks/results/quick.json, twice in a row; --keep writes that file
 
-Only ratios are compared, whose two sides were measured in turns in one run: seconds are another on every machine.
+Only ratios are compared, whose two sides were measured in turns in one run: seconds differ on every machine.
 """
 
 import argparse
@@ -66,32 +66,32 @@ FIGURES = {
         BenchmarkFigure("peak_mib", "MiB of memory, 50 million labels", 1024, more_is_better=False),
     ),
     "loop": (
-        BenchmarkFigure("overhead_share", "quickstart: share of its time in which no step is at work", 0.15, more_is_better=False),
+        BenchmarkFigure("overhead_share", "quickstart: share of its time in which no stage runs", 0.15, more_is_better=False),
         BenchmarkFigure("help_seconds", "seconds until `ns --help`", 0.3, more_is_better=False),
     ),
     "soak": (
-        BenchmarkFigure("s3_equal", "five generations, processes and server killed: ends as if left alone (1: yes)", 1.0),
-        BenchmarkFigure("disk_equal", "the same, with the disk filled to the last byte now and then", 1.0),
+        BenchmarkFigure("s3_equal", "five generations, processes and server killed: same result as undisturbed (1: yes)", 1.0),
+        BenchmarkFigure("disk_equal", "the same, with a disk that is full now and then", 1.0),
         BenchmarkFigure("memory_growth", "largest process, fifth generation ÷ first", 1.05, more_is_better=False),
         BenchmarkFigure("files_growth", "open files, fifth generation ÷ first", 1.05, more_is_better=False),
     ),
     "method_cifar10": (
-        BenchmarkFigure("clean_error_reduction", "CIFAR-10, 2,000 labels: share of the teacher's test errors that the student does not make", 0.10),
+        BenchmarkFigure("clean_error_reduction", "CIFAR-10, 2,000 labels: reduction of the teacher's test error by the student", 0.10),
         BenchmarkFigure("mce_ratio", "its errors on corrupted images ÷ the teacher's", 1.0, more_is_better=False),
         BenchmarkFigure("mfr_ratio", "its flips on perturbed images ÷ the teacher's", 1.0, more_is_better=False),
         BenchmarkFigure("fgsm_gain", "accuracy under FGSM - the teacher's, points", 0.0),
     ),
 }  # fmt: skip
-"""Of each benchmark, what is shown, with what we aim at."""
+"""Benchmark → the figures in the summary, with our targets."""
 GUARDED = {"data": "decode_", "train": "step_ratio", "label": "forward_ratio", "select": "scan_ratio"}
-"""The ratios that a quick run measures well enough to be compared: figures that begin so. Only those against a limit: how far ahead of a
-peer we are depends on the processor (labeling with EfficientNet-B0 ÷ timm: 9.1 on one, 3.7 on another)."""
+"""Prefix of the ratios that a quick run measures well enough. Only ratios to a bound: those to other programs depend on the processor
+(labeling with EfficientNet-B0 ÷ timm: 9.1 on one, 3.7 on another)."""
 KEPT_OF = 3
-"""Quick runs of which the least favorable figure is kept to compare with."""
+"""Number of quick runs of which the least favorable figure is kept."""
 
 
 def load_kept(results: Path) -> dict[str, dict[str, float]]:
-    """Benchmark → figure → value, of those that have been kept."""
+    """Benchmark → figure → value, of all kept results."""
     return {
         name: json.loads((results / f"{name}.json").read_text())["figures"]
         for name in FIGURES
@@ -103,10 +103,10 @@ def render_summary_page(by_benchmark: Mapping[str, Mapping[str, float]]) -> str:
     lines = [
         "# What was measured",
         "",
-        "Medians of ratios whose sides took turns in one run, the least favorable case of each; details, spread and the machine are",
-        "behind the links. `make bench` measures anew.",
+        "Medians of ratios whose sides took turns in one run, least favorable case each. The links lead to details, spread and machine.",
+        "`make bench` repeats all measurements.",
         "",
-        "| benchmark | figure | value | aim | |",
+        "| benchmark | figure | value | target | |",
         "|---|---|---|---|---|",
     ]
     for name, figures in FIGURES.items():
@@ -114,16 +114,16 @@ def render_summary_page(by_benchmark: Mapping[str, Mapping[str, float]]) -> str:
             if name not in by_benchmark or figure.name not in by_benchmark[name]:
                 continue
             value, sign = by_benchmark[name][figure.name], "≥" if figure.more_is_better else "≤"
-            aim = "" if figure.target is None else f"{sign} {figure.target:g}"
+            target = "" if figure.target is None else f"{sign} {figure.target:g}"
             mark = {True: "reached", False: "not reached", None: ""}[figure.meets_target(value)]
-            lines.append(f"| [{name}]({name}.md) | `{figure.name}`: {figure.what} | {value:,.4g} | {aim} | {mark} |")
+            lines.append(f"| [{name}]({name}.md) | `{figure.name}`: {figure.description} | {value:,.4g} | {target} | {mark} |")
     return "\n".join(lines) + "\n"
 
 
 def find_regressions(
     baseline: Mapping[str, Mapping[str, float]], measure: Callable[[str], Mapping[str, float]], table: Table
 ) -> list[str]:
-    """Guarded figures that are worse than the baseline in two measurements. `measure` gives a benchmark's figures."""
+    """Returns the guarded figures that are worse than the baseline in two measurements. `measure`: benchmark → its figures."""
     lasting_regressions = []
     for name, before in baseline.items():
         first = measure(name)
@@ -150,7 +150,7 @@ def _find_worse(name: str, now: Mapping[str, float], before: Mapping[str, float]
 
 
 def _find_figure(name: str, figure: str) -> BenchmarkFigure:
-    # A figure that is not in the table of those shown is a ratio of which more is better.
+    # A figure that is not in FIGURES is a ratio of which more is better.
     return next(
         (candidate for candidate in FIGURES[name] if candidate.name == figure.partition(".")[0]),
         BenchmarkFigure(figure, "", None),
@@ -158,14 +158,14 @@ def _find_figure(name: str, figure: str) -> BenchmarkFigure:
 
 
 def least_favorable(name: str, runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Of several runs of a benchmark the least favorable value of each figure."""
+    """Returns the least favorable value of each figure over several runs of a benchmark."""
     return {
         figure: (min if _find_figure(name, figure).more_is_better else max)(run[figure] for run in runs) for figure in runs[0]
     }
 
 
 def run_quick(name: str) -> dict[str, float]:
-    """The guarded figures of a benchmark's quick run."""
+    """Returns the guarded figures of a benchmark's quick run."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "figures.json"
         subprocess.run(
@@ -177,16 +177,14 @@ def run_quick(name: str) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="compare quick runs with what they were")
+    parser.add_argument("--quick", action="store_true", help="compare quick runs with the recorded ones")
     parser.add_argument(
         "--only", nargs="+", choices=list(GUARDED), default=list(GUARDED), help="with --quick: these benchmarks"
     )
-    parser.add_argument(
-        "--keep", action="store_true", help="with --quick: what was measured is what later runs are compared with"
-    )
+    parser.add_argument("--keep", action="store_true", help="with --quick: record the measured ratios")
     options = parser.parse_args()
     console = Console(width=160)
-    if not options.run_quick:
+    if not options.quick:
         text = render_summary_page(load_kept(RESULTS))
         (RESULTS / "README.md").write_text(text)
         console.print(text, markup=False)
@@ -197,14 +195,14 @@ def main() -> None:
         return
     if not (RESULTS / QUICK).exists():
         raise SystemExit(
-            f"{RESULTS / QUICK}: is not there; measure what to compare with: python -m benchmarks.summary --quick --keep"
+            f"{RESULTS / QUICK}: does not exist; record ratios to compare with: python -m benchmarks.summary --quick --keep"
         )
     table = Table("benchmark", "ratio", "was", "is", "")
     baseline = json.loads((RESULTS / QUICK).read_text())
     worse = find_regressions({name: baseline[name] for name in options.only}, run_quick, table)
     console.print(table)
     if worse:
-        raise SystemExit("\n".join(["a quarter worse than before, twice:", *worse]))
+        raise SystemExit("\n".join(["a quarter worse than recorded, twice:", *worse]))
 
 
 if __name__ == "__main__":

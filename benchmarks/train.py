@@ -2,24 +2,22 @@
 
     python -m benchmarks.train [--quick] [--json FILE] [--keep]
 
-Needs the CIFAR-10 images in ../shared/data/cifar10 (without them, made-up ones of the same size, and says so). For the peer,
-TIMM_TRAIN names timm's train.py, which its wheel lacks: github.com/huggingface/pytorch-image-models. Rates are images a second;
-both sides run in the precision that is the fastest here, timm's with its defaults.
+Needs the CIFAR-10 images in ../shared/data/cifar10 (without them generated ones of the same size, and says so). For the peer,
+TIMM_TRAIN names timm's train.py, which its wheel lacks: github.com/huggingface/pytorch-image-models. Rates are images per second;
+both of our sides run in the precision that `auto` means here, timm's script with its defaults.
 
-    step_ratio_plain        our loop, RandAugment off ÷ forward, backward and optimizer on a batch in memory; the least case
+    step_ratio_plain        our loop, RandAugment off ÷ forward, backward and optimizer on a batch in memory; least favorable case
     step_ratio_randaugment  the same with the paper's RandAugment
-    vs_timm_train           our loop with RandAugment ÷ train.py, which does less to its images; the least case
+    vs_timm_train           our loop with RandAugment ÷ train.py, which augments less; least favorable case
 """
 
 import os
 import re
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import closing
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -29,13 +27,12 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.data import make_small_folders
-from benchmarks.measure import CIFAR10, parse_arguments, write_benchmark
-from ns.config.schema import ImportConfig, ModelConfig, NoiseConfig, RoleConfig, TrainConfig
+from benchmarks.data import import_small_images
+from benchmarks.measure import measure_turns, parse_arguments, record_ratio, stream_script, write_benchmark
+from ns.config.schema import ModelConfig, NoiseConfig, RoleConfig, TrainConfig
 from ns.core import log
 from ns.core.malloc import keep_freed_memory
 from ns.data.dataset import Dataset
-from ns.data.importing.ingest import import_images
 from ns.data.loading.stream import LabeledImages
 from ns.modeling import factory as models
 from ns.modeling.precision import PrecisionMode, choose_precision
@@ -48,14 +45,14 @@ ARCHITECTURES = ("efficientnet_b0", "resnet18")
 BATCH = 64
 CLASSES = 10
 WARM_UP = 6
-"""Steps that are not counted: the first ones find batches made while the network was built."""
+"""Steps that are not counted: their batches were made while the network was built."""
 NOISES = {
     "plain": NoiseConfig(randaugment_layers=0),
     "randaugment": NoiseConfig(randaugment_magnitude=5),
 }
 
 Run = Callable[[], float]
-"""Does its steps, and returns images a second."""
+"""Runs its steps, and returns images per second."""
 
 
 def main() -> None:
@@ -66,14 +63,10 @@ def main() -> None:
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        if not CIFAR10.exists():
-            console.print(f"{CIFAR10} is not there: made-up images stand in for it", style="yellow")
-        folders = make_small_folders(folder / "images" / "train", 4_000 if options.quick else 10_000)
-        (folder / "images" / "validation").symlink_to(folders)
         store = LocalStore(folder / "small")
-        data = import_images(
-            str(folders), store, name="small", role="labeled", config=ImportConfig(shard_samples=2_000), workers=2
-        )
+        folders = folder / "images" / "train"
+        data = import_small_images(folders, store, "labeled", 4_000 if options.quick else 10_000)
+        (folder / "images" / "validation").symlink_to(folders)
         for arch, px in product(*((ARCHITECTURES[:1], (32,)) if options.quick else (ARCHITECTURES, (32, 64)))):
             role = make_role(arch, px, NOISES["plain"])
             console.print(f"{arch}, {px} px: {role.train.precision}")
@@ -87,18 +80,13 @@ def main() -> None:
             rates = measure_turns({"bare": theirs, **ours}, rounds)
             pairs = [("step_ratio_plain", "plain", "bare"), ("step_ratio_randaugment", "randaugment", "bare")]
             if not options.quick and (script := os.environ.get("TIMM_TRAIN")):
-                rates["timm"] = [run_timm_train(Path(script), folder / "images", arch, px, measured)] * rounds
+                rates["timm"] = [run_timm_train(script, folder / "images", arch, px, measured)] * rounds
                 pairs.append(("vs_timm_train", "randaugment", "timm"))
-            for figure, ours_name, other in pairs:
-                ratios = [a / b for a, b in zip(rates[ours_name], rates[other], strict=True)]
-                ratio = statistics.median(ratios)
-                figures[f"{figure}.{arch}_{px}px"] = round(ratio, 4)
-                figures[figure] = round(min(ratio, figures.get(figure, ratio)), 4)
-                speeds = [f"{statistics.median(rates[side]):,.1f}" for side in (ours_name, other)]
-                table.add_row(arch, str(px), figure, *speeds, f"{ratio:.3f}", f"{min(ratios):.3f} … {max(ratios):.3f}")
+            for figure, *pair in pairs:
+                record_ratio(figures, table, figure, rates, (pair[0], pair[1]), (arch, f"{px}px"))
     console.print(table)
     if "vs_timm_train" not in figures and not options.quick:
-        console.print("vs_timm_train left out: TIMM_TRAIN does not name timm's train.py", style="yellow")
+        console.print("vs_timm_train skipped: TIMM_TRAIN does not name timm's train.py", style="yellow")
     write_benchmark("train", figures, options, table)
 
 
@@ -108,17 +96,8 @@ def make_role(arch: str, px: int, noise: NoiseConfig) -> RoleConfig:
     return RoleConfig(model=ModelConfig(arch=arch, resolution=px, crop="pad"), noise=noise, train=train)
 
 
-def measure_turns(contestants: dict[str, Run], rounds: int) -> dict[str, list[float]]:
-    """Rates of each contestant. They take turns, so that a neighbor on the machine disturbs all alike."""
-    measured: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(rounds):
-        for name, run in contestants.items():
-            measured[name].append(run())
-    return measured
-
-
 def make_bare_steps(role: RoleConfig, measured_steps: int) -> Run:
-    """Forward, backward and optimizer on one batch that is in memory, normalized; with freed memory kept, as training does it."""
+    """Forward, backward and optimizer on one normalized batch in memory; keeps freed memory, as training does."""
     device = models.get_best_device()
     if device.type == "cpu":
         keep_freed_memory()
@@ -134,7 +113,7 @@ def make_bare_steps(role: RoleConfig, measured_steps: int) -> Run:
         optimizer.zero_grad(set_to_none=True)
         with mode.autocast(device):
             logits = forward(images)
-        F.cross_entropy(logits.float(), class_ids, label_smoothing=0.1).backward()
+        F.cross_entropy(logits.float(), class_ids, label_smoothing=0.1).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
     def run_steps() -> float:
@@ -150,7 +129,7 @@ def make_bare_steps(role: RoleConfig, measured_steps: int) -> Run:
 
 
 class StepTimer(log.Progress):
-    """Notes when each step ended."""
+    """Records when each step ended."""
 
     ends: list[float]
 
@@ -183,27 +162,19 @@ def make_loop_run(checkpoints: LocalStore, store: LocalStore, data: Dataset, rol
     return run_loop
 
 
-def run_timm_train(script: Path, images: Path, arch: str, px: int, measured_steps: int) -> float:
-    """timm's train.py with its defaults, but for the network, its size, the batch and the device; its median rate."""
-    command = [sys.executable, str(script), "--data-dir", str(images), "--model", arch, "--num-classes", str(CLASSES)]
-    command += ["--img-size", str(px), "--batch-size", str(BATCH), "--device", models.get_best_device().type]
-    command += ["--epochs", "1", "--log-interval", "1", "--output", str(images / "output")]
+def run_timm_train(script: str, images: Path, arch: str, px: int, measured_steps: int) -> float:
+    """Median rate of timm's train.py with its defaults, except network, size, batch and device."""
     rates: list[float] = []
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    output_lines = []
-    assert process.stdout is not None
-    try:
-        for line in process.stdout:
-            output_lines.append(line)
+    arguments = ["--data-dir", str(images), "--model", arch, "--num-classes", str(CLASSES), "--img-size", str(px)]
+    arguments += ["--batch-size", str(BATCH), "--device", models.get_best_device().type]
+    arguments += ["--epochs", "1", "--log-interval", "1", "--output", str(images / "output")]
+    with closing(stream_script(script, *arguments)) as lines:
+        for line in lines:
             if match := re.search(r"Time: [\d.]+s, +([\d.]+)/s", line):
                 rates.append(float(match[1]))
             if len(rates) == WARM_UP + measured_steps:
-                return statistics.median(rates[WARM_UP:])
-    finally:
-        # Its loaders too.
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    raise SystemExit("".join(output_lines[-20:]) + f"{script} ended early")
+                break
+    return statistics.median(rates[WARM_UP:])
 
 
 def synchronize_device() -> None:

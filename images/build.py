@@ -1,7 +1,7 @@
-"""Builds the images: `python3 images/build.py [TARGET…]`. Prints their names, which end in the digest of what enters them.
+"""Builds the images: `python3 images/build.py [TARGET…]`. Prints their names, which end in the digest of their files.
 
-An image's name says what is in it: the same files give the same name, and a changed file another one. So a node never runs an
-old image under a new name, and Kubeflow, which looks images up by name, never takes old results for new ones.
+Equal files give equal names, and a changed file another name. So a node never runs an old image under a new name, and Kubeflow, whose
+cache compares names of images, never takes old results for new ones.
 """
 
 import argparse
@@ -20,7 +20,7 @@ TAG_DIGITS = 16
 
 
 def list_context_files(checkout: Path) -> Iterator[Path]:
-    """The files that .dockerignore lets in, in order."""
+    """Yields the files that .dockerignore lets in, in order."""
     lines = (checkout / ".dockerignore").read_text().splitlines()
     for path in sorted(checkout / line[1:] for line in lines if line.startswith("!")):
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
@@ -29,7 +29,7 @@ def list_context_files(checkout: Path) -> Iterator[Path]:
 
 
 def compute_tag(checkout: Path, target: str, arguments: dict[str, str]) -> str:
-    """16 hex digits of the SHA-256 of all that enters an image: files, target, build arguments."""
+    """Returns 16 hex digits of the SHA-256 of an image's files, target and build arguments."""
     hasher = hashlib.sha256(repr((target, sorted(arguments.items()))).encode())
     for file in list_context_files(checkout):
         content = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -48,22 +48,22 @@ def read_revision(checkout: Path) -> str:
 
 
 def find_builder() -> str:
-    """What builds: docker if it answers, or else podman."""
+    """Returns the command that builds: of docker if it answers, or else podman."""
     for engine in ("docker", "podman"):
         if shutil.which(engine) and subprocess.run([engine, "version"], capture_output=True).returncode == 0:
             return f"{engine} build"
-    sys.exit("error: neither docker nor podman answers; install one, or name what builds with --builder (make: BUILDER=)")
+    sys.exit("error: neither docker nor podman answers; install one, or give another builder with --builder (make: BUILDER=)")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Build the images of the pipeline's steps, and print their names.")
-    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(TARGETS)}; all if not given")
-    parser.add_argument("--registry", default="", help="goes before the names, as registry.example/team")
-    parser.add_argument("--tag", default="", help="instead of the digest")
-    parser.add_argument("--builder", default="", help="`docker build`, `podman build`, or whatever takes their arguments")
-    parser.add_argument("--python", default="", help="the image to start from, best with its @sha256 digest")
+    parser = argparse.ArgumentParser(description="Build the images of the pipeline's stages, and print their names.")
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"one of {', '.join(TARGETS)}; default: all")
+    parser.add_argument("--registry", default="", help="prefix of the names, as registry.example/team")
+    parser.add_argument("--tag", default="", help="tag to use instead of the digest")
+    parser.add_argument("--builder", default="", help="`docker build`, `podman build`, or a command with the same arguments")
+    parser.add_argument("--python", default="", help="base image, best with its @sha256 digest")
     parser.add_argument("--cpu-index", default="", help="URL of an index with CPU builds of torch")
-    parser.add_argument("--pip-config", default="", help="a pip.conf to install with; it does not enter the image")
+    parser.add_argument("--pip-config", default="", help="pip.conf for the installation; it does not enter the image")
     parser.add_argument("--print", action="store_true", help="print the names only")
     parsed = parser.parse_args()
     targets = parsed.targets or TARGETS
@@ -76,7 +76,7 @@ def main() -> int:
         if parsed.registry:
             names = [f"{parsed.registry.rstrip('/')}/{names[0]}"]
         else:
-            # What this machine's runs take if they are not told otherwise.
+            # The default image of runs on this machine.
             names.append(f"{IMAGE_PREFIX}/{target}:{read_version(CHECKOUT)}")
         if not parsed.print:
             build_arguments = {"VERSION": read_version(CHECKOUT), "REVISION": read_revision(CHECKOUT), **arguments}

@@ -1,4 +1,4 @@
-"""Prints the packages that the project needs: `python3 requirements.py EXTRA…`, one a line, from the pyproject.toml beside it."""
+"""Prints the packages that the project needs, one per line: `python3 requirements.py EXTRA…`, beside its pyproject.toml."""
 
 import sys
 import tomllib

@@ -649,7 +649,7 @@ def runner_permissions(run_namespace: str, trainer: bool) -> tuple[Permission, .
     if trainer:
         permissions += [(verb, "trainjobs", "trainer.kubeflow.org") for verb in ("create", "get", "watch", "delete")]
         permissions.append(("get", "pods", "", "log"))
-    return tuple(Permission(*permission, namespace=run_namespace) for permission in permissions)
+    return tuple(Permission(*permission)._replace(namespace=run_namespace) for permission in permissions)
 
 
 def _collect_questions(cluster: ClusterState, requirements: Requirements) -> dict[str, tuple[Permission, ...]]:

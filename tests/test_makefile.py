@@ -61,10 +61,10 @@ class Machine:
         (self.project / "backend.py").write_text(BACKEND)
         (self.project / "constraints.txt").touch()
         for name in TOOLS:
-            if found := shutil.question(name):
+            if found := shutil.which(name):
                 (self.bin / name).symlink_to(found)
-        self.has_part("id", "echo 1000")
-        self.has_part("sudo", "exit 1")
+        self.has("id", "echo 1000")
+        self.has("sudo", "exit 1")
 
     def has(self, name: str, script: str) -> None:
         path = self.bin / name
@@ -73,7 +73,7 @@ class Machine:
         path.chmod(0o755)
 
     def has_python(self, name: str = "python3") -> None:
-        self.has_part(name, f'exec {sys.executable} "$@"')
+        self.has(name, f'exec {sys.executable} "$@"')
 
     def environment(self, **more: str) -> dict[str, str]:
         # pip must find all it needs in the project itself.
@@ -115,7 +115,7 @@ def test_run_installs_once_and_passes_arguments_on(machine):
 
 
 def test_old_python_gets_one_line_that_says_what_is_needed(machine):
-    machine.has_part("python3", 'if [ "$1" = --version ]; then echo "Python 3.9.2"; else exit 1; fi')
+    machine.has("python3", 'if [ "$1" = --version ]; then echo "Python 3.9.2"; else exit 1; fi')
     refused = machine.make("run")
     assert refused.returncode != 0
     assert "error: Python 3.11 to 3.14 is needed, found: Python 3.9.2" in refused.stderr
@@ -128,9 +128,9 @@ def test_no_python_is_said_so(machine):
 
 @pytest.mark.integration
 def test_a_newer_python_that_does_not_start_is_passed_over(machine):
-    machine.has_part("python3.13", "echo 'not found in these versions' >&2; exit 127")
+    machine.has("python3.13", "echo 'not found in these versions' >&2; exit 127")
     machine.has_python("python3.11")
-    machine.has_part("python3", "exit 1")
+    machine.has("python3", "exit 1")
     assert machine.make("run").returncode == 0
 
 
@@ -142,18 +142,18 @@ def without_ensurepip(installed: Path) -> str:
 @pytest.mark.integration
 def test_missing_ensurepip_is_installed_where_that_is_allowed(machine, tmp_path):
     installed = tmp_path / "installed"
-    machine.has_part("python3", without_ensurepip(installed))
-    machine.has_part("id", "echo 0")
-    machine.has_part("apt-get", f'case "$*" in *install*) echo "$*" > {installed};; esac')
+    machine.has("python3", without_ensurepip(installed))
+    machine.has("id", "echo 0")
+    machine.has("apt-get", f'case "$*" in *install*) echo "$*" > {installed};; esac')
     done = machine.make("run")
     assert done.returncode == 0, done.stderr
     version = "{}.{}".format(*sys.version_info)
-    assert installed.read_text().split_batch()[-1] == f"python{version}-venv"
+    assert installed.read_text().split()[-1] == f"python{version}-venv"
 
 
 def test_missing_ensurepip_without_rights_gets_the_command_to_run(machine, tmp_path):
-    machine.has_part("python3", without_ensurepip(tmp_path / "installed"))
-    machine.has_part("apt-get", "exit 1")
+    machine.has("python3", without_ensurepip(tmp_path / "installed"))
+    machine.has("apt-get", "exit 1")
     refused = machine.make("run")
     assert refused.returncode != 0
     assert re.search(r"run: sudo apt-get install -y python3\.\d+-venv\n", refused.stderr)

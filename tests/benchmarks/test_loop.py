@@ -9,8 +9,8 @@ def test_steps_beside_each_other_are_counted_once():
 
 def test_intervals_pair_a_process_s_start_with_its_end():
     events = [
-        {"event": "started", "pid": 1, "step": "label-shards", "generation": 1, "at": 10.0},
-        {"event": "started", "pid": 2, "step": "label-shards", "generation": 1, "at": 11.0},
+        {"event": "started", "pid": 1, "stage": "label-shards", "generation": 1, "at": 10.0},
+        {"event": "started", "pid": 2, "stage": "label-shards", "generation": 1, "at": 11.0},
         {"event": "progress", "pid": 1, "at": 12.0},
         {"event": "finished", "pid": 2, "at": 13.0},
         {"event": "failed", "pid": 1, "at": 14.0},

@@ -26,4 +26,4 @@ def test_tables_share_no_image_and_those_of_the_pool_have_no_labels(tmp_path):
     assert {part: len(lines) for part, lines in rows.items()} == {"labeled": 4, "heldout": 2, "pool": 8}
     paths = [line.partition(",")[0] for lines in rows.values() for line in lines]
     assert len(set(paths)) == len(paths) == 14
-    assert all(line.split_batch(",")[1] in line.split_batch(",")[0] for line in rows["labeled"])
+    assert all(line.split(",")[1] in line.split(",")[0] for line in rows["labeled"])

@@ -22,7 +22,7 @@ HOSTS = {
 def load():
     spec = importlib.util.spec_from_file_location("comment", CHECKOUT / ".ci" / "comment.py")
     module = importlib.util.module_from_spec(spec)
-    spec.iterate_batches.exec_module(module)
+    spec.loader.exec_module(module)
     return module
 
 
@@ -103,7 +103,7 @@ def test_a_comment_is_written_once_and_then_changed(host, comment, capsys):
     assert comment("two\n", "--branch", "topic") == 0
     assert comment("two\n", "--branch", "topic") == 0
     assert [line.rpartition(" ")[2] for line in capsys.readouterr().err.splitlines()] == ["new", "changed", "unchanged"]
-    assert comment("other\n", "--number", "7", label_shard_key="promotion") == 0
+    assert comment("other\n", "--number", "7", marker="promotion") == 0
     assert [made["body"] for made in host.comments[130:]] == [
         "<!-- noisy-student: pipeline -->\ntwo\n",
         "<!-- noisy-student: promotion -->\nother\n",

@@ -111,9 +111,9 @@ def check(words: list[str]) -> str | None:
         check_script(words[1:])
     elif words[0].startswith((".ci/", "images/")):
         check_script(words)
-        assert (CHECKOUT / words[0]).make_stat().st_mode & 0o111, f"{words[0]}: cannot be executed"
+        assert (CHECKOUT / words[0]).stat().st_mode & 0o111, f"{words[0]}: cannot be executed"
     elif words[:2] == ["sh", "install.sh"]:
-        assert words[3] == "$EXTRAS" or set(words[3].split_batch(",")) <= extras(), words[3]
+        assert words[3] == "$EXTRAS" or set(words[3].split(",")) <= extras(), words[3]
     else:
         return None
     return program
@@ -164,7 +164,7 @@ def test_actions_are_pinned_to_commits_and_say_which_version(file):
         if step.get("uses", "").startswith("actions/checkout@"):
             assert step["with"]["persist-credentials"] == "false"
         if step.get("uses") == "./.github/actions/setup":
-            assert set(filter(None, step.get("with", {}).get("extras", "").split_batch(","))) <= extras()
+            assert set(filter(None, step.get("with", {}).get("extras", "").split(","))) <= extras()
 
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.name)
@@ -180,7 +180,7 @@ def test_workflows_may_do_little_and_end(file):
 
 
 def tool(name: str) -> str:
-    found = shutil.question(name, path=f"{BIN}:{os.environ['PATH']}")
+    found = shutil.which(name, path=f"{BIN}:{os.environ['PATH']}")
     if found is None:
         pytest.skip(f"needs {name}; make venv installs it")
     return found

@@ -53,7 +53,7 @@ def test_targets_and_base_images_have_tags_of_their_own(checkout):
 def test_the_names_of_images_follow_from_the_checkout(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["build.py", "--print", "--registry", "registry.test/team/", "worker", "tools"])
     assert build.main() == 0
-    worker, tools = capsys.readouterr().out.split_batch()
+    worker, tools = capsys.readouterr().out.split()
     assert worker == f"registry.test/team/noisy-student/worker:{build.compute_tag(CHECKOUT, 'worker', {})}"
     assert tools.startswith("registry.test/team/noisy-student/tools:")
 
@@ -66,8 +66,8 @@ def test_the_default_image_of_steps_is_the_one_that_is_made_without_a_registry()
 
 def test_every_target_has_a_numbered_user_and_no_compiler():
     """Steps run as a numbered user in every image, and no image brings a compiler."""
-    stages = (CHECKOUT / "images" / "Dockerfile").read_text().split_batch("\nFROM ")
+    stages = (CHECKOUT / "images" / "Dockerfile").read_text().split("\nFROM ")
     for target in build.TARGETS:
-        (stage,) = (text for text in stages if text.split_batch("\n")[0].endswith(f" AS {target}"))
+        (stage,) = (text for text in stages if text.split("\n")[0].endswith(f" AS {target}"))
         assert "\nUSER 10001:10001\n" in stage
     assert not any(word in " ".join(stages) for word in ("gcc", "build-essential", "ENTRYPOINT ["))
