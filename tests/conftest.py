@@ -69,7 +69,7 @@ def picture():
 
 
 @pytest.fixture(scope="session")
-def labeled():
+def make_label_set():
     """Function: a label set in `folder`, of shards of rows (key, class index, confidence). A row without confidence was unreadable.
 
     `pool`: the dataset that is labeled; made up if not given. Returns the store and the label set.
@@ -112,7 +112,7 @@ def labeled():
 
 
 @pytest.fixture
-def pool(picture):
+def make_pool(picture):
     """Function: an unlabeled dataset in `folder` whose images have these keys. Returns the store and the dataset."""
 
     def make(folder, shards, size=16):

@@ -14,10 +14,10 @@ CLASSES = ("cat", "</script><script>alert(1)</script>", 'quote"s & <b>co</b>')
 
 
 @pytest.fixture
-def label_sets(labeled, pool, tmp_path):
+def label_sets(make_label_set, make_pool, tmp_path):
     """Two label sets of one pool, in which a third of the images change their class."""
     keys = [[f"<img src=x onerror=alert(1)>'{shard}-{row}" for row in range(40)] for shard in range(2)]
-    folder, images = pool(tmp_path / "pool", keys, size=200)
+    folder, images = make_pool(tmp_path / "pool", keys, size=200)
     for side in (0, 1):
         rows = [
             [
@@ -26,7 +26,7 @@ def label_sets(labeled, pool, tmp_path):
             ]
             for shard in keys
         ]
-        labeled(tmp_path / str(side), rows, CLASSES, images, teacher=str(side))
+        make_label_set(tmp_path / str(side), rows, CLASSES, images, teacher=str(side))
     return tmp_path, [str(tmp_path / "0"), str(tmp_path / "1")], ["--pool", str(folder.root)]
 
 

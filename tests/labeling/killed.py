@@ -1,7 +1,7 @@
-"""Workers that are killed all the time, for a test to start: python -m tests.labeling.killed PLACE KILLS
+"""Workers that are killed all the time, for a test to start: python -m tests.labeling.killed PATH KILLS
 
-Four workers label one pool, each its part; whoever finds all of it labeled joins it, and commits it to a registry. They are forked
-from this process, which has imported everything, and killed at instants that follow from a seed. Prints what came of it as JSON.
+Four workers label one pool, each its part; the worker that finds all of it labeled joins it, and commits it to a registry. They are forked
+from this process, which has imported everything, and killed at instants that follow from a seed. Prints the result as JSON.
 """
 
 import io
@@ -41,12 +41,12 @@ CLASSES = tuple("abcde")
 
 
 def main() -> None:
-    place, kills = Path(sys.argv[1]), int(sys.argv[2])
+    path, kills = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
-    registry = LabelRegistry(str(place / "git"), str(place / "remote"))
-    forked(lambda: prepare(place))
-    calm = LocalStore(place / "calm")
-    labeling = forked(lambda: label_dataset(str(place / "model"), str(place / "pool"), calm.uri, LabelingConfig(batch=8)))
+    registry = LabelRegistry(str(path / "git"), str(path / "remote"))
+    forked(lambda: prepare(path))
+    calm = LocalStore(path / "calm")
+    labeling = forked(lambda: label_dataset(str(path / "model"), str(path / "pool"), calm.uri, LabelingConfig(batch=8)))
     undisturbed = LabelSet.load(calm)
     wanted = undisturbed.digest
     committing = forked(lambda: registry.commit_version(VersionTag("p", "calm", 1), calm, undisturbed))
@@ -55,7 +55,7 @@ def main() -> None:
     digests: set[str] = set()
     whole: set[str] = set()
     while killed < kills or not digests:
-        out = place / f"out-{number}"
+        out = path / f"out-{number}"
         labeled = (out / LabelSet.filename).exists()
         commits = number % 8 == 0
         if labeled and not commits:
@@ -69,9 +69,9 @@ def main() -> None:
             instants += 1e9
         if labeled:
             instants[-1] += 1e9  # one committer gets through, or no version would ever be made
-        workers = [start(partial(work, place, number, part, registry)) for part in range(WORKERS)]
+        workers = [start(partial(work, path, number, part, registry)) for part in range(WORKERS)]
         begun = time.monotonic()
-        # Whoever is the first to be killed is another one each time.
+        # Workers are killed in another order each time.
         order = rng.permutation(WORKERS).tolist()
         for worker, instant in zip(order, instants, strict=True):
             while (
@@ -84,28 +84,28 @@ def main() -> None:
         assert set(ends) <= {0, -signal.SIGKILL}, ends
         killed += ends.count(-signal.SIGKILL)
         if labeled:
-            whole |= check(registry, place, wanted, known=whole)
+            whole |= check(registry, path, wanted, known=whole)
         if labeled and 0 in ends:
             digests.add(LabelSet.load(LocalStore(out)).digest)
             number += 1
     # What came later took nothing away from what was there before.
-    check(registry, place, wanted, known=set())
+    check(registry, path, wanted, known=set())
     print(json.dumps({"killed": killed, "rounds": rounds, "wanted": wanted, "digests": sorted(digests), "label_sets": number}))
 
 
-def check(registry: LabelRegistry, place: Path, wanted: str, *, known: set[str]) -> set[str]:
+def check(registry: LabelRegistry, path: Path, wanted: str, *, known: set[str]) -> set[str]:
     """The versions that are not known yet; no data of them is missing."""
     versions = [summary.version for summary in registry.list_versions() if str(summary.version.tag) not in known]
     for version in versions:
-        assert find_missing_keys(str(place / "remote"), version) == [], version.tag
+        assert find_missing_keys(str(path / "remote"), version) == [], version.tag
         assert version.label_set == wanted
     return {str(version.tag) for version in versions}
 
 
-def work(place: Path, number: int, part: int, registry: LabelRegistry) -> None:
-    out = place / f"out-{number}"
+def work(path: Path, number: int, part: int, registry: LabelRegistry) -> None:
+    out = path / f"out-{number}"
     shards = f"{part * SHARDS // WORKERS}-{(part + 1) * SHARDS // WORKERS}"
-    made = label_dataset(str(place / "model"), str(place / "pool"), str(out), LabelingConfig(batch=8), shards=shards)
+    made = label_dataset(str(path / "model"), str(path / "pool"), str(out), LabelingConfig(batch=8), shards=shards)
     if made is not None and number % 8 == 0:
         registry.commit_version(VersionTag("p", "r", number + 1), LocalStore(out), made)
 
@@ -132,9 +132,9 @@ def forked(run) -> float:  # type: ignore[no-untyped-def]
     return time.monotonic() - begun
 
 
-def prepare(place: Path) -> None:
+def prepare(path: Path) -> None:
     """A pool of twelve shards, and a model."""
-    folder = LocalStore(place / "pool")
+    folder = LocalStore(path / "pool")
     rng = np.random.default_rng(0)
     with ShardWriter(folder, max_samples=10, max_bytes=1 << 20) as writer:
         for index in range(10 * SHARDS):
@@ -147,7 +147,7 @@ def prepare(place: Path) -> None:
     network = models.build_model(config, noise, len(CLASSES))
     fields = {"generation": 0, "model": config, "noise": noise, "classes": CLASSES, "parameters": 1, "steps": 0}
     models.save_model(
-        LocalStore(place / "model"), network.state_dict(), {**fields, "lineage": Lineage(config="0", labeled="0")}, []
+        LocalStore(path / "model"), network.state_dict(), {**fields, "lineage": Lineage(config="0", labeled="0")}, []
     )
 
 

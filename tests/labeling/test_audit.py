@@ -49,15 +49,15 @@ def shards_of(rows, size):
 
 
 @pytest.fixture
-def labels(labeled, tmp_path):
-    return labeled(tmp_path / "labels", shards_of(rows_of(900), 250), CLASSES)
+def labels(make_label_set, tmp_path):
+    return make_label_set(tmp_path / "labels", shards_of(rows_of(900), 250), CLASSES)
 
 
 # Sampling
 
 
 @given(st.lists(st.integers(0, 5000), min_size=1, max_size=40), st.integers(0, 3000))
-def test_allocation_is_proportional_above_a_minimum(sizes, extra):
+def test_allocate_sample_is_proportional_above_minimum(sizes, extra):
     total = sum(min(MIN_PER_STRATUM, size) for size in sizes) + extra
     drawn = allocate_sample(sizes, total)
     assert sum(drawn) == min(total, sum(sizes))
@@ -70,7 +70,7 @@ def test_allocation_is_proportional_above_a_minimum(sizes, extra):
             assert abs(own - MIN_PER_STRATUM - above * (size - MIN_PER_STRATUM) / rest) < 1
 
 
-def test_a_sample_holds_every_stratum_and_is_the_same_however_rows_are_sharded(labeled, labels, tmp_path):
+def test_audit_sample_holds_every_stratum_whatever_the_shards(make_label_set, labels, tmp_path):
     sheet = draw_audit_sample(*labels, sample_size=120, seed=3)
     assert len(sheet.images) == 120 == len({image.key for image in sheet.images})
     assert sum(stratum.images for stratum in sheet.strata) == 900 - 18
@@ -79,12 +79,12 @@ def test_a_sample_holds_every_stratum_and_is_the_same_however_rows_are_sharded(l
         assert len(own) == stratum.sampled >= min(MIN_PER_STRATUM, stratum.images)
         assert all(image.class_name == stratum.class_name and stratum.low <= image.confidence <= stratum.high for image in own)
     assert draw_audit_sample(*labels, sample_size=120, seed=3) == sheet
-    other = draw_audit_sample(*labeled(tmp_path / "one", [rows_of(900)], CLASSES), sample_size=120, seed=3)
+    other = draw_audit_sample(*make_label_set(tmp_path / "one", [rows_of(900)], CLASSES), sample_size=120, seed=3)
     assert [image.key for image in other.images] == [image.key for image in sheet.images]
     assert {i.key for i in draw_audit_sample(*labels, sample_size=120, seed=4).images} != {i.key for i in sheet.images}
 
 
-def test_of_each_stratum_the_keys_with_the_lowest_hashes_are_drawn(labels):
+def test_audit_sample_draws_lowest_hashes_of_each_stratum(labels):
     sheet = draw_audit_sample(*labels, sample_size=100, seed=0)
     drawn = {image.key for image in sheet.images}
     for stratum in sheet.strata:
@@ -98,20 +98,20 @@ def test_of_each_stratum_the_keys_with_the_lowest_hashes_are_drawn(labels):
 
 
 @pytest.mark.parametrize(("images", "by_class", "by_band"), [(60, True, True), (7, True, False), (3, False, False)])
-def test_few_images_are_divided_less_finely(labels, images, by_class, by_band):
+def test_audit_sample_of_few_images_has_coarser_strata(labels, images, by_class, by_band):
     sheet = draw_audit_sample(*labels, sample_size=images, seed=0)
     assert len(sheet.images) == images
     assert all((stratum.class_name is not None) == by_class for stratum in sheet.strata)
     assert any(stratum.high - stratum.low < 0.2 for stratum in sheet.strata) == by_band
 
 
-def test_all_images_of_a_small_label_set_and_none_of_an_empty_one(labeled, tmp_path):
-    assert len(draw_audit_sample(*labeled(tmp_path / "a", [rows_of(30)], CLASSES), sample_size=400, seed=0).images) == 29
+def test_audit_sample_of_small_and_empty_label_sets(make_label_set, tmp_path):
+    assert len(draw_audit_sample(*make_label_set(tmp_path / "a", [rows_of(30)], CLASSES), sample_size=400, seed=0).images) == 29
     with pytest.raises(DataError, match="no labeled images to look at"):
-        draw_audit_sample(*labeled(tmp_path / "b", [[("x", 0, None)]], CLASSES), sample_size=400, seed=0)
+        draw_audit_sample(*make_label_set(tmp_path / "b", [[("x", 0, None)]], CLASSES), sample_size=400, seed=0)
 
 
-def test_only_selected_images_are_drawn_if_asked(labels):
+def test_audit_sample_of_selected_images(labels):
     store, label_set = labels
     policy = SelectionConfig(per_class=20, min_confidence=0.6)
     selection = make_selection(store, label_set, policy, seed=0, label_set_key=".")
@@ -124,20 +124,20 @@ def test_only_selected_images_are_drawn_if_asked(labels):
 # Estimates
 
 
-def test_a_share_of_a_sample_of_everything_is_exact():
+def test_wilson_interval_of_whole_population_is_exact():
     assert wilson_interval(0.75, effective_trials(8, 8)) == (0.75, 0.75)
     assert wilson_interval(0.5, 0) == (0, 1)
     assert effective_trials(10, 900) == pytest.approx(10 * 899 / 890)
 
 
-def test_the_bounds_are_scipys():
+def test_wilson_interval_equals_scipys():
     binomtest = pytest.importorskip("scipy.stats").binomtest
     for right, count in ((0, 5), (3, 7), (40, 40), (391, 400)):
         expected = binomtest(right, count).proportion_ci(method="wilson")
         assert wilson_interval(right / count, count) == pytest.approx(expected, abs=1e-4)
 
 
-def test_strata_are_weighted_by_hand():
+def test_combine_shares_weights_strata():
     """0.9 of weight with 10 of 10 right, 0.1 with 5 of 10; bounds by hand from Wilson's formula and eq. 4."""
     shares = [ShareInterval(1.0, *wilson_interval(1.0, 10)), ShareInterval(0.5, *wilson_interval(0.5, 10))]
     assert shares[0].low == pytest.approx(0.7225, abs=1e-4)
@@ -148,7 +148,7 @@ def test_strata_are_weighted_by_hand():
     assert (found.low, found.high) == pytest.approx((0.6989, 0.9763), abs=2e-4)
 
 
-def test_the_interval_holds_the_truth_as_often_as_it_says():
+def test_combined_interval_covers_truth_at_its_level():
     rng = np.random.default_rng(0)
     sizes, truth, drawn = np.array([6000, 3000, 1000]), np.array([0.97, 0.9, 0.6]), np.array([120, 60, 20])
     held = 0
@@ -178,7 +178,7 @@ def answered(sheet, wrong=(), reviewed=lambda image: True, correct=None):
     return sheet.model_copy(update={"images": images})
 
 
-def test_an_audit_of_everything_is_the_truth(labels):
+def test_estimate_precision_of_all_images_is_exact(labels):
     sheet = draw_audit_sample(*labels, sample_size=5000, seed=0)
     wrong = {image.key for image in sheet.images[:100]}
     audit = estimate_precision(answered(sheet, wrong), "x")
@@ -186,7 +186,7 @@ def test_an_audit_of_everything_is_the_truth(labels):
     assert audit.precision == audit.precision_low == audit.precision_high == pytest.approx(782 / 882)
 
 
-def test_what_nobody_looked_at_widens_the_interval(labels):
+def test_estimate_precision_widens_without_reviews(labels):
     sheet = draw_audit_sample(*labels, sample_size=120, seed=0)
     whole = estimate_precision(answered(sheet), "x")
     part = estimate_precision(answered(sheet, reviewed=lambda image: image.class_name != "ox"), "x")
@@ -220,7 +220,7 @@ def test_what_nobody_looked_at_widens_the_interval(labels):
         (lambda d: d.update(format=2), r"audit\.json: format: Input should be 1 \(got 2\)"),
     ],
 )  # fmt: skip
-def test_files_that_cannot_be_are_refused_by_name(labels, change, said):
+def test_check_audit_sheet_names_file_and_field(labels, change, said):
     sheet = answered(draw_audit_sample(*labels, sample_size=60, seed=0))
     fields = json.loads(sheet.model_dump_json())
     check_audit_sheet(AuditSheet.validate_fields(fields, "audit.json"), "audit.json", *labels, None)
@@ -230,7 +230,7 @@ def test_files_that_cannot_be_are_refused_by_name(labels, change, said):
     assert str(refused.value).startswith("audit.json: ")
 
 
-def test_audits_lie_beside_each_other_and_the_one_that_says_most_decides(labels):
+def test_choose_deciding_audit_prefers_selection_then_size(labels):
     store, label_set = labels
     small = estimate_precision(answered(draw_audit_sample(*labels, sample_size=60, seed=0)), "x")
     large = estimate_precision(answered(draw_audit_sample(*labels, sample_size=90, seed=1)), "x")
@@ -245,22 +245,26 @@ def test_audits_lie_beside_each_other_and_the_one_that_says_most_decides(labels)
 
 
 @pytest.fixture
-def run(labeled, pool, tmp_path):
+def run(make_label_set, make_pool, tmp_path):
     """A root with a run of two generations, without models: prepared data, label sets and selections."""
     root = LocalStore(tmp_path / "root")
     rows = shards_of(rows_of(120), 50)
-    _, images = pool(tmp_path / "root" / "pool", [[row[0] for row in shard] for shard in rows])
+    _, images = make_pool(tmp_path / "root" / "pool", [[row[0] for row in shard] for shard in rows])
     prepared = PreparedData(**dict.fromkeys(("labeled", "pool", "heldout"), PreparedDataset(uri="pool", digest=images.digest)))
     prepared.save_file(root, "prepared.json")
     write_stage_note(root, "r", 0, "prepare-data", {"data": "prepared.json"}, 1, reused=False)
     for generation in (1, 2):
         # In the second generation, every tenth image is an ox.
         changed = [[(k, 2 if generation == 2 and int(k[1:]) % 10 == 0 else c, s) for k, c, s in shard] for shard in rows]
-        store, made = labeled(root.root / f"labels/{generation}", changed, CLASSES, images, teacher=str(generation))
+        store, made = make_label_set(root.root / f"labels/{generation}", changed, CLASSES, images, teacher=str(generation))
         policy = SelectionConfig(per_class=30, min_confidence=0.4)
         selection = make_selection(store, made, policy, seed=0, label_set_key=f"labels/{generation}")
         selection.save_file(root, f"selection-{generation}.json")
-        outputs = {"label_set": f"labels/{generation}/labelset.json", "selection": f"selection-{generation}.json"}
+        outputs = {
+            "teacher": "teacher/model.json",
+            "label_set": f"labels/{generation}/labelset.json",
+            "selection": f"selection-{generation}.json",
+        }
         write_stage_note(root, "r", generation, "commit-labels", outputs, 1, reused=False)
     RunRecord(run="r", config_digest="0", state="succeeded", started_at="2026", version="0").save_file(
         root, "store/runs/r.json"
@@ -268,7 +272,7 @@ def run(labeled, pool, tmp_path):
     return root
 
 
-def test_a_page_is_made_and_its_answers_applied(run, tmp_path, capsys):
+def test_audit_commands_make_page_and_apply_answers(run, tmp_path, capsys):
     page, where = tmp_path / "audit.html", ["r/gen-1", "--root", str(run.root)]
     assert run_command_line(["labels", "audit", *where, "--images", "40", "--selected-only", "--out", str(page)]) == 0
     text = page.read_text()
@@ -304,7 +308,7 @@ def test_a_page_is_made_and_its_answers_applied(run, tmp_path, capsys):
     assert "holds another dataset" in capsys.readouterr().err
 
 
-def test_corrections_are_imported_together_with_other_shards(run, labels, pool, tmp_path):
+def test_corrections_import_with_other_shards(run, labels, make_pool, tmp_path):
     from ns.data.importing.writer import ShardWriter
     from ns.labeling.audit import write_corrections
 
@@ -336,7 +340,7 @@ def _pictures(opened):
 # The gate
 
 
-def test_the_gate_compares_with_the_generation_before_and_finds_audits(run):
+def test_gate_evidence_has_churn_and_audits(run):
     def facts(generation, **limits):
         experiment = SimpleNamespace(gate=GateConfig(**limits))
         return _collect_label_evidence(SimpleNamespace(experiment=experiment, root=run, run="r"), generation)

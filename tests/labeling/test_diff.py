@@ -30,10 +30,12 @@ def pairs(draw):
     return [[(f"{s}/k{r}", *row) for r, row in enumerate(rows)] for s, rows in enumerate(shards)]
 
 
-def sides(labeled, folder, shards, policy=None):
+def sides(make_label_set, folder, shards, policy=None):
     made = []
     for side in (0, 1):
-        store, labels = labeled(folder / str(side), [[(row[0], *row[1 + side]) for row in rows] for rows in shards], CLASSES)
+        store, labels = make_label_set(
+            folder / str(side), [[(row[0], *row[1 + side]) for row in rows] for rows in shards], CLASSES
+        )
         selection = None
         if policy:
             selection = make_selection(store, labels, policy, seed=1, label_set_key=".")
@@ -53,9 +55,9 @@ def kept(rows, side):
 
 @settings(max_examples=30, deadline=None)
 @given(pairs())
-def test_it_counts_what_counting_by_hand_counts(labeled, shards):
+def test_compare_label_sets_equals_counting_by_hand(make_label_set, shards):
     with tempfile.TemporaryDirectory() as folder:
-        found = compare_label_sets(*sides(labeled, Path(folder), shards, POLICY), flips=4)
+        found = compare_label_sets(*sides(make_label_set, Path(folder), shards, POLICY), flips=4)
     rows = [row for shard in shards for row in shard]
     both = [row for row in rows if row[1][1] is not None and row[2][1] is not None]
     flipped = [row for row in both if row[1][0] != row[2][0]]
@@ -92,16 +94,16 @@ def test_it_counts_what_counting_by_hand_counts(labeled, shards):
 TWO = [[("a", (0, 0.9), (1, 0.8)), ("b", (0, 0.4), (0, 0.6))], [("c", (1, 0.5), (2, None)), ("d", (2, 1.0), (0, 0.99))]]
 
 
-def test_without_selections_nothing_is_said_of_them_and_classes_shrink_by_their_labels(labeled, tmp_path):
-    found = compare_label_sets(*sides(labeled, tmp_path, TWO))
+def test_compare_label_sets_without_selections(make_label_set, tmp_path):
+    found = compare_label_sets(*sides(make_label_set, tmp_path, TWO))
     assert (found.stayed, found.entered, found.left, found.by_class[0].kept_before) == (None, None, None, None)
     assert (found.shrinkage, found.shrunk_class) == (1.0, CLASSES[2])
     assert [flip.key for flip in found.flips] == ["d", "a"]
-    assert compare_label_sets(*sides(labeled, tmp_path, TWO), flips=0).flips == ()
+    assert compare_label_sets(*sides(make_label_set, tmp_path, TWO), flips=0).flips == ()
 
 
-def test_equal_label_sets_do_not_differ(labeled, tmp_path):
-    one = sides(labeled, tmp_path, TWO, POLICY)[0]
+def test_compare_equal_label_sets(make_label_set, tmp_path):
+    one = sides(make_label_set, tmp_path, TWO, POLICY)[0]
     found = compare_label_sets(one, one)
     assert (found.churn, found.confidence_shift, found.entered, found.left, found.shrinkage, found.matrix) == (
         0,
@@ -113,9 +115,9 @@ def test_equal_label_sets_do_not_differ(labeled, tmp_path):
     )
 
 
-def test_what_cannot_be_compared_is_refused(labeled, tmp_path):
-    old, new = sides(labeled, tmp_path, TWO)
-    other = DiffSide(*labeled(tmp_path / "2", [[("z", 0, 0.5)]], CLASSES))
+def test_compare_label_sets_refuses_other_images_or_classes(make_label_set, tmp_path):
+    old, new = sides(make_label_set, tmp_path, TWO)
+    other = DiffSide(*make_label_set(tmp_path / "2", [[("z", 0, 0.5)]], CLASSES))
     with pytest.raises(DataError, match="only labels of the same images can be compared"):
         compare_label_sets(old, other)
     with pytest.raises(DataError, match=r"different classes, first 'dog' and 'cow'"):
@@ -128,8 +130,8 @@ def test_what_cannot_be_compared_is_refused(labeled, tmp_path):
         )
 
 
-def test_markdown_keeps_names_in_their_cells(labeled, tmp_path):
-    text = render_diff_markdown(compare_label_sets(*sides(labeled, tmp_path, TWO, POLICY)), ("a_b", "c"))
+def test_diff_markdown_escapes_class_names(make_label_set, tmp_path):
+    text = render_diff_markdown(compare_label_sets(*sides(make_label_set, tmp_path, TWO, POLICY)), ("a_b", "c"))
     assert r"ox\|\<b\>\*" in text
     assert r"a\_b → c" in text
     tables = [block for block in text.split("\n\n") if block.startswith("|")]
@@ -138,11 +140,11 @@ def test_markdown_keeps_names_in_their_cells(labeled, tmp_path):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.strip().splitlines()}) == 1
 
 
-def test_the_command_prints_a_table_json_markdown_and_a_page(labeled, pool, tmp_path, capsys):
-    folder, images = pool(tmp_path / "pool", [["a", "b"], ["c", "d"]])
+def test_diff_command_prints_table_json_markdown_and_page(make_label_set, make_pool, tmp_path, capsys):
+    folder, images = make_pool(tmp_path / "pool", [["a", "b"], ["c", "d"]])
     for side in (0, 1):
         rows = [[(row[0], *row[1 + side]) for row in shard] for shard in TWO]
-        labeled(tmp_path / str(side), rows, CLASSES, images)
+        make_label_set(tmp_path / str(side), rows, CLASSES, images)
     names = [str(tmp_path / "0"), str(tmp_path / "1")]
     assert run_command_line(["labels", "diff", *names]) == 0
     assert "2 of 3 labels changed (66.7%)" in capsys.readouterr().out
@@ -152,7 +154,7 @@ def test_the_command_prints_a_table_json_markdown_and_a_page(labeled, pool, tmp_
     assert capsys.readouterr().out.startswith("### Label sets: ")
     page = tmp_path / "diff.html"
     assert run_command_line(["labels", "diff", *names, "--html", str(page)]) == 6
-    assert "name their folder with --pool" in capsys.readouterr().err
+    assert "name its folder with --pool" in capsys.readouterr().err
     assert run_command_line(["labels", "diff", *names, "--html", str(page), "--pool", str(folder.root)]) == 0
     text = page.read_text()
     assert text.count("data:image/png") == 2

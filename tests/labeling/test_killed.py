@@ -8,7 +8,7 @@ import pytest
 @pytest.mark.integration
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_two_hundred_kills_change_nothing(tmp_path):
+def test_labeling_and_commits_survive_200_kills(tmp_path):
     """Of four workers that label and commit, at random instants: no label set is another than the undisturbed one, and no tag
     of the registry lacks data."""
     subprocess.run(["git", "init", "-q", "--bare", "-b", "main", tmp_path / "git"], check=True)

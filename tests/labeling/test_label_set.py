@@ -44,7 +44,7 @@ def joined(folder, pool, classes: int) -> LabelSet:
 
 
 @pytest.mark.parametrize("classes", [5, 100, 1000])
-def test_labels_survive_the_file_within_what_top_k_keeps(tmp_path, classes):
+def test_label_rows_round_trip_within_top_k(tmp_path, classes):
     folder, pool = LocalStore(tmp_path), pool_of(1)
     probabilities = label(folder, pool, 0, classes)[:7]
     label_set = joined(folder, pool, classes)
@@ -60,7 +60,7 @@ def test_labels_survive_the_file_within_what_top_k_keeps(tmp_path, classes):
     assert error < (1e-3 if classes <= 100 else np.sort(probabilities, 1)[:, -11].max() + 1e-3)
 
 
-def test_a_label_set_counts_what_its_shards_hold(tmp_path):
+def test_join_label_shards_adds_counts(tmp_path):
     folder, pool = LocalStore(tmp_path), pool_of(3)
     probabilities = np.concatenate([label(folder, pool, index, 4)[:7] for index in range(3)])
     label_set = joined(folder, pool, 4)
@@ -71,7 +71,7 @@ def test_a_label_set_counts_what_its_shards_hold(tmp_path):
     np.testing.assert_array_equal(counts, compute_histogram(probabilities.argmax(1).astype(np.uint16), probabilities.max(1), 4))
 
 
-def test_the_digest_follows_what_the_labels_say(tmp_path):
+def test_label_set_digest_follows_content(tmp_path):
     sets = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         folder, pool = LocalStore(tmp_path / name), pool_of(2)
@@ -81,14 +81,14 @@ def test_the_digest_follows_what_the_labels_say(tmp_path):
     assert sets[0] == sets[1] != sets[2]
 
 
-def test_a_shard_that_is_not_labeled_yet_is_named(tmp_path):
+def test_join_label_shards_names_missing_shard(tmp_path):
     folder, pool = LocalStore(tmp_path), pool_of(2)
     label(folder, pool, 0, 4)
     with pytest.raises(StoreError, match=r"shard-00001\.json"):
         joined(folder, pool, 4)
 
 
-def test_rows_that_are_not_the_recorded_ones_are_refused(tmp_path):
+def test_read_label_rows_refuses_changed_bytes(tmp_path):
     folder, pool = LocalStore(tmp_path), pool_of(1)
     label(folder, pool, 0, 4)
     label_set = joined(folder, pool, 4)
@@ -97,14 +97,14 @@ def test_rows_that_are_not_the_recorded_ones_are_refused(tmp_path):
         read_label_rows(folder, label_set.shards[0])
 
 
-def test_confidence_one_falls_into_the_last_bin():
+def test_histogram_puts_confidence_1_into_last_bin():
     counts = compute_histogram(np.array([0, 0, 1], np.uint16), np.array([1.0, 0.9995, 0.0], np.float32), 2)
     assert counts[0, HISTOGRAM_BINS - 1] == 2
     assert counts[1, 0] == 1
 
 
 @pytest.mark.parametrize("classes", [5, 1000])
-def test_bytes_keep_probabilities_to_two_per_cent(tmp_path, classes):
+def test_log8_keeps_probabilities_to_2_percent(tmp_path, classes):
     folder, pool = LocalStore(tmp_path), pool_of(2)
     made = [label(folder, pool, index, classes, config=LabelingConfig(probabilities="log8")) for index in range(2)]
     label_set = join_label_shards(

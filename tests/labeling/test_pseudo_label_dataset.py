@@ -17,16 +17,16 @@ def pool_of(digit: str = "0"):
 
 
 @pytest.mark.parametrize("times", [1, 255, 256, 65_535, 65_536, 100_000])
-def test_an_image_is_repeated_as_often_as_the_selection_says(labeled, tmp_path, times):
-    store, label_set = labeled(tmp_path, [ROWS], CLASSES, pool_of())
+def test_pseudo_labels_repeat_images_as_selected(make_label_set, tmp_path, times):
+    store, label_set = make_label_set(tmp_path, [ROWS], CLASSES, pool_of())
     policy = SelectionConfig(per_class=times, max_repeat=100_000)
     selection = make_selection(store, label_set, policy, seed=0, label_set_key=".")
     found = load_pseudo_labels(store, label_set, selection, LocalStore(tmp_path), pool_of())
     assert found.copies[0].tolist() == [times, 0, times, 0]
 
 
-def test_labels_of_another_pool_are_refused(labeled, tmp_path):
-    store, label_set = labeled(tmp_path, [ROWS], CLASSES, pool_of())
+def test_load_pseudo_labels_refuses_another_pool(make_label_set, tmp_path):
+    store, label_set = make_label_set(tmp_path, [ROWS], CLASSES, pool_of())
     selection = make_selection(store, label_set, SelectionConfig(), seed=0, label_set_key=".")
     with pytest.raises(DataError, match="label the pool again"):
         load_pseudo_labels(store, label_set, selection, LocalStore(tmp_path), pool_of("1"))

@@ -54,7 +54,7 @@ def environment(monkeypatch, tmp_path):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
 
 
-def label_set(folder: Path, seed: int = 0, shards: int = 2, rows: int = 40) -> tuple[LocalStore, LabelSet]:
+def make_label_set(folder: Path, seed: int = 0, shards: int = 2, rows: int = 40) -> tuple[LocalStore, LabelSet]:
     """A label set as the loop leaves it."""
     folder.mkdir(parents=True, exist_ok=True)
     store = LocalStore(folder)
@@ -84,17 +84,17 @@ def label_set(folder: Path, seed: int = 0, shards: int = 2, rows: int = 40) -> t
         facts.append(shard)
         counts += compute_histogram(order[:, 0], confidence, 3)
     pq.write_table(build_histogram_table(counts), folder / "histogram.parquet")
-    made = LabelSet(dataset="1" * 64, teacher="2" * 64, code="3" * 64, classes=CLASSES, top_k=3, shards=tuple(facts))
-    made.save_file(store, "labelset.json")
-    return store, made
+    label_set = LabelSet(dataset="1" * 64, teacher="2" * 64, code="3" * 64, classes=CLASSES, top_k=3, shards=tuple(facts))
+    label_set.save_file(store, "labelset.json")
+    return store, label_set
 
 
-def selected(store: LocalStore, made: LabelSet):
+def make_test_selection(store: LocalStore, label_set: LabelSet):
     policy = SelectionConfig(per_class=10)
-    return make_selection(store, made, policy, seed=0, label_set_key="store/labels/x")
+    return make_selection(store, label_set, policy, seed=0, label_set_key="store/labels/x")
 
 
-def bare(folder: Path) -> str:
+def make_bare_repository(folder: Path) -> str:
     subprocess.run(["git", "init", "--quiet", "--bare", str(folder)], check=True)
     return str(folder)
 
@@ -108,7 +108,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_names_that_git_would_not_take_are_refused():
+def test_version_tag_refuses_invalid_names():
     assert str(VersionTag.parse("labels/digits/digits-0a1b/gen-2")) == "labels/digits/digits-0a1b/gen-2"
     for project in ("", "a b", "a..b", "x.lock", "-x", "ä", "a/b", "a~1", ".x", "x" * 101):
         with pytest.raises(DataError, match=r"project .* cannot be part of a tag"):
@@ -127,7 +127,7 @@ def test_names_that_git_would_not_take_are_refused():
             VersionTag.parse(text)
 
 
-def test_git_gets_the_login_of_the_environment_if_there_is_one(tmp_path, monkeypatch):
+def test_git_commands_use_login_of_environment(tmp_path, monkeypatch):
     question = "protocol=https\nhost=git.example\n\n"
     for name, value, user in (("NS_GIT_PASSWORD", "to'k%n", "git"), ("NS_GIT_USERNAME", "robot", "robot")):
         monkeypatch.setenv(name, value)
@@ -137,7 +137,7 @@ def test_git_gets_the_login_of_the_environment_if_there_is_one(tmp_path, monkeyp
     assert commands._find_reason("fatal: to'k%n was refused") == "fatal: … was refused"
 
 
-def test_places_that_cannot_be_are_refused(tmp_path):
+def test_registry_refuses_invalid_uris(tmp_path):
     for remote in ("gs://x", "s3://", "s3://key:secret@bucket/x"):
         with pytest.raises(DataError, match="must be a folder or s3://bucket/prefix") as caught:
             LabelRegistry(str(tmp_path), remote)
@@ -147,10 +147,10 @@ def test_places_that_cannot_be_are_refused(tmp_path):
     with pytest.raises(StoreError, match=r"git ls-remote: .*; for a new registry: git init --bare"):
         LabelRegistry(str(tmp_path / "none")).list_versions()
     with pytest.raises(DataError, match="is empty; say where its data shall lie"):
-        LabelRegistry(bare(tmp_path / "git")).list_versions()
+        LabelRegistry(make_bare_repository(tmp_path / "git")).list_versions()
 
 
-def test_a_failing_command_is_named_and_shows_no_password(tmp_path):
+def test_git_commands_name_failure_without_password(tmp_path):
     commands = GitCommands(tmp_path)
     with pytest.raises(StoreError, match=r"^git ls-remote: fatal: ") as caught:
         commands.run_git("ls-remote", "http://user:pass@word@127.0.0.1:9/x.git")
@@ -163,40 +163,40 @@ def test_a_failing_command_is_named_and_shows_no_password(tmp_path):
         slow.run_git("hash-object", "pipe")
 
 
-def test_a_repository_of_something_else_is_refused(tmp_path):
-    place = bare(tmp_path / "git")
+def test_registry_refuses_foreign_repository(tmp_path):
+    git_uri = make_bare_repository(tmp_path / "git")
     work = tmp_path / "work"
-    subprocess.run(["git", "clone", "--quiet", place, str(work)], check=True, capture_output=True)
+    subprocess.run(["git", "clone", "--quiet", git_uri, str(work)], check=True, capture_output=True)
     git(str(work), "-c", "user.name=x", "-c", "user.email=x@y", "commit", "--quiet", "--allow-empty", "-m", "x")
     git(str(work), "push", "--quiet", "origin", "HEAD:refs/heads/main")
     with pytest.raises(DataError, match=r"not a label registry: no .dvc/config on main"):
-        LabelRegistry(place, str(tmp_path / "remote")).list_versions()
+        LabelRegistry(git_uri, str(tmp_path / "remote")).list_versions()
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory):
+def committed(tmp_path_factory):
     """A registry with one version."""
     folder = tmp_path_factory.mktemp("kept")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(folder / "home"))
-        store, made = label_set(folder / "labels")
-        place = bare(folder / "git")
-        registry = LabelRegistry(place, str(folder / "remote"))
-        assert registry.commit_version(VersionTag("p", "r", 1), store, made, selected(store, made))
-    return folder, place, store, made
+        store, label_set = make_label_set(folder / "labels")
+        git_uri = make_bare_repository(folder / "git")
+        registry = LabelRegistry(git_uri, str(folder / "remote"))
+        assert registry.commit_version(VersionTag("p", "r", 1), store, label_set, make_test_selection(store, label_set))
+    return folder, git_uri, store, label_set
 
 
-def test_a_version_is_a_tag_with_manifests_in_git_and_data_in_the_remote(kept):
-    folder, place, store, _ = kept
+def test_version_has_manifests_in_git_and_data_in_remote(committed):
+    folder, git_uri, store, _ = committed
     tag = "labels/p/r/gen-1"
-    assert git(place, "cat-file", "-t", tag) == "tag"
-    assert git(place, "ls-tree", "--name-only", tag).split() == [
+    assert git(git_uri, "cat-file", "-t", tag) == "tag"
+    assert git(git_uri, "ls-tree", "--name-only", tag).split() == [
         ".dvc", ".dvcignore", ".gitignore", "README.md", "labels.dvc", "labelset.json", "selection.json", "version.json",
     ]  # fmt: skip
-    assert git(place, "for-each-ref", "--format=%(refname)").split() == ["refs/heads/main", f"refs/tags/{tag}"]
-    message = git(place, "for-each-ref", "--format=%(contents)", f"refs/tags/{tag}")
+    assert git(git_uri, "for-each-ref", "--format=%(refname)").split() == ["refs/heads/main", f"refs/tags/{tag}"]
+    message = git(git_uri, "for-each-ref", "--format=%(contents)", f"refs/tags/{tag}")
     assert message == "Label set of r, generation 1"
-    version = json.loads(git(place, "show", f"{tag}:version.json"))
+    version = json.loads(git(git_uri, "show", f"{tag}:version.json"))
     assert {file["name"] for file in version["files"]} == {
         "histogram.parquet", "labelset.json", "selection.json",
         "shard-00000.json", "shard-00000.parquet", "shard-00001.json", "shard-00001.parquet",
@@ -210,101 +210,103 @@ def test_a_version_is_a_tag_with_manifests_in_git_and_data_in_the_remote(kept):
             assert data == store.get(file["name"])
 
 
-def test_versions_are_listed_shown_and_fetched_without_dvc(kept, tmp_path):
-    folder, place, _, made = kept
-    registry = LabelRegistry(place)
+def test_versions_are_listed_found_and_downloaded(committed, tmp_path):
+    folder, git_uri, _, label_set = committed
+    registry = LabelRegistry(git_uri)
     ((version, _, current),) = registry.list_versions()
-    assert (str(version.tag), version.label_set, version.rows, current) == ("labels/p/r/gen-1", made.digest, 80, False)
-    there = tmp_path / "there"
-    shown = registry.download_version("labels/p/r/gen-1", there)
-    assert contents(folder / "labels").items() <= contents(there).items()
-    assert {file.name for file in shown.files} == set(contents(there))
+    assert (str(version.tag), version.label_set, version.rows, current) == ("labels/p/r/gen-1", label_set.digest, 80, False)
+    destination = tmp_path / "there"
+    shown = registry.download_version("labels/p/r/gen-1", destination)
+    assert contents(folder / "labels").items() <= contents(destination).items()
+    assert {file.name for file in shown.files} == set(contents(destination))
     with pytest.raises(RunError, match=r"labels/p/r/gen-2: no such version"):
         registry.find_version("labels/p/r/gen-2")
 
 
 @pytest.mark.integration
-def test_versions_of_different_time_zones_are_listed_by_when_they_were_committed(tmp_path, monkeypatch):
-    registry = LabelRegistry(bare(tmp_path / "git"), str(tmp_path / "remote"))
+def test_list_versions_sorts_across_time_zones(tmp_path, monkeypatch):
+    registry = LabelRegistry(make_bare_repository(tmp_path / "git"), str(tmp_path / "remote"))
     for number, date in enumerate(("2026-01-01T10:00:00+0000", "2026-01-01T12:00:00+0900"), 1):
         monkeypatch.setenv("GIT_COMMITTER_DATE", date)
-        registry.commit_version(VersionTag("p", "r", number), *label_set(tmp_path / f"labels{number}", seed=number))
+        registry.commit_version(VersionTag("p", "r", number), *make_label_set(tmp_path / f"labels{number}", seed=number))
     assert [str(summary.version.tag) for summary in registry.list_versions()] == ["labels/p/r/gen-2", "labels/p/r/gen-1"]
 
 
-def test_a_destination_that_cannot_be_written_is_named_with_the_mend(kept, tmp_path):
+def test_download_names_unwritable_destination(committed, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="file/there: cannot write: a part of this path is a file, expected a folder"):
-        LabelRegistry(kept[1]).download_version("labels/p/r/gen-1", tmp_path / "file" / "there")
+        LabelRegistry(committed[1]).download_version("labels/p/r/gen-1", tmp_path / "file" / "there")
 
 
-def test_a_download_continues_at_the_next_file_and_touches_nothing_else(kept, tmp_path):
-    folder, place, _, _ = kept
-    there = tmp_path / "there"
-    (there / ".tmp-get").mkdir(parents=True)
-    shutil.copy(folder / "labels" / "shard-00000.parquet", there)
-    (there / "shard-00001.parquet").write_bytes(b"half")
-    before = (there / "shard-00000.parquet").stat().st_mtime_ns
-    LabelRegistry(place).download_version("labels/p/r/gen-1", there)
-    assert (there / "shard-00000.parquet").stat().st_mtime_ns == before
-    assert contents(folder / "labels").items() <= contents(there).items()
+def test_download_keeps_intact_files_and_refuses_foreign_folders(committed, tmp_path):
+    folder, git_uri, _, _ = committed
+    destination = tmp_path / "there"
+    (destination / ".tmp-get").mkdir(parents=True)
+    shutil.copy(folder / "labels" / "shard-00000.parquet", destination)
+    (destination / "shard-00001.parquet").write_bytes(b"half")
+    before = (destination / "shard-00000.parquet").stat().st_mtime_ns
+    LabelRegistry(git_uri).download_version("labels/p/r/gen-1", destination)
+    assert (destination / "shard-00000.parquet").stat().st_mtime_ns == before
+    assert contents(folder / "labels").items() <= contents(destination).items()
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "letter.txt").write_text("mine")
     with pytest.raises(DataError, match="is not empty; name an empty folder"):
-        LabelRegistry(place).download_version("labels/p/r/gen-1", foreign)
-    label_set(tmp_path / "other", seed=9)
+        LabelRegistry(git_uri).download_version("labels/p/r/gen-1", foreign)
+    make_label_set(tmp_path / "other", seed=9)
     with pytest.raises(DataError, match="holds label set"):
-        LabelRegistry(place).download_version("labels/p/r/gen-1", tmp_path / "other")
+        LabelRegistry(git_uri).download_version("labels/p/r/gen-1", tmp_path / "other")
 
 
-def test_the_same_again_is_a_success_and_another_label_set_is_refused(kept, tmp_path):
-    _, place, store, made = kept
-    chosen = selected(store, made)
-    assert not LabelRegistry(place).commit_version(VersionTag("p", "r", 1), store, made, chosen)
-    other, different = label_set(tmp_path / "other", seed=1)
+def test_commit_again_succeeds_and_refuses_another_label_set(committed, tmp_path):
+    _, git_uri, store, label_set = committed
+    selection = make_test_selection(store, label_set)
+    assert not LabelRegistry(git_uri).commit_version(VersionTag("p", "r", 1), store, label_set, selection)
+    other, different = make_label_set(tmp_path / "other", seed=1)
     with pytest.raises(RunError, match=r"labels/p/r/gen-1: holds label set .* already, .*ns labels gc --drop labels/p/r/gen-1"):
-        LabelRegistry(place).commit_version(VersionTag("p", "r", 1), other, different)
+        LabelRegistry(git_uri).commit_version(VersionTag("p", "r", 1), other, different)
     with pytest.raises(RunError, match="holds selection"):
-        LabelRegistry(place).commit_version(VersionTag("p", "r", 1), store, made, chosen.model_copy(update={"seed": 5}))
+        LabelRegistry(git_uri).commit_version(
+            VersionTag("p", "r", 1), store, label_set, selection.model_copy(update={"seed": 5})
+        )
     with pytest.raises(DataError, match=r"keeps its data in .*, not in .*; leave the remote out"):
-        LabelRegistry(place, str(tmp_path / "elsewhere")).list_versions()
+        LabelRegistry(git_uri, str(tmp_path / "elsewhere")).list_versions()
 
 
-def test_plain_dvc_gets_it(kept, tmp_path):
-    folder, place, _, _ = kept
+def test_plain_dvc_gets_version(committed, tmp_path):
+    folder, git_uri, _, _ = committed
     dvc = Path(sys.executable).parent / "dvc"
-    command = [dvc, "get", "--quiet", "--rev", "labels/p/r/gen-1", place, "labels", "--out", tmp_path / "out"]
+    command = [dvc, "get", "--quiet", "--rev", "labels/p/r/gen-1", git_uri, "labels", "--out", tmp_path / "out"]
     subprocess.run(command, check=True, env={**os.environ, "DVC_NO_ANALYTICS": "1"})
     assert contents(folder / "labels").items() <= contents(tmp_path / "out").items()
 
 
 @pytest.mark.integration
-def test_dvc_brings_what_was_committed(kept, tmp_path):
-    folder, place, _, _ = kept
-    LabelRegistry(place).download_version("labels/p/r/gen-1", tmp_path / "there")
+def test_download_replaces_damaged_files(committed, tmp_path):
+    folder, git_uri, _, _ = committed
+    LabelRegistry(git_uri).download_version("labels/p/r/gen-1", tmp_path / "there")
     assert contents(folder / "labels").items() <= contents(tmp_path / "there").items()
     assert not (tmp_path / "there" / ".tmp-get").exists()
     # A damaged file is fetched again; a good folder needs no remote.
     shard = tmp_path / "there" / "shard-00001.parquet"
     shard.write_bytes(b"x")
-    LabelRegistry(place).download_version("labels/p/r/gen-1", tmp_path / "there")
+    LabelRegistry(git_uri).download_version("labels/p/r/gen-1", tmp_path / "there")
     assert contents(folder / "labels").items() <= contents(tmp_path / "there").items()
     (folder / "remote").rename(folder / "away")
     try:
-        LabelRegistry(place).download_version("labels/p/r/gen-1", tmp_path / "there")
+        LabelRegistry(git_uri).download_version("labels/p/r/gen-1", tmp_path / "there")
         with pytest.raises((StoreError, DataError)):
-            LabelRegistry(place).download_version("labels/p/r/gen-1", tmp_path / "elsewhere")
+            LabelRegistry(git_uri).download_version("labels/p/r/gen-1", tmp_path / "elsewhere")
         assert not (tmp_path / "elsewhere" / "labelset.json").exists()
     finally:
         (folder / "away").rename(folder / "remote")
 
 
 @pytest.mark.integration
-def test_data_that_was_lost_is_pushed_again(tmp_path):
-    store, made = label_set(tmp_path / "labels")
-    registry = LabelRegistry(bare(tmp_path / "git"), str(tmp_path / "remote"))
-    registry.commit_version(VersionTag("p", "r", 1), store, made)
+def test_commit_pushes_lost_data_again(tmp_path):
+    store, label_set = make_label_set(tmp_path / "labels")
+    registry = LabelRegistry(make_bare_repository(tmp_path / "git"), str(tmp_path / "remote"))
+    registry.commit_version(VersionTag("p", "r", 1), store, label_set)
     version = registry.find_version("labels/p/r/gen-1")
     half = tmp_path / "remote" / object_key(version.files[-1].md5)
     half.chmod(0o644)
@@ -314,16 +316,16 @@ def test_data_that_was_lost_is_pushed_again(tmp_path):
     (tmp_path / "remote" / object_key(version.files[0].md5)).unlink()
     with pytest.raises(DataError, match=r"labels/p/r/gen-1: .* and 0 more files are missing; nothing was deleted"):
         collect_garbage(registry, dry_run=False)
-    assert not registry.commit_version(VersionTag("p", "r", 1), store, made)
+    assert not registry.commit_version(VersionTag("p", "r", 1), store, label_set)
     registry.download_version("labels/p/r/gen-1", tmp_path / "there")
 
 
 @pytest.mark.integration
-def test_the_version_in_use_is_moved_and_moved_back(tmp_path):
-    place = bare(tmp_path / "git")
-    registry = LabelRegistry(place, str(tmp_path / "remote"))
+def test_set_current_promotes_and_rolls_back(tmp_path):
+    git_uri = make_bare_repository(tmp_path / "git")
+    registry = LabelRegistry(git_uri, str(tmp_path / "remote"))
     for number in (1, 2):
-        registry.commit_version(VersionTag("p", "r", number), *label_set(tmp_path / f"labels{number}", seed=number))
+        registry.commit_version(VersionTag("p", "r", number), *make_label_set(tmp_path / f"labels{number}", seed=number))
     with pytest.raises(RunError, match="no version is in use yet"):
         registry.set_current(VersionTag("p", "r", 1), "", is_rollback=True)
     with pytest.raises(RunError, match=r"labels/p/r/gen-3: no such version"):
@@ -333,7 +335,7 @@ def test_the_version_in_use_is_moved_and_moved_back(tmp_path):
     assert registry.set_current(VersionTag("p", "r", 1), "4 and 9\nare confused", is_rollback=True) == VersionTag("p", "r", 2)
     assert registry.set_current(VersionTag("p", "r", 1), "again", is_rollback=True) == VersionTag("p", "r", 1)
     assert registry.find_version("current/p").generation == 1
-    log = git(place, "log", "--format=%s|%b", "--first-parent", "-2", "current/p")
+    log = git(git_uri, "log", "--format=%s|%b", "--first-parent", "-2", "current/p")
     assert "Go back to labels/p/r/gen-1|4 and 9 are confused" in log
     registry.download_version("current/p", tmp_path / "there")
     assert contents(tmp_path / "labels1").items() <= contents(tmp_path / "there").items()
@@ -342,11 +344,11 @@ def test_the_version_in_use_is_moved_and_moved_back(tmp_path):
 
 
 @pytest.mark.integration
-def test_only_what_no_version_needs_is_deleted_and_only_when_told(tmp_path):
-    place = bare(tmp_path / "git")
-    registry = LabelRegistry(place, str(tmp_path / "remote"))
-    first, common = label_set(tmp_path / "labels1", shards=1)
-    second, longer = label_set(tmp_path / "labels2", shards=2)
+def test_collect_garbage_deletes_only_unneeded_data(tmp_path):
+    git_uri = make_bare_repository(tmp_path / "git")
+    registry = LabelRegistry(git_uri, str(tmp_path / "remote"))
+    first, common = make_label_set(tmp_path / "labels1", shards=1)
+    second, longer = make_label_set(tmp_path / "labels2", shards=2)
     assert common.shards[0] == longer.shards[0]
     registry.commit_version(VersionTag("p", "r", 1), first, common)
     registry.commit_version(VersionTag("p", "r", 2), second, longer)
@@ -364,7 +366,7 @@ def test_only_what_no_version_needs_is_deleted_and_only_when_told(tmp_path):
     assert kept_files <= {key[:12] for key in left}
     # DVC is of the same opinion.
     work = tmp_path / "work"
-    subprocess.run(["git", "clone", "--quiet", place, str(work)], check=True)
+    subprocess.run(["git", "clone", "--quiet", git_uri, str(work)], check=True)
     dvc = str(Path(sys.executable).parent / "dvc")
     subprocess.run([dvc, "gc", "--all-tags", "--cloud", "--force"], check=True, cwd=work, capture_output=True)
     assert contents(tmp_path / "remote") == left
@@ -373,10 +375,10 @@ def test_only_what_no_version_needs_is_deleted_and_only_when_told(tmp_path):
 
 
 @pytest.mark.integration
-def test_a_repository_with_a_work_tree_will_do(tmp_path):
+def test_registry_in_repository_with_work_tree(tmp_path):
     subprocess.run(["git", "init", "--quiet", str(tmp_path / "git")], check=True)
     registry = LabelRegistry(str(tmp_path / "git"), str(tmp_path / "remote"))
-    registry.commit_version(VersionTag("p", "r", 1), *label_set(tmp_path / "labels"))
+    registry.commit_version(VersionTag("p", "r", 1), *make_label_set(tmp_path / "labels"))
     assert git(str(tmp_path / "git"), "status", "--porcelain") == ""
     assert (tmp_path / "git" / "README.md").exists()
     registry.download_version("labels/p/r/gen-1", tmp_path / "there")
@@ -387,50 +389,50 @@ import sys
 from ns.labeling.label_set import LabelSet
 from ns.labeling.registry import LabelRegistry, VersionTag
 from ns.storage import LocalStore
-place, remote, labels, tag = sys.argv[1:]
+git_uri, remote, labels, tag = sys.argv[1:]
 folder = LocalStore(__import__("pathlib").Path(labels))
-print(LabelRegistry(place, remote).commit_version(VersionTag.parse(tag), folder, LabelSet.load(folder)))
+print(LabelRegistry(git_uri, remote).commit_version(VersionTag.parse(tag), folder, LabelSet.load(folder)))
 """
 
 
-def committing(place: str, remote: Path | str, labels: Path, tag: str) -> subprocess.Popen:
-    command = [sys.executable, "-c", COMMIT, place, str(remote), str(labels), tag]
+def start_commit(git_uri: str, remote: Path | str, labels: Path, tag: str) -> subprocess.Popen:
+    command = [sys.executable, "-c", COMMIT, git_uri, str(remote), str(labels), tag]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.integration
-def test_processes_that_commit_at_once_all_succeed(tmp_path):
+def test_concurrent_commits_all_succeed(tmp_path):
     """Into an empty repository: they set it up at once, too. Two of them commit the same."""
-    place, remote = bare(tmp_path / "git"), tmp_path / "remote"
+    git_uri, remote = make_bare_repository(tmp_path / "git"), tmp_path / "remote"
     for number in (1, 2):
-        label_set(tmp_path / f"labels{number}", seed=number)
+        make_label_set(tmp_path / f"labels{number}", seed=number)
     jobs = [(1, "labels/p/a/gen-1"), (2, "labels/p/b/gen-1"), (2, "labels/p/b/gen-1")]
-    processes = [committing(place, remote, tmp_path / f"labels{number}", tag) for number, tag in jobs]
+    processes = [start_commit(git_uri, remote, tmp_path / f"labels{number}", tag) for number, tag in jobs]
     said = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], said
-    assert git(place, "rev-list", "--count", "main") == "1"
+    assert git(git_uri, "rev-list", "--count", "main") == "1"
     # By time, and nobody knows who was first.
-    assert sorted(str(summary.version.tag) for summary in LabelRegistry(place).list_versions()) == [
+    assert sorted(str(summary.version.tag) for summary in LabelRegistry(git_uri).list_versions()) == [
         "labels/p/a/gen-1",
         "labels/p/b/gen-1",
     ]
     for number, tag in jobs:
-        LabelRegistry(place).download_version(tag, tmp_path / "there" / tag)
+        LabelRegistry(git_uri).download_version(tag, tmp_path / "there" / tag)
         assert contents(tmp_path / f"labels{number}").items() <= contents(tmp_path / "there" / tag).items()
 
 
 @pytest.mark.integration
 @pytest.mark.parametrize("with_helpers", [False, True], ids=["alone", "with-its-commands"])
-def test_killed_at_any_instant_no_tag_lacks_data_and_the_same_command_finishes(tmp_path, with_helpers):
+def test_killed_commit_leaves_no_tag_without_data(tmp_path, with_helpers):
     import psutil
 
-    place, remote = bare(tmp_path / "git"), tmp_path / "remote"
-    label_set(tmp_path / "labels", shards=20, rows=5000)
+    git_uri, remote = make_bare_repository(tmp_path / "git"), tmp_path / "remote"
+    make_label_set(tmp_path / "labels", shards=20, rows=5000)
     generator = np.random.default_rng(int(with_helpers))
     ended = []
     for generation, seconds in enumerate(generator.uniform(0.4, 3, 5), start=1):
         tag = f"labels/p/r/gen-{generation}"
-        process = committing(place, remote, tmp_path / "labels", tag)
+        process = start_commit(git_uri, remote, tmp_path / "labels", tag)
         try:
             process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -441,16 +443,16 @@ def test_killed_at_any_instant_no_tag_lacks_data_and_the_same_command_finishes(t
         process.communicate()
         ended.append(process.returncode)
         if remote.exists():
-            for summary in LabelRegistry(place).list_versions():
+            for summary in LabelRegistry(git_uri).list_versions():
                 assert find_missing_keys(str(remote), summary.version) == []
-        again = committing(place, remote, tmp_path / "labels", tag)
+        again = start_commit(git_uri, remote, tmp_path / "labels", tag)
         _, err = again.communicate(timeout=120)
         assert again.returncode == 0, err
-        LabelRegistry(place).download_version(tag, tmp_path / "there" / str(generation))
+        LabelRegistry(git_uri).download_version(tag, tmp_path / "there" / str(generation))
         # What was pushed before must not make the next attempt easier.
         if generation % 2:
             shutil.rmtree(remote)
-            git(place, "tag", "--delete", tag)
+            git(git_uri, "tag", "--delete", tag)
     assert -9 in ended
 
 
@@ -487,7 +489,7 @@ def server(request, tmp_path_factory, monkeypatch):
         "AWS_ACCESS_KEY_ID": "test:tester",
         "AWS_SECRET_ACCESS_KEY": "testing",
         "AWS_ENDPOINT_URL": url,
-        "AWS_PROFILE": "somebody-else",
+        "AWS_PROFILE": "another-profile",
         "NS_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
     }.items():
         monkeypatch.setenv(name, value)
@@ -500,17 +502,17 @@ def server(request, tmp_path_factory, monkeypatch):
 
 
 @pytest.mark.integration
-def test_data_may_lie_in_s3(server, tmp_path, monkeypatch):
-    store, made = label_set(tmp_path / "labels")
-    place = bare(tmp_path / "git")
-    registry = LabelRegistry(place, server)
-    assert registry.commit_version(VersionTag("p", "r", 1), store, made, selected(store, made))
-    assert not registry.commit_version(VersionTag("p", "r", 1), store, made)
+def test_registry_data_in_s3(server, tmp_path, monkeypatch):
+    store, label_set = make_label_set(tmp_path / "labels")
+    git_uri = make_bare_repository(tmp_path / "git")
+    registry = LabelRegistry(git_uri, server)
+    assert registry.commit_version(VersionTag("p", "r", 1), store, label_set, make_test_selection(store, label_set))
+    assert not registry.commit_version(VersionTag("p", "r", 1), store, label_set)
     assert b"testing" not in b"".join(contents(tmp_path / "git").values())
-    assert "testing" not in git(place, "show", "main:.dvc/config")
+    assert "testing" not in git(git_uri, "show", "main:.dvc/config")
     registry.download_version("labels/p/r/gen-1", tmp_path / "there")
     assert contents(tmp_path / "labels").items() <= contents(tmp_path / "there").items()
-    registry.commit_version(VersionTag("p", "r", 2), *label_set(tmp_path / "other", seed=1))
+    registry.commit_version(VersionTag("p", "r", 2), *make_label_set(tmp_path / "other", seed=1))
     done = collect_garbage(registry, [VersionTag("p", "r", 2)], dry_run=False)
     assert len(done.keys) == 7
     registry.download_version("labels/p/r/gen-1", tmp_path / "again")
@@ -529,10 +531,10 @@ def test_data_may_lie_in_s3(server, tmp_path, monkeypatch):
 
 
 @pytest.mark.integration
-def test_the_loop_and_the_command_line_keep_versions(tmp_path, capsys, monkeypatch):
+def test_stages_and_commands_commit_versions(tmp_path, capsys, monkeypatch):
     from importlib.resources import files
 
-    place, remote, root = bare(tmp_path / "git"), str(tmp_path / "remote"), str(tmp_path / "root")
+    git_uri, remote, root = make_bare_repository(tmp_path / "git"), str(tmp_path / "remote"), str(tmp_path / "root")
     tiny = ["generations=1", "teacher.train.epochs=30", "students.0.train.epochs=1"]
     plain = load_experiment(str(files("ns.config.presets") / "quickstart.yaml"), tiny)
     experiment = load_experiment(
@@ -555,7 +557,7 @@ def test_the_loop_and_the_command_line_keep_versions(tmp_path, capsys, monkeypat
     with pytest.raises(StoreError, match="git init --bare"):
         labeled()
     # Out of reach, then there: the run goes on, with another registry, and is the same run.
-    settled = experiment.model_copy(update={"registry": RegistryConfig(git=place, remote=remote)})
+    settled = experiment.model_copy(update={"registry": RegistryConfig(git=git_uri, remote=remote)})
     open_run(store, run, settled, "test")
     assert labeled() == labeled()
     tag = f"labels/quickstart/{run}/gen-1"
@@ -565,7 +567,7 @@ def test_the_loop_and_the_command_line_keep_versions(tmp_path, capsys, monkeypat
         out, err = capsys.readouterr()
         return code, out + err
 
-    monkeypatch.setenv("NS_LABEL_REGISTRY", place)
+    monkeypatch.setenv("NS_LABEL_REGISTRY", git_uri)
     capsys.readouterr()
     (version,) = json.loads(ns("list", "--json")[1])
     assert (version["tag"], version["current"]) == (tag, False)
@@ -587,7 +589,7 @@ def test_the_loop_and_the_command_line_keep_versions(tmp_path, capsys, monkeypat
     named = (purged, "--tag", "labels/mine/purged/gen-1", "--selection", selection)
     assert ns("commit", *named) == (0, "labels/mine/purged/gen-1: committed\n")
     assert ns("commit", *named) == (0, "labels/mine/purged/gen-1: is there already\n")
-    found = LabelRegistry(place).find_version("labels/mine/purged/gen-1")
+    found = LabelRegistry(git_uri).find_version("labels/mine/purged/gen-1")
     assert (found.label_set, found.rows) == (LabelSet.load_file(LocalStore(Path(purged)), "labelset.json").digest, 1247)
     assert found.kept is not None
     code, said = ns("commit", labels.store.uri, "--tag", "labels/mine/stale/gen-1", "--selection", selection)
@@ -595,9 +597,9 @@ def test_the_loop_and_the_command_line_keep_versions(tmp_path, capsys, monkeypat
     assert ns("gc", "--drop", "labels/mine/purged/gen-1", "--yes")[0] == 0
     assert ns("promote", tag, "--why", "first")[1] == f"current/quickstart: {tag}, before: none\n"
     assert ns("rollback", tag)[1] == f"current/quickstart: {tag} (no change)\n"
-    there = tmp_path / "there"
-    assert "all good" in ns("get", "current/quickstart", str(there))[1]
-    assert "good: 1,247 rows" in ns("verify", str(there))[1]
+    destination = tmp_path / "there"
+    assert "all good" in ns("get", "current/quickstart", str(destination))[1]
+    assert "good: 1,247 rows" in ns("verify", str(destination))[1]
     code, said = ns("version", tag)
     assert code == 0
     for line in said.splitlines()[-3:]:
@@ -619,7 +621,7 @@ def test_the_loop_and_the_command_line_keep_versions(tmp_path, capsys, monkeypat
 class Overtaken(LabelRegistry):
     """A registry in which something happens between a clone and what is done with it."""
 
-    def meanwhile(self, act) -> "Overtaken":
+    def interfere(self, act) -> "Overtaken":
         self._act = act
         return self
 
@@ -632,21 +634,21 @@ class Overtaken(LabelRegistry):
 
 
 @pytest.mark.integration
-def test_who_comes_second_is_told(tmp_path):
-    place = bare(tmp_path / "git")
-    registry = LabelRegistry(place, str(tmp_path / "remote"))
-    sets = [label_set(tmp_path / f"labels{number}", seed=number) for number in range(3)]
+def test_concurrent_changes_are_refused(tmp_path):
+    git_uri = make_bare_repository(tmp_path / "git")
+    registry = LabelRegistry(git_uri, str(tmp_path / "remote"))
+    sets = [make_label_set(tmp_path / f"labels{number}", seed=number) for number in range(3)]
     first, second, third = (VersionTag("p", "r", number) for number in (1, 2, 3))
     registry.commit_version(first, *sets[0])
-    same = Overtaken(place).meanwhile(lambda: registry.commit_version(second, *sets[1]))
+    same = Overtaken(git_uri).interfere(lambda: registry.commit_version(second, *sets[1]))
     same.commit_version(second, *sets[1])
     with pytest.raises(RunError, match=r"gen-3: holds label set .* already"):
-        Overtaken(place).meanwhile(lambda: registry.commit_version(third, *sets[1])).commit_version(third, *sets[2])
+        Overtaken(git_uri).interfere(lambda: registry.commit_version(third, *sets[1])).commit_version(third, *sets[2])
     with pytest.raises(RunError, match=r"current/p: was moved concurrently"):
-        Overtaken(place).meanwhile(lambda: registry.set_current(first, "")).set_current(second, "")
+        Overtaken(git_uri).interfere(lambda: registry.set_current(first, "")).set_current(second, "")
     assert registry.find_version("current/p").tag == first
     files = contents(tmp_path / "remote")
-    overtaken = Overtaken(place).meanwhile(lambda: registry.commit_version(VersionTag("p", "r", 4), *sets[2]))
+    overtaken = Overtaken(git_uri).interfere(lambda: registry.commit_version(VersionTag("p", "r", 4), *sets[2]))
     with pytest.raises(RunError, match=r"a version was committed concurrently; no data was deleted"):
         collect_garbage(overtaken, dry_run=False)
     assert contents(tmp_path / "remote").items() >= files.items()

@@ -136,7 +136,7 @@ def _compare(table, policy, seed, split):
     assert selection.kept + selection.balanced_out + selection.low_confidence + selection.unreadable == len(entries)
 
 
-def test_hashes_of_keys_are_the_same_in_every_version():
+def test_hash_keys_is_stable():
     """Selections keep them: others would cut through equal confidences elsewhere."""
     hashes = hash_keys(["n01440764/1.jpg", "ß"], seed=258)
     assert hashes.dtype == np.uint64
@@ -146,7 +146,7 @@ def test_hashes_of_keys_are_the_same_in_every_version():
     ]
 
 
-def test_repeats_make_every_class_exactly_as_large_as_asked():
+def test_selection_repeats_fill_every_class():
     entries = [(f"a{i}", 0, 0.9 - i / 100) for i in range(7)] + [(f"b{i}", 1, 0.8) for i in range(30)]
     rows = rows_of(entries)
     selection = run([rows], SelectionConfig(per_class=20))
@@ -160,14 +160,14 @@ def test_repeats_make_every_class_exactly_as_large_as_asked():
     assert times[:7].tolist() == [3, 3, 3, 3, 3, 3, 2]
 
 
-def test_the_threshold_is_exclusive_as_in_the_paper():
+def test_selection_threshold_is_exclusive():
     rows = rows_of([("at", 0, 0.3), ("above", 0, 0.31)])
     selection = run([rows], SelectionConfig(min_confidence=0.3, per_class=1))
     assert count_copies(selection, rows).tolist() == [0, 1]
     assert selection.low_confidence == 1
 
 
-def test_ties_are_broken_by_the_seed_not_by_the_order_of_shards():
+def test_selection_breaks_ties_by_seed_not_order():
     entries = [(f"key-{i}", 0, 0.5) for i in range(50)]
     policy = SelectionConfig(per_class=10)
 
@@ -180,7 +180,7 @@ def test_ties_are_broken_by_the_seed_not_by_the_order_of_shards():
     assert kept(entries, 1) != kept(entries, 2)
 
 
-def test_a_class_without_candidates_is_empty_and_no_error():
+def test_selection_of_class_without_candidates():
     selection = run([rows_of([("a", 0, 0.9)])], SelectionConfig(per_class=2))
     assert [rule.kept for rule in selection.rules] == [1, 0, 0, 0]
     threshold = selection.rules[0].threshold
@@ -189,7 +189,7 @@ def test_a_class_without_candidates_is_empty_and_no_error():
 
 
 @pytest.mark.parametrize(("per_class", "read"), [(3, 0), (4, 1), (5, 0)])
-def test_keys_are_read_only_where_a_cut_goes_through_equal_confidences(per_class, read):
+def test_selection_reads_keys_only_for_ties(per_class, read):
     confidence = np.array([0.9, 0.8, 0.7, 0.6, 0.6, 0.5], np.float32)
     asked = []
 
@@ -205,7 +205,7 @@ def test_keys_are_read_only_where_a_cut_goes_through_equal_confidences(per_class
 
 
 @pytest.mark.parametrize(("min_confidence", "passes"), [(0.3, 2), (0.9999, 1)])
-def test_two_passes_do_where_confidences_differ_and_one_where_they_lie_close(min_confidence, passes, monkeypatch):
+def test_selection_takes_one_or_two_passes(min_confidence, passes, monkeypatch):
     rows, times = 20_000, 0
     confidence = np.linspace(min_confidence, 1, rows // 20, dtype=np.float32)
 
@@ -225,7 +225,7 @@ def test_two_passes_do_where_confidences_differ_and_one_where_they_lie_close(min
     assert times == passes
 
 
-def test_digest_follows_the_content_and_not_the_place():
+def test_selection_digest_ignores_label_set_key():
     rows = rows_of([("a", 0, 0.9), ("b", 1, 0.4)])
     selection = run([rows], SelectionConfig())
     elsewhere = selection.model_copy(update={"label_set_key": "another/key"})
@@ -233,7 +233,7 @@ def test_digest_follows_the_content_and_not_the_place():
     assert selection.digest == elsewhere.digest != other.digest
 
 
-def test_rules_survive_json(tmp_path):
+def test_selection_round_trips_as_json(tmp_path):
     from ns.storage import LocalStore
 
     rows = rows_of([(f"k{i}", i % CLASSES, np.float32(0.3 + i / 97)) for i in range(60)])
@@ -244,7 +244,7 @@ def test_rules_survive_json(tmp_path):
 
 
 @pytest.mark.parametrize("per_class", [1, 3, 1000])
-def test_max_repeat_bounds_what_one_image_can_stand_for(per_class):
+def test_selection_max_repeat_limits_copies(per_class):
     rows = rows_of([("only", 2, 0.9)])
     selection = run([rows], SelectionConfig(per_class=per_class, max_repeat=5))
     assert count_copies(selection, rows).tolist() == [min(per_class, 5)]
@@ -270,7 +270,7 @@ def ranked(images: int, seed: int) -> pa.Table:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("per_class", [6, 90])
-def test_an_image_is_picked_for_several_of_its_best_classes(ranks, per_class):
+def test_selection_picks_image_for_several_classes(ranks, per_class):
     rows = LabelRows(ranked(200, seed=3))
     policy = SelectionConfig(classes_per_image=ranks, min_confidence=0.2, per_class=per_class)
     selection = run([rows], policy)
@@ -306,7 +306,7 @@ def label_set(tmp_path):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_label_set_is_read_once_and_gives_the_selection_of_its_rows(label_set, ranks, tmp_path, monkeypatch):
+def test_make_selection_reads_label_set_once(label_set, ranks, tmp_path, monkeypatch):
     store, labels = label_set
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     read = []
@@ -331,7 +331,7 @@ def test_a_label_set_is_read_once_and_gives_the_selection_of_its_rows(label_set,
     assert [path.name for path in tmp_path.iterdir()] == ["labels"]
 
 
-def test_a_full_disk_is_named_with_what_to_do(label_set, tmp_path, monkeypatch):
+def test_make_selection_names_full_disk(label_set, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
@@ -347,7 +347,7 @@ def make_thresholds(*thresholds: float) -> Thresholds:
     return Thresholds(precision=0.9, confidence=0.95, evaluation="0" * 64, classes=classes)
 
 
-def test_thresholds_of_a_wanted_precision_are_each_classes_own():
+def test_selection_uses_threshold_of_each_class():
     thresholds = make_thresholds(0.8, 0.1, NEVER_SURE, 0.5)
     rows = rows_of([(f"{label}-{conf}", label, conf) for label in range(4) for conf in (0.2, 0.4, 0.6, 0.9)])
     policy = SelectionConfig(policy="all", min_confidence=0.3, precision=0.9)
@@ -364,7 +364,7 @@ def test_thresholds_of_a_wanted_precision_are_each_classes_own():
 
 
 @pytest.mark.parametrize("equal", [False, True], ids=["different confidences", "equal confidences"])
-def test_memory_does_not_grow_with_the_rows(equal, monkeypatch):
+def test_selection_memory_does_not_grow_with_rows(equal, monkeypatch):
     """Twenty times the rows: what the ranking holds stays the same."""
     size, classes = (1000, 2) if equal else (20_000, 10)
 

@@ -22,7 +22,7 @@ def run(entries, classes=3, precision=0.8, level=0.9):
 
 
 @pytest.mark.parametrize(("correct", "total"), [(1, 1), (9, 10), (50, 50), (97, 100), (3, 700)])
-def test_the_bound_is_where_the_binomial_tail_is_the_error(correct, total):
+def test_clopper_pearson_bound_is_binomial_tail(correct, total):
     # Clopper & Pearson: the precision at which so many correct ones or more have probability 1 - level.
     bound = float(clopper_pearson_bound(np.array([correct]), np.array([total]), 0.95)[0])
     assert binom.sf(correct - 1, total, bound) == pytest.approx(0.05)
@@ -34,7 +34,7 @@ ENTRY = st.tuples(st.integers(0, 2), st.sampled_from([0.2, 0.4, 0.5, 0.7, 0.8, 0
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(ENTRY, max_size=80), st.sampled_from([0.3, 0.5, 0.8]))
-def test_thresholds_are_the_lowest_that_the_images_vouch_for(entries, precision):
+def test_find_thresholds_finds_lowest(entries, precision):
     found = run(entries, precision=precision)
     least = next(n for n in range(1, 1000) if (0.1) ** (1 / n) >= precision)
     rare = {label for label in range(3) if sum(own == label for own, _, _ in entries) < least}
@@ -51,7 +51,7 @@ def test_thresholds_are_the_lowest_that_the_images_vouch_for(entries, precision)
         assert [c for c, _ in group if np.float32(c) > np.float32(one.threshold)] == [c for c, _ in group if c >= lowest]
 
 
-def test_a_class_that_is_never_right_gets_no_labels():
+def test_find_thresholds_of_class_that_is_never_right():
     found = run([(0, 0.9, False)] * 50 + [(1, 0.9, True)] * 50)
     never = found.classes[0]
     assert (never.threshold, never.heldout, never.correct, never.bound) == (NEVER_SURE, 0, 0, 0)
@@ -59,13 +59,13 @@ def test_a_class_that_is_never_right_gets_no_labels():
     assert found.classes[2].pooled
 
 
-def test_a_bound_that_just_reaches_the_precision_suffices():
+def test_find_thresholds_accepts_bound_equal_to_precision():
     bound = float(clopper_pearson_bound(np.array([9]), np.array([9]), 0.9)[0])
     found = run([(0, 0.9, True)] * 9, precision=bound)
     assert (found.classes[0].heldout, found.classes[0].bound) == (9, bound)
     assert run([(0, 0.9, True)] * 9, precision=float(np.nextafter(bound, 1))).classes[0].threshold == NEVER_SURE
 
 
-def test_precision_goes_with_the_best_class_only():
+def test_selection_precision_needs_one_class_per_image():
     with pytest.raises(ValueError, match="precision: is that of the best class only"):
         SelectionConfig(precision=0.9, classes_per_image=2)

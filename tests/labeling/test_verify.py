@@ -50,7 +50,7 @@ def written(folder, rows, **changes):
 GOOD = [("x", (0, 1, 2), (0.7, 0.2, 0.1), None), ("y", (2, 1, 0), (0.5, 0.3, 0.2), None), ("z", None, None, "truncated")]
 
 
-def test_a_good_label_set_is_good(tmp_path):
+def test_verify_accepts_good_label_set(tmp_path):
     assert verify_label_set(*written(tmp_path, GOOD)) == 3
 
 
@@ -66,26 +66,26 @@ def test_a_good_label_set_is_good(tmp_path):
         (GOOD, {"unreadable": 0}, "0 images left out and 1 unreadable"),
     ],
 )
-def test_what_is_wrong_is_named(tmp_path, rows, changes, said):
+def test_verify_names_row_and_problem(tmp_path, rows, changes, said):
     with pytest.raises(DataError, match=said):
         verify_label_set(*written(tmp_path, rows, **changes))
 
 
-def test_histograms_are_compared_with_the_rows(tmp_path):
+def test_verify_compares_histograms_with_rows(tmp_path):
     store, made = written(tmp_path, GOOD)
     pq.write_table(build_histogram_table(np.ones((3, 1000), np.uint64)), tmp_path / "histogram.parquet")
     with pytest.raises(DataError, match=r"histogram.parquet: its counts are not those of the rows"):
         verify_label_set(store, made)
 
 
-def test_changed_bytes_are_found(tmp_path):
+def test_verify_finds_changed_bytes(tmp_path):
     store, made = written(tmp_path, GOOD)
     (tmp_path / "s.parquet").write_bytes(b"x")
     with pytest.raises(DataError, match="sha256 differs"):
         verify_label_set(store, made)
 
 
-def test_a_label_set_is_opened_by_its_folder(tmp_path):
+def test_open_label_set_by_folder(tmp_path):
     _, made = written(tmp_path, GOOD)
     found = open_label_set(LocalStore(tmp_path), str(tmp_path))
     assert found.label_set == made
