@@ -39,9 +39,8 @@ from scipy import stats
 from benchmarks.measure import CIFAR10, RESULTS, describe_benchmark_machine, draw_tables
 from ns.evaluation.result import Evaluation, Robustness, read_predictions
 from ns.evaluation.robustness.scores import relative_score
-from ns.runs.records import list_stage_notes
-from ns.runs.summary import summarize_run
-from ns.storage import LocalStore, Store
+from ns.runs.records import find_stage_note, list_stage_notes
+from ns.storage import LocalStore, Store, parent_key
 
 SEEDS = (0, 1, 2)
 LABELED, HELDOUT = 200, 500
@@ -187,17 +186,13 @@ class ModelMeasurement(NamedTuple):
 
 def measure_model(root: Store, run: str, generation: int) -> ModelMeasurement | None:
     """Reads the results of a generation; None if the run ended before it."""
-    notes = (
-        stage_record
-        for stage_record in list_stage_notes(root, run)
-        if (stage_record.stage, stage_record.generation) == ("evaluate", generation)
-    )
-    if (stage_record := next(notes, None)) is None:
+    note = find_stage_note(root, run, generation, "evaluate")
+    if note is None:
         return None
-    folder = root.at(stage_record.outputs["test"].rpartition("/")[0])
+    folder = root.at(parent_key(note.outputs["test"]))
     rows = read_predictions(folder, Evaluation.load(folder)).sort_by("key")
     correct = np.asarray(rows["class_id"]) == np.asarray(rows["predicted_class_id"])
-    return ModelMeasurement(correct, Robustness.load_file(root, stage_record.outputs["robustness"]))
+    return ModelMeasurement(correct, Robustness.load_file(root, note.outputs["robustness"]))
 
 
 def run_method(work: Path, seed: int, sizes: ExperimentSizes) -> None:
@@ -212,8 +207,9 @@ def run_method(work: Path, seed: int, sizes: ExperimentSizes) -> None:
 def run_control(work: Path, seed: int, sizes: ExperimentSizes) -> None:
     """Trains the control of a seed whose teacher exists. It has no student, so its stages are called one by one."""
     root = work / "runs"
-    teacher = summarize_run(LocalStore(root), f"seed-{seed}").stages
-    model = next(note.outputs["model"] for note in teacher if (note.stage, note.generation) == ("train", 0)).rpartition("/")[0]
+    note = find_stage_note(LocalStore(root), f"seed-{seed}", 0, "train")
+    assert note is not None
+    model = parent_key(note.outputs["model"])
     path = work / f"{CONTROL}-{seed}.yaml"
     path.write_text(
         yaml.safe_dump(make_control_experiment(make_method_experiment(seed, work, sizes), str(root / model)), sort_keys=False)

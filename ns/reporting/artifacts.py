@@ -12,8 +12,8 @@ from ns.reporting.context import ReportContext, gather_context
 from ns.reporting.markdown import render_markdown
 from ns.reporting.metrics import collect_metrics, flatten_metrics
 from ns.reporting.page import render_report
-from ns.runs.records import list_stage_notes
-from ns.storage import Store
+from ns.runs.records import find_stage_note
+from ns.storage import Store, parent_key
 
 CONFUSION_CLASSES = 50
 """A matrix of more classes is unreadable."""
@@ -71,7 +71,7 @@ def compute_roc(store: Store, run: str, generation: int) -> tuple[list[float], l
     if key is None:
         return None
     evaluation = Evaluation.load_file(store, key)
-    rows = read_predictions(store.at(key.rpartition("/")[0]), evaluation)
+    rows = read_predictions(store.at(parent_key(key)), evaluation)
     is_right = rows["rank"].to_numpy() == 0
     confidence = np.clip(rows["confidence"].to_numpy().astype(np.float64), 0, 1)
     if is_right.all() or not is_right.any():
@@ -104,5 +104,5 @@ def _gather_context(store: Store, run: str, generation: int | None, *, pictures:
 
 
 def _find_evaluation_key(store: Store, run: str, generation: int) -> str | None:
-    notes = list_stage_notes(store, run)
-    return next((n.outputs["evaluation"] for n in notes if (n.stage, n.generation) == ("evaluate", generation)), None)
+    note = find_stage_note(store, run, generation, "evaluate")
+    return note.outputs["evaluation"] if note else None

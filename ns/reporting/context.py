@@ -23,7 +23,7 @@ from ns.reporting.disagreement import ClassGains, Disagreement, ModelAnswers, co
 from ns.reporting.pictures import Gallery, build_flip_gallery, build_label_galleries, limit_galleries
 from ns.runs.records import CONFIG_FILE, RECORDS_PREFIX, RunRecord, StageNote
 from ns.runs.summary import RunSummary, summarize_run
-from ns.storage import Store
+from ns.storage import Store, parent_key
 
 REPORT_PICTURE_BYTES = 3_000_000
 """Size limit of all pictures of the report together; charts and tables fit into the rest of 5 MB."""
@@ -191,7 +191,7 @@ def _read_models(root: Store, notes: Sequence[StageNote]) -> list[TrainedModel]:
         }
         for name, measured in robustness.items():
             references.setdefault(name, measured)
-        key = note.outputs["model"].rpartition("/")[0]
+        key = parent_key(note.outputs["model"])
         models.append(
             TrainedModel(
                 generation=note.generation,
@@ -206,7 +206,7 @@ def _read_models(root: Store, notes: Sequence[StageNote]) -> list[TrainedModel]:
                 robustness={
                     name: (measured, score_robustness(measured, references[name])) for name, measured in robustness.items()
                 },
-                predictions_key=outputs["evaluation"].rpartition("/")[0] if outputs else None,
+                predictions_key=parent_key(outputs["evaluation"]) if outputs else None,
             )
         )
     return models
