@@ -33,69 +33,69 @@ def fill(folder, classes, count=3, seed=0) -> None:
 
 
 @pytest.fixture
-def places(tmp_path):
+def uris(tmp_path):
     fill(tmp_path / "labeled", ["cat", "dog"])
     fill(tmp_path / "heldout", ["cat", "dog"], seed=1)
     fill(tmp_path / "pool", ["any"], count=9, seed=2)
     return {part: str(tmp_path / part) for part in ("labeled", "pool", "heldout")}
 
 
-def run(tmp_path, places, **fields):
+def prepare(tmp_path, uris, **fields):
     root = LocalStore(tmp_path / "root")
-    document = {"name": "x", "generations": 1, "data": places, "teacher": NETWORK, "students": [NETWORK], **fields}
+    document = {"name": "x", "generations": 1, "data": uris, "teacher": NETWORK, "students": [NETWORK], **fields}
     return prepare_datasets(parse_experiment(document, "x.yaml"), root, Ledger(root)), root
 
 
-def test_folders_are_imported_once(tmp_path, places):
-    (first, reused), root = run(tmp_path, places)
+def test_prepare_imports_folders_once(tmp_path, uris):
+    (first, reused), root = prepare(tmp_path, uris)
     assert not reused
     assert first.pool.open_dataset(root)[1].samples == 9
-    (second, reused), _ = run(tmp_path, places)
+    (second, reused), _ = prepare(tmp_path, uris)
     assert reused
     assert second == first
 
 
-def test_a_folder_that_changed_is_imported_again(tmp_path, places):
-    (first, _), _ = run(tmp_path, places)
+def test_prepare_imports_a_changed_folder_again(tmp_path, uris):
+    (first, _), _ = prepare(tmp_path, uris)
     fill(tmp_path / "pool", ["any"], count=2, seed=5)
-    (second, reused), root = run(tmp_path, places)
+    (second, reused), root = prepare(tmp_path, uris)
     assert not reused
     assert second.pool.open_dataset(root)[1].samples == 11
     assert second.labeled == first.labeled
     assert second.digest != first.digest
 
 
-def test_runs_that_import_the_same_at_once_all_have_it(tmp_path, places, monkeypatch):
+def test_concurrent_imports_of_the_same_data_both_succeed(tmp_path, uris, monkeypatch):
     (tmp_path / "pool" / "any" / "damaged.png").write_bytes(b"no picture")
-    data = {**places, "max_rejected_share": 0.5}
+    data = {**uris, "max_rejected_share": 0.5}
     list_rejects, others = ingest._list_rejects, []
 
     def overtaken(job, rejected):
         if rejected and not others:
             others.append("under way")
-            others.append(run(tmp_path, data)[0][0])
+            others.append(prepare(tmp_path, data)[0][0])
         list_rejects(job, rejected)
 
     monkeypatch.setattr(ingest, "_list_rejects", overtaken)
-    (own, _), root = run(tmp_path, data)
+    (own, _), root = prepare(tmp_path, data)
     assert own == others[1]
     assert own.pool.open_dataset(root)[1].rejected == 1
 
 
-def test_a_dataset_is_used_where_it_is(tmp_path, places):
+def test_prepare_uses_a_dataset_where_it_is(tmp_path, uris):
     options = {"config": CONFIG}
-    pool = import_images(places["pool"], LocalStore(tmp_path / "made"), name="p", role="unlabeled", **options)
-    (prepared, _), _ = run(tmp_path, {**places, "pool": str(tmp_path / "made")})
+    pool = import_images(uris["pool"], LocalStore(tmp_path / "made"), name="p", role="unlabeled", **options)
+    (prepared, _), _ = prepare(tmp_path, {**uris, "pool": str(tmp_path / "made")})
     assert prepared.pool.digest == pool.digest
     assert prepared.pool.uri == (tmp_path / "made").as_uri()
 
 
-def test_a_dataset_that_changed_under_a_run_is_noticed(tmp_path, places):
+def test_open_dataset_refuses_a_changed_dataset(tmp_path, uris):
     options = {"config": CONFIG, "name": "p", "role": "unlabeled"}
-    import_images(places["pool"], LocalStore(tmp_path / "made"), **options)
-    (prepared, _), root = run(tmp_path, {**places, "pool": str(tmp_path / "made")})
+    import_images(uris["pool"], LocalStore(tmp_path / "made"), **options)
+    (prepared, _), root = prepare(tmp_path, {**uris, "pool": str(tmp_path / "made")})
     fill(tmp_path / "pool", ["any"], count=2, seed=5)
-    import_images(places["pool"], LocalStore(tmp_path / "made"), **options)
+    import_images(uris["pool"], LocalStore(tmp_path / "made"), **options)
     with pytest.raises(DataError, match="changed since it was prepared"):
         prepared.pool.open_dataset(root)
 
@@ -108,43 +108,43 @@ def test_a_dataset_that_changed_under_a_run_is_noticed(tmp_path, places):
         ("heldout", "digits:heldout", "its classes .* are not those of data.labeled"),
     ],
 )
-def test_places_that_cannot_be_meant_are_refused(tmp_path, places, part, value, reason):
+def test_prepare_refuses_unusable_uris(tmp_path, uris, part, value, reason):
     with pytest.raises(DataError, match=reason):
-        run(tmp_path, {**places, part: value})
+        prepare(tmp_path, {**uris, part: value})
 
 
-def test_held_out_images_that_are_trained_on_are_refused(tmp_path, places):
+def test_prepare_refuses_heldout_equal_to_labeled(tmp_path, uris):
     options = {"config": CONFIG, "name": "l", "role": "labeled"}
-    import_images(places["labeled"], LocalStore(tmp_path / "made"), **options)
+    import_images(uris["labeled"], LocalStore(tmp_path / "made"), **options)
     made, copied = str(tmp_path / "made"), shutil.copytree(tmp_path / "made", tmp_path / "copied")
     with pytest.raises(DataError, match=r"is the same as data\.labeled"):
-        run(tmp_path, {**places, "labeled": made, "heldout": str(copied)})
+        prepare(tmp_path, {**uris, "labeled": made, "heldout": str(copied)})
 
 
-def test_more_classes_than_outputs_are_refused(tmp_path, places):
+def test_prepare_refuses_more_classes_than_outputs(tmp_path, uris):
     fill(tmp_path / "labeled", ["emu"])
     fill(tmp_path / "heldout", ["emu"], seed=1)
     with pytest.raises(ConfigError, match=r"teacher\.model\.outputs: invalid value 2: the labeled data has 3 classes"):
-        run(tmp_path, places, teacher={"model": {**NETWORK["model"], "outputs": 2}})
+        prepare(tmp_path, uris, teacher={"model": {**NETWORK["model"], "outputs": 2}})
 
 
-def test_weights_to_start_from_are_looked_for_each_time(tmp_path, places):
-    run(tmp_path, places)
+def test_prepare_checks_initial_weights_each_time(tmp_path, uris):
+    prepare(tmp_path, uris)
     weights = tmp_path / "weights.safetensors"
     weights.write_bytes(b"any")
     student = {**NETWORK, "train": {"init": str(weights)}}
-    run(tmp_path, places, students=[student])
+    prepare(tmp_path, uris, students=[student])
     weights.unlink()
     with pytest.raises(ConfigError, match=r"students\.0\.train\.init: .*there is no such file"):
-        run(tmp_path, places, students=[student])
+        prepare(tmp_path, uris, students=[student])
 
 
-def test_networks_are_checked_at_the_resolution_of_their_fine_tuning_too(tmp_path, places):
+def test_prepare_checks_networks_at_the_resolution_of_finetuning(tmp_path, uris):
     networks = {"arch": "vit_tiny_patch16_224", "args": {"img_size": 32}, "resolution": 32}
-    run(tmp_path, places, teacher={"model": networks}, students=[{"model": networks}])
+    prepare(tmp_path, uris, teacher={"model": networks}, students=[{"model": networks}])
     tuned = {"model": networks, "train": {"finetune": {"resolution": 48}}}
     with pytest.raises(ConfigError, match=r"students\.0\.model: the network does not take images of 48 px"):
-        run(tmp_path, places, teacher={"model": networks}, students=[tuned])
+        prepare(tmp_path, uris, teacher={"model": networks}, students=[tuned])
 
 
 def copy_heldout(tmp_path) -> None:
@@ -153,99 +153,99 @@ def copy_heldout(tmp_path) -> None:
         (tmp_path / "pool" / "any" / f"copy-{number}.png").write_bytes(path.read_bytes())
 
 
-def test_held_out_images_in_the_pool_are_left_out_by_default(tmp_path, places):
-    (clean, _), root = run(tmp_path, places)
+def test_leak_guard_leaves_heldout_images_out_of_the_pool(tmp_path, uris):
+    (clean, _), root = prepare(tmp_path, uris)
     assert clean.left_out is None
     copy_heldout(tmp_path)
-    (prepared, _), root = run(tmp_path, places)
+    (prepared, _), root = prepare(tmp_path, uris)
     rows = load_left_out_rows(root.at(prepared.left_out.key))
     _, pool = prepared.pool.open_dataset(root)
     assert list(rows) == [pool.shards[0].sha256]
     assert len(rows[pool.shards[0].sha256]) == 2
-    (again, reused), _ = run(tmp_path, places)
+    (again, reused), _ = prepare(tmp_path, uris)
     assert reused
     assert again == prepared
 
 
 @pytest.mark.parametrize("role", ["labeled", "evaluation"])
-def test_a_pool_that_has_labels_is_guarded_as_any_other(tmp_path, places, role):
+def test_leak_guard_works_for_a_pool_with_labels(tmp_path, uris, role):
     fill(tmp_path / "pool", ["other"], seed=2)
     copy_heldout(tmp_path)
-    import_images(places["pool"], LocalStore(tmp_path / "made"), name="p", role=role, config=CONFIG)
-    (prepared, _), root = run(tmp_path, {**places, "pool": str(tmp_path / "made")})
+    import_images(uris["pool"], LocalStore(tmp_path / "made"), name="p", role=role, config=CONFIG)
+    (prepared, _), root = prepare(tmp_path, {**uris, "pool": str(tmp_path / "made")})
     assert sum(map(len, load_left_out_rows(root.at(prepared.left_out.key)).values())) == 2
 
 
-def test_labeled_images_may_have_been_imported_for_evaluation(tmp_path, places):
-    import_images(places["labeled"], LocalStore(tmp_path / "made"), name="l", role="evaluation", config=CONFIG)
-    (prepared, _), root = run(tmp_path, {**places, "labeled": str(tmp_path / "made")})
+def test_labeled_images_may_have_the_evaluation_role(tmp_path, uris):
+    import_images(uris["labeled"], LocalStore(tmp_path / "made"), name="l", role="evaluation", config=CONFIG)
+    (prepared, _), root = prepare(tmp_path, {**uris, "labeled": str(tmp_path / "made")})
     assert prepared.labeled.open_dataset(root)[1].role == "evaluation"
 
 
 @pytest.mark.parametrize("part", ["labeled", "pool", "heldout"])
-def test_a_dataset_without_images_is_refused(tmp_path, places, part):
+def test_prepare_refuses_an_empty_dataset(tmp_path, uris, part):
     Dataset(name="x", role=PART_ROLES[part], classes=() if part == "pool" else ("cat", "dog"), shards=()).save(
         LocalStore(tmp_path / "made")
     )
     with pytest.raises(DataError, match=rf"data\.{part}: .*made/dataset\.json: has no images"):
-        run(tmp_path, {**places, part: str(tmp_path / "made")})
+        prepare(tmp_path, {**uris, part: str(tmp_path / "made")})
 
 
-def test_images_of_the_test_and_of_further_sets_are_left_out_of_the_pool_too(tmp_path, places):
+def test_leak_guard_covers_test_and_further_sets(tmp_path, uris):
     fill(tmp_path / "test", ["cat", "dog"], seed=3)
     fill(tmp_path / "hard", ["cat", "dog"], seed=4)
     for name in ("test", "hard"):
         path = next((tmp_path / name / "dog").iterdir())
         (tmp_path / "pool" / "any" / f"copy-{name}.png").write_bytes(path.read_bytes())
-    data = {**places, "test": str(tmp_path / "test")}
+    data = {**uris, "test": str(tmp_path / "test")}
     hard = {"sets": {"hard": {"uri": str(tmp_path / "hard"), "classes": "own"}}}
-    (prepared, _), root = run(tmp_path, places, data=data, evaluation=hard)
+    (prepared, _), root = prepare(tmp_path, uris, data=data, evaluation=hard)
     assert list(prepared.evaluation_sets) == ["heldout", "test", "set:hard"]
     assert prepared.reported_set == prepared.test
     assert prepared.sets["hard"].open_dataset(root)[1].classes == ("cat", "dog")
     (rows,) = load_left_out_rows(root.at(prepared.left_out.key)).values()
     assert sorted(reason.partition(": ")[0] for reason in rows.values()) == ["also in set:hard", "also in test"]
-    (without, _), _ = run(tmp_path, places)
+    (without, _), _ = prepare(tmp_path, uris)
     assert without.left_out is None
     assert without.digest != prepared.digest
 
 
 @pytest.mark.parametrize("other", ["labeled", "heldout"])
-def test_a_test_that_is_something_else_too_is_refused(tmp_path, places, other):
+def test_prepare_refuses_a_test_equal_to_other_parts(tmp_path, uris, other):
     made = str(tmp_path / "made")
     options = {"config": CONFIG, "name": "l", "role": "evaluation"}
-    import_images(places[other], LocalStore(tmp_path / "made"), **options)
+    import_images(uris[other], LocalStore(tmp_path / "made"), **options)
     copied = str(shutil.copytree(tmp_path / "made", tmp_path / "copied"))
     with pytest.raises(DataError, match=rf"data\.test: .* is the same as data\.{other}"):
-        run(tmp_path, places, data={**places, other: made, "test": copied})
+        prepare(tmp_path, uris, data={**uris, other: made, "test": copied})
 
 
-def test_a_set_with_classes_that_nothing_learns_is_refused(tmp_path, places):
+def test_prepare_refuses_sets_with_unknown_classes(tmp_path, uris):
     fill(tmp_path / "hard", ["dog", "emu"], seed=4)
     hard = {"sets": {"hard": {"uri": str(tmp_path / "hard")}}}
     with pytest.raises(DataError, match=r"evaluation\.sets\.hard\.uri: .*\(emu\) are no classes of data\.labeled"):
-        run(tmp_path, places, data=places, evaluation=hard)
+        prepare(tmp_path, uris, data=uris, evaluation=hard)
 
 
-def test_an_evaluation_set_with_another_role_is_refused(tmp_path, places):
+def test_prepare_refuses_evaluation_sets_of_another_role(tmp_path, uris):
     options = {"config": CONFIG, "name": "l", "role": "labeled"}
-    import_images(places["heldout"], LocalStore(tmp_path / "made"), **options)
+    import_images(uris["heldout"], LocalStore(tmp_path / "made"), **options)
     with pytest.raises(DataError, match=r"heldout: .*has the role labeled; import it with --role evaluation"):
-        run(tmp_path, {**places, "heldout": str(tmp_path / "made")})
+        prepare(tmp_path, {**uris, "heldout": str(tmp_path / "made")})
 
 
 @pytest.mark.parametrize("guard", ["report", "off"])
-def test_the_leak_guard_can_be_told_to_leave_the_pool_alone(tmp_path, places, guard):
+def test_leak_guard_can_leave_the_pool_alone(tmp_path, uris, guard):
     copy_heldout(tmp_path)
-    (prepared, _), root = run(tmp_path, places, data={**places, "leak_guard": guard})
+    (prepared, _), root = prepare(tmp_path, uris, data={**uris, "leak_guard": guard})
     assert prepared.left_out is None
     assert bool(list(root.list("store/checks/"))) == (guard == "report")
 
 
-def test_held_out_images_among_the_labeled_are_warned_of(tmp_path, places, capsys):
+def test_leak_guard_warns_of_heldout_images_among_the_labeled(tmp_path, uris, capsys):
     path = next((tmp_path / "heldout" / "cat").iterdir())
     (tmp_path / "labeled" / "cat" / "copy.png").write_bytes(path.read_bytes())
-    run(tmp_path, places)
+    prepare(tmp_path, uris)
     logged = capsys.readouterr()
     assert "held-out images are also trained on" in logged.out + logged.err
 

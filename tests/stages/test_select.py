@@ -8,6 +8,7 @@ from ns.runs.lookup import (
     find_policy_thresholds,
     open_label_set,
 )
+from ns.stages.evaluate import evaluate_generation
 from ns.stages.prepare import prepare_data
 from ns.stages.train import train_generation
 from tests.loop import label_pool, open_tiny_run, run_loop
@@ -25,6 +26,7 @@ def test_commit_labels_turns_a_precision_into_thresholds(finished_run):
     ref = open_tiny_run(store, "selection.precision=0.6", "selection.confidence=0.8")
     data = prepare_data(ref)
     first = train_generation(ref, data=data, generation=0)
+    evaluate_generation(ref, data=data, generation=0, model=first)
     label_pool(ref, data=data, generation=1, teacher=first)
     labels = open_label_set(store, f"{ref.run}/gen-1")
     thresholds = labels.selection.thresholds

@@ -50,7 +50,7 @@ def saved(folder: LocalStore, steps: int, keep: int = 2) -> TrainingState:
 
 
 @pytest.mark.parametrize("optimizer", ["rmsprop", "sgd", "adamw"])
-def test_everything_the_next_step_depends_on_comes_back(tmp_path, optimizer):
+def test_restore_state_brings_back_all_that_the_next_step_needs(tmp_path, optimizer):
     folder = LocalStore(tmp_path)
     some = state(optimizer=optimizer)
     some.set_mode(PrecisionMode("bfloat16", compiled=True))
@@ -70,7 +70,7 @@ def test_everything_the_next_step_depends_on_comes_back(tmp_path, optimizer):
     assert equal(values(other), values(some))
 
 
-def test_the_scaler_of_float16_comes_back(tmp_path):
+def test_restore_state_brings_back_the_scaler(tmp_path):
     some = state()
     some.set_mode(PrecisionMode("float16"))
     some.scaler.load_state_dict({**some.scaler.state_dict(), "scale": 123.0})
@@ -81,7 +81,7 @@ def test_the_scaler_of_float16_comes_back(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
-def test_the_last_ones_are_kept_and_clearing_removes_them(tmp_path, keep):
+def test_write_checkpoint_keeps_the_last_ones(tmp_path, keep):
     folder = LocalStore(tmp_path)
     saved(folder, 4, keep)
     assert [key[:13] for key in folder.list()] == ["step-00000002", "step-00000003", "step-00000004"][-keep:]
@@ -89,7 +89,7 @@ def test_the_last_ones_are_kept_and_clearing_removes_them(tmp_path, keep):
     assert not list(folder.list())
 
 
-def test_a_checkpoint_holds_the_state_as_it_was_when_asked(tmp_path, monkeypatch):
+def test_checkpoint_holds_the_state_at_the_time_of_save(tmp_path, monkeypatch):
     folder = LocalStore(tmp_path)
     go = threading.Event()
     write = checkpoint.write_checkpoint
@@ -108,7 +108,7 @@ def test_a_checkpoint_holds_the_state_as_it_was_when_asked(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[:-1] + b"x", lambda data: b""])
-def test_the_one_before_a_damaged_one_is_taken(tmp_path, damage):
+def test_restore_state_skips_damaged_checkpoints(tmp_path, damage):
     folder = LocalStore(tmp_path)
     saved(folder, 3)
     last = list(folder.list())[-1]
@@ -130,7 +130,7 @@ class Full(LocalStore):
         super().put(key, data)
 
 
-def test_a_full_disk_keeps_the_last_good_checkpoint_and_does_not_stop_training(tmp_path):
+def test_full_disk_keeps_the_last_good_checkpoint(tmp_path):
     folder = Full(tmp_path)
     some = state()
     with CheckpointWriter(folder, 2) as writer:
@@ -146,7 +146,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint_and_does_not_stop_training(t
     assert other.step == 1
 
 
-def test_a_checkpoint_that_cannot_be_read_is_no_reason_to_start_again(tmp_path, monkeypatch):
+def test_restore_state_fails_if_a_checkpoint_cannot_be_read(tmp_path, monkeypatch):
     saved(LocalStore(tmp_path), 2)
 
     def unreadable(self, key):

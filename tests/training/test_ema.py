@@ -5,14 +5,14 @@ from torch import nn
 from ns.training.ema import Ema
 
 
-def test_decay_ramps_up_as_in_tensorflow():
+def test_ema_decay_ramps_up_as_in_tensorflow():
     ema = Ema(nn.Linear(2, 2), 0.9999)
     assert ema.decay_at(0) == pytest.approx(1 / 10)
     assert ema.decay_at(90) == pytest.approx(91 / 100)
     assert ema.decay_at(10**6) == 0.9999
 
 
-def test_average_covers_weights_and_batch_norm_statistics_and_copies_counters():
+def test_ema_averages_statistics_and_copies_counters():
     network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     ema = Ema(network, 0.5)
     expected = {name: value.clone().double() for name, value in network.state_dict().items()}

@@ -56,8 +56,8 @@ def run(data, folder, config: RoleConfig, seed: int = 1, pseudo_probability: flo
         0.9 * torch.eye(CLASSES)[torch.from_numpy(shard)].numpy() + pseudo_probability for shard in pool_source.class_ids
     ]
     pseudo = PseudoLabeledImages(pool_source.source, targets.__getitem__, pool_source.copies)
-    course = plan_training(config, source.samples)
-    return train_model(fresh(config, seed), course, source, pseudo, classes=CLASSES, seed=seed, checkpoints=LocalStore(folder))
+    plan = plan_training(config, source.samples)
+    return train_model(fresh(config, seed), plan, source, pseudo, classes=CLASSES, seed=seed, checkpoints=LocalStore(folder))
 
 
 def same(left, right) -> bool:
@@ -65,7 +65,7 @@ def same(left, right) -> bool:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "rmsprop"])
-def test_an_interrupted_training_ends_bit_for_bit_like_a_calm_one(data, tmp_path, monkeypatch, optimizer):
+def test_resumed_training_ends_bit_for_bit_like_an_uninterrupted_one(data, tmp_path, monkeypatch, optimizer):
     config = role(checkpoint_seconds=0, optimizer=OptimizerConfig(name=optimizer, lr=0.05, warmup_epochs=1))
     calm = run(data, tmp_path / "calm", config)
     assert calm.steps == 15
@@ -94,7 +94,7 @@ def test_an_interrupted_training_ends_bit_for_bit_like_a_calm_one(data, tmp_path
     assert resumed.history == calm.history
 
 
-def test_asked_to_stop_training_leaves_a_checkpoint_and_goes_on_from_there(data, tmp_path, monkeypatch):
+def test_stopped_training_leaves_a_checkpoint_and_continues(data, tmp_path, monkeypatch):
     calm = run(data, tmp_path / "calm", role())
     advance = log.Progress.update
 
@@ -119,7 +119,7 @@ def test_asked_to_stop_training_leaves_a_checkpoint_and_goes_on_from_there(data,
         ("Bus error. It is possible that …", False, TrainingError, "give the container more /dev/shm; lower"),
     ],
 )
-def test_a_loader_killed_in_the_middle_of_a_step_is_explained(data, tmp_path, monkeypatch, how, asked_to_stop, error, message):
+def test_loader_killed_during_a_step_is_explained(data, tmp_path, monkeypatch, how, asked_to_stop, error, message):
     def killed(*_):
         if asked_to_stop:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -130,7 +130,7 @@ def test_a_loader_killed_in_the_middle_of_a_step_is_explained(data, tmp_path, mo
         run(data, tmp_path, role())
 
 
-def test_a_loader_killed_while_it_is_waited_for_is_explained(data, tmp_path, monkeypatch):
+def test_loader_killed_while_waited_for_is_explained(data, tmp_path, monkeypatch):
     def kill(_self, _count=1, **_facts):
         for child in multiprocessing.active_children():
             os.kill(child.pid, signal.SIGKILL)
@@ -142,7 +142,7 @@ def test_a_loader_killed_while_it_is_waited_for_is_explained(data, tmp_path, mon
         run(data, tmp_path, config)
 
 
-def test_a_loader_killed_while_it_hands_a_batch_over_is_explained(data, tmp_path, monkeypatch):
+def test_loader_killed_while_handing_over_is_explained(data, tmp_path, monkeypatch):
     def reset(_ident):
         raise ConnectionResetError(104, "Connection reset by peer")
 
@@ -157,23 +157,23 @@ def test_frozen_layers_keep_their_weights_and_statistics(data, tmp_path):
     root, labeled, _ = data
     config = role(optimizer=OptimizerConfig(name="sgd", lr=1, warmup_epochs=0), weighting="mean")
     network = fresh(config)
-    course = plan_finetuning(config, FinetuneConfig(resolution=40, lr=1, frozen_share=0.5), network, labeled.samples)
+    plan = plan_finetuning(config, FinetuneConfig(resolution=40, lr=1, frozen_share=0.5), network, labeled.samples)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     source = LabeledImages(root.at("labeled"), labeled)
-    after = train_model(network, course, source, None, classes=CLASSES, seed=1, checkpoints=LocalStore(tmp_path)).weights
+    after = train_model(network, plan, source, None, classes=CLASSES, seed=1, checkpoints=LocalStore(tmp_path)).weights
     frozen = ("conv_stem.", "bn1.", "blocks.0.", "blocks.1.")
     for name, value in after.items():
         assert torch.equal(value, before[name]) == name.startswith(frozen), name
 
 
-def test_the_order_of_images_does_not_depend_on_who_loads_them(data, tmp_path):
+def test_order_of_images_does_not_depend_on_loader_workers(data, tmp_path):
     alone = run(data, tmp_path / "alone", role())
     config = role()
     helped = config.model_copy(update={"train": config.train.model_copy(update={"loader_workers": 2})})
     assert same(run(data, tmp_path / "helped", helped).weights, alone.weights)
 
 
-def test_a_damaged_checkpoint_falls_back_on_the_one_before(data, tmp_path, monkeypatch):
+def test_training_continues_before_a_damaged_checkpoint(data, tmp_path, monkeypatch):
     config = role(checkpoint_seconds=0, checkpoints_kept=3)
     calm = run(data, tmp_path / "calm", config)
     kept = sorted((tmp_path / "calm").iterdir())
@@ -184,14 +184,14 @@ def test_a_damaged_checkpoint_falls_back_on_the_one_before(data, tmp_path, monke
     assert same(again.weights, calm.weights)
 
 
-def test_a_loss_that_is_not_finite_stops_training_and_says_what_to_lower(data, tmp_path):
+def test_nonfinite_loss_stops_training(data, tmp_path):
     with pytest.raises(TrainingError, match=r"the loss was not finite in step 0 at learning rate 0; lower train.optimizer.lr"):
         run(data, tmp_path, role(checkpoint_seconds=0), pseudo_probability=float("nan"))
     assert not list(tmp_path.iterdir()), "a checkpoint of the broken state would break every later attempt"
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_shard_that_was_damaged_since_is_named_in_one_line(data, tmp_path, workers):
+def test_damaged_shard_is_named_in_one_line(data, tmp_path, workers):
     root, labeled, _ = data
     folder = root.at("damaged")
     for shard in labeled.shards:
@@ -236,7 +236,7 @@ def one_step(data, tmp_path, **fields):
     return config, network, seen[0], trained
 
 
-def test_a_step_is_the_papers_on_one_concatenated_batch(data, tmp_path):
+def test_training_step_is_that_of_the_paper(data, tmp_path):
     """Loss, batch statistics over both kinds of images together, weight decay, RMSProp and average, written out."""
     config, network, batch, trained = one_step(data, tmp_path)
     images = models.Normalize(MEAN, STD)(batch.images)
@@ -262,7 +262,7 @@ def test_a_step_is_the_papers_on_one_concatenated_batch(data, tmp_path):
         torch.testing.assert_close(trained.weights[name], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_accumulated_parts_are_one_step(data, tmp_path, monkeypatch):
+def test_accumulated_parts_make_one_step(data, tmp_path, monkeypatch):
     whole = one_step(data, tmp_path / "whole")[-1]
     passes = []
     monkeypatch.setattr(
@@ -275,7 +275,7 @@ def test_accumulated_parts_are_one_step(data, tmp_path, monkeypatch):
     assert parts.history[0]["loss"] == pytest.approx(whole.history[0]["loss"], rel=0.2)
 
 
-def test_a_batch_is_split_into_equal_parts_labeled_images_first():
+def test_split_batch_makes_equal_parts_labeled_images_first():
     batch = stream.Batch(torch.arange(10), torch.arange(4), torch.arange(6))
     last, parts = zip(*loop.split_batch(batch, 2), strict=True)
     assert last == (False, True)
@@ -300,7 +300,7 @@ def test_gradients_are_clipped_to_their_norm(data, tmp_path):
     assert moved.norm().item() == pytest.approx(0.01 * 10 * 10 / 256, rel=1e-3)
 
 
-def test_history_has_one_point_an_interval_and_means_in_range(data, tmp_path):
+def test_history_has_one_point_per_interval(data, tmp_path):
     trained = run(data, tmp_path, role())
     assert [point["step"] for point in trained.history] == list(range(1, 16))
     for point in trained.history:
@@ -309,7 +309,7 @@ def test_history_has_one_point_an_interval_and_means_in_range(data, tmp_path):
         assert point["images"] == point["step"] * 20
 
 
-def test_a_continued_training_keeps_the_precision_it_began_with(data, tmp_path, monkeypatch):
+def test_resumed_training_keeps_its_precision(data, tmp_path, monkeypatch):
     config = role(precision="auto", checkpoint_seconds=0)
     monkeypatch.setattr(loop, "resolve_mode", lambda *_, **__: PrecisionMode("bfloat16"))
     calm = run(data, tmp_path / "calm", config)
@@ -331,7 +331,7 @@ def test_a_continued_training_keeps_the_precision_it_began_with(data, tmp_path, 
     assert same(resumed.weights, calm.weights)
 
 
-def test_a_training_that_was_compiled_elsewhere_goes_on_without_a_compiler(data, tmp_path, monkeypatch):
+def test_resumed_training_needs_no_compiler(data, tmp_path, monkeypatch):
     calm = run(data, tmp_path / "calm", role())
     save = checkpoint.CheckpointWriter.save
 
@@ -350,7 +350,7 @@ def test_a_training_that_was_compiled_elsewhere_goes_on_without_a_compiler(data,
     assert same(resumed.weights, calm.weights)
 
 
-def test_the_precision_asked_for_is_the_one_in_use(data, tmp_path):
+def test_training_uses_the_configured_precision(data, tmp_path):
     plain = run(data, tmp_path / "plain", role())
     fast = run(data, tmp_path / "fast", role(precision="bfloat16"))
     assert (plain.mode, fast.mode) == ("float32", "bfloat16")
@@ -359,7 +359,7 @@ def test_the_precision_asked_for_is_the_one_in_use(data, tmp_path):
     assert fast.history[-1]["loss"] == pytest.approx(plain.history[-1]["loss"], rel=0.1)
 
 
-def test_float16_scales_its_gradients_and_leaves_out_steps_that_overflow(data, tmp_path, monkeypatch):
+def test_float16_scales_gradients_and_skips_steps_that_overflow(data, tmp_path, monkeypatch):
     """As on a GPU, but for its kernels: where the processor computes in float16, the same scaler works."""
     monkeypatch.setattr(loop, "_resolve_training_mode", lambda config, _: PrecisionMode(config.precision))
     updates, step = [], torch.optim.AdamW.step
@@ -388,7 +388,7 @@ def test_float16_is_refused_without_a_gpu(data, tmp_path):
         run(data, tmp_path, role(precision="float16"))
 
 
-def test_the_images_of_a_step_that_broke_are_kept(data, tmp_path, monkeypatch):
+def test_nonfinite_step_leaves_a_list_of_its_images(data, tmp_path, monkeypatch):
     """Found at the next point, some steps later: the record says which step it was."""
     root, labeled, pool = data
     config = role(epochs=3)
@@ -423,13 +423,13 @@ def test_the_images_of_a_step_that_broke_are_kept(data, tmp_path, monkeypatch):
         )
     kept = json.loads((tmp_path / "run" / "1-train-not-finite.json").read_text())
     index = source.source.read_index(0)
-    labels = dict(zip(index.keys, source.class_ids[0].tolist(), strict=True))
+    class_ids = dict(zip(index.keys, source.class_ids[0].tolist(), strict=True))
     assert kept["step"] == 4
-    assert [labels[key] for key in kept["labeled"]] == seen[4].class_ids.tolist()
+    assert [class_ids[key] for key in kept["labeled"]] == seen[4].class_ids.tolist()
     assert len(kept["pseudo_labeled"]) == 10
 
 
-def test_out_of_memory_says_what_to_lower(data, tmp_path, monkeypatch):
+def test_out_of_memory_names_the_settings_to_lower(data, tmp_path, monkeypatch):
     for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
 
         def full(*_, error=error):

@@ -44,7 +44,7 @@ def reference(batch: tuple[torch.Tensor, ...], train: TrainConfig) -> tuple[floa
 @pytest.mark.parametrize("pseudo_labels", ["soft", "hard"])
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_losses_match_the_dense_reference(batch, pseudo_labels, temperature, smoothing):
+def test_compute_losses_matches_a_dense_reference(batch, pseudo_labels, temperature, smoothing):
     train = TrainConfig(pseudo_labels=pseudo_labels, temperature=temperature, label_smoothing=smoothing)
     labeled, pseudo = reference(batch, train)
     result = compute_losses(*batch, train)
@@ -56,14 +56,14 @@ def test_losses_match_the_dense_reference(batch, pseudo_labels, temperature, smo
     ("weighting", "labeled_weight", "pseudo_weight"),
     [("sum", 1, U / B), ("mean", 1 / (1 + U / B), (U / B) / (1 + U / B)), ("equal", 1, 1)],
 )
-def test_weightings_are_the_three_of_paper_and_code(batch, weighting, labeled_weight, pseudo_weight):
+def test_loss_weightings_are_those_of_paper_and_code(batch, weighting, labeled_weight, pseudo_weight):
     train = TrainConfig(weighting=weighting)
     labeled, pseudo = reference(batch, train)
     expected = labeled_weight * labeled + pseudo_weight * pseudo
     assert compute_losses(*batch, train).total.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_codes_weighting_is_the_sum_over_all_images_divided_by_the_labeled_batch(batch):
+def test_sum_weighting_divides_the_sum_by_the_labeled_batch(batch):
     logits, labels, targets = batch
     train = TrainConfig(label_smoothing=0.0)
     logs = log_softmax(logits)
@@ -71,33 +71,33 @@ def test_the_codes_weighting_is_the_sum_over_all_images_divided_by_the_labeled_b
     assert compute_losses(*batch, train).total.item() == pytest.approx(total / B, rel=1e-5)
 
 
-def test_a_teacher_has_no_pseudo_loss(batch):
+def test_loss_of_a_teacher_has_no_pseudo_part(batch):
     logits, labels, _ = batch
     result = compute_losses(logits[:B], labels, torch.zeros(0, C), TrainConfig())
     assert result.pseudo.item() == 0
     assert result.total.item() == result.labeled.item()
 
 
-def test_softening_probabilities_equals_the_softmax_at_that_temperature():
+def test_apply_temperature_equals_softmax_at_that_temperature():
     logits = torch.randn(7, C, generator=torch.Generator().manual_seed(0))
     for temperature in (0.5, 1.0, 4.0):
         torch.testing.assert_close(apply_temperature(logits.softmax(1), temperature), (logits / temperature).softmax(1))
 
 
-def test_a_low_temperature_makes_soft_labels_hard_and_never_nan():
+def test_apply_temperature_is_finite_at_low_temperatures():
     unsure = torch.tensor([[0.3, 0.25, 0.25, 0.2], [1.0, 0.0, 0.0, 0.0]])
     torch.testing.assert_close(
         apply_temperature(unsure, 0.01), torch.tensor([[1.0, 0, 0, 0], [1.0, 0, 0, 0]]), atol=1e-6, rtol=0
     )
 
 
-def test_hard_labels_do_not_depend_on_the_temperature(batch):
+def test_hard_pseudo_labels_do_not_depend_on_the_temperature(batch):
     cold, hot = (compute_losses(*batch, TrainConfig(pseudo_labels="hard", temperature=t)).pseudo for t in (0.1, 10.0))
     assert cold == hot
 
 
 @pytest.mark.parametrize("weighting", ["sum", "mean", "equal"])
-def test_equal_parts_have_the_gradient_of_the_whole(batch, weighting):
+def test_loss_of_equal_parts_has_the_gradient_of_the_whole(batch, weighting):
     logits, labels, targets = batch
     train = TrainConfig(weighting=weighting)
     whole, parts = (logits.clone().requires_grad_() for _ in range(2))

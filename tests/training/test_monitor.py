@@ -29,7 +29,7 @@ def value(name, **labels):
     return telemetry.REGISTRY.get_sample_value(name, labels)
 
 
-def test_progress_lies_beside_the_run_and_metrics_follow(tmp_path):
+def test_monitor_writes_progress_and_metrics(tmp_path):
     telemetry.begin_stage("train", 1, "watched")
     before = value("nst_images_processed_total", stage="train")
     watch(Monitor(LocalStore(tmp_path), name="1-train"))
@@ -44,7 +44,7 @@ def test_progress_lies_beside_the_run_and_metrics_follow(tmp_path):
     assert value("nst_checkpoint_age_seconds") < 5
 
 
-def test_what_cannot_be_written_stops_nothing_and_is_said_once(tmp_path, monkeypatch):
+def test_monitor_warns_once_of_failed_writes(tmp_path, monkeypatch):
     class Full(LocalStore):
         def put(self, key, data):
             raise StoreError(f"{key}: no space left on device")
@@ -78,7 +78,7 @@ def test_tensorboard_has_each_point_of_a_continued_training_once(tmp_path, monke
     assert "agreement" in events.Tags()["scalars"]
 
 
-def test_without_tensorboard_its_setting_is_refused(tmp_path, monkeypatch):
+def test_tensorboard_setting_is_refused_without_tensorboard(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(ConfigError, match=r"train.tensorboard: TensorBoard is not installed; pip install 'noisy-student\[tens"):
         Monitor(LocalStore(tmp_path), tensorboard=True)

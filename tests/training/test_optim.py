@@ -17,13 +17,13 @@ def test_peak_learning_rate_is_the_papers_at_batch_2048():
     assert rate(0, config, batch=2048) == pytest.approx(0.128)
 
 
-def test_warm_up_rises_linearly_from_zero_over_its_epochs():
+def test_warmup_rises_linearly_from_zero():
     config = OptimizerConfig(warmup_epochs=5)
     assert rate(0, config) == 0
     assert rate(25, config) == pytest.approx(0.008)
 
 
-def test_staircase_falls_every_2_4_epochs_of_350_and_ends_at_the_papers_factor():
+def test_staircase_falls_as_in_the_paper():
     config = OptimizerConfig(warmup_epochs=0)
     assert rate(23, config) == pytest.approx(0.016)
     assert rate(24, config) == pytest.approx(0.016 * 0.97)
@@ -31,7 +31,7 @@ def test_staircase_falls_every_2_4_epochs_of_350_and_ends_at_the_papers_factor()
     assert rate(3499, config) / 0.016 == pytest.approx(0.0121, abs=5e-5)
 
 
-def test_the_decay_clock_runs_during_warm_up():
+def test_staircase_counts_from_the_start_of_warmup():
     with_warmup, without = OptimizerConfig(warmup_epochs=5), OptimizerConfig(warmup_epochs=0)
     assert rate(100, with_warmup) == rate(100, without)
 
@@ -43,14 +43,14 @@ def test_cosine_ends_near_zero():
     assert rate(3499, config) < 1e-6
 
 
-def test_the_staircase_can_be_given_in_epochs():
+def test_staircase_can_be_given_in_epochs():
     """SVHN's script: × 0.97 every 1.3716 of 202.3 epochs."""
     config = OptimizerConfig(warmup_epochs=0, staircase_epochs=1.3716, staircase_factor=0.5)
     for step in (0, 13, 14, 27, 28, 200):
         assert rate(step, config, steps=2023) == pytest.approx(0.016 * 0.5 ** np.floor(step / 13.716))
 
 
-def test_cosine_starts_where_the_warm_up_ends():
+def test_cosine_starts_where_warmup_ends():
     config = OptimizerConfig(schedule="cosine", warmup_epochs=5)
     for step in range(50, 3500, 69):
         assert rate(step, config) == pytest.approx(0.008 * (1 + np.cos(np.pi * (step - 50) / 3450)))
@@ -98,7 +98,7 @@ def test_rmsprop_has_tensorflow_semantics():
     trace(OptimizerConfig(weight_decay=0.01), update)
 
 
-def test_rmsprop_takes_other_constants():
+def test_rmsprop_accepts_other_constants():
     def update(state, gradient, lr):
         state["ms"] = 0.99 * state.get("ms", 1.0) + 0.01 * gradient**2
         state["mom"] = 0.5 * state.get("mom", 0.0) + lr * gradient / np.sqrt(state["ms"] + 0.1)
@@ -107,7 +107,7 @@ def test_rmsprop_takes_other_constants():
     trace(OptimizerConfig(weight_decay=0.0, rms_decay=0.99, rms_epsilon=0.1, momentum=0.5), update)
 
 
-def test_sgd_has_nesterovs_momentum_and_weight_decay_in_the_gradient():
+def test_sgd_has_nesterov_momentum_and_coupled_weight_decay():
     def update(state, gradient, lr):
         gradient = gradient + 0.01 * state["w"]
         state["mom"] = 0.9 * state["mom"] + gradient if "mom" in state else gradient
@@ -116,7 +116,7 @@ def test_sgd_has_nesterovs_momentum_and_weight_decay_in_the_gradient():
     trace(OptimizerConfig(name="sgd", weight_decay=0.01), update)
 
 
-def test_adamw_decays_weights_apart_from_the_gradient():
+def test_adamw_decouples_weight_decay():
     def update(state, gradient, lr):
         state["m"] = 0.9 * state.get("m", 0.0) + 0.1 * gradient
         state["v"] = 0.999 * state.get("v", 0.0) + 0.001 * gradient**2

@@ -21,7 +21,7 @@ def network() -> torch.nn.Module:
     return models.build_model(ModelConfig(arch="test_efficientnet", resolution=32), NoiseConfig(), 3)
 
 
-def test_a_training_counts_labeled_epochs():
+def test_plan_training_counts_labeled_epochs():
     course = plan_training(role(), SAMPLES)
     assert course.steps == 3500
     assert course.lr_at(0) == pytest.approx(0.016 * 10 / 256)
@@ -29,14 +29,14 @@ def test_a_training_counts_labeled_epochs():
     assert plan_training(role(epochs=1e-6), SAMPLES).steps == 1
 
 
-def test_the_papers_fine_tuning_of_l2_is_938_steps():
+def test_plan_finetuning_has_the_steps_of_the_paper():
     tuned = RoleConfig(preset="l2", train=TrainConfig(finetune=FinetuneConfig(resolution=800)))
     course = plan_finetuning(tuned, tuned.train.finetune, network(), 1_281_167)
     assert course.steps == 939  # 938.4, rounded up
     assert (course.role.model.inference_resolution, course.role.train.labeled_batch) == (800, 2048)
 
 
-def test_a_fine_tuning_takes_the_last_learning_rates_of_its_training():
+def test_finetuning_uses_the_last_learning_rates_of_its_training():
     main = plan_training(role(), SAMPLES)
     course = plan_finetuning(role(), FinetuneConfig(resolution=40, epochs=2), network(), SAMPLES)
     assert course.steps == 200
@@ -49,14 +49,14 @@ def test_a_fine_tuning_takes_the_last_learning_rates_of_its_training():
     )
 
 
-def test_a_fine_tuning_may_have_a_rate_of_its_own_and_outlast_its_training():
+def test_finetuning_may_have_its_own_learning_rate():
     constant = plan_finetuning(role(), FinetuneConfig(resolution=40, lr=0.256), network(), SAMPLES)
     assert {constant.lr_at(step) for step in range(constant.steps)} == {0.256 * 10 / 256}
     longer = plan_finetuning(role(epochs=1), FinetuneConfig(resolution=40, epochs=3), network(), SAMPLES)
     assert longer.lr_at(0) == plan_training(role(epochs=1), SAMPLES).lr_at(0)
 
 
-def test_a_fine_tuning_has_no_noise_and_no_pseudo_labels():
+def test_finetuning_has_no_noise_and_no_pseudo_labels():
     tuned = make_finetuning_role(role(), FinetuneConfig(resolution=40, dropout=0.1))
     noise = tuned.noise
     assert (noise.dropout, noise.stochastic_depth, noise.randaugment_layers, noise.flip, noise.cutout_px) == (
@@ -83,7 +83,7 @@ def test_a_fine_tuning_has_no_noise_and_no_pseudo_labels():
         (1.0, ("conv_stem", "bn1", "blocks", "conv_head", "bn2")),
     ],
 )
-def test_the_stem_and_the_first_blocks_are_frozen(share, frozen):
+def test_freeze_layers_freezes_the_stem_and_the_first_blocks(share, frozen):
     net = network()
     still = freeze_layers(net, share)
     prefixes = tuple(f"{name}." for name in frozen)
@@ -93,12 +93,12 @@ def test_the_stem_and_the_first_blocks_are_frozen(share, frozen):
     assert set(still) == {name for name in norms if f"{name}.".startswith(prefixes)}
 
 
-def test_nothing_is_frozen_if_nothing_should_be():
+def test_freeze_layers_of_share_0_freezes_nothing():
     net = network()
     assert freeze_layers(net, 0) == ()
     assert all(parameter.requires_grad for parameter in net.parameters())
 
 
-def test_a_network_of_unknown_order_cannot_be_frozen():
+def test_freeze_layers_refuses_networks_of_unknown_order():
     with pytest.raises(ConfigError, match=r"train.finetune.frozen_share: .* must be 0"):
         freeze_layers(torch.nn.Linear(2, 2), 0.5)

@@ -28,7 +28,7 @@ def teacher(tmp_path):
     return net, tmp_path / "model"
 
 
-def test_a_warm_start_takes_everything_from_a_model_of_the_same_classes(teacher):
+def test_warm_start_copies_all_of_a_model_of_the_same_classes(teacher):
     net, folder = teacher
     student = network()
     copy_weights(student, read_model_weights(LocalStore(folder)), ABC)
@@ -36,7 +36,7 @@ def test_a_warm_start_takes_everything_from_a_model_of_the_same_classes(teacher)
 
 
 @pytest.mark.parametrize("classes", [("a", "b", "c", "d", "e"), ("b", "a", "c")])
-def test_other_classes_get_a_fresh_head_even_if_it_would_fit(teacher, classes):
+def test_warm_start_makes_a_fresh_head_for_other_classes(teacher, classes):
     net, folder = teacher
     student = network(len(classes))
     head = student.classifier.weight.clone()
@@ -45,7 +45,7 @@ def test_other_classes_get_a_fresh_head_even_if_it_would_fit(teacher, classes):
     assert torch.equal(student.classifier.weight, head)
 
 
-def test_a_bare_file_is_judged_by_shapes(teacher, tmp_path):
+def test_warm_start_copies_from_a_file_by_shapes(teacher, tmp_path):
     net, folder = teacher
     same, wider = network(), network(5)
     for student in (same, wider):
@@ -54,18 +54,18 @@ def test_a_bare_file_is_judged_by_shapes(teacher, tmp_path):
     assert torch.equal(wider.conv_stem.weight, net.conv_stem.weight)
 
 
-def test_weights_of_another_architecture_are_refused():
+def test_warm_start_refuses_weights_of_another_architecture():
     with pytest.raises(ConfigError, match=r"train\.init: x: none of its 1 tensors"):
         copy_weights(network(), InitialWeights("x", {"layer1.0.conv1.weight": torch.zeros(3)}, None), ABC)
 
 
-def test_what_is_no_safetensors_file_is_refused(tmp_path):
+def test_read_weights_refuses_other_kinds_of_files(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"no tensors here")
     with pytest.raises(DataError, match=r"x\.safetensors: not a safetensors file"):
         read_weights(str(tmp_path / "x.safetensors"))
 
 
-def test_weights_are_known_by_their_bytes_wherever_they_are(teacher, tmp_path):
+def test_digest_weights_depends_on_bytes_only(teacher, tmp_path):
     _, folder = teacher
     digest = sha256_file(folder / WEIGHTS)
     assert digest_weights(str(folder)) == digest_weights(str(folder / WEIGHTS)) == digest
