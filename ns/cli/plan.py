@@ -79,7 +79,7 @@ def make_plan_tables(run_plan: "RunPlan") -> "list[Table]":
             _format_si(estimate.multiply_adds),
             _format_si(estimate.images),
             format_duration(estimate.seconds),
-            f"{estimate.device_hours:,.2f}" if estimate.device_hours < 100 else f"{estimate.device_hours:,.0f}",
+            _format_hours(estimate.device_hours),
         )
         if estimate.task not in ("evaluate", "robustness"):
             needs.add_row(
@@ -102,7 +102,7 @@ def format_plan_remarks(run_plan: "RunPlan") -> list[str]:
     from ns.core.log import format_duration
 
     sentences = [
-        f"{run_plan.device_hours:,.1f} device-hours in {format_duration(3600 * run_plan.hours)}, if every generation is run"
+        f"{_format_hours(run_plan.device_hours)} device-hours in {format_duration(3600 * run_plan.hours)}, if every generation is run"
         + (f": {run_plan.cost:,.2f}" if run_plan.cost is not None else ""),
         f"label sets: at most {decimal(run_plan.label_set_bytes)} per generation · "
         f"models: {decimal(run_plan.model_bytes)} · checkpoints: at most {decimal(run_plan.checkpoint_bytes)} at a time",
@@ -123,6 +123,10 @@ def format_plan_remarks(run_plan: "RunPlan") -> list[str]:
             "on nodes with as many cores per device"
         )
     return sentences
+
+
+def _format_hours(hours: float) -> str:
+    return f"{hours:,.2f}" if hours < 100 else f"{hours:,.0f}"
 
 
 def _format_si(value: float) -> str:
