@@ -1,4 +1,4 @@
-"""Reading tar shards in the WebDataset layout: `KEY.png` (or jpg, jpeg, webp), and `KEY.cls` where labeled."""
+"""Reads tar shards in the WebDataset layout: `KEY.png` (or jpg, jpeg, webp) and, in labeled data, `KEY.cls`."""
 
 import io
 import os

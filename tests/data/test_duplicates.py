@@ -23,7 +23,7 @@ def pairs(found):
 
 
 def brute(contents, hashes, comparable, bits):
-    """Same, alike and near by comparing all with all."""
+    """The pairs same, alike and near, by comparing all images with all."""
     count = range(len(contents))
     same = {(i, min(j for j in count if contents[j] == contents[i])): 0 for i in count}
     good = [i for i in count if comparable[i]]

@@ -18,7 +18,7 @@ from ns.storage import LocalStore
 
 
 def scene(seed: int, size: int = 64) -> Image.Image:
-    """Something to recognize: a few soft blobs."""
+    """A recognizable picture: a few soft blobs."""
     rng = np.random.default_rng(seed)
     return Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
 
@@ -29,8 +29,8 @@ def encoded(picture: Image.Image, kind: str = "JPEG", **options) -> bytes:
     return sink.getvalue()
 
 
-def make(folder, role, images, shard_samples=7):
-    """A dataset of images (bytes), its labels 0 and 1 in turn."""
+def make_dataset(folder, role, images, shard_samples=7):
+    """A dataset of images (bytes) with alternating classes."""
     store = LocalStore(folder)
     with ShardWriter(store, max_samples=shard_samples, max_bytes=1 << 24) as writer:
         for number, data in enumerate(images):
@@ -44,7 +44,7 @@ def make(folder, role, images, shard_samples=7):
 
 @pytest.fixture
 def sets(tmp_path):
-    """Held-out images of which the pool has copies: as they are (3), encoded again (5), smaller (8); and one of its own twice."""
+    """A pool with copies of held-out images: unchanged (3), encoded again (5) and smaller (8); and one of its own images twice."""
     heldout = [encoded(scene(seed)) for seed in range(20)]
     pool = [encoded(scene(seed)) for seed in range(100, 130)]
     pool[4] = heldout[3]
@@ -54,9 +54,9 @@ def sets(tmp_path):
     pool[29] = pool[28]
     labeled = [encoded(scene(seed)) for seed in range(200, 210)]
     return {
-        "pool": make(tmp_path / "pool", "unlabeled", pool),
-        "labeled": make(tmp_path / "labeled", "labeled", labeled),
-        "heldout": make(tmp_path / "heldout", "evaluation", heldout),
+        "pool": make_dataset(tmp_path / "pool", "unlabeled", pool),
+        "labeled": make_dataset(tmp_path / "labeled", "labeled", labeled),
+        "heldout": make_dataset(tmp_path / "heldout", "evaluation", heldout),
     }
 
 
@@ -110,8 +110,8 @@ def test_check_does_not_match_flat_and_tiny_images(tmp_path):
     flat = [encoded(Image.new("RGB", (64, 64), (level, level, level)), "PNG") for level in range(0, 200, 10)]
     tiny = [encoded(scene(seed, 8), "PNG") for seed in range(20)]
     sets = {
-        "pool": make(tmp_path / "pool", "unlabeled", flat[:10] + tiny[:10]),
-        "heldout": make(tmp_path / "heldout", "evaluation", flat[10:] + tiny[10:]),
+        "pool": make_dataset(tmp_path / "pool", "unlabeled", flat[:10] + tiny[:10]),
+        "heldout": make_dataset(tmp_path / "heldout", "evaluation", flat[10:] + tiny[10:]),
     }
     report, _ = run(sets, tmp_path)
     assert report.left_out == 0
@@ -121,8 +121,8 @@ def test_check_does_not_match_flat_and_tiny_images(tmp_path):
 def test_check_compares_unreadable_images_by_bytes(tmp_path):
     bad = encoded(scene(0))[:200]
     sets = {
-        "pool": make(tmp_path / "pool", "unlabeled", [bad, b"\xff\xd8\xff"]),
-        "heldout": make(tmp_path / "h", "evaluation", [bad]),
+        "pool": make_dataset(tmp_path / "pool", "unlabeled", [bad, b"\xff\xd8\xff"]),
+        "heldout": make_dataset(tmp_path / "h", "evaluation", [bad]),
     }
     report, _ = run(sets, tmp_path)
     assert (report.get_overlap("pool", "h").same, report.left_out) == (1, 1)
@@ -141,7 +141,7 @@ def test_data_check_prints_counts_and_refuses_trained_evaluation_images(sets, tm
     assert cli.run_command_line(["data", "check", "pool", "labeled", "heldout", "--out", "out"]) == 0
     out = capsys.readouterr().out
     assert "4 images of pools are also in an evaluation set: they are left out" in " ".join(out.split())
-    both = make(tmp_path / "both", "labeled", [encoded(scene(seed)) for seed in (3, 300)])
+    both = make_dataset(tmp_path / "both", "labeled", [encoded(scene(seed)) for seed in (3, 300)])
     assert both.dataset.samples == 2
     assert cli.run_command_line(["data", "check", "both", "heldout", "--out", "out"]) == DataError.exit_code
     assert "both: 1 of its images are also in the evaluation set heldout" in capsys.readouterr().err
@@ -168,8 +168,10 @@ def test_check_finds_changed_copies_in_cifar10(cifar10, tmp_path):
         else:
             changed.append(encoded(picture.resize((48, 48), Image.Resampling.BICUBIC)))
     sets = {
-        "pool": make(tmp_path / "pool", "unlabeled", changed + [encoded(pictures[int(row)], "PNG") for row in other], 1000),
-        "heldout": make(tmp_path / "heldout", "evaluation", heldout, 1000),
+        "pool": make_dataset(
+            tmp_path / "pool", "unlabeled", changed + [encoded(pictures[int(row)], "PNG") for row in other], 1000
+        ),
+        "heldout": make_dataset(tmp_path / "heldout", "evaluation", heldout, 1000),
     }
     report, out = run(sets, tmp_path)
     rows = pq.read_table(io.BytesIO(out.get(LEFT_OUT))).to_pylist()

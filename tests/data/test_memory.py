@@ -1,4 +1,4 @@
-"""Memory does not grow with the images. `NS_TEST_IMAGES=1000000` takes a quarter of an hour; the default says as much."""
+"""Memory does not grow with the number of images. `NS_TEST_IMAGES=1000000` takes a quarter of an hour and proves no more."""
 
 import io
 import os
@@ -64,7 +64,7 @@ print(data.samples, re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_
 
 
 def measured(program: str, *arguments) -> tuple[int, int]:
-    """Images and the most memory, kB: not ru_maxrss, which a child has from its parent."""
+    """Number of images and peak memory in kB; not ru_maxrss, which a child inherits from its parent."""
     done = subprocess.run([sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     count, peak = done.stdout.splitlines()[-1].split()
@@ -72,7 +72,7 @@ def measured(program: str, *arguments) -> tuple[int, int]:
 
 
 def write_tar(path, count):
-    """Noise, so that no two images are alike: what a check finds takes memory, what it looks at must not."""
+    """A tar of noise, so that no two images are alike: memory may grow with the duplicates only."""
     rng = np.random.default_rng(0)
     with tarfile.open(path, "w") as tar:
         for number in range(count):
@@ -80,7 +80,7 @@ def write_tar(path, count):
             data = simplejpeg.encode_jpeg(rng.integers(0, 256, (32, 32, 3), np.uint8), 75, "RGB")
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-            # It remembers all of them.
+            # tarfile would keep all members in memory.
             tar.members.clear()
     return path
 

@@ -1,2 +1,1 @@
-"""Random crops, flips and RandAugment: the part of the student's noise that changes images.
-It may import `config` and `core`."""
+"""Random crops, flips and RandAugment: the part of the student's noise that changes images."""

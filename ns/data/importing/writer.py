@@ -1,4 +1,4 @@
-"""Writing tar shards, each with its index beside it."""
+"""Writes tar shards, each with its index beside it."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""Import from S3 and onto it, with everything that may go wrong on the way."""
+"""Import from S3 and to S3, also with errors of the server."""
 
 import threading
 import time

@@ -171,7 +171,7 @@ def test_stopped_import_continues_with_current_shard(source, tmp_path, monkeypat
     monkeypatch.setattr(ingest, "_check_image", stopped)
     with pytest.raises(KeyboardInterrupt):
         run(source, tmp_path / "out")
-    # Half of the shards are those of another import: there must not be a manifest that calls them a dataset.
+    # Half of the shards belong to another import, so there must be no manifest.
     assert not LocalStore(tmp_path / "out").exists(Dataset.filename)
     assert run(source, tmp_path / "out").digest == expected
     # The first shard's five images were not read again.

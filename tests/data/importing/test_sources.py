@@ -1,4 +1,4 @@
-"""Every kind of source gives the same dataset that a folder of the same images gives, or says why not."""
+"""Every kind of source gives the same dataset as a folder of the same images, or an error with the reason."""
 
 import bz2
 import gzip
@@ -356,7 +356,7 @@ def wait_for(condition, seconds=60):
 def test_import_survives_killed_processes(tmp_path, many):
     expected = run(many, tmp_path / "calm", role="unlabeled", max_rejected_share=0.5, shard_samples=20).digest
     parts = tmp_path / "out" / "parts"
-    # All of it is killed: the same command goes on, and no process is left behind.
+    # All of it is killed: no process is left behind, and the same command continues.
     process = start(tmp_path, many)
     wait_for(lambda: len(list(parts.glob("*.json"))) >= 5)
     family = psutil.Process(process.pid).children(recursive=True)
@@ -366,7 +366,7 @@ def test_import_survives_killed_processes(tmp_path, many):
     assert not [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
     assert not (tmp_path / "out" / "dataset.json").exists()
     done = {path: path.stat().st_mtime_ns for path in parts.glob("*.json")}
-    # One worker is killed: the import goes on by itself.
+    # One worker is killed: the import continues by itself.
     process = start(tmp_path, many)
     wait_for(lambda: len(list(parts.glob("*.json"))) >= len(done) + 3)
     workers = [one for one in psutil.Process(process.pid).children(recursive=True) if not one.children()]

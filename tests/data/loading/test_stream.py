@@ -1,4 +1,4 @@
-"""What a step sees follows from the seed and the step: not from who reads it, from where, or after what has gone wrong."""
+"""The images of a step depend on the seed and the step only: not on processes, storage or earlier errors."""
 
 import io
 import itertools
