@@ -151,7 +151,7 @@ class _ContainerEngine:
         init_runner(local.DockerRunner(), self._scratch)
         pipeline(config_uri=config_uri, root=self._root.uri, run=self._run)
 
-    def run_stage(self, *, command: list[str], **_given: Any) -> int:
+    def run_stage(self, *, command: list[str], **_options: Any) -> int:
         """Runs a stage in a container and returns its exit code. Replaces kfp.local's function (see the module's text)."""
         stage = _parse_stage(command)
         seconds = self._container.stage_seconds or self._timeouts.get(stage["stage"])

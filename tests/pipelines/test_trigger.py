@@ -118,14 +118,14 @@ def test_count_new_images_without_shards(root):
     assert found(100, "b").count_new_images(found(100, "a")) == 100
 
 
-def test_propose_trigger_digest_covers_content_not_uris(tmp_path, pool, picture):
+def test_propose_trigger_digest_covers_content_not_uris(tmp_path, make_pool, picture):
     folders = {}
     for part in ("labeled", "heldout"):
         for index, name in enumerate(("cat", "dog")):
             (tmp_path / part / name).mkdir(parents=True)
             (tmp_path / part / name / f"{part}.png").write_bytes(picture(index))
         folders[part] = str(tmp_path / part)
-    pool(tmp_path / "pool", [["a", "b"], ["c"]])
+    make_pool(tmp_path / "pool", [["a", "b"], ["c"]])
 
     def look(*overrides, image="worker:1", **places):
         asked = {**folders, "pool": str(tmp_path / "pool")} | places
@@ -141,7 +141,7 @@ def test_propose_trigger_digest_covers_content_not_uris(tmp_path, pool, picture)
     }
     (tmp_path / "pool").rename(tmp_path / "elsewhere")
     assert look(pool=str(tmp_path / "elsewhere")).digest == first.digest
-    pool(tmp_path / "pool", [["a", "b"], ["c"], ["d"]])
+    make_pool(tmp_path / "pool", [["a", "b"], ["c"], ["d"]])
     keys = tmp_path / "keys.txt"
     keys.write_text("a\n")
     others = [look(), look("seed=1"), look(image="worker:2"), look(f"data.exclude={keys}")]
