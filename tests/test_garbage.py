@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ns
-from ns.config import schema as config
+from ns.config.loader import load_experiment
 from ns.core.errors import ConfigError, DataError, NsError
 from ns.data.dataset import Dataset
 from ns.data.importing import sources
@@ -80,7 +80,7 @@ def damaged(draw, whole: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("kind", documents(), ids=lambda kind: kind.__qualname__)
-def test_a_document_of_garbage_is_refused_by_name(kind):
+def test_document_of_garbage_is_refused_by_name(kind):
     names = [*kind.model_fields, "digest", "more"]
 
     @settings(FEW, max_examples=15)
@@ -94,26 +94,26 @@ def test_a_document_of_garbage_is_refused_by_name(kind):
 
 @FEW
 @given(st.binary(max_size=200))
-def test_bytes_that_are_no_document_are_refused(data):
+def test_document_of_random_bytes_is_refused(data):
     with pytest.raises(DataError, match=r"^store/some\.json: "):
         Dataset.parse(data, "store/some.json")
 
 
 @FEW
 @given(damaged(QUICKSTART.encode()))
-def test_a_damaged_experiment_is_read_or_refused(tmp_path_factory, data):
+def test_damaged_experiment_is_read_or_refused(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "experiment.yaml"
     path.write_bytes(data)
-    said = refusal(lambda: config.load_experiment(str(path)))
+    said = refusal(lambda: load_experiment(str(path)))
     assert said is None or "experiment.yaml" in said
 
 
 @FEW
 @given(st.lists(st.tuples(st.sampled_from(["teacher", "students", "data", "selection", "gate", "labeling", "name"]), VALUES)))
-def test_an_experiment_of_wrong_values_is_refused_by_field(tmp_path_factory, changes):
+def test_experiment_of_wrong_values_is_refused_by_field(tmp_path_factory, changes):
     path = tmp_path_factory.getbasetemp() / "wrong.yaml"
     path.write_text(yaml.safe_dump({**yaml.safe_load(QUICKSTART), **dict(changes)}))
-    said = refusal(lambda: config.load_experiment(str(path)), ConfigError)
+    said = refusal(lambda: load_experiment(str(path)), ConfigError)
     assert said is None or "wrong.yaml" in said
 
 
@@ -152,7 +152,7 @@ SOURCES = {
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_a_damaged_source_is_listed_or_refused_by_name(tmp_path, name):
+def test_damaged_source_is_listed_or_refused_by_name(tmp_path, name):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     source = path.parent if name.startswith("shards/") else path
@@ -172,14 +172,14 @@ def test_a_damaged_source_is_listed_or_refused_by_name(tmp_path, name):
 
 @FEW
 @given(damaged(json.dumps({"label_set": "0", "images": []}).encode()))
-def test_a_damaged_audit_is_refused(data):
+def test_damaged_audit_is_refused(data):
     with pytest.raises(DataError, match=r"^audit\.json: "):
         audit.AuditSheet.parse(data, "audit.json")
 
 
 @FEW
 @given(st.binary(max_size=100) | st.dictionaries(st.text(max_size=5), VALUES).map(lambda value: json.dumps(value).encode()))
-def test_a_damaged_ledger_entry_is_refused_by_name(tmp_path_factory, data):
+def test_damaged_ledger_entry_is_refused_by_name(tmp_path_factory, data):
     store = LocalStore(tmp_path_factory.getbasetemp() / "ledger")
     ledger = Ledger(store)
     key = ledger.compute_digest("train", {})
@@ -190,7 +190,7 @@ def test_a_damaged_ledger_entry_is_refused_by_name(tmp_path_factory, data):
 
 @FEW
 @given(st.binary(max_size=100))
-def test_a_model_whose_card_is_garbage_is_refused_by_name(tmp_path_factory, data):
+def test_damaged_model_manifest_is_refused_by_name(tmp_path_factory, data):
     store = LocalStore(tmp_path_factory.getbasetemp() / "model")
     store.put("model.json", data)
     with pytest.raises(DataError, match=r"model\.json"):

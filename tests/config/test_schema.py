@@ -29,7 +29,7 @@ def refused(document) -> str:
     return str(caught.value)
 
 
-def test_defaults_are_the_papers(minimal):
+def test_schema_defaults_are_the_papers(minimal):
     experiment = load_experiment(minimal)
     student = experiment.students[0]
     assert student.train.optimizer.lr == 0.016
@@ -66,48 +66,48 @@ def test_wrong_sizes_of_noise_are_explained(teacher, message):
     assert f"x.yaml: {message}" in refused({**MINIMAL, "teacher": teacher})
 
 
-def test_what_is_dumped_is_read_back_equal(minimal):
+def test_dump_experiment_is_read_back_equal(minimal):
     experiment = load_experiment(minimal, ["generations=2"])
     assert parse_experiment(yaml.safe_load(dump_experiment(experiment)), "again") == experiment
 
 
 @pytest.mark.parametrize(("part", "other"), [("heldout", "labeled"), ("test", "labeled"), ("test", "heldout")])
-def test_what_decides_and_what_is_reported_are_apart(part, other):
+def test_data_parts_must_differ(part, other):
     message = refused({**MINIMAL, "data": {**DATA, part: DATA[other]}})
     assert message.startswith(f"x.yaml: data.{part}: {DATA[other]}: is the same as data.{other}; ")
 
 
-def test_an_unknown_key_is_refused_with_the_likely_one():
+def test_unknown_field_suggests_the_likely_one():
     message = refused({**MINIMAL, "students": [{"train": {"epohs": 3}}]})
     assert message == "x.yaml: students.0.train.epohs: unknown field; did you mean 'epochs'?"
 
 
-def test_an_unknown_key_like_no_other_lists_what_is_known():
+def test_unknown_field_without_likely_one_lists_the_known():
     assert "known here: level, min_gain" in refused({**MINIMAL, "gate": {"zzz": 1}})
 
 
-def test_wrong_types_and_ranges_name_path_value_and_what_would_be_right():
+def test_wrong_values_name_path_value_and_range():
     message = refused({**MINIMAL, "gate": {"level": 2}, "generations": "many", "teacher": {"model": {"resolution": 4}}})
     assert "x.yaml: gate.level: invalid value 2: should be less than 1" in message
     assert "x.yaml: generations: invalid value 'many': should be a valid integer" in message
     assert "x.yaml: teacher.model.resolution: invalid value 4: should be greater than or equal to 8" in message
 
 
-def test_a_missing_field_is_named():
+def test_missing_field_is_named():
     assert refused({"name": "x", "data": {"labeled": "a", "pool": "b"}}) == "x.yaml: data.heldout: missing; it has no default"
 
 
-def test_more_students_than_generations_are_refused():
+def test_students_are_at_most_one_per_generation():
     assert "at most one per generation" in refused({**MINIMAL, "generations": 1, "students": [{}, {}]})
 
 
-def test_arguments_that_have_a_field_of_their_own_point_there():
+def test_model_args_point_to_the_field_of_their_own():
     message = refused({**MINIMAL, "teacher": {"model": {"args": {"drop_rate": 0.5}}}})
     assert "teacher.model.args" in message
     assert "noise.dropout" in message
 
 
-def test_more_generations_than_the_pipeline_holds_are_refused():
+def test_generations_are_limited():
     assert "generations" in refused({**MINIMAL, "generations": MAX_GENERATIONS + 1})
 
 
@@ -128,18 +128,18 @@ def test_overrides_reach_sections_and_list_items(minimal):
         ("seed=[1", "the value is not YAML"),
     ],
 )
-def test_a_wrong_override_says_why(minimal, override, reason):
+def test_wrong_override_says_why(minimal, override, reason):
     overrides = ["seed=1", "students=[{}]", override]
     with pytest.raises(ConfigError, match=reason.replace("[", r"\[")):
         load_experiment(minimal, overrides)
 
 
-def test_the_last_student_serves_all_further_generations():
+def test_last_student_serves_all_further_generations():
     experiment = parse_experiment({**MINIMAL, "generations": 3, "students": [{}, {"train": {"epochs": 9}}]}, "x.yaml")
     assert [experiment.get_student(g).train.epochs for g in (1, 2, 3)] == [350, 9, 9]
 
 
-def test_a_missing_file_is_a_config_error(tmp_path):
+def test_load_experiment_names_a_missing_file(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
         load_experiment(str(tmp_path / "nowhere.yaml"))
 
@@ -160,20 +160,20 @@ def test_every_field_is_documented_in_the_schema():
         st.none() | st.booleans() | st.floats() | st.text(), lambda leaf: st.lists(leaf) | st.dictionaries(st.text(), leaf)
     )
 )
-def test_garbage_is_refused_with_a_clean_error(document):
+def test_parse_experiment_refuses_garbage(document):
     with pytest.raises(ConfigError):
         parse_experiment(document if isinstance(document, dict) else {"name": document}, "x.yaml")
 
 
 @given(st.binary(max_size=200))
-def test_garbage_files_are_refused_with_a_clean_error(tmp_path_factory, data):
+def test_load_experiment_refuses_garbage(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("garbage") / "x.yaml"
     path.write_bytes(data)
     with pytest.raises(ConfigError):
         load_experiment(str(path))
 
 
-def test_an_override_does_not_leak_through_yaml_aliases(tmp_path):
+def test_override_does_not_leak_through_yaml_aliases(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text("name: x\ndata: {labeled: a, pool: b, heldout: c}\nteacher: &t {model: {resolution: 32}}\nstudents: [*t]\n")
     experiment = load_experiment(str(path), ["teacher.model.resolution=64"])
@@ -181,7 +181,7 @@ def test_an_override_does_not_leak_through_yaml_aliases(tmp_path):
     assert experiment.students[0].model.resolution == 32
 
 
-def test_parts_of_a_step_must_be_equal():
+def test_accumulate_must_divide_a_step():
     train = {"labeled_batch": 8, "unlabeled_ratio": 0.5}
     parse_experiment({**MINIMAL, "teacher": {"train": {**train, "accumulate": 4}}}, "x.yaml")
     assert "x.yaml: teacher.train.accumulate: 8 must divide the 8 labeled and the 4" in refused(
@@ -189,7 +189,7 @@ def test_parts_of_a_step_must_be_equal():
     )
 
 
-def test_a_preset_holds_the_papers_settings_and_fields_go_before_it():
+def test_preset_is_overridden_by_fields():
     role = {"preset": "b5", "noise": {"dropout": 0.1}, "train": {"optimizer": {"lr": 0.5}, "epochs": 2}}
     teacher = parse_experiment({**MINIMAL, "teacher": role}, "x.yaml").teacher
     assert teacher.model.arch == "tf_efficientnet_b5"
@@ -199,36 +199,36 @@ def test_a_preset_holds_the_papers_settings_and_fields_go_before_it():
     assert (teacher.train.optimizer.lr, teacher.train.optimizer.name) == (0.5, "rmsprop")
 
 
-def test_a_preset_for_small_images_reaches_into_the_optimizer():
+def test_small_preset_reaches_into_the_optimizer():
     teacher = RoleConfig(preset="b0-small", train=TrainConfig(optimizer=OptimizerConfig(lr=0.5)))
     assert (teacher.train.optimizer.weight_decay, teacher.train.optimizer.lr) == (1e-4, 0.5)
     assert (teacher.model.reduce_stride, teacher.noise.cutout_px) == (4, 16)
 
 
-def test_another_network_does_not_inherit_a_presets_arguments():
+def test_preset_args_are_not_inherited_by_another_network():
     assert RoleConfig.model_validate({"preset": "b0", "model": {"arch": "resnet50", "args": {}}}).model.args == {}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_presets_survive_a_dump(preset):
+def test_preset_survives_a_dump(preset):
     experiment = parse_experiment({**MINIMAL, "teacher": {"preset": preset}}, "x.yaml")
     assert experiment.teacher != parse_experiment(MINIMAL, "x.yaml").teacher
     assert parse_experiment(yaml.safe_load(dump_experiment(experiment)), "again") == experiment
 
 
-def test_an_unknown_preset_is_refused_with_those_that_are_known():
+def test_unknown_preset_lists_the_known():
     message = refused({**MINIMAL, "teacher": {"preset": "b9"}})
     assert "x.yaml: teacher.preset: invalid value 'b9'" in message
     assert "'l2'" in message
     assert set(PRESETS) == set(get_args(Preset))
 
 
-def test_an_init_that_is_neither_a_word_nor_a_place_is_refused():
+def test_train_init_must_be_a_word_or_a_path():
     message = refused({**MINIMAL, "teacher": {"train": {"init": "techer"}}})
     assert "teacher.train.init: invalid value 'techer': must be scratch, teacher, a .safetensors file" in message
 
 
-def test_a_registry_is_no_place_for_passwords():
+def test_registry_refuses_passwords():
     for url in ("https://user:pass@host/x.git", "https://token@host/x.git", "ssh://git:pass@host/x.git"):
         said = refused(MINIMAL | {"registry": {"git": url}})
         assert "registry.git: holds a password or token" in said
@@ -238,7 +238,7 @@ def test_a_registry_is_no_place_for_passwords():
         assert parse_experiment(MINIMAL | {"registry": {"git": url}}, "x.yaml").registry.remote is None
 
 
-def test_what_is_not_asked_of_evaluation_changes_no_name():
+def test_run_name_ignores_defaults_of_evaluation():
     plain = parse_experiment({"name": "x", "data": DATA}, "x.yaml")
     asked = {"suites": ["clean"], "images": None}
     assert derive_run_name(
@@ -248,7 +248,7 @@ def test_what_is_not_asked_of_evaluation_changes_no_name():
         assert derive_run_name(parse_experiment({"name": "x", "data": DATA, **more}, "x.yaml")) != derive_run_name(plain)
 
 
-def test_further_evaluation_sets_are_read_back_as_they_are_written():
+def test_evaluation_sets_survive_a_dump():
     sets = {"imagenet-a": {"uri": "a", "classes": "own"}, "c": {"uri": "c", "kind": "cifar10-c"}}
     experiment = parse_experiment({"name": "x", "data": DATA, "evaluation": {"sets": sets}}, "x.yaml")
     assert parse_experiment(yaml.safe_load(dump_experiment(experiment)), "x.yaml") == experiment
@@ -269,7 +269,7 @@ def test_further_evaluation_sets_are_read_back_as_they_are_written():
         ({"sets": {"No": {"uri": "c"}}}, "evaluation.sets.No"),
     ],
 )
-def test_wrong_evaluations_are_explained(evaluation, message):
+def test_wrong_evaluation_is_explained(evaluation, message):
     assert message in refused({"name": "x", "data": DATA, "evaluation": evaluation})
 
 
@@ -288,7 +288,7 @@ def test_wrong_evaluations_are_explained(evaluation, message):
         ("evaluation.sets.x.urii=a", "evaluation.sets.x.urii: unknown field; did you mean 'uri'?"),
     ],
 )
-def test_a_field_that_takes_this_or_that_is_named_once(override, line):
+def test_field_of_several_types_is_named_once(override, line):
     with pytest.raises(ConfigError) as caught:
         load_experiment(resolve_preset("quickstart"), [override])
     assert sum(line in one for one in str(caught.value).splitlines()) == 1
@@ -296,7 +296,7 @@ def test_a_field_that_takes_this_or_that_is_named_once(override, line):
     assert "[key]" not in str(caught.value)
 
 
-def test_fields_can_be_set_in_a_section_that_is_not_given(tmp_path):
+def test_override_makes_a_missing_section(tmp_path):
     full = tmp_path / "full.yaml"
     full.write_text(dump_experiment(load_experiment(resolve_preset("quickstart"))) + "\n")
     experiment = load_experiment(str(full), ["registry.git=/git", "teacher.train.finetune.resolution=64"])
@@ -308,7 +308,7 @@ def test_fields_can_be_set_in_a_section_that_is_not_given(tmp_path):
 @pytest.mark.parametrize(
     "field", ["teacher.train.epochs", "teacher.train.optimizer.clip_norm", "gate.min_gain", "evaluation.keep_gib"]
 )
-def test_numbers_are_finite(field, value):
+def test_numbers_must_be_finite(field, value):
     # JSON has no word for others: they would come back from a run's config.yaml as not given.
     with pytest.raises(ConfigError, match=rf"{field}: invalid value"):
         load_experiment(resolve_preset("quickstart"), [f"{field}={value}"])

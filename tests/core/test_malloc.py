@@ -29,11 +29,11 @@ def faults(what: str) -> int:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-def test_large_blocks_are_used_again_instead_of_asked_for_anew():
+def test_keep_freed_memory_saves_page_faults():
     pages = 5 * 80_000_000 / resource.getpagesize()
     assert faults("keep") < 0.1 * pages
 
 
-def test_another_c_library_is_left_alone(monkeypatch):
+def test_keep_freed_memory_needs_glibc(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
     assert memory.keep_freed_memory() is False

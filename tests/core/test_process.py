@@ -5,7 +5,7 @@ import threading
 from ns.core.process import handle_signals
 
 
-def test_signals_are_heard_inside_and_by_whoever_was_before_afterwards():
+def test_handle_signals_restores_the_handlers_before():
     heard, before = [], signal.getsignal(signal.SIGINT)
     with handle_signals(lambda number, _: heard.append(("outer", number)), [signal.SIGTERM]):
         with handle_signals(lambda number, _: heard.append(("inner", number))):
@@ -18,7 +18,7 @@ def test_signals_are_heard_inside_and_by_whoever_was_before_afterwards():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_in_a_thread_all_stays_as_it_is():
+def test_handle_signals_does_nothing_in_a_thread():
     before, inside = signal.getsignal(signal.SIGTERM), []
 
     def work() -> None:

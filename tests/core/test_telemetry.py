@@ -16,7 +16,7 @@ def value(name, **labels):
     return telemetry.REGISTRY.get_sample_value(name, labels)
 
 
-def test_the_endpoint_shows_the_metrics_and_a_taken_port_is_only_logged(monkeypatch):
+def test_metrics_endpoint_serves_and_only_logs_a_taken_port(monkeypatch):
     with socket.socket() as taken:
         taken.bind(("", 0))
         port = taken.getsockname()[1]
@@ -32,7 +32,7 @@ def test_the_endpoint_shows_the_metrics_and_a_taken_port_is_only_logged(monkeypa
     assert 'nst_build_info{version="' in page
 
 
-def test_a_port_that_is_none_is_only_logged(monkeypatch):
+def test_metrics_endpoint_only_logs_an_invalid_port(monkeypatch):
     for wrong in ("http", "99999"):
         monkeypatch.setenv(telemetry.PORT_VARIABLE, wrong)
         with capture_logs() as logs:
@@ -40,7 +40,7 @@ def test_a_port_that_is_none_is_only_logged(monkeypatch):
         assert logs[0]["port"] == wrong
 
 
-def test_names_follow_the_conventions():
+def test_metric_names_follow_the_conventions():
     families = [one for registry in (telemetry.REGISTRY, telemetry.SUMMARY) for one in registry._collector_to_names]
     kinds = {
         f"{family.name}_total" if family.type == "counter" else family.name: family.type
@@ -55,7 +55,7 @@ def test_names_follow_the_conventions():
     assert "_created" not in generate_latest(telemetry.REGISTRY).decode()
 
 
-def test_progress_counts_for_the_step_under_way_and_is_there_before_it_moves():
+def test_images_processed_counts_for_the_current_stage():
     telemetry.begin_stage("label-shards", 1, "counting", config_digest="abc", teacher="store/models/t")
     assert value("nst_run_info", run_id="counting", config_digest="abc", teacher="store/models/t") == 1
     assert value("nst_stage_running", stage="label-shards") == 1
@@ -73,7 +73,7 @@ def test_progress_counts_for_the_step_under_way_and_is_there_before_it_moves():
     assert value("nst_stage_duration_seconds_bucket", stage="evaluate", le="3.0") >= 1
 
 
-def test_a_fact_is_not_there_before_it_is_known():
+def test_optional_gauge_has_no_value_before_it_is_set():
     registry = CollectorRegistry()
     fact = telemetry._OptionalGauge("nst_fact_ratio", "A share.", registry=registry)
     assert registry.get_sample_value("nst_fact_ratio") is None
@@ -81,7 +81,7 @@ def test_a_fact_is_not_there_before_it_is_known():
     assert registry.get_sample_value("nst_fact_ratio") == 0
 
 
-def test_a_step_lingers_only_where_it_is_scraped(monkeypatch):
+def test_stage_lingers_only_where_it_is_scraped(monkeypatch):
     slept = []
     monkeypatch.setattr(time, "sleep", slept.append)
     monkeypatch.setenv(telemetry.LINGER_VARIABLE, "60")
@@ -100,7 +100,7 @@ def test_a_step_lingers_only_where_it_is_scraped(monkeypatch):
     assert sum(slept) == 60
 
 
-def test_confidences_are_counted_up_to_each_bound():
+def test_confidence_histogram_counts_up_to_each_bound():
     def buckets():
         return [
             value("nst_pseudo_label_confidence_bucket", le=bound) for bound in ("0.1", "0.9", "0.95", "0.99", "1.0", "+Inf")
@@ -116,7 +116,7 @@ def test_confidences_are_counted_up_to_each_bound():
     assert value("nst_pseudo_label_confidence_sum") - total == pytest.approx(middles)
 
 
-def test_a_selection_is_shown_by_outcome_and_by_what_is_left_of_classes():
+def test_selection_metrics_show_outcomes_and_class_coverage():
     before = value("nst_pseudo_labels_total", outcome="kept") or 0
     telemetry.record_selection({"kept": 60, "low_confidence": 3}, [0, *range(1, 11)])
     assert value("nst_pseudo_labels_total", outcome="kept") == before + 60
@@ -125,7 +125,7 @@ def test_a_selection_is_shown_by_outcome_and_by_what_is_left_of_classes():
     assert found == {"min": 0, "p10": 1, "median": 5, "max": 10}
 
 
-def test_a_summary_takes_the_place_of_the_one_before_and_no_gateway_is_only_logged(monkeypatch):
+def test_push_run_metrics_replaces_and_only_logs_failures(monkeypatch):
     telemetry.push_run_metrics("nobody listens")  # without the variable
     requests = []
 

@@ -33,7 +33,7 @@ def group(tmp_path):
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_shared_batch_norm_is_batch_norm(group, momentum):
+def test_synced_batch_norm_equals_batch_norm(group, momentum):
     ours, theirs = (BatchNormAct2d(3, momentum=momentum, act_layer=nn.SiLU) for _ in range(2))
     network = sync_batch_norms(nn.Sequential(nn.Conv2d(3, 3, 1), ours, nn.BatchNorm2d(3)), World(0, 1))
     assert [type(module).__mro__[1] for module in network[1:]] == [BatchNormAct2d, nn.BatchNorm2d]
@@ -51,12 +51,12 @@ def test_shared_batch_norm_is_batch_norm(group, momentum):
     assert sync_normalize(ours, images.bfloat16(), World(0, 1)).dtype == torch.bfloat16
 
 
-def test_a_batch_norm_of_another_kind_is_refused():
+def test_sync_batch_norms_refuses_other_kinds():
     with pytest.raises(ConfigError, match=r"0: BatchNorm3d cannot be shared by processes; set train.processes: 1"):
         sync_batch_norms(nn.Sequential(nn.BatchNorm3d(2)), World(0, 2))
 
 
-def test_a_process_alone_needs_no_group():
+def test_single_world_needs_no_group():
     values = torch.ones(2)
     assert SINGLE.all_reduce_mean(values) is values
     assert SINGLE.any_rank(True, False) == (True, False)
@@ -68,7 +68,7 @@ def test_a_process_alone_needs_no_group():
 
 @pytest.mark.integration
 @pytest.mark.timeout(300)
-def test_processes_see_and_do_together_what_one_does_alone(tmp_path):
+def test_two_processes_train_like_one(tmp_path):
     # Five steps: rounding grows threefold with each step in so small a network, whoever takes it. Gradients or learning rates
     # that are a tenth too large move the losses by a hundred times what is allowed here.
     few = {**CALM, "epochs": 1, "optimizer": {"lr": 0.2, "warmup_epochs": 0}}
@@ -88,7 +88,7 @@ def test_processes_see_and_do_together_what_one_does_alone(tmp_path):
 
 @pytest.mark.integration
 @pytest.mark.timeout(300)
-def test_accumulated_parts_are_gathered_once_a_step(tmp_path):
+def test_accumulated_gradients_are_synced_once_per_step(tmp_path):
     """Two processes with two parts each do what one process does with two parts of twice the size."""
     one = together(tmp_path / "1", 1, accumulate=2, noise={**CALM["noise"], "randaugment_layers": 0}, crop="none", epochs=1)
     two = together(tmp_path / "2", 2, accumulate=2, noise={**CALM["noise"], "randaugment_layers": 0}, crop="none", epochs=1)
@@ -100,7 +100,7 @@ def test_accumulated_parts_are_gathered_once_a_step(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("processes", [1, 2])
-def test_killed_at_five_random_steps_training_ends_bit_for_bit_the_same(tmp_path, monkeypatch, processes):
+def test_training_killed_at_random_steps_ends_bit_for_bit_the_same(tmp_path, monkeypatch, processes):
     # With dropout and stochastic depth: their draws follow from the step too.
     calm = together(tmp_path / "calm", processes, checkpoint_seconds=0)
     steps = sorted(random.Random(processes).sample(range(2, len(calm[1])), 5))
@@ -116,7 +116,7 @@ def test_killed_at_five_random_steps_training_ends_bit_for_bit_the_same(tmp_path
 
 @pytest.mark.integration
 @pytest.mark.timeout(300)
-def test_asked_to_stop_all_stop_after_the_same_step_with_one_checkpoint(tmp_path, monkeypatch):
+def test_processes_asked_to_stop_leave_one_checkpoint(tmp_path, monkeypatch):
     calm = together(tmp_path / "calm", 2)
     monkeypatch.setenv("LAUNCHER", str(os.getpid()))
     monkeypatch.setenv("ASK_AT", "5")
@@ -131,6 +131,6 @@ def test_asked_to_stop_all_stop_after_the_same_step_with_one_checkpoint(tmp_path
 
 @pytest.mark.integration
 @pytest.mark.timeout(120)
-def test_what_stops_one_process_is_what_the_launcher_says(tmp_path):
+def test_launch_processes_raises_the_first_error(tmp_path):
     with pytest.raises(ConfigError, match=r"12 labeled images must be a multiple of processes × train.accumulate, 2 × 4"):
         together(tmp_path, 2, accumulate=4)

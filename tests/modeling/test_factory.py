@@ -45,7 +45,7 @@ def test_stochastic_depth_grows_linearly_from_zero_to_its_rate():
     assert rates == pytest.approx([0.2 * index / 16 for index in range(16)])
 
 
-def test_the_network_is_channels_last():
+def test_build_model_is_channels_last():
     network = models.build_model(SMALL, NoiseConfig(), 3)
     assert network.conv_stem.weight.is_contiguous(memory_format=torch.channels_last)
 
@@ -57,7 +57,7 @@ def test_reduced_stride_leaves_larger_maps(arch, factor, side):
     assert network.forward_features(torch.zeros(1, 3, 32, 32, device="meta")).shape[-2:] == (side, side)
 
 
-def test_reduced_stride_is_that_of_the_papers_small_images():
+def test_reduced_stride_is_the_papers_for_small_images():
     """Stages 2 and 3 of B0 are dense, the stem is not (noisy_student.md §5): feature maps of 32 px images."""
     network = meta(ModelConfig(arch="tf_efficientnet_b0", resolution=32, reduce_stride=4))
     sides = {}
@@ -67,7 +67,7 @@ def test_reduced_stride_is_that_of_the_papers_small_images():
     assert list(sides.values()) == [16, 16, 16, 8, 8, 4, 4]
 
 
-def test_a_network_without_stages_cannot_reduce_its_stride():
+def test_reduced_stride_needs_stages():
     with pytest.raises(ConfigError, match=r"reduce_stride: invalid value 2: .* too few stages"):
         meta(ModelConfig(arch="test_vit", resolution=160, reduce_stride=2))
 
@@ -77,7 +77,7 @@ def test_a_network_without_stages_cannot_reduce_its_stride():
     # Million parameters: arXiv:1911.04252 and noisy_student.md §1.3; multiply-adds: timm's, as quoted there.
     [("b0", 5.3, 0.39), ("b7", 66.3, 38.3), ("l2", 480.3, 172.1), ("lite0", 4.65, 0.39)],
 )
-def test_presets_are_networks_of_the_papers_size(preset, parameters, billions):
+def test_preset_has_the_papers_size(preset, parameters, billions):
     role = RoleConfig(preset=preset)
     network = meta(role.model, outputs=1000)
     assert models.count_parameters(network) / 1e6 == pytest.approx(parameters, rel=0.01)
@@ -90,7 +90,7 @@ def test_presets_are_networks_of_the_papers_size(preset, parameters, billions):
 
 
 @pytest.mark.parametrize("preset", ["b1-small", "lite3", "l2"])
-def test_a_preset_can_be_built_and_teach_itself(preset):
+def test_check_models_accepts_a_preset_as_its_own_teacher(preset):
     models.check_models(experiment(teacher={"preset": preset}, students=[{"preset": preset}]))
 
 
@@ -99,7 +99,7 @@ def test_multiply_adds_are_counted_by_hand():
     assert models.count_multiply_adds(network.to("meta"), 8) == 4 * 4 * 8 * 27 + 128 * 10
 
 
-def test_normalization_is_the_usual_one_and_keeps_the_layout():
+def test_normalize_keeps_the_layout():
     images = torch.randint(0, 256, (2, 8, 6, 3), dtype=torch.uint8)
     mean, std = (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)
     out = models.Normalize(mean, std)(images)
@@ -108,7 +108,7 @@ def test_normalization_is_the_usual_one_and_keeps_the_layout():
     assert out.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_model_reads_back_and_gives_the_same_outputs(tmp_path):
+def test_load_model_gives_the_same_outputs(tmp_path):
     folder = LocalStore(tmp_path)
     torch.manual_seed(0)
     network = models.build_model(SMALL, NoiseConfig(), 3)
@@ -121,7 +121,7 @@ def test_a_model_reads_back_and_gives_the_same_outputs(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"x" + data[1:], lambda data: b""])
-def test_damaged_weights_are_refused(tmp_path, damage):
+def test_load_weights_refuses_damage(tmp_path, damage):
     folder = LocalStore(tmp_path)
     card = saved(folder, models.build_model(SMALL, NoiseConfig(), 3))
     folder.put(WEIGHTS, damage(folder.get(WEIGHTS)))
@@ -129,7 +129,7 @@ def test_damaged_weights_are_refused(tmp_path, damage):
         models.load_weights(folder, card)
 
 
-def test_an_edited_card_is_refused(tmp_path):
+def test_load_model_refuses_an_edited_manifest(tmp_path):
     folder = LocalStore(tmp_path)
     saved(folder, models.build_model(SMALL, NoiseConfig(), 3))
     folder.put(ModelManifest.filename, folder.get(ModelManifest.filename).replace(b'"parameters": ', b'"parameters": 1'))
@@ -137,7 +137,7 @@ def test_an_edited_card_is_refused(tmp_path):
         models.load_model(folder)
 
 
-def test_what_cannot_be_is_refused_with_path_value_and_mend():
+def test_check_models_names_path_value_and_cure():
     small = {"model": {"arch": "test_efficientnet", "resolution": 32}}
     narrow = {"model": {"arch": "lcnet_035", "resolution": 32}}
     large = {"model": {"arch": "efficientnet_b0", "resolution": 32}}
@@ -180,7 +180,7 @@ def test_what_cannot_be_is_refused_with_path_value_and_mend():
             models.check_models(experiment(**fields), classes)
 
 
-def test_what_can_be_passes():
+def test_check_models_accepts_valid_experiments():
     large = {"model": {"arch": "efficientnet_b0", "resolution": 32}}
     models.check_models(experiment(students=[large]))
     models.check_models(experiment(teacher=large, allow_smaller_student=True))

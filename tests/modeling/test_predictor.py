@@ -68,13 +68,13 @@ def pool(tmp_path_factory):
     return folder, dataset
 
 
-def test_two_teacher_passes_are_bit_identical(model, pool):
+def test_predictions_are_bit_identical(model, pool):
     folder, dataset = pool
     first, second = (Predictor(model, batch=8).predict_shard(ImageSource(folder, dataset), 1) for _ in range(2))
     assert np.array_equal(first.probabilities, second.probabilities)
 
 
-def test_probabilities_are_those_of_the_plain_network(model, pool):
+def test_predictions_are_those_of_the_plain_network(model, pool):
     folder, dataset = pool
     predictions = Predictor(model, batch=8).predict_shard(ImageSource(folder, dataset), 1)
     network, card = models.load_model(model)
@@ -88,7 +88,7 @@ def test_probabilities_are_those_of_the_plain_network(model, pool):
         np.testing.assert_allclose(predictions.probabilities[row], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_an_unreadable_image_is_a_row_of_its_own_and_disturbs_no_other(model, pool):
+def test_unreadable_image_disturbs_no_other(model, pool):
     folder, dataset = pool
     predictions = Predictor(model, batch=8).predict_shard(ImageSource(folder, dataset), 0)
     assert list(predictions.errors) == [2]
@@ -98,7 +98,7 @@ def test_an_unreadable_image_is_a_row_of_its_own_and_disturbs_no_other(model, po
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_outputs_that_are_not_finite_are_no_unreadable_images(model, pool, value):
+def test_outputs_must_be_finite(model, pool, value):
     folder, dataset = pool
     predictor = Predictor(model, batch=8)
     with torch.no_grad():
@@ -107,7 +107,7 @@ def test_outputs_that_are_not_finite_are_no_unreadable_images(model, pool, value
         predictor.predict_shard(ImageSource(folder, dataset), 0)
 
 
-def test_labeling_is_done_once_a_shard_and_written_in_the_order_of_the_tar(model, pool, tmp_path):
+def test_labeling_is_done_once_per_shard_in_tar_order(model, pool, tmp_path):
     folder, dataset = pool
     labels = LocalStore(tmp_path)
     predictor = Predictor(model, batch=8)
@@ -127,7 +127,7 @@ def test_labeling_is_done_once_a_shard_and_written_in_the_order_of_the_tar(model
     np.testing.assert_array_equal(rows.top_class[readable, 0], probabilities[readable].argmax(1))
 
 
-def test_the_tail_of_kept_classes_is_spread_evenly():
+def test_expand_probabilities_spreads_the_tail_evenly():
     import pyarrow as pa
 
     from ns.labeling.label_set import build_row_schema
@@ -145,7 +145,7 @@ def test_the_tail_of_kept_classes_is_spread_evenly():
     np.testing.assert_allclose(expand_probabilities(LabelRows(table), 6), [[0.05, 0.2, 0.05, 0.6, 0.05, 0.05]], atol=1e-3)
 
 
-def test_images_that_are_held_out_get_no_label_and_disturb_no_other(model, pool, tmp_path):
+def test_left_out_images_get_no_label(model, pool, tmp_path):
     folder, dataset = pool
     predictor = Predictor(model, batch=8)
     plain, guarded = LocalStore(tmp_path / "plain"), LocalStore(tmp_path / "guarded")
@@ -166,7 +166,7 @@ def test_images_that_are_held_out_get_no_label_and_disturb_no_other(model, pool,
     assert selection.kept == 18
 
 
-def test_features_are_alike_for_like_images(model, pool):
+def test_extract_features_is_equal_for_equal_images(model, pool):
     folder, dataset = pool
     first, _, _, other = ImageSource(folder, dataset).read_encoded(1, 0, 4)
     images = [first, first, other]
@@ -186,7 +186,7 @@ def with_model_fields(model, folder, **fields_of_model):
     return target
 
 
-def test_a_model_is_run_in_the_precision_that_its_card_names(model, pool, tmp_path):
+def test_predictor_uses_the_precision_of_the_manifest(model, pool, tmp_path):
     folder, dataset = pool
     plain = Predictor(model, batch=8)
     fast = Predictor(with_model_fields(model, tmp_path / "fast", inference_precision="bfloat16"), batch=8)
@@ -226,7 +226,7 @@ def test_compiling_needs_to_be_asked_for_and_many_images(model, tmp_path, monkey
     assert Predictor(compiled_model, batch=8, images=inference.COMPILE_FROM_IMAGES).mode.compiled
 
 
-def test_what_a_shard_gets_does_not_depend_on_its_neighbors(model, pool):
+def test_predictions_of_a_shard_do_not_depend_on_its_neighbors(model, pool):
     folder, dataset = pool
     predictor = Predictor(model, batch=8)
     together = predictor.predict_shards(ImageSource(folder, dataset), [(0, {}), (1, {4: "why"}), (2, {})])
@@ -238,7 +238,7 @@ def test_what_a_shard_gets_does_not_depend_on_its_neighbors(model, pool):
     assert shard == 2
 
 
-def test_images_are_read_while_the_network_works(model, pool, monkeypatch):
+def test_predictor_reads_ahead(model, pool, monkeypatch):
     folder, dataset = pool
     predictor = Predictor(model, batch=1)
     source, read = ImageSource(folder, dataset), threading.Event()
@@ -258,7 +258,7 @@ def test_images_are_read_while_the_network_works(model, pool, monkeypatch):
 
 
 @pytest.mark.parametrize(("views", "seen"), [("flip", 2), ("five", 5), ("ten", 10)])
-def test_views_are_averaged(model, pool, views, seen):
+def test_predictor_averages_views(model, pool, views, seen):
     folder, dataset = pool
     predictor = Predictor(model, batch=8, views=views)
     passes = []
@@ -271,7 +271,7 @@ def test_views_are_averaged(model, pool, views, seen):
     assert not np.array_equal(found.probabilities, plain.probabilities)
 
 
-def test_a_mirror_image_has_the_same_labels_when_both_are_looked_at(model, pool):
+def test_flip_view_makes_mirror_images_equal(model, pool):
     folder, dataset = pool
     images = [
         image.decode_whole() if not isinstance(image, bytes) else decode_image(image)
@@ -289,7 +289,7 @@ def test_a_mirror_image_has_the_same_labels_when_both_are_looked_at(model, pool)
     np.testing.assert_allclose(there, back, atol=1e-5)
 
 
-def test_an_ensemble_labels_with_the_mean(model, pool, tmp_path):
+def test_ensemble_labels_with_the_mean(model, pool, tmp_path):
     folder, dataset = pool
     one, other = (
         Predictor(model, batch=8),
@@ -302,7 +302,7 @@ def test_an_ensemble_labels_with_the_mean(model, pool, tmp_path):
     np.testing.assert_allclose(expand_probabilities(rows, 5), np.mean(each, axis=0), atol=2e-3)
 
 
-def test_of_workers_that_label_the_same_shard_the_first_ones_labels_stay(model, pool, tmp_path, monkeypatch):
+def test_labels_of_the_first_worker_stay(model, pool, tmp_path, monkeypatch):
     folder, dataset = pool
     labels = LocalStore(tmp_path)
     predictor, shards = Predictor(model, batch=8), Predictor.predict_shards
@@ -325,7 +325,7 @@ def test_of_workers_that_label_the_same_shard_the_first_ones_labels_stay(model, 
     assert {key: labels.get(key) for key in labels.list()} == first
 
 
-def test_labels_that_another_labeling_has_are_copied(model, pool, tmp_path):
+def test_labels_of_another_label_set_are_copied(model, pool, tmp_path):
     folder, dataset = pool
     predictor = Predictor(model, batch=8)
     first, second = LocalStore(tmp_path / "first"), LocalStore(tmp_path / "second")
@@ -347,7 +347,7 @@ def test_labels_that_another_labeling_has_are_copied(model, pool, tmp_path):
     assert label_pool_shards([predictor], folder, dataset, third, range(2), LABELING, find_existing=known) == 20
 
 
-def test_an_ensemble_must_have_the_same_classes(model, pool, tmp_path):
+def test_ensemble_needs_equal_classes(model, pool, tmp_path):
     folder, dataset = pool
     network, card = models.load_model(model)
     other = LocalStore(tmp_path / "other")

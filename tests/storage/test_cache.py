@@ -41,7 +41,7 @@ def names(cache):
     return {path.read_bytes()[:1].decode() for path in (cache.root / "blobs").iterdir()}
 
 
-def test_a_blob_is_fetched_once(cache):
+def test_cache_fetches_a_blob_once(cache):
     fetched = []
 
     def download(file):
@@ -55,7 +55,7 @@ def test_a_blob_is_fetched_once(cache):
     assert len(fetched) == 2
 
 
-def test_what_was_used_longest_ago_goes_first(cache, clock):
+def test_cache_removes_the_least_recently_used(cache, clock):
     for name in "abc":
         fetch(cache, name)
         clock.now += 2 * GRACE_SECONDS
@@ -68,7 +68,7 @@ def test_what_was_used_longest_ago_goes_first(cache, clock):
     assert names(cache) == {"d", "e"}
 
 
-def test_what_was_just_given_stays(cache, clock):
+def test_cache_keeps_fresh_files(cache, clock):
     paths = [fetch(cache, name) for name in "abcd"]
     assert all(path.exists() for path in paths)
     clock.now += 2 * GRACE_SECONDS
@@ -76,7 +76,7 @@ def test_what_was_just_given_stays(cache, clock):
     assert sum(path.stat().st_size for path in (cache.root / "blobs").iterdir()) <= 1000
 
 
-def test_whoever_has_a_file_open_keeps_its_bytes(cache, clock):
+def test_removed_file_stays_readable_while_open(cache, clock):
     path = fetch(cache, "a", 900)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         clock.now += 2 * GRACE_SECONDS
@@ -85,12 +85,12 @@ def test_whoever_has_a_file_open_keeps_its_bytes(cache, clock):
         assert file.read() == mapped[:] == b"a" * 900
 
 
-def test_a_blob_larger_than_the_cache_is_refused(cache):
+def test_cache_refuses_a_blob_that_does_not_fit(cache):
     with pytest.raises(StoreError, match="does not fit into the cache of 0 MiB: raise NS_CACHE_MIB"):
         fetch(cache, "a", 1001)
 
 
-def test_a_disk_with_less_room_than_the_limit_is_not_filled(cache, clock, monkeypatch):
+def test_cache_does_not_fill_the_disk(cache, clock, monkeypatch):
     fetch(cache, "a")
     clock.now += 2 * GRACE_SECONDS
     usage = namedtuple("usage", "total used free")
@@ -99,14 +99,14 @@ def test_a_disk_with_less_room_than_the_limit_is_not_filled(cache, clock, monkey
     assert names(cache) == {"b"}
 
 
-def test_a_file_cut_short_is_fetched_again(cache):
+def test_cache_fetches_a_truncated_file_again(cache):
     path = fetch(cache, "a")
     path.chmod(0o600)
     path.write_bytes(b"a" * 10)
     assert fetch(cache, "a").read_bytes() == b"a" * 300
 
 
-def test_a_download_that_fails_leaves_nothing(cache):
+def test_failed_download_leaves_nothing(cache):
     def download(file):
         file.write(b"half")
         raise StoreError("s3://b/k: cannot read")
@@ -116,7 +116,7 @@ def test_a_download_that_fails_leaves_nothing(cache):
     assert list((cache.root / "blobs").iterdir()) == []
 
 
-def test_what_killed_downloads_left_goes_after_a_while(cache, clock):
+def test_cache_removes_abandoned_downloads(cache, clock):
     fetch(cache, "a")
     left = cache.root / "blobs" / f"{TEMPORARY}x"
     left.write_bytes(b"half")
@@ -128,7 +128,7 @@ def test_what_killed_downloads_left_goes_after_a_while(cache, clock):
     assert not left.exists()
 
 
-def test_a_folder_that_cannot_be_written_is_explained(tmp_path):
+def test_cache_explains_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(
         StoreError, match=r"file/cache: cannot keep copies of remote files: a part of this path is a file.*NS_CACHE_DIR"
@@ -136,7 +136,7 @@ def test_a_folder_that_cannot_be_written_is_explained(tmp_path):
         fetch(BlobCache(tmp_path / "file" / "cache", 1000), "a")
 
 
-def test_a_full_disk_is_explained(cache):
+def test_cache_explains_a_full_disk(cache):
     def download(file):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -144,7 +144,7 @@ def test_a_full_disk_is_explained(cache):
         cache.fetch_blob(("a",), 8, "", download)
 
 
-def test_place_and_limit_come_from_the_environment(monkeypatch, tmp_path):
+def test_cache_folder_and_limit_come_from_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("NS_CACHE_DIR", str(tmp_path))
     assert BlobCache.from_environment().root == tmp_path
     assert BlobCache.from_environment().limit_bytes == 20 << 30
@@ -159,7 +159,7 @@ def test_place_and_limit_come_from_the_environment(monkeypatch, tmp_path):
             BlobCache.from_environment()
 
 
-def test_threads_that_want_the_same_blob_fetch_it_once(cache):
+def test_threads_fetch_the_same_blob_once(cache):
     fetched = []
 
     def download(file):
@@ -190,7 +190,7 @@ def hammer(arguments):
     return wrong, len(fetched)
 
 
-def test_processes_share_a_cache_that_is_too_small_for_them(tmp_path):
+def test_processes_share_a_small_cache(tmp_path):
     with get_context("fork").Pool(4) as pool:
         results = pool.map(hammer, [(tmp_path, seed) for seed in range(4)])
     assert [wrong for wrong, _ in results] == [0, 0, 0, 0]

@@ -29,7 +29,7 @@ KEY = st.lists(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(key=KEY, data=st.binary(max_size=1000))
-def test_what_is_put_under_any_name_is_got_back(any_store, key, data):
+def test_put_and_get_any_key(any_store, key, data):
     store = any_store.at(f"names-{next(numbers)}")
     store.put(key, data)
     assert store.get(key) == store.path(key).read_bytes() == store.open(key).read() == data
@@ -42,13 +42,13 @@ def test_what_is_put_under_any_name_is_got_back(any_store, key, data):
     assert not store.exists(key)
 
 
-def test_other_spellings_of_a_key_mean_the_same(store):
+def test_key_has_several_spellings(store):
     store.put("a//b/./c/", b"1")
     assert store.get("a/b/c") == b"1"
     assert list(store.list()) == ["a/b/c"]
 
 
-def test_a_blob_can_be_replaced_but_a_created_one_stays(store):
+def test_put_replaces_and_create_does_not(store):
     store.put("a", b"1")
     assert store.path("a").read_bytes() == b"1"
     store.put("a", b"2")
@@ -59,7 +59,7 @@ def test_a_blob_can_be_replaced_but_a_created_one_stays(store):
     assert store.get("b") == b"first"
 
 
-def test_ranges_end_with_the_blob(store):
+def test_get_range_ends_with_the_blob(store):
     store.put("a", b"0123456789")
     assert store.get_range("a", 0, 1) == b"0"
     assert store.get_range("a", 2, 3) == b"234"
@@ -74,7 +74,7 @@ def test_ranges_end_with_the_blob(store):
             store.get_range("a", start, length)
 
 
-def test_list_is_in_the_order_of_bytes_and_by_prefix(store):
+def test_list_is_in_byte_order_and_by_prefix(store):
     keys = ["b/2", "a", "b/10", "bc", "b-c/x", "b/1/x", "ä", "Z", "😀", "\uffee", "b/1.x", "b/1 x", "b+c", "b%20c", "b&<c>"]
     for key in keys:
         store.put(key, b"")
@@ -89,7 +89,7 @@ def test_list_is_in_the_order_of_bytes_and_by_prefix(store):
             list(store.list(prefix))
 
 
-def test_a_folder_of_a_store_is_a_store(store):
+def test_at_opens_a_folder_as_a_store(store):
     store.at("x/y").put("z", b"1")
     assert store.get("x/y/z") == b"1"
     assert store.at("x").at("y").uri == store.at("x/y/").uri == store.uri + "/x/y"
@@ -98,13 +98,13 @@ def test_a_folder_of_a_store_is_a_store(store):
     assert again.get("y/z") == b"1"
 
 
-def test_a_store_with_a_longer_name_is_another(store):
+def test_at_separates_stores_with_a_common_prefix(store):
     store.at("run").put("a", b"1")
     store.at("run-2").put("b", b"2")
     assert list(store.at("run").list()) == ["a"]
 
 
-def test_files_of_any_size_are_put_and_got_back(store, tmp_path):
+def test_put_file_takes_any_size(store, tmp_path):
     # Larger than two parts of the tests' multipart uploads, with a rest.
     source = tmp_path / "source.tar"
     source.write_bytes(random.Random(0).randbytes(12_345_678))
@@ -125,7 +125,7 @@ def test_files_of_any_size_are_put_and_got_back(store, tmp_path):
     assert store.get("empty") == b""
 
 
-def test_a_tar_is_read_as_it_comes(store, tmp_path):
+def test_open_streams_a_tar(store, tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for number in range(3):
             (tmp_path / str(number)).write_bytes(bytes([number]) * 100_000)
@@ -135,20 +135,20 @@ def test_a_tar_is_read_as_it_comes(store, tmp_path):
         assert [tar.extractfile(member).read(1) for member in tar] == [b"\0", b"\1", b"\2"]
 
 
-def test_a_missing_source_is_named_and_not_the_target(store, tmp_path):
+def test_put_file_names_a_missing_source(store, tmp_path):
     with pytest.raises(StoreError, match=r"nope: cannot read: no such file"):
         store.put_file("a", tmp_path / "nope")
     assert not store.exists("a")
 
 
-def test_deleting_twice_is_no_error(store):
+def test_delete_twice_is_no_error(store):
     store.put("a", b"")
     store.delete("a")
     store.delete("a")
     assert not store.exists("a")
 
 
-def test_all_below_a_prefix_is_deleted_and_nothing_else(store):
+def test_delete_prefix_deletes_nothing_else(store):
     for key in ("a/1", "a/2", "ab", "b"):
         store.put(key, b"")
     assert store.delete_prefix("a/") == 2
@@ -157,14 +157,14 @@ def test_all_below_a_prefix_is_deleted_and_nothing_else(store):
 
 
 @pytest.mark.parametrize("key", ["", "/etc/passwd", "../x", "a/../../x", ".", "a\0b", ".tmp-x", "a/.tmp-x", "\udc80"])
-def test_keys_that_lead_outside_or_mean_something_else_are_refused(store, key):
+def test_invalid_key_is_refused(store, key):
     for call in (store.get, store.path, store.exists, store.delete, lambda key: store.put(key, b"")):
         with pytest.raises(StoreError, match="not a key"):
             call(key)
 
 
 @pytest.mark.parametrize("call", ["get", "path", "size", "open"])
-def test_a_missing_blob_is_named(store, call):
+def test_missing_blob_is_named(store, call):
     with pytest.raises(StoreError, match=r"nope/x: cannot read: no such (file|object)") as caught:
         getattr(store, call)("nope/x")
     assert "\n" not in str(caught.value)
@@ -174,12 +174,12 @@ def test_a_missing_blob_is_named(store, call):
     assert not store.exists("nope/x")
 
 
-def test_a_key_that_is_too_long_is_explained(store):
+def test_long_key_is_refused(store):
     with pytest.raises(StoreError, match="too long"):
         store.put("x" * 2000, b"")
 
 
-def test_a_store_goes_to_another_process(store):
+def test_store_can_be_pickled_and_forked(store):
     store.put("a", b"1")
     assert pickle.loads(pickle.dumps(store)).get("a") == b"1"
     for method in ("fork", "spawn"):
@@ -188,7 +188,7 @@ def test_a_store_goes_to_another_process(store):
     assert store.get("a") == b"1"
 
 
-def test_readers_see_the_old_bytes_or_the_new_ones_while_a_writer_replaces_them(store, request):
+def test_put_is_atomic_for_readers(store, request):
     # Swift lists an object's folder, then opens the newest file. If that was replaced meanwhile, another replica answers; here is one.
     alone = request.node.callspec.params["any_store"] == "swift"
     store.put("blob", b"a" * 300_000)

@@ -23,7 +23,7 @@ class Sheep(HashedDocument):
 
 
 @given(st.dictionaries(st.text(), JSON))
-def test_digest_does_not_depend_on_the_order_of_keys(value):
+def test_digest_json_ignores_the_order_of_keys(value):
     assert digest_json(value) == digest_json(dict(reversed(value.items())))
 
 
@@ -33,17 +33,17 @@ def test_canonical_json_reads_back_equal(value):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_numbers_that_json_has_no_word_for_are_refused(value):
+def test_canonical_json_refuses_nan_and_infinity(value):
     with pytest.raises(ValueError, match="JSON"):
         canonical_json(value)
 
 
-def test_code_digest_covers_what_it_is_told_and_nothing_else():
+def test_digest_code_covers_its_parts_only():
     assert digest_code("modeling/factory.py") != digest_code("config/schema.py")
     assert digest_code("training") != digest_code("training", "modeling/factory.py")
 
 
-def test_a_document_reads_back_with_its_digest_checked(tmp_path):
+def test_hashed_document_checks_its_digest(tmp_path):
     store = LocalStore(tmp_path)
     sheep = Sheep(name="Dolly")
     sheep.save_file(store, "sheep.json")
@@ -54,12 +54,12 @@ def test_a_document_reads_back_with_its_digest_checked(tmp_path):
         Sheep.load_file(store, "sheep.json")
 
 
-def test_a_wrong_field_is_named_with_its_value():
+def test_document_names_a_wrong_field_with_its_value():
     with pytest.raises(DataError, match=r"here: legs: .*got 'many'"):
         Sheep.parse(b'{"name": "a", "legs": "many"}', "here")
 
 
 @given(st.binary(max_size=100))
-def test_garbage_is_a_data_error(data):
+def test_document_refuses_garbage(data):
     with pytest.raises(DataError, match=r"^here: "):
         Sheep.parse(data, "here")

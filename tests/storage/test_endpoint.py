@@ -22,32 +22,32 @@ def test_endpoint_and_region_come_from_the_environment():
 @pytest.mark.parametrize(
     "url", ["localhost:9000", "ftp://a", "http://", "http://a/path", "http://a?x=1", "http://a:port", "http://[::1"]
 )
-def test_what_is_no_endpoint_is_refused(url):
+def test_invalid_endpoint_is_refused(url):
     with pytest.raises(StoreError, match=r"no S3 endpoint; set AWS_ENDPOINT_URL to http\(s\)://HOST\[:PORT\]"):
         S3Endpoint.from_environment({"AWS_ENDPOINT_URL": url})
 
 
 @pytest.mark.parametrize("url", ["http://key:hidden@host", "http://key:hidden@host:port", "key:hidden@host"])
-def test_credentials_in_an_endpoint_are_refused_and_not_repeated(url):
+def test_endpoint_with_credentials_is_refused_without_quoting_them(url):
     with pytest.raises(StoreError) as caught:
         S3Endpoint.from_environment({"AWS_ENDPOINT_URL": url})
     assert "hidden" not in str(caught.value)
 
 
 @pytest.mark.parametrize("uri", ["s3://key:hidden@bucket/p", "s3://hidden@bucket"])
-def test_credentials_in_a_uri_are_refused_and_not_repeated(uri):
+def test_uri_with_credentials_is_refused_without_quoting_them(uri):
     with pytest.raises(StoreError, match="no credentials belong into a URI; set AWS_ACCESS_KEY_ID") as caught:
         open_store(uri)
     assert "hidden" not in str(caught.value)
 
 
 @pytest.mark.parametrize("uri", ["s3://", "s3:///key", "s3://Bucket/x", "s3://b", "s3://a_b/x", "s3://bucket?x/y"])
-def test_what_is_no_bucket_is_refused(uri):
+def test_invalid_bucket_is_refused(uri):
     with pytest.raises(StoreError, match="must be s3://BUCKET/PREFIX"):
         open_store(uri)
 
 
-def test_uris_are_kept_as_they_are_written():
+def test_s3_uri_is_normalized():
     assert open_store("s3://bucket").uri == "s3://bucket"
     assert open_store("s3://bucket/").uri == "s3://bucket"
     assert open_store("s3://bucket/a//b?c#d%20/").uri == "s3://bucket/a/b?c#d%20"
@@ -58,18 +58,18 @@ def test_uris_are_kept_as_they_are_written():
         open_store("s3://bucket/a/../b")
 
 
-def test_a_ca_file_that_is_not_there_is_named():
+def test_missing_ca_file_is_named():
     with pytest.raises(StoreError, match=r"AWS_CA_BUNDLE=/nope: no such file; set it to a file of CA certificates"):
         S3Endpoint.from_environment({"AWS_CA_BUNDLE": "/nope"})
     assert os.path.isfile(S3Endpoint.from_environment({}).ca_file)  # noqa: PTH113
 
 
-def test_session_tokens_come_along(monkeypatch):
+def test_session_token_comes_from_the_environment(monkeypatch):
     monkeypatch.setenv("AWS_SESSION_TOKEN", "token")
     assert EnvironmentCredentials().retrieve().session_token == "token"
 
 
-def test_a_region_of_nonsense_is_explained(monkeypatch):
+def test_invalid_region_is_explained(monkeypatch):
     monkeypatch.setenv("AWS_REGION", "no region!")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(StoreError, match=r"s3://bucket/k: cannot read: .*invalid region no region!.*AWS_REGION"):
@@ -89,7 +89,7 @@ def mount(folder, access, secret):
             (folder / name).symlink_to(f"..data/{name}")
 
 
-def test_secret_files_are_read_again_when_they_are_rotated(tmp_path):
+def test_secret_files_are_read_again_after_rotation(tmp_path):
     mount(tmp_path, "key-1", "secret-1")
     credentials = FileCredentials(tmp_path)
     first = credentials.retrieve()
@@ -100,7 +100,7 @@ def test_secret_files_are_read_again_when_they_are_rotated(tmp_path):
     assert (second.access_key, second.secret_key) == ("key-2", "secret-2")
 
 
-def test_secret_files_that_are_missing_or_empty_are_named(tmp_path):
+def test_missing_or_empty_secret_file_is_named(tmp_path):
     with pytest.raises(StoreError, match=r"no credentials: .*/accesskey: No such file or directory; NS_S3_SECRETS must name"):
         FileCredentials(tmp_path).retrieve()
     (tmp_path / "accesskey").write_text("x")
@@ -109,7 +109,7 @@ def test_secret_files_that_are_missing_or_empty_are_named(tmp_path):
         FileCredentials(tmp_path).retrieve()
 
 
-def test_a_store_carries_no_secret_with_it(monkeypatch, moto):
+def test_pickled_store_holds_no_secret(monkeypatch, moto):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
     monkeypatch.setenv("AWS_ENDPOINT_URL", moto)
     store = open_store("s3://bucket")

@@ -21,7 +21,7 @@ def work(root, calls):
     return run
 
 
-def test_done_work_is_not_done_twice(root):
+def test_ledger_reuses_finished_work(root):
     calls = []
     first, reused = Ledger(root).get_or_run("train", INPUTS, work(root, calls))
     assert not reused
@@ -31,7 +31,7 @@ def test_done_work_is_not_done_twice(root):
     assert len(calls) == 1
 
 
-def test_other_inputs_are_other_work(root):
+def test_ledger_repeats_work_for_other_inputs(root):
     calls = []
     Ledger(root).get_or_run("train", INPUTS, work(root, calls))
     Ledger(root).get_or_run("train", {**INPUTS, "epochs": 4}, work(root, calls))
@@ -39,7 +39,7 @@ def test_other_inputs_are_other_work(root):
     assert len(calls) == 3
 
 
-def test_work_whose_output_is_gone_is_done_again(root):
+def test_ledger_repeats_work_whose_output_is_gone(root):
     calls = []
     Ledger(root).get_or_run("train", INPUTS, work(root, calls))
     root.delete("store/models/m/model.json")
@@ -48,7 +48,7 @@ def test_work_whose_output_is_gone_is_done_again(root):
     assert len(calls) == 2
 
 
-def test_failed_work_leaves_no_entry(root):
+def test_ledger_has_no_entry_of_failed_work(root):
     def fail():
         raise DataError("no")
 
@@ -57,7 +57,7 @@ def test_failed_work_leaves_no_entry(root):
     assert list(root.list("store/ledger/")) == []
 
 
-def test_a_damaged_entry_is_named(root):
+def test_ledger_names_a_damaged_entry(root):
     ledger = Ledger(root)
     entry, _ = ledger.get_or_run("train", INPUTS, work(root, []))
     root.put(f"store/ledger/train/{entry.digest}.json", b'{"stage": 3}')

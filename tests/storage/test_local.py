@@ -53,7 +53,7 @@ def files_in(folder):
 
 
 @given(key=KEY, data=st.binary(max_size=1000))
-def test_what_is_put_under_any_name_is_got_back(tmp_path_factory, key, data):
+def test_put_and_get_any_key(tmp_path_factory, key, data):
     store = LocalStore(tmp_path_factory.mktemp("store"))
     store.put(key, data)
     assert store.get(key) == store.path(key).read_bytes() == data
@@ -61,7 +61,7 @@ def test_what_is_put_under_any_name_is_got_back(tmp_path_factory, key, data):
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_of_many_creators_one_wins_and_all_see_its_bytes(store, links, monkeypatch):
+def test_create_has_one_winner(store, links, monkeypatch):
     if not links:
         refuse_links(monkeypatch, errno.EPERM)
     won = []
@@ -81,7 +81,7 @@ def test_of_many_creators_one_wins_and_all_see_its_bytes(store, links, monkeypat
 
 
 @pytest.mark.parametrize("reason", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK])
-def test_the_first_writer_wins_also_without_hard_links(store, monkeypatch, reason):
+def test_create_works_without_hard_links(store, monkeypatch, reason):
     refuse_links(monkeypatch, reason)
     assert store.create("key", b"first")
     assert not store.create("key", b"second")
@@ -96,13 +96,13 @@ def refuse_links(monkeypatch, reason):
     monkeypatch.setattr(os, "link", link)
 
 
-def test_a_folder_may_be_given_as_path_or_uri(store, tmp_path):
+def test_open_store_takes_a_path_or_uri(store, tmp_path):
     assert store.at(str(tmp_path / "other")).uri == (tmp_path / "other").as_uri()
     assert open_store((tmp_path / "ä b").as_uri()).uri == (tmp_path / "ä b").as_uri()
     assert open_store(str(tmp_path / "50%#?")).at("x").uri == (tmp_path / "50%#?" / "x").as_uri()
 
 
-def test_a_folder_in_the_way_is_named(store):
+def test_folder_in_the_way_is_named(store):
     store.put("a/b", b"")
     for call in (store.get, store.size, store.path, store.open, store.delete):
         with pytest.raises(StoreError, match=r"store/a: cannot (read|delete): (is a folder|permission denied)"):
@@ -113,24 +113,24 @@ def test_a_folder_in_the_way_is_named(store):
     store.delete("a/b/c")
 
 
-def test_a_name_too_long_for_a_file_system_is_explained(store):
+def test_long_file_name_is_explained(store):
     with pytest.raises(StoreError, match="255 bytes a part; shorten it"):
         store.put("x" * 300, b"")
 
 
 @pytest.mark.parametrize("uri", ["ftp://host/path", "ftp://user:hidden@host/path", "S3://bucket"])
-def test_an_unknown_scheme_is_refused_without_repeating_what_follows(uri):
+def test_open_store_refuses_an_unknown_scheme_without_quoting_the_rest(uri):
     with pytest.raises(StoreError, match=r"no store for scheme '(ftp|S3)'; use a folder path, file:///") as caught:
         open_store(uri)
     assert "hidden" not in str(caught.value)
 
 
-def test_a_file_uri_with_a_host_is_refused():
+def test_open_store_refuses_a_file_uri_with_a_host():
     with pytest.raises(StoreError, match="three slashes"):
         open_store("file://folder/file")
 
 
-def test_uris_are_split_into_folder_and_file(tmp_path):
+def test_split_uri_into_folder_and_file(tmp_path):
     assert split_uri("file:///a/b.yaml") == ("file:///a", "b.yaml")
     assert split_uri("s3://bucket/b%20c.yaml") == ("s3://bucket", "b%20c.yaml")
     assert split_uri("b.yaml") == (".", "b.yaml")
@@ -142,7 +142,7 @@ def test_uris_are_split_into_folder_and_file(tmp_path):
             split_uri(uri)
 
 
-def test_a_writer_killed_at_any_instant_leaves_the_old_blob_or_the_new_one(tmp_path):
+def test_put_survives_a_kill_at_any_instant(tmp_path):
     store = LocalStore(tmp_path)
     store.put("blob", b"a" * 1_000_000)
     program = (
@@ -163,7 +163,7 @@ def test_a_writer_killed_at_any_instant_leaves_the_old_blob_or_the_new_one(tmp_p
         assert list(store.list()) == ["blob"]
 
 
-def test_a_full_disk_is_one_line_and_costs_nothing_that_was_there(small_disk, tmp_path):
+def test_full_disk_keeps_the_old_blob(small_disk, tmp_path):
     store = LocalStore(small_disk)
     store.put("old", b"1" * 400_000)
     (tmp_path / "large").write_bytes(b"2" * 2_000_000)
@@ -180,7 +180,7 @@ def test_a_full_disk_is_one_line_and_costs_nothing_that_was_there(small_disk, tm
     store.put("new", b"3" * 400_000)
 
 
-def test_a_read_only_disk_is_one_line(small_disk):
+def test_read_only_disk_is_explained(small_disk):
     store = LocalStore(small_disk)
     store.put("a/old", b"1")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
@@ -196,7 +196,7 @@ def test_a_read_only_disk_is_one_line(small_disk):
     assert list(store.list()) == ["a/old"]
 
 
-def test_a_folder_that_may_not_be_written_is_one_line(store):
+def test_folder_without_write_permission_is_explained(store):
     if os.geteuid() == 0:
         pytest.skip("root may write everywhere")
     store.put("old", b"1")
@@ -209,7 +209,7 @@ def test_a_folder_that_may_not_be_written_is_one_line(store):
         store.root.chmod(0o700)
 
 
-def test_a_folder_that_may_not_be_read_is_not_taken_for_empty(store, monkeypatch):
+def test_list_refuses_an_unreadable_folder(store, monkeypatch):
     store.put("a/b", b"1")
     scandir = os.scandir
 
@@ -223,7 +223,7 @@ def test_a_folder_that_may_not_be_read_is_not_taken_for_empty(store, monkeypatch
         list(store.list())
 
 
-def test_a_file_size_limit_is_one_line_and_costs_nothing_that_was_there(store):
+def test_file_size_limit_keeps_the_old_blob(store):
     store.put("old", b"1" * 1000)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -238,7 +238,7 @@ def test_a_file_size_limit_is_one_line_and_costs_nothing_that_was_there(store):
     assert store.get("old") == b"1" * 1000
 
 
-def test_what_a_killed_writer_left_is_never_listed_nor_in_the_way(store):
+def test_unfinished_writes_are_not_listed(store):
     store.put("a/b", b"1")
     (store.root / "a" / f"{TEMPORARY}0123").write_bytes(b"half")
     (store.root / f"{TEMPORARY}4567").write_bytes(b"half")
@@ -248,7 +248,7 @@ def test_what_a_killed_writer_left_is_never_listed_nor_in_the_way(store):
     assert store.delete_prefix("") == 1
 
 
-def test_a_folder_that_vanishes_while_it_is_listed_holds_no_keys(store, monkeypatch):
+def test_list_survives_a_vanishing_folder(store, monkeypatch):
     store.put("a/b", b"1")
     store.put("c", b"1")
     walk = os.walk

@@ -17,7 +17,7 @@ assert read_table(sink.getvalue()).num_rows == 300
 """
 
 
-def test_a_table_comes_back_and_what_is_none_is_refused():
+def test_read_table_refuses_other_bytes():
     table = pa.table({"key": ["a", "b"], "value": [1, 2]})
     sink = io.BytesIO()
     pq.write_table(table, sink)
@@ -27,7 +27,7 @@ def test_a_table_comes_back_and_what_is_none_is_refused():
         read_table(b"no table")
 
 
-def test_a_process_may_end_right_after_reading():
+def test_read_table_lets_a_process_end_at_once():
     # Read in pyarrow's own threads, half of these are aborted.
     processes = [subprocess.Popen([sys.executable, "-c", PROGRAM]) for _ in range(6)]
     assert [process.wait() for process in processes] == [0] * 6

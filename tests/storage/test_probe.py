@@ -27,7 +27,7 @@ def by_name(findings: list[Diagnostic]) -> dict[str, Diagnostic]:
     return {finding.name: finding for finding in findings}
 
 
-def test_a_folder_can_do_everything_and_is_left_as_it_was(tmp_path):
+def test_probe_of_a_folder_passes_and_leaves_nothing(tmp_path):
     (tmp_path / "mine").write_bytes(b"1")
     findings = probe_store(str(tmp_path), paged_keys=20)
     assert [finding.name for finding in findings] == [*COMMON, "space", "delete"]
@@ -35,7 +35,7 @@ def test_a_folder_can_do_everything_and_is_left_as_it_was(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
-def test_a_folder_that_cannot_be_written_says_why(tmp_path):
+def test_probe_says_why_a_folder_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     (finding,) = probe_store(f"{tmp_path}/file/x")
     assert (finding.name, finding.ok) == ("write", False)
@@ -43,7 +43,7 @@ def test_a_folder_that_cannot_be_written_says_why(tmp_path):
     assert finding.fix == "choose another URI"
 
 
-def test_a_server_can_do_everything_and_is_left_as_it_was(through, tmp_path, moto):
+def test_probe_of_a_server_passes_and_leaves_nothing(through, tmp_path, moto):
     _, uri = through
     findings = by_name(probe_store(uri, paged_keys=30))
     assert list(findings) == S3
@@ -55,7 +55,7 @@ def test_a_server_can_do_everything_and_is_left_as_it_was(through, tmp_path, mot
     assert list(store_at(moto, tmp_path, bucket).list()) == []
 
 
-def test_nothing_is_tried_where_nothing_can_be_written(through):
+def test_probe_stops_where_nothing_can_be_written(through):
     proxy, uri = through
     proxy.faults = [Fault("PUT", 99, 403, b"<Error><Code>AccessDenied</Code></Error>")]
     endpoint, write = probe_store(uri)
@@ -89,7 +89,7 @@ def test_nothing_is_tried_where_nothing_can_be_written(through):
     ],
     ids=lambda value: value if isinstance(value, str) and " " not in value else "",
 )
-def test_what_a_server_cannot_do_is_found_and_the_rest_tried_all_the_same(through, fault, name, detail):
+def test_probe_finds_one_fault_and_tries_the_rest(through, fault, name, detail):
     proxy, uri = through
     proxy.faults = [Fault(**fault.__dict__)]
     findings = by_name(probe_store(uri, paged_keys=3))
@@ -98,7 +98,7 @@ def test_what_a_server_cannot_do_is_found_and_the_rest_tried_all_the_same(throug
     assert detail in findings[name].detail
 
 
-def test_a_server_that_drops_metadata_is_usable_and_named(through):
+def test_probe_accepts_a_server_that_drops_metadata(through):
     proxy, uri = through
     proxy.faults = [Fault("HEAD .*blob", 99, drop=("x-amz-meta-sha256",))]
     metadata = by_name(probe_store(uri, paged_keys=3))["metadata"]
@@ -106,14 +106,14 @@ def test_a_server_that_drops_metadata_is_usable_and_named(through):
     assert "NOT kept" in metadata.detail
 
 
-def test_what_is_no_store_is_an_error():
+def test_probe_refuses_an_unknown_scheme():
     with pytest.raises(StoreError, match="no store for scheme"):
         probe_store("ftp://x")
 
 
 @pytest.mark.integration
 @pytest.mark.timeout(300)
-def test_swift_can_do_everything(swift, monkeypatch, tmp_path):
+def test_probe_of_swift_passes(swift, monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_ENDPOINT_URL", swift.url)
     store = store_at(swift.url, tmp_path)
     findings = by_name(probe_store(store.uri))

@@ -81,13 +81,13 @@ def denying(moto):
     proxy.close()
 
 
-def test_no_such_bucket(moto, monkeypatch):
+def test_missing_bucket_is_explained(moto, monkeypatch):
     store = store_for(moto, monkeypatch)
     for name, message in complaints(store):
         assert f"no bucket 'bucket' at {moto}: create it, or correct the URI" in message, name
 
 
-def test_no_such_key_is_asked_for_only_once(proxied):
+def test_missing_key_takes_one_request(proxied):
     store, proxy = proxied
     assert not store.exists("k")
     proxy.requests.clear()
@@ -119,13 +119,13 @@ def test_no_such_key_is_asked_for_only_once(proxied):
         (405, "MethodNotAllowed", {}, "the server says MethodNotAllowed: m (HTTP 405)"),
     ],
 )
-def test_what_a_server_says_is_translated(denying, monkeypatch, status, code, elements, expected):
+def test_server_error_is_explained(denying, monkeypatch, status, code, elements, expected):
     url = denying(status, code, **elements)
     for name, message in complaints(store_for(url, monkeypatch)):
         assert expected in message, name
 
 
-def test_secret_files_are_named_where_credentials_come_from_them(denying, monkeypatch, tmp_path):
+def test_wrong_secret_names_the_secret_files(denying, monkeypatch, tmp_path):
     (tmp_path / "accesskey").write_text("key\n")
     (tmp_path / "secretkey").write_text("hidden\n")
     store = store_for(denying(403, "SignatureDoesNotMatch"), monkeypatch, NS_S3_SECRETS=str(tmp_path))
@@ -133,13 +133,13 @@ def test_secret_files_are_named_where_credentials_come_from_them(denying, monkey
     assert f"correct NS_S3_SECRETS ({tmp_path}/secretkey, accesskey)" in message
 
 
-def test_missing_credentials(moto, monkeypatch):
+def test_missing_credentials_are_explained(moto, monkeypatch):
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     for name, message in complaints(store_for(moto, monkeypatch)):
         assert "no credentials: AWS_SECRET_ACCESS_KEY is not set; set AWS_ACCESS_KEY_ID and" in message, name
 
 
-def test_nothing_listens(monkeypatch):
+def test_refused_connection_is_explained(monkeypatch):
     begun = time.monotonic()
     for name, message in complaints(store_for("http://127.0.0.1:9", monkeypatch)):
         assert (
@@ -150,7 +150,7 @@ def test_nothing_listens(monkeypatch):
     assert time.monotonic() - begun < 10 * IMPATIENT.seconds / 2
 
 
-def test_no_such_host(monkeypatch):
+def test_unknown_host_is_explained(monkeypatch):
     (_, message), *_ = complaints(store_for("http://nowhere.invalid:9000", monkeypatch), {"get"})
     assert "the host of http://nowhere.invalid:9000 has no address (DNS): correct AWS_ENDPOINT_URL" in message
 
@@ -164,7 +164,7 @@ def test_no_such_host(monkeypatch):
         (400, b"Client sent an HTTP request to an HTTPS server.", "if it speaks TLS, write https:// in AWS_ENDPOINT_URL"),
     ],
 )
-def test_something_that_is_no_s3_server(moto, monkeypatch, status, body, expected):
+def test_other_server_is_explained(moto, monkeypatch, status, body, expected):
     proxy = Proxy(moto)
     proxy.faults = [Fault("", 999, status, body, {"Content-Type": "text/html"})]
     (_, message), *_ = complaints(store_for(proxy.url, monkeypatch), {"list"})
@@ -198,7 +198,7 @@ def certificate(tmp_path):
 
 
 @pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "AWS_CA_BUNDLE"])
-def test_tls_needs_a_certificate_that_is_trusted(moto, monkeypatch, certificate, variable):
+def test_tls_needs_a_trusted_certificate(moto, monkeypatch, certificate, variable):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*certificate)
     proxy = Proxy(moto, context)
@@ -215,13 +215,13 @@ def test_tls_needs_a_certificate_that_is_trusted(moto, monkeypatch, certificate,
     proxy.close()
 
 
-def test_tls_with_a_server_that_speaks_plain_http(moto, monkeypatch):
+def test_tls_with_a_plain_http_server_is_explained(moto, monkeypatch):
     url = moto.replace("http:", "https:")
     (_, message), *_ = complaints(store_for(url, monkeypatch), {"get"})
     assert f"TLS: {url} does not speak it: write http:// in AWS_ENDPOINT_URL" in message
 
 
-def test_a_full_disk_under_the_cache(proxied, monkeypatch, tmp_path):
+def test_full_disk_under_the_cache_is_explained(proxied, monkeypatch, tmp_path):
     store, _ = proxied
     store.put("k", b"1" * 1000)
 

@@ -41,7 +41,7 @@ read_calls = pytest.mark.parametrize("read", READS.values(), ids=READS)
         str(value) for value in (fault.status, fault.reset, fault.truncate, fault.whole, fault.delay) if value
     ),
 )
-def test_reads_get_over_what_passes(proxied, read, fault):
+def test_reads_are_retried(proxied, read, fault):
     store, proxy = proxied
     store.put("a", DATA)
     fault.times = min(fault.times, 3)
@@ -64,7 +64,7 @@ def test_reads_get_over_what_passes(proxied, read, fault):
     ],
     ids=lambda fault: f"{fault.match}-{fault.status or fault.reset}",
 )
-def test_writes_get_over_what_passes(proxied, fault, tmp_path):
+def test_writes_are_retried(proxied, fault, tmp_path):
     store, proxy = proxied
     source = tmp_path / "source"
     source.write_bytes(DATA * 4)
@@ -78,7 +78,7 @@ def test_writes_get_over_what_passes(proxied, fault, tmp_path):
     assert list(store.list()) == ["big", "small"]
 
 
-def test_other_calls_get_over_what_passes(proxied):
+def test_other_calls_are_retried(proxied):
     store, proxy = proxied
     store.put("a", b"1")
     proxy.faults = [
@@ -94,7 +94,7 @@ def test_other_calls_get_over_what_passes(proxied):
     assert all(fault.times == 0 for fault in proxy.faults)
 
 
-def test_a_broken_download_goes_on_where_it_stopped(proxied):
+def test_broken_download_continues_where_it_stopped(proxied):
     store, proxy = proxied
     store.put("a", DATA)
     proxy.faults = [Fault("GET", times=2, truncate=1_300_000)]
@@ -103,7 +103,7 @@ def test_a_broken_download_goes_on_where_it_stopped(proxied):
     assert proxy.count("GET") == 3
 
 
-def test_every_part_of_an_upload_has_its_own_patience(proxied, tmp_path):
+def test_each_part_of_an_upload_has_its_own_retries(proxied, tmp_path):
     store, proxy = proxied
     source = tmp_path / "source"
     source.write_bytes(DATA * 6)
@@ -113,7 +113,7 @@ def test_every_part_of_an_upload_has_its_own_patience(proxied, tmp_path):
     assert store.get("a") == DATA * 6
 
 
-def test_an_upload_that_fails_is_taken_back_and_never_seen(proxied, tmp_path):
+def test_failed_upload_is_aborted(proxied, tmp_path):
     store, proxy = proxied
     store.put("a", b"old")
     source = tmp_path / "source"
@@ -125,7 +125,7 @@ def test_an_upload_that_fails_is_taken_back_and_never_seen(proxied, tmp_path):
     assert store.get("a") == b"old"
 
 
-def test_a_file_that_changes_while_it_is_uploaded_is_not_published(proxied, tmp_path):
+def test_put_file_refuses_a_changing_file(proxied, tmp_path):
     store, proxy = proxied
     source = tmp_path / "source"
     source.write_bytes(DATA * 6)
@@ -139,7 +139,7 @@ def test_a_file_that_changes_while_it_is_uploaded_is_not_published(proxied, tmp_
 
 @read_calls
 @pytest.mark.parametrize("length", [len(DATA), PART_BYTES + 1])
-def test_damaged_bytes_are_never_taken_for_the_blob(proxied, read, length):
+def test_damaged_bytes_are_refused(proxied, read, length):
     store, proxy = proxied
     data = (DATA * 2)[:length]
     store.put("a", data)
@@ -162,7 +162,7 @@ def test_bytes_damaged_once_are_fetched_again(proxied, read):
     assert read(store) == DATA
 
 
-def test_objects_of_others_are_checked_by_their_md5(proxied):
+def test_foreign_objects_are_checked_by_md5(proxied):
     store, proxy = proxied
     store.put("a", DATA)
     unsigned = ("x-amz-meta-sha256",)
@@ -176,7 +176,7 @@ def test_objects_of_others_are_checked_by_their_md5(proxied):
     assert len(store.get("a")) == len(DATA)
 
 
-def test_a_blob_replaced_while_it_is_read_is_read_anew(proxied):
+def test_replaced_blob_is_read_again(proxied):
     store, proxy = proxied
     store.put("a", DATA)
     proxy.faults = [Fault("GET", truncate=1_300_000), Fault("GET", delay=0.2)]
@@ -184,7 +184,7 @@ def test_a_blob_replaced_while_it_is_read_is_read_anew(proxied):
     assert store.get("a") == b"new" * 1_000_000
 
 
-def test_a_stream_is_read_through_resets(proxied, tmp_path):
+def test_open_survives_resets(proxied, tmp_path):
     store, proxy = proxied
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for number in range(20):
@@ -197,7 +197,7 @@ def test_a_stream_is_read_through_resets(proxied, tmp_path):
     assert read == [bytes([number]) * 200_000 for number in range(20)]
 
 
-def test_giving_up_takes_as_long_as_patience_lasts(proxied):
+def test_retries_end_after_their_time(proxied):
     store, proxy = proxied
     store.put("a", b"1")
     now = [0.0]
@@ -217,7 +217,7 @@ def test_giving_up_takes_as_long_as_patience_lasts(proxied):
     assert now[0] <= 60
 
 
-def test_what_will_not_pass_is_not_tried_again(proxied):
+def test_permanent_error_is_not_retried(proxied):
     store, proxy = proxied
     store.put("a", b"1")
     proxy.requests.clear()
@@ -227,7 +227,7 @@ def test_what_will_not_pass_is_not_tried_again(proxied):
     assert proxy.count("GET") == 1
 
 
-def test_jitter_is_full_and_progress_restores_patience():
+def test_retry_budget_has_full_jitter_and_restarts_on_progress():
     now = [0.0]
     drawn = []
 
@@ -245,7 +245,7 @@ def test_jitter_is_full_and_progress_restores_patience():
     assert trial.wait_for_retry("y")
 
 
-def test_a_proxy_that_answers_ranges_with_the_whole_does_no_harm(proxied):
+def test_get_range_copes_with_whole_answers(proxied):
     store, proxy = proxied
     store.put("a", DATA)
     proxy.faults = [Fault("GET", times=99, whole=True)]
@@ -254,7 +254,7 @@ def test_a_proxy_that_answers_ranges_with_the_whole_does_no_harm(proxied):
     assert store.get_range("a", len(DATA) + 5, 1000) == b""
 
 
-def test_everything_goes_through_a_bad_hour(proxied, tmp_path):
+def test_store_survives_random_faults(proxied, tmp_path):
     """Every third request fails, each time in another way."""
     store, proxy = proxied
     kinds = [{"status": 503}, {"reset": "before"}, {"truncate": 100}, {"reset": "after"}]

@@ -53,7 +53,7 @@ def outages(swift):
         thread.join()
 
 
-def test_nothing_is_lost_when_the_server_is_killed_between_and_within_writes(patient, outages, tmp_path):
+def test_writes_survive_a_killed_server(patient, outages, tmp_path):
     patient.put("warm", b"1")
     trouble = outages(times=3)
     digests = {}
@@ -76,7 +76,7 @@ def test_nothing_is_lost_when_the_server_is_killed_between_and_within_writes(pat
         assert hashlib.sha256(patient.get(key)).hexdigest() == digest
 
 
-def test_reads_get_the_same_bytes_while_the_server_is_killed(patient, outages):
+def test_reads_survive_a_killed_server(patient, outages):
     patient.put("a", DATA * 5)
     digest = hashlib.sha256(DATA * 5).hexdigest()
     trouble = outages(times=3)
@@ -95,7 +95,7 @@ def test_reads_get_the_same_bytes_while_the_server_is_killed(patient, outages):
         assert list(patient.list()) == ["a"]
 
 
-def test_a_writer_without_patience_leaves_the_old_blob(swift, tmp_path):
+def test_failed_write_leaves_the_old_blob(swift, tmp_path):
     store = store_at(swift.url, tmp_path / "cache")
     store.put("a", b"old")
     source = tmp_path / "source"
@@ -113,7 +113,7 @@ def test_a_writer_without_patience_leaves_the_old_blob(swift, tmp_path):
     assert list(store.list()) == ["a"]
 
 
-def test_a_wrong_secret_an_unknown_user_and_a_forbidden_bucket(swift, tmp_path, monkeypatch):
+def test_denied_access_is_explained(swift, tmp_path, monkeypatch):
     store = store_at(swift.url, tmp_path / "cache")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
     for call in (lambda: store.get("a"), lambda: store.exists("a"), lambda: store.put("a", b""), lambda: list(store.list())):
@@ -130,14 +130,14 @@ def test_a_wrong_secret_an_unknown_user_and_a_forbidden_bucket(swift, tmp_path, 
             call()
 
 
-def test_a_bucket_that_is_not_there(swift, tmp_path):
+def test_missing_bucket_is_explained_on_swift(swift, tmp_path):
     store = store_at(swift.url, tmp_path / "cache", "no-such-bucket")
     for call in (lambda: store.get("a"), lambda: store.exists("a"), lambda: store.put("a", b""), lambda: list(store.list())):
         with pytest.raises(StoreError, match="no bucket 'no-such-bucket' at"):
             call()
 
 
-def test_clocks_that_differ(swift, tmp_path, monkeypatch):
+def test_clock_skew_is_explained(swift, tmp_path, monkeypatch):
     store = store_at(swift.url, tmp_path / "cache")
     now = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=1)
     monkeypatch.setattr(minio.time, "utcnow", lambda: now)
