@@ -375,6 +375,24 @@ def test_collect_garbage_deletes_only_unneeded_data(tmp_path):
 
 
 @pytest.mark.integration
+def test_collect_garbage_refuses_refs_with_other_data(tmp_path):
+    git_uri, work = make_bare_repository(tmp_path / "git"), tmp_path / "work"
+    registry = LabelRegistry(git_uri, str(tmp_path / "remote"))
+    registry.commit_version(VersionTag("p", "r", 1), *make_label_set(tmp_path / "labels"))
+    subprocess.run(["git", "clone", "--quiet", git_uri, str(work)], check=True)
+    (work / "other.dvc").write_text("outs: []\n")
+    git(str(work), "add", "other.dvc")
+    git(str(work), "-c", "user.name=x", "-c", "user.email=x@y", "commit", "--quiet", "-m", "x")
+    git(str(work), "tag", "mine")
+    git(str(work), "push", "--quiet", "origin", "mine")
+    files = contents(tmp_path / "remote")
+    with pytest.raises(DataError, match=r"tags/mine: keeps data that `ns labels commit` did not put there \(other.dvc\)"):
+        collect_garbage(registry, [VersionTag("p", "r", 1)], dry_run=False)
+    assert contents(tmp_path / "remote") == files
+    assert len(registry.list_versions()) == 1
+
+
+@pytest.mark.integration
 def test_registry_in_repository_with_work_tree(tmp_path):
     subprocess.run(["git", "init", "--quiet", str(tmp_path / "git")], check=True)
     registry = LabelRegistry(str(tmp_path / "git"), str(tmp_path / "remote"))
