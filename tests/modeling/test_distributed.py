@@ -69,7 +69,7 @@ def test_single_world_needs_no_group():
 @pytest.mark.integration
 @pytest.mark.timeout(300)
 def test_two_processes_train_like_one(tmp_path):
-    # Five steps: rounding grows threefold with each step in so small a network, whoever takes it. Gradients or learning rates
+    # Five steps: rounding grows threefold with each step in so small a network. Gradients or learning rates
     # that are a tenth too large move the losses by a hundred times what is allowed here.
     few = {**CALM, "epochs": 1, "optimizer": {"lr": 0.2, "warmup_epochs": 0}}
     alone = together(tmp_path / "1", 1, **few)

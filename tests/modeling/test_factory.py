@@ -40,7 +40,7 @@ def test_stochastic_depth_grows_linearly_from_zero_to_its_rate():
     rates = [
         getattr(block.drop_path, "drop_prob", 0.0) for stage in network.blocks for block in stage if hasattr(block, "drop_path")
     ]
-    # Block i of L drops at 0.2 i / L: B0's last at 0.1875 (noisy_student.md §3.2).
+    # Block i of L drops at 0.2 i / L: B0's last at 0.1875 (the reference code).
     assert len(rates) == 16
     assert rates == pytest.approx([0.2 * index / 16 for index in range(16)])
 
@@ -58,7 +58,7 @@ def test_reduced_stride_leaves_larger_maps(arch, factor, side):
 
 
 def test_reduced_stride_is_the_papers_for_small_images():
-    """Stages 2 and 3 of B0 are dense, the stem is not (noisy_student.md §5): feature maps of 32 px images."""
+    """Stages 2 and 3 of B0 are dense, the stem is not, as in the reference code: feature maps of 32 px images."""
     network = meta(ModelConfig(arch="tf_efficientnet_b0", resolution=32, reduce_stride=4))
     sides = {}
     for index, stage in enumerate(network.blocks):
@@ -74,7 +74,7 @@ def test_reduced_stride_needs_stages():
 
 @pytest.mark.parametrize(
     ("preset", "parameters", "billions"),
-    # Million parameters: arXiv:1911.04252 and noisy_student.md §1.3; multiply-adds: timm's, as quoted there.
+    # Million parameters: arXiv:1911.04252 and the reference code; multiply-adds: timm's, at these sizes.
     [("b0", 5.3, 0.39), ("b7", 66.3, 38.3), ("l2", 480.3, 172.1), ("lite0", 4.65, 0.39)],
 )
 def test_preset_has_the_papers_size(preset, parameters, billions):

@@ -253,7 +253,7 @@ def test_predictor_reads_ahead(model, pool, monkeypatch):
 
     monkeypatch.setattr(source, "read_encoded", counted)
     forward = predictor.forward_pass
-    predictor.forward_pass = lambda images: forward(images) if read.wait(10) else pytest.fail("nothing was read meanwhile")
+    predictor.forward_pass = lambda images: forward(images) if read.wait(10) else pytest.fail("nothing was read ahead")
     predictor.predict_shard(source, 1)
 
 

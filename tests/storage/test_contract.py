@@ -189,7 +189,7 @@ def test_store_can_be_pickled_and_forked(store):
 
 
 def test_put_is_atomic_for_readers(store, request):
-    # Swift lists an object's folder, then opens the newest file. If that was replaced meanwhile, another replica answers; here is one.
+    # Swift lists an object's folder, then opens the newest file. If that was replaced, another replica answers; here is one.
     alone = request.node.callspec.params["any_store"] == "swift"
     store.put("blob", b"a" * 300_000)
     program = (

@@ -73,7 +73,7 @@ def main() -> None:
             network,
             plan_training(config, labeled.samples),
             labeled,
-            PseudoLabeledImages(pool.source, targets, pool.copies),
+            PseudoLabeledImages(pool.source, targets.__getitem__, pool.copies),
             classes=CLASSES,
             seed=1,
             checkpoints=LocalStore(folder / "checkpoints"),
