@@ -3,9 +3,9 @@
     python3 .ci/comment.py MARKER FILE --number 12          the request's number
     python3 .ci/comment.py MARKER FILE --branch NAME        the open request of that branch; no request is no error
 
-MARKER is a word that tells our comments apart; it is kept in them, unseen. On GitHub it reads GITHUB_API_URL, GITHUB_REPOSITORY and
+MARKER is a word that identifies the comment, in which it is hidden. On GitHub it reads GITHUB_API_URL, GITHUB_REPOSITORY and
 GITHUB_TOKEN, on GitLab CI_API_V4_URL, CI_PROJECT_ID and GITLAB_TOKEN (of the project, scope api: a job's own token may not comment).
-Needs nothing but Python, so that no job installs anything to say something.
+Needs only Python, so that no job installs anything for it.
 """
 
 import argparse
@@ -25,7 +25,7 @@ SECONDS = 30
 
 
 class CodeHost:
-    """The requests of one project, in the words of either host."""
+    """The pull or merge requests of one project, on either host."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         if project := environment.get("CI_PROJECT_ID"):
@@ -43,17 +43,17 @@ class CodeHost:
             }
             self.requests, self.query, self.id = "pulls", {"state": "open", "head": ""}, "number"
             self.comments, self.comment, self.verb = "issues/{}/comments", "issues/comments/{1}", "PATCH"
-            # GitHub looks for branches of an owner.
+            # GitHub searches for OWNER:BRANCH.
             self.owner = environment["GITHUB_REPOSITORY"].partition("/")[0] + ":"
 
     def find_request(self, branch: str) -> int | None:
-        """Of the open request of a branch."""
+        """Returns the number of the open request of a branch, or None."""
         query = {name: value or self.owner + branch for name, value in self.query.items()}
         requests = self._send_request("GET", f"{self.requests}?{urllib.parse.urlencode(query)}")
         return int(requests[0][self.id]) if requests else None
 
     def write_comment(self, number: int, marker: str, text: str) -> str:
-        """Writes the comment, or changes the one that is there. Returns which of them."""
+        """Writes the comment, or changes the existing one. Returns `new`, `changed` or `unchanged`."""
         page = 1
         while comments := self._send_request("GET", f"{self.comments.format(number)}?per_page=100&page={page}"):
             for comment in comments:
@@ -81,7 +81,7 @@ class CodeHost:
 
 
 def shorten_text(text: str) -> str:
-    """As much of a text as a comment takes, whole lines."""
+    """Shortens a text to whole lines that fit into a comment."""
     if len(text) <= LIMIT:
         return text
     return text[:LIMIT].rpartition("\n")[0] + "\n\n… and more: see the log of the job.\n"
@@ -89,11 +89,11 @@ def shorten_text(text: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Keep one comment on a pull request or merge request.")
-    parser.add_argument("marker", help="a word that tells our comments apart")
+    parser.add_argument("marker", help="word that identifies the comment")
     parser.add_argument("file", type=Path, help="Markdown")
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--number", type=int, help="of the request")
-    which.add_argument("--branch", help="of the request")
+    which.add_argument("--number", type=int, help="number or branch of the request")
+    which.add_argument("--branch", help="number or branch of the request")
     options = parser.parse_args()
     if not re.fullmatch(r"[a-z0-9-]+", options.marker):
         parser.error(f"marker {options.marker!r}: must be lower-case letters, digits and hyphens")
@@ -103,7 +103,7 @@ def main() -> int:
         sys.exit(f"error: {error.args[0]}: is not set; this runs in a job of GitHub Actions or GitLab CI")
     number = options.number or host.find_request(options.branch)
     if number is None:
-        sys.stderr.write(f"no open request of branch {options.branch}: nothing to say\n")
+        sys.stderr.write(f"no open request of branch {options.branch}: no comment\n")
         return 0
     marker = f"<!-- noisy-student: {options.marker} -->"
     outcome = host.write_comment(number, marker, shorten_text(f"{marker}\n{options.file.read_text()}"))

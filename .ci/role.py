@@ -1,7 +1,7 @@
-"""Takes a role with a job's identity, and prints its short-lived keys as shell: `keys=$(python3 .ci/role.py); eval "$keys"`.
+"""Assumes a role with a job's identity, and prints its short-lived keys as shell: `keys=$(python3 .ci/role.py); eval "$keys"`.
 
-Reads NS_AWS_ROLE (the role's ARN), NS_ID_TOKEN (the job's identity, a JWT), and where the service is: NS_STS_URL, or AWS_REGION for
-Amazon's. The request needs no keys of its own: the token is what vouches for it.
+Reads NS_AWS_ROLE (the role's ARN), NS_ID_TOKEN (the job's identity, a JWT), and the service: NS_STS_URL, or AWS_REGION for
+Amazon's. The request needs no keys: the token authenticates it.
 """
 
 import os
@@ -42,7 +42,7 @@ def main() -> int:
         said = " ".join(error.read(300).decode(errors="replace").split())
         sys.exit(f"error: {url}: {error.code}: {said}; does {role} trust this project's tokens?")
     except (urllib.error.URLError, TimeoutError, ElementTree.ParseError) as error:
-        sys.exit(f"error: {url}: {getattr(error, 'reason', error)}; NS_STS_URL says where the service is")
+        sys.exit(f"error: {url}: {getattr(error, 'reason', error)}; NS_STS_URL is the URL of the service")
     keys = {NAMES[name]: part.text for part in root.iter() if (name := part.tag.rpartition("}")[2]) in NAMES and part.text}
     if len(keys) < len(NAMES):
         sys.exit(f"error: {url}: gave no keys for {role}")

@@ -137,7 +137,7 @@ class StepTimer(log.Progress):
         super().__init__(*arguments, **named)
         StepTimer.ends = []
 
-    def advance(self, count: int = 1, **facts: Any) -> None:  # noqa: ARG002
+    def update(self, count: int = 1, **metrics: Any) -> None:  # noqa: ARG002
         synchronize_device()
         self.ends.append(time.perf_counter())
 

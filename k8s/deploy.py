@@ -188,7 +188,7 @@ def deploy_overlay(options: DeployOptions, say: Say, ask: Ask | None, show: Call
 
 def _save_release(kubectl: Kubectl, namespace: str, release: Release, **changes: Any) -> Release:
     release = release.model_copy(update={**changes, "changed_at": utc_timestamp()})
-    release.apply(kubectl, namespace)
+    release.save(kubectl, namespace)
     return release
 
 
@@ -265,7 +265,7 @@ def _apply_overlay(
                     "wait", "--for=condition=Established", "--timeout=60s", "customresourcedefinition", *definitions, seconds=90
                 )
             # Now the namespace exists: the record of what to remove must precede the objects.
-            release.apply(kubectl, namespace)
+            release.save(kubectl, namespace)
             _provide_keys(kubectl, rendered, say)
         if name == "all else":
             wait_until_ready(kubectl, rendered.workloads, options.ready_seconds, say)

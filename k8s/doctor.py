@@ -349,17 +349,17 @@ def _check_version(
         return _warned(
             part, f"the version of {name} is unknown", f"check that it is {format_version(supported.minimum)} or newer"
         )
-    found = format_version(version)
+    installed = format_version(version)
     if provided_version and provided_version != version:
-        return _passed(part, f"{found}; this deployment installs {format_version(provided_version)}")
+        return _passed(part, f"{installed}; this deployment installs {format_version(provided_version)}")
     since, until = format_version(supported.since), format_version(supported.until)
     if version < supported.minimum:
         is_warning = not needed and part not in ("kubernetes", "kfp")
-        return _failed(part, f"{found}: {supported.reason}", f"update {name} to {since} or newer", is_warning=is_warning)
+        return _failed(part, f"{installed}: {supported.reason}", f"update {name} to {since} or newer", is_warning=is_warning)
     if not supported.since <= version < supported.until:
         fix = f"if something goes wrong, use {since} or newer, before {until}"
-        return _warned(part, f"{found}: this project is not tested with it", fix)
-    return _passed(part, found)
+        return _warned(part, f"{installed}: this project is not tested with it", fix)
+    return _passed(part, installed)
 
 
 def _check_version_conflicts(expected_versions: Mapping[str, Version]) -> Iterator[Diagnostic]:

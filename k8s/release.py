@@ -56,7 +56,7 @@ class Release(BaseModel):
                 ) from error
         return releases
 
-    def apply(self, kubectl: Kubectl, namespace: str) -> None:
+    def save(self, kubectl: Kubectl, namespace: str) -> None:
         kubectl.run_command(
             "apply",
             "--server-side",

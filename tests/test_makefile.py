@@ -89,7 +89,7 @@ def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path)
 
 
-def test_make_alone_lists_every_target(machine):
+def test_make_help_lists_every_target(machine):
     targets = set(re.findall(r"^([a-z][a-z-]*):.*## ", (CHECKOUT / "Makefile").read_text(), re.MULTILINE))
     shown = machine.make().stdout
     assert {"help", "run", "test", "lint", "clean"} <= targets
@@ -97,7 +97,7 @@ def test_make_alone_lists_every_target(machine):
 
 
 @pytest.mark.integration
-def test_run_installs_once_and_passes_arguments_on(machine):
+def test_make_run_installs_once_and_passes_arguments(machine):
     machine.has_python()
     first = machine.make("run", "ARGS=--set seed=1")
     assert first.returncode == 0, first.stderr
@@ -114,7 +114,7 @@ def test_run_installs_once_and_passes_arguments_on(machine):
     assert "Installing into .venv" in machine.make("run").stderr
 
 
-def test_old_python_gets_one_line_that_says_what_is_needed(machine):
+def test_install_names_the_python_it_needs(machine):
     machine.has("python3", 'if [ "$1" = --version ]; then echo "Python 3.9.2"; else exit 1; fi')
     refused = machine.make("run")
     assert refused.returncode != 0
@@ -122,12 +122,12 @@ def test_old_python_gets_one_line_that_says_what_is_needed(machine):
     assert not (machine.project / ".venv").exists()
 
 
-def test_no_python_is_said_so(machine):
+def test_install_without_python(machine):
     assert "found: none" in machine.make("run").stderr
 
 
 @pytest.mark.integration
-def test_a_newer_python_that_does_not_start_is_passed_over(machine):
+def test_install_skips_a_python_that_does_not_start(machine):
     machine.has("python3.13", "echo 'not found in these versions' >&2; exit 127")
     machine.has_python("python3.11")
     machine.has("python3", "exit 1")
@@ -140,7 +140,7 @@ def without_ensurepip(installed: Path) -> str:
 
 
 @pytest.mark.integration
-def test_missing_ensurepip_is_installed_where_that_is_allowed(machine, tmp_path):
+def test_install_adds_missing_ensurepip_as_root(machine, tmp_path):
     installed = tmp_path / "installed"
     machine.has("python3", without_ensurepip(installed))
     machine.has("id", "echo 0")
@@ -151,7 +151,7 @@ def test_missing_ensurepip_is_installed_where_that_is_allowed(machine, tmp_path)
     assert installed.read_text().split()[-1] == f"python{version}-venv"
 
 
-def test_missing_ensurepip_without_rights_gets_the_command_to_run(machine, tmp_path):
+def test_install_without_rights_names_the_command(machine, tmp_path):
     machine.has("python3", without_ensurepip(tmp_path / "installed"))
     machine.has("apt-get", "exit 1")
     refused = machine.make("run")
@@ -162,7 +162,7 @@ def test_missing_ensurepip_without_rights_gets_the_command_to_run(machine, tmp_p
 
 @pytest.mark.integration
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
-def test_an_interrupted_installation_is_made_anew(machine, end):
+def test_install_repeats_an_interrupted_installation(machine, end):
     machine.has_python()
     process = subprocess.Popen(
         ["make", "run"],
@@ -196,7 +196,7 @@ def test_an_interrupted_installation_is_made_anew(machine, end):
 
 
 @pytest.mark.integration
-def test_a_failed_installation_shows_the_end_of_its_log_and_keeps_what_there_is(machine):
+def test_install_that_fails_shows_its_log_and_keeps_the_environment(machine):
     machine.has_python()
     assert machine.make("run").returncode == 0
     kept = machine.project / ".venv" / "kept"

@@ -1,13 +1,13 @@
 from benchmarks.loop import find_stage_intervals, measure_union
 
 
-def test_steps_beside_each_other_are_counted_once():
+def test_measure_union_counts_overlaps_once():
     assert measure_union([(0, 2), (1, 3), (5, 6)]) == 4
     assert measure_union([(0, 10), (2, 3)]) == 10
     assert measure_union([]) == 0
 
 
-def test_intervals_pair_a_process_s_start_with_its_end():
+def test_find_stage_intervals_pairs_start_and_end():
     events = [
         {"event": "started", "pid": 1, "stage": "label-shards", "generation": 1, "at": 10.0},
         {"event": "started", "pid": 2, "stage": "label-shards", "generation": 1, "at": 11.0},

@@ -5,7 +5,7 @@ from rich.table import Table
 from benchmarks import measure
 
 
-def test_a_row_that_is_kept_is_one_line_without_markup(tmp_path, monkeypatch):
+def test_write_benchmark_writes_rows_without_markup(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
     table = Table("what", "ours ÷ theirs")
     table.add_row("vs_peer\n[dim]the same by the peer[/]", "[bold]2.00[/]")
@@ -13,7 +13,7 @@ def test_a_row_that_is_kept_is_one_line_without_markup(tmp_path, monkeypatch):
     assert "| vs_peer: the same by the peer | 2.00 |" in (tmp_path / "data.md").read_text().splitlines()
 
 
-def test_tables_share_no_image_and_those_of_the_pool_have_no_labels(tmp_path):
+def test_draw_tables_shares_no_image(tmp_path):
     for category in ("cat", "dog"):
         (tmp_path / category).mkdir()
         for number in range(9):

@@ -23,13 +23,13 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("sizes", [FULL, QUICK])
-def test_experiments_are_ones_that_ns_run_takes(sizes, tmp_path):
+def test_experiments_are_valid(sizes, tmp_path):
     document = make_method_experiment(1, tmp_path, sizes)
     for one in (document, make_control_experiment(document, "store/models/teacher")):
         assert Experiment.model_validate(yaml.safe_load(yaml.safe_dump(one))).seed == 1
 
 
-def test_the_control_takes_the_steps_of_all_students_with_their_images_in_a_step(tmp_path):
+def test_control_has_steps_and_images_of_all_students(tmp_path):
     document = make_method_experiment(0, tmp_path, FULL)
     student, control = document["students"][0]["train"], make_control_experiment(document, "teacher")["teacher"]["train"]
     labeled = 10 * FULL.labeled
@@ -41,14 +41,14 @@ def test_the_control_takes_the_steps_of_all_students_with_their_images_in_a_step
     )
 
 
-def test_interval_is_students_t():
+def test_mean_interval_is_students_t():
     # t(0.975, 2) = 4.3027; the standard deviation of 1, 2, 3 is 1.
     middle, half = mean_interval([1.0, 2.0, 3.0])
     assert (middle, half) == (2.0, pytest.approx(4.3027 / 3**0.5, abs=1e-4))
     assert mean_interval([5.0]) == (5.0, 0.0)
 
 
-def test_paired_interval_is_narrower_than_that_of_independent_images():
+def test_paired_interval_is_narrower_than_an_unpaired_one():
     teacher = np.arange(1000) % 2 == 0
     student = teacher.copy()
     student[1:101:2] = True
@@ -57,7 +57,7 @@ def test_paired_interval_is_narrower_than_that_of_independent_images():
     assert high - low == pytest.approx(2 * 1.96 * (0.05 * 0.95 / 999) ** 0.5, rel=1e-3)
 
 
-def test_figures_compare_the_last_student_with_the_teacher_and_the_control():
+def test_compute_seed_figures():
     def model(error, mce, mfr, fgsm):
         return {"clean error": error, "mCE": mce, "mFR": mfr, "fgsm-1": fgsm, "fgsm-2": fgsm, "fgsm-4": fgsm}
 
@@ -78,7 +78,7 @@ def test_figures_compare_the_last_student_with_the_teacher_and_the_control():
 
 @pytest.mark.data
 @pytest.mark.long
-def test_a_tiny_experiment_runs_to_its_table(cifar10, tmp_path):
+def test_quick_experiment_writes_its_results(cifar10, tmp_path):
     command = [sys.executable, "-m", "benchmarks.method_cifar10", "--quick", "--images", str(cifar10)]
     places = ["--work", str(tmp_path / "work"), "--results", str(tmp_path)]
     subprocess.run([*command, *places], cwd=ROOT, check=True, capture_output=True)

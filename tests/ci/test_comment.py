@@ -98,7 +98,7 @@ def comment(monkeypatch, tmp_path):
     return run
 
 
-def test_a_comment_is_written_once_and_then_changed(host, comment, capsys):
+def test_comment_is_written_once_and_then_changed(host, comment, capsys):
     assert comment("one\n", "--number", "7") == 0
     assert comment("two\n", "--branch", "topic") == 0
     assert comment("two\n", "--branch", "topic") == 0
@@ -111,27 +111,27 @@ def test_a_comment_is_written_once_and_then_changed(host, comment, capsys):
     assert host.comments[0]["body"] == "hello 1"
 
 
-def test_a_branch_without_a_request_is_no_error(host, comment, capsys):
+def test_comment_on_branch_without_request_is_no_error(host, comment, capsys):
     assert comment("text", "--branch", "elsewhere") == 0
     assert "no open request of branch elsewhere" in capsys.readouterr().err
     assert len(host.comments) == 130
 
 
-def test_what_is_refused_is_one_line(host, comment, monkeypatch):
+def test_comment_that_is_refused_is_one_line(host, comment, monkeypatch):
     for name in ("GITHUB_TOKEN", "GITLAB_TOKEN"):
         monkeypatch.setenv(name, "wrong")
     with pytest.raises(SystemExit, match=r"^error: GET .*: 401 .*Bad credentials.*; may this token comment\?$"):
         comment("text", "--number", "7")
 
 
-def test_outside_of_a_job_it_says_what_is_missing(comment, monkeypatch):
+def test_comment_outside_of_a_job_names_missing_variable(comment, monkeypatch):
     for name in ("CI_PROJECT_ID", "GITHUB_API_URL"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(SystemExit, match="error: GITHUB_API_URL: is not set"):
         comment("text", "--number", "7")
 
 
-def test_long_texts_end_with_a_whole_line(comment):
+def test_shorten_text_ends_with_a_whole_line(comment):
     module = comment.module
     text = module.shorten_text("a line\n" * 20_000)
     assert len(text) < 65_536

@@ -28,7 +28,7 @@ def take(**settings):
     return subprocess.run([sys.executable, str(ROLE)], env=environment, capture_output=True, text=True, timeout=60)
 
 
-def test_the_keys_are_good_shell(service):
+def test_role_prints_keys_as_shell(service):
     done = take(NS_AWS_ROLE=ARN, NS_ID_TOKEN="a.b.c", NS_STS_URL=service)
     assert done.returncode == 0, done.stderr
     script = done.stdout + 'printf "%s\\n" "$AWS_ACCESS_KEY_ID" "$AWS_SECRET_ACCESS_KEY" "$AWS_SESSION_TOKEN"'
@@ -43,11 +43,11 @@ def test_the_keys_are_good_shell(service):
         ({"NS_AWS_ROLE": ARN}, "error: NS_ID_TOKEN: is not set"),
         (
             {"NS_AWS_ROLE": ARN, "NS_ID_TOKEN": "a", "NS_STS_URL": "http://127.0.0.1:9/"},
-            "Connection refused; NS_STS_URL says where",
+            "Connection refused; NS_STS_URL is the URL",
         ),
     ],
 )
-def test_what_is_wrong_is_one_line_and_no_keys(settings, what):
+def test_role_errors_are_one_line_without_keys(settings, what):
     done = take(**settings)
     assert done.returncode == 1
     assert what in done.stderr

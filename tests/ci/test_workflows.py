@@ -120,7 +120,7 @@ def check(words: list[str]) -> str | None:
 
 
 @pytest.mark.parametrize("file", [*WORKFLOWS, *ACTIONS, GITLAB], ids=lambda file: str(file.relative_to(CHECKOUT)))
-def test_what_is_run_exists_with_its_options(file):
+def test_workflow_commands_exist_with_their_options(file):
     found = [check(words) for script in scripts(load(file)) for words in commands(script)]
     assert any(found) or file.parent.name == "store"
 
@@ -141,7 +141,7 @@ def test_what_is_run_exists_with_its_options(file):
         ("sh install.sh .venv pipelines,gone", "gone"),
     ],
 )
-def test_what_does_not_exist_is_found(script, error):
+def test_check_finds_unknown_commands(script, error):
     found = list(commands(script))
     with pytest.raises(Exception, match=error) as caught:
         [check(words) for words in found]
@@ -154,7 +154,7 @@ def steps(document):
 
 
 @pytest.mark.parametrize("file", [*WORKFLOWS, *ACTIONS], ids=lambda file: str(file.relative_to(CHECKOUT)))
-def test_actions_are_pinned_to_commits_and_say_which_version(file):
+def test_actions_are_pinned_to_commits(file):
     for line in re.findall(r"uses: (.*)", file.read_text()):
         if line.startswith("./"):
             assert (CHECKOUT / line / "action.yaml").is_file()
@@ -168,7 +168,7 @@ def test_actions_are_pinned_to_commits_and_say_which_version(file):
 
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.name)
-def test_workflows_may_do_little_and_end(file):
+def test_workflows_have_few_permissions_and_a_timeout(file):
     document = load(file)
     assert document["permissions"] == {"contents": "read"}
     assert "pull_request_target" not in document["on"]
@@ -213,7 +213,7 @@ def test_actionlint_finds_nothing(tmp_path):
         ("vendor.dependabot", [CHECKOUT / ".github" / "dependabot.yaml"], "interval: weekly", "interval: never"),
     ],
 )
-def test_files_are_what_their_schemas_ask_for(schema, files, before, after, tmp_path):
+def test_workflow_files_match_their_schemas(schema, files, before, after, tmp_path):
     command = [tool("check-jsonschema"), "--builtin-schema", schema]
     good = subprocess.run([*command, *map(str, files)], capture_output=True, text=True)
     assert good.returncode == 0, good.stdout
@@ -224,7 +224,7 @@ def test_files_are_what_their_schemas_ask_for(schema, files, before, after, tmp_
 
 
 @pytest.mark.integration
-def test_gitlab_scripts_are_good_shell(tmp_path):
+def test_gitlab_scripts_pass_shellcheck(tmp_path):
     document = load(GITLAB)
     jobs = {name: job for name, job in document.items() if isinstance(job, dict)}
     assert {job["stage"] for job in jobs.values() if "stage" in job} == set(document["stages"])

@@ -14,34 +14,38 @@ CHECKOUT = Path(__file__).parents[2]
 def checkout(tmp_path):
     for name in (".dockerignore", "LICENSE", "README.md", "constraints.txt", "pyproject.toml"):
         shutil.copy(CHECKOUT / name, tmp_path)
-    for name in ("images", "ns", "components", "pipelines"):
+    for name in ("images", "ns", "components", "pipelines", "k8s"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "code.py").write_text("x = 1\n")
+    for name in ("__init__", "doctor", "kubectl", "versions"):
+        (tmp_path / "k8s" / f"{name}.py").write_text("x = 1\n")
     return tmp_path
 
 
-def test_the_same_files_give_the_same_tag_wherever_they_are(checkout, tmp_path_factory):
+def test_tag_does_not_depend_on_the_folder(checkout, tmp_path_factory):
     other = tmp_path_factory.mktemp("other") / "checkout"
     shutil.copytree(checkout, other)
     assert build.compute_tag(checkout, "worker", {}) == build.compute_tag(other, "worker", {})
 
 
-@pytest.mark.parametrize("name", ["ns/code.py", "pipelines/code.py", "images/code.py", "constraints.txt", "ns/new.py"])
-def test_what_enters_the_image_changes_its_tag(checkout, name):
+@pytest.mark.parametrize(
+    "name", ["ns/code.py", "pipelines/code.py", "images/code.py", "constraints.txt", "ns/new.py", "k8s/doctor.py"]
+)
+def test_tag_changes_with_files_of_the_image(checkout, name):
     before = build.compute_tag(checkout, "worker", {})
     (checkout / name).write_text("x = 2\n")
     assert build.compute_tag(checkout, "worker", {}) != before
 
 
-@pytest.mark.parametrize("name", ["tests/test_x.py", "docs/x.md", "ns/__pycache__/code.pyc", "CHANGELOG.md"])
-def test_what_does_not_enter_the_image_does_not_change_its_tag(checkout, name):
+@pytest.mark.parametrize("name", ["tests/test_x.py", "k8s/base/x.yaml", "docs/x.md", "ns/__pycache__/code.pyc", "CHANGELOG.md"])
+def test_tag_does_not_change_with_other_files(checkout, name):
     before = build.compute_tag(checkout, "worker", {})
     (checkout / name).parent.mkdir(exist_ok=True)
     (checkout / name).write_text("x = 2\n")
     assert build.compute_tag(checkout, "worker", {}) == before
 
 
-def test_targets_and_base_images_have_tags_of_their_own(checkout):
+def test_tag_depends_on_target_and_arguments(checkout):
     tags = {
         build.compute_tag(checkout, target, arguments)
         for target in ("worker", "worker-cuda")
@@ -50,7 +54,7 @@ def test_targets_and_base_images_have_tags_of_their_own(checkout):
     assert len(tags) == 6
 
 
-def test_the_names_of_images_follow_from_the_checkout(monkeypatch, capsys):
+def test_main_prints_names_of_images(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["build.py", "--print", "--registry", "registry.test/team/", "worker", "tools"])
     assert build.main() == 0
     worker, tools = capsys.readouterr().out.split()
@@ -58,13 +62,13 @@ def test_the_names_of_images_follow_from_the_checkout(monkeypatch, capsys):
     assert tools.startswith("registry.test/team/noisy-student/tools:")
 
 
-def test_the_default_image_of_steps_is_the_one_that_is_made_without_a_registry():
+def test_default_image_of_stages_is_the_local_one():
     from components import WORKER_IMAGE
 
     assert f"{build.IMAGE_PREFIX}/worker:{build.read_version(CHECKOUT)}" == WORKER_IMAGE
 
 
-def test_every_target_has_a_numbered_user_and_no_compiler():
+def test_dockerfile_targets_have_a_numbered_user_and_no_compiler():
     """Steps run as a numbered user in every image, and no image brings a compiler."""
     stages = (CHECKOUT / "images" / "Dockerfile").read_text().split("\nFROM ")
     for target in build.TARGETS:

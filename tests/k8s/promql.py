@@ -1,4 +1,4 @@
-"""The names in expressions of PromQL, for tests that look whether there is such a metric."""
+"""Names of metrics in PromQL expressions."""
 
 import re
 
@@ -21,7 +21,7 @@ GROUPING = r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)"
 NAME = r"[A-Za-z_:][A-Za-z0-9_:]*"
 
 
-def metrics(expression: str) -> set[str]:
+def find_metrics(expression: str) -> set[str]:
     """Names of the series that an expression reads; of a histogram `…_bucket`, `_sum` and `_count` as they stand."""
     bare = re.sub(r"#.*", "", expression)
     bare = re.sub(r'"(?:[^"\\]|\\.)*"', "", bare)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from k8s.components.monitoring import dashboards
-from tests.k8s.promql import metrics
+from tests.k8s.promql import find_metrics
 from tests.k8s.test_rules import MONITORING, known_metrics
 
 COMMITTED = {path.stem: path.read_text() for path in sorted((MONITORING / "dashboards").glob("*.json"))}
@@ -30,7 +30,7 @@ def test_kustomization_includes_each_dashboard():
 
 @pytest.mark.parametrize(("dashboard", "title", "expression"), PANELS)
 def test_panels_read_metrics_that_exist(dashboard, title, expression):
-    read = metrics(expression)
+    read = find_metrics(expression)
     assert read
     assert read - known_metrics() == set()
 

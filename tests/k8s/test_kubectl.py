@@ -48,7 +48,7 @@ def test_kubectl_that_is_not_installed_is_an_error(monkeypatch, tmp_path):
         Kubectl().run_command("version")
 
 
-def test_what_hangs_is_ended(monkeypatch, tmp_path):
+def test_run_command_ends_kubectl_that_hangs(monkeypatch, tmp_path):
     program = tmp_path / "kubectl"
     program.write_text("#!/bin/sh\nsleep 60\n")
     program.chmod(0o755)
@@ -57,7 +57,7 @@ def test_what_hangs_is_ended(monkeypatch, tmp_path):
         Kubectl().run_command("version", seconds=0.2)
 
 
-def test_a_program_that_is_not_kubectl_is_noticed(monkeypatch, tmp_path):
+def test_other_program_called_kubectl_is_an_error(monkeypatch, tmp_path):
     program = tmp_path / "kubectl"
     program.write_text("#!/bin/sh\necho hello\n")
     program.chmod(0o755)

@@ -34,12 +34,12 @@ def relabeled(labels: dict[str, str]) -> dict[str, str] | None:
     return labels
 
 
-def test_the_port_is_that_of_the_settings():
+def test_pod_monitor_uses_the_port_of_the_settings():
     settings = yaml.safe_load((MONITORING.parents[1] / "base" / "configmap-noisy-student.yaml").read_text())["data"]
     assert relabeled(STEP)["__address__"].endswith(f":{settings['NS_METRICS_PORT']}")
 
 
-def test_a_running_step_is_scraped_on_the_port_of_its_metrics():
+def test_pod_monitor_scrapes_running_stages():
     assert relabeled(STEP)["__address__"] == "10.1.2.3:9090"
     component = {f"{META}label_app_kubernetes_io_component": "train-distributed"}
     first = component | {f"{META}container_name": "node", f"{META}label_batch_kubernetes_io_job_completion_index": "0"}
@@ -60,18 +60,18 @@ def test_a_running_step_is_scraped_on_the_port_of_its_metrics():
     ],
     ids=str,
 )
-def test_nothing_else_is(other):
+def test_pod_monitor_drops_other_pods(other):
     assert relabeled(STEP | {META + name: value for name, value in other.items()}) is None
 
 
-def test_metrics_of_a_step_can_be_seen_twice_before_it_ends():
+def test_metrics_linger_for_two_scrapes():
     settings = yaml.safe_load((MONITORING / "settings.yaml").read_text())["data"]
     assert ENDPOINT["interval"].endswith("s")
     assert float(settings["NS_METRICS_LINGER_SECONDS"]) >= 2 * int(ENDPOINT["interval"][:-1])
 
 
 @pytest.mark.integration
-def test_runs_may_call_the_pushgateway_that_their_settings_name():
+def test_network_policy_allows_the_pushgateway():
     objects = {
         (one["kind"], one["metadata"]["name"]): one
         for one in validate.build_folder(MONITORING.parents[1] / "overlays" / "production")

@@ -270,11 +270,11 @@ def watched(tmp_path_factory):
         yield found
 
 
-def test_every_metric_is_set_by_some_step(watched):
+def test_every_metric_is_set_by_a_stage(watched):
     assert {name for name in own_metrics() if not watched.ask(f"last_over_time({name}[10m])")} == {UNSEEN}
 
 
-def test_metrics_say_what_the_run_found(watched):
+def test_metrics_equal_the_summary_of_the_run(watched):
     (generation,) = watched.run["generations"]
     of_run = '* on (namespace, pod) group_left (run_id) nst:pod:run{run_id="watched"}'
     assert watched.values(f'nst_loop_gain_ratio{{bound="value"}} {of_run}') == {generation["gain"]}
@@ -286,7 +286,7 @@ def test_metrics_say_what_the_run_found(watched):
     assert {0, 1} <= watched.values("nst_generation")
 
 
-def test_the_gateway_keeps_the_summary(watched):
+def test_pushgateway_keeps_the_summary(watched):
     (series,) = watched.ask("nst_last_run_accuracy_ratio")
     assert series["metric"]["job"] == "noisy-student"
     assert series["metric"]["pipeline"] == "quickstart"
@@ -294,14 +294,14 @@ def test_the_gateway_keeps_the_summary(watched):
     assert watched.values("nst_last_run_promotions") == {1}
 
 
-def test_a_labeling_that_hangs_sets_off_the_alert_and_a_normal_run_none(watched):
+def test_stalled_labeling_fires_the_only_alert(watched):
     (alert,) = watched.ask('ALERTS{alertstate="firing"}')
     found = {name: alert["metric"][name] for name in ("alertname", "namespace", "pod", "stage", "run_id")}
     wanted = {"alertname": "NstStalled", "namespace": "kubeflow", "pod": "hung", "stage": "label-shards", "run_id": "watched"}
     assert found == wanted
 
 
-def test_gpus_are_joined_with_the_run(watched):
+def test_gpu_metrics_are_joined_with_the_run(watched):
     busy = {series["metric"]["pod"]: series for series in watched.ask('nst:run_gpu:active_ratio{run_id="watched"}')}
     assert {pod: float(series["values"][-1][1]) for pod, series in busy.items()} == {"step": 0.9, "hung": 0.02}
     pools = {series["metric"]["pool"] for series in watched.ask('nst:run_gpus:count{run_id="watched"}')}
@@ -309,7 +309,7 @@ def test_gpus_are_joined_with_the_run(watched):
 
 
 @pytest.mark.parametrize(("dashboard", "title", "expression"), PANELS)
-def test_each_query_of_the_dashboards_returns_data(watched, dashboard, title, expression):
+def test_dashboard_queries_return_data(watched, dashboard, title, expression):
     for variable, value in VARIABLES.items():
         expression = expression.replace(variable, value)
     expression = expression.replace("$__range", "600s")

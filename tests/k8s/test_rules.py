@@ -11,15 +11,15 @@ import yaml
 from prometheus_client import generate_latest
 
 from ns.core import telemetry
-from tests.k8s.promql import metrics
+from tests.k8s.promql import find_metrics
 
 CHECKOUT = Path(__file__).parents[2]
 MONITORING = CHECKOUT / "k8s" / "components" / "monitoring"
 RULES = yaml.safe_load((MONITORING / "prometheusrule-noisy-student.yaml").read_text())["spec"]
 CASES = yaml.safe_load((Path(__file__).parent / "rules.test.yaml").read_text())
-ALL = [rule for group in RULES["groups"] for rule in group["rules"]]
-ALERTS = [rule for rule in ALL if "alert" in rule]
-RECORDS = {rule["record"] for rule in ALL if "record" in rule}
+ALL_RULES = [rule for group in RULES["groups"] for rule in group["rules"]]
+ALERTS = [rule for rule in ALL_RULES if "alert" in rule]
+RECORDS = {rule["record"] for rule in ALL_RULES if "record" in rule}
 
 FOREIGN = {
     "ALERTS",  # Prometheus itself
@@ -64,18 +64,18 @@ def known_metrics() -> set[str]:
         ("max_over_time(sum(x)[1h:1m]) + time() - clamp_min(y, 60)", {"x", "y"}),
     ],
 )
-def test_names_are_found_in_expressions(expression, names):
-    assert metrics(expression) == names
+def test_find_metrics_in_expressions(expression, names):
+    assert find_metrics(expression) == names
 
 
-@pytest.mark.parametrize("rule", ALL, ids=lambda rule: rule.get("alert") or rule["record"])
+@pytest.mark.parametrize("rule", ALL_RULES, ids=lambda rule: rule.get("alert") or rule["record"])
 def test_rules_read_metrics_that_exist(rule):
-    read = metrics(rule["expr"])
+    read = find_metrics(rule["expr"])
     assert read
     assert read - known_metrics() == set()
 
 
-def test_what_the_code_shows_is_what_is_declared():
+def test_exposed_metrics_are_declared():
     telemetry.begin_stage("train", 0, "shown")
     shown = set(re.findall(r"^nst_\w+", generate_latest(telemetry.REGISTRY).decode(), re.MULTILINE))
     assert shown <= own_metrics()
@@ -87,7 +87,7 @@ def test_what_the_code_shows_is_what_is_declared():
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
-def test_each_alert_has_a_page_that_helps(alert):
+def test_each_alert_has_a_runbook(alert):
     page = CHECKOUT / alert["annotations"]["runbook_url"]
     assert page == CHECKOUT / "docs" / "runbooks" / f"{alert['alert']}.md"
     text = page.read_text()
@@ -95,7 +95,7 @@ def test_each_alert_has_a_page_that_helps(alert):
     assert re.findall(r"^## (.*)$", text, re.MULTILINE) == ["What it means", "What to look at", "What to do"]
 
 
-def test_each_page_has_an_alert():
+def test_each_runbook_has_an_alert():
     pages = {page.stem for page in (CHECKOUT / "docs" / "runbooks").glob("*.md")}
     assert pages == {alert["alert"] for alert in ALERTS}
 
@@ -107,7 +107,7 @@ def promtool(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.integration
-def test_rules_do_what_their_cases_say(tmp_path):
+def test_rules_pass_promtool(tmp_path):
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump(RULES))
     (tmp_path / "cases.yaml").write_text(yaml.safe_dump(CASES))
     checked = promtool(tmp_path, "check", "rules", "rules.yaml")
@@ -118,7 +118,7 @@ def test_rules_do_what_their_cases_say(tmp_path):
 
 @pytest.mark.integration
 @pytest.mark.parametrize("alert", [rule["alert"] for rule in ALERTS])
-def test_an_alert_that_always_or_never_fires_is_noticed(tmp_path, alert):
+def test_promtool_cases_find_broken_alerts(tmp_path, alert):
     cases = [case for case in CASES["tests"] if any(t["alertname"] == alert for t in case.get("alert_rule_test", []))]
     (tmp_path / "cases.yaml").write_text(yaml.safe_dump(CASES | {"tests": cases}))
     for broken in ({"expr": "vector(1) > 2"}, {"expr": "group without () ({__name__!~'ALERTS.*|nst:.*'})", "for": "0s"}):

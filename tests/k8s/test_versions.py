@@ -14,7 +14,7 @@ from k8s.versions import find_version_conflicts, format_version, parse_image_ver
         ("", None),
     ],
 )
-def test_versions_are_found_in_what_clusters_say(text, version):
+def test_parse_version(text, version):
     assert parse_version(text) == version
 
 
@@ -29,7 +29,7 @@ def test_versions_are_found_in_what_clusters_say(text, version):
         ("kueue:main", None),
     ],
 )
-def test_an_images_version_is_that_of_its_tag(image, version):
+def test_parse_image_version(image, version):
     assert parse_image_version(image) == version
 
 
@@ -44,9 +44,9 @@ def test_an_images_version_is_that_of_its_tag(image, version):
         ({"kfp": (2, 17, 0)}, []),
     ],
 )
-def test_pairs_that_do_not_get_on_are_known(found, pairs):
+def test_find_version_conflicts(found, pairs):
     assert [(pair.component, pair.other_component) for pair in find_version_conflicts(found)] == pairs
 
 
-def test_versions_are_said_in_full():
+def test_format_version():
     assert format_version((2, 17, 0)) == "2.17.0"
