@@ -20,50 +20,77 @@ MUTMUT = OMP_NUM_THREADS=1 PYTHONPATH="$(abspath $(VENV)-mutation)" $(BIN)/pytho
 .DEFAULT_GOAL := help
 .PHONY: help run test test-integration test-containers test-all coverage lint format bench-data bench-train bench-label bench-select bench-method bench-loop bench bench-quick soak compile dashboards images deploy undeploy diff status ui cluster validate checkov mutation constraints venv clean distclean
 
-help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+##@ Start
 
-run: $(VENV)/.run ## Run the quickstart: the whole loop on handwritten digits (ARGS="--set seed=1")
+help: ## Show this list
+	@awk -F ':.*## |##@ ' '/^##@ / {printf "\n%s\n", $$2} /^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+run: $(VENV)/.run ## Run the quickstart: the whole loop on handwritten digits, two minutes (ARGS="--set seed=1")
 	@$(NS) run quickstart $(ARGS)
 
-test: $(VENV)/.test ## Run the unit tests
+test: $(VENV)/.test ## Run the unit tests, three minutes
 	@$(PYTEST) --numprocesses auto --dist loadfile $(ARGS)
 
-test-integration: $(VENV)/.test ## Run the tests of several real parts together
+clean: ## Remove runs/
+	rm -rf runs
+
+##@ Develop
+
+test-integration: $(VENV)/.test ## Run the integration tests: servers, killed processes, whole runs, a browser
 	@$(PYTEST) -m "integration or browser or data" --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-containers: $(VENV)/.test ## Run the tests that need a container engine
 	@$(PYTEST) -m containers --numprocesses auto --dist loadfile $(ARGS)
 
 test-all: export NS_LONG_TESTS := 1
+
 test-all: test test-integration test-containers ## Run all tests
 
-coverage: $(VENV)/.test ## Measure which lines of ns/ the unit and integration tests run; half an hour
+coverage: $(VENV)/.test ## Measure which lines of ns/ the tests run, half an hour
 	@$(BIN)/coverage erase
 	@$(BIN)/coverage run -m pytest --numprocesses auto --dist loadfile $(ARGS)
 	@$(BIN)/coverage run -m pytest -m "integration or browser or data" --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage report --fail-under 90
 
-lint: $(VENV)/.test ## Check style, types, and the direction of imports
+mutation: $(VENV)-mutation/.installed ## List changes to deciding code that no test notices, an hour (ARGS="ns.evaluation.gate*")
+	@$(MUTMUT) run $(ARGS)
+	@$(MUTMUT) results | sed '/: not checked$$/d'
+
+lint: $(VENV)/.test ## Check style, types, the direction of imports, and names
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+	@$(BIN)/python .ci/check_names.py
 
-format: $(VENV)/.test ## Put the code into its form
+format: $(VENV)/.test ## Format the code
 	@$(BIN)/ruff check --fix-only --quiet .
 	@$(BIN)/ruff format .
 
-bench: $(VENV)/.bench ## Run all benchmarks, and keep what they find in benchmarks/results
+compile: $(VENV)/.run ## Compile the pipelines into pipelines/*.yaml
+	@$(BIN)/python -m pipelines.compile
+
+constraints: $(VENV)/.test ## Write constraints.txt from what is installed
+	@{ grep '^#' constraints.txt; $(BIN)/pip freeze --exclude-editable | grep -viE '^(nvidia-|triton|cuda-| @ )'; } > constraints.tmp
+	@mv constraints.tmp constraints.txt
+
+venv: $(VENV)/.test ## Create the virtual environment for development
+
+distclean: clean ## Remove runs/ and the virtual environments
+	rm -rf $(VENV) $(VENV)-checkov $(VENV)-mutation mutants
+
+##@ Measure
+
+bench: $(VENV)/.bench ## Run all benchmarks and write benchmarks/results
 	@for one in data train label select loop soak; do $(BIN)/python -m benchmarks.$$one --keep || exit; done
 	@$(BIN)/python -m benchmarks.method_cifar10
 	@$(BIN)/python -m benchmarks.summary
 
-bench-quick: $(VENV)/.bench ## Compare quick runs of the benchmarks with what they were: ratios, a quarter of leeway (ARGS="--only data")
+bench-quick: $(VENV)/.bench ## Run short benchmarks and compare their ratios with the recorded ones (ARGS="--only data")
 	@$(BIN)/python -m benchmarks.summary --quick $(ARGS)
 
-bench-data: $(VENV)/.bench ## Measure how fast images reach the model (ARGS="--quick")
+bench-data: $(VENV)/.bench ## Measure how fast images are read and augmented (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.data $(ARGS)
 
 bench-train: $(VENV)/.bench ## Measure how fast the training loop is (ARGS="--quick")
@@ -72,67 +99,50 @@ bench-train: $(VENV)/.bench ## Measure how fast the training loop is (ARGS="--qu
 bench-label: $(VENV)/.bench ## Measure how fast a pool is labeled (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.label $(ARGS)
 
-bench-select: $(VENV)/.bench ## Measure what a selection from millions of labels costs (ARGS="--quick")
+bench-select: $(VENV)/.bench ## Measure a selection from millions of labels (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.select $(ARGS)
 
 bench-loop: $(VENV)/.bench ## Measure where the time of a whole run goes (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.loop $(ARGS)
 
-soak: $(VENV)/.bench ## Run five generations in bad company, and compare with a calm run; half an hour (ARGS="--generations 2")
+bench-method: $(VENV)/.bench ## Train teachers and students on CIFAR-10, three seeds, an hour (ARGS="--quick")
+	@$(BIN)/python -m benchmarks.method_cifar10 $(ARGS)
+
+soak: $(VENV)/.bench ## Fault injection over five generations, half an hour (ARGS="--generations 2")
 	@$(BIN)/python -m benchmarks.soak $(ARGS)
 
-bench-method: $(VENV)/.bench ## Train teachers and noisy students on CIFAR-10, three seeds; about an hour (ARGS="--quick")
-	@$(BIN)/python -m benchmarks.method_cifar10 $(ARGS)
+##@ Operate
 
 images: ## Build the container images, and print their names (REGISTRY= TAG= TARGETS= BUILDER= PYTHON_IMAGE= CPU_INDEX= PIP_CONFIG=)
 	@python3 images/build.py --registry "$(REGISTRY)" --tag "$(TAG)" --builder "$(BUILDER)" --python "$(PYTHON_IMAGE)" \
 		--cpu-index "$(CPU_INDEX)" --pip-config "$(PIP_CONFIG)" $(TARGETS)
 
-compile: $(VENV)/.run ## Compile the pipelines into pipelines/*.yaml
-	@$(BIN)/python -m pipelines.compile
-
-dashboards: ## Write the Grafana dashboards anew (k8s/components/monitoring/dashboards.py)
-	@python3 k8s/components/monitoring/dashboards.py
-
-deploy: $(VENV)/.run ## Bring the platform onto a cluster, or up to date (OVERLAY= KUBE_CONTEXT= REGISTRY= WORKER= ARGS="--no-smoke")
+deploy: $(VENV)/.run ## Deploy or update the platform on a cluster (OVERLAY= KUBE_CONTEXT= REGISTRY= WORKER= ARGS="--no-smoke")
 	@$(K8S) deploy $(CLUSTER_OPTIONS) $(OVERLAY_OPTIONS) $(ARGS)
 
-undeploy: $(VENV)/.run ## Take the platform away; data stays (KUBE_CONTEXT= ARGS="--delete-data")
-	@$(K8S) undeploy $(CLUSTER_OPTIONS) $(if $(OVERLAY),--overlay "$(OVERLAY)") $(ARGS)
-
-diff: $(VENV)/.run ## Show what deploying would change (OVERLAY= KUBE_CONTEXT= REGISTRY=)
-	@$(K8S) diff $(CLUSTER_OPTIONS) $(OVERLAY_OPTIONS) $(ARGS)
-
-status: $(VENV)/.run ## Show what is deployed on a cluster, and how it is (KUBE_CONTEXT= ARGS="--json")
+status: $(VENV)/.run ## Show what is deployed and whether it is healthy (KUBE_CONTEXT= ARGS="--json")
 	@$(K8S) status $(CLUSTER_OPTIONS) $(if $(OVERLAY),--overlay "$(OVERLAY)") $(ARGS)
+
+diff: $(VENV)/.run ## Show what a deployment would change (OVERLAY= KUBE_CONTEXT= REGISTRY=)
+	@$(K8S) diff $(CLUSTER_OPTIONS) $(OVERLAY_OPTIONS) $(ARGS)
 
 ui: $(VENV)/.run ## Open Kubeflow's pages (KUBE_CONTEXT= ARGS="--port 8081")
 	@$(K8S) ui $(CLUSTER_OPTIONS) $(ARGS)
 
-cluster: $(VENV)/.run ## Make a cluster on this machine with kind, and deploy to it (ARGS="--delete")
+undeploy: $(VENV)/.run ## Remove the platform, keep the data (KUBE_CONTEXT= ARGS="--delete-data")
+	@$(K8S) undeploy $(CLUSTER_OPTIONS) $(if $(OVERLAY),--overlay "$(OVERLAY)") $(ARGS)
+
+cluster: $(VENV)/.run ## Create a kind cluster on this machine and deploy to it (ARGS="--delete")
 	@$(K8S) cluster $(BUILD_OPTIONS) $(ARGS)
+
+dashboards: $(VENV)/.test ## Write the Grafana dashboards
+	@$(BIN)/python -m k8s.components.monitoring.dashboards
 
 validate: $(VENV)/.test ## Check the manifests in k8s/ against Kubernetes' schemas (ARGS="--remote")
 	@$(BIN)/python -m k8s.validate $(ARGS)
 
-checkov: $(VENV)-checkov/.installed ## Check the manifests, and look for weaknesses with checkov, which gets an environment of its own
+checkov: $(VENV)-checkov/.installed ## Check the manifests with checkov too
 	@$(BIN)/python -m k8s.validate --checkov $(VENV)-checkov/bin/checkov $(ARGS)
-
-mutation: $(VENV)-mutation/.installed ## Change the code that decides bit by bit, and list what no test notices; an hour (ARGS="ns.evaluation.gate*")
-	@$(MUTMUT) run $(ARGS)
-	@$(MUTMUT) results | sed '/: not checked$$/d'
-
-constraints: $(VENV)/.test ## Write constraints.txt anew from what is installed
-	@{ grep '^#' constraints.txt; $(BIN)/pip freeze --exclude-editable | grep -viE '^(nvidia-|triton|cuda-| @ )'; } > constraints.tmp
-	@mv constraints.tmp constraints.txt
-
-venv: $(VENV)/.test ## Make the virtual environment, with all that development needs
-
-clean: ## Remove what runs left behind (runs/)
-	rm -rf runs
-
-distclean: clean ## Remove the virtual environment too
-	rm -rf $(VENV) $(VENV)-checkov $(VENV)-mutation mutants
 
 # A stamp is touched last, so that an interrupted installation is taken up again. Who has more also has what is less.
 $(VENV)/.run $(VENV)/.test $(VENV)/.bench: pyproject.toml constraints.txt install.sh
