@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.list_containers, pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.containers, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 CHECKOUT = Path(__file__).parents[2]
 IMAGE = "docker.io/library/python:3.11-slim-bookworm"
