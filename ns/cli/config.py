@@ -1,10 +1,9 @@
 """`ns config …`: experiments as files."""
 
-import json
-
 import typer
 
 from ns.cli.options import ConfigArgument, Overrides, load_experiment_argument
+from ns.cli.output import print_json
 
 app = typer.Typer(help="Show and check experiments, and describe their fields.", no_args_is_help=True)
 
@@ -28,7 +27,7 @@ def print_schema() -> None:
     """
     from ns.config.schema import Experiment
 
-    typer.echo(json.dumps(Experiment.model_json_schema(), indent=1))
+    print_json(Experiment.model_json_schema())
 
 
 @app.command("check")

@@ -1,45 +1,36 @@
 """`ns data …`: datasets."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from ns.cli.options import AsJson
-from ns.cli.output import make_table, to_shell_path, write_page
+from ns.cli.output import make_table, print_json, to_shell_path, write_page
 from ns.core.errors import DataError
+from ns.storage import Store, open_store, read_uri
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from ns.data.leakage import LeakageReport, NamedDataset
     from ns.modeling.predictor import Predictor
-    from ns.storage import Store
 
 app = typer.Typer(help="Import, check and show datasets.", no_args_is_help=True)
 
 
 @app.command("import")
 def import_data(
-    source: Annotated[
-        str,
-        typer.Argument(metavar="SOURCE", help="Class folders, a folder of images, a table, tars or an archive."),
-    ],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Class folders, images, a table, tars or an archive.")],
     destination: Annotated[str, typer.Argument(metavar="DEST", help="URI of the new dataset: a folder or s3://bucket/prefix.")],
     role: Annotated[Literal["labeled", "unlabeled", "evaluation"], typer.Option(help="What the images are for.")] = "unlabeled",
     name: Annotated[str | None, typer.Option(help="Name of the dataset; default: the source's.")] = None,
     split: Annotated[str | None, typer.Option(help="Import only the rows of a table that have this split.")] = None,
-    classes: Annotated[
-        Path | None, typer.Option(help="File with one class name per line, or a dataset.json with the classes.")
-    ] = None,
-    max_side: Annotated[
-        int | None, typer.Option(min=8, help="Shrink larger images to this longest side, px; default: no limit.")
-    ] = None,
+    classes: Annotated[Path | None, typer.Option(help="File of class names, one per line, or a dataset.json.")] = None,
+    max_side: Annotated[int | None, typer.Option(min=8, help="Shrink images to this longest side, px; default: never.")] = None,
     max_rejected_share: Annotated[
-        float, typer.Option(min=0, max=1, help="Fail if a larger share of the images is unreadable.")
+        float, typer.Option(min=0, max=1, help="Fail if a larger share of images is unreadable.")
     ] = 0.1,
     shard_samples: Annotated[int, typer.Option(min=1, max=100_000, help="Maximum number of images per shard.")] = 10_000,
     shard_mib: Annotated[int, typer.Option(min=1, max=4096, help="Maximum size of a shard in MiB.")] = 256,
@@ -54,17 +45,17 @@ def import_data(
     from ns.config.schema import ImportConfig
     from ns.core.log import configure_logging
     from ns.data.importing.ingest import derive_dataset_name, import_images
-    from ns.storage import open_store
 
     configure_logging()
+    config = ImportConfig(
+        max_rejected_share=max_rejected_share, shard_samples=shard_samples, shard_mib=shard_mib, max_side=max_side
+    )
     dataset = import_images(
         source,
         open_store(destination),
         name=name or derive_dataset_name(source),
         role=role,
-        config=ImportConfig(
-            max_rejected_share=max_rejected_share, shard_samples=shard_samples, shard_mib=shard_mib, max_side=max_side
-        ),
+        config=config,
         classes=_read_class_names(classes) if classes else None,
         split=split,
         workers=workers,
@@ -78,16 +69,10 @@ def import_data(
 @app.command("check")
 def check_data(
     datasets: Annotated[list[str], typer.Argument(metavar="DATASET", help="URIs of datasets of any role.")],
-    out: Annotated[
-        str, typer.Option(metavar="URI", help="Folder of the lists, and of fingerprints for later checks.")
-    ] = "check",
-    model: Annotated[
-        str | None, typer.Option(metavar="URI", help="Model that confirms near duplicates and doubts class names.")
-    ] = None,
+    out: Annotated[str, typer.Option(metavar="URI", help="Folder of the lists, and fingerprints for later checks.")] = "check",
+    model: Annotated[str | None, typer.Option(metavar="URI", help="Model to check near duplicates and class names.")] = None,
     bits: Annotated[int, typer.Option(min=0, max=8, help="Bits of 64 in which the hashes of near duplicates may differ.")] = 4,
-    allow_overlap: Annotated[
-        bool, typer.Option("--allow-overlap", help="Accept labeled images that are also in an evaluation set.")
-    ] = False,
+    allow_overlap: Annotated[bool, typer.Option("--allow-overlap", help="Accept labeled images in evaluation sets.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Find duplicate images within a pool, and images of a pool or training set that are also in an evaluation set.
@@ -97,13 +82,11 @@ def check_data(
     from ns.core.log import configure_logging
     from ns.data.dataset import Dataset
     from ns.data.leakage import DUPLICATES, NamedDataset, check_datasets
-    from ns.storage import open_store
 
     configure_logging()
-    opened = [(uri, open_store(uri)) for uri in datasets]
-    loaded = [(uri, store, Dataset.load(store)) for uri, store in opened]
-    names = [data.name for _, _, data in loaded]
-    checked = [NamedDataset(data.name if names.count(data.name) == 1 else uri, store, data) for uri, store, data in loaded]
+    opened = [(uri, store, Dataset.load(store)) for uri, store in zip(datasets, map(open_store, datasets), strict=True)]
+    names = [data.name for _, _, data in opened]
+    checked = [NamedDataset(data.name if names.count(data.name) == 1 else uri, store, data) for uri, store, data in opened]
     target = open_store(out)
     features = None
     suspect_counts: dict[str, int] = {}
@@ -117,10 +100,9 @@ def check_data(
         }
     report = check_datasets(checked, target, target.at("fingerprints"), bits=bits, features=features)
     if as_json:
-        typer.echo(json.dumps(report.model_dump(mode="json") | {"suspects": suspect_counts}, indent=1))
+        print_json(report.model_dump(mode="json") | {"suspects": suspect_counts})
     else:
-        for table in _make_check_tables(report, suspect_counts):
-            Console().print(table)
+        Console().print(*_make_check_tables(report, suspect_counts))
         typer.echo(f"{report.left_out:,} images of pools are also in an evaluation set: they are left out")
         if report.skipped:
             typer.echo(f"{report.skipped:,} comparisons were skipped, in groups of images that are too much alike")
@@ -135,7 +117,7 @@ def check_data(
             )
 
 
-def _write_suspects(predictor: "Predictor", named: "NamedDataset", target: "Store") -> int:
+def _write_suspects(predictor: "Predictor", named: "NamedDataset", target: Store) -> int:
     """Lists the images whose class name the model doubts. Returns their number."""
     from ns.labeling.label_errors import find_label_errors
     from ns.storage.parquet import write_table
@@ -145,7 +127,7 @@ def _write_suspects(predictor: "Predictor", named: "NamedDataset", target: "Stor
     return len(table)
 
 
-def _make_check_tables(report: "LeakageReport", suspect_counts: dict[str, int]) -> "list[Table]":
+def _make_check_tables(report: "LeakageReport", suspect_counts: dict[str, int]) -> list[Table]:
     """Which datasets share images, and the sizes of the classes."""
     overlaps = make_table("images that resemble another", "images of", "in", "same bytes", "near")
     for overlap in report.overlaps:
@@ -173,12 +155,11 @@ def show_data(
     from ns.data.contact_sheet import render_contact_sheet
     from ns.data.dataset import Dataset
     from ns.data.leakage import count_class_images
-    from ns.storage import open_store
 
     store = open_store(dataset)
     data = Dataset.load(store)
     if as_json:
-        typer.echo(json.dumps(data.model_dump(mode="json") | {"digest": data.digest, "samples": data.samples}, indent=1))
+        print_json(data.model_dump(mode="json") | {"digest": data.digest, "samples": data.samples})
     else:
         mib = data.bytes / (1 << 20)
         typer.echo(f"{data.name}: {data.role}, {data.samples:,} images, {mib:,.1f} MiB in {len(data.shards)} shards")
@@ -195,7 +176,6 @@ def show_data(
 
 def _read_class_names(path: Path) -> list[str]:
     from ns.data.dataset import Dataset
-    from ns.storage import read_uri
 
     data = read_uri(str(path))
     if path.suffix == ".json":

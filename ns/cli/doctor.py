@@ -1,29 +1,20 @@
 """`ns doctor …`: find what would stop a run before it starts."""
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from ns.cli.options import AsJson
+from ns.cli.options import AsJson, RegistryOption, RemoteOption
+from ns.cli.output import print_json
+from ns.core.diagnostics import Diagnostic
 from ns.core.errors import ClusterError, NsError, StoreError
-
-if TYPE_CHECKING:
-    from ns.core.diagnostics import Diagnostic
 
 app = typer.Typer(help="Find what would stop a run before it starts.", no_args_is_help=True)
 
-
-class NeededPart(StrEnum):
-    kfp = "kfp"
-    trainer = "trainer"
-    kueue = "kueue"
-    prometheus = "prometheus-operator"
-    dcgm = "dcgm"
-    gpu = "gpu"
+NeededPart = StrEnum("NeededPart", ["kfp", "trainer", "kueue", "prometheus-operator", "dcgm", "gpu"])
 
 
 @app.command("store")
@@ -36,35 +27,23 @@ def check_store(
     """
     from ns.storage.probe import probe_store
 
-    diagnostics = probe_store(uri)
-    print_diagnostics(diagnostics, as_json=as_json)
-    if any(diagnostic.is_fatal for diagnostic in diagnostics):
-        raise typer.Exit(StoreError.exit_code)
+    _report_diagnostics(probe_store(uri), StoreError, as_json)
 
 
 @app.command("cluster")
 def check_cluster(
     context: Annotated[str | None, typer.Option(help="Context of the kubeconfig; default: the current one.")] = None,
-    namespace: Annotated[
-        str | None, typer.Option("--namespace", "-n", help="Namespace of the runs' pods; default: Kubeflow's.")
-    ] = None,
-    need: Annotated[
-        list[NeededPart] | None, typer.Option(help="A part that must be installed besides kfp. Repeatable.")
-    ] = None,
-    store: Annotated[
-        str | None, typer.Option(metavar="URI", help="Try this store too, with this shell's AWS_… variables.")
-    ] = None,
-    registry: Annotated[
-        str | None, typer.Option(metavar="GIT", envvar="NS_LABEL_REGISTRY", help="Try this label registry too.")
-    ] = None,
-    remote: Annotated[
-        str | None, typer.Option(metavar="URI", envvar="NS_LABEL_REMOTE", help="Store of its data, while it is empty.")
-    ] = None,
+    namespace: Annotated[str | None, typer.Option("--namespace", "-n", help="Namespace of runs; default: Kubeflow's.")] = None,
+    need: Annotated[list[NeededPart] | None, typer.Option(help="A part that must be there besides kfp. Repeatable.")] = None,
+    store: Annotated[str | None, typer.Option(metavar="URI", help="Try this store, with this shell's AWS_… variables.")] = None,
+    registry: RegistryOption = None,
+    remote: RemoteOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Check that a Kubernetes cluster has all that runs need. Changes nothing in it.
 
-    Checks versions and their compatibility, storage, GPU nodes, queues, metrics and rights, and names a fix for each fault.
+    Checks versions and their compatibility, storage, GPU nodes, queues, metrics and rights, and names a fix for each fault. A
+    store and a label registry are tried if they are given.
 
     Example: [cyan]ns doctor cluster --context production --need trainer --store s3://my-bucket/ns[/]
     """
@@ -77,16 +56,21 @@ def check_cluster(
         diagnostics += _try_check("store", lambda: _prefix_names("store-", probe_store(store)))
     if registry:
         diagnostics += _try_check("git-push", lambda: _check_registry(registry, remote))
-    print_diagnostics(diagnostics, as_json=as_json)
-    if any(diagnostic.is_fatal for diagnostic in diagnostics):
-        raise typer.Exit(ClusterError.exit_code)
+    _report_diagnostics(diagnostics, ClusterError, as_json)
 
 
-def print_diagnostics(diagnostics: "list[Diagnostic]", *, as_json: bool = False) -> None:
-    """Prints diagnostics, one per line, with the fix of a fault below it."""
+def _report_diagnostics(diagnostics: list[Diagnostic], error: type[NsError], as_json: bool) -> None:
+    """Prints diagnostics, and ends the command with the exit code of `error` if one of them is fatal."""
     if as_json:
-        typer.echo(json.dumps([asdict(diagnostic) for diagnostic in diagnostics], indent=1))
-        return
+        print_json([asdict(diagnostic) for diagnostic in diagnostics])
+    else:
+        print_diagnostics(diagnostics)
+    if any(diagnostic.is_fatal for diagnostic in diagnostics):
+        raise typer.Exit(error.exit_code)
+
+
+def print_diagnostics(diagnostics: list[Diagnostic]) -> None:
+    """Prints diagnostics, one per line, with the fix of a fault below it."""
     width = max([15, *(len(diagnostic.name) for diagnostic in diagnostics)])
     for diagnostic in diagnostics:
         state = typer.style("ok", fg="green") if diagnostic.ok else typer.style("NO", fg="red", bold=True)
@@ -97,8 +81,7 @@ def print_diagnostics(diagnostics: "list[Diagnostic]", *, as_json: bool = False)
             typer.echo(f"    {'':<{width}}  fix: {diagnostic.fix}")
 
 
-def _check_registry(git: str, remote: str | None) -> "list[Diagnostic]":
-    from ns.core.diagnostics import Diagnostic
+def _check_registry(git: str, remote: str | None) -> list[Diagnostic]:
     from ns.core.git import redact_credentials
     from ns.labeling.registry import LabelRegistry
     from ns.storage.probe import probe_store
@@ -108,14 +91,12 @@ def _check_registry(git: str, remote: str | None) -> "list[Diagnostic]":
     return [pushed, *_prefix_names("dvc-", probe_store(data_uri))]
 
 
-def _prefix_names(prefix: str, diagnostics: "list[Diagnostic]") -> "list[Diagnostic]":
+def _prefix_names(prefix: str, diagnostics: list[Diagnostic]) -> list[Diagnostic]:
     return [replace(diagnostic, name=f"{prefix}{diagnostic.name}") for diagnostic in diagnostics]
 
 
-def _try_check(name: str, check: "Callable[[], list[Diagnostic]]") -> "list[Diagnostic]":
+def _try_check(name: str, check: Callable[[], list[Diagnostic]]) -> list[Diagnostic]:
     """The check's diagnostics, or its error as one, under `name`."""
-    from ns.core.diagnostics import Diagnostic
-
     try:
         return check()
     except NsError as error:

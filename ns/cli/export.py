@@ -5,31 +5,25 @@ from pathlib import Path
 from typing import Annotated, cast
 
 import typer
+from rich.console import Console
 
-from ns.cli.options import AsJson, Root
+from ns.cli.options import AsJson, ModelArgument, Root
+from ns.cli.output import make_table, print_json
 from ns.core.errors import ConfigError
+from ns.storage import open_store
 
-
-class FormOption(StrEnum):
-    timm = "timm"
-    onnx = "onnx"
-    torch = "torch"
+FormOption = StrEnum("FormOption", ["timm", "onnx", "torch"])
 
 
 def export(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A run, for its best model, or the folder or URI of a model.")
-    ] = "latest",
+    model: ModelArgument = "latest",
     out: Annotated[Path, typer.Option(help="Folder to write; an earlier export in it is replaced.")] = Path("export"),
     forms: Annotated[
         list[FormOption] | None,
-        typer.Option(
-            "--form", help="timm: safetensors and config.json (the default); onnx; torch: a torch.export program. Repeatable."
-        ),
+        typer.Option("--form", help="timm (the default), onnx, or torch: a torch.export program. Repeatable."),
     ] = None,
     images: Annotated[
-        str | None,
-        typer.Option(metavar="DATASET", help="Dataset that the forms are checked on. Default: the run's held-out images."),
+        str | None, typer.Option(metavar="DATASET", help="Dataset to check the forms on. Default: the run's held-out images.")
     ] = None,
     count: Annotated[int, typer.Option(min=1, max=4096, help="Images that the forms are checked on.")] = 64,
     root: Root = "runs",
@@ -39,9 +33,6 @@ def export(
 
     Example: [cyan]ns export latest --out release --form timm --form onnx[/]
     """
-    from rich.console import Console
-    from rich.table import Table
-
     from ns.data.dataset import Dataset
     from ns.export import ExportForm, ExportManifest, export_model
     from ns.modeling.manifest import ModelManifest
@@ -49,7 +40,6 @@ def export(
     from ns.reporting.metrics import Metric, collect_metrics
     from ns.reporting.model_card import render_model_card
     from ns.runs.lookup import read_prepared_data, resolve_model_uri, resolve_run_name
-    from ns.storage import open_store
 
     store = open_store(root)
     model_store = open_store(resolve_model_uri(store, model))
@@ -76,9 +66,10 @@ def export(
     form_names = cast("list[ExportForm]", [form.value for form in dict.fromkeys(forms or [FormOption.timm])])
     exported = export_model(model_store, out, form_names, data, count=count, describe=describe_export)
     if as_json:
-        typer.echo(exported.model_dump_json(indent=1))
+        print_json(exported)
         return
-    table = Table("form", "file", "images", "largest difference of logits", "same class")
+    headers = ("form", "file", "images", "largest difference of logits", "same class")
+    table = make_table("", *headers, text_columns=range(2))
     for check in exported.checks:
         difference = f"{check.largest_difference:.2g} of {check.largest_logit:.3g}"
         table.add_row(check.form, str(out / check.file), str(check.images), difference, f"{check.same_top1:.1%}")

@@ -1,17 +1,17 @@
 """`ns gate …`: explains why a student became the teacher, or did not."""
 
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from ns.cli.options import AsJson, Root
-from ns.cli.output import make_table
+from ns.cli.output import make_table, print_json
+from ns.storage import open_store
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from ns.evaluation.gate import Verdict
 
 app = typer.Typer(help="Explain why a student became the teacher, or did not.", no_args_is_help=True)
@@ -26,7 +26,7 @@ def _keep_group() -> None:
 @app.command()
 def explain(
     name: Annotated[
-        str, typer.Argument(metavar="RUN|RUN/gen-N", help="A run, for its last verdict, or a generation: latest/gen-1.")
+        str, typer.Argument(metavar="RUN|RUN/gen-N", help="A run, for its last verdict, or a generation.")
     ] = "latest",
     root: Root = "runs",
     as_json: AsJson = False,
@@ -35,39 +35,23 @@ def explain(
 
     Example: [cyan]ns gate explain latest/gen-1[/]
     """
-    from rich.console import Console
-
     from ns.evaluation.gate import required_gain
     from ns.runs.lookup import resolve_verdict
-    from ns.storage import open_store
 
     run, verdict = resolve_verdict(open_store(root), name)
     if as_json:
-        typer.echo(
-            json.dumps(
-                {
-                    "run": run,
-                    **verdict.model_dump(mode="json"),
-                    "required_gain": required_gain(verdict).model_dump(mode="json"),
-                },
-                indent=1,
-            )
-        )
+        print_json({"run": run, **verdict.model_dump(mode="json"), "required_gain": required_gain(verdict)})
         return
     console = Console()
-    for table in make_verdict_tables(run, verdict):
-        console.print(table)
-    for line in format_verdict(verdict):
-        console.print(line, highlight=False)
+    console.print(*make_verdict_tables(run, verdict))
+    console.print(*format_verdict(verdict), sep="\n", highlight=False)
 
 
-def make_verdict_tables(run: str, verdict: "Verdict") -> "list[Table]":
+def make_verdict_tables(run: str, verdict: "Verdict") -> list[Table]:
     """The conditions of the gate, and the held-out images by which model is right."""
     outcome = "promoted" if verdict.promoted else "refused"
-    conditions = make_table(
-        f"run {run}, generation {verdict.generation}: {outcome}", "condition", "value", "required", "", "what it is"
-    )
-    conditions.columns[3].justify = conditions.columns[4].justify = "left"
+    title = f"run {run}, generation {verdict.generation}: {outcome}"
+    conditions = make_table(title, "condition", "value", "required", "", "what it is", text_columns=(0, 3, 4))
     for condition in verdict.conditions:
         mark = "[green]passed[/]" if condition.passed else "[yellow]failed[/]"
         detail = escape(condition.detail.rstrip(","))

@@ -22,9 +22,8 @@ def make_label_set_table(resolved: RunLabelSet) -> Table:
     counts = read_histogram(resolved.store, len(label_set.classes))
     middles = (np.arange(HISTOGRAM_BINS) + 0.5) / HISTOGRAM_BINS
     title = f"{label_set.rows:,} images, {label_set.unreadable:,} unreadable, {label_set.left_out:,} left out"
-    table = make_table(
-        title, "class", "images", "mean confidence", *(("kept", "least confidence kept", "seen") if selection else ())
-    )
+    kept_headers = ("kept", "least confidence kept", "seen") if selection else ()
+    table = make_table(title, "class", "images", "mean confidence", *kept_headers)
     for class_id, (name, histogram) in enumerate(zip(label_set.classes, counts.astype(float), strict=True)):
         images = histogram.sum()
         cells = [escape(name), f"{images:,.0f}", f"{histogram @ middles / images:.1%}" if images else ""]
@@ -97,16 +96,8 @@ def make_diff_parts(diff: LabelDiff) -> list[RenderableType]:
         if band.images:
             by_band.add_row(f"{band.low:.1f} … {band.high:.1f}", f"{band.images:,}", f"{band.changed:,}", f"{band.churn:.1%}")
     has_selection = diff.entered is not None
-    by_class = make_table(
-        "",
-        "class",
-        "before",
-        "after",
-        "lost",
-        "gained",
-        *(("kept before", "kept after") if has_selection else ()),
-        "confidence, points",
-    )
+    kept_headers = ("kept before", "kept after") if has_selection else ()
+    by_class = make_table("", "class", "before", "after", "lost", "gained", *kept_headers, "confidence, points")
     for row in diff.list_changed_classes():
         kept = (row.kept_before, row.kept_after) if has_selection else ()
         by_class.add_row(
@@ -114,8 +105,7 @@ def make_diff_parts(diff: LabelDiff) -> list[RenderableType]:
             *(f"{value:,}" for value in (row.before, row.after, row.lost, row.gained, *kept)),
             "" if row.shift is None else f"{100 * row.shift:+.1f}",
         )
-    flips = make_table("most frequent flips", "before", "after", "images")
-    flips.columns[1].justify = "left"
+    flips = make_table("most frequent flips", "before", "after", "images", text_columns=range(2))
     for old, new, images in diff.list_frequent_flips():
         flips.add_row(escape(old), escape(new), f"{images:,}")
     return [*(f"[bold]{line}[/]" for line in lines), by_band, by_class, *([flips] if diff.matrix else [])]
@@ -123,10 +113,8 @@ def make_diff_parts(diff: LabelDiff) -> list[RenderableType]:
 
 def make_audits_table(audits: list[LabelAudit]) -> Table:
     """Audits of one label set, one per row."""
-    table = make_table(
-        "audits: labels that are right, with 95 % intervals", "audit", "of", "looked at", "wrong", "right", "interval"
-    )
-    table.columns[1].justify = "left"
+    title = "audits: labels that are right, with 95 % intervals"
+    table = make_table(title, "audit", "of", "looked at", "wrong", "right", "interval", text_columns=range(2))
     for audit in audits:
         table.add_row(
             shorten_digest(audit.digest),

@@ -1,19 +1,28 @@
 """`ns label` and `ns labels …`: make, inspect, compare, audit, version and purge label sets."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 
-from ns.cli.options import AsJson, Root, make_default_group
-from ns.cli.output import write_page
+from ns.cli.options import (
+    AsJson,
+    Markdown,
+    ModelArgument,
+    RegistryOption,
+    RemoteOption,
+    Root,
+    make_default_group,
+    override_option,
+)
+from ns.cli.output import print_json, write_page
 from ns.core.errors import ConfigError, DataError, RunError
+from ns.storage import Store, open_store, read_uri, split_uri
 
 if TYPE_CHECKING:
     from ns.labeling.registry import LabelRegistry
     from ns.runs.lookup import RunLabelSet
-    from ns.storage import Store
 
 app = typer.Typer(help="Inspect, check, compare, audit and version label sets.", no_args_is_help=True)
 audit_app = typer.Typer(
@@ -25,36 +34,16 @@ audit_app = typer.Typer(
 )
 app.add_typer(audit_app, name="audit")
 
-LabelSetArgument = Annotated[
-    str, typer.Argument(metavar="LABELS", help="A run's generation (latest/gen-1), or the folder or URI of a label set.")
-]
+LabelSetArgument = Annotated[str, typer.Argument(metavar="LABELS", help="latest/gen-1, or a label set's folder or URI.")]
 Pool = Annotated[str | None, typer.Option(metavar="DATASET", help="The dataset that was labeled; default: the run's pool.")]
 
-RegistryOption = Annotated[
-    str | None,
-    typer.Option(
-        "--registry", envvar="NS_LABEL_REGISTRY", metavar="URL", help="The label registry: URL or path of its git repository."
-    ),
-]
-RemoteOption = Annotated[
-    str | None,
-    typer.Option(
-        "--remote",
-        envvar="NS_LABEL_REMOTE",
-        metavar="URI",
-        help="Folder or s3://bucket/prefix of the data; needed while the registry is empty.",
-    ),
-]
 TagArgument = Annotated[str, typer.Argument(metavar="TAG", help="A version: labels/PROJECT/RUN/gen-N.")]
-VersionArgument = Annotated[
-    str, typer.Argument(metavar="TAG", help="A version: labels/PROJECT/RUN/gen-N, or current/PROJECT for the one in use.")
-]
+VersionArgument = Annotated[str, typer.Argument(metavar="TAG", help="A version: labels/PROJECT/RUN/gen-N, or current/PROJECT.")]
 Why = Annotated[str, typer.Option("--why", help="The reason, for the history.")]
 
 
 def _open_label_set(root: str, name: str) -> "tuple[Store, RunLabelSet]":
     from ns.runs.lookup import open_label_set
-    from ns.storage import open_store
 
     store = open_store(root)
     return store, open_label_set(store, name)
@@ -66,14 +55,12 @@ def show_label_set(name: LabelSetArgument, root: Root = "runs", as_json: AsJson 
 
     Example: [cyan]ns labels show latest/gen-1[/]
     """
-    from rich.console import Console
-
     from ns.cli.label_tables import make_audits_table, make_label_set_table
     from ns.labeling.audit import load_audits
 
     _, resolved = _open_label_set(root, name)
     if as_json:
-        typer.echo(resolved.label_set.model_dump_json(indent=1))
+        print_json(resolved.label_set)
         return
     Console().print(make_label_set_table(resolved))
     if label_audits := load_audits(resolved.store, resolved.label_set):
@@ -101,30 +88,21 @@ def verify_labels(name: LabelSetArgument, root: Root = "runs", pool: Pool = None
 def select_labels(
     name: LabelSetArgument,
     root: Root = "runs",
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="A=B", help="Override a field of the selection. Repeatable.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the images kept, dropped and repeated, by class, and write nothing.")
-    ] = False,
+    overrides: Annotated[list[str] | None, override_option("selection, as in per_class=5000")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be kept, by class; write nothing.")] = False,
     out: Annotated[str | None, typer.Option(metavar="FILE", help="Write the selection to this JSON file.")] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Breaks ties between equal confidences; default: the run's seed, or 0.")
-    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed that breaks ties; default: the run's, or 0.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a selection from a label set, by the policy of its run and your overrides.
 
     Example: [cyan]ns labels select latest/gen-1 --set min_confidence=0.6 --set per_class=5000 --dry-run[/]
     """
-    from rich.console import Console
-
     from ns.cli.label_tables import make_selection_table
     from ns.config.loader import with_overrides
     from ns.config.schema import SelectionConfig
     from ns.labeling.selection import make_selection
     from ns.runs.lookup import find_policy_thresholds
-    from ns.storage import open_store, split_uri
 
     if not dry_run and out is None:
         raise ConfigError("give --out FILE to write the selection, or --dry-run to print it")
@@ -140,7 +118,7 @@ def select_labels(
         folder, file = split_uri(out)
         selection.save_file(open_store(folder), file)
     if as_json:
-        typer.echo(selection.model_dump_json(indent=1))
+        print_json(selection)
     else:
         Console().print(make_selection_table(resolved.label_set, selection))
 
@@ -155,24 +133,18 @@ def trace_key(
 
     Example: [cyan]ns labels trace photos/0001[/]
     """
-    from rich.console import Console
-
     from ns.cli.label_tables import make_trace_table
-    from ns.runs import lineage
-    from ns.storage import open_store
+    from ns.runs.lineage import trace_image
 
-    history = lineage.trace_image(open_store(root), key)
+    history = trace_image(open_store(root), key)
     if as_json:
-        typer.echo(history.model_dump_json(indent=1))
+        print_json(history)
         return
-    console = Console()
     for part, location in history.locations.items():
         dataset, shard, row = location.split("/")
-        console.print(f"{part}: dataset {dataset[:16]}, shard {shard}, row {row}", highlight=False)
-    console.print(make_trace_table(history))
-    console.print(
-        f"{len(history.models)} models have seen it" + "".join(f"\n  {model}" for model in history.models), highlight=False
-    )
+        typer.echo(f"{part}: dataset {dataset[:16]}, shard {shard}, row {row}")
+    Console().print(make_trace_table(history))
+    typer.echo(f"{len(history.models)} models have seen it" + "".join(f"\n  {model}" for model in history.models))
 
 
 @app.command("purge")
@@ -191,15 +163,14 @@ def purge_keys(
     """
     from ns.data.key_list import read_keys
     from ns.labeling.purge import purge_images
-    from ns.runs import lineage
-    from ns.storage import open_store
+    from ns.runs.lineage import find_exposed_models
 
     store, resolved = _open_label_set(root, name)
     removed_keys = read_keys(str(keys))
     purged, count = purge_images(resolved.store, resolved.label_set, removed_keys, open_store(out))
-    models = lineage.find_exposed_models(store, removed_keys)
+    models = find_exposed_models(store, removed_keys)
     if as_json:
-        typer.echo(json.dumps({"label_set": purged.digest, "images": count, "models": models}, indent=1))
+        print_json({"label_set": purged.digest, "images": count, "models": models})
         return
     typer.echo(f"{out}: {count:,} images purged; label set {purged.digest}")
     typer.echo(f"models that have seen them, below {root}: {len(models)}")
@@ -208,18 +179,14 @@ def purge_keys(
 
 
 def label(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or URI of a model, or a run, for its best model.")],
+    model: ModelArgument,
     pool: Annotated[str, typer.Argument(metavar="POOL", help="Folder or URI of a dataset (`ns data import` makes one).")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URI of the label set.")],
     root: Root = "runs",
     shards: Annotated[str | None, typer.Option(metavar="START-STOP", help="Label only these shards; STOP is excluded.")] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="A=B", help="Override a field of labeling, as in views=ten. Repeatable."),
-    ] = None,
+    overrides: Annotated[list[str] | None, override_option("labeling, as in views=ten")] = None,
     kept: Annotated[
-        str | None,
-        typer.Option(metavar="LABELS", help="Label only images that the selection of this generation (latest/gen-1) kept."),
+        str | None, typer.Option(metavar="LABELS", help="Label only images that the selection of this generation kept.")
     ] = None,
 ) -> None:
     """Label a dataset with a model, shard by shard. Run the command again to continue; processes can share the work by --shards.
@@ -228,24 +195,16 @@ def label(
     """
     from ns.config.loader import with_overrides
     from ns.config.schema import LabelingConfig
-    from ns.core import log
+    from ns.core.log import configure_logging
     from ns.labeling.offline import label_dataset
     from ns.runs.lookup import open_label_set, resolve_model_uri
-    from ns.storage import open_store
 
-    log.configure_logging()
+    configure_logging()
     config = with_overrides(LabelingConfig(), overrides or [])
     store = open_store(root)
-    model_uri = resolve_model_uri(store, model)
     kept_set = open_label_set(store, kept) if kept else None
-    label_set = label_dataset(
-        model_uri,
-        pool,
-        out,
-        config,
-        shards=shards,
-        kept_by=kept_set and (kept_set.store, kept_set.label_set, kept_set.selection),
-    )
+    kept_by = kept_set and (kept_set.store, kept_set.label_set, kept_set.selection)
+    label_set = label_dataset(resolve_model_uri(store, model), pool, out, config, shards=shards, kept_by=kept_by)
     if label_set is None:
         typer.echo(f"{out}: not all shards are labeled yet")
     else:
@@ -272,11 +231,12 @@ def list_versions(registry: RegistryOption = None, as_json: AsJson = False) -> N
 
     versions = _open_registry(registry).list_versions()
     if as_json:
-        rows = [
-            {"tag": str(version.tag), "date": date, "current": current, **version.model_dump(exclude={"format", "files"})}
-            for version, date, current in versions
-        ]
-        typer.echo(json.dumps(rows, indent=1))
+        print_json(
+            [
+                {"tag": str(version.tag), "date": date, "current": current, **version.model_dump(exclude={"format", "files"})}
+                for version, date, current in versions
+            ]
+        )
     else:
         print_untruncated(make_versions_table(versions))
 
@@ -292,7 +252,7 @@ def show_version(tag: VersionArgument, registry: RegistryOption = None, as_json:
     label_registry = _open_registry(registry)
     details = label_registry.find_version(tag)
     if as_json:
-        typer.echo(details.model_dump_json(indent=1))
+        print_json(details)
         return
     for name, value in details.model_dump(exclude={"format", "files", "directory"}).items():
         typer.echo(f"{name:12}{'' if value is None else value}")
@@ -308,13 +268,10 @@ def commit_version(
     remote: RemoteOption = None,
     new_tag: Annotated[
         str | None,
-        typer.Option(
-            "--tag", metavar="TAG", help="Name of the version; needed for a folder; default: labels/EXPERIMENT/RUN/gen-N."
-        ),
+        typer.Option("--tag", metavar="TAG", help="Its name; a folder needs one; default: labels/PROJECT/RUN/gen-N."),
     ] = None,
     selected: Annotated[
-        str | None,
-        typer.Option("--selection", metavar="FILE", help="For a folder: the selection that `ns labels select --out` wrote."),
+        str | None, typer.Option("--selection", metavar="FILE", help="A folder's selection, from `ns labels select --out`.")
     ] = None,
     root: Root = "runs",
 ) -> None:
@@ -329,8 +286,7 @@ def commit_version(
     from ns.labeling.registry import VersionTag
     from ns.labeling.selection import Selection
     from ns.runs.lookup import open_label_set, resolve_run_name
-    from ns.runs.records import CONFIG_FILE, list_stage_notes
-    from ns.storage import open_store, split_uri
+    from ns.runs.records import CONFIG_FILE, find_stage_note
 
     run, _, generation = name.rpartition("/gen-")
     of_run = bool(run) and generation.isdigit()
@@ -350,12 +306,10 @@ def commit_version(
     resolved = open_label_set(store, name)
     selection, verdict = resolved.selection, None
     if of_run:
-        for note in list_stage_notes(store, run):
-            if (note.generation, note.stage) == (int(generation), "gate"):
-                verdict = Verdict.load_file(store, note.outputs["verdict"])
+        if note := find_stage_note(store, run, int(generation), "gate"):
+            verdict = Verdict.load_file(store, note.outputs["verdict"])
     elif selected:
-        folder, file = split_uri(selected)
-        selection = Selection.load_file(open_store(folder), file)
+        selection = Selection.parse(read_uri(selected), selected)
         if selection.label_set != resolved.label_set.digest:
             raise DataError(
                 f"--selection {selected}: is of label set {selection.label_set[:16]}, not {resolved.label_set.digest[:16]}; "
@@ -433,21 +387,16 @@ def diff_label_sets(
     after: Annotated[str, typer.Argument(metavar="B", help="The later label set, of the same images.")],
     root: Root = "runs",
     as_json: AsJson = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for an issue or a pull request.")] = False,
-    html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a page with pictures of the most confident flips.")
-    ] = None,
+    markdown: Markdown = False,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with pictures of confident flips.")] = None,
     pool: Pool = None,
 ) -> None:
     """Compare two label sets: flips by class and by confidence, and images that entered and left the selection.
 
     Example: [cyan]ns labels diff latest/gen-1 latest/gen-2 --html diff.html[/]
     """
-    from rich.console import Console
-
     from ns.labeling.diff import compare_label_sets
     from ns.runs.lookup import open_label_set
-    from ns.storage import open_store
 
     if as_json and markdown:
         raise ConfigError("--json --markdown: give one of them")
@@ -462,7 +411,7 @@ def diff_label_sets(
         with_images = new if new.prepared or pool else old
         write_page(html, render_diff_page(difference, names, *with_images.open_pool(store, pool)))
     if as_json:
-        typer.echo(difference.model_dump_json(indent=1))
+        print_json(difference)
     elif markdown:
         from ns.reporting.label_set_pages import render_diff_markdown
 
@@ -472,8 +421,7 @@ def diff_label_sets(
     else:
         from ns.cli.label_tables import make_diff_parts
 
-        for part in make_diff_parts(difference):
-            Console().print(part, highlight=False)
+        Console().print(*make_diff_parts(difference), sep="\n", highlight=False)
 
 
 @audit_app.command("page")
@@ -483,9 +431,7 @@ def write_audit_page(
     images: Annotated[int, typer.Option(min=1, max=5000, help="Approximate number of images.")] = 400,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of the sample.")] = 0,
     out: Annotated[Path, typer.Option(metavar="FILE", help="File of the page.")] = Path("audit.html"),
-    selected_only: Annotated[
-        bool, typer.Option("--selected-only", help="Sample only images that the run's selection keeps.")
-    ] = False,
+    selected_only: Annotated[bool, typer.Option("--selected-only", help="Sample only what the run's selection keeps.")] = False,
     pool: Pool = None,
 ) -> None:
     """Write a page with a sample of the images, to mark wrong labels on. `ns labels audit apply` evaluates your answers.
@@ -499,13 +445,8 @@ def write_audit_page(
     if selected_only and resolved.selection is None:
         raise RunError(f"{name}: --selected-only needs a selection; name a run's generation, as in latest/gen-1")
     pool_data = resolved.open_pool(store, pool)
-    sheet = draw_audit_sample(
-        resolved.store,
-        resolved.label_set,
-        sample_size=images,
-        seed=seed,
-        selection=resolved.selection if selected_only else None,
-    )
+    selection = resolved.selection if selected_only else None
+    sheet = draw_audit_sample(resolved.store, resolved.label_set, sample_size=images, seed=seed, selection=selection)
     write_page(out, render_audit_page(sheet, resolved.label_set.classes, name, *pool_data))
     typer.echo(
         f"{out}: {len(sheet.images):,} images of {len(sheet.strata)} strata; open it in a browser, mark what is wrong, download "
@@ -519,7 +460,7 @@ def apply_audit(
     name: LabelSetArgument,
     root: Root = "runs",
     corrections: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="Write the images whose right class you named as a labeled dataset.")
+        str | None, typer.Option(metavar="FOLDER", help="Write corrected images as a labeled dataset.")
     ] = None,
     as_json: AsJson = False,
     pool: Pool = None,
@@ -528,31 +469,22 @@ def apply_audit(
 
     Example: [cyan]ns labels audit apply audit.json latest/gen-1 --corrections data/corrections[/]
     """
-    from rich.console import Console
-
     from ns.cli.label_tables import make_audit_tables
     from ns.labeling.audit import AuditSheet, check_audit_sheet, estimate_precision, save_audit, write_corrections
-    from ns.storage import open_store
 
     store, resolved = _open_label_set(root, name)
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror or error}; name the audit.json that the page gave") from error
-    sheet = AuditSheet.parse(data, str(file))
+    sheet = AuditSheet.parse(read_uri(str(file)), str(file))
     check_audit_sheet(sheet, str(file), resolved.store, resolved.label_set, resolved.selection)
     result = estimate_precision(sheet, str(file))
     corrected = None
     if corrections:
-        corrected = write_corrections(
-            result, resolved.label_set.classes, *resolved.open_pool(store, pool), open_store(corrections)
-        )
+        pool_data = resolved.open_pool(store, pool)
+        corrected = write_corrections(result, resolved.label_set.classes, *pool_data, open_store(corrections))
     key = save_audit(result, resolved.store)
     if as_json:
-        typer.echo(result.model_dump_json(indent=1))
+        print_json(result)
         return
-    for table in make_audit_tables(result):
-        Console().print(table)
+    Console().print(*make_audit_tables(result))
     typer.echo(f"kept as {resolved.store.uri}/{key}")
     if corrections:
         typer.echo(f"{corrections}: {corrected.samples if corrected else 0:,} corrected images")

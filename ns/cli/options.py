@@ -8,24 +8,33 @@ import typer
 if TYPE_CHECKING:
     from ns.config.schema import Experiment
 
-Root = Annotated[
-    str,
-    typer.Option("--root", metavar="URI", help="Folder or s3://bucket/prefix of the runs, models, label sets and datasets."),
-]
+Root = Annotated[str, typer.Option("--root", metavar="FOLDER|URI", help="Store of runs, models, label sets and datasets.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a field; list items by index. Repeatable.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the preset quickstart.")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, the beginning of its name, or 'latest'.")]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A run, for its best model, or a model's folder or URI.")]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print Markdown for an issue or a pull request.")]
+RegistryOption = Annotated[
+    str | None, typer.Option("--registry", envvar="NS_LABEL_REGISTRY", metavar="GIT", help="URL or path of the label registry.")
+]
+RemoteOption = Annotated[
+    str | None,
+    typer.Option("--remote", envvar="NS_LABEL_REMOTE", metavar="URI", help="Store of its data; needed while it is empty."),
+]
 
 Kfp = Annotated[str | None, typer.Option("--kfp", metavar="URL", help="UI or API of Kubeflow Pipelines; default: NS_KFP_URL.")]
 Inputs = Annotated[
     list[str] | None,
-    typer.Option(
-        "--input", metavar="NAME=VALUE|@FILE", help="Input of the pipeline on Kubeflow, or a JSON file of several. Repeatable."
-    ),
+    typer.Option("--input", metavar="NAME=VALUE|@FILE", help="Input of the pipeline, or a JSON file of several. Repeatable."),
 ]
+
+
+def override_option(part: str) -> Any:
+    """`--set` of a command that has the settings of one part of an experiment, such as `labeling`."""
+    return typer.Option("--set", metavar="A=B", help=f"Override a field of {part}. Repeatable.")
 
 
 def make_program(about: str) -> typer.Typer:

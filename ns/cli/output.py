@@ -1,8 +1,12 @@
-"""How commands print: tables, paths that can be pasted into a shell, pages."""
+"""How commands print: JSON, tables, paths that can be pasted into a shell, pages."""
 
+import json
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
+import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -13,13 +17,18 @@ UNLIMITED_WIDTH = 10_000
 """Columns: more than any table needs."""
 
 
-def make_table(title: str, *headers: str, text_columns: int = 1) -> Table:
-    """A plain table whose first `text_columns` columns are text; the others are numbers, at the right edge."""
+def print_json(value: Any) -> None:
+    """Prints JSON on standard output. `value` may hold documents."""
+    typer.echo(json.dumps(value, indent=1, ensure_ascii=False, default=lambda document: json.loads(document.model_dump_json())))
+
+
+def make_table(title: str, *headers: str, text_columns: Collection[int] = (0,), wrap: bool = True) -> Table:
+    """A plain table. The columns in `text_columns` hold text; the others hold numbers, at the right edge."""
     table = Table(
         title=title or None, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
     )
     for column, header in enumerate(headers):
-        table.add_column(header, justify="left" if column < text_columns else "right")
+        table.add_column(header, justify="left" if column in text_columns else "right", no_wrap=not wrap)
     return table
 
 

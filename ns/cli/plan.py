@@ -4,13 +4,14 @@ import math
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
 
 from ns.cli.options import AsJson, ConfigArgument, Overrides, load_experiment_argument
-from ns.cli.output import make_table
+from ns.cli.output import make_table, print_json
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from ns.data.prepared import DataPart
     from ns.planning.cost import RunPlan
 
@@ -27,7 +28,7 @@ def plan(
     devices: Annotated[int, typer.Option(min=1, help="Number of devices that train together, each like this machine's.")] = 1,
     speed: Annotated[
         float | None,
-        typer.Option(min=0.001, metavar="TMACS", help="Speed of a device, 10¹² multiply-adds per second; default: measured."),
+        typer.Option(min=0.001, metavar="TMACS", help="10¹² multiply-adds per second of a device; default: measured."),
     ] = None,
     seconds: Annotated[float, typer.Option(min=1, help="Seconds to measure for.")] = 30,
     price: Annotated[float | None, typer.Option(min=0, help="Price per device-hour, in any currency.")] = None,
@@ -38,8 +39,6 @@ def plan(
     Example: [cyan]ns plan my-experiment.yaml --pool 300000000 --image-kb 110 --devices 8 --price 2.5[/]
     """
     experiment = load_experiment_argument(config, overrides)
-    from rich.console import Console
-
     from ns.core.log import configure_logging
     from ns.planning.cost import PlanRequest, estimate_run
     from ns.planning.data_stats import KnownCounts
@@ -51,25 +50,21 @@ def plan(
     configure_logging()
     run_plan = estimate_run(experiment, PlanRequest(counts, devices, seconds, speed and speed * 1e12, price))
     if as_json:
-        typer.echo(run_plan.model_dump_json(indent=1))
+        print_json(run_plan)
         return
-    console = Console()
-    for table in make_plan_tables(run_plan):
-        console.print(table)
-    for line in format_plan_remarks(run_plan):
-        console.print(line, highlight=False)
+    Console().print(*make_plan_tables(run_plan))
+    Console().print(*format_plan_remarks(run_plan), sep="\n", highlight=False)
 
 
-def make_plan_tables(run_plan: "RunPlan") -> "list[Table]":
+def make_plan_tables(run_plan: "RunPlan") -> list[Table]:
     """The work of each generation, one task per row; and what each device needs for it."""
     from ns.core.log import format_duration
 
     title = f"{run_plan.experiment} on {run_plan.devices} × {run_plan.machine}"
-    work = make_table(title, "", "network", "params", "MAC", "images", "time", "hours", text_columns=2)
-    headers = ("", "mode", "steps", "images/s", "reads", "cores", "net/step", "checkpoint")
-    needs = make_table("each device", *headers, text_columns=2)
-    for column in (*work.columns, *needs.columns):
-        column.no_wrap = True
+    work_headers = ("network", "params", "MAC", "images", "time", "hours")
+    work = make_table(title, "", *work_headers, text_columns=range(2), wrap=False)
+    need_headers = ("mode", "steps", "images/s", "reads", "cores", "net/step", "checkpoint")
+    needs = make_table("each device", "", *need_headers, text_columns=range(2), wrap=False)
     for estimate in run_plan.work:
         name = f"{estimate.generation} {estimate.task}"
         work.add_row(
@@ -97,8 +92,6 @@ def make_plan_tables(run_plan: "RunPlan") -> "list[Table]":
 
 def format_plan_remarks(run_plan: "RunPlan") -> list[str]:
     """Totals and advice that the tables do not show, one sentence each."""
-    from rich.filesize import decimal
-
     from ns.core.log import format_duration
 
     sentences = [

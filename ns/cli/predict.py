@@ -1,13 +1,14 @@
 """`ns predict`: classes of image files."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ns.cli.options import AsJson, Root
-from ns.core.errors import DataError, RunError
+from ns.cli.output import print_json
+from ns.core.errors import DataError
+from ns.storage import open_store
 
 
 def predict(
@@ -22,17 +23,12 @@ def predict(
     Example: [cyan]ns predict cat.jpg dog.png --run latest[/]
     """
     from ns.modeling.file_predictions import predict_files
-    from ns.runs.lookup import resolve_run_name
-    from ns.runs.summary import summarize_run
-    from ns.storage import open_store
+    from ns.runs.lookup import find_best_model, resolve_run_name
 
     store = open_store(root)
-    summary = summarize_run(store, resolve_run_name(store, name))
-    if summary.best_model is None:
-        raise RunError(f"run {summary.run}: has no model yet; `ns run --resume` continues it")
-    predictions = predict_files(store.at(summary.best_model), images, top)
+    predictions = predict_files(store.at(find_best_model(store, resolve_run_name(store, name))), images, top)
     if as_json:
-        typer.echo(json.dumps([prediction.model_dump(mode="json") for prediction in predictions], indent=1))
+        print_json(predictions)
     for prediction in predictions:
         if prediction.error is not None:
             typer.echo(f"error: {prediction.path}: {prediction.error}", err=True)

@@ -1,14 +1,14 @@
 """`ns promote …`: the pointer, a file in git that names the model in use."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ns.cli.options import AsJson, Root, RunArgument, make_default_group
-from ns.cli.output import write_page
+from ns.cli.output import print_json, write_page
 from ns.core.errors import ConfigError, DataError
+from ns.storage import open_store
 
 if TYPE_CHECKING:
     from ns.promotion.promote import PointerMove, PromotionCandidate
@@ -31,7 +31,7 @@ def promote_run(
         str | None, typer.Option(metavar="NAME", help="Commit it on this branch, reset to HEAD; touch no file, push nothing.")
     ] = None,
     body: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the evidence as Markdown, for a pull request.")
+        Path | None, typer.Option(metavar="FILE", help="Write the evidence as Markdown for a pull request.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check, and print what would change.")] = False,
     as_json: AsJson = False,
@@ -42,7 +42,6 @@ def promote_run(
     """
     from ns.promotion import promote
     from ns.runs.lookup import resolve_run_name
-    from ns.storage import open_store
 
     if to.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"--to {to}: must end in .yaml")
@@ -55,17 +54,11 @@ def promote_run(
     if body is not None:
         write_page(body, promote.render_evidence(store, candidate, move.before, to.as_posix()))
     if as_json:
-        document = {
-            "pointer": candidate.pointer.model_dump(mode="json"),
-            "before": move.before.model_dump(mode="json") if move.before else None,
-            "changed": move.changed,
-            "branch": branch if move.commit else None,
-            "commit": move.commit,
-            "title": promote.format_title(candidate.pointer),
-        }
-        typer.echo(json.dumps(document, indent=1))
-        return
-    typer.echo(_describe_move(candidate, move, to, branch, dry_run=dry_run))
+        title = promote.format_title(candidate.pointer)
+        committed_on = branch if move.commit else None
+        print_json({"pointer": candidate.pointer, **move._asdict(), "branch": committed_on, "title": title})
+    else:
+        typer.echo(_describe_move(candidate, move, to, branch, dry_run=dry_run))
 
 
 def _describe_move(candidate: "PromotionCandidate", move: "PointerMove", to: Path, branch: str | None, *, dry_run: bool) -> str:

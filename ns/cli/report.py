@@ -6,14 +6,12 @@ from typing import Annotated
 
 import typer
 
-from ns.cli.options import Root, RunArgument, make_default_group
+from ns.cli.options import Markdown, Root, RunArgument, make_default_group
 from ns.cli.output import to_shell_path, write_page
+from ns.core.errors import ConfigError
+from ns.storage import open_store
 
-Markdown = Annotated[
-    bool, typer.Option("--markdown", help="Print Markdown for an issue or a pull request instead of writing a page.")
-]
 OpenIt = Annotated[bool, typer.Option("--open", help="Open the page in the browser.")]
-
 
 app = typer.Typer(
     cls=make_default_group("show"),
@@ -25,23 +23,15 @@ app = typer.Typer(
 
 
 @app.command()
-def show(
-    name: RunArgument = "latest",
-    root: Root = "runs",
-    markdown: Markdown = False,
-    open_it: OpenIt = False,
-) -> None:
+def show(name: RunArgument = "latest", root: Root = "runs", markdown: Markdown = False, open_it: OpenIt = False) -> None:
     """Write a run's report again, and print its path.
 
     Example: [cyan]ns report latest --open[/]
     """
-    from ns.core.errors import ConfigError
     from ns.reporting.page import write_report
     from ns.runs.lookup import resolve_run_name
-    from ns.storage import open_store
 
-    if markdown and open_it:
-        raise ConfigError("--markdown and --open exclude each other; give one of them")
+    _check_one_form(markdown, open_it)
     store = open_store(root)
     run = resolve_run_name(store, name)
     if markdown:
@@ -68,13 +58,10 @@ def compare(
 
     Example: [cyan]ns report compare quickstart-1a2b quickstart-3c4d --open[/]
     """
-    from ns.core.errors import ConfigError
     from ns.reporting.comparison import compare_runs, render_comparison_markdown, render_comparison_page
     from ns.runs.lookup import resolve_run_name
-    from ns.storage import open_store
 
-    if markdown and open_it:
-        raise ConfigError("--markdown and --open exclude each other; give one of them")
+    _check_one_form(markdown, open_it)
     store = open_store(root)
     comparison = compare_runs(store, [resolve_run_name(store, name) for name in names])
     if markdown:
@@ -84,3 +71,8 @@ def compare(
     typer.echo(f"{out}: {len(names)} runs compared; open it in a browser")
     if open_it:
         webbrowser.open(out.absolute().as_uri())
+
+
+def _check_one_form(markdown: bool, open_it: bool) -> None:
+    if markdown and open_it:
+        raise ConfigError("--markdown and --open exclude each other; give one of them")

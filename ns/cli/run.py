@@ -1,25 +1,23 @@
 """`ns run`: the whole loop, on this machine or on Kubeflow."""
 
 import contextlib
-import json
 import sys
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.console import Console
 
 from ns import __version__
 from ns.cli.options import AsJson, Inputs, Kfp, Overrides, Root, load_experiment_argument
+from ns.cli.output import print_json
 from ns.cli.runs import print_run
 from ns.core.errors import ConfigError, Interrupted, NsError, RunError
+from ns.storage import LocalStore, Store, open_store
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from ns.config.schema import Experiment
-    from ns.storage import Store
-
 
 Runner = Literal["local", "docker", "kfp"]
 
@@ -36,13 +34,11 @@ def run(
     ] = None,
     memory: Annotated[str | None, typer.Option(metavar="4g", help="Memory limit of each container; default: none.")] = None,
     gpus: Annotated[int, typer.Option(min=-1, help="GPUs of each container, -1 for all; on Kubeflow of each GPU stage.")] = 0,
-    stage_timeout: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="Time limit of each container; default: the pipeline's.")
-    ] = None,
+    stage_timeout: Annotated[float | None, typer.Option(help="Time limit per container, s; default: the pipeline's.")] = None,
     kfp: Kfp = None,
     inputs: Inputs = None,
     follow: Annotated[
-        bool | None, typer.Option("--follow/--no-follow", help="On Kubeflow: watch the run until it ends; default: yes.")
+        bool | None, typer.Option("--follow/--no-follow", help="On Kubeflow: follow the run; default: yes.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -63,10 +59,7 @@ def run(
     for option, value, runners in runner_options:
         if value is not None and runner not in runners:
             raise ConfigError(f"{option}: has no effect with --runner {runner}; add --runner {' or '.join(runners)}")
-    from rich.console import Console
-
     from ns.runs.lifecycle import derive_run_name, lock_run, open_run
-    from ns.storage import open_store
 
     store = open_store(root)
     if resume == (config is not None):
@@ -81,37 +74,44 @@ def run(
     # Taken now: while KFP runs, sys.stderr is its log.
     console = Console(file=sys.stderr)
     if runner == "kfp":
-        _run_on_kubeflow(
-            store, name, experiment, console, kfp, follow, {"image": image, "gpus": gpus, "inputs": inputs or ()}, as_json
-        )
-        return
-    with lock_run(store, name):
-        open_run(store, name, experiment, __version__)
-        if runner == "docker":
-            from pipelines.runners import docker
+        input_options = {"image": image, "gpus": gpus, "inputs": inputs or ()}
+        submitted = _run_on_kubeflow(store, name, experiment, console, kfp, follow is not False, input_options)
+        if follow is False:
+            if as_json:
+                print_json(submitted)
+            return
+    else:
+        with lock_run(store, name):
+            open_run(store, name, experiment, __version__)
+            if runner == "docker":
+                from pipelines.runners import docker
 
-            container = docker.ContainerOptions(image, memory, gpus=gpus, stage_seconds=stage_timeout)
-            _run_recorded(
-                store, name, console, partial(docker.run_in_containers, root=store, experiment=experiment, container=container)
-            )
-        else:
-            from pipelines.runners import local
+                container = docker.ContainerOptions(image, memory, gpus=gpus, stage_seconds=stage_timeout)
+                run_pipeline = partial(docker.run_in_containers, root=store, experiment=experiment, container=container)
+            else:
+                from pipelines.runners import local
 
-            _run_recorded(store, name, console, partial(local.run_locally, root=store.uri))
-    _print_outcome(store, name, as_json)
+                run_pipeline = partial(local.run_locally, root=store.uri)
+            _run_recorded(store, name, console, run_pipeline)
+    from ns.runs.summary import summarize_run
+
+    summary = summarize_run(store, name)
+    if as_json:
+        print_json(summary)
+    else:
+        print_run(summary, store, Console())
 
 
 def _run_on_kubeflow(
-    store: "Store",
+    store: Store,
     name: str,
     experiment: "Experiment",
-    console: "Console",
+    console: Console,
     url: str | None,
-    follow: bool | None,
+    follow: bool,
     input_options: dict[str, Any],
-    as_json: bool,
-) -> None:
-    """Submits a run, or finds the one that is under way, and follows it unless `follow` is false."""
+) -> dict[str, Any]:
+    """Submits a run, or finds the one that is under way, and follows it to its end if `follow`. Returns what was submitted as JSON."""
     from ns.cli.progress import RunView
     from ns.runs.records import CONFIG_FILE
     from pipelines import remote_run
@@ -124,33 +124,17 @@ def _run_on_kubeflow(
     submitted = remote_run.submit_run(client, store, name, experiment, arguments)
     message = f"run {name}: {'submitted' if submitted.new else 'is under way'}: {submitted.url}"
     console.print(message, highlight=False, soft_wrap=True)
-    if follow is False:
-        if as_json:
-            typer.echo(json.dumps(submitted._asdict(), indent=1))
-        return
-    with RunView(console) as view:
-        remote_run.follow_run(client, submitted, store, name, view.on_event)
-    _print_outcome(store, name, as_json)
+    if follow:
+        with RunView(console) as view:
+            remote_run.follow_run(client, submitted, store, name, view.on_event)
+    return submitted._asdict()
 
 
-def _print_outcome(store: "Store", name: str, as_json: bool) -> None:
-    from rich.console import Console
-
-    from ns.runs.summary import summarize_run
-
-    summary = summarize_run(store, name)
-    if as_json:
-        typer.echo(summary.model_dump_json(indent=1))
-    else:
-        print_run(summary, store, Console())
-
-
-def _run_recorded(store: "Store", name: str, console: "Console", run_pipeline: Callable[..., None]) -> None:
+def _run_recorded(store: Store, name: str, console: Console, run_pipeline: Callable[..., None]) -> None:
     """Runs the pipeline and records how it ended, whatever happens."""
     from ns.cli.progress import RunView
     from ns.runs.lifecycle import finish_run
     from ns.runs.records import CONFIG_FILE
-    from ns.storage import LocalStore
 
     log = store.root / name / "pipeline.log" if isinstance(store, LocalStore) else None
     try:
@@ -167,7 +151,7 @@ def _run_recorded(store: "Store", name: str, console: "Console", run_pipeline: C
     finish_run(store, name, "succeeded")
 
 
-def _find_unfinished(store: "Store", name: str | None) -> tuple[str, "Experiment"]:
+def _find_unfinished(store: Store, name: str | None) -> tuple[str, "Experiment"]:
     from ns.config.loader import load_experiment
     from ns.runs.lookup import list_runs
     from ns.runs.records import CONFIG_FILE

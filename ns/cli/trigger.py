@@ -1,24 +1,22 @@
 """`ns trigger`, `ns watch`: runs on Kubeflow when something has changed."""
 
-import json
 import sys
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ns.cli.options import AsJson, ConfigArgument, Inputs, Kfp, Overrides, load_experiment_argument
+from ns.cli.options import AsJson, ConfigArgument, Inputs, Kfp, Overrides, Root, load_experiment_argument
+from ns.cli.output import print_json
 from ns.core.errors import ConfigError, NsError
+from ns.storage import open_store
 
 if TYPE_CHECKING:
     from pipelines.trigger import TriggerDecision
 
-Root = Annotated[str, typer.Option("--root", metavar="s3://…", help="Store of the runs, models, label sets and datasets.")]
 Image = Annotated[str | None, typer.Option(help="Image of the stages, best by digest. A new one is a reason for a run.")]
 Gpus = Annotated[int, typer.Option(min=0, help="GPUs of each labeling task and each training.")]
-MinChange = Annotated[
-    float, typer.Option(min=0, max=1, help="Share of new labeled images, or of the pool, that is a reason for a run; 0: any.")
-]
+MinChange = Annotated[float, typer.Option(min=0, max=1, help="Start at this share of new labeled or pool images; 0: any.")]
 
 
 def trigger(
@@ -30,9 +28,7 @@ def trigger(
     inputs: Inputs = None,
     kfp: Kfp = None,
     min_change: MinChange = 0.0,
-    again: Annotated[
-        bool, typer.Option("--again", help="Start a run even if one of the same data, settings and image has ended.")
-    ] = False,
+    again: Annotated[bool, typer.Option("--again", help="Start a run even if one of the same inputs has ended.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the decision and its reason; start nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -45,13 +41,13 @@ def trigger(
     """
     call = _TriggerCall(config, overrides, root, image, gpus, inputs, kfp)
     decision = call.decide_start(min_change, again=again)
-    if dry_run:
-        answer = _decision_to_json(decision)
-        verb = "start a run" if decision.action == "start" else "start nothing"
-        typer.echo(json.dumps(answer, indent=1) if as_json else f"would {verb}: {decision.reason}")
-        return
-    answer = call.carry_out(decision, again=again)
-    typer.echo(json.dumps(answer, indent=1) if as_json else _describe_answer(answer))
+    answer = _decision_to_json(decision) if dry_run else call.carry_out(decision, again=again)
+    if as_json:
+        print_json(answer)
+    elif dry_run:
+        typer.echo(f"would start {'a run' if decision.action == 'start' else 'nothing'}: {decision.reason}")
+    else:
+        typer.echo(_describe_answer(answer))
 
 
 def watch_data(
@@ -102,7 +98,6 @@ class _TriggerCall:
         inputs: list[str] | None,
         kfp: str | None,
     ) -> None:
-        from ns.storage import open_store
         from pipelines.kfp_client import KfpClient
         from pipelines.remote_run import check_remote_uris
 
@@ -141,12 +136,8 @@ class _TriggerCall:
 
 
 def _decision_to_json(decision: "TriggerDecision") -> dict[str, Any]:
-    return {
-        "action": decision.action,
-        "reason": decision.reason,
-        "digest": decision.trigger.digest,
-        "run": decision.trigger.run,
-    }
+    proposed = decision.trigger
+    return {"action": decision.action, "reason": decision.reason, "digest": proposed.digest, "run": proposed.run}
 
 
 def _describe_answer(answer: dict[str, Any]) -> str:

@@ -52,7 +52,7 @@ def check_run_name(run: str) -> None:
         )
 
 
-def open_run(root: Store, run: str, experiment: Experiment, version: str) -> RunRecord:
+def open_run(root: Store, run: str, experiment: Experiment, version: str) -> None:
     """Opens a new run, or one that was begun. Raises RunError if the run has another configuration, ConfigError for a wrong name."""
     check_run_name(run)
     config_digest = digest_experiment(experiment)
@@ -68,7 +68,6 @@ def open_run(root: Store, run: str, experiment: Experiment, version: str) -> Run
     root.at(run).put(CONFIG_FILE, dump_experiment(experiment).encode())
     record = RunRecord(run=run, config_digest=config_digest, state="running", started_at=started_at, version=version)
     record.save_file(root, record_key(run))
-    return record
 
 
 def record_inherited_teacher(root: Store, run: str, student: AcceptedStudent) -> None:

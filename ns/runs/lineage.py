@@ -87,8 +87,7 @@ def find_exposed_models(root: Store, keys: Collection[str]) -> dict[str, str]:
             assert run_label_set.selection is not None
             ensembles[run_label_set.label_set.digest] = run_label_set.label_set.ensemble
             if run_label_set.selection.digest not in exposed_sources and any(
-                _count_repeats(run_label_set, _read_label_rows(run_label_set, location), location)
-                for location in locator.locate_in(prepared.pool).values()
+                _read_label(run_label_set, location)[1] for location in locator.locate_in(prepared.pool).values()
             ):
                 exposed_sources.add(run_label_set.selection.digest)
     exposed = {
@@ -129,24 +128,21 @@ def _iterate_prepared(root: Store) -> Iterator[tuple[str, PreparedData]]:
 
 
 def _iterate_label_sets(root: Store, run: str) -> Iterator[tuple[int, RunLabelSet]]:
-    for note in list_stage_notes(root, run):
-        if note.stage == "commit-labels":
-            yield note.generation, open_run_label_set(root, run, note.generation)
+    for note in list_stage_notes(root, run, "commit-labels"):
+        yield note.generation, open_run_label_set(root, run, note.generation)
 
 
-def _read_label_rows(run_label_set: RunLabelSet, location: ImageLocation) -> LabelRows:
-    return read_label_rows(run_label_set.store, run_label_set.label_set.shards[location.shard])
-
-
-def _count_repeats(run_label_set: RunLabelSet, rows: LabelRows, location: ImageLocation) -> int:
+def _read_label(run_label_set: RunLabelSet, location: ImageLocation) -> tuple[LabelRows, int]:
+    """The label rows of an image's shard, and how often the student sees the image in an epoch."""
     assert run_label_set.selection is not None
-    return int(count_copies(run_label_set.selection, rows)[location.row])
+    rows = read_label_rows(run_label_set.store, run_label_set.label_set.shards[location.shard])
+    return rows, int(count_copies(run_label_set.selection, rows)[location.row])
 
 
 def _describe_answer(
     root: Store, run: str, generation: int, run_label_set: RunLabelSet, location: ImageLocation
 ) -> TeacherAnswer:
-    rows = _read_label_rows(run_label_set, location)
+    rows, times_per_epoch = _read_label(run_label_set, location)
     class_names = run_label_set.label_set.classes
     is_labeled = bool(rows.readable[location.row])
     probabilities = {
@@ -155,7 +151,8 @@ def _describe_answer(
         if is_labeled and probability > 0
     }
     student_note = find_stage_note(root, run, generation, "train")
-    rules = run_label_set.selection.rules if run_label_set.selection else ()
+    assert run_label_set.selection is not None
+    rules = run_label_set.selection.rules
     return TeacherAnswer(
         run=run,
         generation=generation,
@@ -163,7 +160,7 @@ def _describe_answer(
         teacher=run_label_set.teacher,
         probabilities=probabilities,
         reason=None if is_labeled else rows.reasons[location.row],
-        threshold=rules[int(rows.top_class[location.row, 0])].threshold if is_labeled and rules else None,
-        times_per_epoch=_count_repeats(run_label_set, rows, location),
+        threshold=rules[int(rows.top_class[location.row, 0])].threshold if is_labeled else None,
+        times_per_epoch=times_per_epoch,
         student=parent_key(student_note.outputs["model"]) if student_note else None,
     )

@@ -61,10 +61,15 @@ def resolve_model_uri(root: Store, name: str) -> str:
     """The URI of a model, given as a model's folder or URI, or as a run whose best model is meant. Raises RunError if there is none."""
     if open_store(name).exists(ModelManifest.filename):
         return name
-    model_key = summarize_run(root, resolve_run_name(root, name)).best_model
-    if model_key is None:
-        raise RunError(f"run {name}: has no model yet; `ns run --resume` continues it")
-    return root.at(model_key).uri
+    return root.at(find_best_model(root, resolve_run_name(root, name))).uri
+
+
+def find_best_model(root: Store, run: str) -> str:
+    """Key of the folder of a run's last accepted model. Raises RunError if there is none."""
+    best_model = summarize_run(root, run).best_model
+    if best_model is None:
+        raise RunError(f"run {run}: has no model yet; `ns run --resume` continues it")
+    return best_model
 
 
 def resolve_verdict(root: Store, name: str) -> tuple[str, Verdict]:
@@ -76,7 +81,7 @@ def resolve_verdict(root: Store, name: str) -> tuple[str, Verdict]:
     if slash and not number.isdigit():
         raise RunError(f"{name}: must be a run, or a generation of it: latest, latest/gen-1")
     run = resolve_run_name(root, run_name if slash else name)
-    verdict_keys = {note.generation: note.outputs["verdict"] for note in list_stage_notes(root, run) if note.stage == "gate"}
+    verdict_keys = {note.generation: note.outputs["verdict"] for note in list_stage_notes(root, run, "gate")}
     if not verdict_keys:
         raise RunError(f"run {run}: no student has come to the gate yet; `ns run --resume` continues it")
     generation = int(number) if slash else max(verdict_keys)
@@ -96,9 +101,7 @@ def find_accepted_student(root: Store, experiment: str) -> AcceptedStudent | Non
     for record in list_runs(root):
         if _read_experiment_name(root, record.run) != experiment:
             continue
-        for note in list_stage_notes(root, record.run):
-            if note.stage != "gate":
-                continue
+        for note in list_stage_notes(root, record.run, "gate"):
             verdict = Verdict.load_file(root, note.outputs["verdict"])
             if verdict.promoted and root.exists(f"{verdict.student}/{ModelManifest.filename}"):
                 acceptance = (note.finished_at, AcceptedStudent(record.run, verdict.generation, verdict.student))
@@ -162,19 +165,19 @@ def open_label_set(root: Store, name: str) -> RunLabelSet:
 
 def open_run_label_set(root: Store, run: str, generation: int) -> RunLabelSet:
     """The label set of a generation of a run, given the run's full name. Raises RunError if there is none."""
-    outputs_by_stage = {(note.generation, note.stage): note.outputs for note in list_stage_notes(root, run)}
-    if (generation, "commit-labels") not in outputs_by_stage:
-        available = [f"gen-{g}" for g, stage in outputs_by_stage if stage == "commit-labels"]
+    note = find_stage_note(root, run, generation, "commit-labels")
+    if note is None:
+        available = [f"gen-{other.generation}" for other in list_stage_notes(root, run, "commit-labels")]
         raise RunError(f"run {run}: generation {generation} has no label set; there are {', '.join(available) or 'none'}")
-    outputs = outputs_by_stage[generation, "commit-labels"]
-    label_store = root.at(parent_key(outputs["label_set"]))
+    label_store = root.at(parent_key(note.outputs["label_set"]))
+    evaluation_note = find_stage_note(root, run, generation - 1, "evaluate")
     return RunLabelSet(
         label_store,
         LabelSet.load(label_store),
-        Selection.load_file(root, outputs["selection"]),
-        PreparedData.load_file(root, outputs_by_stage[0, "prepare-data"]["data"]),
-        parent_key(outputs["teacher"]),
-        outputs_by_stage.get((generation - 1, "evaluate"), {}).get("evaluation"),
+        Selection.load_file(root, note.outputs["selection"]),
+        read_prepared_data(root, run),
+        parent_key(note.outputs["teacher"]),
+        evaluation_note.outputs["evaluation"] if evaluation_note else None,
     )
 
 
@@ -185,11 +188,9 @@ def open_previous_label_set(root: Store, run: str, generation: int) -> RunLabelS
     """
     current = open_run_label_set(root, run, generation)
     for name in (run, *(record.run for record in reversed(list_runs(root)))):
-        outputs_by_stage = {
-            note.stage: note.outputs for note in list_stage_notes(root, name) if note.generation == generation - 1
-        }
-        trained = outputs_by_stage.get("train", {}).get("model") == f"{current.teacher}/{ModelManifest.filename}"
-        if "commit-labels" in outputs_by_stage and (name == run or trained):
+        note = find_stage_note(root, name, generation - 1, "train")
+        trained = note is not None and note.outputs["model"] == f"{current.teacher}/{ModelManifest.filename}"
+        if (name == run or trained) and find_stage_note(root, name, generation - 1, "commit-labels"):
             previous = open_run_label_set(root, name, generation - 1)
             return previous if previous.label_set.dataset == current.label_set.dataset else None
     return None

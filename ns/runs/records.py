@@ -105,10 +105,10 @@ def find_stage_note(root: Store, run: str, generation: int, stage: str) -> Stage
     return StageNote.load_file(root, key) if root.exists(key) else None
 
 
-def list_stage_notes(root: Store, run: str) -> list[StageNote]:
-    """Notes of all finished stages, by generation and in the order in which they finished."""
-    run_store = root.at(run)
-    stage_notes = [StageNote.load_file(run_store, key) for key in run_store.list("stages/") if key.endswith(".json")]
+def list_stage_notes(root: Store, run: str, stage: str = "") -> list[StageNote]:
+    """Notes of all finished stages, or of one stage in each generation, by generation and in the order in which they finished."""
+    suffix = f"-{stage}.json" if stage else ".json"
+    stage_notes = [StageNote.load_file(root, key) for key in root.list(f"{run}/stages/") if key.endswith(suffix)]
     return sorted(stage_notes, key=lambda note: (note.generation, note.finished_at, note.stage))
 
 
@@ -125,6 +125,5 @@ def delete_stage_failure(root: Store, run: str, generation: int, *, note_name: s
 
 def list_stage_failures(root: Store, run: str) -> list[StageFailure]:
     """Stages whose last try failed, the latest last."""
-    run_store = root.at(run)
-    stage_failures = [StageFailure.load_file(run_store, key) for key in run_store.list("failures/") if key.endswith(".json")]
+    stage_failures = [StageFailure.load_file(root, key) for key in root.list(f"{run}/failures/") if key.endswith(".json")]
     return sorted(stage_failures, key=lambda failure: failure.failed_at)
