@@ -1,5 +1,6 @@
 """The data of an experiment: how many images, how large, and some of them to measure with."""
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -88,18 +89,12 @@ def _inspect_source(uri: str, listing: Listing) -> DataStats:
 def _read_sample_images(uri: str, listing: Listing) -> list[SampleImage]:
     """Readable images from all over the source."""
     sample_images: list[SampleImage] = []
-    reader = SourceReader(uri)
     count = len(listing)
-    try:
-        for number in range(min(SAMPLE_IMAGES, count)):
-            row = number * count // min(SAMPLE_IMAGES, count)
-            for entry in listing.read_entries(row, row + 1):
-                try:
-                    data = reader.read_entry(entry)
-                    size = read_jpeg_size(data)
-                    sample_images.append(EncodedJpeg(data, *size) if size[0] else decode_image(data))
-                except DataError:
-                    continue  # the import will list it
-    finally:
-        reader.close()
+    rows = [number * count // min(SAMPLE_IMAGES, count) for number in range(min(SAMPLE_IMAGES, count))]
+    with contextlib.closing(SourceReader(uri)) as reader:
+        for entry in (entry for row in rows for entry in listing.read_entries(row, row + 1)):
+            with contextlib.suppress(DataError):  # the import will list it
+                data = reader.read_entry(entry)
+                size = read_jpeg_size(data)
+                sample_images.append(EncodedJpeg(data, *size) if size[0] else decode_image(data))
     return sample_images

@@ -4,6 +4,7 @@ import contextlib
 import platform
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -24,9 +25,6 @@ from ns.training.plan import TrainingPlan
 
 DECODE_SECONDS = 1.0
 """Time for which the same images are decoded over and over."""
-
-PassMaker = Callable[[int], Callable[[], None]]
-"""Number of images → what runs one pass over so many random images."""
 
 
 class DeviceSpeed(NamedTuple):
@@ -62,18 +60,13 @@ def measure_training_speed(training_plan: TrainingPlan, *, outputs: int, batch: 
     network = build_model(role.model, role.noise, outputs).to(device).train()
     mode = _resolve_mode(role.train.precision, "train", device)
 
-    def make_pass(count: int) -> Callable[[], None]:
-        images = _draw_images(count, role.model.resolution, device)
+    def train_once(images: torch.Tensor) -> None:
+        with mode.autocast(device):
+            logits = network(images)
+        network.zero_grad(set_to_none=True)
+        logits.float().square().mean().backward()
 
-        def train_once() -> None:
-            with mode.autocast(device):
-                logits = network(images)
-            network.zero_grad(set_to_none=True)
-            logits.float().square().mean().backward()
-
-        return train_once
-
-    rate = measure_rate(make_pass, device, batch=batch, resolution=role.model.resolution, seconds=seconds)
+    rate = measure_rate(train_once, device, batch=batch, resolution=role.model.resolution, seconds=seconds)
     return DeviceSpeed(str(mode), rate, _measure_update_seconds(network, role, device))
 
 
@@ -83,20 +76,17 @@ def measure_inference_speed(role: RoleConfig, *, outputs: int, batch: int, secon
     network = build_model(role.model, role.noise, outputs).eval().to(device)
     mode = _resolve_mode(role.model.inference_precision, "infer", device)
 
-    def make_pass(count: int) -> Callable[[], None]:
-        images = _draw_images(count, resolution, device)
+    def predict_once(images: torch.Tensor) -> None:
+        with torch.inference_mode(), mode.autocast(device):
+            network(images)
 
-        def predict_once() -> None:
-            with torch.inference_mode(), mode.autocast(device):
-                network(images)
-
-        return predict_once
-
-    rate = measure_rate(make_pass, device, batch=batch, resolution=resolution, seconds=seconds)
+    rate = measure_rate(predict_once, device, batch=batch, resolution=resolution, seconds=seconds)
     return DeviceSpeed(str(mode), rate, 0.0)
 
 
-def measure_rate(make_pass: PassMaker, device: torch.device, *, batch: int, resolution: int, seconds: float) -> float:
+def measure_rate(
+    run_pass: Callable[[torch.Tensor], object], device: torch.device, *, batch: int, resolution: int, seconds: float
+) -> float:
     """Images per second, measured for about `seconds` with as many images per pass as fit into that time, at most `batch`.
 
     A network that takes longer for two images is measured with one or two passes over them. Raises TrainingError if they do not
@@ -105,10 +95,10 @@ def measure_rate(make_pass: PassMaker, device: torch.device, *, batch: int, reso
     # With one image, a batch norm whose map is one px wide cannot be trained.
     least = min(2, batch)
     out_of_memory = f"out of memory with {least} images of {resolution} px"
-    run_pass, fastest = make_pass(least), float("inf")
+    images, fastest = _draw_images(least, resolution, device), float("inf")
     for _ in range(2):
         try:
-            fastest = min(fastest, _time_pass(run_pass, device))
+            fastest = min(fastest, _time_pass(partial(run_pass, images), device))
         except torch.OutOfMemoryError as error:
             raise TrainingError(out_of_memory) from error
         if fastest > seconds / 4:
@@ -119,11 +109,11 @@ def measure_rate(make_pass: PassMaker, device: torch.device, *, batch: int, reso
     count = max(least, min(batch, int(least * seconds / 6 / fastest)))
     while True:
         try:
-            run_pass = make_pass(count)
-            _time_pass(run_pass, device)
-            times = [_time_pass(run_pass, device)]
+            images = _draw_images(count, resolution, device)
+            _time_pass(partial(run_pass, images), device)
+            times: list[float] = []
             while len(times) < 2 or sum(times) < seconds / 2:
-                times.append(_time_pass(run_pass, device))
+                times.append(_time_pass(partial(run_pass, images), device))
             # The shortest time: a neighbor on the same cores slows down single passes by any factor.
             return count / min(times)
         except torch.OutOfMemoryError as error:
@@ -173,7 +163,7 @@ def _measure_update_seconds(network: nn.Module, role: RoleConfig, device: torch.
     return min([_time_pass(update_weights, device) for _ in range(4)][1:])
 
 
-def _time_pass(run_pass: Callable[[], None], device: torch.device) -> float:
+def _time_pass(run_pass: Callable[[], object], device: torch.device) -> float:
     started = time.perf_counter()
     run_pass()
     if device.type == "cuda":

@@ -27,7 +27,6 @@ from ns.storage import Store, open_store
 from ns.storage.documents import JsonDocument
 
 HEADER = "# The model in use. `ns promote RUN` moves it, `ns promote check` checks it; to go back, revert the commit that moved it.\n"
-CHUNK_BYTES = 1 << 20
 
 
 class ModelPointer(JsonDocument):
@@ -119,12 +118,8 @@ def verify_model(pointer: ModelPointer, origin: str) -> int:
             f"{origin}: digest: {pointer.digest!r}, but {store.uri}/{ModelManifest.filename} has {manifest.digest!r}: "
             "another model is there now; promote a run again"
         )
-    hasher, size = hashlib.sha256(), 0
     with store.open(WEIGHTS) as file:
-        while chunk := file.read(CHUNK_BYTES):
-            hasher.update(chunk)
-            size += len(chunk)
-    weights_digest = hasher.hexdigest()
+        weights_digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # typeshed: no readinto
     for source, expected in (
         (f"{store.uri}/{ModelManifest.filename}", manifest.weights_sha256),
         (origin, pointer.weights_sha256),
@@ -134,7 +129,7 @@ def verify_model(pointer: ModelPointer, origin: str) -> int:
                 f"{source}: weights_sha256: {expected!r}, but {store.uri}/{WEIGHTS} has {weights_digest!r}: the weights are damaged or "
                 "those of another model; promote a run whose model is whole"
             )
-    return size
+    return store.size(WEIGHTS)
 
 
 def read_pointer(path: Path) -> ModelPointer | None:
@@ -206,15 +201,17 @@ def commit_pointer(promoted: PromotionCandidate, path: Path, branch: str, *, dry
     listing = commands.run_git("ls-tree", "--name-only", "-z", base, "--", name)
     old_text = commands.run_git("show", f"{base}:{name}") if listing else None
     before = None if old_text is None else parse_pointer(old_text.encode(), f"HEAD:{name}")
-    text = render_pointer(promoted.pointer)
+    new = promoted.pointer
+    text = render_pointer(new)
     changed = before is None or render_pointer(before) != text
     if not changed or dry_run:
         return PointerMove(before, changed, None)
     # Not the time of the call, which would give each call another commit; and not before the parent's.
     commit_seconds = max(int(promoted.accepted_at.timestamp()), int(head_seconds))
     author = re.sub(r"> .*", ">", commands.run_git("var", "GIT_COMMITTER_IDENT").strip())
+    message = f"{format_title(new)}\n\nRun: {new.run}\nModel: {new.model}\nDigest: {new.digest}\n"
     stream = (
-        f"commit {ref}\ncommitter {author} {commit_seconds} +0000\n{_format_data_block(_commit_message(promoted.pointer))}"
+        f"commit {ref}\ncommitter {author} {commit_seconds} +0000\n{_format_data_block(message)}"
         f"from {base}\nM 100644 inline {_quote_path(name)}\n{_format_data_block(text)}\ndone\n"
     )
     commands.run_git("fast-import", "--quiet", "--force", "--done", data=stream)
@@ -278,11 +275,6 @@ def _resolve_free_branch(commands: GitCommands, branch: str) -> str:
             f"--branch {branch}: is checked out; name another branch, or leave out --branch to change the file itself"
         )
     return ref
-
-
-def _commit_message(pointer: ModelPointer) -> str:
-    trailers = {"Run": pointer.run, "Model": pointer.model, "Digest": pointer.digest}
-    return "\n".join([format_title(pointer), "", *(f"{name}: {value}" for name, value in trailers.items())]) + "\n"
 
 
 def _format_data_block(text: str) -> str:

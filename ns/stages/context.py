@@ -78,22 +78,12 @@ class StageContext:
 
 @contextmanager
 def stage(
-    name: str,
-    ref: RunRef,
-    generation: int = 0,
-    *,
-    shards: str = "",
-    teacher: str = "",
-    quiet: bool = False,
-    linger: bool = False,
+    name: str, ref: RunRef, generation: int = 0, *, shards: str = "", teacher: str = "", linger: bool = False
 ) -> Iterator[StageContext]:
-    """Begins and ends a stage of a run.
-
-    `quiet`: a terminal does not show its end. `linger`: its metrics can be scraped for a while after its end.
-    """
+    """Begins and ends a stage of a run. `linger`: its metrics can be scraped for a while after its end."""
     note_name = f"{name}-{shards}" if shards else name
-    announcement = announce_stage(name, generation, **({"shards": shards} if shards else {}))
-    with announcement as log_fields, _keep_failure(ref, generation, name, note_name):
+    bound_fields = {"shards": shards} if shards else {}
+    with announce_stage(name, generation, **bound_fields) as log_fields, _keep_failure(ref, generation, name, note_name):
         store = open_store(ref.root)
         experiment = load_experiment(ref.config_uri)
         context = StageContext(ref.run, generation, experiment, store, Ledger(store), note_name, log_fields=log_fields)
@@ -101,8 +91,6 @@ def stage(
         if name != "train":  # Another process may train, and it serves the metrics on the same port.
             telemetry.serve_metrics()
         yield context
-        if quiet:
-            context.add_log_fields(quiet=True)
     telemetry.end_stage(time.monotonic() - context.started, linger=linger)
 
 

@@ -7,12 +7,7 @@ done stays out.
 from typing import Any
 
 from ns.config.schema import Experiment, RoleConfig
-from ns.core.digest import (
-    LABELING_SOURCES,
-    TRAINING_SOURCES,
-    digest_code,
-    digest_json,
-)
+from ns.core.digest import LABELING_SOURCES, TRAINING_SOURCES, digest_code, digest_json
 from ns.data.key_list import read_keys
 from ns.data.prepared import PreparedData
 from ns.modeling.manifest import ModelManifest, digest_weights
@@ -72,13 +67,7 @@ def excluded_keys(context: StageContext) -> frozenset[str]:
 
 
 def training_inputs(
-    experiment: Experiment,
-    generation: int,
-    *,
-    labeled: str,
-    pool: str | None = None,
-    selection: str | None = None,
-    teacher: str | None = None,
+    experiment: Experiment, generation: int, *, labeled: str, pool: str | None, selection: str | None, teacher: str | None
 ) -> dict[str, Any]:
     """What a trained model depends on. Datasets, selection and teacher are given by their digests."""
     return {

@@ -17,7 +17,7 @@ from ns.storage import Store, open_store, parent_key
 
 def plan_labels(ref: RunRef, *, data: str, generation: int) -> list[str]:
     """Splits the pool into ranges of shards, `START-STOP` (half open), one per labeling task."""
-    with stage("plan-labels", ref, generation, quiet=True) as context:
+    with stage("plan-labels", ref, generation) as context:
         _, pool = PreparedData.load_file(context.root, data).pool.open_dataset(context.root)
         shards = len(pool.shards)
         tasks = min(context.experiment.labeling.tasks, shards)

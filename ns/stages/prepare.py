@@ -140,10 +140,8 @@ def _check_leaks(prepared: PreparedData, data: DataConfig, root: Store, ledger: 
 
     _, reused = ledger.get_or_run("check", inputs, run_check)
     report = LeakageReport.load(root.at(target))
-    overlaps = [
-        ("labeled", name, "held-out images are also trained on: their accuracy is too high")
-        for name in prepared.evaluation_sets
-    ]
+    trained_on = "held-out images are also trained on: their accuracy is too high"
+    overlaps = [("labeled", name, trained_on) for name in prepared.evaluation_sets]
     if prepared.test:
         overlaps.append(("test", "heldout", "images that decide are also in the test: the reported accuracy is too high"))
     for one_part, other_part, warning in overlaps:

@@ -7,11 +7,10 @@ from ns.core.errors import DataError
 from ns.data.prepared import PreparedData
 from ns.labeling.label_set import LabelSet, join_label_shards
 from ns.labeling.selection import Selection, make_selection
-from ns.labeling.thresholds import Thresholds
 from ns.modeling.manifest import ModelManifest
 from ns.reporting import run_metrics
 from ns.runs.lookup import compute_policy_thresholds
-from ns.stages.context import RunRef, StageContext, stage
+from ns.stages.context import RunRef, stage
 from ns.stages.evaluate import evaluate_heldout
 from ns.stages.keys import ensemble_digests, label_set_key, read_labeled_classes, read_model_digest
 from ns.storage.documents import dump_hashed_fields
@@ -42,7 +41,9 @@ def commit_labels(ref: RunRef, *, data: str, generation: int, teacher: str) -> s
             probabilities=experiment.labeling.probabilities,
         )
         label_set.save(label_store)
-        thresholds = _compute_teacher_thresholds(context, data, teacher)
+        thresholds = None
+        if experiment.selection.precision is not None:
+            thresholds = compute_policy_thresholds(*evaluate_heldout(context, data, teacher), experiment.selection)
         inputs = {
             "code": digest_code(*SELECTION_SOURCES),
             "policy": dump_hashed_fields(experiment.selection),
@@ -81,11 +82,3 @@ def commit_labels(ref: RunRef, *, data: str, generation: int, teacher: str) -> s
             registry.commit_version(tag, label_store, label_set, selection)
             context.add_log_fields(version=str(tag))
         return selection_key
-
-
-def _compute_teacher_thresholds(context: StageContext, data: str, teacher: str) -> Thresholds | None:
-    """The teacher's thresholds for `selection.precision`, from its evaluation on the held-out images; None without one."""
-    policy = context.experiment.selection
-    if policy.precision is None:
-        return None
-    return compute_policy_thresholds(*evaluate_heldout(context, data, teacher), policy)

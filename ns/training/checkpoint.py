@@ -128,8 +128,7 @@ def write_checkpoint(store: Store, step: int, state_snapshot: Snapshot, keep: in
     tensors = {name: value.contiguous() for name, value in state_snapshot.tensors.items()}
     blob = save_tensors(tensors, metadata={"state": json.dumps(state_snapshot.metadata)})
     store.put(f"step-{step:08d}-{sha256_bytes(blob)[:16]}.safetensors", blob)
-    for key in _list_checkpoints(store)[keep:]:
-        store.delete(key)
+    clear_checkpoints(store, keep)
 
 
 def restore_state(store: Store, state: TrainingState) -> bool:
@@ -137,25 +136,25 @@ def restore_state(store: Store, state: TrainingState) -> bool:
 
     Raises StoreError if a checkpoint cannot be read: it may be whole, and to start again would throw it away.
     """
-    for key in _list_checkpoints(store):
-        match = CHECKPOINT_NAME.fullmatch(key)
-        blob = store.get(key)
-        if match and sha256_bytes(blob)[:16] == match[2]:
+    for match in _list_checkpoints(store):
+        blob = store.get(match[0])
+        if sha256_bytes(blob)[:16] == match[2]:
             _load_state(blob, state)
             return True
-        log.get_logger().warning("checkpoint is damaged, trying the one before", checkpoint=f"{store.uri}/{key}")
+        log.get_logger().warning("checkpoint is damaged, trying the one before", checkpoint=f"{store.uri}/{match[0]}")
     return False
 
 
-def clear_checkpoints(store: Store) -> None:
-    """Removes all checkpoints: the finished model takes their place."""
-    for key in _list_checkpoints(store):
-        store.delete(key)
+def clear_checkpoints(store: Store, keep: int = 0) -> None:
+    """Removes all checkpoints but the last `keep`. Once a model is finished, it needs none."""
+    for match in _list_checkpoints(store)[keep:]:
+        store.delete(match[0])
 
 
-def _list_checkpoints(store: Store) -> list[str]:
-    """Keys of the checkpoints, newest first."""
-    return sorted((key for key in store.list("step-") if CHECKPOINT_NAME.fullmatch(key)), reverse=True)
+def _list_checkpoints(store: Store) -> list[re.Match[str]]:
+    """The keys of the checkpoints as matches of CHECKPOINT_NAME, newest first."""
+    matches = (CHECKPOINT_NAME.fullmatch(key) for key in sorted(store.list("step-"), reverse=True))
+    return [match for match in matches if match]
 
 
 def _load_state(blob: bytes, state: TrainingState) -> None:

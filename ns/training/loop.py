@@ -105,8 +105,9 @@ def train_model(
     network.train()
     for name in plan.frozen_batchnorms:
         network.get_submodule(name).eval()
+    stop = threading.Event()
     with (
-        _catch_stop_signals() as stop,
+        handle_signals(lambda *_: stop.set()),  # training stops between steps, with a checkpoint
         _explain_dead_loaders(stop),
         _explain_out_of_memory(plan.role),
         monitor or Monitor() as active_monitor,
@@ -265,14 +266,12 @@ def _check_rank_parts(config: TrainConfig, pseudo_batch: int, world: World) -> N
 def split_batch(batch: Batch, parts: int) -> Iterator[tuple[bool, Batch]]:
     """Yields the equal parts of a batch, each with its labeled images first, and whether it is the last one.
 
-    The mean over the parts' losses is the mean over the batch. Raises ValueError if the parts cannot be equal.
+    The mean over the parts' losses is the mean over the batch. Both numbers of images must be multiples of `parts`.
     """
     if parts == 1:
         yield True, batch
         return
-    labeled, pseudo = len(batch.class_ids), len(batch.targets)
-    if labeled % parts or pseudo % parts:
-        raise ValueError(f"{labeled} labeled and {pseudo} pseudo-labeled images cannot be split into {parts} equal parts")
+    labeled = len(batch.class_ids)
     images = zip(batch.images[:labeled].chunk(parts), batch.images[labeled:].tensor_split(parts), strict=True)
     rest = zip(images, batch.class_ids.chunk(parts), batch.targets.tensor_split(parts), strict=True)
     for number, (both, class_ids, targets) in enumerate(rest, 1):
@@ -372,11 +371,3 @@ def _explain_dead_loaders(stop: threading.Event) -> Iterator[None]:
         shared = "for want of shared memory: give the container more /dev/shm"
         memory = shared if "Bus error" in str(error) else "most often for want of memory"
         raise TrainingError(f"a data loader's process was killed, {memory}; lower train.loader_workers or the batch") from error
-
-
-@contextmanager
-def _catch_stop_signals() -> Iterator[threading.Event]:
-    """Yields an event that SIGTERM and SIGINT set, so that training stops between steps, with a checkpoint."""
-    stop = threading.Event()
-    with handle_signals(lambda *_: stop.set()):
-        yield stop

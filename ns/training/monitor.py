@@ -99,20 +99,19 @@ class Monitor:
             return
         spent = self._step_ended_at - self._started_at
         rate = (step - self._first_step) * self._images_per_step / max(spent, 1e-9)
-        document = encode_json(
-            {
-                "training": self._name,
-                "step": step,
-                "steps": self._steps,
-                "images": step * self._images_per_step,
-                "images_per_second": round(rate, 2),
-                "data_wait_ratio": data_wait,
-                "seconds_left": round((self._steps - step) * self._images_per_step / max(rate, 1e-9), 1),
-                "checkpoint_at": self._saved_at,
-                "updated_at": datetime.now(UTC).isoformat(timespec="seconds"),
-                "latest": self._point,
-            }
-        )
+        progress = {
+            "training": self._name,
+            "step": step,
+            "steps": self._steps,
+            "images": step * self._images_per_step,
+            "images_per_second": round(rate, 2),
+            "data_wait_ratio": data_wait,
+            "seconds_left": round((self._steps - step) * self._images_per_step / max(rate, 1e-9), 1),
+            "checkpoint_at": self._saved_at,
+            "updated_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "latest": self._point,
+        }
+        document = encode_json(progress)
         self._writer.submit_write(lambda: run_store.put(PROGRESS, document), must=step == self._steps)
 
     def __enter__(self) -> Self:

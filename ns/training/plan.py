@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,16 +40,13 @@ def plan_training(role: RoleConfig, samples: int) -> TrainingPlan:
     config = role.train
     steps_per_epoch = samples / config.labeled_batch
     steps = max(1, math.ceil(config.epochs * steps_per_epoch))
-
-    def lr_at(step: int) -> float:
-        return compute_learning_rate(
-            step,
-            steps=steps,
-            steps_per_epoch=steps_per_epoch,
-            labeled_batch=config.labeled_batch,
-            config=config.optimizer,
-        )
-
+    lr_at = partial(
+        compute_learning_rate,
+        steps=steps,
+        steps_per_epoch=steps_per_epoch,
+        labeled_batch=config.labeled_batch,
+        config=config.optimizer,
+    )
     return TrainingPlan(role, TrainTransform(role.noise, role.model.resolution, role.model.crop), steps, lr_at)
 
 
@@ -60,11 +58,7 @@ def make_finetuning_role(role: RoleConfig, finetune: FinetuneConfig) -> RoleConf
     return RoleConfig(
         model=role.model.model_copy(update={"resolution": finetune.resolution, "test_resolution": None}),
         noise=NoiseConfig(
-            dropout=finetune.dropout,
-            stochastic_depth=0,
-            randaugment_layers=0,
-            randaugment_magnitude=0,
-            flip=False,
+            dropout=finetune.dropout, stochastic_depth=0, randaugment_layers=0, randaugment_magnitude=0, flip=False
         ),
         train=role.train.model_copy(update=changes),
     )

@@ -62,6 +62,7 @@ def train_and_save(
         init: str | None,
     ) -> None:
         """Trains, and writes the model into `store`."""
+        progress_store = run_store if world.is_main else None
         trained = train_model(
             network,
             plan,
@@ -71,9 +72,7 @@ def train_and_save(
             seed=seed,
             checkpoints=checkpoints,
             world=world,
-            monitor=Monitor(
-                run_store if world.is_main else None, name=f"{generation}-{name}", tensorboard=role.train.tensorboard
-            ),
+            monitor=Monitor(progress_store, name=f"{generation}-{name}", tensorboard=role.train.tensorboard),
         )
         fields = {
             "generation": generation,
@@ -103,7 +102,11 @@ def train_and_save(
             copy_weights(network, read_weights(role.train.init_uri), classes)
         elif teacher and role.train.init == "teacher":
             copy_weights(network, read_model_weights(teacher), classes)
-        pseudo = _open_pseudo_labeled(root, prepared, selection) if selection else None
+        pseudo = None
+        if selection:
+            label_set_store = root.at(selection.label_set_key)
+            label_set = LabelSet.load(label_set_store)
+            pseudo = load_pseudo_labels(label_set_store, label_set, selection, *prepared.pool.open_dataset(root))
         init = digest_weights(role.train.init_uri) if role.train.init_uri else None
         train("train", network, plan_training(role, labeled.samples), pseudo, model_store, checkpoints, init)
 
@@ -116,12 +119,6 @@ def train_and_save(
         network.load_state_dict(models.load_weights(model_store, manifest))
         plan = plan_finetuning(role, role.train.finetune, network, labeled.samples)
         train("finetune", network, plan, None, finetuned_store, checkpoints.at(FINETUNED), manifest.weights_sha256)
-
-
-def _open_pseudo_labeled(root: Store, prepared: PreparedData, selection: Selection) -> PseudoLabeledImages:
-    label_set_store = root.at(selection.label_set_key)
-    pool_store, pool = prepared.pool.open_dataset(root)
-    return load_pseudo_labels(label_set_store, LabelSet.load(label_set_store), selection, pool_store, pool)
 
 
 def _with_inference_precision(model: ModelConfig) -> ModelConfig:

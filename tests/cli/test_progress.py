@@ -9,7 +9,7 @@ STORY = [
     {"event": "progress", "stage": "train", "generation": 0, "done": 5, "total": 10, "unit": "images", "per_second": 2.0},
     {"event": "finished", "stage": "train", "generation": 0, "seconds": 3.21, "steps": 7, "parameters": 1234, "reused": False},
     {"event": "started", "stage": "next-teacher", "generation": 1},
-    {"event": "finished", "stage": "next-teacher", "generation": 1, "seconds": 0.1, "quiet": True},
+    {"event": "finished", "stage": "next-teacher", "generation": 1, "seconds": 0.1},
     {"event": "started", "stage": "label-shards", "generation": 1, "shards": "0-4"},
     {"event": "unreadable image", "stage": "label-shards", "generation": 1, "level": "warning", "key": "[red]x", "pid": 3},
     {"event": "finished", "stage": "label-shards", "generation": 1, "shards": "0-4", "seconds": 1, "images": 0, "reused": True},

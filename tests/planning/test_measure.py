@@ -45,11 +45,8 @@ def test_measuring_draws_nothing_from_the_global_generator(role):
 
 @pytest.fixture
 def stopwatch(monkeypatch):
-    """Instead of measuring: half a second per image. Returns the pass maker, and the sizes of the passes that were run."""
+    """Instead of measuring: half a second per image. Returns the sizes of the passes, and the most images that fit into memory."""
     sizes, limit = [], [1000]
-
-    def make_pass(count):
-        return lambda: count
 
     def time_pass(run_pass, _device):
         count = run_pass()
@@ -59,39 +56,39 @@ def stopwatch(monkeypatch):
         return count / 2
 
     monkeypatch.setattr("ns.planning.measure._time_pass", time_pass)
-    return make_pass, sizes, limit
+    return sizes, limit
 
 
-def rate_of(make_pass, batch, seconds):
-    return measure_rate(make_pass, torch.device("cpu"), batch=batch, resolution=32, seconds=seconds)
+def rate_of(batch, seconds):
+    return measure_rate(len, torch.device("cpu"), batch=batch, resolution=32, seconds=seconds)
 
 
 def test_rate_of_a_slow_network_is_measured_with_one_pass(stopwatch):
-    make_pass, sizes, _ = stopwatch
-    assert rate_of(make_pass, 16, seconds=1) == 2
+    sizes, _ = stopwatch
+    assert rate_of(16, seconds=1) == 2
     assert sizes == [2]
 
 
 @pytest.mark.parametrize(("seconds", "largest"), [(24, 8), (1000, 16)])
 def test_rate_is_measured_with_as_many_images_as_time_allows(stopwatch, seconds, largest):
-    make_pass, sizes, _ = stopwatch
-    assert rate_of(make_pass, 16, seconds=seconds) == 2
+    sizes, _ = stopwatch
+    assert rate_of(16, seconds=seconds) == 2
     assert max(sizes) == largest
     assert sum(sizes) / 2 <= seconds
 
 
 def test_rate_halves_a_batch_that_does_not_fit(stopwatch):
-    make_pass, sizes, limit = stopwatch
+    sizes, limit = stopwatch
     limit[0] = 5
-    assert rate_of(make_pass, 16, seconds=1000) == 2
+    assert rate_of(16, seconds=1000) == 2
     assert list(dict.fromkeys(sizes)) == [2, 16, 8, 4]
 
 
 def test_rate_without_memory_for_two_images_is_an_error(stopwatch):
-    make_pass, _, limit = stopwatch
+    _, limit = stopwatch
     limit[0] = 1
     with pytest.raises(TrainingError, match="out of memory with 2 images of 32 px"):
-        rate_of(make_pass, 16, seconds=24)
+        rate_of(16, seconds=24)
 
 
 def test_noise_takes_longer_than_decoding(role, monkeypatch):

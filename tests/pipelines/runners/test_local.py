@@ -29,7 +29,7 @@ def run_stage(stage, generation, value):
         sys.exit(1)
     if PLAN.get("die") == [stage, generation]:
         os.kill(os.getpid(), 9)
-    write_event("finished", stage, generation, seconds=0, quiet=True)
+    write_event("finished", stage, generation, seconds=0)
     return value
 
 def start_run(config_uri, root, run, overrides, fields): return config_uri, run
