@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ns.cli.app import UsageError
-from ns.config.schema import load_experiment
+from ns.config.loader import load_experiment
 from tests.command_line import parse
 
 ROOT = Path(__file__).parents[2]
@@ -82,7 +82,7 @@ def commands(text: str) -> list[list[str]]:
             continue
         for line in body.replace("\\\n", " ").splitlines():
             if line.strip() and not line.lstrip().startswith("#"):
-                words = shlex.split_batch(line, comments=True)
+                words = shlex.split(line, comments=True)
                 while words and re.match(r"[A-Z_]+=", words[0]):
                     words = words[1:]
                 if words:
@@ -118,7 +118,7 @@ def test_commands_are_known(path):
     ["ns nosuch", "ns run a.yaml --nosuch", "ns labels nosuch x", "ns labels diff one", "ns run a.yaml --runner nowhere"],
 )
 def test_a_command_that_is_not_known_is_found(line):
-    assert complaint(line.split_batch())
+    assert complaint(line.split())
 
 
 def test_the_layers_are_those_that_are_held():
@@ -141,7 +141,7 @@ def test_the_messages_that_are_explained_are_ones_that_are_printed():
     pieces = [
         piece
         for message in re.findall(r"\*\*`([^`]+)`\*\*", page)
-        for piece in re.split_batch(r"\s*…\s*", message)
+        for piece in re.split(r"\s*…\s*", message)
         if len(piece) > 5
     ]
     assert len(pieces) > 20
