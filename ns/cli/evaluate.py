@@ -1,61 +1,39 @@
 """`ns evaluate`: evaluates any model on any dataset, outside of a run."""
 
-import json
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
-from ns.cli.options import AsJson, Root
-from ns.cli.output import make_table
+from ns.cli.options import AsJson, ModelArgument, Root, override_option
+from ns.cli.output import make_table, print_json
 from ns.core.errors import ConfigError
+from ns.storage import open_store, read_uri
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from ns.evaluation.result import Evaluation, Robustness
-    from ns.evaluation.robustness.published import PublishedKind
     from ns.evaluation.robustness.scores import RobustnessScores
-
 
 WORST_CLASSES = 5
 """Number of classes in the table. evaluation.json has them all."""
 
-
-class SuiteOption(StrEnum):
-    clean = "clean"
-    corruptions = "corruptions"
-    perturbations = "perturbations"
-    attacks = "attacks"
-
-
-class DatasetKind(StrEnum):
-    images = "images"
-    imagenet_c = "imagenet-c"
-    cifar10_c = "cifar10-c"
-    imagenet_p = "imagenet-p"
+SuiteOption = StrEnum("SuiteOption", ["clean", "corruptions", "perturbations", "attacks"])
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or URI of a model, or a run, for its best model.")],
-    dataset: Annotated[
-        str, typer.Argument(metavar="DATASET", help="Folder or URI of a labeled dataset (`ns data import` makes one).")
-    ],
+    model: ModelArgument,
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="A labeled dataset, as `ns data import` makes one.")],
     root: Root = "runs",
-    suites: Annotated[
-        list[SuiteOption] | None, typer.Option("--suite", help="What to measure in addition to clean accuracy. Repeatable.")
-    ] = None,
+    suites: Annotated[list[SuiteOption] | None, typer.Option("--suite", help="What else to measure. Repeatable.")] = None,
     kind: Annotated[
-        DatasetKind,
-        typer.Option(help="What DATASET is: a dataset, or the folder of a published set of corrupted images."),
-    ] = DatasetKind.images,
-    images: Annotated[
-        int | None, typer.Option(min=1, help="Number of images, drawn evenly over the classes. Default: all.")
-    ] = None,
-    out: Annotated[
-        str, typer.Option(help="Folder or URI for results and predictions; the same command continues from them.")
-    ] = "evaluation",
+        Literal["images", "imagenet-c", "cifar10-c", "imagenet-p"],
+        typer.Option(help="What DATASET is: a dataset, or a published set."),
+    ] = "images",
+    images: Annotated[int | None, typer.Option(min=1, help="Images to draw, evenly over the classes. Default: all.")] = None,
+    out: Annotated[str, typer.Option(help="Folder or URI of results; the same command continues from them.")] = "evaluation",
     classes: Annotated[
         str | None,
         typer.Option(metavar="own|NAMES", help="Choose answers from the dataset's classes only, or from these: A,B,C."),
@@ -65,15 +43,9 @@ def evaluate(
     ] = None,
     reference: Annotated[
         str | None,
-        typer.Option(
-            metavar="FILE",
-            help="A robustness.json to which mCE, mFR and mT5D are relative. Default: AlexNet on ImageNet's classes.",
-        ),
+        typer.Option(metavar="FILE", help="The robustness.json that scores are relative to. Default: AlexNet's, for ImageNet."),
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="A=B", help="Override a field of evaluation: severities=[3]. Repeatable."),
-    ] = None,
+    overrides: Annotated[list[str] | None, override_option("evaluation, as in severities=[3]")] = None,
     batch: Annotated[int, typer.Option(min=1, max=8192, help="Images per forward pass.")] = 256,
     as_json: AsJson = False,
 ) -> None:
@@ -81,59 +53,41 @@ def evaluate(
 
     Example: [cyan]ns evaluate latest data/test --suite corruptions --suite attacks --images 1000[/]
     """
-    from rich.console import Console
-
     from ns.config.loader import with_overrides
     from ns.config.schema import EvaluationConfig
-    from ns.core import log
+    from ns.core.log import configure_logging
     from ns.evaluation.offline import evaluate_dataset, evaluate_published
     from ns.evaluation.result import Robustness
     from ns.evaluation.robustness.scores import score_robustness
     from ns.runs.lookup import resolve_model_uri
-    from ns.storage import open_store, split_uri
 
-    log.configure_logging()
+    configure_logging()
+    fields = {"suites": suites and tuple(suite.value for suite in suites), "images": images}
     config = with_overrides(EvaluationConfig(), overrides or [])
-    fields = {"suites": tuple(suite.value for suite in suites)} if suites else {}
-    config = config.model_copy(update=fields | ({} if images is None else {"images": images}))
-    reference_robustness = None
-    if reference:
-        folder_uri, key = split_uri(reference)
-        reference_robustness = Robustness.load_file(open_store(folder_uri), key)
+    config = config.model_copy(update={field: value for field, value in fields.items() if value})
+    reference_robustness = Robustness.parse(read_uri(reference), reference) if reference else None
     model_uri = resolve_model_uri(open_store(root), model)
-    if kind is DatasetKind.images:
+    if kind == "images":
         class_names = tuple(classes.split(",")) if classes else None
         result = evaluate_dataset(
             model_uri, dataset, out, config, batch=batch, classes=class_names, multi_label_uri=multi_label
         )
     elif classes or multi_label:
-        raise ConfigError(f"--classes and --multi-label are for plain images; leave them out for {kind.value}")
+        raise ConfigError(f"--classes and --multi-label are for plain images; leave them out for {kind}")
     else:
-        result = evaluate_published(model_uri, dataset, cast("PublishedKind", kind.value), out, config, batch=batch)
+        result = evaluate_published(model_uri, dataset, kind, out, config, batch=batch)
     scores = score_robustness(result.robustness, reference_robustness) if result.robustness else None
     if as_json:
-        document = {
-            "uri": result.uri,
-            "evaluation": result.evaluation and result.evaluation.model_dump(mode="json"),
-            "robustness": result.robustness and result.robustness.model_dump(mode="json"),
-            "scores": scores and scores.model_dump(mode="json"),
-        }
-        typer.echo(json.dumps(document, indent=1))
+        measured = {"evaluation": result.evaluation, "robustness": result.robustness, "scores": scores}
+        print_json({"uri": result.uri, **measured})
         return
-    console = Console()
-    for table in make_evaluation_tables(result.evaluation, result.robustness, scores):
-        console.print(table)
+    if result.evaluation:
+        Console().print(_make_accuracy_table(result.evaluation))
+    if result.robustness and scores:
+        Console().print(*_make_robustness_tables(result.robustness, scores))
 
 
-def make_evaluation_tables(
-    evaluation: "Evaluation | None", robustness: "Robustness | None", scores: "RobustnessScores | None"
-) -> "list[Table]":
-    """Accuracy with the worst classes, and accuracy under corruptions, perturbations and attacks."""
-    tables = [] if evaluation is None else [_make_accuracy_table(evaluation)]
-    return [*tables, *(_make_robustness_tables(robustness, scores) if robustness and scores else [])]
-
-
-def _make_accuracy_table(evaluation: "Evaluation") -> "Table":
+def _make_accuracy_table(evaluation: "Evaluation") -> Table:
     """Accuracy, calibration, and the worst classes."""
     clean = make_table(evaluation.name, "accuracy", "")
     seed = f", seed {evaluation.subsample.seed}" if evaluation.subsample else ""
@@ -155,7 +109,7 @@ def _make_accuracy_table(evaluation: "Evaluation") -> "Table":
     return clean
 
 
-def _make_robustness_tables(robustness: "Robustness", scores: "RobustnessScores") -> "list[Table]":
+def _make_robustness_tables(robustness: "Robustness", scores: "RobustnessScores") -> list[Table]:
     """Raw numbers, with the scores relative to a reference in the titles."""
     tables = []
     image_count = f"{robustness.images:,} images"

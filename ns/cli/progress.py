@@ -58,24 +58,16 @@ class RunView:
                     self._start_stage(stage)
                 case "progress":
                     self._advance_stage(stage, event)
-                case "finished":
+                case "finished" | "noted":
                     self._finish_stage(stage, event)
                 case "failed":
                     self._fail_stage(stage, event)
-                case "noted":
-                    self._close_stage(stage)
-                    outcome = "reused" if event["reused"] else format_duration(event["seconds"])
-                    self._print_line("[green]✓[/]", f"{_stage_title(stage)}{_format_shards(event)}", "", outcome)
                 case "state" if event["state"] in ("RUNNING", "FAILED"):
                     mark = "[red]✗[/]" if event["state"] == "FAILED" else "[dim]·[/]"
                     self._print_line(mark, STAGE_TITLES[stage[1]], "", event["state"].lower())
                 case "cost":
-                    self._print_line(
-                        "[dim]·[/]",
-                        _stage_title(stage),
-                        f"{event['forward_passes']:,} forward passes",
-                        f"~{format_duration(event['seconds'])}",
-                    )
+                    passes = f"{event['forward_passes']:,} forward passes"
+                    self._print_line("[dim]·[/]", _stage_title(stage), passes, f"~{format_duration(event['seconds'])}")
                 case _ if event.get("level") == "warning":
                     self._print_warning(stage, event)
 
@@ -102,17 +94,15 @@ class RunView:
 
     def _finish_stage(self, stage: tuple[int, str], event: StageEvent) -> None:
         self._close_stage(stage)
-        if event.get("quiet"):
-            return
+        # A stage that is watched from outside leaves a note, which has no numbers.
+        details = _summarize_event(event) if event["event"] == "finished" else ""
         outcome = "reused" if event.get("reused") else format_duration(event["seconds"])
-        self._print_line("[green]✓[/]", f"{_stage_title(stage)}{_format_shards(event)}", _summarize_event(event), outcome)
+        self._print_line("[green]✓[/]", f"{_stage_title(stage)}{_format_shards(event)}", details, outcome)
 
     def _fail_stage(self, stage: tuple[int, str], event: StageEvent) -> None:
         self._close_stage(stage)
-        interrupted = event.get("exit_code") == 130
-        self._print_line(
-            "[yellow]■[/]" if interrupted else "[red]✗[/]", _stage_title(stage), "", "stopped" if interrupted else "failed"
-        )
+        mark, outcome = ("[yellow]■[/]", "stopped") if event.get("exit_code") == 130 else ("[red]✗[/]", "failed")
+        self._print_line(mark, _stage_title(stage), "", outcome)
 
     def _print_warning(self, stage: tuple[int, str], event: StageEvent) -> None:
         hidden = {"event", "stage", "generation", "level", "timestamp", "at", "pid"}

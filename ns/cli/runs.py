@@ -1,19 +1,17 @@
 """`ns runs …`: which runs there are, and what came of them."""
 
-import json
 from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from ns.cli.options import AsJson, Root, RunArgument
-from ns.cli.output import make_table, shorten_key, to_shell_path
+from ns.cli.output import make_table, print_json, shorten_key, to_shell_path
+from ns.storage import Store, open_store
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from ns.runs.summary import RunSummary
-    from ns.storage import Store
 
 app = typer.Typer(help="List runs, and show what came of one.", no_args_is_help=True)
 
@@ -26,18 +24,15 @@ def list_all(root: Root = "runs", as_json: AsJson = False) -> None:
     """
     from ns.runs.lookup import list_runs
     from ns.runs.summary import summarize_run
-    from ns.storage import open_store
 
     store = open_store(root)
     summaries = [summarize_run(store, record.run) for record in list_runs(store)]
     if as_json:
-        typer.echo(json.dumps([summary.model_dump(mode="json", exclude={"stages"}) for summary in summaries], indent=1))
+        print_json([summary.model_dump(mode="json", exclude={"stages"}) for summary in summaries])
     elif not summaries:
         typer.echo(f"no runs in {root}; start one with `ns run quickstart`")
     else:
-        table = make_table("", "run", "state", "started", "generations", "best top-1", text_columns=3)
-        for column in table.columns:
-            column.no_wrap = True
+        table = make_table("", "run", "state", "started", "generations", "best top-1", text_columns=range(3), wrap=False)
         for summary in summaries:
             best = "" if summary.best_top1 is None else f"{summary.best_top1:.1%}"
             started = summary.started_at[:16].replace("T", " ")
@@ -53,12 +48,11 @@ def show_run(name: RunArgument = "latest", root: Root = "runs", as_json: AsJson 
     """
     from ns.runs.lookup import resolve_run_name
     from ns.runs.summary import summarize_run
-    from ns.storage import open_store
 
     store = open_store(root)
     summary = summarize_run(store, resolve_run_name(store, name))
     if as_json:
-        typer.echo(summary.model_dump_json(indent=1))
+        print_json(summary)
         return
     console = Console()
     console.print(f"state: {summary.state}" + (f" ({summary.error})" if summary.error else ""), highlight=False)
@@ -67,7 +61,7 @@ def show_run(name: RunArgument = "latest", root: Root = "runs", as_json: AsJson 
         console.print(f"generation {row.generation}: {row.verdict}: {row.reason}", highlight=False)
 
 
-def print_run(summary: "RunSummary", store: "Store", console: Console) -> None:
+def print_run(summary: "RunSummary", store: Store, console: Console) -> None:
     """Prints the generations of a run, what was measured of its models, and where its report and best model are."""
     console.print()
     console.print(make_generations_table(summary))
@@ -79,14 +73,12 @@ def print_run(summary: "RunSummary", store: "Store", console: Console) -> None:
             console.print(f"{title + ':':<11} {to_shell_path(uri)}", highlight=False, soft_wrap=True)
 
 
-def make_generations_table(summary: "RunSummary") -> "Table":
+def make_generations_table(summary: "RunSummary") -> Table:
     """The generations of a run, one per row."""
     from ns.core.log import format_duration
 
-    table = make_table(f"run {summary.run}", "gen", "model", "labeled", "kept", "top-1", "change", "verdict", "time")
-    for column in table.columns:
-        column.justify = "left" if column.header in ("model", "verdict") else "right"
-        column.no_wrap = True
+    headers = ("gen", "model", "labeled", "kept", "top-1", "change", "verdict", "time")
+    table = make_table(f"run {summary.run}", *headers, text_columns=(1, 6), wrap=False)
     model_keys = {note.generation: note.outputs.get("model", "") for note in summary.stages if note.stage == "train"}
     if summary.teacher_top1 is not None:
         first = min(model_keys, default=0)
@@ -107,7 +99,7 @@ def make_generations_table(summary: "RunSummary") -> "Table":
     return table
 
 
-def make_measurements_table(summary: "RunSummary") -> "Table | None":
+def make_measurements_table(summary: "RunSummary") -> Table | None:
     """What was measured of each model besides held-out accuracy, one model per column; None if nothing was."""
     measured = [
         model for model in summary.measurements if model.test_top1 is not None or model.sets or model.scores or model.attacks

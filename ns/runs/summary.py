@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ns.core.errors import DataError, RunError, StoreError
 from ns.evaluation.gate import Verdict
@@ -11,14 +11,13 @@ from ns.evaluation.robustness.scores import RobustnessScores, score_robustness
 from ns.labeling.label_set import LabelSet
 from ns.labeling.selection import Selection
 from ns.runs.lifecycle import is_run_driven
-from ns.runs.records import REPORT_FILE, RunRecord, RunState, StageNote, list_stage_notes, record_key
+from ns.runs.records import REPORT_FILE, RunRecord, StageNote, list_stage_notes, record_key
 from ns.storage import Store, parent_key
+from ns.storage.documents import JsonDocument
 
 
-class GenerationSummary(BaseModel):
+class GenerationSummary(JsonDocument):
     """One generation in numbers."""
-
-    model_config = ConfigDict(frozen=True)
 
     generation: int
     model: str
@@ -42,15 +41,13 @@ class GenerationSummary(BaseModel):
     """Seconds of work in this generation, summed over parallel tasks."""
 
 
-class ModelMeasurements(BaseModel):
+class ModelMeasurements(JsonDocument):
     """The results of a model's evaluation, as far as the experiment asked for them."""
-
-    model_config = ConfigDict(frozen=True)
 
     generation: int
     top1: float
     """Top-1 on the held-out images, by which the gate decides."""
-    ece: float | None
+    ece: float
     """Expected calibration error on the held-out images."""
     test_top1: float | None
     """Top-1 on the images that are only reported."""
@@ -62,17 +59,9 @@ class ModelMeasurements(BaseModel):
     """`fgsm-8`, `pgd-16-10` (epsilon, steps) → top-1 under the attack."""
 
 
-class RunSummary(BaseModel):
+class RunSummary(RunRecord):
     """A run at a glance, as `ns runs show --json` prints it."""
 
-    model_config = ConfigDict(frozen=True)
-
-    run: str
-    state: RunState
-    error: str | None
-    config_digest: str
-    started_at: str
-    finished_at: str | None
     teacher_top1: float | None
     """Top-1 of the teacher that the run began with, once it is evaluated."""
     generations: list[GenerationSummary]
@@ -108,12 +97,8 @@ def summarize_run(root: Store, run: str) -> RunSummary:
             best_model, best_top1 = generation.model, generation.student_top1
     was_killed = record.state == "running" and not is_run_driven(root, run)
     return RunSummary(
-        run=run,
+        **record.model_dump(exclude={"state"}),
         state="interrupted" if was_killed else record.state,
-        error=record.error,
-        config_digest=record.config_digest,
-        started_at=record.started_at,
-        finished_at=record.finished_at,
         teacher_top1=teacher_top1,
         generations=generations,
         measurements=_collect_measurements(root, stage_notes),
@@ -159,15 +144,17 @@ def _collect_measurements(root: Store, stage_notes: list[StageNote]) -> list[Mod
         robustness = Robustness.load_file(root, outputs["robustness"]) if "robustness" in outputs else None
         reference = reference or robustness
         sets = {
-            name: key for name, key in outputs.items() if name.startswith("set:") and key.endswith(f"/{Evaluation.filename}")
+            name.removeprefix("set:"): Evaluation.load_file(root, key).top1
+            for name, key in outputs.items()
+            if name.startswith("set:") and key.endswith(f"/{Evaluation.filename}")
         }
         measurements.append(
             ModelMeasurements(
                 generation=note.generation,
                 top1=heldout.top1,
-                ece=heldout.calibration.ece if heldout.calibration else None,
+                ece=heldout.calibration.ece,
                 test_top1=Evaluation.load_file(root, outputs["test"]).top1 if "test" in outputs else None,
-                sets={name.removeprefix("set:"): Evaluation.load_file(root, key).top1 for name, key in sets.items()},
+                sets=sets,
                 scores=score_robustness(robustness, reference) if robustness else None,
                 attacks={str(attack): attack.top1 for attack in robustness.attacks} if robustness else {},
             )

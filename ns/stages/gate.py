@@ -22,7 +22,7 @@ def resolve_teacher(ref: RunRef, *, data: str, generation: int, first_teacher: s
     `first_teacher` is the model that the run began with, TRAIN if the run trained it itself, STOP if the run was over before it began.
     Raises TrainingError if the first teacher is no better than chance: its pseudo-labels would only waste the student.
     """
-    with stage("next-teacher", ref, generation, quiet=True) as context:
+    with stage("next-teacher", ref, generation) as context:
         if first_teacher == TeacherSignal.STOP:
             return TeacherSignal.STOP
         teacher = locate_first_teacher(context, data) if first_teacher == TeacherSignal.TRAIN else first_teacher

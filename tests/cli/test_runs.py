@@ -25,10 +25,9 @@ def test_generations_table_fits_a_narrow_terminal():
     summary = RunSummary(
         run="quickstart-01234567",
         state="succeeded",
-        error=None,
         config_digest="0",
         started_at="",
-        finished_at=None,
+        version="0",
         teacher_top1=0.874,
         generations=[row],
         best_model=row.model,
