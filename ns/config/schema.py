@@ -403,7 +403,7 @@ class GateConfig(Section):
 
     @property
     def required_suites(self) -> dict[str, SuiteName]:
-        """Limits on robustness that are set → the suite that measures them on held-out images."""
+        """Conditions on robustness that are set → the suite that measures them on held-out images."""
         needs: dict[str, SuiteName] = {"max_mce_rise": "corruptions", "max_mfr_rise": "perturbations"}
         return {condition: suite for condition, suite in needs.items() if getattr(self, condition) is not None}
 
@@ -579,7 +579,7 @@ class Experiment(Section):
 
     @property
     def gate_evaluation(self) -> EvaluationConfig:
-        """What is measured on held-out images for the gate: only the suites that its limits need."""
+        """What is measured on held-out images for the gate: only the suites that its conditions need."""
         return self.evaluation.model_copy(update={"suites": tuple(self.gate.required_suites.values())})
 
     def map_roles(self) -> dict[str, RoleConfig]:

@@ -19,7 +19,7 @@ class Diagnostic:
 
     @classmethod
     def from_error(cls, name: str, error: Exception, fix: str) -> Self:
-        """A failed check from an error of ours, which ends with `; FIX`; `fix` is for one that does not."""
+        """A failed check. Our errors end with `; FIX`; `fix` is used if this one does not."""
         detail, _, own_fix = str(error).rpartition("; ")
         return cls(name, False, detail, own_fix) if detail else cls(name, False, own_fix, fix)
 

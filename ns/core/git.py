@@ -64,9 +64,9 @@ class GitCommands:
             email = self.run_git("config", "user.email").strip()
         except StoreError:
             email = self._environment.get("EMAIL", "")
-        user = os.environ.get("USER") or "noisy-student"
-        for role in ("AUTHOR", "COMMITTER"):
-            if not email:
+        if not email:
+            user = os.environ.get("USER") or "noisy-student"
+            for role in ("AUTHOR", "COMMITTER"):
                 self._environment.setdefault(f"GIT_{role}_NAME", user)
                 self._environment.setdefault(f"GIT_{role}_EMAIL", f"{user}@localhost")
 

@@ -20,12 +20,9 @@ def wilson_interval(share: float, trial_count: float) -> tuple[float, float]:
     """The 95 % interval (low, high) of a share of `trial_count` trials (Wilson 1927); (0, 1) for no trials."""
     if trial_count == 0:
         return 0.0, 1.0
-    center = (share + Z95**2 / (2 * trial_count)) / (1 + Z95**2 / trial_count)
-    half = (
-        Z95
-        / (1 + Z95**2 / trial_count)
-        * math.sqrt(share * (1 - share) / trial_count + Z95**2 / (4 * trial_count * trial_count))
-    )
+    spread = Z95**2 / trial_count
+    center = (share + spread / 2) / (1 + spread)
+    half = math.sqrt(spread * share * (1 - share) + spread**2 / 4) / (1 + spread)
     # Rounding must not push a bound past the share itself, which it does at 0 and 1.
     return max(0.0, min(share, center - half)), min(1.0, max(share, center + half))
 

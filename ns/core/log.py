@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Required, TypedDict
@@ -38,8 +38,6 @@ class StageEvent(TypedDict, total=False):
     timestamp: str
     seconds: float
     reused: bool
-    quiet: bool
-    """Whether a terminal passes over the end of the stage."""
     state: str
     """As KFP has it: RUNNING, FAILED, …"""
     error: str
@@ -59,13 +57,17 @@ class StageEvent(TypedDict, total=False):
     steps: int
     parameters: int
     top1: float
+    never_predicted: str
     corruption_error: float
     promoted: bool
     gain: float
 
 
-def configure_logging(*, level: int = logging.INFO) -> None:
-    """Sets the form of the log, once per process. Lines go to stderr; stdout is for results."""
+def configure_logging(*, quiet: bool = False) -> None:
+    """Sets the form of the log, once per process. Lines go to stderr; stdout is for results.
+
+    `quiet`: only warnings, for a process whose work another process reports.
+    """
     renderer: Any
     if sys.stderr.isatty():
         renderer = structlog.dev.ConsoleRenderer(colors="NO_COLOR" not in os.environ)
@@ -79,26 +81,18 @@ def configure_logging(*, level: int = logging.INFO) -> None:
             _append_to_events,
             renderer,
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING if quiet else logging.INFO),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=False,
     )
-
-
-def configure_helper_logging() -> None:
-    """Sets the form of the log in a process whose work another process reports: warnings only."""
-    configure_logging(level=logging.WARNING)
 
 
 def get_logger() -> Any:
     return structlog.get_logger()
 
 
-@contextlib.contextmanager
-def bind_context(**context: Any) -> Iterator[None]:
-    """Adds fields (stage, generation) to every line that is logged inside the context."""
-    with structlog.contextvars.bound_contextvars(**context):
-        yield
+bind_context = structlog.contextvars.bound_contextvars
+"""A context that adds fields (stage, generation) to every line that is logged inside it."""
 
 
 _progress_listeners: list[Callable[[int], object]] = []

@@ -19,8 +19,8 @@ _watch_started = threading.Event()
 def handle_signals(
     handler: Callable[[int, FrameType | None], object], numbers: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)
 ) -> Iterator[None]:
-    """Calls `handler` for these signals inside the context, and restores the handlers of before afterwards. In other threads than the
-    main one, where Python cannot set handlers, it does nothing."""
+    """Calls `handler` for these signals inside the context, and restores the previous handlers afterwards. It does nothing outside
+    the main thread, where Python cannot set handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

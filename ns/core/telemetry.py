@@ -7,6 +7,9 @@ value that grows with the data: no image, file or class.
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from itertools import accumulate
 
 from prometheus_client import (
     CollectorRegistry,
@@ -55,56 +58,46 @@ class _OptionalGauge(Gauge):
         return super().collect() if self._is_set else ()
 
 
+_gauge, _optional_gauge = partial(Gauge, registry=REGISTRY), partial(_OptionalGauge, registry=REGISTRY)
+_counter, _histogram = partial(Counter, registry=REGISTRY), partial(Histogram, registry=REGISTRY)
+
 # --- Every stage
 
-BUILD = Gauge("nst_build_info", "Version of this package; always 1.", ["version"], registry=REGISTRY)
-RUN = Gauge("nst_run_info", "What this process works on; always 1.", ["run_id", "config_digest", "teacher"], registry=REGISTRY)
-GENERATION = Gauge("nst_generation", "Current generation; 0 is the first teacher.", registry=REGISTRY)
-STAGE = Gauge("nst_stage_running", "1 while the stage works, 0 when it is done.", ["stage"], registry=REGISTRY)
-STAGE_SECONDS = Histogram(
+BUILD = _gauge("nst_build_info", "Version of this package; always 1.", ["version"])
+RUN = _gauge("nst_run_info", "What this process works on; always 1.", ["run_id", "config_digest", "teacher"])
+GENERATION = _gauge("nst_generation", "Current generation; 0 is the first teacher.")
+STAGE = _gauge("nst_stage_running", "1 while the stage works, 0 when it is done.", ["stage"])
+STAGE_SECONDS = _histogram(
     "nst_stage_duration_seconds",
     "Duration of a stage.",
     ["stage"],
     buckets=(1, 3, 10, 30, 60, 300, 900, 3600, 4 * 3600, 12 * 3600, 24 * 3600, 3 * 24 * 3600, 7 * 24 * 3600),
-    registry=REGISTRY,
 )
-IMAGES = Counter(
-    "nst_images_processed",
-    "Images that the stage has processed; in evaluation, each version of an image.",
-    ["stage"],
-    registry=REGISTRY,
+IMAGES = _counter(
+    "nst_images_processed", "Images that the stage has processed; in evaluation, each version of an image.", ["stage"]
 )
-DATA_WAIT = Counter("nst_data_wait_seconds", "Time for which the network waited for images.", registry=REGISTRY)
+DATA_WAIT = _counter("nst_data_wait_seconds", "Time for which the network waited for images.")
 
 # --- Training
 
-STEP_SECONDS = Histogram(
+STEP_SECONDS = _histogram(
     "nst_step_duration_seconds",
     "Duration of a training step, including the wait for images.",
     buckets=(0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 30),
-    registry=REGISTRY,
 )
-STEPS = _OptionalGauge("nst_training_steps", "Steps of the current training.", registry=REGISTRY)
-STEPS_DONE = _OptionalGauge("nst_training_steps_done", "Finished steps of the current training.", registry=REGISTRY)
-LOSS = Gauge("nst_loss", "Mean loss since the previous point: total, labeled, pseudo.", ["part"], registry=REGISTRY)
-LEARNING_RATE = _OptionalGauge("nst_learning_rate", "Learning rate.", registry=REGISTRY)
-ACCURACY = _OptionalGauge(
-    "nst_labeled_accuracy_ratio", "Top-1 accuracy on the noised labeled images of training.", registry=REGISTRY
-)
-AGREEMENT = _OptionalGauge(
-    "nst_teacher_student_agreement_ratio", "Share of noised images on which student and teacher agree.", registry=REGISTRY
-)
-CHECKPOINT_AGE = _OptionalGauge(
-    "nst_checkpoint_age_seconds", "Time since the last checkpoint, which a kill would cost.", registry=REGISTRY
-)
-CHECKPOINT_INTERVAL = _OptionalGauge(
-    "nst_checkpoint_interval_seconds", "Configured time between checkpoints.", registry=REGISTRY
-)
+STEPS = _optional_gauge("nst_training_steps", "Steps of the current training.")
+STEPS_DONE = _optional_gauge("nst_training_steps_done", "Finished steps of the current training.")
+LOSS = _gauge("nst_loss", "Mean loss since the previous point: total, labeled, pseudo.", ["part"])
+LEARNING_RATE = _optional_gauge("nst_learning_rate", "Learning rate.")
+ACCURACY = _optional_gauge("nst_labeled_accuracy_ratio", "Top-1 accuracy on the noised labeled images of training.")
+AGREEMENT = _optional_gauge("nst_teacher_student_agreement_ratio", "Share of noised images on which student and teacher agree.")
+CHECKPOINT_AGE = _optional_gauge("nst_checkpoint_age_seconds", "Time since the last checkpoint, which a kill would cost.")
+CHECKPOINT_INTERVAL = _optional_gauge("nst_checkpoint_interval_seconds", "Configured time between checkpoints.")
 
 # --- Labeling
 
-SHARDS = _OptionalGauge("nst_shards", "Shards that this task labels.", registry=REGISTRY)
-SHARDS_DONE = _OptionalGauge("nst_shards_done", "Labeled shards of this task.", registry=REGISTRY)
+SHARDS = _optional_gauge("nst_shards", "Shards that this task labels.")
+SHARDS_DONE = _optional_gauge("nst_shards_done", "Labeled shards of this task.")
 
 
 class _ConfidenceHistogram(Collector):
@@ -126,69 +119,44 @@ class _ConfidenceHistogram(Collector):
             start = stop
         self._sum += sum((bin_index + 0.5) / bins * count for bin_index, count in enumerate(counts) if count)
 
-    def describe(self) -> Iterable[Metric]:
-        return self.collect()
-
     def collect(self) -> Iterator[HistogramMetricFamily]:
-        total, buckets = 0, []
-        for bound, count in zip(self.BOUNDS, self._counts, strict=True):
-            total += count
-            buckets.append((str(bound), float(total)))
+        totals = [float(total) for total in accumulate(self._counts)]
         yield HistogramMetricFamily(
             "nst_pseudo_label_confidence",
             "The teacher's confidence in the images that this process labeled.",
-            buckets=[*buckets, ("+Inf", float(total))],
+            buckets=[*zip(map(str, self.BOUNDS), totals, strict=True), ("+Inf", totals[-1])],
             sum_value=self._sum,
         )
+
+    describe = collect
 
 
 CONFIDENCE = _ConfidenceHistogram()
 
 # --- Selection
 
-PSEUDO_LABELS = Counter(
-    "nst_pseudo_labels",
-    "Images of the pool by outcome: kept, low_confidence, balanced_out, unreadable, left_out.",
-    ["outcome"],
-    registry=REGISTRY,
+PSEUDO_LABELS = _counter(
+    "nst_pseudo_labels", "Images of the pool by outcome: kept, low_confidence, balanced_out, unreadable, left_out.", ["outcome"]
 )
-COVERAGE = _OptionalGauge(
-    "nst_class_coverage_ratio", "Share of classes with at least one kept pseudo-labeled image.", registry=REGISTRY
+COVERAGE = _optional_gauge("nst_class_coverage_ratio", "Share of classes with at least one kept pseudo-labeled image.")
+CLASS_IMAGES = _gauge(
+    "nst_class_kept_images", "Distinct kept images per class: min, p10, median, max over the classes.", ["statistic"]
 )
-CLASS_IMAGES = Gauge(
-    "nst_class_kept_images",
-    "Distinct kept images per class: min, p10, median, max over the classes.",
-    ["statistic"],
-    registry=REGISTRY,
-)
-CHURN = _OptionalGauge(
-    "nst_label_churn_ratio", "Share of labels that differ from those of the previous generation.", registry=REGISTRY
-)
-MAX_CHURN = _OptionalGauge(
-    "nst_label_churn_limit_ratio", "The gate's limit on the label churn (gate.max_churn).", registry=REGISTRY
-)
+CHURN = _optional_gauge("nst_label_churn_ratio", "Share of labels that differ from those of the previous generation.")
+MAX_CHURN = _optional_gauge("nst_label_churn_limit_ratio", "The gate's limit on the label churn (gate.max_churn).")
 
 # --- Evaluation and gate
 
-EVALUATED = Gauge(
-    "nst_eval_accuracy_ratio",
-    "Top-1 accuracy of the model on heldout, test, and further sets by name.",
-    ["split"],
-    registry=REGISTRY,
+EVALUATED = _gauge(
+    "nst_eval_accuracy_ratio", "Top-1 accuracy of the model on heldout, test, and further sets by name.", ["split"]
 )
-ATTACKED = Gauge("nst_eval_attacked_accuracy_ratio", "Top-1 accuracy under an attack.", ["attack"], registry=REGISTRY)
-MCE = _OptionalGauge("nst_eval_mce", "Mean corruption error in %; the reference has 100.", registry=REGISTRY)
-MFR = _OptionalGauge("nst_eval_mfr", "Mean flip rate in %; the reference has 100.", registry=REGISTRY)
-GAIN = Gauge(
-    "nst_loop_gain_ratio",
-    "Top-1 accuracy of the student minus that of its teacher: value, low, high.",
-    ["bound"],
-    registry=REGISTRY,
-)
-GATE = _OptionalGauge("nst_gate_passed", "1 if the gate promoted the student, 0 if it refused it.", registry=REGISTRY)
-GATE_CONDITION = Gauge(
-    "nst_gate_condition_passed", "1 if a condition of the gate holds, 0 if not.", ["condition"], registry=REGISTRY
-)
+BALANCED_ACCURACY = _gauge("nst_eval_balanced_accuracy_ratio", "Mean accuracy of the classes on heldout and test.", ["split"])
+ATTACKED = _gauge("nst_eval_attacked_accuracy_ratio", "Top-1 accuracy under an attack.", ["attack"])
+MCE = _optional_gauge("nst_eval_mce", "Mean corruption error in %; the reference has 100.")
+MFR = _optional_gauge("nst_eval_mfr", "Mean flip rate in %; the reference has 100.")
+GAIN = _gauge("nst_loop_gain_ratio", "Top-1 accuracy of the student minus that of its teacher: value, low, high.", ["bound"])
+GATE = _optional_gauge("nst_gate_passed", "1 if the gate promoted the student, 0 if it refused it.")
+GATE_CONDITION = _gauge("nst_gate_condition_passed", "1 if a condition of the gate holds, 0 if not.", ["condition"])
 
 # --- Pushed once, at the end of a run
 
@@ -280,14 +248,10 @@ def push_run_metrics(pipeline: str) -> None:
 
 
 def _read_linger_seconds() -> float:
-    text = os.environ.get(LINGER_VARIABLE, "") or "0"
-    try:
-        seconds = float(text)
-        if not 0 <= seconds <= 3600:
-            raise ValueError("must be 0 … 3600 seconds")
-    except ValueError as error:
-        log.get_logger().warning(
-            "invalid time to linger: ends without waiting for a scrape", variable=LINGER_VARIABLE, value=text, reason=str(error)
-        )
-        return 0
-    return seconds
+    text = os.environ.get(LINGER_VARIABLE) or "0"
+    with suppress(ValueError):
+        if 0 <= float(text) <= 3600:
+            return float(text)
+    message = "invalid time to linger, must be 0 to 3600 seconds: ends without waiting for a scrape"
+    log.get_logger().warning(message, variable=LINGER_VARIABLE, value=text)
+    return 0

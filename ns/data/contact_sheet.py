@@ -33,7 +33,7 @@ def render_contact_sheet(store: Store, dataset: Dataset, image_count: int, seed:
     rng = np.random.default_rng(seed)
     groups: dict[str, list[tuple[int, int]]] = {}
     # A few shards are enough: the sheet of a large dataset should not read all of it.
-    shards = sorted(rng.permutation(len(dataset.shards))[: max(1, min(len(dataset.shards), 16))].tolist())
+    shards = sorted(rng.permutation(len(dataset.shards))[:16].tolist())
     for shard in shards:
         rows = rng.permutation(dataset.shards[shard].samples)
         class_ids = source.read_class_ids(shard, len(dataset.classes)) if dataset.classes else None

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -49,37 +49,35 @@ def find_duplicates(shards: Iterable[Fingerprints], scratch_dir: Path, bits: int
     images that share a band are compared. `scratch_dir` is an empty folder. Raises StoreError when it is full.
     """
     with explain_scratch_errors(scratch_dir, "sort fingerprints"):
-        return _find_pairs(shards, scratch_dir, bits)
-
-
-def _find_pairs(shards: Iterable[Fingerprints], scratch_dir: Path, bits: int) -> DuplicatePairs:
-    bands = np.array_split(np.arange(64), bits + 1)
-    start = 0
-    for shard in shards:
-        images = np.arange(start, start + len(shard.phash))
-        start += len(images)
-        halves = np.frombuffer(shard.sha256.astype("S32").tobytes(), np.uint64).reshape(-1, 4)
-        same = np.empty(len(images), SAME_DTYPE)
-        same["first"], same["second"], same["image"] = halves[:, 0], halves[:, 1], images
-        _append_partitions(scratch_dir, "same", same, same["first"])
-        comparable = np.flatnonzero(shard.comparable)
-        hashes = np.empty(len(comparable), HASH_DTYPE)
-        hashes["hash"], hashes["image"] = shard.phash[comparable], images[comparable]
-        _append_partitions(scratch_dir, "alike", hashes, hashes["hash"])
-    same_pairs = [_pair_with_first(part, ("first", "second"))[1] for part in _read_partitions(scratch_dir, "same", SAME_DTYPE)]
-    alike_pairs = []
-    for part in _read_partitions(scratch_dir, "alike", HASH_DTYPE):
-        firsts, pairs = _pair_with_first(part, ("hash",))
-        alike_pairs.append(pairs)
+        bands = np.array_split(np.arange(64), bits + 1)
+        start = 0
+        for shard in shards:
+            images = np.arange(start, start + len(shard.phash))
+            start += len(images)
+            halves = np.frombuffer(shard.sha256.astype("S32").tobytes(), np.uint64).reshape(-1, 4)
+            same = np.empty(len(images), SAME_DTYPE)
+            same["first"], same["second"], same["image"] = halves[:, 0], halves[:, 1], images
+            _append_partitions(scratch_dir, "same", same, same["first"])
+            comparable = np.flatnonzero(shard.comparable)
+            hashes = np.empty(len(comparable), HASH_DTYPE)
+            hashes["hash"], hashes["image"] = shard.phash[comparable], images[comparable]
+            _append_partitions(scratch_dir, "alike", hashes, hashes["hash"])
+        same_pairs = [
+            _pair_with_first(part, ("first", "second"))[1] for part in _read_partitions(scratch_dir, "same", SAME_DTYPE)
+        ]
+        alike_pairs = []
+        for part in _read_partitions(scratch_dir, "alike", HASH_DTYPE):
+            firsts, pairs = _pair_with_first(part, ("hash",))
+            alike_pairs.append(pairs)
+            for number, band in enumerate(bands):
+                _append_partitions(scratch_dir, f"band-{number}", firsts, _extract_band(firsts["hash"], band))
+        near_pairs, skipped = [], 0
         for number, band in enumerate(bands):
-            _append_partitions(scratch_dir, f"band-{number}", firsts, _extract_band(firsts["hash"], band))
-    near_pairs, skipped = [], 0
-    for number, band in enumerate(bands):
-        for part in _read_partitions(scratch_dir, f"band-{number}", HASH_DTYPE):
-            pairs, uncompared = _compare_neighbors(part, _extract_band(part["hash"], band), bits)
-            near_pairs.append(pairs)
-            skipped += uncompared
-    return DuplicatePairs(_merge_pairs(same_pairs), _merge_pairs(alike_pairs), _merge_pairs(near_pairs), skipped)
+            for part in _read_partitions(scratch_dir, f"band-{number}", HASH_DTYPE):
+                pairs, uncompared = _compare_neighbors(part, _extract_band(part["hash"], band), bits)
+                near_pairs.append(pairs)
+                skipped += uncompared
+        return DuplicatePairs(_merge_pairs(same_pairs), _merge_pairs(alike_pairs), _merge_pairs(near_pairs), skipped)
 
 
 def _extract_band(hashes: npt.NDArray[np.uint64], band: npt.NDArray[np.integer]) -> npt.NDArray[np.uint64]:
@@ -109,12 +107,17 @@ def _read_partitions(scratch_dir: Path, name: str, dtype: np.dtype[np.void]) -> 
 def _pair_with_first(records: npt.NDArray[np.void], by: tuple[str, ...]) -> tuple[npt.NDArray[np.void], ImagePairs]:
     """The first record of each value, and all others paired with it."""
     ordered = np.sort(records, order=(*by, "image"))
-    new = np.ones(len(ordered), np.bool_)
-    new[1:] = np.any([ordered[name][1:] != ordered[name][:-1] for name in by], axis=0)
-    firsts = ordered[new]
-    others = ~new
-    earlier = firsts["image"][np.cumsum(new) - 1][others]
-    return firsts, ImagePairs(ordered["image"][others], earlier, np.zeros(int(others.sum()), np.int64))
+    new = mark_changes(*(ordered[name] for name in by))
+    firsts, others = ordered[new], ordered["image"][~new]
+    earlier = firsts["image"][np.cumsum(new) - 1][~new]
+    return firsts, ImagePairs(others, earlier, np.zeros(len(others), np.int64))
+
+
+def mark_changes(*columns: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """[N]: whether a row differs from the row before it; the first row always does."""
+    changes = np.ones(len(columns[0]), np.bool_)
+    changes[1:] = np.any([column[1:] != column[:-1] for column in columns], axis=0)
+    return changes
 
 
 def _compare_neighbors(records: npt.NDArray[np.void], keys: npt.NDArray[np.uint64], bits: int) -> tuple[ImagePairs, int]:

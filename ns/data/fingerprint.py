@@ -48,16 +48,13 @@ class Fingerprints:
 def compute_fingerprints(store: Store, dataset: Dataset, fingerprint_store: Store) -> None:
     """Writes the fingerprints of all shards that have none in `fingerprint_store` yet. Unreadable images are not comparable."""
     source = ImageSource(store, dataset, max_open_shards=2)
-    waiting = [
-        shard_index
-        for shard_index, shard in enumerate(dataset.shards)
-        if not fingerprint_store.exists(_build_key(dataset, shard_index))
-    ]
-    progress = log.Progress(sum(dataset.shards[shard_index].samples for shard_index in waiting), "images")
+    shards = dataset.shards
+    waiting = [index for index in range(len(shards)) if not fingerprint_store.exists(_build_key(dataset, index))]
+    progress = log.Progress(sum(shards[index].samples for index in waiting), "images")
     with ThreadPoolExecutor(THREADS) as threads:
         for position, shard_index in enumerate(waiting):
             source.fetch_ahead(waiting[position + 1 : position + 2])
-            count = dataset.shards[shard_index].samples
+            count = shards[shard_index].samples
             chunks: list[pa.Table] = []
             for start in range(0, count, CHUNK_IMAGES * THREADS):
                 images = list(source.read_encoded(shard_index, start, min(start + CHUNK_IMAGES * THREADS, count)))
@@ -110,20 +107,15 @@ def _fingerprint_images(images: list[EncodedJpeg | bytes]) -> pa.Table:
     large = np.zeros(len(images), np.bool_)
     for row, image in enumerate(images):
         try:
-            pixels, _ = (
-                image.decode_box((0, 0, image.width, image.height), HASH_SIDE_PX)
-                if isinstance(image, EncodedJpeg)
-                else (decode_image(image), None)
-            )
+            if isinstance(image, EncodedJpeg):
+                pixels, _ = image.decode_box((0, 0, image.width, image.height), HASH_SIDE_PX)
+            else:
+                pixels = decode_image(image)
         except DataError:
             continue
         picture = Image.fromarray(pixels).convert("L")
         large[row] = min(picture.size) >= HASH_SIDE_PX
-        gray[row] = np.asarray(
-            picture
-            if picture.size == (HASH_SIDE_PX, HASH_SIDE_PX)
-            else picture.resize((HASH_SIDE_PX, HASH_SIDE_PX), Image.Resampling.LANCZOS)
-        )
+        gray[row] = np.asarray(picture.resize((HASH_SIDE_PX, HASH_SIDE_PX), Image.Resampling.LANCZOS))
     comparable = large & (gray.reshape(len(images), -1).std(axis=1) >= FLAT_STD)
     sha256 = [hashlib.sha256(image.data if isinstance(image, EncodedJpeg) else image).digest() for image in images]
     return pa.table([pa.array(sha256, pa.binary(32)), pa.array(compute_phashes(gray)), pa.array(comparable)], schema=SCHEMA)

@@ -7,8 +7,7 @@ shard-00000.index.parquet   spares our reader the tar's headers; made from the t
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -61,17 +60,13 @@ class ShardIndex:
     @classmethod
     def from_samples(cls, samples: list[ShardSample], sizes: list[tuple[int, int]]) -> "ShardIndex":
         """`sizes` are width and height as `decode.read_jpeg_size` returns them."""
-        columns = list(zip(*samples, strict=True)) or [()] * 5
-        key, extension, offset, size, class_id = columns
-        width, height = list(zip(*sizes, strict=True)) or [(), ()]
-        return cls._from_table(pa.table([key, extension, offset, size, class_id, width, height], schema=SCHEMA))
+        rows = [(*sample, *size) for sample, size in zip(samples, sizes, strict=True)]
+        return cls._from_table(pa.table(list(zip(*rows, strict=True)) or [()] * len(SCHEMA), schema=SCHEMA))
 
     @classmethod
     def _from_table(cls, table: pa.Table) -> "ShardIndex":
-        def read_column(name: str) -> Any:
-            return table[name].fill_null(-1).to_numpy()
-
-        return cls(table, *(read_column(name) for name in ("offset", "size", "class_id", "width", "height")))
+        columns = (table[name].fill_null(-1).to_numpy() for name in ("offset", "size", "class_id", "width", "height"))
+        return cls(table, *columns)
 
     def save(self, store: Store, shard: Shard) -> None:
         write_table(store, build_index_key(shard), self.table.replace_schema_metadata({TAR_SHA256: shard.sha256}))
@@ -86,7 +81,9 @@ class ShardIndex:
         if index is None:
             path = store.path(shard.name)
             samples = read_samples(path)
-            index = cls.from_samples(samples, _read_jpeg_sizes(path, samples))
+            with path.open("rb") as file:
+                sizes = [read_jpeg_size(read_range(file, sample.offset, sample.size)) for sample in samples]
+            index = cls.from_samples(samples, sizes)
         if len(index) != shard.samples:
             raise DataError(
                 f"{store.uri}/{shard.name}: {len(index)} images, dataset.json says {shard.samples}; import the data again"
@@ -127,8 +124,3 @@ def locate_keys(store: Store, dataset: Dataset, keys: Collection[str]) -> dict[s
 
 def build_index_key(shard: Shard) -> str:
     return shard.name.removesuffix(".tar") + SUFFIX
-
-
-def _read_jpeg_sizes(path: Path, samples: list[ShardSample]) -> list[tuple[int, int]]:
-    with path.open("rb") as file:
-        return [read_jpeg_size(read_range(file, sample.offset, sample.size)) for sample in samples]

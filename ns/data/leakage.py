@@ -160,41 +160,31 @@ class _DuplicateTable(NamedTuple):
 
     @property
     def leaking_rows(self) -> "_DuplicateTable":
-        # One row per image: its nearest image of all evaluation sets.
-        candidates = np.flatnonzero(self.leaking)
-        candidates = candidates[np.lexsort((self.other[candidates], self.bits[candidates], self.image[candidates]))]
-        first = np.ones(len(candidates), np.bool_)
-        first[1:] = self.image[candidates][1:] != self.image[candidates][:-1]
-        rows = candidates[first]
-        return _DuplicateTable(
-            self.image[rows], self.other[rows], self.bits[rows], self.image_set[rows], self.other_set[rows], self.leaking[rows]
-        )
+        """One row per image: its nearest image of all evaluation sets."""
+        leaks = self.take_rows(np.flatnonzero(self.leaking))
+        leaks = leaks.take_rows(np.lexsort((leaks.other, leaks.bits, leaks.image)))
+        return leaks.take_rows(np.flatnonzero(duplicates.mark_changes(leaks.image)))
 
-
-def _find_dataset_starts(datasets: Sequence[NamedDataset]) -> npt.NDArray[np.int64]:
-    """Number of the first image of each dataset, and the number of all images."""
-    return np.cumsum([0, *(named.dataset.samples for named in datasets)])
+    def take_rows(self, rows: npt.NDArray[np.int64]) -> "_DuplicateTable":
+        return _DuplicateTable._make(column[rows] for column in self)
 
 
 def _build_duplicate_table(pairs: duplicates.DuplicatePairs, datasets: Sequence[NamedDataset]) -> _DuplicateTable:
-    starts = _find_dataset_starts(datasets)
+    starts = np.cumsum([0, *(named.dataset.samples for named in datasets)])
     # Near pairs hold only the first image with a hash; the others inherit its neighbors.
-    like_first = pairs.alike
-    near = pairs.near
+    same, like_first, near, _ = pairs
     begin, end = (np.searchsorted(near.later, like_first.earlier, side) for side in ("left", "right"))
     counts = end - begin
     inherited = np.repeat(begin, counts) + _count_within_groups(counts)
-    image = np.concatenate([pairs.same.later, like_first.later, near.later, np.repeat(like_first.later, counts)])
-    other = np.concatenate([pairs.same.earlier, like_first.earlier, near.earlier, near.earlier[inherited]])
-    bits = np.concatenate([pairs.same.bits - 1, like_first.bits, near.bits, near.bits[inherited]])
+    image = np.concatenate([same.later, like_first.later, near.later, np.repeat(like_first.later, counts)])
+    other = np.concatenate([same.earlier, like_first.earlier, near.earlier, near.earlier[inherited]])
+    bits = np.concatenate([same.bits - 1, like_first.bits, near.bits, near.bits[inherited]])
     image_set, other_set = (np.searchsorted(starts, numbers, "right") - 1 for numbers in (image, other))
-    best = np.lexsort((other, bits, other_set, image))
-    first = np.ones(len(best), np.bool_)
-    first[1:] = (image[best][1:] != image[best][:-1]) | (other_set[best][1:] != other_set[best][:-1])
-    best = best[first]
     roles = np.array([named.role for named in datasets])
     leaking = (roles[image_set] == "unlabeled") & (roles[other_set] == "evaluation")
-    return _DuplicateTable(image[best], other[best], bits[best], image_set[best], other_set[best], leaking[best])
+    table = _DuplicateTable(image, other, bits, image_set, other_set, leaking)
+    best = np.lexsort((other, bits, other_set, image))
+    return table.take_rows(best[duplicates.mark_changes(image[best], other_set[best])])
 
 
 def _count_within_groups(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -207,7 +197,6 @@ def _confirm_near_pairs(
 ) -> duplicates.ImagePairs:
     """The pairs whose features are similar too."""
     sources = [ImageSource(named.store, named.dataset) for named in datasets]
-    locator = _ImageLocator(datasets)
     confirmed = np.zeros(len(near.later), np.bool_)
     for start in range(0, len(confirmed), 256):
         part = slice(start, start + 256)
@@ -215,7 +204,7 @@ def _confirm_near_pairs(
             features(
                 [
                     next(sources[dataset_index].read_encoded(shard, row, row + 1))
-                    for dataset_index, shard, row in map(locator.locate_image, images[part].tolist())
+                    for dataset_index, shard, row in _locate_images(datasets, images[part])
                 ]
             )
             for images in (near.later, near.earlier)
@@ -225,21 +214,12 @@ def _confirm_near_pairs(
     return duplicates.ImagePairs(*(column[confirmed] for column in near))
 
 
-class _ImageLocator:
-    """Number of an image → index of its dataset in the list, shard, row."""
-
-    def __init__(self, datasets: Sequence[NamedDataset]) -> None:
-        self._shards = [
-            (dataset_index, shard_index)
-            for dataset_index, named in enumerate(datasets)
-            for shard_index in range(len(named.dataset.shards))
-        ]
-        sizes = [shard.samples for named in datasets for shard in named.dataset.shards]
-        self._starts = np.cumsum([0, *sizes])
-
-    def locate_image(self, image: int) -> tuple[int, int, int]:
-        at = int(np.searchsorted(self._starts, image, "right")) - 1
-        return *self._shards[at], image - int(self._starts[at])
+def _locate_images(datasets: Sequence[NamedDataset], images: npt.NDArray[np.int64]) -> list[tuple[int, int, int]]:
+    """Index of the dataset in the list, shard and row of each image, given by its number."""
+    shards = [(index, shard) for index, named in enumerate(datasets) for shard in range(len(named.dataset.shards))]
+    starts = np.cumsum([0, *(shard.samples for named in datasets for shard in named.dataset.shards)])
+    at = np.searchsorted(starts, images, "right") - 1
+    return [(*shards[shard], row) for shard, row in zip(at.tolist(), (images - starts[at]).tolist(), strict=True)]
 
 
 def _build_report(
@@ -277,42 +257,33 @@ def count_class_images(store: Store, dataset: Dataset) -> dict[str, int]:
 
 def _write_duplicates(store: Store, name: str, table: _DuplicateTable, datasets: Sequence[NamedDataset]) -> None:
     """Writes the rows in parts: a pool may be full of duplicates."""
-    locator = _ImageLocator(datasets)
+
     # A few shards are enough: neighbors in the table are neighbors in a shard.
-    read_keys = lru_cache(maxsize=16)(lambda dataset_index, shard: _read_shard_keys(datasets[dataset_index], shard))
+    @lru_cache(maxsize=16)
+    def read_keys(dataset_index: int, shard: int) -> list[str]:
+        named = datasets[dataset_index]
+        return ShardIndex.load(named.store, named.dataset.shards[shard]).keys
+
     with make_scratch_dir("check") as scratch_dir:
         path = scratch_dir / name
         with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
             for start in range(0, len(table.image), WRITE_ROWS):
-                writer.write_table(_describe_rows(table, slice(start, start + WRITE_ROWS), datasets, locator, read_keys))
+                part = slice(start, start + WRITE_ROWS)
+                images, others = (_locate_images(datasets, numbers[part]) for numbers in (table.image, table.other))
+                rows = [
+                    {
+                        "dataset": datasets[image_set].name,
+                        "shard": datasets[image_set].dataset.shards[shard].sha256,
+                        "row": row,
+                        "key": read_keys(image_set, shard)[row],
+                        "like": datasets[other_set].name,
+                        "like_key": read_keys(other_set, other_shard)[other_row],
+                        "same_bytes": bits < 0,
+                        "bits": max(bits, 0),
+                    }
+                    for (image_set, shard, row), (other_set, other_shard, other_row), bits in zip(
+                        images, others, table.bits[part].tolist(), strict=True
+                    )
+                ]
+                writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
         store.put_file(name, path)
-
-
-def _read_shard_keys(named: NamedDataset, shard: int) -> list[str]:
-    return ShardIndex.load(named.store, named.dataset.shards[shard]).keys
-
-
-def _describe_rows(
-    table: _DuplicateTable,
-    part: slice,
-    datasets: Sequence[NamedDataset],
-    locator: _ImageLocator,
-    read_keys: Callable[[int, int], list[str]],
-) -> pa.Table:
-    rows = []
-    for image, other, bits in zip(*(column[part].tolist() for column in (table.image, table.other, table.bits)), strict=True):
-        (dataset_index, shard, row), (other_index, other_shard, other_row) = map(locator.locate_image, (image, other))
-        named = datasets[dataset_index]
-        rows.append(
-            {
-                "dataset": named.name,
-                "shard": named.dataset.shards[shard].sha256,
-                "row": row,
-                "key": read_keys(dataset_index, shard)[row],
-                "like": datasets[other_index].name,
-                "like_key": read_keys(other_index, other_shard)[other_row],
-                "same_bytes": bits < 0,
-                "bits": max(bits, 0),
-            }
-        )
-    return pa.Table.from_pylist(rows, schema=SCHEMA)

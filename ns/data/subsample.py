@@ -31,12 +31,9 @@ def draw_rows(
         return {shard: np.arange(size) for shard, size in enumerate(sizes) if size}
     class_ids = np.concatenate([source.read_class_ids(shard, num_classes) for shard in range(shards)])
     positions = draw_evenly([key for shard in range(shards) for key in source.read_index(shard).keys], class_ids, subsample)
-    bounds = np.cumsum([0, *sizes])
-    rows = {
-        shard: positions[(positions >= bounds[shard]) & (positions < bounds[shard + 1])] - bounds[shard]
-        for shard in range(shards)
-    }
-    return {shard: shard_rows for shard, shard_rows in rows.items() if len(shard_rows)}
+    starts = np.cumsum([0, *sizes[:-1]])
+    parts = np.split(positions, np.searchsorted(positions, starts[1:]))
+    return {shard: part - starts[shard] for shard, part in enumerate(parts) if len(part)}
 
 
 def draw_evenly(keys: Sequence[str], class_ids: npt.NDArray[np.int64], subsample: Subsample | None) -> npt.NDArray[np.int64]:

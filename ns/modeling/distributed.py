@@ -1,8 +1,8 @@
 """Data-parallel training: one process per GPU, on one node or on several.
 
-torchrun starts the processes and gives each its place (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT). Each takes its part of
-the images of every step. Gradients, batch-norm statistics and metrics are means over all processes, so a step does not depend on their
-number.
+torchrun starts the processes, and gives each its rank and the address of the first (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR,
+MASTER_PORT). Each takes its part of the images of every step. Gradients, batch-norm statistics and metrics are means over all
+processes, so a step does not depend on their number.
 """
 
 import contextlib
@@ -219,7 +219,14 @@ def launch_processes(processes: int, module: str, arguments: Sequence[str]) -> N
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         # A new session: Ctrl-C in a terminal would reach every process, and torchrun kills those that stop first.
         launcher = subprocess.Popen([*torchrun, "-m", module, *arguments], env=environment, start_new_session=True)
-        with _forward_signals(launcher) as signals:
+        signals: list[int] = []
+
+        def terminate_once(number: int, _frame: FrameType | None) -> None:
+            if not signals:
+                launcher.terminate()
+            signals.append(number)
+
+        with handle_signals(terminate_once):
             try:
                 code = launcher.wait()
             except BaseException:
@@ -262,17 +269,3 @@ def report_failure() -> Iterator[None]:
 def _is_peer_failure(error: Exception) -> bool:
     """Whether a process fails only because another one failed: its message would hide the reason. gloo's errors have no own type."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
-
-
-@contextmanager
-def _forward_signals(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """Passes SIGTERM and SIGINT on to a process, as SIGTERM. Yields the list of the signals that came."""
-    signals: list[int] = []
-
-    def terminate_once(number: int, _frame: FrameType | None) -> None:
-        if not signals:
-            process.terminate()
-        signals.append(number)
-
-    with handle_signals(terminate_once):
-        yield signals

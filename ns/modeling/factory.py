@@ -48,11 +48,8 @@ def build_model(config: ModelConfig, noise: NoiseConfig, outputs: int) -> nn.Mod
 
 def get_total_stride(network: nn.Module) -> int:
     """Input px per px of the last feature map; 1 if the network has no feature info."""
-    info = getattr(network, "feature_info", None)
-    if not info:
-        return 1
-    last = info[-1] if isinstance(info, list) else info.info[-1]
-    return int(last["reduction"])
+    features: Any = getattr(network, "feature_info", None)
+    return int(features[-1]["reduction"]) if features else 1
 
 
 def describe_architecture(config: ModelConfig) -> dict[str, Any]:

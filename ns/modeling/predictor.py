@@ -6,11 +6,10 @@ import os
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +21,7 @@ from torch import Tensor
 from ns.config.schema import Precision, Views
 from ns.core import log, telemetry
 from ns.core.errors import DataError
+from ns.core.iteration import iter_ahead
 from ns.core.malloc import keep_freed_memory
 from ns.data.augment.transforms import EvalTransform
 from ns.data.index import ShardIndex
@@ -111,22 +111,19 @@ class Predictor:
         self._windows = WINDOWS if keeps_margin else ((0.0, 0.0),)
         self._mirrored = views in ("flip", "ten")
         self.batch = batch
-        # In the model's order, whatever order they were named in.
-        self.scored_classes = (
-            None if scored_classes is None else tuple(name for name in self.manifest.classes if name in set(scored_classes))
-        )
+        self.scored_classes: tuple[str, ...] | None = None
         self._class_mask: Tensor | None = None
-        if self.scored_classes is not None:
-            if unknown := set(scored_classes or ()) - set(self.manifest.classes):
+        if scored_classes is not None:
+            classes, scored = self.manifest.classes, set(scored_classes)
+            if unknown := scored - set(classes):
                 raise DataError(f"{store.uri}: class {min(unknown)!r} is none of the model's; name those that it has")
-            class_mask = [name not in self.scored_classes for name in self.manifest.classes]
-            self._class_mask = torch.tensor(class_mask, device=self._device)
+            # In the model's order, whatever order they were named in.
+            self.scored_classes = tuple(name for name in classes if name in scored)
+            self._class_mask = torch.tensor([name not in scored for name in classes], device=self._device)
 
-    def predict_shard(
-        self, source: ImageSource, shard: int, progress: log.Progress | None = None, skipped: Mapping[int, str] | None = None
-    ) -> ShardPredictions:
+    def predict_shard(self, source: ImageSource, shard: int, progress: log.Progress | None = None) -> ShardPredictions:
         """Predictions for one shard; see `predict_shards`."""
-        return next(self.predict_shards(source, [(shard, skipped or {})], progress))
+        return next(self.predict_shards(source, [(shard, {})], progress))
 
     def predict_shards(
         self, source: ImageSource, requests: Iterable[tuple[int, Mapping[int, str]]], progress: log.Progress | None = None
@@ -156,11 +153,9 @@ class Predictor:
         features: npt.NDArray[np.float32] = network.forward_head(maps, pre_logits=True).float().cpu().numpy()
         return features
 
-    def predict_images(
-        self, images: Sequence[ImageInput], progress: log.Progress | None = None
-    ) -> tuple[npt.NDArray[np.float32], dict[int, str]]:
+    def predict_images(self, images: Sequence[ImageInput]) -> tuple[npt.NDArray[np.float32], dict[int, str]]:
         """Probabilities [N, classes] of images, and row → reason of the rows that are NaN."""
-        _, probabilities, errors = next(self._run_chunks(self._cut_batches(iter(images), len(images), None), progress))
+        _, probabilities, errors = next(self._run_chunks(self._cut_batches(iter(images), len(images), None)))
         return probabilities, errors
 
     def predict_groups(
@@ -196,29 +191,19 @@ class Predictor:
             yield _Chunk([image for _, image in zip(range(start, stop), images, strict=False)], start, total, payload)
 
     def _run_chunks(
-        self, chunks: Iterator[_Chunk], progress: log.Progress | None
+        self, chunks: Iterator[_Chunk], progress: log.Progress | None = None
     ) -> Iterator[tuple[Any, npt.NDArray[np.float32], dict[int, str]]]:
         """For each shard the payload of its chunks, its probabilities, and row → reason of the rows that are NaN."""
         classes = len(self.manifest.classes)
         probabilities = np.empty((0, classes), np.float32)
         errors: dict[int, str] = {}
-        with ThreadPoolExecutor(
-            DECODE_THREADS, initializer=_lower_thread_priority if self._device.type == "cpu" else None
-        ) as threads:
-            ahead: deque[tuple[_Chunk, Future[_DecodedChunk]]] = deque()
-
-            def submit_next() -> None:
-                for chunk in islice(chunks, 1):
-                    ahead.append((chunk, threads.submit(self._decode_chunk, chunk.images)))
-
-            for _ in range(DECODE_THREADS):
-                submit_next()
-            while ahead:
-                chunk, future = ahead.popleft()
+        initializer = _lower_thread_priority if self._device.type == "cpu" else None
+        with ThreadPoolExecutor(DECODE_THREADS, initializer=initializer) as threads:
+            submitted = ((chunk, threads.submit(self._decode_chunk, chunk.images)) for chunk in chunks)
+            for chunk, future in iter_ahead(submitted, DECODE_THREADS):
                 waiting = time.monotonic()
                 decoded = future.result()
                 telemetry.DATA_WAIT.inc(time.monotonic() - waiting)
-                submit_next()
                 if chunk.start == 0:
                     probabilities, errors = np.full((chunk.total, classes), np.nan, np.float32), {}
                 count = len(decoded.images)
@@ -287,9 +272,10 @@ class Predictor:
 def _read_ahead(chunks: Iterator[_Chunk]) -> Iterator[_Chunk]:
     """The same chunks, prepared ahead by a thread: checking a shard's digest takes a second, in which a GPU would be idle."""
     with ThreadPoolExecutor(1, "read") as reader:
-        pending = deque(reader.submit(next, chunks, None) for _ in range(CHUNKS_AHEAD))
-        while (chunk := pending.popleft().result()) is not None:
-            pending.append(reader.submit(next, chunks, None))
+        for future in iter_ahead((reader.submit(next, chunks, None) for _ in repeat(None)), CHUNKS_AHEAD):
+            chunk = future.result()
+            if chunk is None:
+                return
             yield chunk
 
 

@@ -69,7 +69,7 @@ def join_training(ref: RunRef, *, data: str, generation: int, teacher: str, sele
     die_with_client()
     # report_failure is inside process_group: the others fail as soon as this one leaves the group, and its reason must be there first.
     with process_group() as world, report_failure(), log.bind_context(stage="train", generation=generation):
-        log.configure_logging() if world.is_main else log.configure_helper_logging()
+        log.configure_logging(quiet=not world.is_main)
         try:
             store, experiment = open_store(ref.root), load_experiment(ref.config_uri)
             begin_telemetry("train", generation, ref.run, experiment, teacher)

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -129,13 +130,11 @@ class FileCredentials(Provider):
                 return credentials
 
     def _read_stamps(self) -> object:
-        stamps = []
+        stamps = {}
         for name in ("accesskey", "secretkey", "sessiontoken"):
-            try:
+            with suppress(OSError):
                 status = (self._secrets_path / name).stat()
-                stamps.append((status.st_ino, status.st_mtime_ns, status.st_size))
-            except OSError:
-                stamps.append((0, 0, 0))
+                stamps[name] = status.st_ino, status.st_mtime_ns, status.st_size
         return stamps
 
     def _read_secret(self, name: str) -> str:

@@ -132,11 +132,10 @@ class LocalStore:
             target.unlink(missing_ok=True)
 
     def delete_prefix(self, prefix: str) -> int:
-        removed = 0
-        for key in self.list(prefix):
+        keys = list(self.list(prefix))
+        for key in keys:
             self.delete(key)
-            removed += 1
-        return removed
+        return len(keys)
 
     def _walk_keys(self, folder: Path, prefix: str) -> Iterator[str]:
         for parent, _, names in os.walk(folder, onerror=_raise_unless_gone):

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from ns.core.diagnostics import Diagnostic
 from ns.core.errors import StoreError
@@ -49,7 +50,8 @@ class _FailedError(Exception):
     """(detail, fix)"""
 
 
-ProbeCheck = Callable[[], str]
+ProbeCheck = Callable[[Any], str]
+"""Takes the scratch store and returns a detail; raises _FailedError or StoreError."""
 
 
 def probe_store(uri: str, *, paged_keys: int = PAGED_KEYS) -> list[Diagnostic]:
@@ -57,15 +59,29 @@ def probe_store(uri: str, *, paged_keys: int = PAGED_KEYS) -> list[Diagnostic]:
 
     Writes about 12 MiB and `paged_keys` empty objects. If nothing can be written, only the diagnostics until then are returned.
     """
-    store, s3 = _with_short_timeouts(open_store(uri))
+    store = _with_short_timeouts(open_store(uri))
     scratch = store.at(f"probe-{secrets.token_hex(8)}")
-    diagnostics = [_run_check("endpoint", lambda: _check_endpoint(s3))] if s3 else []
-    diagnostics.append(_run_check("write", lambda: _check_write(scratch)))
+    is_local = isinstance(scratch, LocalStore)
+    diagnostics = [] if is_local else [_run_check("endpoint", _check_endpoint, scratch)]
+    diagnostics.append(_run_check("write", _check_write, scratch))
     if not diagnostics[-1].ok:
         return diagnostics
+    checks: dict[str, ProbeCheck] = {
+        "read-back": _check_read_back,
+        "overwrite": _check_overwrite,
+        "range": _check_ranges,
+        "names": _check_names,
+        "list-order": _check_list_order,
+        "list-pages": partial(_check_list_pages, paged_keys=paged_keys),
+        "create": _check_create,
+        "missing": _check_missing,
+    }
+    if is_local:
+        checks |= {"space": _check_space}
+    else:
+        checks |= {"multipart": _check_multipart, "metadata": _check_metadata, "clock": _check_clock}
     try:
-        diagnostics += [_run_check(name, check) for name, check in _make_checks(scratch, paged_keys).items()]
-        diagnostics.append(_run_check("delete", lambda: _check_delete(scratch)))
+        diagnostics += [_run_check(name, check, scratch) for name, check in (checks | {"delete": _check_delete}).items()]
     finally:
         with suppress(StoreError):
             scratch.delete_prefix("")
@@ -74,21 +90,19 @@ def probe_store(uri: str, *, paged_keys: int = PAGED_KEYS) -> list[Diagnostic]:
     return diagnostics
 
 
-def _with_short_timeouts(store: Store) -> "tuple[Store, S3Store | None]":
-    if not store.uri.startswith("s3://"):
-        return store, None
+def _with_short_timeouts(store: Store) -> Store:
+    if isinstance(store, LocalStore):
+        return store
     from ns.storage.s3 import S3Service, S3Store
 
     assert isinstance(store, S3Store)
-    service = store.service
-    retry_policy = replace(service.retry_policy, seconds=PATIENCE_SECONDS)
-    impatient_store = S3Store(store.uri, S3Service(service.endpoint, retry_policy=retry_policy, part_bytes=PART_BYTES))
-    return impatient_store, impatient_store
+    retry_policy = replace(store.service.retry_policy, seconds=PATIENCE_SECONDS)
+    return S3Store(store.uri, S3Service(store.service.endpoint, retry_policy=retry_policy, part_bytes=PART_BYTES))
 
 
-def _run_check(name: str, check: ProbeCheck) -> Diagnostic:
+def _run_check(name: str, check: ProbeCheck, store: Store) -> Diagnostic:
     try:
-        return Diagnostic(name, True, check())
+        return Diagnostic(name, True, check(store))
     except _FailedError as failure:
         detail, fix = failure.args
         return Diagnostic(name, False, detail, fix)
@@ -98,31 +112,6 @@ def _run_check(name: str, check: ProbeCheck) -> Diagnostic:
         if detail.rpartition(": ")[2].startswith("cannot "):
             return Diagnostic(name, False, str(error), "choose another URI")
         return Diagnostic(name, False, detail, cure)
-
-
-def _make_checks(store: Store, paged_keys: int) -> dict[str, ProbeCheck]:
-    checks: dict[str, ProbeCheck] = {
-        "read-back": lambda: _check_read_back(store),
-        "overwrite": lambda: _check_overwrite(store),
-        "range": lambda: _check_ranges(store),
-        "names": lambda: _check_names(store),
-        "list-order": lambda: _check_list_order(store),
-        "list-pages": lambda: _check_list_pages(store, paged_keys),
-        "create": lambda: _check_create(store),
-        "missing": lambda: _check_missing(store),
-    }
-    if isinstance(store, LocalStore):
-        return {**checks, "space": lambda: _check_space(store)}
-    from ns.storage.s3 import S3Store
-
-    assert isinstance(store, S3Store)
-    return {
-        **checks,
-        "multipart": lambda: _check_multipart(store),
-        "metadata": lambda: _check_metadata(store),
-        "clock": lambda: _check_clock(store),
-        "conditional-put": lambda: _check_conditional_put(store),
-    }
 
 
 def _check_endpoint(s3: "S3Store") -> str:
@@ -139,25 +128,19 @@ def _check_write(store: Store) -> str:
 
 
 def _check_read_back(store: Store) -> str:
+    cure = "use a consistent store; is there a cache in between?"
     begun = time.monotonic()
     for number in range(20):
         store.put("fresh", b"%d" % number)
-        data = store.get("fresh")
-        _expect_equal(
-            data, b"%d" % number, "a read right after a write", "use a consistent store; is there a cache in between?"
-        )
+        _expect_equal(store.get("fresh"), b"%d" % number, "a read right after a write", cure)
     return f"what is written can be read at once ({_format_milliseconds(begun, 40)} per request)"
 
 
 def _check_overwrite(store: Store) -> str:
     store.put("twice", b"old and longer")
     store.put("twice", b"new")
-    _expect_equal(
-        store.get("twice"),
-        b"new",
-        "an object written twice",
-        "allow objects to be replaced: no object lock, no write-once bucket",
-    )
+    cure = "allow objects to be replaced: no object lock, no write-once bucket"
+    _expect_equal(store.get("twice"), b"new", "an object written twice", cure)
     return "the later bytes stay"
 
 
@@ -197,9 +180,8 @@ def _check_list_pages(store: Store, paged_keys: int) -> str:
     with ThreadPoolExecutor(WRITERS) as pool:
         list(pool.map(lambda key: store.put(key, b""), keys))
     written = time.monotonic() - begun
-    _expect_equal(
-        list(store.list("many/")), keys, f"a list of {paged_keys}", "use a server whose ListObjectsV2 goes on after 1000 keys"
-    )
+    cure = "use a server whose ListObjectsV2 goes on after 1000 keys"
+    _expect_equal(list(store.list("many/")), keys, f"a list of {paged_keys}", cure)
     return f"{paged_keys} keys, written at {paged_keys / max(written, 1e-3):.0f} per second"
 
 
@@ -224,12 +206,8 @@ def _check_delete(store: Store) -> str:
     store.delete("blob")
     store.delete("blob")
     count = store.delete_prefix("") + 1
-    _expect_equal(
-        list(store.list()),
-        [],
-        "what is left after deleting all",
-        "allow these credentials to delete; remove what is left by hand",
-    )
+    cure = "allow these credentials to delete; remove what is left by hand"
+    _expect_equal(list(store.list()), [], "what is left after deleting all", cure)
     return f"{count} objects removed"
 
 
@@ -253,8 +231,9 @@ def _check_multipart(store: "S3Store") -> str:
 def _check_metadata(store: "S3Store") -> str:
     from ns.storage.s3 import CHECKSUM
 
+    prefix = store.uri.removeprefix(f"s3://{store.bucket}/")
     with _translate_probe_errors(store):
-        head = store.service.client.stat_object(bucket_name=store.bucket, object_name=f"{_key_prefix(store)}/blob")
+        head = store.service.client.stat_object(bucket_name=store.bucket, object_name=f"{prefix}/blob")
     header_names = {name.lower() for name in head.metadata or {}}
     if f"x-amz-meta-{CHECKSUM}" not in header_names:
         return "NOT kept: checksums of our own are lost, so reads are checked by the server's MD5 or by size only"
@@ -275,26 +254,6 @@ def _check_clock(store: "S3Store") -> str:
             "set the clocks by NTP, here and there",
         )
     return f"{abs(skew):.0f} s apart"
-
-
-def _check_conditional_put(store: "S3Store") -> str:
-    """For information: nothing relies on conditional writes, since too many servers implement them wrongly."""
-    client, pool = store.service.client, store.service.pool
-    name = f"{_key_prefix(store)}/conditional"
-    with _translate_probe_errors(store):
-        url = client.get_presigned_url(method="PUT", bucket_name=store.bucket, object_name=name, expires=timedelta(minutes=5))
-        headers = {"If-None-Match": "*"}
-        statuses = [pool.request("PUT", url, body=body, headers=headers).status for body in (b"first", b"second")]
-    kept = store.get("conditional") if store.exists("conditional") else b""
-    if statuses[0] in (200, 201) and statuses[1] in (409, 412) and kept == b"first":
-        return "works (not used)"
-    if statuses == [200, 200]:
-        return "ignored by the server (not used)"
-    return f"refused or odd: HTTP {statuses[0]} and {statuses[1]} (not used)"
-
-
-def _key_prefix(store: "S3Store") -> str:
-    return store.uri.removeprefix(f"s3://{store.bucket}/")
 
 
 def _translate_probe_errors(store: "S3Store") -> AbstractContextManager[None]:

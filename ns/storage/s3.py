@@ -153,10 +153,7 @@ class S3Store:
 
     def open(self, key: str) -> BinaryIO:
         with self._translate_errors(key, "read"):
-            return cast(
-                BinaryIO,
-                io.BufferedReader(_DownloadFile(self, key, BlobDownload(self, key, self._object_name(key))), CHUNK_BYTES),
-            )
+            return cast(BinaryIO, io.BufferedReader(_DownloadFile(self, key, BlobDownload(self, key)), CHUNK_BYTES))
 
     def path(self, key: str) -> Path:
         return self._repeat_if_damaged(key, lambda: self._fetch_into_cache(key))
@@ -209,8 +206,7 @@ class S3Store:
         raise AssertionError
 
     def _read_bytes(self, key: str, start: int = 0, length: int | None = None) -> bytes:
-        object_name = self._object_name(key)
-        with self._translate_errors(key, "read"), closing(BlobDownload(self, key, object_name, start, length)) as download:
+        with self._translate_errors(key, "read"), closing(BlobDownload(self, key, start, length)) as download:
             return b"".join(download)
 
     def _fetch_into_cache(self, key: str) -> Path:
@@ -219,7 +215,7 @@ class S3Store:
         identity = (self.service.endpoint.url, self.bucket, object_name, etag, str(size), str(head.last_modified))
 
         def write_blob(file: BinaryIO) -> None:
-            with self._translate_errors(key, "read"), closing(BlobDownload(self, key, object_name)) as blob:
+            with self._translate_errors(key, "read"), closing(BlobDownload(self, key)) as blob:
                 if blob.etag != etag:
                     raise IntegrityError("was replaced while it was being read; read it again")
                 for chunk in blob:
@@ -289,13 +285,13 @@ class IntegrityError(Exception):
 class BlobDownload:
     """The bytes of a blob, or of [start, start + length), as chunks in order.
 
-    A response that breaks off is continued where it stopped. At the end, the bytes of a whole blob are compared with its checksum:
-    IntegrityError.
+    A response that breaks off is continued where it stopped. Raises IntegrityError at the end of a whole blob if its bytes do not match
+    its checksum.
     """
 
-    def __init__(self, store: S3Store, key: str, object_name: str, start: int = 0, length: int | None = None) -> None:
+    def __init__(self, store: S3Store, key: str, start: int = 0, length: int | None = None) -> None:
         self._store = store
-        self._object_name = object_name
+        self._object_name = store._object_name(key)
         self._position = start
         self._end = None if length is None else start + length
         self._retry_budget = RetryBudget(store.service.retry_policy, f"GET {store.uri}/{key}")
@@ -368,8 +364,6 @@ class BlobDownload:
 
 
 class _DownloadFile(io.RawIOBase):
-    """A download as a file."""
-
     def __init__(self, store: S3Store, key: str, download: BlobDownload) -> None:
         self._store = store
         self._key = key
@@ -399,7 +393,7 @@ class _DownloadFile(io.RawIOBase):
 
 
 class _StableFile:
-    """A file that is read twice, for its checksum and for its bytes. An error if it changes in between."""
+    """A file that is read twice, for its checksum and for its bytes. Raises StoreError if it changes in between."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._file = file

@@ -51,18 +51,18 @@ def explain_s3_failure(error: Exception, verb: str, bucket: str, endpoint: S3End
 
 
 def _explain_s3_error(error: S3Error, verb: str, bucket: str, endpoint: S3Endpoint) -> str:
-    """Explains an error of S3's XML."""
     code = error.code or "unknown error"
-    secrets_hint = f"{SECRETS_VARIABLE} ({endpoint.secrets}" if endpoint.secrets else ""
     status = error.response.status
     if code in MISSING:
         return "no such object: check the key, and whether the stage that writes it has run"
     if code == "NoSuchBucket":
         return f"no bucket {bucket!r} at {endpoint.url}: create it, or correct the URI"
     if code in ("InvalidAccessKeyId", "InvalidAccessKey"):
-        return f"the server does not know the access key: correct {f'{secrets_hint}/accesskey)' if secrets_hint else 'AWS_ACCESS_KEY_ID'}"
+        cure = f"{SECRETS_VARIABLE} ({endpoint.secrets}/accesskey)" if endpoint.secrets else "AWS_ACCESS_KEY_ID"
+        return f"the server does not know the access key: correct {cure}"
     if code == "SignatureDoesNotMatch":
-        cure = f"{secrets_hint}/secretkey, accesskey)" if secrets_hint else "AWS_SECRET_ACCESS_KEY or AWS_ACCESS_KEY_ID"
+        keys = "AWS_SECRET_ACCESS_KEY or AWS_ACCESS_KEY_ID"
+        cure = f"{SECRETS_VARIABLE} ({endpoint.secrets}/secretkey, accesskey)" if endpoint.secrets else keys
         return f"the secret key does not belong to the access key: correct {cure} (or AWS_REGION, now {endpoint.region})"
     if code in ("ExpiredToken", "InvalidToken", "TokenRefreshRequired"):
         return "the session token is not valid any more: get new credentials and set AWS_SESSION_TOKEN with them"

@@ -231,7 +231,8 @@ def test_predictions_of_a_shard_do_not_depend_on_its_neighbors(model, pool):
     predictor = Predictor(model, batch=8)
     together = predictor.predict_shards(ImageSource(folder, dataset), [(0, {}), (1, {4: "why"}), (2, {})])
     for shard, found in enumerate(together):
-        alone = predictor.predict_shard(ImageSource(folder, dataset), shard, skipped={4: "why"} if shard == 1 else None)
+        request = (shard, {4: "why"} if shard == 1 else {})
+        alone = next(predictor.predict_shards(ImageSource(folder, dataset), [request]))
         np.testing.assert_array_equal(found.probabilities, alone.probabilities)
         assert found.errors == alone.errors
         assert found.index.keys == alone.index.keys

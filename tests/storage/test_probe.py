@@ -7,7 +7,7 @@ from tests.storage.conftest import store_at
 from tests.storage.faults import Fault, Proxy
 
 COMMON = ["write", "read-back", "overwrite", "range", "names", "list-order", "list-pages", "create", "missing"]
-S3 = ["endpoint", *COMMON, "multipart", "metadata", "clock", "conditional-put", "delete"]
+S3 = ["endpoint", *COMMON, "multipart", "metadata", "clock", "delete"]
 
 
 @pytest.fixture
@@ -50,7 +50,6 @@ def test_probe_of_a_server_passes_and_leaves_nothing(through, tmp_path, moto):
     assert all(finding.ok for finding in findings.values()), findings
     assert "no TLS" in findings["endpoint"].detail
     assert "are kept" in findings["metadata"].detail
-    assert "not used" in findings["conditional-put"].detail
     bucket = uri.removeprefix("s3://").partition("/")[0]
     assert list(store_at(moto, tmp_path, bucket).list()) == []
 

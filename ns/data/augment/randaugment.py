@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageChops, ImageEnhance
 
-GREY = (128, 128, 128)
+GRAY = (128, 128, 128)
 SMALL_PX = 64
 """Largest side of images that use the constants for small images."""
 
@@ -38,12 +38,9 @@ class RandAugment:
     ) -> None:
         self.layers = layers
         self.level = magnitude / 10
-        if size <= SMALL_PX:
-            papers_translate, papers_cutout = size / 8, size / 8
-        else:
-            papers_translate, papers_cutout = 100.0, 40.0
-        self.translate_px = (papers_translate if translate_px is None else translate_px) * self.level
-        self.cutout_half_px = int((papers_cutout if cutout_px is None else cutout_px) * self.level)
+        default_translate, default_cutout = (size / 8, size / 8) if size <= SMALL_PX else (100.0, 40.0)
+        self.translate_px = (default_translate if translate_px is None else translate_px) * self.level
+        self.cutout_half_px = int((default_cutout if cutout_px is None else cutout_px) * self.level)
         self.posterize_bits = min(8, max(1, int(4 * self.level)))
         self.solarize_threshold = min(256, int(256 * self.level))
         self.solarize_add = min(255, int(110 * self.level))
@@ -56,7 +53,7 @@ class RandAugment:
             "auto_contrast": lambda image, _: stretch_contrast(image),
             "equalize": lambda image, _: equalize_channels(image),
             "invert": lambda image, _: ImageChops.invert(image),
-            "rotate": self._rotate_image,
+            "rotate": lambda image, rng: image.rotate(_draw_sign(rng) * 30 * self.level, fillcolor=GRAY),
             "posterize": lambda image, _: _map_values(image, posterized),
             "solarize": lambda image, _: _map_values(image, solarized),
             "color": lambda image, _: ImageEnhance.Color(image).enhance(self.enhance_factor),
@@ -79,10 +76,6 @@ class RandAugment:
             image = self._drawn[int(rng.random() * len(self._drawn))](image, rng)
         return image
 
-    def _rotate_image(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        degrees = _draw_sign(rng) * 30 * self.level
-        return image.rotate(degrees, Image.Resampling.NEAREST, fillcolor=GREY)
-
 
 class TimmRandAugment:
     """timm's RandAugment, `rand-mM-nN`: the operations without Cutout, each applied with probability 0.5."""
@@ -90,7 +83,7 @@ class TimmRandAugment:
     def __init__(self, layers: int, magnitude: float) -> None:
         from timm.data.auto_augment import rand_augment_transform
 
-        self._transform = rand_augment_transform(f"rand-m{magnitude:g}-n{layers}", {"img_mean": GREY}) if layers else None
+        self._transform = rand_augment_transform(f"rand-m{magnitude:g}-n{layers}", {"img_mean": GRAY}) if layers else None
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         if self._transform is None:
@@ -109,7 +102,7 @@ def apply_cutout(image: Image.Image, half_px: int, rng: np.random.Generator) -> 
     x, y = int(rng.random() * width), int(rng.random() * height)
     box = (max(0, x - half_px), max(0, y - half_px), min(width, x + half_px), min(height, y + half_px))
     image = image.copy()
-    image.paste(GREY, box)
+    image.paste(GRAY, box)
     return image
 
 
@@ -149,7 +142,7 @@ def _map_values(image: Image.Image, table: bytes) -> Image.Image:
 
 
 def _transform_affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST, fillcolor=GREY)
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST, fillcolor=GRAY)
 
 
 def _draw_sign(rng: np.random.Generator) -> int:

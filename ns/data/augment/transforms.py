@@ -172,9 +172,7 @@ def draw_crop_box(
         if 0 < w <= width and 0 < h <= height:
             left, upper = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
             return left, upper, left + w, upper + h
-    side = min(width, height)
-    left, upper = (width - side) // 2, (height - side) // 2
-    return left, upper, left + side, upper + side
+    return compute_center_box(size, 1, 0)
 
 
 def compute_center_box(size: tuple[int, int], resolution: int, margin_px: int) -> Box:

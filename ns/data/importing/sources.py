@@ -27,7 +27,7 @@ from ns.core.errors import DataError, StoreError
 from ns.data.dataset import DatasetRole
 from ns.data.importing.listing import IMAGE_EXTENSIONS, SourceEntry
 from ns.data.shards import CLASS_EXTENSION, iterate_members, read_class_id, read_range, split_key
-from ns.storage import Store, open_store, split_uri
+from ns.storage import Store, open_parent, open_store, split_uri
 from ns.storage.local import os_errors_as_store_errors
 from ns.storage.scratch import make_scratch_error
 
@@ -123,8 +123,7 @@ class SourceReader:
         if entry.container:
             return self._read_container(entry)
         if "://" in entry.path:
-            parent_uri, name = split_uri(entry.path)
-            return _read_remote(open_store(parent_uri), name)
+            return _read_remote(*open_parent(entry.path))
         if isinstance(self._source, Path):
             return _read_file(self._source / entry.path)
         return _read_remote(self._source, entry.path)
@@ -136,8 +135,8 @@ class SourceReader:
 
     def _read_container(self, entry: SourceEntry) -> bytes:
         if not _is_local(entry.container):
-            parent_uri, name = split_uri(entry.container)
-            return open_store(parent_uri).get_range(name, entry.offset, entry.size)
+            store, name = open_parent(entry.container)
+            return store.get_range(name, entry.offset, entry.size)
         if self._open is None or self._open[0] != entry.container:
             self.close()
             with os_errors_as_store_errors(entry.container, "read"):
@@ -231,9 +230,9 @@ def _extract_class_name(root: str, path: str, role: DatasetRole) -> str | None:
 
 
 def _list_table(source: str, role: DatasetRole, split: str | None) -> Iterator[SourceEntry]:
-    parent_uri, name = split_uri(source)
-    table_path = open_store(parent_uri).path(name)
-    base = resolve_local_path(parent_uri) if _is_local(source) else None
+    store, name = open_parent(source)
+    table_path = store.path(name)
+    base = table_path.parent if _is_local(source) else None
     try:
         batches = _open_batches(table_path)
         columns = {column.lower(): column for column in batches.schema.names}
@@ -261,16 +260,13 @@ def _list_table(source: str, role: DatasetRole, split: str | None) -> Iterator[S
 
 def _open_batches(path: Path) -> Any:
     if path.suffix.lower() == ".parquet":
-        return (
-            pads.dataset(path, format="parquet")
-            .scanner(batch_size=BATCH_ROWS, batch_readahead=1, fragment_readahead=1)
-            .to_reader()
-        )
-    separator = "\t" if path.suffix.lower() == ".tsv" else ","
-    names = pacsv.open_csv(path, parse_options=pacsv.ParseOptions(delimiter=separator)).schema.names
+        dataset = pads.dataset(path, format="parquet")
+        return dataset.scanner(batch_size=BATCH_ROWS, batch_readahead=1, fragment_readahead=1).to_reader()
+    parse_options = pacsv.ParseOptions(delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    names = pacsv.open_csv(path, parse_options=parse_options).schema.names
     # All columns are read as text: the class 007 is not the class 7.
     as_text = pacsv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True, null_values=[""])
-    return pacsv.open_csv(path, parse_options=pacsv.ParseOptions(delimiter=separator), convert_options=as_text)
+    return pacsv.open_csv(path, parse_options=parse_options, convert_options=as_text)
 
 
 def _find_column(source: str, columns: dict[str, str], candidates: tuple[str, ...], description: str) -> str:
@@ -318,8 +314,7 @@ def _expand_braces(source: str) -> list[str]:
 def _list_tars(uris: Iterable[str], role: DatasetRole) -> Iterator[SourceEntry]:
     """The images of tar shards, with the class indices beside them."""
     for uri in uris:
-        parent_uri, name = split_uri(uri)
-        store = open_store(parent_uri)
+        store, name = open_parent(uri)
         path = store.path(name)
         container = str(path) if _is_local(uri) else uri
         yield from _pair_images(path, container, f"{PurePosixPath(name).stem}/", _read_stamp(store, name), role)
@@ -354,8 +349,7 @@ def _pair_images(path: Path, container: str, prefix: str, stamp: str, role: Data
 
 
 def _list_archive(source: str, role: DatasetRole, scratch_dir: Path) -> Iterator[SourceEntry]:
-    parent_uri, name = split_uri(source)
-    store = open_store(parent_uri)
+    store, name = open_parent(source)
     tar = _unpack_tar(source, store.path(name), scratch_dir / UNPACKED_TAR)
     if role != "unlabeled" and any(split_key(path)[1] == CLASS_EXTENSION for path, _, _ in iterate_members(tar)):
         yield from _pair_images(tar, str(tar), "", _read_stamp(store, name), role)

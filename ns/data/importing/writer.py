@@ -3,7 +3,6 @@
 import contextlib
 import io
 import tarfile
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -34,7 +33,7 @@ class ShardWriter:
         self._samples: list[ShardSample] = []
         self._sizes: list[tuple[int, int]] = []
         self._stack = contextlib.ExitStack()
-        self._scratch = self._stack.enter_context(make_scratch_dir("shards"))
+        self._tar_path = self._stack.enter_context(make_scratch_dir("shards")) / "shard.tar"
         self._tar: tarfile.TarFile | None = None
 
     def __enter__(self) -> Self:
@@ -70,7 +69,7 @@ class ShardWriter:
             len(self._samples) >= self._max_samples or self._tar.offset + len(data) + 2 * MEMBER_BYTES > self._max_bytes
         ):
             self._finish_shard()
-        with explain_scratch_errors(self._scratch, "write a shard"):
+        with explain_scratch_errors(self._tar_path.parent, "write a shard"):
             if self._tar is None:
                 self._tar = tarfile.open(self._tar_path, "w:", format=tarfile.PAX_FORMAT)  # noqa: SIM115
             _add_member(self._tar, f"{key}.{extension}", data)
@@ -85,7 +84,7 @@ class ShardWriter:
             return
         number = len(self._finished)
         name = f"shard-{number:05d}.tar" if self._stem is None else f"{self._stem}{f'-{number}' if number else ''}.tar"
-        with explain_scratch_errors(self._scratch, "write a shard"):
+        with explain_scratch_errors(self._tar_path.parent, "write a shard"):
             self._tar.close()
             self._tar = None
             shard = Shard(
@@ -95,10 +94,6 @@ class ShardWriter:
         ShardIndex.from_samples(self._samples, self._sizes).save(self._store, shard)
         self._finished.append(shard)
         self._samples, self._sizes = [], []
-
-    @property
-    def _tar_path(self) -> Path:
-        return self._scratch / "shard.tar"
 
 
 def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:

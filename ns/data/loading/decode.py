@@ -4,6 +4,7 @@ import io
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -116,15 +117,12 @@ def allocate_images(count: int, size: int) -> npt.NDArray[np.uint8]:
 
 def read_jpeg_size(data: bytes) -> tuple[int, int]:
     """Width and height, px, of a JPEG that libjpeg-turbo alone decodes; (0, 0) for all other and for damaged images."""
-    if not data.startswith(JPEG_MAGIC):
-        return 0, 0
-    try:
-        height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
-        return 0, 0
-    if height * width > MAX_PIXELS or colors not in PLAIN_COLORSPACES or not _is_upright(data):
-        return 0, 0
-    return width, height
+    if data.startswith(JPEG_MAGIC):
+        with suppress(ValueError):
+            height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
+            if height * width <= MAX_PIXELS and colors in PLAIN_COLORSPACES and _is_upright(data):
+                return width, height
+    return 0, 0
 
 
 def _decode_turbo(data: bytes | memoryview, width: int = 0, height: int = 0) -> npt.NDArray[np.uint8]:

@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image, ImageOps
 
 from ns.config.schema import NoiseConfig
-from ns.data.augment.randaugment import GREY, RandAugment, equalize_channels, stretch_contrast
+from ns.data.augment.randaugment import GRAY, RandAugment, equalize_channels, stretch_contrast
 from ns.data.augment.transforms import EvalTransform, TrainTransform, compute_center_box, draw_crop_box, pad_and_crop
 from ns.data.loading.decode import allocate_images
 
@@ -181,7 +181,7 @@ def test_translation_moves_by_its_pixels_and_fills_with_gray(draw, sign):
     kept = moved[:, :-2] if sign > 0 else moved[:, 2:]
     assert np.array_equal(kept, PIXELS[:, 2:] if sign > 0 else PIXELS[:, :-2])
     fill = moved[:, -2:] if sign > 0 else moved[:, :2]
-    assert np.array_equal(fill, np.broadcast_to(GREY, fill.shape))
+    assert np.array_equal(fill, np.broadcast_to(GRAY, fill.shape))
     down = apply("translate_y", 5, draw, size=32)
     assert np.array_equal(down, moved.transpose(1, 0, 2)) == np.array_equal(PIXELS, PIXELS.transpose(1, 0, 2))
 
@@ -197,7 +197,7 @@ def test_geometric_operations_take_sign_from_draw(name):
 
 
 def test_rotation_is_thirty_degrees_at_level_one():
-    expected = np.asarray(IMAGE.rotate(15, Image.Resampling.NEAREST, fillcolor=GREY))
+    expected = np.asarray(IMAGE.rotate(15, Image.Resampling.NEAREST, fillcolor=GRAY))
     assert np.array_equal(apply("rotate", 5), expected)
 
 
