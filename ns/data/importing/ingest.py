@@ -27,6 +27,7 @@ from ns.config.schema import ImportConfig
 from ns.core import log
 from ns.core.digest import digest_json
 from ns.core.errors import DataError, RunError
+from ns.core.iteration import iter_ahead
 from ns.core.process import init_helper_process
 from ns.data.dataset import Dataset, DatasetRole, Shard
 from ns.data.importing import sources
@@ -69,15 +70,10 @@ class ImportTaskResult(JsonDocument):
 @contextmanager
 def open_listing(source: str, role: DatasetRole, split: str | None = None) -> Iterator[Listing]:
     """Lists a source; `sources.list_entries` says which kinds there are. The listing is removed at the end of the context."""
-    with (
-        make_scratch_dir("import") as scratch_dir,
-        closing(
-            Listing.from_entries(
-                scratch_dir / "listing", sources.list_entries(source, role, split=split, scratch_dir=scratch_dir), role
-            )
-        ) as listing,
-    ):
-        yield listing
+    with make_scratch_dir("import") as scratch_dir:
+        entries = sources.list_entries(source, role, split=split, scratch_dir=scratch_dir)
+        with closing(Listing.from_entries(scratch_dir / "listing", entries, role)) as listing:
+            yield listing
 
 
 def import_images(
@@ -322,7 +318,7 @@ def _import_task(job: _ImportJob, task: ImportTask, report_progress: Callable[[i
     ):
         for entry, data in _fetch_entries(reader, listing.read_entries(task.start, task.stop)):
             label = entry.class_label
-            class_id = label if isinstance(label, int) else None if label is None else class_ids[label]
+            class_id = class_ids[label] if isinstance(label, str) else label
             try:
                 if isinstance(data, DataError):
                     raise data
@@ -360,13 +356,7 @@ def _fetch_entries(
             yield entry, fetch_entry(entry)
         return
     with ThreadPoolExecutor(READS_AHEAD) as threads:
-        ahead: list[tuple[SourceEntry, Future[bytes | DataError]]] = []
-        for entry in entries:
-            ahead.append((entry, threads.submit(fetch_entry, entry)))
-            if len(ahead) >= READS_AHEAD:
-                first, future = ahead.pop(0)
-                yield first, future.result()
-        for entry, future in ahead:
+        for entry, future in iter_ahead(((entry, threads.submit(fetch_entry, entry)) for entry in entries), READS_AHEAD):
             yield entry, future.result()
 
 
@@ -374,22 +364,17 @@ def _check_image(data: bytes, max_side: int | None) -> tuple[bytes, str]:
     """The bytes that go into the shard, and their extension. Raises DataError with the reason for a reject."""
     pixels = decode_image(data)
     extension = _detect_extension(data)
-    if max_side is not None and max(pixels.shape[:2]) > max_side:
-        picture = Image.fromarray(pixels)
-        picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-        return _encode_image(picture, "jpg" if extension == "jpg" else "png")
-    if extension is not None:
+    fits = max_side is None or max(pixels.shape[:2]) <= max_side
+    if extension is not None and fits:
         return data, extension
-    return _encode_image(Image.fromarray(pixels), "png")
-
-
-def _encode_image(picture: Image.Image, extension: str) -> tuple[bytes, str]:
-    sink = io.BytesIO()
+    picture, sink = Image.fromarray(pixels), io.BytesIO()
+    if max_side is not None and not fits:
+        picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     if extension == "jpg":
         picture.save(sink, "JPEG", quality=JPEG_QUALITY)
-    else:
-        picture.save(sink, "PNG")
-    return sink.getvalue(), extension
+        return sink.getvalue(), "jpg"
+    picture.save(sink, "PNG")
+    return sink.getvalue(), "png"
 
 
 def _detect_extension(data: bytes) -> str | None:
