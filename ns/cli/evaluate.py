@@ -96,11 +96,14 @@ def _make_accuracy_table(evaluation: "Evaluation") -> Table:
         clean.add_row("unreadable", f"{evaluation.unreadable:,}")
     clean.add_row("top-1", f"{evaluation.top1:.2%}")
     clean.add_row("top-5", f"{evaluation.top5:.2%}")
+    clean.add_row("balanced accuracy", f"{evaluation.balanced_accuracy:.2%}")
     if evaluation.multi_label_top1 is not None:
         clean.add_row(f"any right class ({evaluation.multi_label_images:,} images)", f"{evaluation.multi_label_top1:.2%}")
     clean.add_row("calibration error (ECE)", f"{evaluation.calibration.ece:.2%}")
     if evaluation.scored_classes:
         clean.add_row("answers chosen from", f"{len(evaluation.scored_classes):,} classes")
+    if evaluation.never_predicted:
+        clean.add_row("classes never predicted", f"{len(evaluation.never_predicted):,}")
     class_accuracies = [
         (share, name) for share, name in zip(evaluation.class_accuracy, evaluation.classes, strict=True) if share is not None
     ]

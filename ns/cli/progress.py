@@ -143,7 +143,8 @@ def _summarize_event(event: StageEvent) -> str:
             return f"{event['labeled']:,} labeled, {event['pool']:,} in the pool, {event['heldout']:,} held out{test}"
         case "evaluate":
             more = f", {event['corruption_error']:.1%} wrong when corrupted" if "corruption_error" in event else ""
-            return f"top-1 {event['top1']:.1%} of {event['images']:,} images{more}"
+            never = f", {event['never_predicted']}" if event.get("never_predicted") else ""
+            return f"top-1 {event['top1']:.1%} of {event['images']:,} images{more}{never}"
         case "label-shards":
             return f"{event['images']:,} images"
         case "commit-labels":

@@ -63,8 +63,15 @@ def show_run(name: RunArgument = "latest", root: Root = "runs", as_json: AsJson 
 
 def print_run(summary: "RunSummary", store: Store, console: Console) -> None:
     """Prints the generations of a run, what was measured of its models, and where its report and best model are."""
+    from ns.evaluation.result import format_class_names
+
     console.print()
     console.print(make_generations_table(summary))
+    for model in summary.measurements:
+        if model.never_predicted:
+            names = format_class_names(model.never_predicted)
+            text = f"generation {model.generation} never predicts {len(model.never_predicted):,} classes: {names}"
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
     if measurements := make_measurements_table(summary):
         console.print(measurements)
     for title, key in (("report", summary.report), ("best model", summary.best_model)):

@@ -10,6 +10,8 @@ from pydantic import Field
 
 from ns.storage.documents import HashedDocument, JsonDocument
 
+MAX_CLASSES = 1 << 16
+"""Class indices are uint16 in predictions, label sets and selections."""
 DatasetRole = Literal["labeled", "unlabeled", "evaluation"]
 
 
@@ -26,7 +28,7 @@ class Dataset(HashedDocument):
     format: Literal[1] = 1
     name: str
     role: DatasetRole
-    classes: tuple[str, ...]
+    classes: tuple[str, ...] = Field(max_length=MAX_CLASSES)
     """Class names, in the order of class indices. Empty for unlabeled data."""
     shards: tuple[Shard, ...]
     rejected: int = Field(default=0, ge=0)

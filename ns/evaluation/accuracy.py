@@ -1,5 +1,9 @@
-"""Accuracy of a model: each image once, without noise, with averaged weights; one row is kept per image."""
+"""Accuracy of a model: each image once, without noise, with averaged weights; one row is kept per image.
 
+Nothing here grows with the square of the classes, and probabilities are kept for one batch: there may be 20,000 classes.
+"""
+
+import itertools
 from typing import Any
 
 import numpy as np
@@ -13,7 +17,15 @@ from ns.data.dataset import Dataset
 from ns.data.loading.shard_reader import ImageSource
 from ns.data.subsample import Subsample, draw_rows
 from ns.evaluation.multi_label import MultiLabels
-from ns.evaluation.result import PREDICTIONS, PREDICTIONS_SCHEMA, Calibration, Evaluation, ReliabilityBin
+from ns.evaluation.result import (
+    MAX_CONFUSIONS,
+    PREDICTIONS,
+    PREDICTIONS_SCHEMA,
+    Calibration,
+    Confusion,
+    Evaluation,
+    ReliabilityBin,
+)
 from ns.modeling.predictor import Predictor
 from ns.storage import Store
 from ns.storage.parquet import encode_table
@@ -48,19 +60,18 @@ def evaluate_accuracy(
         shard_rows = rows[shard]
         class_ids = model_class_ids[source.read_class_ids(shard, len(data.classes))[shard_rows]]
         index = source.read_index(shard)
+        starts = range(0, len(shard_rows), predictor.batch)
+        # In batches: neither a shard's images nor its probabilities must fit into memory.
         if len(shard_rows) == len(index):
-            probabilities = predictor.predict_shard(source, shard, progress).probabilities
+            encoded_images = source.read_encoded(shard)
+            batches = (list(itertools.islice(encoded_images, predictor.batch)) for _ in starts)
         else:
-            # In batches: a shard may be larger than memory.
-            batches = (
-                read_encoded_images(source, shard, shard_rows[start : start + predictor.batch])
-                for start in range(0, len(shard_rows), predictor.batch)
-            )
-            probabilities = np.concatenate(list(predictor.predict_groups(batches, progress)))
-        readable = ~np.isnan(probabilities[:, 0])
-        unreadable += int((~readable).sum())
-        keys = [index.keys[row] for row in shard_rows[readable].tolist()]
-        tables.append(build_predictions_table(keys, class_ids[readable], probabilities[readable]))
+            batches = (read_encoded_images(source, shard, shard_rows[start : start + predictor.batch]) for start in starts)
+        for start, probabilities in zip(starts, predictor.predict_groups(batches, progress), strict=True):
+            readable = np.flatnonzero(~np.isnan(probabilities[:, 0]))
+            unreadable += len(probabilities) - len(readable)
+            keys = [index.keys[row] for row in shard_rows[start + readable].tolist()]
+            tables.append(build_predictions_table(keys, class_ids[start + readable], probabilities[readable]))
     table = pa.concat_tables(tables) if tables else PREDICTIONS_SCHEMA.empty_table()
     if len(table) == 0:
         raise DataError(f"{data_store.uri}: no readable image to evaluate on")
@@ -141,9 +152,12 @@ def summarize_predictions(
 ) -> Evaluation:
     """Totals of a table of predictions."""
     class_ids, predicted, rank = (table[column].to_numpy() for column in ("class_id", "predicted_class_id", "rank"))
-    count = len(classes)
+    class_images, class_correct, class_predicted = (
+        np.bincount(values, minlength=len(classes)) for values in (class_ids, class_ids[rank == 0], predicted)
+    )
+    has_images = class_images > 0
+    confusions = count_confusions(class_ids, predicted)
     multi_label = multi_labels.score_predictions(table["key"].to_pylist(), predicted) if multi_labels else (None, None)
-    confusion = np.bincount(class_ids.astype(np.int64) * count + predicted, minlength=count * count).reshape(count, count)
     return Evaluation(
         model=model,
         dataset=dataset,
@@ -154,13 +168,30 @@ def summarize_predictions(
         mode=mode,
         top1=float(np.mean(rank == 0)),
         top5=float(np.mean(rank < 5)),
-        confusion=tuple(tuple(int(cell) for cell in row) for row in confusion),
+        balanced_accuracy=float(np.mean(class_correct[has_images] / class_images[has_images])),
+        class_images=tuple(class_images.tolist()),
+        class_correct=tuple(class_correct.tolist()),
+        class_predicted=tuple(class_predicted.tolist()),
+        confusions=confusions[:MAX_CONFUSIONS],
+        confusions_left_out=max(0, len(confusions) - MAX_CONFUSIONS),
         calibration=compute_calibration(table["confidence"].to_numpy(), rank == 0),
         subsample=subsample,
         scored_classes=scored_classes,
         multi_label_top1=multi_label[0],
         multi_label_images=multi_label[1],
         predictions_sha256=predictions_sha256,
+    )
+
+
+def count_confusions(class_ids: npt.NDArray[np.integer], predicted: npt.NDArray[np.integer]) -> tuple[Confusion, ...]:
+    """Wrong answers by pair of classes, the most frequent first, at most one pair per image. Arrays [N], same order."""
+    is_wrong = class_ids != predicted
+    pairs = np.stack([class_ids[is_wrong], predicted[is_wrong]], axis=1)
+    distinct, images = np.unique(pairs, axis=0, return_counts=True)
+    order = np.argsort(-images, kind="stable")
+    return tuple(
+        Confusion(class_id=class_id, predicted_class_id=predicted_class_id, images=count)
+        for (class_id, predicted_class_id), count in zip(distinct[order].tolist(), images[order].tolist(), strict=True)
     )
 
 

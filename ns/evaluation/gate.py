@@ -8,9 +8,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ns.config.schema import CORRUPTIONS, GateConfig
-from ns.evaluation.result import Robustness
+from ns.evaluation.result import Evaluation, Robustness, format_class_names
 from ns.evaluation.robustness.scores import relative_score
 from ns.storage.documents import JsonDocument
+
+CHANCE_LEVEL = 0.025
+"""Level of each of the two tests against chance."""
+SHUFFLES = 1_999
+"""Random orders of the permutation test."""
 
 
 class AccuracyGain(JsonDocument):
@@ -114,6 +119,8 @@ class Verdict(JsonDocument):
     mcnemar: float
     """Two-sided exact p-value of McNemar's test. It is only recorded; the bootstrap decides."""
     conditions: tuple[GateCondition, ...]
+    lost_classes: tuple[str, ...] = ()
+    """Classes with held-out images that the teacher predicts for some image, and the student for none."""
     promoted: bool
     reason: str
 
@@ -199,10 +206,28 @@ def _compute_rise(
     return None if value is None else value - 100
 
 
-def beats_chance(top1: float, images: int, num_classes: int) -> bool:
-    """Whether an accuracy is above 1 / classes by more than chance explains: one-sided 95 % by the normal approximation."""
-    chance = 1 / num_classes
-    return top1 > chance + 1.645 * math.sqrt(chance * (1 - chance) / images)
+def beats_chance(class_ids: npt.NDArray[np.uint16], predicted: npt.NDArray[np.uint16], *, seed: int) -> bool:
+    """Whether answers surely depend on the images. Arrays [N], same order, N > 0.
+
+    They do if top-1 is above the share of the largest class (exact binomial test), or if balanced accuracy is above what the same answers
+    have in random order (permutation test; it is 1 / classes for a fixed answer). Each test is one-sided at 2.5 %, so answers that do not
+    depend on the images pass in at most 5 % of cases. A model that always gives the same answer never passes.
+    """
+    from scipy.special import bdtrc
+
+    if np.all(predicted == predicted[0]):
+        return False
+    images = np.bincount(class_ids)
+    correct = int((class_ids == predicted).sum())
+    if bdtrc(correct - 1, class_ids.size, images.max() / class_ids.size) <= CHANCE_LEVEL:
+        return True
+    weights = 1 / images[class_ids]
+    score = weights[class_ids == predicted].sum()
+    rng = np.random.default_rng(seed)
+    shuffled = [weights[class_ids == rng.permutation(predicted)].sum() for _ in range(SHUFFLES)]
+    # The tolerance counts equal sums in different order as equal.
+    at_least = 1 + int((np.array(shuffled) >= score - 1e-9).sum())
+    return at_least / (1 + SHUFFLES) <= CHANCE_LEVEL
 
 
 def find_worst_class_drop(
@@ -217,6 +242,12 @@ def find_worst_class_drop(
     return drops[worst_class_id], worst_class_id
 
 
+def find_lost_classes(teacher: Evaluation, student: Evaluation) -> tuple[str, ...]:
+    """Classes with images that the teacher predicts for some image, and the student for none."""
+    teacher_never = set(teacher.never_predicted)
+    return tuple(name for name in student.never_predicted if name not in teacher_never)
+
+
 def evaluate_gate(
     gate: GateConfig,
     *,
@@ -228,13 +259,14 @@ def evaluate_gate(
     student_correct: npt.NDArray[np.bool_],
     classes: tuple[str, ...],
     seed: int,
+    lost_classes: tuple[str, ...] = (),
     label_quality: LabelQuality | None = None,
     robustness: tuple[Robustness, Robustness] | None = None,
 ) -> Verdict:
     """Compares a student with its teacher on the same images. Arrays [N], same order.
 
     `robustness`: the teacher's and the student's on held-out images, needed by gate.max_mce_rise and gate.max_mfr_rise. Raises
-    ValueError if one of these is set and its value was not measured.
+    ValueError if one of these is set and its value was not measured. `lost_classes` are reported and decide nothing.
     """
     gain = paired_gain(teacher_correct, student_correct, level=gate.level, resamples=gate.resamples, seed=seed)
     # "above": equal models on few images often have a bound of exactly 0, which shows nothing.
@@ -256,6 +288,10 @@ def evaluate_gate(
         reason = f"gain {gain.value:+.3f}, lower bound {gain.low:+.3f} > {gate.min_gain:+.3f}"
     if gate.min_audited_precision is not None and (label_quality is None or label_quality.audited_precision is None):
         reason += f"; the labels are not audited, so gate.min_audited_precision = {gate.min_audited_precision} was not checked"
+    if lost_classes:
+        classes_word = "class" if len(lost_classes) == 1 else "classes"
+        names = format_class_names(lost_classes)
+        reason += f"; the student never predicts {len(lost_classes):,} {classes_word} that its teacher predicts: {names}"
     paired = count_pairs(teacher_correct, student_correct)
     return Verdict(
         generation=generation,
@@ -271,6 +307,7 @@ def evaluate_gate(
         paired=paired,
         mcnemar=mcnemar_p_value(paired),
         conditions=tuple(conditions),
+        lost_classes=lost_classes,
         promoted=not failed,
         reason=reason,
     )

@@ -1,6 +1,6 @@
 """Results of evaluations: totals, and one row per image, so that two models can be compared in pairs.
 
-evaluation.json         accuracy: totals, per class, confusion, calibration; written last
+evaluation.json         accuracy: totals, counts by class, the most frequent mistakes, calibration; written last
 predictions.parquet     key string, class_id uint16 (ground truth), predicted_class_id uint16, confidence float32,
                         rank uint16 (position of the true class among the answers; 0: the prediction is right)
 
@@ -9,6 +9,7 @@ units/UNIT.parquet      the predictions that these numbers were counted from
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
@@ -21,6 +22,10 @@ from ns.storage.documents import HashedDocument, JsonDocument, dump_hashed_field
 from ns.storage.parquet import read_table
 
 PREDICTIONS = "predictions.parquet"
+MAX_CONFUSIONS = 1_000
+"""Pairs of classes that an evaluation lists; those of 32 classes all have room."""
+SHOWN_CLASS_NAMES = 5
+"""Names of classes that a message lists."""
 
 PREDICTIONS_SCHEMA = pa.schema(
     [
@@ -51,6 +56,14 @@ class Calibration(JsonDocument):
     bins: tuple[ReliabilityBin, ...]
 
 
+class Confusion(JsonDocument):
+    """The images of one class for which the answer was one other class."""
+
+    class_id: int
+    predicted_class_id: int
+    images: int
+
+
 class Evaluation(HashedDocument):
     filename: ClassVar[str] = "evaluation.json"
 
@@ -72,8 +85,18 @@ class Evaluation(HashedDocument):
     top1: float
     top5: float
     """Accuracies in 0–1."""
-    confusion: tuple[tuple[int, ...], ...]
-    """Images by [true class][predicted class]."""
+    balanced_accuracy: float
+    """Mean accuracy of the classes that have images, in 0–1."""
+    class_images: tuple[int, ...]
+    """Images of each class."""
+    class_correct: tuple[int, ...]
+    """Right answers of each class."""
+    class_predicted: tuple[int, ...]
+    """Images for which each class is the answer."""
+    confusions: tuple[Confusion, ...]
+    """Wrong answers by pair of classes, the most frequent first, at most `MAX_CONFUSIONS`."""
+    confusions_left_out: int
+    """Number of pairs that are not listed."""
     calibration: Calibration
     subsample: Subsample | None = None
     """The part of the dataset that was drawn; None for all of it."""
@@ -88,7 +111,35 @@ class Evaluation(HashedDocument):
     @property
     def class_accuracy(self) -> list[float | None]:
         """Accuracy of each class in 0–1; None for a class without images."""
-        return [row[index] / total if (total := sum(row)) else None for index, row in enumerate(self.confusion)]
+        return [
+            correct / images if images else None for correct, images in zip(self.class_correct, self.class_images, strict=True)
+        ]
+
+    @property
+    def never_predicted(self) -> list[str]:
+        """Names of the classes that have images, and are the answer for none."""
+        return [
+            name
+            for name, images, predicted in zip(self.classes, self.class_images, self.class_predicted, strict=True)
+            if images and not predicted
+        ]
+
+    def describe_never_predicted(self) -> str:
+        """`never predicts 2 of 7 classes: cat, dog`; empty if each class that has images is predicted."""
+        names = self.never_predicted
+        classes = sum(images > 0 for images in self.class_images)
+        return f"never predicts {len(names):,} of {classes:,} classes: {format_class_names(names)}" if names else ""
+
+    def build_confusion_matrix(self) -> list[list[int]]:
+        """Images by [true class][predicted class]: for few classes, it grows with their square. Raises ValueError if pairs are left out."""
+        if self.confusions_left_out:
+            raise ValueError(f"{self.confusions_left_out} pairs of classes are left out: count the predictions instead")
+        matrix = [[0] * len(self.classes) for _ in self.classes]
+        for class_id, correct in enumerate(self.class_correct):
+            matrix[class_id][class_id] = correct
+        for confusion in self.confusions:
+            matrix[confusion.class_id][confusion.predicted_class_id] = confusion.images
+        return matrix
 
 
 class PerturbationResult(JsonDocument):
@@ -168,6 +219,12 @@ class Robustness(HashedDocument):
     def top5_distances(self) -> dict[str, float]:
         """Kind → top-5 distance."""
         return {kind: result.top5_distance for kind, result in self.perturbations.items()}
+
+
+def format_class_names(names: Sequence[str]) -> str:
+    """`cat, dog`; of more than five names, the first five and how many more there are."""
+    more = len(names) - SHOWN_CLASS_NAMES
+    return ", ".join(names[:SHOWN_CLASS_NAMES]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def is_imagenet(classes: tuple[str, ...]) -> bool:

@@ -48,16 +48,19 @@ def read_confusion(store: Store, run: str, generation: int) -> tuple[list[str], 
     if key is None:
         return None
     evaluation = Evaluation.load_file(store, key)
-    matrix = np.array(evaluation.confusion, np.int64)
+    rows = read_predictions(store.at(parent_key(key)), evaluation)
     names = list(evaluation.classes)
+    group = np.arange(len(names))
     if len(names) > CONFUSION_CLASSES:
-        mistakes = matrix.sum(1) + matrix.sum(0) - 2 * matrix.diagonal()
-        class_ids = np.sort(np.argsort(-mistakes, kind="stable")[: CONFUSION_CLASSES - 1])
-        group = np.full(len(names), len(class_ids))
-        group[class_ids] = np.arange(len(class_ids))
-        folded = np.zeros((CONFUSION_CLASSES, CONFUSION_CLASSES), np.int64)
-        np.add.at(folded, (group[:, None], group[None, :]), matrix)
-        names, matrix = [*(names[index] for index in class_ids), OTHERS], folded
+        images, predicted, correct = map(
+            np.array, (evaluation.class_images, evaluation.class_predicted, evaluation.class_correct)
+        )
+        shown = np.sort(np.argsort(2 * correct - images - predicted, kind="stable")[: CONFUSION_CLASSES - 1])
+        group = np.full(len(names), len(shown))
+        group[shown] = np.arange(len(shown))
+        names = [*(names[class_id] for class_id in shown), OTHERS]
+    matrix = np.zeros((len(names), len(names)), np.int64)
+    np.add.at(matrix, (group[rows["class_id"].to_numpy()], group[rows["predicted_class_id"].to_numpy()]), 1)
     return names, matrix.tolist()
 
 

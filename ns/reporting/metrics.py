@@ -128,6 +128,10 @@ def _accuracy_metrics(name: str, evaluation: Evaluation) -> list[Metric]:
         low, high = wilson_interval(value, evaluation.images)
         if key == "top1" or len(evaluation.scored_classes or evaluation.classes) > 5:
             metrics.append(Metric(f"{prefix}_{key}", "Accuracy", f"{title}, {what}", value, "share", low, high, "higher"))
+    balanced = f"{title}, balanced accuracy"
+    metrics.append(
+        Metric(f"{prefix}_balanced_accuracy", "Accuracy", balanced, evaluation.balanced_accuracy, "share", better="higher")
+    )
     if evaluation.multi_label_top1 is not None:
         low, high = wilson_interval(evaluation.multi_label_top1, evaluation.multi_label_images or 0)
         about = f"{title}, top-1 of several right classes"

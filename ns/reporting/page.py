@@ -61,6 +61,11 @@ def render_report(context: ReportContext) -> str:
         reliability=charts.draw_reliability(calibrations) if calibrations else None,
         matrices=_confusion_matrices(context),
         pairs=_confused_pairs(context.best_model),
+        never_predicted=[
+            f"{model.title} {text}."
+            for model in context.models
+            if model.evaluation and (text := model.evaluation.describe_never_predicted())
+        ],
         class_rows=_class_rows(context),
         labelings=[_labeling_section(labeling) for labeling in context.labelings],
         diff=_last_diff(context),
@@ -126,7 +131,7 @@ def _confusion_matrices(context: ReportContext) -> list[dict[str, Any]]:
             "classes": model.evaluation.classes,
             "rows": [
                 (name, [(cell, cell / max(1, sum(row))) for cell in row])
-                for name, row in zip(model.evaluation.classes, model.evaluation.confusion, strict=True)
+                for name, row in zip(model.evaluation.classes, model.evaluation.build_confusion_matrix(), strict=True)
             ],
         }
         for model in models.values()
@@ -138,14 +143,16 @@ def _confused_pairs(model: TrainedModel | None) -> list[tuple[str, str, int, flo
     """The most frequent mistakes: true class, predicted class, images, share of the true class's images."""
     if model is None or model.evaluation is None:
         return []
-    classes = model.evaluation.classes
-    mistakes = [
-        (classes[class_id], classes[predicted], count, count / sum(row))
-        for class_id, row in enumerate(model.evaluation.confusion)
-        for predicted, count in enumerate(row)
-        if count and class_id != predicted
+    classes, class_images = model.evaluation.classes, model.evaluation.class_images
+    return [
+        (
+            classes[confusion.class_id],
+            classes[confusion.predicted_class_id],
+            confusion.images,
+            confusion.images / class_images[confusion.class_id],
+        )
+        for confusion in model.evaluation.confusions[:PAIRS]
     ]
-    return sorted(mistakes, key=lambda mistake: (-mistake[2], mistake[0], mistake[1]))[:PAIRS]
 
 
 def _class_rows(context: ReportContext) -> list[ClassGain]:

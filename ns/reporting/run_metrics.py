@@ -42,6 +42,9 @@ def publish_evaluation(root: Store, run: str, generation: int) -> None:
         for split, top1 in splits.items():
             if top1 is not None:
                 telemetry.EVALUATED.labels(split).set(top1)
+        for split, balanced_accuracy in (("heldout", model.balanced_accuracy), ("test", model.test_balanced_accuracy)):
+            if balanced_accuracy is not None:
+                telemetry.BALANCED_ACCURACY.labels(split).set(balanced_accuracy)
         for attack, top1 in model.attacks.items():
             telemetry.ATTACKED.labels(attack).set(top1)
         if model.scores and model.scores.mce is not None:

@@ -47,10 +47,16 @@ class ModelMeasurements(JsonDocument):
     generation: int
     top1: float
     """Top-1 on the held-out images, by which the gate decides."""
+    balanced_accuracy: float
+    """Mean accuracy of the classes on the held-out images."""
+    never_predicted: list[str]
+    """Classes that have held-out images, and are the answer for none."""
     ece: float
     """Expected calibration error on the held-out images."""
     test_top1: float | None
     """Top-1 on the images that are only reported."""
+    test_balanced_accuracy: float | None
+    """Mean accuracy of the classes on them."""
     sets: dict[str, float]
     """Further evaluation sets: name → top-1."""
     scores: RobustnessScores | None
@@ -148,12 +154,16 @@ def _collect_measurements(root: Store, stage_notes: list[StageNote]) -> list[Mod
             for name, key in outputs.items()
             if name.startswith("set:") and key.endswith(f"/{Evaluation.filename}")
         }
+        test = Evaluation.load_file(root, outputs["test"]) if "test" in outputs else None
         measurements.append(
             ModelMeasurements(
                 generation=note.generation,
                 top1=heldout.top1,
                 ece=heldout.calibration.ece,
-                test_top1=Evaluation.load_file(root, outputs["test"]).top1 if "test" in outputs else None,
+                balanced_accuracy=heldout.balanced_accuracy,
+                never_predicted=heldout.never_predicted,
+                test_top1=test.top1 if test else None,
+                test_balanced_accuracy=test.balanced_accuracy if test else None,
                 sets=sets,
                 scores=score_robustness(robustness, reference) if robustness else None,
                 attacks={str(attack): attack.top1 for attack in robustness.attacks} if robustness else {},

@@ -40,6 +40,7 @@ def evaluate_generation(ref: RunRef, *, data: str, generation: int, model: str) 
         heldout = Evaluation.load_file(root, measured["evaluation"][0].outputs["evaluation"])
         # All else may take hours.
         telemetry.EVALUATED.labels("heldout").set(heldout.top1)
+        telemetry.BALANCED_ACCURACY.labels("heldout").set(heldout.balanced_accuracy)
         if prepared.test:
             measured["test"] = _measure_accuracy(context, prepared.test, model)
         finetuned = f"{model}/{FINETUNED}"
@@ -175,7 +176,13 @@ def _open_unit_store(context: StageContext, predictions: Mapping[str, Any]) -> S
 def _summarize_evaluation(root: Store, outputs: Mapping[str, str]) -> dict[str, Any]:
     """The numbers in the log line that announces an evaluation."""
     heldout = Evaluation.load_file(root, outputs["evaluation"])
-    numbers: dict[str, Any] = {"top1": heldout.top1, "images": heldout.images}
+    numbers: dict[str, Any] = {
+        "top1": heldout.top1,
+        "balanced_accuracy": heldout.balanced_accuracy,
+        "images": heldout.images,
+    }
+    if never_predicted := heldout.describe_never_predicted():
+        numbers["never_predicted"] = never_predicted
     for name in ("test", "finetuned"):
         if name in outputs:
             numbers[f"{name}_top1"] = Evaluation.load_file(root, outputs[name]).top1

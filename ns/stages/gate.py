@@ -2,7 +2,7 @@
 
 from ns.core.errors import DataError, TrainingError
 from ns.data.prepared import PreparedData
-from ns.evaluation.gate import LabelQuality, Verdict, beats_chance, evaluate_gate
+from ns.evaluation.gate import LabelQuality, Verdict, beats_chance, evaluate_gate, find_lost_classes
 from ns.evaluation.result import Robustness, read_predictions
 from ns.labeling.audit import choose_deciding_audit, load_audits
 from ns.labeling.diff import compare_label_sets
@@ -46,7 +46,8 @@ def gate_generation(ref: RunRef, *, data: str, generation: int, teacher: str, st
     """Compares student and teacher on the held-out images and records the verdict. Returns the key of `verdict.json`."""
     with stage("gate", ref, generation, teacher=teacher, linger=True) as context:
         root, experiment = context.root, context.experiment
-        teacher_rows, student_rows = (read_predictions(*evaluate_heldout(context, data, model)) for model in (teacher, student))
+        teacher_results, student_results = (evaluate_heldout(context, data, model) for model in (teacher, student))
+        teacher_rows, student_rows = read_predictions(*teacher_results), read_predictions(*student_results)
         if teacher_rows["key"] != student_rows["key"]:
             raise DataError("gate: teacher and student were evaluated on different images; run the evaluation again")
         verdict = evaluate_gate(
@@ -59,6 +60,7 @@ def gate_generation(ref: RunRef, *, data: str, generation: int, teacher: str, st
             student_correct=student_rows["rank"].to_numpy() == 0,
             classes=read_labeled_classes(root, data),
             seed=experiment.seed,
+            lost_classes=find_lost_classes(teacher_results[1], student_results[1]),
             label_quality=_collect_label_evidence(context, generation),
             robustness=_collect_robustness(context, data, teacher, student),
         )
@@ -121,10 +123,18 @@ def _collect_robustness(context: StageContext, data: str, teacher: str, student:
 
 
 def _check_beats_chance(context: StageContext, data: str, teacher: str) -> None:
-    _, evaluation = evaluate_heldout(context, data, teacher)
-    if not beats_chance(evaluation.top1, evaluation.images, len(evaluation.classes)):
+    store, evaluation = evaluate_heldout(context, data, teacher)
+    rows = read_predictions(store, evaluation)
+    class_ids, predicted = rows["class_id"].to_numpy(), rows["predicted_class_id"].to_numpy()
+    if not beats_chance(class_ids, predicted, seed=context.experiment.seed):
+        largest = max(range(len(evaluation.classes)), key=lambda class_id: evaluation.class_images[class_id])
+        share = evaluation.class_images[largest] / evaluation.images
+        chance = 1 / sum(images > 0 for images in evaluation.class_images)
+        never_predicted = evaluation.describe_never_predicted()
         raise TrainingError(
-            f"the first teacher's held-out top-1 is {evaluation.top1:.1%}, no better than chance (1 in "
-            f"{len(evaluation.classes)}) on {evaluation.images} images: its pseudo-labels would be noise; "
-            "train it longer (teacher.train.epochs), or check data.labeled"
+            f"the first teacher is no better than chance on {evaluation.images:,} held-out images: "
+            f"its top-1 is {evaluation.top1:.1%}, always {evaluation.classes[largest]!r} has {share:.1%}; "
+            f"its balanced accuracy is {evaluation.balanced_accuracy:.1%}, any fixed answer has {chance:.1%}; "
+            + (f"it {never_predicted}; " if never_predicted else "")
+            + "its pseudo-labels would be noise; train it longer (teacher.train.epochs), or check data.labeled"
         )

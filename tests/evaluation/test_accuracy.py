@@ -52,8 +52,15 @@ def test_summarize_predictions_matches_counts_by_hand(images, seed):
         top5 += label in ranking[:5]
     assert result.top1 == pytest.approx(top1 / images)
     assert result.top5 == pytest.approx(top5 / images)
-    assert sum(map(sum, result.confusion)) == images
-    assert sum(result.confusion[index][index] for index in range(7)) == top1
+    matrix = np.zeros((7, 7), int)
+    np.add.at(matrix, (labels, probabilities.argmax(1)), 1)
+    assert result.build_confusion_matrix() == matrix.tolist()
+    assert [one.images for one in result.confusions] == sorted((one.images for one in result.confusions), reverse=True)
+    assert result.class_images == tuple(matrix.sum(1))
+    assert result.class_correct == tuple(matrix.diagonal())
+    assert result.class_predicted == tuple(matrix.sum(0))
+    assert result.balanced_accuracy == pytest.approx(np.mean([one for one in result.class_accuracy if one is not None]))
+    assert result.never_predicted == [CLASSES[one] for one in range(7) if matrix[one].any() and not matrix[:, one].any()]
     for index, accuracy in enumerate(result.class_accuracy):
         own = labels == index
         if own.any():
@@ -99,7 +106,10 @@ def test_summarize_predictions_records_settings_and_calibration():
     fields = {"name": "photographs", "mode": "bfloat16", "subsample": Subsample(images=3, seed=1), "scored_classes": ("x", "y")}
     result = summarize(table, classes=("x", "y", "z"), unreadable=2, **fields, multi_labels=several)
     assert {name: getattr(result, name) for name in fields} == fields
-    assert (result.images, result.unreadable, result.confusion) == (3, 2, ((1, 0, 0), (1, 0, 1), (0, 0, 0)))
+    assert (result.images, result.unreadable) == (3, 2)
+    assert result.build_confusion_matrix() == [[1, 0, 0], [1, 0, 1], [0, 0, 0]]
+    assert result.balanced_accuracy == 0.5
+    assert result.describe_never_predicted() == "never predicts 1 of 2 classes: y"
     assert (result.multi_label_top1, result.multi_label_images) == (0.5, 2)
     assert result.calibration == compute_calibration(probabilities.max(1), np.array([True, False, False]))
 
@@ -126,7 +136,7 @@ def test_evaluate_accuracy_counts_unreadable_images(tmp_path, model, make_labele
         result = evaluate_accuracy(Predictor(model, batch=8), folder, data, LocalStore(tmp_path / "e"), subsample=subsample)
     looked_at = 24 if images == 21 else 4
     assert result.images + result.unreadable == looked_at
-    assert result.images == sum(map(sum, result.confusion)) == images
+    assert result.images == sum(result.class_images) == sum(result.class_predicted) == images
     progress = [line for line in logged if line["event"] == "progress"][-1]
     assert (progress["done"], progress["total"], progress["unit"]) == (looked_at, looked_at, "images")
 

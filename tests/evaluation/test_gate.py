@@ -9,6 +9,7 @@ from scipy.stats import binomtest
 from ns.config.loader import parse_experiment
 from ns.config.schema import CORRUPTIONS, PERTURBATIONS, GateConfig
 from ns.core.errors import ConfigError
+from ns.evaluation.accuracy import build_predictions_table, summarize_predictions
 from ns.evaluation.gate import (
     GateCondition,
     LabelQuality,
@@ -17,6 +18,7 @@ from ns.evaluation.gate import (
     corruption_rise,
     count_pairs,
     evaluate_gate,
+    find_lost_classes,
     find_worst_class_drop,
     flip_rise,
     mcnemar_p_value,
@@ -160,15 +162,52 @@ def test_paired_gain_is_reproducible():
     assert first == again != other
 
 
+def answer(class_ids, right):
+    """Answers of which the first `right` of each class are right, the others the next class."""
+    class_ids, ranks = np.asarray(class_ids), np.empty(len(class_ids), int)
+    for class_id in np.unique(class_ids):
+        ranks[class_ids == class_id] = np.arange((class_ids == class_id).sum())
+    is_right = ranks < np.asarray(right)[class_ids]
+    return np.where(is_right, class_ids, (class_ids + 1) % (class_ids.max() + 1))
+
+
 @pytest.mark.parametrize(
-    ("top1", "images", "classes", "expected"),
+    ("images", "right", "expected"),
     [
-        (0.1, 500, 10, False), (0.12, 500, 10, False), (0.13, 500, 10, True), (0.12, 5000, 10, True),
-        (0.53, 500, 2, False), (0.54, 500, 2, True),
+        # Balanced classes: chance is 1 in 10, or 1 in 2.
+        ([50] * 10, [5] * 10, False), ([50] * 10, [6] * 10, False), ([50] * 10, [7] * 10, True),
+        ([250, 250], [131, 131], False), ([250, 250], [138, 138], True),
+        # 95 % of one class: top-1 cannot show it, balanced accuracy does.
+        ([10, 190], [0, 190], False), ([10, 190], [1, 190], False), ([10, 190], [5, 180], True), ([10, 190], [1, 170], False),
+        # All of the only class: nothing shows that the images were looked at.
+        ([40], [40], False),
     ],
 )  # fmt: skip
-def test_beats_chance(top1, images, classes, expected):
-    assert beats_chance(top1, images, classes) is expected
+def test_beats_chance(images, right, expected):
+    class_ids = np.repeat(np.arange(len(images)), images)
+    assert beats_chance(class_ids, answer(class_ids, right), seed=0) is expected
+
+
+def test_beats_chance_of_few_images_of_many_classes():
+    class_ids = np.arange(60) * 50
+    predicted = np.random.default_rng(0).integers(0, 3000, 60)
+    assert not beats_chance(class_ids, predicted, seed=0)
+    predicted[:4] = class_ids[:4]
+    assert beats_chance(class_ids, predicted, seed=0)
+
+
+def test_beats_chance_rarely_by_luck():
+    rng = np.random.default_rng(1)
+    class_ids = np.repeat(np.arange(5), [2, 5, 10, 30, 153])
+    passed = [beats_chance(class_ids, rng.choice(5, 200, p=rng.dirichlet(np.ones(5))), seed=0) for _ in range(200)]
+    assert sum(passed) <= 12
+
+
+def test_evaluate_gate_names_classes_that_student_lost():
+    teacher, student = np.arange(100) < 60, np.arange(100) < 90
+    verdict = make_verdict(GateConfig(), teacher, student, lost_classes=tuple("abcdefg"))
+    assert verdict.promoted
+    assert verdict.reason.endswith("; the student never predicts 7 classes that its teacher predicts: a, b, c, d, e and 2 more")
 
 
 def test_evaluate_gate_refuses_less_robust_student():
@@ -353,3 +392,15 @@ def test_evaluate_gate_promotes_when_all_conditions_pass(drop, min_gain, rise, s
             condition.value > condition.required if condition.name == "gain" else condition.value <= condition.required
         )
         assert condition.passed or condition.detail in verdict.reason
+
+
+def test_find_lost_classes():
+    def summarize(predicted):
+        table = build_predictions_table(list("abcd"), np.array([0, 0, 1, 2]), np.eye(4, dtype=np.float32)[predicted])
+        fields = {"model": "m", "dataset": "d", "name": "n", "mode": "float32", "unreadable": 0, "predictions_sha256": "0"}
+        return summarize_predictions(table, classes=("ant", "bee", "cat", "dog"), **fields)
+
+    # No image is a dog; neither model predicts a bee.
+    teacher, student = summarize([0, 0, 2, 3]), summarize([0, 0, 0, 0])
+    assert find_lost_classes(teacher, student) == ("cat",)
+    assert find_lost_classes(student, teacher) == ()

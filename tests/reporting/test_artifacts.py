@@ -3,14 +3,19 @@
 import re
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from ns.core import log
+from ns.core.digest import sha256_bytes
 from ns.core.errors import RunError
-from ns.evaluation.result import Evaluation
+from ns.evaluation.accuracy import summarize_predictions
+from ns.evaluation.result import PREDICTIONS, PREDICTIONS_SCHEMA, Evaluation
 from ns.reporting import artifacts
 from ns.stages.context import RunRef
 from ns.stages.report import publish_generation_metrics, publish_report
+from ns.storage import parent_key
+from ns.storage.parquet import encode_table
 from tests.reporting.conftest import CLASSES, RUN
 
 EVALUATION = "store/evaluations/01/evaluation.json"
@@ -40,10 +45,39 @@ def test_collect_generation_metrics_of_first_teacher(unchanged):
     assert "gain" not in result
 
 
+def write_predictions(store, class_ids, predicted, names) -> Evaluation:
+    """Replaces the evaluation of generation 1."""
+    before = Evaluation.load_file(store, EVALUATION)
+    table = pa.table(
+        [
+            pa.array([str(row) for row in range(len(class_ids))]),
+            *(pa.array(values, pa.uint16()) for values in (class_ids, predicted)),
+            pa.array(np.full(len(class_ids), 0.5, np.float32)),
+            pa.array((class_ids != predicted).astype(np.uint16)),
+        ],
+        schema=PREDICTIONS_SCHEMA,
+    )
+    encoded = encode_table(table)
+    evaluation = summarize_predictions(
+        table,
+        model=before.model,
+        dataset=before.dataset,
+        classes=names,
+        unreadable=0,
+        mode="float32",
+        name="heldout",
+        predictions_sha256=sha256_bytes(encoded),
+    )
+    folder = store.at(parent_key(EVALUATION))
+    folder.put(PREDICTIONS, encoded)
+    evaluation.save(folder)
+    return evaluation
+
+
 def test_read_confusion(unchanged):
     names, matrix = artifacts.read_confusion(unchanged, RUN, 1)
     assert tuple(names) == CLASSES
-    assert matrix == [list(row) for row in Evaluation.load_file(unchanged, EVALUATION).confusion]
+    assert matrix == Evaluation.load_file(unchanged, EVALUATION).build_confusion_matrix()
 
 
 def test_read_confusion_folds_many_classes(made_up):
@@ -51,11 +85,9 @@ def test_read_confusion_folds_many_classes(made_up):
     rng = np.random.default_rng(0)
     matrix = np.diag(np.full(count, 100)) + rng.integers(0, 2, (count, count))
     matrix[69, 68] = 50
-    evaluation = Evaluation.load_file(made_up, EVALUATION)
     names = tuple(f"c{number}" for number in range(count))
-    evaluation.model_copy(update={"classes": names, "confusion": tuple(tuple(row) for row in matrix.tolist())}).save_file(
-        made_up, EVALUATION
-    )
+    class_ids, predicted = (np.repeat(ids.ravel(), matrix.ravel()) for ids in np.indices(matrix.shape))
+    write_predictions(made_up, class_ids, predicted, names)
     shown, folded = artifacts.read_confusion(made_up, RUN, 1)
     assert len(shown) == len(folded) == artifacts.CONFUSION_CLASSES
     assert shown[-1] == artifacts.OTHERS

@@ -4,9 +4,12 @@ import re
 from xml.etree import ElementTree
 
 import pytest
+from rich.console import Console
 
+from ns.cli.runs import print_run
 from ns.core.intervals import wilson_interval
 from ns.evaluation import gate
+from ns.evaluation.result import Evaluation
 from ns.reporting import charts
 from ns.reporting.context import gather_context
 from ns.reporting.page import write_report
@@ -160,3 +163,14 @@ def test_wilson_interval():
 def test_wilson_interval_contains_share(share, count):
     low, high = wilson_interval(share, count)
     assert 0 <= low <= share <= high <= 1
+
+
+def test_report_names_classes_that_are_never_predicted(page, made_up):
+    assert "never predicts" not in page
+    key = "store/evaluations/01/evaluation.json"
+    evaluation = Evaluation.load_file(made_up, key)
+    evaluation.model_copy(update={"class_predicted": (30, 0, 0)}).save_file(made_up, key)
+    assert "Student 1 never predicts 2 of 3 classes: &lt;script&gt;" in page_of(made_up)
+    console = Console(record=True, width=200)
+    print_run(summarize_run(made_up, RUN), made_up, console)
+    assert "generation 1 never predicts 2 classes: <script>" in console.export_text()

@@ -36,6 +36,8 @@ def test_run_metrics_show_what_a_run_found(finished_run, monkeypatch):
         run_metrics.publish_selection(store, run, 2, selection, GateConfig())
     assert value("nst_label_churn_ratio") == 0
     assert value("nst_eval_accuracy_ratio", {"split": "heldout"}) == generation.student_top1
+    measured = summarize_run(store, run).measurements[-1]
+    assert value("nst_eval_balanced_accuracy_ratio", {"split": "heldout"}) == measured.balanced_accuracy
     assert value("nst_loop_gain_ratio", {"bound": "low"}) == generation.gain_low
     assert value("nst_gate_passed") == 1
     assert value("nst_gate_condition_passed", {"condition": "gain"}) == 1

@@ -1,13 +1,21 @@
 """Who the next teacher is."""
 
+import re
+
+import numpy as np
 import pytest
 
+from ns.core.digest import sha256_bytes
 from ns.core.errors import StoreError, TrainingError
+from ns.evaluation.accuracy import build_predictions_table, summarize_predictions
+from ns.evaluation.result import PREDICTIONS
 from ns.runs.summary import summarize_run
 from ns.stages.evaluate import evaluate_heldout
 from ns.stages.gate import resolve_teacher
 from ns.stages.prepare import prepare_data
 from ns.stages.train import train_generation
+from ns.storage import LocalStore
+from ns.storage.parquet import encode_table
 from tests.loop import open_tiny_run, run_loop
 
 
@@ -21,18 +29,28 @@ def test_refused_student_ends_the_loop(finished_run):
     assert summary.best_top1 == summary.teacher_top1
 
 
-def test_next_teacher_refuses_a_first_teacher_at_chance(finished_run, monkeypatch):
+def test_next_teacher_refuses_a_first_teacher_at_chance(finished_run, monkeypatch, tmp_path):
     _, ref = finished_run
     data = prepare_data(ref)
     first = train_generation(ref, data=data, generation=0)
-    real = evaluate_heldout
 
-    def useless(*arguments):
-        folder, evaluation = real(*arguments)
-        return folder, evaluation.model_copy(update={"top1": 0.11})
+    def answer_one_class(*arguments):
+        """95 % of the images are a `1`, and so are all answers."""
+        _, evaluation = evaluate_heldout(*arguments)
+        class_ids = np.repeat([1, 7], [190, 10])
+        probabilities = np.tile(np.eye(10, dtype=np.float32)[1], (200, 1))
+        table = build_predictions_table([str(row) for row in range(200)], class_ids, probabilities)
+        encoded = encode_table(table)
+        fields = {name: getattr(evaluation, name) for name in ("model", "dataset", "name", "classes", "unreadable", "mode")}
+        LocalStore(tmp_path).put(PREDICTIONS, encoded)
+        return LocalStore(tmp_path), summarize_predictions(table, **fields, predictions_sha256=sha256_bytes(encoded))
 
-    monkeypatch.setattr("ns.stages.gate.evaluate_heldout", useless)
-    with pytest.raises(TrainingError, match="no better than chance"):
+    monkeypatch.setattr("ns.stages.gate.evaluate_heldout", answer_one_class)
+    expected = (
+        "no better than chance on 200 held-out images: its top-1 is 95.0%, always '1' has 95.0%; its balanced accuracy is 50.0%, "
+        "any fixed answer has 50.0%; it never predicts 1 of 2 classes: 7; "
+    )
+    with pytest.raises(TrainingError, match=re.escape(expected)):
         resolve_teacher(ref, data=data, generation=1, first_teacher=first)
 
 

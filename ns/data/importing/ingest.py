@@ -29,7 +29,7 @@ from ns.core.digest import digest_json
 from ns.core.errors import DataError, RunError
 from ns.core.iteration import iter_ahead
 from ns.core.process import init_helper_process
-from ns.data.dataset import Dataset, DatasetRole, Shard
+from ns.data.dataset import MAX_CLASSES, Dataset, DatasetRole, Shard
 from ns.data.importing import sources
 from ns.data.importing.listing import ClassLabel, ImportTask, Listing, SourceEntry
 from ns.data.importing.sources import escape_path
@@ -182,7 +182,11 @@ def _resolve_classes(
         if numbers and max(numbers) >= len(expected):
             raise DataError(f"{source}: class index {max(numbers)}: there are {len(expected)} labeled classes {shown}")
         return tuple(expected)
-    classes = tuple(str(n) for n in range(max(numbers) + 1)) if numbers else tuple(names)
+    count = max(numbers) + 1 if numbers else len(names)
+    if count > MAX_CLASSES:
+        about = f"class index {max(numbers):,}" if numbers else f"{count:,} classes"
+        raise DataError(f"{source}: has {about}; at most {MAX_CLASSES:,} classes are possible")
+    classes = tuple(str(n) for n in range(count)) if numbers else tuple(names)
     if len(classes) < 2:
         raise DataError(f"{source}: has {len(classes)} classes; at least 2 are needed to learn anything")
     return classes

@@ -291,3 +291,17 @@ def test_import_refuses_folder_without_images(tmp_path):
     (tmp_path / "texts" / "a.txt").write_text("no image")
     with pytest.raises(DataError, match=r"no readable image among 1 files; first: a\.txt: not an image"):
         run(tmp_path / "texts", tmp_path / "out", role="unlabeled", max_rejected_share=1)
+
+
+@pytest.mark.parametrize(
+    ("labels", "reason"),
+    [
+        ({1 << 40: 1}, "class index 1,099,511,627,776; at most 65,536 classes are possible"),
+        ({1 << 16: 1}, "class index 65,536; at most 65,536 classes"),
+        ({str(number): 1 for number in range((1 << 16) + 1)}, "65,537 classes; at most 65,536 classes"),
+    ],
+)
+def test_import_refuses_more_classes_than_indices_hold(labels, reason):
+    with pytest.raises(DataError, match=reason):
+        ingest._resolve_classes("images", labels, None, 2)
+    assert len(ingest._resolve_classes("images", {(1 << 16) - 1: 1}, None, 2)) == 1 << 16
