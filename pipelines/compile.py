@@ -10,10 +10,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
 from kfp import compiler
 
-from pipelines import GENERATION_PACKAGE, PACKAGE, load_yaml_documents
+from pipelines import GENERATION_PACKAGE, PACKAGE, dump_yaml_documents, load_yaml_documents
 from pipelines.noisy_student import noisy_student, noisy_student_generation
 from pipelines.placement import PLACEMENT_INPUTS
 
@@ -31,7 +30,7 @@ def compile_package(package: Path) -> str:
     spec, platform = load_yaml_documents(text)
     merge_duplicates(spec, platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"])
     _describe_inputs(spec["root"]["inputDefinitions"]["parameters"])
-    return header + yaml.dump_all([spec, platform], Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), width=120)
+    return header + dump_yaml_documents([spec, platform])
 
 
 def merge_duplicates(spec: Spec, platform: Spec) -> None:

@@ -40,7 +40,6 @@ REQUEST_SECONDS = 30.0
 POLL_SECONDS = 5.0
 PATIENCE_SECONDS = 300.0
 """An API server that restarts, or a port-forward that breaks, must not end the following of a run."""
-VERSION_LETTERS = 12
 PAGE_SIZE = 100
 
 FINAL_STATES = frozenset({"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"})
@@ -88,11 +87,11 @@ class KfpUnreachableError(RunError):
 class KfpClient:
     """KFP's API. Every call raises RunError, one line with its cure, if KFP answers with an error."""
 
-    def __init__(self, url: str = "", *, token: str = "", namespace: str = "") -> None:
-        """`url`: of the UI, or of the service `ml-pipeline` (NS_KFP_UI then is the base of links). Sends no request yet.
+    def __init__(self, url: str = "") -> None:
+        """`url`: of the UI, or of the service `ml-pipeline` (NS_KFP_UI then is the base of links); NS_KFP_URL if not given.
 
-        Defaults: NS_KFP_URL; for the token NS_KFP_TOKEN, or the file that Kubeflow mounts; for the namespace, which a multi-user
-        Kubeflow needs, NS_KFP_NAMESPACE. Raises ConfigError if there is no URL.
+        The token is in NS_KFP_TOKEN, or in the file that Kubeflow mounts; the namespace, which a multi-user Kubeflow needs, in
+        NS_KFP_NAMESPACE. Sends no request yet. Raises ConfigError if there is no URL.
         """
         self.url = (url or os.environ.get(URL_VARIABLE, "")).rstrip("/")
         if not self.url:
@@ -103,13 +102,13 @@ class KfpClient:
         if not self.url.startswith(("http://", "https://")):
             raise ConfigError(f"--kfp: invalid value {self.url!r}: must be a URL, http://… or https://…")
         self.ui = os.environ.get(UI_VARIABLE, "").rstrip("/") or self.url
-        self.namespace = namespace or os.environ.get(NAMESPACE_VARIABLE, "")
+        self.namespace = os.environ.get(NAMESPACE_VARIABLE, "")
         settings = api.Configuration(host=self.url)
         # Retries are ours: KFP's client would also repeat requests that were answered with an error.
         settings.retries = urllib3.Retry(0)
         # The variable by which curl and Python find a company's own certificate authority.
         settings.ssl_ca_cert = os.environ.get("SSL_CERT_FILE")
-        token = token or os.environ.get(TOKEN_VARIABLE, "")
+        token = os.environ.get(TOKEN_VARIABLE, "")
         if token or POD_TOKEN.exists():
             settings.api_key = {"authorization": token}
             settings.api_key_prefix = {"authorization": "Bearer"}
@@ -126,7 +125,7 @@ class KfpClient:
         """Uploads a compiled pipeline (YAML) as a version named by its digest, unless that version exists."""
         name = pipeline_name(package)
         # Where KFP keeps pipelines in Kubernetes, the versions of all pipelines share one namespace.
-        version = f"{name}-{sha256_bytes(package.encode())[:VERSION_LETTERS]}"
+        version = f"{name}-{sha256_bytes(package.encode())[:12]}"
         pipeline_id = self._ensure_pipeline(name)
         version_id = self._find_version(pipeline_id, version)
         if version_id is None:
@@ -134,7 +133,7 @@ class KfpClient:
                 file = Path(folder) / f"{name}.yaml"
                 file.write_text(package, encoding="utf-8")
                 # Another client may upload it at the same moment; then the version exists.
-                with _conflicts_allowed():
+                with contextlib.suppress(_ConflictError):
                     self._call_api(self._uploads.upload_pipeline_version, str(file), name=version, pipelineid=pipeline_id)
             version_id = self._find_version(pipeline_id, version)
         if version_id is None:
@@ -159,7 +158,6 @@ class KfpClient:
         *,
         name: str,
         experiment: str,
-        service_account: str = "",
         excluded_states: Collection[str] = FAILED_STATES,
     ) -> SubmittedRun:
         """Starts a run, or returns the run that `find_run` finds."""
@@ -170,7 +168,6 @@ class KfpClient:
             experiment_id=self._ensure_experiment(experiment),
             pipeline_version_reference=api.V2beta1PipelineVersionReference(pipeline.pipeline_id, pipeline.version_id),
             runtime_config=api.V2beta1RuntimeConfig(parameters=dict(arguments)),
-            service_account=service_account or None,
         )
         try:
             return self._to_submitted_run(self._call_api(self._runs.run_service_create_run, run), new=True)
@@ -187,7 +184,6 @@ class KfpClient:
         on_change: Callable[[StageTask], None],
         *,
         stages: Collection[str],
-        poll: float = POLL_SECONDS,
         after_poll: Callable[[], None] = lambda: None,
     ) -> SubmittedRun:
         """Waits for the end of a run, in whatever state, and returns the run. Calls `on_change` with each of `stages` whose state changed.
@@ -213,7 +209,7 @@ class KfpClient:
                     after_poll()
                     if run.state in FINAL_STATES:
                         return self._to_submitted_run(run, new=False)
-                time.sleep(poll)
+                time.sleep(POLL_SECONDS)
         except KeyboardInterrupt:
             raise Interrupted(f"no longer followed; the run continues: {self.run_url(run_id)}") from None
 
@@ -222,20 +218,9 @@ class KfpClient:
         return f"{self.ui}/#/runs/details/{run_id}"
 
     def _ensure_pipeline(self, name: str) -> str:
-        """Returns the id of the pipeline of that name; creates the pipeline if necessary."""
-        for _ in range(2):
-            for pipeline in self._iterate_pages(
-                "pipelines",
-                self._pipelines.pipeline_service_list_pipelines,
-                filter=_equals_filter("name", name),
-                **self._namespace_filter(),
-            ):
-                return str(pipeline.pipeline_id)
-            with _conflicts_allowed():
-                body = api.V2beta1Pipeline(name=name, display_name=name, namespace=self.namespace or None)
-                created = self._call_api(self._pipelines.pipeline_service_create_pipeline, body)
-                return str(created.pipeline_id)
-        raise RunError(f"{self.url}: says that pipeline {name} exists but does not list it; check NS_KFP_NAMESPACE")
+        service, body = self._pipelines, api.V2beta1Pipeline(name=name, display_name=name, namespace=self.namespace or None)
+        listing, create = service.pipeline_service_list_pipelines, service.pipeline_service_create_pipeline
+        return str(self._find_or_create("pipelines", listing, _equals_filter("name", name), create, body).pipeline_id)
 
     def _find_version(self, pipeline: str, version: str) -> str | None:
         entries = self._iterate_pages(
@@ -247,21 +232,25 @@ class KfpClient:
         return next((str(entry.pipeline_version_id) for entry in entries), None)
 
     def _ensure_experiment(self, name: str) -> str:
-        for _ in range(2):
-            for experiment in self._iterate_pages(
-                "experiments",
-                self._experiments.experiment_service_list_experiments,
-                filter=_equals_filter("display_name", name),
-                **self._namespace_filter(),
-            ):
-                return str(experiment.experiment_id)
-            with _conflicts_allowed():
-                body = api.V2beta1Experiment(display_name=name, namespace=self.namespace or None)
-                return str(self._call_api(self._experiments.experiment_service_create_experiment, body).experiment_id)
-        raise RunError(f"{self.url}: says that experiment {name} exists but does not list it; check NS_KFP_NAMESPACE")
+        service, body = self._experiments, api.V2beta1Experiment(display_name=name, namespace=self.namespace or None)
+        listing, create = service.experiment_service_list_experiments, service.experiment_service_create_experiment
+        return str(
+            self._find_or_create("experiments", listing, _equals_filter("display_name", name), create, body).experiment_id
+        )
 
-    def _namespace_filter(self) -> dict[str, str]:
-        return {"namespace": self.namespace} if self.namespace else {}
+    def _find_or_create(
+        self, field: str, listing: Callable[..., Any], filters: str, create: Callable[..., Any], body: Any
+    ) -> Any:
+        """Returns the object that the filters find, or creates it; another client may create it in between."""
+        options = {"namespace": self.namespace} if self.namespace else {}
+        for _ in range(2):
+            for existing in self._iterate_pages(field, listing, filter=filters, **options):
+                return existing
+            with contextlib.suppress(_ConflictError):
+                return self._call_api(create, body)
+        raise RunError(
+            f"{self.url}: says that {body.display_name} exists but does not list it among the {field}; check NS_KFP_NAMESPACE"
+        )
 
     def _to_submitted_run(self, run: Any, *, new: bool) -> SubmittedRun:
         return SubmittedRun(run.run_id, run.display_name, run.state or "PENDING", self.run_url(run.run_id), new)
@@ -306,12 +295,6 @@ class KfpClient:
 
 class _ConflictError(RunError):
     """What is to be created exists already."""
-
-
-@contextlib.contextmanager
-def _conflicts_allowed() -> Iterator[None]:
-    with contextlib.suppress(_ConflictError):
-        yield
 
 
 def pipeline_name(package: str) -> str:
@@ -417,7 +400,6 @@ def stage_names(package: str) -> frozenset[str]:
 
 
 def _select_tasks(run: Any, stages: Collection[str]) -> Iterator[StageTask]:
-    """Yields the nodes that are stages."""
     for node in (run.run_details.task_details if run.run_details else None) or ():
         if node.display_name in stages:
             error = str(getattr(node.error, "message", "") or "") if node.error else ""

@@ -25,40 +25,31 @@ from components.start_run import start_run
 from components.train import train
 from ns.config.schema import MAX_GENERATIONS
 from ns.stages.context import TeacherSignal
-from pipelines.placement import Placement, add_registry_login, place_on_cpu, place_on_gpu, with_placement_inputs
+from pipelines.placement import Inputs, add_registry_login, place_on_cpu, place_on_gpu, with_input_groups
 
 # KFP compares plain strings.
 STOP, TRAIN = TeacherSignal.STOP.value, TeacherSignal.TRAIN.value
 
 
 @dsl.pipeline(name="shard")
-@with_placement_inputs
-def label_range(
-    config_uri: str, root: str, run: str, data: str, generation: int, teacher: str, shards: str, placement: Placement
-) -> None:
+@with_input_groups
+def label_range(base: Inputs, teacher: str, shards: str, placement: Inputs) -> None:
     """Labels one range of shards."""
-    base = {"config_uri": config_uri, "root": root, "run": run, "data": data, "generation": generation}
     place_on_gpu(label_shards(**base, teacher=teacher, shards=shards), placement, "label", hours=12)
 
 
 @dsl.pipeline(name="label")
-@with_placement_inputs
-def label_pool(
-    config_uri: str, root: str, run: str, data: str, generation: int, teacher: str, ranges: list[str], placement: Placement
-) -> None:
+@with_input_groups
+def label_pool(base: Inputs, teacher: str, ranges: list[str], placement: Inputs) -> None:
     """Labels the pool with the un-noised teacher, one task per range of shards."""
-    base = {"config_uri": config_uri, "root": root, "run": run, "data": data, "generation": generation}
     with dsl.ParallelFor(ranges) as shards:
         label_range(**base, teacher=teacher, shards=shards, **placement)
 
 
 @dsl.pipeline(name="generation")
-@with_placement_inputs
-def run_generation(
-    config_uri: str, root: str, run: str, data: str, generation: int, teacher: str, placement: Placement
-) -> None:
+@with_input_groups
+def run_generation(base: Inputs, teacher: str, placement: Inputs) -> None:
     """Runs one generation: label, select, train a student, evaluate, decide."""
-    base = {"config_uri": config_uri, "root": root, "run": run, "data": data, "generation": generation}
     plan = place_on_cpu(plan_labels(**base), placement, hours=1)
     pool_labeled = label_pool(**base, teacher=teacher, ranges=plan.output, **placement)
     # The tools image, since versions of label sets need DVC.
@@ -73,20 +64,17 @@ def run_generation(
 
 
 @dsl.pipeline(name="attempt")
-@with_placement_inputs
-def attempt_generation(
-    config_uri: str, root: str, run: str, data: str, generation: int, first_teacher: str, placement: Placement
-) -> None:
+@with_input_groups
+def attempt_generation(base: Inputs, first_teacher: str, placement: Inputs) -> None:
     """Runs a generation, if the loop is not over. It is a pipeline of its own, so that the next generation can wait for it."""
-    base = {"config_uri": config_uri, "root": root, "run": run, "data": data, "generation": generation}
     teacher = place_on_cpu(next_teacher(**base, first_teacher=first_teacher), placement, hours=1)
     with dsl.If(teacher.output != STOP):
         run_generation(**base, teacher=teacher.output, **placement)
 
 
 @dsl.pipeline(name="first-teacher")
-@with_placement_inputs
-def train_first_teacher(config_uri: str, root: str, run: str, data: str, placement: Placement) -> None:
+@with_input_groups
+def train_first_teacher(config_uri: str, root: str, run: str, data: str, placement: Inputs) -> None:
     """Trains and evaluates the teacher that learns from labeled images alone."""
     base = {"config_uri": config_uri, "root": root, "run": run, "data": data, "generation": 0}
     teacher = place_on_gpu(train(**base), placement, "train", hours=168)
@@ -95,20 +83,15 @@ def train_first_teacher(config_uri: str, root: str, run: str, data: str, placeme
 
 
 @dsl.pipeline(name="known-teacher")
-@with_placement_inputs
-def evaluate_known_teacher(
-    config_uri: str, root: str, run: str, data: str, generation: int, model: str, placement: Placement
-) -> None:
+@with_input_groups
+def evaluate_known_teacher(base: Inputs, model: str, placement: Inputs) -> None:
     """Evaluates a student that has become the teacher, on the images that the gate compares on now."""
-    base = {"config_uri": config_uri, "root": root, "run": run, "data": data, "generation": generation}
     place_on_gpu(evaluate(**base, model=model), placement, "label", hours=24)
 
 
 @dsl.pipeline(name="teacher")
-@with_placement_inputs
-def provide_teacher(
-    config_uri: str, root: str, run: str, data: str, generation: int, teacher: str, placement: Placement
-) -> None:
+@with_input_groups
+def provide_teacher(config_uri: str, root: str, run: str, data: str, generation: int, teacher: str, placement: Inputs) -> None:
     """Provides what one generation needs first: a teacher that is trained and evaluated."""
     base = {"config_uri": config_uri, "root": root, "run": run, "data": data}
     with dsl.If(teacher == TRAIN):
@@ -121,7 +104,7 @@ def provide_teacher(
     name="noisy-student",
     description="Noisy Student self-training: teacher, pseudo-labels, noisy student, gate, again (arXiv:1911.04252).",
 )
-@with_placement_inputs
+@with_input_groups
 def noisy_student(
     config_uri: str = "quickstart",
     root: str = "s3://mlpipeline/noisy-student",
@@ -133,7 +116,7 @@ def noisy_student(
     generations: int = 0,
     labeling_tasks: int = 0,
     *,
-    placement: Placement,
+    placement: Inputs,
 ) -> None:
     """Noisy Student self-training.
 
@@ -165,7 +148,7 @@ def noisy_student(
     name="noisy-student-generation",
     description="One generation of Noisy Student self-training, from the student that was accepted last; for recurring runs.",
 )
-@with_placement_inputs
+@with_input_groups
 def noisy_student_generation(
     config_uri: str = "quickstart",
     root: str = "s3://mlpipeline/noisy-student",
@@ -176,7 +159,7 @@ def noisy_student_generation(
     heldout: str = "",
     labeling_tasks: int = 0,
     *,
-    placement: Placement,
+    placement: Inputs,
 ) -> None:
     """One generation of Noisy Student self-training.
 

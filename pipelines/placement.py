@@ -18,7 +18,6 @@ from ns.core.git import PASSWORD_VARIABLE, USER_VARIABLE
 GPU_TYPES = ("nvidia.com/gpu", "nvidia.com/mig-1g.10gb", "nvidia.com/mig-2g.20gb", "nvidia.com/mig-3g.40gb", "amd.com/gpu")
 GPU_COUNTS = ("0", "1", "2", "4", "8")
 
-HOURS = 3600
 STAGE_RETRIES = 3
 """Retries of a stage that fails or whose node is taken away: it continues where it stopped."""
 
@@ -64,46 +63,52 @@ PLACEMENT_INPUTS = {
     ),
 }
 
-Placement = dict[str, Any]
+Inputs = dict[str, Any]
+
+_make_parameter = functools.partial(inspect.Parameter, kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_STAGE_INPUTS = {"config_uri": str, "root": str, "run": str, "data": str, "generation": int}
+INPUT_GROUPS = {
+    "base": [_make_parameter(name, annotation=kind) for name, kind in _STAGE_INPUTS.items()],
+    "placement": [
+        _make_parameter(name, annotation=type(spec.default), default=spec.default) for name, spec in PLACEMENT_INPUTS.items()
+    ],
+}
 
 
-def with_placement_inputs(pipeline: Callable[..., None]) -> Callable[..., None]:
-    """Adds PLACEMENT_INPUTS to a pipeline's inputs; its function gets them as one mapping, `placement`."""
+def with_input_groups(pipeline: Callable[..., None]) -> Callable[..., None]:
+    """Gives a pipeline the inputs in INPUT_GROUPS; its function gets those of a group as one mapping, `base` or `placement`."""
     signature = inspect.signature(pipeline)
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    added = [
-        inspect.Parameter(name, kind, default=spec.default, annotation=type(spec.default))
-        for name, spec in PLACEMENT_INPUTS.items()
-    ]
-    parameters = [parameter for name, parameter in signature.parameters.items() if name != "placement"]
+    expanded = [part for name, parameter in signature.parameters.items() for part in INPUT_GROUPS.get(name, [parameter])]
 
     @functools.wraps(pipeline)
-    def call_pipeline(*values: Any, **keywords: Any) -> None:
-        bound = signature.replace(parameters=[*parameters, *added]).bind(*values, **keywords).arguments
-        return pipeline(
-            **{name: value for name, value in bound.items() if name not in PLACEMENT_INPUTS},
-            placement={name: bound[name] for name in PLACEMENT_INPUTS},
-        )
+    def call_pipeline(*values: Any) -> None:
+        inputs = {part.name: value for part, value in zip(expanded, values, strict=True)}
+        groups = {
+            name: {part.name: inputs.pop(part.name) for part in group}
+            for name, group in INPUT_GROUPS.items()
+            if name in signature.parameters
+        }
+        return pipeline(**inputs, **groups)
 
-    call_pipeline.__signature__ = signature.replace(parameters=[*parameters, *added])  # type: ignore[attr-defined]
+    call_pipeline.__signature__ = signature.replace(parameters=expanded)  # type: ignore[attr-defined]
     return call_pipeline
 
 
-def place_on_cpu(task: PipelineTask, placement: Placement, *, hours: int, image: str = "worker_image") -> PipelineTask:
+def place_on_cpu(task: PipelineTask, placement: Inputs, *, hours: int, image: str = "worker_image") -> PipelineTask:
     """Places a stage that needs neither GPU nor much memory. `image` is the input that names its image."""
     task.set_cpu_request("500m")
     task.set_memory_request("2Gi")
     return _place_task(task, placement, "cpu", hours, image)
 
 
-def add_registry_login(task: PipelineTask, placement: Placement) -> PipelineTask:
+def add_registry_login(task: PipelineTask, placement: Inputs) -> PipelineTask:
     """Gives a stage the login of the label registry's git server."""
     login = {"username": USER_VARIABLE, "password": PASSWORD_VARIABLE}
     kubernetes.use_secret_as_env(task, placement["registry_secret"], login, optional=True)
     return task
 
 
-def place_on_gpu(task: PipelineTask, placement: Placement, node_pool: str, *, hours: int) -> PipelineTask:
+def place_on_gpu(task: PipelineTask, placement: Inputs, node_pool: str, *, hours: int) -> PipelineTask:
     """Places a stage on the node pool `label` or `train`."""
     task.set_cpu_request(placement[f"{node_pool}_cpu"])
     task.set_memory_request(placement[f"{node_pool}_memory"])
@@ -114,12 +119,12 @@ def place_on_gpu(task: PipelineTask, placement: Placement, node_pool: str, *, ho
     return _place_task(task, placement, node_pool, hours, "worker_image")
 
 
-def _place_task(task: PipelineTask, placement: Placement, node_pool: str, hours: int, image: str) -> PipelineTask:
+def _place_task(task: PipelineTask, placement: Inputs, node_pool: str, hours: int, image: str) -> PipelineTask:
     task.set_container_image(placement[image])
     # KFP's cache compares strings; ours, the ledger, compares content.
     task.set_caching_options(False)
     task.set_retry(STAGE_RETRIES, backoff_duration="30s", backoff_factor=2.0, backoff_max_duration="600s")
-    kubernetes.set_timeout(task, hours * HOURS)
+    kubernetes.set_timeout(task, hours * 3600)
     kubernetes.add_node_selector_json(task, placement[f"{node_pool}_node_selector"])
     kubernetes.add_toleration_json(task, placement[f"{node_pool}_tolerations"])
     # The only folder that stages write to: their root file system may be read-only.

@@ -6,8 +6,8 @@ The client only watches: the run continues without it.
 
 import contextlib
 import re
+import signal
 from collections.abc import Callable, Mapping, Sequence
-from types import FrameType
 from typing import Any
 
 from ns import __version__
@@ -21,16 +21,7 @@ from ns.storage import LocalStore, Store
 from ns.storage.documents import parse_json_object
 from ns.training.monitor import PROGRESS
 from pipelines import PACKAGE
-from pipelines.kfp_client import (
-    ENDED_STATES,
-    POLL_SECONDS,
-    KfpClient,
-    StageTask,
-    SubmittedRun,
-    check_inputs,
-    parse_inputs,
-    stage_names,
-)
+from pipelines.kfp_client import ENDED_STATES, KfpClient, StageTask, SubmittedRun, check_inputs, parse_inputs, stage_names
 
 _SHARDS = re.compile(r"-(\d+-\d+)$")
 """The suffix of a labeling task in the stage's name."""
@@ -96,13 +87,7 @@ def submit_run(client: KfpClient, root: Store, run: str, experiment: Experiment,
 
 
 def follow_run(
-    client: KfpClient,
-    submitted: SubmittedRun,
-    root: Store,
-    run: str,
-    on_event: Callable[[StageEvent], None],
-    *,
-    poll: float = POLL_SECONDS,
+    client: KfpClient, submitted: SubmittedRun, root: Store, run: str, on_event: Callable[[StageEvent], None]
 ) -> None:
     """Shows a run until it has ended.
 
@@ -116,10 +101,10 @@ def follow_run(
         last[task.key] = task
         on_event({"event": "state", "stage": task.name, "state": task.state})
 
-    with handle_signals(_raise_interrupt):
-        ended = client.wait_for_run(
-            submitted.run_id, report_task, stages=stage_names(PACKAGE.read_text()), poll=poll, after_poll=watcher.poll_records
-        )
+    # SIGTERM acts like Ctrl-C; a job in the background receives both.
+    with handle_signals(signal.default_int_handler):
+        stages = stage_names(PACKAGE.read_text())
+        ended = client.wait_for_run(submitted.run_id, report_task, stages=stages, after_poll=watcher.poll_records)
     if ended.state == "SUCCEEDED":
         return
     if ended.state != "FAILED":
@@ -198,8 +183,3 @@ class _StageRecordWatcher:
         if "loss" in progress["latest"]:
             event["loss"] = progress["latest"]["loss"]
         self._on_event(event)
-
-
-def _raise_interrupt(_number: int, _frame: FrameType | None) -> None:
-    """Makes SIGTERM act like Ctrl-C; a job in the background receives both."""
-    raise KeyboardInterrupt

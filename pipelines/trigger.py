@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from functools import partial
 from itertools import count
 from typing import Any, Literal, NamedTuple
 
@@ -31,7 +32,6 @@ from ns.storage.documents import JsonDocument, dump_hashed_fields, encode_json
 from pipelines.kfp_client import ENDED_STATES, KfpClient, SubmittedRun
 from pipelines.remote_run import submit_run
 
-NAME_LETTERS = 8
 SETTLE_SECONDS = 2.0
 """On S3 two clients can both write within the same instant; this long after writing, both read the later bytes."""
 CLAIM_SECONDS = 60.0
@@ -86,14 +86,8 @@ def propose_trigger(experiment: Experiment, image: str | None = None) -> Trigger
 
     Raises DataError or StoreError naming the field whose data cannot be read.
     """
-    uris: dict[DataPart, str] = {
-        "labeled": experiment.data.labeled,
-        "pool": experiment.data.pool,
-        "heldout": experiment.data.heldout,
-    }
-    if experiment.data.test is not None:
-        uris["test"] = experiment.data.test
-    data = {part: _snapshot_data(part, uri) for part, uri in uris.items()}
+    uris: dict[DataPart, str | None] = {part: getattr(experiment.data, part) for part in PART_ROLES}
+    data = {part: _snapshot_data(part, uri) for part, uri in uris.items() if uri is not None}
     fields = dump_hashed_fields(experiment, exclude={"registry": True, "data": set(uris) | {"exclude"}})
     if experiment.data.exclude:
         fields["excluded_keys"] = sha256_bytes(read_uri(experiment.data.exclude))
@@ -104,7 +98,7 @@ def propose_trigger(experiment: Experiment, image: str | None = None) -> Trigger
     )
     return Trigger(
         digest=whole,
-        run=f"{experiment.name}-{whole[:NAME_LETTERS]}",
+        run=f"{experiment.name}-{whole[:8]}",
         settings_digest=settings,
         image=image,
         data=data,
@@ -121,7 +115,8 @@ def decide_trigger(
     `min_change`: share (0-1) of the labeled images, or of the pool, that must be new if nothing else has changed. `again`: start a run
     even if one with exactly these inputs was started before.
     """
-    earlier = _list_triggers(root, name)
+    triggers = [Trigger.load_file(root, key) for key in root.list(f"store/triggers/{name}/")]
+    earlier = sorted(triggers, key=lambda trigger: trigger.claimed_at)
     same = next((trigger for trigger in earlier if trigger.digest == current.digest), None)
     if same is not None:
         if again:
@@ -165,23 +160,24 @@ def start_triggered_run(
     However many clients call this at once, they start one run. Raises RunError if KFP cannot be reached; the same call by any client
     then does the rest.
     """
-    name, excluded_states = decision.trigger.run, ENDED_STATES if again else ()
-    existing = client.find_run(name, experiment.name, excluded_states=excluded_states)
-    if existing is not None:
+    name = decision.trigger.run
+    find_run = partial(client.find_run, name, experiment.name, excluded_states=ENDED_STATES if again else ())
+    if existing := find_run():
         return existing
     # Before the claim, so that an unreachable server or a wrong input leaves nothing behind.
     inputs = make_inputs(name)
     for attempt in count():
-        key = _claim_key(experiment.name, decision.trigger.digest, attempt)
+        # A claim without a run is not removed but followed by another, so that only one is valid at a time.
+        suffix = f"-{attempt}" if attempt else ""
+        key = f"store/triggers/{experiment.name}/{decision.trigger.digest}{suffix}.json"
         if _claim_run(root, key, decision.trigger):
             return submit_run(client, root, name, experiment, inputs)
         claim = Trigger.load_file(root, key)
         until = datetime.fromisoformat(claim.claimed_at).timestamp() + CLAIM_SECONDS
-        while existing is None and time.time() <= until:
+        while time.time() <= until:
             time.sleep(WAIT_SECONDS)
-            existing = client.find_run(name, experiment.name, excluded_states=excluded_states)
-        if existing is not None:
-            return existing
+            if existing := find_run():
+                return existing
     raise AssertionError
 
 
@@ -204,12 +200,6 @@ def poll_until_stopped(check_once: Callable[[], None], seconds: float) -> None:
             stopped.wait(seconds)
 
 
-def _list_triggers(root: Store, name: str) -> list[Trigger]:
-    """Lists the runs that were started, the latest last."""
-    triggers = [Trigger.load_file(root, key) for key in root.list(f"store/triggers/{name}/")]
-    return sorted(triggers, key=lambda trigger: trigger.claimed_at)
-
-
 def _snapshot_data(part: DataPart, uri: str) -> DataSnapshot:
     with prefix_errors(f"data.{part}"), open_data(uri, PART_ROLES[part]) as data:
         if isinstance(data, Listing):
@@ -219,8 +209,3 @@ def _snapshot_data(part: DataPart, uri: str) -> DataSnapshot:
         _, dataset = data
         shards = {shard.sha256: shard.samples for shard in dataset.shards}
         return DataSnapshot(digest=dataset.digest, images=dataset.samples, shards=shards)
-
-
-def _claim_key(name: str, whole: str, attempt: int) -> str:
-    """Key of a claim. A claim without a run is not removed but followed by another, so that only one is valid at a time."""
-    return f"store/triggers/{name}/{whole}{f'-{attempt}' if attempt else ''}.json"

@@ -12,10 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ns.core.errors import ConfigError, NsError, prefix_errors
-from pipelines import load_yaml_documents
+from pipelines import dump_yaml_documents, load_yaml_documents
 from pipelines.kfp_client import KfpClient, check_inputs
 
 INPUTS_VARIABLE = "NS_PIPELINE_INPUTS"
@@ -62,7 +60,7 @@ def _fill_defaults(package: str, defaults: Mapping[str, Any], source: str) -> st
     inputs = spec["root"]["inputDefinitions"]["parameters"]
     for name, value in defaults.items():
         inputs[name]["defaultValue"] = value
-    return yaml.dump_all([spec, *rest], Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), width=120)
+    return dump_yaml_documents([spec, *rest])
 
 
 if __name__ == "__main__":

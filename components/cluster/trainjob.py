@@ -14,15 +14,16 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
 from kubernetes.config.config_exception import ConfigException
+from kubernetes.watch.watch import iter_resp_lines
 from urllib3.exceptions import HTTPError
 
 from components import SETTINGS_VARIABLES, SHARED_MEMORY, STAGE_USER
@@ -46,7 +47,6 @@ DEADLINE_SECONDS = 168 * 3600
 RUN_LABEL = "noisy-student/run"
 LABEL_VALUE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 
-T = TypeVar("T")
 Json = dict[str, Any]
 
 
@@ -197,12 +197,12 @@ class ClusterApi:
             ) from error
         return cls(active["context"].get("namespace", "default"))
 
-    def call_with_retry(self, call: Callable[[], T]) -> T:
+    def call_with_retry(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Raises ApiException if the API refuses, RunError if it does not answer for PATIENCE_SECONDS."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
             try:
-                return call()
+                return call(*arguments, **options)
             except (ApiException, HTTPError) as error:
                 if isinstance(error, ApiException) and error.status and error.status < 500 and error.status != 429:
                     raise
@@ -231,24 +231,19 @@ class TrainJob:
         """Creates the job, or adopts the existing one unless that has failed or is being deleted."""
         while True:
             try:
-                self._api.call_with_retry(
-                    lambda: self._api.jobs.create_namespaced_custom_object(*self._resource_path, manifest)
-                )
+                self._api.call_with_retry(self._api.jobs.create_namespaced_custom_object, *self._resource_path, manifest)
                 log.get_logger().info("created", trainjob=self.name, nodes=manifest["spec"]["trainer"]["numNodes"])
                 return
             except ApiException as error:
                 if error.status != 409:
-                    raise _explain_refusal(error, self.name, self._api.namespace) from error
+                    raise self._explain_refusal(error) from error
             existing = self._read_job()
-            if existing is None:
-                continue
-            end = _find_end(existing)
-            if "deletionTimestamp" in existing["metadata"] or (end and not end.succeeded):
-                self.delete_job()
-                continue
-            self._adopt_job(existing, manifest["metadata"]["ownerReferences"])
-            log.get_logger().info("attached", trainjob=self.name)
-            return
+            end = _find_end(existing) if existing else None
+            if existing and "deletionTimestamp" not in existing["metadata"] and (end is None or end.succeeded):
+                self._adopt_job(existing, manifest["metadata"]["ownerReferences"])
+                log.get_logger().info("attached", trainjob=self.name)
+                return
+            self.delete_job()
 
     def follow_job(self) -> None:
         """Shows the first node's log until the job has ended. Raises the error that stopped it."""
@@ -269,28 +264,26 @@ class TrainJob:
     def delete_job(self) -> None:
         """Deletes the job and waits until its nodes are gone."""
         while (job := self._read_job()) is not None:
-            if "deletionTimestamp" not in job["metadata"]:
+            if "deletionTimestamp" in job["metadata"]:
+                time.sleep(POLL_SECONDS)
+            else:
                 try:
                     self._api.call_with_retry(
-                        lambda: self._api.jobs.delete_namespaced_custom_object(
-                            *self._resource_path, self.name, body=client.V1DeleteOptions(propagation_policy="Foreground")
-                        )
+                        self._api.jobs.delete_namespaced_custom_object,
+                        *(*self._resource_path, self.name),
+                        body=client.V1DeleteOptions(propagation_policy="Foreground"),
                     )
                 except ApiException as error:
                     if error.status != 404:
-                        raise _explain_refusal(error, self.name, self._api.namespace) from error
-                continue
-            time.sleep(POLL_SECONDS)
+                        raise self._explain_refusal(error) from error
 
     def _read_job(self) -> Json | None:
         try:
-            return dict(
-                self._api.call_with_retry(lambda: self._api.jobs.get_namespaced_custom_object(*self._resource_path, self.name))
-            )
+            return dict(self._api.call_with_retry(self._api.jobs.get_namespaced_custom_object, *self._resource_path, self.name))
         except ApiException as error:
             if error.status == 404:
                 return None
-            raise _explain_refusal(error, self.name, self._api.namespace) from error
+            raise self._explain_refusal(error) from error
 
     def _adopt_job(self, existing: Json, owners: Sequence[Json]) -> None:
         """Adds owners: the predecessor's pod may be deleted, and an object is deleted when all its owners are gone."""
@@ -298,16 +291,27 @@ class TrainJob:
         missing_owners = [owner for owner in owners if owner["uid"] not in {current["uid"] for current in current_owners}]
         if missing_owners:
             patch = {"metadata": {"ownerReferences": [*current_owners, *missing_owners]}}
-            self._api.call_with_retry(
-                lambda: self._api.jobs.patch_namespaced_custom_object(*self._resource_path, self.name, patch)
+            self._api.call_with_retry(self._api.jobs.patch_namespaced_custom_object, *self._resource_path, self.name, patch)
+
+    def _explain_refusal(self, error: ApiException) -> NsError:
+        message = _parse_object(error.body or "").get("message") or error.reason
+        if error.status == 404:
+            cure = f"the cluster has no TrainJobs ({message}); install Kubeflow Trainer 2.2 or later"
+        elif error.status in (401, 403):
+            cure = (
+                f"not allowed in namespace {self._api.namespace} ({message}); give the service account of the run's pods the role of "
+                "k8s/components/trainer"
             )
+        else:
+            cure = f"the cluster refuses it: {message}"
+        return ConfigError(f"TrainJob {self.name}: {cure}")
 
     def _explain_failure(self, end: JobEnd) -> NsError:
         """The error that a node logged, or the last lines of its log."""
         pod, reason, lines = self._logs.read_failed_node()
         kinds: dict[int, type[NsError]] = {kind.exit_code: kind for kind in NsError.__subclasses__()}
         for line in lines:
-            event = _parse_event(line)
+            event = _parse_object(line)
             if event.get("event") == "failed" and "error" in event:
                 return kinds.get(int(event.get("exit_code", 1)), TrainingError)(str(event["error"]))
         detail = f"; {pod} {reason}" if pod else ""
@@ -317,8 +321,6 @@ class TrainJob:
 
 
 class _NodeLogs:
-    """The logs of a job's nodes."""
-
     def __init__(self, api: ClusterApi, job: str) -> None:
         self._api = api
         self._selector = f"jobset.sigs.k8s.io/jobset-name={job},jobset.sigs.k8s.io/replicatedjob-name={NODE_NAME}"
@@ -335,7 +337,8 @@ class _NodeLogs:
             return False
         newest = max(begun, key=lambda pod: pod.metadata.creation_timestamp)
         had_output = False
-        try:
+        # A log that is silent, cut off or gone: the caller checks the job and calls again.
+        with suppress(ApiException, HTTPError):
             for line in self._stream_log(newest.metadata.name, follow=newest.status.phase == "Running"):
                 at, _, text = line.partition(" ")
                 # A log that is opened again repeats lines that were read before.
@@ -343,8 +346,6 @@ class _NodeLogs:
                     self._last, self._seen, had_output = at, time.time(), True
                     self._lines.append(text)
                     sys.stderr.write(text + "\n")
-        except (ApiException, HTTPError):
-            pass  # silent, cut off, or gone; the caller checks the job and calls again
         return had_output
 
     def read_failed_node(self) -> tuple[str, str, list[str]]:
@@ -361,16 +362,14 @@ class _NodeLogs:
         reason = "ran out of memory" if ended.reason == "OOMKilled" else f"ended with exit code {ended.exit_code}"
         try:
             text = self._api.call_with_retry(
-                lambda: self._api.core.read_namespaced_pod_log(name, self._api.namespace, container=NODE_NAME, tail_lines=200)
+                self._api.core.read_namespaced_pod_log, name, self._api.namespace, container=NODE_NAME, tail_lines=200
             )
         except ApiException:
             return name, reason, list(self._lines)
         return name, reason, text.splitlines()
 
     def _list_pods(self) -> list[Any]:
-        pods = self._api.call_with_retry(
-            lambda: self._api.core.list_namespaced_pod(self._api.namespace, label_selector=self._selector)
-        )
+        pods = self._api.call_with_retry(self._api.core.list_namespaced_pod, self._api.namespace, label_selector=self._selector)
         return list(pods.items)
 
     def _stream_log(self, pod: str, *, follow: bool) -> Iterator[str]:
@@ -385,15 +384,8 @@ class _NodeLogs:
             _request_timeout=(10, QUIET_SECONDS),
             **since,
         )
-        rest = b""
-        try:
-            for chunk in response.stream(decode_content=False):
-                *lines, rest = (rest + chunk).split(b"\n")
-                yield from (line.decode(errors="replace") for line in lines)
-            if rest:
-                yield rest.decode(errors="replace")
-        finally:
-            response.close()
+        with closing(response):
+            yield from iter_resp_lines(response)
 
 
 def _find_end(job: Json) -> JobEnd | None:
@@ -403,34 +395,17 @@ def _find_end(job: Json) -> JobEnd | None:
     return None
 
 
-def _parse_event(line: str) -> Json:
+def _parse_object(text: str | bytes) -> Json:
+    """Parses a JSON object; empty if the text is none."""
     try:
-        event = json.loads(line)
+        value = json.loads(text)
     except ValueError:
         return {}
-    return event if isinstance(event, dict) else {}
-
-
-def _explain_refusal(error: ApiException, name: str, namespace: str) -> NsError:
-    """The API's refusal with its cure."""
-    try:
-        message = json.loads(error.body or "{}").get("message") or error.reason
-    except ValueError:
-        message = error.reason
-    if error.status == 404:
-        return ConfigError(f"TrainJob {name}: the cluster has no TrainJobs ({message}); install Kubeflow Trainer 2.2 or later")
-    if error.status in (401, 403):
-        return ConfigError(
-            f"TrainJob {name}: not allowed in namespace {namespace} ({message}); give the service account of the run's pods the role of "
-            "k8s/components/trainer"
-        )
-    return ConfigError(f"TrainJob {name}: the cluster refuses it: {message}")
+    return value if isinstance(value, dict) else {}
 
 
 @contextmanager
 def _interrupt_on_sigterm() -> Iterator[None]:
-    """Raises Interrupted on SIGTERM."""
-
     def handle_sigterm(_number: int, _frame: FrameType | None) -> None:
         # A second signal must not interrupt the deletion of the nodes.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

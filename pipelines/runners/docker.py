@@ -32,8 +32,7 @@ from pipelines.runners.local import (
     LogWriter,
     StageError,
     describe_stage,
-    init_runner,
-    load_pipeline,
+    run_pipeline,
     run_redirected,
     tail_events,
 )
@@ -41,8 +40,6 @@ from pipelines.runners.local import (
 CONTAINER_LABEL = "noisy-student"
 FORWARDED_VARIABLES = ("AWS_", "NS_S3_", "NS_GIT_", "OMP_")
 """Prefixes of the client's variables that are passed to stages: store, login of the label registry, number of threads."""
-LOG_TAIL_LINES = 200
-"""Lines of a stage's log that are kept for the message if it fails."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,6 @@ class ContainerOptions:
     """This version's, as built by `make images`, if not given."""
     memory: str | None = None
     """For example `4g`; no limit if not given."""
-    shm: str = "1g"
     gpus: int = 0
     """-1 for all."""
     stage_seconds: float | None = None
@@ -83,26 +79,10 @@ def run_in_containers(
         except DockerException as error:
             raise ConfigError(f"no container engine answers ({error}); start Docker or Podman, or set DOCKER_HOST") from error
         with contextlib.closing(engine), tail_events(engine.events, engine.on_event):
-            run_redirected(
-                lambda: engine.run_pipeline(config_uri),
-                log,
-                stop_stages=engine.stop_stages,
-                explain_failure=engine.explain_failure,
-            )
-
-
-@dataclass
-class _StageFailure:
-    """A stage whose container failed."""
-
-    stage: StageEvent
-    reason: str
-    last_lines: str
+            run_redirected(lambda: engine.run_stages(config_uri), log, engine)
 
 
 class _ContainerEngine:
-    """The containers of one run."""
-
     def __init__(
         self,
         container: ContainerOptions,
@@ -118,20 +98,24 @@ class _ContainerEngine:
         self._container = container
         self._root, self._run = root, run
         self._scratch = scratch
+        self._labels = {CONTAINER_LABEL: f"{root.uri}/{run}", f"{CONTAINER_LABEL}.scratch": str(scratch)}
         self._on_event = on_event
         self._stopping = threading.Event()
         self._running: dict[str, Any] = {}
-        self._failure_events: list[StageEvent] = []
-        self._failures: list[_StageFailure] = []
+        self._reported: list[StageError] = []
+        """Failures that stages reported."""
+        self._failures: list[RunError] = []
+        """Failures of containers."""
         self._image = self._find_image(container.image or WORKER_IMAGE)
         self._timeouts = _read_timeouts()
         self._offline = is_offline(root, experiment)
-        self._user = self._hand_over()
+        self._user = self._choose_user()
         self._volumes = self._list_mounts(experiment)
         self.events = scratch / "events.jsonl"
         self.events.touch()
-        self._give_to_user(scratch)
-        self._give_to_user(self.events)
+        if os.getuid() == 0:
+            for path in (scratch, self.events):
+                os.chown(path, self._user, self._user)
         self._remove_orphans()
 
     def close(self) -> None:
@@ -139,26 +123,25 @@ class _ContainerEngine:
 
     def on_event(self, event: StageEvent) -> None:
         if event["event"] == "failed":
-            self._failure_events.append(event)
+            self._reported.append(StageError(event))
         self._on_event(event)
 
-    def run_pipeline(self, config_uri: str) -> None:
+    def run_stages(self, config_uri: str) -> None:
         from kfp import local
         from kfp.local import docker_task_handler
 
         docker_task_handler.run_docker_container = self.run_stage
-        pipeline = load_pipeline()
-        init_runner(local.DockerRunner(), self._scratch)
-        pipeline(config_uri=config_uri, root=self._root.uri, run=self._run)
+        arguments = {"config_uri": config_uri, "root": self._root.uri, "run": self._run}
+        run_pipeline(local.DockerRunner(), self._scratch, arguments)
 
     def run_stage(self, *, command: list[str], **_options: Any) -> int:
         """Runs a stage in a container and returns its exit code. Replaces kfp.local's function (see the module's text)."""
         stage = _parse_stage(command)
         seconds = self._container.stage_seconds or self._timeouts.get(stage["stage"])
         container = self._client.containers.create(
-            self._image, command, volumes=self._volumes, labels=self._container_labels, **self._container_options()
+            self._image, command, volumes=self._volumes, labels=self._labels, **self._container_options()
         )
-        lines: deque[str] = deque(maxlen=LOG_TAIL_LINES)
+        lines: deque[str] = deque(maxlen=200)
         timed_out = threading.Event()
 
         def kill_container() -> None:
@@ -181,7 +164,8 @@ class _ContainerEngine:
             if code:
                 container.reload()
                 reason = self._failure_reason(code, timed_out.is_set(), container.attrs["State"], seconds)
-                self._failures.append(_StageFailure(stage, reason, format_last_lines(lines)))
+                message = f"{describe_stage(stage)}: {reason}; the same command continues{format_last_lines(lines)}"
+                self._failures.append(RunError(message))
             return code
         finally:
             if timer:
@@ -190,10 +174,8 @@ class _ContainerEngine:
             container.remove(force=True)
 
     def stop_stages(self) -> None:
-        """Stops the running stages and waits for them: training writes a checkpoint first."""
         self._stopping.set()
-        running = list(self._running.values())
-        for container in running:
+        for container in list(self._running.values()):
             with contextlib.suppress(Exception):
                 # Process 1 is KFP's shell, which ignores the signal; the stage is its child.
                 container.exec_run(["sh", "-c", "kill -TERM -1"], detach=True)
@@ -205,16 +187,10 @@ class _ContainerEngine:
                 container.kill()
 
     def explain_failure(self, output: LogWriter, error: Exception) -> NsError:
-        """The error of a failed run: the stage, its reason and the last lines of its log."""
         if isinstance(error, NsError):
             return error
-        if self._failure_events:
-            event = self._failure_events[0]
-            return StageError(f"{describe_stage(event)}: {event['error']}", int(event.get("exit_code", 1)))
-        if self._failures:
-            failed = self._failures[0]
-            return RunError(f"{describe_stage(failed.stage)}: {failed.reason}; the same command continues{failed.last_lines}")
-        return RunError(output.find_last_message() or f"{type(error).__name__}: {error}")
+        last = RunError(output.find_last_message() or f"{type(error).__name__}: {error}")
+        return [*self._reported, *self._failures, last][0]
 
     def _failure_reason(self, code: int, timed_out: bool, state: dict[str, Any], seconds: float | None) -> str:
         if timed_out:
@@ -241,7 +217,7 @@ class _ContainerEngine:
             "user": f"{self._user}:{self._user}",
             "read_only": True,
             "tmpfs": {"/tmp": "mode=1777"},
-            "shm_size": container.shm,
+            "shm_size": "1g",
             "cap_drop": ["ALL"],
             "security_opt": ["no-new-privileges"],
             # An S3 server has to be reached; folders are mounted.
@@ -252,13 +228,9 @@ class _ContainerEngine:
             "device_requests": [DeviceRequest(count=container.gpus, capabilities=[["gpu"]])] if container.gpus else None,
         }
 
-    @property
-    def _container_labels(self) -> dict[str, str]:
-        return {CONTAINER_LABEL: f"{self._root.uri}/{self._run}", f"{CONTAINER_LABEL}.scratch": str(self._scratch)}
-
     def _remove_orphans(self) -> None:
         """Removes the containers of a client that was killed. This client holds the run's lock, so no other client uses them."""
-        label = f"{CONTAINER_LABEL}={self._container_labels[CONTAINER_LABEL]}"
+        label = f"{CONTAINER_LABEL}={self._labels[CONTAINER_LABEL]}"
         for container in self._client.containers.list(all=True, filters={"label": label}):
             scratch = container.labels.get(f"{CONTAINER_LABEL}.scratch", "")
             container.remove(force=True)
@@ -274,7 +246,7 @@ class _ContainerEngine:
             writable.append(str(self._root.root))
         return volumes | {path: {"bind": path, "mode": "rw"} for path in writable}
 
-    def _hand_over(self) -> int:
+    def _choose_user(self) -> int:
         """Returns the user that stages run as: the caller, but never root. Root hands its folders over to the images' user."""
         if os.getuid() != 0:
             return os.getuid()
@@ -285,10 +257,6 @@ class _ContainerEngine:
                     os.chown(path, owner, owner, follow_symlinks=False)
             return owner
         return STAGE_USER
-
-    def _give_to_user(self, path: Path) -> None:
-        if os.getuid() == 0:
-            os.chown(path, self._user, self._user)
 
 
 def is_offline(root: Store, experiment: Experiment) -> bool:
@@ -310,9 +278,9 @@ def _parse_stage(command: list[str]) -> StageEvent:
 
 
 def _read_timeouts() -> dict[str, float]:
-    """Reads the time limit of each stage in seconds from the compiled pipeline."""
+    """Stage → its time limit in seconds, from the compiled pipeline."""
     *_, platform = load_yaml_documents(PACKAGE.read_text())
-    executors = platform.get("platforms", {}).get("kubernetes", {}).get("deploymentSpec", {}).get("executors", {})
+    executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     return {
         label.removeprefix("exec-").rstrip("-0123456789"): float(executor["activeDeadlineSeconds"])
         for label, executor in executors.items()

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from ns.core.errors import Interrupted, NsError, RunError
 from ns.core.log import EVENTS_VARIABLE, StageEvent
@@ -34,9 +34,9 @@ ERROR_CLASS = re.compile(r"^ns\.core\.errors\.\w+: ")
 class StageError(NsError):
     """A stage failed; carries the exit code of the stage."""
 
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
+    def __init__(self, failed: StageEvent) -> None:
+        super().__init__(f"{describe_stage(failed)}: {failed['error']}")
+        self.exit_code = int(failed.get("exit_code", 1))
 
 
 def run_locally(
@@ -60,56 +60,56 @@ def run_locally(
         events.touch()
         variables = {EVENTS_VARIABLE: str(events), CLIENT_VARIABLE: str(os.getpid()), **_make_temp_variables(scratch)}
         arguments = {"config_uri": config_uri, "root": root, "run": run, **inputs}
+
+        def run_stages() -> None:
+            from kfp import local
+
+            run_pipeline(local.SubprocessRunner(use_venv=False), Path(scratch) / "kfp", arguments, package)
+
         with _set_environment(variables), tail_events(events, watcher):
-            run_redirected(
-                lambda: _run_pipeline(package, Path(scratch) / "kfp", arguments),
-                log,
-                stop_stages=watcher.stop_stages,
-                explain_failure=watcher.explain_failure,
-            )
+            run_redirected(run_stages, log, watcher)
 
 
-def run_redirected(
-    work: Callable[[], None],
-    log: Path | None,
-    *,
-    stop_stages: Callable[[], None],
-    explain_failure: Callable[["LogWriter", Exception], NsError],
-) -> None:
+class StageRunner(Protocol):
+    """What runs the stages."""
+
+    def stop_stages(self) -> None:
+        """Stops the running stages and waits for them: training writes a checkpoint first."""
+
+    def explain_failure(self, output: "LogWriter", error: Exception) -> NsError:
+        """The error of a failed run: the stage and its reason."""
+
+
+def run_redirected(work: Callable[[], None], log: Path | None, runner: StageRunner) -> None:
     """Does the work with KFP's output in the file `log`.
 
-    After SIGINT or SIGTERM calls `stop_stages` and raises Interrupted. Raises what `explain_failure` makes of any other error.
+    After SIGINT or SIGTERM stops the stages and raises Interrupted. Raises what the runner makes of any other error.
     """
     output = LogWriter(log)
     try:
         # KFP prints and logs to the current stdout, and the terminal is ours.
-        with _stop_on_signal(stop_stages), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        with _stop_on_signal(runner.stop_stages), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             work()
     except KeyboardInterrupt:
         raise Interrupted("interrupted; the same command continues") from None
     except Exception as error:
         time.sleep(2 * POLL_SECONDS)  # the last events are on their way
-        raise explain_failure(output, error) from error
+        raise runner.explain_failure(output, error) from error
     finally:
         output.close()
 
 
-def _run_pipeline(package: Path, pipeline_root: Path, arguments: dict[str, Any]) -> None:
+def run_pipeline(runner: Any, folder: Path, arguments: dict[str, Any], package: Path = PACKAGE) -> None:
+    """Runs a compiled pipeline with a runner of KFP, which keeps its files in `folder`."""
     from kfp import local
 
-    pipeline = load_pipeline(package)
-    init_runner(local.SubprocessRunner(use_venv=False), pipeline_root)
+    pipeline = _load_pipeline(package)
+    # KFP never removes a workspace that it creates itself.
+    local.init(runner, pipeline_root=str(folder), workspace_root=str(folder / "workspace"), raise_on_error=True)
     pipeline(**arguments)
 
 
-def init_runner(runner: Any, folder: Path) -> None:
-    """Has KFP run stages by `runner` and keep its files in `folder`: it never removes a workspace that it creates itself."""
-    from kfp import local
-
-    local.init(runner, pipeline_root=str(folder), workspace_root=str(folder / "workspace"), raise_on_error=True)
-
-
-def load_pipeline(package: Path = PACKAGE) -> Any:
+def _load_pipeline(package: Path) -> Any:
     """Loads a compiled pipeline without its retries: here a person waits, who can repeat the command."""
     # Imported here, since it costs half a second, and called inside the redirection, since importing kfp prints warnings.
     from google.protobuf import json_format
@@ -149,7 +149,6 @@ class _EventWatcher:
         self._on_event(event)
 
     def stop_stages(self) -> None:
-        """Stops the running stages and waits for them: training writes a checkpoint first."""
         for pid in list(self._active):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
@@ -158,12 +157,10 @@ class _EventWatcher:
             time.sleep(POLL_SECONDS)
 
     def explain_failure(self, output: "LogWriter", error: Exception) -> NsError:
-        """The error of a failed run: the stage and its reason in one line."""
         if self._failed is not None:
-            event = self._failed
-            if event.get("exit_code") == Interrupted.exit_code:
-                return Interrupted(str(event["error"]))
-            return StageError(f"{describe_stage(event)}: {event['error']}", int(event.get("exit_code", 1)))
+            if self._failed.get("exit_code") == Interrupted.exit_code:
+                return Interrupted(str(self._failed["error"]))
+            return StageError(self._failed)
         died = [describe_stage(event) for pid, event in self._active.items() if not _is_alive(pid)]
         last = output.find_last_message() or f"{type(error).__name__}: {error}"
         if died:
@@ -176,14 +173,11 @@ class _EventWatcher:
 def describe_stage(event: StageEvent) -> str:
     """Names a stage for people: `generation 1: train`, `teacher: train`, `report`."""
     generation = event.get("generation", 0)
-    prefix = f"generation {generation}" if generation else "teacher"
-    shards = f" {event['shards']}" if event.get("shards") else ""
     stage = str(event.get("stage", "")).replace("-", " ")
-    return (
-        f"{stage}{shards}"
-        if stage in ("start run", "start generation", "prepare data", "report")
-        else f"{prefix}: {stage}{shards}"
-    )
+    if stage in ("start run", "start generation", "prepare data", "report"):
+        return stage
+    shards = f" {event['shards']}" if event.get("shards") else ""
+    return f"{f'generation {generation}' if generation else 'teacher'}: {stage}{shards}"
 
 
 def _is_alive(pid: int) -> bool:

@@ -135,7 +135,7 @@ def test_wait_for_run_reports_each_state_of_a_stage_once(server, kfp):
     ]
     kfp.before = lambda request: script.pop(0)() if request.startswith("GET /runs/") else None
     told = []
-    ended = server.wait_for_run(run.run_id, told.append, stages=stage_names(make_package()), poll=0.001)
+    ended = server.wait_for_run(run.run_id, told.append, stages=stage_names(make_package()))
     assert [(task.name, task.state) for task in told] == [
         ("train", "RUNNING"),
         ("train", "SUCCEEDED"),
@@ -156,7 +156,7 @@ def test_wait_for_run_survives_a_short_outage(server, kfp):
         kfp.end(run.run_id, "SUCCEEDED")
 
     kfp.before = before
-    assert server.wait_for_run(run.run_id, print, stages=(), poll=0.001).state == "SUCCEEDED"
+    assert server.wait_for_run(run.run_id, print, stages=()).state == "SUCCEEDED"
 
 
 def test_wait_for_run_gives_up_after_a_long_outage(server, kfp, monkeypatch):
@@ -164,7 +164,7 @@ def test_wait_for_run_gives_up_after_a_long_outage(server, kfp, monkeypatch):
     kfp.close()
     monkeypatch.setattr(kfp_client, "PATIENCE_SECONDS", 0.01)
     with pytest.raises(KfpUnreachableError, match=f"cannot be reached.*the run continues: {run.url}"):
-        server.wait_for_run(run.run_id, print, stages=(), poll=0.02)
+        server.wait_for_run(run.run_id, print, stages=())
 
 
 def test_wait_for_run_interrupted_leaves_the_run(server, kfp, monkeypatch):

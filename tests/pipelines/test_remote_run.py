@@ -47,7 +47,7 @@ def record(root) -> RunRecord:
 
 def follow(started, root, events=None):
     server, submitted = started
-    remote_run.follow_run(server, submitted, root, NAME, (events if events is not None else []).append, poll=0.001)
+    remote_run.follow_run(server, submitted, root, NAME, (events if events is not None else []).append)
 
 
 @pytest.mark.integration
@@ -292,9 +292,8 @@ def test_run_on_kfp_continues_without_its_client(kfp, on_s3, number):
 
 
 @pytest.mark.integration
-def test_run_on_kfp_that_fails_prints_stage_and_reason(capsys, kfp, on_s3, monkeypatch):
+def test_run_on_kfp_that_fails_prints_stage_and_reason(capsys, kfp, on_s3):
     command, store = on_s3
-    monkeypatch.setattr(remote_run, "POLL_SECONDS", 0.01)
 
     def play():
         while not kfp.all("runs"):
