@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,16 +13,14 @@ from ns.core.errors import DataError
 from ns.storage import read_uri
 from ns.storage.parquet import read_table
 
-VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
-"""ReaL's own file is a list indexed by the number in the names of ImageNet's validation images."""
+VALIDATION_NAME = re.compile(r"ILSVRC2012_val_\d{8}")
 
 
 class MultiLabels:
-    """Maps an image to its right classes."""
+    """The right classes of images, by key."""
 
-    def __init__(self, by_key: Mapping[str, frozenset[int]], by_number: Sequence[frozenset[int]] = ()) -> None:
+    def __init__(self, by_key: Mapping[str, frozenset[int]]) -> None:
         self._by_key = by_key
-        self._by_number = by_number
 
     @classmethod
     def load(cls, uri: str, classes: tuple[str, ...]) -> "MultiLabels":
@@ -31,7 +29,6 @@ class MultiLabels:
         A class is an index or a name; a key is that of the dataset or its last part. Raises DataError for any other content.
         """
         data = read_uri(uri)
-        index = {name: number for number, name in enumerate(classes)}
         if data.startswith(b"PAR1"):
             try:
                 table = read_table(data, columns=["key", "labels"])
@@ -44,27 +41,21 @@ class MultiLabels:
             except ValueError as error:
                 raise DataError(f"{uri}: neither Parquet nor JSON ({error})") from error
         if isinstance(document, list):
-            return cls({}, [_parse_class_ids(uri, str(number), labels, index) for number, labels in enumerate(document)])
-        if isinstance(document, dict):
-            return cls({key: _parse_class_ids(uri, key, labels, index) for key, labels in document.items()})
-        raise DataError(f"{uri}: must be a JSON object, or a list as ReaL's, got {type(document).__name__}")
-
-    def find_class_ids(self, key: str) -> frozenset[int]:
-        """The right classes of an image; empty if it has none or is unknown."""
-        name = key.rpartition("/")[2]
-        for candidate in (key, name):
-            if candidate in self._by_key:
-                return self._by_key[candidate]
-        match = VALIDATION_NAME.search(name)
-        if match and 1 <= int(match[1]) <= len(self._by_number):
-            return self._by_number[int(match[1]) - 1]
-        return frozenset()
+            # As ReaL's own file: in the order of the numbers in the names of ImageNet's validation images.
+            document = {f"ILSVRC2012_val_{number:08d}": labels for number, labels in enumerate(document, 1)}
+        if not isinstance(document, dict):
+            raise DataError(f"{uri}: must be a JSON object, or a list as ReaL's, got {type(document).__name__}")
+        index = {name: number for number, name in enumerate(classes)}
+        return cls({key: _parse_class_ids(uri, key, labels, index) for key, labels in document.items()})
 
     def score_predictions(self, keys: Iterable[str], predicted: npt.NDArray[np.integer[Any]]) -> tuple[float, int]:
         """The share of right answers among the images that have a right class, and the number of these images."""
         right = images = 0
         for key, answer in zip(keys, predicted.tolist(), strict=True):
-            class_ids = self.find_class_ids(key)
+            name = key.rpartition("/")[2]
+            number = VALIDATION_NAME.search(name)
+            candidates = (key, name, number[0]) if number else (key, name)
+            class_ids = next((self._by_key[candidate] for candidate in candidates if candidate in self._by_key), frozenset())
             images += bool(class_ids)
             right += answer in class_ids
         return (right / images if images else 0.0), images

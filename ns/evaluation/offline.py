@@ -1,31 +1,16 @@
-"""Evaluates any model on any dataset of its classes, outside of a run.
+"""Evaluates any model on any dataset of its classes, outside of a run; `ns.evaluation.measure` says what is kept."""
 
-OUT/MODEL-DATASET/…     evaluation.json, robustness.json, and the predictions that they were counted from
-OUT/corrupted/          corrupted images, for the next model
-"""
-
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ns.config.schema import EvaluationConfig
-from ns.core.digest import (
-    DISTORTION_SOURCES,
-    EVALUATION_SOURCES,
-    ROBUSTNESS_SOURCES,
-    digest_code,
-    digest_json,
-    sha256_bytes,
-    shorten_digest,
-)
 from ns.core.errors import DataError
 from ns.data.dataset import Dataset
-from ns.evaluation.accuracy import evaluate_accuracy
-from ns.evaluation.multi_label import MultiLabels
+from ns.data.prepared import PreparedDataset
+from ns.evaluation.measure import ClassChoice, ModelMeasurer
 from ns.evaluation.result import Evaluation, Robustness
-from ns.evaluation.robustness import suite
-from ns.evaluation.robustness.published import PublishedKind, digest_listing, measure_published_set
-from ns.modeling.manifest import ModelManifest
-from ns.modeling.predictor import Predictor
-from ns.storage import Store, open_store, read_uri
+from ns.evaluation.robustness.published import PublishedKind
+from ns.evaluation.robustness.suite import build_subsample
+from ns.storage import open_store, parent_key
 
 
 class OfflineEvaluation(NamedTuple):
@@ -34,7 +19,7 @@ class OfflineEvaluation(NamedTuple):
     robustness: Robustness | None
     """None if only clean accuracy was measured."""
     uri: str
-    """Folder that holds both."""
+    """Folder of `robustness.json`; of `evaluation.json` if only clean accuracy was measured."""
 
 
 def evaluate_dataset(
@@ -52,44 +37,22 @@ def evaluate_dataset(
     `classes`: the class names that answers are chosen from; `("own",)` for those of the dataset. Raises DataError if there is no
     dataset, or its classes are not the model's.
     """
-    data_store, model_store = open_store(dataset_uri), open_store(model_uri)
+    data_store, root = open_store(dataset_uri), open_store(out_uri)
     if not data_store.exists(Dataset.filename):
         raise DataError(
             f"{data_store.uri}: no {Dataset.filename} here; import the images first: ns data import SOURCE {dataset_uri} --role evaluation"
         )
-    data, manifest = Dataset.load(data_store), ModelManifest.load(model_store)
-    scored = data.classes if classes == ("own",) else classes
-    images = {"dataset": data.digest, "images": config.images, "seed": config.seed}
-    out_store, results_store = open_store(out_uri), _open_results(out_uri, manifest, data.digest)
-    inputs = {
-        "code": digest_code(*EVALUATION_SOURCES),
-        "model": manifest.digest,
-        "scored_classes": scored,
-        "multi_labels": sha256_bytes(read_uri(multi_label_uri)) if multi_label_uri else None,
-        **images,
-    }
-    accuracy_store = results_store.at(_digest_inputs(inputs))
-    num_images = min(data.samples, config.images or data.samples)
-    if not accuracy_store.exists(Evaluation.filename):
-        predictor = Predictor(model_store, batch=batch, images=num_images, scored_classes=scored)
-        multi_labels = MultiLabels.load(multi_label_uri, manifest.classes) if multi_label_uri else None
-        subsample = suite.build_subsample(config)
-        evaluate_accuracy(predictor, data_store, data, accuracy_store, subsample=subsample, multi_labels=multi_labels)
-    evaluation = Evaluation.load(accuracy_store)
-    if not config.needs_robustness:
-        return OfflineEvaluation(evaluation, None, results_store.uri)
-    predictions_store = results_store.at(
-        _digest_inputs({"code": digest_code(*ROBUSTNESS_SOURCES), "scored_classes": scored, **images})
+    source = PreparedDataset(uri=data_store.uri, digest=Dataset.load(data_store).digest)
+    measurer = ModelMeasurer(root, open_store(model_uri).uri, batch)
+    choice: ClassChoice = "own" if classes == ("own",) else classes or "all"
+    accuracy = measurer.measure_accuracy(
+        source, classes=choice, multi_label_uri=multi_label_uri, subsample=build_subsample(config)
     )
-    target = predictions_store.at(_digest_inputs(suite.measurement_inputs(config)))
-    if not target.exists(Robustness.filename):
-        passes = suite.count_passes(config) * num_images
-        predictor = Predictor(model_store, batch=batch, images=passes, scored_classes=scored)
-        distorted_store = out_store.at(f"corrupted/{_digest_inputs({'code': digest_code(*DISTORTION_SOURCES), **images})}")
-        suite.RobustnessSuite(
-            predictor, data_store, data, config, predictions_store.at("units"), distorted_store if config.keep_gib else None
-        ).run_suite(target)
-    return OfflineEvaluation(evaluation, Robustness.load(target), results_store.uri)
+    evaluation = Evaluation.load_file(root, accuracy.key)
+    if not config.needs_robustness:
+        return OfflineEvaluation(evaluation, None, root.at(parent_key(accuracy.key)).uri)
+    key = measurer.measure_robustness(source, config, classes=choice).key
+    return OfflineEvaluation(evaluation, Robustness.load_file(root, key), root.at(parent_key(key)).uri)
 
 
 def evaluate_published(
@@ -99,24 +62,7 @@ def evaluate_published(
 
     Raises what `measure_published_set` raises.
     """
-    set_store, model_store = open_store(set_uri), open_store(model_uri)
-    set_digest = digest_listing(set_store)
-    results_store = _open_results(out_uri, ModelManifest.load(model_store), set_digest)
-    predictions_store = results_store.at(
-        _digest_inputs({"code": digest_code(*ROBUSTNESS_SOURCES), "images": config.images, "seed": config.seed})
-    )
-    full_config = config.model_copy(update={"suites": ("corruptions", "perturbations")})
-    target = predictions_store.at(_digest_inputs(suite.measurement_inputs(full_config)))
-    if not target.exists(Robustness.filename):
-        predictor = Predictor(model_store, batch=batch)
-        name = set_store.uri.rstrip("/").rpartition("/")[2]
-        measure_published_set(predictor, set_store, kind, name, set_digest, config, predictions_store.at("units"), target)
-    return OfflineEvaluation(None, Robustness.load(target), results_store.uri)
-
-
-def _open_results(out_uri: str, manifest: ModelManifest, dataset: str) -> Store:
-    return open_store(out_uri).at(f"{shorten_digest(manifest.digest)}-{shorten_digest(dataset)}")
-
-
-def _digest_inputs(inputs: dict[str, Any]) -> str:
-    return shorten_digest(digest_json(inputs))
+    root, set_store = open_store(out_uri), open_store(set_uri)
+    name = set_store.uri.rstrip("/").rpartition("/")[2]
+    key = ModelMeasurer(root, open_store(model_uri).uri, batch).measure_published(set_store.uri, kind, name, config).key
+    return OfflineEvaluation(None, Robustness.load_file(root, key), root.at(parent_key(key)).uri)

@@ -116,9 +116,7 @@ def _collect_robustness(context: StageContext, data: str, teacher: str, student:
     if not context.experiment.gate.required_suites:
         return None
     prepared = PreparedData.load_file(context.root, data)
-    teacher_key, student_key = (
-        measure_gate_robustness(context, prepared, model)[0].outputs["robustness"] for model in (teacher, student)
-    )
+    teacher_key, student_key = (measure_gate_robustness(context, prepared, model).key for model in (teacher, student))
     return Robustness.load_file(context.root, teacher_key), Robustness.load_file(context.root, student_key)
 
 
