@@ -64,8 +64,7 @@ def draw_accuracy(generations: Sequence[int], top1: Sequence[float], images: int
         for x, value in enumerate(values):
             axes.annotate(f"{value:.1f}", (x, value), xytext=(7, -11), textcoords="offset points", color=INK)
         axes.set_xticks(range(len(values)), ["teacher" if g == 0 else f"student {g}" for g in generations])
-        axes.set_xlim(-0.4, len(values) - 0.4)
-        axes.set_ylabel("held-out top-1, %")
+        axes.set(xlim=(-0.4, len(values) - 0.4), ylabel="held-out top-1, %")
 
     shown = ", ".join(f"{value:.1%}" for value in top1)
     return _render_svg("accuracy", f"Held-out top-1 accuracy by generation: {shown}", draw_axes)
@@ -100,9 +99,7 @@ def draw_confidence(name: str, counts: npt.NDArray[np.uint64], threshold: float)
             textcoords="offset points",
             color=SERIES[1],
         )
-        axes.set_xlim(0, 1)
-        axes.set_xlabel("confidence of the teacher")
-        axes.set_ylabel("images")
+        axes.set(xlim=(0, 1), xlabel="confidence of the teacher", ylabel="images")
 
     return _render_svg(f"confidence-{name}", f"Histogram of confidence, threshold {threshold:g}", draw_axes)
 
@@ -114,8 +111,7 @@ def draw_class_balance(name: str, class_names: Sequence[str], candidates: Sequen
         order = np.argsort(-np.asarray(candidates), kind="stable")
         axes.stairs(np.asarray(candidates)[order], fill=True, color=FAINT, label="above the threshold")
         axes.stairs(np.asarray(images)[order], color=SERIES[0], linewidth=1.4, label="after balancing")
-        axes.set_xlabel("classes, largest first")
-        axes.set_ylabel("images")
+        axes.set(xlabel="classes, largest first", ylabel="images")
         _add_legend_above(axes)
 
     def draw_class_bars(axes: Axes) -> None:
@@ -141,10 +137,9 @@ def draw_bars(name: str, about: str, kinds: Sequence[str], series: Mapping[str, 
             centers = positions + (number - (len(series) - 1) / 2) * thick
             axes.barh(centers, [100 * value for value in values], thick, color=color, label=label)
         axes.set_yticks(positions, kinds)
-        axes.set_ylim(len(kinds) - 0.5, -0.5)
+        axes.set(ylim=(len(kinds) - 0.5, -0.5), xlabel=f"{about}, %")
         axes.grid(visible=False, axis="y")
         axes.grid(visible=True, axis="x")
-        axes.set_xlabel(f"{about}, %")
         _add_legend_above(axes, columns=3)
 
     description = "; ".join(
@@ -161,8 +156,7 @@ def draw_attacks(name: str, series: Mapping[str, Sequence[tuple[float, float]]])
     def draw_axes(axes: Axes) -> None:
         _plot_lines(axes, {label: [(epsilon, 100 * share) for epsilon, share in points] for label, points in series.items()})
         axes.set_ylim(bottom=0)
-        axes.set_xlabel("FGSM, largest change ε of 255")
-        axes.set_ylabel("top-1, %")
+        axes.set(xlabel="FGSM, largest change ε of 255", ylabel="top-1, %")
 
     description = "; ".join(
         f"{label} {', '.join(f'{share:.1%} at {e:g}' for e, share in points)}" for label, points in series.items()
@@ -180,10 +174,7 @@ def draw_reliability(series: Mapping[str, Calibration]) -> Markup:
             for label, calibration in series.items()
         }
         _plot_lines(axes, lines)
-        axes.set_xlim(0, 1)
-        axes.set_ylim(0, 1)
-        axes.set_xlabel("confidence")
-        axes.set_ylabel("accuracy")
+        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
 
     description = ", ".join(f"{label} {calibration.ece:.1%}" for label, calibration in series.items())
     return _render_svg("reliability", f"Reliability diagram; expected calibration error: {description}", draw_axes)
@@ -196,9 +187,7 @@ def draw_confidence_shift(before: Sequence[int], after: Sequence[int]) -> Markup
         edges = np.linspace(0, 1, len(before) + 1)
         axes.stairs(before, edges, fill=True, color=FAINT, label="before")
         axes.stairs(after, edges, color=SERIES[0], linewidth=1.6, label="after")
-        axes.set_xlim(0, 1)
-        axes.set_xlabel("confidence of the teacher")
-        axes.set_ylabel("images")
+        axes.set(xlim=(0, 1), xlabel="confidence of the teacher", ylabel="images")
         _add_legend_above(axes)
 
     return _render_svg("shift", "Histograms of confidence before and after", draw_axes)
@@ -210,8 +199,7 @@ def draw_training_curves(name: str, history: Sequence[dict[str, float]], series:
     def draw_axes(axes: Axes) -> None:
         lines = {label: [(point["step"], point[key]) for point in history if key in point] for key, label in series.items()}
         _plot_lines(axes, lines, markers=("",))
-        axes.set_xlabel("step")
-        axes.set_ylabel(unit)
+        axes.set(xlabel="step", ylabel=unit)
 
     return _render_svg(f"curves-{name}", f"Training curves: {', '.join(series.values())}", draw_axes)
 

@@ -2,17 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ns.core.digest import shorten_digest
 from ns.core.errors import RunError
-from ns.evaluation.gate import AccuracyGain, paired_gain
+from ns.evaluation.gate import paired_gain
 from ns.evaluation.robustness.scores import score_robustness
 from ns.reporting import charts
-from ns.reporting.context import ReportContext, TrainedModel, gather_context
-from ns.reporting.disagreement import ModelAnswers
+from ns.reporting.context import ReportContext, TrainedModel, gather_context, read_answers
 from ns.reporting.headlines import format_headline, format_outcomes
-from ns.reporting.markdown import escape_markdown, format_metric_table, format_table
+from ns.reporting.markdown import render_text
 from ns.reporting.metrics import Metric, MetricRow, align_metrics, collect_metrics
 from ns.reporting.page import group_metrics
 from ns.reporting.templates import render_page
@@ -23,16 +22,11 @@ LEVEL = 0.975
 RESAMPLES = 10_000
 
 
-@dataclass(frozen=True)
-class ComparisonRow:
+class ComparisonRow(NamedTuple):
     """One property of all compared runs."""
 
     name: str
     values: tuple[str, ...]
-
-    @property
-    def differs(self) -> bool:
-        return len(set(self.values)) > 1
 
 
 @dataclass(frozen=True)
@@ -72,7 +66,7 @@ def compare_runs(root: Store, names: Sequence[str]) -> Comparison:
     return Comparison(
         runs=contexts,
         metric_rows=align_metrics(columns),
-        settings=[row for row in _setting_rows(contexts) if row.differs],
+        settings=_setting_rows(contexts),
         lineage=_lineage_rows(contexts, models),
         remarks=_list_remarks(contexts, models),
     )
@@ -96,22 +90,8 @@ def render_comparison_page(comparison: Comparison) -> str:
 
 def render_comparison_markdown(comparison: Comparison) -> str:
     """The comparison as Markdown for an issue or a pull request."""
-    heads = tuple(escape_markdown(name) for name in comparison.names)
-    output = [f"### {' · '.join(heads)}", ""]
-    output += [
-        f"- **{escape_markdown(context.summary.run)}**: {escape_markdown(format_headline(context))}"
-        for context in comparison.runs
-    ]
-    if comparison.remarks:
-        output += ["", *(f"> {escape_markdown(remark)}" for remark in comparison.remarks)]
-    output += format_metric_table(heads, comparison.metric_rows)
-    for title, rows in (("settings that differ", comparison.settings), ("lineage", comparison.lineage)):
-        if rows:
-            output += format_table(
-                (title, *heads),
-                [(escape_markdown(row.name), *(escape_markdown(value) for value in row.values)) for row in rows],
-            )
-    return "\n".join(output) + "\n"
+    headlines = [(context.summary.run, format_headline(context)) for context in comparison.runs]
+    return render_text("comparison.md.j2", comparison=comparison, headlines=headlines)
 
 
 def _score_against(model: TrainedModel, reference: TrainedModel) -> TrainedModel:
@@ -128,13 +108,12 @@ def _score_against(model: TrainedModel, reference: TrainedModel) -> TrainedModel
 
 def _measure_difference(root: Store, first: TrainedModel, model: TrainedModel) -> list[Metric]:
     """The difference from the first run's model; empty for that model itself, and for models that saw other images."""
-    if model is first or not (first.evaluation and model.evaluation and first.predictions_key and model.predictions_key):
+    if model is first or not (first.evaluation and model.evaluation):
         return []
-    before = ModelAnswers.from_evaluation(first.title, root.at(first.predictions_key), first.evaluation)
-    after = ModelAnswers.from_evaluation(model.title, root.at(model.predictions_key), model.evaluation)
+    before, after = read_answers(root, first), read_answers(root, model)
     if (first.evaluation.dataset, before.keys) != (model.evaluation.dataset, after.keys):
         return []
-    gain: AccuracyGain = paired_gain(before.is_right, after.is_right, level=LEVEL, resamples=RESAMPLES, seed=0)
+    gain = paired_gain(before.is_right, after.is_right, level=LEVEL, resamples=RESAMPLES, seed=0)
     name = "difference from the first run, points"
     return [Metric("difference", "Accuracy", name, gain.value, "points", gain.low, gain.high)]
 
@@ -148,9 +127,11 @@ def _total_metrics(context: ReportContext) -> list[Metric]:
 
 
 def _setting_rows(contexts: Sequence[ReportContext]) -> list[ComparisonRow]:
+    """The fields of the experiments that differ."""
     flat = [_flatten_fields(context.experiment.model_dump(mode="json")) for context in contexts]
     fields = dict.fromkeys(field for values in flat for field in values)
-    return [ComparisonRow(field, tuple(values.get(field, "not set") for values in flat)) for field in fields]
+    rows = ((field, tuple(values.get(field, "not set") for values in flat)) for field in fields)
+    return [ComparisonRow(field, values) for field, values in rows if len(set(values)) > 1]
 
 
 def _flatten_fields(value: Any, path: str = "") -> dict[str, str]:
@@ -167,23 +148,16 @@ def _flatten_fields(value: Any, path: str = "") -> dict[str, str]:
 
 def _lineage_rows(contexts: Sequence[ReportContext], models: Sequence[TrainedModel]) -> list[ComparisonRow]:
     parts = dict.fromkeys(part for context in contexts for part in context.datasets)
-    rows = [
-        ComparisonRow(
-            part,
-            tuple(shorten_digest(context.datasets[part].digest) if part in context.datasets else "" for context in contexts),
-        )
-        for part in parts
-    ]
+    datasets = {part: [context.datasets.get(part) for context in contexts] for part in parts}
     labelings = [context.labeling_of(model.generation) for context, model in zip(contexts, models, strict=True)]
+    inputs = datasets | {"label set of the best model": [labeling and labeling.label_set for labeling in labelings]}
+    best_models = [f"{model.title.lower()}, {shorten_digest(model.manifest.digest)}" for model in models]
     return [
-        *rows,
-        ComparisonRow(
-            "label set of the best model",
-            tuple(shorten_digest(labeling.label_set.digest) if labeling else "" for labeling in labelings),
+        *(
+            ComparisonRow(name, tuple(shorten_digest(document.digest) if document else "" for document in documents))
+            for name, documents in inputs.items()
         ),
-        ComparisonRow(
-            "best model", tuple(f"{model.title.lower()}, {shorten_digest(model.manifest.digest)}" for model in models)
-        ),
+        ComparisonRow("best model", tuple(best_models)),
         ComparisonRow("settings", tuple(shorten_digest(context.summary.config_digest) for context in contexts)),
         ComparisonRow("noisy-student", tuple(context.version for context in contexts)),
     ]

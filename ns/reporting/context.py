@@ -102,6 +102,13 @@ class ReportContext:
         """The last accepted model."""
         return _pick_best(self.models, self.verdicts)
 
+    def model_of(self, generation: int) -> TrainedModel | None:
+        return next((model for model in self.models if model.generation == generation), None)
+
+    def teacher_of(self, generation: int) -> TrainedModel | None:
+        """The last model before a generation; it was accepted, because the loop ends with the first refused one."""
+        return next((model for model in reversed(self.models) if model.generation < generation), None)
+
     def labeling_of(self, generation: int) -> GenerationLabeling | None:
         return next((labeling for labeling in self.labelings if labeling.generation == generation), None)
 
@@ -146,9 +153,9 @@ def gather_context(
         best = _pick_best(evaluated, verdicts)
         teacher = _pick_best(evaluated[:-1], verdicts) or evaluated[0]
         compared = best if best and best is not evaluated[0] else evaluated[-1]
-        first, last = _read_answers(root, evaluated[0]), _read_answers(root, evaluated[-1])
-        disagreement = compare_answers(_read_answers(root, teacher), last, *heldout, group_size)
-        gains = compute_class_gains(first, _read_answers(root, compared), *heldout, group_size)
+        first, last = read_answers(root, evaluated[0]), read_answers(root, evaluated[-1])
+        disagreement = compare_answers(read_answers(root, teacher), last, *heldout, group_size)
+        gains = compute_class_gains(first, read_answers(root, compared), *heldout, group_size)
     if prepared and labelings and group_size:
         # Only of the latest label set: pictures are what makes a report large.
         pool_store, pool = prepared.pool.open_dataset(root)
@@ -239,7 +246,8 @@ def _pick_best(models: Sequence[TrainedModel], verdicts: Sequence[Verdict]) -> T
     return accepted[-1] if accepted else None
 
 
-def _read_answers(root: Store, model: TrainedModel) -> ModelAnswers:
+def read_answers(root: Store, model: TrainedModel) -> ModelAnswers:
+    """The answers of an evaluated model for the held-out images."""
     assert model.evaluation is not None
     assert model.predictions_key is not None
     return ModelAnswers.from_evaluation(model.title, root.at(model.predictions_key), model.evaluation)

@@ -1,6 +1,7 @@
 """Compares two models on the same images: counts, accuracy by class, and pictures of their disagreements."""
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import Self
 
 import numpy as np
@@ -168,17 +169,15 @@ def _build_galleries(
     all_rows = [row for rows in rows_by_kind for row in rows]
     locations = locate_keys(store, dataset, {after.keys[row] for row in all_rows})
     sources = make_thumbnails(store, dataset, [locations[after.keys[row]] for row in all_rows], THUMBNAIL_PX)
-    pictures = [
+    pictures = iter(
         source and Picture(after.keys[row], _caption_answers(before, after, row), source)
         for row, source in zip(all_rows, sources, strict=True)
+    )
+    galleries = [
+        Gallery(title, about, [picture for picture in islice(pictures, len(rows)) if picture])
+        for (title, about, _), rows in zip(kinds, rows_by_kind, strict=True)
     ]
-    groups, done = [], 0
-    for (title, about, _), rows in zip(kinds, rows_by_kind, strict=True):
-        group = [picture for picture in pictures[done : done + len(rows)] if picture]
-        done += len(rows)
-        if group:
-            groups.append(Gallery(title, about, group))
-    return groups
+    return [gallery for gallery in galleries if gallery.pictures]
 
 
 def _caption_answers(before: ModelAnswers, after: ModelAnswers, row: int) -> str:

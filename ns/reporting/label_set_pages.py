@@ -6,7 +6,7 @@ from ns.data.dataset import Dataset
 from ns.labeling.audit import AuditSheet
 from ns.labeling.diff import LabelDiff
 from ns.reporting import charts
-from ns.reporting.markdown import escape_markdown, format_table
+from ns.reporting.markdown import render_text
 from ns.reporting.page import MATRIX_CLASSES
 from ns.reporting.pictures import make_thumbnails, read_flip_pictures
 from ns.reporting.templates import load_script, render_page
@@ -24,9 +24,7 @@ def render_diff_page(diff: LabelDiff, names: tuple[str, str], store: Store, pool
         diff=diff,
         names=names,
         chart=charts.draw_confidence_shift(diff.histogram_before, diff.histogram_after),
-        by_class=diff.list_changed_classes(),
         rows=_flip_matrix(diff),
-        pairs=diff.list_frequent_flips(),
         shown=read_flip_pictures(store, pool, diff),
     )
 
@@ -41,14 +39,8 @@ def render_audit_page(sheet: AuditSheet, classes: tuple[str, ...], name: str, st
         scripts=policy,
         sheet=sheet,
         name=name,
-        total=sum(stratum.images for stratum in sheet.strata),
-        sampled_classes=list(dict.fromkeys(image.class_name for image in sheet.images)),
         classes=classes,
-        images=[
-            (image, source, source is not None and source.startswith("data:image/jpeg"))
-            for image, source in zip(sheet.images, sources, strict=True)
-        ],
-        data=sheet.model_dump(mode="json"),
+        images=zip(sheet.images, sources, strict=True),
         script=Markup(script_text),
     )
 
@@ -77,37 +69,4 @@ def _flip_matrix(diff: LabelDiff) -> list[tuple[str, list[tuple[int, float]]]]:
 
 def render_diff_markdown(diff: LabelDiff, names: tuple[str, str]) -> str:
     """The comparison as GitHub Flavored Markdown, for an issue or a pull request."""
-    lines = [
-        f"### Label sets: {escape_markdown(names[0])} → {escape_markdown(names[1])}",
-        "",
-        f"{diff.changed:,} of {diff.compared:,} images changed their class ({diff.churn:.1%}); "
-        f"confidence {100 * diff.confidence_shift:+.1f} points.",
-    ]
-    if diff.entered is not None and diff.left is not None and diff.stayed is not None:
-        lines += ["", f"Selections: {diff.stayed:,} images stayed, {diff.entered:,} entered, {diff.left:,} left."]
-    lines += format_table(
-        ("confidence before", "images", "changed", "churn"),
-        [
-            (f"{b.low:.1f} … {b.high:.1f}", f"{b.images:,}", f"{b.changed:,}", f"{b.churn:.1%}")
-            for b in diff.churn_bins
-            if b.images
-        ],
-    )
-    lines += format_table(
-        ("class", "before", "after", "lost", "gained", "kept before", "kept after", "confidence, points"),
-        [
-            (
-                escape_markdown(row.name),
-                *(f"{value:,}" for value in (row.before, row.after, row.lost, row.gained)),
-                *("" if value is None else f"{value:,}" for value in (row.kept_before, row.kept_after)),
-                "" if row.shift is None else f"{100 * row.shift:+.1f}",
-            )
-            for row in diff.list_changed_classes()
-        ],
-    )
-    if diff.matrix:
-        lines += format_table(
-            ("class before", "class after", "images"),
-            [(escape_markdown(a), escape_markdown(b), f"{n:,}") for a, b, n in diff.list_frequent_flips()],
-        )
-    return "\n".join(lines) + "\n"
+    return render_text("diff.md.j2", diff=diff, names=names)

@@ -1,14 +1,17 @@
-"""Renders a run's report as GitHub Flavored Markdown for a pull request: the verdict first, then the numbers."""
+"""Renders texts as GitHub Flavored Markdown for issues and pull requests; of a run's report the verdict first, then the numbers."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
 
-from ns.core.digest import shorten_digest
-from ns.core.log import format_duration
-from ns.evaluation.gate import Verdict
-from ns.reporting.context import ReportContext, TrainedModel
+from jinja2 import Environment
+from markupsafe import Markup
+
+from ns.reporting.context import ReportContext
 from ns.reporting.headlines import format_headline, format_outcomes
-from ns.reporting.metrics import MetricRow, align_metrics, collect_metrics, evaluation_title, format_metric
+from ns.reporting.metrics import align_metrics, collect_metrics, evaluation_title
+from ns.reporting.templates import make_environment
 
 CLASSES = 5
 """Classes listed of those that gained most, and of those that lost most."""
@@ -16,35 +19,33 @@ CLASSES = 5
 
 def render_markdown(context: ReportContext) -> str:
     """The report without pictures and charts: a few kB for any run."""
-    title = context.summary.run + ("" if context.generation is None else f", generation {context.generation}")
-    headline = format_headline(context) or "no model is evaluated yet"
-    output = [f"### {escape_markdown(title)}: {escape_markdown(headline)}", ""]
-    output += [f"- **{escape_markdown(line)}**" for line in format_outcomes(context)]
-    if context.summary.error and context.generation is None:
-        output += ["", f"**{context.summary.state}**: {escape_markdown(context.summary.error)}"]
-    if context.models:
-        heads = tuple(escape_markdown(model.title) for model in context.models)
-        output += format_metric_table(heads, align_metrics(collect_metrics(context, model) for model in context.models))
-        output += _robustness_lines(context.models[-1])
-    for verdict in context.verdicts:
-        output += _condition_table(verdict)
-    output += _gain_lines(context) + _labeling_lines(context) + _data_lines(context)
-    return "\n".join(output) + "\n"
+    rows = context.gains.rows if context.gains else []
+    wins = [row for row in rows[-CLASSES:] if row.gain > 0]
+    measured = context.models[-1].robustness if context.models else {}
+    return render_text(
+        "report.md.j2",
+        context=context,
+        title=context.summary.run + ("" if context.generation is None else f", generation {context.generation}"),
+        headline=format_headline(context),
+        outcomes=format_outcomes(context),
+        metric_rows=align_metrics(collect_metrics(context, model) for model in context.models),
+        robustness=[(evaluation_title(name) or "Robustness", robustness) for name, (robustness, _) in measured.items()],
+        changed_classes=[row for row in rows[:CLASSES] if row.gain < 0] + wins,
+        seconds=sum(note.seconds for note in context.stages),
+    )
 
 
-def format_metric_table(heads: Sequence[str], metric_rows: Iterable[MetricRow]) -> list[str]:
-    """A table of metrics; the best value of a row is bold."""
-    rows = [
-        (
-            escape_markdown(metric_row.name),
-            *(
-                "" if cell is None else f"**{cell}**" if cell.value == metric_row.best else str(cell)
-                for cell in metric_row.cells
-            ),
-        )
-        for metric_row in metric_rows
-    ]
-    return format_table(("", *heads), rows)
+def render_text(template: str, **fields: Any) -> str:
+    """A Markdown text from a template; what is put into it is shown literally, except what our own code marks as markup."""
+    return _make_markdown_environment().get_template(template).render(**fields)
+
+
+@cache
+def _make_markdown_environment() -> Environment:
+    return make_environment(
+        finalize=lambda value: value if isinstance(value, Markup) else Markup(escape_markdown(str(value))),
+        keep_trailing_newline=True,
+    )
 
 
 def format_table(headers: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
@@ -56,104 +57,3 @@ def format_table(headers: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> l
 def escape_markdown(text: str) -> str:
     """Text that Markdown shows literally and that stays in its table cell."""
     return re.sub(r"([\\`*_{}\[\]()<>#+!|~&$@])", r"\\\1", re.sub(r"\s+", " ", text))
-
-
-def _robustness_lines(model: TrainedModel) -> list[str]:
-    """The images on which robustness was measured."""
-    output = []
-    for name, (robustness, _) in model.robustness.items():
-        title = escape_markdown(evaluation_title(name) or "Robustness")
-        some = " of the" if robustness.subsample else ""
-        output += ["", f"{title}: {robustness.images:,}{some} images of {escape_markdown(robustness.name)}."]
-    return output
-
-
-def _condition_table(verdict: Verdict) -> list[str]:
-    rows = [
-        (
-            escape_markdown(condition.name),
-            condition.format_value(),
-            condition.format_requirement(),
-            "passed" if condition.passed else "**failed**",
-            escape_markdown(condition.detail.rstrip(",")),
-        )
-        for condition in verdict.conditions
-    ]
-    headers = (f"gate of generation {verdict.generation}", "value", "required", "verdict", "what it is")
-    return format_table(headers, rows)
-
-
-def _gain_lines(context: ReportContext) -> list[str]:
-    output: list[str] = []
-    if disagreement := context.disagreement:
-        output += [
-            "",
-            f"On {disagreement.images:,} held-out images {disagreement.after.lower()} won {disagreement.won:,} and lost "
-            f"{disagreement.lost:,} against {disagreement.before.lower()}.",
-        ]
-    if context.gains:
-        rows = context.gains.rows
-        losses = [row for row in rows[:CLASSES] if row.gain < 0]
-        wins = [row for row in rows[::-1][:CLASSES] if row.gain > 0]
-        if shown_rows := [*losses, *wins[::-1]]:
-            output += format_table(
-                (
-                    "class, most lost and most gained",
-                    context.gains.before.lower(),
-                    context.gains.after.lower(),
-                    "change, points",
-                ),
-                [
-                    (
-                        escape_markdown(row.name),
-                        format_metric(row.before, "share"),
-                        format_metric(row.after, "share"),
-                        format_metric(row.gain, "points"),
-                    )
-                    for row in shown_rows
-                ],
-            )
-    return output
-
-
-def _labeling_lines(context: ReportContext) -> list[str]:
-    output: list[str] = []
-    for labeling in context.labelings:
-        selection = labeling.selection
-        text = (
-            f"Label set of generation {labeling.generation}: {selection.kept:,} of {labeling.label_set.rows:,} kept, "
-            f"{selection.images:,} per epoch with repeats; {selection.low_confidence:,} at or below the threshold, "
-            f"{selection.balanced_out:,} beyond the class limit."
-        )
-        if labeling.diff:
-            text += f" {labeling.diff.churn:.1%} changed since the previous generation"
-            pairs = ", ".join(
-                f"{escape_markdown(old)} → {escape_markdown(new)} {images:,}"
-                for old, new, images in labeling.diff.list_frequent_flips()[:3]
-            )
-            text += f" (most: {pairs})." if pairs else "."
-        output += ["", text]
-    return output
-
-
-def _data_lines(context: ReportContext) -> list[str]:
-    rows = [
-        (
-            f"{escape_markdown(dataset.name)} ({escape_markdown(part)})",
-            f"{dataset.samples:,}",
-            f"`{shorten_digest(dataset.digest)}`",
-        )
-        for part, dataset in context.datasets.items()
-    ]
-    rows += [
-        (f"label set {labeling.generation}", f"{labeling.label_set.rows:,}", f"`{shorten_digest(labeling.label_set.digest)}`")
-        for labeling in context.labelings
-    ]
-    rows += [(escape_markdown(model.title), "", f"`{shorten_digest(model.manifest.digest)}`") for model in context.models]
-    output = format_table(("data and models", "images", "digest"), rows) if rows else []
-    spent = format_duration(sum(note.seconds for note in context.stages))
-    return [
-        *output,
-        "",
-        f"{spent} of work · config `{shorten_digest(context.summary.config_digest)}` · noisy-student {escape_markdown(context.version)}",
-    ]

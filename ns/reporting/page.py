@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 from markupsafe import Markup
 
@@ -22,21 +22,6 @@ PAIRS = 10
 CLASS_ROWS = 100
 
 
-class SelectedClass(NamedTuple):
-    """What the selection did with the images that a teacher put in one class."""
-
-    name: str
-    labeled: int
-    unsure: int
-    """Images at or below the threshold."""
-    beyond: int
-    """Above the threshold, but not among the most confident images of the class."""
-    kept: int
-    images: int
-    """Images per epoch, with repeats."""
-    threshold: float
-
-
 def write_report(root: Store, run: str) -> str:
     """Writes ROOT/RUN/report.html for the run's present state. Returns its key."""
     root.at(run).put(REPORT_FILE, render_report(gather_context(root, run)).encode())
@@ -45,6 +30,7 @@ def write_report(root: Store, run: str) -> str:
 
 def render_report(context: ReportContext) -> str:
     """The whole page."""
+    diff = next((labeling.diff for labeling in reversed(context.labelings) if labeling.diff), None)
     robustness_names = dict.fromkeys(name for model in context.models for name in model.robustness)
     calibrations = {model.title: model.evaluation.calibration for model in context.models if model.evaluation}
     return render_page(
@@ -53,7 +39,6 @@ def render_report(context: ReportContext) -> str:
         context=context,
         summary=context.summary,
         headline=format_headline(context),
-        rounds=_loop_rounds(context),
         accuracy=_accuracy_chart(context),
         model_titles=[model.title for model in context.models],
         groups=group_metrics(align_metrics(collect_metrics(context, model) for model in context.models)),
@@ -68,7 +53,8 @@ def render_report(context: ReportContext) -> str:
         ],
         class_rows=_class_rows(context),
         labelings=[_labeling_section(labeling) for labeling in context.labelings],
-        diff=_last_diff(context),
+        diff=diff,
+        diff_chart=diff and charts.draw_confidence_shift(diff.histogram_before, diff.histogram_after),
         leaks=[overlap for overlap in context.leaks.overlaps if overlap.same + overlap.near] if context.leaks else [],
         trainings=[_training_section(model) for model in context.models if model.history],
         seconds=sum(note.seconds for note in context.stages),
@@ -79,37 +65,6 @@ def render_report(context: ReportContext) -> str:
 def group_metrics(metric_rows: Iterable[MetricRow]) -> list[tuple[str, list[MetricRow]]]:
     """Consecutive rows of each group."""
     return [(group, list(members)) for group, members in itertools.groupby(metric_rows, key=lambda row: row.group)]
-
-
-def _loop_rounds(context: ReportContext) -> list[dict[str, Any]]:
-    """The rounds of the loop's picture, one per generation that has labels."""
-    verdicts = {verdict.generation: verdict for verdict in context.verdicts}
-    models = {model.generation: model for model in context.models}
-    rounds = []
-    for labeling in context.labelings:
-        student = models.get(labeling.generation)
-        rounds.append(
-            {
-                "generation": labeling.generation,
-                "labeled": labeling.label_set.rows,
-                "kept": labeling.selection.kept,
-                "images": labeling.selection.images,
-                "teacher": _heldout_top1(_previous_model(context, labeling.generation)),
-                "student": _heldout_top1(student),
-                "verdict": verdicts.get(labeling.generation),
-            }
-        )
-    return rounds
-
-
-def _previous_model(context: ReportContext, generation: int) -> TrainedModel | None:
-    """The last model before a generation; it was accepted, because the loop ends with the first refused one."""
-    earlier = [model for model in context.models if model.generation < generation]
-    return earlier[-1] if earlier else None
-
-
-def _heldout_top1(model: TrainedModel | None) -> float | None:
-    return model.evaluation.top1 if model and model.evaluation else None
 
 
 def _accuracy_chart(context: ReportContext) -> Markup | None:
@@ -194,32 +149,15 @@ def _robustness_section(context: ReportContext, name: str) -> dict[str, Any]:
     }
 
 
-def _last_diff(context: ReportContext) -> dict[str, Any] | None:
-    """The latest label set compared with that of the previous generation."""
-    diff = next((labeling.diff for labeling in reversed(context.labelings) if labeling.diff), None)
-    if diff is None:
-        return None
-    return {
-        "diff": diff,
-        "chart": charts.draw_confidence_shift(diff.histogram_before, diff.histogram_after),
-        "by_class": diff.list_changed_classes(),
-        "pairs": diff.list_frequent_flips(),
-    }
-
-
 def _labeling_section(labeling: GenerationLabeling) -> dict[str, Any]:
+    """The charts of a selection, and rows of class name, labeled images and the class's rule."""
     selection, classes = labeling.selection, labeling.label_set.classes
     name = str(labeling.generation)
     rules = selection.rules
-    labeled = labeling.histogram.sum(1).tolist()
-    rows = [
-        SelectedClass(
-            class_name, count, count - rule.candidates, rule.candidates - rule.kept, rule.kept, rule.images, rule.threshold
-        )
-        for class_name, count, rule in zip(classes, labeled, rules, strict=True)
-    ]
-    # Of many classes, those with the most dropped images.
-    rows = rows if len(rows) <= CLASS_ROWS else sorted(rows, key=lambda row: (row.kept - row.labeled, row.name))[:CLASS_ROWS]
+    rows = list(zip(classes, labeling.histogram.sum(1).tolist(), rules, strict=True))
+    if len(rows) > CLASS_ROWS:
+        # Those with the most dropped images.
+        rows = sorted(rows, key=lambda row: (row[2].kept - row[1], row[0]))[:CLASS_ROWS]
     return {
         "labeling": labeling,
         "rows": rows,

@@ -1,6 +1,6 @@
 """Galleries of pseudo-labeled images: rows are read shard by shard, and only the shown images are opened."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from ns.data.dataset import Dataset
 from ns.data.index import ShardIndex
 from ns.data.loading.decode import decode_image
 from ns.labeling.diff import LabelDiff
-from ns.labeling.label_set import LabelRows, LabelSet, iter_label_rows
+from ns.labeling.label_set import LabelSet, iter_label_rows
 from ns.labeling.selection import Selection, count_copies
 from ns.labeling.top_k import TopRows
 from ns.storage import Store
@@ -50,25 +50,16 @@ def build_label_galleries(
             candidates = np.flatnonzero(mask)
             order = candidates[np.argsort(-sign * rows.confidence[candidates], kind="stable")[:size]]
             for row in order.tolist():
-                top.add_row(
-                    sign * float(rows.confidence[row]),
-                    shard,
-                    row,
-                    (rows.keys[row], _caption_label(rows, row, label_set.classes)),
-                )
-    threshold = f"{selection.policy.min_confidence:.0%}"
+                caption = f"{label_set.classes[rows.top_class[row, 0]]} {rows.confidence[row]:.0%}"
+                top.add_row(sign * float(rows.confidence[row]), shard, row, (rows.keys[row], caption))
+    low_confidence = f"Left out because their confidence is at or below {selection.policy.min_confidence:.0%}."
     return [
-        Gallery("Most confident", "The kept images with the highest confidence.", _open_pictures(pool_store, pool, most)),
-        Gallery(
-            "Least confident",
-            "The kept images with the lowest confidence.",
-            _open_pictures(pool_store, pool, least),
-        ),
-        Gallery(
-            "Just below the threshold",
-            f"Left out because their confidence is at or below {threshold}.",
-            _open_pictures(pool_store, pool, below),
-        ),
+        Gallery(title, about, _open_pictures(pool_store, pool, top))
+        for title, about, top in (
+            ("Most confident", "The kept images with the highest confidence.", most),
+            ("Least confident", "The kept images with the lowest confidence.", least),
+            ("Just below the threshold", low_confidence, below),
+        )
     ]
 
 
@@ -87,12 +78,8 @@ def read_flip_pictures(pool_store: Store, pool: Dataset, diff: LabelDiff) -> lis
         f"{diff.classes[flip.old_class_id]} {flip.old_confidence:.0%} → {diff.classes[flip.new_class_id]} {flip.new_confidence:.0%}"
         for flip in diff.flips
     ]
-    sources = make_thumbnails(pool_store, pool, [(flip.shard, flip.row) for flip in diff.flips], THUMBNAIL_PX)
-    return [
-        Picture(flip.key, caption, source)
-        for flip, caption, source in zip(diff.flips, captions, sources, strict=True)
-        if source is not None
-    ]
+    rows = ((flip.shard, flip.row, (flip.key, caption)) for flip, caption in zip(diff.flips, captions, strict=True))
+    return _open_pictures(pool_store, pool, rows)
 
 
 def limit_galleries(galleries: Sequence[Gallery], size: int) -> None:
@@ -120,12 +107,9 @@ def make_thumbnails(store: Store, pool: Dataset, locations: Sequence[tuple[int, 
     return [thumbnail_by_location[location] for location in locations]
 
 
-def _caption_label(rows: LabelRows, row: int, class_names: tuple[str, ...]) -> str:
-    return f"{class_names[rows.top_class[row, 0]]} {rows.confidence[row]:.0%}"
-
-
-def _open_pictures(pool_store: Store, pool: Dataset, top: TopRows[tuple[str, str]]) -> list[Picture]:
-    ranked = list(top)
+def _open_pictures(pool_store: Store, pool: Dataset, rows: Iterable[tuple[int, int, tuple[str, str]]]) -> list[Picture]:
+    """Pictures of the images at (shard, row), each with its key and caption; without those that cannot be decoded."""
+    ranked = list(rows)
     sources = make_thumbnails(pool_store, pool, [(shard, row) for shard, row, _ in ranked], THUMBNAIL_PX)
     return [
         Picture(key, caption, source)
