@@ -29,6 +29,7 @@ from ns.data.dataset import Dataset
 from ns.data.loading.decode import allocate_images
 from ns.data.loading.shard_reader import ImageSource
 from ns.data.subsample import Subsample, draw_rows
+from ns.evaluation.accuracy import read_encoded_images
 from ns.export.forms import FORMS, ExportForm
 from ns.modeling.factory import Normalize, load_model
 from ns.modeling.manifest import ModelManifest
@@ -88,7 +89,9 @@ def export_model(
     Raises ConfigError if a library is missing or the network cannot be exported, DataError if the logits of a form differ from our
     network's, StoreError if `out` holds anything but an export.
     """
-    _require_libraries(forms)
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    if "onnx" in forms and missing:
+        raise ConfigError(f"--form onnx: {' and '.join(missing)} not installed; pip install 'noisy-student[export]'")
     if out.exists() and not out.is_dir():
         raise StoreError(f"{out}: is a file; name an empty or a new folder")
     if out.exists() and any(out.iterdir()) and not (out / ExportManifest.filename).exists():
@@ -119,12 +122,6 @@ def export_model(
     return export_manifest
 
 
-def _require_libraries(forms: Sequence[ExportForm]) -> None:
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
-    if "onnx" in forms and missing:
-        raise ConfigError(f"--form onnx: {' and '.join(missing)} not installed; pip install 'noisy-student[export]'")
-
-
 def _load_batch(manifest: ModelManifest, store: Store, dataset: Dataset, count: int) -> Tensor:
     """Real images, preprocessed: float32 [n, 3, R, R], normalized; n is smaller than `count` if some cannot be read."""
     if dataset.role == "unlabeled":
@@ -134,12 +131,7 @@ def _load_batch(manifest: ModelManifest, store: Store, dataset: Dataset, count: 
     size = manifest.model.inference_resolution
     source = ImageSource(store, dataset)
     rows = draw_rows(source, len(dataset.shards), len(dataset.classes), Subsample(images=count, seed=0))
-    encoded = [
-        image
-        for shard, shard_rows in rows.items()
-        for row in shard_rows
-        for image in source.read_encoded(shard, int(row), int(row) + 1)
-    ]
+    encoded = [image for shard, shard_rows in rows.items() for image in read_encoded_images(source, shard, shard_rows)]
     pixels = allocate_images(len(encoded), size)
     unreadable = EvalTransform(size, manifest.model.crop, manifest.model.test_margin_px).transform_batch(encoded, pixels)
     readable = [row for row in range(len(encoded)) if row not in unreadable]

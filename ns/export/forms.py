@@ -26,12 +26,9 @@ def make_timm_config(manifest: ModelManifest) -> dict[str, Any]:
     """
     size = manifest.model.inference_resolution
     outputs = manifest.model.outputs or len(manifest.classes)
-    photographs = manifest.model.crop == "resized"
     with torch.device("meta"):
-        fixed = bool(
-            getattr(build_model(manifest.model, manifest.noise, outputs), "pretrained_cfg", {}).get("fixed_input_size")
-        )
-    crop = ("center", size / (size + manifest.model.test_margin_px)) if photographs else ("squash", 1.0)
+        network = build_model(manifest.model, manifest.noise, outputs)
+    is_cropped = manifest.model.crop == "resized"
     return {
         "architecture": manifest.model.arch,
         "num_classes": outputs,
@@ -39,10 +36,10 @@ def make_timm_config(manifest: ModelManifest) -> dict[str, Any]:
         "pretrained_cfg": {
             "input_size": [3, size, size],
             # With learned positions, timm must build the network for this resolution and not for its default.
-            "fixed_input_size": fixed,
+            "fixed_input_size": bool(getattr(network, "pretrained_cfg", {}).get("fixed_input_size")),
             "interpolation": "bicubic",
-            "crop_mode": crop[0],
-            "crop_pct": crop[1],
+            "crop_mode": "center" if is_cropped else "squash",
+            "crop_pct": size / (size + manifest.model.test_margin_px) if is_cropped else 1.0,
             "mean": list(manifest.mean),
             "std": list(manifest.std),
             "num_classes": outputs,
@@ -66,8 +63,7 @@ def _find_dense_modules(manifest: ModelManifest) -> dict[str, dict[str, int]]:
     return changes
 
 
-def _write_timm(file: Path, network: nn.Module, manifest: ModelManifest, store: Store) -> None:
-    del network
+def _write_timm(file: Path, _: nn.Module, manifest: ModelManifest, store: Store) -> None:
     shutil.copyfile(store.path(WEIGHTS), file.parent / WEIGHTS)
     file.write_bytes(encode_json(make_timm_config(manifest)))
 
@@ -82,8 +78,7 @@ def _read_timm(file: Path) -> nn.Module:
     return network.eval()
 
 
-def _write_torch(file: Path, network: nn.Module, manifest: ModelManifest, store: Store) -> None:
-    del store
+def _write_torch(file: Path, network: nn.Module, manifest: ModelManifest, _: Store) -> None:
     images = torch.export.Dim("images", min=1)
     torch.export.save(torch.export.export(network, (_make_example_batch(manifest),), dynamic_shapes=({0: images},)), file)
 
@@ -93,8 +88,7 @@ def _read_torch(file: Path) -> Callable[[Tensor], Tensor]:
     return network
 
 
-def _write_onnx(file: Path, network: nn.Module, manifest: ModelManifest, store: Store) -> None:
-    del store
+def _write_onnx(file: Path, network: nn.Module, manifest: ModelManifest, _: Store) -> None:
     torch.onnx.export(
         network,
         (_make_example_batch(manifest),),

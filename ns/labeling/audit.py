@@ -8,6 +8,7 @@ audit-DIGEST.json     beside labelset.json, one for each audit: the estimate, an
 
 import csv
 import io
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -154,7 +155,8 @@ def draw_audit_sample(
     stratum_grid = _assign_strata(sizes, sample_size)
     counts = np.bincount(stratum_grid.ravel(), sizes.ravel()).astype(np.int64)
     drawn = dict(enumerate(allocate_sample(counts.tolist(), sample_size)))
-    lowest: dict[int, list[tuple[int, AuditedImage]]] = {number: [] for number, count in drawn.items() if count}
+    # Hash, shard, row, image: of equal hashes the earlier image first.
+    lowest: dict[int, list[tuple[int, int, int, AuditedImage]]] = {number: [] for number, count in drawn.items() if count}
     ordinal = {number: index for index, number in enumerate(lowest)}
     for shard, rows, candidates in _iter_candidates(store, label_set, selection):
         class_ids = rows.top_class[candidates, 0].astype(np.int64)
@@ -167,6 +169,8 @@ def draw_audit_sample(
             hashed_images = [
                 (
                     int(hashes[index]),
+                    shard,
+                    int(candidates[index]),
                     AuditedImage(
                         key=rows.keys[candidates[index]],
                         shard=shard,
@@ -178,11 +182,10 @@ def draw_audit_sample(
                 )
                 for index in order[start : min(end, start + drawn[number])].tolist()
             ]
-            lowest[number] = sorted([*lowest[number], *hashed_images], key=_order_by_hash)[: drawn[number]]
+            lowest[number] = sorted([*lowest[number], *hashed_images], key=lambda item: item[:3])[: drawn[number]]
     class_order = {name: number for number, name in enumerate(label_set.classes)}
-    sampled = [pair for pairs in lowest.values() for pair in pairs]
     # By class, since an image of another class is then seen at a glance; within a class in random order.
-    sampled.sort(key=lambda pair: (class_order[pair[1].class_name], *_order_by_hash(pair)))
+    sampled = sorted(itertools.chain(*lowest.values()), key=lambda item: (class_order[item[3].class_name], *item[:3]))
     return AuditSheet(
         label_set=label_set.digest,
         selection=selection.digest if selection else None,
@@ -191,12 +194,8 @@ def draw_audit_sample(
         strata=tuple(
             _build_stratum(stratum_grid, number, label_set.classes, int(counts[number]), drawn[number]) for number in lowest
         ),
-        images=tuple(image for _, image in sampled),
+        images=tuple(image for *_, image in sampled),
     )
-
-
-def _order_by_hash(pair: tuple[int, AuditedImage]) -> tuple[int, int, int]:
-    return pair[0], pair[1].shard, pair[1].row
 
 
 def _iter_candidates(

@@ -1,6 +1,7 @@
 """Diff: what changed between two label sets of one dataset. It counts all rows, one pair of shards at a time."""
 
 from collections import Counter
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy.typing as npt
 
 from ns.core.errors import DataError
 from ns.labeling.confidence_bins import CONFIDENCE_BIN_EDGES, CONFIDENCE_BINS, bin_confidences
-from ns.labeling.label_set import HISTOGRAM_BINS, LabelRows, LabelSet, LabelShard, compute_histogram, read_label_rows
+from ns.labeling.label_set import HISTOGRAM_BINS, LabelRows, LabelSet, compute_histogram, read_label_rows
 from ns.labeling.selection import Selection, count_copies
 from ns.labeling.top_k import TopRows
 from ns.storage import Store
@@ -143,10 +144,9 @@ def compare_label_sets(before: DiffSide, after: DiffSide, *, flips: int = KEPT_F
     Raises DataError if the two do not label the same images with the same classes.
     """
     _check_comparable(before, after)
-    old, new = before.label_set, after.label_set
-    counts = _DiffCounter(len(new.classes), flips)
-    for number, pair in enumerate(zip(old.shards, new.shards, strict=True)):
-        _count_shard_pair(counts, number, before, after, pair)
+    counts = _DiffCounter(len(after.label_set.classes), flips)
+    for shard in range(len(after.label_set.shards)):
+        _count_shard_pair(counts, shard, before, after)
     return counts.build_diff(before, after)
 
 
@@ -167,15 +167,12 @@ def _check_comparable(before: DiffSide, after: DiffSide) -> None:
         raise DataError(f"{before.store.uri} and {after.store.uri}: their shards of one dataset differ; label the pool again")
 
 
-def _count_shard_pair(
-    counts: "_DiffCounter", shard: int, before: DiffSide, after: DiffSide, pair: tuple[LabelShard, LabelShard]
-) -> None:
+def _count_shard_pair(counts: "_DiffCounter", shard: int, before: DiffSide, after: DiffSide) -> None:
     # A function of its own frees this pair before the next one is read.
-    old, new = read_label_rows(before.store, pair[0]), read_label_rows(after.store, pair[1])
+    old, new = (read_label_rows(side.store, side.label_set.shards[shard]) for side in (before, after))
     if old.keys != new.keys:
-        raise DataError(
-            f"{before.store.uri}/{pair[0].name} and {after.store.uri}/{pair[1].name}: their keys differ; label the pool again"
-        )
+        uris = (f"{side.store.uri}/{side.label_set.shards[shard].name}" for side in (before, after))
+        raise DataError(f"{' and '.join(uris)}: their keys differ; label the pool again")
     counts.add_rows(shard, old, new)
     if before.selection and after.selection:
         counts.add_kept(old, new, count_copies(before.selection, old) > 0, count_copies(after.selection, new) > 0)
@@ -215,10 +212,7 @@ class _DiffCounter:
             fine_counts = compute_histogram(np.zeros_like(class_ids), confidence, 1)[0]
             self.histogram[side] += fine_counts.reshape(SHOWN_BINS, HISTOGRAM_BINS // SHOWN_BINS).sum(1).astype(np.int64)
         common_rows = np.flatnonzero(old.readable & new.readable)
-        old_class_ids, new_class_ids = (
-            old.top_class[common_rows, 0].astype(np.int64),
-            new.top_class[common_rows, 0].astype(np.int64),
-        )
+        old_class_ids, new_class_ids = (rows.top_class[common_rows, 0].astype(np.int64) for rows in (old, new))
         old_confidence, new_confidence = old.confidence[common_rows], new.confidence[common_rows]
         changed = old_class_ids != new_class_ids
         self.compared += len(common_rows)
@@ -280,12 +274,8 @@ class _DiffCounter:
             shrunk_class=shrunk,
             churn_bins=tuple(
                 ChurnBin(low=low, high=high, images=images, changed=flipped, churn=flipped / max(1, images))
-                for low, high, images, flipped in zip(
-                    CONFIDENCE_BIN_EDGES[:-1],
-                    CONFIDENCE_BIN_EDGES[1:],
-                    self.bin_images.tolist(),
-                    self.bin_changed.tolist(),
-                    strict=True,
+                for (low, high), images, flipped in zip(
+                    pairwise(CONFIDENCE_BIN_EDGES), self.bin_images.tolist(), self.bin_changed.tolist(), strict=True
                 )
             ),
             histogram_before=tuple(self.histogram[0].tolist()),

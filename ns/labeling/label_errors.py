@@ -57,18 +57,14 @@ def find_label_errors(predictor: Predictor, store: Store, data: Dataset) -> pa.T
         error_rows = np.asarray(error_rows, np.int64)
         label_probabilities = probabilities[error_rows, class_ids[error_rows]]
         error_rows = error_rows[np.argsort(label_probabilities, kind="stable")]
-        columns: list[list[object]] = [[] for _ in LABEL_ERROR_SCHEMA]
-        for number in error_rows.tolist():
-            shard, row = positions[number]
-            class_id, predicted_class_id = int(class_ids[number]), int(probabilities[number].argmax())
-            values = (
-                data.shards[shard].name,
-                row,
-                source.read_index(shard).keys[row],
-                data.classes[class_id],
-                data.classes[predicted_class_id],
-                float(probabilities[number, class_id]),
-            )
-            for column, value in zip(columns, values, strict=True):
-                column.append(value)
+        found = [positions[number] for number in error_rows.tolist()]
+        names = np.array(data.classes)
+        columns = [
+            [data.shards[shard].name for shard, _ in found],
+            [row for _, row in found],
+            [source.read_index(shard).keys[row] for shard, row in found],
+            names[class_ids[error_rows]],
+            names[probabilities[error_rows].argmax(1)],
+            probabilities[error_rows, class_ids[error_rows]],
+        ]
         return pa.table(columns, schema=LABEL_ERROR_SCHEMA)

@@ -94,8 +94,8 @@ def _reuse_shard_labels(
     label_store: Store, shard: Shard, find_existing: Callable[[Shard], tuple[Store, LabelShard] | None]
 ) -> bool:
     """Copies the labels of a shard from another labeling if it has them. Returns whether the shard is labeled."""
-    if (finished := _read_label_shard(label_store, shard)) is not None:
-        return finished.source == shard.sha256
+    if _is_labeled(label_store, shard):
+        return True
     existing = find_existing(shard)
     if existing is None:
         return False
@@ -110,10 +110,9 @@ def _reuse_shard_labels(
     return True
 
 
-def _read_label_shard(label_store: Store, shard: Shard) -> LabelShard | None:
-    """The record of a shard; None if it is not labeled."""
+def _is_labeled(label_store: Store, shard: Shard) -> bool:
     key = label_shard_key(shard.name)
-    return LabelShard.load_file(label_store, key) if label_store.exists(key) else None
+    return label_store.exists(key) and LabelShard.load_file(label_store, key).source == shard.sha256
 
 
 def write_label_shard(
@@ -122,7 +121,7 @@ def write_label_shard(
     """Writes one labeled shard: the mean of the models' probabilities. A shard that another task has labeled by now stays as it is:
     on another machine labels differ in their last digits, and a label set may hold those that are there.
     """
-    if (finished := _read_label_shard(label_store, shard)) is not None and finished.source == shard.sha256:
+    if _is_labeled(label_store, shard):
         telemetry.SHARDS_DONE.inc()
         return
     merged = predictions[0]

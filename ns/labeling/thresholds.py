@@ -57,8 +57,7 @@ def find_thresholds(
     rare = counts < min_heldout
 
     def find_class_threshold(mask: npt.NDArray[np.bool_], *, pooled: bool) -> ClassThreshold:
-        threshold, heldout, right, bound = _find_lowest_threshold(confidence[mask], correct[mask], precision, level)
-        return ClassThreshold(threshold=threshold, heldout=heldout, correct=right, bound=bound, pooled=pooled)
+        return _find_lowest_threshold(confidence[mask], correct[mask], precision, level, pooled=pooled)
 
     pooled_threshold = find_class_threshold(rare[predicted], pooled=True)
     return Thresholds(
@@ -83,9 +82,9 @@ def clopper_pearson_bound(
 
 
 def _find_lowest_threshold(
-    confidence: npt.NDArray[np.float32], correct: npt.NDArray[np.bool_], precision: float, level: float
-) -> tuple[float, int, int, float]:
-    """The lowest threshold whose bound reaches the precision; images above it, the right ones of them, and the bound."""
+    confidence: npt.NDArray[np.float32], correct: npt.NDArray[np.bool_], precision: float, level: float, *, pooled: bool
+) -> ClassThreshold:
+    """The lowest threshold whose bound reaches the precision."""
     order = np.argsort(-confidence, kind="stable")
     ranked, right = confidence[order], correct[order].cumsum()
     # Only where the confidence changes can a threshold lie.
@@ -93,8 +92,9 @@ def _find_lowest_threshold(
     bounds = clopper_pearson_bound(right[ends], ends + 1, level)
     good = np.flatnonzero(bounds >= precision)
     if len(good) == 0:
-        return NEVER_SURE, 0, 0, 0.0
+        return ClassThreshold(threshold=NEVER_SURE, heldout=0, correct=0, bound=0.0, pooled=pooled)
     end = int(ends[good[-1]])
     # Just below the last confidence taken: nothing is known about lower ones.
     threshold = float(np.nextafter(ranked[end], np.float32(0)))
-    return threshold, end + 1, int(right[end]), float(bounds[good[-1]])
+    bound = float(bounds[good[-1]])
+    return ClassThreshold(threshold=threshold, heldout=end + 1, correct=int(right[end]), bound=bound, pooled=pooled)

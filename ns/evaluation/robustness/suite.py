@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict
 from itertools import islice
 from typing import Any, Literal, NamedTuple
 
@@ -75,6 +75,11 @@ class SuiteUnit(NamedTuple):
         """Forward passes per image; an attack step counts as three."""
         return self.images_each if self.plan is None else self.plan.steps * (1 + BACKWARD_COST) + 1
 
+    @property
+    def is_rendered(self) -> bool:
+        """Whether its images are rendered before the network sees them."""
+        return self.suite in ("corruptions", "perturbations")
+
 
 def list_units(config: EvaluationConfig) -> list[SuiteUnit]:
     """The units that a configuration asks for, the clean images first."""
@@ -111,14 +116,11 @@ class _BlockImages(NamedTuple):
     class_ids: npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class SuiteCost:
+class SuiteCost(NamedTuple):
     """The pending work, estimated by a short measurement."""
 
-    images: int
     passes: int
     """Forward passes; an attack step counts as three."""
-    network_seconds: float
     distort_seconds: float
     """Time of one core."""
     seconds: float
@@ -158,10 +160,8 @@ class RobustnessSuite:
         self._keep_size = self._are_small()
         self._attacked_at_once = ATTACKED_AT_ONCE
         # Listed once: asking a remote store for each key would take minutes.
-        self._done_keys, self._distorted_keys = (
-            set(prediction_store.list()),
-            set(distorted_store.list() if distorted_store else ()),
-        )
+        self._done_keys = set(prediction_store.list())
+        self._distorted_keys = set(distorted_store.list() if distorted_store else ())
         # Distorted photographs are cropped already; small images still get the model's crop.
         self._distorted_predictor = predictor if self._keep_size else predictor.without_crop()
 
@@ -174,7 +174,7 @@ class RobustnessSuite:
         pending = [
             (block, pending_units)
             for block in self._blocks
-            if (pending_units := [u for u in self._units if not self._is_done(block, u)])
+            if (pending_units := [unit for unit in self._units if self._unit_key(block, unit) not in self._done_keys])
         ]
         if pending:
             self._run_pending(pending)
@@ -187,12 +187,11 @@ class RobustnessSuite:
         cost = self._estimate_cost(pending, first_images)
         log.get_logger().info(
             "cost",
-            images=cost.images,
+            images=self._images,
             forward_passes=cost.passes,
             seconds=round(cost.seconds, 1),
             kept_mib=cost.kept_bytes >> 20,
         )
-        keep = cost.kept_bytes > 0
         all_passes = self._images * sum(unit.passes for unit in self._units)
         progress = log.Progress(all_passes, "passes", done=all_passes - cost.passes)
         with ExitStack() as stack:
@@ -202,17 +201,11 @@ class RobustnessSuite:
                 self._source.fetch_ahead([following] if following != block.shard else [])
                 images = first_images if number == 0 else self._read_block(block)
                 for unit in pending_units:
-                    if unit.suite in ("clean", "attacks"):
+                    if not unit.is_rendered:
                         self._write_unit(block, unit, self._predict_plain(images, unit, progress))
+                rendered_units = [unit for unit in pending_units if unit.is_rendered]
                 try:
-                    self._predict_distorted(
-                        block,
-                        images,
-                        [u for u in pending_units if u.suite not in ("clean", "attacks")],
-                        executor,
-                        keep,
-                        progress,
-                    )
+                    self._predict_distorted(block, images, rendered_units, executor, cost.kept_bytes > 0, progress)
                 except BrokenProcessPool as error:
                     raise RunError(
                         "a process that renders corrupted images was killed, most often because memory ran out; free some and run "
@@ -368,9 +361,6 @@ class RobustnessSuite:
         shard = self._data.shards[block.shard].name.removesuffix(".tar")
         return f"{shard}-{block.start:05d}/{name}.parquet"
 
-    def _is_done(self, block: _Block, unit: SuiteUnit) -> bool:
-        return self._unit_key(block, unit) in self._done_keys
-
     def _write_unit(self, block: _Block, unit: SuiteUnit, table: pa.Table) -> None:
         write_table(self._prediction_store, self._unit_key(block, unit), table)
 
@@ -380,26 +370,23 @@ class RobustnessSuite:
         pending_counts = {unit: count for unit, count in counts.items() if count}
         passes = sum(unit.passes * count for unit, count in pending_counts.items())
         if not images.keys:
-            return SuiteCost(self._images, passes, 0, 0, 0, 0)
+            return SuiteCost(passes, 0, 0, 0)
         batch = images.encoded[: self._predictor.batch]
         self._predictor.predict_images(batch)  # the first call allocates memory
-        network_seconds = _time_call(lambda: self._predictor.predict_images(batch)) / len(batch) * passes
+        started = time.perf_counter()
+        self._predictor.predict_images(batch)
+        network_seconds = (time.perf_counter() - started) / len(batch) * passes
         distort_seconds, size, fresh_bytes = 0.0, 0, 0
-        first_image = slice(0, 1)
         for unit in pending_counts:
-            if unit.suite not in ("corruptions", "perturbations"):
+            if not unit.is_rendered:
                 continue
             # Images that an earlier model left are only read.
             fresh = sum(
                 len(block.rows) for block, block_units in pending if unit in block_units and not self._is_stored(block, unit)
             )
-            distorted: list[DistortedImage] = []
-            seconds = _time_call(
-                lambda unit=unit, distorted=distorted: distorted.extend(
-                    distort_images(self._build_task(unit, images, first_image))
-                )
-            )
-            distort_seconds += seconds * fresh
+            started = time.perf_counter()
+            distorted = distort_images(self._build_task(unit, images, slice(0, 1)))
+            distort_seconds += (time.perf_counter() - started) * fresh
             if unit.suite == "corruptions":
                 image_bytes = sum(len(image.data) if isinstance(image, EncodedJpeg) else image.nbytes for image in distorted)
                 size, fresh_bytes = size + image_bytes * self._images, fresh_bytes + image_bytes * fresh
@@ -408,14 +395,14 @@ class RobustnessSuite:
         # Without a GPU, rendering takes its cores away from the network.
         together = max(network_seconds, render_seconds)
         seconds = together if torch.cuda.is_available() else network_seconds + render_seconds
-        return SuiteCost(self._images, passes, network_seconds, distort_seconds, seconds, fresh_bytes if fits else 0)
+        return SuiteCost(passes, distort_seconds, seconds, fresh_bytes if fits else 0)
 
     def _summarize_units(self, seconds: float) -> Robustness:
         """Counts the units' predictions, one unit in memory at a time."""
         config = self._config
         wrong = {unit.kind: np.zeros(len(config.severities), np.int64) for unit in self._units if unit.suite == "corruptions"}
         flip_sums = {unit.kind: np.zeros(2) for unit in self._units if unit.suite == "perturbations"}
-        right = dict.fromkeys((unit.kind for unit in self._units if unit.suite in ("clean", "attacks")), 0)
+        right = {unit.kind: 0 for unit in self._units if not unit.is_rendered}
         images = 0
         files = []
         for block in self._blocks:
@@ -433,7 +420,6 @@ class RobustnessSuite:
                     images += len(table) if unit.suite == "clean" else 0
         if not images:
             raise DataError(f"{self._data_store.uri}: no readable image to evaluate on")
-        plans = [(unit.plan, right[unit.kind]) for unit in self._units if unit.plan]
         return Robustness(
             model=self._predictor.manifest.digest,
             dataset=self._data.digest,
@@ -454,10 +440,7 @@ class RobustnessSuite:
                 for kind, (flipped, distance) in flip_sums.items()
             },
             attacks=tuple(
-                AttackResult(
-                    name=plan.name, epsilon=plan.epsilon, steps=plan.steps, step_size=plan.step_size, top1=count / images
-                )
-                for plan, count in plans
+                AttackResult(**asdict(unit.plan), top1=right[unit.kind] / images) for unit in self._units if unit.plan
             ),
             predictions_sha256=digest_json(files),
             seconds=seconds,
@@ -527,9 +510,3 @@ def _make_executor(stack: ExitStack, seconds: float) -> Executor:
 
 def _count_cores() -> int:
     return len(os.sched_getaffinity(0))
-
-
-def _time_call(work: Any) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started

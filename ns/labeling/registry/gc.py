@@ -55,7 +55,12 @@ def collect_garbage(registry: LabelRegistry, drop: Iterable[VersionTag] = (), *,
             for key in keys:
                 store.delete(key)
     if not dry_run:
-        _check_after_gc(registry)
+        with registry.open_clone("refs/tags/labels/*") as clone:
+            for ref in clone.refs:
+                version = _read_kept_version(clone, ref)
+                if version and find_missing_keys(clone.remote, version):
+                    name = ref.removeprefix("refs/tags/")
+                    raise DataError(f"{name}: was committed concurrently and lost data; commit it again")
     return RegistryGarbage(dropped, tuple(keys), sum(objects[key] for key in keys))
 
 
@@ -88,11 +93,3 @@ def _read_kept_version(clone: RegistryClone, ref: str) -> LabelVersion | None:
             "deleted; delete this tag or branch, or keep its data in another remote"
         )
     return clone.read_version(ref)
-
-
-def _check_after_gc(registry: LabelRegistry) -> None:
-    with registry.open_clone("refs/tags/labels/*") as clone:
-        for ref in clone.refs:
-            version = _read_kept_version(clone, ref)
-            if version and find_missing_keys(clone.remote, version):
-                raise DataError(f"{ref.removeprefix('refs/tags/')}: was committed concurrently and lost data; commit it again")

@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
@@ -147,7 +148,7 @@ class RegistryRepository:
                 raise DataError(
                     f"{self.redacted_uri}: not a label registry: it has no branch main; name a repository of its own, or an empty one"
                 )
-            matching = [ref for ref in refs if any(_matches_pattern(ref, pattern) for pattern in (MAIN_REF, *patterns))]
+            matching = [ref for ref in refs if any(fnmatchcase(ref, pattern) for pattern in (MAIN_REF, *patterns))]
             specs = [f"+{ref}:{ref.replace('refs/heads/', 'refs/remotes/origin/')}" for ref in matching]
             commands.run_git("fetch", "--quiet", "--depth=1", "--no-tags", "--stdin", "origin", data="\n".join(specs) + "\n")
             remote = self._read_remote(commands)
@@ -231,10 +232,6 @@ class RegistryRepository:
                 "(--remote, NS_LABEL_REMOTE, registry.remote)"
             )
         return self._remote
-
-
-def _matches_pattern(ref: str, pattern: str) -> bool:
-    return ref.startswith(pattern[:-1]) if pattern.endswith("*") else ref == pattern
 
 
 def _validate_remote(remote: str, what: str = "remote", *, absolute: bool = False) -> str:
