@@ -19,7 +19,7 @@ from k8s import doctor, images, manifests
 from k8s.doctor import Requirements
 from k8s.kubectl import K8sObject, Kubectl, list_contexts
 from k8s.manifests import ObjectKey, RenderedOverlay, make_list_object
-from k8s.release import CONFIG_MAP_NAME, FIELD_MANAGER, Release, merge_keys
+from k8s.release import CONFIG_MAP_NAME, SERVER_SIDE, Release, merge_keys
 from k8s.rollout import WorkloadRow, list_workload_rows, wait_until_ready
 from ns import __version__
 from ns.core.diagnostics import Diagnostic
@@ -29,10 +29,9 @@ from pipelines import upload
 from pipelines.kfp_client import KfpClient, StageTask, stage_names
 
 KIND_CONTEXT_PREFIX = "kind-"
-"""Prefix of the contexts of local clusters (kind)."""
 APPLY_SECONDS = 300
 RETRY_SECONDS = 5.0
-# Errors that pass: a webhook whose pods are starting, a kind that the server has not registered yet.
+# Temporary errors: a webhook whose pods are starting, a kind that the server has not registered yet.
 TRANSIENT_ERRORS = ("failed calling webhook", "no matches for kind", "no endpoints available", "ensure CRDs are installed")
 
 KEPT_KINDS = ("Namespace", "CustomResourceDefinition", "PersistentVolume", "PersistentVolumeClaim", "Secret")
@@ -41,7 +40,6 @@ PLACEMENT_CONFIG_MAP, PLACEMENT_KEY = "noisy-student-pools", "inputs.json"
 """The ConfigMap, and its key, with the defaults of the run form on this cluster."""
 UPLOADER = "upload-pipelines"
 """The CronJob that uploads the pipelines again if Kubeflow loses them."""
-API_SERVICE, API_PORT = "ml-pipeline", 8888
 UI_SERVICE, UI_PORT = "ml-pipeline-ui", 80
 
 SMOKE_EXPERIMENT = "noisy-student-smoke"
@@ -49,11 +47,11 @@ SMOKE_INPUTS: dict[str, Any] = {
     "config_uri": "quickstart",
     "overrides": ["generations=1", "teacher.train.epochs=20", "students.0.train.epochs=10", "labeling.tasks=1"],
     # It tests the platform, not the GPUs: it must not wait for eight of them.
-    **{f"{pool}_gpus": "0" for pool in ("label", "train")},
-    **{f"{pool}_cpu": "1" for pool in ("label", "train")},
-    **{f"{pool}_memory": "4Gi" for pool in ("label", "train")},
-    **{f"{pool}_node_selector": {} for pool in ("label", "train")},
-    **{f"{pool}_tolerations": [] for pool in ("label", "train")},
+    **{
+        f"{pool}_{name}": value
+        for pool in ("label", "train")
+        for name, value in {"gpus": "0", "cpu": "1", "memory": "4Gi", "node_selector": {}, "tolerations": []}.items()
+    },
 }
 """Inputs of the run that tests the deployment."""
 
@@ -104,10 +102,8 @@ class DeployTarget(NamedTuple):
 
     def find_release(self) -> tuple[Release | None, str]:
         """Returns the release of the overlay and its namespace; None if it is not deployed."""
-        return next(
-            ((release, namespace) for namespace, release in self.releases.items() if release.overlay == self.overlay),
-            (None, ""),
-        )
+        deployed = ((release, namespace) for namespace, release in self.releases.items() if release.overlay == self.overlay)
+        return next(deployed, (None, ""))
 
 
 def choose_target(options: DeployOptions, doing: str, ask: Ask | None) -> DeployTarget:
@@ -197,7 +193,7 @@ def _upload_pipelines(
 ) -> dict[str, str]:
     """Uploads the pipelines, and runs the smoke run. Returns name → version."""
     uploaded = {}
-    with _forward_port(kubectl, namespace, API_SERVICE, API_PORT) as url:
+    with _forward_api(kubectl, namespace) as url:
         client = KfpClient(url)
         for package in packages:
             pipeline = client.upload_pipeline(package)
@@ -209,7 +205,7 @@ def _upload_pipelines(
 
 
 def _render_target(target: DeployTarget, options: DeployOptions) -> tuple[dict[str, str], RenderedOverlay]:
-    """Returns the names of the images, and the manifests."""
+    """Returns the names of the images, and the objects with these images."""
     worker = options.worker or ("worker" if target.local else "worker-cuda")
     names = images.plan_images(options.registry, options.images, worker, local=target.local is not None, options=options.build)
     rendered = manifests.render_overlay(target.kubectl, target.overlay, names, options.without)
@@ -267,39 +263,33 @@ def _apply_overlay(
             # Now the namespace exists: the record of what to remove must precede the objects.
             release.save(kubectl, namespace)
             _provide_keys(kubectl, rendered, say)
-        if name == "all else":
-            wait_until_ready(kubectl, rendered.workloads, options.ready_seconds, say)
-        if name == "jobs":
-            wait_until_ready(kubectl, rendered.jobs, options.ready_seconds, say)
+        started = {"all else": rendered.workloads, "jobs": rendered.jobs}
+        wait_until_ready(kubectl, started.get(name, ()), options.ready_seconds, say)
     for key in manifests.find_removed_keys(old, rendered.keys):
         if key.kind in KEPT_KINDS:
             say(f"{key}: is no longer in the overlay; kept, because it holds data")
         else:
             say(f"{key}: is no longer in the overlay; deleted")
             _delete_objects(kubectl, [key])
-    staying = [key for key in release.objects if key.kind in KEPT_KINDS]
-    return _save_release(kubectl, namespace, release, objects=merge_keys(staying, rendered.keys))
+    kept = [key for key in release.objects if key.kind in KEPT_KINDS]
+    return _save_release(kubectl, namespace, release, objects=merge_keys(kept, rendered.keys))
 
 
 def _find_preexisting(kubectl: Kubectl, rendered: RenderedOverlay) -> tuple[ObjectKey, ...]:
     """Namespaces and kinds that existed before the first deployment."""
-    existing = {
-        (kind, resource["metadata"]["name"])
-        for kind, plural in (("Namespace", "namespaces"), ("CustomResourceDefinition", "customresourcedefinitions"))
-        for resource in kubectl.list_objects(plural)
-    }
-    return tuple(key for key in rendered.keys if (key.kind, key.name) in existing)
+    plurals = ("namespaces", "customresourcedefinitions")
+    existing = {ObjectKey.from_object(item).without_version() for plural in plurals for item in kubectl.list_objects(plural)}
+    return tuple(key for key in rendered.keys if key.without_version() in existing)
 
 
 def _apply_phase(kubectl: Kubectl, objects: Sequence[K8sObject], options: DeployOptions, say: Say) -> None:
-    """Applies objects server-side, so that fields of other managers stay theirs. Retries errors that pass."""
+    """Applies objects server-side, so that fields of other managers stay theirs. Retries temporary errors."""
     force_options = ["--force-conflicts"] if options.force_conflicts else []
     started = time.monotonic()
     while True:
         try:
             for line in kubectl.stream_lines(
-                *("apply", "--server-side", f"--field-manager={FIELD_MANAGER}", *force_options, "--filename=-"),
-                stdin=json.dumps(make_list_object(objects)),
+                "apply", *SERVER_SIDE, *force_options, stdin=json.dumps(make_list_object(objects))
             ):
                 say(f"  {line}")
             return
@@ -318,11 +308,10 @@ def _apply_phase(kubectl: Kubectl, objects: Sequence[K8sObject], options: Deploy
 def _provide_keys(kubectl: Kubectl, rendered: RenderedOverlay, say: Say) -> None:
     """Generates the keys of the overlay's object store, once. Raises ClusterError if the keys of another store are missing."""
     namespace = rendered.namespace
-    brings_store = any(key.kind in ("StatefulSet", "Deployment") and key.name == "seaweedfs" for key in rendered.keys)
-    in_overlay = any((key.kind, key.name) == ("Secret", doctor.STORAGE_SECRET) for key in rendered.keys)
-    if in_overlay or kubectl.get_object("secret", doctor.STORAGE_SECRET, namespace):
+    names = {(key.kind, key.name) for key in rendered.keys}
+    if ("Secret", doctor.STORAGE_SECRET) in names or kubectl.get_object("secret", doctor.STORAGE_SECRET, namespace):
         return
-    if not brings_store:
+    if ("StatefulSet", "seaweedfs") not in names:
         raise ClusterError(
             f"there is no Secret {namespace}/{doctor.STORAGE_SECRET} with the keys of the store; kubectl -n {namespace} create "
             f"secret generic {doctor.STORAGE_SECRET} --from-literal=accesskey=… --from-literal=secretkey=…, then deploy again"
@@ -348,10 +337,7 @@ def _clear_jobs(kubectl: Kubectl, objects: Sequence[K8sObject], say: Say) -> Non
     for job in objects:
         key = ObjectKey.from_object(job)
         try:
-            kubectl.run_command(
-                *("apply", "--server-side", "--dry-run=server", f"--field-manager={FIELD_MANAGER}", "--filename=-"),
-                stdin=json.dumps(job),
-            )
+            kubectl.run_command("apply", "--dry-run=server", *SERVER_SIDE, stdin=json.dumps(job))
         except ClusterError as error:
             if "immutable" not in str(error):
                 raise
@@ -395,14 +381,14 @@ def _run_smoke(client: KfpClient, package: str, say: Say) -> None:
 
 
 @contextlib.contextmanager
-def _forward_port(kubectl: Kubectl, namespace: str, service: str, port: int) -> Iterator[str]:
-    """Gives the local URL of a service of the cluster."""
-    lines = kubectl.stream_lines("port-forward", f"service/{service}", f":{port}", f"--namespace={namespace}", stdin="")
+def _forward_api(kubectl: Kubectl, namespace: str) -> Iterator[str]:
+    """Gives the local URL of Kubeflow's API."""
+    lines = kubectl.stream_lines("port-forward", "service/ml-pipeline", ":8888", f"--namespace={namespace}", stdin="")
     try:
         local = next((match[1] for line in lines if (match := re.search(r"127\.0\.0\.1:(\d+) ->", line))), None)
         if local is None:
             raise ClusterError(
-                f"kubectl port-forward service/{service}: ended at once; kubectl -n {namespace} get service {service}"
+                f"kubectl port-forward service/ml-pipeline: ended at once; kubectl -n {namespace} get service ml-pipeline"
             )
         yield f"http://127.0.0.1:{local}"
     finally:
@@ -424,28 +410,27 @@ def undeploy_overlay(options: DeployOptions, say: Say, ask: Ask | None, *, delet
     if running := [phase for phase in _workflow_phases(kubectl) if phase in ("Running", "Pending")]:
         doubts.append(f"{len(running)} runs are active, and would be stopped")
     if delete_data:
-        namespaces = sorted({key.namespace for key in release.objects if key.namespace})
-        doubts.append(f"ALL DATA in {', '.join(namespaces)} would be deleted")
+        names = sorted({key.namespace for key in release.objects if key.namespace})
+        doubts.append(f"ALL DATA in {', '.join(names)} would be deleted")
     _confirm_doubts(doubts, f"Continue on {target.context}?", options, ask)
-    spared = {key.without_version() for key in release.preexisting}
-    doomed = [
-        key for key in release.objects if key.without_version() not in spared and (delete_data or key.kind not in KEPT_KINDS)
-    ]
+    preexisting = {key.without_version() for key in release.preexisting}
+    ours = [key for key in release.objects if key.without_version() not in preexisting]
+    deleted = [key for key in ours if delete_data or key.kind not in KEPT_KINDS]
     if release.state != "removed" or delete_data:
         release = _save_release(kubectl, namespace, release, state="under way")
-    last = [key for key in doomed if key.kind == "Namespace"]
-    for key in manifests.sort_for_deletion(key for key in doomed if key.kind != "Namespace"):
+    namespaces = [key for key in deleted if key.kind == "Namespace"]
+    for key in manifests.sort_for_deletion(key for key in deleted if key.kind != "Namespace"):
         say(f"{key}: deleting")
         _delete_objects(kubectl, [key])
     if delete_data:
         _delete_claims(kubectl, release, say)
         # The record is in one of the namespaces, and needed until the others are gone.
-        for key in sorted(last, key=lambda key: key.name == namespace):
+        for key in sorted(namespaces, key=lambda key: key.name == namespace):
             say(f"{key}: deleting")
             _delete_objects(kubectl, [key], seconds=600)
         _delete_objects(kubectl, [ObjectKey("v1", "ConfigMap", namespace, CONFIG_MAP_NAME)])
         return True
-    kept = tuple(key for key in release.objects if key not in doomed)
+    kept = tuple(key for key in release.objects if key not in deleted)
     _save_release(kubectl, namespace, release, state="removed", objects=kept, pipelines={})
     say(f"{len(kept)} objects stay: those with data, and those that existed before; --delete-data deletes data too")
     return True
@@ -470,14 +455,14 @@ def diff_overlay(options: DeployOptions, say: Say, ask: Ask | None) -> str:
     # Jobs cannot be changed, only replaced.
     objects = [resource for resource in rendered.objects if resource["kind"] != "Job"]
     shown = target.kubectl.run_command(
-        *("diff", "--server-side", f"--field-manager={FIELD_MANAGER}", "--filename=-"),
+        *("diff", *SERVER_SIDE),
         stdin=json.dumps(make_list_object(objects)),
         seconds=APPLY_SECONDS,
         accepted_codes=(0, 1),
     )
-    going = [key for key in manifests.find_removed_keys(release.objects, rendered.keys) if key.kind not in KEPT_KINDS]
+    removed = [key for key in manifests.find_removed_keys(release.objects, rendered.keys) if key.kind not in KEPT_KINDS]
     say(f"{target.overlay} on {target.context}, deployed {release.changed_at}")
-    return shown + "".join(f"- {key}\n" for key in going)
+    return shown + "".join(f"- {key}\n" for key in removed)
 
 
 class PlatformStatus(NamedTuple):

@@ -4,11 +4,11 @@
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from k8s import versions
 from k8s.kubectl import ForbiddenError, K8sObject, Kubectl
@@ -25,12 +25,12 @@ RUN_POD_LABELS = {"app.kubernetes.io/part-of": "noisy-student"}
 
 # The last component of the image's name, which stays the same in a mirror.
 PART_IMAGES = {
-    "kfp": ("kfp-api-server",),
-    "argo": ("workflow-controller",),
-    "trainer": ("trainer-controller-manager",),
-    "kueue": ("kueue",),
-    "prometheus-operator": ("prometheus-operator",),
-    "dcgm": ("dcgm-exporter",),
+    "kfp": "kfp-api-server",
+    "argo": "workflow-controller",
+    "trainer": "trainer-controller-manager",
+    "kueue": "kueue",
+    "prometheus-operator": "prometheus-operator",
+    "dcgm": "dcgm-exporter",
 }
 CRDS = {
     "trainer": "trainjobs.trainer.kubeflow.org",
@@ -141,16 +141,13 @@ def fetch_state(kubectl: Kubectl, requirements: Requirements) -> ClusterState:
         f"{kubectl.context or 'current context'}, {kubectl.server_url() or 'in a pod'}",
     )
 
-    def fetch_object(kind: str, name: str, namespace: str) -> list[K8sObject]:
+    def fetch_object(kind: str, name: str, namespace: str | None = None) -> list[K8sObject]:
         fetched = kubectl.get_object(kind, name, namespace)
         return [fetched] if fetched else []
 
     def fetch_definitions() -> list[K8sObject]:
-        # All of them are tens of megabytes; a list of names is one call.
-        reply = kubectl.run_command("get", "customresourcedefinitions", *CRDS.values(), "--ignore-not-found", "--output=json")
-        # kubectl prints one object as itself, none as nothing, and several as a list.
-        value: Any = json.loads(reply) if reply.strip() else {"items": []}
-        return list(value.get("items", [value]))
+        # All of them are tens of megabytes.
+        return [definition for name in CRDS.values() for definition in fetch_object("customresourcedefinition", name)]
 
     with ThreadPoolExecutor(8) as threads:
 
@@ -179,14 +176,9 @@ def fetch_state(kubectl: Kubectl, requirements: Requirements) -> ClusterState:
                 namespace = manager[0]["metadata"]["namespace"]
                 calls["kueue-config"] = partial(fetch_object, "configmap", "kueue-manager-config", namespace)
         fetch_all(calls)
-        questions = [
-            (subject, permission)
-            for subject, permissions in _collect_questions(cluster, requirements).items()
-            for permission in permissions
-        ]
-        answers = list(threads.map(lambda question: is_allowed(kubectl, question[1], question[0]), questions))
-    for (subject, permission), answer in zip(questions, answers, strict=True):
-        cluster.permissions.setdefault(subject, {})[permission] = answer
+        for subject, permissions in _collect_questions(cluster, requirements).items():
+            answers = threads.map(partial(is_allowed, kubectl, subject=subject), permissions)
+            cluster.permissions[subject] = dict(zip(permissions, answers, strict=True))
     return cluster
 
 
@@ -263,13 +255,9 @@ def detect_versions(cluster: ClusterState) -> dict[str, Version]:
     detected = {"kubernetes": cluster.server_version} if cluster.server_version else {}
     for part in PART_IMAGES:
         for workload, container in _find_containers(cluster, part):
-            labels = workload["metadata"].get("labels") or {}
-            version = versions.parse_image_version(container["image"]) or versions.parse_version(
-                labels.get("app.kubernetes.io/version", "")
-            )
-            if version:
-                detected[part] = version
-                break
+            label = _get_labels(workload).get("app.kubernetes.io/version", "")
+            if version := versions.parse_image_version(container["image"]) or versions.parse_version(label):
+                detected.setdefault(part, version)
     for definition in cluster.get_objects("definitions"):
         if definition["metadata"]["name"] == CRDS["prometheus-operator"]:
             annotated = (definition["metadata"].get("annotations") or {}).get("operator.prometheus.io/version", "")
@@ -286,20 +274,17 @@ def has_part(cluster: ClusterState, part: str) -> bool:
 
 def selector_matches(selector: K8sObject | None, labels: Mapping[str, str]) -> bool:
     """Whether a label selector matches labels. None matches nothing, {} everything."""
-    if selector is None:
+    if selector is None or not (selector.get("matchLabels") or {}).items() <= labels.items():
         return False
-    for key, value in (selector.get("matchLabels") or {}).items():
-        if labels.get(key) != value:
-            return False
     for expression in selector.get("matchExpressions") or ():
         value, values = labels.get(expression["key"]), expression.get("values") or ()
-        matched = {
+        matches = {
             "In": value in values,
             "NotIn": value not in values,
             "Exists": value is not None,
             "DoesNotExist": value is None,
-        }[expression["operator"]]
-        if not matched:
+        }
+        if not matches[expression["operator"]]:
             return False
     return True
 
@@ -308,7 +293,7 @@ def _find_containers(cluster: ClusterState, part: str) -> Iterator[tuple[K8sObje
     """Yields the workloads that run a part's image, with the container."""
     for workload in (*cluster.get_objects("deployments"), *cluster.get_objects("daemonsets")):
         for container in workload["spec"]["template"]["spec"].get("containers") or ():
-            if _parse_repository(container).rpartition("/")[2] in PART_IMAGES[part]:
+            if _parse_repository(container).rpartition("/")[2] == PART_IMAGES[part]:
                 yield workload, container
 
 
@@ -335,8 +320,7 @@ def _check_version(
     needed = part in requirements.required_parts and part not in requirements.provided_parts
     provided_version = requirements.provided_parts.get(part)
     if version is None and part != "kubernetes" and not has_part(cluster, part):
-        denied = [kind for kind in ("deployments", "daemonsets", "definitions") if kind in cluster.denied]
-        if denied:
+        if denied := [kind for kind in ("deployments", "daemonsets", "definitions") if kind in cluster.denied]:
             fix = f"ask a user who may list {' and '.join(denied)} in all namespaces"
             return _warned(part, f"unknown whether {name} is installed", fix)
         if part in requirements.provided_parts:
@@ -395,12 +379,8 @@ def _check_storage(cluster: ClusterState) -> Diagnostic:
     if "storageclasses" in cluster.denied:
         return _warned(name, "may not be listed", "ask a user who may list storageclasses")
     classes = cluster.get_objects("storageclasses")
-    defaults = [
-        storage_class
-        for storage_class in classes
-        if (storage_class["metadata"].get("annotations") or {}).get(DEFAULT_CLASS) == "true"
-    ]
-    names = ", ".join(sorted(storage_class["metadata"]["name"] for storage_class in defaults))
+    defaults = [item for item in classes if (item["metadata"].get("annotations") or {}).get(DEFAULT_CLASS) == "true"]
+    names = ", ".join(sorted(item["metadata"]["name"] for item in defaults))
     if not defaults:
         pending = sorted(
             _full_name(claim)
@@ -424,7 +404,7 @@ def _check_gpus(cluster: ClusterState, requirements: Requirements) -> Iterator[D
     silent = sorted(
         node["metadata"]["name"]
         for node in nodes
-        if any(label in _node_labels(node) for label in GPU_LABELS) and not _gpu_resources(node, "capacity")
+        if any(label in _get_labels(node) for label in GPU_LABELS) and not _gpu_resources(node, "capacity")
     )
     if silent:
         detail = f"{len(silent)} nodes have the label of GPUs and offer none: {', '.join(silent[:5])}"
@@ -465,8 +445,8 @@ def _full_name(resource: K8sObject) -> str:
     return f"{resource['metadata']['namespace']}/{resource['metadata']['name']}"
 
 
-def _node_labels(node: K8sObject) -> dict[str, str]:
-    return node["metadata"].get("labels") or {}
+def _get_labels(resource: K8sObject) -> dict[str, str]:
+    return resource["metadata"].get("labels") or {}
 
 
 def _gpu_resources(node: K8sObject, field_name: str) -> dict[str, int]:
@@ -486,7 +466,7 @@ def _describe_pool(node: K8sObject) -> tuple[str, str, str]:
         for taint in node["spec"].get("taints") or ()
         if not taint["key"].startswith("node.kubernetes.io/")
     )
-    labels = [f"{label}={_node_labels(node)[label]}" for label in POOL_LABELS if label in _node_labels(node)]
+    labels = [f"{label}={_get_labels(node)[label]}" for label in POOL_LABELS if label in _get_labels(node)]
     resources = [f"{count} {name}" for name, count in sorted(_gpu_resources(node, "allocatable").items())]
     return ", ".join(resources), ", ".join(taints), ", ".join(labels)
 
@@ -534,9 +514,7 @@ def _check_pod_monitor(cluster: ClusterState, requirements: Requirements) -> Ite
         return
     run_namespace, check = find_run_namespace(cluster, requirements), "pod-monitor"
     prometheuses = cluster.get_objects(PROMETHEUSES)
-    monitors = [
-        resource for resource in cluster.get_objects(CRDS["prometheus-operator"]) if _is_for_runs(resource, run_namespace)
-    ]
+    monitors = [item for item in cluster.get_objects(CRDS["prometheus-operator"]) if _is_for_runs(item, run_namespace)]
     if not monitors:
         if "prometheus-operator" in requirements.required_parts - requirements.provided_parts.keys():
             yield _failed(check, "none selects the pods of runs", "add the component monitoring to the overlay")
@@ -545,15 +523,13 @@ def _check_pod_monitor(cluster: ClusterState, requirements: Requirements) -> Ite
     for monitor in monitors:
         selecting = [prometheus for prometheus in prometheuses if _selects_monitor(prometheus, monitor, cluster)]
         if not selecting:
-            selectors = "; ".join(
-                f"{_full_name(resource)} selects {_describe_selectors(resource['spec'])}" for resource in prometheuses
-            )
+            selectors = "; ".join(f"{_full_name(item)} selects {_describe_selectors(item['spec'])}" for item in prometheuses)
             detail = f"{_full_name(monitor)} is selected by no Prometheus ({selectors or 'there is none'})"
             fix = "give the PodMonitor and its namespace the labels of podMonitorSelector and podMonitorNamespaceSelector"
             yield _warned(check, detail, fix)
         for prometheus in selecting:
             account, detail = _service_account(prometheus), f"{_full_name(monitor)} is selected by {_full_name(prometheus)}"
-            if cluster.permissions.get(account, {}).get(_discovery_permission(run_namespace)) is False:
+            if cluster.permissions.get(account, {}).get(Permission("list", "pods", namespace=run_namespace)) is False:
                 fix = f"bind a Role with get, list, watch on pods in {run_namespace} to {account}"
                 yield _warned(check, f"{detail}, which may not list pods in {run_namespace}", fix)
             else:
@@ -569,13 +545,13 @@ def _is_for_runs(monitor: K8sObject, run_namespace: str) -> bool:
 
 def _selects_monitor(prometheus: K8sObject, monitor: K8sObject, cluster: ClusterState) -> bool:
     spec, namespace = prometheus["spec"], monitor["metadata"]["namespace"]
-    if not selector_matches(spec.get("podMonitorSelector"), monitor["metadata"].get("labels") or {}):
+    if not selector_matches(spec.get("podMonitorSelector"), _get_labels(monitor)):
         return False
     namespace_selector = spec.get("podMonitorNamespaceSelector")
     if namespace_selector is None:
         return bool(namespace == prometheus["metadata"]["namespace"])
-    labels = {item["metadata"]["name"]: item["metadata"].get("labels") for item in cluster.get_objects("namespaces")}
-    return selector_matches(namespace_selector, labels.get(namespace) or {})
+    labels = {item["metadata"]["name"]: _get_labels(item) for item in cluster.get_objects("namespaces")}
+    return selector_matches(namespace_selector, labels.get(namespace, {}))
 
 
 def _describe_selectors(spec: K8sObject) -> str:
@@ -587,10 +563,6 @@ def _describe_selectors(spec: K8sObject) -> str:
 def _service_account(prometheus: K8sObject) -> str:
     name = prometheus["spec"].get("serviceAccountName") or "default"
     return f"system:serviceaccount:{prometheus['metadata']['namespace']}:{name}"
-
-
-def _discovery_permission(run_namespace: str) -> Permission:
-    return Permission("list", "pods", namespace=run_namespace)
 
 
 def _check_gpu_exporter(cluster: ClusterState) -> Iterator[Diagnostic]:
@@ -661,7 +633,7 @@ def _collect_questions(cluster: ClusterState, requirements: Requirements) -> dic
             run_namespace, "trainer" in requirements.required_parts
         )
     for prometheus in cluster.get_objects(PROMETHEUSES):
-        questions[_service_account(prometheus)] = (_discovery_permission(run_namespace),)
+        questions[_service_account(prometheus)] = (Permission("list", "pods", namespace=run_namespace),)
     return questions
 
 
@@ -683,6 +655,6 @@ def _check_permissions(cluster: ClusterState) -> Iterator[Diagnostic]:
             yield _passed(check, f"{name} has all {len(permissions)} permissions that are needed")
 
 
-def _join_permissions(permissions: Iterable[Permission]) -> str:
+def _join_permissions(permissions: Sequence[Permission]) -> str:
     names = list(map(str, permissions))
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

@@ -45,7 +45,7 @@ KINDS_BEFORE = (
 )
 WORKLOADS = ("Deployment", "StatefulSet", "DaemonSet", "CronJob")
 KINDS_AFTER = (*WORKLOADS, "APIService", "MutatingWebhookConfiguration", "ValidatingWebhookConfiguration")
-FIRST_KINDS = ("Namespace", "CustomResourceDefinition")
+PHASES = ("namespaces and kinds", "all else", "resources of controllers", "jobs")
 
 # Groups of Kubernetes itself; kinds of other groups need their controller to run first.
 BUILT_IN = ("apps", "batch", "policy", "autoscaling", "extensions")
@@ -121,41 +121,23 @@ class RenderedOverlay(NamedTuple):
 
         A kind must be known before objects of it, and a controller must run before its resources, for its webhook checks them.
         """
-        phases: dict[str, list[K8sObject]] = {
-            "namespaces and kinds": [],
-            "all else": [],
-            "resources of controllers": [],
-            "jobs": [],
-        }
-        for resource in sorted(self.objects, key=_sort_key):
-            key = ObjectKey.from_object(resource)
-            if key.kind in FIRST_KINDS:
-                phases["namespaces and kinds"].append(resource)
-            elif key.kind == "Job":
-                phases["jobs"].append(resource)
-            elif _is_custom(key):
-                phases["resources of controllers"].append(resource)
-            else:
-                phases["all else"].append(resource)
+        phases: dict[str, list[K8sObject]] = {name: [] for name in PHASES}
+        keyed = [(ObjectKey.from_object(resource), resource) for resource in self.objects]
+        for key, resource in sorted(keyed, key=lambda entry: (_kind_position(entry[0].kind), entry[0])):
+            phases[_choose_phase(key)].append(resource)
         return [(name, members) for name, members in phases.items() if members]
 
     def provided_parts(self) -> dict[str, Version | None]:
         """Parts of `ns doctor cluster` that it installs, with their versions if known."""
-        state = self._as_state()
+        kinds = {"deployments": "Deployment", "daemonsets": "DaemonSet", "definitions": "CustomResourceDefinition"}
+        objects = {name: [item for item in self.objects if item["kind"] == kind] for name, kind in kinds.items()}
+        state = doctor.ClusterState(objects=objects)
         versions = doctor.detect_versions(state)
         return {part: versions.get(part) for part in doctor.PART_IMAGES if doctor.has_part(state, part)}
 
     def required_parts(self) -> frozenset[str]:
         """Parts that it needs."""
         return frozenset({"kfp"} | {PART_OF_GROUP[key.group] for key in self.keys if key.group in PART_OF_GROUP})
-
-    def _as_state(self) -> doctor.ClusterState:
-        kinds = {"Deployment": "deployments", "DaemonSet": "daemonsets", "CustomResourceDefinition": "definitions"}
-        objects: dict[str, list[K8sObject]] = {}
-        for resource in self.objects:
-            if resource["kind"] in kinds:
-                objects.setdefault(kinds[resource["kind"]], []).append(resource)
-        return doctor.ClusterState(objects=objects)
 
     def required_permissions(self) -> tuple[Permission, ...]:
         """Permissions that are needed to apply it."""
@@ -183,11 +165,8 @@ class RenderedOverlay(NamedTuple):
 
     def read_config_map(self, name: str) -> dict[str, str]:
         """Data of a ConfigMap in the namespace of runs; empty if there is none."""
-        for resource in self.objects:
-            if resource["kind"] == "ConfigMap" and (resource["metadata"].get("namespace"), resource["metadata"]["name"]) == (
-                self.namespace,
-                name,
-            ):
+        for key, resource in zip(self.keys, self.objects, strict=True):
+            if key[1:] == ("ConfigMap", self.namespace, name):
                 return dict(resource.get("data") or {})
         return {}
 
@@ -261,6 +240,14 @@ def _is_custom(key: ObjectKey) -> bool:
     return bool(key.group) and key.group not in BUILT_IN and not key.group.endswith(".k8s.io")
 
 
+def _choose_phase(key: ObjectKey) -> str:
+    if key.kind in ("Namespace", "CustomResourceDefinition"):
+        return "namespaces and kinds"
+    if key.kind == "Job":
+        return "jobs"
+    return "resources of controllers" if _is_custom(key) else "all else"
+
+
 def _pluralize_kind(kind: str) -> str:
     """Plural of a kind of Kubernetes: `networkpolicies`, `ingresses`, `endpoints`."""
     name = kind.lower()
@@ -275,7 +262,3 @@ def _kind_position(kind: str) -> int:
     if kind in KINDS_BEFORE:
         return KINDS_BEFORE.index(kind)
     return len(KINDS_BEFORE) + 1 + KINDS_AFTER.index(kind) if kind in KINDS_AFTER else len(KINDS_BEFORE)
-
-
-def _sort_key(resource: K8sObject) -> tuple[int, Any]:
-    return _kind_position(resource["kind"]), ObjectKey.from_object(resource)

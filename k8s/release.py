@@ -10,13 +10,13 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from k8s.kubectl import K8sObject, Kubectl
+from k8s.kubectl import Kubectl
 from k8s.manifests import ObjectKey, make_list_object
 from ns.core.errors import ClusterError
 
 CONFIG_MAP_NAME = "noisy-student-deployment"
-FIELD_MANAGER = "noisy-student"
-"""Owner of the fields, to server-side apply."""
+SERVER_SIDE = ("--server-side", "--field-manager=noisy-student", "--filename=-")
+"""Options of kubectl: apply on the server, as the owner of the fields, what comes on standard input."""
 
 
 class Release(BaseModel):
@@ -57,17 +57,8 @@ class Release(BaseModel):
         return releases
 
     def save(self, kubectl: Kubectl, namespace: str) -> None:
-        kubectl.run_command(
-            "apply",
-            "--server-side",
-            f"--field-manager={FIELD_MANAGER}",
-            "--filename=-",
-            stdin=json.dumps(make_list_object([self._make_config_map(namespace)])),
-        )
-
-    def _make_config_map(self, namespace: str) -> K8sObject:
         fields = self.model_dump(mode="json", exclude={"objects"})
-        return {
+        config_map = {
             "apiVersion": "v1",
             "kind": "ConfigMap",
             "metadata": {
@@ -77,10 +68,9 @@ class Release(BaseModel):
             },
             "data": {"record": json.dumps(fields, indent=1), "objects": json.dumps(self.objects)},
         }
+        kubectl.run_command("apply", *SERVER_SIDE, stdin=json.dumps(make_list_object([config_map])))
 
 
 def merge_keys(old: Iterable[ObjectKey], new: Iterable[ObjectKey]) -> tuple[ObjectKey, ...]:
     """Returns the union, each object once, under the API version of `new`."""
-    keys = {key.without_version(): key for key in old}
-    keys.update({key.without_version(): key for key in new})
-    return tuple(keys.values())
+    return tuple({key.without_version(): key for key in (*old, *new)}.values())

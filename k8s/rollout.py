@@ -129,7 +129,6 @@ def list_workload_rows(kubectl: Kubectl, keys: Sequence[ObjectKey]) -> list[Work
 
 
 def _fetch_states(kubectl: Kubectl, keys: Sequence[ObjectKey]) -> dict[ObjectKey, WorkloadState]:
-    """The state of each workload."""
     states = dict.fromkeys(keys, MISSING)
     for namespace in sorted({key.namespace for key in keys}):
         kinds = sorted({KIND_PLURALS[key.kind] for key in keys if key.namespace == namespace})

@@ -135,16 +135,12 @@ def _describe_error(error: Any) -> tuple[str, str]:
 # --- what schemas cannot express
 
 
-def find_pod_specs(node: Any, path: str = "") -> Iterator[tuple[str, K8sObject]]:
-    """Yields the pods' specs in an object with their paths, wherever its kind keeps them."""
-    if isinstance(node, dict):
-        if isinstance(node.get("containers"), list):
-            yield path, node
-        for key, value in node.items():
-            yield from find_pod_specs(value, f"{path}.{key}" if path else str(key))
-    elif isinstance(node, list):
-        for index, value in enumerate(node):
-            yield from find_pod_specs(value, f"{path}.{index}")
+def walk_objects(value: Any, path: str = "") -> Iterator[tuple[str, K8sObject]]:
+    """Yields every object in a value with its path."""
+    if isinstance(value, dict):
+        yield path, value
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from walk_objects(inner, f"{path}.{key}".removeprefix("."))
 
 
 def list_containers(pod: K8sObject) -> Iterator[K8sObject]:
@@ -190,31 +186,26 @@ def is_pinned(image: str) -> bool:
     return bool(re.search(r"\d", image.rpartition("/")[2].partition(":")[2]))
 
 
+REFERENCES = {
+    **dict.fromkeys(("secret", "secretRef", "secretKeyRef"), "Secret"),
+    **dict.fromkeys(("configMap", "configMapRef", "configMapKeyRef"), "ConfigMap"),
+    "persistentVolumeClaim": "PersistentVolumeClaim",
+}
+"""Field of a pod's volumes and variables → the kind to which it refers."""
+
+
 def find_references(pod: K8sObject) -> Iterator[tuple[str, str]]:
     """Yields kind and name of the objects without which a pod cannot start."""
-    sources: list[tuple[K8sObject, str, str, str]] = []
-    """Where a reference may be: the object around it, its key, the kind, and the key of the name."""
     if account := pod.get("serviceAccountName"):
         yield "ServiceAccount", account
     for secret in pod.get("imagePullSecrets") or []:
         yield "Secret", secret["name"]
-    for volume in pod.get("volumes") or []:
-        sources += [
-            (volume, "secret", "Secret", "secretName"),
-            (volume, "configMap", "ConfigMap", "name"),
-            (volume, "persistentVolumeClaim", "PersistentVolumeClaim", "claimName"),
-        ]
-        for source in (volume.get("projected") or {}).get("sources", []):
-            sources += [(source, "secret", "Secret", "name"), (source, "configMap", "ConfigMap", "name")]
-    for container in list_containers(pod):
-        for source in container.get("envFrom") or []:
-            sources += [(source, "secretRef", "Secret", "name"), (source, "configMapRef", "ConfigMap", "name")]
-        for variable in container.get("env") or []:
-            value = variable.get("valueFrom") or {}
-            sources += [(value, "secretKeyRef", "Secret", "name"), (value, "configMapKeyRef", "ConfigMap", "name")]
-    for around, key, kind, name in sources:
-        if key in around and not around[key].get("optional"):
-            yield kind, around[key][name]
+    for _, around in walk_objects([pod.get("volumes") or [], *list_containers(pod)]):
+        for field in REFERENCES.keys() & around.keys():
+            reference = around[field]
+            if not reference.get("optional"):
+                name = next(reference[key] for key in ("name", "secretName", "claimName") if key in reference)
+                yield REFERENCES[field], name
 
 
 def collect_available(objects: Iterable[K8sObject]) -> set[tuple[str, str]]:
@@ -239,7 +230,8 @@ def check_objects(objects: list[K8sObject], location: str, others: Iterable[K8sO
                     yield ManifestProblem(name, f"there is no {'/'.join(reference)}")
         if resource["kind"] == "CustomResourceDefinition":
             continue
-        for path, pod in find_pod_specs(resource):
+        pods = [(path, inner) for path, inner in walk_objects(resource) if isinstance(inner.get("containers"), list)]
+        for path, pod in pods:
             for reference in sorted(set(find_references(pod)) - available):
                 yield ManifestProblem(f"{name} {path}", f"there is no {'/'.join(reference)}")
             for container in list_containers(pod):
