@@ -147,7 +147,7 @@ validate: $(VENV)/.test ## Check the manifests in k8s/ against Kubernetes' schem
 checkov: $(VENV)-checkov/.installed ## Check the manifests with checkov too
 	@$(BIN)/python -m k8s.validate --checkov $(VENV)-checkov/bin/checkov $(ARGS)
 
-# A stamp is touched last, so that an interrupted installation is taken up again. Who has more also has what is less.
+# A stamp is touched last, so that the same target continues an interrupted installation. Each set of packages includes the smaller ones.
 $(VENV)/.run $(VENV)/.test $(VENV)/.bench: pyproject.toml constraints.txt install.sh
 
 $(VENV)/.run:

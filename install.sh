@@ -43,7 +43,7 @@ install_ensurepip() { # install_ensurepip PYTHON
 exec 9<pyproject.toml
 if command -v flock >/dev/null; then flock 9; fi
 
-# pip killed half-way leaves packages that look whole: such an environment is made anew, as is one whose Python is gone.
+# If pip was killed, packages may be incomplete: such an environment is made again, and so is one whose Python is gone.
 if [ -e "$under_way" ] || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     rm -rf "$venv"
     python=$(newest_python)

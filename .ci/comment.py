@@ -92,8 +92,8 @@ def main() -> int:
     parser.add_argument("marker", help="word that identifies the comment")
     parser.add_argument("file", type=Path, help="Markdown")
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--number", type=int, help="number or branch of the request")
-    which.add_argument("--branch", help="number or branch of the request")
+    which.add_argument("--number", type=int, help="number of the request")
+    which.add_argument("--branch", help="branch of the request")
     options = parser.parse_args()
     if not re.fullmatch(r"[a-z0-9-]+", options.marker):
         parser.error(f"marker {options.marker!r}: must be lower-case letters, digits and hyphens")

@@ -16,7 +16,6 @@ from pathlib import Path
 CHECKOUT = Path(__file__).parents[1]
 IMAGE_PREFIX = "noisy-student"
 TARGETS = ("worker", "worker-cuda", "tools")
-TAG_DIGITS = 16
 
 
 def list_context_files(checkout: Path) -> Iterator[Path]:
@@ -34,7 +33,7 @@ def compute_tag(checkout: Path, target: str, arguments: dict[str, str]) -> str:
     for file in list_context_files(checkout):
         content = hashlib.sha256(file.read_bytes()).hexdigest()
         hasher.update(f"{file.relative_to(checkout).as_posix()} {content}\n".encode())
-    return hasher.hexdigest()[:TAG_DIGITS]
+    return hasher.hexdigest()[:16]
 
 
 def read_version(checkout: Path) -> str:
