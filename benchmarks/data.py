@@ -7,13 +7,13 @@ peers `pip install webdataset`. All rates are images per second of one reading p
 """
 
 import io
+import itertools
 import logging
 import os
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ import numpy as np
 import simplejpeg
 import torch
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_sample_images
 from torch.utils.data import DataLoader
@@ -50,7 +49,6 @@ Run = Callable[[], int]
 def main() -> None:
     options = parse_arguments(__doc__ or "")
     rounds = 5 if options.quick else 15
-    console = Console(width=120)
     torch.set_num_threads(1)
     # Each round reads and decodes everything again.
     shard_reader.DECODED_BYTES = 0
@@ -76,56 +74,31 @@ def main() -> None:
         pool = LocalStore(folder / "pool")
         unlabeled = import_small_images(folders, pool, "unlabeled", 0)
         limit = make_bare_decoder(small, data, allocate_images(BATCH, 32))
-        add_comparison(
-            "decode_ratio_32px",
-            "labeling's stream ÷ simplejpeg on bytes in memory",
-            make_stream(pool, unlabeled, shuffled=False),
-            limit,
-        )
-        add_comparison(
-            "decode_ratio_32px_shuffled", "training's stream ÷ the same", make_stream(small, data, shuffled=True), limit
-        )
-        add_comparison(
-            "decode_ratio_large",
-            f"training's stream ÷ the same, {LARGE_PX[0]} x {LARGE_PX[1]} px of {photographs.bytes / photographs.samples / 1000:.0f} kB",
-            make_decoder(large, photographs),
-            make_bare_decoder(large, photographs, [None] * BATCH),
-        )
+        what = "labeling's stream ÷ simplejpeg on bytes in memory"
+        add_comparison("decode_ratio_32px", what, make_labeling_stream(pool, unlabeled), limit)
+        add_comparison("decode_ratio_32px_shuffled", "training's stream ÷ the same", make_training_stream(small, data), limit)
+        kilobytes = photographs.bytes / photographs.samples / 1000
+        what = f"training's stream ÷ the same, {LARGE_PX[0]} x {LARGE_PX[1]} px of {kilobytes:.0f} kB"
+        limit = make_bare_decoder(large, photographs, [None] * BATCH)
+        add_comparison("decode_ratio_large", what, make_decoder(large, photographs), limit)
+        what = "decoded no larger than needed, cropped and resized ÷ Pillow and torchvision"
         for size in (224, 96):
-            add_comparison(
-                f"resized_crop_{size}px_vs_pillow",
-                "decoded as small as will do, cropped and resized ÷ Pillow and torchvision",
-                make_resizer(large, photographs, size),
-                make_pillow_resizer(large, photographs, size),
-            )
+            resizers = make_resizer(large, photographs, size), make_pillow_resizer(large, photographs, size)
+            add_comparison(f"resized_crop_{size}px_vs_pillow", what, *resizers)
         plain = NoiseConfig(randaugment_layers=0, flip=False)
         noisy = NoiseConfig(randaugment_layers=2, randaugment_magnitude=6)
+        ours = make_training_loader(small, data, plain, "none")
+        noisy_ours = make_training_loader(small, data, noisy, "pad")
         few = 3 if options.quick else 7
-        add_comparison(
-            "vs_imagefolder",
-            "shuffled batches ÷ torchvision's ImageFolder",
-            make_training_loader(small, data, plain, "none"),
-            make_imagefolder_loader(folders),
-            few,
-        )
-        add_comparison(
-            "vs_timm",
-            "with RandAugment and crop ÷ timm's loader",
-            make_training_loader(small, data, noisy, "pad"),
-            make_timm_loader(folders),
-            few,
-        )
-        add_comparison(
-            "vs_webdataset",
-            "shuffled batches ÷ webdataset on our tars",
-            make_training_loader(small, data, plain, "none"),
-            make_webdataset_loader(small, data),
-            few,
-        )
+        for name, what, mine, theirs in (
+            ("imagefolder", "shuffled batches ÷ torchvision's ImageFolder", ours, make_imagefolder_loader(folders)),
+            ("timm", "with RandAugment and crop ÷ timm's loader", noisy_ours, make_timm_loader(folders)),
+            ("webdataset", "shuffled batches ÷ webdataset on our tars", ours, make_webdataset_loader(small, data)),
+        ):
+            add_comparison(f"vs_{name}", what, mine, theirs, few)
         compare_s3(small, data, folder, plain, add_comparison, few)
         for size in (32, 224):
             compare_augment(size, add_comparison, rounds)
-    console.print(table)
     write_benchmark("data", figures, options, table)
 
 
@@ -177,73 +150,77 @@ def make_large_images(store: Store, count: int) -> Dataset:
     return dataset
 
 
-def make_stream(store: Store, data: Dataset, *, shuffled: bool) -> Run:
-    """An epoch into a batch, in the order of the tars as labeling reads it, or in that of training."""
-    source = ImageSource(store, data)
-    order = ShardShuffle([np.ones(shard.samples, np.uint8) for shard in data.shards], (0, 0))
-    transform = EvalTransform(32, "none", 0)
-    batch = allocate_images(BATCH, 32)
+def make_labeling_stream(store: Store, data: Dataset) -> Run:
+    """An epoch into a batch, in the order of the tars, as labeling reads it."""
+    source, transform, batch = ImageSource(store, data), EvalTransform(32, "none", 0), allocate_images(BATCH, 32)
 
     def run_epoch() -> int:
-        if not shuffled:
-            for shard in range(len(data.shards)):
-                for start in range(0, data.shards[shard].samples, BATCH):
-                    stop = min(start + BATCH, data.shards[shard].samples)
-                    transform.transform_batch(list(source.read_encoded(shard, start, stop)), batch)
-            return data.samples
-        for start in range(0, data.samples, BATCH):
-            source.fetch_ahead(order.prefetch(start))
-            positions = order.positions(start, min(BATCH, data.samples - start))
-            transform.transform_batch([source.read_image(*position) for position in positions], batch)
+        for number, shard in enumerate(data.shards):
+            for start in range(0, shard.samples, BATCH):
+                stop = min(start + BATCH, shard.samples)
+                transform.transform_batch(list(source.read_encoded(number, start, stop)), batch)
         return data.samples
 
     return run_epoch
 
 
-def make_decoder(store: Store, data: Dataset) -> Run:
-    """An epoch in shuffled order, decoded whole: what resizes images begins here."""
+def make_shuffled_run(store: Store, data: Dataset, use_batch: Callable[[ImageSource, Any], Any]) -> Run:
+    """An epoch in the order of training; `use_batch` takes the positions of a batch."""
     source = ImageSource(store, data)
     order = ShardShuffle([np.ones(shard.samples, np.uint8) for shard in data.shards], (0, 0))
 
     def run_epoch() -> int:
         for start in range(0, data.samples, BATCH):
             source.fetch_ahead(order.prefetch(start))
-            for position in order.positions(start, min(BATCH, data.samples - start)):
-                source.read_pixels(*position)
+            use_batch(source, order.positions(start, min(BATCH, data.samples - start)))
+        return data.samples
+
+    return run_epoch
+
+
+def make_training_stream(store: Store, data: Dataset) -> Run:
+    """An epoch into a batch, in the order of training."""
+    transform, batch = EvalTransform(32, "none", 0), allocate_images(BATCH, 32)
+    return make_shuffled_run(
+        store, data, lambda source, positions: transform.transform_batch([source.read_image(*at) for at in positions], batch)
+    )
+
+
+def make_decoder(store: Store, data: Dataset) -> Run:
+    """An epoch in the order of training, decoded whole: what resizes images begins here."""
+
+    def decode_batch(source: ImageSource, positions: Any) -> None:
+        for position in positions:
+            source.read_pixels(*position)
+
+    return make_shuffled_run(store, data, decode_batch)
+
+
+def make_image_run(store: Store, data: Dataset, use_image: Callable[[Any], Any]) -> Run:
+    """An epoch in the order of the tars, image by image."""
+    source = ImageSource(store, data)
+
+    def run_epoch() -> int:
+        for number, shard in enumerate(data.shards):
+            for row in range(shard.samples):
+                use_image(source.read_image(number, row))
         return data.samples
 
     return run_epoch
 
 
 def make_resizer(store: Store, data: Dataset, size: int) -> Run:
-    """The same with a random crop resized to `size` px."""
-    source = ImageSource(store, data)
-    transform = TrainTransform(NoiseConfig(randaugment_layers=0), size, "resized")
-    rng = np.random.default_rng(0)
-
-    def run_epoch() -> int:
-        for shard in range(len(data.shards)):
-            for row in range(data.shards[shard].samples):
-                transform(source.read_image(shard, row), rng)
-        return data.samples
-
-    return run_epoch
+    """A random crop of each image, resized to `size` px."""
+    transform, rng = TrainTransform(NoiseConfig(randaugment_layers=0), size, "resized"), np.random.default_rng(0)
+    return make_image_run(store, data, lambda image: transform(image, rng))
 
 
 def make_pillow_resizer(store: Store, data: Dataset, size: int) -> Run:
-    """As torchvision users do it."""
+    """The same as torchvision users do it."""
     from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
-    source = ImageSource(store, data)
     crop = RandomResizedCrop(size, interpolation=InterpolationMode.BICUBIC)
-
-    def run_epoch() -> int:
-        for shard in range(len(data.shards)):
-            for row in range(data.shards[shard].samples):
-                crop(Image.open(io.BytesIO(source.read_image(shard, row).data)).convert("RGB"))
-        return data.samples
-
-    return run_epoch
+    return make_image_run(store, data, lambda image: crop(Image.open(io.BytesIO(image.data)).convert("RGB")))
 
 
 def make_bare_decoder(store: Store, data: Dataset, batch: Any) -> Run:
@@ -344,7 +321,7 @@ def compare_s3(
     store = S3Store("s3://bench/small")
     for key in local_store.list():
         store.put(key, local_store.get(key))
-    numbers = iter(range(1_000_000))
+    numbers = itertools.count()
 
     def run_cold() -> int:
         os.environ["NS_CACHE_DIR"] = str(scratch_folder / f"cache-{next(numbers)}")
@@ -368,32 +345,21 @@ def compare_augment(size: int, compare: Callable[..., None], rounds: int) -> Non
     pictures = [Image.fromarray(array) for array in arrays]
     tensors = [torch.from_numpy(array).permute(2, 0, 1).contiguous() for array in arrays]
     ours = RandAugment(2, 9, size)
-    pillow = rand_augment_transform("rand-m9-n2", {})
-    torchvision = v2.RandAugment(2, 9)
 
     def make_item_run(items: list[Any], work: Callable[[Any], Any]) -> Run:
         def run_items() -> int:
-            for item in islice(items, count):
+            for item in items:
                 work(item)
             return count
 
         return run_items
 
     mine = make_item_run(pictures, lambda picture: ours(picture, rng))
-    compare(
-        f"randaugment_vs_pillow_{size}px",
-        "RandAugment alone ÷ timm's, on Pillow",
-        mine,
-        make_item_run(pictures, pillow),
-        rounds,
-    )
-    compare(
-        f"randaugment_vs_torchvision_{size}px",
-        "RandAugment alone ÷ torchvision v2's, on tensors",
-        mine,
-        make_item_run(tensors, torchvision),
-        rounds,
-    )
+    for name, what, theirs in (
+        ("pillow", "timm's, on Pillow", make_item_run(pictures, rand_augment_transform("rand-m9-n2", {}))),
+        ("torchvision", "torchvision v2's, on tensors", make_item_run(tensors, v2.RandAugment(2, 9))),
+    ):
+        compare(f"randaugment_vs_{name}_{size}px", f"RandAugment alone ÷ {what}", mine, theirs, rounds)
 
 
 if __name__ == "__main__":

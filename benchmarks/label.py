@@ -73,7 +73,6 @@ def main() -> None:
             for figure, other in pairs:
                 record_ratio(figures, table, figure, measured, ("ours", other), (arch,))
             console.print(f"{arch}: {predictor.mode}")
-    console.print(table)
     if "vs_timm_inference" not in figures and not options.quick:
         console.print("vs_timm_inference skipped: TIMM_INFERENCE does not name timm's inference.py", style="yellow")
     write_benchmark("label", figures, options, table)

@@ -17,7 +17,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import parse_arguments, write_benchmark
@@ -32,7 +31,6 @@ from pipelines.runners import local
 
 def main() -> None:
     options = parse_arguments(__doc__ or "")
-    console = Console(width=100)
     help_seconds = statistics.median(time_command([sys.executable, "-m", "ns", "--help"]) for _ in range(5))
     with tempfile.TemporaryDirectory() as scratch:
         store = LocalStore(Path(scratch) / "runs")
@@ -51,13 +49,11 @@ def main() -> None:
         last = max(last, end)
     table.add_row("the end", f"{ended - started:.1f}", "", f"{ended - last:.1f}")
     share = 1 - measure_union([(begin, end) for _, begin, end in intervals]) / (ended - started)
-    console.print(table)
     figures = {
         "overhead_share": round(share, 4),
         "help_seconds": round(help_seconds, 3),
         "run_seconds": round(ended - started, 1),
     }
-    console.print(figures)
     write_benchmark("loop", figures, options, table)
 
 

@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -28,11 +29,17 @@ PACKAGES = ("numpy", "pillow", "pyarrow", "timm", "torch", "torchvision")
 """Packages whose versions change figures."""
 
 
-def parse_arguments(about: str) -> argparse.Namespace:
+def make_parser(about: str) -> argparse.ArgumentParser:
+    """A parser with the options that `write_benchmark` needs."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a minute at most, to detect large regressions")
     parser.add_argument("--json", type=Path, metavar="FILE", help="file for the figures")
-    parser.add_argument("--keep", action="store_true", help="write figures and tables to benchmarks/results; not with --quick")
+    parser.add_argument("--keep", action="store_true", help="write figures and tables to benchmarks/results")
+    return parser
+
+
+def parse_arguments(about: str) -> argparse.Namespace:
+    parser = make_parser(about)
+    parser.add_argument("--quick", action="store_true", help="a minute at most, to detect large regressions; not with --keep")
     options = parser.parse_args()
     if options.keep and options.quick:
         parser.error("--keep: a quick run is too imprecise; leave --quick out")
@@ -133,7 +140,8 @@ def describe_benchmark_machine() -> dict[str, Any]:
 
 
 def write_benchmark(name: str, figures: Mapping[str, float], options: argparse.Namespace, *tables: Table) -> None:
-    """Writes figures, machine and tables of a benchmark, as `options.json` and `options.keep` say."""
+    """Prints figures and tables of a benchmark, and writes them with the machine as `options.json` and `options.keep` say."""
+    Console(width=120).print(*tables, dict(figures))
     result = {
         "command": f"python -m benchmarks.{name}",
         "measured": datetime.now(UTC).date().isoformat(),
@@ -153,18 +161,20 @@ def _render_page(name: str, result: Mapping[str, Any], tables: Sequence[Table]) 
     machine_text = ", ".join(f"{field} {value}" for field, value in result["machine"].items() if value is not None)
     parts = [f"# benchmarks.{name}", f"`{result['command']}` on {result['measured']}: {machine_text}."]
     parts += [_table_to_markdown(table) for table in tables]
-    figures = Table("figure", "value")
-    for figure, value in result["figures"].items():
-        figures.add_row(figure, f"{value:,}")
-    return "\n\n".join([*parts, _table_to_markdown(figures)]) + "\n"
+    parts.append(
+        format_markdown_table(["figure", "value"], [[name, f"{value:,}"] for name, value in result["figures"].items()])
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def format_markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
 
 
 def _table_to_markdown(table: Table) -> str:
-    rows = [[str(column.header) for column in table.columns], ["---"] * len(table.columns)]
     # A second line in a cell follows after a colon: a row is one line here.
-    rows += [
+    rows = [
         [Text.from_markup(str(cell)).plain.replace("\n", ": ") for cell in cells]
         for cells in zip(*(column.cells for column in table.columns), strict=True)
     ]
-    title = [f"**{table.title}**", ""] if table.title else []
-    return "\n".join([*title, *(f"| {' | '.join(row)} |" for row in rows)])
+    return format_markdown_table([str(column.header) for column in table.columns], rows)

@@ -36,15 +36,13 @@ import numpy.typing as npt
 import yaml
 from scipy import stats
 
-from benchmarks.measure import CIFAR10, RESULTS, describe_benchmark_machine, draw_tables
+from benchmarks.measure import CIFAR10, RESULTS, describe_benchmark_machine, draw_tables, format_markdown_table
 from ns.evaluation.result import Evaluation, Robustness, read_predictions
 from ns.evaluation.robustness.scores import relative_score
 from ns.runs.records import find_stage_note, list_stage_notes
 from ns.storage import LocalStore, Store, parent_key
 
 SEEDS = (0, 1, 2)
-LABELED, HELDOUT = 200, 500
-"""Images per class."""
 FGSM = (1, 2, 4)
 """In 1/255. The paper's 8 and 16 are for photographs of 224 px and more; at 32 px they bring every network to zero."""
 GENERATIONS = 2
@@ -62,6 +60,7 @@ class ExperimentSizes(NamedTuple):
     """Sizes of an experiment; `--quick` only shows that everything works."""
 
     labeled: int
+    """Images per class, here and in the next three."""
     heldout: int
     pool: int
     test: int
@@ -72,7 +71,7 @@ class ExperimentSizes(NamedTuple):
     min_confidence: float = 0.5
 
 
-FULL = ExperimentSizes(LABELED, HELDOUT, 4_300, 1_000, teacher_epochs=150, student_epochs=57, robust_images=300, frames=8)
+FULL = ExperimentSizes(200, 500, 4_300, 1_000, teacher_epochs=150, student_epochs=57, robust_images=300, frames=8)
 QUICK = ExperimentSizes(20, 20, 60, 10, teacher_epochs=10, student_epochs=3, robust_images=8, frames=3, min_confidence=0.1)
 
 
@@ -95,6 +94,13 @@ def make_method_experiment(seed: int, tables: Path, sizes: ExperimentSizes) -> d
         "ema_decay": 0.99,
         "optimizer": {"name": "adamw", "lr": 0.004, "weight_decay": 0.05, "schedule": "cosine", "warmup_epochs": 2},
     }
+    student_training = {
+        "labeled_batch": 64,
+        "unlabeled_ratio": 3,
+        "pseudo_labels": "hard",
+        "init": "teacher",
+        "epochs": sizes.student_epochs,
+    }
     return {
         "name": "cifar10",
         "seed": seed,
@@ -104,19 +110,7 @@ def make_method_experiment(seed: int, tables: Path, sizes: ExperimentSizes) -> d
             "test": str(tables / "test.csv"),
         },
         "teacher": {**network, "train": {**training, "labeled_batch": 128, "epochs": sizes.teacher_epochs}},
-        "students": [
-            {
-                **network,
-                "train": {
-                    **training,
-                    "labeled_batch": 64,
-                    "unlabeled_ratio": 3,
-                    "pseudo_labels": "hard",
-                    "init": "teacher",
-                    "epochs": sizes.student_epochs,
-                },
-            }
-        ],
+        "students": [{**network, "train": {**training, **student_training}}],
         "selection": {"min_confidence": sizes.min_confidence, "per_class": sizes.pool, "max_repeat": 3},
         "evaluation": {
             "suites": ["clean", "corruptions", "perturbations", "attacks"],
@@ -200,8 +194,8 @@ def run_method(work: Path, seed: int, sizes: ExperimentSizes) -> None:
     path = work / f"seed-{seed}.yaml"
     path.write_text(yaml.safe_dump(make_method_experiment(seed, work, sizes), sort_keys=False))
     # A refusal by the gate is a result too: the evaluations exist.
-    command = [sys.executable, "-m", "ns", "run", str(path), "--root", str(work / "runs"), "--run", f"seed-{seed}"]
-    _run_single_threaded(command, work / f"seed-{seed}.log")
+    command = [sys.executable, "-m", "ns", "run", str(path), "--root", str(work / "runs"), "--run", path.stem]
+    _run_single_threaded(command, path.with_suffix(".log"))
 
 
 def run_control(work: Path, seed: int, sizes: ExperimentSizes) -> None:
@@ -209,23 +203,21 @@ def run_control(work: Path, seed: int, sizes: ExperimentSizes) -> None:
     root = work / "runs"
     note = find_stage_note(LocalStore(root), f"seed-{seed}", 0, "train")
     assert note is not None
-    model = parent_key(note.outputs["model"])
+    teacher = str(root / parent_key(note.outputs["model"]))
+    document = make_control_experiment(make_method_experiment(seed, work, sizes), teacher)
     path = work / f"{CONTROL}-{seed}.yaml"
-    path.write_text(
-        yaml.safe_dump(make_control_experiment(make_method_experiment(seed, work, sizes), str(root / model)), sort_keys=False)
-    )
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
     script = (
         "import sys; from ns.stages import context, evaluate, prepare, train; ref = context.RunRef(*sys.argv[1:]); "
         "data = prepare.prepare_data(ref); model = train.train_generation(ref, data=data, generation=0); "
         "evaluate.evaluate_generation(ref, data=data, generation=0, model=model)"
     )
-    _run_single_threaded(
-        [sys.executable, "-c", script, str(path), str(root), f"{CONTROL}-{seed}"], work / f"{CONTROL}-{seed}.log"
-    )
+    command = [sys.executable, "-c", script, str(path), str(root), path.stem]
+    _run_single_threaded(command, path.with_suffix(".log"))
 
 
 def _run_single_threaded(command: Sequence[str], log: Path) -> None:
-    """Runs a command with one thread. Raises CalledProcessError with the log's last lines."""
+    """Runs a command with one thread. If it fails, ends with the log's last lines."""
     with log.open("ab") as file:
         process = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=file, stderr=file)
     if process.returncode:
@@ -236,22 +228,22 @@ def _run_single_threaded(command: Sequence[str], log: Path) -> None:
 def run_all(work: Path, seeds: Sequence[int], sizes: ExperimentSizes) -> None:
     """Runs the experiments of all seeds, then the controls, which start from their teachers; one per core."""
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as workers:
-        methods = {seed: workers.submit(run_method, work, seed, sizes) for seed in seeds}
-        waiting = []
-        for seed, method in methods.items():
+        controls = []
+        for seed, method in [(seed, workers.submit(run_method, work, seed, sizes)) for seed in seeds]:
             method.result()
-            waiting.append(workers.submit(run_control, work, seed, sizes))
-        for control in waiting:
+            controls.append(workers.submit(run_control, work, seed, sizes))
+        for control in controls:
             control.result()
 
 
 def measure_seed(work: Path, seed: int) -> dict[str, ModelMeasurement]:
     store = LocalStore(work / "runs")
     measurements = {"teacher": measure_model(store, f"seed-{seed}", 0)}
-    # A refused student ends its run: the student before it stands for those that were not trained.
+    student = None
     for generation in range(1, GENERATIONS + 1):
-        before = measurements[f"student {generation - 1}"] if generation > 1 else None
-        measurements[f"student {generation}"] = measure_model(store, f"seed-{seed}", generation) or before
+        # A refused student ends its run: it stands for those that were not trained.
+        student = measure_model(store, f"seed-{seed}", generation) or student
+        measurements[f"student {generation}"] = student
     measurements[CONTROL] = measure_model(store, f"{CONTROL}-{seed}", 0)
     return {name: measurement for name, measurement in measurements.items() if measurement is not None}
 
@@ -285,15 +277,13 @@ def compute_model_figures(models: Mapping[str, ModelMeasurement]) -> dict[str, d
     teacher = models["teacher"]
     by_model = {}
     for name, model in models.items():
-        mce = relative_score(model.robustness.mean_corruption_errors(), teacher.robustness.mean_corruption_errors())
-        mfr = relative_score(model.flips, teacher.flips)
-        errors = model.robustness.mean_corruption_errors().values()
+        errors = model.robustness.mean_corruption_errors()
         measures = {
             "clean error": 100 * model.error,
-            "corrupted error": 100 * statistics.fmean(errors),
-            "mCE": mce,
+            "corrupted error": 100 * statistics.fmean(errors.values()),
+            "mCE": relative_score(errors, teacher.robustness.mean_corruption_errors()),
             "flips": 100 * statistics.fmean(model.flips.values()),
-            "mFR": mfr,
+            "mFR": relative_score(model.flips, teacher.flips),
             **{attack: 100 * top1 for attack, top1 in model.attacked.items()},
         }
         by_model[name] = {measure: value for measure, value in measures.items() if value is not None}
@@ -322,38 +312,26 @@ def compute_seed_figures(seeds: Sequence[Mapping[str, Mapping[str, float]]]) -> 
 
 def render_method_markdown(result: Mapping[str, Any]) -> str:
     seeds = [seed["models"] for seed in result["seeds"]]
-    measures = list(seeds[0][LAST_STUDENT])
-    lines = [
-        "# Noisy Student on CIFAR-10",
-        "",
-        result["about"],
-        "",
-        "| | " + " | ".join(seeds[0]) + " |",
-        "|---|" + "---|" * len(seeds[0]),
-    ]
-    for measure in measures:
-        cells = []
-        for model in seeds[0]:
-            middle, half = mean_interval([seed[model][measure] for seed in seeds])
-            cells.append(f"{middle:.1f} ± {half:.1f}")
-        lines.append(f"| {measure}, % | " + " | ".join(cells) + " |")
-    lines += ["", "| figure | mean | 95 % interval | seeds |", "|---|---|---|---|"]
+    rows = []
+    for measure in seeds[0][LAST_STUDENT]:
+        means = [mean_interval([seed[model][measure] for seed in seeds]) for model in seeds[0]]
+        rows.append([f"{measure}, %", *(f"{middle:.1f} ± {half:.1f}" for middle, half in means)])
+    parts = ["# Noisy Student on CIFAR-10", result["about"], format_markdown_table(["", *seeds[0]], rows)]
+    rows = []
     for name, figure in result["intervals"].items():
         low, high = figure["interval"]
         seed_values = ", ".join(f"{value:.3f}" for value in figure["seeds"])
-        lines.append(f"| {name} | {figure['mean']:.3f} | {low:.3f} … {high:.3f} | {seed_values} |")
+        rows.append([name, f"{figure['mean']:.3f}", f"{low:.3f} … {high:.3f}", seed_values])
+    parts.append(format_markdown_table(["figure", "mean", "95 % interval", "seeds"], rows))
     for seed in result["seeds"]:
         low, high = seed["paired_gain"]
-        lines += [
-            "",
-            f"Seed {seed['seed']}: gain on all test images, paired: {100 * low:.1f} … {100 * high:.1f} points.",
-        ]
+        parts.append(f"Seed {seed['seed']}: gain on all test images, paired: {100 * low:.1f} … {100 * high:.1f} points.")
     machine_facts = result["machine"]
     # One experiment per core, each with one thread.
     minutes = result["seconds"] / 60 / machine_facts["cores"]
     machine_text = f"{machine_facts['cores']} cores ({machine_facts['cpu']}), torch {machine_facts['torch']}"
-    lines += ["", f"{minutes:.0f} minutes on {machine_text}. Made by `{result['command']}`."]
-    return "\n".join(lines) + "\n"
+    parts.append(f"{minutes:.0f} minutes on {machine_text}. Made by `{result['command']}`.")
+    return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:

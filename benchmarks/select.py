@@ -25,7 +25,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import parse_arguments, write_benchmark
@@ -73,8 +72,6 @@ def main() -> None:
         "peak_growth": round(peaks[sizes[-1]] / peaks[sizes[0]], 3),
         "growth_10x": round(max(times[b] / times[a] / (b / a) for a, b in steps), 3),
     }
-    Console(width=100).print(table)
-    Console(width=100).print(figures)
     write_benchmark("select", figures, options, table)
 
 

@@ -11,7 +11,6 @@ the same experiment runs twice more, restarted whenever it ends with an error, u
 Needs the CIFAR-10 images in ../shared/data/cifar10, and the Debian packages that .ci/packages installs.
 """
 
-import argparse
 import json
 import os
 import random
@@ -30,10 +29,9 @@ from typing import Any
 import psutil
 import yaml
 from minio import Minio
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import CIFAR10, draw_tables, write_benchmark
+from benchmarks.measure import CIFAR10, draw_tables, make_parser, write_benchmark
 from tests.integration.outcome import results
 from tests.storage.swift import Swift, reason_against
 
@@ -195,17 +193,15 @@ def fill_disk(disk: Path, chance: random.Random) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__ or "")
     parser.add_argument("--generations", type=int, default=5, help="number of generations (5)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the faults")
-    parser.add_argument("--keep", action="store_true", help="write figures and tables to benchmarks/results")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the figures")
     options = parser.parse_args()
     for missing in ("" if CIFAR10.exists() else f"needs the images in {CIFAR10.parent}", reason_against()):
         if missing:
             raise SystemExit(missing)
     os.environ["OMP_NUM_THREADS"] = "1"
-    console, chance = Console(width=100), random.Random(options.seed)
+    chance = random.Random(options.seed)
     with tempfile.TemporaryDirectory(prefix="ns-soak-") as scratch:
         folder = Path(scratch)
         write_soak_tables(folder)
@@ -215,8 +211,6 @@ def main() -> None:
         growth = Table("generation", "largest process, MiB", "open files")
         for generation, (memory, files) in sorted(peaks.items()):
             growth.add_row(str(generation), f"{memory:,.0f}", str(files))
-        console.print(growth)
-
         table = Table("root", "ends as the undisturbed run", "started", "faults")
         table.add_row("folder, undisturbed", "", "1", f"{seconds:.0f} s")
         between = (FAULT_INTERVAL[0] * seconds, FAULT_INTERVAL[1] * seconds)
@@ -260,7 +254,6 @@ def main() -> None:
             run_with_faults("s3", f"s3://{RUN}/runs", environment, ("server killed", restart_server))
         finally:
             server.kill()
-    console.print(table)
     write_benchmark("soak", figures, options, growth, table)
     if not all(figures[name] for name in ("disk_equal", "s3_equal")):
         raise SystemExit("the result differs from that of the undisturbed run")

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import RESULTS
+from benchmarks.measure import RESULTS, format_markdown_table
 
 QUICK = "quick.json"
 TOLERANCE = 0.25
@@ -106,45 +106,39 @@ def load_kept(results: Path) -> dict[str, dict[str, float]]:
 
 
 def render_summary_page(by_benchmark: Mapping[str, Mapping[str, float]]) -> str:
-    lines = [
-        "# What was measured",
-        "",
-        "Medians of ratios whose sides took turns in one run, least favorable case each. The links lead to details, spread and machine.",
-        "`make bench` repeats all measurements.",
-        "",
-        "| benchmark | figure | value | target | |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for name, figures in FIGURES.items():
         for figure in figures:
-            if name not in by_benchmark or figure.name not in by_benchmark[name]:
+            if figure.name not in by_benchmark.get(name, {}):
                 continue
             value, sign = by_benchmark[name][figure.name], "≥" if figure.more_is_better else "≤"
             target = "" if figure.target is None else f"{sign} {figure.target:g}"
             mark = {True: "reached", False: "not reached", None: ""}[figure.meets_target(value)]
-            lines.append(f"| [{name}]({name}.md) | `{figure.name}`: {figure.description} | {value:,.4g} | {target} | {mark} |")
-    return "\n".join(lines) + "\n"
+            rows.append([f"[{name}]({name}.md)", f"`{figure.name}`: {figure.description}", f"{value:,.4g}", target, mark])
+    return (
+        "# What was measured\n\n"
+        "Medians of ratios whose sides took turns in one run, least favorable case each. The links lead to details, spread and machine.\n"
+        "`make bench` repeats all measurements.\n\n"
+        f"{format_markdown_table(['benchmark', 'figure', 'value', 'target', ''], rows)}\n"
+    )
 
 
 def find_regressions(
     baseline: Mapping[str, Mapping[str, float]], measure: Callable[[str], Mapping[str, float]], table: Table
 ) -> list[str]:
     """Returns the guarded figures that are worse than the baseline in two measurements. `measure`: benchmark → its figures."""
-    lasting_regressions = []
+    regressions = []
     for name, before in baseline.items():
         first = measure(name)
         suspects = _find_worse(name, first, before)
         second = measure(name) if suspects else first
         lasting = [figure for figure in suspects if figure in _find_worse(name, second, before)]
         for figure, value in before.items():
-            now = second.get(figure)
-            table.add_row(
-                name, figure, f"{value:.3f}", "gone" if now is None else f"{now:.3f}", "worse" if figure in lasting else ""
-            )
-        lasting_regressions += [
-            f"{name}: {figure}: {second.get(figure, float('nan')):.3f}, was {before[figure]:.3f}" for figure in lasting
-        ]
-    return lasting_regressions
+            now = f"{second[figure]:.3f}" if figure in second else "gone"
+            table.add_row(name, figure, f"{value:.3f}", now, "worse" if figure in lasting else "")
+            if figure in lasting:
+                regressions.append(f"{name}: {figure}: {now}, was {value:.3f}")
+    return regressions
 
 
 def _find_worse(name: str, now: Mapping[str, float], before: Mapping[str, float]) -> list[str]:

@@ -84,7 +84,6 @@ def main() -> None:
                 pairs.append(("vs_timm_train", "randaugment", "timm"))
             for figure, *pair in pairs:
                 record_ratio(figures, table, figure, rates, (pair[0], pair[1]), (arch, f"{px}px"))
-    console.print(table)
     if "vs_timm_train" not in figures and not options.quick:
         console.print("vs_timm_train skipped: TIMM_TRAIN does not name timm's train.py", style="yellow")
     write_benchmark("train", figures, options, table)
