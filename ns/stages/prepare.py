@@ -1,6 +1,6 @@
 """Prepares the data that an experiment names: finds the datasets where they are, or imports them into the store."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from ns.config.schema import DataConfig, EvaluationSet, Experiment
 from ns.core import log
@@ -222,38 +222,35 @@ class _DatasetFinder:
     def find_dataset(self, field: str, uri: str, part: DataPart, classes: tuple[str, ...] | None = None) -> PreparedDataset:
         """The dataset at a URI, imported if it is not one yet. Raises DataError if it has no images."""
         kind = classify_uri(uri)
-        if kind == "digits":
-            with prefix_errors(field):
-                inputs: dict[str, object] = {"source": uri, "code": digest_code(*IMPORT_CODE)}
-                return self._import_once(inputs, lambda store: write_digits(uri, store))
         if kind == "dataset":
             store = open_store(uri)
             dataset = Dataset.load(store)
             if dataset.samples == 0:
                 raise DataError(f"{field}: {store.uri}/{Dataset.filename}: has no images; import some, or name another dataset")
             return PreparedDataset(uri=store.uri, digest=dataset.digest)
-        return self._import_source(field, uri, PART_ROLES[part], classes)
+        with prefix_errors(field):
+            if kind == "digits":
+                inputs = {"source": uri, "code": digest_code(*IMPORT_CODE)}
+                return self._import_once(inputs, lambda store: write_digits(uri, store))
+            return self._import_source(uri, PART_ROLES[part], classes)
 
-    def _import_source(self, field: str, uri: str, role: DatasetRole, classes: tuple[str, ...] | None) -> PreparedDataset:
-        try:
-            with open_listing(uri, role) as listing:
-                inputs: dict[str, object] = {
-                    "source": listing.compute_digest(),
-                    "role": role,
-                    "classes": classes,
-                    "config": digest_config(self._data),
-                    "code": digest_code(*IMPORT_CODE),
-                }
+    def _import_source(self, uri: str, role: DatasetRole, classes: tuple[str, ...] | None) -> PreparedDataset:
+        with open_listing(uri, role) as listing:
+            inputs = {
+                "source": listing.compute_digest(),
+                "role": role,
+                "classes": classes,
+                "config": digest_config(self._data),
+                "code": digest_code(*IMPORT_CODE),
+            }
 
-                def import_into(store: Store) -> None:
-                    name = derive_dataset_name(uri)
-                    import_listing(listing, uri, store, name=name, role=role, config=self._data, classes=classes)
+            def import_into(store: Store) -> None:
+                name = derive_dataset_name(uri)
+                import_listing(listing, uri, store, name=name, role=role, config=self._data, classes=classes)
 
-                return self._import_once(inputs, import_into)
-        except DataError as error:
-            raise DataError(f"{field}: {error}") from error
+            return self._import_once(inputs, import_into)
 
-    def _import_once(self, inputs: dict[str, object], import_into: Callable[[Store], object]) -> PreparedDataset:
+    def _import_once(self, inputs: Mapping[str, object], import_into: Callable[[Store], object]) -> PreparedDataset:
         key = f"store/datasets/{shorten_digest(self._ledger.compute_digest('import', inputs))}"
 
         def import_if_missing() -> dict[str, str]:
