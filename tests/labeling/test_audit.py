@@ -295,7 +295,7 @@ def test_audit_commands_make_page_and_apply_answers(run, tmp_path, capsys):
     assert "an audit of another label set" in capsys.readouterr().err
     assert run_command_line(["labels", "audit", "apply", str(file), str(run.root / "labels/1")]) == 3
     assert "name the run's generation" in capsys.readouterr().err
-    assert run_command_line(["labels", "audit", "apply", str(tmp_path / "no.json"), *where]) == 3
+    assert run_command_line(["labels", "audit", "apply", str(tmp_path / "no.json"), *where]) == 4
     # The corrections are a labeled dataset, with the images' own bytes.
     data = Dataset.load(LocalStore(target))
     (shard,) = data.shards
