@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import measure_rates, parse_arguments, record_ratio, write_benchmark
@@ -90,6 +91,9 @@ def main() -> None:
         "mix_error": round(max(worst["mix_error"]), 4),
         "mib_per_worker": round(max(worst["mib_per_worker"]), 2),
     }
+    console = Console(width=120)
+    for part in (quality, speed, figures):
+        console.print(part)
     write_benchmark("order", figures, options, quality, speed)
 
 
