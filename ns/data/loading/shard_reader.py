@@ -12,7 +12,7 @@ from ns.core.errors import DataError, StoreError
 from ns.data.dataset import Dataset
 from ns.data.index import ShardIndex
 from ns.data.loading.decode import EncodedJpeg, decode_image
-from ns.data.loading.sampler import MAX_WINDOW_SHARDS
+from ns.data.loading.sampler import WINDOW_SHARDS
 from ns.data.shards import check_shard_file, read_range
 from ns.storage import Store
 from ns.storage.local import os_errors_as_store_errors
@@ -30,7 +30,7 @@ class ImageSource:
     `max_open_shards`: training reads from a window of shards at a time; reading in order needs two.
     """
 
-    def __init__(self, store: Store, dataset: Dataset, *, max_open_shards: int = MAX_WINDOW_SHARDS) -> None:
+    def __init__(self, store: Store, dataset: Dataset, *, max_open_shards: int = 2 * WINDOW_SHARDS) -> None:
         self._store = store
         self._dataset = dataset
         self._decoded: dict[tuple[int, int], npt.NDArray[np.uint8]] = {}

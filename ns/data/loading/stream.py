@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,23 +31,16 @@ class LabeledImages:
         self.samples = dataset.samples
 
 
-class ShardTargets(Protocol):
-    """The targets of a shard; an array [rows, classes] is one."""
-
-    def __getitem__(self, row: int, /) -> npt.NDArray[np.float32]:
-        """float32 [classes] of a row that has copies."""
-
-
 class PseudoLabeledImages:
     """The selected images of the pool with their targets."""
 
     def __init__(
         self,
         source: ImageSource,
-        read_targets: Callable[[int], ShardTargets],
+        read_targets: Callable[[int], npt.NDArray[np.float32]],
         copies: Sequence[npt.NDArray[np.integer]],
     ) -> None:
-        """`read_targets`: shard index → targets of its rows; `copies`: per shard int [rows]."""
+        """`read_targets`: shard index → float32 [rows, classes]; `copies`: per shard int [rows]."""
         self.source = source
         self.read_targets = read_targets
         self.copies = copies

@@ -1,6 +1,7 @@
 """The images of a step depend on the seed and the step only: not on processes, storage or earlier errors."""
 
 import io
+import itertools
 import threading
 import time
 
@@ -16,6 +17,7 @@ from ns.data.importing.writer import ShardWriter
 from ns.data.index import ShardIndex, build_index_key
 from ns.data.loading import shard_reader
 from ns.data.loading.decode import EncodedJpeg, decode_image, read_jpeg_size
+from ns.data.loading.sampler import WINDOW_SHARDS, ShardShuffle
 from ns.data.loading.shard_reader import ImageSource
 from ns.data.loading.stream import LabeledImages, PseudoLabeledImages, TrainingBatches, iterate_batches
 from ns.storage import LocalStore
@@ -95,6 +97,15 @@ def test_ranks_together_see_each_image_once_per_epoch(labeled):
     parts = [make_batches(labeled, rank=rank, world_size=3) for rank in range(3)]
     seen = [place for step in range(5) for part in parts for place in part._streams[0].locate_images(step)]
     assert len(seen) == len(set(seen)) == 50
+
+
+def test_prefetch_names_shards_of_next_window():
+    order = ShardShuffle([np.ones(3, np.uint8) for _ in range(2 * WINDOW_SHARDS + 3)], (1, 2))
+    shards = [shard for shard, _ in order.positions(0, 2 * order.epoch_size)]
+    windows = [(0, 24), (24, 48), (48, 57), (57, 81)]
+    for (start, stop), (next_start, next_stop) in itertools.pairwise(windows):
+        for position in (start, stop - 1):
+            assert set(order.prefetch(position)) == set(shards[next_start:next_stop])
 
 
 def test_scaled_decoding_looks_the_same():
