@@ -28,23 +28,31 @@ SHARED = {
 
 FIELD_WORDS = set(
     # The field and the command line.
-    "main train evaluate predict label select gate report prepare save load forward backward step stage parse resize decode encode digest "
-    "short autocast fgsm pgd trace purge commit promote rollback export submit trigger watch upload doctor diagnose plan run resume resolve "
-    "describe explain show diff compare audit verify gc markdown compile deploy undeploy status ui cluster validate build launch barrier broadcast "
+    "main train evaluate predict label select gate report prepare save load forward backward step stage parse resize decode encode "
+    "digest short autocast fgsm pgd trace purge commit promote rollback export submit trigger watch upload doctor diagnose plan run "
+    "resume resolve describe explain show diff compare audit verify gc markdown compile deploy undeploy status ui cluster validate "
+    "build launch barrier broadcast "
     # Protocols: stores, files, credentials, samplers, progress.
-    "get put list exists delete move size version open close read write readinto readable writable seek urlopen retrieve update at path "
-    "set create apply advance entries collect positions prefetch".split()
+    "get put list exists delete move size version open close read write readinto readable writable seek urlopen retrieve update at "
+    "path set create apply advance entries collect positions prefetch".split()
 )
 """Functions and methods of one word that say enough: words of the field, of protocols and of the command line."""
 
-RETIRED_WORDS = r"whoever|anew|somebody|meanwhile|labell(?:ed|ing)|unlabell(?:ed|ing)|colour\w*|normalis\w+|optimis\w+|behaviour|neighbour\w*|noisy_student\.md"
+RETIRED_WORDS = (
+    r"whoever|anew|somebody|meanwhile|labell(?:ed|ing)|unlabell(?:ed|ing)"
+    r"|colour\w*|normalis\w+|optimis\w+|behaviour|neighbour\w*|noisy_student\.md"
+)
 """Words that the prose does without, and British spellings."""
-RETIRED_NAMES = set("place places course guard guards chosen located once watch one found made known own facts asked wanted".split())
+RETIRED_NAMES = set(
+    "place places course guard guards chosen located once watch one found made known own facts asked wanted".split()
+)
 """Identifiers that said nothing, or too many things."""
 
 
 def list_files(*suffixes: str) -> list[Path]:
-    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    names = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=CHECKOUT, capture_output=True, text=True, check=True
+    )
     return [path for name in names.stdout.splitlines() if (path := CHECKOUT / name).suffix in suffixes and path.is_file()]
 
 
@@ -69,18 +77,29 @@ def check_code(paths: list[Path]) -> tuple[list[str], dict[str, float]]:
         name, text = path.relative_to(CHECKOUT).as_posix(), path.read_text()
         tree = ast.parse(text)
         lines += text.count("\n")
-        functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef) and not n.name.startswith("__")]
+        functions = [
+            n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef) and not n.name.startswith("__")
+        ]
         word_counts += [len(split_words(function.name)) for function in functions]
         for function in functions:
             is_property = any("property" in ast.unparse(decorator) for decorator in function.decorator_list)
-            if not function.name.startswith("_") and "_" not in function.name and not is_property and function.name not in FIELD_WORDS:
-                problems.append(f"{name}:{function.lineno}: {function.name}: one word does not say what it does; use verb and noun")
+            if (
+                not function.name.startswith("_")
+                and "_" not in function.name
+                and not is_property
+                and function.name not in FIELD_WORDS
+            ):
+                problems.append(
+                    f"{name}:{function.lineno}: {function.name}: one word does not say what it does; use verb and noun"
+                )
         for node in tree.body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
                 modules_by_name[node.name].append(name)
         problems += [f"{name}:{line}: {word}: retired name" for word, line in iter_bound_names(tree) if word in RETIRED_NAMES]
     shared = {word: modules for word, modules in modules_by_name.items() if len(modules) > 1}
-    problems += [f"{', '.join(modules)}: {word}: one name, several meanings" for word, modules in shared.items() if word not in SHARED]
+    problems += [
+        f"{', '.join(modules)}: {word}: one name, several meanings" for word, modules in shared.items() if word not in SHARED
+    ]
     loose = [path for path in (CHECKOUT / "ns").glob("*.py") if path.name != "__init__.py"]
     figures = {
         "names_mean_words": round(sum(word_counts) / len(word_counts), 2),
@@ -110,12 +129,10 @@ def check_documents(paths: list[Path]) -> list[str]:
     problems = []
     for path in paths:
         name, text = path.relative_to(CHECKOUT).as_posix(), path.read_text()
-        for file in re.findall(rf"`((?:{tops})/[\w./-]+)`", text):
-            if not (CHECKOUT / file).exists():
-                problems.append(f"{name}: {file}: no such file")
-        for target in re.findall(r"`make ([a-z-]+)", text):
-            if target not in targets:
-                problems.append(f"{name}: make {target}: no such target")
+        files = re.findall(rf"`((?:{tops})/[\w./-]+)`", text)
+        problems += [f"{name}: {file}: no such file" for file in files if not (CHECKOUT / file).exists()]
+        named_targets = re.findall(r"`make ([a-z-]+)", text)
+        problems += [f"{name}: make {target}: no such target" for target in named_targets if target not in targets]
     return problems
 
 
@@ -126,7 +143,11 @@ def main() -> int:
     code = [path for path in list_files(".py") if path.relative_to(CHECKOUT).parts[0] in PRODUCT]
     documents = [path for path in list_files(".md") if "results" not in path.parts]
     problems, figures = check_code(code)
-    prose = [path for path in list_files(".py", ".md", ".yaml", ".j2", ".sh") if path != Path(__file__) and "schemas" not in path.parts]
+    prose = [
+        path
+        for path in list_files(".py", ".md", ".yaml", ".j2", ".sh")
+        if path != Path(__file__) and "schemas" not in path.parts
+    ]
     problems += check_prose([path for path in prose if path.name != "glossary.md"]) + check_documents(documents)
     if only:
         problems = [problem for problem in problems if any(str(CHECKOUT / problem).startswith(str(path)) for path in only)]

@@ -57,12 +57,12 @@ def find_label_errors(predictor: Predictor, store: Store, data: Dataset) -> pa.T
         error_rows = np.asarray(error_rows, np.int64)
         label_probabilities = probabilities[error_rows, class_ids[error_rows]]
         error_rows = error_rows[np.argsort(label_probabilities, kind="stable")]
-        found = [positions[number] for number in error_rows.tolist()]
+        error_positions = [positions[number] for number in error_rows.tolist()]
         names = np.array(data.classes)
         columns = [
-            [data.shards[shard].name for shard, _ in found],
-            [row for _, row in found],
-            [source.read_index(shard).keys[row] for shard, row in found],
+            [data.shards[shard].name for shard, _ in error_positions],
+            [row for _, row in error_positions],
+            [source.read_index(shard).keys[row] for shard, row in error_positions],
             names[class_ids[error_rows]],
             names[probabilities[error_rows].argmax(1)],
             probabilities[error_rows, class_ids[error_rows]],

@@ -139,10 +139,7 @@ def test_the_messages_that_are_explained_are_ones_that_are_printed():
     )
     page = (ROOT / "docs/troubleshooting.md").read_text()
     pieces = [
-        piece
-        for message in re.findall(r"\*\*`([^`]+)`\*\*", page)
-        for piece in re.split(r"\s*…\s*", message)
-        if len(piece) > 5
+        piece for message in re.findall(r"\*\*`([^`]+)`\*\*", page) for piece in re.split(r"\s*…\s*", message) if len(piece) > 5
     ]
     assert len(pieces) > 20
     assert [piece for piece in pieces if piece not in source] == []
