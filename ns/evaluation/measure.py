@@ -147,7 +147,7 @@ class ModelMeasurer:
         """The measurement that the ledger has, or else that of `work`, which writes a result into the store that it is given."""
         ledger = Ledger(self.root)
         folder = "evaluations" if result is Evaluation else "robustness"
-        store_key = f"store/{folder}/{shorten_digest(ledger.compute_digest(work_name, inputs))}"
+        store_key = ledger.derive_key(folder, work_name, inputs)
 
         def run_work() -> Mapping[str, str]:
             work(self.root.at(store_key))

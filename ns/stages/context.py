@@ -67,10 +67,6 @@ class StageContext:
         write_stage_note(self.root, self.run, self.generation, self.note_name, outputs, spent, reused=reused)
         self.add_log_fields(reused=reused, **log_fields)
 
-    def derive_key(self, folder: str, work_name: str, inputs: Mapping[str, Any]) -> str:
-        """Key of the folder, in `store/FOLDER/`, for what comes of the work with these inputs."""
-        return f"store/{folder}/{shorten_digest(self.ledger.compute_digest(work_name, inputs))}"
-
     def add_log_fields(self, **log_fields: Any) -> None:
         """Adds fields to the log line that announces the end of the stage."""
         self.log_fields.update(log_fields)

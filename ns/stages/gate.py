@@ -65,7 +65,7 @@ def gate_generation(ref: RunRef, *, data: str, generation: int, teacher: str, st
             robustness=_collect_robustness(context, data, teacher, student),
         )
         inputs = generation_inputs(context, data, generation, teacher)
-        key = f"{context.derive_key('verdicts', 'generation', inputs)}/{Verdict.filename}"
+        key = f"{context.ledger.derive_key('verdicts', 'generation', inputs)}/{Verdict.filename}"
         # A run that comes to the same verdict again keeps the time at which the student was accepted.
         reused = root.exists(key) and Verdict.load_file(root, key) == verdict
         verdict.save_file(root, key)
@@ -90,7 +90,7 @@ def was_student_refused(context: StageContext, data: str, teacher: str) -> bool:
 def _find_verdict_key(context: StageContext, data: str, generation: int, teacher: str) -> str | None:
     """Key of the verdict on a generation with this data and teacher, in whichever run; None if there is none."""
     inputs = generation_inputs(context, data, generation, teacher)
-    entry = context.ledger.find_entry("generation", context.ledger.compute_digest("generation", inputs))
+    entry = context.ledger.find_entry("generation", inputs)
     return entry.outputs["verdict"] if entry else None
 
 

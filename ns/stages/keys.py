@@ -42,7 +42,7 @@ def label_set_key(context: StageContext, prepared: PreparedData, teacher: str) -
         "left_out": prepared.left_out.report_digest if prepared.left_out else None,
         "exclude": digest_json(sorted(excluded_keys(context))),
     }
-    return context.derive_key("labels", "label", inputs)
+    return context.ledger.derive_key("labels", "label", inputs)
 
 
 def labeling_inputs(context: StageContext, teacher: str) -> dict[str, Any]:

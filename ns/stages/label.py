@@ -84,7 +84,7 @@ class _LabeledShardIndex:
 
     def find_shard(self, shard: Shard) -> tuple[Store, LabelShard] | None:
         """The store that holds the shard's labels, and their manifest; None if the teacher has not labeled it."""
-        entry = self._ledger.find_entry("label-shard", self._ledger.compute_digest("label-shard", self._shard_inputs(shard)))
+        entry = self._ledger.find_entry("label-shard", self._shard_inputs(shard))
         if entry is None:
             return None
         # In the other pool the shard may have another name.

@@ -128,7 +128,7 @@ def _check_leaks(prepared: PreparedData, data: DataConfig, root: Store, ledger: 
         "bits": data.near_duplicate_bits,
         **{name: source.digest for name, source in parts.items()},
     }
-    target = f"store/checks/{shorten_digest(ledger.compute_digest('check', inputs))}"
+    target = ledger.derive_key("checks", "check", inputs)
 
     def run_check() -> dict[str, str]:
         used_as: dict[str, DatasetRole] = {"labeled": "labeled", "pool": "unlabeled"}
@@ -251,7 +251,7 @@ class _DatasetFinder:
             return self._import_once(inputs, import_into)
 
     def _import_once(self, inputs: Mapping[str, object], import_into: Callable[[Store], object]) -> PreparedDataset:
-        key = f"store/datasets/{shorten_digest(self._ledger.compute_digest('import', inputs))}"
+        key = self._ledger.derive_key("datasets", "import", inputs)
 
         def import_if_missing() -> dict[str, str]:
             store = self._root.at(key)

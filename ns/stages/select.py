@@ -51,7 +51,7 @@ def commit_labels(ref: RunRef, *, data: str, generation: int, teacher: str) -> s
             "label_set": label_set.digest,
             "thresholds": thresholds.evaluation if thresholds else None,
         }
-        selection_key = context.derive_key("selections", "select", inputs)
+        selection_key = context.ledger.derive_key("selections", "select", inputs)
 
         def write_selection() -> Mapping[str, str]:
             selection = make_selection(

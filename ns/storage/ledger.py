@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from ns.core.digest import digest_json
+from ns.core.digest import digest_json, shorten_digest
 from ns.storage import Store
 from ns.storage.documents import JsonDocument
 
@@ -34,9 +34,13 @@ class Ledger:
         """The digest under which work with these inputs is recorded. Inputs hold digests and plain values, never URIs."""
         return digest_json({"stage": stage, "inputs": dict(inputs)})
 
-    def find_entry(self, stage: str, entry_digest: str) -> LedgerEntry | None:
-        """The entry, if the work is finished and all its outputs still exist."""
-        entry_key = self._entry_key(stage, entry_digest)
+    def derive_key(self, folder: str, stage: str, inputs: Mapping[str, Any]) -> str:
+        """Key of the folder, in `store/FOLDER/`, for what comes of work with these inputs."""
+        return f"store/{folder}/{shorten_digest(self.compute_digest(stage, inputs))}"
+
+    def find_entry(self, stage: str, inputs: Mapping[str, Any]) -> LedgerEntry | None:
+        """The entry, if work with these inputs is finished and all its outputs still exist."""
+        entry_key = self._entry_key(stage, self.compute_digest(stage, inputs))
         if not self._root.exists(entry_key):
             return None
         entry = LedgerEntry.load_file(self._root, entry_key)
@@ -62,7 +66,7 @@ class Ledger:
         self, stage: str, inputs: Mapping[str, Any], work: Callable[[], Mapping[str, str]]
     ) -> tuple[LedgerEntry, bool]:
         """The entry of finished work, or else of `work`, which is then run and recorded; and whether the entry was there."""
-        entry = self.find_entry(stage, self.compute_digest(stage, inputs))
+        entry = self.find_entry(stage, inputs)
         if entry is not None:
             return entry, True
         started = time.monotonic()

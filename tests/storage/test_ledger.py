@@ -62,4 +62,4 @@ def test_ledger_names_a_damaged_entry(root):
     entry, _ = ledger.get_or_run("train", INPUTS, work(root, []))
     root.put(f"store/ledger/train/{entry.digest}.json", b'{"stage": 3}')
     with pytest.raises(DataError, match=rf"{entry.digest}\.json: stage"):
-        ledger.find_entry("train", entry.digest)
+        ledger.find_entry("train", INPUTS)
