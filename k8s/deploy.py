@@ -45,7 +45,8 @@ UI_SERVICE, UI_PORT = "ml-pipeline-ui", 80
 SMOKE_EXPERIMENT = "noisy-student-smoke"
 SMOKE_INPUTS: dict[str, Any] = {
     "config_uri": "quickstart",
-    "overrides": ["generations=1", "teacher.train.epochs=20", "students.0.train.epochs=10", "labeling.tasks=1"],
+    # A shorter teacher is unsure of every image, and no label is selected.
+    "overrides": ["generations=1", "teacher.train.epochs=100", "students.0.train.epochs=10", "labeling.tasks=1"],
     # It tests the platform, not the GPUs: it must not wait for eight of them.
     **{
         f"{pool}_{name}": value
@@ -370,13 +371,19 @@ def _run_smoke(client: KfpClient, package: str, say: Say) -> None:
         say(f"smoke run {name}: succeeded earlier")
         return
     say(f"smoke run {name}: {'started' if run.new else 'is under way'}")
+    failed: dict[str, str] = {}
 
     def report_task(task: StageTask) -> None:
         say(f"  {task.name}: {task.state.lower()}{f': {task.error}' if task.error else ''}")
+        if task.state == "FAILED":
+            failed[task.name] = task.error
 
     run = client.wait_for_run(run.run_id, report_task, stages=stage_names(package))
     if run.state != "SUCCEEDED":
-        raise RunError(f"smoke run {name}: {run.state.lower()}; `make ui` shows its stages and their logs; then deploy again")
+        stages = "".join(f": {stage}{f': {error}' if error else ''}" for stage, error in failed.items())
+        raise RunError(
+            f"smoke run {name}: {run.state.lower()}{stages}; `make ui` shows the logs of its stages; then deploy again"
+        )
     say(f"smoke run {name}: succeeded")
 
 

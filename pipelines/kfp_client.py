@@ -253,7 +253,12 @@ class KfpClient:
         )
 
     def _to_submitted_run(self, run: Any, *, new: bool) -> SubmittedRun:
-        return SubmittedRun(run.run_id, run.display_name, run.state or "PENDING", self.run_url(run.run_id), new)
+        state = run.state or "PENDING"
+        # KFP 2.17 ends a terminated run as FAILED; that it was terminated is in its history only.
+        earlier = [status.state for status in run.state_history or () if status.state != "FAILED"]
+        if state == "FAILED" and earlier[-1:] == ["CANCELING"]:
+            state = "CANCELED"
+        return SubmittedRun(run.run_id, run.display_name, state, self.run_url(run.run_id), new)
 
     def _iterate_pages(self, field: str, call: Callable[..., Any], *args: Any, **options: Any) -> Iterator[Any]:
         token = ""

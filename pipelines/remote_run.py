@@ -108,7 +108,7 @@ def follow_run(
     if ended.state == "SUCCEEDED":
         return
     if ended.state != "FAILED":
-        error: NsError = Interrupted(f"run {run}: was {ended.state.lower()}; the same command continues")
+        error: NsError = Interrupted(f"run {run}: was terminated; the same command continues")
         finish_run(root, run, "interrupted", str(error))
         raise error
     reasons = _explain_failures(root, run, [task for task in last.values() if task.state == "FAILED"])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from k8s.deploy import SMOKE_INPUTS
 from tests.integration.outcome import results
 
 pytestmark = [pytest.mark.containers, pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -18,16 +19,9 @@ pytestmark = [pytest.mark.containers, pytest.mark.slow, pytest.mark.timeout(1200
 CHECKOUT = Path(__file__).parents[2]
 IMAGE = "noisy-student/worker:under-test"
 FAULTY = "noisy-student/worker:faulty"
-QUICK = [
-    f"--set={override}"
-    for override in (
-        "generations=1",
-        "teacher.train.epochs=40",
-        "teacher.train.checkpoint_seconds=0",
-        "students.0.train.epochs=12",
-        "gate.min_gain=-1",
-        "labeling.tasks=2",
-    )
+# The settings that `make deploy` tries a cluster with, and what this test asks beside them.
+SMOKE = [
+    f"--set={override}" for override in (*SMOKE_INPUTS["overrides"], "labeling.tasks=2", "teacher.train.checkpoint_seconds=0")
 ]
 # Loaded by every Python that starts: does to one stage what the variable says.
 FAULTS = """
@@ -66,7 +60,7 @@ def faulty(image, tmp_path_factory) -> str:
 
 
 def make_command(root: Path, *options: str) -> list[str]:
-    return [sys.executable, "-m", "ns", "run", "quickstart", *QUICK, "--root", str(root), "--run", "test", "--json", *options]
+    return [sys.executable, "-m", "ns", "run", "quickstart", *SMOKE, "--root", str(root), "--run", "test", "--json", *options]
 
 
 def finish_run(root: Path, *options: str) -> dict:

@@ -11,7 +11,7 @@ from k8s.__main__ import app
 from k8s.deploy import DeployOptions, deploy_overlay, undeploy_overlay
 from k8s.release import CONFIG_MAP_NAME
 from ns.cli.app import run_app
-from ns.core.errors import ClusterError, ConfigError, Interrupted
+from ns.core.errors import ClusterError, ConfigError, Interrupted, RunError
 from pipelines import upload
 from tests.k8s.conftest import node, thing, workload
 from tests.k8s.fake_kubectl import Fake
@@ -355,6 +355,23 @@ def test_smoke_run_runs_once_per_version(world):
     world.deploy(smoke=True)
     assert any("succeeded earlier" in line for line in world.said)
     assert world.kfp.requests.count("POST /runs") == 1
+
+
+def test_failed_smoke_run_is_told_with_its_stage(world):
+    def play():
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            for run in world.kfp.alive:
+                world.kfp.play_task(run.run_id, "commit-labels", "FAILED")
+                world.kfp.end(run.run_id, "FAILED")
+                return
+            time.sleep(0.05)
+
+    player = threading.Thread(target=play, daemon=True)
+    player.start()
+    with pytest.raises(RunError, match=r"smoke run smoke-\S+: failed: commit-labels; `make ui` shows the logs"):
+        world.deploy(smoke=True)
+    player.join()
 
 
 def test_diff_shows_changes_and_changes_nothing(world, capsys):

@@ -162,6 +162,7 @@ class KfpApi:
         with self._lock:
             run = self._things["runs"][run_id]
             run.state, run.finished_at = state, _now()
+            run.state_history = [*(run.state_history or ()), models.V2beta1RuntimeStatus(update_time=_now(), state=state)]
 
     def _node(self, run: Any, name: str, state: str, children: list[str] | None = None) -> Any:
         return models.V2beta1PipelineTaskDetail(

@@ -140,11 +140,23 @@ def test_follow_run_fails_with_stages_and_reasons(started, kfp, root):
 
 
 @pytest.mark.integration
-def test_follow_run_of_a_cancelled_run_is_interrupted(started, kfp, root):
-    kfp.end(started[1].run_id, "CANCELED")
-    with pytest.raises(Interrupted, match=f"run {NAME}: was canceled; the same command continues"):
+@pytest.mark.parametrize("states", [["CANCELED"], ["RUNNING", "CANCELING", "FAILED"]], ids=["canceled", "failed"])
+def test_follow_run_of_a_terminated_run_is_interrupted(started, kfp, root, states):
+    """KFP 2.17 was seen to end a terminated run as FAILED, with CANCELING before it in its history."""
+    for state in states:
+        kfp.end(started[1].run_id, state)
+    with pytest.raises(Interrupted, match=f"run {NAME}: was terminated; the same command continues"):
         follow(started, root)
     assert record(root).state == "interrupted"
+
+
+@pytest.mark.integration
+def test_follow_run_of_a_run_that_failed_after_a_retry_is_failed(started, kfp, root):
+    for state in ("CANCELING", "FAILED", "RUNNING", "FAILED"):
+        kfp.end(started[1].run_id, state)
+    with pytest.raises(RunError):
+        follow(started, root)
+    assert record(root).state == "failed"
 
 
 @pytest.mark.integration
