@@ -4,6 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 Z95 = 1.96
 """Quantile of the normal distribution for two-sided 95 %."""
 
@@ -27,7 +30,7 @@ def wilson_interval(share: float, trial_count: float) -> tuple[float, float]:
     return max(0.0, min(share, center - half)), min(1.0, max(share, center + half))
 
 
-def effective_trials(sample_size: int, population: int) -> float:
+def effective_trials(sample_size: float, population: float) -> float:
     """Number of independent trials that say as much as `sample_size` draws without replacement from a population; infinity if all are
     drawn.
 
@@ -39,14 +42,46 @@ def effective_trials(sample_size: int, population: int) -> float:
     return sample_size * (population - 1) / (population - sample_size)
 
 
-def combine_shares(shares: Sequence[ShareInterval], weights: Sequence[float]) -> ShareInterval:
-    """The share in a whole of parts with these shares, measured independently, and these weights (which sum to 1).
+def stratified_interval(right: Sequence[int], reviewed: Sequence[int], sizes: Sequence[int]) -> ShareInterval:
+    """The share in a population of strata of these sizes, of which so many were reviewed and found right, with its 95 % interval.
 
-    The squared distances of the parts' bounds from their values add up: MOVER (Zou and Donner, Statistics in Medicine 27,
-    2008, eq. 4; for two parts, Newcombe 1998). With Wilson's bounds it also holds where a part has no failures at all, where
-    the usual variance is 0.
+    Wilson's interval for as many independent trials as have the variance of the stratified mean (its effective sample size: Korn and
+    Graubard, Survey Methodology 24, 1998; compared with others by Dean and Pagano, J. Survey Statistics and Methodology 3, 2015). For
+    this variance alone, each stratum's share is moved towards the overall one as in a beta-binomial model whose spread is estimated by
+    moments (Kleinman, JASA 68, 1973): a stratum without a mistake is not free of them, and without any mistake the sizes and numbers of
+    reviewed units decide. Of a stratum without reviewed units nothing is known: its value is that of the others, its bounds are 0 and 1.
+    Raises ValueError if nothing was reviewed.
     """
-    value = sum(weight * share.value for share, weight in zip(shares, weights, strict=True))
-    below = math.sqrt(sum((weight * (share.value - share.low)) ** 2 for share, weight in zip(shares, weights, strict=True)))
-    above = math.sqrt(sum((weight * (share.high - share.value)) ** 2 for share, weight in zip(shares, weights, strict=True)))
-    return ShareInterval(value, max(0.0, value - below), min(1.0, value + above))
+    all_right, all_reviewed, all_sizes = (np.asarray(values, np.float64) for values in (right, reviewed, sizes))
+    has_reviews = all_reviewed > 0
+    if not has_reviews.any():
+        raise ValueError("nothing was reviewed")
+    hits, counts, units = all_right[has_reviews], all_reviewed[has_reviews], all_sizes[has_reviews]
+    weights = units / units.sum()
+    value = float((units * hits / counts).sum() / units.sum())
+    total = counts.sum()
+    # Wilson's center: with a share of exactly 0 or 1, nothing below would have a variance.
+    center = (value * total + Z95**2 / 2) / (total + Z95**2)
+    prior = _estimate_prior_trials(hits, counts)
+    moved = center if math.isinf(prior) else (hits + prior * center) / (counts + prior)
+    shares = np.broadcast_to(moved, counts.shape)
+    variance = float(
+        weights**2 @ (shares * (1 - shares) / [effective_trials(*pair) for pair in zip(counts, units, strict=True)])
+    )
+    mean = float(weights @ shares)
+    low, high = wilson_interval(value, mean * (1 - mean) / variance if variance else math.inf)
+    reviewed_share = float(units.sum() / all_sizes.sum())
+    return ShareInterval(value, reviewed_share * low, reviewed_share * high + 1 - reviewed_share)
+
+
+def _estimate_prior_trials(hits: npt.NDArray[np.float64], counts: npt.NDArray[np.float64]) -> float:
+    """The trials that the overall share counts as, beside those of a stratum: 1 / γ − 1 with the correlation γ of two units of a
+    stratum; infinity if the strata differ no more than by chance. At least 1."""
+    total, pooled = counts.sum(), hits.sum() / counts.sum()
+    degrees = len(counts) - 1
+    excess = total - (counts**2).sum() / total - degrees
+    if excess <= 0 or pooled in (0, 1):
+        return math.inf
+    spread = (counts * (hits / counts - pooled) ** 2).sum() / (pooled * (1 - pooled))
+    correlation = (spread - degrees) / excess
+    return max(1.0, 1 / correlation - 1) if correlation > 0 else math.inf

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from ns.core.digest import shorten_digest
 from ns.core.errors import DataError
-from ns.core.intervals import ShareInterval, combine_shares, effective_trials, wilson_interval
+from ns.core.intervals import effective_trials, stratified_interval, wilson_interval
 from ns.data.dataset import Dataset
 from ns.data.importing.writer import ShardWriter
 from ns.data.index import ShardIndex
@@ -109,7 +109,7 @@ class LabelAudit(HashedDocument):
     precision: float
     precision_low: float
     precision_high: float
-    """Share of right labels among all images, and its 95 % interval: strata weighted by their sizes."""
+    """Share of right labels among all images, and its 95 % interval (`stratified_interval`): strata weighted by their sizes."""
     strata: tuple[StratumPrecision, ...]
     mistakes: tuple[AuditedImage, ...]
     """The images that were marked wrong, in the order of the dataset."""
@@ -142,9 +142,9 @@ def draw_audit_sample(
 ) -> AuditSheet:
     """Draws about `sample_size` labeled images; only of those that `selection` keeps if it is given.
 
-    Strata are the finest division of which two images each are no more than `sample_size`: classes × confidence bins, classes,
-    bins, or one stratum. Reads the label set twice, shard by shard, and keeps only the sample in memory. Raises DataError if
-    there are no images to draw from.
+    Strata are the finest division of which two images each are at most half of `sample_size`, so that the other half is in proportion:
+    classes × confidence bins, classes, bins, or one stratum. Reads the label set twice, shard by shard, and keeps only the sample in
+    memory. Raises DataError if there are no images to draw from.
     """
     classes = len(label_set.classes)
     sizes = np.zeros((classes, CONFIDENCE_BINS), np.int64)
@@ -213,7 +213,7 @@ def _assign_strata(sizes: npt.NDArray[np.int64], sample_size: int) -> npt.NDArra
     cells: npt.NDArray[np.int64] = np.zeros(sizes.shape, np.int64)
     for finer in (bin_index, class_index, class_index * CONFIDENCE_BINS + bin_index):
         counts = np.bincount(finer.ravel(), sizes.ravel()).astype(np.int64)
-        if np.minimum(counts, MIN_PER_STRATUM).sum() <= sample_size:
+        if 2 * np.minimum(counts, MIN_PER_STRATUM).sum() <= sample_size:
             cells = finer
     return cells
 
@@ -294,8 +294,8 @@ def _check_answer(field_path: str, image: AuditedImage, classes: tuple[str, ...]
 def estimate_precision(sheet: AuditSheet, path: str) -> LabelAudit:
     """Estimates the share of right labels in each stratum and overall from the reviewed images.
 
-    Images that were not reviewed count as the reviewed ones of their stratum. A stratum without reviewed images counts as the
-    other strata, with an interval from 0 to 1. Raises DataError if no image was reviewed.
+    Images that were not reviewed count as the reviewed ones of their stratum. Of a stratum without reviewed images, the lower bound
+    takes all labels as wrong, and the upper bound all as right. Raises DataError if no image was reviewed.
     """
     reviewed = [0] * len(sheet.strata)
     right = [0] * len(sheet.strata)
@@ -305,15 +305,11 @@ def estimate_precision(sheet: AuditSheet, path: str) -> LabelAudit:
     if not any(reviewed):
         raise DataError(f"{path}: images: none of them was reviewed; go through the page, and download the file again")
     sizes = [stratum.images for stratum in sheet.strata]
-    reviewed_images = sum(size for size, count in zip(sizes, reviewed, strict=True) if count)
-    pooled_precision = (
-        sum(size * good / count for size, good, count in zip(sizes, right, reviewed, strict=True) if count) / reviewed_images
-    )
-    shares = []
-    for size, good, count in zip(sizes, right, reviewed, strict=True):
-        value = good / count if count else pooled_precision
-        shares.append(ShareInterval(value, *wilson_interval(value, effective_trials(count, size))))
-    total = combine_shares(shares, [size / sum(sizes) for size in sizes])
+    total = stratified_interval(right, reviewed, sizes)
+    bounds = [
+        wilson_interval(good / count if count else 0, effective_trials(count, size))
+        for good, count, size in zip(right, reviewed, sizes, strict=True)
+    ]
     wrong = [image for image in sheet.images if image.reviewed and image.wrong]
     return LabelAudit(
         label_set=sheet.label_set,
@@ -332,10 +328,10 @@ def estimate_precision(sheet: AuditSheet, path: str) -> LabelAudit:
                 reviewed=count,
                 right=good,
                 precision=good / count if count else None,
-                precision_low=share.low,
-                precision_high=share.high,
+                precision_low=low,
+                precision_high=high,
             )
-            for stratum, count, good, share in zip(sheet.strata, reviewed, right, shares, strict=True)
+            for stratum, count, good, (low, high) in zip(sheet.strata, reviewed, right, bounds, strict=True)
         ),
         mistakes=tuple(sorted(wrong, key=lambda image: (image.shard, image.row))),
     )
