@@ -22,6 +22,9 @@ def plan(
     labeled: Annotated[int | None, typer.Option(min=1, help="Labeled images; default: those of data.labeled.")] = None,
     pool: Annotated[int | None, typer.Option(min=1, help="Images in the pool; default: those of data.pool.")] = None,
     heldout: Annotated[int | None, typer.Option(min=1, help="Held-out images; default: those of data.heldout.")] = None,
+    calibration: Annotated[
+        int | None, typer.Option(min=1, help="Calibration images; default: those of data.calibration.")
+    ] = None,
     test: Annotated[int | None, typer.Option(min=1, help="Test images; default: those of data.test.")] = None,
     classes: Annotated[int, typer.Option(min=2, help="Number of classes, for use with --labeled.")] = 1000,
     image_kb: Annotated[float | None, typer.Option(min=0, help="Mean size of an image, kB; default: the files' mean.")] = None,
@@ -43,7 +46,9 @@ def plan(
     from ns.planning.cost import PlanRequest, estimate_run
     from ns.planning.data_stats import KnownCounts
 
-    given_counts: dict[DataPart, int | None] = {"labeled": labeled, "pool": pool, "heldout": heldout, "test": test}
+    given_counts: dict[DataPart, int | None] = {
+        "labeled": labeled, "pool": pool, "heldout": heldout, "calibration": calibration, "test": test
+    }  # fmt: skip
     counts = KnownCounts(
         {part: count for part, count in given_counts.items() if count is not None}, image_kb and image_kb * 1000, classes
     )

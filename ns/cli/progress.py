@@ -139,8 +139,10 @@ def _format_shards(event: StageEvent) -> str:
 def _summarize_event(event: StageEvent) -> str:
     match event["stage"]:
         case "prepare-data" | "start-generation":
+            calibration = f", {event['calibration']:,} for calibration" if "calibration" in event else ""
             test = f", {event['test']:,} to test on" if "test" in event else ""
-            return f"{event['labeled']:,} labeled, {event['pool']:,} in the pool, {event['heldout']:,} held out{test}"
+            counts = f"{event['labeled']:,} labeled, {event['pool']:,} in the pool, {event['heldout']:,} held out"
+            return f"{counts}{calibration}{test}"
         case "evaluate":
             more = f", {event['corruption_error']:.1%} wrong when corrupted" if "corruption_error" in event else ""
             never = f", {event['never_predicted']}" if event.get("never_predicted") else ""

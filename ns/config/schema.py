@@ -58,6 +58,12 @@ class DataConfig(ImportConfig):
     test: str | None = None
     """URI of human-labeled images that are only reported: they take part in no decision, so that the reported accuracy is not the one
     that was optimized. They are never trained on."""
+    calibration: str | None = None
+    """URI of human-labeled images on which what has to be fitted is fitted: thresholds for `selection.precision`. They are never trained
+    on, and decide no promotion. If not given, `calibration_share` of the held-out images is set apart for it."""
+    calibration_share: float = Field(default=0.5, gt=0, lt=1)
+    """Share of the held-out images of each class that is set apart for fitting, if something has to be fitted and `calibration` is not
+    given. The gate decides on the others alone. The images are drawn by a hash of key and `evaluation.seed`, the same in every run."""
     leak_guard: Literal["exclude", "report", "off"] = "exclude"
     """What is done with images of the pool that are also held out. `exclude`: they get no label, so that accuracy stays honest.
     `report`: they are only counted. `off`: there is no check, which saves reading all images once."""
@@ -72,10 +78,15 @@ class DataConfig(ImportConfig):
         # Copies of one dataset in two places are found when the data are prepared, and single images by the leak guard.
         for name, why, others in (
             ("heldout", "hold out images that are not trained on", ("labeled",)),
-            ("test", "name images that nothing is trained on or decided by, or leave it out", ("labeled", "heldout")),
+            ("calibration", "name images that are used for nothing else, or leave it out", ("labeled", "heldout")),
+            (
+                "test",
+                "name images that nothing is trained on or decided by, or leave it out",
+                ("labeled", "heldout", "calibration"),
+            ),
         ):
             for other in others:
-                if getattr(self, name) == getattr(self, other):
+                if getattr(self, name) is not None and getattr(self, name) == getattr(self, other):
                     raise ValueError(f"{name}: {getattr(self, name)}: is the same as data.{other}; {why}")
         return self
 
@@ -578,6 +589,11 @@ class Experiment(Section):
         return self
 
     @property
+    def needs_calibration(self) -> bool:
+        """Whether something is fitted on human-labeled images that decide no promotion."""
+        return self.selection.precision is not None
+
+    @property
     def gate_evaluation(self) -> EvaluationConfig:
         """What is measured on held-out images for the gate: only the suites that its conditions need."""
         return self.evaluation.model_copy(update={"suites": tuple(self.gate.required_suites.values())})
@@ -589,7 +605,9 @@ class Experiment(Section):
     def map_uris(self) -> dict[str, str]:
         """URIs that a run reads, by field; without `digits:`, which come with the code."""
         data, evaluation = self.data, self.evaluation
-        uris = {f"data.{part}": getattr(data, part) for part in ("labeled", "pool", "heldout", "test", "exclude")}
+        uris = {
+            f"data.{part}": getattr(data, part) for part in ("labeled", "pool", "heldout", "calibration", "test", "exclude")
+        }
         uris |= {f"labeling.ensemble.{index}": uri for index, uri in enumerate(self.labeling.ensemble)}
         for name, evaluation_set in evaluation.sets.items():
             uris |= {

@@ -79,7 +79,7 @@ TRAINING_SOURCES = (
     "labeling/selection.py",
     "labeling/pseudo_label_dataset.py",
 )
-INFERENCE_SOURCES = (*READING_SOURCES, "modeling/predictor.py", "modeling/precision.py")
+INFERENCE_SOURCES = (*READING_SOURCES, "modeling/predictor.py", "modeling/precision.py", "modeling/labeler.py")
 EVALUATION_SOURCES = (
     *INFERENCE_SOURCES,
     "evaluation/accuracy.py",

@@ -51,6 +51,7 @@ class StageEvent(TypedDict, total=False):
     labeled: int
     pool: int
     heldout: int
+    calibration: int
     test: int
     images: int
     kept: int

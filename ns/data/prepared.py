@@ -9,11 +9,12 @@ from ns.data.dataset import Dataset, DatasetRole
 from ns.storage import Store
 from ns.storage.documents import HashedDocument, JsonDocument
 
-DataPart = Literal["labeled", "pool", "heldout", "test"]
+DataPart = Literal["labeled", "pool", "heldout", "calibration", "test"]
 PART_ROLES: dict[DataPart, DatasetRole] = {
     "labeled": "labeled",
     "pool": "unlabeled",
     "heldout": "evaluation",
+    "calibration": "evaluation",
     "test": "evaluation",
 }
 
@@ -52,6 +53,9 @@ class PreparedData(HashedDocument):
     labeled: PreparedDataset
     pool: PreparedDataset
     heldout: PreparedDataset
+    """What decides promotions; without the images that were set apart for calibration."""
+    calibration: PreparedDataset | None = None
+    """Labeled images on which thresholds and the like are found; None if nothing is to be found and no set was given."""
     test: PreparedDataset | None = None
     """Evaluation images that are only reported."""
     sets: dict[str, PreparedDataset] = Field(default_factory=dict)
@@ -70,13 +74,16 @@ class PreparedData(HashedDocument):
     @property
     def parts(self) -> dict[DataPart, PreparedDataset]:
         parts: dict[DataPart, PreparedDataset] = {"labeled": self.labeled, "pool": self.pool, "heldout": self.heldout}
-        return parts | ({"test": self.test} if self.test else {})
+        optional: dict[DataPart, PreparedDataset | None] = {"calibration": self.calibration, "test": self.test}
+        return parts | {part: source for part, source in optional.items() if source}
 
     @property
     def evaluation_sets(self) -> dict[str, PreparedDataset]:
-        """All evaluation sets, by the names that records of a run use: `heldout`, `test`, `set:NAME`."""
-        tests = {"heldout": self.heldout} | ({"test": self.test} if self.test else {})
-        return tests | {f"set:{name}": source for name, source in self.sets.items()}
+        """All evaluation sets, by the names that records of a run use: `heldout`, `calibration`, `test`, `set:NAME`."""
+        sets: dict[str, PreparedDataset] = {
+            part: source for part, source in self.parts.items() if PART_ROLES[part] == "evaluation"
+        }
+        return sets | {f"set:{name}": source for name, source in self.sets.items()}
 
     @property
     def reported_set(self) -> PreparedDataset:

@@ -26,6 +26,7 @@ from ns.evaluation.result import (
     Evaluation,
     ReliabilityBin,
 )
+from ns.modeling.labeler import Labeler
 from ns.modeling.predictor import Predictor
 from ns.storage import Store
 from ns.storage.parquet import encode_table
@@ -35,7 +36,7 @@ RELIABILITY_BINS = 15
 
 
 def evaluate_accuracy(
-    predictor: Predictor,
+    predictor: Predictor | Labeler,
     data_store: Store,
     data: Dataset,
     target: Store,
@@ -43,7 +44,7 @@ def evaluate_accuracy(
     subsample: Subsample | None = None,
     multi_labels: MultiLabels | None = None,
 ) -> Evaluation:
-    """Evaluates a model on a labeled dataset and writes the evaluation into `target`.
+    """Evaluates a model, or models that label together, on a labeled dataset and writes the evaluation into `target`.
 
     The dataset's classes must be, by name, some of those that the model chooses from. Raises DataError if they are not, if images
     have no label, or if no image is readable.
@@ -94,7 +95,7 @@ def evaluate_accuracy(
     return evaluation
 
 
-def map_class_ids(predictor: Predictor, data_store: Store, data: Dataset) -> npt.NDArray[np.int64]:
+def map_class_ids(predictor: Predictor | Labeler, data_store: Store, data: Dataset) -> npt.NDArray[np.int64]:
     """int64 [classes of the dataset]: class id of the dataset → class id of the model, by name.
 
     Raises DataError for a class that the model does not choose from.

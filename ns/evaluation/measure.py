@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ns.config.schema import EvaluationConfig
+from ns.config.schema import EvaluationConfig, LabelingConfig
 from ns.core.digest import (
     DISTORTION_SOURCES,
     EVALUATION_SOURCES,
@@ -78,6 +78,29 @@ class ModelMeasurer:
             evaluate_accuracy(predictor, data_store, dataset, target, subsample=subsample, multi_labels=multi_labels)
 
         return self._get_or_run("evaluate", Evaluation, inputs, run_evaluation)
+
+    def measure_labeler(self, source: PreparedDataset, config: LabelingConfig) -> Measurement:
+        """Accuracy of what the model says as it labels the pool, with views and ensemble. Raises what `evaluate_accuracy` raises."""
+        ensemble = [open_store(uri) for uri in config.ensemble]
+        inputs = self._model_inputs(EVALUATION_SOURCES) | {
+            "dataset": source.digest,
+            "views": config.views,
+            "ensemble": [ModelManifest.load(store).digest for store in ensemble],
+        }
+
+        def run_evaluation(target: Store) -> None:
+            from ns.evaluation.accuracy import evaluate_accuracy
+            from ns.modeling.labeler import Labeler
+            from ns.modeling.predictor import Predictor
+
+            data_store, dataset = source.open_dataset(self.root)
+            predictors = [
+                Predictor(store, batch=self.batch, images=dataset.samples, views=config.views)
+                for store in (self.root.at(self.model), *ensemble)
+            ]
+            evaluate_accuracy(Labeler(predictors), data_store, dataset, target)
+
+        return self._get_or_run("calibrate", Evaluation, inputs, run_evaluation)
 
     def measure_robustness(
         self, source: PreparedDataset, config: EvaluationConfig, *, classes: ClassChoice = "all"

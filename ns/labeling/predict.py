@@ -9,8 +9,7 @@ import pyarrow as pa
 
 from ns.config.schema import LabelingConfig
 from ns.core import log, telemetry
-from ns.core.digest import sha256_bytes, shorten_digest
-from ns.core.errors import ConfigError
+from ns.core.digest import sha256_bytes
 from ns.data.dataset import Dataset, Shard
 from ns.data.loading.shard_reader import ImageSource
 from ns.labeling.label_set import (
@@ -25,6 +24,7 @@ from ns.labeling.label_set import (
     rows_key,
     write_histogram,
 )
+from ns.modeling.labeler import Labeler, average_probabilities
 from ns.modeling.predictor import Predictor, ShardPredictions
 from ns.storage import Store
 from ns.storage.parquet import encode_table
@@ -50,12 +50,7 @@ def label_pool_shards(
     `find_left_out`: shard → row → the reason why that image gets no label. `find_existing`: where another labeling has
     made the same labels of a shard; they are copied. Raises ConfigError if the predictors' classes differ.
     """
-    for other in predictors[1:]:
-        if other.manifest.classes != predictors[0].manifest.classes:
-            raise ConfigError(
-                f"labeling.ensemble: model {shorten_digest(other.manifest.digest)} has other classes, or another order of them, than the "
-                "teacher; all must have the same"
-            )
+    mode = Labeler(predictors).mode
     pending = [number for number in shards if not _reuse_shard_labels(label_store, pool.shards[number], find_existing)]
     pending_images = sum(pool.shards[number].samples for number in pending)
     done_images = sum(pool.shards[number].samples for number in shards) - pending_images
@@ -77,7 +72,6 @@ def label_pool_shards(
     streams = [
         iter_predictions(predictor, progress if position == 0 else None) for position, predictor in enumerate(predictors)
     ]
-    mode = "+".join(dict.fromkeys(str(predictor.mode) for predictor in predictors))
     with ThreadPoolExecutor(1, "write labels") as writer:
         write_future: Future[None] | None = None
         for number, shard_predictions in zip(pending, zip(*streams, strict=True), strict=True):
@@ -127,7 +121,7 @@ def write_label_shard(
     merged = predictions[0]
     if len(predictions) > 1:
         merged = ShardPredictions(
-            merged.index, np.mean([output.probabilities for output in predictions], axis=0), merged.errors
+            merged.index, average_probabilities([output.probabilities for output in predictions]), merged.errors
         )
     k = count_kept_classes(merged.probabilities.shape[1], config.top_k)
     data, counts = pack_label_rows(merged, k, log8=config.probabilities == "log8")

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from pydantic import computed_field
 
-from ns.config.schema import Experiment, OptimizerConfig, RoleConfig
+from ns.config.schema import Experiment, OptimizerConfig, RoleConfig, Views
 from ns.core import log
 from ns.core.errors import ConfigError
 from ns.data.augment.transforms import EvalTransform
@@ -46,6 +46,9 @@ LABEL_ROW_BYTES = 15
 where they are paths that end in a hash."""
 LABEL_CLASS_BYTES = 4
 """A uint16 class and a float16 probability."""
+
+VIEWS: dict[Views, int] = {"one": 1, "flip": 2, "five": 5, "ten": 10}
+"""Forward passes over an image."""
 
 TaskKind = Literal["train", "finetune", "label", "evaluate", "robustness"]
 
@@ -116,6 +119,9 @@ class RunPlan(JsonDocument):
     labeled: int
     pool: int
     heldout: int
+    """Held-out images that the gate decides on."""
+    calibration: int
+    """Images that thresholds and the like are found on."""
     classes: int
     work: tuple[WorkEstimate, ...]
     label_set_bytes: int
@@ -173,6 +179,11 @@ def estimate_run(experiment: Experiment, request: PlanRequest) -> RunPlan:
     """
     uris: dict[DataPart, str | None] = {part: getattr(experiment.data, part) for part in PART_ROLES}
     stats = {part: request.counts.get_stats(part, uri) for part, uri in uris.items() if uri is not None}
+    if experiment.needs_calibration and "calibration" not in stats:
+        heldout = stats["heldout"]
+        set_apart = round(experiment.data.calibration_share * heldout.images)
+        stats["heldout"] = heldout._replace(images=heldout.images - set_apart)
+        stats["calibration"] = heldout._replace(images=set_apart)
     classes = stats["labeled"].classes or request.counts.classes
     sets = {
         name: count_evaluation_images(name, set_config, experiment.evaluation)
@@ -196,6 +207,7 @@ def estimate_run(experiment: Experiment, request: PlanRequest) -> RunPlan:
         labeled=stats["labeled"].images,
         pool=stats["pool"].images,
         heldout=stats["heldout"].images,
+        calibration=stats["calibration"].images if "calibration" in stats else 0,
         classes=classes,
         work=work,
         label_set_bytes=stats["pool"].images * (LABEL_ROW_BYTES + LABEL_CLASS_BYTES * kept_per_row),
@@ -212,6 +224,9 @@ def _list_jobs(experiment: Experiment, images: dict[DataPart, int], sets: dict[s
     """The work of every generation, in the order of a run. `sets`: images of the further evaluation sets."""
     evaluation = experiment.evaluation
     clean = images["heldout"] + images.get("test", 0)
+    labeled_for_calibration = (
+        images.get("calibration", 0) * VIEWS[experiment.labeling.views] * (1 + len(experiment.labeling.ensemble))
+    )
     plain = sum(count for name, count in sets.items() if evaluation.sets[name].kind == "images")
     robust = sum(sets.values()) - plain
     if evaluation.needs_robustness:
@@ -229,7 +244,7 @@ def _list_jobs(experiment: Experiment, images: dict[DataPart, int], sets: dict[s
         training_plan = plan_training(role, images["labeled"])
         pseudo_batch = role.train.pseudo_batch if generation else 0
         yield _PlannedJob(generation, "train", field, role, training_plan, role.train.labeled_batch, pseudo_batch)
-        yield _PlannedJob(generation, "evaluate", field, role, None, clean + plain, 0)
+        yield _PlannedJob(generation, "evaluate", field, role, None, clean + plain + labeled_for_calibration, 0)
         if robust:
             yield _PlannedJob(generation, "robustness", field, role, None, robust, 0)
         if role.train.finetune:

@@ -73,6 +73,7 @@ def evaluation_title(name: str) -> str:
     """The title of an evaluation, given its name in the notes of a run."""
     names = {
         "evaluation": "held out",
+        "calibration": "calibration, as it labels",
         "robustness": "",
         "gate_robustness": "held out",
         "finetuned": "held out, fine-tuned",

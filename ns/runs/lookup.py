@@ -125,8 +125,8 @@ class RunLabelSet(NamedTuple):
     prepared: PreparedData | None = None
     teacher: str | None = None
     """Key of the teacher's folder below the root."""
-    teacher_evaluation: str | None = None
-    """Key of the teacher's `evaluation.json` on the held-out images, below the root."""
+    calibration: str | None = None
+    """Key of the labeler's `evaluation.json` on the calibration images, below the root."""
 
     @property
     def side(self) -> DiffSide:
@@ -170,14 +170,13 @@ def open_run_label_set(root: Store, run: str, generation: int) -> RunLabelSet:
         available = [f"gen-{other.generation}" for other in list_stage_notes(root, run, "commit-labels")]
         raise RunError(f"run {run}: generation {generation} has no label set; there are {', '.join(available) or 'none'}")
     label_store = root.at(parent_key(note.outputs["label_set"]))
-    evaluation_note = find_stage_note(root, run, generation - 1, "evaluate")
     return RunLabelSet(
         label_store,
         LabelSet.load(label_store),
         Selection.load_file(root, note.outputs["selection"]),
         read_prepared_data(root, run),
         parent_key(note.outputs["teacher"]),
-        evaluation_note.outputs["evaluation"] if evaluation_note else None,
+        note.outputs.get("calibration"),
     )
 
 
@@ -197,21 +196,26 @@ def open_previous_label_set(root: Store, run: str, generation: int) -> RunLabelS
 
 
 def find_policy_thresholds(root: Store, run_label_set: RunLabelSet, policy: SelectionConfig) -> Thresholds:
-    """The thresholds of the policy's precision for a label set, from its teacher's evaluation on the run's held-out images.
+    """The thresholds of the policy's precision for a label set, from the run's calibration images as its teacher labels them.
 
-    Raises RunError if there is no such evaluation.
+    Raises RunError if the run has none.
     """
-    key = run_label_set.teacher_evaluation
+    key = run_label_set.calibration
     if key is None:
-        raise RunError(
-            f"{run_label_set.store.uri}: selection.precision needs the teacher's evaluation on held-out images, which only a run has; "
+        cure = (
             "name the label set as a run's generation: latest/gen-1"
+            if run_label_set.prepared is None
+            else "start a run with data.calibration, or with selection.precision, which sets some of the held-out images apart"
+        )
+        raise RunError(
+            f"{run_label_set.store.uri}: selection.precision needs calibration images that the teacher has labeled, and there are "
+            f"none; {cure}"
         )
     return compute_policy_thresholds(root.at(parent_key(key)), Evaluation.load_file(root, key), policy)
 
 
 def compute_policy_thresholds(store: Store, evaluation: Evaluation, policy: SelectionConfig) -> Thresholds:
-    """The thresholds of a policy's precision, from an evaluation on held-out images."""
+    """The thresholds of a policy's precision, from an evaluation on calibration images."""
     assert policy.precision is not None
     rows = read_predictions(store, evaluation)
     return find_thresholds(

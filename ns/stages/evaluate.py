@@ -28,6 +28,8 @@ def evaluate_generation(ref: RunRef, *, data: str, generation: int, model: str) 
         # All else may take hours.
         telemetry.EVALUATED.labels("heldout").set(heldout.top1)
         telemetry.BALANCED_ACCURACY.labels("heldout").set(heldout.balanced_accuracy)
+        if prepared.calibration:
+            measured["calibration"] = measurer.measure_labeler(prepared.calibration, context.experiment.labeling)
         if prepared.test:
             measured["test"] = measurer.measure_accuracy(prepared.test)
         finetuned = f"{model}/{FINETUNED}"
@@ -64,6 +66,16 @@ def evaluate_heldout(context: StageContext, data: str, model: str) -> tuple[Stor
     heldout = PreparedData.load_file(context.root, data).heldout
     store = context.root.at(parent_key(_make_measurer(context, model).measure_accuracy(heldout).key))
     return store, Evaluation.load(store)
+
+
+def evaluate_calibration(context: StageContext, prepared: PreparedData, teacher: str) -> str | None:
+    """Key of the `evaluation.json` of what a teacher says, as it labels the pool, of the calibration images; None if there are none.
+
+    The predictions beside it (`read_predictions`) are what thresholds are found on.
+    """
+    if prepared.calibration is None:
+        return None
+    return _make_measurer(context, teacher).measure_labeler(prepared.calibration, context.experiment.labeling).key
 
 
 def measure_gate_robustness(context: StageContext, prepared: PreparedData, model: str) -> Measurement:

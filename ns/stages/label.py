@@ -11,6 +11,7 @@ from ns.data.leakage import load_left_out_rows
 from ns.data.prepared import PreparedData
 from ns.labeling.label_set import LabelShard, label_shard_key
 from ns.stages.context import RunRef, StageContext, stage
+from ns.stages.evaluate import evaluate_calibration
 from ns.stages.keys import excluded_keys, label_set_key, labeling_inputs
 from ns.storage import Store, open_store, parent_key
 
@@ -33,6 +34,9 @@ def label_shard_range(ref: RunRef, *, data: str, generation: int, teacher: str, 
         indices = range(*(int(bound) for bound in shards.split("-")))
         range_shards = [pool.shards[index] for index in indices]
         images = sum(shard.samples for shard in range_shards)
+        if indices.start == 0:
+            # Usually the teacher's evaluation has done it; a teacher from another run may have had no calibration images.
+            evaluate_calibration(context, prepared, teacher)
         key = label_set_key(context, prepared, teacher)
         label_store = context.root.at(key)
         reused = all(label_store.exists(label_shard_key(shard.name)) for shard in range_shards)

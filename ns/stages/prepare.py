@@ -6,6 +6,7 @@ from ns.config.schema import DataConfig, EvaluationSet, Experiment
 from ns.core import log
 from ns.core.digest import digest_code, shorten_digest
 from ns.core.errors import ConfigError, DataError, StoreError, prefix_errors
+from ns.data.calibration_split import SplitPart, copy_split_part
 from ns.data.dataset import Dataset, DatasetRole
 from ns.data.importing.digits import write_digits
 from ns.data.importing.ingest import derive_dataset_name, digest_config, import_listing, open_listing
@@ -28,6 +29,15 @@ IMPORT_CODE = (
     "data/importing/writer.py",
     "data/loading/decode.py",
     "data/dataset.py",
+)
+
+SPLIT_CODE = (
+    "data/calibration_split.py",
+    "data/dataset.py",
+    "data/index.py",
+    "data/shards.py",
+    "data/importing/writer.py",
+    "data/loading/shard_reader.py",
 )
 
 CHECK_CODE = (
@@ -77,7 +87,11 @@ def prepare_datasets(experiment: Experiment, root: Store, ledger: Ledger) -> tup
         raise DataError(f"data.labeled: {data.labeled}: has {len(classes)} class; at least 2 are needed")
     _check_networks(experiment, ledger, len(classes))
     heldout = finder.find_evaluation_set("data.heldout", data.heldout, classes)
-    test = finder.find_evaluation_set("data.test", data.test, classes) if data.test is not None else None
+    given_sets = {
+        part: finder.find_evaluation_set(f"data.{part}", uri, classes)
+        for part, uri in (("calibration", data.calibration), ("test", data.test))
+        if uri is not None
+    }
     pool = finder.find_dataset("data.pool", data.pool, "pool")
     sets = {
         name: finder.find_subset(f"evaluation.sets.{name}", evaluation_set, classes)
@@ -86,13 +100,21 @@ def prepare_datasets(experiment: Experiment, root: Store, ledger: Ledger) -> tup
     }
     if heldout.digest == labeled.digest:
         raise DataError(f"data.heldout: {data.heldout}: is the same as data.labeled; hold out images that are not trained on")
-    for field, other in (("data.labeled", labeled), ("data.heldout", heldout)):
-        if test and test.digest == other.digest:
-            raise DataError(
-                f"data.test: {data.test}: is the same as {field}; name images that nothing is trained on or decided by, or "
-                "leave it out"
-            )
-    prepared = PreparedData(labeled=labeled, pool=pool, heldout=heldout, test=test, sets=sets)
+    earlier = {"data.labeled": labeled, "data.heldout": heldout}
+    for part, source in given_sets.items():
+        for field, other in earlier.items():
+            if source.digest == other.digest:
+                raise DataError(
+                    f"data.{part}: {getattr(data, part)}: is the same as {field}; name images that are used for nothing else, or "
+                    "leave it out"
+                )
+        earlier[f"data.{part}"] = source
+    if experiment.needs_calibration and "calibration" not in given_sets:
+        heldout, given_sets["calibration"] = (
+            finder.split_heldout(heldout, part, experiment.evaluation.seed) for part in ("rest", "calibration")
+        )
+    calibration, test = given_sets.get("calibration"), given_sets.get("test")
+    prepared = PreparedData(labeled=labeled, pool=pool, heldout=heldout, calibration=calibration, test=test, sets=sets)
     for name, source in prepared.evaluation_sets.items():
         store, dataset = source.open_dataset(root)
         if dataset.role != "evaluation":
@@ -142,6 +164,9 @@ def _check_leaks(prepared: PreparedData, data: DataConfig, root: Store, ledger: 
     report = LeakageReport.load(root.at(target))
     trained_on = "held-out images are also trained on: their accuracy is too high"
     overlaps = [("labeled", name, trained_on) for name in prepared.evaluation_sets]
+    if prepared.calibration:
+        fitted_on = "images that thresholds are found on also decide promotions: keep them apart"
+        overlaps.append(("calibration", "heldout", fitted_on))
     if prepared.test:
         overlaps.append(("test", "heldout", "images that decide are also in the test: the reported accuracy is too high"))
     for one_part, other_part, warning in overlaps:
@@ -233,6 +258,19 @@ class _DatasetFinder:
                 inputs = {"source": uri, "code": digest_code(*IMPORT_CODE)}
                 return self._import_once(inputs, lambda store: write_digits(uri, store))
             return self._import_source(uri, PART_ROLES[part], classes)
+
+    def split_heldout(self, heldout: PreparedDataset, part: SplitPart, seed: int) -> PreparedDataset:
+        """The part of the held-out images that is set apart for calibration, or the rest, as a dataset of its own."""
+        data = self._data
+        limits = {"shard_samples": data.shard_samples, "shard_mib": data.shard_mib}
+        draw = {"share": data.calibration_share, "seed": seed}
+        inputs = {"code": digest_code(*SPLIT_CODE), "dataset": heldout.digest, "part": part, **draw, **limits}
+
+        def copy_part(target: Store) -> None:
+            with prefix_errors("data.calibration_share"):
+                copy_split_part(*heldout.open_dataset(self._root), target, part, data.calibration_share, seed, data)
+
+        return self._import_once(inputs, copy_part)
 
     def _import_source(self, uri: str, role: DatasetRole, classes: tuple[str, ...] | None) -> PreparedDataset:
         with open_listing(uri, role) as listing:

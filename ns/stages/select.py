@@ -5,14 +5,16 @@ from collections.abc import Mapping
 from ns.core.digest import LABELING_SOURCES, digest_code
 from ns.core.errors import DataError
 from ns.data.prepared import PreparedData
+from ns.evaluation.result import Evaluation
 from ns.labeling.label_set import LabelSet, join_label_shards
 from ns.labeling.selection import Selection, make_selection
 from ns.modeling.manifest import ModelManifest
 from ns.reporting import run_metrics
 from ns.runs.lookup import compute_policy_thresholds
 from ns.stages.context import RunRef, stage
-from ns.stages.evaluate import evaluate_heldout
+from ns.stages.evaluate import evaluate_calibration
 from ns.stages.keys import ensemble_digests, label_set_key, read_labeled_classes, read_model_digest
+from ns.storage import parent_key
 from ns.storage.documents import dump_hashed_fields
 
 SELECTION_SOURCES = ("labeling/selection.py", "labeling/label_set.py", "labeling/thresholds.py")
@@ -41,15 +43,17 @@ def commit_labels(ref: RunRef, *, data: str, generation: int, teacher: str) -> s
             probabilities=experiment.labeling.probabilities,
         )
         label_set.save(label_store)
+        calibration_key = evaluate_calibration(context, prepared, teacher)
+        calibration = Evaluation.load_file(root, calibration_key) if calibration_key else None
         thresholds = None
-        if experiment.selection.precision is not None:
-            thresholds = compute_policy_thresholds(*evaluate_heldout(context, data, teacher), experiment.selection)
+        if calibration_key and calibration and experiment.selection.precision is not None:
+            thresholds = compute_policy_thresholds(root.at(parent_key(calibration_key)), calibration, experiment.selection)
         inputs = {
             "code": digest_code(*SELECTION_SOURCES),
             "policy": dump_hashed_fields(experiment.selection),
             "seed": experiment.seed,
             "label_set": label_set.digest,
-            "thresholds": thresholds.evaluation if thresholds else None,
+            "calibration": calibration.digest if calibration else None,
         }
         selection_key = context.ledger.derive_key("selections", "select", inputs)
 
@@ -68,7 +72,7 @@ def commit_labels(ref: RunRef, *, data: str, generation: int, teacher: str) -> s
                 "label_set": f"{key}/{LabelSet.filename}",
                 "selection": f"{selection_key}/{Selection.filename}",
                 "teacher": f"{teacher}/{ModelManifest.filename}",
-            }
+            } | ({"calibration": calibration_key} if calibration_key else {})
 
         context.get_or_run("select", inputs, write_selection)
         selection = Selection.load(root.at(selection_key))

@@ -71,10 +71,14 @@ def test_dump_experiment_is_read_back_equal(minimal):
     assert parse_experiment(yaml.safe_load(dump_experiment(experiment)), "again") == experiment
 
 
-@pytest.mark.parametrize(("part", "other"), [("heldout", "labeled"), ("test", "labeled"), ("test", "heldout")])
+@pytest.mark.parametrize(("part", "other"), [
+    ("heldout", "labeled"), ("calibration", "labeled"), ("calibration", "heldout"),
+    ("test", "labeled"), ("test", "heldout"), ("test", "calibration"),
+])  # fmt: skip
 def test_data_parts_must_differ(part, other):
-    message = refused({**MINIMAL, "data": {**DATA, part: DATA[other]}})
-    assert message.startswith(f"x.yaml: data.{part}: {DATA[other]}: is the same as data.{other}; ")
+    data = {**DATA, "calibration": "kept/apart"}
+    message = refused({**MINIMAL, "data": {**data, part: data[other]}})
+    assert message.startswith(f"x.yaml: data.{part}: {data[other]}: is the same as data.{other}; ")
 
 
 def test_unknown_field_suggests_the_likely_one():

@@ -71,6 +71,15 @@ def test_reading_and_network_bytes_follow_images_and_weights(paper):
     assert labeling.network_bytes_per_step == 0
 
 
+def test_plan_counts_what_is_set_apart_and_labeled_with_all_views():
+    config = make_experiment(
+        selection={"precision": 0.9}, data={**NOWHERE, "calibration_share": 0.2}, labeling={"views": "ten"}
+    )
+    run_plan = estimate_run(config, PlanRequest(IMAGENET, multiply_adds_per_second=1e12))
+    assert (run_plan.heldout, run_plan.calibration) == (40_000, 10_000)
+    assert find_work(run_plan, "evaluate", 0).images == 40_000 + 10 * 10_000
+
+
 def test_single_device_sends_nothing():
     config = make_experiment(teacher={"preset": "b0"}, students=[{"preset": "b0"}], generations=1)
     run_plan = estimate_run(config, PlanRequest(IMAGENET, multiply_adds_per_second=1e12))

@@ -11,6 +11,7 @@ from ns.core.errors import ConfigError, DataError, StoreError
 from ns.data.dataset import Dataset
 from ns.data.importing import ingest
 from ns.data.importing.ingest import import_images
+from ns.data.index import ShardIndex
 from ns.data.leakage import load_left_out_rows
 from ns.data.prepared import PART_ROLES
 from ns.stages.prepare import prepare_data, prepare_datasets
@@ -210,14 +211,58 @@ def test_leak_guard_covers_test_and_further_sets(tmp_path, uris):
     assert without.digest != prepared.digest
 
 
+@pytest.mark.parametrize("part", ["calibration", "test"])
 @pytest.mark.parametrize("other", ["labeled", "heldout"])
-def test_prepare_refuses_a_test_equal_to_other_parts(tmp_path, uris, other):
+def test_prepare_refuses_evaluation_images_equal_to_other_parts(tmp_path, uris, part, other):
     made = str(tmp_path / "made")
     options = {"config": CONFIG, "name": "l", "role": "evaluation"}
     import_images(uris[other], LocalStore(tmp_path / "made"), **options)
     copied = str(shutil.copytree(tmp_path / "made", tmp_path / "copied"))
-    with pytest.raises(DataError, match=rf"data\.test: .* is the same as data\.{other}"):
-        prepare(tmp_path, uris, data={**uris, other: made, "test": copied})
+    with pytest.raises(DataError, match=rf"data\.{part}: .* is the same as data\.{other}"):
+        prepare(tmp_path, uris, data={**uris, other: made, part: copied})
+
+
+def read_keys(root, source):
+    store, dataset = source.open_dataset(root)
+    return [key for shard in dataset.shards for key in ShardIndex.load(store, shard).keys]
+
+
+def test_a_precision_sets_a_part_of_the_heldout_images_apart(tmp_path, uris):
+    selection = {"precision": 0.9}
+    (whole, _), _ = prepare(tmp_path, uris)
+    (prepared, reused), root = prepare(tmp_path, uris, selection=selection)
+    assert not reused
+    assert list(prepared.evaluation_sets) == ["heldout", "calibration"]
+    assert prepared.digest != whole.digest
+    kept, set_apart = read_keys(root, prepared.heldout), read_keys(root, prepared.calibration)
+    assert sorted(kept + set_apart) == sorted(read_keys(root, whole.heldout))
+    assert [len(kept), len(set_apart)] == [2, 4]
+    assert prepared.calibration.open_dataset(root)[1].classes == ("cat", "dog")
+    assert prepare(tmp_path, uris, selection=selection)[0] == (prepared, True)
+    (other, _), _ = prepare(tmp_path, uris, selection=selection, seed=7)
+    assert other.digest == prepared.digest, "runs with other seeds are decided on the same images"
+    (third, _), _ = prepare(tmp_path, uris, selection=selection, data={**uris, "calibration_share": 0.3})
+    assert third.calibration.digest != prepared.calibration.digest
+
+
+def test_given_calibration_images_leave_all_heldout_images_to_the_gate(tmp_path, uris):
+    fill(tmp_path / "calibration", ["cat", "dog"], seed=3)
+    path = next((tmp_path / "calibration" / "dog").iterdir())
+    (tmp_path / "pool" / "any" / "copy.png").write_bytes(path.read_bytes())
+    data = {**uris, "calibration": str(tmp_path / "calibration")}
+    (whole, _), _ = prepare(tmp_path, uris)
+    for selection in ({}, {"precision": 0.9}):
+        (prepared, _), root = prepare(tmp_path, uris, data=data, selection=selection)
+        assert prepared.heldout == whole.heldout
+        assert len(read_keys(root, prepared.calibration)) == 6
+    (rows,) = load_left_out_rows(root.at(prepared.left_out.key)).values()
+    assert [reason.partition(": ")[0] for reason in rows.values()] == ["also in calibration"]
+
+
+def test_too_few_heldout_images_cannot_be_divided(tmp_path, uris):
+    fill(tmp_path / "few", ["cat", "dog"], count=1, seed=5)
+    with pytest.raises(DataError, match=r"data\.calibration_share: .* no class has the two images that it takes"):
+        prepare(tmp_path, uris, data={**uris, "heldout": str(tmp_path / "few")}, selection={"precision": 0.9})
 
 
 def test_prepare_refuses_sets_with_unknown_classes(tmp_path, uris):

@@ -3,7 +3,11 @@
 import numpy as np
 import pytest
 
-from ns.core.errors import DataError
+from ns.config.schema import SelectionConfig
+from ns.core.errors import DataError, RunError
+from ns.data.loading.shard_reader import ImageSource
+from ns.evaluation.result import Evaluation, read_predictions
+from ns.modeling.predictor import Predictor
 from ns.runs.lookup import (
     find_policy_thresholds,
     open_label_set,
@@ -11,6 +15,7 @@ from ns.runs.lookup import (
 from ns.stages.evaluate import evaluate_generation
 from ns.stages.prepare import prepare_data
 from ns.stages.train import train_generation
+from ns.storage import parent_key
 from tests.loop import label_pool, open_tiny_run, run_loop
 
 
@@ -23,15 +28,33 @@ def test_commit_labels_fails_if_nothing_is_selected(finished_run):
 
 def test_commit_labels_turns_a_precision_into_thresholds(finished_run):
     store, _ = finished_run
-    ref = open_tiny_run(store, "selection.precision=0.6", "selection.confidence=0.8")
+    ref = open_tiny_run(store, "selection.precision=0.6", "selection.confidence=0.8", "labeling.views=five")
     data = prepare_data(ref)
     first = train_generation(ref, data=data, generation=0)
-    evaluate_generation(ref, data=data, generation=0, model=first)
+    evaluated = Evaluation.load_file(store, evaluate_generation(ref, data=data, generation=0, model=first))
     label_pool(ref, data=data, generation=1, teacher=first)
     labels = open_label_set(store, f"{ref.run}/gen-1")
     thresholds = labels.selection.thresholds
+    # Found on images that the gate does not decide on, labeled as the pool is.
+    calibration = Evaluation.load_file(store, labels.calibration)
+    assert thresholds.evaluation == calibration.digest
+    assert calibration.dataset == labels.prepared.calibration.digest
+    calibration_store, dataset = labels.prepared.calibration.open_dataset(store)
+    predictor = Predictor(store.at(first), batch=50, views="five")
+    shards = [predictor.predict_shard(ImageSource(calibration_store, dataset), shard) for shard in range(len(dataset.shards))]
+    rows = read_predictions(store.at(parent_key(labels.calibration)), calibration)
+    assert rows["key"].to_pylist() == [key for predictions in shards for key in predictions.index.keys]
+    expected = np.concatenate([predictions.probabilities.max(1) for predictions in shards])
+    np.testing.assert_allclose(rows["confidence"].to_numpy(), expected, atol=1e-6)
+    assert {calibration.images, evaluated.images} == {250}
     assert thresholds == find_policy_thresholds(store, labels, labels.selection.policy)
     for rule, of_class in zip(labels.selection.rules, thresholds.classes, strict=True):
         assert rule.threshold == max(np.float32(0.3), np.float32(of_class.threshold))
         assert of_class.bound >= 0.6 or rule.kept == 0
     assert 0 < labels.selection.kept < labels.label_set.rows
+
+
+def test_thresholds_need_calibration_images(finished_run):
+    store, ref = finished_run
+    with pytest.raises(RunError, match=r"there are none; start a run with data.calibration, or with selection.precision"):
+        find_policy_thresholds(store, open_label_set(store, f"{ref.run}/gen-1"), SelectionConfig(precision=0.9))
