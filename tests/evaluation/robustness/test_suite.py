@@ -4,7 +4,7 @@ import io
 import itertools
 import os
 import signal
-import time
+import threading
 from contextlib import ExitStack
 
 import numpy as np
@@ -236,34 +236,47 @@ def test_run_suite_refuses_set_without_readable_image(run, tmp_path, make_labele
 
 
 @pytest.mark.integration
-def test_run_suite_continues_after_kills(run, model, tmp_path, make_labeled_images):
-    """SIGKILL at instants all over the work: the units that were done stay, and what comes of it is the same."""
+def test_run_suite_continues_after_kills(run, model, tmp_path, make_labeled_images, monkeypatch):
+    """SIGKILL all over the work: the units that were done stay, and what comes of it is the same."""
     data = make_labeled_images(tmp_path / "d", count=60)
-    begun = time.monotonic()
     calm = run(data, "calm")
-    whole = time.monotonic() - begun
+    total = len(list(LocalStore(tmp_path / "calm").list("units/")))
     out = LocalStore(tmp_path / "killed")
     rng = np.random.default_rng(0)
-    kills, longest = 0, 0
-    deadline = time.monotonic() + 60
-    while not out.exists(Robustness.filename) and time.monotonic() < deadline:
+    real = RobustnessSuite._write_unit
+
+    def count_done() -> int:
+        return len(list(out.list("units/")))
+
+    def start_killed(target: int, seconds: float) -> int:
+        """A forked process that dies `seconds` after `target` units are done, and has written at most three more by then."""
         process = os.fork()
-        if process == 0:
-            try:
-                RobustnessSuite(
-                    Predictor(model, batch=16), *data, SMALL, out.at("units"), LocalStore(tmp_path / "made")
-                ).run_suite(out)
-            finally:
-                os._exit(1)
-        # Early at first, and later each time, so that it ends.
-        time.sleep(whole * float(rng.uniform(0.2, 0.5)) * 1.15**kills)
-        os.kill(process, signal.SIGKILL)
-        kills += os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
-        done = len(list(out.list("units/")))
-        assert done >= longest, "a unit that was done is gone"
-        longest = done
-    assert kills >= 2
-    assert Robustness.load(out).digest == calm.digest
+        if process:
+            return process
+
+        def write(self, block, unit, table):
+            if count_done() >= target + 3:
+                signal.pause()
+            real(self, block, unit, table)
+            if count_done() == target:
+                threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+        try:
+            monkeypatch.setattr(RobustnessSuite, "_write_unit", write)
+            made = LocalStore(tmp_path / "made")
+            RobustnessSuite(Predictor(model, batch=16), *data, SMALL, out.at("units"), made).run_suite(out)
+        finally:
+            os._exit(1)
+
+    done = 0
+    while (target := done + int(rng.integers(1, 8))) + 3 < total:
+        process = start_killed(target, float(rng.uniform(0, 0.05)))
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
+        assert target <= count_done() <= target + 3, "a unit that was done is gone"
+        done = count_done()
+    assert not out.exists(Robustness.filename)
+    assert done > total / 2
+    assert run(data, "killed", made=LocalStore(tmp_path / "made")).digest == calm.digest
 
 
 def test_helper_processes_do_not_import_torch(monkeypatch):
