@@ -3,12 +3,15 @@
 `fetch_state` fetches, and everything else is a pure function of its result. Nothing in the cluster is changed.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
+
+import yaml
 
 from k8s import versions
 from k8s.kubectl import ForbiddenError, K8sObject, Kubectl
@@ -20,6 +23,7 @@ RUNNER_ACCOUNT = "pipeline-runner"
 """The service account that KFP's pods run as."""
 STORAGE_SECRET = "mlpipeline-minio-artifact"
 SETTINGS_CONFIG_MAP = "noisy-student"
+ARGO_CONFIG_MAP = "workflow-controller-configmap"
 RUN_POD_LABELS = {"app.kubernetes.io/part-of": "noisy-student"}
 """Label of all pods of runs (pipelines/placement.py)."""
 
@@ -175,6 +179,9 @@ def fetch_state(kubectl: Kubectl, requirements: Requirements) -> ClusterState:
             if manager := next(_find_containers(cluster, "kueue"), None):
                 namespace = manager[0]["metadata"]["namespace"]
                 calls["kueue-config"] = partial(fetch_object, "configmap", "kueue-manager-config", namespace)
+        if controller := next(_find_containers(cluster, "argo"), None):
+            namespace = controller[0]["metadata"]["namespace"]
+            calls["argo-config"] = partial(fetch_object, "configmap", ARGO_CONFIG_MAP, namespace)
         fetch_all(calls)
         for subject, permissions in _collect_questions(cluster, requirements).items():
             answers = threads.map(partial(is_allowed, kubectl, subject=subject), permissions)
@@ -221,6 +228,7 @@ def diagnose(cluster: ClusterState, requirements: Requirements) -> list[Diagnost
             if part != "argo" or part in installed_versions
         ),
         *_check_version_conflicts(expected_versions),
+        *_check_retries(cluster, requirements),
         *_check_minio(cluster),
         *_check_queues(cluster, requirements),
         *_check_pod_monitor(cluster, requirements),
@@ -483,6 +491,33 @@ def _check_minio(cluster: ClusterState) -> Iterator[Diagnostic]:
             f"{', '.join(servers)}: MinIO's server image is no longer published, and its last version has known vulnerabilities"
         )
         yield _warned("object-store", detail, "move the data to SeaweedFS (component object-store) or another S3 server")
+
+
+def _check_retries(cluster: ClusterState, requirements: Requirements) -> Iterator[Diagnostic]:
+    """Checks whether Argo retries stages that exit, are killed or run out of memory."""
+    if "kfp" in requirements.provided_parts:
+        return
+    for config_map in cluster.get_objects("argo-config"):
+        # A broken one stops Argo's controller, which says so itself.
+        with contextlib.suppress(yaml.YAMLError):
+            policy = find_retry_policy(config_map)
+            detail = f"ConfigMap {config_map['metadata']['namespace']}/{ARGO_CONFIG_MAP}: retryPolicy {policy}"
+            if policy in ("Always", "OnFailure"):
+                yield _passed("retries", detail)
+            else:
+                yield _warned(
+                    "retries",
+                    f"{detail}: a stage that is killed, runs out of memory or exits is not tried again",
+                    "take workflowDefaults from k8s/components/kubeflow/workflow-controller-configmap.yaml",
+                )
+
+
+def find_retry_policy(config_map: K8sObject) -> str:
+    """The retry policy of every template without one of its own; OnFailure if Argo's ConfigMap names none."""
+    part = yaml.safe_load((config_map.get("data") or {}).get("workflowDefaults") or "{}")
+    for name in ("spec", "templateDefaults", "retryStrategy"):
+        part = (part or {}).get(name) or {}
+    return str(part.get("retryPolicy") or "OnFailure")
 
 
 def _check_queues(cluster: ClusterState, requirements: Requirements) -> Iterator[Diagnostic]:

@@ -19,7 +19,10 @@ GPU_TYPES = ("nvidia.com/gpu", "nvidia.com/mig-1g.10gb", "nvidia.com/mig-2g.20gb
 GPU_COUNTS = ("0", "1", "2", "4", "8")
 
 STAGE_RETRIES = 3
-"""Retries of a stage that fails or whose node is taken away: it continues where it stopped."""
+"""Retries of a stage that fails or whose node is taken away: it continues where it stopped. Whether a failure is retried is decided by
+Kubeflow's configuration (k8s/components/kubeflow/workflow-controller-configmap.yaml)."""
+PENDING_HOURS = 168
+"""Time that all tries of a stage together may wait for a node."""
 
 
 class PipelineInput(NamedTuple):
@@ -123,7 +126,9 @@ def _place_task(task: PipelineTask, placement: Inputs, node_pool: str, hours: in
     task.set_container_image(placement[image])
     # KFP's cache compares strings; ours, the ledger, compares content.
     task.set_caching_options(False)
-    task.set_retry(STAGE_RETRIES, backoff_duration="30s", backoff_factor=2.0, backoff_max_duration="600s")
+    # KFP's maximum is for all tries together, from the first one's start: a try that is under way at its end is killed.
+    tries_hours = (STAGE_RETRIES + 1) * hours + PENDING_HOURS
+    task.set_retry(STAGE_RETRIES, backoff_duration="30s", backoff_factor=2.0, backoff_max_duration=f"{tries_hours}h")
     kubernetes.set_timeout(task, hours * 3600)
     kubernetes.add_node_selector_json(task, placement[f"{node_pool}_node_selector"])
     kubernetes.add_toleration_json(task, placement[f"{node_pool}_tolerations"])

@@ -8,18 +8,22 @@ class NsError(Exception):
     """An error that a person can fix. `exit_code` is the exit code of the command line."""
 
     exit_code = 1
+    is_permanent = False
+    """Whether the same work on the same inputs fails again, so that only a person can help."""
 
 
 class ConfigError(NsError):
     """The experiment is wrong: unknown key, wrong type, impossible combination."""
 
     exit_code = 2
+    is_permanent = True
 
 
 class DataError(NsError):
     """Images, labels or manifests are missing, damaged or contradict each other."""
 
     exit_code = 3
+    is_permanent = True
 
 
 class StoreError(NsError):
@@ -32,6 +36,7 @@ class TrainingError(NsError):
     """Training cannot go on: loss is not finite, memory is exhausted, the teacher is useless."""
 
     exit_code = 5
+    is_permanent = True
 
 
 class RunError(NsError):

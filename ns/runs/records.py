@@ -57,6 +57,8 @@ class StageFailure(JsonDocument):
     stage: str
     error: str
     exit_code: int
+    is_permanent: bool = False
+    """Whether another try fails likewise: bad config, bad data, a training that cannot go on."""
     failed_at: str
 
     def __str__(self) -> str:
@@ -114,13 +116,30 @@ def list_stage_notes(root: Store, run: str, stage: str = "") -> list[StageNote]:
 
 def write_stage_failure(root: Store, run: str, generation: int, stage: str, error: NsError | str, *, note_name: str) -> None:
     """Keeps why a stage failed. `note_name`: the stage, and the range of shards of a labeling task."""
-    code = error.exit_code if isinstance(error, NsError) else 1
-    failure = StageFailure(generation=generation, stage=stage, error=str(error), exit_code=code, failed_at=utc_timestamp())
-    failure.save_file(root, f"{run}/failures/{generation}-{note_name}.json")
+    stage_error = error if isinstance(error, NsError) else NsError(error)
+    failure = StageFailure(
+        generation=generation,
+        stage=stage,
+        error=str(error),
+        exit_code=stage_error.exit_code,
+        is_permanent=stage_error.is_permanent,
+        failed_at=utc_timestamp(),
+    )
+    failure.save_file(root, _failure_key(run, generation, note_name))
+
+
+def find_stage_failure(root: Store, run: str, generation: int, *, note_name: str) -> StageFailure | None:
+    """Why the last try of a stage failed; None if it did not."""
+    key = _failure_key(run, generation, note_name)
+    return StageFailure.load_file(root, key) if root.exists(key) else None
 
 
 def delete_stage_failure(root: Store, run: str, generation: int, *, note_name: str) -> None:
-    root.delete(f"{run}/failures/{generation}-{note_name}.json")
+    root.delete(_failure_key(run, generation, note_name))
+
+
+def _failure_key(run: str, generation: int, note_name: str) -> str:
+    return f"{run}/failures/{generation}-{note_name}.json"
 
 
 def list_stage_failures(root: Store, run: str) -> list[StageFailure]:

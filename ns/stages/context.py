@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
@@ -16,9 +17,14 @@ from ns.core.digest import shorten_digest
 from ns.core.errors import Interrupted, NsError
 from ns.core.process import die_with_client, set_openmp_to_sleep
 from ns.runs.lifecycle import digest_experiment
-from ns.runs.records import delete_stage_failure, write_stage_failure, write_stage_note
+from ns.runs.records import delete_stage_failure, find_stage_failure, write_stage_failure, write_stage_note
 from ns.storage import Store, open_store
 from ns.storage.ledger import Ledger
+
+RETRY_VARIABLE = "KFP_RETRY_INDEX"
+"""Number of the try, from 0, as KFP 2.17 tells it to a stage."""
+RETRY_PAUSE_SECONDS = 600
+"""Argo begins another try within this time (pipelines/placement.py)."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,7 @@ def _keep_failure(ref: RunRef, generation: int, stage_name: str, note_name: str)
     if has_client():
         yield
         return
+    _refuse_useless_retry(ref, generation, note_name)
     # If it is the store that fails, only the stage's log can say so.
     with suppress(NsError):
         delete_stage_failure(open_store(ref.root), ref.run, generation, note_name=note_name)
@@ -146,3 +153,22 @@ def _keep_failure(ref: RunRef, generation: int, stage_name: str, note_name: str)
         with suppress(NsError):
             write_stage_failure(open_store(ref.root), ref.run, generation, stage_name, reason, note_name=note_name)
         raise
+
+
+def _refuse_useless_retry(ref: RunRef, generation: int, note_name: str) -> None:
+    """Raises the error of the last try if Argo repeats it by itself and it would fail again.
+
+    KFP's launcher ends with 1 whatever the stage's exit code, so Argo cannot tell what is worth another try. A person who mends the
+    cause and retries the run in Kubeflow's UI begins with the first try again, or comes later.
+    """
+    if int(os.environ.get(RETRY_VARIABLE) or 0) == 0:
+        return
+    failure = None
+    # What cannot be read now is tried.
+    with suppress(NsError):
+        failure = find_stage_failure(open_store(ref.root), ref.run, generation, note_name=note_name)
+    if failure and failure.is_permanent:
+        age = datetime.now(UTC) - datetime.fromisoformat(failure.failed_at)
+        if age < timedelta(seconds=RETRY_PAUSE_SECONDS):
+            error = next(kind for kind in NsError.__subclasses__() if kind.exit_code == failure.exit_code)
+            raise error(failure.error)

@@ -2,6 +2,8 @@
 
 import pytest
 
+RETRYING = "spec:\n  templateDefaults:\n    retryStrategy:\n      retryPolicy: Always\n"
+
 
 def workload(name, image, namespace, kind="Deployment", labels=None, **container):
     return {
@@ -72,6 +74,7 @@ def objects():
         definition("trainjobs.trainer.kubeflow.org"),
         definition("workloads.kueue.x-k8s.io"),
         definition("podmonitors.monitoring.coreos.com", {"operator.prometheus.io/version": "0.85.0"}),
+        thing("ConfigMap", "workflow-controller-configmap", "kubeflow", data={"workflowDefaults": RETRYING}),
         thing(
             "ConfigMap",
             "kueue-manager-config",

@@ -203,6 +203,16 @@ def add(*more):
             "its metrics do not name the pod",
             False,
         ),
+        (
+            change(
+                "ConfigMap",
+                "workflow-controller-configmap",
+                data={"workflowDefaults": "spec: {templateDefaults: {retryStrategy: {limit: '2', retryPolicy: OnError}}}"},
+            ),
+            "retries",
+            "retryPolicy OnError: a stage that is killed, runs out of memory or exits is not tried again",
+            False,
+        ),
         (remove("ConfigMap", "noisy-student"), "settings", "runs use Amazon S3", False),
         (remove("Secret", "mlpipeline-minio-artifact"), "storage-secret", "no Secret kubeflow/", False),
         (change("Secret", "mlpipeline-minio-artifact", data={"accesskey": "x"}), "storage-secret", "lacks secretkey", True),

@@ -1,9 +1,11 @@
 """How stages end."""
 
+from datetime import datetime, timedelta
+
 import pytest
 
-from ns.core.errors import Interrupted, StoreError
-from ns.runs.records import list_stage_failures, write_stage_failure
+from ns.core.errors import ConfigError, DataError, Interrupted, StoreError
+from ns.runs.records import find_stage_failure, list_stage_failures, write_stage_failure
 from ns.stages.context import announce_stage
 from ns.stages.prepare import prepare_data
 from ns.stages.train import train_generation
@@ -37,6 +39,35 @@ def test_stage_failure_is_kept_until_the_next_try(finished_run, monkeypatch):
     write_stage_failure(store, ref.run, 0, "train", "killed", note_name="train")
     train_generation(ref, data=data, generation=0)
     assert list_stage_failures(store, ref.run) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "index", "age_seconds", "reached"),
+    [
+        (ConfigError("teacher.model.arch: unknown"), 1, 60, False),
+        (DataError("labeled: no image"), 3, 60, False),
+        # A person began again, or came back after mending the cause.
+        (ConfigError("teacher.model.arch: unknown"), 0, 60, True),
+        (ConfigError("teacher.model.arch: unknown"), 1, 3600, True),
+        (StoreError("the disk is full"), 1, 60, True),
+        (RuntimeError("killed"), 1, 60, True),
+    ],
+)
+def test_useless_retry_by_argo_ends_at_once_with_the_first_message(tmp_path, monkeypatch, error, index, age_seconds, reached):
+    store = LocalStore(tmp_path)
+    ref = open_tiny_run(store)
+    write_stage_failure(store, ref.run, 0, "prepare-data", error, note_name="prepare-data")
+    failure = find_stage_failure(store, ref.run, 0, note_name="prepare-data")
+    old = datetime.fromisoformat(failure.failed_at) - timedelta(seconds=age_seconds)
+    failure.model_copy(update={"failed_at": old.isoformat()}).save_file(store, f"{ref.run}/failures/0-prepare-data.json")
+    monkeypatch.setenv("KFP_RETRY_INDEX", str(index))
+    if reached:
+        assert prepare_data(ref)
+    else:
+        with pytest.raises(type(error), match=str(error)):
+            prepare_data(ref)
+        # The reason stays.
+        assert find_stage_failure(store, ref.run, 0, note_name="prepare-data").error == str(error)
 
 
 def test_interrupted_stage_exits_with_130(tmp_path, monkeypatch):
