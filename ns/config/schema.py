@@ -59,8 +59,9 @@ class DataConfig(ImportConfig):
     """URI of human-labeled images that are only reported: they take part in no decision, so that the reported accuracy is not the one
     that was optimized. They are never trained on."""
     calibration: str | None = None
-    """URI of human-labeled images on which what has to be fitted is fitted: thresholds for `selection.precision`. They are never trained
-    on, and decide no promotion. If not given, `calibration_share` of the held-out images is set apart for it."""
+    """URI of human-labeled images on which what has to be fitted is fitted: thresholds for `selection.precision`, and
+    `labeling.temperature`. They are never trained on, and decide no promotion. If not given, `calibration_share` of the held-out
+    images is set apart for it."""
     calibration_share: float = Field(default=0.5, gt=0, lt=1)
     """Share of the held-out images of each class that is set apart for fitting, if something has to be fitted and `calibration` is not
     given. The gate decides on the others alone. The images are drawn by a hash of key and `evaluation.seed`, the same in every run."""
@@ -348,6 +349,10 @@ class LabelingConfig(Section):
     corners. `ten`: these five and their mirror images. Labeling takes longer by the number of views. Paper: one."""
     ensemble: tuple[str, ...] = ()
     """URIs of further models with the same classes, whose probabilities are averaged with the teacher's."""
+    temperature: Literal["fitted"] | Annotated[float, Field(ge=0.1, le=10)] = 1.0
+    """Divides the logarithms of the teacher's probabilities, after views and ensemble are averaged and before the best classes are taken:
+    above 1 labels become less sure. Confidences, thresholds, the selection and the soft labels follow. `fitted`: the temperature at which
+    the true classes of the calibration images are most likely (arXiv:1706.04599). Paper: 1."""
     probabilities: Literal["float16", "log8"] = "float16"
     """Encoding of the kept probabilities. `float16`: two bytes each. `log8`: one byte each, exact to 2 % of the value, down to 2⁻¹⁶;
     it halves a label set."""
@@ -591,7 +596,7 @@ class Experiment(Section):
     @property
     def needs_calibration(self) -> bool:
         """Whether something is fitted on human-labeled images that decide no promotion."""
-        return self.selection.precision is not None
+        return self.selection.precision is not None or self.labeling.temperature == "fitted"
 
     @property
     def gate_evaluation(self) -> EvaluationConfig:

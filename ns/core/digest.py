@@ -87,6 +87,7 @@ EVALUATION_SOURCES = (
     "evaluation/result.py",
     "data/subsample.py",
 )
+TEMPERATURE_SOURCES = (*EVALUATION_SOURCES, "evaluation/temperature.py")
 ROBUSTNESS_SOURCES = (*EVALUATION_SOURCES, "evaluation/robustness")
 DISTORTION_SOURCES = (
     "data/loading/decode.py",

@@ -55,6 +55,7 @@ class StageEvent(TypedDict, total=False):
     test: int
     images: int
     kept: int
+    temperature: float
     steps: int
     parameters: int
     top1: float

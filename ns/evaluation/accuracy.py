@@ -4,7 +4,8 @@ Nothing here grows with the square of the classes, and probabilities are kept fo
 """
 
 import itertools
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -49,30 +50,11 @@ def evaluate_accuracy(
     The dataset's classes must be, by name, some of those that the model chooses from. Raises DataError if they are not, if images
     have no label, or if no image is readable.
     """
-    model_class_ids = map_class_ids(predictor, data_store, data)
-    source = ImageSource(data_store, data, max_open_shards=2)
-    rows = draw_rows(source, len(data.shards), len(data.classes), subsample)
-    progress = log.Progress(sum(map(len, rows.values())), "images")
     tables = []
     unreadable = 0
-    shards = list(rows)
-    for position, shard in enumerate(shards):
-        source.fetch_ahead(shards[position + 1 : position + 2])
-        shard_rows = rows[shard]
-        class_ids = model_class_ids[source.read_class_ids(shard, len(data.classes))[shard_rows]]
-        index = source.read_index(shard)
-        starts = range(0, len(shard_rows), predictor.batch)
-        # In batches: neither a shard's images nor its probabilities must fit into memory.
-        if len(shard_rows) == len(index):
-            encoded_images = source.read_encoded(shard)
-            batches = (list(itertools.islice(encoded_images, predictor.batch)) for _ in starts)
-        else:
-            batches = (read_encoded_images(source, shard, shard_rows[start : start + predictor.batch]) for start in starts)
-        for start, probabilities in zip(starts, predictor.predict_groups(batches, progress), strict=True):
-            readable = np.flatnonzero(~np.isnan(probabilities[:, 0]))
-            unreadable += len(probabilities) - len(readable)
-            keys = [index.keys[row] for row in shard_rows[start + readable].tolist()]
-            tables.append(build_predictions_table(keys, class_ids[start + readable], probabilities[readable]))
+    for batch in iter_predicted_batches(predictor, data_store, data, subsample):
+        unreadable += batch.unreadable
+        tables.append(build_predictions_table(batch.keys, batch.class_ids, batch.probabilities))
     table = pa.concat_tables(tables) if tables else PREDICTIONS_SCHEMA.empty_table()
     if len(table) == 0:
         raise DataError(f"{data_store.uri}: no readable image to evaluate on")
@@ -93,6 +75,46 @@ def evaluate_accuracy(
     target.put(PREDICTIONS, encoded)
     evaluation.save(target)
     return evaluation
+
+
+class PredictedBatch(NamedTuple):
+    """The readable images of a batch."""
+
+    keys: list[str]
+    class_ids: npt.NDArray[np.int64]
+    """[N]: true class, as an index of the model's classes."""
+    probabilities: npt.NDArray[np.float32]
+    """[N, classes]"""
+    unreadable: int
+    """Images of the batch that could not be read."""
+
+
+def iter_predicted_batches(
+    predictor: Predictor | Labeler, data_store: Store, data: Dataset, subsample: Subsample | None = None
+) -> Iterator[PredictedBatch]:
+    """The predictions for a labeled dataset, in its order. Raises DataError as `map_class_ids` does, and for images without a label."""
+    model_class_ids = map_class_ids(predictor, data_store, data)
+    source = ImageSource(data_store, data, max_open_shards=2)
+    rows = draw_rows(source, len(data.shards), len(data.classes), subsample)
+    progress = log.Progress(sum(map(len, rows.values())), "images")
+    shards = list(rows)
+    for position, shard in enumerate(shards):
+        source.fetch_ahead(shards[position + 1 : position + 2])
+        shard_rows = rows[shard]
+        class_ids = model_class_ids[source.read_class_ids(shard, len(data.classes))[shard_rows]]
+        index = source.read_index(shard)
+        starts = range(0, len(shard_rows), predictor.batch)
+        # In batches: neither a shard's images nor its probabilities must fit into memory.
+        if len(shard_rows) == len(index):
+            encoded_images = source.read_encoded(shard)
+            batches = (list(itertools.islice(encoded_images, predictor.batch)) for _ in starts)
+        else:
+            batches = (read_encoded_images(source, shard, shard_rows[start : start + predictor.batch]) for start in starts)
+        for start, probabilities in zip(starts, predictor.predict_groups(batches, progress), strict=True):
+            readable = np.flatnonzero(~np.isnan(probabilities[:, 0]))
+            keys = [index.keys[row] for row in shard_rows[start + readable].tolist()]
+            unreadable = len(probabilities) - len(readable)
+            yield PredictedBatch(keys, class_ids[start + readable], probabilities[readable], unreadable)
 
 
 def map_class_ids(predictor: Predictor | Labeler, data_store: Store, data: Dataset) -> npt.NDArray[np.int64]:

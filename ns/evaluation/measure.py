@@ -1,6 +1,7 @@
 """Measures a model and keeps the results below a root. What the root's ledger has is not measured again.
 
 store/evaluations/DIGEST/         evaluation.json, and the predictions that it was counted from
+store/temperatures/DIGEST/        temperature.json
 store/robustness/DIGEST/          robustness.json
 store/robustness/units/DIGEST/    predictions, unit by unit: a measurement goes on where another one ended
 store/corrupted/DIGEST/           corrupted images, for the next model
@@ -15,6 +16,7 @@ from ns.core.digest import (
     DISTORTION_SOURCES,
     EVALUATION_SOURCES,
     ROBUSTNESS_SOURCES,
+    TEMPERATURE_SOURCES,
     digest_code,
     digest_json,
     sha256_bytes,
@@ -22,17 +24,22 @@ from ns.core.digest import (
 )
 from ns.data.prepared import PreparedDataset
 from ns.data.subsample import Subsample
-from ns.evaluation.result import Evaluation, Robustness
+from ns.evaluation.result import Evaluation, FittedTemperature, Robustness
 from ns.modeling.manifest import ModelManifest
 from ns.storage import Store, open_store, read_uri
 from ns.storage.ledger import Ledger
 
 if TYPE_CHECKING:
     from ns.evaluation.robustness.published import PublishedKind
+    from ns.modeling.labeler import Labeler
     from ns.modeling.predictor import Predictor
 
 ClassChoice = Literal["all", "own"] | tuple[str, ...]
 """The classes that answers are chosen from: all of the model, those that the dataset has, or these names."""
+
+
+RESULT_FOLDERS = {Evaluation: "evaluations", FittedTemperature: "temperatures", Robustness: "robustness"}
+"""Kind of result → its folder in `store/`."""
 
 
 class Measurement(NamedTuple):
@@ -81,26 +88,46 @@ class ModelMeasurer:
 
     def measure_labeler(self, source: PreparedDataset, config: LabelingConfig) -> Measurement:
         """Accuracy of what the model says as it labels the pool, with views and ensemble. Raises what `evaluate_accuracy` raises."""
-        ensemble = [open_store(uri) for uri in config.ensemble]
-        inputs = self._model_inputs(EVALUATION_SOURCES) | {
-            "dataset": source.digest,
-            "views": config.views,
-            "ensemble": [ModelManifest.load(store).digest for store in ensemble],
-        }
 
         def run_evaluation(target: Store) -> None:
             from ns.evaluation.accuracy import evaluate_accuracy
-            from ns.modeling.labeler import Labeler
-            from ns.modeling.predictor import Predictor
 
-            data_store, dataset = source.open_dataset(self.root)
-            predictors = [
-                Predictor(store, batch=self.batch, images=dataset.samples, views=config.views)
-                for store in (self.root.at(self.model), *ensemble)
-            ]
-            evaluate_accuracy(Labeler(predictors), data_store, dataset, target)
+            labeler = self._open_labeler(source, config, self.resolve_temperature(source, config))
+            evaluate_accuracy(labeler, *source.open_dataset(self.root), target)
 
+        inputs = self._labeler_inputs(EVALUATION_SOURCES, source, config) | {"temperature": config.temperature}
         return self._get_or_run("calibrate", Evaluation, inputs, run_evaluation)
+
+    def resolve_temperature(self, source: PreparedDataset | None, config: LabelingConfig) -> float:
+        """The temperature that the model labels with, fitted on `source` if the configuration says so."""
+        if config.temperature != "fitted":
+            return config.temperature
+        assert source is not None
+
+        def run_fit(target: Store) -> None:
+            from ns.evaluation.temperature import fit_labeler_temperature
+
+            fit_labeler_temperature(self._open_labeler(source, config, 1.0), *source.open_dataset(self.root)).save(target)
+
+        inputs = self._labeler_inputs(TEMPERATURE_SOURCES, source, config)
+        fitted = self._get_or_run("fit-temperature", FittedTemperature, inputs, run_fit)
+        return FittedTemperature.load_file(self.root, fitted.key).temperature
+
+    def _labeler_inputs(self, sources: Sequence[str], source: PreparedDataset, config: LabelingConfig) -> dict[str, Any]:
+        return self._model_inputs(sources) | {
+            "dataset": source.digest,
+            "views": config.views,
+            "ensemble": [ModelManifest.load(open_store(uri)).digest for uri in config.ensemble],
+        }
+
+    def _open_labeler(self, source: PreparedDataset, config: LabelingConfig, temperature: float) -> "Labeler":
+        from ns.modeling.labeler import Labeler
+        from ns.modeling.predictor import Predictor
+
+        images = source.open_dataset(self.root)[1].samples
+        stores = (self.root.at(self.model), *map(open_store, config.ensemble))
+        predictors = [Predictor(store, batch=self.batch, images=images, views=config.views) for store in stores]
+        return Labeler(predictors, temperature)
 
     def measure_robustness(
         self, source: PreparedDataset, config: EvaluationConfig, *, classes: ClassChoice = "all"
@@ -163,13 +190,13 @@ class ModelMeasurer:
     def _get_or_run(
         self,
         work_name: str,
-        result: type[Evaluation | Robustness],
+        result: type[Evaluation | Robustness | FittedTemperature],
         inputs: Mapping[str, Any],
         work: Callable[[Store], None],
     ) -> Measurement:
         """The measurement that the ledger has, or else that of `work`, which writes a result into the store that it is given."""
         ledger = Ledger(self.root)
-        folder = "evaluations" if result is Evaluation else "robustness"
+        folder = RESULT_FOLDERS[result]
         store_key = ledger.derive_key(folder, work_name, inputs)
 
         def run_work() -> Mapping[str, str]:

@@ -142,6 +142,20 @@ class Evaluation(HashedDocument):
         return matrix
 
 
+class FittedTemperature(HashedDocument):
+    """The temperature at which a labeler's confidences agree best with the truth."""
+
+    filename: ClassVar[str] = "temperature.json"
+
+    format: Literal[1] = 1
+    temperature: float
+    images: int
+    nll_before: float
+    """Mean negative log-likelihood of the true classes at temperature 1, nats."""
+    nll_after: float
+    """The same at the fitted temperature."""
+
+
 class PerturbationResult(JsonDocument):
     """How a kind of perturbation changes the answers along its sequences (arXiv:1903.12261 §3)."""
 

@@ -89,6 +89,8 @@ class LabelSet(HashedDocument):
     """Digests of further models whose probabilities are averaged with the teacher's."""
     probabilities: Literal["float16", "log8"] = "float16"
     """Encoding of the kept probabilities."""
+    temperature: float = 1.0
+    """Temperature of the probabilities."""
 
     @property
     def rows(self) -> int:
@@ -276,6 +278,7 @@ def join_label_shards(
     views: str = "one",
     ensemble: tuple[str, ...] = (),
     probabilities: Literal["float16", "log8"] = "float16",
+    temperature: float = 1.0,
 ) -> LabelSet:
     """Joins labeled shards into a label set, without reading a row, and writes its histogram; the caller saves it.
 
@@ -285,6 +288,7 @@ def join_label_shards(
         views=views,
         ensemble=ensemble,
         probabilities=probabilities,
+        temperature=temperature,
         dataset=pool.digest,
         teacher=teacher,
         code=code,

@@ -31,6 +31,7 @@ class LabelingInputs(JsonDocument):
     views: str
     ensemble: tuple[str, ...]
     probabilities: str
+    temperature: float = 1.0
     top_k: int
     selection: str | None
     """Digest of the selection whose images are labeled; None if all images are."""
@@ -69,6 +70,11 @@ def label_dataset(
         raise DataError(
             f"{pool_store.uri}: no {Dataset.filename} here; import the images first: ns data import SOURCE {pool_uri}"
         )
+    temperature = config.temperature
+    if temperature == "fitted":
+        raise ConfigError(
+            "temperature: fitted needs the calibration images of a run; give the number that the run's report shows"
+        )
     dataset, label_store = Dataset.load(pool_store), open_store(out_uri)
     shard_range = _parse_shard_range(shards, len(dataset.shards))
     images = sum(dataset.shards[number].samples for number in shard_range)
@@ -84,12 +90,15 @@ def label_dataset(
         views=config.views,
         ensemble=tuple(manifest.digest for manifest in others),
         probabilities=config.probabilities,
+        temperature=temperature,
         top_k=count_kept_classes(len(teacher.classes), config.top_k),
         selection=kept_by[2].digest if kept_by and kept_by[2] else None,
     )
     inputs.claim_store(label_store)
     find_left_out = _find_unselected_rows(dataset, *kept_by) if kept_by else lambda _: {}
-    label_pool_shards(predictors, pool_store, dataset, label_store, shard_range, config, find_left_out=find_left_out)
+    label_pool_shards(
+        predictors, pool_store, dataset, label_store, shard_range, config, temperature=temperature, find_left_out=find_left_out
+    )
     if not all(label_store.exists(label_shard_key(shard.name)) for shard in dataset.shards):
         return None
     label_set = join_label_shards(
@@ -102,6 +111,7 @@ def label_dataset(
         views=config.views,
         ensemble=inputs.ensemble,
         probabilities=config.probabilities,
+        temperature=temperature,
     )
     label_set.save(label_store)
     return label_set

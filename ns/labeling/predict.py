@@ -24,7 +24,7 @@ from ns.labeling.label_set import (
     rows_key,
     write_histogram,
 )
-from ns.modeling.labeler import Labeler, average_probabilities
+from ns.modeling.labeler import Labeler, combine_probabilities
 from ns.modeling.predictor import Predictor, ShardPredictions
 from ns.storage import Store
 from ns.storage.parquet import encode_table
@@ -41,14 +41,15 @@ def label_pool_shards(
     shards: range,
     config: LabelingConfig,
     *,
+    temperature: float = 1.0,
     find_left_out: Callable[[Shard], Mapping[int, str]] = lambda _: {},
     find_existing: Callable[[Shard], tuple[Store, LabelShard] | None] = lambda _: None,
 ) -> int:
     """Labels those of a range of shards that have no labels yet, with the mean of the predictors' probabilities. Returns the
     number of images labeled now. Two workers may label the same shard: the labels written first stay.
 
-    `find_left_out`: shard → row → the reason why that image gets no label. `find_existing`: where another labeling has
-    made the same labels of a shard; they are copied. Raises ConfigError if the predictors' classes differ.
+    `temperature`: as in `Labeler`. `find_left_out`: shard → row → the reason why that image gets no label. `find_existing`: where
+    another labeling has made the same labels of a shard; they are copied. Raises ConfigError if the predictors' classes differ.
     """
     mode = Labeler(predictors).mode
     pending = [number for number in shards if not _reuse_shard_labels(label_store, pool.shards[number], find_existing)]
@@ -78,7 +79,9 @@ def label_pool_shards(
             if write_future:
                 write_future.result()
             # Sorting and packing overlap with the network's work on the next shard.
-            write_future = writer.submit(write_label_shard, label_store, pool.shards[number], shard_predictions, config, mode)
+            write_future = writer.submit(
+                write_label_shard, label_store, pool.shards[number], shard_predictions, config, mode, temperature
+            )
         if write_future:
             write_future.result()
     return pending_images
@@ -110,19 +113,21 @@ def _is_labeled(label_store: Store, shard: Shard) -> bool:
 
 
 def write_label_shard(
-    label_store: Store, shard: Shard, predictions: Sequence[ShardPredictions], config: LabelingConfig, mode: str
+    label_store: Store,
+    shard: Shard,
+    predictions: Sequence[ShardPredictions],
+    config: LabelingConfig,
+    mode: str,
+    temperature: float = 1.0,
 ) -> None:
-    """Writes one labeled shard: the mean of the models' probabilities. A shard that another task has labeled by now stays as it is:
+    """Writes one labeled shard: the models' probabilities combined. A shard that another task has labeled by now stays as it is:
     on another machine labels differ in their last digits, and a label set may hold those that are there.
     """
     if _is_labeled(label_store, shard):
         telemetry.SHARDS_DONE.inc()
         return
-    merged = predictions[0]
-    if len(predictions) > 1:
-        merged = ShardPredictions(
-            merged.index, average_probabilities([output.probabilities for output in predictions]), merged.errors
-        )
+    probabilities = combine_probabilities([output.probabilities for output in predictions], temperature)
+    merged = ShardPredictions(predictions[0].index, probabilities, predictions[0].errors)
     k = count_kept_classes(merged.probabilities.shape[1], config.top_k)
     data, counts = pack_label_rows(merged, k, log8=config.probabilities == "log8")
     left_out = sum(reason.startswith(LEFT_OUT_PREFIX) for reason in merged.errors.values())

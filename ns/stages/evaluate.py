@@ -78,6 +78,11 @@ def evaluate_calibration(context: StageContext, prepared: PreparedData, teacher:
     return _make_measurer(context, teacher).measure_labeler(prepared.calibration, context.experiment.labeling).key
 
 
+def resolve_labeling_temperature(context: StageContext, prepared: PreparedData, teacher: str) -> float:
+    """The temperature that a teacher labels with, fitted on the calibration images if the experiment says so."""
+    return _make_measurer(context, teacher).resolve_temperature(prepared.calibration, context.experiment.labeling)
+
+
 def measure_gate_robustness(context: StageContext, prepared: PreparedData, model: str) -> Measurement:
     """What the gate asks of a model's robustness: on held-out images, never on those that are only reported."""
     experiment = context.experiment

@@ -37,7 +37,7 @@ def generation_inputs(context: StageContext, data: str, generation: int, teacher
 
 def label_set_key(context: StageContext, prepared: PreparedData, teacher: str) -> str:
     """Folder of a teacher's labels for the pool. All runs share it: a shard that is there is done."""
-    inputs = labeling_inputs(context, teacher) | {
+    inputs = labeling_inputs(context, prepared, teacher) | {
         "dataset": prepared.pool.digest,
         "left_out": prepared.left_out.report_digest if prepared.left_out else None,
         "exclude": digest_json(sorted(excluded_keys(context))),
@@ -45,13 +45,15 @@ def label_set_key(context: StageContext, prepared: PreparedData, teacher: str) -
     return context.ledger.derive_key("labels", "label", inputs)
 
 
-def labeling_inputs(context: StageContext, teacher: str) -> dict[str, Any]:
+def labeling_inputs(context: StageContext, prepared: PreparedData, teacher: str) -> dict[str, Any]:
     """What the label of an image depends on, apart from the image."""
+    labeling = context.experiment.labeling
     return {
         "code": digest_code(*LABELING_SOURCES),
         "teacher": read_model_digest(context.root, teacher),
-        **dump_hashed_fields(context.experiment.labeling, exclude={"tasks"}),
+        **dump_hashed_fields(labeling, exclude={"tasks"}),
         "ensemble": ensemble_digests(context),
+        "fitted_on": prepared.calibration.digest if prepared.calibration and labeling.temperature == "fitted" else None,
     }
 
 

@@ -11,7 +11,7 @@ from ns.data.leakage import load_left_out_rows
 from ns.data.prepared import PreparedData
 from ns.labeling.label_set import LabelShard, label_shard_key
 from ns.stages.context import RunRef, StageContext, stage
-from ns.stages.evaluate import evaluate_calibration
+from ns.stages.evaluate import evaluate_calibration, resolve_labeling_temperature
 from ns.stages.keys import excluded_keys, label_set_key, labeling_inputs
 from ns.storage import Store, open_store, parent_key
 
@@ -46,7 +46,7 @@ def label_shard_range(ref: RunRef, *, data: str, generation: int, teacher: str, 
 
             config = context.experiment.labeling
             left_out = _find_left_out(context, prepared, pool_store, range_shards)
-            labeled_shards = _LabeledShardIndex(context, teacher, left_out)
+            labeled_shards = _LabeledShardIndex(context, prepared, teacher, left_out)
             label_pool_shards(
                 [
                     Predictor(model_store, batch=config.batch, images=images, views=config.views)
@@ -57,6 +57,7 @@ def label_shard_range(ref: RunRef, *, data: str, generation: int, teacher: str, 
                 label_store,
                 indices,
                 config,
+                temperature=resolve_labeling_temperature(context, prepared, teacher),
                 find_left_out=lambda shard: left_out.get(shard.sha256, {}),
                 find_existing=labeled_shards.find_shard,
             )
@@ -81,9 +82,11 @@ def _find_left_out(
 class _LabeledShardIndex:
     """Shards that the same teacher labeled as part of any pool: when a pool grows, only its new shards cost anything."""
 
-    def __init__(self, context: StageContext, teacher: str, left_out: Mapping[str, Mapping[int, str]]) -> None:
+    def __init__(
+        self, context: StageContext, prepared: PreparedData, teacher: str, left_out: Mapping[str, Mapping[int, str]]
+    ) -> None:
         self._root, self._ledger = context.root, context.ledger
-        self._labeling_inputs = labeling_inputs(context, teacher)
+        self._labeling_inputs = labeling_inputs(context, prepared, teacher)
         self._left_out = left_out
 
     def find_shard(self, shard: Shard) -> tuple[Store, LabelShard] | None:

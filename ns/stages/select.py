@@ -12,7 +12,7 @@ from ns.modeling.manifest import ModelManifest
 from ns.reporting import run_metrics
 from ns.runs.lookup import compute_policy_thresholds
 from ns.stages.context import RunRef, stage
-from ns.stages.evaluate import evaluate_calibration
+from ns.stages.evaluate import evaluate_calibration, resolve_labeling_temperature
 from ns.stages.keys import ensemble_digests, label_set_key, read_labeled_classes, read_model_digest
 from ns.storage import parent_key
 from ns.storage.documents import dump_hashed_fields
@@ -41,6 +41,7 @@ def commit_labels(ref: RunRef, *, data: str, generation: int, teacher: str) -> s
             views=experiment.labeling.views,
             ensemble=ensemble_digests(context),
             probabilities=experiment.labeling.probabilities,
+            temperature=resolve_labeling_temperature(context, prepared, teacher),
         )
         label_set.save(label_store)
         calibration_key = evaluate_calibration(context, prepared, teacher)
@@ -77,6 +78,8 @@ def commit_labels(ref: RunRef, *, data: str, generation: int, teacher: str) -> s
         context.get_or_run("select", inputs, write_selection)
         selection = Selection.load(root.at(selection_key))
         context.add_log_fields(labeled=label_set.rows, kept=selection.kept, images=selection.images)
+        if label_set.temperature != 1:
+            context.add_log_fields(temperature=label_set.temperature)
         run_metrics.publish_selection(root, ref.run, generation, selection, experiment.gate)
         if experiment.registry:
             from ns.labeling.registry import LabelRegistry, VersionTag

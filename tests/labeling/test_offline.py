@@ -27,6 +27,10 @@ def test_label_dataset_labels_what_a_selection_kept(finished_run, tmp_path):
     assert verify_label_set(LocalStore(tmp_path / "again"), made, labels.open_pool(store)) == 1247
     with pytest.raises(ConfigError, match="must be START-STOP, within 0-2"):
         label_dataset(model, pool.uri, str(tmp_path / "again"), LabelingConfig(), shards="1-9")
+    with pytest.raises(ConfigError, match="fitted needs the calibration images of a run; give the number"):
+        label_dataset(model, pool.uri, str(tmp_path / "c"), LabelingConfig(temperature="fitted"))
+    with pytest.raises(DataError, match=r"holds labels of another temperature: 1\.0, not 2\.0"):
+        label_dataset(model, pool.uri, str(tmp_path / "again"), LabelingConfig(temperature=2), kept_by=only)
     with pytest.raises(DataError, match="holds labels of another teacher"):
         label_dataset(store.at(labels.teacher).uri, pool.uri, str(tmp_path / "again"), LabelingConfig())
     with pytest.raises(ConfigError, match="a label set by itself has no selection"):
