@@ -9,10 +9,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ns.config.schema import OptimizerConfig
 
-# The paper: the rate drops every 2.4 of 350 epochs. Any other training gets the same 145.83 drops.
-STAIRCASE_DROPS = 350 / 2.4
-
-
 def make_parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay on everything but batch-norm parameters; biases are decayed, as in the reference code."""
     exempt = {id(p) for module in network.modules() if isinstance(module, _BatchNorm) for p in module.parameters()}
@@ -56,5 +52,4 @@ def compute_learning_rate(
     if config.schedule == "cosine":
         return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, steps - warmup)))
     # The decay clock starts with training, not after the warm-up.
-    interval = steps / STAIRCASE_DROPS if config.staircase_epochs is None else config.staircase_epochs * steps_per_epoch
-    return float(peak * config.staircase_factor ** math.floor(step / interval))
+    return float(peak * config.staircase_factor ** math.floor(step / (steps / config.staircase_drops)))

@@ -43,11 +43,14 @@ def test_cosine_ends_near_zero():
     assert rate(3499, config) < 1e-6
 
 
-def test_staircase_can_be_given_in_epochs():
-    """SVHN's script: × 0.97 every 1.3716 of 202.3 epochs."""
-    config = OptimizerConfig(warmup_epochs=0, staircase_epochs=1.3716, staircase_factor=0.5)
-    for step in (0, 13, 14, 27, 28, 200):
-        assert rate(step, config, steps=2023) == pytest.approx(0.016 * 0.5 ** np.floor(step / 13.716))
+def test_staircase_falls_by_the_same_at_any_length():
+    """SVHN's script: × 0.97 every 1.3716 of 202.3 epochs, in the paper's 109,474 steps every 742."""
+    config = OptimizerConfig(warmup_epochs=0, staircase_drops=202.3 / 1.3716)
+    for step in (0, 742, 743, 50_000, 109_473):
+        expected = 0.008 * 0.97 ** np.floor(step / (109_474 * 1.3716 / 202.3))
+        assert rate(step, config, steps=109_474, batch=128) == pytest.approx(expected)
+    for steps in (200, 500, 2023, 5000, 109_474):
+        assert rate(steps - 1, config, steps=steps) / 0.016 == pytest.approx(0.97**147, rel=0.031)
 
 
 def test_cosine_starts_where_warmup_ends():

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from ns.config.presets import PRESETS
 from ns.config.schema import FinetuneConfig, ModelConfig, NoiseConfig, OptimizerConfig, RoleConfig, TrainConfig
 from ns.core.errors import ConfigError
 from ns.data.augment.transforms import EvalTransform
@@ -27,6 +28,15 @@ def test_plan_training_counts_labeled_epochs():
     assert course.lr_at(0) == pytest.approx(0.016 * 10 / 256)
     assert course.lr_at(24) == pytest.approx(0.97 * 0.016 * 10 / 256)
     assert plan_training(role(epochs=1e-6), SAMPLES).steps == 1
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("epochs", [50, 202.3, 350, 500, 700])
+def test_presets_end_at_the_same_learning_rate_at_any_length(preset, epochs):
+    of_preset = RoleConfig(preset=preset, train=TrainConfig(epochs=epochs, labeled_batch=256))
+    course = plan_training(of_preset, samples=25_600)
+    drops = 147 if preset.endswith("-small") else 145
+    assert course.lr_at(course.steps - 1) == pytest.approx(0.016 * 0.97**drops)
 
 
 def test_plan_finetuning_has_the_steps_of_the_paper():

@@ -70,7 +70,7 @@ def _make_small_preset(name: str) -> dict[str, Any]:
             "labeled_batch": 128,
             "unlabeled_ratio": 5,
             "epochs": 202.3,
-            "optimizer": {"weight_decay": 1e-4, "staircase_epochs": 1.3716},
+            "optimizer": {"weight_decay": 1e-4, "staircase_drops": 202.3 / 1.3716},
         },
     }
 
