@@ -1,6 +1,6 @@
 """`ns runs …`: which runs there are, and what came of them."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -59,6 +59,42 @@ def show_run(name: RunArgument = "latest", root: Root = "runs", as_json: AsJson 
     print_run(summary, store, console)
     for row in summary.generations:
         console.print(f"generation {row.generation}: {row.verdict}: {row.reason}", highlight=False)
+
+
+@app.command("explain")
+def explain_stage(
+    stage: Annotated[str, typer.Argument(help="train, evaluate, commit-labels or gate.")],
+    name: RunArgument = "latest",
+    generation: Annotated[int, typer.Option(min=0, help="Generation; 0 is the first teacher's.")] = 0,
+    root: Root = "runs",
+    as_json: AsJson = False,
+) -> None:
+    """Say why a stage was redone: which inputs differ from those of the most similar earlier work.
+
+    Example: [cyan]ns runs explain train latest --generation 1[/]
+    """
+    from ns.runs import explain
+    from ns.runs.lookup import resolve_run_name
+
+    store = open_store(root)
+    found = explain.explain_stage(store, resolve_run_name(store, name), generation, stage)
+    if as_json:
+        print_json({change.field: {"before": change.before, "now": change.now} for change in found.changes})
+    elif found.nearest is None:
+        typer.echo(f"{found.entry.finished_at}: it was the first work of its kind in {root}")
+    else:
+        table = make_table(
+            f"{found.nearest.finished_at} → {found.entry.finished_at}", "input", "before", "now", text_columns=range(3)
+        )
+        for change in found.changes:
+            table.add_row(change.field, *(_shorten_value(value) for value in (change.before, change.now)))
+        Console().print(table)
+
+
+def _shorten_value(value: object) -> str:
+    """A value as text, digests by their first letters."""
+    text = "" if value is None else str(value)
+    return text if len(text) <= 24 else f"{text[:16]}…"
 
 
 def print_run(summary: "RunSummary", store: Store, console: Console) -> None:

@@ -1,8 +1,12 @@
 """Identities: canonical JSON, hashed with SHA-256, and the digests of the code that results depend on."""
 
+import ast
 import hashlib
 import json
+import re
+from collections.abc import Iterable, Iterator
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +48,78 @@ def sha256_file(path: Path) -> str:
 
 @cache
 def digest_code(*parts: str) -> str:
-    """Digest of the source files of parts of `ns` ("training", "modeling/factory.py"), so that a change of them repeats the work.
+    """Digest of parts of `ns` ("training", "modeling/factory.py") and of the libraries that they use, so that a change repeats the work.
 
-    `parts` holds only code that can change a stage's output: a new report must not cost a new training.
+    `parts` holds only code that can change a stage's output: a new report must not cost a new training. For the same reason comments,
+    docstrings and blank lines do not count, nor do libraries that decide no pixel, weight or probability.
     """
     sources: dict[str, str] = {}
-    for part in parts:
-        path = PACKAGE / part
-        files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
-        for file in files:
-            sources[file.relative_to(PACKAGE).as_posix()] = sha256_file(file)
-    return digest_json(sources)
+    libraries: dict[str, str] = {}
+    for file in _list_sources(parts):
+        source = file.read_text(encoding="utf-8")
+        sources[file.relative_to(PACKAGE).as_posix()] = sha256_bytes(strip_comments(source).encode())
+        for module in set(_IMPORT.findall(source)) & DECIDING_LIBRARIES.keys():
+            libraries[module] = _read_version(DECIDING_LIBRARIES[module])
+    return digest_json({"sources": sources, "libraries": libraries})
 
+
+def describe_code() -> dict[str, str]:
+    """What decides results: the digest of all code that they depend on, and the versions of the libraries, by name."""
+    libraries = {name: _read_version(name) for name in DECIDING_LIBRARIES.values()}
+    return {"ns": shorten_digest(digest_code(*RESULT_SOURCES))} | libraries
+
+
+def strip_comments(source: str) -> str:
+    """Python source without comments, docstrings (of modules, classes, functions and attributes) and blank lines."""
+    lines = source.splitlines()
+    for statement in _iterate_docstrings(ast.parse(source).body):
+        # Statements that are only text stand on lines of their own.
+        for number in range(statement.lineno - 1, statement.end_lineno or statement.lineno):
+            lines[number] = ""
+    text = "\n".join(lines)
+    for pattern, replacement in ((_COMMENT, ""), (_BLANK_LINES, "\n")):
+        text = pattern.sub(lambda match, replacement=replacement: match["text"] or replacement, text)
+    return text.strip()
+
+
+def _iterate_docstrings(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
+    for statement in body:
+        match statement:
+            case ast.Expr(ast.Constant(str())):
+                yield statement
+            case ast.ClassDef() | ast.FunctionDef() | ast.AsyncFunctionDef():
+                yield from _iterate_docstrings(statement.body)
+
+
+def _list_sources(parts: Iterable[str]) -> list[Path]:
+    paths = (PACKAGE / part for part in parts)
+    return [file for path in paths for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
+
+
+def _read_version(library: str) -> str:
+    """Version of an installed library, without the build that follows its + (cpu, cu128); empty if it is not installed."""
+    try:
+        return version(library).partition("+")[0]
+    except PackageNotFoundError:
+        return ""
+
+
+# Texts in quotes are matched too, so that nothing is found inside of them.
+_TEXT = r'(?P<text>"""(?:\\.|[^\\])*?"""|\'\'\'(?:\\.|[^\\])*?\'\'\'|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\')'
+_COMMENT = re.compile(rf"{_TEXT}|[ \t]*#[^\n]*", re.DOTALL)
+_BLANK_LINES = re.compile(rf"{_TEXT}|[ \t]*\n(?:[ \t]*\n)*", re.DOTALL)
+_IMPORT = re.compile(r"^\s*(?:import|from) (\w+)", re.MULTILINE)
+DECIDING_LIBRARIES = {
+    "torch": "torch",
+    "torchvision": "torchvision",
+    "timm": "timm",
+    "PIL": "pillow",
+    "simplejpeg": "simplejpeg",
+}
+"""Libraries that decide pixels, weights and probabilities: module → distribution."""
+
+RESULT_SOURCES = ("data", "evaluation", "labeling", "modeling", "training")
+"""Rooms whose code makes results."""
 
 # The code that each kind of result depends on; tests/core/test_digest.py compares it with the imports.
 READING_SOURCES = (

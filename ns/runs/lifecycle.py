@@ -9,7 +9,7 @@ from filelock import FileLock, Timeout
 
 from ns.config.loader import dump_experiment
 from ns.config.schema import Experiment
-from ns.core.digest import digest_json
+from ns.core.digest import describe_code, digest_json
 from ns.core.errors import ConfigError, RunError, StoreError
 from ns.runs.records import (
     CONFIG_FILE,
@@ -53,7 +53,10 @@ def check_run_name(run: str) -> None:
 
 
 def open_run(root: Store, run: str, experiment: Experiment, version: str) -> None:
-    """Opens a new run, or one that was begun. Raises RunError if the run has another configuration, ConfigError for a wrong name."""
+    """Opens a new run, or one that was begun; its stages then run with the code of now (`check_run_code`).
+
+    Raises RunError if the run has another configuration, ConfigError for a wrong name.
+    """
     check_run_name(run)
     config_digest = digest_experiment(experiment)
     started_at = utc_timestamp()
@@ -66,8 +69,34 @@ def open_run(root: Store, run: str, experiment: Experiment, version: str) -> Non
             )
         started_at = existing.started_at
     root.at(run).put(CONFIG_FILE, dump_experiment(experiment).encode())
-    record = RunRecord(run=run, config_digest=config_digest, state="running", started_at=started_at, version=version)
+    record = RunRecord(
+        run=run,
+        config_digest=config_digest,
+        state="running",
+        started_at=started_at,
+        version=version,
+        code=describe_code(),
+    )
     record.save_file(root, record_key(run))
+
+
+def check_run_code(root: Store, run: str) -> None:
+    """Raises RunError, naming what changed, if the code that decides results is not what the run was begun or continued with.
+
+    The results of one run would come of two programs, and finished work would no longer be found.
+    """
+    if not root.exists(record_key(run)):
+        return
+    begun_with = RunRecord.load_file(root, record_key(run)).code
+    changed = [
+        f"{name} {begun_with[name]}, now {current or 'missing'}"
+        for name, current in describe_code().items()
+        if begun_with.get(name, current) != current
+    ]
+    if changed:
+        raise RunError(
+            f"run {run}: was begun with {'; '.join(changed)}; the same command continues with the code of now, and repeats what it changes"
+        )
 
 
 def record_inherited_teacher(root: Store, run: str, student: AcceptedStudent) -> None:

@@ -12,6 +12,8 @@ Everything large lies in `ROOT/store/` and is shared by all runs; the notes poin
 from datetime import UTC, datetime
 from typing import Literal, NamedTuple
 
+from pydantic import Field
+
 from ns.core.errors import NsError
 from ns.storage import Store
 from ns.storage.documents import JsonDocument
@@ -33,6 +35,8 @@ class RunRecord(JsonDocument):
     error: str | None = None
     version: str
     """Version of this package."""
+    code: dict[str, str] = Field(default_factory=dict)
+    """What results depend on besides the experiment, as `describe_code` has it, when the run was begun or continued."""
 
 
 class StageNote(JsonDocument):

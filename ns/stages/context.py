@@ -16,7 +16,7 @@ from ns.core import log, telemetry
 from ns.core.digest import shorten_digest
 from ns.core.errors import Interrupted, NsError
 from ns.core.process import die_with_client, set_openmp_to_sleep
-from ns.runs.lifecycle import digest_experiment
+from ns.runs.lifecycle import check_run_code, digest_experiment
 from ns.runs.records import delete_stage_failure, find_stage_failure, write_stage_failure, write_stage_note
 from ns.storage import Store, open_store
 from ns.storage.ledger import Ledger
@@ -87,6 +87,7 @@ def stage(
     bound_fields = {"shards": shards} if shards else {}
     with announce_stage(name, generation, **bound_fields) as log_fields, _keep_failure(ref, generation, name, note_name):
         store = open_store(ref.root)
+        check_run_code(store, ref.run)
         experiment = load_experiment(ref.config_uri)
         context = StageContext(ref.run, generation, experiment, store, Ledger(store), note_name, log_fields=log_fields)
         begin_telemetry(name, generation, ref.run, experiment, teacher)

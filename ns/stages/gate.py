@@ -9,7 +9,7 @@ from ns.labeling.diff import compare_label_sets
 from ns.modeling.manifest import ModelManifest
 from ns.reporting import run_metrics
 from ns.runs.lookup import open_previous_label_set, open_run_label_set
-from ns.runs.records import list_stage_notes
+from ns.runs.records import find_stage_note, list_stage_notes
 from ns.stages.context import RunRef, StageContext, TeacherSignal, stage
 from ns.stages.evaluate import evaluate_heldout, measure_gate_robustness
 from ns.stages.keys import generation_inputs, read_labeled_classes
@@ -32,11 +32,10 @@ def resolve_teacher(ref: RunRef, *, data: str, generation: int, first_teacher: s
         if generation == 1:
             _check_beats_chance(context, data, teacher)
         for earlier in range(first_generation + 1, generation):
-            verdict_key = _find_verdict_key(context, data, earlier, teacher)
-            if verdict_key is None:
-                return TeacherSignal.STOP
-            verdict = Verdict.load_file(context.root, verdict_key)
-            if not verdict.promoted:
+            note = find_stage_note(context.root, context.run, earlier, "gate")
+            verdict = Verdict.load_file(context.root, note.outputs["verdict"]) if note else None
+            # A run that was continued with fewer generations, or another teacher, has notes of what is no longer part of it.
+            if verdict is None or verdict.teacher != teacher or not verdict.promoted:
                 return TeacherSignal.STOP
             teacher = verdict.student
         return teacher

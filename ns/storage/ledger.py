@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from ns.core.digest import digest_json, shorten_digest
+from pydantic import Field
+
+from ns.core.digest import describe_code, digest_json, shorten_digest
 from ns.storage import Store
 from ns.storage.documents import JsonDocument
 
@@ -24,6 +26,8 @@ class LedgerEntry(JsonDocument):
     seconds: float
     """Wall time of the attempt that finished the work."""
     finished_at: str
+    code: dict[str, str] = Field(default_factory=dict)
+    """What the code of the attempt was, as `describe_code` has it; `inputs` hold the digest of the part that decides."""
 
 
 class Ledger:
@@ -48,6 +52,11 @@ class Ledger:
             return entry
         return None
 
+    def list_entries(self, stage: str) -> list[LedgerEntry]:
+        """All entries of a kind of work, the latest last."""
+        entries = (LedgerEntry.load_file(self._root, key) for key in self._root.list(f"store/ledger/{stage}/"))
+        return sorted(entries, key=lambda entry: (entry.finished_at, entry.digest))
+
     def record_entry(self, stage: str, inputs: Mapping[str, Any], outputs: Mapping[str, str], seconds: float) -> LedgerEntry:
         """Writes the entry. All outputs must have been written."""
         entry = LedgerEntry(
@@ -56,7 +65,8 @@ class Ledger:
             inputs=dict(inputs),
             outputs=dict(outputs),
             seconds=seconds,
-            finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            finished_at=datetime.now(UTC).isoformat(timespec="microseconds"),
+            code=describe_code(),
         )
         # Two workers may finish the same work; equal digests mean equal outputs, so the last entry is as good as the first.
         entry.save_file(self._root, self._entry_key(stage, entry.digest))

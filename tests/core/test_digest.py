@@ -1,6 +1,7 @@
 """The modules that count for a step are all that its code imports, but for those that cannot change what comes out."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,85 @@ def test_sources_of_a_result_are_all_that_they_import(kind):
         if name not in PLUMBING and Path(name).parts[0] not in PLUMBING
     }
     assert missing == set()
+
+
+SOURCE = '''"""A module."""
+
+import torch  # and a comment
+
+LIMIT = 3  # px
+"""What LIMIT is."""
+
+
+class Layer:
+    """A layer."""
+
+    def __init__(self) -> None:
+        """Makes one."""
+        self.name = "# no comment"
+        self.text = """# none
+here either"""
+'''
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("A module.", "Another text."),
+        ("  # and a comment", ""),
+        ("  # px", "  # pixels"),
+        ("What LIMIT is.", "What\nLIMIT\nis."),
+        ("A layer.", "Layers."),
+        ("Makes one.", "Makes another."),
+        ("\n\n\nclass", "\nclass"),
+    ],
+)
+def test_comments_and_docstrings_do_not_count(before, after):
+    assert before in SOURCE
+    assert digest.strip_comments(SOURCE.replace(before, after)) == digest.strip_comments(SOURCE)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("LIMIT = 3", "LIMIT = 4"), ("# no comment", "# still none"), ("here either", "here"), ("class Layer", "class Block")],
+)
+def test_code_and_texts_count(before, after):
+    assert before in SOURCE
+    assert digest.strip_comments(SOURCE.replace(before, after)) != digest.strip_comments(SOURCE)
+
+
+def test_stripped_sources_are_the_same_program():
+    """Every file of ours, compiled before and after: the same syntax tree but for the docstrings."""
+
+    class Docstrings(ast.NodeTransformer):
+        def visit_Expr(self, node):
+            return None if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str) else node
+
+    for file in sorted(PACKAGE.rglob("*.py")):
+        source = file.read_text()
+        stripped = digest.strip_comments(source)
+        before = ast.dump(Docstrings().visit(ast.parse(source)))
+        # A body that was only a docstring is empty now, which Python cannot parse.
+        try:
+            after = ast.dump(ast.parse(stripped))
+        except SyntaxError:
+            assert re.search(r"^class .*:\n(?! )|:\n\S|:$", stripped, re.MULTILINE), file
+            continue
+        assert after == before, file
+
+
+def test_digest_code_follows_the_versions_of_deciding_libraries(monkeypatch):
+    versions = {"torch": "2.14.1+cpu", "torchvision": "0.29.1+cpu", "timm": "1.0.31", "pillow": "12.0", "simplejpeg": "1.8"}
+    monkeypatch.setattr(digest, "version", lambda name: versions[name])
+
+    def compute(*parts):
+        digest.digest_code.cache_clear()
+        return digest.digest_code(*parts)
+
+    training, selection = compute("modeling/factory.py"), compute("labeling/selection.py")
+    versions["torch"] = "2.14.1+cu128"
+    assert compute("modeling/factory.py") == training, "the same release for another device"
+    versions["torch"] = "2.15.0"
+    assert compute("modeling/factory.py") != training
+    assert compute("labeling/selection.py") == selection, "a selection is made without torch"
+    digest.digest_code.cache_clear()

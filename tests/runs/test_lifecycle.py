@@ -7,7 +7,8 @@ import pytest
 
 from ns.config.loader import load_with_overrides
 from ns.core.errors import RunError
-from ns.runs.lifecycle import _run_lock, lock_run, open_run
+from ns.runs import lifecycle
+from ns.runs.lifecycle import _run_lock, check_run_code, lock_run, open_run
 from ns.runs.summary import summarize_run
 from ns.storage import LocalStore
 
@@ -41,3 +42,17 @@ def test_lock_run_waits_for_a_short_look(tmp_path):
     ):
         pass
     looking.join()
+
+
+def test_run_keeps_to_the_code_that_it_was_begun_with(tmp_path, monkeypatch):
+    store, experiment = LocalStore(tmp_path), load_with_overrides("quickstart")
+    code = {"ns": "aaaa", "torch": "2.14.1"}
+    monkeypatch.setattr(lifecycle, "describe_code", lambda: dict(code))
+    open_run(store, "one", experiment, "0")
+    check_run_code(store, "one")
+    code["torch"] = "2.15.0"
+    with pytest.raises(RunError, match=r"run one: was begun with torch 2\.14\.1, now 2\.15\.0; the same command continues"):
+        check_run_code(store, "one")
+    # The same command opens it again.
+    open_run(store, "one", experiment, "0")
+    check_run_code(store, "one")

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 
 from ns.core.digest import sha256_bytes
-from ns.core.errors import StoreError, TrainingError
+from ns.core.errors import RunError, StoreError, TrainingError
 from ns.evaluation.accuracy import build_predictions_table, summarize_predictions
+from ns.evaluation.gate import Verdict
 from ns.evaluation.result import PREDICTIONS
+from ns.runs.records import RunRecord, find_stage_note, record_key, write_stage_note
 from ns.runs.summary import summarize_run
+from ns.stages.context import TeacherSignal
 from ns.stages.evaluate import evaluate_heldout
 from ns.stages.gate import resolve_teacher
 from ns.stages.prepare import prepare_data
@@ -27,6 +30,33 @@ def test_refused_student_ends_the_loop(finished_run):
     assert [generation.verdict for generation in summary.generations] == ["refused"]
     assert "must be above +0.990" in summary.generations[0].reason
     assert summary.best_top1 == summary.teacher_top1
+
+
+def test_loop_is_decided_by_its_own_verdicts(finished_run):
+    """A change of code that no ledger entry knows must not look like the end of the loop."""
+    store, finished = finished_run
+    verdict = Verdict.load_file(store, find_stage_note(store, finished.run, 1, "gate").outputs["verdict"])
+    ref = open_tiny_run(store, "generations=2", "seed=77")
+    data = prepare_data(ref)
+
+    def resolve(**changes):
+        verdict.model_copy(update=changes).save_file(store, "verdict.json")
+        write_stage_note(store, ref.run, 1, "gate", {"verdict": "verdict.json"}, 1.0, reused=False)
+        return resolve_teacher(ref, data=data, generation=2, first_teacher=verdict.teacher)
+
+    assert resolve(promoted=True) == verdict.student
+    assert resolve(promoted=False) == TeacherSignal.STOP
+    assert resolve(promoted=True, teacher="store/models/another") == TeacherSignal.STOP
+
+
+def test_stage_refuses_code_that_the_run_was_not_begun_with(finished_run, monkeypatch):
+    store, ref = finished_run
+    record = RunRecord.load_file(store, record_key(ref.run))
+    with monkeypatch.context() as patch:
+        patch.setattr("ns.runs.lifecycle.describe_code", lambda: record.code | {"ns": "changed"})
+        with pytest.raises(RunError, match=r"was begun with ns .*, now changed; the same command continues"):
+            prepare_data(ref)
+    prepare_data(ref)
 
 
 def test_next_teacher_refuses_a_first_teacher_at_chance(finished_run, monkeypatch, tmp_path):
