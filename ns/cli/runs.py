@@ -62,7 +62,7 @@ def show_run(name: RunArgument = "latest", root: Root = "runs", as_json: AsJson 
 
 
 @app.command("explain")
-def explain_stage(
+def explain_work(
     stage: Annotated[str, typer.Argument(help="train, evaluate, commit-labels or gate.")],
     name: RunArgument = "latest",
     generation: Annotated[int, typer.Option(min=0, help="Generation; 0 is the first teacher's.")] = 0,
@@ -77,16 +77,20 @@ def explain_stage(
     from ns.runs.lookup import resolve_run_name
 
     store = open_store(root)
-    found = explain.explain_stage(store, resolve_run_name(store, name), generation, stage)
+    explanation = explain.explain_stage(store, resolve_run_name(store, name), generation, stage)
     if as_json:
-        print_json({change.field: {"before": change.before, "now": change.now} for change in found.changes})
-    elif found.nearest is None:
-        typer.echo(f"{found.entry.finished_at}: it was the first work of its kind in {root}")
+        print_json({change.field: {"before": change.before, "now": change.now} for change in explanation.changes})
+    elif explanation.nearest is None:
+        typer.echo(f"{explanation.entry.finished_at}: it was the first work of its kind in {root}")
     else:
         table = make_table(
-            f"{found.nearest.finished_at} → {found.entry.finished_at}", "input", "before", "now", text_columns=range(3)
+            f"{explanation.nearest.finished_at} → {explanation.entry.finished_at}",
+            "input",
+            "before",
+            "now",
+            text_columns=range(3),
         )
-        for change in found.changes:
+        for change in explanation.changes:
             table.add_row(change.field, *(_shorten_value(value) for value in (change.before, change.now)))
         Console().print(table)
 

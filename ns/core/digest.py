@@ -77,9 +77,8 @@ def strip_comments(source: str) -> str:
         for number in range(statement.lineno - 1, statement.end_lineno or statement.lineno):
             lines[number] = ""
     text = "\n".join(lines)
-    for pattern, replacement in ((_COMMENT, ""), (_BLANK_LINES, "\n")):
-        text = pattern.sub(lambda match, replacement=replacement: match["text"] or replacement, text)
-    return text.strip()
+    text = _COMMENT.sub(lambda match: match["text"] or "", text)
+    return _BLANK_LINES.sub(lambda match: match["text"] or "\n", text).strip()
 
 
 def _iterate_docstrings(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:

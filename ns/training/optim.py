@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ns.config.schema import OptimizerConfig
 
+
 def make_parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay on everything but batch-norm parameters; biases are decayed, as in the reference code."""
     exempt = {id(p) for module in network.modules() if isinstance(module, _BatchNorm) for p in module.parameters()}
