@@ -175,12 +175,13 @@ def show_data(
 
 
 def _read_class_names(path: Path) -> list[str]:
+    from ns.data.class_names import normalize_name
     from ns.data.dataset import Dataset
 
     data = read_uri(str(path))
     if path.suffix == ".json":
         return list(Dataset.parse(data, str(path)).classes)
-    names = [line.strip() for line in data.decode(errors="replace").splitlines() if line.strip()]
+    names = [name for line in data.decode("utf-8-sig", errors="replace").splitlines() if (name := normalize_name(line))]
     if len(set(names)) != len(names) or len(names) < 2:
         raise DataError(f"{path}: {len(names)} class names, {len(set(names))} of them different; must be 2 or more, each once")
     return names

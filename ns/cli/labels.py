@@ -125,7 +125,7 @@ def select_labels(
 
 @app.command("trace")
 def trace_key(
-    key: Annotated[str, typer.Argument(metavar="KEY", help="Key of an image in its dataset.")],
+    key: Annotated[str, typer.Argument(metavar="KEY", help="Key of an image in its dataset, or the path of its file.")],
     root: Root = "runs",
     as_json: AsJson = False,
 ) -> None:
@@ -150,7 +150,7 @@ def trace_key(
 @app.command("purge")
 def purge_keys(
     name: LabelSetArgument,
-    keys: Annotated[Path, typer.Option(metavar="FILE", help="A text file with one key per line.")],
+    keys: Annotated[Path, typer.Option(metavar="FILE", help="A text file with one key, or path of an image's file, per line.")],
     out: Annotated[str, typer.Option(help="Folder or URI of the new label set.")],
     root: Root = "runs",
     as_json: AsJson = False,
@@ -162,13 +162,18 @@ def purge_keys(
     Example: [cyan]ns labels purge latest/gen-2 --keys withdrawn.txt --out labels-2b[/]
     """
     from ns.data.key_list import read_keys
+    from ns.labeling.label_set import iter_label_rows
     from ns.labeling.purge import purge_images
     from ns.runs.lineage import find_exposed_models
 
     store, resolved = _open_label_set(root, name)
-    removed_keys = read_keys(str(keys))
+    key_list = read_keys(str(keys))
+    all_keys = (key for rows in iter_label_rows(resolved.store, resolved.label_set) for key in rows.keys)
+    removed_keys, unknown = key_list.match_keys(all_keys)
+    if unknown:
+        raise DataError(f"{keys}: {len(unknown)} of its lines name no image of this label set; the first: {unknown[0]}")
     purged, count = purge_images(resolved.store, resolved.label_set, removed_keys, open_store(out))
-    models = find_exposed_models(store, removed_keys)
+    models = find_exposed_models(store, key_list.spellings)
     if as_json:
         print_json({"label_set": purged.digest, "images": count, "models": models})
         return

@@ -69,7 +69,7 @@ def count_evaluation_images(name: str, set_config: EvaluationSet, config: Evalua
 
 def _inspect_data(part: DataPart, uri: str) -> DataStats:
     with open_data(uri, PART_ROLES[part]) as data:
-        return _inspect_source(uri, data) if isinstance(data, Listing) else _inspect_dataset(*data)
+        return _inspect_source(part, uri, data) if isinstance(data, Listing) else _inspect_dataset(*data)
 
 
 def _inspect_dataset(store: Store, dataset: Dataset) -> DataStats:
@@ -79,11 +79,14 @@ def _inspect_dataset(store: Store, dataset: Dataset) -> DataStats:
     return DataStats(dataset.samples, dataset.bytes / max(1, dataset.samples), len(dataset.classes), sample_images)
 
 
-def _inspect_source(uri: str, listing: Listing) -> DataStats:
+def _inspect_source(part: DataPart, uri: str, listing: Listing) -> DataStats:
     count = len(listing)
     size = sum(entry.size for entry in listing.read_entries(0, count))
     sample_images = tuple(_read_sample_images(uri, listing))
-    return DataStats(count, size / max(1, count) or None, len(listing.count_class_labels()), sample_images)
+    class_counts = listing.count_class_labels()
+    # The import leaves out what it knows to be no image, and labeled images without a label.
+    images = listing.count_candidates() if PART_ROLES[part] == "unlabeled" else sum(class_counts.values())
+    return DataStats(images, size / max(1, count) or None, len(class_counts), sample_images)
 
 
 def _read_sample_images(uri: str, listing: Listing) -> list[SampleImage]:

@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterator
 
 from ns.core.errors import DataError
 from ns.data.index import ImageLocation, locate_keys
+from ns.data.key_list import spell_key
 from ns.data.prepared import DataPart, PreparedData, PreparedDataset
 from ns.labeling.label_set import LabelRows, read_label_rows
 from ns.labeling.selection import count_copies
@@ -45,22 +46,23 @@ class ImageTrace(JsonDocument):
 
 
 def trace_image(root: Store, key: str) -> ImageTrace:
-    """Looks for an image in all runs below a root. Raises DataError if no run has it."""
-    locator = _KeyLocator(root, {key})
+    """Looks for an image in all runs below a root, by its key or the path of its file. Raises DataError if no run has it."""
+    spellings = spell_key(key)
+    locator = _KeyLocator(root, spellings)
     location_names: dict[DataPart, str] = {}
     answers: list[TeacherAnswer] = []
     for run, prepared in _iterate_prepared(root):
         for part, source in prepared.parts.items():
-            if location := locator.locate_in(source).get(key):
+            if location := locator.locate_first(source):
                 location_names[part] = f"{source.digest}/{location.shard}/{location.row}"
-        if location := locator.locate_in(prepared.pool).get(key):
+        if location := locator.locate_first(prepared.pool):
             answers += [
                 _describe_answer(root, run, generation, run_label_set, location)
                 for generation, run_label_set in _iterate_label_sets(root, run)
             ]
     if not location_names:
         raise DataError(f"{key}: no dataset of a run below {root.uri} has this key")
-    models = tuple(sorted(find_exposed_models(root, {key})))
+    models = tuple(sorted(find_exposed_models(root, spellings)))
     return ImageTrace(key=key, locations=location_names, answers=tuple(answers), models=models)
 
 
@@ -118,6 +120,10 @@ class _KeyLocator:
         if source.digest not in self._locations:
             self._locations[source.digest] = locate_keys(*source.open_dataset(self._root), self._keys)
         return self._locations[source.digest]
+
+    def locate_first(self, source: PreparedDataset) -> ImageLocation | None:
+        locations = self.locate_in(source)
+        return next((locations[key] for key in self._keys if key in locations), None)
 
 
 def _iterate_prepared(root: Store) -> Iterator[tuple[str, PreparedData]]:

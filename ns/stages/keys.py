@@ -65,7 +65,7 @@ def ensemble_digests(context: StageContext) -> tuple[str, ...]:
 def excluded_keys(context: StageContext) -> frozenset[str]:
     """Keys of the images of the pool that `data.exclude` lists."""
     uri = context.experiment.data.exclude
-    return read_keys(uri) if uri else frozenset()
+    return read_keys(uri).spellings if uri else frozenset()
 
 
 def training_inputs(

@@ -10,7 +10,8 @@ from ns.data.calibration_split import SplitPart, copy_split_part
 from ns.data.dataset import Dataset, DatasetRole
 from ns.data.importing.digits import write_digits
 from ns.data.importing.ingest import derive_dataset_name, digest_config, import_listing, open_listing
-from ns.data.key_list import read_keys
+from ns.data.index import ShardIndex
+from ns.data.key_list import KeyList, read_keys
 from ns.data.leakage import DUPLICATES, LEFT_OUT, LeakageReport, NamedDataset, check_datasets
 from ns.data.locate import classify_uri
 from ns.data.prepared import PART_ROLES, DataPart, LeftOutImages, PreparedData, PreparedDataset
@@ -24,7 +25,12 @@ IMPORT_CODE = (
     "data/importing/ingest.py",
     "data/importing/listing.py",
     "data/importing/sources.py",
+    "data/importing/tables.py",
+    "data/importing/tars.py",
+    "data/importing/file_kinds.py",
     "data/importing/digits.py",
+    "data/class_names.py",
+    "data/key_list.py",
     "data/shards.py",
     "data/importing/writer.py",
     "data/loading/decode.py",
@@ -63,6 +69,9 @@ def write_prepared_data(experiment: Experiment, root: Store, ledger: Ledger) -> 
     nothing had to be imported."""
     prepared, reused = prepare_datasets(experiment, root, ledger)
     _check_later_inputs(experiment, prepared.labeled.open_dataset(root)[1].classes)
+    if experiment.data.exclude:
+        with prefix_errors("data.exclude"):
+            _check_excluded(read_keys(experiment.data.exclude), *prepared.pool.open_dataset(root))
     key = f"store/prepared/{shorten_digest(prepared.digest)}/{PreparedData.filename}"
     prepared.save_file(root, key)
     return key, prepared, reused
@@ -128,9 +137,6 @@ def prepare_datasets(experiment: Experiment, root: Store, ledger: Ledger) -> tup
 
 def _check_later_inputs(experiment: Experiment, classes: Sequence[str]) -> None:
     """Looks for what only later stages read: a training of days comes before them. Raises an NsError that names the field."""
-    if experiment.data.exclude:
-        with prefix_errors("data.exclude"):
-            read_keys(experiment.data.exclude)
     for index, uri in enumerate(experiment.labeling.ensemble):
         with prefix_errors(f"labeling.ensemble.{index}"):
             if ModelManifest.load(open_store(uri)).classes != tuple(classes):
@@ -139,6 +145,18 @@ def _check_later_inputs(experiment: Experiment, classes: Sequence[str]) -> None:
         if evaluation_set.multi_label:
             with prefix_errors(f"evaluation.sets.{name}.multi_label"):
                 read_uri(evaluation_set.multi_label)
+
+
+def _check_excluded(key_list: KeyList, store: Store, pool: Dataset) -> None:
+    """Raises DataError if no line of the list names an image of the pool. Some may: of an older pool, say."""
+    matched, unknown = key_list.match_keys(key for shard in pool.shards for key in ShardIndex.load(store, shard).keys)
+    if not matched:
+        raise DataError(
+            f"{key_list.uri}: none of its {len(unknown)} lines names an image of the pool; the first: {unknown[0]}; "
+            "give keys, or the paths of files in the pool's source"
+        )
+    if unknown:
+        log.get_logger().warning("lines of data.exclude name no image of the pool", lines=len(unknown), first=unknown[0])
 
 
 def _check_leaks(prepared: PreparedData, data: DataConfig, root: Store, ledger: Ledger) -> tuple[PreparedData, bool]:

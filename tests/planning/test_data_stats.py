@@ -33,6 +33,14 @@ def test_stats_of_a_source(folder):
     assert {type(picture) for picture in stats.sample_images} == {EncodedJpeg, np.ndarray}
 
 
+def test_stats_count_labeled_images_only(folder):
+    rows = [f"cat/{number}.{kind},{'cat' if number < 20 else ''}" for number in range(30) for kind in ("jpg", "png")]
+    rows += [f"dog/{number}.jpg,dog" for number in range(10)]
+    (folder / "t.csv").write_text("\n".join(["path,label", *rows, ",cat"]))
+    for part, images in (("labeled", 50), ("pool", 70)):
+        assert KnownCounts().get_stats(part, str(folder / "t.csv")).images == images
+
+
 def test_stats_of_a_dataset(folder, tmp_path):
     dataset = import_images(
         str(folder), LocalStore(tmp_path / "set"), name="photos", role="labeled", config=ImportConfig(), workers=1

@@ -10,6 +10,7 @@ from ns.config.schema import ImportConfig
 from ns.core.errors import ConfigError, DataError, StoreError
 from ns.data.dataset import Dataset
 from ns.data.importing import ingest
+from ns.data.importing.digits import write_digits
 from ns.data.importing.ingest import import_images
 from ns.data.index import ShardIndex
 from ns.data.leakage import load_left_out_rows
@@ -310,3 +311,18 @@ def test_prepare_data_checks_what_later_stages_read(tmp_path, override, message)
     ref = open_tiny_run(LocalStore(tmp_path), override)
     with pytest.raises(StoreError, match=message):
         prepare_data(ref)
+
+
+def test_data_exclude_names_images_of_the_pool(tmp_path, capsys):
+    excluded = tmp_path / "withdrawn.txt"
+    excluded.write_text("photos/1.jpg\nphotos/2.jpg\n")
+    ref = open_tiny_run(LocalStore(tmp_path), f"data.exclude={excluded}")
+    reason = r"data\.exclude: .*withdrawn\.txt: none of its 2 lines names an image of the pool; the first: photos/1\.jpg"
+    with pytest.raises(DataError, match=reason):
+        prepare_data(ref)
+    pool = LocalStore(tmp_path / "pool")
+    key = ShardIndex.load(pool, write_digits("digits:pool", pool).shards[0]).keys[0]
+    excluded.write_text(f"photos/1.jpg\n{key}.png\n")
+    prepare_data(ref)
+    logged = capsys.readouterr()
+    assert "lines of data.exclude name no image of the pool" in logged.out + logged.err

@@ -29,9 +29,18 @@ from ns.core.digest import digest_json
 from ns.core.errors import DataError, RunError
 from ns.core.iteration import iter_ahead
 from ns.core.process import init_helper_process
+from ns.data.class_names import (
+    SPLIT_NAMES,
+    ClassLabel,
+    find_case_variants,
+    match_indices,
+    match_names,
+    shorten_names,
+    sort_class_names,
+)
 from ns.data.dataset import MAX_CLASSES, Dataset, DatasetRole, Shard
-from ns.data.importing import sources
-from ns.data.importing.listing import ClassLabel, ImportTask, Listing, SourceEntry
+from ns.data.importing import sources, tables
+from ns.data.importing.listing import ImportTask, Listing, SourceEntry
 from ns.data.importing.sources import escape_path
 from ns.data.importing.writer import ShardWriter
 from ns.data.index import build_index_key
@@ -71,8 +80,10 @@ class ImportTaskResult(JsonDocument):
 def open_listing(source: str, role: DatasetRole, split: str | None = None) -> Iterator[Listing]:
     """Lists a source; `sources.list_entries` says which kinds there are. The listing is removed at the end of the context."""
     with make_scratch_dir("import") as scratch_dir:
-        entries = sources.list_entries(source, role, split=split, scratch_dir=scratch_dir)
+        passed_over: Counter[str] = Counter()
+        entries = sources.list_entries(source, role, split=split, scratch_dir=scratch_dir, passed_over=passed_over)
         with closing(Listing.from_entries(scratch_dir / "listing", entries, role)) as listing:
+            listing.passed_over.update(passed_over)
             yield listing
 
 
@@ -111,10 +122,17 @@ def import_listing(
     processes are killed repeatedly.
     """
     total = len(listing)
-    class_names = None if role == "unlabeled" else _resolve_classes(source, listing.count_class_labels(), classes, total)
     if not total:
-        raise DataError(f"{source}: has no files to import")
-    job = _ImportJob(source, listing.path, store, class_names, config)
+        raise DataError(f"{source}: has no files to import{_describe_passed_over(listing)}")
+    if listing.passed_over:
+        log.get_logger().info("passed over beside the images", files=listing.passed_over.total(), kinds=_list_kinds(listing))
+    class_names: tuple[str, ...] | None = None
+    class_ids: dict[ClassLabel, int] = {}
+    if role != "unlabeled":
+        class_names, class_ids = _resolve_classes(
+            source, listing.count_class_labels(), classes, total, listing.find_first_problem()
+        )
+    job = _ImportJob(source, listing.path, store, class_names, class_ids, config)
     # Shards of one import below the manifest of another would be a damaged dataset.
     store.delete(Dataset.filename)
     tasks = list(
@@ -157,18 +175,20 @@ def digest_config(config: ImportConfig) -> str:
 def derive_dataset_name(source: str) -> str:
     """The last part of a source's path or URI, without suffixes and braces."""
     name = PurePosixPath(urlsplit(source).path if "://" in source else Path(source).absolute()).name
-    for suffix in (*sources.TABLES, *sources.ARCHIVES):
+    for suffix in (*tables.TABLES, *sources.ARCHIVES):
         name = name.removesuffix(suffix)
     return re.sub(r"[-_]*\{.*\}", "", name) or "images"
 
 
 def _resolve_classes(
-    source: str, label_counts: dict[ClassLabel, int], expected: Sequence[str] | None, total: int
-) -> tuple[str, ...]:
+    source: str, label_counts: dict[ClassLabel, int], expected: Sequence[str] | None, total: int, problem: str = ""
+) -> tuple[tuple[str, ...], dict[ClassLabel, int]]:
+    """The class names, in the order of class indices, and the class index of each label. `problem`: an image left out, and why."""
     names = [class_label for class_label in label_counts if isinstance(class_label, str)]
     numbers = [class_label for class_label in label_counts if isinstance(class_label, int)]
     if total and not label_counts:
-        raise DataError(f"{source}: none of its {total} images has a label; import it with the role unlabeled, or add labels")
+        first = f"; first: {problem}" if problem else "; import it with the role unlabeled, or add labels"
+        raise DataError(f"{source}: none of its {total} images has a label{first}")
     if numbers and names:
         raise DataError(
             f"{source}: some labels are class indices ({numbers[0]}) and some are names ({names[0]!r}); use one kind"
@@ -176,20 +196,37 @@ def _resolve_classes(
     if unnamed := [escape_path(class_label) for class_label in names if escape_path(class_label) != class_label]:
         raise DataError(f"{source}: class '{unnamed[0]}': its name is not UTF-8; rename it")
     if expected is not None:
-        shown = f"({', '.join(expected[:10])}{', …' if len(expected) > 10 else ''})"
-        if unknown := sorted(set(names) - set(expected)):
-            raise DataError(f"{source}: class {unknown[0]!r} is none of the labeled classes {shown}; rename or remove it")
-        if numbers and max(numbers) >= len(expected):
-            raise DataError(f"{source}: class index {max(numbers)}: there are {len(expected)} labeled classes {shown}")
-        return tuple(expected)
+        if numbers:
+            return tuple(expected), match_indices(source, numbers, expected)
+        matched, unknown = match_names(names, expected)
+        if unknown:
+            raise DataError(
+                f"{source}: class {unknown[0]!r} is none of the labeled classes {shorten_names(expected)}; rename or remove it"
+            )
+        return tuple(expected), matched
     count = max(numbers) + 1 if numbers else len(names)
     if count > MAX_CLASSES:
         about = f"class index {max(numbers):,}" if numbers else f"{count:,} classes"
         raise DataError(f"{source}: has {about}; at most {MAX_CLASSES:,} classes are possible")
-    classes = tuple(str(n) for n in range(count)) if numbers else tuple(names)
+    classes = tuple(str(n) for n in range(count)) if numbers else tuple(sort_class_names(names))
     if len(classes) < 2:
         raise DataError(f"{source}: has {len(classes)} classes; at least 2 are needed to learn anything")
-    return classes
+    if all(class_name.casefold() in SPLIT_NAMES for class_name in classes):
+        raise DataError(
+            f"{source}: its folders {shorten_names(classes)} are splits, not classes; name one of them as the source"
+        )
+    if variants := find_case_variants(classes):
+        log.get_logger().warning("names of classes differ in upper and lower case alone", first=variants[0], other=variants[1])
+    class_ids: dict[ClassLabel, int] = {number: number for number in numbers}
+    return classes, class_ids or {class_name: class_id for class_id, class_name in enumerate(classes)}
+
+
+def _list_kinds(listing: Listing) -> str:
+    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(listing.passed_over.items()))
+
+
+def _describe_passed_over(listing: Listing) -> str:
+    return f", only {_list_kinds(listing)}, which are no images" if listing.passed_over else ""
 
 
 # Tasks
@@ -204,10 +241,13 @@ class _ImportJob:
     store: Store
     classes: tuple[str, ...] | None
     """Class names; None for a pool."""
+    class_ids: dict[ClassLabel, int]
+    """Class index of each label of the source."""
     config: ImportConfig
 
     def digest_task(self, task: ImportTask) -> str:
-        return digest_json([task.digest, task.number, digest_config(self.config), self.classes])
+        labels = sorted((str(label), class_id) for label, class_id in self.class_ids.items())
+        return digest_json([task.digest, task.number, digest_config(self.config), self.classes, labels])
 
 
 def _run_tasks(
@@ -311,7 +351,6 @@ def _import_task(job: _ImportJob, task: ImportTask, report_progress: Callable[[i
     """Reads, checks and writes the images of one task."""
     rejects: list[tuple[str, str, int | None]] = []
     readable: set[int] = set()
-    class_ids = {name: class_id for class_id, name in enumerate(job.classes or ())}
     config = job.config
     with (
         closing(Listing(job.listing)) as listing,
@@ -321,8 +360,7 @@ def _import_task(job: _ImportJob, task: ImportTask, report_progress: Callable[[i
         ) as writer,
     ):
         for entry, data in _fetch_entries(reader, listing.read_entries(task.start, task.stop)):
-            label = entry.class_label
-            class_id = class_ids[label] if isinstance(label, str) else label
+            class_id = None if entry.class_label is None else job.class_ids.get(entry.class_label)
             try:
                 if isinstance(data, DataError):
                     raise data

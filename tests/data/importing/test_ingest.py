@@ -70,7 +70,7 @@ def test_import_keeps_images_byte_for_byte(source, tmp_path):
 def test_import_lists_rejects(source, tmp_path):
     (source / "cat" / "empty.jpg").write_bytes(b"")
     (source / "cat" / "cut.png").write_bytes(picture(1)[:50])
-    (source / "dog" / "notes.txt").write_text("not a picture")
+    (source / "dog" / "notes.mov").write_text("not a picture")
     dataset = run(source, tmp_path / "out")
     assert dataset.samples == 12
     assert dataset.rejected == 3
@@ -78,7 +78,7 @@ def test_import_lists_rejects(source, tmp_path):
     reasons = dict(zip(listed["path"], listed["reason"], strict=True))
     assert reasons["cat/empty.jpg"] == "empty file"
     assert reasons["cat/cut.png"] == "truncated"
-    assert "not an image" in reasons["dog/notes.txt"]
+    assert "not an image" in reasons["dog/notes.mov"]
 
 
 def test_too_many_rejects_fail_with_summary(source, tmp_path):
@@ -289,7 +289,10 @@ def test_import_refuses_empty_folder(tmp_path, role):
 def test_import_refuses_folder_without_images(tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("no image")
-    with pytest.raises(DataError, match=r"no readable image among 1 files; first: a\.txt: not an image"):
+    with pytest.raises(DataError, match=r"has no files to import, only 1 \.txt, which are no images"):
+        run(tmp_path / "texts", tmp_path / "out", role="unlabeled")
+    (tmp_path / "texts" / "a.mov").write_text("no image")
+    with pytest.raises(DataError, match=r"no readable image among 1 files; first: a\.mov: not an image"):
         run(tmp_path / "texts", tmp_path / "out", role="unlabeled", max_rejected_share=1)
 
 
@@ -304,4 +307,4 @@ def test_import_refuses_folder_without_images(tmp_path):
 def test_import_refuses_more_classes_than_indices_hold(labels, reason):
     with pytest.raises(DataError, match=reason):
         ingest._resolve_classes("images", labels, None, 2)
-    assert len(ingest._resolve_classes("images", {(1 << 16) - 1: 1}, None, 2)) == 1 << 16
+    assert len(ingest._resolve_classes("images", {(1 << 16) - 1: 1}, None, 2)[0]) == 1 << 16

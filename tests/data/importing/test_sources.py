@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import unicodedata
 import zipfile
 import zlib
 from pathlib import Path
@@ -92,7 +93,7 @@ def test_import_of_table_split(tmp_path, folder, images):
     lines = ["path,label,split", *(f"source/{p},{p[:3]},{'test' if '0' in p else 'train'}" for p in images)]
     (tmp_path / "t.csv").write_text("\n".join(lines))
     assert run(tmp_path / "t.csv", tmp_path / "out", split="test").samples == 2
-    with pytest.raises(DataError, match=r"has the splits test, train; name one with --split"):
+    with pytest.raises(DataError, match=r"has the splits test, train; import one of them, .* --role labeled --split test"):
         run(tmp_path / "t.csv", tmp_path / "out")
 
 
@@ -128,7 +129,120 @@ def test_import_refuses_invalid_table(tmp_path, text, reason):
         run(tmp_path / "t.csv", tmp_path / "out")
 
 
+def test_import_tells_conflicting_rows_of_a_table(tmp_path, folder):
+    rows = ["cat/0.png,cat", "dog/0.png,dog", "cat/1.png,cat", "cat/2.png,cat", "./cat/2.png,cat", f"{folder}/cat/2.png,cat"]
+    # In other shards than the first ones.
+    rows += [*(f"dog/{n}.png,dog" for n in range(1, 6)), f"{folder}/cat/1.png,dog", "dog/../cat/0.png,Cat"]
+    (folder / "t.csv").write_text("\n".join(["path,label", *rows]))
+    dataset = run(folder / "t.csv", tmp_path / "out", max_rejected_share=0.5, shard_samples=2, classes=["cat", "dog"])
+    listed = pq.read_table(tmp_path / "out" / "rejected.parquet").to_pydict()
+    assert dict(zip(listed["path"], listed["reason"], strict=True)) == {
+        "cat/0.png": "is named 2 times with different classes: Cat, cat",
+        "cat/1.png": "is named 2 times with different classes: cat, dog",
+    }
+    assert dataset.samples == 7
+
+
+@pytest.mark.parametrize(
+    ("header", "row"),
+    [
+        ("\ufeffPath , Label", " cat/é.png , Café "),
+        ("path,label", unicodedata.normalize("NFD", "cat/é.png,Café")),
+        ("path,label", "cat\\é.png,CAFÉ"),
+        ("label,FILE", "Café,{folder}/cat/é.png"),
+        ("label,path", "Café,{folder_uri}/cat/%C3%A9.png"),
+    ],
+)
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_table_names_are_the_same_however_written(tmp_path, folder, images, header, row, form):
+    (folder / "cat" / unicodedata.normalize(form, "é.png")).write_bytes(images["cat/0.png"])
+    row = row.format(folder=folder, folder_uri=folder.as_uri())
+    (folder / "t.csv").write_text(f"{header}\n{row}\n")
+    dataset = run(folder / "t.csv", tmp_path / "out", "evaluation", classes=["Café", "Dog"])
+    assert content(tmp_path / "out", dataset) == {images["cat/0.png"]: "Café"}
+
+
+def test_parquet_table_with_gaps_keeps_numbers(tmp_path, folder):
+    columns = {"path": ["cat/0.png", "dog/0.png", "dog/1.png", None], "label": pa.array([10.0, 9.0, None, 9.0])}
+    pq.write_table(pa.table(columns), folder / "t.parquet")
+    dataset = run(folder / "t.parquet", tmp_path / "out", max_rejected_share=0.5)
+    assert dataset.classes == ("9", "10")
+    listed = pq.read_table(tmp_path / "out" / "rejected.parquet").to_pydict()
+    assert dict(zip(listed["path"], listed["reason"], strict=True)) == {"dog/1.png": "no label", "row 4": "names no image"}
+
+
+def test_import_refuses_split_that_is_not_there(tmp_path, folder):
+    (folder / "t.csv").write_text("path,label,split\ncat/0.png,cat,train\n")
+    with pytest.raises(DataError, match=r"--split tset: .* has no such split; it has train"):
+        run(folder / "t.csv", tmp_path / "out", split="tset")
+
+
+# Folders
+
+
+def test_import_passes_over_what_programs_leave(tmp_path, folder, expected):
+    left = [
+        ".DS_Store",
+        "Thumbs.db",
+        "README.md",
+        "labels.csv",
+        "cat/desktop.ini",
+        "cat/notes.txt",
+        "@eaDir/a/x.jpg",
+        "_SUCCESS",
+    ]
+    left += [
+        "cat/@eaDir/0.png/SYNOPHOTO_THUMB_M.jpg",
+        "$RECYCLE.BIN/0.png",
+        ".ipynb_checkpoints/0.png",
+        "annotations/0.xml",
+        "x.pth",
+    ]
+    for name in left:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"no image")
+    dataset = run(folder, tmp_path / "out")
+    assert (dataset.classes, dataset.rejected) == (("cat", "dog"), 0)
+    assert content(tmp_path / "out", dataset) == expected
+
+
+def test_classes_are_the_same_however_folders_are_named(tmp_path, picture):
+    for number, name in enumerate(("café", unicodedata.normalize("NFD", "café"), " dog", "dog", "10", "9")):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "a.png").write_bytes(picture(number))
+    dataset = run(tmp_path / "in", tmp_path / "out")
+    assert dataset.classes == ("9", "10", "café", "dog")
+    classes = ["Dog", "CAFÉ", "10", "9"]
+    assert content(tmp_path / "out", dataset) == {
+        picture(n): c for n, c in enumerate(["café", "café", "dog", "dog", "10", "9"])
+    }
+    other = run(tmp_path / "in", tmp_path / "other", "evaluation", classes=classes)
+    assert content(tmp_path / "other", other) == {
+        picture(n): c for n, c in enumerate(["CAFÉ", "CAFÉ", "Dog", "Dog", "10", "9"])
+    }
+
+
+def test_import_refuses_splits_as_classes(tmp_path, folder):
+    (folder / "cat").rename(folder / "Train")
+    (folder / "dog").rename(folder / "val")
+    with pytest.raises(DataError, match=r"its folders \(Train, val\) are splits, not classes"):
+        run(folder, tmp_path / "out")
+
+
 # Tars in the WebDataset layout
+
+
+def test_tars_of_one_name_in_several_folders(tmp_path, picture):
+    for number in range(4):
+        (tmp_path / "in" / str(number)).mkdir(parents=True)
+        files = {"x.png": picture(number), "x.cls": str(number).encode()}
+        write_tar(tmp_path / "in" / str(number) / "part.tar", files)
+    expected = {picture(number): str(number) for number in range(4)}
+    for source in (str(tmp_path / "in"), f"{tmp_path}/in/{{0..3}}/part.tar"):
+        dataset = run(source, tmp_path / "out")
+        assert content(tmp_path / "out", dataset) == expected
+        keys = [sample.key for shard in dataset.shards for sample in read_samples(tmp_path / "out" / shard.name)]
+        assert sorted(keys) == [f"{number}/part/x" for number in range(4)]
 
 
 @pytest.fixture
@@ -156,8 +270,8 @@ def test_import_of_webdataset_tars(tmp_path, tars, expected):
 
 def test_import_keeps_images_beside_tars(tmp_path, tars, images):
     (tars / "alone.png").write_bytes(next(iter(images.values())))
-    dataset = run(tars, tmp_path / "out", "unlabeled", max_rejected_share=0.9)
-    assert (dataset.samples, dataset.rejected) == (1, 2)
+    dataset = run(tars, tmp_path / "out", "unlabeled")
+    assert (dataset.samples, dataset.rejected) == (13, 0)
     with pytest.raises(DataError, match=r"alone\.png lies outside any class folder"):
         run(tars, tmp_path / "labeled")
 
@@ -168,9 +282,9 @@ def test_import_refuses_class_index_out_of_range(tmp_path, tars):
         run(tars, tmp_path / "out", classes=["cat", "dog"])
 
 
-def test_import_refuses_cls_without_index(tmp_path, tars):
+def test_import_refuses_indices_beside_names(tmp_path, tars):
     write_tar(tars / "part-02.tar", {"x.png": b"", "x.cls": b"cat"})
-    with pytest.raises(DataError, match=r"part-02\.tar: x\.cls: b'cat': must be a class index"):
+    with pytest.raises(DataError, match=r"some labels are class indices \(0\) and some are names \('cat'\)"):
         run(tars, tmp_path / "out")
 
 
@@ -201,6 +315,36 @@ def test_import_of_archive_with_tar_per_class(tmp_path, images, expected):
         inner[f"{label}.tar"] = write_tar(tmp_path / "inner.tar", own).read_bytes()
     dataset = run(write_tar(tmp_path / "outer.tar", inner), tmp_path / "out")
     assert content(tmp_path / "out", dataset) == expected
+
+
+def test_import_of_archive_in_the_webdataset_layout(tmp_path, picture):
+    expected = {picture(number): str(number % 2) for number in range(4)}
+    flat = {f"{n}.png": picture(n) for n in range(4)} | {f"{n}.json": f'{{"label": {n % 2}}}'.encode() for n in range(4)}
+    shards = {
+        f"s{n}.tar": write_tar(tmp_path / "i.tar", {"a.png": picture(n), "a.cls": b"%d" % (n % 2)}).read_bytes()
+        for n in range(4)
+    }
+    for number, files in enumerate((flat, {f"data/{name}": data for name, data in flat.items()}, shards)):
+        dataset = run(write_tar(tmp_path / f"{number}.tar.gz", files, "w:gz"), tmp_path / "out")
+        assert content(tmp_path / "out", dataset) == expected
+
+
+def test_readme_beside_archive_folders_is_no_class(tmp_path, images, expected):
+    files = {f"./set/{name}": data for name, data in images.items()} | {
+        "./README.md": b"x",
+        "./set/labels.csv": b"x",
+        "./LICENSE": b"x",
+    }
+    assert content(tmp_path / "out", run(write_tar(tmp_path / "a.tar", files), tmp_path / "out")) == expected
+
+
+def test_zip_of_windows(tmp_path, images, expected):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name, data in images.items():
+            info = zipfile.ZipInfo(name)
+            info.create_system, info.filename = 0, name.replace("/", "\\")
+            archive.writestr(info, data)
+    assert content(tmp_path / "out", run(tmp_path / "a.zip", tmp_path / "out")) == expected
 
 
 def bomb() -> bytes:

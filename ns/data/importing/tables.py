@@ -1,0 +1,119 @@
+"""Tables of images: CSV, TSV or Parquet, with a column of paths and, in labeled data, one of classes."""
+
+import os
+import posixpath
+import stat
+import unicodedata
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.dataset as pads
+
+from ns.core.errors import DataError
+from ns.data.class_names import normalize_name
+from ns.data.dataset import DatasetRole
+from ns.data.importing.listing import SourceEntry
+from ns.data.importing.tars import LABEL_FIELDS
+from ns.storage import open_parent
+
+TABLES = (".csv", ".tsv", ".parquet")
+PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "image", "image_path")
+SPLIT_COLUMNS = ("split", "subset", "set", "partition")
+BATCH_ROWS = 10_000
+"""Rows of a table in memory at a time."""
+
+
+def list_table(source: str, role: DatasetRole, split: str | None) -> Iterator[SourceEntry]:
+    """The rows of a table, or those of a split. Raises DataError for a table that cannot be read, or that lacks a column or split."""
+    store, name = open_parent(source)
+    table_path = store.path(name)
+    base = table_path.parent if "://" not in source or source.startswith("file://") else None
+    try:
+        batches = _open_batches(table_path)
+        columns = {normalize_name(column).lower(): column for column in batches.schema.names}
+        path_column = _find_column(source, columns, PATH_COLUMNS, "the path of each image")
+        label_column = None if role == "unlabeled" else _find_column(source, columns, LABEL_FIELDS, "its class")
+        split_column = next((columns[candidate] for candidate in SPLIT_COLUMNS if candidate in columns), None)
+        if split is not None and split_column is None:
+            raise DataError(f"--split {split}: {source} has no column named one of {', '.join(SPLIT_COLUMNS)}")
+        seen: set[str] = set()
+        row = 0
+        for batch in batches:
+            table = batch.to_pydict()
+            count = batch.num_rows
+            splits = [_read_text(value) for value in table[split_column]] if split_column else [""] * count
+            class_labels = table[label_column] if label_column else [None] * count
+            seen.update(filter(None, splits))
+            if split is None and len(seen) > 1:
+                raise DataError(
+                    f"{source}: has the splits {', '.join(sorted(seen))}; import one of them, and name the dataset: "
+                    f"ns data import {source} DATASET --role {role} --split {min(seen)}"
+                )
+            for path, class_label, row_split in zip(table[path_column], class_labels, splits, strict=True):
+                row += 1
+                if split is None or row_split == normalize_name(split):
+                    yield _make_entry(base, path, _read_text(class_label) or None, row)
+        if split is not None and normalize_name(split) not in seen:
+            raise DataError(f"--split {split}: {source} has no such split; it has {', '.join(sorted(seen)) or 'none'}")
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        # Arrow raises its own errors for some damage, OSError for other, and UnicodeDecodeError for text that is not UTF-8.
+        raise DataError(f"{source}: not a readable table: {(str(error) or 'damaged').splitlines()[0]}") from error
+
+
+def _open_batches(path: Path) -> Any:
+    if path.suffix.lower() == ".parquet":
+        dataset = pads.dataset(path, format="parquet")
+        return dataset.scanner(batch_size=BATCH_ROWS, batch_readahead=1, fragment_readahead=1).to_reader()
+    parse_options = pacsv.ParseOptions(delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    names = pacsv.open_csv(path, parse_options=parse_options).schema.names
+    # All columns are read as text: the class 007 is not the class 7.
+    as_text = pacsv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True, null_values=[""])
+    return pacsv.open_csv(path, parse_options=parse_options, convert_options=as_text)
+
+
+def _find_column(source: str, columns: dict[str, str], candidates: tuple[str, ...], description: str) -> str:
+    for name in candidates:
+        if name in columns:
+            return columns[name]
+    raise DataError(
+        f"{source}: has no column for {description}: its columns are {', '.join(columns.values())}; name one {' or '.join(candidates)}"
+    )
+
+
+def _read_text(value: Any) -> str:
+    """A cell as text: empty for none; pandas makes numbers of a column with gaps floating-point."""
+    if value is None or value != value:
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return normalize_name(value.decode(errors="replace") if isinstance(value, bytes) else str(value))
+
+
+def _make_entry(base: Path | None, cell: Any, class_label: str | None, row: int) -> SourceEntry:
+    text = _read_text(cell)
+    if not text:
+        return SourceEntry(f"row {row}", None, 0, problem="names no image")
+    path = unquote(urlsplit(text).path) if text.startswith("file://") else text
+    if base is None or "://" in path:
+        return SourceEntry(path if "://" in path else posixpath.normpath(path), class_label, 0)
+    # A missing file is listed too, so that reading it rejects it with its reason.
+    spellings = (unicodedata.normalize(form, text) for text in (path, path.replace("\\", "/")) for form in ("NFC", "NFD"))
+    for spelling in dict.fromkeys((str(cell), *spellings)):
+        relative = _make_relative(base, spelling)
+        with suppress(OSError, ValueError):
+            status = (base / relative).stat()
+            return SourceEntry(
+                relative, class_label, status.st_size if stat.S_ISREG(status.st_mode) else 0, str(status.st_mtime_ns)
+            )
+    return SourceEntry(_make_relative(base, path), class_label, 0)
+
+
+def _make_relative(base: Path, path: str) -> str:
+    """One spelling for each file: without `./` and `a/../`, and relative if it lies beside the table or below."""
+    absolute = os.path.normpath(base / path)
+    return os.path.relpath(absolute, base) if not path.startswith("/") or absolute.startswith(f"{base}/") else absolute
