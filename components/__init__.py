@@ -21,7 +21,5 @@ TOOLS_IMAGE = f"noisy-student/tools:{__version__}"
 
 STAGE_USER = 10001
 """User and group that stages run as (images/Dockerfile)."""
-SHARED_MEMORY = "8Gi"
-"""Size of /dev/shm, through which the processes that load images pass them on. It counts against the stage's memory."""
 SETTINGS_VARIABLES = ("AWS_ENDPOINT_URL", "AWS_REGION", "NS_METRICS_PORT", "NS_METRICS_LINGER_SECONDS", "NS_PUSHGATEWAY_URL")
 """Environment variables of every stage that come from a ConfigMap."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from kfp import kubernetes
 from kfp.dsl import PipelineTask
 
-from components import SETTINGS_VARIABLES, SHARED_MEMORY, STAGE_USER, TOOLS_IMAGE, WORKER_IMAGE
+from components import SETTINGS_VARIABLES, STAGE_USER, TOOLS_IMAGE, WORKER_IMAGE
 from ns.core.git import PASSWORD_VARIABLE, USER_VARIABLE
 
 GPU_TYPES = ("nvidia.com/gpu", "nvidia.com/mig-1g.10gb", "nvidia.com/mig-2g.20gb", "nvidia.com/mig-3g.40gb", "amd.com/gpu")
@@ -49,7 +49,7 @@ PLACEMENT_INPUTS = {
     ),
     "train_gpus": PipelineInput("0", "GPUs of a training; each GPU gets a process.", GPU_COUNTS),
     "train_cpu": PipelineInput("2", "CPUs of a training."),
-    "train_memory": PipelineInput("16Gi", "Memory of a training."),
+    "train_memory": PipelineInput("16Gi", "Memory of a training, /dev/shm included."),
     "train_node_selector": PipelineInput({}, "Labels of the nodes for training."),
     "train_tolerations": PipelineInput([], "Taints that training tolerates."),
     "cpu_node_selector": PipelineInput({}, "Labels of the nodes for all other stages."),
@@ -118,7 +118,8 @@ def place_on_gpu(task: PipelineTask, placement: Inputs, node_pool: str, *, hours
     task.set_memory_limit(placement[f"{node_pool}_memory"])
     task.set_accelerator_type(placement["gpu_type"])
     task.set_accelerator_limit(placement[f"{node_pool}_gpus"])
-    kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", medium="Memory", size_limit=SHARED_MEMORY)
+    # Without a limit of its own, /dev/shm is as large as the pod's memory; loaders take at most half of it.
+    kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", medium="Memory")
     return _place_task(task, placement, node_pool, hours, "worker_image")
 
 

@@ -26,7 +26,7 @@ from kubernetes.config.config_exception import ConfigException
 from kubernetes.watch.watch import iter_resp_lines
 from urllib3.exceptions import HTTPError
 
-from components import SETTINGS_VARIABLES, SHARED_MEMORY, STAGE_USER
+from components import SETTINGS_VARIABLES, STAGE_USER
 from ns.core import log
 from ns.core.errors import ConfigError, Interrupted, NsError, RunError, TrainingError
 from ns.core.process import handle_signals
@@ -123,7 +123,8 @@ def build_trainjob(
         "tolerations": list(nodes.tolerations),
         "securityContext": {"runAsUser": STAGE_USER, "runAsGroup": STAGE_USER, "runAsNonRoot": True},
         "volumes": [
-            {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": SHARED_MEMORY}},
+            # Without a limit of its own, /dev/shm is as large as the pod's memory; loaders take at most half of it.
+            {"name": "shared-memory", "emptyDir": {"medium": "Memory"}},
             {"name": "scratch", "emptyDir": {}},
         ],
         "containers": [
@@ -149,7 +150,7 @@ def build_trainjob(
             "trainer": {
                 "image": nodes.image,
                 # torchrun; Trainer sets the node's rank and the address of the first node in variables (PET_…).
-                "command": ["python3", "-m", "torch.distributed.run", "-m", "ns.stages.train_worker"],
+                "command": ["python3", "-m", "ns.modeling.torchrun", "-m", "ns.stages.train_worker"],
                 "args": list(arguments),
                 "numNodes": nodes.count,
                 "numProcPerNode": max(1, nodes.gpus),

@@ -1,9 +1,17 @@
 """`ns config …`: experiments as files."""
 
+from typing import TYPE_CHECKING
+
 import typer
 
 from ns.cli.options import ConfigArgument, Overrides, load_experiment_argument
 from ns.cli.output import print_json
+
+if TYPE_CHECKING:
+    from ns.config.schema import Experiment
+
+ASSUMED_CLASSES = 1000
+"""Classes, as long as no data are read."""
 
 app = typer.Typer(help="Show and check experiments, and describe their fields.", no_args_is_help=True)
 
@@ -41,3 +49,21 @@ def check_config(config: ConfigArgument, overrides: Overrides = None) -> None:
 
     check_models(experiment)
     typer.echo(f"{config}: good")
+    for line in describe_shared_memory(experiment):
+        typer.echo(line)
+
+
+def describe_shared_memory(experiment: "Experiment") -> list[str]:
+    """What the data loaders of each role take of shared memory, if it is more than a container has by default."""
+    from rich.filesize import decimal
+
+    from ns.data.loading.shared_memory import CONTAINER_DEFAULT, StepShape, split_step
+
+    lines = []
+    for field, role in experiment.map_roles().items():
+        train, is_student = role.train, field != "teacher"
+        classes = role.model.outputs or ASSUMED_CLASSES
+        shape = StepShape(train.labeled_batch, train.pseudo_batch * is_student, role.model.resolution, classes)
+        if (size := split_step(shape, train.loader_workers).bytes_in_flight) > CONTAINER_DEFAULT:
+            lines.append(f"{field}: data loaders take {decimal(size)} of memory in /dev/shm; with less, training may wait for images")
+    return lines

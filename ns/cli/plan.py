@@ -105,6 +105,11 @@ def format_plan_remarks(run_plan: "RunPlan") -> list[str]:
         f"label sets: at most {decimal(run_plan.label_set_bytes)} per generation · "
         f"models: {decimal(run_plan.model_bytes)} · checkpoints: at most {decimal(run_plan.checkpoint_bytes)} at a time",
     ]
+    largest = max(run_plan.work, key=lambda work: work.shared_memory_bytes)
+    sentences.append(
+        f"shared memory: data loaders take at most {decimal(largest.shared_memory_bytes)} per device, part of the memory "
+        f"({largest.field}); with less in /dev/shm, training may wait for images"
+    )
     for work in run_plan.work:
         if work.task == "train" and work.steps * work.images and run_plan.pool and work.generation:
             pseudo = work.images - work.steps * work.labeled_batch

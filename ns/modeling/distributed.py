@@ -37,6 +37,8 @@ class World:
 
     rank: int = 0
     world_size: int = 1
+    local_processes: int = 1
+    """Number of them on this machine."""
 
     @property
     def is_main(self) -> bool:
@@ -115,7 +117,7 @@ def process_group() -> Iterator[World]:
     else:
         dist.init_process_group("gloo")
     try:
-        yield World(dist.get_rank(), world_size)
+        yield World(dist.get_rank(), world_size, int(os.environ["LOCAL_WORLD_SIZE"]))
     finally:
         dist.destroy_process_group()
 
@@ -216,7 +218,7 @@ def launch_processes(processes: int, module: str, arguments: Sequence[str]) -> N
         failure_path = Path(scratch) / "failure.json"
         environment = {**os.environ, FAILURE_VARIABLE: str(failure_path), CLIENT_VARIABLE: str(os.getpid())}
         environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        torchrun = [sys.executable, "-m", "ns.modeling.torchrun", "--standalone", f"--nproc-per-node={processes}"]
         # A new session: Ctrl-C in a terminal would reach every process, and torchrun kills those that stop first.
         launcher = subprocess.Popen([*torchrun, "-m", module, *arguments], env=environment, start_new_session=True)
         signals: list[int] = []

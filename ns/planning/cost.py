@@ -13,6 +13,7 @@ from ns.config.schema import Experiment, OptimizerConfig, RoleConfig, Views
 from ns.core import log
 from ns.core.errors import ConfigError
 from ns.data.augment.transforms import EvalTransform
+from ns.data.loading.shared_memory import StepShape, split_step
 from ns.data.prepared import PART_ROLES, DataPart
 from ns.evaluation.robustness.suite import count_passes
 from ns.labeling.label_set import count_kept_classes
@@ -103,6 +104,8 @@ class WorkEstimate(JsonDocument):
     """Bytes of gradients that each device sends, and receives, in a ring all-reduce: 2 (N - 1) / N times the weights."""
     checkpoint_bytes: int
     """Size of a training checkpoint; 0 for labeling and evaluation."""
+    shared_memory_bytes: int
+    """Shared memory, part of the memory, that each device's data loaders take; 0 for labeling and evaluation."""
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -280,7 +283,7 @@ class _SpeedMeter:
         training = job.training_plan and (job.images, job.role.train)
         return f"{job.resolution, training, describe_architecture(job.role.model)}"
 
-    def _count_outputs(self, job: _PlannedJob) -> int:
+    def count_outputs(self, job: _PlannedJob) -> int:
         return job.role.model.outputs or self._classes
 
     def count_operations(self, job: _PlannedJob) -> tuple[int, int, int]:
@@ -288,7 +291,7 @@ class _SpeedMeter:
         key = f"{describe_architecture(job.role.model), job.resolution}"
         if key not in self._counts_by_key:
             with torch.device("meta"):
-                network = build_model(job.role.model, job.role.noise, self._count_outputs(job))
+                network = build_model(job.role.model, job.role.noise, self.count_outputs(job))
             state = sum(value.numel() for value in network.state_dict().values())
             self._counts_by_key[key] = (count_parameters(network), state, count_multiply_adds(network, job.resolution))
         return self._counts_by_key[key]
@@ -304,7 +307,7 @@ class _SpeedMeter:
         key = self._speed_key(job)
         if key not in self._speed_by_key:
             log.get_logger().info("measuring", task=job.task, arch=job.role.model.arch, resolution=job.resolution)
-            outputs, seconds = self._count_outputs(job), self._seconds
+            outputs, seconds = self.count_outputs(job), self._seconds
             if job.training_plan:
                 batch = math.ceil(job.images / job.role.train.accumulate / self._request.devices)
                 speed = measure_training_speed(job.training_plan, outputs=outputs, batch=batch, seconds=seconds)
@@ -367,7 +370,14 @@ def _estimate_work(
         read_bytes_per_second=_read_bytes_per_second(job, stats, seconds * devices),
         network_bytes_per_step=2 * (devices - 1) * parameters * FLOAT_BYTES // devices if job.training_plan else 0,
         checkpoint_bytes=estimate_checkpoint_bytes(parameters, state, role.train.optimizer) if job.training_plan else 0,
+        shared_memory_bytes=_count_shared_memory(job, devices, speeds.count_outputs(job)) if job.training_plan else 0,
     )
+
+
+def _count_shared_memory(job: _PlannedJob, devices: int, classes: int) -> int:
+    labeled, pool = math.ceil(job.labeled / devices), math.ceil(job.pool / devices)
+    shape = StepShape(labeled, pool, job.role.model.resolution, classes)
+    return split_step(shape, job.role.train.loader_workers).bytes_in_flight
 
 
 def _read_bytes_per_second(job: _PlannedJob, stats: dict[DataPart, DataStats], seconds: float) -> float | None:

@@ -15,6 +15,7 @@ from ns.core import log
 from ns.core.errors import ConfigError, Interrupted, TrainingError
 from ns.core.malloc import keep_freed_memory
 from ns.core.process import handle_signals
+from ns.data.loading.shared_memory import StepShape, StepSplit, measure_available, split_step
 from ns.data.loading.stream import Batch, LabeledImages, PseudoLabeledImages, TrainingBatches, iterate_batches
 from ns.modeling import factory as models
 from ns.modeling.distributed import SINGLE, World
@@ -92,7 +93,14 @@ def train_model(
         world_size=world.world_size,
     )
     timed_batches = _TimedBatches(
-        iterate_batches(batches, start=state.step, stop=steps, workers=config.loader_workers, pin_memory=device.type == "cuda")
+        iterate_batches(
+            batches,
+            start=state.step,
+            stop=steps,
+            workers=config.loader_workers,
+            pin_memory=device.type == "cuda",
+            split=_split_steps(batches, plan, classes, world),
+        )
     )
     metrics = _MetricAccumulator(
         state,
@@ -261,6 +269,22 @@ def _check_rank_parts(config: TrainConfig, pseudo_batch: int, world: World) -> N
                 f"train.labeled_batch: invalid value {config.labeled_batch}: a step's {images} {name} images must be a multiple "
                 f"of processes × train.accumulate, {world.world_size} × {config.accumulate}, so that all have equal parts"
             )
+
+
+def _split_steps(batches: TrainingBatches, plan: TrainingPlan, classes: int, world: World) -> StepSplit:
+    """How the loaders of this process make the images of a step, so that `/dev/shm` suffices for all processes of this machine."""
+    shape, workers = StepShape(*batches.count_images(), plan.role.model.resolution, classes), plan.train_config.loader_workers
+    wanted, available = split_step(shape, workers), measure_available() // world.local_processes
+    if wanted.bytes_in_flight <= available:
+        return wanted
+    split = split_step(shape, workers, available)
+    log.get_logger().warning(
+        "little shared memory: fewer images are made ahead",
+        usable_mb=round(available / 1e6),
+        wanted_mb=round(wanted.bytes_in_flight / 1e6),
+        cure="give the container more /dev/shm (docker run --shm-size) and memory",
+    )
+    return split
 
 
 def split_batch(batch: Batch, parts: int) -> Iterator[tuple[bool, Batch]]:

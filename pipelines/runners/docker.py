@@ -210,14 +210,17 @@ class _ContainerEngine:
 
     def _container_options(self) -> dict[str, Any]:
         from docker.types import DeviceRequest
+        from docker.utils import parse_bytes
 
         container = self._container
+        memory = parse_bytes(container.memory) if container.memory else self._client.info()["MemTotal"]
         variables = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED_VARIABLES)}
         return {
             "user": f"{self._user}:{self._user}",
             "read_only": True,
             "tmpfs": {"/tmp": "mode=1777"},
-            "shm_size": "1g",
+            # As Linux has it outside containers. Docker's own 64 MiB would leave data loaders no room.
+            "shm_size": memory // 2,
             "cap_drop": ["ALL"],
             "security_opt": ["no-new-privileges"],
             # An S3 server has to be reached; folders are mounted.

@@ -71,6 +71,10 @@ def test_config_schema_is_json(capsys):
 
 def test_config_check_builds_the_networks(capsys):
     assert ns(capsys, "config", "check", "quickstart")[:2] == (0, "quickstart: good\n")
+    large = ("teacher.model.resolution=224", "students.0.model.resolution=224", "students.0.train.labeled_batch=2048")
+    code, out, _ = ns(capsys, "config", "check", "quickstart", *(word for field in large for word in ("--set", field)))
+    assert code == 0
+    assert re.search(r"students\.0: data loaders take \d\.\d GB of memory in /dev/shm", out)
     for override, reason in (
         ("teacher.model.arch=efficientnet_b0", "must be equal or larger; for distillation"),
         ("teacher.model.arch=efficientnet_b00", "did you mean efficientnet_b0"),

@@ -11,6 +11,7 @@ from ns.cli.plan import format_plan_remarks, make_plan_tables
 from ns.config.loader import parse_experiment
 from ns.config.schema import Experiment
 from ns.core.errors import ConfigError, DataError
+from ns.data.loading import shared_memory
 from ns.labeling.predict import pack_label_rows
 from ns.modeling import factory as models
 from ns.modeling.predictor import ShardPredictions
@@ -160,6 +161,16 @@ def test_plan_remarks_name_a_slow_loader(monkeypatch, tmp_path):
     assert teacher.loader_cores == pytest.approx(cores)
     (line,) = [line for line in format_plan_remarks(run_plan) if line.startswith("teacher: waits")]
     assert f"set teacher.train.loader_workers to {int(np.ceil(cores))} or more" in line
+
+
+def test_plan_names_the_shared_memory_of_each_devices_loaders(paper):
+    student, teacher = find_work(paper, "train", 1), find_work(paper, "train", 0)
+    # 8 + 112 images of 475 px per device and step, in parts: 2 steps ahead, and what is in use.
+    assert 2 * 120 * 475**2 * 3 < student.shared_memory_bytes < 2 * 120 * 475**2 * 3 + 4 * shared_memory.PART_BYTES
+    assert teacher.shared_memory_bytes < student.shared_memory_bytes
+    assert find_work(paper, "label", 1).shared_memory_bytes == 0
+    (line,) = [line for line in format_plan_remarks(paper) if line.startswith("shared memory: ")]
+    assert "223.3 MB per device, part of the memory (students.0)" in line
 
 
 def test_unreadable_data_is_named():

@@ -1,8 +1,12 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
+import subprocess
+import sys
 from multiprocessing import resource_sharer
+from pathlib import Path
 
 import pytest
 import torch
@@ -213,6 +217,39 @@ def test_damaged_shard_is_named_in_one_line(data, tmp_path, workers):
         )
     assert "\n" not in str(caught.value)
     assert "damaged/shard-00000.tar" in str(caught.value)
+
+
+SMALL_SHARED_MEMORY = """
+import sys
+from tests.training import test_loop
+test_loop.train_with_loaders(sys.argv[1])
+"""
+
+
+def train_with_loaders(folder: str, resolution: int = 96) -> None:
+    """A student's training whose steps of 2.2 MB do not fit four times into /dev/shm."""
+    root = LocalStore(Path(folder))
+    data = root, write_digits("digits:labeled", root.at("labeled")), write_digits("digits:heldout", root.at("heldout"))
+    config = role(labeled_batch=20, unlabeled_ratio=3, epochs=4, loader_workers=2)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"resolution": resolution})})
+    log.configure_logging()
+    print("steps", run(data, root.at("checkpoints").root, config).steps)
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("size", "said"), [("4m", "little shared memory"), ("64k", "even single images of 96 px need")])
+def test_training_with_small_shared_memory_goes_on_or_says_so(tmp_path, size, said):
+    """In a mount namespace of its own, as in a container. It stood still for good."""
+    unshare = ["unshare", "--mount", "--map-root-user"]
+    if not shutil.which("unshare") or subprocess.run([*unshare, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("mount namespaces are not allowed here")
+    mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm && exec {sys.executable} -c '{SMALL_SHARED_MEMORY}' {tmp_path}"
+    ended = subprocess.run([*unshare, "sh", "-c", mount], capture_output=True, text=True, check=False, timeout=100)
+    output = ended.stdout + ended.stderr
+    assert said in output
+    assert ("steps 10" in output) == (size == "4m"), output
+    assert ended.returncode == 0 or "ConfigError: train.loader_workers: 2:" in output
 
 
 def one_step(data, tmp_path, **fields):

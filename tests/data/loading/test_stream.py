@@ -7,18 +7,20 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ns.config.schema import NoiseConfig
-from ns.core.errors import DataError, StoreError
+from ns.core.errors import DataError, StoreError, TrainingError
 from ns.data.augment.transforms import EvalTransform, TrainTransform
 from ns.data.dataset import Dataset
 from ns.data.importing.writer import ShardWriter
 from ns.data.index import ShardIndex, build_index_key
-from ns.data.loading import shard_reader
+from ns.data.loading import shard_reader, stream
 from ns.data.loading.decode import EncodedJpeg, decode_image, read_jpeg_size
 from ns.data.loading.sampler import WINDOW_SHARDS, ShardShuffle
 from ns.data.loading.shard_reader import ImageSource
+from ns.data.loading.shared_memory import StepSplit
 from ns.data.loading.stream import LabeledImages, PseudoLabeledImages, TrainingBatches, iterate_batches
 from ns.storage import LocalStore
 from tests.storage.conftest import environment, moto, proxied, store_at, swift  # noqa: F401
@@ -189,10 +191,10 @@ def test_reader_refuses_changed_shard(labeled):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_missing_shard_error_names_shard(labeled, workers):
     folder, _ = labeled
-    stream = make_batches(labeled)
+    batches = make_batches(labeled)
     folder.delete("shard-00003.tar")
     with pytest.raises((DataError, StoreError), match=r"shard-00003\.tar"):
-        list(iterate_batches(stream, start=0, stop=20, workers=workers, pin_memory=False))
+        list(iterate_batches(batches, start=0, stop=20, workers=workers, pin_memory=False))
 
 
 def test_batch_error_names_shard_and_key(tmp_path, picture):
@@ -212,6 +214,39 @@ def test_batch_error_names_shard_and_key(tmp_path, picture):
     )
     with pytest.raises(DataError, match=r"shard-00000\.tar: bad: truncated; import the data again"):
         labeled[0]
+
+
+@pytest.mark.parametrize("parts", [2, 3, 5])
+def test_steps_made_in_parts_are_those_made_whole(labeled, pool, parts):
+    """10 labeled and 6 pseudo-labeled images per step, on the second of two ranks."""
+    ranks = {"rank": 1, "world_size": 2}
+    expected = [arrays(make_batches(labeled, pool, **ranks)[step]) for step in range(3, 9)]
+    found = iterate_batches(
+        make_batches(labeled, pool, **ranks), start=3, stop=9, workers=2, pin_memory=False, split=StepSplit(parts, ahead=1)
+    )
+    assert all(equal(a, arrays(b)) for a, b in zip(expected, found, strict=True))
+
+
+def test_loader_without_room_in_shared_memory_says_so(labeled, monkeypatch):
+    def fail(_tensor):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", fail)
+    with pytest.raises(TrainingError, match=r"^/dev/shm has no room for [\d,]+ bytes of images.*loader_workers \(0 needs none\)$"):
+        next(iterate_batches(make_batches(labeled), start=0, stop=9, workers=1, pin_memory=False))
+
+
+@pytest.mark.timeout(60)
+def test_loader_that_cannot_send_ends_the_training_with_its_reason(labeled, monkeypatch):
+    """Python drops what a process cannot send, and goes on: the training would wait for it for good."""
+
+    class Unsendable:
+        def __reduce__(self):
+            raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(stream._StepParts, "__getitem__", lambda _self, number: Unsendable() if number == 2 else number)
+    with pytest.raises(TrainingError, match=r"a data loader cannot hand over its images: OSError: .*Too many open files"):
+        list(iterate_batches(make_batches(labeled), start=0, stop=9, workers=1, pin_memory=False))
 
 
 # From S3
