@@ -65,5 +65,7 @@ def describe_shared_memory(experiment: "Experiment") -> list[str]:
         classes = role.model.outputs or ASSUMED_CLASSES
         shape = StepShape(train.labeled_batch, train.pseudo_batch * is_student, role.model.resolution, classes)
         if (size := split_step(shape, train.loader_workers).bytes_in_flight) > CONTAINER_DEFAULT:
-            lines.append(f"{field}: data loaders take {decimal(size)} of memory in /dev/shm; with less, training may wait for images")
+            lines.append(
+                f"{field}: data loaders take {decimal(size)} of memory in /dev/shm; with less, training may wait for images"
+            )
     return lines

@@ -232,7 +232,9 @@ def test_loader_without_room_in_shared_memory_says_so(labeled, monkeypatch):
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", fail)
-    with pytest.raises(TrainingError, match=r"^/dev/shm has no room for [\d,]+ bytes of images.*loader_workers \(0 needs none\)$"):
+    with pytest.raises(
+        TrainingError, match=r"^/dev/shm has no room for [\d,]+ bytes of images.*loader_workers \(0 needs none\)$"
+    ):
         next(iterate_batches(make_batches(labeled), start=0, stop=9, workers=1, pin_memory=False))
 
 
