@@ -6,7 +6,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.run import main
 
 
-def run() -> None:
+def run_torchrun() -> None:
     try:
         main()
     except SignalException as error:
@@ -15,4 +15,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    run()
+    run_torchrun()

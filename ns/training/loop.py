@@ -274,14 +274,14 @@ def _check_rank_parts(config: TrainConfig, pseudo_batch: int, world: World) -> N
 def _split_steps(batches: TrainingBatches, plan: TrainingPlan, classes: int, world: World) -> StepSplit:
     """How the loaders of this process make the images of a step, so that `/dev/shm` suffices for all processes of this machine."""
     shape, workers = StepShape(*batches.count_images(), plan.role.model.resolution, classes), plan.train_config.loader_workers
-    wanted, available = split_step(shape, workers), measure_available() // world.local_processes
-    if wanted.bytes_in_flight <= available:
-        return wanted
+    full_split, available = split_step(shape, workers), measure_available() // world.local_processes
+    if full_split.bytes_in_flight <= available:
+        return full_split
     split = split_step(shape, workers, available)
     log.get_logger().warning(
         "little shared memory: fewer images are made ahead",
         usable_mb=round(available / 1e6),
-        wanted_mb=round(wanted.bytes_in_flight / 1e6),
+        full_mb=round(full_split.bytes_in_flight / 1e6),
         cure="give the container more /dev/shm (docker run --shm-size) and memory",
     )
     return split
