@@ -1,7 +1,7 @@
 """Common corruptions, after the published definitions of ImageNet-C and CIFAR-10-C (Hendrycks & Dietterich, arXiv:1903.12261).
 
-Reimplemented after their code with numpy, scipy and Pillow only. Two things differ: `frost` overlays generated textures, because the
-photographs of the published sets may not be redistributed, and the random numbers are not those of the published files.
+Reimplemented after their code with numpy, scipy and Pillow only. Two things differ: `frost` overlays generated textures with the colors
+and contrasts of the published photographs, which may not be redistributed, and the random numbers are not those of the published files.
 """
 
 import io
@@ -28,20 +28,33 @@ PixelArray = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.floating[Any]]
 Rng = np.random.Generator
 
+TINY_PX = 32
+"""Images of at most this size get CIFAR-10-C's parameters."""
 SMALL_PX = 64
-"""Images of at most this size get CIFAR-10-C's parameters, made for 32 px; larger ones get ImageNet-C's, made for 224 px."""
+"""Larger images than tiny ones, of at most this size, get Tiny ImageNet-C's parameters; still larger ones ImageNet-C's, for 224 px."""
 
 GREY = np.array([0.299, 0.587, 0.114], np.float32)
 WATER = np.array([175, 238, 238], np.float32) / 255
 MUD = np.array([63, 42, 20], np.float32) / 255
-ICE = np.array([0.82, 0.92, 1.0], np.float32)
+FROSTS = np.array(
+    [
+        (0.304, 0.584, 0.650, 0.070),
+        (0.787, 0.805, 0.841, 0.086),
+        (0.787, 0.805, 0.841, 0.086),
+        (0.540, 0.599, 0.648, 0.113),
+        (0.441, 0.484, 0.528, 0.169),
+    ],
+    np.float32,
+)
+"""Mean red, green, blue, and standard deviation of the gray of each photograph of frost that the published code draws from; the second
+and third are one picture."""
 
 
 def corrupt_image(image: PixelArray, kind: str, severity: int, rng: Rng) -> PixelArray:
     """uint8 [H, W, 3] → uint8 [H, W, 3], at a severity of 1 to 5. All randomness comes from `rng`."""
-    corruption, photograph_parameters, small_parameters = CORRUPTION_KINDS[kind]
-    parameters = (small_parameters if is_small_image(image) else photograph_parameters)[severity - 1]
-    corrupted = corruption(image, parameters, rng)
+    corruption, *parameters_by_size = CORRUPTION_KINDS[kind]
+    side = max(image.shape[:2])
+    corrupted = corruption(image, parameters_by_size[(side <= SMALL_PX) + (side <= TINY_PX)][severity - 1], rng)
     # Truncated, not rounded, as published.
     return corrupted if corrupted.dtype == np.uint8 else np.clip(corrupted * 255, 0, 255).astype(np.uint8)
 
@@ -202,10 +215,13 @@ def generate_plasma(shape: tuple[int, ...], decay: float, rng: Rng) -> FloatArra
 
 def _add_frost(image: PixelArray, parameters: tuple[float, float], rng: Rng) -> FloatArray:
     kept, laid = parameters
+    *color, contrast = FROSTS[rng.integers(len(FROSTS))]
     # Ridges of two plasma fields look like ice needles; a third field controls their density.
     needles = np.maximum(*(1 - np.abs(2 * generate_plasma(image.shape, decay, rng) - 1) for decay in (1.4, 1.8)))
-    ice = needles**3 * (0.45 + 0.55 * generate_plasma(image.shape, 2.5, rng))
-    frosted: FloatArray = kept * scale_to_unit(image) + laid * ice[:, :, None] * ICE
+    relief = needles**3 * (0.45 + 0.55 * generate_plasma(image.shape, 2.5, rng))
+    relief = (relief - relief.mean()) / max(float(relief.std()), 1e-6)
+    ice = np.clip(np.array(color) + contrast * relief[:, :, None], 0, 1)
+    frosted: FloatArray = kept * scale_to_unit(image) + laid * ice
     return frosted
 
 
@@ -365,24 +381,37 @@ def _blur_gaussian(image: FloatArray, sigma: float) -> FloatArray:
 
 CorruptionFunction = Callable[[PixelArray, Any, Rng], npt.NDArray[Any]]
 
-# Kind → the function, and its parameters by severity for photographs and for small images.
-CORRUPTION_KINDS: dict[str, tuple[CorruptionFunction, tuple[Any, ...], tuple[Any, ...]]] = {
-    "gaussian_noise": (_gaussian_noise, (0.08, 0.12, 0.18, 0.26, 0.38), (0.04, 0.06, 0.08, 0.09, 0.10)),
-    "shot_noise": (_shot_noise, (60, 25, 12, 5, 3), (500, 250, 100, 75, 50)),
-    "impulse_noise": (_impulse_noise, (0.03, 0.06, 0.09, 0.17, 0.27), (0.01, 0.02, 0.03, 0.05, 0.07)),
+# Kind → the function, and its parameters by severity for photographs, for small and for tiny images.
+CORRUPTION_KINDS: dict[str, tuple[CorruptionFunction, tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]] = {
+    "gaussian_noise": (
+        _gaussian_noise,
+        (0.08, 0.12, 0.18, 0.26, 0.38),
+        (0.04, 0.08, 0.12, 0.15, 0.18),
+        (0.04, 0.06, 0.08, 0.09, 0.10),
+    ),
+    "shot_noise": (_shot_noise, (60, 25, 12, 5, 3), (250, 100, 50, 30, 15), (500, 250, 100, 75, 50)),
+    "impulse_noise": (
+        _impulse_noise,
+        (0.03, 0.06, 0.09, 0.17, 0.27),
+        (0.01, 0.02, 0.05, 0.08, 0.14),
+        (0.01, 0.02, 0.03, 0.05, 0.07),
+    ),
     "defocus_blur": (
         _defocus_blur,
         ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)),
+        ((0.5, 0.6), (1, 0.1), (1.5, 0.1), (2.5, 0.01), (3, 0.1)),
         ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)),
     ),
     "glass_blur": (
         _glass_blur,
         ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
+        ((0.1, 1, 1), (0.5, 1, 1), (0.6, 1, 2), (0.7, 2, 1), (0.9, 2, 2)),
         ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)),
     ),
     "motion_blur": (
         _motion_blur,
         ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)),
+        ((10, 1), (10, 1.5), (10, 2), (10, 2.5), (12, 3)),
         ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)),
     ),
     "zoom_blur": (
@@ -390,6 +419,7 @@ CORRUPTION_KINDS: dict[str, tuple[CorruptionFunction, tuple[Any, ...], tuple[Any
         tuple(
             np.arange(1, stop, step) for stop, step in ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03))
         ),
+        tuple(np.arange(1, stop, 0.01) for stop in (1.06, 1.11, 1.16, 1.21, 1.26)),
         tuple(np.arange(1, stop, 0.01) for stop in (1.06, 1.11, 1.16, 1.21, 1.26)),
     ),
     "snow": (
@@ -402,6 +432,13 @@ CORRUPTION_KINDS: dict[str, tuple[CorruptionFunction, tuple[Any, ...], tuple[Any
             (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
         ),
         (
+            (0.1, 0.2, 1, 0.6, 8, 3, 0.8),
+            (0.1, 0.2, 1, 0.5, 10, 4, 0.8),
+            (0.15, 0.3, 1.75, 0.55, 10, 4, 0.7),
+            (0.25, 0.3, 2.25, 0.6, 12, 6, 0.65),
+            (0.3, 0.3, 1.25, 0.65, 14, 12, 0.6),
+        ),
+        (
             (0.1, 0.2, 1, 0.6, 8, 3, 0.95),
             (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
             (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
@@ -412,24 +449,27 @@ CORRUPTION_KINDS: dict[str, tuple[CorruptionFunction, tuple[Any, ...], tuple[Any
     "frost": (
         _add_frost,
         ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75)),
+        ((1, 0.3), (0.9, 0.4), (0.8, 0.45), (0.75, 0.5), (0.7, 0.55)),
         ((1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)),
     ),
     "fog": (
         _add_fog,
         ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
+        ((0.4, 3), (0.7, 3), (1, 2.5), (1.5, 2), (2, 1.75)),
         ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),
     ),
-    "brightness": (_raise_brightness, (0.1, 0.2, 0.3, 0.4, 0.5), (0.05, 0.1, 0.15, 0.2, 0.3)),
-    "contrast": (_reduce_contrast, (0.4, 0.3, 0.2, 0.1, 0.05), (0.75, 0.5, 0.4, 0.3, 0.15)),
+    "brightness": (_raise_brightness, (0.1, 0.2, 0.3, 0.4, 0.5), (0.1, 0.2, 0.3, 0.4, 0.5), (0.05, 0.1, 0.15, 0.2, 0.3)),
+    "contrast": (_reduce_contrast, (0.4, 0.3, 0.2, 0.1, 0.05), (0.4, 0.3, 0.2, 0.1, 0.05), (0.75, 0.5, 0.4, 0.3, 0.15)),
     "elastic_transform": (
         _elastic_transform,
         ((2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02)),
+        ((0, 0, 0.08), (0.05, 0.3, 0.06), (0.1, 0.08, 0.06), (0.1, 0.03, 0.03), (0.16, 0.03, 0.02)),
         ((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)),
     ),
-    "pixelate": (_pixelate_image, (0.6, 0.5, 0.4, 0.3, 0.25), (0.95, 0.9, 0.85, 0.75, 0.65)),
-    "jpeg_compression": (_compress_jpeg, (25, 18, 15, 10, 7), (80, 65, 58, 50, 40)),
-    "speckle_noise": (_speckle_noise, (0.15, 0.2, 0.35, 0.45, 0.6), (0.06, 0.1, 0.12, 0.16, 0.2)),
-    "gaussian_blur": (_gaussian_blur, (1, 2, 3, 4, 6), (0.4, 0.6, 0.7, 0.8, 1)),
+    "pixelate": (_pixelate_image, (0.6, 0.5, 0.4, 0.3, 0.25), (0.9, 0.8, 0.7, 0.6, 0.5), (0.95, 0.9, 0.85, 0.75, 0.65)),
+    "jpeg_compression": (_compress_jpeg, (25, 18, 15, 10, 7), (65, 58, 50, 40, 25), (80, 65, 58, 50, 40)),
+    "speckle_noise": (_speckle_noise, (0.15, 0.2, 0.35, 0.45, 0.6), (0.15, 0.2, 0.25, 0.3, 0.35), (0.06, 0.1, 0.12, 0.16, 0.2)),
+    "gaussian_blur": (_gaussian_blur, (1, 2, 3, 4, 6), (0.5, 0.75, 1, 1.25, 1.5), (0.4, 0.6, 0.7, 0.8, 1)),
     "spatter": (
         _add_spatter,
         (
@@ -438,6 +478,13 @@ CORRUPTION_KINDS: dict[str, tuple[CorruptionFunction, tuple[Any, ...], tuple[Any
             (0.65, 0.3, 2, 0.68, 0.5, 0),
             (0.65, 0.3, 1, 0.65, 1.5, 1),
             (0.67, 0.4, 1, 0.65, 1.5, 1),
+        ),
+        (
+            (0.62, 0.1, 0.7, 0.7, 0.6, 0),
+            (0.65, 0.1, 0.8, 0.7, 0.6, 0),
+            (0.65, 0.3, 1, 0.69, 0.6, 0),
+            (0.65, 0.1, 0.7, 0.68, 0.6, 1),
+            (0.65, 0.1, 0.5, 0.67, 0.6, 1),
         ),
         (
             (0.62, 0.1, 0.7, 0.7, 0.5, 0),
@@ -450,6 +497,7 @@ CORRUPTION_KINDS: dict[str, tuple[CorruptionFunction, tuple[Any, ...], tuple[Any
     "saturate": (
         _change_saturation,
         ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2)),
+        ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (30, 0.2)),
         ((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)),
     ),
 }

@@ -4,10 +4,10 @@ Against the published code itself, with OpenCV 5.0 and scikit-image: gaussian an
 within 1 of 255, pixelate, JPEG and elastic transform (with its draws) equal; the edges of spatter's drops are those of OpenCV's Canny.
 
 published_corruptions.csv holds what the published code (github.com/hendrycks/robustness at 8190fe329f5f, ImageNet-C/create_c,
-make_cifar_c.py and make_imagenet_c.py) does to the two images of `part_of_a_photograph`: mean and standard deviation of the result and
-mean absolute change, over so many draws (1 where there is no chance) after `np.random.seed(severity)`, and their standard deviations
-over the draws. With numpy 2.4, scikit-image 0.26, OpenCV 5.0, Pillow 13.0 and ImageMagick 6.9.11, and today's names for what they
-renamed (`channel_axis`, `float64`, `frombuffer`). Frost is not there: it needs pictures.
+make_cifar_c.py, make_tinyimagenet_c.py and make_imagenet_c.py) does to the three images of `part_of_a_photograph`: mean and standard
+deviation of the result and mean absolute change, over so many draws (1 where there is no chance) after `np.random.seed(severity)`, and
+their standard deviations over the draws. With numpy 2.4, scikit-image 0.26, OpenCV 5.0, Pillow 13.0 and ImageMagick 6.9.11, and today's
+names for what they renamed (`channel_axis`, `float64`, `frombuffer`).
 """
 
 import csv
@@ -36,7 +36,7 @@ def natural(size, seed=0):
     return np.clip(np.asarray(coarse) + rng.normal(0, 6, (size, size, 3)), 0, 255).astype(np.uint8)
 
 
-@pytest.fixture(scope="module", params=[32, 224])
+@pytest.fixture(scope="module", params=[32, 64, 224])
 def image(request):
     return natural(request.param)
 
@@ -46,13 +46,15 @@ with (Path(__file__).parent / "published_corruptions.csv").open() as file:
 
 
 def part_of_a_photograph(size):
-    """uint8 [224, 224, 3], or [32, 32, 3] of the same part."""
+    """uint8 [224, 224, 3], or [32, 32, 3] or [64, 64, 3] of the same part."""
     photograph = load_sample_image("china.jpg")[100:324, 200:424]
-    return photograph if size == "photograph" else photograph.reshape(32, 7, 32, 7, 3).mean((1, 3)).astype(np.uint8)
+    if size == "small":
+        return photograph.reshape(32, 7, 32, 7, 3).mean((1, 3)).astype(np.uint8)
+    return np.asarray(Image.fromarray(photograph).resize((64, 64), Image.Resampling.BOX)) if size == "middle" else photograph
 
 
 def parameter(image, kind, severity):
-    return CORRUPTION_KINDS[kind][2 if len(image) <= 64 else 1][severity - 1]
+    return CORRUPTION_KINDS[kind][3 if len(image) <= 32 else 2 if len(image) <= 64 else 1][severity - 1]
 
 
 def close(result, expected, within=1):
@@ -62,7 +64,7 @@ def close(result, expected, within=1):
 def test_corruption_kinds_are_published_ones():
     assert set(CORRUPTION_KINDS) == {*CORRUPTIONS, *EXTRA_CORRUPTIONS}
     assert len(CORRUPTIONS) == 15
-    assert all(len(photographs) == len(small) == 5 for _, photographs, small in CORRUPTION_KINDS.values())
+    assert all(len(by_severity) == 5 for _, *by_size in CORRUPTION_KINDS.values() for by_severity in by_size)
 
 
 @pytest.mark.parametrize("kind", list(CORRUPTION_KINDS))
@@ -76,13 +78,13 @@ def test_corrupt_image_is_reproducible(image, kind):
     assert np.array_equal(image, before)
 
 
-@pytest.mark.parametrize("size", ["small", "photograph"])
-@pytest.mark.parametrize("kind", sorted(set(CORRUPTION_KINDS) - {"frost"}))
+@pytest.mark.parametrize("size", ["small", "middle", "photograph"])
+@pytest.mark.parametrize("kind", CORRUPTION_KINDS)
 def test_corrupt_image_changes_as_much_as_published_code(kind, size):
     image = part_of_a_photograph(size)
     for row in (row for row in PUBLISHED if (row["size"], row["kind"]) == (size, kind)):
         theirs, severity, rng = int(row["draws"]), int(row["severity"]), np.random.default_rng(0)
-        ours = 1 if theirs == 1 else {"small": 20, "photograph": 3}[size]
+        ours = 1 if theirs == 1 else {"small": 20, "middle": 12, "photograph": 3}[size] * (10 if kind == "frost" else 1)
         result = np.array([corrupt_image(image, kind, severity, rng) for _ in range(ours)]).astype(float)
         measured = {
             "mean": result.mean(),
@@ -230,9 +232,8 @@ def test_corrupt_image_weather_weakens_contrast_or_lightens(image, kind):
         assert result.mean() > image.mean()
 
 
-def test_corrupt_image_small_parameters_end_at_64_px():
-    def spread(size):
-        return corrupt_image(np.full((size, size, 3), 128, np.uint8), "gaussian_noise", 1, np.random.default_rng(0)).std() / 255
-
-    assert spread(64) == pytest.approx(0.04, rel=0.05)
-    assert spread(65) == pytest.approx(0.08, rel=0.05)
+@pytest.mark.parametrize(("size", "expected"), [(32, 0.08), (33, 0.12), (64, 0.12), (65, 0.18)])
+def test_corrupt_image_takes_parameters_of_image_size(size, expected):
+    image = np.full((size, size, 3), 128, np.uint8)
+    spread = corrupt_image(image, "gaussian_noise", 3, np.random.default_rng(0)).std() / 255
+    assert spread == pytest.approx(expected, rel=0.05)
