@@ -43,14 +43,14 @@ def make_selection_table(label_set: LabelSet, selection: Selection) -> Table:
     )
     headers = ["class", "above threshold", "threshold", "kept", "dropped", "each seen", "seen"]
     if selection.thresholds:
-        headers += ["held out", "right", "at least"]
+        headers += ["calibration", "right", "at least"]
     table = make_table(title, *headers)
     for class_id, (name, rule) in enumerate(zip(label_set.classes, selection.rules, strict=True)):
         times = f"{rule.copies}–{rule.copies + 1}×" if rule.last_extra else f"{rule.copies}×"
         cells = [
             escape(name),
             f"{rule.candidates:,}",
-            f"{rule.threshold:.1%}" if rule.threshold <= 1 else "never",
+            f"{rule.threshold:.1%}{' fallback' if rule.fallback else ''}" if rule.threshold <= 1 else "never",
             f"{rule.kept:,}",
             f"{rule.candidates - rule.kept:,}",
             times,
@@ -59,7 +59,7 @@ def make_selection_table(label_set: LabelSet, selection: Selection) -> Table:
         if selection.thresholds:
             class_thresholds = selection.thresholds.classes[class_id]
             cells += [
-                f"{class_thresholds.heldout:,}{' pooled' if class_thresholds.pooled else ''}",
+                f"{class_thresholds.calibration:,}{' pooled' if class_thresholds.pooled else ''}",
                 f"{class_thresholds.correct:,}",
                 f"{class_thresholds.bound:.1%}",
             ]

@@ -112,7 +112,13 @@ def select_labels(
         seed = resolved.selection.seed if resolved.selection else 0
     thresholds = find_policy_thresholds(store, resolved, policy) if policy.precision is not None else None
     selection = make_selection(
-        resolved.store, resolved.label_set, policy, seed=seed, label_set_key=resolved.store.uri, thresholds=thresholds
+        resolved.store,
+        resolved.label_set,
+        policy,
+        seed=seed,
+        label_set_key=resolved.store.uri,
+        thresholds=thresholds,
+        labeled_images=resolved.selection.labeled_images if resolved.selection else None,
     )
     if out is not None:
         folder, file = split_uri(out)
@@ -121,6 +127,8 @@ def select_labels(
         print_json(selection)
     else:
         Console().print(make_selection_table(resolved.label_set, selection))
+        for remark in selection.describe_classes(resolved.label_set.classes):
+            typer.echo(remark)
 
 
 @app.command("trace")

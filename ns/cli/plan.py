@@ -116,6 +116,7 @@ def format_plan_remarks(run_plan: "RunPlan") -> list[str]:
             sentences.append(
                 f"{work.field}, generation {work.generation}: sees each image of the pool {pseudo / run_plan.pool:.1f} times"
             )
+    sentences += run_plan.selection_remarks
     labeling_work = [work for work in run_plan.work if work.task == "label"]
     if max((work.devices for work in labeling_work), default=run_plan.devices) < run_plan.devices:
         sentences.append(f"labeling uses {labeling_work[0].devices} of {run_plan.devices} devices: raise labeling.tasks")

@@ -103,7 +103,7 @@ def _shorten_value(value: object) -> str:
 
 def print_run(summary: "RunSummary", store: Store, console: Console) -> None:
     """Prints the generations of a run, what was measured of its models, and where its report and best model are."""
-    from ns.evaluation.result import format_class_names
+    from ns.data.dataset import format_class_names
 
     console.print()
     console.print(make_generations_table(summary))

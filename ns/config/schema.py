@@ -367,8 +367,9 @@ class SelectionConfig(Section):
     classes are repeated. `all`: every image above the threshold, once."""
     min_confidence: float = Field(default=0.3, ge=0, lt=1)
     """Threshold: images at or below this confidence are left out."""
-    per_class: int = Field(default=130_000, ge=1)
-    """Images per class after balancing."""
+    per_class: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Images per class after balancing. `auto`: the mean number of candidates of the classes that have any, at most the paper's 130,000:
+    larger classes keep their most confident images, smaller ones repeat theirs. Paper: 130,000 of 300 million images."""
     repeat: bool = True
     """Repeat images of classes that have fewer than `per_class`."""
     max_repeat: int = Field(default=100, ge=1)
@@ -376,10 +377,14 @@ class SelectionConfig(Section):
     classes_per_image: int = Field(default=1, ge=1, le=10)
     """Number of an image's best classes that it may be selected for, by the probability of each (arXiv:1905.00546, P). Paper: 1."""
     precision: float | None = Field(default=None, gt=0, lt=1)
-    """Wanted precision of the labels. Each class's threshold is the lowest one at which the held-out images give evidence of this
-    precision, and never below `min_confidence`. If not given, `min_confidence` is the only threshold."""
+    """Wanted precision of the labels, for pools without foreign images. Thresholds are tested on the calibration images from high to
+    low, class by class, down to `min_confidence`, as long as there is evidence of this precision. If not given, `min_confidence` is
+    the only threshold."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
-    """One-sided confidence level of the Clopper–Pearson bound on that precision."""
+    """Level of that evidence: the threshold of a class misses the precision with a probability of at most 1 - confidence."""
+    fallback_share: float = Field(default=0.1, ge=0, le=1)
+    """Share of its candidates, the most confident ones, that a class keeps if there is no evidence of `precision` at any threshold.
+    Without them the student would never see the class. 0: such a class stays empty."""
 
     @model_validator(mode="after")
     def _check_precision(self) -> Self:
@@ -415,8 +420,16 @@ class GateConfig(Section):
     min_audited_precision: float | None = Field(default=None, gt=0, lt=1)
     """Refuse if the generation's labels were audited (`ns labels audit`), and the lower 95 % bound of the share that is right is below
     this. Labels without an audit are not refused; the verdict says so."""
+    min_class_coverage: Literal["auto"] | Annotated[float, Field(gt=0, le=1)] | None = None
+    """Refuse if fewer than this share of the classes are represented in the generation's selection: have pseudo-labels, and at least a
+    fifth of their share of the labeled images. `auto`: 0.95, which with up to 20 classes is all of them. No limit if not given."""
     resamples: int = Field(default=10_000, ge=1000, le=1_000_000)
     """Number of bootstrap resamples of the held-out images."""
+
+    @property
+    def required_class_coverage(self) -> float | None:
+        """The share of `min_class_coverage` as a number; None without a limit."""
+        return 0.95 if self.min_class_coverage == "auto" else self.min_class_coverage
 
     @property
     def required_suites(self) -> dict[str, SuiteName]:

@@ -56,6 +56,7 @@ class StageEvent(TypedDict, total=False):
     images: int
     kept: int
     temperature: float
+    classes: str
     steps: int
     parameters: int
     top1: float

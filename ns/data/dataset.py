@@ -4,6 +4,7 @@ dataset.json          name, role, classes, shards, digest; written last
 shard-00000.tar …     WebDataset layout: KEY.jpg|png|webp and, in labeled data, KEY.cls (class index as text)
 """
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -12,6 +13,8 @@ from ns.storage.documents import HashedDocument, JsonDocument
 
 MAX_CLASSES = 1 << 16
 """Class indices are uint16 in predictions, label sets and selections."""
+SHOWN_CLASS_NAMES = 5
+"""Names of classes that a message lists."""
 DatasetRole = Literal["labeled", "unlabeled", "evaluation"]
 
 
@@ -48,3 +51,9 @@ class Dataset(HashedDocument):
             "role": self.role,
             "shards": [[shard.sha256, shard.samples] for shard in self.shards],
         }
+
+
+def format_class_names(names: Sequence[str]) -> str:
+    """`cat, dog`; of more than five names, the first five and how many more there are."""
+    more = len(names) - SHOWN_CLASS_NAMES
+    return ", ".join(names[:SHOWN_CLASS_NAMES]) + (f" and {more:,} more" if more > 0 else "")

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ns.config.schema import CORRUPTIONS, GateConfig
-from ns.evaluation.result import Evaluation, Robustness, format_class_names
+from ns.data.dataset import format_class_names
+from ns.evaluation.result import Evaluation, Robustness
 from ns.evaluation.robustness.scores import relative_score
 from ns.storage.documents import JsonDocument
 
@@ -74,6 +75,8 @@ class LabelQuality(NamedTuple):
     """Name of that class."""
     audited_precision: tuple[float, float, int] | None = None
     """Share of correct labels, its lower bound, and the number of audited images; None without an audit."""
+    class_coverage: float | None = None
+    """Share of the classes that the selection represents."""
 
 
 class PairedCounts(JsonDocument):
@@ -345,4 +348,10 @@ def _check_label_quality(gate: GateConfig, label_quality: LabelQuality) -> list[
         precision, low, images = label_quality.audited_precision
         detail = f"lower 95% bound of the labels that are right ({precision:.1%} of {images:,} audited)"
         conditions.append(GateCondition.from_value("audited precision", low, "at least", gate.min_audited_precision, detail))
+    if gate.required_class_coverage is not None and label_quality.class_coverage is not None:
+        detail = "share of the classes with their share of pseudo-labels"
+        coverage = label_quality.class_coverage
+        conditions.append(
+            GateCondition.from_value("class coverage", coverage, "at least", gate.required_class_coverage, detail)
+        )
     return conditions

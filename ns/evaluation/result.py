@@ -9,13 +9,13 @@ units/UNIT.parquet      the predictions that these numbers were counted from
 """
 
 import re
-from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 
 from ns.core.digest import sha256_bytes
 from ns.core.errors import DataError
+from ns.data.dataset import format_class_names
 from ns.data.subsample import Subsample
 from ns.storage import Store
 from ns.storage.documents import HashedDocument, JsonDocument, dump_hashed_fields
@@ -24,8 +24,6 @@ from ns.storage.parquet import read_table
 PREDICTIONS = "predictions.parquet"
 MAX_CONFUSIONS = 1_000
 """Pairs of classes that an evaluation lists; those of 32 classes all have room."""
-SHOWN_CLASS_NAMES = 5
-"""Names of classes that a message lists."""
 
 PREDICTIONS_SCHEMA = pa.schema(
     [
@@ -233,12 +231,6 @@ class Robustness(HashedDocument):
     def top5_distances(self) -> dict[str, float]:
         """Kind → top-5 distance."""
         return {kind: result.top5_distance for kind, result in self.perturbations.items()}
-
-
-def format_class_names(names: Sequence[str]) -> str:
-    """`cat, dog`; of more than five names, the first five and how many more there are."""
-    more = len(names) - SHOWN_CLASS_NAMES
-    return ", ".join(names[:SHOWN_CLASS_NAMES]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def is_imagenet(classes: tuple[str, ...]) -> bool:

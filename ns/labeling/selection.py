@@ -9,6 +9,7 @@ each class; further passes count only inside those bins, in narrower ones, until
 Two passes suffice except for very many equal confidences.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -18,8 +19,9 @@ import numpy.typing as npt
 
 from ns.config.schema import SelectionConfig
 from ns.core.digest import hash_text
+from ns.data.dataset import format_class_names
 from ns.labeling.label_set import LabelRows, LabelSet, ShardScores, iter_shard_scores
-from ns.labeling.thresholds import Thresholds
+from ns.labeling.thresholds import NEVER_SURE, Thresholds
 from ns.storage import Store
 from ns.storage.documents import HashedDocument, JsonDocument, dump_hashed_fields
 from ns.storage.scratch import explain_scratch_errors, make_scratch_dir
@@ -28,6 +30,10 @@ MAX_SORTED_ROWS = 1 << 20
 """At most so many rows are sorted at the end; more are counted in narrower bins once more."""
 MAX_COUNTERS = 1 << 22
 """Bins of all classes together at most."""
+PAPER_PER_CLASS = 130_000
+"""Images per class in the paper (arXiv:1911.04252 §3.1)."""
+MAX_SHARE_RATIO = 5
+"""A class whose share of the candidates and of the labeled images differ by more than this factor is mentioned."""
 HIGHEST_HASH = "f" * 16
 """Hash of a cut that takes all of its confidence."""
 HIGHEST_BITS = int(np.float32(1).view(np.uint32)) + 16
@@ -48,6 +54,8 @@ class ClassRule(JsonDocument):
     candidates: int
     """Images above the confidence threshold."""
     threshold: float
+    fallback: bool = False
+    """Whether there is no evidence of the wanted precision at any threshold, so that a share of all candidates is kept."""
     kept: int
     """Distinct images kept: the first in the ranking."""
     images: int
@@ -79,6 +87,10 @@ class Selection(HashedDocument):
     """Images that were not labeled, as in `LabelShard.left_out`."""
     thresholds: Thresholds | None = None
     """Thresholds for a wanted precision; None if the policy asks for none."""
+    per_class: int | None = None
+    """Images per class that the selection was balanced to; None if it was not balanced."""
+    labeled_images: tuple[int, ...] | None = None
+    """Labeled images of each class, which its share of the candidates is compared with; None if they are not known."""
 
     def hashed_fields(self) -> Any:
         return dump_hashed_fields(self, exclude={"label_set_key"})
@@ -90,6 +102,50 @@ class Selection(HashedDocument):
     @property
     def images(self) -> int:
         return sum(rule.images for rule in self.rules)
+
+    @property
+    def empty_classes(self) -> list[int]:
+        """Classes without pseudo-labels."""
+        return [class_id for class_id, rule in enumerate(self.rules) if rule.kept == 0]
+
+    @property
+    def distorted_classes(self) -> dict[int, tuple[float, float]]:
+        """Classes with pseudo-labels whose share of the candidates differs from their share of the labeled images by more than
+        MAX_SHARE_RATIO; with both shares, in 0–1."""
+        if self.labeled_images is None:
+            return {}
+        candidates, labeled = (
+            np.array(counts, np.float64) for counts in ([rule.candidates for rule in self.rules], self.labeled_images)
+        )
+        shares, priors = candidates / max(1.0, candidates.sum()), labeled / max(1.0, labeled.sum())
+        is_distorted = (candidates > 0) & (
+            (shares * MAX_SHARE_RATIO < priors) | ((shares > priors * MAX_SHARE_RATIO) & (priors > 0))
+        )
+        return {int(class_id): (float(shares[class_id]), float(priors[class_id])) for class_id in np.flatnonzero(is_distorted)}
+
+    @property
+    def represented_share(self) -> float:
+        """Share of the classes, 0–1, that have pseudo-labels, and not less than a fifth of their share of the labeled images."""
+        scarce = [class_id for class_id, (share, prior) in self.distorted_classes.items() if share < prior]
+        return 1 - (len(self.empty_classes) + len(scarce)) / len(self.rules)
+
+    def describe_classes(self, classes: Sequence[str]) -> list[str]:
+        """What a person should know of single classes, one sentence per kind; empty if there is nothing."""
+        fallback = [class_id for class_id, rule in enumerate(self.rules) if rule.fallback and rule.kept]
+        scarce, plentiful = (
+            [class_id for class_id, (share, prior) in self.distorted_classes.items() if (share < prior) == is_scarce]
+            for is_scarce in (True, False)
+        )
+        return [
+            f"{len(class_ids):,} of {len(classes):,} classes {what}: {format_class_names([classes[class_id] for class_id in class_ids])}"
+            for class_ids, what in (
+                (self.empty_classes, "have no pseudo-labels"),
+                (fallback, f"have no evidence of the precision, and keep {self.policy.fallback_share:.0%} of their candidates"),
+                (scarce, f"have less than 1/{MAX_SHARE_RATIO} of their share of the labeled images"),
+                (plentiful, f"have more than {MAX_SHARE_RATIO} times their share of the labeled images"),
+            )
+            if class_ids
+        ]
 
     @property
     def balanced_out(self) -> int:
@@ -114,18 +170,23 @@ def select_pseudo_labels(
     unreadable: int = 0,
     left_out: int = 0,
     thresholds: Thresholds | None = None,
+    labeled_images: tuple[int, ...] | None = None,
 ) -> Selection:
     """Makes the rule of each class from the scores of a label set.
 
     Each call of `read_scores` yields all shards once; it is called a few times. `unreadable`, `left_out`: rows without a label.
+    `labeled_images`: labeled images of each class, if they are known.
     """
     class_thresholds = np.full(num_classes, policy.min_confidence, np.float32)
+    is_fallback = np.zeros(num_classes, np.bool_)
     if thresholds is not None:
-        class_thresholds = np.maximum(
-            class_thresholds, np.array([class_threshold.threshold for class_threshold in thresholds.classes], np.float32)
-        )
+        lowest = np.array([class_threshold.threshold for class_threshold in thresholds.classes], np.float32)
+        is_fallback = (lowest == NEVER_SURE) & (policy.fallback_share > 0)
+        class_thresholds = np.where(is_fallback, class_thresholds, np.maximum(class_thresholds, lowest))
     ranking = _Ranking(read_scores, class_thresholds, seed)
-    sizes = [_plan_copies(count, policy) for count in ranking.candidates.tolist()]
+    eligible = np.where(is_fallback, np.ceil(policy.fallback_share * ranking.candidates), ranking.candidates).astype(np.int64)
+    per_class = _choose_class_size(eligible, policy)
+    sizes = [_plan_copies(count, per_class, policy) for count in eligible.tolist()]
     last, last_extras = ranking.find_cuts(
         [
             {class_id: kept - 1 for class_id, (kept, _, _) in enumerate(sizes) if kept},
@@ -141,6 +202,7 @@ def select_pseudo_labels(
             ClassRule(
                 candidates=int(ranking.candidates[class_id]),
                 threshold=float(class_thresholds[class_id]),
+                fallback=bool(is_fallback[class_id]),
                 kept=kept,
                 images=kept * times + extra,
                 last_kept=last.get(class_id),
@@ -153,6 +215,8 @@ def select_pseudo_labels(
         unreadable=unreadable,
         left_out=left_out,
         thresholds=thresholds,
+        per_class=per_class,
+        labeled_images=labeled_images,
     )
 
 
@@ -164,6 +228,7 @@ def make_selection(
     seed: int,
     label_set_key: str,
     thresholds: Thresholds | None = None,
+    labeled_images: tuple[int, ...] | None = None,
 ) -> Selection:
     """As `select_pseudo_labels`, from a label set in `store`. Raises DataError if a shard is not what the manifest says."""
     with make_scratch_dir("select") as scratch_dir:
@@ -182,6 +247,7 @@ def make_selection(
             unreadable=label_set.unreadable,
             left_out=label_set.left_out,
             thresholds=thresholds,
+            labeled_images=labeled_images,
         )
 
 
@@ -211,14 +277,27 @@ class _ScoreFile:
                 yield ShardScores(confidence[:, 0] >= 0, class_ids, confidence, read_keys)
 
 
-def _plan_copies(candidates: int, policy: SelectionConfig) -> tuple[int, int, int]:
-    """For one class: images kept, how often each is seen, and how many are seen once more."""
-    if candidates == 0:
-        return 0, 0, 0
+def _choose_class_size(eligible: npt.NDArray[np.int64], policy: SelectionConfig) -> int | None:
+    """Images per class after balancing; None without balancing. `eligible`: int64 [classes], images that each class may keep.
+
+    The mean of the classes is at most the size of the largest one, so that one is seen once: nothing is repeated in all classes.
+    """
     if policy.policy == "all":
-        return candidates, 1, 0
-    kept = min(candidates, policy.per_class)
-    times, extra = divmod(policy.per_class, kept) if policy.repeat else (1, 0)
+        return None
+    if policy.per_class != "auto":
+        return policy.per_class
+    mean = math.ceil(int(eligible.sum()) / max(1, int(np.count_nonzero(eligible))))
+    return min(PAPER_PER_CLASS, max(1, mean))
+
+
+def _plan_copies(eligible: int, per_class: int | None, policy: SelectionConfig) -> tuple[int, int, int]:
+    """For one class: images kept, how often each is seen, and how many are seen once more."""
+    if eligible == 0:
+        return 0, 0, 0
+    if per_class is None:
+        return eligible, 1, 0
+    kept = min(eligible, per_class)
+    times, extra = divmod(per_class, kept) if policy.repeat else (1, 0)
     return (kept, policy.max_repeat, 0) if times >= policy.max_repeat else (kept, times, extra)
 
 

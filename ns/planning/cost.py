@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from pydantic import computed_field
 
-from ns.config.schema import Experiment, OptimizerConfig, RoleConfig, Views
+from ns.config.schema import Experiment, OptimizerConfig, RoleConfig, SelectionConfig, Views
 from ns.core import log
 from ns.core.errors import ConfigError
 from ns.data.augment.transforms import EvalTransform
@@ -17,6 +17,7 @@ from ns.data.loading.shared_memory import StepShape, split_step
 from ns.data.prepared import PART_ROLES, DataPart
 from ns.evaluation.robustness.suite import count_passes
 from ns.labeling.label_set import count_kept_classes
+from ns.labeling.thresholds import count_required_images
 from ns.modeling.factory import (
     build_model,
     check_models,
@@ -134,6 +135,8 @@ class RunPlan(JsonDocument):
     checkpoint_bytes: int
     """Largest size of all checkpoints at a time."""
     price: float | None
+    selection_remarks: tuple[str, ...] = ()
+    """What the counts of images say of the selection before there are labels."""
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -220,7 +223,28 @@ def estimate_run(experiment: Experiment, request: PlanRequest) -> RunPlan:
             (job.role.train.checkpoints_kept + 1) * estimate.checkpoint_bytes for job, estimate in zip(jobs, work, strict=True)
         ),
         price=request.price,
+        selection_remarks=tuple(
+            _describe_selection(experiment.selection, classes, {part: part_stats.images for part, part_stats in stats.items()})
+        ),
     )
+
+
+def _describe_selection(policy: SelectionConfig, classes: int, images: dict[DataPart, int]) -> Iterator[str]:
+    pool = images["pool"] / classes
+    if policy.policy != "all" and policy.per_class != "auto" and policy.repeat and policy.per_class >= 2 * pool:
+        times = min(policy.max_repeat, math.floor(policy.per_class / pool))
+        yield (
+            f"selection.per_class: {policy.per_class:,}, but the pool has {pool:,.0f} images per class: the student sees each at least "
+            f"{times} times per epoch, so classes are not balanced; `auto` balances them"
+        )
+    if policy.precision is not None:
+        required = count_required_images(policy.precision, policy.confidence)
+        calibration = images["calibration"] / classes
+        if calibration < required:
+            yield (
+                f"selection.precision: a class needs {required:,} calibration images for a threshold of its own, and has about "
+                f"{calibration:,.0f}: such classes share one"
+            )
 
 
 def _list_jobs(experiment: Experiment, images: dict[DataPart, int], sets: dict[str, int]) -> Iterator[_PlannedJob]:

@@ -226,4 +226,5 @@ def compute_policy_thresholds(store: Store, evaluation: Evaluation, policy: Sele
         precision=policy.precision,
         level=policy.confidence,
         evaluation=evaluation.digest,
+        min_confidence=policy.min_confidence,
     )

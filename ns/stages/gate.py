@@ -98,9 +98,11 @@ def _collect_label_evidence(context: StageContext, generation: int) -> LabelQual
     gate_config = context.experiment.gate
     evidence = LabelQuality()
     compares = generation > 1 and (gate_config.max_churn is not None or gate_config.max_class_shrinkage is not None)
-    if not compares and gate_config.min_audited_precision is None:
+    if not compares and gate_config.min_audited_precision is None and gate_config.min_class_coverage is None:
         return evidence
     current = open_run_label_set(context.root, context.run, generation)
+    if current.selection is not None:
+        evidence = evidence._replace(class_coverage=current.selection.represented_share)
     if compares and (previous := open_previous_label_set(context.root, context.run, generation)):
         diff = compare_label_sets(previous.side, current.side, flips=0)
         evidence = evidence._replace(churn=diff.churn, shrinkage=diff.shrinkage, shrunk_class=diff.shrunk_class)

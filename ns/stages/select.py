@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from ns.core.digest import LABELING_SOURCES, digest_code
 from ns.core.errors import DataError
+from ns.data.leakage import count_class_images
 from ns.data.prepared import PreparedData
 from ns.evaluation.result import Evaluation
 from ns.labeling.label_set import LabelSet, join_label_shards
@@ -54,13 +55,20 @@ def commit_labels(ref: RunRef, *, data: str, generation: int, teacher: str) -> s
             "policy": dump_hashed_fields(experiment.selection),
             "seed": experiment.seed,
             "label_set": label_set.digest,
+            "labeled": prepared.labeled.digest,
             "calibration": calibration.digest if calibration else None,
         }
         selection_key = context.ledger.derive_key("selections", "select", inputs)
 
         def write_selection() -> Mapping[str, str]:
             selection = make_selection(
-                label_store, label_set, experiment.selection, seed=experiment.seed, label_set_key=key, thresholds=thresholds
+                label_store,
+                label_set,
+                experiment.selection,
+                seed=experiment.seed,
+                label_set_key=key,
+                thresholds=thresholds,
+                labeled_images=tuple(count_class_images(*prepared.labeled.open_dataset(root)).values()),
             )
             if selection.kept == 0:
                 precision_hint = ", or selection.precision" if thresholds else ""
@@ -78,6 +86,8 @@ def commit_labels(ref: RunRef, *, data: str, generation: int, teacher: str) -> s
         context.get_or_run("select", inputs, write_selection)
         selection = Selection.load(root.at(selection_key))
         context.add_log_fields(labeled=label_set.rows, kept=selection.kept, images=selection.images)
+        if remarks := selection.describe_classes(label_set.classes):
+            context.add_log_fields(classes="; ".join(remarks))
         if label_set.temperature != 1:
             context.add_log_fields(temperature=label_set.temperature)
         run_metrics.publish_selection(root, ref.run, generation, selection, experiment.gate)

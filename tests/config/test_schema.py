@@ -37,7 +37,7 @@ def test_schema_defaults_are_the_papers(minimal):
     assert student.train.label_smoothing == 0.1
     assert student.train.weighting == "sum"
     assert experiment.selection.min_confidence == 0.3
-    assert experiment.selection.per_class == 130_000
+    assert experiment.selection.per_class == "auto"
     noise = student.noise
     assert (noise.randaugment_translate_px, noise.randaugment_cutout_px, noise.pad_px) == (None, None, None)
     assert (noise.crop_area, noise.crop_aspect, student.model.test_margin_px) == ((0.08, 1), (3 / 4, 4 / 3), 32)

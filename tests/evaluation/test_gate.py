@@ -293,6 +293,16 @@ def test_evaluate_gate_checks_label_quality(requirements, name, good, bad, reaso
     assert len(make_verdict(gate, same, same).conditions) == 1
 
 
+@pytest.mark.parametrize(("required", "coverage", "promoted"), [("auto", 0.95, True), ("auto", 0.9, False), (0.9, 0.9, True)])
+def test_class_coverage_is_a_condition(required, coverage, promoted):
+    same = np.ones(50, bool)
+    gate = GateConfig(min_gain=-0.01, min_class_coverage=required)
+    verdict = make_verdict(gate, same, same, label_quality=LabelQuality(class_coverage=coverage))
+    assert verdict.promoted == promoted
+    assert verdict.conditions[-1].name == "class coverage"
+    assert verdict.conditions[-1].required == (0.95 if required == "auto" else required)
+
+
 @pytest.mark.parametrize("label_quality", [None, LabelQuality()])
 def test_evaluate_gate_notes_missing_audit(label_quality):
     same = np.ones(50, bool)

@@ -343,14 +343,14 @@ def test_make_selection_names_full_disk(label_set, tmp_path, monkeypatch):
 
 
 def make_thresholds(*thresholds: float) -> Thresholds:
-    classes = tuple(ClassThreshold(threshold=one, heldout=1, correct=1, bound=0.9, pooled=False) for one in thresholds)
+    classes = tuple(ClassThreshold(threshold=one, calibration=1, correct=1, bound=0.9, pooled=False) for one in thresholds)
     return Thresholds(precision=0.9, confidence=0.95, evaluation="0" * 64, classes=classes)
 
 
 def test_selection_uses_threshold_of_each_class():
     thresholds = make_thresholds(0.8, 0.1, NEVER_SURE, 0.5)
     rows = rows_of([(f"{label}-{conf}", label, conf) for label in range(4) for conf in (0.2, 0.4, 0.6, 0.9)])
-    policy = SelectionConfig(policy="all", min_confidence=0.3, precision=0.9)
+    policy = SelectionConfig(policy="all", min_confidence=0.3, precision=0.9, fallback_share=0)
     selection = select_pseudo_labels(
         lambda: [rows.build_scores(1)], CLASSES, policy, seed=0, label_set="0" * 64, label_set_key="", thresholds=thresholds
     )
@@ -361,6 +361,63 @@ def test_selection_uses_threshold_of_each_class():
     assert (selection.unreadable, selection.left_out) == (0, 0)
     assert selection.thresholds == thresholds
     assert Selection.model_validate_json(selection.model_dump_json()) == selection
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.1, 1), (0.25, 2), (1.0, 8)])
+@pytest.mark.parametrize("kind", ["all", "paper"])
+def test_class_without_evidence_keeps_a_share_of_its_most_confident_images(share, kept, kind):
+    rows = rows_of([(f"{label}-{rank}", label, 0.95 - 0.05 * rank) for label in (0, 2) for rank in range(8)])
+    policy = SelectionConfig(policy=kind, min_confidence=0.3, precision=0.9, fallback_share=share, per_class=8)
+    thresholds = make_thresholds(0.76, 0.1, NEVER_SURE, 0.5)
+    selection = select_pseudo_labels(
+        lambda: [rows.build_scores(1)], CLASSES, policy, seed=0, label_set="0" * 64, label_set_key="", thresholds=thresholds
+    )
+    copies = dict(zip(rows.keys, count_copies(selection, rows).tolist(), strict=True))
+    assert [key for key, times in copies.items() if times and key.startswith("2")] == [f"2-{rank}" for rank in range(kept)]
+    assert [rule.fallback for rule in selection.rules] == [False, False, True, False]
+    assert [rule.kept for rule in selection.rules][:3] == [4, 0, kept]
+    assert selection.describe_classes(("a", "b", "c", "d")) == [
+        "2 of 4 classes have no pseudo-labels: b, d",
+        f"1 of 4 classes have no evidence of the precision, and keep {share:.0%} of their candidates: c",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "per_class", "copies"),
+    [
+        ((60, 30, 20, 10), 30, (1, 1, 1.5, 3)),
+        ((40, 40, 40, 40), 40, (1, 1, 1, 1)),
+        ((0, 0, 30, 90), 60, (0, 0, 2, 1)),
+        ((1, 0, 0, 0), 1, (1, 0, 0, 0)),
+    ],
+)
+def test_auto_balances_to_the_mean_of_the_classes(sizes, per_class, copies):
+    rows = rows_of([(f"{label}-{rank}", label, 0.9) for label, size in enumerate(sizes) for rank in range(size)])
+    selection = run([rows], SelectionConfig())
+    assert selection.per_class == per_class
+    assert [rule.images for rule in selection.rules] == [per_class if size else 0 for size in sizes]
+    assert [rule.images / max(1, rule.kept) for rule in selection.rules] == list(copies)
+    assert min(rule.copies for rule in selection.rules if rule.kept) == 1, "the whole pool is not repeated"
+    assert run([rows], SelectionConfig(per_class=500, max_repeat=3)).per_class == 500
+
+
+def test_auto_keeps_the_papers_limit(monkeypatch):
+    monkeypatch.setattr(selection_module, "PAPER_PER_CLASS", 7)
+    rows = rows_of([(f"{label}-{rank}", label, 0.9) for label in range(4) for rank in range(20)])
+    assert [rule.images for rule in run([rows], SelectionConfig()).rules] == [7] * 4
+
+
+def test_selection_names_classes_with_a_share_far_from_the_labeled_images():
+    rows = rows_of([(f"{label}-{rank}", label, 0.9) for label, size in enumerate((1, 9, 60, 30)) for rank in range(size)])
+    labeled = {"labeled_images": (20, 0, 4, 76)}
+    selection = run([rows], SelectionConfig()).model_copy(update=labeled)
+    assert selection.distorted_classes == {0: (0.01, 0.2), 2: (0.6, 0.04)}
+    assert selection.represented_share == 0.75
+    assert selection.describe_classes(tuple("abcd")) == [
+        "1 of 4 classes have less than 1/5 of their share of the labeled images: a",
+        "1 of 4 classes have more than 5 times their share of the labeled images: c",
+    ]
+    assert run([rows], SelectionConfig()).describe_classes(tuple("abcd")) == []
 
 
 @pytest.mark.parametrize("equal", [False, True], ids=["different confidences", "equal confidences"])

@@ -1,11 +1,9 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy.stats import binom
 
 from ns.config.schema import SelectionConfig
-from ns.labeling.thresholds import NEVER_SURE, clopper_pearson_bound, find_thresholds
+from ns.labeling.thresholds import NEVER_SURE, clopper_pearson_bound, count_required_images, find_thresholds
 
 
 def run(entries, classes=3, precision=0.8, level=0.9):
@@ -29,41 +27,101 @@ def test_clopper_pearson_bound_is_binomial_tail(correct, total):
     assert clopper_pearson_bound(np.array([0]), np.array([total]), 0.95)[0] == 0
 
 
-ENTRY = st.tuples(st.integers(0, 2), st.sampled_from([0.2, 0.4, 0.5, 0.7, 0.8, 0.9, 1.0]), st.booleans())
+@pytest.mark.parametrize(("precision", "level"), [(0.9, 0.95), (0.95, 0.95), (0.7, 0.99)])
+@pytest.mark.parametrize("mistakes", [0, 1, 4])
+def test_count_required_images_is_the_first_number_that_passes(precision, level, mistakes):
+    images = count_required_images(precision, level, mistakes)
+    # The exact test of "the precision is lower" with so many right ones.
+    assert binom.sf(images - mistakes - 1, images, precision) <= 1 - level
+    assert binom.sf(images - mistakes - 2, images - 1, precision) > 1 - level
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(ENTRY, max_size=80), st.sampled_from([0.3, 0.5, 0.8]))
-def test_find_thresholds_finds_lowest(entries, precision):
-    found = run(entries, precision=precision)
-    least = next(n for n in range(1, 1000) if (0.1) ** (1 / n) >= precision)
-    rare = {label for label in range(3) if sum(own == label for own, _, _ in entries) < least}
-    for label, one in enumerate(found.classes):
-        assert one.pooled == (label in rare)
-        group = [(c, ok) for own, c, ok in entries if (own in rare if label in rare else own == label)]
-        lowest = NEVER_SURE
-        for candidate in sorted({c for c, _ in group}, reverse=True):
-            above = [ok for c, ok in group if c >= candidate]
-            if clopper_pearson_bound(np.array([sum(above)]), np.array([len(above)]), 0.9)[0] >= precision:
-                lowest = candidate
-        taken = [ok for c, ok in group if np.float32(c) > np.float32(one.threshold)]
-        assert (len(taken), sum(taken)) == (one.heldout, one.correct)
-        assert [c for c, _ in group if np.float32(c) > np.float32(one.threshold)] == [c for c, _ in group if c >= lowest]
+def test_search_ends_at_the_first_threshold_without_evidence():
+    # 200 right ones, 100 of which every other is wrong, and then enough right ones that all together pass again.
+    entries = [(0, 0.9 - 1e-4 * rank, not (200 <= rank < 300 and rank % 2)) for rank in range(1000)]
+    (found, *_) = run(entries, precision=0.9, level=0.95).classes
+    assert sum(ok for _, _, ok in entries) / 1000 > 0.94
+    assert 200 <= found.calibration < 300
+    assert found.correct == sum(ok for _, _, ok in entries[: found.calibration])
+    assert found.bound == clopper_pearson_bound(np.array([found.correct]), np.array([found.calibration]), 0.95)[0] >= 0.9
+    assert np.float32(found.threshold) == np.float32(entries[found.calibration][1])
 
 
-def test_find_thresholds_of_class_that_is_never_right():
-    found = run([(0, 0.9, False)] * 50 + [(1, 0.9, True)] * 50)
-    never = found.classes[0]
-    assert (never.threshold, never.heldout, never.correct, never.bound) == (NEVER_SURE, 0, 0, 0)
-    assert found.classes[1].threshold < 0.9
-    assert found.classes[2].pooled
+def test_threshold_of_a_class_that_is_right_everywhere_is_the_least_confidence():
+    entries = [(0, 0.2 + 0.001 * rank, True) for rank in range(200)]
+    (found, *_) = run(entries, precision=0.9).classes
+    assert (found.threshold, found.calibration) == (0.0, 200)
+    kept = find_thresholds(
+        *(np.array(column) for column in zip(*entries, strict=True)),
+        1,
+        precision=0.9,
+        level=0.9,
+        evaluation="",
+        min_confidence=0.3,
+    ).classes[0]
+    assert (kept.threshold, kept.calibration) == (0.3, sum(np.float32(sure) > np.float32(0.3) for _, sure, _ in entries))
 
 
-def test_find_thresholds_accepts_bound_equal_to_precision():
-    bound = float(clopper_pearson_bound(np.array([9]), np.array([9]), 0.9)[0])
-    found = run([(0, 0.9, True)] * 9, precision=bound)
-    assert (found.classes[0].heldout, found.classes[0].bound) == (9, bound)
-    assert run([(0, 0.9, True)] * 9, precision=float(np.nextafter(bound, 1))).classes[0].threshold == NEVER_SURE
+def test_equal_confidences_are_tested_together():
+    entries = [(0, 0.9, rank % 3 > 0) for rank in range(60)] + [(0, 0.5, True)] * 60
+    # The first 22 could be right by chance; it is all 60 with confidence 0.9 that are tested.
+    assert run(entries, precision=0.9).classes[0].threshold == NEVER_SURE
+    right = [(0, 0.9, True)] * 60 + [(0, 0.5, False)] * 60
+    assert run(right, precision=0.9).classes[0].threshold == np.float32(0.5)
+
+
+def test_classes_with_too_few_images_share_a_threshold():
+    found = run([(0, 0.9, False)] * 50 + [(1, 0.9, True)] * 6 + [(2, 0.8, True)] * 6).classes
+    assert (found[0].threshold, found[0].calibration, found[0].bound, found[0].pooled) == (NEVER_SURE, 0, 0, False)
+    assert found[1] == found[2]
+    assert (found[1].threshold, found[1].calibration, found[1].pooled) == (0.0, 12, True)
+    assert {one.threshold for one in run([]).classes} == {NEVER_SURE}
+
+
+# Precision at a confidence, in cases where the highest thresholds have the wanted precision and the lowest ones have not, and where
+# confidence says nothing.
+CASES = {
+    "nothing, just below": lambda sure: np.full_like(sure, 0.8999),
+    "nothing, far below": lambda sure: np.full_like(sure, 0.85),
+    "little": lambda sure: 0.88 + 0.04 * sure,
+    "much": lambda sure: 0.5 + 0.5 * np.sqrt(sure),
+    "all, at once": lambda sure: np.where(sure > 0.7, 0.97, 0.3),
+    "sure to be wrong": lambda sure: 0.95 - 0.12 * sure,
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("shape", [0.3, 1.0, 4.0], ids=["few sure", "even", "many sure"])
+def test_thresholds_miss_their_precision_no_more_often_than_their_level_says(case, shape):
+    """Simulation: classes with 20 to 1,000 images each, whose true precision above any threshold is known."""
+    rng = np.random.default_rng(0)
+    sizes = np.tile([20, 45, 100, 300, 1000], 60)
+    predicted = np.repeat(np.arange(len(sizes)), sizes)
+    sure = rng.random(len(predicted)) ** (1 / shape)
+    correct = rng.random(len(sure)) < CASES[case](sure)
+    confidence = sure.astype(np.float32)
+    found = find_thresholds(predicted, confidence, correct, len(sizes), precision=0.9, level=0.95, evaluation="").classes
+    # Precision above each threshold: the mean over the distribution of confidences, on a fine grid.
+    grid = ((np.arange(100_000) + 0.5) / 100_000) ** (1 / shape)
+    cumulated = np.cumsum(CASES[case](grid)[::-1])[::-1] / np.arange(len(grid), 0, -1)
+    own = [one for one in found if not one.pooled]
+    true_precision = np.interp([one.threshold for one in own if one.threshold <= 1], grid, cumulated)
+    assert len(own) == 240
+    misses = int((true_precision < 0.9 - 1e-6).sum())
+    assert misses <= binom.ppf(0.995, len(own), 0.05)
+    if case in ("much", "all, at once"):
+        passing = sum(one.threshold <= 1 for one in own)
+        assert passing > (40 if shape < 1 else 80), "a test that never passes misses nothing"
+
+
+def test_lowest_passing_threshold_would_miss_more_often():
+    """Why thresholds are tested in a fixed sequence: among all thresholds, one passes by chance far too often."""
+    rng = np.random.default_rng(1)
+    lucky = 0
+    for _ in range(200):
+        right = (rng.random(300) < 0.8999).cumsum()
+        lucky += bool((clopper_pearson_bound(right, np.arange(1, 301), 0.95) >= 0.9).any())
+    assert lucky / 200 > 0.1
 
 
 def test_selection_precision_needs_one_class_per_image():

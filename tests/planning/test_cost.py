@@ -81,6 +81,19 @@ def test_plan_counts_what_is_set_apart_and_labeled_with_all_views():
     assert find_work(run_plan, "evaluate", 0).images == 40_000 + 10 * 10_000
 
 
+def test_plan_says_what_counts_mean_for_the_selection():
+    pool = KnownCounts({"labeled": 400, "pool": 15_000, "heldout": 1_000}, image_bytes=1000, classes=10)
+
+    def list_remarks(**selection) -> str:
+        run_plan = estimate_run(make_experiment(selection=selection), PlanRequest(pool, multiply_adds_per_second=1e12))
+        return "\n".join(line for line in format_plan_remarks(run_plan) if line.startswith("selection."))
+
+    assert list_remarks() == ""
+    assert list_remarks(per_class=2000, precision=0.9) == ""
+    assert "the pool has 1,500 images per class: the student sees each at least 86 times" in list_remarks(per_class=130_000)
+    assert "needs 59 calibration images for a threshold of its own, and has about 50" in list_remarks(precision=0.95)
+
+
 def test_single_device_sends_nothing():
     config = make_experiment(teacher={"preset": "b0"}, students=[{"preset": "b0"}], generations=1)
     run_plan = estimate_run(config, PlanRequest(IMAGENET, multiply_adds_per_second=1e12))

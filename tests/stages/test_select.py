@@ -12,6 +12,7 @@ from ns.runs.lookup import (
     find_policy_thresholds,
     open_label_set,
 )
+from ns.runs.summary import summarize_run
 from ns.stages.evaluate import evaluate_generation
 from ns.stages.prepare import prepare_data
 from ns.stages.train import train_generation
@@ -52,6 +53,22 @@ def test_commit_labels_turns_a_precision_into_thresholds(finished_run):
         assert rule.threshold == max(np.float32(0.3), np.float32(of_class.threshold))
         assert of_class.bound >= 0.6 or rule.kept == 0
     assert 0 < labels.selection.kept < labels.label_set.rows
+
+
+def test_a_class_without_pseudo_labels_is_said_and_can_refuse_the_student(finished_run, monkeypatch):
+    store, _ = finished_run
+    # The teacher's confidences lie between 0.3 and 0.9; some classes have none above this one.
+    ref = open_tiny_run(store, "selection.min_confidence=0.7", "selection.per_class=auto", "gate.min_class_coverage=auto")
+    lines = {}
+    monkeypatch.setattr("ns.stages.context.StageContext.add_log_fields", lambda _, **fields: lines.update(fields))
+    run_loop(ref)
+    labels = open_label_set(store, f"{ref.run}/gen-1")
+    assert 0 < len(labels.selection.empty_classes) < 10
+    assert labels.selection.labeled_images == (5,) * 10
+    assert "of 10 classes have no pseudo-labels: " in lines["classes"]
+    verdict = summarize_run(store, ref.run).generations[0]
+    assert verdict.verdict == "refused"
+    assert "share of the classes with their share of pseudo-labels is" in verdict.reason
 
 
 def test_thresholds_need_calibration_images(finished_run):
