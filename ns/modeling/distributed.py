@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ns.core.errors import ConfigError, Interrupted, NsError, TrainingError
 from ns.core.process import CLIENT_VARIABLE, handle_signals
+from ns.storage.scratch import make_scratch_dir
 
 FAILURE_VARIABLE = "NS_FAILURE_FILE"
 """Path of the file in which the first process that fails leaves its error, for `launch_processes` to raise it."""
@@ -214,8 +214,8 @@ def launch_processes(processes: int, module: str, arguments: Sequence[str]) -> N
 
     SIGTERM and SIGINT are passed on as SIGTERM. Raises the error of the first process that failed, Interrupted if asked to stop.
     """
-    with tempfile.TemporaryDirectory(prefix="ns-processes-") as scratch:
-        failure_path = Path(scratch) / "failure.json"
+    with make_scratch_dir("processes") as scratch:
+        failure_path = scratch / "failure.json"
         environment = {**os.environ, FAILURE_VARIABLE: str(failure_path), CLIENT_VARIABLE: str(os.getpid())}
         environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
         torchrun = [sys.executable, "-m", "ns.modeling.torchrun", "--standalone", f"--nproc-per-node={processes}"]

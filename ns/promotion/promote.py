@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import yaml
+from pydantic import ConfigDict
 
 from ns.core.digest import shorten_digest
 from ns.core.errors import ConfigError, DataError, NsError, RunError, StoreError
@@ -30,7 +31,9 @@ HEADER = "# The model in use. `ns promote RUN` moves it, `ns promote check` chec
 
 
 class ModelPointer(JsonDocument):
-    """Names the model in use."""
+    """Names the model in use. People edit it, so a name that it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal[1] = 1
     model: str

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 from collections.abc import Iterator
 
 from filelock import FileLock, Timeout
@@ -13,6 +12,7 @@ from ns.core.digest import describe_code, digest_json
 from ns.core.errors import ConfigError, RunError, StoreError
 from ns.runs.records import (
     CONFIG_FILE,
+    RUN_NAME,
     AcceptedStudent,
     RunRecord,
     RunState,
@@ -45,7 +45,7 @@ def digest_experiment(experiment: Experiment) -> str:
 
 def check_run_name(run: str) -> None:
     """Raises ConfigError for a name that a run cannot have: it is a folder beside `store`, and part of the tags of label sets."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", run) or ".." in run or run in ("latest", "store"):
+    if not RUN_NAME.fullmatch(run) or ".." in run or run in ("latest", "store"):
         raise ConfigError(
             f"--run: invalid value {run!r}: must be at most 100 letters, digits, dots, dashes and underscores, begin with a letter or "
             "digit, hold no '..', and be neither 'latest' nor 'store'"
@@ -60,8 +60,7 @@ def open_run(root: Store, run: str, experiment: Experiment, version: str) -> Non
     check_run_name(run)
     config_digest = digest_experiment(experiment)
     started_at = utc_timestamp()
-    if root.exists(record_key(run)):
-        existing = RunRecord.load_file(root, record_key(run))
+    if existing := RunRecord.find_file(root, record_key(run)):
         if existing.config_digest != config_digest:
             raise RunError(
                 f"run {run}: was started with another configuration ({root.at(run).uri}/{CONFIG_FILE}); "
@@ -85,9 +84,8 @@ def check_run_code(root: Store, run: str) -> None:
 
     The results of one run would come of two programs, and finished work would no longer be found.
     """
-    if not root.exists(record_key(run)):
-        return
-    begun_with = RunRecord.load_file(root, record_key(run)).code
+    record = RunRecord.find_file(root, record_key(run))
+    begun_with = record.code if record else {}
     changed = [
         f"{name} {begun_with[name]}, now {current or 'missing'}"
         for name, current in describe_code().items()

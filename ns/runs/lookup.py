@@ -15,15 +15,23 @@ from ns.labeling.label_set import LabelSet
 from ns.labeling.selection import Selection
 from ns.labeling.thresholds import Thresholds, find_thresholds
 from ns.modeling.manifest import ModelManifest
-from ns.runs.records import CONFIG_FILE, RECORDS_PREFIX, AcceptedStudent, RunRecord, find_stage_note, list_stage_notes
+from ns.runs.records import (
+    CONFIG_FILE,
+    RECORDS_PREFIX,
+    RUN_NAME,
+    AcceptedStudent,
+    RunRecord,
+    find_stage_note,
+    list_stage_notes,
+    record_key,
+)
 from ns.runs.summary import summarize_run
 from ns.storage import Store, open_store, parent_key
 
 
 def list_runs(root: Store) -> list[RunRecord]:
     """All runs below a root, the latest last."""
-    records = (RunRecord.load_file(root, key) for key in root.list(RECORDS_PREFIX))
-    return sorted(records, key=lambda record: record.started_at)
+    return sorted(RunRecord.iterate_files(root, root.list(RECORDS_PREFIX)), key=lambda record: record.started_at)
 
 
 def resolve_run_name(root: Store, run: str = "latest") -> str:
@@ -31,6 +39,8 @@ def resolve_run_name(root: Store, run: str = "latest") -> str:
 
     Raises RunError, with a list of the runs, if there is not exactly one.
     """
+    if RUN_NAME.fullmatch(run) and root.exists(record_key(run)):
+        return run
     names = [record.run for record in list_runs(root)]
     if not names:
         raise RunError(f"{root.uri}: no runs here; start one with `ns run`, or name another folder with --root")
@@ -102,8 +112,8 @@ def find_accepted_student(root: Store, experiment: str) -> AcceptedStudent | Non
         if _read_experiment_name(root, record.run) != experiment:
             continue
         for note in list_stage_notes(root, record.run, "gate"):
-            verdict = Verdict.load_file(root, note.outputs["verdict"])
-            if verdict.promoted and root.exists(f"{verdict.student}/{ModelManifest.filename}"):
+            verdict = Verdict.find_file(root, note.outputs["verdict"])
+            if verdict and verdict.promoted and root.exists(f"{verdict.student}/{ModelManifest.filename}"):
                 acceptance = (note.finished_at, AcceptedStudent(record.run, verdict.generation, verdict.student))
                 accepted_students[verdict.student] = min(acceptance, accepted_students.get(verdict.student, acceptance))
     return max(accepted_students.values())[1] if accepted_students else None

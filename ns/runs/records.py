@@ -9,6 +9,7 @@
 Everything large lies in `ROOT/store/` and is shared by all runs; the notes point there.
 """
 
+import re
 from datetime import UTC, datetime
 from typing import Literal, NamedTuple
 
@@ -21,6 +22,7 @@ from ns.storage.documents import JsonDocument
 RECORDS_PREFIX = "store/runs/"
 CONFIG_FILE = "config.yaml"
 REPORT_FILE = "report.html"
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 RunState = Literal["running", "succeeded", "failed", "interrupted"]
 
 
@@ -107,15 +109,14 @@ def write_stage_note(
 
 def find_stage_note(root: Store, run: str, generation: int, stage: str) -> StageNote | None:
     """The note of a stage; None if the stage has not finished."""
-    key = _note_key(run, generation, stage)
-    return StageNote.load_file(root, key) if root.exists(key) else None
+    return StageNote.find_file(root, _note_key(run, generation, stage))
 
 
 def list_stage_notes(root: Store, run: str, stage: str = "") -> list[StageNote]:
     """Notes of all finished stages, or of one stage in each generation, by generation and in the order in which they finished."""
     suffix = f"-{stage}.json" if stage else ".json"
-    stage_notes = [StageNote.load_file(root, key) for key in root.list(f"{run}/stages/") if key.endswith(suffix)]
-    return sorted(stage_notes, key=lambda note: (note.generation, note.finished_at, note.stage))
+    keys = (key for key in root.list(f"{run}/stages/") if key.endswith(suffix))
+    return sorted(StageNote.iterate_files(root, keys), key=lambda note: (note.generation, note.finished_at, note.stage))
 
 
 def write_stage_failure(root: Store, run: str, generation: int, stage: str, error: NsError | str, *, note_name: str) -> None:
@@ -134,8 +135,7 @@ def write_stage_failure(root: Store, run: str, generation: int, stage: str, erro
 
 def find_stage_failure(root: Store, run: str, generation: int, *, note_name: str) -> StageFailure | None:
     """Why the last try of a stage failed; None if it did not."""
-    key = _failure_key(run, generation, note_name)
-    return StageFailure.load_file(root, key) if root.exists(key) else None
+    return StageFailure.find_file(root, _failure_key(run, generation, note_name))
 
 
 def delete_stage_failure(root: Store, run: str, generation: int, *, note_name: str) -> None:
@@ -148,5 +148,5 @@ def _failure_key(run: str, generation: int, note_name: str) -> str:
 
 def list_stage_failures(root: Store, run: str) -> list[StageFailure]:
     """Stages whose last try failed, the latest last."""
-    stage_failures = [StageFailure.load_file(root, key) for key in root.list(f"{run}/failures/") if key.endswith(".json")]
-    return sorted(stage_failures, key=lambda failure: failure.failed_at)
+    keys = (key for key in root.list(f"{run}/failures/") if key.endswith(".json"))
+    return sorted(StageFailure.iterate_files(root, keys), key=lambda failure: failure.failed_at)

@@ -1,11 +1,12 @@
 """JSON documents in stores: manifests, records, ledger entries. They are validated when read, and indented when written."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ns.core import log
 from ns.core.digest import digest_json
 from ns.core.errors import DataError
 from ns.storage import Store
@@ -23,9 +24,9 @@ def dump_hashed_fields(model: BaseModel, exclude: Any = None) -> dict[str, Any]:
 
 
 class JsonDocument(BaseModel):
-    """A frozen JSON object with known fields, kept as one file in a store."""
+    """A frozen JSON object, kept as one file in a store. Fields that a newer version has added are passed over."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     filename: ClassVar[str]
     """The file of a document that has a folder of its own."""
@@ -42,6 +43,22 @@ class JsonDocument(BaseModel):
     def load_file(cls, store: Store, key: str) -> Self:
         """Raises DataError naming the file, the field and the value, StoreError if the file cannot be read."""
         return cls.parse(store.get(key), f"{store.uri}/{key}")
+
+    @classmethod
+    def find_file(cls, store: Store, key: str) -> Self | None:
+        """The document, or None if there is no such file, or nothing readable in it: then a warning names it."""
+        return next(cls.iterate_files(store, [key] if store.exists(key) else []), None)
+
+    @classmethod
+    def iterate_files(cls, store: Store, keys: Iterable[str]) -> Iterator[Self]:
+        """The documents under these keys. One that cannot be read is left out, with a warning: it must not hide the others."""
+        for key in keys:
+            try:
+                document = cls.load_file(store, key)
+            except DataError as error:
+                log.get_logger().warning("passed over", file=f"{store.uri}/{key}", reason=str(error))
+                continue
+            yield document
 
     @classmethod
     def parse(cls, data: bytes, uri: str) -> Self:
@@ -61,7 +78,9 @@ class JsonDocument(BaseModel):
 
 
 class HashedDocument(JsonDocument):
-    """A document with a digest, which is written beside its fields and checked when it is read."""
+    """A document with a digest, which is written beside its fields and checked when it is read. It has known fields only."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     def hashed_fields(self) -> Any:
         """The JSON value that the digest is taken of: the content, without names and addresses."""

@@ -44,18 +44,17 @@ class Ledger:
 
     def find_entry(self, stage: str, inputs: Mapping[str, Any]) -> LedgerEntry | None:
         """The entry, if work with these inputs is finished and all its outputs still exist."""
-        entry_key = self._entry_key(stage, self.compute_digest(stage, inputs))
-        if not self._root.exists(entry_key):
-            return None
-        entry = LedgerEntry.load_file(self._root, entry_key)
-        if all(self._root.exists(output_key) for output_key in entry.outputs.values()):
+        entry = LedgerEntry.find_file(self._root, self._entry_key(stage, self.compute_digest(stage, inputs)))
+        if entry and all(self._root.exists(output_key) for output_key in entry.outputs.values()):
             return entry
         return None
 
     def list_entries(self, stage: str) -> list[LedgerEntry]:
         """All entries of a kind of work, the latest last."""
-        entries = (LedgerEntry.load_file(self._root, key) for key in self._root.list(f"store/ledger/{stage}/"))
-        return sorted(entries, key=lambda entry: (entry.finished_at, entry.digest))
+        return sorted(
+            LedgerEntry.iterate_files(self._root, self._root.list(f"store/ledger/{stage}/")),
+            key=lambda entry: (entry.finished_at, entry.digest),
+        )
 
     def record_entry(self, stage: str, inputs: Mapping[str, Any], outputs: Mapping[str, str], seconds: float) -> LedgerEntry:
         """Writes the entry. All outputs must have been written."""

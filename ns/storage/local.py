@@ -2,8 +2,10 @@ import errno
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,6 +28,9 @@ HINTS = {
     errno.EIO: "the disk cannot be read or written: look at the kernel's log, and restore the file from a copy",
     errno.ESTALE: "the network file system has lost this file: mount it again and run the same command again",
 }
+
+TEMPORARY_SECONDS = 24 * 3600
+"""A write that has not touched its file for so long is that of a killed process."""
 
 # Errors of file systems without hard links (exFAT, many FUSE and network mounts), or with no more links for this file.
 NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
@@ -76,6 +81,7 @@ class LocalStore:
                 if error.errno not in NO_LINKS:
                     raise
                 return _claim_name(temporary, target)
+            _sync_file(target.parent)
             return True
 
     def get(self, key: str) -> bytes:
@@ -150,6 +156,7 @@ class LocalStore:
     @contextmanager
     def _temporary_path(self, target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep_temporaries(target.parent)
         temporary = target.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
         try:
             yield temporary
@@ -160,6 +167,8 @@ class LocalStore:
 def _publish_file(temporary: Path, target: Path) -> None:
     _sync_file(temporary)
     temporary.replace(target)
+    # Only then does a power cut not take the name back.
+    _sync_file(target.parent)
 
 
 def _claim_name(temporary: Path, target: Path) -> bool:
@@ -180,8 +189,27 @@ def _claim_name(temporary: Path, target: Path) -> bool:
 
 
 def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """Flushes a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot flush a folder.
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@cache
+def _sweep_temporaries(folder: Path) -> None:
+    """Removes what killed processes left unfinished in a folder, once in the life of this process."""
+    oldest_kept = time.time() - TEMPORARY_SECONDS
+    # What cannot be removed is left: it is no key, and does no harm.
+    with suppress(OSError):
+        for entry in os.scandir(folder):
+            if entry.name.startswith(TEMPORARY) and entry.stat(follow_symlinks=False).st_mtime < oldest_kept:
+                Path(entry.path).unlink(missing_ok=True)
 
 
 def _raise_unless_gone(error: OSError) -> None:

@@ -1,25 +1,68 @@
-"""Scratch space: folders on the local disk that go when they are no longer needed."""
+"""Scratch space: folders on the local disk that go when they are no longer needed, also if their process was killed."""
 
+import fcntl
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ns.core.errors import StoreError
 
+SCRATCH_PREFIX = "noisy-student-scratch-"
+"""Beginning of the names of scratch folders, and of nothing that a person keeps."""
+SWEEP_AFTER_SECONDS = 60
+"""A younger folder may have been made a moment ago, and not be locked yet."""
+
 
 @contextmanager
 def make_scratch_dir(name: str) -> Iterator[Path]:
-    """An empty folder under TMPDIR, removed at the end. Raises StoreError when it cannot be made."""
+    """An empty folder under TMPDIR, removed at the end. Those of killed processes are removed first.
+
+    Raises StoreError when it cannot be made.
+    """
     parent = Path(os.environ.get("TMPDIR", "/tmp"))
+    sweep_scratch_dirs(parent)
     with explain_scratch_errors(parent, "write"):
-        path = Path(tempfile.mkdtemp(prefix=f"ns-{name}-", dir=parent))
+        path = Path(tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{name}-", dir=parent))
+        lock = _lock_folder(path)
     try:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def sweep_scratch_dirs(parent: Path) -> None:
+    """Removes this user's scratch folders that no process holds."""
+    oldest_kept = time.time() - SWEEP_AFTER_SECONDS
+    with suppress(OSError):
+        for entry in os.scandir(parent):
+            # What cannot be looked at or removed is left.
+            with suppress(OSError):
+                if not entry.name.startswith(SCRATCH_PREFIX) or not entry.is_dir(follow_symlinks=False):
+                    continue
+                status = entry.stat(follow_symlinks=False)
+                if os.getuid() not in (0, status.st_uid) or status.st_mtime > oldest_kept:
+                    continue
+                lock = _lock_folder(Path(entry.path))
+                if lock is not None:
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                    os.close(lock)
+
+
+def _lock_folder(path: Path) -> int | None:
+    """Locks a folder until the descriptor is closed, by this process and all that it forked; None if it is locked."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 @contextmanager

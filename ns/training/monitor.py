@@ -3,18 +3,18 @@
 Nothing here can stop training: a failed write is logged once, and tried again later.
 """
 
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Self
 
 from ns.core import log, telemetry
 from ns.core.errors import ConfigError, StoreError
 from ns.storage import Store
 from ns.storage.documents import encode_json
+from ns.storage.scratch import make_scratch_dir
 
 PROGRESS = "progress.json"
 TENSORBOARD = "tensorboard"
@@ -166,8 +166,9 @@ class _TensorBoardEvents:
         """Begins a file for the points after `step`. TensorBoard drops what an interrupted attempt wrote of later steps."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._scratch = tempfile.TemporaryDirectory(prefix="ns-events-")
-        self._events = SummaryWriter(self._scratch.name, purge_step=step + 1)
+        self._scratch = ExitStack()
+        self._folder = self._scratch.enter_context(make_scratch_dir("events"))
+        self._events = SummaryWriter(str(self._folder), purge_step=step + 1)
 
     def add_point(self, point: dict[str, float]) -> None:
         for name, value in point.items():
@@ -181,9 +182,9 @@ class _TensorBoardEvents:
     def copy_to_store(self) -> None:
         self._copied_at = time.monotonic()
         self._events.flush()
-        for path in Path(self._scratch.name).iterdir():
+        for path in self._folder.iterdir():
             self._store.put(path.name, path.read_bytes())
 
     def close(self) -> None:
         self._events.close()
-        self._scratch.cleanup()
+        self._scratch.close()

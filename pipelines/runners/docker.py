@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import shutil
-import tempfile
 import threading
 import time
 from collections import deque
@@ -25,6 +24,7 @@ from ns.config.schema import Experiment
 from ns.core.errors import ConfigError, Interrupted, NsError, RunError
 from ns.core.log import EVENTS_VARIABLE, StageEvent, format_last_lines
 from ns.storage import LocalStore, Store
+from ns.storage.scratch import SCRATCH_PREFIX, make_scratch_dir
 from pipelines import PACKAGE, load_yaml_documents
 from pipelines.runners.local import (
     POLL_SECONDS,
@@ -73,9 +73,9 @@ def run_in_containers(
     """
     from docker.errors import DockerException
 
-    with tempfile.TemporaryDirectory(prefix="ns-run-") as scratch:
+    with make_scratch_dir("run") as scratch:
         try:
-            engine = _ContainerEngine(container, experiment, root, run, Path(scratch), on_event)
+            engine = _ContainerEngine(container, experiment, root, run, scratch, on_event)
         except DockerException as error:
             raise ConfigError(f"no container engine answers ({error}); start Docker or Podman, or set DOCKER_HOST") from error
         with contextlib.closing(engine), tail_events(engine.events, engine.on_event):
@@ -237,7 +237,7 @@ class _ContainerEngine:
         for container in self._client.containers.list(all=True, filters={"label": label}):
             scratch = container.labels.get(f"{CONTAINER_LABEL}.scratch", "")
             container.remove(force=True)
-            if Path(scratch).name.startswith("ns-run-"):
+            if Path(scratch).name.startswith(SCRATCH_PREFIX):
                 shutil.rmtree(scratch, ignore_errors=True)
 
     def _list_mounts(self, experiment: Experiment) -> dict[str, dict[str, str]]:

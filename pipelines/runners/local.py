@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from ns.core.errors import Interrupted, NsError, RunError
 from ns.core.log import EVENTS_VARIABLE, StageEvent
 from ns.core.process import CLIENT_VARIABLE, handle_signals
+from ns.storage.scratch import make_scratch_dir
 from pipelines import PACKAGE, load_yaml_documents
 
 POLL_SECONDS = 0.1
@@ -55,16 +56,16 @@ def run_locally(
     one dies, Interrupted after SIGINT or SIGTERM.
     """
     watcher = _EventWatcher(on_event)
-    with tempfile.TemporaryDirectory(prefix="ns-run-") as scratch:
-        events = Path(scratch) / "events.jsonl"
+    with make_scratch_dir("run") as scratch:
+        events = scratch / "events.jsonl"
         events.touch()
-        variables = {EVENTS_VARIABLE: str(events), CLIENT_VARIABLE: str(os.getpid()), **_make_temp_variables(scratch)}
+        variables = {EVENTS_VARIABLE: str(events), CLIENT_VARIABLE: str(os.getpid()), **_make_temp_variables(str(scratch))}
         arguments = {"config_uri": config_uri, "root": root, "run": run, **inputs}
 
         def run_stages() -> None:
             from kfp import local
 
-            run_pipeline(local.SubprocessRunner(use_venv=False), Path(scratch) / "kfp", arguments, package)
+            run_pipeline(local.SubprocessRunner(use_venv=False), scratch / "kfp", arguments, package)
 
         with _set_environment(variables), tail_events(events, watcher):
             run_redirected(run_stages, log, watcher)

@@ -239,6 +239,20 @@ def test_download_names_unwritable_destination(committed, tmp_path):
         LabelRegistry(committed[1]).download_version("labels/p/r/gen-1", tmp_path / "file" / "there")
 
 
+def test_list_versions_passes_over_a_foreign_tag_and_branch(committed):
+    git_uri = committed[1]
+    before = LabelRegistry(git_uri).list_versions()
+    assert before
+    refs = ("refs/tags/labels/p/mine/gen-1", "refs/heads/current/mine")
+    try:
+        for ref in refs:
+            git(git_uri, "update-ref", ref, "refs/heads/main")
+        assert LabelRegistry(git_uri).list_versions() == before
+    finally:
+        for ref in refs:
+            git(git_uri, "update-ref", "-d", ref)
+
+
 def test_download_keeps_intact_files_and_refuses_foreign_folders(committed, tmp_path):
     folder, git_uri, _, _ = committed
     destination = tmp_path / "there"

@@ -8,13 +8,35 @@ from hypothesis import strategies as st
 from ns.core.digest import canonical_json, digest_code, digest_json
 from ns.core.errors import DataError
 from ns.storage import LocalStore
-from ns.storage.documents import HashedDocument
+from ns.storage.documents import HashedDocument, JsonDocument
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda leaf: st.lists(leaf, max_size=4) | st.dictionaries(st.text(), leaf, max_size=4),
     max_leaves=20,
 )
+
+
+class Goat(JsonDocument):
+    name: str
+
+
+def test_documents_of_a_newer_version_are_read(tmp_path):
+    store = LocalStore(tmp_path)
+    store.put("goat.json", b'{"name": "Billy", "horns": 2}')
+    assert Goat.load_file(store, "goat.json") == Goat(name="Billy")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"name": 3}', b"\0\0\0"])
+def test_unreadable_document_is_passed_over_with_a_warning(tmp_path, capsys, content):
+    store = LocalStore(tmp_path)
+    store.put("a.json", b'{"name": "Billy"}')
+    store.put("b.json", content)
+    assert list(Goat.iterate_files(store, ["a.json", "b.json"])) == [Goat(name="Billy")]
+    assert Goat.find_file(store, "b.json") is None
+    assert Goat.find_file(store, "c.json") is None
+    captured = capsys.readouterr()
+    assert "b.json" in captured.out + captured.err
 
 
 class Sheep(HashedDocument):

@@ -57,9 +57,13 @@ def test_ledger_has_no_entry_of_failed_work(root):
     assert list(root.list("store/ledger/")) == []
 
 
-def test_ledger_names_a_damaged_entry(root):
-    ledger = Ledger(root)
-    entry, _ = ledger.get_or_run("train", INPUTS, work(root, []))
-    root.put(f"store/ledger/train/{entry.digest}.json", b'{"stage": 3}')
-    with pytest.raises(DataError, match=rf"{entry.digest}\.json: stage"):
-        ledger.find_entry("train", INPUTS)
+@pytest.mark.parametrize("content", [b"", b'{"stage": "train"'])
+def test_damaged_entry_counts_as_absent(root, content):
+    calls = []
+    first, _ = Ledger(root).get_or_run("train", INPUTS, work(root, calls))
+    (key,) = root.list("store/ledger/")
+    root.put(key, content)
+    second, reused = Ledger(root).get_or_run("train", INPUTS, work(root, calls))
+    assert not reused
+    assert second.outputs == first.outputs
+    assert Ledger(root).find_entry("train", INPUTS) == second

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from ns.core.errors import StoreError
 from ns.storage import LocalStore, open_store, read_uri, split_uri
 from ns.storage.base import TEMPORARY
+from ns.storage.local import TEMPORARY_SECONDS
 
 # Names that only a file system takes: control characters among them.
 KEY = st.lists(
@@ -260,3 +262,27 @@ def test_list_survives_a_vanishing_folder(store, monkeypatch):
 
     monkeypatch.setattr(os, "walk", vanishing)
     assert list(store.list()) == ["c"]
+
+
+def test_unfinished_files_of_killed_writers_are_swept(tmp_path):
+    folder = tmp_path / "models"
+    folder.mkdir()
+    old, young = folder / f"{TEMPORARY}aaaa", folder / f"{TEMPORARY}bbbb"
+    for path in (old, young):
+        path.write_bytes(b"half")
+    os.utime(old, (time.time() - TEMPORARY_SECONDS - 1,) * 2)
+    LocalStore(tmp_path).put("models/a", b"whole")
+    assert not old.exists()
+    assert young.exists()
+
+
+@pytest.mark.parametrize("write", [lambda store: store.put("f/a", b"x"), lambda store: store.create("f/a", b"x")])
+def test_names_are_flushed_to_disk_after_the_data(tmp_path, monkeypatch, write):
+    flushed = []
+    real = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: (flushed.append(str(Path(f"/proc/self/fd/{handle}").readlink())), real(handle))
+    )
+    write(LocalStore(tmp_path))
+    assert len(flushed) == 2
+    assert flushed[1] == str(tmp_path / "f")

@@ -4,12 +4,13 @@ import configparser
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
+from ns.core import log
 from ns.core.errors import DataError, RunError, StoreError
 from ns.core.git import GitCommands, redact_credentials
 from ns.labeling.registry.model import LabelVersion, VersionTag
@@ -96,9 +97,20 @@ class RegistryClone(NamedTuple):
             raise DataError(f"{name}: has no {LabelVersion.filename}; it was not made by `ns labels commit`") from error
         return LabelVersion.parse(text.encode(), f"{name}:{LabelVersion.filename}")
 
+    def iterate_versions(self, refs: Iterable[str]) -> Iterator[tuple[str, LabelVersion]]:
+        """Yields the refs that are versions. One that another program made is left out, with a warning: it must not hide the others."""
+        for ref in refs:
+            try:
+                version = self.read_version(ref)
+            except DataError as error:
+                log.get_logger().warning("passed over", ref=ref, reason=str(error))
+                continue
+            yield ref, version
+
     def find_current_tags(self) -> set[VersionTag]:
         """The versions in use, in a clone with `current/*`."""
-        return {self.read_version(ref).tag for ref in self.refs if ref.startswith(CURRENT_PREFIX)}
+        refs = [ref for ref in self.refs if ref.startswith(CURRENT_PREFIX)]
+        return {version.tag for _, version in self.iterate_versions(refs)}
 
 
 class RegistryRepository:

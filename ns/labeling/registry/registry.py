@@ -86,7 +86,7 @@ class LabelRegistry(RegistryRepository):
             lines = clone.commands.run_git("for-each-ref", "--format=%(refname) %(creatordate:iso-strict)", "refs/tags/labels")
             # Tags that commit_version did not make are people's own.
             dates = {ref: date for ref, _, date in (line.partition(" ") for line in lines.splitlines()) if is_version_ref(ref)}
-            versions = [(clone.read_version(ref), date) for ref, date in dates.items()]
+            versions = [(version, dates[ref]) for ref, version in clone.iterate_versions(dates)]
         # By times and not by text, since committers live in different time zones.
         versions.sort(key=lambda pair: (pair[0].project, datetime.fromisoformat(pair[1]), pair[0].tag))
         return [VersionSummary(version, date, version.tag in current) for version, date in versions]
