@@ -9,6 +9,7 @@ import pytest
 
 from ns.cli.app import UsageError
 from ns.config.loader import load_experiment
+from ns.training.plan import plan_training
 from tests.command_line import parse
 
 ROOT = Path(__file__).parents[2]
@@ -153,3 +154,45 @@ def test_examples_are_experiments(path, tmp_path, monkeypatch):
     (tmp_path / path.name).write_text(path.read_text())
     monkeypatch.chdir(tmp_path)
     assert load_experiment(path.name).name == path.stem
+
+
+def test_paper_example_has_the_numbers_of_the_paper():
+    """arXiv:1911.04252, tables 7 and 8, §3, appendix A; what it does not say is that of github.com/google-research/noisystudent."""
+    paper = load_experiment(str(ROOT / "examples/paper.yaml"))
+    roles = [paper.teacher, *paper.students]
+    assert [role.model.arch.removeprefix("tf_efficientnet_") for role in roles] == ["b7", "l2", "l2", "l2"]
+    assert [role.model.resolution for role in roles] == [600, 475, 475, 475]
+    assert [role.train.unlabeled_ratio for role in paper.students] == [14, 14, 28]
+    for role in roles:
+        assert role.model.args == {"bn_momentum": 0.01, "bn_eps": 1e-3}
+        assert (role.model.crop, role.model.test_margin_px, role.model.inference_resolution) == (
+            "resized",
+            32,
+            role.model.resolution,
+        )
+        noise, train, optimizer = role.noise, role.train, role.train.optimizer
+        assert (noise.dropout, noise.stochastic_depth, noise.flip, noise.cutout_px) == (0.5, 0.2, True, 0)
+        assert (noise.randaugment, noise.randaugment_layers, noise.randaugment_magnitude) == ("paper", 2, 27)
+        assert (noise.crop_area, noise.crop_aspect) == ((0.08, 1), (3 / 4, 4 / 3))
+        assert (train.labeled_batch, train.epochs, train.label_smoothing, train.ema_decay) == (2048, 350, 0.1, 0.9999)
+        assert (train.init, train.pseudo_labels, train.temperature, train.weighting) == ("scratch", "soft", 1, "sum")
+        assert (optimizer.name, optimizer.momentum, optimizer.rms_decay, optimizer.rms_epsilon) == ("rmsprop", 0.9, 0.9, 1e-3)
+        assert (optimizer.weight_decay, optimizer.warmup_epochs, optimizer.clip_norm) == (1e-5, 5, None)
+        plan = plan_training(role, samples=1_281_167)
+        assert plan.steps == 218_950
+        assert max(map(plan.lr_at, range(0, plan.steps, 100))) == pytest.approx(0.128, rel=0.1)
+        # By 3 % every 2.4 epochs, from the first step on.
+        assert plan.lr_at(100_000) == pytest.approx(0.128 * 0.97 ** (100_000 * 2048 / 1_281_167 // 2.4))
+    assert [role.train.finetune for role in roles[:3]] == [None] * 3
+    finetune = roles[3].train.finetune
+    assert (finetune.resolution, finetune.epochs, finetune.lr, finetune.dropout) == (800, 1.5, None, 0)
+    assert finetune.frozen_share > 0
+    assert (paper.labeling.views, paper.labeling.ensemble, paper.labeling.temperature) == ("one", (), 1)
+    assert paper.labeling.top_k == 1000
+    selection = paper.selection
+    assert (selection.policy, selection.min_confidence, selection.per_class) == ("paper", 0.3, 130_000)
+    assert (selection.repeat, selection.classes_per_image, selection.precision) == (True, 1, None)
+    assert selection.max_repeat >= selection.per_class
+    assert paper.gate.min_gain == -1
+    assert paper.evaluation.fgsm_epsilons == (2, 4, 8, 16)
+    assert (paper.evaluation.pgd_steps[0], paper.evaluation.pgd_epsilon) == (10, 16)
