@@ -18,7 +18,7 @@ OVERLAY_OPTIONS = $(if $(OVERLAY),--overlay "$(OVERLAY)") $(if $(REGISTRY),--reg
 MUTMUT = OMP_NUM_THREADS=1 PYTHONPATH="$(abspath $(VENV)-mutation)" $(BIN)/python -m mutmut
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-integration test-containers test-all coverage lint format bench-data bench-train bench-label bench-select bench-method bench-loop bench bench-quick soak compile dashboards images deploy undeploy diff status ui cluster validate checkov mutation constraints venv clean distclean
+.PHONY: help run test test-integration test-containers test-all coverage lint format bench-data bench-train bench-label bench-select bench-order bench-method bench-loop bench bench-quick soak compile dashboards images deploy undeploy diff status ui cluster validate checkov mutation constraints venv clean distclean
 
 ##@ Start
 
@@ -83,7 +83,7 @@ distclean: clean ## Remove runs/ and the virtual environments
 ##@ Measure
 
 bench: $(VENV)/.bench ## Run all benchmarks and write benchmarks/results
-	@for one in data train label select loop soak; do $(BIN)/python -m benchmarks.$$one --keep || exit; done
+	@for one in data train label select order loop soak; do $(BIN)/python -m benchmarks.$$one --keep || exit; done
 	@$(BIN)/python -m benchmarks.method_cifar10
 	@$(BIN)/python -m benchmarks.summary
 
@@ -101,6 +101,9 @@ bench-label: $(VENV)/.bench ## Measure how fast a pool is labeled (ARGS="--quick
 
 bench-select: $(VENV)/.bench ## Measure a selection from millions of labels (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.select $(ARGS)
+
+bench-order: $(VENV)/.bench ## Measure how well and how fast the order of training mixes a pool (ARGS="--quick")
+	@$(BIN)/python -m benchmarks.order $(ARGS)
 
 bench-loop: $(VENV)/.bench ## Measure where the time of a whole run goes (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.loop $(ARGS)

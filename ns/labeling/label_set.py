@@ -222,16 +222,23 @@ def expand_probabilities(rows: LabelRows, num_classes: int) -> npt.NDArray[np.fl
 
     Unreadable rows are all NaN.
     """
-    top_prob = rows.top_prob.astype(np.float32)
+    full = np.full((len(rows.keys), num_classes), np.nan, np.float32)
+    full[rows.readable] = expand_top_k(rows.top_class[rows.readable], rows.top_prob[rows.readable], num_classes)
+    return full
+
+
+def expand_top_k(
+    top_class: npt.NDArray[np.uint16], top_prob: npt.NDArray[np.float16], num_classes: int
+) -> npt.NDArray[np.float32]:
+    """Probabilities float32 [N, classes] of labeled rows, from their kept classes [N, k]; see `expand_probabilities`."""
+    # Called for single rows too, so without np.clip and np.put_along_axis, which take twice as long then.
+    top_prob = top_prob.astype(np.float32)
     count, k = top_prob.shape
-    if k >= num_classes:
-        full = np.zeros((count, num_classes), np.float32)
-    else:
-        tail = np.clip(1 - top_prob.sum(1, keepdims=True), 0, 1) / (num_classes - k)
-        full = np.repeat(tail, num_classes, axis=1).astype(np.float32)
-    np.put_along_axis(full, rows.top_class.astype(np.int64), top_prob, axis=1)
-    full[~rows.readable] = np.nan
-    full[rows.readable] /= full[rows.readable].sum(1, keepdims=True)
+    full = np.zeros((count, num_classes), np.float32)
+    if k < num_classes:
+        full += np.minimum(np.maximum(1 - top_prob.sum(1, keepdims=True), 0), 1) / (num_classes - k)
+    full[np.arange(count)[:, None], top_class] = top_prob
+    full /= full.sum(1, keepdims=True)
     return full
 
 

@@ -7,12 +7,28 @@ import numpy.typing as npt
 
 from ns.core.errors import DataError
 from ns.data.dataset import Dataset
-from ns.data.loading.sampler import WINDOW_SHARDS
 from ns.data.loading.shard_reader import ImageSource
 from ns.data.loading.stream import PseudoLabeledImages
-from ns.labeling.label_set import LabelSet, expand_probabilities, iter_label_rows, read_label_rows
+from ns.labeling.label_set import LabelRows, LabelSet, expand_top_k, iter_label_rows, read_label_rows
 from ns.labeling.selection import Selection, count_copies
 from ns.storage import Store
+
+
+class TopKTargets:
+    """The targets of a shard's kept rows as the label set has them: dense ones of all rows would be 40 MB with 1,000 classes."""
+
+    def __init__(self, rows: LabelRows, kept_rows: npt.NDArray[np.int64], num_classes: int) -> None:
+        self._kept_rows = kept_rows
+        self._top_class = rows.top_class[kept_rows]
+        self._top_prob = rows.top_prob[kept_rows]
+        self._num_classes = num_classes
+
+    def __getitem__(self, row: int) -> npt.NDArray[np.float32]:
+        """float32 [classes] of a kept row."""
+        at = int(np.searchsorted(self._kept_rows, row))
+        target: npt.NDArray[np.float32]
+        (target,) = expand_top_k(self._top_class[at : at + 1], self._top_prob[at : at + 1], self._num_classes)
+        return target
 
 
 def load_pseudo_labels(
@@ -30,15 +46,16 @@ def load_pseudo_labels(
     repeats = [_shrink_dtype(count_copies(selection, rows)) for rows in iter_label_rows(label_store, label_set)]
     source = ImageSource(pool_store, pool)
 
-    @lru_cache(maxsize=2 * WINDOW_SHARDS)
-    def read_targets(index: int) -> npt.NDArray[np.float32]:
+    @lru_cache(maxsize=source.window_shards)
+    def read_targets(index: int) -> TopKTargets:
         shard = label_set.shards[index]
         rows = read_label_rows(label_store, shard)
-        if rows.keys != source.read_index(index).keys:
+        # Not `.keys`, which would keep 10,000 strings for as long as the shard is open.
+        if rows.keys != source.read_index(index).table["key"].to_pylist():
             raise DataError(
                 f"{label_store.uri}/{shard.name}: its keys are not those of the pool's shard {index}: label the pool again"
             )
-        return expand_probabilities(rows, len(label_set.classes))
+        return TopKTargets(rows, np.flatnonzero(repeats[index]), len(label_set.classes))
 
     return PseudoLabeledImages(source, read_targets, repeats)
 

@@ -1,9 +1,14 @@
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from ns.config.schema import SelectionConfig
 from ns.core.errors import DataError
 from ns.data.dataset import Dataset, Shard
-from ns.labeling.pseudo_label_dataset import load_pseudo_labels
+from ns.data.index import ShardIndex
+from ns.data.shards import ShardSample
+from ns.labeling.label_set import LabelRows, build_row_schema, expand_probabilities, read_label_rows
+from ns.labeling.pseudo_label_dataset import TopKTargets, load_pseudo_labels
 from ns.labeling.selection import make_selection
 from ns.storage import LocalStore
 
@@ -30,3 +35,52 @@ def test_load_pseudo_labels_refuses_another_pool(make_label_set, tmp_path):
     selection = make_selection(store, label_set, SelectionConfig(), seed=0, label_set_key=".")
     with pytest.raises(DataError, match="label the pool again"):
         load_pseudo_labels(store, label_set, selection, LocalStore(tmp_path), pool_of("1"))
+
+
+def save_index(tmp_path, keys: str) -> LocalStore:
+    samples = [ShardSample(key, "png", 0, 1, None) for key in keys]
+    pool = LocalStore(tmp_path / "pool")
+    ShardIndex.from_samples(samples, [(0, 0)] * len(keys)).save(pool, pool_of().shards[0])
+    return pool
+
+
+def test_targets_are_the_probabilities_of_the_label_set(make_label_set, tmp_path):
+    classes = tuple("abcdefgh")
+    store, label_set = make_label_set(tmp_path, [ROWS], classes, pool_of())
+    policy = SelectionConfig(per_class=2, min_confidence=0.5)
+    selection = make_selection(store, label_set, policy, seed=0, label_set_key=".")
+    pseudo = load_pseudo_labels(store, label_set, selection, save_index(tmp_path, "abcd"), pool_of())
+    expected = expand_probabilities(read_label_rows(store, label_set.shards[0]), len(classes))
+    for row in (0, 2):
+        np.testing.assert_array_equal(pseudo.read_targets(0)[row], expected[row])
+
+
+def test_targets_refuse_keys_of_another_pool(make_label_set, tmp_path):
+    store, label_set = make_label_set(tmp_path, [ROWS], CLASSES, pool_of())
+    selection = make_selection(store, label_set, SelectionConfig(), seed=0, label_set_key=".")
+    pseudo = load_pseudo_labels(store, label_set, selection, save_index(tmp_path, "abce"), pool_of())
+    with pytest.raises(DataError, match=r"its keys are not those of the pool's shard 0: label the pool again"):
+        pseudo.read_targets(0)
+
+
+@pytest.mark.parametrize(("classes", "top_k"), [(5, 5), (1000, 10)])
+def test_targets_of_kept_rows_equal_expanded_probabilities(classes, top_k):
+    rng = np.random.default_rng(0)
+    probabilities = -np.sort(-rng.dirichlet(np.full(classes, 0.1), 50))[:, :top_k].astype(np.float16)
+    class_ids = np.stack([rng.permutation(classes)[:top_k] for _ in range(50)]).astype(np.uint16)
+    table = pa.table(
+        [
+            [str(row) for row in range(50)],
+            pa.array(probabilities[:, 0].astype(np.float32)),
+            pa.FixedSizeListArray.from_arrays(pa.array(class_ids.reshape(-1)), top_k),
+            pa.FixedSizeListArray.from_arrays(pa.array(probabilities.reshape(-1)), top_k),
+            pa.nulls(50, pa.string()),
+        ],
+        schema=build_row_schema(top_k),
+    )
+    rows = LabelRows(table)
+    kept_rows = np.flatnonzero(rng.random(50) < 0.3)
+    targets = TopKTargets(rows, kept_rows, classes)
+    expected = expand_probabilities(rows, classes)
+    for row in kept_rows.tolist():
+        np.testing.assert_array_equal(targets[row], expected[row])

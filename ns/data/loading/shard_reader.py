@@ -1,6 +1,6 @@
 """Reads images of a dataset by (shard, row), from a bounded number of shards that are fetched ahead and kept open."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from typing import IO, cast
@@ -22,15 +22,23 @@ DECODED_BYTES = 256 << 20
 READ_ROWS = 256
 """Neighbors that are read at once: reading a small image by itself takes an eighth longer than decoding it."""
 FETCH_THREADS = 2
+WINDOW_BYTES = 8 << 30
+"""Largest size of the shards that are read together. The cache of remote files must hold a window of the labeled images, one of the
+pool, and some of the windows that follow."""
+MIN_WINDOW_SHARDS = 8
+"""Number of shards that are read together however large they are."""
 
 
 class ImageSource:
     """Images of a dataset. Each process needs its own; it may be passed to a child process before its first use.
 
-    `max_open_shards`: training reads from a window of shards at a time; reading in order needs two.
+    `max_open_shards`: training reads from a window of shards at a time, the default; reading in order needs two.
     """
 
-    def __init__(self, store: Store, dataset: Dataset, *, max_open_shards: int = 2 * WINDOW_SHARDS) -> None:
+    def __init__(self, store: Store, dataset: Dataset, *, max_open_shards: int | None = None) -> None:
+        self.window_shards = count_window_shards(dataset)
+        """Number of shards that training reads together."""
+        max_open_shards = max_open_shards or self.window_shards
         self._store = store
         self._dataset = dataset
         self._decoded: dict[tuple[int, int], npt.NDArray[np.uint8]] = {}
@@ -41,15 +49,15 @@ class ImageSource:
         self.read_index = lru_cache(maxsize=max_open_shards)(self._read_index)
         self._open_cached = lru_cache(maxsize=max_open_shards)(self._open_shard)
 
-    def fetch_ahead(self, shards: Iterable[int]) -> None:
-        """Begins to fetch shards that will be read soon. Errors are raised when they are read."""
-        fresh = set(shards) - self._fetching
+    def fetch_ahead(self, shards: Sequence[int]) -> None:
+        """Begins to fetch shards that will be read soon, in this order. Errors are raised when they are read."""
+        fresh = [shard for shard in shards if shard not in self._fetching]
         if not fresh:
             return
         if self._fetchers is None:
             self._fetchers = ThreadPoolExecutor(FETCH_THREADS, "fetch")
         self._fetching = set(shards)
-        for shard in sorted(fresh):
+        for shard in fresh:
             self._fetchers.submit(self._store.path, self._dataset.shards[shard].name)
 
     def read_encoded(self, shard: int, start: int = 0, stop: int | None = None) -> Iterator[EncodedJpeg | bytes]:
@@ -114,6 +122,12 @@ class ImageSource:
                 check_shard_file(path, manifest, uri)
                 self._checked.add(shard)
             return _OpenShard(file, self.read_index(shard), uri)
+
+
+def count_window_shards(dataset: Dataset) -> int:
+    """The number of shards of a dataset that training reads together: 128 of small images, 32 of 256 MiB."""
+    fitting = WINDOW_BYTES * len(dataset.shards) // max(dataset.bytes, 1)
+    return min(max(fitting, MIN_WINDOW_SHARDS), WINDOW_SHARDS)
 
 
 class _OpenShard:

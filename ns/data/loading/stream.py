@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import SimpleQueue
 from multiprocessing.queues import Queue
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -36,16 +36,23 @@ class LabeledImages:
         self.samples = dataset.samples
 
 
+class ShardTargets(Protocol):
+    """The targets of a shard; an array [rows, classes] is one."""
+
+    def __getitem__(self, row: int, /) -> npt.NDArray[np.float32]:
+        """float32 [classes] of a row that has copies."""
+
+
 class PseudoLabeledImages:
     """The selected images of the pool with their targets."""
 
     def __init__(
         self,
         source: ImageSource,
-        read_targets: Callable[[int], npt.NDArray[np.float32]],
+        read_targets: Callable[[int], ShardTargets],
         copies: Sequence[npt.NDArray[np.integer]],
     ) -> None:
-        """`read_targets`: shard index → float32 [rows, classes]; `copies`: per shard int [rows]."""
+        """`read_targets`: shard index → targets of its rows; `copies`: per shard int [rows]."""
         self.source = source
         self.read_targets = read_targets
         self.copies = copies
@@ -88,7 +95,7 @@ class TrainingBatches(TorchDataset[Batch]):
         self._streams = [
             _ImageStream(
                 images.source,
-                ShardShuffle(images.copies, (seed, number)),
+                ShardShuffle(images.copies, (seed, number), images.source.window_shards),
                 transform,
                 size,
                 rank,

@@ -1,7 +1,6 @@
 """The images of a step depend on the seed and the step only: not on processes, storage or earlier errors."""
 
 import io
-import itertools
 import threading
 import time
 
@@ -13,13 +12,12 @@ from PIL import Image
 from ns.config.schema import NoiseConfig
 from ns.core.errors import DataError, StoreError, TrainingError
 from ns.data.augment.transforms import EvalTransform, TrainTransform
-from ns.data.dataset import Dataset
+from ns.data.dataset import Dataset, Shard
 from ns.data.importing.writer import ShardWriter
 from ns.data.index import ShardIndex, build_index_key
 from ns.data.loading import shard_reader, stream
 from ns.data.loading.decode import EncodedJpeg, decode_image, read_jpeg_size
-from ns.data.loading.sampler import WINDOW_SHARDS, ShardShuffle
-from ns.data.loading.shard_reader import ImageSource
+from ns.data.loading.shard_reader import ImageSource, count_window_shards
 from ns.data.loading.shared_memory import StepSplit
 from ns.data.loading.stream import LabeledImages, PseudoLabeledImages, TrainingBatches, iterate_batches
 from ns.storage import LocalStore
@@ -101,13 +99,23 @@ def test_ranks_together_see_each_image_once_per_epoch(labeled):
     assert len(seen) == len(set(seen)) == 50
 
 
-def test_prefetch_names_shards_of_next_window():
-    order = ShardShuffle([np.ones(3, np.uint8) for _ in range(2 * WINDOW_SHARDS + 3)], (1, 2))
-    shards = [shard for shard, _ in order.positions(0, 2 * order.epoch_size)]
-    windows = [(0, 24), (24, 48), (48, 57), (57, 81)]
-    for (start, stop), (next_start, next_stop) in itertools.pairwise(windows):
-        for position in (start, stop - 1):
-            assert set(order.prefetch(position)) == set(shards[next_start:next_stop])
+@pytest.mark.parametrize(
+    ("shard_mib", "shards", "together"), [(20, 400, 128), (256, 400, 32), (256, 3, 32), (4096, 40, 8), (0, 1, 128)]
+)
+def test_window_shards_are_limited_in_number_and_bytes(shard_mib, shards, together):
+    manifests = [Shard(name=f"{i}.tar", samples=1, bytes=shard_mib << 20, sha256="0" * 64) for i in range(shards)]
+    assert count_window_shards(Dataset(name="n", role="unlabeled", classes=(), shards=manifests)) == together
+
+
+def test_training_reads_within_the_open_shards(tmp_path, picture, monkeypatch):
+    monkeypatch.setattr(shard_reader, "WINDOW_SHARDS", 4)
+    monkeypatch.setattr(shard_reader, "MIN_WINDOW_SHARDS", 4)
+    folder = LocalStore(tmp_path)
+    batches = make_batches((folder, write(folder, picture, count=48, shard_samples=4)), batch_size=8)
+    for step in range(6):
+        batches[step]
+    # Each of the twelve shards once: a window of four stays open until the next one begins.
+    assert batches._streams[0].source._open_cached.cache_info().misses == 12
 
 
 def test_scaled_decoding_looks_the_same():
