@@ -1,19 +1,22 @@
-"""How well and how fast the order of training mixes a pool, against a plain permutation of windows of eight shards.
+"""How well and how fast the order of training mixes a pool, against the plain order: windows of eight shards with all their copies.
 
     python -m benchmarks.order [--quick] [--json FILE] [--keep]
 
-Pools of 8, 50 and 400 shards of generated copies: no image is read. Positions are taken as a training takes them, in steps of 512.
+Pools of 8, 50 and 400 shards of generated copies: no image is read. Either all images have 1, 13 or 100 copies, or half of the classes
+have so many, and as many fewer images. Positions are taken as a training takes them, in steps of 512.
 
-    seen_share               share of the kept images seen after three times as many positions, with equal and with unequal
-                             copies; least case (a random draw of images with equal copies: 0.95)
-    mix_error                largest relative deviation of a class's share in 50 steps from that in the selection; greatest case
+    seen_share               share of the kept images seen after three times as many positions; least case (a random draw: 0.95)
+    mix_error                largest relative deviation of a class's share in 50 steps from that in the selection; greatest case, of
+                             classes that are spread over the shards and of shards that hold one class each
     mib_per_worker           MiB that the order takes in each loader process beside the copies; greatest case
-    order_throughput_ratio   positions per second ÷ those of a plain permutation, in which a window holds all copies; least case
+    order_throughput_ratio   positions per second ÷ those of the plain order; least case
 """
 
 import tracemalloc
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +28,7 @@ from ns.data.loading.sampler import ShardShuffle
 
 SHARD_ROWS = 10_000
 STEP = 512
-STEPS = 50
+MIX_POSITIONS = 50 * STEP
 CLASSES = 10
 PLAIN_SHARDS = 8
 
@@ -44,47 +47,49 @@ class PlainShuffle:
 
     def __init__(self, copies: Sequence[npt.NDArray[np.uint8]]) -> None:
         self._copies = copies
-        self._starts = np.concatenate([[0], np.cumsum([shard.sum() for shard in copies])[PLAIN_SHARDS - 1 :: PLAIN_SHARDS]])
+        windows = [copies[first : first + PLAIN_SHARDS] for first in range(0, len(copies), PLAIN_SHARDS)]
+        self.starts = [0, *accumulate(sum(int(shard.sum()) for shard in window) for window in windows)]
         self._window_rows = lru_cache(maxsize=2)(self._make_window)
 
     def positions(self, start: int, count: int) -> list[tuple[int, int]]:
-        rows_taken: list[tuple[int, int]] = []
-        while len(rows_taken) < count:
-            epoch, offset = divmod(start + len(rows_taken), int(self._starts[-1]))
-            window = int(np.searchsorted(self._starts, offset, side="right")) - 1
-            first = offset - int(self._starts[window])
-            rows_taken += map(tuple, self._window_rows(epoch, window)[first : first + count - len(rows_taken)].tolist())
-        return rows_taken
+        locations: list[tuple[int, int]] = []
+        while len(locations) < count:
+            epoch, offset = divmod(start + len(locations), self.starts[-1])
+            window = bisect_right(self.starts, offset) - 1
+            first = offset - self.starts[window]
+            locations += map(tuple, self._window_rows(epoch, window)[first : first + count - len(locations)].tolist())
+        return locations
 
     def _make_window(self, epoch: int, window: int) -> npt.NDArray[np.int64]:
-        members = range(window * PLAIN_SHARDS, (window + 1) * PLAIN_SHARDS)
-        by_shard = [np.repeat(np.arange(len(self._copies[shard])), self._copies[shard]) for shard in members]
-        rows = np.stack([np.repeat(members, list(map(len, by_shard))), np.concatenate(by_shard)], 1)
+        shards = range(window * PLAIN_SHARDS, min((window + 1) * PLAIN_SHARDS, len(self._copies)))
+        by_shard = [np.repeat(np.arange(len(self._copies[shard])), self._copies[shard]) for shard in shards]
+        rows = np.stack([np.repeat(shards, list(map(len, by_shard))), np.concatenate(by_shard)], 1)
         return np.random.default_rng([epoch, window]).permutation(rows)
 
 
 def main() -> None:
     options = parse_arguments(__doc__ or "")
-    shards, rows = ((8, 48), 2000) if options.quick else ((8, 48, 400), SHARD_ROWS)
-    rounds = 3 if options.quick else 5
+    rows, rounds = (5_000, 3) if options.quick else (SHARD_ROWS, 5)
     figures: dict[str, float] = {}
-    quality = Table("shards", "copies", "seen", "mix error", "MiB")
+    quality = Table("shards", "copies", "seen", "mix error", "one class per shard", "MiB")
     speed = Table("shards", "copies", "figure", "positions/s", "plain", "median", "range")
     worst: dict[str, list[float]] = {"seen_share": [], "mix_error": [], "mib_per_worker": []}
-    for count in shards:
-        for times in (1, 13, 100):
-            uniform = make_pool(count, rows, (times,))
-            mixed = make_pool(count, rows, (1, times))
-            seen = min(measure_seen_share(uniform), measure_seen_share(mixed))
+    for shards in (8, 50, 400):
+        for times in ((1,), (13,), (100,), (1, 13), (1, 100)):
+            pool, copies = make_pool(shards, rows, times), " and ".join(map(str, times))
+            seen, mib = measure_seen_share(pool), measure_mib(pool)
+            mixed = measure_mix_error(pool)
+            sorted_by_class = measure_mix_error(sort_by_class(pool)) if len(times) == 1 else None
             worst["seen_share"].append(seen)
-            mix, mib = measure_mix_error(mixed, 10 if options.quick else 40), measure_mib(mixed)
-            worst["mix_error"].append(mix)
             worst["mib_per_worker"].append(mib)
-            quality.add_row(str(count), f"1 and {times}", f"{seen:.3f}", f"{mix:.3f}", f"{mib:.2f}")
-            ours, plain = ShardShuffle(mixed.copies, (0, 0)), PlainShuffle(mixed.copies)
-            positions = min(int(plain._starts[-1]), 1_000_000)
+            worst["mix_error"].append(max(mixed, sorted_by_class or 0))
+            topics = "" if sorted_by_class is None else f"{sorted_by_class:.3f}"
+            quality.add_row(str(shards), copies, f"{seen:.3f}", f"{mixed:.3f}", topics, f"{mib:.2f}")
+            ours, plain = ShardShuffle(pool.copies, (0, 0)), PlainShuffle(pool.copies)
+            # Whole windows: most of a plain one's time goes into its beginning.
+            positions = max(plain.starts[1], 1_000_000)
             measured = measure_rates({"ours": make_reader(ours, positions), "plain": make_reader(plain, positions)}, rounds)
-            record_ratio(figures, speed, "order_throughput_ratio", measured, ("ours", "plain"), (str(count), str(times)))
+            record_ratio(figures, speed, "order_throughput_ratio", measured, ("ours", "plain"), (str(shards), copies))
     figures |= {
         "seen_share": round(min(worst["seen_share"]), 4),
         "mix_error": round(max(worst["mix_error"]), 4),
@@ -105,39 +110,45 @@ def make_pool(shards: int, rows: int, times: Sequence[int]) -> Pool:
     return Pool([by_class[shard].astype(np.uint8) for shard in class_ids], class_ids)
 
 
+def sort_by_class(pool: Pool) -> Pool:
+    """The same copies, but each shard holds one class: the order of an archive whose folders are classes."""
+    shards = len(pool.copies)
+    return Pool(pool.copies, [np.full(len(copies), shard * CLASSES // shards) for shard, copies in enumerate(pool.copies)])
+
+
 def measure_seen_share(pool: Pool) -> float:
     shuffle = ShardShuffle(pool.copies, (0, 0))
-    seen = [np.zeros(len(shard), np.bool_) for shard in pool.copies]
-    for start in range(0, 3 * pool.kept, STEP):
-        for shard, row in shuffle.positions(start, min(STEP, 3 * pool.kept - start)):
-            seen[shard][row] = True
-    return sum(int(shard.sum()) for shard in seen) / pool.kept
+    seen = np.zeros((len(pool.copies), len(pool.copies[0])), np.bool_)
+    for start in range(0, 3 * pool.kept, MIX_POSITIONS):
+        shards, rows = zip(*shuffle.positions(start, min(MIX_POSITIONS, 3 * pool.kept - start)), strict=True)
+        seen[list(shards), list(rows)] = True
+    return int(seen.sum()) / pool.kept
 
 
-def measure_mix_error(pool: Pool, stretches: int) -> float:
+def measure_mix_error(pool: Pool) -> float:
     shuffle = ShardShuffle(pool.copies, (0, 0))
     pairs = zip(pool.class_ids, pool.copies, strict=True)
     selected = np.sum([np.bincount(class_ids, copies, CLASSES) for class_ids, copies in pairs], 0)
-    expected = selected / selected.sum()
+    present = selected > 0
     errors = []
-    for start in range(0, min(shuffle.epoch_size, stretches * STEPS * STEP), STEPS * STEP):
-        locations = shuffle.positions(start, STEPS * STEP)
+    # Spread over two epochs.
+    for start in np.linspace(0, 2 * shuffle.epoch_size, 40, dtype=np.int64).tolist():
+        locations = shuffle.positions(start, MIX_POSITIONS)
         shares = np.bincount([pool.class_ids[shard][row] for shard, row in locations], minlength=CLASSES) / len(locations)
-        errors.append(float(np.abs(shares / expected - 1).max()))
+        errors.append(float(np.abs(shares[present] / (selected[present] / selected.sum()) - 1).max()))
     return max(errors)
 
 
 def measure_mib(pool: Pool) -> float:
-    """Memory that a process holds after it went through three windows, without the copies."""
+    """Memory that a process holds at most at a few positions of an epoch, without the copies."""
+    held = []
     tracemalloc.start()
     shuffle = ShardShuffle(pool.copies, (0, 0))
-    position = 0
-    for _ in range(3):
-        *window, _ = shuffle._locate_position(position)
-        position += shuffle._window_rows(*window).shape[1]
-    held, _ = tracemalloc.get_traced_memory()
+    for position in np.linspace(0, shuffle.epoch_size, 4, dtype=np.int64).tolist():
+        shuffle.positions(position, STEP)
+        held.append(tracemalloc.get_traced_memory()[0])
     tracemalloc.stop()
-    return held / (1 << 20)
+    return max(held) / (1 << 20)
 
 
 def make_reader(shuffle: ShardShuffle | PlainShuffle, positions: int) -> Callable[[], int]:
