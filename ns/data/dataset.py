@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from ns.storage.documents import HashedDocument, JsonDocument
+from ns.storage.documents import HashedDocument, JsonDocument, Sha256
 
 MAX_CLASSES = 1 << 16
 """Class indices are uint16 in predictions, label sets and selections."""
@@ -22,7 +22,7 @@ class Shard(JsonDocument):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\.tar$")
     samples: int = Field(ge=0)
     bytes: int = Field(ge=0)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    sha256: Sha256
 
 
 class Dataset(HashedDocument):

@@ -7,7 +7,7 @@ from pydantic import Field
 from ns.core.errors import DataError
 from ns.data.dataset import Dataset, DatasetRole
 from ns.storage import Store
-from ns.storage.documents import HashedDocument, JsonDocument
+from ns.storage.documents import BlobKey, HashedDocument, JsonDocument
 
 DataPart = Literal["labeled", "pool", "heldout", "calibration", "test"]
 PART_ROLES: dict[DataPart, DatasetRole] = {
@@ -41,7 +41,7 @@ class PreparedDataset(JsonDocument):
 class LeftOutImages(JsonDocument):
     """Images of the pool that are also in an evaluation set."""
 
-    key: str
+    key: BlobKey
     """Key below the root of the folder of the check that found them."""
     report_digest: str
     """Digest of the check's report."""
@@ -62,7 +62,7 @@ class PreparedData(HashedDocument):
     """Further evaluation sets, by name."""
     left_out: LeftOutImages | None = None
     """Images that get no pseudo-label; None if there are none."""
-    check: str | None = None
+    check: BlobKey | None = None
     """Key of the leak guard's report below the root; None if the guard is off."""
 
     def hashed_fields(self) -> Any:

@@ -34,7 +34,7 @@ from ns.export.forms import FORMS, ExportForm
 from ns.modeling.factory import Normalize, load_model
 from ns.modeling.manifest import ModelManifest
 from ns.storage import Store
-from ns.storage.documents import JsonDocument, encode_json
+from ns.storage.documents import FileName, JsonDocument, Sha256, encode_json
 
 CARD_FILE = "README.md"
 TOLERANCE = 1e-3
@@ -45,8 +45,8 @@ class ExportCheck(JsonDocument):
     """One form of the model compared with our own network on the same images."""
 
     form: ExportForm
-    file: str
-    sha256: str
+    file: FileName
+    sha256: Sha256
     images: int
     largest_difference: float
     """Largest absolute difference of logits from our network in float32."""
@@ -64,7 +64,7 @@ class ExportManifest(JsonDocument):
     format: Literal[1] = 1
     model: str
     """Digest of the model's manifest."""
-    weights_sha256: str
+    weights_sha256: Sha256
     dataset: str
     """Digest of the dataset whose images were used for the checks."""
     resolution: int

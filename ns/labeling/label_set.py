@@ -22,7 +22,7 @@ from ns.core.errors import DataError
 from ns.data.dataset import Dataset
 from ns.data.index import ShardIndex
 from ns.storage import Store
-from ns.storage.documents import HashedDocument, JsonDocument
+from ns.storage.documents import FileName, HashedDocument, JsonDocument, Sha256
 from ns.storage.parquet import read_table, write_table
 
 HISTOGRAM = "histogram.parquet"
@@ -55,7 +55,7 @@ def build_row_schema(top_k: int, *, log8: bool = False) -> pa.Schema:
 class LabelShard(JsonDocument):
     """One labeled shard."""
 
-    name: str
+    name: FileName
     """Key of the Parquet file."""
     source: str
     """sha256 of the dataset's tar shard."""
@@ -66,7 +66,7 @@ class LabelShard(JsonDocument):
     mode: str = "float32"
     """Precision of the teacher, and whether it was compiled; labels differ in their last digits between modes."""
     bytes: int
-    sha256: str
+    sha256: Sha256
 
 
 class LabelSet(HashedDocument):

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from ns.core.errors import NsError
 from ns.storage import Store
-from ns.storage.documents import JsonDocument
+from ns.storage.documents import BlobKey, JsonDocument
 
 RECORDS_PREFIX = "store/runs/"
 CONFIG_FILE = "config.yaml"
@@ -47,7 +47,7 @@ class StageNote(JsonDocument):
     generation: int
     stage: str
     """Name of the stage; labeling tasks add their range of shards."""
-    outputs: dict[str, str]
+    outputs: dict[str, BlobKey]
     """Name → key below the root, of a file that was written last."""
     seconds: float
     """Wall time of the work, in whichever run it was done."""

@@ -2,17 +2,34 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from ns.core import log
 from ns.core.digest import digest_json
-from ns.core.errors import DataError
+from ns.core.errors import DataError, StoreError
 from ns.storage import Store
+from ns.storage.base import key_parts
 
 SCHEMA_VERSION = 1
 """Part of every digest. Raise it when a default value, or what a value means, changes: digests leave defaults out."""
+
+
+def _check_key(key: str) -> str:
+    try:
+        key_parts(key)
+    except StoreError as error:
+        raise ValueError(str(error)) from error
+    return key
+
+
+# A manifest may come from strangers: what it names is a file beside it, or below its root, and nothing else.
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,254}$")]
+"""Name of a file in the folder of its manifest."""
+BlobKey = Annotated[str, AfterValidator(_check_key)]
+"""Key of a file or a folder below a root."""
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 def dump_hashed_fields(model: BaseModel, exclude: Any = None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from ns.core.digest import describe_code, digest_json, shorten_digest
 from ns.storage import Store
-from ns.storage.documents import JsonDocument
+from ns.storage.documents import BlobKey, JsonDocument
 
 
 class LedgerEntry(JsonDocument):
@@ -21,7 +21,7 @@ class LedgerEntry(JsonDocument):
     stage: str
     digest: str
     inputs: dict[str, Any]
-    outputs: dict[str, str]
+    outputs: dict[str, BlobKey]
     """Name → key, below the same root, of the manifest, which is written last."""
     seconds: float
     """Wall time of the attempt that finished the work."""

@@ -29,7 +29,7 @@ from ns.labeling.label_set import (
     compute_histogram,
     read_label_rows,
 )
-from ns.labeling.registry import LabelRegistry, VersionTag
+from ns.labeling.registry import LabelRegistry, LabelVersion, VersionTag
 from ns.labeling.registry.gc import collect_garbage
 from ns.labeling.registry.storage import find_missing_keys, object_key
 from ns.labeling.selection import make_selection
@@ -107,6 +107,18 @@ def git(repository: str, *arguments: str) -> str:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("field", ["name", "sha256", "md5", "directory"])
+@pytest.mark.parametrize("value", ["/etc/passwd", "../../etc/passwd", "a/../../b"])
+def test_version_names_only_files_of_its_folder(field, value):
+    file = {"name": "a.parquet", "bytes": 1, "sha256": "0" * 64, "md5": "0" * 32}
+    fields = {"label_set": "1", "dataset": "2", "teacher": "3", "selection": None, "rows": 1, "kept": None, "images": None}
+    fields |= {**VersionTag("p", "r", 1)._asdict(), "directory": f"{'0' * 32}.dir", "files": [file]}
+    assert LabelVersion.validate_fields(fields, "version.json").files[0].name == "a.parquet"
+    (fields if field in fields else file)[field] = value
+    with pytest.raises(DataError, match=rf"version\.json: (files\.0\.)?{field}: "):
+        LabelVersion.validate_fields(fields, "version.json")
 
 
 def test_version_tag_refuses_invalid_names():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from ns.core.digest import canonical_json, digest_code, digest_json
 from ns.core.errors import DataError
 from ns.storage import LocalStore
-from ns.storage.documents import HashedDocument, JsonDocument
+from ns.storage.documents import BlobKey, FileName, HashedDocument, JsonDocument
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -37,6 +37,26 @@ def test_unreadable_document_is_passed_over_with_a_warning(tmp_path, capsys, con
     assert Goat.find_file(store, "c.json") is None
     captured = capsys.readouterr()
     assert "b.json" in captured.out + captured.err
+
+
+class Goods(JsonDocument):
+    file: FileName
+    key: BlobKey
+
+
+OUTSIDE = ["", "/etc/passwd", "../secret", "a/../../secret", "a\0b"]
+
+
+@pytest.mark.parametrize("name", [*OUTSIDE, "..", ".", ".hidden", "a/b", "a\n", "\x1b[2Ja", "x" * 256])
+def test_file_name_stays_beside_its_manifest(name):
+    with pytest.raises(DataError, match=r"goods\.json: file: "):
+        Goods.validate_fields({"file": name, "key": "a"}, "goods.json")
+
+
+@pytest.mark.parametrize("key", [*OUTSIDE, ".tmp-a"])
+def test_blob_key_stays_below_its_root(key):
+    with pytest.raises(DataError, match=r"goods\.json: key: .* not a key"):
+        Goods.validate_fields({"file": "a", "key": key}, "goods.json")
 
 
 class Sheep(HashedDocument):

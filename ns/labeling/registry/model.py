@@ -3,10 +3,12 @@
 import re
 from typing import ClassVar, Literal, NamedTuple, Self
 
+from pydantic import Field
+
 from ns.core.errors import DataError
 from ns.labeling.label_set import LabelSet
 from ns.labeling.selection import Selection
-from ns.storage.documents import JsonDocument
+from ns.storage.documents import FileName, JsonDocument, Sha256
 
 VERSION_PATTERN = re.compile(r"labels/([^/]+)/([^/]+)/gen-([1-9][0-9]{0,5})")
 
@@ -69,10 +71,10 @@ def resolve_version_ref(name: str) -> str:
 class VersionFile(JsonDocument):
     """One file of a version."""
 
-    name: str
-    bytes: int
-    sha256: str
-    md5: str
+    name: FileName
+    bytes: int = Field(ge=0)
+    sha256: Sha256
+    md5: str = Field(pattern=r"^[0-9a-f]{32}$")
 
 
 class LabelVersion(JsonDocument):
@@ -97,7 +99,7 @@ class LabelVersion(JsonDocument):
     """Distinct images that the selection kept."""
     images: int | None
     """Images in an epoch."""
-    directory: str
+    directory: str = Field(pattern=r"^[0-9a-f]{32}\.dir$")
     """DVC's hash of the folder: the md5 of the list of its files, and `.dir`."""
     files: tuple[VersionFile, ...]
 
