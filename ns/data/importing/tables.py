@@ -6,6 +6,7 @@ import stat
 import unicodedata
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -19,7 +20,7 @@ from ns.data.class_names import normalize_name
 from ns.data.dataset import DatasetRole
 from ns.data.importing.listing import SourceEntry
 from ns.data.importing.tars import LABEL_FIELDS
-from ns.storage import open_parent
+from ns.storage import open_parent, split_uri
 
 TABLES = (".csv", ".tsv", ".parquet")
 PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "image", "image_path")
@@ -30,9 +31,10 @@ BATCH_ROWS = 10_000
 
 def list_table(source: str, role: DatasetRole, split: str | None) -> Iterator[SourceEntry]:
     """The rows of a table, or those of a split. Raises DataError for a table that cannot be read, or that lacks a column or split."""
+    _list_spellings.cache_clear()
     store, name = open_parent(source)
     table_path = store.path(name)
-    base = table_path.parent if "://" not in source or source.startswith("file://") else None
+    base = split_uri(source)[0] if "://" in source and not source.startswith("file://") else table_path.parent
     try:
         batches = _open_batches(table_path)
         columns = {normalize_name(column).lower(): column for column in batches.schema.names}
@@ -46,7 +48,7 @@ def list_table(source: str, role: DatasetRole, split: str | None) -> Iterator[So
         for batch in batches:
             table = batch.to_pydict()
             count = batch.num_rows
-            splits = [_read_text(value) for value in table[split_column]] if split_column else [""] * count
+            splits = [normalize_name(_read_text(value)) for value in table[split_column]] if split_column else [""] * count
             class_labels = table[label_column] if label_column else [None] * count
             seen.update(filter(None, splits))
             if split is None and len(seen) > 1:
@@ -57,7 +59,7 @@ def list_table(source: str, role: DatasetRole, split: str | None) -> Iterator[So
             for path, class_label, row_split in zip(table[path_column], class_labels, splits, strict=True):
                 row += 1
                 if split is None or row_split == normalize_name(split):
-                    yield _make_entry(base, path, _read_text(class_label) or None, row)
+                    yield _make_entry(base, path, normalize_name(_read_text(class_label)) or None, row)
         if split is not None and normalize_name(split) not in seen:
             raise DataError(f"--split {split}: {source} has no such split; it has {', '.join(sorted(seen)) or 'none'}")
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -91,26 +93,51 @@ def _read_text(value: Any) -> str:
         return ""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return normalize_name(value.decode(errors="replace") if isinstance(value, bytes) else str(value))
+    return (value.decode(errors="replace") if isinstance(value, bytes) else str(value)).strip("\ufeff \t\r\n")
 
 
-def _make_entry(base: Path | None, cell: Any, class_label: str | None, row: int) -> SourceEntry:
+def _make_entry(base: Path | str, cell: Any, class_label: str | None, row: int) -> SourceEntry:
+    """`base`: the folder of the table, or its URI."""
     text = _read_text(cell)
     if not text:
         return SourceEntry(f"row {row}", None, 0, problem="names no image")
     path = unquote(urlsplit(text).path) if text.startswith("file://") else text
-    if base is None or "://" in path:
-        return SourceEntry(path if "://" in path else posixpath.normpath(path), class_label, 0)
+    if isinstance(base, str):
+        path = path.removeprefix(f"{base}/")
+    if "://" in path:
+        return SourceEntry(path, class_label, 0)
+    if isinstance(base, str):
+        key = posixpath.normpath(path)
+        problem = "lies outside the table's folder; give a path below it, or a URI" if key.startswith(("/", "../")) else ""
+        return SourceEntry(key, class_label, 0, problem=problem)
     # A missing file is listed too, so that reading it rejects it with its reason.
-    spellings = (unicodedata.normalize(form, text) for text in (path, path.replace("\\", "/")) for form in ("NFC", "NFD"))
-    for spelling in dict.fromkeys((str(cell), *spellings)):
+    for spelling in dict.fromkeys((str(cell), path, path.replace("\\", "/"), _find_spelling(base, path.replace("\\", "/")))):
         relative = _make_relative(base, spelling)
         with suppress(OSError, ValueError):
             status = (base / relative).stat()
             return SourceEntry(
                 relative, class_label, status.st_size if stat.S_ISREG(status.st_mode) else 0, str(status.st_mtime_ns)
             )
-    return SourceEntry(_make_relative(base, path), class_label, 0)
+    return SourceEntry(_make_relative(base, unicodedata.normalize("NFC", path)), class_label, 0)
+
+
+def _find_spelling(base: Path, path: str) -> str:
+    """The path as the disk spells it: a letter with an accent may be one or two characters, in each part of the path."""
+    if path.isascii():
+        return path
+    folder = base / "/" if path.startswith("/") else base
+    for part in path.split("/"):
+        exists = not part or os.path.lexists(folder / part)
+        folder /= part if exists else _list_spellings(folder).get(unicodedata.normalize("NFC", part), part)
+    return str(folder)
+
+
+@lru_cache(maxsize=8)
+def _list_spellings(folder: Path) -> dict[str, str]:
+    """Composed name of each file and folder → its name."""
+    with suppress(OSError):
+        return {unicodedata.normalize("NFC", entry.name): entry.name for entry in os.scandir(folder)}
+    return {}
 
 
 def _make_relative(base: Path, path: str) -> str:

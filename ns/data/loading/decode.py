@@ -25,6 +25,7 @@ JPEG_MAGIC = b"\xff\xd8\xff"
 # Color spaces that libjpeg-turbo converts to RGB; CMYK needs Pillow's handling of inverted Adobe files.
 PLAIN_COLORSPACES = ("Gray", "YCbCr", "RGB")
 ORIENTATION = 0x0112
+TIFF_BITS_PER_SAMPLE = 258
 SCALED_FROM = 2
 """An image is decoded at a smaller scale if it is shrunk by at least this factor afterwards; below, quality would suffer."""
 
@@ -59,8 +60,8 @@ def _list_formats() -> list[str]:
 def decode_image(data: bytes) -> npt.NDArray[np.uint8]:
     """uint8 [H, W, 3], C-contiguous, upright (EXIF orientation applied).
 
-    Gray is repeated over the channels, 16 bits are scaled to 8, transparency is laid over white, and of an animation only
-    the first frame is decoded. Thread-safe; libjpeg-turbo and Pillow release the interpreter lock. Raises DataError with the
+    Gray is repeated over the channels, integers of more than 8 bits are scaled to 8, transparency is laid over white, and of an
+    animation only the first frame is decoded. Thread-safe; libjpeg-turbo and Pillow release the interpreter lock. Raises DataError with the
     reason: empty file, not an image, truncated, damaged, decompression bomb.
     """
     if not data:
@@ -118,7 +119,8 @@ def allocate_images(count: int, size: int) -> npt.NDArray[np.uint8]:
 def read_jpeg_size(data: bytes) -> tuple[int, int]:
     """Width and height, px, of a JPEG that libjpeg-turbo alone decodes; (0, 0) for all other and for damaged images."""
     if data.startswith(JPEG_MAGIC):
-        with suppress(ValueError):
+        # KeyError: simplejpeg knows no name for chroma of 4:4:1.
+        with suppress(ValueError, KeyError):
             height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
             if height * width <= MAX_PIXELS and colors in PLAIN_COLORSPACES and _is_upright(data):
                 return width, height
@@ -144,6 +146,10 @@ def _find_exif(jpeg: bytes) -> bytes | None:
     """Follows the lengths of the segments before the pixels: parsing them with Pillow would double the time."""
     at = 2
     while jpeg[at : at + 1] == b"\xff" and (marker := jpeg[at + 1 : at + 2]) != START_OF_SCAN:
+        if marker == b"\xff":
+            # Any number of fill bytes may stand before a marker.
+            at += 1
+            continue
         length = int.from_bytes(jpeg[at + 2 : at + 4])
         if marker == APP1 and jpeg[at + 4 : at + 10] == EXIF_MAGIC:
             return jpeg[at + 4 : at + 2 + length]
@@ -185,14 +191,14 @@ def _decode_pillow(data: bytes) -> npt.NDArray[np.uint8]:
 
 def _convert_rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
     image.load()
+    original = image
     turn = _read_turn(image.getexif)
     if turn is not None:
         image = image.transpose(turn)
     if image.mode in ("I;16", "I;16B", "I;16L", "I"):
         # Pillow's own conversion clips at 255.
-        values = np.asarray(image).astype(np.int64).clip(0, 65535)
-        gray = (values * 255 + 32767) // 65535
-        return np.repeat(gray.astype(np.uint8)[:, :, None], 3, axis=2)
+        gray = _scale_integers(np.asarray(image).astype(np.int64), _read_stated_bits(original))
+        return np.repeat(gray[:, :, None], 3, axis=2)
     if image.mode == "F":
         raise DataError("floating-point image: its range is not known; convert it to 8 or 16 bits")
     if image.has_transparency_data:
@@ -200,3 +206,22 @@ def _convert_rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
     return np.asarray(image.convert("RGB"))
+
+
+def _scale_integers(values: npt.NDArray[np.int64], stated_bits: int) -> npt.NDArray[np.uint8]:
+    """uint8, from integers of 8, 12 or 16 bits: the fewest that hold the largest value, and at least as many as the file states.
+
+    Cameras and instruments keep 12 bits in files of 16, and programs keep 8 in 32: scaled as 16 bits, they would be nearly black.
+    """
+    smallest, largest = int(values.min()), int(values.max())
+    bits = next((bits for bits in (8, 12, 16) if largest >> bits == 0 and bits >= stated_bits), None)
+    if bits is None or smallest < 0:
+        raise DataError(f"integers from {smallest} to {largest}: their range is not known; convert it to 8 or 16 bits")
+    top = (1 << bits) - 1
+    return ((values * 255 + top // 2) // top).astype(np.uint8)
+
+
+def _read_stated_bits(image: Image.Image) -> int:
+    """Bits per sample of a TIFF of 12 bits, which Pillow unpacks to 16; 0 for all other images, whose files have room for more."""
+    bits = getattr(image, "tag_v2", {}).get(TIFF_BITS_PER_SAMPLE, (0,))
+    return 12 if bits == (12,) else 0

@@ -1,18 +1,20 @@
 import contextlib
 import io
+import struct
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import simplejpeg
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from ns.core.errors import DataError
 from ns.data.loading import decode as module
-from ns.data.loading.decode import decode_image
+from ns.data.loading.decode import decode_image, read_jpeg_size
 
 # pytest puts aside the filter that decode sets.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -48,6 +50,60 @@ def test_decode_repeats_gray_over_channels():
 def test_decode_scales_sixteen_bits():
     values = np.array([[0, 256, 32768, 65535]], np.uint16)
     assert decode_image(encoded(Image.fromarray(values), "PNG"))[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG2000", "PPM"])
+@pytest.mark.parametrize("bits", [8, 12, 16])
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_decode_scales_integers_by_the_bits_that_they_take(kind, bits, dtype):
+    top = (1 << bits) - 1
+    values = np.linspace(0, top, 256).round().astype(dtype).reshape(16, 16)
+    if dtype == np.int32:
+        kind = "TIFF"
+    options = {"irreversible": False} if kind == "JPEG2000" else {}
+    decoded = decode_image(encoded(Image.fromarray(values), kind, **options))[:, :, 0]
+    assert np.array_equal(decoded.ravel(), (values.astype(float) * 255 / top).round().ravel())
+
+
+def test_decode_scales_twelve_bits_as_the_file_states():
+    def pack(first, second):
+        return bytes([first >> 4, (first & 15) << 4 | second >> 8, second & 255])
+
+    tags = [(256, 2), (257, 1), (258, 12), (259, 1), (262, 1), (273, 110), (277, 1), (278, 1)]
+    header = (
+        b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in tags)
+    )
+    dark = (header + struct.pack("<I", 0)).ljust(110, b"\0") + pack(0, 160)
+    assert decode_image(dark)[0, :, 0].tolist() == [0, 10]
+
+
+@pytest.mark.parametrize("values", [[0, 1 << 16], [-1, 5]])
+def test_decode_refuses_integers_of_unknown_range(values):
+    with pytest.raises(
+        DataError, match=rf"integers from {values[0]} to {values[1]}: their range is not known; convert it to 8 or 16"
+    ):
+        decode_image(encoded(Image.fromarray(np.array([values], np.int32)), "TIFF"))
+
+
+def test_decode_reads_chroma_that_turbo_has_no_name_for():
+    data = bytearray(simplejpeg.encode_jpeg(RNG.integers(0, 256, (32, 32, 3), np.uint8), colorsubsampling="411"))
+    # As many blocks, but 1 × 4 instead of 4 × 1 of luminance for one of chroma.
+    data[data.index(b"\xff\xc0") + 11] = 0x14
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.layer[0][1:3] == (1, 4)
+        assert np.array_equal(decode_image(bytes(data)), np.asarray(image.convert("RGB")))
+    assert read_jpeg_size(bytes(data)) == (0, 0)
+
+
+@pytest.mark.parametrize("fill", [1, 2, 300])
+def test_decode_finds_orientation_behind_fill_bytes(fill):
+    exif = Image.Exif()
+    exif[module.ORIENTATION] = 6
+    data = encoded(Image.fromarray(SMOOTH), "JPEG", exif=exif)
+    at = data.index(b"\xff\xe1")
+    filled = data[:at] + b"\xff" * fill + data[at:]
+    assert read_jpeg_size(filled) == (0, 0)
+    assert np.array_equal(decode_image(filled), decode_image(data))
 
 
 def test_decode_lays_transparency_over_white():
