@@ -56,7 +56,8 @@ def make_verdict_tables(run: str, verdict: "Verdict") -> list[Table]:
         mark = "[green]passed[/]" if condition.passed else "[yellow]failed[/]"
         detail = escape(condition.detail.rstrip(","))
         conditions.add_row(condition.name, condition.format_value(), condition.format_requirement(), mark, detail)
-    pairs = make_table(f"{verdict.images:,} held-out images", "", "student right", "student wrong")
+    copies = f", {verdict.copies:,} copies left out" if verdict.copies else ""
+    pairs = make_table(f"{verdict.images:,} held-out images{copies}", "", "student right", "student wrong")
     pairs.add_row("teacher right", f"{verdict.paired.both:,}", f"{verdict.paired.only_teacher:,}")
     pairs.add_row("teacher wrong", f"{verdict.paired.only_student:,}", f"{verdict.paired.neither:,}")
     return [conditions, pairs]
@@ -70,9 +71,15 @@ def format_verdict(verdict: "Verdict") -> list[str]:
     lines = [
         f"top-1 {verdict.teacher_top1:.2%} → {verdict.student_top1:.2%}: gain {100 * verdict.gain:+.2f} points, "
         f"between {100 * verdict.gain_low:+.2f} and {100 * verdict.gain_high:+.2f} "
-        f"(paired bootstrap, each bound one-sided at {verdict.level:.4g})",
+        f"(paired bootstrap, each bound one-sided at {verdict.level:.6g})",
         f"McNemar's exact test: p = {verdict.mcnemar:.3g}",
     ]
+    tries = "the first try" if verdict.try_number == 1 else f"try {verdict.try_number:,}"
+    lines.append(
+        f"{tries} on these held-out images; so far the probability that a student no better than its teacher was accepted is at most "
+        f"{verdict.family_error:.3g}"
+    )
+    lines += [f"[yellow]warning:[/] {escape(warning)}" for warning in verdict.warnings]
     gain = next(condition for condition in verdict.conditions if condition.name == "gain")
     if not gain.passed:
         lines.append(f"on these images a gain of more than about {100 * requirement.gain:+.2f} points would have been enough")

@@ -400,16 +400,20 @@ class GateConfig(Section):
     """When a student becomes the teacher."""
 
     level: float = Field(default=0.95, gt=0.5, lt=1)
-    """One-sided confidence level of the bound on the gain in held-out top-1 accuracy."""
+    """One-sided confidence level of the gain in held-out top-1 accuracy, and of each of the conditions `max_class_drop`, `max_mce_rise`
+    and `max_mfr_rise`."""
     min_gain: float = Field(default=0.0, ge=-1, le=1)
-    """Promote if the lower bound of the gain is above this. A value below 0 is a margin of non-inferiority."""
+    """Promote if the lower bound of the gain is above this, and an exact test agrees. A value below 0 is a margin of non-inferiority."""
+    spend: Literal["none", "bonferroni"] = "none"
+    """What repeated tries on the same held-out images cost. `none`: each is tested at `level`; a verdict warns from the tenth on.
+    `bonferroni`: the k-th may err with probability (1 - level) / (k (k + 1)), so that all tries together err with at most 1 - level."""
     max_class_drop: float | None = Field(default=None, gt=0, le=1)
-    """Refuse if any class loses more held-out accuracy than this. No limit if not given."""
+    """Refuse if any class surely loses more held-out accuracy than this, at `level` for all classes together. No limit if not given."""
     max_mce_rise: float | None = Field(default=None, ge=0)
-    """Refuse if the mCE on held-out images rises by more points than this; the teacher has 100. Needs `corruptions` in
+    """Refuse if the mCE on held-out images surely rises by more points than this; the teacher has 100. Needs `corruptions` in
     evaluation.suites. No limit if not given."""
     max_mfr_rise: float | None = Field(default=None, ge=0)
-    """Refuse if the mFR on held-out images rises by more points than this; the teacher has 100. Needs `perturbations` in
+    """Refuse if the mFR on held-out images surely rises by more points than this; the teacher has 100. Needs `perturbations` in
     evaluation.suites. No limit if not given."""
     max_churn: float | None = Field(default=None, ge=0, le=1)
     """Refuse if more than this share of the pool's labels differs from those of the generation before. No limit if not given, and none

@@ -157,6 +157,11 @@ MFR = _optional_gauge("nst_eval_mfr", "Mean flip rate in %; the reference has 10
 GAIN = _gauge("nst_loop_gain_ratio", "Top-1 accuracy of the student minus that of its teacher: value, low, high.", ["bound"])
 GATE = _optional_gauge("nst_gate_passed", "1 if the gate promoted the student, 0 if it refused it.")
 GATE_CONDITION = _gauge("nst_gate_condition_passed", "1 if a condition of the gate holds, 0 if not.", ["condition"])
+GATE_TRIES = _optional_gauge("nst_gate_tries", "Students that were compared with a teacher on the same held-out images so far.")
+FAMILY_ERROR = _optional_gauge(
+    "nst_gate_family_error_ratio",
+    "Upper bound of the probability that any of these tries accepted a student that is no better than its teacher.",
+)
 
 # --- Pushed once, at the end of a run
 

@@ -16,11 +16,14 @@ from PIL import Image
 from ns.core import log
 from ns.core.errors import DataError
 from ns.data.dataset import Dataset
+from ns.data.index import ShardIndex
 from ns.data.loading.decode import EncodedJpeg, decode_image
 from ns.data.loading.shard_reader import ImageSource
 from ns.storage import Store
 from ns.storage.parquet import read_table, write_table
 
+FINGERPRINTS = "store/fingerprints"
+"""Where they are kept below a root."""
 HASH_SIDE_PX = 32
 """Side, in px, of the gray picture that a perceptual hash is made of."""
 LOW_FREQUENCIES = 8
@@ -83,6 +86,19 @@ def read_fingerprints(fingerprint_store: Store, dataset: Dataset, shard_index: i
         table["phash"].to_numpy(),
         table["comparable"].to_numpy(zero_copy_only=False),
     )
+
+
+def read_contents(store: Store, dataset: Dataset, fingerprint_store: Store) -> dict[str, bytes]:
+    """Key → SHA-256 of the image's bytes, for all images of a dataset. Fingerprints that are missing are made, which reads all images.
+
+    Raises DataError for damaged data.
+    """
+    compute_fingerprints(store, dataset, fingerprint_store)
+    contents: dict[str, bytes] = {}
+    for shard_index, shard in enumerate(dataset.shards):
+        hashes = read_fingerprints(fingerprint_store, dataset, shard_index).sha256.tolist()
+        contents.update(zip(ShardIndex.load(store, shard).keys, hashes, strict=True))
+    return contents
 
 
 def compute_phashes(gray: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:

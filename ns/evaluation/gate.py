@@ -1,7 +1,7 @@
 """The gate: a student becomes the teacher only if it is measurably better than its teacher on the same held-out images."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -9,24 +9,29 @@ import numpy.typing as npt
 
 from ns.config.schema import CORRUPTIONS, GateConfig
 from ns.data.dataset import format_class_names
-from ns.evaluation.result import Evaluation, Robustness
-from ns.evaluation.robustness.scores import relative_score
+from ns.evaluation.paired import (
+    AccuracyGain,
+    PairedCounts,
+    bound_rise,
+    count_by_class,
+    count_pairs,
+    find_class_drop,
+    gain_p_value,
+    mcnemar_p_value,
+    paired_gain,
+    relative_rise,
+)
+from ns.evaluation.result import Evaluation, ImageMistakes
 from ns.storage.documents import JsonDocument
 
 CHANCE_LEVEL = 0.025
 """Level of each of the two tests against chance."""
 SHUFFLES = 1_999
 """Random orders of the permutation test."""
-
-
-class AccuracyGain(JsonDocument):
-    """A difference of two accuracies on the same images with a bootstrap interval, as shares."""
-
-    value: float
-    low: float
-    """One-sided lower bound at the gate's level."""
-    high: float
-    """One-sided upper bound at the gate's level."""
+FEW_IMAGES = 100
+"""Held-out images below which a verdict carries a warning."""
+MANY_TRIES = 10
+"""Tries on the same held-out images from which a verdict carries a warning."""
 
 
 Relation = Literal["above", "at least", "at most"]
@@ -61,6 +66,8 @@ class GateCondition(JsonDocument):
             return f"{value:+.2f} points"
         if self.name in ("gain", "class drop"):
             return f"{100 * value:+.2f} points"
+        if self.name == "exact test":
+            return f"p = {value:.3g}"
         return f"{100 * value:.1f} %"
 
 
@@ -77,19 +84,6 @@ class LabelQuality(NamedTuple):
     """Share of correct labels, its lower bound, and the number of audited images; None without an audit."""
     class_coverage: float | None = None
     """Share of the classes that the selection represents."""
-
-
-class PairedCounts(JsonDocument):
-    """Held-out images by which of the two models is right."""
-
-    both: int
-    only_teacher: int
-    only_student: int
-    neither: int
-
-    @property
-    def images(self) -> int:
-        return self.both + self.only_teacher + self.only_student + self.neither
 
 
 class RequiredGain(JsonDocument):
@@ -110,7 +104,16 @@ class Verdict(JsonDocument):
     teacher: str
     student: str
     """Keys of the two models below the root."""
+    heldout: str
+    """Digest of the images that decide: of their bytes, whatever their names, order and classes."""
     images: int
+    """Held-out images that decide; those with equal bytes count as one."""
+    copies: int
+    """Further held-out images with the bytes of one of them."""
+    try_number: int
+    """Which try on these images it is, from 1: each pair of a teacher and a student is one, however often it is judged."""
+    family_error: float
+    """Upper bound of the probability that a student no better than its teacher was accepted in any of these tries."""
     teacher_top1: float
     student_top1: float
     gain: float
@@ -120,58 +123,14 @@ class Verdict(JsonDocument):
     level: float
     paired: PairedCounts
     mcnemar: float
-    """Two-sided exact p-value of McNemar's test. It is only recorded; the bootstrap decides."""
+    """Two-sided exact p-value of McNemar's test. It is only recorded."""
     conditions: tuple[GateCondition, ...]
     lost_classes: tuple[str, ...] = ()
     """Classes with held-out images that the teacher predicts for some image, and the student for none."""
     promoted: bool
     reason: str
-
-
-def paired_gain(
-    teacher_correct: npt.NDArray[np.bool_],
-    student_correct: npt.NDArray[np.bool_],
-    *,
-    level: float,
-    resamples: int,
-    seed: int,
-) -> AccuracyGain:
-    """Paired bootstrap of mean(student) − mean(teacher). Inputs: bool [N], same images in the same order.
-
-    Each image contributes −1, 0 or +1, so resampling N images is one multinomial draw over three outcomes: the exact
-    bootstrap distribution at a cost independent of N (Efron & Tibshirani 1993, §6). Raises ValueError for unequal or no inputs.
-    """
-    if teacher_correct.shape != student_correct.shape or teacher_correct.size == 0:
-        raise ValueError(
-            f"paired results must be of one non-zero length, got {teacher_correct.shape} and {student_correct.shape}"
-        )
-    difference = student_correct.astype(np.int8) - teacher_correct.astype(np.int8)
-    images = difference.size
-    shares = np.array([np.mean(difference == -1), np.mean(difference == 0), np.mean(difference == 1)])
-    draws = np.random.default_rng(seed).multinomial(images, shares / shares.sum(), size=resamples)
-    gains = (draws[:, 2] - draws[:, 0]) / images
-    low, high = np.quantile(gains, [1 - level, level])
-    return AccuracyGain(value=float(difference.mean()), low=float(low), high=float(high))
-
-
-def count_pairs(teacher_correct: npt.NDArray[np.bool_], student_correct: npt.NDArray[np.bool_]) -> PairedCounts:
-    """Images by which of the two is right. Inputs: bool [N], same images in the same order."""
-    both, either = int((teacher_correct & student_correct).sum()), int((teacher_correct | student_correct).sum())
-    return PairedCounts(
-        both=both,
-        only_teacher=int(teacher_correct.sum()) - both,
-        only_student=int(student_correct.sum()) - both,
-        neither=teacher_correct.size - either,
-    )
-
-
-def mcnemar_p_value(paired: PairedCounts) -> float:
-    """Two-sided exact p-value of McNemar's test (Psychometrika 12, 1947) that, of the images that only one model gets right, each
-    model gets half. 1 if there are none."""
-    from scipy.special import bdtr
-
-    fewer, discordant = min(paired.only_teacher, paired.only_student), paired.only_teacher + paired.only_student
-    return min(1.0, 2 * float(bdtr(fewer, discordant, 0.5)))
+    warnings: tuple[str, ...] = ()
+    """What makes the verdict say less than it seems to."""
 
 
 def required_gain(verdict: Verdict) -> RequiredGain:
@@ -181,32 +140,6 @@ def required_gain(verdict: Verdict) -> RequiredGain:
     spread, margin = verdict.gain - verdict.gain_low, verdict.gain - min_gain
     images = None if margin <= 0 else math.floor(verdict.images * (spread / margin) ** 2) + 1
     return RequiredGain(gain=min_gain + spread, images=images)
-
-
-def corruption_rise(teacher: Robustness, student: Robustness) -> float | None:
-    """mCE of the student with its teacher as 100, minus 100, in points; without the extra corruptions. None if not measured.
-
-    A teacher without a mistake in a kind counts as if it had made one, to avoid a division by 0.
-    """
-    kinds = [kind for kind in CORRUPTIONS if kind in teacher.corruptions]
-    least = 1 / (teacher.images * len(teacher.severities))
-    return _compute_rise(teacher.mean_corruption_errors(), student.mean_corruption_errors(), kinds, least)
-
-
-def flip_rise(teacher: Robustness, student: Robustness) -> float | None:
-    """mFR of the student with its teacher as 100, minus 100, in points. None if not measured.
-
-    A teacher without a flip in a kind counts as if it had flipped once, to avoid a division by 0.
-    """
-    least = 1 / (teacher.images * max(1, teacher.frames - 1))
-    return _compute_rise(teacher.flip_probabilities(), student.flip_probabilities(), list(teacher.perturbations), least)
-
-
-def _compute_rise(
-    teacher: Mapping[str, float], student: Mapping[str, float], kinds: Sequence[str], least: float
-) -> float | None:
-    value = relative_score(student, {kind: max(teacher[kind], least) for kind in kinds})
-    return None if value is None else value - 100
 
 
 def beats_chance(class_ids: npt.NDArray[np.uint16], predicted: npt.NDArray[np.uint16], *, seed: int) -> bool:
@@ -233,22 +166,26 @@ def beats_chance(class_ids: npt.NDArray[np.uint16], predicted: npt.NDArray[np.ui
     return at_least / (1 + SHUFFLES) <= CHANCE_LEVEL
 
 
-def find_worst_class_drop(
-    class_ids: npt.NDArray[np.uint16], teacher_correct: npt.NDArray[np.bool_], student_correct: npt.NDArray[np.bool_]
-) -> tuple[float, int]:
-    """The largest loss of accuracy of a class (negative if every class gained), and its class index. Arrays [N], same order."""
-    drops = {
-        int(class_id): float(teacher_correct[class_ids == class_id].mean() - student_correct[class_ids == class_id].mean())
-        for class_id in np.unique(class_ids)
-    }
-    worst_class_id = max(drops, key=lambda class_id: drops[class_id])
-    return drops[worst_class_id], worst_class_id
-
-
 def find_lost_classes(teacher: Evaluation, student: Evaluation) -> tuple[str, ...]:
     """Classes with images that the teacher predicts for some image, and the student for none."""
     teacher_never = set(teacher.never_predicted)
     return tuple(name for name in student.never_predicted if name not in teacher_never)
+
+
+def spend_level(gate: GateConfig, try_number: int) -> float:
+    """One-sided level at which the `try_number`-th try (1, 2, …) on the same held-out images is tested.
+
+    With `gate.spend` at bonferroni, the k-th try may err with probability (1 − level) / (k · (k + 1)). These sum to 1 − level over any
+    number of tries, so that is the probability that any of them errs (Alpha-Spending: Tian and Ramdas, Statistical Methods in Medical
+    Research 30, 2021).
+    """
+    return 1 - (1 - gate.level) / (try_number * (try_number + 1)) if gate.spend == "bonferroni" else gate.level
+
+
+def bound_family_error(gate: GateConfig, tries: int) -> float:
+    """Upper bound of the probability that a student that is no better than its teacher was accepted in any of so many tries on the
+    same held-out images."""
+    return 1 - gate.level if gate.spend == "bonferroni" else min(1.0, tries * (1 - gate.level))
 
 
 def evaluate_gate(
@@ -264,22 +201,30 @@ def evaluate_gate(
     seed: int,
     lost_classes: tuple[str, ...] = (),
     label_quality: LabelQuality | None = None,
-    robustness: tuple[Robustness, Robustness] | None = None,
+    mistakes: tuple[ImageMistakes, ImageMistakes] | None = None,
+    heldout: str = "",
+    copies: int = 0,
+    try_number: int = 1,
 ) -> Verdict:
-    """Compares a student with its teacher on the same images. Arrays [N], same order.
+    """Compares a student with its teacher on the same images. Arrays [N], same order; no image may be there twice.
 
-    `robustness`: the teacher's and the student's on held-out images, needed by gate.max_mce_rise and gate.max_mfr_rise. Raises
-    ValueError if one of these is set and its value was not measured. `lost_classes` are reported and decide nothing.
+    `mistakes`: the teacher's and the student's on corrupted held-out images, needed by gate.max_mce_rise and gate.max_mfr_rise. Raises
+    ValueError if one of these is set and its value was not measured. `lost_classes` are reported and decide nothing. `heldout`,
+    `copies` and `try_number` are the verdict's.
     """
-    gain = paired_gain(teacher_correct, student_correct, level=gate.level, resamples=gate.resamples, seed=seed)
-    # "above": equal models on few images often have a bound of exactly 0, which shows nothing.
-    gain_detail = f"lower {gate.level:.0%} bound of the gain in top-1"
-    conditions = [GateCondition.from_value("gain", gain.low, "above", gate.min_gain, gain_detail)]
+    level = spend_level(gate, try_number)
+    paired = count_pairs(teacher_correct, student_correct)
+    gain = paired_gain(teacher_correct, student_correct, level=level, resamples=gate.resamples, seed=seed)
+    conditions = _check_gain(gate, gain, paired, level)
     if gate.max_class_drop is not None:
-        drop, worst_class_id = find_worst_class_drop(class_ids, teacher_correct, student_correct)
-        drop_detail = f"largest loss of accuracy in a class ({classes[worst_class_id]})"
-        conditions.append(GateCondition.from_value("class drop", drop, "at most", gate.max_class_drop, drop_detail))
-    conditions += _check_robustness(gate, robustness)
+        counts = count_by_class(class_ids, teacher_correct, student_correct)
+        drop = find_class_drop(*counts, limit=gate.max_class_drop, level=gate.level)
+        drop_detail = (
+            f"lower {gate.level:.0%} bound, for all classes together, of the loss of accuracy in a class "
+            f"({classes[drop.class_id]}: measured {drop.value:+.3f} on {drop.images:,} images)"
+        )
+        conditions.append(GateCondition.from_value("class drop", drop.low, "at most", gate.max_class_drop, drop_detail))
+    conditions += _check_robustness(gate, mistakes, seed)
     conditions += _check_label_quality(gate, label_quality or LabelQuality())
     failed = [condition for condition in conditions if not condition.passed]
     if failed:
@@ -295,41 +240,69 @@ def evaluate_gate(
         classes_word = "class" if len(lost_classes) == 1 else "classes"
         names = format_class_names(lost_classes)
         reason += f"; the student never predicts {len(lost_classes):,} {classes_word} that its teacher predicts: {names}"
-    paired = count_pairs(teacher_correct, student_correct)
     return Verdict(
         generation=generation,
         teacher=teacher,
         student=student,
-        images=int(class_ids.size),
+        heldout=heldout,
+        images=paired.images,
+        copies=copies,
+        try_number=try_number,
+        family_error=bound_family_error(gate, try_number),
         teacher_top1=float(teacher_correct.mean()),
         student_top1=float(student_correct.mean()),
         gain=gain.value,
         gain_low=gain.low,
         gain_high=gain.high,
-        level=gate.level,
+        level=level,
         paired=paired,
         mcnemar=mcnemar_p_value(paired),
         conditions=tuple(conditions),
         lost_classes=lost_classes,
         promoted=not failed,
         reason=reason,
+        warnings=tuple(_find_warnings(gate, paired.images, copies, try_number)),
     )
 
 
-def _check_robustness(gate: GateConfig, robustness: tuple[Robustness, Robustness] | None) -> list[GateCondition]:
+def _check_gain(gate: GateConfig, gain: AccuracyGain, paired: PairedCounts, level: float) -> list[GateCondition]:
+    """The gain by bootstrap, and by an exact test: the bootstrap says little of few discordant images, and far out."""
+    # "above": equal models on few images often have a bound of exactly 0, which shows nothing.
+    gain_detail = f"lower {100 * level:.5g}% bound of the gain in top-1"
+    exact_detail = (
+        f"exact p-value of a gain of at most {100 * gate.min_gain:g} points "
+        f"({paired.discordant:,} images that only one model gets right)"
+    )
+    p_value = gain_p_value(paired, gate.min_gain)
+    return [
+        GateCondition.from_value("gain", gain.low, "above", gate.min_gain, gain_detail),
+        GateCondition.from_value("exact test", p_value, "at most", 1 - level, exact_detail),
+    ]
+
+
+def _check_robustness(gate: GateConfig, mistakes: tuple[ImageMistakes, ImageMistakes] | None, seed: int) -> list[GateCondition]:
     """The conditions on robustness that are set. Raises ValueError if a value was not measured."""
-    rises: tuple[tuple[str, float | None, Callable[[Robustness, Robustness], float | None], str], ...] = (
-        ("mCE rise", gate.max_mce_rise, corruption_rise, "mean corruption error, in points above the teacher's 100,"),
-        ("mFR rise", gate.max_mfr_rise, flip_rise, "mean flip rate, in points above the teacher's 100,"),
+    teacher, student = mistakes or (ImageMistakes([], {}, {}), ImageMistakes([], {}, {}))
+    # The extra corruptions count for no mCE.
+    corruption_kinds = [kind for kind in CORRUPTIONS if kind in teacher.corruptions]
+    rises = (
+        ("mCE rise", gate.max_mce_rise, "corruption error", corruption_kinds, teacher.corruptions, student.corruptions),
+        ("mFR rise", gate.max_mfr_rise, "flip rate", [*teacher.perturbations], teacher.perturbations, student.perturbations),
     )
     conditions = []
-    for name, required, compute_rise, detail in rises:
+    for name, required, quantity, kinds, teacher_counts, student_counts in rises:
         if required is None:
             continue
-        value = compute_rise(*robustness) if robustness else None
-        if value is None:
+        if not kinds:
             raise ValueError(f"{name} must be at most {required}, but was not measured")
-        conditions.append(GateCondition.from_value(name, value, "at most", required, detail))
+        before, after = (np.stack([counts[kind] for kind in kinds], 1) for counts in (teacher_counts, student_counts))
+        value = float(relative_rise(before.sum(0, dtype=np.int64), after.sum(0, dtype=np.int64)))
+        low = bound_rise(before, after, level=gate.level, resamples=gate.resamples, seed=seed)
+        detail = (
+            f"lower {gate.level:.0%} bound of the mean {quantity}, in points above the teacher's 100 "
+            f"(measured {value:+.2f} on {len(before):,} images)"
+        )
+        conditions.append(GateCondition.from_value(name, low, "at most", required, detail))
     return conditions
 
 
@@ -355,3 +328,19 @@ def _check_label_quality(gate: GateConfig, label_quality: LabelQuality) -> list[
             GateCondition.from_value("class coverage", coverage, "at least", gate.required_class_coverage, detail)
         )
     return conditions
+
+
+def _find_warnings(gate: GateConfig, images: int, copies: int, try_number: int) -> Iterator[str]:
+    """What makes a verdict say less than it seems to."""
+    if copies:
+        yield f"{copies:,} held-out images are byte for byte the same as others; each picture counts once"
+    if images < FEW_IMAGES:
+        yield (
+            f"{images:,} held-out images decide; with fewer than {FEW_IMAGES} only very large gains can be seen, so hold out more"
+        )
+    if gate.spend == "none" and try_number >= MANY_TRIES:
+        yield (
+            f"this is try {try_number:,} on the same held-out images; the probability that a student no better than its teacher was "
+            f"accepted in any of them may be up to {bound_family_error(gate, try_number):.0%}; hold out new images, or set gate.spend "
+            "to bonferroni"
+        )

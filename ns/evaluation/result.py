@@ -5,12 +5,17 @@ predictions.parquet     key string, class_id uint16 (ground truth), predicted_cl
                         rank uint16 (position of the true class among the answers; 0: the prediction is right)
 
 robustness.json         accuracy under corruptions, perturbations and attacks: raw numbers; written last
+mistakes.parquet        key string, and uint8 columns that the gate compares image by image: `corruption KIND` (severities at which the
+                        answer is wrong) and `perturbation KIND` (flips along the sequence)
 units/UNIT.parquet      the predictions that these numbers were counted from
 """
 
 import re
-from typing import Any, ClassVar, Literal
+from collections.abc import Container
+from typing import Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from ns.core.digest import sha256_bytes
@@ -19,9 +24,10 @@ from ns.data.dataset import format_class_names
 from ns.data.subsample import Subsample
 from ns.storage import Store
 from ns.storage.documents import HashedDocument, JsonDocument, dump_hashed_fields
-from ns.storage.parquet import read_table
+from ns.storage.parquet import encode_table, read_table
 
 PREDICTIONS = "predictions.parquet"
+MISTAKES = "mistakes.parquet"
 MAX_CONFUSIONS = 1_000
 """Pairs of classes that an evaluation lists; those of 32 classes all have room."""
 
@@ -214,6 +220,8 @@ class Robustness(HashedDocument):
     attacks: tuple[AttackResult, ...]
     predictions_sha256: str
     """Digest of the list of all units' digests."""
+    mistakes_sha256: str | None = None
+    """Digest of the mistakes by image; None for a published set, which decides nothing."""
     seconds: float
     """Time that the measurement took; not part of the digest."""
 
@@ -233,6 +241,31 @@ class Robustness(HashedDocument):
         return {kind: result.top5_distance for kind, result in self.perturbations.items()}
 
 
+class ImageMistakes(NamedTuple):
+    """What a measurement of robustness counted of each image."""
+
+    keys: list[str]
+    corruptions: dict[str, npt.NDArray[np.uint8]]
+    """Kind → number of severities at which the answer is wrong, [N]."""
+    perturbations: dict[str, npt.NDArray[np.uint8]]
+    """Kind → number of frames whose answer differs from that of the reference frame, [N]."""
+
+    def take_images(self, keys: Container[str]) -> "ImageMistakes":
+        """Those of the images that have one of these keys."""
+        rows = np.flatnonzero([key in keys for key in self.keys])
+        return ImageMistakes(
+            [self.keys[row] for row in rows],
+            {kind: counts[rows] for kind, counts in self.corruptions.items()},
+            {kind: counts[rows] for kind, counts in self.perturbations.items()},
+        )
+
+    def encode(self) -> bytes:
+        columns = {"key": pa.array(self.keys, pa.string())}
+        for suite, kinds in (("corruption", self.corruptions), ("perturbation", self.perturbations)):
+            columns |= {f"{suite} {kind}": pa.array(counts) for kind, counts in kinds.items()}
+        return encode_table(pa.table(columns))
+
+
 def is_imagenet(classes: tuple[str, ...]) -> bool:
     """Whether these are the WordNet ids of ImageNet's 1,000 classes, in order."""
     return (
@@ -245,7 +278,21 @@ def is_imagenet(classes: tuple[str, ...]) -> bool:
 
 def read_predictions(store: Store, evaluation: Evaluation) -> pa.Table:
     """The rows of an evaluation, `PREDICTIONS_SCHEMA`. Raises DataError if the file is not the recorded one."""
-    data = store.get(PREDICTIONS)
-    if sha256_bytes(data) != evaluation.predictions_sha256:
-        raise DataError(f"{store.uri}/{PREDICTIONS}: sha256 differs from {Evaluation.filename}; evaluate again")
+    return _read_checked(store, PREDICTIONS, evaluation.predictions_sha256, Evaluation.filename)
+
+
+def read_mistakes(store: Store, robustness: Robustness) -> ImageMistakes:
+    """The mistakes by image of a measurement. Raises DataError if the file is not the recorded one."""
+    table = _read_checked(store, MISTAKES, robustness.mistakes_sha256, Robustness.filename)
+    corruptions, perturbations = (
+        {name.removeprefix(suite): table[name].to_numpy() for name in table.column_names if name.startswith(suite)}
+        for suite in ("corruption ", "perturbation ")
+    )
+    return ImageMistakes(table["key"].to_pylist(), corruptions, perturbations)
+
+
+def _read_checked(store: Store, name: str, sha256: str | None, manifest: str) -> pa.Table:
+    data = store.get(name)
+    if sha256_bytes(data) != sha256:
+        raise DataError(f"{store.uri}/{name}: sha256 differs from {manifest}; evaluate again")
     return read_table(data)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from ns.core.digest import shorten_digest
 from ns.core.errors import RunError
-from ns.evaluation.gate import paired_gain
+from ns.evaluation.paired import paired_gain
 from ns.evaluation.robustness.scores import score_robustness
 from ns.reporting import charts
 from ns.reporting.context import ReportContext, TrainedModel, gather_context, read_answers

@@ -54,12 +54,14 @@ def publish_evaluation(root: Store, run: str, generation: int) -> None:
 
 
 def publish_verdict(verdict: Verdict) -> None:
-    """The gain, its bounds, and which conditions of the gate hold."""
+    """The gain, its bounds, which conditions of the gate hold, and how often its held-out images have decided."""
     for bound, gain in (("value", verdict.gain), ("low", verdict.gain_low), ("high", verdict.gain_high)):
         telemetry.GAIN.labels(bound).set(gain)
     telemetry.GATE.set(verdict.promoted)
     for condition in verdict.conditions:
         telemetry.GATE_CONDITION.labels(condition.name).set(condition.passed)
+    telemetry.GATE_TRIES.set(verdict.try_number)
+    telemetry.FAMILY_ERROR.set(verdict.family_error)
 
 
 def push_run_summary(root: Store, run: str, experiment: str) -> None:

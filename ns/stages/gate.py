@@ -1,9 +1,19 @@
 """Decides: whether a student replaces its teacher, and so which teacher the next generation has."""
 
+from collections.abc import Container
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from ns.core import log
+from ns.core.digest import digest_json
 from ns.core.errors import DataError, TrainingError
+from ns.data.fingerprint import FINGERPRINTS, read_contents
 from ns.data.prepared import PreparedData
 from ns.evaluation.gate import LabelQuality, Verdict, beats_chance, evaluate_gate, find_lost_classes
-from ns.evaluation.result import Robustness, read_predictions
+from ns.evaluation.result import Evaluation, ImageMistakes, Robustness, read_mistakes, read_predictions
+from ns.evaluation.tries import GateTry, number_try
 from ns.labeling.audit import choose_deciding_audit, load_audits
 from ns.labeling.diff import compare_label_sets
 from ns.modeling.manifest import ModelManifest
@@ -12,8 +22,9 @@ from ns.runs.lookup import open_previous_label_set, open_run_label_set
 from ns.runs.records import find_stage_note, list_stage_notes
 from ns.stages.context import RunRef, StageContext, TeacherSignal, stage
 from ns.stages.evaluate import evaluate_heldout, measure_gate_robustness
-from ns.stages.keys import generation_inputs, read_labeled_classes
+from ns.stages.keys import generation_inputs, read_labeled_classes, read_model_digest
 from ns.stages.train import locate_first_teacher
+from ns.storage import parent_key
 
 
 def resolve_teacher(ref: RunRef, *, data: str, generation: int, first_teacher: str) -> str:
@@ -45,10 +56,11 @@ def gate_generation(ref: RunRef, *, data: str, generation: int, teacher: str, st
     """Compares student and teacher on the held-out images and records the verdict. Returns the key of `verdict.json`."""
     with stage("gate", ref, generation, teacher=teacher, linger=True) as context:
         root, experiment = context.root, context.experiment
-        teacher_results, student_results = (evaluate_heldout(context, data, model) for model in (teacher, student))
-        teacher_rows, student_rows = read_predictions(*teacher_results), read_predictions(*student_results)
-        if teacher_rows["key"] != student_rows["key"]:
-            raise DataError("gate: teacher and student were evaluated on different images; run the evaluation again")
+        heldout = _read_heldout(context, data, teacher, student)
+        teacher_rows, student_rows = heldout.rows
+        gate_try = GateTry(
+            heldout=heldout.digest, teacher=read_model_digest(root, teacher), student=read_model_digest(root, student)
+        )
         verdict = evaluate_gate(
             experiment.gate,
             generation=generation,
@@ -59,10 +71,15 @@ def gate_generation(ref: RunRef, *, data: str, generation: int, teacher: str, st
             student_correct=student_rows["rank"].to_numpy() == 0,
             classes=read_labeled_classes(root, data),
             seed=experiment.seed,
-            lost_classes=find_lost_classes(teacher_results[1], student_results[1]),
+            lost_classes=find_lost_classes(*heldout.evaluations),
             label_quality=_collect_label_evidence(context, generation),
-            robustness=_collect_robustness(context, data, teacher, student),
+            mistakes=_collect_mistakes(context, data, teacher, student, set(teacher_rows["key"].to_pylist())),
+            heldout=heldout.digest,
+            copies=heldout.copies,
+            try_number=number_try(root, gate_try),
         )
+        for warning in verdict.warnings:
+            log.get_logger().warning(warning)
         inputs = generation_inputs(context, data, generation, teacher)
         key = f"{context.ledger.derive_key('verdicts', 'generation', inputs)}/{Verdict.filename}"
         # A run that comes to the same verdict again keeps the time at which the student was accepted.
@@ -112,18 +129,56 @@ def _collect_label_evidence(context: StageContext, generation: int) -> LabelQual
     return evidence
 
 
-def _collect_robustness(context: StageContext, data: str, teacher: str, student: str) -> tuple[Robustness, Robustness] | None:
-    """The robustness of teacher and student; None if the gate does not ask for it."""
+def _collect_mistakes(
+    context: StageContext, data: str, teacher: str, student: str, keys: Container[str]
+) -> tuple[ImageMistakes, ImageMistakes] | None:
+    """What teacher and student got wrong of the corrupted images with these keys; None if the gate does not ask for it."""
     if not context.experiment.gate.required_suites:
         return None
-    prepared = PreparedData.load_file(context.root, data)
-    teacher_key, student_key = (measure_gate_robustness(context, prepared, model).key for model in (teacher, student))
-    return Robustness.load_file(context.root, teacher_key), Robustness.load_file(context.root, student_key)
+    prepared, root = PreparedData.load_file(context.root, data), context.root
+    measured_keys = (measure_gate_robustness(context, prepared, model).key for model in (teacher, student))
+    before, after = (
+        read_mistakes(root.at(parent_key(key)), Robustness.load_file(root, key)).take_images(keys) for key in measured_keys
+    )
+    if before.keys != after.keys:
+        raise DataError("gate: teacher and student were evaluated on different corrupted images; run the evaluation again")
+    return before, after
+
+
+class _HeldoutRows(NamedTuple):
+    """What models said of the held-out images."""
+
+    evaluations: tuple[Evaluation, ...]
+    rows: tuple[pa.Table, ...]
+    """The predictions of each model for the same images in the same order; of images with equal bytes, those for the first."""
+    copies: int
+    """Images that were left out because an earlier one has the same bytes."""
+    digest: str
+    """Digest of the images' bytes, whatever their names and order."""
+
+
+def _read_heldout(context: StageContext, data: str, *models: str) -> _HeldoutRows:
+    """Raises DataError if the models were evaluated on different images."""
+    results = [evaluate_heldout(context, data, model) for model in models]
+    tables = [read_predictions(*result) for result in results]
+    if any(table["key"] != tables[0]["key"] for table in tables):
+        raise DataError("gate: teacher and student were evaluated on different images; run the evaluation again")
+    store, dataset = PreparedData.load_file(context.root, data).heldout.open_dataset(context.root)
+    contents = read_contents(store, dataset, context.root.at(FINGERPRINTS))
+    image_contents = np.array([contents[key] for key in tables[0]["key"].to_pylist()])
+    distinct, first_rows = np.unique(image_contents, return_index=True)
+    first_rows.sort()
+    return _HeldoutRows(
+        tuple(evaluation for _, evaluation in results),
+        tuple(table.take(first_rows) for table in tables),
+        len(image_contents) - len(distinct),
+        digest_json([content.hex() for content in distinct.tolist()]),
+    )
 
 
 def _check_beats_chance(context: StageContext, data: str, teacher: str) -> None:
-    store, evaluation = evaluate_heldout(context, data, teacher)
-    rows = read_predictions(store, evaluation)
+    heldout = _read_heldout(context, data, teacher)
+    (evaluation,), (rows,) = heldout.evaluations, heldout.rows
     class_ids, predicted = rows["class_id"].to_numpy(), rows["predicted_class_id"].to_numpy()
     if not beats_chance(class_ids, predicted, seed=context.experiment.seed):
         largest = max(range(len(evaluation.classes)), key=lambda class_id: evaluation.class_images[class_id])

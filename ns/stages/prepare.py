@@ -8,6 +8,7 @@ from ns.core.digest import digest_code, shorten_digest
 from ns.core.errors import ConfigError, DataError, StoreError, prefix_errors
 from ns.data.calibration_split import SplitPart, copy_split_part
 from ns.data.dataset import Dataset, DatasetRole
+from ns.data.fingerprint import FINGERPRINTS
 from ns.data.importing.digits import write_digits
 from ns.data.importing.ingest import derive_dataset_name, digest_config, import_listing, open_listing
 from ns.data.index import ShardIndex
@@ -175,7 +176,7 @@ def _check_leaks(prepared: PreparedData, data: DataConfig, root: Store, ledger: 
         datasets = [
             NamedDataset(name, *source.open_dataset(root), used_as.get(name, "evaluation")) for name, source in parts.items()
         ]
-        check_datasets(datasets, root.at(target), root.at("store/fingerprints"), bits=data.near_duplicate_bits)
+        check_datasets(datasets, root.at(target), root.at(FINGERPRINTS), bits=data.near_duplicate_bits)
         return {"check": f"{target}/{LeakageReport.filename}"}
 
     _, reused = ledger.get_or_run("check", inputs, run_check)

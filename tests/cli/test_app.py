@@ -162,6 +162,7 @@ def make_verdict(generation: int, lost: int, won: int, **limits):
         student_correct=student,
         classes=("cat", "[dog]"),
         seed=0,
+        try_number=6 * generation,
     )
 
 
@@ -186,6 +187,9 @@ def test_gate_explain_shows_numbers_and_what_was_needed(capsys, tmp_path):
     assert "teacher wrong 24 0" in shown
     assert "gain +1.00 points" in shown
     assert "McNemar's exact test: p = 0.652" in shown
+    assert "try 12 on these held-out images" in shown
+    assert "is at most 0.6" in shown
+    assert "warning: this is try 12" in shown
     assert "would be enough on about" in shown
     explained = json.loads(ns(capsys, "gate", "explain", "--json", *root)[1])
     assert (explained["run"], explained["generation"], explained["promoted"]) == ("one", 2, False)

@@ -62,7 +62,7 @@ def test_report_shows_conditions(page, unchanged):
     verdict = gate.Verdict.load_file(unchanged, "store/verdicts/01/verdict.json")
     assert len(verdict.conditions) > 1
     for condition in verdict.conditions:
-        assert f'<th scope="row">{condition.name}</th><td class="n">{100 * condition.value:+.2f} points</td>' in page
+        assert f'<th scope="row">{condition.name}</th><td class="n">{condition.format_value()}</td>' in page
     assert page.count("✓ passed") == sum(condition.passed for condition in verdict.conditions)
 
 

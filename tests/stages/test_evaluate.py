@@ -7,17 +7,16 @@ import pytest
 from rich.console import Console
 
 from ns.cli.runs import make_measurements_table
-from ns.evaluation.gate import corruption_rise, flip_rise
-from ns.evaluation.result import Evaluation, Robustness
+from ns.evaluation.paired import bound_rise
+from ns.evaluation.result import Evaluation, Robustness, read_mistakes
 from ns.evaluation.robustness.suite import RobustnessSuite
-from ns.runs.lookup import (
-    resolve_verdict,
-)
+from ns.runs.lookup import resolve_verdict
 from ns.runs.records import list_stage_notes
 from ns.runs.summary import summarize_run
 from ns.stages.evaluate import evaluate_generation
 from ns.stages.prepare import prepare_data
 from ns.stages.train import train_generation
+from ns.storage import parent_key
 from tests.loop import open_tiny_run, run_loop
 
 
@@ -75,8 +74,21 @@ def test_evaluate_generation_measures_all_that_is_asked_for(robust_run):
     assert gated[0].attacks == ()
     assert (list(gated[0].corruptions), list(gated[0].perturbations)) == (["contrast", "fog"], ["brightness"])
     (_, verdict) = resolve_verdict(store, ref.run)
-    assert [condition.name for condition in verdict.conditions] == ["gain", "mCE rise", "mFR rise"]
-    assert [condition.value for condition in verdict.conditions[1:]] == [corruption_rise(*gated), flip_rise(*gated)]
+    assert [condition.name for condition in verdict.conditions] == ["gain", "exact test", "mCE rise", "mFR rise"]
+    mistakes = [
+        read_mistakes(store.at(parent_key(note.outputs["gate_robustness"])), robustness)
+        for note, robustness in zip(notes, gated, strict=True)
+    ]
+    for condition, suite in zip(verdict.conditions[2:], ("corruptions", "perturbations"), strict=True):
+        counts = (np.stack([*getattr(model, suite).values()], 1) for model in mistakes)
+        assert condition.value == bound_rise(*counts, level=0.95, resamples=10_000, seed=0)
+    # The totals are those of the images.
+    for model, robustness in zip(mistakes, gated, strict=True):
+        for kind, rates in robustness.corruptions.items():
+            assert model.corruptions[kind].sum() == pytest.approx(sum(rates) * robustness.images)
+        for kind, result in robustness.perturbations.items():
+            flips = result.flip_probability * robustness.images * (robustness.frames - 1)
+            assert model.perturbations[kind].sum() == pytest.approx(flips)
     ready = Robustness.load_file(store, notes[0].outputs["set:ready"])
     assert (ready.kind, ready.images, list(ready.corruptions)) == ("cifar10-c", 10, ["fog"])
     hard = Evaluation.load_file(store, notes[0].outputs["set:hard"])

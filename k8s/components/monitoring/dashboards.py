@@ -159,6 +159,12 @@ RUNS = {
             about="1: the condition holds. 0: it does not.",
         ),
         make_graph(
+            "Tries on the same held-out images",
+            max_by_run("nst_gate_tries", legend="tries"),
+            points=True,
+            about="Students that were compared with a teacher on them, in all runs of the root.",
+        ),
+        make_graph(
             "Corruptions and perturbations",
             max_by_run("nst_eval_mce", legend="mCE"),
             max_by_run("nst_eval_mfr", legend="mFR"),

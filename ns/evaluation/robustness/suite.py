@@ -32,7 +32,7 @@ from ns.data.loading.decode import EncodedJpeg
 from ns.data.loading.shard_reader import ImageSource
 from ns.data.subsample import Subsample, draw_rows
 from ns.evaluation.accuracy import build_predictions_table, map_class_ids, read_encoded_images
-from ns.evaluation.result import AttackResult, PerturbationResult, Robustness, is_imagenet
+from ns.evaluation.result import MISTAKES, AttackResult, ImageMistakes, PerturbationResult, Robustness, is_imagenet
 from ns.evaluation.robustness.attacks import AttackPlan, attack_images
 from ns.evaluation.robustness.corruptions import SMALL_PX
 from ns.evaluation.robustness.render import (
@@ -178,7 +178,8 @@ class RobustnessSuite:
         ]
         if pending:
             self._run_pending(pending)
-        robustness = self._summarize_units(time.monotonic() - started)
+        robustness, mistakes = self._summarize_units(time.monotonic() - started)
+        target.put(MISTAKES, mistakes)
         robustness.save(target)
         return robustness
 
@@ -397,9 +398,11 @@ class RobustnessSuite:
         seconds = together if torch.cuda.is_available() else network_seconds + render_seconds
         return SuiteCost(passes, distort_seconds, seconds, fresh_bytes if fits else 0)
 
-    def _summarize_units(self, seconds: float) -> Robustness:
-        """Counts the units' predictions, one unit in memory at a time."""
+    def _summarize_units(self, seconds: float) -> tuple[Robustness, bytes]:
+        """Counts the units' predictions, one unit in memory at a time. Returns the totals and the encoded mistakes by image."""
         config = self._config
+        keys: list[str] = []
+        image_mistakes: dict[SuiteUnit, list[npt.NDArray[np.uint8]]] = {unit: [] for unit in self._units if unit.is_rendered}
         wrong = {unit.kind: np.zeros(len(config.severities), np.int64) for unit in self._units if unit.suite == "corruptions"}
         flip_sums = {unit.kind: np.zeros(2) for unit in self._units if unit.suite == "perturbations"}
         right = {unit.kind: 0 for unit in self._units if not unit.is_rendered}
@@ -413,14 +416,24 @@ class RobustnessSuite:
                 if unit.suite == "corruptions":
                     failed = table["rank"].to_numpy().reshape(-1, unit.images_each) > 0
                     wrong[unit.kind] += failed.sum(0)
+                    image_mistakes[unit].append(failed.sum(1, dtype=np.uint8))
                 elif unit.suite == "perturbations":
-                    flip_sums[unit.kind] += [values.sum() for values in measure_flips(table, unit.kind, unit.images_each)]
+                    flip_shares, distances = measure_flips(table, unit.kind, unit.images_each)
+                    flip_sums[unit.kind] += [flip_shares.sum(), distances.sum()]
+                    image_mistakes[unit].append(np.round(flip_shares * (unit.images_each - 1)).astype(np.uint8))
                 else:
                     right[unit.kind] += int((table["rank"].to_numpy() == 0).sum())
-                    images += len(table) if unit.suite == "clean" else 0
+                    if unit.suite == "clean":
+                        images += len(table)
+                        keys += table["key"].to_pylist()
         if not images:
             raise DataError(f"{self._data_store.uri}: no readable image to evaluate on")
-        return Robustness(
+        corruption_mistakes, perturbation_mistakes = (
+            {unit.kind: np.concatenate(parts) for unit, parts in image_mistakes.items() if unit.suite == suite}
+            for suite in ("corruptions", "perturbations")
+        )
+        mistakes = ImageMistakes(keys, corruption_mistakes, perturbation_mistakes).encode()
+        robustness = Robustness(
             model=self._predictor.manifest.digest,
             dataset=self._data.digest,
             name=self._data.name,
@@ -443,8 +456,10 @@ class RobustnessSuite:
                 AttackResult(**asdict(unit.plan), top1=right[unit.kind] / images) for unit in self._units if unit.plan
             ),
             predictions_sha256=digest_json(files),
+            mistakes_sha256=sha256_bytes(mistakes),
             seconds=seconds,
         )
+        return robustness, mistakes
 
 
 def build_subsample(config: EvaluationConfig) -> Subsample | None:

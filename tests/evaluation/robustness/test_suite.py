@@ -16,7 +16,7 @@ from ns.config.schema import EvaluationConfig
 from ns.core.errors import DataError
 from ns.data.loading.decode import decode_image
 from ns.data.loading.shard_reader import ImageSource
-from ns.evaluation.result import Robustness
+from ns.evaluation.result import Robustness, read_mistakes
 from ns.evaluation.robustness import suite
 from ns.evaluation.robustness.attacks import AttackPlan, attack_images
 from ns.evaluation.robustness.perturbations import crop_center, render_sequence
@@ -90,6 +90,11 @@ def test_run_suite_matches_plain_loop(run, model, tmp_path, make_labeled_images)
     flips = {kind: one.flip_probability for kind, one in result.perturbations.items()}
     assert flips == pytest.approx({kind: count / images for kind, count in turned.items()})
     assert max(flips.values()) > 0
+    mistakes = read_mistakes(LocalStore(tmp_path / "a"), result)
+    assert len(mistakes.keys) == images
+    assert "image-002" not in mistakes.keys
+    assert {kind: counts.sum() for kind, counts in mistakes.corruptions.items()} == {k: sum(c) for k, c in wrong.items()}
+    assert {kind: counts.sum() for kind, counts in mistakes.perturbations.items()} == {k: 2 * c for k, c in turned.items()}
 
 
 def test_run_suite_is_independent_of_shards_batches_processes(run, tmp_path, make_labeled_images, monkeypatch):
