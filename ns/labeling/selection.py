@@ -23,7 +23,7 @@ from ns.data.dataset import format_class_names
 from ns.labeling.label_set import LabelRows, LabelSet, ShardScores, iter_shard_scores
 from ns.labeling.thresholds import NEVER_SURE, Thresholds
 from ns.storage import Store
-from ns.storage.documents import BlobKey, HashedDocument, JsonDocument, dump_hashed_fields
+from ns.storage.documents import HashedDocument, JsonDocument, dump_hashed_fields
 from ns.storage.scratch import explain_scratch_errors, make_scratch_dir
 
 MAX_SORTED_ROWS = 1 << 20
@@ -76,7 +76,7 @@ class Selection(HashedDocument):
     seed: int
     label_set: str
     """Digest of the label set."""
-    label_set_key: BlobKey
+    label_set_key: str
     """Key of the label set's folder below the root."""
     rules: tuple[ClassRule, ...]
     """One rule per class, by class index."""
