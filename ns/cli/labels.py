@@ -110,6 +110,10 @@ def select_labels(
     policy = with_overrides(resolved.selection.policy if resolved.selection else SelectionConfig(), overrides or [])
     if seed is None:
         seed = resolved.selection.seed if resolved.selection else 0
+    if policy.images_from == "first" and resolved.selection and resolved.selection.choice:
+        raise ConfigError(
+            "--set from=each: the images of this generation were chosen by the run's first one; select from that one"
+        )
     thresholds = find_policy_thresholds(store, resolved, policy) if policy.precision is not None else None
     selection = make_selection(
         resolved.store,

@@ -22,7 +22,8 @@ def format_validation_error(error: ValidationError, document_type: type[BaseMode
 
 def _format_detail(detail: Any, path: str, document_type: type[BaseModel]) -> str:
     if detail["type"] == "extra_forbidden":
-        field_names = list(_find_section(detail["loc"][:-1], document_type).model_fields)
+        fields = _find_section(detail["loc"][:-1], document_type).model_fields
+        field_names = [field.alias or name for name, field in fields.items()]
         similar = difflib.get_close_matches(str(detail["loc"][-1]), field_names, n=1)
         hint = f"did you mean {similar[0]!r}?" if similar else f"known here: {', '.join(field_names)}"
         return f"{path}: unknown field; {hint}"

@@ -27,7 +27,12 @@ class Section(BaseModel):
     """A frozen part of the experiment. Docstrings of fields are what `ns config schema` shows."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        serialize_by_alias=True,
     )
 
 
@@ -362,11 +367,24 @@ class LabelingConfig(Section):
 class SelectionConfig(Section):
     """Which pseudo-labels a student sees, and how often (arXiv:1911.04252 §3.1: filter, then balance)."""
 
-    policy: Literal["paper", "all"] = "paper"
+    policy: Literal["paper", "all", "adaptive", "aligned"] = "paper"
     """Rule of the selection. `paper`: of the images above the threshold, the most confident `per_class` of each class; images of rarer
-    classes are repeated. `all`: every image above the threshold, once."""
+    classes are repeated. `all`: every image above the threshold, once. `adaptive`: as `paper`, with a threshold for each class that
+    follows the teacher's confidence in it (`adaptive_scale`). `aligned`: as `paper`, after the probabilities are divided by a power of
+    their mean over the pool (`alignment`), which raises the classes that the teacher neglects; soft labels are aligned too."""
+    images_from: Literal["each", "first"] = Field(default="each", alias="from")
+    """Generation whose labels choose the images. `each`: every generation selects by its own labels. `first`: later generations see
+    the images that the run's first one chose, as often, with their own teacher's labels, as in the paper."""
+    weights: Literal["none", "confidence"] = "none"
+    """Weight of a pseudo-labeled image in the loss. `confidence`: its confidence, divided by the mean over an epoch. Paper: none."""
     min_confidence: float = Field(default=0.3, ge=0, lt=1)
     """Threshold: images at or below this confidence are left out."""
+    adaptive_scale: float = Field(default=1.0, gt=0, le=2)
+    """S of policy `adaptive`: the threshold of a class is S times the mean confidence of its images above `min_confidence`, which never
+    is undercut. At 1 a class keeps about half of them; below, more."""
+    alignment: float = Field(default=0.5, gt=0, le=1)
+    """Exponent λ of policy `aligned`: probabilities become p / q^λ, renormalized, where q is the mean prediction over the pool
+    (arXiv:2201.01490, where it is 0.5). The larger, the more even the classes become."""
     per_class: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Images per class after balancing. `auto`: the mean number of candidates of the classes that have any, at most the paper's 130,000:
     larger classes keep their most confident images, smaller ones repeat theirs. Paper: 130,000 of 300 million images."""
@@ -390,6 +408,8 @@ class SelectionConfig(Section):
     def _check_precision(self) -> Self:
         if self.precision is not None and self.classes_per_image > 1:
             raise ValueError("precision: is that of the best class only; must be left out with classes_per_image above 1")
+        if self.precision is not None and self.policy == "aligned":
+            raise ValueError("precision: is found for labels as the teacher gives them; must be left out with policy aligned")
         return self
 
 

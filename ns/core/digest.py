@@ -140,6 +140,7 @@ TRAINING_SOURCES = (
     "data/augment/randaugment.py",
     "labeling/label_set.py",
     "labeling/selection.py",
+    "labeling/alignment.py",
     "labeling/pseudo_label_dataset.py",
 )
 INFERENCE_SOURCES = (*READING_SOURCES, "modeling/predictor.py", "modeling/precision.py", "modeling/labeler.py")

@@ -21,9 +21,10 @@ from ns.core.intervals import effective_trials, stratified_interval, wilson_inte
 from ns.data.dataset import Dataset
 from ns.data.importing.writer import ShardWriter
 from ns.data.index import ShardIndex
+from ns.labeling.alignment import align_rows
 from ns.labeling.confidence_bins import CONFIDENCE_BIN_EDGES, CONFIDENCE_BINS, bin_confidences
 from ns.labeling.label_set import LabelRows, LabelSet, iter_label_rows
-from ns.labeling.selection import Selection, count_copies, hash_keys
+from ns.labeling.selection import CopyReader, Selection, hash_keys
 from ns.storage import Store
 from ns.storage.documents import HashedDocument, JsonDocument
 
@@ -202,8 +203,14 @@ def _iter_candidates(
     store: Store, label_set: LabelSet, selection: Selection | None
 ) -> Iterator[tuple[int, LabelRows, npt.NDArray[np.int64]]]:
     """Number of each shard, its rows, and the indices of the rows that can be drawn."""
+    copy_reader = CopyReader(store, selection) if selection else None
     for shard, rows in enumerate(iter_label_rows(store, label_set)):
-        yield shard, rows, np.flatnonzero(rows.readable if selection is None else count_copies(selection, rows) > 0)
+        if selection is None or copy_reader is None:
+            yield shard, rows, np.flatnonzero(rows.readable)
+        else:
+            # What is audited is what the student learns.
+            kept = np.flatnonzero(copy_reader.count_shard_copies(shard, rows) > 0)
+            yield shard, align_rows(rows, selection.alignment), kept
 
 
 def _assign_strata(sizes: npt.NDArray[np.int64], sample_size: int) -> npt.NDArray[np.int64]:

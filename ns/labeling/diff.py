@@ -10,7 +10,7 @@ import numpy.typing as npt
 from ns.core.errors import DataError
 from ns.labeling.confidence_bins import CONFIDENCE_BIN_EDGES, CONFIDENCE_BINS, bin_confidences
 from ns.labeling.label_set import HISTOGRAM_BINS, LabelRows, LabelSet, compute_histogram, read_label_rows
-from ns.labeling.selection import Selection, count_copies
+from ns.labeling.selection import CopyReader, Selection
 from ns.labeling.top_k import TopRows
 from ns.storage import Store
 from ns.storage.documents import JsonDocument
@@ -175,7 +175,12 @@ def _count_shard_pair(counts: "_DiffCounter", shard: int, before: DiffSide, afte
         raise DataError(f"{' and '.join(uris)}: their keys differ; label the pool again")
     counts.add_rows(shard, old, new)
     if before.selection and after.selection:
-        counts.add_kept(old, new, count_copies(before.selection, old) > 0, count_copies(after.selection, new) > 0)
+        copies = (
+            CopyReader(side.store, selection).count_shard_copies(shard, rows)
+            for side, selection, rows in ((before, before.selection, old), (after, after.selection, new))
+        )
+        was_kept, is_kept = (side_copies > 0 for side_copies in copies)
+        counts.add_kept(old, new, was_kept, is_kept)
 
 
 class _DiffCounter:

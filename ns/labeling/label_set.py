@@ -146,6 +146,19 @@ class ShardScores(NamedTuple):
     """Rows → keys."""
 
 
+class TopClasses(NamedTuple):
+    """The best classes of each image of one label shard."""
+
+    labeled: npt.NDArray[np.bool_]
+    """[N]: whether the image has labels."""
+    class_ids: npt.NDArray[np.uint16]
+    """[N, k], best first."""
+    probabilities: npt.NDArray[np.floating[Any]]
+    """[N, k] as rounded in the file; zeros in rows without labels."""
+    confidence: npt.NDArray[np.float32]
+    """[N]: the first probability, exact; 0 in rows without labels."""
+
+
 class LabelRows:
     """The N rows of one label shard as arrays. Images that are unreadable or left out have confidence NaN."""
 
@@ -159,7 +172,11 @@ class LabelRows:
         )
         k = table.schema.field("top_class").type.list_size
         self.top_class: npt.NDArray[np.uint16] = _unpack_lists(table["top_class"], k).astype(np.uint16)
-        self.top_prob = _decode_probabilities(table["top_prob"], k)
+        self.top_prob: npt.NDArray[np.floating[Any]] = _decode_probabilities(table["top_prob"], k)
+
+    @property
+    def top_classes(self) -> TopClasses:
+        return TopClasses(self.readable, self.top_class, self.top_prob, np.nan_to_num(self.confidence))
 
     def build_scores(self, top_k: int) -> ShardScores:
         """Scores of the first `top_k` classes that are kept."""
@@ -195,21 +212,34 @@ def iter_label_rows(store: Store, label_set: LabelSet) -> Iterator[LabelRows]:
         yield read_label_rows(store, shard)
 
 
-def iter_shard_scores(store: Store, label_set: LabelSet, top_k: int) -> Iterator[ShardScores]:
-    """As `iter_label_rows`, without the columns that a selection does not need."""
-    columns = ["confidence", "top_class", *(["top_prob"] if top_k > 1 else [])]
+def iter_top_classes(store: Store, label_set: LabelSet, *, all_probabilities: bool = True) -> Iterator[TopClasses]:
+    """As `iter_label_rows`, without keys and reasons. Without `all_probabilities` only the first one of each image is read."""
+    columns = ["confidence", "top_class", *(["top_prob"] if all_probabilities else [])]
     for shard in label_set.shards:
         path = store.path(shard.name)
         if sha256_file(path) != shard.sha256:
             raise DataError(f"{store.uri}/{shard.name}: sha256 differs from labelset.json; label the pool again")
         table = pq.ParquetFile(path).read(columns)
         raw = table["confidence"].combine_chunks()
-        confidence = np.zeros((len(raw), min(top_k, label_set.top_k)), np.float32)
-        if top_k > 1:
-            confidence[:] = _decode_probabilities(table["top_prob"], label_set.top_k)[:, :top_k]
-        confidence[:, 0] = raw.fill_null(0).to_numpy(zero_copy_only=False)
-        class_ids = _unpack_lists(table["top_class"], label_set.top_k)[:, :top_k]
-        yield ShardScores(raw.is_valid().to_numpy(zero_copy_only=False), class_ids, confidence, partial(_read_keys, path))
+        confidence = raw.fill_null(0).to_numpy(zero_copy_only=False)
+        yield TopClasses(
+            raw.is_valid().to_numpy(zero_copy_only=False),
+            _unpack_lists(table["top_class"], label_set.top_k),
+            _decode_probabilities(table["top_prob"], label_set.top_k) if all_probabilities else confidence[:, None],
+            confidence,
+        )
+
+
+def iter_shard_scores(
+    store: Store, label_set: LabelSet, top_k: int, align: Callable[[TopClasses], TopClasses] | None = None
+) -> Iterator[ShardScores]:
+    """As `iter_label_rows`, without the columns that a selection does not need. `align`: changes the probabilities."""
+    shards = iter_top_classes(store, label_set, all_probabilities=top_k > 1 or align is not None)
+    for shard, top_classes in zip(label_set.shards, shards, strict=True):
+        labeled, class_ids, probabilities, confidence = align(top_classes) if align else top_classes
+        scores = probabilities[:, :top_k].astype(np.float32)
+        scores[:, 0] = confidence
+        yield ShardScores(labeled, class_ids[:, :top_k], scores, partial(_read_keys, store.path(shard.name)))
 
 
 def _read_keys(path: Path, rows: npt.NDArray[np.int64]) -> list[str]:
@@ -228,7 +258,7 @@ def expand_probabilities(rows: LabelRows, num_classes: int) -> npt.NDArray[np.fl
 
 
 def expand_top_k(
-    top_class: npt.NDArray[np.uint16], top_prob: npt.NDArray[np.float16], num_classes: int
+    top_class: npt.NDArray[np.uint16], top_prob: npt.NDArray[np.floating[Any]], num_classes: int
 ) -> npt.NDArray[np.float32]:
     """Probabilities float32 [N, classes] of labeled rows, from their kept classes [N, k]; see `expand_probabilities`."""
     # Called for single rows too, so without np.clip and np.put_along_axis, which take twice as long then.

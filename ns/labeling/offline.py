@@ -11,7 +11,7 @@ from ns.core.errors import ConfigError, DataError
 from ns.data.dataset import Dataset, Shard
 from ns.labeling.label_set import LabelSet, count_kept_classes, join_label_shards, label_shard_key, read_label_rows
 from ns.labeling.predict import label_pool_shards
-from ns.labeling.selection import Selection, count_copies
+from ns.labeling.selection import CopyReader, Selection
 from ns.modeling.predictor import Predictor
 from ns.storage import Store, open_store
 from ns.storage.documents import JsonDocument
@@ -136,11 +136,13 @@ def _find_unselected_rows(
         )
     if label_set.dataset != dataset.digest:
         raise DataError(f"--kept: {label_store.uri}: labels of another dataset, {label_set.dataset}")
-    label_shards = {label_shard.source: label_shard for label_shard in label_set.shards}
+    shard_numbers = {label_shard.source: number for number, label_shard in enumerate(label_set.shards)}
+    copy_reader = CopyReader(label_store, selection)
 
     def find_rows(shard: Shard) -> Mapping[int, str]:
-        rows = read_label_rows(label_store, label_shards[shard.sha256])
-        unselected = np.flatnonzero(rows.readable & (count_copies(selection, rows) == 0))
+        number = shard_numbers[shard.sha256]
+        rows = read_label_rows(label_store, label_set.shards[number])
+        unselected = np.flatnonzero(rows.readable & (copy_reader.count_shard_copies(number, rows) == 0))
         return dict.fromkeys(unselected.tolist(), "not kept by the selection")
 
     return find_rows

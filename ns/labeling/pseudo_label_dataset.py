@@ -9,32 +9,40 @@ from ns.core.errors import DataError
 from ns.data.dataset import Dataset
 from ns.data.loading.shard_reader import ImageSource
 from ns.data.loading.stream import PseudoLabeledImages
+from ns.labeling.alignment import align_rows
 from ns.labeling.label_set import LabelRows, LabelSet, expand_top_k, iter_label_rows, read_label_rows
-from ns.labeling.selection import Selection, count_copies
+from ns.labeling.selection import CopyReader, Selection
 from ns.storage import Store
 
 
 class TopKTargets:
-    """The targets of a shard's kept rows as the label set has them: dense ones of all rows would be 40 MB with 1,000 classes."""
+    """The targets of a shard's kept rows as the label set has them: dense ones of all rows would be 40 MB with 1,000 classes.
 
-    def __init__(self, rows: LabelRows, kept_rows: npt.NDArray[np.int64], num_classes: int) -> None:
+    A target sums to the image's weight: its confidence divided by `mean_confidence`, or 1 without it.
+    """
+
+    def __init__(
+        self, rows: LabelRows, kept_rows: npt.NDArray[np.int64], num_classes: int, mean_confidence: float | None = None
+    ) -> None:
         self._kept_rows = kept_rows
         self._top_class = rows.top_class[kept_rows]
         self._top_prob = rows.top_prob[kept_rows]
         self._num_classes = num_classes
+        self._weights = None if mean_confidence is None else rows.confidence[kept_rows] / np.float32(mean_confidence)
 
     def __getitem__(self, row: int) -> npt.NDArray[np.float32]:
         """float32 [classes] of a kept row."""
         at = int(np.searchsorted(self._kept_rows, row))
         target: npt.NDArray[np.float32]
         (target,) = expand_top_k(self._top_class[at : at + 1], self._top_prob[at : at + 1], self._num_classes)
-        return target
+        return target if self._weights is None else target * self._weights[at]
 
 
 def load_pseudo_labels(
     label_store: Store, label_set: LabelSet, selection: Selection, pool_store: Store, pool: Dataset
 ) -> PseudoLabeledImages:
-    """The images of `pool` that `selection` kept, with the soft labels of `label_set` as targets.
+    """The images of `pool` that `selection` kept, with the soft labels of `label_set` as targets: each row sums to the
+    image's weight in the loss, 1 unless the policy weights images by confidence.
 
     Raises DataError if the labels were made from another pool. Reading the targets of a shard raises what `read_label_rows`
     raises, and DataError if its keys are not those of the pool.
@@ -43,7 +51,11 @@ def load_pseudo_labels(
         raise DataError(
             f"{label_store.uri}: labels of dataset {label_set.dataset}, but the pool is {pool.digest}: label the pool again"
         )
-    repeats = [_shrink_dtype(count_copies(selection, rows)) for rows in iter_label_rows(label_store, label_set)]
+    copy_reader = CopyReader(label_store, selection)
+    repeats = [
+        _shrink_dtype(copy_reader.count_shard_copies(shard, rows))
+        for shard, rows in enumerate(iter_label_rows(label_store, label_set))
+    ]
     source = ImageSource(pool_store, pool)
 
     @lru_cache(maxsize=source.window_shards)
@@ -55,7 +67,8 @@ def load_pseudo_labels(
             raise DataError(
                 f"{label_store.uri}/{shard.name}: its keys are not those of the pool's shard {index}: label the pool again"
             )
-        return TopKTargets(rows, np.flatnonzero(repeats[index]), len(label_set.classes))
+        rows = align_rows(rows, selection.alignment)
+        return TopKTargets(rows, np.flatnonzero(repeats[index]), len(label_set.classes), selection.mean_confidence)
 
     return PseudoLabeledImages(source, read_targets, repeats)
 

@@ -19,8 +19,18 @@ import numpy.typing as npt
 
 from ns.config.schema import SelectionConfig
 from ns.core.digest import hash_text
+from ns.core.errors import DataError
 from ns.data.dataset import format_class_names
-from ns.labeling.label_set import LabelRows, LabelSet, ShardScores, iter_shard_scores
+from ns.labeling.alignment import align_classes, align_rows, compute_alignment
+from ns.labeling.label_set import (
+    LabelRows,
+    LabelSet,
+    ShardScores,
+    iter_label_rows,
+    iter_shard_scores,
+    iter_top_classes,
+    read_label_rows,
+)
 from ns.labeling.thresholds import NEVER_SURE, Thresholds
 from ns.storage import Store
 from ns.storage.documents import HashedDocument, JsonDocument, dump_hashed_fields
@@ -68,6 +78,19 @@ class ClassRule(JsonDocument):
     """Images up to this position are seen once more; None if there are none."""
 
 
+class ImageChoice(JsonDocument):
+    """The earlier selection that chose the images."""
+
+    selection: str
+    """Digest of the selection."""
+    label_set: str
+    """Digest of its label set, to whose rows the rules apply."""
+    label_set_key: str
+    """Key of that label set's folder below the root."""
+    alignment: tuple[float, ...] | None
+    """Its factors of alignment."""
+
+
 class Selection(HashedDocument):
     filename: ClassVar[str] = "selection.json"
 
@@ -91,9 +114,15 @@ class Selection(HashedDocument):
     """Images per class that the selection was balanced to; None if it was not balanced."""
     labeled_images: tuple[int, ...] | None = None
     """Labeled images of each class, which its share of the candidates is compared with; None if they are not known."""
+    alignment: tuple[float, ...] | None = None
+    """Factor of each class, by which probabilities are multiplied before they are renormalized; None if they stay as they are."""
+    mean_confidence: float | None = None
+    """Mean confidence over the images of an epoch, with repeats: an image's weight is its confidence divided by this. None: no weights."""
+    choice: ImageChoice | None = None
+    """The selection that chose the images, and whose rules these are; None if this one chose them by its own label set."""
 
     def hashed_fields(self) -> Any:
-        return dump_hashed_fields(self, exclude={"label_set_key"})
+        return dump_hashed_fields(self, exclude={"label_set_key": True, "choice": {"label_set_key": True}})
 
     @property
     def kept(self) -> int:
@@ -171,13 +200,18 @@ def select_pseudo_labels(
     left_out: int = 0,
     thresholds: Thresholds | None = None,
     labeled_images: tuple[int, ...] | None = None,
+    alignment: tuple[float, ...] | None = None,
 ) -> Selection:
     """Makes the rule of each class from the scores of a label set.
 
     Each call of `read_scores` yields all shards once; it is called a few times. `unreadable`, `left_out`: rows without a label.
-    `labeled_images`: labeled images of each class, if they are known.
+    `labeled_images`: labeled images of each class, if they are known. `alignment`: the factors that the scores were aligned with.
     """
     class_thresholds = np.full(num_classes, policy.min_confidence, np.float32)
+    if policy.policy == "adaptive":
+        class_thresholds = np.maximum(
+            class_thresholds, policy.adaptive_scale * _measure_confidence(read_scores(), class_thresholds)
+        )
     is_fallback = np.zeros(num_classes, np.bool_)
     if thresholds is not None:
         lowest = np.array([class_threshold.threshold for class_threshold in thresholds.classes], np.float32)
@@ -193,30 +227,38 @@ def select_pseudo_labels(
             {class_id: extra - 1 for class_id, (_, _, extra) in enumerate(sizes) if extra},
         ]
     )
+    rules = tuple(
+        ClassRule(
+            candidates=int(ranking.candidates[class_id]),
+            threshold=float(class_thresholds[class_id]),
+            fallback=bool(is_fallback[class_id]),
+            kept=kept,
+            images=kept * times + extra,
+            last_kept=last.get(class_id),
+            copies=times,
+            last_extra=last_extras.get(class_id),
+        )
+        for class_id, (kept, times, extra) in enumerate(sizes)
+    )
+    mean_confidence = None
+    if policy.weights == "confidence":
+        mean_confidence = _average_confidence(
+            (scores.confidence[:, 0], _count_score_copies(rules, scores, seed)) for scores in read_scores()
+        )
     return Selection(
         policy=policy,
         seed=seed,
         label_set=label_set,
         label_set_key=label_set_key,
-        rules=tuple(
-            ClassRule(
-                candidates=int(ranking.candidates[class_id]),
-                threshold=float(class_thresholds[class_id]),
-                fallback=bool(is_fallback[class_id]),
-                kept=kept,
-                images=kept * times + extra,
-                last_kept=last.get(class_id),
-                copies=times,
-                last_extra=last_extras.get(class_id),
-            )
-            for class_id, (kept, times, extra) in enumerate(sizes)
-        ),
+        rules=rules,
         low_confidence=ranking.low,
         unreadable=unreadable,
         left_out=left_out,
         thresholds=thresholds,
         per_class=per_class,
         labeled_images=labeled_images,
+        alignment=alignment,
+        mean_confidence=mean_confidence,
     )
 
 
@@ -231,13 +273,15 @@ def make_selection(
     labeled_images: tuple[int, ...] | None = None,
 ) -> Selection:
     """As `select_pseudo_labels`, from a label set in `store`. Raises DataError if a shard is not what the manifest says."""
+    alignment = _compute_policy_alignment(store, label_set, policy)
+    align = (lambda top_classes: align_classes(top_classes, alignment)) if alignment else None
     with make_scratch_dir("select") as scratch_dir:
         score_file = _ScoreFile(scratch_dir / "scores")
         return select_pseudo_labels(
             lambda: (
                 score_file.read_scores()
                 if score_file.written
-                else score_file.write_scores(iter_shard_scores(store, label_set, policy.classes_per_image))
+                else score_file.write_scores(iter_shard_scores(store, label_set, policy.classes_per_image, align))
             ),
             len(label_set.classes),
             policy,
@@ -248,7 +292,67 @@ def make_selection(
             left_out=label_set.left_out,
             thresholds=thresholds,
             labeled_images=labeled_images,
+            alignment=alignment,
         )
+
+
+def keep_selection(
+    first: Selection, store: Store, label_set: LabelSet, policy: SelectionConfig, *, label_set_key: str
+) -> Selection:
+    """A selection of the images that `first` chose, as often, with the labels of another label set of the same dataset in `store`.
+
+    Raises DataError as `CopyReader` does.
+    """
+    choice = first.choice or ImageChoice(
+        selection=first.digest, label_set=first.label_set, label_set_key=first.label_set_key, alignment=first.alignment
+    )
+    alignment = _compute_policy_alignment(store, label_set, policy)
+    kept = first.model_copy(
+        update={
+            "policy": policy,
+            "label_set": label_set.digest,
+            "label_set_key": label_set_key,
+            "alignment": alignment,
+            "mean_confidence": None,
+            "choice": choice,
+        }
+    )
+    if policy.weights == "none":
+        return kept
+    copy_reader = CopyReader(store, kept)
+    mean_confidence = _average_confidence(
+        (align_rows(rows, alignment).confidence, copy_reader.count_shard_copies(shard, rows))
+        for shard, rows in enumerate(iter_label_rows(store, label_set))
+    )
+    return kept.model_copy(update={"mean_confidence": mean_confidence})
+
+
+def _compute_policy_alignment(store: Store, label_set: LabelSet, policy: SelectionConfig) -> tuple[float, ...] | None:
+    if policy.policy != "aligned":
+        return None
+    return compute_alignment(iter_top_classes(store, label_set), len(label_set.classes), policy.alignment)
+
+
+def _measure_confidence(shards: Iterable[ShardScores], thresholds: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """float32 [classes]: mean confidence of the images of each class above its threshold; 0 for a class without any."""
+    totals, counts = np.zeros(len(thresholds)), np.zeros(len(thresholds))
+    for scores in shards:
+        for rank in range(scores.class_ids.shape[1]):
+            class_ids, confidence = scores.class_ids[:, rank], scores.confidence[:, rank]
+            is_candidate = scores.labeled & (confidence > thresholds[class_ids])
+            totals += np.bincount(class_ids[is_candidate], confidence[is_candidate], len(thresholds))
+            counts += np.bincount(class_ids[is_candidate], minlength=len(thresholds))
+    return (totals / np.maximum(1, counts)).astype(np.float32)
+
+
+def _average_confidence(shards: Iterable[tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]]) -> float:
+    """Mean confidence of images that are seen `copies` times each: pairs of confidence [N] and copies [N]."""
+    total, images = 0.0, 0
+    for confidence, copies in shards:
+        seen = copies > 0
+        total += float(confidence[seen].astype(np.float64) @ copies[seen])
+        images += int(copies.sum())
+    return total / max(1, images)
 
 
 class _ScoreFile:
@@ -508,17 +612,54 @@ def _bits_per_group(num_groups: int) -> int:
 
 
 def count_copies(selection: Selection, rows: LabelRows) -> npt.NDArray[np.int64]:
-    """How often each row is seen in an epoch, int64 [N]; 0 for images that are not kept."""
-    repeats = np.zeros(len(rows.keys), np.int64)
-    scores = rows.build_scores(selection.policy.classes_per_image)
-    rules = selection.rules
+    """How often each row is seen in an epoch, int64 [N]; 0 for images that are not kept.
+
+    `rows` are of the label set that chose the images; `CopyReader` finds them for a selection that kept the images of another.
+    """
+    alignment = selection.choice.alignment if selection.choice else selection.alignment
+    scores = align_rows(rows, alignment).build_scores(selection.policy.classes_per_image)
+    return _count_score_copies(selection.rules, scores, selection.seed)
+
+
+class CopyReader:
+    """Counts how often each row of a label set is seen, also where the labels of another label set chose the images.
+
+    Raises DataError if that one is not where it was, relative to `label_store`, or has changed.
+    """
+
+    def __init__(self, label_store: Store, selection: Selection) -> None:
+        self._selection = selection
+        self._choosing: tuple[Store, LabelSet] | None = None
+        if choice := selection.choice:
+            if not label_store.uri.endswith(f"/{selection.label_set_key}"):
+                raise DataError(
+                    f"{label_store.uri}: its images were chosen by the labels in {choice.label_set_key}, which are not beside it; "
+                    "name the label set as a run's generation: latest/gen-2"
+                )
+            choosing_store = label_store.at(label_store.uri.removesuffix(selection.label_set_key) + choice.label_set_key)
+            choosing = LabelSet.load(choosing_store)
+            if choosing.digest != choice.label_set:
+                raise DataError(f"{choosing_store.uri}: is not the label set that chose the images, {choice.label_set}")
+            self._choosing = choosing_store, choosing
+
+    def count_shard_copies(self, shard: int, rows: LabelRows) -> npt.NDArray[np.int64]:
+        """int64 [N]: copies of the rows of a shard of the label set; 0 for images without a label."""
+        if self._choosing is None:
+            return count_copies(self._selection, rows)
+        choosing_store, choosing = self._choosing
+        copies = count_copies(self._selection, read_label_rows(choosing_store, choosing.shards[shard]))
+        return np.where(rows.readable, copies, 0)
+
+
+def _count_score_copies(rules: Sequence[ClassRule], scores: ShardScores, seed: int) -> npt.NDArray[np.int64]:
+    repeats = np.zeros(len(scores.labeled), np.int64)
     thresholds = np.array([rule.threshold for rule in rules], np.float32)
     times = np.array([rule.copies for rule in rules], np.int64)
     for rank in range(scores.class_ids.shape[1]):
         class_ids, confidence = scores.class_ids[:, rank], scores.confidence[:, rank]
         candidate = scores.labeled & (confidence > thresholds[class_ids])
-        is_kept = candidate & _ranks_up_to([rule.last_kept for rule in rules], scores, rank, selection.seed)
-        is_extra = is_kept & _ranks_up_to([rule.last_extra for rule in rules], scores, rank, selection.seed)
+        is_kept = candidate & _ranks_up_to([rule.last_kept for rule in rules], scores, rank, seed)
+        is_extra = is_kept & _ranks_up_to([rule.last_extra for rule in rules], scores, rank, seed)
         repeats[is_kept] += times[class_ids[is_kept]]
         repeats[is_extra] += 1
     return repeats

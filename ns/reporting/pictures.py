@@ -11,9 +11,10 @@ from ns.data.contact_sheet import encode_data_uri
 from ns.data.dataset import Dataset
 from ns.data.index import ShardIndex
 from ns.data.loading.decode import decode_image
+from ns.labeling.alignment import align_rows
 from ns.labeling.diff import LabelDiff
 from ns.labeling.label_set import LabelSet, iter_label_rows
-from ns.labeling.selection import Selection, count_copies
+from ns.labeling.selection import CopyReader, Selection
 from ns.labeling.top_k import TopRows
 from ns.storage import Store
 
@@ -42,8 +43,10 @@ def build_label_galleries(
 ) -> list[Gallery]:
     """The most and the least confident kept images, and the most confident ones below the threshold; `size` of each."""
     most, least, below = (TopRows[tuple[str, str]](size) for _ in range(3))
-    for shard, rows in enumerate(iter_label_rows(label_store, label_set)):
-        kept = count_copies(selection, rows) > 0
+    copy_reader = CopyReader(label_store, selection)
+    for shard, raw_rows in enumerate(iter_label_rows(label_store, label_set)):
+        kept = copy_reader.count_shard_copies(shard, raw_rows) > 0
+        rows = align_rows(raw_rows, selection.alignment)
         low = rows.readable & (rows.confidence <= selection.policy.min_confidence)
         # `size` images of a shard are enough to fill a gallery.
         for top, mask, sign in ((most, kept, 1), (least, kept, -1), (below, low, 1)):

@@ -6,8 +6,9 @@ from ns.core.errors import DataError
 from ns.data.index import ImageLocation, locate_keys
 from ns.data.key_list import spell_key
 from ns.data.prepared import DataPart, PreparedData, PreparedDataset
+from ns.labeling.alignment import align_rows
 from ns.labeling.label_set import LabelRows, read_label_rows
-from ns.labeling.selection import count_copies
+from ns.labeling.selection import CopyReader
 from ns.modeling.manifest import ModelManifest
 from ns.runs.lookup import RunLabelSet, find_prepared_data, list_runs, open_run_label_set
 from ns.runs.records import find_stage_note, list_stage_notes
@@ -139,10 +140,11 @@ def _iterate_label_sets(root: Store, run: str) -> Iterator[tuple[int, RunLabelSe
 
 
 def _read_label(run_label_set: RunLabelSet, location: ImageLocation) -> tuple[LabelRows, int]:
-    """The label rows of an image's shard, and how often the student sees the image in an epoch."""
+    """The label rows of an image's shard as its student learns them, and how often the student sees the image in an epoch."""
     assert run_label_set.selection is not None
     rows = read_label_rows(run_label_set.store, run_label_set.label_set.shards[location.shard])
-    return rows, int(count_copies(run_label_set.selection, rows)[location.row])
+    copies = CopyReader(run_label_set.store, run_label_set.selection).count_shard_copies(location.shard, rows)
+    return align_rows(rows, run_label_set.selection.alignment), int(copies[location.row])
 
 
 def _describe_answer(

@@ -10,7 +10,9 @@ from ns.config.schema import Experiment, RoleConfig
 from ns.core.digest import LABELING_SOURCES, TRAINING_SOURCES, digest_code, digest_json
 from ns.data.key_list import read_keys
 from ns.data.prepared import PreparedData
+from ns.labeling.selection import Selection
 from ns.modeling.manifest import ModelManifest, digest_weights
+from ns.runs.records import list_stage_notes
 from ns.stages.context import StageContext
 from ns.storage import Store, open_store
 from ns.storage.documents import dump_hashed_fields
@@ -30,6 +32,7 @@ def generation_inputs(context: StageContext, data: str, generation: int, teacher
         "labeling": dump_hashed_fields(experiment.labeling, exclude={"tasks"}) | {"ensemble": ensemble_digests(context)},
         "exclude": digest_json(sorted(excluded_keys(context))),
         "selection": dump_hashed_fields(experiment.selection),
+        "choosing": choosing.digest if (choosing := find_choosing_selection(context, generation)) else None,
         "gate": dump_hashed_fields(experiment.gate),
         "robustness": measures_robustness and dump_hashed_fields(experiment.gate_evaluation, {"sets", "keep_gib"}),
     }
@@ -60,6 +63,15 @@ def labeling_inputs(context: StageContext, prepared: PreparedData, teacher: str)
 def ensemble_digests(context: StageContext) -> tuple[str, ...]:
     """Digests of the models that label with the teacher."""
     return tuple(ModelManifest.load(open_store(uri)).digest for uri in context.experiment.labeling.ensemble)
+
+
+def find_choosing_selection(context: StageContext, generation: int) -> Selection | None:
+    """The run's first selection, if it chooses the images of a later generation; else None."""
+    if context.experiment.selection.images_from == "each":
+        return None
+    notes = list_stage_notes(context.root, context.run, "commit-labels")
+    first = min((note for note in notes if note.generation < generation), key=lambda note: note.generation, default=None)
+    return Selection.load_file(context.root, first.outputs["selection"]) if first else None
 
 
 def excluded_keys(context: StageContext) -> frozenset[str]:

@@ -8,17 +8,17 @@ from ns.data.leakage import count_class_images
 from ns.data.prepared import PreparedData
 from ns.evaluation.result import Evaluation
 from ns.labeling.label_set import LabelSet, join_label_shards
-from ns.labeling.selection import Selection, make_selection
+from ns.labeling.selection import Selection, keep_selection, make_selection
 from ns.modeling.manifest import ModelManifest
 from ns.reporting import run_metrics
 from ns.runs.lookup import compute_policy_thresholds
 from ns.stages.context import RunRef, stage
 from ns.stages.evaluate import evaluate_calibration, resolve_labeling_temperature
-from ns.stages.keys import ensemble_digests, label_set_key, read_labeled_classes, read_model_digest
+from ns.stages.keys import ensemble_digests, find_choosing_selection, label_set_key, read_labeled_classes, read_model_digest
 from ns.storage import parent_key
 from ns.storage.documents import dump_hashed_fields
 
-SELECTION_SOURCES = ("labeling/selection.py", "labeling/label_set.py", "labeling/thresholds.py")
+SELECTION_SOURCES = ("labeling/selection.py", "labeling/label_set.py", "labeling/thresholds.py", "labeling/alignment.py")
 
 
 def commit_labels(ref: RunRef, *, data: str, generation: int, teacher: str) -> str:
@@ -50,26 +50,31 @@ def commit_labels(ref: RunRef, *, data: str, generation: int, teacher: str) -> s
         thresholds = None
         if calibration_key and calibration and experiment.selection.precision is not None:
             thresholds = compute_policy_thresholds(root.at(parent_key(calibration_key)), calibration, experiment.selection)
+        first = find_choosing_selection(context, generation)
         inputs = {
             "code": digest_code(*SELECTION_SOURCES),
             "policy": dump_hashed_fields(experiment.selection),
             "seed": experiment.seed,
             "label_set": label_set.digest,
             "labeled": prepared.labeled.digest,
+            "choosing": first.digest if first else None,
             "calibration": calibration.digest if calibration else None,
         }
         selection_key = context.ledger.derive_key("selections", "select", inputs)
 
         def write_selection() -> Mapping[str, str]:
-            selection = make_selection(
-                label_store,
-                label_set,
-                experiment.selection,
-                seed=experiment.seed,
-                label_set_key=key,
-                thresholds=thresholds,
-                labeled_images=tuple(count_class_images(*prepared.labeled.open_dataset(root)).values()),
-            )
+            if first:
+                selection = keep_selection(first, label_store, label_set, experiment.selection, label_set_key=key)
+            else:
+                selection = make_selection(
+                    label_store,
+                    label_set,
+                    experiment.selection,
+                    seed=experiment.seed,
+                    label_set_key=key,
+                    thresholds=thresholds,
+                    labeled_images=tuple(count_class_images(*prepared.labeled.open_dataset(root)).values()),
+                )
             if selection.kept == 0:
                 precision_hint = ", or selection.precision" if thresholds else ""
                 raise DataError(

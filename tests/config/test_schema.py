@@ -67,7 +67,8 @@ def test_wrong_sizes_of_noise_are_explained(teacher, message):
 
 
 def test_dump_experiment_is_read_back_equal(minimal):
-    experiment = load_experiment(minimal, ["generations=2"])
+    experiment = load_experiment(minimal, ["generations=2", "selection.from=first"])
+    assert experiment.selection.images_from == "first"
     assert parse_experiment(yaml.safe_load(dump_experiment(experiment)), "again") == experiment
 
 
@@ -84,6 +85,9 @@ def test_data_parts_must_differ(part, other):
 def test_unknown_field_suggests_the_likely_one():
     message = refused({**MINIMAL, "students": [{"train": {"epohs": 3}}]})
     assert message == "x.yaml: students.0.train.epohs: unknown field; did you mean 'epochs'?"
+    assert "selection.form: unknown field; did you mean 'from'?" in refused({**MINIMAL, "selection": {"form": "first"}})
+    assert "selection.images_from: unknown field" in refused({**MINIMAL, "selection": {"images_from": "first"}})
+    assert "selection.from: invalid value 'second'" in refused({**MINIMAL, "selection": {"from": "second"}})
 
 
 def test_unknown_field_without_likely_one_lists_the_known():

@@ -382,6 +382,36 @@ def test_class_without_evidence_keeps_a_share_of_its_most_confident_images(share
     ]
 
 
+@settings(max_examples=60, deadline=None)
+@given(table=TABLE, scale=st.sampled_from([0.5, 1.0, 1.5]))
+def test_adaptive_thresholds_follow_the_mean_confidence_of_each_class(table, scale):
+    entries = [(f"key-{index}", label, confidence) for index, (label, confidence) in enumerate(table)]
+    policy = SelectionConfig(policy="adaptive", min_confidence=0.2, adaptive_scale=scale, per_class=1000, repeat=False)
+    rows = rows_of(entries)
+    selection = run([rows_of(entries[:20]), rows_of(entries[20:])], policy)
+    expected = {}
+    for label in range(CLASSES):
+        sure = [(key, np.float32(conf)) for key, own, conf in entries if own == label and conf is not None]
+        above = [conf for _, conf in sure if conf > np.float32(0.2)]
+        threshold = max(np.float32(0.2), np.float32(scale) * np.float32(np.mean(above, dtype=np.float64))) if above else 0.2
+        assert selection.rules[label].threshold == pytest.approx(threshold, rel=1e-6)
+        expected |= {key: conf for key, conf in sure if conf > np.float32(selection.rules[label].threshold)}
+    got = {key for key, times in zip(rows.keys, count_copies(selection, rows), strict=True) if times}
+    assert got == set(expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(table=TABLE, policy=POLICY)
+def test_mean_confidence_is_that_of_an_epoch(table, policy):
+    rows = rows_of([(f"key-{index}", label, confidence) for index, (label, confidence) in enumerate(table)])
+    selection = run([rows], policy.model_copy(update={"weights": "confidence"}))
+    copies = count_copies(selection, rows)
+    seen = copies > 0
+    weights = rows.confidence[seen] / (selection.mean_confidence or 1)
+    assert run([rows], policy).mean_confidence is None
+    assert not seen.any() or (weights @ copies[seen]) / copies.sum() == pytest.approx(1)
+
+
 @pytest.mark.parametrize(
     ("sizes", "per_class", "copies"),
     [

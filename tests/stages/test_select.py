@@ -7,6 +7,10 @@ from ns.config.schema import SelectionConfig
 from ns.core.errors import DataError, RunError
 from ns.data.loading.shard_reader import ImageSource
 from ns.evaluation.result import Evaluation, read_predictions
+from ns.labeling.alignment import align_rows
+from ns.labeling.label_set import expand_probabilities, read_label_rows
+from ns.labeling.pseudo_label_dataset import load_pseudo_labels
+from ns.labeling.selection import CopyReader, count_copies
 from ns.modeling.predictor import Predictor
 from ns.runs.lookup import (
     find_policy_thresholds,
@@ -75,3 +79,32 @@ def test_thresholds_need_calibration_images(finished_run):
     store, ref = finished_run
     with pytest.raises(RunError, match=r"there are none; start a run with data.calibration, or with selection.precision"):
         find_policy_thresholds(store, open_label_set(store, f"{ref.run}/gen-1"), SelectionConfig(precision=0.9))
+
+
+def test_first_selection_chooses_the_images_of_all_generations(finished_run):
+    store, _ = finished_run
+    options = ["selection.from=first", "selection.policy=aligned", "selection.weights=confidence", "generations=2"]
+    ref = open_tiny_run(store, *options)
+    run_loop(ref)
+    first, second = (open_label_set(store, f"{ref.run}/gen-{generation}") for generation in (1, 2))
+    assert second.label_set.digest != first.label_set.digest
+    assert (first.selection.choice, second.selection.choice.selection) == (None, first.selection.digest)
+    assert second.selection.rules == first.selection.rules
+    assert second.selection.alignment != first.selection.alignment
+    pool = second.open_pool(store)
+    for labels in (first, second):
+        pseudo = load_pseudo_labels(labels.store, labels.label_set, labels.selection, *pool)
+        total = images = 0.0
+        for shard, label_shard in enumerate(labels.label_set.shards):
+            chosen_by = read_label_rows(first.store, first.label_set.shards[shard])
+            assert pseudo.copies[shard].tolist() == count_copies(first.selection, chosen_by).tolist()
+            rows = align_rows(read_label_rows(labels.store, label_shard), labels.selection.alignment)
+            kept = np.flatnonzero(pseudo.copies[shard])
+            targets = np.array([pseudo.read_targets(shard)[row] for row in kept])
+            weights = rows.confidence[kept] / np.float32(labels.selection.mean_confidence)
+            np.testing.assert_allclose(targets, expand_probabilities(rows, 10)[kept] * weights[:, None], rtol=1e-5)
+            total += float(weights @ pseudo.copies[shard][kept])
+            images += float(pseudo.copies[shard].sum())
+        assert total / images == pytest.approx(1, rel=1e-5)
+    with pytest.raises(DataError, match="which are not beside it; name the label set as a run's generation"):
+        CopyReader(first.store, second.selection)

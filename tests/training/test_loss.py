@@ -52,6 +52,17 @@ def test_compute_losses_matches_a_dense_reference(batch, pseudo_labels, temperat
     assert result.pseudo.item() == pytest.approx(pseudo, rel=1e-5)
 
 
+@pytest.mark.parametrize("pseudo_labels", ["soft", "hard"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_sum_of_the_targets_is_the_weight_of_an_image(batch, pseudo_labels, temperature):
+    logits, labels, targets = batch
+    weights = torch.linspace(0.2, 1.8, U)
+    train = TrainConfig(pseudo_labels=pseudo_labels, temperature=temperature)
+    weighted = compute_losses(logits, labels, targets * weights[:, None], train).pseudo.item()
+    single = [reference((logits[[*range(B), B + i]], labels, targets[i : i + 1]), train)[1] for i in range(U)]
+    assert weighted == pytest.approx(float(np.mean(weights.numpy() * single)), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("weighting", "labeled_weight", "pseudo_weight"),
     [("sum", 1, U / B), ("mean", 1 / (1 + U / B), (U / B) / (1 + U / B)), ("equal", 1, 1)],

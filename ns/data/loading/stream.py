@@ -66,7 +66,7 @@ class Batch(NamedTuple):
     class_ids: Tensor
     """int64 [B]"""
     targets: Tensor
-    """float32 [U, C], the teacher's probabilities"""
+    """float32 [U, C], the teacher's probabilities times the image's weight in the loss"""
 
 
 class TrainingBatches(TorchDataset[Batch]):
