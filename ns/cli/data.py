@@ -140,6 +140,28 @@ def _make_check_tables(report: "LeakageReport", suspect_counts: dict[str, int]) 
     return [overlaps, classes] if report.classes else [overlaps]
 
 
+@app.command("verify")
+def verify_data(
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="URI of a dataset: a folder or s3://bucket/prefix.")],
+) -> None:
+    """Read a dataset from end to end and check checksums, indices, labels and keys. Prints each problem.
+
+    Example: [cyan]ns data verify data/pool[/]
+    """
+    from ns.data.dataset import Dataset
+    from ns.data.verify import find_damage
+
+    store = open_store(dataset)
+    data = Dataset.load(store)
+    problems = 0
+    for problem in find_damage(store, data):
+        typer.echo(problem)
+        problems += 1
+    if problems:
+        raise DataError(f"{store.uri}: {problems:,} problems")
+    typer.echo(f"{store.uri}: good: {data.samples:,} images in {len(data.shards):,} shards")
+
+
 @app.command("show")
 def show_data(
     dataset: Annotated[str, typer.Argument(metavar="DATASET", help="URI of a dataset: a folder or s3://bucket/prefix.")],

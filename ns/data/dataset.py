@@ -23,6 +23,8 @@ class Shard(JsonDocument):
     samples: int = Field(ge=0)
     bytes: int = Field(ge=0)
     sha256: Sha256
+    index_sha256: Sha256 | None = None
+    """SHA-256 of the index file. An index without it is not used. It is no part of the dataset's digest: the index follows from the tar."""
 
 
 class Dataset(HashedDocument):

@@ -1,24 +1,27 @@
 """The index of a shard: where each image is and how it decodes, in a small file beside the tar.
 
 shard-00000.tar             for any reader of WebDataset
-shard-00000.index.parquet   spares our reader the tar's headers; made from the tar if it is missing
+shard-00000.index.parquet   spares our reader the tar's headers; made from the tar if it is missing or not that of the manifest
 """
 
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from ns.core import log
+from ns.core.digest import sha256_bytes
 from ns.core.errors import DataError
 from ns.data.dataset import Dataset, Shard
 from ns.data.loading.decode import read_jpeg_size
-from ns.data.shards import ShardSample, read_range, read_samples
+from ns.data.shards import ShardSample, check_shard_file, read_range, read_samples
 from ns.storage import Store
-from ns.storage.parquet import read_table, write_table
+from ns.storage.parquet import encode_table, read_table
 
 SUFFIX = ".index.parquet"
 SCHEMA = pa.schema(
@@ -32,7 +35,6 @@ SCHEMA = pa.schema(
         ("height", pa.int32()),
     ]
 )
-TAR_SHA256 = b"tar_sha256"
 
 
 @dataclass(frozen=True)
@@ -68,22 +70,31 @@ class ShardIndex:
         columns = (table[name].fill_null(-1).to_numpy() for name in ("offset", "size", "class_id", "width", "height"))
         return cls(table, *columns)
 
-    def save(self, store: Store, shard: Shard) -> None:
-        write_table(store, build_index_key(shard), self.table.replace_schema_metadata({TAR_SHA256: shard.sha256}))
+    @classmethod
+    def from_tar(cls, path: Path) -> "ShardIndex":
+        """Raises DataError as `read_samples`."""
+        samples = read_samples(path)
+        with path.open("rb") as file:
+            sizes = [read_jpeg_size(read_range(file, sample.offset, sample.size)) for sample in samples]
+        return cls.from_samples(samples, sizes)
+
+    def save(self, store: Store, shard: Shard) -> Shard:
+        """Writes the index file. Returns the shard with the file's checksum."""
+        data = encode_table(self.table)
+        store.put(build_index_key(shard), data)
+        return shard.model_copy(update={"index_sha256": sha256_bytes(data)})
 
     @classmethod
     def load(cls, store: Store, shard: Shard) -> "ShardIndex":
-        """The index of `shard`, from its file, or else from the tar.
+        """The index of `shard`, from its file if that is the one of the manifest, or else from the tar.
 
-        Raises DataError if the tar or index is damaged, or the number of images is not that of the manifest.
+        Raises DataError if the tar is damaged, or the number of images is not that of the manifest.
         """
         index = cls._load_file(store, shard)
         if index is None:
-            path = store.path(shard.name)
-            samples = read_samples(path)
-            with path.open("rb") as file:
-                sizes = [read_jpeg_size(read_range(file, sample.offset, sample.size)) for sample in samples]
-            index = cls.from_samples(samples, sizes)
+            path, uri = store.path(shard.name), f"{store.uri}/{shard.name}"
+            check_shard_file(path, shard, uri)
+            index = cls.from_tar(path)
         if len(index) != shard.samples:
             raise DataError(
                 f"{store.uri}/{shard.name}: {len(index)} images, dataset.json says {shard.samples}; import the data again"
@@ -93,16 +104,16 @@ class ShardIndex:
     @classmethod
     def _load_file(cls, store: Store, shard: Shard) -> "ShardIndex | None":
         key = build_index_key(shard)
-        if not store.exists(key):
+        if shard.index_sha256 is None or not store.exists(key):
             return None
-        try:
-            table = read_table(store.get(key))
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{store.uri}/{key}: damaged: {error}; delete it, and it will be made from the tar") from error
-        # An index that was written for another tar does not count.
-        if (table.schema.metadata or {}).get(TAR_SHA256) != shard.sha256.encode() or not table.schema.equals(SCHEMA):
+        data = store.get(key)
+        if sha256_bytes(data) != shard.index_sha256:
+            log.get_logger().warning(
+                "an index is not that of dataset.json, and is made from its tar", index=f"{store.uri}/{key}"
+            )
             return None
-        return cls._from_table(table)
+        table = read_table(data)
+        return cls._from_table(table) if table.schema.equals(SCHEMA) else None
 
 
 class ImageLocation(NamedTuple):

@@ -37,11 +37,11 @@ def test_load_pseudo_labels_refuses_another_pool(make_label_set, tmp_path):
         load_pseudo_labels(store, label_set, selection, LocalStore(tmp_path), pool_of("1"))
 
 
-def save_index(tmp_path, keys: str) -> LocalStore:
+def save_index(tmp_path, keys: str) -> tuple[LocalStore, Dataset]:
     samples = [ShardSample(key, "png", 0, 1, None) for key in keys]
     pool = LocalStore(tmp_path / "pool")
-    ShardIndex.from_samples(samples, [(0, 0)] * len(keys)).save(pool, pool_of().shards[0])
-    return pool
+    shard = ShardIndex.from_samples(samples, [(0, 0)] * len(keys)).save(pool, pool_of().shards[0])
+    return pool, pool_of().model_copy(update={"shards": (shard,)})
 
 
 def test_targets_are_the_probabilities_of_the_label_set(make_label_set, tmp_path):
@@ -49,7 +49,7 @@ def test_targets_are_the_probabilities_of_the_label_set(make_label_set, tmp_path
     store, label_set = make_label_set(tmp_path, [ROWS], classes, pool_of())
     policy = SelectionConfig(per_class=2, min_confidence=0.5)
     selection = make_selection(store, label_set, policy, seed=0, label_set_key=".")
-    pseudo = load_pseudo_labels(store, label_set, selection, save_index(tmp_path, "abcd"), pool_of())
+    pseudo = load_pseudo_labels(store, label_set, selection, *save_index(tmp_path, "abcd"))
     expected = expand_probabilities(read_label_rows(store, label_set.shards[0]), len(classes))
     for row in (0, 2):
         np.testing.assert_array_equal(pseudo.read_targets(0)[row], expected[row])
@@ -58,7 +58,7 @@ def test_targets_are_the_probabilities_of_the_label_set(make_label_set, tmp_path
 def test_targets_refuse_keys_of_another_pool(make_label_set, tmp_path):
     store, label_set = make_label_set(tmp_path, [ROWS], CLASSES, pool_of())
     selection = make_selection(store, label_set, SelectionConfig(), seed=0, label_set_key=".")
-    pseudo = load_pseudo_labels(store, label_set, selection, save_index(tmp_path, "abce"), pool_of())
+    pseudo = load_pseudo_labels(store, label_set, selection, *save_index(tmp_path, "abce"))
     with pytest.raises(DataError, match=r"its keys are not those of the pool's shard 0: label the pool again"):
         pseudo.read_targets(0)
 

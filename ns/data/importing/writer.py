@@ -91,8 +91,7 @@ class ShardWriter:
                 name=name, samples=len(self._samples), bytes=self._tar_path.stat().st_size, sha256=sha256_file(self._tar_path)
             )
         self._store.put_file(name, self._tar_path)
-        ShardIndex.from_samples(self._samples, self._sizes).save(self._store, shard)
-        self._finished.append(shard)
+        self._finished.append(ShardIndex.from_samples(self._samples, self._sizes).save(self._store, shard))
         self._samples, self._sizes = [], []
 
 

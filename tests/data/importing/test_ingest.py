@@ -308,3 +308,21 @@ def test_import_refuses_more_classes_than_indices_hold(labels, reason):
     with pytest.raises(DataError, match=reason):
         ingest._resolve_classes("images", labels, None, 2)
     assert len(ingest._resolve_classes("images", {(1 << 16) - 1: 1}, None, 2)[0]) == 1 << 16
+
+
+@pytest.mark.parametrize(("name", "kept"), [("2025-06-03", 4), ("2025-06-01b", 2)])
+def test_grown_pool_keeps_shards_before_the_first_new_image(tmp_path, name, kept):
+    def fill(folder, count):
+        (tmp_path / "pool" / folder).mkdir(parents=True)
+        for number in range(count):
+            (tmp_path / "pool" / folder / f"{number}.png").write_bytes(
+                picture(number + 100 * len(list((tmp_path / "pool").iterdir())))
+            )
+
+    fill("2025-06-01", 10)
+    fill("2025-06-02", 12)
+    before = [shard.sha256 for shard in run(tmp_path / "pool", tmp_path / "out", role="unlabeled").shards]
+    fill(name, 3)
+    after = [shard.sha256 for shard in run(tmp_path / "pool", tmp_path / "out", role="unlabeled").shards]
+    assert len(set(before) & set(after)) == kept
+    assert before[:kept] == after[:kept]

@@ -5,6 +5,7 @@ import threading
 import time
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -162,20 +163,38 @@ def test_index_file_equals_index_made_from_tar(labeled, pool):
             assert len(kept) == shard.samples
 
 
-def test_index_of_another_tar_is_ignored(labeled):
+@pytest.mark.parametrize("spoil", ["another", "garbage", "labels"])
+def test_index_that_is_not_that_of_the_manifest_is_made_from_the_tar(labeled, spoil, capsys):
     folder, dataset = labeled
     first, second = dataset.shards[:2]
-    folder.put(build_index_key(first), folder.get(build_index_key(second)))
-    assert ShardIndex.load(folder, first).keys == [f"{number:03d}" for number in range(7)]
+    expected = ShardIndex.load(folder, first)
+    if spoil == "labels":
+        wrong = expected.table.set_column(4, "class_id", pa.array(expected.class_ids[::-1]))
+        ShardIndex._from_table(wrong).save(folder, first)
+    else:
+        folder.put(build_index_key(first), folder.get(build_index_key(second)) if spoil == "another" else b"garbage")
+    assert ShardIndex.load(folder, first).table.equals(expected.table)
+    logged = capsys.readouterr()
+    assert "an index is not that of dataset.json" in logged.out + logged.err
 
 
-def test_damaged_index_error_names_cure(labeled):
+def test_index_without_checksum_in_the_manifest_is_not_believed(labeled):
     folder, dataset = labeled
-    folder.put(build_index_key(dataset.shards[0]), b"garbage")
-    with pytest.raises(
-        DataError, match=r"shard-00000\.index\.parquet: damaged: .*; delete it, and it will be made from the tar"
-    ):
-        ShardIndex.load(folder, dataset.shards[0])
+    shard = dataset.shards[0].model_copy(update={"index_sha256": None})
+    expected = ShardIndex.load(folder, shard)
+    folder.put(build_index_key(shard), folder.get(build_index_key(dataset.shards[1])))
+    assert ShardIndex.load(folder, shard).table.equals(expected.table)
+
+
+def test_index_is_not_made_from_a_damaged_tar(labeled):
+    folder, dataset = labeled
+    shard = dataset.shards[0]
+    folder.delete(build_index_key(shard))
+    data = bytearray(folder.get(shard.name))
+    data[600] ^= 1
+    folder.put(shard.name, bytes(data))
+    with pytest.raises(DataError, match=r"its sha256 is not that of dataset\.json"):
+        ShardIndex.load(folder, shard)
 
 
 # Damage
