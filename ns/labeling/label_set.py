@@ -17,9 +17,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ns.core import log
 from ns.core.digest import sha256_bytes, sha256_file
 from ns.core.errors import DataError
-from ns.data.dataset import Dataset
+from ns.data.dataset import Dataset, Shard
 from ns.data.index import ShardIndex
 from ns.storage import Store
 from ns.storage.documents import FileName, HashedDocument, JsonDocument, Sha256
@@ -302,6 +303,25 @@ def read_histogram(store: Store, num_classes: int, key: str = HISTOGRAM) -> npt.
     counts = np.zeros((num_classes, HISTOGRAM_BINS), np.uint64)
     counts[table["class"].to_numpy(), table["bin"].to_numpy()] = table["count"].to_numpy()
     return counts
+
+
+def find_label_shard(label_store: Store, shard: Shard) -> LabelShard | None:
+    """The record of a labeled shard; None if it is not labeled, or if a part of it was lost or cut off, so that it is made again."""
+    record = LabelShard.find_file(label_store, label_shard_key(shard.name))
+    if record is None or record.source != shard.sha256:
+        return None
+    histogram = histogram_key(record.name)
+    is_whole = (
+        label_store.exists(record.name) and label_store.size(record.name) == record.bytes and label_store.exists(histogram)
+    )
+    try:
+        if is_whole:
+            read_table(label_store.get(histogram))
+            return record
+    except (pa.ArrowException, OSError):
+        pass
+    log.get_logger().warning("damaged, and made again", file=f"{label_store.uri}/{record.name}")
+    return None
 
 
 def join_label_shards(

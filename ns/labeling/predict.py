@@ -19,6 +19,7 @@ from ns.labeling.label_set import (
     compute_histogram,
     count_kept_classes,
     encode_log8,
+    find_label_shard,
     histogram_key,
     label_shard_key,
     rows_key,
@@ -91,7 +92,7 @@ def _reuse_shard_labels(
     label_store: Store, shard: Shard, find_existing: Callable[[Shard], tuple[Store, LabelShard] | None]
 ) -> bool:
     """Copies the labels of a shard from another labeling if it has them. Returns whether the shard is labeled."""
-    if _is_labeled(label_store, shard):
+    if find_label_shard(label_store, shard):
         return True
     existing = find_existing(shard)
     if existing is None:
@@ -107,11 +108,6 @@ def _reuse_shard_labels(
     return True
 
 
-def _is_labeled(label_store: Store, shard: Shard) -> bool:
-    key = label_shard_key(shard.name)
-    return label_store.exists(key) and LabelShard.load_file(label_store, key).source == shard.sha256
-
-
 def write_label_shard(
     label_store: Store,
     shard: Shard,
@@ -123,7 +119,7 @@ def write_label_shard(
     """Writes one labeled shard: the models' probabilities combined. A shard that another task has labeled by now stays as it is:
     on another machine labels differ in their last digits, and a label set may hold those that are there.
     """
-    if _is_labeled(label_store, shard):
+    if find_label_shard(label_store, shard):
         telemetry.SHARDS_DONE.inc()
         return
     probabilities = combine_probabilities([output.probabilities for output in predictions], temperature)

@@ -43,9 +43,11 @@ def resolve_teacher(ref: RunRef, *, data: str, generation: int, first_teacher: s
         if generation == 1:
             _check_beats_chance(context, data, teacher)
         for earlier in range(first_generation + 1, generation):
+            # The run's own verdict counts, even if the code has changed since; the ledger's if it is another run's.
             note = find_stage_note(context.root, context.run, earlier, "gate")
-            verdict = Verdict.load_file(context.root, note.outputs["verdict"]) if note else None
-            # A run that was continued with fewer generations, or another teacher, has notes of what is no longer part of it.
+            verdict_key = note.outputs["verdict"] if note else _find_verdict_key(context, data, earlier, teacher)
+            verdict = Verdict.find_file(context.root, verdict_key) if verdict_key else None
+            # A run that was continued with another teacher has notes of what is no longer part of it.
             if verdict is None or verdict.teacher != teacher or not verdict.promoted:
                 return TeacherSignal.STOP
             teacher = verdict.student

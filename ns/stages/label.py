@@ -9,7 +9,7 @@ from ns.data.dataset import Shard
 from ns.data.index import ShardIndex
 from ns.data.leakage import load_left_out_rows
 from ns.data.prepared import PreparedData
-from ns.labeling.label_set import LabelShard, label_shard_key
+from ns.labeling.label_set import LabelShard, find_label_shard, histogram_key, label_shard_key
 from ns.stages.context import RunRef, StageContext, stage
 from ns.stages.evaluate import evaluate_calibration, resolve_labeling_temperature
 from ns.stages.keys import excluded_keys, label_set_key, labeling_inputs
@@ -39,7 +39,7 @@ def label_shard_range(ref: RunRef, *, data: str, generation: int, teacher: str, 
             evaluate_calibration(context, prepared, teacher)
         key = label_set_key(context, prepared, teacher)
         label_store = context.root.at(key)
-        reused = all(label_store.exists(label_shard_key(shard.name)) for shard in range_shards)
+        reused = all(find_label_shard(label_store, shard) for shard in range_shards)
         if not reused:
             from ns.labeling.predict import label_pool_shards
             from ns.modeling.predictor import Predictor
@@ -101,7 +101,9 @@ class _LabeledShardIndex:
     def record_shards(self, label_set: str, shards: Iterable[Shard]) -> None:
         for shard in shards:
             outputs = {"manifest": f"{label_set}/{label_shard_key(shard.name)}"}
-            self._ledger.record_entry("label-shard", self._shard_inputs(shard), outputs, 0.0)
+            manifest = LabelShard.load_file(self._root, outputs["manifest"])
+            files = (*outputs.values(), f"{label_set}/{manifest.name}", f"{label_set}/{histogram_key(manifest.name)}")
+            self._ledger.record_entry("label-shard", self._shard_inputs(shard), outputs, 0.0, files=files)
 
     def _shard_inputs(self, shard: Shard) -> dict[str, Any]:
         reasons = {str(row): reason for row, reason in self._left_out.get(shard.sha256, {}).items()}

@@ -312,7 +312,7 @@ class _DatasetFinder:
 
         def import_if_missing() -> dict[str, str]:
             store = self._root.at(key)
-            if not store.exists(Dataset.filename):
+            if Dataset.find_file(store, Dataset.filename) is None:
                 try:
                     import_into(store)
                 except StoreError:

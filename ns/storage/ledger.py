@@ -4,15 +4,19 @@ store/ledger/STAGE/DIGEST.json     DIGEST = sha256(stage, inputs); written once,
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 from pydantic import Field
 
+from ns.core import log
 from ns.core.digest import describe_code, digest_json, shorten_digest
-from ns.storage import Store
+from ns.storage import Store, parent_key
 from ns.storage.documents import BlobKey, JsonDocument
+
+LISTED_FROM = 4
+"""So many blobs are looked up faster by listing their folder."""
 
 
 class LedgerEntry(JsonDocument):
@@ -26,6 +30,8 @@ class LedgerEntry(JsonDocument):
     seconds: float
     """Wall time of the attempt that finished the work."""
     finished_at: str
+    files: dict[BlobKey, int] = Field(default_factory=dict)
+    """Size in bytes of each blob that the work made, by its key. A blob that is missing or of another size was lost or cut off."""
     code: dict[str, str] = Field(default_factory=dict)
     """What the code of the attempt was, as `describe_code` has it; `inputs` hold the digest of the part that decides."""
 
@@ -43,10 +49,20 @@ class Ledger:
         return f"store/{folder}/{shorten_digest(self.compute_digest(stage, inputs))}"
 
     def find_entry(self, stage: str, inputs: Mapping[str, Any]) -> LedgerEntry | None:
-        """The entry, if work with these inputs is finished and all its outputs still exist."""
+        """The entry, if work with these inputs is finished and all that it made is still whole.
+
+        Of damaged work the manifests are removed, with a warning: what has no manifest does not exist, and is made again.
+        """
         entry = LedgerEntry.find_file(self._root, self._entry_key(stage, self.compute_digest(stage, inputs)))
-        if entry and all(self._root.exists(output_key) for output_key in entry.outputs.values()):
+        if entry is None or not all(self._root.exists(output_key) for output_key in entry.outputs.values()):
+            return None
+        damaged = self._find_damaged(entry.files)
+        if damaged is None:
             return entry
+        log.get_logger().warning("damaged, and made again", stage=stage, file=f"{self._root.uri}/{damaged}")
+        for output_key in entry.outputs.values():
+            if parent_key(output_key) == parent_key(damaged):
+                self._root.delete(output_key)
         return None
 
     def list_entries(self, stage: str) -> list[LedgerEntry]:
@@ -56,15 +72,34 @@ class Ledger:
             key=lambda entry: (entry.finished_at, entry.digest),
         )
 
-    def record_entry(self, stage: str, inputs: Mapping[str, Any], outputs: Mapping[str, str], seconds: float) -> LedgerEntry:
-        """Writes the entry. All outputs must have been written."""
+    def record_entry(
+        self,
+        stage: str,
+        inputs: Mapping[str, Any],
+        outputs: Mapping[str, str],
+        seconds: float,
+        *,
+        files: Iterable[str] | None = None,
+    ) -> LedgerEntry:
+        """Writes the entry. All outputs must have been written.
+
+        `files`: keys of the blobs that the work made; if not given, all in the folder that `derive_key` gives for these inputs.
+        """
+        digest = self.compute_digest(stage, inputs)
+        if files is None:
+            own_name = f"/{shorten_digest(digest)}/"
+            folders = {key.partition(own_name)[0] + own_name for key in outputs.values() if own_name in key}
+            sizes = {blob.key: blob.size for folder in folders for blob in self._root.entries(folder)}
+        else:
+            sizes = {key: self._root.size(key) for key in files}
         entry = LedgerEntry(
             stage=stage,
-            digest=self.compute_digest(stage, inputs),
+            digest=digest,
             inputs=dict(inputs),
             outputs=dict(outputs),
             seconds=seconds,
             finished_at=datetime.now(UTC).isoformat(timespec="microseconds"),
+            files=dict(sorted(sizes.items())),
             code=describe_code(),
         )
         # Two workers may finish the same work; equal digests mean equal outputs, so the last entry is as good as the first.
@@ -81,6 +116,16 @@ class Ledger:
         started = time.monotonic()
         outputs = work()
         return self.record_entry(stage, inputs, outputs, time.monotonic() - started), False
+
+    def _find_damaged(self, files: Mapping[str, int]) -> str | None:
+        """Key of the first blob that is missing or has another size; None if all are whole."""
+        listed_sizes: dict[str, int] = {}
+        for folder in {f"{parent_key(key)}/" for key in files} if len(files) > LISTED_FROM else ():
+            listed_sizes |= {blob.key: blob.size for blob in self._root.entries(folder)}
+        for key, size in files.items():
+            if listed_sizes.get(key) != size and (not self._root.exists(key) or self._root.size(key) != size):
+                return key
+        return None
 
     @staticmethod
     def _entry_key(stage: str, entry_digest: str) -> str:
