@@ -251,7 +251,16 @@ def test_multi_labels_score_predictions(tmp_path, form):
     keys = [f"val/{key}" for key in answers]
     assert labels.score_predictions([*keys, "unknown"], np.array([1, 2, 0, 0])) == (1.0, 2)
     assert labels.score_predictions(keys, np.array([0, 0, 0])) == (0.5, 2)
-    assert labels.score_predictions(["unknown"], np.array([0])) == (0.0, 0)
+    assert labels.score_predictions(keys[2:], np.array([0])) == (0.0, 0)
+    reason = r"labels: names no image of this set: its first key is ILSVRC2012_val_00000001, that of an image is unknown"
+    with pytest.raises(DataError, match=reason):
+        labels.score_predictions(["unknown"], np.array([0]))
+
+
+def test_multi_labels_take_paths_of_files(tmp_path):
+    (tmp_path / "labels.json").write_text(json.dumps({"val/IMG.1.jpg": ["Café"], "IMG_2.png": [1]}))
+    labels = MultiLabels.load(str(tmp_path / "labels.json"), ("Cafe\u0301", "b"))
+    assert labels.score_predictions(["val/IMG_1", "val/IMG_2"], np.array([0, 0])) == (0.5, 2)
 
 
 @pytest.mark.parametrize("text", ["3", "{", '{"a": ["x"]}', '{"a": 1}', "[[7]]", '{"a": [true]}'])

@@ -4,12 +4,13 @@ Each file of a tar is an image, a label, something known that is passed over, or
 """
 
 import json
+import posixpath
 import re
 import sqlite3
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from ns.core.errors import DataError
@@ -40,12 +41,12 @@ class TarMember(NamedTuple):
 def list_members(tar: Path) -> Iterator[TarMember]:
     """All files of a tar that no program left there. A tar in the tar counts as a folder of its name. Raises as `iterate_members`."""
     for name, offset, size in iterate_members(tar):
-        path = str(PurePosixPath(name))
+        path = posixpath.normpath(name)
         if is_left_by_program(path):
             continue
         if get_extension(path) == "tar":
             for inner_name, inner_offset, inner_size in iterate_members(tar, offset, size):
-                inner_path = f"{path[:-4]}/{PurePosixPath(inner_name)}"
+                inner_path = f"{path[:-4]}/{posixpath.normpath(inner_name)}"
                 if not is_left_by_program(inner_path):
                     yield TarMember(inner_path, inner_offset, inner_size)
         else:
