@@ -1,6 +1,7 @@
 """`ns config …`: experiments as files."""
 
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -8,10 +9,14 @@ from ns.cli.options import ConfigArgument, Overrides, load_experiment_argument
 from ns.cli.output import print_json
 
 if TYPE_CHECKING:
-    from ns.config.schema import Experiment
+    from ns.config.schema import Experiment, GateConfig
+    from ns.data.dataset import Dataset
+    from ns.storage import Store
 
 ASSUMED_CLASSES = 1000
 """Classes, as long as no data are read."""
+TABLE_CLASSES = (10, 100, 1000)
+"""Numbers of classes that needs are shown for, as long as it is not known."""
 
 app = typer.Typer(help="Show and check experiments, and describe their fields.", no_args_is_help=True)
 
@@ -39,10 +44,17 @@ def print_schema() -> None:
 
 
 @app.command("check")
-def check_config(config: ConfigArgument, overrides: Overrides = None) -> None:
-    """Check an experiment and its networks without running anything.
+def check_config(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    heldout: Annotated[
+        int | None, typer.Option(min=1, help="Held-out images; default: those of data.heldout, if it is a dataset.")
+    ] = None,
+    classes: Annotated[int | None, typer.Option(min=2, help="Number of classes, for use with --heldout.")] = None,
+) -> None:
+    """Check an experiment and its networks without running anything; say how many held-out images the gate needs.
 
-    Example: [cyan]ns config check my-experiment.yaml[/]
+    Example: [cyan]ns config check my-experiment.yaml --heldout 2000 --classes 20[/]
     """
     experiment = load_experiment_argument(config, overrides)
     from ns.modeling.factory import check_models
@@ -51,6 +63,60 @@ def check_config(config: ConfigArgument, overrides: Overrides = None) -> None:
     typer.echo(f"{config}: good")
     for line in describe_shared_memory(experiment):
         typer.echo(line)
+    given = (heldout, classes) if heldout else count_prepared_heldout(experiment)
+    for line in describe_gate_needs(experiment.gate, *given):
+        typer.echo(line)
+
+
+def count_prepared_heldout(experiment: "Experiment") -> tuple[int | None, int | None]:
+    """Held-out images that will decide, and classes; None where the data would have to be listed first."""
+    from ns.core.errors import NsError
+    from ns.data.locate import classify_uri, open_data
+
+    uri = experiment.data.heldout
+    with suppress(NsError):  # Data that are not there yet are no fault of the experiment.
+        if classify_uri(uri) != "source":
+            with open_data(uri, "evaluation") as data:
+                _, dataset = cast("tuple[Store, Dataset]", data)
+                sets_apart = experiment.needs_calibration and experiment.data.calibration is None
+                share = 1 - experiment.data.calibration_share if sets_apart else 1
+                return round(share * dataset.samples), len(dataset.classes)
+    return None, None
+
+
+def describe_gate_needs(gate: "GateConfig", images: int | None, classes: int | None) -> list[str]:
+    """What the requirements of the gate take to see a change, and what so many held-out images can show."""
+    from ns.evaluation.gate import FEW_IMAGES
+    from ns.evaluation.power import DISCORDANT, POWER, RISE_SPREADS, find_seen_change, list_needs
+
+    lines = [f"held-out images to see a true change with probability {POWER:g}, at level {gate.level:g}:"]
+    class_counts = (classes,) if classes else TABLE_CLASSES
+    needs: dict[str, list[str]] = {}
+    for count in class_counts:
+        for need in list_needs(gate, count):
+            of_classes = f", {count:,} classes" if need.field == "max_class_drop" else ""
+            row = f"{need.change:+.3g} points: {need.images:,}{' per class' if of_classes else ''}"
+            rows = needs.setdefault(f"{need.field} {getattr(gate, need.field):g}{of_classes}", [])
+            rows += [] if row in rows else [row]
+    fields = list(dict.fromkeys(title.split()[0] for title in needs))
+    lines += [
+        f"  {title}: {'; '.join(needs[title])}" for title in sorted(needs, key=lambda title: fields.index(title.split()[0]))
+    ]
+    if images:
+        classes = classes or ASSUMED_CLASSES
+        seen = []
+        for field in fields:
+            count = max(1, images // classes) if field == "max_class_drop" else images
+            change = find_seen_change(gate, field, count, classes)
+            seen.append(f"{field} none" if change is None else f"{field} {change:+.1f} points")
+        lines.append(f"  with {images:,} images of {classes:,} classes, from: {', '.join(seen)}")
+        if images < FEW_IMAGES:
+            lines.append(f"  warning: fewer than {FEW_IMAGES} images show only very large changes; hold out more")
+    assumption = f"only one of two models is right on {DISCORDANT:.0%} of the images"
+    spreads = [f"{RISE_SPREADS[field]:.0f} for {field}" for field in fields if field in RISE_SPREADS]
+    if spreads:
+        assumption += f"; standard deviation of an image's part of a rise, in points: {', '.join(spreads)}"
+    return [*lines, f"  assumed: {assumption}"]
 
 
 def describe_shared_memory(experiment: "Experiment") -> list[str]:

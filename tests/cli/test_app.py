@@ -70,7 +70,8 @@ def test_config_schema_is_json(capsys):
 
 
 def test_config_check_builds_the_networks(capsys):
-    assert ns(capsys, "config", "check", "quickstart")[:2] == (0, "quickstart: good\n")
+    code, out, _ = ns(capsys, "config", "check", "quickstart")
+    assert (code, out.splitlines()[0]) == (0, "quickstart: good")
     large = ("teacher.model.resolution=224", "students.0.model.resolution=224", "students.0.train.labeled_batch=2048")
     code, out, _ = ns(capsys, "config", "check", "quickstart", *(word for field in large for word in ("--set", field)))
     assert code == 0
@@ -85,6 +86,37 @@ def test_config_check_builds_the_networks(capsys):
         assert code == (2 if reason else 0), err
         assert reason in err
         assert len(err.splitlines()) == bool(reason)
+
+
+def test_config_check_says_how_many_heldout_images_the_gate_needs(capsys, tmp_path):
+    _, out, _ = ns(capsys, "config", "check", "quickstart")
+    assert "min_gain -0.02: -1 points: 6,237; +0 points: 1,578; +3 points: 260" in out
+    assert "with 500 images of 10 classes, from: min_gain +1.6 points" in out
+    assert "fewer than" not in out
+    # Half of them are set apart for the thresholds.
+    assert "with 250 images of 10" in ns(capsys, "config", "check", "quickstart", "--set", "selection.precision=0.9")[1]
+    conditions = (
+        "gate.max_class_drop=0.1",
+        "gate.max_mce_rise=2",
+        "evaluation.suites=[corruptions]",
+        f"data.heldout={tmp_path}",
+    )
+    code, out, _ = ns(capsys, "config", "check", "quickstart", *(word for field in conditions for word in ("--set", field)))
+    lines = out.splitlines()
+    assert code == 0
+    # Without images, a table for several numbers of classes.
+    assert [line.split(":")[0].strip() for line in lines[2:7]] == [
+        "min_gain -0.02",
+        "max_class_drop 0.1, 10 classes",
+        "max_class_drop 0.1, 100 classes",
+        "max_class_drop 0.1, 1,000 classes",
+        "max_mce_rise 2",
+    ]
+    assert "+20 points: 265 per class" in lines[5]
+    assert "from:" not in out
+    _, out, _ = ns(capsys, "config", "check", "quickstart", "--heldout", "60", "--classes", "3")
+    assert "with 60 images of 3 classes" in out
+    assert "fewer than 100 images" in out
 
 
 @pytest.mark.parametrize(
