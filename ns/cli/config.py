@@ -129,7 +129,8 @@ def describe_shared_memory(experiment: "Experiment") -> list[str]:
     for field, role in experiment.map_roles().items():
         train, is_student = role.train, field != "teacher"
         classes = role.model.outputs or ASSUMED_CLASSES
-        shape = StepShape(train.labeled_batch, train.pseudo_batch * is_student, role.model.resolution, classes)
+        pseudo_batch, resolution = train.pseudo_batch * is_student, role.model.resolution
+        shape = StepShape(train.labeled_batch, pseudo_batch, resolution, classes, role.noise.mixes_images)
         if (size := split_step(shape, train.loader_workers).bytes_in_flight) > CONTAINER_DEFAULT:
             lines.append(
                 f"{field}: data loaders take {decimal(size)} of memory in /dev/shm; with less, training may wait for images"

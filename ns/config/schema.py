@@ -150,10 +150,21 @@ class ModelConfig(Section):
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Aspect = Annotated[float, Field(ge=0.1, le=10)]
 
+POLICY = re.compile(
+    r"trivialaugment"
+    r"|rand(-(m\d+|n\d+|p[01]?\.?\d+|mstd\d*\.?\d+|mmax[1-9]\d*|inc[01]|t(weights|3aw?|increasing)))*"
+    r"|augmix(-(m\d+|w[1-9]\d*|d[1-9]\d*|a\d*\.?\d+|b[01]|mstd\d*\.?\d+))*"
+)
+"""Names of augmentation policies: timm's grammar, with the parts that timm understands."""
+
 
 class NoiseConfig(Section):
     """What makes the student noisy. The teacher labels without any of it."""
 
+    pool: Literal["same", "network", "none"] = "same"
+    """Noise of the pseudo-labeled images; labeled ones always have all of it (arXiv:1911.04252, Table 6). `same`: as for labeled images.
+    `network`: dropout and stochastic depth only; images are as in labeling, at the training resolution. `none`: not even these.
+    Paper: same, and the other two in its ablation."""
     dropout: float = Field(default=0.2, ge=0, lt=1)
     """Dropout rate before the classifier. Paper: 0.2 (B0, B1) to 0.5 (B6, B7, L2)."""
     stochastic_depth: float = Field(default=0.2, ge=0, lt=1)
@@ -162,14 +173,19 @@ class NoiseConfig(Section):
     """Operations per image. Paper: 2; 0 turns RandAugment off."""
     randaugment_magnitude: float = Field(default=6, ge=0, le=30)
     """Magnitude of RandAugment. Paper: none for B0 and B1, 6, 12, 15, 18, 24, 27 for B2…B7, 27 for L2, 5 for 32 px digits."""
-    randaugment: Literal["paper", "timm"] = "paper"
-    """Kind of RandAugment. `paper`: every drawn operation is applied, and ranges go on beyond magnitude 10. `timm`: an operation is
-    applied half of the time, and the magnitude ends at 10."""
+    randaugment: Literal["paper", "reference", "timm"] = "paper"
+    """Kind of RandAugment (docs/training.md has what each does at each magnitude). `paper`: every drawn operation is applied, and ranges
+    go on beyond magnitude 10, up to the limits of a byte. `reference`: as the paper's authors ran it, with the overflows of their code.
+    `timm`: an operation is applied half of the time, and the magnitude ends at 10; whole magnitudes only."""
+    policy: str | None = None
+    """Augmentation policy that replaces RandAugment: one of timm's, such as `rand-m9-mstd0.5-inc1` or `augmix-m5-w4-d2`, or
+    `trivialaugment`. If not given, the `randaugment` fields are used. Paper: RandAugment."""
     randaugment_translate_px: float | None = Field(default=None, ge=0, le=2048)
-    """Shift at magnitude 10, px, of kind `paper`. If not given, the paper's 100, and an eighth of the resolution up to 64 px."""
+    """Shift at magnitude 10, px, of kinds `paper` and `reference`. If not given, the paper's 100, and an eighth of the resolution up to
+    64 px."""
     randaugment_cutout_px: float | None = Field(default=None, ge=0, le=1024)
-    """Half the side of the gray square at magnitude 10, px, of kind `paper`; 0 takes it out of the operations that are drawn. If not
-    given, the paper's 40, and an eighth of the resolution up to 64 px."""
+    """Half the side of the gray square at magnitude 10, px, of kinds `paper` and `reference`; 0 takes it out of the operations that are
+    drawn. If not given, the paper's 40, and an eighth of the resolution up to 64 px."""
     crop_area: tuple[Fraction, Fraction] = (0.08, 1.0)
     """Least and greatest share of the image's area, for model.crop `resized`. Paper: 8 to 100 %."""
     crop_aspect: tuple[Aspect, Aspect] = (3 / 4, 4 / 3)
@@ -180,6 +196,18 @@ class NoiseConfig(Section):
     """Mirror half of the images. Turn it off for digits, text, and anything that has a handedness."""
     cutout_px: int = Field(default=0, ge=0, le=1024)
     """Side of a gray square that is put on every image after RandAugment, px. Paper: 16 at 32 px, none for photographs."""
+    erasing: float = Field(default=0, ge=0, le=1)
+    """Probability of random erasing: random pixels in a rectangle of 2 to 33 % of the image (arXiv:1708.04896). Paper: none."""
+    mixup: float = Field(default=0, ge=0, le=100)
+    """α of MixUp (arXiv:1710.09412): images of a stream are blended in pairs, with shares drawn from Beta(α, α), and so are their labels.
+    0 turns it off. Paper: none."""
+    cutmix: float = Field(default=0, ge=0, le=100)
+    """α of CutMix (arXiv:1905.04899): images of a stream exchange a box in pairs, whose area is drawn from Beta(α, α); labels are mixed by
+    area. 0 turns it off; with both, each is taken for half of the pairs. Paper: none."""
+
+    @property
+    def mixes_images(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0
 
     @field_validator("crop_area", "crop_aspect")
     @classmethod
@@ -187,6 +215,23 @@ class NoiseConfig(Section):
         if bounds[0] > bounds[1]:
             raise ValueError("must be [least, greatest]")
         return bounds
+
+    @field_validator("policy")
+    @classmethod
+    def _check_policy(cls, policy: str | None) -> str | None:
+        # Checked here, since timm passes over parts that it does not know.
+        if policy is not None and not POLICY.fullmatch(policy):
+            raise ValueError(
+                "must be trivialaugment, rand with parts of -m9 -n2 -p0.5 -mstd0.5 -mmax15 -inc1 -tweights, or augmix with parts of "
+                "-m5 -w4 -d2 -a1 -b1 -mstd0.5"
+            )
+        return policy
+
+    @model_validator(mode="after")
+    def _check_whole_magnitude(self) -> Self:
+        if self.randaugment == "timm" and self.randaugment_magnitude % 1:
+            raise ValueError(f"randaugment_magnitude: {self.randaugment_magnitude:g}: must be a whole number for kind timm")
+        return self
 
 
 class OptimizerConfig(Section):
@@ -214,7 +259,8 @@ class OptimizerConfig(Section):
     warmup_epochs: float = Field(default=5, ge=0)
     """Labeled epochs in which the learning rate rises linearly from zero."""
     clip_norm: float | None = Field(default=None, gt=0)
-    """Largest gradient norm; not clipped if not given."""
+    """Largest norm of the gradient of the mean loss per image; not clipped if not given. With `train.weighting` `sum`, a student's
+    gradients are 1 + r times as large, and so is its limit."""
 
 
 class FinetuneConfig(Section):
@@ -233,7 +279,8 @@ class FinetuneConfig(Section):
     labeled_batch: int | None = Field(default=None, ge=2, le=65536)
     """Labeled images per step; as in training if not given."""
     lr: float | None = Field(default=None, gt=0, le=10)
-    """Learning rate for a batch of 256, scaled linearly; if not given, the last ones of the training's schedule."""
+    """Learning rate for a batch of 256, scaled linearly. If not given, 0.0121 of optimizer.lr: where the paper's schedule ends, whatever
+    the schedule here."""
 
 
 class TrainConfig(Section):
@@ -256,9 +303,11 @@ class TrainConfig(Section):
     (confidence below about 0.6)."""
     temperature: float = Field(default=1.0, gt=0, le=100)
     """Temperature T of soft pseudo-labels: probabilities to the power 1/T, renormalized."""
-    weighting: Literal["sum", "mean", "equal"] = "sum"
+    weighting: Literal["auto", "sum", "mean", "equal"] = "auto"
     """Weights of the two mean losses L (labeled) and U (pseudo-labeled), with r = unlabeled_ratio. `sum`: L + r U, as in the reference
-    code. `mean`: (L + r U) / (1 + r). `equal`: L + U, as in the paper's Algorithm 1."""
+    code. `mean`: (L + r U) / (1 + r). `equal`: L + U, as in the paper's Algorithm 1. `auto`: `sum` with `rmsprop`, as in the reference
+    code, and `mean` with `sgd` and `adamw`. With `sgd`, `sum` makes a student's steps 1 + r times as long, and its weight decay 1 + r
+    times as weak beside the loss; `rmsprop` and `adamw` divide by the size of gradients."""
     accumulate: int = Field(default=1, ge=1, le=4096)
     """Parts that a step's batch is split into; one part is in memory at a time. The gradient is that of the whole batch; batch-norm
     statistics are those of a part."""
@@ -298,6 +347,13 @@ class TrainConfig(Section):
     def init_uri(self) -> str | None:
         """URI of the weights that training starts from, if they are neither random nor the teacher's."""
         return None if self.init in ("scratch", "teacher") else self.init
+
+    @property
+    def loss_weighting(self) -> Literal["sum", "mean", "equal"]:
+        """What `weighting` means for this optimizer."""
+        if self.weighting == "auto":
+            return "sum" if self.optimizer.name == "rmsprop" else "mean"
+        return self.weighting
 
     @property
     def pseudo_batch(self) -> int:

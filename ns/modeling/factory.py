@@ -16,6 +16,7 @@ from ns.config.schema import Experiment, ModelConfig, NoiseConfig, RoleConfig
 from ns.core.digest import sha256_bytes
 from ns.core.errors import ConfigError, DataError
 from ns.modeling.manifest import HISTORY, WEIGHTS, ModelManifest, split_weights_uri
+from ns.modeling.network_noise import check_confined_noise
 from ns.storage import Store, open_store
 from ns.storage.documents import encode_json
 
@@ -129,6 +130,11 @@ def _check_role(field: str, role: RoleConfig, classes: int | None) -> ModelSize:
                 f"{field}.model.{name}: invalid value {resolution}: below the total stride of {model.arch}, {stride} px; "
                 f"must be at least {stride}, or set reduce_stride"
             )
+    if role.noise.pool == "none" and field != "teacher":
+        try:
+            check_confined_noise(network, model.resolution)
+        except ConfigError as error:
+            raise ConfigError(f"{field}.{error}") from error
     try:
         count_multiply_adds(network, model.resolution)
         if role.train.finetune:

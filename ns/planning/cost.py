@@ -344,10 +344,15 @@ class _SpeedMeter:
         """Seconds that a core spends on an image before the network sees it; None if no image could be read."""
         if not self._sample_images:
             return None
-        key = f"{job.resolution, job.role.noise, job.training_plan is not None}"
+        pseudo_transform = job.training_plan.pseudo_transform if job.training_plan else None
+        pseudo_share = job.pool / job.images if pseudo_transform else 0
+        key = f"{job.resolution, job.role.noise, job.training_plan is not None, pseudo_share}"
         if key not in self._core_seconds_by_key:
             if job.training_plan and job.task == "train":
-                self._core_seconds_by_key[key] = measure_noise_seconds(job.training_plan.transform, self._sample_images)
+                seconds = measure_noise_seconds(job.training_plan.transform, self._sample_images)
+                if pseudo_transform and pseudo_share:
+                    seconds += pseudo_share * (measure_noise_seconds(pseudo_transform, self._sample_images) - seconds)
+                self._core_seconds_by_key[key] = seconds
             else:
                 transform = EvalTransform(job.resolution, job.role.model.crop, job.role.model.test_margin_px)
                 self._core_seconds_by_key[key] = measure_decode_seconds(transform, job.resolution, self._sample_images)
@@ -400,7 +405,7 @@ def _estimate_work(
 
 def _count_shared_memory(job: _PlannedJob, devices: int, classes: int) -> int:
     labeled, pool = math.ceil(job.labeled / devices), math.ceil(job.pool / devices)
-    shape = StepShape(labeled, pool, job.role.model.resolution, classes)
+    shape = StepShape(labeled, pool, job.role.model.resolution, classes, job.role.noise.mixes_images)
     return split_step(shape, job.role.train.loader_workers).bytes_in_flight
 
 

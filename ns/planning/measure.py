@@ -125,7 +125,13 @@ def measure_rate(
 def measure_noise_seconds(transform: TrainTransform, sample_images: Sequence[SampleImage]) -> float:
     """Seconds that one core takes to make an image of a training batch from what is in a shard."""
     rng = np.random.default_rng(0)
-    return _time_per_image(lambda image: transform(image, rng), sample_images)
+
+    def make_image(image: SampleImage) -> None:
+        pixels = transform(image, rng)
+        if transform.mixer and rng.random() < 0.5:  # once per pair
+            transform.mixer(pixels, pixels, rng)
+
+    return _time_per_image(make_image, sample_images)
 
 
 def measure_decode_seconds(transform: EvalTransform, resolution: int, sample_images: Sequence[SampleImage]) -> float:

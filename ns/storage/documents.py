@@ -12,7 +12,7 @@ from ns.core.errors import DataError, StoreError
 from ns.storage import Store
 from ns.storage.base import key_parts
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Part of every digest. Raise it when a default value, or what a value means, changes: digests leave defaults out."""
 
 

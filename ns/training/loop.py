@@ -4,7 +4,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,16 +16,24 @@ from ns.core.errors import ConfigError, Interrupted, TrainingError
 from ns.core.malloc import keep_freed_memory
 from ns.core.process import handle_signals
 from ns.data.loading.shared_memory import StepShape, StepSplit, measure_available, split_step
-from ns.data.loading.stream import Batch, LabeledImages, PseudoLabeledImages, TrainingBatches, iterate_batches
+from ns.data.loading.stream import (
+    Batch,
+    LabeledImages,
+    MixedLabels,
+    PseudoLabeledImages,
+    TrainingBatches,
+    iterate_batches,
+)
 from ns.modeling import factory as models
 from ns.modeling.distributed import SINGLE, World
 from ns.modeling.manifest import MEAN, STD
+from ns.modeling.network_noise import FirstImagesNoise, confine_drop_paths
 from ns.modeling.precision import PrecisionMode, can_compile, resolve_mode, warn_if_emulated
 from ns.storage import Store
 from ns.training import checkpoint
 from ns.training.checkpoint import TrainingState
 from ns.training.ema import Ema
-from ns.training.loss import Losses, compute_losses
+from ns.training.loss import Losses, compute_losses, find_main_labels, sum_loss_weights
 from ns.training.monitor import Monitor
 from ns.training.optim import make_optimizer
 from ns.training.plan import TrainingPlan
@@ -76,6 +84,9 @@ def train_model(
     _check_rank_parts(config, pseudo_batch, world)
 
     network = network.to(device)
+    confines_noise = plan.role.noise.pool == "none" and pseudo_batch > 0
+    if confines_noise:
+        confine_drop_paths(network)
     optimizer = make_optimizer(network, config.optimizer)
     state = TrainingState(network, Ema(network, config.ema_decay), optimizer)
     _restore_or_begin(state, checkpoints, world, config=config, steps=steps, device=device)
@@ -85,6 +96,7 @@ def train_model(
         labeled,
         pseudo if pseudo_batch else None,
         plan.transform,
+        pseudo_transform=plan.pseudo_transform,
         batch_size=config.labeled_batch,
         pseudo_batch_size=pseudo_batch,
         num_classes=classes,
@@ -138,16 +150,20 @@ def train_model(
                 images = normalize(part.images.to(device, non_blocking=True))  # [B+U, 3, H, W] float32
                 class_ids = part.class_ids.to(device, non_blocking=True)  # [B] int64
                 targets = part.targets.to(device, non_blocking=True)  # [U, C] float32
+                mixed = part.mixed and MixedLabels(*(labels.to(device, non_blocking=True) for labels in part.mixed))
                 with world.sync_grads_on(forward, is_last):
-                    with state.mode.autocast(device):
+                    noise = FirstImagesNoise(len(class_ids), len(images)) if confines_noise else nullcontext()
+                    with state.mode.autocast(device), noise:
                         logits = forward(images)
                     logits = logits.float()[:, :classes]  # [B+U, C] float32
-                    loss = compute_losses(logits, class_ids, targets, config)
+                    loss = compute_losses(logits, class_ids, targets, config, mixed)
                     state.scaler.scale(loss.total / config.accumulate).backward()  # type: ignore[no-untyped-call]
-                metrics.update(loss, logits, class_ids, targets, share=1 / config.accumulate)
+                metrics.update(loss, logits, *find_main_labels(class_ids, targets, mixed), share=1 / config.accumulate)
             if config.optimizer.clip_norm is not None:
                 state.scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(network.parameters(), config.optimizer.clip_norm)
+                # The limit is that of a mean over images: teachers and students are clipped alike.
+                scale = sum_loss_weights(config, pseudo_batch / config.labeled_batch)
+                nn.utils.clip_grad_norm_(network.parameters(), config.optimizer.clip_norm * scale)
             state.scaler.step(optimizer)
             state.scaler.update()
             state.ema.update(state.step)
@@ -273,7 +289,8 @@ def _check_rank_parts(config: TrainConfig, pseudo_batch: int, world: World) -> N
 
 def _split_steps(batches: TrainingBatches, plan: TrainingPlan, classes: int, world: World) -> StepSplit:
     """How the loaders of this process make the images of a step, so that `/dev/shm` suffices for all processes of this machine."""
-    shape, workers = StepShape(*batches.count_images(), plan.role.model.resolution, classes), plan.train_config.loader_workers
+    shape = StepShape(*batches.count_images(), plan.role.model.resolution, classes, plan.role.noise.mixes_images)
+    workers = plan.train_config.loader_workers
     full_split, available = split_step(shape, workers), measure_available() // world.local_processes
     if full_split.bytes_in_flight <= available:
         return full_split
@@ -295,11 +312,15 @@ def split_batch(batch: Batch, parts: int) -> Iterator[tuple[bool, Batch]]:
     if parts == 1:
         yield True, batch
         return
-    labeled = len(batch.class_ids)
-    images = zip(batch.images[:labeled].chunk(parts), batch.images[labeled:].tensor_split(parts), strict=True)
-    rest = zip(images, batch.class_ids.chunk(parts), batch.targets.tensor_split(parts), strict=True)
-    for number, (both, class_ids, targets) in enumerate(rest, 1):
-        yield number == parts, Batch(torch.cat(both), class_ids, targets)
+    labeled_columns, pseudo_columns = (
+        zip(*(column.tensor_split(parts) for column in columns), strict=True) for columns in batch.list_columns()
+    )
+    for number, (labeled, pseudo) in enumerate(zip(labeled_columns, pseudo_columns, strict=True), 1):
+        (labeled_images, class_ids, *shares), (pseudo_images, targets, *pseudo_shares) = labeled, pseudo
+        mixed = None
+        if batch.mixed:
+            mixed = MixedLabels(shares[1], pseudo_shares[1], torch.cat([shares[0], pseudo_shares[0]]))
+        yield number == parts, Batch(torch.cat([labeled_images, pseudo_images]), class_ids, targets, mixed)
 
 
 class _MetricAccumulator:

@@ -17,6 +17,10 @@ from ns.data.augment.transforms import EvalTransform, TrainTransform
 from ns.data.loading.decode import EncodedJpeg
 from ns.training.optim import compute_learning_rate
 
+FINETUNING_LR_SHARE = 0.97**145
+"""Share of the peak learning rate that fine-tuning has: 0.0121, where the paper's schedule ends after 145 drops, and where the reference
+code fine-tunes. The end of the training's own schedule would not do: a cosine ends at zero, and a short staircase near the peak."""
+
 
 @dataclass(frozen=True)
 class TrainingPlan:
@@ -29,6 +33,8 @@ class TrainingPlan:
     """Learning rate of a step counted from 0."""
     frozen_batchnorms: tuple[str, ...] = ()
     """Names of the batch-norm layers that keep their statistics."""
+    pseudo_transform: TrainTransform | None = None
+    """For pseudo-labeled images; `transform` if None."""
 
     @property
     def train_config(self) -> TrainConfig:
@@ -47,7 +53,9 @@ def plan_training(role: RoleConfig, samples: int) -> TrainingPlan:
         labeled_batch=config.labeled_batch,
         config=config.optimizer,
     )
-    return TrainingPlan(role, TrainTransform(role.noise, role.model.resolution, role.model.crop), steps, lr_at)
+    transform = TrainTransform(role.noise, role.model.resolution, role.model.crop)
+    pseudo_transform = None if role.noise.pool == "same" else _PlainTransform(role)
+    return TrainingPlan(role, transform, steps, lr_at, pseudo_transform=pseudo_transform)
 
 
 def make_finetuning_role(role: RoleConfig, finetune: FinetuneConfig) -> RoleConfig:
@@ -68,22 +76,15 @@ def plan_finetuning(role: RoleConfig, finetune: FinetuneConfig, network: nn.Modu
     """Fixes the gap between the resolutions of training and test: trains the trained `network` on labeled images as evaluation sees
     them, with its first layers frozen (arXiv:1911.04252 §3, arXiv:1906.06423).
 
-    Without a learning rate of its own it goes through the last ones of the training's schedule, as the reference code does.
+    Without a learning rate of its own it has FINETUNING_LR_SHARE of the training's peak, the rate that the paper's schedule ends with.
     """
     finetuning_role = make_finetuning_role(role, finetune)
     batch = finetuning_role.train.labeled_batch
     steps = max(1, math.ceil(finetune.epochs * samples / batch))
-    main_plan = plan_training(role, samples)
-
-    def lr_at(step: int) -> float:
-        if finetune.lr is not None:
-            return finetune.lr * batch / 256
-        # Each counts in batches of its own size. A fine-tuning that is longer than its training begins where the training began.
-        passed = main_plan.steps - (steps - step) * batch / role.train.labeled_batch
-        return main_plan.lr_at(max(0, math.floor(passed))) * batch / role.train.labeled_batch
-
+    base_lr = FINETUNING_LR_SHARE * role.train.optimizer.lr if finetune.lr is None else finetune.lr
+    lr = base_lr * batch / 256
     frozen_batchnorms = freeze_layers(network, finetune.frozen_share)
-    return TrainingPlan(finetuning_role, _EvaluationTransform(finetuning_role), steps, lr_at, frozen_batchnorms)
+    return TrainingPlan(finetuning_role, _PlainTransform(finetuning_role), steps, lambda _: lr, frozen_batchnorms)
 
 
 def freeze_layers(network: nn.Module, share: float) -> tuple[str, ...]:
@@ -109,11 +110,12 @@ def freeze_layers(network: nn.Module, share: float) -> tuple[str, ...]:
     )
 
 
-class _EvaluationTransform(TrainTransform):
-    """Images as evaluation sees them."""
+class _PlainTransform(TrainTransform):
+    """Images as evaluation sees them, at the resolution of training."""
 
     def __init__(self, role: RoleConfig) -> None:
         super().__init__(role.noise, role.model.resolution, role.model.crop)
+        self.mixer = None
         self._plain = EvalTransform(role.model.resolution, role.model.crop, role.model.test_margin_px)
 
     def __call__(self, image: EncodedJpeg | npt.NDArray[np.uint8], rng: np.random.Generator) -> npt.NDArray[np.uint8]:  # noqa: ARG002

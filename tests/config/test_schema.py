@@ -35,7 +35,7 @@ def test_schema_defaults_are_the_papers(minimal):
     assert student.train.optimizer.lr == 0.016
     assert student.train.ema_decay == 0.9999
     assert student.train.label_smoothing == 0.1
-    assert student.train.weighting == "sum"
+    assert student.train.loss_weighting == "sum"
     assert experiment.selection.min_confidence == 0.3
     assert experiment.selection.per_class == "auto"
     noise = student.noise
@@ -48,7 +48,7 @@ def test_run_name_follows_from_what_differs_from_the_defaults(minimal):
     assert yaml.safe_load(dump_experiment(plain))["teacher"]["noise"]["crop_area"] == [0.08, 1.0]
     assert derive_run_name(load_experiment(minimal, ["teacher.noise.crop_area=[0.08,1]"])) == derive_run_name(plain)
     assert derive_run_name(load_experiment(minimal, ["teacher.noise.crop_area=[0.5,1]"])) != derive_run_name(plain)
-    assert dump_hashed_fields(plain) == {"schema": 1, "name": "x", "data": DATA}
+    assert dump_hashed_fields(plain) == {"schema": 2, "name": "x", "data": DATA}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,12 @@ PLUMBING = {
 }  # fmt: skip
 ELSEWHERE = {
     "data/loading/sampler.py": "only WINDOW is taken of it, how many shards are held open",
-    "data/augment/randaugment.py": "evaluation adds no noise",
+    **{
+        f"data/augment/{name}.py": "evaluation adds no noise"
+        for name in ("erasing", "mixing", "policies", "randaugment", "reference")
+    },
+    "data/loading/shared_memory.py": "how images are handed over, not which",
+    "modeling/network_noise.py": "inference has no noise",
     "labeling/thresholds.py": "a selection holds the thresholds that were found",
 }
 DISTORTED = {

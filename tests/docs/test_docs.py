@@ -175,7 +175,7 @@ def test_paper_example_has_the_numbers_of_the_paper():
         assert (noise.randaugment, noise.randaugment_layers, noise.randaugment_magnitude) == ("paper", 2, 27)
         assert (noise.crop_area, noise.crop_aspect) == ((0.08, 1), (3 / 4, 4 / 3))
         assert (train.labeled_batch, train.epochs, train.label_smoothing, train.ema_decay) == (2048, 350, 0.1, 0.9999)
-        assert (train.init, train.pseudo_labels, train.temperature, train.weighting) == ("scratch", "soft", 1, "sum")
+        assert (train.init, train.pseudo_labels, train.temperature, train.loss_weighting) == ("scratch", "soft", 1, "sum")
         assert (optimizer.name, optimizer.momentum, optimizer.rms_decay, optimizer.rms_epsilon) == ("rmsprop", 0.9, 0.9, 1e-3)
         assert (optimizer.weight_decay, optimizer.warmup_epochs, optimizer.clip_norm) == (1e-5, 5, None)
         plan = plan_training(role, samples=1_281_167)

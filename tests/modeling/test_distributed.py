@@ -68,10 +68,11 @@ def test_single_world_needs_no_group():
 
 @pytest.mark.integration
 @pytest.mark.timeout(300)
-def test_two_processes_train_like_one(tmp_path):
+@pytest.mark.parametrize("noise", [{}, {"mixup": 0.8, "cutmix": 1.0, "erasing": 0.5}, {"mixup": 0.8, "pool": "none"}])
+def test_two_processes_train_like_one(tmp_path, noise):
     # Five steps: rounding grows threefold with each step in so small a network. Gradients or learning rates
     # that are a tenth too large move the losses by a hundred times what is allowed here.
-    few = {**CALM, "epochs": 1, "optimizer": {"lr": 0.2, "warmup_epochs": 0}}
+    few = {"noise": CALM["noise"] | noise, "epochs": 1, "optimizer": {"lr": 0.2, "warmup_epochs": 0}}
     alone = together(tmp_path / "1", 1, **few)
     both = together(tmp_path / "2", 2, **few)
     for step, images in alone[2][0].items():

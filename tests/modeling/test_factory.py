@@ -174,6 +174,11 @@ def test_check_models_names_path_value_and_cure():
         ({"teacher": {**small, "train": {"init": "/nowhere"}}}, None, r"teacher\.train\.init: .* no such model"),
         ({"teacher": {"model": {"arch": "nonet"}}}, None, r"teacher\.model\.arch: invalid value 'nonet'"),
         ({"teacher": {"model": {**small["model"], "args": {"wings": 2}}}}, None, r"teacher\.model\.arch: .*'wings'"),
+        (
+            {"students": [{"model": {"arch": "test_resnet", "args": {"drop_block_rate": 0.1}}, "noise": {"pool": "none"}}]},
+            None,
+            r"students\.0\.noise\.pool: invalid value 'none' for this network: its noise \(bernoulli_\)",
+        ),
     ]
     for fields, classes, reason in cases:
         with pytest.raises(ConfigError, match=reason):
@@ -183,5 +188,6 @@ def test_check_models_names_path_value_and_cure():
 def test_check_models_accepts_valid_experiments():
     large = {"model": {"arch": "efficientnet_b0", "resolution": 32}}
     models.check_models(experiment(students=[large]))
+    models.check_models(experiment(students=[{**large, "noise": {"pool": "none"}}]))
     models.check_models(experiment(teacher=large, allow_smaller_student=True))
     models.check_models(experiment(teacher={"model": {**large["model"], "outputs": 12}}, allow_smaller_student=True), 10)

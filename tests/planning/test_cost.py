@@ -11,6 +11,7 @@ from ns.cli.plan import format_plan_remarks, make_plan_tables
 from ns.config.loader import parse_experiment
 from ns.config.schema import Experiment
 from ns.core.errors import ConfigError, DataError
+from ns.data.augment.transforms import TrainTransform
 from ns.data.loading import shared_memory
 from ns.labeling.predict import pack_label_rows
 from ns.modeling import factory as models
@@ -184,6 +185,23 @@ def test_plan_names_the_shared_memory_of_each_devices_loaders(paper):
     assert find_work(paper, "label", 1).shared_memory_bytes == 0
     (line,) = [line for line in format_plan_remarks(paper) if line.startswith("shared memory: ")]
     assert "223.3 MB per device, part of the memory (students.0)" in line
+
+
+def test_images_of_a_quiet_pool_take_less_time_to_make(monkeypatch):
+    role = {"model": {"arch": "test_efficientnet", "resolution": 64}}
+    config = make_experiment(
+        data={part: f"digits:{part}" for part in NOWHERE},
+        teacher=role,
+        students=[{**role, "noise": {"pool": "none"}, "train": {"unlabeled_ratio": 3}}],
+        generations=1,
+    )
+    monkeypatch.setattr(
+        "ns.planning.cost.measure_noise_seconds", lambda transform, _: 0.5 if type(transform) is TrainTransform else 0.1
+    )
+    run_plan = estimate_run(config, PlanRequest(multiply_adds_per_second=1e15))
+    teacher, student = (find_work(run_plan, "train", generation) for generation in (0, 1))
+    assert teacher.images_per_second == pytest.approx(1 / 0.5)
+    assert student.images_per_second == pytest.approx(1 / (0.5 / 4 + 0.1 * 3 / 4))
 
 
 def test_unreadable_data_is_named():

@@ -313,17 +313,22 @@ def test_accumulated_parts_make_one_step(data, tmp_path, monkeypatch):
 
 
 def test_split_batch_makes_equal_parts_labeled_images_first():
-    batch = stream.Batch(torch.arange(10), torch.arange(4), torch.arange(6))
+    mixed = stream.MixedLabels(torch.arange(40, 44), torch.arange(60, 66), torch.arange(10) / 10)
+    batch = stream.Batch(torch.arange(10), torch.arange(4), torch.arange(6), mixed)
     last, parts = zip(*loop.split_batch(batch, 2), strict=True)
     assert last == (False, True)
     assert [part.images.tolist() for part in parts] == [[0, 1, 4, 5, 6], [2, 3, 7, 8, 9]]
     assert [part.class_ids.tolist() for part in parts] == [[0, 1], [2, 3]]
     assert [part.targets.tolist() for part in parts] == [[0, 1, 2], [3, 4, 5]]
+    assert [part.mixed.class_ids.tolist() for part in parts] == [[40, 41], [42, 43]]
+    assert [part.mixed.targets.tolist() for part in parts] == [[60, 61, 62], [63, 64, 65]]
+    assert [(part.mixed.shares * 10).int().tolist() for part in parts] == [[0, 1, 4, 5, 6], [2, 3, 7, 8, 9]]
     without_pseudo = [
         part for _, part in loop.split_batch(stream.Batch(torch.arange(4), torch.arange(4), torch.zeros(0, 3)), 2)
     ]
     assert [part.images.tolist() for part in without_pseudo] == [[0, 1], [2, 3]]
     assert [part.targets.shape for part in without_pseudo] == [(0, 3), (0, 3)]
+    assert [part.mixed for part in without_pseudo] == [None, None]
 
 
 def test_gradients_are_clipped_to_their_norm(data, tmp_path):
@@ -333,6 +338,67 @@ def test_gradients_are_clipped_to_their_norm(data, tmp_path):
     after = run(data, tmp_path, config).weights
     moved = torch.cat([(after[name] - weight).flatten() for name, weight in before.items()])
     assert moved.norm().item() == pytest.approx(0.01 * 10 * 10 / 256, rel=1e-3)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.01])
+@pytest.mark.parametrize(("ratio", "weighting", "length"), [(1, "auto", 1), (3, "mean", 1), (1, "sum", 2), (3, "sum", 4)])
+def test_weighting_sum_scales_steps_and_clipping_of_sgd_alike(data, tmp_path, clip_norm, ratio, weighting, length):
+    """Beside decay, which it leaves as it is: so `auto` is `mean` with SGD."""
+
+    def move(folder, **fields):
+        sgd = OptimizerConfig(name="sgd", lr=0.5, momentum=0, weight_decay=0, warmup_epochs=0, clip_norm=clip_norm)
+        config = role(optimizer=sgd, epochs=0.2, ema_decay=0, unlabeled_ratio=ratio, **fields)
+        config = config.model_copy(update={"noise": NoiseConfig(flip=False, dropout=0, stochastic_depth=0)})
+        before = dict(fresh(config).named_parameters())
+        after = run(data, folder, config).weights
+        return torch.cat([(after[name] - weight).detach().flatten() for name, weight in before.items()])
+
+    moved, by_mean = move(tmp_path / "a", weighting=weighting), move(tmp_path / "b", weighting="mean")
+    torch.testing.assert_close(moved, length * by_mean, rtol=1e-3, atol=1e-6)
+    if clip_norm:
+        assert by_mean.norm().item() == pytest.approx(clip_norm * 0.5 * 10 / 256, rel=1e-3)
+
+
+QUIET_POOL = NoiseConfig(flip=False, pool="none", dropout=0.5, stochastic_depth=0.5, mixup=0.8, cutmix=1.0, erasing=0.25)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_pool_without_noise_is_masked_in_each_part(data, tmp_path, monkeypatch, accumulate):
+    confined, passes = [], []
+    original = loop.FirstImagesNoise
+    monkeypatch.setattr(loop, "FirstImagesNoise", lambda *counts: confined.append(counts) or original(*counts))
+    monkeypatch.setattr(loop, "compute_losses", lambda logits, *rest: passes.append(rest) or compute_losses(logits, *rest))
+    config = role(epochs=0.4, unlabeled_ratio=3, accumulate=accumulate).model_copy(update={"noise": QUIET_POOL})
+    trained = run(data, tmp_path, config)
+    assert trained.steps == 2
+    assert confined == [(10 // accumulate, 40 // accumulate)] * 2 * accumulate
+    for class_ids, targets, _, mixed in passes:
+        # Labeled images are mixed, those of the pool are not.
+        assert (mixed.shares[: len(class_ids)] < 1).any()
+        assert (mixed.shares[len(class_ids) :] == 1).all()
+        assert torch.equal(mixed.targets, targets)
+    confined.clear()
+    run(data, tmp_path / "same", config.model_copy(update={"noise": QUIET_POOL.model_copy(update={"pool": "network"})}))
+    assert confined == []
+
+
+def test_mixed_training_with_a_quiet_pool_resumes_bit_for_bit(data, tmp_path, monkeypatch):
+    config = role(checkpoint_seconds=0).model_copy(update={"noise": QUIET_POOL})
+    calm = run(data, tmp_path / "calm", config)
+    save = checkpoint.CheckpointWriter.save
+
+    def stop_after(writer, state):
+        save(writer, state)
+        if state.step == 7:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.CheckpointWriter, "save", stop_after)
+    with pytest.raises(KeyboardInterrupt):
+        run(data, tmp_path / "stopped", config)
+    monkeypatch.setattr(checkpoint.CheckpointWriter, "save", save)
+    resumed = run(data, tmp_path / "stopped", config)
+    assert same(resumed.weights, calm.weights)
+    assert resumed.history == calm.history
 
 
 def test_history_has_one_point_per_interval(data, tmp_path):

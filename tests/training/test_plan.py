@@ -46,24 +46,59 @@ def test_plan_finetuning_has_the_steps_of_the_paper():
     assert (course.role.model.inference_resolution, course.role.train.labeled_batch) == (800, 2048)
 
 
-def test_finetuning_uses_the_last_learning_rates_of_its_training():
-    main = plan_training(role(), SAMPLES)
-    course = plan_finetuning(role(), FinetuneConfig(resolution=40, epochs=2), network(), SAMPLES)
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        {},
+        {"schedule": "cosine"},
+        {"staircase_drops": 10},
+        {"staircase_drops": 1000},
+        {"schedule": "cosine", "name": "sgd", "lr": 0.1},
+    ],
+)
+@pytest.mark.parametrize("epochs", [1, 50, 350])
+def test_finetuning_rate_is_the_end_of_the_papers_schedule_for_any_schedule(optimizer, epochs):
+    config = role(epochs=epochs, optimizer=OptimizerConfig(warmup_epochs=0, **optimizer))
+    course = plan_finetuning(config, FinetuneConfig(resolution=40, epochs=2), network(), SAMPLES)
     assert course.steps == 200
-    assert [course.lr_at(step) for step in range(200)] == pytest.approx([main.lr_at(3300 + step) for step in range(200)])
+    expected = 0.0121 * config.train.optimizer.lr * 10 / 256
+    assert [course.lr_at(step) for step in (0, 100, 199)] == pytest.approx([expected] * 3, rel=5e-3)
     # Half the batch: twice as many steps over the same images, at half the rate.
-    halved = plan_finetuning(role(), FinetuneConfig(resolution=40, epochs=2, labeled_batch=5), network(), SAMPLES)
-    assert halved.steps == 400
-    assert [halved.lr_at(2 * step) for step in range(200)] == pytest.approx(
-        [main.lr_at(3300 + step) / 2 for step in range(200)]
-    )
+    halved = plan_finetuning(config, FinetuneConfig(resolution=40, epochs=2, labeled_batch=5), network(), SAMPLES)
+    assert (halved.steps, halved.lr_at(0)) == (400, pytest.approx(course.lr_at(0) / 2))
+
+
+def test_finetuning_rate_of_the_papers_schedule_is_that_of_its_last_steps():
+    """As in the reference code, which takes the last steps of the schedule."""
+    config = RoleConfig(preset="l2", train=TrainConfig(finetune=FinetuneConfig(resolution=800)))
+    main = plan_training(config, 1_281_167)
+    course = plan_finetuning(config, config.train.finetune, network(), 1_281_167)
+    for step in (0, course.steps // 2, course.steps - 1):
+        assert course.lr_at(step) == pytest.approx(main.lr_at(main.steps - course.steps + step), rel=1e-6)
 
 
 def test_finetuning_may_have_its_own_learning_rate():
     constant = plan_finetuning(role(), FinetuneConfig(resolution=40, lr=0.256), network(), SAMPLES)
     assert {constant.lr_at(step) for step in range(constant.steps)} == {0.256 * 10 / 256}
-    longer = plan_finetuning(role(epochs=1), FinetuneConfig(resolution=40, epochs=3), network(), SAMPLES)
-    assert longer.lr_at(0) == plan_training(role(epochs=1), SAMPLES).lr_at(0)
+
+
+@pytest.mark.parametrize(("pool", "is_plain"), [("same", False), ("network", True), ("none", True)])
+@pytest.mark.parametrize("crop", ["resized", "pad", "none"])
+def test_pool_without_noise_sees_images_as_labeling_does(pool, is_plain, crop):
+    fields = {"mixup": 1.0, "erasing": 1.0, "pool": pool}
+    config = role()
+    config = config.model_copy(
+        update={"noise": NoiseConfig(**fields), "model": ModelConfig(arch="test_efficientnet", resolution=48, crop=crop)}
+    )
+    course = plan_training(config, SAMPLES)
+    assert course.transform.mixer is not None
+    assert (course.pseudo_transform is not None) == is_plain
+    if is_plain:
+        image = np.random.default_rng(0).integers(0, 255, (50, 60, 3), np.uint8)
+        for seed in range(3):
+            seen = course.pseudo_transform(image, np.random.default_rng(seed))
+            assert np.array_equal(seen, EvalTransform(48, crop, 32)(image))
+        assert course.pseudo_transform.mixer is None
 
 
 def test_finetuning_has_no_noise_and_no_pseudo_labels():

@@ -1,15 +1,16 @@
 """RandAugment as in the reference code of arXiv:1911.04252 §3.1, with arguments clamped to the range of uint8.
 
 Every drawn operation is applied, and the magnitude M is constant. The level is M / 10, so M = 27 is 2.7 times the nominal
-maximum. Differences from the reference code, which relied on uint8 overflow:
+maximum. `ns.data.augment.reference` follows the code to the bit; here, its overflows and its bugs are left out:
 - Posterize keeps int(4 · level) bits, at least 1 (M < 2.5 would keep none) and at most 8 (which keeps the image).
 - Solarize inverts values from int(256 · level) on; 256 at most, which inverts nothing.
 - SolarizeAdd adds int(110 · level), 255 at most.
-- Contrast blends with the mean gray; the reference code has the pixel count / 256 instead, a bug.
+- Contrast blends with the mean gray; the reference code has the number of pixels / 256 instead, a bug.
+- Arithmetic and pixel coordinates are Pillow's.
 """
 
-import random
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,11 +27,28 @@ CHANNELS = np.array([0, 256, 512], np.uint16)
 Operation = Callable[[Image.Image, np.random.Generator], Image.Image]
 
 
+class SizeConstants(NamedTuple):
+    """What operations do at magnitude 10 that depends on the size of images."""
+
+    translate_px: float
+    """Shift, px."""
+    cutout_px: float
+    """Half the side of Cutout's square, px."""
+
+
+def choose_constants(size: int, translate_px: float | None, cutout_px: float | None) -> SizeConstants:
+    """The constants that are given, or those of the paper: 100 and 40 px at ImageNet sizes, an eighth of the size for small images."""
+    default = SizeConstants(size / 8, size / 8) if size <= SMALL_PX else SizeConstants(100.0, 40.0)
+    return SizeConstants(
+        default.translate_px if translate_px is None else translate_px,
+        default.cutout_px if cutout_px is None else cutout_px,
+    )
+
+
 class RandAugment:
     """`layers` operations, drawn with replacement, on images of about `size` px.
 
-    `translate_px`, `cutout_px`: translation and half side of Cutout at level 1. By default those of the paper: 100 and 40 px at
-    ImageNet sizes, an eighth of the size for small images. `cutout_px=0` removes Cutout.
+    `translate_px`, `cutout_px`: see `choose_constants`. `cutout_px=0` removes Cutout.
     """
 
     def __init__(
@@ -38,9 +56,9 @@ class RandAugment:
     ) -> None:
         self.layers = layers
         self.level = magnitude / 10
-        default_translate, default_cutout = (size / 8, size / 8) if size <= SMALL_PX else (100.0, 40.0)
-        self.translate_px = (default_translate if translate_px is None else translate_px) * self.level
-        self.cutout_half_px = int((default_cutout if cutout_px is None else cutout_px) * self.level)
+        constants = choose_constants(size, translate_px, cutout_px)
+        self.translate_px = constants.translate_px * self.level
+        self.cutout_half_px = int(constants.cutout_px * self.level)
         self.posterize_bits = min(8, max(1, int(4 * self.level)))
         self.solarize_threshold = min(256, int(256 * self.level))
         self.solarize_add = min(255, int(110 * self.level))
@@ -53,17 +71,17 @@ class RandAugment:
             "auto_contrast": lambda image, _: stretch_contrast(image),
             "equalize": lambda image, _: equalize_channels(image),
             "invert": lambda image, _: ImageChops.invert(image),
-            "rotate": lambda image, rng: image.rotate(_draw_sign(rng) * 30 * self.level, fillcolor=GRAY),
+            "rotate": lambda image, rng: image.rotate(draw_sign(rng) * 30 * self.level, fillcolor=GRAY),
             "posterize": lambda image, _: _map_values(image, posterized),
             "solarize": lambda image, _: _map_values(image, solarized),
             "color": lambda image, _: ImageEnhance.Color(image).enhance(self.enhance_factor),
             "contrast": lambda image, _: ImageEnhance.Contrast(image).enhance(self.enhance_factor),
             "brightness": lambda image, _: ImageEnhance.Brightness(image).enhance(self.enhance_factor),
             "sharpness": lambda image, _: ImageEnhance.Sharpness(image).enhance(self.enhance_factor),
-            "shear_x": lambda image, rng: _transform_affine(image, (1, _draw_sign(rng) * 0.3 * self.level, 0, 0, 1, 0)),
-            "shear_y": lambda image, rng: _transform_affine(image, (1, 0, 0, _draw_sign(rng) * 0.3 * self.level, 1, 0)),
-            "translate_x": lambda image, rng: _transform_affine(image, (1, 0, _draw_sign(rng) * self.translate_px, 0, 1, 0)),
-            "translate_y": lambda image, rng: _transform_affine(image, (1, 0, 0, 0, 1, _draw_sign(rng) * self.translate_px)),
+            "shear_x": lambda image, rng: _transform_affine(image, (1, draw_sign(rng) * 0.3 * self.level, 0, 0, 1, 0)),
+            "shear_y": lambda image, rng: _transform_affine(image, (1, 0, 0, draw_sign(rng) * 0.3 * self.level, 1, 0)),
+            "translate_x": lambda image, rng: _transform_affine(image, (1, 0, draw_sign(rng) * self.translate_px, 0, 1, 0)),
+            "translate_y": lambda image, rng: _transform_affine(image, (1, 0, 0, 0, 1, draw_sign(rng) * self.translate_px)),
             "solarize_add": lambda image, _: _map_values(image, added),
             "cutout": lambda image, rng: apply_cutout(image, self.cutout_half_px, rng),
         }
@@ -75,25 +93,6 @@ class RandAugment:
         for _ in range(self.layers):
             image = self._drawn[int(rng.random() * len(self._drawn))](image, rng)
         return image
-
-
-class TimmRandAugment:
-    """timm's RandAugment, `rand-mM-nN`: the operations without Cutout, each applied with probability 0.5."""
-
-    def __init__(self, layers: int, magnitude: float) -> None:
-        from timm.data.auto_augment import rand_augment_transform
-
-        self._transform = rand_augment_transform(f"rand-m{magnitude:g}-n{layers}", {"img_mean": GRAY}) if layers else None
-
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        if self._transform is None:
-            return image
-        # timm draws from the global generators of the process, so they are seeded for each image.
-        seed = int(rng.integers(2**32))
-        random.seed(seed)
-        np.random.seed(seed)
-        augmented: Image.Image = self._transform(image)
-        return augmented
 
 
 def apply_cutout(image: Image.Image, half_px: int, rng: np.random.Generator) -> Image.Image:
@@ -145,5 +144,5 @@ def _transform_affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Im
     return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST, fillcolor=GRAY)
 
 
-def _draw_sign(rng: np.random.Generator) -> int:
+def draw_sign(rng: np.random.Generator) -> int:
     return 1 if rng.random() < 0.5 else -1

@@ -1,7 +1,7 @@
 """Transforms an image for the network: with noise for training, without for evaluation (arXiv:1911.04252 §3.1)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,11 @@ from PIL import Image
 
 from ns.config.schema import Crop, NoiseConfig
 from ns.core.errors import DataError
-from ns.data.augment.randaugment import RandAugment, TimmRandAugment, apply_cutout
+from ns.data.augment.erasing import erase_rectangle
+from ns.data.augment.mixing import PairMixer
+from ns.data.augment.policies import AugmentPolicy
+from ns.data.augment.randaugment import RandAugment, apply_cutout
+from ns.data.augment.reference import ReferenceRandAugment
 from ns.data.loading.decode import Box, EncodedJpeg, decode_image, decode_into
 
 CROP_TRIES = 10
@@ -21,21 +25,29 @@ RESIZED_BYTES = 1 << 18
 """Bytes of images of the same size that are resized together: as much as fits in a core's cache."""
 
 
+def make_augmentation(noise: NoiseConfig, resolution: int) -> Callable[[Image.Image, np.random.Generator], Image.Image]:
+    """The policy of the noise, or its kind of RandAugment, for images of `resolution` px."""
+    layers, magnitude = noise.randaugment_layers, noise.randaugment_magnitude
+    if noise.policy is not None:
+        return AugmentPolicy(noise.policy, resolution)
+    if noise.randaugment == "timm" and layers:
+        return AugmentPolicy(f"rand-m{magnitude:g}-n{layers}", resolution)
+    kind = ReferenceRandAugment if noise.randaugment == "reference" else RandAugment
+    translate_px, cutout_px = noise.randaugment_translate_px, noise.randaugment_cutout_px
+    return kind(layers, magnitude, resolution, translate_px=translate_px, cutout_px=cutout_px)
+
+
 class TrainTransform:
-    """Input noise. Photographs: crop, flip, RandAugment, cutout. Small images: RandAugment, cutout, pad and crop, flip."""
+    """Input noise. Photographs: crop, flip, RandAugment, cutout. Small images: RandAugment, cutout, flip, pad and crop. Then random
+    erasing. `mixer` mixes finished images, if the noise says so."""
 
     def __init__(self, noise: NoiseConfig, resolution: int, crop: Crop) -> None:
         self._noise = noise
         self._crop = crop
         self._resolution = resolution
         self._pad = max(1, resolution // 8) if noise.pad_px is None else noise.pad_px
-        layers, magnitude = noise.randaugment_layers, noise.randaugment_magnitude
-        self._augment: RandAugment | TimmRandAugment
-        if noise.randaugment == "paper":
-            translate_px, cutout_px = noise.randaugment_translate_px, noise.randaugment_cutout_px
-            self._augment = RandAugment(layers, magnitude, resolution, translate_px=translate_px, cutout_px=cutout_px)
-        else:
-            self._augment = TimmRandAugment(layers, magnitude)
+        self._augment = make_augmentation(noise, resolution)
+        self.mixer = PairMixer(noise.mixup, noise.cutmix) if noise.mixes_images else None
 
     @property
     def allows_scaled_decode(self) -> bool:
@@ -61,6 +73,8 @@ class TrainTransform:
         result = np.asarray(picture)
         if self._crop == "pad":
             result = pad_and_crop(result, self._pad, rng)
+        if noise.erasing and rng.random() < noise.erasing:
+            result = erase_rectangle(result, rng)
         return np.ascontiguousarray(result)
 
     def _flip_picture(self, picture: Image.Image, rng: np.random.Generator) -> Image.Image:

@@ -38,6 +38,8 @@ class StepShape:
     resolution: int
     """px"""
     classes: int
+    is_mixed: bool = False
+    """Whether images are mixed in pairs, and have labels of two."""
 
     @property
     def largest_split(self) -> int:
@@ -46,7 +48,10 @@ class StepShape:
     def count_part_bytes(self, parts: int) -> int:
         """Bytes of shared memory of the largest of `parts` equal parts."""
         labeled, pseudo = math.ceil(self.labeled / parts), math.ceil(self.pseudo / parts)
-        tensors = ((labeled + pseudo) * self.resolution**2 * 3, labeled * 8, pseudo * self.classes * 4)
+        labels = (labeled * 8, pseudo * self.classes * 4)
+        tensors = [(labeled + pseudo) * self.resolution**2 * 3, *labels]
+        if self.is_mixed:
+            tensors += [*labels, (labeled + pseudo) * 4]
         return sum(math.ceil(size / mmap.PAGESIZE) * mmap.PAGESIZE for size in tensors)
 
 

@@ -58,6 +58,17 @@ class PseudoLabeledImages:
         self.copies = copies
 
 
+class MixedLabels(NamedTuple):
+    """What the images of a batch were mixed with, and how far: an image shows `shares` of itself, and the rest of its partner."""
+
+    class_ids: Tensor
+    """int64 [B], of the partners of the labeled images"""
+    targets: Tensor
+    """float32 [U, C], of the partners of the pseudo-labeled images"""
+    shares: Tensor
+    """float32 [B+U], 0…1"""
+
+
 class Batch(NamedTuple):
     """One step's images: B labeled ones first, then U pseudo-labeled ones."""
 
@@ -67,6 +78,34 @@ class Batch(NamedTuple):
     """int64 [B]"""
     targets: Tensor
     """float32 [U, C], the teacher's probabilities times the image's weight in the loss"""
+    mixed: MixedLabels | None = None
+    """None if no images are mixed"""
+
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """The batch with `function` of each of its tensors."""
+        mixed = self.mixed and MixedLabels(*map(function, self.mixed))
+        return Batch(function(self.images), function(self.class_ids), function(self.targets), mixed)
+
+    def list_columns(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Tensors with a row for each labeled image, and those with a row for each pseudo-labeled one; some are views."""
+        labeled = len(self.class_ids)
+        columns = [self.images[:labeled], self.class_ids], [self.images[labeled:], self.targets]
+        if self.mixed:
+            columns[0].extend((self.mixed.shares[:labeled], self.mixed.class_ids))
+            columns[1].extend((self.mixed.shares[labeled:], self.mixed.targets))
+        return columns
+
+
+class _StreamPart(NamedTuple):
+    """Images of a step, of one stream."""
+
+    images: list[npt.NDArray[np.uint8]]
+    locations: list[tuple[int, int]]
+    """(shard, row) of each image."""
+    partners: list[tuple[int, int]]
+    """(shard, row) of what each image is mixed with; the image itself if it is not mixed."""
+    shares: npt.NDArray[np.float32]
+    """Share that each image shows of itself."""
 
 
 class TrainingBatches(TorchDataset[Batch]):
@@ -82,6 +121,7 @@ class TrainingBatches(TorchDataset[Batch]):
         pseudo: PseudoLabeledImages | None,
         transform: TrainTransform,
         *,
+        pseudo_transform: TrainTransform | None = None,
         batch_size: int,
         pseudo_batch_size: int,
         num_classes: int,
@@ -89,14 +129,16 @@ class TrainingBatches(TorchDataset[Batch]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        """`pseudo_transform`: for the pseudo-labeled images; `transform` if not given."""
         self._labeled = labeled
         self._pseudo = pseudo
         self._num_classes = num_classes
+        transforms = (transform, pseudo_transform or transform)
         self._streams = [
             _ImageStream(
                 images.source,
                 ShardShuffle(images.copies, (seed, number), images.source.window_shards),
-                transform,
+                transforms[number],
                 size,
                 rank,
                 world_size,
@@ -111,18 +153,24 @@ class TrainingBatches(TorchDataset[Batch]):
 
     def make_part(self, step: int, part: int, parts: int) -> Batch:
         """One of the equal parts of this rank's images of a step: its labeled ones, then its pseudo-labeled ones."""
-        locations = [stream.locate_images(step, part, parts) for stream in self._streams]
-        images = [
-            image
-            for stream, stream_locations in zip(self._streams, locations, strict=True)
-            for image in stream.make_images(stream.bound_part(step, part, parts)[0], stream_locations)
-        ]
-        class_ids = np.array([self._labeled.class_ids[shard][row] for shard, row in locations[0]], np.int64)
-        pseudo = locations[1] if self._pseudo else []
-        targets = np.zeros((len(pseudo), self._num_classes), np.float32)
-        for i, (shard, row) in enumerate(pseudo):
+        labeled, *rest = [stream.make_part(step, part, parts) for stream in self._streams]
+        pseudo = rest[0] if rest else _StreamPart([], [], [], np.ones(0, np.float32))
+        images = torch.from_numpy(np.stack(labeled.images + pseudo.images))
+        batch = Batch(images, self._read_class_ids(labeled.locations), self._read_targets(pseudo.locations))
+        if not any(stream.transform.mixer for stream in self._streams):
+            return batch
+        shares = torch.from_numpy(np.concatenate([labeled.shares, pseudo.shares]))
+        mixed = MixedLabels(self._read_class_ids(labeled.partners), self._read_targets(pseudo.partners), shares)
+        return batch._replace(mixed=mixed)
+
+    def _read_class_ids(self, locations: list[tuple[int, int]]) -> Tensor:
+        return torch.from_numpy(np.array([self._labeled.class_ids[shard][row] for shard, row in locations], np.int64))
+
+    def _read_targets(self, locations: list[tuple[int, int]]) -> Tensor:
+        targets = np.zeros((len(locations), self._num_classes), np.float32)
+        for i, (shard, row) in enumerate(locations):
             targets[i] = self._pseudo.read_targets(shard)[row]  # type: ignore[union-attr]
-        return Batch(torch.from_numpy(np.stack(images)), torch.from_numpy(class_ids), torch.from_numpy(targets))
+        return torch.from_numpy(targets)
 
     def count_images(self) -> tuple[int, int]:
         """Labeled and pseudo-labeled images of a step on this rank."""
@@ -158,6 +206,27 @@ class _ImageStream:
         self.source.fetch_ahead(self.shuffle.prefetch(stop))
         return self.shuffle.positions(first, stop - first)
 
+    def make_part(self, step: int, part: int, parts: int) -> _StreamPart:
+        """A part of this rank's images of a step, mixed if the transform has a mixer."""
+        first, stop = self.bound_part(step, part, parts)
+        locations = self.locate_images(step, part, parts)
+        mixer = self.transform.mixer
+        if mixer is None:
+            images = list(self.make_images(first, locations))
+            return _StreamPart(images, locations, locations, np.ones(len(images), np.float32))
+        # Whole pairs. The other image of the first or the last one may belong elsewhere, and is made here once more.
+        begin, end = first - first % 2, stop + stop % 2
+        locations = self.shuffle.positions(begin, end - begin)
+        partners = [locations[index ^ 1] for index in range(len(locations))]
+        images = list(self.make_images(begin, locations))
+        shares = np.ones(len(images), np.float32)
+        for index in range(0, len(images), 2):
+            rng = self._make_generator(begin + index, purpose=1)
+            images[index], images[index + 1], share = mixer(images[index], images[index + 1], rng)
+            shares[index : index + 2] = share
+        kept = slice(first - begin, stop - begin)
+        return _StreamPart(images[kept], locations[kept], partners[kept], shares[kept])
+
     def list_keys(self, step: int) -> list[str]:
         return [
             self.source.read_index(shard).keys[row]
@@ -169,11 +238,16 @@ class _ImageStream:
         source, transform = self.source, self.transform
         read = source.read_image if transform.allows_scaled_decode else source.read_pixels
         for position, location in enumerate(locations, first):
-            # Philox with a key is set up five times faster than a generator with a seed, which needs a SeedSequence.
-            rng = np.random.Generator(np.random.Philox(key=np.array([self.philox_key, position], np.uint64)))
+            rng = self._make_generator(position)
             image = read(*location)
             with source.prefix_decode_errors(*location):
                 yield transform(image, rng)
+
+    def _make_generator(self, position: int, purpose: int = 0) -> np.random.Generator:
+        """Draws for the image at a position, or, with purpose 1, for the pair that begins there."""
+        # Philox with a key is set up five times faster than a generator with a seed, which needs a SeedSequence.
+        key = np.array([self.philox_key, position], np.uint64)
+        return np.random.Generator(np.random.Philox(key=key, counter=purpose << 192))
 
 
 class _StepParts(TorchDataset[Batch]):
@@ -187,9 +261,9 @@ class _StepParts(TorchDataset[Batch]):
         batch = self._batches.make_part(*divmod(number, self._parts), self._parts)
         # torch would do this while it sends the batch, in a thread whose errors nobody hears of: the training would wait for good.
         try:
-            return Batch(*(tensor.share_memory_() for tensor in batch))  # type: ignore[no-untyped-call]
+            return batch.map_tensors(lambda tensor: tensor.share_memory_())  # type: ignore[no-untyped-call]
         except RuntimeError as error:
-            needed = sum(tensor.nbytes for tensor in batch)
+            needed = sum(tensor.nbytes for tensor in (*batch[:3], *(batch.mixed or ())))
             raise TrainingError(
                 f"{SHARED_MEMORY} has no room for {needed:,} bytes of images, because other programs use it too: give the container "
                 "more (docker run --shm-size), or lower train.loader_workers (0 needs none)"
@@ -249,19 +323,30 @@ def _join_parts(loaded: Iterator[Batch], labeled: int, pseudo: int, *, pin_memor
     while labeled_done < labeled or pseudo_done < pseudo:
         part = next(loaded)
         if batch is None:
-            batch = Batch(
-                torch.empty((labeled + pseudo, *part.images.shape[1:]), dtype=torch.uint8, pin_memory=pin_memory),
-                torch.empty(labeled, dtype=torch.int64, pin_memory=pin_memory),
-                torch.empty((pseudo, part.targets.shape[1]), pin_memory=pin_memory),
-            )
-        labeled_end, pseudo_end = labeled_done + len(part.class_ids), pseudo_done + len(part.targets)
-        batch.images[labeled_done:labeled_end] = part.images[: len(part.class_ids)]
-        batch.images[labeled + pseudo_done : labeled + pseudo_end] = part.images[len(part.class_ids) :]
-        batch.class_ids[labeled_done:labeled_end] = part.class_ids
-        batch.targets[pseudo_done:pseudo_end] = part.targets
-        labeled_done, pseudo_done = labeled_end, pseudo_end
+            batch = _allocate_batch(part, labeled, pseudo, pin_memory=pin_memory)
+        for whole_columns, columns, done in zip(
+            batch.list_columns(), part.list_columns(), (labeled_done, pseudo_done), strict=True
+        ):
+            for whole_column, column in zip(whole_columns, columns, strict=True):
+                whole_column[done : done + len(column)] = column
+        labeled_done, pseudo_done = labeled_done + len(part.class_ids), pseudo_done + len(part.targets)
     assert batch is not None
     return batch
+
+
+def _allocate_batch(part: Batch, labeled: int, pseudo: int, *, pin_memory: bool) -> Batch:
+    """A batch of that many images, with tensors like those of a part of it."""
+
+    def allocate_rows(like: Tensor, rows: int) -> Tensor:
+        return torch.empty((rows, *like.shape[1:]), dtype=like.dtype, pin_memory=pin_memory)
+
+    mixed = part.mixed and MixedLabels(
+        allocate_rows(part.mixed.class_ids, labeled),
+        allocate_rows(part.mixed.targets, pseudo),
+        allocate_rows(part.mixed.shares, labeled + pseudo),
+    )
+    images = allocate_rows(part.images, labeled + pseudo)
+    return Batch(images, allocate_rows(part.class_ids, labeled), allocate_rows(part.targets, pseudo), mixed)
 
 
 def _report_send_errors(errors: "SimpleQueue[str]", _worker: int) -> None:

@@ -20,7 +20,9 @@ def test_shared_memory_is_that_of_the_documents(shape, megabytes):
 
 
 @pytest.mark.parametrize("workers", [1, 3, 16])
-@pytest.mark.parametrize("shape", [(2048, 0, 224, 1000), (10, 280, 475, 1000), (128, 384, 32, 21_841), (2, 0, 32, 2)])
+@pytest.mark.parametrize(
+    "shape", [(2048, 0, 224, 1000), (10, 280, 475, 1000), (128, 384, 32, 21_841), (2, 0, 32, 2), (9, 31, 32, 10, True)]
+)
 @pytest.mark.parametrize("available", [1 * MIB, 64 * MIB, 1024 * MIB, 8192 * MIB, None])
 def test_parts_in_flight_fit_into_what_is_available(shape, workers, available):
     step = StepShape(*shape)

@@ -1,6 +1,7 @@
 """The images of a step depend on the seed and the step only: not on processes, storage or earlier errors."""
 
 import io
+import mmap
 import threading
 import time
 
@@ -19,7 +20,7 @@ from ns.data.index import ShardIndex, build_index_key
 from ns.data.loading import shard_reader, stream
 from ns.data.loading.decode import EncodedJpeg, decode_image, read_jpeg_size
 from ns.data.loading.shard_reader import ImageSource, count_window_shards
-from ns.data.loading.shared_memory import StepSplit
+from ns.data.loading.shared_memory import StepShape, StepSplit
 from ns.data.loading.stream import LabeledImages, PseudoLabeledImages, TrainingBatches, iterate_batches
 from ns.storage import LocalStore
 from tests.storage.conftest import environment, moto, proxied, store_at, swift  # noqa: F401
@@ -52,7 +53,7 @@ def pool(tmp_path, picture):
     return folder, write(folder, picture, count=33, label=False, kind="PNG")
 
 
-def make_batches(labeled, pool=None, *, batch_size=10, **ranks):
+def make_batches(labeled, pool=None, *, batch_size=10, noise=NOISE, **ranks):
     folder, dataset = labeled
     pseudo = None
     if pool:
@@ -60,13 +61,13 @@ def make_batches(labeled, pool=None, *, batch_size=10, **ranks):
         targets = [rng.random((shard.samples, 3), np.float32) for shard in pool[1].shards]
         copies = [rng.integers(0, 3, shard.samples).astype(np.uint16) for shard in pool[1].shards]
         pseudo = PseudoLabeledImages(ImageSource(*pool), targets.__getitem__, copies)
-    transform = TrainTransform(NOISE, 16, "pad")
+    transform = TrainTransform(noise, 16, "pad")
     options = {"batch_size": batch_size, "pseudo_batch_size": 6, "num_classes": 3, "seed": 4, **ranks}
     return TrainingBatches(LabeledImages(folder, dataset), pseudo, transform, **options)
 
 
 def arrays(batch):
-    return [part.numpy().copy() for part in batch]
+    return [part.numpy().copy() for part in (*batch[:3], *(batch.mixed or ()))]
 
 
 def equal(first, second):
@@ -92,6 +93,86 @@ def test_ranks_together_see_the_batch_of_one_process(labeled, pool, world):
         assert np.array_equal(np.concatenate([share[2] for share in shares]), targets)
         together = [share[0][: len(share[1])] for share in shares] + [share[0][len(share[1]) :] for share in shares]
         assert np.array_equal(np.concatenate(together), images)
+
+
+MIXED = NOISE.model_copy(update={"mixup": 0.8, "cutmix": 1.0, "erasing": 0.5})
+
+
+@pytest.mark.parametrize(("workers", "parts"), [(0, 1), (2, 1), (2, 3), (1, 10)])
+def test_mixed_batches_resume_at_any_step_with_any_workers(labeled, pool, workers, parts):
+    expected = [arrays(make_batches(labeled, pool, noise=MIXED)[step]) for step in range(3, 8)]
+    batches, split = make_batches(labeled, pool, noise=MIXED), StepSplit(parts)
+    found = iterate_batches(batches, start=3, stop=8, workers=workers, pin_memory=False, split=split)
+    assert all(equal(a, arrays(b)) for a, b in zip(expected, found, strict=True))
+    assert len(expected[0]) == 6
+
+
+def test_shared_memory_of_mixed_parts_is_what_they_have(labeled, pool):
+    batches = make_batches(labeled, pool, noise=MIXED)
+    part = batches.make_part(2, 1, 3)
+    page = mmap.PAGESIZE
+    taken = sum(-(-tensor.nbytes // page) * page for tensor in (*part[:3], *part.mixed))
+    assert taken <= StepShape(*batches.count_images(), 16, 3, True).count_part_bytes(3) <= taken + page
+
+
+@pytest.mark.parametrize("batch_size", [10, 9])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_mixing_does_not_depend_on_ranks_or_sizes_of_batches(labeled, pool, world, batch_size):
+    """Pairs are those of the stream, wherever steps and ranks divide it."""
+    one = make_batches(labeled, pool, noise=MIXED, batch_size=1, pseudo_batch_size=1)
+    parts = [
+        make_batches(labeled, pool, noise=MIXED, batch_size=batch_size, pseudo_batch_size=6, rank=rank, world_size=world)
+        for rank in range(world)
+    ]
+    for step in (0, 3):
+        batches = [part[step] for part in parts]
+        for kind, size in enumerate((batch_size, 6)):
+            singles = [one[position] for position in range(step * size, (step + 1) * size)]
+            got = [
+                (image, share, label, partner)
+                for batch in batches
+                for image, share, label, partner in zip(
+                    batch.images[len(batch.class_ids) :] if kind else batch.images,
+                    batch.mixed.shares[len(batch.class_ids) :] if kind else batch.mixed.shares,
+                    batch[1 + kind],
+                    batch.mixed[kind],
+                    strict=False,
+                )
+            ]
+            assert len(got) == size
+            for (image, share, label, partner), single in zip(got, singles, strict=True):
+                assert np.array_equal(image, single.images[kind])
+                assert share == single.mixed.shares[kind]
+                assert np.array_equal(label, single[1 + kind][0])
+                assert np.array_equal(partner, single.mixed[kind][0])
+
+
+def test_images_are_mixed_with_their_neighbors(labeled, pool):
+    quiet = NoiseConfig(randaugment_layers=0, flip=False, pad_px=0)
+    plain = make_batches(labeled, pool, noise=quiet)[1]
+    mixed = make_batches(labeled, pool, noise=quiet.model_copy(update={"mixup": 1.0}))[1]
+    shares = mixed.mixed.shares.numpy()
+    for count, offset in ((10, 0), (6, 10)):
+        for index in range(offset, offset + count):
+            neighbor = offset + ((index - offset) ^ 1)
+            assert shares[index] == shares[neighbor]
+            expected = shares[index] * plain.images[index].numpy() + (1 - shares[index]) * plain.images[neighbor].numpy()
+            assert np.abs(mixed.images[index].numpy() - expected).max() <= 0.51
+    assert np.array_equal(mixed.mixed.class_ids, plain.class_ids.reshape(5, 2).flip(1).ravel())
+    assert np.array_equal(mixed.mixed.targets, plain.targets.reshape(3, 2, 3).flip(1).reshape(6, 3))
+    assert np.array_equal(mixed.class_ids, plain.class_ids)
+    assert plain.mixed is None
+
+
+def test_streams_may_have_transforms_of_their_own(labeled, pool):
+    still = TrainTransform(NoiseConfig(randaugment_layers=0, flip=False, pad_px=0), 16, "pad")
+    both = make_batches(labeled, pool, noise=MIXED)[0]
+    only_labeled = make_batches(labeled, pool, noise=MIXED, pseudo_transform=still)[0]
+    plain = make_batches(labeled, pool, noise=NoiseConfig(randaugment_layers=0, flip=False, pad_px=0))[0]
+    assert np.array_equal(only_labeled.images[:10], both.images[:10])
+    assert np.array_equal(only_labeled.images[10:], plain.images[10:])
+    assert only_labeled.mixed.shares[10:].tolist() == [1] * 6
+    assert np.array_equal(only_labeled.mixed.targets, only_labeled.targets)
 
 
 def test_ranks_together_see_each_image_once_per_epoch(labeled):
