@@ -76,7 +76,7 @@ def format_verdict(verdict: "Verdict") -> list[str]:
     ]
     tries = "the first try" if verdict.try_number == 1 else f"try {verdict.try_number:,}"
     lines.append(
-        f"{tries} on these held-out images; so far the probability that a student no better than its teacher was accepted is at most "
+        f"{tries} on these held-out images; the probability that any so far accepted a student without the required gain is at most "
         f"{verdict.family_error:.3g}"
     )
     lines += [f"[yellow]warning:[/] {escape(warning)}" for warning in verdict.warnings]

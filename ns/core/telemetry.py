@@ -160,7 +160,7 @@ GATE_CONDITION = _gauge("nst_gate_condition_passed", "1 if a condition of the ga
 GATE_TRIES = _optional_gauge("nst_gate_tries", "Students that were compared with a teacher on the same held-out images so far.")
 FAMILY_ERROR = _optional_gauge(
     "nst_gate_family_error_ratio",
-    "Upper bound of the probability that any of these tries accepted a student that is no better than its teacher.",
+    "Upper bound of the probability that any of these tries accepted a student without the required gain.",
 )
 
 # --- Pushed once, at the end of a run

@@ -113,7 +113,7 @@ class Verdict(JsonDocument):
     try_number: int
     """Which try on these images it is, from 1: each pair of a teacher and a student is one, however often it is judged."""
     family_error: float
-    """Upper bound of the probability that a student no better than its teacher was accepted in any of these tries."""
+    """Upper bound of the probability that any of these tries accepted a student without the required gain."""
     teacher_top1: float
     student_top1: float
     gain: float
@@ -183,8 +183,8 @@ def spend_level(gate: GateConfig, try_number: int) -> float:
 
 
 def bound_family_error(gate: GateConfig, tries: int) -> float:
-    """Upper bound of the probability that a student that is no better than its teacher was accepted in any of so many tries on the
-    same held-out images."""
+    """Upper bound of the probability that any of so many tries on the same held-out images accepted a student without the required
+    gain."""
     return 1 - gate.level if gate.spend == "bonferroni" else min(1.0, tries * (1 - gate.level))
 
 
@@ -340,7 +340,6 @@ def _find_warnings(gate: GateConfig, images: int, copies: int, try_number: int) 
         )
     if gate.spend == "none" and try_number >= MANY_TRIES:
         yield (
-            f"this is try {try_number:,} on the same held-out images; the probability that a student no better than its teacher was "
-            f"accepted in any of them may be up to {bound_family_error(gate, try_number):.0%}; hold out new images, or set gate.spend "
-            "to bonferroni"
+            f"this is try {try_number:,} on the same held-out images; the probability that any of them accepted a student without the "
+            f"required gain may be up to {bound_family_error(gate, try_number):.0%}; hold out new images, or set gate.spend to bonferroni"
         )

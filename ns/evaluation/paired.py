@@ -20,8 +20,8 @@ MAX_RESAMPLES = 1_000_000
 """Bootstrap resamples at most, however far out the bound is."""
 RESAMPLES_BEYOND = 50
 """Bootstrap resamples beyond a bound, at least."""
-BLOCK_RESAMPLES = 100
-"""Resamples of images that are counted at a time."""
+BLOCK_DRAWS = 1 << 22
+"""Images that are drawn at a time."""
 
 
 class AccuracyGain(JsonDocument):
@@ -267,7 +267,6 @@ def bound_rise(
 
     sums = mistakes.sum(0, dtype=np.float64)
     value = compute_rise(sums)
-    resamples = max(resamples, min(MAX_RESAMPLES, math.ceil(RESAMPLES_BEYOND / (1 - level))))
     rises = np.concatenate([compute_rise(drawn) for drawn in _iter_resampled_sums(mistakes, resamples, seed)])
     bias = ndtri(np.clip(((rises < value).mean() + (rises <= value).mean()) / 2, 1 / resamples, 1 - 1 / resamples))
     # What each image contributes to the rise, to first order.
@@ -280,10 +279,11 @@ def bound_rise(
 
 
 def _iter_resampled_sums(values: npt.NDArray[np.float32], resamples: int, seed: int) -> Iterator[Floats]:
-    """Sums over rows drawn with replacement, [≤ BLOCK_RESAMPLES, K] at a time. `values`: [N, K]."""
+    """Sums over N rows drawn with replacement, [n, K] at a time. `values`: [N, K]."""
     rng, images = np.random.default_rng(seed), len(values)
-    for start in range(0, resamples, BLOCK_RESAMPLES):
-        block = min(BLOCK_RESAMPLES, resamples - start)
+    block_size = max(1, BLOCK_DRAWS // images)
+    for start in range(0, resamples, block_size):
+        block = min(block_size, resamples - start)
         drawn = rng.integers(0, images, (block, images)) + np.arange(block)[:, None] * images
         times = np.bincount(drawn.ravel(), minlength=block * images).reshape(block, images)
         yield (times.astype(np.float32) @ values).astype(np.float64)
