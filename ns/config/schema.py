@@ -72,12 +72,17 @@ class DataConfig(ImportConfig):
     given. The gate decides on the others alone. The images are drawn by a hash of key and `evaluation.seed`, the same in every run."""
     leak_guard: Literal["exclude", "report", "off"] = "exclude"
     """What is done with images of the pool that are also held out. `exclude`: they get no label, so that accuracy stays honest.
-    `report`: they are only counted. `off`: there is no check, which saves reading all images once."""
+    `report`: they are only counted. `off`: the pool is not checked, which saves reading all its images once."""
     exclude: str | None = None
     """Path or URI of a text file with one key of the pool per line. These images get no label: their owners withdrew them, say."""
     near_duplicate_bits: int = Field(default=4, ge=0, le=8)
-    """Two images count as the same picture if at most this many of the 64 bits of their perceptual hashes differ. Images with a side
-    below 32 px are compared by their bytes only."""
+    """Two images are compared by their pixels if at most this many of the 64 bits of their perceptual hashes differ; they count as the
+    same picture if the pixels agree too. Images with a side below 32 px are compared by their bytes only."""
+    max_left_out_share: float = Field(default=0.2, ge=0, le=1)
+    """Largest share of the pool that may be left out because it is also held out; above it, the run stops and asks."""
+    max_heldout_overlap: float = Field(default=0.05, ge=0, le=1)
+    """Largest share of the held-out, calibration or test images that may be nearly alike to labeled ones; above it, the run stops and
+    asks. Images with equal bytes are never accepted."""
 
     @model_validator(mode="after")
     def _check_sets_differ(self) -> Self:

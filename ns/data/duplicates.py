@@ -1,6 +1,6 @@
 """Finds duplicates among any number of images, on disk in parts: memory grows with the duplicates, not with the images."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,11 +15,18 @@ PARTITIONS = 64
 MAX_NEIGHBORS = 5_000
 """Maximum number of images with the same band of the hash that an image is compared with. Only a pool of test patterns has more, and
 time grows with the square of their number."""
+MAX_MATCHES = 100
+"""Maximum number of images with near hashes that an image is compared with by its pixels. Only cameras that do not move have more."""
+MATCH_ROUNDS = 8
+"""Pictures with equal hashes whose copies are found in time that grows with the copies, and not with their square."""
 MIXER = np.uint64(0x9E3779B97F4A7C15)
 SAME_DTYPE = np.dtype([("first", np.uint64), ("second", np.uint64), ("image", np.int64)])
 HASH_DTYPE = np.dtype([("hash", np.uint64), ("image", np.int64)])
 
 Ints = npt.NDArray[np.int64]
+
+Match = Callable[[Ints, Ints], npt.NDArray[np.bool_]]
+"""Pairs of images, by their numbers → bool [N]: whether the two, whose hashes are near, show the same picture."""
 
 
 class ImagePairs(NamedTuple):
@@ -35,18 +42,20 @@ class DuplicatePairs(NamedTuple):
     same: ImagePairs
     """Equal bytes: the first image with these bytes, paired with each of the others. Bits are 0."""
     alike: ImagePairs
-    """Equal hashes: the first image with this hash, paired with each of the others. Most pairs of `same` are here too."""
+    """Equal hashes: the first image of each picture with this hash, paired with each of its copies. Most pairs of `same` are here
+    too."""
     near: ImagePairs
-    """Hashes that differ in a few bits: pairs of images that are the first with their hash."""
+    """Hashes that differ in a few bits: pairs of images that are the first of their picture and hash."""
     skipped: int
-    """Comparisons left out because of MAX_NEIGHBORS."""
+    """Comparisons left out because of MAX_NEIGHBORS or MAX_MATCHES."""
 
 
-def find_duplicates(shards: Iterable[Fingerprints], scratch_dir: Path, bits: int) -> DuplicatePairs:
+def find_duplicates(shards: Iterable[Fingerprints], scratch_dir: Path, bits: int, match: Match | None = None) -> DuplicatePairs:
     """Finds duplicates among all images, numbered through all shards in their order.
 
     Hashes are near if they differ in at most `bits` of 64 bits. Two such hashes share at least one of `bits` + 1 bands, so only
-    images that share a band are compared. `scratch_dir` is an empty folder. Raises StoreError when it is full.
+    images that share a band are compared. Of images with equal or near hashes, those count that `match` confirms; all of them without
+    it. `scratch_dir` is an empty folder. Raises StoreError when it is full.
     """
     with explain_scratch_errors(scratch_dir, "sort fingerprints"):
         bands = np.array_split(np.arange(64), bits + 1)
@@ -67,14 +76,14 @@ def find_duplicates(shards: Iterable[Fingerprints], scratch_dir: Path, bits: int
         ]
         alike_pairs = []
         for part in _read_partitions(scratch_dir, "alike", HASH_DTYPE):
-            firsts, pairs = _pair_with_first(part, ("hash",))
+            firsts, pairs = _pair_alike(part, match)
             alike_pairs.append(pairs)
             for number, band in enumerate(bands):
                 _append_partitions(scratch_dir, f"band-{number}", firsts, _extract_band(firsts["hash"], band))
         near_pairs, skipped = [], 0
-        for number, band in enumerate(bands):
+        for number in range(len(bands)):
             for part in _read_partitions(scratch_dir, f"band-{number}", HASH_DTYPE):
-                pairs, uncompared = _compare_neighbors(part, _extract_band(part["hash"], band), bits)
+                pairs, uncompared = _compare_neighbors(part, bands[: number + 1], bits, match)
                 near_pairs.append(pairs)
                 skipped += uncompared
         return DuplicatePairs(_merge_pairs(same_pairs), _merge_pairs(alike_pairs), _merge_pairs(near_pairs), skipped)
@@ -113,6 +122,23 @@ def _pair_with_first(records: npt.NDArray[np.void], by: tuple[str, ...]) -> tupl
     return firsts, ImagePairs(others, earlier, np.zeros(len(others), np.int64))
 
 
+def _pair_alike(records: npt.NDArray[np.void], match: Match | None) -> tuple[npt.NDArray[np.void], ImagePairs]:
+    """The first record of each picture, and its copies with an equal hash paired with it. Pictures beyond MATCH_ROUNDS of one hash
+    are all taken for first ones; they are compared as neighbors are."""
+    if match is None:
+        return _pair_with_first(records, ("hash",))
+    all_firsts, all_pairs = [], []
+    for _ in range(MATCH_ROUNDS):
+        firsts, pairs = _pair_with_first(records, ("hash",))
+        confirmed = match(pairs.later, pairs.earlier)
+        all_firsts.append(firsts)
+        all_pairs.append(ImagePairs(*(column[confirmed] for column in pairs)))
+        records = records[np.isin(records["image"], pairs.later[~confirmed])]
+        if not len(records):
+            break
+    return np.concatenate([*all_firsts, records]), _merge_pairs(all_pairs)
+
+
 def mark_changes(*columns: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     """[N]: whether a row differs from the row before it; the first row always does."""
     changes = np.ones(len(columns[0]), np.bool_)
@@ -120,24 +146,39 @@ def mark_changes(*columns: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     return changes
 
 
-def _compare_neighbors(records: npt.NDArray[np.void], keys: npt.NDArray[np.uint64], bits: int) -> tuple[ImagePairs, int]:
-    """All pairs that share a key and are near, and the number of pairs that were not compared."""
+def _compare_neighbors(
+    records: npt.NDArray[np.void], bands: Sequence[npt.NDArray[np.integer]], bits: int, match: Match | None
+) -> tuple[ImagePairs, int]:
+    """All pairs that share the last of `bands` and none before it, and are near; and the number of pairs that were not compared."""
+    keys = _extract_band(records["hash"], bands[-1])
     order = np.lexsort((records["hash"], keys))
     hashes, images, keys = records["hash"][order], records["image"][order], keys[order]
     pairs = []
+    skipped = 0
+    matches = np.zeros(len(keys), np.int64)
     remaining = np.arange(len(keys))
     for gap in range(1, MAX_NEIGHBORS + 1):
         remaining = remaining[remaining + gap < len(keys)]
         remaining = remaining[keys[remaining] == keys[remaining + gap]]
         if not len(remaining):
             break
-        distance = np.bitwise_count(hashes[remaining] ^ hashes[remaining + gap])
+        differing = hashes[remaining] ^ hashes[remaining + gap]
+        distance = np.bitwise_count(differing)
         hits = distance <= bits
+        for band in bands[:-1]:
+            hits &= _extract_band(differing, band) != 0
+        if match:
+            within = matches[remaining] < MAX_MATCHES
+            skipped += int((hits & ~within).sum())
+            hits &= within
+            matches[remaining[hits]] += 1
         first, second = images[remaining[hits]], images[remaining[hits] + gap]
-        pairs.append(ImagePairs(np.maximum(first, second), np.minimum(first, second), distance[hits].astype(np.int64)))
+        near = ImagePairs(np.maximum(first, second), np.minimum(first, second), distance[hits].astype(np.int64))
+        confirmed = match(near.later, near.earlier) if match else slice(None)
+        pairs.append(ImagePairs(*(column[confirmed] for column in near)))
     groups = np.unique(keys, return_counts=True)[1]
     beyond = np.maximum(groups - 1 - MAX_NEIGHBORS, 0)
-    return _merge_pairs(pairs), int((beyond * (beyond + 1) // 2).sum())
+    return _merge_pairs(pairs), skipped + int((beyond * (beyond + 1) // 2).sum())
 
 
 def _merge_pairs(pairs: list[ImagePairs]) -> ImagePairs:

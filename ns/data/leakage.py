@@ -6,6 +6,7 @@ FOLDER/left_out.parquet       images of the pool that resemble one of an evaluat
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from functools import lru_cache
 from typing import ClassVar, Literal, NamedTuple
 
@@ -19,6 +20,7 @@ from ns.data.dataset import Dataset, DatasetRole
 from ns.data.index import ShardIndex
 from ns.data.loading.decode import EncodedJpeg
 from ns.data.loading.shard_reader import ImageSource
+from ns.data.picture_match import PictureMatcher
 from ns.storage import Store
 from ns.storage.documents import HashedDocument, JsonDocument
 from ns.storage.parquet import read_table
@@ -27,10 +29,9 @@ from ns.storage.scratch import make_scratch_dir
 DUPLICATES = "duplicates.parquet"
 LEFT_OUT = "left_out.parquet"
 MAX_NEAR_BITS = 4
-"""Bits of 64 in which perceptual hashes of the same picture may differ. On CIFAR-10's images (32 px, the hardest case) this finds
-100 % of the copies saved as JPEG at quality 70, 99 % at quality 40, 99 to 100 % of those resized to 24 or 64 px or of brightness
-× 0.8 or 1.1, and 9 % of those shifted by a pixel. It takes 3 in 10 million pairs of different images for the same picture, some
-of which CIFAR-10 really has twice."""
+"""Bits of 64 in which perceptual hashes of the same picture may differ; such pictures are then compared by their pixels. On
+CIFAR-10's images (32 px, the hardest case) this finds 100 % of the copies saved as JPEG at quality 70, 97 % at quality 40, 99 to
+100 % of those resized to 24 or 64 px or of brightness × 0.8 or 1.1, and 3 % of those shifted by a pixel."""
 MIN_COSINE = 0.9
 """Smallest cosine of a model's features of two near images that count as the same picture."""
 
@@ -75,7 +76,9 @@ class Overlap(JsonDocument):
     same: int
     """Equal bytes."""
     near: int
-    """Different bytes, but near perceptual hashes."""
+    """Different bytes, but nearly the same picture."""
+    resembled: int = 0
+    """Images of the other dataset that they resemble."""
 
 
 class LeakageReport(HashedDocument):
@@ -90,6 +93,8 @@ class LeakageReport(HashedDocument):
     overlaps: tuple[Overlap, ...]
     left_out: int
     """Images of pools that resemble one of an evaluation set."""
+    left_out_same: int = 0
+    """Those of them with equal bytes."""
     bits: int
     """Bits of 64 in which the hashes of near images may differ."""
     skipped: int
@@ -121,13 +126,16 @@ def check_datasets(
         for named in datasets
         for shard_index in range(len(named.dataset.shards))
     )
-    with make_scratch_dir("check") as scratch_dir:
-        pairs = duplicates.find_duplicates(shards, scratch_dir, bits)
+    with (
+        make_scratch_dir("check") as scratch_dir,
+        closing(PictureMatcher([(named.store, named.dataset) for named in datasets], scratch_dir / "pictures")) as matcher,
+    ):
+        pairs = duplicates.find_duplicates(shards, scratch_dir, bits, matcher.match_images)
     if features:
         pairs = pairs._replace(near=_confirm_near_pairs(pairs.near, datasets, features))
     table = _build_duplicate_table(pairs, datasets)
     leaks = table.leaking_rows
-    report = _build_report(table, pairs, datasets, bits, left_out=len(leaks.image))
+    report = _build_report(table, pairs, datasets, bits, leaks)
     _write_duplicates(store, DUPLICATES, table, datasets)
     _write_duplicates(store, LEFT_OUT, leaks, datasets)
     report.save(store)
@@ -223,14 +231,19 @@ def _locate_images(datasets: Sequence[NamedDataset], images: npt.NDArray[np.int6
 
 
 def _build_report(
-    table: _DuplicateTable, pairs: duplicates.DuplicatePairs, datasets: Sequence[NamedDataset], bits: int, *, left_out: int
+    table: _DuplicateTable,
+    pairs: duplicates.DuplicatePairs,
+    datasets: Sequence[NamedDataset],
+    bits: int,
+    leaks: _DuplicateTable,
 ) -> LeakageReport:
     overlaps = []
     for dataset_index, named in enumerate(datasets):
         for other_index, other_named in enumerate(datasets[: dataset_index + 1]):
             rows = (table.image_set == dataset_index) & (table.other_set == other_index)
             same = int((table.bits[rows] < 0).sum())
-            overlaps.append(Overlap(of=named.name, within=other_named.name, same=same, near=int(rows.sum()) - same))
+            near, resembled = int(rows.sum()) - same, len(np.unique(table.other[rows]))
+            overlaps.append(Overlap(of=named.name, within=other_named.name, same=same, near=near, resembled=resembled))
     return LeakageReport(
         datasets={named.name: named.dataset.digest for named in datasets},
         images={named.name: named.dataset.samples for named in datasets},
@@ -240,7 +253,8 @@ def _build_report(
             if named.dataset.classes and named.role != "unlabeled"
         },
         overlaps=tuple(overlaps),
-        left_out=left_out,
+        left_out=len(leaks.image),
+        left_out_same=int((leaks.bits < 0).sum()),
         bits=bits,
         skipped=pairs.skipped,
     )

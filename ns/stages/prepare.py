@@ -51,6 +51,7 @@ CHECK_CODE = (
     "data/leakage.py",
     "data/duplicates.py",
     "data/fingerprint.py",
+    "data/picture_match.py",
     "data/loading/decode.py",
     "data/loading/shard_reader.py",
     "data/index.py",
@@ -130,8 +131,6 @@ def prepare_datasets(experiment: Experiment, root: Store, ledger: Ledger) -> tup
         if dataset.role != "evaluation":
             # The leak guard keeps the pool clear of evaluation sets only.
             raise DataError(f"{name}: {store.uri}: has the role {dataset.role}; import it with --role evaluation")
-    if data.leak_guard == "off":
-        return prepared, finder.reused
     checked, check_reused = _check_leaks(prepared, data, root, ledger)
     return checked, finder.reused and check_reused
 
@@ -161,9 +160,12 @@ def _check_excluded(key_list: KeyList, store: Store, pool: Dataset) -> None:
 
 
 def _check_leaks(prepared: PreparedData, data: DataConfig, root: Store, ledger: Ledger) -> tuple[PreparedData, bool]:
-    """Looks for images of evaluation sets in the other parts. Returns the data with what is left out of the pool, and whether the
-    check was done before."""
-    parts = {"labeled": prepared.labeled, "pool": prepared.pool} | prepared.evaluation_sets
+    """Looks for images of evaluation sets in the other parts; in the pool only if the leak guard is on. Returns the data with what is
+    left out of the pool, and whether the check was done before.
+
+    Raises DataError if held-out images are also labeled ones, or if too large a share of the pool would be left out."""
+    is_on = data.leak_guard != "off"
+    parts = {"labeled": prepared.labeled, **({"pool": prepared.pool} if is_on else {})} | prepared.evaluation_sets
     inputs: dict[str, object] = {
         "code": digest_code(*CHECK_CODE),
         "bits": data.near_duplicate_bits,
@@ -181,6 +183,7 @@ def _check_leaks(prepared: PreparedData, data: DataConfig, root: Store, ledger: 
 
     _, reused = ledger.get_or_run("check", inputs, run_check)
     report = LeakageReport.load(root.at(target))
+    _check_heldout_apart(prepared, data, report, f"{root.uri}/{target}/{DUPLICATES}")
     trained_on = "held-out images are also trained on: their accuracy is too high"
     overlaps = [("labeled", name, trained_on) for name in prepared.evaluation_sets]
     if prepared.calibration:
@@ -192,18 +195,55 @@ def _check_leaks(prepared: PreparedData, data: DataConfig, root: Store, ledger: 
         overlap = report.get_overlap(one_part, other_part)
         if overlap.same + overlap.near:
             log.get_logger().warning(
-                warning, set=other_part, same=overlap.same, near=overlap.near, list=f"{root.uri}/{target}/{DUPLICATES}"
+                warning,
+                set=other_part,
+                same_bytes=overlap.same,
+                nearly_alike=overlap.near,
+                list=f"{root.uri}/{target}/{DUPLICATES}",
             )
+    if report.skipped:
+        log.get_logger().warning("too many images are too much alike to compare them all", skipped=report.skipped)
     left_out = None
     if report.left_out and data.leak_guard == "exclude":
+        listed, same = f"{root.uri}/{target}/{LEFT_OUT}", report.left_out_same
+        share = report.left_out / report.images["pool"]
+        if share > data.max_left_out_share:
+            raise DataError(
+                f"data.max_left_out_share: {data.max_left_out_share:g}: {report.left_out:,} images of the pool ({share:.0%}) are also in "
+                f"evaluation sets ({same:,} with the same bytes, {report.left_out - same:,} nearly alike; listed in {listed}) and would "
+                "get no label; raise it if they are copies; lower data.near_duplicate_bits if they are other pictures"
+            )
         log.get_logger().warning(
             "images of the pool are also in evaluation sets, and get no label",
             images=report.left_out,
-            list=f"{root.uri}/{target}/{LEFT_OUT}",
+            same_bytes=same,
+            nearly_alike=report.left_out - same,
+            field="data.near_duplicate_bits",
+            list=listed,
         )
         left_out = LeftOutImages(key=target, report_digest=report.digest)
-    update = {"left_out": left_out, "check": f"{target}/{LeakageReport.filename}"}
+    update = {"left_out": left_out, "check": f"{target}/{LeakageReport.filename}" if is_on else None}
     return prepared.model_copy(update=update), reused
+
+
+def _check_heldout_apart(prepared: PreparedData, data: DataConfig, report: LeakageReport, listed: str) -> None:
+    """Raises DataError if images that decide or are reported are also trained on: by their bytes, or too many by their looks."""
+    for part in ("heldout", "calibration", "test"):
+        if not getattr(prepared, part):
+            continue
+        overlap, images = report.get_overlap("labeled", part), report.images[part]
+        if overlap.same:
+            raise DataError(
+                f"data.{part}: {overlap.same:,} images of data.labeled are also here, byte for byte (listed in {listed}); remove them "
+                "from one of the two: what is trained on cannot measure"
+            )
+        share = overlap.resembled / images
+        if share > data.max_heldout_overlap:
+            raise DataError(
+                f"data.{part}: {overlap.resembled:,} of its {images:,} images ({share:.0%}) are nearly alike to images of data.labeled "
+                f"(listed in {listed}); remove them from one of the two, or raise data.max_heldout_overlap "
+                f"({data.max_heldout_overlap:g})"
+            )
 
 
 def _check_networks(experiment: Experiment, ledger: Ledger, classes: int | None) -> None:

@@ -283,17 +283,59 @@ def test_prepare_refuses_evaluation_sets_of_another_role(tmp_path, uris):
 @pytest.mark.parametrize("guard", ["report", "off"])
 def test_leak_guard_can_leave_the_pool_alone(tmp_path, uris, guard):
     copy_heldout(tmp_path)
-    (prepared, _), root = prepare(tmp_path, uris, data={**uris, "leak_guard": guard})
+    prepared = prepare(tmp_path, uris, data={**uris, "leak_guard": guard})[0][0]
     assert prepared.left_out is None
-    assert bool(list(root.list("store/checks/"))) == (guard == "report")
+    assert bool(prepared.check) == (guard == "report")
 
 
-def test_leak_guard_warns_of_heldout_images_among_the_labeled(tmp_path, uris, capsys):
-    path = next((tmp_path / "heldout" / "cat").iterdir())
+@pytest.mark.parametrize("guard", ["exclude", "report", "off"])
+@pytest.mark.parametrize("part", ["heldout", "test"])
+def test_images_that_measure_are_no_labeled_ones(tmp_path, uris, guard, part):
+    fill(tmp_path / "test", ["cat", "dog"], seed=3)
+    data = {**uris, "test": str(tmp_path / "test"), "leak_guard": guard}
+    path = next((tmp_path / part / "cat").iterdir())
     (tmp_path / "labeled" / "cat" / "copy.png").write_bytes(path.read_bytes())
-    prepare(tmp_path, uris)
-    logged = capsys.readouterr()
-    assert "held-out images are also trained on" in logged.out + logged.err
+    with pytest.raises(
+        DataError, match=rf"^data\.{part}: 1 images of data\.labeled are also here, byte for byte \(listed in .*parquet"
+    ):
+        prepare(tmp_path, data)
+
+
+def test_copied_folder_is_not_accepted_as_heldout(tmp_path, uris):
+    shutil.rmtree(tmp_path / "heldout")
+    shutil.copytree(tmp_path / "labeled", tmp_path / "heldout")
+    with pytest.raises(DataError, match=r"^data\.heldout: 6 images of data\.labeled are also here, byte for byte"):
+        prepare(tmp_path, {**uris, "leak_guard": "off"})
+
+
+def fill_scenes(folder, seeds, quality) -> None:
+    folder.mkdir(parents=True)
+    for seed in seeds:
+        colors = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), np.uint8)
+        Image.fromarray(colors).resize((64, 64), Image.Resampling.BICUBIC).save(folder / f"{seed}.jpg", quality=quality)
+
+
+def test_large_overlap_by_looks_stops_and_asks(tmp_path, uris):
+    """One of twenty held-out images is a labeled one, and six of twenty of the pool are held out, saved again."""
+    for name, seeds, quality in (
+        ("scenes/cat", range(20), 95),
+        ("scenes/dog", range(20, 40), 95),
+        ("apart/cat", [2, *range(100, 109)], 90),
+        ("apart/dog", range(109, 119), 90),
+        ("scene-pool/any", [100, 101, 103, 104, 106, 107, *range(200, 214)], 85),
+    ):
+        fill_scenes(tmp_path / name, seeds, quality)
+    data = {"labeled": tmp_path / "scenes", "heldout": tmp_path / "apart", "pool": tmp_path / "scene-pool"}
+    data = {part: str(path) for part, path in data.items()}
+    apart = r"^data\.heldout: 1 of its 20 images \(5%\) are nearly alike to .* raise data\.max_heldout_overlap \(0\.04\)$"
+    with pytest.raises(DataError, match=apart):
+        prepare(tmp_path, {**data, "max_heldout_overlap": 0.04})
+    asked = r"^data\.max_left_out_share: 0\.2: 6 images of the pool \(30%\) are .*\(0 with the same bytes, 6 nearly alike; listed in "
+    with pytest.raises(DataError, match=asked):
+        prepare(tmp_path, data)
+    (prepared, _), root = prepare(tmp_path, {**data, "max_left_out_share": 0.3})
+    (rows,) = load_left_out_rows(root.at(prepared.left_out.key)).values()
+    assert len(rows) == 6
 
 
 @pytest.mark.parametrize(
