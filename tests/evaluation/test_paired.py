@@ -213,6 +213,17 @@ def test_bound_rise_of_rare_mistakes_is_not_biased():
     assert refuse_rises(300, 2.0, easy=-4.5)[0] <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / 150)
 
 
+def test_bound_rise_of_rare_flips_is_nearly_at_its_level():
+    """Kinds in which a teacher flips 2 to 500 times on 300 images: the hardest case for a bootstrap, at a limit of exactly 0."""
+    rng, rates, refused = np.random.default_rng(0), np.geomspace(0.002, 0.3, 10), 0
+    for run in range(150):
+        restless = rng.gamma(0.5, 2, (300, 1))
+        shares = (np.minimum(1, rates * restless * rng.gamma(2, 0.5, (300, 1))) for _ in range(2))
+        teacher, student = (rng.binomial(6, share).astype(np.uint8) for share in shares)
+        refused += bound_rise(teacher, student, level=LEVEL, resamples=1000, seed=run) > 0
+    assert refused / 150 <= 0.08
+
+
 def test_bound_rise_refuses_less_robust_student():
     assert refuse_rises(300, 2.0, runs=40, rise=0.8)[0] >= 0.9
 
