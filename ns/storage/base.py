@@ -19,6 +19,8 @@ class BlobEntry(NamedTuple):
     """Bytes."""
     stamp: str
     """A text that changes when the blob changes."""
+    modified_at: float = 0
+    """When it was written, seconds since 1970 by the store's clock; 0 if that is unknown."""
 
 
 class Store(Protocol):

@@ -130,7 +130,7 @@ class LocalStore:
             # A file that is gone since it was listed is left out.
             with os_errors_as_store_errors(target, "list"), suppress(FileNotFoundError):
                 status = target.stat()
-                yield BlobEntry(key, status.st_size, str(status.st_mtime_ns))
+                yield BlobEntry(key, status.st_size, str(status.st_mtime_ns), status.st_mtime)
 
     def delete(self, key: str) -> None:
         target = self._resolve_path(key)

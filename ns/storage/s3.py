@@ -179,7 +179,8 @@ class S3Store:
             for blob in self.service.client.list_objects(bucket_name=self.bucket, prefix=self._root + prefix, recursive=True):
                 key = (blob.object_name or "").removeprefix(self._root)
                 if _is_key(key):
-                    yield BlobEntry(key, blob.size or 0, (blob.etag or "").strip('"'))
+                    modified_at = blob.last_modified.timestamp() if blob.last_modified else 0
+                    yield BlobEntry(key, blob.size or 0, (blob.etag or "").strip('"'), modified_at)
 
     def delete(self, key: str) -> None:
         object_name = self._object_name(key)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from ns.labeling.label_set import (
     read_label_rows,
 )
 from ns.labeling.registry import LabelRegistry, LabelVersion, VersionTag
-from ns.labeling.registry.gc import collect_garbage
+from ns.labeling.registry.gc import SPARED_SECONDS, collect_garbage
 from ns.labeling.registry.storage import find_missing_keys, object_key
 from ns.labeling.selection import make_selection
 from ns.runs.lifecycle import derive_run_name, open_run
@@ -690,6 +691,42 @@ class Overtaken(LabelRegistry):
             act, self._act = self._act, lambda: None
             act()
             yield clone
+
+
+@pytest.mark.integration
+def test_data_without_a_tag_is_spared_for_a_day(tmp_path):
+    """What a committer pushed a moment ago, and has not tagged yet."""
+    git_uri = make_bare_repository(tmp_path / "git")
+    registry = LabelRegistry(git_uri, str(tmp_path / "remote"))
+    registry.commit_version(VersionTag("p", "r", 1), *make_label_set(tmp_path / "labels"))
+    pushed = tmp_path / "remote" / "files" / "md5" / "ab" / ("c" * 30)
+    pushed.parent.mkdir(exist_ok=True)
+    pushed.write_bytes(b"rows")
+    assert collect_garbage(registry, dry_run=False).keys == ()
+    old = time.time() - SPARED_SECONDS - 1
+    os.utime(pushed, (old, old))
+    assert collect_garbage(registry, dry_run=False).keys == (f"files/md5/ab/{'c' * 30}",)
+    assert not pushed.exists()
+
+
+@pytest.mark.integration
+def test_commit_pushes_data_that_vanished_before_its_tag(tmp_path, monkeypatch):
+    git_uri = make_bare_repository(tmp_path / "git")
+    remote = tmp_path / "remote"
+    registry = LabelRegistry(git_uri, str(remote))
+    real = GitCommands.run_git
+
+    def lose_data(self, *arguments, **options):
+        if arguments[0] == "push":
+            shutil.rmtree(remote / "files", ignore_errors=True)
+        return real(self, *arguments, **options)
+
+    registry.commit_version(VersionTag("p", "r", 1), *make_label_set(tmp_path / "first", seed=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(GitCommands, "run_git", lose_data)
+        registry.commit_version(VersionTag("p", "r", 2), *make_label_set(tmp_path / "labels"))
+    registry.download_version("labels/p/r/gen-2", tmp_path / "there")
+    assert contents(tmp_path / "labels").items() <= contents(tmp_path / "there").items()
 
 
 @pytest.mark.integration

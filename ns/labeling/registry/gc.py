@@ -4,6 +4,7 @@ Not by `dvc gc`: its multi-object delete is refused by S3 servers that want a Co
 needs without a terminal, a list of files that it cannot read makes all files in it garbage.
 """
 
+import time
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -11,8 +12,11 @@ from ns.core.errors import DataError, RunError
 from ns.labeling.registry.git import CURRENT_PREFIX, RegistryClone
 from ns.labeling.registry.model import LabelVersion, VersionTag
 from ns.labeling.registry.registry import LabelRegistry
-from ns.labeling.registry.storage import LABELS_DIR, find_missing_keys, list_objects, version_object_keys
+from ns.labeling.registry.storage import LABELS_DIR, find_missing_keys, iterate_objects, version_object_keys
 from ns.storage import open_store
+
+SPARED_SECONDS = 24 * 3600
+"""Who pushed data so lately may still be about to tag it."""
 
 
 class RegistryGarbage(NamedTuple):
@@ -27,9 +31,9 @@ class RegistryGarbage(NamedTuple):
 def collect_garbage(registry: LabelRegistry, drop: Iterable[VersionTag] = (), *, dry_run: bool = True) -> RegistryGarbage:
     """Deletes the versions in `drop`, and data that no tag needs. With `dry_run` only says what that would be.
 
-    Only for a remote that holds nothing else, at a time when nobody commits: data that is pushed, but not yet tagged, looks
-    like garbage. Raises RunError for a version that is in use or does not exist, DataError if data of a version that stays is
-    missing, or if a ref holds data that `ns labels commit` did not put there.
+    Only for a remote that holds nothing else. Data that is pushed, but not yet tagged, looks like garbage: what is younger than a day
+    is spared, unless a dropped version has it. Raises RunError for a version that is in use or does not exist, DataError if data of a
+    version that stays is missing, or if a ref holds data that `ns labels commit` did not put there.
     """
     dropped = tuple(VersionTag.from_parts(*tag) for tag in drop)
     dropped_refs = {tag.ref for tag in dropped}
@@ -39,8 +43,13 @@ def collect_garbage(registry: LabelRegistry, drop: Iterable[VersionTag] = (), *,
             registry.require_ref(clone, str(tag), tag.ref)
             if tag in in_use:
                 raise RunError(f"{tag}: is in use (current/{tag.project}); promote another version before dropping it")
-        objects = list_objects(clone.remote)
-        keys = sorted(objects.keys() - _find_used_keys(clone, clone.refs.keys() - dropped_refs, objects))
+        entries = list(iterate_objects(clone.remote))
+        objects = {entry.key: entry.size for entry in entries}
+        unused_keys = objects.keys() - _find_used_keys(clone, clone.refs.keys() - dropped_refs, objects)
+        dropped_keys = {key for ref in dropped_refs for key in version_object_keys(clone.read_version(ref))}
+        spared_from = time.time() - SPARED_SECONDS
+        young_keys = {entry.key for entry in entries if entry.modified_at > spared_from}
+        keys = sorted(unused_keys - (young_keys - dropped_keys))
         if not dry_run:
             for ref in dropped_refs:
                 # First the name, then the data.

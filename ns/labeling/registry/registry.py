@@ -77,6 +77,9 @@ class LabelRegistry(RegistryRepository):
                 with self.open_clone(tag.ref) as newer_clone:
                     self._find_existing(newer_clone, tag, label_set, selection)
                 return False
+            if find_missing_keys(clone.remote, version):
+                # `ns labels gc` took the data for garbage before the tag was there; now it sees the tag.
+                _push_data(clone, version)
             return True
 
     def list_versions(self) -> list[VersionSummary]:

@@ -7,7 +7,7 @@ layout only to tell whether data is there, and which of it no version needs.
 import hashlib
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import yaml
@@ -18,6 +18,7 @@ from ns.labeling.label_set import HISTOGRAM, LabelSet, LabelShard, label_shard_k
 from ns.labeling.registry.model import LabelVersion, VersionFile
 from ns.labeling.selection import Selection
 from ns.storage import LocalStore, Store, open_store
+from ns.storage.base import BlobEntry
 from ns.storage.scratch import explain_scratch_errors
 
 LABELS_DIR = "labels"
@@ -39,11 +40,14 @@ def version_object_keys(version: LabelVersion) -> set[str]:
 
 def list_objects(remote: str) -> dict[str, int]:
     """Key and bytes of all that DVC keeps in the remote."""
-    return {
-        entry.key: entry.size
-        for entry in open_store(remote).entries(OBJECTS_PREFIX)
-        if re.fullmatch(r"[0-9a-f]{2}/[0-9a-f]{30}(\.dir)?", entry.key[len(OBJECTS_PREFIX) :])
-    }
+    return {entry.key: entry.size for entry in iterate_objects(remote)}
+
+
+def iterate_objects(remote: str) -> Iterator[BlobEntry]:
+    """Yields all that DVC keeps in the remote."""
+    for entry in open_store(remote).entries(OBJECTS_PREFIX):
+        if re.fullmatch(r"[0-9a-f]{2}/[0-9a-f]{30}(\.dir)?", entry.key[len(OBJECTS_PREFIX) :]):
+            yield entry
 
 
 def find_damaged_keys(version: LabelVersion, objects: Mapping[str, int]) -> list[str]:
