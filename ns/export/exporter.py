@@ -64,7 +64,7 @@ class ExportManifest(JsonDocument):
     format: Literal[1] = 1
     model: str
     """Digest of the model's manifest."""
-    weights_sha256: Sha256
+    weights_sha256: str
     dataset: str
     """Digest of the dataset whose images were used for the checks."""
     resolution: int
