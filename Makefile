@@ -18,7 +18,7 @@ OVERLAY_OPTIONS = $(if $(OVERLAY),--overlay "$(OVERLAY)") $(if $(REGISTRY),--reg
 MUTMUT = OMP_NUM_THREADS=1 PYTHONPATH="$(abspath $(VENV)-mutation)" $(BIN)/python -m mutmut
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-integration test-containers test-all coverage lint format bench-data bench-train bench-label bench-select bench-order bench-method bench-loop bench bench-quick soak compile dashboards images deploy undeploy diff status ui cluster validate checkov mutation constraints venv clean distclean
+.PHONY: help run test test-integration test-containers test-all coverage lint format bench-data bench-train bench-label bench-select bench-order bench-method bench-loop bench bench-quick soak compile dashboards images deploy undeploy diff status ui cluster validate checkov audit mutation constraints venv clean distclean
 
 ##@ Start
 
@@ -78,7 +78,7 @@ constraints: $(VENV)/.test ## Write constraints.txt from what is installed
 venv: $(VENV)/.test ## Create the virtual environment for development
 
 distclean: clean ## Remove runs/ and the virtual environments
-	rm -rf $(VENV) $(VENV)-checkov $(VENV)-mutation mutants
+	rm -rf $(VENV) $(VENV)-audit $(VENV)-checkov $(VENV)-mutation mutants
 
 ##@ Measure
 
@@ -147,6 +147,9 @@ validate: $(VENV)/.test ## Check the manifests in k8s/ against Kubernetes' schem
 checkov: $(VENV)-checkov/.installed ## Check the manifests with checkov too
 	@$(BIN)/python -m k8s.validate --checkov $(VENV)-checkov/bin/checkov $(ARGS)
 
+audit: $(VENV)-audit/.installed ## Look up known holes of the dependencies
+	@$(VENV)-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off $(ARGS)
+
 # A stamp is touched last, so that the same target continues an interrupted installation. Each set of packages includes the smaller ones.
 $(VENV)/.run $(VENV)/.test $(VENV)/.bench: pyproject.toml constraints.txt install.sh
 
@@ -166,6 +169,11 @@ $(VENV)/.bench:
 $(VENV)-checkov/.installed: $(VENV)/.test
 	@$(BIN)/python -m venv $(VENV)-checkov
 	@$(VENV)-checkov/bin/pip install --disable-pip-version-check --quiet checkov==3.3.30
+	@touch $@
+
+$(VENV)-audit/.installed: $(VENV)/.test
+	@$(BIN)/python -m venv $(VENV)-audit
+	@$(VENV)-audit/bin/pip install --disable-pip-version-check --quiet pip-audit==2.10.1
 	@touch $@
 
 # It runs the tests, so it needs our packages beside its own.

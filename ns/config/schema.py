@@ -3,6 +3,7 @@
 Defaults are the paper's (arXiv:1911.04252 v4 and its reference code). Derived values are computed, not configured.
 """
 
+import difflib
 import math
 import re
 from typing import Annotated, Any, Literal, Self, get_args
@@ -105,13 +106,43 @@ class DataConfig(ImportConfig):
 Crop = Literal["resized", "pad", "none"]
 
 
+WORD = re.compile(r"[A-Za-z0-9_]{1,40}")
+# Models come from strangers too, and timm's other arguments would read files, the network, and in old versions pickles.
+ARCHITECTURE_ARGS: frozenset[str] = frozenset({
+    "aa_layer", "act_layer", "attn_drop_rate", "attn_ratio", "avg_down", "base_dim", "base_dims", "base_width",
+    "block_config", "bn_eps", "bn_momentum", "bn_size", "bn_tf", "bottle_ratio", "cardinality", "channel_multiplier",
+    "channels", "class_token", "conv_mlp", "conv_ratio", "deepen_factor", "depth", "depth_mult", "depths", "dim_mul", "dims",
+    "down_kernel_size", "downsamples", "drop_block_rate", "dynamic_img_pad", "dynamic_img_size", "embed_dim", "embed_dims",
+    "expand_ratio", "expansion_ratio", "fc_norm", "final_norm", "fix_stem", "fused_conv", "global_pool", "growth_rate",
+    "head_dim", "head_hidden_size", "head_init_scale", "head_mul", "head_norm", "head_norm_first", "head_widths",
+    "hidden_sizes", "img_size", "init_values", "kernel_size", "kernel_sizes", "key_dim", "layer_scale_init_value", "layers",
+    "ls_init_value", "mlp_ratio", "mlp_ratios", "no_embed_class", "norm_eps", "norm_layer", "num_blocks", "num_features",
+    "num_heads", "num_init_features", "num_kv_heads", "num_reg_tokens", "output_stride", "pad_type", "patch_drop_rate",
+    "patch_size", "pool_size", "pos_drop_rate", "pos_embed", "pre_norm", "preact", "proj_bias", "proj_drop_rate", "qk_norm",
+    "qkv_bias", "qkv_fused", "reg_tokens", "rope_temperature", "rope_theta", "se_layer", "se_ratio", "sr_ratios",
+    "stage_depths", "stages", "stem_bias", "stem_chs", "stem_kernel_size", "stem_size", "stem_stride", "stem_type",
+    "stem_width", "strict_img_size", "strides", "swiglu_mlp", "use_abs_pos", "use_abs_pos_emb", "use_conv", "use_fc_norm",
+    "use_grn", "use_layer_scale", "use_pos_embed", "use_rel_pos", "use_rope", "weight_init", "widen_factor", "width",
+    "width_factor", "width_mult", "widths", "window_ratio", "window_size", "window_sizes", "zero_init_last",
+})  # fmt: skip
+"""Arguments of timm's networks that decide their shape and nothing else."""
+
+
+def _is_plain_value(value: Any, depth: int = 0) -> bool:
+    if isinstance(value, list | tuple):
+        return depth < 2 and all(_is_plain_value(item, depth + 1) for item in value)
+    return (
+        value is None or isinstance(value, bool | int | float) or (isinstance(value, str) and WORD.fullmatch(value) is not None)
+    )
+
+
 class ModelConfig(Section):
     """A timm network."""
 
-    arch: str = "efficientnet_b0"
+    arch: str = Field(default="efficientnet_b0", max_length=100)
     """Name of a timm architecture."""
     args: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of `timm.create_model`."""
+    """Further arguments of the architecture, such as `img_size` and `bn_eps`: plain values and lists that decide its shape."""
     resolution: int = Field(default=224, ge=8, le=2048)
     """Training resolution, px."""
     test_resolution: int | None = Field(default=None, ge=8, le=2048)
@@ -145,7 +176,21 @@ class ModelConfig(Section):
         for name, instead in reserved.items():
             if name in args:
                 raise ValueError(f"{name} is set elsewhere: use {instead}")
+        for name, value in args.items():
+            if name not in ARCHITECTURE_ARGS:
+                similar = difflib.get_close_matches(name, sorted(ARCHITECTURE_ARGS), n=3)
+                hint = f"did you mean {' or '.join(similar)}?" if similar else "leave it out"
+                raise ValueError(f"{name}: is none of the arguments that decide a network's shape; {hint}")
+            if not _is_plain_value(value):
+                raise ValueError(f"{name}: must be a number, a word, true, false, or a list of such")
         return args
+
+    @field_validator("arch")
+    @classmethod
+    def _check_arch(cls, arch: str) -> str:
+        if not re.fullmatch(r"\w+(\.\w+)?", arch, re.ASCII):
+            raise ValueError("must be the name of a timm architecture; sources such as hf-hub: and local-dir: are never read")
+        return arch
 
     @property
     def inference_resolution(self) -> int:

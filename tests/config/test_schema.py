@@ -213,6 +213,30 @@ def test_small_preset_reaches_into_the_optimizer():
     assert (teacher.model.reduce_stride, teacher.noise.cutout_px) == (4, 16)
 
 
+LOADED = {
+    "checkpoint_path": "/etc/passwd", "pretrained_cfg_overlay": {"file": "w.bin"}, "pretrained_cfg": "x", "cache_dir": "/tmp",
+    "pretrained_model_args": {}, "feature_cfg": {}, "device": "cuda", "scriptable": True, "features_only": True, "bn_esp": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOADED)
+def test_model_args_are_those_of_shape(name):
+    assert f"x.yaml: teacher.model.args.{name}: is none of" in refused(
+        {**MINIMAL, "teacher": {"model": {"args": {name: LOADED[name]}}}}
+    )
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, "/etc/passwd", "../x", "a:b", [[["deep"]]]])
+def test_model_args_are_plain_values(value):
+    assert "x.yaml: teacher.model.args.act_layer" in refused({**MINIMAL, "teacher": {"model": {"args": {"act_layer": value}}}})
+
+
+@pytest.mark.parametrize("arch", ["hf-hub:timm/resnet18", "local-dir:/tmp/x", "hf_hub:x", "a/b", "../x", "", "resnet18\n"])
+def test_model_arch_is_a_name(arch):
+    assert "x.yaml: teacher.model.arch: " in refused({**MINIMAL, "teacher": {"model": {"arch": arch}}})
+    assert RoleConfig.model_validate({"model": {"arch": "vit_tiny_patch16_224.augreg_in21k"}})
+
+
 def test_preset_args_are_not_inherited_by_another_network():
     assert RoleConfig.model_validate({"preset": "b0", "model": {"arch": "resnet50", "args": {}}}).model.args == {}
 
