@@ -114,6 +114,31 @@ def test_thresholds_miss_their_precision_no_more_often_than_their_level_says(cas
         assert passing > (40 if shape < 1 else 80), "a test that never passes misses nothing"
 
 
+@pytest.mark.parametrize("informative", [False, True], ids=["confidence says nothing", "confidence tells the classes apart"])
+def test_pooled_threshold_of_a_mix_of_rare_classes_holds_its_level(informative):
+    """Simulation: 40 classes with 1 to 12 images each, half of them right 97 times of 100, half of them 82 times."""
+    rng = np.random.default_rng(2)
+    misses = passing = 0
+    for _ in range(300):
+        predicted = np.repeat(np.arange(40), rng.integers(1, 13, 40))
+        is_good = predicted % 2 == 0
+        correct = rng.random(len(predicted)) < np.where(is_good, 0.97, 0.82)
+        confidence = rng.random(len(predicted)) * 0.5 + 0.5 * (is_good & informative)
+        found = find_thresholds(
+            predicted, confidence.astype(np.float32), correct, 40, precision=0.9, level=0.95, evaluation=""
+        ).classes
+        assert len(set(found)) == 1
+        assert found[0].pooled
+        if found[0].threshold <= 1:
+            passing += 1
+            # Of labels above t, good classes give 0.5 (1 - 2 (t - 0.5)) for t above 0.5, where there are no others.
+            t = found[0].threshold
+            good, bad = (0.5, 0.5 - t) if informative else (0.5 - t, 0.5 - t)
+            misses += t < 0.5 and (0.97 * good + 0.82 * bad) / (good + bad) < 0.9
+    assert misses <= binom.ppf(0.995, 300, 0.05)
+    assert passing > 100 if informative else passing == misses
+
+
 def test_lowest_passing_threshold_would_miss_more_often():
     """Why thresholds are tested in a fixed sequence: among all thresholds, one passes by chance far too often."""
     rng = np.random.default_rng(1)

@@ -83,7 +83,14 @@ def test_thresholds_need_calibration_images(finished_run):
 
 def test_first_selection_chooses_the_images_of_all_generations(finished_run):
     store, _ = finished_run
-    options = ["selection.from=first", "selection.policy=aligned", "selection.weights=confidence", "generations=2"]
+    # A name of its own: the accepted students of an experiment are those of all its runs.
+    options = [
+        "name=first-choice",
+        "selection.from=first",
+        "selection.policy=aligned",
+        "selection.weights=confidence",
+        "generations=2",
+    ]
     ref = open_tiny_run(store, *options)
     run_loop(ref)
     first, second = (open_label_set(store, f"{ref.run}/gen-{generation}") for generation in (1, 2))
