@@ -11,6 +11,7 @@ from ns.labeling.alignment import align_rows
 from ns.labeling.label_set import expand_probabilities, read_label_rows
 from ns.labeling.pseudo_label_dataset import load_pseudo_labels
 from ns.labeling.selection import CopyReader, count_copies
+from ns.labeling.thresholds import NEVER_SURE
 from ns.modeling.predictor import Predictor
 from ns.runs.lookup import (
     find_policy_thresholds,
@@ -33,7 +34,7 @@ def test_commit_labels_fails_if_nothing_is_selected(finished_run):
 
 def test_commit_labels_turns_a_precision_into_thresholds(finished_run):
     store, _ = finished_run
-    ref = open_tiny_run(store, "selection.precision=0.6", "selection.confidence=0.8", "labeling.views=five")
+    ref = open_tiny_run(store, "selection.precision=0.3", "selection.confidence=0.8", "labeling.views=five")
     data = prepare_data(ref)
     first = train_generation(ref, data=data, generation=0)
     evaluated = Evaluation.load_file(store, evaluate_generation(ref, data=data, generation=0, model=first))
@@ -54,8 +55,10 @@ def test_commit_labels_turns_a_precision_into_thresholds(finished_run):
     assert {calibration.images, evaluated.images} == {250}
     assert thresholds == find_policy_thresholds(store, labels, labels.selection.policy)
     for rule, of_class in zip(labels.selection.rules, thresholds.classes, strict=True):
-        assert rule.threshold == max(np.float32(0.3), np.float32(of_class.threshold))
-        assert of_class.bound >= 0.6 or rule.kept == 0
+        assert rule.fallback == (of_class.threshold == NEVER_SURE)
+        assert rule.threshold == (np.float32(0.3) if rule.fallback else max(np.float32(0.3), np.float32(of_class.threshold)))
+        assert rule.fallback or of_class.bound >= 0.3
+    assert not all(rule.fallback for rule in labels.selection.rules)
     assert 0 < labels.selection.kept < labels.label_set.rows
 
 
