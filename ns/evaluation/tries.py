@@ -36,8 +36,12 @@ def number_try(root: Store, gate_try: GateTry) -> int:
     store = root.at(f"{TRIES}/{shorten_digest(gate_try.heldout)}")
     pair = shorten_digest(digest_json(gate_try.model_dump()))
     number_key = f"{pair}/{NUMBER}"
-    if not store.exists(number_key):
+    recorded = TryNumber.find_file(store, number_key)
+    if recorded is None:
         store.create(f"{pair}/{RECORD}", encode_json(gate_try.model_dump()))
-        counted = sum(key.endswith(f"/{RECORD}") for key in store.list())
-        store.create(number_key, encode_json(TryNumber(number=counted).model_dump()))
-    return TryNumber.load_file(store, number_key).number
+        counted = TryNumber(number=sum(key.endswith(f"/{RECORD}") for key in store.list()))
+        # The first of several clients decides. What is there and cannot be read, is made again.
+        if not store.create(number_key, encode_json(counted.model_dump())) and not TryNumber.find_file(store, number_key):
+            counted.save_file(store, number_key)
+        recorded = TryNumber.load_file(store, number_key)
+    return recorded.number

@@ -52,6 +52,15 @@ def test_number_try_after_a_kill(tmp_path, writes):
     assert number_try(root, make_try(2)) == 3
 
 
+def test_number_try_after_a_number_was_lost(tmp_path):
+    root = LocalStore(tmp_path)
+    assert [number_try(root, make_try(number)) for number in (0, 1)] == [1, 2]
+    (lost,) = (key for key in root.list(f"{TRIES}/") if key.endswith(NUMBER) and b"1" in root.get(key))
+    root.put(lost, b"")
+    # It counts as the last of those that are there: no level is used twice that was too lenient.
+    assert [number_try(root, make_try(number)) for number in (0, 1, 0)] == [2, 2, 2]
+
+
 def _count(arguments):
     path, numbers = arguments
     return [number_try(LocalStore(path), make_try(number)) for number in numbers]
