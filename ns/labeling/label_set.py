@@ -248,31 +248,6 @@ def _read_keys(path: Path, rows: npt.NDArray[np.int64]) -> list[str]:
     return keys
 
 
-def expand_probabilities(rows: LabelRows, num_classes: int) -> npt.NDArray[np.float32]:
-    """Probabilities float32 [N, classes]; each row sums to 1: the kept classes, and the rest spread evenly over the others.
-
-    Unreadable rows are all NaN.
-    """
-    full = np.full((len(rows.keys), num_classes), np.nan, np.float32)
-    full[rows.readable] = expand_top_k(rows.top_class[rows.readable], rows.top_prob[rows.readable], num_classes)
-    return full
-
-
-def expand_top_k(
-    top_class: npt.NDArray[np.uint16], top_prob: npt.NDArray[np.floating[Any]], num_classes: int
-) -> npt.NDArray[np.float32]:
-    """Probabilities float32 [N, classes] of labeled rows, from their kept classes [N, k]; see `expand_probabilities`."""
-    # Called for single rows too, so without np.clip and np.put_along_axis, which take twice as long then.
-    top_prob = top_prob.astype(np.float32)
-    count, k = top_prob.shape
-    full = np.zeros((count, num_classes), np.float32)
-    if k < num_classes:
-        full += np.minimum(np.maximum(1 - top_prob.sum(1, keepdims=True), 0), 1) / (num_classes - k)
-    full[np.arange(count)[:, None], top_class] = top_prob
-    full /= full.sum(1, keepdims=True)
-    return full
-
-
 def compute_histogram(
     predicted: npt.NDArray[np.uint16], confidence: npt.NDArray[np.float32], num_classes: int
 ) -> npt.NDArray[np.uint64]:

@@ -10,32 +10,39 @@ from ns.data.dataset import Dataset
 from ns.data.loading.shard_reader import ImageSource
 from ns.data.loading.stream import PseudoLabeledImages
 from ns.labeling.alignment import align_rows
-from ns.labeling.label_set import LabelRows, LabelSet, expand_top_k, iter_label_rows, read_label_rows
+from ns.labeling.label_set import LabelRows, LabelSet, iter_label_rows, read_label_rows
 from ns.labeling.selection import CopyReader, Selection
 from ns.storage import Store
 
 
 class TopKTargets:
-    """The targets of a shard's kept rows as the label set has them: dense ones of all rows would be 40 MB with 1,000 classes.
+    """The targets of a shard's kept rows: the kept classes of a label, and the rest of its probability spread evenly over the others.
 
-    A target sums to the image's weight: its confidence divided by `mean_confidence`, or 1 without it.
+    As compact as the label set: dense targets of all rows would be 40 MB with 1,000 classes. A target sums to the image's weight: its
+    confidence divided by `mean_confidence`, or 1 without it.
     """
 
     def __init__(
         self, rows: LabelRows, kept_rows: npt.NDArray[np.int64], num_classes: int, mean_confidence: float | None = None
     ) -> None:
         self._kept_rows = kept_rows
+        self._num_classes = num_classes
         self._top_class = rows.top_class[kept_rows]
         self._top_prob = rows.top_prob[kept_rows]
-        self._num_classes = num_classes
-        self._weights = None if mean_confidence is None else rows.confidence[kept_rows] / np.float32(mean_confidence)
+        total = self._top_prob.sum(1, dtype=np.float32)
+        others = num_classes - self._top_prob.shape[1]
+        rest = np.clip(1 - total, 0, 1) / others if others else np.zeros_like(total)
+        weights = 1 if mean_confidence is None else rows.confidence[kept_rows] / np.float32(mean_confidence)
+        # Rounded probabilities do not quite sum to 1.
+        self._scale = weights / (total + rest * others)
+        self._rest = rest * self._scale
 
     def __getitem__(self, row: int) -> npt.NDArray[np.float32]:
         """float32 [classes] of a kept row."""
-        at = int(np.searchsorted(self._kept_rows, row))
-        target: npt.NDArray[np.float32]
-        (target,) = expand_top_k(self._top_class[at : at + 1], self._top_prob[at : at + 1], self._num_classes)
-        return target if self._weights is None else target * self._weights[at]
+        at = self._kept_rows.searchsorted(row)
+        target = np.full(self._num_classes, self._rest[at], np.float32)
+        target[self._top_class[at]] = self._top_prob[at] * self._scale[at]
+        return target
 
 
 def load_pseudo_labels(

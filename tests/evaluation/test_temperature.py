@@ -3,13 +3,14 @@ import pytest
 
 from ns.evaluation.result import Evaluation, FittedTemperature, read_predictions
 from ns.evaluation.temperature import TEMPERATURE_RANGE, fit_temperature
-from ns.labeling.label_set import expand_probabilities, read_label_rows
+from ns.labeling.label_set import read_label_rows
 from ns.modeling.labeler import combine_probabilities
 from ns.runs.lookup import open_label_set
 from ns.stages.evaluate import evaluate_generation
 from ns.stages.prepare import prepare_data
 from ns.stages.train import train_generation
 from ns.storage import parent_key
+from tests.labeling.dense import expand_probabilities
 from tests.loop import label_pool, open_tiny_run
 
 

@@ -11,7 +11,6 @@ from ns.labeling.label_set import (
     LabelSet,
     LabelShard,
     compute_histogram,
-    expand_probabilities,
     join_label_shards,
     read_histogram,
     read_label_rows,
@@ -20,6 +19,7 @@ from ns.labeling.label_set import (
 from ns.labeling.predict import write_label_shard
 from ns.modeling.predictor import ShardPredictions
 from ns.storage import LocalStore
+from tests.labeling.dense import expand_probabilities
 
 
 def pool_of(shards: int) -> Dataset:

@@ -7,10 +7,11 @@ from ns.core.errors import DataError
 from ns.data.dataset import Dataset, Shard
 from ns.data.index import ShardIndex
 from ns.data.shards import ShardSample
-from ns.labeling.label_set import LabelRows, build_row_schema, expand_probabilities, read_label_rows
+from ns.labeling.label_set import LabelRows, build_row_schema, read_label_rows
 from ns.labeling.pseudo_label_dataset import TopKTargets, load_pseudo_labels
 from ns.labeling.selection import make_selection
 from ns.storage import LocalStore
+from tests.labeling.dense import expand_probabilities
 
 CLASSES = ("cat", "dog")
 ROWS = [("a", 0, 0.9), ("b", 0, 0.2), ("c", 1, 0.8), ("d", 1, None)]
@@ -52,7 +53,7 @@ def test_targets_are_the_probabilities_of_the_label_set(make_label_set, tmp_path
     pseudo = load_pseudo_labels(store, label_set, selection, *save_index(tmp_path, "abcd"))
     expected = expand_probabilities(read_label_rows(store, label_set.shards[0]), len(classes))
     for row in (0, 2):
-        np.testing.assert_array_equal(pseudo.read_targets(0)[row], expected[row])
+        np.testing.assert_allclose(pseudo.read_targets(0)[row], expected[row], rtol=1e-6)
 
 
 def test_targets_refuse_keys_of_another_pool(make_label_set, tmp_path):
@@ -63,24 +64,36 @@ def test_targets_refuse_keys_of_another_pool(make_label_set, tmp_path):
         pseudo.read_targets(0)
 
 
-@pytest.mark.parametrize(("classes", "top_k"), [(5, 5), (1000, 10)])
-def test_targets_of_kept_rows_equal_expanded_probabilities(classes, top_k):
-    rng = np.random.default_rng(0)
-    probabilities = -np.sort(-rng.dirichlet(np.full(classes, 0.1), 50))[:, :top_k].astype(np.float16)
-    class_ids = np.stack([rng.permutation(classes)[:top_k] for _ in range(50)]).astype(np.uint16)
+def build_rows(class_ids: np.ndarray, probabilities: np.ndarray) -> LabelRows:
+    count, top_k = class_ids.shape
     table = pa.table(
         [
-            [str(row) for row in range(50)],
+            [str(row) for row in range(count)],
             pa.array(probabilities[:, 0].astype(np.float32)),
-            pa.FixedSizeListArray.from_arrays(pa.array(class_ids.reshape(-1)), top_k),
-            pa.FixedSizeListArray.from_arrays(pa.array(probabilities.reshape(-1)), top_k),
-            pa.nulls(50, pa.string()),
+            pa.FixedSizeListArray.from_arrays(pa.array(class_ids.reshape(-1).astype(np.uint16)), top_k),
+            pa.FixedSizeListArray.from_arrays(pa.array(probabilities.reshape(-1).astype(np.float16)), top_k),
+            pa.nulls(count, pa.string()),
         ],
         schema=build_row_schema(top_k),
     )
-    rows = LabelRows(table)
+    return LabelRows(table)
+
+
+def test_targets_spread_the_rest_evenly():
+    rows = build_rows(np.array([[3, 1]]), np.array([[0.6, 0.2]]))
+    target = TopKTargets(rows, np.array([0]), 6)[0]
+    assert target.dtype == np.float32
+    np.testing.assert_allclose(target, [0.05, 0.2, 0.05, 0.6, 0.05, 0.05], atol=1e-3)
+
+
+@pytest.mark.parametrize(("classes", "top_k"), [(5, 5), (1000, 10)])
+def test_targets_of_kept_rows_equal_expanded_probabilities(classes, top_k):
+    rng = np.random.default_rng(0)
+    probabilities = -np.sort(-rng.dirichlet(np.full(classes, 0.1), 50))[:, :top_k]
+    rows = build_rows(np.stack([rng.permutation(classes)[:top_k] for _ in range(50)]), probabilities)
     kept_rows = np.flatnonzero(rng.random(50) < 0.3)
     targets = TopKTargets(rows, kept_rows, classes)
     expected = expand_probabilities(rows, classes)
     for row in kept_rows.tolist():
-        np.testing.assert_array_equal(targets[row], expected[row])
+        np.testing.assert_allclose(targets[row], expected[row], rtol=1e-6)
+        assert targets[row].sum() == pytest.approx(1, abs=1e-6)

@@ -13,7 +13,7 @@ from ns.data.importing.writer import ShardWriter
 from ns.data.loading.decode import decode_image
 from ns.data.loading.shard_reader import ImageSource
 from ns.data.shards import read_samples
-from ns.labeling.label_set import LabelRows, LabelShard, expand_probabilities, read_label_rows
+from ns.labeling.label_set import LabelShard, read_label_rows
 from ns.labeling.predict import label_pool_shards
 from ns.labeling.selection import select_pseudo_labels
 from ns.modeling import factory as models
@@ -22,6 +22,7 @@ from ns.modeling.manifest import Lineage
 from ns.modeling.precision import PrecisionMode
 from ns.modeling.predictor import Predictor
 from ns.storage import LocalStore
+from tests.labeling.dense import expand_probabilities
 
 CLASSES = tuple("abcde")
 LABELING = LabelingConfig()
@@ -125,24 +126,6 @@ def test_labeling_is_done_once_per_shard_in_tar_order(model, pool, tmp_path):
     readable = rows.readable
     np.testing.assert_allclose(expand_probabilities(rows, 5)[readable], probabilities[readable], atol=2e-3)
     np.testing.assert_array_equal(rows.top_class[readable, 0], probabilities[readable].argmax(1))
-
-
-def test_expand_probabilities_spreads_the_tail_evenly():
-    import pyarrow as pa
-
-    from ns.labeling.label_set import build_row_schema
-
-    table = pa.table(
-        [
-            ["x"],
-            pa.array([0.6], pa.float32()),
-            pa.array([[3, 1]], pa.list_(pa.uint16(), 2)),
-            pa.array([np.array([0.6, 0.2], np.float16)], pa.list_(pa.float16(), 2)),
-            pa.array([None], pa.string()),
-        ],
-        schema=build_row_schema(2),
-    )
-    np.testing.assert_allclose(expand_probabilities(LabelRows(table), 6), [[0.05, 0.2, 0.05, 0.6, 0.05, 0.05]], atol=1e-3)
 
 
 def test_left_out_images_get_no_label(model, pool, tmp_path):
