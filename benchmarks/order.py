@@ -76,7 +76,7 @@ def main() -> None:
     worst: dict[str, list[float]] = {"seen_share": [], "mix_error": [], "mib_per_worker": []}
     for shards in (8, 50, 400):
         for times in ((1,), (13,), (100,), (1, 13), (1, 100)):
-            pool, copies = make_pool(shards, rows, times), " and ".join(map(str, times))
+            pool, copies = make_pool(shards, rows, times), "+".join(map(str, times))
             seen, mib = measure_seen_share(pool), measure_mib(pool)
             mixed = measure_mix_error(pool)
             sorted_by_class = measure_mix_error(sort_by_class(pool)) if len(times) == 1 else None
