@@ -9,9 +9,10 @@ have so many, and as many fewer images. Positions are taken as a training takes 
     mix_error                largest relative deviation of a class's share in 50 steps from that in the selection; greatest case, of
                              classes that are spread over the shards and of shards that hold one class each
     mib_per_worker           MiB that the order takes in each loader process beside the copies; greatest case
-    order_throughput_ratio   positions per second ÷ those of the plain order; least case
+    order_throughput_ratio   positions per second of CPU time ÷ those of the plain order; least case
 """
 
+import time
 import tracemalloc
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -69,7 +70,7 @@ class PlainShuffle:
 
 def main() -> None:
     options = parse_arguments(__doc__ or "")
-    rows, rounds = (5_000, 3) if options.quick else (SHARD_ROWS, 5)
+    rows, rounds = (5_000 if options.quick else SHARD_ROWS), 5
     figures: dict[str, float] = {}
     quality = Table("shards", "copies", "seen", "mix error", "one class per shard", "MiB")
     speed = Table("shards", "copies", "figure", "positions/s", "plain", "median", "range")
@@ -88,7 +89,8 @@ def main() -> None:
             ours, plain = ShardShuffle(pool.copies, (0, 0)), PlainShuffle(pool.copies)
             # Whole windows: most of a plain one's time goes into its beginning.
             positions = max(plain.starts[1], 1_000_000)
-            measured = measure_rates({"ours": make_reader(ours, positions), "plain": make_reader(plain, positions)}, rounds)
+            readers = {"ours": make_reader(ours, positions), "plain": make_reader(plain, positions)}
+            measured = measure_rates(readers, rounds, time.process_time)
             record_ratio(figures, speed, "order_throughput_ratio", measured, ("ours", "plain"), (str(shards), copies))
     figures |= {
         "seen_share": round(min(worst["seen_share"]), 4),

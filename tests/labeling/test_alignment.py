@@ -4,8 +4,9 @@ import pytest
 
 from ns.config.schema import SelectionConfig
 from ns.labeling.alignment import LEAST_SHARE, align_classes, align_rows, compute_alignment
-from ns.labeling.label_set import LabelRows, TopClasses, build_row_schema, expand_probabilities
+from ns.labeling.label_set import LabelRows, TopClasses, build_row_schema
 from ns.labeling.selection import count_copies, select_pseudo_labels
+from tests.labeling.dense import expand_probabilities
 
 
 def make_rows(images, classes, k, seed=0, bias=4.0, unreadable=0.1) -> LabelRows:
