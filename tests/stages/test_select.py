@@ -8,7 +8,7 @@ from ns.core.errors import DataError, RunError
 from ns.data.loading.shard_reader import ImageSource
 from ns.evaluation.result import Evaluation, read_predictions
 from ns.labeling.alignment import align_rows
-from ns.labeling.label_set import expand_probabilities, read_label_rows
+from ns.labeling.label_set import read_label_rows
 from ns.labeling.pseudo_label_dataset import load_pseudo_labels
 from ns.labeling.selection import CopyReader, count_copies
 from ns.labeling.thresholds import NEVER_SURE
@@ -22,6 +22,7 @@ from ns.stages.evaluate import evaluate_generation
 from ns.stages.prepare import prepare_data
 from ns.stages.train import train_generation
 from ns.storage import parent_key
+from tests.labeling.dense import expand_probabilities
 from tests.loop import label_pool, open_tiny_run, run_loop
 
 
