@@ -22,7 +22,8 @@ def make_label_set_table(resolved: RunLabelSet) -> Table:
     counts = read_histogram(resolved.store, len(label_set.classes))
     middles = (np.arange(HISTOGRAM_BINS) + 0.5) / HISTOGRAM_BINS
     title = f"{label_set.rows:,} images, {label_set.unreadable:,} unreadable, {label_set.left_out:,} left out"
-    kept_headers = ("kept", "least confidence kept", "seen") if selection else ()
+    has_limit = selection is not None and selection.foreign_limit is not None
+    kept_headers = ("kept", "least confidence kept", "seen", *(["foreign"] if has_limit else [])) if selection else ()
     table = make_table(title, "class", "images", "mean confidence", *kept_headers)
     for class_id, (name, histogram) in enumerate(zip(label_set.classes, counts.astype(float), strict=True)):
         images = histogram.sum()
@@ -30,18 +31,23 @@ def make_label_set_table(resolved: RunLabelSet) -> Table:
         if selection:
             rule = selection.rules[class_id]
             cells += [f"{rule.kept:,}", f"{rule.last_kept.confidence:.1%}" if rule.last_kept else "", f"{rule.images:,}"]
+            cells += [f"{rule.foreign:,}"] if has_limit else []
         table.add_row(*cells)
     return table
 
 
 def make_selection_table(label_set: LabelSet, selection: Selection) -> Table:
     """What a selection keeps, drops and repeats, one class per row; with a wanted precision also its evidence."""
+    has_limit = selection.foreign_limit is not None
+    foreign = f"{selection.foreign:,} foreign, " if has_limit else ""
     title = (
         f"{selection.kept:,} of {label_set.rows:,} images kept, {selection.images:,} with repeats; {selection.low_confidence:,} "
-        f"below the threshold, {selection.balanced_out:,} balanced out, {selection.unreadable:,} unreadable, "
+        f"below the threshold, {selection.balanced_out:,} balanced out, {foreign}{selection.unreadable:,} unreadable, "
         f"{selection.left_out:,} left out"
     )
     headers = ["class", "above threshold", "threshold", "kept", "dropped", "each seen", "seen"]
+    if has_limit:
+        headers.append("foreign")
     if selection.thresholds:
         headers += ["calibration", "right", "at least"]
     table = make_table(title, *headers)
@@ -55,6 +61,7 @@ def make_selection_table(label_set: LabelSet, selection: Selection) -> Table:
             f"{rule.candidates - rule.kept:,}",
             times,
             f"{rule.images:,}",
+            *([f"{rule.foreign:,}"] if has_limit else []),
         ]
         if selection.thresholds:
             class_thresholds = selection.thresholds.classes[class_id]

@@ -102,7 +102,7 @@ def select_labels(
     from ns.config.loader import with_overrides
     from ns.config.schema import SelectionConfig
     from ns.labeling.selection import make_selection
-    from ns.runs.lookup import find_policy_thresholds
+    from ns.runs.lookup import find_policy_foreign_limit, find_policy_thresholds
 
     if not dry_run and out is None:
         raise ConfigError("give --out FILE to write the selection, or --dry-run to print it")
@@ -122,6 +122,7 @@ def select_labels(
         seed=seed,
         label_set_key=resolved.store.uri,
         thresholds=thresholds,
+        foreign_limit=find_policy_foreign_limit(store, resolved, policy),
         labeled_images=resolved.selection.labeled_images if resolved.selection else None,
     )
     if out is not None:

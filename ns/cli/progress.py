@@ -150,9 +150,11 @@ def _summarize_event(event: StageEvent) -> str:
         case "label-shards":
             return f"{event['images']:,} images"
         case "commit-labels":
+            foreign = f", {event['foreign']:,} foreign" if "foreign" in event else ""
             classes = f"; {event['classes']}" if "classes" in event else ""
             temperature = f", temperature {event['temperature']:.4g}" if "temperature" in event else ""
-            return f"kept {event['kept']:,} of {event['labeled']:,}, {event['images']:,} with repeats{temperature}{classes}"
+            kept = f"kept {event['kept']:,} of {event['labeled']:,}, {event['images']:,} with repeats"
+            return f"{kept}{foreign}{temperature}{classes}"
         case "gate":
             return f"{'promoted' if event['promoted'] else 'refused'}, change {100 * event['gain']:+.1f} points"
         case "train" if "parameters" in event:

@@ -65,9 +65,9 @@ class DataConfig(ImportConfig):
     """URI of human-labeled images that are only reported: they take part in no decision, so that the reported accuracy is not the one
     that was optimized. They are never trained on."""
     calibration: str | None = None
-    """URI of human-labeled images on which what has to be fitted is fitted: thresholds for `selection.precision`, and
-    `labeling.temperature`. They are never trained on, and decide no promotion. If not given, `calibration_share` of the held-out
-    images is set apart for it."""
+    """URI of human-labeled images on which what has to be fitted is fitted: thresholds for `selection.precision`,
+    `labeling.temperature`, and the limit of foreign scores. They are never trained on, and decide no promotion. If not given,
+    `calibration_share` of the held-out images is set apart for it."""
     calibration_share: float = Field(default=0.5, gt=0, lt=1)
     """Share of the held-out images of each class that is set apart for fitting, if something has to be fitted and `calibration` is not
     given. The gate decides on the others alone. The images are drawn by a hash of key and `evaluation.seed`, the same in every run."""
@@ -445,6 +445,7 @@ class RoleConfig(Section):
 
 
 Views = Literal["one", "flip", "five", "ten"]
+ForeignScore = Literal["none", "distance", "energy"]
 
 
 class LabelingConfig(Section):
@@ -468,6 +469,10 @@ class LabelingConfig(Section):
     probabilities: Literal["float16", "log8"] = "float16"
     """Encoding of the kept probabilities. `float16`: two bytes each. `log8`: one byte each, exact to 2 % of the value, down to 2⁻¹⁶;
     it halves a label set."""
+    foreign_score: ForeignScore = "none"
+    """Score of every image of the pool by how unlike the labeled images it is, for leaving out foreign images, which belong to none of the
+    classes (`selection.foreign_quantile`). `distance`: Mahalanobis distance to the labeled images in the outputs of the teacher's stages.
+    `energy`: of the teacher's logits (arXiv:2010.03759). The teacher alone gives it, as the mean over its views. Paper: none."""
 
 
 class SelectionConfig(Section):
@@ -509,6 +514,9 @@ class SelectionConfig(Section):
     fallback_share: float = Field(default=0.1, ge=0, le=1)
     """Share of its candidates, the most confident ones, that a class keeps if there is no evidence of `precision` at any threshold.
     Without them the student would never see the class. 0: such a class stays empty."""
+    foreign_quantile: float = Field(default=0.95, gt=0, le=1)
+    """Images whose foreign score is above this quantile of the calibration images' scores are left out; used only with
+    `labeling.foreign_score`. At 0.95, about 5 % of the images of the classes are lost. Lower values leave out more foreign images."""
 
     @model_validator(mode="after")
     def _check_precision(self) -> Self:
@@ -740,7 +748,11 @@ class Experiment(Section):
     @property
     def needs_calibration(self) -> bool:
         """Whether something is fitted on human-labeled images that decide no promotion."""
-        return self.selection.precision is not None or self.labeling.temperature == "fitted"
+        return (
+            self.selection.precision is not None
+            or self.labeling.temperature == "fitted"
+            or self.labeling.foreign_score != "none"
+        )
 
     @property
     def gate_evaluation(self) -> EvaluationConfig:

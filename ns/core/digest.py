@@ -144,7 +144,13 @@ TRAINING_SOURCES = (
     "labeling/alignment.py",
     "labeling/pseudo_label_dataset.py",
 )
-INFERENCE_SOURCES = (*READING_SOURCES, "modeling/predictor.py", "modeling/precision.py", "modeling/labeler.py")
+INFERENCE_SOURCES = (
+    *READING_SOURCES,
+    "modeling/predictor.py",
+    "modeling/foreign.py",
+    "modeling/precision.py",
+    "modeling/labeler.py",
+)
 EVALUATION_SOURCES = (
     *INFERENCE_SOURCES,
     "evaluation/accuracy.py",
@@ -160,4 +166,5 @@ DISTORTION_SOURCES = (
     "evaluation/robustness/render.py",
     "data/subsample.py",
 )
+FOREIGN_SOURCES = (*INFERENCE_SOURCES, "labeling/foreign.py", "data/subsample.py")
 LABELING_SOURCES = (*INFERENCE_SOURCES, "labeling/predict.py", "labeling/label_set.py")

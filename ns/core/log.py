@@ -55,6 +55,7 @@ class StageEvent(TypedDict, total=False):
     test: int
     images: int
     kept: int
+    foreign: int
     temperature: float
     classes: str
     steps: int

@@ -136,7 +136,9 @@ CONFIDENCE = _ConfidenceHistogram()
 # --- Selection
 
 PSEUDO_LABELS = _counter(
-    "nst_pseudo_labels", "Images of the pool by outcome: kept, low_confidence, balanced_out, unreadable, left_out.", ["outcome"]
+    "nst_pseudo_labels",
+    "Images of the pool by outcome: kept, low_confidence, balanced_out, foreign, unreadable, left_out.",
+    ["outcome"],
 )
 COVERAGE = _optional_gauge("nst_class_coverage_ratio", "Share of classes with at least one kept pseudo-labeled image.")
 CLASS_IMAGES = _gauge(

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ns.config.schema import ForeignScore
 from ns.core import log
 from ns.core.digest import sha256_bytes, sha256_file
 from ns.core.errors import DataError
@@ -37,10 +38,11 @@ LOG8_PROBABILITIES: npt.NDArray[np.float16] = np.append(2.0 ** (-np.arange(LOG8_
 """Probability of each byte."""
 
 
-def build_row_schema(top_k: int, *, log8: bool = False) -> pa.Schema:
+def build_row_schema(top_k: int, *, log8: bool = False, foreign_score: bool = False) -> pa.Schema:
     """Schema of the rows of a label shard. The row of an image that is unreadable or left out has nulls, and the reason in `error`.
 
-    With `log8` a probability p is kept as the byte -16 log₂ p, rounded; 255 stands for 0.
+    With `log8` a probability p is kept as the byte -16 log₂ p, rounded; 255 stands for 0. `foreign_score`: whether there is such a
+    column.
     """
     return pa.schema(
         [
@@ -49,6 +51,7 @@ def build_row_schema(top_k: int, *, log8: bool = False) -> pa.Schema:
             ("top_class", pa.list_(pa.uint16(), top_k)),
             ("top_prob", pa.list_(pa.uint8() if log8 else pa.float16(), top_k)),
             ("error", pa.string()),
+            *([("foreign_score", pa.float32())] if foreign_score else []),
         ]
     )
 
@@ -92,6 +95,8 @@ class LabelSet(HashedDocument):
     """Encoding of the kept probabilities."""
     temperature: float = 1.0
     """Temperature of the probabilities."""
+    foreign_score: ForeignScore = "none"
+    """Kind of the foreign scores that the rows have."""
 
     @property
     def rows(self) -> int:
@@ -138,26 +143,30 @@ class ShardScores(NamedTuple):
     """The part of one label shard that a selection reads: the P best classes of each image."""
 
     labeled: npt.NDArray[np.bool_]
-    """[N]: whether the image has labels."""
+    """[N]: whether the image has labels, and is not foreign."""
     class_ids: npt.NDArray[np.uint16]
     """[N, P]"""
     confidence: npt.NDArray[np.float32]
     """[N, P]: for the first class exact, for the others as rounded in the file."""
     read_keys: Callable[[npt.NDArray[np.int64]], list[str]]
     """Rows → keys."""
+    foreign: npt.NDArray[np.bool_] | None = None
+    """[N]: whether the image is left out as foreign; None if none is."""
 
 
 class TopClasses(NamedTuple):
     """The best classes of each image of one label shard."""
 
     labeled: npt.NDArray[np.bool_]
-    """[N]: whether the image has labels."""
+    """[N]: whether the image has labels, and is not foreign."""
     class_ids: npt.NDArray[np.uint16]
     """[N, k], best first."""
     probabilities: npt.NDArray[np.floating[Any]]
     """[N, k] as rounded in the file; zeros in rows without labels."""
     confidence: npt.NDArray[np.float32]
     """[N]: the first probability, exact; 0 in rows without labels."""
+    foreign: npt.NDArray[np.bool_] | None = None
+    """[N]: whether the image is left out as foreign; None if none is."""
 
 
 class LabelRows:
@@ -174,17 +183,26 @@ class LabelRows:
         k = table.schema.field("top_class").type.list_size
         self.top_class: npt.NDArray[np.uint16] = _unpack_lists(table["top_class"], k).astype(np.uint16)
         self.top_prob: npt.NDArray[np.floating[Any]] = _decode_probabilities(table["top_prob"], k)
+        self.foreign_score: npt.NDArray[np.float32] | None = None
+        """NaN where there is no label; None if the label set has no such scores."""
+        if "foreign_score" in table.column_names:
+            self.foreign_score = table["foreign_score"].to_numpy(zero_copy_only=False).astype(np.float32)
 
     @property
     def top_classes(self) -> TopClasses:
         return TopClasses(self.readable, self.top_class, self.top_prob, np.nan_to_num(self.confidence))
 
-    def build_scores(self, top_k: int) -> ShardScores:
-        """Scores of the first `top_k` classes that are kept."""
+    def build_scores(self, top_k: int, foreign_limit: float | None = None) -> ShardScores:
+        """Scores of the first `top_k` classes that are kept. Images with a foreign score above `foreign_limit` are left out."""
         confidence = self.top_prob[:, :top_k].astype(np.float32)
         confidence[:, 0] = np.nan_to_num(self.confidence)
+        foreign = find_foreign_rows(self.foreign_score, foreign_limit, len(self.keys))
         return ShardScores(
-            self.readable, self.top_class[:, :top_k], confidence, lambda rows: [self.keys[row] for row in rows.tolist()]
+            self.readable & ~foreign,
+            self.top_class[:, :top_k],
+            confidence,
+            lambda rows: [self.keys[row] for row in rows.tolist()],
+            foreign,
         )
 
     def build_histogram(self, num_classes: int) -> npt.NDArray[np.uint64]:
@@ -213,9 +231,21 @@ def iter_label_rows(store: Store, label_set: LabelSet) -> Iterator[LabelRows]:
         yield read_label_rows(store, shard)
 
 
-def iter_top_classes(store: Store, label_set: LabelSet, *, all_probabilities: bool = True) -> Iterator[TopClasses]:
-    """As `iter_label_rows`, without keys and reasons. Without `all_probabilities` only the first one of each image is read."""
+def find_foreign_rows(foreign_score: npt.NDArray[np.float32] | None, limit: float | None, count: int) -> npt.NDArray[np.bool_]:
+    """bool [count]: the rows with a score above the limit; none without a limit. `foreign_score`: float32 [count], NaN without a label."""
+    if foreign_score is None or limit is None:
+        return np.zeros(count, np.bool_)
+    return np.greater(foreign_score, np.float32(limit), dtype=np.bool_)
+
+
+def iter_top_classes(
+    store: Store, label_set: LabelSet, *, all_probabilities: bool = True, foreign_limit: float | None = None
+) -> Iterator[TopClasses]:
+    """As `iter_label_rows`, without keys and reasons. Without `all_probabilities` only the first one of each image is read.
+    `foreign_limit`: see `LabelRows.build_scores`."""
     columns = ["confidence", "top_class", *(["top_prob"] if all_probabilities else [])]
+    if foreign_limit is not None:
+        columns.append("foreign_score")
     for shard in label_set.shards:
         path = store.path(shard.name)
         if sha256_file(path) != shard.sha256:
@@ -223,24 +253,33 @@ def iter_top_classes(store: Store, label_set: LabelSet, *, all_probabilities: bo
         table = pq.ParquetFile(path).read(columns)
         raw = table["confidence"].combine_chunks()
         confidence = raw.fill_null(0).to_numpy(zero_copy_only=False)
+        foreign_score = table["foreign_score"].to_numpy() if foreign_limit is not None else None
+        foreign = find_foreign_rows(foreign_score, foreign_limit, len(raw))
         yield TopClasses(
-            raw.is_valid().to_numpy(zero_copy_only=False),
+            raw.is_valid().to_numpy(zero_copy_only=False) & ~foreign,
             _unpack_lists(table["top_class"], label_set.top_k),
             _decode_probabilities(table["top_prob"], label_set.top_k) if all_probabilities else confidence[:, None],
             confidence,
+            foreign,
         )
 
 
 def iter_shard_scores(
-    store: Store, label_set: LabelSet, top_k: int, align: Callable[[TopClasses], TopClasses] | None = None
+    store: Store,
+    label_set: LabelSet,
+    top_k: int,
+    align: Callable[[TopClasses], TopClasses] | None = None,
+    foreign_limit: float | None = None,
 ) -> Iterator[ShardScores]:
-    """As `iter_label_rows`, without the columns that a selection does not need. `align`: changes the probabilities."""
-    shards = iter_top_classes(store, label_set, all_probabilities=top_k > 1 or align is not None)
+    """As `iter_label_rows`, without the columns that a selection does not need. `align`: changes the probabilities. `foreign_limit`:
+    see `LabelRows.build_scores`."""
+    shards = iter_top_classes(store, label_set, all_probabilities=top_k > 1 or align is not None, foreign_limit=foreign_limit)
     for shard, top_classes in zip(label_set.shards, shards, strict=True):
-        labeled, class_ids, probabilities, confidence = align(top_classes) if align else top_classes
+        labeled, class_ids, probabilities, confidence, _ = align(top_classes) if align else top_classes
         scores = probabilities[:, :top_k].astype(np.float32)
         scores[:, 0] = confidence
-        yield ShardScores(labeled, class_ids[:, :top_k], scores, partial(_read_keys, store.path(shard.name)))
+        read_keys = partial(_read_keys, store.path(shard.name))
+        yield ShardScores(labeled, class_ids[:, :top_k], scores, read_keys, top_classes.foreign)
 
 
 def _read_keys(path: Path, rows: npt.NDArray[np.int64]) -> list[str]:
@@ -311,6 +350,7 @@ def join_label_shards(
     ensemble: tuple[str, ...] = (),
     probabilities: Literal["float16", "log8"] = "float16",
     temperature: float = 1.0,
+    foreign_score: ForeignScore = "none",
 ) -> LabelSet:
     """Joins labeled shards into a label set, without reading a row, and writes its histogram; the caller saves it.
 
@@ -321,6 +361,7 @@ def join_label_shards(
         ensemble=ensemble,
         probabilities=probabilities,
         temperature=temperature,
+        foreign_score=foreign_score,
         dataset=pool.digest,
         teacher=teacher,
         code=code,
@@ -351,6 +392,8 @@ def verify_label_set(label_store: Store, label_set: LabelSet, pool: tuple[Store,
         if nulls != (shard.left_out, shard.unreadable):
             raise DataError(f"{uri}: {nulls[0]} images left out and {nulls[1]} unreadable; {LabelSet.filename} says otherwise")
         _check_rows(uri, rows, num_classes, label_set.probabilities)
+        if label_set.foreign_score != "none" and (rows.foreign_score is None or np.isnan(rows.foreign_score[readable]).any()):
+            raise DataError(f"{uri}: labels without a foreign score; label the pool again")
         if pool is not None and rows.keys != ShardIndex.load(pool[0], pool[1].shards[number]).keys:
             raise DataError(f"{uri}: its keys are not those of the images in {pool[1].shards[number].name}")
         counts += rows.build_histogram(num_classes)

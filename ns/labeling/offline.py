@@ -75,6 +75,8 @@ def label_dataset(
         raise ConfigError(
             "temperature: fitted needs the calibration images of a run; give the number that the run's report shows"
         )
+    if config.foreign_score != "none":
+        raise ConfigError(f"foreign_score: {config.foreign_score} needs the labeled images of a run; leave it out")
     dataset, label_store = Dataset.load(pool_store), open_store(out_uri)
     shard_range = _parse_shard_range(shards, len(dataset.shards))
     images = sum(dataset.shards[number].samples for number in shard_range)

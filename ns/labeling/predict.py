@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -123,7 +124,8 @@ def write_label_shard(
         telemetry.SHARDS_DONE.inc()
         return
     probabilities = combine_probabilities([output.probabilities for output in predictions], temperature)
-    merged = ShardPredictions(predictions[0].index, probabilities, predictions[0].errors)
+    # The teacher comes first: the foreign scores are its own.
+    merged = replace(predictions[0], probabilities=probabilities)
     k = count_kept_classes(merged.probabilities.shape[1], config.top_k)
     data, counts = pack_label_rows(merged, k, log8=config.probabilities == "log8")
     left_out = sum(reason.startswith(LEFT_OUT_PREFIX) for reason in merged.errors.values())
@@ -157,6 +159,7 @@ def pack_label_rows(predictions: ShardPredictions, k: int, *, log8: bool = False
     top, probabilities = order.astype(np.uint16), np.take_along_axis(predictions.probabilities, order, axis=1)
     unreadable = np.isnan(probabilities[:, 0])
     encoded = encode_log8(np.nan_to_num(probabilities)) if log8 else probabilities.astype(np.float16)
+    scores = predictions.foreign_scores
     table = pa.table(
         [
             pa.array(predictions.index.keys, pa.string()),
@@ -164,8 +167,9 @@ def pack_label_rows(predictions: ShardPredictions, k: int, *, log8: bool = False
             _pack_lists(top, pa.uint16(), unreadable),
             _pack_lists(encoded, pa.uint8() if log8 else pa.float16(), unreadable),
             pa.array([predictions.errors.get(row) for row in range(len(predictions.index))], pa.string()),
+            *([] if scores is None else [pa.array(scores, pa.float32(), mask=unreadable)]),
         ],
-        schema=build_row_schema(k, log8=log8),
+        schema=build_row_schema(k, log8=log8, foreign_score=scores is not None),
     )
     return encode_table(table), compute_histogram(top[~unreadable, 0], probabilities[~unreadable, 0], classes)
 

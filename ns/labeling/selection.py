@@ -44,6 +44,8 @@ PAPER_PER_CLASS = 130_000
 """Images per class in the paper (arXiv:1911.04252 §3.1)."""
 MAX_SHARE_RATIO = 5
 """A class whose share of the candidates and of the labeled images differ by more than this factor is mentioned."""
+UNLABELED, FOREIGN = np.float32(-1), np.float32(-2)
+"""What stands in the scratch file for the confidence of an image without a label, and of one that is left out as foreign."""
 HIGHEST_HASH = "f" * 16
 """Hash of a cut that takes all of its confidence."""
 HIGHEST_BITS = int(np.float32(1).view(np.uint32)) + 16
@@ -76,6 +78,8 @@ class ClassRule(JsonDocument):
     """Times that each kept image is seen in an epoch."""
     last_extra: RankingCut | None
     """Images up to this position are seen once more; None if there are none."""
+    foreign: int = 0
+    """Images that were left out as foreign, at any confidence. They are no candidates."""
 
 
 class ImageChoice(JsonDocument):
@@ -120,6 +124,8 @@ class Selection(HashedDocument):
     """Mean confidence over the images of an epoch, with repeats: an image's weight is its confidence divided by this. None: no weights."""
     choice: ImageChoice | None = None
     """The selection that chose the images, and whose rules these are; None if this one chose them by its own label set."""
+    foreign_limit: float | None = None
+    """Images with a foreign score above it are left out; None if the label set has no such scores."""
 
     def hashed_fields(self) -> Any:
         return dump_hashed_fields(self, exclude={"label_set_key": True, "choice": {"label_set_key": True}})
@@ -127,6 +133,11 @@ class Selection(HashedDocument):
     @property
     def kept(self) -> int:
         return sum(rule.kept for rule in self.rules)
+
+    @property
+    def foreign(self) -> int:
+        """Images that were left out as foreign."""
+        return sum(rule.foreign for rule in self.rules)
 
     @property
     def images(self) -> int:
@@ -201,6 +212,7 @@ def select_pseudo_labels(
     thresholds: Thresholds | None = None,
     labeled_images: tuple[int, ...] | None = None,
     alignment: tuple[float, ...] | None = None,
+    foreign_limit: float | None = None,
 ) -> Selection:
     """Makes the rule of each class from the scores of a label set.
 
@@ -237,6 +249,7 @@ def select_pseudo_labels(
             last_kept=last.get(class_id),
             copies=times,
             last_extra=last_extras.get(class_id),
+            foreign=int(ranking.foreign[class_id]),
         )
         for class_id, (kept, times, extra) in enumerate(sizes)
     )
@@ -259,6 +272,7 @@ def select_pseudo_labels(
         labeled_images=labeled_images,
         alignment=alignment,
         mean_confidence=mean_confidence,
+        foreign_limit=foreign_limit,
     )
 
 
@@ -271,9 +285,10 @@ def make_selection(
     label_set_key: str,
     thresholds: Thresholds | None = None,
     labeled_images: tuple[int, ...] | None = None,
+    foreign_limit: float | None = None,
 ) -> Selection:
     """As `select_pseudo_labels`, from a label set in `store`. Raises DataError if a shard is not what the manifest says."""
-    alignment = _compute_policy_alignment(store, label_set, policy)
+    alignment = _compute_policy_alignment(store, label_set, policy, foreign_limit)
     align = (lambda top_classes: align_classes(top_classes, alignment)) if alignment else None
     with make_scratch_dir("select") as scratch_dir:
         score_file = _ScoreFile(scratch_dir / "scores")
@@ -281,7 +296,9 @@ def make_selection(
             lambda: (
                 score_file.read_scores()
                 if score_file.written
-                else score_file.write_scores(iter_shard_scores(store, label_set, policy.classes_per_image, align))
+                else score_file.write_scores(
+                    iter_shard_scores(store, label_set, policy.classes_per_image, align, foreign_limit)
+                )
             ),
             len(label_set.classes),
             policy,
@@ -293,6 +310,7 @@ def make_selection(
             thresholds=thresholds,
             labeled_images=labeled_images,
             alignment=alignment,
+            foreign_limit=foreign_limit,
         )
 
 
@@ -306,7 +324,8 @@ def keep_selection(
     choice = first.choice or ImageChoice(
         selection=first.digest, label_set=first.label_set, label_set_key=first.label_set_key, alignment=first.alignment
     )
-    alignment = _compute_policy_alignment(store, label_set, policy)
+    # The limit is one of the first label set's scores.
+    alignment = _compute_policy_alignment(store, label_set, policy, None)
     kept = first.model_copy(
         update={
             "policy": policy,
@@ -327,10 +346,13 @@ def keep_selection(
     return kept.model_copy(update={"mean_confidence": mean_confidence})
 
 
-def _compute_policy_alignment(store: Store, label_set: LabelSet, policy: SelectionConfig) -> tuple[float, ...] | None:
+def _compute_policy_alignment(
+    store: Store, label_set: LabelSet, policy: SelectionConfig, foreign_limit: float | None
+) -> tuple[float, ...] | None:
     if policy.policy != "aligned":
         return None
-    return compute_alignment(iter_top_classes(store, label_set), len(label_set.classes), policy.alignment)
+    shards = iter_top_classes(store, label_set, foreign_limit=foreign_limit)
+    return compute_alignment(shards, len(label_set.classes), policy.alignment)
 
 
 def _measure_confidence(shards: Iterable[ShardScores], thresholds: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -366,8 +388,9 @@ class _ScoreFile:
     def write_scores(self, shards: Iterable[ShardScores]) -> Iterator[ShardScores]:
         with explain_scratch_errors(self._path, "keep scores"), self._path.open("wb") as file:
             for scores in shards:
-                # -1 stands for no label, since no probability is negative.
-                file.write(np.where(scores.labeled[:, None], scores.confidence, np.float32(-1)).tobytes())
+                # No probability is negative.
+                missing = np.where(False if scores.foreign is None else scores.foreign, FOREIGN, UNLABELED)
+                file.write(np.where(scores.labeled[:, None], scores.confidence, missing[..., None]).tobytes())
                 file.write(np.ascontiguousarray(scores.class_ids).tobytes())
                 self._shards.append((*scores.class_ids.shape, scores.read_keys))
                 yield scores
@@ -378,7 +401,7 @@ class _ScoreFile:
             for rows, top_k, read_keys in self._shards:
                 confidence = np.fromfile(file, np.float32, rows * top_k).reshape(rows, top_k)
                 class_ids = np.fromfile(file, np.uint16, rows * top_k).reshape(rows, top_k)
-                yield ShardScores(confidence[:, 0] >= 0, class_ids, confidence, read_keys)
+                yield ShardScores(confidence[:, 0] >= 0, class_ids, confidence, read_keys, confidence[:, 0] == FOREIGN)
 
 
 def _choose_class_size(eligible: npt.NDArray[np.int64], policy: SelectionConfig) -> int | None:
@@ -437,7 +460,11 @@ class _Ranking:
         counts = _BinCounter(num_classes, self._bits)
         self.low = 0
         """Images that are candidates of no class."""
+        self.foreign = np.zeros(num_classes, np.int64)
+        """Foreign images by the class that the teacher puts them in, int64 [classes]."""
         for scores in read_scores():
+            if scores.foreign is not None:
+                self.foreign += np.bincount(scores.class_ids[scores.foreign, 0], minlength=num_classes)
             is_candidate = np.zeros(len(scores.labeled), np.bool_)
             for rows, class_ids, depth in self._iter_candidates(scores):
                 is_candidate[rows] = True
@@ -617,7 +644,7 @@ def count_copies(selection: Selection, rows: LabelRows) -> npt.NDArray[np.int64]
     `rows` are of the label set that chose the images; `CopyReader` finds them for a selection that kept the images of another.
     """
     alignment = selection.choice.alignment if selection.choice else selection.alignment
-    scores = align_rows(rows, alignment).build_scores(selection.policy.classes_per_image)
+    scores = align_rows(rows, alignment).build_scores(selection.policy.classes_per_image, selection.foreign_limit)
     return _count_score_copies(selection.rules, scores, selection.seed)
 
 

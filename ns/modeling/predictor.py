@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ns.config.schema import Precision, Views
 from ns.core import log, telemetry
-from ns.core.errors import DataError
+from ns.core.errors import ConfigError, DataError
 from ns.core.iteration import iter_ahead
 from ns.core.malloc import keep_freed_memory
 from ns.data.augment.transforms import EvalTransform
@@ -28,6 +28,7 @@ from ns.data.index import ShardIndex
 from ns.data.loading.decode import EncodedJpeg, allocate_images
 from ns.data.loading.shard_reader import ImageSource
 from ns.modeling import factory as models
+from ns.modeling.foreign import FeatureNetwork, ForeignScorer, NetworkOutputs, average_positions
 from ns.modeling.precision import PrecisionMode, can_compile, warn_if_emulated
 from ns.storage import Store
 
@@ -60,6 +61,17 @@ class ShardPredictions:
     """[N, classes]; rows of unreadable images are NaN."""
     errors: dict[int, str]
     """Row → why the image could not be read."""
+    foreign_scores: npt.NDArray[np.float32] | None = None
+    """[N], higher for images that are less like the labeled ones; NaN for unreadable images. None if they were not asked for."""
+
+
+class _BatchOutputs(NamedTuple):
+    """What the network says of a batch, or of a group of images."""
+
+    probabilities: npt.NDArray[np.float32]
+    """[N, classes]"""
+    foreign_scores: npt.NDArray[np.float32] | None
+    """[N]; None if they were not asked for."""
 
 
 class _Chunk(NamedTuple):
@@ -83,10 +95,18 @@ class Predictor:
 
     It runs in the precision of its manifest, and is compiled if the manifest says so and there are at least COMPILE_FROM_IMAGES
     `images`. `scored_classes`: the classes that an answer is chosen from; the outputs of all others are left out before the softmax.
+    `foreign_scorer`: scores each image too; the score of an image is the mean over its views.
     """
 
     def __init__(
-        self, store: Store, *, batch: int, images: int = 0, views: Views = "one", scored_classes: Collection[str] | None = None
+        self,
+        store: Store,
+        *,
+        batch: int,
+        images: int = 0,
+        views: Views = "one",
+        scored_classes: Collection[str] | None = None,
+        foreign_scorer: ForeignScorer | None = None,
     ) -> None:
         self._uri = store.uri
         network, self.manifest = models.load_model(store)
@@ -100,7 +120,11 @@ class Predictor:
         warn_if_emulated(precision, self._device)
         compiles = self.manifest.model.inference_compile and images >= COMPILE_FROM_IMAGES
         self.mode = PrecisionMode(precision, compiled=compiles and can_compile(self._device))
-        self.forward_pass = self.mode.prepare_network(self._network)
+        self._foreign_scorer = foreign_scorer and foreign_scorer.to(self._device)
+        # What a forward pass runs: the scorer needs more than the logits.
+        needs_stages = foreign_scorer is not None and foreign_scorer.needs_stages
+        self._plain_pass = self._make_feature_network() if needs_stages else self._network
+        self.forward_pass = self.mode.prepare_network(self._plain_pass)
         self._normalize = models.Normalize(self.manifest.mean, self.manifest.std).to(self._device)
         self._resolution = self.manifest.model.inference_resolution
         crop = self.manifest.model.crop
@@ -141,8 +165,8 @@ class Predictor:
                 images = (b"" if row in skipped else image for row, image in enumerate(source.read_encoded(shard)))
                 yield from self._cut_batches(images, len(index), (index, skipped))
 
-        for (index, skipped), probabilities, errors in self._run_chunks(_read_ahead(make_chunks()), progress):
-            yield ShardPredictions(index, probabilities, {**errors, **skipped})
+        for (index, skipped), outputs, errors in self._run_chunks(_read_ahead(make_chunks()), progress):
+            yield ShardPredictions(index, outputs.probabilities, {**errors, **skipped}, outputs.foreign_scores)
 
     @torch.inference_mode()
     def extract_features(self, images: Sequence[ImageInput]) -> npt.NDArray[np.float32]:
@@ -153,10 +177,27 @@ class Predictor:
         features: npt.NDArray[np.float32] = network.forward_head(maps, pre_logits=True).float().cpu().numpy()
         return features
 
+    @torch.inference_mode()
+    def extract_stages(self, images: Sequence[ImageInput]) -> list[Tensor]:
+        """float32 [N, D], on the CPU, for each stage of the network: its output for each image, averaged over the positions. Unreadable
+        images count as black ones. Raises ConfigError for a network without stages."""
+        network = self._make_feature_network()
+        normalized = self._normalize(self.decode_pixels(images))
+        with self.mode.autocast(self._device):
+            stages, _ = network(normalized)
+        return [average_positions(stage).cpu() for stage in stages]
+
+    def _make_feature_network(self) -> FeatureNetwork:
+        if not hasattr(self._network, "forward_intermediates"):
+            raise ConfigError(
+                f"labeling.foreign_score: distance: timm knows no stages of {self.manifest.model.arch}; set energy, or another model.arch"
+            )
+        return FeatureNetwork(self._network)
+
     def predict_images(self, images: Sequence[ImageInput]) -> tuple[npt.NDArray[np.float32], dict[int, str]]:
         """Probabilities [N, classes] of images, and row → reason of the rows that are NaN."""
-        _, probabilities, errors = next(self._run_chunks(self._cut_batches(iter(images), len(images), None)))
-        return probabilities, errors
+        _, outputs, errors = next(self._run_chunks(self._cut_batches(iter(images), len(images), None)))
+        return outputs.probabilities, errors
 
     def predict_groups(
         self, groups: Iterable[Sequence[ImageInput]], progress: log.Progress | None = None
@@ -164,8 +205,8 @@ class Predictor:
         """Probabilities [N, classes] of each group of images, in order; the next group is decoded while the network works on the current
         one. Unreadable images are NaN."""
         chunks = (chunk for group in groups for chunk in self._cut_batches(iter(group), len(group), None))
-        for _, probabilities, _ in self._run_chunks(chunks, progress):
-            yield probabilities
+        for _, outputs, _ in self._run_chunks(chunks, progress):
+            yield outputs.probabilities
 
     def without_crop(self) -> "Predictor":
         """The same model for images that have been cropped before: they are only resized."""
@@ -192,10 +233,9 @@ class Predictor:
 
     def _run_chunks(
         self, chunks: Iterator[_Chunk], progress: log.Progress | None = None
-    ) -> Iterator[tuple[Any, npt.NDArray[np.float32], dict[int, str]]]:
-        """For each shard the payload of its chunks, its probabilities, and row → reason of the rows that are NaN."""
-        classes = len(self.manifest.classes)
-        probabilities = np.empty((0, classes), np.float32)
+    ) -> Iterator[tuple[Any, _BatchOutputs, dict[int, str]]]:
+        """For each shard the payload of its chunks, its outputs, and row → reason of the rows that are NaN."""
+        outputs = self._make_outputs(0)
         errors: dict[int, str] = {}
         initializer = _lower_thread_priority if self._device.type == "cpu" else None
         with ThreadPoolExecutor(DECODE_THREADS, initializer=initializer) as threads:
@@ -205,26 +245,33 @@ class Predictor:
                 decoded = future.result()
                 telemetry.DATA_WAIT.inc(time.monotonic() - waiting)
                 if chunk.start == 0:
-                    probabilities, errors = np.full((chunk.total, classes), np.nan, np.float32), {}
+                    outputs, errors = self._make_outputs(chunk.total), {}
                 count = len(decoded.images)
                 if count:
                     result = self._forward_batch(torch.from_numpy(decoded.images))
                     readable = np.setdiff1d(np.arange(count), list(decoded.errors))
-                    probabilities[chunk.start + readable] = self._check_finite(result[readable])
+                    for target, values in zip(outputs, result, strict=True):
+                        if target is not None and values is not None:
+                            target[chunk.start + readable] = self._check_finite(values[readable])
                     errors |= {chunk.start + row: reason for row, reason in decoded.errors.items()}
                 if progress:
                     progress.update(count)
                 if chunk.start + count == chunk.total:
-                    yield chunk.payload, probabilities, errors
+                    yield chunk.payload, outputs, errors
 
-    def _check_finite(self, probabilities: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    def _make_outputs(self, count: int) -> _BatchOutputs:
+        """Outputs of `count` images that were not seen yet: all NaN."""
+        probabilities = np.full((count, len(self.manifest.classes)), np.nan, np.float32)
+        return _BatchOutputs(probabilities, np.full(count, np.nan, np.float32) if self._foreign_scorer else None)
+
+    def _check_finite(self, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Refuses NaN, which would be taken for unreadable images."""
-        if np.isnan(probabilities).any():
+        if np.isnan(values).any():
             cure = "train it again with a lower train.optimizer.lr"
             if self.mode.precision == "float16":
                 cure = f"set model.inference_precision to bfloat16 or float32, or {cure}"
             raise DataError(f"{self._uri}: the model's outputs are not finite in {self.mode}; {cure}")
-        return probabilities
+        return values
 
     def _decode_chunk(self, chunk: list[ImageInput]) -> _DecodedChunk:
         # Unreadable images stay in the batch as black ones: batches, and so results, do not depend on which images are damaged.
@@ -232,19 +279,19 @@ class Predictor:
         return _DecodedChunk(images, self._transform.transform_batch(chunk, images))
 
     @torch.inference_mode()
-    def _forward_batch(self, images: Tensor) -> npt.NDArray[np.float32]:
+    def _forward_batch(self, images: Tensor) -> _BatchOutputs:
         count, network = len(images), self.forward_pass
         if self.mode.compiled and count < self.batch:
             # torch would compile again for another batch size. Filling up more than half a batch costs less than running uncompiled.
             if count > self.batch // 2:
                 images = F.pad(images, (0, 0) * 3 + (0, self.batch - count))
             else:
-                network = self._network
+                network = self._plain_pass
         normalized = self._normalize(images.to(self._device, non_blocking=True))
-        view_probabilities = [self._predict_view(network, view)[:count] for view in self._iter_views(normalized)]
-        probabilities = view_probabilities[0] if len(view_probabilities) == 1 else torch.stack(view_probabilities).mean(0)
-        result: npt.NDArray[np.float32] = probabilities.cpu().numpy()
-        return result
+        views = [self._predict_view(network, view) for view in self._iter_views(normalized)]
+        probabilities = _average_views([view_probabilities for view_probabilities, _ in views])[:count].cpu().numpy()
+        scores = [view_scores for _, view_scores in views if view_scores is not None]
+        return _BatchOutputs(probabilities, _average_views(scores)[:count].cpu().numpy() if scores else None)
 
     def _iter_views(self, images: Tensor) -> Iterator[Tensor]:
         """The views that are averaged over, [N, 3, resolution, resolution] each."""
@@ -258,15 +305,23 @@ class Predictor:
             if self._mirrored:
                 yield view.flip(3).contiguous(memory_format=torch.channels_last)
 
-    def _predict_view(self, network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    def _predict_view(self, network: Callable[[Tensor], Any], images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Probabilities [N, classes] and, if asked for, foreign scores [N] of one view of the images."""
         with self.mode.autocast(self._device):
-            logits = network(images)
-        return self._mask_logits(logits).softmax(1)
+            outputs = network(images)
+        stages, logits = outputs if isinstance(outputs, tuple) else ((), outputs)
+        logits = self._mask_logits(logits)
+        scores = self._foreign_scorer(NetworkOutputs(stages, logits)) if self._foreign_scorer else None
+        return logits.softmax(1), scores
 
     def _mask_logits(self, logits: Tensor) -> Tensor:
         # Outputs beyond the classes (model.outputs) have no name, and get no probability.
         class_logits = logits.float()[:, : len(self.manifest.classes)]
         return class_logits if self._class_mask is None else class_logits.masked_fill(self._class_mask, float("-inf"))
+
+
+def _average_views(views: Sequence[Tensor]) -> Tensor:
+    return views[0] if len(views) == 1 else torch.stack(list(views)).mean(0)
 
 
 def _read_ahead(chunks: Iterator[_Chunk]) -> Iterator[_Chunk]:

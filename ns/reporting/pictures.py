@@ -41,8 +41,9 @@ class Gallery:
 def build_label_galleries(
     pool_store: Store, pool: Dataset, label_store: Store, label_set: LabelSet, selection: Selection, size: int
 ) -> list[Gallery]:
-    """The most and the least confident kept images, and the most confident ones below the threshold; `size` of each."""
-    most, least, below = (TopRows[tuple[str, str]](size) for _ in range(3))
+    """The most and the least confident kept images, the most confident ones below the threshold, and the most foreign ones if foreign
+    images are left out; `size` of each."""
+    most, least, below, most_foreign = (TopRows[tuple[str, str]](size) for _ in range(4))
     copy_reader = CopyReader(label_store, selection)
     for shard, raw_rows in enumerate(iter_label_rows(label_store, label_set)):
         kept = copy_reader.count_shard_copies(shard, raw_rows) > 0
@@ -55,8 +56,13 @@ def build_label_galleries(
             for row in order.tolist():
                 caption = f"{label_set.classes[rows.top_class[row, 0]]} {rows.confidence[row]:.0%}"
                 top.add_row(sign * float(rows.confidence[row]), shard, row, (rows.keys[row], caption))
+        if rows.foreign_score is not None:
+            scored = np.flatnonzero(rows.readable)
+            for row in scored[np.argsort(-rows.foreign_score[scored], kind="stable")[:size]].tolist():
+                caption = f"score {rows.foreign_score[row]:.3g}, {label_set.classes[rows.top_class[row, 0]]} {rows.confidence[row]:.0%}"
+                most_foreign.add_row(float(rows.foreign_score[row]), shard, row, (rows.keys[row], caption))
     low_confidence = f"Left out because their confidence is at or below {selection.policy.min_confidence:.0%}."
-    return [
+    galleries = [
         Gallery(title, about, _open_pictures(pool_store, pool, top))
         for title, about, top in (
             ("Most confident", "The kept images with the highest confidence.", most),
@@ -64,6 +70,14 @@ def build_label_galleries(
             ("Just below the threshold", low_confidence, below),
         )
     ]
+    # Where an earlier label set chose the images, the limit is one of its scores.
+    if selection.foreign_limit is not None and selection.choice is None:
+        about = (
+            "The images of the pool that are least like the labeled ones. "
+            f"Above a score of {selection.foreign_limit:.3g} they are left out."
+        )
+        galleries.append(Gallery("Most foreign", about, _open_pictures(pool_store, pool, most_foreign)))
+    return galleries
 
 
 def build_flip_gallery(pool_store: Store, pool: Dataset, diff: LabelDiff) -> Gallery:

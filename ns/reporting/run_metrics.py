@@ -20,6 +20,7 @@ def publish_selection(root: Store, run: str, generation: int, selection: Selecti
         "kept": selection.kept,
         "low_confidence": selection.low_confidence,
         "balanced_out": selection.balanced_out,
+        "foreign": selection.foreign,
         "unreadable": selection.unreadable,
         "left_out": selection.left_out,
     }

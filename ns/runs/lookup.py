@@ -11,6 +11,7 @@ from ns.data.prepared import PreparedData
 from ns.evaluation.gate import Verdict
 from ns.evaluation.result import Evaluation, read_predictions
 from ns.labeling.diff import DiffSide
+from ns.labeling.foreign import find_foreign_limit
 from ns.labeling.label_set import LabelSet
 from ns.labeling.selection import Selection
 from ns.labeling.thresholds import Thresholds, find_thresholds
@@ -137,6 +138,8 @@ class RunLabelSet(NamedTuple):
     """Key of the teacher's folder below the root."""
     calibration: str | None = None
     """Key of the labeler's `evaluation.json` on the calibration images, below the root."""
+    foreign: str | None = None
+    """Key of the teacher's `foreign.json`, below the root."""
 
     @property
     def side(self) -> DiffSide:
@@ -187,6 +190,7 @@ def open_run_label_set(root: Store, run: str, generation: int) -> RunLabelSet:
         read_prepared_data(root, run),
         parent_key(note.outputs["teacher"]),
         note.outputs.get("calibration"),
+        note.outputs.get("foreign"),
     )
 
 
@@ -203,6 +207,21 @@ def open_previous_label_set(root: Store, run: str, generation: int) -> RunLabelS
             previous = open_run_label_set(root, name, generation - 1)
             return previous if previous.label_set.dataset == current.label_set.dataset else None
     return None
+
+
+def find_policy_foreign_limit(root: Store, run_label_set: RunLabelSet, policy: SelectionConfig) -> float | None:
+    """The foreign score above which the policy leaves images of a label set out; None if the label set has no such scores.
+
+    Raises RunError if the run's scores of the calibration images are not known.
+    """
+    if run_label_set.label_set.foreign_score == "none":
+        return None
+    if run_label_set.foreign is None:
+        raise RunError(
+            f"{run_label_set.store.uri}: selection.foreign_quantile needs the scores of the calibration images, which only a run "
+            "has; name the label set as a run's generation: latest/gen-1"
+        )
+    return find_foreign_limit(root.at(parent_key(run_label_set.foreign)), policy.foreign_quantile)
 
 
 def find_policy_thresholds(root: Store, run_label_set: RunLabelSet, policy: SelectionConfig) -> Thresholds:

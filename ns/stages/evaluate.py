@@ -10,6 +10,7 @@ from ns.evaluation.result import Evaluation, Robustness
 from ns.modeling.manifest import FINETUNED, ModelManifest
 from ns.reporting import run_metrics
 from ns.stages.context import RunRef, StageContext, stage
+from ns.stages.foreign import prepare_foreign_reference
 from ns.storage import Store, parent_key
 
 
@@ -30,6 +31,8 @@ def evaluate_generation(ref: RunRef, *, data: str, generation: int, model: str) 
         telemetry.BALANCED_ACCURACY.labels("heldout").set(heldout.balanced_accuracy)
         if prepared.calibration:
             measured["calibration"] = measurer.measure_labeler(prepared.calibration, context.experiment.labeling)
+        # The model may label the next generation.
+        prepare_foreign_reference(context, prepared, model)
         if prepared.test:
             measured["test"] = measurer.measure_accuracy(prepared.test)
         finetuned = f"{model}/{FINETUNED}"

@@ -56,6 +56,8 @@ def labeling_inputs(context: StageContext, prepared: PreparedData, teacher: str)
         "teacher": read_model_digest(context.root, teacher),
         **dump_hashed_fields(labeling, exclude={"tasks"}),
         "ensemble": ensemble_digests(context),
+        # What foreign scores of the pool measure the distance to.
+        "compared_with": prepared.labeled.digest if labeling.foreign_score == "distance" else None,
         "fitted_on": prepared.calibration.digest if prepared.calibration and labeling.temperature == "fitted" else None,
     }
 

@@ -9,9 +9,11 @@ from ns.data.dataset import Shard
 from ns.data.index import ShardIndex
 from ns.data.leakage import load_left_out_rows
 from ns.data.prepared import PreparedData
+from ns.labeling.foreign import load_foreign_scorer
 from ns.labeling.label_set import LabelShard, find_label_shard, histogram_key, label_shard_key
 from ns.stages.context import RunRef, StageContext, stage
 from ns.stages.evaluate import evaluate_calibration, resolve_labeling_temperature
+from ns.stages.foreign import prepare_foreign_reference
 from ns.stages.keys import excluded_keys, label_set_key, labeling_inputs
 from ns.storage import Store, open_store, parent_key
 
@@ -45,12 +47,16 @@ def label_shard_range(ref: RunRef, *, data: str, generation: int, teacher: str, 
             from ns.modeling.predictor import Predictor
 
             config = context.experiment.labeling
+            reference = prepare_foreign_reference(context, prepared, teacher)
+            scorer = load_foreign_scorer(context.root.at(parent_key(reference))) if reference else None
+            # The teacher comes first; only it scores.
+            models = [(context.root.at(teacher), scorer), *((open_store(uri), None) for uri in config.ensemble)]
             left_out = _find_left_out(context, prepared, pool_store, range_shards)
             labeled_shards = _LabeledShardIndex(context, prepared, teacher, left_out)
             label_pool_shards(
                 [
-                    Predictor(model_store, batch=config.batch, images=images, views=config.views)
-                    for model_store in (context.root.at(teacher), *map(open_store, config.ensemble))
+                    Predictor(model_store, batch=config.batch, images=images, views=config.views, foreign_scorer=model_scorer)
+                    for model_store, model_scorer in models
                 ],
                 pool_store,
                 pool,

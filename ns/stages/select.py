@@ -7,6 +7,7 @@ from ns.core.errors import DataError
 from ns.data.leakage import count_class_images
 from ns.data.prepared import PreparedData
 from ns.evaluation.result import Evaluation
+from ns.labeling.foreign import find_foreign_limit
 from ns.labeling.label_set import LabelSet, join_label_shards
 from ns.labeling.selection import Selection, keep_selection, make_selection
 from ns.modeling.manifest import ModelManifest
@@ -14,6 +15,7 @@ from ns.reporting import run_metrics
 from ns.runs.lookup import compute_policy_thresholds
 from ns.stages.context import RunRef, stage
 from ns.stages.evaluate import evaluate_calibration, resolve_labeling_temperature
+from ns.stages.foreign import prepare_foreign_reference
 from ns.stages.keys import ensemble_digests, find_choosing_selection, label_set_key, read_labeled_classes, read_model_digest
 from ns.storage import parent_key
 from ns.storage.documents import dump_hashed_fields
@@ -43,6 +45,7 @@ def commit_labels(ref: RunRef, *, data: str, generation: int, teacher: str) -> s
             ensemble=ensemble_digests(context),
             probabilities=experiment.labeling.probabilities,
             temperature=resolve_labeling_temperature(context, prepared, teacher),
+            foreign_score=experiment.labeling.foreign_score,
         )
         label_set.save(label_store)
         calibration_key = evaluate_calibration(context, prepared, teacher)
@@ -51,6 +54,9 @@ def commit_labels(ref: RunRef, *, data: str, generation: int, teacher: str) -> s
         if calibration_key and calibration and experiment.selection.precision is not None:
             thresholds = compute_policy_thresholds(root.at(parent_key(calibration_key)), calibration, experiment.selection)
         first = find_choosing_selection(context, generation)
+        foreign_limit = None
+        if reference := prepare_foreign_reference(context, prepared, teacher):
+            foreign_limit = find_foreign_limit(root.at(parent_key(reference)), experiment.selection.foreign_quantile)
         inputs = {
             "code": digest_code(*SELECTION_SOURCES),
             "policy": dump_hashed_fields(experiment.selection),
@@ -59,6 +65,7 @@ def commit_labels(ref: RunRef, *, data: str, generation: int, teacher: str) -> s
             "labeled": prepared.labeled.digest,
             "choosing": first.digest if first else None,
             "calibration": calibration.digest if calibration else None,
+            "foreign_limit": foreign_limit,
         }
         selection_key = context.ledger.derive_key("selections", "select", inputs)
 
@@ -74,6 +81,7 @@ def commit_labels(ref: RunRef, *, data: str, generation: int, teacher: str) -> s
                     label_set_key=key,
                     thresholds=thresholds,
                     labeled_images=tuple(count_class_images(*prepared.labeled.open_dataset(root)).values()),
+                    foreign_limit=foreign_limit,
                 )
             if selection.kept == 0:
                 precision_hint = ", or selection.precision" if thresholds else ""
@@ -86,13 +94,19 @@ def commit_labels(ref: RunRef, *, data: str, generation: int, teacher: str) -> s
                 "label_set": f"{key}/{LabelSet.filename}",
                 "selection": f"{selection_key}/{Selection.filename}",
                 "teacher": f"{teacher}/{ModelManifest.filename}",
-            } | ({"calibration": calibration_key} if calibration_key else {})
+            } | {
+                name: output_key
+                for name, output_key in (("calibration", calibration_key), ("foreign", reference))
+                if output_key
+            }
 
         context.get_or_run("select", inputs, write_selection)
         selection = Selection.load(root.at(selection_key))
         context.add_log_fields(labeled=label_set.rows, kept=selection.kept, images=selection.images)
         if remarks := selection.describe_classes(label_set.classes):
             context.add_log_fields(classes="; ".join(remarks))
+        if foreign_limit is not None:
+            context.add_log_fields(foreign=selection.foreign)
         if label_set.temperature != 1:
             context.add_log_fields(temperature=label_set.temperature)
         run_metrics.publish_selection(root, ref.run, generation, selection, experiment.gate)

@@ -46,7 +46,9 @@ def imported(file: str) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["TRAINING", "INFERENCE", "EVALUATION", "TEMPERATURE", "ROBUSTNESS", "LABELING", "DISTORTION"])
+@pytest.mark.parametrize(
+    "kind", ["TRAINING", "INFERENCE", "EVALUATION", "TEMPERATURE", "ROBUSTNESS", "FOREIGN", "LABELING", "DISTORTION"]
+)
 def test_sources_of_a_result_are_all_that_they_import(kind):
     own = listed(getattr(digest, f"{kind}_SOURCES"))
     assert all((PACKAGE / file).is_file() for file in own)

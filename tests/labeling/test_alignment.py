@@ -110,8 +110,8 @@ def test_aligned_selection_finds_the_same_images_again_in_the_rows(classes, k):
     assert sum(int(part.sum()) for part in copies) == selection.images
     whole, halves = parts[0].top_classes, [slice(0, 131), slice(131, 300)]
     for part in halves:
-        some = align_classes(TopClasses(*(column[part] for column in whole)), alignment)
-        for column, expected in zip(some, align_classes(whole, alignment), strict=True):
+        some = align_classes(TopClasses(*(column[part] for column in whole[:4])), alignment)
+        for column, expected in zip(some[:4], align_classes(whole, alignment)[:4], strict=True):
             assert (column == expected[part]).all()
     plain = select_pseudo_labels(
         lambda: (rows.build_scores(1) for rows in parts), classes, SelectionConfig(), seed=0, label_set="", label_set_key=""

@@ -18,7 +18,7 @@ from ns.config.schema import SelectionConfig
 from ns.core.digest import sha256_bytes
 from ns.core.errors import StoreError
 from ns.labeling import selection as selection_module
-from ns.labeling.label_set import LabelRows, LabelSet, LabelShard, ShardScores, build_row_schema
+from ns.labeling.label_set import LabelRows, LabelSet, LabelShard, ShardScores, build_row_schema, iter_label_rows
 from ns.labeling.selection import (
     HIGHEST_BITS,
     HIGHEST_HASH,
@@ -474,3 +474,99 @@ def test_selection_memory_does_not_grow_with_rows(equal, monkeypatch):
     monkeypatch.setattr(selection_module, "MAX_SORTED_ROWS", size)
     monkeypatch.setattr(selection_module, "MAX_COUNTERS", 1 << 10 if equal else 1 << 22)
     assert peak(60) < 1.1 * peak(10 if equal else 3)
+
+
+def make_scored_label_set(folder, entries, scores):
+    """A label set of one shard of (key, class, confidence), None for an unreadable image, and foreign scores."""
+    store = LocalStore(folder)
+    rows = [
+        (key, label, sure, None if sure is None else score) for (key, label, sure), score in zip(entries, scores, strict=True)
+    ]
+    table = pa.table(
+        [
+            [key for key, *_ in rows],
+            pa.array([sure for _, _, sure, _ in rows], pa.float32()),
+            pa.array([None if sure is None else [label] for _, label, sure, _ in rows], pa.list_(pa.uint16(), 1)),
+            pa.array([None if sure is None else [np.float16(sure)] for _, _, sure, _ in rows], pa.list_(pa.float16(), 1)),
+            pa.array(["truncated" if sure is None else None for _, _, sure, _ in rows], pa.string()),
+            pa.array([score for *_, score in rows], pa.float32()),
+        ],
+        schema=build_row_schema(1, foreign_score=True),
+    )
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    store.put("shard-00000.parquet", sink.getvalue())
+    unreadable = sum(sure is None for _, _, sure, _ in rows)
+    shard = LabelShard(
+        name="shard-00000.parquet",
+        source="0",
+        rows=len(rows),
+        unreadable=unreadable,
+        bytes=len(sink.getvalue()),
+        sha256=sha256_bytes(sink.getvalue()),
+    )
+    classes = tuple("abcd"[:CLASSES])
+    return store, LabelSet(
+        dataset="0", teacher="0", code="0", classes=classes, top_k=1, shards=(shard,), foreign_score="distance"
+    )
+
+
+@pytest.mark.parametrize("policy", [SelectionConfig(per_class=20), SelectionConfig(policy="all"), SelectionConfig()])
+def test_foreign_images_are_selected_as_if_they_were_not_there(tmp_path, policy):
+    rng = np.random.default_rng(0)
+    # Many equal confidences, so that cuts go through ties.
+    entries = [
+        (f"key-{row}", int(rng.integers(CLASSES)), None if row % 17 == 0 else float(np.float32(rng.integers(2, 20) / 20)))
+        for row in range(400)
+    ]
+    scores = rng.exponential(size=400)
+    store, label_set = make_scored_label_set(tmp_path, entries, scores)
+    limit = float(np.float32(scores[5]))
+    selection = make_selection(store, label_set, policy, seed=0, label_set_key="x", foreign_limit=limit)
+    # An image at the limit is not above it.
+    familiar = [entry for entry, score in zip(entries, scores, strict=True) if np.float32(score) <= limit]
+    expected = run([rows_of(familiar)], policy)
+    unchanged = {"foreign"}
+    assert [rule.model_dump(exclude=unchanged) for rule in selection.rules] == [
+        rule.model_dump(exclude=unchanged) for rule in expected.rules
+    ]
+    foreign = [
+        entry for entry, score in zip(entries, scores, strict=True) if np.float32(score) > limit and entry[2] is not None
+    ]
+    assert [rule.foreign for rule in selection.rules] == [
+        sum(label == class_id for _, label, _ in foreign) for class_id in range(CLASSES)
+    ]
+    assert selection.foreign == len(foreign) > 0
+    (rows,) = iter_label_rows(store, label_set)
+    copies = dict(zip(rows.keys, count_copies(selection, rows).tolist(), strict=True))
+    assert not any(copies[key] for key, _, _ in foreign)
+    assert sum(copies.values()) == selection.images
+    total = selection.kept + selection.balanced_out + selection.low_confidence + selection.foreign + selection.unreadable
+    assert total == len(entries)
+
+
+def test_no_limit_leaves_no_image_out_as_foreign(tmp_path):
+    entries = [(f"key-{row}", row % CLASSES, 0.9) for row in range(20)]
+    store, label_set = make_scored_label_set(tmp_path, entries, np.arange(20))
+    selection = make_selection(store, label_set, SelectionConfig(), seed=0, label_set_key="x")
+    assert (selection.kept, selection.foreign) == (20, 0)
+
+
+@pytest.mark.parametrize("policy", ["adaptive", "aligned"])
+def test_foreign_images_do_not_change_what_a_policy_adapts_to(tmp_path, policy):
+    rng = np.random.default_rng(1)
+    entries = [(f"key-{row}", int(rng.integers(CLASSES)), float(np.float32(rng.uniform(0.3, 1)))) for row in range(300)]
+    scores = rng.exponential(size=300)
+    store, label_set = make_scored_label_set(tmp_path / "all", entries, scores)
+    is_familiar = scores.astype(np.float32) <= np.float32(1)
+    familiar = [entry for entry, keep in zip(entries, is_familiar, strict=True) if keep]
+    familiar_store, familiar_set = make_scored_label_set(tmp_path / "familiar", familiar, scores[is_familiar])
+    config = SelectionConfig(policy=policy, per_class=30)
+    filtered = make_selection(store, label_set, config, seed=0, label_set_key="x", foreign_limit=1.0)
+    expected = make_selection(familiar_store, familiar_set, config, seed=0, label_set_key="x")
+    assert (filtered.alignment, filtered.foreign) == (expected.alignment, 300 - len(familiar))
+    assert [rule.model_dump(exclude={"foreign"}) for rule in filtered.rules] == [
+        rule.model_dump(exclude={"foreign"}) for rule in expected.rules
+    ]
+    (rows,) = iter_label_rows(store, label_set)
+    assert sum(count_copies(filtered, rows)) == filtered.images

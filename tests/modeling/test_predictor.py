@@ -18,6 +18,7 @@ from ns.labeling.predict import label_pool_shards
 from ns.labeling.selection import select_pseudo_labels
 from ns.modeling import factory as models
 from ns.modeling import predictor as inference
+from ns.modeling.foreign import DistanceScorer, EnergyScorer, StageStatistics
 from ns.modeling.manifest import Lineage
 from ns.modeling.precision import PrecisionMode
 from ns.modeling.predictor import Predictor
@@ -144,7 +145,12 @@ def test_left_out_images_get_no_label(model, pool, tmp_path):
     others = np.delete(np.arange(20), 5)
     np.testing.assert_array_equal(rows.confidence[others], expected.confidence[others])
     selection = select_pseudo_labels(
-        lambda: [rows.build_scores(1)], 5, SelectionConfig(min_confidence=0), seed=0, label_set="0", label_set_key="x"
+        lambda: [rows.build_scores(1)],
+        5,
+        SelectionConfig(policy="all", min_confidence=0),
+        seed=0,
+        label_set="0",
+        label_set_key="x",
     )
     assert selection.kept == 18
 
@@ -340,3 +346,60 @@ def test_ensemble_needs_equal_classes(model, pool, tmp_path):
     predictors = [Predictor(place, batch=8) for place in (model, other)]
     with pytest.raises(ConfigError, match=r"labeling\.ensemble: model .* has other classes, or another order of them"):
         label_pool_shards(predictors, folder, dataset, LocalStore(tmp_path / "labels"), range(1), LABELING)
+
+
+def make_distance_scorer(model, folder, dataset):
+    """Of the readable images of the first shard, as if they were labeled."""
+    predictor = Predictor(model, batch=8)
+    images = [image for row, image in enumerate(ImageSource(folder, dataset).read_encoded(0)) if row != 2]
+    class_ids = torch.arange(len(images)) % 2
+    return DistanceScorer([StageStatistics.fit_features(stage, class_ids) for stage in predictor.extract_stages(images)])
+
+
+@pytest.mark.parametrize("views", ["one", "flip", "ten"])
+def test_foreign_scores_leave_the_probabilities_as_they_are(model, pool, views):
+    folder, dataset = pool
+    plain = Predictor(model, batch=8, views=views).predict_shard(ImageSource(folder, dataset), 0)
+    assert plain.foreign_scores is None
+    for scorer in (EnergyScorer(), make_distance_scorer(model, folder, dataset)):
+        scored = Predictor(model, batch=8, views=views, foreign_scorer=scorer).predict_shard(ImageSource(folder, dataset), 0)
+        np.testing.assert_allclose(scored.probabilities, plain.probabilities, atol=1e-5)
+        # The unreadable image has no score, and every other has one.
+        assert np.flatnonzero(np.isnan(scored.foreign_scores)).tolist() == [2]
+
+
+def test_foreign_score_is_the_mean_over_the_views(model, pool):
+    folder, dataset = pool
+    images = [decode_image(bytes(image)) for image in ImageSource(folder, dataset).read_encoded(1, 0, 3)]
+    mirrored = [np.ascontiguousarray(image[:, ::-1]) for image in images]
+    scorer = make_distance_scorer(model, folder, dataset)
+    with torch.inference_mode():
+        scores = {
+            (views, name): Predictor(model, batch=8, views=views, foreign_scorer=scorer)
+            ._forward_batch(Predictor(model, batch=8).decode_pixels(group))
+            .foreign_scores
+            for views, name, group in (("one", "there", images), ("one", "back", mirrored), ("flip", "there", images))
+        }
+    expected = (scores["one", "there"] + scores["one", "back"]) / 2
+    np.testing.assert_allclose(scores["flip", "there"], expected, rtol=1e-3)
+
+
+def test_foreign_scores_of_an_ensemble_are_the_teachers(model, pool, tmp_path):
+    folder, dataset = pool
+    teacher = Predictor(model, batch=8, foreign_scorer=EnergyScorer())
+    labels = LocalStore(tmp_path / "labels")
+    label_pool_shards([teacher, Predictor(model, batch=8, views="flip")], folder, dataset, labels, range(3), LABELING)
+    rows = read_label_rows(labels, LabelShard.load_file(labels, "shard-00001.json"))
+    expected = teacher.predict_shard(ImageSource(folder, dataset), 1).foreign_scores
+    np.testing.assert_allclose(rows.foreign_score, expected, rtol=1e-5)
+    plain = LocalStore(tmp_path / "plain")
+    label_pool_shards([Predictor(model, batch=8)], folder, dataset, plain, range(3), LABELING)
+    assert read_label_rows(plain, LabelShard.load_file(plain, "shard-00001.json")).foreign_score is None
+
+
+def test_network_without_stages_has_no_distance(model, pool):
+    folder, dataset = pool
+    predictor = Predictor(model, batch=8)
+    predictor._network = torch.nn.Flatten()
+    with pytest.raises(ConfigError, match=r"timm knows no stages of test_efficientnet; set energy, or another model\.arch"):
+        predictor.extract_stages(list(ImageSource(folder, dataset).read_encoded(1)))
