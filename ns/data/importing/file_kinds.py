@@ -1,6 +1,8 @@
 """What a file is, as far as its name tells: an image, a document beside images, or something that another program left there."""
 
+import os
 import re
+import unicodedata
 
 from ns.data.key_list import IMAGE_EXTENSIONS
 
@@ -56,3 +58,9 @@ def classify_document(path: str) -> str | None:
 def get_extension(name: str) -> str:
     """`a.b.PNG` → `png`; empty if there is none."""
     return name.rpartition("/")[2].rpartition(".")[2].lower() if "." in name.rpartition("/")[2] else ""
+
+
+def escape_path(path: str) -> str:
+    """Escapes bytes that are not UTF-8, which could not be written to a file, and characters that a terminal obeys."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(repr(letter)[1:-1] if unicodedata.category(letter) in ("Cc", "Zl", "Zp") else letter for letter in text)

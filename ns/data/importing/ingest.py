@@ -40,8 +40,8 @@ from ns.data.class_names import (
 )
 from ns.data.dataset import MAX_CLASSES, Dataset, DatasetRole, Shard
 from ns.data.importing import sources, tables
+from ns.data.importing.file_kinds import escape_path
 from ns.data.importing.listing import ImportTask, Listing, SourceEntry
-from ns.data.importing.sources import escape_path
 from ns.data.importing.writer import ShardWriter
 from ns.data.index import build_index_key
 from ns.data.loading.decode import JPEG_MAGIC, decode_image
@@ -194,7 +194,7 @@ def _resolve_classes(
             f"{source}: some labels are class indices ({numbers[0]}) and some are names ({names[0]!r}); use one kind"
         )
     if unnamed := [escape_path(class_label) for class_label in names if escape_path(class_label) != class_label]:
-        raise DataError(f"{source}: class '{unnamed[0]}': its name is not UTF-8; rename it")
+        raise DataError(f"{source}: class '{unnamed[0]}': its name is not UTF-8, or has control characters; rename it")
     if expected is not None:
         if numbers:
             return tuple(expected), match_indices(source, numbers, expected)

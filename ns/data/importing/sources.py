@@ -4,6 +4,7 @@ An archive is never unpacked under the names in it: its bytes go into one scratc
 """
 
 import bz2
+import errno
 import gzip
 import lzma
 import os
@@ -12,7 +13,6 @@ import shutil
 import stat
 import tarfile
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 from ns.core.errors import DataError, StoreError
 from ns.data.class_names import normalize_name
 from ns.data.dataset import DatasetRole
-from ns.data.importing.file_kinds import classify_document, get_extension, is_left_by_program
+from ns.data.importing.file_kinds import classify_document, escape_path, get_extension, is_left_by_program
 from ns.data.importing.listing import SourceEntry
 from ns.data.importing.tables import TABLES, list_table
 from ns.data.importing.tars import LABEL_EXTENSIONS, TarMember, TarSource, list_images, list_members
@@ -98,11 +98,6 @@ def walk_folders(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
             name for name in folders if not is_left_by_program(name) and (parent / name).resolve() not in leading
         )
         yield parent, list(folders), sorted(name for name in names if not is_left_by_program(name))
-
-
-def escape_path(path: str) -> str:
-    """Replaces bytes that are not UTF-8 by escapes; Python's lone surrogates could not be written to a file."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 class SourceReader:
@@ -197,7 +192,9 @@ def _walk_files(root: Path) -> Iterator[BlobEntry]:
 def _check_class_folders(root: Path) -> None:
     for folder in next(walk_folders(root))[1]:
         if escape_path(folder) != folder:
-            raise DataError(f"{root}: class folder '{escape_path(folder)}': its name is not UTF-8; rename it")
+            raise DataError(
+                f"{root}: class folder '{escape_path(folder)}': its name is not UTF-8, or has control characters; rename it"
+            )
         if not any(names for _, _, names in walk_folders(root / folder)):
             raise DataError(f"{root}: class folder {folder!r} has no images; add some, or remove the folder")
 
@@ -324,13 +321,14 @@ def _unpack_tar(source: str, packed: Path, target: Path) -> Path:
             else:
                 with COMPRESSED[suffix](packed, "rb") as unpacking:
                     shutil.copyfileobj(unpacking, sink, CHUNK_BYTES)
-    except (EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, NotImplementedError) as error:
-        raise DataError(f"{source}: not a whole archive: {error}") from error
-    except OSError as error:
-        if error.errno is None:
-            # gzip and bz2 raise OSError without an errno for damage.
-            raise DataError(f"{source}: not a whole archive: {error}") from error
-        raise make_scratch_error(target.parent, f"unpack {source}", error) from error
+    except DataError:
+        raise
+    except Exception as error:
+        # For damage, gzip and bz2 raise an OSError without an errno, zipfile one for an invalid place in the file, and others raise
+        # EOFError, BadZipFile, zlib.error, UnicodeDecodeError and more.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise make_scratch_error(target.parent, f"unpack {source}", error) from error
+        raise DataError(f"{source}: not a whole archive: {escape_path(str(error) or type(error).__name__)}") from error
     return target
 
 

@@ -18,6 +18,7 @@ import pyarrow.dataset as pads
 from ns.core.errors import DataError
 from ns.data.class_names import normalize_name
 from ns.data.dataset import DatasetRole
+from ns.data.importing.file_kinds import escape_path
 from ns.data.importing.listing import SourceEntry
 from ns.data.importing.tars import LABEL_FIELDS
 from ns.storage import open_parent, split_uri
@@ -53,18 +54,20 @@ def list_table(source: str, role: DatasetRole, split: str | None) -> Iterator[So
             seen.update(filter(None, splits))
             if split is None and len(seen) > 1:
                 raise DataError(
-                    f"{source}: has the splits {', '.join(sorted(seen))}; import one of them, and name the dataset: "
-                    f"ns data import {source} DATASET --role {role} --split {min(seen)}"
+                    f"{source}: has the splits {escape_path(', '.join(sorted(seen)))}; import one of them, and name the dataset: "
+                    f"ns data import {source} DATASET --role {role} --split {escape_path(min(seen))}"
                 )
             for path, class_label, row_split in zip(table[path_column], class_labels, splits, strict=True):
                 row += 1
                 if split is None or row_split == normalize_name(split):
                     yield _make_entry(base, path, normalize_name(_read_text(class_label)) or None, row)
         if split is not None and normalize_name(split) not in seen:
-            raise DataError(f"--split {split}: {source} has no such split; it has {', '.join(sorted(seen)) or 'none'}")
+            raise DataError(
+                f"--split {split}: {source} has no such split; it has {escape_path(', '.join(sorted(seen))) or 'none'}"
+            )
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         # Arrow raises its own errors for some damage, OSError for other, and UnicodeDecodeError for text that is not UTF-8.
-        raise DataError(f"{source}: not a readable table: {(str(error) or 'damaged').splitlines()[0]}") from error
+        raise DataError(f"{source}: not a readable table: {escape_path((str(error) or 'damaged').splitlines()[0])}") from error
 
 
 def _open_batches(path: Path) -> Any:
@@ -83,7 +86,8 @@ def _find_column(source: str, columns: dict[str, str], candidates: tuple[str, ..
         if name in columns:
             return columns[name]
     raise DataError(
-        f"{source}: has no column for {description}: its columns are {', '.join(columns.values())}; name one {' or '.join(candidates)}"
+        f"{source}: has no column for {description}: its columns are {escape_path(', '.join(columns.values()))}; "
+        f"name one {' or '.join(candidates)}"
     )
 
 

@@ -286,6 +286,23 @@ class Generator:
         return Collection(str(path), role, "archive", class_depth=len([part for part in prefix.split("/") if part]))
 
 
+def damage_bytes(data: bytes, rng: random.Random) -> bytes:
+    """The bytes with some of them changed, left out, or put in."""
+    damaged = bytearray(data)
+    for _ in range(rng.choice((1, 1, 3, 20))):
+        at, length = rng.randrange(len(damaged) + 1), rng.randrange(1, 600)
+        kind = rng.choice(("change", "change", "cut", "insert", "text"))
+        if kind == "change":
+            damaged[at : at + 1] = rng.randbytes(1)
+        elif kind == "cut":
+            del damaged[at : at + length]
+        elif kind == "insert":
+            damaged[at:at] = rng.randbytes(length)
+        else:
+            damaged[at:at] = rng.choice((b"\0", b",,\n", b'"', b"\r", b"../", b"\xff\xfe", b"\x1b[31m"))
+    return bytes(damaged)
+
+
 # The reader
 
 

@@ -1,6 +1,9 @@
-"""Imports of generated collections hold what an independent reader finds: nothing is lost, nothing is mislabeled."""
+"""Imports of generated collections hold what an independent reader finds: nothing is lost, nothing is mislabeled. With damage, each holds
+images or is refused in one line."""
 
 import os
+import random
+import re
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -8,11 +11,14 @@ from pathlib import Path
 import pytest
 
 from ns.config.schema import ImportConfig
-from ns.core.errors import DataError
+from ns.core.errors import DataError, NsError
 from ns.data.importing.ingest import import_images
 from ns.storage import LocalStore
-from tests.data.importing.collections import Collection, Generator, Outcome, read_collection, read_pixels
+from tests.data.importing.collections import Collection, Generator, Outcome, damage_bytes, read_collection, read_pixels
 from tests.storage.conftest import environment, moto, store_at  # noqa: F401
+
+# The reader lets Pillow warn of damage.
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 CONFIG = ImportConfig(max_rejected_share=1, shard_samples=4, shard_mib=1)
 
@@ -70,6 +76,38 @@ def check_collection(seed: int, folder: Path, remote=None) -> bool:
 def test_imports_hold_what_an_independent_reader_finds(tmp_path, seed):
     for number in range(seed, seed + 10):
         check_collection(number, tmp_path / str(number))
+
+
+def check_damaged(seed: int, folder: Path) -> None:
+    """Imports tables, tars and archives with damage: each either holds images, or is refused in one line."""
+    folder.mkdir()
+    collection = Generator(seed, folder).make_collection()
+    rng = random.Random(seed)
+    source = Path(collection.source)
+    files = [source] if source.is_file() else sorted(folder.rglob("*.tar"))
+    for path in rng.sample(files, min(2, len(files))):
+        good = path.read_bytes()
+        path.write_bytes(damage_bytes(good, rng))
+        options = {"role": collection.role, "classes": collection.classes, "split": collection.split}
+        message = ""
+        try:
+            import_images(collection.source, LocalStore(folder / "out"), name="n", config=CONFIG, workers=1, **options)
+        except NsError as error:
+            message = str(error)
+        assert not re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", message), f"seed {seed}: {message!r}"
+        path.write_bytes(good)
+
+
+def test_damaged_collections_are_imported_or_refused_in_one_line(tmp_path):
+    for seed in range(20):
+        check_damaged(seed, tmp_path / str(seed))
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(600)
+def test_many_damaged_collections_are_imported_or_refused_in_one_line(tmp_path):
+    for seed in range(1000, 1600):
+        check_damaged(seed, tmp_path / str(seed))
 
 
 @pytest.mark.integration

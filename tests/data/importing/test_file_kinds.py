@@ -1,6 +1,6 @@
 import pytest
 
-from ns.data.importing.file_kinds import classify_document, get_extension, is_left_by_program
+from ns.data.importing.file_kinds import classify_document, escape_path, get_extension, is_left_by_program
 
 
 @pytest.mark.parametrize(
@@ -64,3 +64,16 @@ def test_classify_document(path, kind):
 
 def test_get_extension():
     assert [get_extension(name) for name in ("a.b/c.D.PNG", "a.b/c", "c.")] == ["png", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("é/👨\u200d👩.jpg", "é/👨\u200d👩.jpg"),
+        ("a\x1b[31m\n", "a\\x1b[31m\\n"),
+        ("a\udce9", "a\\xe9"),
+        ("a\u2028b", "a\\u2028b"),
+    ],
+)
+def test_escape_path(path, shown):
+    assert escape_path(path) == shown

@@ -205,7 +205,9 @@ def test_import_escapes_names_that_are_not_utf8(tmp_path):
 
 def test_import_refuses_class_names_that_are_not_utf8(source, tmp_path):
     (source / "cat").rename(source / os.fsdecode(b"caf\xe9"))
-    with pytest.raises(DataError, match=r"class folder 'caf\\xe9': its name is not UTF-8; rename it"):
+    with pytest.raises(
+        DataError, match=r"class folder 'caf\\xe9': its name is not UTF-8, or has control characters; rename it"
+    ):
         run(source, tmp_path / "out")
 
 
