@@ -13,7 +13,8 @@ import typer
 from ns import __version__
 from ns.cli import config, data, doctor, evaluate, export, gate, labels, plan, predict, promote, report, run, runs, trigger
 from ns.cli.options import make_program
-from ns.core.errors import Interrupted, NsError
+from ns.core.errors import ClusterError, ConfigError, Interrupted, NsError, RunError, TrainingError
+from ns.core.printable import make_printable
 from ns.core.process import set_openmp_to_sleep
 
 # Newer typers bring a click of their own, which is not the one that can be imported.
@@ -59,6 +60,10 @@ app.add_typer(promote.app, name="promote", rich_help_panel=OPERATE)
 app.add_typer(doctor.app, name="doctor", rich_help_panel=OPERATE)
 
 
+SEVERAL_LINES = (ConfigError.exit_code, TrainingError.exit_code, RunError.exit_code, ClusterError.exit_code)
+"""Exit codes of messages that may have a line per fault, or the end of a log; in all others a newline is part of a name."""
+
+
 def main() -> None:
     """Entry point. Exits with the code of the error, 0 if there was none."""
     sys.exit(run_command_line(sys.argv[1:]))
@@ -93,6 +98,6 @@ def run_app(program: typer.Typer, arguments: list[str], name: str) -> int:
         code, trace = 1, traceback.format_exc()
     if debug:
         sys.stderr.write(trace)
-    for line in message.splitlines() or [""]:
+    for line in make_printable(message, keep_newlines=code in SEVERAL_LINES).split("\n"):
         sys.stderr.write(f"{'' if code == Interrupted.exit_code else 'error: '}{line}\n")
     return code

@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from ns.cli.options import AsJson
-from ns.cli.output import make_table, print_json, to_shell_path, write_page
+from ns.cli.output import escape_text, make_table, print_json, to_shell_path, write_page
 from ns.core.errors import DataError
 from ns.storage import Store, open_store, read_uri
 
@@ -131,12 +130,14 @@ def _make_check_tables(report: "LeakageReport", suspect_counts: dict[str, int]) 
     """Which datasets share images, and the sizes of the classes."""
     overlaps = make_table("images that resemble another", "images of", "in", "same bytes", "near")
     for overlap in report.overlaps:
-        overlaps.add_row(escape(overlap.of), escape(overlap.within), f"{overlap.same:,}", f"{overlap.near:,}")
+        overlaps.add_row(escape_text(overlap.of), escape_text(overlap.within), f"{overlap.same:,}", f"{overlap.near:,}")
     classes = make_table("labeled data", "dataset", "classes", "smallest", "largest", "class names to check")
     for name, counts in report.classes.items():
         smallest, largest = (pick(counts, key=lambda class_name: counts[class_name]) for pick in (min, max))
-        ends = (f"{escape(class_name)} {counts[class_name]:,}" for class_name in (smallest, largest))
-        classes.add_row(escape(name), f"{len(counts):,}", *ends, f"{suspect_counts[name]:,}" if name in suspect_counts else "")
+        ends = (f"{escape_text(class_name)} {counts[class_name]:,}" for class_name in (smallest, largest))
+        classes.add_row(
+            escape_text(name), f"{len(counts):,}", *ends, f"{suspect_counts[name]:,}" if name in suspect_counts else ""
+        )
     return [overlaps, classes] if report.classes else [overlaps]
 
 
@@ -189,7 +190,7 @@ def show_data(
         if data.classes:
             table = make_table("", "class", "images", "share")
             for name, count in count_class_images(store, data).items():
-                table.add_row(escape(name), f"{count:,}", f"{count / max(1, data.samples):.1%}")
+                table.add_row(escape_text(name), f"{count:,}", f"{count / max(1, data.samples):.1%}")
             Console().print(table)
     if sheet:
         write_page(sheet, render_contact_sheet(store, data, images, seed))

@@ -82,7 +82,7 @@ def print_diagnostics(diagnostics: list[Diagnostic]) -> None:
 
 
 def _check_registry(git: str, remote: str | None) -> list[Diagnostic]:
-    from ns.core.git import redact_credentials
+    from ns.core.printable import redact_credentials
     from ns.labeling.registry import LabelRegistry
     from ns.storage.probe import probe_store
 

@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from ns.cli.options import AsJson, ModelArgument, Root, override_option
-from ns.cli.output import make_table, print_json
+from ns.cli.output import escape_text, make_table, print_json
 from ns.core.errors import ConfigError
 from ns.storage import open_store, read_uri
 
@@ -108,7 +107,7 @@ def _make_accuracy_table(evaluation: "Evaluation") -> Table:
         (share, name) for share, name in zip(evaluation.class_accuracy, evaluation.classes, strict=True) if share is not None
     ]
     for share, name in sorted(class_accuracies)[:WORST_CLASSES]:
-        clean.add_row(f"class {escape(name)}", f"{share:.1%}")
+        clean.add_row(f"class {escape_text(name)}", f"{share:.1%}")
     return clean
 
 

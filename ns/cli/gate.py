@@ -4,11 +4,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from ns.cli.options import AsJson, Root
-from ns.cli.output import make_table, print_json
+from ns.cli.output import escape_text, make_table, print_json
 from ns.storage import open_store
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ def make_verdict_tables(run: str, verdict: "Verdict") -> list[Table]:
     conditions = make_table(title, "condition", "value", "required", "", "what it is", text_columns=(0, 3, 4))
     for condition in verdict.conditions:
         mark = "[green]passed[/]" if condition.passed else "[yellow]failed[/]"
-        detail = escape(condition.detail.rstrip(","))
+        detail = escape_text(condition.detail.rstrip(","))
         conditions.add_row(condition.name, condition.format_value(), condition.format_requirement(), mark, detail)
     copies = f", {verdict.copies:,} copies left out" if verdict.copies else ""
     pairs = make_table(f"{verdict.images:,} held-out images{copies}", "", "student right", "student wrong")
@@ -79,7 +78,7 @@ def format_verdict(verdict: "Verdict") -> list[str]:
         f"{tries} on these held-out images; the probability that any so far accepted a student without the required gain is at most "
         f"{verdict.family_error:.3g}"
     )
-    lines += [f"[yellow]warning:[/] {escape(warning)}" for warning in verdict.warnings]
+    lines += [f"[yellow]warning:[/] {escape_text(warning)}" for warning in verdict.warnings]
     gain = next(condition for condition in verdict.conditions if condition.name == "gain")
     if not gain.passed:
         lines.append(f"on these images a gain of more than about {100 * requirement.gain:+.2f} points would have been enough")
@@ -92,5 +91,5 @@ def format_verdict(verdict: "Verdict") -> list[str]:
             )
     failed = [condition for condition in verdict.conditions if not condition.passed and condition.name != "gain"]
     lines += [f"{condition.name}: {condition.format_value()}, must be {condition.format_requirement()}" for condition in failed]
-    lines.append(f"[dim]recorded reason: {escape(verdict.reason)}[/]")
+    lines.append(f"[dim]recorded reason: {escape_text(verdict.reason)}[/]")
     return lines

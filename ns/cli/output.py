@@ -9,9 +9,11 @@ from urllib.parse import unquote
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ns.core.errors import StoreError
+from ns.core.printable import make_printable
 
 UNLIMITED_WIDTH = 10_000
 """Columns: more than any table needs."""
@@ -20,6 +22,11 @@ UNLIMITED_WIDTH = 10_000
 def print_json(value: Any) -> None:
     """Prints JSON on standard output. `value` may hold documents."""
     typer.echo(json.dumps(value, indent=1, ensure_ascii=False, default=lambda document: json.loads(document.model_dump_json())))
+
+
+def escape_text(text: str) -> str:
+    """Text from outside for a console of rich: nothing in it is markup, and nothing steers the terminal."""
+    return escape(make_printable(text, keep_newlines=False))
 
 
 def make_table(title: str, *headers: str, text_columns: Collection[int] = (0,), wrap: bool = True) -> Table:

@@ -3,9 +3,9 @@
 import threading
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 
+from ns.cli.output import escape_text
 from ns.core.log import StageEvent, format_duration
 
 STAGE_TITLES = {
@@ -107,7 +107,8 @@ class RunView:
     def _print_warning(self, stage: tuple[int, str], event: StageEvent) -> None:
         hidden = {"event", "stage", "generation", "level", "timestamp", "at", "pid"}
         details = " ".join(f"{key}={value}" for key, value in event.items() if key not in hidden)
-        self._console.print(f"[yellow]![/] {escape(_stage_title(stage))}: {escape(event['event'])} [dim]{escape(details)}[/]")
+        title, text = escape_text(_stage_title(stage)), escape_text(event["event"])
+        self._console.print(f"[yellow]![/] {title}: {text} [dim]{escape_text(details)}[/]")
 
     def _close_stage(self, stage: tuple[int, str]) -> None:
         self._open[stage] = self._open.get(stage, 1) - 1
@@ -116,7 +117,7 @@ class RunView:
             self._parts.pop(stage, None)
 
     def _print_line(self, mark: str, title: str, details: str, outcome: str) -> None:
-        line = f"{mark} {escape(title):<36} {escape(details):<42} [dim]{escape(outcome):>9}[/]"
+        line = f"{mark} {escape_text(title):<36} {escape_text(details):<42} [dim]{escape_text(outcome):>9}[/]"
         # Without a terminal, no line is wrapped.
         self._console.print(line, highlight=False, soft_wrap=not self._console.is_terminal)
 

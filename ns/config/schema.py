@@ -745,6 +745,15 @@ class Experiment(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _check_no_passwords(self) -> Self:
+        uris = {**self.map_uris(), "registry.remote": (self.registry and self.registry.remote) or ""}
+        for field, uri in uris.items():
+            # The value is not shown: it would stand in logs.
+            if re.search(r"://[^/]*@", uri):
+                raise ValueError(f"{field}: holds a user or a password; take it out: credentials come from the environment")
+        return self
+
     @property
     def needs_calibration(self) -> bool:
         """Whether something is fitted on human-labeled images that decide no promotion."""

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 from ns.core.errors import StoreError
+from ns.core.printable import redact_credentials
 
 GIT_SECONDS = 600
 """Our repositories hold small files only: a git command that takes longer hangs."""
@@ -109,8 +110,3 @@ class GitCommands:
             if secret:
                 line = line.replace(secret, "…")
         return redact_credentials(line)
-
-
-def redact_credentials(text: str) -> str:
-    """`text` with `…` for user and password in URLs."""
-    return re.sub(r"//[^/\s]*@", "//…@", text)

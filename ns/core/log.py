@@ -16,6 +16,8 @@ from typing import Any, Required, TypedDict
 
 import structlog
 
+from ns.core.printable import make_printable
+
 EVENTS_VARIABLE = "NS_EVENTS"
 # People read progress; more lines than this would only fill the log.
 PROGRESS_SECONDS = 0.25
@@ -82,6 +84,7 @@ def configure_logging(*, quiet: bool = False) -> None:
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
+            _make_values_printable,
             _append_to_events,
             renderer,
         ],
@@ -129,6 +132,13 @@ class Progress:
         self._logged = now
         rate = (self.done - self._first) / max(now - self._started, 1e-9)
         get_logger().info("progress", done=self.done, total=self.total, unit=self.unit, per_second=round(rate, 2), **metrics)
+
+
+def _make_values_printable(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    for name, value in event.items():
+        if isinstance(value, str):
+            event[name] = make_printable(value)
+    return event
 
 
 def _append_to_events(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

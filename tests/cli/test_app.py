@@ -52,6 +52,15 @@ def test_help_loads_no_heavy_library():
     assert done.returncode == 0, done.stderr
 
 
+def test_names_in_errors_do_not_steer_the_terminal(capsys, tmp_path):
+    name = "\x1b[2Jcat\nerror: all is lost\x07"
+    (tmp_path / name).write_text("{")
+    code, _, err = ns(capsys, "data", "show", str(tmp_path / name))
+    assert code != 0
+    assert len(err.splitlines()) == 1
+    assert err.rstrip("\n").isprintable()
+
+
 def test_version(capsys):
     assert ns(capsys, "--version") == (0, f"ns {__version__}\n", "")
 

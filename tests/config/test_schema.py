@@ -213,6 +213,21 @@ def test_small_preset_reaches_into_the_optimizer():
     assert (teacher.model.reduce_stride, teacher.noise.cutout_px) == (4, 16)
 
 
+@pytest.mark.parametrize("field", ["data.labeled", "data.test", "data.exclude", "registry.remote", "teacher.train.init",
+                                   "labeling.ensemble.0", "evaluation.sets.a.uri"])  # fmt: skip
+@pytest.mark.parametrize("uri", ["s3://me:secret@bucket/a", "https://secret@host/a.zip"])
+def test_experiment_refuses_passwords_in_uris_without_showing_them(field, uri):
+    document = {**MINIMAL, "data": dict(DATA), "registry": {"git": "g"}, "labeling": {"ensemble": [""]}}
+    section, *keys, last = [int(key) if key.isdigit() else key for key in field.split(".")]
+    node = document.setdefault(section, {})
+    for key in keys:
+        node = node.setdefault(key, {})
+    node[last] = uri + ("/w.safetensors" if last == "init" else "")
+    message = refused(document)
+    assert f"x.yaml: {field}: holds a user or a password" in message
+    assert "secret" not in message
+
+
 LOADED = {
     "checkpoint_path": "/etc/passwd", "pretrained_cfg_overlay": {"file": "w.bin"}, "pretrained_cfg": "x", "cache_dir": "/tmp",
     "pretrained_model_args": {}, "feature_cfg": {}, "device": "cuda", "scriptable": True, "features_only": True, "bn_esp": 1,

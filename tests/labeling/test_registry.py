@@ -21,7 +21,8 @@ from ns.config.loader import load_experiment
 from ns.config.schema import RegistryConfig, SelectionConfig
 from ns.core.digest import sha256_bytes
 from ns.core.errors import DataError, RunError, StoreError
-from ns.core.git import GitCommands, redact_credentials
+from ns.core.git import GitCommands
+from ns.core.printable import redact_credentials
 from ns.labeling.label_set import (
     LabelSet,
     LabelShard,

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from ns.core import log
 from ns.core.errors import DataError, RunError, StoreError
-from ns.core.git import GitCommands, redact_credentials
+from ns.core.git import GitCommands
+from ns.core.printable import redact_credentials
 from ns.labeling.registry.model import LabelVersion, VersionTag
 from ns.labeling.registry.storage import LABELS_DIR
 from ns.storage.endpoint import S3Endpoint

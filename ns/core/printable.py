@@ -1,0 +1,22 @@
+"""Text from outside (names of files and classes, messages of servers) on its way to a terminal or a log."""
+
+import re
+
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+"""What moves the cursor, ends a line, or turns the direction of what follows; not tab and newline."""
+
+
+def redact_credentials(text: str) -> str:
+    """`text` with `…` for user and password in URLs."""
+    return re.sub(r"//[^/\s]*@", "//…@", text)
+
+
+def escape_controls(text: str, *, keep_newlines: bool = True) -> str:
+    r"""`text` with `\x1b` for an escape, and so on: a name must not steer the terminal that shows it."""
+    escaped = CONTROLS.sub(lambda match: ascii(match[0])[1:-1], text)
+    return escaped if keep_newlines else escaped.replace("\n", "\\n")
+
+
+def make_printable(text: str, *, keep_newlines: bool = True) -> str:
+    """`text` without passwords and without what steers a terminal."""
+    return escape_controls(redact_credentials(text), keep_newlines=keep_newlines)

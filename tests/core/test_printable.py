@@ -1,0 +1,36 @@
+import pytest
+
+from ns.core import log
+from ns.core.printable import escape_controls, make_printable
+
+STEERING = ["\x1b[2J", "\x9b31m", "\r", "\b", "\x07", "\x85", "\u2028", "\u202e", "\u2066", "\x7f", "\0"]
+
+
+@pytest.mark.parametrize("text", STEERING)
+def test_escape_controls_leaves_nothing_that_steers_a_terminal(text):
+    escaped = escape_controls(f"cat{text}.png")
+    assert escaped.isprintable()
+    assert escaped.startswith("cat\\")
+
+
+def test_escape_controls_leaves_text_as_it_is():
+    text = "Grüße 猫 👩\u200d🔬\tc:\\x1b"
+    assert escape_controls(text) == text
+    assert escape_controls("a\nb") == "a\nb"
+    assert escape_controls("a\nb", keep_newlines=False) == r"a\nb"
+
+
+@pytest.mark.parametrize("uri", ["https://me:secret@host/a", "s3://me:secret@bucket/a", "http://secret@host:9091"])
+def test_make_printable_hides_passwords(uri):
+    shown = make_printable(f"cannot reach {uri}: refused")
+    assert "secret" not in shown
+    assert shown.startswith(f"cannot reach {uri.partition('//')[0]}//…@")
+
+
+def test_log_shows_neither_passwords_nor_escapes(capsys):
+    log.configure_logging()
+    log.get_logger().warning("cannot \x1b[2J push", url="https://me:secret@gateway:9091", file="\x1b]0;title\x07.png")
+    shown = capsys.readouterr().err
+    assert "secret" not in shown
+    assert "gateway" in shown
+    assert not set(shown) & {"\x1b", "\x07"}
