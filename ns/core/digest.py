@@ -157,6 +157,8 @@ EVALUATION_SOURCES = (
     "evaluation/multi_label.py",
     "evaluation/result.py",
     "data/subsample.py",
+    "data/class_names.py",
+    "data/key_list.py",
 )
 TEMPERATURE_SOURCES = (*EVALUATION_SOURCES, "evaluation/temperature.py")
 ROBUSTNESS_SOURCES = (*EVALUATION_SOURCES, "evaluation/robustness")
