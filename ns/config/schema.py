@@ -75,7 +75,8 @@ class DataConfig(ImportConfig):
     """What is done with images of the pool that are also held out. `exclude`: they get no label, so that accuracy stays honest.
     `report`: they are only counted. `off`: the pool is not checked, which saves reading all its images once."""
     exclude: str | None = None
-    """Path or URI of a text file with one key of the pool per line. These images get no label: their owners withdrew them, say."""
+    """Path or URI of a text file with one key of the pool, or path of an image's file, per line. These images get no label: their
+    owners withdrew them, say."""
     near_duplicate_bits: int = Field(default=4, ge=0, le=8)
     """Two images are compared by their pixels if at most this many of the 64 bits of their perceptual hashes differ; they count as the
     same picture if the pixels agree too. Images with a side below 32 px are compared by their bytes only."""

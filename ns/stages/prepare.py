@@ -10,7 +10,7 @@ from ns.data.calibration_split import SplitPart, copy_split_part
 from ns.data.dataset import Dataset, DatasetRole
 from ns.data.fingerprint import FINGERPRINTS
 from ns.data.importing.digits import write_digits
-from ns.data.importing.ingest import derive_dataset_name, digest_config, import_listing, open_listing
+from ns.data.importing.ingest import REJECTED, derive_dataset_name, digest_config, import_listing, open_listing
 from ns.data.index import ShardIndex
 from ns.data.key_list import KeyList, read_keys
 from ns.data.leakage import DUPLICATES, LEFT_OUT, LeakageReport, NamedDataset, check_datasets
@@ -345,7 +345,19 @@ class _DatasetFinder:
                 name = derive_dataset_name(uri)
                 import_listing(listing, uri, store, name=name, role=role, config=self._data, classes=classes)
 
-            return self._import_once(inputs, import_into)
+            prepared = self._import_once(inputs, import_into)
+            self._check_rejected(uri, prepared)
+            return prepared
+
+    def _check_rejected(self, uri: str, prepared: PreparedDataset) -> None:
+        """Another run may have imported the same with a laxer limit."""
+        store, dataset = prepared.open_dataset(self._root)
+        total = dataset.samples + dataset.rejected
+        if dataset.rejected > self._data.max_rejected_share * total:
+            raise DataError(
+                f"{uri}: {dataset.rejected} of {total} files were left out, more than data.max_rejected_share = "
+                f"{self._data.max_rejected_share:.1%}; {store.uri}/{REJECTED} lists them; repair or remove them, or raise the limit"
+            )
 
     def _import_once(self, inputs: Mapping[str, object], import_into: Callable[[Store], object]) -> PreparedDataset:
         key = self._ledger.derive_key("datasets", "import", inputs)

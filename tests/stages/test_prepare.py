@@ -355,6 +355,18 @@ def test_prepare_data_checks_what_later_stages_read(tmp_path, override, message)
         prepare_data(ref)
 
 
+def test_limit_of_rejects_counts_for_data_that_a_laxer_run_imported(tmp_path, uris):
+    for number in range(3):
+        (tmp_path / "pool" / f"{number}.jpg").write_bytes(b"no image")
+    (before, _), _ = prepare(tmp_path, uris, data={**uris, "max_rejected_share": 0.3})
+    with pytest.raises(
+        DataError, match=r"data\.pool: .*pool: 3 of 12 files were left out, more than data\.max_rejected_share = 10\.0%"
+    ):
+        prepare(tmp_path, uris)
+    (after, _), _ = prepare(tmp_path, uris, data={**uris, "max_rejected_share": 0.25})
+    assert after == before
+
+
 def test_data_exclude_names_images_of_the_pool(tmp_path, capsys):
     excluded = tmp_path / "withdrawn.txt"
     excluded.write_text("photos/1.jpg\nphotos/2.jpg\n")

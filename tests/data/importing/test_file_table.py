@@ -183,7 +183,7 @@ SOURCES: list[tuple[str, Write]] = [
         ("1.png", PNG), ("1.cls", b"0"), ("1.png", OTHER_PNG), ("1.cls", b"0"), ("2.png", THIRD_PNG), ("2.cls", b"1"),
     ))),
     ("tar: one key twice with different labels", write("a.tar", make_tar(
-        *LABELED_PAIR, ("2.png", PNG), ("2.cls", b"0"), ("2.cls", b"1"),
+        *LABELED_PAIR, ("2.png", PNG), ("2.cls", b"0"), ("2.png", THIRD_PNG), ("2.cls", b"1"),
     ))),
     ("tar: `.cls` and `.json` that contradict each other", write("a.tar", make_tar(
         *LABELED_PAIR, ("2.png", PNG), ("2.cls", b"0"),
