@@ -63,6 +63,14 @@ def check_config(
     typer.echo(f"{config}: good")
     for line in describe_shared_memory(experiment):
         typer.echo(line)
+    if experiment.selection.precision is not None:
+        from ns.labeling.thresholds import count_required_images
+
+        required = count_required_images(experiment.selection.precision, experiment.selection.confidence)
+        typer.echo(
+            f"selection.precision {experiment.selection.precision:g}: a threshold of its own takes {required:,} calibration images that "
+            "the teacher puts in the class; classes with fewer share one"
+        )
     given = (heldout, classes) if heldout else count_prepared_heldout(experiment)
     for line in describe_gate_needs(experiment.gate, *given):
         typer.echo(line)

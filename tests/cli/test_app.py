@@ -103,7 +103,9 @@ def test_config_check_says_how_many_heldout_images_the_gate_needs(capsys, tmp_pa
     assert "with 500 images of 10 classes, from: min_gain +1.6 points" in out
     assert "fewer than" not in out
     # Half of them are set apart for the thresholds.
-    assert "with 250 images of 10" in ns(capsys, "config", "check", "quickstart", "--set", "selection.precision=0.9")[1]
+    _, out, _ = ns(capsys, "config", "check", "quickstart", "--set", "selection.precision=0.9")
+    assert "with 250 images of 10" in out
+    assert "selection.precision 0.9: a threshold of its own takes 29 calibration images" in out
     conditions = (
         "gate.max_class_drop=0.1",
         "gate.max_mce_rise=2",
