@@ -23,7 +23,7 @@ def generation_inputs(context: StageContext, data: str, generation: int, teacher
     experiment = context.experiment
     measures_robustness = bool(experiment.gate.required_suites)
     return {
-        "code": digest_code(*TRAINING_SOURCES, *LABELING_SOURCES, "evaluation"),
+        "code": digest_code(*TRAINING_SOURCES, *LABELING_SOURCES, "evaluation", "labeling/thresholds.py"),
         "data": PreparedData.load_file(context.root, data).digest,
         "generation": generation,
         "teacher": read_model_digest(context.root, teacher),
