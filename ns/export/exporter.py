@@ -2,14 +2,16 @@
 
     OUT/config.json           timm's description of the network, with class names and preprocessing
     OUT/model.safetensors     the averaged weights, by timm's names
-    OUT/model.onnx            float32 [N, 3, R, R], normalized → float32 [N, classes], logits
+    OUT/model.onnx            uint8 [N, R, R, 3] → float32 [N, classes], logits; it normalizes the pixels itself
     OUT/model.pt2             the same as a torch.export program
+    OUT/preprocess.py         reads image files as the model must see them, with numpy and Pillow alone
     OUT/README.md             the model card
     OUT/export.json           what was exported, and how it was checked; written last
 
 Each form is compared with our own network on real images before it is kept. N is free; R is the model's test resolution.
 """
 
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ns import __version__
+from ns.config.schema import Crop
 from ns.core.digest import sha256_file
 from ns.core.errors import ConfigError, DataError, StoreError
 from ns.data.augment.transforms import EvalTransform
@@ -37,6 +40,7 @@ from ns.storage import Store
 from ns.storage.documents import FileName, JsonDocument, Sha256, encode_json
 
 CARD_FILE = "README.md"
+PREPROCESS_FILE = "preprocess.py"
 TOLERANCE = 1e-3
 """Largest difference of logits as a share of the largest logit: kernels sum float32 in different orders."""
 
@@ -68,6 +72,12 @@ class ExportManifest(JsonDocument):
     dataset: str
     """Digest of the dataset whose images were used for the checks."""
     resolution: int
+    """px"""
+    crop: Crop
+    test_margin_px: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    classes: tuple[str, ...]
     checks: tuple[ExportCheck, ...]
     version: str
     """Version of this package."""
@@ -98,7 +108,7 @@ def export_model(
         raise StoreError(f"{out}: is not empty and holds no {ExportManifest.filename}; name an empty or a new folder")
     network, manifest = load_model(store)
     batch = _load_batch(manifest, *images, count)
-    expected = _run_network(network, batch)
+    expected = _run_network(nn.Sequential(Normalize(manifest.mean, manifest.std), network), batch)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
         export_path = Path(scratch) / "export"
@@ -109,9 +119,15 @@ def export_model(
             weights_sha256=manifest.weights_sha256,
             dataset=images[1].digest,
             resolution=manifest.model.inference_resolution,
+            crop=manifest.model.crop,
+            test_margin_px=manifest.model.test_margin_px,
+            mean=manifest.mean,
+            std=manifest.std,
+            classes=manifest.classes,
             checks=checks,
             version=__version__,
         )
+        shutil.copyfile(Path(__file__).with_name(PREPROCESS_FILE), export_path / PREPROCESS_FILE)
         if describe:
             (export_path / CARD_FILE).write_text(describe(manifest, export_manifest), encoding="utf-8")
         (export_path / ExportManifest.filename).write_bytes(encode_json(export_manifest.model_dump(mode="json")))
@@ -123,7 +139,7 @@ def export_model(
 
 
 def _load_batch(manifest: ModelManifest, store: Store, dataset: Dataset, count: int) -> Tensor:
-    """Real images, preprocessed: float32 [n, 3, R, R], normalized; n is smaller than `count` if some cannot be read."""
+    """Real images, cropped and resized: uint8 [n, R, R, 3]; n is smaller than `count` if some cannot be read."""
     if dataset.role == "unlabeled":
         raise DataError(
             f"{store.uri}: has no labels, which are needed to draw images of all classes; name a labeled or an evaluation dataset"
@@ -137,8 +153,7 @@ def _load_batch(manifest: ModelManifest, store: Store, dataset: Dataset, count: 
     readable = [row for row in range(len(encoded)) if row not in unreadable]
     if not readable:
         raise DataError(f"{store.uri}: none of its images can be read, so an export cannot be checked on them")
-    batch: Tensor = Normalize(manifest.mean, manifest.std)(torch.from_numpy(pixels[: len(encoded)][readable]))
-    return batch
+    return torch.from_numpy(pixels[: len(encoded)][readable])
 
 
 def _run_network(network: Callable[[Tensor], Tensor], batch: Tensor) -> npt.NDArray[np.float32]:

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ns.modeling.factory import build_model
+from ns.modeling.factory import Normalize, build_model
 from ns.modeling.manifest import WEIGHTS, ModelManifest
 from ns.storage import Store
 from ns.storage.documents import encode_json
@@ -72,15 +72,20 @@ def _read_timm(file: Path) -> nn.Module:
     import timm
 
     network: nn.Module = timm.create_model(f"local-dir:{file.parent}", pretrained=True)
-    for name, attributes in json.loads(file.read_bytes())["noisy_student"]["dense"].items():
+    config = json.loads(file.read_bytes())
+    for name, attributes in config["noisy_student"]["dense"].items():
         for attribute, value in attributes.items():
             setattr(network.get_submodule(name), attribute, (value, value))
-    return network.eval()
+    about = config["pretrained_cfg"]
+    return nn.Sequential(Normalize(tuple(about["mean"]), tuple(about["std"])), network).eval()
 
 
 def _write_torch(file: Path, network: nn.Module, manifest: ModelManifest, _: Store) -> None:
     images = torch.export.Dim("images", min=1)
-    torch.export.save(torch.export.export(network, (_make_example_batch(manifest),), dynamic_shapes=({0: images},)), file)
+    program = torch.export.export(
+        _with_normalization(network, manifest), (_make_example_batch(manifest),), dynamic_shapes=({0: images},)
+    )
+    torch.export.save(program, file)
 
 
 def _read_torch(file: Path) -> Callable[[Tensor], Tensor]:
@@ -90,7 +95,7 @@ def _read_torch(file: Path) -> Callable[[Tensor], Tensor]:
 
 def _write_onnx(file: Path, network: nn.Module, manifest: ModelManifest, _: Store) -> None:
     torch.onnx.export(
-        network,
+        _with_normalization(network, manifest),
         (_make_example_batch(manifest),),
         file,
         dynamo=True,
@@ -106,8 +111,6 @@ def _write_onnx(file: Path, network: nn.Module, manifest: ModelManifest, _: Stor
     onnx_model = onnx.load(file)
     properties = {
         "classes": json.dumps(manifest.classes),
-        "mean": json.dumps(manifest.mean),
-        "std": json.dumps(manifest.std),
         "model": manifest.digest,
     }
     onnx.helper.set_model_props(onnx_model, properties)
@@ -125,11 +128,30 @@ def _read_onnx(file: Path) -> Callable[[Tensor], Tensor]:
 def _make_example_batch(manifest: ModelManifest) -> Tensor:
     size = manifest.model.inference_resolution
     # A batch of two: the exporters would take a size of one for a constant.
-    return torch.zeros(2, 3, size, size).contiguous(memory_format=torch.channels_last)
+    return torch.zeros(2, size, size, 3, dtype=torch.uint8)
+
+
+class _ConstantNormalize(nn.Module):
+    """`Normalize` in operations that every runtime has. uint8 [N, R, R, 3] → float32 [N, 3, R, R]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, manifest: ModelManifest) -> None:
+        super().__init__()
+        self.register_buffer("mean", 255 * torch.tensor(manifest.mean))
+        self.register_buffer("std", 255 * torch.tensor(manifest.std))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return ((images.float() - self.mean) / self.std).permute(0, 3, 1, 2)
+
+
+def _with_normalization(network: nn.Module, manifest: ModelManifest) -> nn.Module:
+    return nn.Sequential(_ConstantNormalize(manifest), network).eval()
 
 
 class FormIO(NamedTuple):
-    """How a form is written to `file`, and read back as a function from normalized images to logits."""
+    """How a form is written to `file`, and read back as a function from uint8 images [N, R, R, 3] to logits."""
 
     filename: str
     write: Callable[[Path, nn.Module, ModelManifest, Store], None]

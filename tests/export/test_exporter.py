@@ -105,7 +105,7 @@ def test_export_model_replaces_earlier_export_only(tmp_path, images):
     export_model(folder, out, ["timm"], images)
     (out / "model.onnx").write_bytes(b"of an earlier export")
     export_model(folder, out, ["timm"], images)
-    assert sorted(path.name for path in out.iterdir()) == ["config.json", "export.json", "model.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "export.json", "model.safetensors", "preprocess.py"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(StoreError, match=r"mine: is not empty and holds no export.json"):

@@ -25,5 +25,17 @@ def test_render_model_card_states_crop(crop, margin, said):
         lineage=Lineage(config="c", labeled="l"),
         weights_sha256="w",
     )
-    exported = ExportManifest(model="m", weights_sha256="w", dataset="d", resolution=64, checks=(), version="0")
+    exported = ExportManifest(
+        model="m",
+        weights_sha256="w",
+        dataset="d",
+        resolution=64,
+        crop=crop,
+        test_margin_px=margin,
+        mean=card.mean,
+        std=card.std,
+        classes=card.classes,
+        checks=(),
+        version="0",
+    )
     assert said in render_model_card(card, exported, [], None)
