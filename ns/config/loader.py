@@ -13,6 +13,8 @@ from ns.config.schema import Experiment, Section
 from ns.core.errors import ConfigError, StoreError
 from ns.storage import read_uri
 
+MAX_VALUES, MAX_DEPTH = 100_000, 30
+"""Values and levels of an experiment, at most."""
 SectionT = TypeVar("SectionT", bound=Section)
 
 
@@ -38,6 +40,8 @@ def load_experiment(uri: str, overrides: Iterable[str] = ()) -> Experiment:
     """
     try:
         document = yaml.safe_load(read_uri(uri))
+    except RecursionError as error:
+        raise ConfigError(f"{uri}: is nested too deeply; an experiment has at most {MAX_DEPTH} levels") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{uri}: not YAML: {error}") from error
     except StoreError as error:
@@ -45,7 +49,7 @@ def load_experiment(uri: str, overrides: Iterable[str] = ()) -> Experiment:
         raise ConfigError(f"config: {error}{hint}") from error
     if not isinstance(document, dict):
         raise ConfigError(f"{uri}: must be a mapping of fields, got {type(document).__name__}")
-    document = _copy_unshared(document)
+    document = _copy_unshared(document, uri)
     for override in overrides:
         _apply_override(document, override)
     return parse_experiment(document, uri)
@@ -84,13 +88,27 @@ def _validate_document(section_type: type[SectionT], document: dict[str, Any], o
         raise ConfigError("\n".join(f"{origin}: {line}" for line in format_validation_error(error, section_type))) from error
 
 
-def _copy_unshared(node: Any) -> Any:
-    """A copy in which YAML's aliases are separate: an override of the teacher must not reach a student that merges it."""
-    if isinstance(node, dict):
-        return {key: _copy_unshared(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_copy_unshared(value) for value in node]
-    return node
+def _copy_unshared(document: Any, uri: str) -> Any:
+    """A copy in which YAML's aliases are separate: an override of the teacher must not reach a student that merges it.
+
+    Raises ConfigError if aliases make it endless or huge: ten lines of them stand for billions of values.
+    """
+    values = 0
+
+    def copy_node(node: Any, depth: int) -> Any:
+        nonlocal values
+        values += 1
+        if values > MAX_VALUES or depth > MAX_DEPTH:
+            raise ConfigError(
+                f"{uri}: has more than {MAX_VALUES:,} values or {MAX_DEPTH} levels with its aliases; use fewer (*name)"
+            )
+        if isinstance(node, dict):
+            return {key: copy_node(value, depth + 1) for key, value in node.items()}
+        if isinstance(node, list):
+            return [copy_node(value, depth + 1) for value in node]
+        return node
+
+    return copy_node(document, 0)
 
 
 def _apply_override(document: dict[str, Any], override: str) -> None:
@@ -99,8 +117,8 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise ConfigError(f"--set {override}: must look like a.b=value")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = _copy_unshared(yaml.safe_load(text), f"--set {path}")
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"--set {override}: the value is not YAML: {error}") from error
     _set_field(document, keys, value, f"--set {override}")
 

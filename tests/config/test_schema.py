@@ -228,6 +228,25 @@ def test_experiment_refuses_passwords_in_uris_without_showing_them(field, uri):
     assert "secret" not in message
 
 
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize("text", [BOMB, "a: &a {b: *a}", "a: &a [*a]", "[" * 5000, "a: " + "[" * 40 + "]" * 40], ids=range(5))
+def test_small_yaml_has_no_large_cost(tmp_path, text):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"x\.yaml: (has more than|is nested too deeply)"):
+        load_experiment(str(path))
+
+
+@pytest.mark.parametrize("value", ["[" * 5000, "[" * 40 + "]" * 40])
+def test_override_of_great_depth_is_refused(minimal, value):
+    with pytest.raises(ConfigError, match=r"--set data"):
+        load_experiment(minimal, [f"data={value}"])
+
+
 LOADED = {
     "checkpoint_path": "/etc/passwd", "pretrained_cfg_overlay": {"file": "w.bin"}, "pretrained_cfg": "x", "cache_dir": "/tmp",
     "pretrained_model_args": {}, "feature_cfg": {}, "device": "cuda", "scriptable": True, "features_only": True, "bn_esp": 1,
