@@ -13,7 +13,7 @@ from kfp import kubernetes
 from kfp.dsl import PipelineTask
 
 from components import SETTINGS_VARIABLES, STAGE_USER, TOOLS_IMAGE, WORKER_IMAGE
-from ns.core.git import PASSWORD_VARIABLE, USER_VARIABLE
+from ns.core.git import HOST_VARIABLE, PASSWORD_VARIABLE, USER_VARIABLE
 
 GPU_TYPES = ("nvidia.com/gpu", "nvidia.com/mig-1g.10gb", "nvidia.com/mig-2g.20gb", "nvidia.com/mig-3g.40gb", "amd.com/gpu")
 GPU_COUNTS = ("0", "1", "2", "4", "8")
@@ -59,7 +59,7 @@ PLACEMENT_INPUTS = {
     ),
     "registry_secret": PipelineInput(
         "noisy-student-registry",
-        "Secret with the keys username and password of the label registry's git server. May be missing.",
+        "Secret with the keys username, password and host of the label registry's git server. May be missing.",
     ),
     "settings": PipelineInput(
         "noisy-student", f"ConfigMap with {', '.join(SETTINGS_VARIABLES)}. May be missing, and so may its keys."
@@ -106,7 +106,7 @@ def place_on_cpu(task: PipelineTask, placement: Inputs, *, hours: int, image: st
 
 def add_registry_login(task: PipelineTask, placement: Inputs) -> PipelineTask:
     """Gives a stage the login of the label registry's git server."""
-    login = {"username": USER_VARIABLE, "password": PASSWORD_VARIABLE}
+    login = {"username": USER_VARIABLE, "password": PASSWORD_VARIABLE, "host": HOST_VARIABLE}
     kubernetes.use_secret_as_env(task, placement["registry_secret"], login, optional=True)
     return task
 

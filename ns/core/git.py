@@ -7,7 +7,7 @@ import signal
 import subprocess
 from pathlib import Path
 
-from ns.core.errors import StoreError
+from ns.core.errors import ConfigError, StoreError
 from ns.core.printable import redact_credentials
 
 GIT_SECONDS = 600
@@ -34,28 +34,37 @@ FOREIGN_VARIABLES = (
     "GIT_PREFIX",
     "GIT_NAMESPACE",
 )
-USER_VARIABLE, PASSWORD_VARIABLE = "NS_GIT_USERNAME", "NS_GIT_PASSWORD"
-"""Login for git over HTTPS where no credential helper has one, as in a pod. If there is a password, git uses only these."""
+USER_VARIABLE, PASSWORD_VARIABLE, HOST_VARIABLE = "NS_GIT_USERNAME", "NS_GIT_PASSWORD", "NS_GIT_HOST"
+"""Login for git over HTTPS where no credential helper has one, as in a pod. If there is a password, git uses only these, and tells them
+to that host only: an experiment names the registry, and may come from strangers."""
 LOGIN_OPTIONS = (
     "credential.helper=",
-    f'credential.helper=!f() {{ printf "username=%s\\npassword=%s\\n" "${{{USER_VARIABLE}:-git}}" "${PASSWORD_VARIABLE}"; }}; f',
+    f'credential.https://{{host}}.helper=!f() {{ printf "username=%s\\npassword=%s\\n" '
+    f'"${{{USER_VARIABLE}:-git}}" "${PASSWORD_VARIABLE}"; }}; f',
 )
 SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", PASSWORD_VARIABLE)
 
 
 class GitCommands:
-    """Runs git in one folder."""
+    """Runs git in one folder. Raises ConfigError if there is a password without its host."""
 
     def __init__(self, path: Path, *, git_seconds: float = GIT_SECONDS) -> None:
         self.path = path
         self._git_seconds = git_seconds
         self._environment = {name: value for name, value in os.environ.items() if name not in FOREIGN_VARIABLES}
         self._environment |= {"LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0"}
+        self._login_options: tuple[str, ...] = ()
+        if self._environment.get(PASSWORD_VARIABLE):
+            host = self._environment.get(HOST_VARIABLE, "")
+            if not re.fullmatch(r"[A-Za-z0-9.-]+(:[0-9]+)?", host):
+                raise ConfigError(
+                    f"{HOST_VARIABLE}: invalid value {host!r}: {PASSWORD_VARIABLE} goes to one host only; name it, e.g. git.example"
+                )
+            self._login_options = tuple(option.replace("{host}", host) for option in LOGIN_OPTIONS)
 
     def run_git(self, *arguments: str, data: str | None = None) -> str:
         """Returns what git prints. Raises StoreError naming the command and git's reason."""
-        login = LOGIN_OPTIONS if self._environment.get(PASSWORD_VARIABLE) else ()
-        options = [part for option in (*GIT_OPTIONS, *login) for part in ("-c", option)]
+        options = [part for option in (*GIT_OPTIONS, *self._login_options) for part in ("-c", option)]
         return self._run_command(["git", *options, *arguments], f"git {arguments[0]}", self._git_seconds, data)
 
     def ensure_identity(self) -> None:

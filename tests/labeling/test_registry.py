@@ -20,7 +20,7 @@ from ns.cli import app as cli
 from ns.config.loader import load_experiment
 from ns.config.schema import RegistryConfig, SelectionConfig
 from ns.core.digest import sha256_bytes
-from ns.core.errors import DataError, RunError, StoreError
+from ns.core.errors import ConfigError, DataError, RunError, StoreError
 from ns.core.git import GitCommands
 from ns.core.printable import redact_credentials
 from ns.labeling.label_set import (
@@ -144,12 +144,20 @@ def test_version_tag_refuses_invalid_names():
 
 def test_git_commands_use_login_of_environment(tmp_path, monkeypatch):
     question = "protocol=https\nhost=git.example\n\n"
+    monkeypatch.setenv("NS_GIT_HOST", "git.example")
     for name, value, user in (("NS_GIT_PASSWORD", "to'k%n", "git"), ("NS_GIT_USERNAME", "robot", "robot")):
         monkeypatch.setenv(name, value)
         commands = GitCommands(tmp_path)
         told = commands.run_git("credential", "fill", data=question).splitlines()
         assert {f"username={user}", "password=to'k%n"} <= set(told)
     assert commands._find_reason("fatal: to'k%n was refused") == "fatal: … was refused"
+    for elsewhere in ("protocol=https\nhost=evil.example\n\n", "protocol=http\nhost=git.example\n\n"):
+        with pytest.raises(StoreError, match="git credential: fatal: could not read Username"):
+            commands.run_git("credential", "fill", data=elsewhere)
+    for host in ("", "git.example/x", "git.example\n"):
+        monkeypatch.setenv("NS_GIT_HOST", host)
+        with pytest.raises(ConfigError, match="NS_GIT_PASSWORD goes to one host only"):
+            GitCommands(tmp_path)
 
 
 def test_registry_refuses_invalid_uris(tmp_path):
