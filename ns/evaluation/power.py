@@ -80,7 +80,9 @@ def count_paired_images(change: float, margin: float, level: float) -> float:
     less = max(0.0, (DISCORDANT - abs(change)) / 2) + max(0.0, -change)
     more = less + change
     linear = (2 - more + less) * margin - more - less
-    restricted = (math.sqrt(linear**2 + 8 * less * margin * (1 - margin)) - linear) / 4
+    # At a margin of -1 all of it vanishes, up to rounding: nothing is lost that may not be lost.
+    restricted = (math.sqrt(max(0.0, linear**2 + 8 * less * margin * (1 - margin))) - linear) / 4
     null_variance, variance = 2 * restricted + margin * (1 - margin), more + less - change**2
-    distance = NormalDist().inv_cdf(level) * math.sqrt(null_variance) + NormalDist().inv_cdf(POWER) * math.sqrt(variance)
+    spreads = (math.sqrt(max(0.0, null_variance)), math.sqrt(max(0.0, variance)))
+    distance = NormalDist().inv_cdf(level) * spreads[0] + NormalDist().inv_cdf(POWER) * spreads[1]
     return (distance / (change - margin)) ** 2

@@ -60,3 +60,11 @@ def test_find_seen_change_inverts_list_needs(field):
 def test_spending_takes_more_images():
     plain, spent = (next(list_needs(GateConfig(spend=spend), 10)).images for spend in ("none", "bonferroni"))
     assert spent > 1.2 * plain
+
+
+@pytest.mark.parametrize("min_gain", [-1, -0.99, -0.5, -0.1, 0, 0.5, 0.98])
+def test_needs_are_known_for_every_margin(min_gain):
+    gate = GateConfig(min_gain=min_gain)
+    assert all(need.images >= 0 for need in list_needs(gate, 10) if need.field == "min_gain")
+    found = find_seen_change(gate, "min_gain", 10_000, 10)
+    assert found is None or found > 100 * min_gain
