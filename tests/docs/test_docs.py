@@ -173,6 +173,7 @@ def test_paper_example_has_the_numbers_of_the_paper():
         noise, train, optimizer = role.noise, role.train, role.train.optimizer
         assert (noise.dropout, noise.stochastic_depth, noise.flip, noise.cutout_px) == (0.5, 0.2, True, 0)
         assert (noise.randaugment, noise.randaugment_layers, noise.randaugment_magnitude) == ("paper", 2, 27)
+        assert (noise.pool, noise.mixup, noise.cutmix, noise.erasing, noise.policy) == ("same", 0, 0, 0, None)
         assert (noise.crop_area, noise.crop_aspect) == ((0.08, 1), (3 / 4, 4 / 3))
         assert (train.labeled_batch, train.epochs, train.label_smoothing, train.ema_decay) == (2048, 350, 0.1, 0.9999)
         assert (train.init, train.pseudo_labels, train.temperature, train.loss_weighting) == ("scratch", "soft", 1, "sum")
@@ -191,6 +192,7 @@ def test_paper_example_has_the_numbers_of_the_paper():
     assert paper.labeling.top_k == 1000
     selection = paper.selection
     assert (selection.policy, selection.min_confidence, selection.per_class) == ("paper", 0.3, 130_000)
+    assert (selection.images_from, selection.weights) == ("first", "none")
     assert (selection.repeat, selection.classes_per_image, selection.precision) == (True, 1, None)
     assert selection.max_repeat >= selection.per_class
     assert paper.gate.min_gain == -1
