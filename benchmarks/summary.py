@@ -71,6 +71,10 @@ FIGURES = {
         BenchmarkFigure("mib_per_worker", "MiB that the order takes in a loader process", 16, more_is_better=False),
         BenchmarkFigure("order_throughput_ratio", "positions per second ÷ those of windows of 8 shards with all copies", 0.95),
     ),
+    "polluted_pool": (
+        BenchmarkFigure("precision_lost", "points of precision that a half foreign pool loses, filtered", 3.0, more_is_better=False),
+        BenchmarkFigure("kept_share", "share of the images of the classes that the foreign score lets through", None),
+    ),
     "loop": (
         BenchmarkFigure("overhead_share", "quickstart: share of its time in which no stage runs", 0.15, more_is_better=False),
         BenchmarkFigure("help_seconds", "seconds until `ns --help`", 0.3, more_is_better=False),

@@ -16,6 +16,7 @@ from ns.data.augment.transforms import EvalTransform
 from ns.data.loading.shared_memory import StepShape, split_step
 from ns.data.prepared import PART_ROLES, DataPart
 from ns.evaluation.robustness.suite import count_passes
+from ns.labeling.foreign import MAX_LABELED
 from ns.labeling.label_set import count_kept_classes
 from ns.labeling.thresholds import count_required_images
 from ns.modeling.factory import (
@@ -40,7 +41,7 @@ from ns.storage.documents import JsonDocument
 from ns.training.plan import TrainingPlan, make_finetuning_role, plan_training
 
 FLOAT_BYTES = 4
-"""Weights, gradients, averages and the optimizer's state are float32 in every precision."""
+"""Weights, gradients, averages and the optimizer's state are float32 in every precision; so are foreign scores."""
 PASSES = 3
 """Passes of a training step. A backward pass costs two forward passes: one for the weights' gradient, one for the maps'."""
 LABEL_ROW_BYTES = 15
@@ -201,7 +202,9 @@ def estimate_run(experiment: Experiment, request: PlanRequest) -> RunPlan:
     sample_images = stats["pool"].sample_images or stats["labeled"].sample_images or stats["heldout"].sample_images
     speeds = _SpeedMeter(jobs, request, classes, experiment.labeling.batch, sample_images)
     work = tuple(_estimate_work(job, stats, speeds, request, experiment.labeling.tasks) for job in jobs)
-    kept_per_row = count_kept_classes(classes, experiment.labeling.top_k)
+    row_bytes = LABEL_ROW_BYTES + LABEL_CLASS_BYTES * count_kept_classes(classes, experiment.labeling.top_k)
+    if experiment.labeling.foreign_score != "none":
+        row_bytes += FLOAT_BYTES
     if request.multiply_adds_per_second is None:
         machine = describe_machine(get_best_device())
     else:
@@ -216,7 +219,7 @@ def estimate_run(experiment: Experiment, request: PlanRequest) -> RunPlan:
         calibration=stats["calibration"].images if "calibration" in stats else 0,
         classes=classes,
         work=work,
-        label_set_bytes=stats["pool"].images * (LABEL_ROW_BYTES + LABEL_CLASS_BYTES * kept_per_row),
+        label_set_bytes=stats["pool"].images * row_bytes,
         model_bytes=sum(FLOAT_BYTES * estimate.parameters for estimate in work if estimate.checkpoint_bytes),
         # One is being written while the others are kept.
         checkpoint_bytes=max(
@@ -251,9 +254,11 @@ def _list_jobs(experiment: Experiment, images: dict[DataPart, int], sets: dict[s
     """The work of every generation, in the order of a run. `sets`: images of the further evaluation sets."""
     evaluation = experiment.evaluation
     clean = images["heldout"] + images.get("test", 0)
-    labeled_for_calibration = (
-        images.get("calibration", 0) * VIEWS[experiment.labeling.views] * (1 + len(experiment.labeling.ensemble))
-    )
+    labeling = experiment.labeling
+    models = 1 + len(labeling.ensemble) + (labeling.foreign_score != "none")
+    labeled_for_calibration = images.get("calibration", 0) * VIEWS[labeling.views] * models
+    if labeling.foreign_score == "distance":
+        labeled_for_calibration += min(MAX_LABELED, images["labeled"])
     plain = sum(count for name, count in sets.items() if evaluation.sets[name].kind == "images")
     robust = sum(sets.values()) - plain
     if evaluation.needs_robustness:

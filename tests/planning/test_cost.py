@@ -82,6 +82,17 @@ def test_plan_counts_what_is_set_apart_and_labeled_with_all_views():
     assert find_work(run_plan, "evaluate", 0).images == 40_000 + 10 * 10_000
 
 
+@pytest.mark.parametrize(("kind", "compared"), [("distance", 20_000), ("energy", 0)])
+def test_plan_counts_what_foreign_scores_take(kind, compared):
+    data = {**NOWHERE, "calibration_share": 0.2}
+    request = PlanRequest(IMAGENET, multiply_adds_per_second=1e12)
+    plain = estimate_run(make_experiment(data=data), request)
+    scored = estimate_run(make_experiment(data=data, labeling={"views": "flip", "foreign_score": kind}), request)
+    # The calibration images are seen twice, in both views: by the labeler, and for their scores.
+    assert find_work(scored, "evaluate", 0).images == 40_000 + 2 * 2 * 10_000 + compared
+    assert scored.label_set_bytes - plain.label_set_bytes == 4 * scored.pool
+
+
 def test_plan_says_what_counts_mean_for_the_selection():
     pool = KnownCounts({"labeled": 400, "pool": 15_000, "heldout": 1_000}, image_bytes=1000, classes=10)
 
