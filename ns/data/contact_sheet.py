@@ -13,6 +13,9 @@ from ns.data.loading.shard_reader import ImageSource
 from ns.storage import Store
 
 THUMBNAIL_PX = 128
+POLICY = (
+    """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">"""
+)
 STYLE = """
 :root { color-scheme: light dark; font: 14px/1.4 system-ui, sans-serif }
 body { margin: 1.5rem auto; max-width: 75rem; padding: 0 1rem }
@@ -52,7 +55,7 @@ def render_contact_sheet(store: Store, dataset: Dataset, image_count: int, seed:
     title = html.escape(dataset.name)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{title}</title><style>{STYLE}</style><h1>{title} <small>({dataset.role})</small></h1>{''.join(parts)}</html>"
+        f"{POLICY}<title>{title}</title><style>{STYLE}</style><h1>{title} <small>({dataset.role})</small></h1>{''.join(parts)}</html>"
     )
 
 

@@ -38,6 +38,13 @@ def test_contact_sheet_depends_on_seed(folder, tmp_path):
     assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text() != (tmp_path / "c").read_text()
 
 
+def test_contact_sheet_runs_and_loads_nothing(folder, tmp_path):
+    sheet = tmp_path / "sheet.html"
+    assert cli.run_command_line(["data", "show", str(folder), "--sheet", str(sheet)]) == 0
+    policy, style = sheet.read_text().index("Content-Security-Policy"), sheet.read_text().index("<style>")
+    assert "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\"" in sheet.read_text()[policy:style]
+
+
 def test_contact_sheet_shows_reason_of_unreadable_image(folder, tmp_path):
     cli.run_command_line(["data", "show", str(folder), "--sheet", str(tmp_path / "s"), "--images", "2000"])
     assert "shard-00003.tar: bad:" in (tmp_path / "s").read_text()
