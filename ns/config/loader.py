@@ -18,6 +18,21 @@ MAX_VALUES, MAX_DEPTH = 100_000, 30
 SectionT = TypeVar("SectionT", bound=Section)
 
 
+class _WordLoader(yaml.SafeLoader):
+    """YAML in which only true and false are truth values, as YAML 1.2 has it: off, no, on and yes are words, and may be settings or
+    names of classes. Fields that are truth values take them too."""
+
+
+_WordLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool" or first in "tTfF"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _parse_yaml(text: str | bytes) -> Any:
+    return yaml.load(text, Loader=_WordLoader)  # noqa: S506
+
+
 def resolve_preset(config_uri: str) -> str:
     """The path of a preset (`quickstart`); any other path or URI unchanged."""
     preset = importlib.resources.files("ns.config.presets") / f"{config_uri}.yaml"
@@ -39,7 +54,7 @@ def load_experiment(uri: str, overrides: Iterable[str] = ()) -> Experiment:
     Raises ConfigError naming each wrong field with its path, its value and what would be right.
     """
     try:
-        document = yaml.safe_load(read_uri(uri))
+        document = _parse_yaml(read_uri(uri))
     except RecursionError as error:
         raise ConfigError(f"{uri}: is nested too deeply; an experiment has at most {MAX_DEPTH} levels") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -117,7 +132,7 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise ConfigError(f"--set {override}: must look like a.b=value")
     try:
-        value = _copy_unshared(yaml.safe_load(text), f"--set {path}")
+        value = _copy_unshared(_parse_yaml(text), f"--set {path}")
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"--set {override}: the value is not YAML: {error}") from error
     _set_field(document, keys, value, f"--set {override}")

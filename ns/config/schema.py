@@ -334,6 +334,10 @@ class FinetuneConfig(Section):
     the schedule here."""
 
 
+PICKLES = ("pth", "pt", "bin", "ckpt", "pkl", "tar")
+"""Endings of files of weights that are pickles."""
+
+
 class TrainConfig(Section):
     """How a network is trained. An epoch is a pass over the labeled images, as in the paper."""
 
@@ -390,6 +394,11 @@ class TrainConfig(Section):
     @field_validator("init")
     @classmethod
     def _check_init(cls, init: str) -> str:
+        if init.rpartition(".")[2] in PICKLES:
+            raise ValueError(
+                "pickled weights are not read, because a pickle can run any program; convert the file once: safetensors.torch.save_file("
+                "torch.load(FILE, weights_only=True), 'weights.safetensors')"
+            )
         if init not in ("scratch", "teacher") and "/" not in init and not init.endswith(".safetensors"):
             raise ValueError("must be scratch, teacher, a .safetensors file, or a model's folder (./NAME)")
         return init

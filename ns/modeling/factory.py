@@ -113,6 +113,12 @@ def _check_role(field: str, role: RoleConfig, classes: int | None) -> ModelSize:
                 f"{field}.train.init: invalid value {role.train.init!r}: there is no such "
                 f"{'file' if key else f'model (a folder with {ModelManifest.filename})'}"
             )
+    name, _, tag = model.arch.partition(".")
+    if tag:
+        raise ConfigError(
+            f"{field}.model.arch: invalid value {model.arch!r}: .{tag} names trained weights, which are never downloaded; give {name}, "
+            "and the weights as a file in train.init"
+        )
     if classes and model.outputs and model.outputs < classes:
         raise ConfigError(
             f"{field}.model.outputs: invalid value {model.outputs}: the labeled data has {classes} classes; "

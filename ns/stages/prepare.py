@@ -1,5 +1,6 @@
 """Prepares the data that an experiment names: finds the datasets where they are, or imports them into the store."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from ns.config.schema import DataConfig, EvaluationSet, Experiment
@@ -47,6 +48,9 @@ SPLIT_CODE = (
     "data/loading/shard_reader.py",
 )
 
+FEW_STEPS = 20
+"""Steps of a training below which it can hardly learn anything."""
+
 CHECK_CODE = (
     "data/leakage.py",
     "data/duplicates.py",
@@ -70,7 +74,9 @@ def write_prepared_data(experiment: Experiment, root: Store, ledger: Ledger) -> 
     """Prepares the data, and checks whatever else later stages read. Returns the key of `prepared.json`, its content, and whether
     nothing had to be imported."""
     prepared, reused = prepare_datasets(experiment, root, ledger)
-    _check_later_inputs(experiment, prepared.labeled.open_dataset(root)[1].classes)
+    labeled = prepared.labeled.open_dataset(root)[1]
+    _check_later_inputs(experiment, labeled.classes)
+    _warn_of_few_steps(experiment, labeled.samples)
     if experiment.data.exclude:
         with prefix_errors("data.exclude"):
             _check_excluded(read_keys(experiment.data.exclude), *prepared.pool.open_dataset(root))
@@ -145,6 +151,22 @@ def _check_later_inputs(experiment: Experiment, classes: Sequence[str]) -> None:
         if evaluation_set.multi_label:
             with prefix_errors(f"evaluation.sets.{name}.multi_label"):
                 read_uri(evaluation_set.multi_label)
+
+
+def _warn_of_few_steps(experiment: Experiment, samples: int) -> None:
+    """Says if a step has more labeled images than there are, or if a training is hardly any steps."""
+    for field, role in experiment.map_roles().items():
+        batch, epochs = role.train.labeled_batch, role.train.epochs
+        steps = max(1, math.ceil(epochs * samples / batch))
+        if batch > samples or steps < FEW_STEPS:
+            log.get_logger().warning(
+                "a training has few steps for its batch: lower train.labeled_batch or raise train.epochs",
+                field=field,
+                steps=steps,
+                epochs=epochs,
+                labeled_batch=batch,
+                labeled_images=samples,
+            )
 
 
 def _check_excluded(key_list: KeyList, store: Store, pool: Dataset) -> None:

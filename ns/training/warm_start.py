@@ -1,5 +1,6 @@
 """Starts from existing weights: the teacher's, another run's, or any safetensors file."""
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 from safetensors import SafetensorError
@@ -11,6 +12,9 @@ from ns.core.errors import ConfigError, DataError
 from ns.modeling import factory as models
 from ns.modeling.manifest import ModelManifest, split_weights_uri
 from ns.storage import Store, open_store
+
+WRAPPERS = ("module.", "_orig_mod.", "model.", "state_dict.", "net.", "network.", "backbone.")
+"""What stands before the names of tensors if a wrapped network was saved."""
 
 
 class InitialWeights(NamedTuple):
@@ -44,6 +48,7 @@ def copy_weights(network: nn.Module, weights: InitialWeights, classes: tuple[str
     Raises ConfigError if nothing fits, since training would then start from scratch unnoticed.
     """
     state = network.state_dict()
+    weights = weights._replace(tensors=_strip_wrappers(weights.tensors, state.keys()))
     fresh_prefixes = _classifier_prefixes(network) if weights.classes not in (None, classes) else ()
     fitting = {
         name: value
@@ -57,6 +62,16 @@ def copy_weights(network: nn.Module, weights: InitialWeights, classes: tuple[str
         )
     network.load_state_dict({**state, **fitting})
     log.get_logger().info("warm start", tensors=len(fitting), of=len(state), weights=weights.uri)
+
+
+def _strip_wrappers(tensors: dict[str, Tensor], own_names: Collection[str]) -> dict[str, Tensor]:
+    """The tensors without what DistributedDataParallel, torch.compile and other programs put before all of their names."""
+    while tensors and not any(name in own_names for name in tensors):
+        wrapper = next((wrapper for wrapper in WRAPPERS if all(name.startswith(wrapper) for name in tensors)), None)
+        if wrapper is None:
+            break
+        tensors = {name.removeprefix(wrapper): value for name, value in tensors.items()}
+    return tensors
 
 
 def _classifier_prefixes(network: nn.Module) -> tuple[str, ...]:

@@ -88,6 +88,7 @@ def test_config_check_builds_the_networks(capsys):
     for override, reason in (
         ("teacher.model.arch=efficientnet_b0", "must be equal or larger; for distillation"),
         ("teacher.model.arch=efficientnet_b00", "did you mean efficientnet_b0"),
+        ("teacher.model.arch=efficientnet_b0.ra_in1k", ".ra_in1k names trained weights, which are never downloaded"),
         ("students.0.model.resolution=16", "below the total stride of test_efficientnet, 32 px"),
         ("students.0.model.reduce_stride=8", ""),
     ):

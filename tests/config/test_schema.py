@@ -378,3 +378,29 @@ def test_numbers_must_be_finite(field, value):
     # JSON has no word for others: they would come back from a run's config.yaml as not given.
     with pytest.raises(ConfigError, match=rf"{field}: invalid value"):
         load_experiment(resolve_preset("quickstart"), [f"{field}={value}"])
+
+
+def test_words_that_yaml_1_1_takes_for_truth_values_are_words(minimal, tmp_path):
+    """off, no, on and yes without quotes, in a file and in an override: as settings, as names, and as truth values."""
+    path = tmp_path / "words.yaml"
+    path.write_text(
+        "name: on\ndata: {labeled: a, pool: b, heldout: c, leak_guard: off}\n"
+        "evaluation: {sets: {no: {uri: d, classes: [no, yes, off]}}}\n"
+        "teacher: {noise: {flip: off}}\nselection: {repeat: yes}\nallow_smaller_student: true\n"
+    )
+    experiment = load_experiment(str(path))
+    assert (experiment.name, experiment.data.leak_guard) == ("on", "off")
+    assert experiment.evaluation.sets["no"].classes == ("no", "yes", "off")
+    assert (experiment.teacher.noise.flip, experiment.selection.repeat, experiment.allow_smaller_student) == (False, True, True)
+    written = tmp_path / "written.yaml"
+    written.write_text(dump_experiment(experiment))
+    assert load_experiment(str(written)) == experiment
+    assert load_experiment(minimal, ["data.leak_guard=off"]).data.leak_guard == "off"
+
+
+@pytest.mark.parametrize("init", ["./weights.pth", "s3://bucket/x.pt", "/tmp/pytorch_model.bin", "last.ckpt"])
+def test_pickled_weights_are_refused_with_a_cure(init):
+    message = refused({**MINIMAL, "teacher": {"train": {"init": init}}})
+    assert f"x.yaml: teacher.train.init: invalid value {init!r}: pickled weights are not read" in message
+    assert "safetensors.torch.save_file(torch.load(FILE, weights_only=True)" in message
+    assert len(message.splitlines()) == 1

@@ -367,6 +367,15 @@ def test_limit_of_rejects_counts_for_data_that_a_laxer_run_imported(tmp_path, ur
     assert after == before
 
 
+def test_prepare_data_warns_of_trainings_of_few_steps(tmp_path, capsys):
+    """The quickstart has 50 labeled images."""
+    ref = open_tiny_run(LocalStore(tmp_path), "teacher.train.labeled_batch=2048", "teacher.train.epochs=3")
+    prepare_data(ref)
+    logged = "".join(capsys.readouterr())
+    (line,) = [line for line in logged.splitlines() if "a training has few steps for its batch" in line and "teacher" in line]
+    assert '"field": "teacher", "steps": 1, "epochs": 3.0, "labeled_batch": 2048, "labeled_images": 50' in line
+
+
 def test_data_exclude_names_images_of_the_pool(tmp_path, capsys):
     excluded = tmp_path / "withdrawn.txt"
     excluded.write_text("photos/1.jpg\nphotos/2.jpg\n")

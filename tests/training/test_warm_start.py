@@ -54,6 +54,15 @@ def test_warm_start_copies_from_a_file_by_shapes(teacher, tmp_path):
     assert torch.equal(wider.conv_stem.weight, net.conv_stem.weight)
 
 
+@pytest.mark.parametrize("wrappers", ["module.", "_orig_mod.", "model.", "module._orig_mod."])
+def test_warm_start_reads_weights_of_a_wrapped_network(teacher, wrappers):
+    net, _ = teacher
+    student = network()
+    wrapped = {f"{wrappers}{name}": value for name, value in net.state_dict().items()}
+    copy_weights(student, InitialWeights("x", wrapped, None), ABC)
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in student.state_dict().items())
+
+
 def test_warm_start_refuses_weights_of_another_architecture():
     with pytest.raises(ConfigError, match=r"train\.init: x: none of its 1 tensors"):
         copy_weights(network(), InitialWeights("x", {"layer1.0.conv1.weight": torch.zeros(3)}, None), ABC)
