@@ -37,8 +37,12 @@ def _format_detail(detail: Any, path: str, document_type: type[BaseModel]) -> st
     return f"{path}: invalid value {detail['input']!r:.80}: {_clean_message(detail)}"
 
 
+PLAIN_MESSAGES = {"tuple_type": "must be a list", "string_too_short": "must not be empty"}
+"""Messages for kinds of errors that pydantic describes in terms of Python."""
+
+
 def _clean_message(detail: Any) -> str:
-    return str(detail["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+    return PLAIN_MESSAGES.get(detail["type"]) or str(detail["msg"]).removeprefix("Value error, ").removeprefix("Input ")
 
 
 def _field_path(location: tuple[int | str, ...], document_type: type[BaseModel]) -> str:

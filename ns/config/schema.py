@@ -8,7 +8,7 @@ import math
 import re
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from ns.config.presets import PRESETS
 
@@ -36,6 +36,22 @@ class Section(BaseModel):
         serialize_by_alias=True,
     )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_booleans_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        # Pydantic takes true for 1, and YAML's on, off, yes and no are true and false.
+        items = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(item, bool) for item in items) and _takes_numbers(cls.model_fields[info.field_name or ""].annotation):
+            raise ValueError("must be a number; true and false (also written on, off, yes, no) are none")
+        return value
+
+
+def _takes_numbers(annotation: Any) -> bool:
+    return annotation in (int, float) or any(map(_takes_numbers, get_args(annotation)))
+
+
+Uri = Annotated[str, Field(min_length=1)]
+
 
 class ImportConfig(Section):
     """What an import accepts, and how it writes shards."""
@@ -55,16 +71,16 @@ class DataConfig(ImportConfig):
     `ns data import` takes: class folders, loose images (pool only), a table, tars, an archive. `digits:labeled|pool|heldout`
     are scikit-learn's handwritten digits, split for the quickstart."""
 
-    labeled: str
+    labeled: Uri
     """URI of the labeled images that teacher and students train on."""
-    pool: str
+    pool: Uri
     """URI of the unlabeled images; labels that may be there are ignored."""
-    heldout: str
+    heldout: Uri
     """URI of human-labeled images that decide promotions. They are never trained on."""
-    test: str | None = None
+    test: Uri | None = None
     """URI of human-labeled images that are only reported: they take part in no decision, so that the reported accuracy is not the one
     that was optimized. They are never trained on."""
-    calibration: str | None = None
+    calibration: Uri | None = None
     """URI of human-labeled images on which what has to be fitted is fitted: thresholds for `selection.precision`,
     `labeling.temperature`, and the limit of foreign scores. They are never trained on, and decide no promotion. If not given,
     `calibration_share` of the held-out images is set apart for it."""
@@ -74,7 +90,7 @@ class DataConfig(ImportConfig):
     leak_guard: Literal["exclude", "report", "off"] = "exclude"
     """What is done with images of the pool that are also held out. `exclude`: they get no label, so that accuracy stays honest.
     `report`: they are only counted. `off`: the pool is not checked, which saves reading all its images once."""
-    exclude: str | None = None
+    exclude: Uri | None = None
     """Path or URI of a text file with one key of the pool, or path of an image's file, per line. These images get no label: their
     owners withdrew them, say."""
     near_duplicate_bits: int = Field(default=4, ge=0, le=8)
@@ -470,7 +486,7 @@ class LabelingConfig(Section):
     views: Views = "one"
     """Views of an image that the teacher's probabilities are averaged over. `flip`: the image and its mirror image. `five`: center and
     corners. `ten`: these five and their mirror images. Labeling takes longer by the number of views. Paper: one."""
-    ensemble: tuple[str, ...] = ()
+    ensemble: tuple[Uri, ...] = ()
     """URIs of further models with the same classes, whose probabilities are averaged with the teacher's."""
     temperature: Literal["fitted"] | Annotated[float, Field(ge=0.1, le=10)] = 1.0
     """Divides the logarithms of the teacher's probabilities, after views and ensemble are averaged and before the best classes are taken:
@@ -607,7 +623,7 @@ Pixels = Annotated[float, Field(gt=0, le=255)]
 class EvaluationSet(Section):
     """A further set of human-labeled images, on which every model is evaluated."""
 
-    uri: str = Field(min_length=1)
+    uri: Uri
     """URI of a dataset, of anything that `ns data import` takes, or of the folder of a published benchmark."""
     kind: Literal["images", "imagenet-c", "cifar10-c", "imagenet-p"] = "images"
     """Layout. `images`: plain images, for accuracy. The others are read as they were published:
@@ -616,7 +632,7 @@ class EvaluationSet(Section):
     classes: Literal["all", "own"] | tuple[str, ...] = "all"
     """Classes that the answer is chosen from: `all` of the model's; `own`, those that the set has, as ImageNet-A, -R and -O are scored;
     or a list of names. The other outputs are left out before the softmax."""
-    multi_label: str | None = None
+    multi_label: Uri | None = None
     """URI of a JSON or Parquet file with all the right classes of each image, as ReaL has them (arXiv:2006.07159). An answer is right
     if it is one of them; images without any are left out."""
 

@@ -101,6 +101,35 @@ def test_wrong_values_name_path_value_and_range():
     assert "x.yaml: teacher.model.resolution: invalid value 4: should be greater than or equal to 8" in message
 
 
+@pytest.mark.parametrize(
+    "override",
+    ["selection.per_class=true", "labeling.temperature=on", "students.0.noise.mixup=yes", "evaluation.fgsm_epsilons=[true]"],
+)
+def test_true_and_false_are_no_numbers(minimal, override):
+    field = override.partition("=")[0]
+    with pytest.raises(ConfigError, match=rf"{field}: invalid value \[?True\]?: must be a number; true and false") as caught:
+        load_experiment(minimal, ["students=[{}]", override])
+    assert "\n" not in str(caught.value)
+
+
+def test_true_and_false_stay_what_they_are_elsewhere(minimal):
+    experiment = load_experiment(minimal, ["selection.repeat=no", "teacher.model.args.stem_bias=true"])
+    assert (experiment.selection.repeat, experiment.teacher.model.args) == (False, {"stem_bias": True})
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.calibration=''", "data.calibration: invalid value '': must not be empty"),
+        ("labeling.ensemble=['']", "labeling.ensemble.0: invalid value '': must not be empty"),
+        ("labeling.ensemble=model", "labeling.ensemble: invalid value 'model': must be a list"),
+    ],
+)
+def test_uris_are_not_empty(minimal, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_experiment(minimal, [override])
+
+
 def test_missing_field_is_named():
     assert refused({"name": "x", "data": {"labeled": "a", "pool": "b"}}) == "x.yaml: data.heldout: missing; it has no default"
 
@@ -217,7 +246,7 @@ def test_small_preset_reaches_into_the_optimizer():
                                    "labeling.ensemble.0", "evaluation.sets.a.uri"])  # fmt: skip
 @pytest.mark.parametrize("uri", ["s3://me:secret@bucket/a", "https://secret@host/a.zip"])
 def test_experiment_refuses_passwords_in_uris_without_showing_them(field, uri):
-    document = {**MINIMAL, "data": dict(DATA), "registry": {"git": "g"}, "labeling": {"ensemble": [""]}}
+    document = {**MINIMAL, "data": dict(DATA), "registry": {"git": "g"}, "labeling": {"ensemble": ["m"]}}
     section, *keys, last = [int(key) if key.isdigit() else key for key in field.split(".")]
     node = document.setdefault(section, {})
     for key in keys:
