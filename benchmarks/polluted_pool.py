@@ -66,7 +66,7 @@ class PoolSizes(NamedTuple):
     channels: tuple[int, int, int, int]
 
 
-FULL = PoolSizes(labeled=1000, calibration=250, heldout=50, pool=250, epochs=20, channels=(16, 32, 64, 128))
+FULL = PoolSizes(labeled=1000, calibration=250, heldout=50, pool=250, epochs=12, channels=(16, 32, 64, 128))
 QUICK = PoolSizes(labeled=60, calibration=40, heldout=10, pool=60, epochs=60, channels=(8, 16, 32, 64))
 
 

@@ -1,7 +1,7 @@
 """What foreign images are told by: statistics of the labeled images, and the scores of the calibration images, once per teacher.
 
 foreign.json            digests; written last
-statistics.safetensors  `StageStatistics` of each stage; only for `distance`
+statistics.safetensors  two `StageStatistics` of each stage; only for `distance`
 calibration.parquet     key string, foreign_score float32: a row per readable calibration image
 """
 
@@ -132,7 +132,7 @@ def _encode_statistics(predictor: "Predictor", store: Store, dataset: Dataset) -
     import torch
     from safetensors.torch import save as save_tensors
 
-    from ns.modeling.foreign import DistanceScorer, StageStatistics
+    from ns.modeling.foreign import DistanceScorer
 
     source = ImageSource(store, dataset, max_open_shards=2)
     rows_by_shard = draw_rows(source, len(dataset.shards), len(dataset.classes), Subsample(images=MAX_LABELED, seed=0))
@@ -143,7 +143,7 @@ def _encode_statistics(predictor: "Predictor", store: Store, dataset: Dataset) -
             batches.append(predictor.extract_stages(images))
         class_ids.append(torch.from_numpy(source.read_class_ids(shard, len(dataset.classes))[rows]))
     stages = [torch.cat(parts) for parts in zip(*batches, strict=True)]
-    scorer = DistanceScorer([StageStatistics.fit_features(features, torch.cat(class_ids)) for features in stages])
+    scorer = DistanceScorer.fit_stages(stages, torch.cat(class_ids))
     return save_tensors(scorer.state_dict()), len(stages[0])
 
 

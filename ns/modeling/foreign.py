@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 LEAST_SCALE = 1e-3
 """A channel that hardly varies over the labeled images counts as one with this share of the mean standard deviation of its stage."""
@@ -52,7 +53,7 @@ class EnergyScorer(ForeignScorer):
 
 
 class StageStatistics(nn.Module):
-    """The labeled images of C classes in the output of one stage, averaged over its positions: D channels."""
+    """The labeled images of C classes in one description of a stage's output: D channels."""
 
     whitening: Tensor
     """[D, D]: brings the deviations from the means of the classes to unit covariance."""
@@ -90,9 +91,9 @@ class StageStatistics(nn.Module):
         statistics.load_state_dict({"whitening": whitening, "centers": means @ whitening})
         return statistics
 
-    def forward(self, output: Tensor) -> Tensor:
-        """float32 [N]: √(d² / D) for the squared Mahalanobis distance d² of each image to the nearest class. `output`: [N, D, H, W]."""
-        whitened = average_positions(output) @ self.whitening
+    def forward(self, features: Tensor) -> Tensor:
+        """float32 [N]: √(d² / D) for the squared Mahalanobis distance d² of each image to the nearest class. `features`: [N, D]."""
+        whitened = features @ self.whitening
         nearest = torch.cdist(whitened, self.centers).min(1).values
         scores: Tensor = nearest / len(self.whitening) ** 0.5
         return scores
@@ -106,6 +107,13 @@ class DistanceScorer(ForeignScorer):
     def __init__(self, stages: Sequence[StageStatistics]) -> None:
         super().__init__()
         self.stages = nn.ModuleList(stages)
+        """Statistics of each description of each stage."""
+
+    @classmethod
+    def fit_stages(cls, stages: Sequence[Tensor], class_ids: Tensor) -> Self:
+        """Takes the statistics from the labeled images: float32 [N, D] per stage, averaged over the positions, and int64 [N]."""
+        descriptions = (features for stage in stages for features in _describe_stage(stage))
+        return cls([StageStatistics.fit_features(features, class_ids) for features in descriptions])
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
@@ -116,8 +124,15 @@ class DistanceScorer(ForeignScorer):
         return scorer
 
     def forward(self, outputs: NetworkOutputs) -> Tensor:
-        distances = [statistics(output) for statistics, output in zip(self.stages, outputs.stages, strict=True)]
+        descriptions = (features for stage in outputs.stages for features in _describe_stage(average_positions(stage)))
+        distances = [statistics(features) for statistics, features in zip(self.stages, descriptions, strict=True)]
         return torch.stack(distances).mean(0)
+
+
+def _describe_stage(features: Tensor) -> tuple[Tensor, Tensor]:
+    """The features [N, D] as they are and at length 1 (arXiv:2505.18032): digits among photographs stand out in the first, noise in the
+    second."""
+    return features, F.normalize(features)
 
 
 def _stage_number(name: str) -> int:

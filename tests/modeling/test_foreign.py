@@ -39,14 +39,14 @@ def test_stage_distance_is_that_of_scikit_learn(count):
     scale = deviations.std(0, correction=0)
     expected = OAS(assume_centered=True).fit((deviations / scale).numpy())
     squared = np.min([expected.mahalanobis(((others - mean) / scale).numpy()) for mean in means], axis=0)
-    scores = StageStatistics.fit_features(labeled, class_ids)(make_maps(others))
+    scores = StageStatistics.fit_features(labeled, class_ids)(others)
     np.testing.assert_allclose(scores.numpy(), np.sqrt(squared / 20), rtol=1e-3)
 
 
 def test_constant_channel_does_not_decide_alone():
     labeled = torch.cat([torch.randn(100, 3, generator=torch.Generator().manual_seed(0)), torch.zeros(100, 1)], 1)
     statistics = StageStatistics.fit_features(labeled, torch.zeros(100, dtype=torch.int64))
-    scores = statistics(make_maps(labeled + torch.tensor([0, 0, 0, 1e-4])))
+    scores = statistics(labeled + torch.tensor([0, 0, 0, 1e-4]))
     assert torch.isfinite(scores).all()
     assert scores.mean() == pytest.approx(np.sqrt(3 / 4), rel=0.1)
 
@@ -56,7 +56,7 @@ def test_distance_scorer_survives_a_file():
     generator = torch.Generator().manual_seed(0)
     features = [torch.randn(50, channels, generator=generator) for channels in range(2, 14)]
     class_ids = torch.arange(50) % 2
-    scorer = DistanceScorer([StageStatistics.fit_features(stage, class_ids) for stage in features])
+    scorer = DistanceScorer.fit_stages(features, class_ids)
     again = DistanceScorer.from_tensors(load_tensors(save_tensors(scorer.state_dict())))
     outputs = NetworkOutputs([make_maps(stage) for stage in features], torch.zeros(50, 3))
     assert torch.equal(scorer(outputs), again(outputs))
@@ -112,9 +112,7 @@ def test_polluted_pool_is_as_clean_as_without_pollution():
     network = FeatureNetwork(train_digit_teacher(pixels[labeled], class_ids[labeled], 7))
     with torch.inference_mode():
         stages, _ = network(pixels[labeled])
-        scorer = DistanceScorer(
-            [StageStatistics.fit_features(average_positions(stage), class_ids[labeled]) for stage in stages]
-        )
+        scorer = DistanceScorer.fit_stages([average_positions(stage) for stage in stages], class_ids[labeled])
         limit = scorer(NetworkOutputs(*network(pixels[calibration]))).quantile(0.9)
         outputs = NetworkOutputs(*network(torch.cat([pixels[pool], withheld, noise, blank])))
         scores, (confidence, predicted) = scorer(outputs), outputs.logits.softmax(1).max(1)

@@ -18,7 +18,7 @@ from ns.labeling.predict import label_pool_shards
 from ns.labeling.selection import select_pseudo_labels
 from ns.modeling import factory as models
 from ns.modeling import predictor as inference
-from ns.modeling.foreign import DistanceScorer, EnergyScorer, StageStatistics
+from ns.modeling.foreign import DistanceScorer, EnergyScorer
 from ns.modeling.manifest import Lineage
 from ns.modeling.precision import PrecisionMode
 from ns.modeling.predictor import Predictor
@@ -353,7 +353,7 @@ def make_distance_scorer(model, folder, dataset):
     predictor = Predictor(model, batch=8)
     images = [image for row, image in enumerate(ImageSource(folder, dataset).read_encoded(0)) if row != 2]
     class_ids = torch.arange(len(images)) % 2
-    return DistanceScorer([StageStatistics.fit_features(stage, class_ids) for stage in predictor.extract_stages(images)])
+    return DistanceScorer.fit_stages(predictor.extract_stages(images), class_ids)
 
 
 @pytest.mark.parametrize("views", ["one", "flip", "ten"])
