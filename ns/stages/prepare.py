@@ -260,7 +260,7 @@ def _check_heldout_apart(prepared: PreparedData, data: DataConfig, report: Leaka
                 "from one of the two: what is trained on cannot measure"
             )
         share = overlap.resembled / images
-        if share > data.max_heldout_overlap:
+        if share > data.max_heldout_overlap and data.leak_guard != "off":
             raise DataError(
                 f"data.{part}: {overlap.resembled:,} of its {images:,} images ({share:.0%}) are nearly alike to images of data.labeled "
                 f"(listed in {listed}); remove them from one of the two, or raise data.max_heldout_overlap "

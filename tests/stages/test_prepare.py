@@ -330,6 +330,7 @@ def test_large_overlap_by_looks_stops_and_asks(tmp_path, uris):
     apart = r"^data\.heldout: 1 of its 20 images \(5%\) are nearly alike to .* raise data\.max_heldout_overlap \(0\.04\)$"
     with pytest.raises(DataError, match=apart):
         prepare(tmp_path, {**data, "max_heldout_overlap": 0.04})
+    assert prepare(tmp_path, {**data, "max_heldout_overlap": 0.04, "leak_guard": "off"})[0][0].left_out is None
     asked = r"^data\.max_left_out_share: 0\.2: 6 images of the pool \(30%\) are .*\(0 with the same bytes, 6 nearly alike; listed in "
     with pytest.raises(DataError, match=asked):
         prepare(tmp_path, data)
