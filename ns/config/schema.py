@@ -89,7 +89,8 @@ class DataConfig(ImportConfig):
     given. The gate decides on the others alone. The images are drawn by a hash of key and `evaluation.seed`, the same in every run."""
     leak_guard: Literal["exclude", "report", "off"] = "exclude"
     """What is done with images of the pool that are also held out. `exclude`: they get no label, so that accuracy stays honest.
-    `report`: they are only counted. `off`: the pool is not checked, which saves reading all its images once."""
+    `report`: they are only counted. `off`: the pool is not checked, which saves reading all its images once, and no image is refused for
+    its looks."""
     exclude: Uri | None = None
     """Path or URI of a text file with one key of the pool, or path of an image's file, per line. These images get no label: their
     owners withdrew them, say."""
