@@ -213,7 +213,8 @@ def _resolve_classes(
         raise DataError(f"{source}: has {len(classes)} classes; at least 2 are needed to learn anything")
     if all(class_name.casefold() in SPLIT_NAMES for class_name in classes):
         raise DataError(
-            f"{source}: its folders {shorten_names(classes)} are splits, not classes; name one of them as the source"
+            f"{source}: its folders {shorten_names(classes)} are splits, not classes; "
+            f"{'unpack it, and ' if source.lower().endswith(sources.ARCHIVES) else ''}name one of them as the source"
         )
     if variants := find_case_variants(classes):
         log.get_logger().warning("names of classes differ in upper and lower case alone", first=variants[0], other=variants[1])

@@ -67,7 +67,8 @@ def list_table(source: str, role: DatasetRole, split: str | None) -> Iterator[So
             )
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         # Arrow raises its own errors for some damage, OSError for other, and UnicodeDecodeError for text that is not UTF-8.
-        raise DataError(f"{source}: not a readable table: {escape_path((str(error) or 'damaged').splitlines()[0])}") from error
+        reason = escape_path((str(error) or "damaged").splitlines()[0])
+        raise DataError(f"{source}: not a readable table: {reason}; {_describe_layout(table_path)}") from error
 
 
 def _open_batches(path: Path) -> Any:
@@ -87,8 +88,15 @@ def _find_column(source: str, columns: dict[str, str], candidates: tuple[str, ..
             return columns[name]
     raise DataError(
         f"{source}: has no column for {description}: its columns are {escape_path(', '.join(columns.values()))}; "
-        f"name one {' or '.join(candidates)}"
+        f"name one {' or '.join(candidates)}" + (f"; {_describe_layout(Path(source))}" if len(columns) == 1 else "")
     )
+
+
+def _describe_layout(path: Path) -> str:
+    """The cure for a table that cannot be read: spreadsheets write semicolons and other encodings in many countries."""
+    if path.suffix.lower() == ".parquet":
+        return "write it anew"
+    return f"save it as UTF-8, with columns separated by {'tabs' if path.suffix.lower() == '.tsv' else 'commas'}"
 
 
 def _read_text(value: Any) -> str:

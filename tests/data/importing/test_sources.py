@@ -121,10 +121,16 @@ def test_import_rejects_table_rows_without_file_or_label(tmp_path, folder):
         ("path,color\na,b\n", r"has no column for its class"),
         ('path,label\n"a,b\nc', r"not a readable table|no files to import|has 0 classes"),
         ("path,label\n", r"has 0 classes|no files to import"),
+        ("path;label\na;b\n", r"its columns are path;label; name one .*; save it as UTF-8, with columns separated by commas$"),
+        (
+            "path,label\né,b\n".encode("latin-1"),
+            r"not a readable table: .*; save it as UTF-8, with columns separated by commas$",
+        ),
+        ("path,label\na,b\n".encode("utf-16"), r"save it as UTF-8, with columns separated by commas$"),
     ],
 )
 def test_import_refuses_invalid_table(tmp_path, text, reason):
-    (tmp_path / "t.csv").write_text(text)
+    (tmp_path / "t.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(DataError, match=reason):
         run(tmp_path / "t.csv", tmp_path / "out")
 
@@ -227,6 +233,11 @@ def test_import_refuses_splits_as_classes(tmp_path, folder):
     (folder / "dog").rename(folder / "val")
     with pytest.raises(DataError, match=r"its folders \(Train, val\) are splits, not classes"):
         run(folder, tmp_path / "out")
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
+        for path in sorted(folder.rglob("*.png")):
+            archive.write(path, path.relative_to(folder))
+    with pytest.raises(DataError, match=r"are splits, not classes; unpack it, and name one of them as the source"):
+        run(tmp_path / "in.zip", tmp_path / "out")
 
 
 # Tars in the WebDataset layout
