@@ -46,13 +46,15 @@ from ns.data.importing.writer import ShardWriter
 from ns.data.index import build_index_key
 from ns.data.loading.decode import JPEG_MAGIC, decode_image
 from ns.data.shards import MEMBER_BYTES
-from ns.storage import Store
+from ns.storage import Store, open_store
 from ns.storage.documents import JsonDocument
 from ns.storage.scratch import make_scratch_dir
 
 REJECTED = "rejected.parquet"
 PARTS_PREFIX = "parts/"
 """Results of finished tasks, from which a killed import continues; removed when the dataset is complete."""
+BEGUN_KEY = f"{PARTS_PREFIX}begun"
+"""Written first: says that all shards and parts in the folder are those of an import."""
 SHOWN_REJECTS = 10
 """Maximum number of rejects that are logged one by one; `rejected.parquet` lists all."""
 REJECT_COLUMNS = pa.schema([("path", pa.string()), ("reason", pa.string())])
@@ -133,6 +135,8 @@ def import_listing(
             source, listing.count_class_labels(), classes, total, listing.find_first_problem()
         )
     job = _ImportJob(source, listing.path, store, class_names, class_ids, config)
+    _check_destination(source, store)
+    store.put(BEGUN_KEY, b"")
     # Shards of one import below the manifest of another would be a damaged dataset.
     store.delete(Dataset.filename)
     tasks = list(
@@ -467,6 +471,20 @@ def _list_rejects(job: _ImportJob, rejected: dict[int, int]) -> None:
                 paths, reasons, _ = zip(*_load_rejects(job, [number]), strict=True)
                 writer.write_table(pa.table([paths, reasons], schema=REJECT_COLUMNS))
         job.store.put_file(REJECTED, scratch_dir / REJECTED)
+
+
+def _check_destination(source: str, store: Store) -> None:
+    """Raises DataError for a folder whose files an import would replace or delete, or read as images the next time."""
+    target = f"{store.uri.rstrip('/')}/"
+    # A pattern such as pool-{000..127}.tar, a table or an archive has images elsewhere, or beside it.
+    if "{" not in source and target.startswith(f"{open_store(source).uri.rstrip('/')}/"):
+        raise DataError(f"{source}: the dataset {store.uri} would lie in its own source; name a folder outside it")
+    if not store.exists(Dataset.filename) and not store.exists(BEGUN_KEY):
+        for prefix in ("shard-", PARTS_PREFIX):
+            for key in store.list(prefix):
+                raise DataError(
+                    f"{store.uri}: has {escape_path(key)}, which no import wrote; name an empty folder for the dataset"
+                )
 
 
 def _remove_leftovers(store: Store, dataset: Dataset) -> None:

@@ -11,6 +11,7 @@ from ns.core.errors import DataError
 from ns.data.dataset import Dataset
 from ns.data.importing import ingest, sources
 from ns.data.importing.ingest import import_images
+from ns.data.index import build_index_key
 from ns.data.shards import read_samples
 from ns.storage import LocalStore
 
@@ -130,6 +131,30 @@ def test_import_refuses_invalid_folders(source, tmp_path, spoil, options, reason
     spoil(source)
     with pytest.raises(DataError, match=reason):
         run(source, tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize("inside", ["", "out"])
+def test_import_refuses_dataset_in_its_own_source(source, inside):
+    before = {path: path.read_bytes() for path in source.rglob("*.png")}
+    with pytest.raises(DataError, match=r"would lie in its own source; name a folder outside it"):
+        run(source, source / inside)
+    assert {path: path.read_bytes() for path in source.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("key", ["shard-00007.tar", "parts/cat.png"])
+def test_import_deletes_nothing_that_it_did_not_write(source, tmp_path, key):
+    (tmp_path / "out" / key).parent.mkdir(parents=True)
+    (tmp_path / "out" / key).write_bytes(b"mine")
+    with pytest.raises(DataError, match=rf"has {key}, which no import wrote; name an empty folder for the dataset"):
+        run(source, tmp_path / "out")
+    assert [path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()] == [b"mine"]
+
+
+def test_import_replaces_a_larger_dataset(source, tmp_path):
+    run(source, tmp_path / "out", shard_samples=2)
+    dataset = run(source, tmp_path / "out", shard_samples=12)
+    written = {shard.name for shard in dataset.shards} | {build_index_key(shard) for shard in dataset.shards}
+    assert set(LocalStore(tmp_path / "out").list()) == {*written, "dataset.json", "rejected.parquet"}
 
 
 def test_evaluation_set_keeps_labeled_classes(source, tmp_path):
