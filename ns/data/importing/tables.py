@@ -95,7 +95,7 @@ def _find_column(source: str, columns: dict[str, str], candidates: tuple[str, ..
 def _describe_layout(path: Path) -> str:
     """The cure for a table that cannot be read: spreadsheets write semicolons and other encodings in many countries."""
     if path.suffix.lower() == ".parquet":
-        return "write it anew"
+        return "write it again"
     return f"save it as UTF-8, with columns separated by {'tabs' if path.suffix.lower() == '.tsv' else 'commas'}"
 
 
