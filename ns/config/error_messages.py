@@ -37,7 +37,7 @@ def _format_detail(detail: Any, path: str, document_type: type[BaseModel]) -> st
     return f"{path}: invalid value {detail['input']!r:.80}: {_clean_message(detail)}"
 
 
-PLAIN_MESSAGES = {"tuple_type": "must be a list", "string_too_short": "must not be empty"}
+PLAIN_MESSAGES = {"tuple_type": "must be a list", "string_too_short": "must not be empty", "too_short": "must not be empty"}
 """Messages for kinds of errors that pydantic describes in terms of Python."""
 
 

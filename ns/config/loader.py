@@ -20,7 +20,20 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 class _WordLoader(yaml.SafeLoader):
     """YAML in which only true and false are truth values, as YAML 1.2 has it: off, no, on and yes are words, and may be settings or
-    names of classes. Fields that are truth values take them too."""
+    names of classes. Fields that are truth values take them too. A field that is there twice is an error, as in YAML 1.2."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Here `<<` is not merged yet; its fields may be overridden.
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    raise yaml.composer.ComposerError(
+                        problem=f"{key.value} is there twice; keep one", problem_mark=key.start_mark
+                    )
+                seen.add(key.value)
+        return node
 
 
 _WordLoader.yaml_implicit_resolvers = {
@@ -31,6 +44,13 @@ _WordLoader.yaml_implicit_resolvers = {
 
 def _parse_yaml(text: str | bytes) -> Any:
     return yaml.load(text, Loader=_WordLoader)  # noqa: S506
+
+
+def _describe_yaml_error(error: Exception) -> str:
+    """One line, with the place in the file."""
+    if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark):
+        return f"line {mark.line + 1}, column {mark.column + 1}: {' '.join(filter(None, (error.context, error.problem)))}"
+    return str(error).splitlines()[0]
 
 
 def resolve_preset(config_uri: str) -> str:
@@ -58,7 +78,7 @@ def load_experiment(uri: str, overrides: Iterable[str] = ()) -> Experiment:
     except RecursionError as error:
         raise ConfigError(f"{uri}: is nested too deeply; an experiment has at most {MAX_DEPTH} levels") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{uri}: not YAML: {error}") from error
+        raise ConfigError(f"{uri}: not YAML: {_describe_yaml_error(error)}") from error
     except StoreError as error:
         hint = "" if "." in uri.rpartition("/")[2] else "; name a YAML file, or the preset quickstart"
         raise ConfigError(f"config: {error}{hint}") from error
@@ -134,7 +154,7 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
     try:
         value = _copy_unshared(_parse_yaml(text), f"--set {path}")
     except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"--set {override}: the value is not YAML: {error}") from error
+        raise ConfigError(f"--set {override}: the value is not YAML: {_describe_yaml_error(error)}") from error
     _set_field(document, keys, value, f"--set {override}")
 
 

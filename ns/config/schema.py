@@ -8,7 +8,7 @@ import math
 import re
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from ns.config.presets import PRESETS
 
@@ -39,10 +39,10 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_booleans_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        # Pydantic takes true for 1, and YAML's on, off, yes and no are true and false.
+        # Pydantic takes true for 1.
         items = value if isinstance(value, list | tuple) else [value]
         if any(isinstance(item, bool) for item in items) and _takes_numbers(cls.model_fields[info.field_name or ""].annotation):
-            raise ValueError("must be a number; true and false (also written on, off, yes, no) are none")
+            raise ValueError("must be a number; true and false are none")
         return value
 
 
@@ -50,7 +50,18 @@ def _takes_numbers(annotation: Any) -> bool:
     return annotation in (int, float) or any(map(_takes_numbers, get_args(annotation)))
 
 
-Uri = Annotated[str, Field(min_length=1)]
+def _check_scheme(uri: str) -> str:
+    scheme, separator, rest = uri.partition("://")
+    if "@" in rest.partition("/")[0]:
+        return uri  # A password would stand in the message; the experiment refuses it without its value.
+    if separator and scheme not in ("s3", "file"):
+        raise ValueError(f"no store for {scheme}://; use a folder path, file:///absolute/path or s3://bucket/prefix")
+    if scheme == "s3" and separator and not rest.strip("/"):
+        raise ValueError("must name a bucket: s3://bucket/prefix")
+    return uri
+
+
+Uri = Annotated[str, Field(min_length=1), AfterValidator(_check_scheme)]
 
 
 class ImportConfig(Section):

@@ -103,7 +103,7 @@ def test_wrong_values_name_path_value_and_range():
 
 @pytest.mark.parametrize(
     "override",
-    ["selection.per_class=true", "labeling.temperature=on", "students.0.noise.mixup=yes", "evaluation.fgsm_epsilons=[true]"],
+    ["selection.per_class=true", "labeling.temperature=true", "students.0.noise.mixup=True", "evaluation.fgsm_epsilons=[true]"],
 )
 def test_true_and_false_are_no_numbers(minimal, override):
     field = override.partition("=")[0]
@@ -122,11 +122,18 @@ def test_true_and_false_stay_what_they_are_elsewhere(minimal):
     [
         ("data.calibration=''", "data.calibration: invalid value '': must not be empty"),
         ("labeling.ensemble=['']", "labeling.ensemble.0: invalid value '': must not be empty"),
+        ("students=[]", "students: invalid value []: must not be empty"),
+        ("data.pool=gs://b/c", "data.pool: invalid value 'gs://b/c': no store for gs://; use a folder path, file:///absolute"),
+        (
+            "data.pool=https://x.org/a.zip",
+            "data.pool: .*: no store for https://; use a folder path, file:///absolute/path or s3://",
+        ),
+        ("data.pool=s3://", "data.pool: invalid value 's3://': must name a bucket: s3://bucket/prefix"),
         ("labeling.ensemble=model", "labeling.ensemble: invalid value 'model': must be a list"),
     ],
 )
-def test_uris_are_not_empty(minimal, override, message):
-    with pytest.raises(ConfigError, match=message):
+def test_wrong_uris_say_what_is_right(minimal, override, message):
+    with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
         load_experiment(minimal, [override])
 
 
@@ -162,7 +169,7 @@ def test_overrides_reach_sections_and_list_items(minimal):
         ("=3", "must look like a.b=value"),
         ("seed.x=3", "seed is a value, not a section"),
         ("students.4.train.epochs=1", "must be an index below 1"),
-        ("seed=[1", "the value is not YAML"),
+        ("seed=[1", "the value is not YAML: line 1, column 3: while parsing a flow sequence expected"),
     ],
 )
 def test_wrong_override_says_why(minimal, override, reason):
@@ -174,6 +181,29 @@ def test_wrong_override_says_why(minimal, override, reason):
 def test_last_student_serves_all_further_generations():
     experiment = parse_experiment({**MINIMAL, "generations": 3, "students": [{}, {"train": {"epochs": 9}}]}, "x.yaml")
     assert [experiment.get_student(g).train.epochs for g in (1, 2, 3)] == [350, 9, 9]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"name: x\n  bad: [1,\n", "line 2, column 6: mapping values are not allowed here"),
+        (b"\tname: x\n", "line 1, column 1: while scanning for the next token found character .* that cannot start any token"),
+        (b"name: x\ngate: {level: 1}\ngate: {min_gain: 0}\n", "line 3, column 1: gate is there twice; keep one"),
+        (b"\xff\xd8\xff\xe0", "unacceptable character #x00ff: invalid start byte"),
+    ],
+)
+def test_load_experiment_says_in_one_line_why_it_is_no_yaml(tmp_path, text, reason):
+    (tmp_path / "x.yaml").write_bytes(text)
+    with pytest.raises(ConfigError, match=rf"x\.yaml: not YAML: {reason}$") as caught:
+        load_experiment(str(tmp_path / "x.yaml"))
+    assert "\n" not in str(caught.value)
+
+
+def test_merged_fields_may_be_overridden(tmp_path):
+    text = "name: x\ndata: {labeled: a, pool: b, heldout: c}\nteacher: {noise: &n {<<: &m {cutout_px: 8}, cutout_px: 4}}\n"
+    (tmp_path / "x.yaml").write_text(text + "students: [{noise: {<<: *n, cutout_px: 2}}]\n")
+    experiment = load_experiment(str(tmp_path / "x.yaml"))
+    assert (experiment.teacher.noise.cutout_px, experiment.students[0].noise.cutout_px) == (4, 2)
 
 
 def test_load_experiment_names_a_missing_file(tmp_path):
