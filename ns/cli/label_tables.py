@@ -39,9 +39,10 @@ def make_selection_table(label_set: LabelSet, selection: Selection) -> Table:
     """What a selection keeps, drops and repeats, one class per row; with a wanted precision also its evidence."""
     has_limit = selection.foreign_limit is not None
     foreign = f"{selection.foreign:,} foreign, " if has_limit else ""
+    unproven = f"{selection.unproven:,} without evidence of the precision, " if selection.thresholds else ""
     title = (
         f"{selection.kept:,} of {label_set.rows:,} images kept, {selection.images:,} with repeats; {selection.low_confidence:,} "
-        f"below the threshold, {selection.balanced_out:,} balanced out, {foreign}{selection.unreadable:,} unreadable, "
+        f"below the threshold, {unproven}{selection.balanced_out:,} balanced out, {foreign}{selection.unreadable:,} unreadable, "
         f"{selection.left_out:,} left out"
     )
     headers = ["class", "above threshold", "threshold", "kept", "dropped", "each seen", "seen"]

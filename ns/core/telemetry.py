@@ -137,7 +137,7 @@ CONFIDENCE = _ConfidenceHistogram()
 
 PSEUDO_LABELS = _counter(
     "nst_pseudo_labels",
-    "Images of the pool by outcome: kept, low_confidence, balanced_out, foreign, unreadable, left_out.",
+    "Images of the pool by outcome: kept, low_confidence, unproven, balanced_out, foreign, unreadable, left_out.",
     ["outcome"],
 )
 COVERAGE = _optional_gauge("nst_class_coverage_ratio", "Share of classes with at least one kept pseudo-labeled image.")

@@ -95,7 +95,8 @@ class ModelMeasurer:
             labeler = self._open_labeler(source, config, self.resolve_temperature(source, config))
             evaluate_accuracy(labeler, *source.open_dataset(self.root), target)
 
-        inputs = self._labeler_inputs(EVALUATION_SOURCES, source, config) | {"temperature": config.temperature}
+        sources = TEMPERATURE_SOURCES if config.temperature == "fitted" else EVALUATION_SOURCES
+        inputs = self._labeler_inputs(sources, source, config) | {"temperature": config.temperature}
         return self._get_or_run("calibrate", Evaluation, inputs, run_evaluation)
 
     def resolve_temperature(self, source: PreparedDataset | None, config: LabelingConfig) -> float:

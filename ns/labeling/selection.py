@@ -188,9 +188,18 @@ class Selection(HashedDocument):
         ]
 
     @property
+    def unproven(self) -> int:
+        """Images above the threshold of classes without evidence of the precision, but for the share that these keep."""
+        return sum(self.count_unproven(rule) for rule in self.rules)
+
+    def count_unproven(self, rule: ClassRule) -> int:
+        """As `unproven`, for one class."""
+        return rule.candidates - math.ceil(self.policy.fallback_share * rule.candidates) if rule.fallback else 0
+
+    @property
     def balanced_out(self) -> int:
-        """Images above the threshold that were not among the most confident of their class."""
-        return sum(rule.candidates - rule.kept for rule in self.rules)
+        """Other images above the threshold that were not among the most confident of their class."""
+        return sum(rule.candidates - rule.kept for rule in self.rules) - self.unproven
 
 
 def hash_keys(keys: Sequence[str], seed: int) -> npt.NDArray[np.uint64]:

@@ -19,6 +19,7 @@ def publish_selection(root: Store, run: str, generation: int, selection: Selecti
     outcomes = {
         "kept": selection.kept,
         "low_confidence": selection.low_confidence,
+        "unproven": selection.unproven,
         "balanced_out": selection.balanced_out,
         "foreign": selection.foreign,
         "unreadable": selection.unreadable,

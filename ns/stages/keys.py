@@ -6,8 +6,8 @@ done stays out.
 
 from typing import Any
 
-from ns.config.schema import Experiment, RoleConfig
-from ns.core.digest import LABELING_SOURCES, TRAINING_SOURCES, digest_code, digest_json
+from ns.config.schema import Experiment, LabelingConfig, RoleConfig
+from ns.core.digest import FOREIGN_SOURCES, LABELING_SOURCES, TEMPERATURE_SOURCES, TRAINING_SOURCES, digest_code, digest_json
 from ns.data.key_list import read_keys
 from ns.data.prepared import PreparedData
 from ns.labeling.selection import Selection
@@ -23,7 +23,7 @@ def generation_inputs(context: StageContext, data: str, generation: int, teacher
     experiment = context.experiment
     measures_robustness = bool(experiment.gate.required_suites)
     return {
-        "code": digest_code(*TRAINING_SOURCES, *LABELING_SOURCES, "evaluation", "labeling/thresholds.py"),
+        "code": digest_code(*TRAINING_SOURCES, *LABELING_SOURCES, *FOREIGN_SOURCES, "evaluation", "labeling/thresholds.py"),
         "data": PreparedData.load_file(context.root, data).digest,
         "generation": generation,
         "teacher": read_model_digest(context.root, teacher),
@@ -52,7 +52,7 @@ def labeling_inputs(context: StageContext, prepared: PreparedData, teacher: str)
     """What the label of an image depends on, apart from the image."""
     labeling = context.experiment.labeling
     return {
-        "code": digest_code(*LABELING_SOURCES),
+        "code": digest_code(*_list_labeling_sources(labeling)),
         "teacher": read_model_digest(context.root, teacher),
         **dump_hashed_fields(labeling, exclude={"tasks"}),
         "ensemble": ensemble_digests(context),
@@ -60,6 +60,15 @@ def labeling_inputs(context: StageContext, prepared: PreparedData, teacher: str)
         "compared_with": prepared.labeled.digest if labeling.foreign_score == "distance" else None,
         "fitted_on": prepared.calibration.digest if prepared.calibration and labeling.temperature == "fitted" else None,
     }
+
+
+def _list_labeling_sources(labeling: LabelingConfig) -> tuple[str, ...]:
+    """The code that makes labels: also what finds the labeler's temperature, and what foreign images are told by."""
+    return (
+        *LABELING_SOURCES,
+        *(TEMPERATURE_SOURCES if labeling.temperature == "fitted" else ()),
+        *(FOREIGN_SOURCES if labeling.foreign_score != "none" else ()),
+    )
 
 
 def ensemble_digests(context: StageContext) -> tuple[str, ...]:

@@ -376,6 +376,7 @@ def test_class_without_evidence_keeps_a_share_of_its_most_confident_images(share
     assert [key for key, times in copies.items() if times and key.startswith("2")] == [f"2-{rank}" for rank in range(kept)]
     assert [rule.fallback for rule in selection.rules] == [False, False, True, False]
     assert [rule.kept for rule in selection.rules][:3] == [4, 0, kept]
+    assert (selection.low_confidence, selection.unproven, selection.balanced_out) == (4, 8 - kept, 0)
     assert selection.describe_classes(("a", "b", "c", "d")) == [
         "2 of 4 classes have no pseudo-labels: b, d",
         f"1 of 4 classes have no evidence of the precision, and keep {share:.0%} of their candidates: c",

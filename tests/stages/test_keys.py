@@ -1,11 +1,15 @@
 """What is done again, and what is found."""
 
+import pytest
+
 from ns.config.schema import RoleConfig, TrainConfig
+from ns.data.prepared import PreparedData
 from ns.runs.records import list_stage_notes
 from ns.runs.summary import summarize_run
-from ns.stages.context import TeacherSignal
+from ns.stages import keys
+from ns.stages.context import TeacherSignal, stage
 from ns.stages.gate import resolve_teacher
-from ns.stages.keys import role_inputs
+from ns.stages.keys import labeling_inputs, role_inputs
 from ns.stages.prepare import prepare_data
 from ns.stages.train import train_generation
 from tests.loop import open_tiny_run, run_loop
@@ -49,3 +53,20 @@ def test_role_inputs_do_not_depend_on_the_preset():
     role = RoleConfig(preset="b0-small")
     spelt_out = RoleConfig(model=role.model, noise=role.noise, train=role.train)
     assert role_inputs(role) == role_inputs(spelt_out)
+
+
+@pytest.mark.parametrize(
+    ("override", "module"),
+    [("labeling.temperature=fitted", "evaluation/temperature.py"), ("labeling.foreign_score=distance", "labeling/foreign.py")],
+)
+def test_labels_depend_on_the_code_that_fits_what_they_use(finished_run, monkeypatch, override, module):
+    store, ref = finished_run
+    monkeypatch.setattr(keys, "digest_code", lambda *parts: parts)
+    code = []
+    for run in (ref, open_tiny_run(store, override)):
+        data = prepare_data(run)
+        teacher = train_generation(run, data=data, generation=0)
+        with stage("label-shards", run, 1) as context:
+            code.append(labeling_inputs(context, PreparedData.load_file(store, data), teacher)["code"])
+    assert module not in code[0]
+    assert module in code[1]
