@@ -65,6 +65,8 @@ class ClassRule(JsonDocument):
 
     candidates: int
     """Images above the confidence threshold."""
+    low_confidence: int = 0
+    """Images of this class that are candidates of none."""
     threshold: float
     fallback: bool = False
     """Whether there is no evidence of the wanted precision at any threshold, so that a share of all candidates is kept."""
@@ -251,6 +253,7 @@ def select_pseudo_labels(
     rules = tuple(
         ClassRule(
             candidates=int(ranking.candidates[class_id]),
+            low_confidence=int(ranking.low[class_id]),
             threshold=float(class_thresholds[class_id]),
             fallback=bool(is_fallback[class_id]),
             kept=kept,
@@ -273,7 +276,7 @@ def select_pseudo_labels(
         label_set=label_set,
         label_set_key=label_set_key,
         rules=rules,
-        low_confidence=ranking.low,
+        low_confidence=int(ranking.low.sum()),
         unreadable=unreadable,
         left_out=left_out,
         thresholds=thresholds,
@@ -467,8 +470,8 @@ class _Ranking:
         self._bits = _bits_per_group(num_classes)
         self._shift = max(0, deepest.bit_length() - self._bits)
         counts = _BinCounter(num_classes, self._bits)
-        self.low = 0
-        """Images that are candidates of no class."""
+        self.low = np.zeros(num_classes, np.int64)
+        """Images that are candidates of no class, by the class that the teacher puts them in, int64 [classes]."""
         self.foreign = np.zeros(num_classes, np.int64)
         """Foreign images by the class that the teacher puts them in, int64 [classes]."""
         for scores in read_scores():
@@ -478,7 +481,7 @@ class _Ranking:
             for rows, class_ids, depth in self._iter_candidates(scores):
                 is_candidate[rows] = True
                 counts.add_pairs(class_ids, depth >> self._shift)
-            self.low += int((scores.labeled & ~is_candidate).sum())
+            self.low += np.bincount(scores.class_ids[scores.labeled & ~is_candidate, 0], minlength=num_classes)
         self._counts = counts.count_all()
         self.candidates: npt.NDArray[np.int64] = self._counts.sum(1)
 

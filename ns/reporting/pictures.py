@@ -41,8 +41,8 @@ class Gallery:
 def build_label_galleries(
     pool_store: Store, pool: Dataset, label_store: Store, label_set: LabelSet, selection: Selection, size: int
 ) -> list[Gallery]:
-    """The most and the least confident kept images, the most confident ones below the threshold, and the most foreign ones if foreign
-    images are left out; `size` of each."""
+    """The most and the least confident kept images, and if these labels chose them, the most confident ones below the threshold, and the
+    most foreign ones if foreign images are left out; `size` of each."""
     most, least, below, most_foreign = (TopRows[tuple[str, str]](size) for _ in range(4))
     copy_reader = CopyReader(label_store, selection)
     for shard, raw_rows in enumerate(iter_label_rows(label_store, label_set)):
@@ -67,10 +67,10 @@ def build_label_galleries(
         for title, about, top in (
             ("Most confident", "The kept images with the highest confidence.", most),
             ("Least confident", "The kept images with the lowest confidence.", least),
-            ("Just below the threshold", low_confidence, below),
+            *([("Just below the threshold", low_confidence, below)] if selection.choice is None else []),
         )
     ]
-    # Where an earlier label set chose the images, the limit is one of its scores.
+    # Where an earlier label set chose the images, its confidences and scores decided.
     if selection.foreign_limit is not None and selection.choice is None:
         about = (
             "The images of the pool that are least like the labeled ones. "

@@ -134,6 +134,13 @@ def _compare(table, policy, seed, split):
     assert selection.images == sum(wanted.values())
     assert selection.unreadable == sum(confidence is None for _, _, confidence in entries)
     assert selection.kept + selection.balanced_out + selection.low_confidence + selection.unreadable == len(entries)
+    assert [rule.low_confidence for rule in selection.rules] == [
+        sum(
+            own == label and conf is not None and np.float32(conf) <= np.float32(policy.min_confidence)
+            for _, own, conf in entries
+        )
+        for label in range(CLASSES)
+    ]
 
 
 def test_hash_keys_is_stable():

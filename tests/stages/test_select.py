@@ -13,6 +13,7 @@ from ns.labeling.pseudo_label_dataset import load_pseudo_labels
 from ns.labeling.selection import CopyReader, count_copies
 from ns.labeling.thresholds import NEVER_SURE
 from ns.modeling.predictor import Predictor
+from ns.reporting.pictures import build_label_galleries
 from ns.runs.lookup import (
     find_policy_thresholds,
     open_label_set,
@@ -102,6 +103,12 @@ def test_first_selection_chooses_the_images_of_all_generations(finished_run):
     assert (first.selection.choice, second.selection.choice.selection) == (None, first.selection.digest)
     assert second.selection.rules == first.selection.rules
     assert second.selection.alignment != first.selection.alignment
+    titles = [
+        [gallery.title for gallery in build_label_galleries(*labels.open_pool(store), *labels.side, 2)]
+        for labels in (first, second)
+    ]
+    # The labels of the second generation left out no image.
+    assert titles == [["Most confident", "Least confident", "Just below the threshold"], ["Most confident", "Least confident"]]
     pool = second.open_pool(store)
     for labels in (first, second):
         pseudo = load_pseudo_labels(labels.store, labels.label_set, labels.selection, *pool)
