@@ -61,6 +61,8 @@ def check_config(
 
     check_models(experiment)
     typer.echo(f"{config}: good")
+    for line in describe_missing_data(experiment):
+        typer.echo(line)
     for line in describe_shared_memory(experiment):
         typer.echo(line)
     if experiment.selection.precision is not None:
@@ -74,6 +76,18 @@ def check_config(
     given = (heldout, classes) if heldout else count_prepared_heldout(experiment)
     for line in describe_gate_needs(experiment.gate, *given):
         typer.echo(line)
+
+
+def describe_missing_data(experiment: "Experiment") -> list[str]:
+    """Local data that are not there. No fault of an experiment that is checked before its data come, or runs elsewhere."""
+    from ns.data.importing.sources import resolve_local_path
+
+    return [
+        f"warning: {field}: {uri}: there is no such file or folder on this machine"
+        for field, uri in experiment.map_uris().items()
+        # Patterns such as pool-{000..127}.tar stand for many files.
+        if not uri.startswith("s3://") and "{" not in uri and not resolve_local_path(uri).exists()
+    ]
 
 
 def count_prepared_heldout(experiment: "Experiment") -> tuple[int | None, int | None]:

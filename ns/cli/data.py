@@ -13,6 +13,7 @@ from ns.core.errors import DataError
 from ns.storage import Store, open_store, read_uri
 
 if TYPE_CHECKING:
+    from ns.data.dataset import Dataset
     from ns.data.leakage import LeakageReport, NamedDataset
     from ns.modeling.predictor import Predictor
 
@@ -79,11 +80,10 @@ def check_data(
     Example: [cyan]ns data check data/pool data/train data/test --out check[/]
     """
     from ns.core.log import configure_logging
-    from ns.data.dataset import Dataset
     from ns.data.leakage import DUPLICATES, NamedDataset, check_datasets
 
     configure_logging()
-    opened = [(uri, store, Dataset.load(store)) for uri, store in zip(datasets, map(open_store, datasets), strict=True)]
+    opened = [(uri, *_open_dataset(uri)) for uri in datasets]
     names = [data.name for _, _, data in opened]
     checked = [NamedDataset(data.name if names.count(data.name) == 1 else uri, store, data) for uri, store, data in opened]
     target = open_store(out)
@@ -114,6 +114,16 @@ def check_data(
                 f"{overlap.of}: {shared} of its images are also in the evaluation set {overlap.within} "
                 f"(see {to_shell_path(target.uri)}/{DUPLICATES}); remove them from one, or allow it with --allow-overlap"
             )
+
+
+def _open_dataset(uri: str) -> tuple[Store, "Dataset"]:
+    """Raises DataError for what is not imported yet."""
+    from ns.data.dataset import Dataset
+
+    store = open_store(uri)
+    if not store.exists(Dataset.filename):
+        raise DataError(f"{uri}: no {Dataset.filename} here; name a dataset, or make one with `ns data import`")
+    return store, Dataset.load(store)
 
 
 def _write_suspects(predictor: "Predictor", named: "NamedDataset", target: Store) -> int:
@@ -149,11 +159,9 @@ def verify_data(
 
     Example: [cyan]ns data verify data/pool[/]
     """
-    from ns.data.dataset import Dataset
     from ns.data.verify import find_damage
 
-    store = open_store(dataset)
-    data = Dataset.load(store)
+    store, data = _open_dataset(dataset)
     problems = 0
     for problem in find_damage(store, data):
         typer.echo(problem)
@@ -176,11 +184,9 @@ def show_data(
     Example: [cyan]ns data show data/pool --sheet pool.html[/]
     """
     from ns.data.contact_sheet import render_contact_sheet
-    from ns.data.dataset import Dataset
     from ns.data.leakage import count_class_images
 
-    store = open_store(dataset)
-    data = Dataset.load(store)
+    store, data = _open_dataset(dataset)
     if as_json:
         print_json(data.model_dump(mode="json") | {"digest": data.digest, "samples": data.samples})
     else:

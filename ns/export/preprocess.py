@@ -30,7 +30,7 @@ def load_pixels(path: str | Path) -> npt.NDArray[np.uint8]:
         side = max(1, round(min(picture.size) * size / (size + about["test_margin_px"])))
         left, upper = (picture.width - side) // 2, (picture.height - side) // 2
         box = (left, upper, left + side, upper + side)
-    return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    return np.array(picture.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
 def load_input(path: str | Path) -> npt.NDArray[np.float32]:

@@ -98,6 +98,22 @@ def test_config_check_builds_the_networks(capsys):
         assert len(err.splitlines()) == bool(reason)
 
 
+def test_config_check_names_data_that_are_not_there(capsys, tmp_path):
+    (tmp_path / "pool").mkdir()
+    uris = {"pool": tmp_path / "pool", "labeled": tmp_path / "nowhere", "heldout": "s3://bucket/x"}
+    fields = [word for part, uri in uris.items() for word in ("--set", f"data.{part}={uri}")]
+    code, out, _ = ns(capsys, "config", "check", "quickstart", *fields)
+    warning = f"warning: data.labeled: {tmp_path}/nowhere: there is no such file or folder on this machine"
+    assert (code, [line for line in out.splitlines() if line.startswith("warning: data")]) == (0, [warning])
+
+
+@pytest.mark.parametrize("command", ["show", "verify", "check"])
+def test_data_commands_say_how_to_make_a_dataset(capsys, tmp_path, command):
+    code, _, err = ns(capsys, "data", command, str(tmp_path))
+    said = f"error: {tmp_path}: no dataset.json here; name a dataset, or make one with `ns data import`"
+    assert (code, err.splitlines()) == (3, [said])
+
+
 def test_config_check_says_how_many_heldout_images_the_gate_needs(capsys, tmp_path):
     _, out, _ = ns(capsys, "config", "check", "quickstart")
     assert "min_gain -0.02: -1 points: 6,237; +0 points: 1,578; +3 points: 260" in out

@@ -75,6 +75,7 @@ def test_files_are_read_as_in_evaluation(preprocess, tmp_path, mode, kind, orien
     expected = EvalTransform(SIDE_PX, about["crop"], about["test_margin_px"])(decode_image(path.read_bytes()))
     found = module.load_pixels(path)
     assert found.dtype == np.uint8
+    assert found.flags.writeable, "torch.from_numpy warns of arrays that are not"
     # Whole images are resized with torch's filter here, and with Pillow's there.
     assert np.abs(found.astype(int) - expected).mean() <= 2
     normalized = (found / 255 - np.array(about["mean"])) / np.array(about["std"])
