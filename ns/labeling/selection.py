@@ -65,8 +65,8 @@ class ClassRule(JsonDocument):
 
     candidates: int
     """Images above the confidence threshold."""
-    low_confidence: int = 0
-    """Images of this class that are candidates of none."""
+    low_confidence: int | None = None
+    """Images of this class that are candidates of none; None in selections that were made before this was counted."""
     threshold: float
     fallback: bool = False
     """Whether there is no evidence of the wanted precision at any threshold, so that a share of all candidates is kept."""

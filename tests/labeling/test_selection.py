@@ -191,7 +191,9 @@ def test_selection_of_class_without_candidates():
     selection = run([rows_of([("a", 0, 0.9)])], SelectionConfig(per_class=2))
     assert [rule.kept for rule in selection.rules] == [1, 0, 0, 0]
     threshold = selection.rules[0].threshold
-    nothing = ClassRule(candidates=0, threshold=threshold, kept=0, images=0, last_kept=None, copies=0, last_extra=None)
+    nothing = ClassRule(
+        candidates=0, low_confidence=0, threshold=threshold, kept=0, images=0, last_kept=None, copies=0, last_extra=None
+    )
     assert selection.rules[1:] == (nothing,) * 3
 
 
