@@ -107,6 +107,7 @@ def test_code_and_texts_count(before, after):
     assert digest.strip_comments(SOURCE.replace(before, after)) != digest.strip_comments(SOURCE)
 
 
+@pytest.mark.integration
 def test_stripped_sources_are_the_same_program():
     """Every file of ours, compiled before and after: the same syntax tree but for the docstrings."""
 

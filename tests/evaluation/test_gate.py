@@ -229,6 +229,7 @@ def test_beats_chance_of_few_images_of_many_classes():
     assert beats_chance(class_ids, predicted, seed=0)
 
 
+@pytest.mark.integration
 def test_beats_chance_rarely_by_luck():
     rng = np.random.default_rng(1)
     class_ids = np.repeat(np.arange(5), [2, 5, 10, 30, 153])

@@ -59,6 +59,7 @@ def test_temperature_of_a_sure_model_gives_no_nan():
         assert np.isfinite(combine_probabilities([sure], temperature)).all()
 
 
+@pytest.mark.integration
 def test_run_labels_at_the_fitted_temperature(finished_run):
     store, finished = finished_run
     ref = open_tiny_run(store, "labeling.temperature=fitted")

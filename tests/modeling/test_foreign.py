@@ -94,6 +94,7 @@ def train_digit_teacher(pixels, class_ids, classes):
     return network.eval()
 
 
+@pytest.mark.integration
 def test_polluted_pool_is_as_clean_as_without_pollution():
     """Digits of seven classes; the other half of the pool are the three other digits, noise, and blank images. At a confidence above
     0.5, what is kept of it is right as often as in the clean pool, within three points."""

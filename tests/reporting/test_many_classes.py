@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 CLASSES = 21_841
 IMAGES = 3_000
 MIB = 1 << 20
@@ -60,6 +62,7 @@ print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 """
 
 
+@pytest.mark.integration
 def test_evaluation_and_report_of_many_classes(made_up):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     child = subprocess.run(

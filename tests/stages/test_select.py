@@ -86,6 +86,7 @@ def test_thresholds_need_calibration_images(finished_run):
         find_policy_thresholds(store, open_label_set(store, f"{ref.run}/gen-1"), SelectionConfig(precision=0.9))
 
 
+@pytest.mark.integration
 def test_first_selection_chooses_the_images_of_all_generations(finished_run):
     store, _ = finished_run
     # A name of its own: the accepted students of an experiment are those of all its runs.

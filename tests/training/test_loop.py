@@ -460,6 +460,7 @@ def test_training_uses_the_configured_precision(data, tmp_path):
     assert fast.history[-1]["loss"] == pytest.approx(plain.history[-1]["loss"], rel=0.1)
 
 
+@pytest.mark.integration
 def test_float16_scales_gradients_and_skips_steps_that_overflow(data, tmp_path, monkeypatch):
     """As on a GPU, but for its kernels: where the processor computes in float16, the same scaler works."""
     monkeypatch.setattr(loop, "_resolve_training_mode", lambda config, _: PrecisionMode(config.precision))
