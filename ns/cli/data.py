@@ -209,7 +209,10 @@ def _read_class_names(path: Path) -> list[str]:
 
     data = read_uri(str(path))
     if path.suffix == ".json":
-        return list(Dataset.parse(data, str(path)).classes)
+        dataset = Dataset.parse(data, str(path))
+        if not dataset.classes:
+            raise DataError(f"{path}: is a dataset without classes; name that of the labeled images")
+        return list(dataset.classes)
     names = [name for line in data.decode("utf-8-sig", errors="replace").splitlines() if (name := normalize_name(line))]
     if len(set(names)) != len(names) or len(names) < 2:
         raise DataError(f"{path}: {len(names)} class names, {len(set(names))} of them different; must be 2 or more, each once")

@@ -16,6 +16,7 @@ from ns.cli import app as cli
 from ns.cli import options
 from ns.config.loader import load_experiment, resolve_preset, with_uris
 from ns.config.schema import GateConfig
+from ns.data.dataset import Dataset
 from ns.evaluation.gate import evaluate_gate
 from ns.runs.lifecycle import lock_run, open_run
 from ns.runs.records import write_stage_note
@@ -112,6 +113,15 @@ def test_data_commands_say_how_to_make_a_dataset(capsys, tmp_path, command):
     code, _, err = ns(capsys, "data", command, str(tmp_path))
     said = f"error: {tmp_path}: no dataset.json here; name a dataset, or make one with `ns data import`"
     assert (code, err.splitlines()) == (3, [said])
+
+
+def test_import_refuses_class_names_of_a_dataset_without_classes(capsys, tmp_path):
+    manifest = tmp_path / "dataset.json"
+    Dataset(name="pool", role="unlabeled", classes=(), shards=()).save(LocalStore(tmp_path))
+    code, _, err = ns(
+        capsys, "data", "import", str(tmp_path), str(tmp_path / "out"), "--role", "evaluation", "--classes", str(manifest)
+    )
+    assert (code, err) == (3, f"error: {manifest}: is a dataset without classes; name that of the labeled images\n")
 
 
 def test_config_check_says_how_many_heldout_images_the_gate_needs(capsys, tmp_path):

@@ -119,7 +119,8 @@ def _make_entry(base: Path | str, cell: Any, class_label: str | None, row: int) 
     if "://" in path:
         return SourceEntry(path, class_label, 0)
     if isinstance(base, str):
-        key = posixpath.normpath(path)
+        # Tables from Windows. A request for each row would tell whether a key has a backslash, which is far rarer.
+        key = posixpath.normpath(path.replace("\\", "/"))
         problem = "lies outside the table's folder; give a path below it, or a URI" if key.startswith(("/", "../")) else ""
         return SourceEntry(key, class_label, 0, problem=problem)
     # A missing file is listed too, so that reading it rejects it with its reason.

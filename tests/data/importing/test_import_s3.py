@@ -58,6 +58,19 @@ def test_import_from_s3_equals_import_from_folder(moto, tmp_path, folder, monkey
 
 
 @pytest.mark.usefixtures("environment")
+def test_table_on_s3_equals_table_on_disk(moto, tmp_path, folder, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("AWS_ENDPOINT_URL", moto)
+    rows = ["cat/1.png,cat", r"cat\3.png,cat", r".\dog\0.png,dog", "./dog/2.png,dog", r"cat\1.png,cat", "cat/none.png,cat"]
+    (folder / "t.csv").write_text("\n".join(["path,label", *rows]))
+    expected = run(str(folder / "t.csv"), LocalStore(tmp_path / "local"))
+    assert (expected.samples, expected.rejected) == (4, 1)
+    store = store_at(moto, tmp_path / "cache")
+    upload(folder, store.at("source"))
+    store.put("source/t.csv", (folder / "t.csv").read_bytes())
+    assert run(f"{store.uri}/source/t.csv", store.at("out")) == expected
+
+
+@pytest.mark.usefixtures("environment")
 def test_import_survives_s3_errors(proxied, tmp_path, folder, monkeypatch):  # noqa: F811
     store, proxy = proxied
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
