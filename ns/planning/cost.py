@@ -166,6 +166,8 @@ class _PlannedJob(NamedTuple):
     """Training: labeled images per step. Evaluation: images; for robustness, forward passes over distorted or attacked images."""
     pool: int
     """Training: pseudo-labeled images per step. Labeling: images of the pool."""
+    passes: int = 1
+    """Forward passes per image: more than one in labeling with several views or models."""
 
     @property
     def images(self) -> int:
@@ -255,8 +257,9 @@ def _list_jobs(experiment: Experiment, images: dict[DataPart, int], sets: dict[s
     evaluation = experiment.evaluation
     clean = images["heldout"] + images.get("test", 0)
     labeling = experiment.labeling
-    models = 1 + len(labeling.ensemble) + (labeling.foreign_score != "none")
-    labeled_for_calibration = images.get("calibration", 0) * VIEWS[labeling.views] * models
+    views, models = VIEWS[labeling.views], 1 + len(labeling.ensemble)
+    rounds = models * (1 + (labeling.temperature == "fitted")) + (labeling.foreign_score != "none")
+    labeled_for_calibration = images.get("calibration", 0) * views * rounds
     if labeling.foreign_score == "distance":
         labeled_for_calibration += min(MAX_LABELED, images["labeled"])
     plain = sum(count for name, count in sets.items() if evaluation.sets[name].kind == "images")
@@ -289,7 +292,7 @@ def _list_jobs(experiment: Experiment, images: dict[DataPart, int], sets: dict[s
 
     yield from list_training_jobs(0, *select_role(0))
     for generation in range(1, 1 + experiment.generations):
-        yield _PlannedJob(generation, "label", *select_role(generation - 1), None, 0, images["pool"])
+        yield _PlannedJob(generation, "label", *select_role(generation - 1), None, 0, images["pool"], views * models)
         yield from list_training_jobs(generation, *select_role(generation))
 
 
@@ -374,7 +377,7 @@ def _estimate_work(
     devices = request.devices if job.training_plan else min(request.devices, tasks if job.task == "label" else 1)
     rounds = job.training_plan.steps if job.training_plan else 1
     images = job.images / devices  # per device and round
-    network_seconds = images / speed.images_per_second + speed.update_seconds
+    network_seconds = job.passes * images / speed.images_per_second + speed.update_seconds
     loader_seconds = 0.0
     if core_seconds is not None:
         loader_seconds = images * core_seconds / (max(1, role.train.loader_workers) if job.training_plan else DECODE_THREADS)

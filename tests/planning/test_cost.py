@@ -82,6 +82,17 @@ def test_plan_counts_what_is_set_apart_and_labeled_with_all_views():
     assert find_work(run_plan, "evaluate", 0).images == 40_000 + 10 * 10_000
 
 
+def test_plan_counts_views_and_models_of_the_labeler():
+    request = PlanRequest(IMAGENET, multiply_adds_per_second=1e12)
+    labeling = {"views": "five", "ensemble": ["a", "b"]}
+    plain, costly = (estimate_run(make_experiment(labeling=options), request) for options in ({}, labeling))
+    assert find_work(costly, "label", 1).seconds == pytest.approx(15 * find_work(plain, "label", 1).seconds)
+    assert find_work(costly, "label", 1).images == find_work(plain, "label", 1).images
+    fitted = estimate_run(make_experiment(labeling=labeling | {"temperature": "fitted"}), request)
+    # Once for the temperature, once for confidences at this temperature.
+    assert find_work(fitted, "evaluate", 0).images - fitted.heldout == 2 * 15 * fitted.calibration
+
+
 @pytest.mark.parametrize(("kind", "compared"), [("distance", 20_000), ("energy", 0)])
 def test_plan_counts_what_foreign_scores_take(kind, compared):
     data = {**NOWHERE, "calibration_share": 0.2}
