@@ -108,7 +108,9 @@ class RunView:
         hidden = {"event", "stage", "generation", "level", "timestamp", "at", "pid"}
         details = " ".join(f"{key}={value}" for key, value in event.items() if key not in hidden)
         title, text = escape_text(_stage_title(stage)), escape_text(event["event"])
-        self._console.print(f"[yellow]![/] {title}: {text} [dim]{escape_text(details)}[/]")
+        self._console.print(
+            f"[yellow]![/] {title}: {text} [dim]{escape_text(details)}[/]", soft_wrap=not self._console.is_terminal
+        )
 
     def _close_stage(self, stage: tuple[int, str]) -> None:
         self._open[stage] = self._open.get(stage, 1) - 1

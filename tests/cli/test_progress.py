@@ -11,7 +11,14 @@ STORY = [
     {"event": "started", "stage": "next-teacher", "generation": 1},
     {"event": "finished", "stage": "next-teacher", "generation": 1, "seconds": 0.1},
     {"event": "started", "stage": "label-shards", "generation": 1, "shards": "0-4"},
-    {"event": "unreadable image", "stage": "label-shards", "generation": 1, "level": "warning", "key": "[red]x", "pid": 3},
+    {
+        "event": "unreadable image",
+        "stage": "label-shards",
+        "generation": 1,
+        "level": "warning",
+        "key": f"[red]x/{'y' * 120}",
+        "pid": 3,
+    },
     {"event": "finished", "stage": "label-shards", "generation": 1, "shards": "0-4", "seconds": 1, "images": 0, "reused": True},
     {"event": "failed", "stage": "evaluate", "generation": 1, "error": "no", "exit_code": 3},
 ]
@@ -29,7 +36,7 @@ def test_run_view_prints_plain_lines_without_a_terminal():
     lines = [" ".join(line.split()) for line in draw_story(terminal=False).splitlines()]
     assert lines == [
         "✓ teacher · train 7 steps, 1,234 parameters 3.2 s",
-        "! generation 1 · label pool: unreadable image key=[red]x",
+        "! generation 1 · label pool: unreadable image key=[red]x/" + "y" * 120,
         "✓ generation 1 · label pool (shards 0–3) 0 images reused",
         "✗ generation 1 · evaluate failed",
     ]
