@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ns.config.schema import Experiment, ModelConfig, NoiseConfig, RoleConfig
-from ns.core.digest import sha256_bytes
+from ns.core import log
+from ns.core.digest import sha256_bytes, sha256_file
 from ns.core.errors import ConfigError, DataError
 from ns.modeling.manifest import HISTORY, WEIGHTS, ModelManifest, split_weights_uri
 from ns.modeling.network_noise import check_confined_noise
@@ -160,6 +161,15 @@ def save_model(
     store.put(HISTORY, encode_json(history))
     manifest.save(store)
     return manifest
+
+
+def find_model(store: Store) -> ModelManifest | None:
+    """The manifest of a model whose weights are whole. None if there is none; then a warning names weights that were damaged."""
+    manifest = ModelManifest.find_file(store, ModelManifest.filename)
+    if manifest is None or (store.exists(WEIGHTS) and sha256_file(store.path(WEIGHTS)) == manifest.weights_sha256):
+        return manifest
+    log.get_logger().warning("damaged, and made again", file=f"{store.uri}/{WEIGHTS}")
+    return None
 
 
 def load_weights(store: Store, manifest: ModelManifest) -> dict[str, Tensor]:

@@ -85,15 +85,15 @@ def train_and_save(
             "lineage": lineage.model_copy(update={"init": init}),
         }
         # Another run may have done the same training on another machine, with other weights. Its model may be in use, so it stays.
-        if world.is_main and ModelManifest.find_file(store, ModelManifest.filename) is None:
+        if world.is_main and models.find_model(store) is None:
             models.save_model(store, trained.weights, fields, trained.history)
         world.barrier()
         if world.is_main:
             checkpoint.clear_checkpoints(checkpoints)
 
     def is_trained(store: Store) -> bool:
-        """Whether the main process finds a model, so that all processes do the same."""
-        return world.broadcast(lambda: str(ModelManifest.find_file(store, ModelManifest.filename) is not None)) == "True"
+        """Whether the main process finds a whole model, so that all processes do the same."""
+        return world.broadcast(lambda: str(models.find_model(store) is not None)) == "True"
 
     if not is_trained(model_store):
         torch.manual_seed(seed)

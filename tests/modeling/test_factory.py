@@ -120,6 +120,19 @@ def test_load_model_gives_the_same_outputs(tmp_path):
         assert torch.equal(network.eval()(images), again(images))
 
 
+@pytest.mark.parametrize("damage", ["none", "missing", "cut off"])
+def test_find_model_wants_whole_weights(tmp_path, damage, capsys):
+    folder = LocalStore(tmp_path)
+    assert models.find_model(folder) is None
+    manifest = saved(folder, models.build_model(SMALL, NoiseConfig(), 3))
+    if damage == "missing":
+        folder.delete(WEIGHTS)
+    elif damage == "cut off":
+        folder.put(WEIGHTS, folder.get(WEIGHTS)[:-1])
+    assert models.find_model(folder) == (manifest if damage == "none" else None)
+    assert (f"{folder.uri}/{WEIGHTS}" in "".join(capsys.readouterr())) == (damage != "none")
+
+
 @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"x" + data[1:], lambda data: b""])
 def test_load_weights_refuses_damage(tmp_path, damage):
     folder = LocalStore(tmp_path)
