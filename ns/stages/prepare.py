@@ -8,15 +8,16 @@ from ns.core import log
 from ns.core.digest import digest_code, shorten_digest
 from ns.core.errors import ConfigError, DataError, StoreError, prefix_errors
 from ns.data.calibration_split import SplitPart, copy_split_part
-from ns.data.dataset import Dataset, DatasetRole
+from ns.data.dataset import Dataset, DatasetRole, format_class_names
 from ns.data.fingerprint import FINGERPRINTS
 from ns.data.importing.digits import write_digits
 from ns.data.importing.ingest import REJECTED, derive_dataset_name, digest_config, import_listing, open_listing
 from ns.data.index import ShardIndex
 from ns.data.key_list import KeyList, read_keys
-from ns.data.leakage import DUPLICATES, LEFT_OUT, LeakageReport, NamedDataset, check_datasets
+from ns.data.leakage import DUPLICATES, LEFT_OUT, LeakageReport, NamedDataset, check_datasets, count_class_images
 from ns.data.locate import classify_uri
 from ns.data.prepared import PART_ROLES, DataPart, LeftOutImages, PreparedData, PreparedDataset
+from ns.evaluation.gate import FEW_IMAGES
 from ns.modeling.manifest import ModelManifest
 from ns.stages.context import RunRef, stage
 from ns.storage import Store, open_store, read_uri
@@ -77,6 +78,8 @@ def write_prepared_data(experiment: Experiment, root: Store, ledger: Ledger) -> 
     labeled = prepared.labeled.open_dataset(root)[1]
     _check_later_inputs(experiment, labeled.classes)
     _warn_of_few_steps(experiment, labeled.samples)
+    if prepared.calibration and experiment.needs_calibration:
+        _warn_of_few_calibration_images(*prepared.calibration.open_dataset(root))
     if experiment.data.exclude:
         with prefix_errors("data.exclude"):
             _check_excluded(read_keys(experiment.data.exclude), *prepared.pool.open_dataset(root))
@@ -151,6 +154,18 @@ def _check_later_inputs(experiment: Experiment, classes: Sequence[str]) -> None:
         if evaluation_set.multi_label:
             with prefix_errors(f"evaluation.sets.{name}.multi_label"):
                 read_uri(evaluation_set.multi_label)
+
+
+def _warn_of_few_calibration_images(store: Store, calibration: Dataset) -> None:
+    counts = count_class_images(store, calibration)
+    missing = [name for name, images in counts.items() if images == 0]
+    if missing or calibration.samples < FEW_IMAGES:
+        log.get_logger().warning(
+            "few calibration images: what is fitted on them is little more than chance",
+            images=calibration.samples,
+            **({"classes_without": format_class_names(missing)} if missing else {}),
+            cure=f"{FEW_IMAGES} and more, of all classes: data.calibration, data.calibration_share, or more held-out images",
+        )
 
 
 def _warn_of_few_steps(experiment: Experiment, samples: int) -> None:

@@ -1,4 +1,5 @@
 import io
+import re
 import shutil
 
 import numpy as np
@@ -15,7 +16,7 @@ from ns.data.importing.ingest import import_images
 from ns.data.index import ShardIndex
 from ns.data.leakage import load_left_out_rows
 from ns.data.prepared import PART_ROLES
-from ns.stages.prepare import prepare_data, prepare_datasets
+from ns.stages.prepare import prepare_data, prepare_datasets, write_prepared_data
 from ns.storage import LocalStore
 from ns.storage.ledger import Ledger
 from tests.loop import open_tiny_run
@@ -375,6 +376,24 @@ def test_prepare_data_warns_of_trainings_of_few_steps(tmp_path, capsys):
     logged = "".join(capsys.readouterr())
     (line,) = [line for line in logged.splitlines() if "a training has few steps for its batch" in line and "teacher" in line]
     assert '"field": "teacher", "steps": 1, "epochs": 3.0, "labeled_batch": 2048, "labeled_images": 50' in line
+
+
+@pytest.mark.parametrize(("share", "is_few"), [(0.1, True), (0.5, False)])
+def test_prepare_data_warns_of_few_calibration_images(tmp_path, capsys, share, is_few):
+    """The quickstart has 500 held-out images."""
+    prepare_data(open_tiny_run(LocalStore(tmp_path), "labeling.temperature=fitted", f"data.calibration_share={share}"))
+    lines = [line for line in "".join(capsys.readouterr()).splitlines() if "few calibration images" in line]
+    assert len(lines) == is_few
+    assert all('"images": 50, "cure": "100 and more' in line for line in lines)
+
+
+def test_prepare_data_names_classes_without_calibration_images(tmp_path, uris, capsys):
+    fill(tmp_path / "calibration", ["cat"], seed=3)
+    data, roles = {**uris, "calibration": str(tmp_path / "calibration")}, {"teacher": NETWORK, "students": [NETWORK]}
+    document = {"name": "x", "generations": 1, "data": data, "labeling": {"temperature": "fitted"}, **roles}
+    root = LocalStore(tmp_path / "root")
+    write_prepared_data(parse_experiment(document, "x.yaml"), root, Ledger(root))
+    assert re.search(r"few calibration images.*classes_without\W+dog\b", "".join(capsys.readouterr()))
 
 
 def test_data_exclude_names_images_of_the_pool(tmp_path, capsys):
