@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ns.config.schema import FinetuneConfig, NoiseConfig, RoleConfig, TrainConfig
+from ns.core import log
 from ns.core.errors import ConfigError
 from ns.data.augment.transforms import EvalTransform, TrainTransform
 from ns.data.loading.decode import EncodedJpeg
@@ -46,6 +47,14 @@ def plan_training(role: RoleConfig, samples: int) -> TrainingPlan:
     config = role.train
     steps_per_epoch = samples / config.labeled_batch
     steps = max(1, math.ceil(config.epochs * steps_per_epoch))
+    if config.labeled_batch > samples:
+        log.get_logger().warning(
+            "a batch is larger than the labeled images; lower labeled_batch, or raise epochs",
+            labeled_batch=config.labeled_batch,
+            labeled=samples,
+            epochs=config.epochs,
+            steps=steps,
+        )
     lr_at = partial(
         compute_learning_rate,
         steps=steps,

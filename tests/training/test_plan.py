@@ -22,6 +22,13 @@ def network() -> torch.nn.Module:
     return models.build_model(ModelConfig(arch="test_efficientnet", resolution=32), NoiseConfig(), 3)
 
 
+@pytest.mark.parametrize("images", [SAMPLES, 1])
+def test_plan_training_warns_of_batches_larger_than_the_data(capsys, images):
+    config = role(epochs=3)
+    assert plan_training(config, images).steps == max(1, -(-3 * images // config.train.labeled_batch))
+    assert ("a batch is larger than the labeled images" in "".join(capsys.readouterr())) == (images == 1)
+
+
 def test_plan_training_counts_labeled_epochs():
     course = plan_training(role(), SAMPLES)
     assert course.steps == 3500
