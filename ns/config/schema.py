@@ -165,6 +165,13 @@ def _is_plain_value(value: Any, depth: int = 0) -> bool:
     )
 
 
+# For images scaled to [0, 1], as in timm and in the paper's code.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+Channel = Annotated[float, Field(ge=0, le=1)]
+Deviation = Annotated[float, Field(gt=0, le=1)]
+
+
 class ModelConfig(Section):
     """A timm network."""
 
@@ -182,6 +189,11 @@ class ModelConfig(Section):
     crop: Crop = "resized"
     """Geometry of an image. `resized`: training sees a random part of it, labeling and evaluation its center; the paper's choice
     for photographs. `pad`: training sees it shifted, with reflected borders; for small images. `none`: always the whole image."""
+    mean: tuple[Channel, Channel, Channel] = IMAGENET_MEAN
+    """Mean of the red, green and blue of images, of 1: it is subtracted in training and wherever the model is used. Weights from
+    elsewhere need that of their own training: timm's `pretrained_cfg` names it. Paper: ImageNet's."""
+    std: tuple[Deviation, Deviation, Deviation] = IMAGENET_STD
+    """Standard deviation that the three channels are divided by, of 1; as for `mean`. Paper: ImageNet's."""
     reduce_stride: Literal[1, 2, 4, 8] = 1
     """Divisor of the network's total stride: its first strided convolutions become dense. For images of 64 px and less."""
     inference_precision: Literal["auto", Precision] = "auto"

@@ -129,6 +129,7 @@ READING_SOURCES = (
     "data/loading/decode.py",
     "data/augment/transforms.py",
     "modeling/factory.py",
+    "modeling/weight_names.py",
 )
 TRAINING_SOURCES = (
     *READING_SOURCES,

@@ -18,6 +18,7 @@ from ns.core.digest import sha256_bytes, sha256_file
 from ns.core.errors import ConfigError, DataError
 from ns.modeling.manifest import HISTORY, WEIGHTS, ModelManifest, split_weights_uri
 from ns.modeling.network_noise import check_confined_noise
+from ns.modeling.weight_names import check_weights_fit
 from ns.storage import Store, open_store
 from ns.storage.documents import encode_json
 
@@ -30,14 +31,7 @@ def build_model(config: ModelConfig, noise: NoiseConfig, outputs: int) -> nn.Mod
     import timm
 
     try:
-        network: nn.Module = timm.create_model(
-            config.arch,
-            pretrained=False,
-            num_classes=config.outputs or outputs,
-            drop_rate=noise.dropout,
-            drop_path_rate=noise.stochastic_depth,
-            **config.args,
-        )
+        network = _create_network(config, noise, outputs)
     except (RuntimeError, TypeError, ValueError) as error:
         hint = ""
         if not timm.is_model(config.arch):
@@ -46,6 +40,35 @@ def build_model(config: ModelConfig, noise: NoiseConfig, outputs: int) -> nn.Mod
         raise ConfigError(f"model.arch: invalid value {config.arch!r} with args {config.args}: {error}{hint}") from error
     _reduce_stride(network, config.reduce_stride)
     return network.to(memory_format=torch.channels_last)
+
+
+NOISE_ARGUMENTS = {"drop_rate": ("dropout", "dropout"), "drop_path_rate": ("stochastic_depth", "stochastic depth")}
+"""timm's argument → field of the noise, and its name."""
+
+
+def _create_network(config: ModelConfig, noise: NoiseConfig, outputs: int) -> nn.Module:
+    """A network of timm. Families that have no dropout or no stochastic depth do not know its argument: it is left out if it is 0.
+
+    Raises ConfigError for noise that the family cannot have, and what timm raises.
+    """
+    import timm
+
+    rates = {"drop_rate": noise.dropout, "drop_path_rate": noise.stochastic_depth}
+    while True:
+        try:
+            network: nn.Module = timm.create_model(
+                config.arch, pretrained=False, num_classes=config.outputs or outputs, **rates, **config.args
+            )
+            return network
+        except TypeError as error:
+            unknown = next((name for name in rates if "keyword argument" in str(error) and f"'{name}'" in str(error)), None)
+            if unknown is None:
+                raise
+            field, title = NOISE_ARGUMENTS[unknown]
+            if rates.pop(unknown):
+                raise ConfigError(
+                    f"noise.{field}: invalid value {getattr(noise, field):g}: {config.arch} has no {title}; set it to 0"
+                ) from error
 
 
 def get_total_stride(network: nn.Module) -> int:
@@ -130,6 +153,11 @@ def _check_role(field: str, role: RoleConfig, classes: int | None) -> ModelSize:
             network = build_model(model, role.noise, classes or 2)
     except ConfigError as error:
         raise ConfigError(f"{field}.{error}") from error
+    if role.train.init_uri:
+        try:
+            check_weights_fit(network, role.train.init_uri)
+        except ConfigError as error:
+            raise ConfigError(f"{field}.{error}") from error
     stride = max(1, get_total_stride(network) // model.reduce_stride)
     for name, resolution in (("resolution", model.resolution), ("test_resolution", model.inference_resolution)):
         if resolution < stride:
@@ -223,6 +251,8 @@ def _reduce_stride(network: nn.Module, factor: int) -> None:
 
     The stem keeps its stride, as in the paper's reference code for 32 px, at a quarter of the cost of a dense stem.
     """
+    if factor == 1:
+        return
     remaining = factor
     for stage in _iter_halving_stages(network):
         if remaining == 1:
@@ -243,9 +273,13 @@ def _iter_halving_stages(network: nn.Module) -> Iterator[list[Any]]:
     those of a residual block and of its shortcut."""
     features = getattr(network, "feature_info", None) or []
     modules = list(network.named_modules())
-    ends = [max(i for i, (name, _) in enumerate(modules) if f"{name}.".startswith(f"{f['module']}.")) for f in features]
+    # Stages that are no modules of their own, as in HRNet, end before the first one.
+    ends = [
+        max((i for i, (name, _) in enumerate(modules) if f"{name}.".startswith(f"{f['module']}.")), default=-1)
+        for f in features
+    ]
     for index in range(1, len(features)):
-        if features[index]["reduction"] == 2 * features[index - 1]["reduction"]:
+        if min(ends) >= 0 and features[index]["reduction"] == 2 * features[index - 1]["reduction"]:
             stage = (module for _, module in modules[ends[index - 1] + 1 : ends[index] + 1])
             yield [
                 module

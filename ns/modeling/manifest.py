@@ -2,7 +2,7 @@
 
 from typing import ClassVar, Literal
 
-from ns.config.schema import ModelConfig, NoiseConfig
+from ns.config.schema import IMAGENET_MEAN, IMAGENET_STD, ModelConfig, NoiseConfig
 from ns.core.digest import sha256_file
 from ns.storage import open_store, split_uri
 from ns.storage.documents import HashedDocument, JsonDocument
@@ -12,10 +12,6 @@ HISTORY = "history.json"
 """File of the training's curves, a list of points."""
 FINETUNED = "finetuned"
 """Folder of the fine-tuned model, in the folder of the model that it was made from."""
-
-# Those of ImageNet, as in timm and in the paper's code, for images scaled to [0, 1].
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 
 
 class Lineage(JsonDocument):
@@ -41,8 +37,8 @@ class ModelManifest(HashedDocument):
     model: ModelConfig
     noise: NoiseConfig
     classes: tuple[str, ...]
-    mean: tuple[float, float, float] = MEAN
-    std: tuple[float, float, float] = STD
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
     parameters: int
     steps: int
     training_mode: str = "float32"

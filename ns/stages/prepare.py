@@ -18,7 +18,7 @@ from ns.data.leakage import DUPLICATES, LEFT_OUT, LeakageReport, NamedDataset, c
 from ns.data.locate import classify_uri
 from ns.data.prepared import PART_ROLES, DataPart, LeftOutImages, PreparedData, PreparedDataset
 from ns.evaluation.gate import FEW_IMAGES
-from ns.modeling.manifest import ModelManifest
+from ns.modeling.manifest import ModelManifest, split_weights_uri
 from ns.stages.context import RunRef, stage
 from ns.storage import Store, open_store, read_uri
 from ns.storage.documents import dump_hashed_fields
@@ -78,6 +78,7 @@ def write_prepared_data(experiment: Experiment, root: Store, ledger: Ledger) -> 
     labeled = prepared.labeled.open_dataset(root)[1]
     _check_later_inputs(experiment, labeled.classes)
     _warn_of_few_steps(experiment, labeled.samples)
+    _warn_of_normalization(experiment)
     if prepared.calibration and experiment.needs_calibration:
         _warn_of_few_calibration_images(*prepared.calibration.open_dataset(root))
     if experiment.data.exclude:
@@ -166,6 +167,32 @@ def _warn_of_few_calibration_images(store: Store, calibration: Dataset) -> None:
             **({"classes_without": format_class_names(missing)} if missing else {}),
             cure=f"{FEW_IMAGES} and more, of all classes: data.calibration, data.calibration_share, or more held-out images",
         )
+
+
+def _warn_of_normalization(experiment: Experiment) -> None:
+    """Says how images are normalized for weights from elsewhere, since a file does not tell how they were in its own training."""
+    before = experiment.teacher.model
+    for field, role in experiment.map_roles().items():
+        model, own_normalization = role.model, None
+        if role.train.init_uri:
+            _, key = split_weights_uri(role.train.init_uri)
+            manifest = None if key else ModelManifest.load(open_store(role.train.init_uri))
+            own_normalization = manifest and (manifest.mean, manifest.std)
+        elif role.train.init == "teacher":
+            own_normalization = (before.mean, before.std)
+        before = model
+        if role.train.init != "scratch" and own_normalization != (model.mean, model.std):
+            log.get_logger().warning(
+                "images are normalized by model.mean and model.std: they must be those that the weights of train.init were trained with",
+                field=field,
+                mean=list(model.mean),
+                std=list(model.std),
+                **(
+                    {"weights_mean": list(own_normalization[0]), "weights_std": list(own_normalization[1])}
+                    if own_normalization
+                    else {}
+                ),
+            )
 
 
 def _warn_of_few_steps(experiment: Experiment, samples: int) -> None:

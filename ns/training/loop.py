@@ -26,7 +26,6 @@ from ns.data.loading.stream import (
 )
 from ns.modeling import factory as models
 from ns.modeling.distributed import SINGLE, World
-from ns.modeling.manifest import MEAN, STD
 from ns.modeling.network_noise import FirstImagesNoise, confine_drop_paths
 from ns.modeling.precision import PrecisionMode, can_compile, resolve_mode, warn_if_emulated
 from ns.storage import Store
@@ -91,7 +90,7 @@ def train_model(
     state = TrainingState(network, Ema(network, config.ema_decay), optimizer)
     _restore_or_begin(state, checkpoints, world, config=config, steps=steps, device=device)
     forward = world.wrap_ddp(network, state.mode.prepare_network)
-    normalize = models.Normalize(MEAN, STD).to(device)
+    normalize = models.Normalize(plan.role.model.mean, plan.role.model.std).to(device)
     batches = TrainingBatches(
         labeled,
         pseudo if pseudo_batch else None,

@@ -79,6 +79,8 @@ def train_and_save(
             "model": _with_inference_precision(plan.role.model),
             "noise": plan.role.noise,
             "classes": classes,
+            "mean": plan.role.model.mean,
+            "std": plan.role.model.std,
             "parameters": models.count_parameters(network),
             "steps": trained.steps,
             "training_mode": trained.mode,

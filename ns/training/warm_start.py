@@ -1,6 +1,5 @@
 """Starts from existing weights: the teacher's, another run's, or any safetensors file."""
 
-from collections.abc import Collection
 from typing import NamedTuple
 
 from safetensors import SafetensorError
@@ -8,13 +7,11 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from ns.core import log
-from ns.core.errors import ConfigError, DataError
+from ns.core.errors import DataError
 from ns.modeling import factory as models
 from ns.modeling.manifest import ModelManifest, split_weights_uri
+from ns.modeling.weight_names import make_fit_error, strip_wrappers
 from ns.storage import Store, open_store
-
-WRAPPERS = ("module.", "_orig_mod.", "model.", "state_dict.", "net.", "network.", "backbone.")
-"""What stands before the names of tensors if a wrapped network was saved."""
 
 
 class InitialWeights(NamedTuple):
@@ -48,7 +45,7 @@ def copy_weights(network: nn.Module, weights: InitialWeights, classes: tuple[str
     Raises ConfigError if nothing fits, since training would then start from scratch unnoticed.
     """
     state = network.state_dict()
-    weights = weights._replace(tensors=_strip_wrappers(weights.tensors, state.keys()))
+    weights = weights._replace(tensors=strip_wrappers(weights.tensors, state.keys()))
     fresh_prefixes = _classifier_prefixes(network) if weights.classes not in (None, classes) else ()
     fitting = {
         name: value
@@ -56,22 +53,9 @@ def copy_weights(network: nn.Module, weights: InitialWeights, classes: tuple[str
         if name in state and state[name].shape == value.shape and not name.startswith(fresh_prefixes)
     }
     if not fitting:
-        raise ConfigError(
-            f"train.init: {weights.uri}: none of its {len(weights.tensors)} tensors has the name and shape of one in "
-            f"{type(network).__name__}; give weights of the same architecture, or train.init: scratch"
-        )
+        raise make_fit_error(network, weights.uri, len(weights.tensors))
     network.load_state_dict({**state, **fitting})
     log.get_logger().info("warm start", tensors=len(fitting), of=len(state), weights=weights.uri)
-
-
-def _strip_wrappers(tensors: dict[str, Tensor], own_names: Collection[str]) -> dict[str, Tensor]:
-    """The tensors without what DistributedDataParallel, torch.compile and other programs put before all of their names."""
-    while tensors and not any(name in own_names for name in tensors):
-        wrapper = next((wrapper for wrapper in WRAPPERS if all(name.startswith(wrapper) for name in tensors)), None)
-        if wrapper is None:
-            break
-        tensors = {name.removeprefix(wrapper): value for name, value in tensors.items()}
-    return tensors
 
 
 def _classifier_prefixes(network: nn.Module) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ns.config.loader import parse_experiment
 from ns.config.schema import ModelConfig, NoiseConfig, RoleConfig
@@ -204,3 +205,25 @@ def test_check_models_accepts_valid_experiments():
     models.check_models(experiment(students=[{**large, "noise": {"pool": "none"}}]))
     models.check_models(experiment(teacher=large, allow_smaller_student=True))
     models.check_models(experiment(teacher={"model": {**large["model"], "outputs": 12}}, allow_smaller_student=True), 10)
+
+
+@pytest.mark.parametrize("arch", ["densenet121", "vgg11", "hrnet_w18", "repvit_m0_9", "inception_v3"])
+def test_families_without_stochastic_depth_are_built_without_it(arch):
+    expected = rf"noise\.stochastic_depth: invalid value 0\.2: {arch} has no stochastic depth; set it to 0"
+    with torch.device("meta"):
+        assert models.build_model(ModelConfig(arch=arch), NoiseConfig(stochastic_depth=0), 3)
+        with pytest.raises(ConfigError, match=expected):
+            models.build_model(ModelConfig(arch=arch), NoiseConfig(), 3)
+
+
+def test_check_models_refuses_weights_that_fit_no_layer(tmp_path):
+    save_file({"layer1.0.conv1.weight": torch.zeros(3)}, tmp_path / "a.safetensors")
+    teacher = {"model": {"arch": "test_efficientnet", "resolution": 32}, "train": {"init": f"{tmp_path}/a.safetensors"}}
+    with pytest.raises(ConfigError, match=r"^teacher\.train\.init: .*none of its 1 tensors"):
+        models.check_models(experiment(teacher=teacher))
+
+
+def test_reduce_stride_is_refused_where_stages_are_no_modules():
+    model = ModelConfig(arch="hrnet_w18", reduce_stride=2)
+    with pytest.raises(ConfigError, match=r"model\.reduce_stride: invalid value 2"), torch.device("meta"):
+        models.build_model(model, NoiseConfig(stochastic_depth=0), 3)

@@ -1,9 +1,14 @@
 """Trainings as stages."""
 
+import numpy as np
 import pytest
+import torch
 
 from ns.evaluation.result import Evaluation
+from ns.modeling.factory import load_model
 from ns.modeling.manifest import FINETUNED, ModelManifest
+from ns.modeling.predictor import Predictor
+from ns.runs.lookup import find_best_model
 from ns.runs.records import list_stage_notes
 from ns.stages.evaluate import evaluate_generation
 from ns.stages.prepare import prepare_data
@@ -55,3 +60,36 @@ def test_concurrent_trainings_keep_the_first_model(tmp_path, monkeypatch):
 
     monkeypatch.setattr(training, "train_model", overtaken)
     assert ModelManifest.load(store.at(train_generation(ref, data=data, generation=0))) == others[1]
+
+
+def test_model_keeps_its_own_normalization(tmp_path):
+    """Weights from elsewhere want the mean and the deviation of their own training, everywhere."""
+    store = LocalStore(tmp_path)
+    half = [f"{field}.model.{name}=[0.5,0.5,0.5]" for field in ("teacher", "students.0") for name in ("mean", "std")]
+    ref = open_tiny_run(store, *half, "teacher.train.epochs=2")
+    data = prepare_data(ref)
+    model = train_generation(ref, data=data, generation=0)
+    manifest = ModelManifest.load(store.at(model))
+    assert (manifest.mean, manifest.std) == ((0.5,) * 3, (0.5,) * 3)
+    images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
+    network, _ = load_model(store.at(model))
+    with torch.inference_mode():
+        expected = network(torch.from_numpy(images).permute(0, 3, 1, 2) / 255 * 2 - 1)
+        seen = Predictor(store.at(model), batch=4).compute_logits(torch.from_numpy(images))
+    assert torch.allclose(seen, expected, atol=1e-4)
+
+
+def test_other_normalization_of_initial_weights_is_told(finished_run, tmp_path, capsys):
+    store, ref = finished_run
+    best = store.at(find_best_model(store, ref.run)).uri
+    for overrides, told in (
+        ([f"teacher.train.init={best}"], False),
+        ([f"teacher.train.init={best}", "teacher.model.mean=[0.5,0.5,0.5]"], True),
+        ([f"teacher.train.init={best}/model.safetensors"], True),
+        (["students.0.model.std=[0.5,0.5,0.5]", "students.0.train.init=teacher"], True),
+    ):
+        other = open_tiny_run(LocalStore(tmp_path / "root"), *overrides)
+        capsys.readouterr()
+        prepare_data(other)
+        captured = capsys.readouterr()
+        assert ("images are normalized by model.mean" in captured.out + captured.err) is told, overrides

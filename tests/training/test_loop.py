@@ -11,14 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from ns.config.schema import FinetuneConfig, ModelConfig, NoiseConfig, OptimizerConfig, RoleConfig, TrainConfig
+from ns.config.schema import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    FinetuneConfig,
+    ModelConfig,
+    NoiseConfig,
+    OptimizerConfig,
+    RoleConfig,
+    TrainConfig,
+)
 from ns.core import log
 from ns.core.errors import ConfigError, DataError, Interrupted, TrainingError
 from ns.data.importing.digits import write_digits
 from ns.data.loading import stream
 from ns.data.loading.stream import LabeledImages, PseudoLabeledImages
 from ns.modeling import factory as models
-from ns.modeling.manifest import MEAN, STD
 from ns.modeling.precision import PrecisionMode
 from ns.storage import LocalStore
 from ns.training import checkpoint, loop
@@ -276,7 +284,7 @@ def one_step(data, tmp_path, **fields):
 def test_training_step_is_that_of_the_paper(data, tmp_path):
     """Loss, batch statistics over both kinds of images together, weight decay, RMSProp and average, written out."""
     config, network, batch, trained = one_step(data, tmp_path)
-    images = models.Normalize(MEAN, STD)(batch.images)
+    images = models.Normalize(IMAGENET_MEAN, IMAGENET_STD)(batch.images)
     assert len(images) == 20
     logits = network.train()(images)
     wanted = torch.cat([0.9 * torch.eye(CLASSES)[batch.class_ids] + 0.1 / CLASSES, batch.targets])
