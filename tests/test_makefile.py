@@ -171,6 +171,8 @@ def test_install_repeats_an_interrupted_installation(machine, end):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        # In a shell's background job it is ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     under_way = machine.project / ".venv" / ".installing"
     deadline = time.monotonic() + 60

@@ -158,6 +158,8 @@ def _check_role(field: str, role: RoleConfig, classes: int | None) -> ModelSize:
             check_weights_fit(network, role.train.init_uri)
         except ConfigError as error:
             raise ConfigError(f"{field}.{error}") from error
+        except DataError as error:
+            raise DataError(f"{field}.train.init: {error}") from error
     stride = max(1, get_total_stride(network) // model.reduce_stride)
     for name, resolution in (("resolution", model.resolution), ("test_resolution", model.inference_resolution)):
         if resolution < stride:

@@ -31,7 +31,7 @@ def read_tensor_shapes(uri: str) -> dict[str, Shape]:
     try:
         if not 2 <= length <= MAX_HEADER_BYTES:
             raise DataError("no header")
-        header = parse_json_object(store.get_range(key, LENGTH_BYTES, length), uri)
+        header = parse_json_object(store.get_range(key, LENGTH_BYTES, length), "header")
         return {name: tuple(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__"}
     except (DataError, KeyError, TypeError) as error:
         raise DataError(f"{uri}: not a safetensors file: {error}") from error

@@ -17,8 +17,10 @@ def read_results(store):
 
 
 @pytest.fixture(scope="module")
-def calm(finished_run):
-    store, _ = finished_run
+def calm(tmp_path_factory):
+    """The store of a finished run, and of no other: what only others made would not be made again."""
+    store = LocalStore(tmp_path_factory.mktemp("calm"))
+    run_loop(open_tiny_run(store))
     return store
 
 

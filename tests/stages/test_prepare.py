@@ -5,9 +5,10 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import save_file
 
 from ns.config.loader import parse_experiment
-from ns.config.schema import ImportConfig
+from ns.config.schema import ImportConfig, ModelConfig, NoiseConfig
 from ns.core.errors import ConfigError, DataError, StoreError
 from ns.data.dataset import Dataset
 from ns.data.importing import ingest
@@ -16,6 +17,7 @@ from ns.data.importing.ingest import import_images
 from ns.data.index import ShardIndex
 from ns.data.leakage import load_left_out_rows
 from ns.data.prepared import PART_ROLES
+from ns.modeling.factory import build_model
 from ns.stages.prepare import prepare_data, prepare_datasets, write_prepared_data
 from ns.storage import LocalStore
 from ns.storage.ledger import Ledger
@@ -134,9 +136,13 @@ def test_prepare_refuses_more_classes_than_outputs(tmp_path, uris):
 def test_prepare_checks_initial_weights_each_time(tmp_path, uris):
     prepare(tmp_path, uris)
     weights = tmp_path / "weights.safetensors"
-    weights.write_bytes(b"any")
+    network = build_model(ModelConfig.model_validate(NETWORK["model"]), NoiseConfig(), 2)
+    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, weights)
     student = {**NETWORK, "train": {"init": str(weights)}}
     prepare(tmp_path, uris, students=[student])
+    weights.write_bytes(b"any")
+    with pytest.raises(DataError, match=r"students\.0\.train\.init: .*weights\.safetensors: not a safetensors file"):
+        prepare(tmp_path, uris, students=[student])
     weights.unlink()
     with pytest.raises(ConfigError, match=r"students\.0\.train\.init: .*there is no such file"):
         prepare(tmp_path, uris, students=[student])
