@@ -56,11 +56,18 @@ def digest_code(*parts: str) -> str:
     sources: dict[str, str] = {}
     libraries: dict[str, str] = {}
     for file in _list_sources(parts):
-        source = file.read_text(encoding="utf-8")
-        sources[file.relative_to(PACKAGE).as_posix()] = sha256_bytes(strip_comments(source).encode())
-        for module in set(_IMPORT.findall(source)) & DECIDING_LIBRARIES.keys():
+        source_digest, modules = _digest_source(file)
+        sources[file.relative_to(PACKAGE).as_posix()] = source_digest
+        for module in modules:
             libraries[module] = _read_version(DECIDING_LIBRARIES[module])
     return digest_json({"sources": sources, "libraries": libraries})
+
+
+@cache
+def _digest_source(file: Path) -> tuple[str, frozenset[str]]:
+    """Digest of a file's code, and the modules of deciding libraries that it imports. Several parts may hold the file."""
+    source = file.read_text(encoding="utf-8")
+    return sha256_bytes(strip_comments(source).encode()), frozenset(_IMPORT.findall(source)) & DECIDING_LIBRARIES.keys()
 
 
 def describe_code() -> dict[str, str]:

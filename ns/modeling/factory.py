@@ -42,8 +42,8 @@ def build_model(config: ModelConfig, noise: NoiseConfig, outputs: int) -> nn.Mod
     return network.to(memory_format=torch.channels_last)
 
 
-NOISE_ARGUMENTS = {"drop_rate": ("dropout", "dropout"), "drop_path_rate": ("stochastic_depth", "stochastic depth")}
-"""timm's argument → field of the noise, and its name."""
+NOISE_ARGUMENTS = {"drop_rate": "dropout", "drop_path_rate": "stochastic_depth"}
+"""timm's argument → field of the noise."""
 
 
 def _create_network(config: ModelConfig, noise: NoiseConfig, outputs: int) -> nn.Module:
@@ -53,7 +53,7 @@ def _create_network(config: ModelConfig, noise: NoiseConfig, outputs: int) -> nn
     """
     import timm
 
-    rates = {"drop_rate": noise.dropout, "drop_path_rate": noise.stochastic_depth}
+    rates: dict[str, float] = {argument: getattr(noise, field) for argument, field in NOISE_ARGUMENTS.items()}
     while True:
         try:
             network: nn.Module = timm.create_model(
@@ -64,10 +64,10 @@ def _create_network(config: ModelConfig, noise: NoiseConfig, outputs: int) -> nn
             unknown = next((name for name in rates if "keyword argument" in str(error) and f"'{name}'" in str(error)), None)
             if unknown is None:
                 raise
-            field, title = NOISE_ARGUMENTS[unknown]
-            if rates.pop(unknown):
+            field = NOISE_ARGUMENTS[unknown]
+            if rate := rates.pop(unknown):
                 raise ConfigError(
-                    f"noise.{field}: invalid value {getattr(noise, field):g}: {config.arch} has no {title}; set it to 0"
+                    f"noise.{field}: invalid value {rate:g}: {config.arch} has no {field.replace('_', ' ')}; set it to 0"
                 ) from error
 
 

@@ -390,20 +390,25 @@ def test_pool_without_noise_is_masked_in_each_part(data, tmp_path, monkeypatch, 
     assert confined == []
 
 
-def test_mixed_training_with_a_quiet_pool_resumes_bit_for_bit(data, tmp_path, monkeypatch):
-    config = role(checkpoint_seconds=0).model_copy(update={"noise": QUIET_POOL})
-    calm = run(data, tmp_path / "calm", config)
+def run_until_saved(data, folder, config, monkeypatch, *, step):
+    """Trains, and is interrupted when the checkpoint of a step is written."""
     save = checkpoint.CheckpointWriter.save
 
     def stop_after(writer, state):
         save(writer, state)
-        if state.step == 7:
+        if state.step == step:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.CheckpointWriter, "save", stop_after)
-    with pytest.raises(KeyboardInterrupt):
-        run(data, tmp_path / "stopped", config)
-    monkeypatch.setattr(checkpoint.CheckpointWriter, "save", save)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.CheckpointWriter, "save", stop_after)
+        with pytest.raises(KeyboardInterrupt):
+            run(data, folder, config)
+
+
+def test_mixed_training_with_a_quiet_pool_resumes_bit_for_bit(data, tmp_path, monkeypatch):
+    config = role(checkpoint_seconds=0).model_copy(update={"noise": QUIET_POOL})
+    calm = run(data, tmp_path / "calm", config)
+    run_until_saved(data, tmp_path / "stopped", config, monkeypatch, step=7)
     resumed = run(data, tmp_path / "stopped", config)
     assert same(resumed.weights, calm.weights)
     assert resumed.history == calm.history
@@ -423,17 +428,7 @@ def test_resumed_training_keeps_its_precision(data, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "resolve_mode", lambda *_, **__: PrecisionMode("bfloat16"))
     calm = run(data, tmp_path / "calm", config)
     assert calm.mode == "bfloat16"
-    save = checkpoint.CheckpointWriter.save
-
-    def stop_after(writer, state):
-        save(writer, state)
-        if state.step == 4:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoint.CheckpointWriter, "save", stop_after)
-    with pytest.raises(KeyboardInterrupt):
-        run(data, tmp_path / "stopped", config)
-    monkeypatch.setattr(checkpoint.CheckpointWriter, "save", save)
+    run_until_saved(data, tmp_path / "stopped", config, monkeypatch, step=4)
     monkeypatch.setattr(loop, "resolve_mode", lambda *_, **__: pytest.fail("chosen again"))
     resumed = run(data, tmp_path / "stopped", config)
     assert resumed.mode == "bfloat16"
