@@ -26,7 +26,7 @@ from ns.core.diagnostics import Diagnostic
 from ns.core.errors import ClusterError, ConfigError, Interrupted, RunError
 from ns.runs.records import utc_timestamp
 from pipelines import upload
-from pipelines.kfp_client import KfpClient, StageTask, stage_names
+from pipelines.kfp_client import KfpClient, stage_names
 
 KIND_CONTEXT_PREFIX = "kind-"
 APPLY_SECONDS = 300
@@ -371,16 +371,9 @@ def _run_smoke(client: KfpClient, package: str, say: Say) -> None:
         say(f"smoke run {name}: succeeded earlier")
         return
     say(f"smoke run {name}: {'started' if run.new else 'is under way'}")
-    failed: dict[str, str] = {}
-
-    def report_task(task: StageTask) -> None:
-        say(f"  {task.name}: {task.state.lower()}{f': {task.error}' if task.error else ''}")
-        if task.state == "FAILED":
-            failed[task.name] = task.error
-
-    run = client.wait_for_run(run.run_id, report_task, stages=stage_names(package))
+    run = client.wait_for_run(run.run_id)
     if run.state != "SUCCEEDED":
-        stages = "".join(f": {stage}{f': {error}' if error else ''}" for stage, error in failed.items())
+        stages = "".join(f": {stage}" for stage in client.list_failed_tasks(run.run_id, stage_names(package)))
         raise RunError(
             f"smoke run {name}: {run.state.lower()}{stages}; `make ui` shows the logs of its stages; then deploy again"
         )

@@ -4,8 +4,9 @@ Every call can be repeated: an existing version is used, and an existing run of 
 KFP's API has no idempotency key, so two clients that create a run of one name at the same instant must be kept apart by the caller
 (`pipelines.trigger`).
 
-KFP 2.17 reports a run's stages as the nodes of Argo's workflow: each task with its driver and an `executor`, without the generation
-and without the reason of a failure. States therefore come from KFP, and all else from the records that stages leave in the store.
+KFP 2.17 reports a run's stages as the nodes of Argo's workflow: without the generation, without the reason of a failure, and not at all
+once the workflow's status is larger than 1 MiB. What is told of stages therefore comes from the records that they leave in the store
+(`pipelines.remote_run`), and only the state of the whole run from KFP.
 """
 
 import contextlib
@@ -69,15 +70,6 @@ class SubmittedRun(NamedTuple):
     """URL of its page in KFP's UI."""
     new: bool
     """Whether this call submitted the run; if not, it existed."""
-
-
-class StageTask(NamedTuple):
-    """A stage of a run as KFP reports it."""
-
-    key: str
-    name: str
-    state: str
-    error: str
 
 
 class KfpUnreachableError(RunError):
@@ -178,40 +170,36 @@ class KfpClient:
                     return existing._replace(new=True)
             raise
 
-    def wait_for_run(
-        self,
-        run_id: str,
-        on_change: Callable[[StageTask], None],
-        *,
-        stages: Collection[str],
-        after_poll: Callable[[], None] = lambda: None,
-    ) -> SubmittedRun:
-        """Waits for the end of a run, in whatever state, and returns the run. Calls `on_change` with each of `stages` whose state changed.
+    def wait_for_run(self, run_id: str, after_poll: Callable[[], None] = lambda: None) -> SubmittedRun:
+        """Waits for the end of a run, in whatever state, and returns the run.
 
-        A run that is retried or cloned has stages of the same name again; `on_change` is called for each. Raises Interrupted on
-        Ctrl-C, and KfpUnreachableError if the server has not answered for five minutes; the run continues in both cases.
+        Raises Interrupted on Ctrl-C, and KfpUnreachableError if the server has not answered for five minutes; the run continues in
+        both cases.
         """
-        states: dict[str, str] = {}
         answered = time.monotonic()
         try:
             while True:
+                run = None
                 try:
                     run = self._call_api(self._runs.run_service_get_run, run_id)
+                    answered = time.monotonic()
                 except KfpUnreachableError as error:
                     if time.monotonic() - answered > PATIENCE_SECONDS:
                         raise KfpUnreachableError(f"{error}; the run continues: {self.run_url(run_id)}") from error
-                else:
-                    answered = time.monotonic()
-                    for task in _select_tasks(run, stages):
-                        if states.get(task.key) != task.state:
-                            states[task.key] = task.state
-                            on_change(task)
-                    after_poll()
-                    if run.state in FINAL_STATES:
-                        return self._to_submitted_run(run, new=False)
+                # What stages leave in the store can be read without KFP.
+                after_poll()
+                if run is not None and run.state in FINAL_STATES:
+                    return self._to_submitted_run(run, new=False)
                 time.sleep(POLL_SECONDS)
         except KeyboardInterrupt:
             raise Interrupted(f"no longer followed; the run continues: {self.run_url(run_id)}") from None
+
+    def list_failed_tasks(self, run_id: str, stages: Collection[str]) -> list[str]:
+        """Names of those `stages` that KFP shows as failed; none if the run's status is too large for KFP."""
+        run = self._call_api(self._runs.run_service_get_run, run_id)
+        nodes = (run.run_details.task_details if run.run_details else None) or ()
+        failed = [str(node.display_name) for node in nodes if node.state == "FAILED" and node.display_name in stages]
+        return list(dict.fromkeys(failed))
 
     def run_url(self, run_id: str) -> str:
         """URL of the run's page in KFP's UI."""
@@ -402,13 +390,6 @@ def stage_names(package: str) -> frozenset[str]:
         for name, task in component.get("dag", {}).get("tasks", {}).items()
         if "executorLabel" in components[task["componentRef"]["name"]]
     )
-
-
-def _select_tasks(run: Any, stages: Collection[str]) -> Iterator[StageTask]:
-    for node in (run.run_details.task_details if run.run_details else None) or ():
-        if node.display_name in stages:
-            error = str(getattr(node.error, "message", "") or "") if node.error else ""
-            yield StageTask(str(node.task_id), node.display_name, str(node.state or "PENDING"), " ".join(error.split())[:300])
 
 
 def _extract_message(error: ApiException) -> str:

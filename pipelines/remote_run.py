@@ -1,27 +1,27 @@
 """Runs the pipeline on Kubeflow: submits it and shows its progress.
 
-KFP says which stage runs or failed; the stages leave their generation, their progress and the reason of a failure in the run's folder.
-The client only watches: the run continues without it.
+KFP says whether the run has ended. The stages leave in the run's folder which of them are under way, what they made, their progress, and
+why they failed. The client only watches: the run continues without it.
 """
 
 import contextlib
 import re
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ns import __version__
 from ns.config.schema import Experiment
-from ns.core.errors import ConfigError, Interrupted, NsError, RunError
+from ns.core.errors import ConfigError, NsError, RunError, TerminatedError
 from ns.core.log import StageEvent
 from ns.core.process import handle_signals
 from ns.runs.lifecycle import finish_run, open_run
-from ns.runs.records import list_stage_failures, list_stage_notes
+from ns.runs.records import RunState, StageFailure, StageNote, StageTry, list_stage_failures, list_stage_tries
 from ns.storage import LocalStore, Store
 from ns.storage.documents import parse_json_object
 from ns.training.monitor import PROGRESS
 from pipelines import PACKAGE
-from pipelines.kfp_client import ENDED_STATES, KfpClient, StageTask, SubmittedRun, check_inputs, parse_inputs, stage_names
+from pipelines.kfp_client import ENDED_STATES, KfpClient, SubmittedRun, check_inputs, parse_inputs, stage_names
 
 _SHARDS = re.compile(r"-(\d+-\d+)$")
 """The suffix of a labeling task in the stage's name."""
@@ -87,45 +87,84 @@ def submit_run(client: KfpClient, root: Store, run: str, experiment: Experiment,
 
 
 def follow_run(
-    client: KfpClient, submitted: SubmittedRun, root: Store, run: str, on_event: Callable[[StageEvent], None]
+    client: KfpClient,
+    submitted: SubmittedRun,
+    root: Store,
+    run: str,
+    on_event: Callable[[StageEvent], None],
+    *,
+    after_poll: Callable[[], None] = lambda: None,
+    explain_pods: Callable[[], Mapping[str, str]] = dict,
 ) -> None:
     """Shows a run until it has ended.
 
-    Raises RunError with each failed stage and its reason if the run failed, and Interrupted after SIGINT or SIGTERM, or if the run was
-    cancelled.
+    `after_poll` is called every few seconds. `explain_pods` says why the pods of stages failed, as Kubernetes has it: stage → reason.
+    Raises RunError with each failed stage and its reason if the run failed, TerminatedError if a person ended it, and Interrupted after
+    SIGINT or SIGTERM.
     """
     watcher = _StageRecordWatcher(root, run, on_event)
-    last: dict[str, StageTask] = {}
 
-    def report_task(task: StageTask) -> None:
-        last[task.key] = task
-        on_event({"event": "state", "stage": task.name, "state": task.state})
+    def poll_all() -> None:
+        watcher.poll_records()
+        after_poll()
 
     # SIGTERM acts like Ctrl-C; a job in the background receives both.
     with handle_signals(signal.default_int_handler):
-        stages = stage_names(PACKAGE.read_text())
-        ended = client.wait_for_run(submitted.run_id, report_task, stages=stages, after_poll=watcher.poll_records)
+        ended = client.wait_for_run(submitted.run_id, poll_all)
     if ended.state == "SUCCEEDED":
         return
     if ended.state != "FAILED":
-        error: NsError = Interrupted(f"run {run}: was terminated; the same command continues")
-        finish_run(root, run, "interrupted", str(error))
+        error: NsError = TerminatedError(
+            f"run {run}: was terminated in Kubeflow; the same command continues; logs: {ended.url}"
+        )
+        _record_end(root, run, "interrupted", error)
         raise error
-    reasons = _explain_failures(root, run, [task for task in last.values() if task.state == "FAILED"])
-    finish_run(root, run, "failed", reasons)
-    raise RunError(f"{reasons}; logs: {ended.url}")
+    reasons = _explain_failures(client, ended, root, run, explain_pods())
+    error = RunError(f"{reasons}; logs: {ended.url}")
+    _record_end(root, run, "failed", RunError(reasons))
+    raise error
 
 
-def _explain_failures(root: Store, run: str, failed: Sequence[StageTask]) -> str:
-    """Lists the failed stages with the reason that the stage recorded, or else KFP's, or else that there is none."""
-    recorded = list_stage_failures(root, run)
-    reasons = [str(failure) for failure in recorded]
-    unexplained = [task for task in failed if task.name not in {failure.stage for failure in recorded}]
-    reasons += [
-        f"{task.name}: {task.error or 'exited without an error message (killed? out of memory? timed out?)'}"
-        for task in unexplained
-    ]
-    return "; ".join(dict.fromkeys(reasons)) or "no stage recorded a reason"
+def _record_end(root: Store, run: str, state: RunState, error: NsError) -> None:
+    # The store may be what failed: why the run ended matters more than that this could not be recorded.
+    with contextlib.suppress(NsError):
+        finish_run(root, run, state, str(error))
+
+
+def _explain_failures(client: KfpClient, ended: SubmittedRun, root: Store, run: str, pod_reasons: Mapping[str, str]) -> str:
+    """Lists the failed stages with the reason that each recorded, or that of its pod, or that there is none."""
+    failures: list[StageFailure] = []
+    killed: list[StageTry] = []
+    unreadable = ""
+    try:
+        failures, killed = list_stage_failures(root, run), list_stage_tries(root, run)
+    except NsError as error:
+        unreadable = f"; the stages' own records cannot be read: {error}"
+    reasons = [str(failure) for failure in failures]
+    explained = {failure.stage for failure in failures}
+    for stage_try in killed:
+        stage = _split_note_name(stage_try.stage)[0]
+        prefix = f"generation {stage_try.generation}: " if stage_try.generation else ""
+        reason = pod_reasons.get(stage) or "exited without an error message (killed? out of memory? timed out?)"
+        reasons.append(f"{prefix}{stage}: {reason}")
+        explained.add(stage)
+    reasons += [f"{stage}: {reason}" for stage, reason in pod_reasons.items() if stage not in explained]
+    if not reasons:
+        # Such a stage did not begin.
+        with contextlib.suppress(NsError):
+            stages = stage_names(PACKAGE.read_text())
+            reasons = [f"{stage}: failed before it began" for stage in client.list_failed_tasks(ended.run_id, stages)]
+    return ("; ".join(dict.fromkeys(reasons)) or "no stage recorded a reason") + unreadable
+
+
+def _split_note_name(note_name: str) -> tuple[str, str]:
+    """`label-shards-0-4` → the stage and its range of shards, which is empty for other stages."""
+    shards = _SHARDS.search(note_name)
+    return _SHARDS.sub("", note_name), shards[1] if shards else ""
+
+
+StageKey = tuple[int, str]
+"""Generation and name of the note."""
 
 
 class _StageRecordWatcher:
@@ -134,47 +173,72 @@ class _StageRecordWatcher:
     def __init__(self, root: Store, run: str, on_event: Callable[[StageEvent], None]) -> None:
         self._root, self._run = root, run
         self._on_event = on_event
-        self._seen: dict[tuple[int, str], str] = {}
+        self._stamps: dict[str, str] = {}
+        self._open: dict[StageKey, StageTry] = {}
         self._progress_at = ""
-        self._trainings: set[str] = set()
 
     def poll_records(self) -> None:
         """Emits what is new. Watching must not fail while the run continues: what cannot be read now is read later."""
         with contextlib.suppress(NsError):
-            for stage_record in list_stage_notes(self._root, self._run):
-                key = (stage_record.generation, stage_record.stage)
-                if self._seen.get(key) != stage_record.finished_at:
-                    self._seen[key] = stage_record.finished_at
-                    stage, shards = _SHARDS.sub("", stage_record.stage), _SHARDS.search(stage_record.stage)
-                    self._on_event(
-                        {
-                            "event": "noted",
-                            "stage": stage,
-                            "generation": stage_record.generation,
-                            "shards": shards[1] if shards else "",
-                            "seconds": stage_record.seconds,
-                            "reused": stage_record.reused,
-                        }
-                    )
+            # Read first: a stage writes its note, or why it failed, before it takes this away.
+            under_way = {(entry.generation, entry.stage): entry for entry in list_stage_tries(self._root, self._run)}
+            for key, stage_try in under_way.items():
+                self._start_stage(key, stage_try)
+            for key, blob in self._list_changed("failures"):
+                for failure in StageFailure.iterate_files(self._root, [blob]):
+                    self._end_stage(key, {"event": "failed", "exit_code": failure.exit_code, "reason": failure.error})
+            for key, blob in self._list_changed("stages"):
+                for note in StageNote.iterate_files(self._root, [blob]):
+                    # An earlier run of the same name left it; the try that is under way will find that work done.
+                    if key in self._open and note.finished_at < self._open[key].started_at:
+                        continue
+                    self._end_stage(key, {"event": "noted", "seconds": note.seconds, "reused": note.reused})
+            for key in self._open.keys() - under_way.keys():
+                # A stage that found its own work of an earlier try leaves the note as it was.
+                self._end_stage(key, {"event": "noted", "seconds": 0.0, "reused": True})
             self._poll_progress()
+
+    def _list_changed(self, folder: str) -> Iterator[tuple[StageKey, str]]:
+        """Yields stage and key of the records that are new or have changed, the oldest first."""
+        prefix = f"{self._run}/{folder}/"
+        changed = [entry for entry in self._root.entries(prefix) if self._stamps.get(entry.key) != entry.stamp]
+        for entry in sorted(changed, key=lambda entry: entry.modified_at):
+            generation, _, note_name = entry.key.removeprefix(prefix).removesuffix(".json").partition("-")
+            if generation.isdigit() and note_name and entry.key.endswith(".json"):
+                yield (int(generation), note_name), entry.key
+            # Only now: what could not be read is read again.
+            self._stamps[entry.key] = entry.stamp
+
+    def _start_stage(self, key: StageKey, stage_try: StageTry) -> None:
+        if (previous := self._open.get(key)) == stage_try:
+            return
+        if previous:
+            reason = f"exited without an error message; try {stage_try.number} is under way"
+            self._end_stage(key, {"event": "failed", "exit_code": 1, "reason": reason})
+        self._open[key] = stage_try
+        self._emit_event(key, {"event": "started"})
+
+    def _end_stage(self, key: StageKey, event: StageEvent) -> None:
+        self._open.pop(key, None)
+        self._emit_event(key, event)
+
+    def _emit_event(self, key: StageKey, event: StageEvent) -> None:
+        generation, note_name = key
+        stage, shards = _split_note_name(note_name)
+        self._on_event({**event, "stage": stage, "generation": generation, "shards": shards})
 
     def _poll_progress(self) -> None:
         key = f"{self._run}/{PROGRESS}"
-        if not self._root.exists(key):
+        if not any(note_name == "train" for _, note_name in self._open) or not self._root.exists(key):
             return
         progress = parse_json_object(self._root.get(key), key)
         generation, _, name = str(progress["training"]).partition("-")
-        if name != "train" or progress["updated_at"] == self._progress_at or (int(generation), "train") in self._seen:
+        if name != "train" or progress["updated_at"] == self._progress_at or (int(generation), "train") not in self._open:
             return
-        if generation not in self._trainings:
-            self._trainings.add(generation)
-            self._on_event({"event": "started", "stage": "train", "generation": int(generation)})
         self._progress_at = progress["updated_at"]
         per_step = progress["images"] / max(1, progress["step"])
         event: StageEvent = {
             "event": "progress",
-            "stage": "train",
-            "generation": int(generation),
             "done": progress["images"],
             "total": round(progress["steps"] * per_step),
             "per_second": progress["images_per_second"],
@@ -182,4 +246,4 @@ class _StageRecordWatcher:
         }
         if "loss" in progress["latest"]:
             event["loss"] = progress["latest"]["loss"]
-        self._on_event(event)
+        self._emit_event((int(generation), "train"), event)

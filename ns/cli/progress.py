@@ -62,9 +62,6 @@ class RunView:
                     self._finish_stage(stage, event)
                 case "failed":
                     self._fail_stage(stage, event)
-                case "state" if event["state"] in ("RUNNING", "FAILED"):
-                    mark = "[red]✗[/]" if event["state"] == "FAILED" else "[dim]·[/]"
-                    self._print_line(mark, STAGE_TITLES[stage[1]], "", event["state"].lower())
                 case "cost":
                     passes = f"{event['forward_passes']:,} forward passes"
                     self._print_line("[dim]·[/]", _stage_title(stage), passes, f"~{format_duration(event['seconds'])}")
@@ -102,7 +99,8 @@ class RunView:
     def _fail_stage(self, stage: tuple[int, str], event: StageEvent) -> None:
         self._close_stage(stage)
         mark, outcome = ("[yellow]■[/]", "stopped") if event.get("exit_code") == 130 else ("[red]✗[/]", "failed")
-        self._print_line(mark, _stage_title(stage), "", outcome)
+        # Only of a stage that is watched from outside, where it may be tried again: else the run ends, and says why.
+        self._print_line(mark, f"{_stage_title(stage)}{_format_shards(event)}", str(event.get("reason", "")), outcome)
 
     def _print_warning(self, stage: tuple[int, str], event: StageEvent) -> None:
         hidden = {"event", "stage", "generation", "level", "timestamp", "at", "pid"}

@@ -51,6 +51,12 @@ class ClusterError(NsError):
     exit_code = 7
 
 
+class TerminatedError(NsError):
+    """A person ended the run in Kubeflow. Finished work is kept; the same command continues."""
+
+    exit_code = 8
+
+
 class Interrupted(NsError):
     """The process was asked to stop (SIGINT, SIGTERM). Finished work is kept; the same command continues."""
 

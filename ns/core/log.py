@@ -28,7 +28,7 @@ class StageEvent(TypedDict, total=False):
     """A line of NS_EVENTS: what a stage says while it runs. Only `event` is always there."""
 
     event: Required[str]
-    """started, progress, finished or failed; noted or state where a run is watched from outside; else the text of a log line."""
+    """started, progress, finished or failed; noted where a run is watched from outside; else the text of a log line."""
     stage: str
     generation: int
     shards: str
@@ -40,9 +40,9 @@ class StageEvent(TypedDict, total=False):
     timestamp: str
     seconds: float
     reused: bool
-    state: str
-    """As KFP has it: RUNNING, FAILED, …"""
     error: str
+    reason: str
+    """Why a try failed, where a run is watched from outside."""
     exit_code: int
     done: int
     total: int

@@ -16,6 +16,7 @@ from ns.runs.records import (
     AcceptedStudent,
     RunRecord,
     RunState,
+    delete_try_records,
     find_stage_note,
     record_key,
     utc_timestamp,
@@ -67,6 +68,7 @@ def open_run(root: Store, run: str, experiment: Experiment, version: str) -> Non
                 "choose another --run name, or leave it out"
             )
         started_at = existing.started_at
+        delete_try_records(root, run)
     root.at(run).put(CONFIG_FILE, dump_experiment(experiment).encode())
     record = RunRecord(
         run=run,

@@ -3,6 +3,7 @@
     ROOT/store/runs/RUN.json        when the run was started, and its state; kept by the client that drives the run
     ROOT/RUN/config.yaml            the experiment, with every field
     ROOT/RUN/stages/G-STAGE.json    the note of a finished stage of generation G (0 is before the first)
+    ROOT/RUN/active/G-STAGE.json    on a cluster, the try of a stage that is under way; left behind by a try that was killed
     ROOT/RUN/failures/G-STAGE.json  on a cluster, why a stage failed; removed when the stage is tried again
     ROOT/RUN/report.html            the report; the last stage writes it
 
@@ -54,6 +55,19 @@ class StageNote(JsonDocument):
     reused: bool
     """Whether the work was already done."""
     finished_at: str
+
+
+class StageTry(JsonDocument):
+    """A try of a stage that has begun, and neither finished nor said why it failed. Written on a cluster only."""
+
+    generation: int
+    stage: str
+    """Name of the stage; labeling tasks add their range of shards."""
+    number: int
+    """From 1; Argo counts again from 1 if a person retries the run."""
+    pod: str = ""
+    """Name of its pod, if known."""
+    started_at: str
 
 
 class StageFailure(JsonDocument):
@@ -140,6 +154,32 @@ def find_stage_failure(root: Store, run: str, generation: int, *, note_name: str
 
 def delete_stage_failure(root: Store, run: str, generation: int, *, note_name: str) -> None:
     root.delete(_failure_key(run, generation, note_name))
+
+
+def write_stage_try(root: Store, run: str, generation: int, stage: str, number: int, pod: str) -> None:
+    """Keeps that a try of a stage has begun; `delete_stage_try` ends it. `stage` is the name of its note."""
+    stage_try = StageTry(generation=generation, stage=stage, number=number, pod=pod, started_at=utc_timestamp())
+    stage_try.save_file(root, _try_key(run, generation, stage))
+
+
+def delete_stage_try(root: Store, run: str, generation: int, stage: str) -> None:
+    root.delete(_try_key(run, generation, stage))
+
+
+def list_stage_tries(root: Store, run: str) -> list[StageTry]:
+    """Stages that are under way, or were killed, in the order in which they began."""
+    keys = (key for key in root.list(f"{run}/active/") if key.endswith(".json"))
+    return sorted(StageTry.iterate_files(root, keys), key=lambda stage_try: stage_try.started_at)
+
+
+def _try_key(run: str, generation: int, stage: str) -> str:
+    return f"{run}/active/{generation}-{stage}.json"
+
+
+def delete_try_records(root: Store, run: str) -> None:
+    """Forgets which stages were under way and which failed: the run begins again."""
+    for prefix in ("active", "failures"):
+        root.delete_prefix(f"{run}/{prefix}/")
 
 
 def _failure_key(run: str, generation: int, note_name: str) -> str:

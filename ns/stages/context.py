@@ -17,12 +17,20 @@ from ns.core.digest import shorten_digest
 from ns.core.errors import Interrupted, NsError
 from ns.core.process import die_with_client, set_openmp_to_sleep
 from ns.runs.lifecycle import check_run_code, digest_experiment
-from ns.runs.records import delete_stage_failure, find_stage_failure, write_stage_failure, write_stage_note
+from ns.runs.records import (
+    delete_stage_failure,
+    delete_stage_try,
+    find_stage_failure,
+    write_stage_failure,
+    write_stage_note,
+    write_stage_try,
+)
 from ns.storage import Store, open_store
 from ns.storage.ledger import Ledger
 
 RETRY_VARIABLE = "KFP_RETRY_INDEX"
 """Number of the try, from 0, as KFP 2.17 tells it to a stage."""
+POD_VARIABLE = "KFP_POD_NAME"
 RETRY_PAUSE_SECONDS = 600
 """Argo begins another try within this time (pipelines/placement.py)."""
 
@@ -85,7 +93,7 @@ def stage(
     """Begins and ends a stage of a run. `linger`: its metrics can be scraped for a while after its end."""
     note_name = f"{name}-{shards}" if shards else name
     bound_fields = {"shards": shards} if shards else {}
-    with announce_stage(name, generation, **bound_fields) as log_fields, _keep_failure(ref, generation, name, note_name):
+    with announce_stage(name, generation, **bound_fields) as log_fields, _keep_state(ref, generation, name, note_name):
         store = open_store(ref.root)
         check_run_code(store, ref.run)
         experiment = load_experiment(ref.config_uri)
@@ -136,15 +144,22 @@ def has_client() -> bool:
 
 
 @contextmanager
-def _keep_failure(ref: RunRef, generation: int, stage_name: str, note_name: str) -> Iterator[None]:
-    """Keeps why a stage failed until it is tried again, where no client follows: KFP 2.17 says that a task failed, never why."""
+def _keep_state(ref: RunRef, generation: int, stage_name: str, note_name: str) -> Iterator[None]:
+    """Keeps that a stage is under way, and why it failed until it is tried again, where no client follows the stages' events.
+
+    KFP 2.17 says that a task failed, never why, and nothing of any task once a run's status is large. A stage that was killed cannot
+    say so; that its try is still kept as being under way does.
+    """
     if has_client():
         yield
         return
     _refuse_useless_retry(ref, generation, note_name)
+    number = int(os.environ.get(RETRY_VARIABLE) or 0) + 1
     # If it is the store that fails, only the stage's log can say so.
     with suppress(NsError):
-        delete_stage_failure(open_store(ref.root), ref.run, generation, note_name=note_name)
+        store = open_store(ref.root)
+        delete_stage_failure(store, ref.run, generation, note_name=note_name)
+        write_stage_try(store, ref.run, generation, note_name, number, os.environ.get(POD_VARIABLE, ""))
     try:
         yield
     except Interrupted:
@@ -152,8 +167,12 @@ def _keep_failure(ref: RunRef, generation: int, stage_name: str, note_name: str)
     except Exception as error:
         reason = error if isinstance(error, NsError) else f"{type(error).__name__}: {error}"
         with suppress(NsError):
-            write_stage_failure(open_store(ref.root), ref.run, generation, stage_name, reason, note_name=note_name)
+            store = open_store(ref.root)
+            write_stage_failure(store, ref.run, generation, stage_name, reason, note_name=note_name)
+            delete_stage_try(store, ref.run, generation, note_name)
         raise
+    with suppress(NsError):
+        delete_stage_try(open_store(ref.root), ref.run, generation, note_name)
 
 
 def _refuse_useless_retry(ref: RunRef, generation: int, note_name: str) -> None:

@@ -125,24 +125,32 @@ def test_create_run_once_when_the_answer_is_lost(server, kfp):
     assert [one.run_id for one in kfp.all("runs")] == [run.run_id]
 
 
-def test_wait_for_run_reports_each_state_of_a_stage_once(server, kfp):
+def test_wait_for_run_calls_after_each_poll_even_of_an_unreachable_server(server, kfp):
     run = start(server)
-    script = [
-        lambda: kfp.play_task(run.run_id, "train", "RUNNING"),
-        lambda: kfp.play_task(run.run_id, "train", "RUNNING", retries=1),
-        lambda: (kfp.play_task(run.run_id, "train", "SUCCEEDED"), kfp.play_task(run.run_id, "gate", "RUNNING")),
-        lambda: (kfp.play_task(run.run_id, "gate", "FAILED"), kfp.end(run.run_id, "FAILED")),
-    ]
-    kfp.before = lambda request: script.pop(0)() if request.startswith("GET /runs/") else None
-    told = []
-    ended = server.wait_for_run(run.run_id, told.append, stages=stage_names(make_package()))
-    assert [(task.name, task.state) for task in told] == [
-        ("train", "RUNNING"),
-        ("train", "SUCCEEDED"),
-        ("gate", "RUNNING"),
-        ("gate", "FAILED"),
-    ]
-    assert ended.state == "FAILED"
+    answers = iter([Refused(HTTPStatus.SERVICE_UNAVAILABLE, 14, "upstream connect error"), None, None])
+
+    def before(request):
+        if answer := next(answers):
+            raise answer
+
+    kfp.before = before
+    polls = []
+
+    def after_poll():
+        polls.append(1)
+        if len(polls) == 2:
+            kfp.end(run.run_id, "FAILED")
+
+    assert server.wait_for_run(run.run_id, after_poll).state == "FAILED"
+    assert len(polls) == 3
+
+
+def test_list_failed_tasks_are_stages(server, kfp):
+    run = start(server)
+    assert server.list_failed_tasks(run.run_id, {"train"}) == []
+    for task, state in (("train", "FAILED"), ("gate", "SUCCEEDED"), ("other", "FAILED")):
+        kfp.play_task(run.run_id, task, state)
+    assert server.list_failed_tasks(run.run_id, stage_names(make_package())) == ["train"]
 
 
 def test_wait_for_run_survives_a_short_outage(server, kfp):
@@ -156,7 +164,7 @@ def test_wait_for_run_survives_a_short_outage(server, kfp):
         kfp.end(run.run_id, "SUCCEEDED")
 
     kfp.before = before
-    assert server.wait_for_run(run.run_id, print, stages=()).state == "SUCCEEDED"
+    assert server.wait_for_run(run.run_id).state == "SUCCEEDED"
 
 
 def test_wait_for_run_gives_up_after_a_long_outage(server, kfp, monkeypatch):
@@ -164,14 +172,14 @@ def test_wait_for_run_gives_up_after_a_long_outage(server, kfp, monkeypatch):
     kfp.close()
     monkeypatch.setattr(kfp_client, "PATIENCE_SECONDS", 0.01)
     with pytest.raises(KfpUnreachableError, match=f"cannot be reached.*the run continues: {run.url}"):
-        server.wait_for_run(run.run_id, print, stages=())
+        server.wait_for_run(run.run_id)
 
 
 def test_wait_for_run_interrupted_leaves_the_run(server, kfp, monkeypatch):
     run = start(server)
     monkeypatch.setattr(kfp_client.time, "sleep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(Interrupted, match=f"no longer followed; the run continues: {run.url}"):
-        server.wait_for_run(run.run_id, print, stages=())
+        server.wait_for_run(run.run_id)
     assert [one.state for one in kfp.alive] == ["PENDING"]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,8 +13,15 @@ import pytest
 
 from ns.cli import app as cli
 from ns.config.loader import load_experiment, resolve_preset
-from ns.core.errors import ConfigError, Interrupted, RunError
-from ns.runs.records import RunRecord, write_stage_failure, write_stage_note
+from ns.core.errors import ConfigError, Interrupted, RunError, StoreError, TerminatedError
+from ns.runs.records import (
+    RunRecord,
+    delete_stage_failure,
+    delete_stage_try,
+    write_stage_failure,
+    write_stage_note,
+    write_stage_try,
+)
 from ns.storage import LocalStore, open_store
 from ns.storage.documents import encode_json
 from pipelines import remote_run
@@ -45,9 +53,9 @@ def record(root) -> RunRecord:
     return RunRecord.load_file(root, f"store/runs/{NAME}.json")
 
 
-def follow(started, root, events=None):
+def follow(started, root, events=None, **options):
     server, submitted = started
-    remote_run.follow_run(server, submitted, root, NAME, (events if events is not None else []).append)
+    remote_run.follow_run(server, submitted, root, NAME, (events if events is not None else []).append, **options)
 
 
 @pytest.mark.integration
@@ -85,40 +93,71 @@ def test_submit_run_records_a_refusal_as_failure(kfp, root, experiment):
 
 
 @pytest.mark.integration
-def test_follow_run_joins_states_of_kfp_with_records_of_stages(started, kfp, root):
+def test_follow_run_tells_states_from_the_records_of_stages(started, kfp, root):
+    """KFP shows no task here, as when a workflow's status is larger than 1 MiB."""
     run = started[1].run_id
     progress = {"training": "1-train", "step": 2, "steps": 10, "images": 64, "images_per_second": 9.5, "updated_at": "1"}
 
     def play():
-        kfp.play_task(run, "train", "RUNNING")
+        write_stage_try(root, NAME, 1, "label-shards-0-2", 1, "pod-1")
+        yield
+        # It was killed, and is tried again.
+        write_stage_try(root, NAME, 1, "label-shards-0-2", 2, "pod-2")
+        yield
+        write_stage_note(root, NAME, 1, "label-shards-0-2", {}, 1.0, reused=True)
+        delete_stage_try(root, NAME, 1, "label-shards-0-2")
+        write_stage_try(root, NAME, 1, "train", 1, "pod-3")
         root.put(f"{NAME}/progress.json", encode_json(progress | {"latest": {"loss": 0.5}}))
         yield
         yield
+        write_stage_failure(root, NAME, 1, "train", StoreError("s3://bucket: no answer"), note_name="train")
+        delete_stage_try(root, NAME, 1, "train")
+        yield
+        delete_stage_failure(root, NAME, 1, note_name="train")
+        write_stage_try(root, NAME, 1, "train", 2, "pod-4")
+        yield
         write_stage_note(root, NAME, 1, "train", {"model": "m"}, 3.0, reused=False)
-        write_stage_note(root, NAME, 1, "label-shards-0-2", {}, 1.0, reused=True)
-        kfp.play_task(run, "train", "SUCCEEDED")
+        delete_stage_try(root, NAME, 1, "train")
         kfp.end(run, "SUCCEEDED")
         yield
 
     script, events = play(), []
     kfp.before = lambda request: next(script, None) if request.startswith("GET /runs/") else None
     follow(started, root, events)
+    label = {"stage": "label-shards", "generation": 1, "shards": "0-2"}
+    train = {"stage": "train", "generation": 1, "shards": ""}
+    killed = "exited without an error message; try 2 is under way"
     assert events == [
-        {"event": "state", "stage": "train", "state": "RUNNING"},
-        {"event": "started", "stage": "train", "generation": 1},
-        {
-            "event": "progress",
-            "stage": "train",
-            "generation": 1,
-            "done": 64,
-            "total": 320,
-            "per_second": 9.5,
-            "unit": "images",
-            "loss": 0.5,
-        },
-        {"event": "state", "stage": "train", "state": "SUCCEEDED"},
-        {"event": "noted", "stage": "train", "generation": 1, "shards": "", "seconds": 3.0, "reused": False},
-        {"event": "noted", "stage": "label-shards", "generation": 1, "shards": "0-2", "seconds": 1.0, "reused": True},
+        {"event": "started", **label},
+        {"event": "failed", "exit_code": 1, "reason": killed, **label},
+        {"event": "started", **label},
+        {"event": "started", **train},
+        {"event": "noted", "seconds": 1.0, "reused": True, **label},
+        {"event": "progress", "done": 64, "total": 320, "per_second": 9.5, "unit": "images", "loss": 0.5, **train},
+        {"event": "failed", "exit_code": 4, "reason": "s3://bucket: no answer", **train},
+        {"event": "started", **train},
+        {"event": "noted", "seconds": 3.0, "reused": False, **train},
+    ]
+
+
+@pytest.mark.integration
+def test_follow_run_ends_a_stage_that_found_its_own_earlier_work(started, kfp, root):
+    """Such a stage leaves the note of the earlier try as it was."""
+    write_stage_note(root, NAME, 0, "train", {"model": "m"}, 3.0, reused=False)
+
+    def play():
+        write_stage_try(root, NAME, 0, "train", 1, "")
+        yield
+        delete_stage_try(root, NAME, 0, "train")
+        kfp.end(started[1].run_id, "SUCCEEDED")
+        yield
+
+    script, events = play(), []
+    kfp.before = lambda request: next(script, None) if request.startswith("GET /runs/") else None
+    follow(started, root, events)
+    assert [(event["event"], event.get("reused")) for event in events] == [
+        ("started", None),
+        ("noted", True),
     ]
 
 
@@ -126,27 +165,54 @@ def test_follow_run_joins_states_of_kfp_with_records_of_stages(started, kfp, roo
 def test_follow_run_fails_with_stages_and_reasons(started, kfp, root):
     submitted = started[1]
     write_stage_failure(root, NAME, 2, "train", ConfigError("out of memory with 512 images; lower it"), note_name="train")
-    for step, state in (("train", "FAILED"), ("label-shards", "FAILED"), ("gate", "SKIPPED")):
-        kfp.play_task(submitted.run_id, step, state)
+    write_stage_try(root, NAME, 2, "label-shards-0-2", 4, "pod-1")
+    write_stage_try(root, NAME, 2, "evaluate", 4, "pod-2")
     kfp.end(submitted.run_id, "FAILED")
     with pytest.raises(RunError) as caught:
-        follow(started, root)
+        follow(started, root, explain_pods=lambda: {"evaluate": "OOMKilled; give it more memory", "gate": "Evicted"})
     assert str(caught.value) == (
         "generation 2: train: out of memory with 512 images; lower it; "
-        f"label-shards: exited without an error message (killed? out of memory? timed out?); logs: {submitted.url}"
+        "generation 2: label-shards: exited without an error message (killed? out of memory? timed out?); "
+        f"generation 2: evaluate: OOMKilled; give it more memory; gate: Evicted; logs: {submitted.url}"
     )
     assert record(root).state == "failed"
     assert "out of memory with 512 images" in record(root).error
 
 
 @pytest.mark.integration
+def test_follow_run_fails_with_tasks_of_kfp_that_did_not_begin(started, kfp, root):
+    submitted = started[1]
+    for stage, state in (("train", "FAILED"), ("gate", "SKIPPED")):
+        kfp.play_task(submitted.run_id, stage, state)
+    kfp.end(submitted.run_id, "FAILED")
+    with pytest.raises(RunError, match=f"^train: failed before it began; logs: {submitted.url}"):
+        follow(started, root)
+
+
+@pytest.mark.integration
+def test_follow_run_fails_with_the_reason_of_pods_where_the_store_cannot_be_read(started, kfp, root, monkeypatch):
+    def away(*_):
+        raise StoreError("s3://bucket: cannot be reached")
+
+    for method in ("list", "entries", "put"):
+        monkeypatch.setattr(LocalStore, method, away)
+    kfp.end(started[1].run_id, "FAILED")
+    with pytest.raises(RunError) as caught:
+        follow(started, root, explain_pods=lambda: {"train": "OOMKilled"})
+    assert str(caught.value).startswith(
+        "train: OOMKilled; the stages' own records cannot be read: s3://bucket: cannot be reached; logs: "
+    )
+
+
+@pytest.mark.integration
 @pytest.mark.parametrize("states", [["CANCELED"], ["RUNNING", "CANCELING", "FAILED"]], ids=["canceled", "failed"])
-def test_follow_run_of_a_terminated_run_is_interrupted(started, kfp, root, states):
+def test_follow_run_of_a_terminated_run_has_its_own_exit_code(started, kfp, root, states):
     """KFP 2.17 was seen to end a terminated run as FAILED, with CANCELING before it in its history."""
     for state in states:
         kfp.end(started[1].run_id, state)
-    with pytest.raises(Interrupted, match=f"run {NAME}: was terminated; the same command continues"):
+    with pytest.raises(TerminatedError, match=f"run {NAME}: was terminated in Kubeflow; the same command continues") as caught:
         follow(started, root)
+    assert caught.value.exit_code not in (RunError.exit_code, Interrupted.exit_code)
     assert record(root).state == "interrupted"
 
 
@@ -311,9 +377,7 @@ def test_run_on_kfp_that_fails_prints_stage_and_reason(capsys, kfp, on_s3):
         while not kfp.all("runs"):
             time.sleep(0.01)
         (run,) = kfp.all("runs")
-        kfp.play_task(run.run_id, "train", "RUNNING")
         write_stage_failure(store, run.display_name, 0, "train", "the loss is nan", note_name="train")
-        kfp.play_task(run.run_id, "train", "FAILED")
         kfp.end(run.run_id, "FAILED")
 
     player = threading.Thread(target=play)
@@ -321,5 +385,5 @@ def test_run_on_kfp_that_fails_prints_stage_and_reason(capsys, kfp, on_s3):
     code, _, err = ns(capsys, *command)
     player.join()
     assert code == 6
-    assert "✗ train" in err
+    assert re.search("✗ teacher · train +the loss is nan +failed", err)
     assert err.splitlines()[-1].startswith("error: train: the loss is nan; logs: http")

@@ -7,7 +7,14 @@ import pytest
 from ns.config.loader import load_experiment, resolve_preset
 from ns.runs.lifecycle import open_run
 from ns.runs.lookup import list_runs, resolve_run_name
-from ns.runs.records import list_stage_failures, list_stage_notes, write_stage_failure, write_stage_note
+from ns.runs.records import (
+    list_stage_failures,
+    list_stage_notes,
+    list_stage_tries,
+    write_stage_failure,
+    write_stage_note,
+    write_stage_try,
+)
 from ns.storage import LocalStore
 
 
@@ -41,3 +48,15 @@ def test_records_of_one_millisecond_are_listed_in_their_order(tmp_path, clock, e
     assert resolve_run_name(store) == "a"
     assert [failure.stage for failure in list_stage_failures(store, "c")] == ["c", "b", "a"]
     assert [note.stage for note in list_stage_notes(store, "c")] == ["c", "b", "a"]
+
+
+def test_open_run_again_forgets_failures_and_tries(tmp_path, experiment):
+    store = LocalStore(tmp_path)
+    open_run(store, "a", experiment, "0")
+    write_stage_failure(store, "a", 0, "train", "killed", note_name="train")
+    write_stage_try(store, "a", 1, "label-shards-0-2", 2, "pod")
+    write_stage_note(store, "a", 0, "prepare-data", {}, 0.0, reused=False)
+    assert [(found.stage, found.number) for found in list_stage_tries(store, "a")] == [("label-shards-0-2", 2)]
+    open_run(store, "a", experiment, "0")
+    assert (list_stage_failures(store, "a"), list_stage_tries(store, "a")) == ([], [])
+    assert len(list_stage_notes(store, "a")) == 1

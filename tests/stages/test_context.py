@@ -1,12 +1,13 @@
 """How stages end."""
 
+import contextlib
 from datetime import datetime, timedelta
 
 import pytest
 
 from ns.core.errors import ConfigError, DataError, Interrupted, StoreError
-from ns.runs.records import find_stage_failure, list_stage_failures, write_stage_failure
-from ns.stages.context import announce_stage
+from ns.runs.records import find_stage_failure, list_stage_failures, list_stage_tries, write_stage_failure
+from ns.stages.context import announce_stage, stage
 from ns.stages.prepare import prepare_data
 from ns.stages.train import train_generation
 from ns.storage import LocalStore
@@ -39,6 +40,22 @@ def test_stage_failure_is_kept_until_the_next_try(finished_run, monkeypatch):
     write_stage_failure(store, ref.run, 0, "train", "killed", note_name="train")
     train_generation(ref, data=data, generation=0)
     assert list_stage_failures(store, ref.run) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "is_left"), [(None, False), (StoreError("the disk is full"), False), (SystemExit(137), True)], ids=str
+)
+def test_stage_keeps_that_it_is_under_way_until_it_says_how_it_ended(tmp_path, monkeypatch, error, is_left):
+    store = LocalStore(tmp_path)
+    ref = open_tiny_run(store)
+    monkeypatch.setenv("KFP_RETRY_INDEX", "2")
+    monkeypatch.setenv("KFP_POD_NAME", "pod-1")
+    with contextlib.suppress(StoreError, SystemExit), stage("label-shards", ref, 1, shards="0-2"):
+        (stage_try,) = list_stage_tries(store, ref.run)
+        assert (stage_try.generation, stage_try.stage, stage_try.number, stage_try.pod) == (1, "label-shards-0-2", 3, "pod-1")
+        if error:
+            raise error
+    assert (list_stage_tries(store, ref.run) != []) is is_left
 
 
 @pytest.mark.parametrize(
