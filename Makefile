@@ -18,7 +18,7 @@ OVERLAY_OPTIONS = $(if $(OVERLAY),--overlay "$(OVERLAY)") $(if $(REGISTRY),--reg
 MUTMUT = OMP_NUM_THREADS=1 PYTHONPATH="$(abspath $(VENV)-mutation)" $(BIN)/python -m mutmut
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-integration test-containers test-all coverage lint format bench-data bench-train bench-label bench-select bench-order bench-polluted bench-method bench-loop bench bench-quick soak compile dashboards images deploy undeploy diff status ui cluster validate checkov audit mutation constraints venv clean distclean
+.PHONY: help run test test-integration test-containers test-all coverage lint format bench-data bench-train bench-label bench-select bench-order bench-polluted bench-method bench-loop bench bench-quick soak compile dashboards images deploy undeploy diff status ui cluster vendor validate checkov audit mutation constraints venv clean distclean
 
 ##@ Start
 
@@ -144,7 +144,10 @@ cluster: $(VENV)/.run ## Create a kind cluster on this machine and deploy to it 
 dashboards: $(VENV)/.test ## Write the Grafana dashboards
 	@$(BIN)/python -m k8s.components.monitoring.dashboards
 
-validate: $(VENV)/.test ## Check the manifests in k8s/ against Kubernetes' schemas (ARGS="--remote")
+vendor: $(VENV)/.test ## Render the manifests of Kubeflow, Kueue and Trainer (ARGS="--repository kubeflow/pipelines=../pipelines")
+	@$(BIN)/python -m k8s.vendor $(ARGS)
+
+validate: $(VENV)/.test ## Check the manifests in k8s/ against Kubernetes' schemas
 	@$(BIN)/python -m k8s.validate $(ARGS)
 
 checkov: $(VENV)-checkov/.installed ## Check the manifests with checkov too

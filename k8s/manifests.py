@@ -123,7 +123,7 @@ class RenderedOverlay(NamedTuple):
         """
         phases: dict[str, list[K8sObject]] = {name: [] for name in PHASES}
         keyed = [(ObjectKey.from_object(resource), resource) for resource in self.objects]
-        for key, resource in sorted(keyed, key=lambda entry: (_kind_position(entry[0].kind), entry[0])):
+        for key, resource in sorted(keyed, key=lambda entry: apply_position(entry[0])):
             phases[_choose_phase(key)].append(resource)
         return [(name, members) for name, members in phases.items() if members]
 
@@ -234,6 +234,11 @@ def find_removed_keys(old: Sequence[ObjectKey], new: Iterable[ObjectKey]) -> lis
 def sort_for_deletion(keys: Iterable[ObjectKey]) -> list[ObjectKey]:
     """Keys in the order of deletion: resources of controllers first, while these still run; namespaces and kinds last."""
     return sorted(keys, key=lambda key: (not _is_custom(key), -_kind_position(key.kind), key))
+
+
+def apply_position(key: ObjectKey) -> tuple[int, ObjectKey]:
+    """Sorts objects into the order in which they are applied."""
+    return _kind_position(key.kind), key
 
 
 def _is_custom(key: ObjectKey) -> bool:

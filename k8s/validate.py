@@ -1,15 +1,15 @@
-"""Checks the manifests: `python -m k8s.validate [--remote] [--checkov PROGRAM] [FOLDER]`, as `make validate` does.
+"""Checks the manifests: `python -m k8s.validate [--checkov PROGRAM] [FOLDER]`, as `make validate` does.
 
 Every overlay with its parts, and every component alone on the base, is built with `kubectl kustomize`. The objects are checked against
 the schemas of all supported Kubernetes versions and of the CRDs used, strictly: an unknown field is an error. Then come the checks that
 schemas cannot express: referenced objects exist, images are pinned, pods keep to `restricted`.
 
-What manifests take from the network (Kubeflow Pipelines, Kueue, Trainer) must name its version, and is left out of the build. With
-`--remote` it is fetched and checked too, including that our patches find their targets there. With `--checkov` that program checks the
-objects as well; its exceptions are in .checkov.yaml, each with its reason.
+The manifests of other projects (k8s/vendor) are checked as part of the overlays. With `--checkov` that program checks the objects as well;
+its exceptions are in .checkov.yaml, each with its reason.
 """
 
 import argparse
+import functools
 import json
 import re
 import shutil
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,13 +38,16 @@ EXTERNAL_OBJECTS = {
     ("ServiceAccount", "pipeline-runner"): "Kubeflow Pipelines' own, as which runs run",
     ("ServiceAccount", "default-editor"): "the same in a profile's namespace, of a Kubeflow with users",
     ("Secret", "mlpipeline-minio-artifact"): "the keys of the object store",
-    ("Secret", "webhook-server-tls"): "the certificate of Kubeflow's cache, which makes it itself",
 }
 """What manifests refer to and do not contain: docs/security.md tells users of it."""
+KUBERNETES_OBJECTS = frozenset(
+    {("ServiceAccount", "default"), ("ConfigMap", "kube-root-ca.crt"), ("Role", "extension-apiserver-authentication-reader")}
+)
+"""What every cluster has, in all namespaces or in kube-system."""
 
-REMOTE = re.compile(r"https?://")
-PINNED = re.compile(r"[?&]ref=v?\d+(\.\d+)+(&|$)|/releases/download/v?\d+(\.\d+)+/")
-MARKER = "fetched-from-the-network"
+
+# It reads the definitions of all kinds, megabytes, again for each object.
+kubernetes_validate.utils.schema_contents = functools.cache(kubernetes_validate.utils.schema_contents)
 
 
 class ManifestProblem(NamedTuple):
@@ -87,27 +91,34 @@ def isolate_component(root: Path, component: Path) -> Path:
     return folder
 
 
-def replace_remote_resources(root: Path) -> Iterator[ManifestProblem]:
-    """Replaces what comes from the network by a marker, in a copy of the manifests. Yields what is not pinned."""
+def find_remote_resources(root: Path) -> Iterator[ManifestProblem]:
+    """Yields what kustomizations would fetch from the network while an overlay is built."""
     for file in sorted(root.rglob("kustomization.yaml")):
         kustomization = yaml.safe_load(file.read_text())
-        remote = [url for url in kustomization.get("resources", []) if REMOTE.match(url)]
-        for url in remote:
-            if not PINNED.search(url):
-                yield ManifestProblem(f"{file.relative_to(root)} resources", f"{url} names no version; add ?ref=")
-        if remote:
-            name = re.sub(r"\W+", "-", str(file.parent.relative_to(root))).strip("-")
-            stand_in = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": f"{MARKER}-{name}"}}
-            (file.parent / f"{MARKER}.yaml").write_text(yaml.safe_dump(stand_in))
-            kustomization["resources"] = [*(url for url in kustomization["resources"] if url not in remote), f"{MARKER}.yaml"]
-            file.write_text(yaml.safe_dump(kustomization))
+        for field in ("resources", "components"):
+            for url in kustomization.get(field) or []:
+                if not (file.parent / url).exists():
+                    yield ManifestProblem(
+                        f"{file.relative_to(root)} {field}", f"{url} is not in this folder; `make vendor` renders it"
+                    )
 
 
 # --- schemas
 
 
-def find_schema_errors(resource: K8sObject) -> Iterator[tuple[str, str]]:
-    """Yields what the schemas refuse: field, and reason with the versions of Kubernetes if not all refuse it."""
+def find_schema_errors(resource: K8sObject) -> tuple[tuple[str, str], ...]:
+    """Returns what the schemas refuse: field, and reason with the versions of Kubernetes if not all refuse it."""
+    # Most objects are in several overlays.
+    return _find_schema_errors(json.dumps(resource))
+
+
+@functools.cache
+def _find_schema_errors(text: str) -> tuple[tuple[str, str], ...]:
+    resource = json.loads(text)
+    return tuple(_iterate_schema_errors(resource))
+
+
+def _iterate_schema_errors(resource: K8sObject) -> Iterator[tuple[str, str]]:
     kind, (group, _, api_version) = resource["kind"], resource["apiVersion"].rpartition("/")
     crd_schema = HERE / "schemas" / group / f"{kind}-{api_version}.json"
     if crd_schema.exists():
@@ -213,7 +224,7 @@ def collect_available(objects: Iterable[K8sObject]) -> set[tuple[str, str]]:
     applied = {(resource["kind"], resource["metadata"]["name"]) for resource in objects if "name" in resource["metadata"]}
     # An operator makes the secret.
     generated = {("Secret", name) for kind, name in applied if kind == "ExternalSecret"}
-    return applied | generated | set(EXTERNAL_OBJECTS) | {("ServiceAccount", "default"), ("ConfigMap", "kube-root-ca.crt")}
+    return applied | generated | set(EXTERNAL_OBJECTS) | KUBERNETES_OBJECTS
 
 
 def check_objects(objects: list[K8sObject], location: str, others: Iterable[K8sObject] = ()) -> Iterator[ManifestProblem]:
@@ -241,27 +252,34 @@ def check_objects(objects: list[K8sObject], location: str, others: Iterable[K8sO
                 yield ManifestProblem(f"{name} {path}", f"{reason} (pod security `restricted`)")
 
 
-def build_all(root: Path, *, remote: bool = False) -> tuple[dict[str, list[K8sObject]], list[ManifestProblem]]:
+def build_all(root: Path) -> tuple[dict[str, list[K8sObject]], list[ManifestProblem]]:
     """Builds every part of every overlay, every component alone, and every example.
 
-    Returns the objects by folder, and what cannot be built or is not pinned.
+    Returns the objects by folder, and what cannot be built.
     """
     built: dict[str, list[K8sObject]] = {}
+    problems = list(find_remote_resources(root))
     with tempfile.TemporaryDirectory() as scratch:
-        copy, offline = Path(scratch) / "k8s", Path(scratch) / "offline"
+        copy = Path(scratch) / "k8s"
         shutil.copytree(root, copy)
-        shutil.copytree(root, offline)
-        problems = list(replace_remote_resources(offline))
-        copy = copy if remote else offline
-        for folder in [*find_overlay_folders(copy), *(isolate_component(copy, item) for item in find_components(copy))]:
-            location = folder.relative_to(copy).as_posix()
-            try:
-                built[location] = [item for item in build_folder(folder) if not item["metadata"]["name"].startswith(MARKER)]
-            except ClusterError as error:
-                problems.append(ManifestProblem(location, str(error).replace(str(copy), "k8s")))
+        folders = [*find_overlay_folders(copy), *(isolate_component(copy, item) for item in find_components(copy))]
+        with ThreadPoolExecutor() as threads:
+            for folder, objects in zip(folders, threads.map(_try_build, folders), strict=True):
+                location = folder.relative_to(copy).as_posix()
+                if isinstance(objects, ClusterError):
+                    problems.append(ManifestProblem(location, str(objects).replace(str(copy), "k8s")))
+                else:
+                    built[location] = objects
         for file in sorted((copy / "examples").rglob("*.yaml")):
             built[file.relative_to(copy).as_posix()] = [*load_yaml_documents(file.read_text())]
     return built, problems
+
+
+def _try_build(folder: Path) -> list[K8sObject] | ClusterError:
+    try:
+        return build_folder(folder)
+    except ClusterError as error:
+        return error
 
 
 def validate_manifests(built: dict[str, list[K8sObject]]) -> Iterator[ManifestProblem]:
@@ -287,16 +305,14 @@ def run_checkov(built: dict[str, list[K8sObject]], checkov: str) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Check the manifests against Kubernetes' schemas and our own rules.")
     parser.add_argument("folder", nargs="?", type=Path, default=HERE, help="folder with base, components and overlays")
-    parser.add_argument("--remote", action="store_true", help="fetch and check what comes from the network, too")
     parser.add_argument("--checkov", metavar="PROGRAM", help="run checkov on the objects, too")
     options = parser.parse_args()
-    built, problems = build_all(options.folder, remote=options.remote)
+    built, problems = build_all(options.folder)
     problems = sorted({*problems, *validate_manifests(built)})
     for problem in problems:
         sys.stderr.write(f"error: {problem}\n")
-    without = "" if options.remote else "; not fetched: Kubeflow Pipelines, Kueue, Trainer (--remote)"
     object_count = sum(len(objects) for objects in built.values())
-    sys.stdout.write(f"{object_count} objects, Kubernetes {VERSIONS[0]} to {VERSIONS[-1]}: {len(problems)} errors{without}\n")
+    sys.stdout.write(f"{object_count} objects, Kubernetes {VERSIONS[0]} to {VERSIONS[-1]}: {len(problems)} errors\n")
     checkov_code = run_checkov(built, options.checkov) if options.checkov else 0
     return 1 if problems or checkov_code else 0
 
