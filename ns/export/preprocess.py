@@ -25,12 +25,13 @@ def load_pixels(path: str | Path) -> npt.NDArray[np.uint8]:
     # From memory: of a file, Pillow forgets the orientation once the pixels are read.
     with Image.open(io.BytesIO(Path(path).read_bytes())) as image:
         picture = _convert_picture(image)
-    box = None
     if about["crop"] == "resized":
         side = max(1, round(min(picture.size) * size / (size + about["test_margin_px"])))
         left, upper = (picture.width - side) // 2, (picture.height - side) // 2
-        box = (left, upper, left + side, upper + side)
-    return np.array(picture.resize((size, size), Image.Resampling.BICUBIC, box=box))
+        picture = picture.crop((left, upper, left + side, upper + side))
+    # Across first: by itself, Pillow 13 begins with the height of tall images, and Pillow 12 does not.
+    across = picture.resize((size, picture.height), Image.Resampling.BICUBIC)
+    return np.array(across.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def load_input(path: str | Path) -> npt.NDArray[np.float32]:

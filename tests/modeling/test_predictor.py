@@ -90,6 +90,17 @@ def test_predictions_are_those_of_the_plain_network(model, pool):
         np.testing.assert_allclose(predictions.probabilities[row], expected, rtol=1e-4, atol=1e-6)
 
 
+def test_labels_do_not_depend_on_the_library_that_resizes(model):
+    rng = np.random.default_rng(0)
+    coarse = [Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)) for _ in range(60)]
+    pictures = [picture.resize((130 + 3 * n, 97 + 4 * n), Image.Resampling.BICUBIC) for n, picture in enumerate(coarse)]
+    pillows = [np.asarray(picture.resize((32, 32), Image.Resampling.BICUBIC)) for picture in pictures]
+    predictor = Predictor(model, batch=8)
+    ours, theirs = (predictor.predict_images(images)[0] for images in ([np.asarray(picture) for picture in pictures], pillows))
+    assert np.array_equal(ours.argmax(1), theirs.argmax(1))
+    assert np.abs(ours - theirs).max() < 1e-3
+
+
 def test_unreadable_image_disturbs_no_other(model, pool):
     folder, dataset = pool
     predictions = Predictor(model, batch=8).predict_shard(ImageSource(folder, dataset), 0)

@@ -58,13 +58,10 @@ class TrainTransform:
         """A JPEG or uint8 [H, W, 3] → uint8 [resolution, resolution, 3]. All randomness comes from `rng`."""
         noise, size = self._noise, self._resolution
         if self._crop == "resized":
-            picture = self._flip_picture(
-                _crop_image(image, draw_crop_box(_measure_size(image), rng, noise.crop_area, noise.crop_aspect), size), rng
-            )
+            box = draw_crop_box(_measure_size(image), rng, noise.crop_area, noise.crop_aspect)
+            picture = self._flip_picture(Image.fromarray(crop_image(image, box, size)), rng)
         else:
-            picture = Image.fromarray(image.decode_whole() if isinstance(image, EncodedJpeg) else image)
-            if picture.size != (size, size):
-                picture = picture.resize((size, size), Image.Resampling.BICUBIC)
+            picture = Image.fromarray(resize_image(image, size))
         picture = self._augment(picture, rng)
         if noise.cutout_px:
             picture = apply_cutout(picture, noise.cutout_px // 2, rng)
@@ -100,9 +97,8 @@ class EvalTransform:
         size = self._resolution
         if self._crop == "resized":
             box = compute_center_box(_measure_size(image), size, self._margin_px)
-            return np.asarray(_crop_image(image, box, size))
-        pixels = image.decode_whole() if isinstance(image, EncodedJpeg) else image
-        return pixels if pixels.shape[:2] == (size, size) else _resize_images([pixels], size)[0]
+            return crop_image(image, box, size)
+        return resize_image(image, size)
 
     def transform_batch(
         self, images: Sequence[EncodedJpeg | bytes | npt.NDArray[np.uint8]], out: npt.NDArray[np.uint8]
@@ -151,7 +147,7 @@ def _write_resized(group: Sequence[tuple[int, npt.NDArray[np.uint8]]], out: npt.
 def _resize_images(images: Sequence[npt.NDArray[np.uint8]], size: int) -> npt.NDArray[np.uint8]:
     """Resizes whole images of the same size, uint8 [H, W, 3], to uint8 [N, size, size, 3]. Images do not influence each other.
 
-    torch's bicubic filter takes a seventh of the time of Pillow's. About one value in some hundred differs, by 1 or 2.
+    torch's bicubic filter is Pillow's, in a fifth of its time: half a percent of the values differ, by 1 or 2.
     """
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     resized: npt.NDArray[np.uint8] = (
@@ -160,14 +156,27 @@ def _resize_images(images: Sequence[npt.NDArray[np.uint8]], size: int) -> npt.ND
     return resized
 
 
+def resize_image(image: EncodedJpeg | npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
+    """The whole image, resized to uint8 [size, size, 3]; an array of that size is returned itself."""
+    pixels = image.decode_whole() if isinstance(image, EncodedJpeg) else image
+    return pixels if pixels.shape[:2] == (size, size) else _resize_images([pixels], size)[0]
+
+
+def crop_image(image: EncodedJpeg | npt.NDArray[np.uint8], box: Box, size: int) -> npt.NDArray[np.uint8]:
+    """A part of the image, resized to uint8 [size, size, 3]. Pixels outside of it have no influence, as in Pillow's crop and resize."""
+    pixels, (left, upper, right, lower) = image.decode_box(box, size) if isinstance(image, EncodedJpeg) else (image, box)
+    x, y = math.floor(left), math.floor(upper)
+    part = pixels[y : math.ceil(lower), x : math.ceil(right)]
+    if part.shape[:2] == (lower - upper, right - left):
+        return resize_image(part, size)
+    # In a JPEG that was decoded at a smaller scale, a box may begin within a pixel: torch cannot do that.
+    inner = (left - x, upper - y, right - x, lower - y)
+    picture = Image.fromarray(part).resize((size, size), Image.Resampling.BICUBIC, box=inner)
+    return np.asarray(picture)
+
+
 def _measure_size(image: EncodedJpeg | npt.NDArray[np.uint8]) -> tuple[int, int]:
     return (image.width, image.height) if isinstance(image, EncodedJpeg) else (image.shape[1], image.shape[0])
-
-
-def _crop_image(image: EncodedJpeg | npt.NDArray[np.uint8], box: Box, size: int) -> Image.Image:
-    """A part of the image, resized to sides of `size` px."""
-    pixels, inner = image.decode_box(box, size) if isinstance(image, EncodedJpeg) else (image, box)
-    return Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC, box=inner)
 
 
 def draw_crop_box(

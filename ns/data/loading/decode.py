@@ -27,7 +27,8 @@ PLAIN_COLORSPACES = ("Gray", "YCbCr", "RGB")
 ORIENTATION = 0x0112
 TIFF_BITS_PER_SAMPLE = 258
 SCALED_FROM = 2
-"""An image is decoded at a smaller scale if it is shrunk by at least this factor afterwards; below, quality would suffer."""
+"""An image is decoded at a smaller scale if it is shrunk by at least this factor afterwards; below, it would lose quality and gain
+no time."""
 
 Box = tuple[float, float, float, float]
 """left, upper, right, lower, px."""
@@ -83,14 +84,16 @@ class EncodedJpeg(NamedTuple):
     def decode_box(self, box: Box, size: int) -> tuple[npt.NDArray[np.uint8], Box]:
         """Pixels, uint8 [H, W, 3], and the position of `box` in them, for a result with sides of `size` px.
 
-        If the box is at least twice as large, the JPEG is decoded at 1/2, 1/4 or 1/8: libjpeg-turbo then skips most of the work.
+        If the box is at least twice as large, the JPEG is decoded at 1/2, 3/8, 1/4 or 1/8: libjpeg-turbo then skips most of the work.
+        Between 1/2 and 1 it would take longer than for the whole (500 x 375 px: 1.5 times as long at 7/8, 1.1 at 5/8).
         """
         shrink = min((box[2] - box[0]) / size, (box[3] - box[1]) / size)
         if shrink < SCALED_FROM:
             return _decode_turbo(self.data), box
         pixels = _decode_turbo(self.data, math.ceil(self.width / shrink), math.ceil(self.height / shrink))
-        x, y = pixels.shape[1] / self.width, pixels.shape[0] / self.height
-        return pixels, (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
+        # The last pixel may lie half outside, so the scale is not the ratio of the sizes.
+        scale = round(8 * max(pixels.shape[:2]) / max(self.width, self.height)) / 8
+        return pixels, (box[0] * scale, box[1] * scale, box[2] * scale, box[3] * scale)
 
 
 def decode_into(data: bytes | memoryview, out: npt.NDArray[np.uint8]) -> None:
@@ -128,7 +131,7 @@ def read_jpeg_size(data: bytes) -> tuple[int, int]:
 
 
 def _decode_turbo(data: bytes | memoryview, width: int = 0, height: int = 0) -> npt.NDArray[np.uint8]:
-    """With a width and height, decodes at the smallest scale 1/2ⁿ that is at least as large."""
+    """With a width and height, decodes at the smallest of the scales of `decode_box` that is at least as large."""
     try:
         image: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", False, False, height, width, SCALED_FROM)
         return image

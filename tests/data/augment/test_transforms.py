@@ -1,5 +1,6 @@
 """RandAugment against the paper's table, and the geometry of crops."""
 
+import io
 from collections import Counter
 
 import numpy as np
@@ -11,8 +12,16 @@ from PIL import Image, ImageOps
 
 from ns.config.schema import NoiseConfig
 from ns.data.augment.randaugment import GRAY, RandAugment, equalize_channels, stretch_contrast
-from ns.data.augment.transforms import EvalTransform, TrainTransform, compute_center_box, draw_crop_box, pad_and_crop
-from ns.data.loading.decode import allocate_images
+from ns.data.augment.transforms import (
+    EvalTransform,
+    TrainTransform,
+    compute_center_box,
+    crop_image,
+    draw_crop_box,
+    pad_and_crop,
+    resize_image,
+)
+from ns.data.loading.decode import EncodedJpeg, allocate_images, decode_image
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
 IMAGE = Image.fromarray(PIXELS)
@@ -341,6 +350,73 @@ def test_autocontrast_and_equalize_equal_pillow_on_any_image(pixels):
     image = Image.fromarray(pixels)
     assert np.array_equal(np.asarray(stretch_contrast(image)), np.asarray(ImageOps.autocontrast(image)))
     assert np.array_equal(np.asarray(equalize_channels(image)), np.asarray(ImageOps.equalize(image)))
+
+
+def make_photograph(width: int, height: int, seed: int) -> np.ndarray:
+    """Slopes, edges and grain, uint8 [height, width, 3]."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (7, 9, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    edges = (np.indices((height, width)).sum(0) // 9 % 2 * 60)[:, :, None]
+    return (np.asarray(coarse) // 2 + edges + rng.normal(30, 8, (height, width, 3))).clip(0, 255).astype(np.uint8)
+
+
+def assert_near_pillow(found: np.ndarray, part: Image.Image, size: int) -> None:
+    # Across first, as Pillow did before 13, which begins with the height of tall images: in noise, that alone changes values by 20.
+    across = part.resize((size, part.height), Image.Resampling.BICUBIC)
+    expected = np.asarray(across.resize((size, size), Image.Resampling.BICUBIC)).astype(int)
+    assert found.shape == (size, size, 3)
+    assert found.dtype == np.uint8
+    difference = np.abs(found - expected)
+    assert difference.mean() <= 1
+    assert difference.max() <= 3
+
+
+@pytest.mark.parametrize("size", [8, 32, 96, 224, 299])
+@pytest.mark.parametrize("shape", [(500, 375), (375, 500), (33, 31), (224, 224), (1, 300), (640, 7), (2, 2), (903, 611)])
+def test_crops_are_pillows(shape, size):
+    images = make_photograph(*shape, 0), np.random.default_rng(0).integers(0, 256, (shape[1], shape[0], 3), np.uint8)
+    for pixels in images:
+        picture, rng = Image.fromarray(pixels), np.random.default_rng(size)
+        assert_near_pillow(resize_image(pixels, size), picture, size)
+        for box in (
+            compute_center_box(shape, size, 32),
+            *(draw_crop_box(shape, rng, (0.08, 1), (3 / 4, 4 / 3)) for _ in range(3)),
+        ):
+            assert_near_pillow(crop_image(pixels, box, size), picture.crop(box), size)
+
+
+@pytest.mark.parametrize("size", [24, 64, 150])
+def test_crops_of_scaled_jpegs_are_pillows(size):
+    """Of the pixels at that scale, whether the box falls on whole pixels or not."""
+    whole = Image.fromarray(make_photograph(601, 450, 1))
+    sink = io.BytesIO()
+    whole.save(sink, "JPEG", quality=92)
+    encoded, rng, broken = EncodedJpeg(sink.getvalue(), *whole.size), np.random.default_rng(0), 0
+    for _ in range(20):
+        box = draw_crop_box(whole.size, rng, (0.5, 1), (3 / 4, 4 / 3))
+        pixels, inner = encoded.decode_box(box, size)
+        broken += inner != tuple(map(int, inner))
+        outer = np.array([np.floor(inner[:2]), np.ceil(inner[2:])]).ravel()
+        part = Image.fromarray(pixels).crop(tuple(outer))
+        expected = part.resize((size, size), Image.Resampling.BICUBIC, box=tuple(np.array(inner) - np.tile(outer[:2], 2)))
+        difference = np.abs(crop_image(encoded, box, size).astype(int) - np.asarray(expected))
+        assert difference.mean() <= 1
+        assert difference.max() <= 3
+    assert size == 150 or broken > 0
+
+
+def test_crops_lie_where_scaled_jpegs_show_them():
+    """A size that no scale divides: the last pixel of the scaled image lies half outside."""
+    ramp = np.broadcast_to((np.arange(601) * 255 // 600).astype(np.uint8)[None, :, None], (450, 601, 3))
+    sink = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(ramp)).save(sink, "JPEG", quality=95)
+    encoded, whole = EncodedJpeg(sink.getvalue(), 601, 450), decode_image(sink.getvalue())
+    for size in (24, 40, 64, 90):
+        for left in (0, 1, 2, 3, 201):
+            box = (left, 7, left + 400, 407)
+            difference = crop_image(encoded, box, size).astype(int) - crop_image(whole, box, size)
+            assert np.abs(difference[:, 2:-2].mean()) < 0.2
+            assert np.abs(difference[:, 2:-2]).max() <= 2
 
 
 def test_batch_resize_equals_single_resize_and_nearly_pillow():
