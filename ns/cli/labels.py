@@ -442,12 +442,17 @@ def diff_label_sets(
         Console().print(*make_diff_parts(difference), sep="\n", highlight=False)
 
 
+AUDIT_IMAGES, AUDIT_SEED = 400, 0
+AuditSize = Annotated[int, typer.Option(min=1, max=5000, help="Approximate number of images.")]
+AuditSeed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of the sample.")]
+
+
 @audit_app.command("page")
 def write_audit_page(
     name: LabelSetArgument,
     root: Root = "runs",
-    images: Annotated[int, typer.Option(min=1, max=5000, help="Approximate number of images.")] = 400,
-    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of the sample.")] = 0,
+    images: AuditSize = AUDIT_IMAGES,
+    seed: AuditSeed = AUDIT_SEED,
     out: Annotated[Path, typer.Option(metavar="FILE", help="File of the page.")] = Path("audit.html"),
     selected_only: Annotated[bool, typer.Option("--selected-only", help="Sample only what the run's selection keeps.")] = False,
     pool: Pool = None,
@@ -465,10 +470,12 @@ def write_audit_page(
     pool_data = resolved.open_pool(store, pool)
     selection = resolved.selection if selected_only else None
     sheet = draw_audit_sample(resolved.store, resolved.label_set, sample_size=images, seed=seed, selection=selection)
+    options_given = (("--images", images, AUDIT_IMAGES), ("--seed", seed, AUDIT_SEED))
+    options = "".join(f" {option} {value}" for option, value, default in options_given if value != default)
     write_page(out, render_audit_page(sheet, resolved.label_set.classes, name, *pool_data))
     typer.echo(
         f"{out}: {len(sheet.images):,} images of {len(sheet.strata)} strata; open it in a browser, mark what is wrong, download "
-        f"audit.json, and run: ns labels audit apply audit.json {name}"
+        f"audit.json, and run: ns labels audit apply audit.json {name}{options}"
     )
 
 
@@ -477,6 +484,8 @@ def apply_audit(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The audit.json that the page gave.")],
     name: LabelSetArgument,
     root: Root = "runs",
+    images: AuditSize = AUDIT_IMAGES,
+    seed: AuditSeed = AUDIT_SEED,
     corrections: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Write corrected images as a labeled dataset.")
     ] = None,
@@ -485,6 +494,8 @@ def apply_audit(
 ) -> None:
     """Estimate the share of right labels from an audit, and write it beside the label set. The gate can require a minimum.
 
+    Give --images and --seed if the page was made with them: the file must not choose what it is about.
+
     Example: [cyan]ns labels audit apply audit.json latest/gen-1 --corrections data/corrections[/]
     """
     from ns.cli.label_tables import make_audit_tables
@@ -492,7 +503,7 @@ def apply_audit(
 
     store, resolved = _open_label_set(root, name)
     sheet = AuditSheet.parse(read_uri(str(file)), str(file))
-    check_audit_sheet(sheet, str(file), resolved.store, resolved.label_set, resolved.selection)
+    check_audit_sheet(sheet, str(file), resolved.store, resolved.label_set, resolved.selection, sample_size=images, seed=seed)
     result = estimate_precision(sheet, str(file))
     corrected = None
     if corrections:

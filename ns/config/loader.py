@@ -10,47 +10,11 @@ from pydantic import ValidationError
 
 from ns.config.error_messages import format_validation_error
 from ns.config.schema import Experiment, Section
+from ns.config.yaml_text import parse_yaml
 from ns.core.errors import ConfigError, StoreError
 from ns.storage import read_uri
 
-MAX_VALUES, MAX_DEPTH = 100_000, 30
-"""Values and levels of an experiment, at most."""
 SectionT = TypeVar("SectionT", bound=Section)
-
-
-class _WordLoader(yaml.SafeLoader):
-    """YAML in which only true and false are truth values, as YAML 1.2 has it: off, no, on and yes are words, and may be settings or
-    names of classes. Fields that are truth values take them too. A field that is there twice is an error, as in YAML 1.2."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        # Here `<<` is not merged yet; its fields may be overridden.
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
-                if key.value in seen:
-                    raise yaml.composer.ComposerError(
-                        problem=f"{key.value} is there twice; keep one", problem_mark=key.start_mark
-                    )
-                seen.add(key.value)
-        return node
-
-
-_WordLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool" or first in "tTfF"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-def _parse_yaml(text: str | bytes) -> Any:
-    return yaml.load(text, Loader=_WordLoader)  # noqa: S506
-
-
-def _describe_yaml_error(error: Exception) -> str:
-    """One line, with the place in the file."""
-    if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark):
-        return f"line {mark.line + 1}, column {mark.column + 1}: {' '.join(filter(None, (error.context, error.problem)))}"
-    return str(error).splitlines()[0]
 
 
 def resolve_preset(config_uri: str) -> str:
@@ -74,17 +38,13 @@ def load_experiment(uri: str, overrides: Iterable[str] = ()) -> Experiment:
     Raises ConfigError naming each wrong field with its path, its value and what would be right.
     """
     try:
-        document = _parse_yaml(read_uri(uri))
-    except RecursionError as error:
-        raise ConfigError(f"{uri}: is nested too deeply; an experiment has at most {MAX_DEPTH} levels") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{uri}: not YAML: {_describe_yaml_error(error)}") from error
+        text = read_uri(uri)
     except StoreError as error:
         hint = "" if "." in uri.rpartition("/")[2] else "; name a YAML file, or the preset quickstart"
         raise ConfigError(f"config: {error}{hint}") from error
+    document = parse_yaml(text, uri)
     if not isinstance(document, dict):
         raise ConfigError(f"{uri}: must be a mapping of fields, got {type(document).__name__}")
-    document = _copy_unshared(document, uri)
     for override in overrides:
         _apply_override(document, override)
     return parse_experiment(document, uri)
@@ -123,39 +83,12 @@ def _validate_document(section_type: type[SectionT], document: dict[str, Any], o
         raise ConfigError("\n".join(f"{origin}: {line}" for line in format_validation_error(error, section_type))) from error
 
 
-def _copy_unshared(document: Any, uri: str) -> Any:
-    """A copy in which YAML's aliases are separate: an override of the teacher must not reach a student that merges it.
-
-    Raises ConfigError if aliases make it endless or huge: ten lines of them stand for billions of values.
-    """
-    values = 0
-
-    def copy_node(node: Any, depth: int) -> Any:
-        nonlocal values
-        values += 1
-        if values > MAX_VALUES or depth > MAX_DEPTH:
-            raise ConfigError(
-                f"{uri}: has more than {MAX_VALUES:,} values or {MAX_DEPTH} levels with its aliases; use fewer (*name)"
-            )
-        if isinstance(node, dict):
-            return {key: copy_node(value, depth + 1) for key, value in node.items()}
-        if isinstance(node, list):
-            return [copy_node(value, depth + 1) for value in node]
-        return node
-
-    return copy_node(document, 0)
-
-
 def _apply_override(document: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     keys = path.split(".")
     if not equals or not all(keys):
         raise ConfigError(f"--set {override}: must look like a.b=value")
-    try:
-        value = _copy_unshared(_parse_yaml(text), f"--set {path}")
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"--set {override}: the value is not YAML: {_describe_yaml_error(error)}") from error
-    _set_field(document, keys, value, f"--set {override}")
+    _set_field(document, keys, parse_yaml(text, f"--set {override}"), f"--set {override}")
 
 
 def _set_field(document: dict[str, Any], keys: Sequence[str], value: Any, origin: str) -> None:

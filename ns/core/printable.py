@@ -20,3 +20,8 @@ def escape_controls(text: str, *, keep_newlines: bool = True) -> str:
 def make_printable(text: str, *, keep_newlines: bool = True) -> str:
     """`text` without passwords and without what steers a terminal."""
     return escape_controls(redact_credentials(text), keep_newlines=keep_newlines)
+
+
+def escape_formula(text: str) -> str:
+    """A cell of a table, with an apostrophe in front of what a spreadsheet would compute: names of files may be formulas."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text

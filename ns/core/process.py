@@ -3,13 +3,16 @@ result it would only get in the way of its successor."""
 
 import contextlib
 import os
+import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 
-CLIENT_VARIABLE = "NS_CLIENT_PID"
+CLIENT_VARIABLE = "NS_CLIENT"
+"""Identity (`identify_process`) of the client whose stage this is."""
 POLL_SECONDS = 0.5
 
 _watch_started = threading.Event()
@@ -41,32 +44,50 @@ def set_openmp_to_sleep() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def identify_process(pid: int) -> str:
+    """Number of a process and, where the system tells it, when it began: numbers are used again. Empty if there is none, or only its
+    remains."""
+    try:
+        # Behind the program's name, which may hold anything: the state, and as the twentieth word the start, in ticks.
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        if Path("/proc/self/stat").exists():
+            return ""
+    else:
+        return "" if words[0] in "ZX" else f"{pid}:{words[19]}"
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return ""
+    except PermissionError:
+        pass
+    return str(pid)
+
+
 def die_with_client() -> None:
-    """Ends this process when the process named by NS_CLIENT_PID is gone. Does nothing without the variable, as on a cluster."""
+    """Ends this process when the process that NS_CLIENT identifies is gone. Does nothing without the variable, as on a cluster."""
     client = os.environ.get(CLIENT_VARIABLE, "")
-    if not client.isdigit() or int(client) == os.getpid() or _watch_started.is_set():
+    if not re.fullmatch(r"\d+(:\d+)?", client) or client == identify_process(os.getpid()) or _watch_started.is_set():
         return
     _watch_started.set()
-    die_with_process(int(client))
+    die_with_process(client)
 
 
-def init_helper_process(parent_pid: int) -> None:
-    """Sets up a process of a pool: it ends with its parent, and leaves Ctrl-C, which goes to the whole group, to the parent."""
+def init_helper_process(parent: str) -> None:
+    """Sets up a process of a pool: it ends with its parent (`identify_process`), and leaves Ctrl-C, which goes to the whole group, to
+    the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with_process(parent_pid)
+    die_with_process(parent)
 
 
-def die_with_process(pid: int) -> None:
-    """Ends this process when the process `pid` is gone."""
-    threading.Thread(target=_poll_process, args=(pid,), name="client-watch", daemon=True).start()
+def die_with_process(identity: str) -> None:
+    """Ends this process when the one of this identity (`identify_process`) is gone."""
+    threading.Thread(target=_poll_process, args=(identity,), name="client-watch", daemon=True).start()
 
 
-def _poll_process(pid: int) -> None:
-    while True:
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            # Nothing needs to be tidied up: every write is atomic, and the client that would have read the result is gone.
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(os.getpid(), signal.SIGKILL)
+def _poll_process(identity: str) -> None:
+    pid = int(identity.partition(":")[0])
+    while identify_process(pid) == identity:
         time.sleep(POLL_SECONDS)
+    # Nothing needs to be tidied up: every write is atomic, and the client that would have read the result is gone.
+    os.kill(os.getpid(), signal.SIGKILL)

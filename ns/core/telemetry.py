@@ -27,6 +27,9 @@ from ns import __version__
 from ns.core import log
 
 PORT_VARIABLE = "NS_METRICS_PORT"
+ADDRESS_VARIABLE = "NS_METRICS_ADDRESS"
+"""Address that the endpoint listens on. If not set: all addresses in a pod, whose network policies say who may connect, and this
+machine alone elsewhere."""
 LINGER_VARIABLE = "NS_METRICS_LINGER_SECONDS"
 """Seconds that a short stage without a GPU stays alive at its end, to be scraped; two scrape intervals suffice."""
 GATEWAY_VARIABLE = "NS_PUSHGATEWAY_URL"
@@ -219,9 +222,14 @@ def serve_metrics() -> None:
     if not port:
         return
     try:
-        start_http_server(int(port), registry=REGISTRY)
+        start_http_server(int(port), addr=_choose_address(), registry=REGISTRY)
     except (OSError, OverflowError, ValueError) as error:
         log.get_logger().warning("no metrics endpoint; work continues without it", port=port, reason=str(error))
+
+
+def _choose_address() -> str:
+    is_pod = "KUBERNETES_SERVICE_HOST" in os.environ
+    return os.environ.get(ADDRESS_VARIABLE) or ("0.0.0.0" if is_pod else "127.0.0.1")
 
 
 def record_checkpoint() -> None:

@@ -9,15 +9,18 @@ audit-DIGEST.json     beside labelset.json, one for each audit: the estimate, an
 import csv
 import io
 import itertools
+import math
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
 from ns.core.digest import shorten_digest
 from ns.core.errors import DataError
 from ns.core.intervals import effective_trials, stratified_interval, wilson_interval
+from ns.core.printable import escape_formula
 from ns.data.dataset import Dataset
 from ns.data.importing.writer import ShardWriter
 from ns.data.index import ShardIndex
@@ -35,6 +38,10 @@ MIN_PER_STRATUM = 2
 """Images of each stratum at least."""
 SAMPLE_SALT = 1 << 32
 """Added to the seed: the sample must not depend on how a selection breaks its ties."""
+
+MAX_SAMPLE_SIZE, MAX_SEED = 5000, 2**31 - 1
+SampleSize = Annotated[int, Field(ge=1, le=MAX_SAMPLE_SIZE)]
+SampleSeed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 
 class Stratum(JsonDocument):
@@ -75,8 +82,8 @@ class AuditSheet(JsonDocument):
     """Digest of the label set."""
     selection: str | None
     """Digest of the selection that the sample was drawn from; None if it was drawn from all labeled images."""
-    seed: int
-    requested: int
+    seed: SampleSeed
+    requested: SampleSize
     """Sample size that was asked for; there are fewer images if the label set has fewer."""
     strata: tuple[Stratum, ...]
     images: tuple[AuditedImage, ...]
@@ -101,8 +108,8 @@ class LabelAudit(HashedDocument):
     label_set: str
     selection: str | None
     """Digests, as in `AuditSheet`."""
-    seed: int
-    requested: int
+    seed: SampleSeed
+    requested: SampleSize
     images: int
     """Images that the sample represents."""
     reviewed: int
@@ -241,11 +248,29 @@ def _build_stratum(
 # The answers
 
 
-def check_audit_sheet(sheet: AuditSheet, path: str, store: Store, label_set: LabelSet, selection: Selection | None) -> None:
+def check_audit_sheet(
+    sheet: AuditSheet,
+    path: str,
+    store: Store,
+    label_set: LabelSet,
+    selection: Selection | None,
+    *,
+    sample_size: int,
+    seed: int,
+) -> None:
     """Compares a filled-in sheet with its label set. `selection` is the selection of the run that made the label set.
 
+    `sample_size` and `seed` are those that the page was asked for: a file that names its own could choose the images that it is about.
     Raises DataError naming the file, the field, the value and the cure.
     """
+    for name, option, value, expected in (
+        ("seed", "--seed", sheet.seed, seed),
+        ("requested", "--images", sheet.requested, sample_size),
+    ):
+        if value != expected:
+            raise DataError(
+                f"{path}: {name}: {value!r}: expected {expected}; if you made the page with {option} {value}, give this option here too"
+            )
     if sheet.label_set != label_set.digest:
         raise DataError(
             f"{path}: label_set: {sheet.label_set!r}: an audit of another label set; {store.uri} is {label_set.digest!r}: "
@@ -257,7 +282,7 @@ def check_audit_sheet(sheet: AuditSheet, path: str, store: Store, label_set: Lab
             "name the run's generation that it was made of (as in latest/gen-1), not a folder"
         )
     drawn = draw_audit_sample(
-        store, label_set, sample_size=sheet.requested, seed=sheet.seed, selection=selection if sheet.selection else None
+        store, label_set, sample_size=sample_size, seed=seed, selection=selection if sheet.selection else None
     )
     if sheet.strata != drawn.strata:
         raise DataError(f"{path}: strata: are not those of {store.uri}: the file was edited; download it again from the page")
@@ -311,45 +336,109 @@ def estimate_precision(sheet: AuditSheet, path: str) -> LabelAudit:
         right[image.stratum] += image.reviewed and not image.wrong
     if not any(reviewed):
         raise DataError(f"{path}: images: none of them was reviewed; go through the page, and download the file again")
-    sizes = [stratum.images for stratum in sheet.strata]
+    wrong = [image for image in sheet.images if image.reviewed and image.wrong]
+    mistakes = tuple(sorted(wrong, key=lambda image: (image.shard, image.row)))
+    return _build_audit(sheet, sheet.strata, reviewed, right, mistakes)
+
+
+def _build_audit(
+    request: AuditSheet | LabelAudit,
+    strata: Sequence[Stratum],
+    reviewed: Sequence[int],
+    right: Sequence[int],
+    mistakes: tuple[AuditedImage, ...],
+) -> LabelAudit:
+    """The audit that follows from the answers, by stratum. `request` has what was asked for."""
+    sizes = [stratum.images for stratum in strata]
     total = stratified_interval(right, reviewed, sizes)
     bounds = [
         wilson_interval(good / count if count else 0, effective_trials(count, size))
         for good, count, size in zip(right, reviewed, sizes, strict=True)
     ]
-    wrong = [image for image in sheet.images if image.reviewed and image.wrong]
     return LabelAudit(
-        label_set=sheet.label_set,
-        selection=sheet.selection,
-        seed=sheet.seed,
-        requested=sheet.requested,
+        label_set=request.label_set,
+        selection=request.selection,
+        seed=request.seed,
+        requested=request.requested,
         images=sum(sizes),
         reviewed=sum(reviewed),
-        wrong=len(wrong),
+        wrong=len(mistakes),
         precision=total.value,
         precision_low=total.low,
         precision_high=total.high,
         strata=tuple(
             StratumPrecision(
-                **stratum.model_dump(),
+                **stratum.model_dump(include=set(Stratum.model_fields)),
                 reviewed=count,
                 right=good,
                 precision=good / count if count else None,
                 precision_low=low,
                 precision_high=high,
             )
-            for stratum, count, good, (low, high) in zip(sheet.strata, reviewed, right, bounds, strict=True)
+            for stratum, count, good, (low, high) in zip(strata, reviewed, right, bounds, strict=True)
         ),
-        mistakes=tuple(sorted(wrong, key=lambda image: (image.shard, image.row))),
+        mistakes=mistakes,
     )
+
+
+def check_audit(audit: LabelAudit, store: Store, label_set: LabelSet, selection: Selection | None) -> None:
+    """Draws the sample of an audit again, and computes its estimate from the counts of its answers.
+
+    A file beside a label set may be anybody's: only what follows from the label set and the answers is believed. Reads the label set
+    twice. Raises DataError naming the file and the field.
+    """
+    uri = f"{store.uri}/{build_audit_key(audit)}"
+    drawn = draw_audit_sample(
+        store, label_set, sample_size=audit.requested, seed=audit.seed, selection=selection if audit.selection else None
+    )
+    strata = tuple(Stratum(**stratum.model_dump(include=set(Stratum.model_fields))) for stratum in audit.strata)
+    if strata != drawn.strata:
+        raise DataError(
+            f"{uri}: strata: are not those of the label set: the file was not made by `ns labels audit apply`; remove it"
+        )
+    drawn_by_key = {image.key: image for image in drawn.images}
+    wrong = [0] * len(strata)
+    for image in audit.mistakes:
+        drawn_image = image.model_copy(update={"wrong": False, "reviewed": False, "correct_class": None})
+        if drawn_by_key.pop(image.key, None) != drawn_image or not (image.wrong and image.reviewed):
+            raise DataError(f"{uri}: mistakes: {image.key!r}: is not in the sample, or not marked wrong; remove the file")
+        wrong[image.stratum] += 1
+    reviewed = [stratum.reviewed for stratum in audit.strata]
+    if any(not missed <= count <= stratum.sampled for missed, count, stratum in zip(wrong, reviewed, strata, strict=True)):
+        raise DataError(f"{uri}: strata: have other numbers of images than the sample; remove the file")
+    right = [count - missed for count, missed in zip(reviewed, wrong, strict=True)]
+    expected = _build_audit(audit, strata, reviewed, right, audit.mistakes)
+    for name, value in expected.model_dump().items():
+        if not _is_close(getattr(audit, name), value):
+            raise DataError(
+                f"{uri}: {name}: is not what follows from the answers: the file was edited; remove it, and apply the audit.json again"
+            )
+
+
+def _is_close(value: Any, expected: Any) -> bool:
+    """Equal up to the rounding of another machine."""
+    match expected:
+        case float():
+            return isinstance(value, float | int) and math.isclose(value, expected, rel_tol=1e-9, abs_tol=1e-12)
+        case dict():
+            return all(_is_close(getattr(value, name), field) for name, field in expected.items())
+        case tuple():
+            return len(value) == len(expected) and all(map(_is_close, value, expected))
+        case _:
+            return bool(value == expected)
 
 
 # Files
 
 
+def build_audit_key(audit: LabelAudit) -> str:
+    """Name of an audit's file beside its label set."""
+    return f"{AUDIT_PREFIX}{shorten_digest(audit.digest)}.json"
+
+
 def save_audit(audit: LabelAudit, store: Store) -> str:
     """Writes an audit beside its label set. Returns its key."""
-    key = f"{AUDIT_PREFIX}{shorten_digest(audit.digest)}.json"
+    key = build_audit_key(audit)
     audit.save_file(store, key)
     return key
 
@@ -396,7 +485,8 @@ def write_corrections(
             writer.add_image(
                 mistake.key, index.table["extension"][mistake.row].as_py(), data, class_ids[str(mistake.correct_class)]
             )
-            table.writerow([mistake.key, mistake.correct_class, mistake.class_name, f"{mistake.confidence:.4f}"])
+            names = (mistake.key, str(mistake.correct_class), mistake.class_name)
+            table.writerow([*map(escape_formula, names), f"{mistake.confidence:.4f}"])
     dataset = Dataset(name=name, role="labeled", classes=classes, shards=writer.shards)
     target.put(CORRECTIONS, sink.getvalue().encode())
     dataset.save(target)

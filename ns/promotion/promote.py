@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import yaml
 from pydantic import ConfigDict
 
+from ns.config.yaml_text import parse_yaml
 from ns.core.digest import shorten_digest
 from ns.core.errors import ConfigError, DataError, NsError, RunError, StoreError
 from ns.core.git import GitCommands
@@ -24,6 +25,7 @@ from ns.reporting import comparison
 from ns.reporting.context import ReportContext, TrainedModel, gather_context
 from ns.reporting.markdown import escape_markdown, format_table, render_markdown
 from ns.reporting.metrics import collect_metrics, flatten_metrics
+from ns.runs.records import RunName
 from ns.storage import Store, open_store
 from ns.storage.documents import JsonDocument
 
@@ -45,7 +47,7 @@ class ModelPointer(JsonDocument):
     classes: int
     root: str
     """URI of the root that holds the run."""
-    run: str
+    run: RunName
     generation: int
     heldout: str
     """Digest of the held-out images that `metrics` were measured on, unless a name says otherwise."""
@@ -136,7 +138,13 @@ def verify_model(pointer: ModelPointer, origin: str) -> int:
 
 
 def read_pointer(path: Path) -> ModelPointer | None:
-    """The pointer in a file; None if there is no such file. Raises DataError if the file is no pointer, StoreError if it cannot be read."""
+    """The pointer in a file; None if there is no such file. Raises DataError if the file is no pointer, StoreError if it cannot be read.
+
+    Links are refused: a request for a promotion could name by them any file of the machine that checks it.
+    """
+    linked = [part for part in (path, *(() if path.is_absolute() else path.parents)) if part.is_symlink()]
+    if linked:
+        raise DataError(f"{linked[0]}: is a link; a pointer is a plain file")
     try:
         return parse_pointer(path.read_bytes(), str(path))
     except FileNotFoundError:
@@ -148,11 +156,16 @@ def read_pointer(path: Path) -> ModelPointer | None:
 def parse_pointer(data: bytes, origin: str) -> ModelPointer:
     """`origin` names the file in messages. Raises DataError naming the field and the value."""
     try:
-        fields = yaml.safe_load(data)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{origin}: not YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(fields, dict):
-        raise DataError(f"{origin}: must be a pointer to a model, as `ns promote RUN` writes it; got {type(fields).__name__}")
+        fields = parse_yaml(data, origin)
+    except ConfigError as error:
+        raise DataError(str(error)) from error
+    required = [name for name, field in ModelPointer.model_fields.items() if field.is_required()]
+    missing = [name for name in required if not isinstance(fields, dict) or name not in fields]
+    if missing:
+        # Nothing of such a file is quoted: it is something else.
+        raise DataError(
+            f"{origin}: must be a pointer to a model, as `ns promote RUN` writes it; it has no {', '.join(missing)}"
+        )
     return ModelPointer.validate_fields(fields, origin)
 
 
@@ -270,6 +283,8 @@ def _resolve_free_branch(commands: GitCommands, branch: str) -> str:
     """The full name of a branch. Raises ConfigError if it is no name for one, or checked out."""
     ref = f"refs/heads/{branch}"
     try:
+        if branch.startswith("-"):
+            raise StoreError("commands take it for an option")
         commands.run_git("check-ref-format", ref)
     except StoreError as error:
         raise ConfigError(f"--branch {branch!r}: not a name that git takes; for example promote/production") from error

@@ -46,7 +46,7 @@ def digest_experiment(experiment: Experiment) -> str:
 
 def check_run_name(run: str) -> None:
     """Raises ConfigError for a name that a run cannot have: it is a folder beside `store`, and part of the tags of label sets."""
-    if not RUN_NAME.fullmatch(run) or ".." in run or run in ("latest", "store"):
+    if not RUN_NAME.fullmatch(run) or run in ("latest", "store"):
         raise ConfigError(
             f"--run: invalid value {run!r}: must be at most 100 letters, digits, dots, dashes and underscores, begin with a letter or "
             "digit, hold no '..', and be neither 'latest' nor 'store'"

@@ -2,10 +2,10 @@
 
 from typing import NamedTuple
 
-import yaml
-
 from ns.config.schema import SelectionConfig
-from ns.core.errors import DataError, RunError
+from ns.config.yaml_text import parse_yaml
+from ns.core import log
+from ns.core.errors import ConfigError, DataError, RunError
 from ns.data.dataset import Dataset
 from ns.data.prepared import PreparedData
 from ns.evaluation.gate import Verdict
@@ -123,7 +123,11 @@ def find_accepted_student(root: Store, experiment: str) -> AcceptedStudent | Non
 def _read_experiment_name(root: Store, run: str) -> str | None:
     # Only the name is read: the experiments of other versions may have fields that this one does not know.
     key = f"{run}/{CONFIG_FILE}"
-    document = yaml.safe_load(root.get(key)) if root.exists(key) else None
+    try:
+        document = parse_yaml(root.get(key), f"{root.uri}/{key}") if root.exists(key) else None
+    except ConfigError as error:
+        log.get_logger().warning("passed over", file=f"{root.uri}/{key}", reason=str(error))
+        return None
     return document.get("name") if isinstance(document, dict) else None
 
 

@@ -12,9 +12,9 @@ Everything large lies in `ROOT/store/` and is shared by all runs; the notes poin
 
 import re
 from datetime import UTC, datetime
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from ns.core.errors import NsError
 from ns.storage import Store
@@ -23,14 +23,25 @@ from ns.storage.documents import BlobKey, JsonDocument
 RECORDS_PREFIX = "store/runs/"
 CONFIG_FILE = "config.yaml"
 REPORT_FILE = "report.html"
-RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+RUN_NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def _check_name(name: str) -> str:
+    if not RUN_NAME.fullmatch(name):
+        raise ValueError("must be the name of a run")
+    return name
+
+
+# A record may come from strangers, and the name becomes part of commands, paths and tags.
+RunName = Annotated[str, AfterValidator(_check_name)]
+"""Name of a run, in a record."""
 RunState = Literal["running", "succeeded", "failed", "interrupted"]
 
 
 class RunRecord(JsonDocument):
     """The state of a run."""
 
-    run: str
+    run: RunName
     config_digest: str
     state: RunState
     started_at: str

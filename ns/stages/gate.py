@@ -14,7 +14,7 @@ from ns.data.prepared import PreparedData
 from ns.evaluation.gate import LabelQuality, Verdict, beats_chance, evaluate_gate, find_lost_classes
 from ns.evaluation.result import Evaluation, ImageMistakes, Robustness, read_mistakes, read_predictions
 from ns.evaluation.tries import GateTry, number_try
-from ns.labeling.audit import choose_deciding_audit, load_audits
+from ns.labeling.audit import check_audit, choose_deciding_audit, load_audits
 from ns.labeling.diff import compare_label_sets
 from ns.modeling.manifest import ModelManifest
 from ns.reporting import run_metrics
@@ -127,6 +127,7 @@ def _collect_label_evidence(context: StageContext, generation: int) -> LabelQual
         evidence = evidence._replace(churn=diff.churn, shrinkage=diff.shrinkage, shrunk_class=diff.shrunk_class)
     audit = choose_deciding_audit(load_audits(current.store, current.label_set), current.selection)
     if audit is not None:
+        check_audit(audit, current.store, current.label_set, current.selection)
         evidence = evidence._replace(audited_precision=(audit.precision, audit.precision_low, audit.reviewed))
     return evidence
 

@@ -23,6 +23,7 @@ from components import STAGE_USER, WORKER_IMAGE
 from ns.config.schema import Experiment
 from ns.core.errors import ConfigError, Interrupted, NsError, RunError
 from ns.core.log import EVENTS_VARIABLE, StageEvent, format_last_lines
+from ns.runs.records import RECORDS_PREFIX
 from ns.storage import LocalStore, Store
 from ns.storage.scratch import SCRATCH_PREFIX, make_scratch_dir
 from pipelines import PACKAGE, load_yaml_documents
@@ -253,13 +254,26 @@ class _ContainerEngine:
         """Returns the user that stages run as: the caller, but never root. Root hands its folders over to the images' user."""
         if os.getuid() != 0:
             return os.getuid()
-        if isinstance(self._root, LocalStore):
-            owner = self._root.root.stat().st_uid or STAGE_USER
-            for folder, _, files in os.walk(self._root.root):
-                for path in (folder, *(os.path.join(folder, name) for name in files)):  # noqa: PTH118
-                    os.chown(path, owner, owner, follow_symlinks=False)
-            return owner
-        return STAGE_USER
+        if not isinstance(self._root, LocalStore):
+            return STAGE_USER
+        owner = self._root.root.stat().st_uid or STAGE_USER
+        for path in list_run_files(self._root.root, self._run):
+            if path.lstat().st_uid == 0:
+                os.chown(path, owner, owner, follow_symlinks=False)
+        return owner
+
+
+def list_run_files(root: Path, run: str) -> Iterator[Path]:
+    """All files and folders of a run below a root: those in its folder and in `store`, and the root itself if it holds nothing but runs.
+
+    `--root` may name any folder of the machine; what else is in it is not ours.
+    """
+    names = {"store", *(record.stem for record in (root / RECORDS_PREFIX).glob("*.json"))}
+    if {path.name for path in root.iterdir()} <= names:
+        yield root
+    for top in (root / "store", root / run):
+        for folder, _, files in os.walk(top):
+            yield from (Path(folder), *(Path(folder, name) for name in files))
 
 
 def is_offline(root: Store, experiment: Experiment) -> bool:

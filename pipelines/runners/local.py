@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from ns.core.errors import Interrupted, NsError, RunError
 from ns.core.log import EVENTS_VARIABLE, StageEvent
-from ns.core.process import CLIENT_VARIABLE, handle_signals
+from ns.core.process import CLIENT_VARIABLE, handle_signals, identify_process
 from ns.storage.scratch import make_scratch_dir
 from pipelines import PACKAGE, load_yaml_documents
 
@@ -59,7 +59,11 @@ def run_locally(
     with make_scratch_dir("run") as scratch:
         events = scratch / "events.jsonl"
         events.touch()
-        variables = {EVENTS_VARIABLE: str(events), CLIENT_VARIABLE: str(os.getpid()), **_make_temp_variables(str(scratch))}
+        variables = {
+            EVENTS_VARIABLE: str(events),
+            CLIENT_VARIABLE: identify_process(os.getpid()),
+            **_make_temp_variables(str(scratch)),
+        }
         arguments = {"config_uri": config_uri, "root": root, "run": run, **inputs}
 
         def run_stages() -> None:

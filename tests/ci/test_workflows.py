@@ -36,7 +36,9 @@ def scripts(document) -> Iterator[str]:
     if isinstance(document, dict):
         for key, value in document.items():
             if key in ("script", "before_script", "after_script", "run") and isinstance(value, list | str):
-                yield "\n".join(value) if isinstance(value, list) else value
+                lines = value if isinstance(value, list) else [value]
+                # GitLab takes lists in lists, as aliases make them.
+                yield "\n".join(line for part in lines for line in (part if isinstance(part, list) else [part]))
             else:
                 yield from scripts(value)
     elif isinstance(document, list):
@@ -177,6 +179,43 @@ def test_workflows_have_few_permissions_and_a_timeout(file):
     submits = "ns trigger" in file.read_text()
     if submits:
         assert document["concurrency"]["cancel-in-progress"] == "false", "a run that was submitted would go on"
+
+
+def test_names_from_outside_are_no_options():
+    """A run's name comes from the one who reports that it ended: it stands behind `--`, or is checked by the one who sets it."""
+    scripted = [
+        words
+        for file in (*WORKFLOWS, GITLAB)
+        for script in scripts(load(file))
+        for words in commands(script)
+        if words[0] == "ns" and words[1] in ("promote", "trigger") and words[2] != "check"
+    ]
+    assert len(scripted) == 4
+    for words in map(without_redirections, scripted):
+        assert words.index("--") == len(words) - 2, words
+
+
+def test_pointers_of_requests_are_checked_by_the_code_of_the_default_branch():
+    """Who may open a request may change its code; what runs with an identity takes only the pointers from it."""
+    job = load(GITLAB)["check-pointers"]
+    order = "\n".join(scripts(job))
+    positions = [
+        order.index(text)
+        for text in (
+            'fetch --depth=1 origin "$CI_DEFAULT_BRANCH"',
+            "checkout --quiet --detach FETCH_HEAD",
+            "install.sh",
+            "role.py",
+            'core.symlinks=false restore --source="$CI_COMMIT_SHA" -- models',
+            "ns promote check",
+        )
+    ]
+    assert positions == sorted(positions)
+    check = load(CHECKOUT / ".github" / "workflows" / "promote.yaml")["jobs"]["check"]["steps"]
+    assert check[0]["with"]["ref"] == "${{ github.event.repository.default_branch }}"
+    assert "core.symlinks=false restore --source=FETCH_HEAD -- models" in check[-1]["run"]
+    for file in WORKFLOWS:
+        assert "download-artifact" not in file.read_text(), "what a request's job made is never unpacked over a checkout"
 
 
 def tool(name: str) -> str:

@@ -169,7 +169,7 @@ def test_overrides_reach_sections_and_list_items(minimal):
         ("=3", "must look like a.b=value"),
         ("seed.x=3", "seed is a value, not a section"),
         ("students.4.train.epochs=1", "must be an index below 1"),
-        ("seed=[1", "the value is not YAML: line 1, column 3: while parsing a flow sequence expected"),
+        ("seed=[1", "not YAML: line 1, column 3: while parsing a flow sequence expected"),
     ],
 )
 def test_wrong_override_says_why(minimal, override, reason):

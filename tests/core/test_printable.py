@@ -1,7 +1,7 @@
 import pytest
 
 from ns.core import log
-from ns.core.printable import escape_controls, make_printable
+from ns.core.printable import escape_controls, escape_formula, make_printable
 
 STEERING = ["\x1b[2J", "\x9b31m", "\r", "\b", "\x07", "\x85", "\u2028", "\u202e", "\u2066", "\x7f", "\0"]
 
@@ -34,3 +34,9 @@ def test_log_shows_neither_passwords_nor_escapes(capsys):
     assert "secret" not in shown
     assert "gateway" in shown
     assert not set(shown) & {"\x1b", "\x07"}
+
+
+def test_escape_formula_leaves_no_cell_that_a_spreadsheet_computes():
+    for text in ("=HYPERLINK(1)", "+1", "-1", "@SUM(A1)", "\t=1"):
+        assert escape_formula(text) == f"'{text}"
+    assert escape_formula("cat/a=1") == "cat/a=1"

@@ -32,6 +32,25 @@ def test_metrics_endpoint_serves_and_only_logs_a_taken_port(monkeypatch):
     assert 'nst_build_info{version="' in page
 
 
+@pytest.mark.parametrize(
+    ("variables", "address"),
+    [
+        ({}, "127.0.0.1"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, "0.0.0.0"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "NS_METRICS_ADDRESS": "127.0.0.1"}, "127.0.0.1"),
+        ({"NS_METRICS_ADDRESS": "0.0.0.0"}, "0.0.0.0"),
+    ],
+)
+def test_metrics_endpoint_serves_other_machines_in_a_pod_only(monkeypatch, variables, address):
+    served = []
+    monkeypatch.setattr(telemetry, "start_http_server", lambda port, addr, registry: served.append((port, addr)))
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    for name, value in {telemetry.PORT_VARIABLE: "9090", **variables}.items():
+        monkeypatch.setenv(name, value)
+    telemetry.serve_metrics()
+    assert served == [(9090, address)]
+
+
 def test_metrics_endpoint_only_logs_an_invalid_port(monkeypatch):
     for wrong in ("http", "99999"):
         monkeypatch.setenv(telemetry.PORT_VARIABLE, wrong)

@@ -19,7 +19,9 @@ from ns.labeling.audit import (
     MIN_PER_STRATUM,
     SAMPLE_SALT,
     AuditSheet,
+    LabelAudit,
     allocate_sample,
+    check_audit,
     check_audit_sheet,
     choose_deciding_audit,
     draw_audit_sample,
@@ -167,6 +169,9 @@ def test_estimate_precision_widens_without_reviews(labels):
     ("change", "said"),
     [
         (lambda d: d.update(label_set="f" * 64), r"label_set: 'ffff.*an audit of another label set"),
+        (lambda d: d.update(seed=7), r"seed: 7: expected 0; if you made the page with --seed 7, give"),
+        (lambda d: d.update(seed=2**40), r"seed: Input should be less than or equal to 2147483647 \(got 1099511627776\)"),
+        (lambda d: d.update(requested=2), r"requested: 2: expected 60; if you made the page with --images 2, give"),
         (lambda d: d.update(selection="f" * 64), r"selection: 'f.*made with --selected-only"),
         (lambda d: d["images"][3].update(key="zz"), "images: are not those of the sample"),
         (lambda d: d["images"][3].update(key=d["images"][2]["key"]), "images: are not those of the sample"),
@@ -185,10 +190,10 @@ def test_estimate_precision_widens_without_reviews(labels):
 def test_check_audit_sheet_names_file_and_field(labels, change, said):
     sheet = answered(draw_audit_sample(*labels, sample_size=60, seed=0))
     fields = json.loads(sheet.model_dump_json())
-    check_audit_sheet(AuditSheet.validate_fields(fields, "audit.json"), "audit.json", *labels, None)
+    check_audit_sheet(AuditSheet.validate_fields(fields, "audit.json"), "audit.json", *labels, None, sample_size=60, seed=0)
     change(fields)
     with pytest.raises(DataError, match=said) as refused:
-        check_audit_sheet(AuditSheet.validate_fields(fields, "audit.json"), "audit.json", *labels, None)
+        check_audit_sheet(AuditSheet.validate_fields(fields, "audit.json"), "audit.json", *labels, None, sample_size=60, seed=0)
     assert str(refused.value).startswith("audit.json: ")
 
 
@@ -246,16 +251,16 @@ def test_audit_commands_make_page_and_apply_answers(run, tmp_path, capsys):
     file.write_text(answered(sheet, {image.key for image in wrong}, correct=correct).model_dump_json())
     target = tmp_path / "corrections"
     capsys.readouterr()
-    assert run_command_line(["labels", "audit", "apply", str(file), *where, "--corrections", str(target)]) == 0
+    assert run_command_line(["labels", "audit", "apply", str(file), *where, "--images=40", "--corrections", str(target)]) == 0
     assert "2 corrected images" in capsys.readouterr().out
     assert run_command_line(["labels", "show", *where]) == 0
     assert "40 of" in capsys.readouterr().out
     (audit,) = load_audits(run.at("labels/1"), open_run_label_set(run, "r", 1).label_set)
     assert (audit.reviewed, audit.wrong, len(audit.mistakes)) == (40, 3, 3)
     # Applied to what it is not of.
-    assert run_command_line(["labels", "audit", "apply", str(file), "r/gen-2", "--root", str(run.root)]) == 3
+    assert run_command_line(["labels", "audit", "apply", str(file), "r/gen-2", "--images=40", "--root", str(run.root)]) == 3
     assert "an audit of another label set" in capsys.readouterr().err
-    assert run_command_line(["labels", "audit", "apply", str(file), str(run.root / "labels/1")]) == 3
+    assert run_command_line(["labels", "audit", "apply", str(file), "--images=40", str(run.root / "labels/1")]) == 3
     assert "name the run's generation" in capsys.readouterr().err
     assert run_command_line(["labels", "audit", "apply", str(tmp_path / "no.json"), *where]) == 4
     # The corrections are a labeled dataset, with the images' own bytes.
@@ -266,7 +271,12 @@ def test_audit_commands_make_page_and_apply_answers(run, tmp_path, capsys):
     lines = (target / "corrections.csv").read_text().splitlines()
     assert lines[0] == "key,label,teacher,confidence"
     assert {line.split(",")[0]: line.split(",")[1] for line in lines[1:]} == correct
-    assert run_command_line(["labels", "audit", "apply", str(file), *where, "--corrections", str(run.root / "pool")]) == 3
+    assert (
+        run_command_line(
+            ["labels", "audit", "apply", str(file), *where, "--images=40", "--corrections", str(run.root / "pool")]
+        )
+        == 3
+    )
     assert "holds another dataset" in capsys.readouterr().err
 
 
@@ -300,6 +310,29 @@ def _pictures(opened):
 
 
 # The gate
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda d: d.update(precision=0.99), "precision: is not what follows from the answers"),
+        (lambda d: d.update(precision_low=0.99), "precision_low: is not what follows"),
+        (lambda d: d.update(mistakes=[], wrong=0), "precision: is not what follows"),
+        (lambda d: d["strata"][0].update(reviewed=10_000), "strata: have other numbers of images"),
+        (lambda d: d["strata"][0].update(images=10_000), "strata: are not those of the label set"),
+        (lambda d: d.update(seed=1), "mistakes: 'k.*': is not in the sample"),
+        (lambda d: d["mistakes"][0].update(key="zz"), "mistakes: 'zz': is not in the sample"),
+    ],
+)
+def test_check_audit_believes_only_what_follows_from_the_answers(labels, change, said):
+    sheet = draw_audit_sample(*labels, sample_size=60, seed=0)
+    audit = estimate_precision(answered(sheet, {image.key for image in sheet.images[::7]}), "x")
+    check_audit(audit, *labels, None)
+    fields = json.loads(audit.model_dump_json())
+    change(fields)
+    # A person who writes such a file gives it the digest that belongs to it.
+    with pytest.raises(DataError, match=said):
+        check_audit(LabelAudit.model_validate(fields), *labels, None)
 
 
 def test_gate_evidence_has_churn_and_audits(run):

@@ -177,6 +177,7 @@ def test_parse_pointer_names_what_is_wrong(root, repository, capsys):
     assert promote.parse_pointer(json.dumps(fields).encode(), "here") == found.pointer
     for text, what in (
         ("- a", "here: must be a pointer to a model"),
+        (yaml.safe_dump(fields | {"run": "--all"}), "here: run: "),
         (": :", "here: not YAML"),
         (yaml.safe_dump(fields | {"generation": "x"}), "here: generation: "),
         (yaml.safe_dump(fields | {"weight": 1}), "here: weight: "),
@@ -185,11 +186,31 @@ def test_parse_pointer_names_what_is_wrong(root, repository, capsys):
             promote.parse_pointer(text.encode(), "here")
 
 
+def test_promote_check_quotes_nothing_of_other_files(repository, capsys, tmp_path):
+    """The one who opens a request for a promotion chooses the files that are checked; the answer is posted there."""
+    secret = tmp_path / "secrets.yaml"
+    os.makedirs("models")  # noqa: PTH103
+    for text in ("password: hunter2\n", "[default]\naws_secret_access_key = hunter2\n", "hunter2: [\n", "- hunter2", "hunter2"):
+        secret.write_text(text)
+        shutil.copy(secret, POINTER)
+        code, _, err = ns(capsys, "check", POINTER)
+        assert (code, err.count("\n")) == (DataError.exit_code, 1)
+        assert "hunter2" not in err
+    os.remove(POINTER)  # noqa: PTH107
+    os.symlink(secret, POINTER)  # noqa: PTH211
+    assert "models/production.yaml: is a link; a pointer is a plain file" in ns(capsys, "check", POINTER)[2]
+    os.remove(POINTER)  # noqa: PTH107
+    shutil.copy(secret, POINTER)
+    os.symlink("models", "other")  # noqa: PTH211
+    assert "other: is a link" in ns(capsys, "check", "other/production.yaml")[2]
+
+
 @pytest.mark.parametrize(
     ("options", "error", "what"),
     [
         (["--branch", "main"], ConfigError, "--branch main: is checked out"),
         (["--branch", "a..b"], ConfigError, "--branch 'a..b': not a name that git takes"),
+        (["--branch=--upload-pack=x"], ConfigError, "--branch '--upload-pack=x': not a name that git takes"),
         (["--to", "models/production.json"], ConfigError, "--to models/production.json: must end in .yaml"),
         (["--to", "/proc/pointer.yaml", "--branch", "next"], StoreError, "not a git repository"),
         (["--to", "README.md/pointer.yaml"], StoreError, "README.md/pointer.yaml: cannot"),

@@ -28,7 +28,7 @@ from ns.core import log
 from ns.core.digest import digest_json
 from ns.core.errors import DataError, RunError
 from ns.core.iteration import iter_ahead
-from ns.core.process import init_helper_process
+from ns.core.process import identify_process, init_helper_process
 from ns.data.class_names import (
     SPLIT_NAMES,
     ClassLabel,
@@ -295,7 +295,7 @@ def _run_in_pool(
     counted = 0
     ahead = iter(tasks)
     running: dict[Future[ImportTaskResult], int] = {}
-    pool = ProcessPoolExecutor(count, context, _start_worker, (os.getpid(), counter))
+    pool = ProcessPoolExecutor(count, context, _start_worker, (identify_process(os.getpid()), counter))
     try:
         while True:
             # Only a few are submitted ahead: a million tasks would need a million futures.
@@ -318,7 +318,7 @@ def _run_in_pool(
 _counter: Any = None
 
 
-def _start_worker(parent: int, counter: Any) -> None:
+def _start_worker(parent: str, counter: Any) -> None:
     global _counter
     _counter = counter
     init_helper_process(parent)

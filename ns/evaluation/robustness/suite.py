@@ -26,7 +26,7 @@ from ns.config.schema import EvaluationConfig
 from ns.core import log
 from ns.core.digest import digest_json, sha256_bytes
 from ns.core.errors import DataError, RunError
-from ns.core.process import init_helper_process
+from ns.core.process import identify_process, init_helper_process
 from ns.data.dataset import Dataset
 from ns.data.loading.decode import EncodedJpeg
 from ns.data.loading.shard_reader import ImageSource
@@ -518,7 +518,7 @@ def _make_executor(stack: ExitStack, seconds: float) -> Executor:
         return stack.enter_context(ThreadPoolExecutor(2, "distort"))
     # Forked from a server: this process has torch's threads, which do not survive a fork.
     context = multiprocessing.get_context("forkserver")
-    pool = ProcessPoolExecutor(cores, context, init_helper_process, (os.getpid(),))
+    pool = ProcessPoolExecutor(cores, context, init_helper_process, (identify_process(os.getpid()),))
     stack.callback(pool.shutdown, wait=True, cancel_futures=True)
     return pool
 

@@ -23,3 +23,23 @@ def test_is_offline_with_local_folders_only(tmp_path, overrides, offline):
 
 def test_is_offline_is_false_with_a_root_on_s3():
     assert not docker.is_offline(open_store("s3://bucket/runs"), load_experiment(resolve_preset("quickstart")))
+
+
+def test_list_run_files_leaves_what_is_not_ours(tmp_path):
+    for name in (
+        "store/runs/one.json",
+        "store/runs/two.json",
+        "store/models/a/model.json",
+        "one/config.yaml",
+        "two/config.yaml",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "one" / "linked").symlink_to("/etc")
+    ours = {str(path.relative_to(tmp_path)) for path in docker.list_run_files(tmp_path, "one")}
+    assert {".", "store", "store/models/a/model.json", "one/config.yaml"} <= ours
+    assert not any(name.startswith(("two", "one/linked/")) for name in ours)
+    (tmp_path / "thesis.tex").touch()
+    ours = {str(path.relative_to(tmp_path)) for path in docker.list_run_files(tmp_path, "one")}
+    assert "thesis.tex" not in ours
+    assert "." not in ours, "a folder that holds other things stays as it is"
