@@ -1,10 +1,12 @@
 """`python -m k8s …`, as the Makefile's targets call it."""
 
+import contextlib
 import json
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
-import time
 import webbrowser
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +14,17 @@ from typing import Annotated
 
 import typer
 
-from k8s.deploy import (
-    KIND_CONTEXT_PREFIX,
+from k8s.access import (
+    KEY_VARIABLES,
+    KUBEFLOW_NAMESPACE,
+    LOCAL_STORE_PORT,
+    LOCAL_UI_PORT,
     UI_PORT,
     UI_SERVICE,
+    open_store_access,
+)
+from k8s.deploy import (
+    KIND_CONTEXT_PREFIX,
     Ask,
     DeployOptions,
     choose_target,
@@ -24,10 +33,14 @@ from k8s.deploy import (
     fetch_status,
     undeploy_overlay,
 )
+from k8s.doctor import STORAGE_SECRET
 from k8s.kubectl import Kubectl
+from k8s.port_forward import PortForward
 from ns.cli.doctor import print_diagnostics
 from ns.cli.options import AsJson, make_program
 from ns.core.errors import ClusterError
+from ns.core.process import handle_signals
+from pipelines.kfp_client import URL_VARIABLE as KFP_VARIABLE
 
 CLUSTER = "noisy-student"
 KIND_FILE = Path(__file__).with_name("kind.yaml")
@@ -145,33 +158,41 @@ def status(overlay: Overlay = "", context: Context = "", as_json: AsJson = False
 @app.command()
 def ui(
     context: Context = "",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on this machine.")] = 8080,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of Kubeflow's pages on this machine.")] = LOCAL_UI_PORT,
+    store_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the store on this machine.")] = LOCAL_STORE_PORT,
     browser: Annotated[bool, typer.Option(help="Open a browser.")] = True,
 ) -> None:
-    """Forward Kubeflow's pages to this machine until Ctrl-C.
+    """Forward Kubeflow's pages and the store to this machine until Ctrl-C, and print the environment for `ns`.
 
     Example: [cyan]make ui KUBE_CONTEXT=my-cluster ARGS="--port 8081"[/]
     """
     target = choose_target(DeployOptions(context=context, yes=True), "Look at", None)
-    _, namespace = target.find_release()
-    url, first_started = f"http://localhost:{port}", time.monotonic()
-    while True:
-        lines = target.kubectl.stream_lines(
-            "port-forward", f"service/{UI_SERVICE}", f"{port}:{UI_PORT}", f"--namespace={namespace or 'kubeflow'}", stdin=""
-        )
-        started = time.monotonic()
-        try:
-            for line in lines:
-                if "Forwarding" in line and browser:
-                    browser = False
-                    webbrowser.open(url)
-                if "127.0.0.1" in line:
-                    print_progress(f"{url}: Kubeflow on {target.context}; Ctrl-C to stop")
-        except ClusterError:
-            # A first attempt that fails will not work later; a later one loses its connection when the pod moves.
-            if started - first_started < 1 and time.monotonic() - started < 10:
-                raise
-        time.sleep(1)
+    namespace = target.find_release()[1] or KUBEFLOW_NAMESPACE
+    pages = PortForward(target.kubectl, KUBEFLOW_NAMESPACE, UI_SERVICE, UI_PORT, local_port=port, say=print_progress)
+    # SIGTERM, too, must end kubectl, which is in a group of its own.
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        handle_signals(signal.default_int_handler),
+        pages,
+        open_store_access(target.kubectl, namespace, print_progress, store_port) as store,
+    ):
+        url = f"http://localhost:{port}"
+        print_progress(f"{url}: Kubeflow on {target.context}; Ctrl-C to stop; for `ns` in another terminal:")
+        typer.echo(_format_environment({KFP_VARIABLE: url} | store, target.context, namespace))
+        if browser:
+            webbrowser.open(url)
+        signal.pause()
+
+
+def _format_environment(variables: dict[str, str], context: str, namespace: str) -> str:
+    """Lines for a shell. The store's keys are asked of the cluster there, and not shown here."""
+    secret = f"kubectl --context={shlex.quote(context)} --namespace={namespace} get secret {STORAGE_SECRET}"
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+    lines += [
+        f"export {name}=\"$({secret} --output=jsonpath='{{.data.{key}}}' | base64 --decode)\""
+        for key, name in KEY_VARIABLES.items()
+    ]
+    return "\n".join(lines)
 
 
 @app.command()

@@ -40,7 +40,6 @@ PLACEMENT_CONFIG_MAP, PLACEMENT_KEY = "noisy-student-pools", "inputs.json"
 """The ConfigMap, and its key, with the defaults of the run form on this cluster."""
 UPLOADER = "upload-pipelines"
 """The CronJob that uploads the pipelines again if Kubeflow loses them."""
-UI_SERVICE, UI_PORT = "ml-pipeline-ui", 80
 
 SMOKE_EXPERIMENT = "noisy-student-smoke"
 SMOKE_INPUTS: dict[str, Any] = {

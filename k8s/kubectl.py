@@ -53,7 +53,7 @@ class Kubectl:
         self, *arguments: str, stdin: str | None = None, seconds: float = ANSWER_SECONDS, accepted_codes: Sequence[int] = (0,)
     ) -> str:
         """Returns what kubectl prints. Exit codes other than `accepted_codes` are failures."""
-        process = self._start_process(arguments, stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE)
+        process = self.start_process(arguments, stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE)
         with _kill_on_error(process):
             try:
                 out, err = process.communicate(stdin, timeout=seconds)
@@ -70,7 +70,7 @@ class Kubectl:
 
         Closing the iterator ends kubectl.
         """
-        process = self._start_process(arguments, stdin=subprocess.PIPE)
+        process = self.start_process(arguments, stdin=subprocess.PIPE)
         error_lines: list[str] = []
         forwarder = threading.Thread(target=_forward_stderr, args=(process.stderr, error_lines), daemon=True)
         forwarder.start()
@@ -94,10 +94,13 @@ class Kubectl:
         except NotFoundError:
             return None
 
-    def list_objects(self, kind: str, namespace: str | None = None, selector: str = "") -> list[K8sObject]:
+    def list_objects(
+        self, kind: str, namespace: str | None = None, selector: str = "", *, field_selector: str = ""
+    ) -> list[K8sObject]:
         """Returns objects of kinds (`pods`, or `jobs,pods`) in one namespace or in all; none of a kind the cluster does not know."""
         options = _namespace_options(namespace) or ["--all-namespaces"]
         options += [f"--selector={selector}"] if selector else []
+        options += [f"--field-selector={field_selector}"] if field_selector else []
         try:
             return list(_parse_object(self.run_command("get", kind, *options, "--output=json"))["items"])
         except NotFoundError:
@@ -117,13 +120,16 @@ class Kubectl:
             raise
         return next((str(cluster["cluster"].get("server", "")) for cluster in view.get("clusters") or ()), "")
 
-    def _start_process(self, arguments: Sequence[str], stdin: int) -> "subprocess.Popen[str]":
+    def start_process(
+        self, arguments: Sequence[str], *, stdin: int = subprocess.DEVNULL, stderr: int = subprocess.PIPE
+    ) -> "subprocess.Popen[str]":
+        """Starts kubectl; who calls it ends it, with `kill_process`."""
         # A group of its own: its helpers for credentials must end with it. Ctrl-C reaches us, and we end it.
         return subprocess.Popen(
             [*self._command, *arguments],
             stdin=stdin,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=stderr,
             text=True,
             errors="replace",
             start_new_session=True,
@@ -160,14 +166,19 @@ def classify_failure(call: str, text: str, code: int) -> ClusterError:
     return ClusterError(message)
 
 
+def kill_process(process: "subprocess.Popen[str]") -> None:
+    """Ends kubectl and its helpers for credentials."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 @contextlib.contextmanager
 def _kill_on_error(process: "subprocess.Popen[str]") -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kill_process(process)
         for pipe in (process.stdin, process.stdout, process.stderr):
             if pipe:
                 with contextlib.suppress(OSError, ValueError):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from k8s.kubectl import K8sObject, Kubectl
 from k8s.manifests import ObjectKey
+from k8s.pods import find_trouble
 from ns.core.errors import ClusterError
 from ns.core.log import format_duration
 
@@ -58,25 +59,6 @@ def read_workload_state(workload: K8sObject) -> WorkloadState:
         desired, updated = spec.get("replicas", 1), status.get("updatedReplicas", 0)
         ready = min(status.get("availableReplicas" if kind == "Deployment" else "readyReplicas", 0), updated)
     return WorkloadState(ready >= desired, f"{ready} of {desired} ready")
-
-
-def find_trouble(pods: Sequence[K8sObject], workload: str) -> str:
-    """Why a workload's pods do not run, in the words of Kubernetes; empty if it gives no reason."""
-    for pod in pods:
-        if not pod["metadata"]["name"].startswith(f"{workload}-"):
-            continue
-        status = pod.get("status") or {}
-        for entry in [*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ())]:
-            waiting = (entry.get("state") or {}).get("waiting") or {}
-            # These two are normal.
-            if waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
-                exit_code = ((entry.get("lastState") or {}).get("terminated") or {}).get("exitCode")
-                detail = waiting.get("message") or (f"exit code {exit_code}" if exit_code is not None else "")
-                return _shorten_line(f"{waiting['reason']}{f': {detail}' if detail else ''}")
-        for entry in status.get("conditions") or ():
-            if entry["type"] == "PodScheduled" and entry["status"] == "False":
-                return _shorten_line(f"{entry.get('reason', 'Unschedulable')}: {entry.get('message', '')}")
-    return ""
 
 
 def wait_until_ready(kubectl: Kubectl, workloads: Sequence[ObjectKey], seconds: float, say: Callable[[str], None]) -> None:
@@ -142,7 +124,3 @@ def _fetch_states(kubectl: Kubectl, keys: Sequence[ObjectKey]) -> dict[ObjectKey
 def _explain_wait(kubectl: Kubectl, key: ObjectKey, workload_state: WorkloadState) -> str:
     reason = find_trouble(kubectl.list_objects("pods", key.namespace), key.name)
     return f"{key.namespace}/{key.name}: {workload_state.summary}{f': {reason}' if reason else ''}"
-
-
-def _shorten_line(text: str) -> str:
-    return " ".join(text.split())[:200]

@@ -39,6 +39,7 @@ POD_TOKEN = Path("/var/run/secrets/kubeflow/pipelines/token")
 
 REQUEST_SECONDS = 30.0
 POLL_SECONDS = 5.0
+RETRY_SECONDS = 2.0
 PATIENCE_SECONDS = 300.0
 """An API server that restarts, or a port-forward that breaks, must not end the following of a run."""
 PAGE_SIZE = 100
@@ -79,8 +80,10 @@ class KfpUnreachableError(RunError):
 class KfpClient:
     """KFP's API. Every call raises RunError, one line with its cure, if KFP answers with an error."""
 
-    def __init__(self, url: str = "") -> None:
-        """`url`: of the UI, or of the service `ml-pipeline` (NS_KFP_UI then is the base of links); NS_KFP_URL if not given.
+    def __init__(self, url: str = "", *, patience_seconds: float = 0) -> None:
+        """`patience_seconds`: for a server that does not answer, as one behind a port-forward that is made again.
+
+        `url`: of the UI, or of the service `ml-pipeline` (NS_KFP_UI then is the base of links); NS_KFP_URL if not given.
 
         The token is in NS_KFP_TOKEN, or in the file that Kubeflow mounts; the namespace, which a multi-user Kubeflow needs, in
         NS_KFP_NAMESPACE. Sends no request yet. Raises ConfigError if there is no URL.
@@ -95,6 +98,7 @@ class KfpClient:
             raise ConfigError(f"--kfp: invalid value {self.url!r}: must be a URL, http://… or https://…")
         self.ui = os.environ.get(UI_VARIABLE, "").rstrip("/") or self.url
         self.namespace = os.environ.get(NAMESPACE_VARIABLE, "")
+        self._patience_seconds = patience_seconds
         settings = api.Configuration(host=self.url)
         # Retries are ours: KFP's client would also repeat requests that were answered with an error.
         settings.retries = urllib3.Retry(0)
@@ -161,14 +165,22 @@ class KfpClient:
             pipeline_version_reference=api.V2beta1PipelineVersionReference(pipeline.pipeline_id, pipeline.version_id),
             runtime_config=api.V2beta1RuntimeConfig(parameters=dict(arguments)),
         )
-        try:
-            return self._to_submitted_run(self._call_api(self._runs.run_service_create_run, run), new=True)
-        except KfpUnreachableError:
-            # Perhaps only the answer was lost.
-            with contextlib.suppress(KfpUnreachableError):
-                if (existing := self.find_run(name, experiment, excluded_states=excluded_states)) is not None:
-                    return existing._replace(new=True)
-            raise
+        started = time.monotonic()
+        while True:
+            try:
+                return self._to_submitted_run(self._call_once(self._runs.run_service_create_run, run), new=True)
+            except KfpUnreachableError:
+                # Perhaps only the answer was lost.
+                with contextlib.suppress(KfpUnreachableError):
+                    if (existing := self.find_run(name, experiment, excluded_states=excluded_states)) is not None:
+                        return existing._replace(new=True)
+                if time.monotonic() - started >= self._patience_seconds:
+                    raise
+                time.sleep(RETRY_SECONDS)
+
+    def terminate_run(self, run_id: str) -> None:
+        """Ends a run, whose stages are told to stop. Raises RunError for a run that has ended."""
+        self._call_api(self._runs.run_service_terminate_run, run_id)
 
     def wait_for_run(self, run_id: str, after_poll: Callable[[], None] = lambda: None) -> SubmittedRun:
         """Waits for the end of a run, in whatever state, and returns the run.
@@ -181,7 +193,7 @@ class KfpClient:
             while True:
                 run = None
                 try:
-                    run = self._call_api(self._runs.run_service_get_run, run_id)
+                    run = self._call_once(self._runs.run_service_get_run, run_id)
                     answered = time.monotonic()
                 except KfpUnreachableError as error:
                     if time.monotonic() - answered > PATIENCE_SECONDS:
@@ -258,6 +270,17 @@ class KfpClient:
                 return
 
     def _call_api(self, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Calls until there is an answer, or the patience is over: for calls that may be repeated."""
+        started = time.monotonic()
+        while True:
+            try:
+                return self._call_once(call, *args, **options)
+            except KfpUnreachableError:
+                if time.monotonic() - started >= self._patience_seconds:
+                    raise
+                time.sleep(RETRY_SECONDS)
+
+    def _call_once(self, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
         try:
             return call(*args, _request_timeout=REQUEST_SECONDS, **options)
         except ApiException as error:

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from ns import __version__
+from ns.cli.kubeflow import KubeContext, KubeflowAccess, open_kubeflow
 from ns.cli.options import AsJson, Inputs, Kfp, Overrides, Root, load_experiment_argument
 from ns.cli.output import print_json
 from ns.cli.runs import print_run
@@ -36,6 +37,7 @@ def run(
     gpus: Annotated[int, typer.Option(min=-1, help="GPUs of each container, -1 for all; on Kubeflow of each GPU stage.")] = 0,
     stage_timeout: Annotated[float | None, typer.Option(help="Time limit per container, s; default: the pipeline's.")] = None,
     kfp: Kfp = None,
+    context: KubeContext = None,
     inputs: Inputs = None,
     follow: Annotated[
         bool | None, typer.Option("--follow/--no-follow", help="On Kubeflow: follow the run; default: yes.")
@@ -53,53 +55,70 @@ def run(
         ("--gpus", gpus or None, ("docker", "kfp")),
         ("--stage-timeout", stage_timeout, ("docker",)),
         ("--kfp", kfp, ("kfp",)),
+        ("--context", context, ("kfp",)),
         ("--input", inputs, ("kfp",)),
         ("--follow/--no-follow", follow, ("kfp",)),
     ]
     for option, value, runners in runner_options:
         if value is not None and runner not in runners:
             raise ConfigError(f"{option}: has no effect with --runner {runner}; add --runner {' or '.join(runners)}")
-    from ns.runs.lifecycle import derive_run_name, lock_run, open_run
-
-    store = open_store(root)
     if resume == (config is not None):
         raise ConfigError("give a CONFIG, or --resume to continue the latest unfinished run (and not both)")
     if resume and overrides:
         raise ConfigError("--set: has no effect with --resume, which continues a run as it was started; give its CONFIG")
-    if resume:
-        name, experiment = _find_unfinished(store, name)
-    else:
-        experiment = load_experiment_argument(str(config), overrides)
-        name = name or derive_run_name(experiment)
     # Taken now: while KFP runs, sys.stderr is its log.
     console = Console(file=sys.stderr)
-    if runner == "kfp":
-        input_options = {"image": image, "gpus": gpus, "inputs": inputs or ()}
-        submitted = _run_on_kubeflow(store, name, experiment, console, kfp, follow is not False, input_options)
-        if follow is False:
-            if as_json:
-                print_json(submitted)
-            return
-    else:
-        with lock_run(store, name):
-            open_run(store, name, experiment, __version__)
-            if runner == "docker":
-                from pipelines.runners import docker
+    # With a context the store, too, is reached through a port-forward.
+    with open_kubeflow(kfp, context, console) as access:
+        store = open_store(root)
+        name, experiment = _choose_run(store, config, overrides, name)
+        if runner == "kfp":
+            input_options = {"image": image, "gpus": gpus, "inputs": inputs or ()}
+            submitted = _run_on_kubeflow(store, name, experiment, console, access, follow is not False, input_options)
+            if follow is False:
+                if as_json:
+                    print_json(submitted)
+                return
+        else:
+            options = {"image": image, "memory": memory, "gpus": gpus, "stage_seconds": stage_timeout}
+            _run_here(store, name, experiment, console, options if runner == "docker" else None)
+        from ns.runs.summary import summarize_run
 
-                container = docker.ContainerOptions(image, memory, gpus=gpus, stage_seconds=stage_timeout)
-                run_pipeline = partial(docker.run_in_containers, root=store, experiment=experiment, container=container)
-            else:
-                from pipelines.runners import local
+        summary = summarize_run(store, name)
+        if as_json:
+            print_json(summary)
+        else:
+            print_run(summary, store, Console())
 
-                run_pipeline = partial(local.run_locally, root=store.uri)
-            _run_recorded(store, name, console, run_pipeline)
-    from ns.runs.summary import summarize_run
 
-    summary = summarize_run(store, name)
-    if as_json:
-        print_json(summary)
-    else:
-        print_run(summary, store, Console())
+def _choose_run(store: Store, config: str | None, overrides: list[str] | None, name: str | None) -> tuple[str, "Experiment"]:
+    """The name and the experiment of the run to start, or without a config of the one to continue."""
+    from ns.runs.lifecycle import derive_run_name
+
+    if config is None:
+        return _find_unfinished(store, name)
+    experiment = load_experiment_argument(config, overrides)
+    return name or derive_run_name(experiment), experiment
+
+
+def _run_here(
+    store: Store, name: str, experiment: "Experiment", console: Console, container_options: dict[str, Any] | None
+) -> None:
+    """Runs the pipeline on this machine, in containers if there are options for them."""
+    from ns.runs.lifecycle import lock_run, open_run
+
+    with lock_run(store, name):
+        open_run(store, name, experiment, __version__)
+        if container_options is not None:
+            from pipelines.runners import docker
+
+            container = docker.ContainerOptions(**container_options)
+            run_pipeline = partial(docker.run_in_containers, root=store, experiment=experiment, container=container)
+        else:
+            from pipelines.runners import local
+
+            run_pipeline = partial(local.run_locally, root=store.uri)
+        _run_recorded(store, name, console, run_pipeline)
 
 
 def _run_on_kubeflow(
@@ -107,26 +126,23 @@ def _run_on_kubeflow(
     name: str,
     experiment: "Experiment",
     console: Console,
-    url: str | None,
+    access: KubeflowAccess,
     follow: bool,
     input_options: dict[str, Any],
 ) -> dict[str, Any]:
     """Submits a run, or finds the one that is under way, and follows it to its end if `follow`. Returns what was submitted as JSON."""
-    from ns.cli.progress import RunView
     from ns.runs.records import CONFIG_FILE
     from pipelines import remote_run
-    from pipelines.kfp_client import KfpClient
 
     remote_run.check_remote_uris(store, experiment)
-    client = KfpClient(url or "")
+    client = access.make_client()
     registry = experiment.registry is not None
     arguments = remote_run.build_inputs(f"{store.uri}/{name}/{CONFIG_FILE}", store, name, **input_options, registry=registry)
     submitted = remote_run.submit_run(client, store, name, experiment, arguments)
     message = f"run {name}: {'submitted' if submitted.new else 'is under way'}: {submitted.url}"
     console.print(message, highlight=False, soft_wrap=True)
     if follow:
-        with RunView(console) as view:
-            remote_run.follow_run(client, submitted, store, name, view.on_event)
+        access.follow_run(client, submitted, store, name, console)
     return submitted._asdict()
 
 

@@ -1,17 +1,21 @@
 """`ns trigger`, `ns watch`: runs on Kubeflow when something has changed."""
 
+import functools
 import sys
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
+from ns.cli.kubeflow import KubeContext, KubeflowAccess, open_kubeflow
 from ns.cli.options import AsJson, ConfigArgument, Inputs, Kfp, Overrides, Root, load_experiment_argument
 from ns.cli.output import print_json
 from ns.core.errors import ConfigError, NsError
 from ns.storage import open_store
 
 if TYPE_CHECKING:
+    from pipelines.kfp_client import KfpClient, SubmittedRun
     from pipelines.trigger import TriggerDecision
 
 Image = Annotated[str | None, typer.Option(help="Image of the stages, best by digest. A new one is a reason for a run.")]
@@ -27,7 +31,9 @@ def trigger(
     gpus: Gpus = 0,
     inputs: Inputs = None,
     kfp: Kfp = None,
+    context: KubeContext = None,
     min_change: MinChange = 0.0,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the run to its end; the exit code is that of the run.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Start a run even if one of the same inputs has ended.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the decision and its reason; start nothing.")] = False,
     as_json: AsJson = False,
@@ -39,15 +45,21 @@ def trigger(
     Example: [cyan]ns trigger my.yaml --root s3://bucket/runs --min-change 0.02[/],
     [cyan]ns trigger my.yaml --root s3://bucket/runs --dry-run[/]
     """
-    call = _TriggerCall(config, overrides, root, image, gpus, inputs, kfp)
-    decision = call.decide_start(min_change, again=again)
-    answer = _decision_to_json(decision) if dry_run else call.carry_out(decision, again=again)
-    if as_json:
-        print_json(answer)
-    elif dry_run:
-        typer.echo(f"would start {'a run' if decision.action == 'start' else 'nothing'}: {decision.reason}")
-    else:
-        typer.echo(_describe_answer(answer))
+    console = Console(file=sys.stderr)
+    with open_kubeflow(kfp, context, console) as access:
+        call = _TriggerCall(config, overrides, root, image, gpus, inputs, access)
+        decision = call.decide_start(min_change, again=again)
+        run = None if dry_run else call.carry_out(decision, again=again)
+        answer = _decision_to_json(decision) | (run._asdict() if run else {})
+        if as_json:
+            print_json(answer)
+        elif dry_run:
+            typer.echo(f"would start {'a run' if decision.action == 'start' else 'nothing'}: {decision.reason}")
+        else:
+            typer.echo(_describe_answer(answer))
+        sys.stdout.flush()
+        if wait and run:
+            access.follow_run(call.client, run, call.store, run.name, console)
 
 
 def watch_data(
@@ -58,6 +70,7 @@ def watch_data(
     gpus: Gpus = 0,
     inputs: Inputs = None,
     kfp: Kfp = None,
+    context: KubeContext = None,
     min_change: MinChange = 0.0,
     every: Annotated[float, typer.Option(min=0.01, metavar="MINUTES", help="Minutes between two polls.")] = 15.0,
 ) -> None:
@@ -69,20 +82,23 @@ def watch_data(
     """
     from pipelines.trigger import poll_until_stopped
 
-    call = _TriggerCall(config, overrides, root, image, gpus, inputs, kfp)
+    with open_kubeflow(kfp, context, Console(file=sys.stderr)) as access:
+        call = _TriggerCall(config, overrides, root, image, gpus, inputs, access)
 
-    def check_once() -> None:
-        try:
-            message = _describe_answer(call.carry_out(call.decide_start(min_change)))
-        except ConfigError:
-            # Another poll would find the same error.
-            raise
-        except NsError as error:
-            message = f"error: {error}; next try in {every:g} min"
-        typer.echo(f"{datetime.now(UTC).isoformat(timespec='seconds')} {message}")
-        sys.stdout.flush()
+        def check_once() -> None:
+            try:
+                decision = call.decide_start(min_change)
+                run = call.carry_out(decision)
+                message = _describe_answer(_decision_to_json(decision) | (run._asdict() if run else {}))
+            except ConfigError:
+                # Another poll would find the same error.
+                raise
+            except NsError as error:
+                message = f"error: {error}; next try in {every:g} min"
+            typer.echo(f"{datetime.now(UTC).isoformat(timespec='seconds')} {message}")
+            sys.stdout.flush()
 
-    poll_until_stopped(check_once, every * 60)
+        poll_until_stopped(check_once, every * 60)
 
 
 class _TriggerCall:
@@ -96,9 +112,8 @@ class _TriggerCall:
         image: str | None,
         gpus: int,
         inputs: list[str] | None,
-        kfp: str | None,
+        access: KubeflowAccess,
     ) -> None:
-        from pipelines.kfp_client import KfpClient
         from pipelines.remote_run import check_remote_uris
 
         self.experiment = load_experiment_argument(config, overrides)
@@ -107,7 +122,11 @@ class _TriggerCall:
         self._image, self._gpus, self._inputs = image, gpus, inputs or []
         # Wrong inputs are found before any data is read. The image, which is a reason for a run, may be one of the inputs.
         self._image = self._build_inputs("check").get("worker_image")
-        self._client = KfpClient(kfp) if kfp else None
+        self._access = access
+
+    @functools.cached_property
+    def client(self) -> "KfpClient":
+        return self._access.make_client()
 
     def decide_start(self, min_change: float, *, again: bool = False) -> "TriggerDecision":
         from pipelines.trigger import decide_trigger, propose_trigger
@@ -115,16 +134,13 @@ class _TriggerCall:
         current = propose_trigger(self.experiment, self._image)
         return decide_trigger(self.store, self.experiment.name, current, min_change=min_change, again=again)
 
-    def carry_out(self, decision: "TriggerDecision", *, again: bool = False) -> dict[str, Any]:
-        """Starts a run if that was decided. Returns the decision, and the run if there is one, as JSON."""
-        from pipelines.kfp_client import KfpClient
+    def carry_out(self, decision: "TriggerDecision", *, again: bool = False) -> "SubmittedRun | None":
+        """Starts a run if that was decided. Returns the run, if there is one."""
         from pipelines.trigger import start_triggered_run
 
         if decision.action == "nothing":
-            return _decision_to_json(decision)
-        self._client = self._client or KfpClient()
-        run = start_triggered_run(self._client, self.store, self.experiment, decision, self._build_inputs, again=again)
-        return _decision_to_json(decision) | run._asdict()
+            return None
+        return start_triggered_run(self.client, self.store, self.experiment, decision, self._build_inputs, again=again)
 
     def _build_inputs(self, run: str) -> dict[str, Any]:
         from ns.runs.records import CONFIG_FILE

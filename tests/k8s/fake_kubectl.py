@@ -47,6 +47,7 @@ class Fake:
             "rules": [],
             "denied": [],
             "port": 0,
+            "ports": {},
             "rendered": [],
         }
         self.save()
@@ -256,7 +257,10 @@ class Program:
             self.fail(f"Error from server (NotFound): {missing[0]} not found")
 
     def do_port_forward(self):
-        print(f"Forwarding from 127.0.0.1:{self.state['port']} -> 8888", flush=True)
+        service, (local, _, port) = self.words[1], self.words[2].partition(":")
+        # It forwards nothing: what it names is served there already.
+        served = local or self.state["ports"].get(service, self.state["port"])
+        print(f"Forwarding from 127.0.0.1:{served} -> {port}", flush=True)
         time.sleep(600)
 
 

@@ -208,6 +208,8 @@ class KfpApi:
                 return self._upload_version(query, headers, body)
             case "POST", ["experiments"]:
                 return self._create_experiment(self._read(body, "V2beta1Experiment"))
+            case "POST", ["runs", name] if name.endswith(":terminate"):
+                return self._terminate(name.removesuffix(":terminate"))
             case "POST", ["runs"]:
                 return self._create_run(self._read(body, "V2beta1Run"))
         raise Refused(HTTPStatus.NOT_FOUND, 5, "Not Found")
@@ -307,6 +309,13 @@ class KfpApi:
         )
         self._things["runs"][made.run_id] = made
         return made
+
+    def _terminate(self, name: str) -> Any:
+        run = self._get("runs", name)
+        if run.state not in (*ALIVE, "CANCELING"):
+            raise invalid(f"Run {name} is not terminable")
+        self.end(name, "CANCELING")
+        return {}
 
     def _check_inputs(self, version: str, given: dict[str, Any]) -> None:
         if len(json.dumps(given)) > MAX_PARAMETER_BYTES:

@@ -145,6 +145,35 @@ def test_wait_for_run_calls_after_each_poll_even_of_an_unreachable_server(server
     assert len(polls) == 3
 
 
+def test_patient_client_waits_for_a_server_that_restarts(server, kfp, monkeypatch):
+    monkeypatch.setattr(kfp_client, "RETRY_SECONDS", 0.001)
+    refused = set()
+
+    def before(request):
+        if request not in refused:
+            refused.add(request)
+            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, 14, "upstream connect error")
+
+    kfp.before = before
+    patient = KfpClient(patience_seconds=60)
+    assert start(patient).new
+    assert (len(kfp.all("runs")), len(kfp.all("pipeline_versions"))) == (1, 1)
+    assert "POST /runs" in refused
+    refused.clear()
+    with pytest.raises(KfpUnreachableError):
+        start(server, name="another")
+
+
+def test_terminate_run(server, kfp):
+    run = start(server)
+    server.terminate_run(run.run_id)
+    assert kfp.all("runs")[0].state == "CANCELING"
+    kfp.end(run.run_id, "FAILED")
+    with pytest.raises(RunError, match="refused"):
+        server.terminate_run(run.run_id)
+    assert server.wait_for_run(run.run_id).state == "CANCELED"
+
+
 def test_list_failed_tasks_are_stages(server, kfp):
     run = start(server)
     assert server.list_failed_tasks(run.run_id, {"train"}) == []

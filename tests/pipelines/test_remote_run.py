@@ -1,5 +1,7 @@
 """Runs on Kubeflow as their client sees them: submission, progress, failures."""
 
+import base64
+import contextlib
 import json
 import os
 import re
@@ -8,9 +10,11 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
+from k8s import pods
 from ns.cli import app as cli
 from ns.config.loader import load_experiment, resolve_preset
 from ns.core.errors import ConfigError, Interrupted, RunError, StoreError, TerminatedError
@@ -26,8 +30,10 @@ from ns.storage import LocalStore, open_store
 from ns.storage.documents import encode_json
 from pipelines import remote_run
 from pipelines.kfp_client import KfpClient
+from tests.k8s.conftest import thing
+from tests.k8s.fake_kubectl import Fake
 from tests.pipelines.kfp_api import KfpApi
-from tests.storage.conftest import environment, moto, store_at  # noqa: F401
+from tests.storage.conftest import KEYS, environment, moto, store_at  # noqa: F401
 
 NAME = "digits-1"
 
@@ -387,3 +393,89 @@ def test_run_on_kfp_that_fails_prints_stage_and_reason(capsys, kfp, on_s3):
     assert code == 6
     assert re.search("✗ teacher · train +the loss is nan +failed", err)
     assert err.splitlines()[-1].startswith("error: train: the loss is nan; logs: http")
+
+
+@pytest.fixture
+def by_context(kfp, on_s3, monkeypatch, tmp_path):
+    """The command of a run by a context of the kubeconfig: port-forwards of its own, and the keys of the cluster's store."""
+    command, store = on_s3
+    moto_port = int(os.environ["AWS_ENDPOINT_URL"].rpartition(":")[2])
+    for variable in ("AWS_ENDPOINT_URL", *KEYS, "NS_KFP_URL"):
+        monkeypatch.delenv(variable)
+    keys = {
+        key: base64.b64encode(value.encode()).decode()
+        for key, value in zip(("accesskey", "secretkey"), KEYS.values(), strict=True)
+    }
+    objects = [
+        thing("ConfigMap", "noisy-student", "kubeflow", data={"AWS_ENDPOINT_URL": "http://seaweedfs.kubeflow:9000"}),
+        thing("Service", "seaweedfs", "kubeflow"),
+        thing("Secret", "mlpipeline-minio-artifact", "kubeflow", data=keys),
+    ]
+    cluster = Fake(tmp_path / "cluster", monkeypatch, objects)
+    kfp_port = int(kfp.url.rpartition(":")[2])
+    cluster.state["ports"] = {"service/ml-pipeline": kfp_port, "service/seaweedfs": moto_port}
+    cluster.save()
+    monkeypatch.setattr(pods, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(pods, "PENDING_SECONDS", 0.0)
+    return [*command, "--context", "kind-test"], store, cluster
+
+
+@pytest.mark.integration
+def test_run_by_a_context_tells_pending_pods_and_why_stages_ended(capsys, kfp, by_context):
+    command, _, cluster = by_context
+
+    def play():
+        while not kfp.all("runs"):
+            time.sleep(0.01)
+        (run,) = kfp.all("runs")
+        labels = {"pipeline/runid": run.run_id, "app.kubernetes.io/component": "train"}
+        reason = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "1 Insufficient cpu"}
+        pod = thing("Pod", "train-1", "kubeflow", labels=labels, status={"phase": "Pending", "conditions": [reason]})
+        cluster.load().append(pod)
+        cluster.save()
+        polls = len(cluster.calls("get pods"))
+        while len(cluster.calls("get pods")) < polls + 2:
+            time.sleep(0.01)
+        ended = {"name": "main", "state": {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}}
+        pod["status"] = {"phase": "Failed", "containerStatuses": [ended]}
+        cluster.save()
+        kfp.end(run.run_id, "FAILED")
+
+    player = threading.Thread(target=play)
+    player.start()
+    code, _, err = ns(capsys, *command)
+    player.join()
+    assert code == 6
+    assert "submitted: http://localhost:8080/#/runs/details/" in err
+    assert err.count("! train: pod train-1 waits: Unschedulable: 1 Insufficient cpu; no node has that much") == 1
+    assert "error: train: OOMKilled: it needs more memory than its limit" in err
+
+
+@pytest.mark.integration
+def test_run_by_a_context_leaves_no_port_forward_behind(kfp, by_context):
+    command, _, cluster = by_context
+    client = subprocess.Popen([sys.executable, "-m", "ns", *command], stderr=subprocess.PIPE, text=True, env=os.environ)
+    until = time.monotonic() + 240
+    while sum(request.startswith("GET /runs/") for request in kfp.requests) < 1 and time.monotonic() < until:
+        time.sleep(0.05)
+    client.send_signal(signal.SIGTERM)
+    _, err = client.communicate(timeout=60)
+    assert client.returncode == 130, err
+    assert len(cluster.calls("port-forward")) == 2
+    programs = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if is_readable(path)]
+    assert not [program for program in programs if str(cluster.folder).encode() in program]
+
+
+def is_readable(path):
+    with contextlib.suppress(OSError):
+        return bool(path.read_bytes())
+    return False
+
+
+def test_run_refuses_url_and_context_together(capsys):
+    options = ["--runner", "kfp", "--kfp", "http://kfp", "--context", "one", "--root", "s3://b/c"]
+    code, _, err = ns(capsys, "run", "quickstart", *options)
+    assert (code, err) == (
+        2,
+        "error: --kfp: has no effect with --context, which finds Kubeflow by itself; leave one of them out\n",
+    )

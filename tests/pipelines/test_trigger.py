@@ -13,6 +13,7 @@ import pytest
 from ns.cli import app as cli
 from ns.config.loader import load_experiment, resolve_preset
 from ns.core.errors import ConfigError, DataError, RunError
+from ns.runs.records import write_stage_failure
 from ns.storage import LocalStore
 from ns.storage.documents import encode_json
 from pipelines import trigger
@@ -284,6 +285,35 @@ def test_trigger_command(capsys, kfp, on_s3):
     code, out, _ = ns(capsys, "trigger", *options, "--image", "worker:2", "--json")
     assert json.loads(out)["reason"].startswith("the image is worker:2, was noisy-student/worker:")
     assert (code, len(kfp.all("runs"))) == (0, 2)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("states", "code", "words"),
+    [
+        (["SUCCEEDED"], 0, ""),
+        (["FAILED"], 6, "error: train: the loss is nan: lower the learning rate; logs: http"),
+        (["CANCELING", "FAILED"], 8, "was terminated in Kubeflow; the same command continues"),
+    ],
+)
+def test_trigger_command_waits_for_the_end(capsys, kfp, on_s3, states, code, words):
+    options, store = on_s3
+
+    def play():
+        while not kfp.all("runs"):
+            time.sleep(0.01)
+        (run,) = kfp.all("runs")
+        error = "the loss is nan: lower the learning rate"
+        write_stage_failure(store, run.display_name, 0, "train", error, note_name="train")
+        for state in states:
+            kfp.end(run.run_id, state)
+
+    player = threading.Thread(target=play)
+    player.start()
+    found, out, err = ns(capsys, "trigger", *options, "--wait")
+    player.join()
+    assert (found, out.startswith("started quickstart-")) == (code, True)
+    assert words in err
 
 
 @pytest.mark.integration

@@ -1,0 +1,156 @@
+"""Why pods wait and fail, as Kubernetes shows it."""
+
+import json
+
+import pytest
+
+from k8s import pods
+from k8s.kubectl import Kubectl
+from k8s.pods import RunPods, explain_end, find_trouble
+from tests.k8s.conftest import thing
+from tests.k8s.fake_kubectl import Fake
+
+UNSCHEDULABLE = {
+    "conditions": [
+        {
+            "type": "PodScheduled",
+            "status": "False",
+            "reason": "Unschedulable",
+            "message": "0/1 nodes are available: 1 Insufficient cpu. no new claims to deallocate",
+        }
+    ]
+}
+
+
+def pod(name, phase="Pending", stage="train", run="run-1", created="2026-01-01T00:00:00Z", **status):
+    labels = {"pipeline/runid": run} | ({"app.kubernetes.io/component": stage} if stage else {})
+    made = thing("Pod", name, "kubeflow", labels=labels, status={"phase": phase, **status})
+    made["metadata"]["creationTimestamp"] = created
+    return made
+
+
+def waiting(reason, message="", name="main"):
+    return {"containerStatuses": [{"name": name, "state": {"waiting": {"reason": reason, "message": message}}}]}
+
+
+def terminated(**ended):
+    return {
+        "containerStatuses": [
+            {"name": "wait", "state": {"terminated": {"exitCode": 1}}},
+            {"name": "main", "state": {"terminated": ended}},
+        ]
+    }
+
+
+@pytest.fixture
+def cluster(monkeypatch, tmp_path):
+    """A cluster whose pods have been pending for a minute at the second look."""
+    monkeypatch.setattr(pods, "POLL_SECONDS", 0.0)
+    clock = iter(range(0, 10_000, 61))
+    monkeypatch.setattr(pods.time, "monotonic", lambda: float(next(clock)))
+    return Fake(tmp_path, monkeypatch)
+
+
+def watch(cluster, polls=3):
+    """What is told of the run's pods in some polls."""
+    said = []
+    run_pods = RunPods(Kubectl("kind-test"), "kubeflow", "run-1", said.append)
+    for _ in range(polls):
+        run_pods.report_waiting()
+    return said
+
+
+def test_report_waiting_tells_the_pods_own_reason_and_a_cure_once(cluster):
+    cluster.state["objects"] = [
+        pod("train-1", **UNSCHEDULABLE),
+        pod("train-2", **UNSCHEDULABLE),
+        pod("label-1", stage="label-shards", **waiting("ImagePullBackOff", "Back-off pulling image x:1")),
+        pod("ready", "Running"),
+        pod("other", run="run-2", **UNSCHEDULABLE),
+    ]
+    cluster.save()
+    cpu, image = watch(cluster)
+    assert cpu == (
+        "train: pod train-1 waits: Unschedulable: 0/1 nodes are available: 1 Insufficient cpu. no new claims to deallocate; "
+        "no node has that much: ask for less with --input NAME=VALUE (docs/pipeline.md), or add a node"
+    )
+    assert image.startswith("label-shards: pod label-1 waits: ImagePullBackOff: Back-off pulling image x:1; push that image")
+
+
+def test_report_waiting_gives_a_pod_a_minute(cluster):
+    cluster.state["objects"] = [pod("train-1", **UNSCHEDULABLE)]
+    cluster.save()
+    assert watch(cluster, polls=1) == []
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (
+            {"conditions": [{"type": "PodScheduled", "status": "False", "reason": "SchedulingGated", "message": "gated"}]},
+            "SchedulingGated: gated; it waits for its turn in a queue",
+        ),
+        (waiting("ErrImagePull", "no basic auth"), "ErrImagePull: no basic auth; push that image"),
+        (waiting("CreateContainerConfigError", 'secret "s" not found'), 'CreateContainerConfigError: secret "s" not found'),
+        (waiting("ContainerCreating"), 'FailedMount: secret "certificates" not found'),
+    ],
+)
+def test_report_waiting_of_each_reason(cluster, status, said):
+    event = thing("Event", "e", "kubeflow", type="Warning", reason="FailedMount", message='secret "certificates" not found')
+    cluster.state["objects"] = [pod("train-1", **status), event]
+    cluster.save()
+    (line,) = watch(cluster)
+    assert line.startswith(f"train: pod train-1 waits: {said}")
+
+
+def test_report_waiting_tells_images_once_however_they_fail(cluster, monkeypatch):
+    said = []
+    run_pods = RunPods(Kubectl("kind-test"), "kubeflow", "run-1", said.append)
+    for reason in ("ErrImagePull", "ErrImagePull", "ImagePullBackOff", "ErrImagePull"):
+        cluster.state["objects"] = [pod("train-1", **waiting(reason, "x"))]
+        cluster.save()
+        run_pods.report_waiting()
+    assert len(said) == 1
+
+
+def test_run_pods_of_an_unreachable_cluster_say_nothing(cluster):
+    cluster.rule("get pods", stderr="The connection to the server was refused")
+    assert watch(cluster) == []
+    assert RunPods(Kubectl("kind-test"), "kubeflow", "run-1", print).explain_failures() == {}
+
+
+def test_explain_failures_by_the_last_pod_of_each_stage(cluster):
+    cluster.state["objects"] = [
+        pod("train-1", "Failed", created="2026-01-01T00:00:00Z", **terminated(exitCode=1, reason="Error")),
+        pod("train-2", "Failed", created="2026-01-01T00:01:00Z", **terminated(exitCode=137, reason="OOMKilled")),
+        pod("evaluate-1", "Failed", "evaluate", created="2026-01-01T00:00:00Z", **terminated(exitCode=1)),
+        pod("evaluate-2", "Succeeded", "evaluate", created="2026-01-01T00:01:00Z"),
+        pod("gate-1", "Failed", "gate", reason="Evicted", message="The node was low on resource: memory."),
+        pod("driver-1", "Failed", "", **terminated(exitCode=1, message="no such version\n")),
+    ]
+    cluster.save()
+    cluster.rule("logs", stderr="error: no logs")
+    reasons = RunPods(Kubectl("kind-test"), "kubeflow", "run-1", print).explain_failures()
+    assert reasons.pop("train").startswith("OOMKilled: it needs more memory than its limit; raise train_memory")
+    assert reasons == {
+        "gate": "Evicted: The node was low on resource: memory.",
+        "driver-1": "exit code 1: no such version",
+    }
+
+
+def test_explain_failures_by_what_the_stage_logged(cluster):
+    cluster.state["objects"] = [pod("train-1", "Failed", **terminated(exitCode=1))]
+    cluster.save()
+    failed = json.dumps({"event": "failed", "error": "data.pool: there are no images; add some", "exit_code": 3})
+    cluster.rule("logs train-1", code=0, stdout=f'{{"event": "started"}}\n{failed}\nF1129 launcher: exit status 1\n')
+    reasons = RunPods(Kubectl("kind-test"), "kubeflow", "run-1", print).explain_failures()
+    assert reasons == {"train": "data.pool: there are no images; add some"}
+
+
+def test_explain_end_of_a_pod_without_a_status():
+    assert explain_end(pod("a", "Failed")) == ""
+
+
+def test_find_trouble_is_that_of_the_workloads_own_pods():
+    assert find_trouble([pod("mysql-1", **waiting("ImagePullBackOff", "no such\nimage"))], "mysql").endswith("no such image")
+    assert find_trouble([pod("mysqlx-1", **waiting("ImagePullBackOff"))], "mysql") == ""
