@@ -354,7 +354,7 @@ def compare_augment(size: int, compare: Callable[..., None], rounds: int) -> Non
 
         return run_items
 
-    mine = make_item_run(pictures, lambda picture: ours(picture, rng))
+    mine = make_item_run(arrays, lambda pixels: ours(pixels, rng))
     for name, what, theirs in (
         ("pillow", "timm's, on Pillow", make_item_run(pictures, rand_augment_transform("rand-m9-n2", {}))),
         ("torchvision", "torchvision v2's, on tensors", make_item_run(tensors, v2.RandAugment(2, 9))),

@@ -54,7 +54,7 @@ def describe_changes(picture: Image.Image, name: str, magnitude: int) -> str:
     pixels = np.asarray(picture)
     paper, reference = RandAugment(1, magnitude, PX), ReferenceRandAugment(1, magnitude, PX)
     changes = [
-        measure_change(pixels, lambda rng: np.asarray(paper.operations[name](picture, rng))),
+        measure_change(pixels, lambda rng: paper.operations[name](pixels, rng)),
         measure_change(pixels, lambda rng: reference.operations[name](pixels, rng)),
         measure_change(pixels, lambda rng: _run_timm(picture, name, magnitude, rng)) if name in TIMM_NAMES else None,
     ]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ns.data.augment.randaugment import GRAY
+from ns.data.augment.randaugment import GRAY, Pixels
 
 TRIVIAL_AUGMENT = "trivialaugment"
 
@@ -23,13 +23,13 @@ class AugmentPolicy:
     def __init__(self, policy: str, size: int) -> None:
         self._transform = _build_transform(policy, size)
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    def __call__(self, image: Pixels, rng: np.random.Generator) -> Pixels:
         # Both libraries draw from the global generators of the process, so they are seeded for each image.
         seed = int(rng.integers(2**32))
         random.seed(seed)
         np.random.seed(seed)
         torch.default_generator.manual_seed(seed)
-        return self._transform(image)
+        return np.asarray(self._transform(Image.fromarray(image)))
 
 
 def _build_transform(policy: str, size: int) -> Callable[[Image.Image], Image.Image]:

@@ -13,18 +13,25 @@ All results are bit by bit those of the published code under TensorFlow 2.15 (te
 """
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from ns.data.augment.randaugment import GRAY, choose_constants, draw_sign, equalize_channels
+from ns.data.augment.randaugment import (
+    GRAY,
+    VALUES,
+    Operation,
+    Pixels,
+    add_below_half,
+    apply_cutout,
+    choose_constants,
+    draw_sign,
+    equalize_channels,
+    map_values,
+    solarize_pixels,
+    sum_neighbors,
+)
 
-Pixels = npt.NDArray[np.uint8]
-Operation = Callable[[Pixels, np.random.Generator], Pixels]
-
-VALUES = np.arange(256)
 LUMA = np.array([0.2989, 0.5870, 0.1140], np.float32)
 """Weights of red, green and blue in TensorFlow's gray."""
 
@@ -43,36 +50,33 @@ class ReferenceRandAugment:
         self.solarize_threshold = int(level * 256) % 256
         factor = level * 1.8 + 0.1
         lowest_kept = 1 << self.posterize_shift
-        posterized = VALUES // lowest_kept * lowest_kept
-        solarized = np.where(self.solarize_threshold > VALUES, VALUES, 255 - VALUES)
-        added = np.where(VALUES < 128, np.minimum(255, VALUES + int(level * 110)), VALUES)
+        added = min(255, int(level * 110))
         self.operations: dict[str, Operation] = {
             "auto_contrast": lambda image, _: stretch_channels(image),
-            "equalize": lambda image, _: np.asarray(equalize_channels(Image.fromarray(image))),
-            "invert": lambda image, _: 255 - image,
+            "equalize": lambda image, _: equalize_channels(image),
+            "invert": lambda image, _: ~image,
             "rotate": lambda image, rng: rotate_nearest(image, draw_sign(rng) * level * 30),
-            "posterize": lambda image, _: posterized.astype(np.uint8)[image],
-            "solarize": lambda image, _: solarized.astype(np.uint8)[image],
+            "posterize": lambda image, _: image & np.uint8(256 - lowest_kept),
+            "solarize": lambda image, _: solarize_pixels(image, self.solarize_threshold),
             "color": lambda image, _: blend_images(compute_gray(image)[:, :, None], image, factor),
-            "contrast": lambda image, _: blend_images(compute_contrast_base(image), VALUES, factor)[image],
-            "brightness": lambda image, _: blend_images(np.uint8(0), VALUES, factor)[image],
+            "contrast": lambda image, _: map_values(image, blend_images(compute_contrast_base(image), VALUES, factor)),
+            "brightness": lambda image, _: map_values(image, blend_images(np.uint8(0), VALUES, factor)),
             "sharpness": lambda image, _: blend_images(smooth_inside(image), image, factor),
             "shear_x": lambda image, rng: transform_nearest(image, (1, draw_sign(rng) * level * 0.3, 0, 0, 1, 0)),
             "shear_y": lambda image, rng: transform_nearest(image, (1, 0, 0, draw_sign(rng) * level * 0.3, 1, 0)),
             "translate_x": lambda image, rng: transform_nearest(image, (1, 0, draw_sign(rng) * shift_px, 0, 1, 0)),
             "translate_y": lambda image, rng: transform_nearest(image, (1, 0, 0, 0, 1, draw_sign(rng) * shift_px)),
-            "solarize_add": lambda image, _: added.astype(np.uint8)[image],
-            "cutout": lambda image, rng: cut_square(image, half_px, rng),
+            "solarize_add": lambda image, _: add_below_half(image, added),
+            "cutout": lambda image, rng: apply_cutout(image, half_px, rng),
         }
         if cutout_px == 0:
             del self.operations["cutout"]
         self._drawn = list(self.operations.values())
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        pixels = np.asarray(image)
+    def __call__(self, image: Pixels, rng: np.random.Generator) -> Pixels:
         for _ in range(self.layers):
-            pixels = self._drawn[int(rng.random() * len(self._drawn))](pixels, rng)
-        return Image.fromarray(pixels)
+            image = self._drawn[int(rng.random() * len(self._drawn))](image, rng)
+        return image
 
 
 def blend_images(degenerate: npt.NDArray[np.uint8] | np.uint8, image: npt.NDArray[np.integer], factor: float) -> Pixels:
@@ -101,14 +105,17 @@ def smooth_inside(image: Pixels) -> Pixels:
     height, width = image.shape[:2]
     if min(height, width) < 3:
         return image
-    pixels = image.astype(np.float64)
-    total = np.zeros((height - 2, width - 2, 3), np.float32)
+    total = sum_neighbors(image)
+    smoothed = image.copy()
+    smoothed[1:-1, 1:-1] = total // np.uint16(13)
+    # TensorFlow's sums of fractions lie on either side of a whole number, so its arithmetic decides there.
+    rows, columns, channels = np.nonzero(total % np.uint16(13) == 0)
+    value = np.zeros(len(rows), np.float32)
     for dy, dx in np.ndindex(3, 3):
         weight = np.float32(5 if dy == dx == 1 else 1) / np.float32(13)
         # A product and a sum with one rounding, as processors do it that have such an instruction.
-        total = (pixels[dy : dy + height - 2, dx : dx + width - 2] * np.float64(weight) + total).astype(np.float32)
-    smoothed = image.copy()
-    smoothed[1:-1, 1:-1] = total.clip(0, 255).astype(np.uint8)
+        value = (image[rows + dy, columns + dx, channels] * np.float64(weight) + value).astype(np.float32)
+    smoothed[rows + 1, columns + 1, channels] = value.clip(0, 255)
     return smoothed
 
 
@@ -143,22 +150,15 @@ def transform_nearest(image: Pixels, matrix: tuple[float | np.float32, ...]) -> 
     height, width = image.shape[:2]
     a, b, c, d, e, f = np.array(matrix, np.float32)
     x, y = np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32)[:, None]
-    columns, rows = (_round_half_away(values) for values in (a * x + b * y + c, d * x + e * y + f))
-    inside = (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
-    moved = image[rows.clip(0, height - 1), columns.clip(0, width - 1)]
-    return np.where(inside[:, :, None], moved, np.uint8(GRAY[0]))
+    columns, rows = a * x + b * y + c, d * x + e * y + f
+    inside = (columns > -0.5) & (columns < width - 0.5) & (rows > -0.5) & (rows < height - 0.5)
+    index = _round_positive(rows) * width + _round_positive(columns)
+    # Whole pixels are taken, and a gray one beyond the last: indexing three bytes at a time takes four times as long.
+    pixels = np.concatenate([image.reshape(-1, 3), np.array([GRAY], np.uint8)]).view("V3").ravel()
+    moved: Pixels = pixels[np.where(inside, index, height * width)].view(np.uint8).reshape(image.shape)
+    return moved
 
 
-def cut_square(image: Pixels, half_px: int, rng: np.random.Generator) -> Pixels:
-    """A gray square of side 2 · half_px around a random pixel, cut off at the border."""
-    height, width = image.shape[:2]
-    x, y = int(rng.random() * width), int(rng.random() * height)
-    image = image.copy()
-    image[max(0, y - half_px) : y + half_px, max(0, x - half_px) : x + half_px] = GRAY
-    return image
-
-
-def _round_half_away(values: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+def _round_positive(values: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
     # In float64: 0.49999997 + 0.5 is 1 in float32.
-    exact = values.astype(np.float64)
-    return np.trunc(exact + np.copysign(0.5, exact)).astype(np.int64)
+    return (values + np.float64(0.5)).astype(np.int64)

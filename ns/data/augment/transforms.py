@@ -1,7 +1,7 @@
 """Transforms an image for the network: with noise for training, without for evaluation (arXiv:1911.04252 §3.1)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ from ns.core.errors import DataError
 from ns.data.augment.erasing import erase_rectangle
 from ns.data.augment.mixing import PairMixer
 from ns.data.augment.policies import AugmentPolicy
-from ns.data.augment.randaugment import RandAugment, apply_cutout
+from ns.data.augment.randaugment import Operation, RandAugment, apply_cutout
 from ns.data.augment.reference import ReferenceRandAugment
 from ns.data.loading.decode import Box, EncodedJpeg, decode_image, decode_into
 
@@ -25,7 +25,7 @@ RESIZED_BYTES = 1 << 18
 """Bytes of images of the same size that are resized together: as much as fits in a core's cache."""
 
 
-def make_augmentation(noise: NoiseConfig, resolution: int) -> Callable[[Image.Image, np.random.Generator], Image.Image]:
+def make_augmentation(noise: NoiseConfig, resolution: int) -> Operation:
     """The policy of the noise, or its kind of RandAugment, for images of `resolution` px."""
     layers, magnitude = noise.randaugment_layers, noise.randaugment_magnitude
     if noise.policy is not None:
@@ -59,25 +59,26 @@ class TrainTransform:
         noise, size = self._noise, self._resolution
         if self._crop == "resized":
             box = draw_crop_box(_measure_size(image), rng, noise.crop_area, noise.crop_aspect)
-            picture = self._flip_picture(Image.fromarray(crop_image(image, box, size)), rng)
+            pixels = self._flip_image(crop_image(image, box, size), rng)
         else:
-            picture = Image.fromarray(resize_image(image, size))
-        picture = self._augment(picture, rng)
+            pixels = resize_image(image, size)
+        pixels = self._augment(pixels, rng)
         if noise.cutout_px:
-            picture = apply_cutout(picture, noise.cutout_px // 2, rng)
+            pixels = apply_cutout(pixels, noise.cutout_px // 2, rng)
         if self._crop != "resized":
-            picture = self._flip_picture(picture, rng)
-        result = np.asarray(picture)
+            pixels = self._flip_image(pixels, rng)
         if self._crop == "pad":
-            result = pad_and_crop(result, self._pad, rng)
+            pixels = pad_and_crop(pixels, self._pad, rng)
         if noise.erasing and rng.random() < noise.erasing:
-            result = erase_rectangle(result, rng)
-        return np.ascontiguousarray(result)
+            pixels = erase_rectangle(pixels, rng)
+        return np.ascontiguousarray(pixels)
 
-    def _flip_picture(self, picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+    def _flip_image(self, image: npt.NDArray[np.uint8], rng: np.random.Generator) -> npt.NDArray[np.uint8]:
         if self._noise.flip and rng.random() < 0.5:
-            return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return picture
+            # np.ascontiguousarray would take ten times as long. torch warns of arrays that cannot be written to.
+            flipped: npt.NDArray[np.uint8] = torch.from_numpy(np.require(image, requirements="W")).flip(1).numpy()
+            return flipped
+        return image
 
 
 class EvalTransform:

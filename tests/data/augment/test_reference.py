@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from ns.data.augment.randaugment import RandAugment
 from ns.data.augment.reference import ReferenceRandAugment, transform_nearest
@@ -78,9 +77,10 @@ def test_every_operation_but_fivefold_enhancement_does_something_at_magnitude_27
 
     def find_idle(kind):
         operations = kind(2, 27, 65).operations
-        image = picture if kind is ReferenceRandAugment else Image.fromarray(picture)
         return {
-            name for name, operation in operations.items() if np.array_equal(operation(image, np.random.default_rng(0)), image)
+            name
+            for name, operation in operations.items()
+            if np.array_equal(operation(picture, np.random.default_rng(0)), picture)
         }
 
     assert find_idle(ReferenceRandAugment) == set()
@@ -99,17 +99,6 @@ def test_reference_draws_sixteen_operations_and_follows_its_generator():
     assert len(augment.operations) == 16
     assert set(augment.operations) == set(RandAugment(2, 27, 32).operations)
     assert "cutout" not in ReferenceRandAugment(2, 27, 32, cutout_px=0).operations
-    image = Image.fromarray(make_picture(32))
-    results = [np.asarray(augment(image, np.random.default_rng(seed))) for seed in (*range(20), *range(20))]
+    results = [(augment(make_picture(32), np.random.default_rng(seed))) for seed in (*range(20), *range(20))]
     assert all(np.array_equal(a, b) for a, b in zip(results[:20], results[20:], strict=True))
     assert len({result.tobytes() for result in results}) == 20
-
-
-def test_reference_cutout_equals_the_papers_kind():
-    image = Image.fromarray(make_picture(65))
-    for seed in range(10):
-        ours, theirs = (
-            kind(1, 5, 224).operations["cutout"](given, np.random.default_rng(seed))
-            for kind, given in ((RandAugment, image), (ReferenceRandAugment, np.asarray(image)))
-        )
-        assert np.array_equal(np.asarray(ours), theirs)
