@@ -18,7 +18,7 @@ OVERLAY_OPTIONS = $(if $(OVERLAY),--overlay "$(OVERLAY)") $(if $(REGISTRY),--reg
 MUTMUT = OMP_NUM_THREADS=1 PYTHONPATH="$(abspath $(VENV)-mutation)" $(BIN)/python -m mutmut
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-integration test-containers test-all coverage lint format bench-data bench-train bench-label bench-select bench-order bench-polluted bench-method bench-loop bench bench-quick soak compile dashboards images deploy undeploy diff status ui cluster vendor validate checkov audit mutation constraints venv clean distclean
+.PHONY: $(shell awk -F: '/^[a-z-]+:.*## / {print $$1}' $(MAKEFILE_LIST))
 
 ##@ Start
 
@@ -83,7 +83,7 @@ distclean: clean ## Remove runs/ and the virtual environments
 ##@ Measure
 
 bench: $(VENV)/.bench ## Run all benchmarks and write benchmarks/results
-	@for one in data train label select order polluted_pool loop soak; do $(BIN)/python -m benchmarks.$$one --keep || exit; done
+	@for one in data train label select order duplicates polluted_pool loop soak; do $(BIN)/python -m benchmarks.$$one --keep || exit; done
 	@$(BIN)/python -m benchmarks.method_cifar10
 	@$(BIN)/python -m benchmarks.summary
 
@@ -104,6 +104,9 @@ bench-select: $(VENV)/.bench ## Measure a selection from millions of labels (ARG
 
 bench-order: $(VENV)/.bench ## Measure how well and how fast the order of training mixes a pool (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.order $(ARGS)
+
+bench-duplicates: $(VENV)/.bench ## Measure how duplicates are found among a million images (ARGS="--quick")
+	@$(BIN)/python -m benchmarks.duplicates $(ARGS)
 
 bench-polluted: $(VENV)/.bench ## Measure how clean the foreign score keeps a polluted pool, ten minutes (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.polluted_pool $(ARGS)

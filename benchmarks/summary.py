@@ -71,6 +71,12 @@ FIGURES = {
         BenchmarkFigure("mib_per_worker", "MiB that the order takes in a loader process", 16, more_is_better=False),
         BenchmarkFigure("order_throughput_ratio", "positions per second ÷ those of windows of 8 shards with all copies", 0.95),
     ),
+    "duplicates": (
+        BenchmarkFigure("copies_found", "share of copies, brighter and noisy, that are found in a pool", 0.95),
+        BenchmarkFigure("cameras_mistaken", "share of fixed cameras' pictures that are taken for copies", 0.01, more_is_better=False),
+        BenchmarkFigure("minutes_per_million", "minutes for a million images, a tenth of fixed cameras", None, more_is_better=False),
+        BenchmarkFigure("peak_mib", "MiB of memory, a million images", 1024, more_is_better=False),
+    ),
     "polluted_pool": (
         BenchmarkFigure("precision_lost", "points of precision that a half foreign pool loses, filtered", 3.0, more_is_better=False),
         BenchmarkFigure("kept_share", "share of the images of the classes that the foreign score lets through", None),
