@@ -15,6 +15,7 @@ somewhere), and all others are alone. Each size runs in its own process, whose p
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,7 @@ from rich.table import Table
 from benchmarks.measure import measure_rates, paired_ratio, parse_arguments, write_benchmark
 from ns.data.duplicates import find_duplicates
 from ns.data.fingerprint import HASH_SIDE_PX, Fingerprints, compute_phashes
-from ns.data.picture_match import PAIRS_AT_ONCE, SIDE_PX, Pictures, _match_fine, match_pictures
+from ns.data.picture_match import COARSE_PAIRS_AT_ONCE, PAIRS_AT_ONCE, SIDE_PX, Pictures, _match_fine, match_pictures
 
 COPY_SHARE, CAMERA_SHARE = 0.02, 0.10
 SHOTS = 1000
@@ -83,41 +84,62 @@ def find_in_images(size: int) -> None:
     rng = np.random.default_rng(size)
     copies, cameras = int(size * COPY_SHARE), max(1, int(size * CAMERA_SHARE / SHOTS))
     shots = SHOTS if cameras > 1 else int(size * CAMERA_SHARE)
-    originals = draw_textures(rng, copies)
-    shot, disc_places = zip(*(draw_shots(rng, shots) for _ in range(cameras)), strict=True)
-    pictures = np.concatenate([originals, change_light(rng, originals), *shot])
-    discs = np.concatenate([np.zeros((2 * copies, 2)), *disc_places])
-    # Pictures that are alone have hashes of their own, and are never compared: chance brings none of them near another.
-    hashes = rng.integers(0, 2**64, size, np.uint64)
-    places = rng.permutation(size)[: len(pictures)]
-    hashes[places] = hash_pictures(pictures)
-    picture_of = np.full(size, -1)
-    picture_of[places] = np.arange(len(pictures))
+    with tempfile.TemporaryFile() as bank, tempfile.TemporaryDirectory() as scratch:
+        all_hashes, discs = [], [np.zeros((2 * copies, 2))]
 
-    def match(first: npt.NDArray[np.int64], second: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        return match_pictures(pictures[picture_of[first]], pictures[picture_of[second]])
+        def keep(pictures: Pictures) -> None:
+            bank.write(pictures.tobytes())
+            all_hashes.append(hash_pictures(pictures))
 
-    def list_shards() -> Iterator[Fingerprints]:
-        for start in range(0, size, SHARD_IMAGES):
-            numbers = np.arange(start, min(start + SHARD_IMAGES, size))
-            sha256 = np.char.zfill(numbers.astype("S32"), 32)
-            yield Fingerprints(sha256, hashes[numbers], np.ones(len(numbers), np.bool_))
+        originals = draw_textures(rng, copies)
+        keep(originals)
+        keep(change_light(rng, originals))
+        del originals
+        for _ in range(cameras):
+            pictures, disc_places = draw_shots(rng, shots)
+            keep(pictures)
+            discs.append(disc_places)
+        # Pictures that are alone have hashes of their own, and are never compared: chance brings none of them near another.
+        hashes = rng.integers(0, 2**64, size, np.uint64)
+        places = rng.permutation(size)[: 2 * copies + cameras * shots]
+        hashes[places] = np.concatenate(all_hashes)
+        picture_of = np.full(size, -1)
+        picture_of[places] = np.arange(len(places))
+        bank.flush()
 
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as scratch:
-        pairs = find_duplicates(list_shards(), Path(scratch), NEAR_BITS, match)
-    seconds = time.perf_counter() - started
+        def read_pictures(images: npt.NDArray[np.int64]) -> Pictures:
+            parts = (os.pread(bank.fileno(), SIDE_PX**2, number * SIDE_PX**2) for number in picture_of[images].tolist())
+            return np.frombuffer(b"".join(parts), np.uint8).reshape(-1, SIDE_PX, SIDE_PX)
+
+        def match(first: npt.NDArray[np.int64], second: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+            matches = np.empty(len(first), np.bool_)
+            for start in range(0, len(first), COARSE_PAIRS_AT_ONCE):
+                part = slice(start, start + COARSE_PAIRS_AT_ONCE)
+                matches[part] = match_pictures(read_pictures(first[part]), read_pictures(second[part]))
+            return matches
+
+        started = time.perf_counter()
+        pairs = find_duplicates(list_shards(hashes), Path(scratch), NEAR_BITS, match)
+        seconds = time.perf_counter() - started
     found = np.concatenate(
         [np.stack([picture_of[part.later], picture_of[part.earlier]], 1) for part in (pairs.alike, pairs.near)]
     )
     is_copy = (found.max(1) < 2 * copies) & (found.min(1) + copies == found.max(1))
     # Two pictures of a camera whose discs overlap by half are copies.
-    apart = np.linalg.norm(discs[found[:, 0]] - discs[found[:, 1]], axis=1) > DISC_RADIUS_PX
+    all_discs = np.concatenate(discs)
+    apart = np.linalg.norm(all_discs[found[:, 0]] - all_discs[found[:, 1]], axis=1) > DISC_RADIUS_PX
     mistaken = np.unique(found[(found.min(1) >= 2 * copies) & apart])
     # Not resource.getrusage: its maximum includes the parent process.
     peak = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
     shares = [np.unique(found[is_copy].max(1)).size / copies, mistaken.size / (cameras * shots)]
     print(json.dumps([seconds, peak, *shares, pairs.skipped]))
+
+
+def list_shards(hashes: npt.NDArray[np.uint64]) -> Iterator[Fingerprints]:
+    for start in range(0, len(hashes), SHARD_IMAGES):
+        part = hashes[start : start + SHARD_IMAGES]
+        numbers = np.arange(start, start + len(part))
+        yield Fingerprints(np.char.zfill(numbers.astype("S32"), 32), part, np.ones(len(part), np.bool_))
 
 
 def draw_textures(rng: np.random.Generator, count: int) -> Pictures:

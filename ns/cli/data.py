@@ -56,7 +56,7 @@ def import_data(
         name=name or derive_dataset_name(source),
         role=role,
         config=config,
-        classes=_read_class_names(classes) if classes else None,
+        classes=read_class_names(classes) if classes else None,
         split=split,
         workers=workers,
     )
@@ -203,7 +203,7 @@ def show_data(
         typer.echo(f"contact sheet: {sheet}", err=as_json)
 
 
-def _read_class_names(path: Path) -> list[str]:
+def read_class_names(path: Path) -> list[str]:
     from ns.data.class_names import normalize_name
     from ns.data.dataset import Dataset
 

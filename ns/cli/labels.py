@@ -1,7 +1,7 @@
 """`ns label` and `ns labels …`: make, inspect, compare, audit, version and purge label sets."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -39,6 +39,8 @@ Pool = Annotated[str | None, typer.Option(metavar="DATASET", help="The dataset t
 
 TagArgument = Annotated[str, typer.Argument(metavar="TAG", help="A version: labels/PROJECT/RUN/gen-N.")]
 VersionArgument = Annotated[str, typer.Argument(metavar="TAG", help="A version: labels/PROJECT/RUN/gen-N, or current/PROJECT.")]
+ExportForm = Literal["csv", "parquet", "label-studio"]
+CHOICE_BATCH = 64
 Why = Annotated[str, typer.Option("--why", help="The reason, for the history.")]
 
 
@@ -194,6 +196,103 @@ def purge_keys(
     typer.echo(f"models that have seen them, below {root}: {len(models)}")
     for digest, folder in models.items():
         typer.echo(f"  {digest[:16]}  {folder}")
+
+
+@app.command("import")
+def import_label_set(
+    labels: Annotated[str, typer.Argument(metavar="LABELS", help="CSV, TSV or Parquet, or Label Studio's JSON.")],
+    pool: Annotated[str, typer.Argument(metavar="POOL", help="Folder or URI of the dataset that was labeled.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URI of the label set.")],
+    classes: Annotated[Path, typer.Option(help="File of class names, one per line, or the labeled data's dataset.json.")],
+    source: Annotated[str, typer.Option(help="Who made the labels, for the record.")] = "",
+    prefix: Annotated[str, typer.Option(metavar="TEXT", help="What stands before the keys or paths, as in pool/.")] = "",
+    top_k: Annotated[int, typer.Option(min=1, max=1000, help="Classes kept of each image; of at most 100, all are.")] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Make a label set of labels from elsewhere: another model's table, or Label Studio's JSON.
+
+    A table has a column `key` or `path`, and either `class` and perhaps `confidence`, or a column of probabilities for each class.
+
+    Example: [cyan]ns labels import clip.csv store/pool labels/clip --classes store/labeled/dataset.json[/]
+    """
+    from ns.cli.data import read_class_names
+    from ns.labeling.imported import import_labels
+
+    made = import_labels(labels, pool, out, read_class_names(classes), source=source, prefix=prefix, top_k=top_k)
+    if as_json:
+        print_json({"label_set": made.label_set.digest, "labeled": made.labeled, "unmatched": made.unmatched})
+        return
+    typer.echo(f"{out}: {made.labeled:,} of {made.label_set.rows:,} images have a label; label set {made.label_set.digest}")
+    if made.unmatched:
+        typer.echo(
+            f"{labels}: {len(made.unmatched):,} of its names are no image of {pool}; the first: {made.unmatched[0]}", err=True
+        )
+
+
+@app.command("next")
+def choose_next(
+    name: LabelSetArgument,
+    out: Annotated[str, typer.Option(metavar="FOLDER", help="Folder or URI for pictures, table and Label Studio's tasks.")],
+    count: Annotated[int, typer.Option(min=1, help="Number of images.")] = 200,
+    images_uri: Annotated[str | None, typer.Option(metavar="URI", help="What the pictures' addresses begin with.")] = None,
+    root: Root = "runs",
+    pool: Pool = None,
+) -> None:
+    """Write the images most worth a person's label as tasks for Label Studio: unsure ones, unlike each other, of all classes.
+
+    In Label Studio: a project with interface.xml, the folder as local storage, and tasks.json imported. Its JSON export, put into the
+    folder, is labeled data: `ns data import FOLDER/export.json DATASET --role labeled`.
+
+    Example: [cyan]ns labels next latest/gen-1 --count 200 --out to-label[/]
+    """
+    from ns.labeling.next_images import choose_next_images
+    from ns.labeling.tasks import LOCAL_FILES, write_tasks
+    from ns.modeling.predictor import Predictor
+
+    store, resolved = _open_label_set(root, name)
+    if resolved.teacher is None:
+        raise ConfigError(f"LABELS {name}: a label set by itself has no teacher here; name a run's generation: latest/gen-1")
+    images = resolved.open_pool(store, pool)
+    predictor = Predictor(store.at(resolved.teacher), batch=CHOICE_BATCH)
+    tasks = choose_next_images(resolved.store, resolved.label_set, images, predictor, count)
+    model = resolved.label_set.teacher[:16]
+    write_tasks(open_store(out), tasks, images, resolved.label_set.classes, model=model, images_uri=images_uri or LOCAL_FILES)
+    typer.echo(f"{out}: {len(tasks):,} images to label")
+
+
+@app.command("export")
+def export_label_set(
+    name: LabelSetArgument,
+    out: Annotated[str, typer.Option(metavar="PATH", help="A table's file, or the folder of the tasks.")],
+    form: Annotated[ExportForm, typer.Option(help="A table of all labels, or tasks of the least confident ones.")] = "csv",
+    count: Annotated[int, typer.Option(min=1, help="Most tasks.")] = 1000,
+    selected_only: Annotated[bool, typer.Option("--selected-only", help="Only images that the run's selection keeps.")] = False,
+    images_uri: Annotated[str | None, typer.Option(metavar="URI", help="What the pictures' addresses begin with.")] = None,
+    root: Root = "runs",
+    pool: Pool = None,
+) -> None:
+    """Write the labels as a table, or as tasks for Label Studio, where people correct them.
+
+    `ns labels import` reads both.
+
+    Example: [cyan]ns labels export latest/gen-1 --form label-studio --selected-only --out to-check[/]
+    """
+    from ns.labeling.tasks import LOCAL_FILES, find_least_confident, write_label_table, write_tasks
+
+    store, resolved = _open_label_set(root, name)
+    if selected_only and resolved.selection is None:
+        raise RunError(f"{name}: --selected-only needs a selection; name a run's generation, as in latest/gen-1")
+    selection = resolved.selection if selected_only else None
+    if form != "label-studio":
+        folder, file = split_uri(out)
+        row_count = write_label_table(open_store(folder), file, resolved.store, resolved.label_set, selection, form)
+        typer.echo(f"{out}: {row_count:,} labels")
+        return
+    tasks = find_least_confident(resolved.store, resolved.label_set, selection, count)
+    images = resolved.open_pool(store, pool)
+    classes, teacher = resolved.label_set.classes, resolved.label_set.teacher
+    write_tasks(open_store(out), tasks, images, classes, model=teacher[:16], images_uri=images_uri or LOCAL_FILES)
+    typer.echo(f"{out}: {len(tasks):,} tasks")
 
 
 def label(

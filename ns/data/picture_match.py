@@ -112,7 +112,8 @@ def _fit_difference(low: _Floats, high: _Floats, saturated: npt.NDArray[np.bool_
     fitted: _Floats = np.zeros_like(high)
     for number, term in enumerate(terms):
         fitted += factors[:, number, :, None] * term
-    return high - fitted.clip(0, 255)
+    rest: _Floats = high - fitted.clip(0, 255)
+    return rest
 
 
 def _has_no_outlier(rest: _Floats, typical: _Floats, ratio: float, gray: float) -> npt.NDArray[np.bool_]:

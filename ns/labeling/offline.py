@@ -40,7 +40,10 @@ class LabelingInputs(JsonDocument):
         """Raises DataError if the folder holds other labels."""
         if not label_store.exists(self.filename):
             if label_store.exists(LabelSet.filename):
-                raise DataError(f"{label_store.uri}: holds a label set that was not made by `ns label`; name another folder")
+                raise DataError(
+                    f"{label_store.uri}: holds a label set that was not made by `ns label` or `ns labels import`; "
+                    "name another folder"
+                )
             self.save(label_store)
         recorded = LabelingInputs.load(label_store)
         for name, value in self:

@@ -50,7 +50,7 @@ def list_entries(
 
     A source is one of:
     - a folder or `s3://` prefix of class folders, of images at any depth (for a pool), or of tar shards at any depth,
-    - a CSV, TSV or Parquet table with the columns path, label and optionally split,
+    - a CSV, TSV or Parquet table with the columns path, label and optionally split, or Label Studio's JSON,
     - one tar shard or several (`shard-{000..127}.tar`),
     - an archive of class folders: tar or zip, also compressed, also with one tar per class inside.
 
@@ -73,7 +73,8 @@ def list_entries(
     if not path.is_dir():
         problem = "is a file of another kind" if path.exists() else "no such folder"
         raise DataError(
-            f"{source}: {problem}; name a folder of images, a table (.csv, .tsv, .parquet) or an archive (.tar, .zip, …)"
+            f"{source}: {problem}; name a folder of images, a table (.csv, .tsv, .parquet), Label Studio's .json "
+            "or an archive (.tar, .zip, …)"
         )
     if role != "unlabeled":
         _check_class_folders(path)

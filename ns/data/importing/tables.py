@@ -1,4 +1,4 @@
-"""Tables of images: CSV, TSV or Parquet, with a column of paths and, in labeled data, one of classes."""
+"""Tables of images: CSV, TSV or Parquet, with a column of paths and, in labeled data, one of classes; and exports of Label Studio."""
 
 import os
 import posixpath
@@ -15,15 +15,17 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.dataset as pads
 
+from ns.core import log
 from ns.core.errors import DataError
 from ns.data.class_names import normalize_name
 from ns.data.dataset import DatasetRole
 from ns.data.importing.file_kinds import escape_path
+from ns.data.importing.label_studio import read_task_labels
 from ns.data.importing.listing import SourceEntry
 from ns.data.importing.tars import LABEL_FIELDS
 from ns.storage import open_parent, split_uri
 
-TABLES = (".csv", ".tsv", ".parquet")
+TABLES = (".csv", ".tsv", ".parquet", ".json")
 PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "image", "image_path")
 SPLIT_COLUMNS = ("split", "subset", "set", "partition")
 BATCH_ROWS = 10_000
@@ -37,10 +39,10 @@ def list_table(source: str, role: DatasetRole, split: str | None) -> Iterator[So
     table_path = store.path(name)
     base = split_uri(source)[0] if "://" in source and not source.startswith("file://") else table_path.parent
     try:
-        batches = _open_batches(table_path)
+        batches = _open_tasks(table_path, source) if table_path.suffix.lower() == ".json" else open_batches(table_path)
         columns = {normalize_name(column).lower(): column for column in batches.schema.names}
-        path_column = _find_column(source, columns, PATH_COLUMNS, "the path of each image")
-        label_column = None if role == "unlabeled" else _find_column(source, columns, LABEL_FIELDS, "its class")
+        path_column = find_column(source, columns, PATH_COLUMNS, "the path of each image")
+        label_column = None if role == "unlabeled" else find_column(source, columns, LABEL_FIELDS, "its class")
         split_column = next((columns[candidate] for candidate in SPLIT_COLUMNS if candidate in columns), None)
         if split is not None and split_column is None:
             raise DataError(f"--split {split}: {source} has no column named one of {', '.join(SPLIT_COLUMNS)}")
@@ -49,7 +51,7 @@ def list_table(source: str, role: DatasetRole, split: str | None) -> Iterator[So
         for batch in batches:
             table = batch.to_pydict()
             count = batch.num_rows
-            splits = [normalize_name(_read_text(value)) for value in table[split_column]] if split_column else [""] * count
+            splits = [normalize_name(read_cell(value)) for value in table[split_column]] if split_column else [""] * count
             class_labels = table[label_column] if label_column else [None] * count
             seen.update(filter(None, splits))
             if split is None and len(seen) > 1:
@@ -60,7 +62,7 @@ def list_table(source: str, role: DatasetRole, split: str | None) -> Iterator[So
             for path, class_label, row_split in zip(table[path_column], class_labels, splits, strict=True):
                 row += 1
                 if split is None or row_split == normalize_name(split):
-                    yield _make_entry(base, path, normalize_name(_read_text(class_label)) or None, row)
+                    yield _make_entry(base, path, normalize_name(read_cell(class_label)) or None, row)
         if split is not None and normalize_name(split) not in seen:
             raise DataError(
                 f"--split {split}: {source} has no such split; it has {escape_path(', '.join(sorted(seen))) or 'none'}"
@@ -71,7 +73,8 @@ def list_table(source: str, role: DatasetRole, split: str | None) -> Iterator[So
         raise DataError(f"{source}: not a readable table: {reason}; {_describe_layout(table_path)}") from error
 
 
-def _open_batches(path: Path) -> Any:
+def open_batches(path: Path) -> Any:
+    """The record batches of a table, whose cells are text if it is CSV or TSV. Raises an ArrowException for a damaged one."""
     if path.suffix.lower() == ".parquet":
         dataset = pads.dataset(path, format="parquet")
         return dataset.scanner(batch_size=BATCH_ROWS, batch_readahead=1, fragment_readahead=1).to_reader()
@@ -82,7 +85,20 @@ def _open_batches(path: Path) -> Any:
     return pacsv.open_csv(path, parse_options=parse_options, convert_options=as_text)
 
 
-def _find_column(source: str, columns: dict[str, str], candidates: tuple[str, ...], description: str) -> str:
+def _open_tasks(path: Path, source: str) -> Any:
+    """The tasks of Label Studio for which a person chose a class, as batches with the columns path and label."""
+    labels = list(read_task_labels(path.read_bytes(), source))
+    chosen = [label for label in labels if label.chosen]
+    if len(chosen) < len(labels):
+        log.get_logger().info("passed over tasks without an annotation", tasks=len(labels) - len(chosen), file=source)
+    if unnamed := next((label.key for label in chosen if not label.path), None):
+        raise DataError(f"{source}: task of {unnamed}: has no address of a file; give the folder of the images to Label Studio")
+    table = pa.table({"path": [label.path for label in chosen], "label": [label.class_name for label in chosen]})
+    return table.to_reader(BATCH_ROWS)
+
+
+def find_column(source: str, columns: dict[str, str], candidates: tuple[str, ...], description: str) -> str:
+    """The first of `candidates` among the columns. `columns`: normalized name → name. Raises DataError if there is none."""
     for name in candidates:
         if name in columns:
             return columns[name]
@@ -99,7 +115,7 @@ def _describe_layout(path: Path) -> str:
     return f"save it as UTF-8, with columns separated by {'tabs' if path.suffix.lower() == '.tsv' else 'commas'}"
 
 
-def _read_text(value: Any) -> str:
+def read_cell(value: Any) -> str:
     """A cell as text: empty for none; pandas makes numbers of a column with gaps floating-point."""
     if value is None or value != value:
         return ""
@@ -110,7 +126,7 @@ def _read_text(value: Any) -> str:
 
 def _make_entry(base: Path | str, cell: Any, class_label: str | None, row: int) -> SourceEntry:
     """`base`: the folder of the table, or its URI."""
-    text = _read_text(cell)
+    text = read_cell(cell)
     if not text:
         return SourceEntry(f"row {row}", None, 0, problem="names no image")
     path = unquote(urlsplit(text).path) if text.startswith("file://") else text

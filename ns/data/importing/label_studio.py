@@ -1,0 +1,143 @@
+"""Label Studio, both ways: JSON with the picture of each task, what a model predicts of it, and what people chose."""
+
+import json
+import posixpath
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from ns.core.errors import DataError
+
+KEY_FIELD = "key"
+"""Field of a task's data with the key of its image, in the tasks that we write."""
+CLASS_FIELD, IMAGE_FIELD = "class", "image"
+"""Names of the control and of the object in the labeling interface that we write."""
+
+UPLOADS = "/data/upload/"
+UPLOAD_PREFIX_LENGTH = 9
+
+
+class TaskLabel(NamedTuple):
+    """The class of one task's image."""
+
+    key: str
+    """Key of the image; of tasks that we did not write, the path in its address."""
+    path: str
+    """Path of the image's file, from its address; empty for a picture that stands in the task itself."""
+    class_name: str | None
+    """None if no person chose a class and no model predicted one."""
+    confidence: float
+    """1 where a person chose."""
+    chosen: bool
+    """Whether a person chose."""
+
+
+def read_task_labels(data: bytes, uri: str) -> Iterator[TaskLabel]:
+    """The label of each task of an export, JSON or JSON-MIN: the newest annotation that was not cancelled, else the newest prediction.
+
+    Raises DataError, naming the task and its field, for what is no export, several classes of one task, and scores outside 0 … 1.
+    """
+    try:
+        tasks = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{uri}: not JSON: {error}; export the project as JSON again") from error
+    if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
+        raise DataError(f"{uri}: must be a list of tasks, as Label Studio exports it in the form JSON")
+    for number, task in enumerate(tasks, 1):
+        yield _read_task(task, f"{uri}: task {task.get('id', number)}")
+
+
+def _read_task(task: dict[str, Any], where: str) -> TaskLabel:
+    fields = task.get("data", task)
+    if not isinstance(fields, dict):
+        raise DataError(f"{where}: data: must be an object with the image")
+    path = _find_image_path(fields)
+    key = fields.get(KEY_FIELD) or (urlsplit(path).path.lstrip("/") if "://" in path else path)
+    if not isinstance(key, str) or not key:
+        raise DataError(
+            f"{where}: data: has neither {KEY_FIELD!r} nor the address of an image; its fields are {', '.join(fields)}"
+        )
+    if "data" not in task:  # JSON-MIN
+        class_name = _read_choice(task.get(CLASS_FIELD, task.get("choice")), where)
+        return TaskLabel(key, path, class_name, 1.0, class_name is not None)
+    annotations = _list_objects(task, "annotations", where)
+    for annotation in sorted(annotations, key=lambda annotation: str(annotation.get("updated_at", "")), reverse=True):
+        if not annotation.get("was_cancelled") and (class_name := _find_choice(annotation, where)) is not None:
+            return TaskLabel(key, path, class_name, 1.0, True)
+    for prediction in reversed(_list_objects(task, "predictions", where)):
+        if (class_name := _find_choice(prediction, where)) is not None:
+            return TaskLabel(key, path, class_name, _read_score(prediction.get("score"), where), False)
+    return TaskLabel(key, path, None, 0.0, False)
+
+
+def _list_objects(task: dict[str, Any], field: str, where: str) -> list[dict[str, Any]]:
+    values = task.get(field) or []
+    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+        raise DataError(f"{where}: {field}: must be a list of objects")
+    return values
+
+
+def _find_choice(answer: dict[str, Any], where: str) -> str | None:
+    for result in _list_objects(answer, "result", where):
+        value = result.get("value")
+        if isinstance(value, dict) and "choices" in value:
+            return _read_choice(value["choices"], where)
+    return None
+
+
+def _read_choice(value: Any, where: str) -> str | None:
+    if isinstance(value, dict):
+        value = value.get("choices")
+    choices = value if isinstance(value, list) else [] if value is None else [value]
+    if len(choices) > 1:
+        raise DataError(f"{where}: has the classes {', '.join(map(str, choices))}; an image has one class here: choose one")
+    return str(choices[0]) if choices else None
+
+
+def _read_score(value: Any, where: str) -> float:
+    if value is None:
+        return 1.0
+    if not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise DataError(f"{where}: score: {value!r}: must be a number from 0 to 1")
+    return float(value)
+
+
+def _find_image_path(fields: dict[str, Any]) -> str:
+    """The path in the first address of a file. Local files have it in their parameter `d`, uploaded ones behind eight letters and -."""
+    addresses = [fields[IMAGE_FIELD]] if IMAGE_FIELD in fields else list(fields.values())
+    for address in addresses:
+        if not isinstance(address, str) or address.startswith("data:"):
+            continue
+        path, query = unquote(urlsplit(address).path), urlsplit(address).query
+        if local := parse_qs(query).get("d"):
+            return local[0]
+        if path.startswith(UPLOADS):
+            return posixpath.basename(path)[UPLOAD_PREFIX_LENGTH:]
+        if posixpath.splitext(path)[1]:
+            return address if "://" in address else path.lstrip("/")
+    return ""
+
+
+def build_interface(classes: tuple[str, ...]) -> str:
+    """The labeling interface of a project: the picture, and one choice of the classes."""
+    from xml.sax.saxutils import quoteattr
+
+    choices = "\n".join(f"    <Choice value={quoteattr(name)}/>" for name in classes)
+    return (
+        f'<View>\n  <Image name="{IMAGE_FIELD}" value="${IMAGE_FIELD}" zoom="true"/>\n'
+        f'  <Choices name="{CLASS_FIELD}" toName="{IMAGE_FIELD}" choice="single" showInLine="true">\n{choices}\n  </Choices>\n</View>\n'
+    )
+
+
+def build_task(key: str, image: str, class_name: str, confidence: float, model: str) -> dict[str, Any]:
+    """A task with a prediction. `image`: address of the picture. `model`: shown as the prediction's version."""
+    choice = {
+        "from_name": CLASS_FIELD,
+        "to_name": IMAGE_FIELD,
+        "type": "choices",
+        "value": {"choices": [class_name]},
+    }
+    return {
+        "data": {IMAGE_FIELD: image, KEY_FIELD: key},
+        "predictions": [{"model_version": model, "score": round(confidence, 4), "result": [choice]}],
+    }
