@@ -83,12 +83,12 @@ def find_least_confident(
     label_store: Store, label_set: LabelSet, selection: Selection | None, count: int
 ) -> list[LabelingTask]:
     """The `count` images with a label of the lowest confidence, the lowest first; of those that `selection` keeps, if it is given."""
-    found: list[LabelingTask] = []
+    tasks: list[LabelingTask] = []
     for shard, rows, kept in _iter_kept_rows(label_store, label_set, selection):
         order = kept[np.argsort(rows.confidence[kept], kind="stable")][:count]
-        found += [LabelingTask(shard, row, int(rows.top_class[row, 0]), float(rows.confidence[row])) for row in order.tolist()]
-        found = sorted(found, key=lambda task: task.confidence)[:count]
-    return found
+        tasks += [LabelingTask(shard, row, int(rows.top_class[row, 0]), float(rows.confidence[row])) for row in order.tolist()]
+        tasks = sorted(tasks, key=lambda task: task.confidence)[:count]
+    return tasks
 
 
 def write_label_table(
