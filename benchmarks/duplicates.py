@@ -48,11 +48,11 @@ def main() -> None:
     for size in sizes:
         command = [sys.executable, "-m", "benchmarks.duplicates", "--one", str(size)]
         measured[size] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        seconds, peak, found, mistaken, skipped = measured[size]
-        table.add_row(f"{size:,}", f"{seconds:.1f}", f"{peak:,.0f}", f"{found:.3f}", f"{mistaken:.3f}", f"{skipped:,}")
-    (first, *_), (last, peak, found, mistaken, _) = (measured[size] for size in sizes)
+        seconds, peak, recall, mistaken, skipped = measured[size]
+        table.add_row(f"{size:,}", f"{seconds:.1f}", f"{peak:,.0f}", f"{recall:.3f}", f"{mistaken:.3f}", f"{skipped:,}")
+    (first, *_), (last, peak, recall, mistaken, _) = (measured[size] for size in sizes)
     figures = {
-        "copies_found": round(found, 4),
+        "copies_found": round(recall, 4),
         "cameras_mistaken": round(mistaken, 4),
         "coarse_speedup": round(measure_coarse_speedup(rounds=3 if options.quick else 7), 3),
         "minutes_per_million": round(last / sizes[1] * 1_000_000 / 60, 3),
@@ -87,31 +87,31 @@ def find_in_images(size: int) -> None:
     with tempfile.TemporaryFile() as bank, tempfile.TemporaryDirectory() as scratch:
         all_hashes, discs = [], [np.zeros((2 * copies, 2))]
 
-        def keep(pictures: Pictures) -> None:
+        def keep_pictures(pictures: Pictures) -> None:
             bank.write(pictures.tobytes())
             all_hashes.append(hash_pictures(pictures))
 
         originals = draw_textures(rng, copies)
-        keep(originals)
-        keep(change_light(rng, originals))
+        keep_pictures(originals)
+        keep_pictures(change_light(rng, originals))
         del originals
         for _ in range(cameras):
             pictures, disc_places = draw_shots(rng, shots)
-            keep(pictures)
+            keep_pictures(pictures)
             discs.append(disc_places)
         # Pictures that are alone have hashes of their own, and are never compared: chance brings none of them near another.
         hashes = rng.integers(0, 2**64, size, np.uint64)
-        places = rng.permutation(size)[: 2 * copies + cameras * shots]
-        hashes[places] = np.concatenate(all_hashes)
+        locations = rng.permutation(size)[: 2 * copies + cameras * shots]
+        hashes[locations] = np.concatenate(all_hashes)
         picture_of = np.full(size, -1)
-        picture_of[places] = np.arange(len(places))
+        picture_of[locations] = np.arange(len(locations))
         bank.flush()
 
         def read_pictures(images: npt.NDArray[np.int64]) -> Pictures:
             parts = (os.pread(bank.fileno(), SIDE_PX**2, number * SIDE_PX**2) for number in picture_of[images].tolist())
             return np.frombuffer(b"".join(parts), np.uint8).reshape(-1, SIDE_PX, SIDE_PX)
 
-        def match(first: npt.NDArray[np.int64], second: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        def compare_pictures(first: npt.NDArray[np.int64], second: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
             matches = np.empty(len(first), np.bool_)
             for start in range(0, len(first), COARSE_PAIRS_AT_ONCE):
                 part = slice(start, start + COARSE_PAIRS_AT_ONCE)
@@ -119,19 +119,19 @@ def find_in_images(size: int) -> None:
             return matches
 
         started = time.perf_counter()
-        pairs = find_duplicates(list_shards(hashes), Path(scratch), NEAR_BITS, match)
+        pairs = find_duplicates(list_shards(hashes), Path(scratch), NEAR_BITS, compare_pictures)
         seconds = time.perf_counter() - started
-    found = np.concatenate(
+    pairs_told = np.concatenate(
         [np.stack([picture_of[part.later], picture_of[part.earlier]], 1) for part in (pairs.alike, pairs.near)]
     )
-    is_copy = (found.max(1) < 2 * copies) & (found.min(1) + copies == found.max(1))
+    is_copy = (pairs_told.max(1) < 2 * copies) & (pairs_told.min(1) + copies == pairs_told.max(1))
     # Two pictures of a camera whose discs overlap by half are copies.
     all_discs = np.concatenate(discs)
-    apart = np.linalg.norm(all_discs[found[:, 0]] - all_discs[found[:, 1]], axis=1) > DISC_RADIUS_PX
-    mistaken = np.unique(found[(found.min(1) >= 2 * copies) & apart])
+    apart = np.linalg.norm(all_discs[pairs_told[:, 0]] - all_discs[pairs_told[:, 1]], axis=1) > DISC_RADIUS_PX
+    mistaken = np.unique(pairs_told[(pairs_told.min(1) >= 2 * copies) & apart])
     # Not resource.getrusage: its maximum includes the parent process.
     peak = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
-    shares = [np.unique(found[is_copy].max(1)).size / copies, mistaken.size / (cameras * shots)]
+    shares = [np.unique(pairs_told[is_copy].max(1)).size / copies, mistaken.size / (cameras * shots)]
     print(json.dumps([seconds, peak, *shares, pairs.skipped]))
 
 
@@ -163,16 +163,16 @@ def change_light(rng: np.random.Generator, pictures: Pictures) -> Pictures:
 
 def draw_shots(rng: np.random.Generator, count: int) -> tuple[Pictures, npt.NDArray[np.float64]]:
     """Pictures of one camera: a disc of a tenth of the width somewhere, 80 gray levels from what it hides, noise, and changing light.
-    Also the discs' places, px [N, 2]."""
+    Also the discs' locations, px [N, 2]."""
     (scene,) = draw_textures(rng, 1)
     shots = np.repeat(scene[None], count, 0)
     rows, columns = np.mgrid[:SIDE_PX, :SIDE_PX]
-    places = rng.uniform(4, SIDE_PX - 4, (count, 2))
-    for shot, (y, x) in zip(shots, places, strict=True):
+    locations = rng.uniform(4, SIDE_PX - 4, (count, 2))
+    for shot, (y, x) in zip(shots, locations, strict=True):
         disc = (rows - y) ** 2 + (columns - x) ** 2 < DISC_RADIUS_PX**2
         hidden = scene[disc].mean()
         shot[disc] = hidden + 80 if hidden < 128 else hidden - 80
-    return change_light(rng, shots), places
+    return change_light(rng, shots), locations
 
 
 def hash_pictures(pictures: Pictures) -> npt.NDArray[np.uint64]:

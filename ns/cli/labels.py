@@ -218,14 +218,16 @@ def import_label_set(
     from ns.cli.data import read_class_names
     from ns.labeling.imported import import_labels
 
-    made = import_labels(labels, pool, out, read_class_names(classes), source=source, prefix=prefix, top_k=top_k)
+    imported = import_labels(labels, pool, out, read_class_names(classes), source=source, prefix=prefix, top_k=top_k)
     if as_json:
-        print_json({"label_set": made.label_set.digest, "labeled": made.labeled, "unmatched": made.unmatched})
+        print_json({"label_set": imported.label_set.digest, "labeled": imported.labeled, "unmatched": imported.unmatched})
         return
-    typer.echo(f"{out}: {made.labeled:,} of {made.label_set.rows:,} images have a label; label set {made.label_set.digest}")
-    if made.unmatched:
+    label_set = imported.label_set
+    typer.echo(f"{out}: {imported.labeled:,} of {label_set.rows:,} images have a label; label set {label_set.digest}")
+    if imported.unmatched:
         typer.echo(
-            f"{labels}: {len(made.unmatched):,} of its names are no image of {pool}; the first: {made.unmatched[0]}", err=True
+            f"{labels}: {len(imported.unmatched):,} of its names are no image of {pool}; the first: {imported.unmatched[0]}",
+            err=True,
         )
 
 

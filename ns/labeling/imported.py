@@ -205,12 +205,12 @@ def _collect_rows(uri: str, rows: Iterable[_Row], classes: Sequence[str], prefix
     labels: list[ClassLabel | None] = []
     confidence: list[float] = []
     probabilities: list[npt.NDArray[np.float32]] = []
-    places: list[str] = []
+    row_names: list[str] = []
     for row in rows:
         names.append(row.name.removeprefix(prefix))
         labels.append(row.label)
         confidence.append(row.confidence)
-        places.append(row.where)
+        row_names.append(row.where)
         if row.probabilities is not None:
             probabilities.append(row.probabilities)
     if not names:
@@ -219,13 +219,13 @@ def _collect_rows(uri: str, rows: Iterable[_Row], classes: Sequence[str], prefix
     if table is not None:
         class_ids = table.argmax(1)
     else:
-        meanings = _match_labels(uri, labels, places, classes)
+        meanings = _match_labels(uri, labels, row_names, classes)
         class_ids = np.array([-1 if label is None else meanings[label] for label in labels], np.int64)
         shares = np.array(confidence, np.float32)
         if len(too_low := np.flatnonzero((class_ids >= 0) & (shares * len(classes) < 1))):
             row_number = int(too_low[0])
             raise DataError(
-                f"{uri}: {places[row_number]}: confidence {confidence[row_number]:g}: below 1 / {len(classes)} classes, "
+                f"{uri}: {row_names[row_number]}: confidence {confidence[row_number]:g}: below 1 / {len(classes)} classes, "
                 "so that another class would be more likely; give the best class and its probability"
             )
     by_key: dict[str, int] = {}
@@ -235,7 +235,7 @@ def _collect_rows(uri: str, rows: Iterable[_Row], classes: Sequence[str], prefix
             if class_ids[first] != class_ids[number]:
                 told = [classes[class_ids[row]] if class_ids[row] >= 0 else "no class" for row in (first, number)]
                 raise DataError(
-                    f"{uri}: {places[first]} and {places[number]}: {name}: {told[0]!r} and {told[1]!r}; keep one of them"
+                    f"{uri}: {row_names[first]} and {row_names[number]}: {name}: {told[0]!r} and {told[1]!r}; keep one of them"
                 )
     return _ForeignRows(
         names, by_key, class_ids, np.array(confidence, np.float32), table, len(classes), np.zeros(len(names), np.bool_)
@@ -243,7 +243,7 @@ def _collect_rows(uri: str, rows: Iterable[_Row], classes: Sequence[str], prefix
 
 
 def _match_labels(
-    uri: str, labels: Sequence[ClassLabel | None], places: Sequence[str], classes: Sequence[str]
+    uri: str, labels: Sequence[ClassLabel | None], row_names: Sequence[str], classes: Sequence[str]
 ) -> dict[ClassLabel, int]:
     """Label → index in `classes`. Labels that are all numbers may be names or indices."""
     texts = {str(label) for label in labels if label is not None}
@@ -251,9 +251,9 @@ def _match_labels(
     if unknown and all(text.isdigit() for text in texts):
         return {str(index): class_id for index, class_id in match_indices(uri, {int(text) for text in texts}, classes).items()}
     if unknown:
-        place = places[next(row for row, label in enumerate(labels) if label == unknown[0])]
+        row_name = row_names[next(row for row, label in enumerate(labels) if label == unknown[0])]
         raise DataError(
-            f"{uri}: {place}: class {unknown[0]!r}: is none of the labeled classes {shorten_names(classes)}; rename it, or remove "
+            f"{uri}: {row_name}: class {unknown[0]!r}: is none of the labeled classes {shorten_names(classes)}; rename it, or remove "
             f"its rows{f' ({len(unknown)} names are no classes)' if len(unknown) > 1 else ''}"
         )
     return matched

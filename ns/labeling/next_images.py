@@ -109,7 +109,9 @@ def _extract_features(pool: tuple[Store, Dataset], predictor: Predictor, candida
     for start in range(0, len(order), predictor.batch):
         part = order[start : start + predictor.batch]
         locations = zip(candidates.shards[part].tolist(), candidates.rows[part].tolist(), strict=True)
-        features.append(predictor.extract_features([next(source.read_encoded(shard, row, row + 1)) for shard, row in locations]))
+        features.append(
+            predictor.extract_features([next(source.read_encoded(shard, row, row + 1)) for shard, row in locations])
+        )
     ordered = np.concatenate(features)
     result = np.empty_like(ordered)
     result[order] = ordered / np.maximum(np.linalg.norm(ordered, axis=1, keepdims=True), 1e-12)

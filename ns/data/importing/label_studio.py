@@ -28,7 +28,7 @@ class TaskLabel(NamedTuple):
     """None if no person chose a class and no model predicted one."""
     confidence: float
     """1 where a person chose."""
-    chosen: bool
+    annotated: bool
     """Whether a person chose."""
 
 

@@ -88,12 +88,12 @@ def open_batches(path: Path) -> Any:
 def _open_tasks(path: Path, source: str) -> Any:
     """The tasks of Label Studio for which a person chose a class, as batches with the columns path and label."""
     labels = list(read_task_labels(path.read_bytes(), source))
-    chosen = [label for label in labels if label.chosen]
-    if len(chosen) < len(labels):
-        log.get_logger().info("passed over tasks without an annotation", tasks=len(labels) - len(chosen), file=source)
-    if unnamed := next((label.key for label in chosen if not label.path), None):
+    annotated = [label for label in labels if label.annotated]
+    if len(annotated) < len(labels):
+        log.get_logger().info("passed over tasks without an annotation", tasks=len(labels) - len(annotated), file=source)
+    if unnamed := next((label.key for label in annotated if not label.path), None):
         raise DataError(f"{source}: task of {unnamed}: has no address of a file; give the folder of the images to Label Studio")
-    table = pa.table({"path": [label.path for label in chosen], "label": [label.class_name for label in chosen]})
+    table = pa.table({"path": [label.path for label in annotated], "label": [label.class_name for label in annotated]})
     return table.to_reader(BATCH_ROWS)
 
 
