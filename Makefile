@@ -42,6 +42,9 @@ test-integration: $(VENV)/.test ## Run the integration tests: servers, killed pr
 test-containers: $(VENV)/.test ## Run the tests that need a container engine
 	@$(PYTEST) -m containers --numprocesses auto --dist loadfile $(ARGS)
 
+test-cluster: $(VENV)/.test ## Run the tests that need a Kubernetes cluster, in namespaces of their own (KUBE_CONTEXT=)
+	@KUBE_CONTEXT="$(KUBE_CONTEXT)" $(PYTEST) -m cluster tests/cluster $(ARGS)
+
 test-all: export NS_LONG_TESTS := 1
 
 test-all: test test-integration test-containers ## Run all tests

@@ -12,13 +12,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from images import build
 from k8s import doctor, images, manifests
+from k8s.changes import ABSENT_WEBHOOKS, UNKNOWN_KIND, ClaimChange, DryRun, plan_claims, release_pods, try_objects
+from k8s.dns import DNS_POLICY, find_dns_peers
 from k8s.doctor import Requirements
-from k8s.kubectl import K8sObject, Kubectl, list_contexts
-from k8s.manifests import ObjectKey, RenderedOverlay, make_list_object
+from k8s.kubectl import ClusterUnreachableError, ForbiddenError, K8sObject, Kubectl, list_contexts
+from k8s.manifests import DEFAULT_GPU_TYPE, ObjectKey, RenderedOverlay, make_list_object
+from k8s.node_room import find_rooms, fit_resources
 from k8s.release import CONFIG_MAP_NAME, SERVER_SIDE, Release, merge_keys
 from k8s.rollout import WorkloadRow, list_workload_rows, wait_until_ready
 from ns import __version__
@@ -27,12 +31,15 @@ from ns.core.errors import ClusterError, ConfigError, Interrupted, RunError
 from ns.runs.records import utc_timestamp
 from pipelines import upload
 from pipelines.kfp_client import KfpClient, stage_names
+from pipelines.placement import PLACEMENT_INPUTS
 
 KIND_CONTEXT_PREFIX = "kind-"
 APPLY_SECONDS = 300
 RETRY_SECONDS = 5.0
+PATIENCE_SECONDS = 300.0
+"""For an API server that restarts."""
 # Temporary errors: a webhook whose pods are starting, a kind that the server has not registered yet.
-TRANSIENT_ERRORS = ("failed calling webhook", "no matches for kind", "no endpoints available", "ensure CRDs are installed")
+TRANSIENT_ERRORS = (*ABSENT_WEBHOOKS, UNKNOWN_KIND, "ensure CRDs are installed")
 
 KEPT_KINDS = ("Namespace", "CustomResourceDefinition", "PersistentVolume", "PersistentVolumeClaim", "Secret")
 """Kinds with data, and the keys to it: undeploying keeps them unless `delete_data`."""
@@ -157,7 +164,7 @@ def deploy_overlay(options: DeployOptions, say: Say, ask: Ask | None, show: Call
     """
     target = choose_target(options, "Deploy", ask)
     kubectl = target.kubectl
-    names, rendered = _render_target(target, options)
+    names, rendered = _render_target(target, options, say)
     release = target.releases.get(rendered.namespace)
     if release and release.overlay != target.overlay:
         doubt = f"overlay {release.overlay} is deployed in {rendered.namespace} on {target.context}, not {target.overlay}"
@@ -172,9 +179,11 @@ def deploy_overlay(options: DeployOptions, say: Say, ask: Ask | None, show: Call
     )
     if options.preflight:
         _run_preflight(kubectl, rendered, show)
+    kubectl.patience_seconds = PATIENCE_SECONDS
+    remade = _plan_changes(kubectl, rendered, options, say)
     if not options.images:
         images.provide_images(names, say, cluster=target.local, options=options.build)
-    release = _apply_overlay(kubectl, rendered, release, names[images.WORKER_IMAGE_NAME], options, say)
+    release = _apply_overlay(kubectl, rendered, release, names[images.WORKER_IMAGE_NAME], remade, options, say)
     # The namespace of a team uses the pipelines of the platform.
     if any((key.kind, key.name) == ("CronJob", UPLOADER) for key in rendered.keys):
         uploaded = _upload_pipelines(kubectl, rendered.namespace, packages, options, say)
@@ -204,17 +213,44 @@ def _upload_pipelines(
     return uploaded
 
 
-def _render_target(target: DeployTarget, options: DeployOptions) -> tuple[dict[str, str], RenderedOverlay]:
+def _render_target(target: DeployTarget, options: DeployOptions, say: Say) -> tuple[dict[str, str], RenderedOverlay]:
     """Returns the names of the images, and the objects with these images."""
     worker = options.worker or ("worker" if target.local else "worker-cuda")
     names = images.plan_images(options.registry, options.images, worker, local=target.local is not None, options=options.build)
     rendered = manifests.render_overlay(target.kubectl, target.overlay, names, options.without)
+    if any(key.kind == "NetworkPolicy" and key.name == DNS_POLICY for key in rendered.keys):
+        rendered = rendered.with_dns_peers(find_dns_peers(target.kubectl))
+    inputs = _read_inputs(rendered)
+    rendered = rendered.with_gpu_type(inputs.get("gpu_type", DEFAULT_GPU_TYPE))
+    filled = _fit_resources(target.kubectl, rendered, inputs, say)
     # Kustomize sets images of containers only; those of the run form are inputs.
     return names, rendered.with_inputs(
         PLACEMENT_CONFIG_MAP,
         PLACEMENT_KEY,
-        {"worker_image": names[images.WORKER_IMAGE_NAME], "tools_image": names[images.TOOLS_IMAGE_NAME]},
+        {**filled, "worker_image": names[images.WORKER_IMAGE_NAME], "tools_image": names[images.TOOLS_IMAGE_NAME]},
     )
+
+
+def _read_inputs(rendered: RenderedOverlay) -> dict[str, Any]:
+    """The defaults of the run form that the overlay sets; none if they are not readable, which uploading the pipelines tells."""
+    with contextlib.suppress(ValueError):
+        value = json.loads(rendered.read_config_map(PLACEMENT_CONFIG_MAP).get(PLACEMENT_KEY) or "{}")
+        return value if isinstance(value, dict) else {}
+    return {}
+
+
+def _fit_resources(kubectl: Kubectl, rendered: RenderedOverlay, inputs: dict[str, Any], say: Say) -> dict[str, str]:
+    """Returns CPUs and memory of trainings and labeling tasks where the pipeline's defaults fit no node, and says so."""
+    try:
+        nodes, pods = kubectl.list_objects("nodes"), kubectl.list_objects("pods")
+    except ForbiddenError:
+        return {}
+    workloads = [item for key, item in zip(rendered.keys, rendered.objects, strict=True) if key in rendered.workloads]
+    defaults = {name: spec.default for name, spec in PLACEMENT_INPUTS.items()}
+    filled, lines = fit_resources(nodes, find_rooms(nodes, pods, workloads), inputs, defaults)
+    for line in lines:
+        say(line)
+    return filled
 
 
 def _run_preflight(kubectl: Kubectl, rendered: RenderedOverlay, show: Callable[[list[Diagnostic]], None]) -> None:
@@ -229,8 +265,49 @@ def _run_preflight(kubectl: Kubectl, rendered: RenderedOverlay, show: Callable[[
         )
 
 
+RemadeSets = dict[ObjectKey, list[ClaimChange]]
+"""StatefulSets that are made again around their pods and volumes → what happens to their claims."""
+
+
+def _plan_changes(kubectl: Kubectl, rendered: RenderedOverlay, options: DeployOptions, say: Say) -> RemadeSets:
+    """Tries all objects by a dry run. Raises ClusterError, before anything is changed, if the cluster refuses one."""
+    dry_run = try_objects(kubectl, rendered.objects, force=options.force_conflicts)
+    remade = _find_remade_sets(kubectl, rendered, dry_run)
+    # Jobs are deleted before they are applied.
+    refused = [
+        item for item in dry_run.refusals if item.key not in remade and not (item.is_immutable and item.key.kind == "Job")
+    ]
+    if refused:
+        advice = "remove these fields from the overlay, or take them over with --force-conflicts"
+        lines = [f"{item.key}: {item.reason}{f'; {advice}' if item.is_conflict else ''}" for item in refused]
+        raise ClusterError("\n  ".join(["nothing was changed: the cluster refuses", *lines]))
+    untried = f"; {len(dry_run.untried)} follow the namespace or the kind that comes with them" if dry_run.untried else ""
+    say(f"the cluster takes all {len(rendered.objects) - len(dry_run.untried)} objects in a dry run{untried}")
+    for line in _describe_remade_sets(remade):
+        say(line)
+    return remade
+
+
+def _find_remade_sets(kubectl: Kubectl, rendered: RenderedOverlay, dry_run: DryRun) -> RemadeSets:
+    keys = {item.key for item in dry_run.refusals if item.is_immutable and item.key.kind == "StatefulSet"}
+    objects = zip(rendered.keys, rendered.objects, strict=True)
+    return {key: plan_claims(kubectl, resource) for key, resource in objects if key in keys}
+
+
+def _describe_remade_sets(remade: RemadeSets) -> Iterator[str]:
+    for key, claims in remade.items():
+        yield f"{key}: is made again around its pods and volumes, since its claims cannot be changed in place"
+        yield from (f"{claim.key}: {claim.note}" for claim in claims)
+
+
 def _apply_overlay(
-    kubectl: Kubectl, rendered: RenderedOverlay, release: Release | None, worker_image: str, options: DeployOptions, say: Say
+    kubectl: Kubectl,
+    rendered: RenderedOverlay,
+    release: Release | None,
+    worker_image: str,
+    remade: RemadeSets,
+    options: DeployOptions,
+    say: Say,
 ) -> Release:
     """Applies all objects, deletes old ones, and waits for the workloads. Returns the release, still under way."""
     namespace = rendered.namespace
@@ -251,6 +328,9 @@ def _apply_overlay(
         say(f"apply {len(objects)} {name}")
         if name == "jobs":
             _clear_jobs(kubectl, objects, say)
+        for key in map(ObjectKey.from_object, objects):
+            if key in remade:
+                release_pods(kubectl, key, remade[key])
         _apply_phase(kubectl, objects, options, say)
         if number == 0:
             definitions = [
@@ -299,7 +379,8 @@ def _apply_phase(kubectl: Kubectl, objects: Sequence[K8sObject], options: Deploy
                 raise ClusterError(
                     f"{text}; another manager owns these fields: remove them from the overlay, or take them over with --force-conflicts"
                 ) from error
-            if not any(mark in text for mark in TRANSIENT_ERRORS) or time.monotonic() - started > APPLY_SECONDS:
+            is_transient = isinstance(error, ClusterUnreachableError) or any(mark in text for mark in TRANSIENT_ERRORS)
+            if not is_transient or time.monotonic() - started > APPLY_SECONDS:
                 raise
             say(f"  retry in {RETRY_SECONDS:g} s")
             time.sleep(RETRY_SECONDS)
@@ -346,13 +427,15 @@ def _clear_jobs(kubectl: Kubectl, objects: Sequence[K8sObject], say: Say) -> Non
 
 
 def _delete_objects(kubectl: Kubectl, keys: Sequence[ObjectKey], *, seconds: float = 120) -> None:
-    """Deletes objects that exist, and waits until they are gone."""
-    for key in keys:
-        kind = f"{key.kind.lower()}{f'.{key.group}' if key.group else ''}"
-        namespace_options = [f"--namespace={key.namespace}"] if key.namespace else []
+    """Deletes objects that exist, and waits until they are gone. Neighbors of one kind and namespace go in one call."""
+    for (kind, namespace), group in groupby(
+        keys, key=lambda key: (f"{key.kind}.{key.group}".rstrip(".").lower(), key.namespace)
+    ):
+        namespace_options = [f"--namespace={namespace}"] if namespace else []
+        names = [key.name for key in group]
         try:
             kubectl.run_command(
-                *("delete", kind, key.name, *namespace_options, "--ignore-not-found", f"--timeout={seconds:g}s"),
+                *("delete", kind, *names, *namespace_options, "--ignore-not-found", f"--timeout={seconds:g}s"),
                 seconds=seconds + 10,
             )
         except ClusterError as error:
@@ -402,6 +485,7 @@ def undeploy_overlay(options: DeployOptions, say: Say, ask: Ask | None, *, delet
     """
     target = choose_target(options, "Remove", ask)
     kubectl, (release, namespace) = target.kubectl, target.find_release()
+    kubectl.patience_seconds = PATIENCE_SECONDS
     if release is None:
         say(f"nothing is deployed on {target.context}" + (f" of overlay {options.overlay}" if options.overlay else ""))
         return False
@@ -418,9 +502,13 @@ def undeploy_overlay(options: DeployOptions, say: Say, ask: Ask | None, *, delet
     if release.state != "removed" or delete_data:
         release = _save_release(kubectl, namespace, release, state="under way")
     namespaces = [key for key in deleted if key.kind == "Namespace"]
-    for key in manifests.sort_for_deletion(key for key in deleted if key.kind != "Namespace"):
-        say(f"{key}: deleting")
-        _delete_objects(kubectl, [key])
+    for _, group in groupby(
+        manifests.sort_for_deletion(set(deleted) - set(namespaces)), key=lambda key: (key.kind, key.namespace)
+    ):
+        keys = list(group)
+        for key in keys:
+            say(f"{key}: deleting")
+        _delete_objects(kubectl, keys)
     if delete_data:
         _delete_claims(kubectl, release, say)
         # The record is in one of the namespaces, and needed until the others are gone.
@@ -445,23 +533,36 @@ def _delete_claims(kubectl: Kubectl, release: Release, say: Say) -> None:
 
 
 def diff_overlay(options: DeployOptions, say: Say, ask: Ask | None) -> str:
-    """Returns what `deploy` would change, as `kubectl diff` shows it; empty if nothing."""
+    """Returns what `deploy` would change; empty if nothing.
+
+    As `kubectl diff` shows it, and a line for each object that the cluster refuses (`!`), that comes with a new namespace or kind (`+`),
+    or that is no longer in the overlay (`-`).
+    """
     target = choose_target(options, "Compare", ask)
-    _, rendered = _render_target(target, options)
+    _, rendered = _render_target(target, options, say)
     release = target.releases.get(rendered.namespace)
     if release is None:
         return "".join(f"+ {key}\n" for key in rendered.keys)
-    # Jobs cannot be changed, only replaced.
-    objects = [resource for resource in rendered.objects if resource["kind"] != "Job"]
+    dry_run = try_objects(target.kubectl, rendered.objects)
+    remade = _find_remade_sets(target.kubectl, rendered, dry_run)
+    # kubectl shows no difference at all if it cannot tell that of one object.
+    hidden = {item.key for item in dry_run.refusals if not item.is_conflict} | dry_run.untried
+    objects = [
+        item for key, item in zip(rendered.keys, rendered.objects, strict=True) if key not in hidden and key.kind != "Job"
+    ]
     shown = target.kubectl.run_command(
-        *("diff", *SERVER_SIDE),
+        *("diff", *SERVER_SIDE, "--force-conflicts"),
         stdin=json.dumps(make_list_object(objects)),
         seconds=APPLY_SECONDS,
         accepted_codes=(0, 1),
     )
-    removed = [key for key in manifests.find_removed_keys(release.objects, rendered.keys) if key.kind not in KEPT_KINDS]
+    lines = [f"! {line}" for line in _describe_remade_sets(remade)]
+    lines += [f"! {item.key}: {item.reason}" for item in dry_run.refusals if item.key not in remade]
+    lines += [f"+ {key}" for key in sorted(dry_run.untried)]
+    removed = manifests.find_removed_keys(release.objects, rendered.keys)
+    lines += [f"- {key}" for key in removed if key.kind not in KEPT_KINDS]
     say(f"{target.overlay} on {target.context}, deployed {release.changed_at}")
-    return shown + "".join(f"- {key}\n" for key in removed)
+    return shown + "".join(f"{line}\n" for line in lines)
 
 
 class PlatformStatus(NamedTuple):

@@ -1,10 +1,12 @@
 """Diagnoses a cluster: what would stop a deployment or a run, asked through kubectl.
 
-`fetch_state` fetches, and everything else is a pure function of its result. Nothing in the cluster is changed.
+`fetch_state` fetches, and everything else is a pure function of its result. Nothing in the cluster is changed, but for one pod that looks
+up names where Kubeflow is installed, and is deleted.
 """
 
 import contextlib
 import json
+import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,10 +17,13 @@ import yaml
 
 from k8s import versions
 from k8s.kubectl import ForbiddenError, K8sObject, Kubectl
+from k8s.name_probe import find_unresolved_names
 from k8s.versions import DISPLAY_NAMES, SUPPORTED, Version, format_version
 from ns.core.diagnostics import Diagnostic
 from ns.core.errors import ClusterError
 
+PATIENCE_SECONDS = 120.0
+"""For an API server that restarts while it is asked."""
 RUNNER_ACCOUNT = "pipeline-runner"
 """The service account that KFP's pods run as."""
 STORAGE_SECRET = "mlpipeline-minio-artifact"
@@ -117,6 +122,8 @@ class ClusterState:
     """Context and server, for people."""
     objects: dict[str, list[K8sObject]] = field(default_factory=dict)
     denied: dict[str, str] = field(default_factory=dict)
+    names: dict[str, bool] = field(default_factory=dict)
+    """Name → whether pods of runs can look it up; empty if that was not tried."""
     permissions: dict[str, dict[Permission, bool | None]] = field(default_factory=dict)
     """Subject ("" for the user) → permission → whether allowed; None where that may not be asked."""
 
@@ -139,6 +146,8 @@ def examine_cluster(kubectl: Kubectl, requirements: Requirements) -> list[Diagno
 def fetch_state(kubectl: Kubectl, requirements: Requirements) -> ClusterState:
     """Fetches what `diagnose` needs. Raises ClusterError if the cluster does not answer."""
     reply = json.loads(kubectl.run_command("version", "--output=json"))
+    # It answers: if it stops, it restarts.
+    kubectl.patience_seconds = max(kubectl.patience_seconds, PATIENCE_SECONDS)
     cluster = ClusterState(
         versions.parse_version(reply.get("serverVersion", {}).get("gitVersion", "")),
         versions.parse_version(reply.get("clientVersion", {}).get("gitVersion", "")),
@@ -183,10 +192,28 @@ def fetch_state(kubectl: Kubectl, requirements: Requirements) -> ClusterState:
             namespace = controller[0]["metadata"]["namespace"]
             calls["argo-config"] = partial(fetch_object, "configmap", ARGO_CONFIG_MAP, namespace)
         fetch_all(calls)
+        _try_names(cluster, kubectl, run_namespace)
         for subject, permissions in _collect_questions(cluster, requirements).items():
             answers = threads.map(partial(is_allowed, kubectl, subject=subject), permissions)
             cluster.permissions[subject] = dict(zip(permissions, answers, strict=True))
     return cluster
+
+
+def _try_names(cluster: ClusterState, kubectl: Kubectl, run_namespace: str) -> None:
+    server = next(_find_containers(cluster, "kfp"), None)
+    # Kubeflow's own pods wait for others in a small image with a shell, which nodes have, from wherever they take images.
+    containers = server[0]["spec"]["template"]["spec"].get("initContainers") if server else None
+    if not server or not containers:
+        return
+    settings = next(iter(cluster.get_objects("settings")), {})
+    store = urllib.parse.urlsplit((settings.get("data") or {}).get("AWS_ENDPOINT_URL", "")).hostname
+    names = ["kubernetes.default", f"ml-pipeline.{server[0]['metadata']['namespace']}", *([store] if store else [])]
+    try:
+        unresolved = find_unresolved_names(kubectl, run_namespace, containers[0]["image"], names)
+    except ClusterError as error:
+        cluster.denied["names"] = str(error)
+    else:
+        cluster.names = {name: name not in unresolved for name in names}
 
 
 def is_allowed(kubectl: Kubectl, permission: Permission, subject: str = "") -> bool | None:
@@ -234,6 +261,7 @@ def diagnose(cluster: ClusterState, requirements: Requirements) -> list[Diagnost
         *_check_pod_monitor(cluster, requirements),
         *_check_gpu_exporter(cluster),
         *_check_settings(cluster, requirements),
+        *_check_names(cluster),
         *_check_permissions(cluster),
     ]
 
@@ -643,6 +671,23 @@ def _check_settings(cluster: ClusterState, requirements: Requirements) -> Iterat
         options = "--from-literal=accesskey=… --from-literal=secretkey=…"
         fix = f"kubectl -n {run_namespace} create secret generic {STORAGE_SECRET} {options}"
         yield _warned("storage-secret", f"no {name}: pods need credentials of their own (workload identity)", fix)
+
+
+def _check_names(cluster: ClusterState) -> Iterator[Diagnostic]:
+    if "names" in cluster.denied:
+        yield _warned(
+            "names", f"could not be tried from inside: {cluster.denied['names']}", "try it with the rights to create pods"
+        )
+    unresolved = [name for name, resolved in cluster.names.items() if not resolved]
+    if unresolved:
+        detail = f"pods of runs cannot look up {', '.join(unresolved)}"
+        yield _failed(
+            "names",
+            detail,
+            "let them ask the cluster's DNS (docs/security.md, Network): kubectl get networkpolicy",
+        )
+    elif cluster.names:
+        yield _passed("names", f"pods of runs look up {', '.join(cluster.names)}")
 
 
 def runner_permissions(run_namespace: str, trainer: bool) -> tuple[Permission, ...]:

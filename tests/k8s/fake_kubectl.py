@@ -26,6 +26,9 @@ def singular(kind):
     return kind[:-1] if kind.endswith("s") and not kind.endswith(("class", "prometheus")) else kind
 
 
+ADVICE = "Please review the fields above--they currently have other managers. Here\nare the ways you can resolve this warning:"
+
+
 class Fake:
     """A cluster in a folder, and kubectl on the PATH that talks to it."""
 
@@ -153,6 +156,10 @@ class Program:
         print(json.dumps(value))
 
     def do_get(self):
+        if "raw" in self.options:
+            answer = self.state.get("raw", {}).get(self.options["raw"])
+            print(json.dumps(answer)) if answer else self.fail("Error from server (NotFound): the server could not find it")
+            return
         kind, names = self.words[1], self.words[2:]
         found = [one for kind in kind.split(",") for one in self.found(kind, names)]
         if names:
@@ -184,25 +191,47 @@ class Program:
     def do_apply(self):
         force = "force-conflicts" in self.options
         dry = self.options.get("dry-run") == "server"
+        errors = []
         for number, one in enumerate(self.documents()):
             if self.rule and number >= self.rule["after"]:
                 self.rule["times"] = self.rule["times"] and self.rule["times"] - 1
                 self.save()
                 self.fail(self.rule["stderr"], self.rule["code"])
             there = next((old for old in self.state["objects"] if key(old) == key(one)), None)
-            if one["kind"] == "Job" and there and there["spec"]["template"] != one["spec"]["template"]:
-                self.save()
-                self.fail(f'The Job "{one["metadata"]["name"]}" is invalid: spec.template: Invalid value: field is immutable')
+            if error := self.refusal(one, there, force):
+                errors.append(error)
+                continue
+            group = "." + one["apiVersion"].partition("/")[0] if "/" in one["apiVersion"] else ""
+            name = f"{one['kind'].lower()}{group}/{one['metadata']['name']}"
+            print(f"{name} serverside-applied{' (server dry run)' if dry else ''}")
             if dry:
                 continue
             if there:
-                if there["metadata"].get("foreign") and not force:
-                    self.save()
-                    self.fail('error: Apply failed with 1 conflict: conflict with "other": .spec.replicas')
                 self.state["objects"].remove(there)
             self.state["objects"].append({**one, "status": self.status(one)})
-            group = one["apiVersion"].partition("/")[0] if "/" in one["apiVersion"] else ""
-            print(f"{one['kind'].lower()}{'.' + group if group else ''}/{one['metadata']['name']} serverside-applied")
+        if not dry:
+            self.save()
+        if errors:
+            self.fail("\n".join(errors))
+
+    def refusal(self, one, there, force):
+        name = one["metadata"]["name"]
+        if there is None:
+            return ""
+        if one["kind"] == "Job" and there["spec"]["template"] != one["spec"]["template"]:
+            return f'The Job "{name}" is invalid: spec.template: Invalid value: field is immutable'
+        if one["kind"] == "StatefulSet" and there["spec"].get("volumeClaimTemplates") != one["spec"].get(
+            "volumeClaimTemplates"
+        ):
+            return f'The StatefulSet "{name}" is invalid: spec: Forbidden: updates to statefulset spec are forbidden'
+        if there["metadata"].get("foreign") and not force:
+            return f'error: Apply failed with 1 conflict: conflict with "other": .spec.replicas\n{ADVICE}'
+        return ""
+
+    def do_patch(self):
+        (one,) = self.found(self.words[1], self.words[2:3])
+        storage = json.loads(self.options["patch"])["spec"]["resources"]["requests"]["storage"]
+        one["spec"]["resources"]["requests"]["storage"] = storage
         self.save()
 
     def status(self, one):

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from k8s import deploy, manifests, rollout
+from k8s import deploy, kubectl, manifests, rollout
 from k8s.__main__ import app
 from k8s.deploy import DeployOptions, deploy_overlay, undeploy_overlay
 from k8s.release import CONFIG_MAP_NAME
@@ -199,7 +199,9 @@ def test_deploy_without_permission_changes_nothing(world):
 
 
 def test_deploy_continues_after_a_refused_permission(world):
-    world.cluster.rule(r"apply .*", stderr='Error from server (Forbidden): namespaces is forbidden: User "eve"', times=1)
+    world.cluster.rule(
+        r"apply --server-side", stderr='Error from server (Forbidden): namespaces is forbidden: User "eve"', times=1
+    )
     with pytest.raises(ClusterError, match="ask for that right"):
         world.deploy(preflight=False)
     assert world.deploy().state == "complete"
@@ -213,6 +215,79 @@ def test_deploy_takes_over_fields_only_with_force_conflicts(world):
     with pytest.raises(ClusterError, match="--force-conflicts"):
         world.deploy()
     assert world.deploy(force_conflicts=True).state == "complete"
+
+
+def test_deploy_tries_everything_before_it_changes_anything(world):
+    world.deploy()
+    world.cluster.forget()
+    foreign = [item for item in world.cluster.load() if item["metadata"]["name"] in ("mysql-pv-claim", "noisy-student")]
+    for item in foreign:
+        item["metadata"]["foreign"] = True
+    world.cluster.save()
+    with pytest.raises(ClusterError) as refused:
+        world.deploy()
+    lines = str(refused.value).splitlines()
+    assert lines[0] == "nothing was changed: the cluster refuses"
+    assert {line.split(": Apply failed")[0].strip() for line in lines[1:]} == {
+        "PersistentVolumeClaim kubeflow/mysql-pv-claim",
+        "ConfigMap kubeflow/noisy-student",
+    }
+    assert "--force-conflicts" in lines[1]
+    assert world.applied() == []
+    assert world.cluster.calls(r" (delete|patch) ") == []
+
+
+def claim(size, class_name="standard"):
+    spec = {"storageClassName": class_name, "resources": {"requests": {"storage": size}}}
+    return thing("PersistentVolumeClaim", "data-seaweedfs-0", "kubeflow", spec=spec)
+
+
+def overlay_with_claim(size):
+    template = {"metadata": {"name": "data"}, "spec": {"resources": {"requests": {"storage": size}}}}
+    objects = overlay()
+    (store,) = [item for item in objects if item["kind"] == "StatefulSet"]
+    store["spec"]["volumeClaimTemplates"] = [template]
+    return objects
+
+
+@pytest.mark.parametrize(
+    ("size", "expandable", "result", "note"),
+    [
+        ("100Gi", True, "100Gi", "is enlarged from 10Gi to 100Gi"),
+        ("100Gi", False, "10Gi", "keeps its 10Gi, not 100Gi: storage class standard does not enlarge volumes"),
+        ("5Gi", True, "10Gi", "keeps its 10Gi: a volume cannot be made smaller"),
+    ],
+)
+def test_stateful_set_is_made_again_around_its_volumes(world, capsys, size, expandable, result, note):
+    world.render(overlay_with_claim("10Gi"))
+    world.deploy()
+    world.cluster.load().append(claim("10Gi"))
+    next(item for item in world.cluster.state["objects"] if item["kind"] == "StorageClass")["allowVolumeExpansion"] = expandable
+    world.cluster.save()
+    world.render(overlay_with_claim(size))
+    world.cluster.forget()
+    assert run_app(app, ["diff", "--context=kind-test", *(f"--image={name}" for name in IMAGES)], "make") == 0
+    shown = capsys.readouterr().out
+    assert "! StatefulSet kubeflow/seaweedfs: is made again around its pods and volumes" in shown
+    assert f"! PersistentVolumeClaim kubeflow/data-seaweedfs-0: {note}\n" in shown
+    assert world.cluster.calls(r" (delete|patch) ") == []
+    assert world.deploy().state == "complete"
+    assert f"PersistentVolumeClaim kubeflow/data-seaweedfs-0: {note}" in world.said
+    (deleted,) = world.cluster.calls(r" delete ")
+    assert "delete statefulset.apps seaweedfs" in deleted
+    assert "--cascade=orphan" in deleted
+    found = {item["metadata"]["name"]: item for item in world.cluster.load()}
+    assert found["data-seaweedfs-0"]["spec"]["resources"]["requests"]["storage"] == result
+    assert found["seaweedfs"]["spec"]["volumeClaimTemplates"][0]["spec"]["resources"]["requests"]["storage"] == size
+
+
+def test_deploy_outlives_a_restart_of_the_api_server(world, monkeypatch):
+    monkeypatch.setattr(kubectl, "RETRY_SECONDS", 0.05)
+    refused = "The connection to the server was refused - did you specify the right host or port?"
+    world.cluster.rule(r"apply --server-side", stderr=refused, times=1, after=3)
+    world.cluster.rule(r"get .*statefulsets", stderr=refused, times=2)
+    assert world.deploy().state == "complete"
+    assert any("retry in" in line for line in world.said)
 
 
 @pytest.mark.parametrize(
@@ -387,7 +462,26 @@ def test_diff_shows_changes_and_changes_nothing(world, capsys):
     world.render(changed)
     assert run_app(app, options, "make") == 0
     assert capsys.readouterr().out == "+ ConfigMap/noisy-student\n- Widget kubeflow/one\n"
-    assert world.cluster.calls(r" (apply|delete|create) ") == []
+    assert not [call for call in world.cluster.calls(r" (apply|delete|create) ") if "--dry-run=server" not in call]
+
+
+def test_diff_tells_conflicts_among_the_differences(world, capsys):
+    world.deploy()
+    changed = overlay()
+    changed[4]["data"] = {"AWS_REGION": "eu-west-1"}
+    world.render([*changed, thing("ConfigMap", "new", "team")])
+    next(item for item in world.cluster.load() if item["metadata"]["name"] == "mysql-pv-claim")["metadata"]["foreign"] = True
+    world.cluster.save()
+    world.cluster.forget()
+    assert run_app(app, ["diff", "--context=kind-test", *(f"--image={name}" for name in IMAGES)], "make") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "+ ConfigMap/noisy-student" in lines
+    assert (
+        '! PersistentVolumeClaim kubeflow/mysql-pv-claim: Apply failed with 1 conflict: conflict with "other": .spec.replicas'
+        in lines
+    )
+    assert "+ ConfigMap team/new" in lines
+    assert not [call for call in world.cluster.calls(r" (apply|delete|create|patch) ") if "--dry-run=server" not in call]
 
 
 def test_status_shows_release_and_workloads(world, capsys):

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from k8s import doctor
 from k8s.doctor import Permission, Requirements, examine_cluster, selector_matches
 from k8s.kubectl import Kubectl, NotFoundError, classify_failure
 from ns.core.errors import ClusterError
@@ -305,3 +306,28 @@ def test_check_storage_warns_of_several_defaults(objects):
     annotations = {"storageclass.kubernetes.io/is-default-class": "true"}
     objects.append(thing("StorageClass", "fast", api="storage.k8s.io/v1", annotations=annotations))
     assert find_bad(objects)["storage-class"].detail == "2 defaults (fast, standard): Kubernetes takes the newest"
+
+
+@pytest.mark.parametrize(
+    ("unresolved", "expected"),
+    [
+        ([], (True, "pods of runs look up kubernetes.default, ml-pipeline.kubeflow, seaweedfs.kubeflow")),
+        (["seaweedfs.kubeflow"], (False, "pods of runs cannot look up seaweedfs.kubeflow")),
+        (ClusterError("no room"), (False, "could not be tried from inside: no room")),
+    ],
+)
+def test_names_are_tried_from_inside(objects, monkeypatch, unresolved, expected):
+    server = next(item for item in objects if item["metadata"]["name"] == "ml-pipeline")
+    server["spec"]["template"]["spec"]["initContainers"] = [{"name": "wait", "image": "mirror.example/alpine:3.23"}]
+    asked = []
+
+    def find(kubectl, namespace, image, names):
+        asked.append((namespace, image))
+        if isinstance(unresolved, ClusterError):
+            raise unresolved
+        return unresolved
+
+    monkeypatch.setattr(doctor, "find_unresolved_names", find)
+    (found,) = [finding for finding in run_diagnosis(objects) if finding.name == "names"]
+    assert (found.ok, found.detail) == expected
+    assert asked == [("kubeflow", "mirror.example/alpine:3.23")]

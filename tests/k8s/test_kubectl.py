@@ -6,7 +6,16 @@ import subprocess
 
 import pytest
 
-from k8s.kubectl import ClusterUnreachableError, ForbiddenError, Kubectl, NotFoundError, classify_failure, list_contexts
+from k8s import kubectl
+from k8s.kubectl import (
+    ClusterUnreachableError,
+    ForbiddenError,
+    Kubectl,
+    LoginError,
+    NotFoundError,
+    classify_failure,
+    list_contexts,
+)
 from ns.cli.app import run_command_line
 from ns.core.errors import ClusterError
 from tests.k8s.fake_kubectl import Fake
@@ -22,7 +31,7 @@ from tests.k8s.fake_kubectl import Fake
         ),
         ('Error from server (NotFound): configmaps "x" not found', NotFoundError, "not found"),
         ('error: the server doesn\'t have a resource type "podmonitors"', NotFoundError, "resource type"),
-        ("error: You must be logged in to the server (Unauthorized)", ClusterUnreachableError, "log in to the cluster again"),
+        ("error: You must be logged in to the server (Unauthorized)", LoginError, "log in to the cluster again"),
         (
             "E1125 21:00:00.1 1 memcache.go:265] couldn't get current server API group list\n"
             "The connection to the server localhost:8080 was refused - did you specify the right host or port?",
@@ -55,6 +64,28 @@ def test_run_command_ends_kubectl_that_hangs(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     with pytest.raises(ClusterUnreachableError, match=r"no answer in 0\.2 s"):
         Kubectl().run_command("version", seconds=0.2)
+
+
+REFUSED = "The connection to the server was refused - did you specify the right host or port?"
+
+
+def test_patient_kubectl_outlives_a_restart_of_the_api_server(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(kubectl, "RETRY_SECONDS", 0.01)
+    cluster = Fake(tmp_path, monkeypatch)
+    cluster.rule("get pods", stderr=REFUSED, times=2)
+    assert Kubectl("kind-test", patience_seconds=60).list_objects("pods") == []
+    assert capsys.readouterr().err.count("asking again for up to 60 s") == 1
+    cluster.rule("get pods", stderr=REFUSED, times=1)
+    with pytest.raises(ClusterUnreachableError):
+        Kubectl("kind-test").list_objects("pods")
+
+
+def test_patient_kubectl_does_not_repeat_refused_calls(tmp_path, monkeypatch):
+    cluster = Fake(tmp_path, monkeypatch)
+    cluster.rule("get pods", stderr="error: You must be logged in to the server (Unauthorized)")
+    with pytest.raises(LoginError):
+        Kubectl("kind-test", patience_seconds=60).list_objects("pods")
+    assert len(cluster.calls("get pods")) == 1
 
 
 def test_other_program_called_kubectl_is_an_error(monkeypatch, tmp_path):

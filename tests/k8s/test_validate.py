@@ -125,6 +125,35 @@ def test_tenant_overlay_uses_the_namespace_of_the_team(copy):
     assert "CronJob" not in {item["kind"] for item in objects}
 
 
+@pytest.mark.integration
+def test_tenant_overlay_leaves_other_pods_of_the_profile_alone():
+    objects = validate.build_folder(K8S / "overlays/tenant")
+    policies = [item for item in objects if item["kind"] == "NetworkPolicy"]
+    assert policies
+    for policy in policies:
+        assert policy["spec"]["podSelector"]["matchLabels"]["app.kubernetes.io/part-of"] == "noisy-student", policy["metadata"]
+    (namespace,) = [item for item in objects if item["kind"] == "Namespace"]
+    assert "pod-security.kubernetes.io/enforce" not in namespace["metadata"]["labels"]
+
+
+def test_training_runtime_retries_nothing_and_keeps_the_reason():
+    runtime = yaml.safe_load((K8S / "components" / "trainer" / "trainingruntime-noisy-student.yaml").read_text())
+    jobset = runtime["spec"]["template"]["spec"]
+    assert jobset["failurePolicy"]["maxRestarts"] == 0
+    for replicated in jobset["replicatedJobs"]:
+        job = replicated["template"]["spec"]
+        assert job["backoffLimit"] == 0
+        # JobSet's webhook fills in OnFailure: the kubelet would start the container again and again.
+        assert job["template"]["spec"]["restartPolicy"] == "Never"
+        assert {item["terminationMessagePolicy"] for item in job["template"]["spec"]["containers"]} == {"FallbackToLogsOnError"}
+
+
+def test_operators_run_no_pods_of_their_choice():
+    role = yaml.safe_load((K8S / "base" / "role-noisy-student-operator.yaml").read_text())
+    created = {resource for rule in role["rules"] if "create" in rule["verbs"] for resource in rule["resources"]}
+    assert created == {"pods/portforward"}
+
+
 def test_manifests_take_nothing_from_the_network(copy):
     assert list(validate.find_remote_resources(copy)) == []
     edit(copy / "components/kubeflow/kustomization.yaml", "../../vendor/kubeflow-pipelines", "https://example.com/x?ref=v1")
