@@ -10,8 +10,9 @@ from ns.core.errors import ClusterError
 
 PROBE_SECONDS = 60
 POLL_SECONDS = 1.0
-# Side by side: a resolver that gets no answer tries each name for ten seconds and more.
-SCRIPT = 'for name in "$@"; do (getent hosts "$name" >/dev/null || echo "unresolved $name") & done; wait; echo done'
+# Network plugins let a new pod through for a few seconds, before they know it. The names side by side, since a resolver that gets no
+# answer tries each for ten seconds and more.
+SCRIPT = 'sleep 5; for name in "$@"; do (getent hosts "$name" >/dev/null || echo "unresolved $name") & done; wait; echo done'
 
 
 def find_unresolved_names(kubectl: Kubectl, namespace: str, image: str, names: Sequence[str]) -> list[str]:
@@ -24,7 +25,8 @@ def find_unresolved_names(kubectl: Kubectl, namespace: str, image: str, names: S
     name = pod["metadata"]["name"]
     kubectl.run_command("create", "--filename=-", stdin=json.dumps(pod))
     try:
-        started, status = time.monotonic(), {}
+        started = time.monotonic()
+        status: K8sObject = {}
         while time.monotonic() - started < PROBE_SECONDS + 10:
             status = (kubectl.get_object("pod", name, namespace) or {}).get("status") or {}
             if status.get("phase") in ("Succeeded", "Failed"):
