@@ -58,6 +58,7 @@ class UploadedPipeline(NamedTuple):
     version_id: str
     name: str
     version: str
+    description: str = ""
 
 
 class SubmittedRun(NamedTuple):
@@ -117,7 +118,7 @@ class KfpClient:
         self._experiments = api.ExperimentServiceApi(client)
         self._runs = api.RunServiceApi(client)
 
-    def upload_pipeline(self, package: str) -> UploadedPipeline:
+    def upload_pipeline(self, package: str, description: str = "") -> UploadedPipeline:
         """Uploads a compiled pipeline (YAML) as a version named by its digest, unless that version exists."""
         name = pipeline_name(package)
         # Where KFP keeps pipelines in Kubernetes, the versions of all pipelines share one namespace.
@@ -130,11 +131,29 @@ class KfpClient:
                 file.write_text(package, encoding="utf-8")
                 # Another client may upload it at the same moment; then the version exists.
                 with contextlib.suppress(_ConflictError):
-                    self._call_api(self._uploads.upload_pipeline_version, str(file), name=version, pipelineid=pipeline_id)
+                    self._call_api(
+                        self._uploads.upload_pipeline_version,
+                        str(file),
+                        name=version,
+                        pipelineid=pipeline_id,
+                        description=description,
+                    )
             version_id = self._find_version(pipeline_id, version)
         if version_id is None:
             raise RunError(f"{self.url}: accepted version {version} of pipeline {name} but does not list it; try again")
-        return UploadedPipeline(pipeline_id, version_id, name, version)
+        return UploadedPipeline(pipeline_id, version_id, name, version, description)
+
+    def list_versions(self, name: str) -> Iterator[UploadedPipeline]:
+        """Yields the versions of a pipeline, the newest first; none if there is no such pipeline."""
+        options = {"namespace": self.namespace} if self.namespace else {}
+        listing = self._pipelines.pipeline_service_list_pipelines
+        for pipeline in self._iterate_pages("pipelines", listing, filter=_equals_filter("name", name), **options):
+            listing = self._pipelines.pipeline_service_list_pipeline_versions
+            pipeline_id = str(pipeline.pipeline_id)
+            for entry in self._iterate_pages("pipeline_versions", listing, pipeline_id, sort_by="created_at desc"):
+                yield UploadedPipeline(
+                    pipeline_id, str(entry.pipeline_version_id), name, str(entry.display_name), str(entry.description or "")
+                )
 
     def find_run(self, name: str, experiment: str, *, excluded_states: Collection[str] = FAILED_STATES) -> SubmittedRun | None:
         """Finds the latest run of that name that is not in one of `excluded_states`."""

@@ -260,6 +260,7 @@ class KfpApi:
             pipeline_version_id=str(uuid.uuid4()),
             name=name,
             display_name=query.get("display_name") or name,
+            description=query.get("description"),
             created_at=_now(),
             pipeline_spec=dict(zip(("pipeline_spec", "platform_spec"), documents, strict=False)),
         )

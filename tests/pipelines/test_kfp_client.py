@@ -80,6 +80,15 @@ def test_upload_pipeline_by_several_clients_at_once(server, kfp):
     assert (len(kfp.all("pipelines")), len(kfp.all("pipeline_versions"))) == (1, 1)
 
 
+def test_list_versions_with_descriptions(server, kfp):
+    assert list(server.list_versions("small")) == []
+    assert kfp.all("pipelines") == []
+    first = server.upload_pipeline(make_package(), "code 1")
+    second = server.upload_pipeline(make_package(words="other"), "code 2")
+    server.upload_pipeline(make_package("another"), "code 3")
+    assert sorted(server.list_versions("small")) == sorted([first, second])
+
+
 def test_create_run_with_name_inputs_and_url(server, kfp, monkeypatch):
     run = start(server, overrides=["seed=1"])
     (made,) = kfp.all("runs")
