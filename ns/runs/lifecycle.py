@@ -10,6 +10,7 @@ from ns.config.loader import dump_experiment
 from ns.config.schema import Experiment
 from ns.core.digest import describe_code, digest_json
 from ns.core.errors import ConfigError, RunError, StoreError
+from ns.runs.order import take_number
 from ns.runs.records import (
     CONFIG_FILE,
     RUN_NAME,
@@ -69,6 +70,8 @@ def open_run(root: Store, run: str, experiment: Experiment, version: str) -> Non
             )
         started_at = existing.started_at
         delete_try_records(root, run)
+    else:
+        take_number(root, "runs", run)
     root.at(run).put(CONFIG_FILE, dump_experiment(experiment).encode())
     record = RunRecord(
         run=run,

@@ -16,6 +16,7 @@ from ns.labeling.label_set import LabelSet
 from ns.labeling.selection import Selection
 from ns.labeling.thresholds import Thresholds, find_thresholds
 from ns.modeling.manifest import ModelManifest
+from ns.runs.order import read_numbers
 from ns.runs.records import (
     CONFIG_FILE,
     RECORDS_PREFIX,
@@ -31,8 +32,10 @@ from ns.storage import Store, open_store, parent_key
 
 
 def list_runs(root: Store) -> list[RunRecord]:
-    """All runs below a root, the latest last."""
-    return sorted(RunRecord.iterate_files(root, root.list(RECORDS_PREFIX)), key=lambda record: record.started_at)
+    """All runs below a root, the one that was begun last at the end."""
+    numbers = read_numbers(root, "runs")
+    records = RunRecord.iterate_files(root, root.list(RECORDS_PREFIX))
+    return sorted(records, key=lambda record: (numbers.get(record.run, (0, "")), record.started_at))
 
 
 def resolve_run_name(root: Store, run: str = "latest") -> str:
@@ -105,19 +108,21 @@ def resolve_verdict(root: Store, name: str) -> tuple[str, Verdict]:
 def find_accepted_student(root: Store, experiment: str) -> AcceptedStudent | None:
     """The student that a gate accepted last, in any run of an experiment of this name; None if there is none.
 
-    If several runs accepted the same student, the first time counts, so that a repeated run changes nothing. Students whose folder was
+    If several runs accepted the same student, the first counts, so that a repeated run changes nothing. Students whose folder was
     removed are left out.
     """
-    accepted_students: dict[str, tuple[str, AcceptedStudent]] = {}
+    numbers = read_numbers(root, "accepted")
+    accepted_students: dict[str, tuple[tuple[int, str], str, AcceptedStudent]] = {}
     for record in list_runs(root):
         if _read_experiment_name(root, record.run) != experiment:
             continue
         for note in list_stage_notes(root, record.run, "gate"):
             verdict = Verdict.find_file(root, note.outputs["verdict"])
             if verdict and verdict.promoted and root.exists(f"{verdict.student}/{ModelManifest.filename}"):
-                acceptance = (note.finished_at, AcceptedStudent(record.run, verdict.generation, verdict.student))
-                accepted_students[verdict.student] = min(acceptance, accepted_students.get(verdict.student, acceptance))
-    return max(accepted_students.values())[1] if accepted_students else None
+                student = AcceptedStudent(record.run, verdict.generation, verdict.student)
+                place = numbers.get(verdict.student, (0, ""))
+                accepted_students.setdefault(verdict.student, (place, note.finished_at, student))
+    return max(accepted_students.values())[-1] if accepted_students else None
 
 
 def _read_experiment_name(root: Store, run: str) -> str | None:

@@ -115,7 +115,7 @@ def _note_key(run: str, generation: int, stage: str) -> str:
 
 
 def utc_timestamp() -> str:
-    """The time in UTC, to the microsecond, since records are put in order by it."""
+    """The time in UTC, to the microsecond, since the notes of a run are put in order by it."""
     return datetime.now(UTC).isoformat(timespec="microseconds")
 
 

@@ -19,6 +19,7 @@ from ns.labeling.diff import compare_label_sets
 from ns.modeling.manifest import ModelManifest
 from ns.reporting import run_metrics
 from ns.runs.lookup import open_previous_label_set, open_run_label_set
+from ns.runs.order import take_number
 from ns.runs.records import find_stage_note, list_stage_notes
 from ns.stages.context import RunRef, StageContext, TeacherSignal, stage
 from ns.stages.evaluate import evaluate_heldout, measure_gate_robustness
@@ -87,6 +88,8 @@ def gate_generation(ref: RunRef, *, data: str, generation: int, teacher: str, st
         # A run that comes to the same verdict again keeps the time at which the student was accepted.
         reused = root.exists(key) and Verdict.load_file(root, key) == verdict
         verdict.save_file(root, key)
+        if verdict.promoted:
+            take_number(root, "accepted", student)
         context.ledger.record_entry("generation", inputs, {"verdict": key}, 0.0)
         context.write_note({"verdict": key}, reused=reused, gain=verdict.gain, promoted=verdict.promoted, reason=verdict.reason)
         run_metrics.publish_verdict(verdict)
