@@ -29,6 +29,7 @@ def import_data(
     split: Annotated[str | None, typer.Option(help="Import only the rows of a table that have this split.")] = None,
     classes: Annotated[Path | None, typer.Option(help="File of class names, one per line, or a dataset.json.")] = None,
     max_side: Annotated[int | None, typer.Option(min=8, help="Shrink images to this longest side, px; default: never.")] = None,
+    max_megapixels: Annotated[int, typer.Option(min=1, max=178, help="Leave out images of more million pixels.")] = 100,
     max_rejected_share: Annotated[
         float, typer.Option(min=0, max=1, help="Fail if a larger share of images is unreadable.")
     ] = 0.1,
@@ -48,7 +49,11 @@ def import_data(
 
     configure_logging()
     config = ImportConfig(
-        max_rejected_share=max_rejected_share, shard_samples=shard_samples, shard_mib=shard_mib, max_side=max_side
+        max_rejected_share=max_rejected_share,
+        shard_samples=shard_samples,
+        shard_mib=shard_mib,
+        max_side=max_side,
+        max_megapixels=max_megapixels,
     )
     dataset = import_images(
         source,

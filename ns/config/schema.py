@@ -75,6 +75,9 @@ class ImportConfig(Section):
     """Largest size of a shard, MiB."""
     max_side: int | None = Field(default=None, ge=8, le=65536)
     """Longest side of an imported image, px; larger images are scaled down. If not given, images are kept byte for byte."""
+    max_megapixels: int = Field(default=100, ge=1, le=178)
+    """Largest image, millions of pixels. A larger one is counted, listed and left out before it is decoded: a file of 1 MB may hold 178,
+    which take 1.4 GB of memory in each process. Above 178, Pillow reads none."""
 
 
 class DataConfig(ImportConfig):

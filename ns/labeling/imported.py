@@ -113,7 +113,7 @@ def _read_tasks(data: bytes, uri: str) -> Iterator[_Row]:
 
 def _read_table(path: Any, uri: str, classes: Sequence[str]) -> Iterator[_Row]:
     try:
-        batches = open_batches(path)
+        batches = open_batches(path, uri)
         columns = {normalize_name(column).lower(): column for column in batches.schema.names}
         key_column = find_column(uri, columns, KEY_COLUMNS, "the key or path of each image")
         class_columns = match_names([normalize_name(name) for name in batches.schema.names if name != key_column], classes)[0]

@@ -173,7 +173,7 @@ def import_listing(
 
 def digest_config(config: ImportConfig) -> str:
     """Digest of the fields that decide the dataset's bytes."""
-    return digest_json([config.shard_samples, config.shard_mib, config.max_side])
+    return digest_json([config.shard_samples, config.shard_mib, config.max_side, config.max_megapixels])
 
 
 def derive_dataset_name(source: str) -> str:
@@ -371,7 +371,7 @@ def _import_task(job: _ImportJob, task: ImportTask, report_progress: Callable[[i
                     raise data
                 if job.classes is not None and class_id is None:
                     raise DataError("no label")
-                image, extension = _check_image(data, config.max_side)
+                image, extension = _check_image(data, config)
                 writer.add_image(entry.key, extension, image, class_id)
             except DataError as error:
                 rejects.append((escape_path(entry.path), str(error), class_id))
@@ -407,9 +407,10 @@ def _fetch_entries(
             yield entry, future.result()
 
 
-def _check_image(data: bytes, max_side: int | None) -> tuple[bytes, str]:
+def _check_image(data: bytes, config: ImportConfig) -> tuple[bytes, str]:
     """The bytes that go into the shard, and their extension. Raises DataError with the reason for a reject."""
-    pixels = decode_image(data)
+    max_side = config.max_side
+    pixels = decode_image(data, config.max_megapixels * 1_000_000)
     extension = _detect_extension(data)
     fits = max_side is None or max(pixels.shape[:2]) <= max_side
     if extension is not None and fits:

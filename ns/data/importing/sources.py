@@ -9,7 +9,6 @@ import gzip
 import lzma
 import os
 import re
-import shutil
 import stat
 import tarfile
 import zipfile
@@ -41,6 +40,14 @@ COMPRESSED: dict[str, Callable[..., Any]] = {
 UNPACKED_TAR = "unpacked.tar"
 ARCHIVES = (*COMPRESSED, ".zip")
 CHUNK_BYTES = 1 << 20
+MAX_UNPACKED_RATIO, MIN_UNPACKED_LIMIT = 200, 1 << 30
+"""An archive may unpack to so many times its size, and in any case to 1 GiB. Encoded images hardly shrink, raw ones by a factor of ten;
+zeros shrink by a thousand."""
+SCRATCH_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+"""What a disk says; all else is said by the archive."""
+MAX_WAYS = 100
+"""Ways by which links may lead to one folder: a few folders with links to each other make billions."""
+LOOP = "link to a folder that holds it"
 
 
 def list_entries(
@@ -78,7 +85,7 @@ def list_entries(
         )
     if role != "unlabeled":
         _check_class_folders(path)
-    return _list_blobs(path, _walk_files(path), role, scratch_dir, passed_over)
+    return _list_blobs(path, _walk_files(path, passed_over), role, scratch_dir, passed_over)
 
 
 def resolve_local_path(source: str) -> Path:
@@ -87,17 +94,28 @@ def resolve_local_path(source: str) -> Path:
     return path.absolute()
 
 
-def walk_folders(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+def walk_folders(root: Path, passed_over: Counter[str] | None = None) -> Iterator[tuple[Path, list[str], list[str]]]:
     """Each folder at and below `root` with the sorted names of its folders and files, without those that programs left there.
 
-    Links to folders are followed, as datasets are often linked into place, except those back to a parent folder.
+    Links to folders are followed, as datasets are often linked into place, except those back to a parent folder, which are counted in
+    `passed_over`. Raises DataError for a folder that cannot be read, and for one to which links lead in more than 100 ways.
     """
+    real_root = root.resolve()
+    ways: Counter[Path] = Counter()
     for current, folders, names in os.walk(root, onerror=_raise_unreadable, followlinks=True):
         parent = Path(current)
+        real = parent.resolve()
+        if real != real_root / parent.relative_to(root):
+            ways[real] += 1
+            if ways[real] > MAX_WAYS:
+                raise DataError(
+                    f"{parent}: links lead to this folder in more than {MAX_WAYS} ways; remove links between folders"
+                )
         leading = {folder.resolve() for folder in (parent, *parent.parents) if folder.is_relative_to(root)}
-        folders[:] = sorted(
-            name for name in folders if not is_left_by_program(name) and (parent / name).resolve() not in leading
-        )
+        kept = sorted(name for name in folders if not is_left_by_program(name))
+        folders[:] = [name for name in kept if (parent / name).resolve() not in leading]
+        if passed_over is not None and len(folders) < len(kept):
+            passed_over[LOOP] += len(kept) - len(folders)
         yield parent, list(folders), sorted(name for name in names if not is_left_by_program(name))
 
 
@@ -181,8 +199,8 @@ def _raise_unreadable(error: OSError) -> None:
 # Folders
 
 
-def _walk_files(root: Path) -> Iterator[BlobEntry]:
-    for parent, _, names in walk_folders(root):
+def _walk_files(root: Path, passed_over: Counter[str]) -> Iterator[BlobEntry]:
+    for parent, _, names in walk_folders(root, passed_over):
         for name in names:
             # A dangling link is listed by the link's own status; reading it fails with the reason.
             status = (parent / name).stat() if (parent / name).exists() else (parent / name).lstat()
@@ -315,33 +333,44 @@ def _unpack_tar(source: str, packed: Path, target: Path) -> Path:
     suffix = _detect_suffix(source)
     if suffix == ".tar" and _is_local(source):
         return packed
+    limit = max(MIN_UNPACKED_LIMIT, MAX_UNPACKED_RATIO * packed.stat().st_size)
     try:
         with target.open("wb") as sink:
             if suffix == ".zip":
-                _repack_zip(packed, sink)
+                _repack_zip(source, packed, sink, limit)
             else:
                 with COMPRESSED[suffix](packed, "rb") as unpacking:
-                    shutil.copyfileobj(unpacking, sink, CHUNK_BYTES)
+                    while chunk := unpacking.read(CHUNK_BYTES):
+                        sink.write(chunk)
+                        _check_unpacked(source, sink.tell(), limit)
     except DataError:
         raise
     except Exception as error:
-        # For damage, gzip and bz2 raise an OSError without an errno, zipfile one for an invalid place in the file, and others raise
+        # For damage, gzip and bz2 raise an OSError without an errno, zipfile some for places in the file that are none, and others raise
         # EOFError, BadZipFile, zlib.error, UnicodeDecodeError and more.
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        if isinstance(error, OSError) and error.errno in SCRATCH_ERRORS:
             raise make_scratch_error(target.parent, f"unpack {source}", error) from error
         raise DataError(f"{source}: not a whole archive: {escape_path(str(error) or type(error).__name__)}") from error
     return target
 
 
-def _repack_zip(packed: Path, sink: IO[bytes]) -> None:
+def _check_unpacked(source: str, size: int, limit: int) -> None:
+    if size > limit:
+        raise DataError(
+            f"{source}: decompression bomb: it unpacks to more than {limit:,} bytes; if it is none, unpack it, and import the folder"
+        )
+
+
+def _repack_zip(source: str, packed: Path, sink: IO[bytes], limit: int) -> None:
     with zipfile.ZipFile(packed) as archive, tarfile.open(fileobj=sink, mode="w:", format=tarfile.PAX_FORMAT) as tar:
+        _check_unpacked(source, sum(min(info.file_size, MAX_FILE_BYTES + 1) for info in archive.infolist()), limit)
         for info in archive.infolist():
             if info.is_dir():
                 continue
             if stat.S_ISLNK(info.external_attr >> 16):
-                raise DataError(f"{packed}: {info.filename}: a link; only plain files belong in an archive")
+                raise DataError(f"{source}: {info.filename}: a link; only plain files belong in an archive")
             if info.flag_bits & 1:
-                raise DataError(f"{packed}: {info.filename}: is encrypted; unpack the archive first")
+                raise DataError(f"{source}: {info.filename}: is encrypted; unpack the archive first")
             # Old programs of Windows write its own separator.
             windows = info.create_system == 0 and "/" not in info.filename
             member = tarfile.TarInfo(info.filename.replace("\\", "/") if windows else info.filename)

@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.dataset as pads
 
@@ -28,6 +29,10 @@ from ns.storage import open_parent, split_uri
 TABLES = (".csv", ".tsv", ".parquet", ".json")
 PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "image", "image_path")
 SPLIT_COLUMNS = ("split", "subset", "set", "partition")
+MAX_CELL_BYTES = 1 << 16
+"""A path has at most 4,096 bytes, a class's name fewer."""
+MAX_ROWS_PER_BYTE, MIN_ROW_LIMIT = 100, 1_000_000
+"""A Parquet file may have so many rows per byte, and in any case a million: one value that is repeated takes no room in it."""
 BATCH_ROWS = 10_000
 """Rows of a table in memory at a time."""
 
@@ -39,7 +44,7 @@ def list_table(source: str, role: DatasetRole, split: str | None) -> Iterator[So
     table_path = store.path(name)
     base = split_uri(source)[0] if "://" in source and not source.startswith("file://") else table_path.parent
     try:
-        batches = _open_tasks(table_path, source) if table_path.suffix.lower() == ".json" else open_batches(table_path)
+        batches = _open_tasks(table_path, source) if table_path.suffix.lower() == ".json" else open_batches(table_path, source)
         columns = {normalize_name(column).lower(): column for column in batches.schema.names}
         path_column = find_column(source, columns, PATH_COLUMNS, "the path of each image")
         label_column = None if role == "unlabeled" else find_column(source, columns, LABEL_FIELDS, "its class")
@@ -73,16 +78,41 @@ def list_table(source: str, role: DatasetRole, split: str | None) -> Iterator[So
         raise DataError(f"{source}: not a readable table: {reason}; {_describe_layout(table_path)}") from error
 
 
-def open_batches(path: Path) -> Any:
-    """The record batches of a table, whose cells are text if it is CSV or TSV. Raises an ArrowException for a damaged one."""
+def open_batches(path: Path, source: str) -> Any:
+    """A reader of the record batches of a table, whose cells are text if it is CSV or TSV. `source` names it in messages.
+
+    Raises DataError for a Parquet file that says the same again and again or has texts that are no names, an ArrowException for a damaged
+    file.
+    """
     if path.suffix.lower() == ".parquet":
-        dataset = pads.dataset(path, format="parquet")
-        return dataset.scanner(batch_size=BATCH_ROWS, batch_readahead=1, fragment_readahead=1).to_reader()
+        return _open_parquet(path, source)
     parse_options = pacsv.ParseOptions(delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
     names = pacsv.open_csv(path, parse_options=parse_options).schema.names
     # All columns are read as text: the class 007 is not the class 7.
     as_text = pacsv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True, null_values=[""])
     return pacsv.open_csv(path, parse_options=parse_options, convert_options=as_text)
+
+
+def _open_parquet(path: Path, source: str) -> Any:
+    schema = pads.dataset(path, format="parquet").schema
+    texts = {field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_binary(field.type)}
+    # As dictionaries, values that are repeated are there once.
+    dataset = pads.dataset(path, format=pads.ParquetFileFormat(dictionary_columns=texts))
+    rows, size = dataset.count_rows(), path.stat().st_size
+    if rows > max(MIN_ROW_LIMIT, MAX_ROWS_PER_BYTE * size):
+        raise DataError(f"{source}: has {rows:,} rows in {size:,} bytes, so they say the same again; name each image once")
+    # Columns of other kinds may hold whole images.
+    columns = [field.name for field in dataset.schema if not pa.types.is_nested(field.type)]
+    reader = dataset.scanner(columns=columns, batch_size=BATCH_ROWS, batch_readahead=1, fragment_readahead=1).to_reader()
+    return pa.RecordBatchReader.from_batches(reader.schema, (_check_cells(batch, texts, source) for batch in reader))
+
+
+def _check_cells(batch: pa.RecordBatch, texts: set[str], source: str) -> pa.RecordBatch:
+    for name in texts & set(batch.schema.names):
+        longest = max(filter(None, pc.binary_length(batch[name].dictionary).to_pylist()), default=0)
+        if longest > MAX_CELL_BYTES:
+            raise DataError(f"{source}: {name}: has a text of {longest:,} bytes; paths and names of classes are shorter")
+    return batch
 
 
 def _open_tasks(path: Path, source: str) -> Any:

@@ -3,7 +3,7 @@
 import io
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache, partial
 from typing import NamedTuple
@@ -17,6 +17,9 @@ from ns.core.errors import DataError
 
 MAX_PIXELS = 178_956_970
 """Pillow's limit. A larger image is a decompression bomb, or should be cut into tiles."""
+
+STRIP_PIXELS = 1 << 20
+"""Pixels that are converted at a time: a conversion takes up to 24 bytes per pixel, beside the 8 of the image and the result."""
 
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 """Formats that Pillow may decode. It knows more, such as EPS, for which it runs a foreign program in Ghostscript."""
@@ -58,16 +61,26 @@ def _list_formats() -> list[str]:
     return [name for name in PILLOW_FORMATS if name in Image.OPEN]
 
 
-def decode_image(data: bytes) -> npt.NDArray[np.uint8]:
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
     """uint8 [H, W, 3], C-contiguous, upright (EXIF orientation applied).
 
     Gray is repeated over the channels, integers of more than 8 bits are scaled to 8, transparency is laid over white, and of an
     animation only the first frame is decoded. Thread-safe; libjpeg-turbo and Pillow release the interpreter lock. Raises DataError with the
-    reason: empty file, not an image, truncated, damaged, decompression bomb.
+    reason: empty file, not an image, truncated, damaged, decompression bomb, more than `max_pixels`; of these, before it decodes any.
     """
     if not data:
         raise DataError("empty file")
-    return _decode_turbo(data) if any(read_jpeg_size(data)) else _decode_pillow(data)
+    size = read_jpeg_size(data)
+    if not any(size):
+        return _decode_pillow(data, max_pixels)
+    _check_size(size, max_pixels)
+    return _decode_turbo(data)
+
+
+def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
+    if width * height > max_pixels:
+        raise DataError(f"{width:,} × {height:,} px: more than {max_pixels / 1e6:g} megapixels")
 
 
 class EncodedJpeg(NamedTuple):
@@ -174,10 +187,11 @@ def _read_turn(read_exif: Callable[[], Image.Exif]) -> Image.Transpose | None:
         return None
 
 
-def _decode_pillow(data: bytes) -> npt.NDArray[np.uint8]:
+def _decode_pillow(data: bytes, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
     try:
         with Image.open(io.BytesIO(data), formats=_list_formats()) as image:
-            return np.ascontiguousarray(_convert_rgb(image))
+            _check_size(image.size, max_pixels)
+            return _convert_rgb(image)
     except DataError:
         raise
     except Image.DecompressionBombError as error:
@@ -194,34 +208,58 @@ def _decode_pillow(data: bytes) -> npt.NDArray[np.uint8]:
 
 def _convert_rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
     image.load()
-    original = image
+    stated_bits = _read_stated_bits(image)
     turn = _read_turn(image.getexif)
     if turn is not None:
         image = image.transpose(turn)
-    if image.mode in ("I;16", "I;16B", "I;16L", "I"):
-        # Pillow's own conversion clips at 255.
-        gray = _scale_integers(np.asarray(image).astype(np.int64), _read_stated_bits(original))
-        return np.repeat(gray[:, :, None], 3, axis=2)
     if image.mode == "F":
         raise DataError("floating-point image: its range is not known; convert it to 8 or 16 bits")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    return np.asarray(image.convert("RGB"))
+    convert = _convert_strip
+    if image.mode in ("I;16", "I;16B", "I;16L", "I"):
+        # Pillow's own conversion clips at 255.
+        bounds = [(strip.min(), strip.max()) for _, part in _cut_strips(image) for strip in (np.asarray(part),)]
+        smallest, largest = min(int(low) for low, _ in bounds), max(int(high) for _, high in bounds)
+        convert = partial(_scale_integers, top=_find_top(smallest, largest, stated_bits))
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for top, strip in _cut_strips(image):
+        pixels[top : top + strip.height] = convert(strip)
+    return pixels
 
 
-def _scale_integers(values: npt.NDArray[np.int64], stated_bits: int) -> npt.NDArray[np.uint8]:
-    """uint8, from integers of 8, 12 or 16 bits: the fewest that hold the largest value, and at least as many as the file states.
+def _cut_strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """The first row of each strip, and the strip."""
+    rows = max(1, STRIP_PIXELS // max(1, image.width))
+    if rows >= image.height:
+        yield 0, image
+        return
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _convert_strip(strip: Image.Image) -> npt.NDArray[np.uint8]:
+    if strip.has_transparency_data:
+        strip = strip.convert("RGBA")
+        white = Image.new("RGBA", strip.size, (255, 255, 255, 255))
+        strip = Image.alpha_composite(white, strip)
+    return np.asarray(strip.convert("RGB"))
+
+
+def _find_top(smallest: int, largest: int, stated_bits: int) -> int:
+    """The value of white, of integers of 8, 12 or 16 bits: the fewest that hold the largest value, and at least as many as the file
+    states.
 
     Cameras and instruments keep 12 bits in files of 16, and programs keep 8 in 32: scaled as 16 bits, they would be nearly black.
     """
-    smallest, largest = int(values.min()), int(values.max())
     bits = next((bits for bits in (8, 12, 16) if largest >> bits == 0 and bits >= stated_bits), None)
     if bits is None or smallest < 0:
         raise DataError(f"integers from {smallest} to {largest}: their range is not known; convert it to 8 or 16 bits")
-    top = (1 << bits) - 1
-    return ((values * 255 + top // 2) // top).astype(np.uint8)
+    return (1 << bits) - 1
+
+
+def _scale_integers(strip: Image.Image, *, top: int) -> npt.NDArray[np.uint8]:
+    """uint8 [H, W, 1], from integers of which `top` is white."""
+    values = np.asarray(strip).astype(np.int64)
+    return ((values * 255 + top // 2) // top).astype(np.uint8)[:, :, None]
 
 
 def _read_stated_bits(image: Image.Image) -> int:

@@ -154,9 +154,11 @@ POOL: list[tuple[str, Write]] = [
     )),
     ("a TIFF of floating-point numbers", write("a.tif", encode(Image.fromarray(np.zeros((2, 2), np.float32)), "TIFF"))),
     ("integers of more than 16 bits", write("a.tif", encode(Image.fromarray(np.array([[0, 70_000]], np.int32)), "TIFF"))),
+    ("an image of more than `data.max_megapixels` (100)", write("a.png", encode(Image.new("1", (15_000, 10_000)), "PNG"))),
     ("an image of more than 179 million px", write("a.png", make_bomb())),
     ("a file of more than 1 GiB", write_large),
     ("a link to nothing", lambda folder: (folder / "a.png").symlink_to("nowhere")),
+    ("a link to a folder that holds it", lambda folder: (folder / "again").symlink_to(folder)),
     ("a pipe", lambda folder: os.mkfifo(folder / "a.png")),
     ("a zip or compressed tar in a folder", write("a.zip", make_zip("a.png"))),
 ]  # fmt: skip

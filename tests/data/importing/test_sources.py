@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import io
+import lzma
 import os
 import signal
 import struct
@@ -13,6 +14,7 @@ import time
 import unicodedata
 import zipfile
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -20,10 +22,11 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from ns.config.schema import ImportConfig
 from ns.core.errors import DataError
-from ns.data.importing import ingest
+from ns.data.importing import ingest, sources, tables
 from ns.data.importing.ingest import import_images
 from ns.data.shards import read_samples
 from ns.storage import LocalStore
@@ -529,3 +532,68 @@ def test_import_survives_killed_processes(tmp_path, many):
     out, err = process.communicate(timeout=100)
     assert out.splitlines()[-1] == expected
     assert "a process of the import was killed" in out + err
+
+
+def test_archive_that_unpacks_to_far_more_is_refused(tmp_path, monkeypatch):
+    """Some kilobytes would fill the disk."""
+    monkeypatch.setattr(sources, "MIN_UNPACKED_LIMIT", 1 << 16)
+    zeros = bytes(4 << 20)
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("cat/a.png", zeros)
+    plain = tmp_path / "plain.tar"
+    with tarfile.open(plain, "w") as archive:
+        info = tarfile.TarInfo("cat/a.png")
+        info.size = len(zeros)
+        archive.addfile(info, io.BytesIO(zeros))
+    for suffix, module in ((".tar.gz", gzip), (".tar.bz2", bz2), (".tar.xz", lzma)):
+        (tmp_path / f"bomb{suffix}").write_bytes(module.compress(plain.read_bytes()))
+    for suffix in (".zip", ".tar.gz", ".tar.bz2", ".tar.xz"):
+        with pytest.raises(DataError, match=rf"bomb{suffix}: decompression bomb: it unpacks to more than [\d,]+ bytes"):
+            run(tmp_path / f"bomb{suffix}", tmp_path / "out", role="unlabeled")
+
+
+def test_parquet_table_of_repeated_or_huge_cells_is_refused(tmp_path, monkeypatch):
+    """Of values that are repeated, Parquet keeps one: a kilobyte stands for gigabytes."""
+    path = tmp_path / "table.parquet"
+    pq.write_table(pa.table({"path": ["a" * 100_000] * 1000, "label": ["cat"] * 1000}), path)
+    with pytest.raises(DataError, match=r"table\.parquet: path: has a text of 100,000 bytes"):
+        run(path, tmp_path / "out", role="labeled")
+    monkeypatch.setattr(tables, "MIN_ROW_LIMIT", 10)
+    pq.write_table(pa.table({"path": ["a.png"] * 500_000, "label": ["cat"] * 500_000}), path)
+    with pytest.raises(DataError, match=r"table\.parquet: has 500,000 rows in [\d,]+ bytes, so they say the same again"):
+        run(path, tmp_path / "out", role="labeled")
+
+
+def test_links_in_circles_are_counted_and_links_that_multiply_are_refused(tmp_path, picture):
+    root = tmp_path / "pool"
+    for name in ("a", "b"):
+        (root / name).mkdir(parents=True)
+        (root / name / f"{name}.png").write_bytes(picture(0))
+    (root / "a" / "to-b").symlink_to(root / "b")
+    (root / "b" / "to-a").symlink_to(root / "a")
+    (root / "b" / "up").symlink_to(root)
+    passed_over = Counter()
+    listed = sources.list_entries(str(root), "unlabeled", split=None, scratch_dir=tmp_path, passed_over=passed_over)
+    assert {entry.path for entry in listed} == {"a/a.png", "a/to-b/b.png", "b/b.png", "b/to-a/a.png"}
+    assert passed_over == {sources.LOOP: 4}
+    folders = [tmp_path / "many" / str(number) for number in range(12)]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    for number, folder in enumerate(folders):
+        for later in folders[number + 1 :]:
+            (folder / later.name).symlink_to(later)
+    with pytest.raises(DataError, match=r"many/.*: links lead to this folder in more than 100 ways; remove links"):
+        run(tmp_path / "many", tmp_path / "out", role="unlabeled")
+
+
+def test_image_of_too_many_pixels_is_left_out_with_its_size(tmp_path, picture):
+    root = tmp_path / "pool"
+    root.mkdir()
+    (root / "small.png").write_bytes(picture(0))
+    Image.new("L", (2000, 1000)).save(root / "large.png")
+    dataset = run(root, tmp_path / "out", role="unlabeled", max_megapixels=1, max_rejected_share=0.5)
+    assert dataset.rejected == 1
+    assert pq.read_table(tmp_path / "out" / "rejected.parquet").to_pylist() == [
+        {"path": "large.png", "reason": "2,000 × 1,000 px: more than 1 megapixels"}
+    ]
+    assert run(root, tmp_path / "out", role="unlabeled", max_megapixels=2).rejected == 0

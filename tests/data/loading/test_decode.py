@@ -1,6 +1,7 @@
 import contextlib
 import io
 import struct
+import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -261,3 +262,41 @@ def test_decode_of_garbage_is_data_error_or_image(data, start):
         return
     assert image.dtype == np.uint8
     assert image.ndim == 3
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P", "1", "L", "I;16"])
+def test_conversion_in_strips_changes_no_pixel(mode, monkeypatch):
+    rng = np.random.default_rng(0)
+    if mode == "I;16":
+        image = Image.fromarray(rng.integers(0, 4000, (40, 30)).astype(np.uint16))
+    else:
+        image = Image.fromarray(rng.integers(0, 256, (40, 30, 4), dtype=np.uint8), "RGBA").convert(mode)
+    data = encoded(image, "PNG")
+    whole = decode_image(data)
+    monkeypatch.setattr(module, "STRIP_PIXELS", 100)
+    np.testing.assert_array_equal(decode_image(data), whole)
+
+
+def test_decode_refuses_more_pixels_than_asked_for_before_it_decodes(monkeypatch):
+    monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("decoded"))
+    monkeypatch.setattr(module, "_decode_turbo", lambda data: pytest.fail("decoded"))
+    for data in (PHOTO, PICTURE):
+        with pytest.raises(DataError, match=r"^[\d,]+ × [\d,]+ px: more than 0.001 megapixels$"):
+            decode_image(data, 1000)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("mode", ["RGBA", "I;16", "P"])
+def test_largest_image_takes_little_more_memory_than_its_pixels(mode):
+    """Less than a megabyte of file. Measured in a process of its own, beside what an image of one pixel takes."""
+    code = (
+        "import io, resource, sys; from PIL import Image; from ns.data.loading.decode import decode_image\n"
+        "side = int(sys.argv[2]); sink = io.BytesIO(); image = Image.new(sys.argv[1], (side, side))\n"
+        "image.save(sink, 'PNG', **({'transparency': 0} if sys.argv[1] == 'P' else {})); del image; decode_image(sink.getvalue())\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    peaks = [
+        int(subprocess.run([sys.executable, "-c", code, mode, side], capture_output=True, text=True, check=True).stdout)
+        for side in ("1", "6000")
+    ]
+    assert (peaks[1] - peaks[0]) * 1024 / 6000**2 < 12, "bytes per pixel"
