@@ -120,8 +120,8 @@ def find_accepted_student(root: Store, experiment: str) -> AcceptedStudent | Non
             verdict = Verdict.find_file(root, note.outputs["verdict"])
             if verdict and verdict.promoted and root.exists(f"{verdict.student}/{ModelManifest.filename}"):
                 student = AcceptedStudent(record.run, verdict.generation, verdict.student)
-                place = numbers.get(verdict.student, (0, ""))
-                accepted_students.setdefault(verdict.student, (place, note.finished_at, student))
+                rank = numbers.get(verdict.student, (0, ""))
+                accepted_students.setdefault(verdict.student, (rank, note.finished_at, student))
     return max(accepted_students.values())[-1] if accepted_students else None
 
 
