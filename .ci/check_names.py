@@ -14,15 +14,9 @@ PRODUCT = ("ns", "components", "pipelines", "k8s", "images", "benchmarks")
 
 SHARED = {
     "main": "each program's entry",
-    "train": "a component is named as its stage; so is the command",
-    "evaluate": "likewise",
-    "gate": "likewise",
-    "report": "likewise",
-    "prepare_data": "likewise",
-    "start_run": "likewise",
+    "report": "a component is named as its stage; so is the command",
     "start_generation": "likewise",
-    "plan_labels": "likewise",
-    "commit_labels": "likewise",
+    "label": "likewise",
 }
 """Public names that several modules may define, with the reason. At most ten."""
 
@@ -32,6 +26,8 @@ FIELD_WORDS = set(
     "digest short autocast fgsm pgd trace purge commit promote rollback export submit trigger watch upload doctor diagnose plan run "
     "resume resolve describe explain show diff compare audit verify gc markdown compile deploy undeploy status ui cluster validate "
     "build launch barrier broadcast "
+    # The pipeline's stages that go through several of these.
+    "start teacher student "
     # Protocols: stores, files, credentials, samplers, progress.
     "get put list exists delete move size version open close read write readinto readable writable seek urlopen retrieve update at "
     "path set create apply advance entries collect positions prefetch".split()

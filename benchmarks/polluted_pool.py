@@ -38,7 +38,7 @@ from ns.labeling.selection import count_copies, make_selection
 from ns.runs.lifecycle import open_run
 from ns.runs.lookup import open_run_label_set
 from ns.stages.context import RunRef
-from ns.stages.label import label_shard_range, plan_labels
+from ns.stages.label import label_shards, split_pool
 from ns.stages.prepare import prepare_data
 from ns.stages.select import commit_labels
 from ns.stages.train import train_generation
@@ -204,8 +204,8 @@ def label_polluted_pool(work: Path, document: Mapping[str, Any]) -> PoolLabels:
     ref = RunRef(str(path), root.uri, run)
     data = prepare_data(ref)
     teacher = train_generation(ref, data=data, generation=0)
-    for shards in plan_labels(ref, data=data, generation=1):
-        label_shard_range(ref, data=data, generation=1, teacher=teacher, shards=shards)
+    for shards in split_pool(ref, data=data):
+        label_shards(ref, data=data, generation=1, teacher=teacher, shards=shards)
     commit_labels(ref, data=data, generation=1, teacher=teacher)
     labels = open_run_label_set(root, run, 1)
     filtered, label_set = labels.selection, labels.label_set

@@ -1,15 +1,17 @@
-"""KFP components: typed inputs and outputs, and a call into `ns.stages`, where the work is written.
+"""KFP components: typed inputs and outputs, and calls into `ns.stages`, where the work is written. Each is named as its box in
+Kubeflow's UI.
 
-These inputs mean the same in every component. They are described here alone, since a compiled package repeats each docstring twice:
+These inputs mean the same in every component:
 
-    config_uri                 URI of the experiment's YAML file
-    root                       URI of the store that holds everything
-    run                        name of the run, a folder below the root
+    run                        URI of the run's folder
     data                       key of the prepared data
     generation                 counted from 1; 0 for the first teacher
-    teacher, student, model    key of that model's folder
+    teacher                    key of that model's folder
     selection                  key of the selection's folder
     shards                     range START-STOP of the pool's shards, half open
+    gpus, cpu, memory          resources of the pod
+    nodes                      the nodes of a training on several (components/cluster/nodes.py); empty: the stage's own pod trains
+    cluster                    fields of the cluster's placement (pipelines/placement.py)
 """
 
 from ns import __version__

@@ -4,9 +4,9 @@ from components import WORKER_IMAGE
 
 
 @dsl.component(base_image=WORKER_IMAGE, packages_to_install=[], install_kfp_package=False)
-def next_teacher(config_uri: str, root: str, run: str, data: str, generation: int, first_teacher: str) -> str:
-    """Decides from the ledger whether the generation runs. Returns the key of its teacher's folder, or `stop`."""
+def next_teacher(run: str, data: str, generation: int, first_teacher: str) -> str:
+    """Decides from the run's verdicts whether the generation runs. Returns the key of its teacher's folder, or `stop`."""
     from ns.stages import gate
     from ns.stages.context import RunRef
 
-    return gate.resolve_teacher(RunRef(config_uri, root, run), data=data, generation=generation, first_teacher=first_teacher)
+    return gate.resolve_teacher(RunRef.from_uri(run), data=data, generation=generation, first_teacher=first_teacher)

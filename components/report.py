@@ -5,7 +5,7 @@ from components import WORKER_IMAGE
 
 
 @dsl.component(base_image=WORKER_IMAGE, packages_to_install=[], install_kfp_package=False)
-def report(config_uri: str, root: str, run: str, page: Output[HTML], summary: Output[Markdown]) -> str:
+def report(run: str, page: Output[HTML], summary: Output[Markdown]) -> str:
     """Writes the run's report. Returns the key of the report.
 
     Args:
@@ -15,7 +15,7 @@ def report(config_uri: str, root: str, run: str, page: Output[HTML], summary: Ou
     from ns.stages import report
     from ns.stages.context import RunRef
 
-    ref = RunRef(config_uri, root, run)
+    ref = RunRef.from_uri(run)
     key = report.report_run(ref)
     report.publish_report(ref, page, summary)
     return key

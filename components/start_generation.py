@@ -1,4 +1,4 @@
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kfp import dsl
 
@@ -7,38 +7,47 @@ from components import WORKER_IMAGE
 
 @dsl.component(base_image=WORKER_IMAGE, packages_to_install=[], install_kfp_package=False)
 def start_generation(
-    config_uri: str,
-    root: str,
+    config: str,
     run: str,
     overrides: list[str],
-    labeled: str,
-    pool: str,
-    heldout: str,
-    labeling_tasks: int,
-) -> NamedTuple("Started", config_uri=str, run=str, data=str, generation=int, teacher_generation=int, teacher=str):
+    data_labeled: str,
+    data_pool: str,
+    data_heldout: str,
+    gpus: str,
+    nodes: int,
+    cluster: dict[str, Any],
+) -> NamedTuple(
+    "Started",
+    run=str,
+    data=str,
+    shards=list[str],
+    generation=int,
+    teacher=str,
+    gpus=str,
+    cpu=str,
+    memory=str,
+    nodes=dict,
+):
     """Opens the run of one more generation, from the student that was accepted last, and prepares its data.
 
-    An empty URI or 0 leaves the experiment's value. Without a name, the run is named after the experiment, its data and the teacher.
+    An empty URI leaves the experiment's value. Without a name, the run is named after the experiment, its data and the teacher.
 
     Args:
-        config_uri: URI of the experiment's YAML file, or the name of a preset.
+        config: URI of the experiment's YAML file, or the name of a preset.
+        run: Name of the run, or URI of its folder.
         overrides: Fields to change, as a.b=c.
+        gpus: GPUs of a training on each of its nodes.
+        nodes: Nodes of a training.
 
     Returns:
-        URI of the run's copy of the experiment, the run's name, the key of the prepared data, the generation's number, its teacher's
-        number, and the key of the teacher's folder: `train` if there is no teacher yet, `stop` if there is nothing new.
+        URI of the run's folder, the key of the prepared data, the pool's ranges of shards, the generation's number, the key of its
+        teacher's folder, trained or not (`stop` if there is nothing new), and what the pods of trainings are.
     """
+    from components.cluster.nodes import plan_training_pod
     from ns.stages import start
 
-    return start.start_generation(
-        config_uri,
-        root,
-        run,
-        overrides,
-        {
-            "data.labeled": labeled,
-            "data.pool": pool,
-            "data.heldout": heldout,
-            "labeling.tasks": labeling_tasks,
-        },
+    data = {"data.labeled": data_labeled, "data.pool": data_pool, "data.heldout": data_heldout}
+    return (
+        *start.start_generation(config, run, overrides, data, root=cluster["root"]),
+        *plan_training_pod(cluster, gpus, nodes),
     )

@@ -11,7 +11,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ from ns.core.errors import ClusterError, ConfigError, Interrupted, RunError
 from ns.runs.records import utc_timestamp
 from pipelines import upload
 from pipelines.kfp_client import KfpClient, stage_names
-from pipelines.placement import PLACEMENT_INPUTS
+from pipelines.placement import Placement, read_placement, render_package
 
 KIND_CONTEXT_PREFIX = "kind-"
 APPLY_SECONDS = 300
@@ -50,17 +50,17 @@ UPLOADER = "upload-pipelines"
 
 SMOKE_EXPERIMENT = "noisy-student-smoke"
 SMOKE_INPUTS: dict[str, Any] = {
-    "config_uri": "quickstart",
+    "config": "quickstart",
     # A shorter teacher is unsure of every image, and no label is selected.
     "overrides": ["generations=1", "teacher.train.epochs=100", "students.0.train.epochs=10", "labeling.tasks=1"],
-    # It tests the platform, not the GPUs: it must not wait for eight of them.
-    **{
-        f"{pool}_{name}": value
-        for pool in ("label", "train")
-        for name, value in {"gpus": "0", "cpu": "1", "memory": "4Gi", "node_selector": {}, "tolerations": []}.items()
-    },
 }
 """Inputs of the run that tests the deployment."""
+SMOKE_PLACEMENT: dict[str, Any] = {
+    f"{pool}_{name}": value
+    for pool in ("label", "train")
+    for name, value in {"gpus": "0", "cpu": "1", "memory": "4Gi", "node_selector": {}, "tolerations": []}.items()
+}
+"""Where it runs: it tests the platform, not the GPUs, and must not wait for eight of them."""
 
 Say = Callable[[str], None]
 Ask = Callable[[str], bool]
@@ -246,8 +246,7 @@ def _fit_resources(kubectl: Kubectl, rendered: RenderedOverlay, inputs: dict[str
     except ForbiddenError:
         return {}
     workloads = [item for key, item in zip(rendered.keys, rendered.objects, strict=True) if key in rendered.workloads]
-    defaults = {name: spec.default for name, spec in PLACEMENT_INPUTS.items()}
-    filled, lines = fit_resources(nodes, find_rooms(nodes, pods, workloads), inputs, defaults)
+    filled, lines = fit_resources(nodes, find_rooms(nodes, pods, workloads), inputs, asdict(Placement()))
     for line in lines:
         say(line)
     return filled
@@ -446,6 +445,8 @@ def _delete_objects(kubectl: Kubectl, keys: Sequence[ObjectKey], *, seconds: flo
 
 def _run_smoke(client: KfpClient, package: str, say: Say) -> None:
     """Runs the quickstart once per version of the pipeline. Raises RunError if it fails."""
+    placement = replace(read_placement(package), **SMOKE_PLACEMENT)
+    package = render_package(package, placement, name=SMOKE_EXPERIMENT)
     pipeline = client.upload_pipeline(package)
     name = f"smoke-{pipeline.version}"
     run = client.create_run(pipeline, {**SMOKE_INPUTS, "run": name}, name=name, experiment=SMOKE_EXPERIMENT)

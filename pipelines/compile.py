@@ -1,10 +1,12 @@
 """Compiles the pipelines: `python -m pipelines.compile [--check]`. The YAML is committed; `--check` compares and fails.
 
-KFP's compiler repeats a component for every task that uses it, so an unrolled loop would grow past what Kubernetes stores. Equal
-components are merged here (the backend visits each component once, however many tasks refer to it). The compiler can also neither list
-the values that an input offers nor describe inputs that are added to a function: both are written into its output.
+KFP's compiler repeats a component for every task that uses it, so an unrolled loop would grow past what Kubernetes stores, and each pod of
+a run keeps a copy of what it is given. So equal components are merged (the backend visits each once, however many tasks refer to it), and
+docstrings and descriptions of what no person fills in are left out. The placement (pipelines/placement.py) is filled in last: a package
+for a cluster is made from the committed one.
 """
 
+import ast
 import sys
 import tempfile
 from pathlib import Path
@@ -14,31 +16,48 @@ from kfp import compiler
 
 from pipelines import GENERATION_PACKAGE, PACKAGE, dump_yaml_documents, load_yaml_documents
 from pipelines.noisy_student import noisy_student, noisy_student_generation
-from pipelines.placement import PLACEMENT_INPUTS
+from pipelines.placement import Placement, fill_placement
 
 PIPELINES = {PACKAGE: noisy_student, GENERATION_PACKAGE: noisy_student_generation}
 Spec = dict[str, Any]
 
 
 def compile_package(package: Path) -> str:
-    """Compiles the pipeline of a package. Returns its YAML, the same bytes every time."""
+    """Compiles the pipeline of a package for the default placement. Returns its YAML, the same bytes every time."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / package.name
         compiler.Compiler().compile(PIPELINES[package], str(path))
         text = path.read_text()
-    header = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
-    spec, platform = load_yaml_documents(text)
-    merge_duplicates(spec, platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"])
-    _describe_inputs(spec["root"]["inputDefinitions"]["parameters"])
-    return header + dump_yaml_documents([spec, platform])
+    (spec,) = load_yaml_documents(text)
+    strip_prose(spec)
+    merge_duplicates(spec)
+    name_tasks(spec["root"]["dag"]["tasks"])
+    return dump_yaml_documents([spec, fill_placement(spec, Placement())])
 
 
-def merge_duplicates(spec: Spec, platform: Spec) -> None:
-    """Merges equal executors, compared with their Kubernetes settings (`platform`), then equal components, from the inside out."""
+def strip_prose(spec: Spec) -> None:
+    """Removes docstrings from the components' sources, and descriptions from all inputs and outputs but the pipeline's own."""
+    for executor in spec["deploymentSpec"]["executors"].values():
+        command = executor["container"]["command"]
+        command[-1] = _strip_docstrings(command[-1])
+    for component in spec["components"].values():
+        for definitions in (component.get("inputDefinitions", {}), component.get("outputDefinitions", {})):
+            for definition in (definition for kind in definitions.values() for definition in kind.values()):
+                definition.pop("description", None)
+
+
+def _strip_docstrings(source: str) -> str:
+    module = ast.parse(source)
+    for function in module.body:
+        if isinstance(function, ast.FunctionDef) and ast.get_docstring(function) is not None:
+            del function.body[0]
+    return ast.unparse(module) + "\n"
+
+
+def merge_duplicates(spec: Spec) -> None:
+    """Merges equal executors, then equal components, from the inside out."""
     executors, components = spec["deploymentSpec"]["executors"], spec["components"]
-    renamed = _merge_equal(executors, lambda name: [executors[name], platform.get(name)])
-    for name in renamed:
-        platform.pop(name, None)
+    renamed = _merge_equal(executors, lambda name: executors[name])
     for component in components.values():
         if "executorLabel" in component:
             component["executorLabel"] = renamed.get(component["executorLabel"], component["executorLabel"])
@@ -47,6 +66,20 @@ def merge_duplicates(spec: Spec, platform: Spec) -> None:
             for task in component.get("dag", {}).get("tasks", {}).values():
                 reference = task["componentRef"]
                 reference["name"] = renamed.get(reference["name"], reference["name"])
+
+
+def name_tasks(tasks: Spec) -> None:
+    """Names tasks as their boxes in the UI: Argo, and what KFP tells of a run, have the tasks' own names."""
+    names = {name: task["taskInfo"]["name"] for name, task in tasks.items()}
+    for task in tasks.values():
+        if "dependentTasks" in task:
+            task["dependentTasks"] = sorted(names[name] for name in task["dependentTasks"])
+        for value in task["inputs"]["parameters"].values():
+            if output := value.get("taskOutputParameter"):
+                output["producerTask"] = names[output["producerTask"]]
+    renamed = {names[name]: task for name, task in tasks.items()}
+    tasks.clear()
+    tasks.update(renamed)
 
 
 def _merge_equal(entries: Spec, content: Any) -> dict[str, str]:
@@ -60,13 +93,6 @@ def _merge_equal(entries: Spec, content: Any) -> dict[str, str]:
     for name in renamed:
         del entries[name]
     return renamed
-
-
-def _describe_inputs(parameters: Spec) -> None:
-    for name, placement_input in PLACEMENT_INPUTS.items():
-        parameters[name]["description"] = placement_input.description
-        if placement_input.choices:
-            parameters[name]["literals"] = list(placement_input.choices)
 
 
 def main() -> int:

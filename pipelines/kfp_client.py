@@ -354,10 +354,11 @@ def _input_definitions(package: str) -> Any:
     return _load_spec(package)["root"].get("inputDefinitions", {}).get("parameters", {})
 
 
-def parse_inputs(package: str, inputs: Sequence[str]) -> dict[str, Any]:
+def parse_inputs(package: str, inputs: Sequence[str], texts: Collection[str] = ()) -> dict[str, Any]:
     """Parses NAME=VALUE by the input's type: text stays as it is, other types are YAML. `@FILE` is a JSON object of several inputs.
 
-    Of two values of one input the later one holds. Raises ConfigError naming the argument that cannot be read.
+    `texts`: further names whose values are text. Of two values of one input the later one holds. Raises ConfigError naming the argument
+    that cannot be read.
     """
     definitions = _input_definitions(package)
     values: dict[str, Any] = {}
@@ -370,9 +371,10 @@ def parse_inputs(package: str, inputs: Sequence[str]) -> dict[str, Any]:
             continue
         name, equals, text = argument.partition("=")
         if not equals:
-            raise ConfigError(f"--input: invalid value {argument!r}: must be NAME=VALUE, e.g. train_gpus=1, or @FILE")
+            raise ConfigError(f"--input: invalid value {argument!r}: must be NAME=VALUE, e.g. gpus_train=1, or @FILE")
         try:
-            values[name] = text if definitions.get(name, {}).get("parameterType") == "STRING" else yaml.safe_load(text)
+            is_text = name in texts or definitions.get(name, {}).get("parameterType") == "STRING"
+            values[name] = text if is_text else yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"--input {name}: invalid value {text!r}: must be JSON or YAML") from error
     return values

@@ -1,189 +1,211 @@
-"""The wiring: start → prepare → teacher → (next teacher → generation) × MAX_GENERATIONS → report; and the same for one generation.
+"""The wiring: start → prepare → teacher → generation-1 → … → report; and the same for one generation.
 
-The loop is unrolled, since KFP has no loop that stops early, and its state is in the ledger: `next_teacher` always runs, and returns
-the teacher of the generation, or that the loop is over. Three rules keep the shape valid under kfp.local and on a cluster alike:
+A generation is label → select → student. The loop is unrolled, since KFP has no loop that stops early, and its state is in the ledger:
+from the second generation on, `next_teacher` says which teacher labels, or that the loop is over. What Kubeflow's UI shows is named here:
+a box has the name of its component, of its If or loop, or the display name of its task. Rules that keep the shape valid under kfp.local and
+on a cluster alike:
 
 - an If tests only the single output of one task, or an input of the pipeline that contains it;
-- a ParallelFor has a pipeline of its own, whose inputs carry every value that its body uses;
-- a task whose CPUs, memory or GPUs are inputs is in a pipeline, never directly in a loop or an If: there KFP's compiler would leave
-  its inputs dangling.
+- what comes after an If depends on a pipeline that contains it: the task of a skipped If counts as failed;
+- no task that a loop uses is beside it in one pipeline or If: kfp.local would put the loop's item in place of its outputs.
+
+Kubeflow's run form shows the inputs in alphabetical order, which is therefore the order in which people need them.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 from kfp import dsl
 from kfp.dsl import PipelineTask
 
-from components.commit_labels import commit_labels
-from components.evaluate import evaluate
-from components.gate import gate
-from components.label_shards import label_shards
+from components.label import label
 from components.next_teacher import next_teacher
-from components.plan_labels import plan_labels
-from components.prepare_data import prepare_data
+from components.prepare import prepare
 from components.report import report
+from components.select import select
+from components.start import start
 from components.start_generation import start_generation
-from components.start_run import start_run
-from components.train import train
+from components.student import student
+from components.teacher import teacher
 from ns.config.schema import MAX_GENERATIONS
-from ns.stages.context import TeacherSignal
-from pipelines.placement import Inputs, add_registry_login, place_on_cpu, place_on_gpu, with_input_groups
+from ns.stages.context import STOP
+from pipelines.placement import PENDING_HOURS, STAGE_PODS, STAGE_RETRIES
 
-# KFP compares plain strings.
-STOP, TRAIN = TeacherSignal.STOP.value, TeacherSignal.TRAIN.value
-
-
-@dsl.pipeline(name="shard")
-@with_input_groups
-def label_range(base: Inputs, teacher: str, shards: str, placement: Inputs) -> None:
-    """Labels one range of shards."""
-    place_on_gpu(label_shards(**base, teacher=teacher, shards=shards), placement, "label", hours=12)
+TRAINING_POD = ("gpus", "cpu", "memory", "nodes")
+"""What the start of a run plans the pods of trainings by."""
 
 
-@dsl.pipeline(name="label")
-@with_input_groups
-def label_pool(base: Inputs, teacher: str, ranges: list[str], placement: Inputs) -> None:
-    """Labels the pool with the un-noised teacher, one task per range of shards."""
-    with dsl.ParallelFor(ranges) as shards:
-        label_range(**base, teacher=teacher, shards=shards, **placement)
+def run_stage(task: PipelineTask) -> PipelineTask:
+    """Has a stage tried again, and never answered from KFP's cache, which compares strings: ours, the ledger, compares content."""
+    pod = STAGE_PODS[task.component_spec.name]
+    # KFP's maximum is for all tries together, from the first one's start: a try that is under way at its end is killed.
+    hours = (STAGE_RETRIES + 1) * pod.hours + PENDING_HOURS
+    task.set_retry(STAGE_RETRIES, backoff_duration="30s", backoff_factor=2.0, backoff_max_duration=f"{hours}h")
+    return task.set_caching_options(False)
+
+
+def add_generation(
+    base: dict[str, Any], shards: list[str], gpus_label: str, training: dict[str, Any], after: Sequence[PipelineTask] = ()
+) -> None:
+    """Adds the stages of a generation to the pipeline, or to the If, that is being defined."""
+    with dsl.ParallelFor(shards, name="label") as shard_range:
+        labeled = run_stage(label(**base, shards=shard_range, gpus=gpus_label).after(*after))
+    selection = run_stage(select(**base).after(labeled))
+    run_stage(student(**base, selection=selection.output, **training))
+
+
+@dsl.pipeline(name="first-generation")
+def run_first_generation(
+    run: str,
+    data: str,
+    shards: list[str],
+    teacher: str,
+    gpus_label: str,
+    gpus: str,
+    cpu: str,
+    memory: str,
+    nodes: dict[str, Any],
+) -> None:
+    """Runs the generation that every run has."""
+    base = {"run": run, "data": data, "generation": 1, "teacher": teacher}
+    add_generation(base, shards, gpus_label, {"gpus": gpus, "cpu": cpu, "memory": memory, "nodes": nodes})
 
 
 @dsl.pipeline(name="generation")
-@with_input_groups
-def run_generation(base: Inputs, teacher: str, placement: Inputs) -> None:
-    """Runs one generation: label, select, train a student, evaluate, decide."""
-    plan = place_on_cpu(plan_labels(**base), placement, hours=1)
-    pool_labeled = label_pool(**base, teacher=teacher, ranges=plan.output, **placement)
-    # The tools image, since versions of label sets need DVC.
-    selection = place_on_cpu(
-        commit_labels(**base, teacher=teacher).after(pool_labeled), placement, hours=6, image="tools_image"
-    )
-    add_registry_login(selection, placement)
-    student = place_on_gpu(train(**base, teacher=teacher, selection=selection.output), placement, "train", hours=168)
-    student.set_display_name("train student")
-    evaluated = place_on_gpu(evaluate(**base, model=student.output), placement, "label", hours=24)
-    place_on_cpu(gate(**base, teacher=teacher, student=student.output).after(evaluated), placement, hours=1)
-
-
-@dsl.pipeline(name="attempt")
-@with_input_groups
-def attempt_generation(base: Inputs, first_teacher: str, placement: Inputs) -> None:
+def run_later_generation(
+    run: str,
+    data: str,
+    shards: list[str],
+    generation: int,
+    first_teacher: str,
+    gpus_label: str,
+    gpus: str,
+    cpu: str,
+    memory: str,
+    nodes: dict[str, Any],
+) -> None:
     """Runs a generation, if the loop is not over. It is a pipeline of its own, so that the next generation can wait for it."""
-    teacher = place_on_cpu(next_teacher(**base, first_teacher=first_teacher), placement, hours=1)
-    with dsl.If(teacher.output != STOP):
-        run_generation(**base, teacher=teacher.output, **placement)
+    decided = run_stage(next_teacher(run=run, data=data, generation=generation, first_teacher=first_teacher))
+    with dsl.If(decided.output != STOP, name="generation"):
+        base = {"run": run, "data": data, "generation": generation, "teacher": decided.output}
+        add_generation(base, shards, gpus_label, {"gpus": gpus, "cpu": cpu, "memory": memory, "nodes": nodes})
 
 
-@dsl.pipeline(name="first-teacher")
-@with_input_groups
-def train_first_teacher(config_uri: str, root: str, run: str, data: str, placement: Inputs) -> None:
-    """Trains and evaluates the teacher that learns from labeled images alone."""
-    base = {"config_uri": config_uri, "root": root, "run": run, "data": data, "generation": 0}
-    teacher = place_on_gpu(train(**base), placement, "train", hours=168)
-    teacher.set_display_name("train teacher")
-    place_on_gpu(evaluate(**base, model=teacher.output), placement, "label", hours=24)
-
-
-@dsl.pipeline(name="known-teacher")
-@with_input_groups
-def evaluate_known_teacher(base: Inputs, model: str, placement: Inputs) -> None:
-    """Evaluates a student that has become the teacher, on the images that the gate compares on now."""
-    place_on_gpu(evaluate(**base, model=model), placement, "label", hours=24)
-
-
-@dsl.pipeline(name="teacher")
-@with_input_groups
-def provide_teacher(config_uri: str, root: str, run: str, data: str, generation: int, teacher: str, placement: Inputs) -> None:
-    """Provides what one generation needs first: a teacher that is trained and evaluated."""
-    base = {"config_uri": config_uri, "root": root, "run": run, "data": data}
-    with dsl.If(teacher == TRAIN):
-        train_first_teacher(**base, **placement)
-    with dsl.Elif(teacher != STOP):
-        evaluate_known_teacher(**base, generation=generation, model=teacher, **placement)
+@dsl.pipeline(name="next-generation")
+def run_next_generation(
+    run: str,
+    data: str,
+    shards: list[str],
+    generation: int,
+    known_teacher: str,
+    gpus_label: str,
+    gpus: str,
+    cpu: str,
+    memory: str,
+    nodes: dict[str, Any],
+) -> None:
+    """Runs the generation of a recurring run, if there is anything new."""
+    with dsl.If(known_teacher != STOP, name="generation"):
+        training = {"gpus": gpus, "cpu": cpu, "memory": memory, "nodes": nodes}
+        ready = run_stage(teacher(run=run, data=data, teacher=known_teacher, **training))
+        base = {"run": run, "data": data, "generation": generation, "teacher": known_teacher}
+        add_generation(base, shards, gpus_label, training, after=[ready])
 
 
 @dsl.pipeline(
     name="noisy-student",
     description="Noisy Student self-training: teacher, pseudo-labels, noisy student, gate, again (arXiv:1911.04252).",
 )
-@with_input_groups
 def noisy_student(
-    config_uri: str = "quickstart",
-    root: str = "s3://mlpipeline/noisy-student",
-    run: str = "",
-    overrides: list[str] = [],  # noqa: B006  (KFP copies it)
-    labeled: str = "",
-    pool: str = "",
-    heldout: str = "",
+    config: str = "quickstart",
+    data_heldout: str = "",
+    data_labeled: str = "",
+    data_pool: str = "",
     generations: int = 0,
-    labeling_tasks: int = 0,
-    *,
-    placement: Inputs,
+    gpus_label: str = "0",
+    gpus_train: str = "0",
+    nodes: int = 1,
+    overrides: list[str] = [],  # noqa: B006  (KFP copies it)
+    run: str = "",
 ) -> None:
     """Noisy Student self-training.
 
     Args:
-        config_uri: URI of the experiment's YAML file, or the name of a preset.
-        root: URI of the store that holds everything: data, models, label sets, the ledger and the runs.
-        run: Name of the run, a folder below the root; if empty, named after the experiment. The same name continues the same run.
-        overrides: Fields of the experiment to change, as ["seed=1", "selection.min_confidence=0.5"].
-        labeled: URI of the labeled images; if empty, the experiment's.
-        pool: URI of the unlabeled images; if empty, the experiment's.
-        heldout: URI of the held-out images; if empty, the experiment's.
+        config: URI of the experiment's YAML file, or the name of a preset.
+        data_heldout: URI of the held-out images; if empty, the experiment's.
+        data_labeled: URI of the labeled images; if empty, the experiment's.
+        data_pool: URI of the unlabeled images; if empty, the experiment's.
         generations: Most generations, 1-5; the gate may stop earlier. 0 uses the experiment's value.
-        labeling_tasks: Parallel labeling tasks, 1-50. 0 uses the experiment's value.
+        gpus_label: GPUs of each labeling task.
+        gpus_train: GPUs of a training, on each of its nodes; each GPU gets a process.
+        nodes: Nodes of a training; more than 1 need Kubeflow Trainer.
+        overrides: Fields of the experiment to change, as ["seed=1", "labeling.tasks=8"].
+        run: Name of the run; if empty, named after the experiment. The same name continues the same run. Or the URI of its folder.
     """
-    data_uris = {"labeled": labeled, "pool": pool, "heldout": heldout}
-    sizes = {"generations": generations, "labeling_tasks": labeling_tasks}
-    start = start_run(config_uri=config_uri, root=root, run=run, overrides=overrides, **data_uris, **sizes)
-    started = place_on_cpu(start, placement, hours=1)
-    base = {"config_uri": started.outputs["config_uri"], "root": root, "run": started.outputs["run"]}
-    data = place_on_cpu(prepare_data(**base), placement, hours=24)
-    last: PipelineTask = train_first_teacher(**base, data=data.output, **placement)
-    for number in range(1, MAX_GENERATIONS + 1):
-        last = attempt_generation(**base, data=data.output, generation=number, first_teacher=TRAIN, **placement).after(last)
-        last.set_display_name(f"generation {number}")
-    place_on_cpu(report(**base).after(last), placement, hours=1)
+    data_uris = {"data_labeled": data_labeled, "data_pool": data_pool, "data_heldout": data_heldout}
+    started = run_stage(
+        start(
+            config=config,
+            run=run,
+            overrides=overrides,
+            **data_uris,
+            generations=generations,
+            gpus=gpus_train,
+            nodes=nodes,
+            cluster={},
+        )
+    )
+    folder = started.outputs["run"]
+    training = {name: started.outputs[name] for name in TRAINING_POD}
+    prepared = run_stage(prepare(run=folder))
+    base = {"run": folder, "data": prepared.outputs["data"]}
+    first = run_stage(teacher(**base, teacher="", **training))
+    pool = {"shards": prepared.outputs["shards"], "gpus_label": gpus_label}
+    last: PipelineTask = run_first_generation(**base, **pool, teacher=first.outputs["Output"], **training)
+    last.set_display_name("generation-1")
+    for number in range(2, MAX_GENERATIONS + 1):
+        last = run_later_generation(**base, **pool, generation=number, first_teacher=first.outputs["Output"], **training).after(
+            last
+        )
+        last.set_display_name(f"generation-{number}")
+    run_stage(report(run=folder).after(last))
 
 
 @dsl.pipeline(
     name="noisy-student-generation",
     description="One generation of Noisy Student self-training, from the student that was accepted last; for recurring runs.",
 )
-@with_input_groups
 def noisy_student_generation(
-    config_uri: str = "quickstart",
-    root: str = "s3://mlpipeline/noisy-student",
-    run: str = "",
+    config: str = "quickstart",
+    data_heldout: str = "",
+    data_labeled: str = "",
+    data_pool: str = "",
+    gpus_label: str = "0",
+    gpus_train: str = "0",
+    nodes: int = 1,
     overrides: list[str] = [],  # noqa: B006  (KFP copies it)
-    labeled: str = "",
-    pool: str = "",
-    heldout: str = "",
-    labeling_tasks: int = 0,
-    *,
-    placement: Inputs,
+    run: str = "",
 ) -> None:
     """One generation of Noisy Student self-training.
 
     Args:
-        config_uri: URI of the experiment's YAML file, or the name of a preset. Continues the runs of experiments of the same name.
-        root: URI of the store that holds everything: data, models, label sets, the ledger and the runs.
-        run: Name of the run; leave empty for recurring runs, to name each after the experiment, its data and the teacher.
-        overrides: Fields of the experiment to change, as ["seed=1", "selection.min_confidence=0.5"].
-        labeled: URI of the labeled images; if empty, the experiment's.
-        pool: URI of the unlabeled images; if empty, the experiment's.
-        heldout: URI of the held-out images; if empty, the experiment's.
-        labeling_tasks: Parallel labeling tasks, 1-50. 0 uses the experiment's value.
+        config: URI of the experiment's YAML file, or the name of a preset. Continues the runs of experiments of the same name.
+        data_heldout: URI of the held-out images; if empty, the experiment's.
+        data_labeled: URI of the labeled images; if empty, the experiment's.
+        data_pool: URI of the unlabeled images; if empty, the experiment's.
+        gpus_label: GPUs of each labeling task.
+        gpus_train: GPUs of a training, on each of its nodes; each GPU gets a process.
+        nodes: Nodes of a training; more than 1 need Kubeflow Trainer.
+        overrides: Fields of the experiment to change, as ["seed=1", "labeling.tasks=8"].
+        run: Name of the run; leave empty for recurring runs, to name each after experiment, data and teacher. Or the URI of its folder.
     """
-    data_uris = {"labeled": labeled, "pool": pool, "heldout": heldout}
-    start = start_generation(
-        config_uri=config_uri, root=root, run=run, overrides=overrides, **data_uris, labeling_tasks=labeling_tasks
+    data_uris = {"data_labeled": data_labeled, "data_pool": data_pool, "data_heldout": data_heldout}
+    started = run_stage(
+        start_generation(
+            config=config, run=run, overrides=overrides, **data_uris, gpus=gpus_train, nodes=nodes, cluster={}
+        ).set_display_name("start")
     )
-    started = place_on_cpu(start, placement, hours=24)
-    base = {"config_uri": started.outputs["config_uri"], "root": root, "run": started.outputs["run"]}
-    data, teacher = started.outputs["data"], started.outputs["teacher"]
-    teacher_ready = provide_teacher(
-        **base, data=data, generation=started.outputs["teacher_generation"], teacher=teacher, **placement
-    )
-    last = attempt_generation(
-        **base, data=data, generation=started.outputs["generation"], first_teacher=teacher, **placement
-    ).after(teacher_ready)
-    place_on_cpu(report(**base).after(last), placement, hours=1)
+    outputs = {name: started.outputs[name] for name in ("run", "data", "shards", "generation", *TRAINING_POD)}
+    last = run_next_generation(**outputs, known_teacher=started.outputs["teacher"], gpus_label=gpus_label)
+    last.set_display_name("generation")
+    run_stage(report(run=outputs["run"]).after(last))

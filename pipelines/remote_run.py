@@ -8,7 +8,7 @@ import contextlib
 import re
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ns import __version__
 from ns.config.schema import Experiment
@@ -16,19 +16,29 @@ from ns.core.errors import ConfigError, NsError, RunError, TerminatedError
 from ns.core.log import StageEvent
 from ns.core.process import handle_signals
 from ns.runs.lifecycle import finish_run, open_run
-from ns.runs.records import RunState, StageFailure, StageNote, StageTry, list_stage_failures, list_stage_tries
+from ns.runs.records import CONFIG_FILE, RunState, StageFailure, StageNote, StageTry, list_stage_failures, list_stage_tries
 from ns.storage import LocalStore, Store
 from ns.storage.documents import parse_json_object
 from ns.training.monitor import PROGRESS
 from pipelines import PACKAGE
 from pipelines.kfp_client import ENDED_STATES, KfpClient, SubmittedRun, check_inputs, parse_inputs, stage_names
+from pipelines.placement import PLACEMENT_FIELDS, TEXT_FIELDS, Placement, render_package
 
 _SHARDS = re.compile(r"-(\d+-\d+)$")
 """The suffix of a labeling task in the stage's name."""
 
 
-def build_inputs(
-    config_uri: str,
+class RunRequest(NamedTuple):
+    """A run that is to be started."""
+
+    package: str
+    """The compiled pipeline (YAML)."""
+    inputs: dict[str, Any]
+    image: str | None
+    """Image of the stages, if one is asked for."""
+
+
+def build_request(
     root: Store,
     run: str,
     *,
@@ -36,26 +46,32 @@ def build_inputs(
     gpus: int = 0,
     inputs: Sequence[str] = (),
     registry: bool = False,
-) -> dict[str, Any]:
-    """Builds the pipeline's inputs.
+) -> RunRequest:
+    """Builds the request for a run that `open_run` has opened below `root`.
 
-    `image`: of the stages; `gpus`: of each labeling task and each training; `inputs`: further ones, NAME=VALUE; `registry`: whether the
-    experiment has a label registry, which the stages' image does not support. Raises ConfigError naming the input that is wrong or missing.
+    `image`: of the stages; `gpus`: of each labeling task and each training; `inputs`: inputs of the pipeline and fields of the placement,
+    NAME=VALUE; `registry`: whether the experiment has a label registry, which the stages' image does not support. A placement of the run's
+    own is another version of the pipeline. Raises ConfigError naming the input that is wrong or missing.
     """
     package = PACKAGE.read_text()
-    values: dict[str, Any] = {"config_uri": config_uri, "root": root.uri, "run": run}
-    extra = parse_inputs(package, inputs)
-    image = image or extra.get("worker_image")
+    folder = root.at(run).uri
+    given = parse_inputs(package, inputs, TEXT_FIELDS)
+    placed = {name: given.pop(name) for name in list(given) if name in PLACEMENT_FIELDS}
+    image = image or placed.get("worker_image")
     if image:
-        if registry and "tools_image" not in extra:
+        if registry and "tools_image" not in placed:
             raise ConfigError(
                 "--input tools_image: must be given beside --image: the experiment has a registry, and the stages' image has no DVC; "
                 "add --input tools_image=REGISTRY/noisy-student/tools@sha256:…"
             )
-        extra = {"tools_image": image} | extra | {"worker_image": image}
+        placed = {"tools_image": image} | placed | {"worker_image": image}
+    values = {"config": f"{folder}/{CONFIG_FILE}", "run": folder}
     if gpus:
-        values |= {"label_gpus": str(gpus), "train_gpus": str(gpus)}
-    return check_inputs(package, values | extra)
+        values |= {"gpus_label": str(gpus), "gpus_train": str(gpus)}
+    values = check_inputs(package, values | given)
+    if placed:
+        package = render_package(package, Placement.from_values(placed, "--input"))
+    return RunRequest(package, values, image)
 
 
 def check_remote_uris(root: Store, experiment: Experiment) -> None:
@@ -71,15 +87,15 @@ def check_remote_uris(root: Store, experiment: Experiment) -> None:
             )
 
 
-def submit_run(client: KfpClient, root: Store, run: str, experiment: Experiment, inputs: Mapping[str, Any]) -> SubmittedRun:
-    """Starts a run with the inputs that `build_inputs` made, unless it is under way. Leaves nothing behind if KFP cannot be reached."""
+def submit_run(client: KfpClient, root: Store, run: str, experiment: Experiment, request: RunRequest) -> SubmittedRun:
+    """Starts a run as `build_request` has it, unless it is under way. Leaves nothing behind if KFP cannot be reached."""
     existing = client.find_run(run, experiment.name, excluded_states=ENDED_STATES)
     if existing is not None:
         return existing
-    pipeline = client.upload_pipeline(PACKAGE.read_text())
+    pipeline = client.upload_pipeline(request.package)
     open_run(root, run, experiment, __version__)
     try:
-        return client.create_run(pipeline, inputs, name=run, experiment=experiment.name, excluded_states=ENDED_STATES)
+        return client.create_run(pipeline, request.inputs, name=run, experiment=experiment.name, excluded_states=ENDED_STATES)
     except NsError as error:
         with contextlib.suppress(NsError):
             finish_run(root, run, "failed", str(error))
@@ -98,7 +114,7 @@ def follow_run(
 ) -> None:
     """Shows a run until it has ended.
 
-    `after_poll` is called every few seconds. `explain_pods` says why the pods of stages failed, as Kubernetes has it: stage → reason.
+    `after_poll` is called every few seconds. `explain_pods` says why the pods of stages failed, as Kubernetes has it: task → reason.
     Raises RunError with each failed stage and its reason if the run failed, TerminatedError if a person ended it, and Interrupted after
     SIGINT or SIGTERM.
     """
@@ -141,13 +157,14 @@ def _explain_failures(client: KfpClient, ended: SubmittedRun, root: Store, run: 
     except NsError as error:
         unreadable = f"; the stages' own records cannot be read: {error}"
     reasons = [str(failure) for failure in failures]
-    explained = {failure.stage for failure in failures}
+    explained = {_find_task(failure.stage, failure.generation) for failure in failures}
     for stage_try in killed:
         stage = _split_note_name(stage_try.stage)[0]
         prefix = f"generation {stage_try.generation}: " if stage_try.generation else ""
-        reason = pod_reasons.get(stage) or "exited without an error message (killed? out of memory? timed out?)"
+        task = _find_task(stage, stage_try.generation)
+        reason = pod_reasons.get(task) or "exited without an error message (killed? out of memory? timed out?)"
         reasons.append(f"{prefix}{stage}: {reason}")
-        explained.add(stage)
+        explained.add(task)
     reasons += [f"{stage}: {reason}" for stage, reason in pod_reasons.items() if stage not in explained]
     if not reasons:
         # Such a stage did not begin.
@@ -157,8 +174,13 @@ def _explain_failures(client: KfpClient, ended: SubmittedRun, root: Store, run: 
     return ("; ".join(dict.fromkeys(reasons)) or "no stage recorded a reason") + unreadable
 
 
+def _find_task(stage: str, generation: int) -> str:
+    """The task of the pipeline, and so the name of the pod, that a stage is part of."""
+    return ("student" if generation else "teacher") if stage in ("train", "evaluate", "check", "gate") else stage
+
+
 def _split_note_name(note_name: str) -> tuple[str, str]:
-    """`label-shards-0-4` → the stage and its range of shards, which is empty for other stages."""
+    """`label-0-4` → the stage and its range of shards, which is empty for other stages."""
     shards = _SHARDS.search(note_name)
     return _SHARDS.sub("", note_name), shards[1] if shards else ""
 

@@ -12,11 +12,11 @@ import platform
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import datetime
 from functools import partial
 from itertools import count
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from components import WORKER_IMAGE
 from ns.config.schema import Experiment
@@ -30,7 +30,7 @@ from ns.runs.records import utc_timestamp
 from ns.storage import LocalStore, Store, read_uri
 from ns.storage.documents import JsonDocument, dump_hashed_fields, encode_json
 from pipelines.kfp_client import ENDED_STATES, KfpClient, SubmittedRun
-from pipelines.remote_run import submit_run
+from pipelines.remote_run import RunRequest, submit_run
 
 SETTLE_SECONDS = 2.0
 """On S3 two clients can both write within the same instant; this long after writing, both read the later bytes."""
@@ -151,11 +151,11 @@ def start_triggered_run(
     root: Store,
     experiment: Experiment,
     decision: TriggerDecision,
-    make_inputs: Callable[[str], Mapping[str, Any]],
+    make_request: Callable[[str], RunRequest],
     *,
     again: bool = False,
 ) -> SubmittedRun:
-    """Starts the run of a decision, or finds it. `make_inputs` makes the pipeline's inputs from the run's name (`build_inputs`).
+    """Starts the run of a decision, or finds it. `make_request` makes the request from the run's name (`build_request`).
 
     However many clients call this at once, they start one run. Raises RunError if KFP cannot be reached; the same call by any client
     then does the rest.
@@ -165,13 +165,13 @@ def start_triggered_run(
     if existing := find_run():
         return existing
     # Before the claim, so that an unreachable server or a wrong input leaves nothing behind.
-    inputs = make_inputs(name)
+    request = make_request(name)
     for attempt in count():
         # A claim without a run is not removed but followed by another, so that only one is valid at a time.
         suffix = f"-{attempt}" if attempt else ""
         key = f"store/triggers/{experiment.name}/{decision.trigger.digest}{suffix}.json"
         if _claim_run(root, key, decision.trigger):
-            return submit_run(client, root, name, experiment, inputs)
+            return submit_run(client, root, name, experiment, request)
         claim = Trigger.load_file(root, key)
         until = datetime.fromisoformat(claim.claimed_at).timestamp() + CLAIM_SECONDS
         while time.time() <= until:

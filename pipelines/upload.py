@@ -1,20 +1,17 @@
 """Uploads the compiled pipelines to the server in NS_KFP_URL: `python -m pipelines.upload`. Versions that exist stay as they are.
 
 In the cluster a CronJob does this (k8s/base), so that a platform gets its pipelines back by itself after its database was lost.
-NS_PIPELINE_INPUTS, a JSON object input → default, fills in the run forms for the cluster.
+NS_PIPELINE_INPUTS, a JSON object, is the cluster's placement (pipelines/placement.py).
 """
 
 import argparse
-import json
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from ns.core.errors import ConfigError, NsError, prefix_errors
-from pipelines import dump_yaml_documents, load_yaml_documents
-from pipelines.kfp_client import KfpClient, check_inputs
+from ns.core.errors import NsError
+from pipelines.kfp_client import KfpClient
+from pipelines.placement import Placement, render_package
 
 INPUTS_VARIABLE = "NS_PIPELINE_INPUTS"
 
@@ -37,30 +34,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def load_packages(inputs: str, source: str) -> list[str]:
-    """Reads the compiled pipelines (YAML) and sets the defaults in `inputs` (a JSON object; none if empty).
+    """Reads the compiled pipelines (YAML) and fills in the placement in `inputs` (a JSON object; the default one if empty).
 
-    Raises ConfigError naming `source` and the input, for an unknown input or an invalid value.
+    Raises ConfigError naming `source` and the field, for an unknown field or an invalid value.
     """
-    try:
-        defaults = json.loads(inputs or "{}")
-    except ValueError as error:
-        raise ConfigError(f"{source}: is not JSON ({error})") from error
-    if not isinstance(defaults, dict):
-        raise ConfigError(f"{source}: must be an object, input → value")
-    return [_fill_defaults(file.read_text(encoding="utf-8"), defaults, source) for file in PACKAGES]
-
-
-def _fill_defaults(package: str, defaults: Mapping[str, Any], source: str) -> str:
-    """Sets defaults in a compiled pipeline. The same defaults give the same bytes, and so the same version."""
-    if not defaults:
-        return package
-    with prefix_errors(source):
-        check_inputs(package, defaults)
-    spec, *rest = load_yaml_documents(package)
-    inputs = spec["root"]["inputDefinitions"]["parameters"]
-    for name, value in defaults.items():
-        inputs[name]["defaultValue"] = value
-    return dump_yaml_documents([spec, *rest])
+    placement = Placement.from_json(inputs, source)
+    return [render_package(file.read_text(encoding="utf-8"), placement) for file in PACKAGES]
 
 
 if __name__ == "__main__":

@@ -6,13 +6,12 @@ from ns.labeling.label_set import read_label_rows
 from ns.labeling.selection import count_copies
 from ns.runs.lifecycle import derive_run_name, open_run
 from ns.runs.lookup import open_run_label_set
-from ns.stages.context import RunRef, TeacherSignal
-from ns.stages.evaluate import evaluate_generation
-from ns.stages.gate import gate_generation, resolve_teacher
-from ns.stages.label import label_shard_range, plan_labels
+from ns.stages.context import STOP, RunRef
+from ns.stages.gate import resolve_teacher
+from ns.stages.label import label_shards, split_pool
 from ns.stages.prepare import prepare_data
+from ns.stages.roles import provide_student, provide_teacher
 from ns.stages.select import commit_labels
-from ns.stages.train import train_generation
 from ns.storage import LocalStore
 
 TINY = [
@@ -34,17 +33,15 @@ def open_tiny_run(store: LocalStore, *overrides: str) -> RunRef:
 
 def label_pool(ref: RunRef, *, data: str, generation: int, teacher: str) -> str:
     """Labels and selects. Returns the key of the selection."""
-    for shards in plan_labels(ref, data=data, generation=generation):
-        label_shard_range(ref, data=data, generation=generation, teacher=teacher, shards=shards)
+    for shards in split_pool(ref, data=data):
+        label_shards(ref, data=data, generation=generation, teacher=teacher, shards=shards)
     return commit_labels(ref, data=data, generation=generation, teacher=teacher)
 
 
 def run_generation(ref: RunRef, *, data: str, generation: int, teacher: str) -> None:
     """One generation, from a teacher that is there."""
     selection = label_pool(ref, data=data, generation=generation, teacher=teacher)
-    student = train_generation(ref, data=data, generation=generation, teacher=teacher, selection=selection)
-    evaluate_generation(ref, data=data, generation=generation, model=student)
-    gate_generation(ref, data=data, generation=generation, teacher=teacher, student=student)
+    provide_student(ref, data=data, generation=generation, teacher=teacher, selection=selection)
 
 
 def find_pool_key(store: LocalStore, run: str, wanted: bool = True) -> str:
@@ -61,10 +58,10 @@ def find_pool_key(store: LocalStore, run: str, wanted: bool = True) -> str:
 def run_loop(ref: RunRef) -> None:
     """Everything but the report."""
     data = prepare_data(ref)
-    first = train_generation(ref, data=data, generation=0)
-    evaluate_generation(ref, data=data, generation=0, model=first)
-    for generation in range(1, MAX_GENERATIONS + 1):
+    first = provide_teacher(ref, data=data)
+    run_generation(ref, data=data, generation=1, teacher=first)
+    for generation in range(2, MAX_GENERATIONS + 1):
         teacher = resolve_teacher(ref, data=data, generation=generation, first_teacher=first)
-        if teacher == TeacherSignal.STOP:
+        if teacher == STOP:
             return
         run_generation(ref, data=data, generation=generation, teacher=teacher)

@@ -15,7 +15,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -27,11 +26,10 @@ from kubernetes.watch.watch import iter_resp_lines
 from urllib3.exceptions import HTTPError
 
 from components import SETTINGS_VARIABLES, STAGE_USER
+from components.cluster.nodes import TrainingNodes
 from ns.core import log
 from ns.core.errors import ConfigError, Interrupted, NsError, RunError, TrainingError
 from ns.core.process import handle_signals
-from ns.stages.context import RunRef
-from ns.stages.train import train_generation
 
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
 NODE_NAME = "node"
@@ -50,59 +48,29 @@ LABEL_VALUE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 Json = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class TrainingNodes:
-    """The nodes of a training."""
-
-    count: int
-    image: str
-    runtime: str
-    runtime_kind: str
-    """TrainingRuntime (of the namespace) or ClusterTrainingRuntime."""
-    gpu_type: str
-    gpus: int
-    """GPUs of each node, which starts one process per GPU, or a single process without GPUs."""
-    cpu: str
-    memory: str
-    selector: Mapping[str, str]
-    tolerations: Sequence[Json]
-    secret: str
-    """Secret with the keys accesskey and secretkey of the store. May be missing."""
-    settings: str
-    """ConfigMap with SETTINGS_VARIABLES. May be missing, as may its keys."""
-    queue: str = ""
-    """Local queue of Kueue; none if empty."""
-
-
-def train_on_nodes(ref: RunRef, nodes: TrainingNodes, *, data: str, generation: int, teacher: str, selection: str) -> str:
-    """`ns.stages.train.train_generation` on several nodes. Returns the key of the model's folder.
+def run_trainjob(run: str, nodes: TrainingNodes, training_id: str, arguments: Sequence[str]) -> None:
+    """Runs `python -m ns.stages.train_worker ARGUMENTS` on several nodes until all of them have ended; `training_id` names the job.
 
     Raises ConfigError if there is no cluster or no Trainer, the training's own error if a node logs it, else TrainingError with the last
     lines of the node's log, RunError if the cluster stops answering, Interrupted after SIGINT or SIGTERM.
     """
-
-    def run_trainjob(key: str, arguments: Sequence[str]) -> None:
-        api = ClusterApi.from_environment()
-        job = TrainJob(api, f"train-{key}")
-        job_labels = {
-            "app.kubernetes.io/part-of": "noisy-student",
-            "app.kubernetes.io/component": "train",
-            **make_run_label(ref.run),
-        }
-        if nodes.queue:
-            job_labels["kueue.x-k8s.io/queue-name"] = nodes.queue
-        with _interrupt_on_sigterm():
-            try:
-                job.create_job(build_trainjob(job.name, arguments, nodes, job_labels, _owner_references()))
-                job.follow_job()
-            except (Interrupted, KeyboardInterrupt):
-                job.delete_job()
-                raise
-        job.delete_job()
-
-    return train_generation(
-        ref, data=data, generation=generation, teacher=teacher, selection=selection, launch_remote=run_trainjob
-    )
+    api = ClusterApi.from_environment()
+    job = TrainJob(api, f"train-{training_id}")
+    job_labels = {
+        "app.kubernetes.io/part-of": "noisy-student",
+        "app.kubernetes.io/component": "train",
+        **make_run_label(run),
+    }
+    if nodes.queue:
+        job_labels["kueue.x-k8s.io/queue-name"] = nodes.queue
+    with _interrupt_on_sigterm():
+        try:
+            job.create_job(build_trainjob(job.name, arguments, nodes, job_labels, _owner_references()))
+            job.follow_job()
+        except (Interrupted, KeyboardInterrupt):
+            job.delete_job()
+            raise
+    job.delete_job()
 
 
 def make_run_label(run: str) -> dict[str, str]:

@@ -9,12 +9,15 @@ from ns.cli.output import escape_text
 from ns.core.log import StageEvent, format_duration
 
 STAGE_TITLES = {
-    "start-generation": "prepare data",
-    "prepare-data": "prepare data",
+    "start": "prepare data",
+    "prepare": "prepare data",
+    # As Kubeflow names what trains, evaluates and decides in one go.
+    "teacher": "teacher",
+    "student": "student",
     "train": "train",
     "evaluate": "evaluate",
-    "label-shards": "label pool",
-    "commit-labels": "select labels",
+    "label": "label pool",
+    "select": "select labels",
     "gate": "gate",
     "report": "report",
 }
@@ -124,7 +127,7 @@ class RunView:
 
 def _stage_title(stage: tuple[int, str]) -> str:
     generation, name = stage
-    if name in ("start-generation", "prepare-data", "report"):
+    if name in ("start", "prepare", "report"):
         return STAGE_TITLES[name]
     return f"{f'generation {generation}' if generation else 'teacher'} · {STAGE_TITLES[name]}"
 
@@ -139,7 +142,7 @@ def _format_shards(event: StageEvent) -> str:
 
 def _summarize_event(event: StageEvent) -> str:
     match event["stage"]:
-        case "prepare-data" | "start-generation":
+        case "prepare" | "start":
             calibration = f", {event['calibration']:,} for calibration" if "calibration" in event else ""
             test = f", {event['test']:,} to test on" if "test" in event else ""
             counts = f"{event['labeled']:,} labeled, {event['pool']:,} in the pool, {event['heldout']:,} held out"
@@ -148,9 +151,9 @@ def _summarize_event(event: StageEvent) -> str:
             more = f", {event['corruption_error']:.1%} wrong when corrupted" if "corruption_error" in event else ""
             never = f", {event['never_predicted']}" if event.get("never_predicted") else ""
             return f"top-1 {event['top1']:.1%} of {event['images']:,} images{more}{never}"
-        case "label-shards":
+        case "label":
             return f"{event['images']:,} images"
-        case "commit-labels":
+        case "select":
             foreign = f", {event['foreign']:,} foreign" if "foreign" in event else ""
             classes = f"; {event['classes']}" if "classes" in event else ""
             temperature = f", temperature {event['temperature']:.4g}" if "temperature" in event else ""

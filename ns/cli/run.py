@@ -47,7 +47,7 @@ def run(
     """Run the whole loop, here or on Kubeflow. The same command continues a stopped run and repeats no finished work.
 
     Example: [cyan]ns run quickstart --set seed=1[/], [cyan]ns run quickstart --runner docker --memory 4g[/],
-    [cyan]ns run my.yaml --runner kfp --root s3://bucket/runs --input train_gpus=1[/]
+    [cyan]ns run my.yaml --runner kfp --root s3://bucket/runs --input gpus_train=1[/]
     """
     runner_options: list[tuple[str, Any, tuple[Runner, ...]]] = [
         ("--image", image, ("docker", "kfp")),
@@ -131,14 +131,13 @@ def _run_on_kubeflow(
     input_options: dict[str, Any],
 ) -> dict[str, Any]:
     """Submits a run, or finds the one that is under way, and follows it to its end if `follow`. Returns what was submitted as JSON."""
-    from ns.runs.records import CONFIG_FILE
     from pipelines import remote_run
 
     remote_run.check_remote_uris(store, experiment)
     client = access.make_client()
     registry = experiment.registry is not None
-    arguments = remote_run.build_inputs(f"{store.uri}/{name}/{CONFIG_FILE}", store, name, **input_options, registry=registry)
-    submitted = remote_run.submit_run(client, store, name, experiment, arguments)
+    request = remote_run.build_request(store, name, **input_options, registry=registry)
+    submitted = remote_run.submit_run(client, store, name, experiment, request)
     message = f"run {name}: {'submitted' if submitted.new else 'is under way'}: {submitted.url}"
     console.print(message, highlight=False, soft_wrap=True)
     if follow:

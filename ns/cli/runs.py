@@ -63,7 +63,7 @@ def show_run(name: RunArgument = "latest", root: Root = "runs", as_json: AsJson 
 
 @app.command("explain")
 def explain_work(
-    stage: Annotated[str, typer.Argument(help="train, evaluate, commit-labels or gate.")],
+    stage: Annotated[str, typer.Argument(help="train, evaluate, select or gate.")],
     name: RunArgument = "latest",
     generation: Annotated[int, typer.Option(min=0, help="Generation; 0 is the first teacher's.")] = 0,
     root: Root = "runs",

@@ -16,6 +16,7 @@ from ns.storage import open_store
 
 if TYPE_CHECKING:
     from pipelines.kfp_client import KfpClient, SubmittedRun
+    from pipelines.remote_run import RunRequest
     from pipelines.trigger import TriggerDecision
 
 Image = Annotated[str | None, typer.Option(help="Image of the stages, best by digest. A new one is a reason for a run.")]
@@ -121,7 +122,7 @@ class _TriggerCall:
         check_remote_uris(self.store, self.experiment)
         self._image, self._gpus, self._inputs = image, gpus, inputs or []
         # Wrong inputs are found before any data is read. The image, which is a reason for a run, may be one of the inputs.
-        self._image = self._build_inputs("check").get("worker_image")
+        self._image = self._build_request("check").image
         self._access = access
 
     @functools.cached_property
@@ -140,15 +141,13 @@ class _TriggerCall:
 
         if decision.action == "nothing":
             return None
-        return start_triggered_run(self.client, self.store, self.experiment, decision, self._build_inputs, again=again)
+        return start_triggered_run(self.client, self.store, self.experiment, decision, self._build_request, again=again)
 
-    def _build_inputs(self, run: str) -> dict[str, Any]:
-        from ns.runs.records import CONFIG_FILE
-        from pipelines.remote_run import build_inputs
+    def _build_request(self, run: str) -> "RunRequest":
+        from pipelines.remote_run import build_request
 
-        uri = f"{self.store.uri}/{run}/{CONFIG_FILE}"
         registry = self.experiment.registry is not None
-        return build_inputs(uri, self.store, run, image=self._image, gpus=self._gpus, inputs=self._inputs, registry=registry)
+        return build_request(self.store, run, image=self._image, gpus=self._gpus, inputs=self._inputs, registry=registry)
 
 
 def _decision_to_json(decision: "TriggerDecision") -> dict[str, Any]:

@@ -129,7 +129,7 @@ def gather_context(
     stage_notes = summary.stages
     group_size = experiment.report.pictures if pictures is None else pictures
     prepared = next(
-        (PreparedData.load_file(root, note.outputs["data"]) for note in stage_notes if note.stage == "prepare-data"), None
+        (PreparedData.load_file(root, note.outputs["data"]) for note in stage_notes if note.stage == "prepare"), None
     )
     verdicts = [Verdict.load_file(root, note.outputs["verdict"]) for note in stage_notes if note.stage == "gate"]
     models = _read_models(root, stage_notes)
@@ -221,7 +221,7 @@ def _read_models(root: Store, notes: Sequence[StageNote]) -> list[TrainedModel]:
 
 def _read_labelings(root: Store, notes: Sequence[StageNote], generation: int | None, *, flips: int) -> list[GenerationLabeling]:
     labelings: list[GenerationLabeling] = []
-    for note in (note for note in notes if note.stage == "commit-labels"):
+    for note in (note for note in notes if note.stage == "select"):
         label_set = LabelSet.load_file(root, note.outputs["label_set"])
         selection = Selection.load_file(root, note.outputs["selection"])
         label_store = root.at(selection.label_set_key)

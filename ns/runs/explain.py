@@ -11,7 +11,7 @@ from ns.storage.ledger import Ledger, LedgerEntry
 WORK_NAMES = {
     "train": "train",
     "evaluate": "evaluate",
-    "commit-labels": "select",
+    "select": "select",
     "gate": "generation",
 }
 """Stage → name of its work in the ledger."""

@@ -135,7 +135,7 @@ def _iterate_prepared(root: Store) -> Iterator[tuple[str, PreparedData]]:
 
 
 def _iterate_label_sets(root: Store, run: str) -> Iterator[tuple[int, RunLabelSet]]:
-    for note in list_stage_notes(root, run, "commit-labels"):
+    for note in list_stage_notes(root, run, "select"):
         yield note.generation, open_run_label_set(root, run, note.generation)
 
 

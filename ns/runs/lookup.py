@@ -67,7 +67,7 @@ def read_prepared_data(root: Store, run: str) -> PreparedData:
 
 def find_prepared_data(root: Store, run: str) -> PreparedData | None:
     """The datasets of a run; None if they are not prepared yet."""
-    note = find_stage_note(root, run, 0, "prepare-data")
+    note = find_stage_note(root, run, 0, "prepare")
     return PreparedData.load_file(root, note.outputs["data"]) if note else None
 
 
@@ -187,9 +187,9 @@ def open_label_set(root: Store, name: str) -> RunLabelSet:
 
 def open_run_label_set(root: Store, run: str, generation: int) -> RunLabelSet:
     """The label set of a generation of a run, given the run's full name. Raises RunError if there is none."""
-    note = find_stage_note(root, run, generation, "commit-labels")
+    note = find_stage_note(root, run, generation, "select")
     if note is None:
-        available = [f"gen-{other.generation}" for other in list_stage_notes(root, run, "commit-labels")]
+        available = [f"gen-{other.generation}" for other in list_stage_notes(root, run, "select")]
         raise RunError(f"run {run}: generation {generation} has no label set; there are {', '.join(available) or 'none'}")
     label_store = root.at(parent_key(note.outputs["label_set"]))
     return RunLabelSet(
@@ -212,7 +212,7 @@ def open_previous_label_set(root: Store, run: str, generation: int) -> RunLabelS
     for name in (run, *(record.run for record in reversed(list_runs(root)))):
         note = find_stage_note(root, name, generation - 1, "train")
         trained = note is not None and note.outputs["model"] == f"{current.teacher}/{ModelManifest.filename}"
-        if (name == run or trained) and find_stage_note(root, name, generation - 1, "commit-labels"):
+        if (name == run or trained) and find_stage_note(root, name, generation - 1, "select"):
             previous = open_run_label_set(root, name, generation - 1)
             return previous if previous.label_set.dataset == current.label_set.dataset else None
     return None

@@ -119,9 +119,9 @@ def summarize_run(root: Store, run: str) -> RunSummary:
 def _summarize_generation(root: Store, stage_notes: list[StageNote], gate_note: StageNote) -> GenerationSummary:
     verdict = Verdict.load_file(root, gate_note.outputs["verdict"])
     generation_notes = [note for note in stage_notes if note.generation == gate_note.generation]
-    commit_note = next((note for note in generation_notes if note.stage == "commit-labels"), None)
+    commit_note = next((note for note in generation_notes if note.stage == "select"), None)
     if commit_note is None:
-        raise DataError(f"generation {gate_note.generation}: has a verdict but no note of commit-labels in {root.uri}")
+        raise DataError(f"generation {gate_note.generation}: has a verdict but no note of select in {root.uri}")
     label_set = LabelSet.load_file(root, commit_note.outputs["label_set"])
     selection = Selection.load_file(root, commit_note.outputs["selection"])
     return GenerationSummary(

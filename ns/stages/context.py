@@ -1,5 +1,6 @@
 """What every stage is given and leaves behind: its run, its log lines, its note, its metrics, and the reason if it fails."""
 
+import atexit
 import gc
 import os
 import time
@@ -7,17 +8,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from enum import StrEnum
-from typing import Any
+from typing import Any, Self
 
 from ns.config.loader import load_experiment
 from ns.config.schema import Experiment
 from ns.core import log, telemetry
 from ns.core.digest import shorten_digest
-from ns.core.errors import Interrupted, NsError
+from ns.core.errors import ConfigError, Interrupted, NsError
 from ns.core.process import die_with_client, set_openmp_to_sleep
 from ns.runs.lifecycle import check_run_code, digest_experiment
 from ns.runs.records import (
+    CONFIG_FILE,
     delete_stage_failure,
     delete_stage_try,
     find_stage_failure,
@@ -35,6 +36,10 @@ RETRY_PAUSE_SECONDS = 600
 """Argo begins another try within this time (pipelines/placement.py)."""
 
 
+STOP = "stop"
+"""What stands in the place of a teacher's key when there is no further generation."""
+
+
 @dataclass(frozen=True)
 class RunRef:
     """The run that a stage belongs to. Values that pass between stages are short strings, so these are too."""
@@ -46,14 +51,11 @@ class RunRef:
     run: str
     """Name of the run, a folder below the root."""
 
-
-class TeacherSignal(StrEnum):
-    """What stands in the place of a teacher's key when a generation has no teacher."""
-
-    STOP = "stop"
-    """The loop is over."""
-    TRAIN = "train"
-    """The teacher is still to be trained."""
+    @classmethod
+    def from_uri(cls, uri: str) -> Self:
+        """The run that is kept in the folder at `uri`."""
+        root, _, run = uri.rpartition("/")
+        return cls(f"{uri}/{CONFIG_FILE}", root, run)
 
 
 @dataclass
@@ -118,6 +120,9 @@ def announce_stage(name: str, generation: int, **bound_fields: Any) -> Iterator[
     set_openmp_to_sleep()
     log.configure_logging()
     die_with_client()
+    if os.environ.get("_KFP_RUNTIME") == "true":
+        # Python's last garbage collection, over all that torch and timm loaded, would take 0.7 s of each of Kubeflow's processes.
+        atexit.register(gc.freeze)
     started = time.monotonic()
     log_fields: dict[str, Any] = {}
     with log.bind_context(stage=name, generation=generation, **bound_fields):
@@ -133,9 +138,6 @@ def announce_stage(name: str, generation: int, **bound_fields: Any) -> Iterator[
                 raise SystemExit(exit_code) from error
             raise
         logger.info("finished", seconds=round(time.monotonic() - started, 3), pid=os.getpid(), **log_fields)
-    if os.environ.get("_KFP_RUNTIME") == "true":
-        # Kubeflow's process ends next. Python's last garbage collection, over all that torch and timm loaded, would take 0.7 s.
-        gc.freeze()
 
 
 def has_client() -> bool:
@@ -192,3 +194,16 @@ def _refuse_useless_retry(ref: RunRef, generation: int, note_name: str) -> None:
         if age < timedelta(seconds=RETRY_PAUSE_SECONDS):
             error = next(kind for kind in NsError.__subclasses__() if kind.exit_code == failure.exit_code)
             raise error(failure.error)
+
+
+def check_gpus(given: int) -> None:
+    """Raises ConfigError if torch does not see the GPUs that a stage was given: on its CPUs it would keep them busy for days."""
+    if not given:
+        return
+    import torch
+
+    if (seen := torch.cuda.device_count()) < given:
+        raise ConfigError(
+            f"the stage was given {given} GPUs, and torch sees {seen}: its image has no CUDA, or its node no driver; let the placement "
+            "name worker-cuda (worker_image), or give 0 GPUs"
+        )

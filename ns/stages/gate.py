@@ -21,28 +21,28 @@ from ns.reporting import run_metrics
 from ns.runs.lookup import open_previous_label_set, open_run_label_set
 from ns.runs.order import take_number
 from ns.runs.records import find_stage_note, list_stage_notes
-from ns.stages.context import RunRef, StageContext, TeacherSignal, stage
+from ns.stages.context import STOP, RunRef, StageContext, stage
 from ns.stages.evaluate import evaluate_heldout, measure_gate_robustness
 from ns.stages.keys import generation_inputs, read_labeled_classes, read_model_digest
-from ns.stages.train import locate_first_teacher
 from ns.storage import parent_key
 
 
-def resolve_teacher(ref: RunRef, *, data: str, generation: int, first_teacher: str) -> str:
-    """Key of the teacher of a generation, or TeacherSignal.STOP if the generation does not take place.
+def check_first_teacher(ref: RunRef, *, data: str, teacher: str) -> None:
+    """Raises TrainingError if the first teacher is no better than chance: its pseudo-labels would only waste the student."""
+    with stage("check", ref) as context:
+        _check_beats_chance(context, data, teacher)
 
-    `first_teacher` is the model that the run began with, TRAIN if the run trained it itself, STOP if the run was over before it began.
-    Raises TrainingError if the first teacher is no better than chance: its pseudo-labels would only waste the student.
+
+def resolve_teacher(ref: RunRef, *, data: str, generation: int, first_teacher: str) -> str:
+    """Key of the teacher of a generation, or STOP if the generation does not take place.
+
+    `first_teacher` is the model that the run began with.
     """
     with stage("next-teacher", ref, generation) as context:
-        if first_teacher == TeacherSignal.STOP:
-            return TeacherSignal.STOP
-        teacher = locate_first_teacher(context, data) if first_teacher == TeacherSignal.TRAIN else first_teacher
+        teacher = first_teacher
         first_generation = ModelManifest.load(context.root.at(teacher)).generation
         if generation - first_generation > context.experiment.generations:
-            return TeacherSignal.STOP
-        if generation == 1:
-            _check_beats_chance(context, data, teacher)
+            return STOP
         for earlier in range(first_generation + 1, generation):
             # The run's own verdict counts, even if the code has changed since; the ledger's if it is another run's.
             note = find_stage_note(context.root, context.run, earlier, "gate")
@@ -50,7 +50,7 @@ def resolve_teacher(ref: RunRef, *, data: str, generation: int, first_teacher: s
             verdict = Verdict.find_file(context.root, verdict_key) if verdict_key else None
             # A run that was continued with another teacher has notes of what is no longer part of it.
             if verdict is None or verdict.teacher != teacher or not verdict.promoted:
-                return TeacherSignal.STOP
+                return STOP
             teacher = verdict.student
         return teacher
 

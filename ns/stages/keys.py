@@ -80,7 +80,7 @@ def find_choosing_selection(context: StageContext, generation: int) -> Selection
     """The run's first selection, if it chooses the images of a later generation; else None."""
     if context.experiment.selection.images_from == "each":
         return None
-    notes = list_stage_notes(context.root, context.run, "commit-labels")
+    notes = list_stage_notes(context.root, context.run, "select")
     first = min((note for note in notes if note.generation < generation), key=lambda note: note.generation, default=None)
     return Selection.load_file(context.root, first.outputs["selection"]) if first else None
 

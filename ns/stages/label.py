@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
+from ns.config.loader import load_experiment
 from ns.core.digest import digest_json
 from ns.data.dataset import Shard
 from ns.data.index import ShardIndex
@@ -11,26 +12,28 @@ from ns.data.leakage import load_left_out_rows
 from ns.data.prepared import PreparedData
 from ns.labeling.foreign import load_foreign_scorer
 from ns.labeling.label_set import LabelShard, find_label_shard, histogram_key, label_shard_key
-from ns.stages.context import RunRef, StageContext, stage
+from ns.stages.context import RunRef, StageContext, check_gpus, stage
 from ns.stages.evaluate import evaluate_calibration, resolve_labeling_temperature
 from ns.stages.foreign import prepare_foreign_reference
 from ns.stages.keys import excluded_keys, label_set_key, labeling_inputs
 from ns.storage import Store, open_store, parent_key
 
 
-def plan_labels(ref: RunRef, *, data: str, generation: int) -> list[str]:
+def split_pool(ref: RunRef, *, data: str) -> list[str]:
     """Splits the pool into ranges of shards, `START-STOP` (half open), one per labeling task."""
-    with stage("plan-labels", ref, generation) as context:
-        _, pool = PreparedData.load_file(context.root, data).pool.open_dataset(context.root)
-        shards = len(pool.shards)
-        tasks = min(context.experiment.labeling.tasks, shards)
-        bounds = [index * shards // tasks for index in range(tasks + 1)]
-        return [f"{start}-{stop}" for start, stop in pairwise(bounds)]
+    _, pool = PreparedData.load_file(open_store(ref.root), data).pool.open_dataset(open_store(ref.root))
+    shards = len(pool.shards)
+    tasks = min(load_experiment(ref.config_uri).labeling.tasks, shards)
+    bounds = [index * shards // tasks for index in range(tasks + 1)]
+    return [f"{start}-{stop}" for start, stop in pairwise(bounds)]
 
 
-def label_shard_range(ref: RunRef, *, data: str, generation: int, teacher: str, shards: str) -> str:
-    """Labels one range of shards of the pool, `START-STOP`, leaving out shards that are done. Returns the range."""
-    with stage("label-shards", ref, generation, shards=shards, teacher=teacher) as context:
+def label_shards(ref: RunRef, *, data: str, generation: int, teacher: str, shards: str, gpus: int = 0) -> str:
+    """Labels one range of shards of the pool, `START-STOP`, leaving out shards that are done. Returns the range.
+
+    `gpus`: that this process was given.
+    """
+    with stage("label", ref, generation, shards=shards, teacher=teacher) as context:
         prepared = PreparedData.load_file(context.root, data)
         pool_store, pool = prepared.pool.open_dataset(context.root)
         indices = range(*(int(bound) for bound in shards.split("-")))
@@ -46,6 +49,7 @@ def label_shard_range(ref: RunRef, *, data: str, generation: int, teacher: str, 
             from ns.labeling.predict import label_pool_shards
             from ns.modeling.predictor import Predictor
 
+            check_gpus(gpus)
             config = context.experiment.labeling
             reference = prepare_foreign_reference(context, prepared, teacher)
             scorer = load_foreign_scorer(context.root.at(parent_key(reference))) if reference else None

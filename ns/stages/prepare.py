@@ -65,7 +65,7 @@ CHECK_CODE = (
 
 def prepare_data(ref: RunRef) -> str:
     """Checks the experiment, and finds or imports its datasets. Returns the key of `prepared.json`."""
-    with stage("prepare-data", ref) as context:
+    with stage("prepare", ref) as context:
         key, prepared, reused = write_prepared_data(context.experiment, context.root, context.ledger)
         context.write_note({"data": key}, reused=reused, **count_images(context.root, prepared))
         return key

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ns.modeling.manifest import ModelManifest
 from ns.reporting import run_metrics
 from ns.runs.lifecycle import finish_run
 from ns.stages.context import RunRef, has_client, stage
@@ -25,14 +26,14 @@ def report_run(ref: RunRef) -> str:
 # What follows hands something to Kubeflow's UI, and does nothing where a client shows the run, as on a laptop.
 
 
-def publish_generation_metrics(ref: RunRef, generation: int, metrics: Any, classification_metrics: Any) -> None:
-    """Hands over the numbers, the confusion matrix and the ROC curve of a generation's model, as Kubeflow's `Metrics` and
-    `ClassificationMetrics`."""
+def publish_model_metrics(ref: RunRef, model: str, metrics: Any, classification_metrics: Any) -> None:
+    """Hands over the numbers, the confusion matrix and the ROC curve of a model, as Kubeflow's `Metrics` and `ClassificationMetrics`."""
     if has_client():
         return
     from ns.reporting import artifacts
 
     store = open_store(ref.root)
+    generation = ModelManifest.load(store.at(model)).generation
     for name, value in artifacts.collect_generation_metrics(store, ref.run, generation).items():
         metrics.log_metric(name, value)
     if confusion := artifacts.read_confusion(store, ref.run, generation):

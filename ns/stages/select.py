@@ -28,7 +28,7 @@ def commit_labels(ref: RunRef, *, data: str, generation: int, teacher: str) -> s
 
     Returns the key of the selection's folder. Raises DataError if no image is selected.
     """
-    with stage("commit-labels", ref, generation, teacher=teacher, linger=True) as context:
+    with stage("select", ref, generation, teacher=teacher, linger=True) as context:
         root, experiment = context.root, context.experiment
         prepared = PreparedData.load_file(root, data)
         _, pool = prepared.pool.open_dataset(root)

@@ -13,7 +13,7 @@ from ns.core.process import die_with_client, set_openmp_to_sleep
 from ns.data.prepared import PreparedData
 from ns.labeling.selection import Selection
 from ns.modeling.manifest import FINETUNED, ModelManifest
-from ns.stages.context import RunRef, StageContext, begin_telemetry, stage
+from ns.stages.context import RunRef, StageContext, begin_telemetry, check_gpus, stage
 from ns.stages.keys import read_model_digest, training_inputs, training_seed
 from ns.storage import Store, open_store
 from ns.storage.ledger import Ledger
@@ -32,19 +32,22 @@ def train_generation(
     generation: int,
     teacher: str = "",
     selection: str = "",
+    gpus: int = 0,
     launch_remote: Callable[[str, Sequence[str]], None] | None = None,
 ) -> str:
     """Trains the first teacher (generation 0), or a student of `teacher` on the images of `selection`.
 
     `launch_remote(training_id, arguments)` runs `python -m ns.stages.train_worker ARGUMENTS` on other machines until all its processes
-    have ended; `training_id`, 16 hex digits, is unique to this training. Without it the processes are on this machine. Returns the key
-    of the model's folder. Raises TrainingError when training cannot go on.
+    have ended; `training_id`, 16 hex digits, is unique to this training. Without it the processes are on this machine, which was given
+    `gpus` GPUs. Returns the key of the model's folder. Raises TrainingError when training cannot go on.
     """
     with stage("train", ref, generation, teacher=teacher) as context:
         training = _Training(context.root, context.ledger, context.experiment, data, generation, teacher, selection)
 
         def run_training() -> Mapping[str, str]:
             from ns.modeling.distributed import SINGLE, count_local_processes, launch_processes
+
+            check_gpus(gpus)
 
             arguments = [ref.config_uri, ref.root, ref.run, data, str(generation), teacher, selection]
             if launch_remote:
@@ -61,10 +64,13 @@ def train_generation(
         return training.model_key
 
 
-def join_training(ref: RunRef, *, data: str, generation: int, teacher: str, selection: str) -> None:
-    """Trains as one of the processes that torchrun started. The process that started them records the result."""
+def join_training(ref: RunRef, *, data: str, generation: int, teacher: str, selection: str) -> str:
+    """Trains as one of the processes that torchrun started. The process that started them records the result.
+
+    Returns the key of the model's folder to the first of them, and an empty text to the others.
+    """
     set_openmp_to_sleep()
-    from ns.modeling.distributed import FAILURE_VARIABLE, process_group, report_failure
+    from ns.modeling.distributed import process_group, report_failure
 
     die_with_client()
     # report_failure is inside process_group: the others fail as soon as this one leaves the group, and its reason must be there first.
@@ -73,12 +79,21 @@ def join_training(ref: RunRef, *, data: str, generation: int, teacher: str, sele
         try:
             store, experiment = open_store(ref.root), load_experiment(ref.config_uri)
             begin_telemetry("train", generation, ref.run, experiment, teacher)
-            _Training(store, Ledger(store), experiment, data, generation, teacher, selection).train_as_rank(world, ref.run)
+            training = _Training(store, Ledger(store), experiment, data, generation, teacher, selection)
+            training.train_as_rank(world, ref.run)
         except NsError as error:
-            if not os.environ.get(FAILURE_VARIABLE):
-                # The process that started these is on another machine and reads nothing but their log.
+            if has_remote_client():
+                # It reads nothing but the log.
                 log.get_logger().error("failed", error=str(error), exit_code=error.exit_code)
             raise
+        return training.model_key if world.is_main else ""
+
+
+def has_remote_client() -> bool:
+    """Whether the process that started those of torchrun is on another machine."""
+    from ns.modeling.distributed import FAILURE_VARIABLE
+
+    return not os.environ.get(FAILURE_VARIABLE)
 
 
 def locate_first_teacher(context: StageContext, data: str) -> str:

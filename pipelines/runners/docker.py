@@ -132,7 +132,7 @@ class _ContainerEngine:
         from kfp.local import docker_task_handler
 
         docker_task_handler.run_docker_container = self.run_stage
-        arguments = {"config_uri": config_uri, "root": self._root.uri, "run": self._run}
+        arguments = {"config": config_uri, "run": f"{self._root.uri}/{self._run}"}
         run_pipeline(local.DockerRunner(), self._scratch, arguments)
 
     def run_stage(self, *, command: list[str], **_options: Any) -> int:

@@ -64,7 +64,7 @@ def run_locally(
             CLIENT_VARIABLE: identify_process(os.getpid()),
             **_make_temp_variables(str(scratch)),
         }
-        arguments = {"config_uri": config_uri, "root": root, "run": run, **inputs}
+        arguments = {"config": config_uri, "run": f"{root}/{run}", **inputs}
 
         def run_stages() -> None:
             from kfp import local
@@ -176,10 +176,10 @@ class _EventWatcher:
 
 
 def describe_stage(event: StageEvent) -> str:
-    """Names a stage for people: `generation 1: train`, `teacher: train`, `report`."""
+    """Names a stage, or what runs several, for people: `generation 1: train`, `teacher: train`, `teacher`, `report`."""
     generation = event.get("generation", 0)
     stage = str(event.get("stage", "")).replace("-", " ")
-    if stage in ("start run", "start generation", "prepare data", "report"):
+    if stage in ("start", "prepare", "report", "teacher"):
         return stage
     shards = f" {event['shards']}" if event.get("shards") else ""
     return f"{f'generation {generation}' if generation else 'teacher'}: {stage}{shards}"

@@ -9,8 +9,8 @@ def test_measure_union_counts_overlaps_once():
 
 def test_find_stage_intervals_pairs_start_and_end():
     events = [
-        {"event": "started", "pid": 1, "stage": "label-shards", "generation": 1, "at": 10.0},
-        {"event": "started", "pid": 2, "stage": "label-shards", "generation": 1, "at": 11.0},
+        {"event": "started", "pid": 1, "stage": "label", "generation": 1, "at": 10.0},
+        {"event": "started", "pid": 2, "stage": "label", "generation": 1, "at": 11.0},
         {"event": "progress", "pid": 1, "at": 12.0},
         {"event": "finished", "pid": 2, "at": 13.0},
         {"event": "failed", "pid": 1, "at": 14.0},

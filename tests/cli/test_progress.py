@@ -10,16 +10,16 @@ STORY = [
     {"event": "finished", "stage": "train", "generation": 0, "seconds": 3.21, "steps": 7, "parameters": 1234, "reused": False},
     {"event": "started", "stage": "next-teacher", "generation": 1},
     {"event": "finished", "stage": "next-teacher", "generation": 1, "seconds": 0.1},
-    {"event": "started", "stage": "label-shards", "generation": 1, "shards": "0-4"},
+    {"event": "started", "stage": "label", "generation": 1, "shards": "0-4"},
     {
         "event": "unreadable image",
-        "stage": "label-shards",
+        "stage": "label",
         "generation": 1,
         "level": "warning",
         "key": f"[red]x/{'y' * 120}",
         "pid": 3,
     },
-    {"event": "finished", "stage": "label-shards", "generation": 1, "shards": "0-4", "seconds": 1, "images": 0, "reused": True},
+    {"event": "finished", "stage": "label", "generation": 1, "shards": "0-4", "seconds": 1, "images": 0, "reused": True},
     {"event": "failed", "stage": "evaluate", "generation": 1, "error": "no", "exit_code": 3},
 ]
 

@@ -13,10 +13,9 @@ import pytest
 import yaml
 
 from components.cluster import trainjob
-from components.cluster.trainjob import TrainingNodes
-from components.train_distributed import train_distributed
+from components.cluster.nodes import TrainingNodes
 from ns.core.errors import ConfigError, DataError, Interrupted, RunError, TrainingError
-from ns.stages.context import RunRef
+from pipelines.placement import Placement
 from tests.components.kubernetes_api import JOBS, KubernetesApi
 
 pytestmark = pytest.mark.integration
@@ -58,19 +57,9 @@ def api(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def train(monkeypatch):
+def train():
     """Trains, without the rest of the stage."""
-
-    def train_generation(ref, *, launch_remote, **keys):
-        launch_remote(KEY, ARGUMENTS)
-        return "store/models/m"
-
-    monkeypatch.setattr(trainjob, "train_generation", train_generation)
-
-    def train():
-        return trainjob.train_on_nodes(RunRef("c", "s3://b", "r"), NODES, data="data", generation=1, teacher="", selection="")
-
-    return train
+    return lambda: trainjob.run_trainjob("r", NODES, KEY, ARGUMENTS)
 
 
 def succeed(api, name):
@@ -83,7 +72,7 @@ def succeed(api, name):
     api.end(name, "Complete")
 
 
-def test_train_on_nodes_shows_the_log_and_deletes_the_job(api, train, capsys):
+def test_run_trainjob_shows_the_log_and_deletes_the_job(api, train, capsys):
     wanted = {}
 
     def created(name):
@@ -91,7 +80,7 @@ def test_train_on_nodes_shows_the_log_and_deletes_the_job(api, train, capsys):
         succeed(api, name)
 
     api.created = created
-    assert train() == "store/models/m"
+    train()
     assert [line for line in capsys.readouterr().err.splitlines() if "{" not in line] == ["one", "two", "three"]
     assert api.jobs == {}
     assert wanted["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team"
@@ -118,11 +107,10 @@ def test_build_trainjob_is_valid_in_trainer(api):
     assert "invalid" in api.refuse(job | {"spec": job["spec"] | {"trainer": wrong}})
 
 
-def test_train_distributed_matches_the_manifests():
+def test_placement_names_the_runtime_of_the_manifests():
     trainer = Path(__file__).parents[2] / "k8s" / "components" / "trainer"
     runtime = yaml.safe_load((trainer / "trainingruntime-noisy-student.yaml").read_text())
-    inputs = train_distributed.component_spec.inputs
-    assert (inputs["runtime"].default, inputs["runtime_kind"].default) == (runtime["metadata"]["name"], runtime["kind"])
+    assert (Placement().runtime, Placement().runtime_kind) == (runtime["metadata"]["name"], runtime["kind"])
     (job,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
     (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
     assert (job["name"], container["name"]) == (trainjob.NODE_NAME, trainjob.NODE_NAME)
@@ -184,14 +172,14 @@ def failing(api, line, code=1, reason="Error"):
     return created
 
 
-def test_train_on_nodes_raises_the_error_of_a_node(api, train):
+def test_run_trainjob_raises_the_error_of_a_node(api, train):
     api.created = failing(api, json.dumps({"event": "failed", "error": "data.pool: gone", "exit_code": DataError.exit_code}))
     with pytest.raises(DataError, match=re.escape("data.pool: gone")):
         train()
     assert NAME in api.jobs, "kept, to be looked at, until it is tried again"
 
 
-def test_train_on_nodes_names_a_node_that_died(api, train):
+def test_run_trainjob_names_a_node_that_died(api, train):
     api.created = failing(api, "RuntimeError: no", 137, "OOMKilled")
     with pytest.raises(TrainingError) as caught:
         train()
@@ -201,7 +189,7 @@ def test_train_on_nodes_names_a_node_that_died(api, train):
     )
 
 
-def test_train_on_nodes_deletes_the_job_on_sigterm(api, train):
+def test_run_trainjob_deletes_the_job_on_sigterm(api, train):
     def created(name):
         api.pod(name, 0)
         time.sleep(0.05)
@@ -213,7 +201,7 @@ def test_train_on_nodes_deletes_the_job_on_sigterm(api, train):
     assert api.jobs == {}
 
 
-def test_train_on_nodes_fails_if_the_job_is_deleted(api, train):
+def test_run_trainjob_fails_if_the_job_is_deleted(api, train):
     def created(name):
         time.sleep(0.02)
         del api.jobs[name]
@@ -244,7 +232,7 @@ def test_call_with_retry_gives_up(api, train, monkeypatch):
         train()
 
 
-def test_train_on_nodes_needs_a_cluster(train, monkeypatch, tmp_path):
+def test_run_trainjob_needs_a_cluster(train, monkeypatch, tmp_path):
     monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "none"))
     with pytest.raises(ConfigError, match="needs a cluster"):
         train()

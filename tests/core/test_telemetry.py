@@ -75,17 +75,17 @@ def test_metric_names_follow_the_conventions():
 
 
 def test_images_processed_counts_for_the_current_stage():
-    telemetry.begin_stage("label-shards", 1, "counting", config_digest="abc", teacher="store/models/t")
+    telemetry.begin_stage("label", 1, "counting", config_digest="abc", teacher="store/models/t")
     assert value("nst_run_info", run_id="counting", config_digest="abc", teacher="store/models/t") == 1
-    assert value("nst_stage_running", stage="label-shards") == 1
-    before = value("nst_images_processed_total", stage="label-shards")
+    assert value("nst_stage_running", stage="label") == 1
+    before = value("nst_images_processed_total", stage="label")
     assert before is not None
     log.Progress(10, "images").update(3)
-    assert value("nst_images_processed_total", stage="label-shards") == before + 3
+    assert value("nst_images_processed_total", stage="label") == before + 3
 
     telemetry.begin_stage("evaluate", 1, "next")
     log.Progress(10, "images").update(4)
-    assert value("nst_images_processed_total", stage="label-shards") == before + 3
+    assert value("nst_images_processed_total", stage="label") == before + 3
     assert value("nst_run_info", run_id="counting", config_digest="abc", teacher="store/models/t") is None
     telemetry.end_stage(2.0)
     assert value("nst_stage_running", stage="evaluate") == 0

@@ -107,20 +107,20 @@ def test_docker_runner_continues_after_its_client_was_killed(image, tmp_path):
 
 
 FAILURES = {
-    "exit:prepare_data": (
+    "exit:prepare": (
         ["--memory", "2g"],
         6,
-        "prepare data: ended with exit code 1; the same command continues:\n  about to fail",
+        "prepare: ended with exit code 1; the same command continues:\n  about to fail",
     ),
-    "memory:prepare_data": (
+    "memory:prepare": (
         ["--memory", "400m"],
         6,
-        "prepare data: ran out of memory of 400m (--memory); the same command continues:\n  about to fail",
+        "prepare: ran out of memory of 400m (--memory); the same command continues:\n  about to fail",
     ),
-    "sleep:prepare_data": (
+    "sleep:prepare": (
         ["--stage-timeout", "15"],
         6,
-        "prepare data: was stopped at its time limit of 15 s; the same command continues:\n  about to fail",
+        "prepare: was stopped at its time limit of 15 s; the same command continues:\n  about to fail",
     ),
 }
 
@@ -147,7 +147,7 @@ def test_docker_runner_failed_stage_message(image, tmp_path):
     options = [f"--set=data.pool={empty}", "--runner", "docker", "--image", image]
     done = subprocess.run(make_command(tmp_path / "root", *options), capture_output=True, text=True, timeout=120)
     assert done.returncode == 3, done.stderr
-    assert done.stderr.splitlines()[-1].startswith("log: ") or "prepare data: " in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("log: ") or "prepare: " in done.stderr
     assert str(empty) in done.stderr
 
 

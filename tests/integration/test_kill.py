@@ -56,7 +56,7 @@ def checkpoints(root: Path) -> list[Path]:
 MOMENTS: dict[str, Callable[[Path], bool]] = {
     "teacher training": lambda root: any(path.name >= "step-00000010" for path in checkpoints(root)),
     "labeling": lambda root: bool(list((root / "store" / "labels").glob("*/*.parquet"))),
-    "student training": lambda root: len(notes(root, "commit-labels")) == 1 and len(checkpoints(root)) > 0,
+    "student training": lambda root: len(notes(root, "select")) == 1 and len(checkpoints(root)) > 0,
 }
 
 

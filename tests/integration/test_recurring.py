@@ -17,6 +17,7 @@ QUICK = [
     "students.0.train.unlabeled_ratio=1",
     "gate.min_gain=-1",
     "gate.max_churn=1",
+    "labeling.tasks=1",
 ]
 
 
@@ -32,7 +33,6 @@ def test_recurring_run_builds_on_the_accepted_student(tmp_path):
             on_event=lambda event: None,
             package=GENERATION_PACKAGE,
             overrides=QUICK,
-            labeling_tasks=1,
         )
         return summarize_run(store, resolve_run_name(store))
 

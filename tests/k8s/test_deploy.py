@@ -437,14 +437,14 @@ def test_failed_smoke_run_is_told_with_its_stage(world):
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             for run in world.kfp.alive:
-                world.kfp.play_task(run.run_id, "commit-labels", "FAILED")
+                world.kfp.play_task(run.run_id, "select", "FAILED")
                 world.kfp.end(run.run_id, "FAILED")
                 return
             time.sleep(0.05)
 
     player = threading.Thread(target=play, daemon=True)
     player.start()
-    with pytest.raises(RunError, match=r"smoke run smoke-\S+: failed: commit-labels; `make ui` shows the logs"):
+    with pytest.raises(RunError, match=r"smoke run smoke-\S+: failed: select; `make ui` shows the logs"):
         world.deploy(smoke=True)
     player.join()
 
@@ -522,5 +522,7 @@ def test_deploy_refuses_unknown_pool_inputs(world):
     bad = overlay()
     bad[5]["data"] = {"inputs.json": '{"lable_gpus": "1"}'}
     world.render(bad)
-    with pytest.raises(ConfigError, match=r"ConfigMap kubeflow/noisy-student-pools: inputs\.json: lable_gpus: is not an input"):
+    with pytest.raises(
+        ConfigError, match=r"ConfigMap kubeflow/noisy-student-pools: inputs\.json: lable_gpus: is no field of the placement"
+    ):
         world.deploy()

@@ -1,12 +1,14 @@
 """CPU and memory of stages that fit the nodes of a cluster."""
 
+from dataclasses import asdict
+
 import pytest
 
 from k8s.node_room import find_rooms, fit_resources
-from pipelines.placement import PLACEMENT_INPUTS
+from pipelines.placement import Placement
 from tests.k8s.conftest import thing
 
-DEFAULTS = {name: spec.default for name, spec in PLACEMENT_INPUTS.items()}
+DEFAULTS = asdict(Placement())
 READY = [{"type": "Ready", "status": "True"}]
 
 

@@ -64,7 +64,7 @@ def test_report_waiting_tells_the_pods_own_reason_and_a_cure_once(cluster):
     cluster.state["objects"] = [
         pod("train-1", **UNSCHEDULABLE),
         pod("train-2", **UNSCHEDULABLE),
-        pod("label-1", stage="label-shards", **waiting("ImagePullBackOff", "Back-off pulling image x:1")),
+        pod("label-1", stage="label", **waiting("ImagePullBackOff", "Back-off pulling image x:1")),
         pod("ready", "Running"),
         pod("other", run="run-2", **UNSCHEDULABLE),
     ]
@@ -74,7 +74,7 @@ def test_report_waiting_tells_the_pods_own_reason_and_a_cure_once(cluster):
         "train: pod train-1 waits: Unschedulable: 0/1 nodes are available: 1 Insufficient cpu. no new claims to deallocate; "
         "no node has that much: ask for less with --input NAME=VALUE (docs/pipeline.md), or add a node"
     )
-    assert image.startswith("label-shards: pod label-1 waits: ImagePullBackOff: Back-off pulling image x:1; push that image")
+    assert image.startswith("label: pod label-1 waits: ImagePullBackOff: Back-off pulling image x:1; push that image")
 
 
 def test_report_waiting_gives_a_pod_a_minute(cluster):

@@ -56,7 +56,7 @@ kube_node_labels{{node="n0",label_noisy_student_pool="gpu-spot"}} 1
 kube_node_labels{{node="n1",label_noisy_student_pool="gpu"}} 1
 kube_node_status_allocatable{{node="n0",resource="nvidia_com_gpu"}} 8
 kube_pod_labels{{{OURS}="train",pod="step"}} 1
-kube_pod_labels{{{OURS}="label-shards",pod="hung"}} 1
+kube_pod_labels{{{OURS}="label",pod="hung"}} 1
 kube_pod_labels{{{OURS}="train",pod="waits"}} 1
 kube_pod_status_phase{{namespace="kubeflow",pod="step",phase="Running"}} 1
 kube_pod_status_phase{{namespace="kubeflow",pod="hung",phase="Running"}} 1
@@ -75,10 +75,10 @@ UNSEEN = "nst_label_churn_ratio"
 HANG = """
 import sys
 from ns.stages.context import RunRef
-from ns.stages.label import label_shard_range
+from ns.stages.label import label_shards
 config_uri, root, run, data, teacher, *ranges = sys.argv[1:]
 for shards in ranges:
-    label_shard_range(RunRef(config_uri, root, run), data=data, generation=1, teacher=teacher, shards=shards)
+    label_shards(RunRef(config_uri, root, run), data=data, generation=1, teacher=teacher, shards=shards)
 """
 VARIABLES = {
     "$__rate_interval": "15s",
@@ -199,14 +199,14 @@ def hang_in_labeling(root: Path) -> list[str]:
     """Makes the last shard of the pool a file that nobody writes, as a store that does not answer. Returns what labels it."""
     store = LocalStore(root)
     notes = {(note.generation, note.stage): note for note in list_stage_notes(store, "watched")}
-    data = notes[0, "prepare-data"].outputs["data"]
+    data = notes[0, "prepare"].outputs["data"]
     folder, pool = PreparedData.load_file(store, data).pool.open_dataset(store)
     assert isinstance(folder, LocalStore)
     assert len(pool.shards) > 1
     last = folder.root / pool.shards[-1].name
     last.unlink()
     os.mkfifo(last)
-    teacher = notes[1, "commit-labels"].outputs["teacher"].rpartition("/")[0]
+    teacher = notes[1, "select"].outputs["teacher"].rpartition("/")[0]
     return [
         f"{store.uri}/watched/config.yaml",
         store.uri,
@@ -257,7 +257,7 @@ def watched(tmp_path_factory):
             NS_PUSHGATEWAY_URL=f"http://127.0.0.1:{gateway}",
         )
         log = folder / "run.log"
-        labeled = root / "watched" / "stages" / "1-commit-labels.json"
+        labeled = root / "watched" / "stages" / "1-select.json"
         wait_for("the first label set", lambda: labeled.exists() or run.poll() is not None)
         assert labeled.exists(), log.read_text()
         copied(root, folder / "hung")
@@ -297,7 +297,7 @@ def test_pushgateway_keeps_the_summary(watched):
 def test_stalled_labeling_fires_the_only_alert(watched):
     (alert,) = watched.ask('ALERTS{alertstate="firing"}')
     found = {name: alert["metric"][name] for name in ("alertname", "namespace", "pod", "stage", "run_id")}
-    wanted = {"alertname": "NstStalled", "namespace": "kubeflow", "pod": "hung", "stage": "label-shards", "run_id": "watched"}
+    wanted = {"alertname": "NstStalled", "namespace": "kubeflow", "pod": "hung", "stage": "label", "run_id": "watched"}
     assert found == wanted
 
 

@@ -219,7 +219,7 @@ def run(make_label_set, make_pool, tmp_path):
     _, images = make_pool(tmp_path / "root" / "pool", [[row[0] for row in shard] for shard in rows])
     prepared = PreparedData(**dict.fromkeys(("labeled", "pool", "heldout"), PreparedDataset(uri="pool", digest=images.digest)))
     prepared.save_file(root, "prepared.json")
-    write_stage_note(root, "r", 0, "prepare-data", {"data": "prepared.json"}, 1, reused=False)
+    write_stage_note(root, "r", 0, "prepare", {"data": "prepared.json"}, 1, reused=False)
     for generation in (1, 2):
         # In the second generation, every tenth image is an ox.
         changed = [[(k, 2 if generation == 2 and int(k[1:]) % 10 == 0 else c, s) for k, c, s in shard] for shard in rows]
@@ -232,7 +232,7 @@ def run(make_label_set, make_pool, tmp_path):
             "label_set": f"labels/{generation}/labelset.json",
             "selection": f"selection-{generation}.json",
         }
-        write_stage_note(root, "r", generation, "commit-labels", outputs, 1, reused=False)
+        write_stage_note(root, "r", generation, "select", outputs, 1, reused=False)
     RunRecord(run="r", config_digest="0", state="succeeded", started_at="2026", version="0").save_file(
         root, "store/runs/r.json"
     )

@@ -38,7 +38,7 @@ from ns.labeling.selection import make_selection
 from ns.runs.lifecycle import derive_run_name, open_run
 from ns.runs.lookup import open_label_set
 from ns.stages.context import RunRef
-from ns.stages.label import label_shard_range, plan_labels
+from ns.stages.label import label_shards, split_pool
 from ns.stages.prepare import prepare_data
 from ns.stages.select import commit_labels
 from ns.stages.train import train_generation
@@ -618,8 +618,8 @@ def test_stages_and_commands_commit_versions(tmp_path, capsys, monkeypatch):
     def labeled():
         data = prepare_data(ref)
         teacher = train_generation(ref, data=data, generation=0)
-        for shards in plan_labels(ref, data=data, generation=1):
-            label_shard_range(ref, data=data, generation=1, teacher=teacher, shards=shards)
+        for shards in split_pool(ref, data=data):
+            label_shards(ref, data=data, generation=1, teacher=teacher, shards=shards)
         return commit_labels(ref, data=data, generation=1, teacher=teacher)
 
     open_run(store, run, experiment, "test")

@@ -1,4 +1,4 @@
-"""The compiled pipelines: traps of KFP that are visible in them."""
+"""The compiled pipelines: what a person sees of them, and traps of KFP that are visible in them."""
 
 import json
 import re
@@ -10,9 +10,25 @@ from pathlib import Path
 
 import pytest
 import yaml
+from google.protobuf import json_format
+from kfp.kubernetes import kubernetes_executor_config_pb2
 
 from ns.config.schema import MAX_GENERATIONS
 from pipelines import GENERATION_PACKAGE, PACKAGE
+from pipelines.placement import STAGE_PODS, Placement
+
+INPUTS = [
+    "config",
+    "data_heldout",
+    "data_labeled",
+    "data_pool",
+    "generations",
+    "gpus_label",
+    "gpus_train",
+    "nodes",
+    "overrides",
+    "run",
+]
 
 
 @pytest.fixture(scope="module", params=[PACKAGE, GENERATION_PACKAGE], ids=lambda package: package.stem)
@@ -36,10 +52,20 @@ def pods(documents) -> dict:
     return documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
 
 
-def dags(spec: dict) -> Iterator[tuple[str, dict]]:
+def iterate_dags(spec: dict) -> Iterator[tuple[str, dict]]:
     for name, component in {**spec["components"], "root": spec["root"]}.items():
         if "dag" in component:
             yield name, component
+
+
+def find_layers(spec: dict, component: dict, depth: int = 0) -> Iterator[tuple[str, int]]:
+    """Each stage, and how many boxes a person opens to see it. A loop shows its tasks when it is opened."""
+    for task in component["dag"]["tasks"].values():
+        inner = spec["components"][task["componentRef"]["name"]]
+        if "dag" in inner:
+            yield from find_layers(spec, inner, depth + 1)
+        else:
+            yield task["taskInfo"]["name"], depth
 
 
 def test_committed_packages_are_up_to_date():
@@ -49,8 +75,40 @@ def test_committed_packages_are_up_to_date():
     assert done.returncode == 0, done.stderr
 
 
+def test_top_layer_reads_like_the_method(package, spec):
+    tasks = spec["root"]["dag"]["tasks"]
+    generations = (
+        ["generation"] if package == GENERATION_PACKAGE else [f"generation-{n}" for n in range(1, MAX_GENERATIONS + 1)]
+    )
+    before = ["start"] if package == GENERATION_PACKAGE else ["start", "prepare", "teacher"]
+    assert set(tasks) == {*before, *generations, "report"}
+    # Argo, and what KFP tells of a run, have the same names as the UI.
+    assert all(task["taskInfo"]["name"] == name for name, task in tasks.items())
+    for earlier, later in pairwise([*before, *generations, "report"]):
+        assert earlier in tasks[later]["dependentTasks"]
+
+
+def test_no_box_has_a_name_that_kfp_made_up(spec):
+    for name, component in iterate_dags(spec):
+        for task in component["dag"]["tasks"].values():
+            assert not re.match(r"condition|for-loop", task["taskInfo"]["name"]), name
+
+
+def test_stages_are_at_most_two_layers_down(spec):
+    layers = dict(find_layers(spec, spec["root"]))
+    assert max(depth for stage, depth in layers.items() if stage != "label") <= 2
+    # The loop over labeling tasks is itself a box of this name.
+    assert layers["label"] <= 3
+
+
+def test_run_form_asks_at_most_ten_things_in_the_order_of_need(package, spec):
+    names = list(spec["root"]["inputDefinitions"]["parameters"])
+    assert names == sorted(names), "the order in which KFP's UI shows them"
+    assert names == [name for name in INPUTS if package == PACKAGE or name != "generations"]
+
+
 def test_tasks_refer_to_inputs_of_their_parent(spec):
-    for name, component in dags(spec):
+    for name, component in iterate_dags(spec):
         inputs = set(component.get("inputDefinitions", {}).get("parameters", {}))
         for task in component["dag"]["tasks"].values():
             for value in task.get("inputs", {}).get("parameters", {}).values():
@@ -58,12 +116,36 @@ def test_tasks_refer_to_inputs_of_their_parent(spec):
                 assert reference is None or reference in inputs, (name, reference)
 
 
+def test_tasks_give_their_components_all_inputs_and_no_others(spec):
+    for name, component in iterate_dags(spec):
+        for task_name, task in component["dag"]["tasks"].items():
+            definitions = spec["components"][task["componentRef"]["name"]].get("inputDefinitions", {}).get("parameters", {})
+            item = task.get("parameterIterator", {}).get("itemInput")
+            assert set(task["inputs"]["parameters"]) == set(definitions) - {item}, (name, task_name)
+
+
+def test_resources_refer_to_inputs_of_the_task_itself(spec):
+    """In a loop or an If, KFP's compiler leaves inputs of the pipeline that are used for resources dangling."""
+    executors = spec["deploymentSpec"]["executors"]
+    used = set()
+    for component in spec["components"].values():
+        if label := component.get("executorLabel"):
+            references = re.findall(r"inputs\.parameters\['([^']+)'\]", json.dumps(executors[label]["container"]["resources"]))
+            assert set(references) <= set(component["inputDefinitions"]["parameters"]), label
+            used |= set(references)
+    assert used == {"gpus", "cpu", "memory"}
+
+
 def test_package_stays_small(package):
-    assert package.stat().st_size < 150_000
+    assert package.stat().st_size < 60_000
 
 
-def test_package_installs_nothing(package):
+def test_package_installs_nothing_and_explains_nothing_to_machines(package, spec):
     assert "pip install" not in package.read_text()
+    for executor in spec["deploymentSpec"]["executors"].values():
+        assert '"""' not in executor["container"]["command"][-1]
+    for component in spec["components"].values():
+        assert "description" not in json.dumps(component)
 
 
 def test_inputs_are_described(spec):
@@ -72,17 +154,16 @@ def test_inputs_are_described(spec):
 
 
 def test_cache_of_kfp_is_off(spec):
-    for name, component in dags(spec):
+    for name, component in iterate_dags(spec):
         for task_name, task in component["dag"]["tasks"].items():
-            reference = task["componentRef"]["name"]
-            if "executorLabel" in spec["components"][reference]:
+            if "executorLabel" in spec["components"][task["componentRef"]["name"]]:
                 assert not task.get("cachingOptions", {}).get("enableCache", False), (name, task_name)
 
 
 def test_conditions_compare_single_outputs_or_inputs(package, spec):
     assert "oneOf" not in package.read_text()
     tested = set()
-    for name, component in dags(spec):
+    for name, component in iterate_dags(spec):
         for task in component["dag"]["tasks"].values():
             condition = task.get("triggerPolicy", {}).get("condition", "")
             for channel in re.findall(r"parameter_values\['pipelinechannel--(\w[\w-]*)'\]", condition):
@@ -90,120 +171,102 @@ def test_conditions_compare_single_outputs_or_inputs(package, spec):
                 source = task["inputs"]["parameters"][f"pipelinechannel--{channel}"]
                 single = source.get("taskOutputParameter", {}).get("outputParameterKey") == "Output"
                 assert single or "componentInputParameter" in source, (name, channel)
-    assert tested == {"next-teacher-Output"} | ({"teacher"} if package == GENERATION_PACKAGE else set())
+    assert tested == ({"known_teacher"} if package == GENERATION_PACKAGE else {"next-teacher-Output"})
 
 
-def test_loops_are_alone_in_a_pipeline(spec):
-    for name, component in dags(spec):
+def test_no_skipped_task_is_waited_for(spec):
+    """The backend waits for `.Succeeded`, and what is skipped did not succeed."""
+    for name, component in iterate_dags(spec):
+        tasks = component["dag"]["tasks"]
+        conditional = {task_name for task_name, task in tasks.items() if "triggerPolicy" in task}
+        for task in tasks.values():
+            assert not conditional & set(task.get("dependentTasks", ())), name
+
+
+def test_loops_use_no_output_of_a_task_beside_them(spec):
+    """kfp.local would put the loop's item in its place."""
+    loops = 0
+    for name, component in iterate_dags(spec):
         for task in component["dag"]["tasks"].values():
             if "parameterIterator" in task:
-                assert name.startswith("comp-label")
-                assert len(component["dag"]["tasks"]) == 1, "no upstream task beside a loop: kfp.local would lose its output"
+                loops += 1
+                assert not any("taskOutputParameter" in value for value in task["inputs"]["parameters"].values()), name
+    assert loops
 
 
-def test_generations_are_sequential(package, spec):
-    tasks = spec["root"]["dag"]["tasks"]
-    attempts = sorted(name for name in tasks if name.startswith("attempt"))
-    assert len(attempts) == (1 if package == GENERATION_PACKAGE else MAX_GENERATIONS)
-    assert ("teacher" if package == GENERATION_PACKAGE else "first-teacher") in tasks[attempts[0]]["dependentTasks"]
-    for before, after in pairwise(attempts):
-        assert before in tasks[after]["dependentTasks"]
-    assert attempts[-1] in tasks["report"]["dependentTasks"]
-
-
-def test_kubernetes_settings_refer_to_inputs_of_the_parent(spec, pods):
-    def references(node):
-        if isinstance(node, dict):
-            yield from ([node["componentInputParameter"]] if "componentInputParameter" in node else [])
-            for value in node.values():
-                yield from references(value)
-        elif isinstance(node, list):
-            for value in node:
-                yield from references(value)
-
-    for name, component in dags(spec):
-        for task in component["dag"]["tasks"].values():
-            label = spec["components"][task["componentRef"]["name"]].get("executorLabel")
-            if label:
-                inputs = set(component.get("inputDefinitions", {}).get("parameters", {}))
-                assert set(references(pods[label])) <= inputs, (name, label)
-
-
-def test_resources_are_not_set_in_a_loop_or_condition(spec):
-    executors = spec["deploymentSpec"]["executors"]
-    for name, component in dags(spec):
-        if name.startswith(("comp-condition", "comp-for-loop")):
-            for task in component["dag"]["tasks"].values():
-                label = spec["components"][task["componentRef"]["name"]].get("executorLabel")
-                assert "inputs" not in json.dumps(executors[label]["container"]["resources"] if label else {}), name
+def test_pods_are_valid_to_kubeflow(pods):
+    for pod in pods.values():
+        json_format.ParseDict(pod, kubernetes_executor_config_pb2.KubernetesExecutorConfig())
 
 
 def test_stages_have_time_limit_retries_user_and_scratch(spec, pods):
     executors = spec["deploymentSpec"]["executors"]
     assert set(executors) == set(pods)
-    for name, facts in pods.items():
-        assert int(facts["activeDeadlineSeconds"]) >= 3600, name
-        assert facts["securityContext"] == {"runAsGroup": "10001", "runAsNonRoot": True, "runAsUser": "10001"}, name
-        assert "/tmp" in [mount["mountPath"] for mount in facts["emptyDirMounts"]], name
-        image = "tools_image" if "commit-labels" in name else "worker_image"
-        assert executors[name]["container"]["image"] == f"{{{{$.inputs.parameters['pipelinechannel--{image}']}}}}"
-    for _, component in dags(spec):
+    for name, pod in pods.items():
+        assert int(pod["activeDeadlineSeconds"]) >= 3600, name
+        assert pod["securityContext"] == {"runAsGroup": "10001", "runAsNonRoot": True, "runAsUser": "10001"}, name
+        assert "/tmp" in [mount["mountPath"] for mount in pod["emptyDirMounts"]], name
+        image = Placement().tools_image if name == "exec-select" else Placement().worker_image
+        assert executors[name]["container"]["image"] == image
+    for _, component in iterate_dags(spec):
         for task in component["dag"]["tasks"].values():
             if "executorLabel" in spec["components"][task["componentRef"]["name"]]:
                 assert task["retryPolicy"]["maxRetryCount"] == 3
 
 
-def strip_channel(parameter: str) -> str:
-    """The input's name, in a pipeline or in a branch of it."""
-    return parameter.removeprefix("pipelinechannel--")
+def test_pods_by_their_pool(spec, pods):
+    for name, pod in pods.items():
+        stage = name.removeprefix("exec-")
+        shared = [mount for mount in pod["emptyDirMounts"] if mount["mountPath"] == "/dev/shm"]
+        assert [mount["medium"] for mount in shared] == ([] if STAGE_PODS[stage].pool == "cpu" else ["Memory"]), name
+        resources = spec["deploymentSpec"]["executors"][name]["container"]["resources"]
+        assert ("accelerator" in resources) == (STAGE_PODS[stage].pool != "cpu"), name
+        assert pod["podMetadata"]["labels"]["app.kubernetes.io/component"] == stage
 
 
-def test_placement_by_node_pool(spec, pods):
-    pool = {
-        name: strip_channel(facts["nodeSelector"]["nodeSelectorJson"]["componentInputParameter"]).partition("_")[0]
-        for name, facts in pods.items()
-    }
-    for name, facts in pods.items():
-        trains, labels = name.startswith("exec-train"), name.startswith(("exec-label", "exec-evaluate"))
-        kind = "train" if trains else "label" if labels else "cpu"
-        assert pool[name] == kind, name
-        (tolerated,) = facts["tolerations"]
-        assert strip_channel(tolerated["tolerationJson"]["componentInputParameter"]) == f"{kind}_tolerations", name
-        container = spec["deploymentSpec"]["executors"][name]["container"]
-        assert ("accelerator" in container["resources"]) == (kind != "cpu"), name
-        shared = [mount for mount in facts["emptyDirMounts"] if mount["mountPath"] == "/dev/shm"]
-        assert [mount["medium"] for mount in shared] == ([] if kind == "cpu" else ["Memory"]), name
-
-
-def test_registry_login_only_for_commit_labels(pods):
-    for name, facts in pods.items():
-        secrets = [strip_channel(one["secretNameParameter"]["componentInputParameter"]) for one in facts["secretAsEnv"]]
-        also = ["registry_secret"] if name == "exec-commit-labels" else []
-        assert secrets == ["storage_secret", *also], name
-        assert all(one["optional"] for one in facts["secretAsEnv"]), name
+def test_registry_login_only_for_select(pods):
+    for name, pod in pods.items():
+        secrets = [entry["secretNameParameter"]["runtimeValue"]["constant"] for entry in pod["secretAsEnv"]]
+        also = [Placement().registry_secret] if name == "exec-select" else []
+        assert secrets == [Placement().storage_secret, *also], name
+        assert all(entry["optional"] for entry in pod["secretAsEnv"]), name
 
 
 def test_inputs_have_defaults_among_their_choices(spec):
     parameters = spec["root"]["inputDefinitions"]["parameters"]
-    assert {name for name, facts in parameters.items() if "defaultValue" not in facts} == set()
-    offered = {name: facts["literals"] for name, facts in parameters.items() if "literals" in facts}
-    assert set(offered) == {"gpu_type", "label_gpus", "train_gpus"}
+    assert {name for name, definition in parameters.items() if "defaultValue" not in definition} == set()
+    offered = {name: definition["literals"] for name, definition in parameters.items() if "literals" in definition}
+    assert set(offered) == {"gpus_label", "gpus_train"}
     for name, values in offered.items():
         assert parameters[name]["defaultValue"] in values
-    assert len(json.dumps({name: facts.get("defaultValue", "x" * 200) for name, facts in parameters.items()})) < 5000
 
 
-def test_equal_components_are_merged(spec):
-    attempts = {task["componentRef"]["name"] for name, task in spec["root"]["dag"]["tasks"].items() if "attempt" in name}
-    assert attempts == {"comp-attempt"}
+def test_equal_components_are_merged(package, spec):
+    names = {task["componentRef"]["name"] for name, task in spec["root"]["dag"]["tasks"].items() if "generation" in name}
+    assert names == (
+        {"comp-next-generation"} if package == GENERATION_PACKAGE else {"comp-first-generation", "comp-generation"}
+    )
     assert sorted(spec["deploymentSpec"]["executors"]) == sorted(
-        {c.get("executorLabel") for c in spec["components"].values()} - {None}
+        {component.get("executorLabel") for component in spec["components"].values()} - {None}
     )
 
 
 def test_artifact_types_are_known_to_the_backend(package):
     titles = set(re.findall(r"schemaTitle: (\S+)", package.read_text()))
     assert titles == {"system.Metrics", "system.ClassificationMetrics", "system.HTML", "system.Markdown"}
+
+
+def test_artifacts_are_where_a_user_looks(spec):
+    shown = {
+        name.removeprefix("comp-"): sorted(component.get("outputDefinitions", {}).get("artifacts", {}))
+        for name, component in spec["components"].items()
+        if component.get("outputDefinitions", {}).get("artifacts")
+    }
+    assert shown == {
+        "teacher": ["classification", "metrics"],
+        "student": ["classification", "metrics", "page", "summary"],
+        "report": ["page", "summary"],
+    }
 
 
 def test_components_have_no_logic():

@@ -28,8 +28,9 @@ from ns.runs.records import (
 )
 from ns.storage import LocalStore, open_store
 from ns.storage.documents import encode_json
-from pipelines import remote_run
+from pipelines import PACKAGE, remote_run
 from pipelines.kfp_client import KfpClient
+from pipelines.placement import Placement, read_placement
 from tests.k8s.conftest import thing
 from tests.k8s.fake_kubectl import Fake
 from tests.pipelines.kfp_api import KfpApi
@@ -51,8 +52,8 @@ def root(tmp_path):
 @pytest.fixture
 def started(kfp, root, experiment):
     server = KfpClient()
-    given = remote_run.build_inputs(f"{root.uri}/{NAME}/config.yaml", root, NAME)
-    return server, remote_run.submit_run(server, root, NAME, experiment, given)
+    request = remote_run.build_request(root, NAME)
+    return server, remote_run.submit_run(server, root, NAME, experiment, request)
 
 
 def record(root) -> RunRecord:
@@ -68,32 +69,33 @@ def follow(started, root, events=None, **options):
 def test_submit_run_with_its_experiment_in_the_store(started, kfp, root):
     (run,) = kfp.all("runs")
     given = run.runtime_config.parameters
-    assert given == {"config_uri": f"{root.uri}/{NAME}/config.yaml", "root": root.uri, "run": NAME}
-    assert load_experiment(given["config_uri"]).name == "quickstart"
+    assert given == {"config": f"{root.uri}/{NAME}/config.yaml", "run": f"{root.uri}/{NAME}"}
+    assert load_experiment(given["config"]).name == "quickstart"
     assert (record(root).state, run.display_name) == ("running", NAME)
 
 
 @pytest.mark.integration
 def test_submit_run_again_only_after_the_end(started, kfp, root, experiment):
     server, first = started
-    assert remote_run.submit_run(server, root, NAME, experiment, {}) == first._replace(new=False)
+    request = remote_run.build_request(root, NAME)
+    assert remote_run.submit_run(server, root, NAME, experiment, request) == first._replace(new=False)
     kfp.end(first.run_id, "SUCCEEDED")
-    given = remote_run.build_inputs("c", root, NAME)
-    assert remote_run.submit_run(server, root, NAME, experiment, given).new
+    assert remote_run.submit_run(server, root, NAME, experiment, request).new
 
 
 @pytest.mark.integration
 def test_submit_run_to_unreachable_server_leaves_nothing(kfp, root, experiment, tmp_path):
     kfp.close()
     with pytest.raises(RunError, match="cannot be reached"):
-        remote_run.submit_run(KfpClient(), root, NAME, experiment, {})
+        remote_run.submit_run(KfpClient(), root, NAME, experiment, remote_run.build_request(root, NAME))
     assert list(tmp_path.rglob("*")) == []
 
 
 @pytest.mark.integration
 def test_submit_run_records_a_refusal_as_failure(kfp, root, experiment):
+    request = remote_run.build_request(root, NAME)._replace(inputs={"unknown": 1})
     with pytest.raises(RunError, match="refused"):
-        remote_run.submit_run(KfpClient(), root, NAME, experiment, {"unknown": 1})
+        remote_run.submit_run(KfpClient(), root, NAME, experiment, request)
     assert record(root).state == "failed"
     assert "unknown" in record(root).error
 
@@ -105,13 +107,13 @@ def test_follow_run_tells_states_from_the_records_of_stages(started, kfp, root):
     progress = {"training": "1-train", "step": 2, "steps": 10, "images": 64, "images_per_second": 9.5, "updated_at": "1"}
 
     def play():
-        write_stage_try(root, NAME, 1, "label-shards-0-2", 1, "pod-1")
+        write_stage_try(root, NAME, 1, "label-0-2", 1, "pod-1")
         yield
         # It was killed, and is tried again.
-        write_stage_try(root, NAME, 1, "label-shards-0-2", 2, "pod-2")
+        write_stage_try(root, NAME, 1, "label-0-2", 2, "pod-2")
         yield
-        write_stage_note(root, NAME, 1, "label-shards-0-2", {}, 1.0, reused=True)
-        delete_stage_try(root, NAME, 1, "label-shards-0-2")
+        write_stage_note(root, NAME, 1, "label-0-2", {}, 1.0, reused=True)
+        delete_stage_try(root, NAME, 1, "label-0-2")
         write_stage_try(root, NAME, 1, "train", 1, "pod-3")
         root.put(f"{NAME}/progress.json", encode_json(progress | {"latest": {"loss": 0.5}}))
         yield
@@ -130,7 +132,7 @@ def test_follow_run_tells_states_from_the_records_of_stages(started, kfp, root):
     script, events = play(), []
     kfp.before = lambda request: next(script, None) if request.startswith("GET /runs/") else None
     follow(started, root, events)
-    label = {"stage": "label-shards", "generation": 1, "shards": "0-2"}
+    label = {"stage": "label", "generation": 1, "shards": "0-2"}
     train = {"stage": "train", "generation": 1, "shards": ""}
     killed = "exited without an error message; try 2 is under way"
     assert events == [
@@ -171,15 +173,15 @@ def test_follow_run_ends_a_stage_that_found_its_own_earlier_work(started, kfp, r
 def test_follow_run_fails_with_stages_and_reasons(started, kfp, root):
     submitted = started[1]
     write_stage_failure(root, NAME, 2, "train", ConfigError("out of memory with 512 images; lower it"), note_name="train")
-    write_stage_try(root, NAME, 2, "label-shards-0-2", 4, "pod-1")
+    write_stage_try(root, NAME, 2, "label-0-2", 4, "pod-1")
     write_stage_try(root, NAME, 2, "evaluate", 4, "pod-2")
     kfp.end(submitted.run_id, "FAILED")
     with pytest.raises(RunError) as caught:
-        follow(started, root, explain_pods=lambda: {"evaluate": "OOMKilled; give it more memory", "gate": "Evicted"})
+        follow(started, root, explain_pods=lambda: {"student": "OOMKilled; give it more memory", "select": "Evicted"})
     assert str(caught.value) == (
         "generation 2: train: out of memory with 512 images; lower it; "
-        "generation 2: label-shards: exited without an error message (killed? out of memory? timed out?); "
-        f"generation 2: evaluate: OOMKilled; give it more memory; gate: Evicted; logs: {submitted.url}"
+        "generation 2: label: exited without an error message (killed? out of memory? timed out?); "
+        f"generation 2: evaluate: OOMKilled; give it more memory; select: Evicted; logs: {submitted.url}"
     )
     assert record(root).state == "failed"
     assert "out of memory with 512 images" in record(root).error
@@ -188,10 +190,10 @@ def test_follow_run_fails_with_stages_and_reasons(started, kfp, root):
 @pytest.mark.integration
 def test_follow_run_fails_with_tasks_of_kfp_that_did_not_begin(started, kfp, root):
     submitted = started[1]
-    for stage, state in (("train", "FAILED"), ("gate", "SKIPPED")):
+    for stage, state in (("student", "FAILED"), ("gate", "SKIPPED")):
         kfp.play_task(submitted.run_id, stage, state)
     kfp.end(submitted.run_id, "FAILED")
-    with pytest.raises(RunError, match=f"^train: failed before it began; logs: {submitted.url}"):
+    with pytest.raises(RunError, match=f"^student: failed before it began; logs: {submitted.url}"):
         follow(started, root)
 
 
@@ -260,54 +262,70 @@ def test_check_remote_uris_refuses_a_local_root(root, experiment):
         remote_run.check_remote_uris(root, experiment)
 
 
-def test_build_inputs_by_their_types(root):
+def test_build_request_tells_inputs_from_the_placement(root):
     inputs = ["label_cpu=4", 'train_node_selector={"pool": "gpu"}', "generations=2"]
-    given = remote_run.build_inputs("c", root, NAME, image="worker@sha256:1", gpus=2, inputs=inputs)
-    assert (given["worker_image"], given["tools_image"]) == ("worker@sha256:1", "worker@sha256:1")
-    assert (given["train_gpus"], given["label_gpus"], given["label_cpu"]) == ("2", "2", "4")
-    assert (given["train_node_selector"], given["generations"]) == ({"pool": "gpu"}, 2)
+    request = remote_run.build_request(root, NAME, image="worker@sha256:1", gpus=2, inputs=inputs)
+    folder = f"{root.uri}/{NAME}"
+    assert request.inputs == {
+        "config": f"{folder}/config.yaml",
+        "run": folder,
+        "gpus_label": "2",
+        "gpus_train": "2",
+        "generations": 2,
+    }
+    assert request.image == "worker@sha256:1"
+    assert read_placement(request.package) == Placement(
+        worker_image="worker@sha256:1",
+        tools_image="worker@sha256:1",
+        label_cpu="4",
+        train_node_selector={"pool": "gpu"},
+    )
+    assert remote_run.build_request(root, NAME).package == PACKAGE.read_text()
 
 
-def test_build_inputs_needs_tools_image_with_a_registry(root):
+def test_build_request_needs_tools_image_with_a_registry(root):
     tools = ["tools_image=tools@sha256:2"]
     for registry in (False, True):
-        given = remote_run.build_inputs("c", root, NAME, image="worker@sha256:1", inputs=tools, registry=registry)
-        assert (given["worker_image"], given["tools_image"]) == ("worker@sha256:1", "tools@sha256:2")
+        request = remote_run.build_request(root, NAME, image="worker@sha256:1", inputs=tools, registry=registry)
+        placement = read_placement(request.package)
+        assert (placement.worker_image, placement.tools_image) == ("worker@sha256:1", "tools@sha256:2")
     with pytest.raises(ConfigError, match=r"--input tools_image: must be given beside --image"):
-        remote_run.build_inputs("c", root, NAME, image="worker@sha256:1", registry=True)
+        remote_run.build_request(root, NAME, image="worker@sha256:1", registry=True)
 
 
-def test_build_inputs_image_option_wins_over_file(root, tmp_path):
+def test_build_request_image_option_wins_over_file(root, tmp_path):
     pools = tmp_path / "pools.json"
     pools.write_text('{"worker_image": "worker@sha256:1", "tools_image": "tools@sha256:1"}')
-    given = remote_run.build_inputs("c", root, NAME, image="worker@sha256:2", inputs=[f"@{pools}"], registry=True)
-    assert (given["worker_image"], given["tools_image"]) == ("worker@sha256:2", "tools@sha256:1")
-    given = remote_run.build_inputs("c", root, NAME, inputs=["worker_image=worker@sha256:1"])
-    assert given["tools_image"] == "worker@sha256:1"
+    request = remote_run.build_request(root, NAME, image="worker@sha256:2", inputs=[f"@{pools}"], registry=True)
+    placement = read_placement(request.package)
+    assert (placement.worker_image, placement.tools_image) == ("worker@sha256:2", "tools@sha256:1")
+    request = remote_run.build_request(root, NAME, inputs=["worker_image=worker@sha256:1"])
+    assert request.image == read_placement(request.package).tools_image == "worker@sha256:1"
 
 
-def test_build_inputs_later_value_wins_over_file(root, tmp_path):
+def test_build_request_later_value_wins_over_file(root, tmp_path):
     pools = tmp_path / "pools.json"
     pools.write_text('{"label_gpus": "1", "train_gpus": "8", "label_tolerations": [{"key": "spot", "operator": "Exists"}]}')
-    given = remote_run.build_inputs("c", root, NAME, inputs=[f"@{pools}", "train_gpus=2"])
-    assert (given["label_gpus"], given["train_gpus"]) == ("1", "2")
-    assert given["label_tolerations"] == [{"key": "spot", "operator": "Exists"}]
+    placement = read_placement(remote_run.build_request(root, NAME, inputs=[f"@{pools}", "train_gpus=2"]).package)
+    assert (placement.label_gpus, placement.train_gpus) == ("1", "2")
+    assert placement.label_tolerations == [{"key": "spot", "operator": "Exists"}]
 
 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (["train_gpus"], "--input: invalid value 'train_gpus': must be NAME=VALUE"),
-        (["train_gpus=3"], "train_gpus: invalid value '3': must be one of 0, 1, 2, 4, 8"),
+        (["gpus_train"], "--input: invalid value 'gpus_train': must be NAME=VALUE"),
+        (["gpus_train=3"], "gpus_train: invalid value '3': must be one of 0, 1, 2, 4, 8"),
+        (["train_gpus=3"], "--input: train_gpus: invalid value '3': must be one of 0, 1, 2, 4, 8"),
         (["gpus=3"], "gpus: is not an input of pipeline noisy-student"),
         (["@nowhere.json"], "--input @nowhere.json: .*/nowhere.json: cannot read: no such file"),
         ([f"@{__file__}"], "--input @.*: not JSON"),
         (["generations={"], "--input generations: invalid value '{': must be JSON or YAML"),
     ],
 )
-def test_build_inputs_names_wrong_input(root, given, words):
+def test_build_request_names_wrong_input(root, given, words):
     with pytest.raises(ConfigError, match=words):
-        remote_run.build_inputs("c", root, NAME, inputs=given)
+        remote_run.build_request(root, NAME, inputs=given)
 
 
 def ns(capsys, *arguments: str) -> tuple[int, str, str]:

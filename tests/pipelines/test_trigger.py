@@ -18,7 +18,7 @@ from ns.storage import LocalStore
 from ns.storage.documents import encode_json
 from pipelines import trigger
 from pipelines.kfp_client import KfpClient
-from pipelines.remote_run import build_inputs
+from pipelines.remote_run import build_request
 from pipelines.trigger import DataSnapshot, Trigger
 from tests.pipelines.kfp_api import KfpApi
 from tests.storage.conftest import environment, moto, store_at  # noqa: F401
@@ -159,9 +159,7 @@ def test_propose_trigger_names_unreadable_data(experiment, tmp_path):
 
 def start(root, experiment, one=None, **options):
     decision = trigger.decide_trigger(root, experiment.name, one or make_trigger(), **options)
-    return trigger.start_triggered_run(
-        KfpClient(), root, experiment, decision, lambda run: build_inputs(f"{root.uri}/{run}", root, run), **options
-    )
+    return trigger.start_triggered_run(KfpClient(), root, experiment, decision, lambda run: build_request(root, run), **options)
 
 
 def at_once(clients: int, call):
@@ -246,7 +244,7 @@ def test_start_triggered_run_with_wrong_input_leaves_nothing(root, kfp, experime
     decision = trigger.decide_trigger(root, experiment.name, make_trigger())
     with pytest.raises(ConfigError, match="gpus: is not an input"):
         trigger.start_triggered_run(
-            KfpClient(), root, experiment, decision, lambda run: build_inputs("c", root, run, inputs=["gpus=1"])
+            KfpClient(), root, experiment, decision, lambda run: build_request(root, run, inputs=["gpus=1"])
         )
     assert list(tmp_path.rglob("*")) == []
 
@@ -279,7 +277,7 @@ def test_trigger_command(capsys, kfp, on_s3):
     assert out == (
         f"started {run.display_name}: no run of quickstart was started before: {kfp.url}/#/runs/details/{run.run_id}\n"
     )
-    assert load_experiment(run.runtime_config.parameters["config_uri"]).name == "quickstart"
+    assert load_experiment(run.runtime_config.parameters["config"]).name == "quickstart"
     code, out, _ = ns(capsys, "trigger", *options)
     assert out.startswith(f"nothing to do: data, settings and image are those of run {run.display_name}: run ")
     code, out, _ = ns(capsys, "trigger", *options, "--image", "worker:2", "--json")

@@ -1,13 +1,9 @@
 """Upload of the compiled pipelines."""
 
-import re
-
-import pytest
-import yaml
-
-from ns.core.errors import ConfigError, RunError
+from ns.core.errors import RunError
 from pipelines import upload
 from pipelines.kfp_client import KfpClient
+from pipelines.placement import Placement, read_placement
 
 
 def test_upload_once_per_package(kfp, capsys):
@@ -32,27 +28,8 @@ def test_upload_error_is_one_line(kfp, monkeypatch, capsys):
     assert "NS_KFP_URL" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("inputs", "message"),
-    [
-        ("{", "is not JSON"),
-        ("[]", "must be an object"),
-        ('{"lable_gpus": "1"}', "lable_gpus: is not an input of pipeline noisy-student; its inputs are config_uri, "),
-        ('{"label_gpus": "3"}', "label_gpus: invalid value '3': must be one of 0, 1, 2, 4, 8"),
-        ('{"label_tolerations": {}}', "label_tolerations: invalid value {}: must be list"),
-    ],
-)
-def test_load_packages_refuses_wrong_defaults(inputs, message):
-    with pytest.raises(ConfigError, match="^HERE: " + re.escape(message)):
-        upload.load_packages(inputs, "HERE")
-
-
-def test_load_packages_sets_defaults_deterministically():
+def test_load_packages_fills_in_the_placement():
     inputs = '{"worker_image": "r.example/worker:1", "label_node_selector": {"pool": "spot"}}'
-    filled = upload.load_packages(inputs, "")
-    assert filled == upload.load_packages(inputs, "")
-    for package in filled:
-        parameters = next(yaml.safe_load_all(package))["root"]["inputDefinitions"]["parameters"]
-        assert parameters["worker_image"]["defaultValue"] == "r.example/worker:1"
-        assert parameters["label_node_selector"]["defaultValue"] == {"pool": "spot"}
+    for package in upload.load_packages(inputs, ""):
+        assert read_placement(package) == Placement(worker_image="r.example/worker:1", label_node_selector={"pool": "spot"})
     assert upload.load_packages("", "") == [file.read_text() for file in upload.PACKAGES]

@@ -133,7 +133,7 @@ def make_run(root: LocalStore, run: str = RUN, *, seed: int = 0, lift: float = 0
         bits=4,
         skipped=0,
     ).save_file(root, "store/checks/x/check.json")
-    note(0, "prepare-data", data="store/prepared/x/prepared.json")
+    note(0, "prepare", data="store/prepared/x/prepared.json")
 
     rng = np.random.default_rng(seed)
     tables = {}
@@ -197,7 +197,7 @@ def make_run(root: LocalStore, run: str = RUN, *, seed: int = 0, lift: float = 0
         selection.save_file(root, f"store/selections/{seed}{generation}/selection.json")
         note(
             generation,
-            "commit-labels",
+            "select",
             label_set=f"store/labels/{seed}{generation}/labelset.json",
             selection=f"store/selections/{seed}{generation}/selection.json",
         )

@@ -13,7 +13,7 @@ from ns.evaluation.accuracy import summarize_predictions
 from ns.evaluation.result import PREDICTIONS, PREDICTIONS_SCHEMA, Evaluation
 from ns.reporting import artifacts
 from ns.stages.context import RunRef
-from ns.stages.report import publish_generation_metrics, publish_report
+from ns.stages.report import publish_model_metrics, publish_report
 from ns.storage import parent_key
 from ns.storage.parquet import encode_table
 from tests.reporting.conftest import CLASSES, RUN
@@ -169,7 +169,7 @@ def test_publish_functions_write_kubeflow_artifacts(unchanged, tmp_path, monkeyp
         FakeArtifact(tmp_path / name) for name in ("metrics", "answers", "page.html", "summary.md")
     )
     ref = RunRef("", unchanged.uri, RUN)
-    publish_generation_metrics(ref, 1, metrics, answers)
+    publish_model_metrics(ref, "store/models/01", metrics, answers)
     publish_report(ref, page, summary, 1)
     assert metrics.metrics == artifacts.collect_generation_metrics(unchanged, RUN, 1)
     assert answers.matrix == artifacts.read_confusion(unchanged, RUN, 1)
@@ -185,7 +185,7 @@ def test_publish_functions_write_kubeflow_artifacts(unchanged, tmp_path, monkeyp
 def test_publish_functions_do_nothing_with_client(unchanged, tmp_path, monkeypatch):
     monkeypatch.setenv(log.EVENTS_VARIABLE, str(tmp_path / "events"))
     artifact, ref = FakeArtifact(tmp_path / "page.html"), RunRef("", unchanged.uri, RUN)
-    publish_generation_metrics(ref, 1, artifact, artifact)
+    publish_model_metrics(ref, "store/models/m", artifact, artifact)
     publish_report(ref, artifact, artifact, 1)
     publish_report(ref, artifact, artifact)
     assert not artifact.metrics

@@ -138,9 +138,9 @@ def test_report_charts_have_unique_ids(page):
         ElementTree.fromstring(chart.replace("xlink:href", "href"))
 
 
-@pytest.mark.parametrize("reached", ["nothing", "prepare-data", "train", "evaluate"])
+@pytest.mark.parametrize("reached", ["nothing", "prepare", "train", "evaluate"])
 def test_write_report_of_unfinished_run(made_up, reached):
-    order = ["prepare-data", "train", "evaluate"]
+    order = ["prepare", "train", "evaluate"]
     keep = order[: order.index(reached) + 1] if reached in order else []
     for key in list(made_up.at(RUN).list("stages/")):
         if key not in [f"stages/0-{stage}.json" for stage in keep]:

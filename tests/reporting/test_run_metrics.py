@@ -14,7 +14,7 @@ def test_run_metrics_show_what_a_run_found(finished_run, monkeypatch):
     store, ref = finished_run
     run = ref.run
     value = telemetry.REGISTRY.get_sample_value
-    assert value("nst_images_processed_total", {"stage": "label-shards"}) >= 1247
+    assert value("nst_images_processed_total", {"stage": "label"}) >= 1247
     assert value("nst_images_processed_total", {"stage": "evaluate"}) > 0
     assert value("nst_pseudo_label_confidence_count") >= 1247
     assert value("nst_data_wait_seconds_total") > 0

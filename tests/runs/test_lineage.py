@@ -55,7 +55,7 @@ def test_trace_image_in_a_run_without_labels(finished_run, tmp_path):
     store = LocalStore(shutil.copytree(finished_run[0].root, tmp_path / "root"))
     run = finished_run[1].run
     for key in list(store.list(f"{run}/stages/")):
-        if key.rpartition("/")[2] not in ("0-prepare-data.json", "0-train.json"):
+        if key.rpartition("/")[2] not in ("0-prepare.json", "0-train.json"):
             store.delete(key)
     for record in list_runs(store):
         if record.run != run:

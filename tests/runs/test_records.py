@@ -54,9 +54,9 @@ def test_open_run_again_forgets_failures_and_tries(tmp_path, experiment):
     store = LocalStore(tmp_path)
     open_run(store, "a", experiment, "0")
     write_stage_failure(store, "a", 0, "train", "killed", note_name="train")
-    write_stage_try(store, "a", 1, "label-shards-0-2", 2, "pod")
-    write_stage_note(store, "a", 0, "prepare-data", {}, 0.0, reused=False)
-    assert [(found.stage, found.number) for found in list_stage_tries(store, "a")] == [("label-shards-0-2", 2)]
+    write_stage_try(store, "a", 1, "label-0-2", 2, "pod")
+    write_stage_note(store, "a", 0, "prepare", {}, 0.0, reused=False)
+    assert [(found.stage, found.number) for found in list_stage_tries(store, "a")] == [("label-0-2", 2)]
     open_run(store, "a", experiment, "0")
     assert (list_stage_failures(store, "a"), list_stage_tries(store, "a")) == ([], [])
     assert len(list_stage_notes(store, "a")) == 1

@@ -1,6 +1,7 @@
 """How stages end."""
 
 import contextlib
+import gc
 from datetime import datetime, timedelta
 
 import pytest
@@ -50,9 +51,9 @@ def test_stage_keeps_that_it_is_under_way_until_it_says_how_it_ended(tmp_path, m
     ref = open_tiny_run(store)
     monkeypatch.setenv("KFP_RETRY_INDEX", "2")
     monkeypatch.setenv("KFP_POD_NAME", "pod-1")
-    with contextlib.suppress(StoreError, SystemExit), stage("label-shards", ref, 1, shards="0-2"):
+    with contextlib.suppress(StoreError, SystemExit), stage("label", ref, 1, shards="0-2"):
         (stage_try,) = list_stage_tries(store, ref.run)
-        assert (stage_try.generation, stage_try.stage, stage_try.number, stage_try.pod) == (1, "label-shards-0-2", 3, "pod-1")
+        assert (stage_try.generation, stage_try.stage, stage_try.number, stage_try.pod) == (1, "label-0-2", 3, "pod-1")
         if error:
             raise error
     assert (list_stage_tries(store, ref.run) != []) is is_left
@@ -73,10 +74,10 @@ def test_stage_keeps_that_it_is_under_way_until_it_says_how_it_ended(tmp_path, m
 def test_useless_retry_by_argo_ends_at_once_with_the_first_message(tmp_path, monkeypatch, error, index, age_seconds, reached):
     store = LocalStore(tmp_path)
     ref = open_tiny_run(store)
-    write_stage_failure(store, ref.run, 0, "prepare-data", error, note_name="prepare-data")
-    failure = find_stage_failure(store, ref.run, 0, note_name="prepare-data")
+    write_stage_failure(store, ref.run, 0, "prepare", error, note_name="prepare")
+    failure = find_stage_failure(store, ref.run, 0, note_name="prepare")
     old = datetime.fromisoformat(failure.failed_at) - timedelta(seconds=age_seconds)
-    failure.model_copy(update={"failed_at": old.isoformat()}).save_file(store, f"{ref.run}/failures/0-prepare-data.json")
+    failure.model_copy(update={"failed_at": old.isoformat()}).save_file(store, f"{ref.run}/failures/0-prepare.json")
     monkeypatch.setenv("KFP_RETRY_INDEX", str(index))
     if reached:
         assert prepare_data(ref)
@@ -84,7 +85,7 @@ def test_useless_retry_by_argo_ends_at_once_with_the_first_message(tmp_path, mon
         with pytest.raises(type(error), match=str(error)):
             prepare_data(ref)
         # The reason stays.
-        assert find_stage_failure(store, ref.run, 0, note_name="prepare-data").error == str(error)
+        assert find_stage_failure(store, ref.run, 0, note_name="prepare").error == str(error)
 
 
 def test_interrupted_stage_exits_with_130(tmp_path, monkeypatch):
@@ -101,10 +102,10 @@ def test_interrupted_stage_exits_with_130(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("runtime", "frozen"), [("true", 1), ("", 0)])
-def test_stage_freezes_objects_only_in_a_process_of_kubeflow(monkeypatch, runtime, frozen):
+def test_stage_freezes_objects_at_the_end_of_a_process_of_kubeflow(monkeypatch, runtime, frozen):
     calls = []
-    monkeypatch.setattr("gc.freeze", lambda: calls.append(1))
+    monkeypatch.setattr("atexit.register", calls.append)
     monkeypatch.setenv("_KFP_RUNTIME", runtime)
     with announce_stage("report", 0):
         pass
-    assert len(calls) == frozen
+    assert calls == [gc.freeze] * frozen

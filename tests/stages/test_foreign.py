@@ -26,7 +26,7 @@ def test_foreign_images_are_left_out_above_the_quantile(finished_run, kind):
     labels = open_label_set(store, f"{ref.run}/gen-1")
     selection = labels.selection
     assert verify_label_set(labels.store, labels.label_set) == 1247
-    reference = store.at(parent_key(find_stage_note(store, ref.run, 1, "commit-labels").outputs["foreign"]))
+    reference = store.at(parent_key(find_stage_note(store, ref.run, 1, "select").outputs["foreign"]))
     assert ForeignReference.load(reference).calibration_images == 250
     assert selection.foreign_limit == find_foreign_limit(reference, 0.8)
     foreign = [0] * 10

@@ -15,9 +15,9 @@ from ns.evaluation.result import PREDICTIONS, read_predictions
 from ns.runs.lookup import list_runs, read_prepared_data, resolve_verdict
 from ns.runs.records import RunRecord, find_stage_note, record_key, write_stage_note
 from ns.runs.summary import summarize_run
-from ns.stages.context import TeacherSignal
+from ns.stages.context import STOP
 from ns.stages.evaluate import evaluate_heldout
-from ns.stages.gate import gate_generation, resolve_teacher
+from ns.stages.gate import check_first_teacher, gate_generation, resolve_teacher
 from ns.stages.prepare import prepare_data
 from ns.stages.train import train_generation
 from ns.storage import LocalStore
@@ -48,8 +48,8 @@ def test_loop_is_decided_by_its_own_verdicts(finished_run):
         return resolve_teacher(ref, data=data, generation=2, first_teacher=verdict.teacher)
 
     assert resolve(promoted=True) == verdict.student
-    assert resolve(promoted=False) == TeacherSignal.STOP
-    assert resolve(promoted=True, teacher="store/models/another") == TeacherSignal.STOP
+    assert resolve(promoted=False) == STOP
+    assert resolve(promoted=True, teacher="store/models/another") == STOP
 
 
 def test_stage_refuses_code_that_the_run_was_not_begun_with(finished_run, monkeypatch):
@@ -62,7 +62,7 @@ def test_stage_refuses_code_that_the_run_was_not_begun_with(finished_run, monkey
     prepare_data(ref)
 
 
-def test_next_teacher_refuses_a_first_teacher_at_chance(finished_run, monkeypatch, tmp_path):
+def test_check_first_teacher_refuses_one_at_chance(finished_run, monkeypatch, tmp_path):
     _, ref = finished_run
     data = prepare_data(ref)
     first = train_generation(ref, data=data, generation=0)
@@ -85,7 +85,7 @@ def test_next_teacher_refuses_a_first_teacher_at_chance(finished_run, monkeypatc
         "any fixed answer has 50.0%; it never predicts 1 of 2 classes: 7; "
     )
     with pytest.raises(TrainingError, match=re.escape(expected)):
-        resolve_teacher(ref, data=data, generation=1, first_teacher=first)
+        check_first_teacher(ref, data=data, teacher=first)
 
 
 def test_missing_teacher_is_an_error(finished_run):
@@ -148,7 +148,7 @@ def test_tries_are_counted_per_pair_and_repeated_verdicts_are_not(copied_root):
     store = copied_root
     first_ref = open_tiny_run(store)
     _, first = resolve_verdict(store, first_ref.run)
-    data = find_stage_note(store, first_ref.run, 0, "prepare-data").outputs["data"]
+    data = find_stage_note(store, first_ref.run, 0, "prepare").outputs["data"]
     again = gate_generation(first_ref, data=data, generation=1, teacher=first.teacher, student=first.student)
     assert Verdict.load_file(store, again).try_number == first.try_number
     ref = open_tiny_run(store, "seed=7")

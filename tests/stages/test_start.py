@@ -6,11 +6,9 @@ from ns.config.loader import load_experiment
 from ns.core.errors import DataError
 from ns.runs.lifecycle import derive_run_name
 from ns.runs.summary import summarize_run
-from ns.stages.context import RunRef, TeacherSignal
-from ns.stages.evaluate import evaluate_generation
-from ns.stages.gate import resolve_teacher
+from ns.stages.context import STOP, RunRef
+from ns.stages.roles import provide_teacher
 from ns.stages.start import start_generation, start_run
-from ns.stages.train import train_generation
 from tests.loop import TINY, run_generation
 
 
@@ -18,33 +16,34 @@ def test_start_generation_continues_from_the_accepted_student(finished_run):
     store, ref = finished_run
     root, run = ref.root, ref.run
     best = summarize_run(store, run).best_model
-    started = start_generation("quickstart", root, "", TINY)
-    assert started[3:] == (2, 1, best)
-    assert started == start_generation("quickstart", root, "", TINY), "a stage that is repeated finds its run"
-    ref = RunRef(started.config_uri, root, started.run)
-    assert resolve_teacher(ref, data=started.data, generation=2, first_teacher=best) == best
-    summary = summarize_run(store, started.run)
-    assert (summary.best_model, summary.teacher_top1) == (best, None)
-    (adopted,) = [note for note in summary.stages if note.stage == "train"]
-    assert (adopted.generation, adopted.reused) == (1, True)
+    started = start_generation("quickstart", "", TINY, root=root)
+    assert started[2:] == (["0-1", "1-2"], 2, best)
+    assert started == start_generation("quickstart", "", TINY, root=root), "a stage that is repeated finds its run"
+    ref = RunRef.from_uri(started.run)
+    assert provide_teacher(ref, data=started.data, teacher=best) == best
+    summary = summarize_run(store, ref.run)
+    assert summary.best_model == best
+    assert [(note.stage, note.generation, note.reused) for note in summary.stages] == [
+        ("prepare", 0, True),
+        ("train", 1, True),
+        ("evaluate", 1, True),
+    ]
 
 
 def test_start_generation_trains_a_teacher_and_tries_no_refused_student_again(finished_run):
     root = finished_run[1].root
     asked = [*TINY, "name=recurring", "gate.min_gain=0.99"]
-    started = start_generation("quickstart", root, "", asked)
-    assert started[3:] == (1, 0, TeacherSignal.TRAIN)
-    ref = RunRef(started.config_uri, root, started.run)
-    first = train_generation(ref, data=started.data, generation=0)
-    evaluate_generation(ref, data=started.data, generation=0, model=first)
-    teacher = resolve_teacher(ref, data=started.data, generation=1, first_teacher=TeacherSignal.TRAIN)
-    assert teacher == first
+    started = start_generation("quickstart", "", asked, root=root)
+    assert started.generation == 1
+    ref = RunRef.from_uri(started.run)
+    teacher = provide_teacher(ref, data=started.data, teacher=started.teacher)
+    assert teacher == started.teacher
     run_generation(ref, data=started.data, generation=1, teacher=teacher)
-    again = start_generation("quickstart", root, "", asked)
-    assert (again.run, again.teacher) == (started.run, TeacherSignal.STOP)
-    assert resolve_teacher(ref, data=again.data, generation=1, first_teacher=TeacherSignal.STOP) == TeacherSignal.STOP
-    changed = start_generation("quickstart", root, "", [*asked, "seed=8"])
-    assert (changed.teacher, changed.run != started.run) == (TeacherSignal.TRAIN, True)
+    again = start_generation("quickstart", "", asked, root=root)
+    assert (again.run, again.teacher) == (started.run, STOP)
+    changed = start_generation("quickstart", "", [*asked, "seed=8"], root=root)
+    assert changed.teacher not in (STOP, started.teacher)
+    assert changed.run != started.run
 
 
 def test_start_generation_refuses_a_teacher_of_other_classes(finished_run, monkeypatch):
@@ -52,16 +51,23 @@ def test_start_generation_refuses_a_teacher_of_other_classes(finished_run, monke
     root, run = ref.root, ref.run
     monkeypatch.setattr("ns.stages.start.read_labeled_classes", lambda *_: ("cat", "dog"))
     with pytest.raises(DataError, match=rf"data.labeled: digits:labeled: its classes .*\(run {run}\); give the experiment"):
-        start_generation("quickstart", root, "", TINY)
+        start_generation("quickstart", "", TINY, root=root)
 
 
 def test_start_run_keeps_overrides_and_fields(tmp_path):
     root = str(tmp_path / "root")
     fields = {"data.labeled": "", "data.pool": "s3://bucket/pool", "generations": 1, "labeling.tasks": 0}
-    asked = (["seed=7"], fields)
-    uri, name = start_run("quickstart", root, "", *asked)
-    experiment = load_experiment(uri)
+    folder = start_run("quickstart", "", ["seed=7"], fields, root=root)
+    experiment = load_experiment(f"{folder}/config.yaml")
     assert (experiment.seed, experiment.generations, experiment.data.pool) == (7, 1, "s3://bucket/pool")
     assert (experiment.data.labeled, experiment.labeling.tasks) == ("digits:labeled", 2)
-    assert name == derive_run_name(experiment)
-    assert start_run(uri, root, name) == (uri, name), "a stage that is repeated finds its run"
+    name = derive_run_name(experiment)
+    assert RunRef.from_uri(folder) == RunRef(f"{folder}/config.yaml", f"file://{tmp_path}/root", name)
+    assert start_run(f"{folder}/config.yaml", name, root=root) == folder, "a stage that is repeated finds its run"
+
+
+@pytest.mark.parametrize(("run", "name"), [("elsewhere/", ""), ("elsewhere/mine", "mine")])
+def test_start_run_below_another_root(tmp_path, run, name):
+    folder = start_run("quickstart", f"{tmp_path}/{run}", root=str(tmp_path / "root"))
+    assert folder == f"file://{tmp_path}/elsewhere/{name or derive_run_name(load_experiment(f'{folder}/config.yaml'))}"
+    assert not (tmp_path / "root").exists()

@@ -187,8 +187,8 @@ RUNS = {
     ],
 }
 
-LABELED_PER_SECOND = select_runs("nst:images:rate5m", "run_id", extra=', stage="label-shards"')
-LABELING_TASKS = ', component="label-shards"'
+LABELED_PER_SECOND = select_runs("nst:images:rate5m", "run_id", extra=', stage="label"')
+LABELING_TASKS = ', component="label"'
 WORKING_SET = 'container_memory_working_set_bytes{container="main"}'
 
 LABELING = {
@@ -196,7 +196,7 @@ LABELING = {
         make_graph("Images per second", LABELED_PER_SECOND, unit="ops"),
         make_graph(
             "Images per second and task",
-            (join_run('rate(nst_images_processed_total{stage="label-shards"}[$__rate_interval])'), "{{pod}}"),
+            (join_run('rate(nst_images_processed_total{stage="label"}[$__rate_interval])'), "{{pod}}"),
             unit="ops",
             stacked=True,
         ),

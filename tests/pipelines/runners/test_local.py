@@ -14,7 +14,9 @@ STAND_IN = """
 import json, os, sys
 from collections import namedtuple
 
-RunRef = namedtuple("RunRef", "config_uri root run")
+class RunRef(namedtuple("RunRef", "run")):
+    from_uri = classmethod(lambda cls, uri: cls(uri))
+
 STOP = "stop"
 PLAN = json.loads(os.environ["STAND_IN"])
 
@@ -32,23 +34,26 @@ def run_stage(stage, generation, value):
     write_event("finished", stage, generation, seconds=0)
     return value
 
-def start_run(config_uri, root, run, overrides, fields): return config_uri, run
-def start_generation(config_uri, root, run, overrides, fields):
-    run_stage("start-generation", 0, None)
-    teacher = PLAN["teacher"]
-    return config_uri, run, "data", 3 if teacher == "known" else 1, 2 if teacher == "known" else 0, teacher
-def prepare_data(ref): return run_stage("prepare-data", 0, "data")
-def train_generation(ref, *, data, generation, teacher="", selection=""): return run_stage("train", generation, f"model-{generation}")
-def evaluate_generation(ref, *, data, generation, model): return run_stage("evaluate", generation, "evaluation")
+def start_run(config, run, overrides, fields, *, root): return run
+def start_generation(config, run, overrides, fields, *, root):
+    run_stage("start", 0, None)
+    return run, "data", ["0-1", "1-2", "2-3"], 3, PLAN["teacher"]
+def prepare_data(ref): return run_stage("prepare", 0, "data")
+def split_pool(ref, *, data): return ["0-1", "1-2", "2-3"]
+def provide_teacher(ref, *, data, teacher, gpus, launch_remote): return run_stage("train", 0, "model-0")
+def provide_student(ref, *, data, generation, teacher, selection, gpus, launch_remote):
+    assert (teacher, selection, gpus, launch_remote) == (PLAN.get("labels", f"model-{generation - 1}"), f"selection-{generation}", 2, None)
+    return run_stage("gate", generation, f"model-{generation}")
 def resolve_teacher(ref, *, data, generation, first_teacher):
-    continues = first_teacher != STOP and generation <= PLAN["generations"]
-    return run_stage("next-teacher", generation, "model" if continues else STOP)
-def plan_labels(ref, *, data, generation): return run_stage("plan-labels", generation, ["0-1", "1-2", "2-3"])
-def label_shard_range(ref, *, data, generation, teacher, shards): return run_stage("label-shards", generation, shards)
-def commit_labels(ref, *, data, generation, teacher): return run_stage("commit-labels", generation, f"selection-{generation}")
-def gate_generation(ref, *, data, generation, teacher, student): return run_stage("gate", generation, student)
+    assert first_teacher == "model-0"
+    return run_stage("next-teacher", generation, f"model-{generation - 1}" if generation <= PLAN["generations"] else STOP)
+def label_shards(ref, *, data, generation, teacher, shards, gpus):
+    # A value from beside the loop may be replaced by the loop's item.
+    assert (data, teacher, gpus) == ("data", PLAN.get("labels", f"model-{generation - 1}"), 1)
+    return run_stage("label", generation, shards)
+def commit_labels(ref, *, data, generation, teacher): return run_stage("select", generation, f"selection-{generation}")
 def report_run(ref): return run_stage("report", 0, "report")
-def publish_generation_metrics(ref, generation, metrics, classification): pass
+def publish_model_metrics(ref, model, metrics, classification): pass
 def publish_report(ref, page, summary, generation=None): pass
 """
 
@@ -63,7 +68,7 @@ def run_stand_in(tmp_path, monkeypatch):
             import os, sys
             if "STAND_IN" in os.environ:
                 import stand_in
-                for name in "context", "start", "prepare", "train", "label", "select", "evaluate", "gate", "report":
+                for name in "context", "start", "prepare", "label", "select", "roles", "gate", "report":
                     sys.modules[f"ns.stages.{name}"] = stand_in
             """
         )
@@ -75,44 +80,30 @@ def run_stand_in(tmp_path, monkeypatch):
         events = []
         monkeypatch.setenv("STAND_IN", json.dumps({"generations": 2, **plan}))
         log = tmp_path / "pipeline.log"
-        local.run_locally(config_uri="c", root="r", run="n", log=log, on_event=events.append, **(given or {}))
+        local.run_locally(config_uri="c", root="r", run="n", log=log, on_event=events.append, **GPUS, **(given or {}))
         return [(e["stage"], e["generation"]) for e in events if e["event"] == "finished"]
 
     return run
 
 
-GENERATION = [
-    "next-teacher",
-    "plan-labels",
-    "label-shards",
-    "label-shards",
-    "label-shards",
-    "commit-labels",
-    "train",
-    "evaluate",
-    "gate",
-]
+GPUS = {"gpus_label": "1", "gpus_train": "2"}
+GENERATION = ["label", "label", "label", "select", "gate"]
 
 
 def test_run_locally_runs_stages_in_order_until_stop(run_stand_in):
-    expected = [("prepare-data", 0), ("train", 0), ("evaluate", 0)]
-    expected += [(stage, generation) for generation in (1, 2) for stage in GENERATION]
+    expected = [("prepare", 0), ("train", 0), *[(stage, 1) for stage in GENERATION]]
+    expected += [(stage, 2) for stage in ("next-teacher", *GENERATION)]
     expected += [("next-teacher", generation) for generation in (3, 4, 5)] + [("report", 0)]
     assert run_stand_in() == expected
 
 
 @pytest.mark.integration
 @pytest.mark.parametrize(
-    ("teacher", "expected"),
-    [
-        ("train", [("train", 0), ("evaluate", 0), *[(stage, 1) for stage in GENERATION]]),
-        ("known", [("evaluate", 2), *[(stage, 3) for stage in GENERATION]]),
-        ("stop", [("next-teacher", 1)]),
-    ],
+    ("teacher", "expected"), [("student-2", [("train", 0), *[(stage, 3) for stage in GENERATION]]), ("stop", [])]
 )
 def test_run_locally_one_generation(run_stand_in, teacher, expected):
-    done = run_stand_in({"package": GENERATION_PACKAGE}, generations=3, teacher=teacher)
-    assert done == [("start-generation", 0), *expected, ("report", 0)]
+    done = run_stand_in({"package": GENERATION_PACKAGE}, teacher=teacher, labels=teacher)
+    assert done == [("start", 0), *expected, ("report", 0)]
 
 
 def test_run_locally_leaves_no_temporary_files(run_stand_in, tmp_path, monkeypatch):
@@ -120,20 +111,20 @@ def test_run_locally_leaves_no_temporary_files(run_stand_in, tmp_path, monkeypat
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     monkeypatch.setenv("TMPDIR", str(temporary))
-    run_stand_in(generations=0)
+    run_stand_in(generations=1)
     assert list(temporary.iterdir()) == []
 
 
 def test_run_locally_failed_stage_message_and_exit_code(run_stand_in):
     with pytest.raises(NsError) as caught:
-        run_stand_in(fail=["train", 1])
-    assert str(caught.value) == "generation 1: train: the reason"
+        run_stand_in(fail=["gate", 1])
+    assert str(caught.value) == "generation 1: gate: the reason"
     assert caught.value.exit_code == 3
 
 
 def test_run_locally_failed_labeling_task(run_stand_in):
-    with pytest.raises(NsError, match="generation 1: label shards: the reason"):
-        run_stand_in(fail=["label-shards", 1])
+    with pytest.raises(NsError, match="generation 1: label: the reason"):
+        run_stand_in(fail=["label", 1])
 
 
 def test_run_locally_names_a_stage_that_died(run_stand_in):
@@ -142,7 +133,7 @@ def test_run_locally_names_a_stage_that_died(run_stand_in):
 
 
 def test_run_locally_writes_output_of_kfp_to_the_log(run_stand_in, tmp_path, capsys):
-    run_stand_in(generations=0)
+    run_stand_in(generations=1)
     lines = (tmp_path / "pipeline.log").read_text().splitlines()
     assert any("finished with status SUCCESS" in line for line in lines)
     assert not any(line.startswith(" ") or "\x1b" in line for line in lines)

@@ -4,9 +4,9 @@ from components import WORKER_IMAGE
 
 
 @dsl.component(base_image=WORKER_IMAGE, packages_to_install=[], install_kfp_package=False)
-def commit_labels(config_uri: str, root: str, run: str, data: str, generation: int, teacher: str) -> str:
+def select(run: str, data: str, generation: int, teacher: str) -> str:
     """Joins the labeled shards into a label set and selects what the student sees. Returns the key of the selection's folder."""
     from ns.stages import select
     from ns.stages.context import RunRef
 
-    return select.commit_labels(RunRef(config_uri, root, run), data=data, generation=generation, teacher=teacher)
+    return select.commit_labels(RunRef.from_uri(run), data=data, generation=generation, teacher=teacher)

@@ -1,0 +1,20 @@
+from typing import NamedTuple
+
+from kfp import dsl
+
+from components import WORKER_IMAGE
+
+
+@dsl.component(base_image=WORKER_IMAGE, packages_to_install=[], install_kfp_package=False)
+def prepare(run: str) -> NamedTuple("Prepared", data=str, shards=list[str]):
+    """Checks the experiment; finds or imports labeled images, pool and held-out images.
+
+    Returns:
+        Key of the prepared data, and the pool's ranges of shards START-STOP, half open: one for each labeling task.
+    """
+    from ns.stages import label, prepare
+    from ns.stages.context import RunRef
+
+    ref = RunRef.from_uri(run)
+    data = prepare.prepare_data(ref)
+    return data, label.split_pool(ref, data=data)

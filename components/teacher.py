@@ -1,0 +1,34 @@
+from typing import Any
+
+from kfp import dsl
+from kfp.dsl import ClassificationMetrics, Metrics, Output
+
+from components import WORKER_IMAGE
+
+
+@dsl.component(base_image=WORKER_IMAGE, packages_to_install=[], install_kfp_package=False)
+def teacher(
+    run: str,
+    data: str,
+    teacher: str,
+    gpus: str,
+    cpu: str,
+    memory: str,
+    nodes: dict[str, Any],
+    metrics: Output[Metrics],
+    classification: Output[ClassificationMetrics],
+) -> str:
+    """Trains the first teacher unless it is there (`teacher` is its key, or empty), and evaluates it. Returns the key of its folder.
+
+    Args:
+        metrics: All measurements, as numbers.
+        classification: Confusion matrix, and ROC curve of the confidence as a sign of a right answer.
+    """
+    from components.cluster.nodes import make_launcher
+    from ns.stages import report, roles
+    from ns.stages.context import RunRef
+
+    ref = RunRef.from_uri(run)
+    model = roles.provide_teacher(ref, data=data, teacher=teacher, gpus=int(gpus), launch_remote=make_launcher(ref.run, nodes))
+    report.publish_model_metrics(ref, model, metrics, classification)
+    return model
