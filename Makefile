@@ -86,7 +86,7 @@ distclean: clean ## Remove runs/ and the virtual environments
 ##@ Measure
 
 bench: $(VENV)/.bench ## Run all benchmarks and write benchmarks/results
-	@for one in data train label select order duplicates polluted_pool loop soak; do $(BIN)/python -m benchmarks.$$one --keep || exit; done
+	@for one in data photos train label select order duplicates polluted_pool loop soak; do $(BIN)/python -m benchmarks.$$one --keep || exit; done
 	@$(BIN)/python -m benchmarks.method_cifar10
 	@$(BIN)/python -m benchmarks.summary
 
@@ -95,6 +95,9 @@ bench-quick: $(VENV)/.bench ## Run short benchmarks and compare their ratios wit
 
 bench-data: $(VENV)/.bench ## Measure how fast images are read and augmented (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.data $(ARGS)
+
+bench-photos: $(VENV)/.bench ## Measure how fast photographs become a network's input (ARGS="--quick")
+	@$(BIN)/python -m benchmarks.photos $(ARGS)
 
 bench-train: $(VENV)/.bench ## Measure how fast the training loop is (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.train $(ARGS)

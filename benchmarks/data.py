@@ -132,22 +132,30 @@ def _make_small_folders(folder: Path, count: int) -> None:
 
 
 def make_large_images(store: Store, count: int) -> Dataset:
-    """Cuts from scikit-learn's two photographs, as ImageNet's are: 500 x 375 px, about 110 kB."""
+    """A dataset of `draw_photographs`, about 110 kB each."""
+    with ShardWriter(store, max_samples=100, max_bytes=1 << 28) as writer:
+        for number, photograph in enumerate(draw_photographs(count, quality=95)):
+            writer.add_image(f"{number:05d}", "jpg", photograph, number % 2)
+    dataset = Dataset(name="large", role="labeled", classes=("a", "b"), shards=writer.shards)
+    dataset.save(store)
+    return dataset
+
+
+def draw_photographs(count: int, quality: int) -> list[bytes]:
+    """JPEGs of LARGE_PX, which is ImageNet's usual size: cuts from scikit-learn's two photographs, with grain."""
     rng = np.random.default_rng(0)
     photographs = [
         Image.fromarray(image).resize((1280, 854), Image.Resampling.BICUBIC) for image in load_sample_images()["images"]
     ]
-    with ShardWriter(store, max_samples=100, max_bytes=1 << 28) as writer:
-        for number in range(count):
-            left, upper = int(rng.integers(1280 - LARGE_PX[0])), int(rng.integers(854 - LARGE_PX[1]))
-            cut = photographs[number % 2].crop((left, upper, left + LARGE_PX[0], upper + LARGE_PX[1]))
-            grain = np.asarray(cut).astype(np.int16) + rng.normal(0, 6, (LARGE_PX[1], LARGE_PX[0], 1)).astype(np.int16)
-            sink = io.BytesIO()
-            Image.fromarray(grain.clip(0, 255).astype(np.uint8)).save(sink, "JPEG", quality=95)
-            writer.add_image(f"{number:05d}", "jpg", sink.getvalue(), number % 2)
-    dataset = Dataset(name="large", role="labeled", classes=("a", "b"), shards=writer.shards)
-    dataset.save(store)
-    return dataset
+    encoded = []
+    for number in range(count):
+        left, upper = int(rng.integers(1280 - LARGE_PX[0])), int(rng.integers(854 - LARGE_PX[1]))
+        cut = photographs[number % 2].crop((left, upper, left + LARGE_PX[0], upper + LARGE_PX[1]))
+        grain = np.asarray(cut).astype(np.int16) + rng.normal(0, 6, (LARGE_PX[1], LARGE_PX[0], 1)).astype(np.int16)
+        sink = io.BytesIO()
+        Image.fromarray(grain.clip(0, 255).astype(np.uint8)).save(sink, "JPEG", quality=quality)
+        encoded.append(sink.getvalue())
+    return encoded
 
 
 def make_labeling_stream(store: Store, data: Dataset) -> Run:
