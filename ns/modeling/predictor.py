@@ -135,6 +135,8 @@ class Predictor:
         self._windows = WINDOWS if keeps_margin else ((0.0, 0.0),)
         self._mirrored = views in ("flip", "ten")
         self.batch = batch
+        is_gpu = self._device.type == "cuda"
+        self._copying = torch.cuda.Stream(self._device) if is_gpu else None  # type: ignore[no-untyped-call]
         self.scored_classes: tuple[str, ...] | None = None
         self._class_mask: Tensor | None = None
         if scored_classes is not None:
@@ -239,21 +241,21 @@ class Predictor:
         errors: dict[int, str] = {}
         initializer = _lower_thread_priority if self._device.type == "cpu" else None
         with ThreadPoolExecutor(DECODE_THREADS, initializer=initializer) as threads:
-            submitted = ((chunk, threads.submit(self._decode_chunk, chunk.images)) for chunk in chunks)
+            submitted = ((chunk, threads.submit(self._load_chunk, chunk.images)) for chunk in chunks)
             for chunk, future in iter_ahead(submitted, DECODE_THREADS):
                 waiting = time.monotonic()
-                decoded = future.result()
+                pixels, unreadable = future.result()
                 telemetry.DATA_WAIT.inc(time.monotonic() - waiting)
                 if chunk.start == 0:
                     outputs, errors = self._make_outputs(chunk.total), {}
-                count = len(decoded.images)
+                count = len(pixels)
                 if count:
-                    result = self._forward_batch(torch.from_numpy(decoded.images))
-                    readable = np.setdiff1d(np.arange(count), list(decoded.errors))
+                    result = self._forward_batch(pixels)
+                    readable = np.setdiff1d(np.arange(count), list(unreadable))
                     for target, values in zip(outputs, result, strict=True):
                         if target is not None and values is not None:
                             target[chunk.start + readable] = self._check_finite(values[readable])
-                    errors |= {chunk.start + row: reason for row, reason in decoded.errors.items()}
+                    errors |= {chunk.start + row: reason for row, reason in unreadable.items()}
                 if progress:
                     progress.update(count)
                 if chunk.start + count == chunk.total:
@@ -273,9 +275,20 @@ class Predictor:
             raise DataError(f"{self._uri}: the model's outputs are not finite in {self.mode}; {cure}")
         return values
 
+    def _load_chunk(self, chunk: list[ImageInput]) -> tuple[Tensor, dict[int, str]]:
+        """Images, uint8 [N, H, W, 3], and row → reason of unreadable ones. To a GPU, they are copied while it works on the batch before."""
+        images, errors = self._decode_chunk(chunk)
+        pixels = torch.from_numpy(images)
+        if self._copying is None:
+            return pixels, errors
+        with torch.cuda.stream(self._copying):
+            copied = pixels.to(self._device, non_blocking=True)
+        self._copying.synchronize()
+        return copied, errors
+
     def _decode_chunk(self, chunk: list[ImageInput]) -> _DecodedChunk:
         # Unreadable images stay in the batch as black ones: batches, and so results, do not depend on which images are damaged.
-        images = allocate_images(len(chunk), self._pixels)
+        images = allocate_images(len(chunk), self._pixels, _allocate_pinned if self._copying else None)
         return _DecodedChunk(images, self._transform.transform_batch(chunk, images))
 
     @torch.inference_mode()
@@ -287,6 +300,8 @@ class Predictor:
                 images = F.pad(images, (0, 0) * 3 + (0, self.batch - count))
             else:
                 network = self._plain_pass
+        if self._copying is not None:
+            images.record_stream(torch.cuda.current_stream(self._device))
         normalized = self._normalize(images.to(self._device, non_blocking=True))
         views = [self._predict_view(network, view) for view in self._iter_views(normalized)]
         probabilities = _average_views([view_probabilities for view_probabilities, _ in views])[:count].cpu().numpy()
@@ -318,6 +333,12 @@ class Predictor:
         # Outputs beyond the classes (model.outputs) have no name, and get no probability.
         class_logits = logits.float()[:, : len(self.manifest.classes)]
         return class_logits if self._class_mask is None else class_logits.masked_fill(self._class_mask, float("-inf"))
+
+
+def _allocate_pinned(length: int) -> npt.NDArray[np.uint8]:
+    """Memory that a GPU copies from by itself."""
+    memory: npt.NDArray[np.uint8] = torch.zeros(length, dtype=torch.uint8, pin_memory=True).numpy()
+    return memory
 
 
 def _average_views(views: Sequence[Tensor]) -> Tensor:

@@ -22,6 +22,7 @@ from ns.data.loading.stream import (
     MixedLabels,
     PseudoLabeledImages,
     TrainingBatches,
+    copy_ahead,
     iterate_batches,
 )
 from ns.modeling import factory as models
@@ -103,16 +104,15 @@ def train_model(
         rank=world.rank,
         world_size=world.world_size,
     )
-    timed_batches = _TimedBatches(
-        iterate_batches(
-            batches,
-            start=state.step,
-            stop=steps,
-            workers=config.loader_workers,
-            pin_memory=device.type == "cuda",
-            split=_split_steps(batches, plan, classes, world),
-        )
+    loaded_batches = iterate_batches(
+        batches,
+        start=state.step,
+        stop=steps,
+        workers=config.loader_workers,
+        pin_memory=device.type == "cuda",
+        split=_split_steps(batches, plan, classes, world),
     )
+    timed_batches = _TimedBatches(copy_ahead(loaded_batches, device))
     metrics = _MetricAccumulator(
         state,
         world,
@@ -146,10 +146,8 @@ def train_model(
 
             optimizer.zero_grad(set_to_none=True)
             for is_last, part in split_batch(batch, config.accumulate):
-                images = normalize(part.images.to(device, non_blocking=True))  # [B+U, 3, H, W] float32
-                class_ids = part.class_ids.to(device, non_blocking=True)  # [B] int64
-                targets = part.targets.to(device, non_blocking=True)  # [U, C] float32
-                mixed = part.mixed and MixedLabels(*(labels.to(device, non_blocking=True) for labels in part.mixed))
+                images = normalize(part.images)  # [B+U, 3, H, W] float32
+                class_ids, targets, mixed = part.class_ids, part.targets, part.mixed  # [B] int64, [U, C] float32
                 with world.sync_grads_on(forward, is_last):
                     noise = FirstImagesNoise(len(class_ids), len(images)) if confines_noise else nullcontext()
                     with state.mode.autocast(device), noise:

@@ -42,9 +42,10 @@ class TrainTransform:
     erasing. `mixer` mixes finished images, if the noise says so."""
 
     def __init__(self, noise: NoiseConfig, resolution: int, crop: Crop) -> None:
+        self.resolution = resolution
+        """Sides of the result, px."""
         self._noise = noise
         self._crop = crop
-        self._resolution = resolution
         self._pad = max(1, resolution // 8) if noise.pad_px is None else noise.pad_px
         self._augment = make_augmentation(noise, resolution)
         self.mixer = PairMixer(noise.mixup, noise.cutmix) if noise.mixes_images else None
@@ -56,7 +57,7 @@ class TrainTransform:
 
     def __call__(self, image: EncodedJpeg | npt.NDArray[np.uint8], rng: np.random.Generator) -> npt.NDArray[np.uint8]:
         """A JPEG or uint8 [H, W, 3] → uint8 [resolution, resolution, 3]. All randomness comes from `rng`."""
-        noise, size = self._noise, self._resolution
+        noise, size = self._noise, self.resolution
         if self._crop == "resized":
             box = draw_crop_box(_measure_size(image), rng, noise.crop_area, noise.crop_aspect)
             pixels = self._flip_image(crop_image(image, box, size), rng)

@@ -1,12 +1,13 @@
 """Training streams: the noised images of a step as a pure function of (seed, step), so that training can resume at any step."""
 
+import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import SimpleQueue
 from multiprocessing.queues import Queue
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -97,15 +98,24 @@ class Batch(NamedTuple):
 
 
 class _StreamPart(NamedTuple):
-    """Images of a step, of one stream."""
+    """What belongs to the images of a step, of one stream."""
 
-    images: list[npt.NDArray[np.uint8]]
     locations: list[tuple[int, int]]
     """(shard, row) of each image."""
     partners: list[tuple[int, int]]
     """(shard, row) of what each image is mixed with; the image itself if it is not mixed."""
     shares: npt.NDArray[np.float32]
     """Share that each image shows of itself."""
+
+
+def _allocate_pixels(shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=torch.uint8)
+
+
+def _allocate_shared_pixels(shape: tuple[int, ...]) -> Tensor:
+    # share_memory_() would copy what is in no shared memory yet.
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # type: ignore[no-untyped-call]
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
 class TrainingBatches(TorchDataset[Batch]):
@@ -151,11 +161,19 @@ class TrainingBatches(TorchDataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         return self.make_part(step, 0, 1)
 
-    def make_part(self, step: int, part: int, parts: int) -> Batch:
-        """One of the equal parts of this rank's images of a step: its labeled ones, then its pseudo-labeled ones."""
-        labeled, *rest = [stream.make_part(step, part, parts) for stream in self._streams]
-        pseudo = rest[0] if rest else _StreamPart([], [], [], np.ones(0, np.float32))
-        images = torch.from_numpy(np.stack(labeled.images + pseudo.images))
+    def make_part(
+        self, step: int, part: int, parts: int, allocate: Callable[[tuple[int, ...]], Tensor] = _allocate_pixels
+    ) -> Batch:
+        """One of the equal parts of this rank's images of a step: its labeled ones, then its pseudo-labeled ones.
+
+        `allocate`: shape → uint8 tensor that the images are written into.
+        """
+        counts = [stop - first for first, stop in (stream.bound_part(step, part, parts) for stream in self._streams)]
+        size = self._streams[0].transform.resolution
+        images = allocate((sum(counts), size, size, 3))
+        rows = np.split(images.numpy(), counts[:1])
+        labeled, *rest = [stream.make_part(step, part, parts, out) for stream, out in zip(self._streams, rows, strict=False)]
+        pseudo = rest[0] if rest else _StreamPart([], [], np.ones(0, np.float32))
         batch = Batch(images, self._read_class_ids(labeled.locations), self._read_targets(pseudo.locations))
         if not any(stream.transform.mixer for stream in self._streams):
             return batch
@@ -206,14 +224,15 @@ class _ImageStream:
         self.source.fetch_ahead(self.shuffle.prefetch(stop))
         return self.shuffle.positions(first, stop - first)
 
-    def make_part(self, step: int, part: int, parts: int) -> _StreamPart:
-        """A part of this rank's images of a step, mixed if the transform has a mixer."""
+    def make_part(self, step: int, part: int, parts: int, out: npt.NDArray[np.uint8]) -> _StreamPart:
+        """Writes a part of this rank's images of a step into `out`, mixed if the transform has a mixer."""
         first, stop = self.bound_part(step, part, parts)
         locations = self.locate_images(step, part, parts)
         mixer = self.transform.mixer
         if mixer is None:
-            images = list(self.make_images(first, locations))
-            return _StreamPart(images, locations, locations, np.ones(len(images), np.float32))
+            for row, image in zip(out, self.make_images(first, locations), strict=True):
+                row[:] = image
+            return _StreamPart(locations, locations, np.ones(len(out), np.float32))
         # Whole pairs. The other image of the first or the last one may belong elsewhere, and is made here once more.
         begin, end = first - first % 2, stop + stop % 2
         locations = self.shuffle.positions(begin, end - begin)
@@ -225,7 +244,9 @@ class _ImageStream:
             images[index], images[index + 1], share = mixer(images[index], images[index + 1], rng)
             shares[index : index + 2] = share
         kept = slice(first - begin, stop - begin)
-        return _StreamPart(images[kept], locations[kept], partners[kept], shares[kept])
+        for row, image in zip(out, images[kept], strict=True):
+            row[:] = image
+        return _StreamPart(locations[kept], partners[kept], shares[kept])
 
     def list_keys(self, step: int) -> list[str]:
         return [
@@ -258,16 +279,25 @@ class _StepParts(TorchDataset[Batch]):
         self._parts = parts
 
     def __getitem__(self, number: int) -> Batch:
-        batch = self._batches.make_part(*divmod(number, self._parts), self._parts)
         # torch would do this while it sends the batch, in a thread whose errors nobody hears of: the training would wait for good.
+        batch = self._batches.make_part(*divmod(number, self._parts), self._parts, allocate=_use_room(_allocate_shared_pixels))
+        return batch.map_tensors(_use_room(lambda tensor: tensor.share_memory_()))
+
+
+def _use_room(share: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+    """`share`, which takes room in shared memory, with an error that says so if there is none."""
+
+    def share_or_explain(what: Any) -> Tensor:
         try:
-            return batch.map_tensors(lambda tensor: tensor.share_memory_())  # type: ignore[no-untyped-call]
+            return share(what)
         except RuntimeError as error:
-            needed = sum(tensor.nbytes for tensor in (*batch[:3], *(batch.mixed or ())))
+            needed = what.nbytes if isinstance(what, Tensor) else math.prod(what)
             raise TrainingError(
                 f"{SHARED_MEMORY} has no room for {needed:,} bytes of images, because other programs use it too: give the container "
                 "more (docker run --shm-size), or lower train.loader_workers (0 needs none)"
             ) from error
+
+    return share_or_explain
 
 
 def iterate_batches(
@@ -292,7 +322,8 @@ def iterate_batches(
         batch_size=None,
         sampler=range(start * parts, stop * parts),
         num_workers=workers,
-        pin_memory=pin_memory,
+        # Parts are copied into a pinned batch anyway.
+        pin_memory=pin_memory and parts == 1,
         prefetch_factor=split.ahead if workers else None,
         worker_init_fn=partial(_report_send_errors, send_errors),
     )
@@ -315,6 +346,23 @@ def iterate_batches(
         if send_errors.empty():
             raise
         raise TrainingError(f"a data loader cannot hand over its images: {send_errors.get()}") from error
+
+
+def copy_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """The same batches on the device. To a GPU, pinned ones are copied on a stream of their own, while the network still works on the
+    batch before."""
+    if device.type != "cuda":
+        yield from (batch.map_tensors(lambda tensor: tensor.to(device)) for batch in batches)
+        return
+    copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    for batch in batches:
+        with torch.cuda.stream(copying):
+            copied = batch.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        working = torch.cuda.current_stream(device)
+        working.wait_stream(copying)
+        for tensor in (*copied[:3], *(copied.mixed or ())):
+            tensor.record_stream(working)  # its memory is not used for the next copy before the network is done with it
+        yield copied
 
 
 def _join_parts(loaded: Iterator[Batch], labeled: int, pseudo: int, *, pin_memory: bool) -> Batch:

@@ -1,5 +1,6 @@
 """The images of a step depend on the seed and the step only: not on processes, storage or earlier errors."""
 
+import contextlib
 import io
 import mmap
 import threading
@@ -450,3 +451,57 @@ def test_read_encoded_equals_reading_single_rows(labeled, monkeypatch, run):
     monkeypatch.setattr(shard_reader, "READ_ROWS", run)
     assert [image.data for image in source.read_encoded(1)] == alone
     assert [image.data for image in source.read_encoded(1, 2, 5)] == alone[2:5]
+
+
+# From the loaders to a GPU
+
+
+def test_parts_are_written_into_the_memory_that_loaders_hand_over(labeled, pool):
+    batches = make_batches(labeled, pool)
+    expected, taken = batches[3], []
+
+    def allocate(shape):
+        taken.append(stream._allocate_shared_pixels(shape))
+        return taken[-1]
+
+    batch = batches.make_part(3, 0, 1, allocate)
+    assert batch.images is taken[0]
+    assert batch.images.is_shared()
+    assert torch.equal(batch.images, expected.images)
+
+
+def test_copies_to_a_gpu_run_beside_the_network(monkeypatch):
+    """On fakes: what is called on which stream, in which order."""
+    calls, active = [], ["working"]
+
+    class FakeStream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            calls.append(f"{self.name} waits for {other.name}")
+
+    class FakeTensor:
+        def to(self, device, non_blocking=False):
+            calls.append(f"{active[-1]} copies" + " at once" * non_blocking)
+            return self
+
+        def record_stream(self, used_by):
+            calls.append(f"kept for {used_by.name}")
+
+    @contextlib.contextmanager
+    def use_stream(used):
+        active.append(used.name)
+        yield
+        active.pop()
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream("copying"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream(active[-1]))
+    monkeypatch.setattr(torch.cuda, "stream", use_stream)
+    batches = [stream.Batch(FakeTensor(), FakeTensor(), FakeTensor()) for _ in range(2)]
+    copies = stream.copy_ahead(iter(batches), torch.device("cuda"))
+    for number in range(2):
+        next(copies)
+        calls.append(f"network on {number}")
+    copied = ["copying copies at once"] * 3 + ["working waits for copying"] + ["kept for working"] * 3
+    assert calls == [*copied, "network on 0", *copied, "network on 1"]
