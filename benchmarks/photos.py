@@ -48,11 +48,11 @@ import sys
 from pathlib import Path
 import torch
 sys.path.append(sys.argv[1])
-from benchmarks.photos import load_photographs, make_trainer, measure_rate
+from benchmarks.photos import load_photographs, make_train_runner, measure_cpu_rate
 torch.set_num_threads(1)
-run = make_trainer(load_photographs(Path(sys.argv[2])))
+run = make_train_runner(load_photographs(Path(sys.argv[2])))
 for _ in sys.stdin:
-    print(measure_rate(run), flush=True)
+    print(measure_cpu_rate(run), flush=True)
 """
 """Prints our training's rate for each line that is read. In a folder with another `ns`, it is that one's."""
 
@@ -69,13 +69,13 @@ def main() -> None:
     photographs = draw_photographs(count, QUALITY)
     with serve_rates_before(photographs) as measure_before:
         runs = {
-            "train": make_trainer(photographs),
+            "train": make_train_runner(photographs),
             "timm's train": make_timm_runner(photographs, is_training=True),
-            "label": make_labeler(photographs),
+            "label": make_label_runner(photographs),
             "timm's label": make_timm_runner(photographs, is_training=False),
-            "decode": make_decoder(photographs),
+            "decode": make_decode_runner(photographs),
         }
-        contestants: dict[str, Callable[[], float]] = {name: partial(measure_rate, run) for name, run in runs.items()}
+        contestants: dict[str, Callable[[], float]] = {name: partial(measure_cpu_rate, run) for name, run in runs.items()}
         pairs = {
             "photo_train_vs_timm": ("train", "timm's train"),
             "photo_label_vs_timm": ("label", "timm's label"),
@@ -98,20 +98,20 @@ def main() -> None:
     write_benchmark("photos", figures, options, table)
 
 
-def measure_rate(run: Run) -> float:
+def measure_cpu_rate(run: Run) -> float:
     """Images per second of processor time."""
     started = time.process_time()
     count = run()
     return count / (time.process_time() - started)
 
 
-def make_trainer(photographs: list[bytes]) -> Run:
+def make_train_runner(photographs: list[bytes]) -> Run:
     noise = NoiseConfig(randaugment_layers=2, randaugment_magnitude=9)
     transform, rng = TrainTransform(noise, PX, "resized"), np.random.default_rng(0)
     return make_runner(photographs, lambda photograph: transform(EncodedJpeg(photograph, *LARGE_PX), rng))
 
 
-def make_labeler(photographs: list[bytes]) -> Run:
+def make_label_runner(photographs: list[bytes]) -> Run:
     transform = EvalTransform(PX, "resized", 32)
     return make_runner(photographs, lambda photograph: transform(EncodedJpeg(photograph, *LARGE_PX)))
 
@@ -124,7 +124,7 @@ def make_timm_runner(photographs: list[bytes], *, is_training: bool) -> Run:
     return make_runner(photographs, lambda photograph: transform(Image.open(io.BytesIO(photograph)).convert("RGB")))
 
 
-def make_decoder(photographs: list[bytes]) -> Run:
+def make_decode_runner(photographs: list[bytes]) -> Run:
     return make_runner(photographs, lambda photograph: simplejpeg.decode_jpeg(photograph, "RGB"))
 
 
