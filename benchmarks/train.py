@@ -103,7 +103,7 @@ def make_bare_steps(role: RoleConfig, measured_steps: int) -> Run:
     mode = PrecisionMode.parse(role.train.precision)
     network = models.build_model(role.model, role.noise, CLASSES).to(device)
     forward = mode.prepare_network(network)
-    optimizer = make_optimizer(network, role.train.optimizer)
+    optimizer = make_optimizer(network, role.train.optimizer, role.train.optimizer.lr)
     images = torch.randn(BATCH, 3, role.model.resolution, role.model.resolution, device=device)
     images = images.to(memory_format=torch.channels_last)
     class_ids = torch.randint(0, CLASSES, (BATCH,), device=device)

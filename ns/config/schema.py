@@ -328,11 +328,17 @@ class NoiseConfig(Section):
         return self
 
 
+OPTIMIZERS = ("rmsprop", "sgd", "adamw")
+UNUSABLE_OPTIMIZERS = ("bnb", "fused", "adahessian")
+"""Beginnings of timm's names of optimizers that need programs of their own, or second derivatives."""
+
+
 class OptimizerConfig(Section):
     """How weights are updated (arXiv:1911.04252 §3.1)."""
 
-    name: Literal["rmsprop", "sgd", "adamw"] = "rmsprop"
-    """Algorithm; `rmsprop` has TensorFlow's semantics, as in the paper."""
+    name: str = "rmsprop"
+    """Algorithm. `rmsprop` has TensorFlow's semantics, as in the paper; `sgd` and `adamw` are PyTorch's; any other is that of
+    `timm.optim`, as `lamb`, `lion` or `muon`, with its own defaults."""
     lr: float = Field(default=0.016, gt=0, le=10)
     """Peak learning rate for a labeled batch of 256; scaled linearly with the labeled batch."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
@@ -342,7 +348,13 @@ class OptimizerConfig(Section):
     rms_epsilon: float = Field(default=1e-3, gt=0)
     """Constant that `rmsprop` adds to the mean squared gradient, inside the square root."""
     weight_decay: float = Field(default=1e-5, ge=0, lt=1)
-    """Factor of the L2 penalty on everything but batch-norm parameters. Paper: 1e-5 (ImageNet), 1e-4 (SVHN)."""
+    """Factor of the L2 penalty. Paper: 1e-5 (ImageNet), 1e-4 (SVHN)."""
+    decay_rule: Literal["auto", "paper", "timm"] = "auto"
+    """Parameters that weight decay spares. `paper`: those of batch norms. `timm`: all vectors (biases, scales and shifts of norms),
+    and what the architecture names, as class tokens and position embeddings. `auto`: `paper` with `rmsprop` and `sgd`, else `timm`."""
+    layer_decay: float | None = Field(default=None, gt=0, le=1)
+    """Factor from each layer's learning rate to that of the layer before it, for fine-tuning pretrained transformers
+    (arXiv:2106.08254: 0.65 to 0.9); the same rate for all if not given."""
     schedule: Literal["staircase", "cosine"] = "staircase"
     """Course of the learning rate. `staircase`: it falls `staircase_drops` times by `staircase_factor`. `cosine`: it falls to zero."""
     staircase_factor: float = Field(default=0.97, gt=0, le=1)
@@ -355,6 +367,18 @@ class OptimizerConfig(Section):
     clip_norm: float | None = Field(default=None, gt=0)
     """Largest norm of the gradient of the mean loss per image; not clipped if not given. With `train.weighting` `sum`, a student's
     gradients are 1 + r times as large, and so is its limit."""
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if name not in OPTIMIZERS:
+            from timm.optim import list_optimizers  # two seconds, for those who name one of them
+
+            names = [other for other in list_optimizers() if not other.startswith(UNUSABLE_OPTIMIZERS)]
+            if name not in names:
+                similar = difflib.get_close_matches(name, names, n=3) or OPTIMIZERS
+                raise ValueError(f"timm.optim has no such optimizer; did you mean {' or '.join(similar)}?")
+        return name
 
 
 class FinetuneConfig(Section):
@@ -413,6 +437,11 @@ class TrainConfig(Section):
     """Weights that training starts from. `scratch`: random ones. `teacher`: a student starts from its teacher's averaged weights.
     Otherwise the path or URI of a `.safetensors` file, or of a model's folder. Layers whose shapes differ start from random weights;
     so does the classifier if the classes differ."""
+    frozen_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the blocks, counted from the input, that keep their weights and statistics; the stem does too. 1: only the classifier
+    learns. For trainings that start from weights. Paper: 0."""
+    unfreeze_epoch: float | None = Field(default=None, gt=0)
+    """Labeled epoch from which the frozen blocks learn too; never if not given."""
     precision: Literal["auto", Precision] = "auto"
     """Precision of the forward and the backward pass; weights, statistics and losses are always float32. `auto` goes by the hardware
     where training begins: bfloat16 on GPUs of compute capability 8.0 and above, float16 on those of 7.x, float32 on older ones and on

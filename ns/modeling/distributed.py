@@ -187,10 +187,14 @@ def sync_batch_norms(network: nn.Module, world: World) -> nn.Module:
         return converted
 
     class SyncedBatchNorm(nn.BatchNorm2d):
+        is_synced = True
+
         def forward(self, images: Tensor) -> Tensor:
             return sync_normalize(self, images, world) if self.training else super().forward(images)
 
     class SyncedBatchNormAct(BatchNormAct2d):  # type: ignore[misc]
+        is_synced = True
+
         def forward(self, images: Tensor) -> Tensor:
             if not self.training:
                 return super().forward(images)  # type: ignore[no-any-return]
@@ -198,7 +202,7 @@ def sync_batch_norms(network: nn.Module, world: World) -> nn.Module:
 
     kinds: dict[type, type] = {nn.BatchNorm2d: SyncedBatchNorm, BatchNormAct2d: SyncedBatchNormAct}
     for name, module in network.named_modules():
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, _BatchNorm) and not getattr(module, "is_synced", False):
             if type(module) not in kinds:
                 raise ConfigError(f"{name}: {type(module).__name__} cannot be shared by processes; set train.processes: 1")
             # The class is changed in place, because the optimizer and the EMA refer to the layer and its tensors.

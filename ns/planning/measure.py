@@ -156,7 +156,7 @@ def _draw_images(count: int, resolution: int, device: torch.device) -> torch.Ten
 
 
 def _measure_update_seconds(network: nn.Module, role: RoleConfig, device: torch.device) -> float:
-    optimizer = make_optimizer(network, role.train.optimizer)
+    optimizer = make_optimizer(network, role.train.optimizer, role.train.optimizer.lr)
     ema = Ema(network, role.train.ema_decay)
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)

@@ -35,8 +35,8 @@ from ns.training.checkpoint import TrainingState
 from ns.training.ema import Ema
 from ns.training.loss import Losses, compute_losses, find_main_labels, sum_loss_weights
 from ns.training.monitor import Monitor
-from ns.training.optim import make_optimizer
-from ns.training.plan import TrainingPlan
+from ns.training.optim import compute_peak_rate, make_optimizer
+from ns.training.plan import TrainingPlan, freeze_layers
 
 HISTORY_POINTS = 200
 
@@ -87,9 +87,12 @@ def train_model(
     confines_noise = plan.role.noise.pool == "none" and pseudo_batch > 0
     if confines_noise:
         confine_drop_paths(network)
-    optimizer = make_optimizer(network, config.optimizer)
+    # Before layers are frozen: it must know all of them when they learn again.
+    optimizer = make_optimizer(network, config.optimizer, compute_peak_rate(config.optimizer, config.labeled_batch))
     state = TrainingState(network, Ema(network, config.ema_decay), optimizer)
     _restore_or_begin(state, checkpoints, world, config=config, steps=steps, device=device)
+    is_frozen = plan.frozen_share > 0 and (plan.unfreeze_step is None or state.step < plan.unfreeze_step)
+    frozen_batchnorms = freeze_layers(network, plan.frozen_share) if is_frozen else ()
     forward = world.wrap_ddp(network, state.mode.prepare_network)
     normalize = models.Normalize(plan.role.model.mean, plan.role.model.std).to(device)
     batches = TrainingBatches(
@@ -122,7 +125,7 @@ def train_model(
     )
 
     network.train()
-    for name in plan.frozen_batchnorms:
+    for name in frozen_batchnorms:
         network.get_submodule(name).eval()
     stop = threading.Event()
     with (
@@ -142,7 +145,11 @@ def train_model(
             torch.manual_seed(seed * 1_000_003 + state.step + (world.rank << 48))
             lr = plan.lr_at(state.step)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_scale", 1)
+            if is_frozen and state.step == plan.unfreeze_step:
+                network.requires_grad_(True).train()
+                # Gradients are summed over the processes for what needed them when it was wrapped.
+                forward, is_frozen = world.wrap_ddp(network, state.mode.prepare_network), False
 
             optimizer.zero_grad(set_to_none=True)
             for is_last, part in split_batch(batch, config.accumulate):

@@ -32,8 +32,10 @@ class TrainingPlan:
     steps: int
     lr_at: Callable[[int], float]
     """Learning rate of a step counted from 0."""
-    frozen_batchnorms: tuple[str, ...] = ()
-    """Names of the batch-norm layers that keep their statistics."""
+    frozen_share: float = 0.0
+    """Share of the blocks, counted from the input, that are frozen."""
+    unfreeze_step: int | None = None
+    """Step from which all layers learn; None: never."""
     pseudo_transform: TrainTransform | None = None
     """For pseudo-labeled images; `transform` if None."""
 
@@ -64,12 +66,13 @@ def plan_training(role: RoleConfig, samples: int) -> TrainingPlan:
     )
     transform = TrainTransform(role.noise, role.model.resolution, role.model.crop)
     pseudo_transform = None if role.noise.pool == "same" else _PlainTransform(role)
-    return TrainingPlan(role, transform, steps, lr_at, pseudo_transform=pseudo_transform)
+    unfreeze_step = None if config.unfreeze_epoch is None else math.ceil(config.unfreeze_epoch * steps_per_epoch)
+    return TrainingPlan(role, transform, steps, lr_at, config.frozen_share, unfreeze_step, pseudo_transform)
 
 
 def make_finetuning_role(role: RoleConfig, finetune: FinetuneConfig) -> RoleConfig:
     """The role during and after its fine-tuning: another resolution, no noise, labeled images only."""
-    changes = {"epochs": finetune.epochs, "unlabeled_ratio": 0.0, "finetune": None}
+    changes = {"epochs": finetune.epochs, "unlabeled_ratio": 0.0, "finetune": None, "frozen_share": 0.0, "unfreeze_epoch": None}
     if finetune.labeled_batch is not None:
         changes["labeled_batch"] = finetune.labeled_batch
     return RoleConfig(
@@ -81,8 +84,8 @@ def make_finetuning_role(role: RoleConfig, finetune: FinetuneConfig) -> RoleConf
     )
 
 
-def plan_finetuning(role: RoleConfig, finetune: FinetuneConfig, network: nn.Module, samples: int) -> TrainingPlan:
-    """Fixes the gap between the resolutions of training and test: trains the trained `network` on labeled images as evaluation sees
+def plan_finetuning(role: RoleConfig, finetune: FinetuneConfig, samples: int) -> TrainingPlan:
+    """Fixes the gap between the resolutions of training and test: trains a trained network on labeled images as evaluation sees
     them, with its first layers frozen (arXiv:1911.04252 §3, arXiv:1906.06423).
 
     Without a learning rate of its own it has FINETUNING_LR_SHARE of the training's peak, the rate that the paper's schedule ends with.
@@ -92,8 +95,7 @@ def plan_finetuning(role: RoleConfig, finetune: FinetuneConfig, network: nn.Modu
     steps = max(1, math.ceil(finetune.epochs * samples / batch))
     base_lr = FINETUNING_LR_SHARE * role.train.optimizer.lr if finetune.lr is None else finetune.lr
     lr = base_lr * batch / 256
-    frozen_batchnorms = freeze_layers(network, finetune.frozen_share)
-    return TrainingPlan(finetuning_role, _PlainTransform(finetuning_role), steps, lambda _: lr, frozen_batchnorms)
+    return TrainingPlan(finetuning_role, _PlainTransform(finetuning_role), steps, lambda _: lr, finetune.frozen_share)
 
 
 def freeze_layers(network: nn.Module, share: float) -> tuple[str, ...]:
@@ -106,7 +108,7 @@ def freeze_layers(network: nn.Module, share: float) -> tuple[str, ...]:
         return ()
     matcher: Any = getattr(network, "group_matcher", None)
     if matcher is None:
-        raise ConfigError("train.finetune.frozen_share: the order of this network's layers is unknown; must be 0")
+        raise ConfigError("frozen_share: the order of this network's layers is unknown; must be 0")
     layer: dict[str, int] = group_parameters(network, matcher(), reverse=True)
     blocks = max(layer.values()) - 1  # the first layer is the stem, the last the head
     frozen = {name for name, index in layer.items() if index <= round(share * blocks)}

@@ -119,7 +119,7 @@ def train_and_save(
         torch.manual_seed(seed)
         network = models.build_model(finetuning_role.model, finetuning_role.noise, len(classes))
         network.load_state_dict(models.load_weights(model_store, manifest))
-        plan = plan_finetuning(role, role.train.finetune, network, labeled.samples)
+        plan = plan_finetuning(role, role.train.finetune, labeled.samples)
         train("finetune", network, plan, None, finetuned_store, checkpoints.at(FINETUNED), manifest.weights_sha256)
 
 

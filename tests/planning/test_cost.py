@@ -131,7 +131,7 @@ def test_checkpoint_bytes_match_a_written_checkpoint(tmp_path, optimizer):
         teacher={"model": {"arch": "test_efficientnet", "resolution": 32}, "train": {"optimizer": optimizer}}
     ).teacher
     network = models.build_model(role.model, role.noise, 10)
-    trained = make_optimizer(network, role.train.optimizer)
+    trained = make_optimizer(network, role.train.optimizer, 0.1)
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
     trained.step()

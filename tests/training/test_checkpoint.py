@@ -17,7 +17,7 @@ from ns.training.optim import make_optimizer
 def state(seed: int = 0, optimizer: str = "rmsprop") -> TrainingState:
     torch.manual_seed(seed)
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).to(memory_format=torch.channels_last)
-    return TrainingState(network, Ema(network, 0.9), make_optimizer(network, OptimizerConfig(name=optimizer)))
+    return TrainingState(network, Ema(network, 0.9), make_optimizer(network, OptimizerConfig(name=optimizer), 0.1))
 
 
 def advance(some: TrainingState) -> None:

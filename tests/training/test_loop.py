@@ -169,13 +169,42 @@ def test_frozen_layers_keep_their_weights_and_statistics(data, tmp_path):
     root, labeled, _ = data
     config = role(optimizer=OptimizerConfig(name="sgd", lr=1, warmup_epochs=0), weighting="mean")
     network = fresh(config)
-    plan = plan_finetuning(config, FinetuneConfig(resolution=40, lr=1, frozen_share=0.5), network, labeled.samples)
+    plan = plan_finetuning(config, FinetuneConfig(resolution=40, lr=1, frozen_share=0.5), labeled.samples)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     source = LabeledImages(root.at("labeled"), labeled)
     after = train_model(network, plan, source, None, classes=CLASSES, seed=1, checkpoints=LocalStore(tmp_path)).weights
     frozen = ("conv_stem.", "bn1.", "blocks.0.", "blocks.1.")
     for name, value in after.items():
         assert torch.equal(value, before[name]) == name.startswith(frozen), name
+
+
+FROZEN = ("conv_stem.", "bn1.", "blocks.", "conv_head.", "bn2.")
+
+
+def train_frozen(data, folder, **changes):
+    """Trains the classifier of a network, and perhaps all of it later. Returns the weights before and after."""
+    root, labeled, _ = data
+    config = role(optimizer=OptimizerConfig(name="sgd", lr=1, warmup_epochs=0), weighting="mean", frozen_share=1.0, **changes)
+    network = fresh(config)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    plan = plan_training(config, labeled.samples)
+    source = LabeledImages(root.at("labeled"), labeled)
+    store = LocalStore(folder)
+    return before, train_model(network, plan, source, None, classes=CLASSES, seed=1, checkpoints=store).weights
+
+
+def test_the_classifier_alone_learns_if_all_blocks_are_frozen(data, tmp_path):
+    before, after = train_frozen(data, tmp_path)
+    for name, value in after.items():
+        assert torch.equal(value, before[name]) == name.startswith(FROZEN), name
+
+
+def test_frozen_blocks_learn_from_the_epoch_on_that_unfreezes_them(data, tmp_path):
+    _, alone = train_frozen(data, tmp_path / "never", unfreeze_epoch=1000.0)
+    before, after = train_frozen(data, tmp_path / "later", unfreeze_epoch=1.0)
+    assert not torch.equal(after["conv_stem.weight"], before["conv_stem.weight"])
+    assert torch.equal(alone["conv_stem.weight"], before["conv_stem.weight"])
+    assert not torch.equal(after["bn1.running_mean"], before["bn1.running_mean"])
 
 
 def test_order_of_images_does_not_depend_on_loader_workers(data, tmp_path):

@@ -2,9 +2,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+from pydantic import ValidationError
+from timm.optim import list_optimizers
 from torch import nn
 
-from ns.config.schema import OptimizerConfig
+from ns.config.schema import UNUSABLE_OPTIMIZERS, OptimizerConfig
 from ns.training.optim import compute_learning_rate, make_optimizer, make_parameter_groups
 
 
@@ -61,7 +63,7 @@ def test_cosine_starts_where_warmup_ends():
 
 def test_weight_decay_spares_batch_norm_only():
     network = timm.create_model("test_efficientnet", num_classes=3)
-    decayed, exempt = make_parameter_groups(network, 1e-5)
+    exempt, decayed = make_parameter_groups(network, OptimizerConfig())
     names = {id(p): name for name, p in network.named_parameters()}
     exempt_names = {names[id(p)] for p in exempt["params"]}
     assert all(".bn" in f".{name}" for name in exempt_names)
@@ -77,7 +79,7 @@ def trace(config: OptimizerConfig, update) -> None:
     rng = np.random.default_rng(0)
     layer = nn.Linear(3, 4, bias=False)
     state = {"w": layer.weight.detach().double().numpy().copy(), "t": 0}
-    optimizer = make_optimizer(layer, config)
+    optimizer = make_optimizer(layer, config, 0.1)
     for step in range(30):
         gradient, lr = rng.normal(size=(4, 3)), 0.1 / (1 + step)
         for group in optimizer.param_groups:
@@ -128,3 +130,51 @@ def test_adamw_decouples_weight_decay():
         state["w"] -= lr * mean / (np.sqrt(square) + 1e-8)
 
     trace(OptimizerConfig(name="adamw", weight_decay=0.01), update)
+
+
+@pytest.mark.parametrize("arch", ["test_vit", "test_convnext", "test_efficientnet"])
+def test_adamw_spares_what_timm_spares(arch):
+    network = timm.create_model(arch, num_classes=3)
+    groups = make_parameter_groups(network, OptimizerConfig(name="adamw", weight_decay=0.05))
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    decayed = {names[id(parameter)] for group in groups if group["weight_decay"] for parameter in group["params"]}
+    vectors = {name for name, parameter in network.named_parameters() if parameter.ndim == 1}
+    assert decayed == set(names.values()) - vectors - set(getattr(network, "no_weight_decay", set)())
+    assert not decayed & {"cls_token", "pos_embed", "norm.weight"}
+    assert sum(len(group["params"]) for group in groups) == len(names)
+
+
+def test_layers_near_the_input_learn_slower():
+    network = timm.create_model("test_vit", num_classes=3)
+    groups = make_parameter_groups(network, OptimizerConfig(name="adamw", weight_decay=0.05, layer_decay=0.5))
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    scales = {names[id(parameter)]: group["lr_scale"] for group in groups for parameter in group["params"]}
+    depth = len(network.blocks)
+    assert scales["head.weight"] == 1
+    assert [scales[f"blocks.{block}.mlp.fc1.weight"] for block in range(depth)] == [
+        0.5 ** (depth - block) for block in range(depth)
+    ]
+    assert scales["patch_embed.proj.weight"] == 0.5 ** (depth + 1)
+
+
+def test_every_optimizer_of_timm_that_is_accepted_takes_steps():
+    names = [name for name in list_optimizers() if not name.startswith(UNUSABLE_OPTIMIZERS)]
+    assert len(names) > 80
+    for name in names:
+        torch.manual_seed(0)
+        layer = nn.Linear(4, 4)
+        before = layer.weight.detach().clone()
+        optimizer = make_optimizer(layer, OptimizerConfig(name=name, weight_decay=0.01, decay_rule="timm"), 0.01)
+        for _ in range(2):
+            optimizer.zero_grad()
+            layer(torch.ones(3, 4)).square().mean().backward()
+            optimizer.step()
+        assert torch.isfinite(layer.weight).all(), name
+        assert not torch.equal(layer.weight, before), name
+
+
+def test_unknown_optimizers_are_refused_with_the_nearest_names():
+    with pytest.raises(ValidationError, match=r"timm\.optim has no such optimizer; did you mean adamw"):
+        OptimizerConfig(name="adamww")
+    with pytest.raises(ValidationError, match="has no such optimizer"):
+        OptimizerConfig(name="bnbadamw8bit")

@@ -48,7 +48,7 @@ def test_presets_end_at_the_same_learning_rate_at_any_length(preset, epochs):
 
 def test_plan_finetuning_has_the_steps_of_the_paper():
     tuned = RoleConfig(preset="l2", train=TrainConfig(finetune=FinetuneConfig(resolution=800)))
-    course = plan_finetuning(tuned, tuned.train.finetune, network(), 1_281_167)
+    course = plan_finetuning(tuned, tuned.train.finetune, 1_281_167)
     assert course.steps == 939  # 938.4, rounded up
     assert (course.role.model.inference_resolution, course.role.train.labeled_batch) == (800, 2048)
 
@@ -66,12 +66,12 @@ def test_plan_finetuning_has_the_steps_of_the_paper():
 @pytest.mark.parametrize("epochs", [1, 50, 350])
 def test_finetuning_rate_is_the_end_of_the_papers_schedule_for_any_schedule(optimizer, epochs):
     config = role(epochs=epochs, optimizer=OptimizerConfig(warmup_epochs=0, **optimizer))
-    course = plan_finetuning(config, FinetuneConfig(resolution=40, epochs=2), network(), SAMPLES)
+    course = plan_finetuning(config, FinetuneConfig(resolution=40, epochs=2), SAMPLES)
     assert course.steps == 200
     expected = 0.0121 * config.train.optimizer.lr * 10 / 256
     assert [course.lr_at(step) for step in (0, 100, 199)] == pytest.approx([expected] * 3, rel=5e-3)
     # Half the batch: twice as many steps over the same images, at half the rate.
-    halved = plan_finetuning(config, FinetuneConfig(resolution=40, epochs=2, labeled_batch=5), network(), SAMPLES)
+    halved = plan_finetuning(config, FinetuneConfig(resolution=40, epochs=2, labeled_batch=5), SAMPLES)
     assert (halved.steps, halved.lr_at(0)) == (400, pytest.approx(course.lr_at(0) / 2))
 
 
@@ -79,13 +79,13 @@ def test_finetuning_rate_of_the_papers_schedule_is_that_of_its_last_steps():
     """As in the reference code, which takes the last steps of the schedule."""
     config = RoleConfig(preset="l2", train=TrainConfig(finetune=FinetuneConfig(resolution=800)))
     main = plan_training(config, 1_281_167)
-    course = plan_finetuning(config, config.train.finetune, network(), 1_281_167)
+    course = plan_finetuning(config, config.train.finetune, 1_281_167)
     for step in (0, course.steps // 2, course.steps - 1):
         assert course.lr_at(step) == pytest.approx(main.lr_at(main.steps - course.steps + step), rel=1e-6)
 
 
 def test_finetuning_may_have_its_own_learning_rate():
-    constant = plan_finetuning(role(), FinetuneConfig(resolution=40, lr=0.256), network(), SAMPLES)
+    constant = plan_finetuning(role(), FinetuneConfig(resolution=40, lr=0.256), SAMPLES)
     assert {constant.lr_at(step) for step in range(constant.steps)} == {0.256 * 10 / 256}
 
 
@@ -120,7 +120,7 @@ def test_finetuning_has_no_noise_and_no_pseudo_labels():
     )
     assert (tuned.model.resolution, tuned.model.inference_resolution, tuned.train.pseudo_batch) == (40, 40, 0)
     assert tuned.train.finetune is None
-    course = plan_finetuning(role(), FinetuneConfig(resolution=40), network(), SAMPLES)
+    course = plan_finetuning(role(), FinetuneConfig(resolution=40), SAMPLES)
     image = np.random.default_rng(0).integers(0, 255, (50, 60, 3), np.uint8)
     expected = EvalTransform(40, "resized", 32)(image)
     for seed in range(3):
@@ -152,5 +152,5 @@ def test_freeze_layers_of_share_0_freezes_nothing():
 
 
 def test_freeze_layers_refuses_networks_of_unknown_order():
-    with pytest.raises(ConfigError, match=r"train.finetune.frozen_share: .* must be 0"):
+    with pytest.raises(ConfigError, match=r"frozen_share: .* must be 0"):
         freeze_layers(torch.nn.Linear(2, 2), 0.5)
