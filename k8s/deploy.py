@@ -17,21 +17,26 @@ from typing import Any, NamedTuple
 
 from images import build
 from k8s import doctor, images, manifests
+from k8s.access import open_cluster_access
 from k8s.changes import ABSENT_WEBHOOKS, UNKNOWN_KIND, ClaimChange, DryRun, plan_claims, release_pods, try_objects
 from k8s.dns import DNS_POLICY, find_dns_peers
 from k8s.doctor import Requirements
 from k8s.kubectl import ClusterUnreachableError, ForbiddenError, K8sObject, Kubectl, list_contexts
 from k8s.manifests import DEFAULT_GPU_TYPE, ObjectKey, RenderedOverlay, make_list_object
 from k8s.node_room import find_rooms, fit_resources
+from k8s.pods import RunPods
 from k8s.release import CONFIG_MAP_NAME, SERVER_SIDE, Release, merge_keys
 from k8s.rollout import WorkloadRow, list_workload_rows, wait_until_ready
 from ns import __version__
 from ns.core.diagnostics import Diagnostic
-from ns.core.errors import ClusterError, ConfigError, Interrupted, RunError
+from ns.core.errors import ClusterError, ConfigError, Interrupted, prefix_errors
+from ns.core.log import StageEvent, format_duration
 from ns.runs.records import utc_timestamp
+from ns.storage import open_store
 from pipelines import upload
-from pipelines.kfp_client import KfpClient, stage_names
+from pipelines.kfp_client import KfpClient
 from pipelines.placement import Placement, read_placement, render_package
+from pipelines.remote_run import follow_run
 
 KIND_CONTEXT_PREFIX = "kind-"
 APPLY_SECONDS = 300
@@ -202,14 +207,14 @@ def _upload_pipelines(
 ) -> dict[str, str]:
     """Uploads the pipelines, and runs the smoke run. Returns name → version."""
     uploaded = {}
-    with _forward_api(kubectl, namespace) as url:
-        client = KfpClient(url)
+    with open_cluster_access(kubectl, namespace, say) as url:
+        client = KfpClient(url, patience_seconds=PATIENCE_SECONDS)
         for package in packages:
             pipeline = client.upload_pipeline(package)
             uploaded[pipeline.name] = pipeline.version
             say(f"pipeline {pipeline.name}: {pipeline.version}")
             if options.smoke and pipeline.name == "noisy-student":
-                _run_smoke(client, package, say)
+                _run_smoke(client, kubectl, namespace, package, say)
     return uploaded
 
 
@@ -443,8 +448,8 @@ def _delete_objects(kubectl: Kubectl, keys: Sequence[ObjectKey], *, seconds: flo
                 raise
 
 
-def _run_smoke(client: KfpClient, package: str, say: Say) -> None:
-    """Runs the quickstart once per version of the pipeline. Raises RunError if it fails."""
+def _run_smoke(client: KfpClient, kubectl: Kubectl, namespace: str, package: str, say: Say) -> None:
+    """Runs the quickstart once per version of the pipeline. Raises RunError with stage, reason and cure if it fails."""
     placement = replace(read_placement(package), **SMOKE_PLACEMENT)
     package = render_package(package, placement, name=SMOKE_EXPERIMENT)
     pipeline = client.upload_pipeline(package)
@@ -454,28 +459,25 @@ def _run_smoke(client: KfpClient, package: str, say: Say) -> None:
         say(f"smoke run {name}: succeeded earlier")
         return
     say(f"smoke run {name}: {'started' if run.new else 'is under way'}")
-    run = client.wait_for_run(run.run_id)
-    if run.state != "SUCCEEDED":
-        stages = "".join(f": {stage}" for stage in client.list_failed_tasks(run.run_id, stage_names(package)))
-        raise RunError(
-            f"smoke run {name}: {run.state.lower()}{stages}; `make ui` shows the logs of its stages; then deploy again"
+    # Its own kubectl does not wait for an API server that restarts: the run is followed without it.
+    pods = RunPods(Kubectl(kubectl.context), namespace, run.run_id, lambda text: say(f"  {text}"))
+    with prefix_errors(f"smoke run {name}", "; `make ui` opens its pages; then deploy again"):
+        follow_run(
+            *(client, run, open_store(placement.root), name, lambda event: _say_event(event, say)),
+            after_poll=pods.report_waiting,
+            explain_pods=pods.explain_failures,
         )
     say(f"smoke run {name}: succeeded")
 
 
-@contextlib.contextmanager
-def _forward_api(kubectl: Kubectl, namespace: str) -> Iterator[str]:
-    """Gives the local URL of Kubeflow's API."""
-    lines = kubectl.stream_lines("port-forward", "service/ml-pipeline", ":8888", f"--namespace={namespace}", stdin="")
-    try:
-        local = next((match[1] for line in lines if (match := re.search(r"127\.0\.0\.1:(\d+) ->", line))), None)
-        if local is None:
-            raise ClusterError(
-                f"kubectl port-forward service/ml-pipeline: ended at once; kubectl -n {namespace} get service ml-pipeline"
-            )
-        yield f"http://127.0.0.1:{local}"
-    finally:
-        lines.close()
+def _say_event(event: StageEvent, say: Say) -> None:
+    generation = f"generation {event['generation']}: " if event.get("generation") else ""
+    match event["event"]:
+        case "noted":
+            outcome = "reused" if event["reused"] else format_duration(event["seconds"])
+            say(f"  {generation}{event['stage']}: {outcome}")
+        case "failed":
+            say(f"  {generation}{event['stage']}: failed: {event['reason']}")
 
 
 def undeploy_overlay(options: DeployOptions, say: Say, ask: Ask | None, *, delete_data: bool = False) -> bool:

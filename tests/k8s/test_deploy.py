@@ -1,18 +1,21 @@
 """Deploying to a cluster that is a stand-in, with a kubectl that records what it is told."""
 
 import json
+import re
 import threading
 import time
 
 import pytest
 
-from k8s import deploy, kubectl, manifests, rollout
+from k8s import deploy, kubectl, manifests, pods, rollout
 from k8s.__main__ import app
 from k8s.deploy import DeployOptions, deploy_overlay, undeploy_overlay
 from k8s.release import CONFIG_MAP_NAME
 from ns.cli.app import run_app
-from ns.core.errors import ClusterError, ConfigError, Interrupted, RunError
-from pipelines import upload
+from ns.core.errors import ClusterError, ConfigError, Interrupted, NsError, RunError, StoreError, TerminatedError
+from ns.runs.records import write_stage_failure
+from ns.storage import LocalStore
+from pipelines import kfp_client, upload
 from tests.k8s.conftest import node, thing, workload
 from tests.k8s.fake_kubectl import Fake
 from tests.pipelines.kfp_api import KfpApi
@@ -59,6 +62,8 @@ class World:
 
     def __init__(self, tmp_path, monkeypatch):
         self.kfp = KfpApi()
+        self.store = LocalStore(tmp_path / "store")
+        monkeypatch.setattr(deploy, "open_store", lambda uri: self.store)
         self.cluster = Fake(tmp_path / "cluster", monkeypatch, bare(), contexts=["kind-test", "prod"], current="kind-test")
         self.cluster.state["port"] = int(self.kfp.url.rpartition(":")[2])
         self.render(overlay())
@@ -69,6 +74,7 @@ class World:
         monkeypatch.setattr(manifests, "OVERLAYS", tmp_path / "overlays")
         monkeypatch.setattr(manifests, "CHECKOUT", tmp_path)
         monkeypatch.setattr(rollout, "POLL_SECONDS", 0.05)
+        monkeypatch.setattr(kfp_client, "POLL_SECONDS", 0.05)
         monkeypatch.setattr(deploy, "RETRY_SECONDS", 0.05)
         # Filling in the other one, which tests/pipelines/test_upload.py does, would take half of the time here.
         monkeypatch.setattr(upload, "PACKAGES", [file for file in upload.PACKAGES if file.stem == "noisy_student"])
@@ -432,21 +438,76 @@ def test_smoke_run_runs_once_per_version(world):
     assert world.kfp.requests.count("POST /runs") == 1
 
 
-def test_failed_smoke_run_is_told_with_its_stage(world):
-    def play():
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            for run in world.kfp.alive:
-                world.kfp.play_task(run.run_id, "select", "FAILED")
-                world.kfp.end(run.run_id, "FAILED")
-                return
-            time.sleep(0.05)
+def play_smoke_run(world, play):
+    """Deploys with a smoke run, which `play` plays; returns the error."""
 
-    player = threading.Thread(target=play, daemon=True)
+    def wait_and_play():
+        deadline = time.monotonic() + 120
+        while not world.kfp.alive and time.monotonic() < deadline:
+            time.sleep(0.05)
+        play(world.kfp.alive[0])
+
+    player = threading.Thread(target=wait_and_play, daemon=True)
     player.start()
-    with pytest.raises(RunError, match=r"smoke run smoke-\S+: failed: select; `make ui` shows the logs"):
+    with pytest.raises(NsError) as caught:
         world.deploy(smoke=True)
     player.join()
+    return caught.value
+
+
+def test_failed_smoke_run_is_told_with_stage_reason_and_cure(world):
+    def play(run):
+        reason = "no image is kept: lower selection.min_confidence"
+        write_stage_failure(world.store, run.display_name, 1, "select", reason, note_name="select")
+        world.kfp.end(run.run_id, "FAILED")
+
+    error = play_smoke_run(world, play)
+    assert type(error) is RunError
+    assert re.fullmatch(
+        r"smoke run smoke-\S+: generation 1: select: no image is kept: lower selection\.min_confidence; "
+        r"logs: http://localhost:8080/#/runs/details/\S+; `make ui` opens its pages; then deploy again",
+        str(error),
+    )
+
+
+def test_terminated_smoke_run_is_told_as_terminated(world):
+    def play(run):
+        for state in ("CANCELING", "FAILED"):
+            world.kfp.end(run.run_id, state)
+
+    error = play_smoke_run(world, play)
+    assert type(error) is TerminatedError
+    assert "was terminated in Kubeflow" in str(error)
+
+
+def test_smoke_run_tells_pods_that_wait_and_why_they_ended_where_the_store_cannot_be_read(world, monkeypatch):
+    def away(*_):
+        raise StoreError("s3://mlpipeline: cannot be reached")
+
+    for method in ("list", "entries", "put"):
+        monkeypatch.setattr(LocalStore, method, away)
+    monkeypatch.setattr(pods, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(pods, "PENDING_SECONDS", 0.0)
+
+    def play(run):
+        labels = {"pipeline/runid": run.run_id, "app.kubernetes.io/component": "train"}
+        reason = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "1 Insufficient cpu"}
+        pod = thing("Pod", "train-1", "kubeflow", labels=labels, status={"phase": "Pending", "conditions": [reason]})
+        world.cluster.load().append(pod)
+        world.cluster.save()
+        deadline = time.monotonic() + 60
+        while not any("waits" in line for line in world.said) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        ended = {"name": "main", "state": {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}}
+        pod["status"] = {"phase": "Failed", "containerStatuses": [ended]}
+        world.cluster.save()
+        world.kfp.end(run.run_id, "FAILED")
+
+    error = play_smoke_run(world, play)
+    assert "train: OOMKilled: it needs more memory than its limit" in str(error)
+    waiting = [line for line in world.said if "waits" in line]
+    assert len(waiting) == 1
+    assert waiting[0].startswith("  train: pod train-1 waits: Unschedulable: 1 Insufficient cpu")
 
 
 def test_diff_shows_changes_and_changes_nothing(world, capsys):
