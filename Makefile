@@ -147,6 +147,9 @@ ui: $(VENV)/.run ## Open Kubeflow's pages (KUBE_CONTEXT= ARGS="--port 8081")
 undeploy: $(VENV)/.run ## Remove the platform, keep the data (KUBE_CONTEXT= ARGS="--delete-data")
 	@$(K8S) undeploy $(CLUSTER_OPTIONS) $(if $(OVERLAY),--overlay "$(OVERLAY)") $(ARGS)
 
+acceptance: $(VENV)/.run ## Try the platform on a cluster with real faults, an hour (KUBE_CONTEXT= OVERLAY= REGISTRY= ARGS="--only smoke")
+	@$(K8S) acceptance $(CLUSTER_OPTIONS) $(OVERLAY_OPTIONS) $(ARGS)
+
 cluster: $(VENV)/.run ## Create a kind cluster on this machine and deploy to it (ARGS="--delete")
 	@$(K8S) cluster $(BUILD_OPTIONS) $(ARGS)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shlex
 import shutil
 import signal
@@ -14,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from k8s.acceptance import choose_checks, format_rows, open_platform, try_checks
 from k8s.access import (
     KEY_VARIABLES,
     KUBEFLOW_NAMESPACE,
@@ -38,11 +40,14 @@ from k8s.kubectl import Kubectl
 from k8s.port_forward import PortForward
 from ns.cli.doctor import print_diagnostics
 from ns.cli.options import AsJson, make_program
-from ns.core.errors import ClusterError
+from ns.core.errors import ClusterError, ConfigError
 from ns.core.process import handle_signals
+from ns.storage import LocalStore
 from pipelines.kfp_client import URL_VARIABLE as KFP_VARIABLE
 
 CLUSTER = "noisy-student"
+ACCEPTANCE_FOLDER = Path("runs/acceptance")
+"""What `acceptance` has seen, a file per cluster."""
 KIND_FILE = Path(__file__).with_name("kind.yaml")
 
 app = make_program("The platform on a Kubernetes cluster.")
@@ -193,6 +198,44 @@ def _format_environment(variables: dict[str, str], context: str, namespace: str)
         for key, name in KEY_VARIABLES.items()
     ]
     return "\n".join(lines)
+
+
+@app.command("acceptance")
+def run_acceptance(
+    overlay: Overlay = "",
+    context: Annotated[str, typer.Option(help="Context of the kubeconfig. Runs are hit by faults there.")] = "",
+    registry: Registry = "",
+    image: Image = None,
+    worker: Worker = "",
+    without: Without = None,
+    build: Build = None,
+    only: Annotated[list[str] | None, typer.Option(help="Check to try; others are not. Repeatable.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Check to leave out. Repeatable.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Try what was as expected before, too.")] = False,
+    deployed: Annotated[bool, typer.Option("--deployed", help="Deploy nothing: try what is deployed.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Deploy, try the platform with real faults, and print a table of what was expected and what was seen.
+
+    Example: [cyan]make acceptance KUBE_CONTEXT=my-cluster ARGS="--deployed --skip many-tasks"[/]
+    """
+    if not context:
+        raise ConfigError("KUBE_CONTEXT must be given: runs on that cluster are killed and its nodes drained")
+    names = choose_checks(only or (), skip or ())
+    options = DeployOptions(overlay, context, registry, image or (), worker, without or (), build or (), yes=True, smoke=False)
+    if not deployed:
+        deploy_overlay(options, print_progress, None, print_diagnostics)
+    target = choose_target(options, "Try", None)
+    release, namespace = target.find_release()
+    if release is None:
+        raise ClusterError(f"nothing is deployed on {context}; leave out --deployed")
+    key = f"{re.sub(r'[^A-Za-z0-9]+', '-', context)}.json"
+    with open_platform(target.kubectl, namespace, print_progress) as platform:
+        record = try_checks(platform, names, LocalStore(ACCEPTANCE_FOLDER), key, again=again)
+    rows = record.list_rows()
+    typer.echo(json.dumps([row._asdict() for row in rows], indent=1) if as_json else format_rows(record))
+    if not all(row.ok for row in rows):
+        raise typer.Exit(1)
 
 
 @app.command()
