@@ -121,7 +121,7 @@ def stretch_contrast(image: Pixels) -> Pixels:
 
 def equalize_channels(image: Pixels) -> Pixels:
     """Pillow's ImageOps.equalize: each channel's histogram is flattened."""
-    counts = np.fromiter(Image.fromarray(image).histogram(), np.int64, 768).reshape(3, 256)
+    counts = np.fromiter(_make_picture(image).histogram(), np.int64, 768).reshape(3, 256)
     before = np.cumsum(counts, axis=1) - counts
     last = counts[np.arange(3), 255 - (counts[:, ::-1] > 0).argmax(1)]
     step = ((counts.sum(1) - last) // 255)[:, None]
@@ -177,7 +177,7 @@ def draw_sign(rng: np.random.Generator) -> int:
 
 def _enhance_contrast(image: Pixels, factor: float) -> Pixels:
     """Blends with the mean gray."""
-    gray = np.asarray(Image.fromarray(image).convert("L"))
+    gray = np.frombuffer(_make_picture(image).convert("L").tobytes(), np.uint8)
     mean = int(gray.sum(dtype=np.uint64) / gray.size + 0.5)
     return map_values(image, blend_pixels(np.uint8(mean), VALUES.astype(np.uint8), factor))
 
@@ -202,11 +202,13 @@ def _map_channels(image: Pixels, tables: npt.NDArray[np.integer]) -> Pixels:
 def _translate(image: Pixels, shift_px: float, axis: int) -> Pixels:
     """Shows at each place the pixel that lies `shift_px` further on, rounded as Pillow does it; gray beyond the border."""
     shift = math.floor(shift_px + 0.5)
+    kept = max(0, image.shape[axis] - abs(shift))
+    first, target = max(0, shift), max(0, -shift)
     moved = np.full_like(image, GRAY[0])
-    target, source = (np.moveaxis(pixels, axis, 0) for pixels in (moved, image))
-    kept = max(0, len(source) - abs(shift))
-    start = max(0, -shift)
-    target[start : start + kept] = source[max(0, shift) :][:kept]
+    if axis == 0:
+        moved[target : target + kept] = image[first : first + kept]
+    else:
+        moved[:, target : target + kept] = image[:, first : first + kept]
     return moved
 
 
@@ -224,4 +226,9 @@ def _transform_affine(image: Pixels, matrix: tuple[float, ...]) -> Pixels:
 
 def _run_pillow(image: Pixels, run: Callable[..., Image.Image], *args: Any, **kwargs: Any) -> Pixels:
     """An operation that is as fast in Pillow as it could be here."""
-    return np.asarray(run(Image.fromarray(image), *args, **kwargs))
+    return np.frombuffer(run(_make_picture(image), *args, **kwargs).tobytes(), np.uint8).reshape(image.shape)
+
+
+def _make_picture(image: Pixels) -> Image.Image:
+    # At 32 px, where this takes longer than a warp, Image.fromarray takes half as long again, and np.asarray of a picture too.
+    return Image.frombytes("RGB", (image.shape[1], image.shape[0]), np.ascontiguousarray(image))
