@@ -54,7 +54,7 @@ POLL_SECONDS = 2.0
 
 SMALL = ("generations=1", "teacher.train.epochs=100", "students.0.train.epochs=10", "labeling.tasks=1")
 """The smallest run whose teacher labels anything."""
-LONG_TEACHER = ("generations=1", "teacher.train.epochs=3000", "students.0.train.epochs=10", "labeling.tasks=1")
+LONG_TEACHER = ("generations=1", "teacher.train.epochs=5000", "students.0.train.epochs=10", "labeling.tasks=1")
 """Its teacher trains for some minutes, and writes a checkpoint every five seconds."""
 CHECKPOINTS = ("teacher.train.checkpoint_seconds=5",)
 LARGE_TASKS, LARGE_GENERATIONS = 50, 3
@@ -377,9 +377,10 @@ class _TrainingWatcher:
 
 def kill_processes(platform: Platform, pod: K8sObject) -> None:
     """Kills all Python processes of a stage, as the kernel does when memory is exhausted."""
-    script = 'for p in /proc/[0-9]*; do if tr "\\0" " " <$p/cmdline | grep -q python; then kill -9 "${p#/proc/}"; fi; done'
+    # Not by their arguments: this shell's own name them.
+    script = "for process in /proc/[0-9]*; do grep -qs ^python $process/comm && kill -9 ${process#/proc/}; done; true"
     name, namespace = pod["metadata"]["name"], f"--namespace={platform.namespace}"
-    platform.kubectl.run_command("exec", name, namespace, "--container=main", "--", "sh", "-c", f"({script}) 2>/dev/null; true")
+    platform.kubectl.run_command("exec", name, namespace, "--container=main", "--", "sh", "-c", script)
 
 
 def delete_pod(platform: Platform, pod: K8sObject) -> None:
