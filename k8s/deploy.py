@@ -189,6 +189,8 @@ def deploy_overlay(options: DeployOptions, say: Say, ask: Ask | None, show: Call
     if not options.images:
         images.provide_images(names, say, cluster=target.local, options=options.build)
     release = _apply_overlay(kubectl, rendered, release, names[images.WORKER_IMAGE_NAME], remade, options, say)
+    if options.preflight:
+        _check_names(kubectl, rendered.namespace, show)
     # The namespace of a team uses the pipelines of the platform.
     if any((key.kind, key.name) == ("CronJob", UPLOADER) for key in rendered.keys):
         uploaded = _upload_pipelines(kubectl, rendered.namespace, packages, options, say)
@@ -267,6 +269,14 @@ def _run_preflight(kubectl: Kubectl, rendered: RenderedOverlay, show: Callable[[
         raise ClusterError(
             f"nothing was changed: {', '.join(fatal)}; fix what is reported above, or continue with --no-preflight"
         )
+
+
+def _check_names(kubectl: Kubectl, namespace: str, show: Callable[[list[Diagnostic]], None]) -> None:
+    """Raises ClusterError if pods of runs cannot look up names, with policies in force: each stage would wait, and fail."""
+    findings = [finding for finding in doctor.diagnose_names(kubectl, namespace) if not finding.ok]
+    show(findings)
+    if any(finding.is_fatal for finding in findings):
+        raise ClusterError("deployed, but runs would fail: fix what is reported above, then deploy again")
 
 
 RemadeSets = dict[ObjectKey, list[ClaimChange]]

@@ -216,6 +216,15 @@ def _try_names(cluster: ClusterState, kubectl: Kubectl, run_namespace: str) -> N
         cluster.names = {name: name not in unresolved for name in names}
 
 
+def diagnose_names(kubectl: Kubectl, run_namespace: str) -> list[Diagnostic]:
+    """Whether pods of runs look up the names that they need; empty without Kubeflow in their namespace. Raises ClusterError."""
+    settings = kubectl.get_object("configmap", SETTINGS_CONFIG_MAP, run_namespace)
+    deployments = kubectl.list_objects("deployments", run_namespace)
+    cluster = ClusterState(objects={"deployments": deployments, "settings": [settings] if settings else []})
+    _try_names(cluster, kubectl, run_namespace)
+    return list(_check_names(cluster))
+
+
 def is_allowed(kubectl: Kubectl, permission: Permission, subject: str = "") -> bool | None:
     """Whether a subject has a permission. None if the user may not ask.
 

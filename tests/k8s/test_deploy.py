@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from k8s import deploy, kubectl, manifests, pods, rollout
+from k8s import deploy, doctor, kubectl, manifests, pods, rollout
 from k8s.__main__ import app
 from k8s.deploy import DeployOptions, deploy_overlay, undeploy_overlay
 from k8s.release import CONFIG_MAP_NAME
@@ -285,6 +285,20 @@ def test_stateful_set_is_made_again_around_its_volumes(world, capsys, size, expa
     found = {item["metadata"]["name"]: item for item in world.cluster.load()}
     assert found["data-seaweedfs-0"]["spec"]["resources"]["requests"]["storage"] == result
     assert found["seaweedfs"]["spec"]["volumeClaimTemplates"][0]["spec"]["resources"]["requests"]["storage"] == size
+
+
+def test_deploy_tells_names_that_runs_cannot_look_up(world, monkeypatch):
+    objects = overlay()
+    server = next(item for item in objects if item["metadata"]["name"] == "ml-pipeline")
+    server["spec"]["template"]["spec"]["initContainers"] = [{"name": "wait", "image": "docker.io/alpine:3.23"}]
+    world.render(objects)
+    monkeypatch.setattr(doctor, "find_unresolved_names", lambda *arguments: ["ml-pipeline.kubeflow"])
+    with pytest.raises(ClusterError, match="deployed, but runs would fail"):
+        world.deploy()
+    assert world.record()["state"] == "under way"
+    assert world.kfp.requests.count("POST /pipelines/upload_version") == 0
+    monkeypatch.setattr(doctor, "find_unresolved_names", lambda *arguments: [])
+    assert world.deploy().state == "complete"
 
 
 def test_deploy_outlives_a_restart_of_the_api_server(world, monkeypatch):
