@@ -229,7 +229,7 @@ def _render_target(target: DeployTarget, options: DeployOptions, say: Say) -> tu
         rendered = rendered.with_dns_peers(find_dns_peers(target.kubectl))
     inputs = _read_inputs(rendered)
     rendered = rendered.with_gpu_type(inputs.get("gpu_type", DEFAULT_GPU_TYPE))
-    filled = _fit_resources(target.kubectl, rendered, inputs, say)
+    filled = {**_find_queue(rendered), **inputs, **_fit_resources(target.kubectl, rendered, inputs, say)}
     # Kustomize sets images of containers only; those of the run form are inputs.
     return names, rendered.with_inputs(
         PLACEMENT_CONFIG_MAP,
@@ -244,6 +244,12 @@ def _read_inputs(rendered: RenderedOverlay) -> dict[str, Any]:
         value = json.loads(rendered.read_config_map(PLACEMENT_CONFIG_MAP).get(PLACEMENT_KEY) or "{}")
         return value if isinstance(value, dict) else {}
     return {}
+
+
+def _find_queue(rendered: RenderedOverlay) -> dict[str, str]:
+    """The queue of runs, if the overlay has one: without its name on their pods, Kueue never sees them."""
+    queues = [key.name for key in rendered.keys if (key.kind, key.namespace) == ("LocalQueue", rendered.namespace)]
+    return {"queue": queues[0]} if queues else {}
 
 
 def _fit_resources(kubectl: Kubectl, rendered: RenderedOverlay, inputs: dict[str, Any], say: Say) -> dict[str, str]:

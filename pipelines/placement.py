@@ -76,7 +76,7 @@ class Placement:
     runtime_kind: Literal["TrainingRuntime", "ClusterTrainingRuntime"] = "TrainingRuntime"
     """Whether the runtime is the namespace's or the cluster's."""
     queue: str = ""
-    """Local queue of Kueue for trainings on several nodes; none if empty."""
+    """Local queue of Kueue for stages and for trainings on several nodes; none if empty."""
 
     @classmethod
     def from_json(cls, text: str, source: str) -> Self:
@@ -205,13 +205,14 @@ def _build_pod(stage: str, pod: StagePod, placement: Placement) -> Spec:
         "keyToEnv": [{"configMapKey": name, "envVar": name} for name in SETTINGS_VARIABLES],
         "optional": True,
     }
+    labels = {"app.kubernetes.io/component": stage, "app.kubernetes.io/part-of": "noisy-student"}
+    if placement.queue:
+        labels["kueue.x-k8s.io/queue-name"] = placement.queue
     built: Spec = {
         "activeDeadlineSeconds": str(pod.hours * 3600),
         "configMapAsEnv": [settings],
         "emptyDirMounts": folders,
-        "podMetadata": {
-            "labels": {"app.kubernetes.io/component": stage, "app.kubernetes.io/part-of": "noisy-student"},
-        },
+        "podMetadata": {"labels": labels},
         "secretAsEnv": secrets,
         "securityContext": {"runAsGroup": str(STAGE_USER), "runAsNonRoot": True, "runAsUser": str(STAGE_USER)},
     }

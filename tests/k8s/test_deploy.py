@@ -149,6 +149,16 @@ def test_deploy_sets_images_of_the_run_form(world):
     }
 
 
+def test_deploy_writes_the_queue_of_the_overlay_into_the_placement(world):
+    queue = thing(
+        "LocalQueue", "noisy-student", "kubeflow", api="kueue.x-k8s.io/v1beta2", spec={"clusterQueue": "noisy-student"}
+    )
+    world.render([*overlay(), queue])
+    world.deploy(preflight=False)
+    (pools,) = [item for item in world.cluster.load() if item["metadata"]["name"] == "noisy-student-pools"]
+    assert json.loads(pools["data"]["inputs.json"])["queue"] == "noisy-student"
+
+
 def test_deploy_again_changes_nothing(world):
     first = world.deploy()
     before = world.cluster.load()

@@ -61,6 +61,16 @@ def test_render_package_fills_in_all_that_is_the_clusters():
     assert (inputs["gpus_label"]["defaultValue"], inputs["gpus_train"]["defaultValue"]) == ("1", "8")
 
 
+def test_pods_of_all_stages_are_in_the_queue():
+    def read_queues(placement):
+        _, platform = load_yaml_documents(render_package(PACKAGE.read_text(), placement))
+        pods = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values()
+        return {pod["podMetadata"]["labels"].get("kueue.x-k8s.io/queue-name") for pod in pods}
+
+    assert read_queues(replace(GPUS, queue="team")) == {"team"}
+    assert read_queues(GPUS) == {None}
+
+
 def test_render_package_under_another_name():
     (spec, _), (committed, _) = (
         load_yaml_documents(text) for text in (render_package(PACKAGE.read_text(), GPUS, name="mine"), PACKAGE.read_text())
