@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from k8s.kubectl import K8sObject, parse_quantity
+from ns.core.errors import prefix_errors
 
 NODE_POOLS = ("train", "label")
 RUN_LABEL = "workflows.argoproj.io/workflow"
@@ -84,7 +85,9 @@ def fit_resources(
             for resource in RESERVED:
                 name, room = f"{pool}_{resource}", getattr(largest, resource)
                 requested = str(inputs.get(name, defaults[name]))
-                if parse_quantity(requested) <= room:
+                with prefix_errors(f"{name} of the placement"):
+                    fits = parse_quantity(requested) <= room
+                if fits:
                     continue
                 if name in inputs or room < SMALLEST[resource]:
                     lines.append(

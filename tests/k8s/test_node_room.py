@@ -5,6 +5,7 @@ from dataclasses import asdict
 import pytest
 
 from k8s.node_room import find_rooms, fit_resources
+from ns.core.errors import ClusterError
 from pipelines.placement import Placement
 from tests.k8s.conftest import thing
 
@@ -76,3 +77,8 @@ def test_what_the_overlay_says_is_kept_and_told():
 def test_cordoned_nodes_do_not_count():
     nodes = [make_node("away", "64", "256Gi", unschedulable=True), SMALL]
     assert set(find_rooms(nodes, [], [])) == {"small"}
+
+
+def test_quantity_that_is_none_is_told_with_its_field():
+    with pytest.raises(ClusterError, match="train_memory of the placement: '16 GB': is no quantity, as 500m, 8 or 16Gi"):
+        fit_resources([SMALL], find_rooms([SMALL], [], []), {"train_memory": "16 GB"}, DEFAULTS)
