@@ -291,7 +291,7 @@ def try_terminated_run(trial: Trial) -> None:
 
 
 def try_bad_settings(trial: Trial) -> None:
-    run = trial.follow_run(trial.start_run([*SMALL, "selection.min_confidence=1.0"]))
+    run = trial.follow_run(trial.start_run([*SMALL, "selection.min_confidence=0.999999"]))
     trial.add_row("a run whose settings select nothing", "failed", run.state.lower(), run.state == "FAILED")
     reasons = [str(failure) for failure in list_stage_failures(trial.root, run.name)]
     trial.add_row("its reason in the store", "one line", "; ".join(reasons) or "none", len(reasons) == 1)
