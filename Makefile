@@ -86,7 +86,7 @@ distclean: clean ## Remove runs/ and the virtual environments
 ##@ Measure
 
 bench: $(VENV)/.bench ## Run all benchmarks and write benchmarks/results
-	@for one in data photos train label select order duplicates polluted_pool loop soak; do $(BIN)/python -m benchmarks.$$one --keep || exit; done
+	@for one in data photos train label select order duplicates polluted_pool loop kfp_status soak; do $(BIN)/python -m benchmarks.$$one --keep || exit; done
 	@$(BIN)/python -m benchmarks.method_cifar10
 	@$(BIN)/python -m benchmarks.summary
 
@@ -119,6 +119,9 @@ bench-polluted: $(VENV)/.bench ## Measure how clean the foreign score keeps a po
 
 bench-loop: $(VENV)/.bench ## Measure where the time of a whole run goes (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.loop $(ARGS)
+
+bench-kfp: $(VENV)/.bench ## Compute the pods and the status of runs on Kubeflow
+	@$(BIN)/python -m benchmarks.kfp_status $(ARGS)
 
 bench-method: $(VENV)/.bench ## Train teachers and students on CIFAR-10, three seeds, an hour (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.method_cifar10 $(ARGS)

@@ -91,6 +91,14 @@ FIGURES = {
         BenchmarkFigure("overhead_share", "quickstart: share of its time in which no stage runs", 0.15, more_is_better=False),
         BenchmarkFigure("help_seconds", "seconds until `ns --help`", 0.3, more_is_better=False),
     ),
+    "kfp_status": (
+        BenchmarkFigure("status_share_50x5", "Argo's status of 50 tasks x 5 generations ÷ its limit", 0.6, more_is_better=False),
+        BenchmarkFigure("status_share_smoke", "raw status of the smoke run ÷ 1 MiB", 0.4, more_is_better=False),
+        BenchmarkFigure("package_kb", "kB of the compiled pipeline", 100, more_is_better=False),
+        BenchmarkFigure("pods_per_generation", "pods of a generation with three labeling tasks", 20, more_is_better=False),
+        BenchmarkFigure("drivers_critical_path", "drivers that a generation waits for one by one", 8, more_is_better=False),
+        BenchmarkFigure("pods_one_generation", "pods of a whole run of one generation, three labeling tasks", None),
+    ),
     "soak": (
         BenchmarkFigure("s3_equal", "five generations, processes and server killed: same result as undisturbed (1: yes)", 1.0),
         BenchmarkFigure("disk_equal", "the same, with a disk that is full now and then", 1.0),

@@ -1,5 +1,7 @@
-"""KFP components: typed inputs and outputs, and calls into `ns.stages`, where the work is written. Each is named as its box in
-Kubeflow's UI.
+"""KFP components: functions with typed inputs and outputs, and calls into `ns.stages`, where the work is written. Each is named as its box
+in Kubeflow's UI.
+
+A compiled package has their signatures alone: their code is in the images, where `python -m components` runs it.
 
 These inputs mean the same in every component:
 

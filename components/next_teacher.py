@@ -1,9 +1,3 @@
-from kfp import dsl
-
-from components import WORKER_IMAGE
-
-
-@dsl.component(base_image=WORKER_IMAGE, packages_to_install=[], install_kfp_package=False)
 def next_teacher(run: str, data: str, generation: int, first_teacher: str) -> str:
     """Decides from the run's verdicts whether the generation runs. Returns the key of its teacher's folder, or `stop`."""
     from ns.stages import gate

@@ -1,11 +1,6 @@
 from typing import NamedTuple
 
-from kfp import dsl
 
-from components import WORKER_IMAGE
-
-
-@dsl.component(base_image=WORKER_IMAGE, packages_to_install=[], install_kfp_package=False)
 def prepare(run: str) -> NamedTuple("Prepared", data=str, shards=list[str]):
     """Checks the experiment; finds or imports labeled images, pool and held-out images.
 

@@ -1,10 +1,6 @@
-from kfp import dsl
 from kfp.dsl import HTML, Markdown, Output
 
-from components import WORKER_IMAGE
 
-
-@dsl.component(base_image=WORKER_IMAGE, packages_to_install=[], install_kfp_package=False)
 def report(run: str, page: Output[HTML], summary: Output[Markdown]) -> str:
     """Writes the run's report. Returns the key of the report.
 

@@ -1,9 +1,3 @@
-from kfp import dsl
-
-from components import WORKER_IMAGE
-
-
-@dsl.component(base_image=WORKER_IMAGE, packages_to_install=[], install_kfp_package=False)
 def select(run: str, data: str, generation: int, teacher: str) -> str:
     """Joins the labeled shards into a label set and selects what the student sees. Returns the key of the selection's folder."""
     from ns.stages import select

@@ -1,11 +1,6 @@
 from typing import Any, NamedTuple
 
-from kfp import dsl
 
-from components import WORKER_IMAGE
-
-
-@dsl.component(base_image=WORKER_IMAGE, packages_to_install=[], install_kfp_package=False)
 def start_generation(
     config: str,
     run: str,

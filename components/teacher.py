@@ -1,12 +1,8 @@
 from typing import Any
 
-from kfp import dsl
 from kfp.dsl import ClassificationMetrics, Metrics, Output
 
-from components import WORKER_IMAGE
 
-
-@dsl.component(base_image=WORKER_IMAGE, packages_to_install=[], install_kfp_package=False)
 def teacher(
     run: str,
     data: str,

@@ -1,12 +1,11 @@
 """Compiles the pipelines: `python -m pipelines.compile [--check]`. The YAML is committed; `--check` compares and fails.
 
-KFP's compiler repeats a component for every task that uses it, so an unrolled loop would grow past what Kubernetes stores, and each pod of
-a run keeps a copy of what it is given. So equal components are merged (the backend visits each once, however many tasks refer to it), and
-docstrings and descriptions of what no person fills in are left out. The placement (pipelines/placement.py) is filled in last: a package
-for a cluster is made from the committed one.
+KFP's compiler repeats a component for every task that uses it, so an unrolled loop would grow past what Kubernetes stores; and Argo keeps
+six copies of what the pod of each stage is given. So equal components are merged (the backend visits each once, however many tasks refer
+to it). Their sources, which are in the images, are left out, as are descriptions of what no person fills in. The placement
+(pipelines/placement.py) is filled in last: a package for a cluster is made from the committed one.
 """
 
-import ast
 import sys
 import tempfile
 from pathlib import Path
@@ -18,6 +17,8 @@ from pipelines import GENERATION_PACKAGE, PACKAGE, dump_yaml_documents, load_yam
 from pipelines.noisy_student import noisy_student, noisy_student_generation
 from pipelines.placement import Placement, fill_placement
 
+COMMAND = ["sh", "-c", '_KFP_RUNTIME=true python3 -P -m components "$@"', "kfp.dsl.executor_main"]
+"""What a stage's pod runs, with the arguments that KFP appends. kfp.local wants the name of KFP's own executor in it."""
 PIPELINES = {PACKAGE: noisy_student, GENERATION_PACKAGE: noisy_student_generation}
 Spec = dict[str, Any]
 
@@ -29,29 +30,20 @@ def compile_package(package: Path) -> str:
         compiler.Compiler().compile(PIPELINES[package], str(path))
         text = path.read_text()
     (spec,) = load_yaml_documents(text)
-    strip_prose(spec)
+    strip_code(spec)
     merge_duplicates(spec)
     name_tasks(spec["root"]["dag"]["tasks"])
     return dump_yaml_documents([spec, fill_placement(spec, Placement())])
 
 
-def strip_prose(spec: Spec) -> None:
-    """Removes docstrings from the components' sources, and descriptions from all inputs and outputs but the pipeline's own."""
+def strip_code(spec: Spec) -> None:
+    """Leaves of the components what KFP needs: not their sources, and no descriptions but those of the pipeline's own inputs."""
     for executor in spec["deploymentSpec"]["executors"].values():
-        command = executor["container"]["command"]
-        command[-1] = _strip_docstrings(command[-1])
+        executor["container"]["command"] = COMMAND
     for component in spec["components"].values():
         for definitions in (component.get("inputDefinitions", {}), component.get("outputDefinitions", {})):
             for definition in (definition for kind in definitions.values() for definition in kind.values()):
                 definition.pop("description", None)
-
-
-def _strip_docstrings(source: str) -> str:
-    module = ast.parse(source)
-    for function in module.body:
-        if isinstance(function, ast.FunctionDef) and ast.get_docstring(function) is not None:
-            del function.body[0]
-    return ast.unparse(module) + "\n"
 
 
 def merge_duplicates(spec: Spec) -> None:

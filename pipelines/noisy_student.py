@@ -12,12 +12,13 @@ on a cluster alike:
 Kubeflow's run form shows the inputs in alphabetical order, which is therefore the order in which people need them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from kfp import dsl
 from kfp.dsl import PipelineTask
 
+from components import WORKER_IMAGE
 from components.label import label
 from components.next_teacher import next_teacher
 from components.prepare import prepare
@@ -35,8 +36,13 @@ TRAINING_POD = ("gpus", "cpu", "memory", "nodes")
 """What the start of a run plans the pods of trainings by."""
 
 
-def run_stage(task: PipelineTask) -> PipelineTask:
-    """Has a stage tried again, and never answered from KFP's cache, which compares strings: ours, the ledger, compares content."""
+def run_stage(function: Callable[..., Any], /, *after: PipelineTask, **inputs: Any) -> PipelineTask:
+    """Adds a stage that waits for others, is tried again, and is never answered from KFP's cache.
+
+    That cache compares strings; ours, the ledger, compares content.
+    """
+    component = dsl.component(function, base_image=WORKER_IMAGE, packages_to_install=[], install_kfp_package=False)
+    task = component(**inputs).after(*after)
     pod = STAGE_PODS[task.component_spec.name]
     # KFP's maximum is for all tries together, from the first one's start: a try that is under way at its end is killed.
     hours = (STAGE_RETRIES + 1) * pod.hours + PENDING_HOURS
@@ -49,9 +55,9 @@ def add_generation(
 ) -> None:
     """Adds the stages of a generation to the pipeline, or to the If, that is being defined."""
     with dsl.ParallelFor(shards, name="label") as shard_range:
-        labeled = run_stage(label(**base, shards=shard_range, gpus=gpus_label).after(*after))
-    selection = run_stage(select(**base).after(labeled))
-    run_stage(student(**base, selection=selection.output, **training))
+        labeled = run_stage(label, *after, **base, shards=shard_range, gpus=gpus_label)
+    selection = run_stage(select, labeled, **base)
+    run_stage(student, **base, selection=selection.output, **training)
 
 
 @dsl.pipeline(name="first-generation")
@@ -85,7 +91,7 @@ def run_later_generation(
     nodes: dict[str, Any],
 ) -> None:
     """Runs a generation, if the loop is not over. It is a pipeline of its own, so that the next generation can wait for it."""
-    decided = run_stage(next_teacher(run=run, data=data, generation=generation, first_teacher=first_teacher))
+    decided = run_stage(next_teacher, run=run, data=data, generation=generation, first_teacher=first_teacher)
     with dsl.If(decided.output != STOP, name="generation"):
         base = {"run": run, "data": data, "generation": generation, "teacher": decided.output}
         add_generation(base, shards, gpus_label, {"gpus": gpus, "cpu": cpu, "memory": memory, "nodes": nodes})
@@ -107,7 +113,7 @@ def run_next_generation(
     """Runs the generation of a recurring run, if there is anything new."""
     with dsl.If(known_teacher != STOP, name="generation"):
         training = {"gpus": gpus, "cpu": cpu, "memory": memory, "nodes": nodes}
-        ready = run_stage(teacher(run=run, data=data, teacher=known_teacher, **training))
+        ready = run_stage(teacher, run=run, data=data, teacher=known_teacher, **training)
         base = {"run": run, "data": data, "generation": generation, "teacher": known_teacher}
         add_generation(base, shards, gpus_label, training, after=[ready])
 
@@ -143,23 +149,13 @@ def noisy_student(
         run: Name of the run; if empty, named after the experiment. The same name continues the same run. Or the URI of its folder.
     """
     data_uris = {"data_labeled": data_labeled, "data_pool": data_pool, "data_heldout": data_heldout}
-    started = run_stage(
-        start(
-            config=config,
-            run=run,
-            overrides=overrides,
-            **data_uris,
-            generations=generations,
-            gpus=gpus_train,
-            nodes=nodes,
-            cluster={},
-        )
-    )
+    given = {"config": config, "run": run, "overrides": overrides, "gpus": gpus_train, "nodes": nodes, "cluster": {}}
+    started = run_stage(start, **given, **data_uris, generations=generations)
     folder = started.outputs["run"]
     training = {name: started.outputs[name] for name in TRAINING_POD}
-    prepared = run_stage(prepare(run=folder))
+    prepared = run_stage(prepare, run=folder)
     base = {"run": folder, "data": prepared.outputs["data"]}
-    first = run_stage(teacher(**base, teacher="", **training))
+    first = run_stage(teacher, **base, teacher="", **training)
     pool = {"shards": prepared.outputs["shards"], "gpus_label": gpus_label}
     last: PipelineTask = run_first_generation(**base, **pool, teacher=first.outputs["Output"], **training)
     last.set_display_name("generation-1")
@@ -168,7 +164,7 @@ def noisy_student(
             last
         )
         last.set_display_name(f"generation-{number}")
-    run_stage(report(run=folder).after(last))
+    run_stage(report, last, run=folder)
 
 
 @dsl.pipeline(
@@ -200,12 +196,9 @@ def noisy_student_generation(
         run: Name of the run; leave empty for recurring runs, to name each after experiment, data and teacher. Or the URI of its folder.
     """
     data_uris = {"data_labeled": data_labeled, "data_pool": data_pool, "data_heldout": data_heldout}
-    started = run_stage(
-        start_generation(
-            config=config, run=run, overrides=overrides, **data_uris, gpus=gpus_train, nodes=nodes, cluster={}
-        ).set_display_name("start")
-    )
+    given = {"config": config, "run": run, "overrides": overrides, "gpus": gpus_train, "nodes": nodes, "cluster": {}}
+    started = run_stage(start_generation, **given, **data_uris).set_display_name("start")
     outputs = {name: started.outputs[name] for name in ("run", "data", "shards", "generation", *TRAINING_POD)}
     last = run_next_generation(**outputs, known_teacher=started.outputs["teacher"], gpus_label=gpus_label)
     last.set_display_name("generation")
-    run_stage(report(run=outputs["run"]).after(last))
+    run_stage(report, last, run=outputs["run"])

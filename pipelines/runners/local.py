@@ -285,7 +285,7 @@ def _make_temp_variables(scratch: str) -> dict[str, str]:
 @contextlib.contextmanager
 def _set_environment(variables: dict[str, str]) -> Iterator[None]:
     # The stages import this project from where the client did, installed or not.
-    checkout = str(Path(__file__).parent.parent)
+    checkout = str(Path(__file__).parents[2])
     search = os.pathsep.join(filter(None, [checkout, os.environ.get("PYTHONPATH", "")]))
     variables = {**variables, "PYTHONPATH": search}
     before = {name: os.environ.get(name) for name in variables}

@@ -27,7 +27,7 @@ SMOKE = [
 FAULTS = """
 import os, sys, time
 fault, _, victim = os.environ.get("NS_S3_TEST_FAULT", "").partition(":")
-if fault and "executor_main" in " ".join(sys.orig_argv) and f"--function_to_execute {victim}" in " ".join(sys.orig_argv):
+if fault and "-m components" in " ".join(sys.orig_argv) and f"--function_to_execute {victim}" in " ".join(sys.orig_argv):
     sys.stderr.write("about to fail\\n")
     if fault == "exit":
         os._exit(1)

@@ -137,13 +137,12 @@ def test_resources_refer_to_inputs_of_the_task_itself(spec):
 
 
 def test_package_stays_small(package):
-    assert package.stat().st_size < 60_000
+    assert package.stat().st_size < 50_000
 
 
-def test_package_installs_nothing_and_explains_nothing_to_machines(package, spec):
+def test_package_installs_nothing_and_holds_no_code(package, spec):
     assert "pip install" not in package.read_text()
-    for executor in spec["deploymentSpec"]["executors"].values():
-        assert '"""' not in executor["container"]["command"][-1]
+    assert "import" not in json.dumps(spec["deploymentSpec"])
     for component in spec["components"].values():
         assert "description" not in json.dumps(component)
 
@@ -274,6 +273,6 @@ def test_components_have_no_logic():
 
     import components
 
-    for path in Path(components.__file__).parent.glob("*.py"):
+    for path in Path(components.__file__).parent.glob("[!_]*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             assert not isinstance(node, ast.If | ast.For | ast.While | ast.Try), f"{path.name} has logic that belongs in ns"

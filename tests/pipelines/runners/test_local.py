@@ -1,8 +1,10 @@
 """The local runner with stand-in stages: order, failures, messages."""
 
 import json
+import os
 import tempfile
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -138,6 +140,12 @@ def test_run_locally_writes_output_of_kfp_to_the_log(run_stand_in, tmp_path, cap
     assert any("finished with status SUCCESS" in line for line in lines)
     assert not any(line.startswith(" ") or "\x1b" in line for line in lines)
     assert capsys.readouterr().out == ""
+
+
+def test_stages_import_the_project_of_their_client():
+    with local._set_environment({}):
+        first = os.environ["PYTHONPATH"].split(os.pathsep)[0]
+    assert Path(first, "pipelines", "runners", "local.py") == Path(local.__file__)
 
 
 def test_log_writer_without_a_writable_file(tmp_path):
