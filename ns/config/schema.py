@@ -782,10 +782,16 @@ class RegistryConfig(Section):
         return self
 
 
+def _check_experiment_name(name: str) -> str:
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?", name):
+        raise ValueError("must be at most 40 small letters, digits and dashes, with a letter or digit at both ends: my-animals")
+    return name
+
+
 class Experiment(Section):
     """Everything that a run does."""
 
-    name: str = Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")
+    name: Annotated[str, AfterValidator(_check_experiment_name)]
     """Name of the experiment, at most 40 lower-case letters, digits and dashes. It becomes part of names of runs, tags and pods."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of weights, order, noise, ties and the bootstrap. Equal seeds give equal runs on equal machines."""

@@ -21,9 +21,10 @@ from ns.data.dataset import Dataset, Shard
 from ns.data.loading.decode import read_jpeg_size
 from ns.data.shards import ShardSample, check_shard_file, read_range, read_samples
 from ns.storage import Store
-from ns.storage.parquet import encode_table, read_table
+from ns.storage.parquet import encode_table, parse_table
 
 SUFFIX = ".index.parquet"
+CURE = "import the data again"
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -112,8 +113,12 @@ class ShardIndex:
                 "an index is not that of dataset.json, and is made from its tar", index=f"{store.uri}/{key}"
             )
             return None
-        table = read_table(data)
-        return cls._from_table(table) if table.schema.equals(SCHEMA) else None
+        table = parse_table(data, f"{store.uri}/{key}", SCHEMA, CURE)
+        index = cls._from_table(table)
+        sizes = index.offsets.astype(object) + index.sizes
+        if len(index) and (index.offsets.min() < 0 or index.sizes.min() < 0 or max(sizes) > shard.bytes):
+            raise DataError(f"{store.uri}/{key}: offset: an image lies outside {shard.name}; {CURE}")
+        return index
 
 
 class ImageLocation(NamedTuple):

@@ -24,7 +24,7 @@ from ns.data.dataset import format_class_names
 from ns.data.subsample import Subsample
 from ns.storage import Store
 from ns.storage.documents import HashedDocument, JsonDocument, dump_hashed_fields
-from ns.storage.parquet import encode_table, read_table
+from ns.storage.parquet import check_columns, encode_table, explain_table_errors, read_table
 
 PREDICTIONS = "predictions.parquet"
 MISTAKES = "mistakes.parquet"
@@ -278,7 +278,9 @@ def is_imagenet(classes: tuple[str, ...]) -> bool:
 
 def read_predictions(store: Store, evaluation: Evaluation) -> pa.Table:
     """The rows of an evaluation, `PREDICTIONS_SCHEMA`. Raises DataError if the file is not the recorded one."""
-    return _read_checked(store, PREDICTIONS, evaluation.predictions_sha256, Evaluation.filename)
+    table = _read_checked(store, PREDICTIONS, evaluation.predictions_sha256, Evaluation.filename)
+    check_columns(table, f"{store.uri}/{PREDICTIONS}", PREDICTIONS_SCHEMA, "evaluate again")
+    return table
 
 
 def read_mistakes(store: Store, robustness: Robustness) -> ImageMistakes:
@@ -295,4 +297,5 @@ def _read_checked(store: Store, name: str, sha256: str | None, manifest: str) ->
     data = store.get(name)
     if sha256_bytes(data) != sha256:
         raise DataError(f"{store.uri}/{name}: sha256 differs from {manifest}; evaluate again")
-    return read_table(data)
+    with explain_table_errors(f"{store.uri}/{name}", "evaluate again"):
+        return read_table(data)

@@ -7,7 +7,7 @@ shard-00000.parquet …    the rows, in the order and with the keys of the datas
 shard-00000.histogram.parquet …
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field
 
 from ns.config.schema import ForeignScore
 from ns.core import log
@@ -25,7 +26,7 @@ from ns.data.dataset import Dataset, Shard
 from ns.data.index import ShardIndex
 from ns.storage import Store
 from ns.storage.documents import FileName, HashedDocument, JsonDocument, Sha256
-from ns.storage.parquet import read_table, write_table
+from ns.storage.parquet import check_columns, explain_table_errors, parse_table, read_table, write_table
 
 HISTOGRAM = "histogram.parquet"
 HISTOGRAM_BINS = 1000
@@ -84,7 +85,7 @@ class LabelSet(HashedDocument):
     code: str
     """Digest of the labeling code."""
     classes: tuple[str, ...]
-    top_k: int
+    top_k: int = Field(ge=1)
     """Classes kept per image; the rest of the probability is spread evenly over the other classes."""
     shards: tuple[LabelShard, ...]
     views: str = "one"
@@ -219,7 +220,11 @@ def read_label_rows(store: Store, shard: LabelShard) -> LabelRows:
     data = store.get(shard.name)
     if sha256_bytes(data) != shard.sha256:
         raise DataError(f"{store.uri}/{shard.name}: sha256 differs from labelset.json; label the pool again")
-    rows = LabelRows(read_table(data))
+    uri = f"{store.uri}/{shard.name}"
+    with explain_table_errors(uri, CURE):
+        table = read_table(data)
+    _check_row_columns(table, uri)
+    rows = LabelRows(table)
     if len(rows.keys) != shard.rows:
         raise DataError(f"{store.uri}/{shard.name}: {len(rows.keys)} rows, labelset.json says {shard.rows}")
     return rows
@@ -228,7 +233,41 @@ def read_label_rows(store: Store, shard: LabelShard) -> LabelRows:
 def iter_label_rows(store: Store, label_set: LabelSet) -> Iterator[LabelRows]:
     """Reads shard by shard, in the dataset's order. Raises what `read_label_rows` raises."""
     for shard in label_set.shards:
-        yield read_label_rows(store, shard)
+        rows = read_label_rows(store, shard)
+        _check_row_values(label_set, f"{store.uri}/{shard.name}", rows.top_class[rows.readable], rows.confidence[rows.readable])
+        yield rows
+
+
+def _check_row_columns(table: pa.Table, uri: str, columns: Sequence[str] | None = None) -> None:
+    """Raises DataError unless the table has these columns, by default all, as `build_row_schema` has them."""
+    kinds = {field.name: field.type for field in table.schema}
+    lists = [kinds[name] for name in ("top_class", "top_prob") if name in kinds and pa.types.is_fixed_size_list(kinds[name])]
+    log8 = bool(lists) and pa.types.is_uint8(lists[-1].value_type)
+    schema = build_row_schema(lists[0].list_size if lists else 1, log8=log8, foreign_score="foreign_score" in kinds)
+    check_columns(table, uri, pa.schema([field for field in schema if columns is None or field.name in columns]), CURE)
+    if "key" in kinds and table["key"].null_count:
+        raise DataError(f"{uri}: key: has cells without a value; {CURE}")
+    for name in ("top_class", "top_prob"):
+        if name in kinds and (table[name].null_count != table["confidence"].null_count or _has_null_items(table[name])):
+            raise DataError(f"{uri}: {name}: has no value in a row that has a confidence; {CURE}")
+
+
+def _has_null_items(column: pa.ChunkedArray) -> bool:
+    return any(chunk.flatten().null_count for chunk in column.chunks)
+
+
+def _check_row_values(
+    label_set: LabelSet, uri: str, class_ids: npt.NDArray[np.uint16], confidence: npt.NDArray[np.floating[Any]]
+) -> None:
+    """What else would be an index outside an array. Raises DataError."""
+    if class_ids.ndim != 2 or class_ids.shape[1] != label_set.top_k:
+        raise DataError(
+            f"{uri}: top_class: has {class_ids.shape[-1]} classes, {LabelSet.filename} says {label_set.top_k}; {CURE}"
+        )
+    if class_ids.size and class_ids.max() >= len(label_set.classes):
+        raise DataError(f"{uri}: top_class: {class_ids.max()}: a class that does not exist; {CURE}")
+    if confidence.size and not (confidence.min() >= 0 and confidence.max() <= 1.001):
+        raise DataError(f"{uri}: confidence: from {confidence.min()} to {confidence.max()}: must be from 0 to 1; {CURE}")
 
 
 def find_foreign_rows(foreign_score: npt.NDArray[np.float32] | None, limit: float | None, count: int) -> npt.NDArray[np.bool_]:
@@ -250,14 +289,22 @@ def iter_top_classes(
         path = store.path(shard.name)
         if sha256_file(path) != shard.sha256:
             raise DataError(f"{store.uri}/{shard.name}: sha256 differs from labelset.json; label the pool again")
-        table = pq.ParquetFile(path).read(columns)
+        uri = f"{store.uri}/{shard.name}"
+        with explain_table_errors(uri, CURE):
+            table = pq.ParquetFile(path).read(columns)
+        _check_row_columns(table, uri, columns)
+        if len(table) != shard.rows:
+            raise DataError(f"{uri}: {len(table)} rows, {LabelSet.filename} says {shard.rows}; {CURE}")
         raw = table["confidence"].combine_chunks()
         confidence = raw.fill_null(0).to_numpy(zero_copy_only=False)
         foreign_score = table["foreign_score"].to_numpy() if foreign_limit is not None else None
         foreign = find_foreign_rows(foreign_score, foreign_limit, len(raw))
+        valid = raw.is_valid().to_numpy(zero_copy_only=False)
+        class_ids = _unpack_lists(table["top_class"], table.schema.field("top_class").type.list_size)
+        _check_row_values(label_set, uri, class_ids[valid], confidence[valid])
         yield TopClasses(
-            raw.is_valid().to_numpy(zero_copy_only=False) & ~foreign,
-            _unpack_lists(table["top_class"], label_set.top_k),
+            valid & ~foreign,
+            class_ids,
             _decode_probabilities(table["top_prob"], label_set.top_k) if all_probabilities else confidence[:, None],
             confidence,
             foreign,
@@ -296,6 +343,12 @@ def compute_histogram(
     return flat.reshape(num_classes, HISTOGRAM_BINS).astype(np.uint64)
 
 
+CURE = "label the pool again"
+HISTOGRAM_SCHEMA = pa.schema(
+    [pa.field("class", pa.uint16(), False), pa.field("bin", pa.uint16(), False), pa.field("count", pa.uint64(), False)]
+)
+
+
 def build_histogram_table(counts: npt.NDArray[np.uint64]) -> pa.Table:
     class_ids, bins = np.nonzero(counts)
     return pa.table(
@@ -313,8 +366,13 @@ def write_histogram(store: Store, key: str, counts: npt.NDArray[np.uint64]) -> N
 
 def read_histogram(store: Store, num_classes: int, key: str = HISTOGRAM) -> npt.NDArray[np.uint64]:
     """Counts uint64 [classes, 1000]."""
-    table = read_table(store.get(key))
+    uri = f"{store.uri}/{key}"
+    table = parse_table(store.get(key), uri, HISTOGRAM_SCHEMA, CURE)
     counts = np.zeros((num_classes, HISTOGRAM_BINS), np.uint64)
+    for name, limit in (("class", num_classes), ("bin", HISTOGRAM_BINS)):
+        values = table[name].to_numpy()
+        if values.size and values.max() >= limit:
+            raise DataError(f"{uri}: {name}: {values.max()}: must be below {limit}; {CURE}")
     counts[table["class"].to_numpy(), table["bin"].to_numpy()] = table["count"].to_numpy()
     return counts
 

@@ -219,8 +219,27 @@ def load_model(store: Store) -> tuple[nn.Module, ModelManifest]:
     """A model for inference: averaged weights, evaluation mode, no noise."""
     manifest = ModelManifest.load(store)
     network = build_model(manifest.model, manifest.noise, len(manifest.classes))
-    network.load_state_dict(load_weights(store, manifest))
+    load_tensors_into(network, load_weights(store, manifest), f"{store.uri}/{WEIGHTS}")
     return network.eval(), manifest
+
+
+def load_tensors_into(network: nn.Module, tensors: dict[str, Tensor], uri: str) -> None:
+    """Raises DataError, naming the first tensor that is missing, unknown, or of another shape or kind, unless all fit the network."""
+    own_tensors = network.state_dict()
+    for name in sorted(own_tensors.keys() | tensors.keys()):
+        own, given = own_tensors.get(name), tensors.get(name)
+        if own is None or given is None:
+            problem = f"has no {name}" if given is None else f"{name}: is no tensor of {type(network).__name__}"
+        elif own.shape != given.shape:
+            problem = f"{name}: has the shape {list(given.shape)}, must be {list(own.shape)}"
+        elif own.is_floating_point() != given.is_floating_point():
+            problem = f"{name}: is of the type {given.dtype}, must be {own.dtype}"
+        else:
+            continue
+        raise DataError(
+            f"{uri}: {problem}: the weights are not those of the network in {ModelManifest.filename}; put both there again"
+        )
+    network.load_state_dict(tensors)
 
 
 def get_best_device() -> torch.device:

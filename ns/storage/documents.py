@@ -10,13 +10,18 @@ from ns.core import log
 from ns.core.digest import digest_json
 from ns.core.errors import DataError, StoreError
 from ns.storage import Store
-from ns.storage.base import key_parts
+from ns.storage.base import KEY_BYTES, key_parts
 
 SCHEMA_VERSION = 2
 """Part of every digest. Raise it when a default value, or what a value means, changes: digests leave defaults out."""
 
+PART_BYTES = 255
+"""As file systems have it."""
+
 
 def _check_key(key: str) -> str:
+    if len(key.encode()) > KEY_BYTES or any(len(part.encode()) > PART_BYTES for part in key.split("/")):
+        raise ValueError(f"not a key: at most {PART_BYTES} bytes per part, and {KEY_BYTES} in all")
     try:
         key_parts(key)
     except StoreError as error:
@@ -112,9 +117,14 @@ class HashedDocument(JsonDocument):
         content = dict(fields)
         recorded = content.pop("digest", None)
         document = super().validate_fields(content, uri)
-        if recorded != document.digest:
+        try:
+            content_digest = document.digest
+        except ValueError as error:
+            # A number that is none, an infinite one, half a character.
+            raise DataError(f"{uri}: holds a value that JSON has no spelling for ({error}); make it again") from error
+        if recorded != content_digest:
             raise DataError(
-                f"{uri}: digest: {recorded!r} is not that of the content, {document.digest!r}: "
+                f"{uri}: digest: {recorded!r} is not that of the content, {content_digest!r}: "
                 "the file was edited or damaged; make it again"
             )
         return document

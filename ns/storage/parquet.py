@@ -1,11 +1,13 @@
 """Small Parquet files, read and written as a whole."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ns.core.errors import DataError
 from ns.storage.base import Store
 
 
@@ -18,6 +20,36 @@ def read_table(data: bytes, columns: Sequence[str] | None = None, schema: pa.Sch
     where nothing follows the reading).
     """
     return pq.read_table(io.BytesIO(data), columns=columns, schema=schema, use_threads=False)
+
+
+def parse_table(data: bytes, uri: str, schema: pa.Schema, cure: str) -> pa.Table:
+    """Decodes the bytes of a Parquet file that has at least the columns of `schema`. Raises DataError naming the file and the column."""
+    with explain_table_errors(uri, cure):
+        table = read_table(data)
+    check_columns(table, uri, schema, cure)
+    return table
+
+
+def check_columns(table: pa.Table, uri: str, schema: pa.Schema, cure: str) -> None:
+    """Raises DataError unless the table has the columns of `schema` with their types, and values where they must not be null."""
+    for field in schema:
+        if table.column_names.count(field.name) != 1:
+            raise DataError(f"{uri}: has no column {field.name}; {cure}")
+        column = table[field.name]
+        if column.type != field.type:
+            raise DataError(f"{uri}: {field.name}: is of the type {column.type}, must be {field.type}; {cure}")
+        if column.null_count and not field.nullable:
+            raise DataError(f"{uri}: {field.name}: has cells without a value; {cure}")
+
+
+@contextmanager
+def explain_table_errors(uri: str, cure: str) -> Iterator[None]:
+    """Turns what Arrow raises for a damaged file into a DataError of one line."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(f"{uri}: not a readable table: {reason}; {cure}") from error
 
 
 def write_table(store: Store, key: str, table: pa.Table) -> None:

@@ -11,7 +11,7 @@ from ns.labeling.pseudo_label_dataset import load_pseudo_labels
 from ns.labeling.selection import Selection
 from ns.modeling import factory as models
 from ns.modeling.distributed import World
-from ns.modeling.manifest import FINETUNED, Lineage, ModelManifest, digest_weights
+from ns.modeling.manifest import FINETUNED, WEIGHTS, Lineage, ModelManifest, digest_weights
 from ns.modeling.precision import resolve_mode
 from ns.storage import Store
 from ns.training import checkpoint
@@ -118,7 +118,7 @@ def train_and_save(
         finetuning_role = make_finetuning_role(role, role.train.finetune)
         torch.manual_seed(seed)
         network = models.build_model(finetuning_role.model, finetuning_role.noise, len(classes))
-        network.load_state_dict(models.load_weights(model_store, manifest))
+        models.load_tensors_into(network, models.load_weights(model_store, manifest), f"{model_store.uri}/{WEIGHTS}")
         plan = plan_finetuning(role, role.train.finetune, labeled.samples)
         train("finetune", network, plan, None, finetuned_store, checkpoints.at(FINETUNED), manifest.weights_sha256)
 

@@ -198,3 +198,12 @@ def test_paper_example_has_the_numbers_of_the_paper():
     assert paper.gate.min_gain == -1
     assert paper.evaluation.fgsm_epsilons == (2, 4, 8, 16)
     assert (paper.evaluation.pgd_steps[0], paper.evaluation.pgd_epsilon) == (10, 16)
+
+
+@pytest.mark.parametrize("name", ["security.md", "runs.md"])
+def test_tests_that_a_promise_names_exist(name):
+    named = re.findall(r"`(tests/[\w/.]+\.py)(?:::(\w+))?`", (ROOT / "docs" / name).read_text())
+    assert named
+    for file, function in named:
+        assert (ROOT / file).is_file(), file
+        assert f"def {function or 'test_'}" in (ROOT / file).read_text(), f"{file}::{function}"

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 from urllib.parse import unquote, urlsplit
 
-from ns.core.errors import DataError, StoreError
+from ns.core.errors import DataError, NsError, StoreError
 from ns.data.class_names import normalize_name
 from ns.data.dataset import DatasetRole
 from ns.data.importing.file_kinds import classify_document, escape_path, get_extension, is_left_by_program
@@ -138,7 +138,11 @@ class SourceReader:
         if entry.container:
             return self._read_container(entry)
         if "://" in entry.path:
-            return _read_remote(*open_parent(entry.path))
+            try:
+                parent = open_parent(entry.path)
+            except NsError as error:
+                raise DataError(str(error)) from error
+            return _read_remote(*parent)
         if isinstance(self._source, Path):
             return _read_file(self._source / entry.path)
         return _read_remote(self._source, entry.path)
@@ -179,6 +183,8 @@ def _read_file(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError((error.strerror or str(error)).lower()) from error
+    except ValueError as error:
+        raise DataError("a name that no file has: it has a NUL byte") from error
 
 
 def _is_local(uri: str) -> bool:

@@ -1,0 +1,590 @@
+"""Files from outside with one thing wrong in them: each is read, or refused in one line that names the file, and never a stack trace.
+
+Each kind of file has a good one, what changes it, and what reads it. Changes are seeded. NS_MUTATIONS: changes of each kind; the default
+takes some seconds, a thousand some minutes.
+"""
+
+import gzip
+import io
+import json
+import os
+import random
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from PIL import Image
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from ns.config.loader import load_experiment
+from ns.config.schema import ImportConfig, ModelConfig, NoiseConfig, SelectionConfig
+from ns.core.digest import sha256_bytes
+from ns.core.errors import ConfigError, NsError
+from ns.data.dataset import Dataset
+from ns.data.importing.ingest import import_images
+from ns.data.index import build_index_key
+from ns.data.key_list import read_keys
+from ns.data.loading.shard_reader import ImageSource
+from ns.data.verify import find_damage
+from ns.labeling.audit import AuditSheet, LabelAudit, check_audit, check_audit_sheet, draw_audit_sample, estimate_precision
+from ns.labeling.label_set import LabelSet, verify_label_set
+from ns.labeling.selection import make_selection
+from ns.modeling.factory import build_model, load_model, save_model
+from ns.modeling.manifest import WEIGHTS, Lineage, ModelManifest
+from ns.modeling.weight_names import check_weights_fit
+from ns.runs.lookup import list_runs
+from ns.runs.records import RunRecord, StageNote, list_stage_notes
+from ns.storage import LocalStore
+from ns.storage.ledger import Ledger
+from pipelines import PACKAGE
+from pipelines.kfp_client import check_inputs, parse_inputs
+
+pytestmark = pytest.mark.integration
+
+MUTATIONS = int(os.environ.get("NS_MUTATIONS", "25"))
+VALUES: list[Any] = [
+    None, True, 0, -1, 2**40, 2**70, 0.5, 1e308, float("nan"), "", "\0", "x" * 300, "../up", "/etc/passwd", "\x1b[2J", "cat\nerror: no",
+    "\ud800", [], [None], {}, {"a": 1}, "nan", "1e5", "2026-99-99",
+]  # fmt: skip
+CLASSES = ("cat", "dog", "ox")
+Change = Callable[[random.Random, bytes], bytes]
+
+
+def png(seed: int, size: int = 8) -> bytes:
+    sink = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)).save(sink, "PNG")
+    return sink.getvalue()
+
+
+def jpeg(seed: int) -> bytes:
+    sink = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (16, 16, 3), np.uint8)).save(sink, "JPEG")
+    return sink.getvalue()
+
+
+# Changes
+
+
+def change_bytes(rng: random.Random, whole: bytes) -> bytes:
+    """Some bytes changed, put in, taken out, doubled or cut off."""
+    data = bytearray(whole)
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(data) + 1)
+        match rng.choice(["change", "insert", "remove", "double", "zero", "cut"]):
+            case "change" if at < len(data):
+                data[at] = rng.randrange(256)
+            case "insert":
+                data[at:at] = rng.choice([b"\0", b"\n", b'"', b"\xff", b"\r\n", b",", b"-", rng.randbytes(8)])
+            case "remove":
+                del data[at : at + rng.randint(1, 40)]
+            case "double":
+                data[at:at] = data[at : at + rng.randint(1, 600)]
+            case "zero":
+                data[at : at + 16] = bytes(16)
+            case "cut" if rng.random() < 0.3:
+                del data[at:]
+    return bytes(data)
+
+
+def change_value(rng: random.Random, value: Any) -> Any:
+    """One value somewhere in a document replaced, removed or repeated."""
+    if isinstance(value, dict) and value and rng.random() < 0.9:
+        name = rng.choice(list(value))
+        changed = dict(value)
+        if rng.random() < 0.1:
+            del changed[name]
+        else:
+            changed[name] = change_value(rng, value[name])
+        return changed
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        at = rng.randrange(len(value))
+        if rng.random() < 0.2:
+            return [*value[:at], *rng.choice([[], [value[at]] * 2]), *value[at + 1 :]]
+        return [*value[:at], change_value(rng, value[at]), *value[at + 1 :]]
+    return rng.choice(VALUES)
+
+
+def change_json(rng: random.Random, whole: bytes) -> bytes:
+    if rng.random() < 0.2:
+        return change_bytes(rng, whole)
+    return json.dumps(change_value(rng, json.loads(whole))).encode()
+
+
+def change_yaml(rng: random.Random, whole: bytes) -> bytes:
+    if rng.random() < 0.3:
+        return change_bytes(rng, whole)
+    return yaml.safe_dump(change_value(rng, yaml.safe_load(whole))).encode(errors="replace")
+
+
+def change_table(rng: random.Random, whole: bytes) -> bytes:
+    """A column of a Parquet file without some values, of another type, missing, or named otherwise."""
+    if rng.random() < 0.3:
+        return change_bytes(rng, whole)
+    table = pq.read_table(io.BytesIO(whole))
+    at = rng.randrange(table.num_columns)
+    name, column = table.column_names[at], table.column(at)
+    match rng.choice(["drop", "rename", "nulls", "type", "values", "rows", "nested"]):
+        case "drop":
+            table = table.remove_column(at)
+        case "rename":
+            table = table.rename_columns(
+                [rng.choice(["", "x", "\0"]) if other == name else other for other in table.column_names]
+            )
+        case "nulls":
+            table = table.set_column(at, name, pa.nulls(len(table), column.type))
+        case "type":
+            values = [str(value) for value in column.to_pylist()]
+            kind = rng.choice(
+                [pa.string(), pa.binary(), pa.int64(), pa.float64(), pa.bool_(), pa.dictionary(pa.int8(), pa.string())]
+            )
+            texts = pa.types.is_string(kind) or pa.types.is_binary(kind) or pa.types.is_dictionary(kind)
+            table = table.set_column(at, name, pa.array(values if texts else [1] * len(values)).cast(kind))
+        case "values":
+            extremes = [
+                value
+                for value in (0, -1, 1, 2**15, 2**31 - 1, 2**62, -(2**62), 0.5, float("nan"), "", "../x", "a\0b")
+                if fits(value, column.type)
+            ]
+            if extremes:
+                table = table.set_column(at, name, pa.array([rng.choice(extremes)] * len(table), column.type))
+        case "rows":
+            table = table.slice(0, rng.randrange(len(table) + 1))
+        case "nested":
+            table = table.set_column(at, name, pa.array([[value] for value in column.to_pylist()]))
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    return sink.getvalue()
+
+
+def fits(value: Any, kind: pa.DataType) -> bool:
+    try:
+        pa.array([value], kind)
+    except (pa.ArrowException, TypeError, OverflowError):
+        return False
+    return True
+
+
+def change_tensors(rng: random.Random, whole: bytes) -> bytes:
+    if rng.random() < 0.3:
+        return change_bytes(rng, whole)
+    tensors = load_tensors(whole)
+    name = rng.choice(list(tensors))
+    match rng.choice(["drop", "rename", "shape", "type", "more", "none"]):
+        case "drop":
+            del tensors[name]
+        case "rename":
+            tensors["module." + name] = tensors.pop(name)
+        case "shape":
+            tensors[name] = np.zeros((2, 2), np.float32)
+        case "type":
+            tensors[name] = tensors[name].astype(rng.choice([np.int8, np.float64, np.bool_]))
+        case "more":
+            tensors["more"] = np.zeros(1, np.float32)
+        case "none":
+            tensors = {}
+    return save_tensors(tensors)
+
+
+def change_zip(rng: random.Random, whole: bytes) -> bytes:
+    if rng.random() < 0.5:
+        return change_bytes(rng, whole)
+    sink = io.BytesIO()
+    with zipfile.ZipFile(sink, "w") as archive:
+        archive.writestr("cat/a.png", png(0))
+        name = rng.choice(
+            [
+                "",
+                "/",
+                "..",
+                "../a.png",
+                "/a.png",
+                "cat\\b.png",
+                "dog/" + "x" * 300,
+                "dog/\x1b[2J.png",
+                "cat/a.png",
+                "C:a.png",
+                "dog/😀.png",
+            ]
+        )
+        archive.writestr(zipfile.ZipInfo(name), rng.choice([b"", png(1), b"x" * 100]))
+    return sink.getvalue()
+
+
+def change_tar(rng: random.Random, whole: bytes) -> bytes:
+    if rng.random() < 0.4:
+        return change_bytes(rng, whole)
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w", format=rng.choice([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])) as archive:
+        for name, data in (
+            ("cat/a.png", png(0)),
+            (rng.choice(["", ".", "..", "../a.png", "/a.png", "dog/" + "x" * 300, "dog/b.png", "dog/\x1b[2J.png"]), png(1)),
+            (
+                rng.choice(["dog/b.cls", "dog/b.json", "dog/b.txt"]),
+                rng.choice([b"", b"\xff", b"-1", b"9" * 30, b'{"label": []}', b"[" * 5000, b'{"label": 1e400}']),
+            ),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size, info.type = len(data), rng.choice([tarfile.REGTYPE] * 8 + [tarfile.SYMTYPE, tarfile.CHRTYPE])
+            archive.addfile(info, io.BytesIO(data))
+    return sink.getvalue()
+
+
+def change_csv(rng: random.Random, whole: bytes) -> bytes:
+    if rng.random() < 0.5:
+        return change_bytes(rng, whole)
+    cell = rng.choice(
+        [
+            '"',
+            "\0",
+            "",
+            "../x.png",
+            "\x1b[2J",
+            "a" * 70_000,
+            "s3://nowhere",
+            "file://%00",
+            "http://[",
+            "=1+1",
+            "\ufeff",
+            "-1",
+            "1.0",
+            "cat\ndog",
+        ]
+    )
+    lines = whole.decode().splitlines()
+    at = rng.randrange(len(lines))
+    cells = lines[at].split(",")
+    cells[rng.randrange(len(cells))] = cell
+    lines[at] = ",".join(cells)
+    return "\n".join(lines).encode()
+
+
+# Good files and their readers
+
+
+def make_experiment(folder: Path) -> tuple[Path, Change, Callable[[], object]]:
+    path = folder / "experiment.yaml"
+    path.write_text(Path("ns/config/presets/quickstart.yaml").read_text())
+    return path, change_yaml, lambda: load_experiment(str(path))
+
+
+def make_source(name: str, data: bytes, change: Change) -> Callable[[Path], tuple[Path, Change, Callable[[], object]]]:
+    def make(folder: Path) -> tuple[Path, Change, Callable[[], object]]:
+        for number in range(3):
+            (folder / f"{number}.png").write_bytes(png(number))
+        path = folder / name
+        path.write_bytes(data)
+        config = ImportConfig(max_rejected_share=1)
+        store = LocalStore(folder / "out")
+        return path, change, lambda: import_images(str(path), store, name="n", role="labeled", config=config, workers=1)
+
+    return make
+
+
+def pack_zip() -> bytes:
+    sink = io.BytesIO()
+    with zipfile.ZipFile(sink, "w", zipfile.ZIP_DEFLATED) as archive:
+        for number, name in enumerate(("cat/a.png", "cat/b.png", "dog/c.png")):
+            archive.writestr(name, png(number))
+    return sink.getvalue()
+
+
+def pack_tar() -> bytes:
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for number, name in enumerate(("cat/a.png", "cat/b.jpg", "dog/c.png")):
+            data = jpeg(number) if name.endswith("jpg") else png(number)
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return sink.getvalue()
+
+
+def pack_table() -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"path": ["0.png", "1.png", "2.png"], "label": ["cat", "dog", "cat"], "split": ["a"] * 3}), sink)
+    return sink.getvalue()
+
+
+def write_dataset(folder: Path) -> tuple[LocalStore, Dataset]:
+    (folder / "images.tar").write_bytes(pack_tar())
+    store = LocalStore(folder / "dataset")
+    config = ImportConfig(max_rejected_share=1)
+    return store, import_images(str(folder / "images.tar"), store, name="n", role="labeled", config=config, workers=1)
+
+
+def read_dataset(store: LocalStore) -> None:
+    dataset = Dataset.load(store)
+    for problem in find_damage(store, dataset):
+        assert "\n" not in problem
+    source = ImageSource(store, dataset)
+    for shard in range(len(dataset.shards)):
+        source.read_class_ids(shard, len(dataset.classes))
+        for row in range(len(source.read_index(shard))):
+            source.read_pixels(shard, row)
+        list(source.read_encoded(shard))
+
+
+def make_dataset(folder: Path) -> tuple[Path, Change, Callable[[], object]]:
+    store, _ = write_dataset(folder)
+    return folder / "dataset" / Dataset.filename, sealed(change_json, Dataset), lambda: read_dataset(store)
+
+
+def make_index(folder: Path) -> tuple[Path, Change, Callable[[], object]]:
+    """The manifest has the checksum of the index, whatever it says: both may be from strangers."""
+    store, dataset = write_dataset(folder)
+    (shard,) = dataset.shards
+    key = build_index_key(shard)
+
+    def read() -> None:
+        changed = shard.model_copy(update={"index_sha256": sha256_bytes(store.get(key))})
+        dataset.model_copy(update={"shards": (changed,)}).save(store)
+        read_dataset(store)
+
+    return folder / "dataset" / key, change_table, read
+
+
+def make_shard(folder: Path) -> tuple[Path, Change, Callable[[], object]]:
+    store, dataset = write_dataset(folder)
+    (shard,) = dataset.shards
+
+    def read() -> None:
+        data = store.get(shard.name)
+        changed = shard.model_copy(update={"sha256": sha256_bytes(data), "bytes": len(data)})
+        dataset.model_copy(update={"shards": (changed,)}).save(store)
+        read_dataset(store)
+
+    return folder / "dataset" / shard.name, change_tar, read
+
+
+def sealed(change: Change, kind: type) -> Change:
+    """The change, with the digest that belongs to it: those who write a file know how."""
+
+    def change_and_seal(rng: random.Random, whole: bytes) -> bytes:
+        changed = change(rng, whole)
+        try:
+            fields = json.loads(changed)
+            fields.pop("digest", None)
+            fields["digest"] = kind.model_validate(fields).digest
+        except (ValueError, AttributeError, TypeError, RecursionError):
+            return changed
+        return json.dumps(fields).encode()
+
+    return change_and_seal
+
+
+NETWORK = ModelConfig(arch="test_resnet", resolution=32)
+
+
+def write_model(folder: Path) -> tuple[LocalStore, ModelManifest]:
+    store = LocalStore(folder / "model")
+    network = build_model(NETWORK, NoiseConfig(), len(CLASSES))
+    fields = {
+        "generation": 0,
+        "model": NETWORK,
+        "noise": NoiseConfig(),
+        "classes": CLASSES,
+        "parameters": 1,
+        "steps": 1,
+        "lineage": Lineage(config="0", labeled="0"),
+    }
+    return store, save_model(store, dict(network.state_dict()), fields, [])
+
+
+def make_model(folder: Path) -> tuple[Path, Change, Callable[[], object]]:
+    store, _ = write_model(folder)
+    return folder / "model" / "model.json", sealed(change_json, ModelManifest), lambda: load_model(store)
+
+
+def make_weights(folder: Path) -> tuple[Path, Change, Callable[[], object]]:
+    store, manifest = write_model(folder)
+
+    def read() -> None:
+        manifest.model_copy(update={"weights_sha256": sha256_bytes(store.get(WEIGHTS))}).save(store)
+        check_weights_fit(build_model(NETWORK, NoiseConfig(), len(CLASSES)), store.uri)
+        load_model(store)
+
+    return folder / "model" / WEIGHTS, change_tensors, read
+
+
+def write_labels(folder: Path, make_label_set: Any) -> tuple[LocalStore, LabelSet]:
+    rng = random.Random(0)
+    rows = [
+        (f"k{number}", rng.randrange(3), None if number % 9 == 5 else float(np.float32(rng.random()))) for number in range(30)
+    ]
+    return make_label_set(folder / "labels", [rows], CLASSES)
+
+
+def read_labels(store: LocalStore) -> None:
+    label_set = LabelSet.load(store)
+    make_selection(store, label_set, SelectionConfig(per_class=4, min_confidence=0.2), seed=0, label_set_key="labels")
+    draw_audit_sample(store, label_set, sample_size=9, seed=0)
+    verify_label_set(store, label_set)
+
+
+def make_label_rows(folder: Path, make_label_set: Any) -> tuple[Path, Change, Callable[[], object]]:
+    store, label_set = write_labels(folder, make_label_set)
+    (shard,) = label_set.shards
+
+    def read() -> None:
+        data = store.get(shard.name)
+        changed = shard.model_copy(update={"sha256": sha256_bytes(data), "bytes": len(data)})
+        label_set.model_copy(update={"shards": (changed,)}).save(store)
+        read_labels(store)
+
+    return folder / "labels" / shard.name, change_table, read
+
+
+def make_labels(folder: Path, make_label_set: Any) -> tuple[Path, Change, Callable[[], object]]:
+    store, _ = write_labels(folder, make_label_set)
+    return folder / "labels" / LabelSet.filename, sealed(change_json, LabelSet), lambda: read_labels(store)
+
+
+def make_histogram(folder: Path, make_label_set: Any) -> tuple[Path, Change, Callable[[], object]]:
+    store, _ = write_labels(folder, make_label_set)
+    return folder / "labels" / "histogram.parquet", change_table, lambda: read_labels(store)
+
+
+def write_sheet(folder: Path, make_label_set: Any) -> tuple[LocalStore, LabelSet, AuditSheet]:
+    store, label_set = write_labels(folder, make_label_set)
+    sheet = draw_audit_sample(store, label_set, sample_size=9, seed=0)
+    images = tuple(
+        image.model_copy(update={"reviewed": True, "wrong": number == 1}) for number, image in enumerate(sheet.images)
+    )
+    return store, label_set, sheet.model_copy(update={"images": images})
+
+
+def make_audit_sheet(folder: Path, make_label_set: Any) -> tuple[Path, Change, Callable[[], object]]:
+    store, label_set, sheet = write_sheet(folder, make_label_set)
+    path = folder / "audit.json"
+    path.write_text(sheet.model_dump_json())
+
+    def read() -> None:
+        filled = AuditSheet.parse(path.read_bytes(), str(path))
+        check_audit_sheet(filled, str(path), store, label_set, None, sample_size=9, seed=0)
+        estimate_precision(filled, str(path))
+
+    return path, change_json, read
+
+
+def make_audit(folder: Path, make_label_set: Any) -> tuple[Path, Change, Callable[[], object]]:
+    store, label_set, sheet = write_sheet(folder, make_label_set)
+    path = folder / "labels" / "audit-0.json"
+    estimate_precision(sheet, "x").save_file(store, path.name)
+    return (
+        path,
+        sealed(change_json, LabelAudit),
+        lambda: check_audit(LabelAudit.load_file(store, path.name), store, label_set, None),
+    )
+
+
+def make_key_list(folder: Path) -> tuple[Path, Change, Callable[[], object]]:
+    path = folder / "keys.txt"
+    path.write_text("cat/a\ndog/b.png\n./ox/c\n")
+    return path, change_bytes, lambda: read_keys(str(path))
+
+
+def make_record(folder: Path) -> tuple[Path, Change, Callable[[], object]]:
+    store = LocalStore(folder)
+    record = RunRecord(run="one", config_digest="0", state="succeeded", started_at="2026", version="0")
+    record.save_file(store, "store/runs/one.json")
+    return folder / "store/runs/one.json", change_json, lambda: list_runs(store)
+
+
+def make_note(folder: Path) -> tuple[Path, Change, Callable[[], object]]:
+    store = LocalStore(folder)
+    note = StageNote(
+        generation=0, stage="train", outputs={"model": "a/model.json"}, seconds=1, reused=False, finished_at="2026"
+    )
+    note.save_file(store, "one/stages/0-train.json")
+    return folder / "one/stages/0-train.json", change_json, lambda: list_stage_notes(store, "one")
+
+
+def make_ledger_entry(folder: Path) -> tuple[Path, Change, Callable[[], object]]:
+    store = LocalStore(folder)
+    ledger = Ledger(store)
+    store.put("store/models/a/model.json", b"{}")
+    entry = ledger.record_entry("train", {"a": 1}, {"model": "store/models/a/model.json"}, 1.0)
+    path = folder / f"store/ledger/train/{entry.digest}.json"
+
+    def read() -> None:
+        ledger.find_entry("train", {"a": 1})
+        ledger.list_entries("train")
+
+    return path, change_json, read
+
+
+def make_inputs(folder: Path) -> tuple[Path, Change, Callable[[], object]]:
+    path = folder / "inputs.json"
+    path.write_text(
+        json.dumps(
+            {"train_gpus": "1", "generations": 2, "config_uri": "s3://a/b", "root": "s3://a", "run": "c", "overrides": []}
+        )
+    )
+    package = PACKAGE.read_text()
+    return path, change_json, lambda: check_inputs(package, parse_inputs(package, [f"@{path}"]))
+
+
+KINDS: dict[str, Callable[..., tuple[Path, Change, Callable[[], object]]]] = {
+    "experiment": make_experiment,
+    "csv": make_source("table.csv", b"path,label,split\n0.png,cat,a\n1.png,dog,a\n2.png,cat,a\n", change_csv),
+    "tsv": make_source("table.tsv", b"path\tlabel\n0.png\tcat\n1.png\tdog\n", change_bytes),
+    "parquet": make_source("table.parquet", pack_table(), change_table),
+    "zip": make_source("archive.zip", pack_zip(), change_zip),
+    "tar": make_source("archive.tar", pack_tar(), change_tar),
+    "tar.gz": make_source("archive.tar.gz", gzip.compress(pack_tar()), change_bytes),
+    "dataset": make_dataset,
+    "index": make_index,
+    "shard": make_shard,
+    "model": make_model,
+    "weights": make_weights,
+    "label_rows": make_label_rows,
+    "label_set": make_labels,
+    "histogram": make_histogram,
+    "audit_sheet": make_audit_sheet,
+    "audit": make_audit,
+    "keys": make_key_list,
+    "record": make_record,
+    "note": make_note,
+    "ledger_entry": make_ledger_entry,
+    "inputs": make_inputs,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_changed_file_is_read_or_refused_in_one_line(kind, tmp_path, make_label_set, recwarn):
+    make = KINDS[kind]
+    with_labels = "make_label_set" in make.__code__.co_varnames[: make.__code__.co_argcount]
+    path, change, read = make(tmp_path, make_label_set) if with_labels else make(tmp_path)
+    read()
+    good, faults = path.read_bytes(), []
+    for seed in range(MUTATIONS):
+        path.write_bytes(change(random.Random(f"{kind}-{seed}"), good))
+        try:
+            read()
+        except NsError as error:
+            # An experiment has a line per fault. The file may be named by its folder; inputs are named themselves.
+            lines = str(error).split("\n")
+            named = kind == "inputs" or all(path.name in line or str(path.parent) in line for line in lines)
+            if not named or (len(lines) > 1 and not isinstance(error, ConfigError)):
+                faults.append(f"{seed}: {type(error).__name__}: {error}")
+        except Exception as error:
+            faults.append(f"{seed}: {type(error).__name__}: {str(error)[:300]} ({error.__traceback__ and _find_line(error)})")
+    assert not faults, "\n".join(faults)
+
+
+def _find_line(error: BaseException) -> str:
+    trace, lines = error.__traceback__, []
+    while trace:
+        file = trace.tb_frame.f_code.co_filename
+        if "/ns/" in file or "/pipelines/" in file:
+            lines.append(f"{Path(file).name}:{trace.tb_lineno}")
+        trace = trace.tb_next
+    return " ".join(lines[-3:])
