@@ -49,7 +49,7 @@ from pipelines.kfp_client import check_inputs, parse_inputs
 
 pytestmark = pytest.mark.integration
 
-MUTATIONS = int(os.environ.get("NS_MUTATIONS", "25"))
+MUTATIONS = int(os.environ.get("NS_MUTATIONS", "12"))
 VALUES: list[Any] = [
     None, True, 0, -1, 2**40, 2**70, 0.5, 1e308, float("nan"), "", "\0", "x" * 300, "../up", "/etc/passwd", "\x1b[2J", "cat\nerror: no",
     "\ud800", [], [None], {}, {"a": 1}, "nan", "1e5", "2026-99-99",

@@ -443,7 +443,8 @@ def verify_label_set(label_store: Store, label_set: LabelSet, pool: tuple[Store,
     """
     num_classes = len(label_set.classes)
     counts = np.zeros((num_classes, HISTOGRAM_BINS), np.uint64)
-    for number, (shard, rows) in enumerate(zip(label_set.shards, iter_label_rows(label_store, label_set), strict=True)):
+    for number, shard in enumerate(label_set.shards):
+        rows = read_label_rows(label_store, shard)
         uri = f"{label_store.uri}/{shard.name}"
         readable = rows.readable
         nulls = int(rows.left_out.sum()), int((~readable & ~rows.left_out).sum())
