@@ -227,13 +227,13 @@ def load_tensors_into(network: nn.Module, tensors: dict[str, Tensor], uri: str) 
     """Raises DataError, naming the first tensor that is missing, unknown, or of another shape or kind, unless all fit the network."""
     own_tensors = network.state_dict()
     for name in sorted(own_tensors.keys() | tensors.keys()):
-        own, given = own_tensors.get(name), tensors.get(name)
-        if own is None or given is None:
+        expected, given = own_tensors.get(name), tensors.get(name)
+        if expected is None or given is None:
             problem = f"has no {name}" if given is None else f"{name}: is no tensor of {type(network).__name__}"
-        elif own.shape != given.shape:
-            problem = f"{name}: has the shape {list(given.shape)}, must be {list(own.shape)}"
-        elif own.is_floating_point() != given.is_floating_point():
-            problem = f"{name}: is of the type {given.dtype}, must be {own.dtype}"
+        elif expected.shape != given.shape:
+            problem = f"{name}: has the shape {list(given.shape)}, must be {list(expected.shape)}"
+        elif expected.is_floating_point() != given.is_floating_point():
+            problem = f"{name}: is of the type {given.dtype}, must be {expected.dtype}"
         else:
             continue
         raise DataError(
