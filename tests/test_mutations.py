@@ -523,11 +523,7 @@ def make_ledger_entry(folder: Path) -> tuple[Path, Change, Callable[[], object]]
 
 def make_inputs(folder: Path) -> tuple[Path, Change, Callable[[], object]]:
     path = folder / "inputs.json"
-    path.write_text(
-        json.dumps(
-            {"train_gpus": "1", "generations": 2, "config_uri": "s3://a/b", "root": "s3://a", "run": "c", "overrides": []}
-        )
-    )
+    path.write_text(json.dumps({"gpus_train": "1", "generations": 2, "config": "s3://a/b.yaml", "run": "c", "overrides": []}))
     package = PACKAGE.read_text()
     return path, change_json, lambda: check_inputs(package, parse_inputs(package, [f"@{path}"]))
 
