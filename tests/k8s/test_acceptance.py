@@ -1,11 +1,14 @@
 """The table of `make acceptance`, its choices, and what its checks conclude from a cluster that plays a part."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from k8s import acceptance
 from k8s.acceptance import AcceptanceRecord, Check, Observation, Platform, SkippedCheck, choose_checks, format_rows, try_checks
+from k8s.workflow import MAX_PACKED_BYTES, measure_workflow
 from ns.core.errors import ConfigError, RunError
 from ns.runs.records import write_stage_failure
 from ns.storage import LocalStore
@@ -24,7 +27,7 @@ class Cluster:
     @property
     def platform(self):
         pipeline = UploadedPipeline("p", "v", "noisy-student", "noisy-student-0123456789ab")
-        return Platform(self, "kubeflow", self, pipeline, self.root, "0123456789ab", lambda text: None)
+        return Platform(self, "kubeflow", self, pipeline, "", self.root, "0123456789ab", lambda text: None)
 
     def list_objects(self, kind, namespace=None, selector=""):
         return self.objects.get(kind, [])
@@ -46,6 +49,15 @@ class Cluster:
             act(self)
             after_poll()
         return self.run._replace(state=self.state)
+
+    def make_prediction(self, *, pods=1, drivers=0, size_ratio=1):
+        """A simulator that predicts these numbers, and a Workflow of `size_ratio` × the size of the one that is here."""
+
+        def predict_run(package, shape):
+            share = size_ratio * measure_workflow(self.objects["workflows.argoproj.io"][0]).packed_bytes / MAX_PACKED_BYTES
+            return SimpleNamespace(pods=pods, drivers=drivers, nodes=["one"], share=share)
+
+        return predict_run
 
     # Acts.
 
@@ -143,7 +155,7 @@ def test_all_is_tried_again_on_request_and_for_another_version(tmp_path, played)
     cluster, folder = Cluster(tmp_path), LocalStore(tmp_path / "kept")
     try_checks(cluster.platform, ["good"], folder, "real.json")
     try_checks(cluster.platform, ["good"], folder, "real.json", again=True)
-    other = cluster.platform.__class__(*[*cluster.platform.__dict__.values()][:5], "ba9876543210", print)
+    other = replace(cluster.platform, version="ba9876543210")
     try_checks(other, ["good"], folder, "real.json")
     assert played["good"] == 3
 
@@ -242,21 +254,39 @@ def test_run_that_takes_too_long_is_terminated_and_lost(tmp_path, monkeypatch):
     assert "had not ended after" in rows["the check"].seen
 
 
-def test_reason_of_a_failed_stage_is_in_the_table(tmp_path):
+def test_reason_of_a_failed_stage_is_in_the_table(tmp_path, monkeypatch):
     def fail(cluster):
         root = LocalStore(cluster.root.root / "acceptance" / cluster.run.name)
         write_stage_failure(root, cluster.run.name, 1, "select", "no label is above 0.3", note_name="select")
         cluster.train(1, 1, 1)
 
-    _, rows = try_one(Cluster(tmp_path, fail, state="FAILED"), "smoke")
+    cluster = Cluster(tmp_path, fail, state="FAILED")
+    monkeypatch.setattr(acceptance, "predict_run", cluster.make_prediction())
+    _, rows = try_one(cluster, "smoke")
     assert rows["the run"].seen == "failed: generation 1: select: no label is above 0.3"
 
 
+@pytest.mark.parametrize(
+    ("predicted", "differing"),
+    [
+        ({}, set()),
+        ({"pods": 3, "drivers": 2}, {"pods", "of which drivers"}),
+        ({"size_ratio": 2}, {"its size, compressed"}),
+    ],
+)
+def test_run_is_held_against_what_was_predicted_for_it(tmp_path, monkeypatch, predicted, differing):
+    cluster = Cluster(tmp_path, training(40, 10, 30))
+    monkeypatch.setattr(acceptance, "predict_run", cluster.make_prediction(**predicted))
+    record, _ = try_one(cluster, "many-tasks")
+    assert {row.what for row in record.list_rows() if not row.ok} == differing
+
+
 def test_workflow_close_to_the_limit_is_not_as_expected(tmp_path, monkeypatch):
-    monkeypatch.setattr(acceptance, "MAX_PACKED_BYTES", 300)
-    _, rows = try_one(Cluster(tmp_path, training(40, 10, 30)), "many-tasks")
+    cluster = Cluster(tmp_path, training(40, 10, 30))
+    monkeypatch.setattr(acceptance, "predict_run", cluster.make_prediction())
+    monkeypatch.setattr(acceptance, "MAX_SHARE", 0.0001)
+    _, rows = try_one(cluster, "many-tasks")
     assert not rows["its size, compressed"].ok
-    assert rows["pods"].ok
 
 
 def test_no_training_on_several_nodes_without_trainer(tmp_path):
