@@ -14,6 +14,7 @@ from k8s.kubectl import Kubectl
 from k8s.port_forward import PortForward
 from ns.core.errors import NsError
 from ns.core.process import handle_signals
+from pipelines.kfp_client import NAMESPACE_VARIABLE, UI_VARIABLE
 
 KUBEFLOW_NAMESPACE = "kubeflow"
 API_SERVICE, API_PORT = "ml-pipeline", 8888
@@ -22,7 +23,6 @@ LOCAL_UI_PORT, LOCAL_STORE_PORT = 8080, 9000
 """Ports of `make ui` on this machine."""
 ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 KEY_VARIABLES = {"accesskey": "AWS_ACCESS_KEY_ID", "secretkey": "AWS_SECRET_ACCESS_KEY"}
-UI_VARIABLE = "NS_KFP_UI"
 
 Say = Callable[[str], None]
 
@@ -33,6 +33,11 @@ class StoreService(NamedTuple):
     namespace: str
     name: str
     port: int
+
+
+def find_run_namespace() -> str:
+    """The namespace of runs: the profile's on a Kubeflow with several users, which NS_KFP_NAMESPACE names."""
+    return os.environ.get(NAMESPACE_VARIABLE) or KUBEFLOW_NAMESPACE
 
 
 def read_store_settings(kubectl: Kubectl, namespace: str) -> dict[str, str]:

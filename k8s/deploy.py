@@ -212,7 +212,7 @@ def _upload_pipelines(
     with open_cluster_access(kubectl, namespace, say) as url:
         client = KfpClient(url, patience_seconds=PATIENCE_SECONDS)
         for package in packages:
-            pipeline = client.upload_pipeline(package)
+            pipeline = upload.upload_package(client, package)
             uploaded[pipeline.name] = pipeline.version
             say(f"pipeline {pipeline.name}: {pipeline.version}")
             if options.smoke and pipeline.name == "noisy-student":

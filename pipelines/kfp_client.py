@@ -43,6 +43,7 @@ RETRY_SECONDS = 2.0
 PATIENCE_SECONDS = 300.0
 """An API server that restarts, or a port-forward that breaks, must not end the following of a run."""
 PAGE_SIZE = 100
+VERSIONS_PAGE_SIZE = 5
 
 FINAL_STATES = frozenset({"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"})
 FAILED_STATES = frozenset({"FAILED", "CANCELED", "CANCELING"})
@@ -145,12 +146,15 @@ class KfpClient:
 
     def list_versions(self, name: str) -> Iterator[UploadedPipeline]:
         """Yields the versions of a pipeline, the newest first; none if there is no such pipeline."""
-        options = {"namespace": self.namespace} if self.namespace else {}
+        options: dict[str, Any] = {"namespace": self.namespace} if self.namespace else {}
         listing = self._pipelines.pipeline_service_list_pipelines
         for pipeline in self._iterate_pages("pipelines", listing, filter=_equals_filter("name", name), **options):
             listing = self._pipelines.pipeline_service_list_pipeline_versions
             pipeline_id = str(pipeline.pipeline_id)
-            for entry in self._iterate_pages("pipeline_versions", listing, pipeline_id, sort_by="created_at desc"):
+            # Each comes with its specification, 100 kB, and the newest ones are most asked for.
+            for entry in self._iterate_pages(
+                "pipeline_versions", listing, pipeline_id, page_size=VERSIONS_PAGE_SIZE, sort_by="created_at desc"
+            ):
                 yield UploadedPipeline(
                     pipeline_id, str(entry.pipeline_version_id), name, str(entry.display_name), str(entry.description or "")
                 )
@@ -261,7 +265,7 @@ class KfpClient:
         self, field: str, listing: Callable[..., Any], filters: str, create: Callable[..., Any], body: Any
     ) -> Any:
         """Returns the object that the filters find, or creates it; another client may create it in between."""
-        options = {"namespace": self.namespace} if self.namespace else {}
+        options: dict[str, Any] = {"namespace": self.namespace} if self.namespace else {}
         for _ in range(2):
             for existing in self._iterate_pages(field, listing, filter=filters, **options):
                 return existing
@@ -279,10 +283,12 @@ class KfpClient:
             state = "CANCELED"
         return SubmittedRun(run.run_id, run.display_name, state, self.run_url(run.run_id), new)
 
-    def _iterate_pages(self, field: str, call: Callable[..., Any], *args: Any, **options: Any) -> Iterator[Any]:
+    def _iterate_pages(
+        self, field: str, call: Callable[..., Any], *args: Any, page_size: int | None = None, **options: Any
+    ) -> Iterator[Any]:
         token = ""
         while True:
-            page = self._call_api(call, *args, page_size=PAGE_SIZE, page_token=token, **options)
+            page = self._call_api(call, *args, page_size=page_size or PAGE_SIZE, page_token=token, **options)
             yield from getattr(page, field) or ()
             token = page.next_page_token or ""
             if not token:

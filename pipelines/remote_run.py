@@ -22,7 +22,8 @@ from ns.storage.documents import parse_json_object
 from ns.training.monitor import PROGRESS
 from pipelines import PACKAGE
 from pipelines.kfp_client import ENDED_STATES, KfpClient, SubmittedRun, check_inputs, parse_inputs, stage_names
-from pipelines.placement import PLACEMENT_FIELDS, TEXT_FIELDS, Placement, render_package
+from pipelines.placement import PLACEMENT_FIELDS, TEXT_FIELDS, Placement
+from pipelines.versions import provide_pipeline
 
 _SHARDS = re.compile(r"-(\d+-\d+)$")
 """The suffix of a labeling task in the stage's name."""
@@ -31,8 +32,8 @@ _SHARDS = re.compile(r"-(\d+-\d+)$")
 class RunRequest(NamedTuple):
     """A run that is to be started."""
 
-    package: str
-    """The compiled pipeline (YAML)."""
+    placed: dict[str, Any]
+    """Fields of the placement that are the run's own; all else is the platform's."""
     inputs: dict[str, Any]
     image: str | None
     """Image of the stages, if one is asked for."""
@@ -50,8 +51,8 @@ def build_request(
     """Builds the request for a run that `open_run` has opened below `root`.
 
     `image`: of the stages; `gpus`: of each labeling task and each training; `inputs`: inputs of the pipeline and fields of the placement,
-    NAME=VALUE; `registry`: whether the experiment has a label registry, which the stages' image does not support. A placement of the run's
-    own is another version of the pipeline. Raises ConfigError naming the input that is wrong or missing.
+    NAME=VALUE; `registry`: whether the experiment has a label registry, which the stages' image does not support. Raises ConfigError naming
+    the input that is wrong or missing.
     """
     package = PACKAGE.read_text()
     folder = root.at(run).uri
@@ -69,9 +70,8 @@ def build_request(
     if gpus:
         values |= {"gpus_label": str(gpus), "gpus_train": str(gpus)}
     values = check_inputs(package, values | given)
-    if placed:
-        package = render_package(package, Placement.from_values(placed, "--input"))
-    return RunRequest(package, values, image)
+    valid = Placement.from_values(placed, "--input")
+    return RunRequest({name: getattr(valid, name) for name in placed}, values, image)
 
 
 def check_remote_uris(root: Store, experiment: Experiment) -> None:
@@ -87,12 +87,22 @@ def check_remote_uris(root: Store, experiment: Experiment) -> None:
             )
 
 
-def submit_run(client: KfpClient, root: Store, run: str, experiment: Experiment, request: RunRequest) -> SubmittedRun:
-    """Starts a run as `build_request` has it, unless it is under way. Leaves nothing behind if KFP cannot be reached."""
+def submit_run(
+    client: KfpClient,
+    root: Store,
+    run: str,
+    experiment: Experiment,
+    request: RunRequest,
+    say: Callable[[str], object] = lambda _: None,
+) -> SubmittedRun:
+    """Starts a run as `build_request` has it, unless it is under way. Leaves nothing behind if KFP cannot be reached.
+
+    `say`: is told if the pipeline is not the platform's.
+    """
     existing = client.find_run(run, experiment.name, excluded_states=ENDED_STATES)
     if existing is not None:
         return existing
-    pipeline = client.upload_pipeline(request.package)
+    pipeline = provide_pipeline(client, request.placed, say)
     open_run(root, run, experiment, __version__)
     try:
         return client.create_run(pipeline, request.inputs, name=run, experiment=experiment.name, excluded_states=ENDED_STATES)

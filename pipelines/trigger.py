@@ -154,8 +154,10 @@ def start_triggered_run(
     make_request: Callable[[str], RunRequest],
     *,
     again: bool = False,
+    say: Callable[[str], object] = lambda _: None,
 ) -> SubmittedRun:
-    """Starts the run of a decision, or finds it. `make_request` makes the request from the run's name (`build_request`).
+    """Starts the run of a decision, or finds it. `make_request` makes the request from the run's name (`build_request`); `say` is that
+    of `submit_run`.
 
     However many clients call this at once, they start one run. Raises RunError if KFP cannot be reached; the same call by any client
     then does the rest.
@@ -171,7 +173,7 @@ def start_triggered_run(
         suffix = f"-{attempt}" if attempt else ""
         key = f"store/triggers/{experiment.name}/{decision.trigger.digest}{suffix}.json"
         if _claim_run(root, key, decision.trigger):
-            return submit_run(client, root, name, experiment, request)
+            return submit_run(client, root, name, experiment, request, say)
         claim = Trigger.load_file(root, key)
         until = datetime.fromisoformat(claim.claimed_at).timestamp() + CLAIM_SECONDS
         while time.time() <= until:

@@ -11,7 +11,23 @@ from typing import Annotated, Any
 import typer
 
 from ns import __version__
-from ns.cli import config, data, doctor, evaluate, export, gate, labels, plan, predict, promote, report, run, runs, trigger
+from ns.cli import (
+    config,
+    data,
+    doctor,
+    evaluate,
+    export,
+    gate,
+    labels,
+    pipelines,
+    plan,
+    predict,
+    promote,
+    report,
+    run,
+    runs,
+    trigger,
+)
 from ns.cli.options import make_program
 from ns.core.errors import ClusterError, ConfigError, Interrupted, NsError, RunError, TrainingError
 from ns.core.printable import make_printable
@@ -57,6 +73,7 @@ app.add_typer(runs.app, name="runs", rich_help_panel=MODELS)
 app.add_typer(gate.app, name="gate", rich_help_panel=MODELS)
 app.add_typer(report.app, name="report", rich_help_panel=MODELS)
 app.add_typer(promote.app, name="promote", rich_help_panel=OPERATE)
+app.add_typer(pipelines.app, name="pipelines", rich_help_panel=OPERATE)
 app.add_typer(doctor.app, name="doctor", rich_help_panel=OPERATE)
 
 

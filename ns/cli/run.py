@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from ns import __version__
-from ns.cli.kubeflow import KubeContext, KubeflowAccess, open_kubeflow
+from ns.cli.kubeflow import KubeContext, KubeflowAccess, make_warning_printer, open_kubeflow
 from ns.cli.options import AsJson, Inputs, Kfp, Overrides, Root, load_experiment_argument
 from ns.cli.output import print_json
 from ns.cli.runs import print_run
@@ -137,7 +137,7 @@ def _run_on_kubeflow(
     client = access.make_client()
     registry = experiment.registry is not None
     request = remote_run.build_request(store, name, **input_options, registry=registry)
-    submitted = remote_run.submit_run(client, store, name, experiment, request)
+    submitted = remote_run.submit_run(client, store, name, experiment, request, make_warning_printer(console))
     message = f"run {name}: {'submitted' if submitted.new else 'is under way'}: {submitted.url}"
     console.print(message, highlight=False, soft_wrap=True)
     if follow:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from ns.cli.kubeflow import KubeContext, KubeflowAccess, open_kubeflow
+from ns.cli.kubeflow import KubeContext, KubeflowAccess, make_warning_printer, open_kubeflow
 from ns.cli.options import AsJson, ConfigArgument, Inputs, Kfp, Overrides, Root, load_experiment_argument
 from ns.cli.output import print_json
 from ns.core.errors import ConfigError, NsError
@@ -132,7 +132,7 @@ class _TriggerCall:
     def decide_start(self, min_change: float, *, again: bool = False) -> "TriggerDecision":
         from pipelines.trigger import decide_trigger, propose_trigger
 
-        current = propose_trigger(self.experiment, self._image)
+        current = propose_trigger(self.experiment, self._image or self._find_platform_image())
         return decide_trigger(self.store, self.experiment.name, current, min_change=min_change, again=again)
 
     def carry_out(self, decision: "TriggerDecision", *, again: bool = False) -> "SubmittedRun | None":
@@ -141,7 +141,18 @@ class _TriggerCall:
 
         if decision.action == "nothing":
             return None
-        return start_triggered_run(self.client, self.store, self.experiment, decision, self._build_request, again=again)
+        return start_triggered_run(
+            *(self.client, self.store, self.experiment, decision, self._build_request),
+            again=again,
+            say=make_warning_printer(Console(file=sys.stderr)),
+        )
+
+    def _find_platform_image(self) -> str:
+        """The image that a run without one of its own takes: if the platform is deployed with another one, that is a reason for a run."""
+        from pipelines import PACKAGE
+        from pipelines.versions import require_platform_version
+
+        return require_platform_version(self.client, PACKAGE.read_text()).placement.worker_image
 
     def _build_request(self, run: str) -> "RunRequest":
         from pipelines.remote_run import build_request

@@ -28,9 +28,8 @@ from ns.runs.records import (
 )
 from ns.storage import LocalStore, open_store
 from ns.storage.documents import encode_json
-from pipelines import PACKAGE, remote_run
+from pipelines import remote_run
 from pipelines.kfp_client import KfpClient
-from pipelines.placement import Placement, read_placement
 from tests.k8s.conftest import thing
 from tests.k8s.fake_kubectl import Fake
 from tests.pipelines.kfp_api import KfpApi
@@ -50,7 +49,7 @@ def root(tmp_path):
 
 
 @pytest.fixture
-def started(kfp, root, experiment):
+def started(kfp, platform, root, experiment):
     server = KfpClient()
     request = remote_run.build_request(root, NAME)
     return server, remote_run.submit_run(server, root, NAME, experiment, request)
@@ -92,7 +91,7 @@ def test_submit_run_to_unreachable_server_leaves_nothing(kfp, root, experiment, 
 
 
 @pytest.mark.integration
-def test_submit_run_records_a_refusal_as_failure(kfp, root, experiment):
+def test_submit_run_records_a_refusal_as_failure(kfp, platform, root, experiment):
     request = remote_run.build_request(root, NAME)._replace(inputs={"unknown": 1})
     with pytest.raises(RunError, match="refused"):
         remote_run.submit_run(KfpClient(), root, NAME, experiment, request)
@@ -274,21 +273,20 @@ def test_build_request_tells_inputs_from_the_placement(root):
         "generations": 2,
     }
     assert request.image == "worker@sha256:1"
-    assert read_placement(request.package) == Placement(
-        worker_image="worker@sha256:1",
-        tools_image="worker@sha256:1",
-        label_cpu="4",
-        train_node_selector={"pool": "gpu"},
-    )
-    assert remote_run.build_request(root, NAME).package == PACKAGE.read_text()
+    assert request.placed == {
+        "worker_image": "worker@sha256:1",
+        "tools_image": "worker@sha256:1",
+        "label_cpu": "4",
+        "train_node_selector": {"pool": "gpu"},
+    }
+    assert remote_run.build_request(root, NAME).placed == {}
 
 
 def test_build_request_needs_tools_image_with_a_registry(root):
     tools = ["tools_image=tools@sha256:2"]
     for registry in (False, True):
         request = remote_run.build_request(root, NAME, image="worker@sha256:1", inputs=tools, registry=registry)
-        placement = read_placement(request.package)
-        assert (placement.worker_image, placement.tools_image) == ("worker@sha256:1", "tools@sha256:2")
+        assert request.placed == {"worker_image": "worker@sha256:1", "tools_image": "tools@sha256:2"}
     with pytest.raises(ConfigError, match=r"--input tools_image: must be given beside --image"):
         remote_run.build_request(root, NAME, image="worker@sha256:1", registry=True)
 
@@ -297,18 +295,17 @@ def test_build_request_image_option_wins_over_file(root, tmp_path):
     pools = tmp_path / "pools.json"
     pools.write_text('{"worker_image": "worker@sha256:1", "tools_image": "tools@sha256:1"}')
     request = remote_run.build_request(root, NAME, image="worker@sha256:2", inputs=[f"@{pools}"], registry=True)
-    placement = read_placement(request.package)
-    assert (placement.worker_image, placement.tools_image) == ("worker@sha256:2", "tools@sha256:1")
+    assert request.placed == {"worker_image": "worker@sha256:2", "tools_image": "tools@sha256:1"}
     request = remote_run.build_request(root, NAME, inputs=["worker_image=worker@sha256:1"])
-    assert request.image == read_placement(request.package).tools_image == "worker@sha256:1"
+    assert request.image == request.placed["tools_image"] == "worker@sha256:1"
 
 
 def test_build_request_later_value_wins_over_file(root, tmp_path):
     pools = tmp_path / "pools.json"
     pools.write_text('{"label_gpus": "1", "train_gpus": "8", "label_tolerations": [{"key": "spot", "operator": "Exists"}]}')
-    placement = read_placement(remote_run.build_request(root, NAME, inputs=[f"@{pools}", "train_gpus=2"]).package)
-    assert (placement.label_gpus, placement.train_gpus) == ("1", "2")
-    assert placement.label_tolerations == [{"key": "spot", "operator": "Exists"}]
+    placed = remote_run.build_request(root, NAME, inputs=[f"@{pools}", "train_gpus=2"]).placed
+    assert (placed["label_gpus"], placed["train_gpus"]) == ("1", "2")
+    assert placed["label_tolerations"] == [{"key": "spot", "operator": "Exists"}]
 
 
 @pytest.mark.parametrize(
@@ -348,7 +345,7 @@ def test_run_refuses_options_of_another_runner(capsys, tmp_path, options, words)
 
 
 @pytest.fixture
-def on_s3(kfp: KfpApi, moto, tmp_path, monkeypatch):  # noqa: F811
+def on_s3(kfp: KfpApi, platform, moto, tmp_path, monkeypatch):  # noqa: F811
     """The command of a run on the cluster, as words, and its root."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", moto)
     store = store_at(moto, tmp_path / "cache")
