@@ -16,11 +16,11 @@ from ns.core.errors import ConfigError, DataError, RunError
 from ns.runs.records import write_stage_failure
 from ns.storage import LocalStore
 from ns.storage.documents import encode_json
-from pipelines import trigger
+from pipelines import trigger, upload
 from pipelines.kfp_client import KfpClient
 from pipelines.remote_run import build_request
 from pipelines.trigger import DataSnapshot, Trigger
-from tests.pipelines.conftest import PLATFORM
+from tests.pipelines.conftest import PLATFORM, render_platform
 from tests.pipelines.kfp_api import KfpApi
 from tests.storage.conftest import environment, moto, store_at  # noqa: F401
 
@@ -234,6 +234,7 @@ def test_start_triggered_run_after_an_outage(root, kfp, platform, experiment, mo
     back = KfpApi()
     monkeypatch.setenv("NS_KFP_URL", back.url)
     try:
+        upload.upload_package(KfpClient(), render_platform())
         assert back.url != url
         assert start(root, experiment).new
     finally:

@@ -17,7 +17,7 @@ def test_upload_once_per_package(kfp, capsys):
 
 
 def test_upload_error_is_one_line(kfp, monkeypatch, capsys):
-    def away(self, package):
+    def away(self, package, description):
         raise RunError("http://kfp: does not answer")
 
     monkeypatch.setattr(KfpClient, "upload_pipeline", away)
