@@ -35,7 +35,7 @@ class StoreService(NamedTuple):
     port: int
 
 
-def find_run_namespace() -> str:
+def read_run_namespace() -> str:
     """The namespace of runs: the profile's on a Kubeflow with several users, which NS_KFP_NAMESPACE names."""
     return os.environ.get(NAMESPACE_VARIABLE) or KUBEFLOW_NAMESPACE
 

@@ -35,28 +35,28 @@ class PlatformVersion(NamedTuple):
 
 
 @lru_cache(maxsize=8)
-def digest_code(package: str) -> str:
+def digest_wiring(package: str) -> str:
     """12 hex digits of the digest of a compiled pipeline (YAML), whatever placement was filled in."""
     return sha256_bytes(render_package(package, Placement()).encode())[:12]
 
 
 def describe_version(package: str, placement: Placement) -> str:
     """The description under which a compiled pipeline (YAML) is uploaded."""
-    return f"code {digest_code(package)}; placement {json.dumps(asdict(placement), sort_keys=True)}"
+    return f"code {digest_wiring(package)}; placement {json.dumps(asdict(placement), sort_keys=True)}"
 
 
 def find_platform_version(client: KfpClient, package: str) -> PlatformVersion | None:
     """The newest version of the same code, or else the newest of all; None if the platform has uploaded none."""
-    code = digest_code(package)
+    code = digest_wiring(package)
     newest = None
     for version in islice(client.list_versions(pipeline_name(package)), SEARCHED_VERSIONS):
         if (match := _DESCRIPTION.search(version.description)) is None:
             continue
         placement = Placement.from_json(match[2], f"the description of version {version.version}")
-        found = PlatformVersion(version, match[1], placement)
-        if found.code == code:
-            return found
-        newest = newest or found
+        candidate = PlatformVersion(version, match[1], placement)
+        if candidate.code == code:
+            return candidate
+        newest = newest or candidate
     return newest
 
 
@@ -81,10 +81,10 @@ def provide_pipeline(client: KfpClient, placed: Mapping[str, Any], say: Say) -> 
     has_images = "worker_image" in placed
     platform = find_platform_version(client, package) if has_images else require_platform_version(client, package)
     placement = replace(platform.placement if platform else Placement(), **placed)
-    is_same_code = platform is not None and platform.code == digest_code(package)
+    is_same_code = platform is not None and platform.code == digest_wiring(package)
     if platform and is_same_code and placement == platform.placement:
         return platform.pipeline
-    own_name = _make_own_name(pipeline_name(package), digest_code(package))
+    own_name = _make_own_name(pipeline_name(package), digest_wiring(package))
     if platform and not is_same_code:
         images = "the given image" if has_images else "the platform's images"
         say(f"the pipeline here is not that of {platform.pipeline.version}; it runs as {own_name}, in {images}")

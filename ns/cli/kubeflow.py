@@ -49,10 +49,10 @@ class KubeflowAccess:
             if self.kubectl is None:
                 remote_run.follow_run(client, submitted, store, run, view.on_event)
                 return
-            from k8s.access import find_run_namespace
+            from k8s.access import read_run_namespace
             from k8s.pods import RunPods
 
-            pods = RunPods(self.kubectl, find_run_namespace(), submitted.run_id, make_warning_printer(console))
+            pods = RunPods(self.kubectl, read_run_namespace(), submitted.run_id, make_warning_printer(console))
             remote_run.follow_run(
                 *(client, submitted, store, run, view.on_event),
                 after_poll=pods.report_waiting,
@@ -71,11 +71,11 @@ def open_kubeflow(url: str | None, context: str | None, console: Console) -> Ite
         return
     if url:
         raise ConfigError("--kfp: has no effect with --context, which finds Kubeflow by itself; leave one of them out")
-    from k8s.access import find_run_namespace, open_cluster_access
+    from k8s.access import open_cluster_access, read_run_namespace
     from k8s.kubectl import Kubectl
 
     kubectl = Kubectl(context or None)
-    with open_cluster_access(kubectl, find_run_namespace(), make_warning_printer(console)) as forwarded:
+    with open_cluster_access(kubectl, read_run_namespace(), make_warning_printer(console)) as forwarded:
         yield KubeflowAccess(forwarded, kubectl)
 
 

@@ -56,7 +56,7 @@ def upload(kfp: Kfp = None, context: KubeContext = None, inputs: PlacementInputs
 
 
 def _read_cluster_inputs(kubectl: "Kubectl") -> str:
-    from k8s.access import find_run_namespace
+    from k8s.access import read_run_namespace
 
-    config_map: dict[str, Any] = kubectl.get_object("configmap", "noisy-student-pools", find_run_namespace()) or {}
+    config_map: dict[str, Any] = kubectl.get_object("configmap", "noisy-student-pools", read_run_namespace()) or {}
     return str((config_map.get("data") or {}).get("inputs.json") or json.dumps({}))

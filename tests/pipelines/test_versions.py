@@ -10,7 +10,7 @@ from ns.core.errors import ConfigError
 from pipelines import PACKAGE, upload, versions
 from pipelines.kfp_client import KfpClient
 from pipelines.placement import Placement, read_placement, render_package
-from pipelines.versions import describe_version, digest_code, find_platform_version, provide_pipeline
+from pipelines.versions import describe_version, digest_wiring, find_platform_version, provide_pipeline
 from tests.k8s.conftest import thing
 from tests.k8s.fake_kubectl import Fake
 from tests.pipelines.conftest import PLATFORM, render_platform
@@ -42,8 +42,8 @@ def names(kfp):
 
 
 def test_digest_code_is_that_of_the_wiring_alone():
-    assert digest_code(render_platform()) == digest_code(PACKAGE.read_text())
-    assert digest_code(PACKAGE.read_text().replace("arXiv:1911.04252", "arXiv")) != digest_code(PACKAGE.read_text())
+    assert digest_wiring(render_platform()) == digest_wiring(PACKAGE.read_text())
+    assert digest_wiring(PACKAGE.read_text().replace("arXiv:1911.04252", "arXiv")) != digest_wiring(PACKAGE.read_text())
 
 
 def test_provide_pipeline_takes_the_platforms_version(kfp, platform, said):
@@ -86,7 +86,7 @@ def test_provide_pipeline_of_a_nameless_user_is_named_by_its_code(kfp, platform,
 
     monkeypatch.setattr(getpass, "getuser", nobody)
     own = provide_pipeline(KfpClient(), {"label_cpu": "8"}, said.append)
-    assert own.name == f"noisy-student-{digest_code(PACKAGE.read_text())}"
+    assert own.name == f"noisy-student-{digest_wiring(PACKAGE.read_text())}"
 
 
 def test_provide_pipeline_without_a_platform_needs_an_image(kfp, said):
