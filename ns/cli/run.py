@@ -108,7 +108,7 @@ def _run_here(
     from ns.runs.lifecycle import lock_run, open_run
 
     with lock_run(store, name):
-        open_run(store, name, experiment, __version__)
+        state = open_run(store, name, experiment, __version__)
         if container_options is not None:
             from pipelines.runners import docker
 
@@ -117,7 +117,7 @@ def _run_here(
         else:
             from pipelines.runners import local
 
-            run_pipeline = partial(local.run_locally, root=store.uri)
+            run_pipeline = partial(local.run_locally, root=store.uri, expect_work=state != "succeeded")
         _run_recorded(store, name, console, run_pipeline)
 
 

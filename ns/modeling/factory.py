@@ -101,6 +101,18 @@ def count_multiply_adds(network: nn.Module, resolution: int) -> int:
     return int(counter.get_total_flops()) // 2
 
 
+_counts: dict[str, int] = {}
+
+
+def count_model_multiply_adds(network: nn.Module, model: ModelConfig, outputs: int, resolution: int) -> int:
+    """`count_multiply_adds` of what `build_model` made of these settings, counted once per process: it takes 0.1 s and more, and
+    teachers and students often share a network."""
+    key = f"{describe_architecture(model), outputs, resolution}"
+    if key not in _counts:
+        _counts[key] = count_multiply_adds(network, resolution)
+    return _counts[key]
+
+
 class ModelSize(NamedTuple):
     """How large a network is."""
 
@@ -129,7 +141,7 @@ def check_models(experiment: Experiment, classes: int | None = None) -> None:
 
 
 def _check_role(field: str, role: RoleConfig, classes: int | None) -> ModelSize:
-    model = role.model
+    model, outputs = role.model, classes or 2
     if role.train.init_uri:
         parent, key = split_weights_uri(role.train.init_uri)
         if not open_store(parent).exists(key or ModelManifest.filename):
@@ -150,7 +162,7 @@ def _check_role(field: str, role: RoleConfig, classes: int | None) -> ModelSize:
         )
     try:
         with torch.device("meta"):
-            network = build_model(model, role.noise, classes or 2)
+            network = build_model(model, role.noise, outputs)
     except ConfigError as error:
         raise ConfigError(f"{field}.{error}") from error
     if role.train.init_uri:
@@ -172,11 +184,14 @@ def _check_role(field: str, role: RoleConfig, classes: int | None) -> ModelSize:
             check_confined_noise(network, model.resolution)
         except ConfigError as error:
             raise ConfigError(f"{field}.{error}") from error
+    resolutions = [
+        model.resolution,
+        *([role.train.finetune.resolution] if role.train.finetune else []),
+        model.inference_resolution,
+    ]
     try:
-        count_multiply_adds(network, model.resolution)
-        if role.train.finetune:
-            count_multiply_adds(network, role.train.finetune.resolution)
-        return ModelSize(count_parameters(network), count_multiply_adds(network, model.inference_resolution))
+        counts = [count_model_multiply_adds(network, model, outputs, resolution) for resolution in resolutions]
+        return ModelSize(count_parameters(network), counts[-1])
     except ConfigError as error:
         raise ConfigError(f"{field}.model: {error}") from error
 

@@ -22,7 +22,7 @@ from ns.labeling.thresholds import count_required_images
 from ns.modeling.factory import (
     build_model,
     check_models,
-    count_multiply_adds,
+    count_model_multiply_adds,
     count_parameters,
     describe_architecture,
     get_best_device,
@@ -322,10 +322,12 @@ class _SpeedMeter:
         """Parameters, values of the state, and multiply-adds per image."""
         key = f"{describe_architecture(job.role.model), job.resolution}"
         if key not in self._counts_by_key:
+            outputs = self.count_outputs(job)
             with torch.device("meta"):
-                network = build_model(job.role.model, job.role.noise, self.count_outputs(job))
+                network = build_model(job.role.model, job.role.noise, outputs)
             state = sum(value.numel() for value in network.state_dict().values())
-            self._counts_by_key[key] = (count_parameters(network), state, count_multiply_adds(network, job.resolution))
+            multiply_adds = count_model_multiply_adds(network, job.role.model, outputs, job.resolution)
+            self._counts_by_key[key] = count_parameters(network), state, multiply_adds
         return self._counts_by_key[key]
 
     def measure_speed(self, job: _PlannedJob, multiply_adds: int) -> DeviceSpeed:

@@ -54,15 +54,16 @@ def check_run_name(run: str) -> None:
         )
 
 
-def open_run(root: Store, run: str, experiment: Experiment, version: str) -> None:
+def open_run(root: Store, run: str, experiment: Experiment, version: str) -> RunState | None:
     """Opens a new run, or one that was begun; its stages then run with the code of now (`check_run_code`).
 
-    Raises RunError if the run has another configuration, ConfigError for a wrong name.
+    Returns the state that the run had, None for a new one. Raises RunError if it has another configuration, ConfigError for a wrong name.
     """
     check_run_name(run)
     config_digest = digest_experiment(experiment)
     started_at = utc_timestamp()
-    if existing := RunRecord.find_file(root, record_key(run)):
+    existing = RunRecord.find_file(root, record_key(run))
+    if existing:
         if existing.config_digest != config_digest:
             raise RunError(
                 f"run {run}: was started with another configuration ({root.at(run).uri}/{CONFIG_FILE}); "
@@ -82,6 +83,7 @@ def open_run(root: Store, run: str, experiment: Experiment, version: str) -> Non
         code=describe_code(),
     )
     record.save_file(root, record_key(run))
+    return existing.state if existing else None
 
 
 def check_run_code(root: Store, run: str) -> None:

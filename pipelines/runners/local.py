@@ -1,4 +1,4 @@
-"""Runs the compiled pipeline on this machine: kfp.local, one subprocess per stage, nothing installed at run time."""
+"""Runs the compiled pipeline on this machine: kfp.local, one process per stage, nothing installed at run time."""
 
 import contextlib
 import getpass
@@ -7,11 +7,13 @@ import json
 import os
 import re
 import signal
+import sys
 import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -21,7 +23,15 @@ from ns.core.log import EVENTS_VARIABLE, StageEvent
 from ns.core.process import CLIENT_VARIABLE, handle_signals, identify_process
 from ns.storage.scratch import make_scratch_dir
 from pipelines import PACKAGE, load_yaml_documents
+from pipelines.runners.fork_server import ForkServer
 
+FORK_VARIABLE = "NS_FORK_STAGES"
+"""0: each stage is started as a Python of its own, which takes seconds more."""
+STAGE_MODULES = (
+    "kfp.dsl.executor_main",
+    *(f"ns.stages.{name}" for name in ("start", "prepare", "train", "label", "select", "evaluate", "gate", "report")),
+)
+COMPUTING_MODULES = ("ns.training.runner", "ns.labeling.predict", "ns.evaluation.accuracy", "ns.reporting.page")
 POLL_SECONDS = 0.1
 STOP_SECONDS = 30.0
 """Time for stages to write a checkpoint when the run is interrupted."""
@@ -48,10 +58,12 @@ def run_locally(
     log: Path | None,
     on_event: Callable[[StageEvent], None],
     package: Path = PACKAGE,
+    expect_work: bool = True,
     **inputs: Any,
 ) -> None:
     """Runs the pipeline to its end. Calls `on_event`, from another thread, with each event of each stage.
 
+    `expect_work`: whether torch and timm are loaded in advance; a stage that needs them loads them in any case.
     `inputs`: further inputs of the pipeline. KFP's own output goes to the file `log`. Raises StageError when a stage fails, RunError when
     one dies, Interrupted after SIGINT or SIGTERM.
     """
@@ -69,10 +81,36 @@ def run_locally(
         def run_stages() -> None:
             from kfp import local
 
-            run_pipeline(local.SubprocessRunner(use_venv=False), scratch / "kfp", arguments, package)
+            with _fork_stages(server):
+                run_pipeline(local.SubprocessRunner(use_venv=False), scratch / "kfp", arguments, package)
 
-        with _set_environment(variables), tail_events(events, watcher):
+        modules = [*STAGE_MODULES, *(COMPUTING_MODULES if expect_work else ())]
+        with _set_environment(variables), tail_events(events, watcher), _start_fork_server(modules) as server:
             run_redirected(run_stages, log, watcher)
+
+
+@contextlib.contextmanager
+def _start_fork_server(modules: Sequence[str]) -> Iterator[ForkServer | None]:
+    """Yields None where each stage is to be a new Python: elsewhere than on Linux, and with NS_FORK_STAGES=0."""
+    if sys.platform != "linux" or os.environ.get(FORK_VARIABLE) == "0":
+        yield None
+        return
+    with contextlib.closing(ForkServer(modules)) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def _fork_stages(server: ForkServer | None) -> Iterator[None]:
+    """Lets the server run the stages that KFP would start as processes."""
+    from kfp.local import subprocess_task_handler
+
+    start_process = subprocess_task_handler.run_local_subprocess
+    if server:
+        subprocess_task_handler.run_local_subprocess = partial(server.run_command, start_process)
+    try:
+        yield
+    finally:
+        subprocess_task_handler.run_local_subprocess = start_process
 
 
 class StageRunner(Protocol):

@@ -60,13 +60,18 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 }
 
 
-def running(marker: str) -> list[int]:
-    """Processes whose environment names the run's folder."""
+def start(root: Path, **options) -> subprocess.Popen:
+    """A client whose processes all have a variable that names the root."""
+    return subprocess.Popen(command(root), env={**os.environ, "UNDER_TEST": str(root)}, stdout=subprocess.DEVNULL, **options)
+
+
+def running(root: Path) -> list[int]:
+    """Processes of a client that was started with this root."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
-                if marker in (entry / "cmdline").read_text():
+                if f"UNDER_TEST={root}\0" in (entry / "environ").read_text():
                     found.append(int(entry.name))
             except OSError:
                 continue
@@ -83,14 +88,15 @@ def until(moment: str, root: Path, client: subprocess.Popen) -> None:
 
 def test_killed_run_continues_and_ends_like_a_calm_one(tmp_path, calm):
     for moment in MOMENTS:
-        client = subprocess.Popen(command(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        client = start(tmp_path, stderr=subprocess.DEVNULL)
         until(moment, tmp_path, client)
+        assert len(running(tmp_path)) >= 2, "the server and a stage"
         os.kill(client.pid, signal.SIGKILL)
         client.wait()
         # The stages under way notice that their client is gone.
         deadline = time.monotonic() + 10
-        while running(str(tmp_path)):
-            assert time.monotonic() < deadline, f"after {moment}, orphans: {running(str(tmp_path))}"
+        while running(tmp_path):
+            assert time.monotonic() < deadline, f"after {moment}, orphans: {running(tmp_path)}"
             time.sleep(0.1)
     assert results(finish(tmp_path)) == calm
     said = (tmp_path / "test" / "pipeline.log").read_text()

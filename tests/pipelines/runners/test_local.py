@@ -82,7 +82,8 @@ def run_stand_in(tmp_path, monkeypatch):
         events = []
         monkeypatch.setenv("STAND_IN", json.dumps({"generations": 2, **plan}))
         log = tmp_path / "pipeline.log"
-        local.run_locally(config_uri="c", root="r", run="n", log=log, on_event=events.append, **GPUS, **(given or {}))
+        options = {"expect_work": False, **GPUS, **(given or {})}
+        local.run_locally(config_uri="c", root="r", run="n", log=log, on_event=events.append, **options)
         return [(e["stage"], e["generation"]) for e in events if e["event"] == "finished"]
 
     return run
@@ -106,6 +107,12 @@ def test_run_locally_runs_stages_in_order_until_stop(run_stand_in):
 def test_run_locally_one_generation(run_stand_in, teacher, expected):
     done = run_stand_in({"package": GENERATION_PACKAGE}, teacher=teacher, labels=teacher)
     assert done == [("start", 0), *expected, ("report", 0)]
+
+
+def test_run_locally_starts_a_python_per_stage_where_asked_to(run_stand_in, monkeypatch):
+    monkeypatch.setenv(local.FORK_VARIABLE, "0")
+    monkeypatch.setattr(local, "ForkServer", None)
+    assert run_stand_in({"package": GENERATION_PACKAGE}, teacher="stop")[0] == ("start", 0)
 
 
 def test_run_locally_leaves_no_temporary_files(run_stand_in, tmp_path, monkeypatch):
