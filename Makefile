@@ -86,7 +86,7 @@ distclean: clean ## Remove runs/ and the virtual environments
 ##@ Measure
 
 bench: $(VENV)/.bench ## Run all benchmarks and write benchmarks/results
-	@for one in data photos train label select order duplicates polluted_pool loop kfp_status soak; do $(BIN)/python -m benchmarks.$$one --keep || exit; done
+	@for one in data photos train label select order duplicates polluted_pool loop quickstart kfp_status soak; do $(BIN)/python -m benchmarks.$$one --keep || exit; done
 	@$(BIN)/python -m benchmarks.method_cifar10
 	@$(BIN)/python -m benchmarks.summary
 
@@ -122,6 +122,9 @@ bench-loop: $(VENV)/.bench ## Measure where the time of a whole run goes (ARGS="
 
 bench-kfp: $(VENV)/.bench ## Compute the pods and the status of runs on Kubeflow
 	@$(BIN)/python -m benchmarks.kfp_status $(ARGS)
+
+bench-quickstart: $(VENV)/.bench ## Measure the quickstart against a plain loop in one process (ARGS="--quick")
+	@$(BIN)/python -m benchmarks.quickstart $(ARGS)
 
 bench-method: $(VENV)/.bench ## Train teachers and students on CIFAR-10, three seeds, an hour (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.method_cifar10 $(ARGS)

@@ -99,6 +99,11 @@ FIGURES = {
         BenchmarkFigure("drivers_critical_path", "drivers that a generation waits for one by one", 8, more_is_better=False),
         BenchmarkFigure("pods_one_generation", "pods of a whole run of one generation, three labeling tasks", None),
     ),
+    "quickstart": (
+        BenchmarkFigure("quickstart_vs_plain_loop", "`ns run quickstart` ÷ a plain loop in one process", 2.5, more_is_better=False),
+        BenchmarkFigure("finished_run_seconds", "seconds of `ns run` of a finished run", 3.0, more_is_better=False),
+        BenchmarkFigure("accuracy_difference", "top-1 of the last student - the plain loop's, points", None),
+    ),
     "soak": (
         BenchmarkFigure("s3_equal", "five generations, processes and server killed: same result as undisturbed (1: yes)", 1.0),
         BenchmarkFigure("disk_equal", "the same, with a disk that is full now and then", 1.0),
