@@ -129,7 +129,7 @@ bench-quickstart: $(VENV)/.bench ## Measure the quickstart against a plain loop 
 bench-method: $(VENV)/.bench ## Train teachers and students on CIFAR-10, three seeds, an hour (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.method_cifar10 $(ARGS)
 
-soak: $(VENV)/.bench ## Fault injection over five generations, half an hour (ARGS="--generations 2")
+soak: $(VENV)/.bench ## Kill, stop and damage runs 200 times, half an hour (ARGS="--quick", ARGS="--blows 50 --seed 1")
 	@$(BIN)/python -m benchmarks.soak $(ARGS)
 
 ##@ Operate

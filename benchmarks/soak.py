@@ -1,267 +1,488 @@
-"""Fault injection: five generations on real images, once undisturbed and twice with faults, must end with the same digests.
+"""Chaos: runs whose processes are killed, stopped and told to end, at least 200 times, must end as one that was left alone.
 
-    python -m benchmarks.soak [--generations 5] [--seed 0] [--keep]
+    python -m benchmarks.soak [--blows 200] [--seed 0] [--quick] [--keep]
 
-The undisturbed run, in a folder, is watched: memory and open files of its processes must not grow from generation to generation. Then
-the same experiment runs twice more, restarted whenever it ends with an error, until it is done:
+A loop of three generations on handwritten digits, with real trainings, runs once undisturbed. Then rounds of it begin anew, in turns
+in a folder and on S3 (OpenStack Swift, on this machine): two clients at once work at it, and a blow falls whenever one of them has
+done a few more things, drawn from a seed. A blow is one of
 
-    on S3      processes of the run are SIGKILLed, and the server (OpenStack Swift, on this machine) is killed and started again
-    on a disk  processes are SIGKILLed, and the disk, a small tmpfs, is filled for seconds (needs root, for mount)
+    SIGKILL    of a client, or of a process that it has started
+    SIGTERM    of a client
+    SIGSTOP    of one of these processes, and SIGCONT after up to two seconds
+    damage     both clients are killed, and a blob of finished work is cut off
+    server     the S3 server is killed and started again
 
-Needs the CIFAR-10 images in ../shared/data/cifar10, and the Debian packages that .ci/packages installs.
+Clients that end are started again until they are done. The last round is the command `ns run`, twice at once, with the stages as
+processes of Kubeflow's local runner; a blow there hits any process of either. What is measured, over all rounds:
+
+    blows           how many there were
+    equal           share of the clients whose result is that of the undisturbed run
+    trained_twice   trainings that were finished more than once, but for those whose model was damaged
+    garbage_files   files that are left, and that an undisturbed run does not have
+    bare_errors     failures that do not name their stage and what to do, or are not told in one line
+
+The clients of a round are forks of this process, so that a start costs no second of imports. Needs the Debian packages that
+.ci/packages installs, for the server; --quick goes without, and without the command, in a minute.
 """
 
 import json
+import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple, NoReturn
 
 import psutil
-import yaml
 from minio import Minio
 from rich.table import Table
 
-from benchmarks.measure import CIFAR10, draw_tables, make_parser, write_benchmark
+from benchmarks.measure import make_parser, write_benchmark
+from ns.config.loader import dump_experiment, load_with_overrides
+from ns.core.errors import Interrupted
+from ns.data.importing.digits import write_digits
+from ns.runs.summary import summarize_run
+from ns.stages.context import RunRef
+from ns.stages.report import report_run
+from ns.stages.start import start_run
+from ns.storage import LocalStore, Store, open_store
 from tests.integration.outcome import results
+from tests.loop import run_loop
 from tests.storage.swift import Swift, reason_against
 
-COUNTS = {"labeled": 40, "heldout": 60, "pool": 300}
-"""Images per class."""
-FAULT_INTERVAL = (0.05, 0.2)
-"""Time between two faults, as shares of the undisturbed run's time, so that work gets done on any machine."""
-DISK_MIB = 600
-TRIES = 200
-RUN = "soak"
-
-Fault = tuple[str, Callable[[], None]]
-
-
-def make_soak_experiment(tables: Path, generations: int) -> dict[str, Any]:
-    role: dict[str, Any] = {
-        "model": {"arch": "test_efficientnet", "resolution": 32, "crop": "pad", "inference_precision": "float32"},
-        "noise": {"randaugment_magnitude": 4, "flip": True},
-        "train": {
-            "labeled_batch": 50,
-            "epochs": 30,
-            "precision": "float32",
-            "processes": 1,
-            "ema_decay": 0.98,
-            "checkpoint_seconds": 1,
-            "optimizer": {"name": "adamw", "lr": 0.005, "weight_decay": 0.01, "schedule": "cosine", "warmup_epochs": 2},
-        },
-    }
-    student = {**role, "train": {**role["train"], "init": "teacher"}}
-    return {
-        "name": RUN,
-        "generations": generations,
-        "data": {part: str(tables / f"{part}.csv") for part in ("labeled", "pool", "heldout")},
-        "teacher": role,
-        "students": [student],
-        "labeling": {"tasks": 2},
-        "selection": {"min_confidence": 0.15, "per_class": COUNTS["pool"], "max_repeat": 3},
-        # Accept every student: the loop is tested, not the method.
-        "gate": {"min_gain": -1},
-    }
+CLIENTS = ("soak-a", "soak-b")
+"""Names of the runs of the two clients, which need the same work."""
+BLOWS_PER_ROUND = 34
+COMMAND_SHARE = 0.05
+"""Share of the blows that fall on the command: it is as slow as a run on a laptop is."""
+EVENTS_BETWEEN = (1, 6)
+"""Least and greatest number of things that are done between two blows."""
+KINDS = {"SIGKILL": 6, "SIGTERM": 2, "SIGSTOP": 3, "damage": 1, "server": 1}
+"""Kind of blow → times in so many blows as these are together; their order is drawn."""
+PATIENCE_SECONDS = 300
+"""A client that says nothing for so long hangs."""
+STARTS = 2000
+DAMAGED = ("store/datasets/", "store/models/", "store/labels/", "store/evaluations/")
+CURES = re.compile(r"the same command|run .* again|again|made again|lower|raise|set |choose|wait|look at|repair|check")
 
 
-def write_soak_tables(folder: Path) -> None:
-    """Writes real images, a few hundred per class, and the tables of the parts."""
-    with tarfile.open(CIFAR10) as archive:
-        archive.extractall(folder, filter="data")
-    for part, table in draw_tables(folder / "test", COUNTS, seed=0).items():
-        (folder / f"{part}.csv").write_text(table)
+def write_pool(folder: Path) -> None:
+    """Writes the digits of the pool as files, so that processes import them."""
+    write_digits("digits:pool", LocalStore(folder / "dataset"))
+    for tar in sorted((folder / "dataset").glob("*.tar")):
+        with tarfile.open(tar) as archive:
+            archive.extractall(folder / "images", filter="data")
 
 
-def make_command(config: Path, root: str) -> list[str]:
-    return [sys.executable, "-m", "ns", "run", str(config), "--root", root, "--run", RUN, "--json"]
+def make_soak_config(pool: Path, generations: int, teacher_epochs: int) -> str:
+    """The quickstart at a small size, with frequent checkpoints and seven shards, as YAML."""
+    overrides = [
+        "name=soak",
+        f"generations={generations}",
+        f"data.pool={pool}",
+        "data.shard_samples=200",
+        f"teacher.train.epochs={teacher_epochs}",
+        "students.0.train.epochs=8",
+        "students.0.train.unlabeled_ratio=1",
+        "teacher.train.checkpoint_seconds=0.2",
+        "students.0.train.checkpoint_seconds=0.2",
+        "selection.min_confidence=0.12",
+        # Every student is accepted: the loop is tested, not the method.
+        "gate.min_gain=-1",
+    ]
+    return dump_experiment(load_with_overrides("quickstart", overrides))
 
 
-def list_processes(pid: int) -> list[psutil.Process]:
+@dataclass
+class Client:
+    """One of the two, over all its starts."""
+
+    run: str
+    log: Path
+    stage_log: Path | None = None
+    """Where its stages log, if not there too."""
+    pid: int = 0
+    starts: int = 0
+    is_done: bool = False
+    ends: Counter[int] = field(default_factory=Counter)
+    """Exit code → times; -9 is SIGKILL."""
+    _read_bytes: dict[Path, int] = field(default_factory=dict)
+
+    def read_events(self) -> Iterator[dict[str, Any]]:
+        """The lines that its logs have got since the last call; what is no JSON has the text as `line`."""
+        for log in filter(None, (self.log, self.stage_log)):
+            if log.exists():
+                with log.open("rb") as file:
+                    file.seek(self._read_bytes.get(log, 0))
+                    whole, end, _ = file.read().rpartition(b"\n")
+                self._read_bytes[log] = self._read_bytes.get(log, 0) + len(whole) + len(end)
+                yield from map(_parse_line, whole.decode(errors="replace").splitlines())
+
+
+def _parse_line(line: str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(line)
+    except ValueError:
+        parsed = None
+    return parsed if isinstance(parsed, dict) else {"event": "", "line": line}
+
+
+Launch = Callable[[Client], int]
+"""Starts a client; returns its process."""
+
+
+@dataclass
+class Findings:
+    """What the rounds have shown."""
+
+    blows: Counter[str] = field(default_factory=Counter)
+    equal: list[bool] = field(default_factory=list)
+    trained_twice: list[str] = field(default_factory=list)
+    garbage: list[str] = field(default_factory=list)
+    bare_errors: list[str] = field(default_factory=list)
+
+
+class Calm(NamedTuple):
+    """What an undisturbed run leaves."""
+
+    keys: frozenset[str]
+    result: Mapping[str, Any]
+
+
+@dataclass
+class Round:
+    """Two clients at work in one root."""
+
+    name: str
+    root: str
+    folder: Path
+    chance: random.Random
+    blows: int
+    launch: Launch
+    calm: Calm
+    findings: Findings
+    restart_server: Callable[[], None] | None = None
+    is_command: bool = False
+    _deck: list[str] = field(default_factory=list)
+
+    def run(self) -> str:
+        """Returns how often the clients ended, by exit code."""
+        self.folder.mkdir()
+        stage_logs = [Path(self.root) / run / "pipeline.log" if self.is_command else None for run in CLIENTS]
+        clients = [Client(run, self.folder / f"{run}.log", log) for run, log in zip(CLIENTS, stage_logs, strict=True)]
+        seen: set[tuple[Any, ...]] = set()
+        finished_trainings: Counter[str] = Counter()
+        damaged_models = 0
+        dealt, until_blow, heard_at = 0, self.chance.randint(*EVENTS_BETWEEN), time.monotonic()
+        while not all(client.is_done for client in clients):
+            for client in clients:
+                if client.pid == 0 and not client.is_done:
+                    if client.starts == STARTS:
+                        raise SystemExit(f"{self.name}: {client.run} is not done after {STARTS} starts; see {client.log}")
+                    client.starts += 1
+                    client.pid = self.launch(client)
+                self._reap(client)
+                for event in client.read_events():
+                    heard_at = time.monotonic()
+                    if event.get("event") == "finished" and event.get("stage") == "train" and event.get("reused") is False:
+                        finished_trainings[str(event.get("generation"))] += 1
+                    place = tuple(event.get(name) for name in ("event", "stage", "generation", "shards"))
+                    # What is reused after a new start is no progress.
+                    if event.get("event") == "progress" or place not in seen:
+                        seen.add(place)
+                        until_blow -= 1
+                    self._check_error(client, event)
+            if until_blow <= 0 and dealt < self.blows and any(client.pid for client in clients):
+                kind = self._deal_blow(clients)
+                if kind:
+                    dealt += 1
+                    self.findings.blows[kind] += 1
+                    damaged_models += kind == "damage"
+                    until_blow = self.chance.randint(*EVENTS_BETWEEN)
+            if time.monotonic() - heard_at > PATIENCE_SECONDS:
+                raise SystemExit(f"{self.name}: hangs: nothing was said for {PATIENCE_SECONDS} s; see {self.folder}")
+            time.sleep(0.01)
+        self._judge(clients, finished_trainings, damaged_models)
+        ends = sum((client.ends for client in clients), Counter[int]())
+        return ", ".join(f"{count} × {code}" for code, count in sorted(ends.items()))
+
+    def _reap(self, client: Client) -> None:
+        if client.pid == 0:
+            return
+        pid, status = os.waitpid(client.pid, os.WNOHANG)
+        if pid == 0:
+            return
+        client.pid = 0
+        code = os.waitstatus_to_exitcode(status)
+        client.ends[code] += 1
+        client.is_done = code == 0
+
+    def _deal_blow(self, clients: list[Client]) -> str | None:
+        """Returns the kind of the blow, None if nothing could be hit."""
+        if not self._deck:
+            self._deck += [
+                kind for kind, times in KINDS.items() for _ in range(times) if kind != "server" or self.restart_server
+            ]
+            self.chance.shuffle(self._deck)
+        kind = self._deck.pop()
+        client = self.chance.choice([client for client in clients if client.pid])
+        # Between two events too.
+        time.sleep(self.chance.uniform(0, 0.05))
+        if kind == "server":
+            assert self.restart_server is not None
+            self.restart_server()
+        elif kind == "damage":
+            for other in clients:
+                if other.pid:
+                    _kill_tree(other.pid)
+            return kind if self._damage_blob() else "SIGKILL"
+        else:
+            return self._send_signal(kind, client)
+        return kind
+
+    def _send_signal(self, kind: str, client: Client) -> str | None:
+        with suppress(psutil.Error):
+            parent = psutil.Process(client.pid)
+            children = parent.children(recursive=True)
+            victim = self.chance.choice(children) if children and self.chance.random() < 0.5 else parent
+            if kind == "SIGTERM" and not self.is_command:
+                victim = parent
+            victim.send_signal(signal.Signals[kind])
+            if kind == "SIGSTOP":
+                time.sleep(self.chance.uniform(0.05, 2))
+                victim.send_signal(signal.SIGCONT)
+            return kind
+        return None
+
+    def _damage_blob(self) -> bool:
+        store = open_store(self.root)
+        blobs = [
+            blob for folder in DAMAGED for blob in store.entries(folder) if blob.size > 16 and not blob.key.endswith(".json")
+        ]
+        if not blobs:
+            return False
+        blob = self.chance.choice(blobs)
+        store.put(blob.key, store.get_range(blob.key, 0, blob.size // 2))
+        return True
+
+    def _check_error(self, client: Client, event: Mapping[str, Any]) -> None:
+        line = event.get("line", "")
+        if "Traceback" in line:
+            self.findings.bare_errors.append(f"{self.name}: {client.run}: a traceback; see {client.log}")
+        if event.get("event") == "failed":
+            error = str(event.get("error"))
+            if not event.get("stage") or "\n" in error or not CURES.search(error):
+                self.findings.bare_errors.append(f"{self.name}: {event.get('stage')}: {error}")
+        elif line.startswith("error: ") and not CURES.search(line):
+            self.findings.bare_errors.append(f"{self.name}: {line}")
+
+    def _judge(self, clients: list[Client], finished_trainings: Counter[str], damaged: int) -> None:
+        store = open_store(self.root)
+        for client in clients:
+            self.findings.equal.append(read_result(store, client.run) == self.calm.result)
+        extra = sum(max(0, count - 1) for count in finished_trainings.values())
+        if extra > damaged:
+            self.findings.trained_twice.append(f"{self.name}: {dict(finished_trainings)}, {damaged} damaged")
+        keys = list_keys(store)
+        self.findings.garbage += [f"{self.name}: {key}" for key in sorted(keys - self.calm.keys)]
+        lost = sorted(self.calm.keys - keys)
+        if lost:
+            self.findings.equal.append(False)
+            sys.stderr.write(f"{self.name}: lacks {lost[:5]}\n")
+
+
+def list_keys(store: Store) -> frozenset[str]:
+    """All files below a root, also those that are no keys; those of the two runs under one name."""
+    if isinstance(store, LocalStore):
+        names = {path.relative_to(store.root).as_posix() for path in store.root.rglob("*") if path.is_file()}
+    else:
+        names = set(store.list())
+    left_by_clients = re.compile(r"/\.lock$|/\.client$|/pipeline\.log$")
+    return frozenset(
+        re.sub(rf"^({'|'.join(CLIENTS)})/|(?<=store/runs/)({'|'.join(CLIENTS)})(?=\.json)", "RUN/", name)
+        for name in names
+        if not left_by_clients.search(name)
+    )
+
+
+def _kill_tree(pid: int) -> None:
     with suppress(psutil.Error):
         parent = psutil.Process(pid)
-        return [parent, *parent.children(recursive=True)]
-    return []
+        for process in [*parent.children(recursive=True), parent]:
+            with suppress(psutil.Error):
+                process.kill()
 
 
-class ResourceWatcher(threading.Thread):
-    """Records the peaks of memory (MiB, largest process) and of open files (all processes) per generation of a run."""
-
-    def __init__(self, pid: int, steps: Path) -> None:
-        super().__init__(daemon=True)
-        self.peaks: dict[int, tuple[float, int]] = {}
-        self._pid, self._stage_folder = pid, steps
-
-    def run(self) -> None:
-        while members := list_processes(self._pid):
-            generation = len(list(self._stage_folder.glob("*-gate*.json"))) + 1
-            sizes, files = [0.0], 0
-            for member in members:
-                with suppress(psutil.Error):
-                    sizes.append(member.memory_info().rss / 2**20)
-                    files += member.num_fds()
-            memory, most_files = self.peaks.get(generation, (0.0, 0))
-            self.peaks[generation] = (max(memory, *sizes), max(most_files, files))
-            time.sleep(0.3)
+def run_stages(config: Path, root: str, run: str) -> None:
+    """All stages of a run, one after the other, in this process."""
+    config_uri, name = start_run(str(config), root, run)
+    ref = RunRef(config_uri, root, name)
+    run_loop(ref)
+    report_run(ref)
 
 
-def run_undisturbed(config: Path, root: Path) -> tuple[dict[str, Any], dict[int, tuple[float, int]], float]:
-    started = time.monotonic()
-    process = subprocess.Popen(make_command(config, str(root)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    watcher = ResourceWatcher(process.pid, root / RUN / "stages")
-    watcher.start()
-    out, _ = process.communicate()
-    if process.returncode:
-        raise SystemExit(f"the undisturbed run failed: {' '.join(make_command(config, str(root)))}")
-    return results(json.loads(out)), watcher.peaks, time.monotonic() - started
+def fork_client(config: Path, root: str, client: Client) -> int:
+    """Starts a client as a fork of this process."""
+    pid = os.fork()
+    if pid == 0:
+        _be_client(config, root, client)
+    return pid
 
 
-def run_chaotic(
-    config: Path,
-    root: str,
-    environment: Mapping[str, str],
-    faults: Sequence[Fault],
-    between: tuple[float, float],
-    chance: random.Random,
-    log: Path,
-) -> tuple[dict[str, Any], dict[str, int]]:
-    """Returns the run's digests, and how often each fault happened.
-
-    `between`: least and greatest seconds between two faults; a fault must be over when its function returns.
-    """
-    counts = {"killed": 0, "started": 0, **{name: 0 for name, _ in faults}}
-    while True:
-        if counts["started"] == TRIES:
-            raise SystemExit(f"{root}: not done after {TRIES} starts; see {log}")
-        counts["started"] += 1
-        with log.open("ab") as file:
-            process = subprocess.Popen(
-                make_command(config, root), env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=file
-            )
-        printed: list[bytes] = []
-        reader = threading.Thread(target=_collect_output, args=(process, printed), daemon=True)
-        reader.start()
-        while reader.is_alive():
-            reader.join(chance.uniform(*between))
-            if not reader.is_alive():
-                break
-            kind, fault = chance.choice([("killed", None), *faults])
-            if fault is None:
-                members = list_processes(process.pid)
-                if not members:
-                    continue
-                with suppress(psutil.Error):
-                    chance.choice(members).send_signal(signal.SIGKILL)
-            else:
-                fault()
-            counts[kind] += 1
-        if process.returncode == 0:
-            return results(json.loads(printed[0])), counts
+def _be_client(config: Path, root: str, client: Client) -> NoReturn:
+    code = 1
+    # Processes that it starts would import this module, as their main one.
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        with client.log.open("ab", buffering=0) as log:
+            os.dup2(log.fileno(), 2)
+            os.dup2(log.fileno(), 1)
+        try:
+            run_stages(config, root, client.run)
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        except Interrupted as end:
+            code = end.exit_code
+        except BaseException as error:
+            code = getattr(error, "exit_code", 70)
+            if code == 70:
+                traceback.print_exc()
+    finally:
+        os._exit(code)
 
 
-def _collect_output(process: subprocess.Popen[bytes], printed: list[bytes]) -> None:
-    printed.append(process.communicate()[0])
+def start_command(config: Path, root: str, client: Client) -> int:
+    command = [sys.executable, "-m", "ns", "run", str(config), "--root", root, "--run", client.run, "--json"]
+    with client.log.open("ab") as log:
+        # Its stages log into the run's folder.
+        return subprocess.Popen(command, stdout=log, stderr=log).pid
 
 
 @contextmanager
-def mount_small_disk(folder: Path) -> Iterator[Path]:
+def run_server(folder: Path) -> Iterator[Swift]:
+    """An S3 server with a bucket `soak`, which the environment names."""
     folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", str(folder)], check=True)
+    server = Swift(folder)
+    server.start()
+    endpoint = server.url.removeprefix("http://")
+    client = Minio(endpoint=endpoint, access_key="test:tester", secret_key="testing", secure=False, region="us-east-1")
+    client.make_bucket(bucket_name="soak")
+    os.environ |= {
+        "AWS_ENDPOINT_URL": server.url,
+        "AWS_ACCESS_KEY_ID": "test:tester",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_REGION": "us-east-1",
+    }
     try:
-        yield folder
+        yield server
     finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+        server.kill()
 
 
-def fill_disk(disk: Path, chance: random.Random) -> None:
-    """Fills the disk completely, for seconds."""
-    filler = disk / "filler"
-    with suppress(OSError), filler.open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(1 << 20))
-    time.sleep(chance.uniform(1, 3))
-    filler.unlink()
+def run_calm(config: Path, root: Path) -> Calm:
+    """Runs both clients undisturbed, one after the other."""
+    for run in CLIENTS:
+        client = Client(run, root.with_suffix(".log"))
+        _, status = os.waitpid(fork_client(config, str(root), client), 0)
+        if status:
+            raise SystemExit(f"the undisturbed run failed: {client.log.read_text()[-2000:]}")
+    store = LocalStore(root)
+    return Calm(list_keys(store), read_result(store, CLIENTS[0]))
+
+
+def read_result(store: Store, run: str) -> dict[str, Any]:
+    return results(json.loads(summarize_run(store, run).model_dump_json()))
+
+
+def split_evenly(count: int, most: int) -> list[int]:
+    """Parts of a number, none above `most`, that differ by one at most."""
+    parts = math.ceil(count / most)
+    return [count // parts + (number < count % parts) for number in range(parts)]
 
 
 def main() -> None:
     parser = make_parser(__doc__ or "")
-    parser.add_argument("--generations", type=int, default=5, help="number of generations (5)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the faults")
+    parser.add_argument("--quick", action="store_true", help="one round in a folder with few blows: a minute")
+    parser.add_argument("--blows", type=int, help="number of blows (200; 12 with --quick)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the blows")
     options = parser.parse_args()
-    for missing in ("" if CIFAR10.exists() else f"needs the images in {CIFAR10.parent}", reason_against()):
-        if missing:
-            raise SystemExit(missing)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    chance = random.Random(options.seed)
-    with tempfile.TemporaryDirectory(prefix="ns-soak-") as scratch:
+    blows = options.blows or (12 if options.quick else 200)
+    if not options.quick and reason_against():
+        raise SystemExit(reason_against())
+    os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    findings = Findings()
+    table = Table("round", "blows", "starts of the clients", "seconds")
+    with tempfile.TemporaryDirectory(prefix="ns-soak-", ignore_cleanup_errors=True) as scratch:
         folder = Path(scratch)
-        write_soak_tables(folder)
-        config = folder / "soak.yaml"
-        config.write_text(yaml.safe_dump(make_soak_experiment(folder, options.generations), sort_keys=False))
-        calm, peaks, seconds = run_undisturbed(config, folder / "calm")
-        growth = Table("generation", "largest process, MiB", "open files")
-        for generation, (memory, files) in sorted(peaks.items()):
-            growth.add_row(str(generation), f"{memory:,.0f}", str(files))
-        table = Table("root", "ends as the undisturbed run", "started", "faults")
-        table.add_row("folder, undisturbed", "", "1", f"{seconds:.0f} s")
-        between = (FAULT_INTERVAL[0] * seconds, FAULT_INTERVAL[1] * seconds)
-        figures = {
-            "memory_growth": _peak_growth(peaks, 0, options.generations),
-            "files_growth": _peak_growth(peaks, 1, options.generations),
-        }
+        os.environ |= {"TMPDIR": str(folder / "tmp"), "NS_CACHE_DIR": str(folder / "cache")}
+        tempfile.tempdir = None
+        (folder / "tmp").mkdir()
+        write_pool(folder / "pool")
+        config, command_config = folder / "soak.yaml", folder / "command.yaml"
+        config.write_text(make_soak_config(folder / "pool" / "images", 1 if options.quick else 3, 30 if options.quick else 60))
+        calm = run_calm(config, folder / "calm")
+        chance = random.Random(options.seed)
 
-        def run_with_faults(name: str, root: str, environment: Mapping[str, str], *faults: Fault) -> None:
+        def run_round(name: str, root: str, count: int, launch: Launch, **more: Any) -> None:
             started = time.monotonic()
-            outcome, counts = run_chaotic(config, root, environment, faults, between, chance, folder / f"{name}.log")
-            figures[f"{name}_equal"] = float(outcome == calm)
-            times = counts.pop("started")
-            what = ", ".join(f"{kind} {count}×" for kind, count in counts.items())
-            table.add_row(name, "yes" if outcome == calm else "NO", str(times), f"{what}, {time.monotonic() - started:.0f} s")
+            ends = Round(name, root, folder / f"round-{name}", chance, count, launch, calm, findings, **more).run()
+            table.add_row(name, str(count), ends, f"{time.monotonic() - started:.0f}")
+            sys.stderr.write(f"{name}: {count} blows, {ends}, {time.monotonic() - started:.0f} s\n")
 
-        with mount_small_disk(folder / "disk") as disk:
-            root = str(disk / "runs")
-            run_with_faults("disk", root, {}, ("disk full", lambda: fill_disk(disk, chance)))
-        (folder / "swift").mkdir()
-        server = Swift(folder / "swift")
-        server.start()
+        if options.quick:
+            root = str(folder / "root")
+            run_round("folder", root, blows, partial(fork_client, config, root))
+        else:
+            command_blows = math.ceil(blows * COMMAND_SHARE)
+            counts = split_evenly(blows - command_blows, BLOWS_PER_ROUND)
+            with run_server(folder / "swift") as server:
 
-        def restart_server() -> None:
-            server.kill()
-            time.sleep(chance.uniform(0.5, 3))
-            server.start()
+                def restart_server() -> None:
+                    server.kill()
+                    time.sleep(chance.uniform(0.5, 2))
+                    server.start()
 
-        access_key, secret_key = "test:tester", "testing"
-        endpoint = server.url.removeprefix("http://")
-        client = Minio(endpoint=endpoint, access_key=access_key, secret_key=secret_key, secure=False, region="us-east-1")
-        client.make_bucket(bucket_name=RUN)
-        environment = {
-            "AWS_ENDPOINT_URL": server.url,
-            "AWS_ACCESS_KEY_ID": access_key,
-            "AWS_SECRET_ACCESS_KEY": secret_key,
-            "AWS_REGION": "us-east-1",
-            "NS_CACHE_DIR": str(folder / "cache"),
-        }
-        try:
-            run_with_faults("s3", f"s3://{RUN}/runs", environment, ("server killed", restart_server))
-        finally:
-            server.kill()
-    write_benchmark("soak", figures, options, growth, table)
-    if not all(figures[name] for name in ("disk_equal", "s3_equal")):
-        raise SystemExit("the result differs from that of the undisturbed run")
-
-
-def _peak_growth(peaks: Mapping[int, tuple[float, int]], which: int, generations: int) -> float:
-    """The last generation's peak ÷ the first one's. `which`: 0 for memory, 1 for files."""
-    return round(peaks[generations][which] / peaks[1][which], 3)
+                for number, count in enumerate(counts):
+                    if number % 2:
+                        root = f"s3://soak/{number}"
+                        run_round(
+                            f"s3-{number}", root, count, partial(fork_client, config, root), restart_server=restart_server
+                        )
+                    else:
+                        root = str(folder / f"root-{number}")
+                        run_round(f"folder-{number}", root, count, partial(fork_client, config, root))
+            command_config.write_text(make_soak_config(folder / "pool" / "images", 1, 60))
+            calm = run_calm(command_config, folder / "calm-command")
+            root = str(folder / "root-command")
+            run_round("command", root, command_blows, partial(start_command, command_config, root), is_command=True)
+    figures = {
+        "blows": sum(findings.blows.values()),
+        "equal": sum(findings.equal) / len(findings.equal),
+        "trained_twice": len(findings.trained_twice),
+        "garbage_files": len(findings.garbage),
+        "bare_errors": len(findings.bare_errors),
+    }
+    kinds = Table("blow", "times")
+    for kind, times in sorted(findings.blows.items()):
+        kinds.add_row(kind, str(times))
+    write_benchmark("soak", figures, options, table, kinds)
+    faults = [*findings.trained_twice, *findings.garbage, *findings.bare_errors]
+    if faults or not all(findings.equal):
+        raise SystemExit("\n".join([f"equal: {figures['equal']:.0%}", *faults]))
 
 
 if __name__ == "__main__":

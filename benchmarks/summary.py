@@ -105,10 +105,11 @@ FIGURES = {
         BenchmarkFigure("accuracy_difference", "top-1 of the last student - the plain loop's, points", None),
     ),
     "soak": (
-        BenchmarkFigure("s3_equal", "five generations, processes and server killed: same result as undisturbed (1: yes)", 1.0),
-        BenchmarkFigure("disk_equal", "the same, with a disk that is full now and then", 1.0),
-        BenchmarkFigure("memory_growth", "largest process, fifth generation ÷ first", 1.05, more_is_better=False),
-        BenchmarkFigure("files_growth", "open files, fifth generation ÷ first", 1.05, more_is_better=False),
+        BenchmarkFigure("blows", "processes killed or stopped, blobs cut off, servers killed, under two clients at once", 200),
+        BenchmarkFigure("equal", "share of the clients that end like an undisturbed run", 1.0),
+        BenchmarkFigure("trained_twice", "trainings that were finished more than once", 0, more_is_better=False),
+        BenchmarkFigure("garbage_files", "files that an undisturbed run does not leave", 0, more_is_better=False),
+        BenchmarkFigure("bare_errors", "failures without a stage or a cure, or of several lines", 0, more_is_better=False),
     ),
     "method_cifar10": (
         BenchmarkFigure("clean_error_reduction", "CIFAR-10, 2,000 labels: reduction of the teacher's test error by the student", 0.10),
