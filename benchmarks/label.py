@@ -30,7 +30,7 @@ from ns.config.schema import LabelingConfig, ModelConfig, NoiseConfig
 from ns.data.dataset import Dataset
 from ns.labeling.predict import label_pool_shards
 from ns.modeling import factory as models
-from ns.modeling.manifest import WEIGHTS, Lineage
+from ns.modeling.manifest import Lineage
 from ns.modeling.precision import choose_precision
 from ns.modeling.predictor import Predictor
 from ns.storage import LocalStore
@@ -68,7 +68,9 @@ def main() -> None:
             measured = measure_rates(contestants, rounds)
             pairs = [("forward_ratio", "bare")]
             if not options.quick and (script := os.environ.get("TIMM_INFERENCE")):
-                measured["timm"] = [run_timm_inference(script, folder / "images", arch, folder / arch / WEIGHTS)] * rounds
+                measured["timm"] = [
+                    run_timm_inference(script, folder / "images", arch, folder / arch / predictor.manifest.weights_key)
+                ] * rounds
                 pairs.append(("vs_timm_inference", "timm"))
             for figure, other in pairs:
                 record_ratio(figures, table, figure, measured, ("ours", other), (arch,))

@@ -2,7 +2,7 @@
 
     python -m benchmarks.soak [--blows 200] [--seed 0] [--quick] [--keep]
 
-A loop of three generations on handwritten digits, with real trainings, runs once undisturbed. Then rounds of it begin anew, in turns
+A loop of three generations on handwritten digits, with real trainings, runs once undisturbed. Then rounds of it begin, in turns
 in a folder and on S3 (OpenStack Swift, on this machine): two clients at once work at it, and a blow falls whenever one of them has
 done a few more things, drawn from a seed. A blow is one of
 
@@ -199,10 +199,10 @@ class Round:
                     heard_at = time.monotonic()
                     if event.get("event") == "finished" and event.get("stage") == "train" and event.get("reused") is False:
                         finished_trainings[str(event.get("generation"))] += 1
-                    place = tuple(event.get(name) for name in ("event", "stage", "generation", "shards"))
+                    event_name = tuple(event.get(name) for name in ("event", "stage", "generation", "shards"))
                     # What is reused after a new start is no progress.
-                    if event.get("event") == "progress" or place not in seen:
-                        seen.add(place)
+                    if event.get("event") == "progress" or event_name not in seen:
+                        seen.add(event_name)
                         until_blow -= 1
                     self._check_error(client, event)
             if until_blow <= 0 and dealt < self.blows and any(client.pid for client in clients):
@@ -328,8 +328,7 @@ def _kill_tree(pid: int) -> None:
 
 def run_stages(config: Path, root: str, run: str) -> None:
     """All stages of a run, one after the other, in this process."""
-    config_uri, name = start_run(str(config), root, run)
-    ref = RunRef(config_uri, root, name)
+    ref = RunRef.from_uri(start_run(str(config), run, root=root))
     run_loop(ref)
     report_run(ref)
 

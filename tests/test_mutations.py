@@ -38,7 +38,7 @@ from ns.labeling.audit import AuditSheet, LabelAudit, check_audit, check_audit_s
 from ns.labeling.label_set import LabelSet, verify_label_set
 from ns.labeling.selection import make_selection
 from ns.modeling.factory import build_model, load_model, save_model
-from ns.modeling.manifest import WEIGHTS, Lineage, ModelManifest
+from ns.modeling.manifest import Lineage, ModelManifest
 from ns.modeling.weight_names import check_weights_fit
 from ns.runs.lookup import list_runs
 from ns.runs.records import RunRecord, StageNote, list_stage_notes
@@ -407,11 +407,14 @@ def make_weights(folder: Path) -> tuple[Path, Change, Callable[[], object]]:
     store, manifest = write_model(folder)
 
     def read() -> None:
-        manifest.model_copy(update={"weights_sha256": sha256_bytes(store.get(WEIGHTS))}).save(store)
+        data = store.get(manifest.weights_key)
+        changed = manifest.model_copy(update={"weights_sha256": sha256_bytes(data)})
+        store.put(changed.weights_key, data)
+        changed.save(store)
         check_weights_fit(build_model(NETWORK, NoiseConfig(), len(CLASSES)), store.uri)
         load_model(store)
 
-    return folder / "model" / WEIGHTS, change_tensors, read
+    return folder / "model" / manifest.weights_key, change_tensors, read
 
 
 def write_labels(folder: Path, make_label_set: Any) -> tuple[LocalStore, LabelSet]:

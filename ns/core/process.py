@@ -5,15 +5,19 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 CLIENT_VARIABLE = "NS_CLIENT"
 """Identity (`identify_process`) of the client whose stage this is."""
 POLL_SECONDS = 0.5
+IDENTITY = re.compile(r"\d+(:\d+)?")
 
 _watch_started = threading.Event()
 
@@ -67,7 +71,7 @@ def identify_process(pid: int) -> str:
 def die_with_client() -> None:
     """Ends this process when the process that NS_CLIENT identifies is gone. Does nothing without the variable, as on a cluster."""
     client = os.environ.get(CLIENT_VARIABLE, "")
-    if not re.fullmatch(r"\d+(:\d+)?", client) or client == identify_process(os.getpid()) or _watch_started.is_set():
+    if not IDENTITY.fullmatch(client) or client == identify_process(os.getpid()) or _watch_started.is_set():
         return
     _watch_started.set()
     die_with_process(client)
@@ -91,3 +95,48 @@ def _poll_process(identity: str) -> None:
         time.sleep(POLL_SECONDS)
     # Nothing needs to be tidied up: every write is atomic, and the client that would have read the result is gone.
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+class ProcessId(NamedTuple):
+    """A process, told from all that had its number before or have it elsewhere."""
+
+    system: str
+    """What the number belongs to: a boot of a kernel, and its namespace of processes, since containers have numbers of their own."""
+    identity: str
+    """As `identify_process` gives it."""
+
+    @classmethod
+    def from_pid(cls, pid: int) -> "ProcessId":
+        return cls(_read_system(), identify_process(pid))
+
+    @classmethod
+    def parse(cls, text: str) -> "ProcessId | None":
+        """The process of this system that `str` gave the text of; None if it is of another system, or no such text."""
+        number, _, system = text.rpartition("@")
+        identity = number.replace(".", ":")
+        own_system = _read_system()
+        return cls(own_system, identity) if IDENTITY.fullmatch(identity) and system == _shorten_system(own_system) else None
+
+    def __str__(self) -> str:
+        # Not every file system takes a colon.
+        return f"{self.identity.replace(':', '.')}@{_shorten_system(self.system)}"
+
+    @property
+    def pid(self) -> str:
+        return self.identity.partition(":")[0]
+
+    def is_gone(self) -> bool:
+        """Whether the process has ended, as far as can be seen from here: never if it is another system's."""
+        return self.system == _read_system() and identify_process(int(self.pid or 0)) != self.identity
+
+
+def _read_system() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _shorten_system(system: str) -> str:
+    return f"{zlib.crc32(system.encode()):08x}"

@@ -138,5 +138,15 @@ def locate_keys(store: Store, dataset: Dataset, keys: Collection[str]) -> dict[s
     return locations
 
 
+def is_shard_whole(store: Store, shard: Shard) -> bool:
+    """Whether the tar has its size, and the index its checksum. The bytes of the tar are checked when it is read."""
+    key = build_index_key(shard)
+    return (
+        store.exists(shard.name)
+        and store.size(shard.name) == shard.bytes
+        and (shard.index_sha256 is None or (store.exists(key) and sha256_bytes(store.get(key)) == shard.index_sha256))
+    )
+
+
 def build_index_key(shard: Shard) -> str:
     return shard.name.removesuffix(".tar") + SUFFIX

@@ -20,7 +20,6 @@ from ns.data.subsample import Subsample, draw_rows
 from ns.evaluation.multi_label import MultiLabels
 from ns.evaluation.result import (
     MAX_CONFUSIONS,
-    PREDICTIONS,
     PREDICTIONS_SCHEMA,
     Calibration,
     Confusion,
@@ -72,9 +71,8 @@ def evaluate_accuracy(
         scored_classes=predictor.scored_classes,
         multi_labels=multi_labels,
     )
-    target.put(PREDICTIONS, encoded)
-    evaluation.save(target)
-    return evaluation
+    target.put(evaluation.predictions_key, encoded)
+    return evaluation.commit(target)
 
 
 class PredictedBatch(NamedTuple):

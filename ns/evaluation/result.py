@@ -1,13 +1,15 @@
 """Results of evaluations: totals, and one row per image, so that two models can be compared in pairs.
 
 evaluation.json         accuracy: totals, counts by class, the most frequent mistakes, calibration; written last
-predictions.parquet     key string, class_id uint16 (ground truth), predicted_class_id uint16, confidence float32,
+predictions-SHA.parquet key string, class_id uint16 (ground truth), predicted_class_id uint16, confidence float32,
                         rank uint16 (position of the true class among the answers; 0: the prediction is right)
 
 robustness.json         accuracy under corruptions, perturbations and attacks: raw numbers; written last
-mistakes.parquet        key string, and uint8 columns that the gate compares image by image: `corruption KIND` (severities at which the
+mistakes-SHA.parquet    key string, and uint8 columns that the gate compares image by image: `corruption KIND` (severities at which the
                         answer is wrong) and `perturbation KIND` (flips along the sequence)
 units/UNIT.parquet      the predictions that these numbers were counted from
+
+SHA begins the file's sha256, so that two attempts at one evaluation do not mix.
 """
 
 import re
@@ -23,11 +25,9 @@ from ns.core.errors import DataError
 from ns.data.dataset import format_class_names
 from ns.data.subsample import Subsample
 from ns.storage import Store
-from ns.storage.documents import HashedDocument, JsonDocument, dump_hashed_fields
+from ns.storage.documents import HashedDocument, JsonDocument, dump_hashed_fields, name_by_content
 from ns.storage.parquet import check_columns, encode_table, explain_table_errors, read_table
 
-PREDICTIONS = "predictions.parquet"
-MISTAKES = "mistakes.parquet"
 MAX_CONFUSIONS = 1_000
 """Pairs of classes that an evaluation lists; those of 32 classes all have room."""
 
@@ -111,6 +111,11 @@ class Evaluation(HashedDocument):
     multi_label_images: int | None = None
     """Images for which that file names at least one class."""
     predictions_sha256: str
+
+    @property
+    def predictions_key(self) -> str:
+        """File of the predictions, in the folder of the manifest."""
+        return name_by_content("predictions.parquet", self.predictions_sha256)
 
     @property
     def class_accuracy(self) -> list[float | None]:
@@ -225,6 +230,11 @@ class Robustness(HashedDocument):
     seconds: float
     """Time that the measurement took; not part of the digest."""
 
+    @property
+    def mistakes_key(self) -> str:
+        """File of the mistakes, in the folder of the manifest."""
+        return name_by_content("mistakes.parquet", self.mistakes_sha256 or "")
+
     def hashed_fields(self) -> Any:
         return dump_hashed_fields(self, exclude={"seconds"})
 
@@ -278,14 +288,15 @@ def is_imagenet(classes: tuple[str, ...]) -> bool:
 
 def read_predictions(store: Store, evaluation: Evaluation) -> pa.Table:
     """The rows of an evaluation, `PREDICTIONS_SCHEMA`. Raises DataError if the file is not the recorded one."""
-    table = _read_checked(store, PREDICTIONS, evaluation.predictions_sha256, Evaluation.filename)
-    check_columns(table, f"{store.uri}/{PREDICTIONS}", PREDICTIONS_SCHEMA, "evaluate again")
+    table = _read_checked(store, evaluation.predictions_key, evaluation.predictions_sha256, Evaluation.filename)
+    check_columns(table, f"{store.uri}/{evaluation.predictions_key}", PREDICTIONS_SCHEMA, "evaluate again")
     return table
 
 
 def read_mistakes(store: Store, robustness: Robustness) -> ImageMistakes:
     """The mistakes by image of a measurement. Raises DataError if the file is not the recorded one."""
-    table = _read_checked(store, MISTAKES, robustness.mistakes_sha256, Robustness.filename)
+    assert robustness.mistakes_sha256 is not None
+    table = _read_checked(store, robustness.mistakes_key, robustness.mistakes_sha256, Robustness.filename)
     corruptions, perturbations = (
         {name.removeprefix(suite): table[name].to_numpy() for name in table.column_names if name.startswith(suite)}
         for suite in ("corruption ", "perturbation ")
@@ -293,9 +304,9 @@ def read_mistakes(store: Store, robustness: Robustness) -> ImageMistakes:
     return ImageMistakes(table["key"].to_pylist(), corruptions, perturbations)
 
 
-def _read_checked(store: Store, name: str, sha256: str | None, manifest: str) -> pa.Table:
-    data = store.get(name)
+def _read_checked(store: Store, key: str, sha256: str, manifest: str) -> pa.Table:
+    data = store.get(key)
     if sha256_bytes(data) != sha256:
-        raise DataError(f"{store.uri}/{name}: sha256 differs from {manifest}; evaluate again")
-    with explain_table_errors(f"{store.uri}/{name}", "evaluate again"):
+        raise DataError(f"{store.uri}/{key}: sha256 differs from {manifest}; evaluate again")
+    with explain_table_errors(f"{store.uri}/{key}", "evaluate again"):
         return read_table(data)

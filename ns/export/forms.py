@@ -64,7 +64,7 @@ def _find_dense_modules(manifest: ModelManifest) -> dict[str, dict[str, int]]:
 
 
 def _write_timm(file: Path, _: nn.Module, manifest: ModelManifest, store: Store) -> None:
-    shutil.copyfile(store.path(WEIGHTS), file.parent / WEIGHTS)
+    shutil.copyfile(store.path(manifest.weights_key), file.parent / WEIGHTS)
     file.write_bytes(encode_json(make_timm_config(manifest)))
 
 

@@ -1,8 +1,8 @@
 """What foreign images are told by: statistics of the labeled images, and the scores of the calibration images, once per teacher.
 
-foreign.json            digests; written last
-statistics.safetensors  two `StageStatistics` of each stage; only for `distance`
-calibration.parquet     key string, foreign_score float32: a row per readable calibration image
+foreign.json                digests; written last
+statistics-SHA.safetensors  two `StageStatistics` of each stage; only for `distance`
+calibration-SHA.parquet     key string, foreign_score float32: a row per readable calibration image
 """
 
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
@@ -18,7 +18,7 @@ from ns.data.dataset import Dataset
 from ns.data.loading.shard_reader import ImageSource
 from ns.data.subsample import Subsample, draw_rows
 from ns.storage import Store
-from ns.storage.documents import HashedDocument
+from ns.storage.documents import HashedDocument, name_by_content
 from ns.storage.parquet import encode_table, read_table
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def make_foreign_reference(
     statistics, labeled_images = None, 0
     if config.foreign_score == "distance":
         statistics, labeled_images = _encode_statistics(Predictor(teacher, batch=config.batch), *labeled)
-        target.put(STATISTICS, statistics)
+        target.put(name_by_content(STATISTICS, sha256_bytes(statistics)), statistics)
     scorer = _make_scorer(statistics)
     images = calibration.dataset.samples
     predictor = Predictor(teacher, batch=config.batch, images=images, views=config.views, foreign_scorer=scorer)
@@ -84,7 +84,7 @@ def make_foreign_reference(
     if not keys:
         raise DataError(f"{calibration.store.uri}: no readable image to find the limit of foreign images on")
     table = encode_table(pa.table({"key": pa.array(keys, pa.string()), "foreign_score": np.concatenate(scores)}))
-    target.put(CALIBRATION_SCORES, table)
+    target.put(name_by_content(CALIBRATION_SCORES, sha256_bytes(table)), table)
     reference = ForeignReference(
         kind=config.foreign_score,
         teacher=predictor.manifest.digest,
@@ -95,8 +95,7 @@ def make_foreign_reference(
         statistics_sha256=sha256_bytes(statistics) if statistics else None,
         scores_sha256=sha256_bytes(table),
     )
-    reference.save(target)
-    return reference
+    return reference.commit(target)
 
 
 def load_foreign_scorer(store: Store) -> "ForeignScorer":
@@ -147,7 +146,8 @@ def _encode_statistics(predictor: "Predictor", store: Store, dataset: Dataset) -
     return save_tensors(scorer.state_dict()), len(stages[0])
 
 
-def _read_checked(store: Store, key: str, sha256: str) -> bytes:
+def _read_checked(store: Store, name: str, sha256: str) -> bytes:
+    key = name_by_content(name, sha256)
     data = store.get(key)
     if sha256_bytes(data) != sha256:
         raise DataError(

@@ -3,10 +3,12 @@
 labelset.json            digests, shards, classes; written last
 histogram.parquet        class uint16, bin uint16, count uint64: confidences by predicted class, 1,000 bins; zeros left out
 shard-00000.json         record of one shard, written after its rows: a shard without it is not labeled
-shard-00000.parquet …    the rows, in the order and with the keys of the dataset's tar
-shard-00000.histogram.parquet …
+shard-00000-SHA.parquet  the rows, in the order and with the keys of the dataset's tar; SHA begins the file's sha256, so that two attempts
+                         at one shard do not mix
+shard-00000-SHA.histogram.parquet
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,7 +27,7 @@ from ns.core.errors import DataError
 from ns.data.dataset import Dataset, Shard
 from ns.data.index import ShardIndex
 from ns.storage import Store
-from ns.storage.documents import FileName, HashedDocument, JsonDocument, Sha256
+from ns.storage.documents import FileName, HashedDocument, JsonDocument, Sha256, name_by_content
 from ns.storage.parquet import check_columns, explain_table_errors, parse_table, read_table, write_table
 
 HISTOGRAM = "histogram.parquet"
@@ -117,23 +119,27 @@ def count_kept_classes(num_classes: int, top_k: int) -> int:
     return num_classes if num_classes <= DENSE_CLASSES else min(top_k, num_classes)
 
 
-def rows_key(name: str) -> str:
-    """Key of the rows of a shard, from the name of its tar: `shard-00000.tar` → `shard-00000.parquet`."""
-    return _strip_extension(name) + ".parquet"
+ROWS_NAME = re.compile(r"(.*?)(-[0-9a-f]{16})?\.parquet")
+
+
+def rows_key(name: str, sha256: str) -> str:
+    """Key of rows with this checksum, from the name of their tar or of other rows of it: `shard-00000-0123456789abcdef.parquet`."""
+    return name_by_content(f"{_strip_name(name)}.parquet", sha256)
 
 
 def label_shard_key(name: str) -> str:
     """Key of the record of a labeled shard, from the name of its tar or its rows: `shard-00000.json`."""
-    return _strip_extension(name) + ".json"
+    return f"{_strip_name(name)}.json"
 
 
 def histogram_key(name: str) -> str:
-    """Key of the histogram of a shard, from the name of its tar or its rows: `shard-00000.histogram.parquet`."""
-    return _strip_extension(name) + ".histogram.parquet"
+    """Key of the histogram of a shard, from the name of its rows: `shard-00000-0123456789abcdef.histogram.parquet`."""
+    return name.removesuffix(".parquet") + ".histogram.parquet"
 
 
-def _strip_extension(name: str) -> str:
-    return name.removesuffix(".tar").removesuffix(".parquet")
+def _strip_name(name: str) -> str:
+    match = ROWS_NAME.fullmatch(name)
+    return match[1] if match else name.removesuffix(".tar")
 
 
 LEFT_OUT_PREFIX = "left out: "

@@ -102,7 +102,7 @@ def _reuse_shard_labels(
     data = other_store.get(copied.name)
     if sha256_bytes(data) != copied.sha256:
         return False
-    key = rows_key(shard.name)
+    key = rows_key(shard.name, copied.sha256)
     label_store.put(key, data)
     label_store.put(histogram_key(key), other_store.get(histogram_key(copied.name)))
     copied.model_copy(update={"name": key}).save_file(label_store, label_shard_key(shard.name))
@@ -129,7 +129,8 @@ def write_label_shard(
     k = count_kept_classes(merged.probabilities.shape[1], config.top_k)
     data, counts = pack_label_rows(merged, k, log8=config.probabilities == "log8")
     left_out = sum(reason.startswith(LEFT_OUT_PREFIX) for reason in merged.errors.values())
-    key = rows_key(shard.name)
+    sha256 = sha256_bytes(data)
+    key = rows_key(shard.name, sha256)
     label_shard = LabelShard(
         name=key,
         source=shard.sha256,
@@ -138,7 +139,7 @@ def write_label_shard(
         left_out=left_out,
         mode=mode,
         bytes=len(data),
-        sha256=sha256_bytes(data),
+        sha256=sha256,
     )
     # Rows first, record last: a shard without its record is labeled again, to the same bytes.
     label_store.put(key, data)

@@ -18,6 +18,7 @@ from ns.labeling.label_set import (
     histogram_key,
     iter_label_rows,
     label_shard_key,
+    rows_key,
     write_histogram,
 )
 from ns.storage import Store
@@ -48,19 +49,21 @@ def purge_images(label_store: Store, label_set: LabelSet, keys: Collection[str],
             table = _blank_rows(read_table(data), purged)
             data, rows = encode_table(table), LabelRows(table)
             left_out = int(rows.left_out.sum())
+            sha256 = sha256_bytes(data)
             purged_shard = shard.model_copy(
                 update={
+                    "name": rows_key(shard.name, sha256),
                     "left_out": left_out,
                     "unreadable": int((~rows.readable).sum()) - left_out,
                     "bytes": len(data),
-                    "sha256": sha256_bytes(data),
+                    "sha256": sha256,
                 }
             )
         shard_counts = rows.build_histogram(classes)
         counts += shard_counts
         # The record last, and the manifest after all of them: what a kill leaves is no label set.
-        target.put(shard.name, data)
-        write_histogram(target, histogram_key(shard.name), shard_counts)
+        target.put(purged_shard.name, data)
+        write_histogram(target, histogram_key(purged_shard.name), shard_counts)
         purged_shard.save_file(target, label_shard_key(shard.name))
         shards.append(purged_shard)
     write_histogram(target, HISTOGRAM, counts)

@@ -16,7 +16,7 @@ from ns.config.schema import Experiment, ModelConfig, NoiseConfig, RoleConfig
 from ns.core import log
 from ns.core.digest import sha256_bytes, sha256_file
 from ns.core.errors import ConfigError, DataError
-from ns.modeling.manifest import HISTORY, WEIGHTS, ModelManifest, split_weights_uri
+from ns.modeling.manifest import ModelManifest, split_weights_uri
 from ns.modeling.network_noise import check_confined_noise
 from ns.modeling.weight_names import check_weights_fit
 from ns.storage import Store, open_store
@@ -199,42 +199,54 @@ def _check_role(field: str, role: RoleConfig, classes: int | None) -> ModelSize:
 def save_model(
     store: Store, state: dict[str, Tensor], manifest_fields: dict[str, Any], history: list[dict[str, float]]
 ) -> ModelManifest:
-    """Writes weights, history, and last the manifest, which makes the folder a model."""
+    """Writes weights, history, and last the manifest, which makes the folder a model. Returns the manifest that is there.
+
+    The first model that is whole stays: another attempt, on another machine, has other weights, and this one's may be in use.
+    """
     weights = save_tensors({name: tensor.contiguous() for name, tensor in state.items()})
     manifest = ModelManifest(weights_sha256=sha256_bytes(weights), **manifest_fields)
-    store.put(WEIGHTS, weights)
-    store.put(HISTORY, encode_json(history))
-    manifest.save(store)
-    return manifest
+    store.put(manifest.weights_key, weights)
+    store.put(manifest.history_key, encode_json(history))
+    if store.exists(ModelManifest.filename) and find_model(store) is None:
+        manifest.save(store)
+    kept = manifest.commit(store)
+    # No other manifest can come now: what it would name is left over.
+    for key in [*store.list("model-"), *store.list("history-")]:
+        if key not in (kept.weights_key, kept.history_key):
+            store.delete(key)
+    return kept
 
 
 def find_model(store: Store) -> ModelManifest | None:
     """The manifest of a model whose weights are whole. None if there is none; then a warning names weights that were damaged."""
     manifest = ModelManifest.find_file(store, ModelManifest.filename)
-    if manifest is None or (store.exists(WEIGHTS) and sha256_file(store.path(WEIGHTS)) == manifest.weights_sha256):
+    if manifest is None:
+        return None
+    key = manifest.weights_key
+    if store.exists(key) and sha256_file(store.path(key)) == manifest.weights_sha256:
         return manifest
-    log.get_logger().warning("damaged, and made again", file=f"{store.uri}/{WEIGHTS}")
+    log.get_logger().warning("damaged, and made again", file=f"{store.uri}/{key}")
     return None
 
 
 def load_weights(store: Store, manifest: ModelManifest) -> dict[str, Tensor]:
     """The averaged weights, on the CPU. Raises DataError if their bytes do not match the manifest."""
-    data = store.get(WEIGHTS)
+    data = store.get(manifest.weights_key)
     if sha256_bytes(data) != manifest.weights_sha256:
         raise DataError(
-            f"{store.uri}/{WEIGHTS}: sha256 differs from {ModelManifest.filename}; the file is damaged or was replaced"
+            f"{store.uri}/{manifest.weights_key}: sha256 differs from {ModelManifest.filename}; the file is damaged or was replaced"
         )
     try:
         return load_tensors(data)
     except SafetensorError as error:
-        raise DataError(f"{store.uri}/{WEIGHTS}: not a safetensors file: {error}") from error
+        raise DataError(f"{store.uri}/{manifest.weights_key}: not a safetensors file: {error}") from error
 
 
 def load_model(store: Store) -> tuple[nn.Module, ModelManifest]:
     """A model for inference: averaged weights, evaluation mode, no noise."""
     manifest = ModelManifest.load(store)
     network = build_model(manifest.model, manifest.noise, len(manifest.classes))
-    load_tensors_into(network, load_weights(store, manifest), f"{store.uri}/{WEIGHTS}")
+    load_tensors_into(network, load_weights(store, manifest), f"{store.uri}/{manifest.weights_key}")
     return network.eval(), manifest
 
 

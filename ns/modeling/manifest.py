@@ -1,15 +1,17 @@
-"""A model on disk: `model.json` beside `model.safetensors` and `history.json`. Reading the manifest needs no torch."""
+"""A model on disk: `model.json` beside `model-SHA.safetensors` and `history-SHA.json`; SHA begins the sha256 of the weights.
+
+Reading the manifest needs no torch.
+"""
 
 from typing import ClassVar, Literal
 
 from ns.config.schema import IMAGENET_MEAN, IMAGENET_STD, ModelConfig, NoiseConfig
 from ns.core.digest import sha256_file
 from ns.storage import open_store, split_uri
-from ns.storage.documents import HashedDocument, JsonDocument
+from ns.storage.documents import HashedDocument, JsonDocument, name_by_content
 
 WEIGHTS = "model.safetensors"
 HISTORY = "history.json"
-"""File of the training's curves, a list of points."""
 FINETUNED = "finetuned"
 """Folder of the fine-tuned model, in the folder of the model that it was made from."""
 
@@ -46,7 +48,17 @@ class ModelManifest(HashedDocument):
     inference."""
     lineage: Lineage
     weights_sha256: str
-    """SHA-256 of `model.safetensors`, which holds the averaged (EMA) weights."""
+    """SHA-256 of the averaged (EMA) weights."""
+
+    @property
+    def weights_key(self) -> str:
+        """File of the weights, in the folder of the manifest."""
+        return name_by_content(WEIGHTS, self.weights_sha256)
+
+    @property
+    def history_key(self) -> str:
+        """File of the training's curves, a list of points, in the folder of the manifest."""
+        return name_by_content(HISTORY, self.weights_sha256)
 
 
 def split_weights_uri(uri: str) -> tuple[str, str | None]:

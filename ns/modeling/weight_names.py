@@ -6,7 +6,7 @@ from typing import TypeVar
 from torch import nn
 
 from ns.core.errors import ConfigError, DataError
-from ns.modeling.manifest import WEIGHTS, split_weights_uri
+from ns.modeling.manifest import ModelManifest, split_weights_uri
 from ns.storage import open_store
 from ns.storage.documents import parse_json_object
 
@@ -26,7 +26,8 @@ def read_tensor_shapes(uri: str) -> dict[str, Shape]:
     The format is a little-endian length of 8 bytes, and JSON of that length. Raises DataError for a file of another kind.
     """
     parent, key = split_weights_uri(uri)
-    store, key = open_store(parent), key or WEIGHTS
+    store = open_store(parent)
+    key = key or ModelManifest.load(store).weights_key
     length = int.from_bytes(store.get_range(key, 0, LENGTH_BYTES), "little")
     try:
         if not 2 <= length <= MAX_HEADER_BYTES:

@@ -20,7 +20,7 @@ from ns.config.yaml_text import parse_yaml
 from ns.core.digest import shorten_digest
 from ns.core.errors import ConfigError, DataError, NsError, RunError, StoreError
 from ns.core.git import GitCommands
-from ns.modeling.manifest import WEIGHTS, Lineage, ModelManifest
+from ns.modeling.manifest import Lineage, ModelManifest
 from ns.reporting import comparison
 from ns.reporting.context import ReportContext, TrainedModel, gather_context
 from ns.reporting.markdown import escape_markdown, format_table, render_markdown
@@ -123,7 +123,7 @@ def verify_model(pointer: ModelPointer, origin: str) -> int:
             f"{origin}: digest: {pointer.digest!r}, but {store.uri}/{ModelManifest.filename} has {manifest.digest!r}: "
             "another model is there now; promote a run again"
         )
-    with store.open(WEIGHTS) as file:
+    with store.open(manifest.weights_key) as file:
         weights_digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # typeshed: no readinto
     for source, expected in (
         (f"{store.uri}/{ModelManifest.filename}", manifest.weights_sha256),
@@ -131,10 +131,10 @@ def verify_model(pointer: ModelPointer, origin: str) -> int:
     ):
         if expected != weights_digest:
             raise DataError(
-                f"{source}: weights_sha256: {expected!r}, but {store.uri}/{WEIGHTS} has {weights_digest!r}: the weights are damaged or "
-                "those of another model; promote a run whose model is whole"
+                f"{source}: weights_sha256: {expected!r}, but {store.uri}/{manifest.weights_key} has {weights_digest!r}: the weights are "
+                "damaged or those of another model; promote a run whose model is whole"
             )
-    return store.size(WEIGHTS)
+    return store.size(manifest.weights_key)
 
 
 def read_pointer(path: Path) -> ModelPointer | None:

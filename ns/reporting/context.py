@@ -18,7 +18,7 @@ from ns.evaluation.robustness.scores import RobustnessScores, score_robustness
 from ns.labeling.diff import DiffSide, LabelDiff, compare_label_sets
 from ns.labeling.label_set import LabelSet, read_histogram
 from ns.labeling.selection import Selection
-from ns.modeling.manifest import HISTORY, ModelManifest
+from ns.modeling.manifest import ModelManifest
 from ns.reporting.disagreement import ClassGains, Disagreement, ModelAnswers, compare_answers, compute_class_gains
 from ns.reporting.pictures import Gallery, build_flip_gallery, build_label_galleries, limit_galleries
 from ns.runs.records import CONFIG_FILE, RECORDS_PREFIX, RunRecord, StageNote
@@ -199,12 +199,13 @@ def _read_models(root: Store, notes: Sequence[StageNote]) -> list[TrainedModel]:
         for name, measured in robustness.items():
             references.setdefault(name, measured)
         key = parent_key(note.outputs["model"])
+        manifest = ModelManifest.load_file(root, note.outputs["model"])
         models.append(
             TrainedModel(
                 generation=note.generation,
                 key=key,
-                manifest=ModelManifest.load_file(root, note.outputs["model"]),
-                history=json.loads(root.get(f"{key}/{HISTORY}")),
+                manifest=manifest,
+                history=json.loads(root.get(f"{key}/{manifest.history_key}")),
                 evaluations={
                     name: Evaluation.load_file(root, evaluation_key)
                     for name, evaluation_key in outputs.items()

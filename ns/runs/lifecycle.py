@@ -25,6 +25,7 @@ from ns.runs.records import (
 )
 from ns.storage import LocalStore, Store
 from ns.storage.documents import dump_hashed_fields
+from ns.storage.lease import sweep_leases
 
 LOCK_PROBE_SECONDS = 0.5
 """Seconds that a client waits for the lock: another client that only looks whether the run is under way holds it for an instant."""
@@ -83,6 +84,9 @@ def open_run(root: Store, run: str, experiment: Experiment, version: str) -> Run
         code=describe_code(),
     )
     record.save_file(root, record_key(run))
+    written = next(iter(root.entries(record_key(run))), None)
+    if written:
+        sweep_leases(root, written.modified_at)
     return existing.state if existing else None
 
 

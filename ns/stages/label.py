@@ -44,8 +44,11 @@ def label_shards(ref: RunRef, *, data: str, generation: int, teacher: str, shard
             evaluate_calibration(context, prepared, teacher)
         key = label_set_key(context, prepared, teacher)
         label_store = context.root.at(key)
-        reused = all(find_label_shard(label_store, shard) for shard in range_shards)
-        if not reused:
+
+        def are_labeled() -> bool:
+            return all(find_label_shard(label_store, shard) for shard in range_shards)
+
+        def label_missing() -> None:
             from ns.labeling.predict import label_pool_shards
             from ns.modeling.predictor import Predictor
 
@@ -72,6 +75,14 @@ def label_shards(ref: RunRef, *, data: str, generation: int, teacher: str, shard
                 find_existing=labeled_shards.find_shard,
             )
             labeled_shards.record_shards(key, range_shards)
+
+        reused = are_labeled()
+        if not reused:
+            with context.ledger.hold_lease("label-shards", {"labels": key, "shards": shards}):
+                # Another run may have labeled them while this one waited.
+                reused = are_labeled()
+                if not reused:
+                    label_missing()
         context.write_note({}, reused=reused, images=images)
         return shards
 

@@ -11,8 +11,15 @@ from ns.data.calibration_split import SplitPart, copy_split_part
 from ns.data.dataset import Dataset, DatasetRole, format_class_names
 from ns.data.fingerprint import FINGERPRINTS
 from ns.data.importing.digits import write_digits
-from ns.data.importing.ingest import REJECTED, derive_dataset_name, digest_config, import_listing, open_listing
-from ns.data.index import ShardIndex
+from ns.data.importing.ingest import (
+    REJECTED,
+    derive_dataset_name,
+    digest_config,
+    import_listing,
+    open_listing,
+    remove_leftovers,
+)
+from ns.data.index import ShardIndex, is_shard_whole
 from ns.data.key_list import KeyList, read_keys
 from ns.data.leakage import DUPLICATES, LEFT_OUT, LeakageReport, NamedDataset, check_datasets, count_class_images
 from ns.data.locate import classify_uri
@@ -407,7 +414,10 @@ class _DatasetFinder:
 
             def import_into(store: Store) -> None:
                 name = derive_dataset_name(uri)
-                import_listing(listing, uri, store, name=name, role=role, config=self._data, classes=classes)
+                # Another run may have imported the same by now, and read it.
+                import_listing(
+                    listing, uri, store, name=name, role=role, config=self._data, classes=classes, is_own_folder=True
+                )
 
             prepared = self._import_once(inputs, import_into)
             self._check_rejected(uri, prepared)
@@ -428,7 +438,11 @@ class _DatasetFinder:
 
         def import_if_missing() -> dict[str, str]:
             store = self._root.at(key)
-            if Dataset.find_file(store, Dataset.filename) is None:
+            dataset = Dataset.find_file(store, Dataset.filename)
+            if dataset and all(is_shard_whole(store, shard) for shard in dataset.shards):
+                # The import was killed when its manifest was written.
+                remove_leftovers(store, dataset)
+            else:
                 try:
                     import_into(store)
                 except StoreError:

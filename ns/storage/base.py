@@ -45,9 +45,9 @@ class Store(Protocol):
     def create(self, key: str, data: bytes) -> bool:
         """Writes the blob unless the key exists; returns whether it wrote.
 
-        In a folder exactly one of several simultaneous writers wins. Portable S3 cannot promise that: if two writers look at the same
-        instant, both write, and the later bytes stay. Therefore the bytes should follow from the key, or the key should have a single
-        writer.
+        In a folder, and on an S3 server that knows conditional puts, exactly one of several simultaneous writers wins. Other S3 servers
+        cannot promise that: if two writers look at the same instant, both write, and the later bytes stay. A writer whose answer was
+        lost on the way may be told False: who must know for sure writes bytes of its own, and reads them back.
         """
 
     def get(self, key: str) -> bytes:

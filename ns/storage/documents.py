@@ -37,6 +37,13 @@ BlobKey = Annotated[str, AfterValidator(_check_key)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
+def name_by_content(name: str, sha256: str) -> str:
+    """`model.safetensors` → `model-0123456789abcdef.safetensors`: another content has another name, so that two attempts at one piece
+    of work never mix their files, whichever manifest comes first."""
+    stem, dot, extension = name.partition(".")
+    return f"{stem}-{sha256[:16]}{dot}{extension}"
+
+
 def dump_hashed_fields(model: BaseModel, exclude: Any = None) -> dict[str, Any]:
     """The JSON value that the digest of a model is taken of: the fields that differ from their defaults, and the schema's version.
 
@@ -95,8 +102,22 @@ class JsonDocument(BaseModel):
             field = ".".join(str(part) for part in first["loc"]) or "document"
             raise DataError(f"{uri}: {field}: {first['msg']} (got {first['input']!r:.80})") from error
 
+    def encode(self) -> bytes:
+        """The bytes of the file."""
+        return encode_json(self.model_dump(mode="json"))
+
+    def commit(self, store: Store) -> Self:
+        """Writes the document into the folder `store`, unless another attempt at the same work was first. Returns the one that is there."""
+        if store.create(self.filename, self.encode()):
+            return self
+        first = type(self).find_file(store, self.filename)
+        if first is None:
+            # What cannot be read is not there.
+            self.save(store)
+        return first or self
+
     def save_file(self, store: Store, key: str) -> None:
-        store.put(key, encode_json(self.model_dump(mode="json")))
+        store.put(key, self.encode())
 
 
 class HashedDocument(JsonDocument):
@@ -129,8 +150,8 @@ class HashedDocument(JsonDocument):
             )
         return document
 
-    def save_file(self, store: Store, key: str) -> None:
-        store.put(key, encode_json({**self.model_dump(mode="json"), "digest": self.digest}))
+    def encode(self) -> bytes:
+        return encode_json({**self.model_dump(mode="json"), "digest": self.digest})
 
 
 def parse_json_object(data: bytes, uri: str) -> dict[str, Any]:

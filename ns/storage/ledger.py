@@ -5,6 +5,7 @@ store/ledger/STAGE/DIGEST.json     DIGEST = sha256(stage, inputs); written once,
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,6 +15,7 @@ from ns.core import log
 from ns.core.digest import describe_code, digest_json, shorten_digest
 from ns.storage import Store, parent_key
 from ns.storage.documents import BlobKey, JsonDocument
+from ns.storage.lease import hold_lease
 
 LISTED_FROM = 4
 """So many blobs are looked up faster by listing their folder."""
@@ -102,20 +104,31 @@ class Ledger:
             files=dict(sorted(sizes.items())),
             code=describe_code(),
         )
-        # Two workers may finish the same work; equal digests mean equal outputs, so the last entry is as good as the first.
+        # Two workers may finish the same work, if one was silent for long. Each has written, or found, what the manifests name.
         entry.save_file(self._root, self._entry_key(stage, entry.digest))
         return entry
 
     def get_or_run(
         self, stage: str, inputs: Mapping[str, Any], work: Callable[[], Mapping[str, str]]
     ) -> tuple[LedgerEntry, bool]:
-        """The entry of finished work, or else of `work`, which is then run and recorded; and whether the entry was there."""
+        """The entry of finished work, or else of `work`, which is then run and recorded; and whether the entry was there.
+
+        Waits while another process is at work on the same, and then finds its entry (`hold_lease`).
+        """
         entry = self.find_entry(stage, inputs)
         if entry is not None:
             return entry, True
-        started = time.monotonic()
-        outputs = work()
-        return self.record_entry(stage, inputs, outputs, time.monotonic() - started), False
+        with self.hold_lease(stage, inputs):
+            entry = self.find_entry(stage, inputs)
+            if entry is not None:
+                return entry, True
+            started = time.monotonic()
+            outputs = work()
+            return self.record_entry(stage, inputs, outputs, time.monotonic() - started), False
+
+    def hold_lease(self, stage: str, inputs: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """Holds the lease of work with these inputs; see `lease.hold_lease`."""
+        return hold_lease(self._root, f"{stage}-{shorten_digest(self.compute_digest(stage, inputs))}", stage)
 
     def _find_damaged(self, files: Mapping[str, int]) -> str | None:
         """Key of the first blob that is missing or has another size; None if all are whole."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ns.core.errors import StoreError
+from ns.core.process import ProcessId
 from ns.storage.base import TEMPORARY, BlobEntry, Store, check_prefix, check_range, key_parts
 
 HINTS = {
@@ -30,7 +31,7 @@ HINTS = {
 }
 
 TEMPORARY_SECONDS = 24 * 3600
-"""A write that has not touched its file for so long is that of a killed process."""
+"""A write that has not touched its file for so long is that of a killed process, on whatever machine."""
 
 # Errors of file systems without hard links (exFAT, many FUSE and network mounts), or with no more links for this file.
 NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
@@ -157,7 +158,7 @@ class LocalStore:
     def _temporary_path(self, target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep_temporaries(target.parent)
-        temporary = target.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
+        temporary = target.parent / f"{TEMPORARY}{ProcessId.from_pid(os.getpid())}-{secrets.token_hex(8)}"
         try:
             yield temporary
         finally:
@@ -208,7 +209,10 @@ def _sweep_temporaries(folder: Path) -> None:
     # What cannot be removed is left: it is no key, and does no harm.
     with suppress(OSError):
         for entry in os.scandir(folder):
-            if entry.name.startswith(TEMPORARY) and entry.stat(follow_symlinks=False).st_mtime < oldest_kept:
+            if not entry.name.startswith(TEMPORARY):
+                continue
+            writer = ProcessId.parse(entry.name.removeprefix(TEMPORARY).partition("-")[0])
+            if (writer and writer.is_gone()) or entry.stat(follow_symlinks=False).st_mtime < oldest_kept:
                 Path(entry.path).unlink(missing_ok=True)
 
 

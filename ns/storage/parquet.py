@@ -20,11 +20,11 @@ def read_table(data: bytes, columns: Sequence[str] | None = None, schema: pa.Sch
     some, for reading ahead.
     """
     file = pq.ParquetFile(pa.BufferReader(data))
-    wanted = schema.names if schema else columns
-    missing = sorted(set(wanted or ()) - set(file.schema_arrow.names))
+    names = schema.names if schema else columns
+    missing = sorted(set(names or ()) - set(file.schema_arrow.names))
     if missing:
         raise pa.ArrowInvalid(f"no column {missing[0]!r}")
-    table = file.read(wanted, use_threads=False)
+    table = file.read(names, use_threads=False)
     return table.select(schema.names).cast(schema) if schema else table
 
 

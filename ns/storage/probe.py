@@ -189,7 +189,11 @@ def _check_create(store: Store) -> str:
     cure = "make sure that a written object is seen at once"
     _expect_equal([store.create("once", b"1"), store.create("once", b"2")], [True, False], "creating twice", cure)
     _expect_equal(store.get("once"), b"1", "what was created first", cure)
-    return "an object that is there is not created again"
+    with ThreadPoolExecutor(WRITERS) as pool:
+        creators = sum(pool.map(lambda number: store.create("race", b"%d" % number), range(WRITERS)))
+    if creators != 1:
+        return f"an object that is there is not created again, but {creators} of {WRITERS} at once did: equal work may be done twice"
+    return f"an object that is there is not created again; of {WRITERS} at once, one did"
 
 
 def _check_missing(store: Store) -> str:

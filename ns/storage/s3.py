@@ -57,6 +57,8 @@ class S3Service:
         self.retry_policy = retry_policy or RetryPolicy()
         self.part_bytes = part_bytes
         self.known_buckets: set[str] = set()
+        self.can_put_conditionally: bool | None = None
+        """Whether the server honors `If-None-Match: *`; None until `create` has found out."""
         self._cache = cache
         self._connected: tuple[int, Minio, RetryingPool] | None = None
 
@@ -90,9 +92,9 @@ def get_service(endpoint: S3Endpoint) -> S3Service:
 class S3Store:
     """A prefix of a bucket, `s3://bucket/prefix`; the server and the credentials come from the environment (endpoint.py).
 
-    It uses only requests that every S3 server knows: put, get with range, head, list (version 2), multipart, delete. Objects whose names
-    are no keys (`folder/`, `a//b`) are not listed. A killed upload leaves its parts, which no reader sees, until the bucket's lifecycle
-    rule for incomplete uploads removes them.
+    It uses only requests that every S3 server knows: put, get with range, head, list (version 2), multipart, delete; `create` puts under
+    a condition where the server knows conditions. Objects whose names are no keys (`folder/`, `a//b`) are not listed. A killed upload
+    leaves its parts, which no reader sees, until the bucket's lifecycle rule for incomplete uploads removes them.
     """
 
     def __init__(self, uri: str, service: S3Service | None = None) -> None:
@@ -130,9 +132,31 @@ class S3Store:
             self._upload_blob(key, cast(BinaryIO, stable_file), stable_file.size, checksum)
 
     def create(self, key: str, data: bytes) -> bool:
-        if self.exists(key):
+        if not self.service.can_put_conditionally and self.exists(key):
             return False
-        self.put(key, data)
+        if self.service.can_put_conditionally is False:
+            self.put(key, data)
+            return True
+        wrote = self._put_if_new(key, data)
+        if self.service.can_put_conditionally is None:
+            # A server that does not know the condition writes the same bytes again.
+            self.service.can_put_conditionally = not (wrote and self._put_if_new(key, data))
+        return wrote
+
+    def _put_if_new(self, key: str, data: bytes) -> bool:
+        """Puts the blob under the condition that there is none. Returns whether the server took it."""
+        headers = {"If-None-Match": "*", f"x-amz-meta-{CHECKSUM}": sha256_bytes(data)}
+        with self._translate_errors(key, "write"):
+            try:
+                # `put_object` has no argument for a condition.
+                self.service.client._put_object(self.bucket, self._object_name(key), data, headers)  # type: ignore[arg-type]
+            except S3Error as error:
+                if error.response.status in (409, 412):
+                    return False
+                if error.response.status != 501:
+                    raise
+                self.service.can_put_conditionally = False
+                self.put(key, data)
         return True
 
     def get(self, key: str) -> bytes:

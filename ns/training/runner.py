@@ -11,7 +11,7 @@ from ns.labeling.pseudo_label_dataset import load_pseudo_labels
 from ns.labeling.selection import Selection
 from ns.modeling import factory as models
 from ns.modeling.distributed import World
-from ns.modeling.manifest import FINETUNED, WEIGHTS, Lineage, ModelManifest, digest_weights
+from ns.modeling.manifest import FINETUNED, Lineage, ModelManifest, digest_weights
 from ns.modeling.precision import resolve_mode
 from ns.storage import Store
 from ns.training import checkpoint
@@ -86,12 +86,9 @@ def train_and_save(
             "training_mode": trained.mode,
             "lineage": lineage.model_copy(update={"init": init}),
         }
-        # Another run may have done the same training on another machine, with other weights. Its model may be in use, so it stays.
-        if world.is_main and models.find_model(store) is None:
+        if world.is_main:
             models.save_model(store, trained.weights, fields, trained.history)
         world.barrier()
-        if world.is_main:
-            checkpoint.clear_checkpoints(checkpoints)
 
     def is_trained(store: Store) -> bool:
         """Whether the main process finds a whole model, so that all processes do the same."""
@@ -118,9 +115,15 @@ def train_and_save(
         finetuning_role = make_finetuning_role(role, role.train.finetune)
         torch.manual_seed(seed)
         network = models.build_model(finetuning_role.model, finetuning_role.noise, len(classes))
-        models.load_tensors_into(network, models.load_weights(model_store, manifest), f"{model_store.uri}/{WEIGHTS}")
+        models.load_tensors_into(
+            network, models.load_weights(model_store, manifest), f"{model_store.uri}/{manifest.weights_key}"
+        )
         plan = plan_finetuning(role, role.train.finetune, labeled.samples)
         train("finetune", network, plan, None, finetuned_store, checkpoints.at(FINETUNED), manifest.weights_sha256)
+    if world.is_main:
+        # Also those of an attempt that was killed when its model was written.
+        for finished in (checkpoints, checkpoints.at(FINETUNED)):
+            checkpoint.clear_checkpoints(finished)
 
 
 def _with_inference_precision(model: ModelConfig) -> ModelConfig:

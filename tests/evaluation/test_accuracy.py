@@ -74,7 +74,7 @@ def test_read_predictions_refuses_other_file(tmp_path):
     result = summarize(build_predictions_table(["a"], np.array([0]), np.full((1, 7), 1 / 7, np.float32)))
     result.save(folder)
     assert Evaluation.load(folder) == result
-    folder.put("predictions.parquet", b"other")
+    folder.put(result.predictions_key, b"other")
     with pytest.raises(DataError, match="evaluate again"):
         read_predictions(folder, result)
 

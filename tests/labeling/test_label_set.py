@@ -92,9 +92,10 @@ def test_read_label_rows_refuses_changed_bytes(tmp_path):
     folder, pool = LocalStore(tmp_path), pool_of(1)
     label(folder, pool, 0, 4)
     label_set = joined(folder, pool, 4)
-    folder.put("shard-00000.parquet", folder.get("shard-00000.parquet")[:-1])
+    shard = label_set.shards[0]
+    folder.put(shard.name, folder.get(shard.name)[:-1])
     with pytest.raises(DataError, match="label the pool again"):
-        read_label_rows(folder, label_set.shards[0])
+        read_label_rows(folder, shard)
 
 
 def test_histogram_puts_confidence_1_into_last_bin():

@@ -210,7 +210,7 @@ def committed(tmp_path_factory):
 
 
 def test_version_has_manifests_in_git_and_data_in_remote(committed):
-    folder, git_uri, store, _ = committed
+    folder, git_uri, store, label_set = committed
     tag = "labels/p/r/gen-1"
     assert git(git_uri, "cat-file", "-t", tag) == "tag"
     assert git(git_uri, "ls-tree", "--name-only", tag).split() == [
@@ -222,7 +222,7 @@ def test_version_has_manifests_in_git_and_data_in_remote(committed):
     version = json.loads(git(git_uri, "show", f"{tag}:version.json"))
     assert {file["name"] for file in version["files"]} == {
         "histogram.parquet", "labelset.json", "selection.json",
-        "shard-00000.json", "shard-00000.parquet", "shard-00001.json", "shard-00001.parquet",
+        "shard-00000.json", "shard-00001.json", *(shard.name for shard in label_set.shards),
     }  # fmt: skip
     # By hand, without DVC.
     for file in version["files"]:
@@ -276,14 +276,15 @@ def test_list_versions_passes_over_a_foreign_tag_and_branch(committed):
 
 
 def test_download_keeps_intact_files_and_refuses_foreign_folders(committed, tmp_path):
-    folder, git_uri, _, _ = committed
+    folder, git_uri, _, label_set = committed
     destination = tmp_path / "there"
     (destination / ".tmp-get").mkdir(parents=True)
-    shutil.copy(folder / "labels" / "shard-00000.parquet", destination)
-    (destination / "shard-00001.parquet").write_bytes(b"half")
-    before = (destination / "shard-00000.parquet").stat().st_mtime_ns
+    whole, half = (destination / shard.name for shard in label_set.shards)
+    shutil.copy(folder / "labels" / whole.name, destination)
+    half.write_bytes(b"half")
+    before = whole.stat().st_mtime_ns
     LabelRegistry(git_uri).download_version("labels/p/r/gen-1", destination)
-    assert (destination / "shard-00000.parquet").stat().st_mtime_ns == before
+    assert whole.stat().st_mtime_ns == before
     assert contents(folder / "labels").items() <= contents(destination).items()
     foreign = tmp_path / "foreign"
     foreign.mkdir()
@@ -320,12 +321,12 @@ def test_plain_dvc_gets_version(committed, tmp_path):
 
 @pytest.mark.integration
 def test_download_replaces_damaged_files(committed, tmp_path):
-    folder, git_uri, _, _ = committed
+    folder, git_uri, _, label_set = committed
     LabelRegistry(git_uri).download_version("labels/p/r/gen-1", tmp_path / "there")
     assert contents(folder / "labels").items() <= contents(tmp_path / "there").items()
     assert not (tmp_path / "there" / ".tmp-get").exists()
     # A damaged file is fetched again; a good folder needs no remote.
-    shard = tmp_path / "there" / "shard-00001.parquet"
+    shard = tmp_path / "there" / label_set.shards[1].name
     shard.write_bytes(b"x")
     LabelRegistry(git_uri).download_version("labels/p/r/gen-1", tmp_path / "there")
     assert contents(folder / "labels").items() <= contents(tmp_path / "there").items()
@@ -345,10 +346,11 @@ def test_commit_pushes_lost_data_again(tmp_path):
     registry = LabelRegistry(make_bare_repository(tmp_path / "git"), str(tmp_path / "remote"))
     registry.commit_version(VersionTag("p", "r", 1), store, label_set)
     version = registry.find_version("labels/p/r/gen-1")
-    half = tmp_path / "remote" / object_key(version.files[-1].md5)
+    lost = next(file for file in version.files if file.name == label_set.shards[1].name)
+    half = tmp_path / "remote" / object_key(lost.md5)
     half.chmod(0o644)
     half.write_bytes(b"half")
-    with pytest.raises(DataError, match=r"shard-00001.parquet of labels/p/r/gen-1\): is missing or damaged"):
+    with pytest.raises(DataError, match=rf"{lost.name} of labels/p/r/gen-1\): is missing or damaged"):
         registry.download_version("labels/p/r/gen-1", tmp_path / "there")
     (tmp_path / "remote" / object_key(version.files[0].md5)).unlink()
     with pytest.raises(DataError, match=r"labels/p/r/gen-1: .* and 0 more files are missing; nothing was deleted"):

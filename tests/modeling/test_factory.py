@@ -6,7 +6,7 @@ from ns.config.loader import parse_experiment
 from ns.config.schema import ModelConfig, NoiseConfig, RoleConfig
 from ns.core.errors import ConfigError, DataError
 from ns.modeling import factory as models
-from ns.modeling.manifest import WEIGHTS, Lineage, ModelManifest
+from ns.modeling.manifest import Lineage, ModelManifest
 from ns.storage import LocalStore
 
 SMALL = ModelConfig(arch="test_efficientnet", resolution=32)
@@ -127,18 +127,40 @@ def test_find_model_wants_whole_weights(tmp_path, damage, capsys):
     assert models.find_model(folder) is None
     manifest = saved(folder, models.build_model(SMALL, NoiseConfig(), 3))
     if damage == "missing":
-        folder.delete(WEIGHTS)
+        folder.delete(manifest.weights_key)
     elif damage == "cut off":
-        folder.put(WEIGHTS, folder.get(WEIGHTS)[:-1])
+        folder.put(manifest.weights_key, folder.get(manifest.weights_key)[:-1])
     assert models.find_model(folder) == (manifest if damage == "none" else None)
-    assert (f"{folder.uri}/{WEIGHTS}" in "".join(capsys.readouterr())) == (damage != "none")
+    assert (f"{folder.uri}/{manifest.weights_key}" in "".join(capsys.readouterr())) == (damage != "none")
+
+
+def test_two_attempts_at_one_model_leave_one_that_is_whole(tmp_path):
+    folder = LocalStore(tmp_path)
+    first, second = (models.build_model(SMALL, NoiseConfig(), 3) for _ in range(2))
+    put, others = LocalStore.put, [second]
+
+    def overtaken(store, key, data):
+        put(store, key, data)
+        # The other attempt begins and ends between this one's weights and its manifest.
+        if others:
+            saved(folder, others.pop())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalStore, "put", overtaken)
+        kept = saved(folder, first)
+    assert models.find_model(folder) == kept
+    assert torch.equal(models.load_weights(folder, kept)["conv_stem.weight"], second.conv_stem.weight)
+    assert set(folder.list()) == {ModelManifest.filename, kept.weights_key, kept.history_key}
+    # Weights that were damaged since are followed by another attempt's.
+    folder.put(kept.weights_key, b"")
+    assert saved(folder, first) == models.find_model(folder) != kept
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"x" + data[1:], lambda data: b""])
 def test_load_weights_refuses_damage(tmp_path, damage):
     folder = LocalStore(tmp_path)
     card = saved(folder, models.build_model(SMALL, NoiseConfig(), 3))
-    folder.put(WEIGHTS, damage(folder.get(WEIGHTS)))
+    folder.put(card.weights_key, damage(folder.get(card.weights_key)))
     with pytest.raises(DataError, match="damaged or was replaced"):
         models.load_weights(folder, card)
 

@@ -342,8 +342,9 @@ def test_labels_of_another_label_set_are_copied(model, pool, tmp_path):
     renamed = tuple(shard.model_copy(update={"name": f"new-{shard.name}"}) for shard in dataset.shards[:2])
     grown = dataset.model_copy(update={"shards": (*renamed, dataset.shards[2])})
     assert label_pool_shards([predictor], folder, grown, second, range(3), LABELING, find_existing=known) == 20
-    assert second.get("new-shard-00000.parquet") == first.get("shard-00000.parquet")
-    first.put("shard-00001.parquet", b"damaged")
+    copied, damaged = (LabelShard.load_file(first, f"shard-0000{number}.json") for number in (0, 1))
+    assert second.get(f"new-{copied.name}") == first.get(copied.name)
+    first.put(damaged.name, b"damaged")
     third = LocalStore(tmp_path / "third")
     assert label_pool_shards([predictor], folder, dataset, third, range(2), LABELING, find_existing=known) == 20
 

@@ -14,7 +14,7 @@ from ns.cli import app as cli
 from ns.core.digest import sha256_bytes
 from ns.core.errors import ConfigError, DataError, RunError, StoreError
 from ns.evaluation.gate import Verdict
-from ns.modeling.manifest import WEIGHTS, ModelManifest
+from ns.modeling.manifest import ModelManifest
 from ns.promotion import promote
 from ns.runs.lookup import resolve_verdict
 from ns.runs.summary import summarize_run
@@ -39,8 +39,9 @@ def root(made_up):
     """A run whose accepted student has weights."""
     weights = b"weights"
     manifest = ModelManifest.load(made_up.at(MODEL))
-    manifest.model_copy(update={"weights_sha256": sha256_bytes(weights)}).save(made_up.at(MODEL))
-    made_up.put(f"{MODEL}/{WEIGHTS}", weights)
+    manifest = manifest.model_copy(update={"weights_sha256": sha256_bytes(weights)})
+    manifest.save(made_up.at(MODEL))
+    made_up.put(f"{MODEL}/{manifest.weights_key}", weights)
     return made_up
 
 
@@ -153,16 +154,17 @@ def test_promote_and_check_refuse_a_damaged_model(root, repository, capsys, dama
     assert ns(capsys, RUN, "--root", str(root.root))[0] == 0
     before = Path(POINTER).read_text()
     folder = root.at(MODEL)
+    weights = ModelManifest.load(folder).weights_key
     if damage == "weights":
-        folder.put(WEIGHTS, b"weightz")
-        expected, what = DataError, f"{WEIGHTS} has '{sha256_bytes(b'weightz')}'"
+        folder.put(weights, b"weightz")
+        expected, what = DataError, f"{weights} has '{sha256_bytes(b'weightz')}'"
     elif damage == "manifest":
         manifest = ModelManifest.load(folder)
         manifest.model_copy(update={"steps": 5}).save(folder)
         expected, what = DataError, "another model is there now"
     else:
-        folder.delete(WEIGHTS)
-        expected, what = StoreError, WEIGHTS
+        folder.delete(weights)
+        expected, what = StoreError, weights
     code, _, err = ns(capsys, "check", POINTER)
     assert code == expected.exit_code
     assert what in err

@@ -153,7 +153,7 @@ def make_run(root: LocalStore, run: str = RUN, *, seed: int = 0, lift: float = 0
         point = {"loss": 1.0, "loss_labeled": 0.5, "accuracy_labeled": 0.5, "lr": 0.1, "images": 8.0, "processes": 3.0}
         if generation:
             point |= {"loss_pseudo": 0.4, "agreement": 0.8}
-        folder.put("history.json", encode_json([{"step": float(step), **point} for step in range(1, 5)]))
+        folder.put(card.history_key, encode_json([{"step": float(step), **point} for step in range(1, 5)]))
         note(generation, "train", model=f"store/models/{seed}{generation}/model.json")
         class_ids = np.arange(30) % 3
         guesses = draw_probabilities(rng, 30, 0.5)
@@ -173,7 +173,7 @@ def make_run(root: LocalStore, run: str = RUN, *, seed: int = 0, lift: float = 0
             name="heldout",
             predictions_sha256=sha256_bytes(sink.getvalue()),
         )
-        root.put(f"store/evaluations/{seed}{generation}/predictions.parquet", sink.getvalue())
+        root.put(f"store/evaluations/{seed}{generation}/{evaluation.predictions_key}", sink.getvalue())
         evaluation.save_file(root, f"store/evaluations/{seed}{generation}/evaluation.json")
         robust = f"store/robustness/{seed}{generation}/robustness.json"
         make_robustness(card, parts["heldout"][1], 0.4 - 0.1 * generation).save_file(root, robust)

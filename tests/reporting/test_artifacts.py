@@ -10,7 +10,7 @@ from ns.core import log
 from ns.core.digest import sha256_bytes
 from ns.core.errors import RunError
 from ns.evaluation.accuracy import summarize_predictions
-from ns.evaluation.result import PREDICTIONS, PREDICTIONS_SCHEMA, Evaluation
+from ns.evaluation.result import PREDICTIONS_SCHEMA, Evaluation
 from ns.reporting import artifacts
 from ns.stages.context import RunRef
 from ns.stages.report import publish_model_metrics, publish_report
@@ -69,7 +69,7 @@ def write_predictions(store, class_ids, predicted, names) -> Evaluation:
         predictions_sha256=sha256_bytes(encoded),
     )
     folder = store.at(parent_key(EVALUATION))
-    folder.put(PREDICTIONS, encoded)
+    folder.put(evaluation.predictions_key, encoded)
     evaluation.save(folder)
     return evaluation
 
@@ -106,7 +106,7 @@ def test_compute_roc(unchanged):
     # By hand, at one of them.
     import pyarrow.parquet as pq
 
-    rows = pq.read_table(unchanged.path("store/evaluations/01/predictions.parquet"))
+    rows = pq.read_table(unchanged.path(f"store/evaluations/01/{Evaluation.load_file(unchanged, EVALUATION).predictions_key}"))
     above = rows["confidence"].to_numpy() > thresholds[5]
     correct = rows["rank"].to_numpy() == 0
     assert right[5] == pytest.approx((above & correct).sum() / correct.sum())

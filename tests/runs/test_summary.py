@@ -20,6 +20,7 @@ def test_summarize_run_counts_and_compares(finished_run):
     assert generation.verdict == "promoted"
     assert summary.best_model == generation.model
     assert summary.label_sets == [generation.label_set]
-    assert store.exists(f"{summary.best_model}/model.safetensors")
+    model = store.at(summary.best_model)
+    assert model.exists(ModelManifest.load(model).weights_key)
     manifest = ModelManifest.load(store.at(summary.best_model))
     assert (manifest.training_mode, manifest.model.inference_precision) == ("float32", "float32")

@@ -7,12 +7,12 @@ import pytest
 from ns.storage import LocalStore
 from tests.loop import open_tiny_run, run_loop
 
-KINDS = (".tar", ".index.parquet", ".safetensors", "predictions.parquet", "labels/*/shard-*.parquet")
+KINDS = (".tar", ".index.parquet", ".safetensors", "evaluations/*/*.parquet", "labels/*/shard-*.parquet")
 
 
 def read_results(store):
     """What must be the same after a repair: no times, no seconds."""
-    paths = sorted(path for kind in KINDS for path in (store.root / "store").rglob(f"*{kind}" if kind[0] != "l" else kind))
+    paths = sorted(path for kind in KINDS for path in (store.root / "store").rglob(f"*{kind}" if kind[0] == "." else kind))
     return {str(path.relative_to(store.root)): path.read_bytes() for path in paths if "checkpoints" not in path.parts}
 
 
@@ -28,14 +28,14 @@ def calm(tmp_path_factory):
 @pytest.mark.parametrize(
     "patterns",
     [
-        ("datasets/*/shard-00000.tar", "labels/*/shard-00001.parquet", "evaluations/*/predictions.parquet"),
+        ("datasets/*/shard-00000.tar", "labels/*/shard-00001-*[0-9a-f].parquet", "evaluations/*/predictions-*.parquet"),
         (
             "datasets/*/*.index.parquet",
             "labels/*/*.histogram.parquet",
             "labels/*/histogram.parquet",
             "selections/*/selection.json",
         ),
-        ("models/*/model.safetensors", "checks/*/left_out.parquet", "labels/*/shard-00000.json"),
+        ("models/*/model-*.safetensors", "checks/*/left_out.parquet", "labels/*/shard-00000.json"),
         ("models/*/model.json", "evaluations/*/evaluation.json", "datasets/*/dataset.json", "ledger/*/*.json"),
     ],
     ids=["images", "tables", "weights", "manifests"],

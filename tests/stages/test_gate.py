@@ -11,7 +11,7 @@ from ns.core.errors import RunError, StoreError, TrainingError
 from ns.data.shards import read_samples
 from ns.evaluation.accuracy import build_predictions_table, summarize_predictions
 from ns.evaluation.gate import Verdict
-from ns.evaluation.result import PREDICTIONS, read_predictions
+from ns.evaluation.result import read_predictions
 from ns.runs.lookup import list_runs, read_prepared_data, resolve_verdict
 from ns.runs.records import RunRecord, find_stage_note, record_key, write_stage_note
 from ns.runs.summary import summarize_run
@@ -76,8 +76,9 @@ def test_check_first_teacher_refuses_one_at_chance(finished_run, monkeypatch, tm
         table = build_predictions_table(rows["key"].to_pylist()[:200], class_ids, probabilities)
         encoded = encode_table(table)
         fields = {name: getattr(evaluation, name) for name in ("model", "dataset", "name", "classes", "unreadable", "mode")}
-        LocalStore(tmp_path).put(PREDICTIONS, encoded)
-        return LocalStore(tmp_path), summarize_predictions(table, **fields, predictions_sha256=sha256_bytes(encoded))
+        summary = summarize_predictions(table, **fields, predictions_sha256=sha256_bytes(encoded))
+        LocalStore(tmp_path).put(summary.predictions_key, encoded)
+        return LocalStore(tmp_path), summary
 
     monkeypatch.setattr("ns.stages.gate.evaluate_heldout", answer_one_class)
     expected = (

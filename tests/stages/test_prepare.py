@@ -19,7 +19,7 @@ from ns.data.leakage import load_left_out_rows
 from ns.data.prepared import PART_ROLES
 from ns.modeling.factory import build_model
 from ns.stages.prepare import prepare_data, prepare_datasets, write_prepared_data
-from ns.storage import LocalStore
+from ns.storage import LocalStore, lease
 from ns.storage.ledger import Ledger
 from tests.loop import open_tiny_run
 
@@ -70,21 +70,59 @@ def test_prepare_imports_a_changed_folder_again(tmp_path, uris):
     assert second.digest != first.digest
 
 
-def test_concurrent_imports_of_the_same_data_both_succeed(tmp_path, uris, monkeypatch):
+@pytest.mark.parametrize("file", ["shard-00000.tar", "shard-00000.index.parquet"])
+def test_import_that_was_killed_before_its_ledger_entry_is_checked_and_tidied(tmp_path, uris, file):
+    (first, _), root = prepare(tmp_path, uris)
+    root.delete_prefix("store/ledger/")
+    data = root.at(first.pool.uri)
+    kept = list(data.list())
+    data.put(file, data.get(file)[:-100])
+    data.put("parts/begun", b"")
+    data.put("shard-00000-7.tar", b"of another cut")
+    (second, _), _ = prepare(tmp_path, uris)
+    assert second == first
+    assert list(data.list()) == kept
+    assert Ledger(root).list_entries("import")
+
+
+@pytest.mark.parametrize("file", ["shard-00000.tar", "shard-00000.index.parquet", "dataset.json"])
+def test_damaged_import_is_made_again(tmp_path, uris, file):
+    (first, _), root = prepare(tmp_path, uris)
+    data = root.at(first.pool.uri)
+    kept = list(data.list())
+    data.put(file, data.get(file)[:-10])
+    (second, reused), _ = prepare(tmp_path, uris)
+    assert not reused
+    assert second == first
+    assert list(data.list()) == kept
+
+
+@pytest.mark.parametrize("step", ["_check_destination", "_list_rejects"])
+def test_import_that_was_silent_and_taken_over_takes_nothing_away(tmp_path, uris, monkeypatch, step):
     (tmp_path / "pool" / "any" / "damaged.png").write_bytes(b"no picture")
     data = {**uris, "max_rejected_share": 0.5}
-    list_rejects, others = ingest._list_rejects, []
+    take_step, delete = getattr(ingest, step), LocalStore.delete
+    others, deleted = [], []
 
-    def overtaken(job, rejected):
-        if rejected and not others:
+    def overtaken(*arguments):
+        if not others:
             others.append("under way")
             others.append(prepare(tmp_path, data)[0][0])
-        list_rejects(job, rejected)
+        take_step(*arguments)
 
-    monkeypatch.setattr(ingest, "_list_rejects", overtaken)
+    def watched(store, key):
+        deleted.append(key)
+        delete(store, key)
+
+    monkeypatch.setattr(lease, "STALE_SECONDS", 0)
+    monkeypatch.setattr(ingest, step, overtaken)
+    monkeypatch.setattr(LocalStore, "delete", watched)
     (own, _), root = prepare(tmp_path, data)
     assert own == others[1]
     assert own.pool.open_dataset(root)[1].rejected == 1
+    # Those who read what the other has finished find its manifest at any time.
+    assert Dataset.filename not in deleted
+    assert list(root.list(f"{lease.LEASES}/")) == []
 
 
 def test_prepare_uses_a_dataset_where_it_is(tmp_path, uris):

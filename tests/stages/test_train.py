@@ -13,7 +13,7 @@ from ns.runs.records import list_stage_notes
 from ns.stages.evaluate import evaluate_generation
 from ns.stages.prepare import prepare_data
 from ns.stages.train import train_generation
-from ns.storage import LocalStore
+from ns.storage import LocalStore, lease
 from ns.training import runner as training
 from tests.loop import open_tiny_run
 
@@ -42,11 +42,13 @@ def test_finetuned_model_is_kept_beside_the_plain_one(tmp_path, monkeypatch):
     assert ModelManifest.load(store.at(f"{model}/{FINETUNED}")).digest == tuned.digest
 
 
-def test_concurrent_trainings_keep_the_first_model(tmp_path, monkeypatch):
+def test_training_that_was_silent_and_taken_over_keeps_the_first_model(tmp_path, monkeypatch):
     store = LocalStore(tmp_path)
     ref = open_tiny_run(store, "teacher.train.epochs=2")
     data = prepare_data(ref)
     train, others = training.train_model, []
+    # The first was silent for long, and is taken over.
+    monkeypatch.setattr(lease, "STALE_SECONDS", 0)
 
     def overtaken(*arguments, **options):
         if not others:
@@ -81,11 +83,12 @@ def test_model_keeps_its_own_normalization(tmp_path):
 
 def test_other_normalization_of_initial_weights_is_told(finished_run, tmp_path, capsys):
     store, ref = finished_run
-    best = store.at(find_best_model(store, ref.run)).uri
+    best_store = store.at(find_best_model(store, ref.run))
+    best, weights_key = best_store.uri, ModelManifest.load(best_store).weights_key
     for overrides, told in (
         ([f"teacher.train.init={best}"], False),
         ([f"teacher.train.init={best}", "teacher.model.mean=[0.5,0.5,0.5]"], True),
-        ([f"teacher.train.init={best}/model.safetensors"], True),
+        ([f"teacher.train.init={best}/{weights_key}"], True),
         (["students.0.model.std=[0.5,0.5,0.5]", "students.0.train.init=teacher"], True),
     ):
         other = open_tiny_run(LocalStore(tmp_path / "root"), *overrides)

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ns.core.errors import StoreError
+from ns.core.process import ProcessId
 from ns.storage import LocalStore, open_store, read_uri, split_uri
 from ns.storage.base import TEMPORARY
 from ns.storage.local import TEMPORARY_SECONDS
@@ -267,13 +268,15 @@ def test_list_survives_a_vanishing_folder(store, monkeypatch):
 def test_unfinished_files_of_killed_writers_are_swept(tmp_path):
     folder = tmp_path / "models"
     folder.mkdir()
-    old, young = folder / f"{TEMPORARY}aaaa", folder / f"{TEMPORARY}bbbb"
-    for path in (old, young):
+    own = ProcessId.from_pid(os.getpid())
+    killed = own._replace(identity=f"{os.getpid()}:1")
+    writers = {"elsewhere": "1.1@00000000", "alive": str(own), "killed": str(killed), "old": "1.1@00000000"}
+    paths = {name: folder / f"{TEMPORARY}{writer}-{name}" for name, writer in writers.items()}
+    for path in paths.values():
         path.write_bytes(b"half")
-    os.utime(old, (time.time() - TEMPORARY_SECONDS - 1,) * 2)
+    os.utime(paths["old"], (time.time() - TEMPORARY_SECONDS - 1,) * 2)
     LocalStore(tmp_path).put("models/a", b"whole")
-    assert not old.exists()
-    assert young.exists()
+    assert [name for name, path in paths.items() if path.exists()] == ["elsewhere", "alive"]
 
 
 @pytest.mark.parametrize("write", [lambda store: store.put("f/a", b"x"), lambda store: store.create("f/a", b"x")])

@@ -6,7 +6,7 @@ from ns.config.schema import ModelConfig, NoiseConfig
 from ns.core.digest import sha256_file
 from ns.core.errors import ConfigError, DataError
 from ns.modeling import factory as models
-from ns.modeling.manifest import WEIGHTS, Lineage, digest_weights
+from ns.modeling.manifest import Lineage, ModelManifest, digest_weights
 from ns.storage import LocalStore
 from ns.training.warm_start import InitialWeights, copy_weights, read_model_weights, read_weights
 
@@ -49,7 +49,7 @@ def test_warm_start_copies_from_a_file_by_shapes(teacher, tmp_path):
     net, folder = teacher
     same, wider = network(), network(5)
     for student in (same, wider):
-        copy_weights(student, read_weights(str(folder / WEIGHTS)), ("x", "y", "z"))
+        copy_weights(student, read_weights(str(folder / ModelManifest.load(LocalStore(folder)).weights_key)), ("x", "y", "z"))
     assert torch.equal(same.classifier.weight, net.classifier.weight)
     assert torch.equal(wider.conv_stem.weight, net.conv_stem.weight)
 
@@ -76,7 +76,11 @@ def test_read_weights_refuses_other_kinds_of_files(tmp_path):
 
 def test_digest_weights_depends_on_bytes_only(teacher, tmp_path):
     _, folder = teacher
-    digest = sha256_file(folder / WEIGHTS)
-    assert digest_weights(str(folder)) == digest_weights(str(folder / WEIGHTS)) == digest
+    digest = sha256_file(folder / ModelManifest.load(LocalStore(folder)).weights_key)
+    assert (
+        digest_weights(str(folder))
+        == digest_weights(str(folder / ModelManifest.load(LocalStore(folder)).weights_key))
+        == digest
+    )
     save_file({"x": torch.ones(1)}, tmp_path / "other.safetensors")
     assert digest_weights((tmp_path / "other.safetensors").as_uri()) != digest

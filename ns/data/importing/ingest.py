@@ -43,7 +43,7 @@ from ns.data.importing import sources, tables
 from ns.data.importing.file_kinds import escape_path
 from ns.data.importing.listing import ImportTask, Listing, SourceEntry
 from ns.data.importing.writer import ShardWriter
-from ns.data.index import build_index_key
+from ns.data.index import build_index_key, is_shard_whole
 from ns.data.loading.decode import JPEG_MAGIC, decode_image
 from ns.data.shards import MEMBER_BYTES
 from ns.storage import Store, open_store
@@ -115,10 +115,13 @@ def import_listing(
     config: ImportConfig,
     classes: Sequence[str] | None = None,
     workers: int | None = None,
+    is_own_folder: bool = False,
 ) -> Dataset:
     """Imports the listing of `source` into `store` with `workers` processes, by default one per core.
 
-    `classes` fixes the class list: an evaluation set must have that of the labeled data. A dataset in `store` is replaced.
+    `classes` fixes the class list: an evaluation set must have that of the labeled data. A dataset in `store` is replaced: it is gone
+    while the import is under way. `is_own_folder`: the store is of this very import, by its name; what is there is a part of it, and a
+    manifest stays for who reads it.
     An import that was stopped leaves no manifest, and the next one continues with the shard under way. Raises DataError for
     a source without images, an empty or unknown class, or too large a share of unreadable images, and RunError when
     processes are killed repeatedly.
@@ -135,10 +138,11 @@ def import_listing(
             source, listing.count_class_labels(), classes, total, listing.find_first_problem()
         )
     job = _ImportJob(source, listing.path, store, class_names, class_ids, config)
-    _check_destination(source, store)
+    _check_destination(source, store, is_own_folder)
     store.put(BEGUN_KEY, b"")
-    # Shards of one import below the manifest of another would be a damaged dataset.
-    store.delete(Dataset.filename)
+    if not is_own_folder:
+        # Shards of one import below the manifest of another would be a damaged dataset.
+        store.delete(Dataset.filename)
     tasks = list(
         listing.cut_tasks(shard_samples=config.shard_samples, shard_bytes=config.shard_mib << 20, overhead=2 * MEMBER_BYTES)
     )
@@ -167,7 +171,7 @@ def import_listing(
         rejected=sum(rejected.values()),
     )
     dataset.save(store)
-    _remove_leftovers(store, dataset)
+    remove_leftovers(store, dataset)
     return dataset
 
 
@@ -338,7 +342,7 @@ def _load_finished(job: _ImportJob, task: ImportTask) -> ImportTaskResult | None
     with suppress(DataError):
         if job.store.exists(key):
             result = ImportTaskResult.load_file(job.store, key)
-            if result.task_digest == job.digest_task(task) and all(job.store.exists(shard.name) for shard in result.shards):
+            if result.task_digest == job.digest_task(task) and all(is_shard_whole(job.store, shard) for shard in result.shards):
                 return result
     return None
 
@@ -474,13 +478,13 @@ def _list_rejects(job: _ImportJob, rejected: dict[int, int]) -> None:
         job.store.put_file(REJECTED, scratch_dir / REJECTED)
 
 
-def _check_destination(source: str, store: Store) -> None:
+def _check_destination(source: str, store: Store, is_own_folder: bool) -> None:
     """Raises DataError for a folder whose files an import would replace or delete, or read as images the next time."""
     target = f"{store.uri.rstrip('/')}/"
     # A pattern such as pool-{000..127}.tar, a table or an archive has images elsewhere, or beside it.
     if "{" not in source and target.startswith(f"{open_store(source).uri.rstrip('/')}/"):
         raise DataError(f"{source}: the dataset {store.uri} would lie in its own source; name a folder outside it")
-    if not store.exists(Dataset.filename) and not store.exists(BEGUN_KEY):
+    if not is_own_folder and not store.exists(Dataset.filename) and not store.exists(BEGUN_KEY):
         for prefix in ("shard-", PARTS_PREFIX):
             for key in store.list(prefix):
                 raise DataError(
@@ -488,7 +492,7 @@ def _check_destination(source: str, store: Store) -> None:
                 )
 
 
-def _remove_leftovers(store: Store, dataset: Dataset) -> None:
+def remove_leftovers(store: Store, dataset: Dataset) -> None:
     """Removes the results of tasks, and shards that a larger dataset left here."""
     store.delete_prefix(PARTS_PREFIX)
     kept_keys = {name for shard in dataset.shards for name in (shard.name, build_index_key(shard))}

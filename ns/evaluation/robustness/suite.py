@@ -32,7 +32,7 @@ from ns.data.loading.decode import EncodedJpeg
 from ns.data.loading.shard_reader import ImageSource
 from ns.data.subsample import Subsample, draw_rows
 from ns.evaluation.accuracy import build_predictions_table, map_class_ids, read_encoded_images
-from ns.evaluation.result import MISTAKES, AttackResult, ImageMistakes, PerturbationResult, Robustness, is_imagenet
+from ns.evaluation.result import AttackResult, ImageMistakes, PerturbationResult, Robustness, is_imagenet
 from ns.evaluation.robustness.attacks import AttackPlan, attack_images
 from ns.evaluation.robustness.corruptions import SMALL_PX
 from ns.evaluation.robustness.render import (
@@ -179,9 +179,8 @@ class RobustnessSuite:
         if pending:
             self._run_pending(pending)
         robustness, mistakes = self._summarize_units(time.monotonic() - started)
-        target.put(MISTAKES, mistakes)
-        robustness.save(target)
-        return robustness
+        target.put(robustness.mistakes_key, mistakes)
+        return robustness.commit(target)
 
     def _run_pending(self, pending: list[tuple[_Block, list[SuiteUnit]]]) -> None:
         first_images = self._read_block(pending[0][0])

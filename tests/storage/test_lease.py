@@ -1,0 +1,175 @@
+"""Leases: equal work is done once, and goes on when its holder is gone."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from ns.core.errors import DataError
+from ns.core.process import ProcessId
+from ns.storage import LocalStore, lease
+from ns.storage.lease import LEASES, LeaseHolder, hold_lease, sweep_leases
+from ns.storage.ledger import Ledger
+
+INPUTS = {"data": "abc"}
+
+HOLD = """
+import sys, time
+from ns.storage import open_store
+from ns.storage.lease import hold_lease
+with hold_lease(open_store(sys.argv[1]), "work", "work"):
+    print("held", flush=True)
+    time.sleep(100)
+"""
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(lease, "STALE_SECONDS", 0.4)
+    monkeypatch.setattr(lease, "POLL_SECONDS", (0.01, 0.02))
+
+
+def leases(root) -> list[str]:
+    return list(root.list(f"{LEASES}/"))
+
+
+def made(root, calls, seconds=0.0):
+    def work():
+        calls.append(os.getpid())
+        time.sleep(seconds)
+        root.put("store/models/m/model.json", b"{}")
+        return {"model": "store/models/m/model.json"}
+
+    return work
+
+
+def in_threads(count, function) -> list:
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(function())) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def elsewhere(root, name="work", **changes) -> None:
+    """Writes the lease of a process of another machine."""
+    holder = LeaseHolder.make_own().model_copy(update={"process": ProcessId("other boot", "1:1"), "host": "node-7", **changes})
+    holder.save_file(root, f"{LEASES}/{name}-0001.json")
+
+
+def test_equal_work_is_done_once_by_many_at_once(store, quick):
+    calls = []
+    results = in_threads(6, lambda: Ledger(store).get_or_run("train", INPUTS, made(store, calls, 0.3)))
+    assert len(calls) == 1
+    assert sorted(reused for _, reused in results) == [False, *[True] * 5]
+    assert len({entry.finished_at for entry, _ in results}) == 1
+    assert leases(store) == []
+
+
+def test_other_work_does_not_wait(store, quick):
+    with hold_lease(store, "work", "work"), hold_lease(store, "work-2", "work"):
+        assert len(leases(store)) == 2
+    assert leases(store) == []
+
+
+def test_who_waits_says_once_who_holds_the_lease_and_does_the_work_if_it_failed(tmp_path, quick, capsys):
+    root, calls = LocalStore(tmp_path), []
+    begun = threading.Event()
+
+    def fail():
+        begun.set()
+        time.sleep(0.3)
+        raise DataError("no")
+
+    def fail_at_work():
+        with pytest.raises(DataError):
+            Ledger(root).get_or_run("train", INPUTS, fail)
+
+    holder = threading.Thread(target=fail_at_work)
+    holder.start()
+    begun.wait()
+    assert not Ledger(root).get_or_run("train", INPUTS, made(root, calls))[1]
+    holder.join()
+    assert len(calls) == 1
+    said = capsys.readouterr()
+    lines = [line for line in (said.out + said.err).splitlines() if "waiting for its result" in line]
+    assert len(lines) == 1
+    assert f"process {os.getpid()}" in lines[0]
+    assert "since=" in lines[0]
+    assert leases(root) == []
+
+
+def test_killed_holder_on_this_machine_is_taken_over_at_once(tmp_path):
+    root = LocalStore(tmp_path)
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        # Not reaped yet: a zombie counts as gone.
+        holder.send_signal(signal.SIGKILL)
+        started = time.monotonic()
+        with hold_lease(root, "work", "work"):
+            assert leases(root) == [f"{LEASES}/work-0001.json", f"{LEASES}/work-0002.json"]
+        assert time.monotonic() - started < lease.STALE_SECONDS / 4
+    assert leases(root) == []
+
+
+@pytest.mark.usefixtures("quick")
+def test_holder_elsewhere_is_taken_over_only_when_silent(store):
+    elsewhere(store)
+    beats = threading.Event()
+
+    def beat():
+        for number in range(8):
+            elsewhere(store, beats=number)
+            time.sleep(0.1)
+        beats.set()
+
+    threading.Thread(target=beat).start()
+    started = time.monotonic()
+    with hold_lease(store, "work", "work"):
+        assert beats.is_set()
+        assert time.monotonic() - started > 0.7 + lease.STALE_SECONDS
+    assert leases(store) == []
+
+
+def test_silent_holder_that_goes_on_takes_nothing_from_its_successor(tmp_path, monkeypatch, quick):
+    root = LocalStore(tmp_path)
+    first = lease._wait_for_lease(root, "work", "work")
+    # As if its process were stopped.
+    first._is_over.set()
+    first._beating.join()
+    second = lease._wait_for_lease(root, "work", "work")
+    first.try_release()
+    assert leases(root) == [f"{LEASES}/work-0002.json"]
+    second.try_release()
+    assert leases(root) == []
+
+
+def test_number_of_a_process_that_was_given_again_is_another_process():
+    own = ProcessId.from_pid(os.getpid())
+    before = own._replace(identity=f"{os.getpid()}:1")
+    assert not own.is_gone()
+    assert before.is_gone()
+    assert not before._replace(system="another container").is_gone()
+    assert ProcessId.parse(str(own)) == own
+    assert ProcessId.parse(str(own._replace(system="another container"))) is None
+
+
+def test_sweep_removes_what_killed_processes_left(tmp_path):
+    root = LocalStore(tmp_path)
+    gone = ProcessId.from_pid(os.getpid())._replace(identity=f"{os.getpid()}:1")
+    elsewhere(root, "killed", process=gone)
+    elsewhere(root, "alive")
+    elsewhere(root, "own", process=ProcessId.from_pid(os.getpid()))
+    now = Path(tmp_path / f"{LEASES}/alive-0001.json").stat().st_mtime
+    sweep_leases(root, now + 60)
+    assert leases(root) == [f"{LEASES}/alive-0001.json", f"{LEASES}/own-0001.json"]
+    sweep_leases(root, now + lease.ABANDONED_SECONDS + 60)
+    assert leases(root) == []
