@@ -79,6 +79,7 @@ def train(
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+        average.decay = min(0.99, (1 + step) / (10 + step))  # as ours, which has TensorFlow's ramp
         average.update(network)
         schedule.step_update(step + 1)
     averaged: nn.Module = average.module.eval()
@@ -96,7 +97,7 @@ def select_rows(probabilities: Tensor) -> Rows:
     """Rows of the pool, some repeatedly: above the threshold, the most confident of each class, as many of each."""
     confidences, classes = (values.numpy() for values in probabilities.max(1))
     kept = [np.flatnonzero((classes == digit) & (confidences > 0.3)) for digit in range(10)]
-    count = round(sum(map(len, kept)) / sum(len(rows) > 0 for rows in kept))
+    count = round(sum(map(len, kept)) / max(1, sum(len(rows) > 0 for rows in kept)))
     return np.concatenate([np.resize(rows[np.argsort(-confidences[rows])], count if len(rows) else 0) for rows in kept])
 
 
