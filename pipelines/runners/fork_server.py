@@ -2,8 +2,8 @@
 
     python -m pipelines.runners.fork_server SOCKET MODULE…
 
-A child is what KFP's own subprocess would be: it has the environment, folder, output and signals of a new Python, and runs KFP's
-executor with the same arguments. The server itself never computes, so that no pool of threads exists when it forks. It keeps no state:
+A child is what KFP's own subprocess would be: it has the environment, folder, output and signals of a new Python, and runs the same
+module with the same arguments. The server itself never computes, so that no pool of threads exists when it forks. It keeps no state:
 if it is killed, the stages that ran are run again by KFP, and find what they had finished.
 """
 
@@ -13,26 +13,20 @@ import importlib
 import json
 import os
 import re
+import runpy
 import selectors
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from ns.core.process import set_openmp_to_sleep
 
 MAX_REQUEST_BYTES = 1 << 17
-START_SCRIPT = re.compile(
-    r"program_path=\$\(mktemp -d\)\s+"
-    r'printf "%s" "\$0" > "\$program_path/ephemeral_component\.py"\s+'
-    r"_KFP_RUNTIME=true \S+ -m kfp\.dsl\.executor_main\s+"
-    r'--component_module_path\s+"\$program_path/ephemeral_component\.py"\s+"\$@"\s*'
-)
-"""The shell script by which KFP 2.17 starts a component of Python code. A component with another one is left to KFP."""
+START_SCRIPT = re.compile(r'_KFP_RUNTIME=true \S+ -P -m (?P<module>[\w.]+) "\$@"')
+"""The shell script by which our packages start a component (pipelines/compile.py). One that is started in another way is left to KFP."""
 # jemalloc's thread in pyarrow would not survive the fork.
 SERVER_VARIABLES = {"_KFP_RUNTIME": "true", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 
@@ -43,10 +37,9 @@ StartProcess = Callable[..., int]
 class StageRequest(NamedTuple):
     """A component that KFP wants to be run."""
 
-    source: str
-    """Its Python code."""
+    module: str
+    """The module that runs it, as `python -m` does."""
     arguments: list[str]
-    """What KFP's executor is called with."""
     variables: dict[str, str]
     """Environment variables of its own."""
 
@@ -59,7 +52,7 @@ class ForkServer:
         self._socket, far_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with far_end:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(far_end.fileno()), *modules],
+                [sys.executable, "-P", "-m", __name__, str(far_end.fileno()), *modules],
                 pass_fds=[far_end.fileno()],
                 env={**os.environ, **SERVER_VARIABLES},
                 stdout=subprocess.DEVNULL,
@@ -102,8 +95,8 @@ class ForkServer:
 def parse_command(command: Sequence[str], variables: Mapping[str, str]) -> StageRequest | None:
     """The component in a command that KFP starts; None if it is started in another way than the server knows."""
     match list(command):
-        case ["sh", "-ec", script, source, *arguments] if START_SCRIPT.fullmatch(script):
-            request = StageRequest(source, arguments, dict(variables))
+        case ["sh", "-c", script, _, *arguments] if start := START_SCRIPT.fullmatch(script):
+            request = StageRequest(start["module"], arguments, dict(variables))
             return request if len(json.dumps(request).encode()) <= MAX_REQUEST_BYTES else None
     return None
 
@@ -146,13 +139,9 @@ def _report_end(process: int, pid: int, status: int) -> None:
 
 def run_component(request: StageRequest) -> None:
     """Does what START_SCRIPT does."""
-    from kfp.dsl import executor_main
-
     os.environ.update(request.variables)
-    program = Path(tempfile.mkdtemp()) / "ephemeral_component.py"
-    program.write_text(request.source, encoding="utf-8")
-    sys.argv = [executor_main.__file__, "--component_module_path", str(program), *request.arguments]
-    executor_main.executor_main()
+    sys.argv[1:] = request.arguments
+    runpy.run_module(request.module, run_name="__main__", alter_sys=True)
 
 
 def main() -> None:

@@ -28,8 +28,9 @@ from pipelines.runners.fork_server import ForkServer
 FORK_VARIABLE = "NS_FORK_STAGES"
 """0: each stage is started as a Python of its own, which takes seconds more."""
 STAGE_MODULES = (
-    "kfp.dsl.executor_main",
-    *(f"ns.stages.{name}" for name in ("start", "prepare", "train", "label", "select", "evaluate", "gate", "report")),
+    "components.__main__",
+    *(f"components.{name}" for name in ("start", "prepare", "teacher", "label", "select", "student", "next_teacher", "report")),
+    *(f"ns.stages.{name}" for name in ("start", "prepare", "roles", "label", "select", "report")),
 )
 COMPUTING_MODULES = ("ns.training.runner", "ns.labeling.predict", "ns.evaluation.accuracy", "ns.reporting.page")
 POLL_SECONDS = 0.1

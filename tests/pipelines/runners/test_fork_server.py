@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 from kfp.local import subprocess_task_handler
@@ -21,7 +22,7 @@ DESCRIBE = """
 def component(folder: str):
     import decimal, getpass
     print(json.dumps({
-        "arguments": sys.argv[1:2],
+        "arguments": sys.argv[2:],
         "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
         "descriptors": sorted(os.listdir("/proc/self/fd"))[:-1],
         "folder": os.getcwd(),
@@ -41,9 +42,16 @@ SPEC = next(load_yaml_documents(PACKAGE.read_text()))
 def make_command(source: str) -> list[str]:
     """A command like those of the compiled pipeline. `source`: of a function `component` that is given a folder."""
     command = next(iter(SPEC["deploymentSpec"]["executors"].values()))["container"]["command"]
-    executor_input = {"inputs": {"parameterValues": {"folder": "f"}}, "outputs": {"outputFile": "/dev/null"}}
-    arguments = ["--executor_input", json.dumps(executor_input), "--function_to_execute", "component"]
-    return subprocess_task_handler.replace_python_executable([*command[:-1], HEAD + source, *arguments], sys.executable)
+    known = [part.replace("-m components", "-m run_source") for part in command]
+    assert known != command
+    return subprocess_task_handler.replace_python_executable([*known, HEAD + source], sys.executable)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _find_run_source():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        yield
 
 
 def refuse(**_options) -> int:
@@ -155,9 +163,9 @@ def test_client_that_is_gone_ends_the_server():
 def test_commands_that_are_not_known_are_left_to_kfp(server):
     known = make_command("def component(folder: str): pass")
     assert parse_command(known, {}) is not None
-    long = [*known[:3], "#" * fork_server.MAX_REQUEST_BYTES, *known[4:]]
+    long = [*known[:-1], "#" * fork_server.MAX_REQUEST_BYTES]
     installing = [*known[:2], "python3 -m pip install numpy\n" + known[2], *known[3:]]
-    for command in long, installing, ["python3", "-m", "kfp.dsl.executor_main"], ["sh", "-c", *known[2:]]:
+    for command in long, installing, ["python3", "-m", "components"], ["sh", "-ec", *known[2:]]:
         assert parse_command(command, {}) is None
         assert server.run_command(lambda *, full_command, env_vars: len(full_command), full_command=command) == len(command)
 
