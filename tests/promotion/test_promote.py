@@ -38,10 +38,11 @@ def environment(monkeypatch, tmp_path_factory):
 def root(made_up):
     """A run whose accepted student has weights."""
     weights = b"weights"
-    manifest = ModelManifest.load(made_up.at(MODEL))
-    manifest = manifest.model_copy(update={"weights_sha256": sha256_bytes(weights)})
+    unweighted = ModelManifest.load(made_up.at(MODEL))
+    manifest = unweighted.model_copy(update={"weights_sha256": sha256_bytes(weights)})
     manifest.save(made_up.at(MODEL))
     made_up.put(f"{MODEL}/{manifest.weights_key}", weights)
+    made_up.put(f"{MODEL}/{manifest.history_key}", made_up.get(f"{MODEL}/{unweighted.history_key}"))
     return made_up
 
 
@@ -302,5 +303,6 @@ def test_workflow_fails_for_a_refused_run_only_on_dispatch(root, repository, tmp
     job.environment["RUN"] = RUN
     code, said, outputs = job.run("schedule")
     assert (code, outputs) == (0, {})
-    assert "::notice::made-up: nothing to promote" in said
+    assert "::notice::nothing to promote" in said
+    assert "made-up: its gate has accepted no student" in said
     assert job.run("workflow_dispatch")[0] == RunError.exit_code
