@@ -181,6 +181,8 @@ LAST_GAIN = _OptionalGauge("nst_last_run_gain_ratio", "Gain of the last run over
 LAST_PROMOTED = Gauge("nst_last_run_promotions", "Promoted generations of the last run.", registry=SUMMARY)
 
 _stage = ""
+_served_port = ""
+"""Port that this process serves the metrics on."""
 
 
 def begin_stage(stage: str, generation: int, run: str, *, config_digest: str = "", teacher: str = "") -> None:
@@ -217,12 +219,15 @@ def is_pushed() -> bool:
 
 
 def serve_metrics() -> None:
-    """Serves the metrics on NS_METRICS_PORT while the process lives. A port that cannot be used is only logged."""
+    """Serves the metrics on NS_METRICS_PORT while the process lives, however often it is called. A port that cannot be used is only
+    logged."""
+    global _served_port
     port = os.environ.get(PORT_VARIABLE, "")
-    if not port:
+    if not port or port == _served_port:
         return
     try:
         start_http_server(int(port), addr=_choose_address(), registry=REGISTRY)
+        _served_port = port
     except (OSError, OverflowError, ValueError) as error:
         log.get_logger().warning("no metrics endpoint; work continues without it", port=port, reason=str(error))
 
