@@ -9,6 +9,8 @@ import json
 
 from kfp.dsl.executor import Executor
 
+from ns.core.process import run_process
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -21,4 +23,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_process(main)

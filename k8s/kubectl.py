@@ -15,6 +15,7 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import IO, Any
 
 from ns.core.errors import ClusterError
+from ns.core.process import bind_command
 
 K8sObject = dict[str, Any]
 """A Kubernetes object, as JSON has it."""
@@ -177,12 +178,19 @@ class Kubectl:
         return next((str(cluster["cluster"].get("server", "")) for cluster in view.get("clusters") or ()), "")
 
     def start_process(
-        self, arguments: Sequence[str], *, stdin: int = subprocess.DEVNULL, stderr: int = subprocess.PIPE
+        self,
+        arguments: Sequence[str],
+        *,
+        stdin: int = subprocess.DEVNULL,
+        stderr: int = subprocess.PIPE,
+        is_bound: bool = False,
     ) -> "subprocess.Popen[str]":
-        """Starts kubectl; who calls it ends it, with `kill_process`."""
+        """Starts kubectl; who calls it ends it, with `kill_process`. `is_bound`: it also ends with the thread that starts it, since
+        it would not end by itself."""
+        command = [*self._command, *arguments]
         # A group of its own: its helpers for credentials must end with it. Ctrl-C reaches us, and we end it.
         return subprocess.Popen(
-            [*self._command, *arguments],
+            bind_command(command) if is_bound else command,
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=stderr,

@@ -79,7 +79,7 @@ class PortForward:
                     return
                 local_port = self.local_port or ""
                 arguments = (*self._arguments, f"{local_port}:{self._port}")
-                self._process = process = self._kubectl.start_process(arguments, stderr=subprocess.STDOUT)
+                self._process = process = self._kubectl.start_process(arguments, stderr=subprocess.STDOUT, is_bound=True)
             last_lines: deque[str] = deque(maxlen=5)
             assert process.stdout is not None
             with process.stdout:

@@ -6,7 +6,7 @@ Heavy libraries are imported by the commands that need them, so that help is ins
 import os
 import sys
 import traceback
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -31,7 +31,7 @@ from ns.cli import (
 from ns.cli.options import make_program
 from ns.core.errors import ClusterError, ConfigError, Interrupted, NsError, RunError, TrainingError
 from ns.core.printable import make_printable
-from ns.core.process import set_openmp_to_sleep
+from ns.core.process import run_process, set_openmp_to_sleep
 
 # Newer typers bring a click of their own, which is not the one that can be imported.
 UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -81,9 +81,9 @@ SEVERAL_LINES = (ConfigError.exit_code, TrainingError.exit_code, RunError.exit_c
 """Exit codes of messages that may have a line per fault, or the end of a log; in all others a newline is part of a name."""
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Entry point. Exits with the code of the error, 0 if there was none."""
-    sys.exit(run_command_line(sys.argv[1:]))
+    run_process(lambda: run_command_line(sys.argv[1:]))
 
 
 def run_command_line(arguments: list[str]) -> int:

@@ -5,6 +5,8 @@ import sys
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.run import main
 
+from ns.core.process import run_process
+
 
 def run_torchrun() -> None:
     try:
@@ -15,4 +17,4 @@ def run_torchrun() -> None:
 
 
 if __name__ == "__main__":
-    run_torchrun()
+    run_process(run_torchrun)

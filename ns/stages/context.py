@@ -1,7 +1,5 @@
 """What every stage is given and leaves behind: its run, its log lines, its note, its metrics, and the reason if it fails."""
 
-import atexit
-import gc
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -120,9 +118,6 @@ def announce_stage(name: str, generation: int, **bound_fields: Any) -> Iterator[
     set_openmp_to_sleep()
     log.configure_logging()
     die_with_client()
-    if os.environ.get("_KFP_RUNTIME") == "true":
-        # Python's last garbage collection, over all that torch and timm loaded, would take 0.7 s of each of Kubeflow's processes.
-        atexit.register(gc.freeze)
     started = time.monotonic()
     log_fields: dict[str, Any] = {}
     with log.bind_context(stage=name, generation=generation, **bound_fields):

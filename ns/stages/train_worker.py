@@ -8,6 +8,7 @@ the first also evaluates the model, since the stage that started them has no GPU
 
 import sys
 
+from ns.core.process import run_process
 from ns.stages.context import RunRef
 from ns.stages.evaluate import evaluate_generation
 from ns.stages.train import has_remote_client, join_training
@@ -22,4 +23,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_process(main)

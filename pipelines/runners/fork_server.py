@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from ns.core.process import set_openmp_to_sleep
+from ns.core.process import run_process, set_openmp_to_sleep
 
 MAX_REQUEST_BYTES = 1 << 17
 START_SCRIPT = re.compile(r'_KFP_RUNTIME=true \S+ -P -m (?P<module>[\w.]+) "\$@"')
@@ -161,7 +161,7 @@ def main() -> None:
     request = serve_requests(requests)
     if request is not None:
         signal.signal(signal.SIGINT, at_interrupt)
-        run_component(request)
+        run_process(lambda: run_component(request))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,72 @@ import pytest
 
 from ns.core.process import handle_signals, identify_process
 
+READ_IN_THREADS = """
+import io, sys
+import pyarrow as pa, pyarrow.parquet as pq
+from ns.core.process import run_process
+sink = io.BytesIO()
+pq.write_table(pa.table({"key": ["a"] * 300, "value": list(range(300))}), sink)
+# Arrow's threads are at their end when the process is: with Python's own end, every sixth is aborted.
+run_process(lambda: pq.read_table(io.BytesIO(sink.getvalue())).num_rows - 293)
+"""
+
+
+def run_main(source: str) -> subprocess.CompletedProcess[str]:
+    """Runs a process whose work is the body of a function."""
+    program = f"import atexit, sys, threading, time\nfrom ns.core.process import run_process\ndef main():\n {source}\nrun_process(main)"
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("source", "code", "said"),
+    [
+        ("pass", 0, ""),
+        ("return 7", 7, ""),
+        ("sys.exit()", 0, ""),
+        ("sys.exit(130)", 130, ""),
+        ("sys.exit('the reason')", 1, "the reason"),
+        ("raise ValueError('the reason')", 1, "ValueError: the reason"),
+        ("raise KeyboardInterrupt", -signal.SIGINT, "KeyboardInterrupt"),
+        (
+            "sys.stdout = open('/dev/full', 'w'); print(1)",
+            120,
+            "error: cannot write /dev/full: [Errno 28] No space left on device",
+        ),
+    ],
+)
+def test_a_process_ends_with_the_code_of_its_work(source, code, said):
+    done = run_main(source)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert (done.stderr.splitlines() or [""])[-1] == said
+
+
+def test_a_process_does_at_its_end_what_python_does():
+    source = "atexit.register(print, 'registered'); threading.Timer(0.1, print, ['thread']).start(); print('work')"
+    done = run_main(source)
+    assert (done.returncode, done.stdout.split()) == (0, ["work", "thread", "registered"])
+
+
+def test_a_process_whose_reader_is_gone_ends_well():
+    program = "from ns.core.process import run_process; run_process(lambda: print('a'))"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": ""}
+    ) as process:
+        process.stdout.close()
+    assert process.returncode == 0
+
+
+def test_threads_of_libraries_abort_no_process_at_its_end():
+    processes = [subprocess.Popen([sys.executable, "-c", READ_IN_THREADS]) for _ in range(4)]
+    assert [process.wait() for process in processes] == [7] * 4
+
+
+@pytest.mark.integration
+@pytest.mark.long
+def test_200_processes_with_threads_of_libraries_end_well():
+    ends = [subprocess.run([sys.executable, "-c", READ_IN_THREADS]).returncode for _ in range(200)]
+    assert ends == [7] * 200
+
 
 def test_handle_signals_restores_the_handlers_before():
     heard, before = [], signal.getsignal(signal.SIGINT)

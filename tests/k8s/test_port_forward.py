@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 
@@ -13,6 +14,7 @@ from k8s import port_forward
 from k8s.kubectl import Kubectl, NotFoundError
 from k8s.port_forward import PortForward
 from ns.core.errors import ClusterError
+from ns.core.process import identify_process
 
 KUBECTL = """
 import os, pathlib, socket, sys
@@ -117,3 +119,20 @@ def test_port_forward_to_a_cluster_that_does_not_answer(folder, monkeypatch):
         PortForward(Kubectl(), "kubeflow", "ml-pipeline", 8888, say=print),
     ):
         pass
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not bind processes to others")
+def test_kubectl_ends_with_a_client_that_is_killed(folder):
+    program = """
+import time
+from k8s.kubectl import Kubectl
+from k8s.port_forward import PortForward
+with PortForward(Kubectl(), "kubeflow", "ml-pipeline", 8888, say=print) as forward:
+    print(forward.url, flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as client:
+        client.stdout.readline()
+        assert identify_process(pid(folder, 0))
+        client.kill()
+    wait_for(lambda: not identify_process(pid(folder, 0)))

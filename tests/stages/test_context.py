@@ -1,14 +1,13 @@
 """How stages end."""
 
 import contextlib
-import gc
 from datetime import datetime, timedelta
 
 import pytest
 
 from ns.core.errors import ConfigError, DataError, Interrupted, StoreError
 from ns.runs.records import find_stage_failure, list_stage_failures, list_stage_tries, write_stage_failure
-from ns.stages.context import announce_stage, stage
+from ns.stages.context import stage
 from ns.stages.prepare import prepare_data
 from ns.stages.train import train_generation
 from ns.storage import LocalStore
@@ -99,13 +98,3 @@ def test_interrupted_stage_exits_with_130(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as caught:
         train_generation(ref, data=data, generation=0)
     assert caught.value.code == 130
-
-
-@pytest.mark.parametrize(("runtime", "frozen"), [("true", 1), ("", 0)])
-def test_stage_freezes_objects_at_the_end_of_a_process_of_kubeflow(monkeypatch, runtime, frozen):
-    calls = []
-    monkeypatch.setattr("atexit.register", calls.append)
-    monkeypatch.setenv("_KFP_RUNTIME", runtime)
-    with announce_stage("report", 0):
-        pass
-    assert calls == [gc.freeze] * frozen
