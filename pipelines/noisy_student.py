@@ -30,7 +30,14 @@ from components.student import student
 from components.teacher import teacher
 from ns.config.schema import MAX_GENERATIONS
 from ns.stages.context import STOP
-from pipelines.placement import PENDING_HOURS, STAGE_PODS, STAGE_RETRIES
+from pipelines.placement import (
+    PENDING_HOURS,
+    STAGE_PAUSE_SECONDS,
+    STAGE_PODS,
+    STAGE_RETRIES,
+    START_PAUSE_SECONDS,
+    START_RETRIES,
+)
 
 TRAINING_POD = ("gpus", "cpu", "memory", "nodes")
 """What the start of a run plans the pods of trainings by."""
@@ -44,9 +51,11 @@ def run_stage(function: Callable[..., Any], /, *after: PipelineTask, **inputs: A
     component = dsl.component(function, base_image=WORKER_IMAGE, packages_to_install=[], install_kfp_package=False)
     task = component(**inputs).after(*after)
     pod = STAGE_PODS[task.component_spec.name]
+    is_start = function is start
+    retries, pause = (START_RETRIES, START_PAUSE_SECONDS) if is_start else (STAGE_RETRIES, STAGE_PAUSE_SECONDS)
     # KFP's maximum is for all tries together, from the first one's start: a try that is under way at its end is killed.
-    hours = (STAGE_RETRIES + 1) * pod.hours + PENDING_HOURS
-    task.set_retry(STAGE_RETRIES, backoff_duration="30s", backoff_factor=2.0, backoff_max_duration=f"{hours}h")
+    hours = (retries + 1) * pod.hours + PENDING_HOURS
+    task.set_retry(retries, backoff_duration=f"{pause}s", backoff_factor=2.0, backoff_max_duration=f"{hours}h")
     return task.set_caching_options(False)
 
 

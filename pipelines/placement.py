@@ -23,6 +23,12 @@ GPU_COUNTS = ("0", "1", "2", "4", "8")
 STAGE_RETRIES = 3
 """Retries of a stage that fails or whose node is taken away: it continues where it stopped. Whether a failure is retried is decided by
 Kubeflow's configuration (k8s/components/kubeflow/workflow-controller-configmap.yaml)."""
+START_RETRIES = 1
+"""Retries of the start of a run, which takes a second, and reads what a person has just written: for a lost node. A launcher of KFP ends
+with 1 whatever it was, so that Argo cannot leave a wrong field alone."""
+STAGE_PAUSE_SECONDS = 30
+START_PAUSE_SECONDS = 5
+"""Before the first retry; each later pause is twice as long."""
 PENDING_HOURS = 168
 """Time that all tries of a stage together may wait for a node."""
 

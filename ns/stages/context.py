@@ -93,7 +93,7 @@ def stage(
     """Begins and ends a stage of a run. `linger`: its metrics can be scraped for a while after its end."""
     note_name = f"{name}-{shards}" if shards else name
     bound_fields = {"shards": shards} if shards else {}
-    with announce_stage(name, generation, **bound_fields) as log_fields, _keep_state(ref, generation, name, note_name):
+    with announce_stage(name, generation, **bound_fields) as log_fields, keep_state(ref, generation, name, note_name):
         store = open_store(ref.root)
         check_run_code(store, ref.run)
         experiment = load_experiment(ref.config_uri)
@@ -141,8 +141,8 @@ def has_client() -> bool:
 
 
 @contextmanager
-def _keep_state(ref: RunRef, generation: int, stage_name: str, note_name: str) -> Iterator[None]:
-    """Keeps that a stage is under way, and why it failed until it is tried again, where no client follows the stages' events.
+def keep_state(ref: RunRef, generation: int, stage_name: str, note_name: str, *, with_try: bool = True) -> Iterator[None]:
+    """Keeps that a stage is under way (`with_try`), and why it failed until it is tried again, where no client follows the stages' events.
 
     KFP 2.17 says that a task failed, never why, and nothing of any task once a run's status is large. A stage that was killed cannot
     say so; that its try is still kept as being under way does.
@@ -156,7 +156,8 @@ def _keep_state(ref: RunRef, generation: int, stage_name: str, note_name: str) -
     with suppress(NsError):
         store = open_store(ref.root)
         delete_stage_failure(store, ref.run, generation, note_name=note_name)
-        write_stage_try(store, ref.run, generation, note_name, number, os.environ.get(POD_VARIABLE, ""))
+        if with_try:
+            write_stage_try(store, ref.run, generation, note_name, number, os.environ.get(POD_VARIABLE, ""))
     try:
         yield
     except Interrupted:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 from ns import __version__
@@ -10,10 +11,10 @@ from ns.core import log
 from ns.core.errors import DataError
 from ns.core.process import die_with_client
 from ns.modeling.manifest import ModelManifest
-from ns.runs.lifecycle import derive_generation_name, derive_run_name, open_run, record_inherited_teacher
+from ns.runs.lifecycle import check_run_name, derive_generation_name, derive_run_name, open_run, record_inherited_teacher
 from ns.runs.lookup import find_accepted_student
 from ns.runs.records import write_stage_note
-from ns.stages.context import STOP, RunRef, StageContext, announce_stage
+from ns.stages.context import STOP, RunRef, StageContext, announce_stage, keep_state
 from ns.stages.gate import was_student_refused
 from ns.stages.keys import read_labeled_classes
 from ns.stages.label import split_pool
@@ -35,10 +36,22 @@ def start_run(
     log.configure_logging()
     die_with_client()
     store, name = _locate_run(run, root)
-    experiment = load_with_overrides(config, overrides, fields)
-    name = name or derive_run_name(experiment)
-    open_run(store, name, experiment, __version__)
+    with _keep_failure(store, name):
+        experiment = load_with_overrides(config, overrides, fields)
+        name = name or derive_run_name(experiment)
+        open_run(store, name, experiment, __version__)
     return store.at(name).uri
+
+
+def _keep_failure(store: Store, run: str) -> AbstractContextManager[None]:
+    """Keeps why the start fails in the run's folder. A run without a name has none before its experiment is read.
+
+    Raises ConfigError for a wrong name.
+    """
+    if not run:
+        return nullcontext()
+    check_run_name(run)
+    return keep_state(RunRef.from_uri(store.at(run).uri), 0, "start", "start", with_try=False)
 
 
 def _locate_run(run: str, root: str) -> tuple[Store, str]:
@@ -72,9 +85,9 @@ def start_generation(
     that a change in any of them makes another run. If this run has refused a student of the same data and teacher, there is nothing to
     do. Raises DataError if the accepted model knows other classes.
     """
-    with announce_stage("start", 0) as log_fields:
+    store, given_name = _locate_run(run, root)
+    with announce_stage("start", 0) as log_fields, _keep_failure(store, given_name):
         started = time.monotonic()
-        store, given_name = _locate_run(run, root)
         ledger = Ledger(store)
         experiment = load_with_overrides(config, overrides, fields)
         data, prepared, reused = write_prepared_data(experiment, store, ledger)

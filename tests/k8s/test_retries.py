@@ -12,7 +12,7 @@ import yaml
 
 from k8s.doctor import find_retry_policy
 from pipelines import GENERATION_PACKAGE, PACKAGE, load_yaml_documents
-from pipelines.placement import STAGE_RETRIES
+from pipelines.placement import STAGE_RETRIES, START_RETRIES
 from tests.k8s.test_validate import K8S
 
 CONFIG_MAP = K8S / "components" / "kubeflow" / "workflow-controller-configmap.yaml"
@@ -49,6 +49,12 @@ def iterate_stages(package: str):
                 yield name, task["retryPolicy"], int(executors[label]["activeDeadlineSeconds"])
 
 
+def sum_pauses(policy: dict[str, Any]) -> float:
+    """Seconds that Argo waits between all tries of a stage."""
+    pause = int(policy["backoffDuration"].removesuffix("s"))
+    return sum(pause * policy["backoffFactor"] ** number for number in range(policy["maxRetryCount"]))
+
+
 @pytest.mark.parametrize(
     ("phase", "exit_code", "message", "retried"),
     [
@@ -83,8 +89,17 @@ def test_window_of_every_stage_is_longer_than_all_its_tries(package):
     stages = list(iterate_stages(package.read_text()))
     assert len({name for name, _, _ in stages}) >= 6
     for name, policy, limit_seconds in stages:
-        assert policy["maxRetryCount"] == STAGE_RETRIES, name
-        factor, pause = policy["backoffFactor"], int(policy["backoffDuration"].removesuffix("s"))
-        pauses = sum(pause * factor**number for number in range(STAGE_RETRIES))
+        retries = policy["maxRetryCount"]
         window = int(policy["backoffMaxDuration"].removesuffix("s"))
-        assert window > (STAGE_RETRIES + 1) * limit_seconds + pauses + 24 * 3600, name
+        assert window > (retries + 1) * limit_seconds + sum_pauses(policy) + 24 * 3600, name
+
+
+@pytest.mark.parametrize(
+    ("package", "retries", "seconds"), [(PACKAGE, START_RETRIES, 5), (GENERATION_PACKAGE, STAGE_RETRIES, 210)], ids=str
+)
+def test_a_run_with_a_wrong_field_fails_soon_and_one_whose_node_is_lost_is_tried_again(package, retries, seconds):
+    """The start of one generation also imports the data, and nobody waits for it."""
+    policies = {name: policy for name, policy, _ in iterate_stages(package.read_text())}
+    started = policies.pop("start")
+    assert (started["maxRetryCount"], sum_pauses(started)) == (retries, seconds)
+    assert {policy["maxRetryCount"] for policy in policies.values()} == {STAGE_RETRIES}

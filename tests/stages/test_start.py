@@ -3,12 +3,14 @@
 import pytest
 
 from ns.config.loader import load_experiment
-from ns.core.errors import DataError
+from ns.core.errors import ConfigError, DataError
 from ns.runs.lifecycle import derive_run_name
+from ns.runs.records import list_stage_failures, list_stage_tries
 from ns.runs.summary import summarize_run
 from ns.stages.context import STOP, RunRef
 from ns.stages.roles import provide_teacher
 from ns.stages.start import start_generation, start_run
+from ns.storage import LocalStore
 from tests.loop import TINY, run_generation
 
 
@@ -71,3 +73,28 @@ def test_start_run_below_another_root(tmp_path, run, name):
     folder = start_run("quickstart", f"{tmp_path}/{run}", root=str(tmp_path / "root"))
     assert folder == f"file://{tmp_path}/elsewhere/{name or derive_run_name(load_experiment(f'{folder}/config.yaml'))}"
     assert not (tmp_path / "root").exists()
+
+
+@pytest.mark.parametrize("start", [start_run, start_generation])
+def test_start_keeps_why_it_failed_and_is_not_begun_again_in_vain(tmp_path, monkeypatch, start):
+    store = LocalStore(tmp_path)
+    uri = f"{store.uri}/mine"
+    with pytest.raises(ConfigError, match=r"seed: invalid value -1") as first:
+        start("quickstart", uri, ["seed=-1"], root=store.uri)
+    (failure,) = list_stage_failures(store, "mine")
+    assert str(failure) == f"start: {first.value}"
+    assert list_stage_tries(store, "mine") == []
+    with monkeypatch.context() as patch:
+        patch.setenv("KFP_RETRY_INDEX", "1")
+        patch.setattr("ns.stages.start.load_with_overrides", None)
+        with pytest.raises(ConfigError, match=r"seed: invalid value -1"):
+            start("quickstart", uri, ["seed=-1"], root=store.uri)
+    start("quickstart", uri, ["seed=1"], root=store.uri)
+    assert list_stage_failures(store, "mine") == []
+
+
+@pytest.mark.parametrize("name", ["", "no/../name", "latest"])
+def test_start_keeps_nothing_of_a_run_without_a_valid_name(tmp_path, name):
+    with pytest.raises(ConfigError):
+        start_run("quickstart", name, ["seed=-1"], root=str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
