@@ -54,7 +54,7 @@ def run_process(main: Callable[[], int | None]) -> NoReturn:
     """Calls what a process is for, and ends the process with the code that it returns, or that of its exception.
 
     It ends as Python would: threads that are no daemons are waited for, what is registered with atexit is called, output is flushed. Only
-    Python and its libraries are not taken down. Threads of libraries, as Arrow's, outlive the work; one that is busy meanwhile aborts
+    Python and its libraries are not taken down. Threads of libraries, as Arrow's, outlive the work; one that is busy then aborts
     the process (exit code 134), and a stage that has done all its work counts as failed. It would also take 0.7 s to collect what torch
     and timm loaded.
     """
