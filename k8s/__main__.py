@@ -1,7 +1,6 @@
 """`python -m k8s …`, as the Makefile's targets call it."""
 
 import contextlib
-import json
 import re
 import shlex
 import shutil
@@ -40,6 +39,7 @@ from k8s.kubectl import Kubectl
 from k8s.port_forward import PortForward
 from ns.cli.doctor import print_diagnostics
 from ns.cli.options import AsJson, make_program
+from ns.cli.output import print_json, print_line, print_text
 from ns.core.errors import ClusterError, ConfigError
 from ns.core.process import handle_signals
 from ns.storage import LocalStore
@@ -123,7 +123,7 @@ def diff(
     """
     options = DeployOptions(overlay, context, registry, image or (), worker, without or (), build or (), yes)
     changes = diff_overlay(options, print_progress, _make_ask())
-    typer.echo(changes or "no differences", nl=not changes)
+    print_text(changes or "no differences\n")
 
 
 @app.command()
@@ -141,21 +141,21 @@ def status(overlay: Overlay = "", context: Context = "", as_json: AsJson = False
             "workloads": [row._asdict() for row in platform.workloads],
             "runs": platform.runs,
         }
-        typer.echo(json.dumps(value, indent=1))
+        print_json(value)
         return
     if platform.release is None:
-        typer.echo(f"{platform.context}: nothing is deployed; run `make deploy`")
+        print_line(f"{platform.context}: nothing is deployed; run `make deploy`")
         return
     release = platform.release
     version = f"version {release.version} {release.revision[:12]}".rstrip()
-    typer.echo(f"{platform.context}: {release.overlay}, {release.state}, {release.changed_at}, {version}")
+    print_line(f"{platform.context}: {release.overlay}, {release.state}, {release.changed_at}, {version}")
     for name, version in release.pipelines.items():
-        typer.echo(f"pipeline {name}: {version}")
+        print_line(f"pipeline {name}: {version}")
     for row in platform.workloads:
         state = typer.style("ok", fg="green") if row.ready else typer.style("NO", fg="red", bold=True)
-        typer.echo(f"{state}  {row.name:<48}  {row.summary}{f': {row.reason}' if row.reason else ''}")
+        print_line(f"  {row.name:<48}  {row.summary}{f': {row.reason}' if row.reason else ''}", mark=state)
     runs = ", ".join(f"{count} {phase.lower()}" for phase, count in sorted(platform.runs.items()))
-    typer.echo(f"runs: {runs or 'none'}")
+    print_line(f"runs: {runs or 'none'}")
     if not all(row.ready for row in platform.workloads):
         raise typer.Exit(ClusterError.exit_code)
 
@@ -183,7 +183,7 @@ def ui(
     ):
         url = f"http://localhost:{port}"
         print_progress(f"{url}: Kubeflow on {target.context}; Ctrl-C to stop; for `ns` in another terminal:")
-        typer.echo(_format_environment({KFP_VARIABLE: url} | store, target.context, namespace))
+        print_text(_format_environment({KFP_VARIABLE: url} | store, target.context, namespace) + "\n")
         if browser:
             webbrowser.open(url)
         signal.pause()
@@ -233,7 +233,10 @@ def run_acceptance(
     with open_platform(target.kubectl, namespace, print_progress) as platform:
         record = try_checks(platform, names, LocalStore(ACCEPTANCE_FOLDER), key, again=again)
     rows = record.list_rows()
-    typer.echo(json.dumps([row._asdict() for row in rows], indent=1) if as_json else format_rows(record))
+    if as_json:
+        print_json([row._asdict() for row in rows])
+    else:
+        print_text(f"{format_rows(record)}\n")
     if not all(row.ok for row in rows):
         raise typer.Exit(1)
 
@@ -280,7 +283,7 @@ def _run_kind(*arguments: str) -> str:
 
 def print_progress(text: str) -> None:
     """Prints a line of progress to standard error; results go to standard output."""
-    typer.echo(text, err=True)
+    print_text(f"{text}\n", err=True)
 
 
 def _make_ask() -> Ask | None:

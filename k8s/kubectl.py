@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from ns.core.errors import ClusterError
 from ns.core.process import bind_command
+from ns.core.printable import make_printable
 
 K8sObject = dict[str, Any]
 """A Kubernetes object, as JSON has it."""
@@ -107,7 +108,7 @@ class Kubectl:
             if time.monotonic() - started > self.patience_seconds:
                 raise failure
             if not self._is_waiting:
-                sys.stderr.write(f"{failure}; asking again for up to {self.patience_seconds:g} s\n")
+                sys.stderr.write(f"{make_printable(str(failure))}; asking again for up to {self.patience_seconds:g} s\n")
             self._is_waiting = True
             time.sleep(RETRY_SECONDS)
 
@@ -264,7 +265,7 @@ def _forward_stderr(stream: IO[str], error_lines: list[str]) -> None:
     with contextlib.suppress(ValueError, OSError):
         for line in stream:
             error_lines.append(line)
-            sys.stderr.write(line)
+            sys.stderr.write(make_printable(line))
 
 
 def _namespace_options(namespace: str | None) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ns.core.errors import NsError
+from ns.core.printable import make_printable
 from pipelines.kfp_client import KfpClient, UploadedPipeline
 from pipelines.placement import Placement, read_placement, render_package
 from pipelines.versions import describe_version
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         for package in load_packages(os.environ.get(INPUTS_VARIABLE, ""), INPUTS_VARIABLE):
             sys.stdout.write(f"{upload_package(client, package).version}\n")
     except NsError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {make_printable(str(error))}\n")
         return error.exit_code
     return 0
 

@@ -29,6 +29,7 @@ from components import SETTINGS_VARIABLES, STAGE_USER
 from components.cluster.nodes import TrainingNodes
 from ns.core import log
 from ns.core.errors import ConfigError, Interrupted, NsError, RunError, TrainingError
+from ns.core.printable import make_printable
 from ns.core.process import handle_signals
 
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
@@ -314,7 +315,7 @@ class _NodeLogs:
                 if at > self._last:
                     self._last, self._seen, had_output = at, time.time(), True
                     self._lines.append(text)
-                    sys.stderr.write(text + "\n")
+                    sys.stderr.write(make_printable(text, keep_newlines=False) + "\n")
         return had_output
 
     def read_failed_node(self) -> tuple[str, str, list[str]]:

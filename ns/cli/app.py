@@ -29,6 +29,7 @@ from ns.cli import (
     trigger,
 )
 from ns.cli.options import make_program
+from ns.cli.output import print_line
 from ns.core.errors import ClusterError, ConfigError, Interrupted, NsError, RunError, TrainingError
 from ns.core.printable import make_printable
 from ns.core.process import run_process, set_openmp_to_sleep
@@ -43,7 +44,7 @@ app = make_program("Train an image classifier from a few labeled images and a la
 
 def _print_version(value: bool) -> None:
     if value:
-        typer.echo(f"ns {__version__}")
+        print_line(f"ns {__version__}")
         raise typer.Exit
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from ns.cli.options import ConfigArgument, Overrides, load_experiment_argument
-from ns.cli.output import print_json
+from ns.cli.output import print_json, print_line, print_text
 
 if TYPE_CHECKING:
     from ns.config.schema import Experiment, GateConfig
@@ -29,7 +29,7 @@ def show_config(config: ConfigArgument, overrides: Overrides = None) -> None:
     """
     from ns.config.loader import dump_experiment
 
-    typer.echo(dump_experiment(load_experiment_argument(config, overrides)), nl=False)
+    print_text(dump_experiment(load_experiment_argument(config, overrides)))
 
 
 @app.command("schema")
@@ -60,22 +60,22 @@ def check_config(
     from ns.modeling.factory import check_models
 
     check_models(experiment)
-    typer.echo(f"{config}: good")
+    print_line(f"{config}: good")
     for line in describe_missing_data(experiment):
-        typer.echo(line)
+        print_line(line)
     for line in describe_shared_memory(experiment):
-        typer.echo(line)
+        print_line(line)
     if experiment.selection.precision is not None:
         from ns.labeling.thresholds import count_required_images
 
         required = count_required_images(experiment.selection.precision, experiment.selection.confidence)
-        typer.echo(
+        print_line(
             f"selection.precision {experiment.selection.precision:g}: a threshold of its own takes {required:,} calibration images that "
             "the teacher puts in the class; classes with fewer share one"
         )
     given = (heldout, classes) if heldout else count_prepared_heldout(experiment)
     for line in describe_gate_needs(experiment.gate, *given):
-        typer.echo(line)
+        print_line(line)
 
 
 def describe_missing_data(experiment: "Experiment") -> list[str]:

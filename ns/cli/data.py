@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from ns.cli.options import AsJson
-from ns.cli.output import escape_text, make_table, print_json, to_shell_path, write_page
+from ns.cli.output import make_console, make_table, print_json, print_line, to_shell_path, write_page
 from ns.core.errors import DataError
 from ns.storage import Store, open_store, read_uri
 
@@ -65,7 +64,7 @@ def import_data(
         split=split,
         workers=workers,
     )
-    typer.echo(
+    print_line(
         f"{destination}: {dataset.samples:,} images in {len(dataset.shards)} shards, {dataset.rejected:,} left out, "
         f"digest {dataset.digest[:16]}"
     )
@@ -106,11 +105,11 @@ def check_data(
     if as_json:
         print_json(report.model_dump(mode="json") | {"suspects": suspect_counts})
     else:
-        Console().print(*_make_check_tables(report, suspect_counts))
-        typer.echo(f"{report.left_out:,} images of pools are also in an evaluation set: they are left out")
+        make_console().print(*_make_check_tables(report, suspect_counts))
+        print_line(f"{report.left_out:,} images of pools are also in an evaluation set: they are left out")
         if report.skipped:
-            typer.echo(f"{report.skipped:,} comparisons were skipped, in groups of images that are too much alike")
-        typer.echo(f"lists: {to_shell_path(target.uri)}/")
+            print_line(f"{report.skipped:,} comparisons were skipped, in groups of images that are too much alike")
+        print_line(f"lists: {to_shell_path(target.uri)}/")
     roles = {named.name: named.dataset.role for named in checked}
     for overlap in report.overlaps:
         shared = overlap.same + overlap.near
@@ -145,14 +144,12 @@ def _make_check_tables(report: "LeakageReport", suspect_counts: dict[str, int]) 
     """Which datasets share images, and the sizes of the classes."""
     overlaps = make_table("images that resemble another", "images of", "in", "same bytes", "near")
     for overlap in report.overlaps:
-        overlaps.add_row(escape_text(overlap.of), escape_text(overlap.within), f"{overlap.same:,}", f"{overlap.near:,}")
+        overlaps.add_row(overlap.of, overlap.within, f"{overlap.same:,}", f"{overlap.near:,}")
     classes = make_table("labeled data", "dataset", "classes", "smallest", "largest", "class names to check")
     for name, counts in report.classes.items():
         smallest, largest = (pick(counts, key=lambda class_name: counts[class_name]) for pick in (min, max))
-        ends = (f"{escape_text(class_name)} {counts[class_name]:,}" for class_name in (smallest, largest))
-        classes.add_row(
-            escape_text(name), f"{len(counts):,}", *ends, f"{suspect_counts[name]:,}" if name in suspect_counts else ""
-        )
+        ends = (f"{class_name} {counts[class_name]:,}" for class_name in (smallest, largest))
+        classes.add_row(name, f"{len(counts):,}", *ends, f"{suspect_counts[name]:,}" if name in suspect_counts else "")
     return [overlaps, classes] if report.classes else [overlaps]
 
 
@@ -169,11 +166,11 @@ def verify_data(
     store, data = _open_dataset(dataset)
     problems = 0
     for problem in find_damage(store, data):
-        typer.echo(problem)
+        print_line(problem)
         problems += 1
     if problems:
         raise DataError(f"{store.uri}: {problems:,} problems")
-    typer.echo(f"{store.uri}: good: {data.samples:,} images in {len(data.shards):,} shards")
+    print_line(f"{store.uri}: good: {data.samples:,} images in {len(data.shards):,} shards")
 
 
 @app.command("show")
@@ -196,16 +193,16 @@ def show_data(
         print_json(data.model_dump(mode="json") | {"digest": data.digest, "samples": data.samples})
     else:
         mib = data.bytes / (1 << 20)
-        typer.echo(f"{data.name}: {data.role}, {data.samples:,} images, {mib:,.1f} MiB in {len(data.shards)} shards")
-        typer.echo(f"digest {data.digest}, {data.rejected:,} left out")
+        print_line(f"{data.name}: {data.role}, {data.samples:,} images, {mib:,.1f} MiB in {len(data.shards)} shards")
+        print_line(f"digest {data.digest}, {data.rejected:,} left out")
         if data.classes:
             table = make_table("", "class", "images", "share")
             for name, count in count_class_images(store, data).items():
-                table.add_row(escape_text(name), f"{count:,}", f"{count / max(1, data.samples):.1%}")
-            Console().print(table)
+                table.add_row(name, f"{count:,}", f"{count / max(1, data.samples):.1%}")
+            make_console().print(table)
     if sheet:
         write_page(sheet, render_contact_sheet(store, data, images, seed))
-        typer.echo(f"contact sheet: {sheet}", err=as_json)
+        print_line(f"contact sheet: {sheet}", err=as_json)
 
 
 def read_class_names(path: Path) -> list[str]:

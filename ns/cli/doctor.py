@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ns.cli.options import AsJson, RegistryOption, RemoteOption
-from ns.cli.output import print_json
+from ns.cli.output import print_json, print_line
 from ns.core.diagnostics import Diagnostic
 from ns.core.errors import ClusterError, NsError, StoreError
 
@@ -76,9 +76,9 @@ def print_diagnostics(diagnostics: list[Diagnostic]) -> None:
         state = typer.style("ok", fg="green") if diagnostic.ok else typer.style("NO", fg="red", bold=True)
         if diagnostic.is_warning and not diagnostic.ok:
             state = typer.style("??", fg="yellow")
-        typer.echo(f"{state}  {diagnostic.name:<{width}}  {diagnostic.detail}")
+        print_line(f"  {diagnostic.name:<{width}}  {diagnostic.detail}", mark=state)
         if not diagnostic.ok:
-            typer.echo(f"    {'':<{width}}  fix: {diagnostic.fix}")
+            print_line(f"    {'':<{width}}  fix: {diagnostic.fix}")
 
 
 def _check_registry(git: str, remote: str | None) -> list[Diagnostic]:

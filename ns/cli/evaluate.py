@@ -4,11 +4,10 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from ns.cli.options import AsJson, ModelArgument, Root, override_option
-from ns.cli.output import escape_text, make_table, print_json
+from ns.cli.output import make_console, make_table, print_json
 from ns.core.errors import ConfigError
 from ns.storage import open_store, read_uri
 
@@ -81,9 +80,9 @@ def evaluate(
         print_json({"uri": result.uri, **measured})
         return
     if result.evaluation:
-        Console().print(_make_accuracy_table(result.evaluation))
+        make_console().print(_make_accuracy_table(result.evaluation))
     if result.robustness and scores:
-        Console().print(*_make_robustness_tables(result.robustness, scores))
+        make_console().print(*_make_robustness_tables(result.robustness, scores))
 
 
 def _make_accuracy_table(evaluation: "Evaluation") -> Table:
@@ -107,13 +106,13 @@ def _make_accuracy_table(evaluation: "Evaluation") -> Table:
         (share, name) for share, name in zip(evaluation.class_accuracy, evaluation.classes, strict=True) if share is not None
     ]
     for share, name in sorted(class_accuracies)[:WORST_CLASSES]:
-        clean.add_row(f"class {escape_text(name)}", f"{share:.1%}")
+        clean.add_row(f"class {name}", f"{share:.1%}")
     return clean
 
 
 def _make_robustness_tables(robustness: "Robustness", scores: "RobustnessScores") -> list[Table]:
     """Raw numbers, with the scores relative to a reference in the titles."""
-    tables = []
+    tables: list[Table] = []
     image_count = f"{robustness.images:,} images"
     if robustness.corruptions:
         relative = "" if scores.mce is None else f"mCE {scores.mce:.1f} relative to {scores.mce_relative_to}, "

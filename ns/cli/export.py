@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Annotated, cast
 
 import typer
-from rich.console import Console
 
 from ns.cli.options import AsJson, ModelArgument, Root
-from ns.cli.output import make_table, print_json
+from ns.cli.output import make_console, make_table, print_json, print_line
 from ns.core.errors import ConfigError
 from ns.storage import open_store
 
@@ -73,6 +72,5 @@ def export(
     for check in exported.checks:
         difference = f"{check.largest_difference:.2g} of {check.largest_logit:.3g}"
         table.add_row(check.form, str(out / check.file), str(check.images), difference, f"{check.same_top1:.1%}")
-    console = Console()
-    console.print(table)
-    console.print(f"model card: {out / 'README.md'}", soft_wrap=True)
+    make_console().print(table)
+    print_line(f"model card: {out / 'README.md'}")

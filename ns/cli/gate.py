@@ -3,11 +3,11 @@
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ns.cli.options import AsJson, Root
-from ns.cli.output import escape_text, make_table, print_json
+from ns.cli.output import escape_text, make_console, make_table, print_json
 from ns.storage import open_store
 
 if TYPE_CHECKING:
@@ -41,9 +41,9 @@ def explain(
     if as_json:
         print_json({"run": run, **verdict.model_dump(mode="json"), "required_gain": required_gain(verdict)})
         return
-    console = Console()
+    console = make_console()
     console.print(*make_verdict_tables(run, verdict))
-    console.print(*format_verdict(verdict), sep="\n", highlight=False)
+    console.print(*format_verdict(verdict), sep="\n")
 
 
 def make_verdict_tables(run: str, verdict: "Verdict") -> list[Table]:
@@ -52,9 +52,9 @@ def make_verdict_tables(run: str, verdict: "Verdict") -> list[Table]:
     title = f"run {run}, generation {verdict.generation}: {outcome}"
     conditions = make_table(title, "condition", "value", "required", "", "what it is", text_columns=(0, 3, 4))
     for condition in verdict.conditions:
-        mark = "[green]passed[/]" if condition.passed else "[yellow]failed[/]"
-        detail = escape_text(condition.detail.rstrip(","))
-        conditions.add_row(condition.name, condition.format_value(), condition.format_requirement(), mark, detail)
+        mark = Text("passed", "green") if condition.passed else Text("failed", "yellow")
+        cells = (condition.name, condition.format_value(), condition.format_requirement())
+        conditions.add_row(*cells, mark, condition.detail.rstrip(","))
     copies = f", {verdict.copies:,} copies left out" if verdict.copies else ""
     pairs = make_table(f"{verdict.images:,} held-out images{copies}", "", "student right", "student wrong")
     pairs.add_row("teacher right", f"{verdict.paired.both:,}", f"{verdict.paired.only_teacher:,}")

@@ -83,6 +83,6 @@ def make_warning_printer(console: Console) -> Callable[[str], None]:
     """Prints what is told of a cluster, one line each, also while progress is drawn."""
 
     def print_warning(text: str) -> None:
-        console.print(f"[yellow]![/] {escape_text(text)}", highlight=False, soft_wrap=True)
+        console.print(f"[yellow]![/] {escape_text(text)}", soft_wrap=True)
 
     return print_warning

@@ -4,7 +4,7 @@ import numpy as np
 from rich.console import RenderableType
 from rich.table import Table
 
-from ns.cli.output import escape_text, make_table, shorten_key
+from ns.cli.output import make_table, shorten_key
 from ns.core.digest import shorten_digest
 from ns.labeling.audit import LabelAudit
 from ns.labeling.diff import LabelDiff
@@ -26,7 +26,7 @@ def make_label_set_table(resolved: RunLabelSet) -> Table:
     table = make_table(title, "class", "images", "mean confidence", *kept_headers)
     for class_id, (name, histogram) in enumerate(zip(label_set.classes, counts.astype(float), strict=True)):
         images = histogram.sum()
-        cells = [escape_text(name), f"{images:,.0f}", f"{histogram @ middles / images:.1%}" if images else ""]
+        cells = [name, f"{images:,.0f}", f"{histogram @ middles / images:.1%}" if images else ""]
         if selection:
             rule = selection.rules[class_id]
             cells += [f"{rule.kept:,}", f"{rule.last_kept.confidence:.1%}" if rule.last_kept else "", f"{rule.images:,}"]
@@ -54,7 +54,7 @@ def make_selection_table(label_set: LabelSet, selection: Selection) -> Table:
     for class_id, (name, rule) in enumerate(zip(label_set.classes, selection.rules, strict=True)):
         times = f"{rule.copies}–{rule.copies + 1}×" if rule.last_extra else f"{rule.copies}×"
         cells = [
-            escape_text(name),
+            name,
             f"{rule.candidates:,}",
             f"{rule.threshold:.1%}{' fallback' if rule.fallback else ''}" if rule.threshold <= 1 else "never",
             f"{rule.kept:,}",
@@ -80,9 +80,9 @@ def make_trace_table(trace: ImageTrace) -> Table:
     for view in trace.answers:
         predictions = ", ".join(f"{name} {probability:.1%}" for name, probability in list(view.probabilities.items())[:3])
         table.add_row(
-            escape_text(view.run),
+            view.run,
             str(view.generation),
-            escape_text(predictions or view.reason or ""),
+            predictions or view.reason or "",
             "" if view.threshold is None else f"{view.threshold:.1%}",
             f"{view.times_per_epoch}×",
             "" if view.student is None else shorten_key(view.student),
@@ -108,13 +108,13 @@ def make_diff_parts(diff: LabelDiff) -> list[RenderableType]:
     for row in diff.list_changed_classes():
         kept = (row.kept_before, row.kept_after) if has_selection else ()
         by_class.add_row(
-            escape_text(row.name),
+            row.name,
             *(f"{value:,}" for value in (row.before, row.after, row.lost, row.gained, *kept)),
             "" if row.shift is None else f"{100 * row.shift:+.1f}",
         )
     flips = make_table("most frequent flips", "before", "after", "images", text_columns=range(2))
     for old, new, images in diff.list_frequent_flips():
-        flips.add_row(escape_text(old), escape_text(new), f"{images:,}")
+        flips.add_row(old, new, f"{images:,}")
     return [*(f"[bold]{line}[/]" for line in lines), by_band, by_class, *([flips] if diff.matrix else [])]
 
 
@@ -139,7 +139,7 @@ def make_audit_tables(audit: LabelAudit) -> list[Table]:
     strata = make_table("", "class", "confidence", "images", "looked at", "right", "interval")
     for stratum in audit.strata:
         strata.add_row(
-            escape_text(stratum.class_name) if stratum.class_name is not None else "all",
+            stratum.class_name if stratum.class_name is not None else "all",
             f"{stratum.low:.1f} … {stratum.high:.1f}",
             f"{stratum.images:,}",
             f"{stratum.reviewed:,}",
@@ -154,5 +154,5 @@ def make_versions_table(versions: list[VersionSummary]) -> Table:
     table = make_table("", "version", "committed", "rows", "kept", "")
     for version, date, current in versions:
         kept = "" if version.kept is None else f"{version.kept:,}"
-        table.add_row(escape_text(str(version.tag)), date[:10], f"{version.rows:,}", kept, "in use" if current else "")
+        table.add_row(str(version.tag), date[:10], f"{version.rows:,}", kept, "in use" if current else "")
     return table

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from ns.cli.options import (
     AsJson,
@@ -16,7 +15,7 @@ from ns.cli.options import (
     make_default_group,
     override_option,
 )
-from ns.cli.output import print_json, write_page
+from ns.cli.output import make_console, print_json, print_line, print_text, print_untruncated, write_page
 from ns.core.errors import ConfigError, DataError, RunError
 from ns.storage import Store, open_store, read_uri, split_uri
 
@@ -64,9 +63,9 @@ def show_label_set(name: LabelSetArgument, root: Root = "runs", as_json: AsJson 
     if as_json:
         print_json(resolved.label_set)
         return
-    Console().print(make_label_set_table(resolved))
+    make_console().print(make_label_set_table(resolved))
     if label_audits := load_audits(resolved.store, resolved.label_set):
-        Console().print(make_audits_table(label_audits))
+        make_console().print(make_audits_table(label_audits))
 
 
 @app.command("verify")
@@ -80,7 +79,7 @@ def verify_labels(name: LabelSetArgument, root: Root = "runs", pool: Pool = None
     store, resolved = _open_label_set(root, name)
     images = resolved.open_pool(store, pool) if pool or resolved.prepared else None
     row_count = verify_label_set(resolved.store, resolved.label_set, images)
-    typer.echo(
+    print_line(
         f"{resolved.store.uri}: good: {row_count:,} rows"
         + ("" if images else "; keys were not compared with those of the images: give --pool")
     )
@@ -133,9 +132,9 @@ def select_labels(
     if as_json:
         print_json(selection)
     else:
-        Console().print(make_selection_table(resolved.label_set, selection))
+        make_console().print(make_selection_table(resolved.label_set, selection))
         for remark in selection.describe_classes(resolved.label_set.classes):
-            typer.echo(remark)
+            print_line(remark)
 
 
 @app.command("trace")
@@ -157,9 +156,11 @@ def trace_key(
         return
     for part, location in history.locations.items():
         dataset, shard, row = location.split("/")
-        typer.echo(f"{part}: dataset {dataset[:16]}, shard {shard}, row {row}")
-    Console().print(make_trace_table(history))
-    typer.echo(f"{len(history.models)} models have seen it" + "".join(f"\n  {model}" for model in history.models))
+        print_line(f"{part}: dataset {dataset[:16]}, shard {shard}, row {row}")
+    make_console().print(make_trace_table(history))
+    print_line(f"{len(history.models)} models have seen it")
+    for model in history.models:
+        print_line(f"  {model}")
 
 
 @app.command("purge")
@@ -192,10 +193,10 @@ def purge_keys(
     if as_json:
         print_json({"label_set": purged.digest, "images": count, "models": models})
         return
-    typer.echo(f"{out}: {count:,} images purged; label set {purged.digest}")
-    typer.echo(f"models that have seen them, below {root}: {len(models)}")
+    print_line(f"{out}: {count:,} images purged; label set {purged.digest}")
+    print_line(f"models that have seen them, below {root}: {len(models)}")
     for digest, folder in models.items():
-        typer.echo(f"  {digest[:16]}  {folder}")
+        print_line(f"  {digest[:16]}  {folder}")
 
 
 @app.command("import")
@@ -223,9 +224,9 @@ def import_label_set(
         print_json({"label_set": imported.label_set.digest, "labeled": imported.labeled, "unmatched": imported.unmatched})
         return
     label_set = imported.label_set
-    typer.echo(f"{out}: {imported.labeled:,} of {label_set.rows:,} images have a label; label set {label_set.digest}")
+    print_line(f"{out}: {imported.labeled:,} of {label_set.rows:,} images have a label; label set {label_set.digest}")
     if imported.unmatched:
-        typer.echo(
+        print_line(
             f"{labels}: {len(imported.unmatched):,} of its names are no image of {pool}; the first: {imported.unmatched[0]}",
             err=True,
         )
@@ -259,7 +260,7 @@ def choose_next(
     tasks = choose_next_images(resolved.store, resolved.label_set, images, predictor, count)
     model = resolved.label_set.teacher[:16]
     write_tasks(open_store(out), tasks, images, resolved.label_set.classes, model=model, images_uri=images_uri or LOCAL_FILES)
-    typer.echo(f"{out}: {len(tasks):,} images to label")
+    print_line(f"{out}: {len(tasks):,} images to label")
 
 
 @app.command("export")
@@ -288,13 +289,13 @@ def export_label_set(
     if form != "label-studio":
         folder, file = split_uri(out)
         row_count = write_label_table(open_store(folder), file, resolved.store, resolved.label_set, selection, form)
-        typer.echo(f"{out}: {row_count:,} labels")
+        print_line(f"{out}: {row_count:,} labels")
         return
     tasks = find_least_confident(resolved.store, resolved.label_set, selection, count)
     images = resolved.open_pool(store, pool)
     classes, teacher = resolved.label_set.classes, resolved.label_set.teacher
     write_tasks(open_store(out), tasks, images, classes, model=teacher[:16], images_uri=images_uri or LOCAL_FILES)
-    typer.echo(f"{out}: {len(tasks):,} tasks")
+    print_line(f"{out}: {len(tasks):,} tasks")
 
 
 def label(
@@ -325,10 +326,10 @@ def label(
     kept_by = kept_set and (kept_set.store, kept_set.label_set, kept_set.selection)
     label_set = label_dataset(resolve_model_uri(store, model), pool, out, config, shards=shards, kept_by=kept_by)
     if label_set is None:
-        typer.echo(f"{out}: not all shards are labeled yet")
+        print_line(f"{out}: not all shards are labeled yet")
     else:
         counts = f"{label_set.rows:,} images, {label_set.unreadable:,} unreadable, {label_set.left_out:,} left out"
-        typer.echo(f"{out}: {counts}; label set {label_set.digest}")
+        print_line(f"{out}: {counts}; label set {label_set.digest}")
 
 
 def _open_registry(url: str | None, remote: str | None = None) -> "LabelRegistry":
@@ -346,7 +347,6 @@ def list_versions(registry: RegistryOption = None, as_json: AsJson = False) -> N
     Example: [cyan]ns labels list --registry registry.git[/]
     """
     from ns.cli.label_tables import make_versions_table
-    from ns.cli.output import print_untruncated
 
     versions = _open_registry(registry).list_versions()
     if as_json:
@@ -374,10 +374,10 @@ def show_version(tag: VersionArgument, registry: RegistryOption = None, as_json:
         print_json(details)
         return
     for name, value in details.model_dump(exclude={"format", "files", "directory"}).items():
-        typer.echo(f"{name:12}{'' if value is None else value}")
+        print_line(f"{name:12}{'' if value is None else value}")
     remote_uri = label_registry.locate_data()
     for file in details.files:
-        typer.echo(f"{file.name}\t{file.bytes}\t{file.sha256}\t{remote_uri}/{object_key(file.md5)}")
+        print_line(f"{file.name}\t{file.bytes}\t{file.sha256}\t{remote_uri}/{object_key(file.md5)}")
 
 
 @app.command("commit")
@@ -435,7 +435,7 @@ def commit_version(
                 f"make one: ns labels select {name} --out {selected}"
             )
     is_new = _open_registry(registry, remote).commit_version(tag, resolved.store, resolved.label_set, selection, verdict)
-    typer.echo(f"{tag}: {'committed' if is_new else 'is there already'}")
+    print_line(f"{tag}: {'committed' if is_new else 'is there already'}")
 
 
 @app.command("get")
@@ -449,7 +449,7 @@ def get_version(
     Example: [cyan]ns labels get current/quickstart labels --registry registry.git[/]
     """
     fetched = _open_registry(registry).download_version(tag, destination)
-    typer.echo(f"{destination}: {fetched.tag}: {fetched.rows:,} rows in {len(fetched.files)} files, all good")
+    print_line(f"{destination}: {fetched.tag}: {fetched.rows:,} rows in {len(fetched.files)} files, all good")
 
 
 @app.command("promote")
@@ -475,7 +475,7 @@ def _switch_version(tag: str, registry: str | None, why: str, *, back: bool) -> 
 
     parsed = VersionTag.parse(tag)
     before = _open_registry(registry).set_current(parsed, why, is_rollback=back)
-    typer.echo(
+    print_line(
         f"current/{parsed.project}: {parsed}" + (" (no change)" if before == parsed else f", before: {before or 'none'}")
     )
 
@@ -495,9 +495,9 @@ def collect_registry_garbage(
 
     garbage = collect_garbage(_open_registry(registry), [VersionTag.parse(tag) for tag in drop or ()], dry_run=not yes)
     for name in (*(str(tag) for tag in garbage.dropped), *garbage.keys):
-        typer.echo(name)
+        print_line(name)
     done = "deleted" if yes else "would be deleted; --yes does it"
-    typer.echo(f"{len(garbage.dropped)} versions, {len(garbage.keys)} files, {garbage.bytes:,} bytes {done}")
+    print_line(f"{len(garbage.dropped)} versions, {len(garbage.keys)} files, {garbage.bytes:,} bytes {done}")
 
 
 @app.command("diff")
@@ -534,13 +534,13 @@ def diff_label_sets(
     elif markdown:
         from ns.reporting.label_set_pages import render_diff_markdown
 
-        typer.echo(render_diff_markdown(difference, names), nl=False)
+        print_text(render_diff_markdown(difference, names))
     elif html:
-        typer.echo(f"{html}: {difference.churn:.1%} of labels changed; open it in a browser")
+        print_line(f"{html}: {difference.churn:.1%} of labels changed; open it in a browser")
     else:
         from ns.cli.label_tables import make_diff_parts
 
-        Console().print(*make_diff_parts(difference), sep="\n", highlight=False)
+        make_console().print(*make_diff_parts(difference), sep="\n")
 
 
 AUDIT_IMAGES, AUDIT_SEED = 400, 0
@@ -574,7 +574,7 @@ def write_audit_page(
     options_given = (("--images", images, AUDIT_IMAGES), ("--seed", seed, AUDIT_SEED))
     options = "".join(f" {option} {value}" for option, value, default in options_given if value != default)
     write_page(out, render_audit_page(sheet, resolved.label_set.classes, name, *pool_data))
-    typer.echo(
+    print_line(
         f"{out}: {len(sheet.images):,} images of {len(sheet.strata)} strata; open it in a browser, mark what is wrong, download "
         f"audit.json, and run: ns labels audit apply audit.json {name}{options}"
     )
@@ -614,7 +614,7 @@ def apply_audit(
     if as_json:
         print_json(result)
         return
-    Console().print(*make_audit_tables(result))
-    typer.echo(f"kept as {resolved.store.uri}/{key}")
+    make_console().print(*make_audit_tables(result))
+    print_line(f"kept as {resolved.store.uri}/{key}")
     if corrections:
-        typer.echo(f"{corrections}: {corrected.samples if corrected else 0:,} corrected images")
+        print_line(f"{corrections}: {corrected.samples if corrected else 0:,} corrected images")

@@ -6,11 +6,10 @@ import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from ns.cli.kubeflow import KubeContext, open_kubeflow
 from ns.cli.options import AsJson, Kfp
-from ns.cli.output import print_json
+from ns.cli.output import make_console, print_json, print_line
 
 if TYPE_CHECKING:
     from k8s.kubectl import Kubectl
@@ -42,7 +41,7 @@ def upload(kfp: Kfp = None, context: KubeContext = None, inputs: PlacementInputs
     from pipelines.placement import TEXT_FIELDS
     from pipelines.upload import INPUTS_VARIABLE, load_packages, upload_package
 
-    with open_kubeflow(kfp, context, Console(file=sys.stderr)) as access:
+    with open_kubeflow(kfp, context, make_console(sys.stderr)) as access:
         text = _read_cluster_inputs(access.kubectl) if access.kubectl else os.environ.get(INPUTS_VARIABLE, "")
         source = "ConfigMap noisy-student-pools" if access.kubectl else INPUTS_VARIABLE
         changes = parse_inputs(PACKAGE.read_text(), inputs or (), TEXT_FIELDS)
@@ -52,7 +51,7 @@ def upload(kfp: Kfp = None, context: KubeContext = None, inputs: PlacementInputs
         print_json({version.name: version.version for version in versions})
         return
     for version in versions:
-        typer.echo(version.version)
+        print_line(version.version)
 
 
 def _read_cluster_inputs(kubectl: "Kubectl") -> str:

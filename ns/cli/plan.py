@@ -4,12 +4,11 @@ import math
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
 from ns.cli.options import AsJson, ConfigArgument, Overrides, load_experiment_argument
-from ns.cli.output import make_table, print_json
+from ns.cli.output import escape_text, make_console, make_table, print_json
 
 if TYPE_CHECKING:
     from ns.data.prepared import DataPart
@@ -57,8 +56,10 @@ def plan(
     if as_json:
         print_json(run_plan)
         return
-    Console().print(*make_plan_tables(run_plan))
-    Console().print(*format_plan_remarks(run_plan), sep="\n", highlight=False)
+    console = make_console()
+    console.print(*make_plan_tables(run_plan))
+    for remark in format_plan_remarks(run_plan):
+        console.print(escape_text(remark))
 
 
 def make_plan_tables(run_plan: "RunPlan") -> list[Table]:

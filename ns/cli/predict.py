@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ns.cli.options import AsJson, Root
-from ns.cli.output import print_json
+from ns.cli.output import print_json, print_line
 from ns.core.errors import DataError
 from ns.storage import open_store
 
@@ -31,9 +31,9 @@ def predict(
         print_json(predictions)
     for prediction in predictions:
         if prediction.error is not None:
-            typer.echo(f"error: {prediction.path}: {prediction.error}", err=True)
+            print_line(f"error: {prediction.path}: {prediction.error}", err=True)
         elif not as_json:
             classes = ", ".join(f"{class_name} {probability:.1%}" for class_name, probability in prediction.classes)
-            typer.echo(f"{prediction.path}: {classes}")
+            print_line(f"{prediction.path}: {classes}")
     if any(prediction.error for prediction in predictions):
         raise typer.Exit(DataError.exit_code)

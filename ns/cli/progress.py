@@ -122,7 +122,7 @@ class RunView:
     def _print_line(self, mark: str, title: str, details: str, outcome: str) -> None:
         line = f"{mark} {escape_text(title):<36} {escape_text(details):<42} [dim]{escape_text(outcome):>9}[/]"
         # Without a terminal, no line is wrapped.
-        self._console.print(line, highlight=False, soft_wrap=not self._console.is_terminal)
+        self._console.print(line, soft_wrap=not self._console.is_terminal)
 
 
 def _stage_title(stage: tuple[int, str]) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ns.cli.options import AsJson, Root, RunArgument, make_default_group
-from ns.cli.output import print_json, write_page
+from ns.cli.output import print_json, print_line, write_page
 from ns.core.errors import ConfigError, DataError
 from ns.storage import open_store
 
@@ -58,16 +58,19 @@ def promote_run(
         committed_on = branch if move.commit else None
         print_json({"pointer": candidate.pointer, **move._asdict(), "branch": committed_on, "title": title})
     else:
-        typer.echo(_describe_move(candidate, move, to, branch, dry_run=dry_run))
+        for line in _describe_move(candidate, move, to, branch, dry_run=dry_run):
+            print_line(line)
 
 
-def _describe_move(candidate: "PromotionCandidate", move: "PointerMove", to: Path, branch: str | None, *, dry_run: bool) -> str:
+def _describe_move(
+    candidate: "PromotionCandidate", move: "PointerMove", to: Path, branch: str | None, *, dry_run: bool
+) -> list[str]:
     new = f"{candidate.pointer.run}, generation {candidate.pointer.generation}, all {candidate.weights_bytes:,} bytes good"
     if not move.changed:
-        return f"{to}: already names this model: {new}"
+        return [f"{to}: already names this model: {new}"]
     old = f"{move.before.run}, generation {move.before.generation}" if move.before else "none"
-    message = f"{to}: {'would move' if dry_run else 'moved'} to {new} (before: {old})"
-    return f"{message}\nbranch {branch}: {move.commit}; push it, and open a pull request" if move.commit else message
+    lines = [f"{to}: {'would move' if dry_run else 'moved'} to {new} (before: {old})"]
+    return [*lines, f"branch {branch}: {move.commit}; push it, and open a pull request"] if move.commit else lines
 
 
 @app.command("check")
@@ -85,4 +88,4 @@ def check_pointers(
         if pointer is None:
             raise DataError(f"{file}: does not exist; `ns promote RUN --to {file}` makes it")
         size = verify_model(pointer, str(file))
-        typer.echo(f"{file}: good: {pointer.run}, generation {pointer.generation}, {size:,} bytes")
+        print_line(f"{file}: good: {pointer.run}, generation {pointer.generation}, {size:,} bytes")

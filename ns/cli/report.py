@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ns.cli.options import Markdown, Root, RunArgument, make_default_group
-from ns.cli.output import to_shell_path, write_page
+from ns.cli.output import print_line, print_text, to_shell_path, write_page
 from ns.core.errors import ConfigError
 from ns.storage import open_store
 
@@ -38,10 +38,10 @@ def show(name: RunArgument = "latest", root: Root = "runs", markdown: Markdown =
         from ns.reporting.context import gather_context
         from ns.reporting.markdown import render_markdown
 
-        typer.echo(render_markdown(gather_context(store, run, pictures=0)), nl=False)
+        print_text(render_markdown(gather_context(store, run, pictures=0)))
         return
     key = write_report(store, run)
-    typer.echo(to_shell_path(f"{store.uri}/{key}"))
+    print_line(to_shell_path(f"{store.uri}/{key}"))
     if open_it:
         webbrowser.open(f"{store.uri}/{key}")
 
@@ -65,10 +65,10 @@ def compare(
     store = open_store(root)
     comparison = compare_runs(store, [resolve_run_name(store, name) for name in names])
     if markdown:
-        typer.echo(render_comparison_markdown(comparison), nl=False)
+        print_text(render_comparison_markdown(comparison))
         return
     write_page(out, render_comparison_page(comparison))
-    typer.echo(f"{out}: {len(names)} runs compared; open it in a browser")
+    print_line(f"{out}: {len(names)} runs compared; open it in a browser")
     if open_it:
         webbrowser.open(out.absolute().as_uri())
 

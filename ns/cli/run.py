@@ -12,7 +12,7 @@ from rich.console import Console
 from ns import __version__
 from ns.cli.kubeflow import KubeContext, KubeflowAccess, make_warning_printer, open_kubeflow
 from ns.cli.options import AsJson, Inputs, Kfp, Overrides, Root, load_experiment_argument
-from ns.cli.output import print_json
+from ns.cli.output import escape_text, make_console, print_json
 from ns.cli.runs import print_run
 from ns.core.errors import ConfigError, Interrupted, NsError, RunError
 from ns.storage import LocalStore, Store, open_store
@@ -67,7 +67,7 @@ def run(
     if resume and overrides:
         raise ConfigError("--set: has no effect with --resume, which continues a run as it was started; give its CONFIG")
     # Taken now: while KFP runs, sys.stderr is its log.
-    console = Console(file=sys.stderr)
+    console = make_console(sys.stderr)
     # With a context the store, too, is reached through a port-forward.
     with open_kubeflow(kfp, context, console) as access:
         store = open_store(root)
@@ -88,7 +88,7 @@ def run(
         if as_json:
             print_json(summary)
         else:
-            print_run(summary, store, Console())
+            print_run(summary, store, make_console())
 
 
 def _choose_run(store: Store, config: str | None, overrides: list[str] | None, name: str | None) -> tuple[str, "Experiment"]:
@@ -139,7 +139,7 @@ def _run_on_kubeflow(
     request = remote_run.build_request(store, name, **input_options, registry=registry)
     submitted = remote_run.submit_run(client, store, name, experiment, request, make_warning_printer(console))
     message = f"run {name}: {'submitted' if submitted.new else 'is under way'}: {submitted.url}"
-    console.print(message, highlight=False, soft_wrap=True)
+    console.print(escape_text(message), soft_wrap=True)
     if follow:
         access.follow_run(client, submitted, store, name, console)
     return submitted._asdict()
@@ -161,7 +161,7 @@ def _run_recorded(store: Store, name: str, console: Console, run_pipeline: Calla
             state: Any = "interrupted" if isinstance(error, Interrupted) else "failed"
             finish_run(store, name, state, str(error) or type(error).__name__)
         if log is not None and log.exists() and isinstance(error, NsError) and not isinstance(error, Interrupted):
-            console.print(f"[dim]log: {log}[/]", highlight=False, soft_wrap=True)
+            console.print(f"[dim]log: {escape_text(str(log))}[/]", soft_wrap=True)
         raise
     finish_run(store, name, "succeeded")
 

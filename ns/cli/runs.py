@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ns.cli.options import AsJson, Root, RunArgument
-from ns.cli.output import make_table, print_json, shorten_key, to_shell_path
+from ns.cli.output import escape_text, make_console, make_table, print_json, print_line, shorten_key, to_shell_path
 from ns.storage import Store, open_store
 
 if TYPE_CHECKING:
@@ -30,14 +31,14 @@ def list_all(root: Root = "runs", as_json: AsJson = False) -> None:
     if as_json:
         print_json([summary.model_dump(mode="json", exclude={"stages"}) for summary in summaries])
     elif not summaries:
-        typer.echo(f"no runs in {root}; start one with `ns run quickstart`")
+        print_line(f"no runs in {root}; start one with `ns run quickstart`")
     else:
         table = make_table("", "run", "state", "started", "generations", "best top-1", text_columns=range(3), wrap=False)
         for summary in summaries:
             best = "" if summary.best_top1 is None else f"{summary.best_top1:.1%}"
             started = summary.started_at[:16].replace("T", " ")
             table.add_row(summary.run, summary.state, started, str(len(summary.generations)), best)
-        Console().print(table)
+        make_console().print(table)
 
 
 @app.command("show")
@@ -54,11 +55,11 @@ def show_run(name: RunArgument = "latest", root: Root = "runs", as_json: AsJson 
     if as_json:
         print_json(summary)
         return
-    console = Console()
-    console.print(f"state: {summary.state}" + (f" ({summary.error})" if summary.error else ""), highlight=False)
+    console = make_console()
+    print_line(f"state: {summary.state}" + (f" ({summary.error})" if summary.error else ""))
     print_run(summary, store, console)
     for row in summary.generations:
-        console.print(f"generation {row.generation}: {row.verdict}: {row.reason}", highlight=False)
+        print_line(f"generation {row.generation}: {row.verdict}: {row.reason}")
 
 
 @app.command("explain")
@@ -81,7 +82,7 @@ def explain_work(
     if as_json:
         print_json({change.field: {"before": change.before, "now": change.now} for change in explanation.changes})
     elif explanation.nearest is None:
-        typer.echo(f"{explanation.entry.finished_at}: it was the first work of its kind in {root}")
+        print_line(f"{explanation.entry.finished_at}: it was the first work of its kind in {root}")
     else:
         table = make_table(
             f"{explanation.nearest.finished_at} → {explanation.entry.finished_at}",
@@ -92,7 +93,7 @@ def explain_work(
         )
         for change in explanation.changes:
             table.add_row(change.field, *(_shorten_value(value) for value in (change.before, change.now)))
-        Console().print(table)
+        make_console().print(table)
 
 
 def _shorten_value(value: object) -> str:
@@ -111,13 +112,13 @@ def print_run(summary: "RunSummary", store: Store, console: Console) -> None:
         if model.never_predicted:
             names = format_class_names(model.never_predicted)
             text = f"generation {model.generation} never predicts {len(model.never_predicted):,} classes: {names}"
-            console.print(text, highlight=False, markup=False, soft_wrap=True)
+            console.print(escape_text(text), soft_wrap=True)
     if measurements := make_measurements_table(summary):
         console.print(measurements)
     for title, key in (("report", summary.report), ("best model", summary.best_model)):
         if key:
             uri = key if "://" in key else f"{store.uri}/{key}"
-            console.print(f"{title + ':':<11} {to_shell_path(uri)}", highlight=False, soft_wrap=True)
+            console.print(f"{title + ':':<11} {escape_text(to_shell_path(uri))}", soft_wrap=True)
 
 
 def make_generations_table(summary: "RunSummary") -> Table:
@@ -140,7 +141,7 @@ def make_generations_table(summary: "RunSummary") -> Table:
             f"{row.kept:,}",
             f"{row.student_top1:.1%}",
             f"{100 * row.gain:+.1f} [{100 * row.gain_low:+.1f}, {100 * row.gain_high:+.1f}]",
-            f"[{'green' if row.verdict == 'promoted' else 'yellow'}]{row.verdict}[/]",
+            Text(row.verdict, "green" if row.verdict == "promoted" else "yellow"),
             format_duration(row.seconds),
         )
     return table

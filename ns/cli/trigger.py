@@ -6,11 +6,10 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from ns.cli.kubeflow import KubeContext, KubeflowAccess, make_warning_printer, open_kubeflow
 from ns.cli.options import AsJson, ConfigArgument, Inputs, Kfp, Overrides, Root, load_experiment_argument
-from ns.cli.output import print_json
+from ns.cli.output import make_console, print_json, print_line
 from ns.core.errors import ConfigError, NsError
 from ns.storage import open_store
 
@@ -46,7 +45,7 @@ def trigger(
     Example: [cyan]ns trigger my.yaml --root s3://bucket/runs --min-change 0.02[/],
     [cyan]ns trigger my.yaml --root s3://bucket/runs --dry-run[/]
     """
-    console = Console(file=sys.stderr)
+    console = make_console(sys.stderr)
     with open_kubeflow(kfp, context, console) as access:
         call = _TriggerCall(config, overrides, root, image, gpus, inputs, access)
         decision = call.decide_start(min_change, again=again)
@@ -55,9 +54,9 @@ def trigger(
         if as_json:
             print_json(answer)
         elif dry_run:
-            typer.echo(f"would start {'a run' if decision.action == 'start' else 'nothing'}: {decision.reason}")
+            print_line(f"would start {'a run' if decision.action == 'start' else 'nothing'}: {decision.reason}")
         else:
-            typer.echo(_describe_answer(answer))
+            print_line(_describe_answer(answer))
         sys.stdout.flush()
         if wait and run:
             access.follow_run(call.client, run, call.store, run.name, console)
@@ -83,7 +82,7 @@ def watch_data(
     """
     from pipelines.trigger import poll_until_stopped
 
-    with open_kubeflow(kfp, context, Console(file=sys.stderr)) as access:
+    with open_kubeflow(kfp, context, make_console(sys.stderr)) as access:
         call = _TriggerCall(config, overrides, root, image, gpus, inputs, access)
 
         def check_once() -> None:
@@ -96,7 +95,7 @@ def watch_data(
                 raise
             except NsError as error:
                 message = f"error: {error}; next try in {every:g} min"
-            typer.echo(f"{datetime.now(UTC).isoformat(timespec='seconds')} {message}")
+            print_line(f"{datetime.now(UTC).isoformat(timespec='seconds')} {message}")
             sys.stdout.flush()
 
         poll_until_stopped(check_once, every * 60)
@@ -144,7 +143,7 @@ class _TriggerCall:
         return start_triggered_run(
             *(self.client, self.store, self.experiment, decision, self._build_request),
             again=again,
-            say=make_warning_printer(Console(file=sys.stderr)),
+            say=make_warning_printer(make_console(sys.stderr)),
         )
 
     def _find_platform_image(self) -> str:

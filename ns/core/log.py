@@ -136,9 +136,20 @@ class Progress:
 
 def _make_values_printable(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     for name, value in event.items():
-        if isinstance(value, str):
-            event[name] = make_printable(value)
+        event[name] = _make_value_printable(value)
     return event
+
+
+def _make_value_printable(value: Any) -> Any:
+    """Text inside lists and dicts too; what is none of JSON's types becomes text."""
+    match value:
+        case None | bool() | int() | float():
+            return value
+        case list() | tuple() | set():
+            return [_make_value_printable(item) for item in value]
+        case dict():
+            return {make_printable(str(name)): _make_value_printable(item) for name, item in value.items()}
+    return make_printable(str(value))
 
 
 def _append_to_events(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

@@ -17,6 +17,11 @@ def escape_controls(text: str, *, keep_newlines: bool = True) -> str:
     return escaped if keep_newlines else escaped.replace("\n", "\\n")
 
 
+def escape_json_controls(text: str) -> str:
+    r"""JSON with `\u009b` for what `json.dumps` leaves as it is and steers a terminal."""
+    return CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
 def make_printable(text: str, *, keep_newlines: bool = True) -> str:
     """`text` without passwords and without what steers a terminal."""
     return escape_controls(redact_credentials(text), keep_newlines=keep_newlines)
