@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from ns.core.printable import escape_controls
 from ns.storage.documents import HashedDocument, JsonDocument, Sha256
 
 MAX_CLASSES = 1 << 16
@@ -56,6 +57,7 @@ class Dataset(HashedDocument):
 
 
 def format_class_names(names: Sequence[str]) -> str:
-    """`cat, dog`; of more than five names, the first five and how many more there are."""
+    """`cat, dog`, in one line; of more than five names, the first five and how many more there are."""
     more = len(names) - SHOWN_CLASS_NAMES
-    return ", ".join(names[:SHOWN_CLASS_NAMES]) + (f" and {more:,} more" if more > 0 else "")
+    shown = (escape_controls(name, keep_newlines=False) for name in names[:SHOWN_CLASS_NAMES])
+    return ", ".join(shown) + (f" and {more:,} more" if more > 0 else "")

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ns.core.intervals import wilson_interval
+from ns.core.printable import escape_controls
 from ns.evaluation.result import Calibration
 from ns.labeling.label_set import HISTOGRAM_BINS
 
@@ -119,7 +120,8 @@ def draw_class_balance(name: str, class_names: Sequence[str], candidates: Sequen
         axes.bar(positions - 0.2, candidates, 0.4, color=FAINT, label="above the threshold")
         axes.bar(positions + 0.2, images, 0.4, color=SERIES[0], label="after balancing")
         step = max(1, math.ceil(len(class_names) / 12))
-        axes.set_xticks(positions[::step], [class_name[:10] for class_name in class_names[::step]])
+        shown_names = [escape_controls(class_name, keep_newlines=False)[:10] for class_name in class_names[::step]]
+        axes.set_xticks(positions[::step], shown_names)
         axes.set_ylabel("images")
         _add_legend_above(axes)
 
