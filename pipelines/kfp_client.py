@@ -26,6 +26,7 @@ from kfp_server_api.exceptions import ApiException
 
 from ns.core.digest import sha256_bytes
 from ns.core.errors import ConfigError, DataError, Interrupted, NsError, RunError, StoreError
+from ns.core.printable import redact_credentials
 from ns.storage import read_uri
 from ns.storage.documents import parse_json_object
 from pipelines import load_yaml_documents
@@ -90,18 +91,20 @@ class KfpClient:
         The token is in NS_KFP_TOKEN, or in the file that Kubeflow mounts; the namespace, which a multi-user Kubeflow needs, in
         NS_KFP_NAMESPACE. Sends no request yet. Raises ConfigError if there is no URL.
         """
-        self.url = (url or os.environ.get(URL_VARIABLE, "")).rstrip("/")
-        if not self.url:
+        host = (url or os.environ.get(URL_VARIABLE, "")).rstrip("/")
+        # For messages and links, which are printed and kept in records.
+        self.url = redact_credentials(host)
+        if not host:
             raise ConfigError(
                 f"--kfp: no server is named; give its URL, or set {URL_VARIABLE}, e.g. to http://localhost:8080 after "
                 "kubectl -n kubeflow port-forward svc/ml-pipeline-ui 8080:80"
             )
         if not self.url.startswith(("http://", "https://")):
             raise ConfigError(f"--kfp: invalid value {self.url!r}: must be a URL, http://… or https://…")
-        self.ui = os.environ.get(UI_VARIABLE, "").rstrip("/") or self.url
+        self.ui = redact_credentials(os.environ.get(UI_VARIABLE, "").rstrip("/")) or self.url
         self.namespace = os.environ.get(NAMESPACE_VARIABLE, "")
         self._patience_seconds = patience_seconds
-        settings = api.Configuration(host=self.url)
+        settings = api.Configuration(host=host)
         # Retries are ours: KFP's client would also repeat requests that were answered with an error.
         settings.retries = urllib3.Retry(0)
         # The variable by which curl and Python find a company's own certificate authority.

@@ -776,8 +776,8 @@ class RegistryConfig(Section):
 
     @model_validator(mode="after")
     def _check_no_password(self) -> Self:
-        # The value is not shown: it would stand in logs.
-        if re.search(r"^https?://[^/]*@|://[^/]*:[^/]*@", self.git):
+        # The value is not shown: it would stand in logs. A user alone is none: of ssh, which has keys.
+        if re.search(r"://[^/]*@", self.git) and not re.match(r"(git\+)?ssh://[^/:]*@", self.git):
             raise ValueError("git: holds a password or token; take it out, and set up a git credential helper")
         return self
 

@@ -10,6 +10,7 @@ from ns.config.loader import dump_experiment
 from ns.config.schema import Experiment
 from ns.core.digest import describe_code, digest_json
 from ns.core.errors import ConfigError, RunError, StoreError
+from ns.core.printable import redact_credentials
 from ns.runs.order import take_number
 from ns.runs.records import (
     CONFIG_FILE,
@@ -116,8 +117,10 @@ def record_inherited_teacher(root: Store, run: str, student: AcceptedStudent) ->
 
 
 def finish_run(root: Store, run: str, state: RunState, error: str | None = None) -> None:
+    """Records how a run ended; `error` without the passwords that it may quote."""
     record = RunRecord.load_file(root, record_key(run))
-    record.model_copy(update={"state": state, "error": error, "finished_at": utc_timestamp()}).save_file(root, record_key(run))
+    changes = {"state": state, "error": error and redact_credentials(error), "finished_at": utc_timestamp()}
+    record.model_copy(update=changes).save_file(root, record_key(run))
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import AfterValidator, Field
 
 from ns.core.errors import NsError
+from ns.core.printable import redact_credentials
 from ns.storage import Store
 from ns.storage.documents import BlobKey, JsonDocument
 
@@ -150,7 +151,7 @@ def write_stage_failure(root: Store, run: str, generation: int, stage: str, erro
     failure = StageFailure(
         generation=generation,
         stage=stage,
-        error=str(error),
+        error=redact_credentials(str(error)),
         exit_code=stage_error.exit_code,
         is_permanent=stage_error.is_permanent,
         failed_at=utc_timestamp(),
