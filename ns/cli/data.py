@@ -8,7 +8,7 @@ from rich.table import Table
 
 from ns.cli.options import AsJson
 from ns.cli.output import make_console, make_table, print_json, print_line, to_shell_path, write_page
-from ns.core.errors import DataError
+from ns.core.errors import ConfigError, DataError
 from ns.storage import Store, open_store, read_uri
 
 if TYPE_CHECKING:
@@ -87,6 +87,8 @@ def check_data(
     from ns.data.leakage import DUPLICATES, NamedDataset, check_datasets
 
     configure_logging()
+    if twice := [uri for uri in dict.fromkeys(datasets) if datasets.count(uri) > 1]:
+        raise ConfigError(f"DATASET: {twice[0]} is named twice; name each dataset once: images within it are compared too")
     opened = [(uri, *_open_dataset(uri)) for uri in datasets]
     names = [data.name for _, _, data in opened]
     checked = [NamedDataset(data.name if names.count(data.name) == 1 else uri, store, data) for uri, store, data in opened]

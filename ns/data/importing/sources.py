@@ -15,7 +15,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, Self
 from urllib.parse import unquote, urlsplit
 
 from ns.core.errors import DataError, NsError, StoreError
@@ -34,12 +34,54 @@ from ns.storage.scratch import make_scratch_error
 
 MAX_FILE_BYTES = 1 << 30
 """Maximum size of a file that is read: a larger one is a film or an archive rather than an image."""
+XZ_BYTES = 512 << 20
+"""Memory for the dictionary of an xz archive: `xz -9` asks for 65 MiB, and a header may claim 4 GiB."""
+CHUNK_BYTES = 1 << 20
+
+
+class XzReader:
+    """Reads an xz file with a limit on its memory, which `lzma.open` does not have. Raises LZMAError."""
+
+    def __init__(self, path: Path, _mode: str) -> None:
+        self._file = path.open("rb")
+        self._stream: lzma.LZMADecompressor | None = None
+        self._packed = b""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes; none at the end. Streams may follow each other, with zeros between them."""
+        while True:
+            if self._stream is None:
+                packed = self._packed.lstrip(b"\0")
+                while not packed:
+                    chunk = self._file.read(CHUNK_BYTES)
+                    if not chunk:
+                        return b""
+                    packed = chunk.lstrip(b"\0")
+                self._packed = packed
+                self._stream = lzma.LZMADecompressor(memlimit=XZ_BYTES)
+            elif self._stream.needs_input and not self._packed:
+                self._packed = self._file.read(CHUNK_BYTES)
+                if not self._packed:
+                    raise EOFError("it ends before its end")
+            unpacked = self._stream.decompress(self._packed, size)
+            self._packed = b""
+            if self._stream.eof:
+                self._packed, self._stream = self._stream.unused_data, None
+            if unpacked:
+                return unpacked
+
+
 COMPRESSED: dict[str, Callable[..., Any]] = {
-    ".tar": open, ".tar.gz": gzip.open, ".tgz": gzip.open, ".tar.bz2": bz2.open, ".tar.xz": lzma.open
+    ".tar": open, ".tar.gz": gzip.open, ".tgz": gzip.open, ".tar.bz2": bz2.open, ".tar.xz": XzReader
 }  # fmt: skip
 UNPACKED_TAR = "unpacked.tar"
 ARCHIVES = (*COMPRESSED, ".zip")
-CHUNK_BYTES = 1 << 20
 MAX_UNPACKED_RATIO, MIN_UNPACKED_LIMIT = 200, 1 << 30
 """An archive may unpack to so many times its size, and in any case to 1 GiB. Encoded images hardly shrink, raw ones by a factor of ten;
 zeros shrink by a thousand."""

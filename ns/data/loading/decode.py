@@ -18,6 +18,10 @@ from ns.core.errors import DataError
 MAX_PIXELS = 178_956_970
 """Pillow's limit. A larger image is a decompression bomb, or should be cut into tiles."""
 
+MAX_SCANS = 100
+"""Scans of a JPEG. Progressive ones of usual programs have about ten; each scan costs as much time as a whole image, however few its
+bytes."""
+
 STRIP_PIXELS = 1 << 20
 """Pixels that are converted at a time: a conversion takes up to 24 bytes per pixel, beside the 8 of the image and the result."""
 
@@ -70,6 +74,9 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.ui
     """
     if not data:
         raise DataError("empty file")
+    # Inside a scan no other byte than 0 or a restart follows ff.
+    if data.startswith(JPEG_MAGIC) and (scans := data.count(b"\xff" + START_OF_SCAN)) > MAX_SCANS:
+        raise DataError(f"decompression bomb: {scans:,} scans, more than {MAX_SCANS}")
     size = read_jpeg_size(data)
     if not any(size):
         return _decode_pillow(data, max_pixels)

@@ -374,6 +374,18 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
+def test_xz_is_read_stream_by_stream_and_within_a_limit_of_memory(tmp_path, monkeypatch):
+    path = tmp_path / "a.tar.xz"
+    parts = [bytes(3 << 20), b"abc" * 1000]
+    path.write_bytes(lzma.compress(parts[0]) + bytes(8) + lzma.compress(parts[1]) + bytes(4))
+    with sources.XzReader(path, "rb") as reader:
+        assert b"".join(iter(lambda: reader.read(1 << 16), b"")) == b"".join(parts)
+    path.write_bytes(lzma.compress(parts[1], filters=[{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 20}]))
+    monkeypatch.setattr(sources, "XZ_BYTES", 1 << 19)
+    with sources.XzReader(path, "rb") as reader, pytest.raises(lzma.LZMAError, match="Memory usage limit"):
+        reader.read(1 << 16)
+
+
 @pytest.mark.integration
 def test_import_rejects_decompression_bomb(tmp_path, images):
     path = write_tar(tmp_path / "a.tar", {**images, "cat/bomb.png": bomb()})

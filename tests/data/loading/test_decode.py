@@ -158,6 +158,16 @@ def test_decode_error_gives_reason(data, reason):
         decode_image(data)
 
 
+def test_decode_refuses_a_jpeg_of_very_many_scans():
+    sink = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(sink, "JPEG", progressive=True)
+    jpeg = sink.getvalue()
+    last = jpeg[jpeg.rindex(b"\xff\xda") : -2]
+    assert decode_image(jpeg[:-2] + 50 * last + b"\xff\xd9").shape == (64, 64, 3)
+    with pytest.raises(DataError, match=r"decompression bomb: \d+ scans, more than 100"):
+        decode_image(jpeg[:-2] + 200 * last + b"\xff\xd9")
+
+
 def test_decode_refuses_bombs_by_header(monkeypatch):
     monkeypatch.setattr(module, "MAX_PIXELS", 2000)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
