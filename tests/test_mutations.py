@@ -29,11 +29,14 @@ from ns.config.schema import ImportConfig, ModelConfig, NoiseConfig, SelectionCo
 from ns.core.digest import sha256_bytes
 from ns.core.errors import ConfigError, NsError
 from ns.data.dataset import Dataset
+from ns.data.fingerprint import read_contents
 from ns.data.importing.ingest import import_images
 from ns.data.index import build_index_key
 from ns.data.key_list import read_keys
+from ns.data.leakage import LEFT_OUT, NamedDataset, check_datasets, load_left_out_rows
 from ns.data.loading.shard_reader import ImageSource
 from ns.data.verify import find_damage
+from ns.evaluation.result import PREDICTIONS_SCHEMA, Evaluation, ImageMistakes, Robustness, read_mistakes, read_predictions
 from ns.labeling.audit import AuditSheet, LabelAudit, check_audit, check_audit_sheet, draw_audit_sample, estimate_precision
 from ns.labeling.label_set import LabelSet, verify_label_set
 from ns.labeling.selection import make_selection
@@ -43,6 +46,7 @@ from ns.modeling.weight_names import check_weights_fit
 from ns.runs.lookup import list_runs
 from ns.runs.records import RunRecord, StageNote, list_stage_notes
 from ns.storage import LocalStore
+from ns.storage.documents import name_by_content
 from ns.storage.ledger import Ledger
 from pipelines import PACKAGE
 from pipelines.kfp_client import check_inputs, parse_inputs
@@ -524,6 +528,61 @@ def make_ledger_entry(folder: Path) -> tuple[Path, Change, Callable[[], object]]
     return path, change_json, read
 
 
+def write_checked_table(folder: Path, name: str, table: pa.Table) -> Path:
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    path = folder / name_by_content(name, sha256_bytes(sink.getvalue()))
+    path.write_bytes(sink.getvalue())
+    return path
+
+
+def make_predictions(folder: Path) -> tuple[Path, Change, Callable[[], object]]:
+    """The manifest has the checksum of the file, whatever it says."""
+    columns = [["a", "b", "c"], [0, 1, 2], [0, 1, 1], [0.5, 0.7, 0.9], [0, 0, 1]]
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, PREDICTIONS_SCHEMA, strict=True)]
+    table = pa.table(arrays, schema=PREDICTIONS_SCHEMA)
+    path, store = write_checked_table(folder, "predictions.parquet", table), LocalStore(folder)
+
+    def read() -> None:
+        data = path.read_bytes()
+        evaluation = Evaluation.model_construct(predictions_sha256=sha256_bytes(data))
+        store.put(evaluation.predictions_key, data)
+        read_predictions(store, evaluation)
+
+    return path, change_table, read
+
+
+def make_mistakes(folder: Path) -> tuple[Path, Change, Callable[[], object]]:
+    counts = {"fog": np.array([0, 1, 2], np.uint8)}
+    table = pq.read_table(io.BytesIO(ImageMistakes(["a", "b", "c"], counts, counts).encode()))
+    path, store = write_checked_table(folder, "mistakes.parquet", table), LocalStore(folder)
+
+    def read() -> None:
+        data = path.read_bytes()
+        measured = {"corruptions": {"fog": (0.5,)}, "perturbations": {"fog": None}}
+        robustness = Robustness.model_construct(mistakes_sha256=sha256_bytes(data), **measured)
+        store.put(robustness.mistakes_key, data)
+        read_mistakes(store, robustness).take_images({"a", "c"})
+
+    return path, change_table, read
+
+
+def make_fingerprints(folder: Path) -> tuple[Path, Change, Callable[[], object]]:
+    store, dataset = write_dataset(folder)
+    kept = LocalStore(folder / "fingerprints")
+    read_contents(store, dataset, kept)
+    return next((folder / "fingerprints").glob("*.parquet")), change_table, lambda: read_contents(store, dataset, kept)
+
+
+def make_leaks(folder: Path) -> tuple[Path, Change, Callable[[], object]]:
+    store, dataset = write_dataset(folder)
+    leaks = LocalStore(folder / "leaks")
+    sets = [NamedDataset("pool", store, dataset, "unlabeled"), NamedDataset("heldout", store, dataset, "evaluation")]
+    check_datasets(sets, leaks, leaks.at("fingerprints"))
+    assert load_left_out_rows(leaks)
+    return folder / "leaks" / LEFT_OUT, change_table, lambda: load_left_out_rows(leaks)
+
+
 def make_inputs(folder: Path) -> tuple[Path, Change, Callable[[], object]]:
     path = folder / "inputs.json"
     path.write_text(json.dumps({"gpus_train": "1", "generations": 2, "config": "s3://a/b.yaml", "run": "c", "overrides": []}))
@@ -554,6 +613,10 @@ KINDS: dict[str, Callable[..., tuple[Path, Change, Callable[[], object]]]] = {
     "note": make_note,
     "ledger_entry": make_ledger_entry,
     "inputs": make_inputs,
+    "predictions": make_predictions,
+    "mistakes": make_mistakes,
+    "fingerprints": make_fingerprints,
+    "leaks": make_leaks,
 }
 
 

@@ -23,7 +23,7 @@ from ns.data.loading.shard_reader import ImageSource
 from ns.data.picture_match import PictureMatcher
 from ns.storage import Store
 from ns.storage.documents import HashedDocument, JsonDocument
-from ns.storage.parquet import read_table
+from ns.storage.parquet import parse_table
 from ns.storage.scratch import make_scratch_dir
 
 DUPLICATES = "duplicates.parquet"
@@ -144,7 +144,7 @@ def check_datasets(
 
 def load_left_out_rows(store: Store) -> dict[str, dict[int, str]]:
     """sha256 of a pool's shard → row → reason, for the images that resemble one of an evaluation set."""
-    table = read_table(store.get(LEFT_OUT))
+    table = parse_table(store.get(LEFT_OUT), f"{store.uri}/{LEFT_OUT}", SCHEMA, "delete the folder, and it will be made again")
     rows: dict[str, dict[int, str]] = {}
     for shard, row, dataset, key in zip(
         *(table[name].to_pylist() for name in ("shard", "row", "like", "like_key")), strict=True

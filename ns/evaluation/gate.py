@@ -229,7 +229,7 @@ def evaluate_gate(
     failed = [condition for condition in conditions if not condition.passed]
     if failed:
         reason = "; ".join(
-            f"{condition.detail} is {condition.value:+.3f}, must be {condition.relation} {condition.required:+.3f}"
+            f"{condition.detail} is {condition.format_value()}, must be {condition.format_requirement()}"
             for condition in failed
         )
     else:

@@ -289,7 +289,8 @@ def is_imagenet(classes: tuple[str, ...]) -> bool:
 def read_predictions(store: Store, evaluation: Evaluation) -> pa.Table:
     """The rows of an evaluation, `PREDICTIONS_SCHEMA`. Raises DataError if the file is not the recorded one."""
     table = _read_checked(store, evaluation.predictions_key, evaluation.predictions_sha256, Evaluation.filename)
-    check_columns(table, f"{store.uri}/{evaluation.predictions_key}", PREDICTIONS_SCHEMA, "evaluate again")
+    schema = pa.schema([field.with_nullable(False) for field in PREDICTIONS_SCHEMA])
+    check_columns(table, f"{store.uri}/{evaluation.predictions_key}", schema, "evaluate again")
     return table
 
 
@@ -297,9 +298,12 @@ def read_mistakes(store: Store, robustness: Robustness) -> ImageMistakes:
     """The mistakes by image of a measurement. Raises DataError if the file is not the recorded one."""
     assert robustness.mistakes_sha256 is not None
     table = _read_checked(store, robustness.mistakes_key, robustness.mistakes_sha256, Robustness.filename)
+    suites = {"corruption": robustness.corruptions, "perturbation": robustness.perturbations}
+    counts = [(f"{suite} {kind}", pa.uint8()) for suite, kinds in suites.items() for kind in kinds]
+    schema = pa.schema([pa.field(name, kind, nullable=False) for name, kind in (("key", pa.string()), *counts)])
+    check_columns(table, f"{store.uri}/{robustness.mistakes_key}", schema, "evaluate again")
     corruptions, perturbations = (
-        {name.removeprefix(suite): table[name].to_numpy() for name in table.column_names if name.startswith(suite)}
-        for suite in ("corruption ", "perturbation ")
+        {kind: table[f"{suite} {kind}"].to_numpy() for kind in kinds} for suite, kinds in suites.items()
     )
     return ImageMistakes(table["key"].to_pylist(), corruptions, perturbations)
 

@@ -166,7 +166,7 @@ def test_evaluate_gate_refuses_class_drop():
     assert 0.2 < condition.value < 0.4
     assert refused.reason == (
         "lower 95% bound, for all classes together, of the loss of accuracy in a class (cat: measured +0.400 on 100 images) is "
-        f"{expected.low:+.3f}, must be at most +0.100"
+        f"{100 * expected.low:+.2f} points, must be at most +10.00 points"
     )
     # A class that may have lost less than it seems to is no reason.
     unsure = np.concatenate([np.arange(100) < 75, np.ones(100, bool)])
@@ -266,9 +266,9 @@ def test_evaluate_gate_refuses_less_robust_student():
     twice = make_verdict(GateConfig(max_mce_rise=4, max_mfr_rise=10), weak, strong, mistakes=(teacher, student))
     assert twice.reason == (
         "lower 95% bound of the mean corruption error, in points above the teacher's 100 (measured +66.67 on 400 images) is "
-        f"{bounds['mCE rise']:+.3f}, must be at most +4.000; "
+        f"{bounds['mCE rise']:+.2f} points, must be at most +4.00 points; "
         "lower 95% bound of the mean flip rate, in points above the teacher's 100 (measured +100.00 on 400 images) is "
-        f"{bounds['mFR rise']:+.3f}, must be at most +10.000"
+        f"{bounds['mFR rise']:+.2f} points, must be at most +10.00 points"
     )
     assert make_verdict(GateConfig(max_mce_rise=0), weak, strong, mistakes=(teacher, teacher)).promoted
 
@@ -290,21 +290,21 @@ def test_evaluate_gate_leaves_extra_corruptions_out():
             "churn",
             LabelQuality(churn=0.2),
             LabelQuality(churn=0.31),
-            "share of labels that changed since the generation before is +0.310, must be at most +0.200",
+            "share of labels that changed since the generation before is 31.0 %, must be at most 20.0 %",
         ),
         (
             {"max_class_shrinkage": 0.5},
             "class shrinkage",
             LabelQuality(shrinkage=0.5, shrunk_class="dog"),
             LabelQuality(shrinkage=0.8, shrunk_class="dog"),
-            "largest share of its kept images that a class lost (dog) is +0.800, must be at most +0.500",
+            "largest share of its kept images that a class lost (dog) is 80.0 %, must be at most 50.0 %",
         ),
         (
             {"min_audited_precision": 0.9},
             "audited precision",
             LabelQuality(audited_precision=(0.95, 0.9, 4000)),
             LabelQuality(audited_precision=(0.95, 0.89, 4000)),
-            "lower 95% bound of the labels that are right (95.0% of 4,000 audited) is +0.890, must be at least +0.900",
+            "lower 95% bound of the labels that are right (95.0% of 4,000 audited) is 89.0 %, must be at least 90.0 %",
         ),
     ],
 )

@@ -31,7 +31,7 @@ def test_refused_student_ends_the_loop(finished_run):
     run_loop(ref)
     summary = summarize_run(store, ref.run)
     assert [generation.verdict for generation in summary.generations] == ["refused"]
-    assert "must be above +0.990" in summary.generations[0].reason
+    assert "must be above +99.00 points" in summary.generations[0].reason
     assert summary.best_top1 == summary.teacher_top1
 
 
