@@ -15,8 +15,8 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import IO, Any
 
 from ns.core.errors import ClusterError
-from ns.core.process import bind_command
 from ns.core.printable import make_printable
+from ns.core.process import bind_command
 
 K8sObject = dict[str, Any]
 """A Kubernetes object, as JSON has it."""

@@ -298,7 +298,7 @@ def read_mistakes(store: Store, robustness: Robustness) -> ImageMistakes:
     """The mistakes by image of a measurement. Raises DataError if the file is not the recorded one."""
     assert robustness.mistakes_sha256 is not None
     table = _read_checked(store, robustness.mistakes_key, robustness.mistakes_sha256, Robustness.filename)
-    suites = {"corruption": robustness.corruptions, "perturbation": robustness.perturbations}
+    suites = {"corruption": list(robustness.corruptions), "perturbation": list(robustness.perturbations)}
     counts = [(f"{suite} {kind}", pa.uint8()) for suite, kinds in suites.items() for kind in kinds]
     schema = pa.schema([pa.field(name, kind, nullable=False) for name, kind in (("key", pa.string()), *counts)])
     check_columns(table, f"{store.uri}/{robustness.mistakes_key}", schema, "evaluate again")
