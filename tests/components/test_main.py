@@ -42,6 +42,7 @@ def refuse(**_options) -> int:
 
 @pytest.mark.integration
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_200_evaluations_in_processes_of_their_own_end_well(finished_run, tmp_path, monkeypatch):
     """Each loads a model, evaluates it in threads, writes tables and metrics, and serves its metrics."""
     store, _ = finished_run
