@@ -7,20 +7,22 @@ from rich.table import Table
 
 from benchmarks.measure import parse_arguments, write_benchmark
 from pipelines import PACKAGE
+from pipelines.placement import STAGE_RETRIES, Placement, render_package
 from pipelines.run_size import LIMIT_BYTES, RunShape, count_generation_pods, predict_run
 
 SHAPES = {
-    "smoke run": RunShape(generations=1, tasks=1),
     "1 generation, 3 tasks": RunShape(generations=1, tasks=3),
     "3 generations, 8 tasks": RunShape(generations=3, tasks=8),
     "5 generations, 50 tasks": RunShape(generations=5, tasks=50),
+    "the same, every stage fails three times": RunShape(generations=5, tasks=50, retries=STAGE_RETRIES),
 }
 
 
 def main() -> None:
     options = parse_arguments(__doc__ or "")
-    package = PACKAGE.read_text()
-    sizes = {name: predict_run(package, shape) for name, shape in SHAPES.items()}
+    package = render_package(PACKAGE.read_text(), Placement())
+    sizes = {"smoke run": predict_run(render_package(package, Placement(), generations=1), RunShape())}
+    sizes |= {name: predict_run(package, shape) for name, shape in SHAPES.items()}
     table = Table("run", "pods", "of these drivers", "nodes", "status, kB", "compressed, kB", "share of 1 MiB")
     for name, size in sizes.items():
         kilobytes = [f"{bytes_ / 1000:,.0f}" for bytes_ in (size.status_bytes, size.compressed_bytes)]
@@ -33,6 +35,8 @@ def main() -> None:
         "pods_per_generation": generation.pods,
         "drivers_critical_path": generation.critical_drivers,
         "pods_one_generation": sizes["1 generation, 3 tasks"].pods,
+        "pods_smoke": sizes["smoke run"].pods,
+        "status_share_all_retries": round(sizes["the same, every stage fails three times"].share, 3),
     }
     write_benchmark("kfp_status", figures, options, table)
 

@@ -6,7 +6,6 @@ A compiled package has their signatures alone: their code is in the images, wher
 These inputs mean the same in every component:
 
     run                        URI of the run's folder
-    data                       key of the prepared data
     generation                 counted from 1; 0 for the first teacher
     teacher                    key of that model's folder
     selection                  key of the selection's folder
@@ -27,3 +26,6 @@ STAGE_USER = 10001
 """User and group that stages run as (images/Dockerfile)."""
 SETTINGS_VARIABLES = ("AWS_ENDPOINT_URL", "AWS_REGION", "NS_METRICS_PORT", "NS_METRICS_LINGER_SECONDS", "NS_PUSHGATEWAY_URL")
 """Environment variables of every stage that come from a ConfigMap."""
+
+STORE_FOLDER, REGISTRY_FOLDER, SETTINGS_FOLDER = "/run/ns/store", "/run/ns/registry", "/run/ns/settings"
+"""Where the pods of stages have the secrets of the store and of the label registry, and that ConfigMap. Each may be missing."""

@@ -1,7 +1,7 @@
-def label(run: str, data: str, generation: int, teacher: str, shards: str, gpus: str) -> None:
+def label(run: str, generation: int, teacher: str, shards: str, gpus: str) -> None:
     """Labels one range of the pool's shards with the un-noised teacher."""
     from ns.stages import label
     from ns.stages.context import RunRef
 
     ref = RunRef.from_uri(run)
-    label.label_shards(ref, data=data, generation=generation, teacher=teacher, shards=shards, gpus=int(gpus))
+    label.label_shards(ref, data=ref.read_data_key(), generation=generation, teacher=teacher, shards=shards, gpus=int(gpus))

@@ -1,6 +1,7 @@
-def select(run: str, data: str, generation: int, teacher: str) -> str:
+def select(run: str, generation: int, teacher: str) -> str:
     """Joins the labeled shards into a label set and selects what the student sees. Returns the key of the selection's folder."""
     from ns.stages import select
     from ns.stages.context import RunRef
 
-    return select.commit_labels(RunRef.from_uri(run), data=data, generation=generation, teacher=teacher)
+    ref = RunRef.from_uri(run)
+    return select.commit_labels(ref, data=ref.read_data_key(), generation=generation, teacher=teacher)

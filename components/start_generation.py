@@ -14,7 +14,6 @@ def start_generation(
 ) -> NamedTuple(
     "Started",
     run=str,
-    data=str,
     shards=list[str],
     generation=int,
     teacher=str,
@@ -35,14 +34,15 @@ def start_generation(
         nodes: Nodes of a training.
 
     Returns:
-        URI of the run's folder, the key of the prepared data, the pool's ranges of shards, the generation's number, the key of its
+        URI of the run's folder, the pool's ranges of shards, the generation's number, the key of its
         teacher's folder, trained or not (`stop` if there is nothing new), and what the pods of trainings are.
     """
     from components.cluster.nodes import plan_training_pod
     from ns.stages import start
 
     data = {"data.labeled": data_labeled, "data.pool": data_pool, "data.heldout": data_heldout}
+    started = start.start_generation(config, run, overrides, data, root=cluster["root"])
     return (
-        *start.start_generation(config, run, overrides, data, root=cluster["root"]),
+        *(started.run, started.shards, started.generation, started.teacher),
         *plan_training_pod(cluster, gpus, nodes),
     )

@@ -5,7 +5,6 @@ from kfp.dsl import HTML, ClassificationMetrics, Markdown, Metrics, Output
 
 def student(
     run: str,
-    data: str,
     generation: int,
     teacher: str,
     selection: str,
@@ -34,7 +33,7 @@ def student(
     launcher = make_launcher(ref.run, nodes)
     model = roles.provide_student(
         ref,
-        data=data,
+        data=ref.read_data_key(),
         generation=generation,
         teacher=teacher,
         selection=selection,

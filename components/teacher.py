@@ -5,7 +5,6 @@ from kfp.dsl import ClassificationMetrics, Metrics, Output
 
 def teacher(
     run: str,
-    data: str,
     teacher: str,
     gpus: str,
     cpu: str,
@@ -25,6 +24,8 @@ def teacher(
     from ns.stages.context import RunRef
 
     ref = RunRef.from_uri(run)
-    model = roles.provide_teacher(ref, data=data, teacher=teacher, gpus=int(gpus), launch_remote=make_launcher(ref.run, nodes))
+    model = roles.provide_teacher(
+        ref, data=ref.read_data_key(), teacher=teacher, gpus=int(gpus), launch_remote=make_launcher(ref.run, nodes)
+    )
     report.publish_model_metrics(ref, model, metrics, classification)
     return model

@@ -467,7 +467,7 @@ def _delete_objects(kubectl: Kubectl, keys: Sequence[ObjectKey], *, seconds: flo
 def _run_smoke(client: KfpClient, kubectl: Kubectl, namespace: str, package: str, say: Say) -> None:
     """Runs the quickstart once per version of the pipeline. Raises RunError with stage, reason and cure if it fails."""
     placement = replace(read_placement(package), **SMOKE_PLACEMENT)
-    package = render_package(package, placement, name=SMOKE_EXPERIMENT)
+    package = render_package(package, placement, name=SMOKE_EXPERIMENT, generations=1)
     pipeline = client.upload_pipeline(package)
     name = f"smoke-{pipeline.version}"
     run = client.create_run(pipeline, {**SMOKE_INPUTS, "run": name}, name=name, experiment=SMOKE_EXPERIMENT)

@@ -1,8 +1,9 @@
 """Compiles the pipelines: `python -m pipelines.compile [--check]`. The YAML is committed; `--check` compares and fails.
 
 KFP's compiler repeats a component for every task that uses it, so an unrolled loop would grow past what Kubernetes stores; and Argo keeps
-six copies of what the pod of each stage is given. So equal components are merged (the backend visits each once, however many tasks refer
-to it). Their sources, which are in the images, are left out, as are descriptions of what no person fills in. The placement
+eight copies of what the pod of each stage is given. So equal components are merged (the backend visits each once, however many tasks refer
+to it). Their sources, which are in the images, are left out, as are descriptions of what no person fills in, the prefix of inputs that KFP
+passes on, and what is its default anyway. The placement
 (pipelines/placement.py) is filled in last: a package for a cluster is made from the committed one.
 """
 
@@ -19,6 +20,7 @@ from pipelines.placement import Placement, fill_placement
 
 COMMAND = ["sh", "-c", '_KFP_RUNTIME=true python3 -P -m components "$@"', "kfp.dsl.executor_main"]
 """What a stage's pod runs, with the arguments that KFP appends. kfp.local wants the name of KFP's own executor in it."""
+INPUT_PREFIX = "pipelinechannel--"
 PIPELINES = {PACKAGE: noisy_student, GENERATION_PACKAGE: noisy_student_generation}
 Spec = dict[str, Any]
 
@@ -29,10 +31,12 @@ def compile_package(package: Path) -> str:
         path = Path(folder) / package.name
         compiler.Compiler().compile(PIPELINES[package], str(path))
         text = path.read_text()
-    (spec,) = load_yaml_documents(text)
+    (spec,) = load_yaml_documents(text.replace(INPUT_PREFIX, ""))
     strip_code(spec)
     merge_duplicates(spec)
-    name_tasks(spec["root"]["dag"]["tasks"])
+    for component in [spec["root"], *spec["components"].values()]:
+        if "dag" in component:
+            name_tasks(component["dag"]["tasks"])
     return dump_yaml_documents([spec, fill_placement(spec, Placement())])
 
 
@@ -61,9 +65,13 @@ def merge_duplicates(spec: Spec) -> None:
 
 
 def name_tasks(tasks: Spec) -> None:
-    """Names tasks as their boxes in the UI: Argo, and what KFP tells of a run, have the tasks' own names."""
+    """Names tasks as their boxes in the UI: Argo, and what KFP tells of a run, have the tasks' own names.
+
+    Options of KFP's cache go: without them nothing is cached.
+    """
     names = {name: task["taskInfo"]["name"] for name, task in tasks.items()}
     for task in tasks.values():
+        task.pop("cachingOptions", None)
         if "dependentTasks" in task:
             task["dependentTasks"] = sorted(names[name] for name in task["dependentTasks"])
         for value in task["inputs"]["parameters"].values():

@@ -72,7 +72,6 @@ def add_generation(
 @dsl.pipeline(name="first-generation")
 def run_first_generation(
     run: str,
-    data: str,
     shards: list[str],
     teacher: str,
     gpus_label: str,
@@ -82,14 +81,13 @@ def run_first_generation(
     nodes: dict[str, Any],
 ) -> None:
     """Runs the generation that every run has."""
-    base = {"run": run, "data": data, "generation": 1, "teacher": teacher}
+    base = {"run": run, "generation": 1, "teacher": teacher}
     add_generation(base, shards, gpus_label, {"gpus": gpus, "cpu": cpu, "memory": memory, "nodes": nodes})
 
 
 @dsl.pipeline(name="generation")
 def run_later_generation(
     run: str,
-    data: str,
     shards: list[str],
     generation: int,
     first_teacher: str,
@@ -100,16 +98,15 @@ def run_later_generation(
     nodes: dict[str, Any],
 ) -> None:
     """Runs a generation, if the loop is not over. It is a pipeline of its own, so that the next generation can wait for it."""
-    decided = run_stage(next_teacher, run=run, data=data, generation=generation, first_teacher=first_teacher)
+    decided = run_stage(next_teacher, run=run, generation=generation, first_teacher=first_teacher)
     with dsl.If(decided.output != STOP, name="generation"):
-        base = {"run": run, "data": data, "generation": generation, "teacher": decided.output}
+        base = {"run": run, "generation": generation, "teacher": decided.output}
         add_generation(base, shards, gpus_label, {"gpus": gpus, "cpu": cpu, "memory": memory, "nodes": nodes})
 
 
 @dsl.pipeline(name="next-generation")
 def run_next_generation(
     run: str,
-    data: str,
     shards: list[str],
     generation: int,
     known_teacher: str,
@@ -122,8 +119,8 @@ def run_next_generation(
     """Runs the generation of a recurring run, if there is anything new."""
     with dsl.If(known_teacher != STOP, name="generation"):
         training = {"gpus": gpus, "cpu": cpu, "memory": memory, "nodes": nodes}
-        ready = run_stage(teacher, run=run, data=data, teacher=known_teacher, **training)
-        base = {"run": run, "data": data, "generation": generation, "teacher": known_teacher}
+        ready = run_stage(teacher, run=run, teacher=known_teacher, **training)
+        base = {"run": run, "generation": generation, "teacher": known_teacher}
         add_generation(base, shards, gpus_label, training, after=[ready])
 
 
@@ -163,15 +160,12 @@ def noisy_student(
     folder = started.outputs["run"]
     training = {name: started.outputs[name] for name in TRAINING_POD}
     prepared = run_stage(prepare, run=folder)
-    base = {"run": folder, "data": prepared.outputs["data"]}
-    first = run_stage(teacher, **base, teacher="", **training)
-    pool = {"shards": prepared.outputs["shards"], "gpus_label": gpus_label}
-    last: PipelineTask = run_first_generation(**base, **pool, teacher=first.outputs["Output"], **training)
+    first = run_stage(teacher, run=folder, teacher="", **training).after(prepared)
+    pool = {"run": folder, "shards": prepared.output, "gpus_label": gpus_label}
+    last: PipelineTask = run_first_generation(**pool, teacher=first.outputs["Output"], **training)
     last.set_display_name("generation-1")
     for number in range(2, MAX_GENERATIONS + 1):
-        last = run_later_generation(**base, **pool, generation=number, first_teacher=first.outputs["Output"], **training).after(
-            last
-        )
+        last = run_later_generation(**pool, generation=number, first_teacher=first.outputs["Output"], **training).after(last)
         last.set_display_name(f"generation-{number}")
     run_stage(report, last, run=folder)
 
@@ -207,7 +201,7 @@ def noisy_student_generation(
     data_uris = {"data_labeled": data_labeled, "data_pool": data_pool, "data_heldout": data_heldout}
     given = {"config": config, "run": run, "overrides": overrides, "gpus": gpus_train, "nodes": nodes, "cluster": {}}
     started = run_stage(start_generation, **given, **data_uris).set_display_name("start")
-    outputs = {name: started.outputs[name] for name in ("run", "data", "shards", "generation", *TRAINING_POD)}
+    outputs = {name: started.outputs[name] for name in ("run", "shards", "generation", *TRAINING_POD)}
     last = run_next_generation(**outputs, known_teacher=started.outputs["teacher"], gpus_label=gpus_label)
     last.set_display_name("generation")
     run_stage(report, last, run=outputs["run"])

@@ -8,14 +8,15 @@ package of its own cluster.
 """
 
 import json
+import re
+from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import TypeAdapter, ValidationError
 
-from components import SETTINGS_VARIABLES, STAGE_USER, TOOLS_IMAGE, WORKER_IMAGE
+from components import REGISTRY_FOLDER, SETTINGS_FOLDER, STAGE_USER, STORE_FOLDER, TOOLS_IMAGE, WORKER_IMAGE
 from ns.core.errors import ConfigError
-from ns.core.git import HOST_VARIABLE, PASSWORD_VARIABLE, USER_VARIABLE
 from pipelines import dump_yaml_documents, load_yaml_documents
 
 GPU_COUNTS = ("0", "1", "2", "4", "8")
@@ -31,6 +32,12 @@ START_PAUSE_SECONDS = 5
 """Before the first retry; each later pause is twice as long."""
 PENDING_HOURS = 168
 """Time that all tries of a stage together may wait for a node."""
+
+ITEMS_INPUT = "items"
+"""Input of a task that is run for each item of a loop: what the loop is over."""
+VOLUME_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+MOUNTED_FIELDS = ("storage_secret", "registry_secret", "settings")
+"""Fields of the placement that name what is mounted into pods; Kubeflow names the volumes after them."""
 
 Spec = dict[str, Any]
 
@@ -113,6 +120,15 @@ class Placement:
         for name in ("label_gpus", "train_gpus"):
             if (gpus := getattr(placement, name)) not in GPU_COUNTS:
                 raise ConfigError(f"{source}: {name}: invalid value {gpus!r}: must be one of {', '.join(GPU_COUNTS)}")
+        mounted = Counter(getattr(placement, name) for name in MOUNTED_FIELDS)
+        for name in MOUNTED_FIELDS:
+            value = getattr(placement, name)
+            if not VOLUME_NAME.fullmatch(value):
+                cure = "is mounted as a volume of its name: use lower-case letters, digits and hyphens, at most 63, as in my-secret"
+                raise ConfigError(f"{source}: {name}: invalid value {value!r}: {cure}")
+            if mounted[value] > 1:
+                cure = f"{', '.join(MOUNTED_FIELDS)} are mounted as volumes of their names: give each a name of its own"
+                raise ConfigError(f"{source}: {name}: invalid value {value!r}: {cure}")
         return placement
 
 
@@ -142,14 +158,18 @@ STAGE_PODS = {
 """Component → its pod."""
 
 
-def render_package(package: str, placement: Placement, *, name: str = "") -> str:
+def render_package(package: str, placement: Placement, *, name: str = "", generations: int = 0) -> str:
     """Fills a placement into a compiled pipeline (YAML). The same placement gives the same bytes, whatever was filled in before.
 
-    `name`: another name for the pipeline, so that it becomes no version of the platform's.
+    `name`: another name for the pipeline, so that it becomes no version of the platform's. `generations`: only so many are left in it, and
+    its input of that name is gone; 0 for all.
     """
     spec, _ = load_yaml_documents(package)
     if name:
         spec["pipelineInfo"]["name"] = name
+    flatten_loops(spec)
+    if generations:
+        keep_generations(spec, generations)
     return dump_yaml_documents([spec, fill_placement(spec, placement)])
 
 
@@ -157,6 +177,64 @@ def read_placement(package: str) -> Placement:
     """The placement that was filled into a compiled pipeline (YAML)."""
     spec, _ = load_yaml_documents(package)
     return Placement(**_start_inputs(spec)["cluster"]["runtimeValue"]["constant"])
+
+
+def flatten_loops(spec: Spec) -> None:
+    """Runs the single task of a loop's body for each item, without a pipeline around it: an item is two pods in place of three.
+
+    KFP's compiler always makes a pipeline of a loop's body, and kfp.local wants one; the backend takes any task. A loop keeps a component
+    of its own, after which the backend names its templates.
+    """
+    components: Spec = spec["components"]
+    bodies: Spec = {}
+    for task in (task for component in components.values() for task in component.get("dag", {}).get("tasks", {}).values()):
+        component_name = task["componentRef"]["name"]
+        body = components[component_name].get("dag", {}).get("tasks", {})
+        if "parameterIterator" not in task or len(body) != 1:
+            continue
+        (inner,) = body.values()
+        given, iterator = task["inputs"]["parameters"], task["parameterIterator"]
+        sources = {name: value.get("componentInputParameter") for name, value in inner["inputs"]["parameters"].items()}
+        (item_input,) = (name for name, source in sources.items() if source == iterator["itemInput"])
+        inputs = {
+            name: given[sources[name]] if sources[name] else value
+            for name, value in inner["inputs"]["parameters"].items()
+            if name != item_input
+        }
+        inputs[ITEMS_INPUT] = given[iterator["items"]["inputParameter"]]
+        task |= {"inputs": {"parameters": inputs}, "retryPolicy": inner["retryPolicy"]}
+        task["parameterIterator"] = {"itemInput": item_input, "items": {"inputParameter": ITEMS_INPUT}}
+        bodies[component_name] = inner["componentRef"]["name"]
+    copies = {name: components[inner_name] for name, inner_name in bodies.items()}
+    for name in set(bodies.values()):
+        del components[name]
+    components |= copies
+
+
+def keep_generations(spec: Spec, generations: int) -> None:
+    """Leaves only the first generations in the pipeline of the loop. Each of the others costs a run four pods even if it is skipped."""
+    root = spec["root"]
+    tasks: Spec = root["dag"]["tasks"]
+    kept = [f"generation-{number}" for number in range(1, generations + 1)]
+    for task_name in [task_name for task_name in tasks if task_name.startswith("generation-") and task_name not in kept]:
+        del tasks[task_name]
+    tasks["report"]["dependentTasks"] = sorted({*tasks["report"]["dependentTasks"], kept[-1]} & set(tasks))
+    del root["inputDefinitions"]["parameters"]["generations"]
+    _start_inputs(spec)["generations"] = _constant(float(generations))
+    components: Spec = {}
+    unvisited = [root]
+    while unvisited:
+        for task in unvisited.pop().get("dag", {}).get("tasks", {}).values():
+            component_name = task["componentRef"]["name"]
+            if component_name not in components:
+                components[component_name] = spec["components"][component_name]
+                unvisited.append(components[component_name])
+    spec["components"] = components
+    executors, labels = (
+        spec["deploymentSpec"]["executors"],
+        {component.get("executorLabel") for component in components.values()},
+    )
+    spec["deploymentSpec"]["executors"] = {label: executor for label, executor in executors.items() if label in labels}
 
 
 def fill_placement(spec: Spec, placement: Placement) -> Spec:
@@ -202,24 +280,19 @@ def _build_pod(stage: str, pod: StagePod, placement: Placement) -> Spec:
     if pod.pool != "cpu":
         # Without a limit of its own, /dev/shm is as large as the pod's memory; loaders take at most half of it.
         folders.append({"mountPath": "/dev/shm", "volumeName": "shared-memory", "medium": "Memory"})
-    secrets = [_secret(placement.storage_secret, {"accesskey": "AWS_ACCESS_KEY_ID", "secretkey": "AWS_SECRET_ACCESS_KEY"})]
+    # Files, not variables, each of which Argo would keep eight times a pod; `python -m components` reads them.
+    secrets = [_mount("secretNameParameter", placement.storage_secret, STORE_FOLDER)]
     if stage == "select":
-        login = {"username": USER_VARIABLE, "password": PASSWORD_VARIABLE, "host": HOST_VARIABLE}
-        secrets.append(_secret(placement.registry_secret, login))
-    settings = {
-        "configMapNameParameter": _constant(placement.settings),
-        "keyToEnv": [{"configMapKey": name, "envVar": name} for name in SETTINGS_VARIABLES],
-        "optional": True,
-    }
+        secrets.append(_mount("secretNameParameter", placement.registry_secret, REGISTRY_FOLDER))
     labels = {"app.kubernetes.io/component": stage, "app.kubernetes.io/part-of": "noisy-student"}
     if placement.queue:
         labels["kueue.x-k8s.io/queue-name"] = placement.queue
     built: Spec = {
         "activeDeadlineSeconds": str(pod.hours * 3600),
-        "configMapAsEnv": [settings],
+        "configMapAsVolume": [_mount("configMapNameParameter", placement.settings, SETTINGS_FOLDER)],
         "emptyDirMounts": folders,
         "podMetadata": {"labels": labels},
-        "secretAsEnv": secrets,
+        "secretAsVolume": secrets,
         "securityContext": {"runAsGroup": str(STAGE_USER), "runAsNonRoot": True, "runAsUser": str(STAGE_USER)},
     }
     if selector := getattr(placement, f"{pod.pool}_node_selector"):
@@ -229,9 +302,8 @@ def _build_pod(stage: str, pod: StagePod, placement: Placement) -> Spec:
     return built
 
 
-def _secret(name: str, variables: dict[str, str]) -> Spec:
-    keys = [{"envVar": variable, "secretKey": key} for key, variable in variables.items()]
-    return {"keyToEnv": keys, "optional": True, "secretNameParameter": _constant(name)}
+def _mount(kind: str, name: str, folder: str) -> Spec:
+    return {kind: _constant(name), "mountPath": folder, "optional": True}
 
 
 def _constant(value: Any) -> Spec:

@@ -3,7 +3,8 @@
 Kubernetes stores objects of about 1 MiB; Argo compresses the status of a workflow that grows beyond it, and ends one that is still too
 large. Rules of KFP 2.17 and Argo 4.0, with which a real cluster agreed (tests/pipelines/test_run_size.py):
 
-- A task with a container is a driver's pod and its own; a task with inner tasks, and each item of a loop, is a driver's pod.
+- A task with a container, and each item of a loop over one, is a driver's pod and its own. A task with inner tasks, each item of a loop
+  over one, and a loop itself, is a driver's pod.
 - Each template that runs is two nodes, `Retry` and what it tries, since Kubeflow's defaults give all templates a retry strategy. Both keep
   all inputs; a pod's outputs too are kept by both. The container of a task is wrapped in one more template.
 - A skipped task, and a task behind one that failed, is one node.
@@ -22,8 +23,6 @@ from pipelines import load_yaml_documents
 
 LIMIT_BYTES = 1024 * 1024
 """Argo's, for a whole workflow with its status."""
-SEEN_RATIO, SEEN_COMPRESSED_RATIO = 1.053, 1.21
-"""What a cluster's status was of, as JSON and compressed, ÷ the nodes that are built here, whose values are alike."""
 GO_LEVEL = 6
 """Go's default level of compression."""
 STARTED, FINISHED = "2026-11-29T12:{:02}:{:02}Z", "2026-11-29T12:{:02}:{:02}Z"
@@ -60,14 +59,12 @@ class RunSize:
     @property
     def status_bytes(self) -> int:
         """Size of the nodes' status as JSON."""
-        return round(len(_dump(self.nodes)) * SEEN_RATIO)
+        return len(_dump(self.nodes))
 
     @property
     def compressed_bytes(self) -> int:
         """Size of the nodes' status as Argo compresses it."""
-        return round(
-            len(base64.b64encode(gzip.compress(_dump(self.nodes).encode(), GO_LEVEL, mtime=0))) * SEEN_COMPRESSED_RATIO
-        )
+        return len(base64.b64encode(gzip.compress(_dump(self.nodes).encode(), GO_LEVEL, mtime=0)))
 
     @property
     def share(self) -> float:
@@ -178,15 +175,23 @@ class _Simulation:
             item_inputs = [*identifier, _parameter("iteration-index", str(index))]
             template = f"{component_name}-iteration"
             item = self._open_template(loop, f"{loop}.{shown}", template, "DAG", shown, item_inputs)
-            self._add_dag_driver(item, "iteration-item-driver", {**inputs, "iteration-index": str(index)}, f"{path}/{index}")
-            succeeded &= self._run_dag(item, "iteration-item", component_name, component, f"{path}/{index}")
+            item_path, item_index = f"{path}/{index}", {"iteration-index": str(index)}
+            if "dag" in component:
+                self._add_dag_driver(item, "iteration-item-driver", {**inputs, **item_index}, item_path)
+                succeeded &= self._run_dag(item, "iteration-item", component_name, component, item_path)
+            else:
+                succeeded &= self._run_container(
+                    item, "iteration-item", task, component, item_path, {"task-name": name, **item_index}
+                )
         return succeeded
 
-    def _run_container(self, parent: str, name: str, task: Json, component: Json, path: str) -> bool:
+    def _run_container(
+        self, parent: str, name: str, task: Json, component: Json, path: str, item_inputs: Mapping[str, str] | None = None
+    ) -> bool:
         executor = self._spec["deploymentSpec"]["executors"][component["executorLabel"]]["container"]
         platform = self._platform.get(component["executorLabel"], {})
         inputs = self._driver_inputs(name, task, component)
-        inputs |= {"container": _dump(executor), "kubernetes-config": _dump(platform)}
+        inputs |= {"container": _dump(executor), "kubernetes-config": _dump(platform), **(item_inputs or {})}
         order = ("component", "task", "container", "task-name", "parent-dag-id", "iteration-index", "kubernetes-config")
         defaults = {"iteration-index": "-1", "kubernetes-config": ""}
         patch = _dump(_build_pod_patch(component, executor, platform, task, path))
@@ -214,7 +219,7 @@ class _Simulation:
         template = f"metadata-0-{len(labels) // 2}-retry-system-container"
         boundary = self._open_template(parent, f"{parent}.{name}", f"{template}-executor", "DAG", name, wrapped)
         pod_inputs = [_parameter("pod-spec-patch", patch), *(_parameter(item["name"], item["value"]) for item in shared)]
-        failed = name == self._shape.failed_task
+        failed = task["taskInfo"]["name"] == self._shape.failed_task
         self._add_pod(boundary, "executor", f"{template}-impl", pod_inputs, _outputs({}), path, failed=failed)
         return not failed
 
@@ -263,7 +268,7 @@ class _Simulation:
         node_name = f"{parent}.{name}"
         phase = "Failed" if failed else "Succeeded"
         pod_name = f"{self._name}-{template}-{_hash(node_name)}"
-        logs = {"name": "main-logs", "s3": {"key": f"private-artifacts/kubeflow/{self._name}/2026/11/29/{pod_name}"}}
+        logs = {"name": "main-logs", "s3": {"key": f"private-artifacts/kubeflow/{self._name}/2026/11/29/{pod_name}/main.log"}}
         kept = {**outputs, "artifacts": [logs], "exitCode": "1" if failed else "0"}
         retry = self._add_node(parent, node_name, name, "Retry", phase, inputs, kept, template)
         for number in range(tries):
@@ -337,6 +342,7 @@ class _Simulation:
         return sum(len(json.dumps(argument)) + 120 for argument in arguments) + templates + FIXED_SPEC_BYTES
 
 
+RUN_URI = "s3://mlpipeline/noisy-student/noisy-student-20261129-1200-5f1f5d3c"
 RUN_ID = "5c0ac0b5-7a84-4b0a-8d5a-5f1f5d3c9a11"
 FIXED_SPEC_BYTES = 16_000
 """Metadata of a workflow, and the templates of drivers and containers, of which every pipeline has the same."""
@@ -344,16 +350,26 @@ FIXED_SPEC_BYTES = 16_000
 
 def _build_pod_patch(component: Json, executor: Json, platform: Json, task: Json, path: str) -> Json:
     """What a driver adds to the pod of a stage."""
-    values = {name: f"store/models/{_draw_hex(path, 16)}" for name in task.get("inputs", {}).get("parameters", {})}
+    # Tasks of a generation have the same inputs but for their item of a loop.
+    generation = path.partition("/")[0]
+    given = {
+        name: f"store/models/{_draw_hex(f'{generation}{name}', 16)}" for name in task.get("inputs", {}).get("parameters", {})
+    }
+    values = given | ({"run": RUN_URI} if "run" in given else {})
+    if "parameterIterator" in task:
+        del values[task["parameterIterator"]["items"]["inputParameter"]]
+        values[task["parameterIterator"]["itemInput"]] = path.rpartition("/")[2]
     definitions = component.get("outputDefinitions", {})
-    folder = f"minio://mlpipeline/v2/artifacts/noisy-student/{RUN_ID}/{path}/{_draw_uuid(path)}"
+    folder = f"mlpipeline/v2/artifacts/noisy-student/{RUN_ID}/{path}/{_draw_uuid(path)}"
+    artifacts = {name: artifact["artifactType"] for name, artifact in definitions.get("artifacts", {}).items()}
+    artifacts["executor-logs"] = {"schemaTitle": "system.Artifact"}
     outputs = {
         "artifacts": {
-            name: {"artifacts": [{"name": name, "type": artifact["artifactType"], "uri": f"{folder}/{name}", "metadata": {}}]}
-            for name, artifact in definitions.get("artifacts", {}).items()
+            name: {"artifacts": [{"name": name, "type": kind, "uri": f"minio://{folder}/{name}"}]}
+            for name, kind in artifacts.items()
         },
         "parameters": {name: {"outputFile": f"/tmp/kfp/outputs/{name}"} for name in definitions.get("parameters", {})},
-        "outputFile": "/tmp/kfp_outputs/output_metadata.json",
+        "outputFile": f"/minio/{folder}/output_metadata.json",
     }
     executor_input = {"inputs": {"parameterValues": values}, "outputs": outputs}
     launcher = ["/kfp-launcher/launch", "--pipeline_name", "noisy-student", "--run_id", RUN_ID]
@@ -376,7 +392,14 @@ def _build_pod_patch(component: Json, executor: Json, platform: Json, task: Json
         for source in platform.get(kind, ())
         for key in source["keyToEnv"]
     ]
-    mounts = [{"name": mount["volumeName"], "mountPath": mount["mountPath"]} for mount in platform.get("emptyDirMounts", ())]
+    folders = [
+        (mount["volumeName"], mount["mountPath"], {"emptyDir": {"medium": mount["medium"]} if "medium" in mount else {}})
+        for mount in platform.get("emptyDirMounts", ())
+    ]
+    for kind, source, name_key in (("secretAsVolume", "secret", "secretName"), ("configMapAsVolume", "configMap", "name")):
+        for mount in platform.get(kind, ()):
+            name = mount[f"{source}NameParameter"]["runtimeValue"]["constant"]
+            folders.append((name, mount["mountPath"], {source: {name_key: name, "optional": True}}))
     main = {
         "name": "main",
         "image": "registry.example.com/noisy-student/worker-cuda:0123456789abcdef",
@@ -384,10 +407,10 @@ def _build_pod_patch(component: Json, executor: Json, platform: Json, task: Json
         "args": [*executor["command"], *executor.get("args", ())],
         "env": environment,
         "resources": {"limits": {"memory": "16Gi"}, "requests": {"cpu": "2", "memory": "16Gi"}},
-        "volumeMounts": mounts,
-        "securityContext": {"runAsUser": 10001, "runAsGroup": 10001, "runAsNonRoot": True},
+        "volumeMounts": [{"name": name, "mountPath": folder} for name, folder, _ in folders],
+        "securityContext": {"capabilities": {"drop": ["ALL"]}, "runAsUser": 10001, "runAsGroup": 10001, "runAsNonRoot": True},
     }
-    volumes = [{"name": mount["name"], "emptyDir": {}} for mount in mounts]
+    volumes = [{"name": name, **volume} for name, _, volume in folders]
     return {"volumes": volumes, "containers": [main], "activeDeadlineSeconds": 3600}
 
 

@@ -12,7 +12,7 @@ from ns.config.loader import load_experiment
 from ns.config.schema import Experiment
 from ns.core import log, telemetry
 from ns.core.digest import shorten_digest
-from ns.core.errors import ConfigError, Interrupted, NsError
+from ns.core.errors import ConfigError, Interrupted, NsError, RunError
 from ns.core.process import die_with_client, set_openmp_to_sleep
 from ns.runs.lifecycle import check_run_code, digest_experiment
 from ns.runs.records import (
@@ -20,6 +20,7 @@ from ns.runs.records import (
     delete_stage_failure,
     delete_stage_try,
     find_stage_failure,
+    find_stage_note,
     write_stage_failure,
     write_stage_note,
     write_stage_try,
@@ -54,6 +55,13 @@ class RunRef:
         """The run that is kept in the folder at `uri`."""
         root, _, run = uri.rpartition("/")
         return cls(f"{uri}/{CONFIG_FILE}", root, run)
+
+    def read_data_key(self) -> str:
+        """Key of the run's prepared data, as its stage `prepare` noted it. Raises RunError before that."""
+        note = find_stage_note(open_store(self.root), self.run, 0, "prepare")
+        if note is None:
+            raise RunError(f"run {self.run}: its data is not prepared yet; run the stage prepare first")
+        return note.outputs["data"]
 
 
 @dataclass

@@ -13,6 +13,7 @@ import yaml
 from google.protobuf import json_format
 from kfp.kubernetes import kubernetes_executor_config_pb2
 
+from components import REGISTRY_FOLDER, SETTINGS_FOLDER, STORE_FOLDER
 from ns.config.schema import MAX_GENERATIONS
 from pipelines import GENERATION_PACKAGE, PACKAGE
 from pipelines.placement import STAGE_PODS, Placement
@@ -165,9 +166,9 @@ def test_conditions_compare_single_outputs_or_inputs(package, spec):
     for name, component in iterate_dags(spec):
         for task in component["dag"]["tasks"].values():
             condition = task.get("triggerPolicy", {}).get("condition", "")
-            for channel in re.findall(r"parameter_values\['pipelinechannel--(\w[\w-]*)'\]", condition):
+            for channel in re.findall(r"parameter_values\['(\w[\w-]*)'\]", condition):
                 tested.add(channel)
-                source = task["inputs"]["parameters"][f"pipelinechannel--{channel}"]
+                source = task["inputs"]["parameters"][channel]
                 single = source.get("taskOutputParameter", {}).get("outputParameterKey") == "Output"
                 assert single or "componentInputParameter" in source, (name, channel)
     assert tested == ({"known_teacher"} if package == GENERATION_PACKAGE else {"next-teacher-Output"})
@@ -219,12 +220,18 @@ def test_pods_by_their_pool(spec, pods):
         assert pod["podMetadata"]["labels"]["app.kubernetes.io/component"] == stage
 
 
-def test_registry_login_only_for_select(pods):
+def test_secrets_are_files_and_the_registrys_only_selects(pods):
     for name, pod in pods.items():
-        secrets = [entry["secretNameParameter"]["runtimeValue"]["constant"] for entry in pod["secretAsEnv"]]
-        also = [Placement().registry_secret] if name == "exec-select" else []
-        assert secrets == [Placement().storage_secret, *also], name
-        assert all(entry["optional"] for entry in pod["secretAsEnv"]), name
+        folders = {
+            entry["mountPath"]: entry["secretNameParameter"]["runtimeValue"]["constant"] for entry in pod["secretAsVolume"]
+        }
+        also = {REGISTRY_FOLDER: Placement().registry_secret} if name == "exec-select" else {}
+        assert folders == {STORE_FOLDER: Placement().storage_secret, **also}, name
+        (settings,) = pod["configMapAsVolume"]
+        assert settings["mountPath"] == SETTINGS_FOLDER
+        assert all(entry["optional"] for entry in (*pod["secretAsVolume"], settings)), name
+        # In the environment every process that a stage starts would have the keys.
+        assert not {"secretAsEnv", "configMapAsEnv"} & set(pod), name
 
 
 def test_inputs_have_defaults_among_their_choices(spec):

@@ -31,11 +31,11 @@ GPUS = Placement(
 @pytest.mark.parametrize("package", [PACKAGE, GENERATION_PACKAGE], ids=lambda package: package.stem)
 def test_render_package_gives_the_same_bytes_whatever_was_filled_in(package):
     committed = package.read_text()
-    assert render_package(committed, Placement()) == committed
+    default = render_package(committed, Placement())
     filled = render_package(committed, GPUS)
     assert filled != committed
     assert render_package(render_package(committed, replace(GPUS, label_node_selector={"x": "y"})), GPUS) == filled
-    assert render_package(filled, Placement()) == committed
+    assert render_package(filled, Placement()) == default
     assert read_placement(filled) == GPUS
 
 
@@ -56,7 +56,7 @@ def test_render_package_fills_in_all_that_is_the_clusters():
     assert pods["exec-student"]["nodeSelector"] == pods["exec-teacher"]["nodeSelector"] == {"labels": {"pool": "train"}}
     assert "nodeSelector" not in pods["exec-prepare"]
     for pod in pods.values():
-        assert pod["configMapAsEnv"][0]["configMapNameParameter"]["runtimeValue"]["constant"] == "team"
+        assert pod["configMapAsVolume"][0]["configMapNameParameter"]["runtimeValue"]["constant"] == "team"
     inputs = spec["root"]["inputDefinitions"]["parameters"]
     assert (inputs["gpus_label"]["defaultValue"], inputs["gpus_train"]["defaultValue"]) == ("1", "8")
 
@@ -78,6 +78,70 @@ def test_render_package_under_another_name():
     assert (spec["pipelineInfo"]["name"], committed["pipelineInfo"]["name"]) == ("mine", "noisy-student")
 
 
+@pytest.mark.parametrize("package", [PACKAGE, GENERATION_PACKAGE], ids=lambda package: package.stem)
+def test_rendered_loops_run_their_stage_without_a_pipeline_around_it(package):
+    committed, rendered = load_spec(package.read_text()), load_spec(render_package(package.read_text(), Placement()))
+    flat = 0
+    for before, after in iterate_loops(committed, rendered):
+        body = committed["components"][before["componentRef"]["name"]]["dag"]["tasks"]["label"]
+        component = rendered["components"][after["componentRef"]["name"]]
+        assert component == committed["components"][body["componentRef"]["name"]]
+        assert (after["retryPolicy"], after.get("dependentTasks")) == (body["retryPolicy"], before.get("dependentTasks"))
+        assert after["parameterIterator"] == {"itemInput": "shards", "items": {"inputParameter": "items"}}
+        inputs = after["inputs"]["parameters"]
+        assert inputs["items"] == before["inputs"]["parameters"]["shards"]
+        assert set(inputs) == {"items", *component["inputDefinitions"]["parameters"]} - {"shards"}
+        # In what the loop is in, as before.
+        for name, value in inputs.items():
+            source = body["inputs"]["parameters"].get(name, {}).get("componentInputParameter")
+            assert value == before["inputs"]["parameters"].get(source, value)
+        flat += 1
+    assert flat == (1 if package == GENERATION_PACKAGE else 2)
+
+
+def test_rendered_loops_have_components_of_their_own():
+    """The backend names a loop's templates after its component, and refuses a name that is taken."""
+    rendered = load_spec(render_package(PACKAGE.read_text(), Placement()))
+    names = [task["componentRef"]["name"] for task in iterate_tasks(rendered) if "parameterIterator" in task]
+    assert len(set(names)) == len(names) == 2
+
+
+def iterate_tasks(spec):
+    for component in [spec["root"], *spec["components"].values()]:
+        yield from component.get("dag", {}).get("tasks", {}).values()
+
+
+def iterate_loops(committed, rendered):
+    """Loops of the committed package, with what became of them."""
+    for name, component in committed["components"].items():
+        for task_name, task in component.get("dag", {}).get("tasks", {}).items():
+            if "parameterIterator" in task:
+                yield task, rendered["components"][name]["dag"]["tasks"][task_name]
+
+
+def load_spec(text):
+    return next(iter(load_yaml_documents(text)))
+
+
+def test_render_package_with_one_generation():
+    whole, single = (load_spec(render_package(PACKAGE.read_text(), Placement(), generations=number)) for number in (0, 1))
+    tasks = single["root"]["dag"]["tasks"]
+    assert set(tasks) == {"start", "prepare", "teacher", "generation-1", "report"}
+    assert tasks["report"]["dependentTasks"] == ["generation-1", "start"]
+    # A person who starts it cannot ask for generations that are not in it.
+    assert "generations" not in single["root"]["inputDefinitions"]["parameters"]
+    assert tasks["start"]["inputs"]["parameters"]["generations"] == {"runtimeValue": {"constant": 1.0}}
+    assert set(whole["components"]) - set(single["components"]) == {
+        "comp-generation",
+        "comp-condition-1",
+        "comp-next-teacher",
+        "comp-for-loop-2",
+    }
+    assert set(whole["deploymentSpec"]["executors"]) - set(single["deploymentSpec"]["executors"]) == {"exec-next-teacher"}
+    used = {task["componentRef"]["name"] for task in iterate_tasks(single)}
+    assert used == set(single["components"])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -87,6 +151,11 @@ def test_render_package_under_another_name():
         ('{"label_gpus": "3"}', "label_gpus: invalid value '3': must be one of 0, 1, 2, 4, 8"),
         ('{"label_cpu": 4}', "label_cpu: invalid value 4: Input should be a valid string"),
         ('{"label_tolerations": {}}', "label_tolerations: invalid value {}: "),
+        ('{"settings": "team.settings"}', "settings: invalid value 'team.settings': is mounted as a volume of its name: "),
+        (
+            '{"settings": "keys", "storage_secret": "keys"}',
+            "storage_secret: invalid value 'keys': storage_secret, registry_secret, ",
+        ),
         ('{"runtime_kind": "Runtime"}', "runtime_kind: invalid value 'Runtime': "),
     ],
 )

@@ -3,7 +3,7 @@
 from ns.core.errors import RunError
 from pipelines import upload
 from pipelines.kfp_client import KfpClient
-from pipelines.placement import Placement, read_placement
+from pipelines.placement import Placement, read_placement, render_package
 
 
 def test_upload_once_per_package(kfp, capsys):
@@ -32,4 +32,4 @@ def test_load_packages_fills_in_the_placement():
     inputs = '{"worker_image": "r.example/worker:1", "label_node_selector": {"pool": "spot"}}'
     for package in upload.load_packages(inputs, ""):
         assert read_placement(package) == Placement(worker_image="r.example/worker:1", label_node_selector={"pool": "spot"})
-    assert upload.load_packages("", "") == [file.read_text() for file in upload.PACKAGES]
+    assert upload.load_packages("", "") == [render_package(file.read_text(), Placement()) for file in upload.PACKAGES]
