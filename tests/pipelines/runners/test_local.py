@@ -18,7 +18,9 @@ from collections import namedtuple
 
 class RunRef(namedtuple("RunRef", "run")):
     from_uri = classmethod(lambda cls, uri: cls(uri))
+    read_data_key = lambda ref: "data"
 
+NextGeneration = namedtuple("NextGeneration", "run data shards generation teacher")
 STOP = "stop"
 PLAN = json.loads(os.environ["STAND_IN"])
 
@@ -39,7 +41,7 @@ def run_stage(stage, generation, value):
 def start_run(config, run, overrides, fields, *, root): return run
 def start_generation(config, run, overrides, fields, *, root):
     run_stage("start", 0, None)
-    return run, "data", ["0-1", "1-2", "2-3"], 3, PLAN["teacher"]
+    return NextGeneration(run, "data", ["0-1", "1-2", "2-3"], 3, PLAN["teacher"])
 def prepare_data(ref): return run_stage("prepare", 0, "data")
 def split_pool(ref, *, data): return ["0-1", "1-2", "2-3"]
 def provide_teacher(ref, *, data, teacher, gpus, launch_remote): return run_stage("train", 0, "model-0")
