@@ -36,6 +36,10 @@ ABANDONED_SECONDS = 24 * 3600
 """A lease on another machine that did not change for so long, by the store's clock, is removed: nobody waits for it."""
 
 
+READ_ATTEMPTS = 5
+"""Attempts to read a lease that comes and goes."""
+
+
 class LeaseHolder(JsonDocument):
     """Who holds a lease."""
 
@@ -129,12 +133,16 @@ def _find_latest(root: Store, name: str) -> BlobEntry | None:
 
 def _find_holder(root: Store, key: str) -> LeaseHolder | None:
     """The holder that a lease names; None if the lease is gone by now, or nothing readable."""
-    try:
-        return LeaseHolder.find_file(root, key)
-    except StoreError:
-        if root.exists(key):
-            raise
-        return None
+    for attempt in range(READ_ATTEMPTS):
+        try:
+            return LeaseHolder.find_file(root, key)
+        except StoreError:
+            if not root.exists(key):
+                return None
+            # It was released between two requests, and taken by another under the same key.
+            if attempt == READ_ATTEMPTS - 1:
+                raise
+    return None
 
 
 def _read_number(key: str) -> int:
