@@ -162,7 +162,7 @@ def change_table(rng: random.Random, whole: bytes) -> bytes:
         case "rows":
             table = table.slice(0, rng.randrange(len(table) + 1))
         case "nested":
-            table = table.set_column(at, name, pa.array([[value] for value in column.to_pylist()]))
+            table = table.set_column(at, name, pa.array([[value] for value in column.to_pylist()], pa.list_(column.type)))
     sink = io.BytesIO()
     pq.write_table(table, sink)
     return sink.getvalue()

@@ -20,7 +20,7 @@ from ns.data.index import ShardIndex
 from ns.data.loading.decode import EncodedJpeg, decode_image
 from ns.data.loading.shard_reader import ImageSource
 from ns.storage import Store
-from ns.storage.parquet import read_table, write_table
+from ns.storage.parquet import parse_table, write_table
 
 FINGERPRINTS = "store/fingerprints"
 """Where they are kept below a root."""
@@ -72,15 +72,11 @@ def compute_fingerprints(store: Store, dataset: Dataset, fingerprint_store: Stor
 def read_fingerprints(fingerprint_store: Store, dataset: Dataset, shard_index: int) -> Fingerprints:
     """The fingerprints of one shard that `compute_fingerprints` wrote. Raises DataError when they are damaged."""
     key = _build_key(dataset, shard_index)
-    try:
-        table = read_table(fingerprint_store.get(key))
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{fingerprint_store.uri}/{key}: damaged: {error}; delete it, and it will be made again") from error
-    if len(table) != dataset.shards[shard_index].samples or not table.schema.equals(SCHEMA):
-        raise DataError(
-            f"{fingerprint_store.uri}/{key}: not the fingerprints of {dataset.shards[shard_index].name}; "
-            "delete it, and it will be made again"
-        )
+    schema = pa.schema([field.with_nullable(False) for field in SCHEMA])
+    cure = "delete it, and it will be made again"
+    table = parse_table(fingerprint_store.get(key), f"{fingerprint_store.uri}/{key}", schema, cure)
+    if len(table) != dataset.shards[shard_index].samples:
+        raise DataError(f"{fingerprint_store.uri}/{key}: not the fingerprints of {dataset.shards[shard_index].name}; {cure}")
     return Fingerprints(
         np.array(table["sha256"].to_pylist(), "S32"),
         table["phash"].to_numpy(),
