@@ -133,7 +133,19 @@ def test_audit_page_is_used_downloaded_and_applied(label_sets, browser, capsys):
     answers = [image for image in json.loads(file.read_text())["images"] if image["wrong"]]
     assert [image["correct_class"] for image in answers] == [CLASSES[2], CLASSES[1]]
     corrections = folder / "corrections"
-    command = ["labels", "audit", "apply", str(file), names[0], *pool, "--corrections", str(corrections), "--json"]
+    command = [
+        "labels",
+        "audit",
+        "apply",
+        str(file),
+        names[0],
+        "--images",
+        "60",
+        *pool,
+        "--corrections",
+        str(corrections),
+        "--json",
+    ]
     capsys.readouterr()
     assert run_command_line(command) == 0
     result = json.loads(capsys.readouterr().out)
