@@ -13,7 +13,7 @@ from k8s.doctor import SETTINGS_CONFIG_MAP, STORAGE_SECRET
 from k8s.kubectl import Kubectl
 from k8s.port_forward import PortForward
 from ns.core.errors import NsError
-from ns.core.process import handle_signals
+from ns.core.process import handle_signals, set_environment
 from pipelines.kfp_client import NAMESPACE_VARIABLE, UI_VARIABLE
 
 KUBEFLOW_NAMESPACE = "kubeflow"
@@ -86,7 +86,7 @@ def open_cluster_access(kubectl: Kubectl, namespace: str, say: Say) -> Iterator[
         if not any(os.environ.get(name) for name in ENDPOINT_VARIABLES):
             variables |= stack.enter_context(open_store_access(kubectl, namespace, say))
             variables |= _read_store_keys(kubectl, namespace)
-        stack.enter_context(_set_environment(variables))
+        stack.enter_context(set_environment(variables))
         yield forward.url
 
 
@@ -96,17 +96,3 @@ def _read_store_keys(kubectl: Kubectl, namespace: str) -> dict[str, str]:
         secret = (kubectl.get_object("secret", STORAGE_SECRET, namespace) or {}).get("data") or {}
         return {name: base64.b64decode(secret[key]).decode() for key, name in KEY_VARIABLES.items() if key in secret}
     return {}
-
-
-@contextlib.contextmanager
-def _set_environment(variables: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from ns.core.errors import Interrupted, NsError, RunError
 from ns.core.log import EVENTS_VARIABLE, StageEvent
-from ns.core.process import CLIENT_VARIABLE, handle_signals, identify_process
+from ns.core.process import CLIENT_VARIABLE, handle_signals, identify_process, set_environment
 from ns.storage.scratch import make_scratch_dir
 from pipelines import PACKAGE, load_yaml_documents
 from pipelines.runners.fork_server import ForkServer
@@ -76,6 +76,7 @@ def run_locally(
             EVENTS_VARIABLE: str(events),
             CLIENT_VARIABLE: identify_process(os.getpid()),
             **_make_temp_variables(str(scratch)),
+            **_make_import_variables(),
         }
         arguments = {"config": config_uri, "run": f"{root}/{run}", **inputs}
 
@@ -86,7 +87,7 @@ def run_locally(
                 run_pipeline(local.SubprocessRunner(use_venv=False), scratch / "kfp", arguments, package)
 
         modules = [*STAGE_MODULES, *(COMPUTING_MODULES if expect_work else ())]
-        with _set_environment(variables), tail_events(events, watcher), _start_fork_server(modules) as server:
+        with set_environment(variables), tail_events(events, watcher), _start_fork_server(modules) as server:
             run_redirected(run_stages, log, watcher)
 
 
@@ -321,22 +322,10 @@ def _make_temp_variables(scratch: str) -> dict[str, str]:
     return {"TMPDIR": scratch, "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(kernels))}
 
 
-@contextlib.contextmanager
-def _set_environment(variables: dict[str, str]) -> Iterator[None]:
-    # The stages import this project from where the client did, installed or not.
+def _make_import_variables() -> dict[str, str]:
+    """The stages import this project from where the client did, installed or not."""
     checkout = str(Path(__file__).parents[2])
-    search = os.pathsep.join(filter(None, [checkout, os.environ.get("PYTHONPATH", "")]))
-    variables = {**variables, "PYTHONPATH": search}
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [checkout, os.environ.get("PYTHONPATH", "")]))}
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ns.core.errors import NsError
+from ns.core.process import set_environment
 from pipelines import GENERATION_PACKAGE
 from pipelines.runners import local
 
@@ -152,7 +153,7 @@ def test_run_locally_writes_output_of_kfp_to_the_log(run_stand_in, tmp_path, cap
 
 
 def test_stages_import_the_project_of_their_client():
-    with local._set_environment({}):
+    with set_environment(local._make_import_variables()):
         first = os.environ["PYTHONPATH"].split(os.pathsep)[0]
     assert Path(first, "pipelines", "runners", "local.py") == Path(local.__file__)
 
