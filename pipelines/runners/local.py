@@ -1,5 +1,6 @@
 """Runs the compiled pipeline on this machine: kfp.local, one process per stage, nothing installed at run time."""
 
+import builtins
 import contextlib
 import getpass
 import io
@@ -133,7 +134,12 @@ def run_redirected(work: Callable[[], None], log: Path | None, runner: StageRunn
     output = LogWriter(log)
     try:
         # KFP prints and logs to the current stdout, and the terminal is ours.
-        with _stop_on_signal(runner.stop_stages), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        with (
+            _stop_on_signal(runner.stop_stages),
+            contextlib.redirect_stdout(output),
+            contextlib.redirect_stderr(output),
+            _restore_print(),
+        ):
             work()
     except KeyboardInterrupt:
         raise Interrupted("interrupted; the same command continues") from None
@@ -142,6 +148,16 @@ def run_redirected(work: Callable[[], None], log: Path | None, runner: StageRunn
         raise runner.explain_failure(output, error) from error
     finally:
         output.close()
+
+
+@contextlib.contextmanager
+def _restore_print() -> Iterator[None]:
+    """KFP replaces `print` while a task runs. Tasks that overlap put it back in the wrong order, and leave an indenting one behind."""
+    original = builtins.print
+    try:
+        yield
+    finally:
+        builtins.print = original
 
 
 def run_pipeline(runner: Any, folder: Path, arguments: dict[str, Any], package: Path = PACKAGE) -> None:

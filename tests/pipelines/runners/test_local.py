@@ -1,5 +1,6 @@
 """The local runner with stand-in stages: order, failures, messages."""
 
+import builtins
 import json
 import os
 import tempfile
@@ -7,6 +8,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from kfp.local.logging_utils import indented_print
 
 from ns.core.errors import NsError
 from ns.core.process import set_environment
@@ -150,6 +152,21 @@ def test_run_locally_writes_output_of_kfp_to_the_log(run_stand_in, tmp_path, cap
     assert any("finished with status SUCCESS" in line for line in lines)
     assert not any(line.startswith(" ") or "\x1b" in line for line in lines)
     assert capsys.readouterr().out == ""
+
+
+def test_print_is_what_it_was_after_a_run(monkeypatch):
+    """KFP's tasks that overlap leave an indenting one."""
+
+    def overlap():
+        first, second = indented_print(), indented_print()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        second.__exit__(None, None, None)
+
+    before = builtins.print
+    local.run_redirected(overlap, None, local._EventWatcher(lambda event: None))
+    assert builtins.print is before
 
 
 def test_stages_import_the_project_of_their_client():
