@@ -31,8 +31,8 @@ run: $(VENV)/.run ## Run the quickstart: the whole loop on handwritten digits, t
 test: $(VENV)/.test ## Run the unit tests, three minutes
 	@$(PYTEST) --numprocesses auto --dist loadfile $(ARGS)
 
-clean: ## Remove runs/
-	rm -rf runs
+clean: ## Remove runs/ and site/
+	rm -rf runs site
 
 ##@ Develop
 
@@ -66,6 +66,9 @@ lint: $(VENV)/.test ## Check style, types, the direction of imports, and names
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@$(BIN)/python .ci/check_names.py
+
+docs: $(VENV)/.test ## Build the documentation as a site, site/index.html, and check its links (ARGS=--help)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet $(ARGS)
 
 format: $(VENV)/.test ## Format the code
 	@$(BIN)/ruff check --fix-only --quiet .
