@@ -246,7 +246,7 @@ def try_killed_trainer(trial: Trial) -> None:
 
 
 def try_deleted_pod(trial: Trial) -> None:
-    _try_fault(trial, delete_pod)
+    _try_fault(trial, delete_pod, is_asked_to_stop=True)
 
 
 def try_drained_node(trial: Trial) -> None:
@@ -267,7 +267,7 @@ def try_drained_node(trial: Trial) -> None:
         )
 
     try:
-        _try_fault(trial, drain_node)
+        _try_fault(trial, drain_node, is_asked_to_stop=True)
     finally:
         for node in drained:
             kubectl.run_command("uncordon", node)
@@ -335,8 +335,11 @@ def try_several_nodes(trial: Trial) -> None:
     trial.add_row("TrainJobs that outlive their run", "0", str(len(left)), not left)
 
 
-def _try_fault(trial: Trial, hit: Callable[[Platform, K8sObject], object]) -> None:
-    """Hits the pod of the first training once that has written a checkpoint, and follows the run to its end."""
+def _try_fault(trial: Trial, hit: Callable[[Platform, K8sObject], object], *, is_asked_to_stop: bool = False) -> None:
+    """Hits the pod of the first training once that has written a checkpoint, and follows the run to its end.
+
+    `is_asked_to_stop`: the training has time for a checkpoint (preStop of its pod), and so loses nothing.
+    """
     run = trial.start_run([*LONG_TEACHER, *CHECKPOINTS])
     watcher = _TrainingWatcher(trial, run, hit)
     trial.observe_success(trial.follow_run(run, watcher.poll_run))
@@ -345,6 +348,9 @@ def _try_fault(trial: Trial, hit: Callable[[Platform, K8sObject], object]) -> No
     seen = f"at step {watcher.first_step}, after {watcher.hit_step} with a checkpoint of {watcher.resumed_step}"
     went_on = watcher.first_step >= watcher.resumed_step > 0
     trial.add_row("the second try goes on", "where the last checkpoint was", seen, went_on)
+    if is_asked_to_stop:
+        lost = max(0, watcher.hit_step - watcher.resumed_step)
+        trial.add_row("steps that were lost", "0", str(lost), lost == 0)
 
 
 class _TrainingWatcher:

@@ -195,6 +195,13 @@ def test_training_that_goes_on_from_its_checkpoint_after_its_pod_was_deleted(tmp
     assert all(row.ok for row in record.list_rows())
 
 
+def test_deleted_training_without_time_for_a_checkpoint_is_not_as_expected(tmp_path):
+    cluster = Cluster(tmp_path, training(40, 10, checkpoint=30), training(40, 12, 30, tries=2), training(60, 30, 30, tries=2))
+    _, rows = try_one(cluster, "deleted-pod")
+    assert rows["the second try goes on"].ok
+    assert (rows["steps that were lost"].seen, rows["steps that were lost"].ok) == ("10", False)
+
+
 def test_training_that_begins_again_at_step_0_is_not_as_expected(tmp_path):
     cluster = Cluster(tmp_path, training(40, 10, checkpoint=30), training(3, 30, 30, tries=2))
     _, rows = try_one(cluster, "killed-trainer")

@@ -1,5 +1,7 @@
 """What Kubernetes does before it ends a stage's pod (workflowDefaults.podSpecPatch), with processes like those in it."""
 
+import json
+import os
 import subprocess
 import sys
 import time
@@ -7,6 +9,7 @@ import time
 import pytest
 import yaml
 
+from pipelines import PACKAGE, load_yaml_documents
 from tests.k8s.test_retries import CONFIG_MAP
 
 STAGE = """
@@ -32,16 +35,29 @@ def read_patch():
     return yaml.safe_load(yaml.safe_load(config_map["data"]["workflowDefaults"])["spec"]["podSpecPatch"])
 
 
+def read_stage_command(folder):
+    """What the pod of a stage runs, by the package, with the program above in the place of the stages."""
+    spec, _ = load_yaml_documents(PACKAGE.read_text())
+    container = spec["deploymentSpec"]["executors"]["exec-teacher"]["container"]
+    (folder / "components").mkdir()
+    (folder / "components" / "__main__.py").write_text(STAGE.replace("sys.argv[1]", 'os.environ["FOLDER"]'))
+    (folder / "python3").symlink_to(sys.executable)
+    values = {"{{$}}": json.dumps({"inputs": {}})}
+    return [values.get(word, word) for word in (*container["command"], *container["args"])]
+
+
 @pytest.fixture
 def start(tmp_path):
-    """Starts Python programs that are the only processes which the command sees."""
+    """Starts programs that are the only processes which the command sees."""
     processes = []
 
-    def start_program(name, *arguments):
+    def start_program(name, command=()):
         folder = tmp_path / name
-        folder.mkdir()
-        command = [sys.executable, "-c", STAGE, str(folder), *arguments]
-        processes.append(subprocess.Popen(command, start_new_session=True))
+        folder.mkdir(exist_ok=True)
+        environment = {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": str(folder), "FOLDER": str(folder)}
+        processes.append(
+            subprocess.Popen(command or [sys.executable, "-c", STAGE, str(folder)], start_new_session=True, env=environment)
+        )
         until = time.monotonic() + 20
         while not (folder / "ready").exists():
             assert time.monotonic() < until
@@ -59,8 +75,9 @@ def start(tmp_path):
 
 
 def test_pod_waits_for_its_stage_to_write_a_checkpoint(tmp_path, start):
-    stage, folder = start("stage", "-m", "kfp.dsl.executor_main", "--function_to_execute", "train")
-    other, other_folder = start("other", "something-else")
+    (tmp_path / "stage").mkdir()
+    stage, folder = start("stage", read_stage_command(tmp_path / "stage"))
+    other, other_folder = start("other")
     [container] = read_patch()["containers"]
     assert container["name"] == "main"
     shell, option, script = container["lifecycle"]["preStop"]["exec"]["command"]
