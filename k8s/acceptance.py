@@ -19,12 +19,12 @@ from k8s.deploy import PLACEMENT_CONFIG_MAP, PLACEMENT_KEY
 from k8s.kubectl import K8sObject, Kubectl
 from k8s.workflow import (
     MAX_PACKED_BYTES,
-    NODE_ANNOTATION,
     RUN_LABEL,
     WorkflowFigures,
     list_tries,
     measure_seconds,
     measure_workflow,
+    read_node_id,
 )
 from ns.core.errors import ConfigError, Interrupted, NsError, RunError
 from ns.core.log import format_duration
@@ -373,7 +373,7 @@ class _TrainingWatcher:
         progress = _read_progress(root, self._run.name)
         checkpoint = _find_checkpoint(root)
         if len(tries) == 1 and not self.hit_step and checkpoint and progress:
-            pods = [pod for pod in platform.list_pods(self._run) if _read_node_id(pod) == tries[0].node_id]
+            pods = [pod for pod in platform.list_pods(self._run) if read_node_id(pod) == tries[0].node_id]
             if pods:
                 self.hit_step = int(progress["step"])
                 platform.say(
@@ -429,10 +429,6 @@ def _read_progress(root: Store, run: str) -> dict[str, Any]:
 def _find_checkpoint(root: Store) -> int:
     """The step of the newest checkpoint of all trainings; 0 if there is none."""
     return max((int(match[1]) for key in root.list("store/checkpoints/") if (match := _CHECKPOINT.search(key))), default=0)
-
-
-def _read_node_id(pod: K8sObject) -> str:
-    return str((pod["metadata"].get("annotations") or {}).get(NODE_ANNOTATION, ""))
 
 
 CHECKS: dict[str, Check] = {

@@ -29,6 +29,7 @@ RUNNER_ACCOUNT = "pipeline-runner"
 STORAGE_SECRET = "mlpipeline-minio-artifact"
 SETTINGS_CONFIG_MAP = "noisy-student"
 ARGO_CONFIG_MAP = "workflow-controller-configmap"
+RETRIES_FIX = "take workflowDefaults from k8s/components/kubeflow/workflow-controller-configmap.yaml"
 RUN_POD_LABELS = {"app.kubernetes.io/part-of": "noisy-student"}
 """Label of all pods of runs (pipelines/placement.py)."""
 
@@ -531,30 +532,45 @@ def _check_minio(cluster: ClusterState) -> Iterator[Diagnostic]:
 
 
 def _check_retries(cluster: ClusterState, requirements: Requirements) -> Iterator[Diagnostic]:
-    """Checks whether Argo retries stages that exit, are killed or run out of memory."""
+    """Checks whether Argo retries stages that exit, are killed or run out of memory, and gives a pod that is deleted time to end."""
     if "kfp" in requirements.provided_parts:
         return
     for config_map in cluster.get_objects("argo-config"):
         # A broken one stops Argo's controller, which says so itself.
         with contextlib.suppress(yaml.YAMLError):
-            policy = find_retry_policy(config_map)
-            detail = f"ConfigMap {config_map['metadata']['namespace']}/{ARGO_CONFIG_MAP}: retryPolicy {policy}"
+            policy, name = find_retry_policy(config_map), f"ConfigMap {config_map['metadata']['namespace']}/{ARGO_CONFIG_MAP}"
+            detail = f"{name}: retryPolicy {policy}"
+            # Whatever it runs there.
+            if "preStop" in str(_read_workflow_defaults(config_map).get("podSpecPatch")):
+                yield _passed("grace", f"{name}: a pod that is deleted first asks its stage to stop")
+            else:
+                yield _warned(
+                    "grace",
+                    f"{name}: podSpecPatch has no preStop: a stage whose pod is deleted or drained ends at once, without a checkpoint",
+                    RETRIES_FIX,
+                )
             if policy in ("Always", "OnFailure"):
                 yield _passed("retries", detail)
             else:
                 yield _warned(
                     "retries",
                     f"{detail}: a stage that is killed, runs out of memory or exits is not tried again",
-                    "take workflowDefaults from k8s/components/kubeflow/workflow-controller-configmap.yaml",
+                    RETRIES_FIX,
                 )
 
 
 def find_retry_policy(config_map: K8sObject) -> str:
     """The retry policy of every template without one of its own; OnFailure if Argo's ConfigMap names none."""
-    part = yaml.safe_load((config_map.get("data") or {}).get("workflowDefaults") or "{}")
-    for name in ("spec", "templateDefaults", "retryStrategy"):
-        part = (part or {}).get(name) or {}
+    part = _read_workflow_defaults(config_map)
+    for name in ("templateDefaults", "retryStrategy"):
+        part = part.get(name) or {}
     return str(part.get("retryPolicy") or "OnFailure")
+
+
+def _read_workflow_defaults(config_map: K8sObject) -> K8sObject:
+    """The `spec` that Argo gives to every Workflow."""
+    defaults = yaml.safe_load((config_map.get("data") or {}).get("workflowDefaults") or "{}") or {}
+    return defaults.get("spec") or {}
 
 
 def _check_queues(cluster: ClusterState, requirements: Requirements) -> Iterator[Diagnostic]:

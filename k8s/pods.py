@@ -4,14 +4,16 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from k8s.kubectl import K8sObject, Kubectl
+from k8s.workflow import RUN_LABEL, find_refused_pods, read_node_id
 from ns.core.errors import NsError
 
-RUN_LABEL = "pipeline/runid"
-"""Kubeflow's label on all pods of a run."""
 STAGE_LABEL = "app.kubernetes.io/component"
+JOB_LABEL = "jobset.sigs.k8s.io/jobset-name"
+"""Of the nodes of a TrainJob, whose failures their stage tells."""
+WORKFLOWS = "workflows.argoproj.io"
 POLL_SECONDS = 15.0
 PENDING_SECONDS = 60.0
 """A pod that waits longer is told: images are pulled, and nodes are added, in less."""
@@ -64,6 +66,8 @@ class RunPods:
         self._kubectl, self._namespace, self._say = kubectl, namespace, say
         self._selector = f"{RUN_LABEL}={run_id}"
         self._polled_at = -POLL_SECONDS
+        self._workflow_read_at = 0.0
+        self._refused: dict[str, tuple[str, str]] = {}
         self._pending_since: dict[str, float] = {}
         self._told: set[tuple[str, str]] = set()
 
@@ -77,23 +81,37 @@ class RunPods:
         with contextlib.suppress(NsError):
             pods = self._kubectl.list_objects("pods", self._namespace, self._selector)
             pending = {str(pod["metadata"]["name"]): pod for pod in pods if (pod.get("status") or {}).get("phase") == "Pending"}
-            self._pending_since = {name: self._pending_since.get(name, now) for name in pending}
+            self._read_refused(now, {read_node_id(pod) for pod in pods})
+            self._pending_since = {name: self._pending_since.get(name, now) for name in (*pending, *self._refused)}
             for name, pod in pending.items():
-                if now - self._pending_since[name] < PENDING_SECONDS:
-                    continue
-                reason = explain_waiting(pod) or self._find_warning(name)
-                # `ErrImagePull` and `ImagePullBackOff` alternate, and numbers of nodes change.
-                kind = "image" if "ImagePull" in reason.partition(":")[0] else re.sub(r"\d+", "", reason)
-                if reason and (_stage_of(pod), kind) not in self._told:
-                    self._told.add((_stage_of(pod), kind))
-                    self._say(f"{_stage_of(pod)}: pod {name} waits: {reason}{_suggest_cure(reason)}")
+                if now - self._pending_since[name] >= PENDING_SECONDS:
+                    self._tell_once(_stage_of(pod), f"pod {name} waits:", explain_waiting(pod) or self._find_warning(name))
+            for name, (stage, message) in self._refused.items():
+                if now - self._pending_since[name] >= PENDING_SECONDS:
+                    self._tell_once(stage, "its pod is refused:", _shorten_line(message))
+
+    def _read_refused(self, now: float, known: Collection[str]) -> None:
+        """Reads which pods do not exist because the namespace has no room. Argo's object may be large: it is read once a minute."""
+        if now - self._workflow_read_at >= PENDING_SECONDS:
+            self._workflow_read_at, self._refused = now, {}
+            for workflow in self._kubectl.list_objects(WORKFLOWS, self._namespace, self._selector):
+                self._refused = find_refused_pods(workflow)
+        self._refused = {name: refused for name, refused in self._refused.items() if name not in known}
+
+    def _tell_once(self, stage: str, what: str, reason: str) -> None:
+        # `ErrImagePull` and `ImagePullBackOff` alternate; numbers of nodes, names of pods and amounts change.
+        kind = "image" if "ImagePull" in reason.partition(":")[0] else re.sub(r'\d+|"[^"]*"', "", reason)
+        if reason and (stage, kind) not in self._told:
+            self._told.add((stage, kind))
+            self._say(f"{stage}: {what} {reason}{_suggest_cure(reason)}")
 
     def explain_failures(self) -> dict[str, str]:
         """Why the last pod of each stage failed: stage → reason. Empty if the pods cannot be listed, or are gone."""
         reasons: dict[str, str] = {}
         with contextlib.suppress(NsError):
             pods = self._kubectl.list_objects("pods", self._namespace, self._selector)
-            for pod in sorted(pods, key=lambda pod: str(pod["metadata"].get("creationTimestamp", ""))):
+            own_pods = [pod for pod in pods if JOB_LABEL not in (pod["metadata"].get("labels") or {})]
+            for pod in sorted(own_pods, key=lambda pod: str(pod["metadata"].get("creationTimestamp", ""))):
                 match (pod.get("status") or {}).get("phase"):
                     case "Failed":
                         reasons[_stage_of(pod)] = self._find_logged_error(pod) or explain_end(pod) or "its pod failed"
@@ -140,6 +158,8 @@ def _suggest_cure(reason: str) -> str:
         return "; it waits for its turn in a queue"
     if "Insufficient" in reason:
         return "; no node has that much: ask for less with --input NAME=VALUE (docs/pipeline.md), or add a node"
+    if "exceeded quota" in reason:
+        return "; it starts when the namespace has so much left: wait for other runs, ask for less, or raise the quota"
     if kind == "Unschedulable":
         return "; compare the pool's selectors and tolerations with the labels and taints of the nodes"
     return ""

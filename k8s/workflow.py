@@ -17,6 +17,9 @@ NODE_ANNOTATION = "workflows.argoproj.io/node-id"
 
 # run(0).root(0).teacher(0).executor(1): a number for each try of a node.
 _EXECUTOR = re.compile(r"\.(?P<task>[^.()]+)(\(\d+\))?\.executor(\(\d+\))?$")
+# Numbers of tries and items, and the parts of a path that no person named.
+_NUMBERS = re.compile(r"\([^()]*\)")
+_UNNAMED = re.compile(r"executor|iteration(-item|-iterations)?")
 
 
 class WorkflowFigures(NamedTuple):
@@ -49,6 +52,26 @@ def read_nodes(workflow: K8sObject) -> list[dict[str, Any]]:
     packed = status.get("compressedNodes")
     nodes = json.loads(gzip.decompress(base64.b64decode(packed))) if packed else status.get("nodes") or {}
     return list(nodes.values())
+
+
+def read_node_id(pod: K8sObject) -> str:
+    """Id of the node that a pod belongs to; empty if it is none of Argo's."""
+    return str((pod["metadata"].get("annotations") or {}).get(NODE_ANNOTATION, ""))
+
+
+def find_refused_pods(workflow: K8sObject) -> dict[str, tuple[str, str]]:
+    """Pods that Argo waits for, with a message: id of the node → stage, message. A namespace's quota refuses such a pod, which exists
+    nowhere; or it exists, and waits for a node."""
+    return {
+        node["id"]: (_find_stage(node["name"]), node["message"])
+        for node in read_nodes(workflow)
+        if node.get("type") == "Pod" and node.get("phase") == "Pending" and node.get("message")
+    }
+
+
+def _find_stage(node_name: str) -> str:
+    parts = [part.removesuffix("-driver") for part in _NUMBERS.sub("", node_name).split(".")]
+    return next((part for part in reversed(parts) if not _UNNAMED.fullmatch(part)), node_name)
 
 
 def measure_workflow(workflow: K8sObject) -> WorkflowFigures:

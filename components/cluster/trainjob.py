@@ -44,6 +44,8 @@ PATIENCE_SECONDS = 600.0
 """Time for the cluster's API to answer again: a training of days continues without it."""
 DEADLINE_SECONDS = 168 * 3600
 RUN_LABEL = "noisy-student/run"
+KUBEFLOW_LABEL = "pipeline/runid"
+"""Kubeflow's label on all pods of a run; clients look for what waits by it."""
 LABEL_VALUE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 
 Json = dict[str, Any]
@@ -61,6 +63,7 @@ def run_trainjob(run: str, nodes: TrainingNodes, training_id: str, arguments: Se
         "app.kubernetes.io/part-of": "noisy-student",
         "app.kubernetes.io/component": "train",
         **make_run_label(run),
+        **api.read_kubeflow_label(),
     }
     if nodes.queue:
         job_labels["kueue.x-k8s.io/queue-name"] = nodes.queue
@@ -166,6 +169,18 @@ class ClusterApi:
                 f"a training on several nodes needs a cluster ({error}); run it on Kubeflow, or set KUBECONFIG"
             ) from error
         return cls(active["context"].get("namespace", "default"))
+
+    def read_kubeflow_label(self) -> dict[str, str]:
+        """The label of this pod that names the run; empty outside Kubeflow."""
+        name = os.environ.get("KFP_POD_NAME")
+        if not name:
+            return {}
+        try:
+            pod = self.call_with_retry(self.core.read_namespaced_pod, name, self.namespace)
+        except ApiException:
+            # The training needs it not.
+            return {}
+        return {key: value for key, value in (pod.metadata.labels or {}).items() if key == KUBEFLOW_LABEL}
 
     def call_with_retry(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Raises ApiException if the API refuses, RunError if it does not answer for PATIENCE_SECONDS."""

@@ -208,6 +208,12 @@ def end_stage(seconds: float, *, linger: bool = False) -> None:
         time.sleep(_read_linger_seconds())
 
 
+def serve_waiting() -> None:
+    """Serves the metrics of a stage that waits while another pod does its work and serves that: it is up, but not at work."""
+    STAGE.labels(_stage).set(0)
+    serve_metrics()
+
+
 def is_served() -> bool:
     """Whether the metrics endpoint is configured."""
     return bool(os.environ.get(PORT_VARIABLE))

@@ -1,11 +1,13 @@
 """What every stage is given and leaves behind: its run, its log lines, its note, its metrics, and the reason if it fails."""
 
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from types import FrameType
 from typing import Any, Self
 
 from ns.config.loader import load_experiment
@@ -13,7 +15,7 @@ from ns.config.schema import Experiment
 from ns.core import log, telemetry
 from ns.core.digest import shorten_digest
 from ns.core.errors import ConfigError, Interrupted, NsError, RunError
-from ns.core.process import die_with_client, set_openmp_to_sleep
+from ns.core.process import die_with_client, handle_signals, set_openmp_to_sleep
 from ns.runs.lifecycle import check_run_code, digest_experiment
 from ns.runs.records import (
     CONFIG_FILE,
@@ -37,6 +39,10 @@ RETRY_PAUSE_SECONDS = 600
 
 STOP = "stop"
 """What stands in the place of a teacher's key when there is no further generation."""
+
+
+class _StopRequest(BaseException):
+    """SIGTERM. No error, so that nothing which survives errors survives this."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +138,10 @@ def announce_stage(name: str, generation: int, **bound_fields: Any) -> Iterator[
         logger = log.get_logger()
         logger.info("started", pid=os.getpid())
         try:
-            yield log_fields
-        except Exception as error:
+            with _stop_on_sigterm():
+                yield log_fields
+        except (Exception, _StopRequest) as caught:
+            error = Interrupted("stopped; the same command continues") if isinstance(caught, _StopRequest) else caught
             reason = str(error) if isinstance(error, NsError) else f"{type(error).__name__}: {error}"
             exit_code = error.exit_code if isinstance(error, NsError) else 1
             logger.error("failed", error=reason, exit_code=exit_code, pid=os.getpid())
@@ -141,6 +149,25 @@ def announce_stage(name: str, generation: int, **bound_fields: Any) -> Iterator[
                 raise SystemExit(exit_code) from error
             raise
         logger.info("finished", seconds=round(time.monotonic() - started, 3), pid=os.getpid(), **log_fields)
+
+
+@contextmanager
+def _stop_on_sigterm() -> Iterator[None]:
+    """Raises _StopRequest after SIGTERM, so that a stage gives its leases back: others would wait for them to go stale."""
+    stage_pid = os.getpid()
+
+    def handle_sigterm(number: int, _frame: FrameType | None) -> None:
+        if os.getpid() != stage_pid:
+            # A process that was forked from the stage has inherited this.
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        # A second signal must not interrupt what is tidied up after the first.
+        signal.signal(number, signal.SIG_IGN)
+        raise _StopRequest
+
+    with handle_signals(handle_sigterm, [signal.SIGTERM]):
+        yield
 
 
 def has_client() -> bool:

@@ -86,7 +86,7 @@ def commit_labels(ref: RunRef, *, data: str, generation: int, teacher: str) -> s
             if selection.kept == 0:
                 precision_hint = ", or selection.precision" if thresholds else ""
                 raise DataError(
-                    f"generation {generation}: the teacher labeled no image with confidence above selection.min_confidence = "
+                    f"the teacher labeled no image with confidence above selection.min_confidence = "
                     f"{experiment.selection.min_confidence}{precision_hint}; lower it, or train a better teacher"
                 )
             selection.save(root.at(selection_key))

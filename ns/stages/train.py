@@ -51,6 +51,7 @@ def train_generation(
 
             arguments = [ref.config_uri, ref.root, ref.run, data, str(generation), teacher, selection]
             if launch_remote:
+                telemetry.serve_waiting()
                 launch_remote(training.training_id, arguments)
             elif (processes := count_local_processes(training.role.train.processes)) > 1:
                 launch_processes(processes, WORKER, arguments)

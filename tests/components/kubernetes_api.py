@@ -143,6 +143,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer(200, {"apiVersion": "v1", "kind": "PodList", "items": found})
             elif match := re.fullmatch(f"{PODS}/([^/]+)/log", path):
                 self._log(match[1], query)
+            elif path == f"{PODS}/step":
+                self._answer(200, {"metadata": {"name": "step", "labels": {"pipeline/runid": "id-1", "other": "x"}}})
             else:
                 self._problem(404, f"no such path: {path}")
 

@@ -85,6 +85,11 @@ def test_run_trainjob_shows_the_log_and_deletes_the_job(api, train, capsys):
     assert api.jobs == {}
     assert wanted["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team"
     assert wanted["metadata"]["labels"]["noisy-student/run"] == "r"
+    # As clients find pods that wait.
+    (patch,) = wanted["spec"]["runtimePatches"]
+    (job,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    assert job["template"]["spec"]["template"]["metadata"]["labels"]["pipeline/runid"] == "id-1"
+    assert "other" not in wanted["metadata"]["labels"]
     assert wanted["metadata"]["ownerReferences"] == [{"apiVersion": "v1", "kind": "Pod", "name": "step", "uid": "uid-1"}]
     asked = wanted["spec"]["trainer"]
     assert (asked["numNodes"], asked["numProcPerNode"], asked["args"]) == (2, 4, ARGUMENTS)

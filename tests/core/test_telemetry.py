@@ -56,6 +56,15 @@ def test_metrics_endpoint_serves_other_machines_in_a_pod_only(monkeypatch, varia
     assert served == [(9090, address)]
 
 
+def test_stage_that_waits_for_another_pod_is_scraped_and_not_at_work(monkeypatch):
+    served = []
+    monkeypatch.setattr(telemetry, "serve_metrics", lambda: served.append(True))
+    telemetry.begin_stage("train", 1, "r")
+    telemetry.serve_waiting()
+    assert telemetry.REGISTRY.get_sample_value("nst_stage_running", {"stage": "train"}) == 0
+    assert served
+
+
 def test_metrics_endpoint_only_logs_an_invalid_port(monkeypatch):
     for wrong in ("http", "99999"):
         monkeypatch.setenv(telemetry.PORT_VARIABLE, wrong)

@@ -2,7 +2,8 @@
 
 import pytest
 
-RETRYING = "spec:\n  templateDefaults:\n    retryStrategy:\n      retryPolicy: Always\n"
+PATIENT = "spec:\n  podSpecPatch: '{containers: [{name: main, lifecycle: {preStop: {sleep: {seconds: 9}}}}]}'\n"
+RETRYING = f"{PATIENT}  templateDefaults:\n    retryStrategy:\n      retryPolicy: Always\n"
 
 
 def workload(name, image, namespace, kind="Deployment", labels=None, **container):

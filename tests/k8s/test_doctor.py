@@ -6,7 +6,7 @@ from k8s import doctor
 from k8s.doctor import Permission, Requirements, examine_cluster, selector_matches
 from k8s.kubectl import Kubectl, NotFoundError, classify_failure
 from ns.core.errors import ClusterError
-from tests.k8s.conftest import definition, node, thing, workload
+from tests.k8s.conftest import PATIENT, RETRYING, definition, node, thing, workload
 
 
 class Answers(Kubectl):
@@ -208,10 +208,20 @@ def add(*more):
             change(
                 "ConfigMap",
                 "workflow-controller-configmap",
-                data={"workflowDefaults": "spec: {templateDefaults: {retryStrategy: {limit: '2', retryPolicy: OnError}}}"},
+                data={
+                    "workflowDefaults": f"{PATIENT}  templateDefaults: {{retryStrategy: {{limit: '2', retryPolicy: OnError}}}}"
+                },
             ),
             "retries",
             "retryPolicy OnError: a stage that is killed, runs out of memory or exits is not tried again",
+            False,
+        ),
+        (
+            change(
+                "ConfigMap", "workflow-controller-configmap", data={"workflowDefaults": RETRYING.replace(PATIENT, "spec:\n")}
+            ),
+            "grace",
+            "podSpecPatch has no preStop: a stage whose pod is deleted or drained ends at once, without a checkpoint",
             False,
         ),
         (remove("ConfigMap", "noisy-student"), "settings", "runs use Amazon S3", False),

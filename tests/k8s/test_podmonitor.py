@@ -41,8 +41,7 @@ def test_pod_monitor_uses_the_port_of_the_settings():
 
 def test_pod_monitor_scrapes_running_stages():
     assert relabeled(STEP)["__address__"] == "10.1.2.3:9090"
-    component = {f"{META}label_app_kubernetes_io_component": "train-distributed"}
-    first = component | {f"{META}container_name": "node", f"{META}label_batch_kubernetes_io_job_completion_index": "0"}
+    first = {f"{META}container_name": "node", f"{META}label_batch_kubernetes_io_job_completion_index": "0"}
     assert relabeled(STEP | first)["__address__"] == "10.1.2.3:9090"
 
 
@@ -54,7 +53,6 @@ def test_pod_monitor_scrapes_running_stages():
         {"phase": "Pending"},
         {"container_name": "wait"},
         {"container_init": "true"},
-        {"container_name": "main", "label_app_kubernetes_io_component": "train-distributed"},
         {"container_name": "node", "label_batch_kubernetes_io_job_completion_index": "1"},
         {"container_name": "node", "label_batch_kubernetes_io_job_completion_index": "12"},
     ],

@@ -138,6 +138,58 @@ def test_explain_failures_by_the_last_pod_of_each_stage(cluster):
     }
 
 
+def workflow(*nodes):
+    nodes = {node["id"]: node for node in nodes}
+    return thing("Workflow", "run", "kubeflow", labels={"pipeline/runid": "run-1"}, status={"nodes": nodes})
+
+
+def node(name, message="", phase="Pending", kind="Pod"):
+    return {"id": name, "name": f"run(0).root(0).{name}", "type": kind, "phase": phase, "message": message}
+
+
+QUOTA = 'pods "run-{}" is forbidden: exceeded quota: runs, requested: pods=1, used: pods={}, limited: pods=9'
+
+
+def test_report_waiting_tells_pods_that_the_quota_refuses(cluster):
+    # A node's own pod says why it waits.
+    waits = pod("teacher-1", stage="teacher", **UNSCHEDULABLE)
+    waits["metadata"]["annotations"] = {"workflows.argoproj.io/node-id": "teacher(0).executor(0)"}
+    cluster.state["objects"] = [
+        waits,
+        workflow(
+            node("teacher(0).executor(0)", "Unschedulable: 0/1 nodes are available"),
+            node("generation-1(0).label(0).iteration-iterations(3:3)(0).iteration-item(0).executor(0)", QUOTA.format("a-1", 9)),
+            node("generation-1(0).label(0).iteration-iterations(4:4)(0).iteration-item(0).executor(1)", QUOTA.format("b-2", 8)),
+            node("report-driver(0)", QUOTA.format("c", 9)),
+            node("report(0)", "waits", kind="Retry"),
+            node("start(0).executor(0)", "done", phase="Succeeded"),
+            node("select(0).executor(0)"),
+        ),
+    ]
+    cluster.save()
+    teacher, label, report = watch(cluster, polls=4)
+    assert teacher.startswith("teacher: pod teacher-1 waits: Unschedulable: 0/1 nodes")
+    assert (
+        label
+        == f"label: its pod is refused: {QUOTA.format('a-1', 9)}; it starts when the namespace has so much left: wait for "
+        "other runs, ask for less, or raise the quota"
+    )
+    assert report.startswith("report: its pod is refused: ")
+
+
+def test_report_waiting_of_the_nodes_of_a_training(cluster):
+    other = pod("train-1-node-0-1", "Failed", **terminated(exitCode=1))
+    node_pod = pod("train-1-node-0-0", **UNSCHEDULABLE)
+    for each in (other, node_pod):
+        each["metadata"]["labels"]["jobset.sigs.k8s.io/jobset-name"] = "train-1"
+    cluster.state["objects"] = [node_pod, other]
+    cluster.save()
+    (line,) = watch(cluster)
+    assert line.startswith("train: pod train-1-node-0-0 waits: Unschedulable: 0/1 nodes")
+    # Their stage tells why nodes failed.
+    assert RunPods(Kubectl("kind-test"), "kubeflow", "run-1", print).explain_failures() == {}
+
+
 def test_explain_failures_by_what_the_stage_logged(cluster):
     cluster.state["objects"] = [pod("train-1", "Failed", **terminated(exitCode=1))]
     cluster.save()

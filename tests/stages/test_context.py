@@ -1,11 +1,15 @@
 """How stages end."""
 
 import contextlib
+import multiprocessing
+import os
+import signal
+import time
 from datetime import datetime, timedelta
 
 import pytest
 
-from ns.core.errors import ConfigError, DataError, Interrupted, StoreError
+from ns.core.errors import ConfigError, DataError, Interrupted, NsError, StoreError
 from ns.runs.records import find_stage_failure, list_stage_failures, list_stage_tries, write_stage_failure
 from ns.stages.context import stage
 from ns.stages.prepare import prepare_data
@@ -98,3 +102,31 @@ def test_interrupted_stage_exits_with_130(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as caught:
         train_generation(ref, data=data, generation=0)
     assert caught.value.code == 130
+
+
+def test_stage_that_is_asked_to_stop_gives_its_lease_back(tmp_path):
+    store = LocalStore(tmp_path)
+    ref = open_tiny_run(store)
+
+    def work():
+        assert list(store.list("store/leases/"))
+        # As what can do without a result does.
+        with contextlib.suppress(NsError):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
+
+    with pytest.raises(SystemExit) as caught, stage("label", ref, 1, shards="0-2") as context:
+        context.get_or_run("label", {}, work)
+    assert caught.value.code == 130
+    assert list(store.list("store/leases/")) == []
+    assert [stage_try.stage for stage_try in list_stage_tries(store, ref.run)] == ["label-0-2"]
+    assert list_stage_failures(store, ref.run) == []
+
+
+def test_process_that_a_stage_has_forked_ends_as_it_is_told(tmp_path):
+    with stage("label", open_tiny_run(LocalStore(tmp_path)), 1, shards="0-2"):
+        process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+        process.start()
+        process.terminate()
+        process.join(20)
+    assert process.exitcode == -signal.SIGTERM
