@@ -90,13 +90,13 @@ class RunPods:
                 if now - self._pending_since[name] >= PENDING_SECONDS:
                     self._tell_once(stage, "its pod is refused:", _shorten_line(message))
 
-    def _read_refused(self, now: float, known: Collection[str]) -> None:
+    def _read_refused(self, now: float, existing: Collection[str]) -> None:
         """Reads which pods do not exist because the namespace has no room. Argo's object may be large: it is read once a minute."""
         if now - self._workflow_read_at >= PENDING_SECONDS:
             self._workflow_read_at, self._refused = now, {}
             for workflow in self._kubectl.list_objects(WORKFLOWS, self._namespace, self._selector):
                 self._refused = find_refused_pods(workflow)
-        self._refused = {name: refused for name, refused in self._refused.items() if name not in known}
+        self._refused = {name: refused for name, refused in self._refused.items() if name not in existing}
 
     def _tell_once(self, stage: str, what: str, reason: str) -> None:
         # `ErrImagePull` and `ImagePullBackOff` alternate; numbers of nodes, names of pods and amounts change.

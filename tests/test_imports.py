@@ -1,10 +1,15 @@
 """What an import costs and what it drags in."""
 
+import ast
 import os
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parents[1]
 
 HEAVY = {"kfp", "kubernetes", "torch", "timm", "torchvision", "matplotlib", "sklearn", "docker", "components", "pipelines"}
 
@@ -61,3 +66,26 @@ def test_stages_load_torch_with_openmp_set_to_sleep():
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "PASSIVE\n"
+
+
+def list_k8s_imports(file: Path) -> set[str]:
+    """Modules of k8s that a file imports."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "k8s":
+            names |= {node.module.partition(".")[2]} if "." in node.module else {alias.name for alias in node.names}
+    return names
+
+
+def test_wheel_and_images_have_what_the_package_imports_of_k8s():
+    needed, found = {"__init__"}, set()
+    for file in ROOT.glob("ns/**/*.py"):
+        found |= list_k8s_imports(file)
+    while found - needed:
+        needed |= found
+        found = {name for module in needed for name in list_k8s_imports(ROOT / "k8s" / f"{module}.py")}
+    assert len(needed) > 5
+    excluded = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]["exclude"]
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    assert {line.removeprefix("!/") for line in excluded if line.startswith("!")} == {f"k8s/{name}.py" for name in needed}
+    assert {line.removeprefix("!") for line in ignored if line.startswith("!k8s")} == {f"k8s/{name}.py" for name in needed}
