@@ -21,8 +21,8 @@ processes of Kubeflow's local runner; a blow there hits any process of either. W
     garbage_files   files that are left, and that an undisturbed run does not have
     bare_errors     failures that do not name their stage and what to do, or are not told in one line
 
-The clients of a round are forks of this process, so that a start costs no second of imports. Needs the Debian packages that
-.ci/packages installs, for the server; --quick goes without, and without the command, in a minute.
+The clients of a round are forks of this process, which has loaded what they need: a start costs no seconds of imports.
+Needs the Debian packages that .ci/packages installs, for the server; --quick goes without, and without the command, in a minute.
 """
 
 import json
@@ -42,6 +42,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, NoReturn
@@ -59,6 +60,7 @@ from ns.stages.context import RunRef
 from ns.stages.report import report_run
 from ns.stages.start import start_run
 from ns.storage import LocalStore, Store, open_store
+from pipelines.runners.local import COMPUTING_MODULES, STAGE_MODULES
 from tests.integration.outcome import results
 from tests.loop import run_loop
 from tests.storage.swift import Swift, reason_against
@@ -423,6 +425,8 @@ def main() -> None:
     if not options.quick and reason_against():
         raise SystemExit(reason_against())
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    for name in (*STAGE_MODULES, *COMPUTING_MODULES, "timm.optim"):
+        import_module(name)
     findings = Findings()
     table = Table("round", "blows", "starts of the clients", "seconds")
     with tempfile.TemporaryDirectory(prefix="ns-soak-", ignore_cleanup_errors=True) as scratch:

@@ -10,7 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from ns.core import log
 from ns.core.digest import digest_json
 from ns.core.errors import DataError, RunError
 from ns.core.iteration import iter_ahead
-from ns.core.process import identify_process, init_helper_process
+from ns.core.process_pool import ProcessPool
 from ns.data.class_names import (
     SPLIT_NAMES,
     ClassLabel,
@@ -60,8 +60,8 @@ SHOWN_REJECTS = 10
 REJECT_COLUMNS = pa.schema([("path", pa.string()), ("reason", pa.string())])
 READS_AHEAD = 16
 """Images fetched at the same time from a server, to hide its latency."""
-MAX_POOLS = 3
-"""Attempts with a new pool of processes after one of them was killed."""
+MAX_ATTEMPTS = 3
+"""Attempts at a task whose process is killed."""
 JPEG_QUALITY = 92
 """JPEG quality of images that are shrunk."""
 
@@ -274,66 +274,74 @@ def _run_tasks(
         for number, task in waiting.items():
             yield number, _import_task(job, task, progress.update)
         return
-    for attempt in range(1, MAX_POOLS + 1):
-        try:
-            for number, result in _run_in_pool(job, list(waiting.values()), count, progress):
-                del waiting[number]
-                yield number, result
-        except BrokenProcessPool as error:
-            if attempt == MAX_POOLS:
-                raise RunError(
-                    "a process of the import was killed repeatedly, most often because memory ran out; "
-                    "run the same command with fewer --workers: it continues where it stopped"
-                ) from error
-            log.get_logger().warning("a process of the import was killed; its shards are written again", attempt=attempt)
-        else:
-            return
+    yield from _run_in_processes(job, list(waiting.values()), count, progress)
 
 
-def _run_in_pool(
+def _run_in_processes(
     job: _ImportJob, tasks: list[ImportTask], count: int, progress: log.Progress
 ) -> Iterator[tuple[int, ImportTaskResult]]:
-    # Not forked: the caller may have threads.
-    context = multiprocessing.get_context("forkserver")
-    counter = context.Value("q", 0)
+    # A cell per task, written by one process only: a lock would stay with a process that was killed while it held it.
+    done = multiprocessing.get_context("forkserver").RawArray("q", len(tasks))
     counted = 0
-    ahead = iter(tasks)
-    running: dict[Future[ImportTaskResult], int] = {}
-    pool = ProcessPoolExecutor(count, context, _start_worker, (identify_process(os.getpid()), counter))
+    attempts = Counter[int]()
+    ahead = iter(range(len(tasks)))
+    running: dict[Future[None], int] = {}
+    pool = ProcessPool(count, _start_worker, (job, done))
+
+    def submit_task(cell: int) -> None:
+        attempts[cell] += 1
+        running[pool.submit(_import_in_process, tasks[cell], cell)] = cell
+
     try:
         while True:
             # Only a few are submitted ahead: a million tasks would need a million futures.
-            for task in ahead:
-                running[pool.submit(_import_in_process, job, task)] = task.number
-                if len(running) >= 2 * count:
-                    break
+            for cell in islice(ahead, 2 * count - len(running)):
+                submit_task(cell)
             if not running:
                 return
             ended, _ = wait(running, timeout=log.PROGRESS_SECONDS, return_when=FIRST_COMPLETED)
-            if fresh := counter.value - counted:
+            # Less than before after a process was killed.
+            if (fresh := sum(done) - counted) > 0:
                 counted += fresh
                 progress.update(fresh)
             for future in ended:
-                yield running.pop(future), future.result()
+                cell = running.pop(future)
+                try:
+                    future.result()
+                except BrokenProcessPool as error:
+                    if attempts[cell] == MAX_ATTEMPTS:
+                        raise RunError(
+                            "a process of the import was killed repeatedly, most often because memory ran out; "
+                            "run the same command with fewer --workers: it continues where it stopped"
+                        ) from error
+                    log.get_logger().warning(
+                        "a process of the import was killed; its shards are written again", attempt=attempts[cell]
+                    )
+                    submit_task(cell)
+                else:
+                    number = tasks[cell].number
+                    yield number, ImportTaskResult.load_file(job.store, _build_result_key(number))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-_counter: Any = None
+_job: _ImportJob
+_done: Any
 
 
-def _start_worker(parent: str, counter: Any) -> None:
-    global _counter
-    _counter = counter
-    init_helper_process(parent)
+def _start_worker(job: _ImportJob, done: Any) -> None:
+    global _job, _done
+    _job, _done = job, done
 
 
-def _import_in_process(job: _ImportJob, task: ImportTask) -> ImportTaskResult:
+def _import_in_process(task: ImportTask, cell: int) -> None:
+    """Leaves the result in the store: with the reasons of its rejects it may be large."""
+    _done[cell] = 0
+
     def count_images(images: int) -> None:
-        with _counter.get_lock():
-            _counter.value += images
+        _done[cell] += images
 
-    return _import_task(job, task, count_images)
+    _import_task(_job, task, count_images)
 
 
 def _load_finished(job: _ImportJob, task: ImportTask) -> ImportTaskResult | None:

@@ -5,12 +5,11 @@ it is done, so a killed run continues with the unit that was under way. The imag
 processes render distorted images while the network classifies earlier ones.
 """
 
-import multiprocessing
 import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -26,7 +25,7 @@ from ns.config.schema import EvaluationConfig
 from ns.core import log
 from ns.core.digest import digest_json, sha256_bytes
 from ns.core.errors import DataError, RunError
-from ns.core.process import identify_process, init_helper_process
+from ns.core.process_pool import ProcessPool
 from ns.data.dataset import Dataset
 from ns.data.loading.decode import EncodedJpeg
 from ns.data.loading.shard_reader import ImageSource
@@ -515,9 +514,7 @@ def _make_executor(stack: ExitStack, seconds: float) -> Executor:
     cores = _count_cores()
     if seconds < PROCESSES_FROM_SECONDS or cores == 1:
         return stack.enter_context(ThreadPoolExecutor(2, "distort"))
-    # Forked from a server: this process has torch's threads, which do not survive a fork.
-    context = multiprocessing.get_context("forkserver")
-    pool = ProcessPoolExecutor(cores, context, init_helper_process, (identify_process(os.getpid()),))
+    pool = ProcessPool(cores)
     stack.callback(pool.shutdown, wait=True, cancel_futures=True)
     return pool
 
