@@ -28,9 +28,9 @@ FIELD_WORDS = set(
     "build launch barrier broadcast "
     # The pipeline's stages that go through several of these.
     "start teacher student "
-    # Protocols: stores, files, credentials, samplers, progress.
+    # Protocols: stores, files, credentials, samplers, progress, executors.
     "get put list exists delete move size version open close read write readinto readable writable seek urlopen retrieve update at "
-    "path set create apply advance entries collect positions prefetch".split()
+    "path set create apply advance entries collect positions prefetch shutdown".split()
 )
 """Functions and methods of one word that say enough: words of the field, of protocols and of the command line."""
 

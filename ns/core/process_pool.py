@@ -39,7 +39,7 @@ class ProcessPool(ThreadPoolExecutor):
         super().shutdown(wait, cancel_futures=cancel_futures)
         if wait:
             for worker in self._workers:
-                worker.end()
+                worker.end_process()
 
     def _call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         worker: _Worker | None = getattr(self._own, "worker", None)
@@ -48,7 +48,7 @@ class ProcessPool(ThreadPoolExecutor):
                 worker = self._own.worker = _Worker(self._setup)
                 self._workers.append(worker)
         try:
-            return worker.call(function, args, kwargs)
+            return worker.call_function(function, args, kwargs)
         except BrokenProcessPool:
             self._own.worker = None
             raise
@@ -69,20 +69,20 @@ class _Worker:
                 # The server that forks was killed. The next call starts another one.
                 self._process = None
 
-    def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_function(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
             if self._process is None:
                 raise EOFError
             self._pipe.send((function, args, kwargs))
             result, error = self._pipe.recv()
         except (EOFError, OSError) as end:
-            self.end()
+            self.end_process()
             raise BrokenProcessPool("a process was killed") from end
         if error is not None:
             raise error
         return result
 
-    def end(self) -> None:
+    def end_process(self) -> None:
         """Ends the process, if it has not ended yet."""
         self._pipe.close()
         if self._process is not None:
