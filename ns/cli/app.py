@@ -18,6 +18,7 @@ from ns.cli import (
     evaluate,
     export,
     gate,
+    init,
     labels,
     pipelines,
     plan,
@@ -60,6 +61,7 @@ def _set_options(
 
 # Help lists commands before groups of commands, each in this order.
 app.command(rich_help_panel=START)(run.run)
+app.command("init", rich_help_panel=START)(init.write_first_experiment)
 app.command(rich_help_panel=START)(plan.plan)
 app.command("label", rich_help_panel=DATA)(labels.label)
 app.command(rich_help_panel=MODELS)(predict.predict)

@@ -429,5 +429,6 @@ def _read_bytes_per_second(job: _PlannedJob, stats: dict[DataPart, DataStats], s
 
 def estimate_checkpoint_bytes(parameters: int, state: int, optimizer: OptimizerConfig) -> int:
     """Bytes of weights and statistics, their averages, and the optimizer's state. `state`: values of the network's state dict."""
-    slots = {"rmsprop": 1 + (optimizer.momentum > 0), "sgd": int(optimizer.momentum > 0), "adamw": 2}[optimizer.name]
+    # Most of timm's keep two values per weight, as AdamW does.
+    slots = {"rmsprop": 1 + (optimizer.momentum > 0), "sgd": int(optimizer.momentum > 0)}.get(optimizer.name, 2)
     return FLOAT_BYTES * (2 * state + slots * parameters)

@@ -44,11 +44,13 @@ class KnownCounts:
     image_bytes: float | None = None
     classes: int = 1000
     """Number of classes, if the labeled images are not read."""
+    sample_images: tuple[SampleImage, ...] = ()
+    """Images to measure decoding and noise with."""
 
     def get_stats(self, part: DataPart, uri: str) -> DataStats:
         """The statistics of a part of the data. Raises DataError or StoreError naming the field and what to do."""
         if part in self.images_by_part:
-            return DataStats(self.images_by_part[part], self.image_bytes)
+            return DataStats(self.images_by_part[part], self.image_bytes, sample_images=self.sample_images)
         with prefix_errors(f"data.{part}", f"; or give the number of images: --{part} N"):
             stats = _inspect_data(part, uri)
         if not stats.images:

@@ -1,0 +1,318 @@
+"""A first experiment, proposed from a look at a folder of images: network, resolution, batch, and epochs that fit a time budget."""
+
+import csv
+import hashlib
+import io
+import math
+import os
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from ns.config.loader import parse_experiment
+from ns.config.schema import Experiment
+from ns.core.errors import ConfigError, DataError, prefix_errors
+from ns.data.importing.listing import Listing
+from ns.data.loading.decode import EncodedJpeg
+from ns.data.locate import open_data
+from ns.data.prepared import DataPart
+from ns.modeling.factory import get_best_device
+from ns.planning.cost import PlanRequest, RunPlan, estimate_run
+from ns.planning.data_stats import KnownCounts, SampleImage
+
+BRITISH_LABELED = "label" + "led"
+PART_FOLDERS: dict[DataPart, tuple[str, ...]] = {
+    "labeled": ("labeled", BRITISH_LABELED, "train", "training"),
+    "pool": ("pool", "unlabeled", f"un{BRITISH_LABELED}", "extra"),
+    "heldout": ("heldout", "held-out", "val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+"""Names by which a part's folder is told, in any case."""
+LAYOUTS: dict[DataPart, str] = {
+    "labeled": "one subfolder for each class",
+    "pool": "loose images without labels, at any depth",
+}
+"""The parts that must be there, and how."""
+HELDOUT_SHARE, MAX_HELDOUT = 0.25, 5_000
+"""What is held out of the labeled images where there is no folder for it."""
+MIN_EPOCHS, MAX_EPOCHS = 40, 200
+"""A network that can be trained for fewer epochs in the time is left for a cheaper one; more hardly help from random weights."""
+TRIAL_EPOCHS = 10
+"""Epochs of the estimate: its time grows with them in proportion."""
+USED_SHARE = 0.8
+"""Share of the time budget that is planned: the start of stages is not counted, and other programs run too."""
+GENERATIONS = 2
+PEAK_RATE = 0.001
+"""AdamW's learning rate, whatever the batch; the experiment's is for a batch of 256."""
+MEASURE_SECONDS = 4.0
+
+
+class NetworkChoice(NamedTuple):
+    """A network that a proposal may have."""
+
+    arch: str
+    resolution: int
+    """px"""
+    crop: str = "resized"
+    args: Mapping[str, Any] = {}
+    reduce_stride: int = 1
+
+
+NARROW = {"channels": [16, 32, 64, 128]}
+# From the most to the least multiply-adds.
+NETWORKS: dict[int, tuple[NetworkChoice, ...]] = {
+    48: (
+        NetworkChoice("resnet18", 32, "pad", reduce_stride=4),
+        NetworkChoice("resnet18", 32, "pad", NARROW, reduce_stride=2),
+    ),
+    96: (
+        NetworkChoice("resnet18", 64, "pad", reduce_stride=2),
+        NetworkChoice("resnet18", 64, "pad", NARROW, reduce_stride=2),
+        NetworkChoice("resnet18", 64, "pad", NARROW),
+    ),
+    1 << 16: (
+        NetworkChoice("efficientnet_b0", 224),
+        NetworkChoice("efficientnet_b0", 160),
+        NetworkChoice("efficientnet_b0", 128),
+        NetworkChoice("mobilenetv3_small_100", 128),
+        NetworkChoice("mobilenetv3_small_100", 96),
+    ),
+}
+"""Largest short side of the images, px → networks for them."""
+
+
+class Proposal(NamedTuple):
+    """An experiment and what it was made from."""
+
+    experiment: Experiment
+    document: dict[str, Any]
+    """The experiment as a file has it: the fields that are not defaults."""
+    plan: RunPlan
+    """Of TRIAL_EPOCHS per training."""
+    hours: float
+    """Time of the experiment."""
+    short_side: int
+    """Median of the images' shorter sides, px."""
+    class_counts: dict[str, int]
+    """Labeled images of each class."""
+    tables: dict[str, str]
+    """Name of a file → text: tables of a split of the labeled images, beside the experiment."""
+    remarks: list[str]
+    """What a person should know before the run, one sentence each."""
+
+
+def find_parts(folder: Path, given: Mapping[DataPart, Path]) -> dict[DataPart, Path]:
+    """The folders of the parts of the data, those that are given and those with a known name in `folder`.
+
+    A folder of class folders alone is the labeled images. Raises DataError if labeled images or the pool are not there.
+    """
+    try:
+        folders = {path.name.casefold(): path for path in sorted(folder.iterdir()) if path.is_dir()}
+    except OSError as error:
+        raise DataError(f"{folder}: {error.strerror}; name a folder that holds your images") from error
+    parts = dict(given)
+    for part, names in PART_FOLDERS.items():
+        matches = [folders[name] for name in names if name in folders]
+        if part not in parts and len(matches) > 1:
+            options = " and ".join(path.name for path in matches)
+            raise DataError(f"{folder}: {options} may both be the {part} images; say which: --{part} {matches[0]}")
+        if part not in parts and matches:
+            parts[part] = matches[0]
+    if "labeled" not in parts and "pool" in given and folders:
+        parts["labeled"] = folder
+    for needed, layout in LAYOUTS.items():
+        if needed not in parts:
+            options = " or ".join(PART_FOLDERS[needed])
+            raise DataError(f"{folder}: has no folder {options}; make one ({layout}), or name it: --{needed} FOLDER")
+    return parts
+
+
+def propose_experiment(
+    parts: Mapping[DataPart, Path], *, name: str, hours: float, output_dir: Path, measure_seconds: float
+) -> Proposal:
+    """Proposes an experiment that takes about `hours` on this machine; its data stand as they are seen from `output_dir`.
+
+    Raises DataError for images that cannot be read, ConfigError if no network can be trained in the time.
+    """
+    stats = {}
+    for part, path in parts.items():
+        with prefix_errors(str(path)):
+            stats[part] = KnownCounts().get_stats(part, str(path))
+    class_counts = count_classes(parts["labeled"])
+    if len(class_counts) < 2:
+        raise DataError(f"{parts['labeled']}: has {len(class_counts)} class; make one subfolder for each class, at least two")
+    uris: dict[str, str] = {part: os.path.relpath(path, output_dir) for part, path in parts.items()}
+    counts: dict[DataPart, int] = {part: part_stats.images for part, part_stats in stats.items()}
+    tables = {}
+    if "heldout" not in parts:
+        rows_by_part = split_labeled(parts["labeled"])
+        for part, rows in rows_by_part.items():
+            uris[part] = f"{name}-{part}.csv"
+            tables[uris[part]] = format_image_table(rows, parts["labeled"], output_dir)
+            counts[part] = len(rows)
+    short_side = measure_short_side([image for part_stats in stats.values() for image in part_stats.sample_images])
+    networks = next(networks for limit, networks in NETWORKS.items() if short_side <= limit)
+    known_counts = KnownCounts(counts, stats["pool"].image_bytes, len(class_counts), stats["pool"].sample_images)
+    request = PlanRequest(known_counts, seconds=measure_seconds)
+
+    def try_network(network: NetworkChoice) -> tuple[RunPlan, int]:
+        document = make_document(name, uris, network, counts["labeled"], TRIAL_EPOCHS)
+        plan = estimate_run(parse_experiment(document, name), request)
+        return plan, min(MAX_EPOCHS, fit_epochs(plan, hours))
+
+    trials = ((network, *try_network(network)) for network in networks)
+    network, plan, epochs = next(trial for trial in trials if trial[2] >= MIN_EPOCHS or trial[0] is networks[-1])
+    epoch_hours, other_hours = split_hours(plan)
+    if epochs < 1:
+        raise ConfigError(
+            f"--hours {hours:g}: too short for {counts['labeled']:,} labeled images and a pool of {counts['pool']:,} on this machine: "
+            f"labeling and evaluation take {other_hours:.2g} hours, and an epoch {epoch_hours:.2g}; give more hours, fewer images, or a "
+            "machine with a GPU"
+        )
+    document = make_document(name, uris, network, counts["labeled"], epochs)
+    return Proposal(
+        experiment=parse_experiment(document, name),
+        document=document,
+        plan=plan,
+        hours=other_hours + epochs * epoch_hours,
+        short_side=short_side,
+        class_counts=class_counts,
+        tables=tables,
+        remarks=list(_remark(counts, class_counts, epochs)),
+    )
+
+
+def count_classes(labeled: Path) -> dict[str, int]:
+    """Class → labeled images, the largest first."""
+    with open_data(str(labeled), "labeled") as data:
+        if not isinstance(data, Listing):
+            raise DataError(f"{labeled}: is an imported dataset; name the folder of images that it was made from")
+        counts = data.count_class_labels()
+    return {str(name): count for name, count in sorted(counts.items(), key=lambda item: -item[1])}
+
+
+def split_labeled(labeled: Path) -> dict[DataPart, list[tuple[str, str]]]:
+    """Splits labeled images into those that are trained on and those that are held out: (path in the folder, class).
+
+    Of each class the same share is held out, drawn by a hash of the path: the same images whenever it is asked for.
+    """
+    with open_data(str(labeled), "labeled") as data:
+        assert isinstance(data, Listing)
+        entries = []
+        for entry in data.read_entries(0, len(data)):
+            if entry.container:
+                raise DataError(
+                    f"{entry.container}: images in tars are not split; name images that are held out: --heldout FOLDER"
+                )
+            if entry.class_label is not None:
+                entries.append((entry.path, str(entry.class_label)))
+    by_class: dict[str, list[str]] = {}
+    for path, class_name in entries:
+        by_class.setdefault(class_name, []).append(path)
+    share = min(HELDOUT_SHARE, MAX_HELDOUT / len(entries))
+    parts: dict[DataPart, list[tuple[str, str]]] = {"labeled": [], "heldout": []}
+    for class_name, paths in sorted(by_class.items()):
+        drawn = sorted(paths, key=lambda path: hashlib.sha256(os.fsencode(path)).digest())
+        held_out = min(len(drawn) - 1, max(1, round(share * len(drawn))))
+        parts["heldout"] += [(path, class_name) for path in sorted(drawn[:held_out])]
+        parts["labeled"] += [(path, class_name) for path in sorted(drawn[held_out:])]
+    return parts
+
+
+def format_image_table(rows: Iterable[tuple[str, str]], folder: Path, output_dir: Path) -> str:
+    """A table of images as `ns data import` reads it, with paths as they are seen from `output_dir`."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["path", "label"])
+    base = Path(os.path.relpath(folder, output_dir))
+    writer.writerows((base / path, class_name) for path, class_name in rows)
+    return text.getvalue()
+
+
+def measure_short_side(images: Sequence[SampleImage]) -> int:
+    """Median of the shorter sides, px. Raises DataError without images."""
+    if not images:
+        raise DataError("none of the images that were tried can be read; `ns data import` says why of each")
+    sides = [min(image.width, image.height) if isinstance(image, EncodedJpeg) else min(image.shape[:2]) for image in images]
+    return int(statistics.median(sides))
+
+
+def make_document(name: str, uris: Mapping[str, str], network: NetworkChoice, labeled: int, epochs: int) -> dict[str, Any]:
+    """The experiment's fields that are not defaults."""
+    largest = 256 if get_best_device().type != "cpu" else 64
+    batch = max(8, min(largest, 1 << int(math.log2(max(8, labeled / 8)))))
+    model: dict[str, Any] = {"arch": network.arch, "resolution": network.resolution}
+    if network.crop != "resized":
+        model["crop"] = network.crop
+    if network.args:
+        model["args"] = dict(network.args)
+    if network.reduce_stride > 1:
+        model["reduce_stride"] = network.reduce_stride
+    optimizer = {"name": "adamw", "lr": round(PEAK_RATE * 256 / batch, 6), "weight_decay": 0.05, "schedule": "cosine"}
+    # Averages over a tenth of a short training's steps, and the paper's over those of a long one.
+    steps = epochs * labeled / batch
+    ema_decay = min(0.9999, round(1 - 10 / max(100.0, steps), 4))
+    train = {"labeled_batch": batch, "epochs": epochs, "optimizer": optimizer, "ema_decay": ema_decay}
+    # So few steps are not enough to start from random weights again.
+    student_train = {**train, "unlabeled_ratio": 3, "init": "teacher"}
+    return {
+        "name": name,
+        "generations": GENERATIONS,
+        "data": dict(uris) | ({"max_side": 2 * network.resolution} if network.crop == "resized" else {}),
+        "teacher": {"model": model, "noise": {"randaugment_magnitude": 5}, "train": train},
+        "students": [{"model": model, "noise": {"randaugment_magnitude": 9}, "train": student_train}],
+        "selection": {"min_confidence": 0.5},
+    }
+
+
+def fit_epochs(plan: RunPlan, hours: float) -> int:
+    """Labeled epochs of each training that fit into the hours. `plan`: of TRIAL_EPOCHS."""
+    epoch_hours, other_hours = split_hours(plan)
+    return max(0, int((USED_SHARE * hours - other_hours) / epoch_hours))
+
+
+def split_hours(plan: RunPlan) -> tuple[float, float]:
+    """Hours of an epoch of all trainings, and of all other work. `plan`: of TRIAL_EPOCHS."""
+    training_hours = sum(work.seconds for work in plan.work if work.task == "train") / 3600
+    return training_hours / TRIAL_EPOCHS, plan.hours - training_hours
+
+
+def _remark(counts: Mapping[DataPart, int], class_counts: Mapping[str, int], epochs: int) -> Iterable[str]:
+    classes = len(class_counts)
+    smallest = min(class_counts, key=lambda name: class_counts[name])
+    if class_counts[smallest] < 10:
+        yield f"{smallest} has {class_counts[smallest]} labeled images: label more, if you can; below 10 a class is hardly learned"
+    if counts["heldout"] < 10 * classes or counts["heldout"] < 500:
+        yield f"{counts['heldout']:,} held-out images show large changes only; `ns config check` says how large"
+    if counts["pool"] < counts["labeled"]:
+        yield f"the pool has {counts['pool']:,} images, fewer than are labeled: a gain comes from far more"
+    if epochs < MIN_EPOCHS:
+        yield f"only {epochs} epochs fit, even with the cheapest network: give more hours, or use a GPU"
+
+
+def format_experiment(proposal: Proposal, hours: float) -> str:
+    """The experiment as a commented YAML file."""
+    counts = proposal.class_counts
+    largest, smallest = next(iter(counts)), list(counts)[-1]
+    plan, document = proposal.plan, proposal.document
+    comments = {
+        "data": f"{plan.labeled:,} labeled images of {len(counts)} classes ({largest}: {counts[largest]:,} … {smallest}: "
+        f"{counts[smallest]:,}), {plan.pool:,} in the pool, {plan.heldout:,} held out; half of all short sides are below "
+        f"{proposal.short_side} px",
+        "teacher": f"about {proposal.hours:.2g} hours on {plan.machine}: the largest network and the most epochs for {hours:g} hours",
+        "students": "equal to the teacher, with more noise, on labeled and pseudo-labeled images (3 for each labeled one)",
+        "selection": "pseudo-labels above this confidence; `ns labels select RUN/gen-1 --dry-run` shows what others would keep",
+        "generations": "the gate ends the run earlier when a student is not better",
+    }
+    parts = [f"# Proposed by `ns init`. Every field: `ns config schema`. Next: ns run {document['name']}.yaml"]
+    for field, value in document.items():
+        if field in comments:
+            parts.append(f"# {comments[field][0].upper()}{comments[field][1:]}.")
+        # Sections are blocks, and what they hold stands in one line.
+        flow = None if isinstance(value, dict | list) else False
+        text = yaml.safe_dump({field: value}, sort_keys=False, allow_unicode=True, default_flow_style=flow, width=120)
+        parts.append(text.rstrip())
+    return "\n".join(parts) + "\n"
