@@ -157,7 +157,9 @@ def _suggest_cure(reason: str) -> str:
     if kind == "SchedulingGated":
         return "; it waits for its turn in a queue"
     if "Insufficient" in reason:
-        return "; no node has that much: ask for less with --input NAME=VALUE (docs/pipeline.md), or add a node"
+        return "; no node has so much free: wait for other pods, ask for less with --input NAME=VALUE (docs/pipeline.md), or add a node"
+    if "were unschedulable" in reason:
+        return "; nodes are cordoned: kubectl uncordon NODE, or add a node"
     if "exceeded quota" in reason:
         return "; it starts when the namespace has so much left: wait for other runs, ask for less, or raise the quota"
     if kind == "Unschedulable":

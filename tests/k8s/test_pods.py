@@ -72,7 +72,7 @@ def test_report_waiting_tells_the_pods_own_reason_and_a_cure_once(cluster):
     cpu, image = watch(cluster)
     assert cpu == (
         "train: pod train-1 waits: Unschedulable: 0/1 nodes are available: 1 Insufficient cpu. no new claims to deallocate; "
-        "no node has that much: ask for less with --input NAME=VALUE (docs/pipeline.md), or add a node"
+        "no node has so much free: wait for other pods, ask for less with --input NAME=VALUE (docs/pipeline.md), or add a node"
     )
     assert image.startswith("label: pod label-1 waits: ImagePullBackOff: Back-off pulling image x:1; push that image")
 
@@ -86,6 +86,10 @@ def test_report_waiting_gives_a_pod_a_minute(cluster):
 @pytest.mark.parametrize(
     ("status", "said"),
     [
+        (
+            {**UNSCHEDULABLE, "conditions": [UNSCHEDULABLE["conditions"][0] | {"message": "1 node(s) were unschedulable."}]},
+            "Unschedulable: 1 node(s) were unschedulable.; nodes are cordoned: kubectl uncordon NODE, or add a node",
+        ),
         (
             {"conditions": [{"type": "PodScheduled", "status": "False", "reason": "SchedulingGated", "message": "gated"}]},
             "SchedulingGated: gated; it waits for its turn in a queue",

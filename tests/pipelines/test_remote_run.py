@@ -462,7 +462,7 @@ def test_run_by_a_context_tells_pending_pods_and_why_stages_ended(capsys, kfp, b
     player.join()
     assert code == 6
     assert "submitted: http://localhost:8080/#/runs/details/" in err
-    assert err.count("! train: pod train-1 waits: Unschedulable: 1 Insufficient cpu; no node has that much") == 1
+    assert err.count("! train: pod train-1 waits: Unschedulable: 1 Insufficient cpu; no node has so much free") == 1
     assert "error: train: OOMKilled: it needs more memory than its limit" in err
 
 
