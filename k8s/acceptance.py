@@ -42,10 +42,10 @@ TRAINING = "teacher"
 """The stage that the faults hit."""
 SMALL_PODS: dict[str, Any] = {
     f"{pool}_{name}": value
-    for pool in ("label", "train")
-    for name, value in {"gpus": "0", "cpu": "500m", "memory": "3Gi", "node_selector": {}, "tolerations": []}.items()
+    for pool, cpu, memory in (("label", "200m", "2Gi"), ("train", "500m", "3Gi"))
+    for name, value in {"gpus": "0", "cpu": cpu, "memory": memory, "node_selector": {}, "tolerations": []}.items()
 }
-"""Where runs are placed."""
+"""Where runs are placed: on two cores, some labeling tasks run at once."""
 RUN_SECONDS = 1800.0
 """For one run; one that takes longer is ended, and counts as lost."""
 TRAIN_JOBS = "trainjobs.trainer.kubeflow.org"
