@@ -26,6 +26,7 @@ from k8s.access import (
 )
 from k8s.deploy import (
     KIND_CONTEXT_PREFIX,
+    PATIENCE_SECONDS,
     Ask,
     DeployOptions,
     choose_target,
@@ -226,6 +227,7 @@ def run_acceptance(
     if not deployed:
         deploy_overlay(options, print_progress, None, print_diagnostics)
     target = choose_target(options, "Try", None)
+    target.kubectl.patience_seconds = PATIENCE_SECONDS
     release, namespace = target.find_release()
     if release is None:
         raise ClusterError(f"nothing is deployed on {context}; leave out --deployed")
