@@ -20,6 +20,7 @@ from ns.cli import (
     gate,
     init,
     labels,
+    models,
     pipelines,
     plan,
     predict,
@@ -73,6 +74,7 @@ app.add_typer(config.app, name="config", rich_help_panel=START)
 app.add_typer(data.app, name="data", rich_help_panel=DATA)
 app.add_typer(labels.app, name="labels", rich_help_panel=DATA)
 app.add_typer(runs.app, name="runs", rich_help_panel=MODELS)
+app.add_typer(models.app, name="models", rich_help_panel=MODELS)
 app.add_typer(gate.app, name="gate", rich_help_panel=MODELS)
 app.add_typer(report.app, name="report", rich_help_panel=MODELS)
 app.add_typer(promote.app, name="promote", rich_help_panel=OPERATE)

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from ns.cli.options import ConfigArgument, Overrides, load_experiment_argument
+from ns.cli.options import ConfigArgument, Overrides, Root, load_experiment_argument
 from ns.cli.output import print_json, print_line, print_text
+from ns.storage import open_store
 
 if TYPE_CHECKING:
     from ns.config.schema import Experiment, GateConfig
@@ -51,16 +52,19 @@ def check_config(
         int | None, typer.Option(min=1, help="Held-out images; default: those of data.heldout, if it is a dataset.")
     ] = None,
     classes: Annotated[int | None, typer.Option(min=2, help="Number of classes, for use with --heldout.")] = None,
+    root: Root = "runs",
 ) -> None:
     """Check an experiment and its networks without running anything; say how many held-out images the gate needs.
 
     Example: [cyan]ns config check my-experiment.yaml --heldout 2000 --classes 20[/]
     """
-    experiment = load_experiment_argument(config, overrides)
+    experiment = load_experiment_argument(config, overrides, root)
     from ns.modeling.factory import check_models
 
-    check_models(experiment)
+    remarks = check_models(experiment, root=open_store(root))
     print_line(f"{config}: good")
+    for remark in remarks:
+        print_line(f"warning: {remark}")
     for line in describe_missing_data(experiment):
         print_line(line)
     for line in describe_shared_memory(experiment):

@@ -60,14 +60,19 @@ def make_default_group(command: str) -> type[typer.core.TyperGroup]:
     return DefaultGroup
 
 
-def load_experiment_argument(config: str, overrides: list[str] | None) -> "Experiment":
-    """An experiment from a file or a preset, with absolute paths in place of relative ones.
+def load_experiment_argument(config: str, overrides: list[str] | None, root: str | None = None) -> "Experiment":
+    """An experiment from a file or a preset, with absolute paths in place of relative ones, and all that its weights say of its networks.
 
-    Raises ConfigError naming the field and the value.
+    `root`: the store where fetched weights are. Raises ConfigError naming the field and the value.
     """
     from ns.config.loader import load_experiment, resolve_preset, with_uris
+    from ns.storage import open_store
 
     experiment = load_experiment(resolve_preset(config), overrides or [])
+    if any(role.model.pretrained or role.train.init == "teacher" for role in experiment.map_roles().values()):
+        from ns.modeling.pretrained import complete_models
+
+        experiment = complete_models(experiment, open_store(root) if root else None)
     # Stages, and a resumed run, may have another working directory.
     local_uris = {field: uri for field, uri in experiment.map_uris().items() if "://" not in uri}
     return with_uris(experiment, {field: str(Path(uri).expanduser().absolute()) for field, uri in local_uris.items()})

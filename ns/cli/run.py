@@ -97,7 +97,7 @@ def _choose_run(store: Store, config: str | None, overrides: list[str] | None, n
 
     if config is None:
         return _find_unfinished(store, name)
-    experiment = load_experiment_argument(config, overrides)
+    experiment = load_experiment_argument(config, overrides, store.uri)
     return name or derive_run_name(experiment), experiment
 
 

@@ -116,7 +116,7 @@ class _TriggerCall:
     ) -> None:
         from pipelines.remote_run import check_remote_uris
 
-        self.experiment = load_experiment_argument(config, overrides)
+        self.experiment = load_experiment_argument(config, overrides, root)
         self.store = open_store(root)
         check_remote_uris(self.store, self.experiment)
         self._image, self._gpus, self._inputs = image, gpus, inputs or []

@@ -1,6 +1,7 @@
 """Turns pydantic's errors in a document that a person wrote into one line per wrong field."""
 
 import difflib
+import re
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -34,7 +35,12 @@ def _format_detail(detail: Any, path: str, document_type: type[BaseModel]) -> st
     if detail["type"] == "value_error" and isinstance(detail["input"], dict):
         # A check across the fields of a section: its message begins with the field.
         return f"{path}.{_clean_message(detail)}"
-    return f"{path}: invalid value {detail['input']!r:.80}: {_clean_message(detail)}"
+    return f"{path}: invalid value {_show_value(detail['input'])}: {_clean_message(detail)}"
+
+
+def _show_value(value: Any) -> str:
+    # A password in a URL would stand in logs.
+    return "(hidden: it holds a user or a password)" if re.search(r"://[^/]*@", str(value)) else f"{value!r:.80}"
 
 
 PLAIN_MESSAGES = {"tuple_type": "must be a list", "string_too_short": "must not be empty", "too_short": "must not be empty"}

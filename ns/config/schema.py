@@ -136,6 +136,8 @@ class DataConfig(ImportConfig):
 
 
 Crop = Literal["resized", "pad", "none"]
+TestCrop = Literal["paper", "center", "squash"]
+Interpolation = Literal["bicubic", "bilinear"]
 
 
 WORD = re.compile(r"[A-Za-z0-9_]{1,40}")
@@ -175,11 +177,27 @@ Channel = Annotated[float, Field(ge=0, le=1)]
 Deviation = Annotated[float, Field(gt=0, le=1)]
 
 
+PICKLES = ("pth", "pt", "bin", "ckpt", "pkl", "tar")
+"""Endings of files of weights that are pickles."""
+HUB = "hf-hub:"
+HUB_NAME = re.compile(rf"{HUB}[\w.-]{{1,96}}/[\w.-]{{1,96}}(@[\w./-]{{1,100}})?", re.ASCII)
+
+
+def is_weights_uri(pretrained: str) -> bool:
+    """Whether weights are named by the URI of a file or a folder, and not by a name at a hub."""
+    return not pretrained.startswith(HUB) and ("/" in pretrained or pretrained.endswith(".safetensors"))
+
+
 class ModelConfig(Section):
     """A timm network."""
 
     arch: str = Field(default="efficientnet_b0", max_length=100)
-    """Name of a timm architecture."""
+    """Name of a timm architecture; if not given, that of `pretrained`."""
+    pretrained: str | None = Field(default=None, min_length=1, max_length=1024)
+    """Weights that training starts from; random ones if not given. A name of timm with its tag (`resnet18.a1_in1k`), a repository of the
+    Hugging Face hub (`hf-hub:OWNER/NAME`, with `@REVISION` if need be), the path or URI of a `.safetensors` file, or of the folder of a
+    model of ours. What is not given below is taken from them: `args`, resolutions, `mean`, `std`, `interpolation`, `test_crop` and
+    `test_margin_px`. Layers that do not fit start from random weights; so does the classifier if the classes differ. Paper: none."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the architecture, such as `img_size` and `bn_eps`: plain values and lists that decide its shape."""
     resolution: int = Field(default=224, ge=8, le=2048)
@@ -188,13 +206,19 @@ class ModelConfig(Section):
     """Resolution of evaluation and labeling, px; the training resolution if not given."""
     test_margin_px: int = Field(default=32, ge=0, le=2048)
     """Margin around the part of a photograph that evaluation and labeling see: the centered square with resolution / (resolution +
-    margin) of the short side. Paper: 32."""
+    margin) of the short side, which timm calls `crop_pct`. Paper: 32."""
+    test_crop: TestCrop = "paper"
+    """How evaluation and labeling cut a photograph, with `crop` `resized`. `paper`: the square is cut, then resized. `center`: the image
+    is resized, then the square is cut, as timm does, and as weights from elsewhere want it; the result differs by less than a pixel.
+    `squash`: the image is made square, then cut. The last two decode photographs at their full size, which takes longer."""
+    interpolation: Interpolation = "bicubic"
+    """Filter that images are resized with, in training and wherever the model is used. Paper: bicubic."""
     crop: Crop = "resized"
     """Geometry of an image. `resized`: training sees a random part of it, labeling and evaluation its center; the paper's choice
     for photographs. `pad`: training sees it shifted, with reflected borders; for small images. `none`: always the whole image."""
     mean: tuple[Channel, Channel, Channel] = IMAGENET_MEAN
     """Mean of the red, green and blue of images, of 1: it is subtracted in training and wherever the model is used. Weights from
-    elsewhere need that of their own training: timm's `pretrained_cfg` names it. Paper: ImageNet's."""
+    elsewhere need that of their own training. Paper: ImageNet's."""
     std: tuple[Deviation, Deviation, Deviation] = IMAGENET_STD
     """Standard deviation that the three channels are divided by, of 1; as for `mean`. Paper: ImageNet's."""
     reduce_stride: Literal[1, 2, 4, 8] = 1
@@ -215,7 +239,7 @@ class ModelConfig(Section):
             "num_classes": "outputs",
             "drop_rate": "noise.dropout",
             "drop_path_rate": "noise.stochastic_depth",
-            "pretrained": "(nothing: weights are never downloaded)",
+            "pretrained": "model.pretrained",
         }
         for name, instead in reserved.items():
             if name in args:
@@ -235,6 +259,30 @@ class ModelConfig(Section):
         if not re.fullmatch(r"\w+(\.\w+)?", arch, re.ASCII):
             raise ValueError("must be the name of a timm architecture; sources such as hf-hub: and local-dir: are never read")
         return arch
+
+    @field_validator("pretrained")
+    @classmethod
+    def _check_pretrained(cls, pretrained: str | None) -> str | None:
+        if pretrained is None:
+            return None
+        if pretrained.rpartition(".")[2] in PICKLES:
+            raise ValueError(
+                "pickled weights are not read, because a pickle can run any program; convert the file once: safetensors.torch.save_file("
+                "torch.load(FILE, weights_only=True), 'weights.safetensors')"
+            )
+        if pretrained.startswith(HUB):
+            if not HUB_NAME.fullmatch(pretrained):
+                raise ValueError("must be hf-hub:OWNER/NAME, or hf-hub:OWNER/NAME@REVISION")
+        elif not is_weights_uri(pretrained) and not re.fullmatch(r"\w+(\.\w+)?", pretrained, re.ASCII):
+            raise ValueError(
+                "must be a name of timm (NAME.TAG), hf-hub:OWNER/NAME, a .safetensors file, or a model's folder (./NAME)"
+            )
+        return _check_scheme(pretrained) if is_weights_uri(pretrained) else pretrained
+
+    @property
+    def pretrained_uri(self) -> str | None:
+        """URI of the file or the model's folder that `pretrained` names; None if it names weights of a hub, or nothing."""
+        return self.pretrained if self.pretrained and is_weights_uri(self.pretrained) else None
 
     @property
     def inference_resolution(self) -> int:
@@ -401,10 +449,6 @@ class FinetuneConfig(Section):
     the schedule here."""
 
 
-PICKLES = ("pth", "pt", "bin", "ckpt", "pkl", "tar")
-"""Endings of files of weights that are pickles."""
-
-
 class TrainConfig(Section):
     """How a network is trained. An epoch is a pass over the labeled images, as in the paper."""
 
@@ -433,10 +477,9 @@ class TrainConfig(Section):
     accumulate: int = Field(default=1, ge=1, le=4096)
     """Parts that a step's batch is split into; one part is in memory at a time. The gradient is that of the whole batch; batch-norm
     statistics are those of a part."""
-    init: str = "scratch"
-    """Weights that training starts from. `scratch`: random ones. `teacher`: a student starts from its teacher's averaged weights.
-    Otherwise the path or URI of a `.safetensors` file, or of a model's folder. Layers whose shapes differ start from random weights;
-    so does the classifier if the classes differ."""
+    init: Literal["scratch", "teacher"] = "scratch"
+    """Weights that a student starts from. `scratch`: none of its teacher's: those of `model.pretrained`, or else random ones. `teacher`:
+    its teacher's averaged weights; layers whose shapes differ start from random weights. Paper: scratch."""
     frozen_share: float = Field(default=0.0, ge=0, le=1)
     """Share of the blocks, counted from the input, that keep their weights and statistics; the stem does too. 1: only the classifier
     learns. For trainings that start from weights. Paper: 0."""
@@ -463,22 +506,12 @@ class TrainConfig(Section):
     tensorboard: bool = False
     """Write the curves as TensorBoard events too, into `tensorboard/` in the run's folder."""
 
-    @field_validator("init")
+    @field_validator("init", mode="before")
     @classmethod
-    def _check_init(cls, init: str) -> str:
-        if init.rpartition(".")[2] in PICKLES:
-            raise ValueError(
-                "pickled weights are not read, because a pickle can run any program; convert the file once: safetensors.torch.save_file("
-                "torch.load(FILE, weights_only=True), 'weights.safetensors')"
-            )
-        if init not in ("scratch", "teacher") and "/" not in init and not init.endswith(".safetensors"):
-            raise ValueError("must be scratch, teacher, a .safetensors file, or a model's folder (./NAME)")
+    def _check_init(cls, init: Any) -> Any:
+        if init not in ("scratch", "teacher"):
+            raise ValueError("must be scratch or teacher; weights from elsewhere are named in model.pretrained")
         return init
-
-    @property
-    def init_uri(self) -> str | None:
-        """URI of the weights that training starts from, if they are neither random nor the teacher's."""
-        return None if self.init in ("scratch", "teacher") else self.init
 
     @property
     def loss_weighting(self) -> Literal["sum", "mean", "equal"]:
@@ -872,7 +905,7 @@ class Experiment(Section):
                 f"evaluation.sets.{name}.uri": evaluation_set.uri,
                 f"evaluation.sets.{name}.multi_label": evaluation_set.multi_label,
             }
-        uris |= {f"{field}.train.init": role.train.init_uri for field, role in self.map_roles().items()}
+        uris |= {f"{field}.model.pretrained": role.model.pretrained_uri for field, role in self.map_roles().items()}
         return {field: uri for field, uri in uris.items() if uri and not uri.startswith("digits:")}
 
     def get_student(self, generation: int) -> RoleConfig:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ns import __version__
-from ns.config.schema import Crop
+from ns.config.schema import Crop, Interpolation, TestCrop
 from ns.core.digest import sha256_file
 from ns.core.errors import ConfigError, DataError, StoreError
 from ns.data.augment.transforms import EvalTransform
@@ -75,6 +75,8 @@ class ExportManifest(JsonDocument):
     """px"""
     crop: Crop
     test_margin_px: int
+    test_crop: TestCrop = "paper"
+    interpolation: Interpolation = "bicubic"
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     classes: tuple[str, ...]
@@ -121,6 +123,8 @@ def export_model(
             resolution=manifest.model.inference_resolution,
             crop=manifest.model.crop,
             test_margin_px=manifest.model.test_margin_px,
+            test_crop=manifest.model.test_crop,
+            interpolation=manifest.model.interpolation,
             mean=manifest.mean,
             std=manifest.std,
             classes=manifest.classes,
@@ -149,7 +153,7 @@ def _load_batch(manifest: ModelManifest, store: Store, dataset: Dataset, count: 
     rows = draw_rows(source, len(dataset.shards), len(dataset.classes), Subsample(images=count, seed=0))
     encoded = [image for shard, shard_rows in rows.items() for image in read_encoded_images(source, shard, shard_rows)]
     pixels = allocate_images(len(encoded), size)
-    unreadable = EvalTransform(size, manifest.model.crop, manifest.model.test_margin_px).transform_batch(encoded, pixels)
+    unreadable = EvalTransform.for_model(manifest.model).transform_batch(encoded, pixels)
     readable = [row for row in range(len(encoded)) if row not in unreadable]
     if not readable:
         raise DataError(f"{store.uri}: none of its images can be read, so an export cannot be checked on them")

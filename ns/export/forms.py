@@ -1,6 +1,7 @@
 """The forms of an exported model: how each is written, and read back without this package's network."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -37,9 +38,9 @@ def make_timm_config(manifest: ModelManifest) -> dict[str, Any]:
             "input_size": [3, size, size],
             # With learned positions, timm must build the network for this resolution and not for its default.
             "fixed_input_size": bool(getattr(network, "pretrained_cfg", {}).get("fixed_input_size")),
-            "interpolation": "bicubic",
-            "crop_mode": "center" if is_cropped else "squash",
-            "crop_pct": size / (size + manifest.model.test_margin_px) if is_cropped else 1.0,
+            "interpolation": manifest.model.interpolation,
+            "crop_mode": "center" if is_cropped and manifest.model.test_crop != "squash" else "squash",
+            "crop_pct": _compute_crop_share(size, manifest.model.test_margin_px) if is_cropped else 1.0,
             "mean": list(manifest.mean),
             "std": list(manifest.std),
             "num_classes": outputs,
@@ -47,6 +48,12 @@ def make_timm_config(manifest: ModelManifest) -> dict[str, Any]:
         },
         "noisy_student": {"model": manifest.digest, "dense": _find_dense_modules(manifest)},
     }
+
+
+def _compute_crop_share(size: int, margin_px: int) -> float:
+    """timm's `crop_pct`: it resizes to ⌊size / crop_pct⌋ px, which must be size + margin_px."""
+    share = size / (size + margin_px)
+    return share if math.floor(size / share) == size + margin_px else size / (size + margin_px + 0.5)
 
 
 def _find_dense_modules(manifest: ModelManifest) -> dict[str, dict[str, int]]:

@@ -25,13 +25,22 @@ def load_pixels(path: str | Path) -> npt.NDArray[np.uint8]:
     # From memory: of a file, Pillow forgets the orientation once the pixels are read.
     with Image.open(io.BytesIO(Path(path).read_bytes())) as image:
         picture = _convert_picture(image)
+    resampling, scaled = Image.Resampling[about["interpolation"].upper()], size + about["test_margin_px"]
+    if about["crop"] == "resized" and about["test_crop"] != "paper":
+        # As timm: resized, then cut.
+        width = height = scaled
+        if about["test_crop"] == "center":
+            short = min(picture.size)
+            width, height = int(scaled * picture.width / short), int(scaled * picture.height / short)
+        left, upper = round((width - size) / 2), round((height - size) / 2)
+        return np.array(picture.resize((width, height), resampling).crop((left, upper, left + size, upper + size)))
     if about["crop"] == "resized":
-        side = max(1, round(min(picture.size) * size / (size + about["test_margin_px"])))
+        side = max(1, round(min(picture.size) * size / scaled))
         left, upper = (picture.width - side) // 2, (picture.height - side) // 2
         picture = picture.crop((left, upper, left + side, upper + side))
     # Across first: by itself, Pillow 13 begins with the height of tall images, and Pillow 12 does not.
-    across = picture.resize((size, picture.height), Image.Resampling.BICUBIC)
-    return np.array(across.resize((size, size), Image.Resampling.BICUBIC))
+    across = picture.resize((size, picture.height), resampling)
+    return np.array(across.resize((size, size), resampling))
 
 
 def load_input(path: str | Path) -> npt.NDArray[np.float32]:

@@ -15,10 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from ns.config.schema import Experiment, ModelConfig, NoiseConfig, RoleConfig
 from ns.core import log
 from ns.core.digest import sha256_bytes, sha256_file
-from ns.core.errors import ConfigError, DataError
+from ns.core.errors import ConfigError, DataError, prefix_errors
 from ns.modeling.manifest import ModelManifest, split_weights_uri
-from ns.modeling.network_noise import check_confined_noise
-from ns.modeling.weight_names import check_weights_fit
+from ns.modeling.network_noise import check_confined_noise, find_missing_noise
+from ns.modeling.pretrained import describe_weights, find_fetched, locate_weights
+from ns.modeling.weight_names import check_weights_fit, read_tensor_shapes
 from ns.storage import Store, open_store
 from ns.storage.documents import encode_json
 
@@ -32,7 +33,7 @@ def build_model(config: ModelConfig, noise: NoiseConfig, outputs: int) -> nn.Mod
 
     try:
         network = _create_network(config, noise, outputs)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         hint = ""
         if not timm.is_model(config.arch):
             similar = difflib.get_close_matches(config.arch, timm.list_models(), n=3)
@@ -47,28 +48,52 @@ NOISE_ARGUMENTS = {"drop_rate": "dropout", "drop_path_rate": "stochastic_depth"}
 
 
 def _create_network(config: ModelConfig, noise: NoiseConfig, outputs: int) -> nn.Module:
-    """A network of timm. Families that have no dropout or no stochastic depth do not know its argument: it is left out if it is 0.
+    """A network of timm. Arguments that its family does not know are left out: rates of noise that are 0, and image sizes.
 
     Raises ConfigError for noise that the family cannot have, and what timm raises.
     """
     import timm
 
     rates: dict[str, float] = {argument: getattr(noise, field) for argument, field in NOISE_ARGUMENTS.items()}
+    sizes = _choose_size_arguments(config)
     while True:
         try:
             network: nn.Module = timm.create_model(
-                config.arch, pretrained=False, num_classes=config.outputs or outputs, **rates, **config.args
+                config.arch, pretrained=False, num_classes=config.outputs or outputs, **rates, **sizes, **config.args
             )
             return network
         except TypeError as error:
-            unknown = next((name for name in rates if "keyword argument" in str(error) and f"'{name}'" in str(error)), None)
+            arguments = (*rates, *sizes)
+            unknown = next((name for name in arguments if "keyword argument" in str(error) and f"'{name}'" in str(error)), None)
             if unknown is None:
                 raise
+            if unknown in sizes:
+                del sizes[unknown]
+                continue
             field = NOISE_ARGUMENTS[unknown]
             if rate := rates.pop(unknown):
                 raise ConfigError(
                     f"noise.{field}: invalid value {rate:g}: {config.arch} has no {field.replace('_', ' ')}; set it to 0"
                 ) from error
+
+
+def _choose_size_arguments(config: ModelConfig) -> dict[str, Any]:
+    """timm's arguments for the resolutions of a network that is built for one size of image, unless `args` has them.
+
+    It is built for the size of the test, so that nothing is resampled where it is used; a training at another size resamples position
+    embeddings, or the windows of attention, on the way.
+    """
+    from timm.models import get_pretrained_cfg
+
+    settings = get_pretrained_cfg(config.arch)
+    if settings is None or not settings.fixed_input_size or "img_size" in config.args:
+        return {}
+    arguments: dict[str, Any] = {}
+    if config.inference_resolution != settings.input_size[-1]:
+        arguments["img_size"] = config.inference_resolution
+    if config.resolution != config.inference_resolution:
+        arguments |= {"dynamic_img_size": True, "strict_img_size": False}
+    return {name: value for name, value in arguments.items() if name not in config.args}
 
 
 def get_total_stride(network: nn.Module) -> int:
@@ -121,13 +146,20 @@ class ModelSize(NamedTuple):
     """Multiply-adds for one image at the resolution of labeling and evaluation."""
 
 
-def check_models(experiment: Experiment, classes: int | None = None) -> None:
-    """Checks the networks of an experiment without building weights.
+def check_models(
+    experiment: Experiment, classes: int | None = None, root: Store | None = None, *, fetch: bool = False
+) -> list[str]:
+    """Checks the networks of an experiment without building weights. Returns remarks, a line each: what a person should know of weights
+    that fit in part, or of noise that a network does not have.
 
-    Raises ConfigError naming the field, the value and what would be right: for networks that timm cannot build, resolutions below
-    their stride, students smaller than their teacher (in parameters or in multiply-adds), and more label classes than outputs.
+    `root`: where fetched weights are; with `fetch`, those that are missing are fetched there. Raises ConfigError naming the field, the
+    value and what would be right: for networks that timm cannot build, resolutions below their stride, students smaller than their
+    teacher (in parameters or in multiply-adds), more label classes than outputs, and weights that fit no layer.
     """
-    sizes = {field: _check_role(field, role, classes) for field, role in experiment.map_roles().items()}
+    remarks: list[str] = []
+    sizes = {field: _check_role(field, role, classes, remarks) for field, role in experiment.map_roles().items()}
+    for field, role in experiment.map_roles().items():
+        remarks += _check_pretrained(field, role, classes, root, fetch=fetch)
     chain = ["teacher"]
     chain += [f"students.{min(g, len(experiment.students)) - 1}" for g in range(1, experiment.generations + 1)]
     if not experiment.allow_smaller_student:
@@ -138,22 +170,53 @@ def check_models(experiment: Experiment, classes: int | None = None) -> None:
                         f"{student}.model: {size:,} {unit.replace('_', '-')}, its teacher ({teacher}.model) has {teacher_size:,}: "
                         "must be equal or larger; for distillation into a smaller network set allow_smaller_student: true"
                     )
+    return remarks
 
 
-def _check_role(field: str, role: RoleConfig, classes: int | None) -> ModelSize:
-    model, outputs = role.model, classes or 2
-    if role.train.init_uri:
-        parent, key = split_weights_uri(role.train.init_uri)
+def _check_pretrained(field: str, role: RoleConfig, classes: int | None, root: Store | None, *, fetch: bool) -> list[str]:
+    """Remarks on how the weights that a role starts from fit its network."""
+    model = role.model
+    if model.pretrained is None:
+        return []
+    if model.pretrained_uri:
+        parent, key = split_weights_uri(model.pretrained_uri)
         if not open_store(parent).exists(key or ModelManifest.filename):
             raise ConfigError(
-                f"{field}.train.init: invalid value {role.train.init!r}: there is no such "
+                f"{field}.model.pretrained: invalid value {model.pretrained!r}: there is no such "
                 f"{'file' if key else f'model (a folder with {ModelManifest.filename})'}"
             )
+    with prefix_errors(f"{field}.model.pretrained"):
+        weights = describe_weights(model.pretrained, root)
+        arch = weights.settings.get("arch", model.arch)
+        if arch != model.arch:
+            raise ConfigError(f"{model.pretrained}: these weights are of {arch}; model.arch must be that, not {model.arch}")
+        if not model.pretrained_uri and not (root and (fetch or find_fetched(model.pretrained, root))):
+            return [
+                f"{field}.model.pretrained: {model.pretrained}: is fetched by `ns models fetch`, or by the first stage that needs it"
+            ]
+    if role.train.init == "teacher":
+        return []
+    with torch.device("meta"):
+        network = build_model(model, role.noise, classes or 2)
+    assert root or model.pretrained_uri
+    with prefix_errors(f"{field}.model.pretrained"):
+        uri = model.pretrained_uri or (root and locate_weights(model.pretrained, root)) or ""
+        shapes = read_tensor_shapes(uri)
+    try:
+        fit = check_weights_fit(network, uri, shapes)
+    except ConfigError as error:
+        raise ConfigError(f"{field}.{error}") from error
+    remark = fit.describe()
+    return [f"{field}.model.pretrained: {model.pretrained}: {remark}"] if remark else []
+
+
+def _check_role(field: str, role: RoleConfig, classes: int | None, remarks: list[str]) -> ModelSize:
+    model, outputs = role.model, classes or 2
     name, _, tag = model.arch.partition(".")
     if tag:
         raise ConfigError(
-            f"{field}.model.arch: invalid value {model.arch!r}: .{tag} names trained weights, which are never downloaded; give {name}, "
-            "and the weights as a file in train.init"
+            f"{field}.model.arch: invalid value {model.arch!r}: .{tag} names trained weights; give {name}, and the weights in "
+            f"model.pretrained: {model.arch}"
         )
     if classes and model.outputs and model.outputs < classes:
         raise ConfigError(
@@ -165,13 +228,7 @@ def _check_role(field: str, role: RoleConfig, classes: int | None) -> ModelSize:
             network = build_model(model, role.noise, outputs)
     except ConfigError as error:
         raise ConfigError(f"{field}.{error}") from error
-    if role.train.init_uri:
-        try:
-            check_weights_fit(network, role.train.init_uri)
-        except ConfigError as error:
-            raise ConfigError(f"{field}.{error}") from error
-        except DataError as error:
-            raise DataError(f"{field}.train.init: {error}") from error
+    remarks += [f"{field}.{remark}" for remark in find_missing_noise(network, role.noise)]
     stride = max(1, get_total_stride(network) // model.reduce_stride)
     for name, resolution in (("resolution", model.resolution), ("test_resolution", model.inference_resolution)):
         if resolution < stride:
@@ -305,6 +362,11 @@ def _reduce_stride(network: nn.Module, factor: int) -> None:
     for stage in _iter_halving_stages(network):
         if remaining == 1:
             return
+        if not stage or any(isinstance(module, nn.Conv2d) and module.kernel_size == (2, 2) for module in stage):
+            raise ConfigError(
+                f"model.reduce_stride: invalid value {factor}: {type(network).__name__} does not halve its map by strided convolutions "
+                "that can be made dense; set it to 1, and raise model.resolution"
+            )
         for module in stage:
             module.stride = (1, 1)
             if isinstance(module, nn.AvgPool2d):

@@ -26,6 +26,10 @@ class Lineage(JsonDocument):
     selection: str | None = None
     init: str | None = None
     """SHA-256 of the weights that training started from, if they were neither random nor the teacher's."""
+    init_source: str | None = None
+    """Repository and commit of these weights, if they are of a hub."""
+    init_license: str | None = None
+    """License of these weights, as their source states it."""
 
 
 class ModelManifest(HashedDocument):

@@ -13,6 +13,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ns.config.schema import NoiseConfig
 from ns.core.errors import ConfigError
 
 DRAWS: tuple[Callable[..., Any], ...] = (
@@ -82,6 +83,21 @@ def check_confined_noise(network: nn.Module, resolution: int) -> None:
             network.train()(images)
     except (AssertionError, RuntimeError, ValueError):
         return  # count_multiply_adds says what else is wrong
+
+
+def find_missing_noise(network: nn.Module, noise: NoiseConfig) -> list[str]:
+    """A line for each kind of noise that the experiment asks for and the network took no notice of: families of timm accept arguments
+    that they do not use."""
+    modules = list(network.modules())
+    has_depth = any(isinstance(module, DropPath) and module.drop_prob for module in modules)
+    has_dropout = any(isinstance(module, nn.Dropout) and module.p for module in modules) or bool(
+        getattr(network, "drop_rate", 0.0)
+    )
+    return [
+        f"noise.{field}: {getattr(noise, field):g}: {type(network).__name__} has none, so it has no effect"
+        for field, is_there in (("dropout", has_dropout), ("stochastic_depth", has_depth))
+        if getattr(noise, field) and not is_there
+    ]
 
 
 class _DropoutPath(nn.Module):

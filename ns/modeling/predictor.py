@@ -127,10 +127,10 @@ class Predictor:
         self.forward_pass = self.mode.prepare_network(self._plain_pass)
         self._normalize = models.Normalize(self.manifest.mean, self.manifest.std).to(self._device)
         self._resolution = self.manifest.model.inference_resolution
-        crop = self.manifest.model.crop
-        margin = self.manifest.model.test_margin_px if crop == "resized" else self._resolution // 8
+        model = self.manifest.model
+        margin = model.test_margin_px if model.crop == "resized" else self._resolution // 8
         keeps_margin = views in ("five", "ten") and margin > 0
-        self._transform = EvalTransform(self._resolution, crop, margin, whole=keeps_margin)
+        self._transform = EvalTransform.for_model(model, margin_px=margin, whole=keeps_margin)
         self._pixels = self._resolution + margin * keeps_margin
         self._windows = WINDOWS if keeps_margin else ((0.0, 0.0),)
         self._mirrored = views in ("flip", "ten")
@@ -213,7 +213,8 @@ class Predictor:
     def without_crop(self) -> "Predictor":
         """The same model for images that have been cropped before: they are only resized."""
         predictor = copy.copy(self)
-        predictor._transform, predictor._pixels = EvalTransform(self._resolution, "none", 0), self._resolution
+        predictor._transform = EvalTransform(self._resolution, "none", 0, interpolation=self.manifest.model.interpolation)
+        predictor._pixels = self._resolution
         predictor._windows, predictor._mirrored = ((0.0, 0.0),), False
         return predictor
 

@@ -1,9 +1,12 @@
 """Whether weights fit a network, by the names and shapes of their tensors: known before anything is trained."""
 
+import sys
 from collections.abc import Collection, Mapping
-from typing import TypeVar
+from contextlib import suppress
+from typing import NamedTuple, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ns.core.errors import ConfigError, DataError
 from ns.modeling.manifest import ModelManifest, split_weights_uri
@@ -15,6 +18,10 @@ WRAPPERS = ("module.", "_orig_mod.", "model.", "state_dict.", "net.", "network."
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 """As safetensors limits it."""
+NAMED_TENSORS = 5
+"""Tensors that do not fit and are named."""
+FOREIGN_MAGIC = {b"PK\x03\x04": "a zip archive with a pickle, as torch.save writes it", b"\x80": "a pickle"}
+"""Beginnings of other files that are called .safetensors."""
 
 Shape = tuple[int, ...]
 Value = TypeVar("Value")
@@ -28,29 +35,92 @@ def read_tensor_shapes(uri: str) -> dict[str, Shape]:
     parent, key = split_weights_uri(uri)
     store = open_store(parent)
     key = key or ModelManifest.load(store).weights_key
-    length = int.from_bytes(store.get_range(key, 0, LENGTH_BYTES), "little")
+    begin = store.get_range(key, 0, LENGTH_BYTES)
+    length = int.from_bytes(begin, "little")
     try:
         if not 2 <= length <= MAX_HEADER_BYTES:
-            raise DataError("no header")
+            foreign = next((kind for magic, kind in FOREIGN_MAGIC.items() if begin.startswith(magic)), None)
+            cure = "which is not read, because it can run any program; convert it once with safetensors.torch.save_file"
+            raise DataError(f"{foreign}, {cure}" if foreign else "no header")
         header = parse_json_object(store.get_range(key, LENGTH_BYTES, length), "header")
         return {name: tuple(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__"}
     except (DataError, KeyError, TypeError) as error:
         raise DataError(f"{uri}: not a safetensors file: {error}") from error
 
 
-def check_weights_fit(network: nn.Module, uri: str) -> None:
-    """Raises ConfigError if no tensor in the weights has the name and the shape of one in the network."""
-    own_shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    shapes = strip_wrappers(read_tensor_shapes(uri), own_shapes.keys())
-    if not any(own_shapes.get(name) == shape for name, shape in shapes.items()):
+class WeightsFit(NamedTuple):
+    """How weights fit a network."""
+
+    tensors: dict[str, Tensor]
+    """Those that fit, by the network's names."""
+    missing: list[str]
+    """Tensors of the network that stay as they are, without those of the classifier."""
+    total: int
+    """Number of the network's tensors, without those of the classifier."""
+
+    def describe(self) -> str | None:
+        """What does not fit, in a line; None if all but the classifier does."""
+        if not self.missing:
+            return None
+        names = ", ".join(self.missing[:NAMED_TENSORS]) + (", …" if len(self.missing) > NAMED_TENSORS else "")
+        return f"{self.total - len(self.missing)} of {self.total} tensors fit; from random weights start {names}"
+
+
+def fit_weights(network: nn.Module, tensors: Mapping[str, Tensor], *, with_classifier: bool = True) -> WeightsFit:
+    """The tensors whose names and shapes are the network's, if need be as timm itself adapts those of other programs and image sizes.
+
+    Works on the meta device too. Without `with_classifier`, the classifier's are left out.
+    """
+    own_shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    classifier = _list_classifier_prefixes(network)
+    candidates = strip_wrappers(tensors, own_shapes.keys())
+    fitting = _match_shapes(own_shapes, candidates)
+    if any(name not in fitting and not name.startswith(classifier) for name in own_shapes):
+        adapted = _match_shapes(own_shapes, _apply_timm_filter(network, candidates))
+        fitting = max(fitting, adapted, key=len)
+    if not with_classifier:
+        fitting = {name: tensor for name, tensor in fitting.items() if not name.startswith(classifier)}
+    body = [name for name in own_shapes if not name.startswith(classifier)]
+    return WeightsFit(fitting, [name for name in body if name not in fitting], len(body))
+
+
+def check_weights_fit(network: nn.Module, uri: str, shapes: Mapping[str, Shape]) -> WeightsFit:
+    """How weights fit whose header `read_tensor_shapes` has read. Raises ConfigError if none does but those of the classifier."""
+    fit = fit_weights(network, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
+    if len(fit.missing) == fit.total:
         raise make_fit_error(network, uri, len(shapes))
+    return fit
 
 
 def make_fit_error(network: nn.Module, uri: str, tensors: int) -> ConfigError:
     return ConfigError(
-        f"train.init: {uri}: none of its {tensors} tensors has the name and shape of one in "
-        f"{type(network).__name__}; give weights of the same architecture, or train.init: scratch"
+        f"model.pretrained: {uri}: none of its {tensors} tensors has the name and shape of one in "
+        f"{type(network).__name__}; give weights of the same architecture, or leave it out"
     )
+
+
+def _match_shapes(own_shapes: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if own_shapes.get(name) == tensor.shape}
+
+
+def _list_classifier_prefixes(network: nn.Module) -> tuple[str, ...]:
+    """Prefixes of the names of the classifier's tensors."""
+    names = getattr(network, "pretrained_cfg", {}).get("classifier") or ()
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+
+
+def _apply_timm_filter(network: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as timm brings them into the names and shapes of a network: position embeddings are resampled to its image size, for
+    instance. Unchanged if timm has nothing for the family, or does not know what to do with them."""
+    module = sys.modules[type(network).__module__]
+    adapt = getattr(module, "checkpoint_filter_fn", None) or getattr(module, "_filter_fn", None)
+    if adapt is None:
+        return tensors
+    for arguments in ((dict(tensors), network), (dict(tensors),)):
+        # Whatever it expects of tensors that are none of timm's.
+        with suppress(Exception):
+            return dict(adapt(*arguments))
+    return tensors
 
 
 def strip_wrappers(tensors: Mapping[str, Value], own_names: Collection[str]) -> dict[str, Value]:

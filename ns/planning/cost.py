@@ -364,7 +364,7 @@ class _SpeedMeter:
                     seconds += pseudo_share * (measure_noise_seconds(pseudo_transform, self._sample_images) - seconds)
                 self._core_seconds_by_key[key] = seconds
             else:
-                transform = EvalTransform(job.resolution, job.role.model.crop, job.role.model.test_margin_px)
+                transform = EvalTransform.for_model(job.role.model, resolution=job.resolution)
                 self._core_seconds_by_key[key] = measure_decode_seconds(transform, job.resolution, self._sample_images)
         return self._core_seconds_by_key[key]
 

@@ -19,7 +19,7 @@ def render_model_card(manifest: ModelManifest, exported: ExportManifest, metrics
         digests={
             "model": manifest.digest,
             "weights": manifest.weights_sha256,
-            **manifest.lineage.model_dump(),
+            **manifest.lineage.model_dump(exclude={"init_source", "init_license"}),
             "images of the comparison": exported.dataset,
         },
     )

@@ -11,7 +11,8 @@ from ns.core.digest import FOREIGN_SOURCES, LABELING_SOURCES, TEMPERATURE_SOURCE
 from ns.data.key_list import read_keys
 from ns.data.prepared import PreparedData
 from ns.labeling.selection import Selection
-from ns.modeling.manifest import ModelManifest, digest_weights
+from ns.modeling.manifest import ModelManifest
+from ns.modeling.pretrained import digest_pretrained
 from ns.runs.records import list_stage_notes
 from ns.stages.context import StageContext
 from ns.storage import Store, open_store
@@ -27,7 +28,7 @@ def generation_inputs(context: StageContext, data: str, generation: int, teacher
         "data": PreparedData.load_file(context.root, data).digest,
         "generation": generation,
         "teacher": read_model_digest(context.root, teacher),
-        "student": role_inputs(experiment.get_student(generation)),
+        "student": role_inputs(experiment.get_student(generation), context.root),
         "seed": experiment.seed,
         "labeling": dump_hashed_fields(experiment.labeling, exclude={"tasks"}) | {"ensemble": ensemble_digests(context)},
         "exclude": digest_json(sorted(excluded_keys(context))),
@@ -92,12 +93,19 @@ def excluded_keys(context: StageContext) -> frozenset[str]:
 
 
 def training_inputs(
-    experiment: Experiment, generation: int, *, labeled: str, pool: str | None, selection: str | None, teacher: str | None
+    experiment: Experiment,
+    generation: int,
+    root: Store,
+    *,
+    labeled: str,
+    pool: str | None,
+    selection: str | None,
+    teacher: str | None,
 ) -> dict[str, Any]:
-    """What a trained model depends on. Datasets, selection and teacher are given by their digests."""
+    """What a trained model depends on. Datasets, selection and teacher are given by their digests. `root`: where fetched weights are."""
     return {
         "code": digest_code(*TRAINING_SOURCES),
-        "role": role_inputs(experiment.get_student(generation) if generation else experiment.teacher),
+        "role": role_inputs(experiment.get_student(generation) if generation else experiment.teacher, root),
         "seed": training_seed(experiment, generation),
         "generation": generation,
         "labeled": labeled,
@@ -107,11 +115,14 @@ def training_inputs(
     }
 
 
-def role_inputs(role: RoleConfig) -> dict[str, Any]:
+def role_inputs(role: RoleConfig, root: Store) -> dict[str, Any]:
     """The settings of a role that change the model, with the digest of the weights that it starts from."""
     speed_fields = {"checkpoint_seconds", "checkpoints_kept", "loader_workers", "processes", "tensorboard"}
-    fields = dump_hashed_fields(role, exclude={"preset": True, "train": speed_fields | {"init"}})
-    return fields | {"init": digest_weights(role.train.init_uri) if role.train.init_uri else role.train.init}
+    fields = dump_hashed_fields(role, exclude={"preset": True, "model": {"pretrained"}, "train": speed_fields | {"init"}})
+    init: str = role.train.init
+    if init != "teacher" and role.model.pretrained:
+        init = digest_pretrained(role.model.pretrained, root)
+    return fields | {"init": init}
 
 
 def training_seed(experiment: Experiment, generation: int) -> int:

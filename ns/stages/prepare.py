@@ -25,7 +25,8 @@ from ns.data.leakage import DUPLICATES, LEFT_OUT, LeakageReport, NamedDataset, c
 from ns.data.locate import classify_uri
 from ns.data.prepared import PART_ROLES, DataPart, LeftOutImages, PreparedData, PreparedDataset
 from ns.evaluation.gate import FEW_IMAGES
-from ns.modeling.manifest import ModelManifest, split_weights_uri
+from ns.modeling.manifest import ModelManifest
+from ns.modeling.pretrained import describe_weights
 from ns.stages.context import RunRef, stage
 from ns.storage import Store, open_store, read_uri
 from ns.storage.documents import dump_hashed_fields
@@ -85,7 +86,7 @@ def write_prepared_data(experiment: Experiment, root: Store, ledger: Ledger) -> 
     labeled = prepared.labeled.open_dataset(root)[1]
     _check_later_inputs(experiment, labeled.classes)
     _warn_of_few_steps(experiment, labeled.samples)
-    _warn_of_normalization(experiment)
+    _warn_of_normalization(experiment, root)
     if prepared.calibration and experiment.needs_calibration:
         _warn_of_few_calibration_images(*prepared.calibration.open_dataset(root))
     if experiment.data.exclude:
@@ -107,13 +108,13 @@ def prepare_datasets(experiment: Experiment, root: Store, ledger: Ledger) -> tup
     Raises DataError if a source is missing or the parts contradict each other, ConfigError if the networks do not fit.
     """
     data = experiment.data
-    _check_networks(experiment, ledger, None)
+    _check_networks(experiment, root, ledger, None)
     finder = _DatasetFinder(data, root, ledger)
     labeled = finder.find_dataset("data.labeled", data.labeled, "labeled")
     classes = labeled.open_dataset(root)[1].classes
     if len(classes) < 2:
         raise DataError(f"data.labeled: {data.labeled}: has {len(classes)} class; at least 2 are needed")
-    _check_networks(experiment, ledger, len(classes))
+    _check_networks(experiment, root, ledger, len(classes))
     heldout = finder.find_evaluation_set("data.heldout", data.heldout, classes)
     given_sets = {
         part: finder.find_evaluation_set(f"data.{part}", uri, classes)
@@ -176,21 +177,20 @@ def _warn_of_few_calibration_images(store: Store, calibration: Dataset) -> None:
         )
 
 
-def _warn_of_normalization(experiment: Experiment) -> None:
-    """Says how images are normalized for weights from elsewhere, since a file does not tell how they were in its own training."""
+def _warn_of_normalization(experiment: Experiment, root: Store) -> None:
+    """Says how images are normalized for weights whose own normalization is another, or unknown: a bare file does not tell."""
     before = experiment.teacher.model
     for field, role in experiment.map_roles().items():
         model, own_normalization = role.model, None
-        if role.train.init_uri:
-            _, key = split_weights_uri(role.train.init_uri)
-            manifest = None if key else ModelManifest.load(open_store(role.train.init_uri))
-            own_normalization = manifest and (manifest.mean, manifest.std)
-        elif role.train.init == "teacher":
+        if role.train.init == "teacher":
             own_normalization = (before.mean, before.std)
+        elif model.pretrained:
+            settings = describe_weights(model.pretrained, root).settings
+            own_normalization = (settings["mean"], settings["std"]) if "mean" in settings and "std" in settings else None
         before = model
-        if role.train.init != "scratch" and own_normalization != (model.mean, model.std):
+        if (role.train.init == "teacher" or model.pretrained) and own_normalization != (model.mean, model.std):
             log.get_logger().warning(
-                "images are normalized by model.mean and model.std: they must be those that the weights of train.init were trained with",
+                "images are normalized by model.mean and model.std: they must be those that the weights were trained with",
                 field=field,
                 mean=list(model.mean),
                 std=list(model.std),
@@ -317,8 +317,8 @@ def _check_heldout_apart(prepared: PreparedData, data: DataConfig, report: Leaka
             )
 
 
-def _check_networks(experiment: Experiment, ledger: Ledger, classes: int | None) -> None:
-    """Checks the networks of an experiment once, since to load timm takes longer than the check."""
+def _check_networks(experiment: Experiment, root: Store, ledger: Ledger, classes: int | None) -> None:
+    """Checks the networks of an experiment once, since to load timm takes longer than the check. Fetches the weights that they need."""
     roles = (experiment.teacher, *experiment.students)
     inputs = {
         "code": digest_code("modeling/factory.py"),
@@ -332,10 +332,12 @@ def _check_networks(experiment: Experiment, ledger: Ledger, classes: int | None)
     def check_models() -> dict[str, str]:
         from ns.modeling import factory as models
 
-        models.check_models(experiment, classes)
+        remarks = models.check_models(experiment, classes, root, fetch=True)
+        for remark in remarks if classes else ():
+            log.get_logger().warning(remark)
         return {}
 
-    if any(role.train.init_uri for role in roles):
+    if any(role.model.pretrained for role in roles):
         # Files of weights may be gone since the last check.
         check_models()
     else:

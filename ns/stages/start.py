@@ -11,6 +11,7 @@ from ns.core import log
 from ns.core.errors import DataError
 from ns.core.process import die_with_client
 from ns.modeling.manifest import ModelManifest
+from ns.modeling.pretrained import complete_models
 from ns.runs.lifecycle import check_run_name, derive_generation_name, derive_run_name, open_run, record_inherited_teacher
 from ns.runs.lookup import find_accepted_student
 from ns.runs.records import write_stage_note
@@ -37,7 +38,7 @@ def start_run(
     die_with_client()
     store, name = _locate_run(run, root)
     with _keep_failure(store, name):
-        experiment = load_with_overrides(config, overrides, fields)
+        experiment = complete_models(load_with_overrides(config, overrides, fields), store)
         name = name or derive_run_name(experiment)
         open_run(store, name, experiment, __version__)
     return store.at(name).uri
@@ -89,7 +90,7 @@ def start_generation(
     with announce_stage("start", 0) as log_fields, _keep_failure(store, given_name):
         started = time.monotonic()
         ledger = Ledger(store)
-        experiment = load_with_overrides(config, overrides, fields)
+        experiment = complete_models(load_with_overrides(config, overrides, fields), store)
         data, prepared, reused = write_prepared_data(experiment, store, ledger)
         seconds = time.monotonic() - started
         latest = find_accepted_student(store, experiment.name)

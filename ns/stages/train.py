@@ -118,6 +118,7 @@ class _Training:
         self.inputs = training_inputs(
             experiment,
             generation,
+            root,
             labeled=self._prepared.labeled.digest,
             pool=self._prepared.pool.digest if self._selection else None,
             selection=self._selection.digest if self._selection else None,

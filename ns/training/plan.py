@@ -64,7 +64,7 @@ def plan_training(role: RoleConfig, samples: int) -> TrainingPlan:
         labeled_batch=config.labeled_batch,
         config=config.optimizer,
     )
-    transform = TrainTransform(role.noise, role.model.resolution, role.model.crop)
+    transform = TrainTransform(role.noise, role.model.resolution, role.model.crop, role.model.interpolation)
     pseudo_transform = None if role.noise.pool == "same" else _PlainTransform(role)
     unfreeze_step = None if config.unfreeze_epoch is None else math.ceil(config.unfreeze_epoch * steps_per_epoch)
     return TrainingPlan(role, transform, steps, lr_at, config.frozen_share, unfreeze_step, pseudo_transform)
@@ -127,7 +127,7 @@ class _PlainTransform(TrainTransform):
     def __init__(self, role: RoleConfig) -> None:
         super().__init__(role.noise, role.model.resolution, role.model.crop)
         self.mixer = None
-        self._plain = EvalTransform(role.model.resolution, role.model.crop, role.model.test_margin_px)
+        self._plain = EvalTransform.for_model(role.model, resolution=role.model.resolution)
 
     def __call__(self, image: EncodedJpeg | npt.NDArray[np.uint8], rng: np.random.Generator) -> npt.NDArray[np.uint8]:  # noqa: ARG002
         return self._plain(image)

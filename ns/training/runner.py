@@ -11,14 +11,15 @@ from ns.labeling.pseudo_label_dataset import load_pseudo_labels
 from ns.labeling.selection import Selection
 from ns.modeling import factory as models
 from ns.modeling.distributed import World
-from ns.modeling.manifest import FINETUNED, Lineage, ModelManifest, digest_weights
+from ns.modeling.manifest import FINETUNED, Lineage, ModelManifest
 from ns.modeling.precision import resolve_mode
+from ns.modeling.pretrained import digest_pretrained, find_fetched
 from ns.storage import Store
 from ns.training import checkpoint
 from ns.training.loop import train_model
 from ns.training.monitor import Monitor
 from ns.training.plan import TrainingPlan, make_finetuning_role, plan_finetuning, plan_training
-from ns.training.warm_start import copy_weights, read_model_weights, read_weights
+from ns.training.warm_start import copy_weights, read_model_weights, read_pretrained
 
 
 def train_and_save(
@@ -59,9 +60,9 @@ def train_and_save(
         pseudo: PseudoLabeledImages | None,
         store: Store,
         checkpoints: Store,
-        init: str | None,
+        init: dict[str, str | None],
     ) -> None:
-        """Trains, and writes the model into `store`."""
+        """Trains, and writes the model into `store`. `init`: the fields of its lineage that tell the weights it starts from."""
         progress_store = run_store if world.is_main else None
         trained = train_model(
             network,
@@ -76,7 +77,7 @@ def train_and_save(
         )
         fields = {
             "generation": generation,
-            "model": _with_inference_precision(plan.role.model),
+            "model": _describe_model(plan.role.model),
             "noise": plan.role.noise,
             "classes": classes,
             "mean": plan.role.model.mean,
@@ -84,7 +85,7 @@ def train_and_save(
             "parameters": models.count_parameters(network),
             "steps": trained.steps,
             "training_mode": trained.mode,
-            "lineage": lineage.model_copy(update={"init": init}),
+            "lineage": lineage.model_copy(update=init),
         }
         if world.is_main:
             models.save_model(store, trained.weights, fields, trained.history)
@@ -97,16 +98,17 @@ def train_and_save(
     if not is_trained(model_store):
         torch.manual_seed(seed)
         network = models.build_model(role.model, role.noise, len(classes))
-        if role.train.init_uri:
-            copy_weights(network, read_weights(role.train.init_uri), classes)
-        elif teacher and role.train.init == "teacher":
+        init: dict[str, str | None] = {}
+        if teacher and role.train.init == "teacher":
             copy_weights(network, read_model_weights(teacher), classes)
+        elif role.model.pretrained:
+            copy_weights(network, read_pretrained(role.model.pretrained, root), classes)
+            init = _describe_pretrained(role.model.pretrained, root)
         pseudo = None
         if selection:
             label_set_store = root.at(selection.label_set_key)
             label_set = LabelSet.load(label_set_store)
             pseudo = load_pseudo_labels(label_set_store, label_set, selection, *prepared.pool.open_dataset(root))
-        init = digest_weights(role.train.init_uri) if role.train.init_uri else None
         train("train", network, plan_training(role, labeled.samples), pseudo, model_store, checkpoints, init)
 
     finetuned_store = model_store.at(FINETUNED)
@@ -119,16 +121,25 @@ def train_and_save(
             network, models.load_weights(model_store, manifest), f"{model_store.uri}/{manifest.weights_key}"
         )
         plan = plan_finetuning(role, role.train.finetune, labeled.samples)
-        train("finetune", network, plan, None, finetuned_store, checkpoints.at(FINETUNED), manifest.weights_sha256)
+        train("finetune", network, plan, None, finetuned_store, checkpoints.at(FINETUNED), {"init": manifest.weights_sha256})
     if world.is_main:
         # Also those of an attempt that was killed when its model was written.
         for finished in (checkpoints, checkpoints.at(FINETUNED)):
             checkpoint.clear_checkpoints(finished)
 
 
-def _with_inference_precision(model: ModelConfig) -> ModelConfig:
-    """The model as it will label and be evaluated: the precision that `auto` means here becomes part of it."""
-    if model.inference_precision != "auto":
-        return model
-    mode = resolve_mode("auto", compiled=False, task="infer", device=models.get_best_device())
-    return model.model_copy(update={"inference_precision": mode.precision})
+def _describe_pretrained(pretrained: str, root: Store) -> dict[str, str | None]:
+    """The fields of the lineage that tell which weights a training started from."""
+    fetched = find_fetched(pretrained, root)
+    about = {"init_source": fetched.source, "init_license": fetched.license} if fetched else {}
+    return {"init": digest_pretrained(pretrained, root), **about}
+
+
+def _describe_model(model: ModelConfig) -> ModelConfig:
+    """The model as it will label and be evaluated: the precision that `auto` means here becomes part of it; the weights that it started
+    from are in its lineage."""
+    changes: dict[str, str | None] = {"pretrained": None}
+    if model.inference_precision == "auto":
+        mode = resolve_mode("auto", compiled=False, task="infer", device=models.get_best_device())
+        changes["inference_precision"] = mode.precision
+    return model.model_copy(update=changes)

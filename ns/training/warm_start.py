@@ -10,7 +10,8 @@ from ns.core import log
 from ns.core.errors import DataError
 from ns.modeling import factory as models
 from ns.modeling.manifest import ModelManifest, split_weights_uri
-from ns.modeling.weight_names import make_fit_error, strip_wrappers
+from ns.modeling.pretrained import describe_weights, locate_weights
+from ns.modeling.weight_names import fit_weights, make_fit_error
 from ns.storage import Store, open_store
 
 
@@ -27,6 +28,12 @@ def read_model_weights(store: Store) -> InitialWeights:
     return InitialWeights(store.uri, models.load_weights(store, manifest), manifest.classes)
 
 
+def read_pretrained(pretrained: str, root: Store) -> InitialWeights:
+    """The weights that `model.pretrained` names; those of a hub are in the root, or are fetched there."""
+    weights = read_weights(locate_weights(pretrained, root))
+    return weights._replace(classes=describe_weights(pretrained, root).classes)
+
+
 def read_weights(uri: str) -> InitialWeights:
     """The weights in a safetensors file, or in a model's folder. Raises DataError for a file of another kind."""
     parent, key = split_weights_uri(uri)
@@ -39,26 +46,20 @@ def read_weights(uri: str) -> InitialWeights:
 
 
 def copy_weights(network: nn.Module, weights: InitialWeights, classes: tuple[str, ...]) -> None:
-    """Copies the tensors whose names and shapes agree. The rest, such as a wider layer, stays fresh, and so does the classifier if its
-    outputs are other classes or the same ones in another order.
+    """Copies the tensors that fit. The rest, such as a wider layer, stays fresh, and so does the classifier if its outputs are other
+    classes or the same ones in another order; the log says so.
 
     Raises ConfigError if nothing fits, since training would then start from scratch unnoticed.
     """
-    state = network.state_dict()
-    weights = weights._replace(tensors=strip_wrappers(weights.tensors, state.keys()))
-    fresh_prefixes = _classifier_prefixes(network) if weights.classes not in (None, classes) else ()
-    fitting = {
-        name: value
-        for name, value in weights.tensors.items()
-        if name in state and state[name].shape == value.shape and not name.startswith(fresh_prefixes)
-    }
-    if not fitting:
+    has_other_classes = weights.classes not in (None, classes)
+    fit = fit_weights(network, weights.tensors, with_classifier=not has_other_classes)
+    if not fit.tensors or len(fit.missing) == fit.total:
         raise make_fit_error(network, weights.uri, len(weights.tensors))
-    network.load_state_dict({**state, **fitting})
-    log.get_logger().info("warm start", tensors=len(fitting), of=len(state), weights=weights.uri)
-
-
-def _classifier_prefixes(network: nn.Module) -> tuple[str, ...]:
-    """Prefixes of the names of the classifier's tensors."""
-    names = getattr(network, "pretrained_cfg", {}).get("classifier") or ()
-    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+    state = network.state_dict()
+    network.load_state_dict({**state, **fit.tensors})
+    logger = log.get_logger()
+    logger.info("warm start", tensors=len(fit.tensors), of=len(state), weights=weights.uri)
+    if remark := fit.describe():
+        logger.warning("weights fit partly", weights=weights.uri, reason=remark)
+    if has_other_classes:
+        logger.info("the weights have other classes, so the classifier starts from random weights", weights=weights.uri)

@@ -89,7 +89,10 @@ def test_config_check_builds_the_networks(capsys):
     for override, reason in (
         ("teacher.model.arch=efficientnet_b0", "must be equal or larger; for distillation"),
         ("teacher.model.arch=efficientnet_b00", "did you mean efficientnet_b0"),
-        ("teacher.model.arch=efficientnet_b0.ra_in1k", ".ra_in1k names trained weights, which are never downloaded"),
+        (
+            "teacher.model.arch=efficientnet_b0.ra_in1k",
+            ".ra_in1k names trained weights; give efficientnet_b0, and the weights in model.pretrained",
+        ),
         ("students.0.model.resolution=16", "below the total stride of test_efficientnet, 32 px"),
         ("students.0.model.reduce_stride=8", ""),
     ):
@@ -282,7 +285,7 @@ def test_load_experiment_argument_makes_every_path_absolute(tmp_path, monkeypatc
         "data.exclude=keys.txt",
         "labeling.ensemble=[one, s3://bucket/two]",
         "evaluation.sets={real: {uri: val, multi_label: ~/real.json}}",
-        "students.0.train.init=weights.safetensors",
+        "students.0.model.pretrained=weights.safetensors",
     ]
     plain, loaded = (
         load_experiment(resolve_preset("quickstart"), overrides),
@@ -294,7 +297,7 @@ def test_load_experiment_argument_makes_every_path_absolute(tmp_path, monkeypatc
         "labeling.ensemble.1": "s3://bucket/two",
         "evaluation.sets.real.uri": str(tmp_path / "val"),
         "evaluation.sets.real.multi_label": str(Path.home() / "real.json"),
-        "students.0.train.init": str(tmp_path / "weights.safetensors"),
+        "students.0.model.pretrained": str(tmp_path / "weights.safetensors"),
     }
     assert with_uris(loaded, plain.map_uris()) == plain
 

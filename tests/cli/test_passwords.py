@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 FIELDS = (
     *(f"data.{part}" for part in ("labeled", "pool", "heldout", "calibration", "test", "exclude")),
-    *("registry.git", "registry.remote", "students.0.train.init", "teacher.train.init"),
+    *("registry.git", "registry.remote", "students.0.model.pretrained", "teacher.model.pretrained", "teacher.train.init"),
     *("labeling.ensemble", "evaluation.sets.more.uri", "evaluation.sets.more.multi_label"),
 )
 VARIABLES = {

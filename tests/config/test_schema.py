@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from ns.config.loader import dump_experiment, load_experiment, parse_experiment, resolve_preset
 from ns.config.presets import PRESETS
-from ns.config.schema import MAX_GENERATIONS, Experiment, OptimizerConfig, Preset, RoleConfig, TrainConfig
+from ns.config.schema import MAX_GENERATIONS, Experiment, ModelConfig, OptimizerConfig, Preset, RoleConfig, TrainConfig
 from ns.core.errors import ConfigError
 from ns.runs.lifecycle import derive_run_name
 from ns.storage.documents import dump_hashed_fields
@@ -272,7 +272,7 @@ def test_small_preset_reaches_into_the_optimizer():
     assert (teacher.model.reduce_stride, teacher.noise.cutout_px) == (4, 16)
 
 
-@pytest.mark.parametrize("field", ["data.labeled", "data.test", "data.exclude", "registry.remote", "teacher.train.init",
+@pytest.mark.parametrize("field", ["data.labeled", "data.test", "data.exclude", "registry.remote", "teacher.model.pretrained",
                                    "labeling.ensemble.0", "evaluation.sets.a.uri"])  # fmt: skip
 @pytest.mark.parametrize("uri", ["s3://me:secret@bucket/a", "https://secret@host/a.zip"])
 def test_experiment_refuses_passwords_in_uris_without_showing_them(field, uri):
@@ -281,7 +281,7 @@ def test_experiment_refuses_passwords_in_uris_without_showing_them(field, uri):
     node = document.setdefault(section, {})
     for key in keys:
         node = node.setdefault(key, {})
-    node[last] = uri + ("/w.safetensors" if last == "init" else "")
+    node[last] = uri + ("/w.safetensors" if last == "pretrained" else "")
     message = refused(document)
     assert f"x.yaml: {field}: holds a user or a password" in message
     assert "secret" not in message
@@ -348,9 +348,40 @@ def test_unknown_preset_lists_the_known():
     assert set(PRESETS) == set(get_args(Preset))
 
 
-def test_train_init_must_be_a_word_or_a_path():
-    message = refused({**MINIMAL, "teacher": {"train": {"init": "techer"}}})
-    assert "teacher.train.init: invalid value 'techer': must be scratch, teacher, a .safetensors file" in message
+@pytest.mark.parametrize("init", ["techer", "weights.safetensors", "/models/b0", ["scratch"]])
+def test_train_init_takes_no_weights_from_elsewhere(init):
+    message = refused({**MINIMAL, "teacher": {"train": {"init": init}}})
+    cure = "must be scratch or teacher; weights from elsewhere are named in model.pretrained"
+    assert f"teacher.train.init: invalid value {init!r}: {cure}" in message
+
+
+def test_train_init_shows_no_password_of_the_former_form():
+    message = refused({**MINIMAL, "teacher": {"train": {"init": "s3://me:secret@bucket/w.safetensors"}}})
+    assert "teacher.train.init" in message
+    assert "secret" not in message
+
+
+@pytest.mark.parametrize(
+    ("pretrained", "uri"),
+    [
+        ("resnet18", None),
+        ("vit_small_patch16_224.augreg_in21k_ft_in1k", None),
+        ("hf-hub:timm/resnet18.a1_in1k", None),
+        ("hf-hub:me/a@v1.0", None),
+        ("a.safetensors", "a.safetensors"),
+        ("./model", "./model"),
+        ("s3://bucket/model", "s3://bucket/model"),
+    ],
+)
+def test_pretrained_names_weights_of_a_hub_or_a_uri(pretrained, uri):
+    assert ModelConfig(pretrained=pretrained).pretrained_uri == uri
+
+
+@pytest.mark.parametrize(
+    "pretrained", ["hf-hub:me", "hf-hub:me/a/b", "local-dir:x", "a b", "http://host/a.safetensors", "s3://", ""]
+)
+def test_pretrained_refuses_other_forms(pretrained):
+    assert "teacher.model.pretrained: " in refused({**MINIMAL, "teacher": {"model": {"pretrained": pretrained}}})
 
 
 def test_registry_refuses_passwords():
@@ -457,9 +488,9 @@ def test_words_that_yaml_1_1_takes_for_truth_values_are_words(minimal, tmp_path)
     assert load_experiment(minimal, ["data.leak_guard=off"]).data.leak_guard == "off"
 
 
-@pytest.mark.parametrize("init", ["./weights.pth", "s3://bucket/x.pt", "/tmp/pytorch_model.bin", "last.ckpt"])
-def test_pickled_weights_are_refused_with_a_cure(init):
-    message = refused({**MINIMAL, "teacher": {"train": {"init": init}}})
-    assert f"x.yaml: teacher.train.init: invalid value {init!r}: pickled weights are not read" in message
+@pytest.mark.parametrize("weights", ["./weights.pth", "s3://bucket/x.pt", "/tmp/pytorch_model.bin", "last.ckpt"])
+def test_pickled_weights_are_refused_with_a_cure(weights):
+    message = refused({**MINIMAL, "teacher": {"model": {"pretrained": weights}}})
+    assert f"x.yaml: teacher.model.pretrained: invalid value {weights!r}: pickled weights are not read" in message
     assert "safetensors.torch.save_file(torch.load(FILE, weights_only=True)" in message
     assert len(message.splitlines()) == 1

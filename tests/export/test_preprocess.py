@@ -35,12 +35,23 @@ def make_picture(mode: str) -> Image.Image:
     return rgb.convert(mode)
 
 
-@pytest.fixture(params=["resized", "pad", "none"])
+GEOMETRIES = {
+    "resized": ("resized", "paper", "bicubic"),
+    "none": ("none", "paper", "bicubic"),
+    "center": ("resized", "center", "bilinear"),
+    "squash": ("resized", "squash", "bicubic"),
+}
+
+
+@pytest.fixture(params=GEOMETRIES)
 def preprocess(tmp_path, request):
     """The module as it lies beside a model."""
+    crop, test_crop, interpolation = GEOMETRIES[request.param]
     about = {
         "resolution": SIDE_PX,
-        "crop": request.param,
+        "crop": crop,
+        "test_crop": test_crop,
+        "interpolation": interpolation,
         "test_margin_px": 8,
         "mean": [0.5, 0.4, 0.3],
         "std": [0.2, 0.25, 0.3],
@@ -72,7 +83,10 @@ def test_files_are_read_as_in_evaluation(preprocess, tmp_path, mode, kind, orien
     exif[0x0112] = orientation
     path = tmp_path / "image"
     make_picture(mode).save(path, kind, exif=exif)
-    expected = EvalTransform(SIDE_PX, about["crop"], about["test_margin_px"])(decode_image(path.read_bytes()))
+    transform = EvalTransform(
+        SIDE_PX, about["crop"], about["test_margin_px"], test_crop=about["test_crop"], interpolation=about["interpolation"]
+    )
+    expected = transform(decode_image(path.read_bytes()))
     found = module.load_pixels(path)
     assert found.dtype == np.uint8
     assert found.flags.writeable, "torch.from_numpy warns of arrays that are not"

@@ -187,7 +187,7 @@ def test_check_models_names_path_value_and_cure():
             r"students\.0\.model: 774,408 multiply-adds, its teacher \(teacher\.model\) has 2,288,832",
         ),
         (
-            {"teacher": {"model": {"arch": "vit_tiny_patch16_224", "resolution": 96}}},
+            {"teacher": {"model": {"arch": "vit_tiny_patch16_224", "args": {"img_size": 224}, "resolution": 96}}},
             None,
             r"teacher\.model: .* not take images of 96 px",
         ),
@@ -203,11 +203,15 @@ def test_check_models_names_path_value_and_cure():
         ),
         ({"teacher": {"model": {**small["model"], "outputs": 4}}}, 10, r"teacher\.model\.outputs: .* must be at least 10"),
         (
-            {"students": [{**small, "train": {"init": "/nowhere/b5.safetensors"}}]},
+            {"students": [{"model": {**small["model"], "pretrained": "/nowhere/b5.safetensors"}}]},
             None,
-            r"students\.0\.train\.init: invalid value '/nowhere/b5\.safetensors': there is no such file",
+            r"students\.0\.model\.pretrained: invalid value '/nowhere/b5\.safetensors': there is no such file",
         ),
-        ({"teacher": {**small, "train": {"init": "/nowhere"}}}, None, r"teacher\.train\.init: .* no such model"),
+        (
+            {"teacher": {"model": {**small["model"], "pretrained": "/nowhere"}}},
+            None,
+            r"teacher\.model\.pretrained: .* no such model",
+        ),
         ({"teacher": {"model": {"arch": "nonet"}}}, None, r"teacher\.model\.arch: invalid value 'nonet'"),
         ({"teacher": {"model": {**small["model"], "args": {"wings": 2}}}}, None, r"teacher\.model\.args\.wings: is none"),
         (
@@ -240,8 +244,8 @@ def test_families_without_stochastic_depth_are_built_without_it(arch):
 
 def test_check_models_refuses_weights_that_fit_no_layer(tmp_path):
     save_file({"layer1.0.conv1.weight": torch.zeros(3)}, tmp_path / "a.safetensors")
-    teacher = {"model": {"arch": "test_efficientnet", "resolution": 32}, "train": {"init": f"{tmp_path}/a.safetensors"}}
-    with pytest.raises(ConfigError, match=r"^teacher\.train\.init: .*none of its 1 tensors"):
+    teacher = {"model": {"arch": "test_efficientnet", "resolution": 32, "pretrained": f"{tmp_path}/a.safetensors"}}
+    with pytest.raises(ConfigError, match=r"^teacher\.model\.pretrained: .*none of its 1 tensors"):
         models.check_models(experiment(teacher=teacher))
 
 

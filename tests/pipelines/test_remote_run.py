@@ -245,7 +245,7 @@ def test_follow_run_survives_an_unreadable_record(started, kfp, root):
         ("data.pool=/home/me/pool", "data.pool"),
         ("data.exclude=keys.txt", "data.exclude"),
         ("labeling.ensemble=[models/b0]", "labeling.ensemble.0"),
-        ("teacher.train.init=weights.safetensors", "teacher.train.init"),
+        ("teacher.model.pretrained=weights.safetensors", "teacher.model.pretrained"),
         ("evaluation.sets={real: {uri: s3://b/val, multi_label: real.json}}", "evaluation.sets.real.multi_label"),
     ],
 )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ns.config.schema import RoleConfig, TrainConfig
+from ns.config.schema import ModelConfig, RoleConfig, TrainConfig
 from ns.data.prepared import PreparedData
 from ns.runs.records import list_stage_notes
 from ns.runs.summary import summarize_run
@@ -12,6 +12,7 @@ from ns.stages.gate import resolve_teacher
 from ns.stages.keys import labeling_inputs, role_inputs
 from ns.stages.prepare import prepare_data
 from ns.stages.train import train_generation
+from ns.storage import LocalStore
 from tests.loop import open_tiny_run, run_loop
 
 
@@ -44,14 +45,18 @@ def test_role_inputs_hold_the_digest_of_initial_weights(tmp_path):
     places = [tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "c.safetensors"]
     for place, content in zip(places, (b"one", b"one", b"two"), strict=True):
         place.write_bytes(content)
-    first, moved, other = (role_inputs(RoleConfig(train=TrainConfig(init=str(place)))) for place in places)
+    root = LocalStore(tmp_path / "root")
+    first, moved, other = (role_inputs(RoleConfig(model=ModelConfig(pretrained=str(place))), root) for place in places)
     assert first == moved != other
+    student = RoleConfig(model=ModelConfig(pretrained=str(places[0])), train=TrainConfig(init="teacher"))
+    assert role_inputs(student, root)["init"] == "teacher"
 
 
-def test_role_inputs_do_not_depend_on_the_preset():
+def test_role_inputs_do_not_depend_on_the_preset(tmp_path):
     role = RoleConfig(preset="b0-small")
     spelt_out = RoleConfig(model=role.model, noise=role.noise, train=role.train)
-    assert role_inputs(role) == role_inputs(spelt_out)
+    root = LocalStore(tmp_path)
+    assert role_inputs(role, root) == role_inputs(spelt_out, root)
 
 
 @pytest.mark.parametrize(

@@ -176,13 +176,13 @@ def test_prepare_checks_initial_weights_each_time(tmp_path, uris):
     weights = tmp_path / "weights.safetensors"
     network = build_model(ModelConfig.model_validate(NETWORK["model"]), NoiseConfig(), 2)
     save_file({name: value.contiguous() for name, value in network.state_dict().items()}, weights)
-    student = {**NETWORK, "train": {"init": str(weights)}}
+    student = {**NETWORK, "model": {**NETWORK["model"], "pretrained": str(weights)}}
     prepare(tmp_path, uris, students=[student])
     weights.write_bytes(b"any")
-    with pytest.raises(DataError, match=r"students\.0\.train\.init: .*weights\.safetensors: not a safetensors file"):
+    with pytest.raises(DataError, match=r"students\.0\.model\.pretrained: .*weights\.safetensors: not a safetensors file"):
         prepare(tmp_path, uris, students=[student])
     weights.unlink()
-    with pytest.raises(ConfigError, match=r"students\.0\.train\.init: .*there is no such file"):
+    with pytest.raises(ConfigError, match=r"students\.0\.model\.pretrained: .*there is no such file"):
         prepare(tmp_path, uris, students=[student])
 
 

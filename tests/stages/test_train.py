@@ -86,9 +86,9 @@ def test_other_normalization_of_initial_weights_is_told(finished_run, tmp_path, 
     best_store = store.at(find_best_model(store, ref.run))
     best, weights_key = best_store.uri, ModelManifest.load(best_store).weights_key
     for overrides, told in (
-        ([f"teacher.train.init={best}"], False),
-        ([f"teacher.train.init={best}", "teacher.model.mean=[0.5,0.5,0.5]"], True),
-        ([f"teacher.train.init={best}/{weights_key}"], True),
+        ([f"teacher.model.pretrained={best}"], False),
+        ([f"teacher.model.pretrained={best}", "teacher.model.mean=[0.5,0.5,0.5]"], True),
+        ([f"teacher.model.pretrained={best}/{weights_key}"], True),
         (["students.0.model.std=[0.5,0.5,0.5]", "students.0.train.init=teacher"], True),
     ):
         other = open_tiny_run(LocalStore(tmp_path / "root"), *overrides)

@@ -64,7 +64,7 @@ def test_warm_start_reads_weights_of_a_wrapped_network(teacher, wrappers):
 
 
 def test_warm_start_refuses_weights_of_another_architecture():
-    with pytest.raises(ConfigError, match=r"train\.init: x: none of its 1 tensors"):
+    with pytest.raises(ConfigError, match=r"model\.pretrained: x: none of its 1 tensors"):
         copy_weights(network(), InitialWeights("x", {"layer1.0.conv1.weight": torch.zeros(3)}, None), ABC)
 
 

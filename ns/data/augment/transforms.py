@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ns.config.schema import Crop, NoiseConfig
+from ns.config.schema import Crop, Interpolation, ModelConfig, NoiseConfig, TestCrop
 from ns.core.errors import DataError
 from ns.data.augment.erasing import erase_rectangle
 from ns.data.augment.mixing import PairMixer
@@ -41,11 +42,12 @@ class TrainTransform:
     """Input noise. Photographs: crop, flip, RandAugment, cutout. Small images: RandAugment, cutout, flip, pad and crop. Then random
     erasing. `mixer` mixes finished images, if the noise says so."""
 
-    def __init__(self, noise: NoiseConfig, resolution: int, crop: Crop) -> None:
+    def __init__(self, noise: NoiseConfig, resolution: int, crop: Crop, interpolation: Interpolation = "bicubic") -> None:
         self.resolution = resolution
         """Sides of the result, px."""
         self._noise = noise
         self._crop = crop
+        self._interpolation: Interpolation = interpolation
         self._pad = max(1, resolution // 8) if noise.pad_px is None else noise.pad_px
         self._augment = make_augmentation(noise, resolution)
         self.mixer = PairMixer(noise.mixup, noise.cutmix) if noise.mixes_images else None
@@ -60,9 +62,9 @@ class TrainTransform:
         noise, size = self._noise, self.resolution
         if self._crop == "resized":
             box = draw_crop_box(_measure_size(image), rng, noise.crop_area, noise.crop_aspect)
-            pixels = self._flip_image(crop_image(image, box, size), rng)
+            pixels = self._flip_image(crop_image(image, box, size, self._interpolation), rng)
         else:
-            pixels = resize_image(image, size)
+            pixels = resize_image(image, size, self._interpolation)
         pixels = self._augment(pixels, rng)
         if noise.cutout_px:
             pixels = apply_cutout(pixels, noise.cutout_px // 2, rng)
@@ -85,22 +87,63 @@ class TrainTransform:
 class EvalTransform:
     """The deterministic transform of evaluation and labeling.
 
-    For `crop` "resized", it is the paper's centered square, resolution / (resolution + margin_px) of the short side (224 of 256);
-    otherwise the whole image. With `whole`, the result has the same scale and shows the margin too, so it is larger by `margin_px`.
+    For `crop` "resized", it is a centered square, resolution / (resolution + margin_px) of the short side (224 of 256), cut as `test_crop`
+    says; otherwise the whole image. With `whole`, the result has the same scale and shows the margin too, so it is larger by `margin_px`.
     """
 
-    def __init__(self, resolution: int, crop: Crop, margin_px: int, *, whole: bool = False) -> None:
+    def __init__(
+        self,
+        resolution: int,
+        crop: Crop,
+        margin_px: int,
+        *,
+        whole: bool = False,
+        test_crop: TestCrop = "paper",
+        interpolation: Interpolation = "bicubic",
+    ) -> None:
         self._resolution = resolution + margin_px * whole
         self._crop = crop
         self._margin_px = 0 if whole else margin_px
+        self._test_crop = test_crop
+        self._interpolation: Interpolation = interpolation
+        self._shows_all = crop != "resized" or (test_crop == "squash" and self._margin_px == 0)
+
+    @classmethod
+    def for_model(
+        cls, model: ModelConfig, *, resolution: int | None = None, margin_px: int | None = None, whole: bool = False
+    ) -> Self:
+        """The transform of a model: at its test resolution and with its margin, if no others are given."""
+        return cls(
+            resolution or model.inference_resolution,
+            model.crop,
+            model.test_margin_px if margin_px is None else margin_px,
+            whole=whole,
+            test_crop=model.test_crop,
+            interpolation=model.interpolation,
+        )
 
     def __call__(self, image: EncodedJpeg | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """A JPEG or uint8 [H, W, 3] → uint8 [resolution, resolution, 3]."""
         size = self._resolution
-        if self._crop == "resized":
+        if self._shows_all:
+            return resize_image(image, size, self._interpolation)
+        if self._test_crop == "paper":
             box = compute_center_box(_measure_size(image), size, self._margin_px)
-            return crop_image(image, box, size)
-        return resize_image(image, size)
+            return crop_image(image, box, size, self._interpolation)
+        # Decoded whole: at a smaller scale, values would differ from timm's by a few of 255.
+        pixels = image.decode_whole() if isinstance(image, EncodedJpeg) else image
+        return self._cut_resized(pixels)
+
+    def _cut_resized(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Resizes, then cuts, with the rounding of torchvision's Resize and CenterCrop, which timm uses."""
+        scaled, (height, width) = self._resolution + self._margin_px, pixels.shape[:2]
+        rows = columns = scaled
+        if self._test_crop == "center":
+            short = min(height, width)
+            rows, columns = int(scaled * height / short), int(scaled * width / short)
+        resized = _resize_images([pixels], (rows, columns), self._interpolation)[0]
+        top, left = round((rows - self._resolution) / 2), round((columns - self._resolution) / 2)
+        return np.ascontiguousarray(resized[top : top + self._resolution, left : left + self._resolution])
 
     def transform_batch(
         self, images: Sequence[EncodedJpeg | bytes | npt.NDArray[np.uint8]], out: npt.NDArray[np.uint8]
@@ -110,7 +153,7 @@ class EvalTransform:
         Returns row → reason for unreadable images; they become black.
         """
         errors: dict[int, str] = {}
-        whole = self._crop != "resized"
+        whole = self._shows_all
         size = self._resolution if whole else 0
         waiting: dict[tuple[int, ...], list[tuple[int, npt.NDArray[np.uint8]]]] = {}
         # All but decoding may take about a microsecond per image, so calls are avoided here.
@@ -135,45 +178,54 @@ class EvalTransform:
             group = waiting.setdefault(pixels.shape, [])
             group.append((row, pixels))
             if len(group) * pixels.nbytes >= RESIZED_BYTES:
-                _write_resized(waiting.pop(pixels.shape), out)
+                _write_resized(waiting.pop(pixels.shape), out, self._interpolation)
         for group in waiting.values():
-            _write_resized(group, out)
+            _write_resized(group, out, self._interpolation)
         return errors
 
 
-def _write_resized(group: Sequence[tuple[int, npt.NDArray[np.uint8]]], out: npt.NDArray[np.uint8]) -> None:
+def _write_resized(
+    group: Sequence[tuple[int, npt.NDArray[np.uint8]]], out: npt.NDArray[np.uint8], interpolation: Interpolation
+) -> None:
     """Resizes images of the same size into their rows."""
-    out[[row for row, _ in group]] = _resize_images([pixels for _, pixels in group], out.shape[1])
+    size = (out.shape[1], out.shape[1])
+    out[[row for row, _ in group]] = _resize_images([pixels for _, pixels in group], size, interpolation)
 
 
-def _resize_images(images: Sequence[npt.NDArray[np.uint8]], size: int) -> npt.NDArray[np.uint8]:
-    """Resizes whole images of the same size, uint8 [H, W, 3], to uint8 [N, size, size, 3]. Images do not influence each other.
+def _resize_images(
+    images: Sequence[npt.NDArray[np.uint8]], size: tuple[int, int], interpolation: Interpolation
+) -> npt.NDArray[np.uint8]:
+    """Resizes whole images of the same size, uint8 [H, W, 3], to uint8 [N, *size, 3]. Images do not influence each other.
 
-    torch's bicubic filter is Pillow's, in a fifth of its time: half a percent of the values differ, by 1 or 2.
+    torch's filters are Pillow's, in a fifth of its time: half a percent of the values differ, by 1 or 2.
     """
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     resized: npt.NDArray[np.uint8] = (
-        F.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True).permute(0, 2, 3, 1).numpy()
+        F.interpolate(pixels, size=size, mode=interpolation, antialias=True).permute(0, 2, 3, 1).numpy()
     )
     return resized
 
 
-def resize_image(image: EncodedJpeg | npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
+def resize_image(
+    image: EncodedJpeg | npt.NDArray[np.uint8], size: int, interpolation: Interpolation = "bicubic"
+) -> npt.NDArray[np.uint8]:
     """The whole image, resized to uint8 [size, size, 3]; an array of that size is returned itself."""
     pixels = image.decode_whole() if isinstance(image, EncodedJpeg) else image
-    return pixels if pixels.shape[:2] == (size, size) else _resize_images([pixels], size)[0]
+    return pixels if pixels.shape[:2] == (size, size) else _resize_images([pixels], (size, size), interpolation)[0]
 
 
-def crop_image(image: EncodedJpeg | npt.NDArray[np.uint8], box: Box, size: int) -> npt.NDArray[np.uint8]:
+def crop_image(
+    image: EncodedJpeg | npt.NDArray[np.uint8], box: Box, size: int, interpolation: Interpolation = "bicubic"
+) -> npt.NDArray[np.uint8]:
     """A part of the image, resized to uint8 [size, size, 3]. Pixels outside of it have no influence, as in Pillow's crop and resize."""
     pixels, (left, upper, right, lower) = image.decode_box(box, size) if isinstance(image, EncodedJpeg) else (image, box)
     x, y = math.floor(left), math.floor(upper)
     part = pixels[y : math.ceil(lower), x : math.ceil(right)]
     if part.shape[:2] == (lower - upper, right - left):
-        return resize_image(part, size)
+        return resize_image(part, size, interpolation)
     # In a JPEG that was decoded at a smaller scale, a box may begin within a pixel: torch cannot do that.
     inner = (left - x, upper - y, right - x, lower - y)
-    picture = Image.fromarray(part).resize((size, size), Image.Resampling.BICUBIC, box=inner)
+    picture = Image.fromarray(part).resize((size, size), Image.Resampling[interpolation.upper()], box=inner)
     return np.asarray(picture)
 
 
