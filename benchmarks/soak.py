@@ -313,8 +313,15 @@ def list_keys(store: Store) -> frozenset[str]:
     else:
         names = set(store.list())
     left_by_clients = re.compile(r"/\.lock$|/\.client$|/pipeline\.log$")
+    clients = "|".join(CLIENTS)
+    # Which of the two begins first is chance, but each has one number.
+    numbers = Counter(match[1] for name in names if (match := re.fullmatch(rf"store/order/runs/\d+-({clients})", name)))
+    names = {
+        re.sub(rf"(?<=store/order/runs/)\d+-({clients})$", lambda match: f"{match[1]}-{numbers[match[1]]}", name)
+        for name in names
+    }
     return frozenset(
-        re.sub(rf"^({'|'.join(CLIENTS)})/|(?<=store/runs/)({'|'.join(CLIENTS)})(?=\.json)", "RUN/", name)
+        re.sub(rf"^({clients})/|(?<=store/runs/)({clients})(?=\.json)", "RUN/", name)
         for name in names
         if not left_by_clients.search(name)
     )
