@@ -23,17 +23,32 @@ app = typer.Typer(
 
 
 @app.command()
-def show(name: RunArgument = "latest", root: Root = "runs", markdown: Markdown = False, open_it: OpenIt = False) -> None:
-    """Write a run's report again, and print its path.
+def show(
+    name: RunArgument = "latest",
+    root: Root = "runs",
+    markdown: Markdown = False,
+    open_it: OpenIt = False,
+    serve: Annotated[bool, typer.Option("--serve", help="Serve the report on this machine, new at each look.")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to serve on; 0 takes a free one.")] = 8000,
+) -> None:
+    """Write a run's report again, and print its path; or serve it while the run goes on.
 
-    Example: [cyan]ns report latest --open[/]
+    Example: [cyan]ns report latest --open[/], [cyan]ns report latest --serve[/]
     """
     from ns.reporting.page import write_report
     from ns.runs.lookup import resolve_run_name
 
-    _check_one_form(markdown, open_it)
+    _check_one_form(markdown, open_it or serve)
     store = open_store(root)
     run = resolve_run_name(store, name)
+    if serve:
+        from ns.reporting.server import ReportServer
+
+        with ReportServer(store, run, port) as server:
+            print_line(f"{server.url}: the report of {run}; Ctrl-C ends it")
+            if open_it:
+                webbrowser.open(server.url)
+            server.serve_forever()
     if markdown:
         from ns.reporting.context import gather_context
         from ns.reporting.markdown import render_markdown
@@ -75,4 +90,4 @@ def compare(
 
 def _check_one_form(markdown: bool, open_it: bool) -> None:
     if markdown and open_it:
-        raise ConfigError("--markdown and --open exclude each other; give one of them")
+        raise ConfigError("--markdown excludes --open and --serve; give one of them")

@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup
 
+from ns.reporting.advice import list_advice
 from ns.reporting.context import ReportContext
 from ns.reporting.headlines import format_headline, format_outcomes
 from ns.reporting.metrics import align_metrics, collect_metrics, evaluation_title
@@ -28,6 +29,7 @@ def render_markdown(context: ReportContext) -> str:
         title=context.summary.run + ("" if context.generation is None else f", generation {context.generation}"),
         headline=format_headline(context),
         outcomes=format_outcomes(context),
+        advice=list_advice(context),
         metric_rows=align_metrics(collect_metrics(context, model) for model in context.models),
         robustness=[(evaluation_title(name) or "Robustness", robustness) for name, (robustness, _) in measured.items()],
         changed_classes=[row for row in rows[:CLASSES] if row.gain < 0] + wins,

@@ -8,6 +8,7 @@ from markupsafe import Markup
 
 from ns.config.loader import dump_experiment
 from ns.reporting import charts
+from ns.reporting.advice import list_advice
 from ns.reporting.context import GenerationLabeling, ReportContext, TrainedModel, gather_context
 from ns.reporting.disagreement import ClassGain
 from ns.reporting.headlines import format_headline
@@ -39,6 +40,7 @@ def render_report(context: ReportContext) -> str:
         context=context,
         summary=context.summary,
         headline=format_headline(context),
+        advice=list_advice(context),
         accuracy=_accuracy_chart(context),
         model_titles=[model.title for model in context.models],
         groups=group_metrics(align_metrics(collect_metrics(context, model) for model in context.models)),
