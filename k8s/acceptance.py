@@ -61,6 +61,11 @@ CHECKPOINTS = ("teacher.train.checkpoint_seconds=5",)
 MAX_SHARE = 0.6
 """Of Argo's limit, for a compressed Workflow."""
 LARGE_TASKS, LARGE_GENERATIONS = 50, 3
+LARGE = (
+    *(f"generations={LARGE_GENERATIONS}", "gate.min_gain=-1", f"labeling.tasks={LARGE_TASKS}", "data.shard_samples=20"),
+    *("teacher.train.epochs=100", "students.0.train.epochs=10"),
+)
+"""Each labeling task has a shard of 20 images or two, and every student is accepted."""
 
 # ns.training.checkpoint, which names these files, imports torch.
 _CHECKPOINT = re.compile(r"/step-(\d{8})-[0-9a-f]{16}\.safetensors$")
@@ -303,15 +308,7 @@ def try_bad_settings(trial: Trial) -> None:
 
 
 def try_many_tasks(trial: Trial) -> None:
-    overrides = [
-        f"generations={LARGE_GENERATIONS}",
-        f"labeling.tasks={LARGE_TASKS}",
-        "data.shard_samples=20",
-        "teacher.train.epochs=100",
-        "students.0.train.epochs=10",
-        "gate.min_gain=-1",
-    ]
-    run = trial.start_run(overrides)
+    run = trial.start_run(LARGE)
     trial.observe_success(trial.follow_run(run, seconds=4 * RUN_SECONDS))
     workflow = trial.fetch_workflow(run)
     _observe_size(trial, measure_workflow(workflow), RunShape(LARGE_GENERATIONS, LARGE_TASKS))

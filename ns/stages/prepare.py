@@ -10,7 +10,7 @@ from ns.core.errors import ConfigError, DataError, StoreError, prefix_errors
 from ns.data.calibration_split import SplitPart, copy_split_part
 from ns.data.dataset import Dataset, DatasetRole, format_class_names
 from ns.data.fingerprint import FINGERPRINTS
-from ns.data.importing.digits import write_digits
+from ns.data.importing.digits import SHARD_SAMPLES, write_digits
 from ns.data.importing.ingest import (
     REJECTED,
     derive_dataset_name,
@@ -387,8 +387,9 @@ class _DatasetFinder:
             return PreparedDataset(uri=store.uri, digest=dataset.digest)
         with prefix_errors(field):
             if kind == "digits":
-                inputs = {"source": uri, "code": digest_code(*IMPORT_CODE)}
-                return self._import_once(inputs, lambda store: write_digits(uri, store))
+                samples = min(SHARD_SAMPLES, self._data.shard_samples)
+                inputs = {"source": uri, "shard_samples": samples, "code": digest_code(*IMPORT_CODE)}
+                return self._import_once(inputs, lambda store: write_digits(uri, store, samples))
             return self._import_source(uri, PART_ROLES[part], classes)
 
     def split_heldout(self, heldout: PreparedDataset, part: SplitPart, seed: int) -> PreparedDataset:

@@ -11,8 +11,11 @@ from k8s.acceptance import AcceptanceRecord, Check, Observation, Platform, Skipp
 from k8s.workflow import MAX_PACKED_BYTES, measure_workflow
 from ns.core.errors import ConfigError, RunError
 from ns.runs.records import write_stage_failure
+from ns.stages.label import split_pool
+from ns.stages.prepare import prepare_data
 from ns.storage import LocalStore
 from pipelines.kfp_client import SubmittedRun, UploadedPipeline
+from tests.loop import open_tiny_run
 
 
 class Cluster:
@@ -234,6 +237,11 @@ def test_one_node_is_not_drained(tmp_path):
     record, rows = try_one(Cluster(tmp_path), "drained-node")
     assert not rows
     assert record.checks["drained-node"].skipped == "needs two nodes that take pods, and there is 1"
+
+
+def test_run_of_many_tasks_has_as_many(tmp_path):
+    ref = open_tiny_run(LocalStore(tmp_path), *(text for text in acceptance.LARGE if text.startswith(("labeling.", "data."))))
+    assert len(split_pool(ref, data=prepare_data(ref))) == acceptance.LARGE_TASKS
 
 
 def test_terminated_run_whose_pods_go(tmp_path):

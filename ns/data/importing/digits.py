@@ -24,8 +24,9 @@ SHARD_SAMPLES = 625
 """Gives the pool two shards, so that labeling can be shared between two tasks."""
 
 
-def write_digits(uri: str, store: Store) -> Dataset:
-    """Writes the dataset that `digits:PART` names. Raises DataError for an unknown part, or without scikit-learn."""
+def write_digits(uri: str, store: Store, shard_samples: int = SHARD_SAMPLES) -> Dataset:
+    """Writes the dataset that `digits:PART` names, in shards of at most so many images. Raises DataError for an unknown part, or without
+    scikit-learn."""
     part = uri.removeprefix(DIGITS_SCHEME)
     if part not in PARTS:
         raise DataError(f"{uri}: no such part; there are {', '.join(DIGITS_SCHEME + name for name in PARTS)}")
@@ -43,7 +44,7 @@ def write_digits(uri: str, store: Store) -> Dataset:
         parts["labeled"] += indices[:LABELED_PER_CLASS]
         parts["heldout"] += indices[LABELED_PER_CLASS:heldout_end]
         parts["pool"] += indices[heldout_end:]
-    with ShardWriter(store, max_samples=SHARD_SAMPLES, max_bytes=256 << 20) as writer:
+    with ShardWriter(store, max_samples=shard_samples, max_bytes=256 << 20) as writer:
         for index in sorted(parts[part]):
             # Gray levels 0–16 → 0–255.
             pixels = np.rint(images[index] * (255 / 16)).astype(np.uint8)
