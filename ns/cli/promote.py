@@ -11,7 +11,7 @@ from ns.core.errors import ConfigError, DataError
 from ns.storage import open_store
 
 if TYPE_CHECKING:
-    from ns.promotion.promote import PointerMove, PromotionCandidate
+    from ns.promotion.promote import ModelPointer, PointerMove
 
 app = typer.Typer(
     cls=make_default_group("move"),
@@ -47,30 +47,55 @@ def promote_run(
         raise ConfigError(f"--to {to}: must end in .yaml")
     store = open_store(root)
     candidate = promote.read_candidate(store, resolve_run_name(store, name))
+    pointer, title = candidate.pointer, promote.format_title(candidate.pointer)
     if branch:
-        move = promote.commit_pointer(candidate, to, branch, dry_run=dry_run)
+        move = promote.commit_pointer(pointer, to, branch, title=title, accepted_at=candidate.accepted_at, dry_run=dry_run)
     else:
-        move = promote.write_pointer(candidate, to, dry_run=dry_run)
+        move = promote.write_pointer(pointer, to, dry_run=dry_run)
     if body is not None:
         write_page(body, promote.render_evidence(store, candidate, move.before, to.as_posix()))
     if as_json:
-        title = promote.format_title(candidate.pointer)
         committed_on = branch if move.commit else None
         print_json({"pointer": candidate.pointer, **move._asdict(), "branch": committed_on, "title": title})
     else:
-        for line in _describe_move(candidate, move, to, branch, dry_run=dry_run):
+        for line in _describe_move(pointer, candidate.weights_bytes, move, to, branch, dry_run=dry_run):
             print_line(line)
 
 
 def _describe_move(
-    candidate: "PromotionCandidate", move: "PointerMove", to: Path, branch: str | None, *, dry_run: bool
+    pointer: "ModelPointer", weights_bytes: int, move: "PointerMove", to: Path, branch: str | None, *, dry_run: bool
 ) -> list[str]:
-    new = f"{candidate.pointer.run}, generation {candidate.pointer.generation}, all {candidate.weights_bytes:,} bytes good"
+    new = f"{pointer.run}, generation {pointer.generation}, all {weights_bytes:,} bytes good"
     if not move.changed:
         return [f"{to}: already names this model: {new}"]
     old = f"{move.before.run}, generation {move.before.generation}" if move.before else "none"
     lines = [f"{to}: {'would move' if dry_run else 'moved'} to {new} (before: {old})"]
     return [*lines, f"branch {branch}: {move.commit}; push it, and open a pull request"] if move.commit else lines
+
+
+@app.command("back")
+def restore_previous(
+    to: Annotated[Path, typer.Option(metavar="FILE", help="The pointer: a YAML file in git.")] = Path("models/production.yaml"),
+    branch: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Commit it on this branch, reset to HEAD; touch no file, push nothing.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check, and print what would change.")] = False,
+) -> None:
+    """Go back to the model before, from git's history. All its bytes are read and checked first.
+
+    Example: [cyan]ns promote back --to models/production.yaml[/]
+    """
+    from ns.promotion import promote
+
+    pointer = promote.read_previous_pointer(to)
+    weights_bytes = promote.verify_model(pointer, f"{to}, before")
+    if branch:
+        title = f"Go back to {pointer.run}, generation {pointer.generation}"
+        move = promote.commit_pointer(pointer, to, branch, title=title, dry_run=dry_run)
+    else:
+        move = promote.write_pointer(pointer, to, dry_run=dry_run)
+    for line in _describe_move(pointer, weights_bytes, move, to, branch, dry_run=dry_run):
+        print_line(line)
 
 
 @app.command("check")

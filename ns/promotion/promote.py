@@ -29,7 +29,7 @@ from ns.runs.records import RunName
 from ns.storage import Store, open_store
 from ns.storage.documents import JsonDocument
 
-HEADER = "# The model in use. `ns promote RUN` moves it, `ns promote check` checks it; to go back, revert the commit that moved it.\n"
+HEADER = "# The model in use. `ns promote RUN` moves it, `ns promote check` checks it; `ns promote back` goes back.\n"
 
 
 class ModelPointer(JsonDocument):
@@ -178,12 +178,12 @@ def format_title(pointer: ModelPointer) -> str:
     return f"Promote {pointer.run}, generation {pointer.generation}"
 
 
-def write_pointer(promoted: PromotionCandidate, path: Path, *, dry_run: bool = False) -> PointerMove:
+def write_pointer(pointer: ModelPointer, path: Path, *, dry_run: bool = False) -> PointerMove:
     """Writes the pointer into a file, completely or not at all. With `dry_run` only returns what that would do.
 
     Raises DataError if the file holds something else, StoreError if it cannot be written.
     """
-    text = render_pointer(promoted.pointer)
+    text = render_pointer(pointer)
     before = read_pointer(path)
     changed = before is None or render_pointer(before) != text
     if changed and not dry_run:
@@ -197,41 +197,70 @@ def write_pointer(promoted: PromotionCandidate, path: Path, *, dry_run: bool = F
     return PointerMove(before, changed, None)
 
 
-def commit_pointer(promoted: PromotionCandidate, path: Path, branch: str, *, dry_run: bool = False) -> PointerMove:
+def commit_pointer(
+    pointer: ModelPointer,
+    path: Path,
+    branch: str,
+    *,
+    title: str,
+    accepted_at: datetime | None = None,
+    dry_run: bool = False,
+) -> PointerMove:
     """Commits the pointer on a branch: one commit on HEAD, in the repository that holds the file's folder.
+
+    `title`: subject of the commit. `accepted_at`: its time, if HEAD is not younger; HEAD's own if not given.
 
     Files, index and HEAD stay as they are. The branch is created, or moved from where it was. Nothing is committed where HEAD has
     this pointer already, or with `dry_run`. Raises ConfigError for a branch that cannot be moved, StoreError where git fails.
     """
-    target = path.resolve()
-    directory = next(parent for parent in target.parents if parent.is_dir())
-    repository = Path(GitCommands(directory).run_git("rev-parse", "--show-toplevel").removesuffix("\n"))
-    commands = GitCommands(repository)
+    commands, name = _open_repository(path)
     commands.ensure_identity()
     ref = _resolve_free_branch(commands, branch)
-    name = target.relative_to(repository).as_posix()
     try:
         base, head_seconds = commands.run_git("log", "-1", "--format=%H %ct", "HEAD").split()
     except StoreError as error:
-        raise StoreError(f"{repository}: HEAD is no commit ({error}); commit something first") from error
+        raise StoreError(f"{commands.path}: HEAD is no commit ({error}); commit something first") from error
     listing = commands.run_git("ls-tree", "--name-only", "-z", base, "--", name)
     old_text = commands.run_git("show", f"{base}:{name}") if listing else None
     before = None if old_text is None else parse_pointer(old_text.encode(), f"HEAD:{name}")
-    new = promoted.pointer
-    text = render_pointer(new)
+    text = render_pointer(pointer)
     changed = before is None or render_pointer(before) != text
     if not changed or dry_run:
         return PointerMove(before, changed, None)
     # Not the time of the call, which would give each call another commit; and not before the parent's.
-    commit_seconds = max(int(promoted.accepted_at.timestamp()), int(head_seconds))
+    commit_seconds = max(int(accepted_at.timestamp()) if accepted_at else 0, int(head_seconds))
     author = re.sub(r"> .*", ">", commands.run_git("var", "GIT_COMMITTER_IDENT").strip())
-    message = f"{format_title(new)}\n\nRun: {new.run}\nModel: {new.model}\nDigest: {new.digest}\n"
+    message = f"{title}\n\nRun: {pointer.run}\nModel: {pointer.model}\nDigest: {pointer.digest}\n"
     stream = (
         f"commit {ref}\ncommitter {author} {commit_seconds} +0000\n{_format_data_block(message)}"
         f"from {base}\nM 100644 inline {_quote_path(name)}\n{_format_data_block(text)}\ndone\n"
     )
     commands.run_git("fast-import", "--quiet", "--force", "--done", data=stream)
     return PointerMove(before, True, commands.run_git("rev-parse", f"{ref}^{{commit}}").strip())
+
+
+def read_previous_pointer(path: Path) -> ModelPointer:
+    """The pointer to another model that the file held before, from git's history.
+
+    Raises DataError if the file is no pointer, RunError if it never held another one, StoreError where git fails.
+    """
+    commands, name = _open_repository(path)
+    current = read_pointer(path)
+    for commit in commands.run_git("log", "--format=%H", "HEAD", "--", name).split():
+        if not commands.run_git("ls-tree", "--name-only", "-z", commit, "--", name):
+            continue  # it was deleted by this commit
+        earlier = parse_pointer(commands.run_git("show", f"{commit}:{name}").encode(), f"{commit[:7]}:{name}")
+        if current is None or earlier.digest != current.digest:
+            return earlier
+    raise RunError(f"{path}: git's history has no pointer to another model; `ns promote RUN` moves it to a run's best model")
+
+
+def _open_repository(path: Path) -> tuple[GitCommands, str]:
+    """Git in the repository that holds the file's folder, and the name of the file in it."""
+    target = path.resolve()
+    directory = next(parent for parent in target.parents if parent.is_dir())
+    repository = Path(GitCommands(directory).run_git("rev-parse", "--show-toplevel").removesuffix("\n"))
+    return GitCommands(repository), target.relative_to(repository).as_posix()
 
 
 def render_evidence(root: Store, promoted: PromotionCandidate, before: ModelPointer | None, pointer_path: str) -> str:

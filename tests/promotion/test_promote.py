@@ -306,3 +306,59 @@ def test_workflow_fails_for_a_refused_run_only_on_dispatch(root, repository, tmp
     assert "::notice::nothing to promote" in said
     assert "made-up: its gate has accepted no student" in said
     assert job.run("workflow_dispatch")[0] == RunError.exit_code
+
+
+@pytest.fixture
+def moved(root, repository, capsys):
+    """Two commits: the run's model in use, then another one. Returns the text of the first pointer."""
+    ns(capsys, RUN, "--root", str(root.root))
+    first = Path(POINTER).read_text()
+    repository("add", "--all")
+    repository("commit", "--quiet", "--message=Promote")
+    shutil.copytree(root.root / MODEL, root.root / "store/models/02")
+    manifest = ModelManifest.load(root.at(MODEL)).model_copy(update={"generation": 7})
+    manifest.save(root.at("store/models/02"))
+    before = promote.read_pointer(Path(POINTER))
+    other = before.model_copy(update={"model": root.at("store/models/02").uri, "digest": manifest.digest, "generation": 7})
+    Path(POINTER).write_text(promote.render_pointer(other))
+    repository("commit", "--quiet", "--all", "--message=Promote another")
+    return first
+
+
+def test_back_names_the_model_before_again(moved, repository, capsys):
+    code, out, err = ns(capsys, "back", "--dry-run")
+    assert (code, err) == (0, "")
+    assert out == f"{POINTER}: would move to {RUN}, generation 1, all 7 bytes good (before: {RUN}, generation 7)\n"
+    assert Path(POINTER).read_text() != moved
+    assert ns(capsys, "back")[0] == 0
+    assert Path(POINTER).read_text() == moved
+    repository("commit", "--quiet", "--all", "--message=Go back")
+    assert "generation 7" in ns(capsys, "back", "--dry-run")[1], "and forth"
+
+
+def test_back_on_a_branch(moved, repository, capsys):
+    code, _, _ = ns(capsys, "back", "--branch", "promote/production")
+    assert code == 0
+    assert repository("show", f"promote/production:{POINTER}") == moved
+    assert repository("log", "-1", "--format=%s", "promote/production") == f"Go back to {RUN}, generation 1\n"
+    assert repository("status", "--porcelain") == ""
+
+
+def test_back_refuses_a_damaged_model(moved, root, capsys):
+    weights = next((root.root / MODEL).glob("*.safetensors"))
+    weights.write_bytes(b"damaged")
+    code, _, err = ns(capsys, "back")
+    assert code == DataError.exit_code
+    assert "the weights are damaged or those of another model" in err
+    assert Path(POINTER).read_text() != moved
+
+
+def test_back_without_an_earlier_model(root, repository, capsys):
+    ns(capsys, RUN, "--root", str(root.root))
+    repository("add", "--all")
+    repository("commit", "--quiet", "--message=Promote")
+    code, _, err = ns(capsys, "back")
+    assert code == RunError.exit_code
+    assert err == (
+        f"error: {POINTER}: git's history has no pointer to another model; `ns promote RUN` moves it to a run's best model\n"
+    )
