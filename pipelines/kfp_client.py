@@ -17,12 +17,13 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import kfp_server_api as api
 import urllib3
 import yaml
 from kfp_server_api.exceptions import ApiException
+from pydantic import BaseModel, Field, ValidationError
 
 from ns.core.digest import sha256_bytes
 from ns.core.errors import ConfigError, DataError, Interrupted, NsError, RunError, StoreError
@@ -49,6 +50,7 @@ VERSIONS_PAGE_SIZE = 5
 FINAL_STATES = frozenset({"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"})
 FAILED_STATES = frozenset({"FAILED", "CANCELED", "CANCELING"})
 ENDED_STATES = FINAL_STATES | FAILED_STATES
+NOT_KFP = "is it the URL of KFP 2.17 or newer?"
 MAX_PARAMETER_BYTES = 10_000
 """KFP refuses runs whose parameters are longer than this as JSON."""
 
@@ -74,6 +76,53 @@ class SubmittedRun(NamedTuple):
     """URL of its page in KFP's UI."""
     new: bool
     """Whether this call submitted the run; if not, it existed."""
+
+
+# KFP's own client takes any JSON as an answer. What of it is read here is checked.
+
+Identity = Annotated[str, Field(min_length=1)]
+
+
+class _Answer(BaseModel, from_attributes=True):
+    pass
+
+
+class _Pipeline(_Answer):
+    pipeline_id: Identity
+
+
+class _Version(_Answer):
+    pipeline_version_id: Identity
+    display_name: str | None
+    description: str | None
+
+
+class _Experiment(_Answer):
+    experiment_id: Identity
+
+
+class _Task(_Answer):
+    display_name: str | None
+    state: str | None
+
+
+class _RunDetails(_Answer):
+    task_details: list[_Task] | None
+
+
+class _RunStatus(_Answer):
+    state: str | None
+
+
+class _Run(_Answer):
+    run_id: Identity
+    display_name: str | None
+    state: str | None
+    state_history: list[_RunStatus] | None
+    run_details: _RunDetails | None
+
+
+AnswerType = TypeVar("AnswerType", bound=_Answer)
 
 
 class KfpUnreachableError(RunError):
@@ -151,15 +200,15 @@ class KfpClient:
         """Yields the versions of a pipeline, the newest first; none if there is no such pipeline."""
         options: dict[str, Any] = {"namespace": self.namespace} if self.namespace else {}
         listing = self._pipelines.pipeline_service_list_pipelines
-        for pipeline in self._iterate_pages("pipelines", listing, filter=_equals_filter("name", name), **options):
+        for pipeline in self._iterate_pages(_Pipeline, "pipelines", listing, filter=_equals_filter("name", name), **options):
             listing = self._pipelines.pipeline_service_list_pipeline_versions
-            pipeline_id = str(pipeline.pipeline_id)
+            pipeline_id = pipeline.pipeline_id
             # Each comes with its specification, 100 kB, and the newest ones are most asked for.
             for entry in self._iterate_pages(
-                "pipeline_versions", listing, pipeline_id, page_size=VERSIONS_PAGE_SIZE, sort_by="created_at desc"
+                _Version, "pipeline_versions", listing, pipeline_id, page_size=VERSIONS_PAGE_SIZE, sort_by="created_at desc"
             ):
                 yield UploadedPipeline(
-                    pipeline_id, str(entry.pipeline_version_id), name, str(entry.display_name), str(entry.description or "")
+                    pipeline_id, entry.pipeline_version_id, name, entry.display_name or "", entry.description or ""
                 )
 
     def find_run(self, name: str, experiment: str, *, excluded_states: Collection[str] = FAILED_STATES) -> SubmittedRun | None:
@@ -167,7 +216,12 @@ class KfpClient:
         experiment_id = self._ensure_experiment(experiment)
         filters = _equals_filter("display_name", name)
         for run in self._iterate_pages(
-            "runs", self._runs.run_service_list_runs, experiment_id=experiment_id, filter=filters, sort_by="created_at desc"
+            _Run,
+            "runs",
+            self._runs.run_service_list_runs,
+            experiment_id=experiment_id,
+            filter=filters,
+            sort_by="created_at desc",
         ):
             if run.state not in excluded_states:
                 return self._to_submitted_run(run, new=False)
@@ -194,7 +248,8 @@ class KfpClient:
         started = time.monotonic()
         while True:
             try:
-                return self._to_submitted_run(self._call_once(self._runs.run_service_create_run, run), new=True)
+                answer = self._call_once(self._runs.run_service_create_run, run)
+                return self._to_submitted_run(self._parse_answer(_Run, answer), new=True)
             except KfpUnreachableError:
                 # Perhaps only the answer was lost.
                 with contextlib.suppress(KfpUnreachableError):
@@ -219,7 +274,7 @@ class KfpClient:
             while True:
                 run = None
                 try:
-                    run = self._call_once(self._runs.run_service_get_run, run_id)
+                    run = self._parse_answer(_Run, self._call_once(self._runs.run_service_get_run, run_id))
                     answered = time.monotonic()
                 except KfpUnreachableError as error:
                     if time.monotonic() - answered > PATIENCE_SECONDS:
@@ -234,7 +289,7 @@ class KfpClient:
 
     def list_failed_tasks(self, run_id: str, stages: Collection[str]) -> list[str]:
         """Names of those `stages` that KFP shows as failed; none if the run's status is too large for KFP."""
-        run = self._call_api(self._runs.run_service_get_run, run_id)
+        run = self._parse_answer(_Run, self._call_api(self._runs.run_service_get_run, run_id))
         nodes = (run.run_details.task_details if run.run_details else None) or ()
         failed = [str(node.display_name) for node in nodes if node.state == "FAILED" and node.display_name in stages]
         return list(dict.fromkeys(failed))
@@ -246,56 +301,79 @@ class KfpClient:
     def _ensure_pipeline(self, name: str) -> str:
         service, body = self._pipelines, api.V2beta1Pipeline(name=name, display_name=name, namespace=self.namespace or None)
         listing, create = service.pipeline_service_list_pipelines, service.pipeline_service_create_pipeline
-        return str(self._find_or_create("pipelines", listing, _equals_filter("name", name), create, body).pipeline_id)
+        return self._find_or_create(_Pipeline, "pipelines", listing, _equals_filter("name", name), create, body).pipeline_id
 
     def _find_version(self, pipeline: str, version: str) -> str | None:
         entries = self._iterate_pages(
+            _Version,
             "pipeline_versions",
             self._pipelines.pipeline_service_list_pipeline_versions,
             pipeline,
             filter=_equals_filter("name", version),
         )
-        return next((str(entry.pipeline_version_id) for entry in entries), None)
+        return next((entry.pipeline_version_id for entry in entries), None)
 
     def _ensure_experiment(self, name: str) -> str:
         service, body = self._experiments, api.V2beta1Experiment(display_name=name, namespace=self.namespace or None)
         listing, create = service.experiment_service_list_experiments, service.experiment_service_create_experiment
-        return str(
-            self._find_or_create("experiments", listing, _equals_filter("display_name", name), create, body).experiment_id
-        )
+        filters = _equals_filter("display_name", name)
+        return self._find_or_create(_Experiment, "experiments", listing, filters, create, body).experiment_id
 
     def _find_or_create(
-        self, field: str, listing: Callable[..., Any], filters: str, create: Callable[..., Any], body: Any
-    ) -> Any:
+        self,
+        kind: type[AnswerType],
+        field: str,
+        listing: Callable[..., Any],
+        filters: str,
+        create: Callable[..., Any],
+        body: Any,
+    ) -> AnswerType:
         """Returns the object that the filters find, or creates it; another client may create it in between."""
         options: dict[str, Any] = {"namespace": self.namespace} if self.namespace else {}
         for _ in range(2):
-            for existing in self._iterate_pages(field, listing, filter=filters, **options):
+            for existing in self._iterate_pages(kind, field, listing, filter=filters, **options):
                 return existing
             with contextlib.suppress(_ConflictError):
-                return self._call_api(create, body)
+                return self._parse_answer(kind, self._call_api(create, body))
         raise RunError(
             f"{self.url}: says that {body.display_name} exists but does not list it among the {field}; check NS_KFP_NAMESPACE"
         )
 
-    def _to_submitted_run(self, run: Any, *, new: bool) -> SubmittedRun:
+    def _to_submitted_run(self, run: _Run, *, new: bool) -> SubmittedRun:
         state = run.state or "PENDING"
         # KFP 2.17 ends a terminated run as FAILED; that it was terminated is in its history only.
         earlier = [status.state for status in run.state_history or () if status.state != "FAILED"]
         if state == "FAILED" and earlier[-1:] == ["CANCELING"]:
             state = "CANCELED"
-        return SubmittedRun(run.run_id, run.display_name, state, self.run_url(run.run_id), new)
+        return SubmittedRun(run.run_id, run.display_name or "", state, self.run_url(run.run_id), new)
 
     def _iterate_pages(
-        self, field: str, call: Callable[..., Any], *args: Any, page_size: int | None = None, **options: Any
-    ) -> Iterator[Any]:
-        token = ""
-        while True:
+        self,
+        kind: type[AnswerType],
+        field: str,
+        call: Callable[..., Any],
+        *args: Any,
+        page_size: int | None = None,
+        **options: Any,
+    ) -> Iterator[AnswerType]:
+        token, tokens = "", set[str]()
+        while token not in tokens:
+            tokens.add(token)
             page = self._call_api(call, *args, page_size=page_size or PAGE_SIZE, page_token=token, **options)
-            yield from getattr(page, field) or ()
-            token = page.next_page_token or ""
+            for entry in getattr(page, field, None) or ():
+                yield self._parse_answer(kind, entry)
+            token = getattr(page, "next_page_token", None) or ""
             if not token:
                 return
+        raise RunError(f"{self.url}: its pages of {field} never end; {NOT_KFP}")
+
+    def _parse_answer(self, kind: type[AnswerType], answer: Any) -> AnswerType:
+        try:
+            return kind.model_validate(answer)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"])) or "it"
+            raise RunError(f"{self.url}: gave an answer that cannot be read: {field}: {first['msg']}; {NOT_KFP}") from error
 
     def _call_api(self, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Calls until there is an answer, or the patience is over: for calls that may be repeated."""
@@ -318,6 +396,9 @@ class KfpClient:
             raise KfpUnreachableError(
                 f"{self.url}: cannot be reached: {reason}; is it KFP's URL, and does the port-forward still run?"
             ) from error
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            # KFP's client takes the answer apart without a look at it.
+            raise RunError(f"{self.url}: gave an answer that cannot be read: {type(error).__name__}; {NOT_KFP}") from error
 
     def _explain_error(self, error: ApiException) -> NsError:
         message = _extract_message(error)
@@ -329,7 +410,7 @@ class KfpClient:
             case 409:
                 return _ConflictError(f"{self.url}: {message}")
             case 404:
-                return RunError(f"{self.url}: not found: {message}; is it the URL of KFP 2.17 or newer?")
+                return RunError(f"{self.url}: not found: {message}; {NOT_KFP}")
             case 400 | 422:
                 return RunError(f"{self.url}: refused: {message}")
             case status if status is not None and status >= 500:

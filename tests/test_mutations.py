@@ -10,10 +10,14 @@ import json
 import os
 import random
 import tarfile
+import threading
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -25,9 +29,9 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from ns.config.loader import load_experiment
-from ns.config.schema import ImportConfig, ModelConfig, NoiseConfig, SelectionConfig
+from ns.config.schema import EvaluationConfig, ImportConfig, ModelConfig, NoiseConfig, SelectionConfig
 from ns.core.digest import sha256_bytes
-from ns.core.errors import ConfigError, NsError
+from ns.core.errors import ConfigError, Interrupted, NsError
 from ns.data.dataset import Dataset
 from ns.data.fingerprint import read_contents
 from ns.data.importing.ingest import import_images
@@ -36,20 +40,32 @@ from ns.data.key_list import read_keys
 from ns.data.leakage import LEFT_OUT, NamedDataset, check_datasets, load_left_out_rows
 from ns.data.loading.shard_reader import ImageSource
 from ns.data.verify import find_damage
-from ns.evaluation.result import PREDICTIONS_SCHEMA, Evaluation, ImageMistakes, Robustness, read_mistakes, read_predictions
+from ns.evaluation.result import (
+    PREDICTIONS_SCHEMA,
+    AttackResult,
+    Evaluation,
+    ImageMistakes,
+    PerturbationResult,
+    Robustness,
+    read_mistakes,
+    read_predictions,
+)
+from ns.evaluation.robustness.scores import score_robustness
+from ns.evaluation.robustness.suite import RobustnessSuite
 from ns.labeling.audit import AuditSheet, LabelAudit, check_audit, check_audit_sheet, draw_audit_sample, estimate_precision
 from ns.labeling.label_set import LabelSet, verify_label_set
 from ns.labeling.selection import make_selection
 from ns.modeling.factory import build_model, load_model, save_model
 from ns.modeling.manifest import Lineage, ModelManifest
-from ns.modeling.weight_names import check_weights_fit
+from ns.modeling.predictor import Predictor
+from ns.modeling.weight_names import check_weights_fit, read_tensor_shapes
 from ns.runs.lookup import list_runs
 from ns.runs.records import RunRecord, StageNote, list_stage_notes
 from ns.storage import LocalStore
 from ns.storage.documents import name_by_content
 from ns.storage.ledger import Ledger
 from pipelines import PACKAGE
-from pipelines.kfp_client import check_inputs, parse_inputs
+from pipelines.kfp_client import KfpClient, check_inputs, parse_inputs
 
 pytestmark = pytest.mark.integration
 
@@ -415,7 +431,7 @@ def make_weights(folder: Path) -> tuple[Path, Change, Callable[[], object]]:
         changed = manifest.model_copy(update={"weights_sha256": sha256_bytes(data)})
         store.put(changed.weights_key, data)
         changed.save(store)
-        check_weights_fit(build_model(NETWORK, NoiseConfig(), len(CLASSES)), store.uri)
+        check_weights_fit(build_model(NETWORK, NoiseConfig(), len(CLASSES)), store.uri, read_tensor_shapes(store.uri))
         load_model(store)
 
     return folder / "model" / manifest.weights_key, change_tensors, read
@@ -567,6 +583,111 @@ def make_mistakes(folder: Path) -> tuple[Path, Change, Callable[[], object]]:
     return path, change_table, read
 
 
+def make_robustness(folder: Path) -> tuple[Path, Change, Callable[[], object]]:
+    """Of another person: ours is scored by it. It is shown too."""
+    ours = Robustness(
+        model="0", dataset="0", name="n", num_classes=3, imagenet=False, images=9, unreadable=0, subsample=None, seed=0, mode="float32",
+        top1=0.5, severities=(1, 2), corruptions={"fog": (0.5, 0.75)}, frames=3,
+        perturbations={"tilt": PerturbationResult(flip_probability=0.1, top5_distance=0.2)},
+        attacks=(AttackResult(name="fgsm", epsilon=4, steps=1, step_size=4, top1=0.1),), predictions_sha256="0", seconds=1,
+    )  # fmt: skip
+    ours.save(LocalStore(folder))
+    path = folder / Robustness.filename
+
+    def read() -> None:
+        other = Robustness.parse(path.read_bytes(), str(path))
+        for pair in ((ours, other), (other, ours)):
+            score_robustness(*pair).model_dump_json()
+        [str(attack) for attack in other.attacks]
+
+    return path, sealed(change_json, Robustness), read
+
+
+def make_suite_file(kind: str) -> Callable[[Path], tuple[Path, Change, Callable[[], object]]]:
+    """What an evaluation that was interrupted has left: its units, or the images that it distorted."""
+
+    def make(folder: Path) -> tuple[Path, Change, Callable[[], object]]:
+        store, dataset = write_dataset(folder)
+        predictor = Predictor(write_model(folder)[0], batch=4)
+        out, images = LocalStore(folder / "out"), LocalStore(folder / "images")
+        config = EvaluationConfig(
+            suites=("corruptions", "perturbations"),
+            corruptions=("contrast",),
+            severities=(1, 5),
+            perturbations=("brightness",),
+            perturbation_frames=3,
+        )
+
+        def read() -> None:
+            if kind == "images":
+                out.delete_prefix("units/")
+            RobustnessSuite(predictor, store, dataset, config, out.at("units"), images).run_suite(out)
+
+        read()
+        top = folder / "images" if kind == "images" else folder / "out/units"
+        return (
+            next(path for path in top.rglob("*.parquet") if path.name.startswith(kind) or kind == "images"),
+            change_table,
+            read,
+        )
+
+    return make
+
+
+KFP_ANSWER = {
+    "pipelines": [{"pipeline_id": "1", "display_name": "small"}],
+    "pipeline_versions": [{"pipeline_version_id": "2", "display_name": "small-0", "created_at": "2026-11-29T00:00:00Z"}],
+    "experiments": [{"experiment_id": "3", "display_name": "digits"}],
+    "runs": [{"run_id": "4", "display_name": "run", "state": "SUCCEEDED"}],
+    "run_id": "4",
+    "display_name": "run",
+    "state": "FAILED",
+    "state_history": [{"state": "CANCELING", "update_time": "2026-11-29T00:00:00Z"}, {"state": "FAILED"}],
+    "run_details": {"task_details": [{"display_name": "train", "state": "FAILED"}]},
+}
+"""All that is asked for in one: each call takes its part."""
+
+
+def make_kfp_answer(folder: Path) -> tuple[Path, Change, Callable[[], object]]:
+    path = folder / "answer.json"
+    path.write_text(json.dumps(KFP_ANSWER))
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            answer = path.read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    client = KfpClient(f"http://127.0.0.1:{server.server_port}")
+
+    def read() -> None:
+        list(client.list_versions("small"))
+        client.find_run("run", "digits")
+        client.list_failed_tasks("4", {"train"})
+        # Whose state is none of the last is asked for again.
+        with suppress(Interrupted):
+            client.wait_for_run("4", Mock(side_effect=KeyboardInterrupt))
+
+    return path, change_kfp_answer, read
+
+
+def change_kfp_answer(rng: random.Random, whole: bytes) -> bytes:
+    if rng.random() < 0.1:
+        return json.dumps({**json.loads(whole), "next_page_token": "more"}).encode()
+    return change_json(rng, whole)
+
+
 def make_fingerprints(folder: Path) -> tuple[Path, Change, Callable[[], object]]:
     store, dataset = write_dataset(folder)
     kept = LocalStore(folder / "fingerprints")
@@ -617,7 +738,16 @@ KINDS: dict[str, Callable[..., tuple[Path, Change, Callable[[], object]]]] = {
     "mistakes": make_mistakes,
     "fingerprints": make_fingerprints,
     "leaks": make_leaks,
+    "robustness": make_robustness,
+    "clean_unit": make_suite_file("clean"),
+    "corruption_unit": make_suite_file("contrast"),
+    "perturbation_unit": make_suite_file("brightness"),
+    "distorted_images": make_suite_file("images"),
+    "kfp_answer": make_kfp_answer,
 }
+
+NAMED_AS = {"inputs": ("",), "kfp_answer": ("http://127.0.0.1",)}
+"""What else than its path names a kind of file in an error."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -634,7 +764,7 @@ def test_changed_file_is_read_or_refused_in_one_line(kind, tmp_path, make_label_
         except NsError as error:
             # An experiment has a line per fault. The file may be named by its folder; inputs are named themselves.
             lines = str(error).split("\n")
-            named = kind == "inputs" or all(path.name in line or str(path.parent) in line for line in lines)
+            named = all(any(name in line for name in NAMED_AS.get(kind, (path.name, str(path.parent)))) for line in lines)
             if not named or (len(lines) > 1 and not isinstance(error, ConfigError)):
                 faults.append(f"{seed}: {type(error).__name__}: {error}")
         except Exception as error:

@@ -15,17 +15,25 @@ import pyarrow as pa
 from PIL import Image
 
 from ns.core.digest import hash_text
+from ns.core.errors import DataError
 from ns.data.loading.decode import EncodedJpeg, decode_image
 from ns.evaluation.robustness.corruptions import corrupt_image
 from ns.evaluation.robustness.perturbations import crop_center, render_sequence
-from ns.storage.parquet import encode_table, read_table
+from ns.storage.parquet import encode_table, parse_table
 
 RESIZED_PX = 256
 JPEG_QUALITY = 85
 
 DistortedImage = EncodedJpeg | npt.NDArray[np.uint8]
 
-IMAGE_SCHEMA = pa.schema([("image", pa.binary()), ("width", pa.int32()), ("height", pa.int32())])
+IMAGE_SCHEMA = pa.schema(
+    [
+        pa.field("image", pa.binary(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+    ]
+)
+CURE = "delete it, and run the same command again"
 
 
 class DistortionTask(NamedTuple):
@@ -79,15 +87,17 @@ def pack_images(images: Sequence[DistortedImage]) -> bytes:
     return encode_table(pa.table(list(zip(*rows, strict=True)), schema=IMAGE_SCHEMA), use_dictionary=False)
 
 
-def unpack_images(data: bytes, *, keep_size: bool) -> list[DistortedImage]:
-    """The images that `pack_images` encoded."""
-    table = read_table(data, schema=IMAGE_SCHEMA)
+def unpack_images(data: bytes, uri: str, *, keep_size: bool) -> list[DistortedImage]:
+    """The images that `pack_images` encoded. Raises DataError naming the file if it is damaged."""
+    table = parse_table(data, uri, IMAGE_SCHEMA, CURE)
     images: list[DistortedImage] = []
     for image, width, height in zip(*(table[name].to_pylist() for name in IMAGE_SCHEMA.names), strict=True):
-        if keep_size:
+        if not keep_size:
+            images.append(EncodedJpeg(image, width, height))
+        elif min(width, height) > 0 and len(image) == width * height * 3:
             images.append(np.frombuffer(image, np.uint8).reshape(height, width, 3))
         else:
-            images.append(EncodedJpeg(image, width, height))
+            raise DataError(f"{uri}: has an image of {width} x {height} px with {len(image)} bytes; {CURE}")
     return images
 
 

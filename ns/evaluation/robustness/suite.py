@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from ns.config.schema import EvaluationConfig
@@ -35,6 +36,7 @@ from ns.evaluation.result import AttackResult, ImageMistakes, PerturbationResult
 from ns.evaluation.robustness.attacks import AttackPlan, attack_images
 from ns.evaluation.robustness.corruptions import SMALL_PX
 from ns.evaluation.robustness.render import (
+    CURE,
     DistortedImage,
     DistortionTask,
     distort_images,
@@ -45,7 +47,7 @@ from ns.evaluation.robustness.render import (
 from ns.evaluation.robustness.scores import flip_rates, top5_distances
 from ns.modeling.predictor import DECODE_THREADS, Predictor
 from ns.storage import Store
-from ns.storage.parquet import read_table, write_table
+from ns.storage.parquet import parse_table, write_table
 
 BLOCK_IMAGES = 512
 """Images of a unit: the work that a kill loses, and the images that are decoded in memory (130 MB of photographs)."""
@@ -55,6 +57,8 @@ BACKWARD_COST = 2
 """Cost of the backward pass to the image in forward passes: about 1.5, counted as 2."""
 PROCESSES_FROM_SECONDS = 10
 """Less rendering than this is done in threads: processes take a second or two to start."""
+UNIT_SCHEMA = pa.schema([pa.field("key", pa.string(), nullable=False), pa.field("rank", pa.uint16(), nullable=False)])
+"""What of a unit's predictions is counted."""
 TOP_K = 5
 NOISE_PERTURBATIONS = ("gaussian_noise", "shot_noise")
 """Perturbations whose frames are compared with the first frame, not with the one before: each frame has noise of its own."""
@@ -318,7 +322,7 @@ class RobustnessSuite:
 
         def iter_tasks() -> Iterator[tuple[SuiteUnit, slice, Future[list[DistortedImage]]]]:
             for unit in pending_units:
-                ready = self._load_stored(block, unit)
+                ready = self._load_stored(block, unit, len(images.keys))
                 size = max(1, self._predictor.batch // unit.images_each)
                 for start in range(0, max(1, len(images.keys)), size):
                     part = slice(start, start + size)
@@ -346,10 +350,15 @@ class RobustnessSuite:
     def _is_stored(self, block: _Block, unit: SuiteUnit) -> bool:
         return unit.suite == "corruptions" and self._unit_key(block, unit) in self._distorted_keys
 
-    def _load_stored(self, block: _Block, unit: SuiteUnit) -> list[DistortedImage] | None:
+    def _load_stored(self, block: _Block, unit: SuiteUnit, count: int) -> list[DistortedImage] | None:
         if self._distorted_store is None or not self._is_stored(block, unit):
             return None
-        return unpack_images(self._distorted_store.get(self._unit_key(block, unit)), keep_size=self._keep_size)
+        key = self._unit_key(block, unit)
+        uri = f"{self._distorted_store.uri}/{key}"
+        images = unpack_images(self._distorted_store.get(key), uri, keep_size=self._keep_size)
+        if len(images) != count * unit.images_each:
+            raise DataError(f"{uri}: has {len(images)} images, must have {count * unit.images_each}; {CURE}")
+        return images
 
     def _unit_key(self, block: _Block, unit: SuiteUnit) -> str:
         name = unit.kind
@@ -362,6 +371,26 @@ class RobustnessSuite:
 
     def _write_unit(self, block: _Block, unit: SuiteUnit, table: pa.Table) -> None:
         write_table(self._prediction_store, self._unit_key(block, unit), table)
+
+    def _load_unit(self, block: _Block, unit: SuiteUnit, keys: list[str] | None) -> tuple[bytes, pa.Table]:
+        """Bytes and table of a unit that is done. `keys`: of the images of the block, as the first unit has them. Raises DataError
+        naming a file that is damaged or of other images."""
+        key = self._unit_key(block, unit)
+        uri, data = f"{self._prediction_store.uri}/{key}", self._prediction_store.get(key)
+        top_k = min(TOP_K, len(self._predictor.manifest.classes))
+        table = parse_table(data, uri, _make_top_schema(top_k) if unit.suite == "perturbations" else UNIT_SCHEMA, CURE)
+        if keys is None:
+            shard_keys = self._source.read_index(block.shard).keys
+            known = {shard_keys[row] for row in block.rows.tolist()}
+            is_whole = known.issuperset(table["key"].to_pylist()) and len(pc.unique(table["key"])) == len(table)
+        else:
+            repeated = np.repeat(np.arange(len(keys)), unit.images_each)
+            is_whole = table["key"].combine_chunks().equals(pa.array(keys, pa.string()).take(pa.array(repeated)))
+        if "top" in table.column_names and pc.list_flatten(table["top"]).null_count:
+            raise DataError(f"{uri}: top: has cells without a value; {CURE}")
+        if not is_whole:
+            raise DataError(f"{uri}: key: these are not the images of the other measurements; {CURE}")
+        return data, table
 
     def _estimate_cost(self, pending: list[tuple[_Block, list[SuiteUnit]]], images: _BlockImages) -> SuiteCost:
         """Cost of the pending units: each kind is tried on one image, the network on a batch."""
@@ -407,10 +436,12 @@ class RobustnessSuite:
         images = 0
         files = []
         for block in self._blocks:
+            block_keys: list[str] | None = None
             for unit in self._units:
-                data = self._prediction_store.get(self._unit_key(block, unit))
+                data, table = self._load_unit(block, unit, block_keys)
                 files.append([self._unit_key(block, unit), sha256_bytes(data)])
-                table = read_table(data)
+                if block_keys is None:
+                    block_keys = table["key"].to_pylist()
                 if unit.suite == "corruptions":
                     failed = table["rank"].to_numpy().reshape(-1, unit.images_each) > 0
                     wrong[unit.kind] += failed.sum(0)
@@ -423,7 +454,7 @@ class RobustnessSuite:
                     right[unit.kind] += int((table["rank"].to_numpy() == 0).sum())
                     if unit.suite == "clean":
                         images += len(table)
-                        keys += table["key"].to_pylist()
+                        keys += block_keys
         if not images:
             raise DataError(f"{self._data_store.uri}: no readable image to evaluate on")
         corruption_mistakes, perturbation_mistakes = (
@@ -458,6 +489,11 @@ class RobustnessSuite:
             seconds=seconds,
         )
         return robustness, mistakes
+
+
+def _make_top_schema(top_k: int) -> pa.Schema:
+    top = pa.list_(pa.field("item", pa.uint16()), top_k)
+    return pa.schema([pa.field("key", pa.string(), nullable=False), pa.field("top", top, nullable=False)])
 
 
 def build_subsample(config: EvaluationConfig) -> Subsample | None:

@@ -149,10 +149,11 @@ def test_run_suite_keeps_at_most_keep_gib(run, tmp_path, make_labeled_images):
 def test_unpack_images_inverts_pack_images():
     small = [np.random.default_rng(n).integers(0, 256, (4 + n, 5, 3), np.uint8) for n in range(3)]
     assert all(
-        np.array_equal(one, other) for one, other in zip(unpack_images(pack_images(small), keep_size=True), small, strict=True)
+        np.array_equal(one, other)
+        for one, other in zip(unpack_images(pack_images(small), "a", keep_size=True), small, strict=True)
     )
     photographs = distort_images(DistortionTask([np.zeros((256, 300, 3), np.uint8)], ["k"], "contrast", (1, 2), 1, 0, False))
-    assert unpack_images(pack_images(photographs), keep_size=False) == photographs
+    assert unpack_images(pack_images(photographs), "a", keep_size=False) == photographs
 
 
 def test_render_base_resizes_photographs_only(picture):
