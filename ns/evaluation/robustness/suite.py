@@ -381,8 +381,8 @@ class RobustnessSuite:
         table = parse_table(data, uri, _make_top_schema(top_k) if unit.suite == "perturbations" else UNIT_SCHEMA, CURE)
         if keys is None:
             shard_keys = self._source.read_index(block.shard).keys
-            known = {shard_keys[row] for row in block.rows.tolist()}
-            is_whole = known.issuperset(table["key"].to_pylist()) and len(pc.unique(table["key"])) == len(table)
+            possible_keys = {shard_keys[row] for row in block.rows.tolist()}
+            is_whole = possible_keys.issuperset(table["key"].to_pylist()) and len(pc.unique(table["key"])) == len(table)
         else:
             repeated = np.repeat(np.arange(len(keys)), unit.images_each)
             is_whole = table["key"].combine_chunks().equals(pa.array(keys, pa.string()).take(pa.array(repeated)))
