@@ -1,9 +1,13 @@
 """`ns plan`: what a run will take."""
 
+import json
 import math
-from typing import TYPE_CHECKING, Annotated
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
@@ -11,8 +15,14 @@ from ns.cli.options import AsJson, ConfigArgument, Overrides, load_experiment_ar
 from ns.cli.output import escape_text, make_console, make_table, print_json
 
 if TYPE_CHECKING:
+    from ns.config.schema import Experiment
     from ns.data.prepared import DataPart
     from ns.planning.cost import RunPlan
+
+QUICK_SECONDS, QUICK_LIMIT = 3, 45
+"""Seconds to measure for before a run, and seconds after which it begins without an estimate: its data may take an hour to list."""
+LONG_HOURS = 24
+"""A longer run is begun only if a person agrees, where one is there."""
 
 
 def plan(
@@ -140,3 +150,40 @@ def _format_si(value: float) -> str:
         if value >= 0.9995 * size:
             return f"{value / size:.3g}{prefix}"
     return f"{value:.3g}"
+
+
+def announce_time(experiment: "Experiment", console: Console, *, agreed: bool) -> None:
+    """Says on a terminal about how long a new run takes here. If it is more than a day, asks, unless the person has `agreed` before.
+
+    Says nothing of the quickstart, nor where no estimate is at hand soon. Raises typer.Abort if the person does not want it.
+    """
+    if not console.is_terminal or experiment.data.pool.startswith("digits:"):
+        return
+    from ns.core.log import format_duration
+
+    run_plan = _estimate_quickly(experiment)
+    if run_plan is None:
+        return
+    text = f"about {format_duration(3600 * run_plan['hours'])} on {run_plan['machine']}, if every generation is run"
+    console.print(escape_text(text), soft_wrap=True)
+    if run_plan["hours"] > LONG_HOURS and not agreed and sys.stdin.isatty():
+        console.print(
+            "[dim]ns plan CONFIG says what takes it; ns init FOLDER --hours 8 proposes a shorter one[/]", soft_wrap=True
+        )
+        typer.confirm("Begin?", abort=True, err=True)
+
+
+def _estimate_quickly(experiment: "Experiment") -> dict[str, Any] | None:
+    """The plan as JSON, made by a process of its own: torch stays out of the one that follows the run. None if there is none soon."""
+    from ns.config.loader import dump_experiment
+    from ns.storage.scratch import make_scratch_dir
+
+    with make_scratch_dir("plan") as folder:
+        config = folder / "experiment.yaml"
+        config.write_text(dump_experiment(experiment), encoding="utf-8")
+        command = [sys.executable, "-m", "ns", "plan", str(config), "--json", f"--seconds={QUICK_SECONDS}"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=QUICK_LIMIT)
+            return dict(json.loads(done.stdout)) if done.returncode == 0 else None
+        except (subprocess.TimeoutExpired, ValueError):
+            return None

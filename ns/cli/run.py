@@ -13,6 +13,7 @@ from ns import __version__
 from ns.cli.kubeflow import KubeContext, KubeflowAccess, make_warning_printer, open_kubeflow
 from ns.cli.options import AsJson, Inputs, Kfp, Overrides, Root, load_experiment_argument
 from ns.cli.output import escape_text, make_console, print_json
+from ns.cli.plan import announce_time
 from ns.cli.runs import print_run
 from ns.core.errors import ConfigError, Interrupted, NsError, RunError
 from ns.storage import LocalStore, Store, open_store
@@ -42,6 +43,7 @@ def run(
     follow: Annotated[
         bool | None, typer.Option("--follow/--no-follow", help="On Kubeflow: follow the run; default: yes.")
     ] = None,
+    agreed: Annotated[bool, typer.Option("--yes", help="Do not ask before a run of more than a day.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run the whole loop, here or on Kubeflow. The same command continues a stopped run and repeats no finished work.
@@ -81,7 +83,7 @@ def run(
                 return
         else:
             options = {"image": image, "memory": memory, "gpus": gpus, "stage_seconds": stage_timeout}
-            _run_here(store, name, experiment, console, options if runner == "docker" else None)
+            _run_here(store, name, experiment, console, options if runner == "docker" else None, agreed=agreed)
         from ns.runs.summary import summarize_run
 
         summary = summarize_run(store, name)
@@ -102,12 +104,21 @@ def _choose_run(store: Store, config: str | None, overrides: list[str] | None, n
 
 
 def _run_here(
-    store: Store, name: str, experiment: "Experiment", console: Console, container_options: dict[str, Any] | None
+    store: Store,
+    name: str,
+    experiment: "Experiment",
+    console: Console,
+    container_options: dict[str, Any] | None,
+    *,
+    agreed: bool,
 ) -> None:
     """Runs the pipeline on this machine, in containers if there are options for them."""
     from ns.runs.lifecycle import lock_run, open_run
+    from ns.runs.records import RECORDS_PREFIX
 
     with lock_run(store, name):
+        if not store.exists(f"{RECORDS_PREFIX}{name}.json"):
+            announce_time(experiment, console, agreed=agreed)
         state = open_run(store, name, experiment, __version__)
         if container_options is not None:
             from pipelines.runners import docker
