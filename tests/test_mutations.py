@@ -58,7 +58,8 @@ from ns.labeling.selection import make_selection
 from ns.modeling.factory import build_model, load_model, save_model
 from ns.modeling.manifest import Lineage, ModelManifest
 from ns.modeling.predictor import Predictor
-from ns.modeling.weight_names import check_weights_fit, read_tensor_shapes
+from ns.modeling.tensor_shapes import read_tensor_shapes
+from ns.modeling.weight_names import check_weights_fit
 from ns.runs.lookup import list_runs
 from ns.runs.records import RunRecord, StageNote, list_stage_notes
 from ns.storage import LocalStore

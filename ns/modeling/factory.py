@@ -19,7 +19,8 @@ from ns.core.errors import ConfigError, DataError, prefix_errors
 from ns.modeling.manifest import ModelManifest, split_weights_uri
 from ns.modeling.network_noise import check_confined_noise, find_missing_noise
 from ns.modeling.pretrained import describe_weights, find_fetched, locate_weights
-from ns.modeling.weight_names import check_weights_fit, read_tensor_shapes
+from ns.modeling.tensor_shapes import read_tensor_shapes
+from ns.modeling.weight_names import check_weights_fit
 from ns.storage import Store, open_store
 from ns.storage.documents import encode_json
 

@@ -21,7 +21,7 @@ from ns.core import log
 from ns.core.digest import digest_json, sha256_file, shorten_digest
 from ns.core.errors import ConfigError, DataError, StoreError, prefix_errors
 from ns.modeling.manifest import WEIGHTS, ModelManifest, digest_weights, split_weights_uri
-from ns.modeling.weight_names import read_tensor_shapes
+from ns.modeling.tensor_shapes import read_tensor_shapes
 from ns.storage import Store, open_store
 from ns.storage.documents import FileName, HashedDocument, Sha256, name_by_content, parse_json_object
 from ns.storage.lease import hold_lease

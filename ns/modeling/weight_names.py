@@ -8,44 +8,14 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ns.core.errors import ConfigError, DataError
-from ns.modeling.manifest import ModelManifest, split_weights_uri
-from ns.storage import open_store
-from ns.storage.documents import parse_json_object
+from ns.core.errors import ConfigError
+from ns.modeling.tensor_shapes import Shape
 
 WRAPPERS = ("module.", "_orig_mod.", "model.", "state_dict.", "net.", "network.", "backbone.")
 """What stands before the names of tensors if a wrapped network was saved."""
-LENGTH_BYTES = 8
-MAX_HEADER_BYTES = 100_000_000
-"""As safetensors limits it."""
 NAMED_TENSORS = 5
 """Tensors that do not fit and are named."""
-FOREIGN_MAGIC = {b"PK\x03\x04": "a zip archive with a pickle, as torch.save writes it", b"\x80": "a pickle"}
-"""Beginnings of other files that are called .safetensors."""
-
-Shape = tuple[int, ...]
 Value = TypeVar("Value")
-
-
-def read_tensor_shapes(uri: str) -> dict[str, Shape]:
-    """Name → shape of the tensors in a safetensors file, or in a model's folder, from its header alone.
-
-    The format is a little-endian length of 8 bytes, and JSON of that length. Raises DataError for a file of another kind.
-    """
-    parent, key = split_weights_uri(uri)
-    store = open_store(parent)
-    key = key or ModelManifest.load(store).weights_key
-    begin = store.get_range(key, 0, LENGTH_BYTES)
-    length = int.from_bytes(begin, "little")
-    try:
-        if not 2 <= length <= MAX_HEADER_BYTES:
-            foreign = next((kind for magic, kind in FOREIGN_MAGIC.items() if begin.startswith(magic)), None)
-            cure = "which is not read, because it can run any program; convert it once with safetensors.torch.save_file"
-            raise DataError(f"{foreign}, {cure}" if foreign else "no header")
-        header = parse_json_object(store.get_range(key, LENGTH_BYTES, length), "header")
-        return {name: tuple(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__"}
-    except (DataError, KeyError, TypeError) as error:
-        raise DataError(f"{uri}: not a safetensors file: {error}") from error
 
 
 class WeightsFit(NamedTuple):

@@ -21,6 +21,7 @@ ELSEWHERE = {
     },
     "data/loading/shared_memory.py": "how images are handed over, not which",
     "modeling/network_noise.py": "inference has no noise",
+    "modeling/tensor_shapes.py": "it checks weights before they are read",
     "modeling/pretrained.py": "settings are in the inputs by their values, and weights by their digests",
     "labeling/thresholds.py": "a selection holds the thresholds that were found",
 }

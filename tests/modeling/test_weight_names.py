@@ -7,7 +7,8 @@ from safetensors.torch import save_file
 from ns.config.schema import ModelConfig, NoiseConfig
 from ns.core.errors import ConfigError, DataError
 from ns.modeling.factory import build_model
-from ns.modeling.weight_names import check_weights_fit, read_tensor_shapes, strip_wrappers
+from ns.modeling.tensor_shapes import read_tensor_shapes
+from ns.modeling.weight_names import check_weights_fit, strip_wrappers
 
 
 @pytest.fixture(scope="module")
