@@ -11,7 +11,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-HEAVY = {"kfp", "kubernetes", "torch", "timm", "torchvision", "matplotlib", "sklearn", "docker", "components", "pipelines"}
+HEAVY = {
+    "kfp",
+    "kubernetes",
+    "torch",
+    "timm",
+    "torchvision",
+    "matplotlib",
+    "sklearn",
+    "docker",
+    "pandas",
+    "components",
+    "pipelines",
+}
 
 
 STAGES = [f"ns.stages.{name}" for name in ("prepare", "train", "label", "select", "evaluate", "gate", "report", "train_worker")]

@@ -56,16 +56,28 @@ def digest_code(*parts: str) -> str:
     sources: dict[str, str] = {}
     libraries: dict[str, str] = {}
     for file in _list_sources(parts):
-        source_digest, modules = _digest_source(file)
+        source_digest, modules = _digest_file(file)
         sources[file.relative_to(PACKAGE).as_posix()] = source_digest
         for module in modules:
             libraries[module] = _read_version(DECIDING_LIBRARIES[module])
     return digest_json({"sources": sources, "libraries": libraries})
 
 
+def read_sources() -> None:
+    """Reads the sources that results depend on. A process that is forked afterwards reads again only those that have changed since."""
+    for file in _list_sources(RESULT_SOURCES):
+        _digest_file(file)
+
+
+def _digest_file(file: Path) -> tuple[str, frozenset[str]]:
+    """Digest of a file's code as it is now, and the modules of deciding libraries that it imports."""
+    state = file.stat()
+    return _digest_source(file, state.st_mtime_ns, state.st_size)
+
+
 @cache
-def _digest_source(file: Path) -> tuple[str, frozenset[str]]:
-    """Digest of a file's code, and the modules of deciding libraries that it imports. Several parts may hold the file."""
+def _digest_source(file: Path, _modified_ns: int, _size: int) -> tuple[str, frozenset[str]]:
+    """Several parts may hold the file, and it takes milliseconds."""
     source = file.read_text(encoding="utf-8")
     return sha256_bytes(strip_comments(source).encode()), frozenset(_IMPORT.findall(source)) & DECIDING_LIBRARIES.keys()
 

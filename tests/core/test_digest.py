@@ -130,6 +130,27 @@ def test_stripped_sources_are_the_same_program():
         assert after == before, file
 
 
+def test_read_sources_spares_reading_what_has_not_changed(monkeypatch, tmp_path):
+    monkeypatch.setattr(digest, "PACKAGE", tmp_path)
+    monkeypatch.setattr(digest, "RESULT_SOURCES", ("data", "training"))
+    read = []
+    monkeypatch.setattr(digest, "strip_comments", lambda source: read.append(source) or source)
+    for file, source in (("data/a.py", "A = 1"), ("training/b.py", "B = 1")):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).write_text(source)
+
+    def compute():
+        digest.digest_code.cache_clear()
+        return digest.digest_code("data", "training")
+
+    digest.read_sources()
+    first = compute()
+    assert read == ["A = 1", "B = 1"]
+    (tmp_path / "training/b.py").write_text("B = 10")
+    assert compute() != first
+    assert read == ["A = 1", "B = 1", "B = 10"]
+
+
 def test_digest_code_follows_the_versions_of_deciding_libraries(monkeypatch):
     versions = {"torch": "2.14.1+cpu", "torchvision": "0.29.1+cpu", "timm": "1.0.31", "pillow": "12.0", "simplejpeg": "1.8"}
     monkeypatch.setattr(digest, "version", lambda name: versions[name])

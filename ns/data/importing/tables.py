@@ -14,7 +14,6 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
-import pyarrow.dataset as pads
 
 from ns.core import log
 from ns.core.errors import DataError
@@ -94,6 +93,9 @@ def open_batches(path: Path, source: str) -> Any:
 
 
 def _open_parquet(path: Path, source: str) -> Any:
+    # Loads pandas where it is installed, which takes half a second.
+    import pyarrow.dataset as pads
+
     schema = pads.dataset(path, format="parquet").schema
     texts = {field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_binary(field.type)}
     # As dictionaries, values that are repeated are there once.

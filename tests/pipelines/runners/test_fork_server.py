@@ -86,6 +86,18 @@ def test_stage_finds_what_a_process_of_its_own_finds(server, capfd):
     assert forked["threads"] == 1
 
 
+def test_stage_need_not_read_the_sources_that_it_compares(server, capfd):
+    source = """
+def component(folder: str):
+    from ns.core import digest
+    read = digest._digest_source.cache_info().misses
+    digest.describe_code()
+    print("read again:", digest._digest_source.cache_info().misses - read)
+"""
+    assert run(server, source) == 0
+    assert "read again: 0" in capfd.readouterr().out
+
+
 def test_exit_code_and_output_are_the_stages(server, capfd):
     assert run(server, "def component(folder: str):\n    os.write(2, b'bad \\xff\\n'); sys.exit(7)") == 7
     assert run(server, "def component(folder: str):\n    os.kill(os.getpid(), 9)") == -9
