@@ -3,6 +3,7 @@
 import contextlib
 import io
 import mmap
+import shutil
 import threading
 import time
 
@@ -42,16 +43,24 @@ def write(folder, picture, count=50, label=True, kind="JPEG", size=16, shard_sam
     return dataset
 
 
-@pytest.fixture
-def labeled(tmp_path, picture):
-    folder = LocalStore(tmp_path / "labeled")
-    return folder, write(folder, picture)
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, picture):
+    """Folder of labeled images and pool, and the two datasets. Each test has a copy."""
+    root = tmp_path_factory.mktemp("written")
+    pool = write(LocalStore(root / "pool"), picture, count=33, label=False, kind="PNG")
+    return root, write(LocalStore(root / "labeled"), picture), pool
 
 
 @pytest.fixture
-def pool(tmp_path, picture):
-    folder = LocalStore(tmp_path / "pool")
-    return folder, write(folder, picture, count=33, label=False, kind="PNG")
+def labeled(tmp_path, written):
+    root, dataset, _ = written
+    return LocalStore(shutil.copytree(root / "labeled", tmp_path / "labeled")), dataset
+
+
+@pytest.fixture
+def pool(tmp_path, written):
+    root, _, dataset = written
+    return LocalStore(shutil.copytree(root / "pool", tmp_path / "pool")), dataset
 
 
 def make_batches(labeled, pool=None, *, batch_size=10, noise=NOISE, **ranks):
@@ -75,10 +84,18 @@ def equal(first, second):
     return all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.fixture(scope="module")
+def first_steps(written):
+    """Twelve steps, each made on its own."""
+    root, labeled, pool = written
+    folders = (LocalStore(root / "labeled"), labeled), (LocalStore(root / "pool"), pool)
+    return [arrays(make_batches(*folders)[step]) for step in range(12)]
+
+
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("start", [0, 1, 7])
-def test_batches_resume_at_any_step_with_any_workers(labeled, pool, workers, start):
-    expected = [arrays(make_batches(labeled, pool)[step]) for step in range(start, 12)]
+def test_batches_resume_at_any_step_with_any_workers(labeled, pool, first_steps, workers, start):
+    expected = first_steps[start:]
     found = iterate_batches(make_batches(labeled, pool), start=start, stop=12, workers=workers, pin_memory=False)
     assert all(equal(a, arrays(b)) for a, b in zip(expected, found, strict=True))
 
