@@ -55,8 +55,8 @@ POLL_SECONDS = 2.0
 
 SMALL = ("generations=1", "teacher.train.epochs=100", "students.0.train.epochs=10", "labeling.tasks=1")
 """The smallest run whose teacher labels anything."""
-LONG_TEACHER = ("generations=1", "teacher.train.epochs=5000", "students.0.train.epochs=10", "labeling.tasks=1")
-"""Its teacher trains for some minutes, and writes a checkpoint every five seconds."""
+LONG_TEACHER = ("generations=1", "teacher.train.epochs=2500", "students.0.train.epochs=10", "labeling.tasks=1")
+"""Its teacher trains for a minute or more, and writes a checkpoint every five seconds."""
 CHECKPOINTS = ("teacher.train.checkpoint_seconds=5",)
 MAX_SHARE = 0.6
 """Of Argo's limit, for a compressed Workflow."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from k8s.kubectl import K8sObject, Kubectl
 from k8s.workflow import RUN_LABEL, find_refused_pods, read_node_id
-from ns.core.errors import NsError
+from ns.core.errors import NsError, RunError
 
 STAGE_LABEL = "app.kubernetes.io/component"
 JOB_LABEL = "jobset.sigs.k8s.io/jobset-name"
@@ -68,11 +68,17 @@ class RunPods:
         self._polled_at = -POLL_SECONDS
         self._workflow_read_at = 0.0
         self._refused: dict[str, tuple[str, str]] = {}
+        self._was_seen = False
+        self._missing_looks = 0
+        """How often in a row there was no Workflow, and no pod, which is deleted with it."""
         self._pending_since: dict[str, float] = {}
         self._told: set[tuple[str, str]] = set()
 
     def report_waiting(self) -> None:
-        """Tells why pods have waited for a minute, once for each stage and reason. Looks every few seconds, however often it is called."""
+        """Tells why pods have waited for a minute, once for each stage and reason. Looks every few seconds, however often it is called.
+
+        Raises RunError if the run's Workflow was deleted: nothing works any more, and Kubeflow shows the run as running for ever.
+        """
         now = time.monotonic()
         if now - self._polled_at < POLL_SECONDS:
             return
@@ -89,13 +95,21 @@ class RunPods:
             for name, (stage, message) in self._refused.items():
                 if now - self._pending_since[name] >= PENDING_SECONDS:
                     self._tell_once(stage, "its pod is refused:", _shorten_line(message))
+        if self._missing_looks > 1:
+            reason = f"its Workflow in {self._namespace} was deleted, and Kubeflow goes on to show it as it was"
+            if self._was_seen:
+                raise RunError(f"{reason}: terminate it there, though that fails; then the same command starts it again")
+            self._tell_once("run", "perhaps", f"{reason}; if so, terminate it there, and start it again")
 
     def _read_refused(self, now: float, existing: Collection[str]) -> None:
         """Reads which pods do not exist because the namespace has no room. Argo's object may be large: it is read once a minute."""
         if now - self._workflow_read_at >= PENDING_SECONDS:
             self._workflow_read_at, self._refused = now, {}
-            for workflow in self._kubectl.list_objects(WORKFLOWS, self._namespace, self._selector):
+            workflows = self._kubectl.list_objects(WORKFLOWS, self._namespace, self._selector)
+            for workflow in workflows:
                 self._refused = find_refused_pods(workflow)
+            self._was_seen = self._was_seen or bool(workflows)
+            self._missing_looks = 0 if workflows or existing else self._missing_looks + 1
         self._refused = {name: refused for name, refused in self._refused.items() if name not in existing}
 
     def _tell_once(self, stage: str, what: str, reason: str) -> None:

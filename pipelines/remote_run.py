@@ -21,7 +21,15 @@ from ns.storage import LocalStore, Store
 from ns.storage.documents import parse_json_object
 from ns.training.monitor import PROGRESS
 from pipelines import PACKAGE
-from pipelines.kfp_client import ENDED_STATES, KfpClient, SubmittedRun, check_inputs, parse_inputs, stage_names
+from pipelines.kfp_client import (
+    ENDED_STATES,
+    KfpClient,
+    KfpUnreachableError,
+    SubmittedRun,
+    check_inputs,
+    parse_inputs,
+    stage_names,
+)
 from pipelines.placement import PLACEMENT_FIELDS, TEXT_FIELDS, Placement
 from pipelines.versions import provide_pipeline
 
@@ -125,8 +133,8 @@ def follow_run(
     """Shows a run until it has ended.
 
     `after_poll` is called every few seconds. `explain_pods` says why the pods of stages failed, as Kubernetes has it: task → reason.
-    Raises RunError with each failed stage and its reason if the run failed, TerminatedError if a person ended it, and Interrupted after
-    SIGINT or SIGTERM.
+    Raises RunError with each failed stage and its reason if the run failed, or if it is lost, TerminatedError if a person ended it, and
+    Interrupted after SIGINT or SIGTERM.
     """
     watcher = _StageRecordWatcher(root, run, on_event)
 
@@ -136,7 +144,14 @@ def follow_run(
 
     # SIGTERM acts like Ctrl-C; a job in the background receives both.
     with handle_signals(signal.default_int_handler):
-        ended = client.wait_for_run(submitted.run_id, poll_all)
+        try:
+            ended = client.wait_for_run(submitted.run_id, poll_all)
+        except KfpUnreachableError:
+            raise
+        except RunError as reason:
+            lost = RunError(f"run {run}: {reason}; logs: {submitted.url}")
+            _record_end(root, run, "failed", lost)
+            raise lost from reason
     if ended.state == "SUCCEEDED":
         return
     if ended.state != "FAILED":

@@ -7,6 +7,7 @@ import pytest
 from k8s import pods
 from k8s.kubectl import Kubectl
 from k8s.pods import RunPods, explain_end, find_trouble
+from ns.core.errors import RunError
 from tests.k8s.conftest import thing
 from tests.k8s.fake_kubectl import Fake
 
@@ -179,6 +180,28 @@ def test_report_waiting_tells_pods_that_the_quota_refuses(cluster):
         "other runs, ask for less, or raise the quota"
     )
     assert report.startswith("report: its pod is refused: ")
+
+
+def test_report_waiting_raises_if_the_workflow_was_deleted(cluster):
+    said = []
+    run_pods = RunPods(Kubectl("kind-test"), "kubeflow", "run-1", said.append)
+    for objects, is_lost in (([workflow()], False), ([], False), ([workflow()], False), ([], False), ([], True)):
+        cluster.state["objects"] = objects
+        cluster.save()
+        if is_lost:
+            with pytest.raises(RunError, match="its Workflow in kubeflow was deleted"):
+                run_pods.report_waiting()
+        else:
+            run_pods.report_waiting()
+    assert said == []
+
+
+def test_report_waiting_only_tells_of_a_workflow_that_it_never_saw(cluster):
+    # It may look in the wrong namespace.
+    cluster.state["objects"] = []
+    cluster.save()
+    (line,) = watch(cluster, polls=4)
+    assert line.startswith("run: perhaps its Workflow in kubeflow was deleted")
 
 
 def test_report_waiting_of_the_nodes_of_a_training(cluster):

@@ -224,6 +224,16 @@ def test_follow_run_of_a_terminated_run_has_its_own_exit_code(started, kfp, root
 
 
 @pytest.mark.integration
+def test_follow_run_of_a_run_whose_workflow_was_deleted_ends(started, kfp, root):
+    def lose():
+        raise RunError("its Workflow in kubeflow was deleted")
+
+    with pytest.raises(RunError, match=f"run {NAME}: its Workflow in kubeflow was deleted; logs: "):
+        follow(started, root, after_poll=lose)
+    assert record(root).state == "failed"
+
+
+@pytest.mark.integration
 def test_follow_run_of_a_run_that_failed_after_a_retry_is_failed(started, kfp, root):
     for state in ("CANCELING", "FAILED", "RUNNING", "FAILED"):
         kfp.end(started[1].run_id, state)
