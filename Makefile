@@ -6,7 +6,7 @@ NS := $(BIN)/ns
 PYTEST := $(BIN)/python -m pytest
 ARGS ?=
 RUN_EXTRAS := pipelines,quickstart
-TEST_EXTRAS := $(RUN_EXTRAS),versions,check,export,tensorboard,dev
+TEST_EXTRAS := $(RUN_EXTRAS),versions,check,export,mlflow,tensorboard,dev
 
 K8S := $(BIN)/python -m k8s
 CLUSTER_OPTIONS = $(if $(KUBE_CONTEXT),--context "$(KUBE_CONTEXT)")
@@ -36,7 +36,7 @@ clean: ## Remove runs/ and site/
 
 ##@ Develop
 
-test-integration: $(VENV)/.test ## Run the integration tests: servers, killed processes, whole runs, a browser
+test-integration: $(VENV)/.test $(VENV)-mlflow/.installed ## Run the integration tests: servers, killed processes, whole runs, a browser
 	@$(PYTEST) -m "integration or browser or data" --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-containers: $(VENV)/.test ## Run the tests that need a container engine
@@ -84,7 +84,7 @@ constraints: $(VENV)/.test ## Write constraints.txt from what is installed
 venv: $(VENV)/.test ## Create the virtual environment for development
 
 distclean: clean ## Remove runs/ and the virtual environments
-	rm -rf $(VENV) $(VENV)-audit $(VENV)-checkov $(VENV)-mutation mutants
+	rm -rf $(VENV) $(VENV)-audit $(VENV)-checkov $(VENV)-mlflow $(VENV)-mutation mutants
 
 ##@ Measure
 
@@ -201,6 +201,12 @@ $(VENV)-checkov/.installed: $(VENV)/.test
 $(VENV)-audit/.installed: $(VENV)/.test
 	@$(BIN)/python -m venv $(VENV)-audit
 	@$(VENV)-audit/bin/pip install --disable-pip-version-check --quiet pip-audit==2.10.1
+	@touch $@
+
+# MLflow's server, for tests. It has our packages too: by its own account it takes no such new pyarrow.
+$(VENV)-mlflow/.installed: $(VENV)/.test
+	@$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --target $(VENV)-mlflow --upgrade mlflow==3.17.2 \
+		mlflow-tracing==3.17.2 alembic==1.20.1 SQLAlchemy==2.1.9 Mako==1.4.3 graphene==3.4.3 graphql-relay==3.2.0 huey==2.6.0
 	@touch $@
 
 # It runs the tests, so it needs our packages beside its own.

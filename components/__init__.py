@@ -24,8 +24,18 @@ TOOLS_IMAGE = f"noisy-student/tools:{__version__}"
 
 STAGE_USER = 10001
 """User and group that stages run as (images/Dockerfile)."""
-SETTINGS_VARIABLES = ("AWS_ENDPOINT_URL", "AWS_REGION", "NS_METRICS_PORT", "NS_METRICS_LINGER_SECONDS", "NS_PUSHGATEWAY_URL")
+SETTINGS_VARIABLES = (
+    "AWS_ENDPOINT_URL",
+    "AWS_REGION",
+    "MLFLOW_EXPERIMENT_NAME",
+    "MLFLOW_TRACKING_URI",
+    "NS_METRICS_LINGER_SECONDS",
+    "NS_METRICS_PORT",
+    "NS_PUSHGATEWAY_URL",
+)
 """Environment variables of every stage that come from a ConfigMap."""
 
-STORE_FOLDER, REGISTRY_FOLDER, SETTINGS_FOLDER = "/run/ns/store", "/run/ns/registry", "/run/ns/settings"
-"""Where the pods of stages have the secrets of the store and of the label registry, and that ConfigMap. Each may be missing."""
+STORE_FOLDER, REGISTRY_FOLDER, MLFLOW_FOLDER = "/run/ns/store", "/run/ns/registry", "/run/ns/mlflow"
+"""Where the pods of stages have the secrets of the store, of the label registry and of MLflow's server. Each may be missing."""
+SETTINGS_FOLDER = "/run/ns/settings"
+"""Where they have that ConfigMap."""

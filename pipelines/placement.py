@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import TypeAdapter, ValidationError
 
-from components import REGISTRY_FOLDER, SETTINGS_FOLDER, STAGE_USER, STORE_FOLDER, TOOLS_IMAGE, WORKER_IMAGE
+from components import MLFLOW_FOLDER, REGISTRY_FOLDER, SETTINGS_FOLDER, STAGE_USER, STORE_FOLDER, TOOLS_IMAGE, WORKER_IMAGE
 from ns.core.errors import ConfigError
 from pipelines import dump_yaml_documents, load_yaml_documents
 
@@ -36,7 +36,7 @@ PENDING_HOURS = 168
 ITEMS_INPUT = "items"
 """Input of a task that is run for each item of a loop: what the loop is over."""
 VOLUME_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
-MOUNTED_FIELDS = ("storage_secret", "registry_secret", "settings")
+MOUNTED_FIELDS = ("storage_secret", "registry_secret", "mlflow_secret", "settings")
 """Fields of the placement that name what is mounted into pods; Kubeflow names the volumes after them."""
 
 Spec = dict[str, Any]
@@ -82,6 +82,8 @@ class Placement:
     """Secret with the keys accesskey and secretkey of the store. May be missing."""
     registry_secret: str = "noisy-student-registry"
     """Secret with the keys username, password and host of the label registry's git server. May be missing."""
+    mlflow_secret: str = "noisy-student-mlflow"
+    """Secret with the keys username and password, or token, of MLflow's server. May be missing."""
     settings: str = "noisy-student"
     """ConfigMap with SETTINGS_VARIABLES. May be missing, and so may its keys."""
     runtime: str = "noisy-student"
@@ -156,6 +158,9 @@ STAGE_PODS = {
     "report": StagePod("cpu", 1),
 }
 """Component → its pod."""
+
+TRACKED_STAGES = ("teacher", "student", "report")
+"""Stages that log to MLflow."""
 
 
 def render_package(package: str, placement: Placement, *, name: str = "", generations: int = 0) -> str:
@@ -284,6 +289,8 @@ def _build_pod(stage: str, pod: StagePod, placement: Placement) -> Spec:
     secrets = [_mount("secretNameParameter", placement.storage_secret, STORE_FOLDER)]
     if stage == "select":
         secrets.append(_mount("secretNameParameter", placement.registry_secret, REGISTRY_FOLDER))
+    if stage in TRACKED_STAGES:
+        secrets.append(_mount("secretNameParameter", placement.mlflow_secret, MLFLOW_FOLDER))
     labels = {"app.kubernetes.io/component": stage, "app.kubernetes.io/part-of": "noisy-student"}
     if placement.queue:
         labels["kueue.x-k8s.io/queue-name"] = placement.queue

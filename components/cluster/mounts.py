@@ -6,13 +6,15 @@ The keys of the store stay in their files, where a changed key is seen; the rest
 from collections.abc import MutableMapping
 from pathlib import Path
 
-from components import REGISTRY_FOLDER, SETTINGS_FOLDER, SETTINGS_VARIABLES, STORE_FOLDER
+from components import MLFLOW_FOLDER, REGISTRY_FOLDER, SETTINGS_FOLDER, SETTINGS_VARIABLES, STORE_FOLDER
 from ns.core.errors import ConfigError
 from ns.core.git import HOST_VARIABLE, PASSWORD_VARIABLE, USER_VARIABLE
 from ns.storage.endpoint import SECRETS_VARIABLE
 
 REGISTRY_VARIABLES = {"username": USER_VARIABLE, "password": PASSWORD_VARIABLE, "host": HOST_VARIABLE}
 """Key of the registry's secret → variable."""
+MLFLOW_VARIABLES = {name: f"MLFLOW_TRACKING_{name.upper()}" for name in ("username", "password", "token")}
+"""Key of the secret of MLflow's server → MLflow's own variable."""
 
 
 def read_mounts(environment: MutableMapping[str, str]) -> None:
@@ -23,6 +25,7 @@ def read_mounts(environment: MutableMapping[str, str]) -> None:
     if any((Path(STORE_FOLDER) / key).exists() for key in ("accesskey", "secretkey")):
         environment[SECRETS_VARIABLE] = STORE_FOLDER
     variables = {Path(REGISTRY_FOLDER) / key: variable for key, variable in REGISTRY_VARIABLES.items()}
+    variables |= {Path(MLFLOW_FOLDER) / key: variable for key, variable in MLFLOW_VARIABLES.items()}
     variables |= {Path(SETTINGS_FOLDER) / variable: variable for variable in SETTINGS_VARIABLES}
     for path, variable in variables.items():
         try:

@@ -38,9 +38,12 @@ def promote_run(
 ) -> None:
     """Make a run's best model the one in use. The gate must have accepted it, and all its bytes are read and checked.
 
+    With MLFLOW_TRACKING_URI it is registered in MLflow too, as ONNX, with the pointer's name as alias.
+
     Example: [cyan]ns promote latest --root s3://bucket/noisy-student --branch promote/production --body body.md[/]
     """
     from ns.promotion import promote
+    from ns.promotion.mlflow_registry import register_model
     from ns.runs.lookup import resolve_run_name
 
     if to.suffix not in (".yaml", ".yml"):
@@ -52,14 +55,18 @@ def promote_run(
         move = promote.commit_pointer(pointer, to, branch, title=title, accepted_at=candidate.accepted_at, dry_run=dry_run)
     else:
         move = promote.write_pointer(pointer, to, dry_run=dry_run)
+    mlflow_version = None if dry_run else register_model(store, candidate, to.stem)
     if body is not None:
         write_page(body, promote.render_evidence(store, candidate, move.before, to.as_posix()))
     if as_json:
         committed_on = branch if move.commit else None
-        print_json({"pointer": candidate.pointer, **move._asdict(), "branch": committed_on, "title": title})
+        result = {"pointer": candidate.pointer, **move._asdict(), "branch": committed_on, "title": title}
+        print_json(result | ({"mlflow_version": mlflow_version} if mlflow_version else {}))
     else:
         for line in _describe_move(pointer, candidate.weights_bytes, move, to, branch, dry_run=dry_run):
             print_line(line)
+        if mlflow_version:
+            print_line(f"MLflow: {candidate.context.experiment.name}, version {mlflow_version}, alias {to.stem}")
 
 
 def _describe_move(

@@ -76,6 +76,18 @@ def dump_experiment(experiment: Experiment) -> str:
     return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def flatten_fields(value: Any, path: str = "") -> dict[str, str]:
+    """Maps field paths such as `a.b.0` to values as text; what is None, to `not set`."""
+    if isinstance(value, dict | list) and value:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {
+            key: text
+            for name, inner in items
+            for key, text in flatten_fields(inner, f"{path}.{name}" if path else str(name)).items()
+        }
+    return {path: "not set" if value is None else str(value)}
+
+
 def _validate_document(section_type: type[SectionT], document: dict[str, Any], origin: str) -> SectionT:
     try:
         return section_type.model_validate(document)

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from ns.config.loader import flatten_fields
 from ns.core.digest import shorten_digest
 from ns.core.errors import RunError
 from ns.evaluation.paired import paired_gain
@@ -128,22 +129,10 @@ def _total_metrics(context: ReportContext) -> list[Metric]:
 
 def _setting_rows(contexts: Sequence[ReportContext]) -> list[ComparisonRow]:
     """The fields of the experiments that differ."""
-    flat = [_flatten_fields(context.experiment.model_dump(mode="json")) for context in contexts]
+    flat = [flatten_fields(context.experiment.model_dump(mode="json")) for context in contexts]
     fields = dict.fromkeys(field for values in flat for field in values)
     rows = ((field, tuple(values.get(field, "not set") for values in flat)) for field in fields)
     return [ComparisonRow(field, values) for field, values in rows if len(set(values)) > 1]
-
-
-def _flatten_fields(value: Any, path: str = "") -> dict[str, str]:
-    """Maps field paths such as `a.b.0` to values as text."""
-    if isinstance(value, dict | list) and value:
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        return {
-            key: text
-            for name, inner in items
-            for key, text in _flatten_fields(inner, f"{path}.{name}" if path else str(name)).items()
-        }
-    return {path: "not set" if value is None else str(value)}
 
 
 def _lineage_rows(contexts: Sequence[ReportContext], models: Sequence[TrainedModel]) -> list[ComparisonRow]:

@@ -16,6 +16,7 @@ from ns.core import log, telemetry
 from ns.core.digest import shorten_digest
 from ns.core.errors import ConfigError, Interrupted, NsError, RunError
 from ns.core.process import die_with_client, handle_signals, set_openmp_to_sleep
+from ns.reporting import mlflow_runs
 from ns.runs.lifecycle import check_run_code, digest_experiment
 from ns.runs.records import (
     CONFIG_FILE,
@@ -115,7 +116,13 @@ def stage(
         begin_telemetry(name, generation, ref.run, experiment, teacher)
         if name != "train":  # Another process may train, and it serves the metrics on the same port.
             telemetry.serve_metrics()
-        yield context
+        try:
+            yield context
+        except Interrupted:
+            raise
+        except Exception:
+            mlflow_runs.publish_mlflow_failure(store, ref.run)
+            raise
     telemetry.end_stage(time.monotonic() - context.started, linger=linger)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ns.modeling.manifest import ModelManifest
-from ns.reporting import run_metrics
+from ns.reporting import mlflow_runs, run_metrics
 from ns.runs.lifecycle import finish_run
 from ns.stages.context import RunRef, has_client, stage
 from ns.storage import open_store
@@ -19,6 +19,7 @@ def report_run(ref: RunRef) -> str:
         if not has_client():
             # On a cluster no client keeps the record.
             finish_run(context.root, ref.run, "succeeded")
+        mlflow_runs.publish_mlflow_run(context.root, ref.run)
         run_metrics.push_run_summary(context.root, ref.run, context.experiment.name)
         return key
 

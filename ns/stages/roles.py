@@ -6,6 +6,7 @@ Each part is a stage of its own, with its ledger entries and its note, so what i
 from collections.abc import Callable, Sequence
 
 from ns.modeling.manifest import ModelManifest
+from ns.reporting import mlflow_runs
 from ns.stages.context import RunRef
 from ns.stages.evaluate import evaluate_generation
 from ns.stages.gate import check_first_teacher, gate_generation
@@ -32,6 +33,7 @@ def provide_teacher(
     evaluate_generation(ref, data=data, generation=generation, model=teacher)
     if generation == 0:
         check_first_teacher(ref, data=data, teacher=teacher)
+    mlflow_runs.publish_mlflow_generation(open_store(ref.root), ref.run, generation)
     return teacher
 
 
@@ -57,6 +59,7 @@ def provide_student(
     )
     evaluate_generation(ref, data=data, generation=generation, model=student)
     gate_generation(ref, data=data, generation=generation, teacher=teacher, student=student)
+    mlflow_runs.publish_mlflow_generation(open_store(ref.root), ref.run, generation)
     return student
 
 

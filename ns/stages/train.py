@@ -9,10 +9,12 @@ from ns.config.schema import Experiment
 from ns.core import log, telemetry
 from ns.core.digest import digest_json, shorten_digest
 from ns.core.errors import NsError
+from ns.core.mlflow_client import MlflowRun, is_tracked
 from ns.core.process import die_with_client, set_openmp_to_sleep
 from ns.data.prepared import PreparedData
 from ns.labeling.selection import Selection
 from ns.modeling.manifest import FINETUNED, ModelManifest
+from ns.reporting.mlflow_runs import open_mlflow_model_run, open_mlflow_run
 from ns.stages.context import RunRef, StageContext, begin_telemetry, check_gpus, stage
 from ns.stages.keys import read_model_digest, training_inputs, training_seed
 from ns.storage import Store, open_store
@@ -112,6 +114,7 @@ class _Training:
         self._root = root
         self._generation = generation
         self._teacher = teacher
+        self._experiment_name = experiment.name
         self._seed = training_seed(experiment, generation)
         self._prepared = PreparedData.load_file(root, data)
         self._selection = Selection.load(root.at(selection)) if selection else None
@@ -138,6 +141,10 @@ class _Training:
         """Trains, as one of the processes of `world`."""
         from ns.training.runner import train_and_save
 
+        def open_run_of(model_store: Store) -> MlflowRun:
+            model = model_store.uri.removeprefix(f"{self._root.uri}/")
+            return open_mlflow_model_run(open_mlflow_run(self._root, run, self._experiment_name), self._generation, model)
+
         if world.is_main:
             telemetry.serve_metrics()
         train_and_save(
@@ -153,4 +160,5 @@ class _Training:
             config_digest=digest_json(self.inputs["role"]),
             world=world,
             run_store=self._root.at(run),
+            open_mlflow_run=open_run_of if is_tracked() else None,
         )

@@ -1,4 +1,4 @@
-"""Shows how a training goes: in the log, to Prometheus, in `progress.json` in the run's folder, to TensorBoard.
+"""Shows how a training goes: in the log, to Prometheus, in `progress.json` in the run's folder, to TensorBoard and MLflow.
 
 Nothing here can stop training: a failed write is logged once, and tried again later.
 """
@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from ns.core import log, telemetry
 from ns.core.errors import ConfigError, StoreError
+from ns.core.mlflow_client import MlflowRun
 from ns.storage import Store
 from ns.storage.documents import encode_json
 from ns.storage.scratch import make_scratch_dir
@@ -20,6 +21,8 @@ PROGRESS = "progress.json"
 TENSORBOARD = "tensorboard"
 PROGRESS_SECONDS = 5.0
 """Seconds between writes of `progress.json`."""
+CURVES_SECONDS = 10.0
+"""Seconds between requests that log curves to MLflow."""
 EVENTS_SECONDS = 30.0
 """Seconds between copies of the file of TensorBoard events."""
 
@@ -27,10 +30,19 @@ EVENTS_SECONDS = 30.0
 class Monitor:
     """Shows one training. Without the store of a run it uses the log and Prometheus only."""
 
-    def __init__(self, run_store: Store | None = None, *, name: str = "train", tensorboard: bool = False) -> None:
+    def __init__(
+        self,
+        run_store: Store | None = None,
+        *,
+        name: str = "train",
+        tensorboard: bool = False,
+        mlflow_run: MlflowRun | None = None,
+    ) -> None:
         """`name`: the training's name in its run, such as `1-train`. Raises ConfigError if TensorBoard is wanted but not installed."""
         self._run_store = run_store
         self._name = name
+        self._mlflow_run = mlflow_run
+        self._curves_sent_at = float("-inf")
         self._events = _TensorBoardEvents(run_store, name) if tensorboard and run_store else None
         self._writer = _BackgroundWriter()
 
@@ -77,6 +89,12 @@ class Monitor:
         if self._events:
             self._events.add_point(point)
             self._writer.submit_write(self._events.copy_if_due)
+        tracked = self._mlflow_run
+        if tracked and time.monotonic() - self._curves_sent_at >= CURVES_SECONDS:
+            # What is left out comes with a later point, or with the end of the stage.
+            self._curves_sent_at = time.monotonic()
+            points = [*history]
+            self._writer.submit_write(lambda: tracked.log_curves(points))
 
     def on_checkpoint(self) -> None:
         """A checkpoint was taken."""

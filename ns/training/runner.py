@@ -1,9 +1,12 @@
 """One training, from data to a model in the store: the first teacher, or a student of a teacher's labels."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from ns.config.schema import ModelConfig, RoleConfig
+from ns.core.mlflow_client import MlflowRun
 from ns.data.loading.stream import LabeledImages, PseudoLabeledImages
 from ns.data.prepared import PreparedData
 from ns.labeling.label_set import LabelSet
@@ -36,11 +39,13 @@ def train_and_save(
     config_digest: str,
     world: World,
     run_store: Store,
+    open_mlflow_run: Callable[[Store], MlflowRun] | None = None,
 ) -> None:
     """Trains a teacher (no selection) or a student, and writes the model into `model_store`; then fine-tunes it, if the role says
     so, into FINETUNED below. A model that is there already is not trained again.
 
     `world`: the processes that train together; the main one writes. `run_store`: the folder of the run, for progress.
+    `open_mlflow_run`: MLflow's run of the model that is written into a store.
     """
     labeled_store, labeled_dataset = prepared.labeled.open_dataset(root)
     labeled = LabeledImages(labeled_store, labeled_dataset)
@@ -64,6 +69,12 @@ def train_and_save(
     ) -> None:
         """Trains, and writes the model into `store`. `init`: the fields of its lineage that tell the weights it starts from."""
         progress_store = run_store if world.is_main else None
+        monitor = Monitor(
+            progress_store,
+            name=f"{generation}-{name}",
+            tensorboard=role.train.tensorboard,
+            mlflow_run=open_mlflow_run(store) if open_mlflow_run and world.is_main else None,
+        )
         trained = train_model(
             network,
             plan,
@@ -73,7 +84,7 @@ def train_and_save(
             seed=seed,
             checkpoints=checkpoints,
             world=world,
-            monitor=Monitor(progress_store, name=f"{generation}-{name}", tensorboard=role.train.tensorboard),
+            monitor=monitor,
         )
         fields = {
             "generation": generation,

@@ -12,7 +12,7 @@ from ns.storage.endpoint import S3Endpoint
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     """Folders as Kubernetes mounts a Secret or ConfigMap that is missing: empty."""
-    made = {name: tmp_path / name for name in ("store", "registry", "settings")}
+    made = {name: tmp_path / name for name in ("store", "registry", "mlflow", "settings")}
     for name, folder in made.items():
         folder.mkdir()
         monkeypatch.setattr(mounts, f"{name.upper()}_FOLDER", str(folder))
@@ -24,6 +24,9 @@ def test_read_mounts_finds_keys_login_and_settings(folders):
     (folders["store"] / "secretkey").write_text("hidden")
     for key, value in {"username": "robot", "password": "word", "host": "git.example"}.items():
         (folders["registry"] / key).write_text(value)
+    (folders["mlflow"] / "username").write_text("tracker")
+    (folders["mlflow"] / "password").write_text("pass")
+    (folders["settings"] / "MLFLOW_TRACKING_URI").write_text("http://mlflow:5000")
     (folders["settings"] / "AWS_ENDPOINT_URL").write_text("http://seaweedfs:9000")
     (folders["settings"] / "PATH").write_text("is none of the settings")
     environment = {"AWS_REGION": "eu-west-1"}
@@ -34,6 +37,9 @@ def test_read_mounts_finds_keys_login_and_settings(folders):
         "NS_GIT_USERNAME": "robot",
         "NS_GIT_PASSWORD": "word",
         "NS_GIT_HOST": "git.example",
+        "MLFLOW_TRACKING_USERNAME": "tracker",
+        "MLFLOW_TRACKING_PASSWORD": "pass",
+        "MLFLOW_TRACKING_URI": "http://mlflow:5000",
         "AWS_ENDPOINT_URL": "http://seaweedfs:9000",
         "AWS_REGION": "eu-west-1",
     }

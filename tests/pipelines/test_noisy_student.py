@@ -13,7 +13,7 @@ import yaml
 from google.protobuf import json_format
 from kfp.kubernetes import kubernetes_executor_config_pb2
 
-from components import REGISTRY_FOLDER, SETTINGS_FOLDER, STORE_FOLDER
+from components import MLFLOW_FOLDER, REGISTRY_FOLDER, SETTINGS_FOLDER, STORE_FOLDER
 from ns.config.schema import MAX_GENERATIONS
 from pipelines import GENERATION_PACKAGE, PACKAGE
 from pipelines.placement import STAGE_PODS, Placement
@@ -220,12 +220,14 @@ def test_pods_by_their_pool(spec, pods):
         assert pod["podMetadata"]["labels"]["app.kubernetes.io/component"] == stage
 
 
-def test_secrets_are_files_and_the_registrys_only_selects(pods):
+def test_secrets_are_files_of_the_stages_that_use_them(pods):
     for name, pod in pods.items():
         folders = {
             entry["mountPath"]: entry["secretNameParameter"]["runtimeValue"]["constant"] for entry in pod["secretAsVolume"]
         }
         also = {REGISTRY_FOLDER: Placement().registry_secret} if name == "exec-select" else {}
+        if name in ("exec-teacher", "exec-student", "exec-report"):
+            also = {MLFLOW_FOLDER: Placement().mlflow_secret}
         assert folders == {STORE_FOLDER: Placement().storage_secret, **also}, name
         (settings,) = pod["configMapAsVolume"]
         assert settings["mountPath"] == SETTINGS_FOLDER
