@@ -16,7 +16,16 @@ from ns.core.errors import ConfigError, NsError, RunError, TerminatedError
 from ns.core.log import StageEvent
 from ns.core.process import handle_signals
 from ns.runs.lifecycle import finish_run, open_run
-from ns.runs.records import CONFIG_FILE, RunState, StageFailure, StageNote, StageTry, list_stage_failures, list_stage_tries
+from ns.runs.records import (
+    BASELINE_STAGES,
+    CONFIG_FILE,
+    RunState,
+    StageFailure,
+    StageNote,
+    StageTry,
+    list_stage_failures,
+    list_stage_tries,
+)
 from ns.storage import LocalStore, Store
 from ns.storage.documents import parse_json_object
 from ns.training.monitor import PROGRESS
@@ -201,7 +210,8 @@ def _explain_failures(client: KfpClient, ended: SubmittedRun, root: Store, run: 
 
 def _find_task(stage: str, generation: int) -> str:
     """The task of the pipeline, and so the name of the pod, that a stage is part of."""
-    return ("student" if generation else "teacher") if stage in ("train", "evaluate", "check", "gate") else stage
+    is_boxed = stage in ("train", "evaluate", "check", "gate", *BASELINE_STAGES)
+    return ("student" if generation else "teacher") if is_boxed else stage
 
 
 def _split_note_name(note_name: str) -> tuple[str, str]:

@@ -19,6 +19,8 @@ STAGE_TITLES = {
     "label": "label pool",
     "select": "select labels",
     "gate": "gate",
+    "train-baseline": "train on labeled images alone",
+    "evaluate-baseline": "evaluate that model",
     "report": "report",
 }
 
@@ -147,7 +149,7 @@ def _summarize_event(event: StageEvent) -> str:
             test = f", {event['test']:,} to test on" if "test" in event else ""
             counts = f"{event['labeled']:,} labeled, {event['pool']:,} in the pool, {event['heldout']:,} held out"
             return f"{counts}{calibration}{test}"
-        case "evaluate":
+        case "evaluate" | "evaluate-baseline":
             more = f", {event['corruption_error']:.1%} wrong when corrupted" if "corruption_error" in event else ""
             never = f", {event['never_predicted']}" if event.get("never_predicted") else ""
             return f"top-1 {event['top1']:.1%} of {event['images']:,} images{more}{never}"
@@ -161,6 +163,6 @@ def _summarize_event(event: StageEvent) -> str:
             return f"{kept}{foreign}{temperature}{classes}"
         case "gate":
             return f"{'promoted' if event['promoted'] else 'refused'}, change {100 * event['gain']:+.1f} points"
-        case "train" if "parameters" in event:
+        case "train" | "train-baseline" if "parameters" in event:
             return f"{event['steps']:,} steps, {event['parameters']:,} parameters"
     return ""

@@ -566,6 +566,10 @@ ForeignScore = Literal["none", "distance", "energy"]
 class LabelingConfig(Section):
     """How the teacher labels the pool."""
 
+    label_set: Uri | None = None
+    """URI of a label set of the pool, as `ns labels import` makes it: a student of generation 1 learns from it, in the place of the first
+    teacher's labels. The selection, audits, comparisons and the gate treat it as any other. Later generations have their teacher's
+    labels. Paper: none."""
     batch: int = Field(default=256, ge=1, le=8192)
     """Images per forward pass in labeling and in evaluation."""
     top_k: int = Field(default=10, ge=1, le=1000)
@@ -836,6 +840,9 @@ class Experiment(Section):
     teacher: RoleConfig = RoleConfig()
     students: tuple[RoleConfig, ...] = Field(default=(RoleConfig(),), min_length=1)
     """Students, one per generation; the last one serves all further generations."""
+    baseline: Literal["none", "labeled_only"] = "none"
+    """What the students are compared with besides their teachers. `labeled_only`: a model of the first student's kind, with its noise and
+    as many steps, trained on the labeled images alone. It takes part in no decision."""
     labeling: LabelingConfig = LabelingConfig()
     selection: SelectionConfig = SelectionConfig()
     gate: GateConfig = GateConfig()
@@ -864,6 +871,19 @@ class Experiment(Section):
                 raise ValueError(
                     f"gate.{condition}: evaluation.corruptions names extra kinds only, which count for no mCE; add one of the 15"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_label_set_usable(self) -> Self:
+        if self.labeling.label_set:
+            for field, is_set in (
+                ("selection.precision", self.selection.precision is not None),
+                ("labeling.foreign_score", self.labeling.foreign_score != "none"),
+            ):
+                if is_set:
+                    raise ValueError(
+                        f"labeling.label_set: {field} goes by what the teacher says, and these labels are not its; leave one out"
+                    )
         return self
 
     @model_validator(mode="after")
@@ -900,6 +920,7 @@ class Experiment(Section):
             f"data.{part}": getattr(data, part) for part in ("labeled", "pool", "heldout", "calibration", "test", "exclude")
         }
         uris |= {f"labeling.ensemble.{index}": uri for index, uri in enumerate(self.labeling.ensemble)}
+        uris["labeling.label_set"] = self.labeling.label_set
         for name, evaluation_set in evaluation.sets.items():
             uris |= {
                 f"evaluation.sets.{name}.uri": evaluation_set.uri,

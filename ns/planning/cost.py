@@ -292,8 +292,14 @@ def _list_jobs(experiment: Experiment, images: dict[DataPart, int], sets: dict[s
 
     yield from list_training_jobs(0, *select_role(0))
     for generation in range(1, 1 + experiment.generations):
-        yield _PlannedJob(generation, "label", *select_role(generation - 1), None, 0, images["pool"], views * models)
+        if generation > 1 or not labeling.label_set:
+            yield _PlannedJob(generation, "label", *select_role(generation - 1), None, 0, images["pool"], views * models)
         yield from list_training_jobs(generation, *select_role(generation))
+        if generation == 1 and experiment.baseline == "labeled_only":
+            field, role = select_role(1)
+            training_plan = plan_training(role, images["labeled"])
+            yield _PlannedJob(1, "train", field, role, training_plan, role.train.labeled_batch, 0)
+            yield _PlannedJob(1, "evaluate", field, role, None, clean + plain, 0)
 
 
 class _SpeedMeter:

@@ -30,12 +30,14 @@ PAGE_PICTURE_BYTES = 500_000
 def collect_generation_metrics(store: Store, run: str, generation: int) -> dict[str, float]:
     """The metrics of the generation's model, as `flatten_metrics` names them; shares in 0–1.
 
-    `promoted` is 1 or 0 once the gate has decided.
+    `promoted` is 1 or 0 once the gate has decided; `baseline_heldout_top1` is that of the run's baseline.
     """
     context = _gather_context(store, run, generation, pictures=0)
     values = flatten_metrics(collect_metrics(context, context.models[-1]))
     if verdict := context.verdict_of(generation):
         values["promoted"] = float(verdict.promoted)
+    if context.baseline and context.baseline.evaluation:
+        values["baseline_heldout_top1"] = context.baseline.evaluation.top1
     return values
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from ns.config.loader import flatten_fields
 from ns.core.digest import shorten_digest
 from ns.core.errors import RunError
+from ns.core.intervals import wilson_interval
 from ns.evaluation.paired import paired_gain
 from ns.evaluation.robustness.scores import score_robustness
 from ns.reporting import charts
@@ -61,7 +62,12 @@ def compare_runs(root: Store, names: Sequence[str]) -> Comparison:
             raise RunError(f"run {context.summary.run}: has no evaluated model yet; `ns run --resume` continues it")
         models.append(_score_against(context.best_model, contexts[0].models[0]))
     columns = [
-        [*_measure_difference(root, models[0], model), *collect_metrics(context, model), *_total_metrics(context)]
+        [
+            *_measure_difference(root, models[0], model),
+            *_compare_with_baseline(root, context, model),
+            *collect_metrics(context, model),
+            *_total_metrics(context),
+        ]
         for context, model in zip(contexts, models, strict=True)
     ]
     return Comparison(
@@ -109,14 +115,31 @@ def _score_against(model: TrainedModel, reference: TrainedModel) -> TrainedModel
 
 def _measure_difference(root: Store, first: TrainedModel, model: TrainedModel) -> list[Metric]:
     """The difference from the first run's model; empty for that model itself, and for models that saw other images."""
+    return _measure_gain(root, first, model, "difference", "difference from the first run, points")
+
+
+def _compare_with_baseline(root: Store, context: ReportContext, model: TrainedModel) -> list[Metric]:
+    """The run's baseline, and the gain of its best model over it; empty without a baseline."""
+    baseline = context.baseline
+    if baseline is None or baseline.evaluation is None:
+        return []
+    top1, images = baseline.evaluation.top1, baseline.evaluation.images
+    low, high = wilson_interval(top1, images)
+    name = "labeled images only, held out, top-1"
+    return [
+        Metric("baseline_heldout_top1", "Accuracy", name, top1, "share", low, high, "higher"),
+        *_measure_gain(root, baseline, model, "baseline_gain", "gain over labeled images only, points"),
+    ]
+
+
+def _measure_gain(root: Store, first: TrainedModel, model: TrainedModel, key: str, name: str) -> list[Metric]:
     if model is first or not (first.evaluation and model.evaluation):
         return []
     before, after = read_answers(root, first), read_answers(root, model)
     if (first.evaluation.dataset, before.keys) != (model.evaluation.dataset, after.keys):
         return []
     gain = paired_gain(before.is_right, after.is_right, level=LEVEL, resamples=RESAMPLES, seed=0)
-    name = "difference from the first run, points"
-    return [Metric("difference", "Accuracy", name, gain.value, "points", gain.low, gain.high)]
+    return [Metric(key, "Accuracy", name, gain.value, "points", gain.low, gain.high)]
 
 
 def _total_metrics(context: ReportContext) -> list[Metric]:

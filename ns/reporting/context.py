@@ -21,7 +21,7 @@ from ns.labeling.selection import Selection
 from ns.modeling.manifest import ModelManifest
 from ns.reporting.disagreement import ClassGains, Disagreement, ModelAnswers, compare_answers, compute_class_gains
 from ns.reporting.pictures import Gallery, build_flip_gallery, build_label_galleries, limit_galleries
-from ns.runs.records import CONFIG_FILE, RECORDS_PREFIX, RunRecord, StageNote
+from ns.runs.records import BASELINE_EVALUATE, BASELINE_TRAIN, CONFIG_FILE, RECORDS_PREFIX, RunRecord, StageNote
 from ns.runs.summary import RunSummary, summarize_run
 from ns.storage import Store, parent_key
 
@@ -45,6 +45,8 @@ class TrainedModel:
     """By their names in the run's notes, with scores relative to the first teacher or AlexNet."""
     predictions_key: str | None
     """Key of the folder with the predictions on held-out images; None before the model is evaluated."""
+    is_baseline: bool = False
+    """Whether it is the model that `baseline` asks for, and no part of the loop."""
 
     @property
     def evaluation(self) -> Evaluation | None:
@@ -53,6 +55,8 @@ class TrainedModel:
 
     @property
     def title(self) -> str:
+        if self.is_baseline:
+            return "Labeled images only"
         return "First teacher" if self.generation == 0 else f"Student {self.generation}"
 
 
@@ -67,6 +71,8 @@ class GenerationLabeling:
     """Images by predicted class and confidence: uint64 [classes, HISTOGRAM_BINS]."""
     diff: LabelDiff | None
     """Changes since the previous generation; None in the first."""
+    imported_from: str | None = None
+    """URI of the label set that was imported; None for labels of the generation's teacher."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,8 @@ class ReportContext:
     leaks: LeakageReport | None
     """The report of the leak guard; None if it is off."""
     models: list[TrainedModel]
+    baseline: TrainedModel | None
+    """The model that `baseline` asks for; None without one."""
     labelings: list[GenerationLabeling]
     verdicts: list[Verdict]
     galleries: list[Gallery]
@@ -91,6 +99,11 @@ class ReportContext:
     gains: ClassGains | None
     """Gains from the first teacher to the best model, or to the latest if none is better."""
     stages: list[StageNote]
+
+    @property
+    def shown_models(self) -> list[TrainedModel]:
+        """The models whose measurements stand side by side."""
+        return [*self.models, *([self.baseline] if self.baseline else [])]
 
     @property
     def first_model(self) -> TrainedModel | None:
@@ -133,7 +146,7 @@ def gather_context(
     )
     verdicts = [Verdict.load_file(root, note.outputs["verdict"]) for note in stage_notes if note.stage == "gate"]
     models = _read_models(root, stage_notes)
-    labelings = _read_labelings(root, stage_notes, generation, flips=group_size)
+    labelings = _read_labelings(root, stage_notes, generation, flips=group_size, imported=experiment.labeling.label_set)
     if generation is not None:
         teacher_before = _pick_best(
             [m for m in models if m.generation < generation], [v for v in verdicts if v.generation < generation]
@@ -174,6 +187,7 @@ def gather_context(
         datasets=_open_datasets(root, prepared),
         leaks=LeakageReport.load_file(root, prepared.check) if prepared and prepared.check else None,
         models=models,
+        baseline=next(iter(_read_models(root, summary.stages, (BASELINE_TRAIN, BASELINE_EVALUATE))), None),
         labelings=labelings,
         verdicts=verdicts,
         galleries=galleries,
@@ -184,11 +198,15 @@ def gather_context(
     )
 
 
-def _read_models(root: Store, notes: Sequence[StageNote]) -> list[TrainedModel]:
-    outputs_by_generation = {note.generation: note.outputs for note in notes if note.stage == "evaluate"}
+def _read_models(
+    root: Store, notes: Sequence[StageNote], stages: tuple[str, str] = ("train", "evaluate")
+) -> list[TrainedModel]:
+    """`stages`: those that train and evaluate the models."""
+    train_stage, evaluate_stage = stages
+    outputs_by_generation = {note.generation: note.outputs for note in notes if note.stage == evaluate_stage}
     models: list[TrainedModel] = []
     references: dict[str, Robustness] = {}
-    for note in (note for note in notes if note.stage == "train"):
+    for note in (note for note in notes if note.stage == train_stage):
         outputs = outputs_by_generation.get(note.generation, {})
         # Without a test set, the gate's measurement is the reported one.
         robustness = {
@@ -215,12 +233,15 @@ def _read_models(root: Store, notes: Sequence[StageNote]) -> list[TrainedModel]:
                     name: (measured, score_robustness(measured, references[name])) for name, measured in robustness.items()
                 },
                 predictions_key=parent_key(outputs["evaluation"]) if outputs else None,
+                is_baseline=train_stage == BASELINE_TRAIN,
             )
         )
     return models
 
 
-def _read_labelings(root: Store, notes: Sequence[StageNote], generation: int | None, *, flips: int) -> list[GenerationLabeling]:
+def _read_labelings(
+    root: Store, notes: Sequence[StageNote], generation: int | None, *, flips: int, imported: str | None
+) -> list[GenerationLabeling]:
     labelings: list[GenerationLabeling] = []
     for note in (note for note in notes if note.stage == "select"):
         label_set = LabelSet.load_file(root, note.outputs["label_set"])
@@ -236,7 +257,8 @@ def _read_labelings(root: Store, notes: Sequence[StageNote], generation: int | N
             )
             diff = compare_label_sets(*sides, flips=flips)
         counts = read_histogram(label_store, len(label_set.classes))
-        labelings.append(GenerationLabeling(note.generation, label_set, selection, counts, diff))
+        imported_from = imported if note.generation == 1 else None
+        labelings.append(GenerationLabeling(note.generation, label_set, selection, counts, diff, imported_from))
     return labelings
 
 

@@ -30,7 +30,7 @@ def render_markdown(context: ReportContext) -> str:
         headline=format_headline(context),
         outcomes=format_outcomes(context),
         advice=list_advice(context),
-        metric_rows=align_metrics(collect_metrics(context, model) for model in context.models),
+        metric_rows=align_metrics(collect_metrics(context, model) for model in context.shown_models),
         robustness=[(evaluation_title(name) or "Robustness", robustness) for name, (robustness, _) in measured.items()],
         changed_classes=[row for row in rows[:CLASSES] if row.gain < 0] + wins,
         seconds=sum(note.seconds for note in context.stages),

@@ -10,6 +10,7 @@ from ns.core.log import format_duration
 from ns.evaluation.result import Evaluation, Robustness
 from ns.evaluation.robustness.scores import RobustnessScores
 from ns.reporting.context import ReportContext, TrainedModel
+from ns.runs.records import BASELINE_STAGES, BASELINE_TRAIN
 
 MetricGroup = Literal["Accuracy", "Calibration", "Robustness", "Attacks", "Pseudo-labels of its training", "Cost"]
 GROUPS: tuple[MetricGroup, ...] = get_args(MetricGroup)
@@ -89,8 +90,9 @@ def collect_metrics(context: ReportContext, model: TrainedModel) -> list[Metric]
         metrics += _accuracy_metrics(name, evaluation)
     for name, (robustness, scored) in model.robustness.items():
         metrics += _robustness_metrics(name, robustness, scored)
-    metrics += _gate_metrics(context, model)
-    metrics += _labeling_metrics(context, model)
+    if not model.is_baseline:
+        metrics += _gate_metrics(context, model)
+        metrics += _labeling_metrics(context, model)
     return metrics + _cost_metrics(context, model)
 
 
@@ -203,14 +205,18 @@ def _labeling_metrics(context: ReportContext, model: TrainedModel) -> list[Metri
 
 def _cost_metrics(context: ReportContext, model: TrainedModel) -> list[Metric]:
     # Of all stages of the run: `context.stages` may be confined to one generation, and the model may be of another one.
-    generation_notes = [note for note in context.summary.stages if note.generation == model.generation]
+    generation_notes = [
+        note
+        for note in context.summary.stages
+        if note.generation == model.generation and (note.stage in BASELINE_STAGES) == model.is_baseline
+    ]
     metrics = [
         Metric("parameters", "Cost", "parameters", model.manifest.parameters, "count"),
         Metric("steps", "Cost", "training steps", model.manifest.steps, "count"),
     ]
     if model.history:
         metrics.append(Metric("images", "Cost", "training images, with repeats", model.history[-1]["images"], "count"))
-    training_seconds = sum(note.seconds for note in generation_notes if note.stage == "train")
+    training_seconds = sum(note.seconds for note in generation_notes if note.stage in ("train", BASELINE_TRAIN))
     total_seconds = sum(note.seconds for note in generation_notes)
     metrics.append(Metric("train_seconds", "Cost", "training", training_seconds, "seconds"))
     metrics.append(Metric("seconds", "Cost", "all work of the generation", total_seconds, "seconds"))

@@ -14,7 +14,7 @@ from ns.config.schema import Experiment
 from ns.core.digest import digest_json, shorten_digest
 from ns.core.mlflow_client import MetricPoint, MlflowRun, is_tracked
 from ns.modeling.manifest import FINETUNED, ModelManifest
-from ns.runs.records import CONFIG_FILE, REPORT_FILE, RunRecord, list_stage_notes, record_key
+from ns.runs.records import BASELINE_TRAIN, CONFIG_FILE, REPORT_FILE, RunRecord, find_stage_note, list_stage_notes, record_key
 from ns.storage import Store, parent_key
 from ns.storage.scratch import make_scratch_dir
 
@@ -27,9 +27,9 @@ def open_mlflow_run(root: Store, run: str, experiment: str) -> MlflowRun:
     return MlflowRun(experiment, run, identity, tags={"noisy_student.run": root.at(run).uri})
 
 
-def open_mlflow_model_run(parent: MlflowRun, generation: int, model: str) -> MlflowRun:
+def open_mlflow_model_run(parent: MlflowRun, generation: int, model: str, *, is_baseline: bool = False) -> MlflowRun:
     """MLflow's run of a model. `model`: key of its folder, trained or not."""
-    title = "teacher" if generation == 0 else f"student-{generation}"
+    title = "labeled-only" if is_baseline else f"student-{generation}" if generation else "teacher"
     name = f"{title}-{FINETUNED}" if model.endswith(f"/{FINETUNED}") else title
     identity = _derive_identity(parent.identity, model)
     return MlflowRun(parent.experiment, name, identity, parent, tags={"noisy_student.model": model})
@@ -40,6 +40,8 @@ def publish_mlflow_generation(root: Store, run: str, generation: int) -> None:
     if not is_tracked():
         return
     from ns.reporting.artifacts import collect_generation_metrics
+    from ns.reporting.context import gather_context
+    from ns.reporting.metrics import collect_metrics, flatten_metrics
 
     experiment = _load_experiment(root, run)
     parent = open_mlflow_run(root, run, experiment.name)
@@ -47,17 +49,21 @@ def publish_mlflow_generation(root: Store, run: str, generation: int) -> None:
     parent.log_params(_make_params(experiment.model_dump(mode="json")))
     values = collect_generation_metrics(root, run, generation)
     parent.log_metrics(MetricPoint(name, value, generation) for name, value in values.items())
-    note = next(note for note in list_stage_notes(root, run, "train") if note.generation == generation)
+    context = gather_context(root, run, generation=generation, pictures=0)
     role = experiment.get_student(generation) if generation else experiment.teacher
-    for name, key in note.outputs.items():
-        manifest = ModelManifest.load_file(root, key)
-        model = parent_key(key)
-        model_run = open_mlflow_model_run(parent, generation, model)
-        model_run.log_params(_make_params(role.model_dump(mode="json")))
-        model_run.log_curves(json.loads(root.get(f"{model}/{manifest.history_key}")))
-        if name == "model":
-            model_run.log_metrics(MetricPoint(metric, value, manifest.steps) for metric, value in values.items())
-        model_run.set_status("FINISHED")
+    for stage in ("train", BASELINE_TRAIN):
+        note = find_stage_note(root, run, generation, stage)
+        for name, key in note.outputs.items() if note else ():
+            manifest = ModelManifest.load_file(root, key)
+            model = parent_key(key)
+            model_run = open_mlflow_model_run(parent, generation, model, is_baseline=stage == BASELINE_TRAIN)
+            model_run.log_params(_make_params(role.model_dump(mode="json")))
+            model_run.log_curves(json.loads(root.get(f"{model}/{manifest.history_key}")))
+            trained = context.baseline if stage == BASELINE_TRAIN else context.models[-1]
+            if name == "model" and trained:
+                measured = flatten_metrics(collect_metrics(context, trained))
+                model_run.log_metrics(MetricPoint(metric, value, manifest.steps) for metric, value in measured.items())
+            model_run.set_status("FINISHED")
 
 
 def publish_mlflow_run(root: Store, run: str) -> None:

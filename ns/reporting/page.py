@@ -42,8 +42,8 @@ def render_report(context: ReportContext) -> str:
         headline=format_headline(context),
         advice=list_advice(context),
         accuracy=_accuracy_chart(context),
-        model_titles=[model.title for model in context.models],
-        groups=group_metrics(align_metrics(collect_metrics(context, model) for model in context.models)),
+        model_titles=[model.title for model in context.shown_models],
+        groups=group_metrics(align_metrics(collect_metrics(context, model) for model in context.shown_models)),
         robustness=[_robustness_section(context, name) for name in robustness_names],
         reliability=charts.draw_reliability(calibrations) if calibrations else None,
         matrices=_confusion_matrices(context),
@@ -58,7 +58,7 @@ def render_report(context: ReportContext) -> str:
         diff=diff,
         diff_chart=diff and charts.draw_confidence_shift(diff.histogram_before, diff.histogram_after),
         leaks=[overlap for overlap in context.leaks.overlaps if overlap.same + overlap.near] if context.leaks else [],
-        trainings=[_training_section(model) for model in context.models if model.history],
+        trainings=[_training_section(model) for model in context.shown_models if model.history],
         seconds=sum(note.seconds for note in context.stages),
         config=dump_experiment(context.experiment),
     )
@@ -171,10 +171,10 @@ def _labeling_section(labeling: GenerationLabeling) -> dict[str, Any]:
 
 
 def _training_section(model: TrainedModel) -> dict[str, Any]:
-    name = str(model.generation)
+    name = f"{model.generation}{'-baseline' if model.is_baseline else ''}"
     losses = {"loss_labeled": "labeled", "loss_pseudo": "pseudo-labeled"}
     shares = {"accuracy_labeled": "accuracy on labels", "agreement": "agreement with the teacher"}
-    if model.generation == 0:
+    if model.generation == 0 or model.is_baseline:
         del losses["loss_pseudo"], shares["agreement"]
     return {
         "title": model.title,

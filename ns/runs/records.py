@@ -24,6 +24,8 @@ from ns.storage.documents import BlobKey, JsonDocument
 RECORDS_PREFIX = "store/runs/"
 CONFIG_FILE = "config.yaml"
 REPORT_FILE = "report.html"
+BASELINE_STAGES = BASELINE_TRAIN, BASELINE_EVALUATE = ("train-baseline", "evaluate-baseline")
+"""Stages of the model that `baseline` asks for, in the first generation of a run."""
 RUN_NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 

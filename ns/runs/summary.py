@@ -11,7 +11,7 @@ from ns.evaluation.robustness.scores import RobustnessScores, score_robustness
 from ns.labeling.label_set import LabelSet
 from ns.labeling.selection import Selection
 from ns.runs.lifecycle import is_run_driven
-from ns.runs.records import REPORT_FILE, RunRecord, StageNote, list_stage_notes, record_key
+from ns.runs.records import BASELINE_STAGES, REPORT_FILE, RunRecord, StageNote, list_stage_notes, record_key
 from ns.storage import Store, parent_key
 from ns.storage.documents import JsonDocument
 
@@ -38,7 +38,7 @@ class GenerationSummary(JsonDocument):
     verdict: Literal["promoted", "refused"]
     reason: str
     seconds: float
-    """Seconds of work in this generation, summed over parallel tasks."""
+    """Seconds of work in this generation, summed over parallel tasks, without the baseline's."""
 
 
 class ModelMeasurements(JsonDocument):
@@ -137,7 +137,7 @@ def _summarize_generation(root: Store, stage_notes: list[StageNote], gate_note: 
         label_set=label_set.digest,
         verdict="promoted" if verdict.promoted else "refused",
         reason=verdict.reason,
-        seconds=sum(note.seconds for note in generation_notes),
+        seconds=sum(note.seconds for note in generation_notes if note.stage not in BASELINE_STAGES),
     )
 
 

@@ -9,6 +9,7 @@ from ns.evaluation.measure import Measurement, ModelMeasurer
 from ns.evaluation.result import Evaluation, Robustness
 from ns.modeling.manifest import FINETUNED, ModelManifest
 from ns.reporting import run_metrics
+from ns.runs.records import BASELINE_EVALUATE
 from ns.stages.context import RunRef, StageContext, stage
 from ns.stages.foreign import prepare_foreign_reference
 from ns.storage import Store, parent_key
@@ -61,6 +62,28 @@ def evaluate_generation(ref: RunRef, *, data: str, generation: int, model: str) 
             **_summarize_evaluation(root, outputs),
         )
         run_metrics.publish_evaluation(root, ref.run, generation)
+        return outputs["evaluation"]
+
+
+def evaluate_baseline(ref: RunRef, *, data: str, generation: int, model: str) -> str:
+    """Evaluates the baseline on the held-out, the test and the further images. Returns the key of its `evaluation.json`."""
+    with stage(BASELINE_EVALUATE, ref, generation) as context:
+        prepared, measurer = PreparedData.load_file(context.root, data), _make_measurer(context, model)
+        measured = {"evaluation": measurer.measure_accuracy(prepared.heldout)}
+        if prepared.test:
+            measured["test"] = measurer.measure_accuracy(prepared.test)
+        for name, source in prepared.sets.items():
+            options = context.experiment.evaluation.sets[name]
+            measured[f"set:{name}"] = measurer.measure_accuracy(
+                source, classes=options.classes, multi_label_uri=options.multi_label
+            )
+        outputs = {name: measurement.key for name, measurement in measured.items()}
+        context.write_note(
+            outputs,
+            reused=all(measurement.reused for measurement in measured.values()),
+            seconds=sum(measurement.seconds for measurement in measured.values()),
+            **_summarize_evaluation(context.root, outputs),
+        )
         return outputs["evaluation"]
 
 

@@ -10,6 +10,7 @@ from ns.config.schema import Experiment, LabelingConfig, RoleConfig
 from ns.core.digest import FOREIGN_SOURCES, LABELING_SOURCES, TEMPERATURE_SOURCES, TRAINING_SOURCES, digest_code, digest_json
 from ns.data.key_list import read_keys
 from ns.data.prepared import PreparedData
+from ns.labeling.label_set import LabelSet
 from ns.labeling.selection import Selection
 from ns.modeling.manifest import ModelManifest
 from ns.modeling.pretrained import digest_pretrained
@@ -30,7 +31,8 @@ def generation_inputs(context: StageContext, data: str, generation: int, teacher
         "teacher": read_model_digest(context.root, teacher),
         "student": role_inputs(experiment.get_student(generation), context.root),
         "seed": experiment.seed,
-        "labeling": dump_hashed_fields(experiment.labeling, exclude={"tasks"}) | {"ensemble": ensemble_digests(context)},
+        "labeling": _dump_labeling(context) | {"ensemble": ensemble_digests(context)},
+        "imported": imported[1].digest if (imported := open_imported_labels(context)) else None,
         "exclude": digest_json(sorted(excluded_keys(context))),
         "selection": dump_hashed_fields(experiment.selection),
         "choosing": choosing.digest if (choosing := find_choosing_selection(context, generation)) else None,
@@ -52,15 +54,30 @@ def label_set_key(context: StageContext, prepared: PreparedData, teacher: str) -
 def labeling_inputs(context: StageContext, prepared: PreparedData, teacher: str) -> dict[str, Any]:
     """What the label of an image depends on, apart from the image."""
     labeling = context.experiment.labeling
+    if imported := open_imported_labels(context):
+        return {"imported": imported[1].digest}
     return {
         "code": digest_code(*_list_labeling_sources(labeling)),
         "teacher": read_model_digest(context.root, teacher),
-        **dump_hashed_fields(labeling, exclude={"tasks"}),
+        **_dump_labeling(context),
         "ensemble": ensemble_digests(context),
         # What foreign scores of the pool measure the distance to.
         "compared_with": prepared.labeled.digest if labeling.foreign_score == "distance" else None,
         "fitted_on": prepared.calibration.digest if prepared.calibration and labeling.temperature == "fitted" else None,
     }
+
+
+def _dump_labeling(context: StageContext) -> dict[str, Any]:
+    return dump_hashed_fields(context.experiment.labeling, exclude={"tasks", "label_set"})
+
+
+def open_imported_labels(context: StageContext) -> tuple[Store, LabelSet] | None:
+    """The label set of `labeling.label_set` and its store, in the generation that it serves; else None."""
+    uri = context.experiment.labeling.label_set
+    if uri is None or context.generation != 1:
+        return None
+    store = open_store(uri)
+    return store, LabelSet.load(store)
 
 
 def _list_labeling_sources(labeling: LabelingConfig) -> tuple[str, ...]:

@@ -11,11 +11,12 @@ from ns.data.index import ShardIndex
 from ns.data.leakage import load_left_out_rows
 from ns.data.prepared import PreparedData
 from ns.labeling.foreign import load_foreign_scorer
-from ns.labeling.label_set import LabelShard, find_label_shard, histogram_key, label_shard_key
+from ns.labeling.label_set import LEFT_OUT_PREFIX, LabelSet, LabelShard, find_label_shard, histogram_key, label_shard_key
+from ns.labeling.purge import copy_label_shard
 from ns.stages.context import RunRef, StageContext, check_gpus, stage
 from ns.stages.evaluate import evaluate_calibration, resolve_labeling_temperature
 from ns.stages.foreign import prepare_foreign_reference
-from ns.stages.keys import excluded_keys, label_set_key, labeling_inputs
+from ns.stages.keys import excluded_keys, label_set_key, labeling_inputs, open_imported_labels
 from ns.storage import Store, open_store, parent_key
 
 
@@ -39,7 +40,8 @@ def label_shards(ref: RunRef, *, data: str, generation: int, teacher: str, shard
         indices = range(*(int(bound) for bound in shards.split("-")))
         range_shards = [pool.shards[index] for index in indices]
         images = sum(shard.samples for shard in range_shards)
-        if indices.start == 0:
+        imported = open_imported_labels(context)
+        if indices.start == 0 and not imported:
             # Usually the teacher's evaluation has done it; a teacher from another run may have had no calibration images.
             evaluate_calibration(context, prepared, teacher)
         key = label_set_key(context, prepared, teacher)
@@ -48,7 +50,18 @@ def label_shards(ref: RunRef, *, data: str, generation: int, teacher: str, shard
         def are_labeled() -> bool:
             return all(find_label_shard(label_store, shard) for shard in range_shards)
 
+        def copy_imported(store: Store, label_set: LabelSet) -> None:
+            left_out = _find_left_out(context, prepared, pool_store, range_shards)
+            for shard, record in zip(range_shards, label_set.shards[indices.start : indices.stop], strict=True):
+                if not find_label_shard(label_store, shard):
+                    reasons = left_out.get(shard.sha256, {})
+                    told = {row: f"{LEFT_OUT_PREFIX}{reason}" for row, reason in reasons.items()}
+                    copy_label_shard(store, record, label_store, len(label_set.classes), told)
+
         def label_missing() -> None:
+            if imported:
+                copy_imported(*imported)
+                return
             from ns.labeling.predict import label_pool_shards
             from ns.modeling.predictor import Predictor
 

@@ -8,6 +8,7 @@ from ns.core import log
 from ns.core.digest import digest_code, shorten_digest
 from ns.core.errors import ConfigError, DataError, StoreError, prefix_errors
 from ns.data.calibration_split import SplitPart, copy_split_part
+from ns.data.class_names import shorten_names
 from ns.data.dataset import Dataset, DatasetRole, format_class_names
 from ns.data.fingerprint import FINGERPRINTS
 from ns.data.importing.digits import SHARD_SAMPLES, write_digits
@@ -25,6 +26,7 @@ from ns.data.leakage import DUPLICATES, LEFT_OUT, LeakageReport, NamedDataset, c
 from ns.data.locate import classify_uri
 from ns.data.prepared import PART_ROLES, DataPart, LeftOutImages, PreparedData, PreparedDataset
 from ns.evaluation.gate import FEW_IMAGES
+from ns.labeling.label_set import LabelSet
 from ns.modeling.manifest import ModelManifest
 from ns.modeling.pretrained import describe_weights
 from ns.stages.context import RunRef, stage
@@ -89,12 +91,36 @@ def write_prepared_data(experiment: Experiment, root: Store, ledger: Ledger) -> 
     _warn_of_normalization(experiment, root)
     if prepared.calibration and experiment.needs_calibration:
         _warn_of_few_calibration_images(*prepared.calibration.open_dataset(root))
+    if experiment.labeling.label_set:
+        _check_label_set(experiment.labeling.label_set, prepared.pool.open_dataset(root)[1], labeled.classes)
     if experiment.data.exclude:
         with prefix_errors("data.exclude"):
             _check_excluded(read_keys(experiment.data.exclude), *prepared.pool.open_dataset(root))
     key = f"store/prepared/{shorten_digest(prepared.digest)}/{PreparedData.filename}"
     prepared.save_file(root, key)
     return key, prepared, reused
+
+
+def _check_label_set(uri: str, pool: Dataset, classes: tuple[str, ...]) -> None:
+    """Raises DataError unless it is a label set of these images and classes."""
+    again = "import the labels again: ns labels import LABELS POOL"
+    with prefix_errors("labeling.label_set"):
+        store = open_store(uri)
+        if not store.exists(LabelSet.filename):
+            raise DataError(
+                f"{uri}: has no {LabelSet.filename}; name the folder of a label set, as ns labels import LABELS POOL writes it"
+            )
+        label_set = LabelSet.load(store)
+        if label_set.classes != classes:
+            differing = sorted({*label_set.classes} ^ {*classes})
+            what = (
+                f"has not the classes of data.labeled: {shorten_names(differing)}"
+                if differing
+                else "has its classes in another order"
+            )
+            raise DataError(f"{uri}: {what}; {again}")
+        if [shard.source for shard in label_set.shards] != [shard.sha256 for shard in pool.shards]:
+            raise DataError(f"{uri}: is of other images than data.pool; {again}")
 
 
 def count_images(root: Store, prepared: PreparedData) -> dict[str, int]:

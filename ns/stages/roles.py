@@ -3,18 +3,15 @@
 Each part is a stage of its own, with its ledger entries and its note, so what is done is not done again when the rest is.
 """
 
-from collections.abc import Callable, Sequence
-
+from ns.config.loader import load_experiment
 from ns.modeling.manifest import ModelManifest
 from ns.reporting import mlflow_runs
+from ns.runs.records import BASELINE_TRAIN, list_stage_notes
 from ns.stages.context import RunRef
-from ns.stages.evaluate import evaluate_generation
+from ns.stages.evaluate import evaluate_baseline, evaluate_generation
 from ns.stages.gate import check_first_teacher, gate_generation
-from ns.stages.train import train_generation
+from ns.stages.train import RemoteLauncher, train_baseline, train_generation
 from ns.storage import open_store
-
-RemoteLauncher = Callable[[str, Sequence[str]], None]
-"""Trains on other machines (`train_generation`)."""
 
 
 def provide_teacher(
@@ -47,7 +44,10 @@ def provide_student(
     gpus: int = 0,
     launch_remote: RemoteLauncher | None = None,
 ) -> str:
-    """Trains a student, evaluates it, and decides whether it replaces its teacher. Returns the key of the model's folder."""
+    """Trains a student, evaluates it, and decides whether it replaces its teacher; then the baseline, if the run has none yet.
+
+    Returns the key of the student's folder.
+    """
     student = train_generation(
         ref,
         data=data,
@@ -59,6 +59,13 @@ def provide_student(
     )
     evaluate_generation(ref, data=data, generation=generation, model=student)
     gate_generation(ref, data=data, generation=generation, teacher=teacher, student=student)
+    if load_experiment(ref.config_uri).baseline == "labeled_only":
+        baselines = list_stage_notes(open_store(ref.root), ref.run, BASELINE_TRAIN)
+        if all(note.generation == generation for note in baselines):
+            key = train_baseline(
+                ref, data=data, generation=generation, first_teacher=teacher, gpus=gpus, launch_remote=launch_remote
+            )
+            evaluate_baseline(ref, data=data, generation=generation, model=key)
     mlflow_runs.publish_mlflow_generation(open_store(ref.root), ref.run, generation)
     return student
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from ns.core.digest import LABELING_SOURCES, digest_code
 from ns.core.errors import DataError
+from ns.data.dataset import Dataset
 from ns.data.leakage import count_class_images
 from ns.data.prepared import PreparedData
 from ns.evaluation.result import Evaluation
@@ -13,11 +14,11 @@ from ns.labeling.selection import Selection, keep_selection, make_selection
 from ns.modeling.manifest import ModelManifest
 from ns.reporting import run_metrics
 from ns.runs.lookup import compute_policy_thresholds
-from ns.stages.context import RunRef, stage
+from ns.stages.context import RunRef, StageContext, stage
 from ns.stages.evaluate import evaluate_calibration, resolve_labeling_temperature
 from ns.stages.foreign import prepare_foreign_reference
-from ns.stages.keys import ensemble_digests, find_choosing_selection, label_set_key, read_labeled_classes, read_model_digest
-from ns.storage import parent_key
+from ns.stages.keys import ensemble_digests, find_choosing_selection, label_set_key, open_imported_labels, read_model_digest
+from ns.storage import Store, parent_key
 from ns.storage.documents import dump_hashed_fields
 
 SELECTION_SOURCES = ("labeling/selection.py", "labeling/label_set.py", "labeling/thresholds.py", "labeling/alignment.py")
@@ -34,21 +35,10 @@ def commit_labels(ref: RunRef, *, data: str, generation: int, teacher: str) -> s
         _, pool = prepared.pool.open_dataset(root)
         key = label_set_key(context, prepared, teacher)
         label_store = root.at(key)
-        label_set = join_label_shards(
-            label_store,
-            pool,
-            teacher=read_model_digest(root, teacher),
-            code=digest_code(*LABELING_SOURCES),
-            classes=read_labeled_classes(root, data),
-            top_k=experiment.labeling.top_k,
-            views=experiment.labeling.views,
-            ensemble=ensemble_digests(context),
-            probabilities=experiment.labeling.probabilities,
-            temperature=resolve_labeling_temperature(context, prepared, teacher),
-            foreign_score=experiment.labeling.foreign_score,
-        )
+        label_set = _join_labels(context, prepared, teacher, label_store, pool)
         label_set.save(label_store)
-        calibration_key = evaluate_calibration(context, prepared, teacher)
+        is_imported = open_imported_labels(context) is not None
+        calibration_key = None if is_imported else evaluate_calibration(context, prepared, teacher)
         calibration = Evaluation.load_file(root, calibration_key) if calibration_key else None
         thresholds = None
         if calibration_key and calibration and experiment.selection.precision is not None:
@@ -118,3 +108,35 @@ def commit_labels(ref: RunRef, *, data: str, generation: int, teacher: str) -> s
             registry.commit_version(tag, label_store, label_set, selection)
             context.add_log_fields(version=str(tag))
         return selection_key
+
+
+def _join_labels(context: StageContext, prepared: PreparedData, teacher: str, label_store: Store, pool: Dataset) -> LabelSet:
+    """The label set of the generation: its teacher's, or the one that was imported."""
+    if imported := open_imported_labels(context):
+        label_set = imported[1]
+        return join_label_shards(
+            label_store,
+            pool,
+            teacher=label_set.teacher,
+            code=label_set.code,
+            classes=label_set.classes,
+            top_k=label_set.top_k,
+            views=label_set.views,
+            ensemble=label_set.ensemble,
+            probabilities=label_set.probabilities,
+            temperature=label_set.temperature,
+        )
+    labeling = context.experiment.labeling
+    return join_label_shards(
+        label_store,
+        pool,
+        teacher=read_model_digest(context.root, teacher),
+        code=digest_code(*LABELING_SOURCES),
+        classes=prepared.labeled.open_dataset(context.root)[1].classes,
+        top_k=labeling.top_k,
+        views=labeling.views,
+        ensemble=ensemble_digests(context),
+        probabilities=labeling.probabilities,
+        temperature=resolve_labeling_temperature(context, prepared, teacher),
+        foreign_score=labeling.foreign_score,
+    )

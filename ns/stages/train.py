@@ -15,6 +15,7 @@ from ns.data.prepared import PreparedData
 from ns.labeling.selection import Selection
 from ns.modeling.manifest import FINETUNED, ModelManifest
 from ns.reporting.mlflow_runs import open_mlflow_model_run, open_mlflow_run
+from ns.runs.records import BASELINE_TRAIN
 from ns.stages.context import RunRef, StageContext, begin_telemetry, check_gpus, stage
 from ns.stages.keys import read_model_digest, training_inputs, training_seed
 from ns.storage import Store, open_store
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 WORKER = "ns.stages.train_worker"
 """Module of the processes that train together."""
+RemoteLauncher = Callable[[str, Sequence[str]], None]
+"""Trains on other machines (`train_generation`)."""
 
 
 def train_generation(
@@ -35,7 +38,7 @@ def train_generation(
     teacher: str = "",
     selection: str = "",
     gpus: int = 0,
-    launch_remote: Callable[[str, Sequence[str]], None] | None = None,
+    launch_remote: RemoteLauncher | None = None,
 ) -> str:
     """Trains the first teacher (generation 0), or a student of `teacher` on the images of `selection`.
 
@@ -46,25 +49,51 @@ def train_generation(
     with stage("train", ref, generation, teacher=teacher) as context:
         training = _Training(context.root, context.ledger, context.experiment, data, generation, teacher, selection)
 
-        def run_training() -> Mapping[str, str]:
-            from ns.modeling.distributed import SINGLE, count_local_processes, launch_processes
-
-            check_gpus(gpus)
-
-            arguments = [ref.config_uri, ref.root, ref.run, data, str(generation), teacher, selection]
-            if launch_remote:
-                telemetry.serve_waiting()
-                launch_remote(training.training_id, arguments)
-            elif (processes := count_local_processes(training.role.train.processes)) > 1:
-                launch_processes(processes, WORKER, arguments)
-            else:
-                training.train_as_rank(SINGLE, ref.run)
-            return training.outputs
-
-        context.get_or_run("train", training.inputs, run_training)
-        manifest = ModelManifest.load(context.root.at(training.model_key))
-        context.add_log_fields(parameters=manifest.parameters, steps=manifest.steps)
+        _train(context, ref, training, gpus, launch_remote)
         return training.model_key
+
+
+def train_baseline(
+    ref: RunRef,
+    *,
+    data: str,
+    generation: int,
+    first_teacher: str,
+    gpus: int = 0,
+    launch_remote: RemoteLauncher | None = None,
+) -> str:
+    """Trains the model that `baseline: labeled_only` asks for: a student of the generation without pseudo-labels.
+
+    `first_teacher`: key of the model whose weights such students start from, if they start from their teacher's. As `train_generation`.
+    """
+    with stage(BASELINE_TRAIN, ref, generation) as context:
+        role = context.experiment.get_student(generation)
+        teacher = first_teacher if role.train.init == "teacher" else ""
+        training = _Training(context.root, context.ledger, context.experiment, data, generation, teacher, "")
+        _train(context, ref, training, gpus, launch_remote)
+        return training.model_key
+
+
+def _train(context: StageContext, ref: RunRef, training: "_Training", gpus: int, launch_remote: RemoteLauncher | None) -> None:
+    """Trains in this process or in others, unless it is done."""
+
+    def run_training() -> Mapping[str, str]:
+        from ns.modeling.distributed import SINGLE, count_local_processes, launch_processes
+
+        check_gpus(gpus)
+        arguments = [ref.config_uri, ref.root, ref.run, *training.arguments]
+        if launch_remote:
+            telemetry.serve_waiting()
+            launch_remote(training.training_id, arguments)
+        elif (processes := count_local_processes(training.role.train.processes)) > 1:
+            launch_processes(processes, WORKER, arguments)
+        else:
+            training.train_as_rank(SINGLE, ref.run)
+        return training.outputs
+
+    context.get_or_run("train", training.inputs, run_training)
+    manifest = ModelManifest.load(context.root.at(training.model_key))
+    context.add_log_fields(parameters=manifest.parameters, steps=manifest.steps)
 
 
 def join_training(ref: RunRef, *, data: str, generation: int, teacher: str, selection: str) -> str:
@@ -105,7 +134,8 @@ def locate_first_teacher(context: StageContext, data: str) -> str:
 
 
 class _Training:
-    """A training, by what goes into it. `data`, `teacher` and `selection` are keys; the last two are empty for the first teacher."""
+    """A training, by what goes into it. `data`, `teacher` and `selection` are keys; the last two are empty for the first teacher, and
+    a student without selection is the baseline."""
 
     def __init__(
         self, root: Store, ledger: Ledger, experiment: Experiment, data: str, generation: int, teacher: str, selection: str
@@ -114,6 +144,7 @@ class _Training:
         self._root = root
         self._generation = generation
         self._teacher = teacher
+        self.arguments = (data, str(generation), teacher, selection)
         self._experiment_name = experiment.name
         self._seed = training_seed(experiment, generation)
         self._prepared = PreparedData.load_file(root, data)
@@ -142,8 +173,10 @@ class _Training:
         from ns.training.runner import train_and_save
 
         def open_run_of(model_store: Store) -> MlflowRun:
+            parent = open_mlflow_run(self._root, run, self._experiment_name)
             model = model_store.uri.removeprefix(f"{self._root.uri}/")
-            return open_mlflow_model_run(open_mlflow_run(self._root, run, self._experiment_name), self._generation, model)
+            is_baseline = self._generation > 0 and self._selection is None
+            return open_mlflow_model_run(parent, self._generation, model, is_baseline=is_baseline)
 
         if world.is_main:
             telemetry.serve_metrics()

@@ -71,7 +71,7 @@ def train_and_save(
         progress_store = run_store if world.is_main else None
         monitor = Monitor(
             progress_store,
-            name=f"{generation}-{name}",
+            name=f"{generation}-{name}" if selection or not generation else f"{generation}-{name}-baseline",
             tensorboard=role.train.tensorboard,
             mlflow_run=open_mlflow_run(store) if open_mlflow_run and world.is_main else None,
         )
