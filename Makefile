@@ -89,7 +89,7 @@ distclean: clean ## Remove runs/ and the virtual environments
 ##@ Measure
 
 bench: $(VENV)/.bench ## Run all benchmarks and write benchmarks/results
-	@for one in data photos train label select order duplicates polluted_pool loop quickstart kfp_status soak; do $(BIN)/python -m benchmarks.$$one --keep || exit; done
+	@for one in data photos train finetune label select order duplicates polluted_pool loop quickstart kfp_status soak; do $(BIN)/python -m benchmarks.$$one --keep || exit; done
 	@$(BIN)/python -m benchmarks.method_cifar10
 	@$(BIN)/python -m benchmarks.summary
 
@@ -104,6 +104,9 @@ bench-photos: $(VENV)/.bench ## Measure how fast photographs become a network's 
 
 bench-train: $(VENV)/.bench ## Measure how fast the training loop is (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.train $(ARGS)
+
+bench-finetune: $(VENV)/.bench ## Measure how fast pretrained networks are fine-tuned on photographs, against timm (TIMM_TRAIN=, ARGS="--quick")
+	@$(BIN)/python -m benchmarks.finetune $(ARGS)
 
 bench-label: $(VENV)/.bench ## Measure how fast a pool is labeled (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.label $(ARGS)

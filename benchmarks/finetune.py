@@ -18,11 +18,12 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
+from torch import nn
 
 from benchmarks.data import draw_photographs
 from benchmarks.measure import measure_turns, parse_arguments, record_ratio, stream_script, write_benchmark
@@ -32,6 +33,7 @@ from ns.data.dataset import Dataset
 from ns.data.importing.ingest import import_images
 from ns.modeling import factory as models
 from ns.storage import LocalStore
+from ns.training.warm_start import copy_weights, read_weights
 
 ARCHITECTURES = ("mobilenetv3_small_100", "mobilenetv4_conv_small")
 PX = 224
@@ -85,16 +87,14 @@ def write_photographs(folder: Path, count: int) -> None:
 @contextmanager
 def keep_weights(path: Path) -> Iterator[None]:
     """Inside, networks that our loop is given start from a file of weights, as those of a stage do."""
-    build = models.build_model
+    build, weights = models.build_model, read_weights(str(path))
 
-    def build_from_weights(*arguments: object) -> torch.nn.Module:
-        from ns.training.warm_start import copy_weights, read_weights
-
-        network: torch.nn.Module = build(*arguments)  # type: ignore[arg-type]
-        copy_weights(network, read_weights(str(path)), tuple(map(str, range(CLASSES))))
+    def build_from_weights(*arguments: Any) -> nn.Module:
+        network = build(*arguments)
+        copy_weights(network, weights, ("0", "1"))
         return network
 
-    models.build_model = build_from_weights  # type: ignore[assignment]
+    models.build_model = build_from_weights
     try:
         yield
     finally:

@@ -60,6 +60,9 @@ FIGURES = {
         BenchmarkFigure("step_ratio_randaugment", "training with the paper's RandAugment ÷ the same", 0.80),
         BenchmarkFigure("vs_timm_train", "÷ timm's train.py with its defaults", 2.5),
     ),
+    "finetune": (
+        BenchmarkFigure("vs_timm_finetune", "fine-tuning on photographs of 224 px ÷ timm's train.py, loaders included", 1.5),
+    ),
     "label": (
         BenchmarkFigure("forward_ratio", "labeling, from tars to Parquet ÷ the bare forward pass", 0.95),
         BenchmarkFigure("vs_timm_inference", "÷ timm's inference.py with its defaults", 5.0),

@@ -186,11 +186,11 @@ class MlflowRun:
         if self._client is None or not self._run_id:
             client = make_client()
             experiment_id = _find_or_create_experiment(client, os.environ.get(EXPERIMENT_VARIABLE) or self.experiment)
-            found = client.search_runs(
+            runs = client.search_runs(
                 [experiment_id], f"tags.`{IDENTITY_TAG}` = '{self.identity}'", order_by=["attributes.start_time"], max_results=1
             )
-            if found:
-                self._run_id = found[0].info.run_id
+            if runs:
+                self._run_id = runs[0].info.run_id
             else:
                 tags: dict[str, Any] = {IDENTITY_TAG: self.identity, **self.tags}
                 if self.parent:

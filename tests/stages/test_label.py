@@ -98,7 +98,7 @@ def test_imported_labels_of_other_images_or_classes_are_refused_before_a_trainin
         ),
         (
             [f"labeling.label_set={make('x', ('x', *'012345678'))}"],
-            "has not the classes of data.labeled: '9', 'x'; import the labels again",
+            r"has not the classes of data.labeled: \(9, x\); import the labels again",
         ),
     ):
         with pytest.raises(DataError, match=message):
