@@ -64,7 +64,8 @@ def main() -> None:
         )
         for arch in ARCHITECTURES[:1] if options.quick else ARCHITECTURES:
             weights = folder / f"{arch}.safetensors"
-            save_file(models.build_model(ModelConfig(arch=arch), NoiseConfig(), CLASSES).state_dict(), weights)
+            tensors = models.build_model(ModelConfig(arch=arch), NoiseConfig(), CLASSES).state_dict()
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, weights)
             with keep_weights(weights):
                 runs: dict[str, Run] = {"ours": make_run(folder, store, data, arch, measured)}
                 if script:

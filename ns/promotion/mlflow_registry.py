@@ -64,7 +64,8 @@ def register_model(root: Store, candidate: PromotionCandidate, alias: str) -> st
 
 def _find_version(client: "MlflowClient", name: str, run_id: str, digest: str) -> str | None:
     versions = client.search_model_versions(f"run_id = '{run_id}'")
-    return next((str(found.version) for found in versions if found.name == name and found.tags.get(DIGEST_TAG) == digest), None)
+    matching = (version for version in versions if version.name == name and version.tags.get(DIGEST_TAG) == digest)
+    return next((str(version.version) for version in matching), None)
 
 
 def _ensure_registered(client: "MlflowClient", name: str) -> None:
