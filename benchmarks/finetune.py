@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -90,8 +89,8 @@ def keep_weights(path: Path) -> Iterator[None]:
     """Inside, networks that our loop is given start from a file of weights, as those of a stage do."""
     build, weights = models.build_model, read_weights(str(path))
 
-    def build_from_weights(*arguments: Any) -> nn.Module:
-        network = build(*arguments)
+    def build_from_weights(config: ModelConfig, noise: NoiseConfig, outputs: int) -> nn.Module:
+        network = build(config, noise, outputs)
         copy_weights(network, weights, ("0", "1"))
         return network
 
