@@ -105,7 +105,7 @@ class MlflowRun:
     def log_params(self, params: Mapping[str, str]) -> None:
         """Logs the parameters that the run does not have: MLflow keeps the first value of each."""
 
-        def request() -> None:
+        def send_params() -> None:
             from mlflow.entities import Param
 
             client, run_id = self._open()
@@ -114,12 +114,12 @@ class MlflowRun:
             for batch in _split(missing, PARAMS_PER_REQUEST):
                 client.log_batch(run_id, params=batch)
 
-        _try_request(request)
+        _try_request(send_params)
 
     def log_metrics(self, points: Iterable[MetricPoint]) -> None:
         """Logs the points that the run does not have."""
 
-        def request() -> None:
+        def send_points() -> None:
             client, run_id = self._open()
             by_name: dict[str, list[MetricPoint]] = {}
             for point in points:
@@ -132,12 +132,12 @@ class MlflowRun:
                 missing += [point for point in named_points if (point.step, point.value) not in existing]
             self._send_metrics(missing)
 
-        _try_request(request)
+        _try_request(send_points)
 
     def log_curves(self, history: Sequence[Mapping[str, float]]) -> None:
         """Logs the points of a training's history that come after what the run has; each has the keys `step` and CURVE_METRIC."""
 
-        def request() -> None:
+        def send_curves() -> None:
             if self._logged_step is None:
                 client, run_id = self._open()
                 logged = client.get_metric_history(run_id, CURVE_METRIC)
@@ -153,21 +153,21 @@ class MlflowRun:
                 )
                 self._logged_step = int(batch[-1]["step"])
 
-        _try_request(request)
+        _try_request(send_curves)
 
     def log_file(self, path: Path, folder: str | None = None) -> None:
         """Logs a file as an artifact, in the place of one of the same name."""
 
-        def request() -> None:
+        def upload_file() -> None:
             client, run_id = self._open()
             client.log_artifact(run_id, str(path), folder)
 
-        _try_request(request)
+        _try_request(upload_file)
 
     def set_status(self, status: str) -> None:
         """`status`: MLflow's RUNNING, FINISHED or FAILED."""
 
-        def request() -> None:
+        def change_status() -> None:
             client, run_id = self._open()
             if client.get_run(run_id).info.status == status:
                 return
@@ -176,7 +176,7 @@ class MlflowRun:
             else:
                 client.set_terminated(run_id, status)
 
-        _try_request(request)
+        _try_request(change_status)
 
     def find_or_create(self) -> tuple["MlflowClient", str]:
         """The client, and MLflow's id of the run. Raises what MLflow raises."""
