@@ -17,7 +17,6 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from ns.config.schema import ForeignScore
@@ -28,7 +27,7 @@ from ns.data.dataset import Dataset, Shard
 from ns.data.index import ShardIndex
 from ns.storage import Store
 from ns.storage.documents import FileName, HashedDocument, JsonDocument, Sha256, name_by_content
-from ns.storage.parquet import check_columns, explain_table_errors, parse_table, read_table, write_table
+from ns.storage.parquet import check_columns, explain_table_errors, parse_table, read_table, read_table_file, write_table
 
 HISTOGRAM = "histogram.parquet"
 HISTOGRAM_BINS = 1000
@@ -297,7 +296,7 @@ def iter_top_classes(
             raise DataError(f"{store.uri}/{shard.name}: sha256 differs from labelset.json; label the pool again")
         uri = f"{store.uri}/{shard.name}"
         with explain_table_errors(uri, CURE):
-            table = pq.ParquetFile(path).read(columns)
+            table = read_table_file(path, columns)
         _check_row_columns(table, uri, columns)
         if len(table) != shard.rows:
             raise DataError(f"{uri}: {len(table)} rows, {LabelSet.filename} says {shard.rows}; {CURE}")
@@ -336,7 +335,7 @@ def iter_shard_scores(
 
 
 def _read_keys(path: Path, rows: npt.NDArray[np.int64]) -> list[str]:
-    keys: list[str] = pq.ParquetFile(path).read(["key"])["key"].take(pa.array(rows)).to_pylist()
+    keys: list[str] = read_table_file(path, ["key"])["key"].take(pa.array(rows)).to_pylist()
     return keys
 
 

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,17 +16,24 @@ def read_table(data: bytes, columns: Sequence[str] | None = None, schema: pa.Sch
     """Decodes the bytes of a Parquet file.
 
     Raises pyarrow.ArrowException or OSError for bytes that are no Parquet file, or that lack a column.
-
-    Arrow starts no thread for it: pyarrow 26 aborts a process that ends while one stops (exit code 134). `pq.read_table` always starts
-    some, for reading ahead.
     """
-    file = pq.ParquetFile(pa.BufferReader(data))
-    names = schema.names if schema else columns
-    missing = sorted(set(names or ()) - set(file.schema_arrow.names))
-    if missing:
-        raise pa.ArrowInvalid(f"no column {missing[0]!r}")
-    table = file.read(names, use_threads=False)
+    table = _read_columns(pa.BufferReader(data), schema.names if schema else columns)
     return table.select(schema.names).cast(schema) if schema else table
+
+
+def read_table_file(path: Path, columns: Sequence[str]) -> pa.Table:
+    """Columns of a Parquet file on this machine. Raises what `read_table` raises."""
+    return _read_columns(path, columns)
+
+
+def _read_columns(source: pa.NativeFile | Path, columns: Sequence[str] | None) -> pa.Table:
+    """Arrow starts no thread for it: pyarrow 26 aborts a process that ends while one stops (exit code 134). `pq.read_table` always
+    starts some, for reading ahead."""
+    with pq.ParquetFile(source) as file:
+        missing = sorted(set(columns or ()) - set(file.schema_arrow.names))
+        if missing:
+            raise pa.ArrowInvalid(f"no column {missing[0]!r}")
+        return file.read(columns, use_threads=False)
 
 
 def parse_table(data: bytes, uri: str, schema: pa.Schema, cure: str) -> pa.Table:
