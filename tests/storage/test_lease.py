@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,37 @@ def test_equal_work_is_done_once_by_many_at_once(store, quick):
     assert sorted(reused for _, reused in results) == [False, *[True] * 5]
     assert len({entry.finished_at for entry, _ in results}) == 1
     assert leases(store) == []
+
+
+def test_cost_of_a_lease_in_requests(store, monkeypatch):
+    """One that only reads what was done before takes none. A folder needs no look at what it has created."""
+    requests = Counter[str]()
+    for name in ("create", "put", "get", "entries", "exists", "delete"):
+        original = getattr(type(store), name)
+
+        def count_and_call(*args, name=name, original=original):
+            requests[name] += args[0] is store
+            return original(*args)
+
+        monkeypatch.setattr(type(store), name, count_and_call)
+    ledger = Ledger(store)
+    ledger.get_or_run("train", INPUTS, made(store, []))
+    creating = {"create": 1} if isinstance(store, LocalStore) else {"create": 1, "exists": 1, "get": 1}
+    taken = Counter(requests)
+    requests.clear()
+    with hold_lease(store, "work", "work"):
+        pass
+    assert +requests == {"entries": 2, **creating, "delete": 1}
+    assert taken["create"] == 1
+    requests.clear()
+    ledger.get_or_run("train", INPUTS, made(store, []))
+    assert requests["create"] == requests["put"] == requests["delete"] == 0
+    requests.clear()
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.01)
+    with hold_lease(store, "work", "work"):
+        while requests["put"] < 3:
+            time.sleep(0.005)
+    assert +requests == {"entries": 2 + requests["put"], "put": requests["put"], **creating, "delete": 1}
 
 
 def test_other_work_does_not_wait(store, quick):
