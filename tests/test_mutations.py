@@ -17,7 +17,7 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pyarrow as pa
@@ -62,7 +62,7 @@ from ns.modeling.tensor_shapes import read_tensor_shapes
 from ns.modeling.weight_names import check_weights_fit
 from ns.runs.lookup import list_runs
 from ns.runs.records import RunRecord, StageNote, list_stage_notes
-from ns.storage import LocalStore
+from ns.storage import LocalStore, lease
 from ns.storage.documents import name_by_content
 from ns.storage.ledger import Ledger
 from pipelines import PACKAGE
@@ -705,6 +705,25 @@ def make_leaks(folder: Path) -> tuple[Path, Change, Callable[[], object]]:
     return folder / "leaks" / LEFT_OUT, change_table, lambda: load_left_out_rows(leaks)
 
 
+def make_lease(folder: Path) -> tuple[Path, Change, Callable[[], object]]:
+    """Of a process of this machine that is gone: it is followed, at once or when it has been silent."""
+    store = LocalStore(folder)
+    path = folder / f"{lease.LEASES}/work-0001.json"
+    holder = lease.LeaseHolder.make_own()
+    gone = holder.model_copy(update={"process": holder.process._replace(identity=f"{os.getpid()}:1")})
+
+    def read() -> None:
+        data = path.read_bytes()
+        lease.sweep_leases(store, 0)
+        path.write_bytes(data)
+        with patch.object(lease, "STALE_SECONDS", 0), lease.hold_lease(store, "work", "work"):
+            pass
+        path.write_bytes(data)
+
+    gone.save_file(store, f"{lease.LEASES}/work-0001.json")
+    return path, change_json, read
+
+
 def make_inputs(folder: Path) -> tuple[Path, Change, Callable[[], object]]:
     path = folder / "inputs.json"
     path.write_text(json.dumps({"gpus_train": "1", "generations": 2, "config": "s3://a/b.yaml", "run": "c", "overrides": []}))
@@ -734,6 +753,7 @@ KINDS: dict[str, Callable[..., tuple[Path, Change, Callable[[], object]]]] = {
     "record": make_record,
     "note": make_note,
     "ledger_entry": make_ledger_entry,
+    "lease": make_lease,
     "inputs": make_inputs,
     "predictions": make_predictions,
     "mistakes": make_mistakes,

@@ -197,8 +197,9 @@ class ProcessId(NamedTuple):
         return self.identity.partition(":")[0]
 
     def is_gone(self) -> bool:
-        """Whether the process has ended, as far as can be seen from here: never if it is another system's."""
-        return self.system == _read_system() and identify_process(int(self.pid or 0)) != self.identity
+        """Whether the process has ended, as far as can be seen from here: never if it is another system's, or named by no number."""
+        is_own = self.system == _read_system() and IDENTITY.fullmatch(self.identity) is not None
+        return is_own and identify_process(int(self.pid)) != self.identity
 
 
 def _read_system() -> str:

@@ -7,6 +7,7 @@ A lease saves work, and protects nothing: what is written stays right when two h
 """
 
 import os
+import re
 import secrets
 import socket
 import threading
@@ -14,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from typing import Self
+from typing import NamedTuple, Self
 
 from ns.core import log
 from ns.core.errors import NsError, StoreError
@@ -96,9 +97,9 @@ def _wait_for_lease(root: Store, name: str, what: str) -> "_Lease":
         if latest is None:
             number = 1
         else:
-            holder = _find_holder(root, latest.key)
+            holder = _find_holder(root, latest.entry.key)
             now = time.monotonic()
-            if (stamp := f"{latest.key} {latest.stamp}") != seen_stamp:
+            if (stamp := f"{latest.entry.key} {latest.entry.stamp}") != seen_stamp:
                 seen_stamp, seen_at = stamp, now
             is_gone = holder is not None and holder.process.is_gone()
             if not is_gone and now - seen_at < STALE_SECONDS:
@@ -120,15 +121,28 @@ def _wait_for_lease(root: Store, name: str, what: str) -> "_Lease":
                     holder=f"{holder.host}, process {holder.process.pid}",
                     since=holder.since,
                 )
-            number = _read_number(latest.key) + 1
+            number = latest.number + 1
         lease = _Lease(root, name, number)
         if lease.try_take():
             return lease
         # Another was faster.
 
 
-def _find_latest(root: Store, name: str) -> BlobEntry | None:
-    return max(root.entries(f"{LEASES}/{name}-"), key=lambda entry: entry.key, default=None)
+class _NumberedLease(NamedTuple):
+    number: int
+    entry: BlobEntry
+
+
+def _list_leases(root: Store, name: str) -> Iterator[_NumberedLease]:
+    """The leases of some work; not those of other work whose name begins with this one, nor what else lies there."""
+    pattern = re.compile(rf"{re.escape(f'{LEASES}/{name}')}-(\d{{1,18}})\.json")
+    for entry in root.entries(f"{LEASES}/{name}-"):
+        if match := pattern.fullmatch(entry.key):
+            yield _NumberedLease(int(match[1]), entry)
+
+
+def _find_latest(root: Store, name: str) -> _NumberedLease | None:
+    return max(_list_leases(root, name), default=None, key=lambda lease: lease.number)
 
 
 def _find_holder(root: Store, key: str) -> LeaseHolder | None:
@@ -145,14 +159,11 @@ def _find_holder(root: Store, key: str) -> LeaseHolder | None:
     return None
 
 
-def _read_number(key: str) -> int:
-    return int(key.removesuffix(".json").rpartition("-")[2])
-
-
 class _Lease:
     def __init__(self, root: Store, name: str, number: int) -> None:
         self._root = root
         self._name = name
+        self._number = number
         self._key = f"{LEASES}/{name}-{number:04d}.json"
         self._holder = LeaseHolder.make_own()
         self._is_over = threading.Event()
@@ -177,16 +188,16 @@ class _Lease:
         self._is_over.set()
         self._beating.join()
         with suppress(StoreError):
-            for entry in list(self._root.entries(f"{LEASES}/{self._name}-")):
-                if entry.key <= self._key:
-                    self._root.delete(entry.key)
+            for lease in list(_list_leases(self._root, self._name)):
+                if lease.number <= self._number:
+                    self._root.delete(lease.entry.key)
 
     def _beat_until_over(self) -> None:
         while not self._is_over.wait(BEAT_SECONDS):
             # A store that is away for a while costs a beat.
             with suppress(NsError):
                 latest = _find_latest(self._root, self._name)
-                if latest is not None and latest.key > self._key:
+                if latest is not None and latest.number > self._number:
                     log.get_logger().warning(
                         "another process has taken over, because this one was silent; what is finished first counts",
                         work=self._name,

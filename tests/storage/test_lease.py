@@ -120,9 +120,30 @@ def test_cost_of_a_lease_in_requests(store, monkeypatch):
 
 
 def test_other_work_does_not_wait(store, quick):
-    with hold_lease(store, "work", "work"), hold_lease(store, "work-2", "work"):
-        assert len(leases(store)) == 2
-    assert leases(store) == []
+    for names in (("work", "work-2"), ("work-0", "work"), ("work-0001", "work")):
+        with hold_lease(store, names[0], "work"), hold_lease(store, names[1], "work"):
+            assert len(leases(store)) == 2
+        assert leases(store) == []
+
+
+def test_what_else_lies_beside_leases_is_left(tmp_path, quick):
+    root = LocalStore(tmp_path)
+    strange = [f"{LEASES}/{name}" for name in ("work-zzz.json", "work-.json", "work-1.txt")]
+    for key in strange:
+        root.put(key, b"{}")
+    with hold_lease(root, "work", "work"):
+        assert len(leases(root)) == 4
+    assert sorted(leases(root)) == sorted(strange)
+
+
+def test_a_later_lease_counts_whatever_its_number_of_digits(tmp_path, quick, monkeypatch):
+    root = LocalStore(tmp_path)
+    monkeypatch.setattr(lease, "STALE_SECONDS", 0)
+    for number in (9999, 10000):
+        root.put(f"{LEASES}/work-{number:04d}.json", b"")
+    with hold_lease(root, "work", "work"):
+        assert f"{LEASES}/work-10001.json" in leases(root)
+    assert leases(root) == []
 
 
 def test_who_waits_says_once_who_holds_the_lease_and_does_the_work_if_it_failed(tmp_path, quick, capsys):
