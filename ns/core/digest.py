@@ -133,6 +133,7 @@ DECIDING_LIBRARIES = {
     "timm": "timm",
     "PIL": "pillow",
     "simplejpeg": "simplejpeg",
+    "cv2": "opencv-python-headless",
 }
 """Libraries that decide pixels, weights and probabilities: module → distribution."""
 

@@ -153,6 +153,7 @@ def test_read_sources_spares_reading_what_has_not_changed(monkeypatch, tmp_path)
 
 def test_digest_code_follows_the_versions_of_deciding_libraries(monkeypatch):
     versions = {"torch": "2.14.1+cpu", "torchvision": "0.29.1+cpu", "timm": "1.0.31", "pillow": "12.0", "simplejpeg": "1.8"}
+    versions["opencv-python-headless"] = "5.0"
     monkeypatch.setattr(digest, "version", lambda name: versions[name])
 
     def compute(*parts):

@@ -6,24 +6,31 @@ maximum. `ns.data.augment.reference` follows the code to the bit; here, its over
 - Solarize inverts values from int(256 · level) on; 256 at most, which inverts nothing.
 - SolarizeAdd adds int(110 · level), 255 at most.
 - Contrast blends with the mean gray; the reference code has the number of pixels / 256 instead, a bug.
-- Arithmetic and pixel coordinates are Pillow's.
+- Arithmetic and pixel coordinates are Pillow's; values of Color and Sharpness that float32 decides may differ by 1.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import NamedTuple
 
+import cv2
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageEnhance
+from PIL import Image
+
+# Each loader works on one core, and OpenCV's threads would not outlive the fork that starts it.
+cv2.setNumThreads(0)
 
 GRAY = (128, 128, 128)
 SMALL_PX = 64
 """Largest side of images that use the constants for small images."""
 
 VALUES = np.arange(256)
-CHANNELS = np.array([0, 256, 512], np.uint16)
-"""Offset of each channel's table."""
+SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
+"""Pillow's ImageFilter.SMOOTH."""
+LUMA = np.array([[19595, 38470, 7471]], np.float32) / 65536
+"""Weights of red, green and blue in Pillow's gray; OpenCV's own differs. Their sums are exact in float32, since they take 24 bits."""
 
 Pixels = npt.NDArray[np.uint8]
 """An image, [H, W, 3]."""
@@ -68,21 +75,21 @@ class RandAugment:
         self.solarize_add = min(255, int(110 * self.level))
         self.enhance_factor = 1.8 * self.level + 0.1
         lowest_kept = 1 << (8 - self.posterize_bits)
-        brightened = blend_pixels(np.uint8(0), VALUES.astype(np.uint8), self.enhance_factor)
+        brightened = _blend_values(0, self.enhance_factor)
         angle, shear = 30 * self.level, 0.3 * self.level
         self.operations: dict[str, Operation] = {
             "auto_contrast": lambda image, _: stretch_contrast(image),
             "equalize": lambda image, _: equalize_channels(image),
             "invert": lambda image, _: ~image,
-            "rotate": lambda image, rng: _run_pillow(image, Image.Image.rotate, draw_sign(rng) * angle, fillcolor=GRAY),
+            "rotate": lambda image, rng: _move_pixels(image, _locate_rotated(image.shape[:2], draw_sign(rng) * angle)),
             "posterize": lambda image, _: image & np.uint8(256 - lowest_kept),
             "solarize": lambda image, _: solarize_pixels(image, self.solarize_threshold),
             "color": lambda image, _: _enhance_color(image, self.enhance_factor),
             "contrast": lambda image, _: _enhance_contrast(image, self.enhance_factor),
-            "brightness": lambda image, _: map_values(image, brightened),
+            "brightness": lambda image, _: cv2.LUT(image, brightened),
             "sharpness": lambda image, _: _enhance_sharpness(image, self.enhance_factor),
-            "shear_x": lambda image, rng: _transform_affine(image, (1, draw_sign(rng) * shear, 0, 0, 1, 0)),
-            "shear_y": lambda image, rng: _transform_affine(image, (1, 0, 0, draw_sign(rng) * shear, 1, 0)),
+            "shear_x": lambda image, rng: _move_pixels(image, _locate_sheared(image.shape[:2], draw_sign(rng) * shear, 0)),
+            "shear_y": lambda image, rng: _move_pixels(image, _locate_sheared(image.shape[:2], 0, draw_sign(rng) * shear)),
             "translate_x": lambda image, rng: _translate(image, draw_sign(rng) * self.translate_px, axis=1),
             "translate_y": lambda image, rng: _translate(image, draw_sign(rng) * self.translate_px, axis=0),
             "solarize_add": lambda image, _: add_below_half(image, self.solarize_add),
@@ -116,12 +123,12 @@ def stretch_contrast(image: Pixels) -> Pixels:
     span = np.maximum(high - low, 1)
     # The order of operations is Pillow's, since it decides the last bit.
     stretched = (VALUES * (255.0 / span) + -low * (255.0 / span)).astype(np.int64).clip(0, 255)
-    return _map_channels(image, np.where(high > low, stretched, VALUES))
+    return image if (span == 255).all() else _map_channels(image, np.where(high > low, stretched, VALUES))
 
 
 def equalize_channels(image: Pixels) -> Pixels:
     """Pillow's ImageOps.equalize: each channel's histogram is flattened."""
-    counts = np.fromiter(_make_picture(image).histogram(), np.int64, 768).reshape(3, 256)
+    counts = np.stack([cv2.calcHist([image], [channel], None, [256], [0, 256]) for channel in range(3)]).astype(np.int64)
     before = np.cumsum(counts, axis=1) - counts
     last = counts[np.arange(3), 255 - (counts[:, ::-1] > 0).argmax(1)]
     step = ((counts.sum(1) - last) // 255)[:, None]
@@ -144,59 +151,46 @@ def add_below_half(image: Pixels, addend: int) -> Pixels:
     return image + (added & np.negative((image < np.uint8(128)).view(np.uint8)))
 
 
-def blend_pixels(degenerate: Pixels | np.uint8, image: Pixels, factor: float) -> Pixels:
-    """Pillow's Image.blend: degenerate + factor · (image - degenerate), cut off to 0…255 and to whole numbers."""
-    base = np.float32(degenerate)
-    blended = image - base
-    blended *= np.float32(factor)
-    blended += base
-    if factor > 1:
-        np.clip(blended, 0, 255, out=blended)
-    return blended.astype(np.uint8)
-
-
-def sum_neighbors(image: Pixels) -> npt.NDArray[np.uint16]:
-    """Sums over 3 x 3 px with weight 5 in the middle, uint16 [H - 2, W - 2, 3]: 13 times a smoothed image."""
-    rows = np.add(image[:-2], image[2:], dtype=np.uint16)
-    rows += image[1:-1]
-    total: npt.NDArray[np.uint16] = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]
-    total += np.multiply(image[1:-1, 1:-1], np.uint16(4), dtype=np.uint16)
-    return total
-
-
-def map_values(image: Pixels, table: Pixels) -> Pixels:
-    """Replaces each value by that of a table, [256]."""
-    # bytes.translate takes a quarter of the time of indexing.
-    mapped = np.frombuffer(image.tobytes().translate(table.tobytes()), np.uint8)
-    return mapped.reshape(image.shape)
-
-
 def draw_sign(rng: np.random.Generator) -> int:
     return 1 if rng.random() < 0.5 else -1
 
 
+def _blend_pixels(degenerate: Pixels, image: Pixels, factor: float) -> Pixels:
+    """Pillow's Image.blend: degenerate + factor · (image - degenerate), cut off to 0…255 and to whole numbers."""
+    # OpenCV rounds; the thousandth is for whole numbers that float32 may fall short of.
+    blended: Pixels = cv2.addWeighted(image, factor, degenerate, 1 - factor, 0.001 - 0.5)
+    return blended
+
+
+def _blend_values(degenerate: int, factor: float) -> Pixels:
+    """The table, [256], of blending with one value."""
+    blended = (VALUES - degenerate).astype(np.float32) * np.float32(factor) + np.float32(degenerate)
+    return blended.clip(0, 255).astype(np.uint8)
+
+
+def _enhance_color(image: Pixels, factor: float) -> Pixels:
+    """Blends with the gray image."""
+    return _blend_pixels(cv2.cvtColor(cv2.transform(image, LUMA), cv2.COLOR_GRAY2RGB), image, factor)
+
+
 def _enhance_contrast(image: Pixels, factor: float) -> Pixels:
     """Blends with the mean gray."""
-    gray = np.frombuffer(_make_picture(image).convert("L").tobytes(), np.uint8)
-    mean = int(gray.sum(dtype=np.uint64) / gray.size + 0.5)
-    return map_values(image, blend_pixels(np.uint8(mean), VALUES.astype(np.uint8), factor))
+    mean = int(cv2.mean(cv2.transform(image, LUMA))[0] + 0.5)
+    mapped: Pixels = cv2.LUT(image, _blend_values(mean, factor))
+    return mapped
 
 
 def _enhance_sharpness(image: Pixels, factor: float) -> Pixels:
-    """Blends with Pillow's ImageFilter.SMOOTH: a blur by 3 x 3 px with weight 5 in the middle, which leaves the border as it is."""
-    if min(image.shape[:2]) < 3:
-        return image
-    smoothed = (sum_neighbors(image) + np.uint16(6)) // np.uint16(13)
+    """Blends with a blur by 3 x 3 px with weight 5 in the middle, which leaves the border as it is."""
     enhanced = image.copy()
-    enhanced[1:-1, 1:-1] = blend_pixels(smoothed.astype(np.uint8), image[1:-1, 1:-1], factor)
+    enhanced[1:-1, 1:-1] = _blend_pixels(cv2.filter2D(image, -1, SMOOTH), image, factor)[1:-1, 1:-1]
     return enhanced
 
 
 def _map_channels(image: Pixels, tables: npt.NDArray[np.integer]) -> Pixels:
     """Replaces each value by its channel's table, int [3, 256]."""
-    height, width = image.shape[:2]
-    index = image.reshape(height, -1) + np.tile(CHANNELS, width)
-    return tables.astype(np.uint8).ravel().take(index, mode="clip").reshape(image.shape)
+    mapped: Pixels = cv2.LUT(image, np.ascontiguousarray(tables.T, np.uint8)[None])
+    return mapped
 
 
 def _translate(image: Pixels, shift_px: float, axis: int) -> Pixels:
@@ -212,23 +206,31 @@ def _translate(image: Pixels, shift_px: float, axis: int) -> Pixels:
     return moved
 
 
-def _enhance_color(image: Pixels, factor: float) -> Pixels:
-    """Blends with the gray image."""
-    return _run_pillow(image, lambda picture: ImageEnhance.Color(picture).enhance(factor))
+def _move_pixels(image: Pixels, sources: npt.NDArray[np.int16]) -> Pixels:
+    """Each pixel is that at its place in `sources`, [H, W, (x, y)], or gray if that is outside."""
+    moved: Pixels = cv2.remap(image, sources, None, cv2.INTER_NEAREST, borderMode=cv2.BORDER_CONSTANT, borderValue=GRAY)
+    return moved
 
 
-def _transform_affine(image: Pixels, matrix: tuple[float, ...]) -> Pixels:
-    size = image.shape[1], image.shape[0]
-    return _run_pillow(
-        image, Image.Image.transform, size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST, fillcolor=GRAY
-    )
+# Pillow decides which pixel goes where, once for all images of a size: a training uses the two signs of one angle and of one shear.
+@lru_cache(maxsize=2)
+def _locate_rotated(shape: tuple[int, int], degrees: float) -> npt.NDArray[np.int16]:
+    return _locate_sources(shape, lambda numbers, outside: numbers.rotate(degrees, fillcolor=outside))
 
 
-def _run_pillow(image: Pixels, run: Callable[..., Image.Image], *args: Any, **kwargs: Any) -> Pixels:
-    """An operation that is as fast in Pillow as it could be here."""
-    return np.frombuffer(run(_make_picture(image), *args, **kwargs).tobytes(), np.uint8).reshape(image.shape)
+@lru_cache(maxsize=4)
+def _locate_sheared(shape: tuple[int, int], x_shear: float, y_shear: float) -> npt.NDArray[np.int16]:
+    matrix = (1, x_shear, 0, y_shear, 1, 0)
+
+    def shear_numbers(numbers: Image.Image, outside: int) -> Image.Image:
+        return numbers.transform(numbers.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST, fillcolor=outside)
+
+    return _locate_sources(shape, shear_numbers)
 
 
-def _make_picture(image: Pixels) -> Image.Image:
-    # At 32 px, where this takes longer than a warp, Image.fromarray takes half as long again, and np.asarray of a picture too.
-    return Image.frombytes("RGB", (image.shape[1], image.shape[0]), np.ascontiguousarray(image))
+def _locate_sources(shape: tuple[int, int], move: Callable[[Image.Image, int], Image.Image]) -> npt.NDArray[np.int16]:
+    """(x, y) of the pixels that `move` takes, int16 [H, W, 2]; (-1, -1) for those from outside."""
+    height, width = shape
+    numbers = np.arange(height * width, dtype=np.int32).reshape(shape)
+    moved = np.asarray(move(Image.fromarray(numbers), -1))
+    return np.where(moved[:, :, None] < 0, -1, np.stack([moved % width, moved // width], axis=2)).astype(np.int16)

@@ -14,6 +14,7 @@ All results are bit by bit those of the published code under TensorFlow 2.15 (te
 
 import math
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 
@@ -27,9 +28,7 @@ from ns.data.augment.randaugment import (
     choose_constants,
     draw_sign,
     equalize_channels,
-    map_values,
     solarize_pixels,
-    sum_neighbors,
 )
 
 LUMA = np.array([0.2989, 0.5870, 0.1140], np.float32)
@@ -59,8 +58,8 @@ class ReferenceRandAugment:
             "posterize": lambda image, _: image & np.uint8(256 - lowest_kept),
             "solarize": lambda image, _: solarize_pixels(image, self.solarize_threshold),
             "color": lambda image, _: blend_images(compute_gray(image)[:, :, None], image, factor),
-            "contrast": lambda image, _: map_values(image, blend_images(compute_contrast_base(image), VALUES, factor)),
-            "brightness": lambda image, _: map_values(image, blend_images(np.uint8(0), VALUES, factor)),
+            "contrast": lambda image, _: cv2.LUT(image, blend_images(compute_contrast_base(image), VALUES, factor)),
+            "brightness": lambda image, _: cv2.LUT(image, blend_images(np.uint8(0), VALUES, factor)),
             "sharpness": lambda image, _: blend_images(smooth_inside(image), image, factor),
             "shear_x": lambda image, rng: transform_nearest(image, (1, draw_sign(rng) * level * 0.3, 0, 0, 1, 0)),
             "shear_y": lambda image, rng: transform_nearest(image, (1, 0, 0, draw_sign(rng) * level * 0.3, 1, 0)),
@@ -98,6 +97,15 @@ def compute_gray(image: Pixels) -> npt.NDArray[np.uint8]:
 def compute_contrast_base(image: Pixels) -> np.uint8:
     """The sum of the histogram of gray values / 256, which is no mean gray."""
     return np.uint8(min(255.0, image.shape[0] * image.shape[1] / 256))
+
+
+def sum_neighbors(image: Pixels) -> npt.NDArray[np.uint16]:
+    """Sums over 3 x 3 px with weight 5 in the middle, uint16 [H - 2, W - 2, 3]: 13 times a smoothed image."""
+    rows = np.add(image[:-2], image[2:], dtype=np.uint16)
+    rows += image[1:-1]
+    total: npt.NDArray[np.uint16] = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]
+    total += np.multiply(image[1:-1, 1:-1], np.uint16(4), dtype=np.uint16)
+    return total
 
 
 def smooth_inside(image: Pixels) -> Pixels:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ns.core.errors import DataError
 from ns.data.loading import decode as module
-from ns.data.loading.decode import decode_image, read_jpeg_size
+from ns.data.loading.decode import EncodedJpeg, decode_image, read_jpeg_size
 
 # pytest puts aside the filter that decode sets.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -203,6 +203,33 @@ def test_decode_refuses_eps():
     # Pillow would start Ghostscript.
     with pytest.raises(DataError, match="not an image, or of an unknown format"):
         decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+
+
+@pytest.mark.parametrize("sampling", ["4:4:4", "4:2:2", "4:2:0", "4:4:0", "4:1:1"])
+def test_upper_rows_are_those_of_the_whole_image(sampling):
+    pixels = np.concatenate([SMOOTH, RNG.integers(0, 256, (33, 60, 3), np.uint8)])
+    images = [memoryview(simplejpeg.encode_jpeg(pixels, 90, colorsubsampling=sampling.replace(":", "")))]
+    if sampling in ("4:4:4", "4:2:2", "4:2:0"):
+        options = {"quality": 90, "subsampling": sampling, "restart_marker_rows": 1}
+        images += [encoded(Image.fromarray(pixels), "JPEG", progressive=kind, **options) for kind in (False, True)]
+    for image in images:
+        jpeg = EncodedJpeg(image, 60, 73)
+        whole = jpeg.decode_whole()
+        for lower in (*range(1, 73, 5), 62, 63, 64, 70, 71, 72, 73):
+            found, box = jpeg.decode_box((3, 0, 40, lower), 60)
+            assert box == (3, 0, 40, lower)
+            assert len(found) == min(lower + 2, 73)
+            assert np.array_equal(found[:lower], whole[:lower]), lower
+
+
+def test_damage_in_upper_rows_is_found():
+    data = bytearray(encoded(Image.fromarray(RNG.integers(0, 256, (400, 60, 3), np.uint8)), "JPEG"))
+    scan = data.index(b"\xff\xda")
+    with pytest.raises(DataError, match="truncated"):
+        EncodedJpeg(bytes(data[: scan + 500]), 60, 400).decode_box((0, 0, 60, 100), 60)
+    data[scan + 200 : scan + 220] = b"\xff\xd0" * 10
+    whole = decode_image(bytes(data))
+    assert np.array_equal(EncodedJpeg(bytes(data), 60, 400).decode_box((0, 0, 60, 100), 60)[0][:100], whole[:100])
 
 
 def test_decode_in_threads_keeps_warning_filters():
