@@ -46,6 +46,13 @@ def test_summary_page_compares_with_targets():
     assert "| 2,000 | ≤ 1024 | not reached |" in text
 
 
+def test_summary_page_says_what_the_network_alone_would_reach():
+    figures = {"vs_timm_train": 1.0, "vs_timm_train.a": 1.0, "step_ratio_randaugment.a": 0.8}
+    figures |= {"vs_timm_train.b": 1.2, "step_ratio_randaugment.b": 0.5}
+    text = render_summary_page({"train": figures})
+    assert "| 1 | ≥ 2.5 | not reached; the network alone, on a batch in memory: 1.25 |" in text
+
+
 def test_summary_page_is_up_to_date():
     assert (RESULTS / "README.md").read_text() == render_summary_page(load_kept(RESULTS)), "run `python -m benchmarks.summary`"
 
