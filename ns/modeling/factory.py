@@ -117,9 +117,11 @@ def count_multiply_adds(network: nn.Module, resolution: int) -> int:
 
     0 for a network that cannot run there. Raises ConfigError if it does not take images of that size.
     """
+    # The counter fails at parameters that are inputs of a module, such as class tokens, if they await gradients.
+    network.eval().requires_grad_(False)
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            network.eval()(torch.zeros(1, 3, resolution, resolution, device="meta"))
+            network(torch.zeros(1, 3, resolution, resolution, device="meta"))
     except (AssertionError, RuntimeError, ValueError) as error:
         if "meta" in str(error):
             return 0
