@@ -3,15 +3,13 @@
 import sys
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
 
 from ns.core.errors import ConfigError
 from ns.modeling.tensor_shapes import Shape
-
-if TYPE_CHECKING:
-    # The stage that prepares data reads what weights are called, and needs no torch for it.
-    import torch
-    from torch import Tensor, nn
 
 WRAPPERS = ("module.", "_orig_mod.", "model.", "state_dict.", "net.", "network.", "backbone.")
 """What stands before the names of tensors if a wrapped network was saved."""
@@ -23,7 +21,7 @@ Value = TypeVar("Value")
 class WeightsFit(NamedTuple):
     """How weights fit a network."""
 
-    tensors: "dict[str, Tensor]"
+    tensors: dict[str, Tensor]
     """Those that fit, by the network's names."""
     missing: list[str]
     """Tensors of the network that stay as they are, without those of the classifier."""
@@ -38,7 +36,7 @@ class WeightsFit(NamedTuple):
         return f"{self.total - len(self.missing)} of {self.total} tensors fit; from random weights start {names}"
 
 
-def fit_weights(network: "nn.Module", tensors: "Mapping[str, Tensor]", *, with_classifier: bool = True) -> WeightsFit:
+def fit_weights(network: nn.Module, tensors: Mapping[str, Tensor], *, with_classifier: bool = True) -> WeightsFit:
     """The tensors whose names and shapes are the network's, if need be as timm itself adapts those of other programs and image sizes.
 
     Works on the meta device too. Without `with_classifier`, the classifier's are left out.
@@ -56,9 +54,8 @@ def fit_weights(network: "nn.Module", tensors: "Mapping[str, Tensor]", *, with_c
     return WeightsFit(fitting, [name for name in body if name not in fitting], len(body))
 
 
-def check_weights_fit(network: "nn.Module", uri: str, shapes: Mapping[str, Shape]) -> WeightsFit:
+def check_weights_fit(network: nn.Module, uri: str, shapes: Mapping[str, Shape]) -> WeightsFit:
     """How weights fit whose header `read_tensor_shapes` has read. Raises ConfigError if none does but those of the classifier."""
-    import torch
 
     fit = fit_weights(network, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
     if len(fit.missing) == fit.total:
@@ -66,24 +63,24 @@ def check_weights_fit(network: "nn.Module", uri: str, shapes: Mapping[str, Shape
     return fit
 
 
-def make_fit_error(network: "nn.Module", uri: str, tensors: int) -> ConfigError:
+def make_fit_error(network: nn.Module, uri: str, tensors: int) -> ConfigError:
     return ConfigError(
         f"model.pretrained: {uri}: none of its {tensors} tensors has the name and shape of one in "
         f"{type(network).__name__}; give weights of the same architecture, or leave it out"
     )
 
 
-def _match_shapes(own_shapes: "Mapping[str, torch.Size]", tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+def _match_shapes(own_shapes: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if own_shapes.get(name) == tensor.shape}
 
 
-def _list_classifier_prefixes(network: "nn.Module") -> tuple[str, ...]:
+def _list_classifier_prefixes(network: nn.Module) -> tuple[str, ...]:
     """Prefixes of the names of the classifier's tensors."""
     names = getattr(network, "pretrained_cfg", {}).get("classifier") or ()
     return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
 
 
-def _apply_timm_filter(network: "nn.Module", tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
+def _apply_timm_filter(network: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors as timm brings them into the names and shapes of a network: position embeddings are resampled to its image size, for
     instance. Unchanged if timm has nothing for the family, or does not know what to do with them."""
     module = sys.modules[type(network).__module__]

@@ -14,10 +14,11 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+
+from ns.data.augment.opencv import cv2
 
 # Each loader works on one core, and OpenCV's threads would not outlive the fork that starts it.
 cv2.setNumThreads(0)

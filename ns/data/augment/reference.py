@@ -14,10 +14,10 @@ All results are bit by bit those of the published code under TensorFlow 2.15 (te
 
 import math
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 
+from ns.data.augment.opencv import cv2
 from ns.data.augment.randaugment import (
     GRAY,
     VALUES,
