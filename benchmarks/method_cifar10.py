@@ -133,10 +133,15 @@ def make_control_experiment(document: Mapping[str, Any], teacher: str) -> dict[s
     del train["pseudo_labels"]
     batch_multiple = 1 + train.pop("unlabeled_ratio")
     epochs = train["epochs"] * batch_multiple * document["generations"]
-    train |= {"labeled_batch": train["labeled_batch"] * batch_multiple, "epochs": epochs, "init": teacher}
+    del train["init"]
+    train |= {"labeled_batch": train["labeled_batch"] * batch_multiple, "epochs": epochs}
     # Warm-up is counted in epochs of labeled images.
     train["optimizer"] = {**train["optimizer"], "warmup_epochs": train["optimizer"]["warmup_epochs"] * batch_multiple}
-    return {**document, "name": CONTROL, "teacher": {**student, "train": train}}
+    return {
+        **document,
+        "name": CONTROL,
+        "teacher": {**student, "model": {**student["model"], "pretrained": teacher}, "train": train},
+    }
 
 
 def unpack_archives(images: Path, folder: Path) -> None:

@@ -33,14 +33,17 @@ def load_pixels(path: str | Path) -> npt.NDArray[np.uint8]:
             short = min(picture.size)
             width, height = int(scaled * picture.width / short), int(scaled * picture.height / short)
         left, upper = round((width - size) / 2), round((height - size) / 2)
-        return np.array(picture.resize((width, height), resampling).crop((left, upper, left + size, upper + size)))
+        return np.array(_resize(picture, width, height, resampling).crop((left, upper, left + size, upper + size)))
     if about["crop"] == "resized":
         side = max(1, round(min(picture.size) * size / scaled))
         left, upper = (picture.width - side) // 2, (picture.height - side) // 2
         picture = picture.crop((left, upper, left + side, upper + side))
+    return np.array(_resize(picture, size, size, resampling))
+
+
+def _resize(picture: Image.Image, width: int, height: int, resampling: Image.Resampling) -> Image.Image:
     # Across first: by itself, Pillow 13 begins with the height of tall images, and Pillow 12 does not.
-    across = picture.resize((size, picture.height), resampling)
-    return np.array(across.resize((size, size), resampling))
+    return picture.resize((width, picture.height), resampling).resize((width, height), resampling)
 
 
 def load_input(path: str | Path) -> npt.NDArray[np.float32]:

@@ -129,8 +129,9 @@ def train_model(
         network.get_submodule(name).eval()
     stop = threading.Event()
     with (
-        handle_signals(lambda *_: stop.set()),  # training stops between steps, with a checkpoint
+        # Outermost: torch may raise it once more while the others end.
         _explain_dead_loaders(stop),
+        handle_signals(lambda *_: stop.set()),  # training stops between steps, with a checkpoint
         _explain_out_of_memory(plan.role),
         monitor or Monitor() as active_monitor,
         checkpoint.CheckpointWriter(checkpoints, config.checkpoints_kept) as writer,

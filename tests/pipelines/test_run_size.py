@@ -64,8 +64,9 @@ def test_predict_run_agrees_with_the_smoke_run_on_a_cluster():
     size = predict_run(render_package(PACKAGE.read_text(), Placement(), generations=1), RunShape())
     assert (size.pods, size.drivers, len(size.nodes)) == (17, 10, 59)
     assert size.status_bytes == pytest.approx(281_000, rel=0.03)
-    assert size.compressed_bytes == pytest.approx(22_100, rel=0.12)
-    assert size.spec_bytes == pytest.approx(52_700, rel=0.06)
+    # The measured package had no mount for MLflow's login in three stages.
+    assert size.compressed_bytes == pytest.approx(22_100, rel=0.13)
+    assert size.spec_bytes == pytest.approx(52_700, rel=0.07)
 
 
 def test_largest_run_stays_well_below_the_limit(package):

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from multiprocessing import resource_sharer
 from pathlib import Path
 
@@ -152,6 +153,21 @@ def test_loader_killed_while_waited_for_is_explained(data, tmp_path, monkeypatch
     config = config.model_copy(update={"train": config.train.model_copy(update={"loader_workers": 1})})
     with pytest.raises(TrainingError, match=r"a data loader's process was killed.*lower train.loader_workers"):
         run(data, tmp_path, config)
+
+
+def test_loader_killed_is_explained_when_torch_says_it_again(data, tmp_path, monkeypatch):
+    """Its handler of SIGCHLD raises wherever Python stands: here, while the handlers of signals are put back."""
+
+    @contextmanager
+    def end_badly(_handler):
+        try:
+            yield
+        finally:
+            raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    monkeypatch.setattr("ns.training.loop.handle_signals", end_badly)
+    with pytest.raises(TrainingError, match="a data loader's process was killed"):
+        run(data, tmp_path, role())
 
 
 def test_loader_killed_while_handing_over_is_explained(data, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ SMALL = ModelConfig(arch="test_efficientnet", resolution=32, test_resolution=40)
 
 def test_inference_precision_is_decided_once(monkeypatch):
     monkeypatch.setattr(runner, "resolve_mode", lambda *_, **__: PrecisionMode("bfloat16"))
-    decided = runner._with_inference_precision(SMALL)
+    decided = runner._describe_model(SMALL)
     assert decided == SMALL.model_copy(update={"inference_precision": "bfloat16"})
     monkeypatch.setattr(runner, "resolve_mode", lambda *_, **__: pytest.fail("chosen again"))
-    assert runner._with_inference_precision(decided) is decided
+    assert runner._describe_model(decided) == decided
