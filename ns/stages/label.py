@@ -13,6 +13,7 @@ from ns.data.prepared import PreparedData
 from ns.labeling.foreign import load_foreign_scorer
 from ns.labeling.label_set import LEFT_OUT_PREFIX, LabelSet, LabelShard, find_label_shard, histogram_key, label_shard_key
 from ns.labeling.purge import copy_label_shard
+from ns.runs.records import find_stage_note
 from ns.stages.context import RunRef, StageContext, check_gpus, stage
 from ns.stages.evaluate import evaluate_calibration, resolve_labeling_temperature
 from ns.stages.foreign import prepare_foreign_reference
@@ -96,6 +97,10 @@ def label_shards(ref: RunRef, *, data: str, generation: int, teacher: str, shard
                 reused = are_labeled()
                 if not reused:
                     label_missing()
+        if reused and find_stage_note(context.root, context.run, generation, context.note_name) is None:
+            # Who has labeled them may have been killed before its end.
+            left_out = _find_left_out(context, prepared, pool_store, range_shards)
+            _LabeledShardIndex(context, prepared, teacher, left_out).record_missing(key, range_shards)
         context.write_note({}, reused=reused, images=images)
         return shards
 
@@ -131,6 +136,18 @@ class _LabeledShardIndex:
         # In the other pool the shard may have another name.
         key = entry.outputs["manifest"]
         return self._root.at(parent_key(key)), LabelShard.load_file(self._root, key)
+
+    def record_missing(self, label_set: str, shards: Iterable[Shard]) -> None:
+        """Records those that are not recorded."""
+        recorded = self._ledger.list_digests("label-shard")
+        self.record_shards(
+            label_set,
+            [
+                shard
+                for shard in shards
+                if self._ledger.compute_digest("label-shard", self._shard_inputs(shard)) not in recorded
+            ],
+        )
 
     def record_shards(self, label_set: str, shards: Iterable[Shard]) -> None:
         for shard in shards:

@@ -74,6 +74,11 @@ class Ledger:
             key=lambda entry: (entry.finished_at, entry.digest),
         )
 
+    def list_digests(self, stage: str) -> set[str]:
+        """Digests of all entries of a kind of work."""
+        prefix = f"store/ledger/{stage}/"
+        return {key.removeprefix(prefix).removesuffix(".json") for key in self._root.list(prefix)}
+
     def record_entry(
         self,
         stage: str,

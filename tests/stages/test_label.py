@@ -14,6 +14,7 @@ from ns.runs.lookup import (
 )
 from ns.stages.prepare import prepare_data
 from ns.stages.train import train_generation
+from ns.storage.ledger import Ledger
 from tests.loop import label_pool, open_tiny_run
 
 
@@ -41,6 +42,20 @@ def test_excluded_images_get_no_label_and_other_shards_are_reused(finished_run, 
     without = read_label_rows(found.store, found.label_set.shards[0])
     assert without.reasons[3] == "left out: excluded by data.exclude"
     assert found.label_set.shards[1] == labels.label_set.shards[1]
+
+
+def test_shards_are_recorded_by_the_next_run_if_who_labeled_them_was_killed(finished_run):
+    """Between the last of its shards and their entries. The entries spare a grown pool the same work."""
+    store, ref = finished_run
+    ledger = Ledger(store)
+    recorded = ledger.list_digests("label-shard")
+    assert recorded
+    store.delete_prefix("store/ledger/label-shard/")
+    store.delete_prefix(f"{ref.run}/stages/1-label-")
+    data = prepare_data(ref)
+    label_pool(ref, data=data, generation=1, teacher=train_generation(ref, data=data, generation=0))
+    assert ledger.list_digests("label-shard") <= recorded
+    assert len(ledger.list_digests("label-shard")) == len(open_label_set(store, f"{ref.run}/gen-1").label_set.shards)
 
 
 @pytest.fixture
