@@ -1,5 +1,6 @@
 """Calls in processes of their own, of which any may be killed at any instant."""
 
+import contextlib
 import multiprocessing
 import os
 import threading
@@ -9,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from ns.core.process import identify_process, init_helper_process
@@ -96,13 +98,13 @@ def _serve_calls(
     init_helper_process(parent)
     if start:
         start(*arguments)
-    while True:
-        try:
+    # Whoever asks may be killed at any instant: then there is nobody to tell anything.
+    with contextlib.suppress(EOFError, OSError):
+        while True:
             function, args, kwargs = pipe.recv()
-        except EOFError:
-            return
-        try:
-            pipe.send((function(*args, **kwargs), None))
-        except Exception as error:
-            error.add_note(traceback.format_exc())
-            pipe.send((None, error))
+            try:
+                answer = ForkingPickler.dumps((function(*args, **kwargs), None))
+            except Exception as error:
+                error.add_note(traceback.format_exc())
+                answer = ForkingPickler.dumps((None, error))
+            pipe.send_bytes(answer)

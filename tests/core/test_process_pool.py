@@ -1,6 +1,8 @@
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import wait
@@ -49,6 +51,22 @@ def test_process_pool_goes_on_after_the_death_of_a_process():
         with pytest.raises(BrokenProcessPool, match="was killed"):
             pool.submit(os.kill, pool.submit(os.getpid).result(), signal.SIGKILL).result()
         assert pool.submit(len, "abc").result() == 3
+
+
+def test_processes_end_in_silence_when_their_parent_is_killed(tmp_path):
+    """Whether they are asked for something at that instant, or have an answer."""
+    program = "import time\nfrom ns.core.process_pool import ProcessPool\nif __name__ == '__main__':\n"
+    program += " pool = ProcessPool(2)\n print(pool.submit(len, 'abc').result(), flush=True)\n"
+    program += " [pool.submit(time.sleep, 0.3) for _ in range(9)]\n time.sleep(60)\n"
+    (tmp_path / "parent.py").write_text(program)
+    with subprocess.Popen(
+        [sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout.readline() == "3\n"
+        time.sleep(0.1)
+        parent.kill()
+        # Its processes hold the pipe too: this ends when they do.
+        assert parent.stderr.read() == ""
 
 
 @pytest.mark.integration
