@@ -117,6 +117,8 @@ class Client:
     stage_log: Path | None = None
     """Where its stages log, if not there too."""
     pid: int = 0
+    process: subprocess.Popen[bytes] | None = None
+    """Kept, because Python waits for what is let go, and the end would be lost."""
     starts: int = 0
     is_done: bool = False
     ends: Counter[int] = field(default_factory=Counter)
@@ -377,7 +379,8 @@ def start_command(config: Path, root: str, client: Client) -> int:
     command = [sys.executable, "-m", "ns", "run", str(config), "--root", root, "--run", client.run, "--json"]
     with client.log.open("ab") as log:
         # Its stages log into the run's folder.
-        return subprocess.Popen(command, stdout=log, stderr=log).pid
+        client.process = subprocess.Popen(command, stdout=log, stderr=log)
+        return client.process.pid
 
 
 @contextmanager

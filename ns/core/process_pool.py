@@ -98,7 +98,7 @@ def _serve_calls(
     init_helper_process(parent)
     if start:
         start(*arguments)
-    # Whoever asks may be killed at any instant: then there is nobody to tell anything.
+    # The parent may be killed at any instant: then there is nobody to tell anything.
     with contextlib.suppress(EOFError, OSError):
         while True:
             function, args, kwargs = pipe.recv()

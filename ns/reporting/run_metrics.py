@@ -8,7 +8,8 @@ from ns.evaluation.gate import Verdict
 from ns.labeling.diff import compare_label_sets
 from ns.labeling.selection import Selection
 from ns.runs.lookup import open_previous_label_set, open_run_label_set
-from ns.runs.summary import summarize_run
+from ns.runs.records import list_stage_notes
+from ns.runs.summary import collect_measurements, summarize_run
 from ns.storage import Store
 
 
@@ -37,7 +38,9 @@ def publish_evaluation(root: Store, run: str, generation: int) -> None:
     """The accuracies and robustness scores of a generation's model."""
     if not telemetry.is_served():
         return
-    for model in summarize_run(root, run).measurements:
+    # What comes after it may be lost, and is made again after it.
+    notes = [note for note in list_stage_notes(root, run, "evaluate") if note.generation <= generation]
+    for model in collect_measurements(root, notes):
         if model.generation != generation:
             continue
         splits = {"heldout": model.top1, "test": model.test_top1, **model.sets}

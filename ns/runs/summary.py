@@ -107,7 +107,7 @@ def summarize_run(root: Store, run: str) -> RunSummary:
         state="interrupted" if was_killed else record.state,
         teacher_top1=teacher_top1,
         generations=generations,
-        measurements=_collect_measurements(root, stage_notes),
+        measurements=collect_measurements(root, stage_notes),
         best_model=best_model,
         best_top1=best_top1,
         label_sets=[generation.label_set for generation in generations],
@@ -141,7 +141,8 @@ def _summarize_generation(root: Store, stage_notes: list[StageNote], gate_note: 
     )
 
 
-def _collect_measurements(root: Store, stage_notes: list[StageNote]) -> list[ModelMeasurements]:
+def collect_measurements(root: Store, stage_notes: list[StageNote]) -> list[ModelMeasurements]:
+    """What the evaluations among these notes measured. Raises StoreError if one is lost."""
     measurements = []
     reference: Robustness | None = None
     for note in (note for note in stage_notes if note.stage == "evaluate"):

@@ -1,12 +1,16 @@
 """What a run found, as metrics."""
 
+import pytest
+
 from ns.config.schema import GateConfig
 from ns.core import telemetry
+from ns.core.errors import StoreError
 from ns.reporting import run_metrics
 from ns.runs.lookup import (
     open_run_label_set,
     resolve_verdict,
 )
+from ns.runs.records import find_stage_note
 from ns.runs.summary import summarize_run
 from ns.stages.prepare import prepare_data
 from ns.stages.roles import provide_teacher
@@ -53,3 +57,18 @@ def test_run_metrics_show_what_a_run_found(finished_run, monkeypatch):
     run_metrics.push_run_summary(store, run, "digits")
     assert telemetry.SUMMARY.get_sample_value("nst_last_run_accuracy_ratio") == generation.student_top1
     assert telemetry.SUMMARY.get_sample_value("nst_last_run_promotions") == 1
+
+
+def test_publish_evaluation_does_without_what_comes_later(finished_run, monkeypatch):
+    """A run whose last evaluation is lost comes to it again through the first ones."""
+    store, ref = finished_run
+    key = find_stage_note(store, ref.run, 1, "evaluate").outputs["evaluation"]
+    monkeypatch.setattr(telemetry, "is_served", lambda: True)
+    evaluation = store.get(key)
+    store.delete(key)
+    try:
+        run_metrics.publish_evaluation(store, ref.run, 0)
+        with pytest.raises(StoreError, match=r"evaluation\.json"):
+            run_metrics.publish_evaluation(store, ref.run, 1)
+    finally:
+        store.put(key, evaluation)
