@@ -125,8 +125,12 @@ def test_stage_that_is_asked_to_stop_gives_its_lease_back(tmp_path):
 
 def test_process_that_a_stage_has_forked_ends_as_it_is_told(tmp_path):
     with stage("label", open_tiny_run(LocalStore(tmp_path)), 1, shards="0-2"):
-        process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+        fork = multiprocessing.get_context("fork")
+        runs = fork.Event()
+        process = fork.Process(target=lambda: (runs.set(), time.sleep(30)))
         process.start()
+        # Python forgets signals that arrive before a forked process has begun.
+        assert runs.wait(20)
         process.terminate()
         process.join(20)
     assert process.exitcode == -signal.SIGTERM
