@@ -182,7 +182,13 @@ def assert_confidences(setup: Setup, keys: Sequence[str], confidences: Sequence[
         assert probabilities[class_id] >= probabilities.max() - 2 * RESIZED * spread, name
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+EVERY_PUSH = ("resnet", "vit", "clip-squash")
+"""Families that every push tries: both filters, and images that are cropped or squashed."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in EVERY_PUSH else pytest.mark.long) for name in FAMILIES]
+)
 def test_images_are_seen_as_timm_sees_them(tmp_path, name):
     setup = set_up(tmp_path, FAMILIES[name])
     predictor = Predictor(setup.store, batch=3)
@@ -219,11 +225,7 @@ def test_images_are_seen_as_timm_sees_them(tmp_path, name):
     assert_confidences(setup, names, [confidence for _, confidence in best], class_ids)
 
 
-ONNX = ("resnet", "vit")
-"""Families that every push exports; an export takes ten seconds."""
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in ONNX else pytest.mark.long) for name in FAMILIES])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == "vit" else pytest.mark.long) for name in FAMILIES])
 def test_exports_see_images_as_timm_sees_them(tmp_path, name):
     setup = set_up(tmp_path, FAMILIES[name])
     export_model(setup.store, tmp_path / "out", ["onnx", "timm"], setup.data)
