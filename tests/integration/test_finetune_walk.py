@@ -25,7 +25,7 @@ from ns.stages.train import train_generation
 from ns.storage import LocalStore
 from tests.mlflow_server import run_mlflow_server
 
-pytestmark = [pytest.mark.integration, pytest.mark.data, pytest.mark.slow]
+pytestmark = [pytest.mark.integration, pytest.mark.data, pytest.mark.slow, pytest.mark.long]
 
 
 class WalkSizes(NamedTuple):
@@ -51,7 +51,7 @@ def server(tmp_path_factory):
         yield url
 
 
-@pytest.mark.parametrize("sizes", [SHORT, pytest.param(LONG, marks=pytest.mark.long)], ids=["short", "long"])
+@pytest.mark.parametrize("sizes", [SHORT, LONG], ids=["short", "long"])
 def test_walk_from_a_pretrained_model_to_a_registered_one(sizes, server, cifar10, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", f"walk-{sizes.px}")

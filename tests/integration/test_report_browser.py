@@ -63,6 +63,7 @@ def test_report_sections_are_reached_with_keyboard(finished, browser):
 
     open_page(browser, finished / "promoting" / "report.html")
     wanted = [
+        "next",
         "loop",
         "models",
         "gate",

@@ -102,6 +102,9 @@ def test_cost_of_a_lease_in_requests(store, monkeypatch):
     ledger = Ledger(store)
     ledger.get_or_run("train", INPUTS, made(store, []))
     creating = {"create": 1} if isinstance(store, LocalStore) else {"create": 1, "exists": 1, "get": 1}
+    if not isinstance(store, LocalStore) and not store.service.can_put_conditionally:
+        # Such a server is asked for the blob first, and then given it.
+        creating |= {"exists": 2, "put": 1}
     taken = Counter(requests)
     requests.clear()
     with hold_lease(store, "work", "work"):
@@ -116,7 +119,8 @@ def test_cost_of_a_lease_in_requests(store, monkeypatch):
     with hold_lease(store, "work", "work"):
         while requests["put"] < 3:
             time.sleep(0.005)
-    assert +requests == {"entries": 2 + requests["put"], "put": requests["put"], **creating, "delete": 1}
+    beats = requests["put"] - creating.get("put", 0)
+    assert +requests == {"entries": 2 + beats, **creating, "put": requests["put"], "delete": 1}
 
 
 def test_other_work_does_not_wait(store, quick):
