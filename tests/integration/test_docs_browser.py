@@ -27,8 +27,8 @@ def test_pages_are_accessible_and_fit_a_narrow_screen(site, browser):
     pages = sorted(path for path in site.rglob("*.html") if path.name != "404.html")
     assert len(pages) > 40
     if not os.environ.get("NS_LONG_TESTS"):
-        # One in three, and those that are like no other.
-        pages = pages[::3] + [site / name for name in ("index.html", "reference/config.html", "reference/messages.html")]
+        # One in eight, and those that are like no other.
+        pages = pages[::8] + [site / name for name in ("index.html", "reference/config.html", "reference/messages.html")]
     wrong = {}
     browser.set_window_size(375, 800)
     for path in pages:
