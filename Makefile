@@ -25,7 +25,7 @@ MUTMUT = OMP_NUM_THREADS=1 PYTHONPATH="$(abspath $(VENV)-mutation)" $(BIN)/pytho
 help: ## Show this list
 	@awk -F ':.*## |##@ ' '/^##@ / {printf "\n%s\n", $$2} /^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-run: $(VENV)/.run ## Run the quickstart: the whole loop on handwritten digits, two minutes (ARGS="--set seed=1")
+run: $(VENV)/.run ## Run the quickstart: the whole loop on handwritten digits, a minute (ARGS="--set seed=1")
 	@$(NS) run quickstart $(ARGS)
 
 test: $(VENV)/.test ## Run the unit tests, three minutes
