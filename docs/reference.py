@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import typer
 from prometheus_client import CollectorRegistry
 
+from benchmarks.measure import format_markdown_table
 from ns.config.schema import Experiment
 from ns.core import errors, telemetry
 from ns.core.errors import NsError
@@ -24,9 +25,7 @@ STYLED = re.compile(r"\[\w+\](.*?)\[/\w*\]")
 
 def format_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table. Cells may hold any text; their newlines become spaces."""
-    lines = [head, ["---"] * len(head), *rows]
-    cells = ([_escape_pipes(" ".join(cell.split())) for cell in line] for line in lines)
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    return format_markdown_table(head, ([_escape_pipes(" ".join(cell.split())) for cell in row] for row in rows))
 
 
 def _escape_pipes(text: str) -> str:
@@ -129,7 +128,8 @@ def _describe_values(definition: Mapping[str, Any]) -> str:
     high = "≤ " if "maximum" in definition else "< "
     least = definition.get("minimum", definition.get("exclusiveMinimum"))
     greatest = definition.get("maximum", definition.get("exclusiveMaximum"))
-    kind = {"object": "mapping", "string": "text", "boolean": "true or false"}.get(*[str(definition.get("type", ""))] * 2)
+    json_type = str(definition.get("type", ""))
+    kind = {"object": "mapping", "string": "text", "boolean": "true or false"}.get(json_type, json_type)
     limits = [f"{sign}{limit:,}" for sign, limit in ((low, least), (high, greatest)) if limit is not None]
     return " ".join([kind, ", ".join(limits)]).strip()
 

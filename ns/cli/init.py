@@ -1,5 +1,6 @@
 """`ns init`: a first experiment from a look at a folder."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,8 +36,6 @@ def write_first_experiment(
 
     Example: [cyan]ns init images/ --hours 8[/]
     """
-    import re
-
     from ns.core.log import configure_logging, format_duration
     from ns.planning import proposal as proposals
 

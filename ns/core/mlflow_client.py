@@ -108,7 +108,7 @@ class MlflowRun:
         def send_params() -> None:
             from mlflow.entities import Param
 
-            client, run_id = self._open()
+            client, run_id = self.find_or_create()
             existing = client.get_run(run_id).data.params
             missing = [Param(name, value[:PARAM_LENGTH]) for name, value in params.items() if name not in existing]
             for batch in _split(missing, PARAMS_PER_REQUEST):
@@ -120,7 +120,7 @@ class MlflowRun:
         """Logs the points that the run does not have."""
 
         def send_points() -> None:
-            client, run_id = self._open()
+            client, run_id = self.find_or_create()
             by_name: dict[str, list[MetricPoint]] = {}
             for point in points:
                 by_name.setdefault(point.name, []).append(point)
@@ -139,7 +139,7 @@ class MlflowRun:
 
         def send_curves() -> None:
             if self._logged_step is None:
-                client, run_id = self._open()
+                client, run_id = self.find_or_create()
                 logged = client.get_metric_history(run_id, CURVE_METRIC)
                 self._logged_step = max((metric.step for metric in logged), default=-1)
             points = [point for point in history if int(point["step"]) > self._logged_step]
@@ -159,7 +159,7 @@ class MlflowRun:
         """Logs a file as an artifact, in the place of one of the same name."""
 
         def upload_file() -> None:
-            client, run_id = self._open()
+            client, run_id = self.find_or_create()
             client.log_artifact(run_id, str(path), folder)
 
         _try_request(upload_file)
@@ -168,7 +168,7 @@ class MlflowRun:
         """`status`: MLflow's RUNNING, FINISHED or FAILED."""
 
         def change_status() -> None:
-            client, run_id = self._open()
+            client, run_id = self.find_or_create()
             if client.get_run(run_id).info.status == status:
                 return
             if status == "RUNNING":
@@ -180,9 +180,6 @@ class MlflowRun:
 
     def find_or_create(self) -> tuple["MlflowClient", str]:
         """The client, and MLflow's id of the run. Raises what MLflow raises."""
-        return self._open()
-
-    def _open(self) -> tuple["MlflowClient", str]:
         if self._client is None or not self._run_id:
             client = make_client()
             experiment_id = _find_or_create_experiment(client, os.environ.get(EXPERIMENT_VARIABLE) or self.experiment)
@@ -202,7 +199,7 @@ class MlflowRun:
     def _send_metrics(self, points: Iterable[MetricPoint]) -> None:
         from mlflow.entities import Metric
 
-        client, run_id = self._open()
+        client, run_id = self.find_or_create()
         now = int(time.time() * 1000)
         for batch in _split([Metric(point.name, point.value, now, point.step) for point in points], METRICS_PER_REQUEST):
             client.log_batch(run_id, metrics=batch)

@@ -81,10 +81,10 @@ def publish_mlflow_run(root: Store, run: str) -> None:
     tracked.set_status("FINISHED")
 
 
-def publish_mlflow_failure(root: Store, run: str) -> None:
-    """Says that a stage of the run failed. Does nothing without a server."""
+def publish_mlflow_failure(root: Store, run: str, experiment: str) -> None:
+    """Says that a stage of the run failed. `experiment`: name of the experiment. Does nothing without a server."""
     if is_tracked():
-        open_mlflow_run(root, run, _load_experiment(root, run).name).set_status("FAILED")
+        open_mlflow_run(root, run, experiment).set_status("FAILED")
 
 
 def _load_experiment(root: Store, run: str) -> Experiment:

@@ -121,7 +121,7 @@ def stage(
         except Interrupted:
             raise
         except Exception:
-            mlflow_runs.publish_mlflow_failure(store, ref.run)
+            mlflow_runs.publish_mlflow_failure(store, ref.run, experiment.name)
             raise
     telemetry.end_stage(time.monotonic() - context.started, linger=linger)
 

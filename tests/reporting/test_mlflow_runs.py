@@ -78,7 +78,7 @@ def test_publish_report_logs_a_run_and_its_models_once(client, root):
 
 
 def test_publish_failure_marks_the_run_until_it_goes_on(client, root):
-    mlflow_runs.publish_mlflow_failure(root, RUN)
+    mlflow_runs.publish_mlflow_failure(root, RUN, "made-up")
     run = read_all(client)[0][RUN]
     assert run.info.status == "FAILED"
     mlflow_runs.publish_mlflow_generation(root, RUN, 0)
