@@ -2,11 +2,13 @@
 
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import SimpleQueue
 from multiprocessing.queues import Queue
+from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -325,7 +327,7 @@ def iterate_batches(
         # Parts are copied into a pinned batch anyway.
         pin_memory=pin_memory and parts == 1,
         prefetch_factor=split.ahead if workers else None,
-        worker_init_fn=partial(_report_send_errors, send_errors),
+        worker_init_fn=partial(_init_loader, send_errors),
     )
     try:
         if parts == 1:
@@ -397,12 +399,24 @@ def _allocate_batch(part: Batch, labeled: int, pseudo: int, *, pin_memory: bool)
     return Batch(images, allocate_rows(part.class_ids, labeled), allocate_rows(part.targets, pseudo), mixed)
 
 
-def _report_send_errors(errors: "SimpleQueue[str]", _worker: int) -> None:
+def _init_loader(errors: "SimpleQueue[str]", _worker: int) -> None:
     """Lets a loader's process end, with its reason in `errors`, if it cannot send a batch. Python would print a stack trace and drop
-    the batch, for which the training would wait for good."""
+    the batch, for which the training would wait for good. A training that is killed while it takes a batch is no error of its loaders."""
 
     def end_process(error: Exception, _batch: object) -> None:
         errors.put(f"{type(error).__name__}: {error}")
         os._exit(0)  # with another code, torch would raise its own error somewhere in the training
 
     Queue._on_queue_feeder_error = staticmethod(end_process)  # type: ignore[attr-defined]
+    sys.excepthook = partial(_print_unless_reader_ended, sys.excepthook)
+
+
+def _print_unless_reader_ended(
+    print_error: Callable[[type[BaseException], BaseException, TracebackType | None], object],
+    kind: type[BaseException],
+    error: BaseException,
+    trace: TracebackType | None,
+) -> None:
+    # From the thread that hands over shared memory: it goes on, and who asked is gone.
+    if not isinstance(error, ConnectionError | EOFError):
+        print_error(kind, error, trace)

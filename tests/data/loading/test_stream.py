@@ -3,9 +3,15 @@
 import contextlib
 import io
 import mmap
+import multiprocessing
+import os
 import shutil
+import socket
+import sys
 import threading
 import time
+from multiprocessing import SimpleQueue, connection, resource_sharer
+from multiprocessing.queues import Queue
 
 import numpy as np
 import pyarrow as pa
@@ -522,3 +528,27 @@ def test_copies_to_a_gpu_run_beside_the_network(monkeypatch):
         calls.append(f"network on {number}")
     copied = ["copying copies at once"] * 3 + ["working waits for copying"] + ["kept for working"] * 3
     assert calls == [*copied, "network on 0", *copied, "network on 1"]
+
+
+@pytest.mark.parametrize(("has_init", "printed"), [(True, ""), (False, "ConnectionResetError")])
+def test_loader_says_nothing_of_a_training_that_was_killed_while_it_took_a_batch(monkeypatch, capfd, has_init, printed):
+    """The thread that hands over shared memory meets a connection that is reset; without our set-up it prints a stack trace."""
+    monkeypatch.setattr(Queue, "_on_queue_feeder_error", Queue._on_queue_feeder_error)
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    if has_init:
+        stream._init_loader(SimpleQueue(), 0)
+    sharer = resource_sharer._ResourceSharer()
+    address, key = sharer.register(lambda connection, pid: connection.send("batch"), lambda: None)
+    with socket.socket(socket.AF_UNIX) as training:
+        training.connect(address)
+        # What is left unread resets the connection.
+        training.send(b"x")
+        training.recv(4)
+    # It serves the next one.
+    with connection.Client(address, authkey=multiprocessing.current_process().authkey) as training:
+        training.send((key, os.getpid()))
+        assert training.recv() == "batch"
+    sharer.stop(timeout=5)
+    error = capfd.readouterr().err
+    assert printed in error
+    assert bool(printed) == bool(error)
