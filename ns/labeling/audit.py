@@ -8,7 +8,6 @@ audit-DIGEST.json     beside labelset.json, one for each audit: the estimate, an
 
 import csv
 import io
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
@@ -26,7 +25,7 @@ from ns.data.importing.writer import ShardWriter
 from ns.data.index import ShardIndex
 from ns.labeling.alignment import align_rows
 from ns.labeling.confidence_bins import CONFIDENCE_BIN_EDGES, CONFIDENCE_BINS, bin_confidences
-from ns.labeling.label_set import LabelRows, LabelSet, iter_label_rows
+from ns.labeling.label_set import LabelRows, LabelSet, iter_label_rows, read_row_keys
 from ns.labeling.selection import CopyReader, Selection, hash_keys
 from ns.storage import Store
 from ns.storage.documents import HashedDocument, JsonDocument
@@ -38,6 +37,9 @@ MIN_PER_STRATUM = 2
 """Images of each stratum at least."""
 SAMPLE_SALT = 1 << 32
 """Added to the seed: the sample must not depend on how a selection breaks its ties."""
+
+MAX_HELD_ROWS = 1 << 17
+"""Rows beyond those that may still be drawn, before the others are let go."""
 
 MAX_SAMPLE_SIZE, MAX_SEED = 5000, 2**31 - 1
 SampleSize = Annotated[int, Field(ge=1, le=MAX_SAMPLE_SIZE)]
@@ -151,59 +153,96 @@ def draw_audit_sample(
     """Draws about `sample_size` labeled images; only of those that `selection` keeps if it is given.
 
     Strata are the finest division of which two images each are at most half of `sample_size`, so that the other half is in proportion:
-    classes × confidence bins, classes, bins, or one stratum. Reads the label set twice, shard by shard, and keeps only the sample in
-    memory. Raises DataError if there are no images to draw from.
+    classes × confidence bins, classes, bins, or one stratum. Reads the label set once, shard by shard, and the keys of the sample
+    again; between shards it keeps what may still be drawn, at most `sample_size` images of each stratum. Raises DataError if there are
+    no images to draw from.
     """
-    classes = len(label_set.classes)
-    sizes = np.zeros((classes, CONFIDENCE_BINS), np.int64)
-    for _, rows, candidates in _iter_candidates(store, label_set, selection):
-        np.add.at(sizes, (rows.top_class[candidates, 0].astype(np.int64), bin_confidences(rows.confidence[candidates])), 1)
+    sizes = np.zeros((len(label_set.classes), CONFIDENCE_BINS), np.int64)
+    held, kept_rows = [np.zeros(0, _DRAWABLE_ROW)], 0
+    for shard, rows, candidates in _iter_candidates(store, label_set, selection):
+        shard_rows = np.zeros(len(candidates), _DRAWABLE_ROW)
+        shard_rows["class_id"] = rows.top_class[candidates, 0]
+        shard_rows["confidence"] = rows.confidence[candidates]
+        shard_rows["hash"] = hash_keys([rows.keys[row] for row in candidates.tolist()], SAMPLE_SALT + seed)
+        shard_rows["shard"], shard_rows["row"] = shard, candidates
+        np.add.at(sizes, _find_cells(shard_rows), 1)
+        held.append(shard_rows)
+        if sum(map(len, held)) > 2 * kept_rows + MAX_HELD_ROWS:
+            held = [_keep_drawable(np.concatenate(held), sizes, sample_size)]
+            kept_rows = len(held[0])
     if not sizes.any():
         raise DataError(f"{store.uri}: has no {'selected' if selection else 'labeled'} images to look at")
-    stratum_grid = _assign_strata(sizes, sample_size)
+    stratum_grid = _list_divisions(sizes, sample_size)[-1]
     counts = np.bincount(stratum_grid.ravel(), sizes.ravel()).astype(np.int64)
-    drawn = dict(enumerate(allocate_sample(counts.tolist(), sample_size)))
-    # Hash, shard, row, image: of equal hashes the earlier image first.
-    lowest: dict[int, list[tuple[int, int, int, AuditedImage]]] = {number: [] for number, count in drawn.items() if count}
-    ordinal = {number: index for index, number in enumerate(lowest)}
-    for shard, rows, candidates in _iter_candidates(store, label_set, selection):
-        class_ids = rows.top_class[candidates, 0].astype(np.int64)
-        stratum = stratum_grid[class_ids, bin_confidences(rows.confidence[candidates])]
-        hashes = hash_keys([rows.keys[row] for row in candidates.tolist()], SAMPLE_SALT + seed)
-        order = np.lexsort((hashes, stratum))
-        starts = np.searchsorted(stratum[order], list(lowest), side="left").tolist()
-        ends = np.searchsorted(stratum[order], list(lowest), side="right").tolist()
-        for number, start, end in zip(lowest, starts, ends, strict=True):
-            hashed_images = [
-                (
-                    int(hashes[index]),
-                    shard,
-                    int(candidates[index]),
-                    AuditedImage(
-                        key=rows.keys[candidates[index]],
-                        shard=shard,
-                        row=int(candidates[index]),
-                        stratum=ordinal[number],
-                        class_name=label_set.classes[class_ids[index]],
-                        confidence=float(rows.confidence[candidates[index]]),
-                    ),
-                )
-                for index in order[start : min(end, start + drawn[number])].tolist()
-            ]
-            lowest[number] = sorted([*lowest[number], *hashed_images], key=lambda item: item[:3])[: drawn[number]]
-    class_order = {name: number for number, name in enumerate(label_set.classes)}
+    drawn = allocate_sample(counts.tolist(), sample_size)
+    numbers = np.flatnonzero(drawn).tolist()
+    drawable = np.concatenate(held)
+    stratum = stratum_grid[_find_cells(drawable)]
+    sample = drawable[_rank_in_strata(drawable, stratum) < np.array(drawn)[stratum]]
     # By class, since an image of another class is then seen at a glance; within a class in random order.
-    sampled = sorted(itertools.chain(*lowest.values()), key=lambda item: (class_order[item[3].class_name], *item[:3]))
+    sample = sample[np.lexsort((sample["row"], sample["shard"], sample["hash"], sample["class_id"]))]
+    keys: dict[tuple[int, int], str] = {}
+    for shard in np.unique(sample["shard"]).tolist():
+        shard_rows = sample["row"][sample["shard"] == shard].tolist()
+        keys |= zip(
+            [(shard, row) for row in shard_rows], read_row_keys(store, label_set.shards[shard], shard_rows), strict=True
+        )
+    images = tuple(
+        AuditedImage(
+            key=keys[shard, row],
+            shard=shard,
+            row=row,
+            stratum=ordinal,
+            class_name=label_set.classes[class_id],
+            confidence=confidence,
+        )
+        for (class_id, confidence, _, shard, row), ordinal in zip(
+            sample.tolist(), np.searchsorted(numbers, stratum_grid[_find_cells(sample)]).tolist(), strict=True
+        )
+    )
     return AuditSheet(
         label_set=label_set.digest,
         selection=selection.digest if selection else None,
         seed=seed,
         requested=sample_size,
         strata=tuple(
-            _build_stratum(stratum_grid, number, label_set.classes, int(counts[number]), drawn[number]) for number in lowest
+            _build_stratum(stratum_grid, number, label_set.classes, int(counts[number]), drawn[number]) for number in numbers
         ),
-        images=tuple(image for *_, image in sampled),
+        images=images,
     )
+
+
+_DRAWABLE_ROW = np.dtype(
+    [("class_id", np.uint16), ("confidence", np.float32), ("hash", np.uint64), ("shard", np.uint32), ("row", np.uint32)]
+)
+"""A row that may be drawn."""
+
+
+def _find_cells(rows: npt.NDArray[np.void]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Class and bin of each row."""
+    return rows["class_id"].astype(np.int64), bin_confidences(rows["confidence"])
+
+
+def _keep_drawable(rows: npt.NDArray[np.void], sizes: npt.NDArray[np.int64], sample_size: int) -> npt.NDArray[np.void]:
+    """The rows that a sample may hold, whatever is found later: the first ones of each stratum. A division that `sample_size` does not
+    suffice for never becomes possible again, and the first ones of a coarser division are among those of a finer one."""
+    cells = _find_cells(rows)
+    *coarser, finest = _list_divisions(sizes, sample_size)
+    is_drawable = _rank_in_strata(rows, finest[cells]) < sample_size
+    if finest.max() + 1 < sizes.size:
+        # Classes and bins: neither is finer than the other.
+        for division in coarser:
+            is_drawable |= _rank_in_strata(rows, division[cells]) < sample_size
+    return rows[is_drawable]
+
+
+def _rank_in_strata(rows: npt.NDArray[np.void], strata: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Position of each row in its stratum, int64 [N]: by hash, and of equal hashes the earlier image first."""
+    order = np.lexsort((rows["row"], rows["shard"], rows["hash"], strata))
+    ordered = strata[order]
+    ranks = np.empty(len(rows), np.int64)
+    ranks[order] = np.arange(len(rows)) - np.searchsorted(ordered, ordered, side="left")
+    return ranks
 
 
 def _iter_candidates(
@@ -220,16 +259,17 @@ def _iter_candidates(
             yield shard, align_rows(rows, selection.alignment), kept
 
 
-def _assign_strata(sizes: npt.NDArray[np.int64], sample_size: int) -> npt.NDArray[np.int64]:
-    """Number of the stratum of each class and bin, int64 [classes, bins]: the finest division that `sample_size` suffices for."""
+def _list_divisions(sizes: npt.NDArray[np.int64], sample_size: int) -> list[npt.NDArray[np.int64]]:
+    """The divisions into strata that `sample_size` suffices for, the finest last: the number of the stratum of each class and bin, int64
+    [classes, bins]."""
     grid: npt.NDArray[np.int64] = np.indices(sizes.shape, np.int64)
     class_index, bin_index = grid[0], grid[1]
-    cells: npt.NDArray[np.int64] = np.zeros(sizes.shape, np.int64)
+    divisions: list[npt.NDArray[np.int64]] = [np.zeros(sizes.shape, np.int64)]
     for finer in (bin_index, class_index, class_index * CONFIDENCE_BINS + bin_index):
         counts = np.bincount(finer.ravel(), sizes.ravel()).astype(np.int64)
         if 2 * np.minimum(counts, MIN_PER_STRATUM).sum() <= sample_size:
-            cells = finer
-    return cells
+            divisions.append(finer)
+    return divisions
 
 
 def _build_stratum(
@@ -385,7 +425,7 @@ def check_audit(audit: LabelAudit, store: Store, label_set: LabelSet, selection:
     """Draws the sample of an audit again, and computes its estimate from the counts of its answers.
 
     A file beside a label set may be anybody's: only what follows from the label set and the answers is believed. Reads the label set
-    twice. Raises DataError naming the file and the field.
+    once. Raises DataError naming the file and the field.
     """
     uri = f"{store.uri}/{build_audit_key(audit)}"
     drawn = draw_audit_sample(

@@ -11,7 +11,6 @@ shard-00000-SHA.histogram.parquet
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -306,7 +305,8 @@ def iter_top_classes(
         foreign = find_foreign_rows(foreign_score, foreign_limit, len(raw))
         valid = raw.is_valid().to_numpy(zero_copy_only=False)
         class_ids = _unpack_lists(table["top_class"], table.schema.field("top_class").type.list_size)
-        _check_row_values(label_set, uri, class_ids[valid], confidence[valid])
+        # Rows without labels have zeros, which are no fault: leaving them out would copy all lists.
+        _check_row_values(label_set, uri, class_ids, confidence)
         yield TopClasses(
             valid & ~foreign,
             class_ids,
@@ -330,12 +330,12 @@ def iter_shard_scores(
         labeled, class_ids, probabilities, confidence, _ = align(top_classes) if align else top_classes
         scores = probabilities[:, :top_k].astype(np.float32)
         scores[:, 0] = confidence
-        read_keys = partial(_read_keys, store.path(shard.name))
-        yield ShardScores(labeled, class_ids[:, :top_k], scores, read_keys, top_classes.foreign)
+        yield ShardScores(labeled, class_ids[:, :top_k], scores, partial(read_row_keys, store, shard), top_classes.foreign)
 
 
-def _read_keys(path: Path, rows: npt.NDArray[np.int64]) -> list[str]:
-    keys: list[str] = read_table_file(path, ["key"])["key"].take(pa.array(rows)).to_pylist()
+def read_row_keys(store: Store, shard: LabelShard, rows: Sequence[int] | npt.NDArray[np.int64]) -> list[str]:
+    """Keys of these rows of a label shard that was read before."""
+    keys: list[str] = read_table_file(store.path(shard.name), ["key"])["key"].take(pa.array(rows, pa.int64())).to_pylist()
     return keys
 
 

@@ -15,6 +15,7 @@ from ns.data.importing.ingest import import_images
 from ns.data.prepared import PreparedData, PreparedDataset
 from ns.data.shards import read_samples
 from ns.evaluation.gate import LabelQuality
+from ns.labeling import audit as audit_module
 from ns.labeling.audit import (
     MIN_PER_STRATUM,
     SAMPLE_SALT,
@@ -96,6 +97,24 @@ def test_audit_sample_draws_lowest_hashes_of_each_stratum(labels):
         ]
         by_hash = sorted(own, key=lambda key: int(hash_keys([key], SAMPLE_SALT)[0]))
         assert set(own) & drawn == set(by_hash[: stratum.sampled])
+
+
+@pytest.mark.parametrize("images", [5, 12, 25, 60, 130])
+def test_audit_sample_is_drawn_in_one_reading(make_label_set, tmp_path, monkeypatch, images):
+    """What is let go between shards is never drawn, at any fineness of the strata."""
+    store, label_set = make_label_set(tmp_path / "labels", shards_of(rows_of(900), 20), CLASSES)
+    whole = draw_audit_sample(store, label_set, sample_size=images, seed=3)
+    held, readings = [], []
+    keep_drawable, read_rows = audit_module._keep_drawable, audit_module.iter_label_rows
+    monkeypatch.setattr(audit_module, "MAX_HELD_ROWS", 0)
+    monkeypatch.setattr(audit_module, "iter_label_rows", lambda *args: readings.append(args) or read_rows(*args))
+    monkeypatch.setattr(
+        audit_module, "_keep_drawable", lambda *args: held.append((len(args[0]), len(kept := keep_drawable(*args)))) or kept
+    )
+    assert draw_audit_sample(store, label_set, sample_size=images, seed=3) == whole
+    assert len(readings) == 1
+    assert any(after < before for before, after in held)
+    assert len({image.key for image in whole.images}) == images
 
 
 @pytest.mark.parametrize(
