@@ -12,7 +12,7 @@ done a few more things, drawn from a seed. A blow is one of
     damage     both clients are killed, and a blob of finished work is cut off
     server     the S3 server is killed and started again
 
-Clients that end are started again until they are done. The last round is the command `ns run`, twice at once, with the stages as
+Clients that end are started again until they are done. The first round is the command `ns run`, twice at once, with the stages as
 processes of Kubeflow's local runner; a blow there hits any process of either. What is measured, over all rounds:
 
     blows           how many there were
@@ -25,6 +25,7 @@ The clients of a round are forks of this process, which has loaded what they nee
 Needs the Debian packages that .ci/packages installs, for the server; --quick goes without, and without the command, in a minute.
 """
 
+import itertools
 import json
 import math
 import os
@@ -419,12 +420,6 @@ def read_result(store: Store, run: str) -> dict[str, Any]:
     return results(json.loads(summarize_run(store, run).model_dump_json()))
 
 
-def split_evenly(count: int, most: int) -> list[int]:
-    """Parts of a number, none above `most`, that differ by one at most."""
-    parts = math.ceil(count / most)
-    return [count // parts + (number < count % parts) for number in range(parts)]
-
-
 def main() -> None:
     parser = make_parser(__doc__ or "")
     parser.add_argument("--quick", action="store_true", help="one round in a folder with few blows: a minute")
@@ -447,21 +442,26 @@ def main() -> None:
         write_pool(folder / "pool")
         config, command_config = folder / "soak.yaml", folder / "command.yaml"
         config.write_text(make_soak_config(folder / "pool" / "images", 1 if options.quick else 3, 30 if options.quick else 60))
-        calm = run_calm(config, folder / "calm")
         chance = random.Random(options.seed)
 
         def run_round(name: str, root: str, count: int, launch: Launch, **more: Any) -> None:
-            started = time.monotonic()
+            started, dealt_before = time.monotonic(), findings.blows.total()
             ends = Round(name, root, folder / f"round-{name}", chance, count, launch, calm, findings, **more).run()
-            table.add_row(name, str(count), ends, f"{time.monotonic() - started:.0f}")
-            sys.stderr.write(f"{name}: {count} blows, {ends}, {time.monotonic() - started:.0f} s\n")
+            dealt = findings.blows.total() - dealt_before
+            table.add_row(name, str(dealt), ends, f"{time.monotonic() - started:.0f}")
+            sys.stderr.write(f"{name}: {dealt} blows, {ends}, {time.monotonic() - started:.0f} s\n")
 
         if options.quick:
             root = str(folder / "root")
+            calm = run_calm(config, folder / "calm")
             run_round("folder", root, blows, partial(fork_client, config, root))
         else:
+            command_config.write_text(make_soak_config(folder / "pool" / "images", 1, 60))
+            calm = run_calm(command_config, folder / "calm-command")
+            root = str(folder / "root-command")
             command_blows = math.ceil(blows * COMMAND_SHARE)
-            counts = split_evenly(blows - command_blows, BLOWS_PER_ROUND)
+            run_round("command", root, command_blows, partial(start_command, command_config, root), is_command=True)
+            calm = run_calm(config, folder / "calm")
             with run_server(folder / "swift") as server:
 
                 def restart_server() -> None:
@@ -469,7 +469,12 @@ def main() -> None:
                     time.sleep(chance.uniform(0.5, 2))
                     server.start()
 
-                for number, count in enumerate(counts):
+                # A round may end before all of its blows have fallen.
+                for number in itertools.count():
+                    missing = blows - findings.blows.total()
+                    if missing <= 0:
+                        break
+                    count = min(BLOWS_PER_ROUND, missing)
                     if number % 2:
                         root = f"s3://soak/{number}"
                         run_round(
@@ -478,12 +483,8 @@ def main() -> None:
                     else:
                         root = str(folder / f"root-{number}")
                         run_round(f"folder-{number}", root, count, partial(fork_client, config, root))
-            command_config.write_text(make_soak_config(folder / "pool" / "images", 1, 60))
-            calm = run_calm(command_config, folder / "calm-command")
-            root = str(folder / "root-command")
-            run_round("command", root, command_blows, partial(start_command, command_config, root), is_command=True)
     figures = {
-        "blows": sum(findings.blows.values()),
+        "blows": findings.blows.total(),
         "equal": sum(findings.equal) / len(findings.equal),
         "trained_twice": len(findings.trained_twice),
         "garbage_files": len(findings.garbage),
