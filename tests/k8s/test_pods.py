@@ -189,7 +189,9 @@ def test_report_waiting_raises_if_the_workflow_was_deleted(cluster):
         cluster.state["objects"] = objects
         cluster.save()
         if is_lost:
-            with pytest.raises(RunError, match="its Workflow in kubeflow was deleted"):
+            with pytest.raises(
+                RunError, match="its Workflow in kubeflow was deleted, and Kubeflow goes on to show it as it was"
+            ):
                 run_pods.report_waiting()
         else:
             run_pods.report_waiting()

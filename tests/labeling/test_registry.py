@@ -33,6 +33,7 @@ from ns.labeling.label_set import (
 )
 from ns.labeling.registry import LabelRegistry, LabelVersion, VersionTag
 from ns.labeling.registry.gc import SPARED_SECONDS, collect_garbage
+from ns.labeling.registry.git import DvcCommands
 from ns.labeling.registry.storage import find_missing_keys, object_key
 from ns.labeling.selection import make_selection
 from ns.runs.lifecycle import derive_run_name, open_run
@@ -244,6 +245,15 @@ def test_versions_are_listed_found_and_downloaded(committed, tmp_path):
     assert {file.name for file in shown.files} == set(contents(destination))
     with pytest.raises(RunError, match=r"labels/p/r/gen-2: no such version"):
         registry.find_version("labels/p/r/gen-2")
+
+
+def test_commands_name_what_they_lack(tmp_path, monkeypatch, capsys):
+    assert cli.run_command_line(["labels", "list"]) == 2
+    assert "no label registry: give --registry, the URL or path of its git repository" in capsys.readouterr().err
+    monkeypatch.setattr("ns.labeling.registry.git.sys.executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(StoreError, match=r"dvc: is not installed; install it with: pip install 'noisy-student\[versions\]'"):
+        DvcCommands(tmp_path, tmp_path / "config").run_dvc("push")
 
 
 @pytest.mark.integration
@@ -751,7 +761,7 @@ def test_concurrent_changes_are_refused(tmp_path):
     same.commit_version(second, *sets[1])
     with pytest.raises(RunError, match=r"gen-3: holds label set .* already"):
         Overtaken(git_uri).interfere(lambda: registry.commit_version(third, *sets[1])).commit_version(third, *sets[2])
-    with pytest.raises(RunError, match=r"current/p: was moved concurrently"):
+    with pytest.raises(RunError, match=r"current/p: was moved concurrently; check `ns labels list` and retry"):
         Overtaken(git_uri).interfere(lambda: registry.set_current(first, "")).set_current(second, "")
     assert registry.find_version("current/p").tag == first
     files = contents(tmp_path / "remote")

@@ -86,7 +86,9 @@ def test_emulated_precision_is_used_with_one_warning(set_hardware):
         for _ in range(2):
             assert resolve_mode("bfloat16", compiled=False, task="infer", device=CPU) == PrecisionMode("bfloat16")
             assert resolve_mode("float32", compiled=False, task="train", device=CPU) == PrecisionMode("float32")
-    assert [(line["log_level"], line["precision"]) for line in lines] == [("warning", "bfloat16")]
+    assert [(line["log_level"], line["event"], line["precision"]) for line in lines] == [
+        ("warning", "this machine only emulates the precision, which is slow", "bfloat16")
+    ]
 
 
 def test_compiling_falls_back_with_one_warning(monkeypatch):
@@ -97,7 +99,8 @@ def test_compiling_falls_back_with_one_warning(monkeypatch):
     with structlog.testing.capture_logs() as lines:
         for _ in range(2):
             assert resolve_mode("float32", compiled=True, task="train", device=CPU) == PrecisionMode("float32")
-    assert [(line["log_level"], line["reason"]) for line in lines] == [("warning", "no C++ compiler")]
+    said = "torch.compile does not work here: networks run uncompiled, equal up to rounding"
+    assert [(line["log_level"], line["event"], line["reason"]) for line in lines] == [("warning", said, "no C++ compiler")]
 
 
 def test_compiling_is_asked_for_separately(monkeypatch):

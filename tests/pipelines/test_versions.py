@@ -90,7 +90,9 @@ def test_provide_pipeline_of_a_nameless_user_is_named_by_its_code(kfp, platform,
 
 
 def test_provide_pipeline_without_a_platform_needs_an_image(kfp, said):
-    with pytest.raises(ConfigError, match=r"--image: must be given: http://\S+ has no pipeline noisy-student with the images"):
+    with pytest.raises(
+        ConfigError, match=r"--image: must be given: http://\S+ has no pipeline noisy-student with the images of its platform"
+    ):
         provide_pipeline(KfpClient(), {"label_cpu": "8"}, said.append)
     # A version that says nothing of itself is not the platform's.
     KfpClient().upload_pipeline(PACKAGE.read_text())

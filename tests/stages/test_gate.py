@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 
 from ns.core.digest import sha256_bytes
-from ns.core.errors import RunError, StoreError, TrainingError
+from ns.core.errors import DataError, RunError, StoreError, TrainingError
 from ns.data.shards import read_samples
 from ns.evaluation.accuracy import build_predictions_table, summarize_predictions
 from ns.evaluation.gate import Verdict
 from ns.evaluation.result import read_predictions
+from ns.modeling.manifest import ModelManifest
 from ns.runs.lookup import list_runs, read_prepared_data, resolve_verdict
 from ns.runs.records import RunRecord, find_stage_note, record_key, write_stage_note
 from ns.runs.summary import summarize_run
-from ns.stages.context import STOP
+from ns.stages.context import STOP, RunRef
 from ns.stages.evaluate import evaluate_heldout
 from ns.stages.gate import check_first_teacher, gate_generation, resolve_teacher
 from ns.stages.prepare import prepare_data
@@ -105,6 +106,25 @@ def copied_root(finished_run, tmp_path):
     store, _ = finished_run
     shutil.copytree(store.root, tmp_path / "root")
     return LocalStore(tmp_path / "root")
+
+
+def test_gate_refuses_models_that_were_evaluated_on_different_images(copied_root, monkeypatch):
+    """A file of the store was changed by hand."""
+    store = copied_root
+    ref = list_runs(store)[0].run
+    ref = RunRef(f"{store.uri}/{ref}/config.yaml", store.uri, ref)
+    verdict = resolve_verdict(store, ref.run)[1]
+    student = ModelManifest.load(store.at(verdict.student)).digest
+
+    def read_fewer(evaluation_store, evaluation):
+        rows = read_predictions(evaluation_store, evaluation)
+        return rows[1:] if evaluation.model == student else rows
+
+    monkeypatch.setattr("ns.stages.gate.read_predictions", read_fewer)
+    with pytest.raises(
+        DataError, match="gate: teacher and student were evaluated on different images; run the evaluation again"
+    ):
+        gate_generation(ref, data=prepare_data(ref), generation=1, teacher=verdict.teacher, student=verdict.student)
 
 
 def test_copies_of_heldout_images_count_once(copied_root, tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import save_file
+from structlog.testing import capture_logs
 
 from ns.config.loader import parse_experiment
 from ns.config.schema import ImportConfig, ModelConfig, NoiseConfig
@@ -204,7 +205,10 @@ def test_leak_guard_leaves_heldout_images_out_of_the_pool(tmp_path, uris):
     (clean, _), root = prepare(tmp_path, uris)
     assert clean.left_out is None
     copy_heldout(tmp_path)
-    (prepared, _), root = prepare(tmp_path, uris)
+    with capture_logs() as logs:
+        (prepared, _), root = prepare(tmp_path, uris)
+    (warning,) = [line for line in logs if line["event"] == "images of the pool are also in evaluation sets, and get no label"]
+    assert (warning["images"], warning["same_bytes"]) == (2, 2)
     rows = load_left_out_rows(root.at(prepared.left_out.key))
     _, pool = prepared.pool.open_dataset(root)
     assert list(rows) == [pool.shards[0].sha256]
@@ -375,7 +379,10 @@ def test_large_overlap_by_looks_stops_and_asks(tmp_path, uris):
     apart = r"^data\.heldout: 1 of its 20 images \(5%\) are nearly alike to .* raise data\.max_heldout_overlap \(0\.04\)$"
     with pytest.raises(DataError, match=apart):
         prepare(tmp_path, {**data, "max_heldout_overlap": 0.04})
-    assert prepare(tmp_path, {**data, "max_heldout_overlap": 0.04, "leak_guard": "off"})[0][0].left_out is None
+    with capture_logs() as logs:
+        assert prepare(tmp_path, {**data, "max_heldout_overlap": 0.04, "leak_guard": "off"})[0][0].left_out is None
+    (warning,) = [line for line in logs if line["event"].startswith("held-out images are also trained on")]
+    assert (warning["set"], warning["nearly_alike"]) == ("heldout", 1)
     asked = r"^data\.max_left_out_share: 0\.2: 6 images of the pool \(30%\) are .*\(0 with the same bytes, 6 nearly alike; listed in "
     with pytest.raises(DataError, match=asked):
         prepare(tmp_path, data)

@@ -30,7 +30,9 @@ from tests.loop import label_pool, open_tiny_run, run_loop
 def test_commit_labels_fails_if_nothing_is_selected(finished_run):
     store, _ = finished_run
     ref = open_tiny_run(store, "selection.min_confidence=0.999999")
-    with pytest.raises(DataError, match=r"^the teacher labeled no image .*; lower it, or train a better teacher"):
+    with pytest.raises(
+        DataError, match=r"^the teacher labeled no image with confidence above .*; lower it, or train a better teacher"
+    ):
         run_loop(ref)
 
 

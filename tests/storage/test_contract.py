@@ -176,7 +176,9 @@ def test_invalid_key_is_refused(store, key):
 
 @pytest.mark.parametrize("call", ["get", "path", "size", "open"])
 def test_missing_blob_is_named(store, call):
-    with pytest.raises(StoreError, match=r"nope/x: cannot read: no such (file|object)") as caught:
+    with pytest.raises(
+        StoreError, match=r"nope/x: cannot read: no such (file|object: check the key, and whether the stage)"
+    ) as caught:
         getattr(store, call)("nope/x")
     assert "\n" not in str(caught.value)
     for length in (0, 1):

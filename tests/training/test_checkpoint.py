@@ -2,6 +2,7 @@ import threading
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 from torch import nn
 
 from ns.config.schema import OptimizerConfig
@@ -133,7 +134,7 @@ class Full(LocalStore):
 def test_full_disk_keeps_the_last_good_checkpoint(tmp_path):
     folder = Full(tmp_path)
     some = state()
-    with CheckpointWriter(folder, 2) as writer:
+    with capture_logs() as logs, CheckpointWriter(folder, 2) as writer:
         for _ in range(3):
             advance(some)
             writer.save(some)
@@ -141,6 +142,7 @@ def test_full_disk_keeps_the_last_good_checkpoint(tmp_path):
             writer.wait_for_write()
         advance(some)
         writer.save(some)  # leaving the context logs the error
+    assert {(line["event"], line["log_level"]) for line in logs} == {("checkpoint not written; training goes on", "warning")}
     other = state()
     assert checkpoint.restore_state(folder, other)
     assert other.step == 1

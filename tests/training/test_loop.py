@@ -586,5 +586,7 @@ def test_out_of_memory_names_the_settings_to_lower(data, tmp_path, monkeypatch):
             raise error
 
         monkeypatch.setattr(loop, "compute_losses", full)
-        with pytest.raises(TrainingError, match=r"out of memory with 10 labeled .* 32 px, in 1 part: raise train.accumulate"):
+        with pytest.raises(
+            TrainingError, match=r"out of memory with 10 labeled images per step, .* 32 px, in 1 part: raise train.accumulate"
+        ):
             run(data, tmp_path, role())

@@ -3,6 +3,7 @@
 import pytest
 
 from ns.config.loader import load_experiment, resolve_preset
+from ns.core.errors import ConfigError
 from ns.storage import LocalStore, open_store
 from pipelines.runners import docker
 
@@ -43,3 +44,17 @@ def test_list_run_files_leaves_what_is_not_ours(tmp_path):
     ours = {str(path.relative_to(tmp_path)) for path in docker.list_run_files(tmp_path, "one")}
     assert "thesis.tex" not in ours
     assert "." not in ours, "a folder that holds other things stays as it is"
+
+
+def test_docker_runner_without_an_engine_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path / 'no.sock'}")
+    with pytest.raises(ConfigError, match=r"no container engine answers \(.*\); start Docker or Podman, or set DOCKER_HOST"):
+        docker.run_in_containers(
+            config_uri="quickstart",
+            root=LocalStore(tmp_path / "root"),
+            run="test",
+            experiment=load_experiment(resolve_preset("quickstart")),
+            container=docker.ContainerOptions(),
+            log=None,
+            on_event=lambda _: None,
+        )
