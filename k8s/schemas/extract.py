@@ -1,17 +1,22 @@
 """Extracts JSON Schemas from CRDs: `python k8s/schemas/extract.py CRD.yaml…`, for the kinds and versions that README.md lists.
 
 The stored version of each CRD goes into `GROUP/KIND-VERSION.json`, without descriptions, which are most of it, and without CEL rules,
-which JSON Schema does not know. An object whose fields are listed may have no others, as under strict field validation.
+which JSON Schema does not know. An object whose fields are listed may have no others, as under strict field validation. What is repeated,
+as the container of each framework in an InferenceService, stands once, below `$defs`.
 """
 
 import json
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 FOLDER = Path(__file__).parent
+SHARED_CHARACTERS = 200
+"""A repeated part that is longer as JSON is written once."""
 
 
 def make_strict(schema: Any) -> Any:
@@ -35,6 +40,41 @@ def make_strict(schema: Any) -> Any:
     return {name: value for name, value in result.items() if not name.startswith("x-kubernetes-")}
 
 
+def share_repeated(schema: dict[str, Any]) -> dict[str, Any]:
+    """Returns a schema with the same meaning, in which each repeated part is written once."""
+    counts = Counter(_iterate_texts(schema))
+    names = {text: f"part{number}" for number, text in enumerate(text for text, count in counts.items() if count > 1)}
+
+    def share(part: Any, *, is_whole: bool = False) -> Any:
+        if isinstance(part, list):
+            return [share(item) for item in part]
+        if not isinstance(part, dict):
+            return part
+        if not is_whole and (name := names.get(encode(part))):
+            return {"$ref": f"#/$defs/{name}"}
+        return {key: share(value) for key, value in part.items()}
+
+    definitions = {name: share(json.loads(text), is_whole=True) for text, name in names.items()}
+    shared: dict[str, Any] = share(schema, is_whole=True)
+    return shared | ({"$defs": definitions} if definitions else {})
+
+
+def _iterate_texts(part: Any) -> Iterator[str]:
+    """Yields the JSON of all schemas in a part that are worth sharing. A list of fields is none: its names may be keywords."""
+    if isinstance(part, list):
+        for item in part:
+            yield from _iterate_texts(item)
+    elif isinstance(part, dict):
+        if isinstance(part.get("type"), str | list) and len(text := encode(part)) > SHARED_CHARACTERS:
+            yield text
+        for value in part.values():
+            yield from _iterate_texts(value)
+
+
+def encode(schema: Any) -> str:
+    return json.dumps(schema, separators=(",", ":"), sort_keys=True)
+
+
 def extract_schema(crd: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     spec = crd["spec"]
     (version,) = [candidate for candidate in spec["versions"] if candidate["storage"]]
@@ -43,7 +83,7 @@ def extract_schema(crd: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     schema["properties"] |= {"apiVersion": {"type": "string"}, "kind": {"type": "string"}, "metadata": {"type": "object"}}
     # Only controllers write it.
     schema["properties"].pop("status", None)
-    return FOLDER / spec["group"] / f"{spec['names']['kind']}-{version['name']}.json", schema
+    return FOLDER / spec["group"] / f"{spec['names']['kind']}-{version['name']}.json", share_repeated(schema)
 
 
 def main() -> int:
@@ -51,7 +91,7 @@ def main() -> int:
         for crd in yaml.safe_load_all(Path(name).read_text(encoding="utf-8")):
             path, schema = extract_schema(crd)
             path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(schema, separators=(",", ":"), sort_keys=True) + "\n", encoding="utf-8")
+            path.write_text(encode(schema) + "\n", encoding="utf-8")
             sys.stdout.write(f"{path.relative_to(FOLDER)}\n")
     return 0
 

@@ -6,16 +6,21 @@ from typing import Annotated, cast
 
 import typer
 
-from ns.cli.options import AsJson, ModelArgument, Root
+from ns.cli.options import AsJson, Root
 from ns.cli.output import make_console, make_table, print_json, print_line
-from ns.core.errors import ConfigError
+from ns.core.errors import ConfigError, DataError
 from ns.storage import open_store
 
 FormOption = StrEnum("FormOption", ["timm", "onnx", "torch"])
 
 
 def export(
-    model: ModelArgument = "latest",
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A run, for its best model, a model's folder or URI, or a pointer: models/production.yaml."
+        ),
+    ] = "latest",
     out: Annotated[Path, typer.Option(help="Folder to write; an earlier export in it is replaced.")] = Path("export"),
     forms: Annotated[
         list[FormOption] | None,
@@ -35,15 +40,22 @@ def export(
     from ns.data.dataset import Dataset
     from ns.export import ExportForm, ExportManifest, export_model
     from ns.modeling.manifest import ModelManifest
+    from ns.promotion.promote import read_pointer
     from ns.reporting.context import gather_context
     from ns.reporting.metrics import Metric, collect_metrics
     from ns.reporting.model_card import render_model_card
     from ns.runs.lookup import read_prepared_data, resolve_model_uri, resolve_run_name
 
+    pointer = read_pointer(Path(model)) if model.endswith((".yaml", ".yml")) else None
+    if pointer:
+        root, model = pointer.root, pointer.model
     store = open_store(root)
     model_store = open_store(resolve_model_uri(store, model))
+    if pointer and ModelManifest.load(model_store).digest != pointer.digest:
+        raise DataError(f"{model}: is not the model with the digest that the pointer names; run `ns promote check`")
     # A folder that holds a model wins over a run of the same name.
-    run = None if open_store(model).exists(ModelManifest.filename) else resolve_run_name(store, model)
+    is_folder = open_store(model).exists(ModelManifest.filename)
+    run = pointer.run if pointer else None if is_folder else resolve_run_name(store, model)
     if images:
         image_store = open_store(images)
         data = (image_store, Dataset.load(image_store))

@@ -3,6 +3,7 @@
     OUT/config.json           timm's description of the network, with class names and preprocessing
     OUT/model.safetensors     the averaged weights, by timm's names
     OUT/model.onnx            uint8 [N, R, R, 3] → float32 [N, classes], logits; it normalizes the pixels itself
+    OUT/config.pbtxt          Triton's description of model.onnx
     OUT/model.pt2             the same as a torch.export program
     OUT/preprocess.py         reads image files as the model must see them, with numpy and Pillow alone
     OUT/README.md             the model card

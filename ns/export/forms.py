@@ -16,8 +16,11 @@ from ns.storage import Store
 from ns.storage.documents import encode_json
 
 ExportForm = Literal["timm", "onnx", "torch"]
-OPSET = 20
-"""ONNX operator set: runtimes from 2024 on support it."""
+TRITON_FILE = "config.pbtxt"
+OPSET, IR_VERSION = 18, 8
+"""ONNX operator set and format. onnxruntime 1.14 of 2023 reads them, which is in the Triton that KServe 0.20 starts by default (23.05)."""
+MAX_BATCH = 64
+"""Images that Triton computes at once."""
 
 
 def make_timm_config(manifest: ModelManifest) -> dict[str, Any]:
@@ -116,6 +119,7 @@ def _write_onnx(file: Path, network: nn.Module, manifest: ModelManifest, _: Stor
     import onnx
 
     onnx_model = onnx.load(file)
+    onnx_model.ir_version = IR_VERSION
     properties = {
         "classes": json.dumps(manifest.classes),
         "model": manifest.digest,
@@ -123,6 +127,18 @@ def _write_onnx(file: Path, network: nn.Module, manifest: ModelManifest, _: Stor
     onnx.helper.set_model_props(onnx_model, properties)
     onnx.checker.check_model(onnx_model, full_check=True)
     onnx.save(onnx_model, file)
+    file.with_name(TRITON_FILE).write_text(_format_triton_config(manifest), encoding="utf-8")
+
+
+def _format_triton_config(manifest: ModelManifest) -> str:
+    """Triton's description of model.onnx, in protobuf's text form. Triton names a model by its folder."""
+    size, outputs = manifest.model.inference_resolution, manifest.model.outputs or len(manifest.classes)
+    return f"""backend: "onnxruntime"
+max_batch_size: {MAX_BATCH}
+input [ {{ name: "images", data_type: TYPE_UINT8, dims: [ {size}, {size}, 3 ] }} ]
+output [ {{ name: "logits", data_type: TYPE_FP32, dims: [ {outputs} ] }} ]
+dynamic_batching {{ }}
+"""
 
 
 def _read_onnx(file: Path) -> Callable[[Tensor], Tensor]:

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from k8s import validate
+from k8s.schemas.extract import encode, share_repeated
 from ns import __version__
 from ns.core.errors import ClusterError
 from pipelines import PACKAGE
@@ -101,6 +102,41 @@ def test_check_objects_applies_schemas_of_custom_resources(copy, file, old, new,
     edit(copy / "components" / file, old, new)
     found = check_overlay(copy, "overlays/production")
     assert any(expected in item for item in found), found
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("protocolVersion: v2", "protocol: v2", "'protocol' was unexpected"),
+        ("storageUri", "storageURI", "'storageURI' was unexpected"),
+        ("modelFormat:", "format:", "'format' was unexpected"),
+        ("runAsNonRoot: true", "runAsNonRoot: yes please", "'yes please' is not of type 'boolean'"),
+    ],
+)
+def test_example_for_kserve_is_held_to_its_schema(old, new, expected):
+    text = (K8S / "examples/kserve/inference-service.yaml").read_text()
+    assert [validate.find_schema_errors(item) for item in yaml.safe_load_all(text)] == [(), ()]
+    found = [reason for item in yaml.safe_load_all(text.replace(old, new)) for _, reason in validate.find_schema_errors(item)]
+    assert any(expected in reason for reason in found), found
+
+
+def test_share_repeated_keeps_the_meaning_of_a_schema():
+    container = {"type": "object", "properties": {f"field{number}": {"type": "string"} for number in range(20)}}
+    schema = {
+        "type": "object",
+        "properties": {name: {"type": "array", "items": container} for name in ("type", "first", "last")},
+    }
+    shared = share_repeated(schema)
+    assert len(encode(shared)) < len(encode(schema)) / 2
+
+    def expand(part):
+        if isinstance(part, dict) and "$ref" in part:
+            part = shared["$defs"][part["$ref"].removeprefix("#/$defs/")]
+        if isinstance(part, dict):
+            return {name: expand(value) for name, value in part.items() if name != "$defs"}
+        return part
+
+    assert expand(shared) == schema
 
 
 @pytest.mark.integration
