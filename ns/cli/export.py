@@ -8,7 +8,7 @@ import typer
 
 from ns.cli.options import AsJson, Root
 from ns.cli.output import make_console, make_table, print_json, print_line
-from ns.core.errors import ConfigError, DataError
+from ns.core.errors import ConfigError, DataError, StoreError
 from ns.storage import open_store
 
 FormOption = StrEnum("FormOption", ["timm", "onnx", "torch"])
@@ -46,8 +46,11 @@ def export(
     from ns.reporting.model_card import render_model_card
     from ns.runs.lookup import read_prepared_data, resolve_model_uri, resolve_run_name
 
-    pointer = read_pointer(Path(model)) if model.endswith((".yaml", ".yml")) else None
-    if pointer:
+    pointer = None
+    if model.endswith((".yaml", ".yml")):
+        pointer = read_pointer(Path(model))
+        if pointer is None:
+            raise StoreError(f"{model}: no such file; `ns promote RUN --to {model}` writes it")
         root, model = pointer.root, pointer.model
     store = open_store(root)
     model_store = open_store(resolve_model_uri(store, model))
