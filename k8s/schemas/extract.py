@@ -1,8 +1,10 @@
-"""Extracts JSON Schemas from CRDs: `python k8s/schemas/extract.py CRD.yaml…`, for the kinds and versions that README.md lists.
+"""Extracts JSON Schemas: `python k8s/schemas/extract.py CRD.yaml… NAME.jsonschema.json…`, from the files that README.md lists.
 
 The stored version of each CRD goes into `GROUP/KIND-VERSION.json`, without descriptions, which are most of it, and without CEL rules,
 which JSON Schema does not know. An object whose fields are listed may have no others, as under strict field validation. What is repeated,
 as the container of each framework in an InferenceService, stands once, below `$defs`.
+
+Grafana's schemas go into `grafana/NAME.json` without descriptions; they are strict already.
 """
 
 import json
@@ -86,10 +88,29 @@ def extract_schema(crd: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     return FOLDER / spec["group"] / f"{spec['names']['kind']}-{version['name']}.json", share_repeated(schema)
 
 
+def drop_descriptions(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [drop_descriptions(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    # A field may have this name, too; its schema is no text.
+    return {
+        name: drop_descriptions(value) for name, value in schema.items() if name != "description" or not isinstance(value, str)
+    }
+
+
+def extract_file(source: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yields path and schema of each kind in a file."""
+    text = source.read_text(encoding="utf-8")
+    if source.suffix == ".json":
+        yield FOLDER / "grafana" / source.name.replace(".jsonschema", ""), drop_descriptions(json.loads(text))
+    else:
+        yield from map(extract_schema, yaml.safe_load_all(text))
+
+
 def main() -> int:
     for name in sys.argv[1:]:
-        for crd in yaml.safe_load_all(Path(name).read_text(encoding="utf-8")):
-            path, schema = extract_schema(crd)
+        for path, schema in extract_file(Path(name)):
             path.parent.mkdir(exist_ok=True)
             path.write_text(encode(schema) + "\n", encoding="utf-8")
             sys.stdout.write(f"{path.relative_to(FOLDER)}\n")

@@ -73,6 +73,16 @@ def finish_panel(panel: Panel, title: str, queries: tuple[Query, ...], unit: str
     return panel
 
 
+def make_legend() -> common.VizLegendOptions:
+    return (
+        common.VizLegendOptions().display_mode(c.LegendDisplayMode.LIST).placement(c.LegendPlacement.BOTTOM).show_legend(True)
+    )
+
+
+def make_tooltip() -> common.VizTooltipOptions:
+    return common.VizTooltipOptions().mode(c.TooltipDisplayMode.MULTI).sort(c.SortOrder.DESCENDING)
+
+
 def make_graph(
     title: str,
     *queries: Query,
@@ -90,13 +100,8 @@ def make_graph(
         .show_points(c.VisibilityMode.ALWAYS if points else c.VisibilityMode.NEVER)
         .span_nulls(False)
         .stacking(common.StackingConfig().mode(c.StackingMode.NORMAL if stacked else c.StackingMode.NONE))
-        .legend(
-            common.VizLegendOptions()
-            .display_mode(c.LegendDisplayMode.LIST)
-            .placement(c.LegendPlacement.BOTTOM)
-            .show_legend(True)
-        )
-        .tooltip(common.VizTooltipOptions().mode(c.TooltipDisplayMode.MULTI).sort(c.SortOrder.DESCENDING))
+        .legend(make_legend())
+        .tooltip(make_tooltip())
     )
     if not signed:
         panel.min(0)
@@ -129,7 +134,11 @@ RUNS = {
         make_stat("Held-out accuracy", last_by_run('nst_eval_accuracy_ratio{split="heldout"}'), unit="percentunit"),
         make_stat("Gate", last_by_run("nst_gate_passed"), about="1: the student became the teacher."),
         finish_panel(
-            statetimeline.Panel(),
+            statetimeline.Panel()
+            .show_value(c.VisibilityMode.AUTO)
+            .row_height(0.9)
+            .legend(make_legend())
+            .tooltip(make_tooltip()),
             "Stages",
             (max_by_run("nst_stage_running", "stage"),),
             "short",
@@ -412,7 +421,7 @@ def make_query_variable(name: str, label: str, query: str) -> dashboard.QueryVar
         dashboard.QueryVariable(name)
         .label(label)
         .datasource(DATA_SOURCE)
-        .query({"query": query, "refId": name})
+        .query(query)
         .refresh(d.VariableRefresh.ON_TIME_RANGE_CHANGED)
         .sort(d.VariableSort.ALPHABETICAL_ASC)
         .multi(True)
