@@ -47,17 +47,17 @@ def share_repeated(schema: dict[str, Any]) -> dict[str, Any]:
     counts = Counter(_iterate_texts(schema))
     names = {text: f"part{number}" for number, text in enumerate(text for text, count in counts.items() if count > 1)}
 
-    def share(part: Any, *, is_whole: bool = False) -> Any:
+    def replace_repeated(part: Any, *, is_whole: bool = False) -> Any:
         if isinstance(part, list):
-            return [share(item) for item in part]
+            return [replace_repeated(item) for item in part]
         if not isinstance(part, dict):
             return part
         if not is_whole and (name := names.get(encode(part))):
             return {"$ref": f"#/$defs/{name}"}
-        return {key: share(value) for key, value in part.items()}
+        return {key: replace_repeated(value) for key, value in part.items()}
 
-    definitions = {name: share(json.loads(text), is_whole=True) for text, name in names.items()}
-    shared: dict[str, Any] = share(schema, is_whole=True)
+    definitions = {name: replace_repeated(json.loads(text), is_whole=True) for text, name in names.items()}
+    shared: dict[str, Any] = replace_repeated(schema, is_whole=True)
     return shared | ({"$defs": definitions} if definitions else {})
 
 

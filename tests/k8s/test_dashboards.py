@@ -55,7 +55,7 @@ def test_dashboards_are_what_grafana_defines(name):
         (["refresh"], 30, "dashboard $.refresh: 30 is not of type 'string'"),
         (["templating", "list", 0, "type"], "source", "dashboard $.templating.list[0].type: 'source' is not one of"),
         (["panels", 1, "gridPos", "w"], 25, "Active runs $.gridPos.w: 25 is greater than the maximum of 24"),
-        (["panels", 1, "options", "colour"], "value", "Active runs $: Additional properties are not allowed ('colour'"),
+        (["panels", 1, "options", "hue"], "value", "Active runs $: Additional properties are not allowed ('hue'"),
         (["panels", -1, "targets", 0, "legend"], "run", "('legend' was unexpected)"),
         (["panels", 9, "fieldConfig", "defaults", "custom", "fillOpacity"], "full", "$.fillOpacity: 'full' is not of type"),
     ],
