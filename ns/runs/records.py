@@ -6,6 +6,7 @@
     ROOT/RUN/active/G-STAGE.json    on a cluster, the try of a stage that is under way; left behind by a try that was killed
     ROOT/RUN/failures/G-STAGE.json  on a cluster, why a stage failed; removed when the stage is tried again
     ROOT/RUN/report.html            the report; the last stage writes it
+    ROOT/RUN/report.json            what it was drawn of
 
 Everything large lies in `ROOT/store/` and is shared by all runs; the notes point there.
 """

@@ -5,17 +5,17 @@ from typing import Any
 
 from ns.modeling.manifest import ModelManifest
 from ns.reporting import mlflow_runs, run_metrics
+from ns.reporting.report_record import provide_report
 from ns.runs.lifecycle import finish_run
 from ns.stages.context import RunRef, has_client, stage
 from ns.storage import open_store
 
 
 def report_run(ref: RunRef) -> str:
-    """Writes the run's report. Returns its key."""
+    """Writes the run's report, unless it is there as it would be written. Returns its key."""
     with stage("report", ref) as context:
-        from ns.reporting.page import write_report
-
-        key = write_report(context.root, ref.run)
+        key, reused = provide_report(context.root, ref.run)
+        context.add_log_fields(reused=reused)
         if not has_client():
             # On a cluster no client keeps the record.
             finish_run(context.root, ref.run, "succeeded")

@@ -32,6 +32,9 @@ STAGE_MODULES = (
     "components.__main__",
     *(f"components.{name}" for name in ("start", "prepare", "teacher", "label", "select", "student", "next_teacher", "report")),
     *(f"ns.stages.{name}" for name in ("start", "prepare", "roles", "label", "select", "report")),
+    # What stages load in any case: pyarrow takes pandas, where it is installed, for the first array that it makes.
+    "pandas",
+    "scipy.special",
 )
 COMPUTING_MODULES = ("ns.training.runner", "ns.labeling.predict", "ns.evaluation.accuracy", "ns.reporting.page")
 POLL_SECONDS = 0.1
