@@ -59,7 +59,7 @@ def digest_code(*parts: str) -> str:
         source_digest, modules = _digest_file(file)
         sources[file.relative_to(PACKAGE).as_posix()] = source_digest
         for module in modules:
-            libraries[module] = read_version(DECIDING_LIBRARIES[module])
+            libraries[module] = read_library_version(DECIDING_LIBRARIES[module])
     return digest_json({"sources": sources, "libraries": libraries})
 
 
@@ -84,7 +84,7 @@ def _digest_source(file: Path, _modified_ns: int, _size: int) -> tuple[str, froz
 
 def describe_code() -> dict[str, str]:
     """What decides results: the digest of all code that they depend on, and the versions of the libraries, by name."""
-    libraries = {name: read_version(name) for name in DECIDING_LIBRARIES.values()}
+    libraries = {name: read_library_version(name) for name in DECIDING_LIBRARIES.values()}
     return {"ns": shorten_digest(digest_code(*RESULT_SOURCES))} | libraries
 
 
@@ -120,7 +120,7 @@ def _list_sources(parts: Iterable[str]) -> list[Path]:
     return [file for path in paths for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
 
 
-def read_version(library: str) -> str:
+def read_library_version(library: str) -> str:
     """Version of an installed library, without the build that follows its + (cpu, cu128); empty if it is not installed."""
     try:
         return version(library).partition("+")[0]

@@ -2,7 +2,7 @@
 
 from functools import cache
 
-from ns.core.digest import describe_code, digest_files, digest_json, read_version, sha256_bytes
+from ns.core.digest import describe_code, digest_files, digest_json, read_library_version, sha256_bytes
 from ns.core.errors import NsError
 from ns.runs.records import CONFIG_FILE, REPORT_FILE, RunRecord, list_stage_notes, record_key
 from ns.storage import Store
@@ -70,5 +70,5 @@ def digest_report_inputs(root: Store, run: str) -> str | None:
 @cache
 def _digest_drawing_code() -> str:
     """Digest of all files of `ns`, templates too, and of the libraries that draw: a page is drawn once too often, never too seldom."""
-    libraries = {library: read_version(library) for library in DRAWING_LIBRARIES}
+    libraries = {library: read_library_version(library) for library in DRAWING_LIBRARIES}
     return digest_json({"files": digest_files(), "libraries": describe_code() | libraries})
