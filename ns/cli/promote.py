@@ -11,6 +11,7 @@ from ns.core.errors import ConfigError, DataError
 from ns.storage import open_store
 
 if TYPE_CHECKING:
+    from ns.promotion.mlflow_registry import RegisteredVersion
     from ns.promotion.promote import ModelPointer, PointerMove
 
 app = typer.Typer(
@@ -55,18 +56,22 @@ def promote_run(
         move = promote.commit_pointer(pointer, to, branch, title=title, accepted_at=candidate.accepted_at, dry_run=dry_run)
     else:
         move = promote.write_pointer(pointer, to, dry_run=dry_run)
-    mlflow_version = None if dry_run else register_model(store, candidate, to.stem)
+    registered = None if dry_run else register_model(pointer, move.before, to.stem)
     if body is not None:
         write_page(body, promote.render_evidence(store, candidate, move.before, to.as_posix()))
     if as_json:
         committed_on = branch if move.commit else None
         result = {"pointer": candidate.pointer, **move._asdict(), "branch": committed_on, "title": title}
-        print_json(result | ({"mlflow_version": mlflow_version} if mlflow_version else {}))
+        print_json(result | ({"mlflow_version": registered.version} if registered else {}))
     else:
         for line in _describe_move(pointer, candidate.weights_bytes, move, to, branch, dry_run=dry_run):
             print_line(line)
-        if mlflow_version:
-            print_line(f"MLflow: {candidate.context.experiment.name}, version {mlflow_version}, alias {to.stem}")
+        _print_registered(registered, to)
+
+
+def _print_registered(registered: "RegisteredVersion | None", to: Path) -> None:
+    if registered:
+        print_line(f"MLflow: {registered.name}, version {registered.version}, alias {to.stem}")
 
 
 def _describe_move(
@@ -90,9 +95,12 @@ def restore_previous(
 ) -> None:
     """Go back to the model before, from git's history. All its bytes are read and checked first.
 
+    With MLFLOW_TRACKING_URI the alias in MLflow moves back too.
+
     Example: [cyan]ns promote back --to models/production.yaml[/]
     """
     from ns.promotion import promote
+    from ns.promotion.mlflow_registry import register_model
 
     pointer = promote.read_previous_pointer(to)
     weights_bytes = promote.verify_model(pointer, f"{to}, before")
@@ -101,8 +109,10 @@ def restore_previous(
         move = promote.commit_pointer(pointer, to, branch, title=title, dry_run=dry_run)
     else:
         move = promote.write_pointer(pointer, to, dry_run=dry_run)
+    registered = None if dry_run else register_model(pointer, move.before, to.stem)
     for line in _describe_move(pointer, weights_bytes, move, to, branch, dry_run=dry_run):
         print_line(line)
+    _print_registered(registered, to)
 
 
 @app.command("check")

@@ -1,4 +1,5 @@
-"""Models in MLflow's registry: what `ns promote` puts into use, as ONNX with its signature, which anybody's MLflow can load.
+"""Models in MLflow's registry: what `ns promote` and `ns promote back` put into use, as ONNX with its signature, which anybody's MLflow can
+load.
 
 A version is written once: a model that has one gets only the alias.
 """
@@ -6,17 +7,18 @@ A version is written once: a model that has one gets only the alias.
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from ns.core import log
 from ns.core.digest import shorten_digest
+from ns.core.errors import RunError
 from ns.core.mlflow_client import describe_failure, is_tracked
 from ns.modeling.manifest import ModelManifest
-from ns.promotion.promote import PromotionCandidate
+from ns.promotion.promote import ModelPointer
 from ns.reporting.mlflow_runs import open_mlflow_model_run, open_mlflow_run
-from ns.runs.lookup import read_prepared_data
+from ns.runs.lookup import read_experiment_name, read_prepared_data
 from ns.storage import Store, open_store
 
 if TYPE_CHECKING:
@@ -29,16 +31,23 @@ CHECKED_IMAGES = 64
 """Held-out images that the ONNX form is checked on."""
 
 
-def register_model(root: Store, candidate: PromotionCandidate, alias: str) -> str | None:
-    """Registers a promoted model under the experiment's name, and gives its version the alias. Returns the version.
+class RegisteredVersion(NamedTuple):
+    """A version of a registered model."""
+
+    name: str
+    version: str
+
+
+def register_model(pointer: ModelPointer, before: ModelPointer | None, alias: str) -> RegisteredVersion | None:
+    """Registers the model that a pointer names under its experiment's name, and moves the alias from the model before to its version.
 
     None without a server, and if it fails, which is told in one line: the pointer is what counts, and another call registers it.
     """
     if not is_tracked():
         return None
-    pointer = candidate.pointer
-    name = candidate.context.experiment.name
     try:
+        root = open_store(pointer.root)
+        name = _read_registered_name(pointer)
         run = open_mlflow_run(root, pointer.run, name)
         client, run_id = open_mlflow_model_run(
             run, pointer.generation, pointer.model.removeprefix(f"{root.uri}/")
@@ -55,11 +64,22 @@ def register_model(root: Store, candidate: PromotionCandidate, alias: str) -> st
             created = client.create_model_version(name, f"runs:/{run_id}/{MODEL_FOLDER}", run_id, tags, description=description)
             version = str(created.version)
         client.set_registered_model_alias(name, alias, version)
-        return version
+        # Each registered model has aliases of its own.
+        if before and before.digest != pointer.digest and (name_before := _read_registered_name(before)) != name:
+            client.delete_registered_model_alias(name_before, alias)
+        return RegisteredVersion(name, version)
     # Servers, proxies and plugins of MLflow raise what they like.
     except Exception as error:
-        log.get_logger().warning("not registered in MLflow; the same command tries again", reason=describe_failure(error))
+        warning = f"not registered in MLflow; `ns promote {pointer.run}` tries again"
+        log.get_logger().warning(warning, reason=describe_failure(error))
         return None
+
+
+def _read_registered_name(pointer: ModelPointer) -> str:
+    name = read_experiment_name(open_store(pointer.root), pointer.run)
+    if name is None:
+        raise RunError(f"run {pointer.run}: its experiment in {pointer.root} has no name")
+    return name
 
 
 def _find_version(client: "MlflowClient", name: str, run_id: str, digest: str) -> str | None:

@@ -114,7 +114,7 @@ def find_accepted_student(root: Store, experiment: str) -> AcceptedStudent | Non
     numbers = read_numbers(root, "accepted")
     accepted_students: dict[str, tuple[tuple[int, str], str, AcceptedStudent]] = {}
     for record in list_runs(root):
-        if _read_experiment_name(root, record.run) != experiment:
+        if read_experiment_name(root, record.run) != experiment:
             continue
         for note in list_stage_notes(root, record.run, "gate"):
             verdict = Verdict.find_file(root, note.outputs["verdict"])
@@ -125,7 +125,8 @@ def find_accepted_student(root: Store, experiment: str) -> AcceptedStudent | Non
     return max(accepted_students.values())[-1] if accepted_students else None
 
 
-def _read_experiment_name(root: Store, run: str) -> str | None:
+def read_experiment_name(root: Store, run: str) -> str | None:
+    """Name of a run's experiment; None if its file is missing or damaged."""
     # Only the name is read: the experiments of other versions may have fields that this one does not know.
     key = f"{run}/{CONFIG_FILE}"
     try:
