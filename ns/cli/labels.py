@@ -201,7 +201,7 @@ def purge_keys(
 
 @app.command("import")
 def import_label_set(
-    labels: Annotated[str, typer.Argument(metavar="LABELS", help="CSV, TSV or Parquet, or Label Studio's JSON.")],
+    labels: Annotated[str, typer.Argument(metavar="LABELS", help="CSV, TSV or Parquet, or an export of Label Studio.")],
     pool: Annotated[str, typer.Argument(metavar="POOL", help="Folder or URI of the dataset that was labeled.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URI of the label set.")],
     classes: Annotated[Path, typer.Option(help="File of class names, one per line, or the labeled data's dataset.json.")],
@@ -210,7 +210,7 @@ def import_label_set(
     top_k: Annotated[int, typer.Option(min=1, max=1000, help="Classes kept of each image; of at most 100, all are.")] = 10,
     as_json: AsJson = False,
 ) -> None:
-    """Make a label set of labels from elsewhere: another model's table, or Label Studio's JSON.
+    """Make a label set of labels from elsewhere: another model's table, or an export of Label Studio.
 
     A table has a column `key` or `path`, and either `class` and perhaps `confidence`, or a column of probabilities for each class.
 
@@ -243,7 +243,7 @@ def choose_next(
 ) -> None:
     """Write the images most worth a person's label as tasks for Label Studio: unsure ones, unlike each other, of all classes.
 
-    In Label Studio: a project with interface.xml, the folder as local storage, and tasks.json imported. Its JSON export, put into the
+    In Label Studio: a project with interface.xml, the folder's images as local storage, and tasks.json imported. Its export, put into the
     folder, is labeled data: `ns data import FOLDER/export.json DATASET --role labeled`.
 
     Example: [cyan]ns labels next latest/gen-1 --count 200 --out to-label[/]

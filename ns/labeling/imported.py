@@ -1,11 +1,12 @@
 """Labels from elsewhere: a table, or tasks of Label Studio, become a label set like any other.
 
 A table (CSV, TSV or Parquet) has a column with the key, or the path, of each image, and either a class and perhaps a confidence, or a
-column of probabilities for each class. Label Studio's JSON has a class for each task, chosen by a person or predicted by a model.
+column of probabilities for each class. an export of Label Studio has a class for each task, chosen by a person or predicted by a model.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,8 +18,8 @@ from ns.core.digest import digest_json, sha256_file
 from ns.core.errors import DataError
 from ns.data.class_names import ClassLabel, match_indices, match_names, normalize_name, shorten_names
 from ns.data.dataset import Dataset
-from ns.data.importing.label_studio import read_task_labels
-from ns.data.importing.tables import PATH_COLUMNS, find_column, open_batches, read_cell
+from ns.data.importing.label_studio import TaskLabel
+from ns.data.importing.tables import PATH_COLUMNS, find_column, open_batches, read_cell, read_tasks
 from ns.data.importing.tars import LABEL_FIELDS
 from ns.data.index import ShardIndex
 from ns.data.key_list import spell_key
@@ -60,10 +61,7 @@ def import_labels(
     pool = Dataset.load(pool_store)
     folder, file = open_parent(labels_uri)
     path = folder.path(file)
-    if path.suffix.lower() == ".json":
-        rows = _collect_rows(labels_uri, _read_tasks(path.read_bytes(), labels_uri), classes, prefix)
-    else:
-        rows = _collect_rows(labels_uri, _read_table(path, labels_uri, classes), classes, prefix)
+    rows = _collect_rows(labels_uri, _read_rows(path, labels_uri, classes), classes, prefix)
     config = LabelingConfig(top_k=top_k)
     inputs = LabelingInputs(
         dataset=pool.digest,
@@ -105,45 +103,47 @@ class _Row(NamedTuple):
     """`row 3`, for messages."""
 
 
-def _read_tasks(data: bytes, uri: str) -> Iterator[_Row]:
-    for number, task in enumerate(read_task_labels(data, uri), 1):
-        label = None if task.class_name is None else normalize_name(task.class_name)
-        yield _Row(task.key, label, task.confidence, None, f"task {number}")
-
-
-def _read_table(path: Any, uri: str, classes: Sequence[str]) -> Iterator[_Row]:
+def _read_rows(path: Path, uri: str, classes: Sequence[str]) -> Iterator[_Row]:
     try:
-        batches = open_batches(path, uri)
-        columns = {normalize_name(column).lower(): column for column in batches.schema.names}
-        key_column = find_column(uri, columns, KEY_COLUMNS, "the key or path of each image")
-        class_columns = match_names([normalize_name(name) for name in batches.schema.names if name != key_column], classes)[0]
-        has_probabilities = len(set(class_columns.values())) == len(classes)
-        label_column = None if has_probabilities else find_column(uri, columns, LABEL_FIELDS, "its class")
-        confidence_column = next((columns[name] for name in CONFIDENCE_COLUMNS if name in columns), None)
-        spellings = {normalize_name(name): name for name in batches.schema.names}
-        order = {class_id: spellings[str(name)] for name, class_id in class_columns.items()}
-        number = 0
-        for batch in batches:
-            table = batch.to_pydict()
-            for row in range(batch.num_rows):
-                number += 1
-                where = f"row {number}"
-                name = read_cell(table[key_column][row])
-                if not name:
-                    raise DataError(
-                        f"{uri}: {where}: {key_column}: is empty; give the key or path of the image, or remove the row"
-                    )
-                if label_column is None:
-                    values = [table[order[class_id]][row] for class_id in range(len(classes))]
-                    yield _Row(name, None, 0.0, _read_probabilities(values, f"{uri}: {where}"), where)
-                else:
-                    label = normalize_name(read_cell(table[label_column][row]))
-                    confidence = 1.0
-                    if confidence_column is not None:
-                        confidence = _read_number(table[confidence_column][row], f"{uri}: {where}: {confidence_column}")
-                    yield _Row(name, label or None, confidence, None, where)
+        tasks = read_tasks(path, uri)
+        yield from _read_table(path, uri, classes) if tasks is None else map(_read_task, range(1, len(tasks) + 1), tasks)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{uri}: not a readable table: {(str(error) or 'damaged').splitlines()[0]}; write it again") from error
+
+
+def _read_task(number: int, task: TaskLabel) -> _Row:
+    label = None if task.class_name is None else normalize_name(task.class_name)
+    return _Row(task.key, label, task.confidence, None, f"task {number}")
+
+
+def _read_table(path: Path, uri: str, classes: Sequence[str]) -> Iterator[_Row]:
+    batches = open_batches(path, uri)
+    columns = {normalize_name(column).lower(): column for column in batches.schema.names}
+    key_column = find_column(uri, columns, KEY_COLUMNS, "the key or path of each image")
+    class_columns = match_names([normalize_name(name) for name in batches.schema.names if name != key_column], classes)[0]
+    has_probabilities = len(set(class_columns.values())) == len(classes)
+    label_column = None if has_probabilities else find_column(uri, columns, LABEL_FIELDS, "its class")
+    confidence_column = next((columns[name] for name in CONFIDENCE_COLUMNS if name in columns), None)
+    spellings = {normalize_name(name): name for name in batches.schema.names}
+    order = {class_id: spellings[str(name)] for name, class_id in class_columns.items()}
+    number = 0
+    for batch in batches:
+        table = batch.to_pydict()
+        for row in range(batch.num_rows):
+            number += 1
+            where = f"row {number}"
+            name = read_cell(table[key_column][row])
+            if not name:
+                raise DataError(f"{uri}: {where}: {key_column}: is empty; give the key or path of the image, or remove the row")
+            if label_column is None:
+                values = [table[order[class_id]][row] for class_id in range(len(classes))]
+                yield _Row(name, None, 0.0, _read_probabilities(values, f"{uri}: {where}"), where)
+            else:
+                label = normalize_name(read_cell(table[label_column][row]))
+                confidence = 1.0
+                if confidence_column is not None:
+                    confidence = _read_number(table[confidence_column][row], f"{uri}: {where}: {confidence_column}")
+                yield _Row(name, label or None, confidence, None, where)
 
 
 def _read_number(cell: Any, where: str) -> float:
@@ -197,7 +197,8 @@ class _ForeignRows:
         return ShardPredictions(index, probabilities, dict.fromkeys(unlabeled.tolist(), NO_LABEL))
 
     def list_unmatched(self) -> list[str]:
-        return [self.names[row] for row in np.flatnonzero(~self.matched).tolist()]
+        # Of rows that name an image again, the first is its row.
+        return [name for name in self.names if not any(self.matched[self.by_key[key]] for key in spell_key(name))]
 
 
 def _collect_rows(uri: str, rows: Iterable[_Row], classes: Sequence[str], prefix: str) -> _ForeignRows:

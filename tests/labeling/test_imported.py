@@ -1,5 +1,7 @@
 """Labels from elsewhere."""
 
+import csv
+import io
 import json
 
 import numpy as np
@@ -118,6 +120,40 @@ def test_the_newest_annotation_counts_and_json_min_is_read(pool, tmp_path):
         keys[1]: 2,
         keys[2]: 4,
     }
+
+
+@pytest.mark.parametrize("form", ["json", "csv", "tsv"])
+def test_exports_of_label_studio_are_read_as_1_23_writes_them(pool, tmp_path, form):
+    """Two people annotated the first image, and nobody the third; predictions are numbers in its JSON."""
+    _, _, _, keys, classes = pool
+    chosen = [(keys[0], 1, "09:00", classes[3]), (keys[0], 1, "08:00", classes[2]), (keys[1], 2, "08:00", classes[4])]
+    if form == "json":
+        annotations = {number: [] for number in (1, 2, 3)}
+        for _, number, time, name in chosen:
+            value = {"type": "choices", "value": {"choices": [name]}, "from_name": "class", "to_name": "image"}
+            made_at = f"2026-11-30T{time}:26.238160Z"
+            annotations[number].append({"id": 1, "was_cancelled": False, "result": [value], "updated_at": made_at})
+        tasks = [
+            {"id": number, "annotations": annotations[number], "predictions": [number], "data": {"image": "", "key": key}}
+            for number, key in enumerate(keys[:3], 1)
+        ]
+        text = json.dumps(tasks)
+    else:
+        columns = ["annotation_id", "annotator", "class", "created_at", "id", "image", "key", "lead_time", "updated_at"]
+        rows = [["7", "1", name, "", number, "", key, "", f"2026-11-30T{time}"] for key, number, time, name in chosen]
+        rows.append(["", "", "", "", 3, "", keys[2], "", ""])
+        sink = io.StringIO()
+        csv.writer(sink, delimiter="\t" if form == "tsv" else ",", quoting=csv.QUOTE_NONNUMERIC).writerows([columns, *rows])
+        text = sink.getvalue()
+    made = import_text(pool, tmp_path, text, f"export.{form}")
+    assert read_answers(tmp_path, made.label_set) == {keys[0]: (3, 1.0), keys[1]: (4, 1.0)}
+    assert made.unmatched == []
+
+
+def test_a_row_that_names_an_image_again_is_no_stranger(pool, tmp_path):
+    key, name = pool[3][0], pool[4][0]
+    made = import_text(pool, tmp_path, f"key,label\n{key},{name}\n{key},{name}\nnone,{name}\n")
+    assert (made.labeled, made.unmatched) == (1, ["none"])
 
 
 def test_the_interface_offers_the_classes():

@@ -1,8 +1,11 @@
-"""Label Studio, both ways: JSON with the picture of each task, what a model predicts of it, and what people chose."""
+"""Label Studio, both ways: tasks with the picture, what a model predicts of it, and what people chose.
+
+Its exports are JSON, JSON-MIN, CSV and TSV. The last three have a row for each annotation, and CSV and TSV the same columns as JSON-MIN.
+"""
 
 import json
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -12,6 +15,9 @@ KEY_FIELD = "key"
 """Field of a task's data with the key of its image, in the tasks that we write."""
 CLASS_FIELD, IMAGE_FIELD = "class", "image"
 """Names of the control and of the object in the labeling interface that we write."""
+
+TABLE_COLUMNS = {"annotation_id", "annotator", "lead_time"}
+"""Columns by which a table is known for an export."""
 
 UPLOADS = "/data/upload/"
 UPLOAD_PREFIX_LENGTH = 9
@@ -32,24 +38,36 @@ class TaskLabel(NamedTuple):
     """Whether a person chose."""
 
 
-def read_task_labels(data: bytes, uri: str) -> Iterator[TaskLabel]:
-    """The label of each task of an export, JSON or JSON-MIN: the newest annotation that was not cancelled, else the newest prediction.
-
-    Raises DataError, naming the task and its field, for what is no export, several classes of one task, and scores outside 0 … 1.
-    """
+def parse_tasks(data: bytes, uri: str) -> list[dict[str, Any]]:
+    """The tasks of an export in JSON or JSON-MIN. Raises DataError for what is no export."""
     try:
         tasks = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{uri}: not JSON: {error}; export the project as JSON again") from error
     if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
         raise DataError(f"{uri}: must be a list of tasks, as Label Studio exports it in the form JSON")
+    return tasks
+
+
+def read_task_labels(tasks: Iterable[Mapping[str, Any]], uri: str) -> Iterator[TaskLabel]:
+    """The label of each task of an export: the newest annotation that was not cancelled, else the newest prediction.
+
+    `tasks`: objects of JSON or JSON-MIN, or rows of a table. Raises DataError, naming the task and its field, for several classes of one
+    task, and scores outside 0 … 1.
+    """
+    newest: dict[Any, Mapping[str, Any]] = {}
     for number, task in enumerate(tasks, 1):
-        yield _read_task(task, f"{uri}: task {task.get('id', number)}")
+        # A task that two people annotated has two rows, except in JSON, where it has two annotations.
+        identity = task.get("id") or f"task {number}"
+        if identity not in newest or str(task.get("updated_at")) > str(newest[identity].get("updated_at")):
+            newest[identity] = task
+    for identity, task in newest.items():
+        yield _read_task(task, f"{uri}: task {str(identity).removeprefix('task ')}")
 
 
-def _read_task(task: dict[str, Any], where: str) -> TaskLabel:
+def _read_task(task: Mapping[str, Any], where: str) -> TaskLabel:
     fields = task.get("data", task)
-    if not isinstance(fields, dict):
+    if not isinstance(fields, Mapping):
         raise DataError(f"{where}: data: must be an object with the image")
     path = _find_image_path(fields)
     key = fields.get(KEY_FIELD) or (urlsplit(path).path.lstrip("/") if "://" in path else path)
@@ -57,27 +75,30 @@ def _read_task(task: dict[str, Any], where: str) -> TaskLabel:
         raise DataError(
             f"{where}: data: has neither {KEY_FIELD!r} nor the address of an image; its fields are {', '.join(fields)}"
         )
-    if "data" not in task:  # JSON-MIN
+    if "data" not in task:
         class_name = _read_choice(task.get(CLASS_FIELD, task.get("choice")), where)
         return TaskLabel(key, path, class_name, 1.0, class_name is not None)
     annotations = _list_objects(task, "annotations", where)
     for annotation in sorted(annotations, key=lambda annotation: str(annotation.get("updated_at", "")), reverse=True):
         if not annotation.get("was_cancelled") and (class_name := _find_choice(annotation, where)) is not None:
             return TaskLabel(key, path, class_name, 1.0, True)
-    for prediction in reversed(_list_objects(task, "predictions", where)):
+    # Its own exports have the numbers of predictions alone; those by its API or SDK have predictions.
+    for prediction in reversed(_list_objects(task, "predictions", where, or_numbers=True)):
         if (class_name := _find_choice(prediction, where)) is not None:
             return TaskLabel(key, path, class_name, _read_score(prediction.get("score"), where), False)
     return TaskLabel(key, path, None, 0.0, False)
 
 
-def _list_objects(task: dict[str, Any], field: str, where: str) -> list[dict[str, Any]]:
+def _list_objects(task: Mapping[str, Any], field: str, where: str, *, or_numbers: bool = False) -> list[dict[str, Any]]:
     values = task.get(field) or []
+    if or_numbers and isinstance(values, list) and all(isinstance(value, int) for value in values):
+        return []
     if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
         raise DataError(f"{where}: {field}: must be a list of objects")
     return values
 
 
-def _find_choice(answer: dict[str, Any], where: str) -> str | None:
+def _find_choice(answer: Mapping[str, Any], where: str) -> str | None:
     for result in _list_objects(answer, "result", where):
         value = result.get("value")
         if isinstance(value, dict) and "choices" in value:
@@ -86,9 +107,11 @@ def _find_choice(answer: dict[str, Any], where: str) -> str | None:
 
 
 def _read_choice(value: Any, where: str) -> str | None:
+    if isinstance(value, str) and value.startswith('{"choices"'):  # several, in a cell of a table
+        value = json.loads(value)
     if isinstance(value, dict):
         value = value.get("choices")
-    choices = value if isinstance(value, list) else [] if value is None else [value]
+    choices = value if isinstance(value, list) else [] if value in (None, "") else [value]
     if len(choices) > 1:
         raise DataError(f"{where}: has the classes {', '.join(map(str, choices))}; an image has one class here: choose one")
     return str(choices[0]) if choices else None
@@ -102,7 +125,7 @@ def _read_score(value: Any, where: str) -> float:
     return float(value)
 
 
-def _find_image_path(fields: dict[str, Any]) -> str:
+def _find_image_path(fields: Mapping[str, Any]) -> str:
     """The path in the first address of a file. Local files have it in their parameter `d`, uploaded ones behind eight letters and -."""
     addresses = [fields[IMAGE_FIELD]] if IMAGE_FIELD in fields else list(fields.values())
     for address in addresses:

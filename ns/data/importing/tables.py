@@ -4,7 +4,7 @@ import os
 import posixpath
 import stat
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from ns.core.errors import DataError
 from ns.data.class_names import normalize_name
 from ns.data.dataset import DatasetRole
 from ns.data.importing.file_kinds import escape_path
-from ns.data.importing.label_studio import read_task_labels
+from ns.data.importing.label_studio import TABLE_COLUMNS, TaskLabel, parse_tasks, read_task_labels
 from ns.data.importing.listing import SourceEntry
 from ns.data.importing.tars import LABEL_FIELDS
 from ns.storage import open_parent, split_uri
@@ -43,7 +43,8 @@ def list_table(source: str, role: DatasetRole, split: str | None) -> Iterator[So
     table_path = store.path(name)
     base = split_uri(source)[0] if "://" in source and not source.startswith("file://") else table_path.parent
     try:
-        batches = _open_tasks(table_path, source) if table_path.suffix.lower() == ".json" else open_batches(table_path, source)
+        tasks = read_tasks(table_path, source)
+        batches = open_batches(table_path, source) if tasks is None else _open_tasks(tasks, source)
         columns = {normalize_name(column).lower(): column for column in batches.schema.names}
         path_column = find_column(source, columns, PATH_COLUMNS, "the path of each image")
         label_column = None if role == "unlabeled" else find_column(source, columns, LABEL_FIELDS, "its class")
@@ -117,9 +118,18 @@ def _check_cells(batch: pa.RecordBatch, texts: set[str], source: str) -> pa.Reco
     return batch
 
 
-def _open_tasks(path: Path, source: str) -> Any:
-    """The tasks of Label Studio for which a person chose a class, as batches with the columns path and label."""
-    labels = list(read_task_labels(path.read_bytes(), source))
+def read_tasks(path: Path, source: str) -> list[TaskLabel] | None:
+    """The labels of an export of Label Studio; None if the file is another table. Raises as `open_batches` and `read_task_labels`."""
+    kind = path.suffix.lower()
+    if kind == ".json":
+        return list(read_task_labels(parse_tasks(path.read_bytes(), source), source))
+    if kind == ".parquet" or not set((batches := open_batches(path, source)).schema.names) >= TABLE_COLUMNS:
+        return None
+    return list(read_task_labels((row for batch in batches for row in batch.to_pylist()), source))
+
+
+def _open_tasks(labels: Sequence[TaskLabel], source: str) -> Any:
+    """The tasks for which a person chose a class, as batches with the columns path and label."""
     annotated = [label for label in labels if label.annotated]
     if len(annotated) < len(labels):
         log.get_logger().info("passed over tasks without an annotation", tasks=len(labels) - len(annotated), file=source)
