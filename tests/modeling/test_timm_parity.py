@@ -17,15 +17,18 @@ import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from timm.data import create_transform, resolve_data_config
 
 from ns.config.loader import parse_experiment
-from ns.config.schema import ImportConfig, LabelingConfig
+from ns.config.schema import FinetuneConfig, ImportConfig, LabelingConfig, RoleConfig
 from ns.data.dataset import Dataset
 from ns.data.importing.ingest import import_images
+from ns.data.loading.stream import LabeledImages
 from ns.evaluation.accuracy import evaluate_accuracy
 from ns.export import export_model
+from ns.export.forms import FORMS
 from ns.labeling.label_set import find_label_shard, read_label_rows
 from ns.labeling.predict import label_pool_shards
 from ns.modeling.factory import build_model, load_tensors_into, save_model
@@ -34,6 +37,8 @@ from ns.modeling.manifest import Lineage
 from ns.modeling.predictor import Predictor
 from ns.modeling.pretrained import complete_models
 from ns.storage import LocalStore
+from ns.training.loop import train_model
+from ns.training.plan import plan_finetuning
 
 pytestmark = pytest.mark.integration
 
@@ -85,6 +90,12 @@ class Setup:
     files: list[Any]
     logits: dict[str, np.ndarray]
     """Name of the image → timm's logits, float32 [classes]."""
+    features: dict[str, np.ndarray]
+    """Name of the image → what timm's classifier is given, float32 [D]."""
+    loss: float
+    """Mean of timm's losses of the images, in training mode."""
+    role: RoleConfig
+    weights: dict[str, torch.Tensor]
     exact: set[str]
     pixels: dict[str, np.ndarray] = field(default_factory=dict)
     """Name of the image → pixels of timm's transform, uint8 [R, R, 3]."""
@@ -133,10 +144,14 @@ def set_up(tmp_path, family: Family) -> Setup:
         head = network.get_classifier()
         head.weight.mul_(SPREAD / spread)
         logits = network(batch)
+        features = network.forward_head(network.forward_features(batch), pre_logits=True)
+        weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        class_ids = torch.tensor([CLASSES.index(path.parent.name) for path in files])
+        loss = F.cross_entropy(network.train()(batch), class_ids, label_smoothing=role.train.label_smoothing)
     mean, std = (np.array(config[name]) for name in ("mean", "std"))
     pixels = [np.rint((image.permute(1, 2, 0).numpy() * std + mean) * 255).astype(np.uint8) for image in batch]
     ours = build_model(role.model, role.noise, len(CLASSES))
-    load_tensors_into(ours, network.state_dict(), family.pretrained)
+    load_tensors_into(ours, weights, family.pretrained)
     store = LocalStore(tmp_path / "model")
     fields = {
         "generation": 0,
@@ -145,7 +160,7 @@ def set_up(tmp_path, family: Family) -> Setup:
         "classes": CLASSES,
     }
     fields |= {"mean": role.model.mean, "std": role.model.std, "parameters": 1, "steps": 1}
-    save_model(store, network.state_dict(), {**fields, "lineage": Lineage(config="0", labeled="0")}, [])
+    save_model(store, weights, {**fields, "lineage": Lineage(config="0", labeled="0")}, [])
     data_store = LocalStore(tmp_path / "data")
     import_images(str(tmp_path / "images"), data_store, name="data", role="evaluation", config=ImportConfig(), workers=1)
     return Setup(
@@ -153,6 +168,10 @@ def set_up(tmp_path, family: Family) -> Setup:
         (data_store, Dataset.load(data_store)),
         files,
         {path.stem: row.numpy() for path, row in zip(files, logits, strict=True)},
+        {path.stem: row.numpy() for path, row in zip(files, features, strict=True)},
+        float(loss),
+        role,
+        weights,
         exact,
         {path.stem: image for path, image in zip(files, pixels, strict=True)},
     )
@@ -194,7 +213,8 @@ def test_images_are_seen_as_timm_sees_them(tmp_path, name):
     predictor = Predictor(setup.store, batch=3)
 
     # Attacks, and their clean accuracy, begin with these pixels and logits.
-    pixels = predictor.decode_pixels([path.read_bytes() for path in setup.files])
+    encoded = [path.read_bytes() for path in setup.files]
+    pixels = predictor.decode_pixels(encoded)
     logits = predictor.compute_logits(pixels).detach().numpy()
     for path, image in zip(setup.files, pixels.numpy(), strict=True):
         difference = np.abs(image.astype(int) - setup.pixels[path.stem])
@@ -205,6 +225,26 @@ def test_images_are_seen_as_timm_sees_them(tmp_path, name):
     # The pixels of another preprocessing give other logits: the comparison can fail.
     other = np.abs(predictor.compute_logits(255 - pixels).detach().numpy() - logits).max()
     assert other > 5 * RESIZED * spread
+
+    # What similar images are found by, and foreign ones.
+    features = predictor.extract_features(encoded)
+    feature_spread = np.std(list(setup.features.values()), 0).mean()
+    for path, row in zip(setup.files, features, strict=True):
+        tolerance = feature_spread * (EXACT if path.stem in setup.exact else RESIZED)
+        assert np.abs(row - setup.features[path.stem]).mean() <= tolerance, path.stem
+
+    # Training that sees images as evaluation does, as fine-tuning at the end of a training; noise has tests of its own.
+    finetune = FinetuneConfig(
+        resolution=setup.role.model.inference_resolution, epochs=1, labeled_batch=len(encoded), lr=1e-9, frozen_share=0
+    )
+    plan = plan_finetuning(setup.role, finetune, len(encoded))
+    network = build_model(plan.role.model, plan.role.noise, len(CLASSES))
+    network.load_state_dict(setup.weights)
+    checkpoints = LocalStore(tmp_path / "checkpoints")
+    trained = train_model(
+        network, plan, LabeledImages(*setup.data), None, classes=len(CLASSES), seed=0, checkpoints=checkpoints
+    )
+    assert trained.history[0]["loss"] == pytest.approx(setup.loss, abs=RESIZED)
 
     # Labeling.
     labels = LocalStore(tmp_path / "labels")
@@ -228,7 +268,7 @@ def test_images_are_seen_as_timm_sees_them(tmp_path, name):
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == "vit" else pytest.mark.long) for name in FAMILIES])
 def test_exports_see_images_as_timm_sees_them(tmp_path, name):
     setup = set_up(tmp_path, FAMILIES[name])
-    export_model(setup.store, tmp_path / "out", ["onnx", "timm"], setup.data)
+    export_model(setup.store, tmp_path / "out", ["onnx", "timm", "torch"], setup.data)
     spec = importlib.util.spec_from_file_location("preprocess", tmp_path / "out" / "preprocess.py")
     preprocess = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(preprocess)
@@ -239,6 +279,9 @@ def test_exports_see_images_as_timm_sees_them(tmp_path, name):
     (logits,) = session.run(["logits"], {"images": pixels})
     setup.exact |= {path.stem for path in setup.files}
     assert_logits(setup, {path.stem: row for path, row in zip(setup.files, logits, strict=True)})
+    with torch.inference_mode():
+        logits = FORMS["torch"].read(tmp_path / "out" / "model.pt2")(torch.from_numpy(pixels))
+    assert_logits(setup, {path.stem: row.numpy() for path, row in zip(setup.files, logits, strict=True)})
     exported = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     transform = create_transform(**resolve_data_config(pretrained_cfg=exported.pretrained_cfg), is_training=False)
     with torch.inference_mode():
