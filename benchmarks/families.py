@@ -1,10 +1,11 @@
 """Which of timm's families can be used: the smallest network of each is built, trained for a step, labels images, and is exported.
 
-    python -m benchmarks.families [FAMILY ...] [--quick] [--form FORM] [--keep]
+    python -m benchmarks.families [FAMILY ...] [--quick] [--form FORM] [--keep] [--again]
 
-A family is a module of timm.models. Each is tried in a process of its own, which is ended after ten minutes of the processor. An hour; with
---quick, the families of QUICK in a minute. --keep writes benchmarks/results/families.json and docs/families.md; families that are not named
-stay as they were.
+A family is a module of timm.models. One after the other is tried, each in a process of its own, which has 6 GiB of memory, ten minutes of
+the processor and half an hour. Two hours; with --quick, the families of QUICK in a minute. --keep writes benchmarks/results/families.json
+and docs/families.md after each family; families that are not named stay as they were. What is there of the same versions of timm and torch
+is not tried again without --again, so that the same command continues.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +31,17 @@ QUICK = ("resnet", "vision_transformer", "swin_transformer")
 CLASSES, IMAGES = 3, 6
 SIZES = (64, 96, 128, 160, 224, 256)
 """Sizes of images that are tried, px, and then the network's own."""
-SMALL = ("test_", "atto", "femto", "pico", "nano", "tiny", "xxs", "_xs", "small", "_s", "_t", "18", "11", "_0", "m0")
+SMALL = ("atto", "femto", "pico", "nano", "tiny", "xxs", "_xs", "small", "_s", "_t", "18", "11", "_0", "m0")
 """Parts of names of the smallest networks of their families."""
-CANDIDATES = 6
+CANDIDATES = 24
+LARGE = 50e6
+"""Parameters above which a network is made smaller by the arguments of `SMALLER`, if it takes any of them."""
+SMALLER: tuple[dict[str, Any], ...] = ({"depth": 2}, {"depths": [1, 1, 1, 1]}, {"layers": [1, 1, 1, 1]})
 FORMS = ("timm", "onnx")
 STEPS = ("build", "train", "label", "export")
-CPU_SECONDS = 600
+CPU_SECONDS, WALL_SECONDS = 600, 1800
+MEMORY = 6 << 30
+"""Bytes that a process may have written to. Its address space has 3 GiB more, of libraries that are never read."""
 _FORK = multiprocessing.get_context("fork")
 
 
@@ -43,6 +50,7 @@ def main() -> None:
     parser.add_argument("families", nargs="*", metavar="FAMILY", help="modules of timm.models; all if none is given")
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
     parser.add_argument("--keep", action="store_true", help="write the record and the page of the documentation")
+    parser.add_argument("--again", action="store_true", help="also families that were tried with the same versions")
     parser.add_argument(
         "--form", dest="forms", action="append", choices=FORMS, help="form of the export; repeatable; default: all"
     )
@@ -53,14 +61,29 @@ def main() -> None:
     from ns.training import loop  # noqa: F401
 
     families = options.families or (QUICK if options.quick else timm.list_modules())
+    forms = list(options.forms or FORMS)
+    tried = set() if options.again else find_tried_families(forms)
     rows = []
     for family in families:
-        rows.append(_try_in_process(family, options.forms or FORMS) | {"forms": list(options.forms or FORMS)})
+        if family in tried:
+            continue
+        rows.append(try_in_process(family, forms) | {"forms": forms} | get_versions())
         print(json.dumps(rows[-1]), flush=True)
         if options.keep:
             keep_rows(rows)
     if options.quick and any(row["failed"] for row in rows):
         sys.exit(1)
+
+
+def get_versions() -> dict[str, str]:
+    return {package: version(package) for package in ("timm", "torch")}
+
+
+def find_tried_families(forms: Sequence[str]) -> set[str]:
+    """Families that the record has of these versions and forms."""
+    rows = json.loads(RECORD.read_text())["families"] if RECORD.exists() else []
+    versions = get_versions()
+    return {row["family"] for row in rows if set(forms) <= set(row["forms"]) and versions.items() <= row.items()}
 
 
 def keep_rows(rows: Sequence[dict[str, Any]]) -> None:
@@ -84,11 +107,12 @@ def render_families_page(record: Mapping[str, Any]) -> str:
     parts = [
         "# Families of timm",
         f"A small network of each of {len(rows)} of the {record['listed']} families (modules) of timm {record['timm']} was built, trained "
-        "for a step, labeled images, and was exported. `python -m benchmarks.families --keep` makes this page; others were not tried yet.",
+        "for a step, labeled images, and was exported. `python -m benchmarks.families --keep` makes this page"
+        + ("." if len(rows) == record["listed"] else "; others were not tried yet."),
         f"## {len(failed)} that cannot be used in full",
         format_markdown_table(
             ["family", "network", "fails to", "reason"],
-            [[f"`{row['family']}`", f"`{row['network']}`", row["failed"], _escape_cell(row["reason"])] for row in failed],
+            [[f"`{row['family']}`", _name_network(row), row["failed"], _escape_cell(row["reason"])] for row in failed],
         )
         if failed
         else "None.",
@@ -100,7 +124,7 @@ def render_families_page(record: Mapping[str, Any]) -> str:
             [
                 [
                     f"`{row['family']}`",
-                    f"`{row['network']}`",
+                    _name_network(row),
                     f"{row['parameters'] / 1e6:.1f} M",
                     ", ".join("ONNX" if form == "onnx" else form for form in row["forms"]),
                     str(row["resolution"]),
@@ -114,45 +138,71 @@ def render_families_page(record: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _name_network(row: Mapping[str, Any]) -> str:
+    return f"`{row['network']}`" + "".join(f", {name} {value}" for name, value in row.get("args", {}).items())
+
+
 def _escape_cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
-def _try_in_process(family: str, forms: Sequence[str]) -> dict[str, Any]:
-    """`try_family` in a process that may crash, or take too much of the processor, without harm."""
+def try_in_process(family: str, forms: Sequence[str]) -> dict[str, Any]:
+    """`try_family` in a process that may crash, or take too much time or memory, without harm."""
     row = {"family": family, "network": "", "failed": "build", "reason": ""}
     receiver, sender = _FORK.Pipe(duplex=False)
     process = _FORK.Process(target=_send_row, args=(family, forms, sender))
     process.start()
     sender.close()
     try:
-        row = receiver.recv()
+        if receiver.poll(WALL_SECONDS):
+            row = receiver.recv()
+        else:
+            row["reason"] = f"takes more than {WALL_SECONDS} s"
+            process.kill()
     except EOFError:
         process.join()
-        row["reason"] = f"ended with {process.exitcode} (-{int(signal.SIGXCPU)}: after {CPU_SECONDS} s of the processor)"
+        row["reason"] = f"takes more than {CPU_SECONDS} s of the processor"
+        if process.exitcode != -signal.SIGXCPU:
+            row["reason"] = f"ended with {process.exitcode}"
     process.join()
     return row
 
 
 def _send_row(family: str, forms: Sequence[str], sender: Any) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     sender.send(try_family(family, forms))
 
 
-def find_smallest_network(family: str) -> str:
-    """Of the networks of a family whose names promise small ones, that with the fewest parameters, counted on the meta device."""
+def find_smallest_network(family: str) -> tuple[str, dict[str, Any]]:
+    """Of the networks of a family whose names promise small ones, that with the fewest parameters, and arguments that make it smaller."""
+    import timm
+
+    names = sorted(
+        timm.list_models(module=family),
+        key=lambda name: (not name.startswith("test_"), not any(part in name for part in SMALL), len(name), name),
+    )
+    sizes = {name: size for name in names[:CANDIDATES] if (size := count_parameters_of(name))}
+    if not sizes:
+        return names[0], {}
+    network = min(sizes, key=lambda name: (sizes[name], name))
+    if sizes[network] > LARGE:
+        for args in SMALLER:
+            if 0 < count_parameters_of(network, **args) < sizes[network]:
+                return network, args
+    return network, {}
+
+
+def count_parameters_of(network: str, **args: Any) -> int:
+    """On the meta device. 0 if it cannot be built: it is tried only if nothing else can."""
     import timm
     import torch
 
-    names = sorted(timm.list_models(module=family), key=lambda name: (not any(part in name for part in SMALL), len(name), name))
-    sizes: dict[str, int] = {}
-    for name in names[:CANDIDATES]:
-        try:
-            with torch.device("meta"):
-                sizes[name] = sum(parameter.numel() for parameter in timm.create_model(name).parameters())
-        except Exception:
-            continue  # what cannot be built is tried only if nothing can
-    return min(sizes, key=lambda name: (sizes[name], name)) if sizes else names[0]
+    try:
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in timm.create_model(network, **args).parameters())
+    except Exception:
+        return 0
 
 
 def try_family(family: str, forms: Sequence[Any]) -> dict[str, Any]:
@@ -176,13 +226,13 @@ def try_family(family: str, forms: Sequence[Any]) -> dict[str, Any]:
 
     log.configure_logging(quiet=True)
     torch.manual_seed(0)
-    network = find_smallest_network(family)
-    row: dict[str, Any] = {"family": family, "network": network, "failed": None, "reason": ""}
+    network, args = find_smallest_network(family)
+    row: dict[str, Any] = {"family": family, "network": network, "args": args, "failed": None, "reason": ""}
     step = STEPS[0]
     try:
-        row |= find_noise(network)
+        row |= find_noise(network, args)
         noise = NoiseConfig(**{name: 0.1 * row[name] for name in ("dropout", "stochastic_depth")}, randaugment_layers=0)
-        model = find_resolution(network, noise)
+        model = find_resolution(network, args, noise)
         row |= {"resolution": model.resolution, "reduce_stride": can_reduce_stride(model)}
         role = RoleConfig.model_validate(
             {
@@ -228,11 +278,13 @@ def try_family(family: str, forms: Sequence[Any]) -> dict[str, Any]:
             export_model(root.at("model"), Path(folder) / "out", list(forms), data, count=IMAGES)
     except Exception as error:
         text = str(error).strip().splitlines() or [type(error).__name__]
-        row |= {"failed": step, "reason": text[0][:240]}
+        short_of_memory = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+        reason = f"needs more than {MEMORY >> 30} GiB of memory" if short_of_memory else text[0][:240]
+        row |= {"failed": step, "reason": reason}
     return row
 
 
-def find_noise(network: str) -> dict[str, bool]:
+def find_noise(network: str, args: dict[str, Any]) -> dict[str, bool]:
     """Kinds of noise that a network has."""
     import torch
 
@@ -246,7 +298,7 @@ def find_noise(network: str) -> dict[str, bool]:
         noise = NoiseConfig.model_validate({"dropout": 0, "stochastic_depth": 0, name: 0.1})
         try:
             with torch.device("meta"):
-                built = build_model(ModelConfig(arch=network), noise, CLASSES)
+                built = build_model(ModelConfig(arch=network, args=args), noise, CLASSES)
             kinds[name] = not find_missing_noise(built, noise)
         except ConfigError as error:
             if f"noise.{name}" not in str(error):
@@ -255,7 +307,7 @@ def find_noise(network: str) -> dict[str, bool]:
     return kinds
 
 
-def find_resolution(network: str, noise: Any) -> Any:
+def find_resolution(network: str, args: dict[str, Any], noise: Any) -> Any:
     """The model at the smallest size of images that the network takes."""
     import timm
     import torch
@@ -267,7 +319,7 @@ def find_resolution(network: str, noise: Any) -> Any:
     settings = timm.models.get_pretrained_cfg(network)
     last: Exception | None = None
     for size in (*SIZES, *([settings.input_size[-1]] if settings else [])):
-        model = ModelConfig(arch=network, resolution=size, test_margin_px=8, inference_precision="float32")
+        model = ModelConfig(arch=network, args=args, resolution=size, test_margin_px=8, inference_precision="float32")
         try:
             with torch.device("meta"):
                 built = build_model(model, noise, CLASSES)
