@@ -169,7 +169,8 @@ def try_in_process(family: str, forms: Sequence[str]) -> dict[str, Any]:
 
 
 def _send_row(family: str, forms: Sequence[str], sender: Any) -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    # At a soft limit it is ended with SIGXCPU, at a hard one with SIGKILL, as for other reasons.
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 10))
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     sender.send(try_family(family, forms))
 
