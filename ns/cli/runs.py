@@ -24,10 +24,10 @@ def list_all(root: Root = "runs", as_json: AsJson = False) -> None:
     Example: [cyan]ns runs list[/]
     """
     from ns.runs.lookup import list_runs
-    from ns.runs.summary import summarize_run
+    from ns.runs.summary import summarize_run_or_record
 
     store = open_store(root)
-    summaries = [summarize_run(store, record.run) for record in list_runs(store)]
+    summaries = [summarize_run_or_record(store, record.run) for record in list_runs(store)]
     if as_json:
         print_json([summary.model_dump(mode="json", exclude={"stages"}) for summary in summaries])
     elif not summaries:

@@ -95,6 +95,9 @@ def configure_logging(*, quiet: bool = False) -> None:
 
 
 def get_logger() -> Any:
+    """The log; in a process that did not say how, as `configure_logging` sets it: by itself it would write to stdout."""
+    if not structlog.is_configured():
+        configure_logging()
     return structlog.get_logger()
 
 

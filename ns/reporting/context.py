@@ -137,7 +137,8 @@ def gather_context(
     `pictures` is the number per gallery, by default the experiment's; 0 reads none. All pictures together take at most `size` bytes.
     Raises RunError if the run does not exist.
     """
-    summary = summarize_run(root, run)
+    # A stage shows its generation also if what a later one made is lost, and is made again after it.
+    summary = summarize_run(root, run, through_generation=generation)
     experiment = load_experiment(f"{root.uri}/{run}/{CONFIG_FILE}")
     stage_notes = summary.stages
     group_size = experiment.report.pictures if pictures is None else pictures

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from ns.core import log
 from ns.core.errors import DataError, RunError, StoreError
 from ns.evaluation.gate import Verdict
 from ns.evaluation.result import Evaluation, Robustness
@@ -13,7 +14,7 @@ from ns.labeling.selection import Selection
 from ns.runs.lifecycle import is_run_driven
 from ns.runs.records import BASELINE_STAGES, REPORT_FILE, RunRecord, StageNote, list_stage_notes, record_key
 from ns.storage import Store, parent_key
-from ns.storage.documents import JsonDocument
+from ns.storage.documents import JsonDocument, parse_json_object
 
 
 class GenerationSummary(JsonDocument):
@@ -83,14 +84,51 @@ class RunSummary(RunRecord):
     stages: list[StageNote]
 
 
-def summarize_run(root: Store, run: str) -> RunSummary:
-    """Reads a run's notes and what they point to. Raises RunError if there is no such run."""
+def summarize_run(root: Store, run: str, *, through_generation: int | None = None) -> RunSummary:
+    """Reads a run's notes and what they point to, of all generations or of the first ones.
+
+    Raises RunError if there is no such run, DataError or StoreError, with the cure, for what is lost or damaged.
+    """
+    stage_notes = [
+        note for note in list_stage_notes(root, run) if through_generation is None or note.generation <= through_generation
+    ]
+    try:
+        return _summarize_notes(root, run, stage_notes)
+    except (DataError, StoreError) as error:
+        if all(_is_readable(root, key) for note in stage_notes for key in note.outputs.values()):
+            raise
+        raise type(error)(f"{error}; the command that began run {run} makes it again") from error
+
+
+def summarize_run_or_record(root: Store, run: str) -> RunSummary:
+    """As `summarize_run`, for lists: a run that lost something must not hide the others. Of that, only its record is told, and a warning
+    says so."""
+    try:
+        return summarize_run(root, run)
+    except (DataError, StoreError) as error:
+        log.get_logger().warning("only the record of a run is told", run=run, reason=str(error))
+        return _summarize_notes(root, run, [])
+
+
+def _is_readable(root: Store, key: str) -> bool:
+    """Whether a JSON file is there, and whole. Raises StoreError if that cannot be said."""
+    try:
+        parse_json_object(root.get(key), key)
+    except DataError:
+        return False
+    except StoreError:
+        if root.exists(key):
+            raise
+        return False
+    return True
+
+
+def _summarize_notes(root: Store, run: str, stage_notes: list[StageNote]) -> RunSummary:
     run_store = root.at(run)
     try:
         record = RunRecord.load_file(root, record_key(run))
     except StoreError as error:
         raise RunError(f"run {run}: does not exist in {root.uri}") from error
-    stage_notes = list_stage_notes(root, run)
     generations = [_summarize_generation(root, stage_notes, note) for note in stage_notes if note.stage == "gate"]
     # Notes are sorted by generation, and a run may begin with the student of an earlier run.
     teacher_note = next((note for note in stage_notes if note.stage == "train"), None)

@@ -27,6 +27,16 @@ def test_make_printable_hides_passwords(uri):
     assert shown.startswith(f"cannot reach {uri.partition('//')[0]}//…@")
 
 
+def test_log_goes_to_stderr_and_is_printable_in_any_command(capsys):
+    """Most commands log nothing but what they pass over; that must neither break their JSON nor steer the terminal."""
+    log.get_logger().warning("passed over", file="s3://user:secret@host/\x1b[2J")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "s3://…@host/" in err
+    assert "secret" not in err
+    assert "\x1b" not in err
+
+
 def test_log_shows_neither_passwords_nor_escapes(capsys):
     log.configure_logging()
     log.get_logger().warning("cannot \x1b[2J push", url="https://me:secret@gateway:9091", file="\x1b]0;title\x07.png")

@@ -8,7 +8,7 @@ import pytest
 
 from ns.core import log
 from ns.core.digest import sha256_bytes
-from ns.core.errors import RunError
+from ns.core.errors import RunError, StoreError
 from ns.evaluation.accuracy import summarize_predictions
 from ns.evaluation.result import PREDICTIONS_SCHEMA, Evaluation
 from ns.reporting import artifacts
@@ -180,6 +180,17 @@ def test_publish_functions_write_kubeflow_artifacts(unchanged, tmp_path, monkeyp
     publish_report(ref, page, summary)
     assert (tmp_path / "page.html").read_text() == f"page of {RUN}"
     assert (tmp_path / "summary.md").read_text() == artifacts.render_small_markdown(unchanged, RUN)
+
+
+def test_publish_model_metrics_does_without_what_comes_later(made_up, tmp_path, monkeypatch):
+    """A run whose last evaluation is lost comes to it again through the first ones."""
+    monkeypatch.delenv(log.EVENTS_VARIABLE, raising=False)
+    metrics, answers = FakeArtifact(tmp_path / "metrics"), FakeArtifact(tmp_path / "answers")
+    made_up.delete(EVALUATION)
+    publish_model_metrics(RunRef("", made_up.uri, RUN), "store/models/00", metrics, answers)
+    assert metrics.metrics == artifacts.collect_generation_metrics(made_up, RUN, 0)
+    with pytest.raises(StoreError, match=r"evaluation\.json"):
+        artifacts.collect_generation_metrics(made_up, RUN, 1)
 
 
 def test_publish_functions_do_nothing_with_client(unchanged, tmp_path, monkeypatch):

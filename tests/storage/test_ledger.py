@@ -100,7 +100,7 @@ def test_work_that_lost_or_cut_a_blob_is_made_again(root, capsys, key, content):
     assert made.items() <= entry.files.items()
     assert "store/models/other/model.json" not in entry.files
     if key != "model.json":
-        assert f"{folder}/{key}" in capsys.readouterr().out
+        assert f"{folder}/{key}" in capsys.readouterr().err
     assert root.exists("store/models/other/model.json")
 
 

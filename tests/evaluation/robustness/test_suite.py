@@ -193,7 +193,7 @@ def test_run_suite_adds_units_to_finished_ones(run, tmp_path, make_labeled_image
 
 def test_run_suite_logs_cost_first(run, tmp_path, make_labeled_images, capsys):
     run(make_labeled_images(tmp_path / "d"))
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().err.splitlines()
     cost = next(place for place, line in enumerate(lines) if "cost" in line)
     assert "forward_passes" in lines[cost]
     assert cost < next(place for place, line in enumerate(lines) if "progress" in line)
