@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 from ns.config.error_messages import format_validation_error
 from ns.config.schema import HUB, Experiment, ModelConfig, RoleConfig, is_weights_uri
 from ns.core import log
-from ns.core.digest import digest_json, sha256_file, shorten_digest
+from ns.core.digest import digest_json, sha256_bytes, sha256_file, shorten_digest
 from ns.core.errors import ConfigError, DataError, StoreError, prefix_errors
 from ns.modeling.manifest import WEIGHTS, ModelManifest, digest_weights, split_weights_uri
 from ns.modeling.tensor_shapes import read_tensor_shapes
@@ -33,6 +33,9 @@ HUB_FILES = (WEIGHTS, "open_clip_model.safetensors")
 FOLDER = "store/pretrained"
 DEFAULT_CROP_SHARE = 0.875
 """As in timm."""
+MIN_CROP_SHARE, MAX_CROP_SHARE = 0.1, 2.0
+MAX_SIDE_PX = 1 << 16
+MAX_LICENSES = 10
 COMPLETED = {"arch", "args", "resolution", "test_resolution", "mean", "std", "interpolation", "test_crop", "test_margin_px"}
 """Fields of `model` that an experiment may leave to its weights. One that was completed before leaves none."""
 
@@ -68,6 +71,8 @@ class PretrainedManifest(HashedDocument):
     config: dict[str, Any] = Field(default_factory=dict)
     """timm's description of the weights."""
     weights_sha256: Sha256
+    bytes: int
+    """Size of the file of weights."""
 
     @property
     def weights_key(self) -> str:
@@ -137,10 +142,24 @@ def digest_pretrained(pretrained: str, root: Store) -> str:
 
 
 def find_fetched(pretrained: str, root: Store) -> PretrainedManifest | None:
-    """The manifest of a hub's weights that are in the root; None if they are not."""
+    """The manifest of a hub's weights that are in the root; None if they are not, or were cut off."""
     store = root.at(_derive_key(pretrained))
     manifest = PretrainedManifest.find_file(store, PretrainedManifest.filename)
-    return manifest if manifest and store.exists(manifest.weights_key) else None
+    is_whole = manifest and store.exists(manifest.weights_key) and store.size(manifest.weights_key) == manifest.bytes
+    return manifest if is_whole else None
+
+
+def read_fetched(pretrained: str, root: Store) -> bytes:
+    """The weights of a hub in the root, which are fetched if they are not there. Raises DataError if they are not what was fetched."""
+    manifest = fetch_weights(pretrained, root)
+    store = root.at(_derive_key(pretrained))
+    data = store.get(manifest.weights_key)
+    if sha256_bytes(data) != manifest.weights_sha256:
+        raise DataError(
+            f"{store.uri}/{manifest.weights_key}: sha256 differs from {PretrainedManifest.filename}: the file is damaged or was replaced; "
+            "remove it, and run again: it is fetched again"
+        )
+    return data
 
 
 def fetch_weights(pretrained: str, root: Store) -> PretrainedManifest:
@@ -157,8 +176,11 @@ def fetch_weights(pretrained: str, root: Store) -> PretrainedManifest:
 
 def _fetch_from_hub(pretrained: str, store: Store) -> PretrainedManifest:
     config: dict[str, Any] = {}
+    # Weights that were lost come from the same commit again.
+    lost = PretrainedManifest.find_file(store, PretrainedManifest.filename)
     if pretrained.startswith(HUB):
         repository, revision = _split_hub_name(pretrained)
+        revision = lost.revision if lost else revision
         path, commit = _download(pretrained, repository, revision, TIMM_CONFIG)
         config = parse_json_object(path.read_bytes(), f"{pretrained}/{TIMM_CONFIG}")
         _describe_timm_config(config, pretrained)
@@ -167,6 +189,7 @@ def _fetch_from_hub(pretrained: str, store: Store) -> PretrainedManifest:
     else:
         config, revision = _get_timm_config(pretrained), None
         repository, revision = _split_hub_name(config["pretrained_cfg"]["hf_hub_id"])
+        revision = lost.revision if lost else revision
     for name in HUB_FILES:
         try:
             path, commit = _download(pretrained, repository, revision, name)
@@ -181,6 +204,11 @@ def _fetch_from_hub(pretrained: str, store: Store) -> PretrainedManifest:
     with prefix_errors(pretrained):
         read_tensor_shapes(str(path))
     sha256 = sha256_file(path)
+    if lost and lost.weights_sha256 != sha256:
+        raise DataError(
+            f"{pretrained}: the weights in {store.uri} are lost or damaged, and the hub has others now; restore "
+            f"{lost.weights_key} there, or remove the folder to start from the hub's"
+        )
     manifest = PretrainedManifest(
         name=pretrained,
         repository=repository,
@@ -189,6 +217,7 @@ def _fetch_from_hub(pretrained: str, store: Store) -> PretrainedManifest:
         license=_read_license(config, repository, commit),
         config=config,
         weights_sha256=sha256,
+        bytes=path.stat().st_size,
     )
     store.put_file(manifest.weights_key, path)
     kept = manifest.commit(store)
@@ -260,15 +289,25 @@ def _is_offline() -> bool:
 
 def _read_license(config: Mapping[str, Any], repository: str, commit: str) -> str | None:
     """What the weights' description states, else the card of the repository."""
-    stated = config.get("pretrained_cfg", config).get("license")
-    if stated:
-        return str(stated)
+    weights = config.get("pretrained_cfg", config)
+    return _format_license(weights.get("license")) or _format_license(_read_card_license(repository, commit))
+
+
+def _format_license(stated: Any) -> str | None:
+    """A license, or several; None for what is none."""
+    names = stated if isinstance(stated, list) else [stated]
+    return ", ".join(name for name in names[:MAX_LICENSES] if isinstance(name, str)) or None
+
+
+def _read_card_license(repository: str, commit: str) -> Any:
     from huggingface_hub import ModelCard
+    from yaml import YAMLError
 
     try:
         path, _ = _download(repository, repository, commit, "README.md")
         card: Any = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
-    except (ConfigError, StoreError, ValueError):
+    except (ConfigError, StoreError, ValueError, TypeError, YAMLError, RecursionError):
+        # A card that cannot be read states none.
         return None
     return getattr(card.data, "license", None)
 
@@ -335,15 +374,24 @@ def _describe_timm_config(config: Mapping[str, Any], uri: str) -> WeightsDescrip
         }
         names = config.get("label_names") or weights.get("label_names")
         classes = tuple(map(str, names.values() if isinstance(names, dict) else names)) if names else None
-        crop_share = float(weights.get("crop_pct") or DEFAULT_CROP_SHARE)
-        test_crop_share = float(weights.get("test_crop_pct") or crop_share)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        crop_share = _read_crop_share(weights.get("crop_pct") or DEFAULT_CROP_SHARE)
+        test_crop_share = _read_crop_share(weights.get("test_crop_pct") or crop_share)
+        digest_json(config)  # refuses what the manifest could not hold: half characters, nan
+    except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise DataError(
             f"{uri}/{TIMM_CONFIG}: is no description of timm's weights ({type(error).__name__}: {error})"
         ) from error
-    if channels != 3 or height != width:
+    if channels != 3 or height != width or not 0 < max(height, test_height) <= MAX_SIDE_PX:
         raise ConfigError(f"these weights take images of {channels} channels and {height} × {width} px; must be 3, and square")
     return WeightsDescription(settings, classes, crop_share, test_crop_share)
+
+
+def _read_crop_share(value: Any) -> float:
+    share = float(value)
+    # Some of timm's are above 1; the experiment refuses these, and says so.
+    if not MIN_CROP_SHARE <= share <= MAX_CROP_SHARE:
+        raise ValueError(f"a crop of {share:g} of the image")
+    return share
 
 
 def _complete_model(field: str, model: ModelConfig, weights: WeightsDescription) -> ModelConfig:

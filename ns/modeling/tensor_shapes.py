@@ -30,6 +30,12 @@ def read_tensor_shapes(uri: str) -> dict[str, Shape]:
             cure = "which is not read, because it can run any program; convert it once with safetensors.torch.save_file"
             raise DataError(f"{foreign}, {cure}" if foreign else "no header")
         header = parse_json_object(store.get_range(key, LENGTH_BYTES, length), "header")
-        return {name: tuple(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__"}
-    except (DataError, KeyError, TypeError) as error:
+        tensors = {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+        expected_size = LENGTH_BYTES + length + max((int(tensor["data_offsets"][1]) for tensor in tensors.values()), default=0)
+        if store.size(key) != expected_size:
+            raise DataError(
+                f"has {store.size(key):,} bytes, must have {expected_size:,}; it was cut off: fetch or write it again"
+            )
+        return {name: tuple(tensor["shape"]) for name, tensor in tensors.items()}
+    except (DataError, LookupError, TypeError, ValueError) as error:
         raise DataError(f"{uri}: not a safetensors file: {error}") from error

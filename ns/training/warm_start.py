@@ -6,11 +6,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
+from ns.config.schema import is_weights_uri
 from ns.core import log
 from ns.core.errors import DataError
 from ns.modeling import factory as models
 from ns.modeling.manifest import ModelManifest, split_weights_uri
-from ns.modeling.pretrained import describe_weights, locate_weights
+from ns.modeling.pretrained import describe_weights, locate_weights, read_fetched
 from ns.modeling.weight_names import fit_weights, make_fit_error
 from ns.storage import Store, open_store
 
@@ -30,7 +31,10 @@ def read_model_weights(store: Store) -> InitialWeights:
 
 def read_pretrained(pretrained: str, root: Store) -> InitialWeights:
     """The weights that `model.pretrained` names; those of a hub are in the root, or are fetched there."""
-    weights = read_weights(locate_weights(pretrained, root))
+    if is_weights_uri(pretrained):
+        weights = read_weights(pretrained)
+    else:
+        weights = _parse_weights(read_fetched(pretrained, root), locate_weights(pretrained, root))
     return weights._replace(classes=describe_weights(pretrained, root).classes)
 
 
@@ -39,8 +43,12 @@ def read_weights(uri: str) -> InitialWeights:
     parent, key = split_weights_uri(uri)
     if key is None:
         return read_model_weights(open_store(parent))
+    return _parse_weights(open_store(parent).get(key), uri)
+
+
+def _parse_weights(data: bytes, uri: str) -> InitialWeights:
     try:
-        return InitialWeights(uri, load_tensors(open_store(parent).get(key)), None)
+        return InitialWeights(uri, load_tensors(data), None)
     except SafetensorError as error:
         raise DataError(f"{uri}: not a safetensors file: {error}") from error
 

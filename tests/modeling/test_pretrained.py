@@ -1,6 +1,7 @@
 """Weights of a hub come into the root once, and networks take from them what an experiment does not say."""
 
 import json
+import shutil
 import socket
 
 import pytest
@@ -95,6 +96,55 @@ def test_fetch_that_was_killed_before_its_manifest_begins_again(hub, root):
     root.delete(f"{folder}/{first.weights_key}")
     assert fetch_weights(NET, root) == first
     assert root.exists(f"{folder}/{first.weights_key}")
+
+
+def test_fetched_weights_that_were_cut_off_or_changed_are_not_trained_from(hub, root):
+    hub.add_model("me/net", "test_efficientnet", num_classes=10)
+    manifest = fetch_weights(NET, root)
+    folder = next(root.list(FOLDER)).rpartition("/")[0]
+    key = f"{folder}/{manifest.weights_key}"
+    whole = root.get(key)
+    root.put(key, whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(
+        DataError, match=rf"{manifest.weights_key}: sha256 differs from pretrained\.json: .* it is fetched again"
+    ):
+        read_pretrained(NET, root)
+    root.put(key, whole[:-100])
+    assert find_fetched(NET, root) is None
+    read_pretrained(NET, root)
+    assert root.get(key) == whole
+    # What the run began with is not replaced by what the hub has since.
+    root.put(key, whole[:-100])
+    hub.add_model("me/net", "test_efficientnet", seed=1, num_classes=10)
+    shutil.rmtree(constants.HF_HUB_CACHE)
+    with pytest.raises(DataError, match=rf"lost or damaged, and the hub has others now; restore {manifest.weights_key} there"):
+        fetch_weights(NET, root)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, -1])
+def test_fetch_takes_no_weights_that_are_cut_off(hub, root, keep):
+    hub.add_model("me/net", "test_efficientnet")
+    files = hub.repositories["me/net"]
+    files["model.safetensors"] = files["model.safetensors"][:keep]
+    with pytest.raises(DataError, match="not a safetensors file"):
+        fetch_weights(NET, root)
+    assert not list(root.list(FOLDER))
+
+
+@pytest.mark.parametrize(
+    ("card", "license_name"),
+    [
+        ("---\nlicense:\n- mit\n- apache-2.0\n---\n", "mit, apache-2.0"),
+        ("---\nlicense: {a: b}\n---\n", None),
+        ("---\nlicense: 5\n---\n", None),
+        ("---\nlicense: [mit\n  a: {{\n---\n", None),
+        ("---\n!!python/object/apply:os.system ['true']\n---\n", None),
+        ("---\na: " + 5000 * "[" + 5000 * "]" + "\n---\n", None),
+    ],
+)
+def test_fetch_reads_any_card(hub, root, card, license_name):
+    hub.add_model("me/net", "test_efficientnet", card=card)
+    assert fetch_weights(NET, root).license == license_name
 
 
 def test_fetch_says_what_the_hub_refuses(hub, root):
@@ -208,6 +258,12 @@ def test_student_of_its_teachers_weights_sees_images_as_its_teacher(root):
         ({"input_size": [1, 64, 64]}, r"teacher\.model\.pretrained: these weights take images of 1 channels"),
         ({"input_size": [3, 64, 48]}, r"teacher\.model\.pretrained: these weights take images of 3 channels and 64 × 48 px"),
         ({"input_size": [3]}, r"config\.json: is no description of timm's weights"),
+        ({"test_input_size": [3]}, r"config\.json: is no description of timm's weights"),
+        ({"crop_pct": 1e-320}, r"config\.json: is no description of timm's weights"),
+        ({"crop_pct": float("nan")}, r"config\.json: is no description of timm's weights"),
+        ({"crop_pct": 1.15}, r"teacher\.model\.test_margin_px: invalid value -9"),
+        ({"input_size": [3, 10**400, 10**400]}, r"these weights take images of 3 channels and 1000"),
+        ({"note": "\ud800"}, r"config\.json: is no description of timm's weights"),
     ],
 )
 def test_settings_that_we_lack_are_refused(hub, root, config, reason):
