@@ -261,7 +261,7 @@ class _StageRecordWatcher:
         changed = [entry for entry in self._root.entries(prefix) if self._stamps.get(entry.key) != entry.stamp]
         for entry in sorted(changed, key=lambda entry: entry.modified_at):
             generation, _, note_name = entry.key.removeprefix(prefix).removesuffix(".json").partition("-")
-            if generation.isdigit() and note_name and entry.key.endswith(".json"):
+            if generation.isascii() and generation.isdigit() and note_name and entry.key.endswith(".json"):
                 yield (int(generation), note_name), entry.key
             # Only now: what could not be read is read again.
             self._stamps[entry.key] = entry.stamp

@@ -408,7 +408,7 @@ def commit_version(
     from ns.runs.records import CONFIG_FILE, find_stage_note
 
     run, _, generation = name.rpartition("/gen-")
-    of_run = bool(run) and generation.isdigit()
+    of_run = bool(run) and generation.isascii() and generation.isdigit()
     if of_run and selected:
         raise ConfigError("--selection: is for a folder; a run's generation has its own selection")
     store = open_store(root)

@@ -110,7 +110,7 @@ def _set_field(document: dict[str, Any], keys: Sequence[str], value: Any, origin
         is_last = depth == len(keys) - 1
         index: int | str = key
         if isinstance(node, list):
-            if not key.isdigit() or int(key) >= len(node):
+            if not (key.isascii() and key.isdigit()) or int(key) >= len(node):
                 raise ConfigError(f"{origin}: {key}: must be an index below {len(node)}")
             index = int(key)
         elif not isinstance(node, dict):

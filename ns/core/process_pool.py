@@ -65,11 +65,12 @@ class _Worker:
         self._pipe, far_end = context.Pipe()
         with far_end:
             self._process: ForkServerProcess | None = context.Process(target=_serve_calls, args=(far_end, *setup), daemon=True)
+            self._reason = "was killed"
             try:
                 self._process.start()
-            except (EOFError, OSError):
-                # The server that forks was killed. The next call starts another one.
-                self._process = None
+            except (EOFError, OSError) as error:
+                # The server that forks was killed, and the next call starts another one; or there is no room for a process.
+                self._process, self._reason = None, f"could not be started ({error or 'its server was killed'})"
 
     def call_function(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
@@ -79,7 +80,7 @@ class _Worker:
             result, error = self._pipe.recv()
         except (EOFError, OSError) as end:
             self.end_process()
-            raise BrokenProcessPool("a process was killed") from end
+            raise BrokenProcessPool(self._reason) from end
         if error is not None:
             raise error
         return result

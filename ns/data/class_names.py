@@ -8,7 +8,8 @@ from ns.core.errors import DataError
 
 ClassLabel = str | int
 """A class name, or a class index if the source has no names."""
-NUMBER = re.compile(r"[0-9]+")
+NUMBER = re.compile(r"[0-9]{1,18}")
+"""A class index, or a name that is ordered by its value; Python refuses to read numbers of thousands of digits."""
 SPLIT_NAMES = frozenset(("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "holdout"))
 """Folders of these names alone are the splits of a collection, and not its classes."""
 

@@ -1,6 +1,5 @@
 """Labels that name several right classes per image, as in "Are we done with ImageNet?" (ReaL, arXiv:2006.07159)."""
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,6 +12,7 @@ from ns.core.errors import DataError
 from ns.data.class_names import normalize_name
 from ns.data.key_list import make_key
 from ns.storage import read_uri
+from ns.storage.documents import decode_json
 from ns.storage.parquet import read_table
 
 VALIDATION_NAME = re.compile(r"ILSVRC2012_val_\d{8}")
@@ -42,7 +42,7 @@ class MultiLabels:
             document: Any = dict(zip(table["key"].to_pylist(), table["labels"].to_pylist(), strict=True))
         else:
             try:
-                document = json.loads(data)
+                document = decode_json(data)
             except ValueError as error:
                 raise DataError(f"{uri}: neither Parquet nor JSON ({error})") from error
         if isinstance(document, list):

@@ -16,10 +16,10 @@ import pyarrow as pa
 from ns.config.schema import LabelingConfig
 from ns.core.digest import digest_json, sha256_file
 from ns.core.errors import DataError
-from ns.data.class_names import ClassLabel, match_indices, match_names, normalize_name, shorten_names
+from ns.data.class_names import NUMBER, ClassLabel, match_indices, match_names, normalize_name, shorten_names
 from ns.data.dataset import Dataset
 from ns.data.importing.label_studio import TaskLabel
-from ns.data.importing.tables import PATH_COLUMNS, find_column, open_batches, read_cell, read_tasks
+from ns.data.importing.tables import PATH_COLUMNS, find_column, map_columns, open_batches, read_cell, read_tasks
 from ns.data.importing.tars import LABEL_FIELDS
 from ns.data.index import ShardIndex
 from ns.data.key_list import spell_key
@@ -118,7 +118,7 @@ def _read_task(number: int, task: TaskLabel) -> _Row:
 
 def _read_table(path: Path, uri: str, classes: Sequence[str]) -> Iterator[_Row]:
     batches = open_batches(path, uri)
-    columns = {normalize_name(column).lower(): column for column in batches.schema.names}
+    columns = map_columns(uri, batches.schema.names, (*KEY_COLUMNS, *LABEL_FIELDS, *CONFIDENCE_COLUMNS, *classes))
     key_column = find_column(uri, columns, KEY_COLUMNS, "the key or path of each image")
     class_columns = match_names([normalize_name(name) for name in batches.schema.names if name != key_column], classes)[0]
     has_probabilities = len(set(class_columns.values())) == len(classes)
@@ -219,6 +219,7 @@ def _collect_rows(uri: str, rows: Iterable[_Row], classes: Sequence[str], prefix
     table = np.stack(probabilities) if probabilities else None
     if table is not None:
         class_ids = table.argmax(1)
+        confidence = table.max(1).tolist()
     else:
         meanings = _match_labels(uri, labels, row_names, classes)
         class_ids = np.array([-1 if label is None else meanings[label] for label in labels], np.int64)
@@ -233,13 +234,16 @@ def _collect_rows(uri: str, rows: Iterable[_Row], classes: Sequence[str], prefix
     for number, name in enumerate(names):
         for key in spell_key(name):
             first = by_key.setdefault(key, number)
-            if class_ids[first] != class_ids[number]:
-                told = [classes[class_ids[row]] if class_ids[row] >= 0 else "no class" for row in (first, number)]
+            told = [
+                f"{classes[class_ids[row]]!r} ({confidence[row]:g})" if class_ids[row] >= 0 else "no class"
+                for row in ((first, number) if first != number else ())
+            ]
+            if len(set(told)) > 1 or (told and table is not None and not np.array_equal(table[first], table[number])):
                 raise DataError(
-                    f"{uri}: {row_names[first]} and {row_names[number]}: {name}: {told[0]!r} and {told[1]!r}; keep one of them"
+                    f"{uri}: {row_names[first]} and {row_names[number]}: {name}: {' and '.join(told)}; keep one of them"
                 )
     return _ForeignRows(
-        names, by_key, class_ids, np.array(confidence, np.float32), table, len(classes), np.zeros(len(names), np.bool_)
+        names, by_key, class_ids, np.array(confidence, np.float32), table, len(classes), np.zeros(len(names), bool)
     )
 
 
@@ -249,8 +253,9 @@ def _match_labels(
     """Label → index in `classes`. Labels that are all numbers may be names or indices."""
     texts = {str(label) for label in labels if label is not None}
     matched, unknown = match_names(texts, classes)
-    if unknown and all(text.isdigit() for text in texts):
-        return {str(index): class_id for index, class_id in match_indices(uri, {int(text) for text in texts}, classes).items()}
+    if unknown and all(NUMBER.fullmatch(text) for text in texts):
+        by_index = match_indices(uri, {int(text) for text in texts}, classes)
+        return {text: by_index[int(text)] for text in texts}
     if unknown:
         row_name = row_names[next(row for row, label in enumerate(labels) if label == unknown[0])]
         raise DataError(

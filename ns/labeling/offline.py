@@ -126,7 +126,7 @@ def _parse_shard_range(shards: str | None, count: int) -> range:
     if shards is None:
         return range(count)
     start, dash, stop = shards.partition("-")
-    if not (dash and start.isdigit() and stop.isdigit() and int(start) < int(stop) <= count):
+    if not (dash and shards.isascii() and start.isdigit() and stop.isdigit() and int(start) < int(stop) <= count):
         raise ConfigError(f"--shards: invalid value {shards!r}: must be START-STOP, within 0-{count}")
     return range(int(start), int(stop))
 

@@ -7,8 +7,9 @@ from typing import ClassVar, Literal
 
 from ns.config.schema import IMAGENET_MEAN, IMAGENET_STD, ModelConfig, NoiseConfig
 from ns.core.digest import sha256_file
-from ns.storage import open_store, split_uri
-from ns.storage.documents import HashedDocument, JsonDocument, name_by_content
+from ns.core.errors import DataError
+from ns.storage import Store, open_store, split_uri
+from ns.storage.documents import HashedDocument, JsonDocument, decode_json, name_by_content
 
 WEIGHTS = "model.safetensors"
 HISTORY = "history.json"
@@ -63,6 +64,18 @@ class ModelManifest(HashedDocument):
     def history_key(self) -> str:
         """File of the training's curves, a list of points, in the folder of the manifest."""
         return name_by_content(HISTORY, self.weights_sha256)
+
+
+def read_history(store: Store, manifest: ModelManifest) -> list[dict[str, float]]:
+    """The curves of the model in the folder `store`. Raises DataError for a file that holds none."""
+    uri = f"{store.uri}/{manifest.history_key}"
+    try:
+        points = decode_json(store.get(manifest.history_key))
+    except ValueError as error:
+        raise DataError(f"{uri}: not JSON ({error}); the run that trained the model makes it again") from error
+    if not isinstance(points, list) or not all(isinstance(point, dict) and "step" in point for point in points):
+        raise DataError(f"{uri}: must be a list of points with a step; the run that trained the model makes it again")
+    return points
 
 
 def split_weights_uri(uri: str) -> tuple[str, str | None]:

@@ -17,6 +17,7 @@ import yaml
 from pydantic import ConfigDict
 
 from ns.config.yaml_text import parse_yaml
+from ns.core import log
 from ns.core.digest import shorten_digest
 from ns.core.errors import ConfigError, DataError, NsError, RunError, StoreError
 from ns.core.git import GitCommands
@@ -26,7 +27,7 @@ from ns.reporting.context import ReportContext, TrainedModel, gather_context
 from ns.reporting.markdown import escape_markdown, format_table, render_markdown
 from ns.reporting.metrics import collect_metrics, flatten_metrics
 from ns.runs.records import RunName
-from ns.storage import Store, open_store
+from ns.storage import LocalStore, Store, open_store
 from ns.storage.documents import JsonDocument
 
 HEADER = "# The model in use. `ns promote RUN` moves it, `ns promote check` checks it; `ns promote back` goes back.\n"
@@ -187,13 +188,10 @@ def write_pointer(pointer: ModelPointer, path: Path, *, dry_run: bool = False) -
     before = read_pointer(path)
     changed = before is None or render_pointer(before) != text
     if changed and not dry_run:
-        unfinished = path.with_name(f".{path.name}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished.write_text(text, encoding="utf-8")
-            unfinished.replace(path)
-        except OSError as error:
-            raise StoreError(f"{path}: cannot write: {error.strerror or error}; name another file with --to") from error
+            LocalStore(path.parent).put(path.name, text.encode())
+        except StoreError as error:
+            raise StoreError(f"{error}; name another file with --to") from error
     return PointerMove(before, changed, None)
 
 
@@ -249,7 +247,12 @@ def read_previous_pointer(path: Path) -> ModelPointer:
     for commit in commands.run_git("log", "--format=%H", "HEAD", "--", name).split():
         if not commands.run_git("ls-tree", "--name-only", "-z", commit, "--", name):
             continue  # it was deleted by this commit
-        earlier = parse_pointer(commands.run_git("show", f"{commit}:{name}").encode(), f"{commit[:7]}:{name}")
+        try:
+            earlier = parse_pointer(commands.run_git("show", f"{commit}:{name}").encode(), f"{commit[:7]}:{name}")
+        except DataError as error:
+            # What was no pointer then must not be in the way of going back now.
+            log.get_logger().warning("passed over", commit=commit[:7], reason=str(error))
+            continue
         if current is None or earlier.digest != current.digest:
             return earlier
     raise RunError(f"{path}: git's history has no pointer to another model; `ns promote RUN` moves it to a run's best model")

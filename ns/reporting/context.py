@@ -1,6 +1,5 @@
 """The data of a report, read from the run's notes and the documents that they name."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from ns.evaluation.robustness.scores import RobustnessScores, score_robustness
 from ns.labeling.diff import DiffSide, LabelDiff, compare_label_sets
 from ns.labeling.label_set import LabelSet, read_histogram
 from ns.labeling.selection import Selection
-from ns.modeling.manifest import ModelManifest
+from ns.modeling.manifest import ModelManifest, read_history
 from ns.reporting.disagreement import ClassGains, Disagreement, ModelAnswers, compare_answers, compute_class_gains
 from ns.reporting.pictures import Gallery, build_flip_gallery, build_label_galleries, limit_galleries
 from ns.runs.records import BASELINE_EVALUATE, BASELINE_TRAIN, CONFIG_FILE, RECORDS_PREFIX, RunRecord, StageNote
@@ -224,7 +223,7 @@ def _read_models(
                 generation=note.generation,
                 key=key,
                 manifest=manifest,
-                history=json.loads(root.get(f"{key}/{manifest.history_key}")),
+                history=read_history(root.at(key), manifest),
                 evaluations={
                     name: Evaluation.load_file(root, evaluation_key)
                     for name, evaluation_key in outputs.items()

@@ -4,7 +4,6 @@ each model, with its settings and the curves of its training.
 Every call logs what is missing, so that a stage that was killed, or found no server, needs no memory of what it did.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from ns.config.loader import flatten_fields, load_experiment
 from ns.config.schema import Experiment
 from ns.core.digest import digest_json, shorten_digest
 from ns.core.mlflow_client import MetricPoint, MlflowRun, is_tracked
-from ns.modeling.manifest import FINETUNED, ModelManifest
+from ns.modeling.manifest import FINETUNED, ModelManifest, read_history
 from ns.runs.records import BASELINE_TRAIN, CONFIG_FILE, REPORT_FILE, RunRecord, find_stage_note, list_stage_notes, record_key
 from ns.storage import Store, parent_key
 from ns.storage.scratch import make_scratch_dir
@@ -58,7 +57,7 @@ def publish_mlflow_generation(root: Store, run: str, generation: int) -> None:
             model = parent_key(key)
             model_run = open_mlflow_model_run(parent, generation, model, is_baseline=stage == BASELINE_TRAIN)
             model_run.log_params(_make_params(role.model_dump(mode="json")))
-            model_run.log_curves(json.loads(root.get(f"{model}/{manifest.history_key}")))
+            model_run.log_curves(read_history(root.at(model), manifest))
             trained = context.baseline if stage == BASELINE_TRAIN else context.models[-1]
             if name == "model" and trained:
                 measured = flatten_metrics(collect_metrics(context, trained))

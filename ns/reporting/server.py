@@ -1,8 +1,10 @@
 """The report of a run in a browser, as it is at each look: a run that is under way is followed."""
 
+import sys
 import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 from ns.core import log
 from ns.core.errors import ConfigError, NsError
@@ -26,6 +28,12 @@ class ReportServer(ThreadingHTTPServer):
             super().__init__((ADDRESS, port), _ReportHandler)
         except OSError as error:
             raise ConfigError(f"--port {port}: {error.strerror}; choose another port") from error
+
+    def handle_error(self, *_: Any) -> None:
+        """One line for what failed; nothing for a browser that went away while it was answered."""
+        error = sys.exception()
+        if not isinstance(error, ConnectionError):
+            log.get_logger().warning("the report could not be shown", reason=f"{type(error).__name__}: {error}")
 
     @property
     def url(self) -> str:

@@ -92,7 +92,7 @@ def resolve_verdict(root: Store, name: str) -> tuple[str, Verdict]:
     Raises RunError if there is no verdict.
     """
     run_name, slash, number = name.rpartition("/gen-")
-    if slash and not number.isdigit():
+    if slash and not (number.isascii() and number.isdigit()):
         raise RunError(f"{name}: must be a run, or a generation of it: latest, latest/gen-1")
     run = resolve_run_name(root, run_name if slash else name)
     verdict_keys = {note.generation: note.outputs["verdict"] for note in list_stage_notes(root, run, "gate")}
@@ -176,7 +176,7 @@ def open_label_set(root: Store, name: str) -> RunLabelSet:
     Raises RunError or DataError if there is none.
     """
     run, _, generation = name.rpartition("/gen-")
-    if not run or not generation.isdigit():
+    if not run or not (generation.isascii() and generation.isdigit()):
         label_store = open_store(name)
         if not label_store.exists(LabelSet.filename):
             raise DataError(

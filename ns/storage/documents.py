@@ -154,11 +154,23 @@ class HashedDocument(JsonDocument):
         return encode_json({**self.model_dump(mode="json"), "digest": self.digest})
 
 
+def decode_json(data: bytes) -> Any:
+    """Decodes JSON. Raises ValueError for what is none, is nested too deeply, or holds half a character (`\\ud800`), which cannot be
+    written again."""
+    try:
+        value = json.loads(data)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if b"\\ud" in data.lower():
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
 def parse_json_object(data: bytes, uri: str) -> dict[str, Any]:
     """Decodes a JSON object. Raises DataError naming the URI."""
     try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        value = decode_json(data)
+    except ValueError as error:
         raise DataError(f"{uri}: not JSON ({error})") from error
     if not isinstance(value, dict):
         raise DataError(f"{uri}: must be a JSON object, got {type(value).__name__}")

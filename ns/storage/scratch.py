@@ -1,6 +1,8 @@
 """Scratch space: folders on the local disk that go when they are no longer needed, also if their process was killed."""
 
 import fcntl
+import multiprocessing.process
+import multiprocessing.util
 import os
 import shutil
 import tempfile
@@ -13,6 +15,9 @@ from ns.core.errors import StoreError
 
 SCRATCH_PREFIX = "noisy-student-scratch-"
 """Beginning of the names of scratch folders, and of nothing that a person keeps."""
+SHORT_TEMP_DIR = Path("/tmp")
+MAX_SOCKET_PARENT_BYTES = 45
+"""The path of a socket has at most 103 bytes on macOS, 107 on Linux: that of the folder, 39 for the name of ours, 18 for the socket's."""
 SWEEP_AFTER_SECONDS = 60
 """A younger folder may have been made a moment ago, and not be locked yet."""
 
@@ -34,6 +39,23 @@ def make_scratch_dir(name: str) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+def place_sockets() -> None:
+    """Gives multiprocessing, which names its sockets by files, a folder for them that is swept if this process is killed, and whose path
+    is short enough: below a long TMPDIR no process could be started (Python before 3.14). Call it before any is."""
+    config = multiprocessing.process.current_process()._config  # type: ignore[attr-defined]
+    if config.get("tempdir") and Path(config["tempdir"]).is_dir():
+        return
+    parents = [Path(tempfile.gettempdir()), SHORT_TEMP_DIR]
+    parent = next((parent for parent in parents if len(os.fsencode(parent)) <= MAX_SOCKET_PARENT_BYTES), parents[0])
+    sweep_scratch_dirs(parent)
+    with explain_scratch_errors(parent, "write"):
+        path = tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}sockets-", dir=parent)
+        # Open as long as this process lives, and those that it forks.
+        _lock_folder(Path(path))
+    multiprocessing.util.Finalize(None, shutil.rmtree, args=(path, True), exitpriority=-100)
+    config["tempdir"] = path
 
 
 def sweep_scratch_dirs(parent: Path) -> None:

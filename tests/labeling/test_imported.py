@@ -156,6 +156,37 @@ def test_a_row_that_names_an_image_again_is_no_stranger(pool, tmp_path):
     assert (made.labeled, made.unmatched) == (1, ["none"])
 
 
+def test_numbers_with_leading_zeros_are_indices(pool, tmp_path):
+    keys = pool[3]
+    made = import_text(pool, tmp_path, f"key,class\n{keys[0]},003\n", "labels.csv")
+    assert read_answers(tmp_path, made.label_set) == {keys[0]: (3, 1.0)}
+
+
+def test_an_image_that_is_named_twice_with_one_label_counts_once(pool, tmp_path):
+    keys = pool[3]
+    made = import_text(pool, tmp_path, f"key,class\n{keys[0]},1\n{keys[0]}.png,1\nnowhere,1\n", "labels.csv")
+    assert (made.labeled, made.unmatched) == (1, ["nowhere"])
+
+
+@pytest.mark.parametrize("address", ["http://[bad/0.png", "http://exa\u2100mple/0.png", "//[::1/0.png"])
+def test_what_is_no_address_names_no_image(pool, tmp_path, address):
+    _, _, _, keys, classes = pool
+    answer = [{"result": [{"value": {"choices": [classes[1]]}}]}]
+    with pytest.raises(
+        DataError, match=r"task 1: data: has neither 'key' nor the address of an image; its fields are \(image\)"
+    ):
+        import_text(pool, tmp_path, json.dumps([{"data": {"image": address}, "annotations": answer}]), "export.json")
+    made = import_text(
+        pool, tmp_path, json.dumps([{"data": {"image": address, "key": keys[0]}, "annotations": answer}]), "export.json"
+    )
+    assert made.labeled == 1
+
+
+def test_half_a_character_is_told(pool, tmp_path):
+    with pytest.raises(DataError, match=r"export\.json: not JSON: .*surrogates not allowed; export the project as JSON again"):
+        import_text(pool, tmp_path, '[{"data": {"key": "\\ud800"}}]', "export.json")
+
+
 def test_the_interface_offers_the_classes():
     assert '<Choice value="a &amp; b"/>' in build_interface(("a & b", "c"))
 
@@ -170,7 +201,16 @@ def test_the_interface_offers_the_classes():
         ("key,class,score\n{0},1,high\n", r"row 1: score: 'high': must be a number from 0 to 1"),
         ("key,class,score\n{0},1,1.5\n", r"row 1: score: '1.5': must be a number from 0 to 1"),
         ("key,class,score\n{0},1,0.05\n", r"row 1: confidence 0.05: below 1 / 10 classes.*give the best class"),
-        ("key,class\n{0},1\n{0}.png,2\n", r"row 1 and row 2: .*: '1' and '2'; keep one of them"),
+        ("key,class\n{0},1\n{0}.png,2\n", r"row 1 and row 2: .*: '1' \(1\) and '2' \(1\); keep one of them"),
+        ("key,class,score\n{0},1,0.9\n{0},1,0.6\n", r"row 1 and row 2: .*: '1' \(0.9\) and '1' \(0.6\); keep one of them"),
+        (
+            "key,0,1,2,3,4,5,6,7,8,9\n{0},.6,.4,0,0,0,0,0,0,0,0\n{0},.6,0,.4,0,0,0,0,0,0,0\n",
+            r"row 1 and row 2: .*: '0' \(0.6\) and '0' \(0.6\); keep one of them",
+        ),
+        ("key,class,Class\n{0},1,2\n", r"has two columns Class; remove one, or rename it"),
+        ("key,class\n{0},²\n", r"row 1: class '²': is none of the labeled classes"),
+        ("key,class\n{0},\u0661\n", r"row 1: class '\u0661': is none of the labeled classes"),
+        ("key,class\n{0}," + 5000 * "9" + "\n", r"row 1: class '9+': is none of the labeled classes"),
         ("key,class\nnowhere,1\n", r"none of its 1 names is an image of .*; the first: 'nowhere'; give keys, or paths"),
         ("key,class\n", r"has no rows"),
         ("name,class\n{0},1\n", r"has no column for the key or path of each image"),
@@ -191,7 +231,7 @@ def test_bad_tables_are_told_by_row_and_value(pool, tmp_path, text, problem):
         ([{"id": 7, "data": {"text": "x"}}], r"task 7: data: has neither 'key' nor the address of an image"),
         (
             [{"data": {"key": "a"}, "annotations": [{"result": [{"value": {"choices": ["1", "2"]}}]}]}],
-            r"task 1: has the classes 1, 2; .*choose one",
+            r"task 1: has the classes \(1, 2\); .*choose one",
         ),
         (
             [{"data": {"key": "a"}, "predictions": [{"score": 3, "result": [{"value": {"choices": ["1"]}}]}]}],

@@ -336,6 +336,17 @@ def test_back_names_the_model_before_again(moved, repository, capsys):
     assert "generation 7" in ns(capsys, "back", "--dry-run")[1], "and forth"
 
 
+def test_back_passes_over_what_was_no_pointer(moved, repository, capsys):
+    """A merge that went wrong, between the model before and the one in use."""
+    other = Path(POINTER).read_text()
+    for text in ("<<<<<<< HEAD\n", other):
+        Path(POINTER).write_text(text)
+        repository("commit", "--quiet", "--all", "--message=Go on")
+    code, _, err = ns(capsys, "back")
+    assert (code, Path(POINTER).read_text()) == (0, moved)
+    assert "passed over" in err
+
+
 def test_back_on_a_branch(moved, repository, capsys):
     code, _, _ = ns(capsys, "back", "--branch", "promote/production")
     assert code == 0

@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from ns.cli.runs import print_run
+from ns.core.errors import DataError
 from ns.core.intervals import wilson_interval
 from ns.evaluation import gate
 from ns.evaluation.result import Evaluation
@@ -174,3 +175,11 @@ def test_report_names_classes_that_are_never_predicted(page, made_up):
     console = Console(record=True, width=200)
     print_run(summarize_run(made_up, RUN), made_up, console)
     assert "generation 1 never predicts 2 classes: <script>" in console.export_text()
+
+
+@pytest.mark.parametrize("data", [b"", b"[", b'{"step": 1}', b"[1]", b"[{}]"])
+def test_report_names_curves_that_are_damaged(made_up, data):
+    key = next(key for key in made_up.list("store/models/01/") if "history" in key)
+    made_up.put(key, data)
+    with pytest.raises(DataError, match=r"store/models/01/history.*the run that trained the model makes it again"):
+        gather_context(made_up, RUN)

@@ -42,3 +42,20 @@ def test_server_shows_nothing_else_and_nothing_to_pages_from_elsewhere(server, p
 def test_port_that_is_taken_is_told(server):
     with pytest.raises(ConfigError, match=rf"--port {server.server_port}: Address already in use; choose another port"):
         ReportServer(server.root, server.run, server.server_port)
+
+
+def test_server_says_what_failed_in_a_line_and_nothing_of_browsers_that_went_away(server, monkeypatch, capsys):
+    def fail_with(error: Exception) -> None:
+        def fail(_context: object) -> str:
+            raise error
+
+        monkeypatch.setattr("ns.reporting.server.render_report", fail)
+        with pytest.raises(ConnectionError):
+            fetch(server.url)
+
+    fail_with(BrokenPipeError())
+    assert capsys.readouterr().err == ""
+    fail_with(ZeroDivisionError("by\nzero"))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the report could not be shown" in line
+    assert "ZeroDivisionError: by" in line

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ns.core.errors import StoreError
-from ns.storage.scratch import SCRATCH_PREFIX, SWEEP_AFTER_SECONDS, make_scratch_dir
+from ns.storage.scratch import SCRATCH_PREFIX, SWEEP_AFTER_SECONDS, make_scratch_dir, sweep_scratch_dirs
 
 HOLD = """
 import time
@@ -77,3 +77,38 @@ def test_missing_scratch_space_is_one_line(temp, monkeypatch):
     cure = "cannot write: No such file or directory; free some space there, or set TMPDIR"
     with pytest.raises(StoreError, match=cure), make_scratch_dir("d"):
         pass
+
+
+SOCKETS = """
+import os, signal, sys
+from multiprocessing import util
+from ns.core.process_pool import ProcessPool
+from ns.storage.scratch import place_sockets
+if __name__ == "__main__":
+    place_sockets()
+    place_sockets()
+    with ProcessPool(1) as pool:
+        print(util.get_temp_dir(), pool.submit(len, "abc").result(), flush=True)
+        if sys.argv[1] == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("end", ["ended", "killed"])
+@pytest.mark.parametrize("long_part", ["", 90 * "x"])
+def test_processes_start_below_a_long_temporary_folder_and_leave_no_sockets(temp, monkeypatch, long_part, end):
+    """The path of a socket has at most 107 bytes; and folders `pymp-…` of killed processes would stay for good."""
+    parent = temp / long_part
+    parent.mkdir(exist_ok=True)
+    monkeypatch.setenv("TMPDIR", str(parent))
+    (temp / "program.py").write_text(SOCKETS)
+    done = subprocess.run([sys.executable, temp / "program.py", end], capture_output=True, text=True)
+    folder, answer = done.stdout.split()
+    assert (answer, done.stderr) == ("3", "")
+    assert len(folder) < 85
+    assert Path(folder).exists() == (end == "killed")
+    assert not list(parent.glob("pymp-*"))
+    if end == "killed":
+        age(Path(folder))
+        sweep_scratch_dirs(Path(folder).parent)
+        assert not Path(folder).exists()

@@ -48,7 +48,7 @@ from ns.data.loading.decode import JPEG_MAGIC, decode_image
 from ns.data.shards import MEMBER_BYTES
 from ns.storage import Store, open_store
 from ns.storage.documents import JsonDocument
-from ns.storage.scratch import make_scratch_dir
+from ns.storage.scratch import make_scratch_dir, place_sockets
 
 REJECTED = "rejected.parquet"
 PARTS_PREFIX = "parts/"
@@ -280,6 +280,7 @@ def _run_tasks(
 def _run_in_processes(
     job: _ImportJob, tasks: list[ImportTask], count: int, progress: log.Progress
 ) -> Iterator[tuple[int, ImportTaskResult]]:
+    place_sockets()
     # A cell per task, written by one process only: a lock would stay with a process that was killed while it held it.
     done = multiprocessing.get_context("forkserver").RawArray("q", len(tasks))
     counted = 0
@@ -311,7 +312,7 @@ def _run_in_processes(
                 except BrokenProcessPool as error:
                     if attempts[cell] == MAX_ATTEMPTS:
                         raise RunError(
-                            "a process of the import was killed repeatedly, most often because memory ran out; "
+                            f"a process of the import {error} repeatedly, most often because memory ran out; "
                             "run the same command with fewer --workers: it continues where it stopped"
                         ) from error
                     log.get_logger().warning(

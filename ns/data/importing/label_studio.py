@@ -3,13 +3,14 @@
 Its exports are JSON, JSON-MIN, CSV and TSV. The last three have a row for each annotation, and CSV and TSV the same columns as JSON-MIN.
 """
 
-import json
 import posixpath
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 from ns.core.errors import DataError
+from ns.data.class_names import shorten_names
+from ns.storage.documents import decode_json
 
 KEY_FIELD = "key"
 """Field of a task's data with the key of its image, in the tasks that we write."""
@@ -21,6 +22,8 @@ TABLE_COLUMNS = {"annotation_id", "annotator", "lead_time"}
 
 UPLOADS = "/data/upload/"
 UPLOAD_PREFIX_LENGTH = 9
+ID_LENGTH = 40
+"""Characters of a task's number in messages."""
 
 
 class TaskLabel(NamedTuple):
@@ -41,8 +44,8 @@ class TaskLabel(NamedTuple):
 def parse_tasks(data: bytes, uri: str) -> list[dict[str, Any]]:
     """The tasks of an export in JSON or JSON-MIN. Raises DataError for what is no export."""
     try:
-        tasks = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        tasks = decode_json(data)
+    except ValueError as error:
         raise DataError(f"{uri}: not JSON: {error}; export the project as JSON again") from error
     if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
         raise DataError(f"{uri}: must be a list of tasks, as Label Studio exports it in the form JSON")
@@ -55,14 +58,14 @@ def read_task_labels(tasks: Iterable[Mapping[str, Any]], uri: str) -> Iterator[T
     `tasks`: objects of JSON or JSON-MIN, or rows of a table. Raises DataError, naming the task and its field, for several classes of one
     task, and scores outside 0 … 1.
     """
-    newest: dict[Any, Mapping[str, Any]] = {}
+    newest: dict[str, Mapping[str, Any]] = {}
     for number, task in enumerate(tasks, 1):
         # A task that two people annotated has two rows, except in JSON, where it has two annotations.
-        identity = task.get("id") or f"task {number}"
+        identity = str(task.get("id") or f"task {number}")[:ID_LENGTH]
         if identity not in newest or str(task.get("updated_at")) > str(newest[identity].get("updated_at")):
             newest[identity] = task
     for identity, task in newest.items():
-        yield _read_task(task, f"{uri}: task {str(identity).removeprefix('task ')}")
+        yield _read_task(task, f"{uri}: task {identity.removeprefix('task ')}")
 
 
 def _read_task(task: Mapping[str, Any], where: str) -> TaskLabel:
@@ -70,10 +73,10 @@ def _read_task(task: Mapping[str, Any], where: str) -> TaskLabel:
     if not isinstance(fields, Mapping):
         raise DataError(f"{where}: data: must be an object with the image")
     path = _find_image_path(fields)
-    key = fields.get(KEY_FIELD) or (urlsplit(path).path.lstrip("/") if "://" in path else path)
+    key = fields.get(KEY_FIELD) or (_split_address(path).path.lstrip("/") if "://" in path else path)
     if not isinstance(key, str) or not key:
         raise DataError(
-            f"{where}: data: has neither {KEY_FIELD!r} nor the address of an image; its fields are {', '.join(fields)}"
+            f"{where}: data: has neither {KEY_FIELD!r} nor the address of an image; its fields are {shorten_names(list(fields))}"
         )
     if "data" not in task:
         class_name = _read_choice(task.get(CLASS_FIELD, task.get("choice")), where)
@@ -108,12 +111,17 @@ def _find_choice(answer: Mapping[str, Any], where: str) -> str | None:
 
 def _read_choice(value: Any, where: str) -> str | None:
     if isinstance(value, str) and value.startswith('{"choices"'):  # several, in a cell of a table
-        value = json.loads(value)
+        try:
+            value = decode_json(value.encode())
+        except ValueError as error:
+            raise DataError(f"{where}: has choices that are no JSON ({error}); export the project again") from error
     if isinstance(value, dict):
         value = value.get("choices")
     choices = value if isinstance(value, list) else [] if value in (None, "") else [value]
     if len(choices) > 1:
-        raise DataError(f"{where}: has the classes {', '.join(map(str, choices))}; an image has one class here: choose one")
+        raise DataError(
+            f"{where}: has the classes {shorten_names([str(choice) for choice in choices])}; an image has one class here: choose one"
+        )
     return str(choices[0]) if choices else None
 
 
@@ -121,7 +129,7 @@ def _read_score(value: Any, where: str) -> float:
     if value is None:
         return 1.0
     if not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise DataError(f"{where}: score: {value!r}: must be a number from 0 to 1")
+        raise DataError(f"{where}: score: {value!r:.20}: must be a number from 0 to 1")
     return float(value)
 
 
@@ -131,7 +139,8 @@ def _find_image_path(fields: Mapping[str, Any]) -> str:
     for address in addresses:
         if not isinstance(address, str) or address.startswith("data:"):
             continue
-        path, query = unquote(urlsplit(address).path), urlsplit(address).query
+        parts = _split_address(address)
+        path, query = unquote(parts.path), parts.query
         if local := parse_qs(query).get("d"):
             return local[0]
         if path.startswith(UPLOADS):
@@ -139,6 +148,14 @@ def _find_image_path(fields: Mapping[str, Any]) -> str:
         if posixpath.splitext(path)[1]:
             return address if "://" in address else path.lstrip("/")
     return ""
+
+
+def _split_address(address: str) -> SplitResult:
+    """The parts of an address; none of what is no address, as of `http://[`."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return SplitResult("", "", "", "", "")
 
 
 def build_interface(classes: tuple[str, ...]) -> str:

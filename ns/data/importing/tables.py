@@ -4,7 +4,7 @@ import os
 import posixpath
 import stat
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -45,7 +45,7 @@ def list_table(source: str, role: DatasetRole, split: str | None) -> Iterator[So
     try:
         tasks = read_tasks(table_path, source)
         batches = open_batches(table_path, source) if tasks is None else _open_tasks(tasks, source)
-        columns = {normalize_name(column).lower(): column for column in batches.schema.names}
+        columns = map_columns(source, batches.schema.names, (*PATH_COLUMNS, *LABEL_FIELDS, *SPLIT_COLUMNS))
         path_column = find_column(source, columns, PATH_COLUMNS, "the path of each image")
         label_column = None if role == "unlabeled" else find_column(source, columns, LABEL_FIELDS, "its class")
         split_column = next((columns[candidate] for candidate in SPLIT_COLUMNS if candidate in columns), None)
@@ -137,6 +137,17 @@ def _open_tasks(labels: Sequence[TaskLabel], source: str) -> Any:
         raise DataError(f"{source}: task of {unnamed}: has no address of a file; give the folder of the images to Label Studio")
     table = pa.table({"path": [label.path for label in annotated], "label": [label.class_name for label in annotated]})
     return table.to_reader(BATCH_ROWS)
+
+
+def map_columns(source: str, names: Sequence[str], used: Collection[str]) -> dict[str, str]:
+    """Normalized name → name of each column. Raises DataError for two columns of one name, if it is one of `used`."""
+    columns: dict[str, str] = {}
+    for name in names:
+        normalized = normalize_name(name).lower()
+        if normalized in columns and normalized in {normalize_name(other).lower() for other in used}:
+            raise DataError(f"{source}: has two columns {escape_path(name)}; remove one, or rename it")
+        columns[normalized] = name
+    return columns
 
 
 def find_column(source: str, columns: dict[str, str], candidates: tuple[str, ...], description: str) -> str:

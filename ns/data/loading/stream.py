@@ -25,6 +25,7 @@ from ns.data.loading.sampler import ShardShuffle
 from ns.data.loading.shard_reader import ImageSource
 from ns.data.loading.shared_memory import SHARED_MEMORY, StepSplit
 from ns.storage import Store
+from ns.storage.scratch import place_sockets
 
 
 class LabeledImages:
@@ -318,6 +319,8 @@ def iterate_batches(
     """
     split = split or StepSplit()
     parts = split.parts if workers else 1
+    if workers:
+        place_sockets()
     send_errors: SimpleQueue[str] = SimpleQueue()
     data_loader: DataLoader[Batch] = DataLoader(
         _StepParts(batches, parts) if workers else batches,

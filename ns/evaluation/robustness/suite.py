@@ -48,6 +48,7 @@ from ns.evaluation.robustness.scores import flip_rates, top5_distances
 from ns.modeling.predictor import DECODE_THREADS, Predictor
 from ns.storage import Store
 from ns.storage.parquet import parse_table, write_table
+from ns.storage.scratch import place_sockets
 
 BLOCK_IMAGES = 512
 """Images of a unit: the work that a kill loses, and the images that are decoded in memory (130 MB of photographs)."""
@@ -211,7 +212,7 @@ class RobustnessSuite:
                     self._predict_distorted(block, images, rendered_units, executor, cost.kept_bytes > 0, progress)
                 except BrokenProcessPool as error:
                     raise RunError(
-                        "a process that renders corrupted images was killed, most often because memory ran out; free some and run "
+                        f"a process that renders corrupted images {error}, most often because memory ran out; free some and run "
                         "the same command again: it continues where it stopped"
                     ) from error
 
@@ -550,6 +551,7 @@ def _make_executor(stack: ExitStack, seconds: float) -> Executor:
     cores = _count_cores()
     if seconds < PROCESSES_FROM_SECONDS or cores == 1:
         return stack.enter_context(ThreadPoolExecutor(2, "distort"))
+    place_sockets()
     pool = ProcessPool(cores)
     stack.callback(pool.shutdown, wait=True, cancel_futures=True)
     return pool
