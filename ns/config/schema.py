@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from ns.config.presets import PRESETS
+from ns.core.printable import holds_credentials
 
 MAX_GENERATIONS = 5
 """Generations of one run, at most: the pipeline is unrolled, and its size grows with this number."""
@@ -52,7 +53,7 @@ def _takes_numbers(annotation: Any) -> bool:
 
 def _check_scheme(uri: str) -> str:
     scheme, separator, rest = uri.partition("://")
-    if "@" in rest.partition("/")[0]:
+    if holds_credentials(uri):
         return uri  # A password would stand in the message; the experiment refuses it without its value.
     if separator and scheme not in ("s3", "file"):
         raise ValueError(f"no store for {scheme}://; use a folder path, file:///absolute/path or s3://bucket/prefix")
@@ -180,7 +181,8 @@ Deviation = Annotated[float, Field(gt=0, le=1)]
 PICKLES = ("pth", "pt", "bin", "ckpt", "pkl", "tar")
 """Endings of files of weights that are pickles."""
 HUB = "hf-hub:"
-HUB_NAME = re.compile(rf"{HUB}[\w.-]{{1,96}}/[\w.-]{{1,96}}(@[\w./-]{{1,100}})?", re.ASCII)
+HUB_NAME = re.compile(rf"{HUB}(?!.*\.\.)[\w.-]{{1,96}}/[\w.-]{{1,96}}(@\w[\w./-]{{0,99}})?", re.ASCII)
+"""A revision becomes a path in the hub's cache on this machine."""
 
 
 def is_weights_uri(pretrained: str) -> bool:
@@ -891,7 +893,7 @@ class Experiment(Section):
         uris = {**self.map_uris(), "registry.remote": (self.registry and self.registry.remote) or ""}
         for field, uri in uris.items():
             # The value is not shown: it would stand in logs.
-            if re.search(r"://[^/]*@", uri):
+            if holds_credentials(uri):
                 raise ValueError(f"{field}: holds a user or a password; take it out: credentials come from the environment")
         return self
 

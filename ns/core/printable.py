@@ -6,9 +6,18 @@ CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u20
 """What moves the cursor, ends a line, or turns the direction of what follows; not tab and newline."""
 
 
+CREDENTIALS = re.compile(r"(?<=//)([^/\s]*|[^/\s:@]+:(?!\d+/)[^\s@]*)@")
+"""User and password of a URL, whose password may have slashes, as many of S3's keys do; the number of a port is none."""
+
+
 def redact_credentials(text: str) -> str:
     """`text` with `…` for user and password in URLs."""
-    return re.sub(r"//[^/\s]*@", "//…@", text)
+    return CREDENTIALS.sub("…@", text)
+
+
+def holds_credentials(uri: str) -> bool:
+    """Whether a URL has a user or a password."""
+    return CREDENTIALS.search(uri) is not None
 
 
 def escape_controls(text: str, *, keep_newlines: bool = True) -> str:

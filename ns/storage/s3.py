@@ -17,6 +17,7 @@ from urllib3.response import BaseHTTPResponse
 
 from ns.core.digest import sha256_bytes
 from ns.core.errors import StoreError
+from ns.core.printable import holds_credentials
 from ns.storage.base import BlobEntry, Store, check_prefix, check_range, key_parts
 from ns.storage.cache import BlobCache
 from ns.storage.endpoint import S3Endpoint
@@ -99,7 +100,7 @@ class S3Store:
 
     def __init__(self, uri: str, service: S3Service | None = None) -> None:
         bucket, _, prefix = uri.removeprefix("s3://").partition("/")
-        if "@" in bucket:
+        if "@" in bucket or holds_credentials(uri):
             raise StoreError(
                 "s3://…@…: no credentials belong into a URI; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and write s3://bucket/prefix"
             )

@@ -272,9 +272,15 @@ def test_small_preset_reaches_into_the_optimizer():
     assert (teacher.model.reduce_stride, teacher.noise.cutout_px) == (4, 16)
 
 
+@pytest.mark.parametrize("name", ["hf-hub:me/net@../../x", "hf-hub:../net", "hf-hub:me/net@-x", "hf-hub:me/net@/x"])
+def test_experiment_refuses_revisions_that_lead_out_of_the_hubs_cache(name):
+    document = {**MINIMAL, "teacher": {"model": {"arch": "resnet18", "pretrained": name}}}
+    assert "must be hf-hub:OWNER/NAME, or hf-hub:OWNER/NAME@REVISION" in refused(document)
+
+
 @pytest.mark.parametrize("field", ["data.labeled", "data.test", "data.exclude", "registry.remote", "teacher.model.pretrained",
                                    "labeling.ensemble.0", "evaluation.sets.a.uri"])  # fmt: skip
-@pytest.mark.parametrize("uri", ["s3://me:secret@bucket/a", "https://secret@host/a.zip"])
+@pytest.mark.parametrize("uri", ["s3://me:secret@bucket/a", "s3://me:sec/ret@bucket/a", "https://secret@host/a.zip"])
 def test_experiment_refuses_passwords_in_uris_without_showing_them(field, uri):
     document = {**MINIMAL, "data": dict(DATA), "registry": {"git": "g"}, "labeling": {"ensemble": ["m"]}}
     section, *keys, last = [int(key) if key.isdigit() else key for key in field.split(".")]

@@ -1,7 +1,7 @@
 import pytest
 
 from ns.core import log
-from ns.core.printable import escape_controls, escape_formula, make_printable
+from ns.core.printable import escape_controls, escape_formula, holds_credentials, make_printable, redact_credentials
 
 STEERING = ["\x1b[2J", "\x9b31m", "\r", "\b", "\x07", "\x85", "\u2028", "\u202e", "\u2066", "\x7f", "\0"]
 
@@ -35,6 +35,20 @@ def test_log_goes_to_stderr_and_is_printable_in_any_command(capsys):
     assert "s3://…@host/" in err
     assert "secret" not in err
     assert "\x1b" not in err
+
+
+@pytest.mark.parametrize("uri", ["s3://AKIA:sec/ret@bucket/a", "https://me:a12/sec/ret@host/a?b=c@d"])
+def test_make_printable_hides_passwords_with_slashes(uri):
+    assert "ret" not in make_printable(f"cannot reach {uri}: refused")
+    assert holds_credentials(uri)
+
+
+@pytest.mark.parametrize(
+    "text", ["http://host:9091/a@b", "file:///tmp/a:b@c", "s3://bucket/a:b@c", "//reg:5000/worker@sha256:ab", "// a@b.example"]
+)
+def test_redact_credentials_leaves_addresses_without_any(text):
+    assert redact_credentials(text) == text
+    assert not holds_credentials(text)
 
 
 def test_log_shows_neither_passwords_nor_escapes(capsys):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from ns.core import log
 from ns.core.errors import DataError, RunError, StoreError
 from ns.core.git import GitCommands
-from ns.core.printable import redact_credentials
+from ns.core.printable import holds_credentials, redact_credentials
 from ns.labeling.registry.model import LabelVersion, VersionTag
 from ns.labeling.registry.storage import LABELS_DIR
 from ns.storage.endpoint import S3Endpoint
@@ -250,7 +250,7 @@ class RegistryRepository:
 def _validate_remote(remote: str, what: str = "remote", *, absolute: bool = False) -> str:
     """A folder's absolute path, or an S3 URI. Raises DataError for anything else."""
     scheme, separator, rest = remote.partition("://")
-    if separator and (scheme != "s3" or not rest.strip("/") or "@" in rest.partition("/")[0]):
+    if separator and (scheme != "s3" or not rest.strip("/") or holds_credentials(remote)):
         raise DataError(
             f"{what} {redact_credentials(remote)}: must be a folder or s3://bucket/prefix; credentials come from the environment"
         )
