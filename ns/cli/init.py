@@ -38,6 +38,7 @@ def write_first_experiment(
     """
     from ns.core.log import configure_logging, format_duration
     from ns.planning import proposal as proposals
+    from ns.storage import LocalStore
 
     given: dict[DataPart, Path | None] = {"labeled": labeled, "pool": pool, "heldout": heldout}
     parts = proposals.find_parts(folder, {part: path for part, path in given.items() if path is not None})
@@ -52,13 +53,14 @@ def write_first_experiment(
     proposal = proposals.propose_experiment(
         parts, name=name, hours=hours, output_dir=path.parent.resolve(), measure_seconds=proposals.MEASURE_SECONDS
     )
-    files = {path: proposals.format_experiment(proposal, hours)}
-    files |= {path.parent / table: text for table, text in proposal.tables.items()}
+    # The experiment last: it names the tables.
+    files = {path.parent / table: text for table, text in proposal.tables.items()}
+    files[path] = proposals.format_experiment(proposal, hours)
     for file, text in files.items():
         try:
-            file.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise StoreError(f"{file}: cannot be written: {error.strerror}; choose another place with --output") from error
+            LocalStore(file.parent).put(file.name, text.encode())
+        except StoreError as error:
+            raise StoreError(f"{error}; choose another place with --output") from error
         print_line(f"written: {file}")
     plan, role = proposal.plan, proposal.experiment.teacher
     print_line(

@@ -36,6 +36,14 @@ def make_printable(text: str, *, keep_newlines: bool = True) -> str:
     return escape_controls(redact_credentials(text), keep_newlines=keep_newlines)
 
 
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+
+
 def escape_formula(text: str) -> str:
     """A cell of a table, with an apostrophe in front of what a spreadsheet would compute: names of files may be formulas."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+    return f"'{text}" if text.startswith(FORMULA_STARTS) else text
+
+
+def unescape_formula(cell: str) -> str:
+    """What `escape_formula` made a cell of."""
+    return cell[1:] if cell.startswith("'") and cell.startswith(FORMULA_STARTS, 1) else cell

@@ -15,6 +15,7 @@ import yaml
 from ns.config.loader import parse_experiment
 from ns.config.schema import Experiment
 from ns.core.errors import ConfigError, DataError, prefix_errors
+from ns.core.printable import escape_formula
 from ns.data.importing.listing import Listing
 from ns.data.loading.decode import EncodedJpeg
 from ns.data.locate import open_data
@@ -153,6 +154,7 @@ def propose_experiment(
             uris[part] = f"{name}-{part}.csv"
             tables[uris[part]] = format_image_table(rows, parts["labeled"], output_dir)
             counts[part] = len(rows)
+    unnamed = stats["labeled"].images - counts["labeled"] - counts["heldout"] if tables else 0
     short_side = measure_short_side([image for part_stats in stats.values() for image in part_stats.sample_images])
     networks = next(networks for limit, networks in NETWORKS.items() if short_side <= limit)
     known_counts = KnownCounts(counts, stats["pool"].image_bytes, len(class_counts), stats["pool"].sample_images)
@@ -181,7 +183,7 @@ def propose_experiment(
         short_side=short_side,
         class_counts=class_counts,
         tables=tables,
-        remarks=list(_remark(counts, class_counts, epochs)),
+        remarks=list(_remark(counts, class_counts, epochs, unnamed)),
     )
 
 
@@ -207,7 +209,7 @@ def split_labeled(labeled: Path) -> dict[DataPart, list[tuple[str, str]]]:
                 raise DataError(
                     f"{entry.container}: images in tars are not split; name images that are held out: --heldout FOLDER"
                 )
-            if entry.class_label is not None:
+            if entry.class_label is not None and _fits_table(entry.path):
                 entries.append((entry.path, str(entry.class_label)))
     by_class: dict[str, list[str]] = {}
     for path, class_name in entries:
@@ -222,13 +224,18 @@ def split_labeled(labeled: Path) -> dict[DataPart, list[tuple[str, str]]]:
     return parts
 
 
+def _fits_table(path: str) -> bool:
+    """Whether a table can name the file: in UTF-8, on one line."""
+    return len(path.splitlines()) == 1 and path == path.encode(errors="replace").decode()
+
+
 def format_image_table(rows: Iterable[tuple[str, str]], folder: Path, output_dir: Path) -> str:
     """A table of images as `ns data import` reads it, with paths as they are seen from `output_dir`."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["path", "label"])
     base = Path(os.path.relpath(folder, output_dir))
-    writer.writerows((base / path, class_name) for path, class_name in rows)
+    writer.writerows((escape_formula(str(base / path)), escape_formula(class_name)) for path, class_name in rows)
     return text.getvalue()
 
 
@@ -280,8 +287,11 @@ def split_hours(plan: RunPlan) -> tuple[float, float]:
     return training_hours / TRIAL_EPOCHS, plan.hours - training_hours
 
 
-def _remark(counts: Mapping[DataPart, int], class_counts: Mapping[str, int], epochs: int) -> Iterable[str]:
+def _remark(counts: Mapping[DataPart, int], class_counts: Mapping[str, int], epochs: int, unnamed: int) -> Iterable[str]:
+    """`unnamed`: labeled images that no table can name."""
     classes = len(class_counts)
+    if unnamed > 0:
+        yield f"{unnamed:,} labeled images are left out: a table cannot hold their names, which are not UTF-8 or have line breaks"
     smallest = min(class_counts, key=lambda name: class_counts[name])
     if class_counts[smallest] < 10:
         yield f"{smallest} has {class_counts[smallest]} labeled images: label more, if you can; below 10 a class is hardly learned"

@@ -1,7 +1,14 @@
 import pytest
 
 from ns.core import log
-from ns.core.printable import escape_controls, escape_formula, holds_credentials, make_printable, redact_credentials
+from ns.core.printable import (
+    escape_controls,
+    escape_formula,
+    holds_credentials,
+    make_printable,
+    redact_credentials,
+    unescape_formula,
+)
 
 STEERING = ["\x1b[2J", "\x9b31m", "\r", "\b", "\x07", "\x85", "\u2028", "\u202e", "\u2066", "\x7f", "\0"]
 
@@ -63,4 +70,6 @@ def test_log_shows_neither_passwords_nor_escapes(capsys):
 def test_escape_formula_leaves_no_cell_that_a_spreadsheet_computes():
     for text in ("=HYPERLINK(1)", "+1", "-1", "@SUM(A1)", "\t=1"):
         assert escape_formula(text) == f"'{text}"
-    assert escape_formula("cat/a=1") == "cat/a=1"
+        assert unescape_formula(f"'{text}") == text
+    for text in ("cat/a=1", "'quoted'", "'", ""):
+        assert escape_formula(text) == unescape_formula(text) == text

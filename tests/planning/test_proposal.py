@@ -1,4 +1,6 @@
 import csv
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ from ns.cli.app import run_command_line
 from ns.config.loader import load_experiment
 from ns.config.schema import OptimizerConfig
 from ns.core.errors import ConfigError, DataError
+from ns.data.importing.tables import list_table
 from ns.planning import proposal
 from ns.planning.cost import PlanRequest, estimate_checkpoint_bytes, estimate_run
 from ns.planning.data_stats import KnownCounts
@@ -131,6 +134,25 @@ def test_init_writes_an_experiment_of_the_users_images(photos, tmp_path, monkeyp
     rows = list(csv.DictReader((tmp_path / "photos-heldout.csv").open()))
     assert len(rows) == 8
     assert all((tmp_path / row["path"]).is_file() for row in rows)
+
+
+def test_init_writes_tables_for_imports_and_spreadsheets_of_any_names(tmp_path, monkeypatch, capsys):
+    class_name = "=1+1"
+    monkeypatch.setattr(proposal, "MEASURE_SECONDS", 0.05)
+    monkeypatch.setattr(proposal, "NETWORKS", {1 << 16: proposal.NETWORKS[48][1:]})
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "in" / "train" / class_name, 8)
+    write_images(tmp_path / "in" / "train" / "dog", 8)
+    write_images(tmp_path / "in" / "pool", 8)
+    image = tmp_path / "in" / "train" / "dog" / "image-0.jpg"
+    for name in (b"b\xffd.jpg", b"two\nlines.jpg"):
+        shutil.copyfile(os.fsencode(image), os.fsencode(image.parent) + b"/" + name)
+    assert run_command_line(["init", "in", "--hours", "2"]) == 0
+    assert "note: 2 labeled images are left out: a table cannot hold their names" in capsys.readouterr().out
+    entries = [entry for part in ("labeled", "heldout") for entry in list_table(f"in-{part}.csv", "labeled", None)]
+    assert {entry.class_label for entry in entries} == {class_name, "dog"}
+    assert all((tmp_path / entry.path).is_file() for entry in entries)
+    assert "," + class_name not in (tmp_path / "in-labeled.csv").read_text()
 
 
 def test_time_that_is_too_short_is_refused(photos, monkeypatch):

@@ -17,6 +17,7 @@ import pyarrow.csv as pacsv
 
 from ns.core import log
 from ns.core.errors import DataError
+from ns.core.printable import unescape_formula
 from ns.data.class_names import normalize_name
 from ns.data.dataset import DatasetRole
 from ns.data.importing.file_kinds import escape_path
@@ -169,12 +170,13 @@ def _describe_layout(path: Path) -> str:
 
 
 def read_cell(value: Any) -> str:
-    """A cell as text: empty for none; pandas makes numbers of a column with gaps floating-point."""
+    """A cell as text: empty for none; pandas makes numbers of a column with gaps floating-point, and we escape formulas."""
     if value is None or value != value:
         return ""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return (value.decode(errors="replace") if isinstance(value, bytes) else str(value)).strip("\ufeff \t\r\n")
+    text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+    return unescape_formula(text.strip("\ufeff \t\r\n"))
 
 
 def _make_entry(base: Path | str, cell: Any, class_label: str | None, row: int) -> SourceEntry:
