@@ -8,6 +8,8 @@ from ns.core.errors import ConfigError
 
 MAX_BYTES, MAX_VALUES, MAX_DEPTH = 4 << 20, 100_000, 30
 """Size, values and levels of a YAML file, at most; an experiment has a few kB, some hundred values and six levels."""
+MAX_NUMBER_BITS = 128
+"""Of a whole number. 0x with thousands of digits would be one that Python refuses to print."""
 
 
 class _WordLoader(yaml.SafeLoader):
@@ -75,9 +77,15 @@ def _copy_unshared(document: Any, origin: str) -> Any:
                 f"{origin}: has more than {MAX_VALUES:,} values or {MAX_DEPTH} levels with its aliases; use fewer (*name)"
             )
         if isinstance(node, dict):
-            return {key: copy_node(value, depth + 1) for key, value in node.items()}
+            return {_check_number(key): copy_node(value, depth + 1) for key, value in node.items()}
         if isinstance(node, list):
             return [copy_node(value, depth + 1) for value in node]
-        return node
+        return _check_number(node)
 
     return copy_node(document, 0)
+
+
+def _check_number(value: Any) -> Any:
+    if isinstance(value, int) and value.bit_length() > MAX_NUMBER_BITS:
+        raise OverflowError
+    return value

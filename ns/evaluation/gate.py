@@ -22,7 +22,7 @@ from ns.evaluation.paired import (
     relative_rise,
 )
 from ns.evaluation.result import Evaluation, ImageMistakes
-from ns.storage.documents import JsonDocument
+from ns.storage.documents import BlobKey, JsonDocument
 
 CHANCE_LEVEL = 0.025
 """Level of each of the two tests against chance."""
@@ -101,8 +101,8 @@ class Verdict(JsonDocument):
 
     format: Literal[1] = 1
     generation: int
-    teacher: str
-    student: str
+    teacher: BlobKey
+    student: BlobKey
     """Keys of the two models below the root."""
     heldout: str
     """Digest of the images that decide: of their bytes, whatever their names, order and classes."""

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from ns.config.loader import dump_experiment, load_experiment, parse_experiment, resolve_preset
 from ns.config.presets import PRESETS
 from ns.config.schema import MAX_GENERATIONS, Experiment, ModelConfig, OptimizerConfig, Preset, RoleConfig, TrainConfig
+from ns.config.yaml_text import parse_yaml
 from ns.core.errors import ConfigError
 from ns.runs.lifecycle import derive_run_name
 from ns.storage.documents import dump_hashed_fields
@@ -296,6 +297,12 @@ def test_experiment_refuses_passwords_in_uris_without_showing_them(field, uri):
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
 )
+
+
+@pytest.mark.parametrize("number", ["0x" + 5000 * "f", ":".join(5000 * ["59"]), f"\n  ? 0x{5000 * 'f'}\n  : 1"])
+def test_yaml_has_no_numbers_that_cannot_be_printed(number):
+    with pytest.raises(ConfigError, match=r"x\.yaml: not YAML: OverflowError; put the value"):
+        parse_yaml(f"seed: {number}", "x.yaml")
 
 
 @pytest.mark.parametrize("text", [BOMB, "a: &a {b: *a}", "a: &a [*a]", "[" * 5000, "a: " + "[" * 40 + "]" * 40], ids=range(5))
