@@ -571,12 +571,12 @@ def make_predictions(folder: Path) -> tuple[Path, Change, Callable[[], object]]:
 
 def make_mistakes(folder: Path) -> tuple[Path, Change, Callable[[], object]]:
     counts = {"fog": np.array([0, 1, 2], np.uint8)}
-    table = pq.read_table(io.BytesIO(ImageMistakes(["a", "b", "c"], counts, counts).encode()))
+    table = pq.read_table(io.BytesIO(ImageMistakes(["a", "b", "c"], counts, counts, {}).encode()))
     path, store = write_checked_table(folder, "mistakes.parquet", table), LocalStore(folder)
 
     def read() -> None:
         data = path.read_bytes()
-        measured = {"corruptions": {"fog": (0.5,)}, "perturbations": {"fog": None}}
+        measured = {"corruptions": {"fog": (0.5,)}, "perturbations": {"fog": None}, "attacks": ()}
         robustness = Robustness.model_construct(mistakes_sha256=sha256_bytes(data), **measured)
         store.put(robustness.mistakes_key, data)
         read_mistakes(store, robustness).take_images({"a", "c"})

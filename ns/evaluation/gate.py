@@ -282,7 +282,7 @@ def _check_gain(gate: GateConfig, gain: AccuracyGain, paired: PairedCounts, leve
 
 def _check_robustness(gate: GateConfig, mistakes: tuple[ImageMistakes, ImageMistakes] | None, seed: int) -> list[GateCondition]:
     """The conditions on robustness that are set. Raises ValueError if a value was not measured."""
-    teacher, student = mistakes or (ImageMistakes([], {}, {}), ImageMistakes([], {}, {}))
+    teacher, student = mistakes or (ImageMistakes([], {}, {}, {}), ImageMistakes([], {}, {}, {}))
     # The extra corruptions count for no mCE.
     corruption_kinds = [kind for kind in CORRUPTIONS if kind in teacher.corruptions]
     rises = (

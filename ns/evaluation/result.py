@@ -5,8 +5,8 @@ predictions-SHA.parquet key string, class_id uint16 (ground truth), predicted_cl
                         rank uint16 (position of the true class among the answers; 0: the prediction is right)
 
 robustness.json         accuracy under corruptions, perturbations and attacks: raw numbers; written last
-mistakes-SHA.parquet    key string, and uint8 columns that the gate compares image by image: `corruption KIND` (severities at which the
-                        answer is wrong) and `perturbation KIND` (flips along the sequence)
+mistakes-SHA.parquet    key string, and uint8 columns that models are compared by, image by image: `corruption KIND` (severities at
+                        which the answer is wrong), `perturbation KIND` (flips along the sequence) and `attack NAME` (1: wrong)
 units/UNIT.parquet      the predictions that these numbers were counted from
 
 SHA begins the file's sha256, so that two attempts at one evaluation do not mix.
@@ -251,6 +251,10 @@ class Robustness(HashedDocument):
         return {kind: result.top5_distance for kind, result in self.perturbations.items()}
 
 
+MISTAKE_SUITES = ("corruption", "perturbation", "attack")
+"""Beginnings of the columns of mistakes by image."""
+
+
 class ImageMistakes(NamedTuple):
     """What a measurement of robustness counted of each image."""
 
@@ -259,6 +263,8 @@ class ImageMistakes(NamedTuple):
     """Kind → number of severities at which the answer is wrong, [N]."""
     perturbations: dict[str, npt.NDArray[np.uint8]]
     """Kind → number of frames whose answer differs from that of the reference frame, [N]."""
+    attacks: dict[str, npt.NDArray[np.uint8]]
+    """Attack (`str` of its AttackResult) → 1 if the answer is wrong under it, [N]."""
 
     def take_images(self, keys: Container[str]) -> "ImageMistakes":
         """Those of the images that have one of these keys."""
@@ -267,11 +273,12 @@ class ImageMistakes(NamedTuple):
             [self.keys[row] for row in rows],
             {kind: counts[rows] for kind, counts in self.corruptions.items()},
             {kind: counts[rows] for kind, counts in self.perturbations.items()},
+            {attack: counts[rows] for attack, counts in self.attacks.items()},
         )
 
     def encode(self) -> bytes:
         columns = {"key": pa.array(self.keys, pa.string())}
-        for suite, kinds in (("corruption", self.corruptions), ("perturbation", self.perturbations)):
+        for suite, kinds in zip(MISTAKE_SUITES, (self.corruptions, self.perturbations, self.attacks), strict=True):
             columns |= {f"{suite} {kind}": pa.array(counts) for kind, counts in kinds.items()}
         return encode_table(pa.table(columns))
 
@@ -298,14 +305,13 @@ def read_mistakes(store: Store, robustness: Robustness) -> ImageMistakes:
     """The mistakes by image of a measurement. Raises DataError if the file is not the recorded one."""
     assert robustness.mistakes_sha256 is not None
     table = _read_checked(store, robustness.mistakes_key, robustness.mistakes_sha256, Robustness.filename)
-    suites = {"corruption": list(robustness.corruptions), "perturbation": list(robustness.perturbations)}
+    kinds_by_suite = (robustness.corruptions, robustness.perturbations, map(str, robustness.attacks))
+    suites = dict(zip(MISTAKE_SUITES, map(list, kinds_by_suite), strict=True))
     counts = [(f"{suite} {kind}", pa.uint8()) for suite, kinds in suites.items() for kind in kinds]
     schema = pa.schema([pa.field(name, kind, nullable=False) for name, kind in (("key", pa.string()), *counts)])
     check_columns(table, f"{store.uri}/{robustness.mistakes_key}", schema, "evaluate again")
-    corruptions, perturbations = (
-        {kind: table[f"{suite} {kind}"].to_numpy() for kind in kinds} for suite, kinds in suites.items()
-    )
-    return ImageMistakes(table["key"].to_pylist(), corruptions, perturbations)
+    counts_by_suite = ({kind: table[f"{suite} {kind}"].to_numpy() for kind in kinds} for suite, kinds in suites.items())
+    return ImageMistakes(table["key"].to_pylist(), *counts_by_suite)
 
 
 def _read_checked(store: Store, key: str, sha256: str, manifest: str) -> pa.Table:

@@ -53,7 +53,7 @@ def make_mistakes(share: float, kinds=("fog", "snow"), images: int = 400, flips:
     """Of the images, the first `share` is wrong at both severities, and the first `flips` flips once."""
     wrong = np.where(np.arange(images) < share * images, 2, 0).astype(np.uint8)
     flipped = {} if flips is None else {"tilt": (np.arange(images) < flips * images).astype(np.uint8)}
-    return ImageMistakes([str(row) for row in range(images)], dict.fromkeys(kinds, wrong), flipped)
+    return ImageMistakes([str(row) for row in range(images)], dict.fromkeys(kinds, wrong), flipped, {})
 
 
 @pytest.mark.parametrize(("images", "differ"), [(500, 0.16), (500, 0.01)])

@@ -430,7 +430,9 @@ class RobustnessSuite:
         """Counts the units' predictions, one unit in memory at a time. Returns the totals and the encoded mistakes by image."""
         config = self._config
         keys: list[str] = []
-        image_mistakes: dict[SuiteUnit, list[npt.NDArray[np.uint8]]] = {unit: [] for unit in self._units if unit.is_rendered}
+        image_mistakes: dict[SuiteUnit, list[npt.NDArray[np.uint8]]] = {
+            unit: [] for unit in self._units if unit.suite != "clean"
+        }
         wrong = {unit.kind: np.zeros(len(config.severities), np.int64) for unit in self._units if unit.suite == "corruptions"}
         flip_sums = {unit.kind: np.zeros(2) for unit in self._units if unit.suite == "perturbations"}
         right = {unit.kind: 0 for unit in self._units if not unit.is_rendered}
@@ -452,17 +454,23 @@ class RobustnessSuite:
                     flip_sums[unit.kind] += [flip_shares.sum(), distances.sum()]
                     image_mistakes[unit].append(np.round(flip_shares * (unit.images_each - 1)).astype(np.uint8))
                 else:
-                    right[unit.kind] += int((table["rank"].to_numpy() == 0).sum())
-                    if unit.suite == "clean":
+                    failed = table["rank"].to_numpy() > 0
+                    right[unit.kind] += int((~failed).sum())
+                    if unit.suite == "attacks":
+                        image_mistakes[unit].append(failed.astype(np.uint8))
+                    else:
                         images += len(table)
                         keys += block_keys
         if not images:
             raise DataError(f"{self._data_store.uri}: no readable image to evaluate on")
-        corruption_mistakes, perturbation_mistakes = (
-            {unit.kind: np.concatenate(parts) for unit, parts in image_mistakes.items() if unit.suite == suite}
-            for suite in ("corruptions", "perturbations")
+        attacks = {unit: AttackResult(**asdict(unit.plan), top1=right[unit.kind] / images) for unit in self._units if unit.plan}
+        # An attack is named as in the result, without the size of its steps.
+        names = {unit: str(attacks.get(unit, unit.kind)) for unit in image_mistakes}
+        mistakes_by_suite = (
+            {names[unit]: np.concatenate(parts) for unit, parts in image_mistakes.items() if unit.suite == suite}
+            for suite in ("corruptions", "perturbations", "attacks")
         )
-        mistakes = ImageMistakes(keys, corruption_mistakes, perturbation_mistakes).encode()
+        mistakes = ImageMistakes(keys, *mistakes_by_suite).encode()
         robustness = Robustness(
             model=self._predictor.manifest.digest,
             dataset=self._data.digest,
@@ -482,9 +490,7 @@ class RobustnessSuite:
                 kind: PerturbationResult(flip_probability=float(flipped / images), top5_distance=float(distance / images))
                 for kind, (flipped, distance) in flip_sums.items()
             },
-            attacks=tuple(
-                AttackResult(**asdict(unit.plan), top1=right[unit.kind] / images) for unit in self._units if unit.plan
-            ),
+            attacks=tuple(attacks.values()),
             predictions_sha256=digest_json(files),
             mistakes_sha256=sha256_bytes(mistakes),
             seconds=seconds,

@@ -95,6 +95,9 @@ def test_run_suite_matches_plain_loop(run, model, tmp_path, make_labeled_images)
     assert "image-002" not in mistakes.keys
     assert {kind: counts.sum() for kind, counts in mistakes.corruptions.items()} == {k: sum(c) for k, c in wrong.items()}
     assert {kind: counts.sum() for kind, counts in mistakes.perturbations.items()} == {k: 2 * c for k, c in turned.items()}
+    assert {attack: 1 - counts.mean() for attack, counts in mistakes.attacks.items()} == pytest.approx(
+        {str(attack): attack.top1 for attack in result.attacks}
+    )
 
 
 def test_run_suite_is_independent_of_shards_batches_processes(run, tmp_path, make_labeled_images, monkeypatch):
