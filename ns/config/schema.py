@@ -83,7 +83,7 @@ class ImportConfig(Section):
 
 class DataConfig(ImportConfig):
     """Where images come from. Each URI names a dataset (a folder or an `s3://` prefix with dataset.json), or anything that
-    `ns data import` takes: class folders, loose images (pool only), a table, tars, an archive. `digits:labeled|pool|heldout`
+    `ns data import` takes: class folders, loose images (pool only), a table, tars, an archive. `digits:labeled|pool|heldout|test`
     are scikit-learn's handwritten digits, split for the quickstart."""
 
     labeled: Uri

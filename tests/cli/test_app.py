@@ -306,7 +306,7 @@ def test_plan_prints_json_and_nothing_else(capsys):
     code, out, _ = ns(capsys, "plan", "quickstart", "--seconds", "1", "--json")
     assert code == 0
     run_plan = json.loads(out)
-    assert (run_plan["labeled"], run_plan["pool"], run_plan["heldout"], run_plan["classes"]) == (50, 1247, 500, 10)
+    assert (run_plan["labeled"], run_plan["pool"], run_plan["heldout"], run_plan["classes"]) == (50, 847, 500, 10)
     assert run_plan["hours"] > 0
 
 

@@ -87,5 +87,5 @@ def test_estimate_is_that_of_ns_plan(tmp_path):
     experiment = parse_experiment({"name": "digits", "data": digits, "teacher": network, "students": [network]}, "test")
     run_plan = plan._estimate_quickly(experiment)
     assert 0 < run_plan["hours"] < 1
-    assert (run_plan["labeled"], run_plan["pool"]) == (50, 1247)
+    assert (run_plan["labeled"], run_plan["pool"]) == (50, 847)
     json.dumps(run_plan)

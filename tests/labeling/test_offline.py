@@ -24,7 +24,7 @@ def test_label_dataset_labels_what_a_selection_kept(finished_run, tmp_path):
         label_dataset(model, pool.uri, str(tmp_path / "again"), LabelingConfig(views="flip"), kept_by=only)
     made = label_dataset(model, pool.uri, str(tmp_path / "again"), LabelingConfig(), kept_by=only)
     assert made.rows - made.left_out == labels.selection.kept
-    assert verify_label_set(LocalStore(tmp_path / "again"), made, labels.open_pool(store)) == 1247
+    assert verify_label_set(LocalStore(tmp_path / "again"), made, labels.open_pool(store)) == 847
     with pytest.raises(ConfigError, match="must be START-STOP, within 0-2"):
         label_dataset(model, pool.uri, str(tmp_path / "again"), LabelingConfig(), shards="1-9")
     with pytest.raises(ConfigError, match="fitted needs the calibration images of a run; give the number"):

@@ -22,7 +22,7 @@ def test_render_markdown_matches_page(unchanged):
     summary = summarize_run(unchanged, RUN)
     (row,) = summary.generations
     lines = text.splitlines()
-    assert lines[0] == f"### made-up: {100 * summary.teacher_top1:.1f} % → {100 * row.student_top1:.1f} %"
+    assert lines[0] == f"### made-up: {100 * summary.teacher_top1:.1f} % → {100 * row.student_top1:.1f} % on 30 test images"
     assert lines[2].startswith(f"- **Generation 1 {row.verdict}: ")
     assert "| mCE, % of the first teacher's | 100.0 | **75.0** |" in lines
     assert "Robustness: 20 of the images of held \\<i\\>out." in lines

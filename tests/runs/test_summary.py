@@ -14,8 +14,8 @@ def test_summarize_run_counts_and_compares(finished_run):
     (generation,) = summary.generations
     assert summary.state == "succeeded"
     assert 0.3 < summary.teacher_top1 < 1
-    assert generation.labeled == 1247
-    assert 0 < generation.kept <= 1247
+    assert generation.labeled == 847
+    assert 0 < generation.kept <= 847
     assert generation.teacher_top1 == summary.teacher_top1
     assert generation.gain == pytest.approx(generation.student_top1 - generation.teacher_top1)
     assert generation.gain_low <= generation.gain <= generation.gain_high

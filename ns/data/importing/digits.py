@@ -1,6 +1,7 @@
 """scikit-learn's handwritten digits, 1,797 real 8 × 8 px images, split for the quickstart.
 
-50 are labeled (5 per class), 500 are held out (50 per class), and the other 1,247 are the unlabeled pool. The split is fixed.
+50 are labeled (5 per class), 500 are held out (50 per class), 400 are for the test (40 per class), which decides nothing, and the other
+847 are the unlabeled pool. The split is fixed.
 """
 
 import io
@@ -15,12 +16,13 @@ from ns.data.prepared import PART_ROLES
 from ns.storage import Store
 
 DIGITS_SCHEME = "digits:"
-"""Prefix of the URIs of the parts: `digits:labeled`, `digits:pool`, `digits:heldout`."""
-PARTS = {part: PART_ROLES[part] for part in ("labeled", "pool", "heldout")}
+"""Prefix of the URIs of the parts: `digits:labeled`, `digits:pool`, `digits:heldout`, `digits:test`."""
+PARTS = {part: PART_ROLES[part] for part in ("labeled", "pool", "heldout", "test")}
 LABELED_PER_CLASS = 5
 HELDOUT_PER_CLASS = 50
+TEST_PER_CLASS = 40
 SPLIT_SEED = 0
-SHARD_SAMPLES = 625
+SHARD_SAMPLES = 425
 """Gives the pool two shards, so that labeling can be shared between two tasks."""
 
 
@@ -43,7 +45,8 @@ def write_digits(uri: str, store: Store, shard_samples: int = SHARD_SAMPLES) -> 
         heldout_end = LABELED_PER_CLASS + HELDOUT_PER_CLASS
         parts["labeled"] += indices[:LABELED_PER_CLASS]
         parts["heldout"] += indices[LABELED_PER_CLASS:heldout_end]
-        parts["pool"] += indices[heldout_end:]
+        parts["test"] += indices[heldout_end : heldout_end + TEST_PER_CLASS]
+        parts["pool"] += indices[heldout_end + TEST_PER_CLASS :]
     with ShardWriter(store, max_samples=shard_samples, max_bytes=256 << 20) as writer:
         for index in sorted(parts[part]):
             # Gray levels 0–16 → 0–255.

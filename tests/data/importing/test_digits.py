@@ -12,7 +12,7 @@ from ns.data.importing.digits import write_digits
 from ns.data.shards import read_samples
 from ns.storage import LocalStore
 
-PARTS = ("labeled", "pool", "heldout")
+PARTS = ("labeled", "pool", "heldout", "test")
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +27,11 @@ def samples(folder, dataset):
 
 
 def test_digits_are_split_evenly_without_overlap(parts):
-    assert {part: dataset.samples for part, (_, dataset) in parts.items()} == {"labeled": 50, "pool": 1247, "heldout": 500}
+    counts = {"labeled": 50, "pool": 847, "heldout": 500, "test": 400}
+    assert {part: dataset.samples for part, (_, dataset) in parts.items()} == counts
     keys = {part: [sample.key for _, sample in samples(*parts[part])] for part in PARTS}
     assert sorted(itertools.chain(*keys.values())) == [f"digit-{index:04d}" for index in range(1797)]
-    for part, each in (("labeled", 5), ("heldout", 50)):
+    for part, each in (("labeled", 5), ("heldout", 50), ("test", 40)):
         labels = [sample.class_id for _, sample in samples(*parts[part])]
         assert [labels.count(label) for label in range(10)] == [each] * 10
 
