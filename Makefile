@@ -90,6 +90,7 @@ distclean: clean ## Remove runs/ and the virtual environments
 
 bench: $(VENV)/.bench ## Run all benchmarks and write benchmarks/results
 	@for one in data photos train finetune label select order duplicates polluted_pool loop quickstart kfp_status soak; do $(BIN)/python -m benchmarks.$$one --keep || exit; done
+	@$(BIN)/python -m benchmarks.method_digits
 	@$(BIN)/python -m benchmarks.method_cifar10
 	@$(BIN)/python -m benchmarks.summary
 
@@ -132,8 +133,11 @@ bench-kfp: $(VENV)/.bench ## Compute the pods and the status of runs on Kubeflow
 bench-quickstart: $(VENV)/.bench ## Measure the quickstart against a plain loop in one process (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.quickstart $(ARGS)
 
-bench-method: $(VENV)/.bench ## Train teachers and students on CIFAR-10, three seeds, an hour (ARGS="--quick")
+bench-method: $(VENV)/.bench ## Show the method's effects on CIFAR-10, five seeds, three hours (ARGS="--quick", ARGS="--full", a night)
 	@$(BIN)/python -m benchmarks.method_cifar10 $(ARGS)
+
+bench-digits: $(VENV)/.bench ## Show the method's effects on the quickstart's digits, 20 seeds, half an hour (ARGS="--quick")
+	@$(BIN)/python -m benchmarks.method_digits $(ARGS)
 
 soak: $(VENV)/.bench ## Kill, stop and damage runs 200 times, half an hour (ARGS="--quick", ARGS="--blows 50 --seed 1")
 	@$(BIN)/python -m benchmarks.soak $(ARGS)

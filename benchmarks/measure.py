@@ -1,6 +1,7 @@
 """Shared by all benchmarks: paired timing, the description of the machine, and the form of the results."""
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -123,8 +124,7 @@ def draw_tables(images: Path, counts: Mapping[str, int], seed: int) -> dict[str,
         order = iter(draw.permutation(len(files)))
         for part, count in counts.items():
             label = "" if part == "pool" else f",{category.name}"
-            # zip takes one more image of `order` than it uses: the kept results come from such tables.
-            rows[part] += [f"{files[index]}{label}" for index, _ in zip(order, range(count), strict=False)]
+            rows[part] += [f"{files[index]}{label}" for index in itertools.islice(order, count)]
     return {part: "\n".join(lines) + "\n" for part, lines in rows.items()}
 
 

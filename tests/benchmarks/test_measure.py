@@ -23,7 +23,7 @@ def test_draw_tables_shares_no_image(tmp_path):
     for part, text in tables.items():
         heads[part], *rows[part] = text.splitlines()
     assert heads == {"labeled": "path,label", "heldout": "path,label", "pool": "path"}
-    assert {part: len(lines) for part, lines in rows.items()} == {"labeled": 4, "heldout": 2, "pool": 8}
+    assert {part: len(lines) for part, lines in rows.items()} == {"labeled": 4, "heldout": 2, "pool": 12}
     paths = [line.partition(",")[0] for lines in rows.values() for line in lines]
-    assert len(set(paths)) == len(paths) == 14
+    assert len(set(paths)) == len(paths) == 18
     assert all(line.split(",")[1] in line.split(",")[0] for line in rows["labeled"])

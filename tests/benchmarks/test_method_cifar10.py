@@ -5,85 +5,142 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
-from benchmarks import method_cifar10
+from benchmarks import method_digits
+from benchmarks.arms import Measured, digest_arm, estimate_cost
 from benchmarks.method_cifar10 import (
+    BATCH,
     FULL,
+    FULL_ARMS,
+    FULL_CONTRASTS,
+    LINES,
+    MAIN_ARMS,
     QUICK,
-    compute_seed_figures,
-    make_control_experiment,
-    make_method_experiment,
-    mean_interval,
-    paired_interval,
+    SWEEP,
+    choose_control_rate,
+    make_arms,
+    write_tables,
 )
-from ns.config.schema import Experiment
+from benchmarks.polluted_pool import KNOWN_CLASSES
+from ns.training.plan import plan_training
 
 ROOT = Path(__file__).parents[2]
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def get_role(arm):
+    return arm.experiment.get_student(arm.generation) if arm.generation else arm.experiment.teacher
+
+
+def list_rates(arm, labeled):
+    """The learning rate of each step of an arm."""
+    plan = plan_training(get_role(arm), labeled)
+    return [plan.lr_at(step) for step in range(plan.steps)]
 
 
 @pytest.mark.parametrize("sizes", [FULL, QUICK])
-def test_experiments_are_valid(sizes, tmp_path):
-    document = make_method_experiment(1, tmp_path, sizes)
-    for one in (document, make_control_experiment(document, "store/models/teacher")):
-        assert Experiment.model_validate(yaml.safe_load(yaml.safe_dump(one))).seed == 1
+def test_arms_need_arms_that_are_there_and_are_valid(sizes, tmp_path):
+    arms = make_arms(1, tmp_path, sizes)
+    assert arms.keys() == {*MAIN_ARMS, *SWEEP, *FULL_ARMS}
+    for arm in arms.values():
+        assert arm.experiment.seed == 1
+        assert set(arm.needs) <= arms.keys()
+    assert {name for pair in FULL_CONTRASTS.values() for name in pair} <= arms.keys()
+    assert {name for points in LINES.values() for _, name in points} <= arms.keys()
 
 
-def test_control_has_steps_and_images_of_all_students(tmp_path):
-    document = make_method_experiment(0, tmp_path, FULL)
-    student, control = document["students"][0]["train"], make_control_experiment(document, "teacher")["teacher"]["train"]
-    labeled = 10 * FULL.labeled
-    assert control["labeled_batch"] == student["labeled_batch"] * (1 + student["unlabeled_ratio"])
-    steps = method_cifar10.GENERATIONS * student["epochs"] * labeled / student["labeled_batch"]
-    assert control["epochs"] * labeled / control["labeled_batch"] == pytest.approx(steps)
-    assert control["optimizer"]["warmup_epochs"] / control["epochs"] == pytest.approx(
-        student["optimizer"]["warmup_epochs"] / student["epochs"] / method_cifar10.GENERATIONS
-    )
+@pytest.mark.parametrize(
+    ("arms", "labeled", "first", "continued"),
+    [
+        (make_arms(0, Path("tables"), FULL), 2_000, ["T", "S1", "S1-quiet", "C1", "S1-pool-4"], ["S1-longer", "S2", "C2"]),
+        (method_digits.make_arms(0, Path("work")), 50, ["S1", "S1-quiet", "C1", "S1-pool-4"], ["S1-longer", "S2", "C2"]),
+    ],
+    ids=["cifar10", "digits"],
+)
+def test_arms_of_a_generation_have_equal_rates_and_images_at_every_step(arms, labeled, first, continued):
+    for names in (first, continued):
+        rates = [list_rates(arms[name], labeled) for name in names]
+        assert len({len(of_arm) for of_arm in rates}) == 1
+        assert np.allclose(rates, rates[0], rtol=1e-12)
+        images = {
+            role.train.labeled_batch + (role.train.pseudo_batch if arms[name].labels else 0)
+            for name in names
+            for role in [get_role(arms[name])]
+        }
+        assert len(images) == 1
+    # A continued arm begins its schedule anew, up to the same peak.
+    peaks = [max(list_rates(arms[name], labeled)) for name in (first[0], continued[0])]
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.01)
 
 
-def test_mean_interval_is_students_t():
-    # t(0.975, 2) = 4.3027; the standard deviation of 1, 2, 3 is 1.
-    middle, half = mean_interval([1.0, 2.0, 3.0])
-    assert (middle, half) == (2.0, pytest.approx(4.3027 / 3**0.5, abs=1e-4))
-    assert mean_interval([5.0]) == (5.0, 0.0)
+def test_control_is_the_teacher_if_its_rate_is_the_others(tmp_path):
+    arms = make_arms(0, tmp_path, FULL)
+    assert get_role(arms["C1"]) == get_role(arms["T"]) == get_role(arms["T-same"])
+    assert arms["C1"].generation == arms["T"].generation == 0
+    assert estimate_cost(arms["T"], 2_000) == FULL.steps * BATCH
 
 
-def test_paired_interval_is_narrower_than_an_unpaired_one():
-    teacher = np.arange(1000) % 2 == 0
-    student = teacher.copy()
-    student[1:101:2] = True
-    low, high = paired_interval(teacher, student)
-    assert (low + high) / 2 == pytest.approx(0.05)
-    assert high - low == pytest.approx(2 * 1.96 * (0.05 * 0.95 / 999) ** 0.5, rel=1e-3)
+def test_students_differ_in_what_they_are_compared_by_alone(tmp_path):
+    arms = make_arms(0, tmp_path, FULL)
+
+    def drop_suites(arm):
+        return {**arm.document, "evaluation": {**arm.document["evaluation"], "suites": None}}
+
+    assert drop_suites(arms["S2"]) == drop_suites(arms["S1-longer"])
+    quiet = get_role(arms["S1-quiet"])
+    assert quiet.model_copy(update={"noise": quiet.noise.model_copy(update={"pool": "same"})}) == get_role(arms["S1"])
+    assert (arms["S2"].labels, arms["S1-longer"].labels, arms["S2"].start) == ("S1", "T", arms["S1-longer"].start)
 
 
-def test_compute_seed_figures():
-    def model(error, mce, mfr, fgsm):
-        return {"clean error": error, "mCE": mce, "mFR": mfr, "fgsm-1": fgsm, "fgsm-2": fgsm, "fgsm-4": fgsm}
+def test_control_rate_changes_control_alone(tmp_path):
+    usual, triple = make_arms(0, tmp_path, FULL), make_arms(0, tmp_path, FULL, 3.0)
+    assert list_rates(triple["C2"], 2_000) == pytest.approx([3 * rate for rate in list_rates(usual["C2"], 2_000)])
+    changed = {name for name in usual if digest_arm(usual, name) != digest_arm(triple, name)}
+    assert changed == {"C1", "C2"}
 
-    models = {
-        "teacher": model(40.0, 100.0, 100.0, 20.0),
-        "student 1": model(38.0, 97.0, 95.0, 21.0),
-        "student 2": model(36.0, 94.0, 90.0, 23.0),
-        "control": model(40.0, 100.0, 90.0, 20.0),
-    }
-    found = compute_seed_figures([models])
-    assert found["clean_error_reduction"] == [pytest.approx(0.1)]
-    assert found["mce_ratio"] == [pytest.approx(0.94)]
-    assert found["mfr_ratio"] == [pytest.approx(0.9)]
-    assert found["fgsm_gain"] == [pytest.approx(3.0)]
-    assert found["clean_error_reduction_over_control"] == [pytest.approx(0.1)]
-    assert found["mfr_ratio_over_control"] == [pytest.approx(1.0)]
+
+def test_choose_control_rate_looks_at_heldout_errors():
+    def measure(heldout, test):
+        empty = np.zeros((1, 0, 0), np.uint8)
+        return Measured({}, np.arange(100)[None] < heldout, np.arange(100)[None] < test, empty, empty, empty)
+
+    sweep = dict(zip(SWEEP, [measure(40, 10), measure(30, 50), measure(20, 90)], strict=True))
+    assert choose_control_rate(sweep) == 3
+
+
+def test_write_tables_draws_parts_without_overlap(tmp_path):
+    for part, count in (("train", 100), ("test", 12)):
+        for name in CLASSES:
+            (tmp_path / part / name).mkdir(parents=True)
+            for number in range(count):
+                (tmp_path / part / name / f"{number}.jpg").touch()
+    write_tables(tmp_path, 3, QUICK, full=True)
+
+    def read_paths(name):
+        return [row.partition(",")[0] for row in (tmp_path / f"{name}.csv").read_text().splitlines()[1:]]
+
+    parts = [read_paths(f"{part}-3") for part in ("labeled", "heldout", "pool")]
+    assert [len(part) for part in parts] == [200, 200, 600]
+    assert len(set().union(*parts)) == 1000
+    assert len(read_paths("test")) == 10 * QUICK.test
+    assert [len(read_paths(f"pool-{share}-3")) for share in (4, 16)] == [150, 38]
+    assert set(read_paths("pool-16-3")) < set(read_paths("pool-3"))
+    known = read_paths("known-pool-3")
+    assert {Path(path).parent.name for path in known} == set(KNOWN_CLASSES)
+    polluted = read_paths("polluted-3")
+    assert polluted[: len(known)] == known
+    assert len(polluted) == 2 * len(known)
+    assert all(Path(path).exists() for path in polluted)
 
 
 @pytest.mark.data
 @pytest.mark.long
 def test_quick_experiment_writes_its_results(cifar10, tmp_path):
-    command = [sys.executable, "-m", "benchmarks.method_cifar10", "--quick", "--images", str(cifar10)]
+    command = [sys.executable, "-m", "benchmarks.method_cifar10", "--quick", "--seeds", "0", "--images", str(cifar10)]
     places = ["--work", str(tmp_path / "work"), "--results", str(tmp_path)]
     subprocess.run([*command, *places], cwd=ROOT, check=True, capture_output=True)
     result = json.loads((tmp_path / "method_cifar10.json").read_text())
-    # Of so small a teacher it is a matter of luck whether it wavers in every kind of sequence.
-    assert result["figures"].keys() >= {"clean_error_reduction", "mce_ratio", "fgsm_gain", "fgsm_gain_over_control"}
-    assert list(result["seeds"][0]["models"]) == ["teacher", "student 1", "student 2", "control"]
-    assert "| clean error, % |" in (tmp_path / "method_cifar10.md").read_text()
+    assert result["figures"].keys() >= {"clean_error_reduction_over_control", "mce_reduction_over_control", "teacher_error"}
+    assert result["claims"].keys() == {"pool", "iteration", "noise", "robustness"}
+    assert "| S1-longer | S1, continued on T's labels |" in (tmp_path / "method_cifar10.md").read_text()
+    assert "<svg" in (tmp_path / "method_cifar10.svg").read_text()
