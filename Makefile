@@ -136,7 +136,7 @@ bench-quickstart: $(VENV)/.bench ## Measure the quickstart against a plain loop 
 bench-method: $(VENV)/.bench ## Show the method's effects on CIFAR-10, five seeds, three hours (ARGS="--quick", ARGS="--full", a night)
 	@$(BIN)/python -m benchmarks.method_cifar10 $(ARGS)
 
-bench-digits: $(VENV)/.bench ## Show the method's effects on the quickstart's digits, 20 seeds, half an hour (ARGS="--quick")
+bench-digits: $(VENV)/.bench ## Show the method's effects on the quickstart's digits, 20 seeds (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.method_digits $(ARGS)
 
 soak: $(VENV)/.bench ## Kill, stop and damage runs 200 times, half an hour (ARGS="--quick", ARGS="--blows 50 --seed 1")

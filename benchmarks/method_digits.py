@@ -4,7 +4,7 @@
 
 50 labeled images, 847 for the pool, 500 held out, which decide nothing here, and 400 for the test. The split is fixed; the 20 seeds draw
 weights, order and noise. Settings are the quickstart's (`ns run quickstart`), whose students start from their teacher: 200 steps are too
-few to start from random weights. Half an hour on two cores; --quick: one seed and few steps, less than a minute, shows that it works.
+few to start from random weights. --quick: one seed and few steps, less than a minute, shows that it works.
 
     arm        learns from the labels and …          starts from
     T          nothing else                          random weights
