@@ -6,13 +6,14 @@ Student's t with Satterthwaite's degrees of freedom (Biometrics Bulletin 2, 1946
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-Floats = npt.NDArray[np.float64]
+Numbers = npt.NDArray[Any]
+"""Of any type; false and true are 0 and 1."""
 LEVEL = 0.95
 
 
@@ -31,8 +32,9 @@ class Contrast(NamedTuple):
         return self._replace(value=factor * self.value, low=factor * self.low, high=factor * self.high)
 
 
-def bound_mean(layout: Floats) -> Contrast:
+def bound_mean(layout: Numbers) -> Contrast:
     """The mean of a layout [seeds, images]. With one seed the interval holds for new images only."""
+    layout = layout.astype(np.float64)
     seeds, images = layout.shape
     value = float(layout.mean())
     row_variance = float(layout.mean(1).var(ddof=1)) / seeds if seeds > 1 else 0.0
@@ -51,12 +53,12 @@ def bound_mean(layout: Floats) -> Contrast:
     return Contrast(value, value - half, value + half, 2 * float(stats.t.sf(abs(value) / variance**0.5, freedom)))
 
 
-def contrast_errors(student: npt.NDArray[np.number], control: npt.NDArray[np.number]) -> Contrast:
+def contrast_errors(student: Numbers, control: Numbers) -> Contrast:
     """Errors avoided: mean of the control's mistakes − mean of the student's. Both: mistakes [seeds, images]."""
     return bound_mean(control.astype(np.float64) - student.astype(np.float64))
 
 
-def contrast_ratios(student: npt.NDArray[np.number], control: npt.NDArray[np.number]) -> Contrast:
+def contrast_ratios(student: Numbers, control: Numbers) -> Contrast:
     """Share of errors avoided: 1 − the mean over kinds of the student's mistakes ÷ the control's, each over all seeds and images.
 
     Both: mistakes [seeds, images, kinds]. Kinds in which the control makes no mistake are left out; 0 if there is no other.

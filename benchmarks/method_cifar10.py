@@ -252,17 +252,17 @@ def make_arms(seed: int, tables: Path, sizes: ExperimentSizes, control_rate: flo
         train = make_training(sizes.steps, labeled, labeled_batch=BATCH, rate=rate)
         return {**replace_sections(base, sections), "teacher": {**base["teacher"], "train": train}}
 
-    robust = {"evaluation": {"suites": ["clean", *SUITES]}}
+    robust = {"suites": ["clean", *SUITES]}
     continued = {"init": "teacher"}
     control = make_training(longer, labeled, labeled_batch=BATCH, rate=control_rate)
     arms = {
         "T": Arm(base, 0),
-        "S1": Arm(make_student(**robust), 1, labels="T"),
+        "S1": Arm(make_student(evaluation=robust), 1, labels="T"),
         "S1-quiet": Arm(make_student(noise={"pool": "none"}), 1, labels="T"),
         "S1-longer": Arm(make_student(longer, train=continued), 2, labels="T", start="S1"),
-        "S2": Arm(make_student(longer, train=continued, **robust), 2, labels="S1", start="S1"),
-        "C1": Arm(make_teacher(control_rate, **robust), 0),
-        "C2": Arm(replace_student(base, control | continued, **robust), 2, start="C1"),
+        "S2": Arm(make_student(longer, train=continued, evaluation=robust), 2, labels="S1", start="S1"),
+        "C1": Arm(make_teacher(control_rate, evaluation=robust), 0),
+        "C2": Arm(replace_student(base, control | continued, evaluation=robust), 2, start="C1"),
     }
     arms |= {name: Arm(make_teacher(rate), 0) for name, rate in SWEEP.items()}
     for share in POOL_SHARES:
@@ -278,7 +278,6 @@ def make_arms(seed: int, tables: Path, sizes: ExperimentSizes, control_rate: flo
     known = {part: str(tables / f"known-{part}-{seed}.csv") for part in ("labeled", "pool", "heldout")}
     known["test"] = str(tables / "known-test.csv")
     polluted = known | {"pool": str(tables / f"polluted-{seed}.csv")}
-    limit = {"labeling": {"foreign_score": "distance"}, "selection": {"foreign_quantile": 0.9}}
     known_base = {**base, "data": known}
     known_base["teacher"] = {
         **base["teacher"],
@@ -288,7 +287,17 @@ def make_arms(seed: int, tables: Path, sizes: ExperimentSizes, control_rate: flo
     arms["K-T"] = Arm(known_base, 0)
     arms["K-S1-clean"] = Arm(replace_student(known_base, known_training), 1, labels="K-T")
     arms["K-S1-half"] = Arm(replace_student(known_base, known_training, data=polluted), 1, labels="K-T")
-    arms["K-S1-limit"] = Arm(replace_student(known_base, known_training, data=polluted, **limit), 1, labels="K-T")
+    arms["K-S1-limit"] = Arm(
+        replace_student(
+            known_base,
+            known_training,
+            data=polluted,
+            labeling={"foreign_score": "distance"},
+            selection={"foreign_quantile": 0.9},
+        ),
+        1,
+        labels="K-T",
+    )
 
     arms["W-T"] = Arm(use_pretrained(base), 0)
     arms["W-S1"] = Arm(use_pretrained(make_student()), 1, labels="W-T")
@@ -469,10 +478,11 @@ def main() -> None:
 
     arms, full_arms = (stack_arms(work, arms_by_seed, list(group)) for group in (MAIN_ARMS, FULL_ARMS))
     intervals = compute_figures(arms)
+    all_arms = {**arms, **full_arms}
     further = {
-        about: contrast_arms(full_arms.get(student, arms.get(student)), full_arms.get(control, arms.get(control)))
+        about: contrast_arms(all_arms[student], all_arms[control])
         for about, (student, control) in FULL_CONTRASTS.items()
-        if {student, control} <= arms.keys() | full_arms.keys()
+        if {student, control} <= all_arms.keys()
     }
     result = {
         "command": "python -m benchmarks.method_cifar10" + (" --quick" if options.quick else " --full" if options.full else ""),
@@ -483,8 +493,7 @@ def main() -> None:
         "intervals": {name: contrast._asdict() for name, contrast in intervals.items()},
         "claims": compute_claims(arms, CLAIMS),
         "arms": {
-            name: bound_mean(measured.test)._asdict() | {"runs": measured.about["seeds"]}
-            for name, measured in {**arms, **full_arms}.items()
+            name: bound_mean(measured.test)._asdict() | {"runs": measured.about["seeds"]} for name, measured in all_arms.items()
         },
         "further": {about: contrast._asdict() for about, contrast in further.items()},
         "control_rate": control_rate,

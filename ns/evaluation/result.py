@@ -13,7 +13,7 @@ SHA begins the file's sha256, so that two attempts at one evaluation do not mix.
 """
 
 import re
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -305,8 +305,8 @@ def read_mistakes(store: Store, robustness: Robustness) -> ImageMistakes:
     """The mistakes by image of a measurement. Raises DataError if the file is not the recorded one."""
     assert robustness.mistakes_sha256 is not None
     table = _read_checked(store, robustness.mistakes_key, robustness.mistakes_sha256, Robustness.filename)
-    kinds_by_suite = (robustness.corruptions, robustness.perturbations, map(str, robustness.attacks))
-    suites = dict(zip(MISTAKE_SUITES, map(list, kinds_by_suite), strict=True))
+    kinds_by_suite: tuple[Iterable[object], ...] = (robustness.corruptions, robustness.perturbations, robustness.attacks)
+    suites = {suite: [str(kind) for kind in kinds] for suite, kinds in zip(MISTAKE_SUITES, kinds_by_suite, strict=True)}
     counts = [(f"{suite} {kind}", pa.uint8()) for suite, kinds in suites.items() for kind in kinds]
     schema = pa.schema([pa.field(name, kind, nullable=False) for name, kind in (("key", pa.string()), *counts)])
     check_columns(table, f"{store.uri}/{robustness.mistakes_key}", schema, "evaluate again")
