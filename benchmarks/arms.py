@@ -137,12 +137,12 @@ def run_arm(work: Path, seed: int, name: str, arms: Arms) -> Measured:
     data = prepare_data(ref)
     generation, selection = arm.generation, ""
     if arm.labels:
-        labeler = find_model(LocalStore(root), seed, arm.labels, arms)
+        labeler = find_arm_model(LocalStore(root), seed, arm.labels, arms)
         for shards in split_pool(ref, data=data):
             label_shards(ref, data=data, generation=generation, teacher=labeler, shards=shards)
         selection = commit_labels(ref, data=data, generation=generation, teacher=labeler)
     start = arm.start or arm.labels
-    teacher = find_model(LocalStore(root), seed, start, arms) if start else ""
+    teacher = find_arm_model(LocalStore(root), seed, start, arms) if start else ""
     model = train_generation(ref, data=data, generation=generation, teacher=teacher, selection=selection)
     evaluate_generation(ref, data=data, generation=generation, model=model)
     measured = _read_measurements(LocalStore(root), run, generation)
@@ -153,7 +153,7 @@ def run_arm(work: Path, seed: int, name: str, arms: Arms) -> Measured:
     return measured
 
 
-def find_model(root: Store, seed: int, name: str, arms: Arms) -> str:
+def find_arm_model(root: Store, seed: int, name: str, arms: Arms) -> str:
     """Key of the folder of an arm's model. Raises SystemExit if it was not trained here."""
     note = find_stage_note(root, f"{seed}-{name}", arms[name].generation, "train")
     if note is None:

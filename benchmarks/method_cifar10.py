@@ -18,7 +18,7 @@ official test images are only reported.
     C2         nothing else                          C1                half of T's
 
 All arms see as many images per step, labeled or not, and have the same learning rate at every step. A continued arm begins the schedule
-anew, with the same peak. The rate of the control, C1 and C2, is ⅓, 1 or 3 times that of the other arms: the one with which T with seed 100
+again, with the same peak. The rate of the control, C1 and C2, is ⅓, 1 or 3 times that of the other arms: the one with which T with seed 100
 is best on held-out images. If that is 1, C1 is T itself.
 
 Claims, tested together at 5 % (Holm):
@@ -215,7 +215,7 @@ def make_training(steps: int, labeled: int, *, labeled_batch: int, rate: float =
     }
 
 
-def make_arms(seed: int, tables: Path, sizes: ExperimentSizes, control_rate: float = 1.0) -> dict[str, Arm]:
+def make_cifar10_arms(seed: int, tables: Path, sizes: ExperimentSizes, control_rate: float = 1.0) -> dict[str, Arm]:
     """Name → arm, those of `--full` too. `tables`: folder of the tables; `control_rate`: learning rate of the control ÷ the others'."""
     labeled, longer = sizes.labeled_images, sizes.steps // 2
     base: dict[str, Any] = {
@@ -413,7 +413,7 @@ def compute_figures(arms: Mapping[str, Measured]) -> dict[str, Contrast]:
     return figures
 
 
-def render_page(result: Mapping[str, Any], arms: Mapping[str, Measured], full_arms: Mapping[str, Measured]) -> str:
+def render_cifar10_page(result: Mapping[str, Any], arms: Mapping[str, Measured], full_arms: Mapping[str, Measured]) -> str:
     sizes = ExperimentSizes(**result["sizes"])
     seeds = result["seeds"]
     machine = result["machine"]
@@ -466,11 +466,11 @@ def main() -> None:
     for seed in (SETTINGS_SEED, *options.seeds):
         write_tables(work, seed, sizes, full=options.full or bool(options.arms))
 
-    settings_arms = {SETTINGS_SEED: make_arms(SETTINGS_SEED, work, sizes)}
+    settings_arms = {SETTINGS_SEED: make_cifar10_arms(SETTINGS_SEED, work, sizes)}
     run_arms(work, settings_arms, list(SWEEP), labeled=sizes.labeled_images, cores=options.cores)
     sweep = stack_arms(work, settings_arms, list(SWEEP))
     control_rate = choose_control_rate(sweep)
-    arms_by_seed = {seed: make_arms(seed, work, sizes, control_rate) for seed in options.seeds}
+    arms_by_seed = {seed: make_cifar10_arms(seed, work, sizes, control_rate) for seed in options.seeds}
     names = options.arms or [*MAIN_ARMS, *(FULL_ARMS if options.full else ())]
     run_arms(work, arms_by_seed, names, labeled=sizes.labeled_images, cores=options.cores)
     if options.arms:
@@ -503,7 +503,7 @@ def main() -> None:
     options.results.mkdir(parents=True, exist_ok=True)
     draw_generations(arms, LINES, options.results / "method_cifar10.svg")
     (options.results / "method_cifar10.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    text = render_page(result, arms, full_arms)
+    text = render_cifar10_page(result, arms, full_arms)
     (options.results / "method_cifar10.md").write_text(text)
     print(text)
 

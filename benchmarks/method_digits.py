@@ -68,7 +68,7 @@ CLAIMS = {
 }
 
 
-def make_arms(seed: int, work: Path, epochs: float | None = None) -> dict[str, Arm]:
+def make_digits_arms(seed: int, work: Path, epochs: float | None = None) -> dict[str, Arm]:
     """Name → arm. `work`: folder of the lists that `write_exclusions` writes; `epochs`: instead of the quickstart's."""
     quickstart = load_experiment(resolve_preset("quickstart")).model_dump(mode="json", exclude_unset=True, by_alias=True)
     base = {**quickstart, "seed": seed, "generations": 1, "labeling": {"tasks": 1}}
@@ -128,7 +128,7 @@ def write_exclusions(work: Path) -> None:
         locate_exclusions(work, share).write_text("\n".join(left_out) + "\n")
 
 
-def render_page(result: Mapping[str, Any], arms: Mapping[str, Measured]) -> str:
+def render_digits_page(result: Mapping[str, Any], arms: Mapping[str, Measured]) -> str:
     seeds, machine = result["seeds"], result["machine"]
     return (
         "\n\n".join([
@@ -160,7 +160,7 @@ def main() -> None:
     work = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     write_exclusions(work)
-    arms_by_seed = {seed: make_arms(seed, work, QUICK_EPOCHS if options.quick else None) for seed in seeds}
+    arms_by_seed = {seed: make_digits_arms(seed, work, QUICK_EPOCHS if options.quick else None) for seed in seeds}
     run_arms(work, arms_by_seed, list(ARMS), labeled=LABELED, cores=options.cores)
     arms = stack_arms(work, arms_by_seed, list(ARMS))
     intervals = {
@@ -181,7 +181,7 @@ def main() -> None:
     options.results.mkdir(parents=True, exist_ok=True)
     draw_generations(arms, LINES, options.results / "method_digits.svg")
     (options.results / "method_digits.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    text = render_page(result, arms)
+    text = render_digits_page(result, arms)
     (options.results / "method_digits.md").write_text(text)
     print(text)
 

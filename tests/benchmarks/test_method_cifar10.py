@@ -18,7 +18,7 @@ from benchmarks.method_cifar10 import (
     QUICK,
     SWEEP,
     choose_control_rate,
-    make_arms,
+    make_cifar10_arms,
     write_tables,
 )
 from benchmarks.polluted_pool import KNOWN_CLASSES
@@ -40,7 +40,7 @@ def list_rates(arm, labeled):
 
 @pytest.mark.parametrize("sizes", [FULL, QUICK])
 def test_arms_need_arms_that_are_there_and_are_valid(sizes, tmp_path):
-    arms = make_arms(1, tmp_path, sizes)
+    arms = make_cifar10_arms(1, tmp_path, sizes)
     assert arms.keys() == {*MAIN_ARMS, *SWEEP, *FULL_ARMS}
     for arm in arms.values():
         assert arm.experiment.seed == 1
@@ -52,8 +52,13 @@ def test_arms_need_arms_that_are_there_and_are_valid(sizes, tmp_path):
 @pytest.mark.parametrize(
     ("arms", "labeled", "first", "continued"),
     [
-        (make_arms(0, Path("tables"), FULL), 2_000, ["T", "S1", "S1-quiet", "C1", "S1-pool-4"], ["S1-longer", "S2", "C2"]),
-        (method_digits.make_arms(0, Path("work")), 50, ["S1", "S1-quiet", "C1", "S1-pool-4"], ["S1-longer", "S2", "C2"]),
+        (
+            make_cifar10_arms(0, Path("tables"), FULL),
+            2_000,
+            ["T", "S1", "S1-quiet", "C1", "S1-pool-4"],
+            ["S1-longer", "S2", "C2"],
+        ),
+        (method_digits.make_digits_arms(0, Path("work")), 50, ["S1", "S1-quiet", "C1", "S1-pool-4"], ["S1-longer", "S2", "C2"]),
     ],
     ids=["cifar10", "digits"],
 )
@@ -68,20 +73,20 @@ def test_arms_of_a_generation_have_equal_rates_and_images_at_every_step(arms, la
             for role in [get_role(arms[name])]
         }
         assert len(images) == 1
-    # A continued arm begins its schedule anew, up to the same peak.
+    # A continued arm begins its schedule again, up to the same peak.
     peaks = [max(list_rates(arms[name], labeled)) for name in (first[0], continued[0])]
     assert peaks[1] == pytest.approx(peaks[0], rel=0.01)
 
 
 def test_control_is_the_teacher_if_its_rate_is_the_others(tmp_path):
-    arms = make_arms(0, tmp_path, FULL)
+    arms = make_cifar10_arms(0, tmp_path, FULL)
     assert get_role(arms["C1"]) == get_role(arms["T"]) == get_role(arms["T-same"])
     assert arms["C1"].generation == arms["T"].generation == 0
     assert estimate_cost(arms["T"], 2_000) == FULL.steps * BATCH
 
 
 def test_students_differ_in_what_they_are_compared_by_alone(tmp_path):
-    arms = make_arms(0, tmp_path, FULL)
+    arms = make_cifar10_arms(0, tmp_path, FULL)
 
     def drop_suites(arm):
         return {**arm.document, "evaluation": {**arm.document["evaluation"], "suites": None}}
@@ -93,7 +98,7 @@ def test_students_differ_in_what_they_are_compared_by_alone(tmp_path):
 
 
 def test_control_rate_changes_control_alone(tmp_path):
-    usual, triple = make_arms(0, tmp_path, FULL), make_arms(0, tmp_path, FULL, 3.0)
+    usual, triple = make_cifar10_arms(0, tmp_path, FULL), make_cifar10_arms(0, tmp_path, FULL, 3.0)
     assert list_rates(triple["C2"], 2_000) == pytest.approx([3 * rate for rate in list_rates(usual["C2"], 2_000)])
     changed = {name for name in usual if digest_arm(usual, name) != digest_arm(triple, name)}
     assert changed == {"C1", "C2"}

@@ -35,7 +35,7 @@ def test_quick_digits_are_measured_once_and_their_files_serve_elsewhere(tmp_path
     page = (tmp_path / "method_digits.md").read_text()
     assert "| S1-pool-16 | S1 with a pool of 1/16 |" in page
     assert "<svg" in (tmp_path / "method_digits.svg").read_text()
-    arms = {0: method_digits.make_arms(0, here, method_digits.QUICK_EPOCHS)}
+    arms = {0: method_digits.make_digits_arms(0, here, method_digits.QUICK_EPOCHS)}
     stacked = stack_arms(here, arms, list(method_digits.ARMS))
     assert {measured.test.shape for measured in stacked.values()} == {(1, 400)}
     abouts = [measured.about["seeds"][0] for measured in stacked.values()]
@@ -44,6 +44,6 @@ def test_quick_digits_are_measured_once_and_their_files_serve_elsewhere(tmp_path
 
     # As if the second machine had been given the first one's measurements: nothing is trained there.
     shutil.copytree(here / "measured", there / "measured")
-    moved = {0: method_digits.make_arms(0, there, method_digits.QUICK_EPOCHS)}
+    moved = {0: method_digits.make_digits_arms(0, there, method_digits.QUICK_EPOCHS)}
     run_arms(there, moved, list(method_digits.ARMS), labeled=method_digits.LABELED, cores=1)
     assert not (there / "runs").exists()
