@@ -25,8 +25,8 @@ class Claim(NamedTuple):
 def contrast_arms(student: Measured, control: Measured, suite: str = "") -> Contrast:
     """Clean errors avoided, in points of accuracy; of a suite, the share of mistakes avoided, in %."""
     if not suite:
-        return contrast_errors(student.test, control.test).scale(100)
-    return contrast_ratios(getattr(student, suite), getattr(control, suite)).scale(100)
+        return contrast_errors(student.test, control.test).change_unit(100)
+    return contrast_ratios(getattr(student, suite), getattr(control, suite)).change_unit(100)
 
 
 def reduce_error(student: Measured, control: Measured) -> Contrast:
@@ -134,13 +134,13 @@ def draw_generations(arms: Mapping[str, Measured], lines: Mapping[str, Sequence[
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
         for number, (label, points) in enumerate(lines.items()):
-            known = [(generation, bound_mean(100.0 * arms[name].test)) for generation, name in points if name in arms]
-            if known:
-                values = np.array([[contrast.value, contrast.low, contrast.high] for _, contrast in known])
+            bounds = [(generation, bound_mean(100.0 * arms[name].test)) for generation, name in points if name in arms]
+            if bounds:
+                values = np.array([[contrast.value, contrast.low, contrast.high] for _, contrast in bounds])
                 spread = abs(values[:, 1:].T - values[:, 0])
                 # Beside each other, so that intervals do not hide each other.
-                place = [generation + 0.03 * number for generation, _ in known]
-                axes.errorbar(place, values[:, 0], spread, marker="o", markersize=4, capsize=3, linewidth=1.4, label=label)
+                positions = [generation + 0.03 * number for generation, _ in bounds]
+                axes.errorbar(positions, values[:, 0], spread, marker="o", markersize=4, capsize=3, linewidth=1.4, label=label)
         axes.set_xticks([0, 1, 2], ["teacher", "generation 1", "generation 2"])
         axes.set_ylabel("clean test error, % (95 % interval)")
         axes.grid(axis="y", alpha=0.3)

@@ -292,8 +292,8 @@ def stack_arms(work: Path, arms_by_seed: Mapping[int, Arms], names: Sequence[str
     """Name → the arm's measurements, with a first dimension for the seeds. Arms that a seed lacks are left out."""
     stacked = {}
     for name in names:
-        found = [measured for seed, arms in arms_by_seed.items() if (measured := find_measured(work, seed, name, arms))]
-        if len(found) == len(arms_by_seed):
-            arrays = [np.stack(parts) for parts in zip(*(measured[1:] for measured in found), strict=True)]
-            stacked[name] = Measured({"seeds": [measured.about for measured in found]}, *arrays)
+        by_seed = [measured for seed, arms in arms_by_seed.items() if (measured := find_measured(work, seed, name, arms))]
+        if len(by_seed) == len(arms_by_seed):
+            arrays = [np.stack(parts) for parts in zip(*(measured[1:] for measured in by_seed), strict=True)]
+            stacked[name] = Measured({"seeds": [measured.about for measured in by_seed]}, *arrays)
     return stacked

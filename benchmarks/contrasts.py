@@ -27,7 +27,7 @@ class Contrast(NamedTuple):
     p_value: float
     """Two-sided, that there is no difference."""
 
-    def scale(self, factor: float) -> "Contrast":
+    def change_unit(self, factor: float) -> "Contrast":
         """The same in another unit. `factor`: above 0."""
         return self._replace(value=factor * self.value, low=factor * self.low, high=factor * self.high)
 

@@ -275,10 +275,10 @@ def make_cifar10_arms(seed: int, tables: Path, sizes: ExperimentSizes, control_r
     arms["S1-wide-short"] = Arm(make_student(round(sizes.steps / WIDE_COST), model=wide), 1, labels="T")
 
     known_labeled = labeled * len(KNOWN_CLASSES) // 10
-    known = {part: str(tables / f"known-{part}-{seed}.csv") for part in ("labeled", "pool", "heldout")}
-    known["test"] = str(tables / "known-test.csv")
-    polluted = known | {"pool": str(tables / f"polluted-{seed}.csv")}
-    known_base = {**base, "data": known}
+    known_tables = {part: str(tables / f"known-{part}-{seed}.csv") for part in ("labeled", "pool", "heldout")}
+    known_tables["test"] = str(tables / "known-test.csv")
+    polluted = known_tables | {"pool": str(tables / f"polluted-{seed}.csv")}
+    known_base = {**base, "data": known_tables}
     known_base["teacher"] = {
         **base["teacher"],
         "train": make_training(sizes.steps, known_labeled, labeled_batch=BATCH),
@@ -362,10 +362,10 @@ def write_tables(folder: Path, seed: int, sizes: ExperimentSizes, *, full: bool 
         for name in ("test", *(f"{part}-{seed}" for part in counts)):
             rows = tables[name][1:]
             tables[f"known-{name}"] = [tables[name][0], *(row for row in rows if _read_class(row) in KNOWN_CLASSES)]
-        known = tables[f"known-pool-{seed}"]
+        known_rows = tables[f"known-pool-{seed}"]
         withheld = [row for row in pool[1:] if _read_class(row) not in KNOWN_CLASSES]
-        foreign = _write_foreign_images(folder / "foreign", len(known) - 1 - len(withheld))
-        tables[f"polluted-{seed}"] = [*known, *withheld, *map(str, foreign)]
+        foreign = _write_foreign_images(folder / "foreign", len(known_rows) - 1 - len(withheld))
+        tables[f"polluted-{seed}"] = [*known_rows, *withheld, *map(str, foreign)]
     for name, lines in tables.items():
         path, text = folder / f"{name}.csv", "\n".join(lines) + "\n"
         if not path.exists() or path.read_text() != text:
@@ -409,7 +409,7 @@ def compute_figures(arms: Mapping[str, Measured]) -> dict[str, Contrast]:
         "clean_error_reduction": reduce_error(last, arms["T"]),
     }
     for suite, name in (("corruptions", "mce"), ("perturbations", "mfr"), ("attacks", "pgd")):
-        figures[f"{name}_reduction_over_control"] = contrast_arms(last, control, suite).scale(0.01)
+        figures[f"{name}_reduction_over_control"] = contrast_arms(last, control, suite).change_unit(0.01)
     return figures
 
 

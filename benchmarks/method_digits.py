@@ -166,8 +166,8 @@ def main() -> None:
     intervals = {
         "clean_error_reduction_over_control": reduce_error(arms["S2"], arms["C2"]),
         "clean_error_reduction": reduce_error(arms["S2"], arms["T"]),
-        "pool_of_1/4_over_1/16": contrast_arms(arms["S1-pool-4"], arms["S1-pool-16"]).scale(0.01),
-        "whole_pool_over_1/4": contrast_arms(arms["S1"], arms["S1-pool-4"]).scale(0.01),
+        "pool_of_1/4_over_1/16": contrast_arms(arms["S1-pool-4"], arms["S1-pool-16"]).change_unit(0.01),
+        "whole_pool_over_1/4": contrast_arms(arms["S1"], arms["S1-pool-4"]).change_unit(0.01),
     }
     result = {
         "command": "python -m benchmarks.method_digits" + (" --quick" if options.quick else ""),

@@ -39,7 +39,7 @@ def test_contrast_errors_counts_errors_avoided():
     control[:, :30], student[:, :20] = True, True
     contrast = contrast_errors(student, control)
     assert contrast.value == pytest.approx(0.1)
-    assert contrast.scale(100).value == pytest.approx(10)
+    assert contrast.change_unit(100).value == pytest.approx(10)
     assert 0 < contrast.low < 0.1 < contrast.high
 
 
