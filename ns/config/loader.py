@@ -2,6 +2,7 @@
 
 import importlib.resources
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,8 +20,16 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 def resolve_preset(config_uri: str) -> str:
     """The path of a preset (`quickstart`); any other path or URI unchanged."""
-    preset = importlib.resources.files("ns.config.presets") / f"{config_uri}.yaml"
-    return str(preset) if preset.is_file() and not Path(config_uri).exists() else config_uri
+    return str(_locate_preset(config_uri)) if has_preset(config_uri) and not Path(config_uri).exists() else config_uri
+
+
+def has_preset(name: str) -> bool:
+    """Whether an experiment of this name is part of the package."""
+    return _locate_preset(name).is_file()
+
+
+def _locate_preset(name: str) -> Traversable:
+    return importlib.resources.files("ns.config.presets") / f"{name}.yaml"
 
 
 def load_with_overrides(

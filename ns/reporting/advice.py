@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
+from ns.config.loader import has_preset
 from ns.config.schema import MAX_GENERATIONS
 from ns.data.dataset import format_class_names
 from ns.evaluation.power import find_seen_change
@@ -33,7 +34,7 @@ class Advice(NamedTuple):
     text: str
     """Why, one sentence without a period."""
     command: str
-    """A command line of `ns`, where NAME.yaml is the experiment's file."""
+    """A command line of `ns`, where NAME.yaml is the experiment's file, unless it is one that `ns` brings along."""
 
 
 def list_advice(context: ReportContext) -> list[Advice]:
@@ -94,7 +95,7 @@ def _advise_more_heldout(context: ReportContext) -> Iterator[Advice]:
         shown = "no gain" if points is None else f"a gain of {points:.1f} points or more"
         yield Advice(
             f"{evaluation.images:,} held-out images show {shown}, and gains are mostly below {COARSE_POINTS:g}: hold out more",
-            f"ns config check {context.experiment.name}.yaml --heldout {4 * evaluation.images} --classes {max(2, classes)}",
+            f"ns config check {_name_experiment(context)} --heldout {4 * evaluation.images} --classes {max(2, classes)}",
         )
 
 
@@ -128,7 +129,7 @@ def _advise_selection(context: ReportContext) -> Iterator[Advice]:
         if ece > LARGE_ECE:
             yield Advice(
                 f"the threshold leaves nearly nothing out, and the teacher's confidence is {100 * ece:.0f} points off its accuracy",
-                f"ns run {context.experiment.name}.yaml --set labeling.temperature=fitted",
+                f"ns run {_name_experiment(context)} --set labeling.temperature=fitted",
             )
 
 
@@ -144,7 +145,7 @@ def _advise_training(context: ReportContext) -> Iterator[Advice]:
         yield Advice(
             f"{student.title.lower()} is right on {learned:.1%} of the noised images that it learns from, and on "
             f"{student.evaluation.top1:.1%} of plain ones: train it longer, or with less noise",
-            f"ns run {context.experiment.name}.yaml --set {field}={2 * role.train.epochs:g}",
+            f"ns run {_name_experiment(context)} --set {field}={2 * role.train.epochs:g}",
         )
 
 
@@ -158,14 +159,20 @@ def _advise_loop(context: ReportContext) -> Iterator[Advice]:
         )
     if context.best_model and context.best_model.generation:
         yield Advice(
-            f"{context.best_model.title.lower()} is better than the first teacher by the gate's test: put it to use",
+            f"{context.best_model.title.lower()} is the best model that the gate accepted: put it to use",
             f"ns promote {context.summary.run} --to models/{experiment.name}.yaml",
         )
-    if verdict.promoted and verdict.generation == experiment.generations < MAX_GENERATIONS:
+    if verdict.promoted and verdict.gain > 0 and verdict.generation == experiment.generations < MAX_GENERATIONS:
         yield Advice(
-            "the last student was still better than its teacher: another generation may be too",
-            f"ns run {experiment.name}.yaml --set generations={experiment.generations + 1}",
+            f"the last student was still better than its teacher, by {100 * verdict.gain:.1f} points: another generation may be too",
+            f"ns run {_name_experiment(context)} --set generations={experiment.generations + 1}",
         )
+
+
+def _name_experiment(context: ReportContext) -> str:
+    """What `ns run` takes: the name of an experiment that is part of the package, or the file that the user calls so."""
+    name = context.experiment.name
+    return name if has_preset(name) else f"{name}.yaml"
 
 
 def _name_generation(context: ReportContext, generation: int | None = None) -> str:

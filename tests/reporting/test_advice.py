@@ -90,6 +90,22 @@ def test_selection_that_keeps_little(context):
     assert not says(context, "may be too high")
 
 
+def test_pool_that_is_unlike_the_labels(context):
+    rows = context.labelings[-1].label_set.rows
+    first, *others = context.labelings[-1].selection.rules
+    for share, is_said in ((0.1, False), (0.5, True)):
+        rules = (first.model_copy(update={"foreign": int(share * rows)}), *others)
+        assert says(with_selection(context, rules=rules), "are unlike the labeled ones: look at them") == is_said
+
+
+def test_confidence_that_is_off_its_accuracy(context):
+    evaluation = context.first_model.evaluation
+    for ece, is_said in ((0.02, False), (0.3, True)):
+        calibration = evaluation.calibration.model_copy(update={"ece": ece})
+        trusting = with_selection(with_evaluation(context, calibration=calibration), low_confidence=0)
+        assert says(trusting, "the teacher's confidence is 30 points off its accuracy") == is_said
+
+
 def test_class_without_pseudo_labels(context):
     selection = context.labelings[-1].selection
     rules = (selection.rules[0].model_copy(update={"kept": 0}), *selection.rules[1:])
@@ -110,7 +126,17 @@ def test_promoted_student_is_put_to_use_and_a_refused_one_explained(context):
     assert not says(refused, "put it to use")
     last = replace(many, experiment=with_overrides(context.experiment, ["generations=1"]))
     assert says(last, "another generation may be too")
+    worse = replace(last, verdicts=[verdict.model_copy(update={"gain": -0.03})])
+    assert says(worse, "put it to use")
+    assert not says(worse, "another generation may be too")
     assert not says(many, "another generation may be too")
+
+
+def test_commands_name_a_file_or_an_experiment_of_the_package(context):
+    few = "--heldout 120 --classes 3"
+    assert f"ns config check made-up.yaml {few}" in [advice.command for advice in list_advice(context)]
+    packaged = replace(context, experiment=with_overrides(context.experiment, ["name=quickstart"]))
+    assert f"ns config check quickstart {few}" in [advice.command for advice in list_advice(packaged)]
 
 
 def test_no_advice_before_a_model_is_evaluated(context):
