@@ -1,6 +1,7 @@
 """All benchmarks' figures in one table, and a guard against large regressions.
 
-    python -m benchmarks.summary            writes benchmarks/results/README.md from what the benchmarks have kept there
+    python -m benchmarks.summary            writes benchmarks/results/README.md, and the table in README.md, from what the benchmarks
+                                            have kept in benchmarks/results
     python -m benchmarks.summary --quick    runs each benchmark, or those after --only, with --quick, and fails if a ratio is a quarter
                                             worse than in benchmarks/results/quick.json, twice in a row; --keep writes that file
 
@@ -9,6 +10,7 @@ Only ratios are compared, whose two sides were measured in turns in one run: sec
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -144,6 +146,74 @@ KEPT_OF = 3
 """Number of quick runs of which the least favorable figure is kept."""
 
 
+README = Path(__file__).parents[1] / "README.md"
+README_MARKS = re.compile(r"(<!-- measured: .* -->\n\n).*?(<!-- end -->)", re.DOTALL)
+README_ROWS = (
+    (
+        "CIFAR-10, 2,000 labels, two generations, three seeds",
+        "the student makes **{method_cifar10[clean_error_reduction]:.1%}** fewer errors than its teacher "
+        "(mCE {method_cifar10[mce_ratio]:.1%} of the teacher's, mFR {method_cifar10[mfr_ratio]:.1%}); "
+        "[the experiment](docs/method.md#what-it-does-on-cifar-10)",
+        "make bench-method",
+    ),
+    (
+        "selecting from 50 million labels",
+        "{select[scan_ratio]:.1f} times as long as reading them once, in {select[peak_mib]:.0f} MiB; {select[vs_pandas]:.1f} times as fast "
+        "as pandas on 10 million",
+        "make bench-select",
+    ),
+    (
+        "training",
+        "{train[step_ratio_plain]:.2f} of the bare step on images in memory; {train[vs_timm_train]:.1f} to "
+        "{train[vs_timm_train most]:.1f} times as fast as timm's `train.py`",
+        "make bench-train",
+    ),
+    (
+        "labeling",
+        "{label[forward_ratio]:.2f} to {label[forward_ratio most]:.2f} of the network alone; {label[vs_timm_inference]:.1f} to "
+        "{label[vs_timm_inference most]:.1f} times as fast as timm's `inference.py`",
+        "make bench-label",
+    ),
+    (
+        "reading images",
+        "{data[decode_ratio_32px]:.2f} of the bare decoder at 32 px, {data[decode_ratio_large]:.2f} with photographs",
+        "make bench-data",
+    ),
+    (
+        "fault injection under two clients at once",
+        "{soak[blows]:.0f} killed processes, stopped servers and damaged blobs: {soak[equal]:.0%} of the clients end like an "
+        "undisturbed run",
+        "python -m benchmarks.soak",
+    ),
+)
+"""What was measured, with the figures of benchmarks (`most`: of the most favorable case), and the command that measures it.
+A row whose benchmark has not been kept is left out."""
+
+
+def render_readme(readme: str, by_benchmark: Mapping[str, Mapping[str, float]]) -> str:
+    """The text of README.md with the table of what was measured."""
+    figures = {
+        name: {**values, **{f"{figure} most": value for figure, value in _find_most_favorable(values).items()}}
+        for name, values in by_benchmark.items()
+    }
+    rows = [
+        [what, text.format_map(figures), f"`{command}`"]
+        for what, text, command in README_ROWS
+        if set(re.findall(r"\{(\w+)\[", text)) <= figures.keys()
+    ]
+    table = format_markdown_table(["what", "figure", "measured by"], rows)
+    return README_MARKS.sub(lambda marks: f"{marks[1]}{table}\n\n{marks[2]}", readme)
+
+
+def _find_most_favorable(figures: Mapping[str, float]) -> dict[str, float]:
+    """Figure → the greatest value of its cases."""
+    most: dict[str, float] = {}
+    for name, value in figures.items():
+        figure = name.partition(".")[0]
+        most[figure] = max(value, most.get(figure, value))
+    return most
+
+
 def load_kept(results: Path) -> dict[str, dict[str, float]]:
     """Benchmark → figure → value, of all kept results."""
     return {
@@ -245,6 +315,7 @@ def main() -> None:
     if not options.quick:
         text = render_summary_page(load_kept(RESULTS))
         (RESULTS / "README.md").write_text(text)
+        README.write_text(render_readme(README.read_text(), load_kept(RESULTS)))
         console.print(text, markup=False)
         return
     if options.keep:

@@ -4,7 +4,16 @@ import pytest
 from rich.table import Table
 
 from benchmarks.measure import RESULTS
-from benchmarks.summary import FIGURES, GUARDED, find_regressions, least_favorable, load_kept, render_summary_page
+from benchmarks.summary import (
+    FIGURES,
+    GUARDED,
+    README,
+    find_regressions,
+    least_favorable,
+    load_kept,
+    render_readme,
+    render_summary_page,
+)
 
 BASELINE = {"label": {"forward_ratio": 0.9}, "select": {"scan_ratio": 2.0, "vs_pandas": 10.0}}
 
@@ -51,6 +60,16 @@ def test_summary_page_says_what_the_network_alone_would_reach():
     figures |= {"vs_timm_train.b": 1.2, "step_ratio_randaugment.b": 0.5}
     text = render_summary_page({"train": figures})
     assert "| 1 | ≥ 2.5 | not reached; the network alone, on a batch in memory: 1.25 |" in text
+
+
+def test_readme_has_the_figures_that_were_measured():
+    assert render_readme(README.read_text(), load_kept(RESULTS)) == README.read_text(), "run `python -m benchmarks.summary`"
+
+
+def test_readme_tells_the_least_and_the_most_favorable_case():
+    kept = load_kept(RESULTS)
+    kept["train"] = {"step_ratio_plain": 0.9, "vs_timm_train": 1.0, "vs_timm_train.b0": 3.0, "vs_timm_train.r18": 1.0}
+    assert "1.0 to 3.0 times as fast as timm's `train.py`" in render_readme(README.read_text(), kept)
 
 
 def test_summary_page_is_up_to_date():
