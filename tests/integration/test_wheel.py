@@ -4,12 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from benchmarks.walk import Walk, go_first_hour, install_wheel
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
@@ -49,24 +50,26 @@ def test_wheel_has_all_that_the_package_reads(wheel):
     assert not any(name.startswith(("tests/", "k8s/components/", "k8s/vendor/", "docs/")) for name in names)
 
 
-def test_wheel_works_in_an_environment_of_its_own(wheel, tmp_path):
-    run(sys.executable, "-m", "venv", tmp_path / "venv")
-    python = tmp_path / "venv" / "bin" / "python"
-    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check", wheel)
-    # The libraries of this environment, whose link to the checkout is not followed from a path.
-    environment = {**os.environ, "PYTHONPATH": sysconfig.get_paths()["purelib"]}
+def test_first_hour_works_with_the_wheel_alone(wheel, tmp_path):
+    """The short form of `python -m benchmarks.walk`: from an environment of its own to an export."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    walk = Walk(tmp_path, environment)
+    install_wheel(walk, wheel, tmp_path / ".venv", with_libraries=False)
+    python = tmp_path / ".venv" / "bin" / "python"
     where = run(python, "-c", "import ns, pipelines, sys; print(ns.__file__, pipelines.PACKAGE)", cwd=tmp_path, env=environment)
     assert all(path.startswith(str(tmp_path)) for path in where.split())
-    ns = tmp_path / "venv" / "bin" / "ns"
-    options = [
-        "--set=generations=1",
-        "--set=teacher.train.epochs=60",
-        "--set=students.0.train.epochs=10",
-        "--set=gate.min_gain=-1",
+    go_first_hour(walk, tmp_path, 64, hours=0.1, is_short=True)
+    assert [name for name, *_ in walk.steps][2:] == [
+        "first experiment",
+        "check",
+        "estimate",
+        "run",
+        "report",
+        "predict",
+        "export",
     ]
-    output = run(ns, "run", "quickstart", *options, cwd=tmp_path, env=environment)
-    assert "best model: runs/store/models/" in output
-    assert list((tmp_path / "runs").glob("quickstart-*/report.html"))
+    assert (tmp_path / "export64" / "README.md").exists()
+    assert list((tmp_path / "runs").glob("digits64-*/report.html"))
 
 
 def test_newest_python_compiles_it(wheel, tmp_path):
