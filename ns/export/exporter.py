@@ -183,7 +183,11 @@ def _check_form(
         write(file, network, manifest, store)
         logits = _run_network(read(file), batch)
     except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError) as error:
-        raise ConfigError(f"--form {form}: {manifest.model.arch} cannot be exported: {str(error).splitlines()[0]}") from error
+        cause: BaseException = error
+        while cause.__cause__:
+            cause = cause.__cause__
+        reason = (str(cause).splitlines() or [type(cause).__name__])[0]
+        raise ConfigError(f"--form {form}: {manifest.model.arch} cannot be exported: {reason}") from error
     check = ExportCheck(
         form=form,
         file=filename,

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ns.modeling.factory import Normalize, build_model
 from ns.modeling.manifest import WEIGHTS, ModelManifest
@@ -104,18 +105,20 @@ def _read_torch(file: Path) -> Callable[[Tensor], Tensor]:
 
 
 def _write_onnx(file: Path, network: nn.Module, manifest: ModelManifest, _: Store) -> None:
-    torch.onnx.export(
-        _with_normalization(network, manifest),
-        (_make_example_batch(manifest),),
-        file,
-        dynamo=True,
-        external_data=False,
-        opset_version=OPSET,
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("n", min=1)},),
-        verbose=False,
-    )
+    # torch does not decompose its fused attention where a mask is added, as in BEiT, at a batch of any size.
+    with sdpa_kernel(SDPBackend.MATH):
+        torch.onnx.export(
+            _with_normalization(network, manifest),
+            (_make_example_batch(manifest),),
+            file,
+            dynamo=True,
+            external_data=False,
+            opset_version=OPSET,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("n", min=1)},),
+            verbose=False,
+        )
     import onnx
 
     onnx_model = onnx.load(file)

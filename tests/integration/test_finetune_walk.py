@@ -37,12 +37,13 @@ class WalkSizes(NamedTuple):
     """Images per class that the pretrained model has seen; none of the others."""
     px: int
     epochs: float
+    pretraining_epochs: float
     corrected: int
     """Images that a person labels in Label Studio."""
 
 
-SHORT = WalkSizes(30, 30, 30, 60, px=32, epochs=12, corrected=20)
-LONG = WalkSizes(100, 900, 200, 1_000, px=64, epochs=20, corrected=200)
+SHORT = WalkSizes(30, 30, 30, 60, px=32, epochs=12, pretraining_epochs=12, corrected=20)
+LONG = WalkSizes(100, 900, 200, 1_000, px=64, epochs=20, pretraining_epochs=6, corrected=200)
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,7 @@ def test_walk_from_a_pretrained_model_to_a_registered_one(sizes, server, cifar10
 
     # Weights as a hub would have them: of a training that has seen other images.
     experiment = make_experiment(sizes, labeled="pretraining.csv", weights=None)
+    experiment["teacher"]["train"] = experiment["teacher"]["train"] | {"epochs": sizes.pretraining_epochs}
     (tmp_path / "pretrain.yaml").write_text(yaml.safe_dump(experiment | {"name": "pretrain"}))
     root = LocalStore(tmp_path / "runs")
     pretrained = root.at(train_alone(root, tmp_path / "pretrain.yaml"))
