@@ -14,27 +14,28 @@ official test images are only reported.
     S1-quiet   the same, no noise on the pool        random weights    as T
     S1-longer  T's labels of the pool                S1                half of T's
     S2         S1's labels of the pool               S1                half of T's
-    C1         nothing else                          random weights    as T
-    C2         nothing else                          C1                half of T's
+    T-longer   nothing else                          T                 half of T's
 
-All arms see as many images per step, labeled or not, and have the same learning rate at every step. A continued arm begins the schedule
-again, with the same peak. The rate of the control, C1 and C2, is ⅓, 1 or 3 times that of the other arms: the one with which T with seed 100
-is best on held-out images. If that is 1, C1 is T itself.
+T is the teacher, and the control of S1; T-longer is the control of S2. A control is as long as the student and what the student continues;
+the training of the student's teacher is not counted. All arms see as many images per step, labeled or not, and have the same learning rate
+at every step; a continued arm begins the schedule again, with the same peak. The command begins with what it chooses with seed 100: the
+peak rate, which is the one of three that is best for T, so for the control; then the kind of labels and the threshold, which are those of
+three pairs that are best for S1.
 
 Claims, tested together at 5 % (Holm):
 
-    pool        S1 has fewer errors than C1
+    pool        S1 has fewer errors than T
     iteration   S2 has fewer errors than S1-longer
     noise       S1 has fewer errors than S1-quiet
     robustness  S1 has a lower mCE (15 corruptions at severities 1, 3 and 5), a lower mFR (10 kinds of sequences) and fewer errors under
-                PGD (10 steps, ε = 2/255) than C1, each of these, on 1,000 test images
+                PGD (10 steps, ε = 2/255) than T, each of these, on 1,000 test images
 
 The paper's ε of 16 is for photographs; at 32 px it brings every network to zero. Intervals are for new seeds and new images
 (`benchmarks.contrasts`).
 
-    clean_error_reduction_over_control  1 - test error of S2 ÷ that of C2: the last student and the control that is trained as long
+    clean_error_reduction_over_control  1 - test error of S2 ÷ that of T-longer: the last student and its control, which is trained as long
     clean_error_reduction               1 - test error of S2 ÷ T's
-    mce_reduction_over_control          1 - mean over corruptions of S2's errors ÷ C2's; likewise for flips and for PGD
+    mce_reduction_over_control          1 - mean over corruptions of S2's errors ÷ T-longer's; likewise for flips and for PGD
 
 --full adds arms of one generation: smaller pools, soft and hard labels above three thresholds, a wider student with as many steps and
 with as much computation, a pool of which half is foreign with and without the limit of foreign scores, and pretrained weights, also
@@ -77,28 +78,29 @@ from benchmarks.polluted_pool import KNOWN_CLASSES, load_digit_classes, make_noi
 
 SEEDS = (0, 1, 2, 3, 4)
 SETTINGS_SEED = 100
-SWEEP = {"T-third": 1 / 3, "T-same": 1.0, "T-triple": 3.0}
-"""Arm → its learning rate ÷ that of all other arms."""
+RATES = (0.03, 0.1, 0.3)
+"""Peak learning rates that are tried."""
+LABELS = (("soft", 0.5), ("hard", 0.5), ("hard", 0.8))
+"""Kinds of pseudo-labels, and thresholds of the confidence, that are tried."""
 MAIN_ARMS = {
-    "T": "teacher",
+    "T": "teacher; labeled images only, as long as S1",
     "S1": "student of T",
     "S1-quiet": "the same without noise on the pool",
     "S1-longer": "S1, continued on T's labels",
     "S2": "S1, continued on S1's labels",
-    "C1": "control: labeled images only, as long as S1",
-    "C2": "C1 continued, as long as S2",
+    "T-longer": "T continued, labeled images only, as long as S2",
 }
 CLAIMS = {
-    "pool": Claim("S1", "C1"),
+    "pool": Claim("S1", "T"),
     "iteration": Claim("S2", "S1-longer"),
     "noise": Claim("S1", "S1-quiet"),
-    "robustness": Claim("S1", "C1", tuple(SUITES)),
+    "robustness": Claim("S1", "T", tuple(SUITES)),
 }
 LINES = {
     "noisy student": [(0, "T"), (1, "S1"), (2, "S2")],
     "continued on T's labels": [(1, "S1"), (2, "S1-longer")],
     "without noise on the pool": [(0, "T"), (1, "S1-quiet")],
-    "control: labeled images only, as long": [(1, "C1"), (2, "C2")],
+    "control: labeled images only, as long": [(1, "T"), (2, "T-longer")],
 }
 POOL_SHARES = (16, 4)
 """Divisors of the pool."""
@@ -135,6 +137,14 @@ FULL_CONTRASTS = {
 }
 
 
+class Settings(NamedTuple):
+    """What is chosen with SETTINGS_SEED."""
+
+    peak_rate: float = RATES[1]
+    pseudo_labels: str = LABELS[0][0]
+    min_confidence: float = LABELS[0][1]
+
+
 class ExperimentSizes(NamedTuple):
     """Sizes of an experiment; `--quick` only shows that everything works."""
 
@@ -148,21 +158,21 @@ class ExperimentSizes(NamedTuple):
     robust_images: int
     frames: int
     """Images per perturbation sequence."""
-    min_confidence: float
+    confidence_scale: float
+    """Factor of all thresholds."""
 
     @property
     def labeled_images(self) -> int:
         return 10 * self.labeled
 
 
-FULL = ExperimentSizes(200, 500, 4_300, 1_000, steps=5_000, robust_images=1_000, frames=5, min_confidence=0.5)
-QUICK = ExperimentSizes(20, 20, 60, 10, steps=12, robust_images=8, frames=3, min_confidence=0.0)
+FULL = ExperimentSizes(200, 500, 4_300, 1_000, steps=5_600, robust_images=1_000, frames=5, confidence_scale=1)
+QUICK = ExperimentSizes(20, 20, 60, 10, steps=12, robust_images=8, frames=3, confidence_scale=0)
 
 BATCH = 64
 """Images per step of every arm."""
 LABELED_BATCH = 16
 """Of them labeled, if there is a pool."""
-PEAK_RATE = 0.1
 WARMUP_SHARE = 0.1
 """Of the steps."""
 CHANNELS, WIDE_CHANNELS = (32, 64, 128, 256), (48, 96, 192, 384)
@@ -190,9 +200,8 @@ def make_network(channels: Sequence[int] = CHANNELS) -> dict[str, Any]:
 NOISE = {"randaugment_layers": 2, "randaugment_magnitude": 5, "dropout": 0.1, "stochastic_depth": 0.0}
 
 
-def make_training(steps: int, labeled: int, *, labeled_batch: int, rate: float = 1.0) -> dict[str, Any]:
-    """A training of so many steps, whatever the share of labeled images in a step. `labeled`: labeled images; `rate`: factor of the
-    learning rate."""
+def make_training(steps: int, labeled: int, *, labeled_batch: int, peak_rate: float) -> dict[str, Any]:
+    """A training of so many steps, whatever the share of labeled images in a step. `labeled`: labeled images."""
     # The configuration counts in epochs of labeled images, and scales the rate by their number in a step. Half a step less, so that
     # rounding adds none.
     steps_per_epoch = labeled / labeled_batch
@@ -206,7 +215,7 @@ def make_training(steps: int, labeled: int, *, labeled_batch: int, rate: float =
         "loader_workers": 0,
         "optimizer": {
             "name": "sgd",
-            "lr": rate * PEAK_RATE * 256 / labeled_batch,
+            "lr": peak_rate * 256 / labeled_batch,
             "weight_decay": 5e-4,
             "decay_rule": "timm",
             "schedule": "cosine",
@@ -215,9 +224,9 @@ def make_training(steps: int, labeled: int, *, labeled_batch: int, rate: float =
     }
 
 
-def make_cifar10_arms(seed: int, tables: Path, sizes: ExperimentSizes, control_rate: float = 1.0) -> dict[str, Arm]:
-    """Name → arm, those of `--full` too. `tables`: folder of the tables; `control_rate`: learning rate of the control ÷ the others'."""
-    labeled, longer = sizes.labeled_images, sizes.steps // 2
+def make_cifar10_arms(seed: int, tables: Path, sizes: ExperimentSizes, settings: Settings) -> dict[str, Arm]:
+    """Name → arm, those of `--full` and those that settings are chosen by too. `tables`: folder of the tables."""
+    labeled, longer, peak_rate = sizes.labeled_images, sizes.steps // 2, settings.peak_rate
     base: dict[str, Any] = {
         "name": "cifar10",
         "seed": seed,
@@ -231,10 +240,10 @@ def make_cifar10_arms(seed: int, tables: Path, sizes: ExperimentSizes, control_r
         "teacher": {
             "model": make_network(),
             "noise": NOISE,
-            "train": make_training(sizes.steps, labeled, labeled_batch=BATCH),
+            "train": make_training(sizes.steps, labeled, labeled_batch=BATCH, peak_rate=peak_rate),
         },
         "labeling": {"tasks": 1},
-        "selection": {"min_confidence": sizes.min_confidence, "max_repeat": 3},
+        "selection": {"min_confidence": sizes.confidence_scale * settings.min_confidence, "max_repeat": 3},
         "evaluation": {
             "images": sizes.robust_images,
             "severities": [1, 3, 5],
@@ -246,29 +255,28 @@ def make_cifar10_arms(seed: int, tables: Path, sizes: ExperimentSizes, control_r
     }
 
     def make_student(steps: int = sizes.steps, *, train: Mapping[str, Any] = NOTHING, **changes: Any) -> dict[str, Any]:
-        return replace_student(base, make_training(steps, labeled, labeled_batch=LABELED_BATCH) | dict(train), **changes)
-
-    def make_teacher(rate: float = 1.0, **sections: Mapping[str, Any]) -> dict[str, Any]:
-        train = make_training(sizes.steps, labeled, labeled_batch=BATCH, rate=rate)
-        return {**replace_sections(base, sections), "teacher": {**base["teacher"], "train": train}}
+        training = make_training(steps, labeled, labeled_batch=LABELED_BATCH, peak_rate=peak_rate)
+        return replace_student(base, {**training, "pseudo_labels": settings.pseudo_labels, **train}, **changes)
 
     robust = {"suites": ["clean", *SUITES]}
     continued = {"init": "teacher"}
-    control = make_training(longer, labeled, labeled_batch=BATCH, rate=control_rate)
+    control = make_training(longer, labeled, labeled_batch=BATCH, peak_rate=peak_rate)
     arms = {
-        "T": Arm(base, 0),
+        "T": Arm(replace_sections(base, {"evaluation": robust}), 0),
         "S1": Arm(make_student(evaluation=robust), 1, labels="T"),
         "S1-quiet": Arm(make_student(noise={"pool": "none"}), 1, labels="T"),
         "S1-longer": Arm(make_student(longer, train=continued), 2, labels="T", start="S1"),
         "S2": Arm(make_student(longer, train=continued, evaluation=robust), 2, labels="S1", start="S1"),
-        "C1": Arm(make_teacher(control_rate, evaluation=robust), 0),
-        "C2": Arm(replace_student(base, control | continued, evaluation=robust), 2, start="C1"),
+        "T-longer": Arm(replace_student(base, control | continued, evaluation=robust), 2, start="T"),
     }
-    arms |= {name: Arm(make_teacher(rate), 0) for name, rate in SWEEP.items()}
+    for rate in RATES:
+        train = make_training(sizes.steps, labeled, labeled_batch=BATCH, peak_rate=rate)
+        arms[f"T-{rate}"] = Arm({**base, "teacher": {**base["teacher"], "train": train}}, 0)
     for share in POOL_SHARES:
         arms[f"S1-pool-{share}"] = Arm(make_student(data={"pool": str(tables / f"pool-{share}-{seed}.csv")}), 1, labels="T")
     for kind, threshold in itertools.product(("soft", "hard"), THRESHOLDS):
-        student = make_student(train={"pseudo_labels": kind}, selection={"min_confidence": threshold})
+        selection = {"min_confidence": sizes.confidence_scale * threshold}
+        student = make_student(train={"pseudo_labels": kind}, selection=selection)
         arms[f"S1-{kind}-{threshold}"] = Arm(student, 1, labels="T")
     wide = make_network(WIDE_CHANNELS)
     arms["S1-wide"] = Arm(make_student(model=wide), 1, labels="T")
@@ -281,9 +289,9 @@ def make_cifar10_arms(seed: int, tables: Path, sizes: ExperimentSizes, control_r
     known_base = {**base, "data": known_tables}
     known_base["teacher"] = {
         **base["teacher"],
-        "train": make_training(sizes.steps, known_labeled, labeled_batch=BATCH),
+        "train": make_training(sizes.steps, known_labeled, labeled_batch=BATCH, peak_rate=peak_rate),
     }
-    known_training = make_training(sizes.steps, known_labeled, labeled_batch=LABELED_BATCH)
+    known_training = make_training(sizes.steps, known_labeled, labeled_batch=LABELED_BATCH, peak_rate=peak_rate)
     arms["K-T"] = Arm(known_base, 0)
     arms["K-S1-clean"] = Arm(replace_student(known_base, known_training), 1, labels="K-T")
     arms["K-S1-half"] = Arm(replace_student(known_base, known_training, data=polluted), 1, labels="K-T")
@@ -395,15 +403,32 @@ def _write_foreign_images(folder: Path, count: int) -> list[Path]:
     return paths
 
 
-def choose_control_rate(sweep: Mapping[str, Measured]) -> float:
-    """The learning rate, relative to that of the other arms, with the fewest errors on held-out images."""
-    errors = {name: float(sweep[name].heldout.mean()) for name in SWEEP}
-    return SWEEP[min(errors, key=errors.__getitem__)]
+def choose_best(arms: Mapping[str, Measured]) -> str:
+    """The arm with the fewest errors on held-out images."""
+    return min(arms, key=lambda name: float(arms[name].heldout.mean()))
+
+
+def choose_settings(work: Path, sizes: ExperimentSizes, cores: int) -> tuple[Settings, dict[str, float]]:
+    """The settings of all seeds, and the held-out errors by which they are chosen; trains what they are chosen by."""
+    errors: dict[str, float] = {}
+
+    def choose_arm(names: Sequence[str], settings: Settings) -> int:
+        """Index of the best of these arms."""
+        arms = {SETTINGS_SEED: make_cifar10_arms(SETTINGS_SEED, work, sizes, settings)}
+        run_arms(work, arms, names, labeled=sizes.labeled_images, cores=cores)
+        measured = stack_arms(work, arms, names)
+        errors.update({name: float(measured[name].heldout.mean()) for name in names})
+        return names.index(choose_best(measured))
+
+    settings = Settings()
+    settings = settings._replace(peak_rate=RATES[choose_arm([f"T-{rate}" for rate in RATES], settings)])
+    kind, threshold = LABELS[choose_arm([f"S1-{kind}-{threshold}" for kind, threshold in LABELS], settings)]
+    return settings._replace(pseudo_labels=kind, min_confidence=threshold), errors
 
 
 def compute_figures(arms: Mapping[str, Measured]) -> dict[str, Contrast]:
     """The figures of the module's head, as shares."""
-    last, control = arms["S2"], arms["C2"]
+    last, control = arms["S2"], arms["T-longer"]
     figures = {
         "clean_error_reduction_over_control": reduce_error(last, control),
         "clean_error_reduction": reduce_error(last, arms["T"]),
@@ -417,24 +442,25 @@ def render_cifar10_page(result: Mapping[str, Any], arms: Mapping[str, Measured],
     sizes = ExperimentSizes(**result["sizes"])
     seeds = result["seeds"]
     machine = result["machine"]
-    sweep = ", ".join(f"{100 * error:.1f} % at {SWEEP[name]:.3g}" for name, error in result["sweep"].items())
+    settings = Settings(**result["settings"])
+    tried = ", ".join(f"{name} {100 * error:.1f} %" for name, error in result["settings_errors"].items())
     parts = [
         "# Noisy Student on CIFAR-10",
         f"{sizes.labeled} labeled images of each class, {sizes.pool} unlabeled, {sizes.heldout} held out; {len(seeds)} seeds. Clean "
         f"errors on all test images, robustness on {sizes.robust_images} of them. `benchmarks/method_cifar10.py` says what the arms, "
         "claims and figures are; it was written before these seeds were run.",
         "![errors by generation](method_cifar10.svg)",
-        render_arms(arms, MAIN_ARMS, "C1"),
+        render_arms(arms, MAIN_ARMS, "T"),
         render_claims(result["claims"]),
         render_figures(result["intervals"]),
-        f"The control has {result['control_rate']:.3g} times the learning rate of the other arms. Held-out errors of T with seed "
-        f"{SETTINGS_SEED} by this factor: {sweep}.",
+        f"Chosen with seed {SETTINGS_SEED}: a peak rate of {settings.peak_rate}, {settings.pseudo_labels} labels above a confidence of "
+        f"{settings.min_confidence}. Its held-out errors: {tried}.",
         render_seeds(arms, seeds),
     ]
     if full_arms:
         parts += [
             "## Further arms",
-            render_arms({"S1": arms["S1"], **full_arms}, MAIN_ARMS | FULL_ARMS, "C1"),
+            render_arms({"S1": arms["S1"], **full_arms}, MAIN_ARMS | FULL_ARMS, "T"),
             render_figures(result["further"], unit="points of clean error avoided"),
         ]
     parts.append(
@@ -466,11 +492,8 @@ def main() -> None:
     for seed in (SETTINGS_SEED, *options.seeds):
         write_tables(work, seed, sizes, full=options.full or bool(options.arms))
 
-    settings_arms = {SETTINGS_SEED: make_cifar10_arms(SETTINGS_SEED, work, sizes)}
-    run_arms(work, settings_arms, list(SWEEP), labeled=sizes.labeled_images, cores=options.cores)
-    sweep = stack_arms(work, settings_arms, list(SWEEP))
-    control_rate = choose_control_rate(sweep)
-    arms_by_seed = {seed: make_cifar10_arms(seed, work, sizes, control_rate) for seed in options.seeds}
+    settings, settings_errors = choose_settings(work, sizes, options.cores)
+    arms_by_seed = {seed: make_cifar10_arms(seed, work, sizes, settings) for seed in options.seeds}
     names = options.arms or [*MAIN_ARMS, *(FULL_ARMS if options.full else ())]
     run_arms(work, arms_by_seed, names, labeled=sizes.labeled_images, cores=options.cores)
     if options.arms:
@@ -496,8 +519,8 @@ def main() -> None:
             name: bound_mean(measured.test)._asdict() | {"runs": measured.about["seeds"]} for name, measured in all_arms.items()
         },
         "further": {about: contrast._asdict() for about, contrast in further.items()},
-        "control_rate": control_rate,
-        "sweep": {name: float(measured.heldout.mean()) for name, measured in sweep.items()},
+        "settings": settings._asdict(),
+        "settings_errors": settings_errors,
         "machine": describe_benchmark_machine(),
     }
     options.results.mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,7 @@ from benchmarks.arm_pages import (
 from benchmarks.arms import Arm, Measured, run_arms, stack_arms
 from benchmarks.contrasts import bound_mean
 from benchmarks.measure import RESULTS, describe_benchmark_machine
-from benchmarks.method_cifar10 import LINES, MAIN_ARMS, replace_student
+from benchmarks.method_cifar10 import replace_student
 from ns.config.loader import load_experiment, resolve_preset
 from ns.data.importing.digits import write_digits
 from ns.data.index import ShardIndex
@@ -57,8 +57,20 @@ QUICK_EPOCHS = 10
 LABELED = 50
 POOL_SHARES = (16, 4)
 ARMS = {
-    **MAIN_ARMS,
+    "T": "teacher",
+    "S1": "T, continued on T's labels",
+    "S1-quiet": "the same without noise on the pool",
+    "S1-longer": "S1, continued on T's labels",
+    "S2": "S1, continued on S1's labels",
+    "C1": "T, continued on labeled images only",
+    "C2": "C1, continued",
     **{f"S1-pool-{share}": f"S1 with a pool of 1/{share}" for share in reversed(POOL_SHARES)},
+}
+LINES = {
+    "noisy student": [(0, "T"), (1, "S1"), (2, "S2")],
+    "continued on T's labels": [(1, "S1"), (2, "S1-longer")],
+    "without noise on the pool": [(0, "T"), (1, "S1-quiet")],
+    "control: labeled images only, as long": [(0, "T"), (1, "C1"), (2, "C2")],
 }
 CLAIMS = {
     "pool": Claim("S1", "C1"),

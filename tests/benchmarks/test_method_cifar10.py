@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import method_digits
-from benchmarks.arms import Measured, digest_arm, estimate_cost
+from benchmarks.arms import Measured, estimate_cost
 from benchmarks.method_cifar10 import (
     BATCH,
     FULL,
@@ -16,8 +16,9 @@ from benchmarks.method_cifar10 import (
     LINES,
     MAIN_ARMS,
     QUICK,
-    SWEEP,
-    choose_control_rate,
+    RATES,
+    Settings,
+    choose_best,
     make_cifar10_arms,
     write_tables,
 )
@@ -40,8 +41,9 @@ def list_rates(arm, labeled):
 
 @pytest.mark.parametrize("sizes", [FULL, QUICK])
 def test_arms_need_arms_that_are_there_and_are_valid(sizes, tmp_path):
-    arms = make_cifar10_arms(1, tmp_path, sizes)
-    assert arms.keys() == {*MAIN_ARMS, *SWEEP, *FULL_ARMS}
+    arms = make_cifar10_arms(1, tmp_path, sizes, Settings())
+    assert arms.keys() == {*MAIN_ARMS, *FULL_ARMS, *(f"T-{rate}" for rate in RATES)}
+    assert estimate_cost(arms["S1-quiet"], sizes.labeled_images) == sizes.steps * BATCH
     for arm in arms.values():
         assert arm.experiment.seed == 1
         assert set(arm.needs) <= arms.keys()
@@ -53,10 +55,10 @@ def test_arms_need_arms_that_are_there_and_are_valid(sizes, tmp_path):
     ("arms", "labeled", "first", "continued"),
     [
         (
-            make_cifar10_arms(0, Path("tables"), FULL),
+            make_cifar10_arms(0, Path("tables"), FULL, Settings()),
             2_000,
-            ["T", "S1", "S1-quiet", "C1", "S1-pool-4"],
-            ["S1-longer", "S2", "C2"],
+            ["T", "S1", "S1-quiet", "S1-pool-4"],
+            ["S1-longer", "S2", "T-longer"],
         ),
         (method_digits.make_digits_arms(0, Path("work")), 50, ["S1", "S1-quiet", "C1", "S1-pool-4"], ["S1-longer", "S2", "C2"]),
     ],
@@ -78,15 +80,8 @@ def test_arms_of_a_generation_have_equal_rates_and_images_at_every_step(arms, la
     assert peaks[1] == pytest.approx(peaks[0], rel=0.01)
 
 
-def test_control_is_the_teacher_if_its_rate_is_the_others(tmp_path):
-    arms = make_cifar10_arms(0, tmp_path, FULL)
-    assert get_role(arms["C1"]) == get_role(arms["T"]) == get_role(arms["T-same"])
-    assert arms["C1"].generation == arms["T"].generation == 0
-    assert estimate_cost(arms["T"], 2_000) == FULL.steps * BATCH
-
-
 def test_students_differ_in_what_they_are_compared_by_alone(tmp_path):
-    arms = make_cifar10_arms(0, tmp_path, FULL)
+    arms = make_cifar10_arms(0, tmp_path, FULL, Settings())
 
     def drop_suites(arm):
         return {**arm.document, "evaluation": {**arm.document["evaluation"], "suites": None}}
@@ -97,20 +92,25 @@ def test_students_differ_in_what_they_are_compared_by_alone(tmp_path):
     assert (arms["S2"].labels, arms["S1-longer"].labels, arms["S2"].start) == ("S1", "T", arms["S1-longer"].start)
 
 
-def test_control_rate_changes_control_alone(tmp_path):
-    usual, triple = make_cifar10_arms(0, tmp_path, FULL), make_cifar10_arms(0, tmp_path, FULL, 3.0)
-    assert list_rates(triple["C2"], 2_000) == pytest.approx([3 * rate for rate in list_rates(usual["C2"], 2_000)])
-    changed = {name for name in usual if digest_arm(usual, name) != digest_arm(triple, name)}
-    assert changed == {"C1", "C2"}
+def test_settings_decide_rates_and_labels_of_all_arms(tmp_path):
+    arms = make_cifar10_arms(0, tmp_path, FULL, Settings(0.3, "hard", 0.8))
+    assert {name: max(list_rates(arms[name], 2_000)) for name in MAIN_ARMS} == pytest.approx(
+        dict.fromkeys(MAIN_ARMS, 0.3), rel=0.01
+    )
+    students = [arms[name].experiment for name in ("S1", "S1-quiet", "S1-longer", "S2")]
+    assert {(one.selection.min_confidence, one.get_student(1).train.pseudo_labels) for one in students} == {(0.8, "hard")}
+    # The arm of the settings that were chosen has the training of the main one.
+    for chosen, main in (("T-0.3", "T"), ("S1-hard-0.8", "S1")):
+        assert get_role(arms[chosen]) == get_role(arms[main])
+        assert arms[chosen].experiment.selection == arms[main].experiment.selection
 
 
-def test_choose_control_rate_looks_at_heldout_errors():
+def test_choose_best_looks_at_heldout_errors():
     def measure(heldout, test):
         empty = np.zeros((1, 0, 0), np.uint8)
         return Measured({}, np.arange(100)[None] < heldout, np.arange(100)[None] < test, empty, empty, empty)
 
-    sweep = dict(zip(SWEEP, [measure(40, 10), measure(30, 50), measure(20, 90)], strict=True))
-    assert choose_control_rate(sweep) == 3
+    assert choose_best({"a": measure(40, 10), "b": measure(20, 90), "c": measure(30, 50)}) == "b"
 
 
 def test_write_tables_draws_parts_without_overlap(tmp_path):
