@@ -28,7 +28,7 @@ from PIL import Image
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from ns.config.loader import load_experiment
+from ns.config.loader import load_experiment, parse_experiment
 from ns.config.schema import EvaluationConfig, ImportConfig, ModelConfig, NoiseConfig, SelectionConfig
 from ns.core.digest import sha256_bytes
 from ns.core.errors import ConfigError, Interrupted, NsError
@@ -53,11 +53,14 @@ from ns.evaluation.result import (
 from ns.evaluation.robustness.scores import score_robustness
 from ns.evaluation.robustness.suite import RobustnessSuite
 from ns.labeling.audit import AuditSheet, LabelAudit, check_audit, check_audit_sheet, draw_audit_sample, estimate_precision
+from ns.labeling.imported import import_labels
 from ns.labeling.label_set import LabelSet, verify_label_set
 from ns.labeling.selection import make_selection
+from ns.modeling import pretrained
 from ns.modeling.factory import build_model, load_model, save_model
-from ns.modeling.manifest import Lineage, ModelManifest
+from ns.modeling.manifest import Lineage, ModelManifest, read_history
 from ns.modeling.predictor import Predictor
+from ns.modeling.pretrained import complete_models
 from ns.modeling.tensor_shapes import read_tensor_shapes
 from ns.modeling.weight_names import check_weights_fit
 from ns.runs.lookup import list_runs
@@ -635,6 +638,92 @@ def make_suite_file(kind: str) -> Callable[[Path], tuple[Path, Change, Callable[
     return make
 
 
+STUDIO_TASKS = [
+    {
+        "id": number,
+        "data": {"image": f"/data/local-files/?d={number}.png", "key": str(number)},
+        "annotations": [
+            {
+                "updated_at": "2026-11-30T00:00:00Z",
+                "was_cancelled": False,
+                "result": [{"value": {"choices": [("cat", "dog")[number % 2]]}}],
+            }
+        ],
+        "predictions": [{"score": 0.9, "result": [{"value": {"choices": ["dog"]}}]}],
+    }
+    for number in range(3)
+]
+
+
+def make_imported_labels(name: str, data: bytes, change: Change) -> Callable[[Path], tuple[Path, Change, Callable[[], object]]]:
+    def make(folder: Path) -> tuple[Path, Change, Callable[[], object]]:
+        for number in range(3):
+            (folder / "pool").mkdir(exist_ok=True)
+            (folder / "pool" / f"{number}.png").write_bytes(png(number))
+        pool = LocalStore(folder / "dataset")
+        import_images(str(folder / "pool"), pool, name="n", role="unlabeled", config=ImportConfig(), workers=1)
+        path, out = folder / name, LocalStore(folder / "out")
+        path.write_bytes(data)
+
+        def read() -> None:
+            out.delete_prefix("")
+            import_labels(str(path), pool.uri, out.uri, CLASSES)
+
+        return path, change, read
+
+    return make
+
+
+def make_curves(folder: Path) -> tuple[Path, Change, Callable[[], object]]:
+    store, manifest = write_model(folder)
+    path = folder / "model" / manifest.history_key
+    path.write_text(json.dumps([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]))
+    return path, change_json, lambda: read_history(store, manifest)
+
+
+def make_hub_file(name: str, change: Change) -> Callable[[Path], tuple[Path, Change, Callable[[], object]]]:
+    """A file in a repository of the hub, whose weights are fetched into a root that has none."""
+
+    def make(folder: Path) -> tuple[Path, Change, Callable[[], object]]:
+        repository, root = folder / "c0ffee", LocalStore(folder / "root")
+        repository.mkdir()
+        weights = {"pretrained_cfg": {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 0.9}}
+        (repository / "config.json").write_text(
+            json.dumps({"architecture": "test_resnet", "label_names": ["a", "b"], "model_args": {"num_features": 8}} | weights)
+        )
+        (repository / "README.md").write_text("---\nlicense: [mit, apache-2.0]\ntags: [a, b]\n---\n# A network\n")
+        (repository / "model.safetensors").write_bytes(save_tensors({"fc.weight": np.zeros((2, 2), np.float32)}))
+
+        def read() -> None:
+            root.delete_prefix("")
+            with patch.object(
+                pretrained, "_download", lambda _name, _repository, _revision, file: (repository / file, "c0ffee")
+            ):
+                pretrained.fetch_weights("hf-hub:me/net", root)
+                fields = {"name": "x", "data": {"labeled": "a", "pool": "b", "heldout": "c"}}
+                role = {"model": {"pretrained": "hf-hub:me/net"}}
+                complete_models(parse_experiment({**fields, "teacher": role, "students": [role]}, "x.yaml"), root)
+
+        return repository / name, change, read
+
+    return make
+
+
+def make_pretrained(folder: Path) -> tuple[Path, Change, Callable[[], object]]:
+    """Fetched weights are described from what is in the root, and fetched again if that cannot be read."""
+    _, _, read_hub = make_hub_file("config.json", change_json)(folder)
+    read_hub()
+    root = LocalStore(folder / "root")
+    key = next(key for key in root.list("store/pretrained/") if key.endswith(pretrained.PretrainedManifest.filename))
+
+    def read() -> None:
+        if pretrained.find_fetched("hf-hub:me/net", root):
+            pretrained.describe_weights("hf-hub:me/net", root)
+            pretrained.read_fetched("hf-hub:me/net", root)
+
+    return folder / "root" / key, sealed(change_json, pretrained.PretrainedManifest), read
+
+
 KFP_ANSWER = {
     "pipelines": [{"pipeline_id": "1", "display_name": "small"}],
     "pipeline_versions": [{"pipeline_version_id": "2", "display_name": "small-0", "created_at": "2026-11-29T00:00:00Z"}],
@@ -736,6 +825,10 @@ KINDS: dict[str, Callable[..., tuple[Path, Change, Callable[[], object]]]] = {
     "csv": make_source("table.csv", b"path,label,split\n0.png,cat,a\n1.png,dog,a\n2.png,cat,a\n", change_csv),
     "tsv": make_source("table.tsv", b"path\tlabel\n0.png\tcat\n1.png\tdog\n", change_bytes),
     "parquet": make_source("table.parquet", pack_table(), change_table),
+    "studio": make_source("tasks.json", json.dumps(STUDIO_TASKS).encode(), change_json),
+    "labels_csv": make_imported_labels("labels.csv", b"key,class,confidence\n0,cat,0.9\n1,dog,0.8\n2,cat,1\n", change_csv),
+    "labels_parquet": make_imported_labels("labels.parquet", pack_table(), change_table),
+    "labels_studio": make_imported_labels("tasks.json", json.dumps(STUDIO_TASKS).encode(), change_json),
     "zip": make_source("archive.zip", pack_zip(), change_zip),
     "tar": make_source("archive.tar", pack_tar(), change_tar),
     "tar.gz": make_source("archive.tar.gz", gzip.compress(pack_tar()), change_bytes),
@@ -744,6 +837,11 @@ KINDS: dict[str, Callable[..., tuple[Path, Change, Callable[[], object]]]] = {
     "shard": make_shard,
     "model": make_model,
     "weights": make_weights,
+    "curves": make_curves,
+    "hub_config": make_hub_file("config.json", change_json),
+    "hub_card": make_hub_file("README.md", change_bytes),
+    "hub_weights": make_hub_file("model.safetensors", change_bytes),
+    "pretrained": make_pretrained,
     "label_rows": make_label_rows,
     "label_set": make_labels,
     "histogram": make_histogram,
@@ -767,7 +865,15 @@ KINDS: dict[str, Callable[..., tuple[Path, Change, Callable[[], object]]]] = {
     "kfp_answer": make_kfp_answer,
 }
 
-NAMED_AS = {"inputs": ("",), "kfp_answer": ("http://127.0.0.1",)}
+NAMED_AS = {
+    "inputs": ("",),
+    "kfp_answer": ("http://127.0.0.1",),
+    # Beside the repository, the field that the weights' description leaves to the experiment.
+    "hub_config": ("hf-hub:me/net", "teacher.model", "students.0.model"),
+    "hub_card": ("hf-hub:me/net",),
+    "hub_weights": ("hf-hub:me/net",),
+    "pretrained": ("hf-hub:me/net", "store/pretrained"),
+}
 """What else than its path names a kind of file in an error."""
 
 

@@ -382,7 +382,9 @@ def _describe_timm_config(config: Mapping[str, Any], uri: str) -> WeightsDescrip
             f"{uri}/{TIMM_CONFIG}: is no description of timm's weights ({type(error).__name__}: {error})"
         ) from error
     if channels != 3 or height != width or not 0 < max(height, test_height) <= MAX_SIDE_PX:
-        raise ConfigError(f"these weights take images of {channels} channels and {height} × {width} px; must be 3, and square")
+        raise ConfigError(
+            f"{uri}: takes images of {channels!s:.20} channels and {height!s:.20} × {width!s:.20} px; must be 3, and square"
+        )
     return WeightsDescription(settings, classes, crop_share, test_crop_share)
 
 
