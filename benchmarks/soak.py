@@ -79,7 +79,9 @@ PATIENCE_SECONDS = 300
 """A client that says nothing for so long hangs."""
 STARTS = 2000
 DAMAGED = ("store/datasets/", "store/models/", "store/labels/", "store/evaluations/")
-CURES = re.compile(r"the same command|run .* again|again|made again|lower|raise|set |choose|wait|look at|repair|check")
+CURES = re.compile(
+    r"the same command|run .* again|again|made again|lower|raise|set |choose|wait|look at|repair|check|start the"
+)
 
 
 def write_pool(folder: Path) -> None:

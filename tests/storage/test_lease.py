@@ -173,7 +173,7 @@ def test_who_waits_says_once_who_holds_the_lease_and_does_the_work_if_it_failed(
     lines = [line for line in (said.out + said.err).splitlines() if "waiting for its result" in line]
     assert len(lines) == 1
     assert f"process {os.getpid()}" in lines[0]
-    assert "since=" in lines[0]
+    assert '"since": ' in lines[0]
     assert leases(root) == []
 
 
