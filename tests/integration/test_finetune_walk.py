@@ -43,7 +43,7 @@ class WalkSizes(NamedTuple):
 
 
 SHORT = WalkSizes(30, 30, 30, 60, px=32, epochs=12, pretraining_epochs=12, corrected=20)
-LONG = WalkSizes(100, 900, 200, 1_000, px=64, epochs=20, pretraining_epochs=6, corrected=200)
+LONG = WalkSizes(100, 900, 200, 1_000, px=64, epochs=8, pretraining_epochs=3, corrected=200)
 
 
 @pytest.fixture(scope="module")

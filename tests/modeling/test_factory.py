@@ -213,6 +213,16 @@ def test_check_models_names_path_value_and_cure():
             r"teacher\.model\.pretrained: .* no such model",
         ),
         ({"teacher": {"model": {"arch": "nonet"}}}, None, r"teacher\.model\.arch: invalid value 'nonet'"),
+        (
+            {
+                "teacher": {
+                    "model": {"arch": "test_vit", "args": {"patch_size": 0}},
+                    "noise": {"dropout": 0, "stochastic_depth": 0},
+                }
+            },
+            None,
+            r"teacher\.model\.arch: invalid value 'test_vit' with args \{'patch_size': 0\}: .* by zero",
+        ),
         ({"teacher": {"model": {**small["model"], "args": {"wings": 2}}}}, None, r"teacher\.model\.args\.wings: is none"),
         (
             {"students": [{"model": {"arch": "test_resnet", "args": {"drop_block_rate": 0.1}}, "noise": {"pool": "none"}}]},
