@@ -69,5 +69,6 @@ def copy_weights(network: nn.Module, weights: InitialWeights, classes: tuple[str
     logger.info("warm start", tensors=len(fit.tensors), of=len(state), weights=weights.uri)
     if remark := fit.describe():
         logger.warning("weights fit partly", weights=weights.uri, reason=remark)
-    if has_other_classes:
+    # A bare file names no classes, but may have another number of them.
+    if has_other_classes or len(fit.tensors) + len(fit.missing) < len(state):
         logger.info("the weights have other classes, so the classifier starts from random weights", weights=weights.uri)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from safetensors.torch import save_file
+from structlog.testing import capture_logs
 
 from ns.config.schema import ModelConfig, NoiseConfig
 from ns.core.digest import sha256_file
@@ -48,8 +49,14 @@ def test_warm_start_makes_a_fresh_head_for_other_classes(teacher, classes):
 def test_warm_start_copies_from_a_file_by_shapes(teacher, tmp_path):
     net, folder = teacher
     same, wider = network(), network(5)
+    told = []
     for student in (same, wider):
-        copy_weights(student, read_weights(str(folder / ModelManifest.load(LocalStore(folder)).weights_key)), ("x", "y", "z"))
+        with capture_logs() as logs:
+            copy_weights(
+                student, read_weights(str(folder / ModelManifest.load(LocalStore(folder)).weights_key)), ("x", "y", "z")
+            )
+        told.append(any("the classifier starts from random weights" in entry["event"] for entry in logs))
+    assert told == [False, True]
     assert torch.equal(same.classifier.weight, net.classifier.weight)
     assert torch.equal(wider.conv_stem.weight, net.conv_stem.weight)
 
