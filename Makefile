@@ -133,6 +133,9 @@ bench-kfp: $(VENV)/.bench ## Compute the pods and the status of runs on Kubeflow
 bench-quickstart: $(VENV)/.bench ## Measure the quickstart against a plain loop in one process (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.quickstart $(ARGS)
 
+bench-walk: $(VENV)/.bench ## Go a newcomer's first hour with the wheel, on images of 64 and 224 px, and time it (ARGS="--quick")
+	@$(BIN)/python -m benchmarks.walk $(ARGS)
+
 bench-method: $(VENV)/.bench ## Show the method's effects on CIFAR-10, five seeds, three hours (ARGS="--quick", ARGS="--full", a night)
 	@$(BIN)/python -m benchmarks.method_cifar10 $(ARGS)
 

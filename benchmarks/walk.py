@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from rich.markup import escape
 from rich.table import Table
 from sklearn.datasets import load_digits
 
@@ -156,7 +157,7 @@ def draw_digit(digit: np.ndarray, color: tuple[float, float, float], px: int, ge
 
 def add_rows(table: Table, title: str, walk: Walk) -> None:
     for number, (name, command, seconds) in enumerate(walk.steps):
-        table.add_row(title if not number else "", name, command, f"{seconds:.1f}")
+        table.add_row(title if not number else "", name, escape(command), f"{seconds:.1f}")
 
 
 def sum_minutes(walk: Walk) -> float:

@@ -193,11 +193,15 @@ def _labeling_metrics(context: ReportContext, model: TrainedModel) -> list[Metri
     if labeling is None:
         return []
     group: MetricGroup = "Pseudo-labels of its training"
+    label_set, selection = labeling.label_set, labeling.selection
     metrics = [
-        Metric("labeled", group, "images labeled", labeling.label_set.rows, "count"),
-        Metric("kept", group, "kept", labeling.selection.kept, "count"),
-        Metric("epoch_images", group, "per epoch, with repeats", labeling.selection.images, "count"),
+        Metric("labeled", group, "images labeled", label_set.rows, "count"),
+        Metric("kept", group, "kept", selection.kept, "count"),
+        Metric("epoch_images", group, "per epoch, with repeats", selection.images, "count"),
+        Metric("class_coverage", group, "classes with 1/5 of their share, or more", selection.represented_share, "share"),
     ]
+    if selection.foreign_limit is not None and label_set.rows:
+        metrics.append(Metric("foreign", group, "left out as foreign", selection.foreign / label_set.rows, "share"))
     if labeling.diff is not None:
         metrics.append(Metric("churn", group, "changed since the previous generation", labeling.diff.churn, "share"))
     return metrics

@@ -1,6 +1,7 @@
 """The report of a made-up run: its content, its safety, and that it is reproducible."""
 
 import re
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
@@ -13,6 +14,7 @@ from ns.evaluation import gate
 from ns.evaluation.result import Evaluation
 from ns.reporting import charts
 from ns.reporting.context import gather_context
+from ns.reporting.metrics import collect_metrics
 from ns.reporting.page import write_report
 from ns.runs.summary import summarize_run
 from tests.reporting.conftest import RUN
@@ -183,3 +185,16 @@ def test_report_names_curves_that_are_damaged(made_up, data):
     made_up.put(key, data)
     with pytest.raises(DataError, match=r"store/models/01/history.*the run that trained the model makes it again"):
         gather_context(made_up, RUN)
+
+
+def test_metrics_tell_foreign_images_and_classes_without_their_share(unchanged):
+    context = gather_context(unchanged, RUN, pictures=0)
+    model = context.models[-1]
+    labeling = context.labeling_of(model.generation)
+    first, *others = labeling.selection.rules
+    rules = (first.model_copy(update={"foreign": labeling.label_set.rows // 2, "candidates": 0, "kept": 0}), *others)
+    selection = labeling.selection.model_copy(update={"foreign_limit": 1.2, "rules": rules})
+    polluted = replace(context, labelings=[replace(labeling, selection=selection)])
+    plain, changed = ({metric.key: metric.value for metric in collect_metrics(shown, model)} for shown in (context, polluted))
+    assert (plain["class_coverage"], "foreign" in plain) == (1, False)
+    assert (changed["class_coverage"], changed["foreign"]) == (pytest.approx(2 / 3), pytest.approx(0.5, abs=0.02))
