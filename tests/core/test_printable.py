@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import pytest
 
 from ns.core import log
@@ -73,3 +76,12 @@ def test_escape_formula_leaves_no_cell_that_a_spreadsheet_computes():
         assert unescape_formula(f"'{text}") == text
     for text in ("cat/a=1", "'quoted'", "'", ""):
         assert escape_formula(text) == unescape_formula(text) == text
+
+
+def test_all_that_writes_tables_escapes_formulas():
+    writers = [
+        file for file in Path("ns").rglob("*.py") if re.search(r"csv\.writer\(|write_csv\(|DictWriter\(", file.read_text())
+    ]
+    assert len(writers) >= 3
+    for file in writers:
+        assert "escape_formula(" in file.read_text() or "map(escape_formula" in file.read_text(), file
