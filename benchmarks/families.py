@@ -161,9 +161,11 @@ def try_in_process(family: str, forms: Sequence[str]) -> dict[str, Any]:
             process.kill()
     except EOFError:
         process.join()
-        row["reason"] = f"takes more than {CPU_SECONDS} s of the processor"
-        if process.exitcode != -signal.SIGXCPU:
-            row["reason"] = f"ended with {process.exitcode}"
+        if process.exitcode == 1:
+            raise RuntimeError(f"{family}: was not tried; the reason is above") from None
+        row["reason"] = f"ended with {process.exitcode}"
+        if process.exitcode == -signal.SIGXCPU:
+            row["reason"] = f"takes more than {CPU_SECONDS} s of the processor"
     process.join()
     return row
 
