@@ -465,8 +465,9 @@ def parse_inputs(package: str, inputs: Sequence[str], texts: Collection[str] = (
         try:
             is_text = name in texts or definitions.get(name, {}).get("parameterType") == "STRING"
             values[name] = text if is_text else yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--input {name}: invalid value {text!r}: must be JSON or YAML") from error
+        except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+            # What looks like a date and is none (2026-99-01), keys that cannot be hashed, too many brackets.
+            raise ConfigError(f"--input {name}: invalid value {text!r:.80}: must be JSON or YAML") from error
     return values
 
 
