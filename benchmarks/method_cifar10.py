@@ -6,7 +6,8 @@ This text was written before the five seeds were run. All settings were chosen w
 on test images, or with the seeds 0 to 4.
 
 Of CIFAR-10's 50,000 training images each seed draws 2,000 that keep their labels, 5,000 held out and 43,000 for the pool. The 10,000
-official test images are only reported.
+official test images are only reported. A teacher labels an image and its mirror image, and the mean of the two is the label; everything
+else sees one view.
 
     arm        learns from the labels and …          starts from       steps
     T          nothing else                          random weights
@@ -242,7 +243,7 @@ def make_cifar10_arms(seed: int, tables: Path, sizes: ExperimentSizes, settings:
             "noise": NOISE,
             "train": make_training(sizes.steps, labeled, labeled_batch=BATCH, peak_rate=peak_rate),
         },
-        "labeling": {"tasks": 1},
+        "labeling": {"tasks": 1, "views": "flip"},
         "selection": {"min_confidence": sizes.confidence_scale * settings.min_confidence, "max_repeat": 3},
         "evaluation": {
             "images": sizes.robust_images,
