@@ -1,10 +1,10 @@
 """A newcomer's first hour: from a wheel to predictions and an export, on image folders of their own, with the seconds of each step.
 
-    python -m benchmarks.walk [--quick] [--hours HOURS] [--json FILE] [--keep]
+    python -m benchmarks.walk [--quick] [--px 64 224] [--hours HOURS] [--json FILE] [--keep]
 
 The images are handwritten digits on noise, JPEGs of 64 and of 224 px, 20 labeled ones of each class in class folders and 1,200 loose ones.
 Each digit has a color of its own, so that few steps of training suffice.
-Every step is a command of docs/quickstart.md. --quick, for CI: 64 px and three digits alone, the libraries of this environment instead of
+Every step is a command of docs/quickstart.md. --quick, for CI: one size, three digits, the libraries of this environment instead of
 an installation, and a run of one generation with few epochs. --hours: what `ns init` is given, 0.1.
 
     walk_64px_minutes, walk_224px_minutes    from `ns init` to the export
@@ -60,6 +60,7 @@ def main() -> None:
     parser = make_parser(__doc__ or "")
     parser.add_argument("--quick", action="store_true", help="less than a minute; not with --keep")
     parser.add_argument("--hours", type=float, default=0.1, help="given to ns init")
+    parser.add_argument("--px", type=int, nargs="+", default=[64, 224], help="sizes of the images")
     options = parser.parse_args()
     if options.keep and options.quick:
         parser.error("--keep: a quick walk is none that a newcomer goes; leave --quick out")
@@ -76,7 +77,7 @@ def main() -> None:
         add_rows(table, "", install)
         if not options.quick:
             figures["install_minutes"] = sum_minutes(install)
-        for px in (64,) if options.quick else (64, 224):
+        for px in options.px[:1] if options.quick else options.px:
             walk = Walk(folder, environment)
             go_first_hour(walk, folder, px, hours=options.hours, is_short=options.quick)
             add_rows(table, f"{px} px", walk)

@@ -300,7 +300,7 @@ def _remark(counts: Mapping[DataPart, int], class_counts: Mapping[str, int], epo
     if counts["pool"] < counts["labeled"]:
         yield f"the pool has {counts['pool']:,} images, fewer than are labeled: a gain comes from far more"
     if epochs < MIN_EPOCHS:
-        yield f"only {epochs} epochs fit, even with the cheapest network: give more hours, or use a GPU"
+        yield f"only {epochs} of {MIN_EPOCHS} epochs fit, even with the cheapest network: give more hours, or use a GPU"
 
 
 def format_experiment(proposal: Proposal, hours: float) -> str:
