@@ -4,6 +4,7 @@ import contextlib
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from ns.config.schema import Experiment
 
 Runner = Literal["local", "docker", "kfp"]
+LIBRARIES: dict[Runner, tuple[str, ...]] = {"local": ("kfp",), "docker": ("kfp", "docker")}
+"""What runners need that `pip install noisy-student` alone does not bring."""
 
 
 def run(
@@ -64,6 +67,9 @@ def run(
     for option, value, runners in runner_options:
         if value is not None and runner not in runners:
             raise ConfigError(f"{option}: has no effect with --runner {runner}; add --runner {' or '.join(runners)}")
+    missing = [library for library in LIBRARIES.get(runner, ()) if find_spec(library) is None]
+    if missing:
+        raise ConfigError(f"--runner {runner}: {' and '.join(missing)} not installed; pip install 'noisy-student[pipelines]'")
     if resume == (config is not None):
         raise ConfigError("give a CONFIG, or --resume to continue the latest unfinished run (and not both)")
     if resume and overrides:

@@ -192,6 +192,15 @@ def test_debug_prints_the_stack_trace(capsys, tmp_path, monkeypatch):
     assert "Traceback" in err
 
 
+@pytest.mark.parametrize(("runner", "libraries"), [("local", "kfp"), ("docker", "kfp and docker")])
+def test_run_names_libraries_that_are_not_installed(capsys, monkeypatch, tmp_path, runner, libraries):
+    monkeypatch.setattr("ns.cli.run.find_spec", lambda _: None)
+    code, _, err = ns(capsys, "run", "quickstart", "--runner", runner, "--root", str(tmp_path))
+    assert code == 2
+    assert err == f"error: --runner {runner}: {libraries} not installed; pip install 'noisy-student[pipelines]'\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_run_name_keeps_its_configuration(capsys, tmp_path):
     store = LocalStore(tmp_path)
     experiment = load_experiment(resolve_preset("quickstart"))

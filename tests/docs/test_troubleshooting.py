@@ -24,6 +24,7 @@ TESTS = {
     "tests/modeling/test_precision.py::test_compiling_falls_back_with_one_warning": (
         "torch.compile does not work here: networks run uncompiled, equal up to rounding",
     ),
+    "tests/cli/test_app.py::test_run_names_libraries_that_are_not_installed": ("not installed; pip install",),
     "tests/cli/test_app.py::test_run_name_keeps_its_configuration": ("was started with another configuration",),
     "tests/integration/test_kill.py::test_second_client_of_a_run_is_refused": ("is under way already",),
     "tests/data/importing/test_ingest.py::test_too_many_rejects_fail_with_summary": ("files cannot be read",),
