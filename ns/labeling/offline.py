@@ -38,14 +38,12 @@ class LabelingInputs(JsonDocument):
 
     def claim_store(self, label_store: Store) -> None:
         """Raises DataError if the folder holds other labels."""
-        if not label_store.exists(self.filename):
-            if label_store.exists(LabelSet.filename):
-                raise DataError(
-                    f"{label_store.uri}: holds a label set that was not made by `ns label` or `ns labels import`; "
-                    "name another folder"
-                )
-            self.save(label_store)
-        recorded = LabelingInputs.load(label_store)
+        if not label_store.exists(self.filename) and label_store.exists(LabelSet.filename):
+            raise DataError(
+                f"{label_store.uri}: holds a label set that was not made by `ns label` or `ns labels import`; name another folder"
+            )
+        # Of two that begin at the same instant, one has the folder.
+        recorded = self.commit(label_store)
         for name, value in self:
             recorded_value = getattr(recorded, name)
             if recorded_value != value:

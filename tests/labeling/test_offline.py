@@ -1,11 +1,14 @@
 """Labeling outside of a run."""
 
+import contextlib
+import threading
+
 import pytest
 
 from ns.config.schema import LabelingConfig
 from ns.core.errors import ConfigError, DataError
 from ns.labeling.label_set import verify_label_set
-from ns.labeling.offline import label_dataset
+from ns.labeling.offline import LabelingInputs, label_dataset
 from ns.runs.lookup import (
     open_label_set,
 )
@@ -35,3 +38,31 @@ def test_label_dataset_labels_what_a_selection_kept(finished_run, tmp_path):
         label_dataset(store.at(labels.teacher).uri, pool.uri, str(tmp_path / "again"), LabelingConfig())
     with pytest.raises(ConfigError, match="a label set by itself has no selection"):
         label_dataset(model, pool.uri, str(tmp_path / "b"), LabelingConfig(), kept_by=(labels.store, labels.label_set, None))
+
+
+def test_of_two_labelings_that_begin_at_once_one_has_the_folder(tmp_path):
+    """Else shards of both would become one label set."""
+    digests = {
+        "dataset": "0",
+        "code": "0",
+        "views": "one",
+        "ensemble": (),
+        "probabilities": "float16",
+        "top_k": 2,
+        "selection": None,
+    }
+    inputs = [LabelingInputs(teacher=str(number), **digests) for number in range(8)]
+    start, owners = threading.Barrier(len(inputs)), []
+
+    def claim(own: LabelingInputs) -> None:
+        start.wait()
+        with contextlib.suppress(DataError):
+            own.claim_store(LocalStore(tmp_path))
+            owners.append(own)
+
+    threads = [threading.Thread(target=claim, args=(own,)) for own in inputs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert owners == [LabelingInputs.load(LocalStore(tmp_path))]
