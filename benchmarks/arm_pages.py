@@ -1,6 +1,6 @@
 """Pages about arms: their errors, the claims, and the picture of the errors by generation."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,9 +118,9 @@ def render_seeds(arms: Mapping[str, Measured], seeds: Sequence[int]) -> str:
     return "Clean error of each seed, %:\n\n" + format_markdown_table(["seed", *errors], rows)
 
 
-def describe_cost(arms: Mapping[str, Measured], cores: int) -> str:
+def describe_cost(arms: Iterable[Measured], cores: int) -> str:
     """The processors' time of all arms, and what it is on that many cores."""
-    seconds = sum(float(about["cpu_seconds"]) for measured in arms.values() for about in measured.about["seeds"])
+    seconds = sum(float(about["cpu_seconds"]) for measured in arms for about in measured.about["seeds"])
     return f"{seconds / 3600:.1f} hours of a processor, {format_minutes(seconds / cores)} on {cores} cores"
 
 

@@ -409,25 +409,25 @@ def choose_best(arms: Mapping[str, Measured]) -> str:
     return min(arms, key=lambda name: float(arms[name].heldout.mean()))
 
 
-def choose_settings(work: Path, sizes: ExperimentSizes, cores: int) -> tuple[Settings, dict[str, float]]:
-    """The settings of all seeds, and the held-out errors by which they are chosen; trains what they are chosen by."""
-    errors: dict[str, float] = {}
+def choose_settings(work: Path, sizes: ExperimentSizes, cores: int) -> tuple[Settings, dict[str, Measured]]:
+    """The settings of all seeds, and the arms by whose held-out errors they are chosen; trains these."""
+    tried: dict[str, Measured] = {}
 
     def choose_arm(names: Sequence[str], settings: Settings) -> int:
         """Index of the best of these arms."""
         arms = {SETTINGS_SEED: make_cifar10_arms(SETTINGS_SEED, work, sizes, settings)}
         run_arms(work, arms, names, labeled=sizes.labeled_images, cores=cores)
         measured = stack_arms(work, arms, names)
-        errors.update({name: float(measured[name].heldout.mean()) for name in names})
+        tried.update(measured)
         return names.index(choose_best(measured))
 
     settings = Settings()
     settings = settings._replace(peak_rate=RATES[choose_arm([f"T-{rate}" for rate in RATES], settings)])
     kind, threshold = LABELS[choose_arm([f"S1-{kind}-{threshold}" for kind, threshold in LABELS], settings)]
-    return settings._replace(pseudo_labels=kind, min_confidence=threshold), errors
+    return settings._replace(pseudo_labels=kind, min_confidence=threshold), tried
 
 
-def compute_figures(arms: Mapping[str, Measured]) -> dict[str, Contrast]:
+def compute_cifar10_figures(arms: Mapping[str, Measured]) -> dict[str, Contrast]:
     """The figures of the module's head, as shares."""
     last, control = arms["S2"], arms["T-longer"]
     figures = {
@@ -439,12 +439,14 @@ def compute_figures(arms: Mapping[str, Measured]) -> dict[str, Contrast]:
     return figures
 
 
-def render_cifar10_page(result: Mapping[str, Any], arms: Mapping[str, Measured], full_arms: Mapping[str, Measured]) -> str:
+def render_cifar10_page(
+    result: Mapping[str, Any], arms: Mapping[str, Measured], full_arms: Mapping[str, Measured], cost: str
+) -> str:
     sizes = ExperimentSizes(**result["sizes"])
     seeds = result["seeds"]
     machine = result["machine"]
     settings = Settings(**result["settings"])
-    tried = ", ".join(f"{name} {100 * error:.1f} %" for name, error in result["settings_errors"].items())
+    tried = ", ".join(f"{name} {100 * error:.1f} %" for name, error in result["tried"].items())
     parts = [
         "# Noisy Student on CIFAR-10",
         f"{sizes.labeled} labeled images of each class, {sizes.pool} unlabeled, {sizes.heldout} held out; {len(seeds)} seeds. Clean "
@@ -464,9 +466,7 @@ def render_cifar10_page(result: Mapping[str, Any], arms: Mapping[str, Measured],
             render_arms({"S1": arms["S1"], **full_arms}, MAIN_ARMS | FULL_ARMS, "T"),
             render_figures(result["further"], unit="points of clean error avoided"),
         ]
-    parts.append(
-        f"{describe_cost({**arms, **full_arms}, 2)} ({machine['cpu']}), torch {machine['torch']}. Made by `{result['command']}`."
-    )
+    parts.append(f"{cost} ({machine['cpu']}), torch {machine['torch']}. Made by `{result['command']}`.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -493,7 +493,7 @@ def main() -> None:
     for seed in (SETTINGS_SEED, *options.seeds):
         write_tables(work, seed, sizes, full=options.full or bool(options.arms))
 
-    settings, settings_errors = choose_settings(work, sizes, options.cores)
+    settings, tried = choose_settings(work, sizes, options.cores)
     arms_by_seed = {seed: make_cifar10_arms(seed, work, sizes, settings) for seed in options.seeds}
     names = options.arms or [*MAIN_ARMS, *(FULL_ARMS if options.full else ())]
     run_arms(work, arms_by_seed, names, labeled=sizes.labeled_images, cores=options.cores)
@@ -501,7 +501,7 @@ def main() -> None:
         return
 
     arms, full_arms = (stack_arms(work, arms_by_seed, list(group)) for group in (MAIN_ARMS, FULL_ARMS))
-    intervals = compute_figures(arms)
+    intervals = compute_cifar10_figures(arms)
     all_arms = {**arms, **full_arms}
     further = {
         about: contrast_arms(all_arms[student], all_arms[control])
@@ -521,13 +521,14 @@ def main() -> None:
         },
         "further": {about: contrast._asdict() for about, contrast in further.items()},
         "settings": settings._asdict(),
-        "settings_errors": settings_errors,
+        "tried": {name: float(measured.heldout.mean()) for name, measured in tried.items()},
         "machine": describe_benchmark_machine(),
     }
     options.results.mkdir(parents=True, exist_ok=True)
     draw_generations(arms, LINES, options.results / "method_cifar10.svg")
     (options.results / "method_cifar10.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    text = render_cifar10_page(result, arms, full_arms)
+    cost = describe_cost([*tried.values(), *all_arms.values()], 2)
+    text = render_cifar10_page(result, arms, full_arms, cost)
     (options.results / "method_cifar10.md").write_text(text)
     print(text)
 

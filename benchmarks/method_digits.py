@@ -152,7 +152,7 @@ def render_digits_page(result: Mapping[str, Any], arms: Mapping[str, Measured]) 
             render_claims(result["claims"]),
             render_figures(result["intervals"]),
             render_seeds(arms, seeds),
-            f"{describe_cost(arms, 2)} ({machine['cpu']}), torch {machine['torch']}. Made by `{result['command']}`.",
+            f"{describe_cost(arms.values(), 2)} ({machine['cpu']}), torch {machine['torch']}. Made by `{result['command']}`.",
         ])
         + "\n"
     )  # fmt: skip

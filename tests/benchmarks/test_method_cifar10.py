@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from benchmarks import method_digits
+from benchmarks.arm_pages import compute_claims, describe_cost
 from benchmarks.arms import Measured, estimate_cost
 from benchmarks.method_cifar10 import (
     BATCH,
+    CLAIMS,
     FULL,
     FULL_ARMS,
     FULL_CONTRASTS,
@@ -19,7 +21,9 @@ from benchmarks.method_cifar10 import (
     RATES,
     Settings,
     choose_best,
+    compute_cifar10_figures,
     make_cifar10_arms,
+    render_cifar10_page,
     write_tables,
 )
 from benchmarks.polluted_pool import KNOWN_CLASSES
@@ -111,6 +115,35 @@ def test_choose_best_looks_at_heldout_errors():
         return Measured({}, np.arange(100)[None] < heldout, np.arange(100)[None] < test, empty, empty, empty)
 
     assert choose_best({"a": measure(40, 10), "b": measure(20, 90), "c": measure(30, 50)}) == "b"
+
+
+def test_page_shows_main_and_further_arms():
+    rng = np.random.default_rng(0)
+
+    def measure(error):
+        wrong = rng.random((2, 300)) < error
+        counts = [rng.binomial(3, error, (2, 40, 2)).astype(np.uint8)] * 3
+        return Measured({"seeds": [{"cpu_seconds": 3600.0}] * 2}, wrong, wrong, *counts)
+
+    arms = {name: measure(0.3) for name in MAIN_ARMS} | {"S1": measure(0.2), "S2": measure(0.1)}
+    figures = compute_cifar10_figures(arms)
+    assert figures["clean_error_reduction_over_control"].value == pytest.approx(0.67, abs=0.1)
+    result = {
+        "command": "make",
+        "sizes": FULL._asdict(),
+        "seeds": [0, 1],
+        "settings": Settings(0.3, "hard", 0.8)._asdict(),
+        "tried": {"T-0.3": 0.25},
+        "claims": compute_claims(arms, CLAIMS),
+        "intervals": {name: contrast._asdict() for name, contrast in figures.items()},
+        "further": {"wider": figures["clean_error_reduction"]._asdict()},
+        "machine": {"cpu": "any", "torch": "2"},
+    }
+    text = render_cifar10_page(result, arms, {"S1-wide": measure(0.2)}, describe_cost(arms.values(), 2))
+    assert "a peak rate of 0.3, hard labels above a confidence of 0.8. Its held-out errors: T-0.3 25.0 %." in text
+    assert "12.0 hours of a processor, 6 h 00 min on 2 cores (any), torch 2. Made by `make`." in text
+    assert "| S1-wide | S1, 1.5 times as wide, as many steps |" in text
+    assert "| pool | S1 against T | errors, points |" in text
 
 
 def test_write_tables_draws_parts_without_overlap(tmp_path):
