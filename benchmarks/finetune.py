@@ -109,7 +109,7 @@ def make_run(folder: Path, store: LocalStore, data: Dataset, arch: str, measured
         epochs=1e-9,
         optimizer=OptimizerConfig(name="adamw", lr=1e-4, schedule="cosine", warmup_epochs=0),
     )
-    noise = NoiseConfig(randaugment_magnitude=9)
+    noise = NoiseConfig(randaugment_magnitude=9, dropout=0, stochastic_depth=0)
     role = RoleConfig(model=ModelConfig(arch=arch, resolution=PX), noise=noise, train=train)
     return make_loop_run(LocalStore(folder / "none"), store, data, role, measured)
 

@@ -143,8 +143,8 @@ class StepTimer(log.Progress):
 
 def make_loop_run(checkpoints: LocalStore, store: LocalStore, data: Dataset, role: RoleConfig, measured_steps: int) -> Run:
     """Our whole loop: read, decode, noise, step, average, record."""
-    labeled_set = LabeledImages(store, data)
-    epochs = (WARM_UP + measured_steps) * BATCH / labeled_set.samples
+    labeled_set, batch = LabeledImages(store, data), role.train.labeled_batch
+    epochs = (WARM_UP + measured_steps) * batch / labeled_set.samples
     role = role.model_copy(update={"train": role.train.model_copy(update={"epochs": epochs})})
 
     def run_loop() -> float:
@@ -156,7 +156,7 @@ def make_loop_run(checkpoints: LocalStore, store: LocalStore, data: Dataset, rol
         finally:
             log.Progress = original_progress  # type: ignore[misc]
         counted = StepTimer.ends[WARM_UP - 1 :]
-        return (len(counted) - 1) * BATCH / (counted[-1] - counted[0])
+        return (len(counted) - 1) * batch / (counted[-1] - counted[0])
 
     return run_loop
 
