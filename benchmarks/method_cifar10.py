@@ -79,7 +79,7 @@ from benchmarks.polluted_pool import KNOWN_CLASSES, load_digit_classes, make_noi
 
 SEEDS = (0, 1, 2, 3, 4)
 SETTINGS_SEED = 100
-RATES = (0.03, 0.1, 0.3)
+RATES = (0.003, 0.006, 0.012)
 """Peak learning rates that are tried."""
 LABELS = (("soft", 0.5), ("hard", 0.5), ("hard", 0.8))
 """Kinds of pseudo-labels, and thresholds of the confidence, that are tried."""
@@ -167,12 +167,12 @@ class ExperimentSizes(NamedTuple):
         return 10 * self.labeled
 
 
-FULL = ExperimentSizes(200, 500, 4_300, 1_000, steps=5_600, robust_images=1_000, frames=5, confidence_scale=1)
+FULL = ExperimentSizes(200, 500, 4_300, 1_000, steps=2_000, robust_images=1_000, frames=5, confidence_scale=1)
 QUICK = ExperimentSizes(20, 20, 60, 10, steps=12, robust_images=8, frames=3, confidence_scale=0)
 
-BATCH = 64
+BATCH = 128
 """Images per step of every arm."""
-LABELED_BATCH = 16
+LABELED_BATCH = 32
 """Of them labeled, if there is a pool."""
 WARMUP_SHARE = 0.1
 """Of the steps."""
@@ -210,15 +210,15 @@ def make_training(steps: int, labeled: int, *, labeled_batch: int, peak_rate: fl
         "labeled_batch": labeled_batch,
         "unlabeled_ratio": BATCH / labeled_batch - 1,
         "epochs": (steps - 0.5) / steps_per_epoch,
-        "ema_decay": 0.995,
+        "ema_decay": 0.99,
         "precision": "float32",
         "processes": 1,
         "loader_workers": 0,
         "optimizer": {
-            "name": "sgd",
+            # At a batch of 64, half as many images as with SGD bring the teacher as far.
+            "name": "muon",
             "lr": peak_rate * 256 / labeled_batch,
-            "weight_decay": 5e-4,
-            "decay_rule": "timm",
+            "weight_decay": 0.05,
             "schedule": "cosine",
             "warmup_epochs": WARMUP_SHARE * steps / steps_per_epoch,
         },

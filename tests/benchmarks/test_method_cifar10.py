@@ -97,14 +97,14 @@ def test_students_differ_in_what_they_are_compared_by_alone(tmp_path):
 
 
 def test_settings_decide_rates_and_labels_of_all_arms(tmp_path):
-    arms = make_cifar10_arms(0, tmp_path, FULL, Settings(0.3, "hard", 0.8))
+    arms = make_cifar10_arms(0, tmp_path, FULL, Settings(0.012, "hard", 0.8))
     assert {name: max(list_rates(arms[name], 2_000)) for name in MAIN_ARMS} == pytest.approx(
-        dict.fromkeys(MAIN_ARMS, 0.3), rel=0.01
+        dict.fromkeys(MAIN_ARMS, 0.012), rel=0.01
     )
     students = [arms[name].experiment for name in ("S1", "S1-quiet", "S1-longer", "S2")]
     assert {(one.selection.min_confidence, one.get_student(1).train.pseudo_labels) for one in students} == {(0.8, "hard")}
     # The arm of the settings that were chosen has the training of the main one.
-    for chosen, main in (("T-0.3", "T"), ("S1-hard-0.8", "S1")):
+    for chosen, main in (("T-0.012", "T"), ("S1-hard-0.8", "S1")):
         assert get_role(arms[chosen]) == get_role(arms[main])
         assert arms[chosen].experiment.selection == arms[main].experiment.selection
 
@@ -132,15 +132,15 @@ def test_page_shows_main_and_further_arms():
         "command": "make",
         "sizes": FULL._asdict(),
         "seeds": [0, 1],
-        "settings": Settings(0.3, "hard", 0.8)._asdict(),
-        "tried": {"T-0.3": 0.25},
+        "settings": Settings(0.012, "hard", 0.8)._asdict(),
+        "tried": {"T-0.012": 0.25},
         "claims": compute_claims(arms, CLAIMS),
         "intervals": {name: contrast._asdict() for name, contrast in figures.items()},
         "further": {"wider": figures["clean_error_reduction"]._asdict()},
         "machine": {"cpu": "any", "torch": "2"},
     }
     text = render_cifar10_page(result, arms, {"S1-wide": measure(0.2)}, describe_cost(arms.values(), 2))
-    assert "a peak rate of 0.3, hard labels above a confidence of 0.8. Its held-out errors: T-0.3 25.0 %." in text
+    assert "a peak rate of 0.012, hard labels above a confidence of 0.8. Its held-out errors: T-0.012 25.0 %." in text
     assert "12.0 hours of a processor, 6 h 00 min on 2 cores (any), torch 2. Made by `make`." in text
     assert "| S1-wide | S1, 1.5 times as wide, as many steps |" in text
     assert "| pool | S1 against T | errors, points |" in text
