@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """The average of a network's whole state. Integer state (batch counters) is copied.
+    """The average of a network's whole state. State that has no average is copied: integers (batch counters) and
+    infinite limits.
 
     It keeps references to the network's tensors: move the network to its device first, and change values only in place.
     """
@@ -15,9 +16,10 @@ class Ema:
         live = network.state_dict()
         self.shadow: dict[str, Tensor] = {name: value.clone() for name, value in live.items()}
         # Collected once: to walk through the modules at every step takes as long as the average itself.
-        averaged = [name for name, value in live.items() if value.is_floating_point()]
+        # Of two infinite values the average would be no number.
+        averaged = [name for name, value in live.items() if value.is_floating_point() and value.isfinite().all()]
         self._averaged = [self.shadow[name] for name in averaged], [live[name] for name in averaged]
-        self._copied = [(self.shadow[name], value) for name, value in live.items() if not value.is_floating_point()]
+        self._copied = [(self.shadow[name], live[name]) for name in live.keys() - set(averaged)]
 
     def decay_at(self, step: int) -> float:
         """The decay of a step counted from 0, with TensorFlow's ramp: min(decay, (1 + step) / (10 + step))."""

@@ -32,3 +32,12 @@ def test_ema_averages_statistics_and_copies_counters():
         else:
             torch.testing.assert_close(value.double(), expected[name], rtol=1e-4, atol=1e-5)
     assert {"1.running_mean", "1.running_var"} <= set(ema.shadow)
+
+
+def test_ema_copies_infinite_limits():
+    """As those of Gemma's layers, which clamp nothing until they are calibrated."""
+    network = nn.Linear(2, 2)
+    network.register_buffer("lowest", torch.tensor([-torch.inf, 1.0]))
+    ema = Ema(network, 0.9)
+    ema.update(0)
+    assert ema.shadow["lowest"].tolist() == [-torch.inf, 1.0]
