@@ -53,7 +53,7 @@ from ns.storage import LocalStore
 
 SEEDS = tuple(range(20))
 QUICK_SEEDS = (0,)
-QUICK_EPOCHS = 10
+QUICK_EPOCHS = 4
 LABELED = 50
 POOL_SHARES = (16, 4)
 ARMS = {
@@ -85,10 +85,11 @@ def make_digits_arms(seed: int, work: Path, epochs: float | None = None) -> dict
     quickstart = load_experiment(resolve_preset("quickstart")).model_dump(mode="json", exclude_unset=True, by_alias=True)
     base = {**quickstart, "seed": seed, "generations": 1, "labeling": {"tasks": 1}}
     (role,) = base.pop("students")
-    student = role["train"]
+    # One process per core.
+    changes = {"loader_workers": 0} | ({} if epochs is None else {"epochs": epochs})
+    base["teacher"] = {**base["teacher"], "train": {**base["teacher"]["train"], **changes}}
+    student = {**role["train"], **changes}
     if epochs is not None:
-        base["teacher"] = {**base["teacher"], "train": {**base["teacher"]["train"], "epochs": epochs}}
-        student = {**student, "epochs": epochs}
         # So short a teacher is sure of nothing.
         base["selection"] = {"min_confidence": 0.0}
 
