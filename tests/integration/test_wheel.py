@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.walk import Walk, go_first_hour, install_wheel
+from benchmarks.walk import SHORT_HOURS, Walk, go_first_hour, install_wheel
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
@@ -58,7 +58,7 @@ def test_first_hour_works_with_the_wheel_alone(wheel, tmp_path):
     python = tmp_path / ".venv" / "bin" / "python"
     where = run(python, "-c", "import ns, pipelines, sys; print(ns.__file__, pipelines.PACKAGE)", cwd=tmp_path, env=environment)
     assert all(path.startswith(str(tmp_path)) for path in where.split())
-    go_first_hour(walk, tmp_path, 64, hours=0.1, is_short=True)
+    go_first_hour(walk, tmp_path, 64, hours=SHORT_HOURS, is_short=True)
     assert [name for name, *_ in walk.steps][2:] == [
         "first experiment",
         "check",
