@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from ns.core.intervals import wilson_interval
@@ -33,6 +34,7 @@ STYLE: dict[str, Any] = {
     "font.size": 9,
     "text.parse_math": False,  # class names may contain $
     "text.color": INK,
+    "axes.facecolor": "none",
     "axes.labelcolor": INK,
     "axes.edgecolor": FAINT,
     "axes.spines.top": False,
@@ -222,10 +224,11 @@ def _add_legend_above(axes: Axes, columns: int = 2) -> None:
 def _render_svg(name: str, description: str, draw_axes: Callable[[Axes], None], height: float = HEIGHT) -> Markup:
     # The salt makes ids unique on the page and reproducible.
     with mpl.rc_context(cast(Any, {**STYLE, "svg.hashsalt": name})):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor="none")
         draw_axes(figure.add_subplot())
         sink = io.StringIO()
-        figure.savefig(sink, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        # `savefig` would draw twice where there is a layout.
+        FigureCanvasSVG(figure).print_svg(sink, metadata={"Date": None, "Creator": None})
     text = sink.getvalue()
     text = text[text.index("<svg") :]
     for color, variable in VARIABLES.items():
