@@ -3,6 +3,8 @@
 import gc
 import io
 import os
+import shutil
+import socketserver
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,13 @@ from ns.storage import LocalStore
 # One thread: tests run beside each other, and sums come out in one order on any machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# The unit tests' folders are in memory if there is room: what is written there is flushed to disk, and they write some ten thousand files.
+MEMORY = Path("/dev/shm")
+ROOM_BYTES = 4 << 30
+
+# Servers of tests answer with headers and a body: the second would wait 40 ms for the acknowledgement of the first.
+socketserver.StreamRequestHandler.disable_nagle_algorithm = True
+
 # Tests share their cores: how long an example takes says more of the neighbors than of the code.
 settings.register_profile("shared", deadline=None)
 settings.load_profile("shared")
@@ -32,6 +41,12 @@ settings.register_profile("mutation", deadline=None, derandomize=True, database=
 gc.disable()
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    is_unit_suite = "not integration" in config.option.markexpr
+    if is_unit_suite and MEMORY.is_dir() and shutil.disk_usage(MEMORY).free >= ROOM_BYTES:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 
 @pytest.hookimpl(trylast=True)

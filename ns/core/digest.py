@@ -120,6 +120,7 @@ def _list_sources(parts: Iterable[str]) -> list[Path]:
     return [file for path in paths for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
 
 
+@cache
 def read_library_version(library: str) -> str:
     """Version of an installed library, without the build that follows its + (cpu, cu128); empty if it is not installed."""
     try:

@@ -18,6 +18,8 @@ from typing import NamedTuple, NoReturn
 
 CLIENT_VARIABLE = "NS_CLIENT"
 """Identity (`identify_process`) of the client whose stage this is."""
+FORKED_VARIABLES = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
+"""Environment of a process that forks others after it has loaded libraries: jemalloc's thread in pyarrow would not survive that."""
 POLL_SECONDS = 0.5
 LOST_OUTPUT = 120
 """Exit code of a process whose output could not be written, as Python has it."""

@@ -13,7 +13,7 @@ from multiprocessing.context import ForkServerProcess
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
-from ns.core.process import identify_process, init_helper_process
+from ns.core.process import FORKED_VARIABLES, identify_process, init_helper_process, set_environment
 
 
 class ProcessPool(ThreadPoolExecutor):
@@ -47,7 +47,7 @@ class ProcessPool(ThreadPoolExecutor):
         worker: _Worker | None = getattr(self._own, "worker", None)
         if worker is None:
             with self._starting:
-                worker = self._own.worker = _Worker(self._setup)
+                worker = self._own.worker = _Worker(self._setup, function.__module__)
                 self._workers.append(worker)
         try:
             return worker.call_function(function, args, kwargs)
@@ -59,15 +59,18 @@ class ProcessPool(ThreadPoolExecutor):
 class _Worker:
     """A process, and the pipe to it."""
 
-    def __init__(self, setup: tuple[Any, ...]) -> None:
+    def __init__(self, setup: tuple[Any, ...], module: str) -> None:
         # Not forked: the caller may have threads.
         context = multiprocessing.get_context("forkserver")
+        # The server that forks, once it is started, has loaded what each process would load.
+        context.set_forkserver_preload([module])
         self._pipe, far_end = context.Pipe()
         with far_end:
             self._process: ForkServerProcess | None = context.Process(target=_serve_calls, args=(far_end, *setup), daemon=True)
             self._reason = "was killed"
             try:
-                self._process.start()
+                with set_environment(FORKED_VARIABLES):
+                    self._process.start()
             except (EOFError, OSError) as error:
                 # The server that forks was killed, and the next call starts another one; or there is no room for a process.
                 self._process, self._reason = None, f"could not be started ({error or 'its server was killed'})"

@@ -229,12 +229,18 @@ def _check_role(field: str, role: RoleConfig, classes: int | None, remarks: list
             f"{field}.model.outputs: invalid value {model.outputs}: the labeled data has {classes} classes; "
             f"must be at least {classes}, or be left out"
         )
+    key = _describe_check(field, role, outputs)
+    if key in _checked:
+        size, network_remarks = _checked[key]
+        remarks += [f"{field}.{remark}" for remark in network_remarks]
+        return size
     try:
         with torch.device("meta"):
             network = build_model(model, role.noise, outputs)
     except ConfigError as error:
         raise ConfigError(f"{field}.{error}") from error
-    remarks += [f"{field}.{remark}" for remark in find_missing_noise(network, role.noise)]
+    network_remarks = find_missing_noise(network, role.noise)
+    remarks += [f"{field}.{remark}" for remark in network_remarks]
     stride = max(1, get_total_stride(network) // model.reduce_stride)
     for name, resolution in (("resolution", model.resolution), ("test_resolution", model.inference_resolution)):
         if resolution < stride:
@@ -254,9 +260,23 @@ def _check_role(field: str, role: RoleConfig, classes: int | None, remarks: list
     ]
     try:
         counts = [count_model_multiply_adds(network, model, outputs, resolution) for resolution in resolutions]
-        return ModelSize(count_parameters(network), counts[-1])
+        size = ModelSize(count_parameters(network), counts[-1])
     except ConfigError as error:
         raise ConfigError(f"{field}.model: {error}") from error
+    _checked[key] = size, network_remarks
+    return size
+
+
+_checked: dict[str, tuple[ModelSize, list[str]]] = {}
+"""Size and remarks of networks that were found right in the life of this process: building one takes up to half a second, and roles
+often share one."""
+
+
+def _describe_check(field: str, role: RoleConfig, outputs: int) -> str:
+    """What the result of `_check_role` depends on."""
+    finetune = role.train.finetune and role.train.finetune.resolution
+    model = role.model.model_dump_json(exclude={"pretrained"})
+    return f"{model, role.noise.model_dump_json(), finetune, outputs, field == 'teacher'}"
 
 
 def save_model(

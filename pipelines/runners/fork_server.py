@@ -23,13 +23,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from ns.core.digest import read_sources
-from ns.core.process import run_process, set_openmp_to_sleep
+from ns.core.process import FORKED_VARIABLES, run_process, set_openmp_to_sleep
 
 MAX_REQUEST_BYTES = 1 << 17
 START_SCRIPT = re.compile(r'_KFP_RUNTIME=true \S+ -P -m (?P<module>[\w.]+) "\$@"')
 """The shell script by which our packages start a component (pipelines/compile.py). One that is started in another way is left to KFP."""
-# jemalloc's thread in pyarrow would not survive the fork.
-SERVER_VARIABLES = {"_KFP_RUNTIME": "true", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+SERVER_VARIABLES = {"_KFP_RUNTIME": "true", **FORKED_VARIABLES}
 
 StartProcess = Callable[..., int]
 """`run_local_subprocess` of kfp.local: command and variables → exit code."""

@@ -156,8 +156,12 @@ def test_digest_code_follows_the_versions_of_deciding_libraries(monkeypatch):
     versions["opencv-python-headless"] = "5.0"
     monkeypatch.setattr(digest, "version", lambda name: versions[name])
 
-    def compute(*parts):
+    def forget():
         digest.digest_code.cache_clear()
+        digest.read_library_version.cache_clear()
+
+    def compute(*parts):
+        forget()
         return digest.digest_code(*parts)
 
     training, selection = compute("modeling/factory.py"), compute("labeling/selection.py")
@@ -166,4 +170,4 @@ def test_digest_code_follows_the_versions_of_deciding_libraries(monkeypatch):
     versions["torch"] = "2.15.0"
     assert compute("modeling/factory.py") != training
     assert compute("labeling/selection.py") == selection, "a selection is made without torch"
-    digest.digest_code.cache_clear()
+    forget()

@@ -332,11 +332,11 @@ def iterate_batches(
         prefetch_factor=split.ahead if workers else None,
         worker_init_fn=partial(_init_loader, send_errors),
     )
+    loaded: Any = iter(data_loader)
     try:
         if parts == 1:
-            yield from data_loader
+            yield from loaded
         else:
-            loaded = iter(data_loader)
             for _ in range(start, stop):
                 yield _join_parts(loaded, *batches.count_images(), pin_memory=pin_memory)
     except NsError as error:
@@ -351,6 +351,10 @@ def iterate_batches(
         if send_errors.empty():
             raise
         raise TrainingError(f"a data loader cannot hand over its images: {send_errors.get()}") from error
+    finally:
+        # An error's traceback keeps the iterator. torch waits 5 s for each of its processes where it is found as garbage.
+        if workers:
+            loaded._shutdown_workers()
 
 
 def copy_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:

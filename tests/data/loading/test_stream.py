@@ -18,6 +18,7 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from ns.config.schema import NoiseConfig
 from ns.core.errors import DataError, StoreError, TrainingError
@@ -379,6 +380,8 @@ def test_loader_that_cannot_send_ends_the_training_with_its_reason(labeled, monk
             raise OSError(24, "Too many open files")
 
     monkeypatch.setattr(stream._StepParts, "__getitem__", lambda _self, number: Unsendable() if number == 2 else number)
+    # torch looks every 5 s whether its processes are alive.
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))
     with pytest.raises(TrainingError, match=r"a data loader cannot hand over its images: OSError: .*Too many open files"):
         list(iterate_batches(make_batches(labeled), start=0, stop=9, workers=1, pin_memory=False))
 
