@@ -3,6 +3,7 @@
 from typing import Any
 
 import yaml
+from yaml.composer import Composer
 
 from ns.core.errors import ConfigError
 
@@ -12,9 +13,16 @@ MAX_NUMBER_BITS = 128
 """Of a whole number. 0x with thousands of digits would be one that Python refuses to print."""
 
 
-class _WordLoader(yaml.SafeLoader):
+class _WordLoader(Composer, yaml.CSafeLoader):
     """YAML in which only true and false are truth values, as YAML 1.2 has it: off, no, on and yes are words, and may be settings or
-    names of classes. Fields that are truth values take them too. A field that is there twice is an error, as in YAML 1.2."""
+    names of classes. Fields that are truth values take them too. A field that is there twice is an error, as in YAML 1.2.
+
+    libyaml reads the text, five times as fast as Python; its nodes are composed here.
+    """
+
+    def __init__(self, text: str | bytes) -> None:
+        yaml.CSafeLoader.__init__(self, text)
+        Composer.__init__(self)
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         # Here `<<` is not merged yet; its fields may be overridden.

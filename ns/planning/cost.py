@@ -302,6 +302,10 @@ def _list_jobs(experiment: Experiment, images: dict[DataPart, int], sets: dict[s
             yield _PlannedJob(1, "evaluate", field, role, None, clean + plain, 0)
 
 
+_operations: dict[str, tuple[int, int, int]] = {}
+"""What `count_operations` found, in the life of this process: building a large network takes half a second."""
+
+
 class _SpeedMeter:
     """Speeds, each measured once for all jobs that do the same."""
 
@@ -314,7 +318,6 @@ class _SpeedMeter:
         self._sample_images = sample_images
         self._speed_by_key: dict[str, DeviceSpeed] = {}
         self._core_seconds_by_key: dict[str, float] = {}
-        self._counts_by_key: dict[str, tuple[int, int, int]] = {}
         self._seconds = request.seconds / len({self._speed_key(job) for job in jobs})
 
     def _speed_key(self, job: _PlannedJob) -> str:
@@ -326,15 +329,15 @@ class _SpeedMeter:
 
     def count_operations(self, job: _PlannedJob) -> tuple[int, int, int]:
         """Parameters, values of the state, and multiply-adds per image."""
-        key = f"{describe_architecture(job.role.model), job.resolution}"
-        if key not in self._counts_by_key:
-            outputs = self.count_outputs(job)
+        outputs = self.count_outputs(job)
+        key = f"{describe_architecture(job.role.model), job.resolution, outputs}"
+        if key not in _operations:
             with torch.device("meta"):
                 network = build_model(job.role.model, job.role.noise, outputs)
             state = sum(value.numel() for value in network.state_dict().values())
             multiply_adds = count_model_multiply_adds(network, job.role.model, outputs, job.resolution)
-            self._counts_by_key[key] = count_parameters(network), state, multiply_adds
-        return self._counts_by_key[key]
+            _operations[key] = count_parameters(network), state, multiply_adds
+        return _operations[key]
 
     def measure_speed(self, job: _PlannedJob, multiply_adds: int) -> DeviceSpeed:
         assumed = self._request.multiply_adds_per_second
