@@ -58,7 +58,9 @@ def main() -> None:
     def add_comparison(figure: str, what: str, ours: Run, theirs: Run, count: int = rounds) -> None:
         # Warms up page cache, imports and lazily made tables.
         ours(), theirs()
-        measured = measure_rates({"ours": ours, "theirs": theirs}, count)
+        # A quick run guards the others only against being broken (benchmarks/summary.py).
+        turns = count if figure.startswith("decode_") or not options.quick else 2
+        measured = measure_rates({"ours": ours, "theirs": theirs}, turns)
         median, least, greatest = paired_ratio(measured, "ours", "theirs")
         figures[figure] = round(median, 4)
         speed = [f"{statistics.median(measured[name]):,.0f}" for name in ("ours", "theirs")]
