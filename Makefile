@@ -40,7 +40,7 @@ test-integration: $(VENV)/.test $(VENV)-mlflow/.installed ## Run the integration
 	@$(PYTEST) -m "integration or browser or data" --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-containers: $(VENV)/.test ## Run the tests that need a container engine
-	@$(PYTEST) -m containers --numprocesses auto --dist loadfile $(ARGS)
+	@$(PYTEST) -m containers tests/integration --numprocesses auto --dist loadfile $(ARGS)
 
 test-cluster: $(VENV)/.test ## Run the tests that need a Kubernetes cluster, in namespaces of their own (KUBE_CONTEXT=)
 	@KUBE_CONTEXT="$(KUBE_CONTEXT)" $(PYTEST) -m cluster tests/cluster $(ARGS)

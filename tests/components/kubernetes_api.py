@@ -14,7 +14,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
 from pydantic import ValidationError
 
 JOBS = "/apis/trainer.kubeflow.org/v1alpha1/namespaces/team/trainjobs"
@@ -69,6 +68,9 @@ class KubernetesApi:
 
     def refuse(self, job: dict[str, Any]) -> str | None:
         """Why a TrainJob is not accepted."""
+        # Takes half a second, which no other test should wait for.
+        from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
+
         try:
             known = TrainerV1alpha1TrainJob.from_dict(job).to_dict()
         except (ValidationError, ValueError, TypeError) as error:

@@ -7,7 +7,6 @@ import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
-import mlflow
 import numpy as np
 import onnxruntime
 import pytest
@@ -54,6 +53,8 @@ def server(tmp_path_factory):
 
 @pytest.mark.parametrize("sizes", [SHORT, LONG], ids=["short", "long"])
 def test_walk_from_a_pretrained_model_to_a_registered_one(sizes, server, cifar10, tmp_path, monkeypatch):
+    import mlflow  # takes a second, which no other test should wait for
+
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", f"walk-{sizes.px}")
     monkeypatch.chdir(tmp_path)

@@ -5,7 +5,6 @@ import os
 import socket
 
 import pytest
-from mlflow import MlflowClient
 from structlog.testing import capture_logs
 
 from ns.core import mlflow_client
@@ -26,6 +25,8 @@ def server(tmp_path_factory):
 
 @pytest.fixture
 def client(server, monkeypatch, request):
+    from mlflow import MlflowClient  # takes a second, which no other test should wait for
+
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", request.node.name)
     monkeypatch.setattr(mlflow_client, "_gave_up_at", float("-inf"))
