@@ -155,6 +155,28 @@ def make_pool(picture):
 
 
 @pytest.fixture(scope="session")
+def prepared_digits(tmp_path_factory):
+    """The folder of a root in which the quickstart's data is prepared, and nothing else. No test may change it."""
+    from ns.runs.records import record_key
+    from ns.stages.prepare import prepare_data
+    from tests.loop import open_tiny_run
+
+    store = LocalStore(tmp_path_factory.mktemp("prepared"))
+    ref = open_tiny_run(store)
+    prepare_data(ref)
+    for prefix in (f"{ref.run}/", record_key(ref.run), "store/order/"):
+        store.delete_prefix(prefix)
+    return store.root
+
+
+@pytest.fixture
+def digits_store(prepared_digits, tmp_path):
+    """A store of its own in which the quickstart's data is prepared: what is done with it is under test, not how it is made."""
+    shutil.copytree(prepared_digits, tmp_path / "digits", copy_function=os.link)
+    return LocalStore(tmp_path / "digits")
+
+
+@pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
     """The store and the RunRef of a finished run of one generation, whose student was promoted. Tests open further runs beside it."""
     from ns.runs.lifecycle import finish_run

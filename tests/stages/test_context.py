@@ -74,8 +74,10 @@ def test_stage_keeps_that_it_is_under_way_until_it_says_how_it_ended(tmp_path, m
         (RuntimeError("killed"), 1, 60, True),
     ],
 )
-def test_useless_retry_by_argo_ends_at_once_with_the_first_message(tmp_path, monkeypatch, error, index, age_seconds, reached):
-    store = LocalStore(tmp_path)
+def test_useless_retry_by_argo_ends_at_once_with_the_first_message(
+    digits_store, monkeypatch, error, index, age_seconds, reached
+):
+    store = digits_store
     ref = open_tiny_run(store)
     write_stage_failure(store, ref.run, 0, "prepare", error, note_name="prepare")
     failure = find_stage_failure(store, ref.run, 0, note_name="prepare")
@@ -91,8 +93,8 @@ def test_useless_retry_by_argo_ends_at_once_with_the_first_message(tmp_path, mon
         assert find_stage_failure(store, ref.run, 0, note_name="prepare").error == str(error)
 
 
-def test_interrupted_stage_exits_with_130(tmp_path, monkeypatch):
-    ref = open_tiny_run(LocalStore(tmp_path))
+def test_interrupted_stage_exits_with_130(digits_store, monkeypatch):
+    ref = open_tiny_run(digits_store)
     data = prepare_data(ref)
 
     def stopped(*_, **__):

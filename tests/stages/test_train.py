@@ -13,14 +13,14 @@ from ns.runs.records import list_stage_notes
 from ns.stages.evaluate import evaluate_generation
 from ns.stages.prepare import prepare_data
 from ns.stages.train import train_generation
-from ns.storage import LocalStore, lease
+from ns.storage import lease
 from ns.training import runner as training
 from tests.loop import open_tiny_run
 
 
-def test_finetuned_model_is_kept_beside_the_plain_one(tmp_path, monkeypatch):
+def test_finetuned_model_is_kept_beside_the_plain_one(digits_store, monkeypatch):
     overrides = ["teacher.train.epochs=4", "teacher.train.finetune={resolution: 40, epochs: 3, lr: 0.001}"]
-    store = LocalStore(tmp_path)
+    store = digits_store
     ref = open_tiny_run(store, *overrides)
     data = prepare_data(ref)
     model = train_generation(ref, data=data, generation=0)
@@ -42,8 +42,8 @@ def test_finetuned_model_is_kept_beside_the_plain_one(tmp_path, monkeypatch):
     assert ModelManifest.load(store.at(f"{model}/{FINETUNED}")).digest == tuned.digest
 
 
-def test_training_that_was_silent_and_taken_over_keeps_the_first_model(tmp_path, monkeypatch):
-    store = LocalStore(tmp_path)
+def test_training_that_was_silent_and_taken_over_keeps_the_first_model(digits_store, monkeypatch):
+    store = digits_store
     ref = open_tiny_run(store, "teacher.train.epochs=2")
     data = prepare_data(ref)
     train, others = training.train_model, []
@@ -64,9 +64,9 @@ def test_training_that_was_silent_and_taken_over_keeps_the_first_model(tmp_path,
     assert ModelManifest.load(store.at(train_generation(ref, data=data, generation=0))) == others[1]
 
 
-def test_model_keeps_its_own_normalization(tmp_path):
+def test_model_keeps_its_own_normalization(digits_store):
     """Weights from elsewhere want the mean and the deviation of their own training, everywhere."""
-    store = LocalStore(tmp_path)
+    store = digits_store
     half = [f"{field}.model.{name}=[0.5,0.5,0.5]" for field in ("teacher", "students.0") for name in ("mean", "std")]
     ref = open_tiny_run(store, *half, "teacher.train.epochs=2")
     data = prepare_data(ref)
@@ -81,7 +81,7 @@ def test_model_keeps_its_own_normalization(tmp_path):
     assert torch.allclose(seen, expected, atol=1e-4)
 
 
-def test_other_normalization_of_initial_weights_is_told(finished_run, tmp_path, capsys):
+def test_other_normalization_of_initial_weights_is_told(finished_run, digits_store, capsys):
     store, ref = finished_run
     best_store = store.at(find_best_model(store, ref.run))
     best, weights_key = best_store.uri, ModelManifest.load(best_store).weights_key
@@ -91,7 +91,7 @@ def test_other_normalization_of_initial_weights_is_told(finished_run, tmp_path, 
         ([f"teacher.model.pretrained={best}/{weights_key}"], True),
         (["students.0.model.std=[0.5,0.5,0.5]", "students.0.train.init=teacher"], True),
     ):
-        other = open_tiny_run(LocalStore(tmp_path / "root"), *overrides)
+        other = open_tiny_run(digits_store, *overrides)
         capsys.readouterr()
         prepare_data(other)
         captured = capsys.readouterr()
