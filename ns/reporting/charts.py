@@ -228,7 +228,7 @@ def _render_svg(name: str, description: str, draw_axes: Callable[[Axes], None], 
         draw_axes(figure.add_subplot())
         sink = io.StringIO()
         # `savefig` would draw twice where there is a layout.
-        FigureCanvasSVG(figure).print_svg(sink, metadata={"Date": None, "Creator": None})
+        FigureCanvasSVG(figure).print_svg(sink, metadata={"Date": None, "Creator": None})  # type: ignore[no-untyped-call]
     text = sink.getvalue()
     text = text[text.index("<svg") :]
     for color, variable in VARIABLES.items():
