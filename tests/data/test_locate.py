@@ -38,7 +38,9 @@ def test_open_data_of_source_is_its_listing(folder):
         assert [entry.path for entry in data.read_entries(0, len(data))] == ["a.png"]
 
 
-@pytest.mark.parametrize(("uri", "reason"), [("digits:test", "digits:test: no such part"), ("nowhere", "no such folder")])
+@pytest.mark.parametrize(
+    ("uri", "reason"), [("digits:training", "digits:training: no such part"), ("nowhere", "no such folder")]
+)
 def test_open_data_names_missing_data(uri, reason):
     with pytest.raises(DataError, match=reason), open_data(uri, "evaluation"):
         pass

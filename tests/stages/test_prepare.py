@@ -148,7 +148,7 @@ def test_open_dataset_refuses_a_changed_dataset(tmp_path, uris):
     ("part", "value", "reason"),
     [
         ("pool", "nowhere", "data.pool: .*nowhere: no such folder"),
-        ("heldout", "digits:test", "no such part; there are digits:labeled"),
+        ("heldout", "digits:training", "no such part; there are digits:labeled"),
         ("heldout", "digits:heldout", "its classes .* are not those of data.labeled"),
     ],
 )
