@@ -113,8 +113,8 @@ def test_walk_from_a_pretrained_model_to_a_registered_one(sizes, server, cifar10
     answer = json.loads(run_ns("promote", "first", "--to", "production.yaml", "--json"))
     assert answer["mlflow_version"] == "1"
     assert json.loads(run_ns("promote", "first", "--to", "production.yaml", "--json"))["mlflow_version"] == "1"
-    version = client.get_model_version_by_alias("walk", "production")
-    model = Path(mlflow.artifacts.download_artifacts(f"models:/walk/{version.version}", tracking_uri=server))
+    version = client.get_model_version_by_alias(f"walk-{sizes.px}", "production")
+    model = Path(mlflow.artifacts.download_artifacts(f"models:/walk-{sizes.px}/{version.version}", tracking_uri=server))
     signature = mlflow.models.Model.load(model).signature
     assert [tuple(spec.shape) for spec in signature.inputs.inputs] == [(-1, sizes.px, sizes.px, 3)]
     session = onnxruntime.InferenceSession(model / "model.onnx")
@@ -164,7 +164,7 @@ def make_experiment(sizes: WalkSizes, *, labeled: str, weights: str | None) -> d
     if weights:
         role["model"]["pretrained"] = weights
     return {
-        "name": "walk",
+        "name": f"walk-{sizes.px}",
         "generations": 1,
         "data": {"labeled": labeled, "pool": "pool.csv", "heldout": "heldout.csv"},
         "teacher": role,
