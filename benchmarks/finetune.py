@@ -54,7 +54,7 @@ def main() -> None:
         console.print("vs_timm_finetune skipped: TIMM_TRAIN does not name timm's train.py", style="yellow")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        write_photographs(folder / "images" / "train", (WARM_UP + measured + 2) * BATCH)
+        write_photographs(folder / "images" / "train", (WARM_UP + measured + 8) * BATCH)
         (folder / "images" / "validation").symlink_to(folder / "images" / "train")
         store = LocalStore(folder / "store")
         config = ImportConfig()
