@@ -62,10 +62,10 @@ MAX_SHARE = 0.6
 """Of Argo's limit, for a compressed Workflow."""
 LARGE_TASKS, LARGE_GENERATIONS = 50, 3
 LARGE = (
-    *(f"generations={LARGE_GENERATIONS}", "gate.min_gain=-1", f"labeling.tasks={LARGE_TASKS}", "data.shard_samples=20"),
+    *(f"generations={LARGE_GENERATIONS}", "gate.min_gain=-1", f"labeling.tasks={LARGE_TASKS}", "data.shard_samples=17"),
     *("teacher.train.epochs=100", "students.0.train.epochs=10"),
 )
-"""Each labeling task has a shard of 20 images or two, and every student is accepted."""
+"""Each labeling task has a shard of 17 images, and every student is accepted."""
 
 # ns.training.checkpoint, which names these files, imports torch.
 _CHECKPOINT = re.compile(r"/step-(\d{8})-[0-9a-f]{16}\.safetensors$")

@@ -26,8 +26,13 @@ def test_read_tensor_shapes_reads_the_header_alone(network, tmp_path):
     expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     assert read_tensor_shapes(uri) == expected
     with (tmp_path / "a.safetensors").open("r+b") as file:
-        file.truncate(file.seek(0, 2) - 1000)
-    assert read_tensor_shapes(uri) == expected
+        size = file.seek(0, 2)
+        file.seek(size - 1000)
+        file.write(b"\xff" * 1000)
+        assert read_tensor_shapes(uri) == expected
+        file.truncate(size - 1000)
+    with pytest.raises(DataError, match=f"has {size - 1000:,} bytes, must have {size:,}; it was cut off"):
+        read_tensor_shapes(uri)
 
 
 @pytest.mark.parametrize(

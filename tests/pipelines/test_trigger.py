@@ -140,6 +140,7 @@ def test_propose_trigger_digest_covers_content_not_uris(tmp_path, make_pool, pic
         "labeled": (2, 0),
         "pool": (3, 2),
         "heldout": (2, 0),
+        "test": (400, 1),
     }
     (tmp_path / "pool").rename(tmp_path / "elsewhere")
     assert look(pool=str(tmp_path / "elsewhere")).digest == first.digest
