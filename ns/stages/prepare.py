@@ -383,9 +383,11 @@ class _DatasetFinder:
         source = self.find_dataset(field, uri, "heldout", classes)
         own_classes = source.open_dataset(self._root)[1].classes
         if own_classes != classes:
+            # A preset's own test images outlive the other parts when a user names data of their own.
+            other_cure = ", or set data.test=null" if field == "data.test" else ""
             raise DataError(
                 f"{field}: {uri}: its classes {_shorten_names(own_classes)} are not those of data.labeled, "
-                f"{_shorten_names(classes)}; import it with the same classes in the same order"
+                f"{_shorten_names(classes)}; import it with the same classes in the same order{other_cure}"
             )
         return source
 

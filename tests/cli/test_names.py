@@ -55,7 +55,7 @@ def root(tmp_path_factory):
     for count, (name, role) in enumerate(roles.items(), 4):
         write_dataset(store.at(name), name, role, count)
     data = [f"data.{name}={store.at(name).uri}" for name in roles]
-    experiment = load_with_overrides("quickstart", [*TINY, "teacher.train.labeled_batch=16", *data])
+    experiment = load_with_overrides("quickstart", [*TINY, "teacher.train.labeled_batch=16", "data.test=null", *data])
     open_run(store, "run", experiment, "test")
     ref = RunRef(f"{store.uri}/run/config.yaml", store.uri, "run")
     run_loop(ref)

@@ -149,7 +149,12 @@ def test_open_dataset_refuses_a_changed_dataset(tmp_path, uris):
     [
         ("pool", "nowhere", "data.pool: .*nowhere: no such folder"),
         ("heldout", "digits:training", "no such part; there are digits:labeled"),
-        ("heldout", "digits:heldout", "its classes .* are not those of data.labeled"),
+        (
+            "heldout",
+            "digits:heldout",
+            "its classes .* are not those of data.labeled, .*; import it with the same classes in the same order$",
+        ),
+        ("test", "digits:test", "its classes .* are not those of data.labeled, .*, or set data.test=null$"),
     ],
 )
 def test_prepare_refuses_unusable_uris(tmp_path, uris, part, value, reason):
