@@ -118,7 +118,7 @@ def make_timm_run(script: str, images: Path, arch: str, weights: Path, measured:
     """timm's train.py; each run is a process of its own, whose first steps are not counted either."""
     arguments = ["--data-dir", str(images), "--model", arch, "--num-classes", str(CLASSES), "--img-size", str(PX)]
     arguments += ["--initial-checkpoint", str(weights), "--opt", "adamw", "--lr", "1e-4", "--sched", "cosine"]
-    arguments += ["--warmup-epochs", "0", "--aa", "rand-m9-mstd0.5-inc1", "--smoothing", "0.1", "--workers", str(WORKERS)]
+    arguments += ["--warmup-epochs", "0", "--aa", "rand-m9-inc1", "--smoothing", "0.1", "--workers", str(WORKERS)]
     arguments += ["--batch-size", str(BATCH), "--device", models.get_best_device().type]
     arguments += ["--epochs", "1", "--log-interval", "1", "--output", str(images.parent / "output")]
 

@@ -59,9 +59,9 @@ def train(
 ) -> nn.Module:
     """Returns the averaged weights. A batch has labeled images and `UNLABELED_RATIO` times as many of the pool, if there is one."""
     torch.manual_seed(seed)
-    network = copy.deepcopy(start)
+    network = copy.deepcopy(start).to(memory_format=torch.channels_last)
     average = ModelEmaV3(network, decay=0.99)
-    optimizer = torch.optim.AdamW(network.parameters(), rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(network.parameters(), rate, weight_decay=0.01, fused=True)
     schedule = CosineLRScheduler(optimizer, STEPS, warmup_t=WARMUP_STEPS, warmup_lr_init=rate / WARMUP_STEPS, t_in_epochs=False)
     draw = np.random.default_rng(seed)
     choices = [draw.permutation(len(labeled))[:LABELED_BATCH] for _ in range(STEPS)]
@@ -71,7 +71,7 @@ def train(
     loader: Any = DataLoader(samples, size, num_workers=1, collate_fn=noise_images)  # type: ignore[arg-type]
     network.train()
     for step, pixels in enumerate(loader):
-        logits = network(pixels)
+        logits = network(pixels.contiguous(memory_format=torch.channels_last))
         loss = F.cross_entropy(logits[:LABELED_BATCH], class_ids[choices[step]])
         if len(pool):
             pseudo = F.cross_entropy(logits[LABELED_BATCH:], targets[pool_choices[step]])
@@ -103,6 +103,7 @@ def select_rows(probabilities: Tensor) -> Rows:
 
 def main() -> None:
     seed = int(sys.argv[1])
+    torch.set_num_threads(1)  # the loader's process has the other core
     digits = load_digits()
     images = [
         Image.fromarray(np.rint(image * 255 / 16).astype(np.uint8)).convert("RGB").resize((32, 32)) for image in digits.images
