@@ -1,5 +1,6 @@
 """Pages about arms: their errors, the claims, and the picture of the errors by generation."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,7 +9,7 @@ import numpy as np
 
 from benchmarks.arms import Measured, format_minutes
 from benchmarks.contrasts import LEVEL, Contrast, adjust_holm, bound_mean, contrast_errors, contrast_ratios, join_claims
-from benchmarks.measure import format_markdown_table
+from benchmarks.measure import describe_benchmark_machine, format_markdown_table
 
 SUITES = {"corruptions": "mCE", "perturbations": "mFR", "attacks": "errors under attack"}
 """Measurements besides clean errors → their names."""
@@ -146,3 +147,29 @@ def draw_generations(arms: Mapping[str, Measured], lines: Mapping[str, Sequence[
         axes.grid(axis="y", alpha=0.3)
         axes.legend(fontsize=8)
         figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def describe_results(
+    command: str,
+    seeds: Sequence[int],
+    arms: Mapping[str, Measured],
+    intervals: Mapping[str, Contrast],
+    claims: Mapping[str, Claim],
+) -> dict[str, Any]:
+    """What is kept as JSON: figures with their intervals, claims, errors of the arms, and where they were measured."""
+    return {
+        "command": command,
+        "seeds": list(seeds),
+        "figures": {name: contrast.value for name, contrast in intervals.items()},
+        "intervals": {name: contrast._asdict() for name, contrast in intervals.items()},
+        "claims": compute_claims(arms, claims),
+        "arms": {name: bound_mean(measured.test)._asdict() for name, measured in arms.items()},
+        "machine": describe_benchmark_machine(),
+    }
+
+
+def write_results(folder: Path, name: str, result: Mapping[str, Any], text: str) -> None:
+    """Writes NAME.json and NAME.md, and prints the page."""
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    (folder / f"{name}.md").write_text(text)
+    print(text)

@@ -48,7 +48,6 @@ continues after an interruption.
 
 import argparse
 import itertools
-import json
 import os
 import tarfile
 from collections.abc import Mapping, Sequence
@@ -62,19 +61,20 @@ from PIL import Image
 from benchmarks.arm_pages import (
     SUITES,
     Claim,
-    compute_claims,
     contrast_arms,
     describe_cost,
+    describe_results,
     draw_generations,
     reduce_error,
     render_arms,
     render_claims,
     render_figures,
     render_seeds,
+    write_results,
 )
 from benchmarks.arms import Arm, Measured, run_arms, stack_arms
-from benchmarks.contrasts import Contrast, bound_mean
-from benchmarks.measure import CIFAR10, RESULTS, describe_benchmark_machine, draw_tables
+from benchmarks.contrasts import Contrast
+from benchmarks.measure import CIFAR10, RESULTS, draw_tables
 from benchmarks.polluted_pool import KNOWN_CLASSES, load_digit_classes, make_noise, make_textures
 
 SEEDS = (0, 1, 2, 3, 4)
@@ -508,29 +508,21 @@ def main() -> None:
         for about, (student, control) in FULL_CONTRASTS.items()
         if {student, control} <= all_arms.keys()
     }
-    result = {
-        "command": "python -m benchmarks.method_cifar10" + (" --quick" if options.quick else " --full" if options.full else ""),
+    command = "python -m benchmarks.method_cifar10" + (" --quick" if options.quick else " --full" if options.full else "")
+    result = describe_results(command, options.seeds, all_arms, intervals, CLAIMS)
+    result["figures"]["teacher_error"] = float(arms["T"].test.mean())
+    for name, measured in all_arms.items():
+        result["arms"][name]["runs"] = measured.about["seeds"]
+    result |= {
         "sizes": sizes._asdict(),
-        "seeds": list(options.seeds),
-        "figures": {name: contrast.value for name, contrast in intervals.items()}
-        | {"teacher_error": float(arms["T"].test.mean())},
-        "intervals": {name: contrast._asdict() for name, contrast in intervals.items()},
-        "claims": compute_claims(arms, CLAIMS),
-        "arms": {
-            name: bound_mean(measured.test)._asdict() | {"runs": measured.about["seeds"]} for name, measured in all_arms.items()
-        },
         "further": {about: contrast._asdict() for about, contrast in further.items()},
         "settings": settings._asdict(),
         "tried": {name: float(measured.heldout.mean()) for name, measured in tried.items()},
-        "machine": describe_benchmark_machine(),
     }
     options.results.mkdir(parents=True, exist_ok=True)
     draw_generations(arms, LINES, options.results / "method_cifar10.svg")
-    (options.results / "method_cifar10.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     cost = describe_cost([*tried.values(), *all_arms.values()], 2)
-    text = render_cifar10_page(result, arms, full_arms, cost)
-    (options.results / "method_cifar10.md").write_text(text)
-    print(text)
+    write_results(options.results, "method_cifar10", result, render_cifar10_page(result, arms, full_arms, cost))
 
 
 if __name__ == "__main__":

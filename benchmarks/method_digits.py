@@ -24,7 +24,6 @@ Intervals are for new seeds and new images, with these 50 labels (`benchmarks.co
 """
 
 import argparse
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,19 +31,19 @@ from typing import Any
 
 from benchmarks.arm_pages import (
     Claim,
-    compute_claims,
     contrast_arms,
     describe_cost,
+    describe_results,
     draw_generations,
     reduce_error,
     render_arms,
     render_claims,
     render_figures,
     render_seeds,
+    write_results,
 )
 from benchmarks.arms import Arm, Measured, run_arms, stack_arms
-from benchmarks.contrasts import bound_mean
-from benchmarks.measure import RESULTS, describe_benchmark_machine
+from benchmarks.measure import RESULTS
 from benchmarks.method_cifar10 import replace_student
 from ns.config.loader import load_experiment, resolve_preset
 from ns.data.importing.digits import write_digits
@@ -182,21 +181,11 @@ def main() -> None:
         "pool_of_1/4_over_1/16": contrast_arms(arms["S1-pool-4"], arms["S1-pool-16"]).change_unit(0.01),
         "whole_pool_over_1/4": contrast_arms(arms["S1"], arms["S1-pool-4"]).change_unit(0.01),
     }
-    result = {
-        "command": "python -m benchmarks.method_digits" + (" --quick" if options.quick else ""),
-        "seeds": list(seeds),
-        "figures": {name: contrast.value for name, contrast in intervals.items()},
-        "intervals": {name: contrast._asdict() for name, contrast in intervals.items()},
-        "claims": compute_claims(arms, CLAIMS),
-        "arms": {name: bound_mean(measured.test)._asdict() for name, measured in arms.items()},
-        "machine": describe_benchmark_machine(),
-    }
+    command = "python -m benchmarks.method_digits" + (" --quick" if options.quick else "")
+    result = describe_results(command, seeds, arms, intervals, CLAIMS)
     options.results.mkdir(parents=True, exist_ok=True)
     draw_generations(arms, LINES, options.results / "method_digits.svg")
-    (options.results / "method_digits.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    text = render_digits_page(result, arms)
-    (options.results / "method_digits.md").write_text(text)
-    print(text)
+    write_results(options.results, "method_digits", result, render_digits_page(result, arms))
 
 
 if __name__ == "__main__":

@@ -404,19 +404,18 @@ def commit_version(
     from ns.evaluation.gate import Verdict
     from ns.labeling.registry import VersionTag
     from ns.labeling.selection import Selection
-    from ns.runs.lookup import open_label_set, resolve_run_name
+    from ns.runs.lookup import open_label_set, resolve_run_name, split_generation
     from ns.runs.records import CONFIG_FILE, find_stage_note
 
-    run, _, generation = name.rpartition("/gen-")
-    of_run = bool(run) and generation.isascii() and generation.isdigit()
-    if of_run and selected:
+    named = split_generation(name)
+    if named and selected:
         raise ConfigError("--selection: is for a folder; a run's generation has its own selection")
     store = open_store(root)
-    run = resolve_run_name(store, run) if of_run else ""
+    run, generation = (resolve_run_name(store, named[0]), named[1]) if named else ("", 0)
     if new_tag:
         tag = VersionTag.parse(new_tag)
-    elif of_run:
-        tag = VersionTag.from_parts(load_experiment(f"{store.at(run).uri}/{CONFIG_FILE}").name, run, int(generation))
+    elif named:
+        tag = VersionTag.from_parts(load_experiment(f"{store.at(run).uri}/{CONFIG_FILE}").name, run, generation)
     else:
         raise ConfigError(
             f"LABELS {name}: must be a run's generation (latest/gen-1), which names the version; "
@@ -424,8 +423,8 @@ def commit_version(
         )
     resolved = open_label_set(store, name)
     selection, verdict = resolved.selection, None
-    if of_run:
-        if note := find_stage_note(store, run, int(generation), "gate"):
+    if named:
+        if note := find_stage_note(store, run, generation, "gate"):
             verdict = Verdict.load_file(store, note.outputs["verdict"])
     elif selected:
         selection = Selection.parse(read_uri(selected), selected)

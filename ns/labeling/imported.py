@@ -1,7 +1,7 @@
 """Labels from elsewhere: a table, or tasks of Label Studio, become a label set like any other.
 
 A table (CSV, TSV or Parquet) has a column with the key, or the path, of each image, and either a class and perhaps a confidence, or a
-column of probabilities for each class. an export of Label Studio has a class for each task, chosen by a person or predicted by a model.
+column of probabilities for each class. An export of Label Studio has a class for each task, chosen by a person or predicted by a model.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

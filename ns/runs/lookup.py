@@ -86,19 +86,26 @@ def find_best_model(root: Store, run: str) -> str:
     return best_model
 
 
+def split_generation(name: str) -> tuple[str, int] | None:
+    """The run and the generation that `RUN/gen-N` names; None for any other name."""
+    run, _, number = name.rpartition("/gen-")
+    # Other scripts' digits are digits too, and some are no numbers.
+    return (run, int(number)) if run and number.isascii() and number.isdigit() else None
+
+
 def resolve_verdict(root: Store, name: str) -> tuple[str, Verdict]:
     """The full name of a run, and the gate's verdict on a generation of it (`RUN/gen-N`), or the last one (`RUN`).
 
     Raises RunError if there is no verdict.
     """
-    run_name, slash, number = name.rpartition("/gen-")
-    if slash and not (number.isascii() and number.isdigit()):
+    named = split_generation(name)
+    if named is None and "/gen-" in name:
         raise RunError(f"{name}: must be a run, or a generation of it: latest, latest/gen-1")
-    run = resolve_run_name(root, run_name if slash else name)
+    run = resolve_run_name(root, named[0] if named else name)
     verdict_keys = {note.generation: note.outputs["verdict"] for note in list_stage_notes(root, run, "gate")}
     if not verdict_keys:
         raise RunError(f"run {run}: no student has come to the gate yet; `ns run --resume` continues it")
-    generation = int(number) if slash else max(verdict_keys)
+    generation = named[1] if named else max(verdict_keys)
     if generation not in verdict_keys:
         available = ", ".join(f"gen-{judged_generation}" for judged_generation in sorted(verdict_keys))
         raise RunError(f"run {run}: there is no verdict on generation {generation}; there are {available}")
@@ -175,15 +182,16 @@ def open_label_set(root: Store, name: str) -> RunLabelSet:
 
     Raises RunError or DataError if there is none.
     """
-    run, _, generation = name.rpartition("/gen-")
-    if not run or not (generation.isascii() and generation.isdigit()):
+    named = split_generation(name)
+    if named is None:
         label_store = open_store(name)
         if not label_store.exists(LabelSet.filename):
             raise DataError(
                 f"{label_store.uri}: no {LabelSet.filename} here; name a label set's folder, or a run's generation: latest/gen-1"
             )
         return RunLabelSet(label_store, LabelSet.load(label_store))
-    return open_run_label_set(root, resolve_run_name(root, run), int(generation))
+    run, generation = named
+    return open_run_label_set(root, resolve_run_name(root, run), generation)
 
 
 def open_run_label_set(root: Store, run: str, generation: int) -> RunLabelSet:
