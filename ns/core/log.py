@@ -6,6 +6,7 @@
 import contextlib
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -19,8 +20,11 @@ import structlog
 from ns.core.printable import make_printable
 
 EVENTS_VARIABLE = "NS_EVENTS"
-# People read progress; more lines than this would only fill the log.
+# On a terminal and in NS_EVENTS people watch progress. A pod's log is kept, and paid for by the line.
 PROGRESS_SECONDS = 0.25
+LOGGED_PROGRESS_SECONDS = 10.0
+_ONLY_WATCHED = "only_watched"
+"""Field of a line that NS_EVENTS gets, and the log does not."""
 LAST_LINES = 15
 
 
@@ -114,7 +118,10 @@ def add_progress_listener(listener: Callable[[int], object]) -> None:
 
 
 class Progress:
-    """How far a stage has come: `done` of `total` units. Logs at most every PROGRESS_SECONDS, and at the end."""
+    """How far a stage has come: `done` of `total` units.
+
+    Shows it every PROGRESS_SECONDS where somebody watches, logs it every LOGGED_PROGRESS_SECONDS, and both at the end.
+    """
 
     def __init__(self, total: int, unit: str, done: int = 0) -> None:
         self.total = total
@@ -122,17 +129,21 @@ class Progress:
         self.done = done
         self._first = done
         self._started = time.monotonic()
-        self._logged = 0.0
+        self._shown = self._logged = -math.inf
 
     def update(self, count: int = 1, **metrics: Any) -> None:
         """Counts `count` more units as done, and shows `metrics` (loss, top1) beside them."""
         self.done += count
         for listener in _progress_listeners:
             listener(count)
-        now = time.monotonic()
-        if now - self._logged < PROGRESS_SECONDS and self.done < self.total:
+        now, ends = time.monotonic(), self.done >= self.total
+        if now - self._shown < PROGRESS_SECONDS and not ends:
             return
-        self._logged = now
+        self._shown = now
+        if sys.stderr.isatty() or now - self._logged >= LOGGED_PROGRESS_SECONDS or ends:
+            self._logged = now
+        else:
+            metrics = {**metrics, _ONLY_WATCHED: True}
         rate = (self.done - self._first) / max(now - self._started, 1e-9)
         get_logger().info("progress", done=self.done, total=self.total, unit=self.unit, per_second=round(rate, 2), **metrics)
 
@@ -156,12 +167,15 @@ def _make_value_printable(value: Any) -> Any:
 
 
 def _append_to_events(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    only_watched = event.pop(_ONLY_WATCHED, False)
     path = os.environ.get(EVENTS_VARIABLE)
     if path:
         line = json.dumps({**event, "at": datetime.now(UTC).timestamp()}, default=str) + "\n"
         # Showing progress must never stop the work: neither a full disk nor a vanished file matters here.
         with contextlib.suppress(OSError), Path(path).open("a") as file:
             file.write(line)
+    if only_watched:
+        raise structlog.DropEvent
     return event
 
 
