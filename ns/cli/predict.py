@@ -28,12 +28,15 @@ def predict(
     store = open_store(root)
     predictions = predict_files(store.at(find_best_model(store, resolve_run_name(store, name))), images, top)
     if as_json:
+        predictions = list(predictions)
         print_json(predictions)
+    failed = False
     for prediction in predictions:
         if prediction.error is not None:
+            failed = True
             print_line(f"error: {prediction.path}: {prediction.error}", err=True)
         elif not as_json:
             classes = ", ".join(f"{class_name} {probability:.1%}" for class_name, probability in prediction.classes)
             print_line(f"{prediction.path}: {classes}")
-    if any(prediction.error for prediction in predictions):
+    if failed:
         raise typer.Exit(DataError.exit_code)

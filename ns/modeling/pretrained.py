@@ -36,6 +36,7 @@ DEFAULT_CROP_SHARE = 0.875
 MIN_CROP_SHARE, MAX_CROP_SHARE = 0.1, 2.0
 MAX_SIDE_PX = 1 << 16
 MAX_LICENSES = 10
+MAX_CARD_BYTES = 1 << 20
 COMPLETED = {"arch", "args", "resolution", "test_resolution", "mean", "std", "interpolation", "test_crop", "test_margin_px"}
 """Fields of `model` that an experiment may leave to its weights. One that was completed before leaves none."""
 
@@ -305,6 +306,8 @@ def _read_card_license(repository: str, commit: str) -> Any:
 
     try:
         path, _ = _download(repository, repository, commit, "README.md")
+        if path.stat().st_size > MAX_CARD_BYTES:
+            return None
         card: Any = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
     except (ConfigError, StoreError, ValueError, TypeError, YAMLError, RecursionError):
         # A card that cannot be read states none.

@@ -140,6 +140,7 @@ def test_fetch_takes_no_weights_that_are_cut_off(hub, root, keep):
         ("---\nlicense: [mit\n  a: {{\n---\n", None),
         ("---\n!!python/object/apply:os.system ['true']\n---\n", None),
         ("---\na: " + 5000 * "[" + 5000 * "]" + "\n---\n", None),
+        pytest.param("---\nlicense: mit\n---\n" + (1 << 20) * "-", None, id="larger than a card"),
     ],
 )
 def test_fetch_reads_any_card(hub, root, card, license_name):

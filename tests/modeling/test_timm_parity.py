@@ -259,7 +259,7 @@ def test_images_are_seen_as_timm_sees_them(tmp_path, name):
     assert_confidences(setup, *(table[column].to_pylist() for column in ("key", "confidence", "predicted_class_id")))
 
     # ns predict.
-    predictions = predict_files(setup.store, setup.files, 1)
+    predictions = list(predict_files(setup.store, setup.files, 1))
     best = [prediction.classes[0] for prediction in predictions]
     names, class_ids = [prediction.path.stem for prediction in predictions], [CLASSES.index(name) for name, _ in best]
     assert_confidences(setup, names, [confidence for _, confidence in best], class_ids)
