@@ -119,10 +119,14 @@ def render_seeds(arms: Mapping[str, Measured], seeds: Sequence[int]) -> str:
     return "Clean error of each seed, %:\n\n" + format_markdown_table(["seed", *errors], rows)
 
 
-def describe_cost(arms: Iterable[Measured], cores: int) -> str:
-    """The processors' time of all arms, and what it is on that many cores."""
+def render_cost(arms: Iterable[Measured], result: Mapping[str, Any], cores: int = 2) -> str:
+    """The processors' time of all arms, what it is on that many cores, and what made `result`."""
     seconds = sum(float(about["cpu_seconds"]) for measured in arms for about in measured.about["seeds"])
-    return f"{seconds / 3600:.1f} hours of a processor, {format_minutes(seconds / cores)} on {cores} cores"
+    machine = result["machine"]
+    return (
+        f"{seconds / 3600:.1f} hours of a processor, {format_minutes(seconds / cores)} on {cores} cores ({machine['cpu']}), "
+        f"interrupted tries not counted; torch {machine['torch']}. Made by `{result['command']}`."
+    )
 
 
 def draw_generations(arms: Mapping[str, Measured], lines: Mapping[str, Sequence[tuple[int, str]]], path: Path) -> None:

@@ -62,12 +62,12 @@ from benchmarks.arm_pages import (
     SUITES,
     Claim,
     contrast_arms,
-    describe_cost,
     describe_results,
     draw_generations,
     reduce_error,
     render_arms,
     render_claims,
+    render_cost,
     render_figures,
     render_seeds,
     write_results,
@@ -444,7 +444,6 @@ def render_cifar10_page(
 ) -> str:
     sizes = ExperimentSizes(**result["sizes"])
     seeds = result["seeds"]
-    machine = result["machine"]
     settings = Settings(**result["settings"])
     tried = ", ".join(f"{name} {100 * error:.1f} %" for name, error in result["tried"].items())
     parts = [
@@ -466,7 +465,7 @@ def render_cifar10_page(
             render_arms({"S1": arms["S1"], **full_arms}, MAIN_ARMS | FULL_ARMS, "T"),
             render_figures(result["further"], unit="points of clean error avoided"),
         ]
-    parts.append(f"{cost} ({machine['cpu']}), torch {machine['torch']}. Made by `{result['command']}`.")
+    parts.append(cost)
     return "\n\n".join(parts) + "\n"
 
 
@@ -521,7 +520,7 @@ def main() -> None:
     }
     options.results.mkdir(parents=True, exist_ok=True)
     draw_generations(arms, LINES, options.results / "method_cifar10.svg")
-    cost = describe_cost([*tried.values(), *all_arms.values()], 2)
+    cost = render_cost([*tried.values(), *all_arms.values()], result)
     write_results(options.results, "method_cifar10", result, render_cifar10_page(result, arms, full_arms, cost))
 
 

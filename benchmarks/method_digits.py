@@ -32,12 +32,12 @@ from typing import Any
 from benchmarks.arm_pages import (
     Claim,
     contrast_arms,
-    describe_cost,
     describe_results,
     draw_generations,
     reduce_error,
     render_arms,
     render_claims,
+    render_cost,
     render_figures,
     render_seeds,
     write_results,
@@ -141,7 +141,7 @@ def write_exclusions(work: Path) -> None:
 
 
 def render_digits_page(result: Mapping[str, Any], arms: Mapping[str, Measured]) -> str:
-    seeds, machine = result["seeds"], result["machine"]
+    seeds = result["seeds"]
     return (
         "\n\n".join([
             "# Noisy Student on handwritten digits",
@@ -152,7 +152,7 @@ def render_digits_page(result: Mapping[str, Any], arms: Mapping[str, Measured]) 
             render_claims(result["claims"]),
             render_figures(result["intervals"]),
             render_seeds(arms, seeds),
-            f"{describe_cost(arms.values(), 2)} ({machine['cpu']}), torch {machine['torch']}. Made by `{result['command']}`.",
+            render_cost(arms.values(), result),
         ])
         + "\n"
     )  # fmt: skip

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import method_digits
-from benchmarks.arm_pages import compute_claims, describe_cost
+from benchmarks.arm_pages import compute_claims, render_cost
 from benchmarks.arms import Measured, estimate_cost
 from benchmarks.method_cifar10 import (
     BATCH,
@@ -139,9 +139,12 @@ def test_page_shows_main_and_further_arms():
         "further": {"wider": figures["clean_error_reduction"]._asdict()},
         "machine": {"cpu": "any", "torch": "2"},
     }
-    text = render_cifar10_page(result, arms, {"S1-wide": measure(0.2)}, describe_cost(arms.values(), 2))
+    text = render_cifar10_page(result, arms, {"S1-wide": measure(0.2)}, render_cost(arms.values(), result))
     assert "a peak rate of 0.012, hard labels above a confidence of 0.8. Its held-out errors: T-0.012 25.0 %." in text
-    assert "12.0 hours of a processor, 6 h 00 min on 2 cores (any), torch 2. Made by `make`." in text
+    assert (
+        "12.0 hours of a processor, 6 h 00 min on 2 cores (any), interrupted tries not counted; torch 2. Made by `make`."
+        in text
+    )
     assert "| S1-wide | S1, 1.5 times as wide, as many steps |" in text
     assert "| pool | S1 against T | errors, points |" in text
 
