@@ -5,6 +5,7 @@ measurements are one file per seed, `measured/SEED/ARM.npz` in the work folder. 
 measured is not trained again. Killed at any instant, the same command continues from the last checkpoints.
 """
 
+import argparse
 import json
 import math
 import multiprocessing
@@ -22,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
+from benchmarks.measure import RESULTS
 from ns.config.schema import Experiment
 from ns.core.digest import describe_code, digest_json
 from ns.core.process import die_with_process, identify_process
@@ -78,6 +80,13 @@ def estimate_cost(arm: Arm, labeled: int) -> float:
 
         cost += FORWARD_COST * (experiment.evaluation.images or 0) * count_passes(experiment.evaluation)
     return cost
+
+
+def add_arm_options(parser: argparse.ArgumentParser, name: str, work: str) -> None:
+    """Options of an experiment whose results are called `name`. `work`: folder of its runs, if nothing else is said."""
+    parser.add_argument("--work", type=Path, default=Path(work), help="folder of the runs; the same command continues")
+    parser.add_argument("--results", type=Path, default=RESULTS, help=f"folder for {name}.json, .md and .svg")
+    parser.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="arms at a time, one thread each")
 
 
 class Measured(NamedTuple):

@@ -48,7 +48,6 @@ continues after an interruption.
 
 import argparse
 import itertools
-import os
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -72,9 +71,9 @@ from benchmarks.arm_pages import (
     render_seeds,
     write_results,
 )
-from benchmarks.arms import Arm, Measured, run_arms, stack_arms
+from benchmarks.arms import Arm, Measured, add_arm_options, run_arms, stack_arms
 from benchmarks.contrasts import Contrast
-from benchmarks.measure import CIFAR10, RESULTS, draw_tables
+from benchmarks.measure import CIFAR10, draw_tables
 from benchmarks.polluted_pool import KNOWN_CLASSES, load_digit_classes, make_noise, make_textures
 
 SEEDS = (0, 1, 2, 3, 4)
@@ -474,13 +473,9 @@ def main() -> None:
     parser.add_argument(
         "--images", type=Path, default=CIFAR10.parent, help="folder of train.tar.gz and test.tar.gz, class folders of images"
     )
-    parser.add_argument(
-        "--work", type=Path, default=Path("runs/method-cifar10"), help="folder of the runs; the same command continues"
-    )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for method_cifar10.json, .md and .svg")
+    add_arm_options(parser, "method_cifar10", "runs/method-cifar10")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="seeds that are run and reported (0 1 2 3 4)")
     parser.add_argument("--arms", nargs="+", choices=[*MAIN_ARMS, *FULL_ARMS], help="run only these, and report nothing")
-    parser.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="arms at a time, one thread each")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="two minutes, tiny: shows that it works, measures nothing")
     size.add_argument("--full", action="store_true", help="further arms too, a night")

@@ -24,7 +24,6 @@ Intervals are for new seeds and new images, with these 50 labels (`benchmarks.co
 """
 
 import argparse
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,8 +41,7 @@ from benchmarks.arm_pages import (
     render_seeds,
     write_results,
 )
-from benchmarks.arms import Arm, Measured, run_arms, stack_arms
-from benchmarks.measure import RESULTS
+from benchmarks.arms import Arm, Measured, add_arm_options, run_arms, stack_arms
 from benchmarks.method_cifar10 import replace_student
 from ns.config.loader import load_experiment, resolve_preset
 from ns.data.importing.digits import write_digits
@@ -160,12 +158,8 @@ def render_digits_page(result: Mapping[str, Any], arms: Mapping[str, Measured]) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--work", type=Path, default=Path("runs/method-digits"), help="folder of the runs; the same command continues"
-    )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for method_digits.json, .md and .svg")
+    add_arm_options(parser, "method_digits", "runs/method-digits")
     parser.add_argument("--seeds", type=int, nargs="+", help="seeds that are run and reported (0 … 19)")
-    parser.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="arms at a time, one thread each")
     parser.add_argument("--quick", action="store_true", help="one seed, few steps: shows that it works, measures nothing")
     options = parser.parse_args()
     seeds = options.seeds or (QUICK_SEEDS if options.quick else SEEDS)
