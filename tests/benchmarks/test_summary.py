@@ -72,6 +72,14 @@ def test_readme_tells_the_least_and_the_most_favorable_case():
     assert "1.0 to 3.0 times as fast as timm's `train.py`" in render_readme(README.read_text(), kept)
 
 
+def test_readme_tells_the_interval_of_an_experiment(tmp_path):
+    figure = "clean_error_reduction_over_control"
+    result = {"figures": {figure: 0.163}, "intervals": {figure: {"value": 0.163, "low": 0.121, "high": 0.205}}}
+    (tmp_path / "method_cifar10.json").write_text(json.dumps(result))
+    text = render_readme(README.read_text(), load_kept(tmp_path))
+    assert "**16.3%** fewer errors than the same training on labels alone (95 % interval: 12.1% to 20.5%)" in text
+
+
 def test_summary_page_is_up_to_date():
     assert (RESULTS / "README.md").read_text() == render_summary_page(load_kept(RESULTS)), "run `python -m benchmarks.summary`"
 
