@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ns.modeling.factory import Normalize, build_model
+from ns.modeling.factory import Normalize, build_on_meta
 from ns.modeling.manifest import WEIGHTS, ModelManifest
 from ns.storage import Store
 from ns.storage.documents import encode_json
@@ -31,8 +31,7 @@ def make_timm_config(manifest: ModelManifest) -> dict[str, Any]:
     """
     size = manifest.model.inference_resolution
     outputs = manifest.model.outputs or len(manifest.classes)
-    with torch.device("meta"):
-        network = build_model(manifest.model, manifest.noise, outputs)
+    network = build_on_meta(manifest.model, manifest.noise, outputs)
     is_cropped = manifest.model.crop == "resized"
     return {
         "architecture": manifest.model.arch,
@@ -64,8 +63,7 @@ def _find_dense_modules(manifest: ModelManifest) -> dict[str, dict[str, int]]:
     """Module → the attributes in which our network differs from timm's, with our values."""
     plain = manifest.model.model_copy(update={"reduce_stride": 1})
     outputs = len(manifest.classes)
-    with torch.device("meta"):
-        theirs, ours = (build_model(model, manifest.noise, outputs) for model in (plain, manifest.model))
+    theirs, ours = (build_on_meta(model, manifest.noise, outputs) for model in (plain, manifest.model))
     changes: dict[str, dict[str, int]] = {}
     for (name, plain_module), (_, dense_module) in zip(theirs.named_modules(), ours.named_modules(), strict=True):
         for attribute in ("stride", "kernel_size"):

@@ -1,15 +1,17 @@
 """Networks from timm, and their weights as safetensors. No pickle is ever read."""
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ns.config.schema import Experiment, ModelConfig, NoiseConfig, RoleConfig
@@ -45,6 +47,29 @@ def build_model(config: ModelConfig, noise: NoiseConfig, outputs: int) -> nn.Mod
         raise ConfigError(f"model.arch: invalid value {config.arch!r} with args {config.args}: {error}{hint}") from error
     _reduce_stride(network, config.reduce_stride)
     return network.to(memory_format=torch.channels_last)
+
+
+class _ShapesOnly(TorchFunctionMode):
+    """While it is entered, weights are not drawn and batch norms do nothing. On the meta device, where no value is, this takes most of
+    the time to build a network and half of a pass through it."""
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is F.batch_norm or function.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
+def build_on_meta(config: ModelConfig, noise: NoiseConfig, outputs: int) -> nn.Module:
+    """What `build_model` builds, on the meta device: shapes without values, to be counted and checked."""
+    with torch.device("meta"), _ShapesOnly():
+        return build_model(config, noise, outputs)
 
 
 NOISE_ARGUMENTS = {"drop_rate": "dropout", "drop_path_rate": "stochastic_depth"}
@@ -123,7 +148,7 @@ def count_multiply_adds(network: nn.Module, resolution: int) -> int:
     # The counter fails at parameters that are inputs of a module, such as class tokens, if they await gradients.
     network.eval().requires_grad_(False)
     try:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), _ShapesOnly():
             network(torch.zeros(1, 3, resolution, resolution, device="meta"))
     except Exception as error:  # as above
         if "meta" in str(error):
@@ -202,8 +227,7 @@ def _check_pretrained(field: str, role: RoleConfig, classes: int | None, root: S
             ]
     if role.train.init == "teacher":
         return []
-    with torch.device("meta"):
-        network = build_model(model, role.noise, classes or 2)
+    network = build_on_meta(model, role.noise, classes or 2)
     assert root or model.pretrained_uri
     with prefix_errors(f"{field}.model.pretrained"):
         uri = model.pretrained_uri or (root and locate_weights(model.pretrained, root)) or ""
@@ -235,8 +259,7 @@ def _check_role(field: str, role: RoleConfig, classes: int | None, remarks: list
         remarks += [f"{field}.{remark}" for remark in network_remarks]
         return size
     try:
-        with torch.device("meta"):
-            network = build_model(model, role.noise, outputs)
+        network = build_on_meta(model, role.noise, outputs)
     except ConfigError as error:
         raise ConfigError(f"{field}.{error}") from error
     network_remarks = find_missing_noise(network, role.noise)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-import torch
 from pydantic import computed_field
 
 from ns.config.schema import Experiment, OptimizerConfig, RoleConfig, SelectionConfig, Views
@@ -20,7 +19,7 @@ from ns.labeling.foreign import MAX_LABELED
 from ns.labeling.label_set import count_kept_classes
 from ns.labeling.thresholds import count_required_images
 from ns.modeling.factory import (
-    build_model,
+    build_on_meta,
     check_models,
     count_model_multiply_adds,
     count_parameters,
@@ -30,6 +29,7 @@ from ns.modeling.factory import (
 from ns.modeling.predictor import DECODE_THREADS
 from ns.planning.data_stats import DataStats, KnownCounts, SampleImage, count_evaluation_images
 from ns.planning.measure import (
+    DECODE_SECONDS,
     DeviceSpeed,
     describe_machine,
     measure_decode_seconds,
@@ -319,6 +319,7 @@ class _SpeedMeter:
         self._speed_by_key: dict[str, DeviceSpeed] = {}
         self._core_seconds_by_key: dict[str, float] = {}
         self._seconds = request.seconds / len({self._speed_key(job) for job in jobs})
+        self._decode_seconds = min(self._seconds, DECODE_SECONDS)
 
     def _speed_key(self, job: _PlannedJob) -> str:
         training = job.training_plan and (job.images, job.role.train)
@@ -332,8 +333,7 @@ class _SpeedMeter:
         outputs = self.count_outputs(job)
         key = f"{describe_architecture(job.role.model), job.resolution, outputs}"
         if key not in _operations:
-            with torch.device("meta"):
-                network = build_model(job.role.model, job.role.noise, outputs)
+            network = build_on_meta(job.role.model, job.role.noise, outputs)
             state = sum(value.numel() for value in network.state_dict().values())
             multiply_adds = count_model_multiply_adds(network, job.role.model, outputs, job.resolution)
             _operations[key] = count_parameters(network), state, multiply_adds
@@ -368,13 +368,16 @@ class _SpeedMeter:
         key = f"{job.resolution, job.role.noise, job.training_plan is not None, pseudo_share}"
         if key not in self._core_seconds_by_key:
             if job.training_plan and job.task == "train":
-                seconds = measure_noise_seconds(job.training_plan.transform, self._sample_images)
+                images, decode_seconds = self._sample_images, self._decode_seconds
+                seconds = measure_noise_seconds(job.training_plan.transform, images, decode_seconds)
                 if pseudo_transform and pseudo_share:
-                    seconds += pseudo_share * (measure_noise_seconds(pseudo_transform, self._sample_images) - seconds)
+                    seconds += pseudo_share * (measure_noise_seconds(pseudo_transform, images, decode_seconds) - seconds)
                 self._core_seconds_by_key[key] = seconds
             else:
                 transform = EvalTransform.for_model(job.role.model, resolution=job.resolution)
-                self._core_seconds_by_key[key] = measure_decode_seconds(transform, job.resolution, self._sample_images)
+                self._core_seconds_by_key[key] = measure_decode_seconds(
+                    transform, job.resolution, self._sample_images, self._decode_seconds
+                )
         return self._core_seconds_by_key[key]
 
 

@@ -24,7 +24,7 @@ from ns.training.optim import make_optimizer
 from ns.training.plan import TrainingPlan
 
 DECODE_SECONDS = 1.0
-"""Time for which the same images are decoded over and over."""
+"""Time for which the same images are decoded over and over, at most."""
 
 
 class DeviceSpeed(NamedTuple):
@@ -122,8 +122,8 @@ def measure_rate(
             count = max(least, count // 2)
 
 
-def measure_noise_seconds(transform: TrainTransform, sample_images: Sequence[SampleImage]) -> float:
-    """Seconds that one core takes to make an image of a training batch from what is in a shard."""
+def measure_noise_seconds(transform: TrainTransform, sample_images: Sequence[SampleImage], seconds: float) -> float:
+    """Seconds that one core takes to make an image of a training batch from what is in a shard, measured for `seconds`."""
     rng = np.random.default_rng(0)
 
     def make_image(image: SampleImage) -> None:
@@ -131,17 +131,19 @@ def measure_noise_seconds(transform: TrainTransform, sample_images: Sequence[Sam
         if transform.mixer and rng.random() < 0.5:  # once per pair
             transform.mixer(pixels, pixels, rng)
 
-    return _time_per_image(make_image, sample_images)
+    return _time_per_image(make_image, sample_images, seconds)
 
 
-def measure_decode_seconds(transform: EvalTransform, resolution: int, sample_images: Sequence[SampleImage]) -> float:
-    """Seconds that one core takes to make an image for labeling or evaluation."""
+def measure_decode_seconds(
+    transform: EvalTransform, resolution: int, sample_images: Sequence[SampleImage], seconds: float
+) -> float:
+    """Seconds that one core takes to make an image for labeling or evaluation, measured for `seconds`."""
     out = allocate_images(1, resolution)
 
     def decode_image(image: SampleImage) -> None:
         out[0] = transform(image)
 
-    return _time_per_image(decode_image, sample_images)
+    return _time_per_image(decode_image, sample_images, seconds)
 
 
 def _resolve_mode(precision: Literal["auto"] | Precision, task: Task, device: torch.device) -> PrecisionMode:
@@ -177,10 +179,12 @@ def _time_pass(run_pass: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def _time_per_image(process_image: Callable[[SampleImage], object], sample_images: Sequence[SampleImage]) -> float:
+def _time_per_image(
+    process_image: Callable[[SampleImage], object], sample_images: Sequence[SampleImage], seconds: float
+) -> float:
     process_image(sample_images[0])  # the first one imports modules and fills tables
     started, done = time.perf_counter(), 0
-    while done < len(sample_images) or time.perf_counter() - started < DECODE_SECONDS:
+    while done < len(sample_images) or time.perf_counter() - started < seconds:
         process_image(sample_images[done % len(sample_images)])
         done += 1
     return (time.perf_counter() - started) / done

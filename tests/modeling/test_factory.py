@@ -19,8 +19,7 @@ def experiment(**fields):
 
 
 def meta(model: ModelConfig, outputs: int = 3) -> torch.nn.Module:
-    with torch.device("meta"):
-        return models.build_model(model, NoiseConfig(), outputs).eval()
+    return models.build_on_meta(model, NoiseConfig(), outputs).eval()
 
 
 def saved(folder, network, classes=("a", "b", "c"), model=SMALL) -> ModelManifest:

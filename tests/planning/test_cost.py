@@ -189,7 +189,7 @@ def test_plan_remarks_name_a_slow_loader(monkeypatch, tmp_path):
         "test",
     )
     monkeypatch.setattr("ns.planning.cost.measure_noise_seconds", lambda *_: 0.5)
-    run_plan = estimate_run(config, PlanRequest(multiply_adds_per_second=1e12))
+    run_plan = estimate_run(config, PlanRequest(seconds=0.1, multiply_adds_per_second=1e12))
     teacher = find_work(run_plan, "train", 0)
     assert teacher.limited_by == "loader"
     assert teacher.images_per_second == pytest.approx(4)  # two cores, half a second an image
@@ -218,9 +218,9 @@ def test_images_of_a_quiet_pool_take_less_time_to_make(monkeypatch):
         generations=1,
     )
     monkeypatch.setattr(
-        "ns.planning.cost.measure_noise_seconds", lambda transform, _: 0.5 if type(transform) is TrainTransform else 0.1
+        "ns.planning.cost.measure_noise_seconds", lambda transform, *_: 0.5 if type(transform) is TrainTransform else 0.1
     )
-    run_plan = estimate_run(config, PlanRequest(multiply_adds_per_second=1e15))
+    run_plan = estimate_run(config, PlanRequest(seconds=0.1, multiply_adds_per_second=1e15))
     teacher, student = (find_work(run_plan, "train", generation) for generation in (0, 1))
     assert teacher.images_per_second == pytest.approx(1 / 0.5)
     assert student.images_per_second == pytest.approx(1 / (0.5 / 4 + 0.1 * 3 / 4))
