@@ -3,14 +3,12 @@
 from collections.abc import Iterator
 from typing import Any
 
-import typer
-
-from ns.cli.app import app
+from ns.cli.app import app, build_command
 
 
 def parse(arguments: list[str]) -> None:
     """Lets the command line read the arguments, and stops before it acts. Raises `ns.cli.app.UsageError`."""
-    command: Any = typer.main.get_command(app)
+    command = build_command(app)
     name, context = "ns", None
     while True:
         context = command.make_context(name, list(arguments), parent=context)
@@ -21,7 +19,7 @@ def parse(arguments: list[str]) -> None:
 
 def commands(command: Any = None, *names: str) -> Iterator[tuple[str, Any]]:
     """All commands that do something, by what is written after `ns`."""
-    command = command or typer.main.get_command(app)
+    command = command or build_command(app)
     for name, one in command.commands.items():
         if hasattr(one, "commands"):
             yield from commands(one, *names, name)

@@ -6,6 +6,7 @@ Heavy libraries are imported by the commands that need them, so that help is ins
 import os
 import sys
 import traceback
+from functools import cache
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -97,11 +98,18 @@ def run_command_line(arguments: list[str]) -> int:
     return run_app(app, arguments, "ns")
 
 
+@cache
+def build_command(program: typer.Typer) -> Any:
+    """A program's commands with all their parameters, built once for all command lines of a process."""
+    return typer.main.get_command(program)
+
+
 def run_app(program: typer.Typer, arguments: list[str], name: str) -> int:
     """Runs a command line. Returns its exit code: 0, or an error's own after its message, one line per fault, on standard error."""
     debug = "--debug" in arguments
     try:
-        return int(program([a for a in arguments if a != "--debug"], standalone_mode=False, prog_name=name) or 0)
+        command = build_command(program)
+        return int(command([a for a in arguments if a != "--debug"], standalone_mode=False, prog_name=name) or 0)
     except NsError as error:
         code, message, trace = error.exit_code, str(error), traceback.format_exc()
     except typer.Exit as error:
