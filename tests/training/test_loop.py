@@ -37,7 +37,7 @@ from ns.training.monitor import Monitor
 from ns.training.plan import plan_finetuning, plan_training
 
 CLASSES = 10
-SHORT = {"labeled_batch": 10, "unlabeled_ratio": 1, "epochs": 3, "loader_workers": 0, "precision": "float32"}
+SHORT = {"labeled_batch": 10, "unlabeled_ratio": 1, "epochs": 2, "loader_workers": 0, "precision": "float32"}
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +73,12 @@ def run(data, folder, config: RoleConfig, seed: int = 1, pseudo_probability: flo
     return train_model(fresh(config, seed), plan, source, pseudo, classes=CLASSES, seed=seed, checkpoints=LocalStore(folder))
 
 
+@pytest.fixture(scope="module")
+def calm(data, tmp_path_factory):
+    """A training of two epochs that nothing disturbed."""
+    return run(data, tmp_path_factory.mktemp("calm"), role())
+
+
 def same(left, right) -> bool:
     return all(torch.equal(left[name], right[name]) for name in left) and left.keys() == right.keys()
 
@@ -81,7 +87,7 @@ def same(left, right) -> bool:
 def test_resumed_training_ends_bit_for_bit_like_an_uninterrupted_one(data, tmp_path, monkeypatch, optimizer):
     config = role(checkpoint_seconds=0, optimizer=OptimizerConfig(name=optimizer, lr=0.05, warmup_epochs=1))
     calm = run(data, tmp_path / "calm", config)
-    assert calm.steps == 15
+    assert calm.steps == 10
 
     class Killed(BaseException):
         pass
@@ -107,8 +113,7 @@ def test_resumed_training_ends_bit_for_bit_like_an_uninterrupted_one(data, tmp_p
     assert resumed.history == calm.history
 
 
-def test_stopped_training_leaves_a_checkpoint_and_continues(data, tmp_path, monkeypatch):
-    calm = run(data, tmp_path / "calm", role())
+def test_stopped_training_leaves_a_checkpoint_and_continues(data, calm, tmp_path, monkeypatch):
     advance = log.Progress.update
 
     def terminate(self, count=1, **facts):
@@ -117,7 +122,7 @@ def test_stopped_training_leaves_a_checkpoint_and_continues(data, tmp_path, monk
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(log.Progress, "update", terminate)
-    with pytest.raises(Interrupted, match="stopped at step 7 of 15; the same command continues there"):
+    with pytest.raises(Interrupted, match="stopped at step 7 of 10; the same command continues there"):
         run(data, tmp_path / "stopped", role())
     monkeypatch.setattr(log.Progress, "update", advance)
     assert [path.name[:13] for path in (tmp_path / "stopped").iterdir()] == ["step-00000007"]
@@ -223,11 +228,10 @@ def test_frozen_blocks_learn_from_the_epoch_on_that_unfreezes_them(data, tmp_pat
     assert not torch.equal(after["bn1.running_mean"], before["bn1.running_mean"])
 
 
-def test_order_of_images_does_not_depend_on_loader_workers(data, tmp_path):
-    alone = run(data, tmp_path / "alone", role())
+def test_order_of_images_does_not_depend_on_loader_workers(data, calm, tmp_path):
     config = role()
     helped = config.model_copy(update={"train": config.train.model_copy(update={"loader_workers": 2})})
-    assert same(run(data, tmp_path / "helped", helped).weights, alone.weights)
+    assert same(run(data, tmp_path / "helped", helped).weights, calm.weights)
 
 
 def test_training_continues_before_a_damaged_checkpoint(data, tmp_path, monkeypatch):
@@ -459,10 +463,9 @@ def test_mixed_training_with_a_quiet_pool_resumes_bit_for_bit(data, tmp_path, mo
     assert resumed.history == calm.history
 
 
-def test_history_has_one_point_per_interval(data, tmp_path):
-    trained = run(data, tmp_path, role())
-    assert [point["step"] for point in trained.history] == list(range(1, 16))
-    for point in trained.history:
+def test_history_has_one_point_per_interval(calm):
+    assert [point["step"] for point in calm.history] == list(range(1, 11))
+    for point in calm.history:
         assert 0 <= point["accuracy_labeled"] <= 1
         assert 0 <= point["agreement"] <= 1
         assert point["images"] == point["step"] * 20
@@ -480,8 +483,7 @@ def test_resumed_training_keeps_its_precision(data, tmp_path, monkeypatch):
     assert same(resumed.weights, calm.weights)
 
 
-def test_resumed_training_needs_no_compiler(data, tmp_path, monkeypatch):
-    calm = run(data, tmp_path / "calm", role())
+def test_resumed_training_needs_no_compiler(data, calm, tmp_path, monkeypatch):
     save = checkpoint.CheckpointWriter.save
 
     def stop_after(writer, state):
@@ -499,13 +501,12 @@ def test_resumed_training_needs_no_compiler(data, tmp_path, monkeypatch):
     assert same(resumed.weights, calm.weights)
 
 
-def test_training_uses_the_configured_precision(data, tmp_path):
-    plain = run(data, tmp_path / "plain", role())
-    fast = run(data, tmp_path / "fast", role(precision="bfloat16"))
-    assert (plain.mode, fast.mode) == ("float32", "bfloat16")
-    assert not same(plain.weights, fast.weights)
+def test_training_uses_the_configured_precision(data, calm, tmp_path):
+    fast = run(data, tmp_path, role(precision="bfloat16"))
+    assert (calm.mode, fast.mode) == ("float32", "bfloat16")
+    assert not same(calm.weights, fast.weights)
     assert all(value.dtype != torch.bfloat16 for value in fast.weights.values())
-    assert fast.history[-1]["loss"] == pytest.approx(plain.history[-1]["loss"], rel=0.1)
+    assert fast.history[-1]["loss"] == pytest.approx(calm.history[-1]["loss"], rel=0.1)
 
 
 @pytest.mark.integration
@@ -519,12 +520,12 @@ def test_float16_scales_gradients_and_skips_steps_that_overflow(data, tmp_path, 
         return step(self, *arguments, **named)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", counted)
-    plain = run(data, tmp_path / "plain", role(epochs=2))
+    plain = run(data, tmp_path / "plain", role())
     assert len(updates) == plain.steps
     updates.clear()
     monkeypatch.setattr(torch.amp.GradScaler.__init__, "__defaults__", ("cuda", 2.0**18, 2.0, 0.5, 2000, True))
     optimizer = OptimizerConfig(name="adamw", warmup_epochs=1, clip_norm=1e3)
-    scaled = run(data, tmp_path / "scaled", role(epochs=2, precision="float16", optimizer=optimizer))
+    scaled = run(data, tmp_path / "scaled", role(precision="float16", optimizer=optimizer))
     assert scaled.mode == "float16"
     assert 0 < len(updates) < scaled.steps
     assert all(value.isfinite().all() for value in scaled.weights.values())
@@ -541,7 +542,7 @@ def test_float16_is_refused_without_a_gpu(data, tmp_path):
 def test_nonfinite_step_leaves_a_list_of_its_images(data, tmp_path, monkeypatch):
     """Found at the next point, some steps later: the record says which step it was."""
     root, labeled, pool = data
-    config = role(epochs=3)
+    config = role()
     count = []
 
     def breaks(*arguments):
