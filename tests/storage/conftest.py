@@ -2,6 +2,7 @@ import itertools
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -34,15 +35,16 @@ def environment(monkeypatch, tmp_path_factory):
 @pytest.fixture(scope="session")
 def moto() -> Iterator[str]:
     """The address of a server that speaks S3 and forgets."""
-    from moto.server import ThreadedMotoServer
+    from moto.moto_server.werkzeug_app import MotoRequestHandler, create_backend_app
+    from werkzeug.serving import make_server
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    # S3 alone: a server of all services lists the folders of its package, twice, to find the one that a request is for.
+    server = make_server("127.0.0.1", 0, create_backend_app("s3"), threaded=True, request_handler=MotoRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture(scope="session")

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from ns.core.diagnostics import Diagnostic
@@ -64,37 +66,31 @@ def test_probe_stops_where_nothing_can_be_written(through):
     assert "allow it in the bucket's policy" in write.fix
 
 
-@pytest.mark.parametrize(
-    ("fault", "name", "detail"),
-    [
-        (Fault("POST", 99, 501, b"<Error><Code>NotImplemented</Code></Error>"), "multipart", "NotImplemented"),
-        (
-            Fault("GET .*list-type.*order%2F$", 99, 200, b"<ListBucketResult><Name>b</Name></ListBucketResult>"),
-            "list-order",
-            "is []",
-        ),
-        (Fault("DELETE .*blob", 99, 403, b"<Error><Code>AccessDenied</Code></Error>"), "delete", "access denied"),
-        (Fault("nothing", 99, 403, b"<Error><Code>AccessDenied</Code></Error>"), "missing", "access denied"),
-        (
-            Fault("GET .*/fresh", 5, 200, b"stale", {"ETag": "x"}),
-            "read-back",
-            "a read right after a write is b'stale', expected b'0'",
-        ),
-        (
-            Fault("HEAD /$", 1, 200, b"", {"Date": "Thu, 01 Jan 2026 00:00:00 GMT"}),
-            "clock",
-            "the server's clock is ",
-        ),
-    ],
-    ids=lambda value: value if isinstance(value, str) and " " not in value else "",
-)
-def test_probe_finds_one_fault_and_tries_the_rest(through, fault, name, detail):
+FAULTS = {
+    "multipart": (Fault("POST", 99, 501, b"<Error><Code>NotImplemented</Code></Error>"), "NotImplemented"),
+    "list-order": (
+        Fault("GET .*list-type.*order%2F$", 99, 200, b"<ListBucketResult><Name>b</Name></ListBucketResult>"),
+        "is []",
+    ),
+    "delete": (Fault("DELETE .*blob", 99, 403, b"<Error><Code>AccessDenied</Code></Error>"), "access denied"),
+    "missing": (Fault("nothing", 99, 403, b"<Error><Code>AccessDenied</Code></Error>"), "access denied"),
+    "read-back": (
+        Fault("GET .*/fresh", 5, 200, b"stale", {"ETag": "x"}),
+        "a read right after a write is b'stale', expected b'0'",
+    ),
+    "clock": (Fault("HEAD /$", 1, 200, b"", {"Date": "Thu, 01 Jan 2026 00:00:00 GMT"}), "the server's clock is "),
+}
+
+
+@pytest.mark.parametrize("broken", [("read-back", "list-order", "multipart"), ("missing", "clock", "delete")], ids="-".join)
+def test_probe_finds_all_faults_and_tries_the_rest(through, broken):
     proxy, uri = through
-    proxy.faults = [Fault(**fault.__dict__)]
+    proxy.faults = [replace(FAULTS[name][0]) for name in broken]
     findings = by_name(probe_store(uri, paged_keys=3))
     assert list(findings) == S3
-    assert [finding.name for finding in findings.values() if not finding.ok] == [name]
-    assert detail in findings[name].detail
+    assert tuple(finding.name for finding in findings.values() if not finding.ok) == broken
+    for name in broken:
+        assert FAULTS[name][1] in findings[name].detail
 
 
 def test_probe_accepts_a_server_that_drops_metadata(through):
