@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from moto.server import ThreadedMotoServer
 
 pytestmark = pytest.mark.integration
 
@@ -16,6 +15,8 @@ ARN = "arn:aws:iam::123456789012:role/noisy-student"
 
 @pytest.fixture(scope="module")
 def service():
+    from moto.server import ThreadedMotoServer
+
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

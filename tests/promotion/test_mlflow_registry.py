@@ -1,8 +1,6 @@
 """Where MLflow's alias stands after a pointer has moved."""
 
 import pytest
-from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
 from structlog.testing import capture_logs
 
 from ns.modeling.manifest import ModelManifest
@@ -17,6 +15,8 @@ MODEL = "store/models/01"
 @pytest.fixture
 def client(monkeypatch, tmp_path):
     """MLflow in a folder. The folders of models hold one file: `ns export` has tests of its own."""
+    from mlflow import MlflowClient
+
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
 
@@ -49,6 +49,8 @@ def test_alias_follows_the_pointer_there_and_back(client, pointers):
 
 
 def test_alias_leaves_the_registered_model_of_another_experiment(client, pointers, made_up):
+    from mlflow.exceptions import MlflowException
+
     first, second = pointers
     name = register_model(first, None, "production").name
     made_up.put("other/config.yaml", b"name: other\n")

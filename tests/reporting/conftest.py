@@ -26,6 +26,7 @@ from ns.labeling.label_set import join_label_shards
 from ns.labeling.selection import make_selection
 from ns.modeling.manifest import Lineage, ModelManifest
 from ns.modeling.predictor import ShardPredictions
+from ns.reporting.page import write_report
 from ns.reporting.pictures import THUMBNAIL_PX
 from ns.runs.lifecycle import open_run
 from ns.runs.records import write_stage_note
@@ -42,7 +43,7 @@ def make_dataset(folder, role: str, count: int, px: int = 12) -> Dataset:
     with ShardWriter(folder, max_samples=40, max_bytes=1 << 24) as writer:
         for index in range(count):
             png = io.BytesIO()
-            Image.fromarray(rng.integers(0, 255, (px, px, 3), np.uint8)).save(png, "PNG")
+            Image.fromarray(rng.integers(0, 255, (px, px, 3), np.uint8)).save(png, "PNG", compress_level=0)
             writer.add_image(f"{role}/<b>{index}", "png", png.getvalue(), None if role == "unlabeled" else index % 3)
     made = Dataset(name=role, role=role, classes=() if role == "unlabeled" else CLASSES, shards=writer.shards)
     made.save(folder)
@@ -87,6 +88,17 @@ def unchanged(tmp_path_factory):
     weaker student. Tests must not change it."""
     root = LocalStore(tmp_path_factory.mktemp("made-up"))
     return make_run(make_run(root), "other", seed=1, lift=0.1)
+
+
+@pytest.fixture(scope="session")
+def page(unchanged):
+    """The report of `unchanged`."""
+    return page_of(unchanged)
+
+
+def page_of(root: LocalStore) -> str:
+    """A run's report, with single spaces."""
+    return " ".join(root.get(write_report(root, RUN)).decode().split())
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from ns.config.loader import with_overrides
 from ns.reporting.advice import CLASS_LEVEL, MAX_ADVICE, find_weak_classes, list_advice
 from ns.reporting.context import gather_context
 from ns.reporting.markdown import render_markdown
-from ns.reporting.page import render_report
 from tests.command_line import parse
 from tests.reporting.conftest import RUN
 
@@ -143,9 +142,9 @@ def test_no_advice_before_a_model_is_evaluated(context):
     assert list_advice(replace(context, models=[])) == []
 
 
-def test_page_and_markdown_begin_with_it(context):
+def test_page_and_markdown_begin_with_it(page, context):
     command = "ns promote made-up --to models/made-up.yaml"
-    page, text = render_report(context), render_markdown(context)
+    text = render_markdown(context)
     assert page.index('id="next"') < page.index('id="loop"')
     assert f"<code>{command}</code>" in page
     assert f"put it to use: `{command}`" in text

@@ -115,6 +115,7 @@ def test_compute_roc(unchanged):
 
 def test_render_small_html_is_small_and_confined(unchanged):
     page = artifacts.render_small_html(unchanged, RUN, 1)
+    assert page.startswith("<!doctype html>")
     assert len(page.encode()) < 1_000_000
     assert "<b>made-up</b> · generation 1" in page
     assert 'id="gate"' in page
@@ -170,15 +171,15 @@ def test_publish_functions_write_kubeflow_artifacts(unchanged, tmp_path, monkeyp
     )
     ref = RunRef("", unchanged.uri, RUN)
     publish_model_metrics(ref, "store/models/01", metrics, answers)
+    monkeypatch.setattr(artifacts, "render_small_html", lambda _, run, generation: f"page of {run}, {generation}")
     publish_report(ref, page, summary, 1)
     assert metrics.metrics == artifacts.collect_generation_metrics(unchanged, RUN, 1)
     assert answers.matrix == artifacts.read_confusion(unchanged, RUN, 1)
     assert answers.curve == artifacts.compute_roc(unchanged, RUN, 1)
-    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+    assert (tmp_path / "page.html").read_text() == f"page of {RUN}, 1"
     assert (tmp_path / "summary.md").read_text() == artifacts.render_small_markdown(unchanged, RUN, 1)
-    monkeypatch.setattr(artifacts, "render_small_html", lambda store, run, generation: f"page of {run}")
     publish_report(ref, page, summary)
-    assert (tmp_path / "page.html").read_text() == f"page of {RUN}"
+    assert (tmp_path / "page.html").read_text() == f"page of {RUN}, None"
     assert (tmp_path / "summary.md").read_text() == artifacts.render_small_markdown(unchanged, RUN)
 
 

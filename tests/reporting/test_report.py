@@ -15,18 +15,8 @@ from ns.evaluation.result import Evaluation
 from ns.reporting import charts
 from ns.reporting.context import gather_context
 from ns.reporting.metrics import collect_metrics
-from ns.reporting.page import write_report
 from ns.runs.summary import summarize_run
-from tests.reporting.conftest import RUN
-
-
-@pytest.fixture(scope="module")
-def page(unchanged):
-    return page_of(unchanged)
-
-
-def page_of(root) -> str:
-    return " ".join(root.get(write_report(root, RUN)).decode().split())
+from tests.reporting.conftest import RUN, page_of
 
 
 def test_report_shows_results(page, unchanged):

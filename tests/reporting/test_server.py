@@ -29,6 +29,7 @@ def test_server_renders_the_report_and_follows_a_run_that_is_under_way(server, m
         assert answer.headers["Refresh"] is None, "nothing drives this run"
     assert '<h2 id="h-loop">The loop</h2>' in page
     monkeypatch.setattr("ns.runs.summary.is_run_driven", lambda *_: True)
+    monkeypatch.setattr("ns.reporting.server.render_report", lambda _: "rendered once more")
     with fetch(server.url) as answer:
         assert answer.headers["Refresh"] == "30"
 

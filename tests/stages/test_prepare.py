@@ -135,7 +135,7 @@ def test_prepare_uses_a_dataset_where_it_is(tmp_path, uris):
 
 
 def test_open_dataset_refuses_a_changed_dataset(tmp_path, uris):
-    options = {"config": CONFIG, "name": "p", "role": "unlabeled"}
+    options = {"config": CONFIG, "name": "p", "role": "unlabeled", "workers": 1}
     import_images(uris["pool"], LocalStore(tmp_path / "made"), **options)
     (prepared, _), root = prepare(tmp_path, {**uris, "pool": str(tmp_path / "made")})
     fill(tmp_path / "pool", ["any"], count=2, seed=5)
@@ -227,7 +227,7 @@ def test_leak_guard_leaves_heldout_images_out_of_the_pool(tmp_path, uris):
 def test_leak_guard_works_for_a_pool_with_labels(tmp_path, uris, role):
     fill(tmp_path / "pool", ["other"], seed=2)
     copy_heldout(tmp_path)
-    import_images(uris["pool"], LocalStore(tmp_path / "made"), name="p", role=role, config=CONFIG)
+    import_images(uris["pool"], LocalStore(tmp_path / "made"), name="p", role=role, config=CONFIG, workers=1)
     (prepared, _), root = prepare(tmp_path, {**uris, "pool": str(tmp_path / "made")})
     assert sum(map(len, load_left_out_rows(root.at(prepared.left_out.key)).values())) == 2
 
@@ -407,8 +407,8 @@ def test_large_overlap_by_looks_stops_and_asks(tmp_path, uris):
         ),
     ],
 )
-def test_prepare_data_checks_what_later_stages_read(tmp_path, override, message):
-    ref = open_tiny_run(LocalStore(tmp_path), override)
+def test_prepare_data_checks_what_later_stages_read(digits_store, override, message):
+    ref = open_tiny_run(digits_store, override)
     with pytest.raises(StoreError, match=message):
         prepare_data(ref)
 
@@ -425,9 +425,9 @@ def test_limit_of_rejects_counts_for_data_that_a_laxer_run_imported(tmp_path, ur
     assert after == before
 
 
-def test_prepare_data_warns_of_trainings_of_few_steps(tmp_path, capsys):
+def test_prepare_data_warns_of_trainings_of_few_steps(digits_store, capsys):
     """The quickstart has 50 labeled images."""
-    ref = open_tiny_run(LocalStore(tmp_path), "teacher.train.labeled_batch=2048", "teacher.train.epochs=3")
+    ref = open_tiny_run(digits_store, "teacher.train.labeled_batch=2048", "teacher.train.epochs=3")
     prepare_data(ref)
     logged = "".join(capsys.readouterr())
     (line,) = [line for line in logged.splitlines() if "a training has few steps for its batch" in line and "teacher" in line]
@@ -435,9 +435,9 @@ def test_prepare_data_warns_of_trainings_of_few_steps(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("share", "is_few"), [(0.1, True), (0.5, False)])
-def test_prepare_data_warns_of_few_calibration_images(tmp_path, capsys, share, is_few):
+def test_prepare_data_warns_of_few_calibration_images(digits_store, capsys, share, is_few):
     """The quickstart has 500 held-out images."""
-    prepare_data(open_tiny_run(LocalStore(tmp_path), "labeling.temperature=fitted", f"data.calibration_share={share}"))
+    prepare_data(open_tiny_run(digits_store, "labeling.temperature=fitted", f"data.calibration_share={share}"))
     lines = [line for line in "".join(capsys.readouterr()).splitlines() if "few calibration images" in line]
     assert len(lines) == is_few
     assert all('"images": 50, "cure": "100 and more' in line for line in lines)
@@ -452,10 +452,10 @@ def test_prepare_data_names_classes_without_calibration_images(tmp_path, uris, c
     assert re.search(r"classes_without\W+dog\b.*few calibration images", "".join(capsys.readouterr()))
 
 
-def test_data_exclude_names_images_of_the_pool(tmp_path, capsys):
+def test_data_exclude_names_images_of_the_pool(digits_store, tmp_path, capsys):
     excluded = tmp_path / "withdrawn.txt"
     excluded.write_text("photos/1.jpg\nphotos/2.jpg\n")
-    ref = open_tiny_run(LocalStore(tmp_path), f"data.exclude={excluded}")
+    ref = open_tiny_run(digits_store, f"data.exclude={excluded}")
     reason = r"data\.exclude: .*withdrawn\.txt: none of its 2 lines names an image of the pool; the first: photos/1\.jpg"
     with pytest.raises(DataError, match=reason):
         prepare_data(ref)

@@ -120,13 +120,17 @@ def test_run_locally_starts_a_python_per_stage_where_asked_to(run_stand_in, monk
     assert run_stand_in({"package": GENERATION_PACKAGE}, teacher="stop")[0] == ("start", 0)
 
 
-def test_run_locally_leaves_no_temporary_files(run_stand_in, tmp_path, monkeypatch):
+def test_run_locally_writes_output_of_kfp_to_the_log_and_leaves_no_temporary_files(run_stand_in, tmp_path, monkeypatch, capsys):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     monkeypatch.setenv("TMPDIR", str(temporary))
     run_stand_in(generations=1)
     assert list(temporary.iterdir()) == []
+    lines = (tmp_path / "pipeline.log").read_text().splitlines()
+    assert any("finished with status SUCCESS" in line for line in lines)
+    assert not any(line.startswith(" ") or "\x1b" in line for line in lines)
+    assert capsys.readouterr().out == ""
 
 
 def test_run_locally_failed_stage_message_and_exit_code(run_stand_in):
@@ -144,14 +148,6 @@ def test_run_locally_failed_labeling_task(run_stand_in):
 def test_run_locally_names_a_stage_that_died(run_stand_in):
     with pytest.raises(NsError, match=r"teacher: train: exited without an error message \(killed\? out of memory\?\)"):
         run_stand_in(die=["train", 0])
-
-
-def test_run_locally_writes_output_of_kfp_to_the_log(run_stand_in, tmp_path, capsys):
-    run_stand_in(generations=1)
-    lines = (tmp_path / "pipeline.log").read_text().splitlines()
-    assert any("finished with status SUCCESS" in line for line in lines)
-    assert not any(line.startswith(" ") or "\x1b" in line for line in lines)
-    assert capsys.readouterr().out == ""
 
 
 def test_print_is_what_it_was_after_a_run(monkeypatch):
