@@ -61,9 +61,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """No collection of garbage goes through what was loaded until now, half a million objects, again."""
+    """No collection of garbage goes through what was loaded until now, half a million objects, again. And there are few of them."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
     gc.enable()
 
 

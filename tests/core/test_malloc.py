@@ -14,7 +14,7 @@ from ns.core.malloc import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def step():
-    return torch.ones(20_000_000).sum()
+    return torch.ones(10_000_000).sum()
 for _ in range(10):
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -30,7 +30,7 @@ def faults(what: str) -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_keep_freed_memory_saves_page_faults():
-    pages = 5 * 80_000_000 / resource.getpagesize()
+    pages = 5 * 40_000_000 / resource.getpagesize()
     assert faults("keep") < 0.1 * pages
 
 

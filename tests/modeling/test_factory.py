@@ -245,10 +245,9 @@ def test_check_models_accepts_valid_experiments():
 @pytest.mark.parametrize("arch", ["densenet121", "vgg11", "hrnet_w18", "repvit_m0_9", "inception_v3"])
 def test_families_without_stochastic_depth_are_built_without_it(arch):
     expected = rf"noise\.stochastic_depth: invalid value 0\.2: {arch} has no stochastic depth; set it to 0"
-    with torch.device("meta"):
-        assert models.build_model(ModelConfig(arch=arch), NoiseConfig(stochastic_depth=0), 3)
-        with pytest.raises(ConfigError, match=expected):
-            models.build_model(ModelConfig(arch=arch), NoiseConfig(), 3)
+    assert models.build_on_meta(ModelConfig(arch=arch), NoiseConfig(stochastic_depth=0), 3)
+    with pytest.raises(ConfigError, match=expected):
+        models.build_on_meta(ModelConfig(arch=arch), NoiseConfig(), 3)
 
 
 def test_check_models_refuses_weights_that_fit_no_layer(tmp_path):
@@ -259,33 +258,28 @@ def test_check_models_refuses_weights_that_fit_no_layer(tmp_path):
 
 
 def test_multiply_adds_of_networks_with_class_tokens_are_counted():
-    with torch.device("meta"):
-        network = models.build_model(ModelConfig(arch="cait_xxs24_224", resolution=64), NoiseConfig(dropout=0), 3)
+    network = models.build_on_meta(ModelConfig(arch="cait_xxs24_224", resolution=64), NoiseConfig(dropout=0), 3)
     assert models.count_multiply_adds(network, 64) > 1e8
 
 
 @pytest.mark.parametrize("arch", ["test_vit", "swin_tiny_patch4_window7_224", "convnext_atto"])
 def test_reduce_stride_is_refused_where_nothing_can_be_made_dense(arch):
     noise = NoiseConfig(dropout=0, stochastic_depth=0)
-    with pytest.raises(ConfigError, match=r"model\.reduce_stride: invalid value 2"), torch.device("meta"):
-        models.build_model(ModelConfig(arch=arch, reduce_stride=2), noise, 3)
+    with pytest.raises(ConfigError, match=r"model\.reduce_stride: invalid value 2"):
+        models.build_on_meta(ModelConfig(arch=arch, reduce_stride=2), noise, 3)
 
 
 def test_networks_of_one_size_are_built_for_that_of_the_test():
     noise = NoiseConfig(dropout=0)
-    with torch.device("meta"):
-        network = models.build_model(ModelConfig(arch="test_vit", resolution=64, test_resolution=96), noise, 3)
-        assert network.patch_embed.img_size == (96, 96)
-        for size in (64, 96):
-            assert models.count_multiply_adds(network, size)
-        fixed = models.build_model(
-            ModelConfig(arch="swin_tiny_patch4_window7_224", resolution=64, test_resolution=96), noise, 3
-        )
-        for size in (64, 96):
-            assert models.count_multiply_adds(fixed, size)
+    network = models.build_on_meta(ModelConfig(arch="test_vit", resolution=64, test_resolution=96), noise, 3)
+    assert network.patch_embed.img_size == (96, 96)
+    fixed = models.build_on_meta(ModelConfig(arch="swin_tiny_patch4_window7_224", resolution=64, test_resolution=96), noise, 3)
+    for size in (64, 96):
+        assert models.count_multiply_adds(network, size)
+        assert models.count_multiply_adds(fixed, size)
 
 
 def test_reduce_stride_is_refused_where_stages_are_no_modules():
     model = ModelConfig(arch="hrnet_w18", reduce_stride=2)
-    with pytest.raises(ConfigError, match=r"model\.reduce_stride: invalid value 2"), torch.device("meta"):
-        models.build_model(model, NoiseConfig(stochastic_depth=0), 3)
+    with pytest.raises(ConfigError, match=r"model\.reduce_stride: invalid value 2"):
+        models.build_on_meta(model, NoiseConfig(stochastic_depth=0), 3)

@@ -220,6 +220,7 @@ def test_compiled_network_sees_one_shape_only(model, pool, tmp_path, monkeypatch
 
 def test_compiling_needs_to_be_asked_for_and_many_images(model, tmp_path, monkeypatch):
     monkeypatch.setattr(inference, "can_compile", lambda _: True)
+    monkeypatch.setattr(PrecisionMode, "prepare_network", lambda _, network: network)
     compiled_model = with_model_fields(model, tmp_path, inference_compile=True)
     assert not Predictor(compiled_model, batch=8, images=inference.COMPILE_FROM_IMAGES - 1).mode.compiled
     assert not Predictor(model, batch=8, images=inference.COMPILE_FROM_IMAGES).mode.compiled
