@@ -59,7 +59,7 @@ def main() -> None:
         # Warms up page cache, imports and lazily made tables.
         ours(), theirs()
         # A quick run guards the others only against being broken (benchmarks/summary.py).
-        turns = count if figure.startswith("decode_") or not options.quick else 2
+        turns = count if figure.startswith("decode_") or not options.quick else 1
         measured = measure_rates({"ours": ours, "theirs": theirs}, turns)
         median, least, greatest = paired_ratio(measured, "ours", "theirs")
         figures[figure] = round(median, 4)
