@@ -120,7 +120,7 @@ def add_progress_listener(listener: Callable[[int], object]) -> None:
 class Progress:
     """How far a stage has come: `done` of `total` units.
 
-    Shows it every PROGRESS_SECONDS where somebody watches, logs it every LOGGED_PROGRESS_SECONDS, and both at the end.
+    Shows it every PROGRESS_SECONDS where a person watches, logs it every LOGGED_PROGRESS_SECONDS, and both at the end.
     """
 
     def __init__(self, total: int, unit: str, done: int = 0) -> None:
