@@ -17,7 +17,8 @@ def write_first_experiment(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Holds the folders of your images.")],
     hours: Annotated[float, typer.Option(min=0.05, max=10_000, help="Time that the run may take on this machine.")] = 8,
     labeled: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Labeled images, one subfolder per class; default: labeled or train.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Labeled images: one subfolder per class, or a table; default: labeled or train."),
     ] = None,
     pool: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Images without labels; default: pool or unlabeled.")

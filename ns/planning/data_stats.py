@@ -52,9 +52,7 @@ class KnownCounts:
         if part in self.images_by_part:
             return DataStats(self.images_by_part[part], self.image_bytes, sample_images=self.sample_images)
         with prefix_errors(f"data.{part}", f"; or give the number of images: --{part} N"):
-            stats = _inspect_data(part, uri)
-        if not stats.images:
-            raise DataError(f"data.{part}: {uri}: has no images; import some, or give their number: --{part} N")
+            stats = inspect_data(part, uri)
         return stats._replace(image_bytes=self.image_bytes or stats.image_bytes)
 
 
@@ -66,12 +64,16 @@ def count_evaluation_images(name: str, set_config: EvaluationSet, config: Evalua
     with prefix_errors(f"evaluation.sets.{name}", "; or plan without it: --set 'evaluation.sets={}'"):
         if set_config.kind != "images":
             return count_published_passes(open_store(set_config.uri), set_config.kind, config)
-        return _inspect_data("heldout", set_config.uri).images
+        return inspect_data("heldout", set_config.uri).images
 
 
-def _inspect_data(part: DataPart, uri: str) -> DataStats:
+def inspect_data(part: DataPart, uri: str) -> DataStats:
+    """Reads the statistics of a part of the data, and some of its images. Raises DataError or StoreError naming the URI."""
     with open_data(uri, PART_ROLES[part]) as data:
-        return _inspect_source(part, uri, data) if isinstance(data, Listing) else _inspect_dataset(*data)
+        stats = _inspect_source(part, uri, data) if isinstance(data, Listing) else _inspect_dataset(*data)
+    if not stats.images:
+        raise DataError(f"{uri}: has no images")
+    return stats
 
 
 def _inspect_dataset(store: Store, dataset: Dataset) -> DataStats:

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import io
+import itertools
 import math
 import os
 import statistics
@@ -14,15 +15,16 @@ import yaml
 
 from ns.config.loader import parse_experiment
 from ns.config.schema import Experiment
-from ns.core.errors import ConfigError, DataError, prefix_errors
+from ns.core.errors import ConfigError, DataError
 from ns.core.printable import escape_formula
+from ns.data.importing.ingest import resolve_classes
 from ns.data.importing.listing import Listing
 from ns.data.loading.decode import EncodedJpeg
 from ns.data.locate import open_data
-from ns.data.prepared import DataPart
+from ns.data.prepared import PART_ROLES, DataPart
 from ns.modeling.factory import get_best_device
 from ns.planning.cost import PlanRequest, RunPlan, estimate_run
-from ns.planning.data_stats import KnownCounts, SampleImage
+from ns.planning.data_stats import KnownCounts, SampleImage, inspect_data
 
 BRITISH_LABELED = "label" + "led"
 PART_FOLDERS: dict[DataPart, tuple[str, ...]] = {
@@ -39,6 +41,8 @@ LAYOUTS: dict[DataPart, str] = {
 """The parts that must be there, and how."""
 HELDOUT_SHARE, MAX_HELDOUT = 0.25, 5_000
 """What is held out of the labeled images where there is no folder for it."""
+MIN_LABELED = 8
+"""Fewer images to train on than the smallest batch are no training."""
 MIN_EPOCHS, MAX_EPOCHS = 40, 200
 """A network that can be trained for fewer epochs in the time is left for a cheaper one; more hardly help from random weights."""
 TRIAL_EPOCHS = 10
@@ -108,10 +112,12 @@ class Proposal(NamedTuple):
 def find_parts(folder: Path, given: Mapping[DataPart, Path]) -> dict[DataPart, Path]:
     """The folders of the parts of the data, those that are given and those with a known name in `folder`.
 
-    A folder of class folders alone is the labeled images. Raises DataError if labeled images or the pool are not there.
+    A folder of class folders alone is the labeled images. Raises DataError if labeled images or the pool are not there, or if a part lies
+    in another one's folder.
     """
     try:
-        folders = {path.name.casefold(): path for path in sorted(folder.iterdir()) if path.is_dir()}
+        paths = sorted(folder.iterdir())
+        folders = {path.name.casefold(): path for path in paths if path.is_dir()}
     except OSError as error:
         raise DataError(f"{folder}: {error.strerror}; name a folder that holds your images") from error
     parts = dict(given)
@@ -127,7 +133,15 @@ def find_parts(folder: Path, given: Mapping[DataPart, Path]) -> dict[DataPart, P
     for needed, layout in LAYOUTS.items():
         if needed not in parts:
             options = " or ".join(PART_FOLDERS[needed])
-            raise DataError(f"{folder}: has no folder {options}; make one ({layout}), or name it: --{needed} FOLDER")
+            tables = [path for path in paths if path.suffix.lower() in (".csv", ".tsv", ".parquet")]
+            example = tables[0] if tables and needed == "labeled" else "FOLDER"
+            raise DataError(f"{folder}: has no folder {options}; make one ({layout}), or name it: --{needed} {example}")
+    for part, other in itertools.permutations(parts, 2):
+        if parts[part].resolve().is_relative_to(parts[other].resolve()):
+            raise DataError(
+                f"{parts[part]}: lies in {parts[other]}, the folder of the {other} images, and would count as theirs; "
+                "move it out of that folder"
+            )
     return parts
 
 
@@ -138,13 +152,8 @@ def propose_experiment(
 
     Raises DataError for images that cannot be read, ConfigError if no network can be trained in the time.
     """
-    stats = {}
-    for part, path in parts.items():
-        with prefix_errors(str(path)):
-            stats[part] = KnownCounts().get_stats(part, str(path))
-    class_counts = count_classes(parts["labeled"])
-    if len(class_counts) < 2:
-        raise DataError(f"{parts['labeled']}: has {len(class_counts)} class; make one subfolder for each class, at least two")
+    stats = {part: inspect_data(part, str(path)) for part, path in parts.items()}
+    class_counts = count_classes(parts)
     uris: dict[str, str] = {part: os.path.relpath(path, output_dir) for part, path in parts.items()}
     counts: dict[DataPart, int] = {part: part_stats.images for part, part_stats in stats.items()}
     tables = {}
@@ -154,6 +163,11 @@ def propose_experiment(
             uris[part] = f"{name}-{part}.csv"
             tables[uris[part]] = format_image_table(rows, parts["labeled"], output_dir)
             counts[part] = len(rows)
+    if counts["labeled"] < MIN_LABELED or not counts["heldout"]:
+        raise DataError(
+            f"{parts['labeled']}: {stats['labeled'].images} labeled images are too few: label at least {MIN_LABELED} to train on, "
+            "and in some class two or more, so that one can be held out"
+        )
     unnamed = stats["labeled"].images - counts["labeled"] - counts["heldout"] if tables else 0
     short_side = measure_short_side([image for part_stats in stats.values() for image in part_stats.sample_images])
     networks = next(networks for limit, networks in NETWORKS.items() if short_side <= limit)
@@ -183,21 +197,52 @@ def propose_experiment(
         short_side=short_side,
         class_counts=class_counts,
         tables=tables,
-        remarks=list(_remark(counts, class_counts, epochs, unnamed)),
+        remarks=[*remark_nested_folders(parts["labeled"]), *_remark(counts, class_counts, epochs, unnamed)],
     )
 
 
-def count_classes(labeled: Path) -> dict[str, int]:
-    """Class → labeled images, the largest first."""
+def count_classes(parts: Mapping[DataPart, Path]) -> dict[str, int]:
+    """Class → labeled images, the largest first.
+
+    Raises DataError for classes that an import would refuse, also those of the parts that are evaluated.
+    """
+    class_counts: dict[str, int] = {}
+    class_names: tuple[str, ...] | None = None
+    for part in ("labeled", *(part for part in parts if PART_ROLES[part] == "evaluation")):
+        with open_data(str(parts[part]), PART_ROLES[part]) as data:
+            if isinstance(data, Listing):
+                label_counts = data.count_class_labels()
+                names, _ = resolve_classes(str(parts[part]), label_counts, class_names, len(data), data.find_first_problem())
+                if class_names is None:
+                    class_names = names
+                    class_counts = {str(label): count for label, count in label_counts.items()}
+            elif part == "labeled":
+                raise DataError(f"{parts[part]}: is an imported dataset; name the folder of images that it was made from")
+    return dict(sorted(class_counts.items(), key=lambda item: -item[1]))
+
+
+def remark_nested_folders(labeled: Path) -> Iterable[str]:
+    """A class folder without images of its own may be a group of classes: only the user knows."""
+    if not labeled.is_dir():
+        return
+    folders: dict[str, set[str]] = {}
     with open_data(str(labeled), "labeled") as data:
-        if not isinstance(data, Listing):
-            raise DataError(f"{labeled}: is an imported dataset; name the folder of images that it was made from")
-        counts = data.count_class_labels()
-    return {str(name): count for name, count in sorted(counts.items(), key=lambda item: -item[1])}
+        if isinstance(data, Listing):
+            for entry in data.read_entries(0, len(data)):
+                class_folder, *inner = Path(entry.path).parts[:-1] or ("",)
+                if not entry.container:
+                    folders.setdefault(class_folder, set()).add(inner[0] if inner else "")
+    groups = sorted(name for name, inner in folders.items() if len(inner) > 1 and "" not in inner)
+    if groups:
+        examples = ", ".join(sorted(folders[groups[0]])[:3])
+        yield (
+            f"all images below {labeled / groups[0]} are of class {groups[0]}; if its folders ({examples}, …) are the classes, "
+            f"move them into {labeled}"
+        )
 
 
 def split_labeled(labeled: Path) -> dict[DataPart, list[tuple[str, str]]]:
-    """Splits labeled images into those that are trained on and those that are held out: (path in the folder, class).
+    """Splits labeled images into those that are trained on and those that are held out: (path in the folder or as the table has it, class).
 
     Of each class the same share is held out, drawn by a hash of the path: the same images whenever it is asked for.
     """
@@ -207,7 +252,7 @@ def split_labeled(labeled: Path) -> dict[DataPart, list[tuple[str, str]]]:
         for entry in data.read_entries(0, len(data)):
             if entry.container:
                 raise DataError(
-                    f"{entry.container}: images in tars are not split; name images that are held out: --heldout FOLDER"
+                    f"{labeled}: images in tars and archives are not split; name images that are held out: --heldout FOLDER"
                 )
             if entry.class_label is not None and _fits_table(entry.path):
                 entries.append((entry.path, str(entry.class_label)))
@@ -229,13 +274,17 @@ def _fits_table(path: str) -> bool:
     return len(path.splitlines()) == 1 and path == path.encode(errors="replace").decode()
 
 
-def format_image_table(rows: Iterable[tuple[str, str]], folder: Path, output_dir: Path) -> str:
-    """A table of images as `ns data import` reads it, with paths as they are seen from `output_dir`."""
+def format_image_table(rows: Iterable[tuple[str, str]], labeled: Path, output_dir: Path) -> str:
+    """A table of images as `ns data import` reads it, with paths as they are seen from `output_dir`.
+
+    The rows' paths are relative to `labeled`, or, if that is a table, to its folder.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["path", "label"])
-    base = Path(os.path.relpath(folder, output_dir))
-    writer.writerows((escape_formula(str(base / path)), escape_formula(class_name)) for path, class_name in rows)
+    base = Path(os.path.relpath(labeled if labeled.is_dir() else labeled.parent, output_dir))
+    for path, class_name in rows:
+        writer.writerow((escape_formula(path if "://" in path else str(base / path)), escape_formula(class_name)))
     return text.getvalue()
 
 
@@ -310,14 +359,14 @@ def format_experiment(proposal: Proposal, hours: float) -> str:
     plan, document = proposal.plan, proposal.document
     comments = {
         "data": f"{plan.labeled:,} labeled images of {len(counts)} classes ({largest}: {counts[largest]:,} … {smallest}: "
-        f"{counts[smallest]:,}), {plan.pool:,} in the pool, {plan.heldout:,} held out; half of all short sides are below "
+        f"{counts[smallest]:,}), {plan.pool:,} in the pool, {plan.heldout:,} held out; median of the shorter sides: "
         f"{proposal.short_side} px",
-        "teacher": f"about {proposal.hours:.2g} hours on {plan.machine}: the largest network and the most epochs for {hours:g} hours",
+        "teacher": f"about {proposal.hours:.2g} hours on {plan.machine}; network and epochs were chosen for {hours:g} hours",
         "students": "equal to the teacher, with more noise, on labeled and pseudo-labeled images (3 for each labeled one)",
         "selection": "pseudo-labels above this confidence; `ns labels select RUN/gen-1 --dry-run` shows what others would keep",
         "generations": "the gate ends the run earlier when a student is not better",
     }
-    parts = [f"# Proposed by `ns init`. Every field: `ns config schema`. Next: ns run {document['name']}.yaml"]
+    parts = ["# Proposed by `ns init`. Every field: `ns config schema`."]
     for field, value in document.items():
         if field in comments:
             parts.append(f"# {comments[field][0].upper()}{comments[field][1:]}.")

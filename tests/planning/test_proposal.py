@@ -18,9 +18,11 @@ from ns.planning.data_stats import KnownCounts
 from ns.planning.proposal import (
     find_parts,
     fit_epochs,
+    format_image_table,
     make_document,
     measure_short_side,
     propose_experiment,
+    remark_nested_folders,
     split_hours,
     split_labeled,
 )
@@ -70,6 +72,31 @@ def test_find_parts_says_what_is_missing(tmp_path, folders, message):
         find_parts(tmp_path, {})
     with pytest.raises(DataError, match="name a folder that holds your images"):
         find_parts(tmp_path / "nowhere", {})
+
+
+@pytest.mark.parametrize(
+    ("folders", "given", "message"),
+    [
+        (("cat", "pool"), {"pool": "pool"}, "pool: lies in ., the folder of the labeled images"),
+        (("train/cat", "train/pool"), {"pool": "train/pool"}, "train/pool: lies in train, the folder of the labeled images"),
+        (("all",), {"labeled": "all", "pool": "all"}, "all: lies in all, the folder of the "),
+    ],
+)
+def test_find_parts_refuses_one_in_another(tmp_path, monkeypatch, folders, given, message):
+    """The pool would be a class of its own."""
+    monkeypatch.chdir(tmp_path)
+    for name in folders:
+        Path(name).mkdir(parents=True)
+    with pytest.raises(DataError) as error:
+        find_parts(Path(), {part: Path(name) for part, name in given.items()})
+    assert str(error.value).startswith(message)
+
+
+def test_find_parts_names_a_table_that_may_be_the_labeled_images(tmp_path):
+    (tmp_path / "pool").mkdir()
+    (tmp_path / "labels.csv").touch()
+    with pytest.raises(DataError, match=rf"or name it: --labeled {tmp_path}/labels\.csv$"):
+        find_parts(tmp_path, {})
 
 
 def test_split_holds_out_a_quarter_of_each_class(photos):
@@ -161,6 +188,61 @@ def test_time_that_is_too_short_is_refused(photos, monkeypatch):
         ConfigError, match=r"--hours 1e-06: too short for 24 labeled images .* and an epoch .*; give more hours"
     ):
         propose_experiment(find_parts(photos, {}), name="photos", hours=1e-6, output_dir=photos.parent, measure_seconds=0.05)
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ({"train/cat": 8, "train/dog": 0}, "{}/train: class folder 'dog' has no images; add some, or remove the folder"),
+        ({"train/cat": 8}, "in/train: has 1 class, and at least 2 are needed"),
+        ({"train": 8}, "{}/train: image-0.jpg lies outside any class folder; labeled images belong in one subfolder per class"),
+        ({"train/cat": 8, "train/dog": 8, "pool": 0}, "in/pool: has no images"),
+        (
+            {"train/cat": 1, "train/dog": 1, "train/emu": 1},
+            "in/train: 3 labeled images are too few: label at least 8 to train on, and in some class two or more, "
+            "so that one can be held out",
+        ),
+        (
+            {"train/cat": 8, "train/dog": 8, "val/emu": 1},
+            "in/val: class 'emu' is none of the labeled classes (cat, dog); rename or remove it",
+        ),
+    ],
+)
+def test_init_says_what_is_wrong_with_the_images(tmp_path, monkeypatch, capsys, counts, message):
+    monkeypatch.chdir(tmp_path)
+    for name, count in {"pool": 8, **counts}.items():
+        write_images(tmp_path / "in" / name, count)
+    assert run_command_line(["init", "in"]) == 3
+    assert capsys.readouterr().err.splitlines()[-1] == "error: " + message.format(tmp_path / "in")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_folders_in_class_folders_are_asked_about(tmp_path):
+    for name in ("animals/cat", "animals/dog", "plants", "plants/2025", "planes/images"):
+        write_images(tmp_path / name, 1)
+    assert list(remark_nested_folders(tmp_path)) == [
+        f"all images below {tmp_path}/animals are of class animals; if its folders (cat, dog, …) are the classes, "
+        f"move them into {tmp_path}"
+    ]
+
+
+def test_a_table_of_labels_is_split(tmp_path, monkeypatch):
+    """Paths of a table are relative to its folder, absolute, or addresses, and stay so in the tables that are written elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "in" / "photos", 8)
+    rows = [f"photos/image-{number}.jpg,{'cat' if number % 2 else 'dog'}" for number in range(7)]
+    table = tmp_path / "in" / "labels.csv"
+    table.write_text("\n".join(["path,label", *rows, f"{tmp_path}/in/photos/image-7.jpg,cat", "s3://nobody/a.jpg,dog"]))
+    parts = split_labeled(Path("in/labels.csv"))
+    assert [class_name for _, class_name in parts["heldout"]] == ["cat", "dog"]
+    (tmp_path / "out").mkdir()
+    written = tmp_path / "out" / "all.csv"
+    written.write_text(format_image_table([*parts["labeled"], *parts["heldout"]], Path("in/labels.csv"), tmp_path / "out"))
+    paths = {entry.path for entry in list_table(str(written), "labeled", None)}
+    assert "s3://nobody/a.jpg" in paths
+    assert {(written.parent / path).resolve() for path in paths - {"s3://nobody/a.jpg"}} == set(
+        (tmp_path / "in/photos").iterdir()
+    )
 
 
 def test_init_writes_nothing_over_a_file(photos, tmp_path, monkeypatch, capsys):

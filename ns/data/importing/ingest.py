@@ -134,7 +134,7 @@ def import_listing(
     class_names: tuple[str, ...] | None = None
     class_ids: dict[ClassLabel, int] = {}
     if role != "unlabeled":
-        class_names, class_ids = _resolve_classes(
+        class_names, class_ids = resolve_classes(
             source, listing.count_class_labels(), classes, total, listing.find_first_problem()
         )
     job = _ImportJob(source, listing.path, store, class_names, class_ids, config)
@@ -188,10 +188,13 @@ def derive_dataset_name(source: str) -> str:
     return re.sub(r"[-_]*\{.*\}", "", name) or "images"
 
 
-def _resolve_classes(
+def resolve_classes(
     source: str, label_counts: dict[ClassLabel, int], expected: Sequence[str] | None, total: int, problem: str = ""
 ) -> tuple[tuple[str, ...], dict[ClassLabel, int]]:
-    """The class names, in the order of class indices, and the class index of each label. `problem`: an image left out, and why."""
+    """The class names, in the order of class indices, and the class index of each label. `problem`: an image left out, and why.
+
+    `expected`: the labeled images' classes, for images that are evaluated. Raises DataError for labels that no dataset can have.
+    """
     names = [class_label for class_label in label_counts if isinstance(class_label, str)]
     numbers = [class_label for class_label in label_counts if isinstance(class_label, int)]
     if total and not label_counts:
@@ -218,7 +221,7 @@ def _resolve_classes(
         raise DataError(f"{source}: has {about}; at most {MAX_CLASSES:,} classes are possible")
     classes = tuple(str(n) for n in range(count)) if numbers else tuple(sort_class_names(names))
     if len(classes) < 2:
-        raise DataError(f"{source}: has {len(classes)} classes; at least 2 are needed to learn anything")
+        raise DataError(f"{source}: has {len(classes) or 'no'} class, and at least 2 are needed")
     if all(class_name.casefold() in SPLIT_NAMES for class_name in classes):
         raise DataError(
             f"{source}: its folders {shorten_names(classes)} are splits, not classes; "

@@ -124,7 +124,7 @@ def test_keys_of_similar_names_are_unique(tmp_path):
         (lambda folder: (folder / "emu").mkdir(), {}, "class folder 'emu' has no images"),
         (lambda folder: (folder / "stray.png").write_bytes(picture(0)), {}, "stray.png lies outside any class folder"),
         (lambda folder: None, {"classes": ["cat", "emu"]}, "class 'dog' is none of the labeled classes"),
-        (lambda folder: (folder / "dog").rename(folder / ".dog"), {}, "has 1 classes; at least 2 are needed"),
+        (lambda folder: (folder / "dog").rename(folder / ".dog"), {}, "has 1 class, and at least 2 are needed"),
     ],
 )
 def test_import_refuses_invalid_folders(source, tmp_path, spoil, options, reason):
@@ -333,8 +333,8 @@ def test_import_refuses_folder_without_images(tmp_path):
 )
 def test_import_refuses_more_classes_than_indices_hold(labels, reason):
     with pytest.raises(DataError, match=reason):
-        ingest._resolve_classes("images", labels, None, 2)
-    assert len(ingest._resolve_classes("images", {(1 << 16) - 1: 1}, None, 2)[0]) == 1 << 16
+        ingest.resolve_classes("images", labels, None, 2)
+    assert len(ingest.resolve_classes("images", {(1 << 16) - 1: 1}, None, 2)[0]) == 1 << 16
 
 
 @pytest.mark.parametrize(("name", "kept"), [("2025-06-03", 4), ("2025-06-01b", 2)])
