@@ -40,7 +40,7 @@ def check_cluster(
     remote: RemoteOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check that a Kubernetes cluster has all that runs need. Changes nothing in it.
+    """Check that a Kubernetes cluster has all that runs need. It changes nothing, but starts a pod for a few seconds.
 
     Checks versions and their compatibility, storage, GPU nodes, queues, metrics and rights, and names a fix for each fault. A
     store and a label registry are tried if they are given.

@@ -30,7 +30,7 @@ def explain(
     root: Root = "runs",
     as_json: AsJson = False,
 ) -> None:
-    """Explain a verdict: each condition with its value, the images by which model is right, and what would have been enough.
+    """Explain a verdict: each condition with its value, the images that each model gets right, and what would have been enough.
 
     Example: [cyan]ns gate explain latest/gen-1[/]
     """

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 KubeContext = Annotated[
     str | None,
     typer.Option(
-        "--context", metavar="NAME", help="Context of the kubeconfig: forwards Kubeflow and the store, explains pods."
+        "--context", metavar="NAME", help="Context of the kubeconfig: reaches Kubeflow and the store, says why pods wait."
     ),
 ]
 PATIENCE_SECONDS = 300.0

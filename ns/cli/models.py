@@ -23,7 +23,7 @@ def fetch_models(
     root: Root = "runs",
     as_json: AsJson = False,
 ) -> None:
-    """Fetch weights from the hub into the root, once. Runs of this root then need no way to the hub.
+    """Fetch weights from the hub into the root, once. Runs of this root then need no connection to the hub.
 
     Example: [cyan]ns models fetch resnet18.a1_in1k --root s3://bucket/runs[/]
     """

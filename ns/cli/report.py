@@ -28,7 +28,7 @@ def show(
     root: Root = "runs",
     markdown: Markdown = False,
     open_it: OpenIt = False,
-    serve: Annotated[bool, typer.Option("--serve", help="Serve the report on this machine, new at each look.")] = False,
+    serve: Annotated[bool, typer.Option("--serve", help="Serve the report on this machine, as of each load.")] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to serve on; 0 takes a free one.")] = 8000,
 ) -> None:
     """Write a run's report again, and print its path; or serve it while the run goes on.
