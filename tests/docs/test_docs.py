@@ -3,6 +3,7 @@
 import re
 import shlex
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from ns.cli.app import UsageError
 from ns.config.loader import load_experiment
 from ns.training.plan import plan_training
+from tests.command_line import commands as list_commands
 from tests.command_line import parse
 
 ROOT = Path(__file__).parents[2]
@@ -22,6 +24,13 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 def page(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
+
+
+@cache
+def list_groups() -> set[str]:
+    """The words after `ns` that name a group of commands."""
+    names = [name.split() for name, _ in list_commands()]
+    return {" ".join(words[:count]) for words in names for count in range(1, len(words))}
 
 
 def prose(text: str) -> str:
@@ -112,6 +121,35 @@ def test_commands_are_known(path):
             assert complaint(words) is None
         elif words[0] == "make":
             assert {one for one in words[1:] if "=" not in one and not one.startswith("-")} <= targets
+
+
+def inline_complaints(text: str) -> list[str]:
+    """What `ns` says of the commands that are named within sentences, which may leave out arguments; `make` targets that do not exist."""
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    complaints = []
+    for span in re.findall(r"`((?:ns|make) [a-z][^`]*)`", prose(text)):
+        program, *words = shlex.split(span)
+        if program == "make":
+            complaints += [f"{span}: no target {words[0]}"] if words[0] not in targets else []
+        elif " ".join(words) not in list_groups():
+            problem = complaint([program, *words])
+            complaints += [problem] if problem and "Missing" not in problem else []
+    return complaints
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page)
+def test_commands_in_sentences_are_known(path):
+    assert inline_complaints(path.read_text()) == []
+
+
+def test_commands_in_sentences_that_are_not_known_are_found():
+    text = "`ns plan`, `ns labels`, `ns labels purge --keys FILE`, `make run`; `ns runs compare`, `ns plan a --no`, `ns no`, `make no`"
+    assert [one.partition(":")[0] for one in inline_complaints(text)] == [
+        "ns runs compare",
+        "ns plan a --no",
+        "ns no",
+        "make no",
+    ]
 
 
 @pytest.mark.parametrize(
