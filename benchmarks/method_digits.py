@@ -174,6 +174,7 @@ def main() -> None:
         "clean_error_reduction": reduce_error(arms["S2"], arms["T"]),
         "pool_of_1/4_over_1/16": contrast_arms(arms["S1-pool-4"], arms["S1-pool-16"]).change_unit(0.01),
         "whole_pool_over_1/4": contrast_arms(arms["S1"], arms["S1-pool-4"]).change_unit(0.01),
+        "quiet_student_over_control": contrast_arms(arms["S1-quiet"], arms["C1"]).change_unit(0.01),
     }
     command = "python -m benchmarks.method_digits" + (" --quick" if options.quick else "")
     result = describe_results(command, seeds, arms, intervals, CLAIMS)

@@ -1,5 +1,6 @@
 """Hooks of mkdocs: the pages that lie outside docs/, the generated reference, and the navigation, which is docs/README.md's list."""
 
+import itertools
 import posixpath
 import re
 from pathlib import Path
@@ -27,7 +28,8 @@ NAV_LINE = re.compile(r"^- \[(?P<title>[^\]]+)\]\((?P<target>[^)#]+)\)", re.MULT
 def map_outside_pages() -> dict[str, str]:
     """Files outside docs/ that the site has: their path from the root → their path in the site."""
     pages = {"README.md": HOME, "docs/README.md": HOME, "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
-    for path in sorted([*ROOT.glob("examples/*.*"), *ROOT.glob("benchmarks/results/*.md")]):
+    outside = (ROOT.glob(pattern) for pattern in ("examples/*.*", "benchmarks/results/*.md", "benchmarks/results/*.svg"))
+    for path in sorted(itertools.chain.from_iterable(outside)):
         source = path.relative_to(ROOT).as_posix()
         pages[source] = re.sub(r"README\.md$", HOME, source)
     return pages
@@ -49,7 +51,7 @@ def build_nav(text: str) -> list[dict[str, Any]]:
     pages_by_group = {title: pages for group in nav for title, pages in group.items()}
     runbooks = sorted(path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/runbooks/*.md"))
     pages_by_group["Operate"].append({"Runbooks": runbooks})
-    measured = [page for page in map_outside_pages().values() if page.startswith("benchmarks/")]
+    measured = [page for page in map_outside_pages().values() if page.startswith("benchmarks/") and page.endswith(".md")]
     pages_by_group["Contribute"] += [{"Changelog": "changelog.md"}, {"What was measured": measured}]
     return nav
 
