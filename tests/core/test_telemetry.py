@@ -173,7 +173,7 @@ def test_push_run_metrics_replaces_and_only_logs_failures(monkeypatch):
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Gateway)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     monkeypatch.setenv(telemetry.GATEWAY_VARIABLE, f"http://127.0.0.1:{server.server_port}")
     telemetry.LAST_ACCURACY.set(0.75)
     telemetry.push_run_metrics("digits")

@@ -71,7 +71,7 @@ def test_number_try_of_clients_at_once(tmp_path):
     tries sum to no more than that of one; and nobody gets another number for the same try."""
     shared = list(range(12))
     jobs = [(tmp_path, [*shared, *range(100 * client, 100 * client + 12)]) for client in range(1, 5)]
-    with multiprocessing.get_context("forkserver").Pool(4) as pool:
+    with multiprocessing.get_context("fork").Pool(4) as pool:
         results = pool.map(_count, jobs)
     assert all(result[:12] == results[0][:12] for result in results)
     numbers = sorted(results[0][:12] + [number for result in results for number in result[12:]])

@@ -244,7 +244,9 @@ def test_run_of_many_tasks_has_as_many(tmp_path):
     assert len(split_pool(ref, data=prepare_data(ref))) == acceptance.LARGE_TASKS
 
 
-def test_terminated_run_whose_pods_go(tmp_path):
+def test_terminated_run_whose_pods_go(tmp_path, monkeypatch):
+    monkeypatch.setattr(acceptance, "POLL_SECONDS", 0.02)
+
     def empty(cluster):
         cluster.objects["pods"] = []
 

@@ -155,7 +155,7 @@ def exporter(port: int) -> Iterator[None]:
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", port), MadeUp)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield
     server.shutdown()
     server.server_close()

@@ -329,7 +329,7 @@ def test_build_request_later_value_wins_over_file(root, tmp_path):
         ([f"@{__file__}"], "--input @.*: not JSON"),
         (["generations={"], "--input generations: invalid value '{': must be JSON or YAML"),
         (["generations=2026-99-01"], "--input generations: invalid value '2026-99-01': must be JSON or YAML"),
-        (["generations=" + 3000 * "["], "--input generations: invalid value '\\[\\["),
+        (["generations=" + 1000 * "["], "--input generations: invalid value '\\[\\["),
     ],
 )
 def test_build_request_names_wrong_input(root, given, words):

@@ -12,7 +12,7 @@ from tests.reporting.conftest import RUN
 @pytest.fixture
 def server(unchanged):
     with ReportServer(unchanged, RUN, 0) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         yield server
         server.shutdown()

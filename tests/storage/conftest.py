@@ -17,7 +17,7 @@ from tests.storage.faults import Proxy
 
 KEYS = {"AWS_ACCESS_KEY_ID": "test:tester", "AWS_SECRET_ACCESS_KEY": "testing"}
 # No test waits long: not for a server that will not come, nor between two attempts.
-IMPATIENT = RetryPolicy(seconds=1.5, first_contact_seconds=0.3, base_seconds=0.005, cap_seconds=0.05)
+IMPATIENT = RetryPolicy(seconds=1.5, first_contact_seconds=0.1, base_seconds=0.005, cap_seconds=0.05)
 PART_BYTES = 5 << 20
 numbers = itertools.count()
 
@@ -41,7 +41,7 @@ def moto() -> Iterator[str]:
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     # S3 alone: a server of all services lists the folders of its package, twice, to find the one that a request is for.
     server = make_server("127.0.0.1", 0, create_backend_app("s3"), threaded=True, request_handler=MotoRequestHandler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
