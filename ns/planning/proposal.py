@@ -17,6 +17,7 @@ from ns.config.loader import parse_experiment
 from ns.config.schema import Experiment
 from ns.core.errors import ConfigError, DataError
 from ns.core.printable import escape_formula
+from ns.data.class_names import shorten_names
 from ns.data.importing.ingest import resolve_classes
 from ns.data.importing.listing import Listing
 from ns.data.loading.decode import EncodedJpeg
@@ -153,7 +154,12 @@ def propose_experiment(
     Raises DataError for images that cannot be read, ConfigError if no network can be trained in the time.
     """
     stats = {part: inspect_data(part, str(path)) for part, path in parts.items()}
-    class_counts = count_classes(parts)
+    for part, part_stats in stats.items():
+        if not part_stats.sample_images:
+            raise DataError(
+                f"{parts[part]}: none of the images that were tried can be read; `ns data import {parts[part]} DATASET` lists why"
+            )
+    class_counts, groups = count_classes(parts)
     uris: dict[str, str] = {part: os.path.relpath(path, output_dir) for part, path in parts.items()}
     counts: dict[DataPart, int] = {part: part_stats.images for part, part_stats in stats.items()}
     tables = {}
@@ -197,16 +203,17 @@ def propose_experiment(
         short_side=short_side,
         class_counts=class_counts,
         tables=tables,
-        remarks=[*remark_nested_folders(parts["labeled"]), *_remark(counts, class_counts, epochs, unnamed)],
+        remarks=[*remark_folder_groups(parts["labeled"], groups), *_remark(counts, class_counts, epochs, unnamed)],
     )
 
 
-def count_classes(parts: Mapping[DataPart, Path]) -> dict[str, int]:
-    """Class → labeled images, the largest first.
+def count_classes(parts: Mapping[DataPart, Path]) -> tuple[dict[str, int], dict[str, list[str]]]:
+    """Class → labeled images, the largest first; and the groups of class folders, as `find_folder_groups` says.
 
     Raises DataError for classes that an import would refuse, also those of the parts that are evaluated.
     """
     class_counts: dict[str, int] = {}
+    groups: dict[str, list[str]] = {}
     class_names: tuple[str, ...] | None = None
     for part in ("labeled", *(part for part in parts if PART_ROLES[part] == "evaluation")):
         with open_data(str(parts[part]), PART_ROLES[part]) as data:
@@ -216,27 +223,27 @@ def count_classes(parts: Mapping[DataPart, Path]) -> dict[str, int]:
                 if class_names is None:
                     class_names = names
                     class_counts = {str(label): count for label, count in label_counts.items()}
+                    groups = find_folder_groups(data) if parts[part].is_dir() else {}
             elif part == "labeled":
                 raise DataError(f"{parts[part]}: is an imported dataset; name the folder of images that it was made from")
-    return dict(sorted(class_counts.items(), key=lambda item: -item[1]))
+    return dict(sorted(class_counts.items(), key=lambda item: -item[1])), groups
 
 
-def remark_nested_folders(labeled: Path) -> Iterable[str]:
-    """A class folder without images of its own may be a group of classes: only the user knows."""
-    if not labeled.is_dir():
-        return
+def find_folder_groups(listing: Listing) -> dict[str, list[str]]:
+    """Class folder without images of its own → its folders, if it has several: each may have been meant as a class."""
     folders: dict[str, set[str]] = {}
-    with open_data(str(labeled), "labeled") as data:
-        if isinstance(data, Listing):
-            for entry in data.read_entries(0, len(data)):
-                class_folder, *inner = Path(entry.path).parts[:-1] or ("",)
-                if not entry.container:
-                    folders.setdefault(class_folder, set()).add(inner[0] if inner else "")
-    groups = sorted(name for name, inner in folders.items() if len(inner) > 1 and "" not in inner)
-    if groups:
-        examples = ", ".join(sorted(folders[groups[0]])[:3])
+    for entry in listing.read_entries(0, len(listing)):
+        class_folder, *inner = Path(entry.path).parts[:-1] or ("",)
+        if not entry.container:
+            folders.setdefault(class_folder, set()).add(inner[0] if inner else "")
+    return {name: sorted(inner) for name, inner in sorted(folders.items()) if len(inner) > 1 and "" not in inner}
+
+
+def remark_folder_groups(labeled: Path, groups: Mapping[str, Sequence[str]]) -> Iterable[str]:
+    """Only the user knows what the classes are."""
+    for name, inner in list(groups.items())[:1]:
         yield (
-            f"all images below {labeled / groups[0]} are of class {groups[0]}; if its folders ({examples}, …) are the classes, "
+            f"all images below {labeled / name} are of class {name}; if its folders {shorten_names(inner, 3)} are the classes, "
             f"move them into {labeled}"
         )
 
@@ -289,9 +296,7 @@ def format_image_table(rows: Iterable[tuple[str, str]], labeled: Path, output_di
 
 
 def measure_short_side(images: Sequence[SampleImage]) -> int:
-    """Median of the shorter sides, px. Raises DataError without images."""
-    if not images:
-        raise DataError("none of the images that were tried can be read; `ns data import` says why of each")
+    """Median of the shorter sides, px."""
     sides = [min(image.width, image.height) if isinstance(image, EncodedJpeg) else min(image.shape[:2]) for image in images]
     return int(statistics.median(sides))
 

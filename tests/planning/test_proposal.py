@@ -16,13 +16,14 @@ from ns.planning import proposal
 from ns.planning.cost import PlanRequest, estimate_checkpoint_bytes, estimate_run
 from ns.planning.data_stats import KnownCounts
 from ns.planning.proposal import (
+    count_classes,
     find_parts,
     fit_epochs,
     format_image_table,
     make_document,
     measure_short_side,
     propose_experiment,
-    remark_nested_folders,
+    remark_folder_groups,
     split_hours,
     split_labeled,
 )
@@ -220,10 +221,21 @@ def test_init_says_what_is_wrong_with_the_images(tmp_path, monkeypatch, capsys, 
 def test_folders_in_class_folders_are_asked_about(tmp_path):
     for name in ("animals/cat", "animals/dog", "plants", "plants/2025", "planes/images"):
         write_images(tmp_path / name, 1)
-    assert list(remark_nested_folders(tmp_path)) == [
-        f"all images below {tmp_path}/animals are of class animals; if its folders (cat, dog, …) are the classes, "
-        f"move them into {tmp_path}"
+    counts, groups = count_classes({"labeled": tmp_path})
+    assert (counts, groups) == ({"animals": 2, "plants": 2, "planes": 1}, {"animals": ["cat", "dog"]})
+    assert list(remark_folder_groups(Path("train"), groups)) == [
+        "all images below train/animals are of class animals; if its folders (cat, dog) are the classes, move them into train"
     ]
+
+
+def test_images_that_cannot_be_read_are_told_by_their_folder(tmp_path):
+    for name in ("train/cat", "train/dog", "pool"):
+        write_images(tmp_path / name, 4)
+    for path in (tmp_path / "pool").iterdir():
+        path.write_bytes(b"no image")
+    parts = {"labeled": tmp_path / "train", "pool": tmp_path / "pool"}
+    with pytest.raises(DataError, match=rf"^{tmp_path}/pool: none of the images that were tried can be read; `ns data import "):
+        propose_experiment(parts, name="x", hours=1, output_dir=tmp_path, measure_seconds=0.05)
 
 
 def test_a_table_of_labels_is_split(tmp_path, monkeypatch):
