@@ -87,6 +87,11 @@ def arrays(batch):
     return [part.numpy().copy() for part in (*batch[:3], *(batch.mixed or ()))]
 
 
+def read_steps(source, count):
+    batches = make_batches(source)
+    return [arrays(batches[step]) for step in range(count)]
+
+
 def equal(first, second):
     return all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -397,15 +402,14 @@ def remote(moto, tmp_path, picture):  # noqa: F811
 
 @pytest.mark.usefixtures("environment")
 def test_batches_from_s3_equal_batches_from_folder(labeled, remote):
-    for step in range(8):
-        assert equal(arrays(make_batches(labeled)[step]), arrays(make_batches(remote)[step]))
+    assert all(equal(a, b) for a, b in zip(read_steps(labeled, 8), read_steps(remote, 8), strict=True))
 
 
 @pytest.mark.usefixtures("environment")
 def test_workers_fetch_each_shard_once(proxied, picture):  # noqa: F811
     store, proxy = proxied
     labeled = store, write(store, picture)
-    expected = [arrays(make_batches(labeled)[step]) for step in range(10)]
+    expected = read_steps(labeled, 10)
     proxy.requests.clear()
     store.service.cache.root.rename(store.service.cache.root.with_name("old"))
     found = [arrays(batch) for batch in iterate_batches(make_batches(labeled), start=0, stop=10, workers=2, pin_memory=False)]
@@ -417,7 +421,7 @@ def test_workers_fetch_each_shard_once(proxied, picture):  # noqa: F811
 def test_batches_are_unchanged_by_s3_errors(proxied, picture):  # noqa: F811
     store, proxy = proxied
     labeled = store, write(store, picture)
-    expected = [arrays(make_batches(labeled)[step]) for step in range(10)]
+    expected = read_steps(labeled, 10)
     store.service.cache.root.rename(store.service.cache.root.with_name("old"))
     proxy.faults = [
         Fault(r"GET .*shard-00001\.tar", 2, 503),
@@ -425,8 +429,7 @@ def test_batches_are_unchanged_by_s3_errors(proxied, picture):  # noqa: F811
         Fault(r"GET .*shard-00003\.tar", 1, flip=True),
         Fault(r"GET .*shard-00004\.tar", 1, reset="before"),
     ]
-    found = [arrays(make_batches(labeled)[step]) for step in range(10)]
-    assert all(equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert all(equal(a, b) for a, b in zip(expected, read_steps(labeled, 10), strict=True))
     assert not any(fault.times for fault in proxy.faults)
 
 
