@@ -111,6 +111,11 @@ FIGURES = {
         BenchmarkFigure("finished_run_seconds", "seconds of `ns run` of a finished run", 3.0, more_is_better=False),
         BenchmarkFigure("accuracy_difference", "top-1 of the last student - the plain loop's, points", None),
     ),
+    "walk": (
+        BenchmarkFigure("install_minutes", "minutes until the wheel and all it needs are installed", None, more_is_better=False),
+        BenchmarkFigure("walk_64px_minutes", "minutes from `ns init` to the export, images of 64 px", 60, more_is_better=False),
+        BenchmarkFigure("walk_224px_minutes", "the same, images of 224 px", 60, more_is_better=False),
+    ),
     "soak": (
         BenchmarkFigure("blows", "processes killed or stopped, blobs cut off, servers killed, under two clients at once", 200),
         BenchmarkFigure("equal", "share of the clients that end like an undisturbed run", 1.0),
