@@ -17,7 +17,7 @@ from tests.storage.faults import Proxy
 
 KEYS = {"AWS_ACCESS_KEY_ID": "test:tester", "AWS_SECRET_ACCESS_KEY": "testing"}
 # No test waits long: not for a server that will not come, nor between two attempts.
-IMPATIENT = RetryPolicy(seconds=1.0, first_contact_seconds=0.1, base_seconds=0.005, cap_seconds=0.05)
+IMPATIENT = RetryPolicy(seconds=1.5, first_contact_seconds=0.1, base_seconds=0.005, cap_seconds=0.05)
 PART_BYTES = 5 << 20
 numbers = itertools.count()
 
