@@ -93,7 +93,7 @@ def test_import_survives_server_restarts(swift, tmp_path, folder, monkeypatch): 
     expected = run(str(folder), LocalStore(tmp_path / "local"))
     monkeypatch.setenv("AWS_ENDPOINT_URL", swift.url)
     found = store_at(swift.url, tmp_path / "cache")
-    patience = RetryPolicy(seconds=60, first_contact_seconds=10, cap_seconds=0.5)
+    patience = RetryPolicy(seconds=60, first_contact_seconds=60, cap_seconds=0.5)
     store = S3Store(
         found.uri, S3Service(found.service.endpoint, retry_policy=patience, cache=found.service.cache, part_bytes=PART_BYTES)
     )

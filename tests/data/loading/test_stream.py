@@ -453,7 +453,7 @@ def test_batches_are_unchanged_by_server_restarts(swift, tmp_path, picture):  # 
     labeled = near, write(near, picture, count=200, shard_samples=10)
     expected = [arrays(make_batches(labeled)[step]) for step in range(30)]
     near.service.cache.root.rename(tmp_path / "old")
-    patience = RetryPolicy(seconds=60, first_contact_seconds=10, cap_seconds=0.5)
+    patience = RetryPolicy(seconds=60, first_contact_seconds=60, cap_seconds=0.5)
     patient = S3Store(near.uri, S3Service(near.service.endpoint, retry_policy=patience, cache=near.service.cache))
 
     def trouble():
