@@ -38,7 +38,7 @@ from ns.storage.scratch import explain_scratch_errors, make_scratch_dir
 
 MAX_SORTED_ROWS = 1 << 20
 """At most so many rows are sorted at the end; more are counted in narrower bins once more."""
-MAX_COUNTERS = 1 << 22
+MAX_COUNTERS = 1 << 20
 """Bins of all classes together at most."""
 PAPER_PER_CLASS = 130_000
 """Images per class in the paper (arXiv:1911.04252 §3.1)."""
