@@ -7,6 +7,7 @@ import typer
 
 from ns.cli.options import ConfigArgument, Overrides, Root, load_experiment_argument
 from ns.cli.output import print_json, print_line, print_text
+from ns.core.errors import prefix_errors
 from ns.storage import open_store
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ def check_config(
     experiment = load_experiment_argument(config, overrides, root)
     from ns.modeling.factory import check_models
 
-    remarks = check_models(experiment, root=open_store(root))
+    with prefix_errors(str(config)):
+        remarks = check_models(experiment, root=open_store(root))
     print_line(f"{config}: good")
     for remark in remarks:
         print_line(f"warning: {remark}")

@@ -1,5 +1,6 @@
 """YAML that people wrote, strangers too: read within bounds, with errors of one line."""
 
+import re
 from typing import Any
 
 import yaml
@@ -44,9 +45,12 @@ _WordLoader.yaml_implicit_resolvers = {
 }
 
 
-def _describe_yaml_error(error: Exception) -> str:
+def _describe_yaml_error(error: Exception, text: str | bytes) -> str:
     """One line, with the place in the file."""
     if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark):
+        lines = (text if isinstance(text, str) else text.decode(errors="replace")).splitlines()
+        if mark.line < len(lines) and re.match(r" *\t", lines[mark.line]):
+            return f"line {mark.line + 1} begins with a tab; indent it with spaces"
         return f"line {mark.line + 1}, column {mark.column + 1}: {' '.join(filter(None, (error.context, error.problem)))}"
     return str(error).splitlines()[0]
 
@@ -66,7 +70,7 @@ def parse_yaml(text: str | bytes, origin: str) -> Any:
     except RecursionError as error:
         raise ConfigError(f"{origin}: is nested too deeply; use at most {MAX_DEPTH} levels") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{origin}: not YAML: {_describe_yaml_error(error)}") from error
+        raise ConfigError(f"{origin}: not YAML: {_describe_yaml_error(error, text)}") from error
     except (ValueError, OverflowError, TypeError, AttributeError, LookupError) as error:
         # Values that look like dates and numbers but are none (2026-99-01, 1e), and keys that cannot be hashed.
         raise ConfigError(

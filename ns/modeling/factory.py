@@ -40,11 +40,11 @@ def build_model(config: ModelConfig, noise: NoiseConfig, outputs: int) -> nn.Mod
         raise
     # Networks of timm raise what they like about arguments that they cannot use.
     except Exception as error:
-        hint = ""
+        hint, given = "", f" with args {config.args}" if config.args else ""
         if not timm.is_model(config.arch):
             similar = difflib.get_close_matches(config.arch, timm.list_models(), n=3)
             hint = f"; did you mean {' or '.join(similar)}?" if similar else "; see timm.list_models()"
-        raise ConfigError(f"model.arch: invalid value {config.arch!r} with args {config.args}: {error}{hint}") from error
+        raise ConfigError(f"model.arch: invalid value {config.arch!r}{given}: {error}{hint}") from error
     _reduce_stride(network, config.reduce_stride)
     return network.to(memory_format=torch.channels_last)
 

@@ -35,7 +35,7 @@ def _predict_some(predictor: Predictor, paths: Sequence[Path], top_k: int) -> It
         try:
             blobs.append(path.read_bytes())
         except OSError as error:
-            missing[index] = error.strerror or str(error)
+            missing[index] = "is a folder; name its files: FOLDER/*.jpg" if path.is_dir() else error.strerror or str(error)
             blobs.append(b"")
     probabilities, errors = predictor.predict_images(blobs)
     errors |= missing

@@ -350,7 +350,8 @@ def _remark(counts: Mapping[DataPart, int], class_counts: Mapping[str, int], epo
     if class_counts[smallest] < 10:
         yield f"{smallest} has {class_counts[smallest]} labeled images: label more, if you can; below 10 a class is hardly learned"
     if counts["heldout"] < 10 * classes or counts["heldout"] < 500:
-        yield f"{counts['heldout']:,} held-out images show large changes only; `ns config check` says how large"
+        check = f"ns config check EXPERIMENT --heldout {counts['heldout']} --classes {classes}"
+        yield f"{counts['heldout']:,} held-out images show large changes only; `{check}` says how large"
     if counts["pool"] < counts["labeled"]:
         yield f"the pool has {counts['pool']:,} images, fewer than are labeled: a gain comes from far more"
     if epochs < MIN_EPOCHS:

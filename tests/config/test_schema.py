@@ -179,6 +179,13 @@ def test_wrong_override_says_why(minimal, override, reason):
         load_experiment(minimal, overrides)
 
 
+def test_tab_says_how_to_indent(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("name: x\ndata:\n  pool: a\n\tlabeled: b\n")
+    with pytest.raises(ConfigError, match=r"x\.yaml: not YAML: line 4 begins with a tab; indent it with spaces"):
+        load_experiment(str(path))
+
+
 def test_last_student_serves_all_further_generations():
     experiment = parse_experiment({**MINIMAL, "generations": 3, "students": [{}, {"train": {"epochs": 9}}]}, "x.yaml")
     assert [experiment.get_student(g).train.epochs for g in (1, 2, 3)] == [350, 9, 9]

@@ -48,6 +48,11 @@ def test_answers_do_not_depend_on_how_many_files_are_in_memory(model, files, mon
         assert [share for _, share in one.classes] == pytest.approx([share for _, share in other.classes], abs=1e-5)
 
 
+def test_a_folder_is_told_how_to_name_its_files(model, files):
+    (answer,) = predict_files(model, [files[0].parent], 1)
+    assert answer.error == "is a folder; name its files: FOLDER/*.jpg"
+
+
 def test_files_are_read_as_their_answers_are_asked_for(model, files, monkeypatch):
     monkeypatch.setattr(file_predictions, "FILES_IN_MEMORY", 1)
     read = []

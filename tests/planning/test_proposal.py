@@ -151,7 +151,10 @@ def test_init_writes_an_experiment_of_the_users_images(photos, tmp_path, monkeyp
     assert run_command_line(["init", str(photos), "--hours", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "written: photos-heldout.csv" in lines
-    assert "note: 8 held-out images show large changes only; `ns config check` says how large" in lines
+    assert (
+        "note: 8 held-out images show large changes only; `ns config check EXPERIMENT --heldout 8 --classes 2` says how large"
+        in lines
+    )
     assert "note: dog has 8 labeled images: label more, if you can; below 10 a class is hardly learned" in lines
     assert lines[-1] == "next: ns run photos.yaml"
     text = (tmp_path / "photos.yaml").read_text()

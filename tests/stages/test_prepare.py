@@ -452,6 +452,18 @@ def test_prepare_data_names_classes_without_calibration_images(tmp_path, uris, c
     assert re.search(r"classes_without\W+dog\b.*few calibration images", "".join(capsys.readouterr()))
 
 
+@pytest.mark.parametrize("part", ["heldout", "test"])
+def test_prepare_data_names_classes_that_nothing_measures(tmp_path, uris, capsys, part):
+    fill(tmp_path / "some", ["cat"], seed=3)
+    document = {"name": "x", "generations": 1, "teacher": NETWORK, "students": [NETWORK]}
+    root = LocalStore(tmp_path / "root")
+    for data, is_told in ((uris, False), ({**uris, part: str(tmp_path / "some")}, True)):
+        write_prepared_data(parse_experiment({**document, "data": data}, "x.yaml"), root, Ledger(root))
+        told = "".join(capsys.readouterr())
+        assert ("classes without any image" in told) == is_told
+        assert (re.search(rf"classes_without\W+dog\b.*data\.{part}: add images", told) is not None) == is_told
+
+
 def test_data_exclude_names_images_of_the_pool(digits_store, tmp_path, capsys):
     excluded = tmp_path / "withdrawn.txt"
     excluded.write_text("photos/1.jpg\nphotos/2.jpg\n")
