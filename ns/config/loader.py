@@ -53,7 +53,8 @@ def load_experiment(uri: str, overrides: Iterable[str] = ()) -> Experiment:
         raise ConfigError(f"config: {error}{hint}") from error
     document = parse_yaml(text, uri)
     if not isinstance(document, dict):
-        raise ConfigError(f"{uri}: must be a mapping of fields, got {type(document).__name__}")
+        what = "is empty" if document is None else f"is no mapping but a {type(document).__name__}"
+        raise ConfigError(f"{uri}: {what}; write fields, one a line (name: animals), or let `ns init` write it")
     for override in overrides:
         _apply_override(document, override)
     return parse_experiment(document, uri)

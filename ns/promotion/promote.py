@@ -262,7 +262,10 @@ def _open_repository(path: Path) -> tuple[GitCommands, str]:
     """Git in the repository that holds the file's folder, and the name of the file in it."""
     target = path.resolve()
     directory = next(parent for parent in target.parents if parent.is_dir())
-    repository = Path(GitCommands(directory).run_git("rev-parse", "--show-toplevel").removesuffix("\n"))
+    try:
+        repository = Path(GitCommands(directory).run_git("rev-parse", "--show-toplevel").removesuffix("\n"))
+    except StoreError as error:
+        raise StoreError(f"{path}: is in no git repository: {error}; name a file in one, or run `git init`") from error
     return GitCommands(repository), target.relative_to(repository).as_posix()
 
 

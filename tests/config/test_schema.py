@@ -179,11 +179,13 @@ def test_wrong_override_says_why(minimal, override, reason):
         load_experiment(minimal, overrides)
 
 
-def test_tab_says_how_to_indent(tmp_path):
-    path = tmp_path / "x.yaml"
-    path.write_text("name: x\ndata:\n  pool: a\n\tlabeled: b\n")
-    with pytest.raises(ConfigError, match=r"x\.yaml: not YAML: line 4 begins with a tab; indent it with spaces"):
-        load_experiment(str(path))
+@pytest.mark.parametrize(
+    ("text", "what"), [("", "is empty"), ("# later\n", "is empty"), ("- name\n", "is no mapping but a list")]
+)
+def test_file_without_fields_says_what_to_write(tmp_path, text, what):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=rf"x\.yaml: {what}; write fields, one a line \(name: animals\)"):
+        load_experiment(str(tmp_path / "x.yaml"))
 
 
 def test_last_student_serves_all_further_generations():
@@ -195,7 +197,7 @@ def test_last_student_serves_all_further_generations():
     ("text", "reason"),
     [
         (b"name: x\n  bad: [1,\n", "line 2, column 6: mapping values are not allowed in this context"),
-        (b"\tname: x\n", "line 1, column 1: while scanning for the next token found character that cannot start any token"),
+        (b"\tname: x\n", "line 1 begins with a tab; indent it with spaces"),
         (b"name: x\ngate: {level: 1}\ngate: {min_gain: 0}\n", "line 3, column 1: gate is there twice; keep one"),
         (b"\xff\xd8\xff\xe0", "unacceptable character #x00ff: invalid leading UTF-8 octet"),
     ],

@@ -215,7 +215,11 @@ def test_promote_check_quotes_nothing_of_other_files(repository, capsys, tmp_pat
         (["--branch", "a..b"], ConfigError, "--branch 'a..b': not a name that git takes"),
         (["--branch=--upload-pack=x"], ConfigError, "--branch '--upload-pack=x': not a name that git takes"),
         (["--to", "models/production.json"], ConfigError, "--to models/production.json: must end in .yaml"),
-        (["--to", "/proc/pointer.yaml", "--branch", "next"], StoreError, "not a git repository"),
+        (
+            ["--to", "/proc/pointer.yaml", "--branch", "next"],
+            StoreError,
+            "pointer.yaml: is in no git repository: git rev-parse: fatal",
+        ),
         (["--to", "README.md/pointer.yaml"], StoreError, "README.md/pointer.yaml: cannot"),
     ],
 )
