@@ -39,7 +39,7 @@ from ns.storage.scratch import explain_scratch_errors, make_scratch_dir
 MAX_SORTED_ROWS = 1 << 20
 """At most so many rows are sorted at the end; more are counted in narrower bins once more."""
 MAX_COUNTERS = 1 << 20
-"""Bins of all classes together at most."""
+"""Bins of all classes together at most: so few that counting into them stays within the processor's caches."""
 PAPER_PER_CLASS = 130_000
 """Images per class in the paper (arXiv:1911.04252 §3.1)."""
 MAX_SHARE_RATIO = 5

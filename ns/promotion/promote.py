@@ -265,6 +265,8 @@ def _open_repository(path: Path) -> tuple[GitCommands, str]:
     try:
         repository = Path(GitCommands(directory).run_git("rev-parse", "--show-toplevel").removesuffix("\n"))
     except StoreError as error:
+        if "not a git repository" not in str(error):
+            raise
         raise StoreError(f"{path}: is in no git repository: {error}; name a file in one, or run `git init`") from error
     return GitCommands(repository), target.relative_to(repository).as_posix()
 

@@ -89,9 +89,6 @@ def write_prepared_data(experiment: Experiment, root: Store, ledger: Ledger) -> 
     _check_later_inputs(experiment, labeled.classes)
     _warn_of_few_steps(experiment, labeled.samples)
     _warn_of_normalization(experiment, root)
-    for part, reference in (("heldout", prepared.heldout), ("test", prepared.test)):
-        if reference:
-            _warn_of_missing_classes(part, *reference.open_dataset(root))
     if prepared.calibration and experiment.needs_calibration:
         _warn_of_few_calibration_images(*prepared.calibration.open_dataset(root))
     if experiment.labeling.label_set:
@@ -192,15 +189,6 @@ def _check_later_inputs(experiment: Experiment, classes: Sequence[str]) -> None:
         if evaluation_set.multi_label:
             with prefix_errors(f"evaluation.sets.{name}.multi_label"):
                 read_uri(evaluation_set.multi_label)
-
-
-def _warn_of_missing_classes(part: str, store: Store, dataset: Dataset) -> None:
-    if missing := [name for name, images in count_class_images(store, dataset).items() if images == 0]:
-        log.get_logger().warning(
-            "classes without any image to measure them by: nothing here tells whether a student still knows them",
-            classes_without=format_class_names(missing),
-            cure=f"data.{part}: add images of these classes",
-        )
 
 
 def _warn_of_few_calibration_images(store: Store, calibration: Dataset) -> None:
@@ -309,6 +297,13 @@ def _check_leaks(prepared: PreparedData, data: DataConfig, root: Store, ledger: 
                 same_bytes=overlap.same,
                 nearly_alike=overlap.near,
                 list=f"{root.uri}/{target}/{DUPLICATES}",
+            )
+    for part in ("heldout", "test"):
+        if missing := [name for name, images in report.classes.get(part, {}).items() if images == 0]:
+            log.get_logger().warning(
+                "classes without any image to measure them by: nothing here tells whether a student still knows them",
+                classes_without=format_class_names(missing),
+                cure=f"data.{part}: add images of these classes",
             )
     if report.skipped:
         log.get_logger().warning("too many images are too much alike to compare them all", skipped=report.skipped)
