@@ -65,17 +65,20 @@ def loaded() -> dict[str, set[str]]:
     return {module: set(names) for module, *names in lines}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("module", LIGHT)
 def test_import_of_light_modules_loads_nothing_heavy_and_leaves_the_environment_alone(loaded, module):
     assert loaded[module] & HEAVY == set()
 
 
+@pytest.mark.integration
 def test_import_of_the_method_needs_no_kubeflow_and_leaves_the_environment_alone(loaded):
     modules = set().union(*loaded.values())
     assert modules & {"kfp", "kubernetes", "docker", "components", "pipelines"} == set()
     assert "torch" in modules
 
 
+@pytest.mark.integration
 def test_stages_load_torch_with_openmp_set_to_sleep():
     script = "import os\nfrom ns.stages.context import announce_stage\nwith announce_stage('x', 0): print(os.environ['OMP_WAIT_POLICY'])"
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}

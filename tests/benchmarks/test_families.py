@@ -17,6 +17,7 @@ def test_page_shows_what_was_recorded():
     assert all(row["failed"] in (None, *STEPS) for row in record["families"])
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("try_it", "reason"),
     [

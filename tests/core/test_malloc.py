@@ -28,6 +28,7 @@ def faults(what: str) -> int:
     return int(subprocess.run([sys.executable, "-c", FAULTS, what], capture_output=True, text=True, check=True).stdout)
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_keep_freed_memory_saves_page_faults():
     pages = 5 * 40_000_000 / resource.getpagesize()

@@ -25,6 +25,7 @@ def run_main(source: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("source", "code", "said"),
     [
@@ -63,6 +64,7 @@ def test_a_process_whose_reader_is_gone_ends_well():
     assert process.returncode == 0
 
 
+@pytest.mark.integration
 def test_threads_of_libraries_abort_no_process_at_its_end():
     processes = [subprocess.Popen([sys.executable, "-c", READ_IN_THREADS]) for _ in range(4)]
     assert [process.wait() for process in processes] == [7] * 4
@@ -101,6 +103,7 @@ def test_handle_signals_does_nothing_in_a_thread():
     assert inside == [before]
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="the system does not tell when a process began")  # noqa: PTH110
 def test_a_process_dies_with_another_and_knows_it_from_a_later_one_of_its_number():
     own = identify_process(os.getpid())

@@ -53,6 +53,7 @@ def test_process_pool_goes_on_after_the_death_of_a_process():
         assert pool.submit(len, "abc").result() == 3
 
 
+@pytest.mark.integration
 def test_processes_end_in_silence_when_their_parent_is_killed(tmp_path):
     """Whether they are asked for something at that instant, or have an answer."""
     program = "import time\nfrom ns.core.process_pool import ProcessPool\nif __name__ == '__main__':\n"

@@ -74,6 +74,7 @@ def start(tmp_path):
         process.wait()
 
 
+@pytest.mark.integration
 def test_pod_waits_for_its_stage_to_write_a_checkpoint(tmp_path, start):
     (tmp_path / "stage").mkdir()
     stage, folder = start("stage", read_stage_command(tmp_path / "stage"))

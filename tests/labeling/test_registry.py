@@ -210,6 +210,7 @@ def committed(tmp_path_factory):
     return folder, git_uri, store, label_set
 
 
+@pytest.mark.integration
 def test_version_has_manifests_in_git_and_data_in_remote(committed):
     folder, git_uri, store, label_set = committed
     tag = "labels/p/r/gen-1"
@@ -234,6 +235,7 @@ def test_version_has_manifests_in_git_and_data_in_remote(committed):
             assert data == store.get(file["name"])
 
 
+@pytest.mark.integration
 def test_versions_are_listed_found_and_downloaded(committed, tmp_path):
     folder, git_uri, _, label_set = committed
     registry = LabelRegistry(git_uri)
@@ -247,6 +249,7 @@ def test_versions_are_listed_found_and_downloaded(committed, tmp_path):
         registry.find_version("labels/p/r/gen-2")
 
 
+@pytest.mark.integration
 def test_commands_name_what_they_lack(tmp_path, monkeypatch, capsys):
     assert cli.run_command_line(["labels", "list"]) == 2
     assert "no label registry: give --registry, the URL or path of its git repository" in capsys.readouterr().err
@@ -265,12 +268,14 @@ def test_list_versions_sorts_across_time_zones(tmp_path, monkeypatch):
     assert [str(summary.version.tag) for summary in registry.list_versions()] == ["labels/p/r/gen-2", "labels/p/r/gen-1"]
 
 
+@pytest.mark.integration
 def test_download_names_unwritable_destination(committed, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="file/there: cannot write: a part of this path is a file, expected a folder"):
         LabelRegistry(committed[1]).download_version("labels/p/r/gen-1", tmp_path / "file" / "there")
 
 
+@pytest.mark.integration
 def test_list_versions_passes_over_a_foreign_tag_and_branch(committed):
     git_uri = committed[1]
     before = LabelRegistry(git_uri).list_versions()
@@ -285,6 +290,7 @@ def test_list_versions_passes_over_a_foreign_tag_and_branch(committed):
             git(git_uri, "update-ref", "-d", ref)
 
 
+@pytest.mark.integration
 def test_download_keeps_intact_files_and_refuses_foreign_folders(committed, tmp_path):
     folder, git_uri, _, label_set = committed
     destination = tmp_path / "there"
@@ -306,6 +312,7 @@ def test_download_keeps_intact_files_and_refuses_foreign_folders(committed, tmp_
         LabelRegistry(git_uri).download_version("labels/p/r/gen-1", tmp_path / "other")
 
 
+@pytest.mark.integration
 def test_commit_again_succeeds_and_refuses_another_label_set(committed, tmp_path):
     _, git_uri, store, label_set = committed
     selection = make_test_selection(store, label_set)
@@ -321,6 +328,7 @@ def test_commit_again_succeeds_and_refuses_another_label_set(committed, tmp_path
         LabelRegistry(git_uri, str(tmp_path / "elsewhere")).list_versions()
 
 
+@pytest.mark.integration
 def test_plain_dvc_gets_version(committed, tmp_path):
     folder, git_uri, _, _ = committed
     dvc = Path(sys.executable).parent / "dvc"

@@ -9,6 +9,8 @@ from ns.promotion.mlflow_registry import register_model
 from ns.promotion.promote import read_candidate
 from tests.reporting.conftest import RUN
 
+pytestmark = pytest.mark.integration
+
 MODEL = "store/models/01"
 
 

@@ -8,6 +8,8 @@ from ns.core.errors import ConfigError
 from ns.reporting.server import ReportServer
 from tests.reporting.conftest import RUN
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture
 def server(unchanged):

@@ -12,6 +12,8 @@ from ns.runs.records import BASELINE_STAGES, list_stage_notes
 from ns.runs.summary import summarize_run
 from tests.loop import open_tiny_run, run_loop
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def run_with_baseline(finished_run):

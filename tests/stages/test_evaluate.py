@@ -53,6 +53,7 @@ def robust_run(finished_run, picture, tmp_path):
     return store, open_tiny_run(store, *fields)
 
 
+@pytest.mark.integration
 def test_evaluate_generation_measures_all_that_is_asked_for(robust_run):
     store, ref = robust_run
     run_loop(ref)

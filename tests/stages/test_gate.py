@@ -127,6 +127,7 @@ def test_gate_refuses_models_that_were_evaluated_on_different_images(copied_root
         gate_generation(ref, data=prepare_data(ref), generation=1, teacher=verdict.teacher, student=verdict.student)
 
 
+@pytest.mark.integration
 def test_copies_of_heldout_images_count_once(copied_root, tmp_path):
     """25 images, each 20 times under other names: the gate sees 25."""
     store = copied_root
@@ -165,6 +166,7 @@ def _export_heldout(store, folder, images):
     return target
 
 
+@pytest.mark.integration
 def test_tries_are_counted_per_pair_and_repeated_verdicts_are_not(copied_root):
     store = copied_root
     first_ref = open_tiny_run(store)

@@ -36,6 +36,7 @@ def test_commit_labels_fails_if_nothing_is_selected(finished_run):
         run_loop(ref)
 
 
+@pytest.mark.integration
 def test_commit_labels_turns_a_precision_into_thresholds(finished_run):
     store, _ = finished_run
     ref = open_tiny_run(store, "selection.precision=0.3", "selection.confidence=0.8", "labeling.views=five")
@@ -66,6 +67,7 @@ def test_commit_labels_turns_a_precision_into_thresholds(finished_run):
     assert 0 < labels.selection.kept < labels.label_set.rows
 
 
+@pytest.mark.integration
 def test_a_class_without_pseudo_labels_is_said_and_can_refuse_the_student(finished_run, monkeypatch):
     store, _ = finished_run
     # Of so short a teacher, some classes have no confidence above this one, and others have.

@@ -18,6 +18,7 @@ from ns.training import runner as training
 from tests.loop import open_tiny_run
 
 
+@pytest.mark.integration
 def test_finetuned_model_is_kept_beside_the_plain_one(digits_store, monkeypatch):
     overrides = ["teacher.train.epochs=4", "teacher.train.finetune={resolution: 40, epochs: 3, lr: 0.001}"]
     store = digits_store

@@ -45,6 +45,7 @@ def test_probe_says_why_a_folder_cannot_be_written(tmp_path):
     assert finding.fix == "choose another URI"
 
 
+@pytest.mark.integration
 def test_probe_of_a_server_passes_and_leaves_nothing(through, tmp_path, moto):
     _, uri = through
     findings = by_name(probe_store(uri, paged_keys=30))
@@ -56,6 +57,7 @@ def test_probe_of_a_server_passes_and_leaves_nothing(through, tmp_path, moto):
     assert list(store_at(moto, tmp_path, bucket).list()) == []
 
 
+@pytest.mark.integration
 def test_probe_stops_where_nothing_can_be_written(through):
     proxy, uri = through
     proxy.faults = [Fault("PUT", 99, 403, b"<Error><Code>AccessDenied</Code></Error>")]
@@ -82,6 +84,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("broken", [("read-back", "list-order", "multipart"), ("missing", "clock", "delete")], ids="-".join)
 def test_probe_finds_all_faults_and_tries_the_rest(through, broken):
     proxy, uri = through
@@ -93,6 +96,7 @@ def test_probe_finds_all_faults_and_tries_the_rest(through, broken):
         assert FAULTS[name][1] in findings[name].detail
 
 
+@pytest.mark.integration
 def test_probe_accepts_a_server_that_drops_metadata(through):
     proxy, uri = through
     proxy.faults = [Fault("HEAD .*blob", 99, drop=("x-amz-meta-sha256",))]

@@ -19,6 +19,8 @@ from ns.storage.s3 import S3Service, S3Store
 from tests.storage.conftest import IMPATIENT, store_at
 from tests.storage.faults import Fault, Proxy
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(autouse=True)
 def secret(environment, monkeypatch):

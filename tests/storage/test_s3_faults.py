@@ -13,6 +13,8 @@ from ns.storage.s3 import S3Service, S3Store
 from tests.storage.conftest import PART_BYTES
 from tests.storage.faults import SLOW_DOWN, Fault
 
+pytestmark = pytest.mark.integration
+
 DATA = random.Random(1).randbytes(3_000_000)
 READS = {
     "get": lambda store: store.get("a"),

@@ -94,6 +94,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("end", ["ended", "killed"])
 @pytest.mark.parametrize("long_part", ["", 90 * "x"])
 def test_processes_start_below_a_long_temporary_folder_and_leave_no_sockets(temp, monkeypatch, long_part, end):

@@ -15,6 +15,8 @@ from ns.storage.s3 import S3Service, S3Store
 from tests.storage.conftest import PART_BYTES, environment, moto, proxied, store_at, swift  # noqa: F401
 from tests.storage.faults import Fault
 
+pytestmark = pytest.mark.integration
+
 CONFIG = ImportConfig(max_rejected_share=0.5, shard_samples=20, shard_mib=1)
 
 
@@ -86,7 +88,6 @@ def test_import_survives_s3_errors(proxied, tmp_path, folder, monkeypatch):  # n
     assert not any(fault.times for fault in proxy.faults)
 
 
-@pytest.mark.integration
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("environment")
 def test_import_survives_server_restarts(swift, tmp_path, folder, monkeypatch):  # noqa: F811

@@ -400,11 +400,13 @@ def remote(moto, tmp_path, picture):  # noqa: F811
     return store, write(store, picture)
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("environment")
 def test_batches_from_s3_equal_batches_from_folder(labeled, remote):
     assert all(equal(a, b) for a, b in zip(read_steps(labeled, 8), read_steps(remote, 8), strict=True))
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("environment")
 def test_workers_fetch_each_shard_once(proxied, picture):  # noqa: F811
     store, proxy = proxied
@@ -417,6 +419,7 @@ def test_workers_fetch_each_shard_once(proxied, picture):  # noqa: F811
     assert proxy.count(r"GET .*\.tar") == len(labeled[1].shards)
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("environment")
 def test_batches_are_unchanged_by_s3_errors(proxied, picture):  # noqa: F811
     store, proxy = proxied
@@ -433,6 +436,7 @@ def test_batches_are_unchanged_by_s3_errors(proxied, picture):  # noqa: F811
     assert not any(fault.times for fault in proxy.faults)
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("environment")
 def test_unreachable_shard_error_names_shard(proxied, picture):  # noqa: F811
     store, proxy = proxied

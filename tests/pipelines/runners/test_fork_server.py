@@ -17,6 +17,8 @@ from pipelines import PACKAGE, load_yaml_documents
 from pipelines.runners import fork_server
 from pipelines.runners.fork_server import ForkServer, parse_command
 
+pytestmark = pytest.mark.integration
+
 HEAD = "import json, os, signal, sys, threading, time\nfrom pathlib import Path\n"
 DESCRIBE = """
 def component(folder: str):

@@ -100,6 +100,7 @@ GPUS = {"gpus_label": "1", "gpus_train": "2"}
 GENERATION = ["label", "label", "label", "select", "gate"]
 
 
+@pytest.mark.integration
 def test_run_locally_runs_stages_in_order_until_stop(run_stand_in):
     expected = [("prepare", 0), ("train", 0), *[(stage, 1) for stage in GENERATION]]
     expected += [(stage, 2) for stage in ("next-teacher", *GENERATION)]
@@ -116,12 +117,14 @@ def test_run_locally_one_generation(run_stand_in, teacher, expected):
     assert done == [("start", 0), *expected, ("report", 0)]
 
 
+@pytest.mark.integration
 def test_run_locally_starts_a_python_per_stage_where_asked_to(run_stand_in, monkeypatch):
     monkeypatch.setenv(local.FORK_VARIABLE, "0")
     monkeypatch.setattr(local, "ForkServer", None)
     assert run_stand_in({"package": GENERATION_PACKAGE}, teacher="stop")[0] == ("start", 0)
 
 
+@pytest.mark.integration
 def test_run_locally_writes_output_of_kfp_to_the_log_and_leaves_no_temporary_files(run_stand_in, tmp_path, monkeypatch, capsys):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
@@ -135,6 +138,7 @@ def test_run_locally_writes_output_of_kfp_to_the_log_and_leaves_no_temporary_fil
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.integration
 def test_run_locally_failed_stage_message_and_exit_code(run_stand_in):
     with pytest.raises(NsError) as caught:
         run_stand_in(fail=["gate", 1])
@@ -142,11 +146,13 @@ def test_run_locally_failed_stage_message_and_exit_code(run_stand_in):
     assert caught.value.exit_code == 3
 
 
+@pytest.mark.integration
 def test_run_locally_failed_labeling_task(run_stand_in):
     with pytest.raises(NsError, match="generation 1: label: the reason"):
         run_stand_in(fail=["label", 1])
 
 
+@pytest.mark.integration
 def test_run_locally_names_a_stage_that_died(run_stand_in):
     with pytest.raises(NsError, match=r"teacher: train: exited without an error message \(killed\? out of memory\?\)"):
         run_stand_in(die=["train", 0])
