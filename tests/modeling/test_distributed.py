@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import signal
 
 import pytest
 import torch
@@ -11,15 +12,25 @@ from torch import nn
 
 from ns.core.errors import ConfigError, Interrupted, TrainingError
 from ns.modeling.distributed import SINGLE, World, count_local_processes, launch_processes, sync_batch_norms, sync_normalize
+from tests.training.together import prepare_folder, train_in_forks
 
 CALM = {"noise": {"dropout": 0, "stochastic_depth": 0}}
 """What processes draw by themselves is off; what follows from an image's place in the stream is on."""
 
 
-def together(folder, processes, **options):
-    """Trains; returns weights, history, and for each process what it saw."""
-    folder.mkdir(exist_ok=True)
+def launch(folder, processes, **options):
+    prepare_folder(folder)
     launch_processes(processes, "tests.training.together", [str(folder), json.dumps(options)])
+
+
+def together(folder, processes, **options):
+    """Trains without torchrun, which takes seconds to start; returns weights, history, and for each process what it saw."""
+    prepare_folder(folder)
+    assert set(train_in_forks(processes, folder, options, {})) == {0}
+    return read_outcome(folder, processes)
+
+
+def read_outcome(folder, processes):
     seen = [json.loads((folder / f"seen-{rank}.json").read_text()) for rank in range(processes)]
     return load_file(folder / "trained.safetensors"), json.loads((folder / "trained.json").read_text()), seen
 
@@ -101,39 +112,47 @@ def test_accumulated_gradients_are_synced_once_per_step(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("processes", [1, 2])
-def test_training_killed_at_random_steps_ends_bit_for_bit_the_same(tmp_path, monkeypatch, processes):
+def test_training_killed_at_random_steps_ends_bit_for_bit_the_same(tmp_path, processes):
     # With dropout and stochastic depth: their draws follow from the step too.
     calm = together(tmp_path / "calm", processes, checkpoint_seconds=0)
     steps = sorted(random.Random(processes).sample(range(2, len(calm[1])), 5))
+    killed = tmp_path / "killed"
+    prepare_folder(killed)
     for step in steps:
-        monkeypatch.setenv("KILL_AT", str(step))
-        with pytest.raises(TrainingError, match="exited without an error message"):
-            together(tmp_path / "killed", processes, checkpoint_seconds=0)
-    monkeypatch.delenv("KILL_AT")
-    weights, history, _ = together(tmp_path / "killed", processes, checkpoint_seconds=0)
+        codes = train_in_forks(processes, killed, {"checkpoint_seconds": 0}, {"KILL_AT": str(step)})
+        assert codes.count(-signal.SIGKILL) == 1
+        assert 0 not in codes
+    weights, history, _ = together(killed, processes, checkpoint_seconds=0)
     assert all(torch.equal(weights[name], value) for name, value in calm[0].items())
     assert history == calm[1]
 
 
 @pytest.mark.integration
 @pytest.mark.timeout(300)
-def test_processes_asked_to_stop_leave_one_checkpoint(tmp_path, monkeypatch, capfd):
+def test_launched_processes_that_are_killed_or_asked_to_stop_continue(tmp_path, monkeypatch, capfd):
     calm = together(tmp_path / "calm", 2)
+    stopped = tmp_path / "stopped"
+    monkeypatch.setenv("KILL_AT", "3")
+    with pytest.raises(TrainingError, match="one of 2 training processes exited without an error message"):
+        launch(tmp_path / "killed", 2)
+    monkeypatch.delenv("KILL_AT")
     monkeypatch.setenv("LAUNCHER", str(os.getpid()))
-    monkeypatch.setenv("ASK_AT", "5")
+    monkeypatch.setenv("ASK_AT", "9")
     capfd.readouterr()
     with pytest.raises(Interrupted, match=r"stopped at step \d+ of 21; the same command continues there"):
-        together(tmp_path / "stopped", 2)
+        launch(stopped, 2)
     assert "Traceback" not in capfd.readouterr().err  # torchrun's own
-    (kept,) = (tmp_path / "stopped" / "checkpoints").iterdir()
+    (kept,) = (stopped / "checkpoints").iterdir()
     assert kept.name[:11] == "step-000000"
     monkeypatch.delenv("ASK_AT")
-    weights, _, _ = together(tmp_path / "stopped", 2)
+    launch(stopped, 2)
+    weights, history, _ = read_outcome(stopped, 2)
     assert all(torch.equal(weights[name], value) for name, value in calm[0].items())
+    assert history == calm[1]
 
 
 @pytest.mark.integration
 @pytest.mark.timeout(120)
 def test_launch_processes_raises_the_first_error(tmp_path):
     with pytest.raises(ConfigError, match=r"12 labeled images must be a multiple of processes × train.accumulate, 2 × 4"):
-        together(tmp_path, 2, accumulate=4)
+        launch(tmp_path, 2, accumulate=4)

@@ -1,18 +1,24 @@
-"""A training for tests to start in several processes: python -m tests.training.together FOLDER OPTIONS (JSON).
+"""A training for tests to start in several processes: `train_in_forks`, or python -m tests.training.together FOLDER OPTIONS (JSON).
 
-Leaves what came of it in FOLDER/trained.safetensors and FOLDER/trained.json. KILL_AT=STEP kills one of the processes after that step.
+`prepare_folder` comes first. Leaves what came of it in FOLDER/trained.safetensors and FOLDER/trained.json. KILL_AT=STEP kills one of the
+processes after that step.
 """
 
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from ns.config.schema import ModelConfig, NoiseConfig, OptimizerConfig, RoleConfig, TrainConfig
+from ns.data.dataset import Dataset
 from ns.data.importing.digits import write_digits
 from ns.data.loading import stream
 from ns.data.loading.stream import LabeledImages, PseudoLabeledImages
@@ -40,8 +46,37 @@ class Deadly(Monitor):
             os.kill(int(os.environ["LAUNCHER"]), signal.SIGTERM)
 
 
-def main() -> None:
-    folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+def prepare_folder(folder: Path) -> None:
+    """Writes the images, which takes longer than to train on them."""
+    for part in ("labeled", "heldout"):
+        write_digits(f"digits:{part}", LocalStore(folder / part))
+
+
+def train_in_forks(
+    processes: int, folder: Path, options: Mapping[str, Any], environment: Mapping[str, str]
+) -> list[int | None]:
+    """Trains as torchrun would have it, by processes that have torch loaded already. Returns their exit codes."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    forks = []
+    for rank in range(processes):
+        variables = {name: str(value) for name, value in (world | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        forks.append(context.Process(target=train_fork, args=(folder, dict(options), {**variables, **environment})))
+        forks[-1].start()
+    for fork in forks:
+        fork.join()
+    return [fork.exitcode for fork in forks]
+
+
+def train_fork(folder: Path, options: dict[str, Any], environment: Mapping[str, str]) -> None:
+    os.environ.update(environment)
+    train(folder, options)
+
+
+def train(folder: Path, options: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     noise = NoiseConfig(**{"flip": False, **options.pop("noise", {})})
     sgd = OptimizerConfig(name="sgd", **{"lr": 0.5, "warmup_epochs": 1, **options.pop("optimizer", {})})
@@ -52,9 +87,8 @@ def main() -> None:
         train=TrainConfig(**{"optimizer": sgd, "label_smoothing": 0.1, **fields, **options}),
     )
     with process_group() as world, report_failure():
-        root = LocalStore(folder / f"data-{world.rank}")
-        labeled = LabeledImages(root.at("labeled"), write_digits("digits:labeled", root.at("labeled")))
-        pool = LabeledImages(root.at("heldout"), write_digits("digits:heldout", root.at("heldout")))
+        stores = [LocalStore(folder / part) for part in ("labeled", "heldout")]
+        labeled, pool = (LabeledImages(store, Dataset.load(store)) for store in stores)
         targets = [0.9 * torch.eye(CLASSES)[torch.from_numpy(shard)].numpy() + 0.01 for shard in pool.class_ids]
         seen: dict[int, list[float]] = {}
         take = stream.TrainingBatches.__getitem__
@@ -87,4 +121,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    train(Path(sys.argv[1]), json.loads(sys.argv[2]))
