@@ -63,6 +63,6 @@ def test_digits_split_is_fixed(parts, part, tmp_path):
 
 
 def test_digits_error_without_scikit_learn(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(DataError, match=r"pip install 'noisy-student\[quickstart\]'"):
         write_digits("digits:pool", LocalStore(tmp_path))
