@@ -180,11 +180,10 @@ def sync_batch_norms(network: nn.Module, world: World) -> nn.Module:
 
     torch's SyncBatchNorm works on GPUs only. Raises ConfigError for other kinds of batch norm than those of 2-d maps.
     """
-    from timm.layers import BatchNormAct2d, convert_sync_batchnorm
+    from timm.layers import BatchNormAct2d
 
     if next(network.parameters()).is_cuda:
-        converted: nn.Module = convert_sync_batchnorm(network)
-        return converted
+        return convert_batch_norms(network)
 
     class SyncedBatchNorm(nn.BatchNorm2d):
         is_synced = True
@@ -208,6 +207,17 @@ def sync_batch_norms(network: nn.Module, world: World) -> nn.Module:
             # The class is changed in place, because the optimizer and the EMA refer to the layer and its tensors.
             module.__class__ = kinds[type(module)]
     return network
+
+
+def convert_batch_norms(network: nn.Module) -> nn.Module:
+    """Replaces the batch-norm layers by torch's SyncBatchNorm, which shares their tensors; once, however often it is called."""
+    from timm.layers import convert_sync_batchnorm
+
+    if any(isinstance(module, nn.SyncBatchNorm) for module in network.modules()):
+        # timm would take its own converted layers for plain ones, and lose their activations.
+        return network
+    converted: nn.Module = convert_sync_batchnorm(network)
+    return converted
 
 
 # --- Starting processes

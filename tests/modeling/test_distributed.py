@@ -11,7 +11,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 from ns.core.errors import ConfigError, Interrupted, TrainingError
-from ns.modeling.distributed import SINGLE, World, count_local_processes, launch_processes, sync_batch_norms, sync_normalize
+from ns.modeling.distributed import SINGLE, World, convert_batch_norms, count_local_processes, launch_processes, sync_batch_norms, sync_normalize
 from tests.training.together import prepare_folder, train_in_forks
 
 CALM = {"noise": {"dropout": 0, "stochastic_depth": 0}}
@@ -60,6 +60,18 @@ def test_synced_batch_norm_equals_batch_norm(group, momentum):
         torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-4, atol=1e-5)
     assert torch.equal(ours.eval()(images), ours(images))
     assert sync_normalize(ours, images.bfloat16(), World(0, 1)).dtype == torch.bfloat16
+
+
+def test_convert_batch_norms_keeps_activations_when_blocks_are_unfrozen():
+    """A network is wrapped once more when frozen blocks begin to learn."""
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), BatchNormAct2d(3, act_layer=nn.SiLU), nn.BatchNorm2d(3))
+    weight = network[1].weight
+    once = convert_batch_norms(network).eval()
+    images = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    before = once(images)
+    twice = convert_batch_norms(once)
+    assert twice[1].weight is weight and isinstance(twice[1], nn.SyncBatchNorm)
+    assert torch.equal(twice(images), before)
 
 
 def test_sync_batch_norms_refuses_other_kinds():
