@@ -379,8 +379,9 @@ class NoiseConfig(Section):
 
 
 OPTIMIZERS = ("rmsprop", "sgd", "adamw")
-UNUSABLE_OPTIMIZERS = ("bnb", "fused", "adahessian")
-"""Beginnings of timm's names of optimizers that need programs of their own, or second derivatives."""
+UNUSABLE_OPTIMIZERS = ("bnb", "fused", "adahessian", "kron")
+"""Beginnings of timm's names of optimizers that need programs of their own, or second derivatives, or draw from a generator of their own,
+which no checkpoint holds."""
 
 
 class OptimizerConfig(Section):

@@ -109,6 +109,11 @@ def take_snapshot(state: TrainingState) -> Snapshot:
                 tensors[f"optimizer.{index}.{name}"] = value
             else:
                 plain.setdefault(str(index), {})[name] = value
+    groups: list[dict[str, Any]] = []
+    for index, group in enumerate(state.optimizer.param_groups):
+        counts = _list_group_state(state.optimizer, group)
+        tensors |= {f"group.{index}.{name}": value for name, value in counts.items() if isinstance(value, Tensor)}
+        groups.append({name: value for name, value in counts.items() if not isinstance(value, Tensor)})
     if state.metric_sums is not None:
         tensors["metric_sums"] = state.metric_sums
     metadata = {
@@ -117,17 +122,29 @@ def take_snapshot(state: TrainingState) -> Snapshot:
         "history": list(state.history),
         "summed_steps": state.summed_steps,
         "optimizer": plain,
+        "groups": groups,
         "mode": str(state.mode),
         "scaler": state.scaler.state_dict(),
     }
     return Snapshot({name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}, metadata)
 
 
+def _list_group_state(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> dict[str, Any]:
+    """What an optimizer counts for a group of parameters as a whole: LAMB and Adan keep their step there. Settings are none of it."""
+    settings = {"params", "lr_scale", *optimizer.defaults}
+    return {name: value for name, value in group.items() if name not in settings and isinstance(value, Tensor | int | float)}
+
+
 def write_checkpoint(store: Store, step: int, state_snapshot: Snapshot, keep: int) -> None:
     """Writes a checkpoint and drops all but the last `keep`."""
     tensors = {name: value.contiguous() for name, value in state_snapshot.tensors.items()}
     blob = save_tensors(tensors, metadata={"state": json.dumps(state_snapshot.metadata)})
-    store.put(f"step-{step:08d}-{sha256_bytes(blob)[:16]}.safetensors", blob)
+    key = f"step-{step:08d}-{sha256_bytes(blob)[:16]}.safetensors"
+    store.put(key, blob)
+    for match in _list_checkpoints(store):
+        # Training went on before these, so they are damaged; as the last ones they would be kept, and this one dropped.
+        if match[0] != key and int(match[1]) >= step:
+            store.delete(match[0])
     clear_checkpoints(store, keep)
 
 
@@ -173,6 +190,8 @@ def _load_state(blob: bytes, state: TrainingState) -> None:
     for index, values in metadata["optimizer"].items():
         slots.setdefault(int(index), {}).update(values)
     optimizer["state"] = slots
+    for index, (group, counts) in enumerate(zip(optimizer["param_groups"], metadata["groups"], strict=True)):
+        group.update(counts | _select_prefix(tensors, f"group.{index}."))
     state.optimizer.load_state_dict(optimizer)
     state.set_mode(PrecisionMode.parse(metadata["mode"]))
     state.scaler.load_state_dict(metadata["scaler"])

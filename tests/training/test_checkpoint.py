@@ -50,7 +50,7 @@ def saved(folder: LocalStore, steps: int, keep: int = 2) -> TrainingState:
     return some
 
 
-@pytest.mark.parametrize("optimizer", ["rmsprop", "sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["rmsprop", "sgd", "adamw", "lamb", "adan"])
 def test_restore_state_brings_back_all_that_the_next_step_needs(tmp_path, optimizer):
     folder = LocalStore(tmp_path)
     some = state(optimizer=optimizer)
@@ -120,6 +120,17 @@ def test_restore_state_skips_damaged_checkpoints(tmp_path, damage):
     for key in list(folder.list()):
         folder.put(key, b"")
     assert not checkpoint.restore_state(folder, state())
+
+
+def test_a_checkpoint_is_kept_although_a_later_one_was_damaged(tmp_path):
+    folder = LocalStore(tmp_path)
+    saved(folder, 3, keep=1)
+    (last,) = folder.list()
+    folder.put(last, b"")
+    saved(folder, 1, keep=1)
+    other = state()
+    assert checkpoint.restore_state(folder, other)
+    assert other.step == 1
 
 
 class Full(LocalStore):
