@@ -9,7 +9,14 @@ from ns.config.schema import LabelingConfig
 from ns.core.digest import LABELING_SOURCES, digest_code
 from ns.core.errors import ConfigError, DataError
 from ns.data.dataset import Dataset, Shard
-from ns.labeling.label_set import LabelSet, count_kept_classes, join_label_shards, label_shard_key, read_label_rows
+from ns.labeling.label_set import (
+    LEFT_OUT_PREFIX,
+    LabelSet,
+    count_kept_classes,
+    join_label_shards,
+    label_shard_key,
+    read_label_rows,
+)
 from ns.labeling.predict import label_pool_shards
 from ns.labeling.selection import CopyReader, Selection
 from ns.modeling.predictor import Predictor
@@ -145,7 +152,10 @@ def _find_unselected_rows(
     def find_rows(shard: Shard) -> Mapping[int, str]:
         number = shard_numbers[shard.sha256]
         rows = read_label_rows(label_store, label_set.shards[number])
-        unselected = np.flatnonzero(rows.readable & (copy_reader.count_shard_copies(number, rows) == 0))
-        return dict.fromkeys(unselected.tolist(), "not kept by the selection")
+        copies = copy_reader.count_shard_copies(number, rows)
+        # Images that are held out, excluded or purged stay so; unreadable ones are read again.
+        unselected = np.flatnonzero((copies == 0) & (rows.readable | rows.left_out)).tolist()
+        reasons = ((row, rows.reasons[row] or "not kept by the selection") for row in unselected)
+        return {row: reason.removeprefix(LEFT_OUT_PREFIX) for row, reason in reasons}
 
     return find_rows

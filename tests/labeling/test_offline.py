@@ -4,11 +4,15 @@ import contextlib
 import threading
 
 import pytest
+from PIL import Image
 
-from ns.config.schema import LabelingConfig
+from ns.config.schema import ImportConfig, LabelingConfig, SelectionConfig
 from ns.core.errors import ConfigError, DataError
+from ns.data.importing.ingest import import_images
+from ns.labeling.imported import import_labels
 from ns.labeling.label_set import verify_label_set
-from ns.labeling.offline import LabelingInputs, label_dataset
+from ns.labeling.offline import LabelingInputs, _find_unselected_rows, label_dataset
+from ns.labeling.selection import make_selection
 from ns.runs.lookup import (
     open_label_set,
 )
@@ -38,6 +42,21 @@ def test_label_dataset_labels_what_a_selection_kept(finished_run, tmp_path):
         label_dataset(store.at(labels.teacher).uri, pool.uri, str(tmp_path / "again"), LabelingConfig())
     with pytest.raises(ConfigError, match="a label set by itself has no selection"):
         label_dataset(model, pool.uri, str(tmp_path / "b"), LabelingConfig(), kept_by=(labels.store, labels.label_set, None))
+
+
+def test_images_without_a_label_get_none_from_a_labeling_of_the_kept_ones(tmp_path):
+    """Their owners withdrew them, say, or the gate decides on them."""
+    images, pool_store, label_store = tmp_path / "images", LocalStore(tmp_path / "pool"), LocalStore(tmp_path / "labels")
+    images.mkdir()
+    for name in "abcd":
+        Image.new("RGB", (8, 8)).save(images / f"{name}.png")
+    pool = import_images(str(images), pool_store, name="pool", role="unlabeled", config=ImportConfig(), workers=1)
+    (tmp_path / "labels.csv").write_text("key,class,confidence\na,cat,0.9\nb,dog,0.8\nc,dog,0.6\n")
+    label_set = import_labels(str(tmp_path / "labels.csv"), pool_store.uri, label_store.uri, ("cat", "dog")).label_set
+    policy = SelectionConfig(min_confidence=0.7)
+    selection = make_selection(label_store, label_set, policy, seed=0, label_set_key="labels")
+    find_rows = _find_unselected_rows(pool, label_store, label_set, selection)
+    assert find_rows(pool.shards[0]) == {2: "not kept by the selection", 3: "no label was imported"}
 
 
 def test_of_two_labelings_that_begin_at_once_one_has_the_folder(tmp_path):
