@@ -171,6 +171,8 @@ class _ForeignRows:
     names: list[str]
     by_key: dict[str, int]
     """Key that an image may have → row, of rows with a label."""
+    contested: dict[str, str]
+    """Key that images of several rows may have, as of `IMG_1.jpg` and `IMG_1.png` → how these differ."""
     class_ids: npt.NDArray[np.int64]
     """[rows]; -1 without a label."""
     confidence: npt.NDArray[np.float32]
@@ -182,6 +184,8 @@ class _ForeignRows:
     """[rows]; filled by `build_predictions`."""
 
     def build_predictions(self, index: ShardIndex) -> ShardPredictions:
+        if unclear := next((key for key in index.keys if key in self.contested), None):
+            raise DataError(self.contested[unclear])
         rows = np.array([self.by_key.get(key, -1) for key in index.keys], np.int64)
         self.matched[rows[rows >= 0]] = True
         labeled = np.flatnonzero((rows >= 0) & (self.class_ids[rows] >= 0))
@@ -231,19 +235,24 @@ def _collect_rows(uri: str, rows: Iterable[_Row], classes: Sequence[str], prefix
                 "so that another class would be more likely; give the best class and its probability"
             )
     by_key: dict[str, int] = {}
+    contested: dict[str, str] = {}
     for number, name in enumerate(names):
         for key in spell_key(name):
             first = by_key.setdefault(key, number)
+            if first == number:
+                continue
             told = [
                 f"{classes[class_ids[row]]!r} ({confidence[row]:g})" if class_ids[row] >= 0 else "no class"
-                for row in ((first, number) if first != number else ())
+                for row in (first, number)
             ]
-            if len(set(told)) > 1 or (told and table is not None and not np.array_equal(table[first], table[number])):
-                raise DataError(
-                    f"{uri}: {row_names[first]} and {row_names[number]}: {name}: {' and '.join(told)}; keep one of them"
-                )
+            if told[0] != told[1] or (table is not None and not np.array_equal(table[first], table[number])):
+                message = f"{uri}: {row_names[first]} and {row_names[number]}: {name}: {' and '.join(told)}; keep one of them"
+                if names[first] == name:
+                    raise DataError(message)
+                # Two files, whose keys differ if both are in the dataset.
+                contested[key] = message
     return _ForeignRows(
-        names, by_key, class_ids, np.array(confidence, np.float32), table, len(classes), np.zeros(len(names), bool)
+        names, by_key, contested, class_ids, np.array(confidence, np.float32), table, len(classes), np.zeros(len(names), bool)
     )
 
 

@@ -8,9 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
-from ns.config.schema import SelectionConfig
+from ns.config.schema import ImportConfig, SelectionConfig
 from ns.core.errors import DataError
+from ns.data.importing.ingest import import_images
 from ns.data.importing.label_studio import build_interface, build_task
 from ns.data.index import ShardIndex
 from ns.labeling.imported import import_labels
@@ -166,6 +168,21 @@ def test_an_image_that_is_named_twice_with_one_label_counts_once(pool, tmp_path)
     keys = pool[3]
     made = import_text(pool, tmp_path, f"key,class\n{keys[0]},1\n{keys[0]}.png,1\nnowhere,1\n", "labels.csv")
     assert (made.labeled, made.unmatched) == (1, ["nowhere"])
+
+
+@pytest.mark.parametrize("names", [("IMG_1.jpg", "IMG_1.png"), ("a.b.png", "a_b.png")])
+def test_files_whose_names_would_give_one_key_have_labels_of_their_own(tmp_path, names):
+    """As of a phone's photograph and its copy in another format."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in names:
+        Image.new("RGB", (8, 8)).save(images / name)
+    import_images(str(images), LocalStore(tmp_path / "pool"), name="pool", role="unlabeled", config=ImportConfig(), workers=1)
+    (tmp_path / "labels.csv").write_text(f"path,class,confidence\n{names[0]},a,0.9\n{names[1]},b,0.8\n")
+    made = import_labels(str(tmp_path / "labels.csv"), str(tmp_path / "pool"), str(tmp_path / "out"), ("a", "b"))
+    assert (made.labeled, made.unmatched) == (2, [])
+    answers = read_answers(tmp_path, made.label_set)
+    assert [round(confidence, 2) for _, confidence in sorted(answers.values())] == [0.9, 0.8]
 
 
 @pytest.mark.parametrize("address", ["http://[bad/0.png", "http://exa\u2100mple/0.png", "//[::1/0.png"])
