@@ -535,6 +535,9 @@ class TrainConfig(Section):
                 f"accumulate: {self.accumulate} must divide the {self.labeled_batch} labeled and the {self.pseudo_batch} "
                 "pseudo-labeled images of a step (labeled_batch × unlabeled_ratio)"
             )
+        batch = self.finetune and self.finetune.labeled_batch
+        if batch and batch % self.accumulate:
+            raise ValueError(f"finetune.labeled_batch: {batch}: must be a multiple of accumulate, {self.accumulate}")
         return self
 
 

@@ -266,6 +266,14 @@ def test_accumulate_must_divide_a_step():
     )
 
 
+def test_accumulate_must_divide_a_step_of_fine_tuning():
+    """Which comes after the training: the error would come days later."""
+    train = {"labeled_batch": 8, "unlabeled_ratio": 0, "accumulate": 4, "finetune": {"resolution": 32, "labeled_batch": 6}}
+    assert "x.yaml: teacher.train.finetune.labeled_batch: 6: must be a multiple of accumulate, 4" in refused(
+        {**MINIMAL, "teacher": {"train": train}}
+    )
+
+
 def test_preset_is_overridden_by_fields():
     role = {"preset": "b5", "noise": {"dropout": 0.1}, "train": {"optimizer": {"lr": 0.5}, "epochs": 2}}
     teacher = parse_experiment({**MINIMAL, "teacher": role}, "x.yaml").teacher
