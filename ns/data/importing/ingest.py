@@ -206,6 +206,8 @@ def resolve_classes(
         )
     if unnamed := [escape_path(class_label) for class_label in names if escape_path(class_label) != class_label]:
         raise DataError(f"{source}: class '{unnamed[0]}': its name is not UTF-8, or has control characters; rename it")
+    if "" in names:
+        raise DataError(f"{source}: has a class folder whose name is blank; rename it")
     if expected is not None:
         if numbers:
             return tuple(expected), match_indices(source, numbers, expected)

@@ -250,10 +250,13 @@ def _raise_unreadable(error: OSError) -> None:
 def _walk_files(root: Path, passed_over: Counter[str]) -> Iterator[BlobEntry]:
     for parent, _, names in walk_folders(root, passed_over):
         for name in names:
-            # A dangling link is listed by the link's own status; reading it fails with the reason.
-            status = (parent / name).stat() if (parent / name).exists() else (parent / name).lstat()
-            size = status.st_size if stat.S_ISREG(status.st_mode) else 0
-            yield BlobEntry(str((parent / name).relative_to(root)), size, str(status.st_mtime_ns))
+            try:
+                status = (parent / name).stat()
+                size, stamp = status.st_size if stat.S_ISREG(status.st_mode) else 0, str(status.st_mtime_ns)
+            except OSError:
+                # A dangling link, say, or a folder that may be listed and not entered. Reading the file fails with the reason.
+                size, stamp = 0, ""
+            yield BlobEntry(str((parent / name).relative_to(root)), size, stamp)
 
 
 def _check_class_folders(root: Path) -> None:

@@ -337,6 +337,11 @@ def test_import_refuses_more_classes_than_indices_hold(labels, reason):
     assert len(ingest.resolve_classes("images", {(1 << 16) - 1: 1}, None, 2)[0]) == 1 << 16
 
 
+def test_import_refuses_a_class_folder_with_a_blank_name():
+    with pytest.raises(DataError, match="images: has a class folder whose name is blank; rename it"):
+        ingest.resolve_classes("images", {"": 1, "cat": 2}, None, 3)
+
+
 @pytest.mark.parametrize(("name", "kept"), [("2025-06-03", 4), ("2025-06-01b", 2)])
 def test_grown_pool_keeps_shards_before_the_first_new_image(tmp_path, name, kept):
     def fill(folder, count):

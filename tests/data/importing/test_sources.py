@@ -1,6 +1,7 @@
 """Every kind of source gives the same dataset as a folder of the same images, or an error with the reason."""
 
 import bz2
+import errno
 import gzip
 import io
 import lzma
@@ -574,6 +575,23 @@ def test_parquet_table_of_repeated_or_huge_cells_is_refused(tmp_path, monkeypatc
     pq.write_table(pa.table({"path": ["a.png"] * 500_000, "label": ["cat"] * 500_000}), path)
     with pytest.raises(DataError, match=r"table\.parquet: has 500,000 rows in [\d,]+ bytes, so they say the same again"):
         run(path, tmp_path / "out", role="labeled")
+
+
+def test_files_of_a_folder_that_may_not_be_entered_are_left_out_with_the_reason(tmp_path, monkeypatch):
+    """Its names can be listed; asking for a file's size is refused."""
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "locked" / "a.png").write_bytes(b"x")
+    stat = Path.stat
+
+    def refuse(path: Path, **options) -> os.stat_result:
+        if path.parent.name == "locked":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    (entry,) = sources.list_entries(str(tmp_path), "unlabeled", split=None, scratch_dir=tmp_path, passed_over=Counter())
+    with pytest.raises(DataError, match="permission denied"):
+        sources.SourceReader(str(tmp_path)).read_entry(entry)
 
 
 def test_links_in_circles_are_counted_and_links_that_multiply_are_refused(tmp_path, picture):
