@@ -1,6 +1,7 @@
 """Diff: what changed between two label sets of one dataset. It counts all rows, one pair of shards at a time."""
 
 from collections import Counter
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -145,8 +146,10 @@ def compare_label_sets(before: DiffSide, after: DiffSide, *, flips: int = KEPT_F
     """
     _check_comparable(before, after)
     counts = _DiffCounter(len(after.label_set.classes), flips)
+    # Once: a reader of images that another label set chose reads its manifest, which names all shards.
+    copy_readers = [CopyReader(side.store, side.selection) for side in (before, after) if side.selection]
     for shard in range(len(after.label_set.shards)):
-        _count_shard_pair(counts, shard, before, after)
+        _count_shard_pair(counts, shard, before, after, copy_readers)
     return counts.build_diff(before, after)
 
 
@@ -167,19 +170,19 @@ def _check_comparable(before: DiffSide, after: DiffSide) -> None:
         raise DataError(f"{before.store.uri} and {after.store.uri}: their shards of one dataset differ; label the pool again")
 
 
-def _count_shard_pair(counts: "_DiffCounter", shard: int, before: DiffSide, after: DiffSide) -> None:
+def _count_shard_pair(
+    counts: "_DiffCounter", shard: int, before: DiffSide, after: DiffSide, copy_readers: Sequence[CopyReader]
+) -> None:
     # A function of its own frees this pair before the next one is read.
     old, new = (read_label_rows(side.store, side.label_set.shards[shard]) for side in (before, after))
     if old.keys != new.keys:
         uris = (f"{side.store.uri}/{side.label_set.shards[shard].name}" for side in (before, after))
         raise DataError(f"{' and '.join(uris)}: their keys differ; label the pool again")
     counts.add_rows(shard, old, new)
-    if before.selection and after.selection:
-        copies = (
-            CopyReader(side.store, selection).count_shard_copies(shard, rows)
-            for side, selection, rows in ((before, before.selection, old), (after, after.selection, new))
+    if len(copy_readers) == 2:
+        was_kept, is_kept = (
+            reader.count_shard_copies(shard, rows) > 0 for reader, rows in zip(copy_readers, (old, new), strict=True)
         )
-        was_kept, is_kept = (side_copies > 0 for side_copies in copies)
         counts.add_kept(old, new, was_kept, is_kept)
 
 

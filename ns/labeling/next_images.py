@@ -42,9 +42,15 @@ class Candidates(NamedTuple):
 def choose_next_images(
     label_store: Store, label_set: LabelSet, pool: tuple[Store, Dataset], predictor: Predictor, count: int
 ) -> list[LabelingTask]:
-    """The `count` images most worth a label, the first one first; fewer if the pool has fewer. Raises DataError for one class only."""
+    """The `count` images most worth a label, the first one first; fewer if the pool has fewer. Raises DataError for one class only,
+    in the dataset or per label."""
     if len(label_set.classes) < 2:
         raise DataError(f"{label_store.uri}: has one class; there is nothing to be unsure of")
+    if label_set.top_k < 2:
+        raise DataError(
+            f"{label_store.uri}: keeps one class per image, and margins are between the two best; label the pool with "
+            "labeling.top_k: 2 or more"
+        )
     candidates = find_unsure_images(label_store, label_set, count * CANDIDATES_PER_IMAGE)
     if not len(candidates.class_ids):
         return []

@@ -11,7 +11,7 @@ from ns.core.errors import DataError
 from ns.data.importing.ingest import import_images
 from ns.data.index import ShardIndex
 from ns.labeling.imported import import_labels
-from ns.labeling.label_set import iter_label_rows
+from ns.labeling.label_set import LabelSet, iter_label_rows
 from ns.labeling.next_images import choose_next_images, find_unsure_images, take_diverse_images
 from ns.labeling.tasks import find_least_confident, write_label_table, write_tasks
 from ns.modeling.predictor import Predictor
@@ -133,3 +133,9 @@ def test_a_picture_without_an_address_is_no_labeled_image(tmp_path):
         import_images(
             str(tmp_path / "export.json"), LocalStore(tmp_path / "out"), name="x", role="labeled", config=ImportConfig()
         )
+
+
+def test_the_next_images_need_the_two_best_classes(tmp_path):
+    label_set = LabelSet(dataset="", teacher="", code="", classes=("a", "b"), top_k=1, shards=())
+    with pytest.raises(DataError, match=r"keeps one class per image.*label the pool with labeling\.top_k: 2 or more"):
+        choose_next_images(LocalStore(tmp_path), label_set, None, None, 5)

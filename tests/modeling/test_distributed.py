@@ -11,7 +11,15 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 from ns.core.errors import ConfigError, Interrupted, TrainingError
-from ns.modeling.distributed import SINGLE, World, convert_batch_norms, count_local_processes, launch_processes, sync_batch_norms, sync_normalize
+from ns.modeling.distributed import (
+    SINGLE,
+    World,
+    convert_batch_norms,
+    count_local_processes,
+    launch_processes,
+    sync_batch_norms,
+    sync_normalize,
+)
 from tests.training.together import prepare_folder, train_in_forks
 
 CALM = {"noise": {"dropout": 0, "stochastic_depth": 0}}
@@ -70,7 +78,8 @@ def test_convert_batch_norms_keeps_activations_when_blocks_are_unfrozen():
     images = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     before = once(images)
     twice = convert_batch_norms(once)
-    assert twice[1].weight is weight and isinstance(twice[1], nn.SyncBatchNorm)
+    assert twice[1].weight is weight
+    assert isinstance(twice[1], nn.SyncBatchNorm)
     assert torch.equal(twice(images), before)
 
 
