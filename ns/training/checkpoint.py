@@ -190,8 +190,8 @@ def _load_state(blob: bytes, state: TrainingState) -> None:
     for index, values in metadata["optimizer"].items():
         slots.setdefault(int(index), {}).update(values)
     optimizer["state"] = slots
-    for index, (group, counts) in enumerate(zip(optimizer["param_groups"], metadata["groups"], strict=True)):
-        group.update(counts | _select_prefix(tensors, f"group.{index}."))
+    for number, (group, counts) in enumerate(zip(optimizer["param_groups"], metadata["groups"], strict=True)):
+        group.update(counts | _select_prefix(tensors, f"group.{number}."))
     state.optimizer.load_state_dict(optimizer)
     state.set_mode(PrecisionMode.parse(metadata["mode"]))
     state.scaler.load_state_dict(metadata["scaler"])
