@@ -276,13 +276,12 @@ def _check_role(field: str, role: RoleConfig, classes: int | None, remarks: list
             check_confined_noise(network, model.resolution)
         except ConfigError as error:
             raise ConfigError(f"{field}.{error}") from error
-    resolutions = [
-        model.resolution,
-        *([role.train.finetune.resolution] if role.train.finetune else []),
-        model.inference_resolution,
-    ]
+    networks = [(network, model.resolution), (network, model.inference_resolution)]
     try:
-        counts = [count_model_multiply_adds(network, model, outputs, resolution) for resolution in resolutions]
+        if finetune := role.train.finetune:
+            tuned = model.model_copy(update={"resolution": finetune.resolution, "test_resolution": None})
+            networks.insert(1, (build_on_meta(tuned, role.noise, outputs), finetune.resolution))
+        counts = [count_model_multiply_adds(network, model, outputs, resolution) for network, resolution in networks]
         size = ModelSize(count_parameters(network), counts[-1])
     except ConfigError as error:
         raise ConfigError(f"{field}.model: {error}") from error

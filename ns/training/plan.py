@@ -57,6 +57,12 @@ def plan_training(role: RoleConfig, samples: int) -> TrainingPlan:
             epochs=config.epochs,
             steps=steps,
         )
+    if config.epochs <= config.optimizer.warmup_epochs:
+        log.get_logger().warning(
+            "the training ends before its learning rate has reached the peak; lower optimizer.warmup_epochs, or raise epochs",
+            warmup_epochs=config.optimizer.warmup_epochs,
+            epochs=config.epochs,
+        )
     lr_at = partial(
         compute_learning_rate,
         steps=steps,

@@ -17,6 +17,7 @@ from ns.modeling.distributed import World
 from ns.modeling.manifest import FINETUNED, Lineage, ModelManifest
 from ns.modeling.precision import resolve_mode
 from ns.modeling.pretrained import digest_pretrained, find_fetched
+from ns.modeling.weight_names import fit_weights
 from ns.storage import Store
 from ns.training import checkpoint
 from ns.training.loop import train_model
@@ -128,15 +129,21 @@ def train_and_save(
         finetuning_role = make_finetuning_role(role, role.train.finetune)
         torch.manual_seed(seed)
         network = models.build_model(finetuning_role.model, finetuning_role.noise, len(classes))
-        models.load_tensors_into(
-            network, models.load_weights(model_store, manifest), f"{model_store.uri}/{manifest.weights_key}"
-        )
+        load_trained_weights(network, model_store, manifest)
         plan = plan_finetuning(role, role.train.finetune, labeled.samples)
         train("finetune", network, plan, None, finetuned_store, checkpoints.at(FINETUNED), {"init": manifest.weights_sha256})
     if world.is_main:
         # Also those of an attempt that was killed when its model was written.
         for finished in (checkpoints, checkpoints.at(FINETUNED)):
             checkpoint.clear_checkpoints(finished)
+
+
+def load_trained_weights(network: nn.Module, store: Store, manifest: ModelManifest) -> None:
+    """Loads the weights of a model into its network at another resolution: position embeddings, of networks that are built for one size
+    of image, are resampled. Raises DataError for weights of another network."""
+    tensors = models.load_weights(store, manifest)
+    tensors |= fit_weights(network, tensors).tensors
+    models.load_tensors_into(network, tensors, f"{store.uri}/{manifest.weights_key}")
 
 
 def _describe_pretrained(pretrained: str, root: Store) -> dict[str, str | None]:

@@ -283,3 +283,9 @@ def test_reduce_stride_is_refused_where_stages_are_no_modules():
     model = ModelConfig(arch="hrnet_w18", reduce_stride=2)
     with pytest.raises(ConfigError, match=r"model\.reduce_stride: invalid value 2"):
         models.build_on_meta(model, NoiseConfig(stochastic_depth=0), 3)
+
+
+def test_check_models_builds_the_network_of_fine_tuning_for_its_own_resolution():
+    role = {"model": {"arch": "test_vit", "resolution": 64}, "noise": {"stochastic_depth": 0}}
+    tuned = {**role, "train": {"finetune": {"resolution": 96}}}
+    assert models.check_models(experiment(teacher=tuned, students=[tuned])) == []

@@ -29,6 +29,12 @@ def test_plan_training_warns_of_batches_larger_than_the_data(capsys, images):
     assert ("a batch is larger than the labeled images" in "".join(capsys.readouterr())) == (images == 1)
 
 
+@pytest.mark.parametrize(("epochs", "is_told"), [(5, True), (6, False)])
+def test_plan_training_warns_of_a_warm_up_that_does_not_end(capsys, epochs, is_told):
+    plan_training(role(epochs=epochs, optimizer=OptimizerConfig(warmup_epochs=5)), SAMPLES)
+    assert ("ends before its learning rate has reached the peak" in "".join(capsys.readouterr())) == is_told
+
+
 def test_plan_training_counts_labeled_epochs():
     course = plan_training(role(), SAMPLES)
     assert course.steps == 3500
