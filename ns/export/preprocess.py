@@ -16,6 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
+MAX_ELONGATION = 16
+"""Long side in short sides, of what is resized before its center is cut."""
+
 
 def load_pixels(path: str | Path) -> npt.NDArray[np.uint8]:
     """uint8 [R, R, 3]: upright (EXIF orientation applied), transparency laid over white, integers of 16 bits scaled to 8; cropped and
@@ -31,6 +34,10 @@ def load_pixels(path: str | Path) -> npt.NDArray[np.uint8]:
         width = height = scaled
         if about["test_crop"] == "center":
             short = min(picture.size)
+            # Only the center is seen: of 1 × 60,000 px, the whole would take gigabytes.
+            longest = MAX_ELONGATION * short
+            left, upper = (max(0, side - longest) // 2 for side in picture.size)
+            picture = picture.crop((left, upper, min(picture.width, left + longest), min(picture.height, upper + longest)))
             width, height = int(scaled * picture.width / short), int(scaled * picture.height / short)
         left, upper = round((width - size) / 2), round((height - size) / 2)
         return np.array(_resize(picture, width, height, resampling).crop((left, upper, left + size, upper + size)))

@@ -98,6 +98,16 @@ def test_files_are_read_as_in_evaluation(preprocess, tmp_path, mode, kind, orien
     np.testing.assert_allclose(module.load_input(path), normalized.transpose(2, 0, 1)[None], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("preprocess", ["center"], indirect=True)
+def test_elongated_files_are_read_as_in_evaluation(preprocess, tmp_path):
+    """Of which only the middle is resized."""
+    module, about = preprocess
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (2, 81, 3), np.uint8)).save(tmp_path / "image", "PNG")
+    transform = EvalTransform(SIDE_PX, "resized", 8, test_crop="center", interpolation=about["interpolation"])
+    expected = transform(decode_image((tmp_path / "image").read_bytes()))
+    assert np.abs(module.load_pixels(tmp_path / "image").astype(int) - expected).max() <= 3
+
+
 def test_floating_point_images_are_refused(preprocess, tmp_path):
     Image.fromarray(np.ones((40, 40), np.float32)).save(tmp_path / "image", "TIFF")
     with pytest.raises(ValueError, match="unknown range"):

@@ -22,6 +22,9 @@ from ns.data.loading.decode import Box, EncodedJpeg, decode_image, decode_into
 CROP_TRIES = 10
 """Attempts of the paper's random-resized-crop."""
 
+MAX_ELONGATION = 16
+"""Long side in short sides, of what is resized before its center is cut: of an image of 1 × 60,000 px, the whole would take gigabytes."""
+
 RESIZED_BYTES = 1 << 18
 """Bytes of images of the same size that are resized together: as much as fits in a core's cache."""
 
@@ -136,9 +139,11 @@ class EvalTransform:
 
     def _cut_resized(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """Resizes, then cuts, with the rounding of torchvision's Resize and CenterCrop, which timm uses."""
-        scaled, (height, width) = self._resolution + self._margin_px, pixels.shape[:2]
+        scaled = self._resolution + self._margin_px
         rows = columns = scaled
         if self._test_crop == "center":
+            pixels = cut_elongated(pixels)
+            height, width = pixels.shape[:2]
             short = min(height, width)
             rows, columns = int(scaled * height / short), int(scaled * width / short)
         resized = _resize_images([pixels], (rows, columns), self._interpolation)[0]
@@ -227,6 +232,13 @@ def crop_image(
     inner = (left - x, upper - y, right - x, lower - y)
     picture = Image.fromarray(part).resize((size, size), Image.Resampling[interpolation.upper()], box=inner)
     return np.asarray(picture)
+
+
+def cut_elongated(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """The middle of an image, uint8 [H, W, 3], of at most MAX_ELONGATION short sides."""
+    longest = MAX_ELONGATION * min(pixels.shape[:2])
+    top, left = (max(0, side - longest) // 2 for side in pixels.shape[:2])
+    return pixels[top : top + longest, left : left + longest]
 
 
 def _measure_size(image: EncodedJpeg | npt.NDArray[np.uint8]) -> tuple[int, int]:

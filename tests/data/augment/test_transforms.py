@@ -11,6 +11,7 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image, ImageEnhance, ImageOps
 
 from ns.config.schema import NoiseConfig
+from ns.data.augment import transforms
 from ns.data.augment.randaugment import GRAY, RandAugment, equalize_channels, stretch_contrast
 from ns.data.augment.transforms import (
     EvalTransform,
@@ -22,6 +23,8 @@ from ns.data.augment.transforms import (
     resize_image,
 )
 from ns.data.loading.decode import EncodedJpeg, allocate_images, decode_image
+
+resize_whole = transforms._resize_images
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
 IMAGE = Image.fromarray(PIXELS)
@@ -410,6 +413,21 @@ def test_crops_are_pillows(shape, size):
             *(draw_crop_box(shape, rng, (0.08, 1), (3 / 4, 4 / 3)) for _ in range(3)),
         ):
             assert_near_pillow(crop_image(pixels, box, size), picture.crop(box), size)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_of_elongated_images_only_the_middle_is_resized(monkeypatch, axis):
+    """A line of 1 x 60,000 px would take gigabytes."""
+    image = np.random.default_rng(0).integers(0, 256, (2, 80, 3), np.uint8)
+    image = image if axis else image.transpose(1, 0, 2)
+    whole = resize_whole([image], (36, 36 * 40) if axis else (36 * 40, 36), "bicubic")[0]
+    begin = (36 * 40 - 32) // 2
+    expected = whole[2:34, begin : begin + 32] if axis else whole[begin : begin + 32, 2:34]
+    sizes = []
+    monkeypatch.setattr(transforms, "_resize_images", lambda *given: sizes.append(given[1]) or resize_whole(*given))
+    found = EvalTransform(32, "resized", 4, test_crop="center")(image)
+    assert np.abs(found.astype(int) - expected).max() <= 1
+    assert max(sizes[0]) == 36 * transforms.MAX_ELONGATION
 
 
 @pytest.mark.parametrize("size", [24, 64, 150])
