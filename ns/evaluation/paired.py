@@ -140,8 +140,9 @@ def exact_p_value(more: int, less: int, images: int, margin: float) -> float:
     # A little less, so that rounding does not exclude the outcome itself.
     fewest = _count_fewest_more(counts, images, margin, float(_score(np.array(more), np.array(less), images, margin)) - 1e-9)
     least, most = max(0.0, -margin), (1 - margin) / 2
-    # Close to the least share, where a difference of one image counts, and then in proportion.
-    steps = np.concatenate([[0.0], np.geomspace(min(0.1 / images, 0.1), 1, NUISANCE_POINTS)])
+    # Close to both ends, where few images are discordant, or few are not, a difference of one image counts.
+    half_steps = np.geomspace(min(0.1 / images, 0.1), 0.5, NUISANCE_POINTS // 2)
+    steps = np.concatenate([[0.0], half_steps, 1 - half_steps, [1.0]])
     less_shares = least + steps[:, None] * (most - least)
     width = min(images + 1, math.ceil(NUISANCE_SPREADS * math.sqrt(images)) + 20)
     start = np.clip(np.round(images * less_shares) - width // 2, 0, images + 1 - width).astype(np.int64)

@@ -39,7 +39,8 @@ def number_try(root: Store, gate_try: GateTry) -> int:
     recorded = TryNumber.find_file(store, number_key)
     if recorded is None:
         store.create(f"{pair}/{RECORD}", encode_json(gate_try.model_dump()))
-        counted = TryNumber(number=sum(key.endswith(f"/{RECORD}") for key in store.list()))
+        # The own record counts also if another client is writing it this instant, and it is listed only then.
+        counted = TryNumber(number=len({f"{pair}/{RECORD}", *(key for key in store.list() if key.endswith(f"/{RECORD}"))}))
         # The first of several clients decides. What is there and cannot be read, is made again.
         if not store.create(number_key, encode_json(counted.model_dump())) and not TryNumber.find_file(store, number_key):
             counted.save_file(store, number_key)

@@ -84,14 +84,15 @@ def test_mcnemar_p_value_of_many_images():
 # The exact test
 
 
-def enumerate_p_value(more: int, less: int, images: int, margin: float) -> float:
-    """By the definition: every outcome whose statistic is as large, at each of 400 shares of discordant images."""
+def enumerate_p_value(more: int, less: int, images: int, margin: float, shares: np.ndarray | None = None) -> float:
+    """By the definition: every outcome whose statistic is as large, at each of these shares of `less` outcomes, or of 400."""
     from ns.evaluation.paired import _score
 
     outcomes = np.array([(a, b, images - a - b) for a in range(images + 1) for b in range(images + 1 - a)])
     score = _score(outcomes[:, 0], outcomes[:, 1], images, margin)
     extreme = outcomes[score >= _score(np.array([more]), np.array([less]), images, margin) - 1e-9]
-    shares = np.linspace(max(0.0, -margin), (1 - margin) / 2, 400)
+    if shares is None:
+        shares = np.linspace(max(0.0, -margin), (1 - margin) / 2, 400)
     tails = [multinomial(images, [q + margin, q, max(0, 1 - 2 * q - margin)]).pmf(extreme).sum() for q in shares]
     return max(tails)
 
@@ -102,6 +103,13 @@ def enumerate_p_value(more: int, less: int, images: int, margin: float) -> float
 )
 def test_exact_p_value_equals_enumeration(more, less, images, margin):
     assert exact_p_value(more, less, images, margin) == pytest.approx(enumerate_p_value(more, less, images, margin), rel=0.02)
+
+
+def test_exact_p_value_where_models_agree_on_few_images():
+    """Below 0 the least favorable share may be close to its greatest value, where one or two images are expected to be alike."""
+    images, margin = 100, -0.05
+    worst = enumerate_p_value(1, 0, images, margin, (1 - np.linspace(0.5, 3, 6) / images - margin) / 2)
+    assert worst * 0.999 <= exact_p_value(1, 0, images, margin) <= worst * 1.02
 
 
 def test_exact_p_value_of_simple_cases():

@@ -82,3 +82,11 @@ def test_number_try_of_clients_at_once(tmp_path):
         again = list(threads.map(_count, jobs))
     assert again == results
     assert sum(key.endswith(NUMBER) for key in LocalStore(tmp_path).list(f"{TRIES}/")) == 60
+
+
+def test_number_try_while_another_client_writes_the_same_record(tmp_path, monkeypatch):
+    """S3 answers with 409 while the other's put is under way: nothing was written, and nothing is listed yet."""
+    root, create = LocalStore(tmp_path), LocalStore.create
+    assert number_try(root, make_try(0)) == 1
+    monkeypatch.setattr(LocalStore, "create", lambda store, key, data: key.endswith(NUMBER) and create(store, key, data))
+    assert number_try(root, make_try(1)) == 2
