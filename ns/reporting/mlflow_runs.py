@@ -13,7 +13,8 @@ from ns.config.schema import Experiment
 from ns.core.digest import digest_json, shorten_digest
 from ns.core.mlflow_client import MetricPoint, MlflowRun, is_tracked
 from ns.modeling.manifest import FINETUNED, ModelManifest, read_history
-from ns.runs.records import BASELINE_TRAIN, CONFIG_FILE, REPORT_FILE, RunRecord, find_stage_note, list_stage_notes, record_key
+from ns.runs.records import BASELINE_TRAIN, CONFIG_FILE, REPORT_FILE, RunRecord, find_stage_note, record_key
+from ns.runs.summary import list_current_notes
 from ns.storage import Store, parent_key
 from ns.storage.scratch import make_scratch_dir
 
@@ -69,8 +70,8 @@ def publish_mlflow_run(root: Store, run: str) -> None:
     """Logs all of a run that is missing, its experiment and its report, and ends MLflow's run. Does nothing without a server."""
     if not is_tracked():
         return
-    for note in list_stage_notes(root, run, "evaluate"):
-        publish_mlflow_generation(root, run, note.generation)
+    for generation in [note.generation for note in list_current_notes(root, run) if note.stage == "evaluate"]:
+        publish_mlflow_generation(root, run, generation)
     tracked = open_mlflow_run(root, run, _load_experiment(root, run).name)
     with make_scratch_dir("mlflow") as folder:
         for file in (CONFIG_FILE, REPORT_FILE):

@@ -1,19 +1,23 @@
 """Traces an image: what each teacher said of it, which label sets and runs it is in, and which models have seen it."""
 
 from collections.abc import Collection, Iterator
+from typing import TypeVar
 
-from ns.core.errors import DataError
+from ns.core import log
+from ns.core.errors import DataError, StoreError
 from ns.data.index import ImageLocation, locate_keys
 from ns.data.key_list import spell_key
 from ns.data.prepared import DataPart, PreparedData, PreparedDataset
 from ns.labeling.alignment import align_rows
-from ns.labeling.label_set import LabelRows, read_label_rows
-from ns.labeling.selection import CopyReader
+from ns.labeling.label_set import LabelRows, LabelSet, read_label_rows
+from ns.labeling.selection import CopyReader, Selection
 from ns.modeling.manifest import ModelManifest
 from ns.runs.lookup import RunLabelSet, find_prepared_data, list_runs, open_run_label_set
 from ns.runs.records import find_stage_note, list_stage_notes
 from ns.storage import Store, parent_key
 from ns.storage.documents import JsonDocument
+
+DocumentType = TypeVar("DocumentType", bound=JsonDocument)
 
 
 class TeacherAnswer(JsonDocument):
@@ -52,14 +56,16 @@ def trace_image(root: Store, key: str) -> ImageTrace:
     locator = _KeyLocator(root, spellings)
     location_names: dict[DataPart, str] = {}
     answers: list[TeacherAnswer] = []
-    for run, prepared in _iterate_prepared(root):
+    for prepared in _iterate_prepared(root):
         for part, source in prepared.parts.items():
             if location := locator.locate_first(source):
                 location_names[part] = f"{source.digest}/{location.shard}/{location.row}"
-        if location := locator.locate_first(prepared.pool):
+    for record in list_runs(root):
+        run_data = find_prepared_data(root, record.run)
+        if run_data and (location := locator.locate_first(run_data.pool)):
             answers += [
-                _describe_answer(root, run, generation, run_label_set, location)
-                for generation, run_label_set in _iterate_label_sets(root, run)
+                _describe_answer(root, record.run, generation, run_label_set, location)
+                for generation, run_label_set in _iterate_label_sets(root, record.run)
             ]
     if not location_names:
         raise DataError(f"{key}: no dataset of a run below {root.uri} has this key")
@@ -71,7 +77,8 @@ def find_exposed_models(root: Store, keys: Collection[str]) -> dict[str, str]:
     """Digest of each model that has seen any of the images → key of its folder.
 
     These are the models that trained on one of the images, labeled or pseudo-labeled, and, over any number of generations, the
-    models that learned from such a model as their teacher, as one of several teachers, or as their initial weights.
+    models that learned from such a model as their teacher, as one of several teachers, or as their initial weights. Data and selections
+    count that no run names any more, as after an image was taken out of a folder and the run repeated: their models are still there.
     """
     manifests = {
         parent_key(key): ModelManifest.load_file(root, key)
@@ -83,16 +90,22 @@ def find_exposed_models(root: Store, keys: Collection[str]) -> dict[str, str]:
     """Digests of labeled datasets and selections that hold one of the images."""
     ensembles: dict[str | None, tuple[str, ...]] = {}
     """Digest of a label set → digests of the models that labeled it together with the teacher."""
-    for run, prepared in _iterate_prepared(root):
+    in_pools: dict[str, dict[str, ImageLocation]] = {}
+    for prepared in _iterate_prepared(root):
+        if locations := locator.locate_in(prepared.pool):
+            in_pools[prepared.pool.digest] = locations
         if locator.locate_in(prepared.labeled):
             exposed_sources.add(prepared.labeled.digest)
-        for _, run_label_set in _iterate_label_sets(root, run):
-            assert run_label_set.selection is not None
-            ensembles[run_label_set.label_set.digest] = run_label_set.label_set.ensemble
-            if run_label_set.selection.digest not in exposed_sources and any(
-                _read_label(run_label_set, location)[1] for location in locator.locate_in(prepared.pool).values()
-            ):
-                exposed_sources.add(run_label_set.selection.digest)
+    for selection in _iterate_documents(root, Selection, "store/selections/"):
+        label_store = root.at(selection.label_set_key)
+        label_set = LabelSet.find_file(label_store, LabelSet.filename)
+        if label_set is None:
+            # It was deleted, and can be asked no more.
+            continue
+        ensembles[label_set.digest] = label_set.ensemble
+        run_label_set = RunLabelSet(label_store, label_set, selection)
+        if any(_read_label(run_label_set, location)[1] for location in in_pools.get(label_set.dataset, {}).values()):
+            exposed_sources.add(selection.digest)
     exposed = {
         key for key, manifest in manifests.items() if {manifest.lineage.labeled, manifest.lineage.selection} & exposed_sources
     }
@@ -118,8 +131,13 @@ class _KeyLocator:
         self._locations: dict[str, dict[str, ImageLocation]] = {}
 
     def locate_in(self, source: PreparedDataset) -> dict[str, ImageLocation]:
+        """The keys that a dataset has; none, with a warning, if it cannot be read any more, as one outside the root."""
         if source.digest not in self._locations:
-            self._locations[source.digest] = locate_keys(*source.open_dataset(self._root), self._keys)
+            try:
+                self._locations[source.digest] = locate_keys(*source.open_dataset(self._root), self._keys)
+            except (DataError, StoreError) as error:
+                log.get_logger().warning("not looked into; models that have seen it may be missing", reason=str(error))
+                return {}
         return self._locations[source.digest]
 
     def locate_first(self, source: PreparedDataset) -> ImageLocation | None:
@@ -127,11 +145,14 @@ class _KeyLocator:
         return next((locations[key] for key in self._keys if key in locations), None)
 
 
-def _iterate_prepared(root: Store) -> Iterator[tuple[str, PreparedData]]:
-    """All runs whose data is prepared, and the data."""
-    for record in list_runs(root):
-        if prepared := find_prepared_data(root, record.run):
-            yield record.run, prepared
+def _iterate_prepared(root: Store) -> Iterator[PreparedData]:
+    """All data that was ever prepared for a run."""
+    return _iterate_documents(root, PreparedData, "store/prepared/")
+
+
+def _iterate_documents(root: Store, kind: type[DocumentType], prefix: str) -> Iterator[DocumentType]:
+    """All documents of a kind below a prefix."""
+    return kind.iterate_files(root, [key for key in root.list(prefix) if key.endswith(f"/{kind.filename}")])
 
 
 def _iterate_label_sets(root: Store, run: str) -> Iterator[tuple[int, RunLabelSet]]:

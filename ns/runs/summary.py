@@ -84,14 +84,43 @@ class RunSummary(RunRecord):
     stages: list[StageNote]
 
 
+def list_current_notes(root: Store, run: str, *, through_generation: int | None = None) -> list[StageNote]:
+    """The notes of a run's loop as it is now, in the order of `list_stage_notes`, of all generations or of the first ones.
+
+    A run that is repeated with other code, or after an audit, may refuse a student that it had accepted, or train another one. Notes of
+    what followed stay in its folder until the loop comes there again, and are no part of it.
+    """
+    notes = [
+        note for note in list_stage_notes(root, run) if through_generation is None or note.generation <= through_generation
+    ]
+    first = next((note for note in notes if note.stage == "train"), None)
+    teacher = parent_key(first.outputs["model"]) if first else None
+    for gate_note in [note for note in notes if note.stage == "gate"]:
+        generation = gate_note.generation
+        outputs = {note.stage: note.outputs for note in notes if note.generation == generation}
+        if teacher and "select" in outputs and parent_key(outputs["select"]["teacher"]) != teacher:
+            return [note for note in notes if note.generation < generation]
+        try:
+            verdict = Verdict.load_file(root, gate_note.outputs["verdict"])
+        except (DataError, StoreError):
+            # Whoever needs it says what is lost.
+            return notes
+        student = parent_key(outputs["train"]["model"]) if "train" in outputs else verdict.student
+        if (verdict.teacher, verdict.student) != (teacher or verdict.teacher, student):
+            # This student is not decided about yet, or comes from another run as the next one's teacher.
+            notes.remove(gate_note)
+        elif not verdict.promoted:
+            return [note for note in notes if note.generation <= generation]
+        teacher = student
+    return notes
+
+
 def summarize_run(root: Store, run: str, *, through_generation: int | None = None) -> RunSummary:
     """Reads a run's notes and what they point to, of all generations or of the first ones.
 
     Raises RunError if there is no such run, DataError or StoreError, with the cure, for what is lost or damaged.
     """
-    stage_notes = [
-        note for note in list_stage_notes(root, run) if through_generation is None or note.generation <= through_generation
-    ]
+    stage_notes = list_current_notes(root, run, through_generation=through_generation)
     try:
         return _summarize_notes(root, run, stage_notes)
     except (DataError, StoreError) as error:

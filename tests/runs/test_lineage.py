@@ -70,14 +70,33 @@ def test_trace_image_in_a_run_without_labels(finished_run, tmp_path):
     assert trace.answers == ()
 
 
-def test_exposed_models_include_students_of_an_exposed_ensemble(finished_run, tmp_path, monkeypatch):
+def test_exposed_models_include_students_of_an_exposed_ensemble(finished_run, tmp_path):
     store, run = LocalStore(shutil.copytree(finished_run[0].root, tmp_path / "root")), finished_run[1].run
     labels = open_label_set(store, f"{run}/gen-1")
     manifest = ModelManifest.load(store.at(summarize_run(store, run).best_model))
-    ensemble = labels._replace(label_set=labels.label_set.model_copy(update={"ensemble": (manifest.digest,)}))
-    monkeypatch.setattr(lineage, "_iterate_label_sets", lambda *_: [(1, labels), (2, ensemble)])
-    lineage_of_pupil = Lineage(config="c", labeled="l", teacher="t", label_set=ensemble.label_set.digest, selection="s")
+    shutil.copytree(labels.store.root, store.root / "store/labels/ensemble")
+    ensemble = labels.label_set.model_copy(update={"ensemble": (manifest.digest,)})
+    ensemble.save(store.at("store/labels/ensemble"))
+    update = {"label_set": ensemble.digest, "label_set_key": "store/labels/ensemble"}
+    labels.selection.model_copy(update=update).save(store.at("store/selections/ensemble"))
+    lineage_of_pupil = Lineage(config="c", labeled="l", teacher="t", label_set=ensemble.digest, selection="s")
     pupil = manifest.model_copy(update={"lineage": lineage_of_pupil, "weights_sha256": "w"})
     pupil.save(store.at("store/models/pupil"))
     assert lineage.find_exposed_models(store, {find_pool_key(store, run)})[pupil.digest] == "store/models/pupil"
     assert pupil.digest not in lineage.find_exposed_models(store, {find_pool_key(store, run, wanted=False)})
+
+
+@pytest.mark.parametrize("part", ["labeled", "pool"])
+def test_exposed_models_after_the_run_was_repeated_without_the_image(finished_run, tmp_path, part):
+    """The notes name the new data and labels; the models that were made of the old ones are still there."""
+    store, run = LocalStore(shutil.copytree(finished_run[0].root, tmp_path / "root")), finished_run[1].run
+    key = find_pool_key(store, run)
+    if part == "labeled":
+        labeled_store, dataset = read_prepared_data(store, run).labeled.open_dataset(store)
+        key = ShardIndex.load(labeled_store, dataset.shards[0]).keys[0]
+    before = lineage.find_exposed_models(store, {key})
+    assert before
+    store.delete_prefix(f"{run}/stages/")
+    assert lineage.find_exposed_models(store, {key}) == before
+    trace = lineage.trace_image(store, key)
+    assert (set(trace.locations), trace.models) == ({part}, tuple(sorted(before)))

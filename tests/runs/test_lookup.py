@@ -22,9 +22,12 @@ def test_find_accepted_student_ignores_repeated_runs(finished_run, tmp_path):
     store = LocalStore(tmp_path)
     for name, students in (("a", ["1"]), ("b", ["1", "2"]), ("a-again", ["1"])):
         open_run(store, name, experiment, "test")
+        teacher = verdict.teacher
         for generation, student in enumerate(students, 1):
             key = f"store/verdicts/{name}-{student}/verdict.json"
-            verdict.model_copy(update={"student": student, "generation": generation}).save_file(store, key)
+            fields = {"teacher": teacher, "student": student, "generation": generation}
+            verdict.model_copy(update=fields).save_file(store, key)
+            teacher = student
             store.put(f"{student}/{ModelManifest.filename}", b"{}")
             write_stage_note(store, name, generation, "gate", {"verdict": key}, 0, reused=False)
     assert find_accepted_student(store, experiment.name) == ("b", 2, "2")
