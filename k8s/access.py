@@ -14,6 +14,7 @@ from k8s.kubectl import Kubectl
 from k8s.port_forward import PortForward
 from ns.core.errors import NsError
 from ns.core.process import handle_signals, set_environment
+from ns.storage.endpoint import SECRETS_VARIABLE
 from pipelines.kfp_client import NAMESPACE_VARIABLE, UI_VARIABLE
 
 KUBEFLOW_NAMESPACE = "kubeflow"
@@ -23,6 +24,8 @@ LOCAL_UI_PORT, LOCAL_STORE_PORT = 8080, 9000
 """Ports of `make ui` on this machine."""
 ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 KEY_VARIABLES = {"accesskey": "AWS_ACCESS_KEY_ID", "secretkey": "AWS_SECRET_ACCESS_KEY"}
+OTHER_KEY_VARIABLES = {"AWS_SESSION_TOKEN": "", SECRETS_VARIABLE: ""}
+"""What this person's own keys may have, and would be taken for a part of the cluster's, or in their place."""
 
 Say = Callable[[str], None]
 
@@ -94,5 +97,6 @@ def _read_store_keys(kubectl: Kubectl, namespace: str) -> dict[str, str]:
     """The store's keys; empty if this person may not read them: then those of the environment serve."""
     with contextlib.suppress(NsError):
         secret = (kubectl.get_object("secret", STORAGE_SECRET, namespace) or {}).get("data") or {}
-        return {name: base64.b64decode(secret[key]).decode() for key, name in KEY_VARIABLES.items() if key in secret}
+        keys = {name: base64.b64decode(secret[key]).decode() for key, name in KEY_VARIABLES.items() if key in secret}
+        return keys and OTHER_KEY_VARIABLES | keys
     return {}

@@ -30,7 +30,8 @@ def read_mounts(environment: MutableMapping[str, str]) -> None:
     for path, variable in variables.items():
         try:
             if path.exists():
-                environment[variable] = path.read_text(encoding="utf-8")
+                # Secrets that are made of a file end with its newline.
+                environment[variable] = path.read_text(encoding="utf-8").rstrip("\r\n")
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else "is no text without null bytes"
             raise ConfigError(f"{path}: {reason}; correct the Secret or ConfigMap that is mounted there") from None

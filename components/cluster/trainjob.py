@@ -25,12 +25,13 @@ from kubernetes.config.config_exception import ConfigException
 from kubernetes.watch.watch import iter_resp_lines
 from urllib3.exceptions import HTTPError
 
-from components import SETTINGS_VARIABLES, STAGE_USER
+from components import SETTINGS_VARIABLES, STAGE_USER, STORE_FOLDER
 from components.cluster.nodes import TrainingNodes
 from ns.core import log
 from ns.core.errors import ConfigError, Interrupted, NsError, RunError, TrainingError
 from ns.core.printable import make_printable
 from ns.core.process import handle_signals
+from ns.storage.endpoint import SECRETS_VARIABLE
 
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
 NODE_NAME = "node"
@@ -87,9 +88,12 @@ def build_trainjob(
 ) -> Json:
     """Builds the TrainJob of a training. `arguments`: those of `ns.stages.train_worker`."""
     gpus = {nodes.gpu_type: str(nodes.gpus)} if nodes.gpus else {}
-    keys = (("AWS_ACCESS_KEY_ID", "accesskey"), ("AWS_SECRET_ACCESS_KEY", "secretkey"))
-    environment = [_make_variable(variable, "secretKeyRef", nodes.secret, key) for variable, key in keys]
-    environment += [_make_variable(name, "configMapKeyRef", nodes.settings, name) for name in SETTINGS_VARIABLES]
+    # Keys stay in their files, as in the pods of stages: a training of days outlives them, and sees what takes their place.
+    environment: list[Json] = [{"name": SECRETS_VARIABLE, "value": STORE_FOLDER}]
+    environment += [
+        {"name": name, "valueFrom": {"configMapKeyRef": {"name": nodes.settings, "key": name, "optional": True}}}
+        for name in SETTINGS_VARIABLES
+    ]
     pod = {
         "nodeSelector": dict(nodes.selector),
         "tolerations": list(nodes.tolerations),
@@ -98,6 +102,7 @@ def build_trainjob(
             # Without a limit of its own, /dev/shm is as large as the pod's memory; loaders take at most half of it.
             {"name": "shared-memory", "emptyDir": {"medium": "Memory"}},
             {"name": "scratch", "emptyDir": {}},
+            {"name": "store-keys", "secret": {"secretName": nodes.secret, "optional": True}},
         ],
         "containers": [
             {
@@ -105,6 +110,7 @@ def build_trainjob(
                 "volumeMounts": [
                     {"name": "shared-memory", "mountPath": "/dev/shm"},
                     {"name": "scratch", "mountPath": "/tmp"},
+                    {"name": "store-keys", "mountPath": STORE_FOLDER, "readOnly": True},
                 ],
                 "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
             }
@@ -135,10 +141,6 @@ def build_trainjob(
             "runtimePatches": [{"manager": MANAGER, "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [job]}}}}],
         },
     }
-
-
-def _make_variable(name: str, kind: str, source: str, key: str) -> Json:
-    return {"name": name, "valueFrom": {kind: {"name": source, "key": key, "optional": True}}}
 
 
 def _owner_references() -> list[Json]:

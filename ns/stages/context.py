@@ -121,7 +121,9 @@ def stage(
         except Interrupted:
             raise
         except Exception:
-            mlflow_runs.publish_mlflow_failure(store, ref.run, experiment.name)
+            # Where the store fails too, the stage's own error is the one that counts.
+            with suppress(NsError):
+                mlflow_runs.publish_mlflow_failure(store, ref.run, experiment.name)
             raise
     telemetry.end_stage(time.monotonic() - context.started, linger=linger)
 

@@ -42,7 +42,7 @@ class S3Endpoint:
             url=_check_url(url),
             region=environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION") or "us-east-1",
             ca_file=_find_ca_file(environment),
-            secrets=environment.get(SECRETS_VARIABLE) or None,
+            secrets=_find_secrets(environment),
         )
 
     def make_client(self, retry_policy: RetryPolicy) -> tuple[Minio, RetryingPool]:
@@ -163,6 +163,13 @@ def _check_url(url: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_valid or rest:
         raise StoreError(f"{shown}: no S3 endpoint; {SET_ENDPOINT}")
     return f"{parts.scheme}://{parts.netloc}"
+
+
+def _find_secrets(environment: Mapping[str, str]) -> str | None:
+    """The folder of the secret files. Where a Secret is missing, Kubernetes mounts an empty one: then keys in the environment count."""
+    folder = environment.get(SECRETS_VARIABLE) or None
+    is_empty = folder is not None and not any((Path(folder) / name).exists() for name in ("accesskey", "secretkey"))
+    return None if is_empty and environment.get("AWS_ACCESS_KEY_ID") else folder
 
 
 def _find_ca_file(environment: Mapping[str, str]) -> str:

@@ -14,10 +14,11 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from components import STAGE_USER, WORKER_IMAGE
 from ns.config.schema import Experiment
@@ -25,6 +26,7 @@ from ns.core.errors import ConfigError, Interrupted, NsError, RunError
 from ns.core.log import EVENTS_VARIABLE, StageEvent, format_last_lines
 from ns.runs.records import RECORDS_PREFIX
 from ns.storage import LocalStore, Store
+from ns.storage.endpoint import CA_VARIABLES, SECRETS_VARIABLE
 from ns.storage.scratch import SCRATCH_PREFIX, make_scratch_dir
 from pipelines import PACKAGE, load_yaml_documents
 from pipelines.runners.local import (
@@ -39,8 +41,10 @@ from pipelines.runners.local import (
 )
 
 CONTAINER_LABEL = "noisy-student"
-FORWARDED_VARIABLES = ("AWS_", "NS_S3_", "NS_GIT_", "OMP_")
+FORWARDED_VARIABLES = ("AWS_", "NS_S3_", "SSL_CERT_FILE", "NS_GIT_", "OMP_")
 """Prefixes of the client's variables that are passed to stages: store, login of the label registry, number of threads."""
+PATH_VARIABLES = (SECRETS_VARIABLE, *CA_VARIABLES)
+"""Those of them that name a file or a folder."""
 
 
 @dataclass(frozen=True)
@@ -243,8 +247,7 @@ class _ContainerEngine:
 
     def _list_mounts(self, experiment: Experiment) -> dict[str, dict[str, str]]:
         """Mounts folders at their own paths: scratch and root writable, data read-only."""
-        read_only = [path for path in experiment.map_uris().values() if path.startswith("/")]
-        volumes = {path: {"bind": path, "mode": "ro"} for path in read_only}
+        volumes = {path: {"bind": path, "mode": "ro"} for path in list_read_paths(experiment, os.environ)}
         writable = [str(self._scratch)]
         if isinstance(self._root, LocalStore):
             writable.append(str(self._root.root))
@@ -274,6 +277,13 @@ def list_run_files(root: Path, run: str) -> Iterator[Path]:
     for top in (root / "store", root / run):
         for folder, _, files in os.walk(top):
             yield from (Path(folder), *(Path(folder, name) for name in files))
+
+
+def list_read_paths(experiment: Experiment, environment: Mapping[str, str]) -> list[str]:
+    """Absolute paths of what stages only read: the experiment's data, and the keys and certificates of the store."""
+    uris = [*experiment.map_uris().values(), *(environment.get(name, "") for name in PATH_VARIABLES)]
+    paths = [unquote(urlsplit(uri).path) if uri.startswith("file:") else uri for uri in uris]
+    return [path for path in dict.fromkeys(paths) if path.startswith("/")]
 
 
 def is_offline(root: Store, experiment: Experiment) -> bool:

@@ -23,7 +23,8 @@ def test_read_mounts_finds_keys_login_and_settings(folders):
     (folders["store"] / "accesskey").write_text("key")
     (folders["store"] / "secretkey").write_text("hidden")
     for key, value in {"username": "robot", "password": "word", "host": "git.example"}.items():
-        (folders["registry"] / key).write_text(value)
+        # As `--from-file` makes them, of files that end with a newline.
+        (folders["registry"] / key).write_text(f"{value}\n")
     (folders["mlflow"] / "username").write_text("tracker")
     (folders["mlflow"] / "password").write_text("pass")
     (folders["settings"] / "MLFLOW_TRACKING_URI").write_text("http://mlflow:5000")

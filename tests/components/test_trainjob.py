@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from components import STORE_FOLDER
 from components.cluster import trainjob
 from components.cluster.nodes import TrainingNodes
 from ns.core.errors import ConfigError, DataError, Interrupted, RunError, TrainingError
@@ -110,6 +111,20 @@ def test_build_trainjob_is_valid_in_trainer(api):
     assert "spec.podTemplateOverrides" in api.refuse(job | {"spec": job["spec"] | {"podTemplateOverrides": []}})
     wrong = job["spec"]["trainer"] | {"numNodes": "2"}
     assert "invalid" in api.refuse(job | {"spec": job["spec"] | {"trainer": wrong}})
+
+
+def test_nodes_read_the_keys_of_the_store_from_files():
+    """In variables they would stay as they were when the training began, be in the environment of each process, and have no token."""
+    job = trainjob.build_trainjob(NAME, ARGUMENTS, NODES, {}, [])
+    (patch,) = job["spec"]["runtimePatches"]
+    (nodes,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    pod = nodes["template"]["spec"]["template"]["spec"]
+    assert {"name": "store-keys", "secret": {"secretName": "store", "optional": True}} in pod["volumes"]
+    mount = {"name": "store-keys", "mountPath": STORE_FOLDER, "readOnly": True}
+    assert mount in pod["containers"][0]["volumeMounts"]
+    assert {"name": "NS_S3_SECRETS", "value": STORE_FOLDER} in job["spec"]["trainer"]["env"]
+    runtime = Path(__file__).parents[2] / "k8s" / "components" / "trainer" / "trainingruntime-noisy-student.yaml"
+    assert "secretKeyRef" not in json.dumps(job) + runtime.read_text()
 
 
 def test_placement_names_the_runtime_of_the_manifests():

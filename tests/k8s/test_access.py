@@ -10,6 +10,7 @@ from k8s.access import StoreService, find_store_service, open_cluster_access
 from k8s.kubectl import Kubectl, NotFoundError
 from ns.cli.app import run_app
 from ns.core.errors import ClusterError
+from ns.storage.endpoint import EnvironmentCredentials, S3Endpoint
 from tests.k8s.conftest import thing
 from tests.k8s.fake_kubectl import Fake
 
@@ -46,7 +47,10 @@ def test_find_store_service_is_one_of_the_cluster(cluster, endpoint, service):
     assert find_store_service(Kubectl("kind-test"), {"AWS_ENDPOINT_URL": endpoint}, "kubeflow") == service
 
 
-def test_cluster_access_sets_the_environment_inside(cluster):
+def test_cluster_access_sets_the_environment_inside(cluster, monkeypatch):
+    # A person's own keys, of another store: neither the token nor the folder belongs to the cluster's keys.
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "own")
+    monkeypatch.setenv("NS_S3_SECRETS", "/own")
     before = dict(os.environ)
     with open_cluster_access(Kubectl("kind-test"), "kubeflow", print) as url:
         assert url == "http://127.0.0.1:5001"
@@ -57,7 +61,11 @@ def test_cluster_access_sets_the_environment_inside(cluster):
             "AWS_REGION": "us-east-1",
             "AWS_ACCESS_KEY_ID": "key",
             "AWS_SECRET_ACCESS_KEY": "hidden",
+            "AWS_SESSION_TOKEN": "",
+            "NS_S3_SECRETS": "",
         }
+        keys = EnvironmentCredentials().retrieve()
+        assert (S3Endpoint.from_environment().secrets, keys.access_key, keys.session_token) == (None, "key", None)
     assert dict(os.environ) == before
 
 

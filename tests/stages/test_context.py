@@ -62,6 +62,17 @@ def test_stage_keeps_that_it_is_under_way_until_it_says_how_it_ended(tmp_path, m
     assert (list_stage_tries(store, ref.run) != []) is is_left
 
 
+def test_stage_tells_its_own_error_where_the_store_fails_too(tmp_path, monkeypatch):
+    """MLflow's run is named by the run's record, which then cannot be read."""
+
+    def fail(*_):
+        raise StoreError("no connection")
+
+    monkeypatch.setattr("ns.reporting.mlflow_runs.publish_mlflow_failure", fail)
+    with pytest.raises(DataError, match="labeled: no image"), stage("label", open_tiny_run(LocalStore(tmp_path)), 1):
+        raise DataError("labeled: no image")
+
+
 @pytest.mark.parametrize(
     ("error", "index", "age_seconds", "reached"),
     [

@@ -19,6 +19,13 @@ def test_endpoint_and_region_come_from_the_environment():
     assert S3Endpoint.from_environment({"NS_S3_SECRETS": "/s"}).secrets == "/s"
 
 
+def test_keys_in_the_environment_count_where_the_folder_of_secrets_is_empty(tmp_path):
+    environment = {"NS_S3_SECRETS": str(tmp_path), "AWS_ACCESS_KEY_ID": "key"}
+    assert S3Endpoint.from_environment(environment).secrets is None
+    (tmp_path / "accesskey").write_text("x")
+    assert S3Endpoint.from_environment(environment).secrets == str(tmp_path)
+
+
 @pytest.mark.parametrize(
     "url", ["localhost:9000", "ftp://a", "http://", "http://a/path", "http://a?x=1", "http://a:port", "http://[::1"]
 )

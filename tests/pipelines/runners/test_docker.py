@@ -26,6 +26,16 @@ def test_is_offline_is_false_with_a_root_on_s3():
     assert not docker.is_offline(open_store("s3://bucket/runs"), load_experiment(resolve_preset("quickstart")))
 
 
+def test_list_read_paths_are_data_keys_and_certificates():
+    experiment = load_experiment(
+        resolve_preset("quickstart"), ["data.pool=/data/pool", "data.labeled='file:///data/la%20beled'"]
+    )
+    environment = {"NS_S3_SECRETS": "/run/keys", "SSL_CERT_FILE": "/etc/ca.pem", "AWS_ACCESS_KEY_ID": "/none"}
+    assert set(docker.list_read_paths(experiment, environment)) == {
+        "/data/pool", "/data/la beled", "/run/keys", "/etc/ca.pem"
+    }  # fmt: skip
+
+
 def test_list_run_files_leaves_what_is_not_ours(tmp_path):
     for name in (
         "store/runs/one.json",
