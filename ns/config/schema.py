@@ -685,7 +685,7 @@ class GateConfig(Section):
     this. Labels without an audit are not refused; the verdict says so."""
     min_class_coverage: Literal["auto"] | Annotated[float, Field(gt=0, le=1)] | None = None
     """Refuse if fewer than this share of the classes are represented in the generation's selection: have pseudo-labels, and at least a
-    fifth of their share of the labeled images. `auto`: 0.95, which with up to 20 classes is all of them. No limit if not given."""
+    fifth of their share of the labeled images. `auto`: 0.95, which with fewer than 20 classes is all of them. No limit if not given."""
     resamples: int = Field(default=10_000, ge=1000, le=1_000_000)
     """Number of bootstrap resamples of the held-out images."""
 

@@ -212,6 +212,7 @@ def evaluate_gate(
     ValueError if one of these is set and its value was not measured. `lost_classes` are reported and decide nothing. `heldout`,
     `copies` and `try_number` are the verdict's.
     """
+    label_quality = label_quality or LabelQuality()
     level = spend_level(gate, try_number)
     paired = count_pairs(teacher_correct, student_correct)
     gain = paired_gain(teacher_correct, student_correct, level=level, resamples=gate.resamples, seed=seed)
@@ -225,7 +226,7 @@ def evaluate_gate(
         )
         conditions.append(GateCondition.from_value("class drop", drop.low, "at most", gate.max_class_drop, drop_detail))
     conditions += _check_robustness(gate, mistakes, seed)
-    conditions += _check_label_quality(gate, label_quality or LabelQuality())
+    conditions += _check_label_quality(gate, label_quality)
     failed = [condition for condition in conditions if not condition.passed]
     if failed:
         reason = "; ".join(
@@ -234,7 +235,7 @@ def evaluate_gate(
         )
     else:
         reason = f"gain {gain.value:+.3f}, lower bound {gain.low:+.3f} > {gate.min_gain:+.3f}"
-    if gate.min_audited_precision is not None and (label_quality is None or label_quality.audited_precision is None):
+    if gate.min_audited_precision is not None and label_quality.audited_precision is None:
         reason += f"; the labels are not audited, so gate.min_audited_precision = {gate.min_audited_precision} was not checked"
     if lost_classes:
         classes_word = "class" if len(lost_classes) == 1 else "classes"
@@ -261,7 +262,10 @@ def evaluate_gate(
         lost_classes=lost_classes,
         promoted=not failed,
         reason=reason,
-        warnings=tuple(_find_warnings(gate, paired.images, copies, try_number)),
+        warnings=(
+            *_find_warnings(gate, paired.images, copies, try_number),
+            *(_find_unchecked_limits(gate, label_quality) if generation > 1 else ()),
+        ),
     )
 
 
@@ -343,3 +347,14 @@ def _find_warnings(gate: GateConfig, images: int, copies: int, try_number: int) 
             f"this is try {try_number:,} on the same held-out images; the probability that any of them accepted a student without the "
             f"required gain may be up to {bound_family_error(gate, try_number):.0%}; hold out new images, or set gate.spend to bonferroni"
         )
+
+
+def _find_unchecked_limits(gate: GateConfig, label_quality: LabelQuality) -> Iterator[str]:
+    """Limits on what changed since the generation before, where that is not known: as in a recurring run whose pool grows."""
+    limits = (("max_churn", label_quality.churn), ("max_class_shrinkage", label_quality.shrinkage))
+    for field, value in limits:
+        if value is None and (limit := getattr(gate, field)) is not None:
+            yield (
+                f"gate.{field} = {limit} was not checked: the labels that the teacher learned from are of another pool, or are not "
+                "in this root"
+            )

@@ -169,7 +169,8 @@ class Selection(HashedDocument):
     def represented_share(self) -> float:
         """Share of the classes, 0–1, that have pseudo-labels, and not less than a fifth of their share of the labeled images."""
         scarce = [class_id for class_id, (share, prior) in self.distorted_classes.items() if share < prior]
-        return 1 - (len(self.empty_classes) + len(scarce)) / len(self.rules)
+        # Not as 1 minus the others' share: 2 of 10 must be the number that 0.2 is, to reach a limit of 0.2.
+        return (len(self.rules) - len(self.empty_classes) - len(scarce)) / len(self.rules)
 
     def describe_classes(self, classes: Sequence[str]) -> list[str]:
         """What a person should know of single classes, one sentence per kind; empty if there is nothing."""

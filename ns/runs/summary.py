@@ -29,7 +29,7 @@ class GenerationSummary(JsonDocument):
     """student_top1 − teacher_top1 on the same held-out images."""
     gain_low: float
     gain_high: float
-    """Two-sided bootstrap interval of the gain, at the gate's level."""
+    """Bounds of the gain, each one-sided at the verdict's level."""
     labeled: int
     """Images in the pool that the teacher labeled."""
     kept: int
@@ -103,7 +103,7 @@ def list_current_notes(root: Store, run: str, *, through_generation: int | None 
         try:
             verdict = Verdict.load_file(root, gate_note.outputs["verdict"])
         except (DataError, StoreError):
-            # Whoever needs it says what is lost.
+            # What needs it says that it is lost.
             return notes
         student = parent_key(outputs["train"]["model"]) if "train" in outputs else verdict.student
         if (verdict.teacher, verdict.student) != (teacher or verdict.teacher, student):

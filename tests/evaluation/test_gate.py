@@ -33,11 +33,18 @@ from ns.evaluation.result import ImageMistakes
 LEVEL = 0.95
 
 
-def make_verdict(gate: GateConfig, teacher: np.ndarray, student: np.ndarray, labels: np.ndarray | None = None, **facts):
+def make_verdict(
+    gate: GateConfig,
+    teacher: np.ndarray,
+    student: np.ndarray,
+    labels: np.ndarray | None = None,
+    generation: int = 1,
+    **facts,
+):
     labels = np.zeros(len(teacher), np.uint16) if labels is None else labels
     return evaluate_gate(
         gate,
-        generation=1,
+        generation=generation,
         teacher="models/t",
         student="models/s",
         class_ids=labels,
@@ -334,6 +341,24 @@ def test_class_coverage_is_a_condition(required, coverage, promoted):
     assert verdict.promoted == promoted
     assert verdict.conditions[-1].name == "class coverage"
     assert verdict.conditions[-1].required == (0.95 if required == "auto" else required)
+
+
+@pytest.mark.parametrize(
+    ("generation", "label_quality", "unchecked"),
+    [
+        (1, None, []),
+        (2, None, ["max_churn = 0.2", "max_class_shrinkage = 0.5"]),
+        (2, LabelQuality(churn=0.1, shrinkage=0.1), []),
+    ],
+)
+def test_evaluate_gate_warns_of_limits_that_it_cannot_check(generation, label_quality, unchecked):
+    """A pool that has grown since is another one: without a word, the limits would seem to hold."""
+    same, gate = np.ones(400, bool), GateConfig(min_gain=-0.01, max_churn=0.2, max_class_shrinkage=0.5)
+    verdict = make_verdict(gate, same, same, generation=generation, label_quality=label_quality)
+    assert verdict.promoted
+    assert [warning.partition(" was not checked")[0] for warning in verdict.warnings] == [
+        f"gate.{limit}" for limit in unchecked
+    ]
 
 
 @pytest.mark.parametrize("label_quality", [None, LabelQuality()])

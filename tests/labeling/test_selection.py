@@ -460,6 +460,15 @@ def test_selection_names_classes_with_a_share_far_from_the_labeled_images():
     assert run([rows], SelectionConfig()).describe_classes(tuple("abcd")) == []
 
 
+@pytest.mark.parametrize("classes", [5, 10, 20, 100])
+def test_represented_share_reaches_a_limit_that_is_as_large(classes):
+    """A share that is a little less than its spelling would refuse a student at the limit."""
+    selection = run([rows_of([("image", 0, 0.9)])], SelectionConfig())
+    kept, empty = selection.rules[:2]
+    selection = selection.model_copy(update={"rules": (kept,) * (classes // 5) + (empty,) * (classes - classes // 5)})
+    assert selection.represented_share == 0.2
+
+
 @pytest.mark.parametrize("equal", [False, True], ids=["different confidences", "equal confidences"])
 def test_selection_memory_does_not_grow_with_rows(equal, monkeypatch):
     """Twenty times the rows: what the ranking holds stays the same."""
