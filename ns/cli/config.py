@@ -60,12 +60,13 @@ def check_config(
     Example: [cyan]ns config check my-experiment.yaml --heldout 2000 --classes 20[/]
     """
     experiment = load_experiment_argument(config, overrides, root)
+    from ns.config.idle_settings import describe_idle_settings
     from ns.modeling.factory import check_models
 
     with prefix_errors(str(config)):
         remarks = check_models(experiment, root=open_store(root))
     print_line(f"{config}: good")
-    for remark in remarks:
+    for remark in [*remarks, *describe_idle_settings(experiment)]:
         print_line(f"warning: {remark}")
     for line in describe_missing_data(experiment):
         print_line(line)
