@@ -98,7 +98,8 @@ def list_current_notes(root: Store, run: str, *, through_generation: int | None 
     for gate_note in [note for note in notes if note.stage == "gate"]:
         generation = gate_note.generation
         outputs = {note.stage: note.outputs for note in notes if note.generation == generation}
-        if teacher and "select" in outputs and parent_key(outputs["select"]["teacher"]) != teacher:
+        labeled_by = outputs.get("select", {}).get("teacher")
+        if teacher and labeled_by and parent_key(labeled_by) != teacher:
             return [note for note in notes if note.generation < generation]
         try:
             verdict = Verdict.load_file(root, gate_note.outputs["verdict"])
