@@ -9,14 +9,15 @@ OUT/images/…         the pictures, under their keys
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
 
 from ns.core.printable import escape_formula
 from ns.data.dataset import Dataset
@@ -27,7 +28,7 @@ from ns.data.loading.shard_reader import ImageSource
 from ns.labeling.label_set import LabelRows, LabelSet, iter_label_rows
 from ns.labeling.selection import CopyReader, Selection
 from ns.storage import Store
-from ns.storage.parquet import encode_table
+from ns.storage.scratch import explain_scratch_errors, make_scratch_dir
 
 LABEL_TABLE = pa.schema([("key", pa.string()), ("class", pa.string()), ("confidence", pa.float32())])
 LOCAL_FILES = "/data/local-files/?d="
@@ -94,30 +95,27 @@ def find_least_confident(
 def write_label_table(
     out: Store, key: str, label_store: Store, label_set: LabelSet, selection: Selection | None, form: Literal["csv", "parquet"]
 ) -> int:
-    """Writes key, class and confidence of all images with a label, or of those that `selection` keeps. Returns their number."""
-    tables = [
-        pa.table(
-            {
-                "key": [rows.keys[row] for row in kept.tolist()],
-                "class": [label_set.classes[class_id] for class_id in rows.top_class[kept, 0].tolist()],
-                "confidence": rows.confidence[kept],
-            },
-            schema=LABEL_TABLE,
-        )
-        for _, rows, kept in _iter_kept_rows(label_store, label_set, selection)
-    ]
-    table = pa.concat_tables(tables)
-    if form == "parquet":
-        out.put(key, encode_table(table))
-    else:
-        for number, name in enumerate(("key", "class")):
-            table = table.set_column(
-                number, name, pa.array([escape_formula(text) for text in table[name].to_pylist()], pa.string())
-            )
-        sink = pa.BufferOutputStream()
-        pacsv.write_csv(table, sink)
-        out.put(key, sink.getvalue().to_pybytes())
-    return len(table)
+    """Writes key, class and confidence of all images with a label, or of those that `selection` keeps. Returns their number.
+
+    Shard by shard: the table of a large pool does not fit into memory.
+    """
+    count = 0
+    with make_scratch_dir("labels") as scratch_dir, explain_scratch_errors(scratch_dir, "write the table"):
+        path = scratch_dir / "table"
+        writer: Any
+        prepare_text: Callable[[str], str]
+        if form == "parquet":
+            writer, prepare_text = pq.ParquetWriter(path, LABEL_TABLE, compression="zstd"), str
+        else:
+            writer, prepare_text = pacsv.CSVWriter(path, LABEL_TABLE), escape_formula
+        with writer:
+            for _, rows, kept in _iter_kept_rows(label_store, label_set, selection):
+                names = [prepare_text(label_set.classes[class_id]) for class_id in rows.top_class[kept, 0].tolist()]
+                keys = [prepare_text(rows.keys[row]) for row in kept.tolist()]
+                writer.write_table(pa.table([keys, names, rows.confidence[kept]], schema=LABEL_TABLE))
+                count += len(kept)
+        out.put_file(key, path)
+    return count
 
 
 def _iter_kept_rows(

@@ -4,6 +4,7 @@ import csv
 import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from ns.config.schema import ImportConfig
@@ -73,6 +74,13 @@ def test_a_table_of_labels_imports_as_the_same_labels(finished_run, labels, tmp_
         assert before.keys == after.keys
         np.testing.assert_array_equal(before.top_class[before.readable, 0], after.top_class[after.readable, 0])
         np.testing.assert_allclose(before.confidence, after.confidence, rtol=1e-6)
+
+
+def test_a_table_of_labels_is_written_shard_by_shard(labels, tmp_path):
+    """That of a large pool does not fit into memory."""
+    write_label_table(LocalStore(tmp_path), "labels.parquet", labels.store, labels.label_set, None, "parquet")
+    groups = pq.ParquetFile(tmp_path / "labels.parquet").metadata.num_row_groups
+    assert groups == len(labels.label_set.shards) > 1
 
 
 def test_the_selected_labels_alone_can_be_written(labels, tmp_path):
