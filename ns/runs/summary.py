@@ -93,9 +93,11 @@ def list_current_notes(root: Store, run: str, *, through_generation: int | None 
     notes = [
         note for note in list_stage_notes(root, run) if through_generation is None or note.generation <= through_generation
     ]
-    first = next((note for note in notes if note.stage == "train"), None)
-    teacher = parent_key(first.outputs["model"]) if first else None
-    for gate_note in [note for note in notes if note.stage == "gate"]:
+    gate_notes = [note for note in notes if note.stage == "gate"]
+    # A run may begin with the student of an earlier run.
+    before = [note for note in notes if note.stage == "train" and gate_notes and note.generation < gate_notes[0].generation]
+    teacher = parent_key(before[-1].outputs["model"]) if before else None
+    for gate_note in gate_notes:
         generation = gate_note.generation
         outputs = {note.stage: note.outputs for note in notes if note.generation == generation}
         labeled_by = outputs.get("select", {}).get("teacher")

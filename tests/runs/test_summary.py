@@ -101,3 +101,14 @@ def test_list_current_notes_where_another_student_has_come(finished_run, tmp_pat
     ):
         write_stage_note(store, "run", generation, stage, outputs, 1.0, reused=False)
     assert [f"{note.generation}-{note.stage}" for note in list_current_notes(store, "run")] == current
+
+
+def test_list_current_notes_of_a_run_that_does_not_name_its_first_teacher(finished_run, tmp_path):
+    """It is a student of a run whose notes were removed."""
+    verdict = resolve_verdict(finished_run[0], finished_run[1].run)[1]
+    store = LocalStore(tmp_path)
+    verdict.model_copy(update={"teacher": "m/1", "student": "m/2"}).save_file(store, "v.json")
+    outputs = {"select": {"teacher": "m/1/model.json"}, "train": {"model": "m/2/model.json"}, "gate": {"verdict": "v.json"}}
+    for stage, output in outputs.items():
+        write_stage_note(store, "run", 2, stage, output, 1.0, reused=False)
+    assert [note.stage for note in list_current_notes(store, "run")] == [*outputs]
