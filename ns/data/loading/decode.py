@@ -28,6 +28,9 @@ STRIP_PIXELS = 1 << 20
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 """Formats that Pillow may decode. It knows more, such as EPS, for which it runs a foreign program in Ghostscript."""
 
+HEIC_BEGINNINGS = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"))
+"""Bytes 4 to 12 of what phones take photographs in."""
+
 JPEG_MAGIC = b"\xff\xd8\xff"
 # Color spaces that libjpeg-turbo converts to RGB; CMYK needs Pillow's handling of inverted Adobe files.
 PLAIN_COLORSPACES = ("Gray", "YCbCr", "RGB")
@@ -239,6 +242,8 @@ def _decode_pillow(data: bytes, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.
     except Image.DecompressionBombError as error:
         raise DataError(f"decompression bomb: more than {MAX_PIXELS:,} px") from error
     except UnidentifiedImageError as error:
+        if data[4:12] in HEIC_BEGINNINGS:
+            raise DataError("HEIC, which is not read: convert it to JPEG") from error
         raise DataError("not an image, or of an unknown format") from error
     except (OSError, SyntaxError) as error:
         reason = str(error)

@@ -147,8 +147,9 @@ POOL: list[tuple[str, Write]] = [
     )),
     ("an empty file", write("a.jpg", b"")),
     ("a JPEG or PNG that is cut off", write_all(("a.jpg", encode(RGB, "JPEG")[:300]), ("a.png", PNG[:300]))),
-    ("HEIC, SVG, EPS, a film, text with the name of an image", write_all(
-        ("1.heic", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"), ("2.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>"),
+    ("HEIC, in which phones take photographs", write("1.heic", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")),
+    ("SVG, EPS, a film, text with the name of an image", write_all(
+        ("2.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>"),
         ("3.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), ("4.mp4", b"\0\0\0\x18ftypisom\0\0\0\0"),
         ("5.jpg", b"<html>not found</html>"),
     )),
