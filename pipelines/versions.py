@@ -48,16 +48,20 @@ def describe_version(package: str, placement: Placement) -> str:
 def find_platform_version(client: KfpClient, package: str) -> PlatformVersion | None:
     """The newest version of the same code, or else the newest of all; None if the platform has uploaded none."""
     code = digest_wiring(package)
-    newest = None
+    taken = None
     for version in islice(client.list_versions(pipeline_name(package)), SEARCHED_VERSIONS):
-        if (match := _DESCRIPTION.search(version.description)) is None:
-            continue
-        placement = Placement.from_json(match[2], f"the description of version {version.version}")
-        candidate = PlatformVersion(version, match[1], placement)
-        if candidate.code == code:
-            return candidate
-        newest = newest or candidate
-    return newest
+        match = _DESCRIPTION.search(version.description)
+        if match and match[1] == code:
+            taken = version, match
+            break
+        if match and taken is None:
+            taken = version, match
+    if taken is None:
+        return None
+    # Only now: of another release, a placement may have fields that this one does not know.
+    version, match = taken
+    placement = Placement.from_json(match[2], f"the description of version {version.version}")
+    return PlatformVersion(version, match[1], placement)
 
 
 def require_platform_version(client: KfpClient, package: str) -> PlatformVersion:

@@ -58,6 +58,13 @@ def test_provide_pipeline_of_the_same_code_however_new_others_are(kfp, platform,
     assert provide_pipeline(KfpClient(), {}, said.append).version_id == platform.version_id
 
 
+def test_find_platform_version_beside_versions_of_another_release(kfp, platform):
+    """Their placements have fields that are unknown here, which matters only if one of them is to be taken."""
+    other = render_package(PACKAGE.read_text().replace("arXiv:1911.04252", "arXiv"), PLATFORM)
+    KfpClient().upload_pipeline(other, 'code 0123456789ab; placement {"gone": 1}')
+    assert find_platform_version(KfpClient(), PACKAGE.read_text()).pipeline.version_id == platform.version_id
+
+
 def test_provide_pipeline_with_a_placement_of_its_own_has_its_own_name(kfp, platform, said):
     own = provide_pipeline(KfpClient(), {"train_memory": "32Gi"}, said.append)
     assert names(kfp) == ["noisy-student", "noisy-student-jo-ann"]
