@@ -7,7 +7,7 @@ while there are others.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -77,15 +77,18 @@ def find_unsure_images(label_store: Store, label_set: LabelSet, count: int) -> C
         confidence = top.confidence[rows]
         margin = confidence - top.probabilities[rows, 1].astype(np.float32)
         shard = Candidates(np.full(len(rows), number), rows, top.class_ids[rows, 0].astype(np.int64), confidence, 1 - margin)
-        columns: list[Any] = [np.concatenate((best[column], shard[column])) for column in range(len(best))]
-        merged = Candidates(*columns)
-        order = np.lexsort((merged.rows, merged.shards, -merged.uncertainty, merged.class_ids))
-        sorted_ids = merged.class_ids[order]
-        place_in_class = np.arange(len(order)) - np.searchsorted(sorted_ids, sorted_ids)
-        kept = order[place_in_class < per_class]
-        columns = [column[kept] for column in merged]
-        best = Candidates(*columns)
+        merged = Candidates._make(np.concatenate(columns) for columns in zip(best, shard, strict=True))
+        best = _keep_unsurest(merged, per_class)
     return best
+
+
+def _keep_unsurest(candidates: Candidates, per_class: int) -> Candidates:
+    """The most uncertain candidates of each class; of equal ones the earlier images."""
+    order = np.lexsort((candidates.rows, candidates.shards, -candidates.uncertainty, candidates.class_ids))
+    sorted_ids = candidates.class_ids[order]
+    place_in_class = np.arange(len(order)) - np.searchsorted(sorted_ids, sorted_ids)
+    kept = order[place_in_class < per_class]
+    return Candidates._make(column[kept] for column in candidates)
 
 
 def take_diverse_images(features: Floats, uncertainty: Floats, class_ids: Ints, count: int) -> Ints:

@@ -306,12 +306,8 @@ def make_selection(
     with make_scratch_dir("select") as scratch_dir:
         score_file = _ScoreFile(scratch_dir / "scores")
         return select_pseudo_labels(
-            lambda: (
-                score_file.read_scores()
-                if score_file.written
-                else score_file.write_scores(
-                    iter_shard_scores(store, label_set, policy.classes_per_image, align, foreign_limit)
-                )
+            lambda: score_file.iter_scores(
+                lambda: iter_shard_scores(store, label_set, policy.classes_per_image, align, foreign_limit)
             ),
             len(label_set.classes),
             policy,
@@ -396,9 +392,13 @@ class _ScoreFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._shards: list[tuple[int, int, Callable[[npt.NDArray[np.int64]], list[str]]]] = []
-        self.written = False
+        self._is_written = False
 
-    def write_scores(self, shards: Iterable[ShardScores]) -> Iterator[ShardScores]:
+    def iter_scores(self, make_shards: Callable[[], Iterable[ShardScores]]) -> Iterator[ShardScores]:
+        """The scores of all shards: the first time from `make_shards`, which is kept, and then from the file."""
+        return self._read_scores() if self._is_written else self._write_scores(make_shards())
+
+    def _write_scores(self, shards: Iterable[ShardScores]) -> Iterator[ShardScores]:
         with explain_scratch_errors(self._path, "keep scores"), self._path.open("wb") as file:
             for scores in shards:
                 # No probability is negative.
@@ -407,9 +407,9 @@ class _ScoreFile:
                 file.write(np.ascontiguousarray(scores.class_ids).tobytes())
                 self._shards.append((*scores.class_ids.shape, scores.read_keys))
                 yield scores
-        self.written = True
+        self._is_written = True
 
-    def read_scores(self) -> Iterator[ShardScores]:
+    def _read_scores(self) -> Iterator[ShardScores]:
         with self._path.open("rb") as file:
             for rows, top_k, read_keys in self._shards:
                 confidence = np.fromfile(file, np.float32, rows * top_k).reshape(rows, top_k)

@@ -128,7 +128,7 @@ def freeze_layers(network: nn.Module, share: float) -> tuple[str, ...]:
 
 
 class _PlainTransform(TrainTransform):
-    """Images as evaluation sees them, at the resolution of training."""
+    """Images as evaluation sees them, at the resolution of training. Of a `TrainTransform` it keeps how images are read, and no noise."""
 
     def __init__(self, role: RoleConfig) -> None:
         super().__init__(role.noise, role.model.resolution, role.model.crop)

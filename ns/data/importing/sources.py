@@ -342,25 +342,12 @@ def _list_archive(source: str, role: DatasetRole, scratch_dir: Path, passed_over
     store, name = open_parent(source)
     tar = TarSource(_unpack_tar(source, store.path(name), scratch_dir / UNPACKED_TAR), "", "", _read_stamp(store, name))
     tar = tar._replace(container=str(tar.tar))
-    # The first of two passes finds the folders that all images share, which name no class, and labels beside the images.
-    common: str | None = None
-    deepest = 0
-    label_files: set[str] = set()
-    for member in list_members(tar.tar):
-        extension = get_extension(member.name)
-        if extension in LABEL_EXTENSIONS:
-            label_files.add(extension)
-        if classify_document(member.name):
-            continue
-        folder = PurePosixPath(member.name).parent
-        deepest = max(deepest, len(folder.parts))
-        common = str(folder) if common is None else os.path.commonpath([common, str(folder)])
-    depth = len(PurePosixPath(common or "").parts)
-    in_one_folder = depth == deepest
-    if role != "unlabeled" and (CLASS_EXTENSION in label_files or (in_one_folder and label_files)):
-        yield from list_images(tar, role, scratch_dir, passed_over, normalize_name(PurePosixPath(common or "").name) or None)
+    common, is_one_folder, label_extensions = _survey_archive(tar.tar)
+    depth = len(common.parts)
+    if role != "unlabeled" and (CLASS_EXTENSION in label_extensions or (is_one_folder and label_extensions)):
+        yield from list_images(tar, role, scratch_dir, passed_over, normalize_name(common.name) or None)
         return
-    if role != "unlabeled" and in_one_folder:
+    if role != "unlabeled" and is_one_folder:
         # The one folder must then be a class.
         depth = max(0, depth - 1)
     for member in list_members(tar.tar):
@@ -369,6 +356,24 @@ def _list_archive(source: str, role: DatasetRole, scratch_dir: Path, passed_over
             continue
         inner = TarMember("/".join(PurePosixPath(member.name).parts[depth:]), member.offset, member.size)
         yield tar.make_entry(inner, *_find_class_folder(source, inner.name, role))
+
+
+def _survey_archive(tar: Path) -> tuple[PurePosixPath, bool, set[str]]:
+    """The folder that all images share, whose parents name no class; whether all lie in it; and the extensions of labels beside them."""
+    common: str | None = None
+    deepest = 0
+    label_extensions: set[str] = set()
+    for member in list_members(tar):
+        extension = get_extension(member.name)
+        if extension in LABEL_EXTENSIONS:
+            label_extensions.add(extension)
+        if classify_document(member.name):
+            continue
+        folder = PurePosixPath(member.name).parent
+        deepest = max(deepest, len(folder.parts))
+        common = str(folder) if common is None else os.path.commonpath([common, str(folder)])
+    shared = PurePosixPath(common or "")
+    return shared, len(shared.parts) == deepest, label_extensions
 
 
 def _blame_source(source: str, scratch_dir: Path, source_entries: Iterator[SourceEntry]) -> Iterator[SourceEntry]:
