@@ -253,13 +253,15 @@ def relative_rise(teacher: npt.NDArray[np.number], student: npt.NDArray[np.numbe
 def bound_rise(
     teacher: npt.NDArray[np.integer], student: npt.NDArray[np.integer], *, level: float, resamples: int, seed: int
 ) -> float:
-    """One-sided lower bound of `relative_rise`, from mistakes by image and kind, integers [N, K]: paired bootstrap over images.
+    """One-sided lower bound of `relative_rise`, from mistakes by image and kind, integers [N, K]: paired bootstrap over images. Of a single
+    image nothing is sure: -inf.
 
     Bias-corrected and accelerated (BCa; Efron, JASA 82, 1987): a ratio to few mistakes is too large on average, and skewed.
     """
     from scipy.special import ndtr, ndtri
 
-    images = len(teacher)
+    if len(teacher) < 2:
+        return -math.inf
     mistakes = np.concatenate([teacher, student], 1).astype(np.float32)
     kinds = teacher.shape[1]
 
@@ -276,7 +278,7 @@ def bound_rise(
     spread = float((influence**2).sum())
     acceleration = float((influence**3).sum()) / (6 * spread**1.5) if spread else 0.0
     shifted = bias + ndtri(1 - level)
-    return float(np.quantile(rises, ndtr(bias + shifted / (1 - acceleration * shifted)))) if images > 1 else -math.inf
+    return float(np.quantile(rises, ndtr(bias + shifted / (1 - acceleration * shifted))))
 
 
 def _iter_resampled_sums(values: npt.NDArray[np.float32], resamples: int, seed: int) -> Iterator[Floats]:

@@ -232,8 +232,9 @@ def _refuse_useless_retry(ref: RunRef, generation: int, note_name: str) -> None:
     if failure and failure.is_permanent:
         age = datetime.now(UTC) - datetime.fromisoformat(failure.failed_at)
         if age < timedelta(seconds=RETRY_PAUSE_SECONDS):
-            error = next(kind for kind in NsError.__subclasses__() if kind.exit_code == failure.exit_code)
-            raise error(failure.error)
+            kinds: dict[int, type[NsError]] = {kind.exit_code: kind for kind in NsError.__subclasses__()}
+            # A record of another version may have a code that this one does not know.
+            raise kinds.get(failure.exit_code, RunError)(failure.error)
 
 
 def check_gpus(given: int) -> None:

@@ -48,7 +48,6 @@ def train_generation(
     """
     with stage("train", ref, generation, teacher=teacher) as context:
         training = _Training(context.root, context.ledger, context.experiment, data, generation, teacher, selection)
-
         _train(context, ref, training, gpus, launch_remote)
         return training.model_key
 
