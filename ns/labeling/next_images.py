@@ -7,7 +7,7 @@ while there are others.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -77,7 +77,8 @@ def find_unsure_images(label_store: Store, label_set: LabelSet, count: int) -> C
         confidence = top.confidence[rows]
         margin = confidence - top.probabilities[rows, 1].astype(np.float32)
         shard = Candidates(np.full(len(rows), number), rows, top.class_ids[rows, 0].astype(np.int64), confidence, 1 - margin)
-        merged = Candidates._make(np.concatenate(columns) for columns in zip(best, shard, strict=True))
+        columns: list[Any] = [np.concatenate((best[column], shard[column])) for column in range(len(best))]
+        merged = Candidates(*columns)
         best = _keep_unsurest(merged, per_class)
     return best
 
