@@ -237,8 +237,8 @@ def make_verdict(generation: int, lost: int, won: int, **limits):
     return evaluate_gate(
         GateConfig(**limits),
         generation=generation,
-        teacher="store/models/t",
-        student="store/models/s",
+        teacher=f"store/models/{generation - 1}",
+        student=f"store/models/{generation}",
         class_ids=(np.arange(400) % 2).astype(np.uint16),
         teacher_correct=teacher,
         student_correct=student,
