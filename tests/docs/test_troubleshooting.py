@@ -47,7 +47,7 @@ TESTS = {
     "tests/pipelines/runners/test_local.py::test_run_locally_names_a_stage_that_died": (
         "exited without an error message (killed? out of memory?)",
     ),
-    "tests/modeling/test_distributed.py::test_training_killed_at_random_steps_ends_bit_for_bit_the_same": (
+    "tests/modeling/test_distributed.py::test_launched_processes_that_are_killed_or_asked_to_stop_continue": (
         "training processes exited without an error message",
     ),
     "tests/training/test_loop.py::test_loader_killed_while_waited_for_is_explained": ("a data loader's process was killed",),
