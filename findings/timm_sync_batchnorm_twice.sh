@@ -4,7 +4,7 @@
 # The first call turns timm's BatchNormAct2d into SyncBatchNormAct, which normalizes and then applies the activation: the network
 # computes what it did. SyncBatchNormAct is itself a SyncBatchNorm, for which the second call makes a plain torch SyncBatchNorm.
 # The activation stays in it as a child, but its forward pass never calls it. Nothing is raised, the names of all weights stay, and
-# the network still trains. torch's own SyncBatchNorm.convert_sync_batchnorm leaves what is converted as it is. It matters for whoever
+# the network still trains. torch's own SyncBatchNorm.convert_sync_batchnorm leaves what is converted as it is. It matters for code that
 # prepares a network again in the middle of a training, say after layers were unfrozen, and converts it on the way.
 #
 # Seen with: Python 3.11, torch 2.14.1, torchvision 0.29.1, timm 1.0.31, in evaluation mode on a CPU:
