@@ -77,7 +77,10 @@ def test_readme_tells_the_interval_of_an_experiment(tmp_path):
     result = {"figures": {figure: 0.163}, "intervals": {figure: {"value": 0.163, "low": 0.121, "high": 0.205}}}
     (tmp_path / "method_cifar10.json").write_text(json.dumps(result))
     text = render_readme(README.read_text(), load_kept(tmp_path))
-    assert "**16.3%** fewer errors than the same training on labels alone (95 % interval: 12.1% to 20.5%)" in text
+    assert (
+        "**16.3%** fewer errors after two generations than as long a training on the labels alone (95 % interval: 12.1% to 20.5%)"
+        in text
+    )
 
 
 def test_summary_page_is_up_to_date():
