@@ -28,7 +28,7 @@ help: ## Show this list
 run: $(VENV)/.run ## Run the quickstart: the whole loop on handwritten digits, a minute (ARGS="--set seed=1")
 	@$(NS) run quickstart $(ARGS)
 
-test: $(VENV)/.test ## Run the unit tests, two minutes
+test: $(VENV)/.test ## Run the unit tests, a minute and a half
 	@$(PYTEST) --numprocesses auto --dist loadfile $(ARGS)
 
 clean: ## Remove runs/ and site/

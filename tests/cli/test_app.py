@@ -311,6 +311,7 @@ def test_load_experiment_argument_makes_every_path_absolute(tmp_path, monkeypatc
     assert with_uris(loaded, plain.map_uris()) == plain
 
 
+@pytest.mark.integration
 def test_plan_prints_json_and_nothing_else(capsys):
     code, out, _ = ns(capsys, "plan", "quickstart", "--seconds", "1", "--json")
     assert code == 0

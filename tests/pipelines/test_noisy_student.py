@@ -69,6 +69,7 @@ def find_layers(spec: dict, component: dict, depth: int = 0) -> Iterator[tuple[s
             yield task["taskInfo"]["name"], depth
 
 
+@pytest.mark.integration
 def test_committed_packages_are_up_to_date():
     # On its strip_channel: KFP looks its caller up among all modules that are loaded, for each setting of each task; with a test suite's
     # thousands that takes a minute.

@@ -30,6 +30,7 @@ def test_training_speed_uses_the_configured_precision(role):
     assert speed.update_seconds > 0
 
 
+@pytest.mark.integration
 def test_inference_speed_exceeds_training_speed(role):
     train = measure_training_speed(plan_training(role, 50), outputs=10, batch=64, seconds=0.4)
     infer = measure_inference_speed(role, outputs=10, batch=64, seconds=0.4)

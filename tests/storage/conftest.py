@@ -75,7 +75,11 @@ def store_at(url: str, cache, bucket: str | None = None) -> S3Store:
 
 @pytest.fixture(
     scope="module",
-    params=["folder", "moto", pytest.param("swift", marks=[pytest.mark.integration, pytest.mark.timeout(300)])],
+    params=[
+        "folder",
+        pytest.param("moto", marks=pytest.mark.integration),
+        pytest.param("swift", marks=[pytest.mark.integration, pytest.mark.timeout(300)]),
+    ],
 )
 def any_store(request, tmp_path_factory):
     """An empty store of each kind, for the tests of one module."""

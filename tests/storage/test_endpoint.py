@@ -116,6 +116,7 @@ def test_missing_or_empty_secret_file_is_named(tmp_path):
         FileCredentials(tmp_path).retrieve()
 
 
+@pytest.mark.integration
 def test_pickled_store_holds_no_secret(monkeypatch, moto):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
     monkeypatch.setenv("AWS_ENDPOINT_URL", moto)

@@ -177,6 +177,7 @@ def test_who_waits_says_once_who_holds_the_lease_and_does_the_work_if_it_failed(
     assert leases(root) == []
 
 
+@pytest.mark.integration
 def test_killed_holder_on_this_machine_is_taken_over_at_once(tmp_path):
     root = LocalStore(tmp_path)
     with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE) as holder:

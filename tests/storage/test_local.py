@@ -145,6 +145,7 @@ def test_split_uri_into_folder_and_file(tmp_path):
             split_uri(uri)
 
 
+@pytest.mark.integration
 def test_put_survives_a_kill_at_any_instant(tmp_path):
     store = LocalStore(tmp_path)
     store.put("blob", b"a" * 1_000_000)

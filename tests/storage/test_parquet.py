@@ -35,6 +35,7 @@ def test_read_table_refuses_other_bytes():
         read_table(sink.getvalue(), schema=pa.schema([("key", pa.int32())]))
 
 
+@pytest.mark.integration
 def test_read_table_starts_no_thread_that_could_abort_the_process_at_its_end():
     subprocess.run([sys.executable, "-c", PROGRAM], check=True)
 

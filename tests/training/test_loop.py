@@ -83,7 +83,9 @@ def same(left, right) -> bool:
     return all(torch.equal(left[name], right[name]) for name in left) and left.keys() == right.keys()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "rmsprop", "muon"])
+@pytest.mark.parametrize(
+    "optimizer", ["adamw", "muon", *(pytest.param(name, marks=pytest.mark.integration) for name in ("sgd", "rmsprop"))]
+)
 def test_resumed_training_ends_bit_for_bit_like_an_uninterrupted_one(data, tmp_path, monkeypatch, optimizer):
     config = role(checkpoint_seconds=0, optimizer=OptimizerConfig(name=optimizer, lr=0.05, warmup_epochs=1))
     calm = run(data, tmp_path / "calm", config)

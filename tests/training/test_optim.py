@@ -157,6 +157,7 @@ def test_layers_near_the_input_learn_slower():
     assert scales["patch_embed.proj.weight"] == 0.5 ** (depth + 1)
 
 
+@pytest.mark.integration
 def test_every_optimizer_of_timm_that_is_accepted_takes_steps():
     names = [name for name in list_optimizers() if not name.startswith(UNUSABLE_OPTIMIZERS)]
     assert len(names) > 80

@@ -470,6 +470,7 @@ def test_max_side_shrinks_large_images(tmp_path, picture):
     assert run(tmp_path / "pool", tmp_path / "kept", role="unlabeled").digest != dataset.digest
 
 
+@pytest.mark.integration
 def test_import_does_not_depend_on_workers(tmp_path, folder):
     (folder / "cat" / "bad.png").write_bytes(b"no image")
     options = {"max_rejected_share": 0.5, "shard_samples": 3}

@@ -100,6 +100,7 @@ def test_run_suite_matches_plain_loop(run, model, tmp_path, make_labeled_images)
     )
 
 
+@pytest.mark.integration
 def test_run_suite_is_independent_of_shards_batches_processes(run, tmp_path, make_labeled_images, monkeypatch):
     first = run(make_labeled_images(tmp_path / "d"))
     monkeypatch.setattr(suite, "BLOCK_IMAGES", 7)
@@ -288,6 +289,7 @@ def test_run_suite_continues_after_kills(run, model, tmp_path, make_labeled_imag
     assert run(data, "killed", made=LocalStore(tmp_path / "made")).digest == calm.digest
 
 
+@pytest.mark.integration
 def test_helper_processes_do_not_import_torch(monkeypatch):
     monkeypatch.setattr(suite, "_count_cores", lambda: 2)
     with ExitStack() as stack:
