@@ -28,7 +28,7 @@ from urllib3.exceptions import HTTPError
 from components import SETTINGS_VARIABLES, STAGE_USER, STORE_FOLDER
 from components.cluster.nodes import TrainingNodes
 from ns.core import log
-from ns.core.errors import ConfigError, Interrupted, NsError, RunError, TrainingError
+from ns.core.errors import ConfigError, Interrupted, NsError, RunError, TrainingError, find_error_kind
 from ns.core.printable import make_printable
 from ns.core.process import handle_signals
 from ns.storage.endpoint import SECRETS_VARIABLE
@@ -296,11 +296,10 @@ class TrainJob:
     def _explain_failure(self, end: JobEnd) -> NsError:
         """The error that a node logged, or the last lines of its log."""
         pod, reason, lines = self._logs.read_failed_node()
-        kinds: dict[int, type[NsError]] = {kind.exit_code: kind for kind in NsError.__subclasses__()}
         for line in lines:
             event = _parse_object(line)
             if event.get("event") == "failed" and "error" in event:
-                return kinds.get(int(event.get("exit_code", 1)), TrainingError)(str(event["error"]))
+                return find_error_kind(int(event.get("exit_code", 1)), TrainingError)(str(event["error"]))
         detail = f"; {pod} {reason}" if pod else ""
         return TrainingError(
             f"TrainJob {self.name}: {end.message}{detail}; the same command continues{log.format_last_lines(lines)}"

@@ -63,6 +63,11 @@ class Interrupted(NsError):
     exit_code = 130
 
 
+def find_error_kind(exit_code: int, default: type[NsError]) -> type[NsError]:
+    """The kind of error that ended another process. `default`: for codes that are none of ours, as of a later version."""
+    return next((kind for kind in NsError.__subclasses__() if kind.exit_code == exit_code), default)
+
+
 @contextmanager
 def prefix_errors(field: str, hint: str = "") -> Iterator[None]:
     """Puts the experiment's field in front of the message of any NsError, and `hint` behind it."""

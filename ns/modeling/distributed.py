@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from ns.core.errors import ConfigError, Interrupted, NsError, TrainingError
+from ns.core.errors import ConfigError, Interrupted, NsError, TrainingError, find_error_kind
 from ns.core.process import CLIENT_VARIABLE, handle_signals, identify_process
 from ns.storage.scratch import make_scratch_dir
 
@@ -252,8 +252,7 @@ def launch_processes(processes: int, module: str, arguments: Sequence[str]) -> N
             return
         if failure_path.exists():
             failure_record = json.loads(failure_path.read_text())
-            kinds: dict[int, type[NsError]] = {kind.exit_code: kind for kind in NsError.__subclasses__()}
-            raise kinds.get(failure_record["exit_code"], TrainingError)(failure_record["error"])
+            raise find_error_kind(failure_record["exit_code"], TrainingError)(failure_record["error"])
         if signals:
             raise Interrupted("stopped; the same command continues from the last checkpoint")
         raise TrainingError(

@@ -14,7 +14,7 @@ from ns.config.loader import load_experiment
 from ns.config.schema import Experiment
 from ns.core import log, telemetry
 from ns.core.digest import shorten_digest
-from ns.core.errors import ConfigError, Interrupted, NsError, RunError
+from ns.core.errors import ConfigError, Interrupted, NsError, RunError, find_error_kind
 from ns.core.process import die_with_client, handle_signals, set_openmp_to_sleep
 from ns.reporting import mlflow_runs
 from ns.runs.lifecycle import check_run_code, digest_experiment
@@ -232,9 +232,7 @@ def _refuse_useless_retry(ref: RunRef, generation: int, note_name: str) -> None:
     if failure and failure.is_permanent:
         age = datetime.now(UTC) - datetime.fromisoformat(failure.failed_at)
         if age < timedelta(seconds=RETRY_PAUSE_SECONDS):
-            kinds: dict[int, type[NsError]] = {kind.exit_code: kind for kind in NsError.__subclasses__()}
-            # A record of another version may have a code that this one does not know.
-            raise kinds.get(failure.exit_code, RunError)(failure.error)
+            raise find_error_kind(failure.exit_code, RunError)(failure.error)
 
 
 def check_gpus(given: int) -> None:
