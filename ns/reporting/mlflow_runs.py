@@ -70,8 +70,8 @@ def publish_mlflow_run(root: Store, run: str) -> None:
     """Logs all of a run that is missing, its experiment and its report, and ends MLflow's run. Does nothing without a server."""
     if not is_tracked():
         return
-    for generation in [note.generation for note in list_current_notes(root, run) if note.stage == "evaluate"]:
-        publish_mlflow_generation(root, run, generation)
+    for note in list_current_notes(root, run, "evaluate"):
+        publish_mlflow_generation(root, run, note.generation)
     tracked = open_mlflow_run(root, run, _load_experiment(root, run).name)
     with make_scratch_dir("mlflow") as folder:
         for file in (CONFIG_FILE, REPORT_FILE):

@@ -102,7 +102,7 @@ def resolve_verdict(root: Store, name: str) -> tuple[str, Verdict]:
     if named is None and "/gen-" in name:
         raise RunError(f"{name}: must be a run, or a generation of it: latest, latest/gen-1")
     run = resolve_run_name(root, named[0] if named else name)
-    verdict_keys = {note.generation: note.outputs["verdict"] for note in list_current_notes(root, run) if note.stage == "gate"}
+    verdict_keys = {note.generation: note.outputs["verdict"] for note in list_current_notes(root, run, "gate")}
     if not verdict_keys:
         raise RunError(f"run {run}: no student has come to the gate yet; `ns run --resume` continues it")
     generation = named[1] if named else max(verdict_keys)
@@ -123,8 +123,8 @@ def find_accepted_student(root: Store, experiment: str) -> AcceptedStudent | Non
     for record in list_runs(root):
         if read_experiment_name(root, record.run) != experiment:
             continue
-        for note in list_current_notes(root, record.run):
-            verdict = Verdict.find_file(root, note.outputs["verdict"]) if note.stage == "gate" else None
+        for note in list_current_notes(root, record.run, "gate"):
+            verdict = Verdict.find_file(root, note.outputs["verdict"])
             if verdict and verdict.promoted and root.exists(f"{verdict.student}/{ModelManifest.filename}"):
                 student = AcceptedStudent(record.run, verdict.generation, verdict.student)
                 rank = numbers.get(verdict.student, (0, ""))

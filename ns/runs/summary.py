@@ -84,8 +84,8 @@ class RunSummary(RunRecord):
     stages: list[StageNote]
 
 
-def list_current_notes(root: Store, run: str, *, through_generation: int | None = None) -> list[StageNote]:
-    """The notes of a run's loop as it is now, in the order of `list_stage_notes`, of all generations or of the first ones.
+def list_current_notes(root: Store, run: str, stage: str = "", *, through_generation: int | None = None) -> list[StageNote]:
+    """What `list_stage_notes` lists, of a run's loop as it is now, and of all generations or of the first ones.
 
     A run that is repeated with other code, or after an audit, may refuse a student that it had accepted, or train another one. Notes of
     what followed stay in its folder until the loop comes there again, and are no part of it.
@@ -93,9 +93,16 @@ def list_current_notes(root: Store, run: str, *, through_generation: int | None 
     notes = [
         note for note in list_stage_notes(root, run) if through_generation is None or note.generation <= through_generation
     ]
+    return [note for note in _follow_verdicts(root, notes) if stage in ("", note.stage)]
+
+
+def _follow_verdicts(root: Store, notes: list[StageNote]) -> list[StageNote]:
+    """The notes up to where the verdicts lead, from each teacher to its student."""
     gate_notes = [note for note in notes if note.stage == "gate"]
+    if not gate_notes:
+        return notes
     # A run may begin with the student of an earlier run.
-    before = [note for note in notes if note.stage == "train" and gate_notes and note.generation < gate_notes[0].generation]
+    before = [note for note in notes if note.stage == "train" and note.generation < gate_notes[0].generation]
     teacher = parent_key(before[-1].outputs["model"]) if before else None
     for gate_note in gate_notes:
         generation = gate_note.generation
