@@ -48,14 +48,13 @@ def describe_version(package: str, placement: Placement) -> str:
 def find_platform_version(client: KfpClient, package: str) -> PlatformVersion | None:
     """The newest version of the same code, or else the newest of all; None if the platform has uploaded none."""
     code = digest_wiring(package)
+    versions = islice(client.list_versions(pipeline_name(package)), SEARCHED_VERSIONS)
     taken = None
-    for version in islice(client.list_versions(pipeline_name(package)), SEARCHED_VERSIONS):
-        match = _DESCRIPTION.search(version.description)
-        if match and match[1] == code:
+    for version, match in ((version, match) for version in versions if (match := _DESCRIPTION.search(version.description))):
+        taken = taken or (version, match)
+        if match[1] == code:
             taken = version, match
             break
-        if match and taken is None:
-            taken = version, match
     if taken is None:
         return None
     # Only now: of another release, a placement may have fields that this one does not know.

@@ -141,11 +141,12 @@ def write_checkpoint(store: Store, step: int, state_snapshot: Snapshot, keep: in
     blob = save_tensors(tensors, metadata={"state": json.dumps(state_snapshot.metadata)})
     key = f"step-{step:08d}-{sha256_bytes(blob)[:16]}.safetensors"
     store.put(key, blob)
-    for match in _list_checkpoints(store):
-        # Training went on before these, so they are damaged; as the last ones they would be kept, and this one dropped.
-        if match[0] != key and int(match[1]) >= step:
-            store.delete(match[0])
-    clear_checkpoints(store, keep)
+    listed = [(int(match[1]), match[0]) for match in _list_checkpoints(store)]
+    # Training went on before these, so they are damaged; as the last ones they would be kept, and this one dropped.
+    damaged = [name for at_step, name in listed if at_step >= step and name != key]
+    whole = [name for _, name in listed if name not in damaged]
+    for name in [*damaged, *whole[keep:]]:
+        store.delete(name)
 
 
 def restore_state(store: Store, state: TrainingState) -> bool:
@@ -162,9 +163,9 @@ def restore_state(store: Store, state: TrainingState) -> bool:
     return False
 
 
-def clear_checkpoints(store: Store, keep: int = 0) -> None:
-    """Removes all checkpoints but the last `keep`. Once a model is finished, it needs none."""
-    for match in _list_checkpoints(store)[keep:]:
+def clear_checkpoints(store: Store) -> None:
+    """Removes all checkpoints. Once a model is finished, it needs none."""
+    for match in _list_checkpoints(store):
         store.delete(match[0])
 
 

@@ -81,7 +81,7 @@ def train_model(
     config, steps = plan.train_config, plan.steps
     pseudo_batch = config.pseudo_batch if pseudo else 0
     images_per_step = config.labeled_batch + pseudo_batch
-    check_rank_parts(config, world, is_student=pseudo_batch > 0)
+    _check_rank_parts(config, world, is_student=pseudo_batch > 0)
 
     network = network.to(device)
     confines_noise = plan.role.noise.pool == "none" and pseudo_batch > 0
@@ -282,17 +282,17 @@ def _resolve_training_mode(config: TrainConfig, device: torch.device) -> Precisi
     return resolve_mode(config.precision, compiled=config.compile, task="train", device=device)
 
 
-def check_rank_parts(config: TrainConfig, world: World, *, is_student: bool) -> None:
+def _check_rank_parts(config: TrainConfig, world: World, *, is_student: bool) -> None:
     """Raises ConfigError unless the images of each step can be divided equally, also those of the fine-tuning, which comes last."""
     parts = config.accumulate * world.world_size
-    batches = [("labeled_batch", config.labeled_batch, "labeled")]
+    labeled, tuned = config.labeled_batch, config.finetune and config.finetune.labeled_batch
+    batches = [("labeled_batch", labeled, labeled, "labeled")]
     if is_student:
-        batches.append(("labeled_batch", config.pseudo_batch, "pseudo-labeled"))
-    if config.finetune and config.finetune.labeled_batch:
-        batches.append(("finetune.labeled_batch", config.finetune.labeled_batch, "labeled"))
-    for field, images, kind in batches:
+        batches.append(("labeled_batch", labeled, config.pseudo_batch, "pseudo-labeled"))
+    if tuned:
+        batches.append(("finetune.labeled_batch", tuned, tuned, "labeled"))
+    for field, value, images, kind in batches:
         if images % parts:
-            value = config.labeled_batch if field == "labeled_batch" else images
             raise ConfigError(
                 f"train.{field}: invalid value {value}: a step's {images} {kind} images must be a multiple "
                 f"of processes × train.accumulate, {world.world_size} × {config.accumulate}, so that all have equal parts"

@@ -142,7 +142,7 @@ class EvalTransform:
         scaled = self._resolution + self._margin_px
         rows = columns = scaled
         if self._test_crop == "center":
-            pixels = cut_elongated(pixels)
+            pixels = _cut_elongated_image(pixels)
             height, width = pixels.shape[:2]
             short = min(height, width)
             rows, columns = int(scaled * height / short), int(scaled * width / short)
@@ -234,7 +234,7 @@ def crop_image(
     return np.asarray(picture)
 
 
-def cut_elongated(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+def _cut_elongated_image(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """The middle of an image, uint8 [H, W, 3], of at most MAX_ELONGATION short sides."""
     longest = MAX_ELONGATION * min(pixels.shape[:2])
     top, left = (max(0, side - longest) // 2 for side in pixels.shape[:2])
