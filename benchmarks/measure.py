@@ -23,6 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ns.core.process import OPENMP_VARIABLES
+
 CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10" / "test.tar.gz"
 """Real images beside the checkout, if they exist."""
 RESULTS = Path(__file__).parent / "results"
@@ -95,9 +97,13 @@ def record_ratio(
 
 
 def stream_script(script: str, *arguments: str) -> Generator[str, None, None]:
-    """Yields the output of a Python script, line by line. Closing ends the script; one that ends by itself raises SystemExit."""
+    """Yields the output of a peer's Python script, line by line. Closing ends the script; one that ends by itself raises SystemExit."""
     command = [sys.executable, script, *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    # Its threads wait as its users' do.
+    environment = {name: value for name, value in os.environ.items() if name not in OPENMP_VARIABLES}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     lines = []
     assert process.stdout is not None
     try:

@@ -32,6 +32,9 @@ STEP = 512
 MIX_POSITIONS = 50 * STEP
 CLASSES = 10
 PLAIN_SHARDS = 8
+SHARD_NUMBERS = (8, 50, 400)
+COPIES = ((1,), (13,), (100,), (1, 13), (1, 100))
+"""Copies of an image, by class: class i of a pool has the i-th number, and again from the first."""
 
 
 class Pool(NamedTuple):
@@ -71,12 +74,14 @@ class PlainShuffle:
 def main() -> None:
     options = parse_arguments(__doc__ or "")
     rows, rounds = (5_000, 3) if options.quick else (SHARD_ROWS, 5)
+    # A quick run takes the ends of both.
+    numbers, copies_of_classes = ((8, 400), ((1,), (100,), (1, 100))) if options.quick else (SHARD_NUMBERS, COPIES)
     figures: dict[str, float] = {}
     quality = Table("shards", "copies", "seen", "mix error", "one class per shard", "MiB")
     speed = Table("shards", "copies", "figure", "positions/s", "plain", "median", "range")
     worst: dict[str, list[float]] = {"seen_share": [], "mix_error": [], "mib_per_worker": []}
-    for shards in (8, 50, 400):
-        for times in ((1,), (13,), (100,), (1, 13), (1, 100)):
+    for shards in numbers:
+        for times in copies_of_classes:
             pool, copies = make_pool(shards, rows, times), "+".join(map(str, times))
             seen, mib = measure_seen_share(pool), measure_mib(pool)
             mixed = measure_mix_error(pool)

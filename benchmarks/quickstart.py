@@ -22,14 +22,12 @@ from pathlib import Path
 from rich.table import Table
 
 from benchmarks.measure import parse_arguments, write_benchmark
-from ns.core.process import set_openmp_to_sleep
 
 REPEATS = 3
 
 
 def main() -> None:
     options = parse_arguments(__doc__ or "")
-    set_openmp_to_sleep()
     seeds = range(1 if options.quick else 3)
     table = Table("seed", "ns run, s", "plain loop, s", "ratio", "top-1 of teacher and students", "plain loop's")
     ratios, differences, finished = [], [], []

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from ns.core.process import OPENMP_VARIABLES, OWN_CORES_SPINS
+
 ROOT = Path(__file__).parents[1]
 
 HEAVY = {
@@ -79,11 +81,21 @@ def test_import_of_the_method_needs_no_kubeflow_and_leaves_the_environment_alone
 
 
 @pytest.mark.integration
-def test_stages_load_torch_with_openmp_set_to_sleep():
-    script = "import os\nfrom ns.stages.context import announce_stage\nwith announce_stage('x', 0): print(os.environ['OMP_WAIT_POLICY'])"
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+@pytest.mark.parametrize(
+    ("call", "spins"),
+    [
+        ("from ns.stages.context import announce_stage\nwith announce_stage('x', 0): pass", "0"),
+        ("from ns.cli.app import run_command_line\nrun_command_line(['config', 'show', 'quickstart'])", str(OWN_CORES_SPINS)),
+    ],
+    ids=["stage in a pod", "command line"],
+)
+def test_torch_is_loaded_with_openmp_set_to_sleep(call, spins):
+    script = (
+        f"import os, sys\n{call}\nprint(os.environ['OMP_WAIT_POLICY'], os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in OPENMP_VARIABLES}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == "PASSIVE\n"
+    assert done.stdout.splitlines()[-1] == f"PASSIVE {spins} False"
 
 
 def list_k8s_imports(file: Path) -> set[str]:

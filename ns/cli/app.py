@@ -35,7 +35,7 @@ from ns.cli.options import make_program
 from ns.cli.output import print_line
 from ns.core.errors import ClusterError, ConfigError, Interrupted, NsError, RunError, TrainingError
 from ns.core.printable import make_printable
-from ns.core.process import run_process, set_openmp_to_sleep
+from ns.core.process import OWN_CORES_SPINS, run_process, set_openmp_to_sleep
 
 # Newer typers bring a click of their own, which is not the one that can be imported.
 UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -94,7 +94,7 @@ def main() -> NoReturn:
 
 def run_command_line(arguments: list[str]) -> int:
     """Runs a command line of `ns`, without the `ns`. Returns its exit code."""
-    set_openmp_to_sleep()
+    set_openmp_to_sleep(OWN_CORES_SPINS)
     return run_app(app, arguments, "ns")
 
 

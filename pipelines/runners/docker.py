@@ -41,8 +41,8 @@ from pipelines.runners.local import (
 )
 
 CONTAINER_LABEL = "noisy-student"
-FORWARDED_VARIABLES = ("AWS_", "NS_S3_", "SSL_CERT_FILE", "NS_GIT_", "OMP_")
-"""Prefixes of the client's variables that are passed to stages: store, login of the label registry, number of threads."""
+FORWARDED_VARIABLES = ("AWS_", "NS_S3_", "SSL_CERT_FILE", "NS_GIT_", "OMP_", "GOMP_")
+"""Prefixes of the client's variables that are passed to stages: store, login of the label registry, OpenMP's threads."""
 PATH_VARIABLES = (SECRETS_VARIABLE, *CA_VARIABLES)
 """Those of them that name a file or a folder."""
 

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from ns.core.digest import read_sources
-from ns.core.process import FORKED_VARIABLES, run_process, set_openmp_to_sleep
+from ns.core.process import FORKED_VARIABLES, OWN_CORES_SPINS, run_process, set_openmp_to_sleep
 
 MAX_REQUEST_BYTES = 1 << 17
 START_SCRIPT = re.compile(r'_KFP_RUNTIME=true \S+ -P -m (?P<module>[\w.]+) "\$@"')
@@ -150,7 +150,7 @@ def main() -> None:
     # A machine on which ends cannot be waited for has no server.
     os.close(os.pidfd_open(os.getpid()))
     requests = socket.socket(fileno=int(sys.argv[1]))
-    set_openmp_to_sleep()
+    set_openmp_to_sleep(OWN_CORES_SPINS)
     # What modules make stays; looking for garbage among it would take a fifth of the time.
     gc.disable()
     for module in sys.argv[2:]:

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from ns.core.process import handle_signals, identify_process
+from ns.core.process import OPENMP_VARIABLES, handle_signals, identify_process, set_openmp_to_sleep
 
 READ_IN_THREADS = """
 import io, sys
@@ -124,3 +124,23 @@ def test_a_process_dies_with_another_and_knows_it_from_a_later_one_of_its_number
         watching[2].kill()
         watching[2].wait()
     assert identify_process(other.pid) == ""
+
+
+@pytest.mark.parametrize(
+    ("chosen", "spins", "found"),
+    [
+        ({}, 0, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}),
+        ({}, 7, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "7"}),
+        ({"GOMP_SPINCOUNT": "9"}, 7, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "9"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, 7, {"OMP_WAIT_POLICY": "ACTIVE"}),
+    ],
+)
+def test_set_openmp_to_sleep_leaves_what_the_environment_says(monkeypatch, chosen, spins, found):
+    for name in OPENMP_VARIABLES:
+        # Set first, so that what the function sets is taken back.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    set_openmp_to_sleep(spins)
+    assert {name: os.environ[name] for name in OPENMP_VARIABLES if name in os.environ} == found

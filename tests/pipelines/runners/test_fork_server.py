@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from kfp.local import subprocess_task_handler
 
+from ns.core.process import OPENMP_VARIABLES
 from pipelines import PACKAGE, load_yaml_documents
 from pipelines.runners import fork_server
 from pipelines.runners.fork_server import ForkServer, parse_command
@@ -82,7 +83,7 @@ def test_stage_finds_what_a_process_of_its_own_finds(server, capfd):
     started = read_description(capfd.readouterr().out)
     for variables in forked["variables"], started["variables"]:
         # The last are the shell's, and pytest's.
-        for name in (*fork_server.SERVER_VARIABLES, "OMP_WAIT_POLICY", "_", "SHLVL", "PWD", "OLDPWD", "PYTEST_CURRENT_TEST"):
+        for name in (*fork_server.SERVER_VARIABLES, *OPENMP_VARIABLES, "_", "SHLVL", "PWD", "OLDPWD", "PYTEST_CURRENT_TEST"):
             variables.pop(name, None)
     assert forked == started
     assert forked["threads"] == 1
