@@ -122,6 +122,11 @@ def set_openmp_to_sleep(spins: int = 0) -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", str(spins))
 
 
+def count_cores() -> int:
+    """Cores that this process may use. They may be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
 def identify_process(pid: int) -> str:
     """Number of a process and, where the system tells it, when it began: numbers are used again. Empty if there is none, or only its
     remains."""

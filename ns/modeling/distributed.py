@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from ns.core.errors import ConfigError, Interrupted, NsError, TrainingError, find_error_kind
-from ns.core.process import CLIENT_VARIABLE, handle_signals, identify_process
+from ns.core.process import CLIENT_VARIABLE, count_cores, handle_signals, identify_process
 from ns.storage.scratch import make_scratch_dir
 
 FAILURE_VARIABLE = "NS_FAILURE_FILE"
@@ -231,7 +231,7 @@ def launch_processes(processes: int, module: str, arguments: Sequence[str]) -> N
     with make_scratch_dir("processes") as scratch:
         failure_path = scratch / "failure.json"
         environment = {**os.environ, FAILURE_VARIABLE: str(failure_path), CLIENT_VARIABLE: identify_process(os.getpid())}
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, count_cores() // processes)))
         torchrun = [sys.executable, "-m", "ns.modeling.torchrun", "--standalone", f"--nproc-per-node={processes}"]
         # A new session: Ctrl-C in a terminal would reach every process, and torchrun kills those that stop first.
         launcher = subprocess.Popen([*torchrun, "-m", module, *arguments], env=environment, start_new_session=True)

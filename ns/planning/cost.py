@@ -1,7 +1,6 @@
 """The arithmetic of a plan: from counts and speeds to hours, bytes and cores. docs/scale.md explains it."""
 
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -11,6 +10,7 @@ from pydantic import computed_field
 from ns.config.schema import Experiment, OptimizerConfig, RoleConfig, SelectionConfig, Views
 from ns.core import log
 from ns.core.errors import ConfigError
+from ns.core.process import count_cores
 from ns.data.augment.transforms import EvalTransform
 from ns.data.loading.shared_memory import StepShape, split_step
 from ns.data.prepared import PART_ROLES, DataPart
@@ -397,8 +397,7 @@ def _estimate_work(
         loader_seconds = images * core_seconds / (max(1, role.train.loader_workers) if job.training_plan else DECODE_THREADS)
     if request.multiply_adds_per_second is None and get_best_device().type == "cpu":
         # The network uses all cores while it runs, so decoding at the same time slows it down.
-        cores = len(os.sched_getaffinity(0))
-        seconds = max(network_seconds + images * (core_seconds or 0) / cores, loader_seconds)
+        seconds = max(network_seconds + images * (core_seconds or 0) / count_cores(), loader_seconds)
     else:
         seconds = max(network_seconds, loader_seconds)
     return WorkEstimate(

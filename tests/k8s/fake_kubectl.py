@@ -1,7 +1,6 @@
-#!/usr/bin/env -S python3 -S
 """A stand-in for kubectl and the cluster behind it: answers from a file, does what it is told there, and records every call.
 
-As a program it wants FAKE_KUBECTL, a folder with `state.json`; as a module it has `Fake`, with which tests make that folder.
+The program wants FAKE_KUBECTL, a folder with `state.json`. `Fake`, with which tests make that folder, writes the program, too.
 """
 
 import contextlib
@@ -26,6 +25,12 @@ def singular(kind):
     return kind[:-1] if kind.endswith("s") and not kind.endswith(("class", "prometheus")) else kind
 
 
+PROGRAM = """#!{python} -SE
+import sys
+sys.path.insert(0, {folder!r})
+from fake_kubectl import main
+main()
+"""
 ADVICE = "Please review the fields above--they currently have other managers. Here\nare the ways you can resolve this warning:"
 
 
@@ -38,8 +43,8 @@ class Fake:
         program = self.folder / "bin" / "kubectl"
         program.parent.mkdir(exist_ok=True)
         if not program.exists():
-            # The interpreter by its path: a PATH in a test may have no other program.
-            program.write_text(f"#!{os.path.realpath(sys.executable)} -SE\n" + Path(__file__).read_text())
+            # The interpreter by its path: a PATH in a test may have no other program. This module is compiled once for all calls.
+            program.write_text(PROGRAM.format(python=os.path.realpath(sys.executable), folder=str(Path(__file__).parent)))
             program.chmod(0o755)
         monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
         monkeypatch.setenv("FAKE_KUBECTL", str(self.folder))
@@ -293,7 +298,7 @@ class Program:
         time.sleep(600)
 
 
-if __name__ == "__main__":
+def main():
     place = Path(os.environ["FAKE_KUBECTL"])
     with (place / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -6,7 +6,6 @@ depends on names and bytes only, not on the number of processes. After a kill, f
 
 import io
 import multiprocessing
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +27,7 @@ from ns.core import log
 from ns.core.digest import digest_json
 from ns.core.errors import DataError, RunError
 from ns.core.iteration import iter_ahead
+from ns.core.process import count_cores
 from ns.core.process_pool import ProcessPool
 from ns.data.class_names import (
     SPLIT_NAMES,
@@ -274,7 +274,7 @@ def _run_tasks(
             del waiting[task.number]
             yield task.number, result
     progress = log.Progress(total, "images", done=total - sum(task.stop - task.start for task in waiting.values()))
-    count = min(workers or os.cpu_count() or 1, len(waiting))
+    count = min(workers or count_cores(), len(waiting))
     if count <= 1:
         for number, task in waiting.items():
             yield number, _import_task(job, task, progress.update)

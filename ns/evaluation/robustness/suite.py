@@ -5,7 +5,6 @@ it is done, so a killed run continues with the unit that was under way. The imag
 processes render distorted images while the network classifies earlier ones.
 """
 
-import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ from ns.config.schema import EvaluationConfig
 from ns.core import log
 from ns.core.digest import digest_json, sha256_bytes
 from ns.core.errors import DataError, RunError
+from ns.core.process import count_cores
 from ns.core.process_pool import ProcessPool
 from ns.data.dataset import Dataset
 from ns.data.loading.decode import EncodedJpeg
@@ -335,7 +335,7 @@ class RobustnessSuite:
                     yield unit, part, future
 
         task_futures = iter_tasks()
-        ahead = deque(islice(task_futures, 2 + _count_cores()))
+        ahead = deque(islice(task_futures, 2 + count_cores()))
         while ahead:
             unit, part, future = ahead.popleft()
             distorted = future.result()
@@ -420,7 +420,7 @@ class RobustnessSuite:
                 image_bytes = sum(len(image.data) if isinstance(image, EncodedJpeg) else image.nbytes for image in distorted)
                 size, fresh_bytes = size + image_bytes * self._images, fresh_bytes + image_bytes * fresh
         fits = self._distorted_store is not None and size <= self._config.keep_gib * 2**30
-        render_seconds = distort_seconds / _count_cores()
+        render_seconds = distort_seconds / count_cores()
         # Without a GPU, rendering takes its cores away from the network.
         together = max(network_seconds, render_seconds)
         seconds = together if torch.cuda.is_available() else network_seconds + render_seconds
@@ -554,14 +554,10 @@ def measure_flips(table: pa.Table, kind: str, frames: int) -> tuple[npt.NDArray[
 
 def _make_executor(stack: ExitStack, seconds: float) -> Executor:
     """Renders distorted images: in processes if that takes long, because some of the work holds the interpreter lock."""
-    cores = _count_cores()
+    cores = count_cores()
     if seconds < PROCESSES_FROM_SECONDS or cores == 1:
         return stack.enter_context(ThreadPoolExecutor(2, "distort"))
     place_sockets()
     pool = ProcessPool(cores)
     stack.callback(pool.shutdown, wait=True, cancel_futures=True)
     return pool
-
-
-def _count_cores() -> int:
-    return len(os.sched_getaffinity(0))
