@@ -64,7 +64,7 @@ def main() -> None:
             continue
         rounds["committing" if labeled else "labeling"] += 1
         # About as long as the work takes without kills: some instants lie in each part of it, and some of the work is done.
-        instants = np.sort(rng.uniform(0, committing if labeled else 1.5 * labeling, WORKERS))
+        instants = np.sort(rng.uniform(0, committing if labeled else labeling, WORKERS))
         if killed >= kills:
             instants += 1e9
         if labeled:
