@@ -62,5 +62,6 @@ if [ "$code" -ne 0 ]; then
     echo "error: the installation failed; all of its output is in $log; make takes it up again" >&2
     exit 1
 fi
-# pip compiles one file after the other, and a sixth of all are tests of packages. Some files that packages have for other Pythons do not compile, which is no fault.
+# pip compiles one file after the other, and a sixth of all are tests of packages. Some files that packages have for other Pythons
+# do not compile, which is no fault.
 "$venv/bin/python" -m compileall -qq -j 0 -x '/tests/' "$venv/lib" >>"$log" 2>&1 || true

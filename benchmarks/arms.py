@@ -26,7 +26,7 @@ import yaml
 from benchmarks.measure import RESULTS
 from ns.config.schema import Experiment
 from ns.core.digest import describe_code, digest_json
-from ns.core.process import die_with_process, identify_process
+from ns.core.process import count_cores, die_with_process, identify_process
 from ns.evaluation.result import Evaluation, Robustness, read_mistakes, read_predictions
 from ns.modeling.manifest import ModelManifest
 from ns.runs.records import find_stage_note
@@ -86,7 +86,7 @@ def add_arm_options(parser: argparse.ArgumentParser, name: str, work: str) -> No
     """Options of an experiment whose results are called `name`. `work`: folder of its runs, if nothing else is said."""
     parser.add_argument("--work", type=Path, default=Path(work), help="folder of the runs; the same command continues")
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"folder for {name}.json, .md and .svg")
-    parser.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="arms at a time, one thread each")
+    parser.add_argument("--cores", type=int, default=count_cores(), help="arms at a time, one thread each")
 
 
 class Measured(NamedTuple):

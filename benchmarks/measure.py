@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ns.core.process import OPENMP_VARIABLES
+from ns.core.process import OPENMP_VARIABLES, count_cores
 
 CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10" / "test.tar.gz"
 """Real images beside the checkout, if they exist."""
@@ -143,7 +143,7 @@ def describe_benchmark_machine() -> dict[str, Any]:
         model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     return {
         "cpu": model or platform.processor(),
-        "cores": os.cpu_count(),
+        "cores": count_cores(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},

@@ -23,7 +23,6 @@ from ns.core import log, telemetry
 from ns.core.errors import ConfigError, DataError
 from ns.core.iteration import iter_ahead
 from ns.core.malloc import keep_freed_memory
-from ns.core.process import count_cores
 from ns.data.augment.transforms import EvalTransform
 from ns.data.index import ShardIndex
 from ns.data.loading.decode import EncodedJpeg, allocate_images
@@ -37,8 +36,8 @@ ImageInput = EncodedJpeg | bytes | npt.NDArray[np.uint8]
 """An image: encoded, or uint8 [H, W, 3]."""
 
 DECODE_THREADS = 4
-"""Decoders release the interpreter lock; more threads than this wait for memory, not for each other. More than cores wait for the lock:
-on two of them, small images take a sixth more of their time from four threads than from two."""
+"""Decoders release the interpreter lock; more threads than this wait for memory, not for each other. Two cores decode photographs to 64 px
+7 % slower with two threads, and images of 32 px 15 % faster."""
 
 CHUNKS_AHEAD = 2
 """Batches of encoded images that are read before a decoder is free for them."""
@@ -243,7 +242,7 @@ class Predictor:
         outputs = self._make_outputs(0)
         errors: dict[int, str] = {}
         initializer = _lower_thread_priority if self._device.type == "cpu" else None
-        with ThreadPoolExecutor(min(DECODE_THREADS, count_cores()), initializer=initializer) as threads:
+        with ThreadPoolExecutor(DECODE_THREADS, initializer=initializer) as threads:
             submitted = ((chunk, threads.submit(self._load_chunk, chunk.images)) for chunk in chunks)
             for chunk, future in iter_ahead(submitted, DECODE_THREADS):
                 waiting = time.monotonic()

@@ -297,12 +297,11 @@ from ns.evaluation.robustness import suite
 from ns.evaluation.robustness.render import DistortionTask, distort_images
 
 suite.count_cores = lambda: 2
-if __name__ == "__main__":
-    with ExitStack() as stack:
-        executor = suite._make_executor(stack, suite.PROCESSES_FROM_SECONDS)
-        task = DistortionTask([np.zeros((8, 8, 3), np.uint8)], ["a"], "contrast", (1,), 1, 0, keep_size=True)
-        print(len(executor.submit(distort_images, task).result()))
-        print(executor.submit(eval, "'torch' in __import__('sys').modules").result())
+with ExitStack() as stack:
+    executor = suite._make_executor(stack, suite.PROCESSES_FROM_SECONDS)
+    task = DistortionTask([np.zeros((8, 8, 3), np.uint8)], ["a"], "contrast", (1,), 1, 0, keep_size=True)
+    print(len(executor.submit(distort_images, task).result()))
+    print(executor.submit(eval, "'torch' in __import__('sys').modules").result())
 """
 
 
