@@ -393,8 +393,9 @@ class Normalize(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         count, height, width, channels = images.shape
         # Rows of pixels fill a processor's vectors; computing on three channels at a time takes four times as long.
-        rows = images.reshape(count, height, width * channels).float()
-        rows = (rows - self.mean.repeat(width)).div_(self.std.repeat(width))
+        rows = images.reshape(count, height, width * channels).to(torch.float32, copy=True)
+        # In place: another array of this size takes half as long again.
+        rows = rows.sub_(self.mean.repeat(width)).div_(self.std.repeat(width))
         # A permuted view of NHWC is channels_last already: no copy here, and none in the network.
         return rows.view(count, height, width, channels).permute(0, 3, 1, 2)
 

@@ -396,7 +396,7 @@ def _estimate_work(
     if core_seconds is not None:
         loader_seconds = images * core_seconds / (max(1, role.train.loader_workers) if job.training_plan else DECODE_THREADS)
     if request.multiply_adds_per_second is None and get_best_device().type == "cpu":
-        # The network uses all cores while it runs, so decoding at the same time slows it down.
+        # The network uses all cores while it runs: decoding takes turns with it, or slows it down.
         seconds = max(network_seconds + images * (core_seconds or 0) / count_cores(), loader_seconds)
     else:
         seconds = max(network_seconds, loader_seconds)

@@ -10,7 +10,7 @@ from ns.config.schema import LabelingConfig, ModelConfig, NoiseConfig, Selection
 from ns.core.errors import ConfigError, DataError
 from ns.data.dataset import Dataset
 from ns.data.importing.writer import ShardWriter
-from ns.data.loading.decode import decode_image
+from ns.data.loading.decode import EncodedJpeg, decode_image, read_jpeg_size
 from ns.data.loading.shard_reader import ImageSource
 from ns.data.shards import read_samples
 from ns.labeling.label_set import LabelShard, read_label_rows
@@ -68,6 +68,30 @@ def pool(tmp_path_factory):
     dataset = Dataset(name="pool", role="unlabeled", classes=(), shards=writer.shards)
     dataset.save(folder)
     return folder, dataset
+
+
+def test_predictions_are_the_same_however_images_are_decoded(model, monkeypatch):
+    """In turns with the network, by one thread or in parts by several, and ahead of it, as for a GPU."""
+    rng, images = np.random.default_rng(0), []
+    for number in range(50):
+        sink = io.BytesIO()
+        height, width = (32, 32) if number % 3 == 0 else (20, 24) if number % 3 == 1 else (70 + number % 5, 60)
+        Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8)).save(sink, ("JPEG", "PNG")[number % 2])
+        data = sink.getvalue()[: 30 if number in (7, 8) else None]
+        jpeg_size = read_jpeg_size(data)
+        images.append(EncodedJpeg(data, *jpeg_size) if any(jpeg_size) else data)
+    images.append(rng.integers(0, 255, (32, 32, 3), np.uint8))
+    predictor = Predictor(model, batch=20)
+    whole, errors = predictor.predict_images(images)
+    assert sorted(errors) == [7, 8]
+    assert np.flatnonzero(np.isnan(whole[:, 0])).tolist() == [7, 8]
+    monkeypatch.setattr(inference, "PART_BYTES", 1)
+    parts, part_errors = predictor.predict_images(images)
+    predictor._takes_turns = False
+    ahead, ahead_errors = predictor.predict_images(images)
+    for found, found_errors in ((parts, part_errors), (ahead, ahead_errors)):
+        np.testing.assert_array_equal(found, whole)
+        assert found_errors == errors
 
 
 def test_predictions_are_bit_identical(model, pool):
@@ -240,16 +264,19 @@ def test_predictions_of_a_shard_do_not_depend_on_its_neighbors(model, pool):
     assert shard == 2
 
 
-def test_predictor_reads_ahead(model, pool, monkeypatch):
+@pytest.mark.parametrize("takes_turns", [True, False])
+def test_predictor_reads_ahead(model, pool, monkeypatch, takes_turns):
     folder, dataset = pool
     predictor = Predictor(model, batch=1)
+    predictor._takes_turns = takes_turns
+    # The first batch, those that wait for a decoder, and beside a GPU the decoders' own and the one that follows the first.
+    expected = 1 + inference.CHUNKS_AHEAD + (0 if takes_turns else inference.DECODE_THREADS)
     source, read = ImageSource(folder, dataset), threading.Event()
     encoded = source.read_encoded
 
     def counted(shard):
         for row, image in enumerate(encoded(shard)):
-            # The decoders' batches, the one that follows the first, and those that wait for a decoder.
-            if row + 1 == inference.DECODE_THREADS + 1 + inference.CHUNKS_AHEAD:
+            if row + 1 == expected:
                 read.set()
             yield image
 

@@ -420,7 +420,7 @@ def test_of_elongated_images_only_the_middle_is_resized(monkeypatch, axis):
     """A line of 1 x 60,000 px would take gigabytes."""
     image = np.random.default_rng(0).integers(0, 256, (2, 80, 3), np.uint8)
     image = image if axis else image.transpose(1, 0, 2)
-    whole = resize_whole([image], (36, 36 * 40) if axis else (36 * 40, 36), "bicubic")[0]
+    whole = resize_whole(image[None], (36, 36 * 40) if axis else (36 * 40, 36), "bicubic")[0]
     begin = (36 * 40 - 32) // 2
     expected = whole[2:34, begin : begin + 32] if axis else whole[begin : begin + 32, 2:34]
     sizes = []
