@@ -188,7 +188,7 @@ audit: $(VENV)-audit/.installed ## Look up known holes of the dependencies
 	@$(VENV)-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off $(ARGS)
 
 # A stamp is touched last, so that the same target continues an interrupted installation. Each set of packages includes the smaller ones.
-$(VENV)/.run $(VENV)/.test $(VENV)/.bench: pyproject.toml constraints.txt install.sh
+$(VENV)/.run $(VENV)/.test $(VENV)/.bench: pyproject.toml constraints.txt install.sh install_packages.py
 
 $(VENV)/.run:
 	@sh install.sh $(VENV) $(RUN_EXTRAS)

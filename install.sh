@@ -43,7 +43,7 @@ install_ensurepip() { # install_ensurepip PYTHON
 exec 9<pyproject.toml
 if command -v flock >/dev/null; then flock 9; fi
 
-# If pip was killed, packages may be incomplete: such an environment is made again, and so is one whose Python is gone.
+# If it was killed, packages may be incomplete: such an environment is made again, and so is one whose Python is gone.
 if [ -e "$under_way" ] || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     rm -rf "$venv"
     python=$(newest_python)
@@ -54,14 +54,14 @@ echo "Installing into $venv (once; some minutes, most of it for torch) …" >&2
 trap 'exit 130' INT
 touch "$under_way"
 code=0
-"$venv/bin/python" -m pip install --disable-pip-version-check --no-compile -c constraints.txt -e ".[$extras]" >"$log" 2>&1 || code=$?
-# Above 128 a signal ended pip; below, pip ended by itself and in order.
+"$venv/bin/python" install_packages.py "$venv/bin/python" -c constraints.txt -e ".[$extras]" >"$log" 2>&1 || code=$?
+# Above 128 a signal ended it; below, it ended by itself and in order.
 [ "$code" -gt 128 ] || rm -f "$under_way"
 if [ "$code" -ne 0 ]; then
     tail -n 15 "$log" >&2
     echo "error: the installation failed; all of its output is in $log; make takes it up again" >&2
     exit 1
 fi
-# pip compiles one file after the other, and a sixth of all are tests of packages. Some files that packages have for other Pythons
-# do not compile, which is no fault.
+# On all cores, and without tests of packages, a sixth of all. Some files that packages have for other Pythons do not compile, which is
+# no fault.
 "$venv/bin/python" -m compileall -qq -j 0 -x '/tests/' "$venv/lib" >>"$log" 2>&1 || true

@@ -55,7 +55,7 @@ class Machine:
         self.bin = root / "bin"
         self.project.mkdir()
         self.bin.mkdir()
-        for name in ("Makefile", "install.sh"):
+        for name in ("Makefile", "install.sh", "install_packages.py"):
             shutil.copy(CHECKOUT / name, self.project)
         (self.project / "pyproject.toml").write_text(PYPROJECT)
         (self.project / "backend.py").write_text(BACKEND)
