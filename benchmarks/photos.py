@@ -13,12 +13,12 @@ processor, which other programs disturb less.
 """
 
 import io
+import os
 import statistics
 import subprocess
 import sys
 import tarfile
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -31,32 +31,16 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import photo_rate
 from benchmarks.data import LARGE_PX, draw_photographs
 from benchmarks.measure import measure_turns, paired_ratio, parse_arguments, write_benchmark
-from ns.config.schema import NoiseConfig
-from ns.data.augment.transforms import EvalTransform, TrainTransform
-from ns.data.loading.decode import EncodedJpeg
+from benchmarks.photo_rate import PX, Run, encode_sizes, make_runner, make_train_runner, measure_cpu_rate
+from ns.data.augment.transforms import EvalTransform
 
-PX = 224
 QUALITY = 89
 BEFORE = "904b801"
 """The commit before photographs were resized by torch and augmented as arrays."""
 REPOSITORY = Path(__file__).parents[1]
-
-SERVE_RATES = """
-import sys
-from pathlib import Path
-import torch
-sys.path.append(sys.argv[1])
-from benchmarks.photos import load_photographs, make_train_runner, measure_cpu_rate
-torch.set_num_threads(1)
-run = make_train_runner(load_photographs(Path(sys.argv[2])))
-for _ in sys.stdin:
-    print(measure_cpu_rate(run), flush=True)
-"""
-"""Prints our training's rate for each line that is read. In a folder with another `ns`, it is that one's."""
-
-Run = Callable[[], int]
 
 
 def main() -> None:
@@ -98,22 +82,9 @@ def main() -> None:
     write_benchmark("photos", figures, options, table)
 
 
-def measure_cpu_rate(run: Run) -> float:
-    """Images per second of processor time."""
-    started = time.process_time()
-    count = run()
-    return count / (time.process_time() - started)
-
-
-def make_train_runner(photographs: list[bytes]) -> Run:
-    noise = NoiseConfig(randaugment_layers=2, randaugment_magnitude=9)
-    transform, rng = TrainTransform(noise, PX, "resized"), np.random.default_rng(0)
-    return make_runner(photographs, lambda photograph: transform(EncodedJpeg(photograph, *LARGE_PX), rng))
-
-
 def make_label_runner(photographs: list[bytes]) -> Run:
     transform = EvalTransform(PX, "resized", 32)
-    return make_runner(photographs, lambda photograph: transform(EncodedJpeg(photograph, *LARGE_PX)))
+    return make_runner(encode_sizes(photographs), transform)
 
 
 def make_timm_runner(photographs: list[bytes], *, is_training: bool) -> Run:
@@ -128,15 +99,6 @@ def make_decode_runner(photographs: list[bytes]) -> Run:
     return make_runner(photographs, lambda photograph: simplejpeg.decode_jpeg(photograph, "RGB"))
 
 
-def make_runner(photographs: list[bytes], transform: Callable[[bytes], object]) -> Run:
-    def run_once() -> int:
-        for photograph in photographs:
-            transform(photograph)
-        return len(photographs)
-
-    return run_once
-
-
 @contextmanager
 def serve_rates_before(photographs: list[bytes]) -> Iterator[Callable[[], float] | None]:
     """What measures our training's rate with the code of BEFORE, in a process of its own; None if git does not have it."""
@@ -149,8 +111,10 @@ def serve_rates_before(photographs: list[bytes]) -> Iterator[Callable[[], float]
         with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
             tar.extractall(folder, filter="data")
         np.savez(folder / "photographs.npz", *(np.frombuffer(photograph, np.uint8) for photograph in photographs))
-        command = [sys.executable, "-c", SERVE_RATES, str(REPOSITORY), str(folder / "photographs.npz")]
-        with subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        # -P: or modules of this package, as `select`, would be taken for Python's own.
+        command = [sys.executable, "-P", photo_rate.__file__, str(folder / "photographs.npz")]
+        environment = {**os.environ, "PYTHONPATH": str(folder)}
+        with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
             requests, answers = process.stdin, process.stdout
             assert requests
             assert answers
@@ -162,11 +126,6 @@ def serve_rates_before(photographs: list[bytes]) -> Iterator[Callable[[], float]
 
             yield measure_before
             requests.close()
-
-
-def load_photographs(path: Path) -> list[bytes]:
-    with np.load(path) as arrays:
-        return [array.tobytes() for array in arrays.values()]
 
 
 if __name__ == "__main__":
