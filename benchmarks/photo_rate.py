@@ -35,10 +35,10 @@ def measure_cpu_rate(run: Run) -> float:
 def make_train_runner(photographs: list[bytes]) -> Run:
     noise = NoiseConfig(randaugment_layers=2, randaugment_magnitude=9)
     transform, rng = TrainTransform(noise, PX, "resized"), np.random.default_rng(0)
-    return make_runner(encode_sizes(photographs), lambda photograph: transform(photograph, rng))
+    return make_runner(add_sizes(photographs), lambda photograph: transform(photograph, rng))
 
 
-def encode_sizes(photographs: list[bytes]) -> list[EncodedJpeg]:
+def add_sizes(photographs: list[bytes]) -> list[EncodedJpeg]:
     """The JPEGs with their sizes, as a dataset's index has them."""
     headers = [simplejpeg.decode_jpeg_header(photograph) for photograph in photographs]
     return [

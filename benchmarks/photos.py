@@ -34,7 +34,7 @@ from rich.table import Table
 from benchmarks import photo_rate
 from benchmarks.data import LARGE_PX, draw_photographs
 from benchmarks.measure import measure_turns, paired_ratio, parse_arguments, write_benchmark
-from benchmarks.photo_rate import PX, Run, encode_sizes, make_runner, make_train_runner, measure_cpu_rate
+from benchmarks.photo_rate import PX, Run, add_sizes, make_runner, make_train_runner, measure_cpu_rate
 from ns.data.augment.transforms import EvalTransform
 
 QUALITY = 89
@@ -84,7 +84,7 @@ def main() -> None:
 
 def make_label_runner(photographs: list[bytes]) -> Run:
     transform = EvalTransform(PX, "resized", 32)
-    return make_runner(encode_sizes(photographs), transform)
+    return make_runner(add_sizes(photographs), transform)
 
 
 def make_timm_runner(photographs: list[bytes], *, is_training: bool) -> Run:
