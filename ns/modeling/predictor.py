@@ -32,7 +32,7 @@ ImageInput = EncodedJpeg | bytes | npt.NDArray[np.uint8]
 """An image: encoded, or uint8 [H, W, 3]."""
 
 DECODE_THREADS = 4
-"""Decoders beside a GPU. They release the interpreter lock; more threads than this wait for memory, not for each other."""
+"""Decoders while no network takes the cores. They release the interpreter lock; more threads wait for memory, not for each other."""
 
 CHUNKS_AHEAD = 2
 """Batches of encoded images that are read before a decoder is free for them."""

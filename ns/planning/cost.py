@@ -392,14 +392,13 @@ def _estimate_work(
     rounds = job.training_plan.steps if job.training_plan else 1
     images = job.images / devices  # per device and round
     network_seconds = job.passes * images / speed.images_per_second + speed.update_seconds
-    loader_seconds = 0.0
-    if core_seconds is not None:
-        loader_seconds = images * core_seconds / (max(1, role.train.loader_workers) if job.training_plan else DECODE_THREADS)
-    if request.multiply_adds_per_second is None and get_best_device().type == "cpu":
-        # The network uses all cores while it runs: decoding takes turns with it, or slows it down.
-        seconds = max(network_seconds + images * (core_seconds or 0) / count_cores(), loader_seconds)
-    else:
-        seconds = max(network_seconds, loader_seconds)
+    runs_here_on_cpu = request.multiply_adds_per_second is None and get_best_device().type == "cpu"
+    decode_threads = count_cores() if runs_here_on_cpu else DECODE_THREADS
+    decoders = max(1, role.train.loader_workers) if job.training_plan else decode_threads
+    loader_seconds = images * (core_seconds or 0.0) / decoders
+    # On a CPU, the network uses all cores while it runs: decoding takes turns with it, or slows it down.
+    shared_seconds = images * (core_seconds or 0.0) / count_cores() if runs_here_on_cpu else 0.0
+    seconds = max(network_seconds + shared_seconds, loader_seconds)
     return WorkEstimate(
         generation=job.generation,
         task=job.task,

@@ -199,6 +199,18 @@ def test_plan_remarks_name_a_slow_loader(monkeypatch, tmp_path):
     assert f"set teacher.train.loader_workers to {int(np.ceil(cores))} or more" in line
 
 
+def test_labeling_on_a_cpu_decodes_on_all_cores(monkeypatch):
+    role = {"model": {"arch": "test_efficientnet", "resolution": 64}}
+    data = {part: f"digits:{part}" for part in NOWHERE}
+    config = make_experiment(data=data, teacher=role, students=[role], generations=1)
+    monkeypatch.setattr("ns.planning.cost.measure_decode_seconds", lambda *_: 1.0)
+    monkeypatch.setattr("ns.planning.cost.get_best_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("ns.planning.cost.count_cores", lambda: 16)
+    labeling = find_work(estimate_run(config, PlanRequest(seconds=0.1)), "label", 1)
+    assert labeling.limited_by == "network"
+    assert 14 < labeling.images_per_second < 16  # a second of a core an image, and the network's time
+
+
 def test_plan_names_the_shared_memory_of_each_devices_loaders(paper):
     student, teacher = find_work(paper, "train", 1), find_work(paper, "train", 0)
     # 8 + 112 images of 475 px per device and step, in parts: 2 steps ahead, and what is in use.
