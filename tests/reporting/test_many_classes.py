@@ -27,6 +27,13 @@ from ns.reporting.markdown import render_markdown
 from ns.reporting.page import render_report
 from ns.storage import LocalStore
 
+
+def read_peak_kib():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+
+# What torch and timm map into memory differs between processors.
+imported = read_peak_kib()
 root, names = LocalStore(Path(sys.argv[1])), tuple(f"n{{number:08d}}" for number in range({CLASSES}))
 with ShardWriter(root.at("many"), max_samples=2_000, max_bytes=1 << 24) as writer:
     for row in range({IMAGES}):
@@ -60,7 +67,7 @@ assert np.shape(matrix) == (50, 50) and np.sum(matrix) == {IMAGES}
 context = gather_context(root, "made-up", pictures=0)
 assert "never predicts" in render_report(context)
 assert "balanced accuracy" in render_markdown(context)
-print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+print(read_peak_kib() - imported)
 """
 
 
@@ -71,5 +78,5 @@ def test_evaluation_and_report_of_many_classes(made_up):
         [sys.executable, "-c", CODE, str(made_up.root)], env=environment, capture_output=True, text=True, check=False
     )
     assert child.returncode == 0, child.stderr
-    assert int(child.stdout) << 10 < 1024 * MIB
+    assert int(child.stdout) << 10 < 384 * MIB
     assert made_up.path("store/evaluations/01/evaluation.json").stat().st_size < 2 * MIB
