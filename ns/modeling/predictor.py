@@ -34,8 +34,12 @@ ImageInput = EncodedJpeg | bytes | npt.NDArray[np.uint8]
 DECODE_THREADS = 4
 """Decoders while no network takes the cores. They release the interpreter lock; more threads wait for memory, not for each other."""
 
-CHUNKS_AHEAD = 2
-"""Batches of encoded images that are read before a decoder is free for them."""
+TURNS_AHEAD = 2
+"""Turns of encoded images that are read before a decoder is free for them."""
+
+TURN_BYTES = 1 << 25
+"""Bytes of images, encoded and decoded, that are decoded in one turn, at least: each change between decoders and network costs both of
+them about a millisecond, as long as it takes to decode 100 images of 32 px."""
 
 PART_BYTES = 1 << 16
 """Encoded bytes that a thread decodes at a time, at least. Images of 32 px take 8 µs each, less than it takes a thread to wake up, and
@@ -113,7 +117,7 @@ class Predictor:
         if self._device.type == "cpu":
             keep_freed_memory()
         # A network on a CPU takes all cores. Decoding beside it displaces one of its threads, for which the others wait: taking turns is
-        # 1 to 4 % faster with photographs (ResNet-18 and EfficientNet-B0, 64 … 224 px, two cores), and as fast with images of 32 px.
+        # 1 to 4 % faster with photographs (ResNet-18 and EfficientNet-B0, 64 … 224 px, two cores), and no slower with images of 32 px.
         self._takes_turns = self._device.type == "cpu"
         self._network = network.to(self._device).requires_grad_(False)
         configured = self.manifest.model.inference_precision
@@ -169,7 +173,7 @@ class Predictor:
                 images = (b"" if row in skipped else image for row, image in enumerate(source.read_encoded(shard)))
                 yield from self._cut_batches(images, len(index), (index, skipped))
 
-        for (index, skipped), outputs, errors in self._run_chunks(_read_ahead(make_chunks()), progress):
+        for (index, skipped), outputs, errors in self._run_turns(_read_ahead(self._cut_turns(make_chunks())), progress):
             yield ShardPredictions(index, outputs.probabilities, {**errors, **skipped}, outputs.foreign_scores)
 
     @torch.inference_mode()
@@ -200,7 +204,7 @@ class Predictor:
 
     def predict_images(self, images: Sequence[ImageInput]) -> tuple[npt.NDArray[np.float32], dict[int, str]]:
         """Probabilities [N, classes] of images, and row → reason of the rows that are NaN."""
-        _, outputs, errors = next(self._run_chunks(self._cut_batches(iter(images), len(images), None)))
+        _, outputs, errors = next(self._run_turns(self._cut_turns(self._cut_batches(iter(images), len(images), None))))
         return outputs.probabilities, errors
 
     def predict_groups(
@@ -209,7 +213,7 @@ class Predictor:
         """Probabilities [N, classes] of each group of images, in order; the next group is decoded while the network works on the current
         one. Unreadable images are NaN."""
         chunks = (chunk for group in groups for chunk in self._cut_batches(iter(group), len(group), None))
-        for _, outputs, _ in self._run_chunks(chunks, progress):
+        for _, outputs, _ in self._run_turns(self._cut_turns(chunks), progress):
             yield outputs.probabilities
 
     def without_crop(self) -> "Predictor":
@@ -236,13 +240,26 @@ class Predictor:
             stop = min(total, start + self.batch)
             yield _Chunk([image for _, image in zip(range(start, stop), images, strict=False)], start, total, payload)
 
-    def _run_chunks(
-        self, chunks: Iterator[_Chunk], progress: log.Progress | None = None
+    def _cut_turns(self, chunks: Iterator[_Chunk]) -> Iterator[list[_Chunk]]:
+        """Batches that are decoded together: of at least TURN_BYTES, or one, if decoding does not take turns with the network."""
+        turn: list[_Chunk] = []
+        turn_bytes = 0
+        for chunk in chunks:
+            turn.append(chunk)
+            turn_bytes += sum(map(_count_bytes, chunk.images)) + len(chunk.images) * self._pixels**2 * 3
+            if turn_bytes >= TURN_BYTES or not self._takes_turns:
+                yield turn
+                turn, turn_bytes = [], 0
+        if turn:
+            yield turn
+
+    def _run_turns(
+        self, turns: Iterator[list[_Chunk]], progress: log.Progress | None = None
     ) -> Iterator[tuple[Any, _BatchOutputs, dict[int, str]]]:
         """For each shard the payload of its chunks, its outputs, and row → reason of the rows that are NaN."""
         outputs = self._make_outputs(0)
         errors: dict[int, str] = {}
-        for chunk, pixels, unreadable in self._iter_decoded(chunks):
+        for chunk, pixels, unreadable in self._iter_decoded(turns):
             if chunk.start == 0:
                 outputs, errors = self._make_outputs(chunk.total), {}
             count = len(pixels)
@@ -258,18 +275,23 @@ class Predictor:
             if chunk.start + count == chunk.total:
                 yield chunk.payload, outputs, errors
 
-    def _iter_decoded(self, chunks: Iterator[_Chunk]) -> Iterator[tuple[_Chunk, Tensor, dict[int, str]]]:
+    def _iter_decoded(self, turns: Iterator[list[_Chunk]]) -> Iterator[tuple[_Chunk, Tensor, dict[int, str]]]:
         """The chunks with their images, uint8 [N, H, W, 3], and row → reason of unreadable ones."""
         if self._takes_turns:
             with ThreadPoolExecutor(torch.get_num_threads(), "decode") as threads:
-                for chunk in chunks:
+                for turn in turns:
                     started = time.monotonic()
-                    decoded = self._decode_in_parts(chunk.images, threads)
+                    decoded = self._decode_in_parts([image for chunk in turn for image in chunk.images], threads)
                     telemetry.DATA_WAIT.inc(time.monotonic() - started)
-                    yield chunk, torch.from_numpy(decoded.images), decoded.errors
+                    start = 0
+                    for chunk in turn:
+                        stop = start + len(chunk.images)
+                        errors = {row - start: reason for row, reason in decoded.errors.items() if start <= row < stop}
+                        yield chunk, torch.from_numpy(decoded.images[start:stop]), errors
+                        start = stop
             return
         with ThreadPoolExecutor(DECODE_THREADS, "decode") as threads:
-            submitted = ((chunk, threads.submit(self._load_chunk, chunk.images)) for chunk in chunks)
+            submitted = ((chunk, threads.submit(self._load_chunk, chunk.images)) for turn in turns for chunk in turn)
             for chunk, future in iter_ahead(submitted, DECODE_THREADS):
                 started = time.monotonic()
                 pixels, errors = future.result()
@@ -381,11 +403,11 @@ def _average_views(views: Sequence[Tensor]) -> Tensor:
     return views[0] if len(views) == 1 else torch.stack(list(views)).mean(0)
 
 
-def _read_ahead(chunks: Iterator[_Chunk]) -> Iterator[_Chunk]:
-    """The same chunks, prepared ahead by a thread: checking a shard's digest takes a second, in which a GPU would be idle."""
+def _read_ahead(turns: Iterator[list[_Chunk]]) -> Iterator[list[_Chunk]]:
+    """The same turns, prepared ahead by a thread: checking a shard's digest takes a second, in which a GPU would be idle."""
     with ThreadPoolExecutor(1, "read") as reader:
-        for future in iter_ahead((reader.submit(next, chunks, None) for _ in repeat(None)), CHUNKS_AHEAD):
-            chunk = future.result()
-            if chunk is None:
+        for future in iter_ahead((reader.submit(next, turns, None) for _ in repeat(None)), TURNS_AHEAD):
+            turn = future.result()
+            if turn is None:
                 return
-            yield chunk
+            yield turn

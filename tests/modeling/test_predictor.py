@@ -71,7 +71,7 @@ def pool(tmp_path_factory):
 
 
 def test_predictions_are_the_same_however_images_are_decoded(model, monkeypatch):
-    """In turns with the network, by one thread or in parts by several, and ahead of it, as for a GPU."""
+    """In turns with the network, of several batches or one, by one thread or in parts by several, and ahead of it, as for a GPU."""
     rng, images = np.random.default_rng(0), []
     for number in range(50):
         sink = io.BytesIO()
@@ -87,9 +87,11 @@ def test_predictions_are_the_same_however_images_are_decoded(model, monkeypatch)
     assert np.flatnonzero(np.isnan(whole[:, 0])).tolist() == [7, 8]
     monkeypatch.setattr(inference, "PART_BYTES", 1)
     parts, part_errors = predictor.predict_images(images)
+    monkeypatch.setattr(inference, "TURN_BYTES", 1)
+    turns, turn_errors = predictor.predict_images(images)
     predictor._takes_turns = False
     ahead, ahead_errors = predictor.predict_images(images)
-    for found, found_errors in ((parts, part_errors), (ahead, ahead_errors)):
+    for found, found_errors in ((parts, part_errors), (turns, turn_errors), (ahead, ahead_errors)):
         np.testing.assert_array_equal(found, whole)
         assert found_errors == errors
 
@@ -269,8 +271,9 @@ def test_predictor_reads_ahead(model, pool, monkeypatch, takes_turns):
     folder, dataset = pool
     predictor = Predictor(model, batch=1)
     predictor._takes_turns = takes_turns
+    monkeypatch.setattr(inference, "TURN_BYTES", 1)
     # The first batch, those that wait for a decoder, and beside a GPU the decoders' own and the one that follows the first.
-    expected = 1 + inference.CHUNKS_AHEAD + (0 if takes_turns else inference.DECODE_THREADS)
+    expected = 1 + inference.TURNS_AHEAD + (0 if takes_turns else inference.DECODE_THREADS)
     source, read = ImageSource(folder, dataset), threading.Event()
     encoded = source.read_encoded
 
@@ -284,6 +287,20 @@ def test_predictor_reads_ahead(model, pool, monkeypatch, takes_turns):
     forward = predictor.forward_pass
     predictor.forward_pass = lambda images: forward(images) if read.wait(10) else pytest.fail("nothing was read ahead")
     predictor.predict_shard(source, 1)
+
+
+def test_small_batches_are_decoded_together(model, monkeypatch):
+    """Of 8 images of 32 px, 24 kB when decoded, and 3 kB, which counts too, before: two are too few for a turn, three enough."""
+    predictor, done = Predictor(model, batch=8), []
+    decode, forward = predictor._decode_in_parts, predictor.forward_pass
+    monkeypatch.setattr(
+        predictor, "_decode_in_parts", lambda images, threads: done.append(len(images)) or decode(images, threads)
+    )
+    predictor.forward_pass = lambda images: done.append("network") or forward(images)
+    images = [np.zeros((16, 8, 3), np.uint8)] * 60
+    monkeypatch.setattr(inference, "TURN_BYTES", 3 * 8 * (32 * 32 * 3 + 16 * 8 * 3))
+    predictor.predict_images(images)
+    assert done == [24, *["network"] * 3, 24, *["network"] * 3, 12, *["network"] * 2]
 
 
 @pytest.mark.parametrize(("views", "seen"), [("flip", 2), ("five", 5), ("ten", 10)])
