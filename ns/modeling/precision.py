@@ -48,8 +48,12 @@ class PrecisionMode(NamedTuple):
         return torch.autocast(device.type, DTYPES[self.precision], enabled=self.precision != "float32")
 
     def prepare_network(self, network: nn.Module) -> Callable[[Tensor], Tensor]:
-        """What to call instead of `network`; its weights and its training flag stay those of `network`."""
-        return torch.compile(network) if self.compiled else network
+        """What to call instead of `network`; its weights and its training flag stay those of `network`.
+
+        It is compiled for the sizes of its first images. By default, torch compiles the second network of a process for any sizes, if
+        its images have other ones than those of the first, and then it is slower (ResNet-18, 64 px: by 3 %).
+        """
+        return torch.compile(network, dynamic=False) if self.compiled else network
 
 
 FLOAT32 = PrecisionMode()

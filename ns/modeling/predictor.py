@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ns.config.schema import Precision, Views
 from ns.core import log, telemetry
@@ -41,9 +41,12 @@ TURN_BYTES = 1 << 25
 """Bytes of images, encoded and decoded, that are decoded in one turn, at least: each change between decoders and network costs both of
 them about a millisecond, as long as it takes to decode 100 images of 32 px."""
 
+SMALL_BYTES = 1000
+"""Images of fewer bytes on average are decoded by one thread, while the others resize them: those of 32 px take 8 µs each, less than it
+takes a thread to wake up, and two decoders wait for each other's interpreter lock for longer than they work."""
+
 PART_BYTES = 1 << 16
-"""Encoded bytes that a thread decodes at a time, at least. Images of 32 px take 8 µs each, less than it takes a thread to wake up, and
-their decoders hand the interpreter lock to each other: with fewer bytes, they wait for longer than they work."""
+"""Encoded bytes of other images that a thread decodes at a time, at least, for the same reason."""
 
 PARTS_PER_THREAD = 4
 """Parts of a batch for each thread, so that all end at nearly the same time."""
@@ -127,12 +130,15 @@ class Predictor:
         compiles = self.manifest.model.inference_compile and images >= COMPILE_FROM_IMAGES
         self.mode = PrecisionMode(precision, compiled=compiles and can_compile(self._device))
         self._foreign_scorer = foreign_scorer and foreign_scorer.to(self._device)
-        # What a forward pass runs: the scorer needs more than the logits.
-        needs_stages = foreign_scorer is not None and foreign_scorer.needs_stages
-        self._plain_pass = self._make_feature_network() if needs_stages else self._network
-        self.forward_pass = self.mode.prepare_network(self._plain_pass)
         self._normalize = models.Normalize(self.manifest.mean, self.manifest.std).to(self._device)
         self._resolution = self.manifest.model.inference_resolution
+        # What a forward pass runs: the scorer needs more than the logits.
+        needs_stages = foreign_scorer is not None and foreign_scorer.needs_stages
+        network = self._make_feature_network() if needs_stages else self._network
+        # Compiled with the network, normalizing takes no pass over memory of its own.
+        normalize = models.Normalize(self.manifest.mean, self.manifest.std, self._resolution).to(self._device)
+        self._plain_pass = nn.Sequential(normalize, network)
+        self.forward_pass = self.mode.prepare_network(self._plain_pass)
         model = self.manifest.model
         margin = model.test_margin_px if model.crop == "resized" else self._resolution // 8
         keeps_margin = views in ("five", "ten") and margin > 0
@@ -331,7 +337,10 @@ class Predictor:
     def _decode_in_parts(self, chunk: list[ImageInput], threads: ThreadPoolExecutor) -> _DecodedChunk:
         """The same as `_decode_chunk`, by all threads."""
         images = allocate_images(len(chunk), self._pixels)
-        smallest = PART_BYTES * len(chunk) // max(1, sum(map(_count_bytes, chunk)))
+        encoded_bytes = sum(map(_count_bytes, chunk))
+        if encoded_bytes < SMALL_BYTES * len(chunk):
+            return _DecodedChunk(images, self._transform.transform_batch(chunk, images, threads))
+        smallest = PART_BYTES * len(chunk) // max(1, encoded_bytes)
         step = max(1, smallest, -(-len(chunk) // (PARTS_PER_THREAD * torch.get_num_threads())))
 
         def decode_part(start: int) -> dict[int, str]:
@@ -354,23 +363,21 @@ class Predictor:
                 network = self._plain_pass
         if self._copying is not None:
             images.record_stream(torch.cuda.current_stream(self._device))
-        normalized = self._normalize(images.to(self._device, non_blocking=True))
-        views = [self._predict_view(network, view) for view in self._iter_views(normalized)]
+        on_device = images.to(self._device, non_blocking=True)
+        views = [self._predict_view(network, view) for view in self._iter_views(on_device)]
         probabilities = _average_views([view_probabilities for view_probabilities, _ in views])[:count].cpu().numpy()
         scores = [view_scores for _, view_scores in views if view_scores is not None]
         return _BatchOutputs(probabilities, _average_views(scores)[:count].cpu().numpy() if scores else None)
 
     def _iter_views(self, images: Tensor) -> Iterator[Tensor]:
-        """The views that are averaged over, [N, 3, resolution, resolution] each."""
+        """The views of uint8 images that are averaged over, [N, resolution, resolution, 3] each."""
         margin, size = self._pixels - self._resolution, self._resolution
         for down, right in self._windows:
             y, x = round(down * margin), round(right * margin)
-            view = images[:, :, y : y + size, x : x + size]
-            if margin:
-                view = view.contiguous(memory_format=torch.channels_last)
+            view = images[:, y : y + size, x : x + size].contiguous()
             yield view
             if self._mirrored:
-                yield view.flip(3).contiguous(memory_format=torch.channels_last)
+                yield view.flip(2)
 
     def _predict_view(self, network: Callable[[Tensor], Any], images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Probabilities [N, classes] and, if asked for, foreign scores [N] of one view of the images."""

@@ -104,6 +104,8 @@ def test_normalize_keeps_the_layout():
     mean, std = (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)
     out = models.Normalize(mean, std)(images)
     expected = (images.permute(0, 3, 1, 2) / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    for width in (2, 6):
+        assert torch.equal(models.Normalize(mean, std, width)(images), out)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
     assert out.is_contiguous(memory_format=torch.channels_last)
 

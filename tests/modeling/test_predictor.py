@@ -85,13 +85,10 @@ def test_predictions_are_the_same_however_images_are_decoded(model, monkeypatch)
     whole, errors = predictor.predict_images(images)
     assert sorted(errors) == [7, 8]
     assert np.flatnonzero(np.isnan(whole[:, 0])).tolist() == [7, 8]
-    monkeypatch.setattr(inference, "PART_BYTES", 1)
-    parts, part_errors = predictor.predict_images(images)
-    monkeypatch.setattr(inference, "TURN_BYTES", 1)
-    turns, turn_errors = predictor.predict_images(images)
-    predictor._takes_turns = False
-    ahead, ahead_errors = predictor.predict_images(images)
-    for found, found_errors in ((parts, part_errors), (turns, turn_errors), (ahead, ahead_errors)):
+    for name, value in (("PART_BYTES", 1), ("TURN_BYTES", 1), ("SMALL_BYTES", 1 << 30), ("DECODE_THREADS", 2)):
+        monkeypatch.setattr(inference, name, value)
+        predictor._takes_turns = name != "DECODE_THREADS"
+        found, found_errors = predictor.predict_images(images)
         np.testing.assert_array_equal(found, whole)
         assert found_errors == errors
 
@@ -312,7 +309,7 @@ def test_predictor_averages_views(model, pool, views, seen):
     predictor.forward_pass = lambda images: passes.append(tuple(images.shape)) or forward(images)
     found = predictor.predict_shard(ImageSource(folder, dataset), 1)
     plain = Predictor(model, batch=8).predict_shard(ImageSource(folder, dataset), 1)
-    assert passes == [(8, 3, 32, 32)] * (2 * seen) + [(4, 3, 32, 32)] * seen
+    assert passes == [(8, 32, 32, 3)] * (2 * seen) + [(4, 32, 32, 3)] * seen
     np.testing.assert_allclose(found.probabilities.sum(1), 1, atol=1e-5)
     assert not np.array_equal(found.probabilities, plain.probabilities)
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self
 
 import numpy as np
@@ -151,13 +152,17 @@ class EvalTransform:
         return np.ascontiguousarray(resized[top : top + self._resolution, left : left + self._resolution])
 
     def transform_batch(
-        self, images: Sequence[EncodedJpeg | bytes | npt.NDArray[np.uint8]], out: npt.NDArray[np.uint8]
+        self,
+        images: Sequence[EncodedJpeg | bytes | npt.NDArray[np.uint8]],
+        out: npt.NDArray[np.uint8],
+        threads: ThreadPoolExecutor | None = None,
     ) -> dict[int, str]:
         """Decodes and transforms images into `out`, uint8 [≥ N, resolution, resolution, 3] from `allocate_images`.
 
-        Returns row → reason for unreadable images; they become black.
+        Returns row → reason for unreadable images; they become black. `threads`: resize whole images while this one decodes.
         """
         errors: dict[int, str] = {}
+        resizing: list[Future[None]] = []
         whole = self._shows_all
         waiting: dict[tuple[int, ...], _Resizer] = {}
         # All but decoding may take about a microsecond per image, so calls are avoided here.
@@ -184,9 +189,14 @@ class EvalTransform:
                 resizer.rows.append(row)
                 if len(resizer.rows) == len(resizer.pixels):
                     del waiting[shape]
-                    resizer.write_rows()
+                    if threads:
+                        resizing.append(threads.submit(resizer.write_rows))
+                    else:
+                        resizer.write_rows()
         for resizer in waiting.values():
             resizer.write_rows()
+        for future in resizing:
+            future.result()
         return errors
 
     def _read_pixels(self, image: EncodedJpeg | bytes | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

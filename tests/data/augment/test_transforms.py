@@ -2,6 +2,7 @@
 
 import io
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -471,6 +472,10 @@ def test_batch_resize_equals_single_resize_and_nearly_pillow():
     transform = EvalTransform(48, "pad", 32)
     out = allocate_images(len(images), 48)
     assert transform.transform_batch(images, out) == {}
+    with ThreadPoolExecutor(2) as threads:
+        resized_beside = allocate_images(len(images), 48)
+        assert transform.transform_batch(images, resized_beside, threads) == {}
+    assert np.array_equal(resized_beside, out)
     for image, found in zip(images, out, strict=True):
         assert np.array_equal(found, transform(image))
         expected = np.asarray(Image.fromarray(image).resize((48, 48), Image.Resampling.BICUBIC)).astype(np.int64)
