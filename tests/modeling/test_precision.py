@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import structlog
 import torch
@@ -107,3 +109,19 @@ def test_compiling_is_asked_for_separately(monkeypatch):
     monkeypatch.setattr(precision, "can_compile", lambda _: True)
     assert resolve_mode("bfloat16", compiled=True, task="train", device=CPU) == PrecisionMode("bfloat16", compiled=True)
     assert resolve_mode("bfloat16", compiled=False, task="train", device=CPU) == PrecisionMode("bfloat16")
+
+
+@pytest.mark.integration
+def test_each_network_of_a_process_is_compiled_for_its_own_sizes(monkeypatch):
+    any_size = []
+
+    def keep_graph(graph, inputs):
+        any_size.append(any(isinstance(value, torch.SymInt) for value in inputs))
+        return graph
+
+    monkeypatch.setattr(precision.torch, "compile", partial(torch.compile, backend=keep_graph))
+    for pixels in (16, 24):
+        network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3))
+        images = torch.rand(2, 3, pixels, pixels)
+        assert torch.equal(PrecisionMode(compiled=True).prepare_network(network)(images), network(images))
+    assert any_size == [False, False]
