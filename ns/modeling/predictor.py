@@ -5,8 +5,9 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ from ns.core.malloc import keep_freed_memory
 from ns.data.augment.transforms import EvalTransform
 from ns.data.index import ShardIndex
 from ns.data.loading.decode import EncodedJpeg, allocate_images
+from ns.data.loading.jpeg_processes import JpegProcesses
 from ns.data.loading.shard_reader import ImageSource
 from ns.modeling import factory as models
 from ns.modeling.foreign import FeatureNetwork, ForeignScorer, NetworkOutputs, average_positions
@@ -42,17 +44,20 @@ TURN_BYTES = 1 << 25
 them about a millisecond, as long as it takes to decode 100 images of 32 px."""
 
 SMALL_BYTES = 1000
-"""Images of fewer bytes on average are decoded by one thread, while the others resize them: those of 32 px take 8 µs each, less than it
-takes a thread to wake up, and two decoders wait for each other's interpreter lock for longer than they work."""
+"""Images of fewer bytes on average are decoded by processes. Those of 32 px take 8 µs each: two threads wait for each other's interpreter
+lock for longer than they work."""
+
+MOST_DECODERS = 4
+"""Processes that decode such images: this one, and others of 30 MB each."""
 
 PART_BYTES = 1 << 16
-"""Encoded bytes of other images that a thread decodes at a time, at least, for the same reason."""
+"""Encoded bytes of other images that a thread decodes at a time, at least: it takes time to wake a thread up."""
 
 PARTS_PER_THREAD = 4
 """Parts of a batch for each thread, so that all end at nearly the same time."""
 
 COMPILE_FROM_IMAGES = 50_000
-"""Compiling takes up to a minute: with fewer images it does not pay."""
+"""Compiling takes up to a minute, and starting processes half a second: with fewer images it does not pay."""
 
 WINDOWS = ((0.5, 0.5), (0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0))
 """Positions of the windows of `five` and `ten` views in the margin: the center and the corners."""
@@ -122,12 +127,14 @@ class Predictor:
         # A network on a CPU takes all cores. Decoding beside it displaces one of its threads, for which the others wait: taking turns is
         # 1 to 4 % faster with photographs (ResNet-18 and EfficientNet-B0, 64 … 224 px, two cores), and no slower with images of 32 px.
         self._takes_turns = self._device.type == "cpu"
+        many = images >= COMPILE_FROM_IMAGES
+        self._helpers = min(torch.get_num_threads(), MOST_DECODERS) - 1 if self._takes_turns and many else 0
         self._network = network.to(self._device).requires_grad_(False)
         configured = self.manifest.model.inference_precision
         # A trained model has a precision; a manifest made by hand may have none.
         precision: Precision = "float32" if configured == "auto" else configured
         warn_if_emulated(precision, self._device)
-        compiles = self.manifest.model.inference_compile and images >= COMPILE_FROM_IMAGES
+        compiles = self.manifest.model.inference_compile and many
         self.mode = PrecisionMode(precision, compiled=compiles and can_compile(self._device))
         self._foreign_scorer = foreign_scorer and foreign_scorer.to(self._device)
         self._normalize = models.Normalize(self.manifest.mean, self.manifest.std).to(self._device)
@@ -334,12 +341,20 @@ class Predictor:
         images = allocate_images(len(chunk), self._pixels, _allocate_pinned if self._copying else None)
         return _DecodedChunk(images, self._transform.transform_batch(chunk, images))
 
+    @cached_property
+    def _jpeg_processes(self) -> JpegProcesses:
+        return JpegProcesses(self._helpers)
+
     def _decode_in_parts(self, chunk: list[ImageInput], threads: ThreadPoolExecutor) -> _DecodedChunk:
         """The same as `_decode_chunk`, by all threads."""
         images = allocate_images(len(chunk), self._pixels)
         encoded_bytes = sum(map(_count_bytes, chunk))
-        if encoded_bytes < SMALL_BYTES * len(chunk):
-            return _DecodedChunk(images, self._transform.transform_batch(chunk, images, threads))
+        is_small = encoded_bytes < SMALL_BYTES * len(chunk)
+        if is_small and self._helpers and self._transform.shows_all and JpegProcesses.can_decode(chunk):
+            decoded, unreadable = self._jpeg_processes.decode_images(cast(list[EncodedJpeg], chunk))
+            self._transform.resize_batch(decoded, images, threads)
+            images[list(unreadable)] = 0
+            return _DecodedChunk(images, unreadable)
         smallest = PART_BYTES * len(chunk) // max(1, encoded_bytes)
         step = max(1, smallest, -(-len(chunk) // (PARTS_PER_THREAD * torch.get_num_threads())))
 

@@ -11,6 +11,7 @@ from ns.core.errors import ConfigError, DataError
 from ns.data.dataset import Dataset
 from ns.data.importing.writer import ShardWriter
 from ns.data.loading.decode import EncodedJpeg, decode_image, read_jpeg_size
+from ns.data.loading.jpeg_processes import JpegProcesses
 from ns.data.loading.shard_reader import ImageSource
 from ns.data.shards import read_samples
 from ns.labeling.label_set import LabelShard, read_label_rows
@@ -85,12 +86,34 @@ def test_predictions_are_the_same_however_images_are_decoded(model, monkeypatch)
     whole, errors = predictor.predict_images(images)
     assert sorted(errors) == [7, 8]
     assert np.flatnonzero(np.isnan(whole[:, 0])).tolist() == [7, 8]
-    for name, value in (("PART_BYTES", 1), ("TURN_BYTES", 1), ("SMALL_BYTES", 1 << 30), ("DECODE_THREADS", 2)):
+    for name, value in (("PART_BYTES", 1), ("TURN_BYTES", 1), ("DECODE_THREADS", 2)):
         monkeypatch.setattr(inference, name, value)
         predictor._takes_turns = name != "DECODE_THREADS"
         found, found_errors = predictor.predict_images(images)
         np.testing.assert_array_equal(found, whole)
         assert found_errors == errors
+
+
+@pytest.mark.integration
+def test_many_small_images_are_decoded_by_processes(model, monkeypatch):
+    rng, images = np.random.default_rng(0), []
+    for number in range(60):
+        sink = io.BytesIO()
+        Image.fromarray(np.full((24, 24, 3), rng.integers(0, 256, 3), np.uint8)).save(sink, "JPEG")
+        images.append(EncodedJpeg(sink.getvalue()[: -30 if number == 41 else None], 24, 24))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    expected, errors = Predictor(model, batch=8).predict_images(images)
+    predictor = Predictor(model, batch=8, images=inference.COMPILE_FROM_IMAGES)
+    decode, decoded = JpegProcesses.decode_images, []
+    monkeypatch.setattr(JpegProcesses, "decode_images", lambda self, jpegs: decoded.append(len(jpegs)) or decode(self, jpegs))
+    found, found_errors = predictor.predict_images(images)
+    np.testing.assert_array_equal(found, expected)
+    assert found_errors == errors == {41: "truncated"}
+    # One of another format: threads decode them all.
+    sink = io.BytesIO()
+    Image.new("RGB", (24, 24)).save(sink, "PNG")
+    np.testing.assert_array_equal(predictor.predict_images([*images, sink.getvalue()])[0][:60], expected)
+    assert decoded == [60]
 
 
 def test_predictions_are_bit_identical(model, pool):

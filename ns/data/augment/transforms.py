@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Self
 
 import numpy as np
@@ -110,7 +110,8 @@ class EvalTransform:
         self._margin_px = 0 if whole else margin_px
         self._test_crop = test_crop
         self._interpolation: Interpolation = interpolation
-        self._shows_all = crop != "resized" or (test_crop == "squash" and self._margin_px == 0)
+        self.shows_all = crop != "resized" or (test_crop == "squash" and self._margin_px == 0)
+        """Whether it only resizes."""
 
     @classmethod
     def for_model(
@@ -129,7 +130,7 @@ class EvalTransform:
     def __call__(self, image: EncodedJpeg | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """A JPEG or uint8 [H, W, 3] → uint8 [resolution, resolution, 3]."""
         size = self._resolution
-        if self._shows_all:
+        if self.shows_all:
             return resize_image(image, size, self._interpolation)
         if self._test_crop == "paper":
             box = compute_center_box(_measure_size(image), size, self._margin_px)
@@ -152,18 +153,14 @@ class EvalTransform:
         return np.ascontiguousarray(resized[top : top + self._resolution, left : left + self._resolution])
 
     def transform_batch(
-        self,
-        images: Sequence[EncodedJpeg | bytes | npt.NDArray[np.uint8]],
-        out: npt.NDArray[np.uint8],
-        threads: ThreadPoolExecutor | None = None,
+        self, images: Sequence[EncodedJpeg | bytes | npt.NDArray[np.uint8]], out: npt.NDArray[np.uint8]
     ) -> dict[int, str]:
         """Decodes and transforms images into `out`, uint8 [≥ N, resolution, resolution, 3] from `allocate_images`.
 
-        Returns row → reason for unreadable images; they become black. `threads`: resize whole images while this one decodes.
+        Returns row → reason for unreadable images; they become black.
         """
         errors: dict[int, str] = {}
-        resizing: list[Future[None]] = []
-        whole = self._shows_all
+        whole = self.shows_all
         waiting: dict[tuple[int, ...], _Resizer] = {}
         # All but decoding may take about a microsecond per image, so calls are avoided here.
         for row, (image, row_pixels) in enumerate(zip(images, out, strict=False)):
@@ -189,22 +186,29 @@ class EvalTransform:
                 resizer.rows.append(row)
                 if len(resizer.rows) == len(resizer.pixels):
                     del waiting[shape]
-                    if threads:
-                        resizing.append(threads.submit(resizer.write_rows))
-                    else:
-                        resizer.write_rows()
+                    resizer.write_rows()
         for resizer in waiting.values():
             resizer.write_rows()
-        for future in resizing:
-            future.result()
         return errors
+
+    def resize_batch(self, images: npt.NDArray[np.uint8], out: npt.NDArray[np.uint8], threads: ThreadPoolExecutor) -> None:
+        """Transforms images of one size, uint8 [N, H, W, 3], into `out`, if this transform shows whole images."""
+        step = max(1, RESIZED_BYTES // images[0].nbytes)
+
+        def resize_part(start: int) -> None:
+            part = images[start : start + step]
+            is_resized = part.shape[1:] != out.shape[1:]
+            out[start : start + step] = _resize_images(part, out.shape[1:3], self._interpolation) if is_resized else part
+
+        for _ in threads.map(resize_part, range(0, len(images), step)):
+            pass
 
     def _read_pixels(self, image: EncodedJpeg | bytes | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """The image, uint8 [H, W, 3]: whole, or transformed."""
         if isinstance(image, EncodedJpeg):
             return self(image)
         pixels = decode_image(image) if isinstance(image, bytes) else image
-        return pixels if self._shows_all else self(pixels)
+        return pixels if self.shows_all else self(pixels)
 
 
 class _Resizer:

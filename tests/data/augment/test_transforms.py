@@ -472,12 +472,18 @@ def test_batch_resize_equals_single_resize_and_nearly_pillow():
     transform = EvalTransform(48, "pad", 32)
     out = allocate_images(len(images), 48)
     assert transform.transform_batch(images, out) == {}
-    with ThreadPoolExecutor(2) as threads:
-        resized_beside = allocate_images(len(images), 48)
-        assert transform.transform_batch(images, resized_beside, threads) == {}
-    assert np.array_equal(resized_beside, out)
     for image, found in zip(images, out, strict=True):
         assert np.array_equal(found, transform(image))
         expected = np.asarray(Image.fromarray(image).resize((48, 48), Image.Resampling.BICUBIC)).astype(np.int64)
         assert np.abs(found - expected).max() <= 2
         assert (found != expected).mean() < 0.02
+
+
+@pytest.mark.parametrize("pixels", [24, 48])
+def test_batch_of_one_size_is_resized_as_each_image(pixels):
+    images = np.random.default_rng(4).integers(0, 256, (300, pixels, pixels, 3), np.uint8)
+    transform, out = EvalTransform(48, "none", 0), allocate_images(300, 48)
+    assert transform.shows_all
+    with ThreadPoolExecutor(2) as threads:
+        transform.resize_batch(images, out, threads)
+    assert np.array_equal(out, np.stack([transform(image) for image in images]))
