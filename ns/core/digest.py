@@ -174,6 +174,7 @@ TRAINING_SOURCES = (
 )
 INFERENCE_SOURCES = (
     *READING_SOURCES,
+    "data/loading/jpeg_processes.py",
     "modeling/predictor.py",
     "modeling/foreign.py",
     "modeling/precision.py",

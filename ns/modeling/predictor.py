@@ -57,7 +57,7 @@ PARTS_PER_THREAD = 4
 """Parts of a batch for each thread, so that all end at nearly the same time."""
 
 COMPILE_FROM_IMAGES = 50_000
-"""Compiling takes up to a minute, and starting processes half a second: with fewer images it does not pay."""
+"""Compiling takes up to a minute: with fewer images it does not pay. Nor do processes that decode."""
 
 WINDOWS = ((0.5, 0.5), (0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0))
 """Positions of the windows of `five` and `ten` views in the margin: the center and the corners."""

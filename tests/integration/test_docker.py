@@ -91,9 +91,9 @@ def test_docker_runner_continues_after_its_client_was_killed(image, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     (left,) = list_containers(root)
-    details = json.loads(subprocess.run(["podman", "inspect", left["Id"]], capture_output=True, check=True).stdout)[0]
-    # So that it is still at work when the next client comes.
+    # At once, so that it is still at work when the next client comes.
     subprocess.run(["podman", "pause", left["Id"]], check=True, capture_output=True)
+    details = json.loads(subprocess.run(["podman", "inspect", left["Id"]], capture_output=True, check=True).stdout)[0]
     os.kill(client.pid, signal.SIGKILL)
     client.wait()
     client.stderr.close()

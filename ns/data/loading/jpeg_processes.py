@@ -22,7 +22,7 @@ _shared: npt.NDArray[np.uint8]
 class JpegProcesses:
     """Processes that decode JPEGs of one size, beside the process that calls.
 
-    They are started when they are first needed, in half a second, and end with this object or with its process.
+    They are started when they are first needed, in a tenth of a second, and end with this object or with its process.
     """
 
     def __init__(self, processes: int) -> None:
