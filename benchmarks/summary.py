@@ -183,7 +183,7 @@ README_ROWS = (
     ),
     (
         "labeling",
-        "{label[forward_ratio]:.2f} to {label[forward_ratio most]:.2f} of the network alone; {label[vs_timm_inference]:.1f} to "
+        "{label[forward_ratio]:.3f} to {label[forward_ratio most]:.3f} of the network alone; {label[vs_timm_inference]:.1f} to "
         "{label[vs_timm_inference most]:.1f} times as fast as timm's `inference.py`",
         "make bench-label",
     ),

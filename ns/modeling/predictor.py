@@ -346,7 +346,7 @@ class Predictor:
         return JpegProcesses(self._helpers)
 
     def _decode_in_parts(self, chunk: list[ImageInput], threads: ThreadPoolExecutor) -> _DecodedChunk:
-        """The same as `_decode_chunk`, by all threads."""
+        """The same as `_decode_chunk`, on all cores."""
         images = allocate_images(len(chunk), self._pixels)
         encoded_bytes = sum(map(_count_bytes, chunk))
         is_small = encoded_bytes < SMALL_BYTES * len(chunk)
